@@ -1,0 +1,33 @@
+"""`Config`: the base of every typed config in the toolkit.
+
+Structs are frozen, know their fields exactly (an unknown name is an error, not a surprise) and
+import nothing heavy. `XConfig.build(...)` methods import what they need when they are called.
+"""
+
+from typing import Any, Self
+
+import msgspec
+
+
+class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Base struct. Subclasses add `kw_only=True` (msgspec applies it per class)."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The config as plain JSON types, tags included."""
+        return msgspec.to_builtins(self)
+
+    def to_json(self) -> bytes:
+        """Indented JSON bytes that `msgspec.json.decode` reads back to an equal config."""
+        return msgspec.json.format(msgspec.json.encode(self), indent=2)
+
+    def replace(self, **changes: Any) -> Self:
+        """A copy with `changes`; validated like a config that was read from a file."""
+        return msgspec.structs.replace(self, **changes)
+
+
+def check_positive(config: Config, *names: str) -> None:
+    """Raise `ValueError` for the first of the fields `names` that is not > 0."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and value <= 0:
+            raise ValueError(f"{name} must be greater than 0, not {value}")

@@ -1,0 +1,53 @@
+"""Configs of data parallelism and activation checkpointing."""
+
+from typing import Literal
+
+from toolkit.config import Config
+from toolkit.config.base import check_positive
+
+DType = Literal["float32", "bfloat16"]
+
+
+class DataParallelConfig(Config, kw_only=True):
+    """Which engine runs, when the launcher does not say (`torchrun`, or no launcher at all)."""
+
+    name: Literal["single", "ddp", "fsdp", "hsdp", "zero1", "zero2", "zero3"]
+    """`ddp` replicates, `fsdp` shards (FSDP2), `hsdp` shards inside groups and replicates over
+    them, `zero1`/`zero2`/`zero3` are DeepSpeed's stages."""
+    param_dtype: DType | None = None
+    """Compute type: an alias of `train_module.precision` (bfloat16 = bf16, float32 = fp32)."""
+    reduce_dtype: DType = "float32"
+    """Type of gradient reductions under `fsdp` and `hsdp`."""
+    num_replicas: int | None = None
+    """`hsdp` only: number of replica groups; default 2."""
+    shard_degree: int | None = None
+    """`hsdp` only: ranks per shard group; default: world size / num_replicas."""
+    reshard_after_forward: bool = True
+    """`fsdp`, `hsdp`: free gathered weights after each block's forward (less memory, one more
+    gather in backward)."""
+    cpu_offload: bool = False
+    """Keep sharded weights and optimizer state in host memory (`fsdp`, `hsdp`, `zero2`, `zero3`)."""
+
+    def __post_init__(self) -> None:
+        check_positive(self, "num_replicas", "shard_degree")
+        if self.name != "hsdp" and (self.num_replicas or self.shard_degree):
+            raise ValueError("num_replicas and shard_degree need name: hsdp")
+        if self.cpu_offload and self.name not in ("fsdp", "hsdp", "zero2", "zero3"):
+            raise ValueError(f"cpu_offload needs fsdp, hsdp, zero2 or zero3, not {self.name}")
+
+
+class ActivationCheckpointingConfig(Config, kw_only=True):
+    """Recompute activations in backward instead of keeping them."""
+
+    mode: Literal["full", "selected_blocks", "budget"] = "full"
+    """`full`: every block; `selected_blocks`: every `block_interval`-th; `budget`: torch.compile's
+    partitioner keeps what fits `budget` (needs `compile_model`)."""
+    block_interval: int = 2
+    """`selected_blocks`: checkpoint block 0, then every this many."""
+    budget: float = 0.5
+    """`budget`: fraction of activation memory to keep, 0 (recompute all) to 1 (keep all)."""
+
+    def __post_init__(self) -> None:
+        check_positive(self, "block_interval")
+        if not 0.0 <= self.budget <= 1.0:
+            raise ValueError(f"budget must lie between 0 and 1, not {self.budget}")

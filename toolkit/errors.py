@@ -1,0 +1,44 @@
+"""The one family of errors a user sees, and the exit codes of our process.
+
+Every message says what is wrong, where (a config key, a file, a flag), and what to do next, in one
+line. `cli` turns a `ToolkitError` into that line on rank 0 and the exit code of its class; any other
+exception is a defect of ours and keeps its traceback.
+"""
+
+EXIT_DONE = 0
+EXIT_FAILED = 1
+EXIT_BAD_INPUT = 2
+EXIT_STOPPED = 75
+"""Stopped on request with a committed checkpoint: `toolkit resume` continues (EX_TEMPFAIL)."""
+
+
+class ToolkitError(Exception):
+    """Base of the family: something failed in a way we can explain in one line."""
+
+    exit_code = EXIT_FAILED
+
+
+class BadInputError(ToolkitError):
+    """The user's input cannot work as given; nothing was changed on disk."""
+
+    exit_code = EXIT_BAD_INPUT
+
+
+class ConfigError(BadInputError):
+    """A config value, name or combination is wrong."""
+
+
+class DataError(BadInputError):
+    """The text, tokenizer or token files cannot be used."""
+
+
+class RunError(BadInputError):
+    """The run folder cannot be used as asked (exists, locked, not writable, not a run)."""
+
+
+class CheckpointError(BadInputError):
+    """A checkpoint is missing, damaged or does not fit."""
+
+
+class TrainingError(ToolkitError):
+    """Training itself cannot go on (for example: too many non-finite steps in a row)."""

@@ -1,0 +1,149 @@
+"""Configs of optimizers and learning-rate schedules."""
+
+from typing import TYPE_CHECKING, Any, Literal
+
+from toolkit.config import Config
+from toolkit.config.base import check_positive
+
+if TYPE_CHECKING:
+    import torch
+
+
+class GroupOverride(Config, kw_only=True):
+    """Other optimizer settings for the parameters whose names match a pattern."""
+
+    params: list[str]
+    """Shell-style patterns (`*`, `?`, `[...]`) over fully qualified parameter names. A pattern that
+    matches nothing is an error."""
+
+    opts: dict[str, float | bool | list[float]]
+    """Settings to replace for these parameters, for example `{"weight_decay": 0.0}`."""
+
+
+class AdamWConfig(Config, kw_only=True, tag_field="type", tag="adamw"):
+    """AdamW (Loshchilov & Hutter 2019), torch's fused implementation."""
+
+    lr: float = 3e-4
+    """Peak learning rate; the schedule multiplies it."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Decay of the first and second moment."""
+    eps: float = 1e-8
+    """Added to the denominator for numerical stability."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay."""
+    group_overrides: list[GroupOverride] = []
+    """Other settings by parameter name; the first matching entry wins."""
+
+    def __post_init__(self) -> None:
+        check_positive(self, "lr", "eps")
+
+    def build(self, named_parameters: "dict[str, torch.nn.Parameter]") -> "torch.optim.Optimizer":
+        """The optimizer over trainable `named_parameters`, in groups by `group_overrides`."""
+        import torch
+
+        from toolkit.optim.groups import parameter_groups
+
+        settings: dict[str, Any] = {
+            "lr": self.lr,
+            "betas": tuple(self.betas),
+            "eps": self.eps,
+            "weight_decay": self.weight_decay,
+        }
+        groups = parameter_groups(named_parameters, settings, self.group_overrides)
+        return torch.optim.AdamW(groups, **settings, fused=True)
+
+
+class SGDConfig(Config, kw_only=True, tag_field="type", tag="sgd"):
+    """Stochastic gradient descent with optional momentum."""
+
+    lr: float = 1e-2
+    """Peak learning rate; the schedule multiplies it."""
+    momentum: float = 0.0
+    """Momentum factor; 0 keeps no state."""
+    weight_decay: float = 0.0
+    """L2 penalty added to the gradient."""
+    group_overrides: list[GroupOverride] = []
+    """Other settings by parameter name; the first matching entry wins."""
+
+    def __post_init__(self) -> None:
+        check_positive(self, "lr")
+
+    def build(self, named_parameters: "dict[str, torch.nn.Parameter]") -> "torch.optim.Optimizer":
+        """The optimizer over trainable `named_parameters`, in groups by `group_overrides`."""
+        import torch
+
+        from toolkit.optim.groups import parameter_groups
+
+        settings: dict[str, Any] = {
+            "lr": self.lr,
+            "momentum": self.momentum,
+            "weight_decay": self.weight_decay,
+        }
+        groups = parameter_groups(named_parameters, settings, self.group_overrides)
+        return torch.optim.SGD(groups, **settings, fused=True)
+
+
+OptimConfig = AdamWConfig | SGDConfig
+
+
+class ConstantConfig(Config, kw_only=True, tag_field="type", tag="constant"):
+    """Linear warm-up, then the peak rate to the end."""
+
+    units: Literal["steps", "tokens"] = "steps"
+    """What `warmup` counts, and the argument of the schedule."""
+    warmup: int = 0
+    """Length of the linear warm-up, in `units`."""
+
+    def factor(self, current: int, total: int) -> float:
+        """Multiple of the peak rate at `current` of `total` (both in `units`)."""
+        return _warmup_factor(current, self.warmup)
+
+
+class LinearConfig(Config, kw_only=True, tag_field="type", tag="linear"):
+    """Linear warm-up, then a straight line down to `alpha_f` of the peak."""
+
+    units: Literal["steps", "tokens"] = "steps"
+    """What `warmup` counts, and the argument of the schedule."""
+    warmup: int = 100
+    """Length of the linear warm-up, in `units`."""
+    alpha_f: float = 0.0
+    """Final rate as a fraction of the peak."""
+
+    def factor(self, current: int, total: int) -> float:
+        """Multiple of the peak rate at `current` of `total` (both in `units`)."""
+        if current < self.warmup:
+            return _warmup_factor(current, self.warmup)
+        progress = _progress(current, self.warmup, total)
+        return 1.0 - (1.0 - self.alpha_f) * progress
+
+
+class CosineConfig(Config, kw_only=True, tag_field="type", tag="cosine"):
+    """Linear warm-up, then half a cosine down to `alpha_f` of the peak (Loshchilov & Hutter 2017)."""
+
+    units: Literal["steps", "tokens"] = "steps"
+    """What `warmup` counts, and the argument of the schedule."""
+    warmup: int = 100
+    """Length of the linear warm-up, in `units`."""
+    alpha_f: float = 0.1
+    """Final rate as a fraction of the peak."""
+
+    def factor(self, current: int, total: int) -> float:
+        """Multiple of the peak rate at `current` of `total` (both in `units`)."""
+        import math
+
+        if current < self.warmup:
+            return _warmup_factor(current, self.warmup)
+        progress = _progress(current, self.warmup, total)
+        return self.alpha_f + (1.0 - self.alpha_f) * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+SchedulerConfig = ConstantConfig | LinearConfig | CosineConfig
+
+
+def _warmup_factor(current: int, warmup: int) -> float:
+    # The first step (current = 0) already moves: (current + 1) / warmup, 1.0 at current = warmup - 1.
+    return min(1.0, (current + 1) / warmup) if warmup > 0 else 1.0
+
+
+def _progress(current: int, warmup: int, total: int) -> float:
+    return min(1.0, (current - warmup) / max(1, total - warmup))

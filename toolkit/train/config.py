@@ -1,0 +1,220 @@
+"""Configs of the train module, the trainer and its callbacks."""
+
+from typing import TYPE_CHECKING, Any, Literal
+
+from toolkit.config import Config
+from toolkit.config.base import check_positive
+from toolkit.distributed.config import ActivationCheckpointingConfig, DataParallelConfig
+from toolkit.optim.config import AdamWConfig, CosineConfig, OptimConfig, SchedulerConfig
+
+if TYPE_CHECKING:
+    from toolkit.train.transformer import TransformerTrainModule
+
+
+class Duration(Config, kw_only=True):
+    """A length of training."""
+
+    value: int
+    """How many."""
+    unit: Literal["steps", "tokens", "epochs"] = "steps"
+    """Of what."""
+
+    def __post_init__(self) -> None:
+        check_positive(self, "value")
+
+    def in_steps(self, tokens_per_step: int, steps_per_epoch: int | None) -> int:
+        """The number of whole optimizer steps, rounded up for tokens.
+
+        Raises:
+            ValueError: for epochs over data whose length is not known.
+        """
+        if self.unit == "steps":
+            return self.value
+        if self.unit == "tokens":
+            return -(-self.value // tokens_per_step)
+        if steps_per_epoch is None:
+            raise ValueError("a duration in epochs needs prepared data; run `toolkit prepare` first")
+        return self.value * steps_per_epoch
+
+
+class TransformerTrainModuleConfig(Config, kw_only=True):
+    """How a language model is trained: loss, optimizer, schedule, precision, parallelism."""
+
+    rank_microbatch_size: int = 16_384
+    """Tokens per forward on one rank; gradient accumulation follows from
+    `data_loader.global_batch_size`."""
+    optim: OptimConfig = AdamWConfig()
+    """The optimizer."""
+    scheduler: SchedulerConfig = CosineConfig()
+    """Learning-rate schedule: a pure function of step or tokens."""
+    max_grad_norm: float | None = 1.0
+    """Clip the global gradient norm to this; null: never clip."""
+    z_loss_multiplier: float | None = None
+    """Adds this times mean(logsumexp(logits)^2) to the loss (PaLM, Chowdhery et al. 2022)."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Compute type. Master weights and optimizer state are fp32 always. `auto`: the launcher's
+    mixed_precision, else bf16 where the hardware is fast at it."""
+    dp_config: DataParallelConfig | None = None
+    """Engine for launchers that do not name one (`torchrun`)."""
+    ac_config: ActivationCheckpointingConfig | None = None
+    """Activation checkpointing; null: off."""
+    compile_model: bool = False
+    """torch.compile each transformer block and the loss."""
+    max_consecutive_skipped_steps: int = 10
+    """Stop after this many steps in a row with a non-finite loss or gradient."""
+
+    def __post_init__(self) -> None:
+        check_positive(
+            self,
+            "rank_microbatch_size",
+            "max_grad_norm",
+            "z_loss_multiplier",
+            "max_consecutive_skipped_steps",
+        )
+        if self.ac_config and self.ac_config.mode == "budget" and not self.compile_model:
+            raise ValueError("ac_config.mode: budget needs compile_model: true")
+
+    def build(self, model: Any, **context: Any) -> "TransformerTrainModule":
+        """Wrap `model` (usually on the meta device); see `TransformerTrainModule`."""
+        from toolkit.train.transformer import TransformerTrainModule
+
+        return TransformerTrainModule(self, model, **context)
+
+
+class ConsoleLoggerConfig(Config, kw_only=True):
+    """Progress bar on a terminal, plain lines elsewhere."""
+
+    enabled: bool = True
+    """Off: nothing is printed during training."""
+    interval: int = 10
+    """Steps between plain lines."""
+
+
+class SpeedMonitorConfig(Config, kw_only=True):
+    """Tokens per second, MFU, time spent waiting for data, peak memory."""
+
+    enabled: bool = True
+    """Off: these columns are absent."""
+    peak_flops: float | None = None
+    """Dense bf16 FLOP/s of one device for MFU; default: by device name, null for unknown ones."""
+
+
+class GarbageCollectorConfig(Config, kw_only=True):
+    """Collect Python garbage at fixed steps, so that ranks do not pause at different times."""
+
+    enabled: bool = True
+    """Off: Python collects when it likes."""
+    interval: int = 1000
+    """Steps between collections."""
+
+
+class NetworkMonitorConfig(Config, kw_only=True):
+    """Global and per-layer gradient and weight norms into network.jsonl."""
+
+    enabled: bool = True
+    """Off: network.jsonl stays empty."""
+    interval: int = 100
+    """Steps between measurements."""
+
+
+class SystemMonitorConfig(Config, kw_only=True):
+    """CPU, memory, disk, network interfaces and GPU into system.jsonl, from a background thread."""
+
+    enabled: bool = True
+    """Off: system.jsonl stays empty."""
+    interval_seconds: float = 10.0
+    """Seconds between samples."""
+
+
+class LMEvaluatorConfig(Config, kw_only=True):
+    """Loss, perplexity and bits per byte on the validation split."""
+
+    enabled: bool = True
+    """Off: no evaluation during training."""
+    interval: int = 250
+    """Steps between evaluations."""
+    at_start: bool = False
+    """Evaluate before the first step too."""
+    at_end: bool = True
+    """Evaluate after the last step."""
+
+
+class CheckpointerConfig(Config, kw_only=True):
+    """When checkpoints are written and how many stay."""
+
+    enabled: bool = True
+    """Off: nothing is saved (like `trainer.no_checkpoints`)."""
+    interval: int = 1000
+    """Steps between checkpoints."""
+    keep_last: int | None = 3
+    """Older ones are removed after a newer is committed; null: keep all."""
+    at_end: bool = True
+    """Save after the last step."""
+    export_hf: bool = True
+    """Write safetensors weights (`hf/`) into the final checkpoint, where the architecture has a
+    transformers class."""
+
+
+class SampleWriterConfig(Config, kw_only=True):
+    """Prints text generated by the final model."""
+
+    enabled: bool = False
+    """On: after the last step one sample is generated and printed."""
+    prompt: str = ""
+    """Text to continue; empty: start from the end-of-document token."""
+    max_new_tokens: int = 120
+    """Tokens to generate."""
+    temperature: float = 0.8
+    """Sampling temperature; 0 takes the most likely token."""
+    top_k: int = 50
+    """Sample among this many most likely tokens."""
+
+
+class CallbacksConfig(Config, kw_only=True):
+    """The trainer's callbacks, called in this order. A new one is a field here and a file."""
+
+    speed_monitor: SpeedMonitorConfig = SpeedMonitorConfig()
+    garbage_collector: GarbageCollectorConfig = GarbageCollectorConfig()
+    network_monitor: NetworkMonitorConfig = NetworkMonitorConfig()
+    system_monitor: SystemMonitorConfig = SystemMonitorConfig()
+    lm_evaluator: LMEvaluatorConfig = LMEvaluatorConfig()
+    checkpointer: CheckpointerConfig = CheckpointerConfig()
+    sample_writer: SampleWriterConfig = SampleWriterConfig()
+    console_logger: ConsoleLoggerConfig = ConsoleLoggerConfig()
+
+    def __post_init__(self) -> None:
+        for name in self.__struct_fields__:
+            interval = getattr(getattr(self, name), "interval", 1)
+            if interval <= 0:
+                raise ValueError(f"{name}.interval must be greater than 0, not {interval}")
+
+
+class TrainerConfig(Config, kw_only=True):
+    """The loop: how long, what is recorded, what is called."""
+
+    max_duration: Duration = Duration(value=1, unit="epochs")
+    """Length of the whole run; schedules end here."""
+    hard_stop: Duration | None = None
+    """Stop here without changing the schedule (for trying things out)."""
+    no_checkpoints: bool = False
+    """Write no checkpoints at all."""
+    no_evals: bool = False
+    """Run no evaluations at all."""
+    load_path: str | None = None
+    """Checkpoint (`step{N}` folder) or run folder to start from."""
+    load_strategy: Literal["if_available", "always", "never"] = "if_available"
+    """Whether `load_path` must hold a checkpoint."""
+    load_weights_only: bool = False
+    """From `load_path` take the weights, with a fresh optimizer, schedule and data order."""
+    metrics_collect_interval: int = 5
+    """Steps between transfers of metrics from the device."""
+    cancel_check_interval: int = 5
+    """Steps between agreements of all ranks on a requested stop."""
+    deterministic: bool = False
+    """Bit-equal runs on the same machine: torch's deterministic algorithms (CPU runs are so
+    without it)."""
+    callbacks: CallbacksConfig = CallbacksConfig()
+    """What is called at each event of the loop."""
+
+    def __post_init__(self) -> None:
+        check_positive(self, "metrics_collect_interval", "cancel_check_interval")
