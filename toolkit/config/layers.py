@@ -9,7 +9,7 @@
 
 import difflib
 import re
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import msgspec
 
@@ -18,9 +18,11 @@ from toolkit.config.overrides import Override, alternatives, choose_struct, pars
 from toolkit.errors import ConfigError
 
 DEFAULT_ORIGIN = "default"
+T = TypeVar("T", bound=Config)
+C = TypeVar("C")
 
 
-class ConfigLayers[T: Config]:
+class ConfigLayers(Generic[T]):
     """Plain data in layers on its way to a typed config."""
 
     def __init__(self, config_type: type[T]) -> None:
@@ -111,16 +113,16 @@ class ConfigLayers[T: Config]:
         except msgspec.ValidationError:
             return None
         for part in path.split("."):
-            if isinstance(value, list) and part.isdigit() and int(part) < len(value):
+            if isinstance(value, list | tuple) and part.isdigit() and int(part) < len(value):
                 value = value[int(part)]
             elif isinstance(value, dict):
                 value = value.get(part)
             else:
                 return None
-        return value
+        return list(value) if isinstance(value, tuple) else value
 
 
-def convert[C](data: Any, config_type: type[C]) -> C:
+def convert(data: Any, config_type: type[C]) -> C:
     """`msgspec.convert` whose errors are ours: path first, then what was wrong."""
     try:
         return msgspec.convert(data, config_type)
@@ -173,6 +175,8 @@ def _child_type(target: Any, name: str, path: str, known: dict[str, Any]) -> Any
             return option.value_type
         if isinstance(option, inspect.ListType | inspect.VarTupleType):
             return option.item_type
+        if isinstance(option, inspect.TupleType) and name.isdigit():
+            return option.item_types[min(int(name), len(option.item_types) - 1)]
         if isinstance(option, inspect.AnyType):
             return option
     raise ConfigError(f"{path}: a single value, so it has no field {name!r}")

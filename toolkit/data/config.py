@@ -13,7 +13,7 @@ class FilesSourceConfig(Config, kw_only=True, tag_field="type", tag="files"):
     """Files, folders (searched recursively) or globs; order does not matter, names are sorted."""
     text_field: str = "text"
     """Column or key that holds the text in .jsonl and .parquet."""
-    suffixes: list[str] = [".txt", ".jsonl", ".jsonl.gz", ".parquet"]
+    suffixes: tuple[str, ...] = (".txt", ".jsonl", ".jsonl.gz", ".parquet")
     """Endings taken from folders. Endings not known as a format are read as plain text, one
     document per file."""
     encoding_errors: Literal["strict", "replace"] = "strict"
