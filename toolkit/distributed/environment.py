@@ -1,0 +1,239 @@
+"""Step 0 of a run: seed, devices, process groups, logging.
+
+Everything that can fail because of bad input happens before this: once process groups exist, one
+rank's error is every rank's time-out.
+"""
+
+import contextlib
+import dataclasses
+import datetime
+import logging
+import os
+import random
+import socket
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+
+from toolkit.distributed.config import DataParallelConfig
+from toolkit.distributed.engine import Engine, Precision, rank_of, resolve_engine, world_size_of
+from toolkit.errors import RunError
+
+log = logging.getLogger(__name__)
+
+COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)
+
+
+class _TrainModuleSettings(Protocol):
+    @property
+    def precision(self) -> Precision: ...
+
+    @property
+    def dp_config(self) -> DataParallelConfig | None: ...
+
+
+class _TrainerSettings(Protocol):
+    @property
+    def deterministic(self) -> bool: ...
+
+
+class EnvironmentSettings(Protocol):
+    """The part of an `ExperimentConfig` this module reads."""
+
+    @property
+    def seed(self) -> int: ...
+
+    @property
+    def train_module(self) -> _TrainModuleSettings: ...
+
+    @property
+    def trainer(self) -> _TrainerSettings: ...
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainingEnvironment:
+    """Where this process stands: rank, device, engine, and a CPU group for small messages."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    device: torch.device
+    engine: Engine
+    seed: int
+    cpu_group: dist.ProcessGroup | None
+    """gloo group of all ranks for the main thread; None on one process."""
+    metrics_group: dist.ProcessGroup | None
+    """gloo group of all ranks for the metrics thread, so that the two never interleave."""
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is rank 0."""
+        return self.rank == 0
+
+    def broadcast(self, value: Any) -> Any:
+        """Rank 0's picklable `value` on every rank."""
+        if self.cpu_group is None:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self.cpu_group)
+        return box[0]
+
+    def barrier(self) -> None:
+        """Wait for all ranks (CPU group)."""
+        if self.cpu_group is not None:
+            dist.barrier(group=self.cpu_group)
+
+    def close(self) -> None:
+        """Leave the process groups; errors of ranks that are already gone do not matter."""
+        if dist.is_initialized():
+            with contextlib.suppress(RuntimeError, ValueError):
+                dist.destroy_process_group()
+
+
+def single_environment(
+    *, seed: int = 0, device: str | None = None, precision: Precision = "auto"
+) -> TrainingEnvironment:
+    """An environment for one process without a launcher: notebooks, tests, tools."""
+    where = torch.device(device) if device else pick_device(local_rank=0)
+    engine = resolve_engine(precision, None, {})
+    return TrainingEnvironment(
+        rank=0,
+        local_rank=0,
+        world_size=1,
+        device=where,
+        engine=settle_precision(engine, where),
+        seed=seed,
+        cpu_group=None,
+        metrics_group=None,
+    )
+
+
+def prepare_training_environment(
+    config: EnvironmentSettings, *, environ: Mapping[str, str] | None = None
+) -> TrainingEnvironment:
+    """Seed, pick the device, resolve the engine and open the process groups.
+
+    Collectives run on "cpu:gloo,cuda:nccl" on GPUs and on gloo elsewhere.
+
+    Raises:
+        ConfigError: when launcher and config disagree about the engine.
+    """
+    environ = os.environ if environ is None else environ
+    engine = resolve_engine(config.train_module.precision, config.train_module.dp_config, environ)
+    rank, world_size = rank_of(environ), world_size_of(environ)
+    local_rank = int(environ.get("LOCAL_RANK", "0"))
+    local_world_size = int(environ.get("LOCAL_WORLD_SIZE", str(world_size)))
+    device = pick_device(local_rank)
+    _seed_everything(config.seed)
+    if config.trainer.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+    if device.type == "cpu":
+        _use_all_cores(local_world_size)
+    else:
+        torch.backends.cuda.matmul.allow_tf32 = engine.precision != "fp32"
+    cpu_group = metrics_group = None
+    if world_size > 1 or engine.name not in ("single", "ddp"):
+        _init_process_group(device, world_size)
+        if world_size > 1:
+            cpu_group = dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT)
+            metrics_group = dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT)
+    return TrainingEnvironment(
+        rank=rank,
+        local_rank=local_rank,
+        world_size=world_size,
+        device=device,
+        engine=settle_precision(engine, device),
+        seed=config.seed,
+        cpu_group=cpu_group,
+        metrics_group=metrics_group,
+    )
+
+
+def pick_device(local_rank: int) -> torch.device:
+    """This process's accelerator, or the CPU."""
+    if torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "").lower() != "true":
+        device = torch.device("cuda", local_rank % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+        return device
+    return torch.device("cpu")
+
+
+def is_fast_at_bf16(device: torch.device) -> bool:
+    """Whether `auto` precision means bf16: CUDA >= 8.0, CPUs with AMX or AVX512-BF16."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    try:
+        flags = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+    return "amx_bf16" in flags or "avx512_bf16" in flags
+
+
+def settle_precision(engine: Engine, device: torch.device) -> Engine:
+    """`engine` with `auto` replaced by what this device is fast at."""
+    import msgspec
+
+    if engine.precision != "auto":
+        return engine
+    return msgspec.structs.replace(engine, precision="bf16" if is_fast_at_bf16(device) else "fp32")
+
+
+def check_shared_folder(environment: TrainingEnvironment, folder: Path) -> None:
+    """Every rank must see the run folder that rank 0 made.
+
+    Raises:
+        RunError: on every rank, naming the hosts that do not see it.
+    """
+    if environment.cpu_group is None:
+        return
+    token = environment.broadcast(uuid.uuid4().hex)
+    probe = folder / f".shared-{token}"
+    if environment.is_main:
+        probe.touch()
+    environment.barrier()
+    seen = [None] * environment.world_size
+    dist.all_gather_object(seen, (socket.gethostname(), probe.exists()), group=environment.cpu_group)
+    environment.barrier()
+    if environment.is_main:
+        probe.unlink()
+    blind = sorted({host for host, sees in seen if not sees})  # type: ignore[misc]
+    if blind:
+        raise RunError(
+            f"{folder}: not visible on {', '.join(blind)}; a run on several machines needs a "
+            "shared file system: give --save-folder on one"
+        )
+
+
+def _init_process_group(device: torch.device, world_size: int) -> None:
+    if dist.is_initialized():
+        return
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    for name, value in (("MASTER_PORT", "0"), ("RANK", "0"), ("WORLD_SIZE", "1")):
+        os.environ.setdefault(name, value)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    extra: dict[str, Any] = {"device_id": device} if device.type == "cuda" else {}
+    if world_size == 1:
+        # A private in-memory store: no port, so parallel runs on one machine cannot collide.
+        extra |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT, **extra)
+
+
+def _seed_everything(seed: int) -> None:
+    import numpy as np
+
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def _use_all_cores(local_world_size: int) -> None:
+    # Launchers set OMP_NUM_THREADS=1 when nobody gave a number; a run that owns the machine wants
+    # its share of the cores. TOOLKIT_NUM_THREADS says otherwise.
+    asked = os.environ.get("TOOLKIT_NUM_THREADS")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    torch.set_num_threads(int(asked) if asked else max(1, cores // local_world_size))
