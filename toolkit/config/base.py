@@ -14,14 +14,14 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     def to_dict(self) -> dict[str, Any]:
         """The config as plain JSON types, tags included."""
-        return msgspec.to_builtins(self)
+        return msgspec.json.decode(msgspec.json.encode(self))
 
     def to_json(self) -> bytes:
         """Indented JSON bytes that `msgspec.json.decode` reads back to an equal config."""
         return msgspec.json.format(msgspec.json.encode(self), indent=2)
 
     def replace(self, **changes: Any) -> Self:
-        """A copy with `changes`; validated like a config that was read from a file."""
+        """A copy with `changes`; `__post_init__` checks it like one that was read from a file."""
         return msgspec.structs.replace(self, **changes)
 
 

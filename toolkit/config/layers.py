@@ -1,4 +1,4 @@
-"""From layers of plain data (recipe, file, flags) to one typed config with the origin of each value.
+"""From layers of plain data (recipe, file, flags) to one typed config, with each value's origin.
 
 1. `ConfigLayers(T)` starts empty; every value is then T's default.
 2. `add(data, origin)` merges a recipe or file; `set(path, value, origin)` and `apply(override)` set
@@ -7,19 +7,29 @@
    the frozen config. `origins()` then tells for each leaf where its value came from.
 """
 
-import difflib
-import re
+import copy
 from typing import Any, Generic, TypeVar
 
 import msgspec
 
 from toolkit.config.base import Config
-from toolkit.config.overrides import Override, alternatives, choose_struct, parse_value
+from toolkit.config.check import convert
+from toolkit.config.overrides import Override, parse_value
+from toolkit.config.types import (
+    FieldError,
+    child_type,
+    choose_struct,
+    field_default,
+    field_types,
+    join,
+    struct_types,
+    tags,
+    value_type,
+)
 from toolkit.errors import ConfigError
 
 DEFAULT_ORIGIN = "default"
 T = TypeVar("T", bound=Config)
-C = TypeVar("C")
 
 
 class ConfigLayers(Generic[T]):
@@ -32,8 +42,12 @@ class ConfigLayers(Generic[T]):
         self._root = msgspec.inspect.type_info(config_type)
 
     def add(self, data: dict[str, Any], origin: str) -> None:
-        """Merge `data` over the layers so far; nested mappings merge, everything else replaces."""
-        _merge(self.data, data, "", origin, self._origins)
+        """Merge `data` over the layers so far.
+
+        Mappings merge, everything else replaces. Where a tag changes (`"type": "sgd"` over an
+        adamw), values below that the new type does not know are dropped.
+        """
+        self._merge(self.data, copy.deepcopy(data), self._root, "", origin)
 
     def set(self, path: str, value: Any, origin: str) -> None:
         """Set one value (plain JSON types) at a dotted `path`; list items by index.
@@ -41,198 +55,136 @@ class ConfigLayers(Generic[T]):
         Raises:
             ConfigError: for a path that does not exist, with the nearest known name.
         """
-        parts = path.split(".")
-        target, here = self._root, ""
-        container: Any = self.data
-        for depth, part in enumerate(parts):
-            known = container if isinstance(container, dict) else {}
-            target = _child_type(target, part, here, known)
-            here = f"{here}.{part}" if here else part
-            is_last = depth == len(parts) - 1
-            if isinstance(container, list):
-                index = _list_index(part, container, here)
-                if is_last:
-                    container[index] = value
-                else:
-                    container = container[index]
-            elif is_last:
-                container[part] = value
-            else:
-                if not isinstance(container.get(part), dict | list):
-                    container[part] = _default_of(self._default_container(here), target)
-                container = container[part]
-        self._forget(path)
-        self._origins[path] = origin
+        container, name, owner = self._open(path)
+        if isinstance(container, list):
+            container[_list_index(name, container, path)] = value
+        else:
+            parent = path.rpartition(".")[0]
+            if name in {s.tag_field for s in struct_types(owner)} and value in tags(owner):
+                self._switch_tag(container, value, owner, parent)
+            container[name] = value
+        self._record(path, value, origin)
+
+    def parse(self, override: Override) -> Any:
+        """The value of a command-line override, converted by its target's type."""
+        container, name, owner = self._open(override.path)
+        values = container if isinstance(container, dict) else {}
+        target = child_type(owner, name, override.path.rpartition(".")[0], values)
+        return parse_value(override.text, target, override.path)
 
     def apply(self, override: Override) -> None:
-        """Set the value of a command-line override, converted by its target's type."""
-        target = self._type_at(override.path)
-        value = parse_value(override.text, target, override.path)
-        self.set(override.path, value, override.flag)
+        """Set the value of a command-line override.
+
+        Raises:
+            ConfigError: unknown path, or a value that its target cannot take.
+        """
+        self.set(override.path, self.parse(override), override.flag)
 
     def resolve(self) -> T:
         """Check names and types and return the frozen config.
 
         Raises:
-            ConfigError: naming the path, the value and what was expected.
+            ConfigError: naming the path, the value, what was expected, and the layer it is from.
         """
-        _check_names(self.data, self._root, "")
-        return convert(self.data, self.config_type)
+        try:
+            return convert(self.data, self.config_type)
+        except FieldError as error:
+            origin = self._origins.get(error.path, "")
+            # A flag is in front of the user's eyes already.
+            where = f" (in {origin})" if origin and not origin.startswith("--") else ""
+            raise ConfigError(f"{error}{where}") from None
 
     def origins(self, config: T) -> dict[str, str]:
         """`path -> origin` for every leaf value of the resolved `config`."""
         return {path: self._origin_of(path) for path, _ in leaves(config.to_dict())}
 
-    def _origin_of(self, path: str) -> str:
-        while path:
-            if path in self._origins:
-                return self._origins[path]
-            path = path.rpartition(".")[0]
-        return DEFAULT_ORIGIN
+    def _open(self, path: str) -> tuple[dict | list, str, Any]:
+        """(container, last name, type of the container) for `path`, filling in defaults on the way.
+
+        Filled-in defaults keep the siblings of a value that is set: one beta, one callback's
+        interval, one field of the default optimizer.
+        """
+        *parents, name = path.split(".")
+        container: Any = self.data
+        owner, here = self._root, ""
+        for part in parents:
+            values = container if isinstance(container, dict) else {}
+            target = child_type(owner, part, here, values)
+            here = join(here, part)
+            if isinstance(container, list):
+                container = container[_list_index(part, container, here)]
+            else:
+                if not isinstance(container.get(part), dict | list):
+                    default = field_default(owner, part, container)
+                    container[part] = {} if default is None else default
+                container = container[part]
+            if not isinstance(container, dict | list):
+                raise FieldError(here, f"a single value; it has no field {name!r}")
+            owner = target
+        child_type(owner, name, here, container if isinstance(container, dict) else {})
+        return container, name, owner
+
+    def _merge(self, into: dict, data: dict, target: Any, path: str, origin: str) -> None:
+        tag_field = next((s.tag_field for s in struct_types(target)), None)
+        if tag_field and data.get(tag_field) in tags(target):
+            self._switch_tag(into, data[tag_field], target, path)
+        struct = choose_struct(target, {**into, **data})
+        fields = field_types(struct) if struct else {}
+        for key, value in data.items():
+            here = join(path, key)
+            below = fields.get(key) or value_type(target)
+            if isinstance(value, dict) and value and isinstance(into.get(key, {}), dict):
+                inside = into.setdefault(key, {})
+                self._fill_tag(inside, value, below, field_default(target, key, into))
+                self._merge(inside, value, below, here, origin)
+            else:
+                into[key] = value
+                self._record(here, value, origin)
+
+    def _fill_tag(self, into: dict, data: dict, target: Any, default: Any) -> None:
+        # {"optim": {"lr": 1}} means the default optimizer.
+        tag_field = next((s.tag_field for s in struct_types(target)), None)
+        if tag_field and tag_field not in data and isinstance(default, dict):
+            into.setdefault(tag_field, default.get(tag_field))
+
+    def _switch_tag(self, container: dict, tag: Any, target: Any, path: str) -> None:
+        struct = next(s for s in struct_types(target) if s.tag == tag)
+        if container.get(struct.tag_field or "", tag) == tag:
+            return
+        for name in [n for n in container if n not in field_types(struct)]:
+            del container[name]
+            self._forget(join(path, name))
+
+    def _record(self, path: str, value: Any, origin: str) -> None:
+        self._forget(path)
+        for leaf, _ in leaves(value, path):
+            self._origins[leaf] = origin
 
     def _forget(self, path: str) -> None:
         for known in [k for k in self._origins if k == path or k.startswith(f"{path}.")]:
             del self._origins[known]
 
-    def _type_at(self, path: str) -> Any:
-        target, here, container = self._root, "", self.data
-        for part in path.split("."):
-            known = container if isinstance(container, dict) else {}
-            target = _child_type(target, part, here, known)
-            here = f"{here}.{part}" if here else part
-            if isinstance(container, list) and part.isdigit() and int(part) < len(container):
-                container = container[int(part)]
-            else:
-                container = known.get(part, {})
-        return target
-
-    def _default_container(self, path: str) -> Any:
-        """What the typed default holds at `path`, so that setting an item keeps its siblings."""
-        try:
-            value: Any = msgspec.convert(self.data, self.config_type).to_dict()
-        except msgspec.ValidationError:
-            return None
-        for part in path.split("."):
-            if isinstance(value, list | tuple) and part.isdigit() and int(part) < len(value):
-                value = value[int(part)]
-            elif isinstance(value, dict):
-                value = value.get(part)
-            else:
-                return None
-        return list(value) if isinstance(value, tuple) else value
-
-
-def convert(data: Any, config_type: type[C]) -> C:
-    """`msgspec.convert` whose errors are ours: path first, then what was wrong."""
-    try:
-        return msgspec.convert(data, config_type)
-    except msgspec.ValidationError as error:
-        message, _, where = str(error).partition(" - at `")
-        path = where.rstrip("`").removeprefix("$").lstrip(".").replace("[", ".").replace("]", "")
-        value = _value_at(data, path)
-        message = re.sub(r"\bgot `(\w+)`", lambda m: f"got {m[1]} {value!r}", message)
-        message = message.replace("`", "")
-        raise ConfigError(f"{path}: {message}" if path else message) from None
+    def _origin_of(self, path: str) -> str:
+        if path in self._origins:
+            return self._origins[path]
+        # A list of scalars is one leaf, of which a later layer may have set an item.
+        inside = [origin for known, origin in self._origins.items() if known.startswith(f"{path}.")]
+        if inside:
+            return inside[-1]
+        parent = path.rpartition(".")[0]
+        return self._origins.get(parent, DEFAULT_ORIGIN) if parent else DEFAULT_ORIGIN
 
 
 def leaves(data: Any, path: str = "") -> list[tuple[str, Any]]:
     """`(path, value)` of every leaf; empty mappings and lists of scalars count as leaves."""
     if isinstance(data, dict) and data:
-        return [x for k, v in data.items() for x in leaves(v, f"{path}.{k}" if path else str(k))]
+        return [leaf for key, value in data.items() for leaf in leaves(value, join(path, key))]
     if isinstance(data, list) and any(isinstance(item, dict) for item in data):
-        return [x for i, v in enumerate(data) for x in leaves(v, f"{path}.{i}")]
+        return [leaf for i, value in enumerate(data) for leaf in leaves(value, join(path, i))]
     return [(path, data)]
-
-
-def _merge(into: dict, data: dict, path: str, origin: str, origins: dict[str, str]) -> None:
-    for key, value in data.items():
-        here = f"{path}.{key}" if path else key
-        if isinstance(value, dict) and value and isinstance(into.get(key, {}), dict):
-            _merge(into.setdefault(key, {}), value, here, origin, origins)
-        else:
-            into[key] = value
-            for known in [k for k in origins if k.startswith(f"{here}.")]:
-                del origins[known]
-            origins[here] = origin
-
-
-def _child_type(target: Any, name: str, path: str, known: dict[str, Any]) -> Any:
-    inspect = msgspec.inspect
-    options = alternatives(target)
-    struct = choose_struct(target, known)
-    structs = [struct] if struct else [t for t in options if isinstance(t, inspect.StructType)]
-    for candidate in structs:
-        if name == candidate.tag_field:
-            tags = tuple(t.tag for t in options if isinstance(t, inspect.StructType))
-            return inspect.LiteralType(tags)
-        for field in candidate.fields:
-            if field.encode_name == name:
-                return field.type
-    if structs:
-        raise unknown_field(path, name, structs)
-    for option in options:
-        if isinstance(option, inspect.DictType):
-            return option.value_type
-        if isinstance(option, inspect.ListType | inspect.VarTupleType):
-            return option.item_type
-        if isinstance(option, inspect.TupleType) and name.isdigit():
-            return option.item_types[min(int(name), len(option.item_types) - 1)]
-        if isinstance(option, inspect.AnyType):
-            return option
-    raise ConfigError(f"{path}: a single value, so it has no field {name!r}")
-
-
-def unknown_field(path: str, name: str, structs: list[Any]) -> ConfigError:
-    """`path.name: no such field; did you mean ...?` for the given msgspec struct types."""
-    names = sorted({f.encode_name for s in structs for f in s.fields})
-    where = f"{path}.{name}" if path else name
-    near = difflib.get_close_matches(name, names, n=1)
-    hint = f"did you mean {near[0]!r}?" if near else "known fields: " + ", ".join(names)
-    return ConfigError(f"{where}: no such field; {hint}")
-
-
-def _check_names(data: Any, target: Any, path: str) -> None:
-    inspect = msgspec.inspect
-    if isinstance(data, dict):
-        struct = choose_struct(target, data)
-        if struct is not None:
-            fields = {f.encode_name: f.type for f in struct.fields}
-            for name, value in data.items():
-                if name == struct.tag_field:
-                    continue
-                if name not in fields:
-                    raise unknown_field(path, name, [struct])
-                _check_names(value, fields[name], f"{path}.{name}" if path else name)
-            return
-        for option in alternatives(target):
-            if isinstance(option, inspect.DictType):
-                for name, value in data.items():
-                    _check_names(value, option.value_type, f"{path}.{name}")
-    elif isinstance(data, list):
-        for option in alternatives(target):
-            if isinstance(option, inspect.ListType | inspect.VarTupleType):
-                for index, value in enumerate(data):
-                    _check_names(value, option.item_type, f"{path}.{index}")
-
-
-def _default_of(default: Any, target: Any) -> Any:
-    if isinstance(default, dict | list):
-        return default
-    return {}
 
 
 def _list_index(part: str, items: list, path: str) -> int:
     if part.isdigit() and int(part) < len(items):
         return int(part)
-    raise ConfigError(f"{path}: the list has {len(items)} items; give an index below that")
-
-
-def _value_at(data: Any, path: str) -> Any:
-    for part in filter(None, path.split(".")):
-        if isinstance(data, list) and part.isdigit() and int(part) < len(data):
-            data = data[int(part)]
-        elif isinstance(data, dict):
-            data = data.get(part)
-        else:
-            return data
-    return data
+    raise FieldError(path, f"the list has {len(items)} items; give an index below that")

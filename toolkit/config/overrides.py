@@ -6,16 +6,26 @@ keeps its characters whatever they look like.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
-import msgspec
+from msgspec import inspect
 
+from toolkit.config.types import (
+    allows_none,
+    alternatives,
+    choose_struct,
+    field_types,
+    item_type,
+    nearest,
+    value_type,
+)
 from toolkit.errors import ConfigError
 
-_INT = re.compile(r"[-+]?[0-9][0-9_]*\Z")
+_INT = re.compile(r"[-+]?[0-9]+(_[0-9]+)*\Z")
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?\Z")
-_NON_FINITE = re.compile(r"([-+]?\.inf|\.nan)\Z", re.IGNORECASE)
+# Longer texts are no number that a config can hold, and Python refuses to convert them.
+_LONGEST_NUMBER = 400
 
 
 class Override(NamedTuple):
@@ -26,50 +36,71 @@ class Override(NamedTuple):
     flag: str
 
 
-def parse_override_args(args: Sequence[str]) -> list[Override]:
+def parse_override_args(
+    args: Sequence[str], *, sections: Collection[str] = (), options: Collection[str] = ()
+) -> list[Override]:
     """Split the command line's extra arguments into overrides.
 
+    `sections` are the top-level names that may stand without a dot (`--seed=3`); `options` are the
+    command's own long options, for the hint when one is misspelled.
+
     Raises:
-        ConfigError: for a word that is not an override (typo in a positional argument).
+        ConfigError: for a word that is not an override.
     """
     overrides, position = [], 0
     while position < len(args):
         arg = args[position]
         position += 1
-        if not arg.startswith("--") or len(arg) == 2:
-            raise ConfigError(
-                f"{arg!r} is not an option; overrides look like --train_module.optim.lr=6e-3"
-            )
+        if not is_override(arg):
+            raise ConfigError(_not_an_override(arg))
         path, equals, text = arg[2:].partition("=")
+        if "." not in path and path not in sections:
+            raise ConfigError(_unknown_option(path, sections, options))
         if not equals:
-            following = args[position] if position < len(args) else None
-            if following is not None and not following.startswith("--"):
-                text, position = following, position + 1
-            else:
-                text = "true"
-        if "." not in path and path != "seed":
-            raise ConfigError(
-                f"no such option: --{path} (config values are given by their full path, "
-                "for example --trainer.hard_stop; `toolkit train --help` lists the short options)"
-            )
+            text = "true"
+            if position < len(args) and not is_override(args[position]):
+                text, position = args[position], position + 1
         overrides.append(Override(path, text, f"--{path}={text}"))
     return overrides
 
 
+def is_override(word: str) -> bool:
+    """Whether a command-line word starts an override (and so is no value: `-5` is one)."""
+    return word.startswith("--") and len(word) > 2
+
+
+def _not_an_override(arg: str) -> str:
+    if arg.startswith("-") and len(arg) > 1:
+        return f"no such option: {arg}; see --help, and --a.b.c=VALUE for config values"
+    return f"unexpected argument {arg!r}; overrides look like --train_module.optim.lr=6e-3"
+
+
+def _unknown_option(name: str, sections: Collection[str], options: Collection[str]) -> str:
+    near = nearest(name, [*sections, *options])
+    hint = f"did you mean --{near}?" if near else "see --help"
+    return (
+        f"no such option: --{name}; {hint} "
+        "(config values go by their full path, as in --trainer.hard_stop.value=20)"
+    )
+
+
 def parse_value(text: str, target: Any, path: str) -> Any:
-    """Convert `text` to plain JSON types for the msgspec type `target` (`msgspec.inspect` node).
+    """Convert `text` to plain JSON types for the type `target` (a `msgspec.inspect` node).
 
     Raises:
         ConfigError: when `text` is not a JSON or YAML flow value.
     """
-    if _wants_text(target) and text[:1] not in "\"'":
-        return None if text in ("null", "~") and _allows(target, "none") else text
+    if _wants_text(target) and not text.startswith(('"', "'")):
+        return None if text in ("null", "~") and allows_none(target) else text
+    # The common scalars need no YAML parser, whose import costs more than all the rest.
+    if _INT.match(text) or _FLOAT.match(text) or text in ("true", "false", "null"):
+        return plain_scalar(text, target)
     import yaml
 
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.YAMLError as error:
-        problem = getattr(error, "problem", None) or "cannot be read"
+        problem = getattr(error, "problem", None) or getattr(error, "reason", "cannot be read")
         raise ConfigError(f"{path}: {text!r} is not a JSON or YAML value: {problem}") from None
     return None if node is None else _convert(node, target)
 
@@ -77,83 +108,46 @@ def parse_value(text: str, target: Any, path: str) -> Any:
 def _convert(node: Any, target: Any) -> Any:
     import yaml
 
-    inspect = msgspec.inspect
     if isinstance(node, yaml.ScalarNode):
         if node.style in ("'", '"'):
             return node.value
         if _wants_text(target):
-            is_null = node.value in ("null", "~", "") and _allows(target, "none")
+            is_null = node.value in ("null", "~", "") and allows_none(target)
             return None if is_null else node.value
-        return plain_scalar(node.value)
+        return plain_scalar(node.value, target)
     if isinstance(node, yaml.SequenceNode):
-        item = next(
-            (
-                t.item_type
-                for t in alternatives(target)
-                if isinstance(t, inspect.ListType | inspect.VarTupleType)
-            ),
-            None,
-        )
-        tuple_items = next(
-            (t.item_types for t in alternatives(target) if isinstance(t, inspect.TupleType)), ()
-        )
-        return [
-            _convert(child, tuple_items[i] if i < len(tuple_items) else item)
-            for i, child in enumerate(node.value)
-        ]
-    keys = [str(key.value) for key, _ in node.value]
-    scalars = {str(k.value): v.value for k, v in node.value if isinstance(v, yaml.ScalarNode)}
-    struct = choose_struct(target, scalars)
-    values = next(
-        (t.value_type for t in alternatives(target) if isinstance(t, inspect.DictType)), None
-    )
-    fields = {f.encode_name: f.type for f in struct.fields} if struct else {}
-    return {
-        name: _convert(child, fields.get(name, values))
-        for name, (_, child) in zip(keys, node.value, strict=True)
-    }
+        return [_convert(child, item_type(target, i)) for i, child in enumerate(node.value)]
+    values = {str(k.value): v.value for k, v in node.value if isinstance(v, yaml.ScalarNode)}
+    struct = choose_struct(target, values)
+    fields = field_types(struct) if struct else {}
+    other = value_type(target)
+    return {str(k.value): _convert(v, fields.get(str(k.value), other)) for k, v in node.value}
 
 
-def plain_scalar(text: str) -> Any:
-    """A plain (unquoted) scalar by the YAML 1.2 core schema."""
+def plain_scalar(text: str, target: Any = None) -> Any:
+    """A plain (unquoted) scalar by the YAML 1.2 core schema; `1e6` is whole where `target` is."""
     if text in ("true", "True", "TRUE"):
         return True
     if text in ("false", "False", "FALSE"):
         return False
     if text in ("null", "Null", "NULL", "~", ""):
         return None
+    if len(text) > _LONGEST_NUMBER:
+        return text
     if _INT.match(text):
         return int(text)
     if _FLOAT.match(text):
-        return float(text)
-    if _NON_FINITE.match(text):
-        return float(text.replace(".", ""))
+        number = float(text)
+        return int(number) if _wants_whole_number(target) and number.is_integer() else number
     return text
 
 
-def alternatives(target: Any) -> tuple[Any, ...]:
-    """The members of a union type node, or the node itself."""
-    if isinstance(target, msgspec.inspect.UnionType):
-        return target.types
-    return () if target is None else (target,)
-
-
-def choose_struct(target: Any, values: dict[str, Any]) -> Any:
-    """The struct type among `target`'s alternatives that the tag in `values` selects, or None."""
-    structs = [t for t in alternatives(target) if isinstance(t, msgspec.inspect.StructType)]
-    if len(structs) <= 1:
-        return structs[0] if structs else None
-    return next((s for s in structs if values.get(s.tag_field) == s.tag), None)
-
-
-def _allows(target: Any, kind: str) -> bool:
-    inspect = msgspec.inspect
-    kinds = {"none": inspect.NoneType, "text": inspect.StrType | inspect.LiteralType}
-    return any(isinstance(t, kinds[kind]) for t in alternatives(target))
+def _wants_whole_number(target: Any) -> bool:
+    kinds = {type(option) for option in alternatives(target)}
+    return inspect.IntType in kinds and inspect.FloatType not in kinds
 
 
 def _wants_text(target: Any) -> bool:
-    inspect = msgspec.inspect
     options = [t for t in alternatives(target) if not isinstance(t, inspect.NoneType)]
     return bool(options) and all(
         isinstance(t, inspect.StrType)

@@ -3,6 +3,7 @@
 import ast
 import functools
 import inspect
+import itertools
 import textwrap
 from typing import Any
 
@@ -32,7 +33,7 @@ def field_docs(config_type: type) -> dict[str, str]:
         if cls is Config or not issubclass(cls, Config):
             continue
         body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0].body  # type: ignore[attr-defined]
-        for field, doc in zip(body, body[1:], strict=False):
+        for field, doc in itertools.pairwise(body):
             if (
                 isinstance(field, ast.AnnAssign)
                 and isinstance(field.target, ast.Name)

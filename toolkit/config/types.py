@@ -1,0 +1,178 @@
+"""Questions about config types, on the nodes of `msgspec.inspect`.
+
+Overrides, layers and checks all walk plain data and the types it is meant for side by side; these
+are the steps of that walk.
+"""
+
+import difflib
+from collections.abc import Iterable
+from typing import Any
+
+import msgspec
+from msgspec import inspect
+
+from toolkit.errors import ConfigError
+
+
+class FieldError(ConfigError):
+    """A `ConfigError` that knows its dotted path, so that a layer can add its origin."""
+
+    def __init__(self, path: str, problem: str) -> None:
+        super().__init__(f"{path}: {problem}" if path else problem)
+        self.path = path
+
+
+def join(path: str, name: str | int) -> str:
+    """`path.name`, or just `name` at the root."""
+    return f"{path}.{name}" if path else str(name)
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """The known name that looks most like `name`, if any does."""
+    return next(iter(difflib.get_close_matches(name, list(known), n=1)), None)
+
+
+def alternatives(target: Any) -> tuple[Any, ...]:
+    """The members of a union, or the node itself; nothing for an unknown type (`None`)."""
+    if isinstance(target, inspect.UnionType):
+        return target.types
+    return () if target is None else (target,)
+
+
+def struct_types(target: Any) -> list[inspect.StructType]:
+    """The structs among the alternatives of `target`."""
+    return [t for t in alternatives(target) if isinstance(t, inspect.StructType)]
+
+
+def choose_struct(target: Any, values: dict[str, Any]) -> inspect.StructType | None:
+    """The struct that `values` are meant for: the only one, or the one its tag names."""
+    structs = struct_types(target)
+    if len(structs) <= 1:
+        return structs[0] if structs else None
+    return next((s for s in structs if values.get(s.tag_field or "") == s.tag), None)
+
+
+def tags(target: Any) -> tuple[Any, ...]:
+    """The valid tags of a union of structs."""
+    return tuple(s.tag for s in struct_types(target))
+
+
+def field_types(struct: inspect.StructType) -> dict[str, Any]:
+    """`field -> type` of a struct, its tag included."""
+    fields: dict[str, Any] = {f.encode_name: f.type for f in struct.fields}
+    if struct.tag_field:
+        fields[struct.tag_field] = inspect.LiteralType((struct.tag,))
+    return fields
+
+
+def allows_none(target: Any) -> bool:
+    """Whether null is a value of `target`."""
+    return any(isinstance(t, inspect.NoneType | inspect.AnyType) for t in alternatives(target))
+
+
+def item_type(target: Any, index: int) -> Any:
+    """Type of item `index` of a list or tuple; None where `target` has no items."""
+    for option in alternatives(target):
+        if isinstance(option, inspect.ListType | inspect.VarTupleType):
+            return option.item_type
+        if isinstance(option, inspect.TupleType):
+            return option.item_types[min(index, len(option.item_types) - 1)]
+    return None
+
+
+def value_type(target: Any) -> Any:
+    """Type of the values of a free-form mapping; None where `target` is not one."""
+    return next(
+        (t.value_type for t in alternatives(target) if isinstance(t, inspect.DictType)), None
+    )
+
+
+def child_type(target: Any, name: str, path: str, values: dict[str, Any]) -> Any:
+    """Type of the item `name` inside `target`, whose present value is `values`.
+
+    Raises:
+        FieldError: `target` has no such item; names the nearest one it has.
+    """
+    chosen = choose_struct(target, values)
+    structs = [chosen] if chosen else struct_types(target)
+    for struct in structs:
+        if name == struct.tag_field:
+            return inspect.LiteralType(tags(target))
+        if name in field_types(struct):
+            return field_types(struct)[name]
+    if structs:
+        raise unknown_field(path, name, structs)
+    found = item_type(target, int(name)) if name.isdigit() else None
+    found = found or value_type(target)
+    if found is None:
+        problem = (
+            "a list; give the index of an item"
+            if item_type(target, 0)
+            else f"a single value; it has no field {name!r}"
+        )
+        raise FieldError(path, problem)
+    return found
+
+
+def unknown_field(path: str, name: str, structs: Iterable[inspect.StructType]) -> FieldError:
+    """`path.name: no such field; did you mean ...?`"""
+    names = sorted({f.encode_name for s in structs for f in s.fields})
+    near = nearest(name, names)
+    hint = f"did you mean {near!r}?" if near else "known: " + ", ".join(names)
+    return FieldError(join(path, name), f"no such field; {hint}")
+
+
+def field_default(target: Any, name: str, values: dict[str, Any]) -> Any:
+    """Plain JSON types of the default of field `name`; None where there is none."""
+    struct = choose_struct(target, values)
+    for field in struct.fields if struct else ():
+        if field.encode_name != name:
+            continue
+        if field.default is not msgspec.NODEFAULT:
+            return plain(field.default)
+        if field.default_factory is not msgspec.NODEFAULT:
+            return plain(field.default_factory())
+    return None
+
+
+def plain(value: Any) -> Any:
+    """`value` as fresh JSON types: mappings, lists and scalars."""
+    return msgspec.json.decode(msgspec.json.encode(value))
+
+
+def describe(target: Any) -> str:
+    """What a user would write for `target`, in words."""
+    words = [_describe_one(option) for option in alternatives(target)]
+    if "null" in words:
+        words.remove("null")
+        words.append("null")
+    return " or ".join(dict.fromkeys(words)) or "nothing"
+
+
+def _describe_one(option: Any) -> str:
+    if isinstance(option, inspect.LiteralType):
+        return f"one of {listing(option.values)}"
+    if isinstance(option, inspect.StructType):
+        names = [f.encode_name for f in option.fields]
+        shown = ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
+        return f"a mapping with {shown}"
+    if isinstance(option, inspect.TupleType):
+        return f"a list of {len(option.item_types)}"
+    return _WORDS.get(type(option), "a value")
+
+
+def listing(values: Iterable[Any]) -> str:
+    """`a, b, c` in order of name."""
+    return ", ".join(sorted(str(v) for v in values))
+
+
+_WORDS: dict[type, str] = {
+    inspect.IntType: "a whole number",
+    inspect.FloatType: "a number",
+    inspect.BoolType: "true or false",
+    inspect.StrType: "text",
+    inspect.NoneType: "null",
+    inspect.ListType: "a list",
+    inspect.VarTupleType: "a list",
+    inspect.DictType: "a mapping",
+}
