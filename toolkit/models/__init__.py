@@ -1,0 +1,1 @@
+"""Models: nn.Modules that know nothing of parallelism, and configs that import no torch."""

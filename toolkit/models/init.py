@@ -1,0 +1,124 @@
+"""Initial values that depend on (seed, parameter name, shape) and on nothing else.
+
+A parameter is seen as the flat row-major sequence of its elements, drawn in blocks of 2**20. Each
+block has a generator of its own, keyed by a hash of (seed, name, block index), and is always drawn
+whole, so a rank that holds elements [a, b) makes exactly the values of the unsharded parameter by
+drawing only the blocks that it touches. Drawn on the CPU by NumPy, whose normal values do not vary
+with the processor's vector width, as torch's do.
+"""
+
+import hashlib
+import math
+import re
+from typing import Literal, NamedTuple, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from toolkit.models.config import TransformerConfig
+
+BLOCK_SIZE = 2**20
+"""Elements per independently drawn block."""
+
+CUT = 3.0
+"""Normal values beyond this many standard deviations are drawn again."""
+
+_WRAPPERS = re.compile(r"^module\.|_checkpoint_wrapped_module\.|_orig_mod\.|_fsdp_wrapped_module\.")
+_RESIDUAL_OUTPUTS = ("attention.output.weight", "feed_forward.down.weight")
+
+
+class InitSpec(NamedTuple):
+    """What a parameter is filled with."""
+
+    kind: Literal["normal", "zeros", "ones"]
+    std: float = 0.0
+    """Standard deviation before the cut (`normal`)."""
+
+
+def canonical_name(name: str) -> str:
+    """The parameter's name without the prefixes that wrappers insert (DDP, checkpoint, compile)."""
+    return _WRAPPERS.sub("", name)
+
+
+def init_spec(model: nn.Module) -> dict[str, InitSpec]:
+    """Canonical parameter name -> initial values, for a `Transformer`, its blocks wrapped or not.
+
+    Norm weights are one, biases zero, the rest normal with `config.init_std`.
+    """
+    config = cast(TransformerConfig, model.config)
+    residual_std = config.init_std
+    if config.init_scale_residual:
+        residual_std /= math.sqrt(2 * config.num_layers)
+    specs = {}
+    for wrapped_name, _ in model.named_parameters():
+        name = canonical_name(wrapped_name)
+        if name.endswith("norm.weight"):
+            specs[name] = InitSpec("ones")
+        elif name.endswith(".bias"):
+            specs[name] = InitSpec("zeros")
+        elif name.endswith(_RESIDUAL_OUTPUTS):
+            specs[name] = InitSpec("normal", residual_std)
+        else:
+            specs[name] = InitSpec("normal", config.init_std)
+    return specs
+
+
+@torch.no_grad()
+def fill_flat_(
+    out: Tensor, *, name: str, numel: int, start: int, spec: InitSpec, seed: int
+) -> Tensor:
+    """Write elements [start, start + len(out)) of the flattened parameter `name` into `out`.
+
+    Args:
+        out: 1-D, any device and floating type.
+        name: canonical name of the parameter.
+        numel: elements of the whole parameter.
+        start: first element, in row-major order.
+        spec: what to draw.
+        seed: of the run.
+    """
+    if out.dim() != 1 or start < 0 or start + out.numel() > numel:
+        raise ValueError(
+            f"{name}: elements {start} to {start + out.numel()} of {numel} asked for, "
+            f"into a tensor of shape {tuple(out.shape)}"
+        )
+    if spec.kind != "normal":
+        return out.fill_(1.0 if spec.kind == "ones" else 0.0)
+    position = start
+    while position < start + out.numel():
+        block, offset = divmod(position, BLOCK_SIZE)
+        length = min(BLOCK_SIZE - offset, start + out.numel() - position)
+        values = _normal_block(seed, name, block, min(BLOCK_SIZE, numel - block * BLOCK_SIZE))
+        piece = torch.from_numpy(values[offset : offset + length]).mul_(spec.std)
+        out[position - start : position - start + length].copy_(piece)
+        position += length
+    return out
+
+
+@torch.no_grad()
+def initialize_(model: nn.Module, seed: int) -> None:
+    """Fill all parameters of an unsharded `model` that has storage."""
+    specs = init_spec(model)
+    for wrapped_name, parameter in model.named_parameters():
+        name = canonical_name(wrapped_name)
+        fill_flat_(
+            parameter.view(-1),
+            name=name,
+            numel=parameter.numel(),
+            start=0,
+            spec=specs[name],
+            seed=seed,
+        )
+
+
+def _normal_block(seed: int, name: str, block: int, length: int) -> np.ndarray:
+    """The standard normal values of one block, cut at `CUT`, fp32."""
+    key = hashlib.blake2b(f"{seed}/{name}/{block}".encode(), digest_size=16).digest()
+    generator = np.random.Generator(np.random.SFC64(int.from_bytes(key, "little")))
+    values = generator.standard_normal(length, dtype=np.float32)
+    outside = np.flatnonzero(np.abs(values) > CUT)
+    while outside.size:
+        values[outside] = generator.standard_normal(outside.size, dtype=np.float32)
+        outside = outside[np.abs(values[outside]) > CUT]
+    return values

@@ -1,0 +1,130 @@
+"""Named model sizes, with every field that makes the architecture spelled out."""
+
+import difflib
+from typing import Any
+
+from toolkit.errors import ConfigError
+
+_LLAMA_LIKE: dict[str, Any] = {
+    "type": "transformer",
+    "num_key_value_heads": None,
+    "head_dim": None,
+    "norm": "rms_norm",
+    "norm_eps": 1e-5,
+    "norm_placement": "pre",
+    "qk_norm": "none",
+    "positions": "rope",
+    "rope_theta": 10_000.0,
+    "feed_forward": "swiglu",
+    "bias": False,
+    "tie_embeddings": False,
+    "init_std": 0.02,
+    "init_scale_residual": False,
+}
+
+_OLMO2_LIKE: dict[str, Any] = _LLAMA_LIKE | {
+    "norm_eps": 1e-6,
+    "norm_placement": "reordered",
+    "qk_norm": "full",
+    "rope_theta": 500_000.0,
+}
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # Small enough for two CPU cores: tied, because a vocabulary of 4,096 is a third of it.
+    "quickstart": _LLAMA_LIKE
+    | {
+        "vocab_size": 4_096,
+        "vocab_multiple": 64,
+        "d_model": 192,
+        "num_layers": 4,
+        "num_heads": 3,
+        "intermediate_size": 512,
+        "max_sequence_length": 1_024,
+        "tie_embeddings": True,
+    },
+    # 7.6M parameters: the subject of benchmarks/.
+    "bench_7M": _LLAMA_LIKE
+    | {
+        "vocab_size": 8_192,
+        "vocab_multiple": 64,
+        "d_model": 256,
+        "num_layers": 4,
+        "num_heads": 4,
+        "intermediate_size": 768,
+        "max_sequence_length": 2_048,
+    },
+    # Radford et al. 2019; the name counts the shared embedding once.
+    "gpt2_124M": {
+        "type": "gpt",
+        "vocab_size": 50_257,
+        "vocab_multiple": 64,
+        "n_positions": 1_024,
+        "n_embd": 768,
+        "n_layer": 12,
+        "n_head": 12,
+        "n_inner": 3_072,
+        "layer_norm_epsilon": 1e-5,
+        "bias": True,
+        "tie_word_embeddings": True,
+        "initializer_range": 0.02,
+    },
+    # OLMo-core's llama2_271M shape, with GPT-2's vocabulary.
+    "llama_271M": _LLAMA_LIKE
+    | {
+        "vocab_size": 50_257,
+        "vocab_multiple": 128,
+        "d_model": 1_024,
+        "num_layers": 16,
+        "num_heads": 8,
+        "intermediate_size": 2_816,
+        "max_sequence_length": 2_048,
+    },
+    # OLMo-core's olmo2_190M shape, with the dolma2 vocabulary (190M without embedding).
+    "olmo2_190M": _OLMO2_LIKE
+    | {
+        "vocab_size": 100_278,
+        "vocab_multiple": 128,
+        "d_model": 768,
+        "num_layers": 12,
+        "num_heads": 12,
+        "intermediate_size": 3_072,
+        "max_sequence_length": 4_096,
+    },
+    # allenai/OLMo-2-0425-1B.
+    "olmo2_1B": _OLMO2_LIKE
+    | {
+        "vocab_size": 100_278,
+        "vocab_multiple": 128,
+        "d_model": 2_048,
+        "num_layers": 16,
+        "num_heads": 16,
+        "intermediate_size": 8_192,
+        "max_sequence_length": 4_096,
+    },
+    # meta-llama/Meta-Llama-3-8B.
+    "llama3_8B": _LLAMA_LIKE
+    | {
+        "vocab_size": 128_256,
+        "vocab_multiple": 64,
+        "d_model": 4_096,
+        "num_layers": 32,
+        "num_heads": 32,
+        "num_key_value_heads": 8,
+        "intermediate_size": 14_336,
+        "max_sequence_length": 8_192,
+        "rope_theta": 500_000.0,
+    },
+}
+
+
+def preset(name: str) -> dict[str, Any]:
+    """The fields of a model config, `type` included, as plain data for a recipe.
+
+    Raises:
+        ConfigError: for an unknown name, with the nearest known one.
+    """
+    if name not in PRESETS:
+        near = difflib.get_close_matches(name, PRESETS, n=1, cutoff=0.4)
+        hint = f"did you mean {near[0]!r}?" if near else "known presets: " + ", ".join(PRESETS)
+        raise ConfigError(f"model preset {name!r}: no such preset; {hint}")
+    return dict(PRESETS[name])

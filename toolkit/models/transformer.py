@@ -1,0 +1,80 @@
+"""The decoder-only Transformer, put together."""
+
+from typing import overload
+
+import torch
+from torch import Tensor, nn
+
+from toolkit.models.block import Block
+from toolkit.models.config import TransformerConfig
+from toolkit.models.embeddings import Embeddings
+from toolkit.models.head import Head
+from toolkit.models.init import initialize_
+from toolkit.models.loss import LossSums
+from toolkit.models.rope import rotary_table
+
+
+class Transformer(nn.Module):
+    """Embeddings, blocks, head. Knows nothing of devices' number, shards or precision policies.
+
+    Under autocast the residual stream is in autocast's type from the embedding on, so fp32 weights
+    under autocast and low-precision copies of them (FSDP2) compute the same numbers.
+    """
+
+    def __init__(
+        self, config: TransformerConfig, *, init_device: str = "cpu", seed: int = 0
+    ) -> None:
+        """Build on `init_device` with the initial values of `seed`; "meta": without storage."""
+        super().__init__()
+        self.config = config
+        with torch.device("meta"):
+            self.embeddings = Embeddings(config)
+            self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+            self.head = Head(config)
+        if init_device != "meta":
+            self.to_empty(device=init_device)
+            initialize_(self, seed)
+
+    @overload
+    def forward(self, input_ids: Tensor, labels: None = None) -> Tensor: ...
+
+    @overload
+    def forward(
+        self, input_ids: Tensor, labels: Tensor, *, z_loss_multiplier: float = 0.0
+    ) -> LossSums: ...
+
+    def forward(
+        self, input_ids: Tensor, labels: Tensor | None = None, *, z_loss_multiplier: float = 0.0
+    ) -> Tensor | LossSums:
+        """Logits, or the sums of the loss.
+
+        Args:
+            input_ids: `(batch, seq)` int64.
+            labels: `(batch, seq)` int64, already shifted: `labels[b, t]` is what follows
+                `input_ids[b, t]`; -100 where there is no target.
+            z_loss_multiplier: weight of logsumexp(logits)^2 in the loss.
+
+        Returns:
+            Without labels: `(batch, seq, vocab_size)` in the compute type, no padding ids.
+            With labels: `LossSums` over the target tokens (sums, not means: the caller divides by
+            the number of targets of the global batch).
+
+        Raises:
+            ValueError: for a sequence longer than `config.max_sequence_length`.
+        """
+        config, seq = self.config, input_ids.shape[1]
+        if seq > config.max_sequence_length:
+            raise ValueError(
+                f"sequence of {seq} tokens is longer than model.max_sequence_length "
+                f"{config.max_sequence_length}; raise that or shorten the sequences"
+            )
+        rotary = None
+        if config.positions == "rope":
+            rotary = rotary_table(
+                seq, config.attention_head_dim, config.rope_theta, input_ids.device
+            )
+        x = self.embeddings(input_ids)
+        for block in self.blocks:
+            x = block(x, rotary)
+        tied_weight = self.embeddings.tokens.weight if config.tie_embeddings else None
+        return self.head(x, labels, tied_weight, z_loss_multiplier=z_loss_multiplier)
