@@ -1,0 +1,1 @@
+"""Checkpoints: one format for every engine, committed atomically."""

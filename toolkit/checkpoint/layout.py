@@ -1,0 +1,139 @@
+"""Names inside a checkpoint, and finding valid ones.
+
+    checkpoints/step{N}.tmp/            while it is written
+    checkpoints/step{N}/                after the rename
+        .metadata.json                  written last: the checkpoint exists from here on
+        train/rank{R}.pt                state of one rank, weights_only-loadable
+        model_and_optim/                torch DCP, canonical names and global shapes
+        hf/                             safetensors for transformers (on request)
+
+The newest valid checkpoint is found by looking at the folders, never by a pointer file.
+"""
+
+import json
+import logging
+import re
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from toolkit.errors import CheckpointError
+from toolkit.storage.atomic import hash_file
+
+log = logging.getLogger(__name__)
+
+METADATA_FILE = ".metadata.json"
+TENSORS_FOLDER = "model_and_optim"
+RANK_FOLDER = "train"
+HF_FOLDER = "hf"
+FORMAT_VERSION = 1
+
+_STEP = re.compile(r"step(\d+)\Z")
+
+
+class FileEntry(msgspec.Struct, frozen=True):
+    """One file of the manifest."""
+
+    size: int
+    """Bytes."""
+    xxh3: str
+    """Hash of the content."""
+
+
+class CheckpointMetadata(msgspec.Struct, frozen=True, kw_only=True):
+    """Content of `.metadata.json`."""
+
+    version: int
+    step: int
+    tokens: int
+    engine: str
+    world_size: int
+    files: dict[str, FileEntry]
+    """Manifest: path inside the checkpoint -> size and hash."""
+    extra: dict[str, Any] = {}
+    """What the caller adds: model config, data fingerprint, library versions."""
+
+
+def step_folder(root: Path, step: int) -> Path:
+    """`root/step{step}`."""
+    return root / f"step{step}"
+
+
+def saved_steps(root: Path) -> list[int]:
+    """Steps with a committed folder under `root`, ascending; not checked for validity."""
+    if not root.is_dir():
+        return []
+    matches = ((_STEP.match(p.name), p) for p in root.iterdir())
+    return sorted(int(m[1]) for m, p in matches if m and (p / METADATA_FILE).is_file())
+
+
+def read_metadata(checkpoint: Path) -> CheckpointMetadata:
+    """The committed metadata.
+
+    Raises:
+        CheckpointError: not a checkpoint, or of a newer format.
+    """
+    try:
+        raw = (checkpoint / METADATA_FILE).read_bytes()
+    except OSError:
+        raise CheckpointError(
+            f"{checkpoint}: not a committed checkpoint (no {METADATA_FILE})"
+        ) from None
+    try:
+        metadata = msgspec.json.decode(raw, type=CheckpointMetadata)
+    except (msgspec.DecodeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{checkpoint / METADATA_FILE}: cannot be read: {error}") from None
+    if metadata.version > FORMAT_VERSION:
+        raise CheckpointError(
+            f"{checkpoint}: format {metadata.version} is newer than this toolkit's "
+            f"{FORMAT_VERSION}; update the toolkit"
+        )
+    return metadata
+
+
+def check_files(checkpoint: Path, metadata: CheckpointMetadata, *, hashes: bool = False) -> None:
+    """Compare the files with the manifest: sizes always, contents with `hashes`.
+
+    Raises:
+        CheckpointError: naming the first file that is missing, cut or changed.
+    """
+    for name, entry in metadata.files.items():
+        path = (checkpoint / name).resolve()
+        if not path.is_relative_to(checkpoint.resolve()):
+            raise CheckpointError(f"{checkpoint}: manifest names a path outside it: {name!r}")
+        if not path.is_file():
+            raise CheckpointError(f"{checkpoint}: {name} is missing")
+        if path.stat().st_size != entry.size:
+            raise CheckpointError(
+                f"{checkpoint}: {name} has {path.stat().st_size} bytes, expected {entry.size}"
+            )
+        if hashes and hash_file(path) != entry.xxh3:
+            raise CheckpointError(f"{checkpoint}: {name} has changed since it was saved")
+
+
+def find_latest(root: Path) -> Path | None:
+    """The newest checkpoint under `root` whose files are whole, contents included.
+
+    An invalid one is reported with the reason and the one before is tried.
+    """
+    for step in reversed(saved_steps(root)):
+        folder = step_folder(root, step)
+        try:
+            check_files(folder, read_metadata(folder), hashes=True)
+        except CheckpointError as error:
+            log.warning("checkpoint skipped: %s", error)
+            continue
+        return folder
+    return None
+
+
+def locate(path: Path) -> Path | None:
+    """The checkpoint meant by `path`: a step folder, a folder of them, or a run folder."""
+    if (path / METADATA_FILE).is_file():
+        check_files(path, read_metadata(path), hashes=True)
+        return path
+    for root in (path, path / "checkpoints"):
+        if saved_steps(root):
+            return find_latest(root)
+    return None

@@ -1,0 +1,114 @@
+"""Tensors to and from torch DCP, whatever engine holds them.
+
+Keys are canonical names ("model.blocks.0.attention.query.weight", "optim.<name>.exp_avg"), shapes
+are global. Values may be plain tensors (replicated), DTensors, or `FlatShard`s.
+"""
+
+import pickle
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+
+from toolkit.errors import CheckpointError
+
+_SAFE_MODULES = ("torch.distributed.checkpoint.", "torch.distributed.tensor.")
+_SAFE_NAMES = {
+    ("builtins", "set"),
+    ("builtins", "frozenset"),
+    ("collections", "OrderedDict"),
+    ("collections", "defaultdict"),
+    ("torch", "Size"),
+    ("torch.serialization", "_get_layout"),
+    ("torch._utils", "_rebuild_tensor_v2"),
+}
+
+
+def save_tensors(
+    folder: Path, tensors: dict[str, torch.Tensor], group: dist.ProcessGroup | None
+) -> None:
+    """Write this rank's parts; every rank of `group` calls it. Files are fsynced."""
+    writer = FileSystemWriter(folder, sync_files=True)
+    dcp.save(tensors, storage_writer=writer, process_group=group, no_dist=group is None)
+
+
+def load_tensors(
+    folder: Path, tensors: dict[str, torch.Tensor], group: dist.ProcessGroup | None
+) -> None:
+    """Fill `tensors` in place, each rank reading just what it holds.
+
+    Raises:
+        CheckpointError: for a missing tensor or one of another shape.
+    """
+    reader = SafeReader(folder)
+    _check_shapes(folder, reader.read_metadata(), tensors)
+    try:
+        dcp.load(tensors, storage_reader=reader, process_group=group, no_dist=group is None)
+    except CheckpointException as error:
+        cause = next(iter(error.failures.values()))[0]
+        raise CheckpointError(f"{folder}: cannot be loaded: {cause}") from error
+
+
+def iterate_tensors(folder: Path, prefix: str) -> Iterator[tuple[str, torch.Tensor]]:
+    """`(name, whole CPU tensor)` of every entry under `prefix`, one at a time, in stored order."""
+    metadata = SafeReader(folder).read_metadata()
+    for key, entry in metadata.state_dict_metadata.items():
+        if key.startswith(prefix) and isinstance(entry, TensorStorageMetadata):
+            whole = {key: torch.empty(entry.size, dtype=entry.properties.dtype)}
+            dcp.load(whole, storage_reader=SafeReader(folder), no_dist=True)
+            yield key.removeprefix(prefix), whole[key]
+
+
+class SafeReader(FileSystemReader):
+    """DCP's reader with an unpickler that builds DCP's own records and nothing else."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        path = Path(self.path) / ".metadata"
+        try:
+            with path.open("rb") as file:
+                metadata = _RestrictedUnpickler(file).load()
+        except (OSError, EOFError, pickle.UnpicklingError, AttributeError) as error:
+            raise CheckpointError(f"{path}: cannot be read: {error}") from None
+        if not isinstance(metadata, Metadata):
+            raise CheckpointError(f"{path}: holds no checkpoint metadata")
+        if metadata.storage_meta is not None:
+            metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+
+class _RestrictedUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        is_torch_value = module == "torch" and isinstance(
+            getattr(torch, name, None), torch.dtype | torch.layout | torch.memory_format
+        )
+        is_path = module.startswith("pathlib") and name in ("PosixPath", "WindowsPath", "Path")
+        if (
+            is_torch_value
+            or is_path
+            or (module, name) in _SAFE_NAMES
+            or (module + ".").startswith(_SAFE_MODULES)
+        ) and "." not in name:
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"refused: it names {module}.{name}, which no checkpoint needs")
+
+
+def _check_shapes(folder: Path, metadata: Metadata, tensors: dict[str, torch.Tensor]) -> None:
+    stored = metadata.state_dict_metadata
+    for key, tensor in tensors.items():
+        entry = stored.get(key)
+        if entry is None:
+            raise CheckpointError(
+                f"{folder}: has no tensor {key}; it was saved from another model or optimizer "
+                "(trainer.load_weights_only=true takes the weights alone)"
+            )
+        size = getattr(entry, "size", None)
+        if size is not None and tuple(size) != tuple(tensor.shape):
+            raise CheckpointError(
+                f"{folder}: {key} has shape {tuple(size)}, the model wants {tuple(tensor.shape)}"
+            )

@@ -1,0 +1,1 @@
+"""Training: the loop, the train module, durations and callbacks."""

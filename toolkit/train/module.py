@@ -1,0 +1,86 @@
+"""`TrainModule`: what the trainer can train."""
+
+from abc import ABC, abstractmethod
+from typing import Any, NamedTuple
+
+import torch
+
+from toolkit.distributed.environment import TrainingEnvironment
+
+Batch = dict[str, torch.Tensor]
+
+
+class Progress(NamedTuple):
+    """Where training stands when a step begins: what schedules are functions of."""
+
+    step: int
+    """Optimizer steps done."""
+    tokens: int
+    """Tokens consumed."""
+    total_steps: int
+    """Steps of the whole run (`trainer.max_duration`)."""
+    total_tokens: int
+    """Tokens of the whole run."""
+
+
+class Metric(NamedTuple):
+    """One value of one step and how the values of all ranks become one."""
+
+    value: torch.Tensor | float
+    reduction: str = "none"
+    """"sum", "mean" or "max" over ranks; "none": the same on every rank."""
+
+
+class EvalSums(NamedTuple):
+    """Sums over one evaluation batch on this rank, on the device."""
+
+    loss: torch.Tensor
+    """Summed cross entropy in nats."""
+    num_targets: torch.Tensor
+    """Number of target tokens."""
+
+
+class TrainModule(ABC):
+    """Model, optimizer and loss behind the few calls that the loop makes."""
+
+    environment: TrainingEnvironment
+
+    @abstractmethod
+    def train_batch(self, batch: Batch) -> dict[str, Metric]:
+        """Forward and backward of this rank's part of one global batch."""
+
+    @abstractmethod
+    def optim_step(self, progress: Progress) -> dict[str, Metric]:
+        """Update the weights from the gradients and clear them."""
+
+    @abstractmethod
+    def eval_batch(self, batch: Batch) -> EvalSums:
+        """Loss of one evaluation batch, without gradients."""
+
+    @abstractmethod
+    def network_norms(self) -> dict[str, torch.Tensor]:
+        """Gradient and weight norms (`grad_norm/<layer>`, `weight_norm/<layer>`, "total" for all),
+        on the device; valid between `train_batch` and `optim_step`."""
+
+    @abstractmethod
+    def flops_per_token(self, sequence_length: int) -> float:
+        """Model FLOPs of forward and backward per token."""
+
+    @property
+    @abstractmethod
+    def num_parameters(self) -> int:
+        """Parameters of the whole model."""
+
+    @abstractmethod
+    def state_tensors(self) -> dict[str, torch.Tensor]:
+        """Live weights (`model.*`) and optimizer state (`optim.*`) under canonical names: plain,
+        distributed or flat-sharded tensors that a checkpoint reads and fills in place."""
+
+    @abstractmethod
+    def state_filled(self) -> None:
+        """Called after `state_tensors` were filled from a checkpoint."""
+
+    @property
+    @abstractmethod
+    def model_config(self) -> Any:
+        """The model's own config, stored with its checkpoints."""
