@@ -1,0 +1,1 @@
+"""Recording without slowing the device down; files and TensorBoard; the machine; FLOP/s."""

@@ -1,0 +1,249 @@
+"""`MetricsRecorder`: values of every step, delivered without ever making the device wait.
+
+What happens to one value:
+
+1. `record` keeps a reference, nothing else; a device scalar stays on the device.
+2. Every `collect_interval` steps the scalars of the block are stacked into one tensor, whose copy
+   to pinned host memory is started but not awaited.
+3. A background thread waits for that copy, reduces the whole block over ranks with one call of
+   `reduce`, and gives the block, one dict per step in step order, to `deliver`.
+
+Every rank must record the same names in the same order at the same steps: the blocks of all ranks
+are then alike, and so are the calls of `reduce`.
+"""
+
+import contextlib
+import queue
+import threading
+from collections.abc import Callable, Mapping
+from itertools import groupby
+from typing import Any, Literal, NamedTuple
+
+import torch
+
+from toolkit.errors import ToolkitError, TrainingError
+
+Reduction = Literal["sum", "mean", "max", "none"]
+Value = torch.Tensor | float | int | str | None
+Column = tuple[str, str]
+"""Name of a value and its reduction over ranks."""
+Reduce = Callable[[list[Column], torch.Tensor], torch.Tensor]
+"""`reduce(columns, values)`: `values` is a float64 CPU tensor `(len(columns),)`, the answer too."""
+Deliver = Callable[[str, list[dict[str, Any]]], None]
+"""`deliver(stream, records)`: records in step order, each with "step" first."""
+
+TRAIN = "train"
+"""The stream whose steps close blocks."""
+
+
+class _Record(NamedTuple):
+    stream: str
+    step: int
+    values: Mapping[str, Value]
+    reductions: Mapping[str, Reduction]
+
+
+class _Copy(NamedTuple):
+    """A transfer under way: the host tensor, whether each was integral, what to wait for."""
+
+    host: torch.Tensor
+    integral: list[bool]
+    event: Any
+
+
+class _Block(NamedTuple):
+    records: list[_Record]
+    copies: dict[torch.device, _Copy]
+
+
+class MetricsRecorder:
+    """See the head of this module.
+
+    `collect_interval` is in steps. `reduce` is None for a single rank. `sync`, if given, is called
+    by `flush` after the last delivery, to bring the sinks' files to disk. `start_step` is the last
+    step that an earlier attempt recorded: only later ones may come.
+    """
+
+    def __init__(
+        self,
+        *,
+        collect_interval: int,
+        deliver: Deliver,
+        reduce: Reduce | None = None,
+        sync: Callable[[], None] | None = None,
+        start_step: int = 0,
+    ) -> None:
+        self._interval = collect_interval
+        self._reduce = reduce
+        self._deliver = deliver
+        self._sync = sync
+        self._start_step = start_step
+        self._boundary = self._next_boundary(start_step)
+        self._last_step: dict[str, int] = {}
+        self._pending: list[_Record] = []
+        self._error: BaseException | None = None
+        self._queue: queue.SimpleQueue[_Block | threading.Event | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._work, name="metrics", daemon=True)
+        self._thread.start()
+
+    def record(
+        self,
+        step: int,
+        values: Mapping[str, Value],
+        reductions: Mapping[str, Reduction] | None = None,
+        *,
+        stream: str = TRAIN,
+    ) -> None:
+        """Keep the values of one step; a name without a reduction is not reduced.
+
+        Tensors hold one element, are detached, and must not be changed afterwards; neither must
+        the mappings. Other streams' records go out with the block of the train record that
+        follows. Steps must grow within a stream.
+
+        Raises:
+            TrainingError: when delivering earlier values failed.
+        """
+        if self._error is not None:
+            self._raise_error()
+        if step <= self._last_step.get(stream, self._start_step):
+            last = self._last_step.get(stream, self._start_step)
+            raise ValueError(f"{stream}: step {step} recorded after step {last}")
+        self._last_step[stream] = step
+        self._pending.append(_Record(stream, step, values, reductions or {}))
+        if stream == TRAIN and step >= self._boundary:
+            self._boundary = self._next_boundary(step)
+            self._hand_over()
+
+    def flush(self) -> None:
+        """Block until everything recorded so far is delivered and synced to disk.
+
+        All ranks must call it at the same step: the block it closes is reduced like any other.
+
+        Raises:
+            TrainingError: when delivering failed.
+        """
+        self._hand_over()
+        done = threading.Event()
+        self._queue.put(done)
+        while not done.wait(timeout=1.0):
+            if not self._thread.is_alive():
+                raise TrainingError("metrics: the delivering thread is gone; see the log")
+        if self._error is not None:
+            self._raise_error()
+
+    def close(self, *, flush: bool = True) -> None:
+        """Flush and stop the thread.
+
+        `flush=False` is for a rank that fails: other ranks may not come to a reduction any more,
+        so values that were not handed over yet are dropped and a stuck one is not awaited.
+        """
+        try:
+            if flush and self._thread.is_alive():
+                self.flush()
+        finally:
+            self._pending = []
+            self._queue.put(None)
+            self._thread.join(timeout=None if flush and self._error is None else 2.0)
+
+    def _next_boundary(self, step: int) -> int:
+        return (step // self._interval + 1) * self._interval
+
+    def _raise_error(self) -> None:
+        error = self._error
+        assert error is not None
+        if isinstance(error, ToolkitError):
+            raise error
+        raise TrainingError(
+            f"metrics: recording failed: {type(error).__name__}: {error}; "
+            "free disk space or check the run folder, then `toolkit resume`"
+        ) from error
+
+    def _hand_over(self) -> None:
+        if self._pending:
+            records, self._pending = self._pending, []
+            self._queue.put(_Block(records, _start_copies(records)))
+
+    def _work(self) -> None:
+        while (item := self._queue.get()) is not None:
+            try:
+                if isinstance(item, threading.Event):
+                    if self._sync is not None and self._error is None:
+                        self._sync()
+                elif self._error is None:
+                    self._finish(item)
+            except BaseException as error:
+                self._error = error
+            finally:
+                if isinstance(item, threading.Event):
+                    item.set()
+
+    def _finish(self, block: _Block) -> None:
+        rows = _host_values(block)
+        if self._reduce is not None:
+            _reduce_rows(block.records, rows, self._reduce)
+        pairs = zip(block.records, rows, strict=True)
+        by_stream = sorted(pairs, key=lambda pair: pair[0].stream)  # stable: steps stay in order
+        for stream, group in groupby(by_stream, key=lambda pair: pair[0].stream):
+            self._deliver(stream, [{"step": record.step} | row for record, row in group])
+
+
+def _start_copies(records: list[_Record]) -> dict[torch.device, _Copy]:
+    """Start one copy per accelerator; values on the CPU are read later, by the thread."""
+    by_device: dict[torch.device, list[torch.Tensor]] = {}
+    for record in records:
+        for value in record.values.values():
+            if isinstance(value, torch.Tensor) and value.device.type != "cpu":
+                by_device.setdefault(value.device, []).append(value)
+    return {device: _start_copy(device, tensors) for device, tensors in by_device.items()}
+
+
+def _start_copy(device: torch.device, tensors: list[torch.Tensor]) -> _Copy:
+    integral = [not tensor.is_floating_point() for tensor in tensors]
+    # float64 holds every integer count up to 2^53 and every smaller float exactly.
+    stacked = torch.stack([t.detach().reshape(()).to(torch.float64) for t in tensors])
+    host = torch.empty(stacked.shape, dtype=torch.float64, pin_memory=True)
+    host.copy_(stacked, non_blocking=True)
+    module = torch.get_device_module(device)
+    with contextlib.nullcontext() if device.index is None else module.device(device.index):
+        event = module.Event(blocking=True)  # the thread sleeps until then instead of spinning
+        event.record()
+    return _Copy(host, integral, event)
+
+
+def _host_values(block: _Block) -> list[dict[str, Any]]:
+    """Each record's values as Python numbers, in their order."""
+    arrived = {}
+    for device, copy in block.copies.items():
+        copy.event.synchronize()
+        numbers = copy.host.tolist()
+        arrived[device] = iter(
+            [int(x) if whole else x for x, whole in zip(numbers, copy.integral, strict=True)]
+        )
+    rows = []
+    for record in block.records:
+        row: dict[str, Any] = {}
+        for name, value in record.values.items():
+            if isinstance(value, torch.Tensor):
+                value = value.item() if value.device.type == "cpu" else next(arrived[value.device])
+            row[name] = value
+        rows.append(row)
+    return rows
+
+
+def _reduce_rows(records: list[_Record], rows: list[dict[str, Any]], reduce: Reduce) -> None:
+    """Replace the values that have a reduction by what one call of `reduce` makes of them."""
+    columns: list[Column] = []
+    places: list[tuple[dict[str, Any], str]] = []
+    for record, row in zip(records, rows, strict=True):
+        for name in row:
+            operation: str = record.reductions.get(name, "none")
+            if operation != "none":
+                columns.append((name, operation))
+                places.append((row, name))
+    if not columns:
+        return
+    before = [float(row[name]) for row, name in places]
+    after = reduce(columns, torch.tensor(before, dtype=torch.float64)).tolist()
+    for (row, name), (_, applied), value in zip(places, columns, after, strict=True):
+        keep_whole = isinstance(row[name], int) and applied != "mean"
+        row[name] = int(value) if keep_whole else value

@@ -1,0 +1,153 @@
+"""Where records end: lines of JSON, and TensorBoard event files."""
+
+import math
+import os
+import socket
+import struct
+import time
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from toolkit.metrics.crc32c import masked_crc32c
+
+Record = dict[str, Any]
+
+
+class JsonlSink:
+    """Appends one JSON object per line.
+
+    Non-finite numbers become the strings "nan", "inf" and "-inf": JSON has none, and a reader's
+    `float(value)` gives them back.
+    """
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = path.open("ab")
+        self._encoder = msgspec.json.Encoder(enc_hook=_plain)
+
+    def write(self, records: list[Record]) -> None:
+        """Append `records` and hand them to the operating system."""
+        encode = self._encoder.encode
+        lines = [encode({k: _finite(v) for k, v in record.items()}) for record in records]
+        self._file.write(b"\n".join(lines) + b"\n" if lines else b"")
+        self._file.flush()
+
+    def sync(self) -> None:
+        """Make what was written durable."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Sync and close; more than once is fine."""
+        if not self._file.closed:
+            self.sync()
+            self._file.close()
+
+
+class TensorBoardSink:
+    """Writes event files that TensorBoard reads: one `Event` with all numbers of a record.
+
+    `purge_step`: TensorBoard forgets what earlier files of the folder hold from this step on (a
+    resumed run writes those steps again).
+    """
+
+    def __init__(self, folder: Path, *, purge_step: int | None = None) -> None:
+        self._folder = folder
+        self._purge_step = purge_step
+        self._file: Any = None
+        self._templates: dict[tuple[str, ...], Any] = {}
+
+    def write(self, records: list[Record]) -> None:
+        """Append one event per record at its "step".
+
+        "time" (Unix seconds), if there, is the event's wall time; a text "name" is the prefix of
+        the tags; values that are not numbers are left out.
+        """
+        if not records:
+            return
+        if self._file is None:
+            self._open()
+        self._file.write(b"".join(_framed(self._encode(record)) for record in records))
+        self._file.flush()
+
+    def sync(self) -> None:
+        """Make what was written durable."""
+        if self._file is not None and not self._file.closed:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Sync and close; more than once is fine."""
+        if self._file is not None and not self._file.closed:
+            self.sync()
+            self._file.close()
+
+    def _encode(self, record: Record) -> bytes:
+        prefix = f"{record['name']}/" if isinstance(record.get("name"), str) else ""
+        numbers = {
+            prefix + key: value
+            for key, value in record.items()
+            if isinstance(value, int | float) and key not in ("step", "time")
+        }
+        tags = tuple(numbers)
+        event = self._templates.get(tags)
+        if event is None:  # building the message costs five times more than filling it
+            event = self._templates[tags] = _empty_event(tags)
+        event.step = record["step"]
+        event.wall_time = record.get("time") or time.time()
+        for slot, number in zip(event.summary.value, numbers.values(), strict=True):
+            slot.simple_value = number
+        return event.SerializeToString()
+
+    def _open(self) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+
+        self._folder.mkdir(parents=True, exist_ok=True)
+        now = time.time()
+        name = f"events.out.tfevents.{int(now):010d}.{socket.gethostname()}.{os.getpid()}"
+        unique = len(list(self._folder.glob(f"{name}.*")))
+        self._file = (self._folder / f"{name}.{unique}").open("xb")
+        head = [Event(wall_time=now, file_version="brain.Event:2")]
+        if self._purge_step is not None:
+            start = SessionLog(status=SessionLog.START)
+            head.append(Event(wall_time=now, step=self._purge_step, session_log=start))
+        self._file.write(b"".join(_framed(event.SerializeToString()) for event in head))
+
+
+def _empty_event(tags: tuple[str, ...]) -> Any:
+    from tensorboard.compat.proto.event_pb2 import Event
+    from tensorboard.compat.proto.summary_pb2 import Summary
+
+    return Event(summary=Summary(value=[Summary.Value(tag=tag) for tag in tags]))
+
+
+def _framed(data: bytes) -> bytes:
+    """TFRecord framing: length, its CRC, data, its CRC (tensorflow/core/lib/io/record_writer)."""
+    length = struct.pack("<Q", len(data))
+    return b"".join(
+        (
+            length,
+            struct.pack("<I", masked_crc32c(length)),
+            data,
+            struct.pack("<I", masked_crc32c(data)),
+        )
+    )
+
+
+def _finite(value: Any) -> Any:
+    if type(value) is float:
+        return value if math.isfinite(value) else str(value)
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
+    return value
+
+
+def _plain(value: Any) -> Any:
+    """Scalars of numpy and torch as Python numbers."""
+    if hasattr(value, "item"):
+        return _finite(value.item())
+    raise TypeError(f"{type(value).__name__} cannot be written as a metric")

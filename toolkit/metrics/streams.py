@@ -1,0 +1,108 @@
+"""The four streams of metrics of a run: train, eval, network, system."""
+
+import logging
+import threading
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from toolkit.metrics.repair import trim_jsonl
+from toolkit.metrics.sinks import JsonlSink, TensorBoardSink
+
+log = logging.getLogger(__name__)
+
+STREAMS = ("train", "eval", "network", "system")
+TRAIN_FIELDS = (
+    "step", "tokens", "epoch", "time", "attempt", "loss", "ppl", "lr", "grad_norm",
+    "tokens_per_second", "mfu", "data_loading_pct", "peak_memory_gb", "skipped",
+)  # fmt: skip
+"""What a line of train.jsonl starts with, in this order. `time` is in Unix seconds."""
+EVAL_FIELDS = ("step", "tokens", "time", "name", "loss", "ppl")
+"""What a line of eval.jsonl starts with."""
+_FIELDS = {"train": TRAIN_FIELDS, "eval": EVAL_FIELDS}
+
+
+class MetricStreams:
+    """metrics/<stream>.jsonl and tb/<stream>/ of a run folder, on the main rank only.
+
+    `resume_step`: training continues after this step. Lines of later steps, which will be written
+    again, and lines torn by a crash go away; TensorBoard is told to forget the same. None: a new
+    run, so whatever an attempt without a checkpoint left behind goes away.
+
+    Any thread may write.
+    """
+
+    def __init__(
+        self,
+        run_folder: Path,
+        *,
+        tensorboard: bool = True,
+        resume_step: int | None = None,
+        is_main: bool = True,
+    ) -> None:
+        self._jsonl: dict[str, JsonlSink] = {}
+        self._tensorboard: dict[str, TensorBoardSink] = {}
+        self._locks = {stream: threading.Lock() for stream in STREAMS}
+        self._closed = False
+        if not is_main:
+            return
+        last_step = -1 if resume_step is None else resume_step
+        for stream in STREAMS:
+            path = run_folder / "metrics" / f"{stream}.jsonl"
+            result = trim_jsonl(path, last_step=last_step)
+            if result.dropped or result.damaged:
+                log.info(
+                    "%s: %d lines after step %d and %d damaged ones removed",
+                    path, result.dropped, last_step, result.damaged,
+                )  # fmt: skip
+            self._jsonl[stream] = JsonlSink(path)
+            if tensorboard:
+                folder = run_folder / "tb" / stream
+                again = folder.is_dir() and any(folder.iterdir())
+                self._tensorboard[stream] = TensorBoardSink(
+                    folder, purge_step=last_step + 1 if again else None
+                )
+
+    def write(self, stream: str, records: list[dict[str, Any]]) -> None:
+        """Append `records` (each with "step") to a stream; nothing happens on other ranks."""
+        if stream not in self._jsonl:
+            if stream not in STREAMS:
+                raise ValueError(f"no such stream: {stream!r}; there are {', '.join(STREAMS)}")
+            return
+        fields = _FIELDS.get(stream, ("step", "time"))
+        ordered = [{k: r[k] for k in fields if k in r} | r for r in records]
+        with self._locks[stream]:
+            if self._closed:
+                return
+            for sink in self._sinks(stream):
+                sink.write(ordered)
+
+    def sync(self) -> None:
+        """Bring everything written so far to disk."""
+        for stream in STREAMS:
+            with self._locks[stream]:
+                for sink in self._sinks(stream):
+                    sink.sync()
+
+    def close(self) -> None:
+        """Sync and close all files; later writes are dropped. More than once is fine."""
+        for stream in STREAMS:
+            with self._locks[stream]:
+                self._closed = True
+                for sink in self._sinks(stream):
+                    sink.close()
+
+    def _sinks(self, stream: str) -> list[JsonlSink | TensorBoardSink]:
+        both = (self._jsonl.get(stream), self._tensorboard.get(stream))
+        return [sink for sink in both if sink is not None]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()

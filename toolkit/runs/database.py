@@ -1,0 +1,78 @@
+"""The table `runs`, by SQLAlchemy Core: SQLite by default, PostgreSQL (or others) by URL."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import msgspec
+import sqlalchemy as sa
+from sqlalchemy.schema import CreateTable
+
+from toolkit.runs.records import RunRecord
+
+_BUSY_SECONDS = 30
+"""How long a writer waits for another one's transaction in SQLite."""
+
+metadata = sa.MetaData()
+runs_table = sa.Table(
+    "runs",
+    metadata,
+    sa.Column("folder", sa.String(1024), primary_key=True),
+    sa.Column("experiment", sa.String(255), nullable=False),
+    sa.Column("name", sa.String(255), nullable=False),
+    sa.Column("state", sa.String(16), nullable=False),
+    sa.Column("step", sa.BigInteger),
+    sa.Column("tokens", sa.BigInteger),
+    sa.Column("loss", sa.Float),
+    sa.Column("created", sa.String(32), nullable=False),
+    sa.Column("updated", sa.String(32), nullable=False),
+    sa.Column("host", sa.String(255), nullable=False),
+    sa.Column("engine", sa.String(32)),
+    sa.Column("world_size", sa.Integer),
+    sa.Column("parameters", sa.BigInteger),
+)
+
+
+class RunIndex:
+    """Reads and writes the table; makes it when it is not there. Errors are SQLAlchemy's."""
+
+    def __init__(self, url: str) -> None:
+        parsed = sa.make_url(url)
+        is_sqlite = parsed.get_backend_name() == "sqlite"
+        arguments: dict[str, Any] = {}
+        if is_sqlite:
+            arguments["timeout"] = _BUSY_SECONDS
+        elif parsed.get_backend_name() == "postgresql":
+            arguments["connect_timeout"] = 5
+        # No pool: a status is written every few minutes, and files or servers must not be held.
+        self._engine = sa.create_engine(parsed, connect_args=arguments, poolclass=sa.NullPool)
+        if is_sqlite:
+            sa.event.listen(self._engine, "connect", _use_write_ahead_log)
+        with self._engine.begin() as connection:
+            connection.execute(CreateTable(runs_table, if_not_exists=True))
+
+    def put(self, record: RunRecord) -> None:
+        """Insert or update the row of `record.folder`."""
+        row = msgspec.structs.asdict(record)
+        change = sa.update(runs_table).where(runs_table.c.folder == record.folder).values(row)
+        with self._engine.begin() as connection:
+            if connection.execute(change).rowcount == 0:
+                connection.execute(sa.insert(runs_table).values(row))
+
+    def all(self) -> list[RunRecord]:
+        """Every row, oldest run first."""
+        query = sa.select(runs_table).order_by(runs_table.c.created, runs_table.c.folder)
+        with self._engine.connect() as connection:
+            return [RunRecord(**row) for row in connection.execute(query).mappings()]
+
+    def replace_all(self, records: Iterable[RunRecord]) -> None:
+        """Make the table hold exactly `records`, in one transaction."""
+        rows = [msgspec.structs.asdict(record) for record in records]
+        with self._engine.begin() as connection:
+            connection.execute(sa.delete(runs_table))
+            if rows:
+                connection.execute(sa.insert(runs_table), rows)
+
+
+def _use_write_ahead_log(connection: Any, _: Any) -> None:
+    connection.execute("PRAGMA journal_mode=WAL")
+    connection.execute("PRAGMA synchronous=NORMAL")

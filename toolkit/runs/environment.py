@@ -1,0 +1,105 @@
+"""What a run was started with: command, repository, machine. Never secrets."""
+
+import os
+import platform
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+_LIBRARIES = ("toolkit", "torch", "accelerate", "deepspeed", "transformers", "tokenizers", "numpy")
+_VARIABLES = re.compile(
+    r"(RANK|LOCAL_RANK|WORLD_SIZE|LOCAL_WORLD_SIZE|GROUP_RANK|NODE_RANK|MASTER_ADDR|MASTER_PORT"
+    r"|OMP_NUM_THREADS|CUDA_VISIBLE_DEVICES|CUDA_DEVICE_MAX_CONNECTIONS|PYTORCH_\w+|TORCH_\w+"
+    r"|TORCHELASTIC_\w+|ACCELERATE_\w+|FSDP_\w+|NCCL_\w+|GLOO_\w+"
+    r"|SLURM_(JOB|ARRAY|NTASKS|NNODES|NODE|PROCID|CLUSTER)\w*)\Z"
+)
+_SECRET = re.compile(r"TOKEN|SECRET|PASSW|CREDENTIAL|API|PRIVATE|(\b|_)KEY(\b|_)", re.IGNORECASE)
+_URL_PASSWORD = re.compile(r"(://[^/\s:@]*):[^/\s@]*@")
+_SECRET_ARGUMENT = re.compile(r"(--?[\w.-]*(?:token|secret|password|api[_-]?key)[\w-]*)=.*", re.I)
+
+
+def describe_command() -> dict[str, Any]:
+    """Command line, folder, interpreter. Passwords in URLs and secret options are masked."""
+    return {
+        "argv": [mask_secrets(argument) for argument in sys.argv],
+        "cwd": os.getcwd(),
+        "python": sys.executable,
+    }
+
+
+def mask_secrets(text: str) -> str:
+    """`text` with `***` for passwords of URLs and values of options that name a secret."""
+    return _SECRET_ARGUMENT.sub(r"\1=***", _URL_PASSWORD.sub(r"\1:***@", text))
+
+
+def describe_git(folder: Path | None = None) -> dict[str, Any]:
+    """Commit, branch and whether tracked files were changed; `{"repository": None}` outside one."""
+    try:
+        answer = subprocess.run(
+            ["git", "status", "--porcelain=v2", "--branch", "--untracked-files=no"],
+            cwd=folder, capture_output=True, text=True, timeout=20, check=True,
+            env=os.environ | {"GIT_OPTIONAL_LOCKS": "0"},
+        ).stdout  # fmt: skip
+        top = subprocess.run(
+            ["git", "rev-parse", "--show-toplevel"],
+            cwd=folder, capture_output=True, text=True, timeout=20, check=True,
+        ).stdout.strip()  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return {"repository": None}
+    lines = answer.splitlines()
+    headers = dict(line[2:].split(" ", 1) for line in lines if line.startswith("# branch."))
+    return {
+        "repository": top,
+        "commit": headers.get("branch.oid"),
+        "branch": headers.get("branch.head"),
+        "dirty": any(not line.startswith("#") for line in lines),
+    }
+
+
+def describe_environment() -> dict[str, Any]:
+    """Python, libraries (without importing them), host, processors, memory, GPUs, launcher."""
+    import psutil
+
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "host": socket.gethostname(),
+        "versions": {name: _version(name) for name in _LIBRARIES},
+        "cpu_count": os.cpu_count(),
+        "cpu_available": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
+        "memory_gb": round(psutil.virtual_memory().total / 1e9, 2),
+        "gpus": _gpu_names(),
+        "variables": {
+            name: mask_secrets(value)
+            for name, value in sorted(os.environ.items())
+            if _VARIABLES.match(name) and not _SECRET.search(name)
+        },
+    }
+
+
+def _version(name: str) -> str | None:
+    from importlib import metadata
+
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _gpu_names() -> list[str]:
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+    except Exception:  # no driver, no library: a machine without NVIDIA GPUs
+        return []
+    try:
+        handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
+        return [str(pynvml.nvmlDeviceGetName(handle)) for handle in handles]
+    except pynvml.NVMLError:
+        return []
+    finally:
+        pynvml.nvmlShutdown()

@@ -1,0 +1,51 @@
+"""Everything a run folder holds, by name. No other module spells these paths."""
+
+import msgspec
+
+
+class RunFiles(msgspec.Struct, frozen=True):
+    """Paths relative to the run folder; `RunManager.path(RUN_FILES.x)` makes them whole."""
+
+    metadata: str = "metadata"
+    """Folder: what ran, where, and how it ended."""
+    config: str = "metadata/config.json"
+    """The resolved `ExperimentConfig`; `toolkit resume` starts from it."""
+    data_config: str = "metadata/data_config.json"
+    """`DataConfig`: data set and data loader."""
+    model_config: str = "metadata/model_config.json"
+    """The model's config."""
+    trainer_config: str = "metadata/trainer_config.json"
+    """`train_module` and `trainer`."""
+    environment: str = "metadata/environment.json"
+    """Python, library versions, host, devices, launcher variables."""
+    command: str = "metadata/command.json"
+    """Command line, folder and interpreter of the newest attempt."""
+    git: str = "metadata/git.json"
+    """Commit, branch and cleanness of the repository the command ran in."""
+    status: str = "metadata/status.json"
+    """State, step, attempt; see `RunStatus`."""
+    lock: str = "metadata/lock"
+    """The operating system's lock of the one writer."""
+    lock_info: str = "metadata/lock.json"
+    """Host, pid and heartbeat of that writer; absent when nobody writes."""
+
+    metrics: str = "metrics"
+    """Folder: one JSON object a line."""
+    train_metrics: str = "metrics/train.jsonl"
+    """One line per optimizer step."""
+    eval_metrics: str = "metrics/eval.jsonl"
+    """One line per evaluation."""
+    network_metrics: str = "metrics/network.jsonl"
+    """The neural network: gradient and weight norms per layer."""
+    system_metrics: str = "metrics/system.jsonl"
+    """The machine: GPU, CPU, memory, disk, network interfaces."""
+
+    tensorboard: str = "tb"
+    """Folder: TensorBoard event files in train/, eval/, network/, system/."""
+    checkpoints: str = "checkpoints"
+    """Folder: step{N}/ each."""
+    logs: str = "logs"
+    """Folder: one log file per rank."""
+
+
+RUN_FILES = RunFiles()

@@ -1,0 +1,216 @@
+"""`RunManager`: one run folder, from its lock to its last status."""
+
+import logging
+import os
+import socket
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self
+
+import msgspec
+
+from toolkit.config import Config
+from toolkit.errors import RunError
+from toolkit.runs.files import RUN_FILES
+from toolkit.runs.lock import RunLock, utc_now
+from toolkit.runs.status import RunState, RunStatus, read_status
+from toolkit.storage.atomic import write_atomic, write_json_atomic
+
+log = logging.getLogger(__name__)
+
+_KNOWN = {"loss", "exit_reason", "world_size", "engine", "parameters"}
+
+
+class RunManager:
+    """The folder of one run. Made by `toolkit.runs.registry.start_run`.
+
+    On the main rank it holds the lock and writes metadata and status. On other ranks it is a
+    reader of the same folder: writing methods do nothing there.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        experiment: str,
+        name: str,
+        lock: RunLock | None = None,
+        is_main: bool = True,
+        on_status: Callable[[Path, RunStatus], None] | None = None,
+    ) -> None:
+        self.folder = folder
+        self.experiment = experiment
+        self.name = name
+        self.is_main = is_main
+        self._lock = lock
+        self._on_status = on_status
+        self._written: set[str] = set()
+        self._closed = False
+        self._background: ThreadPoolExecutor | None = None
+        self._jobs: list[Future[None]] = []
+        self._status: RunStatus | None = None
+        if is_main:
+            self._begin_attempt()
+
+    @property
+    def attempt(self) -> int:
+        """1 for the first start of the run, one more for each resume."""
+        if self._status is None:
+            self._status = read_status(self.folder)
+        if self._status is None:
+            raise RunError(
+                f"{self.folder}: no run was started here, or this host does not see the folder; "
+                "choose a folder on a file system that all hosts share"
+            )
+        return self._status.attempt
+
+    def path(self, file: str) -> Path:
+        """The full path of one of `RUN_FILES`."""
+        return self.folder / file
+
+    def log_metadata(
+        self, obj: Any, file: str, *, format: Literal["json", "text"] = "json"
+    ) -> None:
+        """Write a config (or any JSON-like object; or a text) to one of `RUN_FILES`.
+
+        What an earlier attempt wrote there stays as `<name>.attempt{K}.json` when it differs.
+        """
+        if not self.is_main:
+            return
+        if format == "text":
+            data = str(obj).encode()
+        elif isinstance(obj, Config):
+            data = obj.to_json() + b"\n"
+        else:
+            data = msgspec.json.format(msgspec.json.encode(obj), indent=2) + b"\n"
+        path = self.path(file)
+        if file not in self._written and path.exists():
+            before = path.read_bytes()
+            if before == data:
+                return
+            kept = path.with_name(f"{path.stem}.attempt{self.attempt - 1}{path.suffix}")
+            write_atomic(kept, before)
+        self._written.add(file)
+        write_atomic(path, data)
+
+    def set_status(
+        self,
+        state: RunState,
+        *,
+        step: int | None = None,
+        tokens: int | None = None,
+        message: str | None = None,
+        **more: Any,
+    ) -> None:
+        """Write status.json; values that are not given keep what they were, `message` does not.
+
+        `more` may name the other fields of `RunStatus` (loss, engine, world_size, parameters,
+        exit_reason); anything else goes into its `other`.
+
+        Raises:
+            RunError: when another process has taken the run over.
+        """
+        if not self.is_main or self._closed:
+            return
+        if self._lock is not None and self._lock.lost:
+            raise RunError(
+                f"{self.folder}: another process took this run over while this one was "
+                "suspended; stop this one"
+            )
+        assert self._status is not None
+        changes: dict[str, Any] = {k: v for k, v in more.items() if k in _KNOWN}
+        other = {k: v for k, v in more.items() if k not in _KNOWN}
+        changes |= {"step": step, "tokens": tokens}
+        changes = {k: v for k, v in changes.items() if v is not None}
+        self._status = msgspec.structs.replace(
+            self._status,
+            state=state,
+            message=message,
+            updated=utc_now(),
+            other=self._status.other | other,
+            **changes,
+        )
+        self._write_status()
+
+    def submit(self, job: Callable[[], None]) -> None:
+        """Run `job` in order in one background thread; `close` waits for it.
+
+        For work that must neither delay nor fail the run: an error is a logged warning.
+        """
+        if self._background is None:
+            self._background = ThreadPoolExecutor(1, thread_name_prefix="run-background")
+        self._jobs = [future for future in self._jobs if not future.done()]
+        self._jobs.append(self._background.submit(_run_quietly, job))
+
+    def wait(self) -> None:
+        """Block until the background work given so far is done."""
+        for future in self._jobs:
+            future.result()
+
+    def close(self, state: RunState | None = None, **status: Any) -> None:
+        """Write the final status (see `set_status`), finish background work, give back the lock.
+
+        Without `state` the status stays as it is. More than once is fine.
+        """
+        if self._closed:
+            return
+        try:
+            if state is not None:
+                self.set_status(state, **status)
+        finally:
+            self._closed = True
+            if self._background is not None:
+                self._background.shutdown(wait=True)
+            if self._lock is not None:
+                self._lock.release()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Close; a run that nobody closed before is finished, or failed when an error came."""
+        if error is None:
+            self.close("finished")
+        else:
+            self.close("failed", message=f"{type(error).__name__}: {error}", exit_reason="error")
+
+    def _begin_attempt(self) -> None:
+        before = read_status(self.folder)
+        now = utc_now()
+        self._status = RunStatus(
+            state="running",
+            experiment=self.experiment,
+            name=self.name,
+            attempt=before.attempt + 1 if before else 1,
+            step=before.step if before else None,
+            tokens=before.tokens if before else None,
+            loss=before.loss if before else None,
+            parameters=before.parameters if before else None,
+            created=before.created if before else now,
+            started=now,
+            updated=now,
+            host=socket.gethostname(),
+            pid=os.getpid(),
+        )
+        self._write_status()
+
+    def _write_status(self) -> None:
+        status, on_status = self._status, self._on_status
+        assert status is not None
+        write_json_atomic(self.path(RUN_FILES.status), status)
+        if on_status is not None:
+            self.submit(lambda: on_status(self.folder, status))
+
+
+def _run_quietly(job: Callable[[], None]) -> None:
+    try:
+        job()
+    except Exception as error:
+        log.warning("%s", error)

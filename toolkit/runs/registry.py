@@ -1,0 +1,233 @@
+"""Starting runs and finding them again.
+
+`start_run` makes (or reopens) the run folder and locks it. The table `runs` behind it is only an
+index: a registry that cannot be reached is a warning, and `reindex` rebuilds it from the folders.
+"""
+
+import logging
+import os
+import secrets
+import time
+from pathlib import Path
+from typing import Any
+
+from toolkit.errors import RunError
+from toolkit.runs.config import RunConfig
+from toolkit.runs.environment import describe_command, describe_environment, describe_git
+from toolkit.runs.files import RUN_FILES
+from toolkit.runs.lock import RunLock, utc_now
+from toolkit.runs.manager import RunManager
+from toolkit.runs.records import RunRecord, record_of
+from toolkit.runs.status import RunStatus, read_status
+from toolkit.storage.atomic import temporary_path
+
+log = logging.getLogger(__name__)
+
+_FOLDERS = (
+    RUN_FILES.metadata,
+    RUN_FILES.metrics,
+    RUN_FILES.tensorboard,
+    RUN_FILES.checkpoints,
+    RUN_FILES.logs,
+)
+
+
+def choose_run_name() -> str:
+    """A name for a run that was given none: `20260131-235959-a1b2` (UTC and four hex digits).
+
+    One rank calls this and tells the others.
+    """
+    return f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{secrets.token_hex(2)}"
+
+
+def resolve_run_folder(config: RunConfig, name: str) -> Path:
+    """The run folder of `config`, absolute. `name` counts only where the config gives none."""
+    if config.save_folder is not None:
+        return _absolute(config.save_folder)
+    return _absolute(config.root) / config.experiment / (config.name or name)
+
+
+def is_run(folder: Path | str) -> bool:
+    """Whether `folder` is the folder of a run that was started once."""
+    return read_status(Path(folder)) is not None
+
+
+def start_run(
+    experiment: str,
+    name: str | None = None,
+    *,
+    resume: bool = False,
+    root: str | Path = "runs",
+    save_folder: str | Path | None = None,
+    registry_url: str | None = None,
+    is_main: bool = True,
+    environment: dict[str, Any] | None = None,
+) -> RunManager:
+    """Create the run folder (or reopen it with `resume`), lock it and note what was started.
+
+    Call it on the main rank first, then, after a barrier, with `is_main=False` and the same
+    names on the others. `environment` is added to metadata/environment.json.
+
+    Raises:
+        RunError: the run exists and `resume` is false; the folder cannot be written; another
+            process holds it; `resume` of a folder that is not a run.
+    """
+    name = name or (_absolute(save_folder).name if save_folder else choose_run_name())
+    folder = _absolute(save_folder) if save_folder else _absolute(root) / experiment / name
+    if not is_main:
+        return RunManager(folder, experiment=experiment, name=name, is_main=False)
+    if resume:
+        _check_is_run(folder)
+    elif save_folder is None:
+        _check_unused(folder)
+    _prepare_folder(folder)
+    lock = RunLock(folder)
+    lock.acquire()
+    try:
+        if save_folder is None and not resume:
+            _check_unused(folder, ignore_own_lock=True)
+        run = RunManager(
+            folder,
+            experiment=experiment,
+            name=name,
+            lock=lock,
+            on_status=_index_writer(root, registry_url),
+        )
+        run.log_metadata(
+            describe_command() | {"attempt": run.attempt, "started": utc_now()}, RUN_FILES.command
+        )
+    except BaseException:
+        lock.release()
+        raise
+    # Seconds on slow file systems and driver start-up, and nobody waits for the answer.
+    extra = environment or {}
+    run.submit(lambda: run.log_metadata(describe_git(), RUN_FILES.git))
+    run.submit(lambda: run.log_metadata(describe_environment() | extra, RUN_FILES.environment))
+    return run
+
+
+def list_runs(root: str | Path = "runs", *, registry_url: str | None = None) -> list[RunRecord]:
+    """All runs below `root` and in its registry, oldest first.
+
+    Every record is read from the run's folder; a run only the registry knows has state
+    "missing". A run that says running but holds no lock has state "dead".
+    """
+    indexed = _read_index(root, registry_url)
+    records = {record.folder: record for record in map(record_of, _run_folders(root)) if record}
+    for record in indexed:
+        if record.folder not in records:
+            found = record_of(Path(record.folder))
+            record.state = "missing"
+            records[record.folder] = found or record
+    return sorted(records.values(), key=lambda record: (record.created, record.folder))
+
+
+def reindex(root: str | Path = "runs", *, registry_url: str | None = None) -> int:
+    """Rebuild the registry from the folders; returns the number of runs in it.
+
+    Runs in folders elsewhere (`save_folder`) stay as long as their folder exists.
+
+    Raises:
+        RunError: when the registry cannot be written.
+    """
+    from toolkit.runs.database import RunIndex
+
+    found = [r for r in list_runs(root, registry_url=registry_url) if r.state != "missing"]
+    try:
+        RunIndex(_registry_url(root, registry_url)).replace_all(found)
+    except Exception as error:
+        raise RunError(f"run registry: cannot be rebuilt: {error}") from error
+    return len(found)
+
+
+def _absolute(path: str | Path) -> Path:
+    return Path(os.path.abspath(os.path.expanduser(path)))
+
+
+def _registry_url(root: str | Path, registry_url: str | None) -> str:
+    return registry_url or f"sqlite:///{_absolute(root) / 'registry.sqlite'}"
+
+
+def _index_writer(root: str | Path, registry_url: str | None) -> Any:
+    """The `on_status` of a run: one row of the registry follows the status."""
+    url = _registry_url(root, registry_url)
+    index: Any = None
+    warned = False
+
+    def write(folder: Path, status: RunStatus) -> None:
+        nonlocal index, warned
+        try:
+            if index is None:
+                from toolkit.runs.database import RunIndex
+
+                index = RunIndex(url)
+            index.put(RunRecord.from_status(folder, status))
+        except Exception as error:
+            if not warned:
+                log.warning(
+                    "run registry: not reachable, so `toolkit runs` reads folders only (%s)",
+                    str(error).splitlines()[0] if str(error) else type(error).__name__,
+                )
+            warned = True
+
+    return write
+
+
+def _read_index(root: str | Path, registry_url: str | None) -> list[RunRecord]:
+    if registry_url is None and not (_absolute(root) / "registry.sqlite").exists():
+        return []
+    from toolkit.runs.database import RunIndex
+
+    try:
+        return RunIndex(_registry_url(root, registry_url)).all()
+    except Exception as error:
+        log.warning("run registry: not reachable, reading folders only (%s)", error)
+        return []
+
+
+def _run_folders(root: str | Path) -> list[Path]:
+    return sorted(
+        path.parent.parent
+        for path in _absolute(root).glob(f"*/*/{RUN_FILES.status}")
+        if path.is_file()
+    )
+
+
+def _check_is_run(folder: Path) -> None:
+    if not folder.is_dir():
+        raise RunError(f"{folder}: no such run folder; `toolkit runs` lists the runs there are")
+    if not is_run(folder):
+        raise RunError(
+            f"{folder}: not a run folder ({RUN_FILES.status} is missing or damaged); "
+            "`toolkit runs` lists the runs there are"
+        )
+
+
+def _check_unused(folder: Path, *, ignore_own_lock: bool = False) -> None:
+    if is_run(folder):
+        raise RunError(
+            f"{folder}: this run exists; continue it with `toolkit resume {folder}` "
+            "or choose another --name"
+        )
+    if ignore_own_lock or not folder.is_dir():
+        return
+    # What a start that was cut short leaves behind is no obstacle.
+    if any(
+        path.name not in _FOLDERS or (path.name != RUN_FILES.metadata and any(path.iterdir()))
+        for path in folder.iterdir()
+    ):
+        raise RunError(f"{folder}: exists but is not a run; move it away or choose another --name")
+
+
+def _prepare_folder(folder: Path) -> None:
+    try:
+        for name in _FOLDERS:
+            (folder / name).mkdir(parents=True, exist_ok=True)
+        probe = temporary_path(folder / RUN_FILES.status)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise RunError(
+            f"{folder}: cannot write there ({error.strerror}); "
+            "choose a writable --save-folder or run.root"
+        ) from None

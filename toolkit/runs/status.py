@@ -1,0 +1,61 @@
+"""metadata/status.json: how far a run came and how it ended."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+
+from toolkit.runs.files import RUN_FILES
+from toolkit.runs.lock import is_locked
+
+RunState = Literal["running", "finished", "failed", "stopped"]
+"""`stopped`: on request, with a committed checkpoint; `toolkit resume` continues."""
+
+
+class RunStatus(msgspec.Struct, kw_only=True):
+    """Content of status.json. `None` is "not known (yet)"."""
+
+    state: RunState
+    experiment: str
+    name: str
+    attempt: int
+    """1 for the first start, one more for each resume."""
+    step: int | None = None
+    """Optimizer steps done."""
+    tokens: int | None = None
+    """Training tokens consumed."""
+    loss: float | None = None
+    """Newest training loss."""
+    message: str | None = None
+    """Why the run ended or what it waits for."""
+    exit_reason: str | None = None
+    """One word for programs, for example `signal`, `hard_stop`, `error`."""
+    created: str
+    """First start of the run, ISO 8601 in UTC."""
+    started: str
+    """Start of this attempt."""
+    updated: str
+    """Last change of this file."""
+    host: str
+    pid: int
+    world_size: int | None = None
+    engine: str | None = None
+    parameters: int | None = None
+    """Parameters of the model."""
+    other: dict[str, Any] = {}
+    """Whatever else was given to `set_status`."""
+
+
+def read_status(folder: Path) -> RunStatus | None:
+    """The status of a run folder; None when the folder is not a run."""
+    try:
+        return msgspec.json.decode((folder / RUN_FILES.status).read_bytes(), type=RunStatus)
+    except (OSError, msgspec.MsgspecError):
+        return None
+
+
+def current_state(folder: Path, status: RunStatus) -> str:
+    """`status.state`, or "dead" when it says running but no process holds the lock."""
+    if status.state == "running" and not is_locked(folder):
+        return "dead"
+    return status.state

@@ -1,0 +1,116 @@
+"""Atomic and durable writes on local and network file systems.
+
+A file written here appears under its name complete or not at all: temporary name in the same
+folder, fsync, rename, fsync of the folder (POSIX rename is atomic inside one file system).
+"""
+
+import contextlib
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+PathLike = str | os.PathLike[str]
+
+TEMPORARY_SUFFIX = ".tmp"
+"""Ending of unfinished files; whoever lists a folder may skip names with it."""
+
+
+def temporary_path(path: PathLike) -> Path:
+    """A hidden, unused name beside `path`."""
+    path = Path(path)
+    unique = f"{os.getpid()}-{secrets.token_hex(4)}"
+    return path.with_name(f".{path.name}.{unique}{TEMPORARY_SUFFIX}")
+
+
+@contextlib.contextmanager
+def open_atomic(path: PathLike, *, sync: bool = True) -> Iterator[BinaryIO]:
+    """A binary file to write into; it gets the name `path` when the block ends without an error.
+
+    `sync=False` skips fsync: still never half a file after a crash of the process, but perhaps
+    one after a crash of the machine.
+    """
+    temporary = temporary_path(path)
+    try:
+        with temporary.open("xb") as file:
+            yield file
+            file.flush()
+            if sync:
+                os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+    if sync:
+        fsync_folder(Path(path).parent)
+
+
+def write_atomic(path: PathLike, data: bytes, *, sync: bool = True) -> None:
+    """Write `data` to `path`, replacing what was there in one instant."""
+    with open_atomic(path, sync=sync) as file:
+        file.write(data)
+
+
+def write_json_atomic(path: PathLike, obj: Any, *, sync: bool = True) -> None:
+    """`write_atomic` of `obj` as indented JSON (anything msgspec encodes)."""
+    import msgspec
+
+    data = msgspec.json.format(msgspec.json.encode(obj), indent=2)
+    write_atomic(path, data + b"\n", sync=sync)
+
+
+def fsync_folder(folder: PathLike) -> None:
+    """Make names created, renamed or removed in `folder` durable."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    except OSError:
+        # Some network file systems refuse fsync on a folder; their server orders renames itself.
+        pass
+    finally:
+        os.close(descriptor)
+
+
+def fsync_file(path: PathLike) -> None:
+    """Make the content of `path` durable, whoever wrote it."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def fsync_tree(folder: PathLike) -> None:
+    """Make every file and folder below `folder`, and `folder` itself, durable."""
+    for parent, _, files in os.walk(folder, topdown=False):
+        for name in files:
+            fsync_file(os.path.join(parent, name))
+        fsync_folder(parent)
+
+
+def remove_tree(folder: PathLike) -> None:
+    """Remove `folder` and all below it; nothing happens when it does not exist.
+
+    It is renamed first, so that a removal cut short never leaves a folder that looks whole.
+    """
+    doomed = temporary_path(folder)
+    try:
+        os.replace(folder, doomed)
+    except FileNotFoundError:
+        return
+    shutil.rmtree(doomed)
+
+
+def hash_file(path: PathLike, *, chunk_size: int = 4 << 20) -> str:
+    """xxh3_64 of the file's bytes as 16 hex digits; reads `chunk_size` bytes at a time."""
+    import xxhash
+
+    digest = xxhash.xxh3_64()
+    buffer = memoryview(bytearray(chunk_size))
+    with open(path, "rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            digest.update(buffer[:count])
+    return digest.hexdigest()
