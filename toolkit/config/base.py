@@ -4,11 +4,13 @@ Structs are frozen, know their fields exactly (an unknown name is an error, not 
 import nothing heavy. `XConfig.build(...)` methods import what they need when they are called.
 """
 
-from typing import Any, Self
+from typing import Any, Self, dataclass_transform
 
 import msgspec
 
 
+# Tells type checkers what msgspec does at run time: `frozen` is inherited.
+@dataclass_transform(frozen_default=True, field_specifiers=(msgspec.field,))
 class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Base struct. Subclasses add `kw_only=True` (msgspec applies it per class)."""
 

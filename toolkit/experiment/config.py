@@ -10,14 +10,26 @@ from toolkit.train.config import TrainerConfig, TransformerTrainModuleConfig
 class ExperimentConfig(Config, kw_only=True):
     """The whole of an experiment, as stored in metadata/config.json."""
 
+    description: str = ""
+    """What the experiment is for, in a line."""
     run: RunConfig = RunConfig()
+    """Names of the run and the folders it uses."""
     model: ModelConfig
+    """The architecture; `{"preset": NAME}` in a file stands for a named size."""
     dataset: DatasetConfig = DatasetConfig()
+    """Where text comes from and how it becomes tokens."""
     data_loader: DataLoaderConfig = DataLoaderConfig()
+    """How tokens become batches."""
     train_module: TransformerTrainModuleConfig = TransformerTrainModuleConfig()
+    """Optimizer, schedule, precision, parallelism."""
     trainer: TrainerConfig = TrainerConfig()
+    """How long, what is recorded, what is called."""
     seed: int = 0
     """Seed of initial weights and data order."""
+
+    def __post_init__(self) -> None:
+        if self.seed < 0:
+            raise ValueError(f"seed must not be negative: {self.seed}")
 
     @property
     def data(self) -> DataConfig:

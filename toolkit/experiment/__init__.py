@@ -1,0 +1,1 @@
+"""One experiment: its config, loading it, summarising it, running it."""

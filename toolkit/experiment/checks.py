@@ -1,0 +1,103 @@
+"""Checks across the sections of an experiment that need no data and no device.
+
+Every error names the keys it is about and the nearest values that work.
+"""
+
+from toolkit.data.config import BPETokenizerConfig, ByteTokenizerConfig, TokenizerConfig
+from toolkit.errors import ConfigError
+from toolkit.experiment.config import ExperimentConfig
+
+BYTE_VOCAB_SIZE = 257
+"""256 byte values and the end of a document."""
+
+SEQUENCE = "dataset.sequence_length"
+GLOBAL_BATCH = "data_loader.global_batch_size"
+MICROBATCH = "train_module.rank_microbatch_size"
+
+
+def check_experiment(config: ExperimentConfig, world_size: int) -> None:
+    """Check that the sections of `config` fit each other on `world_size` ranks.
+
+    Raises:
+        ConfigError: batch sizes that do not divide, a sequence longer than the model takes, or a
+            vocabulary smaller than the tokenizer's.
+    """
+    _check_sequence(config)
+    _check_vocabulary(config)
+    _check_batches(config, world_size)
+
+
+def gradient_accumulation_steps(config: ExperimentConfig, world_size: int) -> int:
+    """Forward and backward passes per optimizer step on one rank."""
+    tokens_per_pass = config.train_module.rank_microbatch_size * world_size
+    return config.data_loader.global_batch_size // tokens_per_pass
+
+
+def known_vocab_size(tokenizer: TokenizerConfig) -> int | None:
+    """Number of ids of a tokenizer; None where only its files know."""
+    if isinstance(tokenizer, ByteTokenizerConfig):
+        return BYTE_VOCAB_SIZE
+    if isinstance(tokenizer, BPETokenizerConfig):
+        return tokenizer.vocab_size
+    return None
+
+
+def _check_sequence(config: ExperimentConfig) -> None:
+    length, longest = config.dataset.sequence_length, config.model.max_sequence_length
+    if length > longest:
+        key = "n_positions" if config.model.to_dict()["type"] == "gpt" else "max_sequence_length"
+        raise ConfigError(
+            f"{SEQUENCE} {length} is longer than model.{key} {longest}; "
+            f"use {longest} or less, or raise model.{key}"
+        )
+
+
+def _check_vocabulary(config: ExperimentConfig) -> None:
+    needed = known_vocab_size(config.dataset.tokenizer)
+    if needed is not None and needed > config.model.vocab_size:
+        raise ConfigError(
+            f"model.vocab_size {config.model.vocab_size} is too small for dataset.tokenizer, "
+            f"which has {needed} ids; set model.vocab_size to {needed} or more"
+        )
+
+
+def _check_batches(config: ExperimentConfig, world_size: int) -> None:
+    sequence = config.dataset.sequence_length
+    batch = config.data_loader.global_batch_size
+    microbatch = config.train_module.rank_microbatch_size
+    ranks = f"{world_size} rank" + ("s" if world_size > 1 else "")
+    _check_multiple(GLOBAL_BATCH, batch, sequence * world_size, f"{SEQUENCE} {sequence} x {ranks}")
+    _check_multiple(MICROBATCH, microbatch, sequence, f"{SEQUENCE} {sequence}")
+    evaluation = config.data_loader.eval_batch_size
+    if evaluation is not None:
+        key = "data_loader.eval_batch_size"
+        _check_multiple(key, evaluation, sequence, f"{SEQUENCE} {sequence}")
+    unit = microbatch * world_size
+    if batch % unit:
+        instances = batch // (sequence * world_size)
+        works = [n * sequence for n in range(1, instances + 1) if instances % n == 0]
+        raise ConfigError(
+            f"{GLOBAL_BATCH} {batch} is not divisible by {MICROBATCH} {microbatch} x {ranks} "
+            f"= {unit}; nearest that work: {GLOBAL_BATCH} {_nearest_multiples(batch, unit)}, "
+            f"or {MICROBATCH} {_around(microbatch, works)}"
+        )
+
+
+def _check_multiple(key: str, value: int, unit: int, meaning: str) -> None:
+    if value % unit:
+        product = f" = {unit}" if " x " in meaning else ""
+        raise ConfigError(
+            f"{key} {value} is not divisible by {meaning}{product}; "
+            f"nearest that work: {_nearest_multiples(value, unit)}"
+        )
+
+
+def _nearest_multiples(value: int, unit: int) -> str:
+    below = value // unit * unit
+    return f"{below} or {below + unit}" if below else str(unit)
+
+
+def _around(value: int, known: list[int]) -> str:
+    below = [v for v in known if v < value][-1:]
+    above = [v for v in known if v > value][:1]
+    return " or ".join(str(v) for v in below + above)

@@ -1,0 +1,134 @@
+"""From `toolkit train SOURCE --flags` to an `ExperimentConfig` that knows where each value is from.
+
+1. SOURCE is a JSON file or the name of a recipe; both hold a complete config.
+2. `{"preset": NAME, ...}` in the model section becomes that preset under the section's other values.
+3. Flags follow: the short ones (`--sequence-length`), then overrides (`--a.b.c=VALUE`) in the order
+   given. `--model.preset=NAME` replaces the model section before the other flags apply.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from toolkit.config import (
+    ConfigLayers,
+    Override,
+    parse_json_mapping,
+    parse_override_args,
+    read_json_mapping,
+)
+from toolkit.errors import ConfigError, RunError
+from toolkit.experiment.config import ExperimentConfig
+from toolkit.experiment.recipes import recipe_hint, recipe_names, recipe_text
+from toolkit.models.presets import preset
+from toolkit.runs.files import RUN_FILES
+
+SHORTHANDS: dict[str, str] = {
+    "name": "run.name",
+    "sequence_length": "dataset.sequence_length",
+    "data_root": "dataset.root",
+    "save_folder": "run.save_folder",
+    "work_dir": "run.work_dir",
+}
+"""Options of the command line that stand for one config value each."""
+
+RUN_ORIGIN = "run"
+
+
+class LoadedExperiment(NamedTuple):
+    """A resolved config with the origin of each leaf value."""
+
+    config: ExperimentConfig
+    origins: dict[str, str]
+    """`path -> origin`: "default", a recipe, a file, a preset, a flag as typed, or "run"."""
+    source: str
+    """The recipe, file or run folder it was loaded from."""
+
+
+def load_experiment(
+    source: str, overrides: Sequence[str] = (), shorthands: Mapping[str, Any] | None = None
+) -> LoadedExperiment:
+    """Load a recipe or JSON file and apply the command line to it.
+
+    `shorthands` maps names in `SHORTHANDS` to values; None means not given.
+
+    Raises:
+        ConfigError: no such source, or a name or value that does not fit.
+    """
+    data, origin = _read_source(source)
+    layers = ConfigLayers(ExperimentConfig)
+    _add(layers, data, origin)
+    for name, value in (shorthands or {}).items():
+        if value is not None:
+            layers.set(SHORTHANDS[name], value, f"--{name.replace('_', '-')}={value}")
+    _apply_overrides(layers, overrides)
+    config = layers.resolve()
+    return LoadedExperiment(config, layers.origins(config), source)
+
+
+def load_run_config(run_dir: Path, overrides: Sequence[str] = ()) -> LoadedExperiment:
+    """Load the config a run was started with and apply the command line of a resume.
+
+    Raises:
+        RunError: `run_dir` is not a run folder.
+        ConfigError: its config cannot be read, or an override does not fit.
+    """
+    path = run_dir / RUN_FILES.config
+    if not path.is_file():
+        raise RunError(
+            f"{run_dir}: not a run folder (it has no {RUN_FILES.config}); `toolkit runs` lists runs"
+        )
+    layers = ConfigLayers(ExperimentConfig)
+    _add(layers, read_json_mapping(path), RUN_ORIGIN)
+    _apply_overrides(layers, overrides)
+    config = layers.resolve()
+    return LoadedExperiment(config, layers.origins(config), str(run_dir))
+
+
+def _read_source(source: str) -> tuple[dict[str, Any], str]:
+    path = Path(source).expanduser()
+    if path.is_file():
+        return read_json_mapping(path), source
+    if source in recipe_names():
+        return parse_json_mapping(recipe_text(source), f"recipe {source}"), f"recipe {source}"
+    if path.is_dir():
+        raise ConfigError(f"{source}: a folder; give a JSON file or a recipe ({recipe_hint('')})")
+    kind = "file" if source.endswith(".json") or "/" in source else "recipe or file"
+    raise ConfigError(f"{source}: no such {kind}; {recipe_hint(path.stem)}")
+
+
+def _add(layers: ConfigLayers[ExperimentConfig], data: dict[str, Any], origin: str) -> None:
+    model = data.get("model")
+    if isinstance(model, dict) and "preset" in model:
+        name = model["preset"]
+        if not isinstance(name, str):
+            raise ConfigError(f"model.preset: expected the name of a preset, not {name!r}")
+        layers.add({"model": preset(name)}, f"preset {name}")
+        rest = {key: value for key, value in model.items() if key != "preset"}
+        data = {**data, "model": rest}
+        if not rest:
+            del data["model"]
+    layers.add(data, origin)
+
+
+def _apply_overrides(layers: ConfigLayers[ExperimentConfig], args: Sequence[str]) -> None:
+    overrides = parse_override_args(
+        args,
+        sections=ExperimentConfig.__struct_fields__,
+        options=[*(name.replace("_", "-") for name in SHORTHANDS), "dry-run", "json", "debug"],
+    )
+    for override in overrides:
+        if override.path == "model.preset":
+            layers.set("model", preset(override.text), override.flag)
+    for override in overrides:
+        if override.path == "model":
+            _set_model(layers, override)
+        elif override.path != "model.preset":
+            layers.apply(override)
+
+
+def _set_model(layers: ConfigLayers[ExperimentConfig], override: Override) -> None:
+    model = layers.parse(override)
+    if isinstance(model, dict) and "preset" in model:
+        model = {**preset(str(model.pop("preset"))), **model}
+    layers.set("model", model, override.flag)
