@@ -36,7 +36,7 @@ class HubSourceConfig(Config, kw_only=True, tag_field="type", tag="hub"):
 
 
 class PythonStdlibSourceConfig(Config, kw_only=True, tag_field="type", tag="python_stdlib"):
-    """Source code of the standard library of the running interpreter: real text on every machine."""
+    """Source code of the running interpreter's standard library: real text on every machine."""
 
     max_bytes: int | None = 10_000_000
     """Stop after this many bytes (files in sorted order by hash of their name); null: all."""
@@ -59,7 +59,9 @@ class BPETokenizerConfig(Config, kw_only=True, tag_field="type", tag="bpe"):
 
     def __post_init__(self) -> None:
         if self.vocab_size < 257:
-            raise ValueError(f"vocab_size must be at least 257 (256 bytes + eos): {self.vocab_size}")
+            raise ValueError(
+                f"vocab_size must be at least 257 (256 bytes + eos): {self.vocab_size}"
+            )
         check_positive(self, "sample_bytes")
 
 
@@ -85,11 +87,13 @@ class DatasetConfig(Config, kw_only=True):
     dataset_config: str = "default"
     """Second folder level: which tokenizer and settings."""
     source: SourceConfig | None = None
-    """Where the text comes from; null: the token files exist already."""
+    """Where the text comes from; null: the token files exist already and are taken as they are,
+    with the tokenizer and the split they were made with."""
     tokenizer: TokenizerConfig = ByteTokenizerConfig()
     """How text becomes ids."""
     validation_fraction: float = 0.05
-    """Share of documents held out, chosen by a hash of each document's identity."""
+    """Share of documents held out, chosen by a hash of each document's identity. Of plain-text
+    files too few to hold one out, the last part of each is held out."""
     append_eos: bool = True
     """End every document with the tokenizer's end-of-document token."""
     sequence_length: int = 1024

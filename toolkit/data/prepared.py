@@ -1,0 +1,231 @@
+"""A prepared data set on disk: what its files are, how they are read and checked.
+
+    <root>/<dataset_name>/<dataset_config>/
+      dataset.json      `Manifest`: counts, types, fingerprints, the settings it was built with
+      train.bin         token ids of all training documents, one after the other
+      train.idx         uint64: position in train.bin where each document starts
+      val.bin, val.idx  the same for held-out documents; absent when there are none
+      tokenizer/        loads with `transformers.AutoTokenizer`
+
+The folder gets its name in one rename when everything in it is complete, so a folder that exists is
+whole. Reading the manifest needs neither numpy nor any file but dataset.json.
+"""
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import msgspec
+
+from toolkit.data.config import DatasetConfig
+from toolkit.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+FORMAT_VERSION = 1
+MANIFEST_NAME = "dataset.json"
+TOKENIZER_FOLDER = "tokenizer"
+NUM_BLOCKS = 64
+BLOCK_BYTES = 4096
+NUM_BLOCKS_CHECKED_AT_OPEN = 4
+
+TokenDType = Literal["uint16", "uint32"]
+Split = Literal["train", "val"]
+
+
+class SplitInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """Counts and hashes of one split."""
+
+    num_tokens: int
+    """Token ids in the .bin file, end-of-document tokens included."""
+    num_documents: int
+    """Documents, and entries of the .idx file."""
+    text_bytes: int
+    """UTF-8 bytes of the text that became these tokens."""
+    content_hash: str
+    """xxh3_128 of the whole .bin file."""
+    block_hashes: list[str]
+    """xxh3_64 of a few blocks spread over the .bin file, for a quick check when it is opened."""
+
+
+class Manifest(msgspec.Struct, frozen=True, kw_only=True):
+    """Content of dataset.json."""
+
+    format_version: int
+    dtype: TokenDType
+    vocab_size: int
+    eos_id: int | None
+    append_eos: bool
+    tokenizer_fingerprint: str
+    source_fingerprint: str
+    """Identifies the text: names, sizes and sampled content of the source's files."""
+    replaced_bytes: int
+    """Bytes that were not UTF-8 and became U+FFFD."""
+    skipped_documents: int
+    """Documents without text, and files of the standard library that are not UTF-8."""
+    settings: dict[str, Any]
+    """The settings that decide what the files hold; see `toolkit.data.settings`."""
+    splits: dict[str, SplitInfo]
+
+
+class PreparedDataset:
+    """An opened manifest; token files are opened (and checked) when they are asked for."""
+
+    def __init__(self, folder: str | os.PathLike[str], manifest: Manifest) -> None:
+        self.folder = Path(folder)
+        self.manifest = manifest
+
+    @property
+    def vocab_size(self) -> int:
+        """Every id in the files is below this."""
+        return self.manifest.vocab_size
+
+    @property
+    def tokenizer_folder(self) -> Path:
+        """Folder that `load_tokenizer` and `transformers.AutoTokenizer` read."""
+        return self.folder / TOKENIZER_FOLDER
+
+    def has_split(self, split: Split) -> bool:
+        """Whether the split holds at least one token."""
+        return split in self.manifest.splits
+
+    def num_tokens(self, split: Split) -> int:
+        """Tokens of the split, 0 when it is absent."""
+        info = self.manifest.splits.get(split)
+        return info.num_tokens if info else 0
+
+    def num_documents(self, split: Split) -> int:
+        """Documents of the split, 0 when it is absent."""
+        info = self.manifest.splits.get(split)
+        return info.num_documents if info else 0
+
+    def bytes_per_token(self, split: Split) -> float:
+        """Average UTF-8 bytes of text per token id: turns loss per token into bits per byte."""
+        info = self.manifest.splits[split]
+        return info.text_bytes / info.num_tokens
+
+    def fingerprint(self, split: Split) -> str:
+        """Identifies the content of the split: tokens, type, tokenizer and eos policy."""
+        import xxhash
+
+        info, manifest = self.manifest.splits[split], self.manifest
+        identity = (
+            info.content_hash,
+            info.num_tokens,
+            manifest.dtype,
+            manifest.tokenizer_fingerprint,
+            manifest.append_eos,
+        )
+        return xxhash.xxh3_64_hexdigest(repr(identity).encode())
+
+    def tokens(self, split: Split) -> "np.ndarray":
+        """Token ids of the split, a read-only memory map of shape `(num_tokens,)`.
+
+        Raises:
+            DataError: when the file does not agree with the manifest (size, or sampled blocks).
+        """
+        import numpy as np
+
+        path = self.folder / f"{split}.bin"
+        info = self.manifest.splits[split]
+        _check_size(path, info.num_tokens * np.dtype(self.manifest.dtype).itemsize)
+        _check_blocks(path, info.block_hashes)
+        return np.memmap(path, dtype=self.manifest.dtype, mode="r")
+
+    def document_starts(self, split: Split) -> "np.ndarray":
+        """Position of each document's first token, a memory map of shape `(num_documents,)`."""
+        import numpy as np
+
+        path = self.folder / f"{split}.idx"
+        _check_size(path, self.manifest.splits[split].num_documents * 8)
+        return np.memmap(path, dtype=np.uint64, mode="r")
+
+
+def dataset_folder(config: DatasetConfig) -> Path:
+    """`<root>/<dataset_name>/<dataset_config>`."""
+    return Path(config.root).expanduser() / config.dataset_name / config.dataset_config
+
+
+def read_prepared(config: DatasetConfig) -> PreparedDataset | None:
+    """The prepared data set of `config`, or None when there is none yet.
+
+    Reads dataset.json and the sizes of the token files, nothing else (about a millisecond).
+
+    Raises:
+        DataError: when dataset.json cannot be read or the token files do not have its sizes.
+    """
+    folder = dataset_folder(config)
+    path = folder / MANIFEST_NAME
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+    try:
+        manifest = msgspec.json.decode(data, type=Manifest)
+    except msgspec.DecodeError as error:
+        raise DataError(
+            f"{path}: damaged ({error}); delete {folder} and prepare the data again"
+        ) from None
+    if manifest.format_version != FORMAT_VERSION:
+        raise DataError(
+            f"{path}: format version {manifest.format_version}, this toolkit reads "
+            f"{FORMAT_VERSION}; delete {folder} and prepare the data again"
+        )
+    itemsize = 2 if manifest.dtype == "uint16" else 4
+    for split, info in manifest.splits.items():
+        _check_size(folder / f"{split}.bin", info.num_tokens * itemsize)
+        _check_size(folder / f"{split}.idx", info.num_documents * 8)
+    return PreparedDataset(folder, manifest)
+
+
+def check_vocabulary(prepared: PreparedDataset, model_vocab_size: int) -> None:
+    """Raise ConfigError when the model has fewer token ids than the data set's tokenizer."""
+    if model_vocab_size < prepared.vocab_size:
+        raise ConfigError(
+            f"model.vocab_size is {model_vocab_size}, but the tokenizer of {prepared.folder} has "
+            f"{prepared.vocab_size} ids; set model.vocab_size to at least {prepared.vocab_size}"
+        )
+
+
+def token_dtype(vocab_size: int) -> TokenDType:
+    """The smallest type that holds every id of a vocabulary."""
+    return "uint16" if vocab_size <= 1 << 16 else "uint32"
+
+
+def hash_blocks(path: Path, every: int = 1) -> dict[int, str]:
+    """xxh3_64 of every `every`-th of the sampled blocks, by number; the last block always."""
+    import xxhash
+
+    size = path.stat().st_size
+    hashes = {}
+    with path.open("rb", buffering=0) as file:
+        for number in [*range(0, NUM_BLOCKS - 1, every), NUM_BLOCKS - 1]:
+            file.seek(max(0, size - BLOCK_BYTES) * number // (NUM_BLOCKS - 1))
+            hashes[number] = xxhash.xxh3_64_hexdigest(file.read(BLOCK_BYTES))
+    return hashes
+
+
+def _check_size(path: Path, expected: int) -> None:
+    try:
+        size = path.stat().st_size
+    except FileNotFoundError:
+        size = None
+    if size != expected:
+        found = "is missing" if size is None else f"has {size} bytes instead of {expected}"
+        raise DataError(
+            f"{path} {found} ({MANIFEST_NAME} beside it says so); restore it, or delete "
+            f"{path.parent} and prepare the data again"
+        )
+
+
+def _check_blocks(path: Path, expected: list[str]) -> None:
+    every = NUM_BLOCKS // (NUM_BLOCKS_CHECKED_AT_OPEN - 1)
+    for number, found in hash_blocks(path, every).items():
+        if expected[number] != found:
+            raise DataError(
+                f"{path}: content differs from {MANIFEST_NAME} beside it (sampled block {number}); "
+                f"restore it, or delete {path.parent} and prepare the data again"
+            )
