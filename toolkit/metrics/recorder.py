@@ -12,10 +12,9 @@ Every rank must record the same names in the same order at the same steps: the b
 are then alike, and so are the calls of `reduce`.
 """
 
-import contextlib
 import queue
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from itertools import groupby
 from typing import Any, Literal, NamedTuple
 
@@ -44,10 +43,10 @@ class _Record(NamedTuple):
 
 
 class _Copy(NamedTuple):
-    """A transfer under way: the host tensor, whether each was integral, what to wait for."""
+    """A transfer under way: the host tensor, the groups inside it, what to wait for."""
 
     host: torch.Tensor
-    integral: list[bool]
+    groups: list[tuple[torch.dtype, int]]
     event: Any
 
 
@@ -189,42 +188,63 @@ class MetricsRecorder:
 
 def _start_copies(records: list[_Record]) -> dict[torch.device, _Copy]:
     """Start one copy per accelerator; values on the CPU are read later, by the thread."""
-    by_device: dict[torch.device, list[torch.Tensor]] = {}
+    found: dict[torch.device, dict[torch.dtype, list[torch.Tensor]]] = {}
     for record in records:
         for value in record.values.values():
-            if isinstance(value, torch.Tensor) and value.device.type != "cpu":
-                by_device.setdefault(value.device, []).append(value)
-    return {device: _start_copy(device, tensors) for device, tensors in by_device.items()}
+            if isinstance(value, torch.Tensor) and not _on_host(value):
+                found.setdefault(value.device, {}).setdefault(value.dtype, []).append(value)
+    return {device: _start_copy(device, groups) for device, groups in found.items()}
 
 
-def _start_copy(device: torch.device, tensors: list[torch.Tensor]) -> _Copy:
-    integral = [not tensor.is_floating_point() for tensor in tensors]
-    # float64 holds every integer count up to 2^53 and every smaller float exactly.
-    stacked = torch.stack([t.detach().reshape(()).to(torch.float64) for t in tensors])
-    host = torch.empty(stacked.shape, dtype=torch.float64, pin_memory=True)
-    host.copy_(stacked, non_blocking=True)
+def _start_copy(device: torch.device, groups: dict[torch.dtype, list[torch.Tensor]]) -> _Copy:
+    with torch.no_grad():
+        # float64 holds every integer count up to 2^53 and every smaller float exactly.
+        parts = [
+            torch.stack([t.reshape(()) if t.dim() else t for t in tensors]).to(torch.float64)
+            for tensors in groups.values()
+        ]
+        stacked = torch.cat(parts) if len(parts) > 1 else parts[0]
+        host = _pinned(len(stacked))
+        host.copy_(stacked, non_blocking=True)
+    sizes = [(dtype, len(tensors)) for dtype, tensors in groups.items()]
+    return _Copy(host, sizes, _record_event(device))
+
+
+def _on_host(tensor: torch.Tensor) -> bool:
+    return tensor.device.type == "cpu"
+
+
+def _pinned(size: int) -> torch.Tensor:
+    return torch.empty(size, dtype=torch.float64, pin_memory=True)
+
+
+def _record_event(device: torch.device) -> Any:
+    """An event after everything queued on `device`; who waits for it sleeps instead of spinning."""
     module = torch.get_device_module(device)
-    with contextlib.nullcontext() if device.index is None else module.device(device.index):
-        event = module.Event(blocking=True)  # the thread sleeps until then instead of spinning
+    with module.device(device):
+        event = module.Event(blocking=True)
         event.record()
-    return _Copy(host, integral, event)
+    return event
 
 
 def _host_values(block: _Block) -> list[dict[str, Any]]:
     """Each record's values as Python numbers, in their order."""
-    arrived = {}
+    arrived: dict[tuple[torch.device, torch.dtype], Iterator[float | int]] = {}
     for device, copy in block.copies.items():
         copy.event.synchronize()
-        numbers = copy.host.tolist()
-        arrived[device] = iter(
-            [int(x) if whole else x for x, whole in zip(numbers, copy.integral, strict=True)]
-        )
+        sizes = [size for _, size in copy.groups]
+        for (dtype, _), part in zip(copy.groups, copy.host.split(sizes), strict=True):
+            numbers = part if dtype.is_floating_point else part.long()
+            arrived[device, dtype] = iter(numbers.tolist())
     rows = []
     for record in block.records:
         row: dict[str, Any] = {}
         for name, value in record.values.items():
             if isinstance(value, torch.Tensor):
-                value = value.item() if value.device.type == "cpu" else next(arrived[value.device])
+                if _on_host(value):
+                    value = value.item()
+                else:
+                    value = next(arrived[value.device, value.dtype])
             row[name] = value
         rows.append(row)
     return rows

@@ -1,5 +1,6 @@
 """Where records end: lines of JSON, and TensorBoard event files."""
 
+import functools
 import math
 import os
 import socket
@@ -125,15 +126,13 @@ def _empty_event(tags: tuple[str, ...]) -> Any:
 
 def _framed(data: bytes) -> bytes:
     """TFRecord framing: length, its CRC, data, its CRC (tensorflow/core/lib/io/record_writer)."""
-    length = struct.pack("<Q", len(data))
-    return b"".join(
-        (
-            length,
-            struct.pack("<I", masked_crc32c(length)),
-            data,
-            struct.pack("<I", masked_crc32c(data)),
-        )
-    )
+    return b"".join((_frame_head(len(data)), data, struct.pack("<I", masked_crc32c(data))))
+
+
+@functools.lru_cache(maxsize=1024)
+def _frame_head(size: int) -> bytes:
+    length = struct.pack("<Q", size)
+    return length + struct.pack("<I", masked_crc32c(length))
 
 
 def _finite(value: Any) -> Any:

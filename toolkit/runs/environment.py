@@ -18,7 +18,9 @@ _VARIABLES = re.compile(
 )
 _SECRET = re.compile(r"TOKEN|SECRET|PASSW|CREDENTIAL|API|PRIVATE|(\b|_)KEY(\b|_)", re.IGNORECASE)
 _URL_PASSWORD = re.compile(r"(://[^/\s:@]*):[^/\s@]*@")
-_SECRET_ARGUMENT = re.compile(r"(--?[\w.-]*(?:token|secret|password|api[_-]?key)[\w-]*)=.*", re.I)
+_SECRET_ARGUMENT = re.compile(
+    r"(--?[\w.-]*(?:(?:hf|hub|auth|access)[_-]token|secret|password|api[_-]?key))=.*", re.IGNORECASE
+)
 
 
 def describe_command() -> dict[str, Any]:

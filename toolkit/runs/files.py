@@ -1,4 +1,8 @@
-"""Everything a run folder holds, by name. No other module spells these paths."""
+"""Everything a run folder holds, by name.
+
+`metrics.streams`, which stands beside this room and not above it, spells its own four files; a test
+holds the two together.
+"""
 
 import msgspec
 

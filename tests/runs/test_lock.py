@@ -1,0 +1,175 @@
+"""One writer per run folder; dead writers do not count."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from toolkit.errors import RunError
+from toolkit.runs.files import RUN_FILES
+from toolkit.runs.lock import LockInfo, RunLock, is_locked, read_lock_info
+from toolkit.storage.atomic import write_json_atomic
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from toolkit.runs.lock import RunLock
+lock = RunLock(Path(sys.argv[1]))
+lock.acquire()
+print("held", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / RUN_FILES.metadata).mkdir()
+    return tmp_path
+
+
+@pytest.fixture
+def holder(folder):
+    """Another process that holds the lock of `folder`."""
+    process = subprocess.Popen([sys.executable, "-c", HOLDER, folder], stdout=subprocess.PIPE)
+    assert process.stdout.readline() == b"held\n"
+    yield process
+    process.kill()
+    process.wait()
+    process.stdout.close()
+
+
+def leave_foreign_lock(folder, *, age_seconds):
+    info = LockInfo(
+        host="another-host",
+        pid=4321,
+        process_started=0.0,
+        started="2026-01-01T00:00:00Z",
+        heartbeat="2026-01-01T00:00:00Z",
+        token="foreign",
+    )
+    write_json_atomic(folder / RUN_FILES.lock_info, info)
+    then = time.time() - age_seconds
+    os.utime(folder / RUN_FILES.lock_info, (then, then))
+
+
+def test_second_writer_is_refused_with_host_pid_and_since_when(folder, holder):
+    info = read_lock_info(folder)
+    assert info.pid == holder.pid
+    with pytest.raises(RunError) as error:
+        RunLock(folder).acquire()
+    message = str(error.value)
+    assert f"pid {holder.pid} on {info.host} since {info.started}" in message
+    assert str(folder) in message
+    assert "\n" not in message
+    assert is_locked(folder)
+
+
+def test_second_writer_in_the_same_process_is_refused(folder):
+    lock = RunLock(folder)
+    lock.acquire()
+    with pytest.raises(RunError, match=f"pid {os.getpid()} "):
+        RunLock(folder).acquire()
+    lock.release()
+    lock.release()
+
+
+def test_release_lets_the_next_one_in(folder):
+    for _ in range(2):
+        lock = RunLock(folder)
+        lock.acquire()
+        assert is_locked(folder)
+        lock.release()
+        assert not is_locked(folder)
+        assert read_lock_info(folder) is None
+
+
+def test_lock_of_a_killed_process_is_taken_over_at_once(folder, holder):
+    holder.send_signal(signal.SIGKILL)
+    holder.wait()
+    assert read_lock_info(folder).pid == holder.pid
+    assert not is_locked(folder)
+    lock = RunLock(folder)
+    lock.acquire()
+    assert read_lock_info(folder).pid == os.getpid()
+    lock.release()
+
+
+def test_a_later_process_with_the_same_pid_is_not_the_holder(folder):
+    lock = RunLock(folder)
+    lock.acquire()
+    info = read_lock_info(folder)
+    lock.release()
+    info.process_started -= 1000.0
+    write_json_atomic(folder / RUN_FILES.lock_info, info)
+    os.utime(folder / RUN_FILES.lock_info, (0, 0))
+    assert not is_locked(folder)
+
+
+def test_lock_that_outlives_its_dead_holder_is_taken_over(folder, holder, monkeypatch):
+    """A child may have inherited it; what counts is that the recorded holder is gone."""
+    monkeypatch.setattr("toolkit.runs.lock._SETTLE_SECONDS", 0.2)
+    info = read_lock_info(folder)
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    info.pid = gone.pid
+    write_json_atomic(folder / RUN_FILES.lock_info, info)
+    lock = RunLock(folder)
+    lock.acquire()
+    assert read_lock_info(folder).pid == os.getpid()
+    lock.release()
+
+
+def test_old_lock_of_another_host_is_taken_over(folder):
+    leave_foreign_lock(folder, age_seconds=100)
+    assert not is_locked(folder)
+    lock = RunLock(folder)
+    lock.acquire()
+    assert read_lock_info(folder).pid == os.getpid()
+    lock.release()
+
+
+def test_young_lock_of_another_host_is_watched_and_taken_over_when_it_stands_still(folder):
+    leave_foreign_lock(folder, age_seconds=0.5)
+    assert is_locked(folder)
+    lock = RunLock(folder, heartbeat_seconds=0.05, stale_seconds=1.0)
+    lock.acquire()
+    lock.release()
+
+
+def test_lock_of_another_host_that_beats_is_respected(folder, monkeypatch):
+    leave_foreign_lock(folder, age_seconds=0)
+    info = read_lock_info(folder)
+
+    def sleep_while_the_other_beats(_seconds):
+        info.heartbeat = "2026-01-01T00:00:15Z"
+        write_json_atomic(folder / RUN_FILES.lock_info, info)
+
+    monkeypatch.setattr("toolkit.runs.lock.time.sleep", sleep_while_the_other_beats)
+    with pytest.raises(RunError, match="pid 4321 on another-host since 2026-01-01"):
+        RunLock(folder).acquire()
+    monkeypatch.undo()
+    write_json_atomic(folder / RUN_FILES.lock_info, {})
+    RunLock(folder).acquire()  # the refusal left no lock of the system behind
+
+
+def wait_until(condition, seconds=10.0):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it never happened"
+        time.sleep(0.01)
+
+
+def test_heartbeat_moves_and_notices_a_takeover(folder):
+    lock = RunLock(folder, heartbeat_seconds=0.02)
+    lock.acquire()
+    first = read_lock_info(folder).heartbeat
+    wait_until(lambda: read_lock_info(folder).heartbeat != first)
+    assert not lock.lost
+    leave_foreign_lock(folder, age_seconds=0)
+    # A beat under way may still put our own file back over it.
+    wait_until(lambda: lock.lost or leave_foreign_lock(folder, age_seconds=0))
+    lock.release()
+    assert read_lock_info(folder).token == "foreign"

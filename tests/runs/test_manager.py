@@ -1,0 +1,111 @@
+"""RunManager: attempts, status, metadata that loses nothing."""
+
+import json
+import logging
+
+import pytest
+
+from toolkit.errors import RunError
+from toolkit.runs.config import RunConfig
+from toolkit.runs.files import RUN_FILES
+from toolkit.runs.registry import start_run
+from toolkit.runs.status import read_status
+
+
+def read(run, file):
+    return json.loads(run.path(file).read_text())
+
+
+def test_status_tells_state_progress_and_who(tmp_path):
+    run = start_run("exp", "one", root=tmp_path)
+    run.set_status("running", step=10, tokens=20480, engine="zero3", world_size=2, parameters=7)
+    run.set_status("running", step=20, loss=3.5, note="x")
+    run.close("stopped", message="signal SIGTERM", exit_reason="signal")
+    status = read(run, RUN_FILES.status)
+    assert status["state"] == "stopped"
+    assert (status["step"], status["tokens"], status["loss"]) == (20, 20480, 3.5)
+    assert (status["engine"], status["world_size"], status["parameters"]) == ("zero3", 2, 7)
+    assert (status["message"], status["exit_reason"]) == ("signal SIGTERM", "signal")
+    assert status["other"] == {"note": "x"}
+    assert status["attempt"] == 1
+    assert status["host"]
+    assert status["pid"] > 0
+    assert status["created"] <= status["started"] <= status["updated"]
+
+
+def test_each_resume_is_one_attempt_more_and_keeps_progress(tmp_path):
+    start_run("exp", "one", root=tmp_path).close("stopped", step=5, tokens=50)
+    for attempt in (2, 3):
+        run = start_run("exp", "one", root=tmp_path, resume=True)
+        assert run.attempt == attempt
+        status = read_status(run.folder)
+        assert (status.state, status.step, status.tokens) == ("running", 5, 50)
+        run.close("stopped")
+
+
+def test_metadata_of_earlier_attempts_stays_when_it_differs(tmp_path):
+    first = start_run("exp", "one", root=tmp_path)
+    first.log_metadata({"lr": 1}, RUN_FILES.trainer_config)
+    first.log_metadata({"lr": 2}, RUN_FILES.trainer_config)  # the same attempt corrects itself
+    first.log_metadata(RunConfig(experiment="exp"), RUN_FILES.config, format="json")
+    first.close("stopped")
+    second = start_run("exp", "one", root=tmp_path, resume=True)
+    second.log_metadata({"lr": 3}, RUN_FILES.trainer_config)
+    second.log_metadata(RunConfig(experiment="exp"), RUN_FILES.config)
+    second.close("finished")
+    assert read(second, RUN_FILES.trainer_config) == {"lr": 3}
+    assert read(second, "metadata/trainer_config.attempt1.json") == {"lr": 2}
+    assert read(second, RUN_FILES.config)["experiment"] == "exp"
+    assert not second.path("metadata/config.attempt1.json").exists()
+    assert read(second, "metadata/command.attempt1.json")["attempt"] == 1
+    assert read(second, RUN_FILES.command)["attempt"] == 2
+
+
+def test_other_ranks_read_and_never_write(tmp_path):
+    main = start_run("exp", "one", root=tmp_path)
+    other = start_run("exp", "one", root=tmp_path, is_main=False)
+    before = main.path(RUN_FILES.status).read_bytes()
+    other.log_metadata({}, RUN_FILES.model_config)
+    other.set_status("failed")
+    other.close("failed")
+    assert other.attempt == 1
+    assert other.folder == main.folder
+    assert main.path(RUN_FILES.status).read_bytes() == before
+    assert not main.path(RUN_FILES.model_config).exists()
+    main.close("finished")
+
+
+def test_other_rank_that_does_not_see_the_folder_says_so(tmp_path):
+    other = start_run("exp", "one", root=tmp_path / "local", is_main=False)
+    with pytest.raises(RunError, match="does not see the folder"):
+        _ = other.attempt
+
+
+def test_a_run_left_by_an_error_is_failed_with_its_cause(tmp_path):
+    with pytest.raises(ZeroDivisionError), start_run("exp", "one", root=tmp_path) as run:
+        1 / 0  # noqa: B018
+    status = read_status(run.folder)
+    assert (status.state, status.exit_reason) == ("failed", "error")
+    assert status.message == "ZeroDivisionError: division by zero"
+
+
+def test_first_final_status_wins(tmp_path):
+    with start_run("exp", "one", root=tmp_path) as run:
+        run.close("stopped", step=3)
+    assert read_status(run.folder).state == "stopped"
+
+
+def test_a_writer_that_lost_its_lock_must_not_write(tmp_path):
+    run = start_run("exp", "one", root=tmp_path)
+    run._lock._lost = True
+    with pytest.raises(RunError, match="took this run over"):
+        run.set_status("running", step=1)
+    run.close()
+
+
+def test_failing_background_work_is_a_warning(tmp_path, caplog):
+    with start_run("exp", "one", root=tmp_path) as run, caplog.at_level(logging.WARNING):
+        run.submit(lambda: (_ for _ in ()).throw(OSError("no such disk")))
+        run.wait()
+    assert "no such disk" in caplog.text
+    assert read_status(run.folder).state == "finished"
