@@ -1,7 +1,13 @@
 """`ExperimentConfig`: everything one training run needs to know."""
 
 from toolkit.config import Config
-from toolkit.data.config import DataConfig, DataLoaderConfig, DatasetConfig
+from toolkit.data.config import (
+    DataConfig,
+    DataLoaderConfig,
+    DatasetConfig,
+    HFTokenizerConfig,
+    HubSourceConfig,
+)
 from toolkit.models.config import ModelConfig
 from toolkit.runs.config import RunConfig
 from toolkit.train.config import TrainerConfig, TransformerTrainModuleConfig
@@ -30,6 +36,13 @@ class ExperimentConfig(Config, kw_only=True):
     def __post_init__(self) -> None:
         if self.seed < 0:
             raise ValueError(f"seed must not be negative: {self.seed}")
+
+    @property
+    def needs_download(self) -> bool:
+        """Whether text or tokenizer come from the network when the data is not prepared yet."""
+        return isinstance(self.dataset.source, HubSourceConfig) or isinstance(
+            self.dataset.tokenizer, HFTokenizerConfig
+        )
 
     @property
     def data(self) -> DataConfig:

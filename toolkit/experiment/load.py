@@ -1,7 +1,8 @@
 """From `toolkit train SOURCE --flags` to an `ExperimentConfig` that knows where each value is from.
 
 1. SOURCE is a JSON file or the name of a recipe; both hold a complete config.
-2. `{"preset": NAME, ...}` in the model section becomes that preset under the section's other values.
+2. `{"preset": NAME, ...}` in the model section becomes that preset, under the section's other
+   values.
 3. Flags follow: the short ones (`--sequence-length`), then overrides (`--a.b.c=VALUE`) in the order
    given. `--model.preset=NAME` replaces the model section before the other flags apply.
 """

@@ -1,0 +1,104 @@
+"""`toolkit`: the app, and the one place that turns errors into a line and an exit code.
+
+Verb modules import nothing but typer at the top; what they call is imported when they run. So the
+help is quick, and no verb pays for another.
+"""
+
+import os
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import typer
+
+from toolkit.cli import prepare, recipes, resume, runs, schema, train
+from toolkit.errors import EXIT_BAD_INPUT, EXIT_DONE, ToolkitError
+
+EXIT_INTERRUPTED = 130
+"""Ctrl-C before training began (128 + SIGINT); training itself ends with `EXIT_STOPPED`."""
+
+# Rank 0's line should be out before the launcher sees any rank end and stops the others.
+_SECONDS_FOR_RANK_0 = 1.0
+
+# typer brings its own copy of click, under a private name; this is its UsageError.
+_UsageError: Any = typer.BadParameter.__base__
+
+_OVERRIDES = {"ignore_unknown_options": True}
+
+app = typer.Typer(
+    name="toolkit",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+app.command(context_settings=_OVERRIDES)(train.train)
+app.command(context_settings=_OVERRIDES)(resume.resume)
+app.command(context_settings=_OVERRIDES)(prepare.prepare)
+app.add_typer(recipes.app, name="recipes")
+app.add_typer(runs.app, name="runs")
+app.command()(schema.schema)
+
+
+@app.callback()
+def _toolkit(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show tracebacks of errors. Goes anywhere.")
+    ] = False,
+) -> None:
+    """Train language models: a typed config in, a run folder out.
+
+    \b
+    Examples:
+      toolkit train quickstart
+      accelerate launch --config_file accelerate_configs/fsdp.yaml --num_processes 2 \\
+          toolkit train quickstart --train_module.optim.lr=2e-3
+      toolkit train my.json --dry-run
+    """
+
+
+def main() -> None:
+    """The console script: run the command line and exit with the code of what happened."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(args: Sequence[str]) -> int:
+    """Run one command line and return its exit code; every error ends here."""
+    debug = "--debug" in args
+    words = [word for word in args if word != "--debug"] or ["--help"]
+    if words == ["--version"]:
+        from toolkit import __version__
+
+        print(f"toolkit {__version__}")
+        return EXIT_DONE
+    try:
+        result = app(words, prog_name="toolkit", standalone_mode=False)
+        sys.stdout.flush()
+        return result if isinstance(result, int) else EXIT_DONE
+    except (KeyboardInterrupt, typer.Abort):
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # The reader (`| head`) has what it wants; Python must not complain at exit either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_DONE
+    except _UsageError as error:
+        return _report(error.format_message(), EXIT_BAD_INPUT, debug=debug)
+    except ToolkitError as error:
+        return _report(str(error), error.exit_code, debug=debug)
+
+
+def _report(message: str, code: int, *, debug: bool) -> int:
+    """Print the error on rank 0; other ranks have the same one and keep quiet."""
+    if os.environ.get("RANK", "0") != "0":
+        time.sleep(_SECONDS_FOR_RANK_0)
+        return code
+    if debug:
+        traceback.print_exc()
+    sys.stdout.flush()
+    label = typer.style("error:", fg=typer.colors.RED, bold=True)
+    typer.echo(f"{label} {' '.join(message.split())}", err=True)
+    return code

@@ -1,0 +1,88 @@
+"""`toolkit recipes`: list, show, copy."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(invoke_without_command=True, rich_markup_mode=None)
+RecipeName = Annotated[str, typer.Argument(metavar="NAME", help="Name of a recipe.")]
+
+
+@app.callback()
+def recipes(context: typer.Context) -> None:
+    """List the configs that come with the toolkit; show or copy one.
+
+    \b
+    Examples:
+      toolkit recipes
+      toolkit recipes show gpt2_124M
+      toolkit recipes copy gpt2_124M my.json
+    """
+    if context.invoked_subcommand is None:
+        list_recipes()
+
+
+@app.command("list")
+def list_recipes() -> None:
+    """A table of all recipes.
+
+    \b
+    Examples:
+      toolkit recipes list
+      toolkit train quickstart --dry-run
+    """
+    from toolkit.cli.table import print_table
+    from toolkit.experiment.load import load_experiment
+    from toolkit.experiment.recipes import recipe_names
+
+    configs = {name: load_experiment(name).config for name in recipe_names()}
+    print_table(
+        ["recipe", "parameters", "sequence", "needs", "what for"],
+        [
+            [
+                name,
+                f"{config.model.num_parameters:,}",
+                str(config.dataset.sequence_length),
+                "download" if config.needs_download else "nothing",
+                config.description,
+            ]
+            for name, config in sorted(configs.items(), key=lambda c: c[1].model.num_parameters)
+        ],
+        right=["parameters", "sequence"],
+    )
+
+
+@app.command()
+def show(name: RecipeName) -> None:
+    """Print a recipe's JSON.
+
+    \b
+    Examples:
+      toolkit recipes show quickstart
+      toolkit recipes show llama3_8B > my.json
+    """
+    from toolkit.experiment.recipes import recipe_text
+
+    typer.echo(recipe_text(name), nl=False)
+
+
+@app.command()
+def copy(
+    name: RecipeName,
+    destination: Annotated[
+        Path | None,
+        typer.Argument(metavar="DEST", help="File or folder; default: NAME.json here."),
+    ] = None,
+) -> None:
+    """Copy a recipe, to change it.
+
+    \b
+    Examples:
+      toolkit recipes copy quickstart
+      toolkit recipes copy quickstart configs/mine.json
+    """
+    from toolkit.experiment.recipes import copy_recipe
+
+    path = copy_recipe(name, destination or Path())
+    typer.echo(f"{path}: edit it, then `toolkit train {path} --dry-run`")

@@ -1,0 +1,83 @@
+"""`toolkit runs`: list, reindex."""
+
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(invoke_without_command=True, rich_markup_mode=None)
+Root = Annotated[str, typer.Option(help="Folder of all runs (run.root).")]
+Registry = Annotated[
+    str | None,
+    typer.Option(help="SQLAlchemy URL (run.registry).", show_default="ROOT/registry.sqlite"),
+]
+
+
+@app.callback()
+def runs(context: typer.Context, root: Root = "runs", registry: Registry = None) -> None:
+    """List runs; rebuild their registry.
+
+    \b
+    Examples:
+      toolkit runs
+      toolkit runs list --root /shared/runs
+      toolkit runs reindex
+    """
+    if context.invoked_subcommand is None:
+        list_(root, registry)
+
+
+@app.command("list")
+def list_(root: Root = "runs", registry: Registry = None) -> None:
+    """A table of all runs: state, step, loss, folder.
+
+    \b
+    Examples:
+      toolkit runs list
+      toolkit runs list --root /shared/runs
+    """
+    from toolkit.cli.table import print_table
+    from toolkit.runs.registry import list_runs
+
+    records = list_runs(root, registry_url=registry)
+    if not records:
+        typer.echo(f"no runs in {root}; start one with `toolkit train quickstart`")
+        return
+    print_table(
+        ["run", "state", "step", "tokens", "loss", "engine", "ranks", "started", "folder"],
+        [
+            [
+                f"{record.experiment}/{record.name}",
+                record.state,
+                _cell(record.step),
+                _cell(record.tokens),
+                "-" if record.loss is None else f"{record.loss:.4f}",
+                _cell(record.engine),
+                _cell(record.world_size),
+                record.created[:16].replace("T", " "),
+                record.folder,
+            ]
+            for record in records
+        ],
+        right=["step", "tokens", "loss", "ranks"],
+    )
+
+
+@app.command()
+def reindex(root: Root = "runs", registry: Registry = None) -> None:
+    """Rebuild the registry from the run folders, which are the truth.
+
+    \b
+    Examples:
+      toolkit runs reindex
+      toolkit runs reindex --root /shared/runs --registry postgresql://host/toolkit
+    """
+    from toolkit.runs.registry import reindex as rebuild
+
+    count = rebuild(root, registry_url=registry)
+    typer.echo(f"{count} run{'' if count == 1 else 's'} in the registry of {root}")
+
+
+def _cell(value: str | int | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:,}" if isinstance(value, int) else value

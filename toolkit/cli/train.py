@@ -1,0 +1,82 @@
+"""`toolkit train`."""
+
+from typing import Annotated
+
+import typer
+
+from toolkit.cli.arguments import (
+    Config,
+    DataRoot,
+    Overrides,
+    SequenceLength,
+    WorkDir,
+    is_rank_0,
+    split_words,
+)
+
+
+def train(
+    config: Config,
+    overrides: Overrides = None,
+    name: Annotated[
+        str | None, typer.Option(help="Name of the run (run.name).", show_default="the time")
+    ] = None,
+    sequence_length: SequenceLength = None,
+    data_root: DataRoot = None,
+    save_folder: Annotated[
+        str | None,
+        typer.Option(
+            help="The run folder itself (run.save_folder); a run in it is resumed.",
+            show_default="runs/EXPERIMENT/NAME",
+        ),
+    ] = None,
+    work_dir: WorkDir = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Show the resolved config and what follows; do nothing."),
+    ] = False,
+    json: Annotated[
+        bool,
+        typer.Option("--json", help="With --dry-run: only the config, as a file `train` reads."),
+    ] = False,
+) -> int:
+    """Train a model from a recipe or a JSON config.
+
+    Any config value can be given by its path: --train_module.optim.lr=6e-3, with JSON or YAML
+    values. `toolkit schema` describes all of them. The launcher decides the engine: one process,
+    `accelerate launch --config_file accelerate_configs/X.yaml`, or `torchrun` with
+    --train_module.dp_config.
+
+    \b
+    Examples:
+      toolkit train quickstart --name first --trainer.hard_stop='{value: 20, unit: steps}'
+      toolkit train my.json --sequence-length 512 --train_module.optim.lr=6e-3 --dry-run
+      accelerate launch --config_file accelerate_configs/zero3.yaml --num_processes 2 \\
+          toolkit train quickstart --save-folder runs/quickstart/zero3
+    """
+    import os
+
+    from toolkit.errors import ConfigError
+    from toolkit.experiment.load import load_experiment
+
+    source, paths = split_words(config, overrides, "CONFIG")
+    shorthands = {
+        "name": name,
+        "sequence_length": sequence_length,
+        "data_root": data_root,
+        "save_folder": save_folder,
+        "work_dir": work_dir,
+    }
+    if json and not dry_run:
+        raise ConfigError("--json belongs to --dry-run; give both to print the resolved config")
+    loaded = load_experiment(source, paths, shorthands)
+    if dry_run:
+        from toolkit.experiment.summary import summarize
+
+        summary = summarize(loaded, os.environ)
+        if is_rank_0():
+            typer.echo(loaded.config.to_json() if json else summary)
+        return 0
+    from toolkit.experiment.run import train as run_training
+
+    return run_training(loaded.config, layers_origins=loaded.origins, resume_folder=None)

@@ -1,0 +1,174 @@
+"""What `--dry-run` shows: the resolved config with origins, and what follows from it.
+
+Nothing heavier than a manifest is read, no device is touched, nothing is written.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+
+from toolkit.config import DEFAULT_ORIGIN, leaves
+from toolkit.data.prepared import PreparedDataset, check_vocabulary, dataset_folder, read_prepared
+from toolkit.distributed.engine import Engine, resolve_engine
+from toolkit.errors import RunError
+from toolkit.experiment.checks import check_experiment, gradient_accumulation_steps
+from toolkit.experiment.config import ExperimentConfig
+from toolkit.experiment.load import LoadedExperiment
+from toolkit.runs.registry import is_run, resolve_run_folder
+from toolkit.train.config import Duration
+
+_LABEL_WIDTH = 12
+
+
+def summarize(loaded: LoadedExperiment, environ: Mapping[str, str]) -> str:
+    """The dry run of an experiment under this launcher, as text for a terminal.
+
+    Raises:
+        ConfigError: the sections do not fit each other, the launcher, or the prepared data.
+        DataError: the prepared data is damaged.
+        RunError: a run of that name exists.
+    """
+    config = loaded.config
+    module = config.train_module
+    engine = resolve_engine(module.precision, module.dp_config, environ)
+    check_experiment(config, engine.world_size)
+    prepared = read_prepared(config.dataset)
+    if prepared is not None:
+        check_vocabulary(prepared, config.model.vocab_size)
+    rows = [
+        ("model", _model(config)),
+        ("data", _data(config, prepared)),
+        ("batch", _batch(config, engine)),
+        ("duration", _duration(config, prepared)),
+        ("engine", _engine(engine)),
+        ("writes", _writes(config)),
+    ]
+    title = f"dry run of {loaded.source}" + (
+        f": {config.description}" if config.description else ""
+    )
+    lines = [title, "", *_config_lines(loaded), ""]
+    for label, (first, *more) in rows:
+        lines.append(f"{label:<{_LABEL_WIDTH}}{first}")
+        lines += [f"{'':<{_LABEL_WIDTH}}{line}" for line in more]
+    lines += ["", "Nothing was written. Leave out --dry-run to start."]
+    return "\n".join(lines)
+
+
+def _config_lines(loaded: LoadedExperiment) -> list[str]:
+    values = [(p, _shown(v)) for p, v in leaves(loaded.config.to_dict()) if p != "description"]
+    path_width = max(len(path) for path, _ in values)
+    value_width = max((len(v) for p, v in values if len(v) <= 24), default=0)
+    lines, section = [], ""
+    for path, value in values:
+        if path.partition(".")[0] != section:
+            lines += [""] if section else []
+            section = path.partition(".")[0]
+        origin = loaded.origins[path]
+        mark = "" if origin == DEFAULT_ORIGIN else f"  < {origin.partition('=')[0]}"
+        lines.append(f"  {path:<{path_width}}  {value:<{value_width if mark else 0}}{mark}")
+    return lines
+
+
+def _model(config: ExperimentConfig) -> list[str]:
+    model = config.model
+    flops = model.flops_per_token(config.dataset.sequence_length)
+    return [
+        f"{model.num_parameters:,} parameters "
+        f"({model.num_non_embedding_parameters:,} without embeddings)",
+        f"{_short(flops)}FLOP a token to train",
+    ]
+
+
+def _data(config: ExperimentConfig, prepared: PreparedDataset | None) -> list[str]:
+    folder = dataset_folder(config.dataset)
+    if prepared is None:
+        if config.dataset.source is None:
+            return [f"{folder}: not prepared, and dataset.source is null; give one or the other"]
+        return [f"{folder}: not prepared yet; training starts with it"]
+    train, val = prepared.num_tokens("train"), prepared.num_tokens("val")
+    return [f"{folder}: {train:,} training tokens, {val:,} validation tokens"]
+
+
+def _batch(config: ExperimentConfig, engine: Engine) -> list[str]:
+    batch, ranks = config.data_loader.global_batch_size, engine.world_size
+    passes = gradient_accumulation_steps(config, ranks)
+    return [
+        f"{batch:,} tokens a step = {_count(ranks, 'rank')} x "
+        f"{config.train_module.rank_microbatch_size:,} tokens x {passes} gradient accumulation",
+        f"sequences of {config.dataset.sequence_length:,} tokens",
+    ]
+
+
+def _duration(config: ExperimentConfig, prepared: PreparedDataset | None) -> list[str]:
+    lines = [_length(config, config.trainer.max_duration, prepared)]
+    if config.trainer.hard_stop is not None:
+        lines.append(f"hard stop after {_length(config, config.trainer.hard_stop, prepared)}")
+    return lines
+
+
+def _length(config: ExperimentConfig, duration: Duration, prepared: PreparedDataset | None) -> str:
+    batch = config.data_loader.global_batch_size
+    per_epoch = None
+    if prepared is not None:
+        per_epoch = steps_per_epoch(config, prepared.num_tokens("train"))
+    if duration.unit == "epochs" and per_epoch is None:
+        return f"{_count(duration.value, 'epoch')}; steps are known once the data is prepared"
+    steps = duration.in_steps(batch, per_epoch)
+    epochs = f", {steps / per_epoch:.2f} epochs" if per_epoch else ""
+    return f"{_count(steps, 'step')}, {steps * batch:,} tokens{epochs}"
+
+
+def steps_per_epoch(config: ExperimentConfig, num_train_tokens: int) -> int:
+    """Whole global batches in one pass over the training tokens."""
+    sequence = config.dataset.sequence_length
+    return num_train_tokens // sequence // (config.data_loader.global_batch_size // sequence)
+
+
+def _engine(engine: Engine) -> list[str]:
+    precision: str = engine.precision
+    if precision == "auto":
+        precision = "auto: bf16 where the hardware is fast at it, else fp32"
+    mesh = ""
+    if engine.name == "hsdp":
+        mesh = f", {engine.num_replicas} replicas x {engine.shard_degree} shards"
+    origin = "" if engine.origin == DEFAULT_ORIGIN else f", from {engine.origin}"
+    return [
+        f"{engine.name}{mesh}, {_count(engine.world_size, 'process')}{origin}",
+        f"precision {precision}",
+        *engine.notices,
+    ]
+
+
+def _writes(config: ExperimentConfig) -> list[str]:
+    folder = resolve_run_folder(config.run, "<time>")
+    if config.run.save_folder is None and is_run(folder):
+        raise RunError(
+            f"{folder}: this run exists; continue it with `toolkit resume {folder}` "
+            "or choose another --name"
+        )
+    lines = [f"{folder}" + (" (exists: resumed)" if is_run(folder) else "")]
+    if config.dataset.source is not None:
+        lines.append(f"{dataset_folder(config.dataset).absolute()}")
+    if config.trainer.no_checkpoints or not config.trainer.callbacks.checkpointer.enabled:
+        lines.append("no checkpoints")
+    return lines
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, str) and value and value == value.strip():
+        return value
+    return msgspec.json.encode(value).decode()
+
+
+def _count(number: int, noun: str) -> str:
+    plural = noun + ("es" if noun.endswith("s") else "s")
+    return f"{number:,} {noun if number == 1 else plural}"
+
+
+def _short(number: float) -> str:
+    for unit in ("", "k", "M", "G", "T"):
+        if number < 1000:
+            return f"{number:.3g} {unit}"
+        number /= 1000
+    return f"{number:.3g} P"
