@@ -6,6 +6,7 @@ set by hand; the same path serves GPUs. A scheduler is never prepared: Accelerat
 once per process.
 """
 
+import importlib
 import logging
 import os
 import warnings
@@ -39,7 +40,7 @@ def build_accelerator(
 
     `max_grad_norm` matters to DeepSpeed only, which clips inside its own step.
     """
-    quiet_third_parties()
+    quiet_third_parties(environment)
     engine = environment.engine
     with _without_launcher_variables():
         from accelerate import Accelerator
@@ -103,14 +104,14 @@ def deepspeed_settings(environment: TrainingEnvironment, max_grad_norm: float | 
     return settings
 
 
-def quiet_third_parties() -> None:
-    """Silence start-up chatter that says nothing about the user's run."""
-    os.environ.setdefault("DS_ACCELERATOR_WARNING", "0")
-    for name in ("DeepSpeed", "deepspeed"):
+def quiet_third_parties(environment: TrainingEnvironment) -> None:
+    """Silence chatter that says nothing about the user's run; before Accelerate is imported."""
+    # Accelerate imports DeepSpeed whenever it is installed; told its device it neither guesses nor
+    # warns, and a CPU run on a machine with GPUs leaves them alone.
+    os.environ.setdefault("DS_ACCELERATOR", environment.device.type)
+    for name in ("DeepSpeed", "deepspeed", "accelerate"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    logging.getLogger("accelerate").setLevel(logging.ERROR)
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", message=".*OMP_NUM_THREADS/MKL_NUM_THREADS unset.*")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch|accelerate|deepspeed")
 
 
 def _become_fsdp(accelerator: "Accelerator", engine: Engine) -> None:
@@ -146,12 +147,13 @@ def _deepspeed_accelerator(
 
 def init_deepspeed(environment: TrainingEnvironment) -> None:
     """Let DeepSpeed adopt the process groups that exist."""
+    quiet_third_parties(environment)
     import deepspeed
 
-    quiet_third_parties()
-    if environment.device.type == "cpu":
-        # On a machine that has GPUs too, a CPU run must not touch them.
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    # A shared-memory op for inference that DeepSpeed would compile with g++ at its first start.
+    backend_module: Any = importlib.import_module("deepspeed.comm.torch")
+    backend_module.build_shm_op = lambda: None
+    os.environ.setdefault("LOCAL_RANK", str(environment.local_rank))
     backend = "gloo" if environment.device.type == "cpu" else "nccl"
     deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False)
 

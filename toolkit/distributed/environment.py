@@ -11,6 +11,7 @@ import logging
 import os
 import random
 import socket
+import sys
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
@@ -92,6 +93,9 @@ class TrainingEnvironment:
         if dist.is_initialized():
             with contextlib.suppress(RuntimeError, ValueError):
                 dist.destroy_process_group()
+        deepspeed_comm: Any = sys.modules.get("deepspeed.comm.comm")
+        if deepspeed_comm is not None:
+            deepspeed_comm.cdb = None  # DeepSpeed's handle on the groups that are gone
 
 
 def single_environment(

@@ -116,9 +116,9 @@ def _partition(
 ) -> None:
     """ZeRO-3: give each module storage and values in turn, and let DeepSpeed partition it at once,
     so that no rank holds more than one module's parameters whole."""
+    init_deepspeed(environment)
     import deepspeed
 
-    init_deepspeed(environment)
     settings = deepspeed_settings(environment, None)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
 

@@ -124,7 +124,7 @@ class PlainRuntime(EngineRuntime):
         own_lists = [list(group["params"]) for group in self.optimizer.param_groups]
         if self.environment.engine.name == "ddp":
             self._accelerator.ddp_handler = DistributedDataParallelKwargs(
-                gradient_as_bucket_view=True, broadcast_buffers=False
+                gradient_as_bucket_view=True
             )
         model, _ = self._accelerator.prepare(self.module, self.optimizer)
         # Accelerate points the optimizer at the model's DTensors; ours are their local tensors.
@@ -222,8 +222,7 @@ class PlainRuntime(EngineRuntime):
         for _, local in self._trainable:
             local.grad = torch.zeros_like(local)
         self.optimizer.step()
-        for _, local in self._trainable:
-            local.grad = None
+        reset_state(self.optimizer, [local for _, local in self._trainable])
         for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
 
@@ -244,6 +243,15 @@ def prepare_runtime(
 
         return ZeroRuntime(environment, module, build_optimizer, max_grad_norm=max_grad_norm)
     return PlainRuntime(environment, module, build_optimizer)
+
+
+def reset_state(optimizer: torch.optim.Optimizer, parameters: list) -> None:
+    """Drop the gradients and zero the state of `parameters`, step counters included."""
+    for parameter in parameters:
+        parameter.grad = None
+        for value in optimizer.state.get(parameter, {}).values():
+            if isinstance(value, torch.Tensor):
+                value.zero_()
 
 
 def _as_local(parameter: Any) -> nn.Parameter:

@@ -16,7 +16,7 @@ from torch import nn
 from toolkit.distributed.accelerator import build_accelerator
 from toolkit.distributed.environment import TrainingEnvironment
 from toolkit.distributed.flat_shard import FlatShard
-from toolkit.distributed.runtime import BuildOptimizer, EngineRuntime, StepOutcome
+from toolkit.distributed.runtime import BuildOptimizer, EngineRuntime, StepOutcome, reset_state
 
 
 class ZeroRuntime(EngineRuntime):
@@ -76,11 +76,13 @@ class ZeroRuntime(EngineRuntime):
         return {name: shard for name, shard in shards.items() if shard is not None}
 
     def weight_shards(self) -> dict[str, torch.Tensor]:
-        return {
-            key.removeprefix("model."): tensor.local
-            for key, tensor in self.state_tensors().items()
-            if key.startswith("model.") and isinstance(tensor, FlatShard)
-        }
+        shards = {}
+        for name, parameter in self._named.items():
+            piece = self._piece(parameter) if parameter.requires_grad else None
+            if piece is not None:
+                flat, offset, _, numel = piece
+                shards[name] = flat.detach().narrow(0, offset, numel)
+        return shards
 
     def state_tensors(self) -> dict[str, torch.Tensor]:
         self._ensure_optimizer_state()
@@ -193,8 +195,7 @@ class ZeroRuntime(EngineRuntime):
         for flat in missing:
             flat.grad = torch.zeros_like(flat)
         self.optimizer.step()
-        for flat in missing:
-            flat.grad = None
+        reset_state(self.optimizer, missing)
         for group, rate, parameters in saved:
             group["lr"], group["params"] = rate, parameters
 

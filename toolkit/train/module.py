@@ -44,6 +44,8 @@ class TrainModule(ABC):
     """Model, optimizer and loss behind the few calls that the loop makes."""
 
     environment: TrainingEnvironment
+    max_consecutive_skipped_steps: int
+    """Non-finite steps in a row that end training."""
 
     @abstractmethod
     def train_batch(self, batch: Batch) -> dict[str, Metric]:

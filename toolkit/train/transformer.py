@@ -15,7 +15,7 @@ from toolkit.distributed.environment import TrainingEnvironment, single_environm
 from toolkit.distributed.materialize import materialize
 from toolkit.distributed.runtime import EngineRuntime, prepare_runtime
 from toolkit.errors import ConfigError
-from toolkit.metrics.norms import layer_square_sums
+from toolkit.metrics.norms import layer_norms, layer_of, to_norms
 from toolkit.train.config import TransformerTrainModuleConfig
 from toolkit.train.module import Batch, EvalSums, Metric, Progress, TrainModule
 
@@ -53,6 +53,7 @@ class TransformerTrainModule(TrainModule):
             self.environment, model, config.optim.build, max_grad_norm=config.max_grad_norm
         )
         self._peak_rates = [group["lr"] for group in self.runtime.optimizer.param_groups]
+        self.max_consecutive_skipped_steps = config.max_consecutive_skipped_steps
         self._z_loss = config.z_loss_multiplier or 0.0
 
     def train_batch(self, batch: Batch) -> dict[str, Metric]:
@@ -106,10 +107,8 @@ class TransformerTrainModule(TrainModule):
             ("grad_norm", self.runtime.gradient_shards()),
             ("weight_norm", self.runtime.weight_shards()),
         ):
-            sums = self._square_sums(shards)
-            total = sum(sums.values(), torch.zeros((), device=self.environment.device))
-            norms[f"{kind}/total"] = total.sqrt()
-            norms |= {f"{kind}/{layer}": value.sqrt() for layer, value in sums.items()}
+            named = to_norms(self._square_sums(shards))
+            norms |= {f"{kind}/{layer}": value for layer, value in named.items()}
         return norms
 
     def flops_per_token(self, sequence_length: int) -> float:
@@ -168,7 +167,7 @@ class TransformerTrainModule(TrainModule):
         layers = {name: layer_of(name) for name, _ in self.runtime.module.named_parameters()}
         order = list(dict.fromkeys(layers.values()))
         device = self.environment.device
-        sums = layer_square_sums(shards)
+        sums = layer_norms(shards)
         packed = torch.stack(
             [sums.get(layer, torch.zeros(())).to(device, torch.float32) for layer in order]
         )

@@ -1,0 +1,316 @@
+"""The loop.
+
+    for each batch:  forward and backward  ->  optimizer  ->  record  ->  callbacks
+
+The trainer counts steps and tokens, times the loop and calls what was given to it: a `TrainModule`
+that trains, loaders that yield batches, callbacks that do the rest. It knows no model, no engine
+and no file format.
+"""
+
+import logging
+import math
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from toolkit.data.loader import EvalLoader, TrainLoader
+from toolkit.distributed.environment import TrainingEnvironment
+from toolkit.errors import ConfigError, TrainingError
+from toolkit.metrics.recorder import Column, MetricsRecorder
+from toolkit.metrics.streams import MetricStreams
+from toolkit.runs.manager import RunManager
+from toolkit.train.callbacks import Callback, build_callbacks
+from toolkit.train.checkpointing import restore_trainer
+from toolkit.train.config import TrainerConfig, TransformerTrainModuleConfig
+from toolkit.train.module import Progress, TrainModule
+from toolkit.train.stopping import StopRequest
+
+log = logging.getLogger(__name__)
+
+STATUS_SECONDS = 15.0
+
+
+class TrainResult(NamedTuple):
+    """How `Trainer.train` ended."""
+
+    state: str
+    """"finished", or "stopped" (resumable)."""
+    step: int
+    reason: str | None
+    """Why it stopped early."""
+    last_eval: dict[str, Any] | None
+
+
+class Trainer:
+    """Trains `model` on `train_loader`.
+
+    Args:
+        config: the loop.
+        model: a `TrainModule`, or a bare model, which `train_module_config` (default settings when
+            not given) wraps.
+        train_loader, eval_loader: from `get_dataloaders`.
+        run: from `start_run`; where everything is written.
+        environment: from `prepare_training_environment`; only for a bare model.
+    """
+
+    def __init__(
+        self,
+        config: TrainerConfig,
+        model: TrainModule | torch.nn.Module,
+        train_loader: TrainLoader,
+        eval_loader: EvalLoader | None = None,
+        *,
+        run: RunManager,
+        train_module_config: TransformerTrainModuleConfig | None = None,
+        environment: TrainingEnvironment | None = None,
+    ) -> None:
+        if not isinstance(model, TrainModule):
+            wrap = train_module_config or TransformerTrainModuleConfig()
+            model = wrap.build(model, environment=environment)
+        self.config = config
+        self.train_module = model
+        self.environment = model.environment
+        self.train_loader = train_loader
+        self.eval_loader = eval_loader
+        self.run = run
+        self.step = 0
+        self.tokens = 0
+        self.tokens_per_step = train_loader.global_batch_size
+        self.data_seconds = 0.0
+        self.last_eval: dict[str, Any] | None = None
+        self.total_steps = self._steps_of("max_duration")
+        stop = self._steps_of("hard_stop") if config.hard_stop else self.total_steps
+        self.stop_step = min(stop, self.total_steps)
+        self.stop_request = StopRequest()
+        self.callbacks = build_callbacks(config.callbacks)
+        for callback in self.callbacks.values():
+            callback.trainer = self
+        self.recorder: MetricsRecorder
+        self.streams: MetricStreams
+        self._pre_step = self._hooks("pre_step")
+        self._pre_optim_step = self._hooks("pre_optim_step")
+        self._post_step = self._hooks("post_step")
+        self._post_record = self._hooks("post_record")
+        self._on_metrics = self._hooks("on_metrics")
+        self._deferred: list[Callable[[], None]] = []
+        self._skipped_in_a_row = 0
+        self._failure: TrainingError | None = None
+        self._status_at = 0.0
+
+    def train(self) -> TrainResult:
+        """Train to the end, or until asked to stop; a run with a checkpoint continues from it.
+
+        Raises:
+            TrainingError: training cannot go on.
+        """
+        state, reason = "failed", None
+        restored = restore_trainer(self)
+        self._open_metrics(resumed=restored is not None)
+        try:
+            with self.stop_request.listening():
+                self._call("pre_train")
+                reason = self._loop()
+                if reason is None or reason == "hard_stop":
+                    self._call("post_train")
+                else:
+                    self._call("on_stop")
+            self.recorder.close()
+            state = "finished" if reason is None else "stopped"
+        except BaseException as error:
+            message = str(error).splitlines()[0] if str(error) else type(error).__name__
+            self._close_after_failure(message)
+            raise
+        finally:
+            for callback in self.callbacks.values():
+                callback.close()
+            self.streams.close()
+        self.run.close(
+            "finished" if reason is None else "stopped",
+            step=self.step,
+            tokens=self.tokens,
+            exit_reason=reason or "done",
+            **({"loss": self.last_eval["loss"]} if self.last_eval else {}),
+        )
+        return TrainResult(state, self.step, reason, self.last_eval)
+
+    def _loop(self) -> str | None:
+        """Steps until the end (None) or an early stop (its reason)."""
+        group = self.environment.cpu_group
+        # One process asks itself before every step; several agree now and then.
+        interval = 1 if group is None else self.config.cancel_check_interval
+        batches = self.train_loader.iterate(self.step)
+        try:
+            while self.step < self.stop_step:
+                if self.step % interval == 0 and self.stop_request.agreed(group):
+                    if self._failure is not None:
+                        raise self._failure
+                    return self.stop_request.reason
+                waiting = time.perf_counter()
+                batch = next(batches)
+                self.data_seconds = time.perf_counter() - waiting
+                self._train_step(batch)
+        finally:
+            batches.close()
+        if self._failure is not None:
+            raise self._failure
+        return "hard_stop" if self.stop_step < self.total_steps else None
+
+    def _train_step(self, batch: dict[str, torch.Tensor]) -> None:
+        progress = Progress(
+            self.step, self.tokens, self.total_steps, self.total_steps * self.tokens_per_step
+        )
+        self.step += 1
+        self.tokens += self.tokens_per_step
+        for hook in self._pre_step:
+            hook()
+        metrics = self.train_module.train_batch(batch)
+        for hook in self._pre_optim_step:
+            hook()
+        metrics |= self.train_module.optim_step(progress)
+        for hook in self._post_step:
+            metrics |= hook() or {}
+        values: dict[str, Any] = {
+            "tokens": self.tokens,
+            "epoch": self.step / self.train_loader.steps_per_epoch,
+            "time": time.time(),
+            "attempt": self.run.attempt,
+        }
+        reductions: dict[str, Any] = {}
+        for name, metric in metrics.items():
+            values[name] = metric.value
+            if metric.reduction != "none":
+                reductions[name] = metric.reduction
+        self.recorder.record(self.step, values, reductions)
+        for hook in self._post_record:
+            hook()
+        while self._deferred:
+            self._deferred.pop()()
+
+    @property
+    def is_last_step(self) -> bool:
+        """Whether no step follows the current one."""
+        return self.step >= self.stop_step
+
+    def after_callbacks(self, action: Callable[[], None]) -> None:
+        """Run `action` once, after the remaining callbacks of this step."""
+        self._deferred.append(action)
+
+    def record_eval(self, result: dict[str, Any]) -> None:
+        """Record the result of an evaluation, the same on every rank, at the current step."""
+        self.last_eval = {"step": self.step, **result}
+        if self.step == 0:
+            self._deliver("eval", [self.last_eval])
+        else:
+            self.recorder.record(self.step, result, stream="eval")
+
+    def state_dict(self) -> dict[str, Any]:
+        """Counters, data position and callbacks' state: plain values."""
+        return {
+            "step": self.step,
+            "tokens": self.tokens,
+            "data": self.train_loader.state_dict(),
+            "callbacks": {name: c.state_dict() for name, c in self.callbacks.items()},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Counterpart of `state_dict`; called before `pre_train`."""
+        self.train_loader.load_state_dict(state["data"])
+        self.step, self.tokens = state["step"], state["tokens"]
+        for name, saved in state["callbacks"].items():
+            if name in self.callbacks:
+                self.callbacks[name].load_state_dict(saved)
+
+    def _open_metrics(self, *, resumed: bool) -> None:
+        self.streams = MetricStreams(
+            self.run.folder,
+            resume_step=self.step if resumed else None,
+            is_main=self.environment.is_main,
+        )
+        self.recorder = MetricsRecorder(
+            collect_interval=self.config.metrics_collect_interval,
+            deliver=self._deliver,
+            reduce=self._reduce if self.environment.world_size > 1 else None,
+            sync=self.streams.sync,
+            start_step=self.step,
+        )
+
+    def _reduce(self, columns: list[Column], values: torch.Tensor) -> torch.Tensor:
+        """One collective per operation over all ranks, in the metrics thread on its own group."""
+        group = self.environment.metrics_group
+        by_operation = {"sum": dist.ReduceOp.SUM, "mean": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
+        for operation in ("sum", "mean", "max"):
+            index = [i for i, (_, wanted) in enumerate(columns) if wanted == operation]
+            if not index:
+                continue
+            part = values[index]
+            dist.all_reduce(part, op=by_operation[operation], group=group)
+            values[index] = part / self.environment.world_size if operation == "mean" else part
+        return values
+
+    def _deliver(self, stream: str, records: list[dict[str, Any]]) -> None:
+        """Reduced records, in the metrics thread: derive, write, tell the callbacks."""
+        if stream == "train":
+            for record in records:
+                record["ppl"] = math.exp(min(record["loss"], 700.0))
+                record["skipped"] = int(record["skipped"])
+                self._watch_skipped(record)
+            self._update_status(records[-1])
+        self.streams.write(stream, records)
+        for hook in self._on_metrics:
+            hook(stream, records)
+
+    def _watch_skipped(self, record: dict[str, Any]) -> None:
+        if not record["skipped"]:
+            self._skipped_in_a_row = 0
+            return
+        self._skipped_in_a_row += 1
+        step = record["step"]
+        record["instances"] = self.train_loader.instance_indices(step - 1).tolist()
+        log.warning(
+            "step %d skipped: loss %s, grad_norm %s is not finite; its batch is instances %s of "
+            "the training data",
+            step, record["loss"], record["grad_norm"], record["instances"],
+        )  # fmt: skip
+        limit = self.train_module.max_consecutive_skipped_steps
+        if self._skipped_in_a_row >= limit and self._failure is None:
+            self._failure = TrainingError(
+                f"step {step}: {limit} steps in a row had a non-finite loss or gradient; lower "
+                "train_module.optim.lr, look at the data, or raise "
+                "train_module.max_consecutive_skipped_steps"
+            )
+            self.stop_request.ask("too many skipped steps")
+
+    def _update_status(self, record: dict[str, Any]) -> None:
+        now = time.monotonic()
+        if self.environment.is_main and now - self._status_at > STATUS_SECONDS:
+            self._status_at = now
+            self.run.set_status(
+                "running", step=record["step"], tokens=record["tokens"], loss=record["loss"]
+            )
+
+    def _steps_of(self, name: str) -> int:
+        try:
+            return getattr(self.config, name).in_steps(
+                self.tokens_per_step, self.train_loader.steps_per_epoch
+            )
+        except ValueError as error:
+            raise ConfigError(f"trainer.{name}: {error}") from None
+
+    def _hooks(self, name: str) -> list[Callable[..., Any]]:
+        overridden = (
+            c for c in self.callbacks.values() if getattr(type(c), name) is not getattr(Callback, name)
+        )
+        return [getattr(callback, name) for callback in overridden]
+
+    def _call(self, name: str) -> None:
+        for hook in self._hooks(name):
+            hook()
+
+    def _close_after_failure(self, message: str) -> None:
+        try:
+            self.recorder.close(flush=False)
+        finally:
+            self.run.close("failed", step=self.step, message=message, exit_reason="error")
