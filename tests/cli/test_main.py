@@ -1,0 +1,169 @@
+"""Errors become one line and an exit code; help and dry runs stay light."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import toolkit
+from toolkit.cli import main as cli
+from toolkit.errors import ToolkitError, TrainingError
+
+FOLDER = Path(toolkit.__file__).parent
+
+
+@pytest.fixture(autouse=True)
+def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("RANK", raising=False)
+
+
+def python(*args: str, **environ: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *args],
+        capture_output=True,
+        text=True,
+        env=os.environ | environ,
+        timeout=60,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize(
+    ("args", "expected"),
+    [
+        ("trian", "No such command 'trian'. Did you mean 'train'?"),
+        ("train", "Missing argument 'CONFIG'."),
+        ("train --seed=3", "no CONFIG given; put it before the --PATH=VALUE overrides"),
+        ("train quickstrt", "quickstrt: no such recipe or file; did you mean 'quickstart'?"),
+        ("train smoke --nmae x", "no such option: --nmae; did you mean --name? "),
+        ("train smoke --dry-rnu", "no such option: --dry-rnu; did you mean --dry-run? "),
+        ("train smoke -n", "no such option: -n; see --help, and --a.b.c=VALUE for config"),
+        ("train smoke --name", "Option '--name' requires an argument."),
+        ("train smoke other", "unexpected argument 'other'; overrides look like --"),
+        ("train smoke --sequence-length x", "Invalid value for '--sequence-length': "),
+        ("train smoke --json", "--json belongs to --dry-run; "),
+        ("train smoke --dry-run --train_module.optim.lrr=1",
+         "train_module.optim.lrr: no such field; did you mean 'lr'?"),
+        ("recipes show smok", "smok: no such recipe; did you mean 'smoke'?"),
+        ("prepare nope.json", "nope.json: no such file; recipes: "),
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_line_and_exit_2(
+    args: str, expected: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert cli.run(args.split()) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith(f"error: {expected}")
+    assert err.count("\n") == 1
+    assert not any(tmp_path.iterdir())
+
+
+def test_debug_shows_the_traceback_wherever_it_stands(capsys: pytest.CaptureFixture[str]) -> None:
+    for args in (["--debug", "train", "nope"], ["train", "nope", "--debug"]):
+        assert cli.run(args) == 2
+        assert "Traceback" in capsys.readouterr().err
+
+
+def test_other_ranks_keep_quiet_and_end_with_the_same_code(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pauses: list[float] = []
+    monkeypatch.setattr(cli.time, "sleep", pauses.append)
+    monkeypatch.setenv("RANK", "1")
+    assert cli.run(["train", "nope"]) == 2
+    assert cli.run(["train", "smoke", "--dry-run"]) == 0
+    assert capsys.readouterr() == ("", "")
+    assert pauses == [1.0]
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (TrainingError("10 steps skipped\nin a row"), 1, "error: 10 steps skipped in a row\n"),
+        (KeyboardInterrupt(), 130, ""),
+    ],
+)
+def test_each_error_has_its_exit_code(
+    error: ToolkitError | KeyboardInterrupt,
+    code: int,
+    line: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("toolkit.experiment.load.load_experiment", fail)
+    assert cli.run(["train", "smoke"]) == code
+    assert capsys.readouterr().err.strip("\n") == line.strip("\n")
+
+
+def test_other_exceptions_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("toolkit.experiment.load.load_experiment", fail)
+    with pytest.raises(ZeroDivisionError):
+        cli.run(["train", "smoke"])
+
+
+@pytest.mark.parametrize(
+    "verb", ["train", "resume", "prepare", "recipes", "recipes copy", "runs", "runs reindex"]
+)
+def test_help_ends_with_examples(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run([*verb.split(), "--help"]) == 0
+    assert "Examples:\n    toolkit " in capsys.readouterr().out
+
+
+def test_nothing_heavy_is_imported_for_help_or_a_dry_run(tmp_path: Path) -> None:
+    code = (
+        "import sys; from toolkit.cli.main import run;"
+        "assert run(['--help']) == 0; light = set(sys.modules);"
+        "assert run(['train', 'quickstart', '--dry-run']) == 0;"
+        "heavy = {'torch', 'transformers', 'datasets', 'accelerate', 'deepspeed', 'numpy'};"
+        "print('heavy:', sorted(heavy & set(sys.modules)));"
+        "print('for help:', sorted({'msgspec', 'rich', 'yaml', 'pydantic'} & light))"
+    )
+    result = python("-c", code)
+    assert result.stderr == ""
+    assert result.stdout.endswith("heavy: []\nfor help: []\n")
+
+
+def test_the_package_runs_as_a_module_and_as_a_folder_from_anywhere() -> None:
+    version = f"toolkit {toolkit.__version__}\n"
+    assert python("-m", "toolkit", "--version", PYTHONPATH=str(FOLDER.parent)).stdout == version
+    assert python(str(FOLDER), "--version").stdout == version
+
+
+def test_modules_of_the_folder_do_not_hide_packages(monkeypatch: pytest.MonkeyPatch) -> None:
+    from toolkit.__main__ import _import_package_not_folder
+
+    monkeypatch.setattr(sys, "path", [str(FOLDER), "/elsewhere"])
+    _import_package_not_folder()
+    assert sys.path == [str(FOLDER.parent), "/elsewhere"]
+
+
+def test_a_closed_pipe_is_no_error() -> None:
+    code = "from toolkit.cli.main import main; import sys; sys.argv[1:] = ['schema']; main()"
+    command = f'{sys.executable} -c "{code}" | head -c 10; echo ${{PIPESTATUS[0]}}'
+    result = subprocess.run(
+        ["bash", "-c", command], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert result.stderr == ""
+    assert result.stdout.endswith("0\n")
+
+
+def test_the_dry_run_round_trips(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = "--name a --sequence-length 128 --trainer.hard_stop={value:3,unit:steps}"
+    flags = flags.replace("{value:3,unit:steps}", '{"value":3}')
+    assert cli.run(["train", "quickstart", *flags.split(), "--dry-run", "--json"]) == 0
+    first = capsys.readouterr().out
+    (tmp_path / "again.json").write_text(first)
+    assert cli.run(["train", "again.json", "--dry-run", "--json"]) == 0
+    assert capsys.readouterr().out == first
+    assert json.loads(first)["trainer"]["hard_stop"] == {"value": 3, "unit": "steps"}

@@ -1,0 +1,79 @@
+"""What the small verbs print."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from toolkit.cli import main as cli
+from toolkit.experiment.recipes import recipe_names, recipe_text
+
+
+@pytest.fixture(autouse=True)
+def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def output(capsys: pytest.CaptureFixture[str], *args: str) -> str:
+    assert cli.run(args) == 0
+    return capsys.readouterr().out
+
+
+def test_recipes_lists_all_with_size_and_needs(capsys: pytest.CaptureFixture[str]) -> None:
+    header, *rows = output(capsys, "recipes").splitlines()
+    assert header.split() == ["recipe", "parameters", "sequence", "needs", "what", "for"]
+    cells = {row.split()[0]: row.split()[1:4] for row in rows}
+    assert set(cells) == set(recipe_names())
+    assert cells["quickstart"] == ["2,557,632", "256", "nothing"]
+    assert cells["llama3_8B"] == ["8,030,261,248", "8192", "download"]
+
+
+def test_recipes_show_and_copy_give_the_file_itself(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert output(capsys, "recipes", "show", "smoke") == recipe_text("smoke")
+    assert output(capsys, "recipes", "copy", "smoke", "mine.json").startswith("mine.json: edit it")
+    assert (tmp_path / "mine.json").read_text() == recipe_text("smoke")
+
+
+def test_schema_describes_fields_and_presets(capsys: pytest.CaptureFixture[str]) -> None:
+    schema = json.loads(output(capsys, "schema"))
+    experiment = schema["$defs"]["ExperimentConfig"]["properties"]
+    presets = experiment["model"]["anyOf"][-1]["properties"]["preset"]["enum"]
+    assert "gpt2_124M" in presets
+    for name, definition in schema["$defs"].items():
+        for field, entry in definition.get("properties", {}).items():
+            if field != "type" and name != "CallbacksConfig":
+                assert entry.get("description"), f"{name}.{field} has no docstring"
+
+
+def test_runs_without_runs_says_how_to_start_one(capsys: pytest.CaptureFixture[str]) -> None:
+    text = "no runs in runs; start one with `toolkit train quickstart`\n"
+    assert output(capsys, "runs") == text
+    assert output(capsys, "runs", "list") == text
+
+
+def test_runs_lists_and_reindexes(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    from toolkit.runs.registry import start_run
+
+    run = start_run("quickstart", "first", root=tmp_path / "r")
+    run.close("finished", step=7, tokens=7168, loss=4.5, engine="ddp", world_size=2)
+    header, row = output(capsys, "runs", "list", "--root", "r").splitlines()
+    assert header.split()[:4] == ["run", "state", "step", "tokens"]
+    assert row.split()[:7] == ["quickstart/first", "finished", "7", "7,168", "4.5000", "ddp", "2"]
+    assert output(capsys, "runs", "reindex", "--root", "r") == "1 run in the registry of r\n"
+
+
+def test_prepare_makes_token_files(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("hello world\n" * 100)
+    args = [
+        "prepare", "smoke", "--dataset.source={type: files, paths: [a.txt]}",
+        "--dataset.validation_fraction=0", "--data-root", "D", "--dataset.num_processes=1",
+    ]  # fmt: skip
+    line = output(capsys, *args)
+    assert line == (
+        "D/python_stdlib/bytes_small: 1,201 training tokens, 0 validation tokens, "
+        "vocabulary of 257 (uint16)\n"
+    )
+    assert (tmp_path / "D/python_stdlib/bytes_small/train.bin").stat().st_size == 2402
+    assert output(capsys, *args) == line

@@ -1,0 +1,69 @@
+"""Sections that do not fit each other are refused, naming both keys and what would fit."""
+
+import pytest
+
+from toolkit.errors import ConfigError
+from toolkit.experiment.checks import check_experiment, gradient_accumulation_steps
+from toolkit.experiment.load import load_experiment
+
+
+def message(world_size: int, *overrides: str) -> str:
+    config = load_experiment("quickstart", overrides).config
+    with pytest.raises(ConfigError) as error:
+        check_experiment(config, world_size)
+    return str(error.value)
+
+
+BATCH = "data_loader.global_batch_size"
+MICRO = "train_module.rank_microbatch_size"
+SEQUENCE = "dataset.sequence_length"
+
+
+@pytest.mark.parametrize(
+    ("world_size", "overrides", "expected"),
+    [
+        (1, [f"--{BATCH}=5000"],
+         f"{BATCH} 5000 is not divisible by {SEQUENCE} 256 x 1 rank = 256; "
+         "nearest that work: 4864 or 5120"),
+        (3, [f"--{BATCH}=4096"],
+         f"{BATCH} 4096 is not divisible by {SEQUENCE} 256 x 3 ranks = 768; "
+         "nearest that work: 3840 or 4608"),
+        (2, [f"--{BATCH}=256"],
+         f"{BATCH} 256 is not divisible by {SEQUENCE} 256 x 2 ranks = 512; "
+         "nearest that work: 512"),
+        (1, [f"--{MICRO}=1000"],
+         f"{MICRO} 1000 is not divisible by {SEQUENCE} 256; nearest that work: 768 or 1024"),
+        (1, ["--data_loader.eval_batch_size=300"],
+         f"data_loader.eval_batch_size 300 is not divisible by {SEQUENCE} 256; "
+         "nearest that work: 256 or 512"),
+        (2, [f"--{BATCH}=12288", f"--{MICRO}=4096"],
+         f"{BATCH} 12288 is not divisible by {MICRO} 4096 x 2 ranks = 8192; nearest that work: "
+         f"{BATCH} 8192 or 16384, or {MICRO} 3072 or 6144"),
+        (1, ["--dataset.sequence_length=2048"],
+         f"{SEQUENCE} 2048 is longer than model.max_sequence_length 1024; use 1024 or less, "
+         "or raise model.max_sequence_length"),
+        (1, ["--model.preset=gpt2_124M", "--dataset.sequence_length=2048"],
+         f"{SEQUENCE} 2048 is longer than model.n_positions 1024; use 1024 or less, "
+         "or raise model.n_positions"),
+        (1, ["--dataset.tokenizer.vocab_size=8192"],
+         "model.vocab_size 4096 is too small for dataset.tokenizer, which has 8192 ids; "
+         "set model.vocab_size to 8192 or more"),
+        (1, ["--model.vocab_size=256", "--dataset.tokenizer={type: byte}"],
+         "model.vocab_size 256 is too small for dataset.tokenizer, which has 257 ids; "
+         "set model.vocab_size to 257 or more"),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_is_named(world_size: int, overrides: list[str], expected: str) -> None:
+    assert message(world_size, *overrides) == expected
+
+
+@pytest.mark.parametrize(
+    ("batch", "microbatch", "world_size"),
+    [(8192, 4096, 2), (16384, 4096, 2), (12288, 3072, 2), (12288, 6144, 2), (3840, 256, 3)],
+)
+def test_what_a_message_suggests_works(batch: int, microbatch: int, world_size: int) -> None:
+    overrides = [f"--{BATCH}={batch}", f"--{MICRO}={microbatch}"]
+    config = load_experiment("quickstart", overrides).config
+    check_experiment(config, world_size)
+    passes = gradient_accumulation_steps(config, world_size)
+    assert passes * microbatch * world_size == batch

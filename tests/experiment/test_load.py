@@ -1,0 +1,112 @@
+"""Experiments are loaded from recipes and files, with the origin of each value."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from toolkit.errors import ConfigError, RunError
+from toolkit.experiment.load import load_experiment, load_run_config
+from toolkit.models.presets import PRESETS
+
+
+def write(path: Path, data: dict[str, Any]) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(data))
+    return str(path)
+
+
+def message(*args: Any) -> str:
+    with pytest.raises(ConfigError) as error:
+        load_experiment(*args)
+    return str(error.value)
+
+
+def test_a_preset_lies_under_the_other_model_values(tmp_path: Path) -> None:
+    path = write(tmp_path / "my.json", {"model": {"preset": "llama_271M", "num_layers": 3}})
+    loaded = load_experiment(path)
+    assert loaded.config.model.num_layers == 3
+    assert loaded.config.model.d_model == 1024
+    assert loaded.origins["model.num_layers"] == path
+    assert loaded.origins["model.d_model"] == "preset llama_271M"
+    assert loaded.origins["model.loss_chunk_size"] == "default"
+
+
+def test_a_preset_flag_replaces_the_model_but_not_other_model_flags() -> None:
+    flags = ["--model.num_layers=3", "--model.preset=llama_271M"]
+    loaded = load_experiment("quickstart", flags)
+    assert loaded.config.model.to_dict() == {
+        **PRESETS["llama_271M"],
+        "num_layers": 3,
+        "loss_chunk_size": 1024,
+    }
+    assert loaded.origins["model.num_layers"] == "--model.num_layers=3"
+    assert loaded.origins["model.d_model"] == "--model.preset=llama_271M"
+
+
+def test_a_preset_may_stand_in_a_whole_model_flag() -> None:
+    loaded = load_experiment("quickstart", ["--model={preset: llama_271M, num_layers: 3}"])
+    assert (loaded.config.model.num_layers, loaded.config.model.d_model) == (3, 1024)
+
+
+def test_short_options_set_their_config_values() -> None:
+    shorthands = {
+        "name": "run1",
+        "sequence_length": 512,
+        "data_root": "D",
+        "save_folder": "F",
+        "work_dir": None,
+    }
+    loaded = load_experiment("quickstart", [], shorthands)
+    assert loaded.config.run.name == "run1"
+    assert loaded.config.dataset.sequence_length == 512
+    assert loaded.config.dataset.root == "D"
+    assert loaded.config.run.save_folder == "F"
+    assert loaded.config.run.work_dir is None
+    assert loaded.origins["dataset.sequence_length"] == "--sequence-length=512"
+    assert loaded.origins["run.work_dir"] == "default"
+    assert loaded.origins["seed"] == "recipe quickstart"
+
+
+def test_a_file_hides_a_recipe_of_the_same_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "smoke").mkdir()
+    assert load_experiment("smoke").config.run.experiment == "smoke"
+    write(tmp_path / "quickstart", {"model": {"preset": "bench_7M"}, "seed": 5})
+    assert load_experiment("quickstart").config.seed == 5
+
+
+@pytest.mark.parametrize(
+    ("args", "expected"),
+    [
+        (["quickstrt"], "quickstrt: no such recipe or file; did you mean 'quickstart'?"),
+        (["quickstart.json"], "quickstart.json: no such file; did you mean 'quickstart'?"),
+        (["zzz"], "zzz: no such recipe or file; recipes: gpt2_124M, llama3_8B, "),
+        (["quickstart", ["--model.preset=llama_271m"]], "model preset 'llama_271m': no such"),
+        (["quickstart", ["--seed=-1"]], "seed must not be negative: -1"),
+        (["quickstart", ["--sed=1"]], "no such option: --sed; did you mean --seed?"),
+        (["quickstart", ["--train_module.dp_config={name: foo}"]],
+         "train_module.dp_config.name: 'foo' is not one of ddp, fsdp, hsdp, single, zero1, "),
+    ],
+)  # fmt: skip
+def test_mistakes_are_named(args: list[Any], expected: str) -> None:
+    assert message(*args).startswith(expected)
+
+
+def test_a_run_is_loaded_from_its_folder_with_overrides(tmp_path: Path) -> None:
+    config = load_experiment("smoke").config
+    (tmp_path / "metadata").mkdir()
+    (tmp_path / "metadata" / "config.json").write_bytes(config.to_json())
+    loaded = load_run_config(tmp_path, ["--train_module.optim.lr=0.5"])
+    assert loaded.config.train_module.optim.lr == 0.5
+    assert loaded.config.model == config.model
+    assert loaded.origins["model.d_model"] == "run"
+    assert loaded.origins["train_module.optim.lr"] == "--train_module.optim.lr=0.5"
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="not a run folder"):
+        load_run_config(tmp_path)
