@@ -48,14 +48,14 @@ def test_blocks_close_at_the_same_steps_after_a_resume(collected):
         [7, 8],
         [9, 10, 11, 12],
     ]
-    with pytest.raises(ValueError, match="step 12 recorded after step 12"):
+    with pytest.raises(ValueError, match="train: step 12 was recorded before"):
         recorder.record(12, {"x": 1})
     recorder.close()
 
 
 def test_step_of_an_earlier_attempt_is_refused(collected):
     recorder = MetricsRecorder(collect_interval=4, deliver=collected, start_step=6)
-    with pytest.raises(ValueError, match="train: step 6 recorded after step 6"):
+    with pytest.raises(ValueError, match="train: step 6 was recorded before"):
         recorder.record(6, {"x": 1})
     recorder.close()
 
@@ -117,6 +117,17 @@ def test_other_streams_travel_with_the_train_block(collected):
     assert [r["step"] for r in collected.records("train")] == [1, 2, 3, 4]
     assert collected.records("network") == [{"step": 2, "norm": 2.0}, {"step": 4, "norm": 4.0}]
     recorder.close()
+
+
+def test_several_evaluations_of_one_step_are_fine_but_not_an_earlier_one(collected):
+    recorder = MetricsRecorder(collect_interval=2, deliver=collected, start_step=4)
+    recorder.record(6, {"name": "a"}, stream="eval")
+    recorder.record(6, {"name": "b"}, stream="eval")
+    for step in (4, 5):
+        with pytest.raises(ValueError, match=f"eval: step {step} was recorded before"):
+            recorder.record(step, {"name": "c"}, stream="eval")
+    recorder.close()
+    assert [record["name"] for record in collected.records("eval")] == ["a", "b"]
 
 
 def test_flush_delivers_all_and_then_syncs_on_the_delivering_thread(collected):

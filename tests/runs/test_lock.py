@@ -97,6 +97,12 @@ def test_lock_of_a_killed_process_is_taken_over_at_once(folder, holder):
     lock.release()
 
 
+def test_a_process_that_ends_without_release_leaves_no_trace(folder):
+    code = HOLDER.replace("time.sleep(60)", "")
+    assert subprocess.run([sys.executable, "-c", code, folder], capture_output=True).returncode == 0
+    assert read_lock_info(folder) is None
+
+
 def test_a_later_process_with_the_same_pid_is_not_the_holder(folder):
     lock = RunLock(folder)
     lock.acquire()

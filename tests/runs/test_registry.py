@@ -82,6 +82,27 @@ def test_save_folder_is_the_run_folder_and_may_be_used_again(tmp_path):
         run.close("stopped")
 
 
+def test_resumed_run_stays_in_its_registry_wherever_the_command_runs(tmp_path, monkeypatch):
+    root = tmp_path / "runs"
+    start_run("exp", "one", root=root).close("stopped")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    run = start_run("exp", "one", save_folder=root / "exp" / "one", resume=True)
+    run.close("finished", step=9)
+    assert os.listdir(tmp_path / "elsewhere") == []
+    from toolkit.runs.database import RunIndex
+
+    (row,) = RunIndex(f"sqlite:///{root}/registry.sqlite").all()
+    assert (row.state, row.step) == ("finished", 9)
+
+
+def test_save_folder_outside_a_root_that_is_not_there_yet_is_listed(tmp_path, caplog):
+    run = start_run("exp", root=tmp_path / "runs", save_folder=tmp_path / "mine")
+    run.close("finished")
+    assert "registry" not in caplog.text
+    assert by_name(tmp_path / "runs")["mine"].folder == str(tmp_path / "mine")
+
+
 def test_leftovers_of_a_start_cut_short_are_no_obstacle_but_other_files_are(tmp_path):
     for name in ("metadata", "metrics", "checkpoints"):
         (tmp_path / "exp" / "one" / name).mkdir(parents=True)

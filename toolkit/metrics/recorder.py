@@ -97,16 +97,20 @@ class MetricsRecorder:
 
         Tensors hold one element, are detached, and must not be changed afterwards; neither must
         the mappings. Other streams' records go out with the block of the train record that
-        follows. Steps must grow within a stream.
+        follows. Steps must grow in train, and not shrink in other streams.
 
         Raises:
             TrainingError: when delivering earlier values failed.
         """
         if self._error is not None:
             self._raise_error()
-        if step <= self._last_step.get(stream, self._start_step):
-            last = self._last_step.get(stream, self._start_step)
-            raise ValueError(f"{stream}: step {step} recorded after step {last}")
+        last = self._last_step.get(stream)
+        if last is None:
+            last = self._start_step
+        elif stream != TRAIN:
+            last -= 1
+        if step <= last:
+            raise ValueError(f"{stream}: step {step} was recorded before")
         self._last_step[stream] = step
         self._pending.append(_Record(stream, step, values, reductions or {}))
         if stream == TRAIN and step >= self._boundary:

@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 
 from toolkit.metrics.crc32c import masked_crc32c
+from toolkit.storage.atomic import fsync_folder
 
 Record = dict[str, Any]
 
@@ -26,6 +27,8 @@ class JsonlSink:
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("ab")
+        self._path = path
+        self._name_is_durable = False
         self._encoder = msgspec.json.Encoder(enc_hook=_plain)
 
     def write(self, records: list[Record]) -> None:
@@ -39,6 +42,9 @@ class JsonlSink:
         """Make what was written durable."""
         self._file.flush()
         os.fsync(self._file.fileno())
+        if not self._name_is_durable:
+            fsync_folder(self._path.parent)
+            self._name_is_durable = True
 
     def close(self) -> None:
         """Sync and close; more than once is fine."""

@@ -19,7 +19,8 @@ class SystemMonitor:
 
     Percentages are of the whole machine except `process_cpu_pct` (100 = one core). Memory and
     disk are in GB (1e9 bytes), rates in MB/s (1e6 bytes). GPUs are those NVML sees; a machine
-    without has no such columns. `current_step` says which step a sample belongs to.
+    without has no such columns. A record starts with "step", as `current_step` tells it (if given),
+    and "time" in Unix seconds.
 
     A failing `write` ends the monitor with a warning; it never ends a run.
     """
@@ -30,7 +31,7 @@ class SystemMonitor:
         write: Callable[[dict[str, Any]], None],
         disk_path: Path | str,
         *,
-        current_step: Callable[[], int] = lambda: 0,
+        current_step: Callable[[], int] | None = None,
     ) -> None:
         self._interval = interval_seconds
         self._write = write
@@ -55,8 +56,10 @@ class SystemMonitor:
             pause = min(self._interval, _FIRST_SAMPLE_SECONDS)
             while True:
                 stopping = self._stop.wait(pause)
-                sample = sampler.sample()
-                self._write({"step": self._current_step(), "time": time.time()} | sample)
+                head: dict[str, Any] = {"time": time.time()}
+                if self._current_step is not None:
+                    head = {"step": self._current_step()} | head
+                self._write(head | sampler.sample())
                 if stopping:
                     break
                 pause = self._interval

@@ -13,6 +13,7 @@ of a heartbeat is the difference of two modification times of the same file syst
 is young, we watch whether it moves.
 """
 
+import atexit
 import contextlib
 import logging
 import os
@@ -123,12 +124,14 @@ class RunLock:
         self._stop.clear()
         self._thread = threading.Thread(target=self._beat, name="run-lock", daemon=True)
         self._thread.start()
+        atexit.register(self.release)
 
     def release(self) -> None:
         """Give the lock back; more than once is fine. A forked child releases nothing."""
         info, self._info = self._info, None
         if info is None or info.pid != os.getpid():
             return
+        atexit.unregister(self.release)
         self._stop.set()
         if self._thread is not None:
             self._thread.join(timeout=5)

@@ -3,6 +3,7 @@
 import logging
 import os
 import socket
+import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -48,6 +49,7 @@ class RunManager:
         self._on_status = on_status
         self._written: set[str] = set()
         self._closed = False
+        self._status_lock = threading.Lock()
         self._background: ThreadPoolExecutor | None = None
         self._jobs: list[Future[None]] = []
         self._status: RunStatus | None = None
@@ -105,6 +107,7 @@ class RunManager:
         **more: Any,
     ) -> None:
         """Write status.json; values that are not given keep what they were, `message` does not.
+        Any thread may call it.
 
         `more` may name the other fields of `RunStatus` (loss, engine, world_size, parameters,
         exit_reason); anything else goes into its `other`.
@@ -124,15 +127,16 @@ class RunManager:
         other = {k: v for k, v in more.items() if k not in _KNOWN}
         changes |= {"step": step, "tokens": tokens}
         changes = {k: v for k, v in changes.items() if v is not None}
-        self._status = msgspec.structs.replace(
-            self._status,
-            state=state,
-            message=message,
-            updated=utc_now(),
-            other=self._status.other | other,
-            **changes,
-        )
-        self._write_status()
+        with self._status_lock:
+            self._status = msgspec.structs.replace(
+                self._status,
+                state=state,
+                message=message,
+                updated=utc_now(),
+                other=self._status.other | other,
+                **changes,
+            )
+            self._write_status()
 
     def submit(self, job: Callable[[], None]) -> None:
         """Run `job` in order in one background thread; `close` waits for it.

@@ -23,6 +23,7 @@ from toolkit.storage.atomic import temporary_path
 
 log = logging.getLogger(__name__)
 
+_REGISTRY = "registry.sqlite"
 _FOLDERS = (
     RUN_FILES.metadata,
     RUN_FILES.metrics,
@@ -72,6 +73,9 @@ def start_run(
         RunError: the run exists and `resume` is false; the folder cannot be written; another
             process holds it; `resume` of a folder that is not a run.
     """
+    # A resumed run stays in the registry it was started in, wherever the command runs.
+    if resume and save_folder and (_absolute(save_folder).parent.parent / _REGISTRY).exists():
+        root = _absolute(save_folder).parent.parent
     name = name or (_absolute(save_folder).name if save_folder else choose_run_name())
     folder = _absolute(save_folder) if save_folder else _absolute(root) / experiment / name
     if not is_main:
@@ -145,7 +149,7 @@ def _absolute(path: str | Path) -> Path:
 
 
 def _registry_url(root: str | Path, registry_url: str | None) -> str:
-    return registry_url or f"sqlite:///{_absolute(root) / 'registry.sqlite'}"
+    return registry_url or f"sqlite:///{_absolute(root) / _REGISTRY}"
 
 
 def _index_writer(root: str | Path, registry_url: str | None) -> Any:
@@ -160,6 +164,8 @@ def _index_writer(root: str | Path, registry_url: str | None) -> Any:
             if index is None:
                 from toolkit.runs.database import RunIndex
 
+                if registry_url is None:
+                    _absolute(root).mkdir(parents=True, exist_ok=True)
                 index = RunIndex(url)
             index.put(RunRecord.from_status(folder, status))
         except Exception as error:
@@ -174,7 +180,7 @@ def _index_writer(root: str | Path, registry_url: str | None) -> Any:
 
 
 def _read_index(root: str | Path, registry_url: str | None) -> list[RunRecord]:
-    if registry_url is None and not (_absolute(root) / "registry.sqlite").exists():
+    if registry_url is None and not (_absolute(root) / _REGISTRY).exists():
         return []
     from toolkit.runs.database import RunIndex
 
