@@ -1,0 +1,58 @@
+# Everything runs in .venv, which is made on first use. `make` alone lists the targets.
+#   PYTHON=python3.12    interpreter for .venv (3.11 or newer)
+#   PYTEST_ARGS="-k x"   more arguments for pytest
+
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: help quickstart test lint bench soak clean
+.DELETE_ON_ERROR:
+
+help:
+	@echo "make quickstart   install, then train a small model on this machine (minutes)"
+	@echo "make test         install with dev extras, then run the tests"
+	@echo "make lint         ruff check, ruff format --check, mypy"
+	@echo "make bench        run every benchmark; each prints a table"
+	@echo "make soak         run the slow tests"
+	@echo "make clean        remove caches and build output (.venv, data and runs stay)"
+
+quickstart: .venv/.installed
+	$(BIN)/accelerate launch toolkit train quickstart
+
+test: .venv/.installed-dev
+	$(BIN)/python -m pytest -m "not slow and not gpu" $(PYTEST_ARGS)
+
+lint: .venv/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: .venv/.installed
+	@set -e; for file in benchmarks/[a-z]*.py; do \
+		echo "== $$file"; $(BIN)/python $$file; echo; \
+	done
+
+soak: .venv/.installed-dev
+	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
+
+clean:
+	rm -rf build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	find toolkit tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.venv/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "error: Python 3.11 or newer is needed: make PYTHON=python3.12" >&2; exit 2; }
+	$(PYTHON) -m venv .venv
+
+# torch goes first: it decides which build (CPU, CUDA) the rest is resolved against, and
+# DeepSpeed's set-up looks at it.
+.venv/.installed: pyproject.toml constraints.txt | .venv/bin/python
+	@echo "installing into .venv (some minutes the first time)"
+	$(PIP) torch
+	$(PIP) -e .
+	@touch $@
+
+.venv/.installed-dev: .venv/.installed
+	$(PIP) -e '.[dev]'
+	@touch $@
