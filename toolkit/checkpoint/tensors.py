@@ -5,6 +5,7 @@ are global. Values may be plain tensors (replicated), DTensors, or `FlatShard`s.
 """
 
 import pickle
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,7 @@ def load_tensors(
     reader = SafeReader(folder)
     _check_shapes(folder, reader.read_metadata(), tensors)
     try:
-        dcp.load(tensors, storage_reader=reader, process_group=group, no_dist=group is None)
+        _dcp_load(tensors, reader, group)
     except CheckpointException as error:
         cause = next(iter(error.failures.values()))[0]
         raise CheckpointError(f"{folder}: cannot be loaded: {cause}") from error
@@ -61,8 +62,17 @@ def iterate_tensors(folder: Path, prefix: str) -> Iterator[tuple[str, torch.Tens
     for key, entry in metadata.state_dict_metadata.items():
         if key.startswith(prefix) and isinstance(entry, TensorStorageMetadata):
             whole = {key: torch.empty(entry.size, dtype=entry.properties.dtype)}
-            dcp.load(whole, storage_reader=SafeReader(folder), no_dist=True)
+            _dcp_load(whole, SafeReader(folder), None)
             yield key.removeprefix(prefix), whole[key]
+
+
+def _dcp_load(
+    tensors: dict[str, torch.Tensor], reader: "SafeReader", group: dist.ProcessGroup | None
+) -> None:
+    with warnings.catch_warnings():
+        # "torch.distributed is disabled": which is what `no_dist` asks for.
+        warnings.simplefilter("ignore", UserWarning)
+        dcp.load(tensors, storage_reader=reader, process_group=group, no_dist=group is None)
 
 
 class SafeReader(FileSystemReader):

@@ -93,9 +93,7 @@ class TrainingEnvironment:
         if dist.is_initialized():
             with contextlib.suppress(RuntimeError, ValueError):
                 dist.destroy_process_group()
-        deepspeed_comm: Any = sys.modules.get("deepspeed.comm.comm")
-        if deepspeed_comm is not None:
-            deepspeed_comm.cdb = None  # DeepSpeed's handle on the groups that are gone
+        _forget_deepspeed_groups()
 
 
 def single_environment(
@@ -211,6 +209,17 @@ def check_shared_folder(environment: TrainingEnvironment, folder: Path) -> None:
             f"{folder}: not visible on {', '.join(blind)}; a run on several machines needs a "
             "shared file system: give --save-folder on one"
         )
+
+
+def _forget_deepspeed_groups() -> None:
+    """DeepSpeed keeps handles on process groups in module globals; a later environment of this
+    process must not get those that are gone."""
+    comm: Any = sys.modules.get("deepspeed.comm.comm")
+    groups: Any = sys.modules.get("deepspeed.utils.groups")
+    if comm is not None:
+        comm.cdb = None
+    if groups is not None:
+        groups._WORLD_GROUP = groups.mesh_device = None
 
 
 def _init_process_group(device: torch.device, world_size: int) -> None:

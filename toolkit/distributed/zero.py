@@ -180,32 +180,32 @@ class ZeroRuntime(EngineRuntime):
 
     def _ensure_optimizer_state(self) -> None:
         """Make the moments exist before loading, by a step of rate zero on zero gradients."""
-        flats = [p for group in self.optimizer.param_groups for p in group["params"]]
-        flats += self._zero.fp32_partitioned_groups_flat if self._stage == 3 else []
-        missing = [flat for flat in flats if flat.numel() and not self.optimizer.state.get(flat)]
+        missing = [
+            (flat, group)
+            for flat, group in self._flats_and_groups()
+            if flat.numel() and not self.optimizer.state.get(flat)
+        ]
         if not missing or not _has_state(self.optimizer):
             return
         saved = [(group, group["lr"], group["params"]) for group in self.optimizer.param_groups]
-        groups_of = {id(f): g for g in self.optimizer.param_groups for f in g["params"]}
         for group, _, _ in saved:
             group["lr"] = 0.0
-            group["params"] = [
-                f for f in missing if groups_of.get(id(f), self._group_of(f)) is group
-            ]
-        for flat in missing:
+            group["params"] = [flat for flat, owner in missing if owner is group]
+        for flat, _ in missing:
             flat.grad = torch.zeros_like(flat)
         self.optimizer.step()
-        reset_state(self.optimizer, missing)
+        reset_state(self.optimizer, [flat for flat, _ in missing])
         for group, rate, parameters in saved:
             group["lr"], group["params"] = rate, parameters
 
-    def _group_of(self, flat: torch.Tensor) -> dict[str, Any]:
-        for index, candidate in enumerate(self._zero.fp32_partitioned_groups_flat):
-            if candidate is flat:
-                return self.optimizer.param_groups[
-                    self._zero.sub_group_to_group_id[index]
-                ]
-        raise AssertionError("a ZeRO-3 sub-group belongs to some optimizer group")
+    def _flats_and_groups(self) -> list[tuple[torch.Tensor, dict[str, Any]]]:
+        """Each flat fp32 partition of this rank with the optimizer group it belongs to."""
+        groups = self.optimizer.param_groups
+        if self._stage < 3:
+            return list(zip(self._zero.single_partition_of_fp32_groups, groups, strict=True))
+        owners = self._zero.sub_group_to_group_id
+        flats = enumerate(self._zero.fp32_partitioned_groups_flat)
+        return [(flat, groups[owners[index]]) for index, flat in flats]
 
 
 def _has_state(optimizer: torch.optim.Optimizer) -> bool:
