@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from toolkit.errors import ConfigError, RunError
+from toolkit.errors import ConfigError, DataError, RunError
 from toolkit.experiment.load import load_experiment
 from toolkit.experiment.summary import summarize
 
@@ -85,6 +85,20 @@ def test_epochs_count_whole_batches_of_prepared_data(tmp_path: Path) -> None:
     assert "data data/tiny/bpe4096: 12,001 training tokens, 0 validation tokens" in shown
     steps = 3 * (12_001 // 256 // 16)
     assert f"duration {steps} steps, {steps * 4096:,} tokens, 3.00 epochs" in shown
+
+
+def test_less_data_than_one_batch_is_an_error(tmp_path: Path) -> None:
+    from toolkit.data.prepare import prepare_dataset
+
+    (tmp_path / "a.txt").write_text("hello world\n" * 100)
+    flags = [
+        "--dataset.source={type: files, paths: [a.txt]}",
+        "--dataset.tokenizer={type: byte}",
+        "--dataset.validation_fraction=0",
+    ]
+    prepare_dataset(load_experiment("quickstart", flags).config.dataset, progress=False)
+    with pytest.raises(DataError, match="not enough data for one batch: 1201 training tokens, "):
+        lines(*flags)
 
 
 def test_a_name_that_is_taken_is_refused(tmp_path: Path) -> None:

@@ -1,10 +1,11 @@
-"""Checks across the sections of an experiment that need no data and no device.
+"""Checks across the sections of an experiment that need no device and read no tokens.
 
 Every error names the keys it is about and the nearest values that work.
 """
 
 from toolkit.data.config import BPETokenizerConfig, ByteTokenizerConfig, TokenizerConfig
-from toolkit.errors import ConfigError
+from toolkit.data.prepared import PreparedDataset, check_vocabulary
+from toolkit.errors import ConfigError, DataError
 from toolkit.experiment.config import ExperimentConfig
 
 BYTE_VOCAB_SIZE = 257
@@ -25,6 +26,29 @@ def check_experiment(config: ExperimentConfig, world_size: int) -> None:
     _check_sequence(config)
     _check_vocabulary(config)
     _check_batches(config, world_size)
+
+
+def check_prepared(config: ExperimentConfig, prepared: PreparedDataset) -> None:
+    """Check that `config` can train on prepared data, as far as its manifest tells.
+
+    Raises:
+        ConfigError: the model has fewer ids than the data's tokenizer.
+        DataError: there is less than one global batch.
+    """
+    check_vocabulary(prepared, config.model.vocab_size)
+    if steps_per_epoch(config, prepared) == 0:
+        tokens, batch = prepared.num_tokens("train"), config.data_loader.global_batch_size
+        raise DataError(
+            f"{prepared.folder}: not enough data for one batch: {tokens} training tokens, "
+            f"{GLOBAL_BATCH} is {batch}; make it smaller, or give more text"
+        )
+
+
+def steps_per_epoch(config: ExperimentConfig, prepared: PreparedDataset) -> int:
+    """Whole global batches in one pass over the training tokens."""
+    sequence = config.dataset.sequence_length
+    instances = prepared.num_tokens("train") // sequence
+    return instances // (config.data_loader.global_batch_size // sequence)
 
 
 def gradient_accumulation_steps(config: ExperimentConfig, world_size: int) -> int:

@@ -9,10 +9,15 @@ from typing import Any
 import msgspec
 
 from toolkit.config import DEFAULT_ORIGIN, leaves
-from toolkit.data.prepared import PreparedDataset, check_vocabulary, dataset_folder, read_prepared
+from toolkit.data.prepared import PreparedDataset, dataset_folder, read_prepared
 from toolkit.distributed.engine import Engine, resolve_engine
 from toolkit.errors import RunError
-from toolkit.experiment.checks import check_experiment, gradient_accumulation_steps
+from toolkit.experiment.checks import (
+    check_experiment,
+    check_prepared,
+    gradient_accumulation_steps,
+    steps_per_epoch,
+)
 from toolkit.experiment.config import ExperimentConfig
 from toolkit.experiment.load import LoadedExperiment
 from toolkit.runs.registry import is_run, resolve_run_folder
@@ -26,7 +31,7 @@ def summarize(loaded: LoadedExperiment, environ: Mapping[str, str]) -> str:
 
     Raises:
         ConfigError: the sections do not fit each other, the launcher, or the prepared data.
-        DataError: the prepared data is damaged.
+        DataError: the prepared data is damaged, or less than one batch.
         RunError: a run of that name exists.
     """
     config = loaded.config
@@ -35,7 +40,7 @@ def summarize(loaded: LoadedExperiment, environ: Mapping[str, str]) -> str:
     check_experiment(config, engine.world_size)
     prepared = read_prepared(config.dataset)
     if prepared is not None:
-        check_vocabulary(prepared, config.model.vocab_size)
+        check_prepared(config, prepared)
     rows = [
         ("model", _model(config)),
         ("data", _data(config, prepared)),
@@ -111,18 +116,12 @@ def _length(config: ExperimentConfig, duration: Duration, prepared: PreparedData
     batch = config.data_loader.global_batch_size
     per_epoch = None
     if prepared is not None:
-        per_epoch = steps_per_epoch(config, prepared.num_tokens("train"))
+        per_epoch = steps_per_epoch(config, prepared)
     if duration.unit == "epochs" and per_epoch is None:
         return f"{_count(duration.value, 'epoch')}; steps are known once the data is prepared"
     steps = duration.in_steps(batch, per_epoch)
     epochs = f", {steps / per_epoch:.2f} epochs" if per_epoch else ""
     return f"{_count(steps, 'step')}, {steps * batch:,} tokens{epochs}"
-
-
-def steps_per_epoch(config: ExperimentConfig, num_train_tokens: int) -> int:
-    """Whole global batches in one pass over the training tokens."""
-    sequence = config.dataset.sequence_length
-    return num_train_tokens // sequence // (config.data_loader.global_batch_size // sequence)
 
 
 def _engine(engine: Engine) -> list[str]:
