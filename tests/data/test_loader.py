@@ -1,0 +1,246 @@
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tests.data.corpus import data_config, files_config, random_text, write_texts
+from toolkit.data import get_dataloaders
+from toolkit.data.config import DataConfig, DatasetConfig
+from toolkit.errors import ConfigError, DataError
+
+SEQUENCE_LENGTH = 16
+BATCH = 8 * SEQUENCE_LENGTH
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> DatasetConfig:
+    folder = tmp_path_factory.mktemp("loader")
+    texts = write_texts(folder / "text", [random_text(12, seed=i) for i in range(40)])
+    return files_config(
+        folder / "data", texts, sequence_length=SEQUENCE_LENGTH, validation_fraction=0.2
+    )
+
+
+def loaders(dataset: DatasetConfig, *, rank: int = 0, world_size: int = 1, **changes):
+    config = data_config(dataset, **{"global_batch_size": BATCH, **changes})
+    return get_dataloaders(config, rank=rank, world_size=world_size)
+
+
+def first_batches(loader, number: int, start: int = 0) -> list[torch.Tensor]:
+    iterator = loader.iterate(start)
+    return [next(iterator)["input_ids"] for _ in range(number)]
+
+
+def test_batches_are_rows_of_the_token_file(dataset: DatasetConfig) -> None:
+    train, _ = loaders(dataset)
+    tokens = np.fromfile(Path(dataset.root) / "corpus/default/train.bin", dtype=np.uint16)
+    assert train.num_instances == len(tokens) // SEQUENCE_LENGTH
+    assert train.steps_per_epoch == train.num_instances // 8
+    assert train.dropped_instances == train.num_instances % 8
+    batch = next(train.iterate())["input_ids"]
+    assert batch.dtype == torch.int64
+    for row, index in zip(batch, train.instance_indices(0), strict=True):
+        first = index * SEQUENCE_LENGTH
+        assert row.tolist() == tokens[first : first + SEQUENCE_LENGTH].tolist()
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_ranks_together_read_the_global_batches_of_one(
+    dataset: DatasetConfig, world_size: int
+) -> None:
+    alone = first_batches(loaders(dataset)[0], 80)
+    ranks = [
+        first_batches(loaders(dataset, rank=rank, world_size=world_size)[0], 80)
+        for rank in range(world_size)
+    ]
+    for batch, *slices in zip(alone, *ranks, strict=True):
+        assert torch.equal(batch, torch.cat(slices))
+
+
+@pytest.mark.parametrize("prefetch_factor", [0, 1, 7])
+def test_batch_n_directly_is_batch_n_in_turn(dataset: DatasetConfig, prefetch_factor: int) -> None:
+    train, _ = loaders(dataset, prefetch_factor=prefetch_factor)
+    number = 2 * train.steps_per_epoch + 3
+    for n, batch in enumerate(first_batches(train, number)):
+        assert torch.equal(batch, train.global_batch(n)["input_ids"])
+    for n, batch in enumerate(first_batches(train, 3, start=number - 5), start=number - 5):
+        assert torch.equal(batch, train.global_batch(n)["input_ids"])
+    assert train.batches_done == number - 2
+
+
+def test_small_chunks_read_the_same(
+    dataset: DatasetConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = first_batches(loaders(dataset)[0], 50)
+    monkeypatch.setattr("toolkit.data.loader.CHUNK_TOKENS", 3 * BATCH)
+    found = first_batches(loaders(dataset, prefetch_factor=2)[0], 50)
+    assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+
+
+def test_each_epoch_is_another_order_of_each_instance_once(dataset: DatasetConfig) -> None:
+    train, _ = loaders(dataset)
+    steps = train.steps_per_epoch
+    epochs = [
+        np.concatenate([train.instance_indices(e * steps + n) for n in range(steps)])
+        for e in range(2)
+    ]
+    for indices in epochs:
+        assert len(np.unique(indices)) == steps * 8 == len(indices)
+        assert indices.max() < train.num_instances
+    assert not np.array_equal(epochs[0], epochs[1])
+
+
+def test_seed_changes_the_order_and_no_shuffle_is_file_order(dataset: DatasetConfig) -> None:
+    first, other = loaders(dataset)[0], loaders(dataset, seed=1)[0]
+    assert not np.array_equal(first.instance_indices(0), other.instance_indices(0))
+    in_order = loaders(dataset, shuffle=False)[0]
+    assert in_order.instance_indices(1).tolist() == list(range(8, 16))
+    assert in_order.instance_indices(in_order.steps_per_epoch).tolist() == list(range(8))
+
+
+def test_experiment_seed_is_the_default(dataset: DatasetConfig) -> None:
+    config = data_config(dataset, global_batch_size=BATCH)
+    seeded = DataConfig(dataset=dataset, data_loader=config.data_loader, seed=5)
+    explicit = loaders(dataset, seed=5)[0].instance_indices(3)
+    assert np.array_equal(get_dataloaders(seeded)[0].instance_indices(3), explicit)
+
+
+def test_state_is_the_next_unseen_batch(dataset: DatasetConfig) -> None:
+    train, _ = loaders(dataset)
+    iterator = train.iterate()
+    for _ in range(5):
+        next(iterator)
+    state = train.state_dict()
+    assert state["batch"] == 5
+    again, _ = loaders(dataset)
+    again.load_state_dict(state)
+    continued = next(again.iterate(again.batches_done))["input_ids"]
+    assert torch.equal(continued, next(iterator)["input_ids"])
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("fingerprint", "other", r"the training data \(was other, is \w+\).*load_weights_only"),
+        ("seed", 7, r"data_loader\.seed \(was 7, is 0\)"),
+        ("global_batch_size", 64, r"data_loader\.global_batch_size \(was 64, is 128\)"),
+    ],
+)
+def test_state_of_other_data_is_refused(
+    dataset: DatasetConfig, key: str, value: object, message: str
+) -> None:
+    train, _ = loaders(dataset)
+    with pytest.raises(DataError, match=message):
+        train.load_state_dict({**train.state_dict(), key: value})
+
+
+@pytest.mark.parametrize(("size", "nearest"), [(100, "96 or 128"), (24, "32 or 64")])
+def test_indivisible_batch_names_both_keys_and_the_nearest_sizes(
+    dataset: DatasetConfig, size: int, nearest: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        loaders(dataset, world_size=2, global_batch_size=size)
+    message = str(caught.value)
+    assert f"data_loader.global_batch_size {size}" in message
+    assert "dataset.sequence_length 16 x 2 data-parallel ranks" in message
+    assert message.endswith(nearest)
+
+
+def test_too_little_data_for_one_batch_gives_the_counts(dataset: DatasetConfig) -> None:
+    with pytest.raises(DataError, match=r"not enough data for one batch.*needs 10000;.*smaller"):
+        loaders(dataset, global_batch_size=10_000 * SEQUENCE_LENGTH)
+
+
+def test_error_of_the_reading_thread_reaches_the_caller(
+    dataset: DatasetConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train, _ = loaders(dataset)
+
+    def fail(indices: np.ndarray) -> np.ndarray:
+        raise OSError("disk gone")
+
+    monkeypatch.setattr(train.dataset, "read", fail)
+    with pytest.raises(OSError, match="disk gone"):
+        next(train.iterate())
+
+
+def readers_alive() -> int:
+    return sum(thread.name == "data-reader" for thread in threading.enumerate())
+
+
+def test_reading_thread_ends_with_its_iterator(dataset: DatasetConfig) -> None:
+    train, _ = loaders(dataset)
+    before = readers_alive()
+    closed, dropped = train.iterate(), train.iterate()
+    next(closed)
+    next(dropped)
+    assert readers_alive() == before + 2
+    closed.close()
+    del dropped
+    for _ in range(500):
+        if readers_alive() == before:
+            break
+        time.sleep(0.01)
+    assert readers_alive() == before
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("eval_batch_size", [SEQUENCE_LENGTH, 5 * SEQUENCE_LENGTH, 10**6])
+def test_each_validation_instance_is_evaluated_exactly_once(
+    dataset: DatasetConfig, world_size: int, eval_batch_size: int
+) -> None:
+    wanted = 23
+    ranks = [
+        loaders(
+            dataset, rank=rank, world_size=world_size, eval_batch_size=eval_batch_size,
+            eval_tokens=wanted * SEQUENCE_LENGTH + 3, global_batch_size=12 * SEQUENCE_LENGTH,
+        )[1]
+        for rank in range(world_size)
+    ]  # fmt: skip
+    shapes, rows = set(), []
+    for step in zip(*ranks, strict=True):
+        for batch in step:
+            shapes.add(tuple(batch["input_ids"].shape))
+            assert batch["label_mask"].dtype == torch.bool
+            real = batch["label_mask"].all(dim=1)
+            assert torch.equal(real, batch["label_mask"].any(dim=1))
+            rows.append(batch["input_ids"][real])
+    tokens = np.fromfile(Path(dataset.root) / "corpus/default/val.bin", dtype=np.uint16)
+    expected = tokens[: wanted * SEQUENCE_LENGTH].reshape(wanted, -1).astype(np.int64)
+    assert len(shapes) == 1
+    assert {len(loader) for loader in ranks} == {ranks[0].num_batches}
+    assert np.array_equal(torch.cat(rows).numpy(), expected)
+    assert ranks[0].num_instances == wanted
+
+
+def test_evaluation_batch_defaults_to_the_callers_size(dataset: DatasetConfig) -> None:
+    config = data_config(dataset, global_batch_size=BATCH)
+    _, evaluation = get_dataloaders(config, eval_batch_tokens=3 * SEQUENCE_LENGTH)
+    assert next(iter(evaluation))["input_ids"].shape == (3, SEQUENCE_LENGTH)
+
+
+def test_no_validation_split_means_no_evaluation(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    texts = write_texts(tmp_path / "text", ["a" * 400])
+    config = files_config(tmp_path / "data", texts, sequence_length=SEQUENCE_LENGTH)
+    assert loaders(config)[1] is None
+    config = config.replace(dataset_config="tail", validation_fraction=0.01)
+    assert loaders(config)[1] is None
+    assert "validation split" in caplog.text
+    assert "less than one instance of dataset.sequence_length 16" in caplog.text
+
+
+def test_importing_the_package_imports_no_torch() -> None:
+    code = (
+        "import sys, toolkit.data, toolkit.data.prepare, toolkit.data.prepared; "
+        "toolkit.data.read_prepared; "
+        "print([m for m in ('torch', 'datasets', 'transformers') if m in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.stdout.strip() == "[]", result.stderr
