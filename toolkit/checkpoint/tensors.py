@@ -105,7 +105,9 @@ class _RestrictedUnpickler(pickle.Unpickler):
             or (module + ".").startswith(_SAFE_MODULES)
         ) and "." not in name:
             return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"refused: it names {module}.{name}, which no checkpoint needs")
+        raise pickle.UnpicklingError(
+            f"refused: it names {module}.{name}, which no checkpoint needs"
+        )
 
 
 def _check_shapes(folder: Path, metadata: Metadata, tensors: dict[str, torch.Tensor]) -> None:

@@ -79,4 +79,4 @@ def train(
         return 0
     from toolkit.experiment.run import train as run_training
 
-    return run_training(loaded.config, layers_origins=loaded.origins, resume_folder=None)
+    return run_training(loaded.config, origins=loaded.origins)

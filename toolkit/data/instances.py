@@ -18,6 +18,7 @@ class TokenDataset:
         self.sequence_length = sequence_length
         self.fingerprint = prepared.fingerprint(split)
         self.bytes_per_token = prepared.bytes_per_token(split)
+        self.tokenizer_folder = prepared.tokenizer_folder
         tokens = np.asarray(prepared.tokens(split))
         self.num_instances = len(tokens) // sequence_length
         used = self.num_instances * sequence_length

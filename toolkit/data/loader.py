@@ -100,6 +100,7 @@ class TrainLoader:
         dropped_instances: instances that one epoch leaves out.
         batches_done: number of the next batch; `iterate` sets it as it yields.
         fingerprint, vocab_size, bytes_per_token: of the training split.
+        tokenizer_folder: of the tokenizer that made the tokens.
     """
 
     def __init__(
@@ -120,6 +121,7 @@ class TrainLoader:
         self.seed = seed
         self.fingerprint = dataset.fingerprint
         self.bytes_per_token = dataset.bytes_per_token
+        self.tokenizer_folder = dataset.tokenizer_folder
         self.vocab_size = vocab_size
         self.num_instances = dataset.num_instances
         self.batches_done = 0
@@ -153,7 +155,7 @@ class TrainLoader:
         rows = self.dataset.read(self.instance_indices(batch_number))
         return {"input_ids": torch.from_numpy(rows)}
 
-    def iterate(self, start_batch: int = 0) -> Iterator[Batch]:
+    def iterate(self, start_batch: int = 0) -> Generator[Batch, None, None]:
         """This rank's rows of batch `start_batch` and all that follow, over epochs without end.
 
         Yields `{"input_ids": int64 (rows, seq)}`.

@@ -78,7 +78,9 @@ def deepspeed_settings(environment: TrainingEnvironment, max_grad_norm: float | 
     fp32 weights, not DeepSpeed's bf16 mode, which would make the weights bf16.
     """
     engine = environment.engine
-    settings = {k: v for k, v in engine.deepspeed_config.items() if k not in ("bf16", "fp16", "amp")}
+    settings = {
+        k: v for k, v in engine.deepspeed_config.items() if k not in ("bf16", "fp16", "amp")
+    }
     zero: dict[str, Any] = {**settings.get("zero_optimization", {}), "stage": engine.zero_stage}
     zero = {k: v for k, v in zero.items() if v != "auto"}
     if engine.cpu_offload:

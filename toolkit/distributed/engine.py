@@ -81,6 +81,11 @@ def has_launcher(environ: Mapping[str, str]) -> bool:
     return "WORLD_SIZE" in environ or "ACCELERATE_MIXED_PRECISION" in environ
 
 
+def launcher_names_engine(environ: Mapping[str, str]) -> bool:
+    """Whether the launcher itself asks for an engine (FSDP or DeepSpeed variables)."""
+    return _flag(environ, "ACCELERATE_USE_DEEPSPEED") or _flag(environ, "ACCELERATE_USE_FSDP")
+
+
 def resolve_engine(
     precision: Precision,
     dp_config: DataParallelConfig | None,
@@ -103,6 +108,8 @@ def resolve_engine(
         )
     default = _Choice(name="ddp" if world_size > 1 else "single", origin="default")
     choice = launched or configured or default
+    if choice.name == "ddp" and world_size == 1:
+        choice = _Choice(name="single", origin=choice.origin)
     if choice.name == "single" and world_size > 1:
         raise ConfigError(
             f"{choice.origin} asks for the engine single, but the launcher started {world_size} "
@@ -167,12 +174,15 @@ def _deepspeed_choice(environ: Mapping[str, str]) -> _Choice:
         try:
             config = json.loads(Path(file).read_text())
         except (OSError, ValueError) as error:
-            raise ConfigError(f"{origin}: cannot read the DeepSpeed config {file}: {error}") from None
-        for owned in ("optimizer", "scheduler"):
+            raise ConfigError(
+                f"{origin}: cannot read the DeepSpeed config {file}: {error}"
+            ) from None
+        owned_by = {"optimizer": "optim", "scheduler": "scheduler"}
+        for owned in owned_by:
             if owned in config:
                 raise ConfigError(
-                    f"{file}: {owned!r} belongs in the JSON config (train_module.{owned[:5]}...); "
-                    "remove it here"
+                    f"{file}: remove {owned!r} there; it is train_module.{owned_by[owned]} of the "
+                    "JSON config"
                 )
     zero = config.get("zero_optimization", {})
     stage = zero.get("stage", environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2"))

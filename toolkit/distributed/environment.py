@@ -198,12 +198,14 @@ def check_shared_folder(environment: TrainingEnvironment, folder: Path) -> None:
     if environment.is_main:
         probe.touch()
     environment.barrier()
-    seen = [None] * environment.world_size
-    dist.all_gather_object(seen, (socket.gethostname(), probe.exists()), group=environment.cpu_group)
+    seen: list[Any] = [None] * environment.world_size
+    dist.all_gather_object(
+        seen, (socket.gethostname(), probe.exists()), group=environment.cpu_group
+    )
     environment.barrier()
     if environment.is_main:
         probe.unlink()
-    blind = sorted({host for host, sees in seen if not sees})  # type: ignore[misc]
+    blind = sorted({host for host, sees in seen if not sees})
     if blind:
         raise RunError(
             f"{folder}: not visible on {', '.join(blind)}; a run on several machines needs a "
@@ -248,5 +250,7 @@ def _use_all_cores(local_world_size: int) -> None:
     # Launchers set OMP_NUM_THREADS=1 when nobody gave a number; a run that owns the machine wants
     # its share of the cores. TOOLKIT_NUM_THREADS says otherwise.
     asked = os.environ.get("TOOLKIT_NUM_THREADS")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
     torch.set_num_threads(int(asked) if asked else max(1, cores // local_world_size))

@@ -56,7 +56,7 @@ class FlatShard(torch.Tensor):
 
     @staticmethod
     def __new__(cls, local: torch.Tensor, *, shape: torch.Size, start: int) -> "FlatShard":
-        self = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        self = torch.Tensor._make_wrapper_subclass(
             cls, shape, dtype=local.dtype, device=local.device, requires_grad=False
         )
         self.local = local.detach()
@@ -64,7 +64,7 @@ class FlatShard(torch.Tensor):
         return self
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
         if func is torch.ops.aten.detach.default:

@@ -35,7 +35,7 @@ def materialize(
     if compile_model:
         from toolkit.models.compile import compile_model as compile_parts
 
-        compile_parts(model)
+        compile_parts(model)  # type: ignore[arg-type]
     engine = environment.engine
     if engine.zero_stage == 3:
         _partition(model, environment, specs)

@@ -116,7 +116,8 @@ class PlainRuntime(EngineRuntime):
         self._nan = torch.tensor(float("nan"), device=device)
         self._bf16 = environment.engine.precision == "bf16"
         self._rebound = not self._is_sharded
-        self._mesh = self._named[next(iter(self._named))].device_mesh if self._is_sharded else None
+        first: Any = next(iter(self._named.values()))
+        self._mesh = first.device_mesh if self._is_sharded else None
 
     def _prepare(self) -> nn.Module:
         from accelerate.utils import DistributedDataParallelKwargs

@@ -35,8 +35,8 @@ class ZeroRuntime(EngineRuntime):
         self._stage = environment.engine.zero_stage
         optimizer = build_optimizer(self._named)
         accelerator = build_accelerator(environment, max_grad_norm=max_grad_norm)
-        self.model, _ = accelerator.prepare(module, optimizer)
-        self._engine: Any = self.model
+        self._engine: Any = accelerator.prepare(module, optimizer)[0]
+        self.model = self._engine
         self._zero: Any = self._engine.optimizer
         self.optimizer = self._zero.optimizer
         self._nan = torch.tensor(float("nan"), device=environment.device)
@@ -136,11 +136,11 @@ class ZeroRuntime(EngineRuntime):
         import deepspeed
 
         for parameter in self._named.values():
-            if parameter.requires_grad:
-                flat, offset, _, numel = self._piece(parameter) or (None, 0, 0, 0)
-                if numel:
-                    partition = parameter.ds_tensor  # type: ignore[attr-defined]
-                    partition.data[:numel].copy_(flat.data.narrow(0, offset, numel))
+            piece = self._piece(parameter) if parameter.requires_grad else None
+            if piece is not None:
+                flat, offset, _, numel = piece
+                partition = parameter.ds_tensor  # type: ignore[attr-defined]
+                partition.data[:numel].copy_(flat.data.narrow(0, offset, numel))
         # Small parameters are kept whole on every rank ("persistent"); they still hold old values.
         persistent = [p for p in self._named.values() if getattr(p, "ds_persist", False)]
         for parameter in persistent:

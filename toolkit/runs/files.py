@@ -14,6 +14,8 @@ class RunFiles(msgspec.Struct, frozen=True):
     """Folder: what ran, where, and how it ended."""
     config: str = "metadata/config.json"
     """The resolved `ExperimentConfig`; `toolkit resume` starts from it."""
+    origins: str = "metadata/origins.json"
+    """Where each value of the config came from: recipe, file or flag (defaults left out)."""
     data_config: str = "metadata/data_config.json"
     """`DataConfig`: data set and data loader."""
     model_config: str = "metadata/model_config.json"

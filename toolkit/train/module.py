@@ -60,6 +60,10 @@ class TrainModule(ABC):
         """Loss of one evaluation batch, without gradients."""
 
     @abstractmethod
+    def logits(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Logits (batch, seq, vocab) without gradients; every rank must call it together."""
+
+    @abstractmethod
     def network_norms(self) -> dict[str, torch.Tensor]:
         """Gradient and weight norms (`grad_norm/<layer>`, `weight_norm/<layer>`, "total" for all),
         on the device; valid between `train_batch` and `optim_step`."""

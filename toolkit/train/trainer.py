@@ -240,13 +240,13 @@ class Trainer:
     def _reduce(self, columns: list[Column], values: torch.Tensor) -> torch.Tensor:
         """One collective per operation over all ranks, in the metrics thread on its own group."""
         group = self.environment.metrics_group
-        by_operation = {"sum": dist.ReduceOp.SUM, "mean": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
         for operation in ("sum", "mean", "max"):
             index = [i for i, (_, wanted) in enumerate(columns) if wanted == operation]
             if not index:
                 continue
             part = values[index]
-            dist.all_reduce(part, op=by_operation[operation], group=group)
+            how = dist.ReduceOp.MAX if operation == "max" else dist.ReduceOp.SUM
+            dist.all_reduce(part, op=how, group=group)
             values[index] = part / self.environment.world_size if operation == "mean" else part
         return values
 
@@ -300,10 +300,12 @@ class Trainer:
             raise ConfigError(f"trainer.{name}: {error}") from None
 
     def _hooks(self, name: str) -> list[Callable[..., Any]]:
-        overridden = (
-            c for c in self.callbacks.values() if getattr(type(c), name) is not getattr(Callback, name)
-        )
-        return [getattr(callback, name) for callback in overridden]
+        unchanged = getattr(Callback, name)
+        return [
+            getattr(callback, name)
+            for callback in self.callbacks.values()
+            if getattr(type(callback), name) is not unchanged
+        ]
 
     def _call(self, name: str) -> None:
         for hook in self._hooks(name):

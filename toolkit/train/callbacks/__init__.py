@@ -22,5 +22,7 @@ def build_callbacks(config: "CallbacksConfig") -> dict[str, Callback]:
         settings = getattr(config, name)
         if settings.enabled:
             module = importlib.import_module(f"{__name__}.{name}")
-            callbacks[name] = getattr(module, type(settings).__name__.removesuffix("Config"))(settings)
+            callbacks[name] = getattr(module, type(settings).__name__.removesuffix("Config"))(
+                settings
+            )
     return callbacks

@@ -1,0 +1,44 @@
+"""Rank-aware logging: rank 0 speaks on the console, every rank writes its own file."""
+
+import logging
+import sys
+from pathlib import Path
+
+from rich import get_console
+
+_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+
+
+class _ConsoleHandler(logging.Handler):
+    """Through rich's shared console, so that lines do not tear a progress bar."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = record.getMessage()
+        if record.levelno >= logging.WARNING:
+            text = f"{record.levelname.lower()}: {text}"
+        console = get_console()
+        if console.is_terminal:
+            console.print(text, markup=False, highlight=False, soft_wrap=True)
+        else:
+            sys.stderr.write(text + "\n")
+
+
+def setup_logging(rank: int) -> None:
+    """Console output of the toolkit's own loggers on rank 0; errors only on the others."""
+    logger = logging.getLogger("toolkit")
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    for handler in list(logger.handlers):
+        logger.removeHandler(handler)
+    console = _ConsoleHandler()
+    console.setLevel(logging.INFO if rank == 0 else logging.CRITICAL)
+    logger.addHandler(console)
+
+
+def add_log_file(folder: Path, rank: int) -> logging.Handler:
+    """Append everything from INFO on to `folder/rank{rank}.log`; returns the handler to remove."""
+    folder.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(folder / f"rank{rank}.log")
+    handler.setFormatter(logging.Formatter(_FORMAT))
+    logging.getLogger("toolkit").addHandler(handler)
+    return handler

@@ -1,0 +1,269 @@
+"""Running an experiment: the public steps, in the order that keeps bad input harmless.
+
+Config, data, run folder and lock are checked before any process group exists: an error is then one
+line from rank 0 instead of a time-out on all ranks, and no collective waits while one process
+prepares data.
+"""
+
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from toolkit.distributed.config import DataParallelConfig
+from toolkit.distributed.engine import (
+    Engine,
+    has_launcher,
+    launcher_names_engine,
+    rank_of,
+    resolve_engine,
+    world_size_of,
+)
+from toolkit.errors import EXIT_DONE, EXIT_STOPPED, RunError
+from toolkit.experiment.checks import check_experiment
+from toolkit.experiment.config import ExperimentConfig
+from toolkit.experiment.load import load_run_config
+from toolkit.runs.files import RUN_FILES
+from toolkit.runs.manager import RunManager
+from toolkit.runs.registry import choose_run_name, is_run, resolve_run_folder, start_run
+from toolkit.runs.status import RunStatus, read_status
+
+if TYPE_CHECKING:
+    from toolkit.train.trainer import TrainResult
+
+log = logging.getLogger(__name__)
+
+GENTLE_STOPS = (None, "hard_stop")
+
+
+def train(config: ExperimentConfig, *, origins: Mapping[str, str] | None = None) -> int:
+    """Run the experiment under the current launcher, if any; returns the exit code.
+
+    A `save_folder` that holds a run is resumed. `origins` (where each config value came from) is
+    stored beside the config.
+    """
+    environ = os.environ
+    engine = resolve_engine(config.train_module.precision, config.train_module.dp_config, environ)
+    check_experiment(config, engine.world_size)
+    rank = rank_of(environ)
+
+    from toolkit.distributed.logging import setup_logging
+
+    setup_logging(rank)
+    _prepare_data(config, rank=rank, world_size=engine.world_size)
+    run, name = None, choose_run_name()
+    if rank == 0:
+        run = _start(config, name, is_main=True)
+    try:
+        return _train(config, engine, run, name, origins or {})
+    except BaseException as error:
+        # Whatever the trainer itself did not close: an error before or outside its loop.
+        if run is not None:
+            message = str(error).splitlines()[0] if str(error) else type(error).__name__
+            run.close("failed", message=message, exit_reason="error")
+        raise
+
+
+def resume(run_dir: Path, overrides: Sequence[str] = ()) -> int:
+    """Continue the run in `run_dir`; returns the exit code.
+
+    Without a launcher it relaunches itself with the recorded engine and number of processes; under
+    a launcher it takes what the launcher gives, and the recorded engine where that is silent.
+
+    Raises:
+        RunError: not a run folder.
+    """
+    from toolkit.distributed.logging import setup_logging
+
+    loaded = load_run_config(run_dir, overrides)
+    folder = run_dir.resolve()
+    status = read_status(folder)
+    if status is None:
+        raise RunError(f"{run_dir}: not a run folder; `toolkit runs` lists runs")
+    setup_logging(rank_of(os.environ))
+    if not has_launcher(os.environ) and (status.world_size or 1) > 1:
+        return _relaunch(folder, overrides, _processes(status.world_size or 1))
+    config = loaded.config
+    run = msgspec.structs.replace(config.run, save_folder=str(folder))
+    asked = any(flag.startswith("--train_module.dp_config") for flag in overrides)
+    module = config.train_module
+    if not asked:
+        module = msgspec.structs.replace(module, dp_config=_recorded_engine(status))
+    return train(
+        msgspec.structs.replace(config, run=run, train_module=module), origins=loaded.origins
+    )
+
+
+def _train(
+    config: ExperimentConfig,
+    engine: Engine,
+    run: RunManager | None,
+    name: str,
+    origins: Mapping[str, str],
+) -> int:
+    from toolkit.data.loader import get_dataloaders
+    from toolkit.distributed.environment import check_shared_folder, prepare_training_environment
+    from toolkit.distributed.logging import add_log_file
+    from toolkit.train.trainer import Trainer
+
+    environment = prepare_training_environment(config)
+    try:
+        name = environment.broadcast(name)
+        if run is None:
+            run = _start(config, name, is_main=False)
+        check_shared_folder(environment, run.folder)
+        log_file = add_log_file(run.path(RUN_FILES.logs), environment.rank)
+        _log_metadata(config, run, environment.engine, origins)
+        train_dl, eval_dl = get_dataloaders(
+            config.data,
+            rank=environment.rank,
+            world_size=environment.world_size,
+            eval_batch_tokens=config.train_module.rank_microbatch_size,
+        )
+        _log_start(config, environment.engine, run)
+        model = config.model.build(init_device="meta")
+        train_module = config.train_module.build(model, environment=environment)
+        trainer = Trainer(config.trainer, train_module, train_dl, eval_dl, run=run)
+        result = trainer.train()
+        _log_end(result, run)
+        logging.getLogger("toolkit").removeHandler(log_file)
+        return EXIT_DONE if result.reason in GENTLE_STOPS else EXIT_STOPPED
+    finally:
+        environment.close()
+
+
+def _prepare_data(config: ExperimentConfig, *, rank: int, world_size: int) -> None:
+    """Prepare the corpus (one process of each machine; the others wait) and check that it fits."""
+    from toolkit.data import check_vocabulary, ensure_prepared, get_dataloaders
+
+    shows = int(os.environ.get("LOCAL_RANK", "0")) == 0
+    prepared = ensure_prepared(config.dataset, work_dir=config.run.work_dir, progress=shows)
+    check_vocabulary(prepared, config.model.vocab_size)
+    get_dataloaders(config.data, rank=rank, world_size=world_size)
+
+
+def _start(config: ExperimentConfig, name: str, *, is_main: bool) -> RunManager:
+    folder = resolve_run_folder(config.run, name)
+    return start_run(
+        config.run.experiment,
+        config.run.name or (None if config.run.save_folder else name),
+        resume=config.run.save_folder is not None and is_run(folder) and is_main,
+        root=config.run.root,
+        save_folder=config.run.save_folder,
+        registry_url=config.run.registry,
+        is_main=is_main,
+    )
+
+
+def _log_metadata(
+    config: ExperimentConfig, run: RunManager, engine: Engine, origins: Mapping[str, str]
+) -> None:
+    run.log_metadata(config, RUN_FILES.config)
+    run.log_metadata(config.data, RUN_FILES.data_config)
+    run.log_metadata(config.model, RUN_FILES.model_config)
+    run.log_metadata(
+        {"train_module": config.train_module, "trainer": config.trainer}, RUN_FILES.trainer_config
+    )
+    run.log_metadata(
+        {path: origin for path, origin in origins.items() if origin != "default"},
+        RUN_FILES.origins,
+    )
+    run.set_status(
+        "running",
+        engine=engine.name,
+        world_size=engine.world_size,
+        parameters=config.model.num_parameters,
+        dp_config=msgspec.to_builtins(_as_dp_config(engine)),
+        precision=engine.precision,
+    )
+
+
+def _as_dp_config(engine: Engine) -> DataParallelConfig:
+    """The engine as the config that asks for it, for `toolkit resume` without a launcher."""
+    is_hsdp = engine.name == "hsdp"
+    return DataParallelConfig(
+        name=engine.name,
+        num_replicas=engine.num_replicas if is_hsdp else None,
+        shard_degree=engine.shard_degree if is_hsdp else None,
+        reduce_dtype=engine.reduce_dtype,
+        reshard_after_forward=engine.reshard_after_forward,
+        cpu_offload=engine.cpu_offload,
+    )
+
+
+def _recorded_engine(status: RunStatus) -> DataParallelConfig | None:
+    """The recorded engine, where the launcher is silent and it fits the number of processes."""
+    recorded = status.other.get("dp_config")
+    if launcher_names_engine(os.environ) or recorded is None:
+        return None
+    config = msgspec.convert(recorded, DataParallelConfig)
+    world_size = world_size_of(os.environ)
+    if config.name in ("single", "ddp"):
+        return None  # what silence means: single on one process, ddp on several
+    if config.name == "hsdp" and world_size != status.world_size:
+        return msgspec.structs.replace(config, num_replicas=None, shard_degree=None)
+    return config
+
+
+def _processes(recorded: int) -> int:
+    """As many processes as were recorded, or as the machine has devices if those are fewer."""
+    import torch
+
+    devices = torch.cuda.device_count() if torch.cuda.is_available() else recorded
+    if devices < recorded:
+        log.warning("the run had %d processes; this machine has %d devices", recorded, devices)
+    return min(recorded, devices)
+
+
+def _relaunch(folder: Path, overrides: Sequence[str], processes: int) -> int:
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+        f"--nproc-per-node={processes}",
+        *("-m", "toolkit", "resume", str(folder), *overrides),
+    ]
+    log.info("relaunching with %d processes", processes)
+    code = subprocess.run(command, check=False).returncode
+    # The launcher turns our exit codes into 1; the run's own status knows better.
+    status = read_status(folder)
+    if code and status is not None and status.state == "stopped":
+        return EXIT_STOPPED
+    return code
+
+
+def _log_start(config: ExperimentConfig, engine: Engine, run: RunManager) -> None:
+    for notice in engine.notices:
+        log.info("%s", notice)
+    log.info(
+        "training %s parameters on %s, %s: %s",
+        f"{config.model.num_parameters:,}",
+        f"{engine.world_size} process" + ("es" if engine.world_size > 1 else ""),
+        f"{engine.name} in {engine.precision}",
+        run.folder,
+    )
+
+
+def _log_end(result: "TrainResult", run: RunManager) -> None:
+    if result.last_eval is not None:
+        evaluation = result.last_eval
+        line = f"validation loss {evaluation['loss']:.4f}"
+        if "bits_per_byte" in evaluation:
+            line += f", {evaluation['bits_per_byte']:.4f} bits per byte"
+        log.info("%s (step %d)", line, evaluation["step"])
+    if result.reason in GENTLE_STOPS:
+        log.info("done at step %d; everything is in %s", result.step, run.folder)
+        for label, path in (
+            ("metrics", RUN_FILES.metrics),
+            ("TensorBoard", RUN_FILES.tensorboard),
+            ("checkpoints", RUN_FILES.checkpoints),
+        ):
+            log.info("  %-12s %s", label, run.path(path))
+    else:
+        log.info(
+            "stopped at step %d (%s); continue with: toolkit resume %s",
+            result.step, result.reason, run.folder,
+        )  # fmt: skip

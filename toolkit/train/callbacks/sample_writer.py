@@ -1,0 +1,48 @@
+"""Text from the final model."""
+
+import logging
+
+from rich import get_console
+
+from toolkit.data.tokenizer import load_tokenizer
+from toolkit.evaluate.generate import generate
+from toolkit.train.callbacks.base import Callback
+from toolkit.train.config import SampleWriterConfig
+
+log = logging.getLogger(__name__)
+
+
+class SampleWriter(Callback):
+    """Continues a prompt after the last step and prints both.
+
+    All ranks generate together (a sharded model needs them); the choices follow from the seed.
+    """
+
+    def __init__(self, config: SampleWriterConfig) -> None:
+        self._config = config
+
+    def post_train(self) -> None:
+        trainer, config = self.trainer, self._config
+        tokenizer = load_tokenizer(trainer.train_loader.tokenizer_folder)
+        prompt = tokenizer.encode_batch([config.prompt])[0].tolist() if config.prompt else []
+        if not prompt and tokenizer.eos_id is not None:
+            prompt = [tokenizer.eos_id]
+        if not prompt:
+            log.warning("no sample: trainer.callbacks.sample_writer.prompt is empty")
+            return
+        ids = generate(
+            trainer.train_module.logits,
+            prompt,
+            max_new_tokens=config.max_new_tokens,
+            temperature=config.temperature,
+            top_k=config.top_k,
+            seed=trainer.environment.seed,
+            eos_id=tokenizer.eos_id,
+            max_sequence_length=trainer.train_loader.sequence_length,
+            device=trainer.environment.device,
+        )
+        if trainer.environment.is_main:
+            console = get_console()
+            console.rule("sample", align="left")
+            console.print(tokenizer.decode([*prompt, *ids]), markup=False, highlight=False)
+            console.rule()
