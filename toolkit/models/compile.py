@@ -1,14 +1,19 @@
 """torch.compile for a Transformer, block by block."""
 
-from typing import cast
+from collections.abc import Callable
+from typing import Any
 
 import torch
-from torch import nn
 
 from toolkit.models.transformer import Transformer
 
 
-def compile_model(model: Transformer, *, fullgraph: bool = False) -> None:
+def compile_model(
+    model: Transformer,
+    *,
+    fullgraph: bool = False,
+    backend: str | Callable[..., Any] = "inductor",
+) -> None:
     """Compile every block and the piece of the loss, in place; names and parameters stay.
 
     Blocks have one structure, so the first one's code serves them all: compile time does not grow
@@ -17,7 +22,9 @@ def compile_model(model: Transformer, *, fullgraph: bool = False) -> None:
     Args:
         fullgraph: raise where a block does not compile as one graph. Leave it off for engines whose
             hooks inside the block break graphs (ZeRO-3).
+        backend: as for `torch.compile`.
     """
+    options: dict[str, Any] = {"dynamic": False, "backend": backend}
     for block in model.blocks:
-        cast(nn.Module, block).compile(dynamic=False, fullgraph=fullgraph)
-    model.head.loss_kernel = torch.compile(model.head.loss_kernel, dynamic=False, fullgraph=True)
+        block.compile(fullgraph=fullgraph, **options)
+    model.head.loss_kernel = torch.compile(model.head.loss_kernel, fullgraph=True, **options)

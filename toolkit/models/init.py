@@ -114,11 +114,14 @@ def initialize_(model: nn.Module, seed: int) -> None:
 
 def _normal_block(seed: int, name: str, block: int, length: int) -> np.ndarray:
     """The standard normal values of one block, cut at `CUT`, fp32."""
-    key = hashlib.blake2b(f"{seed}/{name}/{block}".encode(), digest_size=16).digest()
-    generator = np.random.Generator(np.random.SFC64(int.from_bytes(key, "little")))
-    values = generator.standard_normal(length, dtype=np.float32)
-    outside = np.flatnonzero(np.abs(values) > CUT)
+    values = np.empty(length, dtype=np.float32)
+    outside, attempt = np.arange(length), 0
+    # A generator per attempt: a longer block begins with the values of a shorter one, so more
+    # padding rows in the vocabulary leave the real rows as they are.
     while outside.size:
+        key = hashlib.blake2b(f"{seed}/{name}/{block}/{attempt}".encode(), digest_size=16).digest()
+        generator = np.random.Generator(np.random.SFC64(int.from_bytes(key, "little")))
         values[outside] = generator.standard_normal(outside.size, dtype=np.float32)
         outside = outside[np.abs(values[outside]) > CUT]
+        attempt += 1
     return values

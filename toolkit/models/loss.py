@@ -90,8 +90,9 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
         z_loss_multiplier: float,
         chunk_size: int,
         kernel: ChunkKernel,
+        grad_enabled: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        hidden_grad, weight_grad = ctx.needs_input_grad[:2]
+        hidden_grad, weight_grad = (grad_enabled and need for need in ctx.needs_input_grad[:2])
         wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         ce, z = hidden.new_zeros((), dtype=wide), hidden.new_zeros((), dtype=wide)
         grad_hidden = torch.empty_like(hidden) if hidden_grad else None
@@ -135,7 +136,7 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
             grad_hidden = grad_hidden * grad_loss.to(grad_hidden.dtype)
         if grad_weight is not None:
             grad_weight = grad_weight * grad_loss
-        return grad_hidden, grad_weight, None, None, None, None, None
+        return grad_hidden, grad_weight, None, None, None, None, None, None
 
 
 def chunked_linear_cross_entropy(
@@ -158,8 +159,10 @@ def chunked_linear_cross_entropy(
         chunk_size: rows per piece.
         kernel: `loss_chunk` or its compiled form.
     """
+    # Inside a Function's forward grad mode is always off, and needs_input_grad ignores no_grad.
+    grad_enabled = torch.is_grad_enabled()
     return LossSums(
         *_ChunkedLinearCrossEntropy.apply(
-            hidden, weight, labels, vocab_size, z_loss_multiplier, chunk_size, kernel
+            hidden, weight, labels, vocab_size, z_loss_multiplier, chunk_size, kernel, grad_enabled
         )
     )

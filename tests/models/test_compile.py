@@ -1,0 +1,70 @@
+"""Compiled blocks and loss: one compilation for all layers, same numbers."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounter
+from torch._dynamo.utils import counters
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+from toolkit.models.compile import compile_model
+from toolkit.models.config import TransformerConfig
+
+CONFIG = TransformerConfig(
+    vocab_size=90,
+    d_model=32,
+    num_layers=4,
+    num_heads=2,
+    num_key_value_heads=1,
+    intermediate_size=48,
+    max_sequence_length=32,
+    loss_chunk_size=16,
+    init_std=0.1,
+)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def batch() -> tuple[torch.Tensor, torch.Tensor]:
+    ids = torch.randint(90, (2, 33), generator=torch.Generator().manual_seed(0))
+    return ids[:, :-1], ids[:, 1:]
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_compiled_loss_and_gradients_equal_eager(checkpointed):
+    eager, compiled = CONFIG.build(), CONFIG.build()
+    if checkpointed:
+        for index, block in enumerate(compiled.blocks):
+            compiled.blocks[index] = checkpoint_wrapper(block)
+    compile_model(compiled, fullgraph=True)
+    expected = eager(*batch(), z_loss_multiplier=1e-3)
+    expected.loss.backward()
+    got = compiled(*batch(), z_loss_multiplier=1e-3)
+    got.loss.backward()
+    torch.testing.assert_close(got.loss, expected.loss, rtol=1e-6, atol=0)
+    pairs = zip(eager.parameters(), compiled.parameters(), strict=True)
+    for a, b in pairs:
+        torch.testing.assert_close(b.grad, a.grad, rtol=1e-4, atol=1e-4)
+
+
+def test_one_compilation_serves_all_blocks():
+    model, counter = CONFIG.build(), CompileCounter()
+    compile_model(model, fullgraph=True, backend=counter)
+    for _ in range(2):
+        model(*batch()).loss.backward()
+    assert counter.frame_count == 2  # one block, one piece of the loss
+    assert not counters["graph_break"]
+
+
+def test_names_and_parameters_stay():
+    model = CONFIG.build()
+    before = {name: id(p) for name, p in model.named_parameters()}
+    compile_model(model)
+    assert {name: id(p) for name, p in model.named_parameters()} == before

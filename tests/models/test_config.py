@@ -1,0 +1,125 @@
+"""Counts in the configs equal what is built; presets; bad values."""
+
+import subprocess
+import sys
+
+import msgspec
+import pytest
+
+from toolkit.errors import ConfigError
+from toolkit.models.config import GPTConfig, ModelConfig, TransformerConfig
+from toolkit.models.presets import PRESETS, preset
+
+SMALL = {
+    "vocab_size": 100,
+    "vocab_multiple": 64,
+    "d_model": 32,
+    "num_layers": 2,
+    "num_heads": 4,
+    "intermediate_size": 48,
+    "max_sequence_length": 16,
+}
+
+VARIANTS = [
+    {},
+    {"tie_embeddings": True},
+    {"num_key_value_heads": 2, "head_dim": 6},
+    {"bias": True},
+    {"bias": True, "norm": "layer_norm", "feed_forward": "gelu", "positions": "learned"},
+    {"norm": "layer_norm", "qk_norm": "full", "bias": True, "num_key_value_heads": 1},
+    {"qk_norm": "per_head", "num_key_value_heads": 2},
+    {"qk_norm": "full", "norm_placement": "reordered"},
+]
+
+EXACT_COUNTS = {
+    "quickstart": 2_557_632,
+    "bench_7M": 7_604_480,
+    "gpt2_124M": 124_439_808 + 47 * 768,  # 50,257 ids are padded to 50,304 rows
+    "llama_271M": 308_577_280,
+    "olmo2_190M": 267_424_512,
+    "olmo2_1B": 1_484_916_736,
+    "llama3_8B": 8_030_261_248,
+}
+
+
+@pytest.mark.parametrize("changes", VARIANTS, ids=str)
+def test_parameter_count_equals_the_built_model(changes):
+    config = TransformerConfig(**{**SMALL, **changes})
+    model = config.build(init_device="meta")
+    assert config.num_parameters == sum(p.numel() for p in model.parameters())
+    embeddings = sum(p.numel() for p in model.embeddings.parameters())
+    assert config.num_non_embedding_parameters == config.num_parameters - embeddings
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_preset_has_its_exact_count(name):
+    config = msgspec.convert(preset(name), ModelConfig)
+    model = config.build(init_device="meta")
+    assert config.num_parameters == EXACT_COUNTS[name]
+    assert sum(p.numel() for p in model.parameters()) == EXACT_COUNTS[name]
+
+
+def test_presets_are_complete_and_independent():
+    assert set(EXACT_COUNTS) == set(PRESETS)
+    preset("quickstart")["d_model"] = 1
+    assert preset("quickstart")["d_model"] == 192
+
+
+def test_unknown_preset_names_the_nearest():
+    with pytest.raises(ConfigError, match=r"'gpt2_124m': no such preset; did you mean 'gpt2_124M'"):
+        preset("gpt2_124m")
+
+
+def test_flops_count_matrices_head_and_causal_attention():
+    config = TransformerConfig(**SMALL, num_key_value_heads=2)
+    matrices = 2 * (32 * (32 + 16 + 16 + 32) + 3 * 32 * 48) + 100 * 32
+    attention_forward = 2 * (2 + 2) * 32 * (16 + 1) / 2  # layers * (QK, PV) * width * mean keys
+    assert config.flops_per_token(16) == 6 * matrices + 3 * attention_forward
+    tied = config.replace(tie_embeddings=True)
+    assert tied.flops_per_token(16) == config.flops_per_token(16)
+
+
+def test_gpt_config_is_the_same_model_in_other_words():
+    gpt = GPTConfig(vocab_size=100, n_positions=16, n_embd=32, n_layer=2, n_head=4)
+    same = gpt.to_transformer()
+    assert same.intermediate_size == 128
+    assert (gpt.num_parameters, gpt.flops_per_token(8)) == (
+        same.num_parameters,
+        same.flops_per_token(8),
+    )
+    model = gpt.build(init_device="meta")
+    assert model.config == same
+    assert sum(p.numel() for p in model.parameters()) == gpt.num_parameters
+
+
+def test_public_names_are_imported_on_demand():
+    import toolkit
+
+    model = toolkit.GPTModel(
+        toolkit.GPTConfig(vocab_size=100, n_positions=16, n_embd=32, n_layer=1, n_head=4)
+    )
+    assert model.embeddings.positions.weight.shape == (16, 32)
+    with pytest.raises(AttributeError, match="no attribute 'GPTModle'"):
+        _ = toolkit.GPTModle
+
+
+def test_configs_import_no_torch():
+    code = (
+        "import sys, toolkit, toolkit.models.config, toolkit.models.presets;"
+        "toolkit.GPTConfig().num_parameters; assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_heads": 5}, "d_model 32 is not divisible by num_heads 5"),
+        ({"num_key_value_heads": 3}, "num_heads 4 is not divisible by num_key_value_heads 3"),
+        ({"head_dim": 5}, "rope needs an even head_dim, not 5"),
+        ({"vocab_size": 0}, "vocab_size must be greater than 0, not 0"),
+    ],
+)
+def test_impossible_shapes_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        TransformerConfig(**{**SMALL, **changes})

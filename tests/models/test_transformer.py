@@ -1,0 +1,135 @@
+"""The model as a whole: causality, precision, padding, variants, memory of its parts."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tests.models.test_config import SMALL, VARIANTS
+from toolkit.models.config import GPTConfig, TransformerConfig
+from toolkit.models.norms import LayerNorm, RMSNorm
+from toolkit.models.rope import rotary_table, rotate
+
+CONFIG = TransformerConfig(**SMALL)
+
+
+def token_ids(*shape: int, vocab_size: int = 100) -> torch.Tensor:
+    return torch.randint(vocab_size, shape, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("changes", VARIANTS, ids=str)
+def test_loss_and_gradients_equal_cross_entropy_of_its_logits(changes):
+    config = TransformerConfig(**{**SMALL, **changes, "init_std": 0.1, "loss_chunk_size": 5})
+    model = config.build().double()
+    ids = token_ids(2, 17)
+    inputs, labels = ids[:, :-1], ids[:, 1:].clone()
+    labels[0, :3] = -100
+    logits = model(inputs)
+    assert logits.shape == (2, 16, 100)
+    expected = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
+    want = torch.autograd.grad(expected, list(model.parameters()))
+    sums = model(inputs, labels)
+    got = torch.autograd.grad(sums.loss, list(model.parameters()))
+    assert sums.loss.item() == pytest.approx(expected.item(), rel=1e-12)
+    for name, a, b in zip(dict(model.named_parameters()), got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12, msg=name)
+
+
+@pytest.mark.parametrize("changes", VARIANTS, ids=str)
+def test_a_token_sees_nothing_after_it(changes):
+    model = TransformerConfig(**{**SMALL, **changes, "init_std": 0.2}).build()
+    ids = token_ids(1, 16)
+    changed = ids.clone()
+    changed[0, 9:] = (changed[0, 9:] + 1) % 100
+    before, after = model(ids), model(changed)
+    torch.testing.assert_close(before[:, :9], after[:, :9], rtol=1e-5, atol=1e-6)
+    assert (before[:, 9:] - after[:, 9:]).abs().max() > 1e-2
+
+
+def test_batch_rows_do_not_mix_and_split_batches_sum_up():
+    model = CONFIG.build()
+    ids = token_ids(4, 17)
+    whole = model(ids[:, :-1], ids[:, 1:]).loss
+    parts = sum(model(row[None, :-1], row[None, 1:]).loss for row in ids)
+    assert whole.item() == pytest.approx(parts.item(), rel=1e-6)
+
+
+def test_tied_head_is_one_parameter_with_both_gradients():
+    model = CONFIG.replace(tie_embeddings=True).build()
+    assert "head.weight" not in model.state_dict()
+    ids = token_ids(1, 9)
+    model(ids[:, :-1], ids[:, 1:]).loss.backward()
+    gradient = model.embeddings.tokens.weight.grad
+    unseen = sorted(set(range(100)) - set(ids.flatten().tolist()))[0]
+    assert gradient[unseen].abs().max() > 0  # from the softmax
+    assert gradient[100:].abs().max() == 0.0  # padding ids
+
+
+def test_more_padding_changes_nothing():
+    ids = token_ids(2, 17)
+    losses = []
+    for multiple in (1, 128):
+        model = CONFIG.replace(vocab_multiple=multiple).build()
+        losses.append(model(ids[:, :-1], ids[:, 1:], z_loss_multiplier=1e-3).loss.item())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
+def test_residual_stream_is_in_the_compute_type_under_autocast():
+    model = GPTConfig(vocab_size=100, n_positions=16, n_embd=32, n_layer=2, n_head=4).build()
+    seen = []
+    for block in model.blocks:
+        block.register_forward_hook(
+            lambda module, args, output: seen.extend([args[0].dtype, output.dtype])
+        )
+    with torch.autocast("cpu", torch.bfloat16):
+        sums = model(token_ids(1, 8), token_ids(1, 8))
+    assert seen == [torch.bfloat16] * 4
+    assert sums.loss.dtype == torch.float32
+
+
+@pytest.mark.parametrize("changes", VARIANTS, ids=str)
+def test_autocast_computes_what_low_precision_weights_compute(changes):
+    # FSDP2 hands blocks bf16 copies of the weights; other engines rely on autocast.
+    config = TransformerConfig(**{**SMALL, **changes, "init_std": 0.1})
+    ids = token_ids(2, 17)
+    master, copies = config.build(), config.build().bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = master(ids[:, :-1], ids[:, 1:])
+    assert copies(ids[:, :-1], ids[:, 1:]).loss.item() == expected.loss.item()
+
+
+def test_sequence_longer_than_the_config_is_an_error():
+    with pytest.raises(ValueError, match=r"17 tokens is longer than model\.max_sequence_length 16"):
+        CONFIG.build()(token_ids(1, 17))
+
+
+def test_rotation_keeps_lengths_and_depends_on_distance_only():
+    table = rotary_table(32, 8, 10_000.0, torch.device("cpu"))
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(8, generator=generator).expand(1, 32, 1, 8)
+    key = torch.randn(8, generator=generator).expand(1, 32, 1, 8)
+    q, k = rotate(query, table)[0, :, 0], rotate(key, table)[0, :, 0]
+    torch.testing.assert_close(q.norm(dim=-1), query[0, :, 0].norm(dim=-1))
+    scores = q @ k.t()
+    torch.testing.assert_close(scores.diagonal(-5), scores[5, 0].expand(27), rtol=1e-4, atol=1e-5)
+
+
+def test_rotary_table_first_made_in_inference_mode_serves_training():
+    config = CONFIG.replace(rope_theta=12_345.0)
+    model = config.build()
+    with torch.inference_mode():
+        model(token_ids(1, 8))
+    model(token_ids(1, 8), token_ids(1, 8)).loss.backward()
+    assert model.embeddings.tokens.weight.grad is not None
+
+
+def test_norms_agree_with_torch_and_widen_low_precision():
+    x = torch.randn(3, 16, generator=torch.Generator().manual_seed(0)) * 5
+    rms, layer = RMSNorm(16, 1e-6), LayerNorm(16, 1e-5, bias=True)
+    with torch.no_grad():
+        for parameter in [*rms.parameters(), *layer.parameters()]:
+            parameter.copy_(torch.linspace(0.5, 2.0, 16))
+    torch.testing.assert_close(rms(x), F.rms_norm(x, (16,), rms.weight, 1e-6))
+    torch.testing.assert_close(layer(x), F.layer_norm(x, (16,), layer.weight, layer.bias, 1e-5))
+    low = x.bfloat16()
+    wide = F.rms_norm(low.float(), (16,), rms.weight.bfloat16().float(), 1e-6)
+    assert torch.equal(rms(low), wide.bfloat16())

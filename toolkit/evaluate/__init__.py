@@ -1,0 +1,1 @@
+"""What a model can do: generation, and later perplexity and downstream tasks."""

@@ -1,0 +1,97 @@
+"""Sampling text from a model: short samples, no key/value cache."""
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from toolkit.errors import ConfigError
+
+
+class LogitsFunction(Protocol):
+    """`(batch, seq)` ids to `(batch, seq, vocab_size)` logits: a model, or what wraps one."""
+
+    def __call__(self, input_ids: Tensor, /) -> Tensor: ...
+
+
+@torch.no_grad()
+def generate(
+    model: LogitsFunction,
+    prompt_ids: list[int],
+    *,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    seed: int = 0,
+    eos_id: int | None = None,
+    max_sequence_length: int | None = None,
+    device: torch.device | str | None = None,
+) -> list[int]:
+    """Continue `prompt_ids`; the new ids only, `eos_id` (which ends it) included.
+
+    Under engines that shard the model, all ranks call this together with the same arguments.
+    Choices are drawn on the CPU from fp32 logits and `seed`, so ranks that see equal logits make
+    the same number of forwards.
+
+    Args:
+        model: called with the last `max_sequence_length` ids.
+        prompt_ids: at least one.
+        temperature: divides the logits; 0 takes the most likely id.
+        top_k: draw among this many most likely ids; None or 0: among all.
+        max_sequence_length: window; default: `model.config.max_sequence_length`.
+        device: of the ids; default: that of the model's parameters.
+
+    Raises:
+        ConfigError: for an empty prompt or a setting out of range.
+    """
+    if not prompt_ids:
+        raise ConfigError("prompt: empty; give some text, or start from the end-of-document token")
+    if temperature < 0 or (top_k is not None and top_k < 0) or max_new_tokens < 0:
+        raise ConfigError(
+            f"temperature {temperature}, top_k {top_k}, max_new_tokens {max_new_tokens}: "
+            "none of them can be negative"
+        )
+    window = max_sequence_length or _window(model)
+    device = device or _device(model)
+    generator = torch.Generator().manual_seed(seed)
+    was_training = getattr(model, "training", False)
+    if isinstance(model, torch.nn.Module):
+        model.eval()
+    ids = list(prompt_ids)
+    try:
+        # Every forward has another length; a compiled model would be compiled again for each.
+        with torch.compiler.set_stance("force_eager"):
+            while len(ids) < len(prompt_ids) + max_new_tokens:
+                logits = model(torch.tensor([ids[-window:]], device=device))[0, -1].float().cpu()
+                ids.append(_choose(logits, temperature, top_k, generator))
+                if ids[-1] == eos_id:
+                    break
+    finally:
+        if isinstance(model, torch.nn.Module):
+            model.train(was_training)
+    return ids[len(prompt_ids) :]
+
+
+def _choose(
+    logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator
+) -> int:
+    if temperature == 0:
+        return int(logits.argmax())
+    candidates = None
+    if top_k and top_k < logits.numel():
+        logits, candidates = logits.topk(top_k)
+    choice = int(torch.multinomial(torch.softmax(logits / temperature, 0), 1, generator=generator))
+    return choice if candidates is None else int(candidates[choice])
+
+
+def _window(model: LogitsFunction) -> int:
+    config = getattr(getattr(model, "module", model), "config", None)
+    if config is None:
+        raise ConfigError("max_sequence_length: needed, as this model tells no longest sequence")
+    return config.max_sequence_length
+
+
+def _device(model: LogitsFunction) -> torch.device:
+    if isinstance(model, torch.nn.Module):
+        return next(model.parameters()).device
+    return torch.device("cpu")

@@ -1,0 +1,63 @@
+"""A safetensors file written tensor by tensor, in any order.
+
+The format (https://huggingface.co/docs/safetensors): 8 bytes little-endian length of the header,
+the header (JSON: name -> dtype, shape, byte range), the bytes. The library's own `save_file` wants
+all tensors of a file in memory at once.
+"""
+
+import json
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import torch
+from torch import Tensor
+
+_DTYPE_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+}
+
+
+class SafetensorsFile:
+    """Context manager; every tensor announced in `shapes` is to be given to `write` once."""
+
+    def __init__(self, path: Path, shapes: dict[str, torch.Size], dtype: torch.dtype) -> None:
+        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        position = 0
+        self._ranges: dict[str, int] = {}
+        for name, shape in shapes.items():
+            end = position + shape.numel() * dtype.itemsize
+            header[name] = {
+                "dtype": _DTYPE_NAMES[dtype],
+                "shape": list(shape),
+                "data_offsets": [position, end],
+            }
+            self._ranges[name] = position
+            position = end
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
+        self._dtype = dtype
+        self._data_start = 8 + len(text)
+        self._file = path.open("wb")
+        self._file.write(len(text).to_bytes(8, "little") + text)
+        self._file.truncate(self._data_start + position)
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Put `tensor` (any device, converted to the file's type) in its place."""
+        flat = tensor.detach().to("cpu", self._dtype).contiguous().view(-1).view(torch.uint8)
+        self._file.seek(self._data_start + self._ranges[name])
+        self._file.write(flat.numpy().data)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._file.close()
