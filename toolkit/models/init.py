@@ -114,14 +114,18 @@ def initialize_(model: nn.Module, seed: int) -> None:
 
 def _normal_block(seed: int, name: str, block: int, length: int) -> np.ndarray:
     """The standard normal values of one block, cut at `CUT`, fp32."""
-    values = np.empty(length, dtype=np.float32)
-    outside, attempt = np.arange(length), 0
     # A generator per attempt: a longer block begins with the values of a shorter one, so more
     # padding rows in the vocabulary leave the real rows as they are.
+    values = _standard_normal(f"{seed}/{name}/{block}/0", length)
+    outside, attempt = np.flatnonzero(np.abs(values) > CUT), 1
     while outside.size:
-        key = hashlib.blake2b(f"{seed}/{name}/{block}/{attempt}".encode(), digest_size=16).digest()
-        generator = np.random.Generator(np.random.SFC64(int.from_bytes(key, "little")))
-        values[outside] = generator.standard_normal(outside.size, dtype=np.float32)
+        values[outside] = _standard_normal(f"{seed}/{name}/{block}/{attempt}", outside.size)
         outside = outside[np.abs(values[outside]) > CUT]
         attempt += 1
     return values
+
+
+def _standard_normal(key: str, length: int) -> np.ndarray:
+    number = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=16).digest(), "little")
+    generator = np.random.Generator(np.random.SFC64(number))
+    return generator.standard_normal(length, dtype=np.float32)
