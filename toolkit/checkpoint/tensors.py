@@ -4,6 +4,7 @@ Keys are canonical names ("model.blocks.0.attention.query.weight", "optim.<name>
 are global. Values may be plain tensors (replicated), DTensors, or `FlatShard`s.
 """
 
+import contextlib
 import pickle
 import warnings
 from collections.abc import Iterator
@@ -36,7 +37,8 @@ def save_tensors(
 ) -> None:
     """Write this rank's parts; every rank of `group` calls it. Files are fsynced."""
     writer = FileSystemWriter(folder, sync_files=True)
-    dcp.save(tensors, storage_writer=writer, process_group=group, no_dist=group is None)
+    with _quiet():
+        dcp.save(tensors, storage_writer=writer, process_group=group, no_dist=group is None)
 
 
 def load_tensors(
@@ -66,12 +68,18 @@ def iterate_tensors(folder: Path, prefix: str) -> Iterator[tuple[str, torch.Tens
             yield key.removeprefix(prefix), whole[key]
 
 
-def _dcp_load(
-    tensors: dict[str, torch.Tensor], reader: "SafeReader", group: dist.ProcessGroup | None
-) -> None:
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         # "torch.distributed is disabled": which is what `no_dist` asks for.
         warnings.simplefilter("ignore", UserWarning)
+        yield
+
+
+def _dcp_load(
+    tensors: dict[str, torch.Tensor], reader: "SafeReader", group: dist.ProcessGroup | None
+) -> None:
+    with _quiet():
         dcp.load(tensors, storage_reader=reader, process_group=group, no_dist=group is None)
 
 

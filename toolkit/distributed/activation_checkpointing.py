@@ -25,6 +25,6 @@ def apply_activation_checkpointing(
     interval = 1 if config.mode == "full" else config.block_interval
     for index, block in enumerate(blocks):
         if index % interval == 0:
-            block.forward = functools.partial(  # type: ignore[method-assign]
+            block.forward = functools.partial(
                 checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False
             )

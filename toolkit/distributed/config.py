@@ -26,7 +26,8 @@ class DataParallelConfig(Config, kw_only=True):
     """`fsdp`, `hsdp`: free gathered weights after each block's forward (less memory, one more
     gather in backward)."""
     cpu_offload: bool = False
-    """Keep sharded weights and optimizer state in host memory (`fsdp`, `hsdp`, `zero2`, `zero3`)."""
+    """Keep sharded weights and optimizer state in host memory (`fsdp`, `hsdp`, `zero2`,
+    `zero3`)."""
 
     def __post_init__(self) -> None:
         check_positive(self, "num_replicas", "shard_degree")

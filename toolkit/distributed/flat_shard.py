@@ -1,4 +1,4 @@
-"""`FlatShard`: a flat slice of a named tensor that torch DCP can save and load as ordinary chunks."""
+"""`FlatShard`: a flat slice of a named tensor, saved and loaded by torch DCP as ordinary chunks."""
 
 from typing import Any
 

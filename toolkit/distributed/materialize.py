@@ -3,7 +3,7 @@
     activation checkpointing -> compile -> shard -> storage -> initial values
 
 Initial values depend on (seed, parameter name, shape) only, so every engine starts from the same
-numbers; each rank draws just the slices it keeps. A model that already has storage keeps its values.
+numbers; each rank draws just the slices it keeps. A model that has storage keeps its values.
 """
 
 from typing import TYPE_CHECKING

@@ -78,7 +78,7 @@ class EngineRuntime(ABC):
         """`model.<name>` and `optim.<name>.<key>`: views into live state, canonical names, global
         shapes; saving reads them, loading fills them in place."""
 
-    def state_filled(self) -> None:
+    def state_filled(self) -> None:  # noqa: B027 (most engines have no copies)
         """Called after loading: bring every derived copy in line with the filled tensors."""
 
     @property

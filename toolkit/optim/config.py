@@ -31,7 +31,7 @@ class AdamWConfig(Config, kw_only=True, tag_field="type", tag="adamw"):
     """Added to the denominator for numerical stability."""
     weight_decay: float = 0.1
     """Decoupled weight decay."""
-    group_overrides: list[GroupOverride] = []
+    group_overrides: tuple[GroupOverride, ...] = ()
     """Other settings by parameter name; the first matching entry wins."""
 
     def __post_init__(self) -> None:
@@ -62,7 +62,7 @@ class SGDConfig(Config, kw_only=True, tag_field="type", tag="sgd"):
     """Momentum factor; 0 keeps no state."""
     weight_decay: float = 0.0
     """L2 penalty added to the gradient."""
-    group_overrides: list[GroupOverride] = []
+    group_overrides: tuple[GroupOverride, ...] = ()
     """Other settings by parameter name; the first matching entry wins."""
 
     def __post_init__(self) -> None:
@@ -118,7 +118,7 @@ class LinearConfig(Config, kw_only=True, tag_field="type", tag="linear"):
 
 
 class CosineConfig(Config, kw_only=True, tag_field="type", tag="cosine"):
-    """Linear warm-up, then half a cosine down to `alpha_f` of the peak (Loshchilov & Hutter 2017)."""
+    """Linear warm-up, then half a cosine to `alpha_f` of the peak (Loshchilov & Hutter 2017)."""
 
     units: Literal["steps", "tokens"] = "steps"
     """What `warmup` counts, and the argument of the schedule."""
@@ -141,7 +141,7 @@ SchedulerConfig = ConstantConfig | LinearConfig | CosineConfig
 
 
 def _warmup_factor(current: int, warmup: int) -> float:
-    # The first step (current = 0) already moves: (current + 1) / warmup, 1.0 at current = warmup - 1.
+    # The first step (current = 0) already moves; the peak is reached at current = warmup - 1.
     return min(1.0, (current + 1) / warmup) if warmup > 0 else 1.0
 
 

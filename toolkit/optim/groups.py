@@ -1,6 +1,7 @@
 """Parameter groups by name pattern."""
 
 import fnmatch
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from toolkit.optim.config import GroupOverride
 def parameter_groups(
     named_parameters: dict[str, torch.nn.Parameter],
     settings: dict[str, Any],
-    overrides: list[GroupOverride],
+    overrides: Sequence[GroupOverride],
 ) -> list[dict[str, Any]]:
     """One optimizer group per override that applies, and one for the rest, in a fixed order.
 

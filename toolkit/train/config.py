@@ -33,9 +33,7 @@ class Duration(Config, kw_only=True):
         if self.unit == "tokens":
             return -(-self.value // tokens_per_step)
         if steps_per_epoch is None:
-            raise ValueError(
-                "a duration in epochs needs prepared data; run `toolkit prepare` first"
-            )
+            raise ValueError("epochs need prepared data; run `toolkit prepare` first")
         return self.value * steps_per_epoch
 
 

@@ -41,7 +41,7 @@ class TransformerTrainModule(TrainModule):
         self.config = config
         self.environment = environment or single_environment(precision=config.precision)
         self._num_parameters = sum(p.numel() for p in model.parameters())
-        self._model_config: Any = model.config
+        self._model_config: Any = getattr(model, "config")  # noqa: B009 (modules type it Tensor)
         assert self._num_parameters == self._model_config.num_parameters, "parameter count mismatch"
         materialize(
             model,
