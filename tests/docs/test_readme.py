@@ -1,0 +1,77 @@
+"""The `console` blocks of the README run as they stand."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```console\n(.*?)```", README, flags=re.DOTALL)
+COMMANDS = [line[2:] for block in BLOCKS for line in block.splitlines() if line.startswith("$ ")]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that looks like the repository's root, where commands may leave files."""
+    path = tmp_path_factory.mktemp("readme")
+    for name in ("README.md", "docs", "toolkit", "accelerate_configs", "ds_configs"):
+        (path / name).symlink_to(ROOT / name)
+    return path
+
+
+def test_readme_has_commands_to_run() -> None:
+    assert len(COMMANDS) >= 10
+
+
+# The commands share a folder and build on each other, as they do for a reader.
+@pytest.mark.parametrize("command", COMMANDS)
+def test_readme_command_runs(command: str, folder: Path) -> None:
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    result = subprocess.run(
+        ["bash", "-c", command],
+        cwd=folder,
+        env=os.environ | {"PATH": path},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout or ">" in command
+
+
+def test_readme_python_example_trains(folder: Path) -> None:
+    code = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    assert len(code) == 1
+    result = subprocess.run(
+        [sys.executable, "-c", code[0]],
+        cwd=folder,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    run = folder / "runs" / "smoke" / "by_hand"
+    assert (run / "checkpoints" / "step20" / ".metadata.json").is_file()
+    assert len((run / "metrics" / "train.jsonl").read_text().splitlines()) == 20
+
+
+def test_readme_names_only_files_that_exist() -> None:
+    for link in re.findall(r"\]\(([^)#]+)\)", README):
+        assert (ROOT / link).exists(), link
+    for name in re.findall(r"accelerate_configs/\w+\.yaml", README):
+        assert (ROOT / name).exists(), name
+
+
+def test_readme_error_example_is_what_the_command_says(capsys: pytest.CaptureFixture[str]) -> None:
+    from toolkit.cli.main import run
+
+    command, expected = re.search(r"\$ toolkit (.*)\n(error: .*)\n", README).groups()  # type: ignore[union-attr]
+    assert run(command.split()) == 2
+    assert capsys.readouterr().err.strip() == expected
