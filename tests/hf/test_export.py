@@ -97,14 +97,9 @@ def test_tensors_may_come_one_by_one_in_any_order_and_wrapped(tmp_path):
     from transformers import AutoModelForCausalLM
 
     model = build(GPT2)
-    names = sorted(model.state_dict(), reverse=True)
-    stream = (
-        (
-            name.replace("blocks.0.", "blocks.0._checkpoint_wrapped_module."),
-            model.state_dict()[name],
-        )
-        for name in names
-    )
+    weights = model.state_dict()
+    wrapped = {k.replace("blocks.0.", "blocks.0._checkpoint_wrapped_module."): k for k in weights}
+    stream = ((name, weights[wrapped[name]]) for name in sorted(wrapped, reverse=True))
     export_hf(GPT2, stream, tmp_path / "hf")
     export_hf(GPT2, model.state_dict(), tmp_path / "whole")
     assert (tmp_path / "hf/model.safetensors").read_bytes() == (
