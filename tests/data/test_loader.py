@@ -244,3 +244,20 @@ def test_importing_the_package_imports_no_torch() -> None:
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.stdout.strip() == "[]", result.stderr
+
+
+def test_process_ends_cleanly_while_the_thread_reads(dataset: DatasetConfig) -> None:
+    code = (
+        "import sys, msgspec\n"
+        "from toolkit.data import get_dataloaders\n"
+        "from toolkit.data.config import DataConfig\n"
+        "config = msgspec.json.decode(sys.argv[1], type=DataConfig)\n"
+        "iterators = [get_dataloaders(config)[0].iterate() for _ in range(8)]\n"
+        "[next(iterator) for iterator in iterators]\n"
+        "iterators[0].close()\n"
+    )
+    config = data_config(dataset, global_batch_size=BATCH, prefetch_factor=64)
+    result = subprocess.run(
+        [sys.executable, "-c", code, config.to_json().decode()], capture_output=True, text=True
+    )
+    assert (result.returncode, result.stderr) == (0, "")

@@ -6,6 +6,7 @@ then costs a few microseconds however small it is, and the background thread tha
 needs the interpreter.
 """
 
+import atexit
 import contextlib
 import logging
 import queue
@@ -25,6 +26,8 @@ logger = logging.getLogger(__name__)
 
 CHUNK_TOKENS = 1 << 16
 """Tokens of one rank read at once: small batches are read many at a time."""
+LEAVING_SECONDS = 5.0
+"""Longest wait for the reading thread (a network file system may hang)."""
 
 Batch = dict[str, torch.Tensor]
 T = TypeVar("T")
@@ -167,7 +170,7 @@ class TrainLoader:
         self.batches_done = start_batch
         with contextlib.closing(chunks):
             for chunk in chunks:
-                for rows in chunk:
+                for rows in torch.from_numpy(chunk).split(self._rows):
                     self.batches_done += 1
                     yield {"input_ids": rows}
 
@@ -208,11 +211,10 @@ class TrainLoader:
             "sequence_length": self.sequence_length,
         }
 
-    def _chunks(self, batch: int, count: int) -> Generator[tuple[torch.Tensor, ...], None, None]:
+    def _chunks(self, batch: int, count: int) -> Generator[np.ndarray, None, None]:
         while True:
             indices = self._order.indices(batch, count)[:, self._slice]
-            rows = torch.from_numpy(self.dataset.read(indices.reshape(-1)))
-            yield rows.split(self._rows)
+            yield self.dataset.read(indices.reshape(-1))
             batch += count
 
 
@@ -287,7 +289,9 @@ def _read_ahead(items: Generator[T, None, None], depth: int) -> Generator[T, Non
     """`items`, of which a background thread keeps `depth` ready.
 
     An error of the thread is raised where the item would have been. The thread ends when this
-    iterator is closed or collected; it never keeps the process alive.
+    iterator is closed or collected, and with the process. It must not be inside C++ code when the
+    interpreter ends (the process would abort), so `items` may not call torch, and leaving waits
+    for the item being read.
     """
     # SimpleQueue is written in C: a hand-over costs about a microsecond when nobody waits.
     ready: queue.SimpleQueue[T | _Failure] = queue.SimpleQueue()
@@ -303,9 +307,18 @@ def _read_ahead(items: Generator[T, None, None], depth: int) -> Generator[T, Non
         except BaseException as error:
             ready.put(_Failure(error))
 
+    thread = threading.Thread(target=read, name="data-reader", daemon=True)
+
+    def stop() -> None:
+        closed.set()
+        wanted.put(None)
+        if thread is not threading.current_thread():
+            thread.join(LEAVING_SECONDS)
+
     for _ in range(depth):
         wanted.put(None)
-    threading.Thread(target=read, name="data-reader", daemon=True).start()
+    thread.start()
+    atexit.register(stop)
     try:
         while True:
             item = ready.get()
@@ -314,5 +327,7 @@ def _read_ahead(items: Generator[T, None, None], depth: int) -> Generator[T, Non
             wanted.put(None)
             yield item
     finally:
-        closed.set()
-        wanted.put(None)
+        # Collected after `stop` ran at exit, module globals are gone already.
+        if not closed.is_set():
+            atexit.unregister(stop)
+            stop()

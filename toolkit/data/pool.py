@@ -48,8 +48,10 @@ def encode_shards(
 
     def encode(job: Job) -> Job:
         worker = idle.get()
-        worker.encode(job)
-        idle.put(worker)
+        try:
+            worker.encode(job)
+        finally:
+            idle.put(worker)
         return job
 
     pool = ThreadPoolExecutor(num_workers)

@@ -217,16 +217,17 @@ def _with_eos(
 
 def _load_from_hub(config: HFTokenizerConfig) -> Tokenizer:
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     try:
         file = Path(hf_hub_download(config.path, TOKENIZER_FILE))
         for name in _COMPANION_FILES[:4]:
             with contextlib.suppress(EntryNotFoundError):
                 hf_hub_download(config.path, name)
-    except EntryNotFoundError:
-        return _load_with_transformers(config.path, config)
     except Exception as error:
+        # The local kind means that the hub could not be asked, not that it has no such file.
+        if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
+            return _load_with_transformers(config.path, config)
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise DataError(
             f"dataset.tokenizer.path: {config.path}: no such local folder, and the hub gave none: "

@@ -226,7 +226,9 @@ def main() -> None:
         except DataError as error:
             reply = Reply(index=job.index, error=str(error), is_bad_input=True)
         except OSError as error:
-            reply = Reply(index=job.index, error=str(error), is_bad_input=True)
+            where = error.filename or setup.parts_folder
+            message = f"{where}: cannot be written: {error.strerror}; run again to continue"
+            reply = Reply(index=job.index, error=message, is_bad_input=True)
         except Exception:
             reply = Reply(index=job.index, error=traceback.format_exc())
         sys.stdout.buffer.write(msgspec.json.encode(reply) + b"\n")
