@@ -55,7 +55,8 @@ class TransformerConfig(Config, frozen=True, kw_only=True, tag_field="type", tag
     """Divide `init_std` by sqrt(2 * num_layers) for the projections that write into the residual
     stream (GPT-2, Radford et al. 2019)."""
     loss_chunk_size: int = 1024
-    """Token rows per piece of the output head and loss; bounds memory of the logits."""
+    """Most token rows per piece of the output head and loss (at most 256 on a CPU); bounds the
+    memory of logits."""
 
     def __post_init__(self) -> None:
         check_positive(
@@ -200,7 +201,8 @@ class GPTConfig(Config, frozen=True, kw_only=True, tag_field="type", tag="gpt"):
     """Standard deviation of initial weights (normal, cut at 3 std); projections into the residual
     stream get this / sqrt(2 * n_layer)."""
     loss_chunk_size: int = 1024
-    """Token rows per piece of the output head and loss; bounds memory of the logits."""
+    """Most token rows per piece of the output head and loss (at most 256 on a CPU); bounds the
+    memory of logits."""
 
     def __post_init__(self) -> None:
         check_positive(

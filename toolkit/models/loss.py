@@ -1,13 +1,14 @@
 """Output head and cross entropy in pieces: full logits never exist.
 
 What happens to the `rows` token vectors of one forward:
-1. They are cut into pieces of `chunk_size` rows.
-2. `loss_chunk` makes the logits of one piece, their cross entropy and logsumexp^2, and at once the
-   gradients of both with respect to the piece's vectors and the head's weight.
+1. They are cut into pieces of at most `chunk_size` rows.
+2. For each piece: one matrix product makes its logits, `loss_chunk` their cross entropy,
+   logsumexp^2 and the gradient of both with respect to the logits, and two more products carry
+   that gradient to the piece's vectors and to the head's weight.
 3. The gradients wait until backward, which only multiplies them by the incoming one.
 
-So the largest tensor is `chunk_size * padded_vocab_size` fp32 whatever the sequence length, and the
-head costs three matrix products a token (recomputing logits in backward would cost four).
+So the largest tensor is `chunk_size * padded_vocab_size` whatever the sequence length, and the head
+costs three matrix products a token (recomputing logits in backward would cost four).
 """
 
 from collections.abc import Callable
@@ -20,7 +21,11 @@ from torch.autograd.function import once_differentiable
 IGNORE_INDEX = -100
 """Label of a position that is not a target."""
 
-ChunkKernel = Callable[..., tuple[Tensor, Tensor, Tensor | None, Tensor | None]]
+CPU_CHUNK_SIZE = 256
+"""Pieces on a CPU have at most this many rows: larger ones leave its caches."""
+
+ChunkKernel = Callable[..., tuple[Tensor, Tensor, Tensor | None]]
+"""`loss_chunk`, or its compiled form."""
 
 
 class LossSums(NamedTuple):
@@ -35,48 +40,41 @@ class LossSums(NamedTuple):
 
 
 def loss_chunk(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    *,
-    vocab_size: int,
-    z_loss_multiplier: float,
-    hidden_grad: bool,
-    weight_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Sums and gradients of one piece.
+    logits: Tensor, labels: Tensor, *, vocab_size: int, z_loss_multiplier: float, with_grad: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Sums and gradient of one piece.
 
     Args:
-        hidden: `(rows, d_model)` in the compute type.
-        weight: `(padded_vocab_size, d_model)` in the compute type.
+        logits: `(rows, padded_vocab_size)` in the compute type.
         labels: `(rows,)` ids, `IGNORE_INDEX` where there is no target.
+        vocab_size: columns from here on are padding ids, left out of the softmax.
 
     Returns:
-        Sum of cross entropy, sum of logsumexp^2 (both fp32 0-d), gradient of
-        ce + z_loss_multiplier * z with respect to `hidden` and to `weight` (compute type).
+        Sum of cross entropy, sum of logsumexp^2 (0-d, fp32 or wider), and the gradient of
+        ce + z_loss_multiplier * z with respect to `logits`, in their type.
     """
-    logits = hidden @ weight.t()
-    if logits.dtype != torch.float64:
-        logits = logits.float()
-    if vocab_size < weight.shape[0]:
-        padding = torch.arange(weight.shape[0], device=logits.device) >= vocab_size
-        logits = logits.masked_fill(padding, float("-inf"))
-    is_target = labels != IGNORE_INDEX
-    ids = labels.where(is_target, 0)[:, None]
-    log_sum = logits.logsumexp(-1)
-    ce = (log_sum - logits.gather(-1, ids)[:, 0]).where(is_target, 0.0)
-    z = log_sum.square().where(is_target, 0.0)
-    grad_hidden = grad_weight = None
-    if hidden_grad or weight_grad:
-        # d ce / d logits = softmax - onehot;  d logsumexp^2 / d logits = 2 logsumexp softmax.
-        scale = (1.0 + 2.0 * z_loss_multiplier * log_sum).where(is_target, 0.0)
-        grad = (logits - log_sum[:, None]).exp() * scale[:, None]
-        column = torch.arange(weight.shape[0], device=logits.device)
-        hit = (column == ids) & is_target[:, None]
-        grad = (grad - hit.to(grad.dtype)).to(hidden.dtype)
-        grad_hidden = grad @ weight if hidden_grad else None
-        grad_weight = grad.t() @ hidden if weight_grad else None
-    return ce.sum(), z.sum(), grad_hidden, grad_weight
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    if vocab_size < wide.shape[1]:
+        column = torch.arange(wide.shape[1], device=wide.device, dtype=torch.int32)
+        wide = wide.masked_fill(column >= vocab_size, float("-inf"))
+    is_target = (labels != IGNORE_INDEX)[:, None]
+    ids = labels[:, None].where(is_target, 0)
+    # The exponentials serve both the sum and the gradient; on CPUs they are most of the work.
+    peak = wide.amax(-1, keepdim=True)
+    exponentials = (wide - peak).exp()
+    total = exponentials.sum(-1, keepdim=True)
+    log_sum = total.log() + peak
+    target_logit = wide.gather(-1, ids)
+    ce = (log_sum - target_logit).where(is_target, 0.0).sum()
+    z = log_sum.square().where(is_target, 0.0).sum()
+    if not with_grad:
+        return ce, z, None
+    # d ce / d logits = softmax - onehot;  d logsumexp^2 / d logits = 2 logsumexp softmax.
+    scale = (1.0 + 2.0 * z_loss_multiplier * log_sum).where(is_target, 0.0)
+    grad = (exponentials * (scale / total)).to(logits.dtype)
+    # The target's own column is replaced and not adjusted: p - 1 is rounded once.
+    at_target = (target_logit - log_sum).exp() * scale - is_target.to(wide.dtype)
+    return ce, z, grad.scatter(-1, ids, at_target.to(logits.dtype))
 
 
 class _ChunkedLinearCrossEntropy(torch.autograd.Function):
@@ -96,32 +94,32 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
         wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         ce, z = hidden.new_zeros((), dtype=wide), hidden.new_zeros((), dtype=wide)
         grad_hidden = torch.empty_like(hidden) if hidden_grad else None
-        grad_weight: Tensor | None = None
+        grad_weight = torch.zeros_like(weight, dtype=wide) if weight_grad else None
         compute_weight = weight.to(hidden.dtype)
+        if hidden.device.type == "cpu":
+            chunk_size = min(chunk_size, CPU_CHUNK_SIZE)
         # Equal pieces, so that a compiled kernel sees one shape (two when rows do not divide).
         num_chunks = -(-hidden.shape[0] // chunk_size)
         rows = -(-hidden.shape[0] // max(1, num_chunks))
         with torch.autocast(hidden.device.type, enabled=False):
-            for index in range(num_chunks):
-                piece = slice(index * rows, (index + 1) * rows)
-                chunk_ce, chunk_z, chunk_grad_hidden, chunk_grad_weight = kernel(
-                    hidden[piece],
-                    compute_weight,
-                    labels[piece],
+            for start in range(0, hidden.shape[0], rows or 1):
+                piece = hidden[start : start + rows]
+                chunk_ce, chunk_z, grad = kernel(
+                    piece @ compute_weight.t(),
+                    labels[start : start + rows],
                     vocab_size=vocab_size,
                     z_loss_multiplier=z_loss_multiplier,
-                    hidden_grad=hidden_grad,
-                    weight_grad=weight_grad,
+                    with_grad=hidden_grad or weight_grad,
                 )
                 ce += chunk_ce
                 z += chunk_z
-                if grad_hidden is not None and chunk_grad_hidden is not None:
-                    grad_hidden[piece] = chunk_grad_hidden
-                if chunk_grad_weight is not None:
-                    if grad_weight is None:
-                        grad_weight = chunk_grad_weight.to(wide)
+                if grad_hidden is not None and grad is not None:
+                    torch.mm(grad, compute_weight, out=grad_hidden[start : start + rows])
+                if grad_weight is not None and grad is not None:
+                    if grad.dtype == wide:
+                        grad_weight.addmm_(grad.t(), piece)
                     else:
-                        grad_weight += chunk_grad_weight
+                        grad_weight += grad.t() @ piece
         ctx.save_for_backward(grad_hidden, grad_weight)
         if z_loss_multiplier == 0.0:
             z = torch.zeros_like(z)
@@ -156,7 +154,7 @@ def chunked_linear_cross_entropy(
         weight: `(padded_vocab_size, d_model)`; rows from `vocab_size` on are padding ids, left
             out of the softmax.
         labels: `(rows,)` ids, `IGNORE_INDEX` where there is no target.
-        chunk_size: rows per piece.
+        chunk_size: most rows per piece (`CPU_CHUNK_SIZE` on a CPU, if that is less).
         kernel: `loss_chunk` or its compiled form.
     """
     # Inside a Function's forward grad mode is always off, and needs_input_grad ignores no_grad.
