@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 GENTLE_STOPS = (None, "hard_stop")
+"""Ends that are what was asked for: exit code 0."""
 
 
 def train(config: ExperimentConfig, *, origins: Mapping[str, str] | None = None) -> int:

@@ -11,7 +11,7 @@ import logging
 import math
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -31,6 +31,8 @@ from toolkit.train.stopping import StopRequest
 log = logging.getLogger(__name__)
 
 STATUS_SECONDS = 15.0
+HARD_STOP = "hard_stop"
+"""Reason of a stop that the config asked for."""
 
 
 class TrainResult(NamedTuple):
@@ -88,8 +90,8 @@ class Trainer:
         self.callbacks = build_callbacks(config.callbacks)
         for callback in self.callbacks.values():
             callback.trainer = self
-        self.recorder: MetricsRecorder
-        self.streams: MetricStreams
+        self.recorder: MetricsRecorder = None  # type: ignore[assignment]
+        self.streams: MetricStreams = None  # type: ignore[assignment]
         self._pre_step = self._hooks("pre_step")
         self._pre_optim_step = self._hooks("pre_optim_step")
         self._post_step = self._hooks("post_step")
@@ -106,29 +108,26 @@ class Trainer:
         Raises:
             TrainingError: training cannot go on.
         """
-        state, reason = "failed", None
-        restored = restore_trainer(self)
-        self._open_metrics(resumed=restored is not None)
         try:
+            restored = restore_trainer(self)
+            self._open_metrics(resumed=restored is not None)
             with self.stop_request.listening():
                 self._call("pre_train")
                 reason = self._loop()
-                if reason is None or reason == "hard_stop":
+                if reason is None or reason == HARD_STOP:
                     self._call("post_train")
                 else:
                     self._call("on_stop")
             self.recorder.close()
-            state = "finished" if reason is None else "stopped"
         except BaseException as error:
             message = str(error).splitlines()[0] if str(error) else type(error).__name__
             self._close_after_failure(message)
             raise
         finally:
-            for callback in self.callbacks.values():
-                callback.close()
-            self.streams.close()
+            self._close_callbacks()
+        state: Literal["finished", "stopped"] = "finished" if reason is None else "stopped"
         self.run.close(
-            "finished" if reason is None else "stopped",
+            state,
             step=self.step,
             tokens=self.tokens,
             exit_reason=reason or "done",
@@ -156,7 +155,7 @@ class Trainer:
             batches.close()
         if self._failure is not None:
             raise self._failure
-        return "hard_stop" if self.stop_step < self.total_steps else None
+        return HARD_STOP if self.stop_step < self.total_steps else None
 
     def _train_step(self, batch: dict[str, torch.Tensor]) -> None:
         progress = Progress(
@@ -201,10 +200,7 @@ class Trainer:
     def record_eval(self, result: dict[str, Any]) -> None:
         """Record the result of an evaluation, the same on every rank, at the current step."""
         self.last_eval = {"step": self.step, **result}
-        if self.step == 0:
-            self._deliver("eval", [self.last_eval])
-        else:
-            self.recorder.record(self.step, result, stream="eval")
+        self.recorder.record(self.step, result, stream="eval")
 
     def state_dict(self) -> dict[str, Any]:
         """Counters, data position and callbacks' state: plain values."""
@@ -220,7 +216,7 @@ class Trainer:
         self.train_loader.load_state_dict(state["data"])
         self.step, self.tokens = state["step"], state["tokens"]
         for name, saved in state["callbacks"].items():
-            if name in self.callbacks:
+            if saved and name in self.callbacks:
                 self.callbacks[name].load_state_dict(saved)
 
     def _open_metrics(self, *, resumed: bool) -> None:
@@ -234,7 +230,7 @@ class Trainer:
             deliver=self._deliver,
             reduce=self._reduce if self.environment.world_size > 1 else None,
             sync=self.streams.sync,
-            start_step=self.step,
+            start_step=self.step if resumed else -1,
         )
 
     def _reduce(self, columns: list[Column], values: torch.Tensor) -> torch.Tensor:
@@ -313,6 +309,13 @@ class Trainer:
 
     def _close_after_failure(self, message: str) -> None:
         try:
-            self.recorder.close(flush=False)
+            if self.recorder is not None:
+                self.recorder.close(flush=False)
         finally:
             self.run.close("failed", step=self.step, message=message, exit_reason="error")
+
+    def _close_callbacks(self) -> None:
+        for callback in self.callbacks.values():
+            callback.close()
+        if self.streams is not None:
+            self.streams.close()

@@ -3,6 +3,7 @@
 import logging
 import math
 import time
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -32,6 +33,13 @@ class LMEvaluator(Callback):
     def post_train(self) -> None:
         if self._config.at_end:
             self.evaluate()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"done_at": self._done_at, "last": self.trainer.last_eval}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._done_at = state["done_at"]
+        self.trainer.last_eval = state["last"]
 
     def evaluate(self) -> None:
         """Evaluate the current weights once per step."""
