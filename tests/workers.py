@@ -8,8 +8,11 @@ the next test starts clean.
 import multiprocessing as mp
 import os
 import socket
+import sys
+import time
 import traceback
 from collections.abc import Callable
+from multiprocessing import connection
 from typing import Any
 
 
@@ -41,22 +44,26 @@ class WorkerPool:
         for rank in range(world_size):
             own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
             self._workers[rank][1].send((fn, args, shared | own))
-        results = []
-        for rank in range(world_size):
-            process, pipe = self._workers[rank]
-            if not pipe.poll(timeout):
+        results: dict[int, Any] = {}
+        waiting = {self._workers[rank][1]: rank for rank in range(world_size)}
+        deadline = time.monotonic() + timeout
+        while waiting:
+            ready = connection.wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))
+            if not ready:
                 self.close()
-                raise TimeoutError(f"rank {rank} did not finish {fn.__name__} in {timeout} s")
-            try:
-                ok, value = pipe.recv()
-            except EOFError:
-                self.close()
-                raise RuntimeError(f"rank {rank} died in {fn.__name__}: {process}") from None
-            if not ok:
-                self.close()
-                raise RuntimeError(f"rank {rank} failed in {fn.__name__}:\n{value}")
-            results.append(value)
-        return results
+                ranks = sorted(waiting.values())
+                raise TimeoutError(f"ranks {ranks} did not finish {fn.__name__} in {timeout} s")
+            for pipe in ready:
+                rank = waiting.pop(pipe)
+                try:
+                    ok, value = pipe.recv()
+                except EOFError:
+                    ok, value = False, "the process died"
+                if not ok:
+                    self.close()
+                    raise RuntimeError(f"rank {rank} failed in {fn.__name__}:\n{value}")
+                results[rank] = value
+        return [results[rank] for rank in range(world_size)]
 
     def close(self) -> None:
         for process, pipe in self._workers:
@@ -86,6 +93,7 @@ def _work(pipe: Any) -> None:
         except EOFError:
             return
         os.environ.update(environ)
+        _restart_deepspeed_ids()
         try:
             pipe.send((True, fn(*args)))
         except BaseException:
@@ -93,6 +101,17 @@ def _work(pipe: Any) -> None:
         finally:
             os.environ.clear()
             os.environ.update(clean)
+
+
+def _restart_deepspeed_ids() -> None:
+    """ZeRO-3 numbers modules and parameters over the life of a process and compares the numbers
+    across ranks; workers that ran different jobs before must start level."""
+    offload: Any = sys.modules.get("deepspeed.runtime.zero.parameter_offload")
+    partition: Any = sys.modules.get("deepspeed.runtime.zero.partition_parameters")
+    if offload is not None and partition is not None:
+        partition.Init.param_id = 0
+        register = offload.DeepSpeedZeRoOffload._register_deepspeed_module
+        register.__defaults__[0][0] = 0
 
 
 def _free_port() -> int:

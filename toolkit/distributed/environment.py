@@ -166,14 +166,18 @@ def pick_device(local_rank: int) -> torch.device:
 
 
 def is_fast_at_bf16(device: torch.device) -> bool:
-    """Whether `auto` precision means bf16: CUDA >= 8.0, CPUs with AMX or AVX512-BF16."""
+    """Whether `auto` precision means bf16: CUDA >= 8.0, CPUs with AMX.
+
+    AVX512-BF16 alone does not count: measured, its bf16 products run at half the speed of fp32 ones
+    (docs/LOG.md).
+    """
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     try:
         flags = Path("/proc/cpuinfo").read_text()
     except OSError:
         return False
-    return "amx_bf16" in flags or "avx512_bf16" in flags
+    return "amx_bf16" in flags
 
 
 def settle_precision(engine: Engine, device: torch.device) -> Engine:
