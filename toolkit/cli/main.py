@@ -63,6 +63,9 @@ def _toolkit(
 
 def main() -> None:
     """The console script: run the command line and exit with the code of what happened."""
+    # Read by libgomp when torch loads it. Its threads spin while they wait, by default so long that
+    # two programs with as many threads as cores slow each other down tenfold (docs/LOG.md).
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     sys.exit(run(sys.argv[1:]))
 
 
