@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import msgspec
+
 from toolkit.config import (
     ConfigLayers,
     Override,
@@ -18,6 +20,7 @@ from toolkit.config import (
     parse_override_args,
     read_json_mapping,
 )
+from toolkit.data.prepared import MANIFEST_NAME, dataset_folder
 from toolkit.errors import ConfigError, RunError
 from toolkit.experiment.config import ExperimentConfig
 from toolkit.experiment.recipes import recipe_hint, recipe_names, recipe_text
@@ -84,6 +87,22 @@ def load_run_config(run_dir: Path, overrides: Sequence[str] = ()) -> LoadedExper
     _apply_overrides(layers, overrides)
     config = layers.resolve()
     return LoadedExperiment(config, layers.origins(config), str(run_dir))
+
+
+def find_data(config: ExperimentConfig, run_dir: Path) -> ExperimentConfig:
+    """`config` with its prepared data found: `dataset.root` may be relative to the folder that the
+    run was started from."""
+    root = Path(config.dataset.root).expanduser()
+    if root.is_absolute() or (dataset_folder(config.dataset) / MANIFEST_NAME).is_file():
+        return config
+    try:
+        started_in = msgspec.json.decode((run_dir / RUN_FILES.command).read_bytes())["cwd"]
+    except (OSError, msgspec.DecodeError, KeyError, TypeError):
+        return config
+    dataset = msgspec.structs.replace(config.dataset, root=str(Path(started_in) / root))
+    if not (dataset_folder(dataset) / MANIFEST_NAME).is_file():
+        return config
+    return msgspec.structs.replace(config, dataset=dataset)
 
 
 def _read_source(source: str) -> tuple[dict[str, Any], str]:

@@ -7,8 +7,6 @@ prepares data.
 
 import logging
 import os
-import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,13 +25,22 @@ from toolkit.distributed.engine import (
 from toolkit.errors import EXIT_DONE, EXIT_STOPPED, RunError
 from toolkit.experiment.checks import check_experiment
 from toolkit.experiment.config import ExperimentConfig
-from toolkit.experiment.load import load_run_config
+from toolkit.experiment.load import find_data, load_run_config
+from toolkit.experiment.preflight import check_continuation, check_optimizer
+from toolkit.experiment.relaunch import relaunch
 from toolkit.runs.files import RUN_FILES
 from toolkit.runs.manager import RunManager
-from toolkit.runs.registry import choose_run_name, is_run, resolve_run_folder, start_run
+from toolkit.runs.registry import (
+    check_run_folder,
+    choose_run_name,
+    is_run,
+    resolve_run_folder,
+    start_run,
+)
 from toolkit.runs.status import RunStatus, read_status
 
 if TYPE_CHECKING:
+    from toolkit.data.loader import TrainLoader
     from toolkit.train.trainer import TrainResult
 
 log = logging.getLogger(__name__)
@@ -56,10 +63,16 @@ def train(config: ExperimentConfig, *, origins: Mapping[str, str] | None = None)
     from toolkit.distributed.logging import setup_logging
 
     setup_logging(rank)
-    _prepare_data(config, rank=rank, world_size=engine.world_size)
     run, name = None, choose_run_name()
     if rank == 0:
+        check_run_folder(config.run, name)
+    train_loader = _prepare_data(config, rank=rank, world_size=engine.world_size)
+    check_optimizer(config)
+    if rank == 0:
+        check_continuation(config, resolve_run_folder(config.run, name), train_loader)
         run = _start(config, name, is_main=True)
+        if not run.path(RUN_FILES.config).exists():
+            _log_metadata(config, run, engine, origins or {})
     try:
         return _train(config, engine, run, name, origins or {})
     except BaseException as error:
@@ -87,12 +100,13 @@ def resume(run_dir: Path, overrides: Sequence[str] = ()) -> int:
     if status is None:
         raise RunError(f"{run_dir}: not a run folder; `toolkit runs` lists runs")
     setup_logging(rank_of(os.environ))
-    if not has_launcher(os.environ) and (status.world_size or 1) > 1:
-        return _relaunch(folder, overrides, _processes(status.world_size or 1))
-    config = loaded.config
-    run = msgspec.structs.replace(config.run, save_folder=str(folder))
-    asked = any(flag.startswith("--train_module.dp_config") for flag in overrides)
+    config = find_data(loaded.config, folder)
     module = config.train_module
+    asked = any(flag.startswith("--train_module.dp_config") for flag in overrides)
+    on_one = asked and module.dp_config is not None and module.dp_config.name == "single"
+    if not has_launcher(os.environ) and (status.world_size or 1) > 1 and not on_one:
+        return relaunch(folder, overrides, _processes(status.world_size or 1))
+    run = msgspec.structs.replace(config.run, save_folder=str(folder))
     if not asked:
         module = msgspec.structs.replace(module, dp_config=_recorded_engine(status))
     return train(
@@ -119,7 +133,6 @@ def _train(
             run = _start(config, name, is_main=False)
         check_shared_folder(environment, run.folder)
         log_file = add_log_file(run.path(RUN_FILES.logs), environment.rank)
-        _log_metadata(config, run, environment.engine, origins)
         train_dl, eval_dl = get_dataloaders(
             config.data,
             rank=environment.rank,
@@ -130,6 +143,9 @@ def _train(
         model = config.model.build(init_device="meta")
         train_module = config.train_module.build(model, environment=environment)
         trainer = Trainer(config.trainer, train_module, train_dl, eval_dl, run=run)
+        trainer.restore()
+        # Not before: a run that cannot be continued with this config keeps the one it has.
+        _log_metadata(config, run, environment.engine, origins)
         result = trainer.train()
         _log_end(result, run)
         logging.getLogger("toolkit").removeHandler(log_file)
@@ -138,14 +154,14 @@ def _train(
         environment.close()
 
 
-def _prepare_data(config: ExperimentConfig, *, rank: int, world_size: int) -> None:
+def _prepare_data(config: ExperimentConfig, *, rank: int, world_size: int) -> "TrainLoader":
     """Prepare the corpus (one process of each machine; the others wait) and check that it fits."""
     from toolkit.data import check_vocabulary, ensure_prepared, get_dataloaders
 
     shows = int(os.environ.get("LOCAL_RANK", "0")) == 0
     prepared = ensure_prepared(config.dataset, work_dir=config.run.work_dir, progress=shows)
     check_vocabulary(prepared, config.model.vocab_size)
-    get_dataloaders(config.data, rank=rank, world_size=world_size)
+    return get_dataloaders(config.data, rank=rank, world_size=world_size)[0]
 
 
 def _start(config: ExperimentConfig, name: str, *, is_main: bool) -> RunManager:
@@ -206,6 +222,8 @@ def _recorded_engine(status: RunStatus) -> DataParallelConfig | None:
     world_size = world_size_of(os.environ)
     if config.name in ("single", "ddp"):
         return None  # what silence means: single on one process, ddp on several
+    if world_size == 1 and status.world_size != 1 and not config.cpu_offload:
+        return None  # nothing to shard over
     if config.name == "hsdp" and world_size != status.world_size:
         return msgspec.structs.replace(config, num_replicas=None, shard_degree=None)
     return config
@@ -219,21 +237,6 @@ def _processes(recorded: int) -> int:
     if devices < recorded:
         log.warning("the run had %d processes; this machine has %d devices", recorded, devices)
     return min(recorded, devices)
-
-
-def _relaunch(folder: Path, overrides: Sequence[str], processes: int) -> int:
-    command = [
-        *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-        f"--nproc-per-node={processes}",
-        *("-m", "toolkit", "resume", str(folder), *overrides),
-    ]
-    log.info("relaunching with %d processes", processes)
-    code = subprocess.run(command, check=False).returncode
-    # The launcher turns our exit codes into 1; the run's own status knows better.
-    status = read_status(folder)
-    if code and status is not None and status.state == "stopped":
-        return EXIT_STOPPED
-    return code
 
 
 def _log_start(config: ExperimentConfig, engine: Engine, run: RunManager) -> None:

@@ -11,7 +11,6 @@ import msgspec
 from toolkit.config import DEFAULT_ORIGIN, leaves
 from toolkit.data.prepared import PreparedDataset, dataset_folder, read_prepared
 from toolkit.distributed.engine import Engine, resolve_engine
-from toolkit.errors import RunError
 from toolkit.experiment.checks import (
     check_experiment,
     check_prepared,
@@ -20,7 +19,7 @@ from toolkit.experiment.checks import (
 )
 from toolkit.experiment.config import ExperimentConfig
 from toolkit.experiment.load import LoadedExperiment
-from toolkit.runs.registry import is_run, resolve_run_folder
+from toolkit.runs.registry import check_run_folder, is_run, resolve_run_folder
 from toolkit.train.config import Duration
 
 _LABEL_WIDTH = 12
@@ -32,7 +31,7 @@ def summarize(loaded: LoadedExperiment, environ: Mapping[str, str]) -> str:
     Raises:
         ConfigError: the sections do not fit each other, the launcher, or the prepared data.
         DataError: the prepared data is damaged, or less than one batch.
-        RunError: a run of that name exists.
+        RunError: a run of that name exists, or its folder cannot be made.
     """
     config = loaded.config
     module = config.train_module
@@ -141,11 +140,7 @@ def _engine(engine: Engine) -> list[str]:
 
 def _writes(config: ExperimentConfig) -> list[str]:
     folder = resolve_run_folder(config.run, "<time>")
-    if config.run.save_folder is None and is_run(folder):
-        raise RunError(
-            f"{folder}: this run exists; continue it with `toolkit resume {folder}` "
-            "or choose another --name"
-        )
+    check_run_folder(config.run, "<time>")
     lines = [f"{folder}" + (" (exists: resumed)" if is_run(folder) else "")]
     if config.dataset.source is not None:
         lines.append(f"{dataset_folder(config.dataset).absolute()}")

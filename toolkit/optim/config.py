@@ -37,20 +37,26 @@ class AdamWConfig(Config, kw_only=True, tag_field="type", tag="adamw"):
     def __post_init__(self) -> None:
         check_positive(self, "lr", "eps")
 
+    def groups(self, named_parameters: "dict[str, torch.nn.Parameter]") -> list[dict[str, Any]]:
+        """Parameter groups by `group_overrides`, each with all its settings."""
+        from toolkit.optim.groups import parameter_groups
+
+        return parameter_groups(named_parameters, self._settings, self.group_overrides)
+
     def build(self, named_parameters: "dict[str, torch.nn.Parameter]") -> "torch.optim.Optimizer":
         """The optimizer over trainable `named_parameters`, in groups by `group_overrides`."""
         import torch
 
-        from toolkit.optim.groups import parameter_groups
+        return torch.optim.AdamW(self.groups(named_parameters), **self._settings, fused=True)
 
-        settings: dict[str, Any] = {
+    @property
+    def _settings(self) -> dict[str, Any]:
+        return {
             "lr": self.lr,
             "betas": tuple(self.betas),
             "eps": self.eps,
             "weight_decay": self.weight_decay,
         }
-        groups = parameter_groups(named_parameters, settings, self.group_overrides)
-        return torch.optim.AdamW(groups, **settings, fused=True)
 
 
 class SGDConfig(Config, kw_only=True, tag_field="type", tag="sgd"):
@@ -68,19 +74,25 @@ class SGDConfig(Config, kw_only=True, tag_field="type", tag="sgd"):
     def __post_init__(self) -> None:
         check_positive(self, "lr")
 
+    def groups(self, named_parameters: "dict[str, torch.nn.Parameter]") -> list[dict[str, Any]]:
+        """Parameter groups by `group_overrides`, each with all its settings."""
+        from toolkit.optim.groups import parameter_groups
+
+        return parameter_groups(named_parameters, self._settings, self.group_overrides)
+
     def build(self, named_parameters: "dict[str, torch.nn.Parameter]") -> "torch.optim.Optimizer":
         """The optimizer over trainable `named_parameters`, in groups by `group_overrides`."""
         import torch
 
-        from toolkit.optim.groups import parameter_groups
+        return torch.optim.SGD(self.groups(named_parameters), **self._settings, fused=True)
 
-        settings: dict[str, Any] = {
+    @property
+    def _settings(self) -> dict[str, Any]:
+        return {
             "lr": self.lr,
             "momentum": self.momentum,
             "weight_decay": self.weight_decay,
         }
-        groups = parameter_groups(named_parameters, settings, self.group_overrides)
-        return torch.optim.SGD(groups, **settings, fused=True)
 
 
 OptimConfig = AdamWConfig | SGDConfig

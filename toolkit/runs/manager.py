@@ -197,6 +197,10 @@ class RunManager:
             tokens=before.tokens if before else None,
             loss=before.loss if before else None,
             parameters=before.parameters if before else None,
+            # `toolkit resume` relaunches by these; a crash before the new ones are known keeps them
+            world_size=before.world_size if before else None,
+            engine=before.engine if before else None,
+            other=before.other if before else {},
             created=before.created if before else now,
             started=now,
             updated=now,

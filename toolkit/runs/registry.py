@@ -53,6 +53,24 @@ def is_run(folder: Path | str) -> bool:
     return read_status(Path(folder)) is not None
 
 
+def check_run_folder(config: RunConfig, name: str) -> None:
+    """Refuse early, without writing anything, what `start_run` would refuse.
+
+    Raises:
+        RunError: the run exists and `save_folder` is not given, or its folder cannot be made.
+    """
+    folder = resolve_run_folder(config, name)
+    if config.save_folder is None:
+        _check_unused(folder)
+    nearest = next(path for path in (folder, *folder.parents) if path.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        reason = "permission denied" if nearest.is_dir() else "not a folder"
+        raise RunError(
+            f"{folder}: cannot write there ({nearest}: {reason}); "
+            "choose a writable --save-folder or run.root"
+        )
+
+
 def start_run(
     experiment: str,
     name: str | None = None,

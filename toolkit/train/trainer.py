@@ -98,9 +98,20 @@ class Trainer:
         self._post_record = self._hooks("post_record")
         self._on_metrics = self._hooks("on_metrics")
         self._deferred: list[Callable[[], None]] = []
+        self._restored: bool | None = None
+        self._last_loss: float | None = None
         self._skipped_in_a_row = 0
         self._failure: TrainingError | None = None
         self._status_at = 0.0
+
+    def restore(self) -> None:
+        """Continue from the run's newest checkpoint, or from `load_path`; once.
+
+        Raises:
+            CheckpointError, DataError: it does not fit this model, optimizer or data.
+        """
+        if self._restored is None:
+            self._restored = restore_trainer(self) is not None
 
     def train(self) -> TrainResult:
         """Train to the end, or until asked to stop; a run with a checkpoint continues from it.
@@ -109,8 +120,8 @@ class Trainer:
             TrainingError: training cannot go on.
         """
         try:
-            restored = restore_trainer(self)
-            self._open_metrics(resumed=restored is not None)
+            self.restore()
+            self._open_metrics(resumed=bool(self._restored))
             with self.stop_request.listening():
                 self._call("pre_train")
                 reason = self._loop()
@@ -130,8 +141,8 @@ class Trainer:
             state,
             step=self.step,
             tokens=self.tokens,
+            loss=self._last_loss,
             exit_reason=reason or "done",
-            **({"loss": self.last_eval["loss"]} if self.last_eval else {}),
         )
         return TrainResult(state, self.step, reason, self.last_eval)
 
@@ -253,6 +264,7 @@ class Trainer:
                 record["ppl"] = math.exp(min(record["loss"], 700.0))
                 record["skipped"] = int(record["skipped"])
                 self._watch_skipped(record)
+            self._last_loss = records[-1]["loss"]
             self._update_status(records[-1])
         self.streams.write(stream, records)
         for hook in self._on_metrics:

@@ -1,0 +1,64 @@
+"""`toolkit resume` of a run of several processes: this process becomes their launcher.
+
+The same agent that `torchrun` uses, inside this process: signals reach the workers, and their exit
+codes and messages come back without a launcher's report around them.
+"""
+
+import logging
+import sys
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from toolkit.errors import EXIT_DONE, EXIT_STOPPED, TrainingError
+from toolkit.runs.status import read_status
+
+if TYPE_CHECKING:
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+log = logging.getLogger(__name__)
+
+
+def relaunch(folder: Path, overrides: Sequence[str], processes: int) -> int:
+    """`toolkit resume folder` on `processes` processes of this machine; returns the exit code.
+
+    Raises:
+        TrainingError: a signal killed a worker.
+    """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import elastic_launch
+    from torch.distributed.run import config_from_args, parse_args
+
+    log.info("relaunching with %d processes", processes)
+    # Workers say themselves what went wrong.
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    command = [sys.executable, "-m", "toolkit", "resume", str(folder), *overrides]
+    arguments = parse_args(
+        [
+            *("--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", f"--rdzv-id={uuid.uuid4()}"),
+            *("--no-python", f"--nproc-per-node={processes}", *command),
+        ]
+    )
+    config, entrypoint, entrypoint_arguments = config_from_args(arguments)
+    try:
+        elastic_launch(config, entrypoint)(*entrypoint_arguments)
+    except ChildFailedError as error:
+        return _exit_code(error, folder)
+    except SignalException as error:
+        status = read_status(folder)
+        stopped = status is not None and status.state == "stopped"
+        return EXIT_STOPPED if stopped else 128 + error.sigval.value
+    return EXIT_DONE
+
+
+def _exit_code(error: "ChildFailedError", folder: Path) -> int:
+    """The code of the first worker that ended; the others were stopped because of it."""
+    rank, failure = error.get_first_failure()
+    if failure.exitcode > 0:
+        return failure.exitcode
+    raise TrainingError(
+        f"rank {rank} was killed ({failure.signal_name()}); if it was not you, look for what ended "
+        f"it in the system's log (memory?), then go on with `toolkit resume {folder}`"
+    )
