@@ -120,7 +120,7 @@ class DataLoaderConfig(Config, kw_only=True):
     global_batch_size: int = 65_536
     """Tokens per optimizer step over all ranks."""
     eval_batch_size: int | None = None
-    """Tokens per evaluation forward on one rank; default: `train_module.rank_microbatch_size`."""
+    """Tokens per evaluation forward on one rank; default: the training microbatch."""
     eval_tokens: int | None = 1_048_576
     """Validation tokens per evaluation (the first ones, always the same); null: all."""
     seed: int | None = None

@@ -51,9 +51,15 @@ def steps_per_epoch(config: ExperimentConfig, prepared: PreparedDataset) -> int:
     return instances // (config.data_loader.global_batch_size // sequence)
 
 
+def rank_microbatch_size(config: ExperimentConfig, world_size: int) -> int:
+    """Tokens per forward on one rank: the configured number, or the rank's share of a batch."""
+    configured = config.train_module.rank_microbatch_size
+    return configured or config.data_loader.global_batch_size // world_size
+
+
 def gradient_accumulation_steps(config: ExperimentConfig, world_size: int) -> int:
     """Forward and backward passes per optimizer step on one rank."""
-    tokens_per_pass = config.train_module.rank_microbatch_size * world_size
+    tokens_per_pass = rank_microbatch_size(config, world_size) * world_size
     return config.data_loader.global_batch_size // tokens_per_pass
 
 
@@ -88,7 +94,7 @@ def _check_vocabulary(config: ExperimentConfig) -> None:
 def _check_batches(config: ExperimentConfig, world_size: int) -> None:
     sequence = config.dataset.sequence_length
     batch = config.data_loader.global_batch_size
-    microbatch = config.train_module.rank_microbatch_size
+    microbatch = rank_microbatch_size(config, world_size)
     ranks = f"{world_size} rank" + ("s" if world_size > 1 else "")
     _check_multiple(GLOBAL_BATCH, batch, sequence * world_size, f"{SEQUENCE} {sequence} x {ranks}")
     _check_multiple(MICROBATCH, microbatch, sequence, f"{SEQUENCE} {sequence}")

@@ -23,7 +23,7 @@ from toolkit.distributed.engine import (
     world_size_of,
 )
 from toolkit.errors import EXIT_DONE, EXIT_STOPPED, RunError
-from toolkit.experiment.checks import check_experiment
+from toolkit.experiment.checks import check_experiment, rank_microbatch_size
 from toolkit.experiment.config import ExperimentConfig
 from toolkit.experiment.load import find_data, load_run_config
 from toolkit.experiment.preflight import check_continuation, check_optimizer
@@ -137,7 +137,7 @@ def _train(
             config.data,
             rank=environment.rank,
             world_size=environment.world_size,
-            eval_batch_tokens=config.train_module.rank_microbatch_size,
+            eval_batch_tokens=rank_microbatch_size(config, environment.world_size),
         )
         _log_start(config, environment.engine, run)
         model = config.model.build(init_device="meta")

@@ -15,6 +15,7 @@ from toolkit.experiment.checks import (
     check_experiment,
     check_prepared,
     gradient_accumulation_steps,
+    rank_microbatch_size,
     steps_per_epoch,
 )
 from toolkit.experiment.config import ExperimentConfig
@@ -99,7 +100,7 @@ def _batch(config: ExperimentConfig, engine: Engine) -> list[str]:
     passes = gradient_accumulation_steps(config, ranks)
     return [
         f"{batch:,} tokens a step = {_count(ranks, 'rank')} x "
-        f"{config.train_module.rank_microbatch_size:,} tokens x {passes} gradient accumulation",
+        f"{rank_microbatch_size(config, ranks):,} tokens x {passes} gradient accumulation",
         f"sequences of {config.dataset.sequence_length:,} tokens",
     ]
 

@@ -40,9 +40,9 @@ class Duration(Config, kw_only=True):
 class TransformerTrainModuleConfig(Config, kw_only=True):
     """How a language model is trained: loss, optimizer, schedule, precision, parallelism."""
 
-    rank_microbatch_size: int = 16_384
+    rank_microbatch_size: int | None = 16_384
     """Tokens per forward on one rank; gradient accumulation follows from
-    `data_loader.global_batch_size`."""
+    `data_loader.global_batch_size`. Null: the rank's whole share of it, no accumulation."""
     optim: OptimConfig = AdamWConfig()
     """The optimizer."""
     scheduler: SchedulerConfig = CosineConfig()

@@ -147,14 +147,14 @@ class TransformerTrainModule(TrainModule):
         self, input_ids: torch.Tensor, labels: torch.Tensor
     ) -> list[tuple[torch.Tensor, torch.Tensor]]:
         rows, length = input_ids.shape
+        if self.config.rank_microbatch_size is None:
+            return [(input_ids, labels)]
         size = self.config.rank_microbatch_size // length
         if size < 1:
             raise ConfigError(
                 f"train_module.rank_microbatch_size {self.config.rank_microbatch_size} is smaller "
                 f"than one instance of dataset.sequence_length {length}; use a multiple of it"
             )
-        if rows <= size:
-            return [(input_ids, labels)]
         return list(zip(input_ids.split(size), labels.split(size), strict=True))
 
     def _rate_factor(self, progress: Progress) -> float:
