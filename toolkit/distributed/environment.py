@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 
 from toolkit.distributed.config import DataParallelConfig
+from toolkit.distributed.cpu import tune_cpu
 from toolkit.distributed.engine import Engine, Precision, rank_of, resolve_engine, world_size_of
 from toolkit.errors import RunError
 
@@ -135,7 +136,7 @@ def prepare_training_environment(
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
     if device.type == "cpu":
-        _use_all_cores(local_world_size)
+        tune_cpu(local_world_size=local_world_size)
     else:
         torch.backends.cuda.matmul.allow_tf32 = engine.precision != "fp32"
     cpu_group = metrics_group = None
@@ -248,13 +249,3 @@ def _seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
-
-
-def _use_all_cores(local_world_size: int) -> None:
-    # Launchers set OMP_NUM_THREADS=1 when nobody gave a number; a run that owns the machine wants
-    # its share of the cores. TOOLKIT_NUM_THREADS says otherwise.
-    asked = os.environ.get("TOOLKIT_NUM_THREADS")
-    cores = (
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    )
-    torch.set_num_threads(int(asked) if asked else max(1, cores // local_world_size))
