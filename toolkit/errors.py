@@ -1,8 +1,8 @@
 """The one family of errors a user sees, and the exit codes of our process.
 
 Every message says what is wrong, where (a config key, a file, a flag), and what to do next, in one
-line. `cli` turns a `ToolkitError` into that line on rank 0 and the exit code of its class; any other
-exception is a defect of ours and keeps its traceback.
+line. `cli` turns a `ToolkitError` into that line on rank 0 and the exit code of its class; any
+other exception is a defect of ours and keeps its traceback.
 """
 
 EXIT_DONE = 0

@@ -29,7 +29,7 @@ def test_it_shows_values_origins_and_consequences(tmp_path: Path) -> None:
     assert "run.name run1 < --name" in shown
     assert "trainer.hard_stop.unit steps" in shown
     assert "model 2,557,632 parameters (1,771,200 without embeddings)" in shown
-    assert "hard stop after 20 steps, 81,920 tokens" in shown
+    assert "hard stop after 20 steps, 40,960 tokens" in shown
     assert "engine single, 1 process" in shown
     assert f"writes {tmp_path}/runs/quickstart/run1" in shown
     assert f"{tmp_path}/data/python_stdlib/bpe4096" in shown
@@ -58,7 +58,10 @@ def test_two_engines_asked_for_are_an_error() -> None:
 
 
 def test_steps_follow_from_tokens() -> None:
-    shown = lines("--trainer.max_duration={value: 10_000, unit: tokens}")
+    shown = lines(
+        "--trainer.max_duration={value: 10_000, unit: tokens}",
+        "--data_loader.global_batch_size=4096",
+    )
     assert "duration 3 steps, 12,288 tokens" in shown
 
 
@@ -77,6 +80,7 @@ def test_epochs_count_whole_batches_of_prepared_data(tmp_path: Path) -> None:
         "--dataset.validation_fraction=0",
         "--dataset.dataset_name=tiny",
         "--trainer.max_duration={value: 3, unit: epochs}",
+        "--data_loader.global_batch_size=4096",
     ]
     config = load_experiment("quickstart", flags).config
     tokens = prepare_dataset(config.dataset, progress=False).num_tokens("train")

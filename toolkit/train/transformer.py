@@ -146,7 +146,7 @@ class TransformerTrainModule(TrainModule):
     def _microbatches(
         self, input_ids: torch.Tensor, labels: torch.Tensor
     ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        rows, length = input_ids.shape
+        length = input_ids.shape[1]
         if self.config.rank_microbatch_size is None:
             return [(input_ids, labels)]
         size = self.config.rank_microbatch_size // length

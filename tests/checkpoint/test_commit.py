@@ -1,0 +1,139 @@
+"""A checkpoint exists whole or not at all, and runs no code."""
+
+import os
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from toolkit.checkpoint.commit import load_checkpoint, prune_checkpoints, save_checkpoint
+from toolkit.checkpoint.layout import METADATA_FILE, find_latest, locate, saved_steps
+from toolkit.checkpoint.tensors import SafeReader, load_tensors
+from toolkit.errors import CheckpointError
+
+
+def tensors(value: float = 1.0) -> dict[str, torch.Tensor]:
+    return {"model.a": torch.full((3, 4), value), "optim.a.step": torch.tensor(value)}
+
+
+def save(root: Path, step: int, **changes: object) -> Path:
+    settings: dict = {
+        "step": step,
+        "tokens": step * 10,
+        "tensors": tensors(float(step)),
+        "rank_state": {"step": step},
+        "engine": "single",
+        "rank": 0,
+        "group": None,
+    }
+    return save_checkpoint(root, **(settings | changes))
+
+
+def test_what_was_saved_is_loaded(tmp_path: Path) -> None:
+    folder = save(tmp_path, 7)
+    into = tensors(0.0)
+    metadata, state = load_checkpoint(folder, tensors=into, rank=0, group=None)
+    assert (metadata.step, metadata.tokens, metadata.engine) == (7, 70, "single")
+    assert state == {"step": 7}
+    assert torch.equal(into["model.a"], torch.full((3, 4), 7.0))
+    assert sorted(metadata.files) == [
+        "model_and_optim/.metadata",
+        "model_and_optim/__0_0.distcp",
+        "train/rank0.pt",
+    ]
+
+
+DAMAGE: dict[str, Callable[[Path], None]] = {
+    "flip": lambda p: p.write_bytes(bytes([p.read_bytes()[0] ^ 1]) + p.read_bytes()[1:]),
+    "cut": lambda p: p.write_bytes(p.read_bytes()[:-1]),
+    "delete": lambda p: p.unlink(),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize(
+    "file",
+    ["model_and_optim/.metadata", "model_and_optim/__0_0.distcp", "train/rank0.pt", METADATA_FILE],
+)
+def test_a_damaged_checkpoint_is_reported_and_the_one_before_used(
+    tmp_path: Path, file: str, damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    older, newer = save(tmp_path, 1), save(tmp_path, 2)
+    DAMAGE[damage](newer / file)
+    with caplog.at_level("WARNING", logger="toolkit"):
+        assert find_latest(tmp_path) == older
+    if (file, damage) != (METADATA_FILE, "delete"):  # then it was never committed
+        assert "step2" in caplog.text
+
+
+def test_an_error_in_the_middle_leaves_nothing_committed(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+
+    def fail(folder: Path) -> None:
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        save(tmp_path, 2, export=fail)
+    assert saved_steps(tmp_path) == [1]
+    assert find_latest(tmp_path) == tmp_path / "step1"
+    assert save(tmp_path, 2) == find_latest(tmp_path)
+
+
+def test_prune_keeps_the_newest_and_removes_leftovers(tmp_path: Path) -> None:
+    for step in (1, 2, 10):
+        save(tmp_path, step)
+    (tmp_path / "step11.tmp").mkdir()
+    prune_checkpoints(tmp_path, keep_last=2)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step10", "step2"]
+
+
+def test_locate_takes_a_step_a_folder_of_steps_or_a_run(tmp_path: Path) -> None:
+    folder = save(tmp_path / "checkpoints", 3)
+    for path in (folder, tmp_path / "checkpoints", tmp_path):
+        assert locate(path) == folder
+    assert locate(tmp_path / "nothing") is None
+
+
+def test_missing_tensor_and_other_shape_are_named(tmp_path: Path) -> None:
+    folder = save(tmp_path, 1) / "model_and_optim"
+    with pytest.raises(CheckpointError, match=r"has no tensor model\.b"):
+        load_tensors(folder, {"model.b": torch.zeros(2)}, None)
+    with pytest.raises(
+        CheckpointError, match=r"model\.a has shape \(3, 4\), the model wants \(3, 5\)"
+    ):
+        load_tensors(folder, {"model.a": torch.zeros(3, 5)}, None)
+
+
+class Bomb:
+    """Unpickled by an ordinary reader, it would make a file."""
+
+    def __init__(self, sentinel: Path) -> None:
+        self.sentinel = sentinel
+
+    def __reduce__(self) -> tuple:
+        return os.mkdir, (str(self.sentinel),)
+
+
+def test_crafted_metadata_runs_no_code(tmp_path: Path) -> None:
+    folder = save(tmp_path, 1) / "model_and_optim"
+    (folder / ".metadata").write_bytes(pickle.dumps(Bomb(tmp_path / "sentinel")))
+    with pytest.raises(CheckpointError, match=r"refused: it names \w+\.mkdir"):
+        SafeReader(folder).read_metadata()
+    assert not (tmp_path / "sentinel").exists()
+
+
+def test_crafted_rank_state_runs_no_code(tmp_path: Path) -> None:
+    folder = save(tmp_path, 1)
+    torch.save({"x": Bomb(tmp_path / "sentinel")}, folder / "train" / "rank0.pt")
+    with pytest.raises(CheckpointError, match=r"rank0\.pt: cannot be read"):
+        load_checkpoint(folder, tensors=tensors(), rank=0, group=None)
+    assert not (tmp_path / "sentinel").exists()
+
+
+def test_manifest_cannot_point_outside(tmp_path: Path) -> None:
+    folder = save(tmp_path, 1)
+    text = (folder / METADATA_FILE).read_text()
+    (folder / METADATA_FILE).write_text(text.replace("train/rank0.pt", "../../../etc/passwd"))
+    assert find_latest(tmp_path) is None

@@ -1,0 +1,125 @@
+"""Which engine runs: launcher, config, silence, and their disagreements."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from toolkit.distributed.config import DataParallelConfig
+from toolkit.distributed.engine import Engine, resolve_engine
+from toolkit.errors import ConfigError
+
+TWO = {"WORLD_SIZE": "2", "ACCELERATE_MIXED_PRECISION": "no"}
+FSDP = TWO | {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+ZERO3 = TWO | {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}
+
+
+def resolve(
+    environ: dict[str, str], name: Any = None, precision: Any = "auto", **dp: Any
+) -> Engine:
+    config = DataParallelConfig(name=name, **dp) if name else None
+    return resolve_engine(precision, config, environ)
+
+
+@pytest.mark.parametrize(
+    ("environ", "config", "expected"),
+    [
+        ({}, None, "single"),
+        (TWO, None, "ddp"),
+        (TWO, "fsdp", "fsdp"),
+        (FSDP, None, "fsdp"),
+        (FSDP, "fsdp", "fsdp"),
+        (ZERO3, None, "zero3"),
+        ({}, "ddp", "single"),
+        ({}, "zero2", "zero2"),
+    ],
+)
+def test_who_speaks_decides(environ: dict[str, str], config: Any, expected: str) -> None:
+    assert resolve(environ, config).name == expected
+
+
+@pytest.mark.parametrize(("environ", "name"), [(FSDP, "zero2"), (ZERO3, "fsdp"), (FSDP, "hsdp")])
+def test_two_engines_are_an_error_that_names_both(environ: dict[str, str], name: str) -> None:
+    with pytest.raises(ConfigError, match=f"two engines asked for: accelerate .* says {name}"):
+        resolve(environ, name)
+
+
+def test_single_with_several_processes_is_an_error() -> None:
+    with pytest.raises(ConfigError, match="asks for the engine single, but the launcher started 2"):
+        resolve(TWO, "single")
+
+
+def test_fsdp1_and_fp16_are_refused() -> None:
+    with pytest.raises(ConfigError, match="only FSDP2 is supported; set fsdp_version: 2"):
+        resolve(FSDP | {"FSDP_VERSION": "1"})
+    with pytest.raises(ConfigError, match="mixed_precision fp16 is not supported"):
+        resolve(TWO | {"ACCELERATE_MIXED_PRECISION": "fp16"})
+
+
+@pytest.mark.parametrize(
+    ("dp", "mesh"),
+    [({}, (2, 4)), ({"num_replicas": 4}, (4, 2)), ({"shard_degree": 2}, (4, 2))],
+)
+def test_hsdp_mesh_fills_in_what_is_not_given(dp: dict, mesh: tuple[int, int]) -> None:
+    engine = resolve({"WORLD_SIZE": "8"}, "hsdp", **dp)
+    assert (engine.num_replicas, engine.shard_degree) == mesh
+
+
+def test_mesh_that_does_not_fit_names_the_numbers() -> None:
+    with pytest.raises(ConfigError, match="num_replicas 2 x shard_degree 1 does not fit 3"):
+        resolve({"WORLD_SIZE": "3"}, "hsdp")
+
+
+def test_launcher_hsdp_and_offload_are_read() -> None:
+    environ = FSDP | {
+        "WORLD_SIZE": "8",
+        "FSDP_OFFLOAD_PARAMS": "true",
+        "FSDP_RESHARD_AFTER_FORWARD": "false",
+        "ACCELERATE_USE_PARALLELISM_CONFIG": "true",
+        "PARALLELISM_CONFIG_DP_REPLICATE_SIZE": "2",
+        "PARALLELISM_CONFIG_DP_SHARD_SIZE": "4",
+    }
+    engine = resolve(environ)
+    assert (engine.name, engine.num_replicas, engine.shard_degree) == ("hsdp", 2, 4)
+    assert engine.cpu_offload
+    assert not engine.reshard_after_forward
+
+
+def test_deepspeed_json_decides_stage_and_offload(tmp_path: Path) -> None:
+    file = tmp_path / "ds.json"
+    zero = {"stage": 2, "offload_optimizer": {"device": "cpu"}}
+    file.write_text(json.dumps({"zero_optimization": zero}))
+    engine = resolve(ZERO3 | {"ACCELERATE_DEEPSPEED_CONFIG_FILE": str(file)})
+    assert (engine.name, engine.cpu_offload) == ("zero2", True)
+    file.write_text(json.dumps({"optimizer": {"type": "Adam"}}))
+    with pytest.raises(ConfigError, match=r"remove 'optimizer' there; it is train_module\.optim"):
+        resolve(ZERO3 | {"ACCELERATE_DEEPSPEED_CONFIG_FILE": str(file)})
+
+
+@pytest.mark.parametrize(
+    ("asked", "param_dtype", "launched", "expected"),
+    [
+        ("auto", None, "no", "auto"),
+        ("auto", None, "bf16", "bf16"),
+        ("fp32", None, "no", "fp32"),
+        ("auto", "bfloat16", "no", "bf16"),
+        ("bf16", "bfloat16", "no", "bf16"),
+    ],
+)
+def test_precision(asked: str, param_dtype: Any, launched: str, expected: str) -> None:
+    environ = {"ACCELERATE_MIXED_PRECISION": launched, "WORLD_SIZE": "2"}
+    assert resolve(environ, "fsdp", asked, param_dtype=param_dtype).precision == expected
+
+
+def test_explicit_precision_over_the_launchers_is_noticed() -> None:
+    engine = resolve({"ACCELERATE_MIXED_PRECISION": "bf16"}, precision="fp32")
+    assert engine.precision == "fp32"
+    assert engine.notices == ("precision fp32 from the config overrides the launcher's bf16",)
+
+
+def test_two_precisions_are_an_error() -> None:
+    with pytest.raises(
+        ConfigError, match="two precisions asked for: train_module.precision is fp32"
+    ):
+        resolve(TWO, "fsdp", "fp32", param_dtype="bfloat16")
