@@ -1,5 +1,6 @@
 """Starting, watching and ending real processes, and reading what they leave behind."""
 
+import contextlib
 import json
 import os
 import signal
@@ -8,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import psutil
 
@@ -56,6 +57,9 @@ def run(*command: str | Path, cwd: Path, timeout: float = 120) -> Result:
 class Process:
     """A process under way, its output in a file."""
 
+    started: ClassVar[list["Process"]] = []
+    """All of them; a fixture ends what a failed test left running (or frozen)."""
+
     def __init__(self, command: Sequence[str | Path], *, cwd: Path) -> None:
         self._output = cwd.absolute() / f".output-{time.time_ns()}"
         if cwd == ROOT:
@@ -69,6 +73,7 @@ class Process:
                 stdout=file,
                 stderr=subprocess.STDOUT,
             )
+        Process.started.append(self)
 
     @property
     def output(self) -> str:
@@ -113,10 +118,8 @@ class Process:
         if family:
             family += family[0].children(recursive=True)
         for member in family:
-            try:
+            with contextlib.suppress(psutil.NoSuchProcess):
                 member.kill()
-            except psutil.NoSuchProcess:
-                pass
         psutil.wait_procs(family, timeout=10)
         self._popen.wait(10)
 

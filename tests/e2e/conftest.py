@@ -1,14 +1,22 @@
 """Runs that several tests look at: each is made once a session."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.e2e._run import ROOT, Result, run
+from tests.e2e._run import ROOT, Process, Result, run
 
 STEPS = 60
 RECIPE = json.loads((ROOT / "toolkit" / "recipes" / "smoke.json").read_text())
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _nothing_stays_behind() -> Iterator[None]:
+    yield
+    for process in Process.started:
+        process.kill()
 
 
 @pytest.fixture(scope="session")

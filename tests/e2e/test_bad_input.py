@@ -181,6 +181,14 @@ def test_a_run_that_cannot_be_continued_like_this_stays_as_it_is(
     assert content(copy) == before
 
 
+def test_an_error_of_relaunched_processes_is_still_one_line(fsdp: Path, place: Path) -> None:
+    before = content(fsdp)
+    result = run("toolkit", "resume", fsdp, "--train_module.rank_microbatch_size=1024", cwd=place)
+    assert "relaunching with 2 processes" in result.output
+    assert_one_line(result, "train_module.rank_microbatch_size 1024 x 2 ranks = 2048")
+    assert content(fsdp) == before
+
+
 def test_a_damaged_checkpoint_is_reported_and_the_one_before_used(
     single: tuple[Path, Result], copy: Path, place: Path
 ) -> None:

@@ -95,8 +95,10 @@ def killed_fsdp(fsdp: Path, place: Path) -> Chain:
     chain = Chain(folder)
     launcher = ("torchrun", "--nproc-per-node=2", "-m", "toolkit")
     process = Process(
-        [*launcher, "train", "my.json", "--name", "killed_fsdp"]
-        + ["--train_module.dp_config={name: fsdp, param_dtype: float32}"],
+        [
+            *(*launcher, "train", "my.json", "--name", "killed_fsdp"),
+            "--train_module.dp_config={name: fsdp, param_dtype: float32}",
+        ],
         cwd=place,
     )
     process.wait_until(has_steps(folder, 10, beyond=5))
@@ -247,8 +249,10 @@ def test_a_lone_launcher_leaves_a_resumable_run(
 ) -> None:
     folder = place / "runs" / "e2e" / f"launcher_{number.name}"
     process = Process(
-        [*("torchrun", "--nproc-per-node=2", "-m", "toolkit", "train", "my.json")]
-        + ["--name", folder.name, "--trainer.max_duration.value=5000"],
+        [
+            *("torchrun", "--nproc-per-node=2", "-m", "toolkit", "train", "my.json"),
+            *("--name", folder.name, "--trainer.max_duration.value=5000"),
+        ],
         cwd=place,
     )
     process.wait_until(has_steps(folder, 10, beyond=1))
