@@ -14,21 +14,12 @@ import time
 from pathlib import Path
 
 import psutil
+from _synthetic import write_corpus
 from rich.console import Console
 from rich.table import Table
 
 from toolkit.data.config import DataConfig, DataLoaderConfig, DatasetConfig
 from toolkit.data.loader import get_dataloaders
-from toolkit.data.prepared import (
-    FORMAT_VERSION,
-    MANIFEST_NAME,
-    NUM_BLOCKS,
-    Manifest,
-    SplitInfo,
-    hash_blocks,
-)
-from toolkit.data.tokenizer import ByteTokenizer
-from toolkit.storage.atomic import hash_file, write_json_atomic
 
 
 def main() -> None:
@@ -41,7 +32,7 @@ def main() -> None:
             data_loader=DataLoaderConfig(global_batch_size=65_536),
         )
         num_tokens = int(arguments.tokens)
-        write_sparse(Path(root) / "corpus" / "default", num_tokens)
+        write_corpus(Path(root) / "corpus" / "default", num_tokens, is_sparse=True)
         setup, setup_memory, first_batch, memory = measure(config)
     table = Table(title=f"data set-up on {num_tokens:,} tokens")
     for column in ("set-up (s)", "set-up (MB)", "first batch (s)", "both, anonymous (MB)"):
@@ -71,38 +62,6 @@ def memory_bytes() -> tuple[int, int]:
     """Resident and anonymous memory of this process."""
     memory = psutil.Process().memory_info()
     return memory.rss, memory.rss - memory.shared
-
-
-def write_sparse(folder: Path, num_tokens: int) -> None:
-    folder.mkdir(parents=True)
-    tokens, starts = folder / "train.bin", folder / "train.idx"
-    with tokens.open("wb") as file:
-        file.truncate(num_tokens * 2)
-    starts.write_bytes(bytes(8))
-    tokenizer = ByteTokenizer()
-    tokenizer.save(folder / "tokenizer")
-    blocks = hash_blocks(tokens)
-    info = SplitInfo(
-        num_tokens=num_tokens,
-        num_documents=1,
-        text_bytes=num_tokens,
-        content_hash=hash_file(tokens),
-        block_hashes=[blocks[number] for number in range(NUM_BLOCKS)],
-    )
-    manifest = Manifest(
-        format_version=FORMAT_VERSION,
-        dtype="uint16",
-        vocab_size=tokenizer.vocab_size,
-        eos_id=tokenizer.eos_id,
-        append_eos=True,
-        tokenizer_fingerprint=tokenizer.fingerprint,
-        source_fingerprint="sparse",
-        replaced_bytes=0,
-        skipped_documents=0,
-        settings={},
-        splits={"train": info},
-    )
-    write_json_atomic(folder / MANIFEST_NAME, manifest)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,9 @@ class StopRequest:
     def __init__(self) -> None:
         self.reason: str | None = None
         self._since = 0.0
-        self._parent = os.getppid()
+        # Only under a launcher: a shell that exits after `toolkit train &` is nobody's business.
+        launched = "WORLD_SIZE" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
+        self._launcher = os.getppid() if launched else None
 
     def ask(self, reason: str) -> None:
         """Stop at the end of the step in flight; the first reason stays."""
@@ -65,6 +67,4 @@ class StopRequest:
         self.ask(signal.Signals(number).name)
 
     def _has_lost_launcher(self) -> bool:
-        # Only under a launcher: a shell that exits after `toolkit train &` is nobody's business.
-        launched = "WORLD_SIZE" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
-        return launched and os.getppid() != self._parent
+        return self._launcher is not None and os.getppid() != self._launcher

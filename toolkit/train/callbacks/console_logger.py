@@ -93,7 +93,12 @@ class ConsoleLogger(Callback):
         return "  ".join(parts)
 
     def _print(self, line: str) -> None:
-        self._console.print(line, highlight=False, soft_wrap=True)
+        if self._bar is not None:
+            self._console.print(line, highlight=False, soft_wrap=True)
+            return
+        # Without a bar to move, rich would spend ten times the line's worth on laying it out.
+        self._console.file.write(line + "\n")
+        self._console.file.flush()
 
 
 def _eval_line(record: dict[str, Any]) -> str:

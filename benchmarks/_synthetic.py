@@ -1,0 +1,55 @@
+"""A prepared corpus made of nothing: for benchmarks of what comes after preparation."""
+
+from pathlib import Path
+
+import numpy as np
+
+from toolkit.data.prepared import (
+    FORMAT_VERSION,
+    MANIFEST_NAME,
+    NUM_BLOCKS,
+    Manifest,
+    SplitInfo,
+    hash_blocks,
+)
+from toolkit.data.tokenizer import ByteTokenizer
+from toolkit.storage.atomic import hash_file, write_json_atomic
+
+
+def write_corpus(folder: Path, num_tokens: int, *, is_sparse: bool) -> None:
+    """A training split of `num_tokens` uint16 ids below 256.
+
+    Sparse: all zeros, the file takes no room on disk. Otherwise random.
+    """
+    folder.mkdir(parents=True)
+    tokens = folder / "train.bin"
+    with tokens.open("wb") as file:
+        if is_sparse:
+            file.truncate(num_tokens * 2)
+        else:
+            file.write(np.random.default_rng(0).integers(0, 256, num_tokens, np.uint16).tobytes())
+    (folder / "train.idx").write_bytes(bytes(8))
+    tokenizer = ByteTokenizer()
+    tokenizer.save(folder / "tokenizer")
+    blocks = hash_blocks(tokens)
+    info = SplitInfo(
+        num_tokens=num_tokens,
+        num_documents=1,
+        text_bytes=num_tokens,
+        content_hash=hash_file(tokens),
+        block_hashes=[blocks[number] for number in range(NUM_BLOCKS)],
+    )
+    manifest = Manifest(
+        format_version=FORMAT_VERSION,
+        dtype="uint16",
+        vocab_size=tokenizer.vocab_size,
+        eos_id=tokenizer.eos_id,
+        append_eos=True,
+        tokenizer_fingerprint=tokenizer.fingerprint,
+        source_fingerprint="synthetic",
+        replaced_bytes=0,
+        skipped_documents=0,
+        settings={},
+        splits={"train": info},
+    )
+    write_json_atomic(folder / MANIFEST_NAME, manifest)
