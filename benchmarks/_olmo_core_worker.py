@@ -1,8 +1,8 @@
 """OLMo-core's side of `step_speed.py`: runs under the interpreter that has `ai2-olmo-core`.
 
 Reads a line `PRECISION STEPS` on standard input, does that many optimizer steps and answers with
-one JSON line of seconds per step; in between it sleeps. Everything OLMo-core prints goes to
-standard error.
+one JSON line of seconds per step; in between it sleeps. Arguments: number of threads, and the clock
+of module `time` to count by. Everything OLMo-core prints goes to standard error.
 """
 
 import json
@@ -19,15 +19,16 @@ def main() -> None:
     import torch
 
     torch.set_num_threads(int(sys.argv[1]))
+    clock = getattr(time, sys.argv[2])
     steps = {name: build(name) for name in ("bf16", "fp32")}
     answers.write(json.dumps({"parameters": steps["bf16"][1]}) + "\n")
     for line in sys.stdin:
         name, count = line.split()
         seconds = []
         for _ in range(int(count)):
-            started = time.perf_counter()
+            started = clock()
             steps[name][0]()
-            seconds.append(time.perf_counter() - started)
+            seconds.append(clock() - started)
         answers.write(json.dumps(seconds) + "\n")
 
 

@@ -10,7 +10,8 @@ zero_grad. "OLMo-core" is the same bare loop around OLMo-core's Transformer with
 `--olmo-python` it is left out.
 
 All take turns of a few steps, so that other load on the machine hits all of them; only one computes
-at any time. The first two steps of a turn refill the caches and are not counted.
+at any time. The first two steps of a turn refill the caches and are not counted. On a machine that
+others use too, `--threads 1 --cpu-time` counts this program's own seconds.
 """
 
 import argparse
@@ -46,27 +47,31 @@ UNCOUNTED = 2
 
 Turn = Callable[[int], list[float]]
 """Does that many steps; seconds of each."""
+Clock = Callable[[], float]
+"""Seconds: `time.perf_counter` or `time.process_time`."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--olmo-python", help="interpreter of an environment with ai2-olmo-core")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=4, help="counted steps of one turn")
+    parser.add_argument("--cpu-time", action="store_true", help="count seconds of the CPU")
     parser.add_argument("--only", help="comma-separated parts of names, e.g. 'compiled fp32,OLMo'")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     keep_freed_memory()
     console = Console(width=110)
+    clock = time.process_time if arguments.cpu_time else time.perf_counter
     makers: dict[str, Callable[[], Turn]] = {}
     for precision in ("bf16", "fp32"):
         for kind in ("compiled", "eager"):
-            how = {"precision": precision, "compiled": kind == "compiled"}
+            how = {"precision": precision, "compiled": kind == "compiled", "clock": clock}
             makers[f"toolkit, {kind} {precision}"] = lambda how=how: toolkit_turn(**how)
             makers[f"bare PyTorch, {kind} {precision}"] = lambda how=how: bare_turn(**how)
     if arguments.olmo_python:
-        worker = OlmoCore(arguments.olmo_python, arguments.threads)
+        worker = OlmoCore(arguments.olmo_python, arguments.threads, clock)
         for precision in ("bf16", "fp32"):
             makers[f"OLMo-core, eager {precision}"] = lambda p=precision: worker.turn(p)
     else:
@@ -91,8 +96,9 @@ def report(
     rivals = {"OLMo-core, eager bf16": "x OLMo bf16", "bare PyTorch, eager fp32": "x bare fp32"}
     shown = [name for name in rivals if name in medians]
     table = Table(
-        title=f"{TOKENS:,} tokens a step, {arguments.threads} threads, "
-        f"{arguments.rounds} rounds of {arguments.steps} steps"
+        title=f"{TOKENS:,} tokens a step, {arguments.threads} thread(s), "
+        f"{arguments.rounds} rounds of {arguments.steps} steps, "
+        f"{'CPU' if arguments.cpu_time else 'clock'} seconds"
     )
     table.add_column("")
     for column in (
@@ -113,7 +119,7 @@ def report(
     console.print(table)
 
 
-def toolkit_turn(*, precision: str, compiled: bool) -> Turn:
+def toolkit_turn(*, precision: str, compiled: bool, clock: Clock) -> Turn:
     config = msgspec.convert(
         {"precision": precision, "compile_model": compiled}, TransformerTrainModuleConfig
     )
@@ -128,10 +134,10 @@ def toolkit_turn(*, precision: str, compiled: bool) -> Turn:
         module.optim_step(Progress(done, done * TOKENS, 10_000, 10_000 * TOKENS))
         done += 1
 
-    return timed(step)
+    return timed(step, clock)
 
 
-def bare_turn(*, precision: str, compiled: bool) -> Turn:
+def bare_turn(*, precision: str, compiled: bool, clock: Clock) -> Turn:
     model = new_model("cpu")
     if compiled:
         compile_model(model)
@@ -156,15 +162,16 @@ def bare_turn(*, precision: str, compiled: bool) -> Turn:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    return timed(step)
+    return timed(step, clock)
 
 
 class OlmoCore:
     """The worker process; it sleeps while it has no order."""
 
-    def __init__(self, python: str, threads: int) -> None:
+    def __init__(self, python: str, threads: int, clock: Clock) -> None:
+        worker = Path(__file__).with_name("_olmo_core_worker.py")
         self._process = subprocess.Popen(
-            [python, str(Path(__file__).with_name("_olmo_core_worker.py")), str(threads)],
+            [python, str(worker), str(threads), clock.__name__],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -200,13 +207,13 @@ def new_batches() -> list[torch.Tensor]:
     return [torch.randint(0, VOCABULARY, (BATCH, SEQUENCE)) for _ in range(16)]
 
 
-def timed(step: Callable[[], None]) -> Turn:
+def timed(step: Callable[[], None], clock: Clock) -> Turn:
     def run(count: int) -> list[float]:
         seconds = []
         for _ in range(count):
-            started = time.perf_counter()
+            started = clock()
             step()
-            seconds.append(time.perf_counter() - started)
+            seconds.append(clock() - started)
         return seconds
 
     return run
