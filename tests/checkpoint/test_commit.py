@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.checkpoint.format_utils import torch_save_to_dcp
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
 from toolkit.checkpoint.commit import load_checkpoint, prune_checkpoints, save_checkpoint
 from toolkit.checkpoint.layout import METADATA_FILE, find_latest, locate, saved_steps
@@ -122,6 +124,48 @@ def test_crafted_metadata_runs_no_code(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"refused: it names \w+\.mkdir"):
         SafeReader(folder).read_metadata()
     assert not (tmp_path / "sentinel").exists()
+
+
+class Call:
+    """Pickled, it calls a function that DCP's own modules define."""
+
+    def __init__(self, function: Callable[..., object], *arguments: object) -> None:
+        self.call = function, arguments
+
+    def __reduce__(self) -> tuple:
+        return self.call
+
+
+def test_metadata_cannot_call_functions_of_dcp_itself(tmp_path: Path) -> None:
+    folder = save(tmp_path, 1) / "model_and_optim"
+    torch.save(Bomb(tmp_path / "sentinel"), tmp_path / "evil.pt")
+    attack = Call(torch_save_to_dcp, tmp_path / "evil.pt", tmp_path / "out")
+    (folder / ".metadata").write_bytes(pickle.dumps(attack))
+    with pytest.raises(CheckpointError, match=r"refused: it names [\w.]+\.torch_save_to_dcp"):
+        SafeReader(folder).read_metadata()
+    assert not (tmp_path / "sentinel").exists()
+
+
+def test_metadata_cannot_turn_a_tensor_into_a_pickle(tmp_path: Path) -> None:
+    folder = save(tmp_path, 1) / "model_and_optim"
+    metadata = pickle.loads((folder / ".metadata").read_bytes())
+    metadata.state_dict_metadata["model.a"] = BytesStorageMetadata()
+    torch.save(Bomb(tmp_path / "sentinel"), folder / "__0_0.distcp")
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+    with pytest.raises(CheckpointError, match=r"refused: it names [\w.]+\.BytesStorageMetadata"):
+        load_tensors(folder, tensors(), None)
+    assert not (tmp_path / "sentinel").exists()
+
+
+@pytest.mark.parametrize("path", ["../other/__0_0.distcp", "/etc/passwd"])
+def test_metadata_cannot_name_files_elsewhere(tmp_path: Path, path: str) -> None:
+    folder = save(tmp_path, 1) / "model_and_optim"
+    metadata = pickle.loads((folder / ".metadata").read_bytes())
+    for info in metadata.storage_data.values():
+        info.relative_path = path
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+    with pytest.raises(CheckpointError, match="names a file outside its folder"):
+        load_tensors(folder, tensors(), None)
 
 
 def test_crafted_rank_state_runs_no_code(tmp_path: Path) -> None:
