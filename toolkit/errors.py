@@ -16,6 +16,8 @@ class ToolkitError(Exception):
     """Base of the family: something failed in a way we can explain in one line."""
 
     exit_code = EXIT_FAILED
+    only_here = False
+    """Set on a rank that has an error which rank 0 does not report: this rank shows it itself."""
 
 
 class BadInputError(ToolkitError):

@@ -10,7 +10,7 @@ import pytest
 
 import toolkit
 from toolkit.cli import main as cli
-from toolkit.errors import ToolkitError, TrainingError
+from toolkit.errors import CheckpointError, ToolkitError, TrainingError
 
 FOLDER = Path(toolkit.__file__).parent
 
@@ -79,6 +79,21 @@ def test_other_ranks_keep_quiet_and_end_with_the_same_code(
     assert cli.run(["train", "smoke", "--dry-run"]) == 0
     assert capsys.readouterr() == ("", "")
     assert pauses == [1.0]
+
+
+def test_an_error_of_another_rank_alone_is_shown_with_its_rank(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        error = CheckpointError("rank8.pt: damaged")
+        error.only_here = True
+        raise error
+
+    monkeypatch.setattr("toolkit.experiment.load.load_experiment", fail)
+    monkeypatch.setattr(cli.socket, "gethostname", lambda: "node1")
+    monkeypatch.setenv("RANK", "8")
+    assert cli.run(["train", "smoke"]) == 2
+    assert capsys.readouterr().err == "error: [rank 8, node1] rank8.pt: damaged\n"
 
 
 @pytest.mark.parametrize(

@@ -128,6 +128,7 @@ def test_state_is_the_next_unseen_batch(dataset: DatasetConfig) -> None:
     [
         ("fingerprint", "other", r"the training data \(was other, is \w+\).*load_weights_only"),
         ("seed", 7, r"data_loader\.seed \(was 7, is 0\)"),
+        ("shuffle", False, r"data_loader\.shuffle \(was False, is True\)"),
         ("global_batch_size", 64, r"data_loader\.global_batch_size \(was 64, is 128\)"),
     ],
 )

@@ -5,6 +5,7 @@ help is quick, and no verb pays for another.
 """
 
 import os
+import socket
 import sys
 import time
 import traceback
@@ -91,14 +92,17 @@ def run(args: Sequence[str]) -> int:
     except _UsageError as error:
         return _report(error.format_message(), EXIT_BAD_INPUT, debug=debug)
     except ToolkitError as error:
-        return _report(str(error), error.exit_code, debug=debug)
+        return _report(str(error), error.exit_code, debug=debug, only_here=error.only_here)
 
 
-def _report(message: str, code: int, *, debug: bool) -> int:
-    """Print the error on rank 0; other ranks have the same one and keep quiet."""
-    if os.environ.get("RANK", "0") != "0":
+def _report(message: str, code: int, *, debug: bool, only_here: bool = False) -> int:
+    """Print the error on rank 0; other ranks keep quiet, unless it is theirs alone."""
+    rank = os.environ.get("RANK", "0")
+    if rank != "0" and not only_here:
         time.sleep(_SECONDS_FOR_RANK_0)
         return code
+    if only_here:
+        message = f"[rank {rank}, {socket.gethostname()}] {message}"
     if debug:
         traceback.print_exc()
     sys.stdout.flush()

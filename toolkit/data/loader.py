@@ -39,6 +39,7 @@ def get_dataloaders(
     rank: int | None = None,
     world_size: int | None = None,
     eval_batch_tokens: int | None = None,
+    check_text: bool = True,
 ) -> "tuple[TrainLoader, EvalLoader | None]":
     """Loaders of the corpus in `cfg`, which is prepared now if it does not exist yet.
 
@@ -47,6 +48,7 @@ def get_dataloaders(
             if it is initialised, else 0 of 1.
         eval_batch_tokens: tokens per evaluation forward when `data_loader.eval_batch_size` is null;
             default: a rank's share of the global batch.
+        check_text: see `ensure_prepared`.
 
     Raises:
         ConfigError: sizes that do not divide.
@@ -57,7 +59,7 @@ def get_dataloaders(
         rank = torch.distributed.get_rank() if is_distributed else 0
         world_size = torch.distributed.get_world_size() if is_distributed else 1
     loader, sequence_length = cfg.data_loader, cfg.dataset.sequence_length
-    prepared = ensure_prepared(cfg.dataset)
+    prepared = ensure_prepared(cfg.dataset, check_text=check_text)
     train = TrainLoader(
         TokenDataset(prepared, "train", sequence_length),
         global_batch_size=loader.global_batch_size,
@@ -122,6 +124,7 @@ class TrainLoader:
         self.global_batch_size = global_batch_size
         self.sequence_length = dataset.sequence_length
         self.seed = seed
+        self.shuffle = shuffle
         self.fingerprint = dataset.fingerprint
         self.bytes_per_token = dataset.bytes_per_token
         self.tokenizer_folder = dataset.tokenizer_folder
@@ -187,6 +190,7 @@ class TrainLoader:
         keys = {
             "fingerprint": "the training data",
             "seed": "data_loader.seed",
+            "shuffle": "data_loader.shuffle",
             "global_batch_size": "data_loader.global_batch_size",
             "sequence_length": "dataset.sequence_length",
         }
@@ -207,6 +211,7 @@ class TrainLoader:
         return {
             "fingerprint": self.fingerprint,
             "seed": self.seed,
+            "shuffle": self.shuffle,
             "global_batch_size": self.global_batch_size,
             "sequence_length": self.sequence_length,
         }

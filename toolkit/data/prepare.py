@@ -63,7 +63,11 @@ BPE_SAMPLE_SHARDS = 256
 
 
 def ensure_prepared(
-    config: DatasetConfig, *, work_dir: str | None = None, progress: bool = True
+    config: DatasetConfig,
+    *,
+    work_dir: str | None = None,
+    progress: bool = True,
+    check_text: bool = True,
 ) -> PreparedDataset:
     """The prepared data set of `config`; it is prepared now if it does not exist yet.
 
@@ -72,19 +76,25 @@ def ensure_prepared(
     Args:
         work_dir: folder for unfinished parts; default: beside the data set.
         progress: show a progress bar on a terminal, a few lines elsewhere (standard error).
+        check_text: compare data that exists with the source's files, which reads a little of each;
+            one process of a machine is enough.
 
     Raises:
         DataError: the text, the tokenizer or files that exist already cannot be used.
     """
     prepared = read_prepared(config)
     if prepared is not None:
-        check_settings(prepared, config)
+        check_settings(prepared, config, check_text=check_text)
         return prepared
-    return prepare_dataset(config, work_dir=work_dir, progress=progress)
+    return prepare_dataset(config, work_dir=work_dir, progress=progress, check_text=check_text)
 
 
 def prepare_dataset(
-    config: DatasetConfig, *, work_dir: str | None = None, progress: bool = True
+    config: DatasetConfig,
+    *,
+    work_dir: str | None = None,
+    progress: bool = True,
+    check_text: bool = True,
 ) -> PreparedDataset:
     """Like `ensure_prepared`, without the quick look before the lock is taken."""
     folder = dataset_folder(config)
@@ -99,7 +109,7 @@ def prepare_dataset(
         with _exclusive(folder, report):
             prepared = read_prepared(config)
             if prepared is not None:
-                check_settings(prepared, config)
+                check_settings(prepared, config, check_text=check_text)
                 return prepared
             with report:
                 return _build(config, folder, work_dir, report)

@@ -36,16 +36,18 @@ def settings_of(config: DatasetConfig) -> dict[str, Any]:
     }
 
 
-def check_settings(prepared: PreparedDataset, config: DatasetConfig) -> None:
+def check_settings(
+    prepared: PreparedDataset, config: DatasetConfig, *, check_text: bool = True
+) -> None:
     """Raise DataError when `prepared` was built with other settings or from other text.
 
     With `source: null` the files are taken as they are. A source that cannot be read any more is
-    taken to be the one they were built from.
+    taken to be the one they were built from, and `check_text=False` does not look at it.
     """
     if config.source is None:
         return
     differences = _setting_differences(prepared.manifest.settings, settings_of(config))
-    if not differences and _source_changed(prepared, config.source):
+    if not differences and check_text and _source_changed(prepared, config.source):
         differences = ["the text of dataset.source has changed"]
     if differences:
         raise DataError(

@@ -1,6 +1,11 @@
-"""Rank-aware logging: rank 0 speaks on the console, every rank writes its own file."""
+"""Rank-aware logging: rank 0 speaks on the console, every rank writes its own file.
+
+Errors that end a run are shown by the command line, with one line on the console; their tracebacks
+are in the files.
+"""
 
 import logging
+import socket
 import sys
 from pathlib import Path
 
@@ -24,15 +29,17 @@ class _ConsoleHandler(logging.Handler):
 
 
 def setup_logging(rank: int) -> None:
-    """Console output of the toolkit's own loggers on rank 0; errors only on the others."""
+    """Console output of the toolkit's own loggers on rank 0; the others write their files only."""
     logger = logging.getLogger("toolkit")
     logger.setLevel(logging.INFO)
     logger.propagate = False
     for handler in list(logger.handlers):
         logger.removeHandler(handler)
-    console = _ConsoleHandler()
-    console.setLevel(logging.INFO if rank == 0 else logging.CRITICAL)
-    logger.addHandler(console)
+    if rank == 0:
+        logger.addHandler(_ConsoleHandler(logging.INFO))
+    else:
+        # Without any handler, Python would print warnings itself.
+        logger.addHandler(logging.NullHandler())
 
 
 def add_log_file(folder: Path, rank: int) -> logging.Handler:
@@ -42,3 +49,10 @@ def add_log_file(folder: Path, rank: int) -> logging.Handler:
     handler.setFormatter(logging.Formatter(_FORMAT))
     logging.getLogger("toolkit").addHandler(handler)
     return handler
+
+
+def log_failure(file: logging.Handler, error: BaseException, *, rank: int, step: int) -> None:
+    """Write the traceback of `error`, which ends the run, to the log file of this rank only."""
+    what = f"rank {rank} on {socket.gethostname()} failed at step {step}"
+    name, caught = "toolkit.failure", (type(error), error, error.__traceback__)
+    file.handle(logging.LogRecord(name, logging.ERROR, __file__, 0, what, None, caught))

@@ -7,6 +7,7 @@ prepares data.
 
 import logging
 import os
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,7 +23,7 @@ from toolkit.distributed.engine import (
     resolve_engine,
     world_size_of,
 )
-from toolkit.errors import EXIT_DONE, EXIT_STOPPED, RunError
+from toolkit.errors import EXIT_DONE, EXIT_STOPPED, DataError, RunError, ToolkitError
 from toolkit.experiment.checks import check_experiment, rank_microbatch_size
 from toolkit.experiment.config import ExperimentConfig
 from toolkit.experiment.load import find_data, load_run_config
@@ -48,6 +49,9 @@ log = logging.getLogger(__name__)
 GENTLE_STOPS = (None, "hard_stop")
 """Ends that are what was asked for: exit code 0."""
 
+SECONDS_FOR_RANK_0 = 1.0
+"""How long another rank with an error waits for rank 0 to end with the same one."""
+
 
 def train(config: ExperimentConfig, *, origins: Mapping[str, str] | None = None) -> int:
     """Run the experiment under the current launcher, if any; returns the exit code.
@@ -66,7 +70,12 @@ def train(config: ExperimentConfig, *, origins: Mapping[str, str] | None = None)
     run, name = None, choose_run_name()
     if rank == 0:
         check_run_folder(config.run, name)
-    train_loader = _prepare_data(config, rank=rank, world_size=engine.world_size)
+    try:
+        train_loader = _prepare_data(config, rank=rank, world_size=engine.world_size)
+    except DataError as error:
+        # The other processes of this machine see the same files; other machines may not.
+        error.only_here = rank > 0 and _local_rank() == 0
+        raise
     check_optimizer(config)
     if rank == 0:
         check_continuation(config, resolve_run_folder(config.run, name), train_loader)
@@ -78,8 +87,7 @@ def train(config: ExperimentConfig, *, origins: Mapping[str, str] | None = None)
     except BaseException as error:
         # Whatever the trainer itself did not close: an error before or outside its loop.
         if run is not None:
-            message = str(error).splitlines()[0] if str(error) else type(error).__name__
-            run.close("failed", message=message, exit_reason="error")
+            run.close("failed", message=_first_line(error), exit_reason="error")
         raise
 
 
@@ -123,10 +131,11 @@ def _train(
 ) -> int:
     from toolkit.data.loader import get_dataloaders
     from toolkit.distributed.environment import check_shared_folder, prepare_training_environment
-    from toolkit.distributed.logging import add_log_file
+    from toolkit.distributed.logging import add_log_file, log_failure
     from toolkit.train.trainer import Trainer
 
     environment = prepare_training_environment(config)
+    log_file, trainer = None, None
     try:
         name = environment.broadcast(name)
         if run is None:
@@ -138,6 +147,7 @@ def _train(
             rank=environment.rank,
             world_size=environment.world_size,
             eval_batch_tokens=rank_microbatch_size(config, environment.world_size),
+            check_text=False,
         )
         _log_start(config, environment.engine, run)
         model = config.model.build(init_device="meta")
@@ -148,10 +158,34 @@ def _train(
         _log_metadata(config, run, environment.engine, origins)
         result = trainer.train()
         _log_end(result, run)
-        logging.getLogger("toolkit").removeHandler(log_file)
         return EXIT_DONE if result.reason in GENTLE_STOPS else EXIT_STOPPED
+    except BaseException as error:
+        if log_file is not None:
+            step = trainer.step if trainer is not None else 0
+            log_failure(log_file, error, rank=environment.rank, step=step)
+        if isinstance(error, ToolkitError) and run is not None and not environment.is_main:
+            error.only_here = not _ends_rank_0(error, run)
+        raise
     finally:
+        if log_file is not None:
+            logging.getLogger("toolkit").removeHandler(log_file)
+            log_file.close()
         environment.close()
+
+
+def _ends_rank_0(error: ToolkitError, run: RunManager) -> bool:
+    """Whether rank 0 leaves the run with the same error; it is given a moment to say so."""
+    deadline = time.monotonic() + SECONDS_FOR_RANK_0
+    while time.monotonic() < deadline:
+        status = read_status(run.folder)
+        if status is not None and status.state == "failed":
+            return status.message == _first_line(error)
+        time.sleep(0.05)
+    return False
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def _prepare_data(config: ExperimentConfig, *, rank: int, world_size: int) -> "TrainLoader":
@@ -159,13 +193,21 @@ def _prepare_data(config: ExperimentConfig, *, rank: int, world_size: int) -> "T
     from toolkit.data.prepare import ensure_prepared
     from toolkit.data.prepared import check_vocabulary
 
-    shows = int(os.environ.get("LOCAL_RANK", "0")) == 0
-    prepared = ensure_prepared(config.dataset, work_dir=config.run.work_dir, progress=shows)
+    prepared = ensure_prepared(
+        config.dataset,
+        work_dir=config.run.work_dir,
+        progress=_local_rank() == 0,
+        check_text=_local_rank() == 0,
+    )
     check_vocabulary(prepared, config.model.vocab_size)
     # torch comes with the loaders: bad text is reported seconds sooner without it.
     from toolkit.data.loader import get_dataloaders
 
-    return get_dataloaders(config.data, rank=rank, world_size=world_size)[0]
+    return get_dataloaders(config.data, rank=rank, world_size=world_size, check_text=False)[0]
+
+
+def _local_rank() -> int:
+    return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def _start(config: ExperimentConfig, name: str, *, is_main: bool) -> RunManager:
