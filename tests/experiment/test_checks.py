@@ -57,6 +57,14 @@ def test_what_does_not_fit_is_named(world_size: int, overrides: list[str], expec
     assert message(world_size, *overrides) == expected
 
 
+def test_threads_asked_for_are_a_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    for value in ("x", "0", "-1", "1.5"):
+        monkeypatch.setenv("TOOLKIT_NUM_THREADS", value)
+        assert message(1) == (
+            f"environment variable TOOLKIT_NUM_THREADS: a number of threads from 1 on, not '{value}'"
+        )
+
+
 @pytest.mark.parametrize(
     ("batch", "microbatch", "world_size"),
     [(8192, 4096, 2), (16384, 4096, 2), (12288, 3072, 2), (12288, 6144, 2), (3840, 256, 3)],

@@ -27,6 +27,14 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return msgspec.structs.replace(self, **changes)
 
 
+def check_not_negative(config: Config, *names: str) -> None:
+    """Raise `ValueError` for the first of the fields `names` that is < 0."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and value < 0:
+            raise ValueError(f"{name} must not be negative: {value}")
+
+
 def check_positive(config: Config, *names: str) -> None:
     """Raise `ValueError` for the first of the fields `names` that is not > 0."""
     for name in names:

@@ -3,8 +3,9 @@
 import ctypes
 import os
 import sys
+from collections.abc import Mapping
 
-import torch
+from toolkit.errors import ConfigError
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # glibc, malloc.h
 _KEPT_BYTES = 1 << 30
@@ -16,12 +17,29 @@ def tune_cpu(*, local_world_size: int = 1) -> None:
     Launchers set OMP_NUM_THREADS=1 when nobody gave a number; a run that owns the machine wants its
     share of the cores. TOOLKIT_NUM_THREADS says otherwise.
     """
-    asked = os.environ.get("TOOLKIT_NUM_THREADS")
+    import torch
+
     cores = (
         len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     )
-    torch.set_num_threads(int(asked) if asked else max(1, cores // local_world_size))
+    torch.set_num_threads(asked_threads(os.environ) or max(1, cores // local_world_size))
     keep_freed_memory()
+
+
+def asked_threads(environ: Mapping[str, str]) -> int | None:
+    """TOOLKIT_NUM_THREADS: threads of each process's CPU operations; None when it is not set.
+
+    Raises:
+        ConfigError: it is no number, or less than 1.
+    """
+    asked = environ.get("TOOLKIT_NUM_THREADS", "")
+    if not asked:
+        return None
+    if not asked.isdecimal() or int(asked) < 1:
+        raise ConfigError(
+            f"environment variable TOOLKIT_NUM_THREADS: a number of threads from 1 on, not {asked!r}"
+        )
+    return int(asked)
 
 
 def keep_freed_memory() -> None:

@@ -3,8 +3,11 @@
 Every error names the keys it is about and the nearest values that work.
 """
 
+import os
+
 from toolkit.data.config import BPETokenizerConfig, ByteTokenizerConfig, TokenizerConfig
 from toolkit.data.prepared import PreparedDataset, check_vocabulary
+from toolkit.distributed.cpu import asked_threads
 from toolkit.errors import ConfigError, DataError
 from toolkit.experiment.config import ExperimentConfig
 
@@ -21,8 +24,9 @@ def check_experiment(config: ExperimentConfig, world_size: int) -> None:
 
     Raises:
         ConfigError: batch sizes that do not divide, a sequence longer than the model takes, or a
-            vocabulary smaller than the tokenizer's.
+            vocabulary smaller than the tokenizer's; or TOOLKIT_NUM_THREADS is no number.
     """
+    asked_threads(os.environ)
     _check_sequence(config)
     _check_vocabulary(config)
     _check_batches(config, world_size)

@@ -3,7 +3,8 @@
 from typing import TYPE_CHECKING, Any, Literal
 
 from toolkit.config import Config
-from toolkit.config.base import check_positive
+from toolkit.config.base import check_not_negative, check_positive
+from toolkit.config.check import FieldError, convert
 
 if TYPE_CHECKING:
     import torch
@@ -36,6 +37,10 @@ class AdamWConfig(Config, kw_only=True, tag_field="type", tag="adamw"):
 
     def __post_init__(self) -> None:
         check_positive(self, "lr", "eps")
+        check_not_negative(self, "weight_decay")
+        if not all(0.0 <= beta < 1.0 for beta in self.betas):
+            raise ValueError(f"betas must each be in [0, 1): {list(self.betas)}")
+        _check_overrides(self, self.group_overrides)
 
     def groups(self, named_parameters: "dict[str, torch.nn.Parameter]") -> list[dict[str, Any]]:
         """Parameter groups by `group_overrides`, each with all its settings."""
@@ -73,6 +78,8 @@ class SGDConfig(Config, kw_only=True, tag_field="type", tag="sgd"):
 
     def __post_init__(self) -> None:
         check_positive(self, "lr")
+        check_not_negative(self, "momentum", "weight_decay")
+        _check_overrides(self, self.group_overrides)
 
     def groups(self, named_parameters: "dict[str, torch.nn.Parameter]") -> list[dict[str, Any]]:
         """Parameter groups by `group_overrides`, each with all its settings."""
@@ -98,6 +105,17 @@ class SGDConfig(Config, kw_only=True, tag_field="type", tag="sgd"):
 OptimConfig = AdamWConfig | SGDConfig
 
 
+def _check_overrides(config: Config, overrides: tuple[GroupOverride, ...]) -> None:
+    """Each override's settings must be ones that `config` itself could have, or `lr` 0."""
+    for index, override in enumerate(overrides):
+        opts = {k: v for k, v in override.opts.items() if (k, v) != ("lr", 0)}
+        for name in opts.keys() & set(config.__struct_fields__):
+            try:
+                convert({"type": config.__struct_config__.tag, name: opts[name]}, type(config))
+            except FieldError as error:
+                raise ValueError(f"group_overrides.{index}.opts.{error}") from None
+
+
 class ConstantConfig(Config, kw_only=True, tag_field="type", tag="constant"):
     """Linear warm-up, then the peak rate to the end."""
 
@@ -105,6 +123,9 @@ class ConstantConfig(Config, kw_only=True, tag_field="type", tag="constant"):
     """What `warmup` counts, and the argument of the schedule."""
     warmup: int = 0
     """Length of the linear warm-up, in `units`."""
+
+    def __post_init__(self) -> None:
+        check_not_negative(self, "warmup")
 
     def factor(self, current: int, total: int) -> float:
         """Multiple of the peak rate at `current` of `total` (both in `units`)."""
@@ -120,6 +141,9 @@ class LinearConfig(Config, kw_only=True, tag_field="type", tag="linear"):
     """Length of the linear warm-up, in `units`."""
     alpha_f: float = 0.0
     """Final rate as a fraction of the peak."""
+
+    def __post_init__(self) -> None:
+        check_not_negative(self, "warmup", "alpha_f")
 
     def factor(self, current: int, total: int) -> float:
         """Multiple of the peak rate at `current` of `total` (both in `units`)."""
@@ -138,6 +162,9 @@ class CosineConfig(Config, kw_only=True, tag_field="type", tag="cosine"):
     """Length of the linear warm-up, in `units`."""
     alpha_f: float = 0.1
     """Final rate as a fraction of the peak."""
+
+    def __post_init__(self) -> None:
+        check_not_negative(self, "warmup", "alpha_f")
 
     def factor(self, current: int, total: int) -> float:
         """Multiple of the peak rate at `current` of `total` (both in `units`)."""
