@@ -61,7 +61,7 @@ def test_threads_asked_for_are_a_number(monkeypatch: pytest.MonkeyPatch) -> None
     for value in ("x", "0", "-1", "1.5"):
         monkeypatch.setenv("TOOLKIT_NUM_THREADS", value)
         assert message(1) == (
-            f"environment variable TOOLKIT_NUM_THREADS: a number of threads from 1 on, not '{value}'"
+            f"environment variable TOOLKIT_NUM_THREADS: expected a number of threads, not '{value}'"
         )
 
 

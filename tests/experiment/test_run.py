@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 
+from toolkit.distributed.engine import Engine, resolve_engine
 from toolkit.errors import TrainingError
 from toolkit.experiment import run as experiment
+from toolkit.experiment.load import load_experiment
 from toolkit.runs.manager import RunManager
 
 
@@ -29,3 +31,75 @@ def test_an_error_is_rank_0s_too_when_it_failed_with_the_same_words(
     run.set_status(state, message=message)
     error = TrainingError("step 7: disk full\nmore")
     assert experiment._ends_rank_0(error, run) is expected
+
+
+@pytest.fixture
+def resumed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """Resume a run that recorded an engine; returns (config trained with, config stored)."""
+    for name in ("WORLD_SIZE", "ACCELERATE_MIXED_PRECISION", "ACCELERATE_USE_FSDP"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(experiment, "find_data", lambda config, _: config)
+
+    def resume(engine: Engine, *overrides: str, **environ: str) -> tuple[Any, Any]:
+        (tmp_path / "metadata").mkdir()
+        run = RunManager(tmp_path, experiment="a", name="b")
+        experiment._log_metadata(load_experiment("smoke").config, run, engine, {})
+        run.close("stopped")
+        for name, value in environ.items():
+            monkeypatch.setenv(name, value)
+        seen: list[tuple[Any, Any]] = []
+
+        def train(config: Any, *, origins: Any, stored: Any) -> int:
+            seen.append((config, stored))
+            return 0
+
+        monkeypatch.setattr(experiment, "train", train)
+        assert experiment.resume(tmp_path, overrides) == 0
+        return seen[0]
+
+    return resume
+
+
+def engine(name: Any, precision: Any, **more: Any) -> Engine:
+    return Engine(name=name, origin="", precision=precision, world_size=1, num_replicas=1,
+                  shard_degree=1, **more)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("recorded", "flags", "launched", "expected"),
+    [
+        ("bf16", [], {}, "bf16"),
+        ("bf16", [], {"ACCELERATE_MIXED_PRECISION": "no"}, "bf16"),
+        ("fp32", [], {"ACCELERATE_MIXED_PRECISION": "bf16"}, "auto"),
+        ("bf16", ["--train_module.precision=fp32"], {}, "fp32"),
+        ("bf16", ["--train_module.precision=auto"], {}, "auto"),
+        ("bf16", ["--train_module.dp_config={name: single, param_dtype: float32}"], {}, "auto"),
+    ],
+)
+def test_a_resumed_run_keeps_its_precision_where_nobody_says_another(
+    recorded: str, flags: list[str], launched: dict[str, str], expected: str, resumed: Any
+) -> None:
+    config, _ = resumed(engine("single", recorded), *flags, **launched)
+    assert config.train_module.precision == expected
+
+
+def test_a_resumed_run_keeps_its_deepspeed_settings(resumed: Any) -> None:
+    settings = {"zero_optimization": {"reduce_bucket_size": 1000}}
+    config, stored = resumed(engine("zero2", "fp32", deepspeed_config=settings))
+    module = config.train_module
+    again = resolve_engine(module.precision, module.dp_config, {})
+    assert (again.name, again.deepspeed_config) == ("zero2", settings)
+    assert stored.train_module.dp_config is None
+    assert stored.train_module.precision == "auto"
+
+
+def test_passwords_are_not_stored(tmp_path: Path) -> None:
+    url = "postgresql://me:secret@host/runs"
+    flag = f"--run.registry={url}"
+    loaded = load_experiment("smoke", [flag])
+    (tmp_path / "metadata").mkdir()
+    run = RunManager(tmp_path, experiment="a", name="b")
+    experiment._log_metadata(loaded.config, run, engine("single", "fp32"), loaded.origins)
+    for file in tmp_path.rglob("*.json"):
+        assert "secret" not in file.read_text()
+    assert "postgresql://me:***@host" in run.path("metadata/config.json").read_text()

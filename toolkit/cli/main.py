@@ -80,7 +80,7 @@ def run(args: Sequence[str]) -> int:
         print(f"toolkit {__version__}")
         return EXIT_DONE
     try:
-        result = app(words, prog_name="toolkit", standalone_mode=False)
+        result = app(words, prog_name="toolkit", standalone_mode=False, obj=debug)
         sys.stdout.flush()
         return result if isinstance(result, int) else EXIT_DONE
     except (KeyboardInterrupt, typer.Abort):

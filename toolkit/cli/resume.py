@@ -8,6 +8,7 @@ from toolkit.cli.arguments import Overrides, split_words
 
 
 def resume(
+    context: typer.Context,
     run_dir: Annotated[
         str, typer.Argument(metavar="RUN_DIR", help="A run folder (see `toolkit runs`).")
     ],
@@ -30,4 +31,4 @@ def resume(
     from toolkit.experiment.run import resume as resume_run
 
     folder, paths = split_words(run_dir, overrides, "RUN_DIR")
-    return resume_run(Path(folder), paths)
+    return resume_run(Path(folder), paths, debug=bool(context.obj))

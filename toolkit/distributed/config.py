@@ -1,6 +1,8 @@
 """Configs of data parallelism and activation checkpointing."""
 
-from typing import Literal
+from typing import Any, Literal
+
+import msgspec
 
 from toolkit.config import Config
 from toolkit.config.base import check_positive
@@ -28,6 +30,8 @@ class DataParallelConfig(Config, kw_only=True):
     cpu_offload: bool = False
     """Keep sharded weights and optimizer state in host memory (`fsdp`, `hsdp`, `zero2`,
     `zero3`)."""
+    deepspeed_config: dict[str, Any] = msgspec.field(default_factory=dict)
+    """`zero1`, `zero2`, `zero3`: further settings, as in DeepSpeed's own JSON."""
 
     def __post_init__(self) -> None:
         check_positive(self, "num_replicas", "shard_degree")
@@ -35,6 +39,8 @@ class DataParallelConfig(Config, kw_only=True):
             raise ValueError("num_replicas and shard_degree need name: hsdp")
         if self.cpu_offload and self.name not in ("fsdp", "hsdp", "zero2", "zero3"):
             raise ValueError(f"cpu_offload needs fsdp, hsdp, zero2 or zero3, not {self.name}")
+        if self.deepspeed_config and not self.name.startswith("zero"):
+            raise ValueError(f"deepspeed_config needs zero1, zero2 or zero3, not {self.name}")
 
 
 class ActivationCheckpointingConfig(Config, kw_only=True):

@@ -37,7 +37,7 @@ def asked_threads(environ: Mapping[str, str]) -> int | None:
         return None
     if not asked.isdecimal() or int(asked) < 1:
         raise ConfigError(
-            f"environment variable TOOLKIT_NUM_THREADS: a number of threads from 1 on, not {asked!r}"
+            f"environment variable TOOLKIT_NUM_THREADS: expected a number of threads, not {asked!r}"
         )
     return int(asked)
 
@@ -46,7 +46,7 @@ def keep_freed_memory() -> None:
     """Reuse the memory of freed tensors instead of giving it back to the system at once.
 
     glibc maps every tensor of some megabytes anew, and each step pays for thousands of page faults:
-    4 to 6% of a step (docs/LOG.md). Other C libraries are left as they are.
+    2 to 10% of a step (docs/LOG.md). Other C libraries are left as they are.
     """
     if not sys.platform.startswith("linux"):
         return

@@ -38,7 +38,7 @@ class Engine(msgspec.Struct, frozen=True, kw_only=True):
     reshard_after_forward: bool = True
     cpu_offload: bool = False
     deepspeed_config: dict[str, Any] = {}
-    """User's DeepSpeed JSON, as given by the launcher; what we must own is overridden later."""
+    """User's DeepSpeed JSON; what we must own is overridden later."""
     notices: tuple[str, ...] = ()
     """Lines to show once at the start."""
 
@@ -84,6 +84,11 @@ def has_launcher(environ: Mapping[str, str]) -> bool:
 def launcher_names_engine(environ: Mapping[str, str]) -> bool:
     """Whether the launcher itself asks for an engine (FSDP or DeepSpeed variables)."""
     return _flag(environ, "ACCELERATE_USE_DEEPSPEED") or _flag(environ, "ACCELERATE_USE_FSDP")
+
+
+def launcher_names_precision(environ: Mapping[str, str]) -> bool:
+    """Whether the launcher itself asks for a precision; "no" is its silence."""
+    return environ.get("ACCELERATE_MIXED_PRECISION", "no").lower() != "no"
 
 
 def resolve_engine(
@@ -135,6 +140,7 @@ def resolve_engine(
 def _config_choice(config: DataParallelConfig | None) -> _Choice | None:
     if config is None:
         return None
+    _check_deepspeed(config.deepspeed_config, f"{DP_CONFIG}.deepspeed_config")
     return _Choice(
         name=config.name,
         origin=DP_CONFIG,
@@ -142,7 +148,8 @@ def _config_choice(config: DataParallelConfig | None) -> _Choice | None:
         shard_degree=config.shard_degree,
         reduce_dtype=config.reduce_dtype,
         reshard_after_forward=config.reshard_after_forward,
-        cpu_offload=config.cpu_offload,
+        cpu_offload=config.cpu_offload or _offloads(config.deepspeed_config),
+        deepspeed_config=config.deepspeed_config,
     )
 
 
@@ -177,24 +184,32 @@ def _deepspeed_choice(environ: Mapping[str, str]) -> _Choice:
             raise ConfigError(
                 f"{origin}: cannot read the DeepSpeed config {file}: {error}"
             ) from None
-        owned_by = {"optimizer": "optim", "scheduler": "scheduler"}
-        for owned in owned_by:
-            if owned in config:
-                raise ConfigError(
-                    f"{file}: remove {owned!r} there; it is train_module.{owned_by[owned]} of the "
-                    "JSON config"
-                )
+        _check_deepspeed(config, file)
     zero = config.get("zero_optimization", {})
     stage = zero.get("stage", environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2"))
     if str(stage) not in ("1", "2", "3"):
         raise ConfigError(f"{origin}: zero stage {stage!r} is not supported; use 1, 2 or 3")
-    offload = any(
-        zero.get(f"offload_{part}", {}).get("device") == "cpu"
-        or environ.get(f"ACCELERATE_DEEPSPEED_OFFLOAD_{part.upper()}_DEVICE") == "cpu"
+    offload = _offloads(config) or any(
+        environ.get(f"ACCELERATE_DEEPSPEED_OFFLOAD_{part.upper()}_DEVICE") == "cpu"
         for part in ("optimizer", "param")
     )
     name: Any = f"zero{stage}"
     return _Choice(name=name, origin=origin, cpu_offload=offload, deepspeed_config=config)
+
+
+def _offloads(config: Mapping[str, Any]) -> bool:
+    """Whether a DeepSpeed JSON keeps something in host memory."""
+    zero = config.get("zero_optimization", {})
+    parts = ("offload_optimizer", "offload_param")
+    return any(zero.get(part, {}).get("device") == "cpu" for part in parts)
+
+
+def _check_deepspeed(config: Mapping[str, Any], where: str) -> None:
+    for owned, ours in (("optimizer", "optim"), ("scheduler", "scheduler")):
+        if owned in config:
+            raise ConfigError(
+                f"{where}: remove {owned!r} there; it is train_module.{ours} of the JSON config"
+            )
 
 
 def _mesh(choice: _Choice, world_size: int) -> tuple[int, int]:

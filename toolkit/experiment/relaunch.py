@@ -20,8 +20,10 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def relaunch(folder: Path, overrides: Sequence[str], processes: int) -> int:
+def relaunch(folder: Path, overrides: Sequence[str], processes: int, *, debug: bool = False) -> int:
     """`toolkit resume folder` on `processes` processes of this machine; returns the exit code.
+
+    `debug` is `--debug` for them.
 
     Raises:
         TrainingError: a signal killed a worker.
@@ -35,6 +37,8 @@ def relaunch(folder: Path, overrides: Sequence[str], processes: int) -> int:
     # Workers say themselves what went wrong.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     command = [sys.executable, "-m", "toolkit", "resume", str(folder), *overrides]
+    if debug:
+        command.append("--debug")
     arguments = parse_args(
         [
             *("--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", f"--rdzv-id={uuid.uuid4()}"),

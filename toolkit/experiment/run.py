@@ -17,8 +17,10 @@ import msgspec
 from toolkit.distributed.config import DataParallelConfig
 from toolkit.distributed.engine import (
     Engine,
+    Precision,
     has_launcher,
     launcher_names_engine,
+    launcher_names_precision,
     rank_of,
     resolve_engine,
     world_size_of,
@@ -29,6 +31,7 @@ from toolkit.experiment.config import ExperimentConfig
 from toolkit.experiment.load import find_data, load_run_config
 from toolkit.experiment.preflight import check_continuation, check_optimizer
 from toolkit.experiment.relaunch import relaunch
+from toolkit.runs.environment import mask_secrets
 from toolkit.runs.files import RUN_FILES
 from toolkit.runs.manager import RunManager
 from toolkit.runs.registry import (
@@ -39,6 +42,7 @@ from toolkit.runs.registry import (
     start_run,
 )
 from toolkit.runs.status import RunStatus, read_status
+from toolkit.train.config import TransformerTrainModuleConfig
 
 if TYPE_CHECKING:
     from toolkit.data.loader import TrainLoader
@@ -53,12 +57,21 @@ SECONDS_FOR_RANK_0 = 1.0
 """How long another rank with an error waits for rank 0 to end with the same one."""
 
 
-def train(config: ExperimentConfig, *, origins: Mapping[str, str] | None = None) -> int:
+def train(
+    config: ExperimentConfig,
+    *,
+    origins: Mapping[str, str] | None = None,
+    stored: ExperimentConfig | None = None,
+) -> int:
     """Run the experiment under the current launcher, if any; returns the exit code.
 
-    A `save_folder` that holds a run is resumed. `origins` (where each config value came from) is
-    stored beside the config.
+    A `save_folder` that holds a run is resumed.
+
+    Args:
+        origins: where each config value came from; stored beside the config.
+        stored: what the run folder keeps as its config; default: `config`.
     """
+    stored = stored or config
     environ = os.environ
     engine = resolve_engine(config.train_module.precision, config.train_module.dp_config, environ)
     check_experiment(config, engine.world_size)
@@ -81,9 +94,9 @@ def train(config: ExperimentConfig, *, origins: Mapping[str, str] | None = None)
         check_continuation(config, resolve_run_folder(config.run, name), train_loader)
         run = _start(config, name, is_main=True)
         if not run.path(RUN_FILES.config).exists():
-            _log_metadata(config, run, engine, origins or {})
+            _log_metadata(stored, run, engine, origins or {})
     try:
-        return _train(config, engine, run, name, origins or {})
+        return _train(config, stored, run, name, origins or {})
     except BaseException as error:
         # Whatever the trainer itself did not close: an error before or outside its loop.
         if run is not None:
@@ -91,11 +104,12 @@ def train(config: ExperimentConfig, *, origins: Mapping[str, str] | None = None)
         raise
 
 
-def resume(run_dir: Path, overrides: Sequence[str] = ()) -> int:
+def resume(run_dir: Path, overrides: Sequence[str] = (), *, debug: bool = False) -> int:
     """Continue the run in `run_dir`; returns the exit code.
 
     Without a launcher it relaunches itself with the recorded engine and number of processes; under
-    a launcher it takes what the launcher gives, and the recorded engine where that is silent.
+    a launcher it takes what the launcher gives, and the recorded engine and precision where that
+    is silent. `debug` reaches the processes it launches.
 
     Raises:
         RunError: not a run folder.
@@ -113,18 +127,21 @@ def resume(run_dir: Path, overrides: Sequence[str] = ()) -> int:
     asked = any(flag.startswith("--train_module.dp_config") for flag in overrides)
     on_one = asked and module.dp_config is not None and module.dp_config.name == "single"
     if not has_launcher(os.environ) and (status.world_size or 1) > 1 and not on_one:
-        return relaunch(folder, overrides, _processes(status.world_size or 1))
-    run = msgspec.structs.replace(config.run, save_folder=str(folder))
+        return relaunch(folder, overrides, _processes(status.world_size or 1), debug=debug)
+    if "***" in (config.run.registry or ""):
+        log.warning("run.registry: passwords are not stored; give --run.registry=URL to update it")
+    # Silence stays silence in the stored config: the next launcher may say something else.
+    stored = config.replace(run=config.run.replace(save_folder=str(folder)))
     if not asked:
-        module = msgspec.structs.replace(module, dp_config=_recorded_engine(status))
-    return train(
-        msgspec.structs.replace(config, run=run, train_module=module), origins=loaded.origins
-    )
+        module = module.replace(dp_config=_recorded_engine(status))
+    if not any(flag.startswith("--train_module.precision") for flag in overrides):
+        module = module.replace(precision=_precision(module, status))
+    return train(stored.replace(train_module=module), origins=loaded.origins, stored=stored)
 
 
 def _train(
     config: ExperimentConfig,
-    engine: Engine,
+    stored: ExperimentConfig,
     run: RunManager | None,
     name: str,
     origins: Mapping[str, str],
@@ -155,7 +172,7 @@ def _train(
         trainer = Trainer(config.trainer, train_module, train_dl, eval_dl, run=run)
         trainer.restore()
         # Not before: a run that cannot be continued with this config keeps the one it has.
-        _log_metadata(config, run, environment.engine, origins)
+        _log_metadata(stored, run, environment.engine, origins)
         result = trainer.train()
         _log_end(result, run)
         return EXIT_DONE if result.reason in GENTLE_STOPS else EXIT_STOPPED
@@ -226,6 +243,8 @@ def _start(config: ExperimentConfig, name: str, *, is_main: bool) -> RunManager:
 def _log_metadata(
     config: ExperimentConfig, run: RunManager, engine: Engine, origins: Mapping[str, str]
 ) -> None:
+    if config.run.registry is not None:
+        config = config.replace(run=config.run.replace(registry=mask_secrets(config.run.registry)))
     run.log_metadata(config, RUN_FILES.config)
     run.log_metadata(config.data, RUN_FILES.data_config)
     run.log_metadata(config.model, RUN_FILES.model_config)
@@ -233,7 +252,7 @@ def _log_metadata(
         {"train_module": config.train_module, "trainer": config.trainer}, RUN_FILES.trainer_config
     )
     run.log_metadata(
-        {path: origin for path, origin in origins.items() if origin != "default"},
+        {path: mask_secrets(origin) for path, origin in origins.items() if origin != "default"},
         RUN_FILES.origins,
     )
     run.set_status(
@@ -255,7 +274,8 @@ def _as_dp_config(engine: Engine) -> DataParallelConfig:
         shard_degree=engine.shard_degree if is_hsdp else None,
         reduce_dtype=engine.reduce_dtype,
         reshard_after_forward=engine.reshard_after_forward,
-        cpu_offload=engine.cpu_offload,
+        cpu_offload=engine.cpu_offload and engine.name != "zero1",
+        deepspeed_config=engine.deepspeed_config,
     )
 
 
@@ -273,6 +293,15 @@ def _recorded_engine(status: RunStatus) -> DataParallelConfig | None:
     if config.name == "hsdp" and world_size != status.world_size:
         return msgspec.structs.replace(config, num_replicas=None, shard_degree=None)
     return config
+
+
+def _precision(module: TransformerTrainModuleConfig, status: RunStatus) -> Precision:
+    """The recorded precision, where neither config nor launcher asks for one."""
+    is_asked = module.precision != "auto" or (module.dp_config and module.dp_config.param_dtype)
+    recorded = status.other.get("precision")
+    if is_asked or launcher_names_precision(os.environ) or recorded not in ("fp32", "bf16"):
+        return module.precision
+    return recorded
 
 
 def _processes(recorded: int) -> int:
