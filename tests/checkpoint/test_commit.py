@@ -10,10 +10,12 @@ import torch
 from torch.distributed.checkpoint.format_utils import torch_save_to_dcp
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
+from toolkit.checkpoint import commit
 from toolkit.checkpoint.commit import load_checkpoint, prune_checkpoints, save_checkpoint
-from toolkit.checkpoint.layout import METADATA_FILE, find_latest, locate, saved_steps
+from toolkit.checkpoint.find import find_checkpoint, set_aside
+from toolkit.checkpoint.layout import METADATA_FILE, read_metadata
 from toolkit.checkpoint.tensors import SafeReader, load_tensors
-from toolkit.errors import CheckpointError
+from toolkit.errors import CheckpointError, TrainingError
 
 
 def tensors(value: float = 1.0) -> dict[str, torch.Tensor]:
@@ -65,37 +67,112 @@ def test_a_damaged_checkpoint_is_reported_and_the_one_before_used(
     older, newer = save(tmp_path, 1), save(tmp_path, 2)
     DAMAGE[damage](newer / file)
     with caplog.at_level("WARNING", logger="toolkit"):
-        assert find_latest(tmp_path) == older
+        assert find_checkpoint(tmp_path).checkpoint == older
     if (file, damage) != (METADATA_FILE, "delete"):  # then it was never committed
         assert "step2" in caplog.text
 
 
-def test_an_error_in_the_middle_leaves_nothing_committed(tmp_path: Path) -> None:
+def test_an_error_in_the_middle_leaves_nothing_committed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     save(tmp_path, 1)
 
-    def fail(folder: Path) -> None:
+    def fail(*_: object) -> None:
         raise OSError("disk full")
 
-    with pytest.raises(OSError, match="disk full"):
-        save(tmp_path, 2, export=fail)
-    assert saved_steps(tmp_path) == [1]
-    assert find_latest(tmp_path) == tmp_path / "step1"
-    assert save(tmp_path, 2) == find_latest(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(commit, "save_tensors", fail)
+        with pytest.raises(TrainingError, match=r"step2: not saved.* rank 0 on .*disk full"):
+            save(tmp_path, 2)
+    assert [p.name for p in tmp_path.iterdir()] == ["step1"]
+    assert find_checkpoint(tmp_path).checkpoint == tmp_path / "step1"
+    assert save(tmp_path, 2) == find_checkpoint(tmp_path).checkpoint
+
+
+def test_a_failed_export_costs_only_the_export(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(folder: Path) -> None:
+        (folder / "hf").mkdir()
+        (folder / "hf" / "half").write_text("x")
+        raise OSError("disk full")
+
+    with caplog.at_level("WARNING", logger="toolkit"):
+        folder = save(tmp_path, 1, export=fail)
+    assert "the checkpoint has no hf/: OSError: disk full" in caplog.text
+    assert find_checkpoint(tmp_path).checkpoint == folder
+    assert not (folder / "hf").exists()
+
+
+def test_an_export_is_in_the_manifest(tmp_path: Path) -> None:
+    def export(folder: Path) -> None:
+        (folder / "hf").mkdir()
+        (folder / "hf" / "config.json").write_text("{}")
+
+    folder = save(tmp_path, 1, export=export)
+    assert read_metadata(folder).files["hf/config.json"].size == 2
 
 
 def test_prune_keeps_the_newest_and_removes_leftovers(tmp_path: Path) -> None:
-    for step in (1, 2, 10):
+    for step in (1, 2, 9, 10):
         save(tmp_path, step)
-    (tmp_path / "step11.tmp").mkdir()
-    prune_checkpoints(tmp_path, keep_last=2)
+    (tmp_path / "step9" / METADATA_FILE).unlink()  # a crash before it was written
+    for name in ("step11.tmp", ".step1.1-ab.tmp", "step1.invalid"):
+        (tmp_path / name).mkdir()
+    prune_checkpoints(tmp_path, keep_last=2, newest=10)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step10", "step2"]
 
 
-def test_locate_takes_a_step_a_folder_of_steps_or_a_run(tmp_path: Path) -> None:
+def test_prune_keeps_what_was_just_saved_before_a_damaged_one(tmp_path: Path) -> None:
+    for step in (100, 200, 300):
+        save(tmp_path, step)
+    (tmp_path / "step300" / "train" / "rank0.pt").unlink()
+    found = find_checkpoint(tmp_path)
+    assert found == (tmp_path / "step200", (tmp_path / "step300",))
+    save(tmp_path, 250)
+    prune_checkpoints(tmp_path, keep_last=1, newest=250)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step250", "step300"]
+    set_aside(found.rejected)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step250", "step300.invalid"]
+    assert find_checkpoint(tmp_path) == (tmp_path / "step250", ())
+
+
+def test_what_cannot_be_removed_is_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(folder: Path) -> None:
+        raise PermissionError(f"not yours: {folder.name}")
+
+    for step in (1, 2):
+        save(tmp_path, step)
+    monkeypatch.setattr(commit, "remove_tree", refuse)
+    with caplog.at_level("WARNING", logger="toolkit"):
+        prune_checkpoints(tmp_path, keep_last=1, newest=2)
+    assert "old checkpoints cannot be removed: not yours: step1" in caplog.text
+
+
+def test_a_damaged_step_that_was_asked_for_is_an_error(tmp_path: Path) -> None:
+    folder = save(tmp_path, 1)
+    (folder / "train" / "rank0.pt").unlink()
+    with pytest.raises(CheckpointError, match=r"train/rank0\.pt is missing"):
+        find_checkpoint(folder)
+
+
+def test_the_quick_look_sees_sizes_and_the_state_of_rank_0(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        save(tmp_path, step)
+    DAMAGE["flip"](tmp_path / "step3" / "train" / "rank0.pt")
+    DAMAGE["cut"](tmp_path / "step2" / "model_and_optim" / "__0_0.distcp")
+    DAMAGE["flip"](tmp_path / "step1" / "model_and_optim" / "__0_0.distcp")
+    assert find_checkpoint(tmp_path, quick=True).checkpoint == tmp_path / "step1"
+    assert find_checkpoint(tmp_path).checkpoint is None
+
+
+def test_a_path_may_be_a_step_a_folder_of_steps_or_a_run(tmp_path: Path) -> None:
     folder = save(tmp_path / "checkpoints", 3)
     for path in (folder, tmp_path / "checkpoints", tmp_path):
-        assert locate(path) == folder
-    assert locate(tmp_path / "nothing") is None
+        assert find_checkpoint(path).checkpoint == folder
+    assert find_checkpoint(tmp_path / "nothing").checkpoint is None
 
 
 def test_missing_tensor_and_other_shape_are_named(tmp_path: Path) -> None:
@@ -180,4 +257,4 @@ def test_manifest_cannot_point_outside(tmp_path: Path) -> None:
     folder = save(tmp_path, 1)
     text = (folder / METADATA_FILE).read_text()
     (folder / METADATA_FILE).write_text(text.replace("train/rank0.pt", "../../../etc/passwd"))
-    assert find_latest(tmp_path) is None
+    assert find_checkpoint(tmp_path).checkpoint is None

@@ -153,6 +153,22 @@ def test_sigterm_saves_and_says_resumable(killed: Chain) -> None:
     assert f"continue with: toolkit resume {killed.folder}" in result.output
 
 
+def test_a_stop_with_nothing_saved_does_not_promise_a_resume(
+    single: tuple[Path, Result], place: Path
+) -> None:
+    folder = place / "runs" / "e2e" / "unsaved"
+    command = ["toolkit", "train", "my.json", "--name", folder.name, "--trainer.no_checkpoints"]
+    process = Process([*command, "--trainer.max_duration.value=5000"], cwd=place)
+    process.wait_until(lambda: count_lines(folder / "metrics" / "train.jsonl") > 0)
+    process.send(signal.SIGTERM)
+    result = process.wait()
+    assert result.code == 1, result.output
+    assert "no checkpoint was saved (trainer.no_checkpoints or" in result.output
+    assert "toolkit resume" not in result.output
+    seen = status(folder)
+    assert (seen["state"], seen["exit_reason"]) == ("failed", "SIGTERM")
+
+
 def test_a_killed_run_ends_like_an_undisturbed_one(
     killed: Chain, single: tuple[Path, Result]
 ) -> None:

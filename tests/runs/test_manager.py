@@ -103,6 +103,17 @@ def test_a_writer_that_lost_its_lock_must_not_write(tmp_path):
     run.close()
 
 
+def test_a_writer_learns_at_once_that_it_lost_its_lock(tmp_path):
+    run = start_run("exp", "one", root=tmp_path)
+    run.check_owner()
+    info = json.loads(run.path(RUN_FILES.lock_info).read_text())
+    run.path(RUN_FILES.lock_info).write_text(json.dumps(info | {"token": "another"}))
+    with pytest.raises(RunError, match="took this run over"):
+        run.check_owner()
+    run.close()
+    assert run.path(RUN_FILES.lock_info).exists()  # it is the other's
+
+
 def test_failing_background_work_is_a_warning(tmp_path, caplog):
     with start_run("exp", "one", root=tmp_path) as run, caplog.at_level(logging.WARNING):
         run.submit(lambda: (_ for _ in ()).throw(OSError("no such disk")))

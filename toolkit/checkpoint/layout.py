@@ -1,18 +1,17 @@
-"""Names inside a checkpoint, and finding valid ones.
+"""Names inside a checkpoint, its metadata, and whether its files are whole.
 
-    checkpoints/step{N}.tmp/            while it is written
-    checkpoints/step{N}/                after the rename
-        .metadata.json                  written last: the checkpoint exists from here on
-        train/rank{R}.pt                state of one rank, weights_only-loadable
-        model_and_optim/                torch DCP, canonical names and global shapes
-        hf/                             safetensors for transformers (on request)
-
-The newest valid checkpoint is found by looking at the folders, never by a pointer file.
+checkpoints/step{N}.tmp/            while it is written
+checkpoints/step{N}/                after the rename
+    .metadata.json                  written last: the checkpoint exists from here on
+    train/rank{R}.pt                state of one rank, weights_only-loadable
+    model_and_optim/                torch DCP, canonical names and global shapes
+    hf/                             safetensors for transformers (on request)
+checkpoints/step{N}.invalid/        found damaged on resuming, and renamed
 """
 
 import json
-import logging
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +20,15 @@ import msgspec
 from toolkit.errors import CheckpointError
 from toolkit.storage.atomic import hash_file
 
-log = logging.getLogger(__name__)
-
 METADATA_FILE = ".metadata.json"
 TENSORS_FOLDER = "model_and_optim"
 RANK_FOLDER = "train"
 HF_FOLDER = "hf"
+INVALID_SUFFIX = ".invalid"
 FORMAT_VERSION = 1
 
 _STEP = re.compile(r"step(\d+)\Z")
+_ANY_STEP = re.compile(rf"step(\d+)({re.escape(INVALID_SUFFIX)})?\Z")
 
 
 class FileEntry(msgspec.Struct, frozen=True):
@@ -60,12 +59,23 @@ def step_folder(root: Path, step: int) -> Path:
     return root / f"step{step}"
 
 
+def rank_file(rank: int) -> str:
+    """Where in a checkpoint the state of `rank` is."""
+    return f"{RANK_FOLDER}/rank{rank}.pt"
+
+
 def saved_steps(root: Path) -> list[int]:
     """Steps with a committed folder under `root`, ascending; not checked for validity."""
     if not root.is_dir():
         return []
     matches = ((_STEP.match(p.name), p) for p in root.iterdir())
     return sorted(int(m[1]) for m, p in matches if m and (p / METADATA_FILE).is_file())
+
+
+def step_folders(root: Path) -> dict[Path, int]:
+    """Every folder of a step, the uncommitted and the damaged too, and its step."""
+    matches = ((p, _ANY_STEP.match(p.name)) for p in root.iterdir())
+    return {path: int(match[1]) for path, match in matches if match}
 
 
 def read_metadata(checkpoint: Path) -> CheckpointMetadata:
@@ -92,13 +102,22 @@ def read_metadata(checkpoint: Path) -> CheckpointMetadata:
     return metadata
 
 
-def check_files(checkpoint: Path, metadata: CheckpointMetadata, *, hashes: bool = False) -> None:
-    """Compare the files with the manifest: sizes always, contents with `hashes`.
+def check_files(
+    checkpoint: Path,
+    metadata: CheckpointMetadata,
+    *,
+    hashes: bool = False,
+    only: Iterable[str] | None = None,
+) -> None:
+    """Compare the files (`only` these) with the manifest: sizes always, contents with `hashes`.
 
     Raises:
         CheckpointError: naming the first file that is missing, cut or changed.
     """
-    for name, entry in metadata.files.items():
+    for name in metadata.files if only is None else only:
+        entry = metadata.files.get(name)
+        if entry is None:
+            raise CheckpointError(f"{checkpoint}: {name} is missing in its manifest")
         path = (checkpoint / name).resolve()
         if not path.is_relative_to(checkpoint.resolve()):
             raise CheckpointError(f"{checkpoint}: manifest names a path outside it: {name!r}")
@@ -110,30 +129,3 @@ def check_files(checkpoint: Path, metadata: CheckpointMetadata, *, hashes: bool 
             )
         if hashes and hash_file(path) != entry.xxh3:
             raise CheckpointError(f"{checkpoint}: {name} has changed since it was saved")
-
-
-def find_latest(root: Path) -> Path | None:
-    """The newest checkpoint under `root` whose files are whole, contents included.
-
-    An invalid one is reported with the reason and the one before is tried.
-    """
-    for step in reversed(saved_steps(root)):
-        folder = step_folder(root, step)
-        try:
-            check_files(folder, read_metadata(folder), hashes=True)
-        except CheckpointError as error:
-            log.warning("checkpoint skipped: %s", error)
-            continue
-        return folder
-    return None
-
-
-def locate(path: Path) -> Path | None:
-    """The checkpoint meant by `path`: a step folder, a folder of them, or a run folder."""
-    if (path / METADATA_FILE).is_file():
-        check_files(path, read_metadata(path), hashes=True)
-        return path
-    for root in (path, path / "checkpoints"):
-        if saved_steps(root):
-            return find_latest(root)
-    return None

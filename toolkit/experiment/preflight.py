@@ -17,7 +17,11 @@ if TYPE_CHECKING:
     from toolkit.data.loader import TrainLoader
 
 # Fields that change how the model is computed, not what its weights mean.
-_FREE_MODEL_FIELDS = {"loss_chunk_size", "init_std", "init_scale_residual", "initializer_range"}
+_FREE_MODEL_FIELDS = frozenset(
+    {"loss_chunk_size", "init_std", "init_scale_residual", "initializer_range"}
+)
+# Longer context from the same weights: a new run may change these. Shapes are checked on loading.
+_FREE_FOR_WEIGHTS = _FREE_MODEL_FIELDS | {"rope_theta", "max_sequence_length"}
 
 
 def check_optimizer(config: ExperimentConfig) -> None:
@@ -35,66 +39,56 @@ def check_optimizer(config: ExperimentConfig) -> None:
 def check_continuation(config: ExperimentConfig, folder: Path, train_loader: "TrainLoader") -> None:
     """Check that the run in `folder`, or `trainer.load_path`, can be continued with `config`.
 
-    A checkpoint that cannot be read is passed over here; loading reports it.
-
     Raises:
-        CheckpointError: another model; or `load_path` must hold a checkpoint and does not.
+        CheckpointError: another model or optimizer; or `load_path` must hold a checkpoint and does
+            not.
         DataError: other data, or another order of it.
     """
-    trainer = config.trainer
-    found = _newest(folder / RUN_FILES.checkpoints)
-    weights_only = False
-    if found is None:
-        if trainer.load_strategy == "never" or trainer.load_path is None:
-            return
-        path = Path(trainer.load_path)
-        found = _newest(path) or _newest(path / RUN_FILES.checkpoints) or _read(path)
-        if found is None:
-            if trainer.load_strategy == "always":
-                raise CheckpointError(
-                    f"trainer.load_path {path}: holds no valid checkpoint; give a run folder or a "
-                    "step{N} folder of one"
-                )
-            return
-        weights_only = trainer.load_weights_only
-    checkpoint, model, data = found
-    _check_model(checkpoint, model, msgspec.to_builtins(config.model))
-    if not weights_only:
-        train_loader.load_state_dict(data)
-
-
-def _newest(root: Path) -> tuple[Path, dict[str, Any], dict[str, Any]] | None:
-    from toolkit.checkpoint.layout import saved_steps, step_folder
-
-    for step in reversed(saved_steps(root)):
-        found = _read(step_folder(root, step))
-        if found is not None:
-            return found
-    return None
-
-
-def _read(checkpoint: Path) -> tuple[Path, dict[str, Any], dict[str, Any]] | None:
-    """(checkpoint, model config, state of the data order), or None where it is not readable."""
     from toolkit.checkpoint.commit import load_rank_state
-    from toolkit.checkpoint.layout import check_files, read_metadata
+    from toolkit.checkpoint.find import find_checkpoint
+    from toolkit.checkpoint.layout import read_metadata
+    from toolkit.train.checkpointing import find_start
 
-    try:
-        metadata = read_metadata(checkpoint)
-        check_files(checkpoint, metadata)
-        state = load_rank_state(checkpoint, rank=0)
-    except CheckpointError:
-        return None
-    return checkpoint, metadata.extra.get("model", {}), state["trainer"]["data"]
+    start = find_start(
+        config.trainer,
+        folder / RUN_FILES.checkpoints,
+        lambda path: find_checkpoint(path, quick=True),
+    )
+    if start is None:
+        return
+    saved = read_metadata(start.checkpoint).extra
+    model = msgspec.to_builtins(config.model)
+    if start.weights_only:
+        _check_model(start.checkpoint, saved["model"], model, free=_FREE_FOR_WEIGHTS)
+        return
+    _check_model(start.checkpoint, saved["model"], model, free=_FREE_MODEL_FIELDS)
+    _check_optimizer_type(start.checkpoint, saved, config)
+    train_loader.load_state_dict(load_rank_state(start.checkpoint, rank=0)["trainer"]["data"])
 
 
-def _check_model(checkpoint: Path, saved: dict[str, Any], asked: dict[str, Any]) -> None:
+def _check_model(
+    checkpoint: Path, saved: dict[str, Any], asked: dict[str, Any], *, free: frozenset[str]
+) -> None:
     changed = [
         f"model.{key} (was {saved[key]}, is {value})"
         for key, value in asked.items()
-        if key in saved and saved[key] != value and key not in _FREE_MODEL_FIELDS
+        if key in saved and saved[key] != value and key not in free
     ]
     if changed:
         raise CheckpointError(
             f"{checkpoint}: was saved from another model: {', '.join(changed)}; set it back, or "
             "start a new run"
+        )
+
+
+def _check_optimizer_type(
+    checkpoint: Path, saved: dict[str, Any], config: ExperimentConfig
+) -> None:
+    asked = msgspec.to_builtins(config.train_module.optim)["type"]
+    before = saved.get("optim", {}).get("type", asked)
+    if before != asked:
+        raise CheckpointError(
+            f"{checkpoint}: holds the state of another optimizer: train_module.optim.type (was "
+            f"{before}, is {asked}); set it back, or start a new run with trainer.load_path and "
+            "trainer.load_weights_only=true"
         )

@@ -105,6 +105,10 @@ class RunLock:
     @property
     def lost(self) -> bool:
         """True when another process took the lock over (this one was suspended for too long)."""
+        # A process that just woke up must not wait for its next heartbeat to learn of it.
+        if not self._lost and self._info is not None:
+            current = read_lock_info(self.folder)
+            self._lost = current is not None and current.token != self._info.token
         return self._lost
 
     def acquire(self) -> None:
@@ -199,13 +203,10 @@ class RunLock:
             info = self._info
             if info is None:
                 return
-            current = read_lock_info(self.folder)
-            if current is not None and current.token != info.token:
-                self._lost = True
+            if self.lost:
                 log.error(
-                    "%s: the lock was taken over by %s; this process must not write there",
-                    self.folder, current.describe(),
-                )  # fmt: skip
+                    "%s: the lock was taken over; this process must not write there", self.folder
+                )
                 return
             info.heartbeat = f"{utc_now()[:-1]}.{time.time_ns() % 10**9 // 10**6:03d}Z"
             try:

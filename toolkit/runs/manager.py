@@ -117,11 +117,7 @@ class RunManager:
         """
         if not self.is_main or self._closed:
             return
-        if self._lock is not None and self._lock.lost:
-            raise RunError(
-                f"{self.folder}: another process took this run over while this one was "
-                "suspended; stop this one"
-            )
+        self.check_owner()
         assert self._status is not None
         changes: dict[str, Any] = {k: v for k, v in more.items() if k in _KNOWN}
         other = {k: v for k, v in more.items() if k not in _KNOWN}
@@ -137,6 +133,14 @@ class RunManager:
                 **changes,
             )
             self._write_status()
+
+    def check_owner(self) -> None:
+        """Raise RunError when another process has taken the run over."""
+        if self._lock is not None and self._lock.lost:
+            raise RunError(
+                f"{self.folder}: another process took this run over while this one was "
+                "suspended; stop this one"
+            )
 
     def submit(self, job: Callable[[], None]) -> None:
         """Run `job` in order in one background thread; `close` waits for it.

@@ -3,17 +3,21 @@
 import importlib.metadata
 import logging
 import random
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 import torch
 
 from toolkit.checkpoint.commit import load_checkpoint, save_checkpoint
-from toolkit.checkpoint.layout import HF_FOLDER, TENSORS_FOLDER, find_latest, locate
+from toolkit.checkpoint.find import Found, find_checkpoint, set_aside
+from toolkit.checkpoint.layout import HF_FOLDER, TENSORS_FOLDER
+from toolkit.checkpoint.ranks import run_together
 from toolkit.checkpoint.tensors import iterate_tensors, load_tensors
-from toolkit.errors import CheckpointError
+from toolkit.errors import CheckpointError, RunError
 from toolkit.runs.files import RUN_FILES
+from toolkit.train.config import TrainerConfig
 
 if TYPE_CHECKING:
     from toolkit.train.trainer import Trainer
@@ -27,9 +31,18 @@ def save_trainer(trainer: "Trainer", *, export_hf: bool = False) -> Path:
     """Commit a checkpoint of the current step; every rank calls it.
 
     Metrics of all steps so far are on disk before the checkpoint exists.
+
+    Raises:
+        RunError: another process has taken the run over; nothing is written.
+        TrainingError: it could not be written; the checkpoints before it are as they were.
     """
-    trainer.recorder.flush()
     environment = trainer.environment
+    _check_owner(trainer)
+    run_together(
+        trainer.recorder.flush,
+        environment.cpu_group,
+        failing=f"{trainer.run.folder}: metrics cannot be written",
+    )
     module = trainer.train_module
     folder = save_checkpoint(
         trainer.run.path(RUN_FILES.checkpoints),
@@ -42,51 +55,85 @@ def save_trainer(trainer: "Trainer", *, export_hf: bool = False) -> Path:
         group=environment.cpu_group,
         extra={
             "model": msgspec.to_builtins(module.model_config),
+            "optim": msgspec.to_builtins(module.optim_config),
             "data_fingerprint": trainer.train_loader.fingerprint,
             "versions": {name: importlib.metadata.version(name) for name in _VERSIONED},
         },
         export=(lambda unfinished: _export_hf(trainer, unfinished)) if export_hf else None,
     )
+    trainer.saved_step = trainer.step
     trainer.run.set_status("running", step=trainer.step, tokens=trainer.tokens)
     log.info("checkpoint: %s", folder)
     return folder
 
 
-def restore_trainer(trainer: "Trainer") -> Path | None:
-    """Continue from the run's newest valid checkpoint, else start from `trainer.load_path`.
+class Start(NamedTuple):
+    """Where training starts from."""
+
+    checkpoint: Path
+    weights_only: bool
+    rejected: tuple[Path, ...] = ()
+    """Checkpoints of this run that are newer, and damaged."""
+
+
+def find_start(
+    config: TrainerConfig, own: Path, find: Callable[[Path], Found] = find_checkpoint
+) -> Start | None:
+    """The newest valid checkpoint in `own`, the run's folder of them, else `trainer.load_path`.
 
     Raises:
-        CheckpointError: `load_strategy` is always and there is nothing to load, or it does not fit.
+        CheckpointError: `load_strategy` is always and there is nothing to load, or `load_path`
+            names a step that is damaged.
     """
-    config = trainer.config
-    own = _agreed(trainer, lambda: find_latest(trainer.run.path(RUN_FILES.checkpoints)))
-    if own is not None:
-        _load(trainer, own, weights_only=False)
-        return own
+    found, rejected = find(own)
+    if found is not None:
+        return Start(found, weights_only=False, rejected=rejected)
     if config.load_strategy == "never" or config.load_path is None:
         return None
-    load_path = Path(config.load_path)
-    found = _agreed(trainer, lambda: locate(load_path))
-    if found is None:
-        if config.load_strategy == "always":
-            raise CheckpointError(f"trainer.load_path {load_path}: holds no valid checkpoint")
+    given = find(Path(config.load_path)).checkpoint
+    if given is not None:
+        return Start(given, weights_only=config.load_weights_only, rejected=rejected)
+    if config.load_strategy == "always":
+        raise CheckpointError(
+            f"trainer.load_path {config.load_path}: holds no valid checkpoint; give a run folder "
+            "or a step{N} folder of one"
+        )
+    return None
+
+
+def restore_trainer(trainer: "Trainer") -> Path | None:
+    """Load what `find_start` finds; every rank calls it.
+
+    Raises:
+        CheckpointError: see `find_start`, or it does not fit.
+    """
+    environment = trainer.environment
+    own = trainer.run.path(RUN_FILES.checkpoints)
+    start = find_start(
+        trainer.config,
+        own,
+        lambda path: find_checkpoint(path, rank=environment.rank, group=environment.cpu_group),
+    )
+    if start is None:
         return None
-    _load(trainer, found, weights_only=config.load_weights_only)
-    return found
+    _load(trainer, start.checkpoint, weights_only=start.weights_only)
+    if start.checkpoint.parent == own:
+        trainer.saved_step = trainer.step
+    if environment.is_main:
+        set_aside(start.rejected)
+    return start.checkpoint
 
 
-def _agreed(trainer: "Trainer", look: Any) -> Path | None:
-    """Rank 0 looks (and hashes), everybody gets its answer."""
-    found: Path | CheckpointError | None = None
-    if trainer.environment.is_main:
-        try:
-            found = look()
-        except CheckpointError as error:
-            found = error
-    found = trainer.environment.broadcast(found)
-    if isinstance(found, CheckpointError):
-        raise found
-    return found
+def _check_owner(trainer: "Trainer") -> None:
+    """A process that was suspended and lost the run must not touch what its new owner writes."""
+    refusal: RunError | None = None
+    try:
+        trainer.run.check_owner()
+    except RunError as error:
+        refusal = error
+    refusal = trainer.environment.broadcast(refusal)
+    if refusal is not None:
+        raise refusal
 
 
 def _load(trainer: "Trainer", checkpoint: Path, *, weights_only: bool) -> None:
@@ -114,11 +161,12 @@ def _export_hf(trainer: "Trainer", unfinished: Path) -> None:
     if hf_architecture(config) is None:
         log.info("no transformers class has these parts; %s/ is not written", HF_FOLDER)
         return
+    tokenizer = trainer.train_loader.tokenizer_folder
     export_hf(
         config,
         iterate_tensors(unfinished / TENSORS_FOLDER, "model."),
         unfinished / HF_FOLDER,
-        tokenizer_folder=trainer.train_loader.tokenizer_folder,
+        tokenizer_folder=tokenizer if tokenizer is not None and tokenizer.is_dir() else None,
     )
 
 

@@ -90,3 +90,8 @@ class TrainModule(ABC):
     @abstractmethod
     def model_config(self) -> Any:
         """The model's own config, stored with its checkpoints."""
+
+    @property
+    @abstractmethod
+    def optim_config(self) -> Any:
+        """The optimizer's own config, stored with its checkpoints."""

@@ -39,10 +39,12 @@ class TrainResult(NamedTuple):
     """How `Trainer.train` ended."""
 
     state: str
-    """"finished", or "stopped" (resumable)."""
+    """"finished", "stopped", or "failed": stopped on request with nothing to resume from."""
     step: int
     reason: str | None
     """Why it stopped early."""
+    saved_step: int | None
+    """Where a resume would continue; None: nothing was saved."""
     last_eval: dict[str, Any] | None
 
 
@@ -81,6 +83,7 @@ class Trainer:
         self.step = 0
         self.tokens = 0
         self.tokens_per_step = train_loader.global_batch_size
+        self.saved_step: int | None = None
         self.data_seconds = 0.0
         self.last_eval: dict[str, Any] | None = None
         self.total_steps = self._steps_of("max_duration")
@@ -136,15 +139,21 @@ class Trainer:
             raise
         finally:
             self._close_callbacks()
-        state: Literal["finished", "stopped"] = "finished" if reason is None else "stopped"
+        state: Literal["finished", "stopped", "failed"] = "stopped"
+        note = None
+        if reason is None:
+            state = "finished"
+        elif self.saved_step is None and reason != HARD_STOP:
+            state, note = "failed", f"stopped ({reason}) without a checkpoint"
         self.run.close(
             state,
+            message=note,
             step=self.step,
             tokens=self.tokens,
             loss=self._last_loss,
             exit_reason=reason or "done",
         )
-        return TrainResult(state, self.step, reason, self.last_eval)
+        return TrainResult(state, self.step, reason, self.saved_step, self.last_eval)
 
     def _loop(self) -> str | None:
         """Steps until the end (None) or an early stop (its reason)."""

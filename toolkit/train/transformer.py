@@ -122,6 +122,10 @@ class TransformerTrainModule(TrainModule):
     def model_config(self) -> Any:
         return self._model_config
 
+    @property
+    def optim_config(self) -> Any:
+        return self.config.optim
+
     def state_tensors(self) -> dict[str, torch.Tensor]:
         return self.runtime.state_tensors()
 

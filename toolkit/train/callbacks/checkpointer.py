@@ -37,5 +37,7 @@ class Checkpointer(Callback):
         self._saved_at = trainer.step
         if self._config.keep_last is not None and trainer.environment.is_main:
             prune_checkpoints(
-                trainer.run.path(RUN_FILES.checkpoints), keep_last=self._config.keep_last
+                trainer.run.path(RUN_FILES.checkpoints),
+                keep_last=self._config.keep_last,
+                newest=trainer.step,
             )

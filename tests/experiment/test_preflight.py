@@ -1,0 +1,73 @@
+"""Whether a run can be continued with a config."""
+
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import torch
+
+from tests.tiny import tiny_model
+from toolkit.checkpoint.commit import save_checkpoint
+from toolkit.errors import CheckpointError
+from toolkit.experiment.config import ExperimentConfig
+from toolkit.experiment.preflight import check_continuation
+from toolkit.optim.config import AdamWConfig, SGDConfig
+from toolkit.train.config import TrainerConfig, TransformerTrainModuleConfig
+
+
+class Loader:
+    def __init__(self) -> None:
+        self.state: Any = None
+
+    def load_state_dict(self, state: Any) -> None:
+        self.state = state
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A run folder with one checkpoint of the tiny model under AdamW."""
+    save_checkpoint(
+        tmp_path / "checkpoints", step=1, tokens=0, tensors={"model.a": torch.ones(1)},
+        rank_state={"trainer": {"data": {"batch": 1}}}, engine="single", rank=0, group=None,
+        extra={
+            "model": msgspec.to_builtins(tiny_model()),
+            "optim": msgspec.to_builtins(AdamWConfig()),
+        },
+    )  # fmt: skip
+    return tmp_path
+
+
+def check(folder: Path, *, optim: Any = None, trainer: Any = None, **model: Any) -> Any:
+    config = ExperimentConfig(
+        model=tiny_model(**model),
+        train_module=TransformerTrainModuleConfig(optim=optim or AdamWConfig()),
+        trainer=trainer or TrainerConfig(),
+    )
+    loader: Any = Loader()
+    check_continuation(config, folder, loader)
+    return loader.state
+
+
+def test_the_same_model_and_optimizer_continue_with_the_data_state(run: Path) -> None:
+    assert check(run, optim=AdamWConfig(lr=9.0)) == {"batch": 1}
+
+
+def test_another_optimizer_is_refused_with_a_way_out(run: Path, tmp_path: Path) -> None:
+    reason = r"optim\.type \(was adamw, is sgd\).*trainer\.load_weights_only=true"
+    with pytest.raises(CheckpointError, match=reason):
+        check(run, optim=SGDConfig())
+    weights = TrainerConfig(load_path=str(run), load_weights_only=True)
+    assert check(tmp_path / "new", optim=SGDConfig(), trainer=weights) is None
+
+
+@pytest.mark.parametrize("change", [{"rope_theta": 5e5}, {"max_sequence_length": 64}])
+def test_longer_context_needs_a_new_run_from_the_weights(
+    run: Path, tmp_path: Path, change: dict[str, Any]
+) -> None:
+    with pytest.raises(CheckpointError, match=next(iter(change))):
+        check(run, **change)
+    weights = TrainerConfig(load_path=str(run), load_weights_only=True)
+    assert check(tmp_path / "new", trainer=weights, **change) is None
+    with pytest.raises(CheckpointError, match="d_model"):
+        check(tmp_path / "new", trainer=weights, d_model=64)

@@ -1,0 +1,60 @@
+"""Who may save, and where training starts from."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from toolkit.checkpoint.find import Found
+from toolkit.errors import CheckpointError, RunError
+from toolkit.train.checkpointing import Start, find_start, save_trainer
+from toolkit.train.config import TrainerConfig
+
+
+def test_a_writer_that_lost_the_run_leaves_the_new_owners_files(tmp_path: Path) -> None:
+    unfinished = tmp_path / "checkpoints" / "step7.tmp"
+    unfinished.mkdir(parents=True)
+
+    def refuse() -> None:
+        raise RunError("taken over")
+
+    trainer: Any = SimpleNamespace(
+        run=SimpleNamespace(check_owner=refuse, path=tmp_path.joinpath),
+        environment=SimpleNamespace(broadcast=lambda value: value),
+        step=7,
+    )
+    with pytest.raises(RunError, match="taken over"):
+        save_trainer(trainer)
+    assert unfinished.is_dir()
+
+
+OWN, GIVEN = Path("run/checkpoints"), Path("given")
+
+
+@pytest.mark.parametrize(
+    ("own", "settings", "expected"),
+    [
+        (Found(OWN / "step2"), {}, Start(OWN / "step2", weights_only=False)),
+        (Found(None), {}, Start(GIVEN / "step9", weights_only=True)),
+        (Found(None), {"load_strategy": "never"}, None),
+        (Found(None), {"load_path": None}, None),
+        (
+            Found(OWN / "step2", (OWN / "step3",)),
+            {},
+            Start(OWN / "step2", weights_only=False, rejected=(OWN / "step3",)),
+        ),
+    ],
+)
+def test_the_runs_own_checkpoints_come_first(
+    own: Found, settings: dict[str, Any], expected: Start | None
+) -> None:
+    answers = {OWN: own, GIVEN: Found(GIVEN / "step9", (GIVEN / "step10",))}
+    config = TrainerConfig(**({"load_path": str(GIVEN), "load_weights_only": True} | settings))
+    assert find_start(config, OWN, answers.__getitem__) == expected
+
+
+def test_load_path_that_must_hold_a_checkpoint_and_does_not(tmp_path: Path) -> None:
+    config = TrainerConfig(load_path=str(tmp_path), load_strategy="always")
+    with pytest.raises(CheckpointError, match=r"trainer\.load_path .* holds no valid checkpoint"):
+        find_start(config, tmp_path / "own")

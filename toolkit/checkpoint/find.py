@@ -1,0 +1,106 @@
+"""Which checkpoint: the newest whole one, found by looking at the folders.
+
+All ranks look together: each checks a share of the files, so that hashing takes as long as saving.
+"""
+
+import logging
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch.distributed as dist
+
+from toolkit.checkpoint.layout import (
+    INVALID_SUFFIX,
+    METADATA_FILE,
+    check_files,
+    rank_file,
+    read_metadata,
+    saved_steps,
+    step_folder,
+)
+from toolkit.checkpoint.ranks import gather, run_together
+from toolkit.errors import CheckpointError
+from toolkit.storage.atomic import remove_tree
+
+log = logging.getLogger(__name__)
+
+
+class Found(NamedTuple):
+    """What `find_checkpoint` saw."""
+
+    checkpoint: Path | None
+    """The newest whole one."""
+    rejected: tuple[Path, ...] = ()
+    """Newer ones that are not."""
+
+
+def find_checkpoint(
+    path: Path, *, rank: int = 0, group: dist.ProcessGroup | None = None, quick: bool = False
+) -> Found:
+    """The newest whole checkpoint meant by `path`; every rank of `group` calls it.
+
+    An invalid one is reported with the reason and the one before is tried.
+
+    Args:
+        path: a step folder, a folder of them, or a run folder.
+        quick: compare sizes, and only the content of rank 0's state. Reports nothing.
+
+    Raises:
+        CheckpointError: `path` is itself a step folder, and not whole.
+    """
+    candidates = run_together(
+        lambda: _candidates(path) if rank == 0 else [],
+        group,
+        failing=f"{path}: cannot look for checkpoints",
+    )[0]
+    rejected: list[Path] = []
+    for checkpoint in candidates:
+        problems = [p for p in gather(_problem(checkpoint, group, quick=quick), group) if p]
+        if not problems:
+            return Found(checkpoint, tuple(rejected))
+        if checkpoint == path:
+            raise CheckpointError(problems[0])
+        if not quick:
+            log.warning("checkpoint skipped: %s", problems[0])
+        rejected.append(checkpoint)
+    return Found(None, tuple(rejected))
+
+
+def set_aside(checkpoints: Iterable[Path]) -> None:
+    """Rename damaged checkpoints to `step{N}.invalid`, so that they count no more."""
+    for checkpoint in checkpoints:
+        aside = checkpoint.with_name(checkpoint.name + INVALID_SUFFIX)
+        try:
+            remove_tree(aside)
+            checkpoint.rename(aside)
+        except OSError as error:
+            log.warning("%s: damaged, but cannot be renamed: %s", checkpoint, error)
+        else:
+            log.warning("damaged checkpoint renamed: %s", aside)
+
+
+def _candidates(path: Path) -> list[Path]:
+    if (path / METADATA_FILE).is_file():
+        return [path]
+    for root in (path, path / "checkpoints"):
+        steps = saved_steps(root)
+        if steps:
+            return [step_folder(root, step) for step in reversed(steps)]
+    return []
+
+
+def _problem(checkpoint: Path, group: dist.ProcessGroup | None, *, quick: bool) -> str | None:
+    """What is wrong with this rank's share of the files."""
+    rank, world_size = (0, 1) if group is None else (dist.get_rank(group), group.size())
+    try:
+        metadata = read_metadata(checkpoint)
+        if quick:
+            check_files(checkpoint, metadata)
+            check_files(checkpoint, metadata, hashes=True, only=[rank_file(0)])
+        else:
+            share = sorted(metadata.files)[rank::world_size]
+            check_files(checkpoint, metadata, hashes=True, only=share)
+    except (CheckpointError, OSError) as error:
+        return str(error)
+    return None
