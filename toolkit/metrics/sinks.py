@@ -96,7 +96,7 @@ class TensorBoardSink:
         numbers = {
             prefix + key: value
             for key, value in record.items()
-            if isinstance(value, (int, float)) and key not in ("step", "time")
+            if isinstance(value, int | float) and key not in ("step", "time")
         }
         tags = tuple(numbers)
         event = self._templates.get(tags)
