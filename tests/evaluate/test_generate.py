@@ -1,5 +1,7 @@
 """Sampling: deterministic, bounded, and what it says of temperature and top_k."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -76,6 +78,22 @@ def test_ends_with_the_end_token():
     out = generate(Fixed(0.0, 9.0), [0], max_new_tokens=9, temperature=0, eos_id=1,
                    max_sequence_length=4)  # fmt: skip
     assert out == [1]
+
+
+def test_ranks_that_see_other_logits_follow_the_broadcast_choice():
+    first, second = Fixed(0.0, 9.0, 0.0), Fixed(0.0, 0.0, 9.0)
+    said = []
+
+    def say(choice: int) -> int:
+        said.append(choice)
+        return choice
+
+    settings: Any = {"max_new_tokens": 3, "temperature": 0, "eos_id": 2, "max_sequence_length": 8}
+    from_first = generate(first, [0], broadcast=say, **settings)
+    heard = iter(said)
+    from_second = generate(second, [0], broadcast=lambda _: next(heard), **settings)
+    assert from_first == from_second == [1, 1, 1]
+    assert first.lengths == second.lengths == [1, 2, 3]
 
 
 def test_window_never_exceeds_the_longest_sequence():

@@ -1,5 +1,6 @@
 """Sampling text from a model: short samples, no key/value cache."""
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -26,12 +27,13 @@ def generate(
     eos_id: int | None = None,
     max_sequence_length: int | None = None,
     device: torch.device | str | None = None,
+    broadcast: Callable[[int], int] | None = None,
 ) -> list[int]:
     """Continue `prompt_ids`; the new ids only, `eos_id` (which ends it) included.
 
-    Under engines that shard the model, all ranks call this together with the same arguments.
-    Choices are drawn on the CPU from fp32 logits and `seed`, so ranks that see equal logits make
-    the same number of forwards.
+    Choices are drawn on the CPU from fp32 logits and `seed`. Under engines that shard the model,
+    all ranks call this together with the same arguments and a `broadcast`: logits need not be
+    bit-equal on all of them, but the number of forwards must be.
 
     Args:
         model: called with the last `max_sequence_length` ids.
@@ -40,6 +42,7 @@ def generate(
         top_k: draw among this many most likely ids; None or 0: among all.
         max_sequence_length: window; default: `model.config.max_sequence_length`.
         device: of the ids; default: that of the model's parameters.
+        broadcast: gives rank 0's choice on every rank; default: one process.
 
     Raises:
         ConfigError: for an empty prompt or a setting out of range.
@@ -63,7 +66,8 @@ def generate(
         with torch.compiler.set_stance("force_eager"):
             while len(ids) < len(prompt_ids) + max_new_tokens:
                 logits = model(torch.tensor([ids[-window:]], device=device))[0, -1].float().cpu()
-                ids.append(_choose(logits, temperature, top_k, generator))
+                choice = _choose(logits, temperature, top_k, generator)
+                ids.append(broadcast(choice) if broadcast is not None else choice)
                 if ids[-1] == eos_id:
                     break
     finally:

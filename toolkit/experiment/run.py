@@ -25,7 +25,8 @@ from toolkit.distributed.engine import (
     resolve_engine,
     world_size_of,
 )
-from toolkit.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, DataError, RunError, ToolkitError
+from toolkit.errors import EXIT_DONE, EXIT_STOPPED, DataError, RunError, ToolkitError
+from toolkit.experiment.agreement import check_agreement
 from toolkit.experiment.checks import check_experiment, rank_microbatch_size
 from toolkit.experiment.config import ExperimentConfig
 from toolkit.experiment.load import find_data, load_run_config
@@ -166,6 +167,7 @@ def _train(
             eval_batch_tokens=rank_microbatch_size(config, environment.world_size),
             check_text=False,
         )
+        check_agreement(config, environment, train_dl, eval_dl)
         _log_start(config, environment.engine, run)
         model = config.model.build(init_device="meta")
         train_module = config.train_module.build(model, environment=environment)
@@ -175,9 +177,7 @@ def _train(
         _log_metadata(stored, run, environment.engine, origins)
         result = trainer.train()
         _log_end(result, run)
-        if result.reason in GENTLE_STOPS:
-            return EXIT_DONE
-        return EXIT_FAILED if result.saved_step is None else EXIT_STOPPED
+        return EXIT_DONE if result.reason in GENTLE_STOPS else EXIT_STOPPED
     except BaseException as error:
         if log_file is not None:
             step = trainer.step if trainer is not None else 0
@@ -343,15 +343,8 @@ def _log_end(result: "TrainResult", run: RunManager) -> None:
             ("checkpoints", RUN_FILES.checkpoints),
         ):
             log.info("  %-12s %s", label, run.path(path))
-    elif result.saved_step is None:
-        log.warning(
-            "stopped at step %d (%s); no checkpoint was saved (trainer.no_checkpoints or "
-            "trainer.callbacks.checkpointer.enabled), so nothing can be continued",
-            result.step, result.reason,
-        )  # fmt: skip
     else:
-        lost = f", from step {result.saved_step}" if result.saved_step < result.step else ""
         log.info(
-            "stopped at step %d (%s); continue with: toolkit resume %s%s",
-            result.step, result.reason, run.folder, lost,
+            "stopped at step %d (%s); continue with: toolkit resume %s",
+            result.step, result.reason, run.folder,
         )  # fmt: skip

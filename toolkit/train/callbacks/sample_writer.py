@@ -15,7 +15,7 @@ log = logging.getLogger(__name__)
 class SampleWriter(Callback):
     """Continues a prompt after the last step and prints both.
 
-    All ranks generate together (a sharded model needs them); the choices follow from the seed.
+    All ranks generate together (a sharded model needs them); rank 0 chooses, from the seed.
     """
 
     def __init__(self, config: SampleWriterConfig) -> None:
@@ -40,6 +40,7 @@ class SampleWriter(Callback):
             eos_id=tokenizer.eos_id,
             max_sequence_length=trainer.train_loader.sequence_length,
             device=trainer.environment.device,
+            broadcast=trainer.environment.broadcast,
         )
         if trainer.environment.is_main:
             console = get_console()

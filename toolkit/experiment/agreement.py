@@ -1,0 +1,95 @@
+"""Do all ranks train the same thing?
+
+Machines may hold data of their own (`dataset.root` on a local disk), be given other config files,
+or run another Python whose standard library is another text. Nothing else would notice: every rank
+reads its rows of a batch that the others think is another one.
+"""
+
+import hashlib
+import socket
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from toolkit.errors import ConfigError, DataError
+from toolkit.experiment.config import ExperimentConfig
+
+if TYPE_CHECKING:
+    from toolkit.data.loader import EvalLoader, TrainLoader
+    from toolkit.distributed.environment import TrainingEnvironment
+
+
+class RankView(msgspec.Struct, frozen=True):
+    """What one rank is about to train."""
+
+    host: str
+    config: str
+    """Hash of the config and the engine, without what may differ between machines."""
+    train: str
+    """Fingerprint of the training tokens."""
+    val: str | None
+    """Fingerprint of the validation tokens; None where there are none."""
+
+
+def check_agreement(
+    config: ExperimentConfig,
+    environment: "TrainingEnvironment",
+    train_loader: "TrainLoader",
+    eval_loader: "EvalLoader | None",
+) -> None:
+    """Compare config and data of all ranks with those of rank 0; all ranks call it.
+
+    Raises:
+        ConfigError, DataError: on every rank, naming the hosts that differ.
+    """
+    if environment.cpu_group is None:
+        return
+    import torch.distributed as dist
+
+    view = RankView(
+        host=socket.gethostname(),
+        config=_hash(config, environment.engine),
+        train=train_loader.fingerprint,
+        val=eval_loader.dataset.fingerprint if eval_loader else None,
+    )
+    views: list[Any] = [None] * environment.world_size
+    dist.all_gather_object(views, view, group=environment.cpu_group)
+    compare(views)
+
+
+def compare(views: Sequence[RankView]) -> None:
+    """Raise the error for `views`, one of each rank, unless they agree."""
+    first = views[0]
+    odd = _differing(views, "config")
+    if odd:
+        raise ConfigError(
+            f"the config differs between machines: {odd} against rank 0 on {first.host}; start all "
+            "of them with the same config file, flags and launcher settings"
+        )
+    for split, key in (("training", "train"), ("validation", "val")):
+        odd = _differing(views, key)
+        if odd:
+            raise DataError(
+                f"dataset: the {split} tokens differ between machines: {odd} against rank 0 on "
+                f"{first.host}; copy the prepared folder to all of them, or give a shared "
+                "dataset.root (--data-root)"
+            )
+
+
+def _differing(views: Sequence[RankView], key: str) -> str:
+    """`rank 8 on node1, ...`: the first rank of each host that is not like rank 0."""
+    hosts: dict[str, int] = {}
+    for rank, view in enumerate(views):
+        if getattr(view, key) != getattr(views[0], key):
+            hosts.setdefault(view.host, rank)
+    return ", ".join(f"rank {rank} on {host}" for host, rank in hosts.items())
+
+
+def _hash(config: ExperimentConfig, engine: Any) -> str:
+    content = config.to_dict()
+    # Folders, and text that is known by its tokens, may differ.
+    for name in ("description", "run", "dataset"):
+        del content[name]
+    shared = {**content, "sequence_length": config.dataset.sequence_length, "engine": engine}
+    return hashlib.sha256(msgspec.json.encode(shared, order="sorted")).hexdigest()
