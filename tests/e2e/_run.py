@@ -13,6 +13,8 @@ from typing import Any, ClassVar
 
 import psutil
 
+from toolkit.checkpoint.layout import saved_steps
+
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
 _LAUNCHER = ("ACCELERATE_", "FSDP_", "PARALLELISM_", "TORCHELASTIC_")
@@ -167,8 +169,7 @@ def losses(run_folder: Path) -> list[float]:
 
 def committed(run_folder: Path) -> list[int]:
     """Steps of the committed checkpoints, ascending."""
-    found = (run_folder / "checkpoints").glob("step*/.metadata.json")
-    return sorted(int(path.parent.name.removeprefix("step")) for path in found)
+    return saved_steps(run_folder / "checkpoints")
 
 
 def content(folder: Path) -> dict[str, bytes]:

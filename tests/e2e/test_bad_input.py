@@ -205,3 +205,4 @@ def test_a_damaged_checkpoint_is_reported_and_the_one_before_used(
     assert "checkpoints/step50 (step 50)" in result.output
     assert losses(copy) == losses(single[0])
     assert committed(copy) == [40, 50, 60]
+    assert f"damaged checkpoint renamed: {copy}/checkpoints/step{STEPS}.invalid" in result.output
