@@ -43,7 +43,7 @@ def test_folders_may_differ_and_settings_may_not() -> None:
 
     assert hashed() == hashed("--dataset.root=/local", "--run.work_dir=/scratch")
     assert hashed() != hashed("--train_module.optim.lr=3e-2")
-    assert hashed() != hashed("--dataset.sequence_length=64")
+    assert hashed() != hashed("--dataset.sequence_length=32")
 
 
 def _check(fingerprints: list[str]) -> str:
