@@ -219,6 +219,19 @@ def test_each_validation_instance_is_evaluated_exactly_once(
     assert ranks[0].num_instances == wanted
 
 
+def test_bytes_per_token_are_those_of_the_instances_evaluated(tmp_path: Path) -> None:
+    texts = write_texts(tmp_path / "text", ["ab" * 20, "c" * 64, "d" * 30] * 10)
+    dataset = files_config(
+        tmp_path / "data", texts, sequence_length=SEQUENCE_LENGTH, validation_fraction=0.5
+    )
+    _, evaluation = loaders(dataset, eval_tokens=2 * SEQUENCE_LENGTH)
+    _, everything = loaders(dataset, eval_tokens=None)
+    ids = evaluation.dataset.instances[:2]
+    assert evaluation.bytes_per_token == (ids < 256).sum() / ids.size
+    assert everything.bytes_per_token == everything.dataset.bytes_per_token
+    assert evaluation.bytes_per_token != everything.bytes_per_token
+
+
 def test_evaluation_batch_defaults_to_the_callers_size(dataset: DatasetConfig) -> None:
     config = data_config(dataset, global_batch_size=BATCH)
     _, evaluation = get_dataloaders(config, eval_batch_tokens=3 * SEQUENCE_LENGTH)

@@ -8,6 +8,7 @@ needs the interpreter.
 
 import atexit
 import contextlib
+import functools
 import logging
 import queue
 import threading
@@ -20,6 +21,7 @@ import torch
 from toolkit.data.config import DataConfig
 from toolkit.data.instances import BatchOrder, TokenDataset
 from toolkit.data.prepare import ensure_prepared
+from toolkit.data.tokenizer import load_tokenizer
 from toolkit.errors import ConfigError, DataError
 
 logger = logging.getLogger(__name__)
@@ -233,7 +235,6 @@ class EvalLoader:
         num_instances: instances evaluated over all ranks.
         sequence_length: tokens per instance.
         num_batches: batches of each rank.
-        bytes_per_token: UTF-8 bytes of text per token of the validation split.
     """
 
     def __init__(
@@ -247,7 +248,6 @@ class EvalLoader:
     ) -> None:
         self.dataset = dataset
         self.sequence_length = dataset.sequence_length
-        self.bytes_per_token = dataset.bytes_per_token
         wanted = dataset.num_instances
         if eval_tokens is not None:
             wanted = min(wanted, max(1, eval_tokens // self.sequence_length))
@@ -256,6 +256,16 @@ class EvalLoader:
         self._rows = min(max(1, batch_tokens // self.sequence_length), share)
         self.num_batches = -(-wanted // (self._rows * world_size))
         self._rank, self._world_size = rank, world_size
+
+    @functools.cached_property
+    def bytes_per_token(self) -> float:
+        """UTF-8 bytes of text per token of the instances evaluated; they are decoded to count."""
+        if self.num_instances == self.dataset.num_instances:
+            return self.dataset.bytes_per_token
+        tokenizer = load_tokenizer(self.dataset.tokenizer_folder)
+        ids = self.dataset.instances[: self.num_instances].reshape(-1)
+        text = tokenizer.decode(ids[ids != tokenizer.eos_id].tolist())
+        return len(text.encode()) / ids.size
 
     def __len__(self) -> int:
         return self.num_batches

@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 TOKENIZER_FILE = "tokenizer.json"
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
 EOS_TOKEN = "<|endoftext|>"
-BYTE_EOS_ID = 256
 _BYTE_MARK = "is_byte_tokenizer"
 _COMPANION_FILES = (
     TOKENIZER_CONFIG_FILE, "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
