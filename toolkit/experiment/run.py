@@ -25,7 +25,7 @@ from toolkit.distributed.engine import (
     resolve_engine,
     world_size_of,
 )
-from toolkit.errors import EXIT_DONE, EXIT_STOPPED, DataError, RunError, ToolkitError
+from toolkit.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, DataError, RunError, ToolkitError
 from toolkit.experiment.agreement import check_agreement
 from toolkit.experiment.checks import check_experiment, rank_microbatch_size
 from toolkit.experiment.config import ExperimentConfig
@@ -177,7 +177,9 @@ def _train(
         _log_metadata(stored, run, environment.engine, origins)
         result = trainer.train()
         _log_end(result, run)
-        return EXIT_DONE if result.reason in GENTLE_STOPS else EXIT_STOPPED
+        if result.reason in GENTLE_STOPS:
+            return EXIT_DONE
+        return EXIT_FAILED if result.saved_step is None else EXIT_STOPPED
     except BaseException as error:
         if log_file is not None:
             step = trainer.step if trainer is not None else 0
@@ -343,8 +345,15 @@ def _log_end(result: "TrainResult", run: RunManager) -> None:
             ("checkpoints", RUN_FILES.checkpoints),
         ):
             log.info("  %-12s %s", label, run.path(path))
+    elif result.saved_step is None:
+        log.warning(
+            "stopped at step %d (%s); no checkpoint was saved (trainer.no_checkpoints or "
+            "trainer.callbacks.checkpointer.enabled), so nothing can be continued",
+            result.step, result.reason,
+        )  # fmt: skip
     else:
+        lost = f", from step {result.saved_step}" if result.saved_step < result.step else ""
         log.info(
-            "stopped at step %d (%s); continue with: toolkit resume %s",
-            result.step, result.reason, run.folder,
+            "stopped at step %d (%s); continue with: toolkit resume %s%s",
+            result.step, result.reason, run.folder, lost,
         )  # fmt: skip
