@@ -11,12 +11,29 @@ from tests.workers import WorkerPool
 from toolkit.checkpoint.commit import load_checkpoint, save_checkpoint
 from toolkit.checkpoint.layout import check_files, read_metadata
 from toolkit.checkpoint.tensors import iterate_tensors
+from toolkit.train.config import TransformerTrainModuleConfig
 
-ENGINES = [("single", 1), ("ddp", 2), ("fsdp", 2), ("zero1", 2), ("zero2", 2), ("zero3", 2)]
+ENGINES = [
+    ("single", 1),
+    ("ddp", 2),
+    ("fsdp", 2),
+    ("fsdp+offload", 2),
+    ("hsdp", 4),
+    ("zero1", 2),
+    ("zero2", 2),
+    ("zero2+offload", 2),
+    ("zero3", 2),
+    ("zero3+offload", 2),
+]
+
+
+def config_of(engine: str) -> TransformerTrainModuleConfig:
+    name, _, offload = engine.partition("+")
+    return module_config(name, dp={"cpu_offload": bool(offload)})
 
 
 def save_after(engine: str, root: str, steps: int) -> list[dict[str, float]]:
-    config = module_config(engine)
+    config = config_of(engine)
     env = open_environment(config)
     try:
         module = build(config, env)
@@ -31,7 +48,7 @@ def save_after(engine: str, root: str, steps: int) -> list[dict[str, float]]:
 
 
 def resume_from(engine: str, checkpoint: str, steps: int, again: str | None = None) -> Any:
-    config = module_config(engine)
+    config = config_of(engine)
     env = open_environment(config, seed=99)  # other initial values: loading must replace them all
     try:
         module = build(config, env)

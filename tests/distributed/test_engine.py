@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 
 from toolkit.distributed.config import DataParallelConfig
-from toolkit.distributed.engine import Engine, resolve_engine
+from toolkit.distributed.engine import Engine, offloads, resolve_engine
 from toolkit.errors import ConfigError
 
+CPU = {"device": "cpu"}
 TWO = {"WORLD_SIZE": "2", "ACCELERATE_MIXED_PRECISION": "no"}
 FSDP = TWO | {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 ZERO3 = TWO | {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}
@@ -86,12 +87,95 @@ def test_launcher_hsdp_and_offload_are_read() -> None:
     assert not engine.reshard_after_forward
 
 
+PARALLEL = FSDP | {"ACCELERATE_USE_PARALLELISM_CONFIG": "true"}
+
+
+@pytest.mark.parametrize("axis", ["TP", "CP", "SP"])
+def test_other_parallelism_is_refused_not_ignored(axis: str) -> None:
+    environ = PARALLEL | {f"PARALLELISM_CONFIG_{axis}_SIZE": "2"}
+    with pytest.raises(ConfigError, match=f"{axis.lower()}_size 2 is not supported"):
+        resolve(environ)
+
+
+def test_settings_of_both_sides_add_up() -> None:
+    engine = resolve(FSDP, "fsdp", reduce_dtype="bfloat16", cpu_offload=True)
+    assert (engine.reduce_dtype, engine.cpu_offload) == ("bfloat16", True)
+    engine = resolve(FSDP | {"FSDP_RESHARD_AFTER_FORWARD": "false"}, "fsdp")
+    assert not engine.reshard_after_forward
+    engine = resolve(ZERO3, "zero3", deepspeed_config={"wall_clock_breakdown": True})
+    assert engine.deepspeed_config == {"wall_clock_breakdown": True}
+
+
+def test_settings_of_both_sides_that_differ_are_an_error() -> None:
+    environ = PARALLEL | {
+        "WORLD_SIZE": "16",
+        "PARALLELISM_CONFIG_DP_REPLICATE_SIZE": "2",
+        "PARALLELISM_CONFIG_DP_SHARD_SIZE": "8",
+    }
+    with pytest.raises(ConfigError, match=r"num_replicas 2, .*dp_config\.num_replicas says 4"):
+        resolve(environ, "hsdp", num_replicas=4)
+
+
+def test_launcher_options_that_the_config_decides_are_noticed(tmp_path: Path) -> None:
+    environ = FSDP | {
+        "FSDP_ACTIVATION_CHECKPOINTING": "true",
+        "ACCELERATE_DYNAMO_BACKEND": "INDUCTOR",
+        "ACCELERATE_GRADIENT_CLIPPING": "0.5",
+        "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4",
+    }
+    assert [notice.split(":")[1].split()[0] for notice in resolve(environ).notices] == [
+        "dynamo_backend",
+        "fsdp_activation_checkpointing",
+        "gradient_clipping",
+        "gradient_accumulation_steps",
+    ]
+    file = tmp_path / "ds.json"
+    file.write_text(json.dumps({"gradient_clipping": 0.5, "train_batch_size": "auto"}))
+    engine = resolve(ZERO3 | {"ACCELERATE_DEEPSPEED_CONFIG_FILE": str(file)})
+    (notice,) = engine.notices
+    assert notice.endswith(
+        "gradient_clipping is not used; train_module.max_grad_norm of the config decides"
+    )
+
+
+def test_launchers_offload_variables_are_read_one_by_one() -> None:
+    environ = ZERO3 | {
+        "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "cpu",
+        "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "none",
+    }
+    engine = resolve(environ)
+    assert engine.deepspeed_config == {"zero_optimization": {"offload_optimizer": CPU}}
+    assert offloads(engine.as_config())
+    with pytest.raises(ConfigError, match="offload_optimizer to nvme is not supported"):
+        resolve(environ | {"ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "nvme"})
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("zero1", {"offload_optimizer": CPU}),
+        ("zero2", {"offload_optimizer": CPU}),
+        ("zero3", {"offload_optimizer": CPU, "offload_param": CPU}),
+    ],
+)
+def test_cpu_offload_of_each_stage(name: str, expected: dict) -> None:
+    engine = resolve(TWO, name, cpu_offload=True)
+    assert engine.deepspeed_config == {"zero_optimization": expected}
+    # What a run records asks for the same engine again.
+    assert resolve_engine("auto", engine.as_config(), TWO) == engine
+
+
 def test_deepspeed_json_decides_stage_and_offload(tmp_path: Path) -> None:
     file = tmp_path / "ds.json"
     zero = {"stage": 2, "offload_optimizer": {"device": "cpu"}}
     file.write_text(json.dumps({"zero_optimization": zero}))
     engine = resolve(ZERO3 | {"ACCELERATE_DEEPSPEED_CONFIG_FILE": str(file)})
-    assert (engine.name, engine.cpu_offload) == ("zero2", True)
+    assert (engine.name, engine.deepspeed_config) == ("zero2", {"zero_optimization": zero})
+    file.write_text(json.dumps({"bf16": {"enabled": True}}))
+    assert resolve(ZERO3 | {"ACCELERATE_DEEPSPEED_CONFIG_FILE": str(file)}).precision == "bf16"
+    file.write_text(json.dumps({"fp16": {"enabled": True}}))
+    with pytest.raises(ConfigError, match="fp16 is not supported"):
+        resolve(ZERO3 | {"ACCELERATE_DEEPSPEED_CONFIG_FILE": str(file)})
     file.write_text(json.dumps({"optimizer": {"type": "Adam"}}))
     with pytest.raises(ConfigError, match=r"remove 'optimizer' there; it is train_module\.optim"):
         resolve(ZERO3 | {"ACCELERATE_DEEPSPEED_CONFIG_FILE": str(file)})

@@ -24,6 +24,7 @@ CASES = [
     ("hsdp", 4, 1, {"num_replicas": 2}),
     ("zero1", 2, 4, {}),
     ("zero1", 2, 2, {}),
+    ("zero1", 2, 2, {"cpu_offload": True}),
     ("zero2", 2, 4, {}),
     ("zero2", 2, 1, {}),
     ("zero2", 2, 2, {"cpu_offload": True}),

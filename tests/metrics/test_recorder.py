@@ -130,6 +130,14 @@ def test_several_evaluations_of_one_step_are_fine_but_not_an_earlier_one(collect
     assert [record["name"] for record in collected.records("eval")] == ["a", "b"]
 
 
+def test_an_evaluation_of_the_step_resumed_from_is_fine(collected):
+    recorder = MetricsRecorder(collect_interval=5, deliver=collected, start_step=6)
+    recorder.record(6, {"loss": 1.0}, stream="eval")
+    with pytest.raises(ValueError, match="eval: step 5 was recorded before"):
+        recorder.record(5, {"loss": 1.0}, stream="eval")
+    recorder.close()
+
+
 def test_flush_delivers_all_and_then_syncs_on_the_delivering_thread(collected):
     synced = []
 

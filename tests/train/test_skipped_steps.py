@@ -8,6 +8,7 @@ import torch
 
 from tests.tiny import ROWS, SEQ, build, module_config, open_environment, train_steps
 from tests.workers import WorkerPool
+from toolkit.optim.config import SGDConfig
 from toolkit.train.module import Progress
 
 
@@ -62,16 +63,52 @@ def test_one_rank_non_finite_skips_on_all(
         assert all(math.isfinite(record["loss"]) for record in history)
 
 
+def first_step_skipped(engine: str, poison: bool) -> list[dict]:
+    """Good steps under SGD with momentum, after a skipped first step or without it."""
+    config = module_config(engine, optim=SGDConfig(lr=0.1, momentum=0.9))
+    env = open_environment(config)
+    try:
+        module = build(config, env)
+        if poison:
+            forward = module.runtime.module.forward
+
+            def poisoned(*args: Any, **kwargs: Any) -> Any:
+                sums = forward(*args, **kwargs)
+                return sums._replace(loss=sums.loss * math.nan)
+
+            module.runtime.module.forward = poisoned
+            # What a fresh momentum buffer would be made of, were it not zero.
+            junk = [torch.full((1 << 16,), 1e30) for _ in range(8)]
+            del junk
+            assert train_steps(module, 0, 1)[0]["skipped"] == 1.0
+            module.runtime.module.forward = forward
+        return train_steps(module, 1, 4)
+    finally:
+        env.close()
+
+
+@pytest.mark.parametrize(("engine", "ranks"), [("single", 1), ("fsdp", 2), ("zero2", 2)])
+def test_a_skipped_first_step_leaves_no_momentum(
+    workers: WorkerPool, engine: str, ranks: int
+) -> None:
+    after_skip = workers.run(ranks, first_step_skipped, engine, True)[0]
+    assert after_skip == workers.run(ranks, first_step_skipped, engine, False)[0]
+
+
 def schedule_after_skip() -> list[float]:
     config = module_config()
-    module = build(config, open_environment(config))
-    rates = []
-    for step in range(3):
-        batch = {"input_ids": torch.zeros(ROWS, SEQ, dtype=torch.long)}
-        module.train_batch(batch)
-        metrics = module.optim_step(Progress(step, 0, 10, 10))
-        rates.append(float(metrics["lr"].value))
-    return rates
+    env = open_environment(config)
+    try:
+        module = build(config, env)
+        rates = []
+        for step in range(3):
+            batch = {"input_ids": torch.zeros(ROWS, SEQ, dtype=torch.long)}
+            module.train_batch(batch)
+            metrics = module.optim_step(Progress(step, 0, 10, 10))
+            rates.append(float(metrics["lr"].value))
+        return rates
+    finally:
+        env.close()
 
 
 def test_learning_rate_is_a_function_of_the_step_alone(workers: WorkerPool) -> None:

@@ -83,10 +83,6 @@ def deepspeed_settings(environment: TrainingEnvironment, max_grad_norm: float | 
     }
     zero: dict[str, Any] = {**settings.get("zero_optimization", {}), "stage": engine.zero_stage}
     zero = {k: v for k, v in zero.items() if v != "auto"}
-    if engine.cpu_offload:
-        zero.setdefault("offload_optimizer", {"device": "cpu"})
-        if engine.zero_stage == 3:
-            zero.setdefault("offload_param", {"device": "cpu"})
     settings |= {
         "zero_optimization": zero,
         "train_micro_batch_size_per_gpu": 1,

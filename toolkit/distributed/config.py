@@ -28,8 +28,8 @@ class DataParallelConfig(Config, kw_only=True):
     """`fsdp`, `hsdp`: free gathered weights after each block's forward (less memory, one more
     gather in backward)."""
     cpu_offload: bool = False
-    """Keep sharded weights and optimizer state in host memory (`fsdp`, `hsdp`, `zero2`,
-    `zero3`)."""
+    """Keep the optimizer state in host memory, and the sharded weights too where the engine shards
+    them (`fsdp`, `hsdp`, `zero3`)."""
     deepspeed_config: dict[str, Any] = msgspec.field(default_factory=dict)
     """`zero1`, `zero2`, `zero3`: further settings, as in DeepSpeed's own JSON."""
 
@@ -37,8 +37,8 @@ class DataParallelConfig(Config, kw_only=True):
         check_positive(self, "num_replicas", "shard_degree")
         if self.name != "hsdp" and (self.num_replicas or self.shard_degree):
             raise ValueError("num_replicas and shard_degree need name: hsdp")
-        if self.cpu_offload and self.name not in ("fsdp", "hsdp", "zero2", "zero3"):
-            raise ValueError(f"cpu_offload needs fsdp, hsdp, zero2 or zero3, not {self.name}")
+        if self.cpu_offload and self.name in ("single", "ddp"):
+            raise ValueError(f"cpu_offload needs fsdp, hsdp or a ZeRO stage, not {self.name}")
         if self.deepspeed_config and not self.name.startswith("zero"):
             raise ValueError(f"deepspeed_config needs zero1, zero2 or zero3, not {self.name}")
 

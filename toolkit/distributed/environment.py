@@ -22,8 +22,9 @@ import torch.distributed as dist
 
 from toolkit.distributed.config import DataParallelConfig
 from toolkit.distributed.cpu import tune_cpu
-from toolkit.distributed.engine import Engine, Precision, rank_of, resolve_engine, world_size_of
-from toolkit.errors import RunError
+from toolkit.distributed.engine import Engine, Precision, offloads, resolve_engine
+from toolkit.distributed.launcher import rank_of, world_size_of
+from toolkit.errors import ConfigError, RunError
 
 log = logging.getLogger(__name__)
 
@@ -89,9 +90,13 @@ class TrainingEnvironment:
         if self.cpu_group is not None:
             dist.barrier(group=self.cpu_group)
 
-    def close(self) -> None:
-        """Leave the process groups; errors of ranks that are already gone do not matter."""
-        if dist.is_initialized():
+    def close(self, *, after_error: bool = False) -> None:
+        """Leave the process groups; errors of ranks that are already gone do not matter.
+
+        `after_error`: other ranks may wait in a collective that this one will not join, and NCCL's
+        would hold this process too; it ends with them open.
+        """
+        if dist.is_initialized() and not (after_error and self.device.type == "cuda"):
             with contextlib.suppress(RuntimeError, ValueError):
                 dist.destroy_process_group()
         _forget_deepspeed_groups()
@@ -100,7 +105,16 @@ class TrainingEnvironment:
 def single_environment(
     *, seed: int = 0, device: str | None = None, precision: Precision = "auto"
 ) -> TrainingEnvironment:
-    """An environment for one process without a launcher: notebooks, tests, tools."""
+    """An environment for one process without a launcher: notebooks, tests, tools.
+
+    Raises:
+        ConfigError: a launcher started several processes; each would train alone.
+    """
+    if world_size_of(os.environ) > 1:
+        raise ConfigError(
+            f"{world_size_of(os.environ)} processes were launched, and each would train by itself; "
+            "give the environment from prepare_training_environment"
+        )
     where = torch.device(device) if device else pick_device(local_rank=0)
     engine = resolve_engine(precision, None, {})
     return TrainingEnvironment(
@@ -123,21 +137,25 @@ def prepare_training_environment(
     Collectives run on "cpu:gloo,cuda:nccl" on GPUs and on gloo elsewhere.
 
     Raises:
-        ConfigError: when launcher and config disagree about the engine.
+        ConfigError: when launcher and config disagree about the engine, or there are more
+            processes than accelerators.
     """
     environ = os.environ if environ is None else environ
     engine = resolve_engine(config.train_module.precision, config.train_module.dp_config, environ)
     rank, world_size = rank_of(environ), world_size_of(environ)
     local_rank = int(environ.get("LOCAL_RANK", "0"))
     local_world_size = int(environ.get("LOCAL_WORLD_SIZE", str(world_size)))
-    device = pick_device(local_rank)
+    device = pick_device(local_rank, local_world_size)
     _seed_everything(config.seed)
     if config.trainer.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True, warn_only=True)
-    if device.type == "cpu":
+        torch.use_deterministic_algorithms(True)
+        # Their backward passes add up in any order; flash attention has a fixed one.
+        torch.backends.cuda.enable_mem_efficient_sdp(False)
+        torch.backends.cuda.enable_cudnn_sdp(False)
+    if device.type == "cpu" or offloads(engine.as_config()):
         tune_cpu(local_world_size=local_world_size)
-    else:
+    if device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = engine.precision != "fp32"
     cpu_group = metrics_group = None
     if world_size > 1 or engine.name not in ("single", "ddp"):
@@ -157,10 +175,20 @@ def prepare_training_environment(
     )
 
 
-def pick_device(local_rank: int) -> torch.device:
-    """This process's accelerator, or the CPU."""
+def pick_device(local_rank: int, local_world_size: int = 1) -> torch.device:
+    """This process's accelerator, or the CPU.
+
+    Raises:
+        ConfigError: this machine has fewer accelerators than processes.
+    """
     if torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "").lower() != "true":
-        device = torch.device("cuda", local_rank % torch.cuda.device_count())
+        devices = torch.cuda.device_count()
+        if local_world_size > devices:
+            raise ConfigError(
+                f"{local_world_size} processes on a machine with {devices} GPUs; start at most "
+                f"{devices}, or train on the CPU with ACCELERATE_USE_CPU=true"
+            )
+        device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
         return device
     return torch.device("cpu")
@@ -231,6 +259,11 @@ def _forget_deepspeed_groups() -> None:
 
 def _init_process_group(device: torch.device, world_size: int) -> None:
     if dist.is_initialized():
+        if dist.get_world_size() != world_size:
+            raise ConfigError(
+                f"a process group of {dist.get_world_size()} exists, the launcher started "
+                f"{world_size}; close the environment that opened it"
+            )
         return
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     for name, value in (("MASTER_PORT", "0"), ("RANK", "0"), ("WORLD_SIZE", "1")):

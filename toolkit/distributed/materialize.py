@@ -64,8 +64,7 @@ def local_range(parameter: torch.Tensor) -> tuple[torch.Tensor, int]:
         return parameter, 0
     local = parameter.to_local()
     first_row = _first_row(parameter)
-    row = parameter[0].numel() if parameter.dim() > 1 and parameter.shape[0] else 1
-    return local, first_row * row
+    return local, first_row * parameter.shape[1:].numel()
 
 
 def _first_row(parameter: "DTensor") -> int:

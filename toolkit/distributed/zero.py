@@ -191,10 +191,14 @@ class ZeroRuntime(EngineRuntime):
         for group, _, _ in saved:
             group["lr"] = 0.0
             group["params"] = [flat for flat, owner in missing if owner is group]
+        # Under offload DeepSpeed accumulates into buffers that it hung there.
+        buffers = [flat.grad for flat, _ in missing]
         for flat, _ in missing:
             flat.grad = torch.zeros_like(flat)
         self.optimizer.step()
         reset_state(self.optimizer, [flat for flat, _ in missing])
+        for (flat, _), buffer in zip(missing, buffers, strict=True):
+            flat.grad = buffer
         for group, rate, parameters in saved:
             group["lr"], group["params"] = rate, parameters
 

@@ -15,14 +15,12 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from toolkit.distributed.config import DataParallelConfig
-from toolkit.distributed.engine import (
-    Engine,
-    Precision,
+from toolkit.distributed.engine import Engine, Precision, offloads, resolve_engine
+from toolkit.distributed.launcher import (
     has_launcher,
     launcher_names_engine,
-    launcher_names_precision,
+    launcher_precision,
     rank_of,
-    resolve_engine,
     world_size_of,
 )
 from toolkit.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, DataError, RunError, ToolkitError
@@ -153,7 +151,7 @@ def _train(
     from toolkit.train.trainer import Trainer
 
     environment = prepare_training_environment(config)
-    log_file, trainer = None, None
+    log_file, trainer, has_failed = None, None, False
     try:
         name = environment.broadcast(name)
         if run is None:
@@ -181,6 +179,7 @@ def _train(
             return EXIT_DONE
         return EXIT_FAILED if result.saved_step is None else EXIT_STOPPED
     except BaseException as error:
+        has_failed = True
         if log_file is not None:
             step = trainer.step if trainer is not None else 0
             log_failure(log_file, error, rank=environment.rank, step=step)
@@ -191,7 +190,7 @@ def _train(
         if log_file is not None:
             logging.getLogger("toolkit").removeHandler(log_file)
             log_file.close()
-        environment.close()
+        environment.close(after_error=has_failed)
 
 
 def _ends_rank_0(error: ToolkitError, run: RunManager) -> bool:
@@ -264,22 +263,8 @@ def _log_metadata(
         engine=engine.name,
         world_size=engine.world_size,
         parameters=config.model.num_parameters,
-        dp_config=msgspec.to_builtins(_as_dp_config(engine)),
+        dp_config=msgspec.to_builtins(engine.as_config()),
         precision=engine.precision,
-    )
-
-
-def _as_dp_config(engine: Engine) -> DataParallelConfig:
-    """The engine as the config that asks for it, for `toolkit resume` without a launcher."""
-    is_hsdp = engine.name == "hsdp"
-    return DataParallelConfig(
-        name=engine.name,
-        num_replicas=engine.num_replicas if is_hsdp else None,
-        shard_degree=engine.shard_degree if is_hsdp else None,
-        reduce_dtype=engine.reduce_dtype,
-        reshard_after_forward=engine.reshard_after_forward,
-        cpu_offload=engine.cpu_offload and engine.name != "zero1",
-        deepspeed_config=engine.deepspeed_config,
     )
 
 
@@ -292,7 +277,7 @@ def _recorded_engine(status: RunStatus) -> DataParallelConfig | None:
     world_size = world_size_of(os.environ)
     if config.name in ("single", "ddp"):
         return None  # what silence means: single on one process, ddp on several
-    if world_size == 1 and status.world_size != 1 and not config.cpu_offload:
+    if world_size == 1 and status.world_size != 1 and not offloads(config):
         return None  # nothing to shard over
     if config.name == "hsdp" and world_size != status.world_size:
         return msgspec.structs.replace(config, num_replicas=None, shard_degree=None)
@@ -303,7 +288,7 @@ def _precision(module: TransformerTrainModuleConfig, status: RunStatus) -> Preci
     """The recorded precision, where neither config nor launcher asks for one."""
     is_asked = module.precision != "auto" or (module.dp_config and module.dp_config.param_dtype)
     recorded = status.other.get("precision")
-    if is_asked or launcher_names_precision(os.environ) or recorded not in ("fp32", "bf16"):
+    if is_asked or launcher_precision(os.environ) or recorded not in ("fp32", "bf16"):
         return module.precision
     return recorded
 

@@ -60,7 +60,7 @@ class MetricsRecorder:
 
     `collect_interval` is in steps. `reduce` is None for a single rank. `sync`, if given, is called
     by `flush` after the last delivery, to bring the sinks' files to disk. `start_step` is the last
-    step that an earlier attempt recorded: only later ones may come.
+    step that an earlier attempt recorded: only later ones may come, in other streams that one too.
     """
 
     def __init__(
@@ -104,10 +104,8 @@ class MetricsRecorder:
         """
         if self._error is not None:
             self._raise_error()
-        last = self._last_step.get(stream)
-        if last is None:
-            last = self._start_step
-        elif stream != TRAIN:
+        last = self._last_step.get(stream, self._start_step)
+        if stream != TRAIN:
             last -= 1
         if step <= last:
             raise ValueError(f"{stream}: step {step} was recorded before")

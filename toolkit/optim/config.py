@@ -127,9 +127,10 @@ class ConstantConfig(Config, kw_only=True, tag_field="type", tag="constant"):
     def __post_init__(self) -> None:
         check_not_negative(self, "warmup")
 
-    def factor(self, current: int, total: int) -> float:
-        """Multiple of the peak rate at `current` of `total` (both in `units`)."""
-        return _warmup_factor(current, self.warmup)
+    def factor(self, current: int, total: int, *, step_size: int = 1) -> float:
+        """Multiple of the peak rate at `current` of `total`; all in `units`, of which a training
+        step takes `step_size`."""
+        return _warmup_factor(current, self.warmup, step_size)
 
 
 class LinearConfig(Config, kw_only=True, tag_field="type", tag="linear"):
@@ -145,10 +146,11 @@ class LinearConfig(Config, kw_only=True, tag_field="type", tag="linear"):
     def __post_init__(self) -> None:
         check_not_negative(self, "warmup", "alpha_f")
 
-    def factor(self, current: int, total: int) -> float:
-        """Multiple of the peak rate at `current` of `total` (both in `units`)."""
+    def factor(self, current: int, total: int, *, step_size: int = 1) -> float:
+        """Multiple of the peak rate at `current` of `total`; all in `units`, of which a training
+        step takes `step_size`."""
         if current < self.warmup:
-            return _warmup_factor(current, self.warmup)
+            return _warmup_factor(current, self.warmup, step_size)
         progress = _progress(current, self.warmup, total)
         return 1.0 - (1.0 - self.alpha_f) * progress
 
@@ -166,12 +168,13 @@ class CosineConfig(Config, kw_only=True, tag_field="type", tag="cosine"):
     def __post_init__(self) -> None:
         check_not_negative(self, "warmup", "alpha_f")
 
-    def factor(self, current: int, total: int) -> float:
-        """Multiple of the peak rate at `current` of `total` (both in `units`)."""
+    def factor(self, current: int, total: int, *, step_size: int = 1) -> float:
+        """Multiple of the peak rate at `current` of `total`; all in `units`, of which a training
+        step takes `step_size`."""
         import math
 
         if current < self.warmup:
-            return _warmup_factor(current, self.warmup)
+            return _warmup_factor(current, self.warmup, step_size)
         progress = _progress(current, self.warmup, total)
         return self.alpha_f + (1.0 - self.alpha_f) * 0.5 * (1.0 + math.cos(math.pi * progress))
 
@@ -179,9 +182,9 @@ class CosineConfig(Config, kw_only=True, tag_field="type", tag="cosine"):
 SchedulerConfig = ConstantConfig | LinearConfig | CosineConfig
 
 
-def _warmup_factor(current: int, warmup: int) -> float:
-    # The first step (current = 0) already moves; the peak is reached at current = warmup - 1.
-    return min(1.0, (current + 1) / warmup) if warmup > 0 else 1.0
+def _warmup_factor(current: int, warmup: int, step_size: int) -> float:
+    # The first step (current = 0) already moves; the last of the warm-up is at the peak.
+    return min(1.0, (current + step_size) / warmup) if warmup > 0 else 1.0
 
 
 def _progress(current: int, warmup: int, total: int) -> float:

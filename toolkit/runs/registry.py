@@ -79,13 +79,14 @@ def start_run(
     root: str | Path = "runs",
     save_folder: str | Path | None = None,
     registry_url: str | None = None,
-    is_main: bool = True,
+    is_main: bool | None = None,
     environment: dict[str, Any] | None = None,
 ) -> RunManager:
     """Create the run folder (or reopen it with `resume`), lock it and note what was started.
 
-    Call it on the main rank first, then, after a barrier, with `is_main=False` and the same
-    names on the others. `environment` is added to metadata/environment.json.
+    Under a launcher, call it on the main rank first, then, after a barrier, with the same names on
+    the others, which get a handle that writes nothing (`is_main`; default: by the rank the launcher
+    gave). `environment` is added to metadata/environment.json.
 
     Raises:
         RunError: the run exists and `resume` is false; the folder cannot be written; another
@@ -96,6 +97,8 @@ def start_run(
         root = _absolute(save_folder).parent.parent
     name = name or (_absolute(save_folder).name if save_folder else choose_run_name())
     folder = _absolute(save_folder) if save_folder else _absolute(root) / experiment / name
+    if is_main is None:
+        is_main = os.environ.get("RANK", "0") == "0"
     if not is_main:
         return RunManager(folder, experiment=experiment, name=name, is_main=False)
     if resume:

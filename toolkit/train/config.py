@@ -220,8 +220,8 @@ class TrainerConfig(Config, kw_only=True):
     """From `load_path` take the weights, with a fresh optimizer, schedule and data order."""
     metrics_collect_interval: int = 5
     """Steps between transfers of metrics from the device."""
-    cancel_check_interval: int = 5
-    """Steps between agreements of all ranks on a requested stop."""
+    cancel_check_interval: int = 1
+    """Steps between agreements of all ranks on a requested stop; they stop one agreement later."""
     deterministic: bool = False
     """Bit-equal runs on the same machine: torch's deterministic algorithms (CPU runs are so
     without it)."""

@@ -26,7 +26,7 @@ from toolkit.train.callbacks import Callback, build_callbacks
 from toolkit.train.checkpointing import restore_trainer
 from toolkit.train.config import TrainerConfig, TransformerTrainModuleConfig
 from toolkit.train.module import Progress, TrainModule
-from toolkit.train.stopping import StopRequest
+from toolkit.train.stopping import FAILURE, StopRequest
 
 log = logging.getLogger(__name__)
 
@@ -128,9 +128,10 @@ class Trainer:
             with self.stop_request.listening():
                 self._call("pre_train")
                 reason = self._loop()
-                if reason is None or reason == HARD_STOP:
-                    self._call("post_train")
-                else:
+                if not self.stop_request.is_agreed:
+                    self._call("post_train")  # polls too: evaluating takes time
+                if self.stop_request.is_agreed:
+                    reason = self.stop_request.reason
                     self._call("on_stop")
             self.recorder.close()
         except BaseException as error:
@@ -156,26 +157,36 @@ class Trainer:
         return TrainResult(state, self.step, reason, self.saved_step, self.last_eval)
 
     def _loop(self) -> str | None:
-        """Steps until the end (None) or an early stop (its reason)."""
-        group = self.environment.cpu_group
-        # One process asks itself before every step; several agree now and then.
-        interval = 1 if group is None else self.config.cancel_check_interval
+        """Steps until the end (None), the hard stop, or a stop that ranks agreed on."""
+        interval = self.config.cancel_check_interval
         batches = self.train_loader.iterate(self.step)
         try:
             while self.step < self.stop_step:
-                if self.step % interval == 0 and self.stop_request.agreed(group):
-                    if self._failure is not None:
-                        raise self._failure
-                    return self.stop_request.reason
+                if self.step % interval == 0 and self.should_stop():
+                    break
                 waiting = time.perf_counter()
                 batch = next(batches)
                 self.data_seconds = time.perf_counter() - waiting
                 self._train_step(batch)
         finally:
             batches.close()
+        self._raise_failure()
+        if self.stop_request.is_agreed:
+            return self.stop_request.reason
+        return HARD_STOP if self.stop_step < self.total_steps else None
+
+    def should_stop(self) -> bool:
+        """Whether all ranks stop now; work between steps asks too. All ranks call it equally
+        often."""
+        return self.stop_request.poll(self.environment.cpu_group)
+
+    def _raise_failure(self) -> None:
+        """What ended training, if something did: after a flush all ranks know it, and the same."""
+        if self.stop_request.is_agreed and self.stop_request.reason != FAILURE:
+            return  # saving flushes
+        self.recorder.flush()
         if self._failure is not None:
             raise self._failure
-        return HARD_STOP if self.stop_step < self.total_steps else None
 
     def _train_step(self, batch: dict[str, torch.Tensor]) -> None:
         progress = Progress(
@@ -227,6 +238,7 @@ class Trainer:
         return {
             "step": self.step,
             "tokens": self.tokens,
+            "skipped_in_a_row": self._skipped_in_a_row,
             "data": self.train_loader.state_dict(),
             "callbacks": {name: c.state_dict() for name, c in self.callbacks.items()},
         }
@@ -235,6 +247,7 @@ class Trainer:
         """Counterpart of `state_dict`; called before `pre_train`."""
         self.train_loader.load_state_dict(state["data"])
         self.step, self.tokens = state["step"], state["tokens"]
+        self._skipped_in_a_row = state.get("skipped_in_a_row", 0)
         for name, saved in state["callbacks"].items():
             if saved and name in self.callbacks:
                 self.callbacks[name].load_state_dict(saved)
@@ -298,7 +311,7 @@ class Trainer:
                 "train_module.optim.lr, look at the data, or raise "
                 "train_module.max_consecutive_skipped_steps"
             )
-            self.stop_request.ask("too many skipped steps")
+            self.stop_request.ask(FAILURE)
 
     def _update_status(self, record: dict[str, Any]) -> None:
         now = time.monotonic()

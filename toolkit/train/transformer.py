@@ -13,7 +13,8 @@ from torch import nn
 
 from toolkit.distributed.environment import TrainingEnvironment, single_environment
 from toolkit.distributed.materialize import materialize
-from toolkit.distributed.runtime import EngineRuntime, prepare_runtime
+from toolkit.distributed.prepare import prepare_runtime
+from toolkit.distributed.runtime import EngineRuntime
 from toolkit.errors import ConfigError
 from toolkit.metrics.norms import layer_norms, layer_of, to_norms
 from toolkit.train.config import TransformerTrainModuleConfig
@@ -163,7 +164,10 @@ class TransformerTrainModule(TrainModule):
 
     def _rate_factor(self, progress: Progress) -> float:
         if self.config.scheduler.units == "tokens":
-            return self.config.scheduler.factor(progress.tokens, progress.total_tokens)
+            per_step = progress.total_tokens // progress.total_steps
+            return self.config.scheduler.factor(
+                progress.tokens, progress.total_tokens, step_size=per_step
+            )
         return self.config.scheduler.factor(progress.step, progress.total_steps)
 
     def _square_sums(self, shards: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -15,7 +15,8 @@ class Checkpointer(Callback):
         self._saved_at = -1
 
     def pre_train(self) -> None:
-        self._saved_at = self.trainer.step
+        saved = self.trainer.saved_step
+        self._saved_at = -1 if saved is None else saved
 
     def post_record(self) -> None:
         if self.trainer.step % self._config.interval == 0 and not self.trainer.is_last_step:

@@ -23,7 +23,10 @@ class LMEvaluator(Callback):
         self._done_at = -1
 
     def pre_train(self) -> None:
-        if self._config.at_start and self.trainer.step == 0:
+        step = self.trainer.step
+        # After a stop inside an evaluation, the checkpoint of its step comes without the result.
+        is_due = step % self._config.interval == 0 if step else self._config.at_start
+        if is_due:
             self.evaluate()
 
     def post_record(self) -> None:
@@ -46,9 +49,12 @@ class LMEvaluator(Callback):
         trainer = self.trainer
         if trainer.eval_loader is None or trainer.config.no_evals or self._done_at == trainer.step:
             return
-        self._done_at = trainer.step
         started = time.perf_counter()
-        loss, num_targets = self._totals()
+        totals = self._totals()
+        if totals is None:
+            return
+        self._done_at = trainer.step
+        loss, num_targets = totals
         mean = loss / num_targets
         result = {
             "tokens": trainer.tokens,
@@ -63,11 +69,14 @@ class LMEvaluator(Callback):
             result["bits_per_byte"] = mean / math.log(2) / trainer.eval_loader.bytes_per_token
         trainer.record_eval(result)
 
-    def _totals(self) -> tuple[float, float]:
+    def _totals(self) -> tuple[float, float] | None:
+        """Summed loss and number of targets over all ranks; None: asked to stop meanwhile."""
         trainer = self.trainer
         assert trainer.eval_loader is not None
         totals: torch.Tensor | None = None
         for batch in trainer.eval_loader:
+            if trainer.should_stop():
+                return None
             sums = trainer.train_module.eval_batch(batch)
             pair = torch.stack([sums.loss.double(), sums.num_targets.double()])
             totals = pair if totals is None else totals + pair

@@ -23,6 +23,8 @@ class SampleWriter(Callback):
 
     def post_train(self) -> None:
         trainer, config = self.trainer, self._config
+        if trainer.stop_request.is_agreed:
+            return
         tokenizer = load_tokenizer(trainer.train_loader.tokenizer_folder)
         prompt = tokenizer.encode_batch([config.prompt])[0].tolist() if config.prompt else []
         if not prompt and tokenizer.eos_id is not None:

@@ -1,0 +1,212 @@
+"""What the launcher says through its environment variables.
+
+`accelerate launch` turns its YAML into FSDP_*, PARALLELISM_CONFIG_* and ACCELERATE_* variables;
+`torchrun` gives the number of processes only. What is asked for there and not done is an error or
+a notice, never silence. No torch here: `--dry-run` asks too.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+
+from toolkit.errors import ConfigError
+
+EngineName = Literal["single", "ddp", "fsdp", "hsdp", "zero1", "zero2", "zero3"]
+
+_OURS_IN_DEEPSPEED = {
+    "gradient_clipping": "train_module.max_grad_norm",
+    "gradient_accumulation_steps": "train_module.rank_microbatch_size",
+    "train_batch_size": "data_loader.global_batch_size",
+    "train_micro_batch_size_per_gpu": "train_module.rank_microbatch_size",
+}
+"""Keys of DeepSpeed's JSON that the config of the run decides."""
+
+
+class EngineChoice(msgspec.Struct, frozen=True, kw_only=True):
+    """What one side, launcher or config, asks for."""
+
+    name: EngineName
+    origin: str
+    num_replicas: int | None = None
+    shard_degree: int | None = None
+    reduce_dtype: Literal["float32", "bfloat16"] = "float32"
+    reshard_after_forward: bool = True
+    cpu_offload: bool = False
+    """Of FSDP and HSDP; ZeRO's is in `deepspeed_config`."""
+    deepspeed_config: dict[str, Any] = {}
+    notices: tuple[str, ...] = ()
+
+
+def world_size_of(environ: Mapping[str, str]) -> int:
+    """Number of processes the launcher started; 1 without a launcher."""
+    return int(environ.get("WORLD_SIZE", "1"))
+
+
+def rank_of(environ: Mapping[str, str]) -> int:
+    """This process's rank; 0 without a launcher."""
+    return int(environ.get("RANK", "0"))
+
+
+def has_launcher(environ: Mapping[str, str]) -> bool:
+    """Whether `accelerate launch` or `torchrun` started this process."""
+    return "WORLD_SIZE" in environ or "ACCELERATE_MIXED_PRECISION" in environ
+
+
+def launcher_names_engine(environ: Mapping[str, str]) -> bool:
+    """Whether the launcher itself asks for an engine (FSDP or DeepSpeed variables)."""
+    return _flag(environ, "ACCELERATE_USE_DEEPSPEED") or _flag(environ, "ACCELERATE_USE_FSDP")
+
+
+def launcher_precision(environ: Mapping[str, str]) -> Literal["bf16"] | None:
+    """The launcher's precision; None where it asks for none ("no" is its silence).
+
+    Raises:
+        ConfigError: one that we do not run.
+    """
+    asked = environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    if asked == "no":
+        return None
+    if asked != "bf16":
+        raise ConfigError(
+            f"accelerate launch: mixed_precision {asked} is not supported; use no or bf16"
+        )
+    return "bf16"
+
+
+def launcher_choice(environ: Mapping[str, str]) -> EngineChoice | None:
+    """The engine the launcher asks for; None where it names none.
+
+    Raises:
+        ConfigError: for what we do not run: FSDP1, tensor or context parallelism, NVMe offload.
+    """
+    if _flag(environ, "ACCELERATE_USE_DEEPSPEED"):
+        return _deepspeed_choice(environ)
+    if not _flag(environ, "ACCELERATE_USE_FSDP"):
+        return None
+    origin = "accelerate launch (FSDP)"
+    if environ.get("FSDP_VERSION", "1") != "2":
+        raise ConfigError(f"{origin}: only FSDP2 is supported; set fsdp_version: 2 in the YAML")
+    common: dict[str, Any] = {
+        "origin": origin,
+        "reshard_after_forward": _flag(environ, "FSDP_RESHARD_AFTER_FORWARD", default=True),
+        "cpu_offload": _flag(environ, "FSDP_OFFLOAD_PARAMS"),
+    }
+    if not _flag(environ, "ACCELERATE_USE_PARALLELISM_CONFIG"):
+        return EngineChoice(name="fsdp", **common)
+    for axis in ("tp", "cp", "sp"):
+        if (degree := _parallel_size(environ, axis)) > 1:
+            raise ConfigError(
+                f"{origin}: parallelism_config_{axis}_size {degree} is not supported; remove it"
+            )
+    if (replicas := _parallel_size(environ, "dp_replicate")) > 1:
+        shards = _parallel_size(environ, "dp_shard")
+        return EngineChoice(name="hsdp", num_replicas=replicas, shard_degree=shards, **common)
+    return EngineChoice(name="fsdp", **common)
+
+
+def launcher_notices(environ: Mapping[str, str]) -> tuple[str, ...]:
+    """One line for each option of the launcher that the run's config decides instead."""
+    ignored = []
+    if environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no":
+        ignored.append(("dynamo_backend", "train_module.compile_model"))
+    if _flag(environ, "FSDP_ACTIVATION_CHECKPOINTING"):
+        ignored.append(("fsdp_activation_checkpointing", "train_module.ac_config"))
+    if environ.get("ACCELERATE_GRADIENT_CLIPPING", "none") not in ("none", "auto"):
+        ignored.append(("gradient_clipping", "train_module.max_grad_norm"))
+    if environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1") not in ("none", "auto", "1"):
+        ignored.append(("gradient_accumulation_steps", "train_module.rank_microbatch_size"))
+    return tuple(_notice("accelerate launch", name, ours) for name, ours in ignored)
+
+
+def check_deepspeed(config: Mapping[str, Any], where: str) -> None:
+    """Refuse what a DeepSpeed JSON may not say here.
+
+    Raises:
+        ConfigError: an optimizer or scheduler, fp16, or offload to anything but the CPU.
+    """
+    for owned, ours in (("optimizer", "optim"), ("scheduler", "scheduler")):
+        if owned in config:
+            raise ConfigError(
+                f"{where}: remove {owned!r} there; it is train_module.{ours} of the JSON config"
+            )
+    if _section(config, "fp16").get("enabled") is True:
+        raise ConfigError(f"{where}: fp16 is not supported; use train_module.precision: bf16")
+    zero = _section(config, "zero_optimization")
+    for part in ("offload_optimizer", "offload_param"):
+        device = _section(zero, part).get("device", "none")
+        if device not in ("cpu", "none"):
+            raise ConfigError(f"{where}: {part} to {device} is not supported; use cpu or none")
+
+
+def offloads_to_cpu(config: Mapping[str, Any]) -> bool:
+    """Whether a DeepSpeed JSON keeps something in host memory."""
+    zero = _section(config, "zero_optimization")
+    parts = ("offload_optimizer", "offload_param")
+    return any(_section(zero, part).get("device") == "cpu" for part in parts)
+
+
+def with_offload(config: Mapping[str, Any], *parts: str) -> dict[str, Any]:
+    """The DeepSpeed JSON with `parts` ("optimizer", "param") in host memory, where it does not say
+    otherwise."""
+    added = {f"offload_{part}": {"device": "cpu"} for part in parts}
+    return {**config, "zero_optimization": {**added, **_section(config, "zero_optimization")}}
+
+
+def _deepspeed_choice(environ: Mapping[str, str]) -> EngineChoice:
+    origin = "accelerate launch (DeepSpeed)"
+    config: dict[str, Any] = {}
+    file = environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
+    if file.lower() not in ("", "none"):
+        config = _read_json(file, origin)
+    else:
+        devices = {
+            part: environ.get(f"ACCELERATE_DEEPSPEED_OFFLOAD_{part.upper()}_DEVICE", "none")
+            for part in ("optimizer", "param")
+        }
+        zero = {f"offload_{p}": {"device": d} for p, d in devices.items() if d != "none"}
+        config = {"zero_optimization": zero} if zero else {}
+        file = origin
+    check_deepspeed(config, file)
+    notices = tuple(
+        _notice(file, key, ours)
+        for key, ours in _OURS_IN_DEEPSPEED.items()
+        if config.get(key, "auto") != "auto"
+    )
+    fallback = environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
+    stage = _section(config, "zero_optimization").get("stage", fallback)
+    if str(stage) not in ("1", "2", "3"):
+        raise ConfigError(f"{origin}: zero stage {stage!r} is not supported; use 1, 2 or 3")
+    name: Any = f"zero{stage}"
+    return EngineChoice(name=name, origin=origin, deepspeed_config=config, notices=notices)
+
+
+def _read_json(file: str, origin: str) -> dict[str, Any]:
+    try:
+        config = json.loads(Path(file).read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{origin}: cannot read the DeepSpeed config {file}: {error}") from None
+    if not isinstance(config, dict):
+        raise ConfigError(f"{origin}: {file} holds no JSON object")
+    return config
+
+
+def _notice(origin: str, option: str, ours: str) -> str:
+    return f"{origin}: {option} is not used; {ours} of the config decides"
+
+
+def _section(config: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """A nested object, {} where it is absent or not an object."""
+    value = config.get(name)
+    return value if isinstance(value, dict) else {}
+
+
+def _parallel_size(environ: Mapping[str, str], axis: str) -> int:
+    return int(environ.get(f"PARALLELISM_CONFIG_{axis.upper()}_SIZE", "1"))
+
+
+def _flag(environ: Mapping[str, str], name: str, *, default: bool = False) -> bool:
+    value = environ.get(name)
+    return default if value is None else value.lower() in ("true", "1", "yes")

@@ -1,0 +1,26 @@
+"""The engine's runtime for a materialised model."""
+
+from torch import nn
+
+from toolkit.distributed.environment import TrainingEnvironment
+from toolkit.distributed.runtime import BuildOptimizer, EngineRuntime
+
+
+def prepare_runtime(
+    environment: TrainingEnvironment,
+    module: nn.Module,
+    build_optimizer: BuildOptimizer,
+    *,
+    max_grad_norm: float | None,
+) -> EngineRuntime:
+    """Hand a materialised `module` and its optimizer to Accelerate.
+
+    `build_optimizer` gets trainable and frozen parameters by canonical name.
+    """
+    if environment.engine.zero_stage:
+        from toolkit.distributed.zero import ZeroRuntime
+
+        return ZeroRuntime(environment, module, build_optimizer, max_grad_norm=max_grad_norm)
+    from toolkit.distributed.plain import PlainRuntime
+
+    return PlainRuntime(environment, module, build_optimizer)
