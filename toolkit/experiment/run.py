@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from toolkit.config.files import read_json_mapping
 from toolkit.distributed.config import DataParallelConfig
 from toolkit.distributed.engine import Engine, Precision, offloads, resolve_engine
 from toolkit.distributed.launcher import (
@@ -25,6 +26,7 @@ from toolkit.distributed.launcher import (
 )
 from toolkit.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, DataError, RunError, ToolkitError
 from toolkit.experiment.agreement import check_agreement
+from toolkit.experiment.changes import config_changes
 from toolkit.experiment.checks import check_experiment, rank_microbatch_size
 from toolkit.experiment.config import ExperimentConfig
 from toolkit.experiment.load import find_data, load_run_config
@@ -171,6 +173,9 @@ def _train(
         train_module = config.train_module.build(model, environment=environment)
         trainer = Trainer(config.trainer, train_module, train_dl, eval_dl, run=run)
         trainer.restore()
+        if environment.is_main:
+            for change in config_changes(read_json_mapping(run.path(RUN_FILES.config)), stored):
+                log.info("changed since the run's last start: %s", change)
         # Not before: a run that cannot be continued with this config keeps the one it has.
         _log_metadata(stored, run, environment.engine, origins)
         result = trainer.train()
