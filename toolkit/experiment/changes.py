@@ -16,7 +16,7 @@ def config_changes(before: dict[str, Any], config: ExperimentConfig) -> list[str
     Names and folders of the run are left out: a run keeps them, however they are spelled.
     """
     old = dict(leaves(before))
-    new = dict(leaves(msgspec.to_builtins(config)))
+    new = dict(leaves(msgspec.json.decode(msgspec.json.encode(config))))  # lists, as stored
     paths = [path for path in {**old, **new} if not path.startswith("run.")]
     return [
         f"{path}: {_show(old.get(path, _UNSET))} -> {_show(new.get(path, _UNSET))}"
