@@ -1,13 +1,19 @@
 """SEMANTICS 12: what a resume changes is shown."""
 
+from typing import Any
+
 import msgspec
 
 from toolkit.experiment.changes import config_changes
 from toolkit.experiment.load import load_experiment
 
 
+def stored(config: Any) -> Any:
+    return msgspec.json.decode(msgspec.json.encode(config))
+
+
 def test_each_changed_value_is_one_line() -> None:
-    before = msgspec.to_builtins(load_experiment("smoke").config)
+    before = stored(load_experiment("smoke").config)
     after = load_experiment(
         "smoke",
         [
@@ -27,12 +33,11 @@ def test_each_changed_value_is_one_line() -> None:
 
 def test_fields_that_only_one_of_them_has_are_shown() -> None:
     config = load_experiment("smoke").config
-    before = msgspec.to_builtins(config)
+    before = stored(config)
     before["train_module"]["scheduler"] = {"type": "constant", "units": "steps", "warmup": 0}
     assert "train_module.scheduler.alpha_f: unset -> " in " ".join(config_changes(before, config))
 
 
 def test_nothing_changed_nothing_shown() -> None:
     config = load_experiment("quickstart").config  # has lists of mappings
-    stored = msgspec.json.decode(msgspec.json.encode(config))
-    assert config_changes(stored, config) == []
+    assert config_changes(stored(config), config) == []
