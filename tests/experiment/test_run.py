@@ -38,7 +38,6 @@ def resumed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     """Resume a run that recorded an engine; returns (config trained with, config stored)."""
     for name in ("WORLD_SIZE", "ACCELERATE_MIXED_PRECISION", "ACCELERATE_USE_FSDP"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(experiment, "find_data", lambda config, _: config)
 
     def resume(engine: Engine, *overrides: str, **environ: str) -> tuple[Any, Any]:
         (tmp_path / "metadata").mkdir()

@@ -15,22 +15,15 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from toolkit.config.files import read_json_mapping
-from toolkit.distributed.config import DataParallelConfig
-from toolkit.distributed.engine import Engine, Precision, offloads, resolve_engine
-from toolkit.distributed.launcher import (
-    has_launcher,
-    launcher_names_engine,
-    launcher_precision,
-    rank_of,
-    world_size_of,
-)
-from toolkit.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, DataError, RunError, ToolkitError
+from toolkit.distributed.engine import Engine, resolve_engine
+from toolkit.distributed.launcher import rank_of
+from toolkit.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, DataError, ToolkitError
 from toolkit.experiment.agreement import check_agreement
 from toolkit.experiment.changes import config_changes
 from toolkit.experiment.checks import check_experiment, rank_microbatch_size
 from toolkit.experiment.config import ExperimentConfig
-from toolkit.experiment.load import find_data, load_run_config
 from toolkit.experiment.preflight import check_continuation, check_optimizer
+from toolkit.experiment.recorded import describe_engine, plan_resume
 from toolkit.experiment.relaunch import relaunch
 from toolkit.runs.environment import mask_secrets
 from toolkit.runs.files import RUN_FILES
@@ -42,8 +35,7 @@ from toolkit.runs.registry import (
     resolve_run_folder,
     start_run,
 )
-from toolkit.runs.status import RunStatus, read_status
-from toolkit.train.config import TransformerTrainModuleConfig
+from toolkit.runs.status import read_status
 
 if TYPE_CHECKING:
     from toolkit.data.loader import TrainLoader
@@ -117,27 +109,17 @@ def resume(run_dir: Path, overrides: Sequence[str] = (), *, debug: bool = False)
     """
     from toolkit.distributed.logging import setup_logging
 
-    loaded = load_run_config(run_dir, overrides)
-    folder = run_dir.resolve()
-    status = read_status(folder)
-    if status is None:
-        raise RunError(f"{run_dir}: not a run folder; `toolkit runs` lists runs")
+    plan = plan_resume(run_dir, overrides, os.environ)
     setup_logging(rank_of(os.environ))
-    config = find_data(loaded.config, folder)
-    module = config.train_module
-    asked = any(flag.startswith("--train_module.dp_config") for flag in overrides)
-    on_one = asked and module.dp_config is not None and module.dp_config.name == "single"
-    if not has_launcher(os.environ) and (status.world_size or 1) > 1 and not on_one:
-        return relaunch(folder, overrides, _processes(status.world_size or 1), debug=debug)
-    if "***" in (config.run.registry or ""):
+    if plan.processes is not None:
+        recorded = plan.status.world_size
+        if plan.processes != recorded:
+            text = "the run had %d processes; this machine has %d devices"
+            log.warning(text, recorded, plan.processes)
+        return relaunch(plan.folder, overrides, plan.processes, debug=debug)
+    if "***" in (plan.config.run.registry or ""):
         log.warning("run.registry: passwords are not stored; give --run.registry=URL to update it")
-    # Silence stays silence in the stored config: the next launcher may say something else.
-    stored = config.replace(run=config.run.replace(save_folder=str(folder)))
-    if not asked:
-        module = module.replace(dp_config=_recorded_engine(status))
-    if not any(flag.startswith("--train_module.precision") for flag in overrides):
-        module = module.replace(precision=_precision(module, status))
-    return train(stored.replace(train_module=module), origins=loaded.origins, stored=stored)
+    return train(plan.config, origins=plan.origins, stored=plan.stored)
 
 
 def _train(
@@ -155,7 +137,9 @@ def _train(
     environment = prepare_training_environment(config)
     log_file, trainer, has_failed = None, None, False
     try:
-        name = environment.broadcast(name)
+        # Where rank 0 writes is where all do.
+        name, where = environment.broadcast((name, config.run))
+        config = config.replace(run=where)
         if run is None:
             run = _start(config, name, is_main=False)
         check_shared_folder(environment, run.folder)
@@ -271,41 +255,7 @@ def _log_metadata(
         dp_config=msgspec.to_builtins(engine.as_config()),
         precision=engine.precision,
     )
-
-
-def _recorded_engine(status: RunStatus) -> DataParallelConfig | None:
-    """The recorded engine, where the launcher is silent and it fits the number of processes."""
-    recorded = status.other.get("dp_config")
-    if launcher_names_engine(os.environ) or recorded is None:
-        return None
-    config = msgspec.convert(recorded, DataParallelConfig)
-    world_size = world_size_of(os.environ)
-    if config.name in ("single", "ddp"):
-        return None  # what silence means: single on one process, ddp on several
-    if world_size == 1 and status.world_size != 1 and not offloads(config):
-        return None  # nothing to shard over
-    if config.name == "hsdp" and world_size != status.world_size:
-        return msgspec.structs.replace(config, num_replicas=None, shard_degree=None)
-    return config
-
-
-def _precision(module: TransformerTrainModuleConfig, status: RunStatus) -> Precision:
-    """The recorded precision, where neither config nor launcher asks for one."""
-    is_asked = module.precision != "auto" or (module.dp_config and module.dp_config.param_dtype)
-    recorded = status.other.get("precision")
-    if is_asked or launcher_precision(os.environ) or recorded not in ("fp32", "bf16"):
-        return module.precision
-    return recorded
-
-
-def _processes(recorded: int) -> int:
-    """As many processes as were recorded, or as the machine has devices if those are fewer."""
-    import torch
-
-    devices = torch.cuda.device_count() if torch.cuda.is_available() else recorded
-    if devices < recorded:
-        log.warning("the run had %d processes; this machine has %d devices", recorded, devices)
-    return min(recorded, devices)
+    run.log_metadata(describe_engine(engine), RUN_FILES.engine)
 
 
 def _log_start(config: ExperimentConfig, engine: Engine, run: RunManager) -> None:

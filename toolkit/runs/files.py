@@ -22,6 +22,8 @@ class RunFiles(msgspec.Struct, frozen=True):
     """The model's config."""
     trainer_config: str = "metadata/trainer_config.json"
     """`train_module` and `trainer`."""
+    engine: str = "metadata/engine.json"
+    """Engine, processes, precision, threads and device: what decides how numbers are rounded."""
     environment: str = "metadata/environment.json"
     """Python, library versions, host, devices, launcher variables."""
     command: str = "metadata/command.json"

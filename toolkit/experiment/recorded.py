@@ -1,0 +1,160 @@
+"""What a run folder tells about how its steps were computed, and what a resume takes from it.
+
+No torch at import: `toolkit resume --explain` asks too.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import msgspec
+
+from toolkit.distributed.config import DataParallelConfig
+from toolkit.distributed.engine import Engine, EngineName, Precision, offloads
+from toolkit.distributed.launcher import (
+    has_launcher,
+    launcher_names_engine,
+    launcher_precision,
+    world_size_of,
+)
+from toolkit.errors import RunError
+from toolkit.experiment.config import ExperimentConfig
+from toolkit.experiment.load import find_data, load_run_config
+from toolkit.runs.status import RunStatus, read_status
+from toolkit.train.config import TransformerTrainModuleConfig
+
+
+class EngineRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """Content of metadata/engine.json: what decides the rounding of an attempt's numbers."""
+
+    name: EngineName
+    world_size: int
+    precision: Precision
+    threads: int
+    """Of each process's CPU operations."""
+    device: str
+    """Model of the GPU, else of the CPU."""
+    dp_config: DataParallelConfig
+    """The config that asks for this engine, whatever the launcher."""
+
+
+class ResumePlan(NamedTuple):
+    """What `toolkit resume` does with a run."""
+
+    folder: Path
+    config: ExperimentConfig
+    """What is trained: the recorded engine and precision filled in."""
+    stored: ExperimentConfig
+    """What the run folder keeps. Silence stays silence: the next launcher may say something else.
+    """
+    origins: dict[str, str]
+    status: RunStatus
+    processes: int | None
+    """Processes to launch; None: this one is a worker, or the only one."""
+    environ: Mapping[str, str]
+    """What the processes that train see."""
+
+
+def plan_resume(run_dir: Path, overrides: Sequence[str], environ: Mapping[str, str]) -> ResumePlan:
+    """Which config and which processes continue the run in `run_dir`; nothing is written.
+
+    Raises:
+        RunError: not a run folder.
+        ConfigError: its config cannot be read, or an override does not fit.
+    """
+    loaded = load_run_config(run_dir, overrides)
+    folder = run_dir.resolve()
+    status = read_status(folder)
+    if status is None:
+        raise RunError(f"{run_dir}: not a run folder; `toolkit runs` lists runs")
+    config = find_data(loaded.config, folder)
+    module = config.train_module
+    asked = any(flag.startswith("--train_module.dp_config") for flag in overrides)
+    on_one = asked and module.dp_config is not None and module.dp_config.name == "single"
+    processes = None
+    if not has_launcher(environ) and (status.world_size or 1) > 1 and not on_one:
+        processes = processes_here(status.world_size or 1)
+        environ = {**environ, "WORLD_SIZE": str(processes)}
+    stored = config.replace(run=config.run.replace(save_folder=str(folder)))
+    if not asked:
+        module = module.replace(dp_config=recorded_engine(status, environ))
+    if not any(flag.startswith("--train_module.precision") for flag in overrides):
+        module = module.replace(precision=recorded_precision(module, status, environ))
+    config = stored.replace(train_module=module)
+    return ResumePlan(folder, config, stored, loaded.origins, status, processes, environ)
+
+
+def recorded_engine(status: RunStatus, environ: Mapping[str, str]) -> DataParallelConfig | None:
+    """The recorded engine, where the launcher is silent and it fits the number of processes."""
+    recorded = status.other.get("dp_config")
+    if launcher_names_engine(environ) or recorded is None:
+        return None
+    config = msgspec.convert(recorded, DataParallelConfig)
+    world_size = world_size_of(environ)
+    if config.name in ("single", "ddp"):
+        return None  # what silence means: single on one process, ddp on several
+    if world_size == 1 and status.world_size != 1 and not offloads(config):
+        return None  # nothing to shard over
+    if config.name == "hsdp" and world_size != status.world_size:
+        return msgspec.structs.replace(config, num_replicas=None, shard_degree=None)
+    return config
+
+
+def recorded_precision(
+    module: TransformerTrainModuleConfig, status: RunStatus, environ: Mapping[str, str]
+) -> Precision:
+    """The recorded precision, where neither config nor launcher asks for one."""
+    is_asked = module.precision != "auto" or (module.dp_config and module.dp_config.param_dtype)
+    recorded = status.other.get("precision")
+    if is_asked or launcher_precision(environ) or recorded not in ("fp32", "bf16"):
+        return module.precision
+    return recorded
+
+
+def processes_here(recorded: int) -> int:
+    """As many processes as were recorded, or as the machine has devices if those are fewer."""
+    import torch
+
+    devices = torch.cuda.device_count() if torch.cuda.is_available() else recorded
+    return min(recorded, devices)
+
+
+def describe_engine(engine: Engine) -> EngineRecord:
+    """`engine` on this machine, as metadata/engine.json keeps it."""
+    import torch
+
+    on_gpu = torch.cuda.is_available()
+    return EngineRecord(
+        name=engine.name,
+        world_size=engine.world_size,
+        precision=engine.precision,
+        threads=torch.get_num_threads(),
+        device=torch.cuda.get_device_name() if on_gpu else _cpu_model(),
+        dp_config=engine.as_config(),
+    )
+
+
+def metadata_of_attempt(folder: Path, file: str, attempt: int) -> Path:
+    """Where a file of `RUN_FILES` is as it was during `attempt`.
+
+    `RunManager.log_metadata` keeps what a later attempt replaces as `<name>.attempt{K}.json`: the
+    content from the last change before up to attempt K.
+    """
+    path = folder / file
+    kept = re.compile(rf"{re.escape(path.stem)}\.attempt(\d+){re.escape(path.suffix)}\Z")
+    matches = ((kept.match(other.name), other) for other in path.parent.glob(f"{path.stem}.*"))
+    later = {int(m[1]): other for m, other in matches if m and int(m[1]) >= attempt}
+    return later[min(later)] if later else path
+
+
+def _cpu_model() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    import platform
+
+    return platform.processor() or platform.machine()
