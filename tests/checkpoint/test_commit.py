@@ -10,10 +10,12 @@ import torch
 from torch.distributed.checkpoint.format_utils import torch_save_to_dcp
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
-from toolkit.checkpoint import commit
-from toolkit.checkpoint.commit import load_checkpoint, prune_checkpoints, save_checkpoint
+from toolkit.checkpoint import retention
+from toolkit.checkpoint.commit import load_checkpoint, save_checkpoint
 from toolkit.checkpoint.find import find_checkpoint, set_aside
 from toolkit.checkpoint.layout import METADATA_FILE, read_metadata
+from toolkit.checkpoint.pieces import TensorPieces
+from toolkit.checkpoint.retention import Retention, prune_checkpoints
 from toolkit.checkpoint.tensors import SafeReader, load_tensors
 from toolkit.errors import CheckpointError, TrainingError
 
@@ -81,7 +83,7 @@ def test_an_error_in_the_middle_leaves_nothing_committed(
         raise OSError("disk full")
 
     with monkeypatch.context() as patch:
-        patch.setattr(commit, "save_tensors", fail)
+        patch.setattr(TensorPieces, "write", fail)
         with pytest.raises(TrainingError, match=r"step2: not saved.* rank 0 on .*disk full"):
             save(tmp_path, 2)
     assert [p.name for p in tmp_path.iterdir()] == ["step1"]
@@ -119,7 +121,7 @@ def test_prune_keeps_the_newest_and_removes_leftovers(tmp_path: Path) -> None:
     (tmp_path / "step9" / METADATA_FILE).unlink()  # a crash before it was written
     for name in ("step11.tmp", ".step1.1-ab.tmp", "step1.invalid"):
         (tmp_path / name).mkdir()
-    prune_checkpoints(tmp_path, keep_last=2, newest=10)
+    prune_checkpoints(tmp_path, Retention(keep_last=2), newest=10)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step10", "step2"]
 
 
@@ -130,7 +132,7 @@ def test_prune_keeps_what_was_just_saved_before_a_damaged_one(tmp_path: Path) ->
     found = find_checkpoint(tmp_path)
     assert found == (tmp_path / "step200", (tmp_path / "step300",))
     save(tmp_path, 250)
-    prune_checkpoints(tmp_path, keep_last=1, newest=250)
+    prune_checkpoints(tmp_path, Retention(keep_last=1), newest=250)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step250", "step300"]
     set_aside(found.rejected)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step250", "step300.invalid"]
@@ -145,9 +147,9 @@ def test_what_cannot_be_removed_is_a_warning(
 
     for step in (1, 2):
         save(tmp_path, step)
-    monkeypatch.setattr(commit, "remove_tree", refuse)
+    monkeypatch.setattr(retention, "remove_tree", refuse)
     with caplog.at_level("WARNING", logger="toolkit"):
-        prune_checkpoints(tmp_path, keep_last=1, newest=2)
+        prune_checkpoints(tmp_path, Retention(keep_last=1), newest=2)
     assert "old checkpoints cannot be removed: not yours: step1" in caplog.text
 
 

@@ -1,10 +1,10 @@
 """Saving and loading one checkpoint: temp name, fsync, manifest, rename, `.metadata.json` last.
 
-1. Every rank writes into `step{N}.tmp`: its tensors (DCP) and its `train/rank{R}.pt`, fsynced, and
-   hashes them.
+1. Every rank writes into `step{N}.tmp`: its tensors (DCP) and its `train/rank{R}.pt`, hashed and
+   fsynced.
 2. When all have succeeded, rank 0 adds exports, completes the manifest, renames the folder to
    `step{N}` and writes `.metadata.json`: from then on the checkpoint exists.
-3. When that has succeeded, older ones may be pruned.
+3. When that has succeeded, older ones may be pruned (retention.py).
 
 A crash leaves either no `step{N}` with metadata, or a whole one. What fails on one rank fails
 on all, and leaves the checkpoints before it as they are.
@@ -24,24 +24,46 @@ import torch.distributed as dist
 from toolkit.checkpoint.layout import (
     FORMAT_VERSION,
     HF_FOLDER,
-    INVALID_SUFFIX,
     METADATA_FILE,
     RANK_FOLDER,
     TENSORS_FOLDER,
     CheckpointMetadata,
     FileEntry,
+    Kind,
     rank_file,
     read_metadata,
-    saved_steps,
     step_folder,
-    step_folders,
 )
-from toolkit.checkpoint.ranks import run_together
-from toolkit.checkpoint.tensors import load_tensors, save_tensors
+from toolkit.checkpoint.pieces import Resolve, TensorPieces, WrittenPieces
+from toolkit.checkpoint.ranks import gather, run_together
+from toolkit.checkpoint.tensors import load_tensors
 from toolkit.errors import CheckpointError, TrainingError
 from toolkit.storage.atomic import fsync_folder, hash_file, remove_tree, write_atomic
 
 log = logging.getLogger(__name__)
+
+SPARE_BYTES = 64 << 20
+"""Room left for what is not tensors: exports, metadata, the run's other files."""
+
+
+class Save(msgspec.Struct, frozen=True, kw_only=True):
+    """One checkpoint to be written: what it is, and what this rank adds to it."""
+
+    root: Path
+    """Folder of all checkpoints of the run."""
+    step: int
+    tokens: int
+    engine: str
+    kind: Kind = "permanent"
+    scores: dict[str, float] = {}
+    """Results of the evaluation at this step, for `keep_best`."""
+    extra: dict[str, Any] = {}
+    """Goes into the metadata."""
+    rank_state: Callable[[], dict[str, Any]]
+    """This rank's plain values (numbers, strings, lists, dicts, tensors); asked when writing."""
+    export: Callable[[Path], None] | None = None
+    """Called on rank 0 with the unfinished folder, to add `hf/` to it; its failure is a warning,
+    and the checkpoint has no `hf/`."""
 
 
 def save_checkpoint(
@@ -57,55 +79,80 @@ def save_checkpoint(
     extra: dict[str, Any] | None = None,
     export: Callable[[Path], None] | None = None,
 ) -> Path:
+    """Commit one checkpoint at once; see `Save` and `write_checkpoint`.
+
+    Args:
+        tensors: `model.*` and `optim.*`, see `EngineRuntime.state_tensors`.
+    """
+    save = Save(
+        root=root,
+        step=step,
+        tokens=tokens,
+        engine=engine,
+        extra=extra or {},
+        rank_state=lambda: rank_state,
+        export=export,
+    )
+    pieces = TensorPieces(group)
+    return write_checkpoint(save, pieces, pieces.live(tensors), rank=rank, group=group)
+
+
+def write_checkpoint(
+    save: Save,
+    pieces: TensorPieces,
+    resolve: Resolve,
+    *,
+    rank: int,
+    group: dist.ProcessGroup | None,
+) -> Path:
     """Commit a checkpoint of all ranks of `group` (None: one process) and return its folder.
 
     Args:
-        root: folder of all checkpoints of the run.
-        tensors: `model.*` and `optim.*`, see `EngineRuntime.state_tensors`.
-        rank_state: this rank's plain values (numbers, strings, lists, dicts, tensors).
-        export: called on rank 0 with the unfinished folder, to add `hf/` to it; its failure is a
-            warning, and the checkpoint has no `hf/`.
+        pieces, resolve: the tensors, from `pieces.live` or `pieces.copy`.
 
     Raises:
         TrainingError: on every rank when one failed; nothing is committed.
     """
-    final = step_folder(root, step)
+    final = step_folder(save.root, save.step)
     temporary = final.with_name(final.name + ".tmp")
 
     def begin() -> None:
         if rank == 0:
+            _check_free_space(save.root, sum(sizes))
             shutil.rmtree(temporary, ignore_errors=True)
             (temporary / RANK_FOLDER).mkdir(parents=True)
 
-    def write() -> dict[str, FileEntry]:
-        save_tensors(temporary / TENSORS_FOLDER, tensors, group)
-        _save_rank_state(temporary / rank_file(rank), rank_state)
-        own = (temporary / TENSORS_FOLDER).glob(f"__{rank}_*.distcp")
-        return _entries(temporary, [*own, temporary / rank_file(rank)])
+    def write() -> WrittenPieces:
+        written = pieces.write(temporary / TENSORS_FOLDER, resolve)
+        _save_rank_state(temporary / rank_file(rank), save.rank_state())
+        files = {f"{TENSORS_FOLDER}/{name}": entry for name, entry in written.files.items()}
+        return WrittenPieces(written.results, files | _entries(temporary, [rank_file(rank)]))
 
     def commit() -> None:
         if rank != 0:
             return
-        if export is not None:
-            _try_export(export, temporary)
-        files = {name: entry for entries in written for name, entry in entries.items()}
-        everything = (path for path in temporary.rglob("*") if path.is_file())
-        files |= _entries(
-            temporary, [p for p in everything if p.relative_to(temporary).as_posix() not in files]
-        )
+        pieces.write_metadata(temporary / TENSORS_FOLDER, [part.results for part in written])
+        if save.export is not None:
+            _try_export(save.export, temporary)
+        files = {name: entry for part in written for name, entry in part.files.items()}
+        present = {p.relative_to(temporary).as_posix() for p in temporary.rglob("*") if p.is_file()}
+        files |= _entries(temporary, present - files.keys())
         metadata = CheckpointMetadata(
             version=FORMAT_VERSION,
-            step=step,
-            tokens=tokens,
-            engine=engine,
+            step=save.step,
+            tokens=save.tokens,
+            engine=save.engine,
             world_size=len(written),
+            kind=save.kind,
+            scores=save.scores,
             files=dict(sorted(files.items())),
-            extra=extra or {},
+            extra=save.extra,
         )
         _commit(temporary, final, metadata)
 
     failing = f"{final}: not saved, earlier checkpoints are as they were"
     try:
+        sizes = gather(pieces.nbytes, group)
         run_together(begin, group, failing=failing)
         written = run_together(write, group, failing=failing)
         run_together(commit, group, failing=failing)
@@ -146,33 +193,13 @@ def load_rank_state(checkpoint: Path, rank: int) -> dict[str, Any]:
         raise CheckpointError(f"{path}: cannot be read: {reason}") from error
 
 
-def prune_checkpoints(root: Path, *, keep_last: int, newest: int) -> None:
-    """Remove what is older than the last `keep_last` checkpoints up to step `newest`, which was
-    just committed, and unfinished leftovers. What cannot be removed is a warning.
-
-    Folders of later steps are not touched: nobody knows here whether they are whole.
-    """
-    try:
-        for folder in _superseded(root, keep_last, newest):
-            remove_tree(folder)
-        for leftover in (*root.glob("step*.tmp"), *root.glob(".step*.tmp")):
-            shutil.rmtree(leftover)
-    except OSError as error:
-        log.warning("%s: old checkpoints cannot be removed: %s", root, error)
-
-
-def _superseded(root: Path, keep_last: int, newest: int) -> list[Path]:
-    kept = [step for step in saved_steps(root) if step <= newest][-keep_last:]
-    return [
-        folder
-        for folder, step in step_folders(root).items()
-        if step < kept[0] or (step < newest and _is_uncommitted(folder))
-    ]
-
-
-def _is_uncommitted(folder: Path) -> bool:
-    """Left by a crash between the rename and the metadata."""
-    return not (folder / METADATA_FILE).is_file() and not folder.name.endswith(INVALID_SUFFIX)
+def _check_free_space(root: Path, tensor_bytes: int) -> None:
+    root.mkdir(parents=True, exist_ok=True)
+    needed, free = tensor_bytes + SPARE_BYTES, shutil.disk_usage(root).free
+    if free < needed:
+        raise OSError(
+            f"{needed / 1e9:.2f} GB are needed on the disk of {root}, {free / 1e9:.2f} GB are free"
+        )
 
 
 def _save_rank_state(path: Path, state: dict[str, Any]) -> None:
@@ -191,10 +218,9 @@ def _try_export(export: Callable[[Path], None], temporary: Path) -> None:
         shutil.rmtree(temporary / HF_FOLDER, ignore_errors=True)
 
 
-def _entries(folder: Path, files: Iterable[Path]) -> dict[str, FileEntry]:
-    return {
-        p.relative_to(folder).as_posix(): FileEntry(p.stat().st_size, hash_file(p)) for p in files
-    }
+def _entries(folder: Path, names: Iterable[str]) -> dict[str, FileEntry]:
+    paths = {name: folder / name for name in names}
+    return {name: FileEntry(p.stat().st_size, hash_file(p)) for name, p in paths.items()}
 
 
 def _commit(temporary: Path, final: Path, metadata: CheckpointMetadata) -> None:

@@ -13,7 +13,7 @@ import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -26,6 +26,10 @@ RANK_FOLDER = "train"
 HF_FOLDER = "hf"
 INVALID_SUFFIX = ".invalid"
 FORMAT_VERSION = 1
+
+Kind = Literal["permanent", "ephemeral", "fixed"]
+"""Ordinary ones are kept by the rules of retention; of ephemeral ones just the newest, fixed ones
+for ever."""
 
 _STEP = re.compile(r"step(\d+)\Z")
 _ANY_STEP = re.compile(rf"step(\d+)({re.escape(INVALID_SUFFIX)})?\Z")
@@ -50,6 +54,9 @@ class CheckpointMetadata(msgspec.Struct, frozen=True, kw_only=True):
     world_size: int
     files: dict[str, FileEntry]
     """Manifest: path inside the checkpoint -> size and hash."""
+    kind: Kind = "permanent"
+    scores: dict[str, float] = {}
+    """Results of the evaluation at this step, as "val/loss"."""
     extra: dict[str, Any] = {}
     """What the caller adds: model config, data fingerprint, library versions."""
 

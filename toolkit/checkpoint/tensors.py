@@ -1,4 +1,4 @@
-"""Tensors to and from torch DCP, whatever engine holds them.
+"""Tensors from torch DCP, into whatever engine holds them.
 
 Keys are canonical names ("model.blocks.0.attention.query.weight", "optim.<name>.exp_avg"), shapes
 are global. Values may be plain tensors (replicated), DTensors, or `FlatShard`s.
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
@@ -39,23 +39,6 @@ _SAFE_NAMES = {
 }
 """Exact names: whole modules would let a file call functions of theirs that unpickle others.
 Not `BytesStorageMetadata`: DCP reads such entries by an ordinary unpickler, and we write none."""
-
-
-def save_tensors(
-    folder: Path, tensors: dict[str, torch.Tensor], group: dist.ProcessGroup | None
-) -> None:
-    """Write this rank's parts; every rank of `group` calls it. Files are fsynced.
-
-    A failure is raised on the rank that has it; callers tell the others.
-    """
-    writer = FileSystemWriter(folder, sync_files=True)
-    try:
-        with _quiet():
-            dcp.save(tensors, storage_writer=writer, process_group=group, no_dist=group is None)
-    except CheckpointException as error:
-        own = error.failures.get(0 if group is None else dist.get_rank(group))
-        if own is not None:
-            raise own[0] from None
 
 
 def load_tensors(

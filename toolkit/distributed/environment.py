@@ -71,6 +71,8 @@ class TrainingEnvironment:
     """gloo group of all ranks for the main thread; None on one process."""
     metrics_group: dist.ProcessGroup | None
     """gloo group of all ranks for the metrics thread, so that the two never interleave."""
+    checkpoint_group: dist.ProcessGroup | None = None
+    """gloo group of all ranks for the thread that writes checkpoints."""
 
     @property
     def is_main(self) -> bool:
@@ -157,12 +159,13 @@ def prepare_training_environment(
         tune_cpu(local_world_size=local_world_size)
     if device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = engine.precision != "fp32"
-    cpu_group = metrics_group = None
+    cpu_group = metrics_group = checkpoint_group = None
     if world_size > 1 or engine.name not in ("single", "ddp"):
         _init_process_group(device, world_size)
         if world_size > 1:
             cpu_group = dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT)
             metrics_group = dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT)
+            checkpoint_group = dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT)
     return TrainingEnvironment(
         rank=rank,
         local_rank=local_rank,
@@ -172,6 +175,7 @@ def prepare_training_environment(
         seed=config.seed,
         cpu_group=cpu_group,
         metrics_group=metrics_group,
+        checkpoint_group=checkpoint_group,
     )
 
 

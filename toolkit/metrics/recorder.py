@@ -55,6 +55,34 @@ class _Block(NamedTuple):
     copies: dict[torch.device, _Copy]
 
 
+class PendingFlush:
+    """What `begin_flush` started."""
+
+    def __init__(self, recorder: "MetricsRecorder", after: Callable[[], Any] | None) -> None:
+        self._recorder = recorder
+        self._after = after
+        self._done = threading.Event()
+        self._result: Any = None
+
+    def wait(self) -> Any:
+        """Block until it is done; the result of `after`. Any thread may call it.
+
+        Raises:
+            TrainingError: when delivering failed.
+        """
+        while not self._done.wait(timeout=1.0):
+            self._recorder._check_alive()
+        self._recorder._check_error()
+        return self._result
+
+    def _finish(self, *, succeeded: bool) -> None:
+        try:
+            if succeeded and self._after is not None:
+                self._result = self._after()
+        finally:
+            self._done.set()
+
+
 class MetricsRecorder:
     """See the head of this module.
 
@@ -81,7 +109,7 @@ class MetricsRecorder:
         self._last_step: dict[str, int] = {}
         self._pending: list[_Record] = []
         self._error: BaseException | None = None
-        self._queue: queue.SimpleQueue[_Block | threading.Event | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[_Block | PendingFlush | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, name="metrics", daemon=True)
         self._thread.start()
 
@@ -102,8 +130,7 @@ class MetricsRecorder:
         Raises:
             TrainingError: when delivering earlier values failed.
         """
-        if self._error is not None:
-            self._raise_error()
+        self._check_error()
         last = self._last_step.get(stream, self._start_step)
         if stream != TRAIN:
             last -= 1
@@ -123,14 +150,18 @@ class MetricsRecorder:
         Raises:
             TrainingError: when delivering failed.
         """
+        self.begin_flush().wait()
+
+    def begin_flush(self, after: Callable[[], Any] | None = None) -> PendingFlush:
+        """Like `flush`, but without waiting: that is done by whoever needs it.
+
+        `after` is called in the delivering thread when everything up to here, and nothing later, is
+        delivered.
+        """
         self._hand_over()
-        done = threading.Event()
-        self._queue.put(done)
-        while not done.wait(timeout=1.0):
-            if not self._thread.is_alive():
-                raise TrainingError("metrics: the delivering thread is gone; see the log")
-        if self._error is not None:
-            self._raise_error()
+        pending = PendingFlush(self, after)
+        self._queue.put(pending)
+        return pending
 
     def close(self, *, flush: bool = True) -> None:
         """Flush and stop the thread.
@@ -149,9 +180,14 @@ class MetricsRecorder:
     def _next_boundary(self, step: int) -> int:
         return (step // self._interval + 1) * self._interval
 
-    def _raise_error(self) -> None:
+    def _check_alive(self) -> None:
+        if not self._thread.is_alive():
+            raise TrainingError("metrics: the delivering thread is gone; see the log")
+
+    def _check_error(self) -> None:
         error = self._error
-        assert error is not None
+        if error is None:
+            return
         if isinstance(error, ToolkitError):
             raise error
         raise TrainingError(
@@ -167,7 +203,7 @@ class MetricsRecorder:
     def _work(self) -> None:
         while (item := self._queue.get()) is not None:
             try:
-                if isinstance(item, threading.Event):
+                if isinstance(item, PendingFlush):
                     if self._sync is not None and self._error is None:
                         self._sync()
                 elif self._error is None:
@@ -175,8 +211,8 @@ class MetricsRecorder:
             except BaseException as error:
                 self._error = error
             finally:
-                if isinstance(item, threading.Event):
-                    item.set()
+                if isinstance(item, PendingFlush):
+                    item._finish(succeeded=self._error is None)
 
     def _finish(self, block: _Block) -> None:
         rows = _host_values(block)
