@@ -78,38 +78,43 @@ def plan_resume(run_dir: Path, overrides: Sequence[str], environ: Mapping[str, s
         environ = {**environ, "WORLD_SIZE": str(processes)}
     stored = config.replace(run=config.run.replace(save_folder=str(folder)))
     if not asked:
-        module = module.replace(dp_config=recorded_engine(status, environ))
+        recorded = status.other.get("dp_config")
+        engine = msgspec.convert(recorded, DataParallelConfig) if recorded else None
+        module = module.replace(dp_config=engine_again(engine, status.world_size, environ))
     if not any(flag.startswith("--train_module.precision") for flag in overrides):
-        module = module.replace(precision=recorded_precision(module, status, environ))
+        precision = precision_again(module, status.other.get("precision"), environ)
+        module = module.replace(precision=precision)
     config = stored.replace(train_module=module)
     return ResumePlan(folder, config, stored, loaded.origins, status, processes, environ)
 
 
-def recorded_engine(status: RunStatus, environ: Mapping[str, str]) -> DataParallelConfig | None:
-    """The recorded engine, where the launcher is silent and it fits the number of processes."""
-    recorded = status.other.get("dp_config")
+def engine_again(
+    recorded: DataParallelConfig | None, recorded_size: int | None, environ: Mapping[str, str]
+) -> DataParallelConfig | None:
+    """The recorded engine, where the launcher is silent and it fits the number of processes.
+
+    `recorded_size`: processes it ran on.
+    """
     if launcher_names_engine(environ) or recorded is None:
         return None
-    config = msgspec.convert(recorded, DataParallelConfig)
     world_size = world_size_of(environ)
-    if config.name in ("single", "ddp"):
+    if recorded.name in ("single", "ddp"):
         return None  # what silence means: single on one process, ddp on several
-    if world_size == 1 and status.world_size != 1 and not offloads(config):
+    if world_size == 1 and recorded_size != 1 and not offloads(recorded):
         return None  # nothing to shard over
-    if config.name == "hsdp" and world_size != status.world_size:
-        return msgspec.structs.replace(config, num_replicas=None, shard_degree=None)
-    return config
+    if recorded.name == "hsdp" and world_size != recorded_size:
+        return msgspec.structs.replace(recorded, num_replicas=None, shard_degree=None)
+    return recorded
 
 
-def recorded_precision(
-    module: TransformerTrainModuleConfig, status: RunStatus, environ: Mapping[str, str]
+def precision_again(
+    module: TransformerTrainModuleConfig, recorded: str | None, environ: Mapping[str, str]
 ) -> Precision:
     """The recorded precision, where neither config nor launcher asks for one."""
     is_asked = module.precision != "auto" or (module.dp_config and module.dp_config.param_dtype)
-    recorded = status.other.get("precision")
-    if is_asked or launcher_precision(environ) or recorded not in ("fp32", "bf16"):
+    if is_asked or launcher_precision(environ):
         return module.precision
-    return recorded
+    return "bf16" if recorded == "bf16" else "fp32" if recorded == "fp32" else module.precision
 
 
 def processes_here(recorded: int) -> int:

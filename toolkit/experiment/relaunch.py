@@ -1,4 +1,4 @@
-"""`toolkit resume` of a run of several processes: this process becomes their launcher.
+"""`toolkit resume` (or `verify`) of a run of several processes: this one becomes their launcher.
 
 The same agent that `torchrun` uses, inside this process: signals reach the workers, and their exit
 codes and messages come back without a launcher's report around them.
@@ -20,10 +20,17 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def relaunch(folder: Path, overrides: Sequence[str], processes: int, *, debug: bool = False) -> int:
-    """`toolkit resume folder` on `processes` processes of this machine; returns the exit code.
+def relaunch(
+    folder: Path,
+    arguments: Sequence[str],
+    processes: int,
+    *,
+    verb: str = "resume",
+    debug: bool = False,
+) -> int:
+    """`toolkit VERB folder` on `processes` processes of this machine; returns the exit code.
 
-    `debug` is `--debug` for them.
+    `arguments` follow the folder, `debug` is `--debug` for them.
 
     Raises:
         TrainingError: a signal killed a worker.
@@ -36,33 +43,33 @@ def relaunch(folder: Path, overrides: Sequence[str], processes: int, *, debug: b
     log.info("relaunching with %d processes", processes)
     # Workers say themselves what went wrong.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    command = [sys.executable, "-m", "toolkit", "resume", str(folder), *overrides]
+    command = [sys.executable, "-m", "toolkit", verb, str(folder), *arguments]
     if debug:
         command.append("--debug")
-    arguments = parse_args(
+    launcher = parse_args(
         [
             *("--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", f"--rdzv-id={uuid.uuid4()}"),
             *("--no-python", f"--nproc-per-node={processes}", *command),
         ]
     )
-    config, entrypoint, entrypoint_arguments = config_from_args(arguments)
+    config, entrypoint, entrypoint_arguments = config_from_args(launcher)
     try:
         elastic_launch(config, entrypoint)(*entrypoint_arguments)
     except ChildFailedError as error:
-        return _exit_code(error, folder)
+        return _exit_code(error, f"toolkit {verb} {folder}")
     except SignalException as error:
         status = read_status(folder)
-        stopped = status is not None and status.state == "stopped"
+        stopped = verb == "resume" and status is not None and status.state == "stopped"
         return EXIT_STOPPED if stopped else 128 + error.sigval.value
     return EXIT_DONE
 
 
-def _exit_code(error: "ChildFailedError", folder: Path) -> int:
+def _exit_code(error: "ChildFailedError", again: str) -> int:
     """The code of the first worker that ended; the others were stopped because of it."""
     rank, failure = error.get_first_failure()
     if failure.exitcode > 0:
         return failure.exitcode
     raise TrainingError(
         f"rank {rank} was killed ({failure.signal_name()}); if it was not you, look for what ended "
-        f"it in the system's log (memory?), then go on with `toolkit resume {folder}`"
+        f"it in the system's log (memory?), then go on with `{again}`"
     )
