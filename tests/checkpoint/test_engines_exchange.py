@@ -1,110 +1,166 @@
 """A checkpoint of one engine continues under another."""
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import pytest
 import torch
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-from tests.tiny import build, module_config, open_environment, train_steps
+from tests.checkpoint.exchange import (
+    CELLS,
+    SAVED_AT,
+    VARIANTS,
+    Cell,
+    State,
+    continue_each,
+    differences,
+    save_and_go_on,
+    stored,
+)
 from tests.workers import WorkerPool
-from toolkit.checkpoint.commit import load_checkpoint, save_checkpoint
 from toolkit.checkpoint.layout import check_files, read_metadata
-from toolkit.checkpoint.tensors import iterate_tensors
-from toolkit.train.config import TransformerTrainModuleConfig
 
-ENGINES = [
-    ("single", 1),
-    ("ddp", 2),
-    ("fsdp", 2),
-    ("fsdp+offload", 2),
-    ("hsdp", 4),
-    ("zero1", 2),
-    ("zero2", 2),
-    ("zero2+offload", 2),
-    ("zero3", 2),
-    ("zero3+offload", 2),
+STEP = f"step{SAVED_AT}"
+ODD = ("adamw-uneven-tied-frozen-groups", "sgd-uneven-frozen-groups")
+
+EVERY_ENGINE = [
+    *(Cell(engine, 2) for engine in ("ddp", "fsdp", "fsdp+offload", "zero1", "zero2")),
+    *(Cell(engine, 2) for engine in ("zero2+offload", "zero3", "zero3+offload")),
+    Cell("hsdp", 4),
 ]
+# 4 ranks: the last of them owns no row of some parameters.
+ODD_CELLS = [Cell("fsdp", 4), Cell("zero1", 2), Cell("zero3", 4)]
 
 
-def config_of(engine: str) -> TransformerTrainModuleConfig:
-    name, _, offload = engine.partition("+")
-    return module_config(name, dp={"cpu_offload": bool(offload)})
+class Reference(NamedTuple):
+    """A run of `single` that was not interrupted, and its checkpoint."""
 
-
-def save_after(engine: str, root: str, steps: int) -> list[dict[str, float]]:
-    config = config_of(engine)
-    env = open_environment(config)
-    try:
-        module = build(config, env)
-        train_steps(module, 0, steps)
-        save_checkpoint(
-            Path(root), step=steps, tokens=0, tensors=module.state_tensors(), rank_state={"r": 1},
-            engine=engine, rank=env.rank, group=env.cpu_group,
-        )  # fmt: skip
-        return train_steps(module, steps, steps + 3)
-    finally:
-        env.close()
-
-
-def resume_from(engine: str, checkpoint: str, steps: int, again: str | None = None) -> Any:
-    config = config_of(engine)
-    env = open_environment(config, seed=99)  # other initial values: loading must replace them all
-    try:
-        module = build(config, env)
-        load_checkpoint(
-            Path(checkpoint), tensors=module.state_tensors(), rank=env.rank, group=env.cpu_group
-        )
-        module.state_filled()
-        if again is not None:
-            save_checkpoint(
-                Path(again), step=steps, tokens=0, tensors=module.state_tensors(),
-                rank_state={}, engine=engine, rank=env.rank, group=env.cpu_group,
-            )  # fmt: skip
-        return train_steps(module, steps, steps + 3)
-    finally:
-        env.close()
+    checkpoint: Path
+    losses: list[float]
+    state: State
 
 
 @pytest.fixture(scope="module")
-def reference(workers: WorkerPool, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list]:
-    root = tmp_path_factory.mktemp("reference")
-    history = workers.run(1, save_after, "single", str(root), 3)[0]
-    return str(root / "step3"), history
+def reference(
+    workers: WorkerPool, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Reference]:
+    made: dict[str, Reference] = {}
+
+    def make(variant: str) -> Reference:
+        if variant not in made:
+            root = tmp_path_factory.mktemp("reference")
+            history = workers.run(1, save_and_go_on, "single", variant, str(root))[0]
+            made[variant] = Reference(root / STEP, losses(history), stored(root / STEP))
+        return made[variant]
+
+    return make
 
 
-@pytest.mark.parametrize(("engine", "ranks"), ENGINES)
-def test_reference_state_continues_under_every_engine(
-    workers: WorkerPool, reference: tuple[str, list], engine: str, ranks: int, tmp_path: Path
+def losses(history: list[dict[str, float]]) -> list[float]:
+    return [metrics["loss"] for metrics in history]
+
+
+def check_both_ways(
+    workers: WorkerPool, cell: Cell, variant: str, expected: Reference, folder: Path
 ) -> None:
-    checkpoint, expected = reference
-    history = workers.run(ranks, resume_from, engine, checkpoint, 3, str(tmp_path))[0]
-    for got, want in zip(history, expected, strict=True):
-        assert got["loss"] == pytest.approx(want["loss"], rel=1e-5)
-        assert got["grad_norm"] == pytest.approx(want["grad_norm"], rel=1e-4)
-    # What the engine holds after loading, saved again, is bit for bit what was loaded.
-    before = dict(iterate_tensors(Path(checkpoint) / "model_and_optim", ""))
-    after = dict(iterate_tensors(tmp_path / "step3" / "model_and_optim", ""))
-    assert before.keys() == after.keys()
-    assert all(torch.equal(before[name], after[name]) for name in before)
-
-
-@pytest.mark.parametrize(("engine", "ranks"), ENGINES[1:])
-def test_every_engine_saves_what_single_continues(
-    workers: WorkerPool, engine: str, ranks: int, tmp_path: Path
-) -> None:
-    expected = workers.run(ranks, save_after, engine, str(tmp_path), 3)[0]
-    checkpoint = tmp_path / "step3"
+    """`cell` continues the reference and itself; `single` continues `cell`."""
+    own = workers.run(cell.ranks, save_and_go_on, cell.engine, variant, str(folder / "own"))[0]
+    checkpoint = folder / "own" / STEP
     check_files(checkpoint, read_metadata(checkpoint), hashes=True)
-    history = workers.run(1, resume_from, "single", str(checkpoint), 3)[0]
-    for got, want in zip(history, expected, strict=True):
-        assert got["loss"] == pytest.approx(want["loss"], rel=1e-5)
+    sources = [str(expected.checkpoint), str(checkpoint)]
+    histories = workers.run(
+        cell.ranks, continue_each, cell.engine, variant, sources, str(folder / "again")
+    )[0]
+    assert losses(histories[0]) == pytest.approx(expected.losses, rel=1e-5)
+    assert histories[1] == own  # bit for bit, norms too
+    assert differences(stored(folder / "again" / "0" / STEP), expected.state) == []
+    state = stored(checkpoint)
+    assert differences(stored(folder / "again" / "1" / STEP), state) == []
+    back = workers.run(1, continue_each, "single", variant, sources[1:], str(folder / "back"))[0][0]
+    assert losses(back) == pytest.approx(losses(own), rel=1e-5)
+    assert differences(stored(folder / "back" / "0" / STEP), state) == []
 
 
-@pytest.mark.parametrize(("engine", "ranks"), ENGINES)
-def test_same_engine_resumes_bit_equal(
-    workers: WorkerPool, engine: str, ranks: int, tmp_path: Path
+@pytest.mark.parametrize("cell", EVERY_ENGINE, ids=str)
+def test_every_engine_continues_single_and_itself_and_single_continues_it(
+    workers: WorkerPool, reference: Callable[[str], Reference], cell: Cell, tmp_path: Path
 ) -> None:
-    expected = workers.run(ranks, save_after, engine, str(tmp_path), 3)[0]
-    history = workers.run(ranks, resume_from, engine, str(tmp_path / "step3"), 3)[0]
-    assert history == expected
+    check_both_ways(workers, cell, "adamw", reference("adamw"), tmp_path)
+
+
+@pytest.mark.parametrize("cell", ODD_CELLS, ids=str)
+@pytest.mark.parametrize("variant", ODD)
+def test_uneven_shards_frozen_parameters_and_groups_travel_too(
+    workers: WorkerPool,
+    reference: Callable[[str], Reference],
+    variant: str,
+    cell: Cell,
+    tmp_path: Path,
+) -> None:
+    check_both_ways(workers, cell, variant, reference(variant), tmp_path)
+
+
+def test_frozen_parameters_are_saved_without_moments(
+    reference: Callable[[str], Reference],
+) -> None:
+    state = reference("sgd-uneven-frozen-groups").state
+    assert "model.embeddings.tokens.weight" in state
+    buffers = [name for name in state if name.startswith("optim.")]
+    assert len(buffers) == 17  # of 22 parameters: two are frozen, three have no momentum
+    assert not [name for name in buffers if ".embeddings." in name or "blocks" not in name]
+
+
+def test_torch_reads_the_format_by_itself(
+    reference: Callable[[str], Reference], tmp_path: Path
+) -> None:
+    expected = reference("adamw")
+    dcp_to_torch_save(expected.checkpoint / "model_and_optim", tmp_path / "state.pt")
+    found = torch.load(tmp_path / "state.pt", weights_only=True)
+    assert differences(_flat(found), expected.state) == []
+
+
+def _flat(nested: dict, prefix: str = "") -> State:
+    flat: State = {}
+    for name, value in nested.items():
+        flat |= (
+            _flat(value, f"{prefix}{name}.")
+            if isinstance(value, dict)
+            else {f"{prefix}{name}": value}
+        )
+    return flat
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_all_pairs_of_engines_and_ranks(workers: WorkerPool, variant: str, tmp_path: Path) -> None:
+    """Every cell saves, every cell continues each of the checkpoints."""
+    expected: list[list[dict[str, float]]] = []
+    folders = [tmp_path / str(cell) for cell in CELLS]
+    for cell, folder in zip(CELLS, folders, strict=True):
+        history = workers.run(cell.ranks, save_and_go_on, cell.engine, variant, str(folder))[0]
+        expected.append(history)
+        saved = stored(folder / STEP)
+        dcp_to_torch_save(folder / STEP / "model_and_optim", tmp_path / "state.pt")
+        assert differences(_flat(torch.load(tmp_path / "state.pt")), saved) == [], cell
+    states = [stored(folder / STEP) for folder in folders]
+    sources = [str(folder / STEP) for folder in folders]
+    failures = []
+    for cell in CELLS:
+        again = tmp_path / f"again-{cell}"
+        histories = workers.run(
+            cell.ranks, continue_each, cell.engine, variant, sources, str(again), timeout=600
+        )[0]
+        for index, (source, found, wanted) in enumerate(
+            zip(CELLS, histories, expected, strict=True)
+        ):
+            pair = f"{source} -> {cell}"
+            if changed := differences(stored(again / str(index) / STEP), states[index]):
+                failures.append(f"{pair}: {changed}")
+            if losses(found) != pytest.approx(losses(wanted), rel=1e-5):
+                failures.append(f"{pair}: {losses(found)} instead of {losses(wanted)}")
+            if source == cell and found != wanted:
+                failures.append(f"{pair}: not bit-equal")
+    assert failures == []

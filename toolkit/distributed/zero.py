@@ -183,9 +183,9 @@ class ZeroRuntime(EngineRuntime):
         missing = [
             (flat, group)
             for flat, group in self._flats_and_groups()
-            if flat.numel() and not self.optimizer.state.get(flat)
+            if flat.numel() and _keeps_state(group) and not self.optimizer.state.get(flat)
         ]
-        if not missing or not _has_state(self.optimizer):
+        if not missing:
             return
         saved = [(group, group["lr"], group["params"]) for group in self.optimizer.param_groups]
         for group, _, _ in saved:
@@ -212,5 +212,6 @@ class ZeroRuntime(EngineRuntime):
         return [(flat, groups[owners[index]]) for index, flat in flats]
 
 
-def _has_state(optimizer: torch.optim.Optimizer) -> bool:
-    return not (isinstance(optimizer, torch.optim.SGD) and not optimizer.defaults["momentum"])
+def _keeps_state(group: dict[str, Any]) -> bool:
+    """Not SGD without momentum; one group may have it and another not."""
+    return group.get("momentum") != 0
