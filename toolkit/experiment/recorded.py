@@ -3,6 +3,7 @@
 No torch at import: `toolkit resume --explain` asks too.
 """
 
+import contextlib
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,8 +22,12 @@ from toolkit.distributed.launcher import (
 from toolkit.errors import RunError
 from toolkit.experiment.config import ExperimentConfig
 from toolkit.experiment.load import find_data, load_run_config
+from toolkit.runs.files import RUN_FILES
 from toolkit.runs.status import RunStatus, read_status
 from toolkit.train.config import TransformerTrainModuleConfig
+
+VERSIONED = ("toolkit", "torch", "accelerate", "deepspeed", "numpy")
+"""Libraries that compute."""
 
 
 class EngineRecord(msgspec.Struct, frozen=True, kw_only=True):
@@ -37,6 +42,15 @@ class EngineRecord(msgspec.Struct, frozen=True, kw_only=True):
     """Model of the GPU, else of the CPU."""
     dp_config: DataParallelConfig
     """The config that asks for this engine, whatever the launcher."""
+
+
+class RecordedStep(msgspec.Struct):
+    """What a replay needs of a line of train.jsonl."""
+
+    step: int
+    loss: float | str | None = None
+    """Text where it is not finite."""
+    attempt: int = 1
 
 
 class ResumePlan(NamedTuple):
@@ -151,6 +165,49 @@ def metadata_of_attempt(folder: Path, file: str, attempt: int) -> Path:
     matches = ((kept.match(other.name), other) for other in path.parent.glob(f"{path.stem}.*"))
     later = {int(m[1]): other for m, other in matches if m and int(m[1]) >= attempt}
     return later[min(later)] if later else path
+
+
+def read_steps(folder: Path) -> dict[int, RecordedStep]:
+    """The lines of train.jsonl by step; one that is being written is left out."""
+    decoder, record = msgspec.json.Decoder(RecordedStep), {}
+    with contextlib.suppress(FileNotFoundError), (folder / RUN_FILES.train_metrics).open("rb") as f:
+        for line in f:
+            with contextlib.suppress(msgspec.MsgspecError):
+                found = decoder.decode(line)
+                record[found.step] = found
+    return record
+
+
+def config_of(folder: Path, attempt: int) -> ExperimentConfig:
+    """The config of `attempt`.
+
+    Raises:
+        RunError: it cannot be read.
+    """
+    path = metadata_of_attempt(folder, RUN_FILES.config, attempt)
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=ExperimentConfig)
+    except (OSError, msgspec.MsgspecError) as error:
+        raise RunError(f"{path}: cannot be read: {error}") from None
+
+
+def engine_of(folder: Path, attempt: int) -> EngineRecord | None:
+    """The engine of `attempt`; None where it was not recorded."""
+    path = metadata_of_attempt(folder, RUN_FILES.engine, attempt)
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=EngineRecord)
+    except (OSError, msgspec.MsgspecError):
+        return None
+
+
+def versions_of(folder: Path, attempt: int) -> dict[str, str | None]:
+    """Versions of the libraries that compute, during `attempt`; empty where not recorded."""
+    path = metadata_of_attempt(folder, RUN_FILES.environment, attempt)
+    try:
+        versions = msgspec.json.decode(path.read_bytes())["versions"]
+        return {name: versions.get(name) for name in VERSIONED}
+    except (OSError, msgspec.MsgspecError, KeyError, TypeError, AttributeError):
+        return {}
 
 
 def _cpu_model() -> str:
