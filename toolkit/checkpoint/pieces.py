@@ -84,7 +84,7 @@ class TensorPieces:
         hashed = _HashingFiles(writer.fs)
         writer.fs = hashed  # type: ignore[assignment]
         planner = DefaultSavePlanner()
-        planner.resolve_data = resolve  # type: ignore[method-assign]
+        planner.resolve_data = resolve  # type: ignore[method-assign, assignment]
         folder.mkdir(parents=True, exist_ok=True)
         with _without_crc32():
             results = writer.write_data(self._plan, planner).wait()

@@ -47,7 +47,7 @@ def check_continuation(config: ExperimentConfig, folder: Path, train_loader: "Tr
     from toolkit.checkpoint.commit import load_rank_state
     from toolkit.checkpoint.find import find_checkpoint
     from toolkit.checkpoint.layout import read_metadata
-    from toolkit.train.checkpointing import find_start
+    from toolkit.train.restoring import find_start
 
     start = find_start(
         config.trainer,

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from toolkit.config import Config
 from toolkit.config.base import check_not_negative, check_positive
+from toolkit.config.seconds import in_seconds
 from toolkit.distributed.config import ActivationCheckpointingConfig, DataParallelConfig
 from toolkit.optim.config import AdamWConfig, CosineConfig, OptimConfig, SchedulerConfig
 
@@ -152,8 +153,28 @@ class CheckpointerConfig(Config, kw_only=True):
     """Off: nothing is saved (like `trainer.no_checkpoints`)."""
     interval: int = 1000
     """Steps between checkpoints."""
+    fixed_steps: tuple[int, ...] = ()
+    """Further steps to save at; these checkpoints are never removed."""
+    ephemeral_interval: int | None = None
+    """Steps between checkpoints against crashes only, of which the newest stays until any newer one
+    is committed."""
     keep_last: int | None = 3
     """Older ones are removed after a newer is committed; null: keep all."""
+    keep_every: int | None = None
+    """Checkpoints whose step is a multiple of this stay, however old."""
+    keep_best: int | None = None
+    """This many with the best `best_metric` stay. Only a checkpoint at the step of an evaluation
+    has one."""
+    best_metric: str = "val/loss"
+    """What `keep_best` compares: name of the evaluation and of its result."""
+    best_mode: Literal["min", "max"] = "min"
+    """Whether less or more is better."""
+    asynchronous: bool = True
+    """Training waits only while the state is copied to host memory (its size once more), which is
+    then written in the background. Off: it waits until the checkpoint is committed."""
+    on_error: Literal["continue", "stop"] = "continue"
+    """What a checkpoint that cannot be written means during training: go on with the ones there are
+    (an error is logged), or end the run. At the end of training it always fails the run."""
     at_end: bool = True
     """Save after the last step."""
     export_hf: bool = True
@@ -161,7 +182,9 @@ class CheckpointerConfig(Config, kw_only=True):
     transformers class."""
 
     def __post_init__(self) -> None:
-        check_positive(self, "keep_last")
+        check_positive(self, "keep_last", "keep_every", "keep_best", "ephemeral_interval")
+        if any(step < 0 for step in self.fixed_steps):
+            raise ValueError(f"fixed_steps must not be negative: {list(self.fixed_steps)}")
 
 
 class SampleWriterConfig(Config, kw_only=True):
@@ -222,6 +245,18 @@ class TrainerConfig(Config, kw_only=True):
     """Steps between transfers of metrics from the device."""
     cancel_check_interval: int = 1
     """Steps between agreements of all ranks on a requested stop; they stop one agreement later."""
+    max_wall_time: float | str | None = None
+    """Stop with a checkpoint before this much time has passed since the start of the process, or of
+    its launcher: seconds, or text such as `11h30m`. Null: no limit."""
+    wall_time_margin: float | str | None = None
+    """How long before `max_wall_time` to stop; null: twice the longest time so far between two
+    steps (with the saves in between), at least 60 s."""
+    stop_file: str | None = "stop"
+    """Stop with a checkpoint when this file appears (looked for once a second, removed then); a
+    relative path is inside the run folder. Null: never look."""
+    watchdog_timeout: float | None = 1200.0
+    """End the job, naming the slow rank, after this many seconds without progress (three times as
+    many for the first step, evaluation, saving and other callbacks). Null: wait for ever."""
     deterministic: bool = False
     """Bit-equal runs on the same machine: torch's deterministic algorithms (CPU runs are so
     without it)."""
@@ -229,4 +264,13 @@ class TrainerConfig(Config, kw_only=True):
     """What is called at each event of the loop."""
 
     def __post_init__(self) -> None:
-        check_positive(self, "metrics_collect_interval", "cancel_check_interval")
+        check_positive(
+            self, "metrics_collect_interval", "cancel_check_interval", "watchdog_timeout"
+        )
+        for name in ("max_wall_time", "wall_time_margin"):
+            value = getattr(self, name)
+            if value is not None:
+                try:
+                    in_seconds(value)
+                except ValueError as error:
+                    raise ValueError(f"{name}: {error}") from None

@@ -1,16 +1,20 @@
-"""Stopping on request: signals, a launcher that died, and the agreement of all ranks.
+"""Stopping on request: signals, a file, the time limit, a launcher that died; and the agreement of
+all ranks.
 
-The first SIGTERM or SIGINT only raises a flag; the loop ends the step in flight, commits a
-checkpoint and leaves. Launchers repeat a terminal's signal, so a second one counts as "now" only
-after two seconds; it then kills the process at once, which harms no committed checkpoint.
+A signal only raises a flag; the loop ends the step in flight, commits a checkpoint and leaves.
+Launchers repeat a terminal's signal, so a second SIGTERM or SIGINT counts as "now" only after two
+seconds; it then kills the process at once, which harms no committed checkpoint. SIGUSR1, SIGUSR2
+and SIGHUP (what schedulers send ahead of time) ask and never kill.
 """
 
+import contextlib
 import os
 import signal
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import NamedTuple
 
@@ -22,9 +26,71 @@ from toolkit.distributed.launcher import has_launcher
 REPEAT_SECONDS = 2.0
 
 LAUNCHER_GONE = "the launcher is gone"
+WALL_TIME = "trainer.max_wall_time"
+STOP_FILE = "the stop file"
 FAILURE = "failure"
-_REASONS = ("", "a request", "SIGINT", "SIGTERM", LAUNCHER_GONE, FAILURE)
+_REASONS = (
+    *("", "a request", "SIGHUP", "SIGUSR1", "SIGUSR2", WALL_TIME, STOP_FILE, "SIGINT", "SIGTERM"),
+    *(LAUNCHER_GONE, FAILURE),
+)
 """What ranks tell each other, by index; the greatest wins."""
+
+TERMINATING = (signal.SIGTERM, signal.SIGINT)
+ASKING = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+
+_LEAST_MARGIN_SECONDS = 60.0
+_STOP_FILE_SECONDS = 1.0
+
+
+class WallTime:
+    """A limit on the time since this attempt was started, by a launcher or as this process.
+
+    Args:
+        limit: seconds.
+        margin: how many seconds before the limit to stop; None: twice the longest time seen
+            between two polls, at least 60.
+        started: when the attempt began, Unix seconds; default: asked from the system.
+    """
+
+    def __init__(
+        self, limit: float, margin: float | None = None, *, started: float | None = None
+    ) -> None:
+        self._margin = margin
+        self._longest = 0.0
+        self._last: float | None = None
+        self._polls = 0
+        since = time.time() - (attempt_started() if started is None else started)
+        self._deadline = time.monotonic() + limit - since
+
+    def is_up(self) -> bool:
+        """Whether to stop now; called once a step."""
+        now = time.monotonic()
+        self._polls += 1
+        if self._last is not None and self._polls > 2:  # what the first step compiles stays
+            self._longest = max(self._longest, now - self._last)
+        self._last = now
+        return now > self._deadline - self.margin
+
+    @property
+    def margin(self) -> float:
+        """Seconds kept free for the step in flight and the last save."""
+        if self._margin is not None:
+            return self._margin
+        return max(_LEAST_MARGIN_SECONDS, 2 * self._longest)
+
+
+def attempt_started() -> float:
+    """When this attempt began, in Unix seconds: the start of the launcher, which outlives workers
+    that it starts again, else of this process."""
+    import psutil
+
+    process = psutil.Process()
+    started = process.create_time()
+    if has_launcher(os.environ):
+        with contextlib.suppress(psutil.Error):
+            parent = process.parent()
+            started = min(started, parent.create_time()) if parent else started
+    return started
 
 
 class _Vote(NamedTuple):
@@ -35,15 +101,23 @@ class _Vote(NamedTuple):
 
 
 class StopRequest:
-    """Why this rank wants to stop, if it does (any thread may ask), and what all ranks agreed."""
+    """Why this rank wants to stop, if it does (any thread may ask), and what all ranks agreed.
 
-    def __init__(self) -> None:
+    Args:
+        wall_time: the time limit.
+        stop_file: a file that asks to stop; for one rank only.
+    """
+
+    def __init__(self, *, wall_time: WallTime | None = None, stop_file: Path | None = None) -> None:
         self.reason: str | None = None
         """What this rank wants, or, once agreed, why all ranks stop."""
         self.is_agreed = False
         """Whether all ranks stop; it becomes true on all of them at the same poll."""
-        self._since = 0.0
+        self._terminated_at: float | None = None
         self._vote: _Vote | None = None
+        self._wall_time = wall_time
+        self._stop_file = stop_file
+        self._looked_at = -_STOP_FILE_SECONDS
         # Only under a launcher: a shell that exits after `toolkit train &` is nobody's business.
         self._launcher = os.getppid() if has_launcher(os.environ) else None
 
@@ -51,15 +125,25 @@ class StopRequest:
         """Stop at the end of the step in flight; the first reason stays, but for a failure."""
         if self.reason is None or (reason == FAILURE and not self.is_agreed):
             self.reason = reason
-            self._since = time.monotonic()
+
+    def done(self) -> None:
+        """What was asked for has been done: the stop file goes, a later start must not see it."""
+        if self._stop_file is not None:
+            with contextlib.suppress(OSError):
+                self._stop_file.unlink(missing_ok=True)
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Handle SIGTERM and SIGINT inside the block (in the main thread only)."""
+        """Handle signals inside the block (in the main thread only); what is ignored, as SIGHUP
+        under nohup, stays so."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = {s: signal.signal(s, self._on_signal) for s in (signal.SIGTERM, signal.SIGINT)}
+        before = {
+            number: signal.signal(number, self._on_signal)
+            for number in (*TERMINATING, *ASKING)
+            if number in TERMINATING or signal.getsignal(number) != signal.SIG_IGN
+        }
         try:
             yield
         finally:
@@ -74,8 +158,7 @@ class StopRequest:
         """
         if self.is_agreed:
             return True
-        if self.reason is None and self._has_lost_launcher():
-            self.ask(LAUNCHER_GONE)
+        self._look()
         if group is None:
             self.is_agreed = self.reason is not None
             return self.is_agreed
@@ -90,6 +173,26 @@ class StopRequest:
             self._vote = _Vote(code, work)
         return self.is_agreed
 
+    @property
+    def has_lost_launcher(self) -> bool:
+        """Whether the launcher ended without this process."""
+        return self._launcher is not None and os.getppid() != self._launcher
+
+    def _look(self) -> None:
+        """Reasons that nobody brings: they must be looked for."""
+        if self._wall_time is not None and self._wall_time.is_up():
+            self.ask(WALL_TIME)
+        if self.reason is not None:
+            return
+        if self.has_lost_launcher:
+            self.ask(LAUNCHER_GONE)
+        elif self._stop_file is not None:
+            now = time.monotonic()
+            if now - self._looked_at >= _STOP_FILE_SECONDS:
+                self._looked_at = now
+                if self._stop_file.exists():
+                    self.ask(STOP_FILE)
+
     def _agree(self, code: int) -> None:
         if code:
             self.is_agreed = True
@@ -102,10 +205,11 @@ class StopRequest:
         return _REASONS.index(self.reason) if self.reason in _REASONS else 1
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
-        if self.reason is not None and time.monotonic() - self._since > REPEAT_SECONDS:
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
+        if number in TERMINATING:
+            now = time.monotonic()
+            if self._terminated_at is None:
+                self._terminated_at = now
+            elif now - self._terminated_at > REPEAT_SECONDS:
+                signal.signal(number, signal.SIG_DFL)
+                os.kill(os.getpid(), number)
         self.ask(signal.Signals(number).name)
-
-    def _has_lost_launcher(self) -> bool:
-        return self._launcher is not None and os.getppid() != self._launcher

@@ -16,17 +16,20 @@ from typing import Any, Literal, NamedTuple
 import torch
 import torch.distributed as dist
 
+from toolkit.config.seconds import in_seconds
 from toolkit.data.loader import EvalLoader, TrainLoader
 from toolkit.distributed.environment import TrainingEnvironment
-from toolkit.errors import ConfigError, TrainingError
+from toolkit.errors import ConfigError, ToolkitError, TrainingError
 from toolkit.metrics.recorder import Column, MetricsRecorder
 from toolkit.metrics.streams import MetricStreams
 from toolkit.runs.manager import RunManager
 from toolkit.train.callbacks import Callback, build_callbacks
-from toolkit.train.checkpointing import restore_trainer
 from toolkit.train.config import TrainerConfig, TransformerTrainModuleConfig
 from toolkit.train.module import Progress, TrainModule
-from toolkit.train.stopping import FAILURE, StopRequest
+from toolkit.train.restoring import restore_trainer
+from toolkit.train.peers import Peers, first_line
+from toolkit.train.stopping import FAILURE, StopRequest, WallTime
+from toolkit.train.watchdog import Heartbeat, Watchdog
 
 log = logging.getLogger(__name__)
 
@@ -89,7 +92,9 @@ class Trainer:
         self.total_steps = self._steps_of("max_duration")
         stop = self._steps_of("hard_stop") if config.hard_stop else self.total_steps
         self.stop_step = min(stop, self.total_steps)
-        self.stop_request = StopRequest()
+        self.stop_request = self._stop_request()
+        self.heartbeat = Heartbeat()
+        self._first_step = 0
         self.callbacks = build_callbacks(config.callbacks)
         for callback in self.callbacks.values():
             callback.trainer = self
@@ -98,13 +103,13 @@ class Trainer:
         self._pre_step = self._hooks("pre_step")
         self._pre_optim_step = self._hooks("pre_optim_step")
         self._post_step = self._hooks("post_step")
-        self._post_record = self._hooks("post_record")
+        self._post_record = self._labelled_hooks("post_record")
         self._on_metrics = self._hooks("on_metrics")
         self._deferred: list[Callable[[], None]] = []
         self._restored: bool | None = None
         self._last_loss: float | None = None
-        self._skipped_in_a_row = 0
-        self._failure: TrainingError | None = None
+        self.skipped_in_a_row = 0
+        self._failure: ToolkitError | None = None
         self._status_at = 0.0
 
     def restore(self) -> None:
@@ -120,11 +125,14 @@ class Trainer:
         """Train to the end, or until asked to stop; a run with a checkpoint continues from it.
 
         Raises:
-            TrainingError: training cannot go on.
+            TrainingError: training cannot go on, here or on another rank.
         """
+        watchdog = None
+        peers = Peers(self.run, rank=self.environment.rank, world_size=self.environment.world_size)
         try:
             self.restore()
             self._open_metrics(resumed=bool(self._restored))
+            watchdog = self._start_watchdog(peers)
             with self.stop_request.listening():
                 self._call("pre_train")
                 reason = self._loop()
@@ -133,13 +141,20 @@ class Trainer:
                 if self.stop_request.is_agreed:
                     reason = self.stop_request.reason
                     self._call("on_stop")
+            self.heartbeat.beat("ending", self.step, is_slow=True)
             self.recorder.close()
+            self.stop_request.done()
         except BaseException as error:
-            message = str(error).splitlines()[0] if str(error) else type(error).__name__
-            self._close_after_failure(message)
+            peers.fail(error, step=self.step)
+            lost = peers.explain(error, step=self.step)
+            self._close_after_failure(first_line(lost or error))
+            if lost is not None:
+                raise lost from error
             raise
         finally:
             self._close_callbacks()
+            if watchdog is not None:
+                watchdog.stop()
         state: Literal["finished", "stopped", "failed"] = "stopped"
         note = None
         if reason is None:
@@ -159,11 +174,13 @@ class Trainer:
     def _loop(self) -> str | None:
         """Steps until the end (None), the hard stop, or a stop that ranks agreed on."""
         interval = self.config.cancel_check_interval
+        self._first_step = self.step + 1
         batches = self.train_loader.iterate(self.step)
         try:
             while self.step < self.stop_step:
                 if self.step % interval == 0 and self.should_stop():
                     break
+                self.heartbeat.beat("waiting for data", self.step + 1)
                 waiting = time.perf_counter()
                 batch = next(batches)
                 self.data_seconds = time.perf_counter() - waiting
@@ -178,6 +195,7 @@ class Trainer:
     def should_stop(self) -> bool:
         """Whether all ranks stop now; work between steps asks too. All ranks call it equally
         often."""
+        self.heartbeat.count += 1
         return self.stop_request.poll(self.environment.cpu_group)
 
     def _raise_failure(self) -> None:
@@ -185,8 +203,11 @@ class Trainer:
         if self.stop_request.is_agreed and self.stop_request.reason != FAILURE:
             return  # saving flushes
         self.recorder.flush()
+        self._call("on_failure")
         if self._failure is not None:
             raise self._failure
+        if self.stop_request.is_agreed:
+            raise TrainingError("another rank has failed; its message and its log say why")
 
     def _train_step(self, batch: dict[str, torch.Tensor]) -> None:
         progress = Progress(
@@ -194,9 +215,12 @@ class Trainer:
         )
         self.step += 1
         self.tokens += self.tokens_per_step
+        is_first = self.step == self._first_step  # it compiles
+        self.heartbeat.beat("forward and backward", self.step, is_slow=is_first)
         for hook in self._pre_step:
             hook()
         metrics = self.train_module.train_batch(batch)
+        self.heartbeat.beat("optimizer step", self.step, is_slow=is_first)
         for hook in self._pre_optim_step:
             hook()
         metrics |= self.train_module.optim_step(progress)
@@ -214,7 +238,8 @@ class Trainer:
             if metric.reduction != "none":
                 reductions[name] = metric.reduction
         self.recorder.record(self.step, values, reductions)
-        for hook in self._post_record:
+        for label, hook in self._post_record:
+            self.heartbeat.beat(label, self.step, is_slow=True)
             hook()
         while self._deferred:
             self._deferred.pop()()
@@ -223,6 +248,13 @@ class Trainer:
     def is_last_step(self) -> bool:
         """Whether no step follows the current one."""
         return self.step >= self.stop_step
+
+    def fail(self, error: ToolkitError) -> None:
+        """End training with `error` at the next step that all ranks agree on; any thread may call
+        it."""
+        if self._failure is None:
+            self._failure = error
+        self.stop_request.ask(FAILURE)
 
     def after_callbacks(self, action: Callable[[], None]) -> None:
         """Run `action` once, after the remaining callbacks of this step."""
@@ -238,7 +270,7 @@ class Trainer:
         return {
             "step": self.step,
             "tokens": self.tokens,
-            "skipped_in_a_row": self._skipped_in_a_row,
+            "skipped_in_a_row": self.skipped_in_a_row,
             "data": self.train_loader.state_dict(),
             "callbacks": {name: c.state_dict() for name, c in self.callbacks.items()},
         }
@@ -247,7 +279,7 @@ class Trainer:
         """Counterpart of `state_dict`; called before `pre_train`."""
         self.train_loader.load_state_dict(state["data"])
         self.step, self.tokens = state["step"], state["tokens"]
-        self._skipped_in_a_row = state.get("skipped_in_a_row", 0)
+        self.skipped_in_a_row = state.get("skipped_in_a_row", 0)
         for name, saved in state["callbacks"].items():
             if saved and name in self.callbacks:
                 self.callbacks[name].load_state_dict(saved)
@@ -294,9 +326,9 @@ class Trainer:
 
     def _watch_skipped(self, record: dict[str, Any]) -> None:
         if not record["skipped"]:
-            self._skipped_in_a_row = 0
+            self.skipped_in_a_row = 0
             return
-        self._skipped_in_a_row += 1
+        self.skipped_in_a_row += 1
         step = record["step"]
         record["instances"] = self.train_loader.instance_indices(step - 1).tolist()
         log.warning(
@@ -305,13 +337,14 @@ class Trainer:
             step, record["loss"], record["grad_norm"], record["instances"],
         )  # fmt: skip
         limit = self.train_module.max_consecutive_skipped_steps
-        if self._skipped_in_a_row >= limit and self._failure is None:
-            self._failure = TrainingError(
-                f"step {step}: {limit} steps in a row had a non-finite loss or gradient; lower "
-                "train_module.optim.lr, look at the data, or raise "
-                "train_module.max_consecutive_skipped_steps"
+        if self.skipped_in_a_row >= limit:
+            self.fail(
+                TrainingError(
+                    f"step {step}: {limit} steps in a row had a non-finite loss or gradient; lower "
+                    "train_module.optim.lr, look at the data, or raise "
+                    "train_module.max_consecutive_skipped_steps"
+                )
             )
-            self.stop_request.ask(FAILURE)
 
     def _update_status(self, record: dict[str, Any]) -> None:
         now = time.monotonic()
@@ -337,9 +370,40 @@ class Trainer:
             if getattr(type(callback), name) is not unchanged
         ]
 
+    def _labelled_hooks(self, name: str) -> list[tuple[str, Callable[..., Any]]]:
+        """With the name of the callback, for who looks at the heartbeat."""
+        return [(type(getattr(hook, "__self__", hook)).__name__, hook) for hook in self._hooks(name)]
+
     def _call(self, name: str) -> None:
-        for hook in self._hooks(name):
+        for label, hook in self._labelled_hooks(name):
+            self.heartbeat.beat(f"{label}.{name}", self.step, is_slow=True)
             hook()
+
+    def _stop_request(self) -> StopRequest:
+        """A request that knows the time limit and, on rank 0, the stop file."""
+        limit, margin = self.config.max_wall_time, self.config.wall_time_margin
+        wall_time = None
+        if limit is not None:
+            wall_time = WallTime(in_seconds(limit), in_seconds(margin) if margin else None)
+        file = self.config.stop_file if self.environment.is_main else None
+        return StopRequest(
+            wall_time=wall_time, stop_file=self.run.folder / file if file is not None else None
+        )
+
+    def _start_watchdog(self, peers: Peers) -> Watchdog | None:
+        if self.config.watchdog_timeout is None:
+            return None
+        watchdog = Watchdog(
+            self.heartbeat,
+            peers,
+            timeout=self.config.watchdog_timeout,
+            has_lost_launcher=lambda: self.stop_request.has_lost_launcher,
+            on_hang=lambda message: self.run.set_status(
+                "failed", step=self.step, message=message, exit_reason="watchdog"
+            ),
+        )
+        watchdog.start()
+        return watchdog
 
     def _close_after_failure(self, message: str) -> None:
         try:

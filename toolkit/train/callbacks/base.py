@@ -38,6 +38,9 @@ class Callback:
     def on_stop(self) -> None:
         """Training stops early on request; a checkpoint must be committed now."""
 
+    def on_failure(self) -> None:
+        """Training ends by a failure that all ranks know of: finish what is under way."""
+
     def post_train(self) -> None:
         """After the last step."""
 

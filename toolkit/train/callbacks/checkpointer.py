@@ -1,44 +1,141 @@
 """When checkpoints are written and how many stay."""
 
-from toolkit.checkpoint.commit import prune_checkpoints
+import logging
+from pathlib import Path
+
+from toolkit.checkpoint.layout import Kind
+from toolkit.checkpoint.retention import Retention, prune_checkpoints
+from toolkit.errors import ToolkitError
 from toolkit.runs.files import RUN_FILES
 from toolkit.train.callbacks.base import Callback
-from toolkit.train.checkpointing import save_trainer
 from toolkit.train.config import CheckpointerConfig
+from toolkit.train.saving import TrainerSaver
+
+log = logging.getLogger(__name__)
+
+SECONDS_AFTER_FAILURE = 30.0
+"""How long a failing run waits for the save in flight: other ranks may be gone."""
 
 
 class Checkpointer(Callback):
-    """Saves every `interval` steps, at the end, and when training is asked to stop."""
+    """Saves at the configured steps, at the end, and when training is asked to stop.
+
+    During training a save that fails costs only itself, unless `on_error` says "stop"; at the end
+    it fails the run.
+    """
 
     def __init__(self, config: CheckpointerConfig) -> None:
         self._config = config
+        self._rule = Retention(
+            config.keep_last,
+            config.keep_every,
+            config.keep_best,
+            config.best_metric,
+            config.best_mode,
+        )
+        self._saver: TrainerSaver | None = None
         self._saved_at = -1
+        self._fixed_steps = frozenset(config.fixed_steps)
+        self._has_warned = False
 
     def pre_train(self) -> None:
         saved = self.trainer.saved_step
         self._saved_at = -1 if saved is None else saved
+        self._saver = TrainerSaver(self.trainer, self._after_commit)
 
     def post_record(self) -> None:
-        if self.trainer.step % self._config.interval == 0 and not self.trainer.is_last_step:
-            self.save()
+        self._report()
+        if not self.trainer.is_last_step and (kind := self._due(self.trainer.step)) is not None:
+            self._save(kind)
 
     def on_stop(self) -> None:
-        self.save()
+        self._save_now()
 
     def post_train(self) -> None:
         if self._config.at_end:
-            self.save(final=True)
+            self._save_now(export_hf=self._config.export_hf)
+        elif self._saver is not None:
+            self._saver.wait()
+            self._report()
 
-    def save(self, *, final: bool = False) -> None:
-        """Commit a checkpoint of this step, once; then remove those beyond `keep_last`."""
-        trainer = self.trainer
-        if trainer.config.no_checkpoints or self._saved_at == trainer.step:
+    def on_failure(self) -> None:
+        if self._saver is not None:
+            self._saver.wait(SECONDS_AFTER_FAILURE)
+            self._report()
+
+    def close(self) -> None:
+        if self._saver is not None:
+            self._saver.wait(SECONDS_AFTER_FAILURE)
+
+    def _due(self, step: int) -> Kind | None:
+        """What kind of checkpoint `step` asks for."""
+        config = self._config
+        if step in self._fixed_steps:
+            return "fixed"
+        if step % config.interval == 0:
+            return "permanent"
+        if config.ephemeral_interval and step % config.ephemeral_interval == 0:
+            return "ephemeral"
+        return None
+
+    def _save(self, kind: Kind) -> None:
+        if self._is_done():
             return
-        save_trainer(trainer, export_hf=final and self._config.export_hf)
-        self._saved_at = trainer.step
-        if self._config.keep_last is not None and trainer.environment.is_main:
-            prune_checkpoints(
-                trainer.run.path(RUN_FILES.checkpoints),
-                keep_last=self._config.keep_last,
-                newest=trainer.step,
-            )
+        assert self._saver is not None, "training has begun"
+        self._warn_of_missing_score()
+        if self._config.asynchronous:
+            self._saver.begin_save(kind=kind)
+            self._report()  # of the one before
+        else:
+            try:
+                self._saver.save(kind=kind)
+            except ToolkitError as error:
+                self._handle(error)
+                return
+        self._saved_at = self.trainer.step
+
+    def _save_now(self, *, export_hf: bool = False) -> None:
+        """The last one: nothing goes on before it is there, and its failure is the run's."""
+        assert self._saver is not None, "training has begun"
+        self._saver.wait()
+        error = self._saver.take_error()
+        if error is not None:
+            log.error("%s", error)
+            self._saved_at = -1
+        if not self._is_done():
+            self._saver.save(export_hf=export_hf)
+            self._saved_at = self.trainer.step
+
+    def _is_done(self) -> bool:
+        return self.trainer.config.no_checkpoints or self._saved_at == self.trainer.step
+
+    def _report(self) -> None:
+        """Deal with a background save that failed."""
+        error = self._saver.take_error() if self._saver is not None else None
+        if error is not None:
+            self._handle(error)
+
+    def _handle(self, error: ToolkitError) -> None:
+        if self._config.on_error == "stop":
+            self.trainer.fail(error)
+        elif self.trainer.environment.is_main:
+            log.error("%s; training goes on", error)
+
+    def _after_commit(self, folder: Path) -> None:
+        """In the thread that saves."""
+        if self.trainer.environment.is_main:
+            step = int(folder.name.removeprefix("step"))
+            root = self.trainer.run.path(RUN_FILES.checkpoints)
+            prune_checkpoints(root, self._rule, newest=step)
+
+    def _warn_of_missing_score(self) -> None:
+        evaluation = self.trainer.last_eval
+        if not self._config.keep_best or evaluation is None or self._has_warned:
+            return
+        name, _, key = self._config.best_metric.partition("/")
+        if evaluation["name"] != name or key not in evaluation:
+            self._has_warned = True
+            log.warning(
+                "keep_best: no evaluation gives %s; %s gives %s",
+                self._config.best_metric, evaluation["name"], ", ".join(evaluation),
+            )  # fmt: skip

@@ -8,8 +8,9 @@ import pytest
 
 from toolkit.checkpoint.find import Found
 from toolkit.errors import CheckpointError, RunError
-from toolkit.train.checkpointing import Start, find_start, save_trainer
 from toolkit.train.config import TrainerConfig
+from toolkit.train.restoring import Start, find_start
+from toolkit.train.saving import TrainerSaver
 
 
 def test_a_writer_that_lost_the_run_leaves_the_new_owners_files(tmp_path: Path) -> None:
@@ -25,7 +26,7 @@ def test_a_writer_that_lost_the_run_leaves_the_new_owners_files(tmp_path: Path) 
         step=7,
     )
     with pytest.raises(RunError, match="taken over"):
-        save_trainer(trainer)
+        TrainerSaver(trainer, lambda _: None).save()
     assert unfinished.is_dir()
 
 

@@ -1,0 +1,195 @@
+"""Saving a trainer: at once, or in a background thread while training goes on.
+
+An asynchronous save stops training only to copy this rank's part of the state into host memory. A
+thread of each rank then writes, and the ranks commit together over a process group of their own. At
+most one save is in flight; the next waits for it.
+"""
+
+import importlib.metadata
+import logging
+import random
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import torch
+
+from toolkit.checkpoint.commit import Save, write_checkpoint
+from toolkit.checkpoint.layout import HF_FOLDER, TENSORS_FOLDER, Kind
+from toolkit.checkpoint.pieces import Resolve, TensorPieces
+from toolkit.checkpoint.tensors import iterate_tensors
+from toolkit.errors import RunError, ToolkitError, TrainingError
+from toolkit.runs.files import RUN_FILES
+
+if TYPE_CHECKING:
+    from toolkit.train.trainer import Trainer
+
+log = logging.getLogger(__name__)
+
+_VERSIONED = ("torch", "accelerate", "deepspeed", "numpy")
+
+_NOT_SCORES = ("step", "tokens", "time", "seconds", "num_targets")
+
+
+class TrainerSaver:
+    """Commits checkpoints of `trainer`; all ranks call its methods at the same steps.
+
+    Args:
+        after_commit: called with each committed folder, on all ranks, in the thread that wrote it.
+    """
+
+    def __init__(self, trainer: "Trainer", after_commit: Callable[[Path], None]) -> None:
+        self._trainer = trainer
+        self._after_commit = after_commit
+        self._pieces: TensorPieces | None = None
+        self._thread: threading.Thread | None = None
+        self._error: Exception | None = None
+
+    def save(self, *, kind: Kind = "permanent", export_hf: bool = False) -> None:
+        """Commit a checkpoint of the current step; return when it is there.
+
+        Metrics of all steps so far are on disk before the checkpoint exists.
+
+        Raises:
+            RunError: another process has taken the run over; nothing is written.
+            TrainingError: it could not be written; the checkpoints before it are as they were.
+        """
+        self.wait()
+        save, pieces, tensors = self._begin(kind, export_hf=export_hf)
+        self._write(save, pieces.live(tensors))
+
+    def begin_save(self, *, kind: Kind = "permanent") -> None:
+        """Start committing a checkpoint of the current step; return when the state is copied.
+
+        What goes wrong later is in `take_error`.
+
+        Raises:
+            RunError: another process has taken the run over; nothing is written.
+        """
+        self.wait()
+        save, pieces, tensors = self._begin(kind, export_hf=False)
+        resolve = pieces.copy(tensors)
+
+        def work() -> None:
+            try:
+                self._write(save, resolve)
+            except Exception as error:
+                self._error = error
+
+        self._thread = threading.Thread(target=work, name="checkpoint", daemon=True)
+        self._thread.start()
+
+    def wait(self, timeout: float | None = None) -> None:
+        """Wait for the save in flight, if there is one."""
+        if self._thread is not None:
+            self._thread.join(timeout)
+            if not self._thread.is_alive():
+                self._thread = None
+
+    def take_error(self) -> ToolkitError | None:
+        """What went wrong in a background save that has ended; once."""
+        error, self._error = self._error, None
+        if error is None or isinstance(error, ToolkitError):
+            return error
+        wrapped = TrainingError(f"checkpoint not saved: {type(error).__name__}: {error}")
+        wrapped.__cause__ = error
+        return wrapped
+
+    def _begin(
+        self, kind: Kind, *, export_hf: bool
+    ) -> tuple[Save, TensorPieces, dict[str, torch.Tensor]]:
+        trainer = self._trainer
+        _check_owner(trainer)
+        environment, module = trainer.environment, trainer.train_module
+        flush = trainer.recorder.begin_flush(lambda: trainer.skipped_in_a_row)
+        state = {"trainer": trainer.state_dict(), "rng": _rng_state()}
+
+        def rank_state() -> dict[str, Any]:
+            state["trainer"]["skipped_in_a_row"] = flush.wait()
+            return state
+
+        if self._pieces is None:
+            self._pieces = TensorPieces(environment.checkpoint_group)
+        save = Save(
+            root=trainer.run.path(RUN_FILES.checkpoints),
+            step=trainer.step,
+            tokens=trainer.tokens,
+            engine=environment.engine.name,
+            kind=kind,
+            scores=_scores(trainer.last_eval, trainer.step),
+            rank_state=rank_state,
+            extra={
+                "model": msgspec.to_builtins(module.model_config),
+                "optim": msgspec.to_builtins(module.optim_config),
+                "data_fingerprint": trainer.train_loader.fingerprint,
+                "versions": {name: importlib.metadata.version(name) for name in _VERSIONED},
+            },
+            export=(lambda unfinished: _export_hf(trainer, unfinished)) if export_hf else None,
+        )
+        return save, self._pieces, module.state_tensors()
+
+    def _write(self, save: Save, resolve: Resolve) -> None:
+        trainer = self._trainer
+        environment = trainer.environment
+        assert self._pieces is not None, "begun"
+        folder = write_checkpoint(
+            save,
+            self._pieces,
+            resolve,
+            rank=environment.rank,
+            group=environment.checkpoint_group,
+        )
+        trainer.saved_step = save.step
+        trainer.run.set_status("running", step=save.step, tokens=save.tokens)
+        log.info("checkpoint: %s", folder)
+        self._after_commit(folder)
+
+
+def _check_owner(trainer: "Trainer") -> None:
+    """A process that was suspended and lost the run must not touch what its new owner writes."""
+    refusal: RunError | None = None
+    try:
+        trainer.run.check_owner()
+    except RunError as error:
+        refusal = error
+    refusal = trainer.environment.broadcast(refusal)
+    if refusal is not None:
+        raise refusal
+
+
+def _scores(evaluation: dict[str, Any] | None, step: int) -> dict[str, float]:
+    """Results of an evaluation at `step`, as "val/loss"."""
+    if evaluation is None or evaluation["step"] != step:
+        return {}
+    name = evaluation["name"]
+    return {
+        f"{name}/{key}": float(value)
+        for key, value in evaluation.items()
+        if isinstance(value, int | float) and key not in _NOT_SCORES
+    }
+
+
+def _export_hf(trainer: "Trainer", unfinished: Path) -> None:
+    """Safetensors for `transformers`, read back from the tensors just written, one at a time."""
+    from toolkit.hf.export import export_hf, hf_architecture
+
+    config = trainer.train_module.model_config
+    if hf_architecture(config) is None:
+        log.info("no transformers class has these parts; %s/ is not written", HF_FOLDER)
+        return
+    tokenizer = trainer.train_loader.tokenizer_folder
+    export_hf(
+        config,
+        iterate_tensors(unfinished / TENSORS_FOLDER, "model."),
+        unfinished / HF_FOLDER,
+        tokenizer_folder=tokenizer if tokenizer is not None and tokenizer.is_dir() else None,
+    )
+
+
+def _rng_state() -> dict[str, Any]:
+    state: dict[str, Any] = {"python": list(random.getstate()[1]), "torch": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
