@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
-from toolkit.cli import prepare, recipes, resume, runs, schema, train, verify
+from toolkit.cli import batch, prepare, recipes, resume, runs, schema, train, verify
 from toolkit.errors import EXIT_BAD_INPUT, EXIT_DONE, ToolkitError
 
 EXIT_INTERRUPTED = 130
@@ -42,6 +42,7 @@ app.command(context_settings=_OVERRIDES)(prepare.prepare)
 app.add_typer(recipes.app, name="recipes")
 app.add_typer(runs.app, name="runs")
 app.command()(verify.verify)
+app.command()(batch.batch)
 app.command()(schema.schema)
 
 

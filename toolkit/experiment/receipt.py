@@ -22,6 +22,15 @@ BIT_FOR_BIT = "bit for bit"
 TOLERANCES = {"fp32": 1e-5, "bf16": 1e-3}
 """Relative, by precision: what other orders of summation may change in a loss."""
 
+_DECIDING = {
+    "name": "engine",
+    "world_size": "processes",
+    "precision": "precision",
+    "threads": "threads",
+    "device": "device",
+}
+"""Fields of `EngineRecord` that decide rounding, in words."""
+
 
 class ReplayPlan(NamedTuple):
     """Which steps are run again, and how they were run."""
@@ -128,8 +137,8 @@ def _rounding_reasons(
     if before is None:
         return ["the run did not record its engine"]
     reasons = [
-        f"{name}: {getattr(before, name)} then, {getattr(engine, name)} now"
-        for name in ("name", "world_size", "precision", "threads", "device")
+        f"{label}: {getattr(before, name)} then, {getattr(engine, name)} now"
+        for name, label in _DECIDING.items()
         if getattr(before, name) != getattr(engine, name)
     ]
     if not reasons and before.dp_config != engine.dp_config:

@@ -1,0 +1,104 @@
+"""`toolkit batch`."""
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from toolkit.experiment.batch import BatchInstance, StepBatch
+
+NOT_A_TARGET = ("⟦", "⟧")
+"""Around tokens that the loss does not ask for, on every kind of terminal."""
+
+
+def batch(
+    run_dir: Annotated[
+        str, typer.Argument(metavar="RUN_DIR", help="A run folder (see `toolkit runs`).")
+    ],
+    step: Annotated[int, typer.Option(metavar="N", help="The step, as in metrics/train.jsonl.")],
+    show: Annotated[int, typer.Option(metavar="K", help="Instances to show as text.")] = 1,
+    json: Annotated[bool, typer.Option("--json", help="Everything as one JSON object.")] = False,
+) -> None:
+    """Show which documents and tokens made up the global batch of one step.
+
+    Documents and instances are numbered from 0, in the order of train.bin. A document's tokens are
+    counted from its own first. Tokens between ⟦ and ⟧ are no targets: the loss does not ask for
+    them (of each instance the first, which nothing predicts). Every document starts a new
+    paragraph.
+
+    \b
+    Examples:
+      toolkit batch runs/quickstart/first --step 120
+      toolkit batch runs/quickstart/first --step 120 --show 4
+      toolkit batch runs/quickstart/first --step 120 --show 0 --json
+    """
+    from pathlib import Path
+
+    from toolkit.experiment.batch import step_batch
+
+    found = step_batch(Path(run_dir), step, show=show)
+    if json:
+        import msgspec
+
+        typer.echo(msgspec.json.format(msgspec.json.encode(found)).decode())
+        return
+    _print_batch(found)
+    for instance in found.instances[:show]:
+        typer.echo()
+        _print_text(instance)
+
+
+def _print_batch(found: "StepBatch") -> None:
+    from toolkit.cli.table import print_table
+
+    typer.echo(
+        f"step {found.step}: batch {found.batch + 1:,} of {found.batches_per_epoch:,} in epoch "
+        f"{found.epoch + 1}; {len(found.instances):,} instances, {found.num_tokens:,} tokens, "
+        f"{found.num_targets:,} targets"
+    )
+    checked = "as in the run's checkpoint" if found.is_checked else "the run has no checkpoint"
+    typer.echo(f"data {found.fingerprint} ({checked})")
+    rows = []
+    for instance in found.instances:
+        for number, part in enumerate(instance.documents):
+            first = number == 0
+            rows.append(
+                [
+                    f"{instance.instance:,}" if first else "",
+                    f"{instance.num_tokens:,}" if first else "",
+                    f"{instance.num_targets:,}" if first else "",
+                    f"{part.document:,}",
+                    f"{part.start:,} to {part.end - 1:,} of {part.num_tokens:,}",
+                ]
+            )
+    header = ["instance", "tokens", "targets", "document", "its tokens"]
+    print_table(header, rows, right=header[:4])
+
+
+def _print_text(instance: "BatchInstance") -> None:
+    typer.echo(typer.style(f"instance {instance.instance:,}", bold=True))
+    ranges = {part.document: part for part in instance.documents}
+    document, line = None, ""
+    for piece in instance.text or []:
+        if piece.document != document:
+            _print_lines(line)
+            document, line = piece.document, ""
+            part = ranges[document]
+            typer.echo(f"  document {document:,}, tokens {part.start:,} to {part.end - 1:,}")
+        text = _visible(piece.text)
+        if not piece.is_target:
+            text = typer.style(f"{NOT_A_TARGET[0]}{text}{NOT_A_TARGET[1]}", dim=True)
+        line += text
+    _print_lines(line)
+
+
+def _print_lines(text: str) -> None:
+    for line in text.split("\n") if text else []:
+        typer.echo(f"    {line}")
+
+
+def _visible(text: str) -> str:
+    """Control characters as their names: what was read from files must not steer the terminal."""
+    return "".join(
+        c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text
+    )
