@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from msgspec import structs
 from torch.distributed.checkpoint.format_utils import torch_save_to_dcp
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
 from toolkit.checkpoint import retention
 from toolkit.checkpoint.commit import load_checkpoint, save_checkpoint
 from toolkit.checkpoint.find import find_checkpoint, set_aside
-from toolkit.checkpoint.layout import METADATA_FILE, read_metadata
+from toolkit.checkpoint.layout import METADATA_FILE, encode_metadata, read_metadata
 from toolkit.checkpoint.pieces import TensorPieces
 from toolkit.checkpoint.retention import Retention, prune_checkpoints
 from toolkit.checkpoint.tensors import SafeReader, load_tensors
@@ -257,6 +258,8 @@ def test_crafted_rank_state_runs_no_code(tmp_path: Path) -> None:
 
 def test_manifest_cannot_point_outside(tmp_path: Path) -> None:
     folder = save(tmp_path, 1)
-    text = (folder / METADATA_FILE).read_text()
-    (folder / METADATA_FILE).write_text(text.replace("train/rank0.pt", "../../../etc/passwd"))
-    assert find_checkpoint(tmp_path).checkpoint is None
+    metadata = read_metadata(folder)
+    files = {name.replace("train/rank0.pt", "../../../x"): e for name, e in metadata.files.items()}
+    (folder / METADATA_FILE).write_bytes(encode_metadata(structs.replace(metadata, files=files)))
+    with pytest.raises(CheckpointError, match=r"manifest names a path outside it: '\.\./\.\."):
+        find_checkpoint(folder)

@@ -30,13 +30,14 @@ from toolkit.checkpoint.layout import (
     CheckpointMetadata,
     FileEntry,
     Kind,
+    encode_metadata,
     rank_file,
     read_metadata,
     step_folder,
 )
 from toolkit.checkpoint.pieces import Resolve, TensorPieces, WrittenPieces
 from toolkit.checkpoint.ranks import gather, run_together
-from toolkit.checkpoint.tensors import load_tensors
+from toolkit.checkpoint.tensors import load_tensors, reason_of
 from toolkit.errors import CheckpointError, TrainingError
 from toolkit.storage.atomic import fsync_folder, hash_file, remove_tree, write_atomic
 
@@ -189,15 +190,14 @@ def load_rank_state(checkpoint: Path, rank: int) -> dict[str, Any]:
     try:
         return torch.load(path, weights_only=True, map_location="cpu")
     except Exception as error:
-        reason = str(error).strip().splitlines()[0]
-        raise CheckpointError(f"{path}: cannot be read: {reason}") from error
+        raise CheckpointError(f"{path}: cannot be read: {reason_of(error)}") from error
 
 
 def _check_free_space(root: Path, tensor_bytes: int) -> None:
     root.mkdir(parents=True, exist_ok=True)
     needed, free = tensor_bytes + SPARE_BYTES, shutil.disk_usage(root).free
     if free < needed:
-        raise OSError(
+        raise TrainingError(
             f"{needed / 1e9:.2f} GB are needed on the disk of {root}, {free / 1e9:.2f} GB are free"
         )
 
@@ -232,4 +232,4 @@ def _commit(temporary: Path, final: Path, metadata: CheckpointMetadata) -> None:
         remove_tree(final)
     temporary.rename(final)
     fsync_folder(final.parent)
-    write_atomic(final / METADATA_FILE, msgspec.json.format(msgspec.json.encode(metadata)))
+    write_atomic(final / METADATA_FILE, encode_metadata(metadata))

@@ -25,11 +25,13 @@ TENSORS_FOLDER = "model_and_optim"
 RANK_FOLDER = "train"
 HF_FOLDER = "hf"
 INVALID_SUFFIX = ".invalid"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 Kind = Literal["permanent", "ephemeral", "fixed"]
 """Ordinary ones are kept by the rules of retention; of ephemeral ones just the newest, fixed ones
 for ever."""
+
+_NO_HASH = "0" * 16
 
 _STEP = re.compile(r"step(\d+)\Z")
 _ANY_STEP = re.compile(rf"step(\d+)({re.escape(INVALID_SUFFIX)})?\Z")
@@ -48,6 +50,8 @@ class CheckpointMetadata(msgspec.Struct, frozen=True, kw_only=True):
     """Content of `.metadata.json`."""
 
     version: int
+    xxh3: str = ""
+    """Hash of this file, with zeros in the place of the hash; version 1 had none."""
     step: int
     tokens: int
     engine: str
@@ -85,11 +89,18 @@ def step_folders(root: Path) -> dict[Path, int]:
     return {path: int(match[1]) for path, match in matches if match}
 
 
+def encode_metadata(metadata: CheckpointMetadata) -> bytes:
+    """Content of `.metadata.json`: indented JSON that holds its own hash."""
+    blank = msgspec.structs.replace(metadata, xxh3=_NO_HASH)
+    raw = msgspec.json.format(msgspec.json.encode(blank))
+    return raw.replace(_NO_HASH.encode(), _hash(raw).encode(), 1)
+
+
 def read_metadata(checkpoint: Path) -> CheckpointMetadata:
     """The committed metadata.
 
     Raises:
-        CheckpointError: not a checkpoint, or of a newer format.
+        CheckpointError: not a checkpoint, changed since it was saved, or of a newer format.
     """
     try:
         raw = (checkpoint / METADATA_FILE).read_bytes()
@@ -106,6 +117,10 @@ def read_metadata(checkpoint: Path) -> CheckpointMetadata:
             f"{checkpoint}: format {metadata.version} is newer than this toolkit's "
             f"{FORMAT_VERSION}; update the toolkit"
         )
+    if metadata.version > 1 or metadata.xxh3:
+        blank = raw.replace(metadata.xxh3.encode(), _NO_HASH.encode(), 1)
+        if not metadata.xxh3 or _hash(blank) != metadata.xxh3:
+            raise CheckpointError(f"{checkpoint}: {METADATA_FILE} has changed since it was saved")
     return metadata
 
 
@@ -136,3 +151,9 @@ def check_files(
             )
         if hashes and hash_file(path) != entry.xxh3:
             raise CheckpointError(f"{checkpoint}: {name} has changed since it was saved")
+
+
+def _hash(data: bytes) -> str:
+    import xxhash
+
+    return xxhash.xxh3_64_hexdigest(data)

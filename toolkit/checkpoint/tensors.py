@@ -6,6 +6,7 @@ are global. Values may be plain tensors (replicated), DTensors, or `FlatShard`s.
 
 import contextlib
 import pickle
+import re
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -55,7 +56,17 @@ def load_tensors(
         _dcp_load(tensors, reader, group)
     except CheckpointException as error:
         cause = next(iter(error.failures.values()))[0]
-        raise CheckpointError(f"{folder}: cannot be loaded: {cause}") from error
+        raise CheckpointError(f"{folder}: cannot be loaded: {reason_of(cause)}") from error
+
+
+def reason_of(error: BaseException) -> str:
+    """Why a file cannot be loaded, in one line, without torch's advice to trust it."""
+    text = str(error).strip()
+    if named := re.search(r"GLOBAL ([\w.]+)", text):
+        return f"refused: it names {named[1]}, which no checkpoint needs"
+    if text.startswith("Weights only load failed"):
+        return "refused: it holds more than tensors and plain values, or is damaged"
+    return text.splitlines()[0] if text else type(error).__name__
 
 
 def iterate_tensors(folder: Path, prefix: str) -> Iterator[tuple[str, torch.Tensor]]:
