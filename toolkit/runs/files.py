@@ -37,6 +37,9 @@ class RunFiles(msgspec.Struct, frozen=True):
     lock_info: str = "metadata/lock.json"
     """Host, pid and heartbeat of that writer; absent when nobody writes."""
 
+    ranks: str = "metadata/ranks"
+    """Folder: where each rank runs, and why the first one failed."""
+
     metrics: str = "metrics"
     """Folder: one JSON object a line."""
     train_metrics: str = "metrics/train.jsonl"

@@ -54,6 +54,37 @@ def write_atomic(path: PathLike, data: bytes, *, sync: bool = True) -> None:
         file.write(data)
 
 
+def create_json(path: PathLike, obj: Any) -> bool:
+    """`write_json_atomic` that never replaces: False when `path` exists, whoever came first.
+
+    Atomic on network file systems too (a hard link); where there are no links, a file opened
+    exclusively, whose content comes a moment later.
+    """
+    import msgspec
+
+    data = msgspec.json.format(msgspec.json.encode(obj), indent=2) + b"\n"
+    temporary = temporary_path(path)
+    try:
+        with temporary.open("xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        try:
+            os.link(temporary, path)
+        except FileExistsError:
+            return False
+        except OSError:
+            try:
+                with Path(path).open("xb") as file:
+                    file.write(data)
+            except FileExistsError:
+                return False
+        return True
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
 def write_json_atomic(path: PathLike, obj: Any, *, sync: bool = True) -> None:
     """`write_atomic` of `obj` as indented JSON (anything msgspec encodes)."""
     import msgspec

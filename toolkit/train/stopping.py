@@ -21,7 +21,9 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
+from toolkit.config.seconds import in_seconds
 from toolkit.distributed.launcher import has_launcher
+from toolkit.train.config import TrainerConfig
 
 REPEAT_SECONDS = 2.0
 
@@ -213,3 +215,14 @@ class StopRequest:
                 signal.signal(number, signal.SIG_DFL)
                 os.kill(os.getpid(), number)
         self.ask(signal.Signals(number).name)
+
+
+def stop_request_of(config: TrainerConfig, run_folder: Path, *, is_main: bool) -> StopRequest:
+    """One that knows the time limit and, on the main rank, the stop file."""
+    limit, margin, file = config.max_wall_time, config.wall_time_margin, config.stop_file
+    wall_time = None
+    if limit is not None:
+        wall_time = WallTime(in_seconds(limit), None if margin is None else in_seconds(margin))
+    return StopRequest(
+        wall_time=wall_time, stop_file=run_folder / file if file and is_main else None
+    )
