@@ -1,34 +1,14 @@
-"""Who may save, and where training starts from."""
+"""Where training starts from."""
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from toolkit.checkpoint.find import Found
-from toolkit.errors import CheckpointError, RunError
+from toolkit.errors import CheckpointError
 from toolkit.train.config import TrainerConfig
 from toolkit.train.restoring import Start, find_start
-from toolkit.train.saving import TrainerSaver
-
-
-def test_a_writer_that_lost_the_run_leaves_the_new_owners_files(tmp_path: Path) -> None:
-    unfinished = tmp_path / "checkpoints" / "step7.tmp"
-    unfinished.mkdir(parents=True)
-
-    def refuse() -> None:
-        raise RunError("taken over")
-
-    trainer: Any = SimpleNamespace(
-        run=SimpleNamespace(check_owner=refuse, path=tmp_path.joinpath),
-        environment=SimpleNamespace(broadcast=lambda value: value),
-        step=7,
-    )
-    with pytest.raises(RunError, match="taken over"):
-        TrainerSaver(trainer, lambda _: None).save()
-    assert unfinished.is_dir()
-
 
 OWN, GIVEN = Path("run/checkpoints"), Path("given")
 

@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from toolkit.errors import TrainingError
+from toolkit.errors import ToolkitError, TrainingError
 
 Result = TypeVar("Result")
 
@@ -33,7 +33,8 @@ def run_together(
         result = action()
     except Exception as error:
         cause = error
-        reason = " ".join([f"{type(error).__name__}:", *str(error).splitlines()[:1]])
+        kind = [] if isinstance(error, ToolkitError) else [f"{type(error).__name__}:"]
+        reason = " ".join([*kind, *str(error).splitlines()[:1]])
         failure = f"rank {0 if group is None else dist.get_rank(group)} on {socket.gethostname()}"
         failure += f": {reason}"
     everywhere = gather((result, failure), group)

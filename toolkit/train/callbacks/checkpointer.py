@@ -83,9 +83,12 @@ class Checkpointer(Callback):
             return
         assert self._saver is not None, "training has begun"
         self._warn_of_missing_score()
+        # The one before: all ranks see here whether it failed.
+        self._saver.wait()
+        if self._report() and self._config.on_error == "stop":
+            return
         if self._config.asynchronous:
             self._saver.begin_save(kind=kind)
-            self._report()  # of the one before
         else:
             try:
                 self._saver.save(kind=kind)
@@ -109,11 +112,12 @@ class Checkpointer(Callback):
     def _is_done(self) -> bool:
         return self.trainer.config.no_checkpoints or self._saved_at == self.trainer.step
 
-    def _report(self) -> None:
-        """Deal with a background save that failed."""
+    def _report(self) -> bool:
+        """Deal with a background save that failed, if one did."""
         error = self._saver.take_error() if self._saver is not None else None
         if error is not None:
             self._handle(error)
+        return error is not None
 
     def _handle(self, error: ToolkitError) -> None:
         if self._config.on_error == "stop":
