@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from toolkit.cli.arguments import Overrides, split_words
+from toolkit.cli.arguments import Overrides, is_rank_0, split_words
 
 
 def resume(
@@ -13,6 +13,13 @@ def resume(
         str, typer.Argument(metavar="RUN_DIR", help="A run folder (see `toolkit runs`).")
     ],
     overrides: Overrides = None,
+    explain: Annotated[
+        bool,
+        typer.Option(
+            "--explain",
+            help="Show what would be restored, changed and refused (exit code 2); do nothing.",
+        ),
+    ] = False,
 ) -> int:
     """Continue a run from its newest valid checkpoint, as if nothing had happened.
 
@@ -23,12 +30,23 @@ def resume(
     Examples:
       toolkit resume runs/quickstart/first
       toolkit resume runs/quickstart/first --trainer.max_duration='{value: 800, unit: steps}'
+      toolkit resume --explain runs/quickstart/first --train_module.optim.lr=1e-3
       accelerate launch --config_file accelerate_configs/fsdp.yaml --num_processes 2 \\
           toolkit resume runs/quickstart/first
     """
     from pathlib import Path
 
+    folder, paths = split_words(run_dir, overrides, "RUN_DIR")
+    if explain:
+        import os
+
+        from toolkit.errors import EXIT_BAD_INPUT, EXIT_DONE
+        from toolkit.experiment.explain import explain_resume
+
+        explanation = explain_resume(Path(folder), paths, os.environ)
+        if is_rank_0():
+            typer.echo(str(explanation))
+        return EXIT_BAD_INPUT if explanation.refused else EXIT_DONE
     from toolkit.experiment.run import resume as resume_run
 
-    folder, paths = split_words(run_dir, overrides, "RUN_DIR")
     return resume_run(Path(folder), paths, debug=bool(context.obj))

@@ -4,6 +4,7 @@ Each repeats, cheaply, what a later step would find out too late: after hours of
 when all ranks are connected, or when the run folder has changed already.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,6 +45,18 @@ def check_continuation(config: ExperimentConfig, folder: Path, train_loader: "Tr
             not.
         DataError: other data, or another order of it.
     """
+    for check in continuation_checks(config, folder, train_loader):
+        check()
+
+
+def continuation_checks(
+    config: ExperimentConfig, folder: Path, train_loader: "TrainLoader"
+) -> list[Callable[[], None]]:
+    """The checks of `check_continuation`, for who wants to know all that is wrong.
+
+    Raises:
+        CheckpointError: `load_path` must hold a checkpoint and does not.
+    """
     from toolkit.checkpoint.commit import load_rank_state
     from toolkit.checkpoint.find import find_checkpoint
     from toolkit.checkpoint.layout import read_metadata
@@ -55,15 +68,19 @@ def check_continuation(config: ExperimentConfig, folder: Path, train_loader: "Tr
         lambda path: find_checkpoint(path, quick=True),
     )
     if start is None:
-        return
-    saved = read_metadata(start.checkpoint).extra
+        return []
+    checkpoint = start.checkpoint
+    saved = read_metadata(checkpoint).extra
     model = msgspec.to_builtins(config.model)
-    if start.weights_only:
-        _check_model(start.checkpoint, saved["model"], model, free=_FREE_FOR_WEIGHTS)
-        return
-    _check_model(start.checkpoint, saved["model"], model, free=_FREE_MODEL_FIELDS)
-    _check_optimizer_type(start.checkpoint, saved, config)
-    train_loader.load_state_dict(load_rank_state(start.checkpoint, rank=0)["trainer"]["data"])
+    free = _FREE_FOR_WEIGHTS if start.weights_only else _FREE_MODEL_FIELDS
+
+    def check_data() -> None:
+        train_loader.load_state_dict(load_rank_state(checkpoint, rank=0)["trainer"]["data"])
+
+    checks = [lambda: _check_model(checkpoint, saved["model"], model, free=free)]
+    if not start.weights_only:
+        checks += [lambda: _check_optimizer_type(checkpoint, saved, config), check_data]
+    return checks
 
 
 def _check_model(

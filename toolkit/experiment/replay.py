@@ -48,8 +48,9 @@ OBSERVERS = (
 )  # fmt: skip
 """Callbacks that only watch and write; off in a replay."""
 
-_NOT_NUMERIC = ("run.", "description", "trainer.callbacks.", "trainer.hard_stop", "trainer.load_")
-"""Config values that do not change what a step computes."""
+_NOT_NUMERIC = ("run.", "description", "trainer.")
+_NUMERIC = ("trainer.max_duration.", "trainer.deterministic")
+"""Of the config's values, those that change what a step computes: not the first, but the second."""
 
 
 def replay_steps(
@@ -149,6 +150,8 @@ def replay_config(plan: ReplayPlan, root: str, environ: Mapping[str, str]) -> Ex
         hard_stop=Duration(value=plan.recorded[-1].step),
         no_checkpoints=True,
         no_evals=True,
+        max_wall_time=None,
+        stop_file=None,
         callbacks=_without_observers(config.trainer.callbacks),
     )
     return config.replace(
@@ -190,7 +193,11 @@ def _numbers_of(folder: Path, attempt: int) -> dict[str, Any]:
     from toolkit.config import leaves
 
     values = leaves(config_of(folder, attempt).to_dict())
-    return {path: value for path, value in values if not path.startswith(_NOT_NUMERIC)}
+    return {
+        path: value
+        for path, value in values
+        if path.startswith(_NUMERIC) or not path.startswith(_NOT_NUMERIC)
+    }
 
 
 def _without_observers(callbacks: CallbacksConfig) -> CallbacksConfig:

@@ -1,0 +1,274 @@
+"""`toolkit resume --explain`: what a resume would restore, change and refuse. Writes nothing.
+
+It asks the functions that `resume` itself uses. torch is imported only where there is a checkpoint,
+whose state it reads; the model is not built.
+"""
+
+import contextlib
+import importlib.metadata
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from toolkit.checkpoint.layout import (
+    INVALID_SUFFIX,
+    CheckpointMetadata,
+    read_metadata,
+    saved_steps,
+    step_folder,
+)
+from toolkit.config.files import read_json_mapping
+from toolkit.data.prepared import PreparedDataset, dataset_folder, read_prepared
+from toolkit.data.settings import check_settings
+from toolkit.distributed.engine import Engine, resolve_engine
+from toolkit.errors import DataError, ToolkitError
+from toolkit.experiment.changes import config_changes
+from toolkit.experiment.checks import check_experiment, check_prepared, steps_per_epoch
+from toolkit.experiment.config import ExperimentConfig
+from toolkit.experiment.preflight import continuation_checks
+from toolkit.experiment.recorded import ResumePlan, plan_resume, read_steps
+from toolkit.experiment.verify import check_checkpoint
+from toolkit.runs.files import RUN_FILES
+from toolkit.runs.status import current_state
+
+if TYPE_CHECKING:
+    from toolkit.data.loader import TrainLoader
+    from toolkit.train.restoring import Start
+
+_LABEL_WIDTH = 12
+
+
+class Explanation(NamedTuple):
+    """What a resume would do."""
+
+    rows: list[tuple[str, list[str]]]
+    """(label, lines), for reading."""
+    refused: list[str]
+    """Why it would not start; empty: it would."""
+
+    def __str__(self) -> str:
+        rows = [*self.rows, ("refused", self.refused or ["nothing: it would start"])]
+        lines = []
+        for label, (first, *more) in rows:
+            lines.append(f"{label:<{_LABEL_WIDTH}}{first}")
+            lines += [f"{'':<{_LABEL_WIDTH}}{line}" for line in more]
+        return "\n".join(lines)
+
+
+def explain_resume(
+    run_dir: Path, overrides: Sequence[str], environ: Mapping[str, str]
+) -> Explanation:
+    """What `toolkit resume run_dir overrides` would do under this launcher.
+
+    Raises:
+        RunError: not a run folder.
+        ConfigError: its config cannot be read, or an override does not fit.
+    """
+    plan = plan_resume(run_dir, overrides, environ)
+    folder, refused = plan.folder, _Refusals()
+    state = current_state(folder, plan.status)
+    if state == "running":
+        refused.reasons.append(f"another process is writing this run (pid {plan.status.pid} on "
+                               f"{plan.status.host}); stop it first")  # fmt: skip
+    module = plan.config.train_module
+    engine = refused.ask(lambda: resolve_engine(module.precision, module.dp_config, plan.environ))
+    if engine is not None:
+        refused.ask(lambda: check_experiment(plan.config, engine.world_size))
+    prepared = refused.ask(lambda: _prepared(plan.config))
+    start = refused.ask(lambda: _start(plan.config, folder))
+    saved, state_of_data = None, None
+    if start is not None:
+        saved = read_metadata(start.checkpoint)
+        loader = refused.ask(lambda: _loader(plan, prepared)) or _AnyPosition()
+        checks = refused.ask(lambda: continuation_checks(plan.config, folder, loader))
+        for check in checks or ():
+            refused.ask(check)
+        state_of_data = None if start.weights_only else _data_state(start)
+    changes = config_changes(read_json_mapping(folder / RUN_FILES.config), plan.stored)
+    rows = [
+        ("run", [f"{folder}: {state}, attempt {plan.status.attempt}"]),
+        ("checkpoint", _checkpoint(plan, start, saved)),
+        ("skipped", _skipped(folder, saved if start and start.checkpoint.parent.parent == folder
+                             else None)),
+        ("engine", _engine(plan, saved, engine)),
+        ("config", changes or ["nothing changes"]),
+        ("versions", _versions(saved)),
+        ("data", _data(plan.config, prepared, state_of_data)),
+        ("goes on", _steps(plan, prepared, saved, start)),
+    ]  # fmt: skip
+    return Explanation([(label, lines) for label, lines in rows if lines], refused.reasons)
+
+
+class _Refusals:
+    """Collects what `resume` would stop at."""
+
+    def __init__(self) -> None:
+        self.reasons: list[str] = []
+
+    def ask(self, check: Callable[[], Any]) -> Any:
+        """The answer of `check`; None where it refuses."""
+        try:
+            return check()
+        except ToolkitError as error:
+            if str(error) not in self.reasons:
+                self.reasons.append(str(error))
+            return None
+
+
+def _prepared(config: ExperimentConfig) -> PreparedDataset | None:
+    prepared = read_prepared(config.dataset)
+    if prepared is None:
+        if config.dataset.source is None:
+            raise DataError(
+                f"{dataset_folder(config.dataset)}: no prepared data there, and dataset.source is "
+                "null; give one or the other"
+            )
+        return None
+    check_settings(prepared, config.dataset)
+    check_prepared(config, prepared)
+    return prepared
+
+
+def _start(config: ExperimentConfig, folder: Path) -> "Start | None":
+    own = folder / RUN_FILES.checkpoints
+    if not saved_steps(own) and config.trainer.load_path is None:
+        return None
+    from toolkit.train.restoring import find_start
+
+    with _quiet("toolkit.checkpoint"):
+        return find_start(config.trainer, own)
+
+
+def _loader(plan: ResumePlan, prepared: PreparedDataset | None) -> "TrainLoader":
+    """The loader that training would use, to ask whether the saved position means something to it.
+
+    Data that is not here (it is prepared first) or was refused already takes any.
+    """
+    from toolkit.data.loader import get_dataloaders
+
+    if prepared is None:
+        return _AnyPosition()  # type: ignore[return-value]
+    with _quiet("toolkit.data"):
+        return get_dataloaders(plan.config.data, rank=0, world_size=1, check_text=False)[0]
+
+
+class _AnyPosition:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        pass
+
+
+def _data_state(start: "Start") -> dict[str, Any]:
+    from toolkit.checkpoint.commit import load_rank_state
+
+    return load_rank_state(start.checkpoint, rank=0)["trainer"]["data"]
+
+
+def _checkpoint(
+    plan: ResumePlan, start: "Start | None", saved: CheckpointMetadata | None
+) -> list[str]:
+    if start is None or saved is None:
+        return ["none: it would start at step 0, from fresh weights"]
+    if start.weights_only:
+        return [f"{start.checkpoint}: the weights alone, then step 0"]
+    lines = [f"{start.checkpoint}: step {saved.step:,}, {saved.tokens:,} tokens"]
+    if start.checkpoint.parent.parent == plan.folder:
+        last = max(read_steps(plan.folder), default=0)
+        if last > saved.step:
+            lines.append(f"steps {saved.step + 1} to {last} were recorded, and are done again")
+    return lines
+
+
+def _skipped(folder: Path, used: CheckpointMetadata | None) -> list[str]:
+    """Newer checkpoints that are not whole, and why; all, where none is used."""
+    root = folder / RUN_FILES.checkpoints
+    newer = [step for step in saved_steps(root) if used is None or step > used.step]
+    reports = [check_checkpoint(step_folder(root, step)) for step in reversed(newer)]
+    return [
+        f"{report.folder.name}: {report.problem} (becomes {report.folder.name}{INVALID_SUFFIX})"
+        for report in reports
+        if report.problem
+    ]
+
+
+def _engine(plan: ResumePlan, saved: CheckpointMetadata | None, engine: Engine | None) -> list[str]:
+    recorded = f"{plan.status.engine} x {plan.status.world_size}"
+    before = f"{saved.engine} x {saved.world_size}" if saved else recorded
+    if engine is None:
+        return [f"saved by {before}; what would run is refused"]
+    now = f"{engine.name} x {engine.world_size}"
+    lines = [f"saved by {before}, goes on with {now} in {engine.precision}"]
+    if saved and (saved.engine, saved.world_size) == (engine.name, engine.world_size):
+        lines = [f"{now} in {engine.precision}, as saved"]
+    precision = plan.status.other.get("precision")
+    if precision not in (None, engine.precision):
+        lines.append(f"the run's last precision was {precision}")
+    if plan.processes is not None:
+        lines.append(f"this command launches {plan.processes} processes")
+        if plan.processes != plan.status.world_size:
+            lines.append(f"the run had {plan.status.world_size}; this machine has fewer devices")
+    if saved and saved.world_size != engine.world_size:
+        lines.append("other number of processes: random states of libraries start anew")
+    return [*lines, *engine.notices]
+
+
+def _versions(saved: CheckpointMetadata | None) -> list[str]:
+    if saved is None:
+        return []
+    then: dict[str, str] = saved.extra.get("versions", {})
+    changed = [
+        f"{name}: {version} then, {now} now"
+        for name, version in then.items()
+        if version != (now := _installed(name))
+    ]
+    return changed or ["as when it was saved: " + ", ".join(f"{n} {v}" for n, v in then.items())]
+
+
+def _installed(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _data(
+    config: ExperimentConfig, prepared: PreparedDataset | None, state: dict[str, Any] | None
+) -> list[str]:
+    batch = state["batch"] if state else 0
+    if prepared is None:
+        where = f"{dataset_folder(config.dataset)}: not prepared; that is done first"
+        return [f"next is batch {batch:,} of the run, counted from 0", where]
+    epoch, place = divmod(batch, steps_per_epoch(config, prepared))
+    position = f"next is batch {place:,} (from 0) of epoch {epoch + 1}"
+    return [f"{position}, of {steps_per_epoch(config, prepared):,}", f"{prepared.folder}"]
+
+
+def _steps(
+    plan: ResumePlan,
+    prepared: PreparedDataset | None,
+    saved: CheckpointMetadata | None,
+    start: "Start | None",
+) -> list[str]:
+    trainer, batch = plan.config.trainer, plan.config.data_loader.global_batch_size
+    per_epoch = steps_per_epoch(plan.config, prepared) if prepared else None
+    limits = [trainer.max_duration, *([trainer.hard_stop] if trainer.hard_stop else [])]
+    try:
+        last = min(limit.in_steps(batch, per_epoch) for limit in limits)
+    except ValueError:
+        return ["to a step that is known once the data is prepared"]
+    done = saved.step if saved and start and not start.weights_only else 0
+    if done >= last:
+        return [f"nothing is left: it ends at step {last:,}; raise trainer.max_duration"]
+    return [f"from step {done + 1:,} to {last:,}"]
+
+
+@contextlib.contextmanager
+def _quiet(name: str) -> Iterator[None]:
+    """Warnings of this logger would say what the explanation says."""
+    logger = logging.getLogger(name)
+    before = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
