@@ -44,3 +44,7 @@ class CheckpointError(BadInputError):
 
 class TrainingError(ToolkitError):
     """Training itself cannot go on (for example: too many non-finite steps in a row)."""
+
+
+class StorageError(ToolkitError):
+    """A remote folder cannot be reached, or refuses what is asked of it."""

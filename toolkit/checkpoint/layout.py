@@ -108,10 +108,20 @@ def read_metadata(checkpoint: Path) -> CheckpointMetadata:
         raise CheckpointError(
             f"{checkpoint}: not a committed checkpoint (no {METADATA_FILE})"
         ) from None
+    return decode_metadata(raw, checkpoint)
+
+
+def decode_metadata(raw: bytes, checkpoint: Path | str) -> CheckpointMetadata:
+    """The content of `.metadata.json`; `checkpoint` is for messages.
+
+    Raises:
+        CheckpointError: changed since it was saved, or of a newer format.
+    """
+    where = f"{str(checkpoint).rstrip('/')}/{METADATA_FILE}"
     try:
         metadata = msgspec.json.decode(raw, type=CheckpointMetadata)
     except (msgspec.DecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{checkpoint / METADATA_FILE}: cannot be read: {error}") from None
+        raise CheckpointError(f"{where}: cannot be read: {error}") from None
     if metadata.version > FORMAT_VERSION:
         raise CheckpointError(
             f"{checkpoint}: format {metadata.version} is newer than this toolkit's "

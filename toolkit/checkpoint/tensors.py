@@ -43,14 +43,21 @@ Not `BytesStorageMetadata`: DCP reads such entries by an ordinary unpickler, and
 
 
 def load_tensors(
-    folder: Path, tensors: dict[str, torch.Tensor], group: dist.ProcessGroup | None
+    folder: Path | str,
+    tensors: dict[str, torch.Tensor],
+    group: dist.ProcessGroup | None,
+    *,
+    reader: "SafeReader | None" = None,
 ) -> None:
     """Fill `tensors` in place, each rank reading just what it holds.
+
+    Args:
+        reader: of a `folder` that is not on a disk; default: `SafeReader`.
 
     Raises:
         CheckpointError: for a missing tensor or one of another shape.
     """
-    reader = SafeReader(folder)
+    reader = reader or SafeReader(folder)
     _check_shapes(folder, reader.read_metadata(), tensors)
     try:
         _dcp_load(tensors, reader, group)
@@ -98,9 +105,9 @@ class SafeReader(FileSystemReader):
     """DCP's reader with an unpickler that builds DCP's own records and nothing else."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        path = Path(self.path) / ".metadata"
+        path = self._get_metadata_path()
         try:
-            with path.open("rb") as file:
+            with self.fs.create_stream(path, "rb") as file:
                 metadata = _RestrictedUnpickler(file).load()
         except Exception as error:  # damaged pickles raise nearly anything
             raise CheckpointError(f"{path}: cannot be read: {error}") from None
@@ -128,7 +135,7 @@ class _RestrictedUnpickler(pickle.Unpickler):
         )
 
 
-def _check_shapes(folder: Path, metadata: Metadata, tensors: dict[str, torch.Tensor]) -> None:
+def _check_shapes(folder: Path | str, metadata: Metadata, tensors: dict[str, torch.Tensor]) -> None:
     stored = metadata.state_dict_metadata
     for key, tensor in tensors.items():
         entry = stored.get(key)
