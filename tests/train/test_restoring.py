@@ -4,11 +4,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from toolkit.checkpoint.find import Found
-from toolkit.errors import CheckpointError
+from toolkit.errors import CheckpointError, ConfigError
 from toolkit.train.config import TrainerConfig
-from toolkit.train.restoring import Start, find_start
+from toolkit.train.restoring import Start, find_start, renamed
 
 OWN, GIVEN = Path("run/checkpoints"), Path("given")
 
@@ -39,3 +40,31 @@ def test_load_path_that_must_hold_a_checkpoint_and_does_not(tmp_path: Path) -> N
     config = TrainerConfig(load_path=str(tmp_path), load_strategy="always")
     with pytest.raises(CheckpointError, match=r"trainer\.load_path .* holds no valid checkpoint"):
         find_start(config, tmp_path / "own")
+
+
+NAMES = ("model.blocks.0.attn.w", "optim.blocks.0.attn.w.exp_avg", "model.head.w")
+
+
+def test_renamed_parameters_are_found_with_their_optimizer_state() -> None:
+    tensors = {name: torch.ones(1) for name in NAMES}
+    mapping = {r"blocks\.(\d+)\.attn": r"layers.\1.attention", "^head": "lm_head"}
+    assert list(renamed(tensors, mapping)) == [
+        "model.layers.0.attention.w",
+        "optim.layers.0.attention.w.exp_avg",
+        "model.lm_head.w",
+    ]
+    assert renamed(tensors, {}) == tensors
+
+
+@pytest.mark.parametrize(
+    ("mapping", "message"),
+    [
+        ({"(": "x"}, "'\\(' -> 'x': missing \\), unterminated"),
+        ({"attn": r"\3"}, "invalid group reference 3"),
+        ({"exp_avg": "x"}, "'exp_avg' changes the name of no parameter"),
+        ({"blocks.0.attn|head": "one"}, "gives two tensors one name"),
+    ],
+)
+def test_a_mapping_that_makes_no_sense_is_refused(mapping: dict[str, str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        renamed({name: torch.ones(1) for name in NAMES}, mapping)

@@ -2,6 +2,8 @@
 
 from typing import TYPE_CHECKING, Any, Literal
 
+import msgspec
+
 from toolkit.config import Config
 from toolkit.config.base import check_not_negative, check_positive
 from toolkit.config.seconds import in_seconds
@@ -241,6 +243,9 @@ class TrainerConfig(Config, kw_only=True):
     """Whether `load_path` must hold a checkpoint."""
     load_weights_only: bool = False
     """From `load_path` take the weights, with a fresh optimizer, schedule and data order."""
+    load_key_mapping: dict[str, str] = msgspec.field(default_factory=dict)
+    """Parameters that `load_path` has under other names: regular expression over this model's names
+    -> replacement that gives the checkpoint's, applied in order."""
     metrics_collect_interval: int = 5
     """Steps between transfers of metrics from the device."""
     cancel_check_interval: int = 1

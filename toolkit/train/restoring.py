@@ -2,7 +2,8 @@
 
 import logging
 import random
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -12,7 +13,7 @@ from toolkit.checkpoint.commit import load_checkpoint
 from toolkit.checkpoint.find import Found, find_checkpoint, set_aside
 from toolkit.checkpoint.layout import TENSORS_FOLDER
 from toolkit.checkpoint.tensors import load_tensors
-from toolkit.errors import CheckpointError
+from toolkit.errors import CheckpointError, ConfigError
 from toolkit.runs.files import RUN_FILES
 from toolkit.train.config import TrainerConfig
 
@@ -82,6 +83,8 @@ def restore_trainer(trainer: "Trainer") -> Path | None:
 def _load(trainer: "Trainer", checkpoint: Path, *, weights_only: bool) -> None:
     environment, module = trainer.environment, trainer.train_module
     tensors = module.state_tensors()
+    if checkpoint.parent != trainer.run.path(RUN_FILES.checkpoints):  # its own has its own names
+        tensors = renamed(tensors, trainer.config.load_key_mapping)
     if weights_only:
         weights = {key: t for key, t in tensors.items() if key.startswith("model.")}
         load_tensors(checkpoint / TENSORS_FOLDER, weights, environment.cpu_group)
@@ -94,6 +97,47 @@ def _load(trainer: "Trainer", checkpoint: Path, *, weights_only: bool) -> None:
             _set_rng_state(state["rng"])
     module.state_filled()
     log.info("loaded %s (step %d)", checkpoint, trainer.step)
+
+
+def renamed(
+    tensors: dict[str, torch.Tensor], mapping: Mapping[str, str]
+) -> dict[str, torch.Tensor]:
+    """`tensors` (`model.<name>`, `optim.<name>.<key>`) under the names a checkpoint has.
+
+    Args:
+        mapping: regular expression over this model's parameter names -> replacement, in which `\\1`
+            is the first group; applied in order.
+
+    Raises:
+        ConfigError: a pattern is not a regular expression or matches no parameter, or two tensors
+            get one name.
+    """
+    result = dict(tensors)
+    for pattern, replacement in mapping.items():
+        try:
+            expression = re.compile(pattern)
+            changed = {key: _rename(key, expression, replacement) for key in result}
+        except re.error as error:
+            raise ConfigError(
+                f"trainer.load_key_mapping: {pattern!r} -> {replacement!r}: {error}"
+            ) from None
+        if all(old == new for old, new in changed.items()):
+            raise ConfigError(
+                f"trainer.load_key_mapping: {pattern!r} changes the name of no parameter"
+            )
+        if len(set(changed.values())) < len(changed):
+            raise ConfigError(f"trainer.load_key_mapping: {pattern!r} gives two tensors one name")
+        result = {changed[key]: tensor for key, tensor in result.items()}
+    return result
+
+
+def _rename(key: str, expression: re.Pattern[str], replacement: str) -> str:
+    kind, _, name = key.partition(".")
+    suffix = ""
+    if kind == "optim":
+        name, dot, slot = name.rpartition(".")
+        suffix = dot + slot
+    return f"{kind}.{expression.sub(replacement, name)}{suffix}"
 
 
 def _set_rng_state(state: dict[str, Any]) -> None:
