@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from toolkit.distributed.flat_shard import flat_range_boxes
+from toolkit.distributed.flat_shard import FlatShard, flat_range_boxes
 
 
 @given(st.data())
@@ -23,3 +23,15 @@ def test_boxes_cover_the_range_exactly_once_and_are_few(data: st.DataObject) -> 
         assert torch.equal(seen[position : position + len(part)], torch.full_like(part, -1))
         seen[position : position + len(part)] = part
     assert torch.equal(seen, torch.arange(start, start + length))
+
+
+def test_a_piece_is_the_live_memory_and_no_more_of_it() -> None:
+    flat = torch.arange(20.0)
+    shard = FlatShard(flat.narrow(0, 4, 9), shape=torch.Size([5, 3]), start=2)
+    pieces = [
+        shard.__get_tensor_shard__(item.index) for item in shard.__create_write_items__("x", shard)
+    ]
+    assert [piece.tolist() for piece in pieces] == [[[4]], [[5, 6, 7], [8, 9, 10]], [[11, 12]]]
+    assert all(piece.untyped_storage().nbytes() == piece.nbytes for piece in pieces)
+    pieces[1].fill_(-1)
+    assert flat.tolist() == [0, 1, 2, 3, 4, *[-1] * 6, *range(11, 20)]
