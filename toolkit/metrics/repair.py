@@ -1,21 +1,22 @@
 """Metrics files after a crash: no torn line, and no step that will be recorded again."""
 
+import os
+from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import msgspec
 
-from toolkit.storage.atomic import open_atomic
+_BLOCK = 1 << 16
 
 
 class TrimResult(NamedTuple):
-    """Lines of a file by what became of them."""
+    """Lines that went."""
 
-    kept: int
     dropped: int
-    """Whole lines of steps after the last one."""
+    """Whole ones, of steps after the last one."""
     damaged: int
-    """Torn or unreadable lines, dropped too."""
+    """Torn or unreadable ones."""
 
 
 class _Line(msgspec.Struct):
@@ -26,29 +27,49 @@ _DECODER = msgspec.json.Decoder(_Line)
 
 
 def trim_jsonl(path: Path, *, last_step: int) -> TrimResult:
-    """Drop lines whose "step" is greater than `last_step`, and damaged ones; keep all others.
+    """Cut off the lines at the end that are damaged or have a "step" greater than `last_step`.
 
-    The file changes atomically, or not at all when it is as it should be. Memory does not grow
-    with the file. A file that does not exist has no lines.
+    Lines are in step order, so what comes before the last one that stays, stays too: it is not
+    read, and a long file takes no longer than a short one. A file that does not exist has no lines.
     """
     if not path.exists():
-        return TrimResult(0, 0, 0)
-    result, complete = _count(path, last_step)
-    if result.dropped or result.damaged or not complete:
-        with path.open("rb") as source, open_atomic(path) as target:
-            for line in source:
-                if _judge(line, last_step) == "kept":
-                    target.write(line.rstrip(b"\n") + b"\n")
-    return result
+        return TrimResult(0, 0)
+    counts = {"dropped": 0, "damaged": 0}
+    with path.open("r+b") as file:
+        size = end = file.seek(0, os.SEEK_END)
+        last = b"\n"
+        for start, line in _lines_from_the_end(file):
+            verdict = _judge(line, last_step)
+            if verdict == "kept":
+                last = line
+                break
+            counts[verdict] += 1
+            end = start
+        if end < size:
+            file.truncate(end)
+        if not last.endswith(b"\n"):
+            file.seek(end)
+            file.write(b"\n")
+        if end < size or not last.endswith(b"\n"):
+            file.flush()
+            os.fsync(file.fileno())
+    return TrimResult(**counts)
 
 
-def _count(path: Path, last_step: int) -> tuple[TrimResult, bool]:
-    counts = {"kept": 0, "dropped": 0, "damaged": 0}
-    line = b"\n"
-    with path.open("rb") as file:
-        for line in file:
-            counts[_judge(line, last_step)] += 1
-    return TrimResult(**counts), line.endswith(b"\n")
+def _lines_from_the_end(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
+    """`(offset, line)` of each line, the last first."""
+    end = file.seek(0, os.SEEK_END)
+    rest = b""  # the beginning of a block, whose line may begin in the block before
+    while end > 0:
+        start = max(0, end - _BLOCK)
+        file.seek(start)
+        lines = (file.read(end - start) + rest).splitlines(keepends=True)
+        rest = lines.pop(0) if start > 0 else b""
+        offset = start + len(rest) + sum(map(len, lines))
+        for line in reversed(lines):
+            offset -= len(line)
+            yield offset, line
+        end = start
 
 
 def _judge(line: bytes, last_step: int) -> str:
