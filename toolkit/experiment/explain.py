@@ -80,7 +80,7 @@ def explain_resume(
     saved, state_of_data = None, None
     if start is not None:
         saved = read_metadata(start.checkpoint)
-        loader = refused.ask(lambda: _loader(plan, prepared)) or _AnyPosition()
+        loader: Any = refused.ask(lambda: _loader(plan, prepared)) or _AnyPosition()
         checks = refused.ask(lambda: continuation_checks(plan.config, folder, loader))
         for check in checks or ():
             refused.ask(check)
