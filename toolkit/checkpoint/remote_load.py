@@ -1,0 +1,288 @@
+"""Loading a checkpoint of an object store: downloaded first, or read in place.
+
+Downloading shares the bytes between ranks, checks every hash and leaves an ordinary local
+checkpoint. Reading in place moves just what each rank holds, and needs no disk; of tensor files it
+checks the sizes, of everything else the hashes.
+"""
+
+import dataclasses
+import io
+import logging
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
+from torch.futures import Future
+
+from toolkit.checkpoint.layout import (
+    METADATA_FILE,
+    TENSORS_FOLDER,
+    CheckpointMetadata,
+    check_files,
+    rank_file,
+    read_metadata,
+    step_folder,
+)
+from toolkit.checkpoint.ranks import run_together
+from toolkit.checkpoint.remote import (
+    decode_remote_metadata,
+    find_remote_checkpoint,
+    read_raw_metadata,
+    share_of,
+    wrong_files,
+)
+from toolkit.checkpoint.tensors import SafeReader, load_tensors, reason_of
+from toolkit.errors import CheckpointError, TrainingError
+from toolkit.storage.atomic import fsync_tree, remove_tree, write_atomic
+from toolkit.storage.remote import ContentError, RemoteFolder
+from toolkit.storage.remote_file import RemoteFile
+
+log = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
+
+
+def download_newest(
+    url: str, local_root: Path, *, rank: int = 0, group: dist.ProcessGroup | None = None
+) -> Path | None:
+    """The newest checkpoint of `url` that is whole once it is here, in `local_root/step{N}`; None
+    where there is none. Every rank of `group` calls it; damaged ones are reported and skipped.
+
+    Raises:
+        CheckpointError: `url` is itself a step folder, and damaged.
+        TrainingError: on every rank when the store cannot be reached or the disk written.
+    """
+    damaged: list[str] = []
+    while True:
+        found = find_remote_checkpoint(url, rank=rank, group=group, skip=damaged)
+        if found.checkpoint is None:
+            return None
+        try:
+            return download_checkpoint(found.checkpoint, local_root, rank=rank, group=group)
+        except CheckpointError as error:
+            if found.checkpoint == url.rstrip("/"):
+                raise
+            if rank == 0:
+                log.warning("checkpoint skipped: %s", error)
+            damaged.append(found.checkpoint)
+
+
+def download_checkpoint(
+    url: str, local_root: Path, *, rank: int = 0, group: dist.ProcessGroup | None = None
+) -> Path:
+    """Copy the step folder `url` to `local_root/step{N}`, committed like a saved one.
+
+    `local_root` is one folder, shared by all ranks of `group`; each downloads a share. An equal,
+    whole local copy is used as it is; a damaged one of the same step is replaced.
+
+    Raises:
+        CheckpointError: on every rank: damaged at `url`, or `local_root` has another, whole
+            checkpoint of that step.
+        TrainingError: on every rank when the store cannot be reached or the disk written.
+    """
+    failing = f"{url}: not downloaded"
+    raw = _run_checked(
+        lambda: read_raw_metadata(url) if rank == 0 else b"", group, failing=failing
+    )[0]
+    metadata = decode_remote_metadata(raw, url)
+    final = step_folder(local_root, metadata.step)
+    temporary = final.with_name(final.name + ".tmp")
+    share = share_of(metadata, rank, 1 if group is None else group.size())
+    source = RemoteFolder(url)
+
+    def begin() -> None:
+        if rank == 0:
+            _check_free_space(local_root, sum(entry.size for entry in metadata.files.values()))
+            shutil.rmtree(temporary, ignore_errors=True)
+            for name in (METADATA_FILE, *metadata.files):
+                (temporary / name).parent.mkdir(parents=True, exist_ok=True)
+
+    def download() -> None:
+        for name in share:
+            entry = metadata.files[name]
+            source.download(name, temporary / name, size=entry.size, xxh3=entry.xxh3)
+
+    def commit() -> None:
+        if rank == 0:
+            fsync_tree(temporary)
+            remove_tree(final)
+            temporary.rename(final)
+            write_atomic(final / METADATA_FILE, raw)
+
+    copies = _run_checked(lambda: _is_copy(final, raw, metadata, share), group, failing=failing)
+    if all(copies):
+        return final
+    try:
+        run_together(begin, group, failing=failing)
+        _run_checked(download, group, failing=failing)
+        run_together(commit, group, failing=failing)
+    except (CheckpointError, TrainingError):
+        if rank == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return final
+
+
+def load_remote_checkpoint(
+    url: str,
+    *,
+    tensors: dict[str, torch.Tensor],
+    rank: int,
+    group: dist.ProcessGroup | None,
+) -> tuple[CheckpointMetadata, dict[str, Any]]:
+    """`load_checkpoint` of the step folder `url`, read in place; every rank of `group` calls it.
+
+    Raises:
+        CheckpointError: on every rank: damaged, of another model, or refused.
+        TrainingError: on every rank when the store cannot be reached.
+    """
+    failing = f"{url}: cannot be read"
+    folder = RemoteFolder(url)
+
+    def read_raw() -> bytes:
+        if rank != 0:
+            return b""
+        raw = read_raw_metadata(url)
+        if wrong := wrong_files(folder, decode_remote_metadata(raw, url)):
+            raise CheckpointError(f"{url}: {wrong}")
+        return raw
+
+    def read_state() -> None:
+        state.update(load_remote_rank_state(url, metadata, rank))
+
+    metadata = decode_remote_metadata(_run_checked(read_raw, group, failing=failing)[0], url)
+    load_remote_tensors(url, metadata, tensors, group)
+    state: dict[str, Any] = {}
+    _run_checked(read_state, group, failing=failing)
+    return metadata, state
+
+
+def load_remote_tensors(
+    url: str,
+    metadata: CheckpointMetadata,
+    tensors: dict[str, torch.Tensor],
+    group: dist.ProcessGroup | None,
+) -> None:
+    """Fill `tensors` in place from the step folder `url`; each rank reads what it holds.
+
+    Raises:
+        CheckpointError: as `load_tensors`.
+        TrainingError: on every rank when the store cannot be reached.
+    """
+    is_first = group is None or dist.get_rank(group) == 0
+    name = f"{TENSORS_FOLDER}/.metadata"
+    raw = _run_checked(
+        lambda: _read_small(RemoteFolder(url), metadata, name) if is_first else b"",
+        group,
+        failing=f"{url}: cannot be read",
+    )[0]
+    folder = RemoteFolder(f"{url.rstrip('/')}/{TENSORS_FOLDER}")
+    load_tensors(folder.url, tensors, group, reader=RemoteReader(folder, raw))
+
+
+def load_remote_rank_state(url: str, metadata: CheckpointMetadata, rank: int) -> dict[str, Any]:
+    """State of `rank`, or rank 0's where that rank did not exist; no code is run."""
+    name = rank_file(rank) if rank_file(rank) in metadata.files else rank_file(0)
+    raw = _read_small(RemoteFolder(url), metadata, name)
+    try:
+        return torch.load(io.BytesIO(raw), weights_only=True, map_location="cpu")
+    except Exception as error:
+        raise CheckpointError(f"{url}/{name}: cannot be read: {reason_of(error)}") from error
+
+
+class RemoteReader(SafeReader):
+    """`SafeReader` of a stored folder of tensors; `raw` is the content of its `.metadata`."""
+
+    def __init__(self, folder: RemoteFolder, raw: bytes) -> None:
+        super().__init__(folder.url)
+        self.fs: Any = _RemoteFiles(folder, raw)
+        self.path = folder.url
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        """In stored order, so that neighbours come with one request."""
+        infos = self.storage_data
+        items = sorted(plan.items, key=lambda item: infos[item.storage_index].offset)
+        return super().read_data(dataclasses.replace(plan, items=items), planner)
+
+
+class _RemoteFiles:
+    """As much of DCP's file system as reading takes."""
+
+    def __init__(self, folder: RemoteFolder, raw: bytes) -> None:
+        self._folder = folder
+        self._raw = raw
+
+    def concat_path(self, path: str, suffix: str) -> str:
+        return f"{path}/{suffix}"
+
+    @contextmanager
+    def create_stream(self, path: str, mode: str) -> Iterator[io.IOBase]:
+        name = path.rpartition("/")[2]
+        with io.BytesIO(self._raw) if name == ".metadata" else RemoteFile(self._folder, name) as s:
+            yield s
+
+
+def _read_small(folder: RemoteFolder, metadata: CheckpointMetadata, name: str) -> bytes:
+    """A whole file, checked."""
+    import xxhash
+
+    entry = metadata.files.get(name)
+    if entry is None:
+        raise CheckpointError(f"{folder}: {name} is missing in its manifest")
+    try:
+        raw = folder.read(name)
+    except FileNotFoundError:
+        raise CheckpointError(f"{folder}: {name} is missing") from None
+    if len(raw) != entry.size or xxhash.xxh3_64_hexdigest(raw) != entry.xxh3:
+        raise CheckpointError(f"{folder}: {name} has changed since it was saved")
+    return raw
+
+
+def _is_copy(final: Path, raw: bytes, metadata: CheckpointMetadata, share: list[str]) -> bool:
+    """Whether `final` is the checkpoint of `raw`; this rank looks at its share of the files."""
+    try:
+        own = (final / METADATA_FILE).read_bytes()
+    except OSError:
+        return False
+    try:
+        if own == raw:
+            check_files(final, metadata, hashes=True, only=share)
+            return True
+        check_files(final, read_metadata(final))
+    except (CheckpointError, OSError):
+        return False
+    raise CheckpointError(
+        f"{final}: there is another checkpoint of this step; remove it, or name another folder"
+    )
+
+
+def _check_free_space(root: Path, needed: int) -> None:
+    root.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(root).free
+    if free < needed:
+        raise OSError(
+            f"{needed / 1e9:.2f} GB are needed on the disk of {root}, {free / 1e9:.2f} GB are free"
+        )
+
+
+def _run_checked(
+    action: Callable[[], Result], group: dist.ProcessGroup | None, *, failing: str
+) -> list[Result]:
+    """`run_together`, and what is wrong with the checkpoint is a CheckpointError on every rank."""
+
+    def attempt() -> tuple[Result | None, str | None]:
+        try:
+            return action(), None
+        except (CheckpointError, ContentError) as error:
+            return None, str(error)
+
+    results = run_together(attempt, group, failing=failing)
+    for _, problem in results:
+        if problem is not None:
+            raise CheckpointError(problem)
+    return [result for result, _ in results]  # type: ignore[misc]

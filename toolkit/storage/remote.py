@@ -1,0 +1,307 @@
+"""Folders on other machines: `s3://`, `gs://`, anything fsspec knows; errors a user can act on.
+
+Credentials and endpoints come from where each store's own library looks: the environment
+(AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL, FSSPEC_S3_ENDPOINT_URL, GOOGLE_APPLICATION_CREDENTIALS, ...),
+its files in the home folder, fsspec's configuration.
+
+Each library retries a failed request by itself; on top of that every operation here is tried again
+after errors that pass. Files move in chunks: memory does not grow with their size.
+"""
+
+import contextlib
+import logging
+import os
+import random
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple, TypeVar
+
+from toolkit.errors import ConfigError, StorageError
+from toolkit.storage.atomic import hash_file
+from toolkit.storage.transient import is_transient, reason_of
+
+log = logging.getLogger(__name__)
+
+CHUNK = 4 << 20
+"""Bytes of one ranged read."""
+PART = 8 << 20
+"""Bytes of one part of an upload, at least."""
+STREAMS = 4
+"""Requests in flight for one file, where the library can."""
+MAX_PARTS = 9_000
+"""S3 takes 10,000 parts a file at most."""
+
+Result = TypeVar("Result")
+
+
+class ContentError(StorageError):
+    """A stored file is not what was stored: cut or changed."""
+
+
+_EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
+_ENDPOINTS = ("FSSPEC_S3_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
+
+
+class Retries(NamedTuple):
+    """How often an operation is tried, and how long it pauses in between."""
+
+    attempts: int = 5
+    first_pause: float = 0.5
+    """Seconds; doubled each time, and a random share of it is waited (so that ranks that failed
+    together do not come back together)."""
+    longest_pause: float = 30.0
+
+    def pause(self, attempt: int) -> float:
+        """Seconds to wait after attempt 0, 1, ..."""
+        longest = min(self.longest_pause, self.first_pause * 2**attempt)
+        return longest * random.uniform(0.5, 1.0)
+
+
+def is_url(path: object) -> bool:
+    """Whether `path` names a place by a protocol ("s3://..."), not a local path."""
+    protocol, separator, _ = str(path).partition("://")
+    return bool(separator) and protocol.replace("+", "").replace("-", "").isalnum()
+
+
+def open_filesystem(url: str) -> tuple[Any, str]:
+    """fsspec's file system of `url` and the path in it; nothing is contacted.
+
+    Raises:
+        ConfigError: no such protocol, or its library is not installed.
+    """
+    from fsspec.core import url_to_fs
+
+    protocol = url.partition("://")[0]
+    options: dict[str, Any] = {}
+    if protocol in ("file", "local"):
+        options["auto_mkdir"] = True
+    if _EXTRAS.get(protocol) == "s3":
+        endpoint = next((os.environ[name] for name in _ENDPOINTS if os.environ.get(name)), None)
+        if endpoint:
+            options["endpoint_url"] = endpoint
+    try:
+        filesystem, path = url_to_fs(url, **options)
+    except ImportError as error:
+        extra = _EXTRAS.get(protocol)
+        advice = f"pip install 'toolkit[{extra}]'" if extra else f"{reason_of(error)}"
+        raise ConfigError(f"{url}: {protocol}:// needs a library: {advice}") from None
+    except ValueError as error:
+        raise ConfigError(f"{url}: cannot be opened: {reason_of(error)}") from None
+    return filesystem, path.rstrip("/")
+
+
+class RemoteFolder:
+    """A folder of a store. Names are relative to it, with slashes; nothing is cached.
+
+    Every method raises StorageError (one line: what, where, what to do) when the store refuses or
+    stays out of reach; FileNotFoundError where that is an answer.
+    """
+
+    def __init__(self, url: str, *, retries: Retries | None = None) -> None:
+        self.url = url.rstrip("/")
+        self._filesystem, self._root = open_filesystem(self.url)
+        self._retries = retries or Retries()
+
+    def __truediv__(self, name: str) -> "RemoteFolder":
+        return RemoteFolder(f"{self.url}/{name}", retries=self._retries)
+
+    def __str__(self) -> str:
+        return self.url
+
+    @property
+    def name(self) -> str:
+        """Last part of the URL."""
+        return self.url.rpartition("/")[2]
+
+    def folders(self) -> list[str]:
+        """Names of the folders directly in it; none where it does not exist."""
+        entries = self._listing(lambda: self._filesystem.ls(self._root, detail=True))
+        folders = (entry["name"] for entry in entries if entry["type"] == "directory")
+        return sorted(PurePosixPath(folder).name for folder in folders)
+
+    def sizes(self) -> dict[str, int]:
+        """Every file below it and its bytes; empty where it does not exist."""
+        found = self._listing(lambda: self._filesystem.find(self._root, detail=True).values())
+        prefix = len(self._filesystem._strip_protocol(self._root)) + 1
+        return {entry["name"][prefix:]: int(entry["size"]) for entry in found}
+
+    def exists(self, name: str) -> bool:
+        """Whether there is such a file."""
+        try:
+            return bool(self._ask("asking for", name, lambda path: self._info(path)))
+        except FileNotFoundError:
+            return False
+
+    def size(self, name: str) -> int:
+        """Bytes of a file. Raises FileNotFoundError."""
+        return int(self._ask("asking for", name, lambda path: self._info(path)["size"]))
+
+    def read(self, name: str, start: int | None = None, end: int | None = None) -> bytes:
+        """Content of a file, or bytes `start` to `end` of it. Raises FileNotFoundError."""
+
+        def get(path: str) -> bytes:
+            data = self._filesystem.cat_file(path, start=start, end=end)
+            if start is not None and end is not None and len(data) != end - start:
+                raise ConnectionError(f"got {len(data)} of {end - start} bytes")
+            return data
+
+        return self._ask("reading", name, get)
+
+    def read_into(self, name: str, start: int, buffer: memoryview) -> None:
+        """Fill `buffer` from byte `start` on, a few chunks at a time."""
+
+        def get(offset: int) -> None:
+            end = min(offset + CHUNK, len(buffer))
+            buffer[offset:end] = self.read(name, start + offset, start + end)
+
+        self._in_parallel(get, range(0, len(buffer), CHUNK))
+
+    def write(self, name: str, data: bytes) -> None:
+        """A small file; what had that name is replaced."""
+        with self._no_place_for(name):
+            self._ask("writing", name, lambda path: self._filesystem.pipe_file(path, data))
+
+    def upload(self, local: Path, name: str) -> None:
+        """Copy the file `local` here, in parts; its size is checked afterwards."""
+        size = local.stat().st_size
+
+        def put(path: str) -> None:
+            options = _upload_options(self._filesystem, size)
+            self._filesystem.put_file(str(local), path, **options)
+            arrived = int(self._info(path)["size"])
+            if arrived != size:
+                raise ConnectionError(f"{arrived} of {size} bytes arrived")
+
+        with self._no_place_for(name):
+            self._ask("uploading", name, put)
+
+    def download(self, name: str, local: Path, *, size: int, xxh3: str) -> None:
+        """Copy a file to `local` and check it against `size` (bytes) and its hash; fsynced.
+
+        Raises:
+            ContentError: it is missing, or not what was expected.
+        """
+        where = f"{self.url}/{name}"
+        try:
+            self._download(name, local, size)
+        except FileNotFoundError:
+            raise ContentError(f"{where} is missing") from None
+        if hash_file(local) != xxh3:
+            raise ContentError(f"{where} has changed since it was saved")
+
+    def hash(self, name: str, size: int) -> str:
+        """xxh3_64 of the first `size` bytes, without keeping them."""
+        import xxhash
+
+        digest = xxhash.xxh3_64()
+        buffer = memoryview(bytearray(min(size, STREAMS * CHUNK)))
+        for start in range(0, size, len(buffer) or 1):
+            part = buffer[: size - start]
+            self.read_into(name, start, part)
+            digest.update(part)
+        return digest.hexdigest()
+
+    def delete(self, names: Iterable[str]) -> None:
+        """Remove these files, in this order; one that is gone already is no error."""
+        for name in names:
+            try:
+                self._ask("deleting", name, self._filesystem.rm_file)
+            except FileNotFoundError:
+                continue
+
+    def _download(self, name: str, local: Path, size: int) -> None:
+        there = self.size(name)
+        if there != size:
+            raise ContentError(f"{self.url}/{name} has {there} bytes, expected {size}")
+        with local.open("wb") as file:
+            file.truncate(size)
+
+            def get(offset: int) -> None:
+                data = self.read(name, offset, min(offset + CHUNK, size))
+                os.pwrite(file.fileno(), data, offset)
+
+            self._in_parallel(get, range(0, size, CHUNK))
+            os.fsync(file.fileno())
+
+    @contextlib.contextmanager
+    def _no_place_for(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except FileNotFoundError as error:
+            raise StorageError(
+                f"{self.url}/{name}: cannot be written, its bucket or folder does not exist"
+            ) from error
+
+    def _info(self, path: str) -> dict[str, Any]:
+        self._filesystem.invalidate_cache()
+        info = self._filesystem.info(path)
+        if info["type"] != "file":
+            raise FileNotFoundError(path)
+        return info
+
+    def _listing(self, action: Callable[[], Iterable[dict[str, Any]]]) -> list[dict[str, Any]]:
+        def fresh(_: str) -> list[dict[str, Any]]:
+            self._filesystem.invalidate_cache()
+            return list(action())
+
+        try:
+            return self._ask("listing", "", fresh)
+        except FileNotFoundError:
+            return []
+
+    def _in_parallel(self, action: Callable[[int], None], items: range) -> None:
+        if len(items) <= 1 or not self._filesystem.async_impl:  # may not be safe in threads
+            for item in items:
+                action(item)
+            return
+        with ThreadPoolExecutor(min(STREAMS, len(items))) as pool:
+            futures = [pool.submit(action, item) for item in items]
+            try:
+                for future in futures:
+                    future.result()
+            except BaseException:
+                pool.shutdown(wait=True, cancel_futures=True)
+                raise
+
+    def _ask(self, doing: str, name: str, action: Callable[[str], Result]) -> Result:
+        """`action(path)`, tried again after errors that pass."""
+        path = f"{self._root}/{name}" if name else self._root
+        where = f"{self.url}/{name}" if name else self.url
+        for attempt in range(self._retries.attempts):
+            try:
+                return action(path)
+            except FileNotFoundError:
+                raise
+            except Exception as error:
+                if not is_transient(error):
+                    raise StorageError(_message(doing, where, error)) from error
+                failure = error
+            if attempt + 1 < self._retries.attempts:
+                pause = self._retries.pause(attempt)
+                log.info("%s %s: %s; again in %.1f s", doing, where, reason_of(failure), pause)
+                time.sleep(pause)
+        raise StorageError(
+            f"{doing} {where} failed {self._retries.attempts} times, last: {reason_of(failure)}; "
+            "check the network and the store, then try again"
+        ) from failure
+
+
+def _message(doing: str, where: str, error: Exception) -> str:
+    reason = reason_of(error)
+    if isinstance(error, PermissionError) or "Credentials" in type(error).__name__:
+        return f"{doing} {where}: not allowed: {reason}; check credentials and permissions"
+    return f"{doing} {where}: {reason}"
+
+
+def _upload_options(filesystem: Any, size: int) -> dict[str, int]:
+    """Part size and parallel parts, under the names that the library of this store has for them."""
+    protocols = filesystem.protocol
+    protocols = {protocols} if isinstance(protocols, str) else set(protocols)
+    part = max(PART, -(-size // MAX_PARTS))
+    if protocols & {"s3", "s3a"}:
+        return {"chunksize": part, "max_concurrency": min(STREAMS, max(1, STREAMS * PART // part))}
+    if protocols & {"gs", "gcs"}:
+        return {"chunksize": -(-part >> 18) << 18}  # whole units of 256 KiB
+    return {}
