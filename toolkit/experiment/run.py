@@ -5,8 +5,10 @@ line from rank 0 instead of a time-out on all ranks, and no collective waits whi
 prepares data.
 """
 
+import contextlib
 import logging
 import os
+import socket
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,7 +19,7 @@ import msgspec
 from toolkit.config.files import read_json_mapping
 from toolkit.distributed.engine import Engine, resolve_engine
 from toolkit.distributed.launcher import rank_of
-from toolkit.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, DataError, ToolkitError
+from toolkit.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, DataError, RunError, ToolkitError
 from toolkit.experiment.agreement import check_agreement
 from toolkit.experiment.changes import config_changes
 from toolkit.experiment.checks import check_experiment, rank_microbatch_size
@@ -25,6 +27,7 @@ from toolkit.experiment.config import ExperimentConfig
 from toolkit.experiment.preflight import check_continuation, check_optimizer
 from toolkit.experiment.recorded import describe_engine, plan_resume
 from toolkit.experiment.relaunch import relaunch
+from toolkit.experiment.restarts import current_launch, find_predecessor, stays_stopped
 from toolkit.runs.environment import mask_secrets
 from toolkit.runs.files import RUN_FILES
 from toolkit.runs.manager import RunManager
@@ -36,9 +39,11 @@ from toolkit.runs.registry import (
     start_run,
 )
 from toolkit.runs.status import read_status
+from toolkit.train.peers import LostPeerError, Peers, clear_notes, first_line
 
 if TYPE_CHECKING:
     from toolkit.data.loader import TrainLoader
+    from toolkit.distributed.environment import TrainingEnvironment
     from toolkit.train.trainer import TrainResult
 
 log = logging.getLogger(__name__)
@@ -58,7 +63,8 @@ def train(
 ) -> int:
     """Run the experiment under the current launcher, if any; returns the exit code.
 
-    A `save_folder` that holds a run is resumed.
+    A `save_folder` that holds a run is resumed; so is the run that earlier workers of the same
+    launch began (`torchrun --max-restarts`).
 
     Args:
         origins: where each config value came from; stored beside the config.
@@ -75,6 +81,13 @@ def train(
     setup_logging(rank)
     run, name = None, choose_run_name()
     if rank == 0:
+        before = find_predecessor(config.run, current_launch())
+        if before is not None:
+            if stays_stopped(before):
+                log.warning("%s: was asked to stop, so it is not started again", before)
+                return EXIT_STOPPED
+            log.info("started again by the launcher; continuing %s", before)
+            config = config.replace(run=config.run.replace(save_folder=str(before)))
         check_run_folder(config.run, name)
     try:
         train_loader = _prepare_data(config, rank=rank, world_size=engine.world_size)
@@ -86,6 +99,7 @@ def train(
     if rank == 0:
         check_continuation(config, resolve_run_folder(config.run, name), train_loader)
         run = _start(config, name, is_main=True)
+        clear_notes(run.folder)
         if not run.path(RUN_FILES.config).exists():
             _log_metadata(stored, run, engine, origins or {})
     try:
@@ -93,7 +107,7 @@ def train(
     except BaseException as error:
         # Whatever the trainer itself did not close: an error before or outside its loop.
         if run is not None:
-            run.close("failed", message=_first_line(error), exit_reason="error")
+            run.close("failed", message=first_line(error), exit_reason="error")
         raise
 
 
@@ -136,6 +150,8 @@ def _train(
 
     environment = prepare_training_environment(config)
     log_file, trainer, has_failed = None, None, False
+    # To the very end: a rank that ends because of another one must say so before a signal ends it.
+    signals = contextlib.ExitStack()
     try:
         # Where rank 0 writes is where all do.
         name, where = environment.broadcast((name, config.run))
@@ -156,6 +172,7 @@ def _train(
         model = config.model.build(init_device="meta")
         train_module = config.train_module.build(model, environment=environment)
         trainer = Trainer(config.trainer, train_module, train_dl, eval_dl, run=run)
+        signals.enter_context(trainer.stop_request.listening())
         trainer.restore()
         if environment.is_main:
             for change in config_changes(read_json_mapping(run.path(RUN_FILES.config)), stored):
@@ -169,17 +186,46 @@ def _train(
         return EXIT_FAILED if result.saved_step is None else EXIT_STOPPED
     except BaseException as error:
         has_failed = True
+        step = trainer.step if trainer is not None else 0
+        lost = None if run is None else _explain(error, run, environment, step)
         if log_file is not None:
-            step = trainer.step if trainer is not None else 0
-            log_failure(log_file, error, rank=environment.rank, step=step)
-        if isinstance(error, ToolkitError) and run is not None and not environment.is_main:
-            error.only_here = not _ends_rank_0(error, run)
+            log_failure(log_file, lost or error, rank=environment.rank, step=step)
+        if lost is not None:
+            raise lost from error
+        if run is not None and not isinstance(error, LostPeerError):
+            _name_rank(error, run, environment, step)
         raise
     finally:
         if log_file is not None:
             logging.getLogger("toolkit").removeHandler(log_file)
             log_file.close()
         environment.close(after_error=has_failed)
+        signals.close()
+
+
+def _explain(
+    error: BaseException, run: RunManager, environment: "TrainingEnvironment", step: int
+) -> LostPeerError | None:
+    """The error to show where this one is the consequence of another rank's; else the others learn
+    that this rank was the first."""
+    with contextlib.suppress(RunError):  # this host does not see the run folder
+        peers = Peers(run, rank=environment.rank, world_size=environment.world_size)
+        peers.fail(error, step=step)
+        return peers.explain(error, step=step)
+    return None
+
+
+def _name_rank(
+    error: BaseException, run: RunManager, environment: "TrainingEnvironment", step: int
+) -> None:
+    """Say whose error it is, where it is not rank 0's or not one of ours."""
+    if not isinstance(error, ToolkitError):
+        where = f"rank {environment.rank} on {socket.gethostname()} failed at step {step}"
+        error.add_note(f"{where}; its log: {run.path(RUN_FILES.logs)}/rank{environment.rank}.log")
+    elif not environment.is_main:
+        error.only_here = not _ends_rank_0(error, run)
+        if error.only_here and step and f"step {step}" not in str(error):
+            error.args = (f"step {step}: {error}",)
 
 
 def _ends_rank_0(error: ToolkitError, run: RunManager) -> bool:
@@ -188,13 +234,9 @@ def _ends_rank_0(error: ToolkitError, run: RunManager) -> bool:
     while time.monotonic() < deadline:
         status = read_status(run.folder)
         if status is not None and status.state == "failed":
-            return status.message == _first_line(error)
+            return status.message == first_line(error)
         time.sleep(0.05)
     return False
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def _prepare_data(config: ExperimentConfig, *, rank: int, world_size: int) -> "TrainLoader":
@@ -221,7 +263,7 @@ def _local_rank() -> int:
 
 def _start(config: ExperimentConfig, name: str, *, is_main: bool) -> RunManager:
     folder = resolve_run_folder(config.run, name)
-    return start_run(
+    run = start_run(
         config.run.experiment,
         config.run.name or (None if config.run.save_folder else name),
         resume=config.run.save_folder is not None and is_run(folder) and is_main,
@@ -230,6 +272,9 @@ def _start(config: ExperimentConfig, name: str, *, is_main: bool) -> RunManager:
         registry_url=config.run.registry,
         is_main=is_main,
     )
+    launch = current_launch() if is_main else None
+    run.set_status("running", launch=None if launch is None else msgspec.to_builtins(launch))
+    return run
 
 
 def _log_metadata(

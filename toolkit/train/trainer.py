@@ -16,7 +16,6 @@ from typing import Any, Literal, NamedTuple
 import torch
 import torch.distributed as dist
 
-from toolkit.config.seconds import in_seconds
 from toolkit.data.loader import EvalLoader, TrainLoader
 from toolkit.distributed.environment import TrainingEnvironment
 from toolkit.errors import ConfigError, ToolkitError, TrainingError
@@ -26,10 +25,10 @@ from toolkit.runs.manager import RunManager
 from toolkit.train.callbacks import Callback, build_callbacks
 from toolkit.train.config import TrainerConfig, TransformerTrainModuleConfig
 from toolkit.train.module import Progress, TrainModule
-from toolkit.train.restoring import restore_trainer
 from toolkit.train.peers import Peers, first_line
-from toolkit.train.stopping import FAILURE, StopRequest, WallTime
-from toolkit.train.watchdog import Heartbeat, Watchdog
+from toolkit.train.restoring import restore_trainer
+from toolkit.train.stopping import FAILURE, stop_request_of
+from toolkit.train.watchdog import Heartbeat, start_watchdog
 
 log = logging.getLogger(__name__)
 
@@ -92,7 +91,7 @@ class Trainer:
         self.total_steps = self._steps_of("max_duration")
         stop = self._steps_of("hard_stop") if config.hard_stop else self.total_steps
         self.stop_step = min(stop, self.total_steps)
-        self.stop_request = self._stop_request()
+        self.stop_request = stop_request_of(config, run.folder, is_main=self.environment.is_main)
         self.heartbeat = Heartbeat()
         self._first_step = 0
         self.callbacks = build_callbacks(config.callbacks)
@@ -132,7 +131,7 @@ class Trainer:
         try:
             self.restore()
             self._open_metrics(resumed=bool(self._restored))
-            watchdog = self._start_watchdog(peers)
+            watchdog = start_watchdog(self, peers)
             with self.stop_request.listening():
                 self._call("pre_train")
                 reason = self._loop()
@@ -372,38 +371,14 @@ class Trainer:
 
     def _labelled_hooks(self, name: str) -> list[tuple[str, Callable[..., Any]]]:
         """With the name of the callback, for who looks at the heartbeat."""
-        return [(type(getattr(hook, "__self__", hook)).__name__, hook) for hook in self._hooks(name)]
+        return [
+            (type(getattr(hook, "__self__", hook)).__name__, hook) for hook in self._hooks(name)
+        ]
 
     def _call(self, name: str) -> None:
         for label, hook in self._labelled_hooks(name):
             self.heartbeat.beat(f"{label}.{name}", self.step, is_slow=True)
             hook()
-
-    def _stop_request(self) -> StopRequest:
-        """A request that knows the time limit and, on rank 0, the stop file."""
-        limit, margin = self.config.max_wall_time, self.config.wall_time_margin
-        wall_time = None
-        if limit is not None:
-            wall_time = WallTime(in_seconds(limit), in_seconds(margin) if margin else None)
-        file = self.config.stop_file if self.environment.is_main else None
-        return StopRequest(
-            wall_time=wall_time, stop_file=self.run.folder / file if file is not None else None
-        )
-
-    def _start_watchdog(self, peers: Peers) -> Watchdog | None:
-        if self.config.watchdog_timeout is None:
-            return None
-        watchdog = Watchdog(
-            self.heartbeat,
-            peers,
-            timeout=self.config.watchdog_timeout,
-            has_lost_launcher=lambda: self.stop_request.has_lost_launcher,
-            on_hang=lambda message: self.run.set_status(
-                "failed", step=self.step, message=message, exit_reason="watchdog"
-            ),
-        )
-        watchdog.start()
-        return watchdog
 
     def _close_after_failure(self, message: str) -> None:
         try:
