@@ -80,7 +80,7 @@ def replay_steps(
     )  # fmt: skip
     from toolkit.experiment.run import train
 
-    with tempfile.TemporaryDirectory(prefix="toolkit-replay-") as root, _only_warnings():
+    with _scratch() as root, _only_warnings():
         config = replay_config(plan, root, environ)
         code = train(config)
         if rank != 0:
@@ -204,6 +204,11 @@ def _without_observers(callbacks: CallbacksConfig) -> CallbacksConfig:
     return callbacks.replace(
         **{name: getattr(callbacks, name).replace(enabled=False) for name in OBSERVERS}
     )
+
+
+def _scratch() -> "tempfile.TemporaryDirectory[str]":
+    """A folder that goes away, though other ranks may still close their log files in it."""
+    return tempfile.TemporaryDirectory(prefix="toolkit-replay-", ignore_cleanup_errors=True)
 
 
 @contextlib.contextmanager
