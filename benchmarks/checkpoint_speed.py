@@ -9,9 +9,9 @@ memory, so loading does not measure the disk.
 
 "durable": until everything is on the disk. Programs that do not sync their files are given the
 fsync of each file afterwards that the toolkit does by itself. "check": the toolkit compares every
-file with its hash before it loads any. "extra": growth of the resident memory at its peak, in a turn
-of its own. In the background: what training waits for is the copy; the first also makes the buffers.
-`--profile` adds where the time of a blocking save goes.
+file with its hash before it loads any. "extra": growth of the resident memory at its peak, in a
+turn of its own. In the background: what training waits for is the copy; the first also makes the
+buffers. `--profile` adds where the time of a blocking save goes.
 """
 
 import argparse

@@ -10,6 +10,7 @@ from tests.soak.harness import STEPS, Tally, Torture, records, write_config
 
 FSDP = ("--train_module.dp_config={name: fsdp, param_dtype: float32}",)
 ZERO = ("--train_module.dp_config={name: zero1, param_dtype: float32}",)
+BLOCKING = ("--trainer.callbacks.checkpointer.asynchronous=false",)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,14 +49,16 @@ def check_equal(found: Path, expected: Path) -> None:
 
 
 def soak(kind: Kind, folder: Path, *, kills: int, per_run: int, seed: int) -> Tally:
-    """Runs one after the other until `kills` are reached, each compared at its end."""
+    """Runs one after the other until `kills` are reached, each compared at its end; by turns they
+    save in the background and not."""
     config = write_config(folder)
     expected = undisturbed(kind, config)
     total = Tally()
     while total.kills < kills:
         number = total.runs
         left = min(per_run, kills - total.kills)
-        torture = kind.torture(config, f"killed{number}", seed=seed + number, max_kills=left)
+        how = dataclasses.replace(kind, overrides=kind.overrides + BLOCKING[: number % 2])
+        torture = how.torture(config, f"killed{number}", seed=seed + number, max_kills=left)
         total += torture.run()
         check_equal(torture.folder, expected)
     return total

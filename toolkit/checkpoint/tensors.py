@@ -15,10 +15,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
+from toolkit.checkpoint.ranges import RangeReader
 from toolkit.errors import CheckpointError
 
 _DCP = "torch.distributed.checkpoint"
@@ -101,7 +101,7 @@ def _dcp_load(
         dcp.load(tensors, storage_reader=reader, process_group=group, no_dist=group is None)
 
 
-class SafeReader(FileSystemReader):
+class SafeReader(RangeReader):
     """DCP's reader with an unpickler that builds DCP's own records and nothing else."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:

@@ -1,0 +1,81 @@
+"""Reading of torch DCP's files: each byte that a rank needs goes once, straight to its place.
+
+DCP itself reads a stored chunk whole into new memory and copies the wanted part from there. Here
+only the chunk's description is unpickled (restricted, on the meta device), which tells where in the
+file its numbers lie. So a rank that holds a tenth of a tensor reads a tenth of it, and memory
+beyond the tensors themselves stays small.
+"""
+
+from typing import Any, BinaryIO
+
+import torch
+from torch.distributed._shard._utils import narrow_tensor_by_index
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
+from torch.futures import Future
+
+from toolkit.errors import CheckpointError
+
+
+class RangeReader(FileSystemReader):
+    """DCP's reader for files of tensors that no extension has transformed."""
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        by_file: dict[str, list[ReadItem]] = {}
+        for item in plan.items:
+            info = self.storage_data[item.storage_index]
+            by_file.setdefault(info.relative_path, []).append(item)
+        for name, items in by_file.items():
+            items.sort(key=lambda item: self.storage_data[item.storage_index].offset)
+            with self.fs.create_stream(self.fs.concat_path(self.path, name), "rb") as stream:
+                for item in items:
+                    self._fill(stream, item, planner)
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
+
+    def _fill(self, stream: Any, item: ReadItem, planner: LoadPlanner) -> None:
+        info = self.storage_data[item.storage_index]
+        name = item.storage_index.fqn
+        if item.type != LoadItemType.TENSOR or info.transform_descriptors:
+            raise CheckpointError(f"{name}: is no plain tensor")
+        chunk: Any = self._slice_file(stream, info)
+        stored = torch.load(chunk, map_location="meta", weights_only=True)
+        if not isinstance(stored, torch.Tensor):
+            raise CheckpointError(f"{name}: is no tensor")
+        wanted = narrow_tensor_by_index(stored, item.storage_offsets, item.lengths)
+        target = planner.resolve_tensor(item).detach()
+        if target.shape != wanted.shape:
+            raise CheckpointError(f"{name}: a piece has shape {tuple(wanted.shape)}, not "
+                                  f"{tuple(target.shape)}")  # fmt: skip
+        if wanted.is_contiguous():
+            storage: Any = stored.untyped_storage()
+            begin = storage._checkpoint_offset + wanted.storage_offset() * wanted.element_size()
+            if begin + wanted.nbytes > info.length:
+                raise CheckpointError(f"{name}: its file is damaged")
+            is_direct = (
+                target.device.type == "cpu"
+                and target.dtype == wanted.dtype
+                and target.is_contiguous()
+            )
+            buffer = target if is_direct else torch.empty(wanted.shape, dtype=wanted.dtype)
+            stream.seek(info.offset + begin)
+            _read_into(stream, buffer, name)
+        else:  # columns of a chunk: no range of the file
+            is_direct = False
+            chunk.seek(0)
+            whole = torch.load(chunk, map_location="cpu", weights_only=True)
+            buffer = narrow_tensor_by_index(whole, item.storage_offsets, item.lengths)
+        if not is_direct:
+            target.copy_(buffer)
+        planner.commit_tensor(item, target)
+
+
+def _read_into(stream: BinaryIO, tensor: torch.Tensor, name: str) -> None:
+    view = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+    done = 0
+    while done < len(view):
+        count = stream.readinto(view[done:])  # type: ignore[attr-defined]
+        if not count:
+            raise CheckpointError(f"{name}: its file is cut short")
+        done += count
