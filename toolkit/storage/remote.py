@@ -19,15 +19,15 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, TypeVar
 
 from toolkit.errors import ConfigError, StorageError
-from toolkit.storage.atomic import hash_file
+from toolkit.storage.atomic import fsync_file, hash_file, write_atomic
 from toolkit.storage.transient import is_transient, reason_of
 
 log = logging.getLogger(__name__)
 
 CHUNK = 4 << 20
 """Bytes of one ranged read."""
-PART = 8 << 20
-"""Bytes of one part of an upload, at least."""
+PART = 5 << 20
+"""Bytes of one part of an upload, at least; S3 takes no smaller ones."""
 STREAMS = 4
 """Requests in flight for one file, where the library can."""
 MAX_PARTS = 9_000
@@ -102,6 +102,7 @@ class RemoteFolder:
     def __init__(self, url: str, *, retries: Retries | None = None) -> None:
         self.url = url.rstrip("/")
         self._filesystem, self._root = open_filesystem(self.url)
+        self._is_local = "file" in _protocols(self._filesystem)
         self._retries = retries or Retries()
 
     def __truediv__(self, name: str) -> "RemoteFolder":
@@ -160,8 +161,16 @@ class RemoteFolder:
 
     def write(self, name: str, data: bytes) -> None:
         """A small file; what had that name is replaced."""
+
+        def put(path: str) -> None:
+            if self._is_local:
+                Path(path).parent.mkdir(parents=True, exist_ok=True)
+                write_atomic(path, data)
+            else:
+                self._filesystem.pipe_file(path, data)
+
         with self._no_place_for(name):
-            self._ask("writing", name, lambda path: self._filesystem.pipe_file(path, data))
+            self._ask("writing", name, put)
 
     def upload(self, local: Path, name: str) -> None:
         """Copy the file `local` here, in parts; its size is checked afterwards."""
@@ -170,6 +179,8 @@ class RemoteFolder:
         def put(path: str) -> None:
             options = _upload_options(self._filesystem, size)
             self._filesystem.put_file(str(local), path, **options)
+            if self._is_local:
+                fsync_file(path)
             arrived = int(self._info(path)["size"])
             if arrived != size:
                 raise ConnectionError(f"{arrived} of {size} bytes arrived")
@@ -297,11 +308,15 @@ def _message(doing: str, where: str, error: Exception) -> str:
 
 def _upload_options(filesystem: Any, size: int) -> dict[str, int]:
     """Part size and parallel parts, under the names that the library of this store has for them."""
-    protocols = filesystem.protocol
-    protocols = {protocols} if isinstance(protocols, str) else set(protocols)
+    protocols = _protocols(filesystem)
     part = max(PART, -(-size // MAX_PARTS))
     if protocols & {"s3", "s3a"}:
         return {"chunksize": part, "max_concurrency": min(STREAMS, max(1, STREAMS * PART // part))}
     if protocols & {"gs", "gcs"}:
         return {"chunksize": -(-part >> 18) << 18}  # whole units of 256 KiB
     return {}
+
+
+def _protocols(filesystem: Any) -> set[str]:
+    protocol = filesystem.protocol
+    return {protocol} if isinstance(protocol, str) else set(protocol)
