@@ -11,7 +11,7 @@ import pytest
 from toolkit.errors import RunError
 from toolkit.runs.files import RUN_FILES
 from toolkit.runs.lock import LockInfo, RunLock, is_locked, read_lock_info
-from toolkit.storage.atomic import write_json_atomic
+from toolkit.storage.atomic import create_json, write_json_atomic
 
 HOLDER = """
 import sys, time
@@ -128,7 +128,8 @@ def test_lock_that_outlives_its_dead_holder_is_taken_over(folder, holder, monkey
     lock.release()
 
 
-def test_old_lock_of_another_host_is_taken_over(folder):
+def test_old_lock_of_another_host_is_taken_over(folder, monkeypatch):
+    monkeypatch.setattr("toolkit.runs.lock._SETTLE_SECONDS", 0.1)
     leave_foreign_lock(folder, age_seconds=100)
     assert not is_locked(folder)
     lock = RunLock(folder)
@@ -157,6 +158,7 @@ def test_lock_of_another_host_that_beats_is_respected(folder, monkeypatch):
     with pytest.raises(RunError, match="pid 4321 on another-host since 2026-01-01"):
         RunLock(folder).acquire()
     monkeypatch.undo()
+    monkeypatch.setattr("toolkit.runs.lock._SETTLE_SECONDS", 0.1)
     write_json_atomic(folder / RUN_FILES.lock_info, {})
     RunLock(folder).acquire()  # the refusal left no lock of the system behind
 
@@ -179,3 +181,96 @@ def test_heartbeat_moves_and_notices_a_takeover(folder):
     wait_until(lambda: lock.lost or leave_foreign_lock(folder, age_seconds=0))
     lock.release()
     assert read_lock_info(folder).token == "foreign"
+
+
+def test_a_holder_of_the_same_host_name_on_another_machine_is_watched(folder, monkeypatch):
+    """A container with the host's name has its own process ids: none of ours is the holder."""
+    leave_foreign_lock(folder, age_seconds=0)
+    info = read_lock_info(folder)
+    info.host, info.machine = os.uname().nodename, "another boot"
+    write_json_atomic(folder / RUN_FILES.lock_info, info)
+    assert is_locked(folder)
+
+    def sleep_while_the_other_beats(_seconds):
+        info.heartbeat = "2026-01-01T00:00:15Z"
+        write_json_atomic(folder / RUN_FILES.lock_info, info)
+
+    monkeypatch.setattr("toolkit.runs.lock.time.sleep", sleep_while_the_other_beats)
+    with pytest.raises(RunError, match="pid 4321 on "):
+        RunLock(folder).acquire()
+
+
+def test_a_deleted_lock_file_does_not_let_a_second_writer_in(folder, holder):
+    (folder / RUN_FILES.lock).unlink()
+    with pytest.raises(RunError, match=f"pid {holder.pid} on "):
+        RunLock(folder).acquire()
+    assert read_lock_info(folder).pid == holder.pid
+
+
+def test_of_two_machines_that_start_at_once_one_gets_through(folder, monkeypatch):
+    """Without locks across machines: lock.json appears after it was seen to be absent."""
+    lock = RunLock(folder)
+
+    def other_one_is_quicker(path, info):
+        leave_foreign_lock(folder, age_seconds=0)
+        return create_json(path, info)
+
+    monkeypatch.setattr("toolkit.runs.lock.create_json", other_one_is_quicker)
+    with pytest.raises(RunError, match="pid 4321 on another-host"):
+        lock.acquire()
+    assert read_lock_info(folder).token == "foreign"
+
+
+def test_of_two_machines_that_take_over_at_once_one_gets_through(folder, monkeypatch):
+    leave_foreign_lock(folder, age_seconds=100)
+
+    def other_one_writes_last(_seconds):
+        leave_foreign_lock(folder, age_seconds=0)
+
+    monkeypatch.setattr("toolkit.runs.lock.time.sleep", other_one_writes_last)
+    with pytest.raises(RunError, match="pid 4321 on another-host"):
+        RunLock(folder).acquire()
+
+
+def test_of_many_processes_that_take_over_a_dead_one_only_one_gets_through(folder):
+    """The dead holder's lock lives on in a child, as seen from all of them."""
+    code = """
+import sys, time
+from pathlib import Path
+import toolkit.runs.lock as lock
+lock._SETTLE_SECONDS = 0.5
+try:
+    lock.RunLock(Path(sys.argv[1])).acquire()
+    print("held", flush=True)
+    time.sleep(2)
+except lock.RunError as error:
+    print("refused", flush=True)
+"""
+    import filelock
+
+    inherited = filelock.FileLock(folder / RUN_FILES.lock)
+    inherited.acquire()
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    leave_foreign_lock(folder, age_seconds=0)
+    info = read_lock_info(folder)
+    info.host, info.pid = os.uname().nodename, gone.pid
+    write_json_atomic(folder / RUN_FILES.lock_info, info)
+    command = [sys.executable, "-c", code, str(folder)]
+    takers = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    answers = sorted(taker.communicate(timeout=60)[0].strip() for taker in takers)
+    inherited.release()
+    assert answers == ["held", "refused", "refused"]
+
+
+def test_a_writer_that_was_suspended_looks_before_it_writes(folder, monkeypatch):
+    lock = RunLock(folder)
+    lock.acquire()
+    assert not lock.was_suspended
+    now = time.time()
+    monkeypatch.setattr("toolkit.runs.lock.time.time", lambda: now + 100)
+    assert lock.was_suspended
+    leave_foreign_lock(folder, age_seconds=0)
+    assert lock.lost
+    monkeypatch.undo()
+    lock.release()

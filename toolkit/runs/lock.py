@@ -7,10 +7,15 @@ Two things together make the lock, because neither is enough alone:
 2. `metadata/lock.json`: who holds it, rewritten every 15 seconds. It speaks across hosts, where
    many network file systems keep locks of the first kind to themselves.
 
-A lock is stale, and taken over, when its holder is a dead process of this host, or a process of
-another host whose heartbeat stopped for 90 seconds. Other hosts' clocks are not trusted: the age
-of a heartbeat is the difference of two modification times of the same file system, and while it
-is young, we watch whether it moves.
+A lock is stale, and taken over, when its holder is a dead process of this machine, or a process of
+another one whose heartbeat stopped for 90 seconds. Other clocks are not trusted: the age of a
+heartbeat is the difference of two modification times of the same file system, and while it is
+young, we watch whether it moves. "This machine" is the same boot and the same process ids: a
+container or a clone with our host name is another machine.
+
+Two that come at the same time: lock.json is created, not replaced, where there is none; a stale
+one is taken over by one process of a machine at a time, which then looks again whether another
+machine did the same. A writer that was suspended and taken over notices before it writes again.
 """
 
 import atexit
@@ -21,13 +26,19 @@ import secrets
 import socket
 import threading
 import time
+from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 
 from toolkit.errors import RunError
 from toolkit.runs.files import RUN_FILES
-from toolkit.storage.atomic import write_json_atomic
+from toolkit.storage.atomic import create_json, write_json_atomic
+
+if TYPE_CHECKING:
+    import filelock
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +63,13 @@ class LockInfo(msgspec.Struct, kw_only=True):
     """When the holder last wrote this file."""
     token: str
     """Unique to this acquisition."""
+    machine: str = ""
+    """Boot and process id namespace: where `pid` means something. Empty: `host` tells."""
+
+    @property
+    def is_here(self) -> bool:
+        """Whether the holder is, or was, a process of this machine."""
+        return self.host == socket.gethostname() and self.machine in ("", _machine())
 
     def describe(self) -> str:
         """`pid 1234 on host since 2026-01-01T00:00:00Z`."""
@@ -77,7 +95,7 @@ def is_locked(folder: Path, *, stale_seconds: float = STALE_SECONDS) -> bool:
     if info is None:
         return False
     young = _heartbeat_age(folder) < stale_seconds
-    return _is_running(info, young=young) if info.host == socket.gethostname() else young
+    return _is_running(info, young=young) if info.is_here else young
 
 
 class RunLock:
@@ -101,15 +119,22 @@ class RunLock:
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
         self._lost = False
+        self._checked_at = 0.0
 
     @property
     def lost(self) -> bool:
         """True when another process took the lock over (this one was suspended for too long)."""
         # A process that just woke up must not wait for its next heartbeat to learn of it.
         if not self._lost and self._info is not None:
+            self._checked_at = time.time()
             current = read_lock_info(self.folder)
             self._lost = current is not None and current.token != self._info.token
         return self._lost
+
+    @property
+    def was_suspended(self) -> bool:
+        """Whether nobody has looked for a takeover for longer than the heartbeat should allow."""
+        return time.time() - self._checked_at > 2 * self.heartbeat_seconds
 
     def acquire(self) -> None:
         """Take the lock, or take over a stale one.
@@ -117,12 +142,14 @@ class RunLock:
         Raises:
             RunError: when a live process holds it, naming host, pid and since when.
         """
-        self._acquire_system_lock()
+        takeover = self._acquire_system_lock()
         try:
-            self._wait_for_other_host()
-            self._info = _own_info()
-            write_json_atomic(self._info_path, self._info)
+            with takeover:
+                self._check_deleted_lock()
+                is_taken_over = self._wait_for_other_machine()
+                self._publish(is_taken_over=is_taken_over)
         except BaseException:
+            self._info = None
             self._lock.release()
             raise
         self._stop.clear()
@@ -145,16 +172,17 @@ class RunLock:
                 self._info_path.unlink(missing_ok=True)
         self._lock.release()
 
-    def _acquire_system_lock(self) -> None:
+    def _acquire_system_lock(self) -> contextlib.AbstractContextManager[object]:
+        """Returns what to hold until lock.json is ours: others that take over wait for it."""
         import filelock
 
         deadline = time.monotonic() + _SETTLE_SECONDS
         while True:
             with contextlib.suppress(filelock.Timeout):
                 self._lock.acquire(timeout=0)
-                return
+                return contextlib.nullcontext()
             info = read_lock_info(self.folder)
-            if info is not None and info.host != socket.gethostname():
+            if info is not None and not info.is_here:
                 raise self._held_error(info)
             young = _heartbeat_age(self.folder) < self.stale_seconds
             if info is not None and _is_running(info, young=young):
@@ -168,18 +196,39 @@ class RunLock:
             )
         # The recorded holder is dead, yet its lock lives on: a child inherited it, or the file
         # system has no locks and a marker file was left. A new file means a new lock.
-        log.warning("%s: taking over the lock of dead %s", self.folder, info.describe())
-        (self.folder / RUN_FILES.lock).unlink(missing_ok=True)
+        path = self.folder / RUN_FILES.lock
+        guard = filelock.FileLock(path.with_name("lock.takeover"), thread_local=False)
         try:
-            self._lock.acquire(timeout=_SETTLE_SECONDS)
+            guard.acquire(timeout=2 * _SETTLE_SECONDS)
         except filelock.Timeout:
             raise self._held_error(read_lock_info(self.folder) or info) from None
+        try:
+            current = read_lock_info(self.folder)
+            if current is None or current.token != info.token:  # another one was quicker
+                raise self._held_error(current or info)
+            log.warning("%s: taking over the lock of dead %s", self.folder, info.describe())
+            path.unlink(missing_ok=True)
+            self._lock.acquire(timeout=_SETTLE_SECONDS)
+        except BaseException as error:
+            guard.release()
+            if isinstance(error, filelock.Timeout):
+                raise self._held_error(read_lock_info(self.folder) or info) from None
+            raise
+        return _released(guard)
 
-    def _wait_for_other_host(self) -> None:
-        """Return when no live process of another host holds lock.json."""
+    def _check_deleted_lock(self) -> None:
+        """The system's lock is ours, but a live process of this machine may hold the one of a
+        file that somebody deleted."""
         info = read_lock_info(self.folder)
-        if info is None or info.host == socket.gethostname():
-            return
+        if info is not None and info.is_here and _is_running(info, young=False):
+            raise self._held_error(info)
+
+    def _wait_for_other_machine(self) -> bool:
+        """Return when no live process of another machine holds lock.json: whether a dead one
+        does."""
+        info = read_lock_info(self.folder)
+        if info is None or info.is_here:
+            return False
         last_seen = self._info_path.stat().st_mtime
         os.utime(self.folder / RUN_FILES.lock)
         age = (self.folder / RUN_FILES.lock).stat().st_mtime - last_seen
@@ -193,10 +242,29 @@ class RunLock:
             time.sleep(min(0.5, self.heartbeat_seconds))
             current = read_lock_info(self.folder)
             if current is None:
-                return
+                return False
             if current.heartbeat != info.heartbeat or current.token != info.token:
                 raise self._held_error(current)
         log.warning("%s: taking over the stale lock of %s", self.folder, info.describe())
+        return True
+
+    def _publish(self, *, is_taken_over: bool) -> None:
+        """Write lock.json; of two machines that come at the same time, one gets through."""
+        info = self._info = _own_info()
+        self._checked_at = time.time()
+        if read_lock_info(self.folder) is None:
+            if create_json(self._info_path, info):
+                return
+            current = read_lock_info(self.folder)
+            if current is not None:
+                raise self._held_error(current)
+            is_taken_over = True  # what is there cannot be read
+        write_json_atomic(self._info_path, info)
+        if is_taken_over:
+            time.sleep(min(_SETTLE_SECONDS, self.stale_seconds))
+            current = read_lock_info(self.folder)
+            if current is None or current.token != info.token:
+                raise self._held_error(current or info)
 
     def _beat(self) -> None:
         while not self._stop.wait(self.heartbeat_seconds):
@@ -221,6 +289,25 @@ class RunLock:
         )
 
 
+@contextlib.contextmanager
+def _released(lock: "filelock.BaseFileLock") -> Iterator[None]:
+    """Release `lock` at the end of the block."""
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@cache
+def _machine() -> str:
+    """What makes process ids comparable; empty where the system does not tell."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return ""
+
+
 def _own_info() -> LockInfo:
     import psutil
 
@@ -232,6 +319,7 @@ def _own_info() -> LockInfo:
         started=now,
         heartbeat=now,
         token=secrets.token_hex(8),
+        machine=_machine(),
     )
 
 
@@ -243,7 +331,7 @@ def _heartbeat_age(folder: Path) -> float:
 
 
 def _is_running(info: LockInfo, *, young: bool) -> bool:
-    """Whether the holder of a lock of this host lives.
+    """Whether the holder of a lock of this machine lives.
 
     A process with its pid but another start is a later one, unless the heartbeat is `young`:
     start times shift when the clock is set.

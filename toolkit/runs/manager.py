@@ -142,6 +142,11 @@ class RunManager:
                 "suspended; stop this one"
             )
 
+    def check_owner_after_pause(self) -> None:
+        """`check_owner` if this process may have been suspended; else as good as free."""
+        if self._lock is not None and self._lock.was_suspended:
+            self.check_owner()
+
     def submit(self, job: Callable[[], None]) -> None:
         """Run `job` in order in one background thread; `close` waits for it.
 

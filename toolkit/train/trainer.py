@@ -312,6 +312,7 @@ class Trainer:
 
     def _deliver(self, stream: str, records: list[dict[str, Any]]) -> None:
         """Reduced records, in the metrics thread: derive, write, tell the callbacks."""
+        self.run.check_owner_after_pause()
         if stream == "train":
             for record in records:
                 record["ppl"] = math.exp(min(record["loss"], 700.0))
