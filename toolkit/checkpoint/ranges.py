@@ -6,6 +6,9 @@ file its numbers lie. So a rank that holds a tenth of a tensor reads a tenth of 
 beyond the tensors themselves stays small.
 """
 
+import io
+import pickle
+from collections import OrderedDict
 from typing import Any, BinaryIO
 
 import torch
@@ -40,17 +43,14 @@ class RangeReader(FileSystemReader):
         if item.type != LoadItemType.TENSOR or info.transform_descriptors:
             raise CheckpointError(f"{name}: is no plain tensor")
         chunk: Any = self._slice_file(stream, info)
-        stored = torch.load(chunk, map_location="meta", weights_only=True)
-        if not isinstance(stored, torch.Tensor):
-            raise CheckpointError(f"{name}: is no tensor")
+        stored, begin = _describe(chunk, name)
         wanted = narrow_tensor_by_index(stored, item.storage_offsets, item.lengths)
         target = planner.resolve_tensor(item).detach()
         if target.shape != wanted.shape:
             raise CheckpointError(f"{name}: a piece has shape {tuple(wanted.shape)}, not "
                                   f"{tuple(target.shape)}")  # fmt: skip
         if wanted.is_contiguous():
-            storage: Any = stored.untyped_storage()
-            begin = storage._checkpoint_offset + wanted.storage_offset() * wanted.element_size()
+            begin += int(wanted.storage_offset()) * wanted.element_size()
             if begin + wanted.nbytes > info.length:
                 raise CheckpointError(f"{name}: its file is damaged")
             is_direct = (
@@ -69,6 +69,59 @@ class RangeReader(FileSystemReader):
         if not is_direct:
             target.copy_(buffer)
         planner.commit_tensor(item, target)
+
+
+def _describe(chunk: Any, name: str) -> tuple[torch.Tensor, int]:
+    """What `torch.save` wrote, on the meta device, and where in `chunk` its storage begins."""
+    try:
+        reader: Any = torch._C.PyTorchFileReader(chunk)
+        stored, key = _DescriptionUnpickler(io.BytesIO(reader.get_record("data.pkl"))).load()
+        return stored, reader.get_record_offset(f"data/{key}")
+    except Exception:
+        # Another form than the usual, or none at all: torch knows more of them, takes three times
+        # as long, and says what is wrong.
+        chunk.seek(0)
+        stored = torch.load(chunk, map_location="meta", weights_only=True)
+        if not isinstance(stored, torch.Tensor):
+            raise CheckpointError(f"{name}: is no tensor") from None
+        storage: Any = stored.untyped_storage()
+        return stored, storage._checkpoint_offset
+
+
+class _DescriptionUnpickler(pickle.Unpickler):
+    """Reads the usual description of one tensor; of what it names, nothing is called."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
+            return _rebuild
+        if (module, name) == ("collections", "OrderedDict"):
+            return OrderedDict
+        if module == "torch" and name in _STORAGE_DTYPES:
+            return _STORAGE_DTYPES[name]
+        raise pickle.UnpicklingError(f"{module}.{name}")
+
+    def persistent_load(self, saved: Any) -> Any:
+        kind, dtype, key, _, numel = saved
+        if kind != "storage":
+            raise pickle.UnpicklingError(kind)
+        return torch.empty(numel, dtype=dtype, device="meta"), key
+
+
+def _rebuild(storage: Any, offset: int, size: Any, stride: Any, *_: Any) -> Any:
+    memory, key = storage
+    return memory.as_strided(size, stride, offset), key
+
+
+_STORAGE_DTYPES = {
+    "FloatStorage": torch.float32,
+    "DoubleStorage": torch.float64,
+    "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16,
+    "LongStorage": torch.int64,
+    "IntStorage": torch.int32,
+    "ByteStorage": torch.uint8,
+    "BoolStorage": torch.bool,
+}
 
 
 def _read_into(stream: BinaryIO, tensor: torch.Tensor, name: str) -> None:
