@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from toolkit.checkpoint.layout import (
     INVALID_SUFFIX,
     CheckpointMetadata,
-    read_metadata,
     saved_steps,
     step_folder,
 )
@@ -79,7 +78,9 @@ def explain_resume(
     start = refused.ask(lambda: _start(plan.config, folder))
     saved, state_of_data = None, None
     if start is not None:
-        saved = read_metadata(start.checkpoint)
+        from toolkit.checkpoint.anywhere import metadata_of
+
+        saved = metadata_of(start.checkpoint)
         loader: Any = refused.ask(lambda: _loader(plan, prepared)) or _AnyPosition()
         checks = refused.ask(lambda: continuation_checks(plan.config, folder, loader))
         for check in checks or ():
@@ -89,8 +90,7 @@ def explain_resume(
     rows = [
         ("run", [f"{folder}: {state}, attempt {plan.status.attempt}"]),
         ("checkpoint", _checkpoint(plan, start, saved)),
-        ("skipped", _skipped(folder, saved if start and start.checkpoint.parent.parent == folder
-                             else None)),
+        ("skipped", _skipped(folder, saved if _is_own(start, folder) else None)),
         ("engine", _engine(plan, saved, engine)),
         ("config", changes or ["nothing changes"]),
         ("versions", _versions(saved)),
@@ -132,7 +132,8 @@ def _prepared(config: ExperimentConfig) -> PreparedDataset | None:
 
 def _start(config: ExperimentConfig, folder: Path) -> "Start | None":
     own = folder / RUN_FILES.checkpoints
-    if not saved_steps(own) and config.trainer.load_path is None:
+    upload_to = config.trainer.callbacks.checkpointer.upload_to
+    if not saved_steps(own) and config.trainer.load_path is None and upload_to is None:
         return None
     from toolkit.train.restoring import find_start
 
@@ -158,10 +159,16 @@ class _AnyPosition:
         pass
 
 
-def _data_state(start: "Start") -> dict[str, Any]:
-    from toolkit.checkpoint.commit import load_rank_state
+def _is_own(start: "Start | None", folder: Path) -> bool:
+    from toolkit.train.restoring import is_inside
 
-    return load_rank_state(start.checkpoint, rank=0)["trainer"]["data"]
+    return start is not None and is_inside(start.checkpoint, folder / RUN_FILES.checkpoints)
+
+
+def _data_state(start: "Start") -> dict[str, Any]:
+    from toolkit.checkpoint.anywhere import rank_state_of
+
+    return rank_state_of(start.checkpoint, rank=0)["trainer"]["data"]
 
 
 def _checkpoint(
@@ -172,7 +179,7 @@ def _checkpoint(
     if start.weights_only:
         return [f"{start.checkpoint}: the weights alone, then step 0"]
     lines = [f"{start.checkpoint}: step {saved.step:,}, {saved.tokens:,} tokens"]
-    if start.checkpoint.parent.parent == plan.folder:
+    if _is_own(start, plan.folder):
         last = max(read_steps(plan.folder), default=0)
         if last > saved.step:
             lines.append(f"steps {saved.step + 1} to {last} were recorded, and are done again")

@@ -57,9 +57,8 @@ def continuation_checks(
     Raises:
         CheckpointError: `load_path` must hold a checkpoint and does not.
     """
-    from toolkit.checkpoint.commit import load_rank_state
+    from toolkit.checkpoint.anywhere import metadata_of, rank_state_of
     from toolkit.checkpoint.find import find_checkpoint
-    from toolkit.checkpoint.layout import read_metadata
     from toolkit.train.restoring import find_start
 
     start = find_start(
@@ -70,12 +69,12 @@ def continuation_checks(
     if start is None:
         return []
     checkpoint = start.checkpoint
-    saved = read_metadata(checkpoint).extra
+    saved = metadata_of(checkpoint).extra
     model = msgspec.to_builtins(config.model)
     free = _FREE_FOR_WEIGHTS if start.weights_only else _FREE_MODEL_FIELDS
 
     def check_data() -> None:
-        train_loader.load_state_dict(load_rank_state(checkpoint, rank=0)["trainer"]["data"])
+        train_loader.load_state_dict(rank_state_of(checkpoint, rank=0)["trainer"]["data"])
 
     checks = [lambda: _check_model(checkpoint, saved["model"], model, free=free)]
     if not start.weights_only:
@@ -84,7 +83,7 @@ def continuation_checks(
 
 
 def _check_model(
-    checkpoint: Path, saved: dict[str, Any], asked: dict[str, Any], *, free: frozenset[str]
+    checkpoint: Path | str, saved: dict[str, Any], asked: dict[str, Any], *, free: frozenset[str]
 ) -> None:
     changed = [
         f"model.{key} (was {saved[key]}, is {value})"
@@ -99,7 +98,7 @@ def _check_model(
 
 
 def _check_optimizer_type(
-    checkpoint: Path, saved: dict[str, Any], config: ExperimentConfig
+    checkpoint: Path | str, saved: dict[str, Any], config: ExperimentConfig
 ) -> None:
     asked = msgspec.to_builtins(config.train_module.optim)["type"]
     before = saved.get("optim", {}).get("type", asked)

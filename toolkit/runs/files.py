@@ -55,6 +55,8 @@ class RunFiles(msgspec.Struct, frozen=True):
     """Folder: TensorBoard event files in train/, eval/, network/, system/."""
     checkpoints: str = "checkpoints"
     """Folder: step{N}/ each."""
+    downloads: str = "downloads"
+    """Folder: step{N}/ of the remote `trainer.load_path` that the run began from."""
     logs: str = "logs"
     """Folder: one log file per rank."""
 

@@ -177,6 +177,10 @@ class CheckpointerConfig(Config, kw_only=True):
     on_error: Literal["continue", "stop"] = "continue"
     """What a checkpoint that cannot be written means during training: go on with the ones there are
     (an error is logged), or end the run. At the end of training it always fails the run."""
+    upload_to: str | None = None
+    """URL of a folder of this run's own (`s3://`, `gs://`) to which each checkpoint is copied after
+    it is committed, under the same rules of what stays. A run whose own checkpoints are gone
+    resumes from there. The next save waits for the copy."""
     at_end: bool = True
     """Save after the last step."""
     export_hf: bool = True
@@ -238,7 +242,10 @@ class TrainerConfig(Config, kw_only=True):
     no_evals: bool = False
     """Run no evaluations at all."""
     load_path: str | None = None
-    """Checkpoint (`step{N}` folder) or run folder to start from."""
+    """Checkpoint (`step{N}` folder) or run folder to start from, local or a URL (`s3://`,
+    `gs://`)."""
+    load_in_place: bool = False
+    """A `load_path` that is a URL is not downloaded: each rank reads what it holds."""
     load_strategy: Literal["if_available", "always", "never"] = "if_available"
     """Whether `load_path` must hold a checkpoint."""
     load_weights_only: bool = False

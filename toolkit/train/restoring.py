@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from toolkit.checkpoint.commit import load_checkpoint
+from toolkit.checkpoint.anywhere import load_everything, load_weights
 from toolkit.checkpoint.find import Found, find_checkpoint, set_aside
-from toolkit.checkpoint.layout import TENSORS_FOLDER
-from toolkit.checkpoint.tensors import load_tensors
+from toolkit.checkpoint.remote import find_remote_checkpoint
+from toolkit.checkpoint.remote_load import download_newest
 from toolkit.errors import CheckpointError, ConfigError
 from toolkit.runs.files import RUN_FILES
+from toolkit.storage.remote import is_url
 from toolkit.train.config import TrainerConfig
 
 if TYPE_CHECKING:
@@ -26,16 +27,23 @@ log = logging.getLogger(__name__)
 class Start(NamedTuple):
     """Where training starts from."""
 
-    checkpoint: Path
+    checkpoint: Path | str
+    """A folder, or the URL of one that is read in place."""
     weights_only: bool
     rejected: tuple[Path, ...] = ()
     """Checkpoints of this run that are newer, and damaged."""
 
 
 def find_start(
-    config: TrainerConfig, own: Path, find: Callable[[Path], Found] = find_checkpoint
+    config: TrainerConfig,
+    own: Path,
+    find: Callable[[Path], Found] = find_checkpoint,
+    find_remote: Callable[[str], Path | str | None] = lambda url: (
+        find_remote_checkpoint(url).checkpoint
+    ),
 ) -> Start | None:
-    """The newest valid checkpoint in `own`, the run's folder of them, else `trainer.load_path`.
+    """The newest valid checkpoint in `own`, the run's folder of them; else of what the run has
+    uploaded; else of `trainer.load_path`.
 
     Raises:
         CheckpointError: `load_strategy` is always and there is nothing to load, or `load_path`
@@ -44,9 +52,15 @@ def find_start(
     found, rejected = find(own)
     if found is not None:
         return Start(found, weights_only=False, rejected=rejected)
+    upload_to = config.callbacks.checkpointer.upload_to
+    if upload_to is not None and (uploaded := find_remote(upload_to)) is not None:
+        return Start(uploaded, weights_only=False, rejected=rejected)
     if config.load_strategy == "never" or config.load_path is None:
         return None
-    given = find(Path(config.load_path)).checkpoint
+    if is_url(config.load_path):
+        given = find_remote(config.load_path)
+    else:
+        given = find(Path(config.load_path)).checkpoint
     if given is not None:
         return Start(given, weights_only=config.load_weights_only, rejected=rejected)
     if config.load_strategy == "always":
@@ -57,39 +71,56 @@ def find_start(
     return None
 
 
-def restore_trainer(trainer: "Trainer") -> Path | None:
+def restore_trainer(trainer: "Trainer") -> Path | str | None:
     """Load what `find_start` finds; every rank calls it.
 
     Raises:
         CheckpointError: see `find_start`, or it does not fit.
+        TrainingError: a remote folder cannot be reached.
     """
-    environment = trainer.environment
-    own = trainer.run.path(RUN_FILES.checkpoints)
+    environment, config = trainer.environment, trainer.config
+    place: Any = {"rank": environment.rank, "group": environment.cpu_group}
+
+    def find_remote(url: str) -> Path | str | None:
+        if url == config.callbacks.checkpointer.upload_to:
+            return download_newest(url, trainer.run.path(RUN_FILES.checkpoints), **place)
+        if config.load_in_place:
+            return find_remote_checkpoint(url, **place).checkpoint
+        return download_newest(url, trainer.run.path(RUN_FILES.downloads), **place)
+
     start = find_start(
-        trainer.config,
-        own,
-        lambda path: find_checkpoint(path, rank=environment.rank, group=environment.cpu_group),
+        config,
+        trainer.run.path(RUN_FILES.checkpoints),
+        lambda path: find_checkpoint(path, **place),
+        find_remote,
     )
     if start is None:
         return None
-    _load(trainer, start.checkpoint, weights_only=start.weights_only)
-    if start.checkpoint.parent == own:
+    is_own = is_inside(start.checkpoint, trainer.run.path(RUN_FILES.checkpoints))
+    mapping = {} if is_own else config.load_key_mapping
+    _load(trainer, start.checkpoint, weights_only=start.weights_only, mapping=mapping)
+    if is_own:
         trainer.saved_step = trainer.step
     if environment.is_main:
         set_aside(start.rejected)
     return start.checkpoint
 
 
-def _load(trainer: "Trainer", checkpoint: Path, *, weights_only: bool) -> None:
+def is_inside(checkpoint: Path | str, root: Path) -> bool:
+    """Whether `checkpoint` is one of those in the folder `root`."""
+    return isinstance(checkpoint, Path) and checkpoint.parent == root
+
+
+def _load(
+    trainer: "Trainer", checkpoint: Path | str, *, weights_only: bool, mapping: Mapping[str, str]
+) -> None:
     environment, module = trainer.environment, trainer.train_module
-    tensors = module.state_tensors()
-    if checkpoint.parent != trainer.run.path(RUN_FILES.checkpoints):  # its own has its own names
-        tensors = renamed(tensors, trainer.config.load_key_mapping)
+    tensors = renamed(module.state_tensors(), mapping)
     if weights_only:
         weights = {key: t for key, t in tensors.items() if key.startswith("model.")}
-        load_tensors(checkpoint / TENSORS_FOLDER, weights, environment.cpu_group)
+        load_weights(checkpoint, weights, environment.cpu_group)
     else:
-        metadata, state = load_checkpoint(
+        metadata, state = load_everything(
             checkpoint, tensors=tensors, rank=environment.rank, group=environment.cpu_group
         )
         trainer.load_state_dict(state["trainer"])

@@ -3,7 +3,8 @@
 import logging
 from pathlib import Path
 
-from toolkit.checkpoint.layout import Kind
+from toolkit.checkpoint.layout import Kind, step_folder
+from toolkit.checkpoint.remote import prune_remote, upload_checkpoint
 from toolkit.checkpoint.retention import Retention, prune_checkpoints
 from toolkit.errors import ToolkitError
 from toolkit.runs.files import RUN_FILES
@@ -35,6 +36,7 @@ class Checkpointer(Callback):
         )
         self._saver: TrainerSaver | None = None
         self._saved_at = -1
+        self._uploaded_at = -1
         self._fixed_steps = frozenset(config.fixed_steps)
         self._has_warned = False
 
@@ -50,6 +52,7 @@ class Checkpointer(Callback):
 
     def on_stop(self) -> None:
         self._save_now()
+        self._finish_upload()
 
     def post_train(self) -> None:
         if self._config.at_end:
@@ -57,6 +60,7 @@ class Checkpointer(Callback):
         elif self._saver is not None:
             self._saver.wait()
             self._report()
+        self._finish_upload()
 
     def on_failure(self) -> None:
         if self._saver is not None:
@@ -126,11 +130,32 @@ class Checkpointer(Callback):
             log.error("%s; training goes on", error)
 
     def _after_commit(self, folder: Path) -> None:
-        """In the thread that saves."""
+        """In the thread that saves, on all ranks."""
+        step = int(folder.name.removeprefix("step"))
+        if self._config.upload_to is not None:
+            try:
+                self._upload(folder, step)
+            except ToolkitError as error:
+                if self.trainer.environment.is_main:
+                    log.error("%s; training goes on, the next one will be tried", error)
         if self.trainer.environment.is_main:
-            step = int(folder.name.removeprefix("step"))
             root = self.trainer.run.path(RUN_FILES.checkpoints)
             prune_checkpoints(root, self._rule, newest=step)
+
+    def _upload(self, folder: Path, step: int) -> None:
+        url, environment = self._config.upload_to, self.trainer.environment
+        assert url is not None, "asked for"
+        upload_checkpoint(folder, url, rank=environment.rank, group=environment.checkpoint_group)
+        self._uploaded_at = step
+        if environment.is_main:
+            prune_remote(url, self._rule, newest=step)
+
+    def _finish_upload(self) -> None:
+        """The newest checkpoint must have arrived: this machine may be gone in a minute."""
+        step = self.trainer.saved_step
+        if self._config.upload_to is not None and step not in (None, self._uploaded_at):
+            root = self.trainer.run.path(RUN_FILES.checkpoints)
+            self._upload(step_folder(root, step), step)
 
     def _warn_of_missing_score(self) -> None:
         evaluation = self.trainer.last_eval
