@@ -155,7 +155,7 @@ def prune_remote(url: str, rule: Retention, *, newest: int) -> None:
         kept = rule.kept(_saved(root / f"step{step}", step, rule) for step in committed)
         for step in _steps(root):
             if step < newest and step not in kept:
-                _remove(root / f"step{step}")
+                (root / f"step{step}").remove(first=METADATA_FILE)
     except StorageError as error:
         log.warning("%s: old checkpoints cannot be removed: %s", root, error)
 
@@ -253,8 +253,3 @@ def _saved(folder: RemoteFolder, step: int, rule: Retention) -> Saved:
     except CheckpointError:
         return Saved(step)
     return Saved(step, metadata.kind, metadata.scores.get(rule.best_metric))
-
-
-def _remove(folder: RemoteFolder) -> None:
-    folder.delete([METADATA_FILE])
-    folder.delete(sorted(folder.sizes()))

@@ -236,6 +236,17 @@ class RemoteFolder:
             self._in_parallel(get, range(0, size, CHUNK))
             os.fsync(file.fileno())
 
+    def remove(self, *, first: str) -> None:
+        """Remove the folder and all in it: the file `first`, then the rest."""
+
+        def remove_tree(path: str) -> None:
+            self._filesystem.invalidate_cache()
+            self._filesystem.rm(path, recursive=True)
+
+        self.delete([first])
+        with contextlib.suppress(FileNotFoundError):
+            self._ask("deleting", "", remove_tree)
+
     @contextlib.contextmanager
     def _no_place_for(self, name: str) -> Iterator[None]:
         try:
