@@ -252,6 +252,13 @@ def test_a_damaged_local_checkpoint_is_not_uploaded(tmp_path: Path) -> None:
     assert find_remote_checkpoint(ROOT) == RemoteFound(None)
 
 
+def test_what_is_not_committed_is_not_uploaded(tmp_path: Path) -> None:
+    (tmp_path / "step1").mkdir()
+    with pytest.raises(TrainingError, match=r"not a committed checkpoint \(no \.metadata\.json\)"):
+        upload_checkpoint(tmp_path / "step1", ROOT)
+    assert RemoteFolder(ROOT).sizes() == {}
+
+
 FILES = ["model_and_optim/.metadata", "model_and_optim/__0_0.distcp", "train/rank0.pt"]
 
 

@@ -53,9 +53,17 @@ def upload_checkpoint(
     Raises:
         TrainingError: on every rank when one failed; then there is no such checkpoint at `url`.
     """
-    metadata = read_metadata(local)
-    raw = (local / METADATA_FILE).read_bytes()
-    target = RemoteFolder(url) / f"step{metadata.step}"
+    root = RemoteFolder(url)
+
+    def read_raw() -> bytes:
+        if rank != 0:
+            return b""
+        read_metadata(local)  # says what is wrong with it
+        return (local / METADATA_FILE).read_bytes()
+
+    raw = run_together(read_raw, group, failing=f"{local}: not uploaded to {url}")[0]
+    metadata = decode_remote_metadata(raw, str(local))
+    target = root / f"step{metadata.step}"
     failing = f"{target}: not uploaded, {local} is as it was"
 
     def begin() -> bool:
