@@ -26,7 +26,8 @@ STEP = f"step{SAVED_AT}"
 ODD = ("adamw-uneven-tied-frozen-groups", "sgd-uneven-frozen-groups")
 
 EVERY_ENGINE = [
-    *(Cell(engine, 2) for engine in ("ddp", "fsdp", "fsdp+offload", "zero1", "zero2")),
+    Cell("ddp", 4),  # where the order of additions matters
+    *(Cell(engine, 2) for engine in ("fsdp", "fsdp+offload", "zero1", "zero2")),
     *(Cell(engine, 2) for engine in ("zero2+offload", "zero3", "zero3+offload")),
     Cell("hsdp", 4),
 ]

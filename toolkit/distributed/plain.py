@@ -58,7 +58,29 @@ class PlainRuntime(EngineRuntime):
         # Accelerate points the optimizer at the model's DTensors; ours are their local tensors.
         for group, own in zip(self.optimizer.param_groups, own_lists, strict=True):
             group["params"] = own
+        if self.environment.engine.name == "ddp":
+            self._settle_buckets(model)
         return model
+
+    def _settle_buckets(self, model: nn.Module) -> None:
+        """Let DDP see a backward before the first real one, from the last parameter to the first.
+
+        After the first it lays its buckets out anew, in the order in which gradients came. Where
+        more than two ranks add up, another layout rounds otherwise, and the first step of a resumed
+        run would not be bit-equal to that of a run that goes on.
+        """
+        trainable = [p for p in self.module.parameters() if p.requires_grad]
+        zero_from_all = lambda: torch.stack([p.sum() for p in trainable]).sum() * 0.0  # noqa: E731
+        before = vars(self.module).get("forward")
+        self.module.forward = zero_from_all
+        try:
+            model().backward()
+        finally:
+            del self.module.forward
+            if before is not None:
+                self.module.forward = before
+            for parameter in trainable:
+                parameter.grad = None
 
     def autocast(self) -> contextlib.AbstractContextManager:
         if self._bf16 and not self._is_sharded:
