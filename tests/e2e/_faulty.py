@@ -1,4 +1,4 @@
-"""`python _faulty.py FAULT RANK STEP toolkit-arguments...`: the command line, with a fault in a rank.
+"""`python _faulty.py FAULT RANK STEP arguments...`: the command line, with a fault in one rank.
 
 FAULT: `raise` (an error of our own making), `sleep` (the rank never comes back), `die` (SIGKILL).
 """
@@ -27,7 +27,7 @@ def main() -> int:
             sleep_for_ever()
         train_step(trainer, batch)
 
-    Trainer._train_step = faulty  # type: ignore[method-assign]
+    Trainer._train_step = faulty  # type: ignore[method-assign, assignment]
     return run(sys.argv[4:])
 
 

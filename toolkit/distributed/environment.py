@@ -24,6 +24,7 @@ from toolkit.distributed.config import DataParallelConfig
 from toolkit.distributed.cpu import tune_cpu
 from toolkit.distributed.engine import Engine, Precision, offloads, resolve_engine
 from toolkit.distributed.launcher import rank_of, world_size_of
+from toolkit.distributed.store import elastic_store
 from toolkit.errors import ConfigError, RunError
 
 log = logging.getLogger(__name__)
@@ -277,6 +278,8 @@ def _init_process_group(device: torch.device, world_size: int) -> None:
     if world_size == 1:
         # A private in-memory store: no port, so parallel runs on one machine cannot collide.
         extra |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    elif (store := elastic_store(rank_of(os.environ), world_size, COLLECTIVE_TIMEOUT)) is not None:
+        extra |= {"store": store, "rank": rank_of(os.environ), "world_size": world_size}
     dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT, **extra)
 
 
