@@ -160,9 +160,11 @@ class _AnyPosition:
 
 
 def _is_own(start: "Start | None", folder: Path) -> bool:
+    if start is None:
+        return False
     from toolkit.train.restoring import is_inside
 
-    return start is not None and is_inside(start.checkpoint, folder / RUN_FILES.checkpoints)
+    return is_inside(start.checkpoint, folder / RUN_FILES.checkpoints)
 
 
 def _data_state(start: "Start") -> dict[str, Any]:
