@@ -78,6 +78,10 @@ class Process:
         Process.started.append(self)
 
     @property
+    def pid(self) -> int:
+        return self._popen.pid
+
+    @property
     def output(self) -> str:
         return self._output.read_text(errors="replace")
 
