@@ -5,19 +5,26 @@ codes and messages come back without a launcher's report around them.
 """
 
 import logging
+import os
 import sys
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from toolkit.errors import EXIT_DONE, EXIT_STOPPED, TrainingError
+from toolkit.errors import EXIT_DONE, EXIT_STOPPED, ConfigError, TrainingError
 from toolkit.runs.status import read_status
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 log = logging.getLogger(__name__)
+
+SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2"
+"""What is passed on to the workers; torchrun itself leaves out the last two."""
+
+SECONDS_TO_SAVE = 300
+"""How long workers have after such a signal until they are killed; torchrun gives them 30."""
 
 
 def relaunch(
@@ -52,6 +59,9 @@ def relaunch(
             *("--no-python", f"--nproc-per-node={processes}", *command),
         ]
     )
+    # As attributes: not every torch knows them as flags, and one that does not ignores them.
+    launcher.signals_to_handle = SIGNALS
+    launcher.shutdown_timeout = launcher_seconds(os.environ)
     config, entrypoint, entrypoint_arguments = config_from_args(launcher)
     try:
         elastic_launch(config, entrypoint)(*entrypoint_arguments)
@@ -62,6 +72,18 @@ def relaunch(
         stopped = verb == "resume" and status is not None and status.state == "stopped"
         return EXIT_STOPPED if stopped else 128 + error.sigval.value
     return EXIT_DONE
+
+
+def launcher_seconds(environ: Mapping[str, str]) -> int:
+    """`SECONDS_TO_SAVE`, or what the variable that torchrun reads says instead.
+
+    Raises:
+        ConfigError: that is no number.
+    """
+    text = environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SECONDS_TO_SAVE))
+    if not text.isdecimal():
+        raise ConfigError(f"TORCH_ELASTIC_SHUTDOWN_TIMEOUT: {text!r} is no number of seconds")
+    return int(text)
 
 
 def _exit_code(error: "ChildFailedError", again: str) -> int:
