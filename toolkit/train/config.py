@@ -262,7 +262,7 @@ class TrainerConfig(Config, kw_only=True):
     its launcher: seconds, or text such as `11h30m`. Null: no limit."""
     wall_time_margin: float | str | None = None
     """How long before `max_wall_time` to stop; null: twice the longest time so far between two
-    steps (with the saves in between), at least 60 s."""
+    steps or for a save, at least 60 s."""
     stop_file: str | None = "stop"
     """Stop with a checkpoint when this file appears (looked for once a second, removed then); a
     relative path is inside the run folder. Null: never look."""

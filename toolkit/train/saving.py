@@ -9,6 +9,7 @@ import importlib.metadata
 import logging
 import random
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -134,6 +135,7 @@ class TrainerSaver:
         trainer = self._trainer
         environment = trainer.environment
         assert self._pieces is not None, "begun"
+        started = time.monotonic()
         folder = write_checkpoint(
             save,
             self._pieces,
@@ -142,6 +144,7 @@ class TrainerSaver:
             group=environment.checkpoint_group,
         )
         trainer.saved_step = save.step
+        trainer.stop_request.allow_for(time.monotonic() - started)
         trainer.run.set_status("running", step=save.step, tokens=save.tokens)
         log.info("checkpoint: %s", folder)
         self._after_commit(folder)

@@ -73,6 +73,10 @@ class WallTime:
         self._last = now
         return now > self._deadline - self.margin
 
+    def allow_for(self, seconds: float) -> None:
+        """Something that the end will need took this long: a save in the background."""
+        self._longest = max(self._longest, seconds)
+
     @property
     def margin(self) -> float:
         """Seconds kept free for the step in flight and the last save."""
@@ -127,6 +131,11 @@ class StopRequest:
         """Stop at the end of the step in flight; the first reason stays, but for a failure."""
         if self.reason is None or (reason == FAILURE and not self.is_agreed):
             self.reason = reason
+
+    def allow_for(self, seconds: float) -> None:
+        """A save took this long: the time limit must leave room for the last one. Any thread."""
+        if self._wall_time is not None:
+            self._wall_time.allow_for(seconds)
 
     def done(self) -> None:
         """What was asked for has been done: the stop file goes, a later start must not see it."""
