@@ -2,9 +2,12 @@
 
 import errno
 import json
+import resource
 import shutil
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -93,11 +96,25 @@ class Troubled:
                 is_last_rank = pieces._rank == 0 if pieces._group is None else pieces._rank == 1
                 if self.trouble == "full" and is_last_rank and "step6.tmp" in str(folder):
                     raise OSError(errno.ENOSPC, "No space left on device")
+                if self.trouble == "limit" and is_last_rank and "step6.tmp" in str(folder):
+                    with file_size_limit(100_000):
+                        return Troubled.original(pieces, folder, resolve)
                 return Troubled.original(pieces, folder, resolve)
             finally:
                 self.at_once -= 1
 
         return write
+
+
+@contextmanager
+def file_size_limit(size: int) -> Iterator[None]:
+    """The kernel refuses to let this process write more than `size` bytes into any file."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def tensors_of(root: Path, name: str, step: int) -> dict[str, torch.Tensor]:
@@ -123,13 +140,16 @@ def test_background_saves_hold_what_blocking_ones_do(
 
 @pytest.mark.parametrize("asynchronous", [True, False])
 @pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize(
+    ("trouble", "cause"), [("full", "No space left on device"), ("limit", "File too large")]
+)
 def test_a_full_disk_costs_one_checkpoint(
-    workers: WorkerPool, tmp_path: Path, ranks: int, asynchronous: bool
+    workers: WorkerPool, tmp_path: Path, ranks: int, asynchronous: bool, trouble: str, cause: str
 ) -> None:
-    got = workers.run(ranks, run, str(tmp_path), "r", "full", {"asynchronous": asynchronous})[0]
+    got = workers.run(ranks, run, str(tmp_path), "r", trouble, {"asynchronous": asynchronous})[0]
     assert (got["code"], got["state"], got["steps"]) == (0, "finished", [3, 9, 12])
     assert f"step6: not saved, earlier checkpoints are as they were: rank {ranks - 1}" in got["log"]
-    assert "No space left on device; training goes on" in got["log"]
+    assert f"{cause}; training goes on" in got["log"]
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

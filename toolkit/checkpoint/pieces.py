@@ -86,8 +86,14 @@ class TensorPieces:
         planner = DefaultSavePlanner()
         planner.resolve_data = resolve  # type: ignore[method-assign, assignment]
         folder.mkdir(parents=True, exist_ok=True)
-        with _without_crc32():
-            results = writer.write_data(self._plan, planner).wait()
+        try:
+            with _without_crc32():
+                results = writer.write_data(self._plan, planner).wait()
+        except RuntimeError:
+            # torch's archive writer, which complains of what it finds after a write that failed.
+            if hashed.error is not None:
+                raise hashed.error from None
+            raise
         return WrittenPieces(results, hashed.entries)
 
     def write_metadata(self, folder: Path, results: list[list[WriteResult]]) -> None:
@@ -159,6 +165,8 @@ class _HashingFiles:
     def __init__(self, inner: Any) -> None:
         self._inner = inner
         self.entries: dict[str, FileEntry] = {}
+        self.error: OSError | None = None
+        """The first write that failed."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._inner, name)
@@ -167,7 +175,10 @@ class _HashingFiles:
     def create_stream(self, path: str | os.PathLike, mode: str) -> Iterator["_HashingStream"]:
         with open(path, mode, buffering=0) as file:
             stream = _HashingStream(file)  # type: ignore[arg-type]
-            yield stream
+            try:
+                yield stream
+            finally:
+                self.error = self.error or stream.error
             self.entries[Path(path).name] = stream.entry()
 
 
@@ -180,13 +191,18 @@ class _HashingStream:
         self._file = file
         self._size = 0
         self._digest = xxhash.xxh3_64()
+        self.error: OSError | None = None
 
     def write(self, data: Any) -> int:
         view = memoryview(data).cast("B")
         self._digest.update(view)
         done = 0
-        while done < len(view):  # an unbuffered file may take less than it is given
-            done += self._file.write(view[done:])
+        try:
+            while done < len(view):  # an unbuffered file may take less than it is given
+                done += self._file.write(view[done:])
+        except OSError as error:
+            self.error = self.error or error
+            raise
         self._size += done
         return done
 

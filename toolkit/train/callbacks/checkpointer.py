@@ -39,6 +39,8 @@ class Checkpointer(Callback):
         self._uploaded_at = -1
         self._fixed_steps = frozenset(config.fixed_steps)
         self._has_warned = False
+        self._is_ending = False
+        """A save has failed, and the config says that this ends the run."""
 
     def pre_train(self) -> None:
         saved = self.trainer.saved_step
@@ -87,9 +89,10 @@ class Checkpointer(Callback):
             return
         assert self._saver is not None, "training has begun"
         self._warn_of_missing_score()
-        # The one before: all ranks see here whether it failed.
+        # The one before: all ranks know from here on whether it failed, and do the same.
         self._saver.wait()
-        if self._report() and self._config.on_error == "stop":
+        self._report()
+        if self._is_ending:
             return
         if self._config.asynchronous:
             self._saver.begin_save(kind=kind)
@@ -116,15 +119,15 @@ class Checkpointer(Callback):
     def _is_done(self) -> bool:
         return self.trainer.config.no_checkpoints or self._saved_at == self.trainer.step
 
-    def _report(self) -> bool:
+    def _report(self) -> None:
         """Deal with a background save that failed, if one did."""
         error = self._saver.take_error() if self._saver is not None else None
         if error is not None:
             self._handle(error)
-        return error is not None
 
     def _handle(self, error: ToolkitError) -> None:
         if self._config.on_error == "stop":
+            self._is_ending = True
             self.trainer.fail(error)
         elif self.trainer.environment.is_main:
             log.error("%s; training goes on", error)
