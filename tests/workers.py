@@ -5,8 +5,10 @@ set; its return values come back as a list by rank. A hung or failed job kills t
 the next test starts clean.
 """
 
+import faulthandler
 import multiprocessing as mp
 import os
+import signal
 import socket
 import sys
 import time
@@ -50,8 +52,9 @@ class WorkerPool:
         while waiting:
             ready = connection.wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))
             if not ready:
-                self.close()
                 ranks = sorted(waiting.values())
+                self._show_stacks(ranks)
+                self.close()
                 raise TimeoutError(f"ranks {ranks} did not finish {fn.__name__} in {timeout} s")
             for pipe in ready:
                 rank = waiting.pop(pipe)
@@ -64,6 +67,14 @@ class WorkerPool:
                     raise RuntimeError(f"rank {rank} failed in {fn.__name__}:\n{value}")
                 results[rank] = value
         return [results[rank] for rank in range(world_size)]
+
+    def _show_stacks(self, ranks: list[int]) -> None:
+        """Let workers that hang write the stacks of all their threads to stderr, and end."""
+        for rank in ranks:
+            process = self._workers[rank][0]
+            if process.pid is not None:
+                os.kill(process.pid, signal.SIGABRT)
+            process.join(5.0)
 
     def close(self) -> None:
         for process, pipe in self._workers:
@@ -85,6 +96,7 @@ class WorkerPool:
 def _work(pipe: Any) -> None:
     import torch
 
+    faulthandler.enable()
     torch.set_num_threads(1)
     clean = dict(os.environ)
     while True:

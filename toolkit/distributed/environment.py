@@ -99,6 +99,7 @@ class TrainingEnvironment:
         `after_error`: other ranks may wait in a collective that this one will not join, and NCCL's
         would hold this process too; it ends with them open.
         """
+        _keep_backends()
         if dist.is_initialized() and not (after_error and self.device.type == "cuda"):
             with contextlib.suppress(RuntimeError, ValueError):
                 dist.destroy_process_group()
@@ -251,6 +252,24 @@ def check_shared_folder(environment: TrainingEnvironment, folder: Path) -> None:
         )
 
 
+_closed_backends: list[Any] = []
+"""Of environments that were closed, until the next one is opened; see `_keep_backends`."""
+
+
+def _keep_backends() -> None:
+    """Let gloo's backends outlive their process groups.
+
+    Freed together with its group, a backend waits for its threads while this one holds Python's
+    lock; a thread that just then drops the tensor of the last collective wants that lock, and both
+    wait for ever (seen with torch 2.13). The backend's own handle frees it without the lock.
+    """
+    if not dist.is_initialized():
+        return
+    for group in list(dist.distributed_c10d._world.pg_map):
+        with contextlib.suppress(RuntimeError):
+            _closed_backends.append(group._get_backend(torch.device("cpu")))
+
+
 def _forget_deepspeed_groups() -> None:
     """DeepSpeed keeps handles on process groups in module globals; a later environment of this
     process must not get those that are gone."""
@@ -263,6 +282,7 @@ def _forget_deepspeed_groups() -> None:
 
 
 def _init_process_group(device: torch.device, world_size: int) -> None:
+    _closed_backends.clear()
     if dist.is_initialized():
         if dist.get_world_size() != world_size:
             raise ConfigError(
