@@ -119,7 +119,7 @@ def write_checkpoint(
 
     def begin() -> None:
         if rank == 0:
-            _check_free_space(save.root, sum(sizes))
+            check_free_space(save.root, sum(sizes) + SPARE_BYTES)
             shutil.rmtree(temporary, ignore_errors=True)
             (temporary / RANK_FOLDER).mkdir(parents=True)
 
@@ -193,9 +193,10 @@ def load_rank_state(checkpoint: Path, rank: int) -> dict[str, Any]:
         raise CheckpointError(f"{path}: cannot be read: {reason_of(error)}") from error
 
 
-def _check_free_space(root: Path, tensor_bytes: int) -> None:
+def check_free_space(root: Path, needed: int) -> None:
+    """Make the folder `root`; raise TrainingError when its disk has fewer than `needed` bytes."""
     root.mkdir(parents=True, exist_ok=True)
-    needed, free = tensor_bytes + SPARE_BYTES, shutil.disk_usage(root).free
+    free = shutil.disk_usage(root).free
     if free < needed:
         raise TrainingError(
             f"{needed / 1e9:.2f} GB are needed on the disk of {root}, {free / 1e9:.2f} GB are free"

@@ -70,6 +70,12 @@ def step_folder(root: Path, step: int) -> Path:
     return root / f"step{step}"
 
 
+def step_of(name: str) -> int | None:
+    """The step of a folder called `name`; None where that is not `step{N}`."""
+    match = _STEP.match(name)
+    return int(match[1]) if match else None
+
+
 def rank_file(rank: int) -> str:
     """Where in a checkpoint the state of `rank` is."""
     return f"{RANK_FOLDER}/rank{rank}.pt"
@@ -79,8 +85,8 @@ def saved_steps(root: Path) -> list[int]:
     """Steps with a committed folder under `root`, ascending; not checked for validity."""
     if not root.is_dir():
         return []
-    matches = ((_STEP.match(p.name), p) for p in root.iterdir())
-    return sorted(int(m[1]) for m, p in matches if m and (p / METADATA_FILE).is_file())
+    steps = ((step_of(p.name), p) for p in root.iterdir())
+    return sorted(n for n, p in steps if n is not None and (p / METADATA_FILE).is_file())
 
 
 def step_folders(root: Path) -> dict[Path, int]:

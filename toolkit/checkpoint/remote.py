@@ -8,8 +8,8 @@ metadata is whole.
 """
 
 import logging
-import re
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
@@ -21,15 +21,14 @@ from toolkit.checkpoint.layout import (
     check_files,
     decode_metadata,
     read_metadata,
+    step_of,
 )
 from toolkit.checkpoint.ranks import run_together
-from toolkit.checkpoint.retention import Retention, Saved
+from toolkit.checkpoint.retention import Retention
 from toolkit.errors import CheckpointError, StorageError
 from toolkit.storage.remote import RemoteFolder
 
 log = logging.getLogger(__name__)
-
-_STEP = re.compile(r"step(\d+)\Z")
 
 
 class RemoteFound(NamedTuple):
@@ -160,7 +159,10 @@ def prune_remote(url: str, rule: Retention, *, newest: int) -> None:
     root = RemoteFolder(url)
     try:
         committed = [step for step in saved_remote_steps(url) if step <= newest]
-        kept = rule.kept(_saved(root / f"step{step}", step, rule) for step in committed)
+        kept = rule.kept(
+            rule.saved(step, partial(read_remote_metadata, f"{root}/step{step}"))
+            for step in committed
+        )
         for step in _steps(root):
             if step < newest and step not in kept:
                 (root / f"step{step}").remove(first=METADATA_FILE)
@@ -252,12 +254,4 @@ def _candidates(url: RemoteFolder) -> list[str]:
 
 def _steps(root: RemoteFolder) -> list[int]:
     """Of every folder that looks like a checkpoint, committed or not."""
-    return [int(match[1]) for name in root.folders() if (match := _STEP.match(name))]
-
-
-def _saved(folder: RemoteFolder, step: int, rule: Retention) -> Saved:
-    try:
-        metadata = read_remote_metadata(folder.url)
-    except CheckpointError:
-        return Saved(step)
-    return Saved(step, metadata.kind, metadata.scores.get(rule.best_metric))
+    return [step for name in root.folders() if (step := step_of(name)) is not None]

@@ -5,7 +5,6 @@ checkpoint. Reading in place moves just what each rank holds, and needs no disk;
 checks the sizes, of everything else the hashes.
 """
 
-import dataclasses
 import io
 import logging
 import shutil
@@ -16,9 +15,8 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
-from torch.futures import Future
 
+from toolkit.checkpoint.commit import check_free_space
 from toolkit.checkpoint.layout import (
     METADATA_FILE,
     TENSORS_FOLDER,
@@ -97,7 +95,7 @@ def download_checkpoint(
 
     def begin() -> None:
         if rank == 0:
-            _check_free_space(local_root, sum(entry.size for entry in metadata.files.values()))
+            check_free_space(local_root, sum(entry.size for entry in metadata.files.values()))
             shutil.rmtree(temporary, ignore_errors=True)
             for name in (METADATA_FILE, *metadata.files):
                 (temporary / name).parent.mkdir(parents=True, exist_ok=True)
@@ -203,12 +201,6 @@ class RemoteReader(SafeReader):
         self.fs: Any = _RemoteFiles(folder, raw)
         self.path = folder.url
 
-    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        """In stored order, so that neighbours come with one request."""
-        infos = self.storage_data
-        items = sorted(plan.items, key=lambda item: infos[item.storage_index].offset)
-        return super().read_data(dataclasses.replace(plan, items=items), planner)
-
 
 class _RemoteFiles:
     """As much of DCP's file system as reading takes."""
@@ -259,15 +251,6 @@ def _is_copy(final: Path, raw: bytes, metadata: CheckpointMetadata, share: list[
     raise CheckpointError(
         f"{final}: there is another checkpoint of this step; remove it, or name another folder"
     )
-
-
-def _check_free_space(root: Path, needed: int) -> None:
-    root.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(root).free
-    if free < needed:
-        raise OSError(
-            f"{needed / 1e9:.2f} GB are needed on the disk of {root}, {free / 1e9:.2f} GB are free"
-        )
 
 
 def _run_checked(

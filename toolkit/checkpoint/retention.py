@@ -2,13 +2,15 @@
 
 import logging
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 from toolkit.checkpoint.layout import (
     INVALID_SUFFIX,
     METADATA_FILE,
+    CheckpointMetadata,
     Kind,
     read_metadata,
     saved_steps,
@@ -41,6 +43,14 @@ class Retention(NamedTuple):
     """This many with the best score."""
     best_metric: str = "val/loss"
     best_mode: Literal["min", "max"] = "min"
+
+    def saved(self, step: int, read: Callable[[], CheckpointMetadata]) -> Saved:
+        """What the rule needs of checkpoint `step`; one that cannot be read counts by its step."""
+        try:
+            metadata = read()
+        except CheckpointError:
+            return Saved(step)
+        return Saved(step, metadata.kind, metadata.scores.get(self.best_metric))
 
     def kept(self, saved: Iterable[Saved]) -> set[int]:
         """Steps that stay."""
@@ -76,7 +86,9 @@ def prune_checkpoints(root: Path, rule: Retention, *, newest: int) -> None:
 
 def _superseded(root: Path, rule: Retention, newest: int) -> list[Path]:
     committed = [step for step in saved_steps(root) if step <= newest]
-    kept = rule.kept(_saved(step_folder(root, step), step, rule) for step in committed)
+    kept = rule.kept(
+        rule.saved(step, partial(read_metadata, step_folder(root, step))) for step in committed
+    )
     oldest = min(kept, default=newest)
     return [
         folder
@@ -85,14 +97,6 @@ def _superseded(root: Path, rule: Retention, newest: int) -> list[Path]:
         or (step < newest and _is_uncommitted(folder))
         or (step < oldest and folder.name.endswith(INVALID_SUFFIX))
     ]
-
-
-def _saved(folder: Path, step: int, rule: Retention) -> Saved:
-    try:
-        metadata = read_metadata(folder)
-    except CheckpointError:
-        return Saved(step)
-    return Saved(step, metadata.kind, metadata.scores.get(rule.best_metric))
 
 
 def _is_uncommitted(folder: Path) -> bool:
