@@ -82,8 +82,7 @@ def explain_resume(
 
         saved = metadata_of(start.checkpoint)
         loader: Any = refused.ask(lambda: _loader(plan, prepared)) or _AnyPosition()
-        checks = refused.ask(lambda: continuation_checks(plan.config, folder, loader))
-        for check in checks or ():
+        for check in continuation_checks(plan.config, start, loader):
             refused.ask(check)
         state_of_data = None if start.weights_only else _data_state(start)
     changes = config_changes(read_json_mapping(folder / RUN_FILES.config), plan.stored)

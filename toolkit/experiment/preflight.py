@@ -16,6 +16,7 @@ from toolkit.runs.files import RUN_FILES
 
 if TYPE_CHECKING:
     from toolkit.data.loader import TrainLoader
+    from toolkit.train.restoring import Start
 
 # Fields that change how the model is computed, not what its weights mean.
 _FREE_MODEL_FIELDS = frozenset(
@@ -45,19 +46,6 @@ def check_continuation(config: ExperimentConfig, folder: Path, train_loader: "Tr
             not.
         DataError: other data, or another order of it.
     """
-    for check in continuation_checks(config, folder, train_loader):
-        check()
-
-
-def continuation_checks(
-    config: ExperimentConfig, folder: Path, train_loader: "TrainLoader"
-) -> list[Callable[[], None]]:
-    """The checks of `check_continuation`, for who wants to know all that is wrong.
-
-    Raises:
-        CheckpointError: `load_path` must hold a checkpoint and does not.
-    """
-    from toolkit.checkpoint.anywhere import metadata_of, rank_state_of
     from toolkit.checkpoint.find import find_checkpoint
     from toolkit.train.restoring import find_start
 
@@ -66,8 +54,18 @@ def continuation_checks(
         folder / RUN_FILES.checkpoints,
         lambda path: find_checkpoint(path, quick=True),
     )
-    if start is None:
-        return []
+    if start is not None:
+        for check in continuation_checks(config, start, train_loader):
+            check()
+
+
+def continuation_checks(
+    config: ExperimentConfig, start: "Start", train_loader: "TrainLoader"
+) -> list[Callable[[], None]]:
+    """The checks of `check_continuation`, for who wants to know all that is wrong with going on
+    from `start`."""
+    from toolkit.checkpoint.anywhere import metadata_of, rank_state_of
+
     checkpoint = start.checkpoint
     saved = metadata_of(checkpoint).extra
     model = msgspec.to_builtins(config.model)
