@@ -30,7 +30,7 @@ def save_with_failure(root: str, where: str) -> str:
     targets: dict[str, tuple[Any, str, int]] = {
         "tensors": (FileSystemWriter, "write_data", 1),
         "state": (commit, "_save_rank_state", 1),
-        "commit": (commit, "_commit", 0),
+        "commit": (commit, "commit_folder", 0),
     }
     target, name, failing = targets[where]
     env = open_environment(module_config("ddp"))

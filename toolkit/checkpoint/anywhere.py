@@ -8,16 +8,11 @@ import torch.distributed as dist
 
 from toolkit.checkpoint.commit import load_checkpoint, load_rank_state
 from toolkit.checkpoint.layout import TENSORS_FOLDER, CheckpointMetadata, read_metadata
-from toolkit.checkpoint.ranks import run_together
-from toolkit.checkpoint.remote import (
-    decode_remote_metadata,
-    read_raw_metadata,
-    read_remote_metadata,
-)
+from toolkit.checkpoint.remote import read_remote_metadata
 from toolkit.checkpoint.remote_load import (
     load_remote_checkpoint,
     load_remote_rank_state,
-    load_remote_tensors,
+    load_remote_weights,
 )
 from toolkit.checkpoint.tensors import load_tensors
 
@@ -55,11 +50,5 @@ def load_weights(
     """Fill `weights` (`model.*`) in place and leave the rest. All ranks call it."""
     if isinstance(checkpoint, Path):
         load_tensors(checkpoint / TENSORS_FOLDER, weights, group)
-        return
-    is_first = group is None or dist.get_rank(group) == 0
-    raw = run_together(
-        lambda: read_raw_metadata(checkpoint) if is_first else b"",
-        group,
-        failing=f"{checkpoint}: cannot be read",
-    )[0]
-    load_remote_tensors(checkpoint, decode_remote_metadata(raw, checkpoint), weights, group)
+    else:
+        load_remote_weights(checkpoint, weights, group)

@@ -149,7 +149,7 @@ def write_checkpoint(
             files=dict(sorted(files.items())),
             extra=save.extra,
         )
-        _commit(temporary, final, metadata)
+        commit_folder(temporary, final, encode_metadata(metadata))
 
     failing = f"{final}: not saved, earlier checkpoints are as they were"
     try:
@@ -224,7 +224,8 @@ def _entries(folder: Path, names: Iterable[str]) -> dict[str, FileEntry]:
     return {name: FileEntry(p.stat().st_size, hash_file(p)) for name, p in paths.items()}
 
 
-def _commit(temporary: Path, final: Path, metadata: CheckpointMetadata) -> None:
+def commit_folder(temporary: Path, final: Path, metadata: bytes) -> None:
+    """Give `temporary`, whose files are synced, the name `final`, and then its `.metadata.json`."""
     for folder in [temporary, *(p for p in temporary.rglob("*") if p.is_dir())]:
         fsync_folder(folder)
     if final.exists():
@@ -233,4 +234,4 @@ def _commit(temporary: Path, final: Path, metadata: CheckpointMetadata) -> None:
         remove_tree(final)
     temporary.rename(final)
     fsync_folder(final.parent)
-    write_atomic(final / METADATA_FILE, encode_metadata(metadata))
+    write_atomic(final / METADATA_FILE, metadata)

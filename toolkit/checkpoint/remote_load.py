@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from toolkit.checkpoint.commit import check_free_space
+from toolkit.checkpoint.commit import check_free_space, commit_folder
 from toolkit.checkpoint.layout import (
     METADATA_FILE,
     TENSORS_FOLDER,
@@ -36,7 +36,6 @@ from toolkit.checkpoint.remote import (
 )
 from toolkit.checkpoint.tensors import SafeReader, load_tensors, reason_of
 from toolkit.errors import CheckpointError, TrainingError
-from toolkit.storage.atomic import fsync_tree, remove_tree, write_atomic
 from toolkit.storage.remote import ContentError, RemoteFolder
 from toolkit.storage.remote_file import RemoteFile
 
@@ -107,10 +106,7 @@ def download_checkpoint(
 
     def commit() -> None:
         if rank == 0:
-            fsync_tree(temporary)
-            remove_tree(final)
-            temporary.rename(final)
-            write_atomic(final / METADATA_FILE, raw)
+            commit_folder(temporary, final, raw)
 
     copies = _run_checked(lambda: _is_copy(final, raw, metadata, share), group, failing=failing)
     if all(copies):
@@ -181,6 +177,17 @@ def load_remote_tensors(
     )[0]
     folder = RemoteFolder(f"{url.rstrip('/')}/{TENSORS_FOLDER}")
     load_tensors(folder.url, tensors, group, reader=RemoteReader(folder, raw))
+
+
+def load_remote_weights(
+    url: str, weights: dict[str, torch.Tensor], group: dist.ProcessGroup | None
+) -> None:
+    """Fill `weights` (`model.*`) in place and leave the rest; see `load_remote_tensors`."""
+    is_first = group is None or dist.get_rank(group) == 0
+    raw = _run_checked(
+        lambda: read_raw_metadata(url) if is_first else b"", group, failing=f"{url}: cannot be read"
+    )[0]
+    load_remote_tensors(url, decode_remote_metadata(raw, url), weights, group)
 
 
 def load_remote_rank_state(url: str, metadata: CheckpointMetadata, rank: int) -> dict[str, Any]:
