@@ -17,11 +17,12 @@ import msgspec
 from toolkit.runs.config import RunConfig
 from toolkit.runs.registry import resolve_run_folder
 from toolkit.runs.status import RunStatus, read_status
+from toolkit.train.reasons import STOP_FILE, WALL_TIME
 
 _CLOCK_SECONDS = 60.0
 """Clocks of different machines may differ by this much."""
 
-_STAYS_STOPPED = ("SIGHUP", "SIGUSR1", "SIGUSR2", "trainer.max_wall_time", "the stop file")
+_STAYS_STOPPED = ("SIGHUP", "SIGUSR1", "SIGUSR2", WALL_TIME, STOP_FILE)
 """Requests that mean the run, not the worker: being started again does not undo them. SIGTERM is
 also what launchers send to workers that they are about to start again."""
 

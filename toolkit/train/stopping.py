@@ -24,13 +24,10 @@ import torch.distributed as dist
 from toolkit.config.seconds import in_seconds
 from toolkit.distributed.launcher import has_launcher
 from toolkit.train.config import TrainerConfig
+from toolkit.train.reasons import FAILURE, LAUNCHER_GONE, STOP_FILE, WALL_TIME
 
 REPEAT_SECONDS = 2.0
 
-LAUNCHER_GONE = "the launcher is gone"
-WALL_TIME = "trainer.max_wall_time"
-STOP_FILE = "the stop file"
-FAILURE = "failure"
 _REASONS = (
     *("", "a request", "SIGHUP", "SIGUSR1", "SIGUSR2", WALL_TIME, STOP_FILE, "SIGINT", "SIGTERM"),
     *(LAUNCHER_GONE, FAILURE),

@@ -26,8 +26,9 @@ from toolkit.train.callbacks import Callback, build_callbacks
 from toolkit.train.config import TrainerConfig, TransformerTrainModuleConfig
 from toolkit.train.module import Progress, TrainModule
 from toolkit.train.peers import Peers, first_line
+from toolkit.train.reasons import FAILURE
 from toolkit.train.restoring import restore_trainer
-from toolkit.train.stopping import FAILURE, stop_request_of
+from toolkit.train.stopping import stop_request_of
 from toolkit.train.watchdog import Heartbeat, start_watchdog
 
 log = logging.getLogger(__name__)
