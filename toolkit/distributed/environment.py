@@ -241,9 +241,9 @@ def check_shared_folder(environment: TrainingEnvironment, folder: Path) -> None:
     dist.all_gather_object(
         seen, (socket.gethostname(), probe.exists()), group=environment.cpu_group
     )
-    environment.barrier()
     if environment.is_main:
-        probe.unlink()
+        probe.unlink()  # every rank has looked: its answer is here
+    environment.barrier()
     blind = sorted({host for host, sees in seen if not sees})
     if blind:
         raise RunError(
