@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from toolkit.data.prepared import (
+from toolkit.data.tokens.prepared import (
     FORMAT_VERSION,
     MANIFEST_NAME,
     NUM_BLOCKS,
@@ -12,7 +12,7 @@ from toolkit.data.prepared import (
     SplitInfo,
     hash_blocks,
 )
-from toolkit.data.tokenizer import ByteTokenizer
+from toolkit.data.tokens.tokenizer import ByteTokenizer
 from toolkit.storage.atomic import hash_file, write_json_atomic
 
 

@@ -252,7 +252,7 @@ def test_no_validation_split_means_no_evaluation(
 
 def test_importing_the_package_imports_no_torch() -> None:
     code = (
-        "import sys, toolkit.data, toolkit.data.prepare, toolkit.data.prepared; "
+        "import sys, toolkit.data, toolkit.data.tokens.prepare, toolkit.data.tokens.prepared; "
         "toolkit.data.read_prepared; "
         "print([m for m in ('torch', 'datasets', 'transformers') if m in sys.modules])"
     )

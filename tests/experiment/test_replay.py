@@ -10,7 +10,7 @@ import torch
 
 from toolkit.checkpoint.commit import save_checkpoint
 from toolkit.data.config import FilesSourceConfig
-from toolkit.data.prepare import prepare_dataset
+from toolkit.data.tokens.prepare import prepare_dataset
 from toolkit.distributed.engine import Engine
 from toolkit.errors import ConfigError, DataError, RunError
 from toolkit.experiment.config import ExperimentConfig

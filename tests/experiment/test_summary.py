@@ -71,7 +71,7 @@ def test_epochs_wait_for_prepared_data() -> None:
 
 
 def test_epochs_count_whole_batches_of_prepared_data(tmp_path: Path) -> None:
-    from toolkit.data.prepare import prepare_dataset
+    from toolkit.data.tokens.prepare import prepare_dataset
 
     (tmp_path / "a.txt").write_text("hello world\n" * 1000)
     flags = [
@@ -92,7 +92,7 @@ def test_epochs_count_whole_batches_of_prepared_data(tmp_path: Path) -> None:
 
 
 def test_less_data_than_one_batch_is_an_error(tmp_path: Path) -> None:
-    from toolkit.data.prepare import prepare_dataset
+    from toolkit.data.tokens.prepare import prepare_dataset
 
     (tmp_path / "a.txt").write_text("hello world\n" * 100)
     flags = [

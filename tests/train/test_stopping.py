@@ -94,6 +94,7 @@ def handlers() -> Iterator[None]:
 @pytest.mark.parametrize("number", [*TERMINATING, *ASKING])
 @pytest.mark.usefixtures("handlers")
 def test_signals_ask_by_their_names(number: signal.Signals) -> None:
+    signal.signal(number, signal.SIG_DFL)  # nohup has SIGHUP ignored, and that is respected
     stop = StopRequest()
     with stop.listening():
         os.kill(os.getpid(), number)

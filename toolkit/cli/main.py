@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from toolkit.cli import batch, prepare, recipes, resume, runs, schema, train, verify
+from toolkit.cli.data.app import app as data_app
 from toolkit.errors import EXIT_BAD_INPUT, EXIT_DONE, ToolkitError
 
 EXIT_INTERRUPTED = 130
@@ -41,6 +42,7 @@ app.command(context_settings=_OVERRIDES)(resume.resume)
 app.command(context_settings=_OVERRIDES)(prepare.prepare)
 app.add_typer(recipes.app, name="recipes")
 app.add_typer(runs.app, name="runs")
+app.add_typer(data_app, name="data")
 app.command()(verify.verify)
 app.command()(batch.batch)
 app.command()(schema.schema)

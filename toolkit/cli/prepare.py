@@ -22,7 +22,7 @@ def prepare(
       toolkit prepare my.json --data-root /shared/data --dataset.num_processes=32
       toolkit prepare my.json --dataset.source='{type: files, paths: [texts/]}'
     """
-    from toolkit.data.prepare import prepare_dataset
+    from toolkit.data.tokens.prepare import prepare_dataset
     from toolkit.experiment.load import load_experiment
 
     source, paths = split_words(config, overrides, "CONFIG")

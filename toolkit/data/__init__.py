@@ -1,4 +1,11 @@
-"""Tokens in, batches out: prepare a corpus, open it, draw batches from it.
+"""From raw text to the exact batch. Four rooms, in the order that data passes them:
+
+    text/       sources and their documents: files, data sets, filters, conversations
+    tokens/     tokenizers, and token files: built, checked, stored, cached
+    instances/  token files as rows of one length: cut, packed, padded
+    order/      which rows make up batch n: shuffles and mixtures, computed, never stored
+
+`loader.py` puts the last two together for one rank.
 
 Importing this package imports neither torch nor numpy; each name is loaded when it is used.
 """
@@ -8,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from toolkit.data.loader import EvalLoader, TrainLoader, get_dataloaders
-    from toolkit.data.prepare import ensure_prepared, prepare_dataset
-    from toolkit.data.prepared import PreparedDataset, check_vocabulary, read_prepared
-    from toolkit.data.tokenizer import Tokenizer, load_tokenizer
+    from toolkit.data.tokens.prepare import ensure_prepared, prepare_dataset
+    from toolkit.data.tokens.prepared import PreparedDataset, check_vocabulary, read_prepared
+    from toolkit.data.tokens.tokenizer import Tokenizer, load_tokenizer
 
 __all__ = [
     "EvalLoader",
@@ -27,9 +34,9 @@ __all__ = [
 
 _MODULES = {
     "loader": ("EvalLoader", "TrainLoader", "get_dataloaders"),
-    "prepare": ("ensure_prepared", "prepare_dataset"),
-    "prepared": ("PreparedDataset", "check_vocabulary", "read_prepared"),
-    "tokenizer": ("Tokenizer", "load_tokenizer"),
+    "tokens.prepare": ("ensure_prepared", "prepare_dataset"),
+    "tokens.prepared": ("PreparedDataset", "check_vocabulary", "read_prepared"),
+    "tokens.tokenizer": ("Tokenizer", "load_tokenizer"),
 }
 
 

@@ -1,80 +1,84 @@
-"""Configs of data: where text comes from, how it becomes tokens, how tokens become batches."""
+"""Configs of data: where text comes from, how it becomes tokens, how tokens become batches.
 
-from typing import Literal
+The configs of each room stand in its own `config.py`; they are named here too, as one place to
+import them from.
+"""
+
+from typing import Any, Literal
+
+import msgspec
 
 from toolkit.config import Config
 from toolkit.config.base import check_positive
+from toolkit.data.instances.config import (
+    FixedInstancesConfig,
+    InstancesConfig,
+    PackedInstancesConfig,
+    PaddedInstancesConfig,
+    VariableInstancesConfig,
+)
+from toolkit.data.order.config import MixConfig, MixSourceConfig, RatioChangeConfig
+from toolkit.data.text.config import (
+    DiskSourceConfig,
+    FilesSourceConfig,
+    FiltersConfig,
+    HubSourceConfig,
+    InstructionsConfig,
+    PythonStdlibSourceConfig,
+    SourceConfig,
+    TextSourceConfig,
+    TokenFilesSourceConfig,
+)
+from toolkit.data.tokens.config import (
+    BPETokenizerConfig,
+    ByteTokenizerConfig,
+    HFTokenizerConfig,
+    SentencePieceTokenizerConfig,
+    StoreConfig,
+    TiktokenTokenizerConfig,
+    TokenizerConfig,
+)
+
+__all__ = [
+    "BPETokenizerConfig",
+    "ByteTokenizerConfig",
+    "CustomDatasetConfig",
+    "DataConfig",
+    "DataLoaderConfig",
+    "DatasetConfig",
+    "DiskSourceConfig",
+    "FilesSourceConfig",
+    "FiltersConfig",
+    "FixedInstancesConfig",
+    "HFTokenizerConfig",
+    "HubSourceConfig",
+    "InstancesConfig",
+    "InstructionsConfig",
+    "MixConfig",
+    "MixSourceConfig",
+    "PackedInstancesConfig",
+    "PaddedInstancesConfig",
+    "PythonStdlibSourceConfig",
+    "RatioChangeConfig",
+    "SentencePieceTokenizerConfig",
+    "SourceConfig",
+    "StoreConfig",
+    "TextSourceConfig",
+    "TiktokenTokenizerConfig",
+    "TokenFilesSourceConfig",
+    "TokenizerConfig",
+    "VariableInstancesConfig",
+]
 
 
-class FilesSourceConfig(Config, kw_only=True, tag_field="type", tag="files"):
-    """Local text: .txt, .jsonl, .jsonl.gz or .parquet files."""
+class CustomDatasetConfig(Config, kw_only=True):
+    """A data set written in Python, in place of token files; docs/data.md gives the protocol."""
 
-    paths: list[str]
-    """Files, folders (searched recursively) or globs; order does not matter, names are sorted."""
-    text_field: str = "text"
-    """Column or key that holds the text in .jsonl and .parquet."""
-    suffixes: tuple[str, ...] = (".txt", ".jsonl", ".jsonl.gz", ".parquet")
-    """Endings taken from folders. Endings not known as a format are read as plain text, one
-    document per file."""
-    encoding_errors: Literal["strict", "replace"] = "strict"
-    """Bytes that are not UTF-8: stop, or replace with U+FFFD and count them."""
-
-
-class HubSourceConfig(Config, kw_only=True, tag_field="type", tag="hub"):
-    """A data set of the Hugging Face hub (or any path `datasets.load_dataset` takes)."""
-
-    name: str
-    """Hub name or local path."""
-    config: str | None = None
-    """Configuration (subset) of the data set."""
-    split: str = "train"
-    """Split to read."""
-    text_field: str = "text"
-    """Column that holds the text."""
-    streaming: bool = True
-    """Read without downloading the whole data set first."""
-
-
-class PythonStdlibSourceConfig(Config, kw_only=True, tag_field="type", tag="python_stdlib"):
-    """Source code of the running interpreter's standard library: real text on every machine."""
-
-    max_bytes: int | None = 10_000_000
-    """Stop after this many bytes (files in sorted order by hash of their name); null: all."""
-
-
-SourceConfig = FilesSourceConfig | HubSourceConfig | PythonStdlibSourceConfig
-
-
-class ByteTokenizerConfig(Config, kw_only=True, tag_field="type", tag="byte"):
-    """Ids 0 to 255 are bytes, 256 ends a document."""
-
-
-class BPETokenizerConfig(Config, kw_only=True, tag_field="type", tag="bpe"):
-    """Byte-level BPE trained on the corpus itself."""
-
-    vocab_size: int = 4096
-    """Size including the end-of-document token."""
-    sample_bytes: int = 20_000_000
-    """Text to train on, in bytes; bounds memory and time on large corpora."""
-
-    def __post_init__(self) -> None:
-        if self.vocab_size < 257:
-            raise ValueError(
-                f"vocab_size must be at least 257 (256 bytes + eos): {self.vocab_size}"
-            )
-        check_positive(self, "sample_bytes")
-
-
-class HFTokenizerConfig(Config, kw_only=True, tag_field="type", tag="hf"):
-    """A tokenizer in Hugging Face format."""
-
-    path: str
-    """Folder, `tokenizer.json` file, or hub name."""
-    eos_token: str | None = None
-    """Token that ends a document; default: the tokenizer's own."""
-
-
-TokenizerConfig = ByteTokenizerConfig | BPETokenizerConfig | HFTokenizerConfig
+    target: str
+    """`module:Class`, imported from the Python path or the current folder."""
+    args: dict[str, Any] = msgspec.field(default_factory=dict)
+    """Keyword arguments of the class; `split` ("train" or "val") and `sequence_length` are added
+    where it takes them."""
 
 
 class DatasetConfig(Config, kw_only=True):
@@ -89,16 +93,36 @@ class DatasetConfig(Config, kw_only=True):
     source: SourceConfig | None = None
     """Where the text comes from; null: the token files exist already and are taken as they are,
     with the tokenizer and the split they were made with."""
-    tokenizer: TokenizerConfig = ByteTokenizerConfig()
-    """How text becomes ids."""
+    mix: MixConfig | None = None
+    """Several corpora in given shares, in place of one."""
+    custom: CustomDatasetConfig | None = None
+    """A data set written in Python, in place of token files."""
+    tokenizer: TokenizerConfig | None = ByteTokenizerConfig()
+    """How text becomes ids; null only for token files whose tokenizer is not at hand."""
+    filters: FiltersConfig | None = None
+    """Which documents are left out."""
+    deduplicate: bool = False
+    """Leave out documents whose text was there before, byte for byte."""
+    instructions: InstructionsConfig | None = None
+    """For rows that are conversations or prompts with answers: how they are rendered, and what of
+    them the loss counts."""
     validation_fraction: float = 0.05
     """Share of documents held out, chosen by a hash of each document's identity. Of plain-text
     files too few to hold one out, the last part of each is held out."""
     append_eos: bool = True
     """End every document with the tokenizer's end-of-document token."""
+    prepend_bos: bool = False
+    """Start every document with the tokenizer's start-of-document token."""
     sequence_length: int = 1024
     """Tokens per instance (`--sequence-length`); labels are shifted inside, so each instance has
     one target less."""
+    instances: InstancesConfig = FixedInstancesConfig()
+    """How training documents become instances."""
+    eval_instances: FixedInstancesConfig | PackedInstancesConfig | PaddedInstancesConfig | None = (
+        None
+    )
+    """How validation documents become instances; default: as in training (fixed where that is
+    variable)."""
     num_processes: int | None = None
     """Processes for `prepare`; default: all cores."""
 
@@ -112,6 +136,13 @@ class DatasetConfig(Config, kw_only=True):
             value = getattr(self, field)
             if not value or ".." in value.split("/") or value.startswith("/"):
                 raise ValueError(f"{field} must be a relative folder name, not {value!r}")
+        given = [name for name in ("source", "mix", "custom") if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(f"give one of {' and '.join(given)}, not both")
+        if self.tokenizer is None and not (
+            self.source is None or isinstance(self.source, TokenFilesSourceConfig)
+        ):
+            raise ValueError("tokenizer may be null only for a source of type token_files")
 
 
 class DataLoaderConfig(Config, kw_only=True):
@@ -129,11 +160,17 @@ class DataLoaderConfig(Config, kw_only=True):
     """False: instances in file order (every epoch the same)."""
     prefetch_factor: int = 4
     """Batches kept ready by the background reader; 0: read in the training thread."""
+    num_workers: int = 0
+    """Workers that read a custom data set's items; 0: the background reader itself. Token files
+    need none."""
+    worker_type: Literal["process", "thread"] = "process"
+    """Processes for items made in Python, threads for items that wait for a disk or a network."""
 
     def __post_init__(self) -> None:
         check_positive(self, "global_batch_size", "eval_batch_size", "eval_tokens")
-        if self.prefetch_factor < 0:
-            raise ValueError(f"prefetch_factor must not be negative: {self.prefetch_factor}")
+        for name in ("prefetch_factor", "num_workers"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative: {getattr(self, name)}")
 
 
 class DataConfig(Config, kw_only=True):
@@ -141,5 +178,6 @@ class DataConfig(Config, kw_only=True):
 
     dataset: DatasetConfig = DatasetConfig()
     data_loader: DataLoaderConfig = DataLoaderConfig()
+    store: StoreConfig = StoreConfig()
     seed: int = 0
     """Seed of the data order when `data_loader.seed` is null."""

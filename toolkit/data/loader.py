@@ -19,9 +19,9 @@ import numpy as np
 import torch
 
 from toolkit.data.config import DataConfig
-from toolkit.data.instances import BatchOrder, TokenDataset
-from toolkit.data.prepare import ensure_prepared
-from toolkit.data.tokenizer import load_tokenizer
+from toolkit.data.instances.fixed import BatchOrder, TokenDataset
+from toolkit.data.tokens.prepare import ensure_prepared
+from toolkit.data.tokens.tokenizer import load_tokenizer
 from toolkit.errors import ConfigError, DataError
 
 logger = logging.getLogger(__name__)

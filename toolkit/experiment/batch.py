@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from toolkit.checkpoint.layout import read_metadata, saved_steps, step_folder
-from toolkit.data.prepared import PreparedDataset, dataset_folder, read_prepared
+from toolkit.data.tokens.prepared import PreparedDataset, dataset_folder, read_prepared
 from toolkit.errors import ConfigError, DataError, ToolkitError
 from toolkit.experiment.checks import steps_per_epoch
 from toolkit.experiment.config import ExperimentConfig
@@ -21,7 +21,7 @@ from toolkit.runs.files import RUN_FILES
 if TYPE_CHECKING:
     import numpy as np
 
-    from toolkit.data.tokenizer import Tokenizer
+    from toolkit.data.tokens.tokenizer import Tokenizer
 
 
 class DocumentPart(msgspec.Struct, frozen=True):
@@ -90,7 +90,7 @@ def step_batch(run_dir: Path, step: int, *, show: int = 1) -> StepBatch:
         ConfigError: no such step.
         DataError: the run's data is not here, or is not what the run was trained on.
     """
-    from toolkit.data.instances import BatchOrder, TokenDataset
+    from toolkit.data.instances.fixed import BatchOrder, TokenDataset
 
     folder = run_dir.resolve()
     config = find_data(load_run_config(run_dir).config, folder)
@@ -239,6 +239,6 @@ def _check_fingerprint(folder: Path, prepared: PreparedDataset) -> bool:
 
 
 def _tokenizer(prepared: PreparedDataset) -> "Tokenizer":
-    from toolkit.data.tokenizer import load_tokenizer
+    from toolkit.data.tokens.tokenizer import load_tokenizer
 
     return load_tokenizer(prepared.tokenizer_folder)

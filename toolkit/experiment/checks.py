@@ -6,7 +6,7 @@ Every error names the keys it is about and the nearest values that work.
 import os
 
 from toolkit.data.config import BPETokenizerConfig, ByteTokenizerConfig, TokenizerConfig
-from toolkit.data.prepared import PreparedDataset, check_vocabulary
+from toolkit.data.tokens.prepared import PreparedDataset, check_vocabulary
 from toolkit.distributed.cpu import asked_threads
 from toolkit.errors import ConfigError, DataError
 from toolkit.experiment.config import ExperimentConfig

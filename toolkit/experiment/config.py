@@ -7,6 +7,7 @@ from toolkit.data.config import (
     DatasetConfig,
     HFTokenizerConfig,
     HubSourceConfig,
+    StoreConfig,
 )
 from toolkit.models.config import ModelConfig
 from toolkit.runs.config import RunConfig
@@ -24,6 +25,8 @@ class ExperimentConfig(Config, kw_only=True):
     """The architecture; `{"preset": NAME}` in a file stands for a named size."""
     dataset: DatasetConfig = DatasetConfig()
     """Where text comes from and how it becomes tokens."""
+    store: StoreConfig = StoreConfig()
+    """Where token files are kept for good, and where their local copies lie."""
     data_loader: DataLoaderConfig = DataLoaderConfig()
     """How tokens become batches."""
     train_module: TransformerTrainModuleConfig = TransformerTrainModuleConfig()
@@ -47,4 +50,6 @@ class ExperimentConfig(Config, kw_only=True):
     @property
     def data(self) -> DataConfig:
         """The part that `get_dataloaders` needs."""
-        return DataConfig(dataset=self.dataset, data_loader=self.data_loader, seed=self.seed)
+        return DataConfig(
+            dataset=self.dataset, data_loader=self.data_loader, store=self.store, seed=self.seed
+        )

@@ -18,8 +18,8 @@ from toolkit.checkpoint.layout import (
     step_folder,
 )
 from toolkit.config.files import read_json_mapping
-from toolkit.data.prepared import PreparedDataset, dataset_folder, read_prepared
-from toolkit.data.settings import check_settings
+from toolkit.data.tokens.prepared import PreparedDataset, dataset_folder, read_prepared
+from toolkit.data.tokens.settings import check_settings
 from toolkit.distributed.engine import Engine, resolve_engine
 from toolkit.errors import DataError, ToolkitError
 from toolkit.experiment.changes import config_changes

@@ -20,7 +20,7 @@ from toolkit.config import (
     parse_override_args,
     read_json_mapping,
 )
-from toolkit.data.prepared import MANIFEST_NAME, dataset_folder
+from toolkit.data.tokens.prepared import MANIFEST_NAME, dataset_folder
 from toolkit.errors import ConfigError, RunError
 from toolkit.experiment.config import ExperimentConfig
 from toolkit.experiment.recipes import recipe_hint, recipe_names, recipe_text

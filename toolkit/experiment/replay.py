@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from toolkit.checkpoint.layout import saved_steps, step_folder
-from toolkit.data.prepared import dataset_folder, read_prepared
+from toolkit.data.tokens.prepared import dataset_folder, read_prepared
 from toolkit.distributed.launcher import has_launcher, rank_of
 from toolkit.errors import EXIT_DONE, ConfigError, DataError, RunError, TrainingError
 from toolkit.experiment.config import ExperimentConfig

@@ -241,8 +241,8 @@ def _ends_rank_0(error: ToolkitError, run: RunManager) -> bool:
 
 def _prepare_data(config: ExperimentConfig, *, rank: int, world_size: int) -> "TrainLoader":
     """Prepare the corpus (one process of each machine; the others wait) and check that it fits."""
-    from toolkit.data.prepare import ensure_prepared
-    from toolkit.data.prepared import check_vocabulary
+    from toolkit.data.tokens.prepare import ensure_prepared
+    from toolkit.data.tokens.prepared import check_vocabulary
 
     prepared = ensure_prepared(
         config.dataset,

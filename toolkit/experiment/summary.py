@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 
 from toolkit.config import DEFAULT_ORIGIN, leaves
-from toolkit.data.prepared import PreparedDataset, dataset_folder, read_prepared
+from toolkit.data.tokens.prepared import PreparedDataset, dataset_folder, read_prepared
 from toolkit.distributed.engine import Engine, resolve_engine
 from toolkit.experiment.checks import (
     check_experiment,

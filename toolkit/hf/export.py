@@ -123,7 +123,7 @@ def _family(config: TransformerConfig) -> Family | None:
 def _eos_id(tokenizer_folder: PathLike | None) -> int | None:
     if tokenizer_folder is None:
         return None
-    from toolkit.data.tokenizer import TOKENIZER_FILE, load_tokenizer
+    from toolkit.data.tokens.tokenizer import TOKENIZER_FILE, load_tokenizer
 
     if not (Path(tokenizer_folder) / TOKENIZER_FILE).is_file():
         raise DataError(

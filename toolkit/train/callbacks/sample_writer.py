@@ -4,7 +4,7 @@ import logging
 
 from rich import get_console
 
-from toolkit.data.tokenizer import load_tokenizer
+from toolkit.data.tokens.tokenizer import load_tokenizer
 from toolkit.evaluate.generate import generate
 from toolkit.train.callbacks.base import Callback
 from toolkit.train.config import SampleWriterConfig

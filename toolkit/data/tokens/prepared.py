@@ -4,7 +4,8 @@
       dataset.json      `Manifest`: counts, types, fingerprints, the settings it was built with
       train.bin         token ids of all training documents, one after the other
       train.idx         uint64: position in train.bin where each document starts
-      val.bin, val.idx  the same for held-out documents; absent when there are none
+      train.mask        uint8: 1 for each token that the loss asks for; only of instruction data
+      val.*             the same for held-out documents; absent when there are none
       tokenizer/        loads with `transformers.AutoTokenizer`
 
 The folder gets its name in one rename when everything in it is complete, so a folder that exists is
@@ -42,11 +43,17 @@ class SplitInfo(msgspec.Struct, frozen=True, kw_only=True):
     num_documents: int
     """Documents, and entries of the .idx file."""
     text_bytes: int
-    """UTF-8 bytes of the text that became these tokens."""
+    """UTF-8 bytes of the text that became these tokens; 0 where they came without text."""
     content_hash: str
     """xxh3_128 of the whole .bin file."""
     block_hashes: list[str]
     """xxh3_64 of a few blocks spread over the .bin file, for a quick check when it is opened."""
+    index_hash: str | None = None
+    """xxh3_128 of the .idx file."""
+    mask_hash: str | None = None
+    """xxh3_128 of the .mask file; None where the loss asks for every token."""
+    num_targets: int | None = None
+    """Tokens the loss asks for; None: all."""
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):
@@ -57,6 +64,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     vocab_size: int
     eos_id: int | None
     append_eos: bool
+    bos_id: int | None = None
+    prepend_bos: bool = False
     tokenizer_fingerprint: str
     source_fingerprint: str
     """Identifies the text: names, sizes and sampled content of the source's files."""
@@ -64,8 +73,10 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     """Bytes that were not UTF-8 and became U+FFFD."""
     skipped_documents: int
     """Documents without text, and files of the standard library that are not UTF-8."""
+    filtered_documents: dict[str, int] = {}
+    """Documents left out on purpose, by the reason."""
     settings: dict[str, Any]
-    """The settings that decide what the files hold; see `toolkit.data.settings`."""
+    """The settings that decide what the files hold; see `toolkit.data.tokens.settings`."""
     splits: dict[str, SplitInfo]
 
 
@@ -82,9 +93,11 @@ class PreparedDataset:
         return self.manifest.vocab_size
 
     @property
-    def tokenizer_folder(self) -> Path:
-        """Folder that `load_tokenizer` and `transformers.AutoTokenizer` read."""
-        return self.folder / TOKENIZER_FOLDER
+    def tokenizer_folder(self) -> Path | None:
+        """Folder that `load_tokenizer` and `transformers.AutoTokenizer` read; None where the
+        tokens came without a tokenizer."""
+        folder = self.folder / TOKENIZER_FOLDER
+        return folder if folder.is_dir() else None
 
     def has_split(self, split: Split) -> bool:
         """Whether the split holds at least one token."""
@@ -101,7 +114,8 @@ class PreparedDataset:
         return info.num_documents if info else 0
 
     def bytes_per_token(self, split: Split) -> float:
-        """Average UTF-8 bytes of text per token id: turns loss per token into bits per byte."""
+        """Average UTF-8 bytes of text per token id: turns loss per token into bits per byte. 0.0
+        where the tokens came without text."""
         info = self.manifest.splits[split]
         return info.text_bytes / info.num_tokens
 
@@ -110,13 +124,17 @@ class PreparedDataset:
         import xxhash
 
         info, manifest = self.manifest.splits[split], self.manifest
-        identity = (
+        identity: tuple[object, ...] = (
             info.content_hash,
             info.num_tokens,
             manifest.dtype,
             manifest.tokenizer_fingerprint,
             manifest.append_eos,
         )
+        if manifest.prepend_bos:
+            identity += ("bos",)
+        if info.mask_hash is not None:
+            identity += (info.mask_hash,)
         return xxhash.xxh3_64_hexdigest(repr(identity).encode())
 
     def tokens(self, split: Split) -> "np.ndarray":
@@ -140,6 +158,18 @@ class PreparedDataset:
         path = self.folder / f"{split}.idx"
         _check_size(path, self.manifest.splits[split].num_documents * 8)
         return np.memmap(path, dtype=np.uint64, mode="r")
+
+    def target_mask(self, split: Split) -> "np.ndarray | None":
+        """1 for each token that the loss asks for, a memory map of uint8, shape `(num_tokens,)`;
+        None: it asks for all."""
+        import numpy as np
+
+        info = self.manifest.splits[split]
+        if info.mask_hash is None:
+            return None
+        path = self.folder / f"{split}.mask"
+        _check_size(path, info.num_tokens)
+        return np.memmap(path, dtype=np.uint8, mode="r")
 
 
 def dataset_folder(config: DatasetConfig) -> Path:
@@ -178,6 +208,8 @@ def read_prepared(config: DatasetConfig) -> PreparedDataset | None:
     for split, info in manifest.splits.items():
         _check_size(folder / f"{split}.bin", info.num_tokens * itemsize)
         _check_size(folder / f"{split}.idx", info.num_documents * 8)
+        if info.mask_hash is not None:
+            _check_size(folder / f"{split}.mask", info.num_tokens)
     return PreparedDataset(folder, manifest)
 
 

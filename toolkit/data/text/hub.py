@@ -6,8 +6,15 @@ from collections.abc import Iterator
 from typing import Any
 
 from toolkit.data.config import HubSourceConfig
-from toolkit.data.readers import Counts, Piece
-from toolkit.data.sources import MAX_SHARD_BYTES, MIN_SHARD_BYTES, TARGET_NUM_SHARDS, Plan, Range
+from toolkit.data.text.piece import Piece
+from toolkit.data.text.readers import Counts
+from toolkit.data.text.sources import (
+    MAX_SHARD_BYTES,
+    MIN_SHARD_BYTES,
+    TARGET_NUM_SHARDS,
+    Plan,
+    Range,
+)
 from toolkit.errors import DataError
 
 NUM_SAMPLED_DOCUMENTS = 8

@@ -28,8 +28,10 @@ import numpy as np
 import xxhash
 
 from toolkit.data.config import BPETokenizerConfig, DatasetConfig, HFTokenizerConfig
-from toolkit.data.pool import encode_shards, num_cores
-from toolkit.data.prepared import (
+from toolkit.data.text.readers import Counts, read_shard
+from toolkit.data.text.sources import Plan, plan_source
+from toolkit.data.tokens.pool import encode_shards, num_cores
+from toolkit.data.tokens.prepared import (
     FORMAT_VERSION,
     MANIFEST_NAME,
     NUM_BLOCKS,
@@ -42,18 +44,16 @@ from toolkit.data.prepared import (
     read_prepared,
     token_dtype,
 )
-from toolkit.data.progress import Progress
-from toolkit.data.readers import Counts, read_shard
-from toolkit.data.settings import check_settings, settings_of
-from toolkit.data.sources import Plan, plan_source
-from toolkit.data.tokenizer import (
+from toolkit.data.tokens.progress import Progress
+from toolkit.data.tokens.settings import check_settings, settings_of
+from toolkit.data.tokens.tokenizer import (
     ByteTokenizer,
     Tokenizer,
     load_hf_tokenizer,
     load_tokenizer,
     train_bpe,
 )
-from toolkit.data.worker import SPLITS, Job, Part, WorkerSetup, is_validation, part_path
+from toolkit.data.tokens.worker import SPLITS, Job, Part, WorkerSetup, is_validation, part_path
 from toolkit.errors import DataError
 from toolkit.storage.atomic import fsync_folder, fsync_tree, remove_tree, write_json_atomic
 

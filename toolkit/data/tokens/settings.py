@@ -9,7 +9,7 @@ from toolkit.data.config import (
     HubSourceConfig,
     SourceConfig,
 )
-from toolkit.data.prepared import PreparedDataset
+from toolkit.data.tokens.prepared import PreparedDataset
 from toolkit.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -22,7 +22,7 @@ def settings_of(config: DatasetConfig) -> dict[str, Any]:
     """
     tokenizer = config.tokenizer.to_dict()
     if isinstance(config.tokenizer, HFTokenizerConfig):
-        from toolkit.data.tokenizer import hf_files_hash
+        from toolkit.data.tokens.tokenizer import hf_files_hash
 
         tokenizer["files_hash"] = hf_files_hash(config.tokenizer.path)
     source = config.source.to_dict() if config.source is not None else {}
@@ -82,7 +82,7 @@ def _leaves(data: dict[str, Any], path: str) -> dict[str, Any]:
 
 
 def _source_changed(prepared: PreparedDataset, source: SourceConfig) -> bool:
-    from toolkit.data.sources import fingerprint_files, list_files
+    from toolkit.data.text.sources import fingerprint_files, list_files
 
     if isinstance(source, HubSourceConfig):
         # Asking the hub would make every start depend on the network.

@@ -4,26 +4,16 @@ import gzip
 import json
 import zlib
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import msgspec
 
 from toolkit.data.config import FilesSourceConfig, HubSourceConfig, SourceConfig
-from toolkit.data.sources import PIECE_BYTES, Range, Shard, align
+from toolkit.data.text.piece import Piece
+from toolkit.data.text.sources import PIECE_BYTES, Range, Shard, align
 from toolkit.errors import DataError
 
 PARQUET_BATCH_ROWS = 256
-
-
-class Piece(NamedTuple):
-    """A document, or a part of a long one: parts follow each other, `starts` and `ends` tell."""
-
-    identity: str
-    text: str
-    split: str | None = None
-    """Where the piece must go; None: decided by a hash of the identity."""
-    starts: bool = True
-    ends: bool = True
 
 
 class Counts:
@@ -47,7 +37,7 @@ def read_shard(shard: Shard, source: SourceConfig, counts: Counts) -> Iterator[P
         "parquet": _read_parquet,
     }
     if isinstance(source, HubSourceConfig):
-        from toolkit.data.hub import read_hub
+        from toolkit.data.text.hub import read_hub
 
         readers["hub_stream"] = readers["hub_rows"] = read_hub
     for part in shard:

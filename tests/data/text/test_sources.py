@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 
 from tests.data.corpus import random_text, write_texts
-from toolkit.data import sources
 from toolkit.data.config import FilesSourceConfig, HubSourceConfig, PythonStdlibSourceConfig
-from toolkit.data.readers import Counts, Piece, read_shard
-from toolkit.data.sources import plan_source
+from toolkit.data.text import sources
+from toolkit.data.text.readers import Counts, Piece, read_shard
+from toolkit.data.text.sources import plan_source
 from toolkit.errors import DataError
 
 
@@ -28,7 +28,7 @@ def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("MIN_SHARD_BYTES", "MAX_SHARD_BYTES"):
         monkeypatch.setattr(sources, name, 4096)
     monkeypatch.setattr(sources, "PIECE_BYTES", 1024)
-    monkeypatch.setattr("toolkit.data.readers.PIECE_BYTES", 1024)
+    monkeypatch.setattr("toolkit.data.text.readers.PIECE_BYTES", 1024)
 
 
 def test_folder_is_read_in_the_order_of_names(tmp_path: Path) -> None:

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from toolkit.data.prepared import PreparedDataset
-from toolkit.data.worker import Job
+from toolkit.data.tokens.prepared import PreparedDataset
+from toolkit.data.tokens.worker import Job
 
 if TYPE_CHECKING:
     import rich.progress

@@ -11,10 +11,10 @@ import pytest
 from tests.data.corpus import BYTE_EOS, files_config, random_text, write_texts
 from toolkit.data import read_prepared
 from toolkit.data.config import BPETokenizerConfig, DatasetConfig, HFTokenizerConfig
-from toolkit.data.prepare import ensure_prepared, prepare_dataset
-from toolkit.data.prepared import check_vocabulary, token_dtype
-from toolkit.data.tokenizer import ByteTokenizer, load_tokenizer
-from toolkit.data.worker import is_validation
+from toolkit.data.tokens.prepare import ensure_prepared, prepare_dataset
+from toolkit.data.tokens.prepared import check_vocabulary, token_dtype
+from toolkit.data.tokens.tokenizer import ByteTokenizer, load_tokenizer
+from toolkit.data.tokens.worker import is_validation
 from toolkit.errors import ConfigError, DataError
 
 
@@ -222,7 +222,7 @@ def test_small_model_vocabulary_is_refused(tmp_path: Path) -> None:
 PREPARE = """
 import sys, msgspec
 from toolkit.data.config import DatasetConfig
-from toolkit.data.prepare import ensure_prepared
+from toolkit.data.tokens.prepare import ensure_prepared
 config = msgspec.json.decode(sys.argv[1], type=DatasetConfig)
 prepared = ensure_prepared(config, work_dir=sys.argv[2] or None)
 assert "torch" not in sys.modules

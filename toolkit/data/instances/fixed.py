@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from toolkit.data.permutation import KeyedPermutation
-from toolkit.data.prepared import PreparedDataset, Split
+from toolkit.data.order.permutation import KeyedPermutation
+from toolkit.data.tokens.prepared import PreparedDataset, Split
 
 
 class TokenDataset:

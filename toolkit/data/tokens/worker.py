@@ -3,9 +3,10 @@
 A part is complete when its .json file exists and the hashes in it agree with its other files, so a
 part that a crash left half-written is recognised and made again.
 
-Workers are processes of their own (`python -m toolkit.data.worker`) that read one JSON message a
-line and answer with one. Unlike multiprocessing's, they never import the caller's main module:
-preparing works from any script, with or without a `__main__` guard, and costs no import of torch.
+Workers are processes of their own (`python -m toolkit.data.tokens.worker`) that read one JSON
+message a line and answer with one. Unlike multiprocessing's, they never import the caller's main
+module: preparing works from any script, with or without a `__main__` guard, and costs no import of
+torch.
 """
 
 import contextlib
@@ -23,14 +24,15 @@ import numpy as np
 import xxhash
 
 from toolkit.data.config import SourceConfig
-from toolkit.data.prepared import token_dtype
-from toolkit.data.readers import Counts, Piece, read_shard
-from toolkit.data.sources import Shard
+from toolkit.data.text.piece import Piece
+from toolkit.data.text.readers import Counts, read_shard
+from toolkit.data.text.sources import Shard
+from toolkit.data.tokens.prepared import token_dtype
 from toolkit.errors import DataError
 from toolkit.storage.atomic import write_json_atomic
 
 if TYPE_CHECKING:
-    from toolkit.data.tokenizer import Tokenizer
+    from toolkit.data.tokens.tokenizer import Tokenizer
 
 BATCH_CHARACTERS = 1 << 20
 BATCH_DOCUMENTS = 2048
@@ -201,7 +203,7 @@ class _SplitWriter:
 def main() -> None:
     """Answer jobs from standard input until it closes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    from toolkit.data.tokenizer import load_tokenizer
+    from toolkit.data.tokens.tokenizer import load_tokenizer
 
     messages = sys.stdin.buffer
     setup = msgspec.json.decode(messages.readline(), type=WorkerSetup)

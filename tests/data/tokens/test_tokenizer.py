@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from toolkit.data.config import HFTokenizerConfig
-from toolkit.data.tokenizer import (
+from toolkit.data.tokens.tokenizer import (
     EOS_TOKEN,
     ByteTokenizer,
     Tokenizer,

@@ -12,8 +12,8 @@ from pathlib import Path
 import msgspec
 
 import toolkit
-from toolkit.data.tokenizer import Tokenizer
-from toolkit.data.worker import Job, Reply, WorkerSetup, encode_shard
+from toolkit.data.tokens.tokenizer import Tokenizer
+from toolkit.data.tokens.worker import Job, Reply, WorkerSetup, encode_shard
 from toolkit.errors import DataError
 
 SMALL_BYTES = 2 << 20
@@ -65,7 +65,7 @@ def encode_shards(
 
 
 class _Worker:
-    """A process that runs `toolkit.data.worker`."""
+    """A process that runs `toolkit.data.tokens.worker`."""
 
     def __init__(self, setup: WorkerSetup, *, threads: int) -> None:
         environment = dict(os.environ)
@@ -78,7 +78,7 @@ class _Worker:
         environment["TOKENIZERS_PARALLELISM"] = "true" if threads > 1 else "false"
         environment["RAYON_NUM_THREADS"] = str(threads)
         self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "toolkit.data.worker"],
+            [sys.executable, "-P", "-m", "toolkit.data.tokens.worker"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=environment,

@@ -82,7 +82,7 @@ def plan_source(source: SourceConfig, validation_fraction: float) -> Plan:
         DataError: when there is nothing to read.
     """
     if isinstance(source, HubSourceConfig):
-        from toolkit.data.hub import plan_hub
+        from toolkit.data.text.hub import plan_hub
 
         return plan_hub(source)
     files = list_files(source)
@@ -188,7 +188,7 @@ def _cut(
 ) -> Iterator[Range]:
     kind, whole = range_kind(file.name), file.num_bytes
     if kind == "parquet":
-        from toolkit.data.readers import parquet_row_groups
+        from toolkit.data.text.readers import parquet_row_groups
 
         assert isinstance(source, FilesSourceConfig)
         for first, last, num_bytes in parquet_row_groups(file.path, source.text_field, size):

@@ -1,0 +1,1 @@
+"""`toolkit data`: one module per verb."""

@@ -1,0 +1,63 @@
+"""What every kind of instances offers, and what a row of a batch consists of.
+
+An instance is one row of `sequence_length` tokens. Rows are dictionaries of arrays:
+
+    input_ids     int64  (rows, seq)   token ids
+    label_mask    bool   (rows, seq)   which tokens the loss asks for, by position; absent: all
+                                       (but the first of a row, which nothing predicts)
+    document_ids  int32  (rows, seq)   tokens of one document have the same number, ascending in a
+                                       row; attention stays inside it and positions start over
+                                       with it; absent: the row is one sequence
+
+Padding is a document of its own at the end of a row, with `label_mask` False.
+"""
+
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+Rows = dict[str, np.ndarray]
+
+
+class DocumentPart(NamedTuple):
+    """The tokens of one document inside an instance."""
+
+    document: int
+    """Its number in the split, from 0."""
+    start: int
+    """First token, counted from the document's own first."""
+    end: int
+    """One past the last."""
+    num_tokens: int
+    """Tokens of the whole document."""
+
+
+class InstanceDataset(Protocol):
+    """Instances of one split of one corpus, by number. Reading them needs no torch."""
+
+    @property
+    def sequence_length(self) -> int:
+        """Tokens of the longest row."""
+
+    @property
+    def num_instances(self) -> int:
+        """Instances are numbered from 0 to this, exclusively."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Identifies what every instance holds: tokens, and how they are cut into rows."""
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Average UTF-8 bytes of text per token; 0.0 where that is not known."""
+
+    @property
+    def tokenizer_folder(self) -> Path | None:
+        """Folder of the tokenizer that made the tokens; None where that is not known."""
+
+    def read(self, indices: np.ndarray) -> Rows:
+        """The instances `indices`, shape `(rows,)`, in that order. No Python per token."""
+
+    def documents(self, index: int) -> list[DocumentPart]:
+        """The documents in one instance, in order; they cover the row up to its padding."""

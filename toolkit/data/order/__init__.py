@@ -1,0 +1,1 @@
+"""Which rows make up batch n: computed, never stored."""

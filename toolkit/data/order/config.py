@@ -1,0 +1,81 @@
+"""Configs of mixtures: how much of each source training sees."""
+
+from toolkit.config import Config
+from toolkit.config.base import check_positive
+from toolkit.data.text.config import FiltersConfig, InstructionsConfig, SourceConfig
+
+
+class MixSourceConfig(Config, kw_only=True):
+    """One source of a mixture: a corpus of its own, or a mixture again.
+
+    What is not said here is taken from `dataset`: root, tokenizer, validation split, instances.
+    """
+
+    ratio: float
+    """Share of the mixture's tokens, relative to the other sources' ratios."""
+    dataset_name: str | None = None
+    """First folder level of its token files; default: the source's name in the mixture."""
+    dataset_config: str | None = None
+    """Second folder level; default: `dataset.dataset_config`."""
+    source: SourceConfig | None = None
+    """Where its text comes from; null: its token files exist already."""
+    filters: FiltersConfig | None = None
+    """Which documents are left out; default: `dataset.filters`."""
+    deduplicate: bool | None = None
+    """Leave out documents that were there before; default: `dataset.deduplicate`."""
+    instructions: InstructionsConfig | None = None
+    """For rows that are conversations; default: `dataset.instructions`."""
+    max_repetitions: float | None = None
+    """Most times each token may be seen over the whole run; null: no limit."""
+    max_tokens: int | None = None
+    """Use a random but fixed part of the source, of about this many tokens."""
+    mix: "str | dict[str, MixSourceConfig] | None" = None
+    """A mixture in place of a corpus: the name of a packaged mix, a JSON file, or sources."""
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.ratio < float("inf"):
+            raise ValueError(f"ratio must be a number, 0 or more: {self.ratio}")
+        check_positive(self, "max_repetitions", "max_tokens")
+        if self.mix is not None and (self.source is not None or self.dataset_name is not None):
+            raise ValueError("a source has either a mix or a corpus of its own, not both")
+
+
+class RatioChangeConfig(Config, kw_only=True):
+    """New ratios from a point of training on."""
+
+    at_tokens: int
+    """Tokens trained on (all sources together) when the ratios change."""
+    ratios: dict[str, float]
+    """Ratio of every source that is named; the others keep theirs. 0 stops a source."""
+
+    def __post_init__(self) -> None:
+        check_positive(self, "at_tokens")
+        if any(not 0.0 <= ratio < float("inf") for ratio in self.ratios.values()):
+            raise ValueError(f"ratios must be numbers, 0 or more: {self.ratios}")
+
+
+class MixConfig(Config, kw_only=True):
+    """Named sources in given shares; what `toolkit/recipes/mixes/*.json` hold."""
+
+    sources: dict[str, MixSourceConfig]
+    """The sources by name. Sources of a nested mixture are called `outer/inner`."""
+    schedule: tuple[RatioChangeConfig, ...] = ()
+    """Changes of the ratios, in the order of `at_tokens`."""
+
+    def __post_init__(self) -> None:
+        if not self.sources:
+            raise ValueError("a mix needs at least one source")
+        for name in self.sources:
+            if not name or not name.replace("-", "").replace("_", "").replace(".", "").isalnum():
+                raise ValueError(
+                    f"name of a source must be letters, digits, '.', '-', '_': {name!r}"
+                )
+        if sum(source.ratio for source in self.sources.values()) <= 0:
+            raise ValueError("at least one ratio must be more than 0")
+        places = [change.at_tokens for change in self.schedule]
+        if places != sorted(set(places)):
+            raise ValueError(f"schedule: at_tokens must ascend: {places}")
+        for change in self.schedule:
+            unknown = sorted(change.ratios.keys() - self.sources.keys())
+            if unknown:
+                raise ValueError(f"schedule: no such source: {', '.join(unknown)}")

@@ -1,0 +1,25 @@
+"""`Piece`: what readers give and encoders take."""
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+class Piece(NamedTuple):
+    """A document, or a part of a long one: parts follow each other, `starts` and `ends` tell.
+
+    It holds one of: text, a row of instruction data, or token ids.
+    """
+
+    identity: str
+    """Relative file name and place in it."""
+    text: str = ""
+    split: str | None = None
+    """Where the piece must go; None: decided by a hash of the identity."""
+    starts: bool = True
+    ends: bool = True
+    row: dict[str, Any] | None = None
+    """A conversation, or a prompt with its answer, as it stands in the file."""
+    ids: "np.ndarray | None" = None
+    """Token ids that came without text, end-of-document id included."""

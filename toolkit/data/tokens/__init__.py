@@ -1,0 +1,1 @@
+"""From documents to token files: tokenizers, preparation, store and cache."""

@@ -1,0 +1,56 @@
+"""From pieces of documents to token ids, and which of them the loss asks for."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+from toolkit.data.text.piece import Piece
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from toolkit.data.tokens.tokenizer import Tokenizer
+
+
+class Encoded(NamedTuple):
+    """The tokens of one piece."""
+
+    ids: "np.ndarray"
+    """Unsigned integers, shape `(num_tokens,)`, without the tokens that start and end documents."""
+    is_target: "np.ndarray | None" = None
+    """Which of them the loss asks for: bool of the same shape; None: all."""
+    eos_is_target: bool = True
+    """Whether the loss asks for the end-of-document token that follows."""
+
+
+class Encoder(Protocol):
+    """Encodes pieces of one kind of source."""
+
+    def encode(self, pieces: Sequence[Piece]) -> list[Encoded]:
+        """The tokens of each piece, in order.
+
+        Raises:
+            DataError: a piece cannot be encoded; names it.
+        """
+
+
+class TextEncoder:
+    """Ordinary text: what looks like a control token in it does not become one."""
+
+    def __init__(self, tokenizer: "Tokenizer") -> None:
+        self._tokenizer = tokenizer
+
+    def encode(self, pieces: Sequence[Piece]) -> list[Encoded]:
+        """The tokens of each piece's text."""
+        return [Encoded(ids) for ids in self._tokenizer.encode_batch([p.text for p in pieces])]
+
+
+class TokenEncoder:
+    """Pieces that are tokens already."""
+
+    def encode(self, pieces: Sequence[Piece]) -> list[Encoded]:
+        """The ids of each piece as they are."""
+        found = []
+        for piece in pieces:
+            assert piece.ids is not None
+            found.append(Encoded(piece.ids))
+        return found
