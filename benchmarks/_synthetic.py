@@ -12,7 +12,7 @@ from toolkit.data.tokens.prepared import (
     SplitInfo,
     hash_blocks,
 )
-from toolkit.data.tokens.tokenizer import ByteTokenizer
+from toolkit.data.tokens.byte_tokenizer import ByteTokenizer
 from toolkit.storage.atomic import hash_file, write_json_atomic
 
 

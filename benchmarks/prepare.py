@@ -29,7 +29,7 @@ from toolkit.data.text.readers import Counts, read_shard
 from toolkit.data.text.sources import plan_source
 from toolkit.data.tokens.pool import num_cores
 from toolkit.data.tokens.prepare import prepare_dataset
-from toolkit.data.tokens.tokenizer import train_bpe
+from toolkit.data.tokens.bpe_tokenizer import train_bpe
 
 FILE_BYTES = 1 << 20
 BATCH_DOCUMENTS = 64

@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from toolkit.data.tokens.tokenizer import train_bpe
+from toolkit.data.tokens.bpe_tokenizer import train_bpe
 from toolkit.errors import CheckpointError, DataError
 from toolkit.hf.export import export_hf, hf_architecture
 from toolkit.models.config import GPTConfig, ModelConfig, TransformerConfig

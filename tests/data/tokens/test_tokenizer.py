@@ -5,14 +5,10 @@ import numpy as np
 import pytest
 
 from toolkit.data.config import HFTokenizerConfig
-from toolkit.data.tokens.tokenizer import (
-    EOS_TOKEN,
-    ByteTokenizer,
-    Tokenizer,
-    load_hf_tokenizer,
-    load_tokenizer,
-    train_bpe,
-)
+from toolkit.data.tokens.bpe_tokenizer import train_bpe
+from toolkit.data.tokens.byte_tokenizer import ByteTokenizer
+from toolkit.data.tokens.hf_tokenizer import load_hf_tokenizer
+from toolkit.data.tokens.tokenizer import EOS_TOKEN, Tokenizer, load_tokenizer
 from toolkit.errors import DataError
 
 TEXTS = ["the cat sat on the mat\n" * 20, "def f(x):\n    return x + 1\n" * 20]

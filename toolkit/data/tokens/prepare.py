@@ -27,7 +27,7 @@ import msgspec
 import numpy as np
 import xxhash
 
-from toolkit.data.config import BPETokenizerConfig, DatasetConfig, HFTokenizerConfig
+from toolkit.data.config import BPETokenizerConfig, DatasetConfig
 from toolkit.data.text.readers import Counts, read_shard
 from toolkit.data.text.sources import Plan, plan_source
 from toolkit.data.tokens.pool import encode_shards, num_cores
@@ -46,13 +46,8 @@ from toolkit.data.tokens.prepared import (
 )
 from toolkit.data.tokens.progress import Progress
 from toolkit.data.tokens.settings import check_settings, settings_of
-from toolkit.data.tokens.tokenizer import (
-    ByteTokenizer,
-    Tokenizer,
-    load_hf_tokenizer,
-    load_tokenizer,
-    train_bpe,
-)
+from toolkit.data.tokens.tokenizer import Tokenizer, load_tokenizer
+from toolkit.data.tokens.tokenizer_choice import build_tokenizer
 from toolkit.data.tokens.worker import SPLITS, Job, Part, WorkerSetup, is_validation, part_path
 from toolkit.errors import DataError
 from toolkit.storage.atomic import fsync_folder, fsync_tree, remove_tree, write_json_atomic
@@ -179,11 +174,7 @@ def _tokenizer(config: DatasetConfig, plan: Plan, folder: Path, report: Progress
         return load_tokenizer(folder)
     if isinstance(choice, BPETokenizerConfig):
         report.note(f"training a BPE tokenizer of {choice.vocab_size} ids")
-        tokenizer = train_bpe(_sample(config, plan, choice.sample_bytes), choice.vocab_size)
-    elif isinstance(choice, HFTokenizerConfig):
-        tokenizer = load_hf_tokenizer(choice)
-    else:
-        tokenizer = ByteTokenizer()
+    tokenizer = build_tokenizer(choice, lambda size: _sample(config, plan, size))
     if config.append_eos and tokenizer.eos_id is None:
         raise DataError(
             "dataset.tokenizer: it names no end-of-document token; set dataset.tokenizer.eos_token "

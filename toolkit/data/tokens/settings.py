@@ -5,7 +5,6 @@ from typing import Any
 
 from toolkit.data.config import (
     DatasetConfig,
-    HFTokenizerConfig,
     HubSourceConfig,
     SourceConfig,
 )
@@ -21,10 +20,10 @@ def settings_of(config: DatasetConfig) -> dict[str, Any]:
     Paths are left out: text is identified by its content, so that folders may move.
     """
     tokenizer = config.tokenizer.to_dict()
-    if isinstance(config.tokenizer, HFTokenizerConfig):
-        from toolkit.data.tokens.tokenizer import hf_files_hash
+    if "path" in tokenizer:
+        from toolkit.data.tokens.tokenizer_choice import tokenizer_files_hash
 
-        tokenizer["files_hash"] = hf_files_hash(config.tokenizer.path)
+        tokenizer["files_hash"] = tokenizer_files_hash(config.tokenizer)
     source = config.source.to_dict() if config.source is not None else {}
     source.pop("paths", None)
     source.pop("streaming", None)

@@ -1,11 +1,13 @@
-"""Tokenizers behind one small interface: bytes, BPE trained on the spot, and Hugging Face ones.
+"""Tokenizers behind one small interface, and the folder they are stored in.
 
-Every tokenizer is stored as a folder with `tokenizer.json` and `tokenizer_config.json`, which both
-`load_tokenizer` and `transformers.AutoTokenizer` read. Text is always encoded as ordinary text: the
-characters `<|endoftext|>` inside a document never become the control token.
+Every tokenizer, whatever it was made from, is stored as a folder with `tokenizer.json` and
+`tokenizer_config.json`, which both `load_tokenizer` and `transformers.AutoTokenizer` read. Text is
+encoded as ordinary text: the characters `<|endoftext|>` inside a document never become the control
+token (`controls.py`). Only what a chat template has rendered is read with its control tokens.
 """
 
-import contextlib
+import copy
+import functools
 import os
 import shutil
 from collections.abc import Iterable, Sequence
@@ -14,9 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from toolkit.data.config import HFTokenizerConfig
 from toolkit.errors import DataError
-from toolkit.storage.atomic import write_json_atomic
+from toolkit.storage.atomic import write_atomic, write_json_atomic
 
 if TYPE_CHECKING:
     import numpy as np
@@ -24,12 +25,18 @@ if TYPE_CHECKING:
 
 TOKENIZER_FILE = "tokenizer.json"
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
-EOS_TOKEN = "<|endoftext|>"
-_BYTE_MARK = "is_byte_tokenizer"
-_COMPANION_FILES = (
-    TOKENIZER_CONFIG_FILE, "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
+CHAT_TEMPLATE_FILE = "chat_template.jinja"
+COMPANION_FILES = (
+    TOKENIZER_CONFIG_FILE, "special_tokens_map.json", "added_tokens.json", CHAT_TEMPLATE_FILE,
     "vocab.json", "merges.txt", "tokenizer.model",
 )  # fmt: skip
+"""What may lie beside a tokenizer.json and belongs to it."""
+EOS_TOKEN = "<|endoftext|>"
+"""End of a document, in tokenizers made here."""
+BYTE_MARK = "is_byte_tokenizer"
+
+Files = dict[str, Path | str | dict[str, Any]]
+"""Companions of tokenizer.json by name: a file to copy, text, or what is written as JSON."""
 
 
 class Tokenizer:
@@ -37,24 +44,31 @@ class Tokenizer:
 
     Attributes:
         eos_token, eos_id: the token that ends a document; None when the tokenizer has none.
+        bos_token, bos_id: the token that starts a document; None when the tokenizer has none.
         vocab_size: every id is below this.
+
+    Raises:
+        DataError: when `eos_token` or `bos_token` is no token of the backend.
     """
 
     def __init__(
-        self, backend: "BackendTokenizer", eos_token: str | None, files: dict[str, Any]
+        self,
+        backend: "BackendTokenizer",
+        eos_token: str | None,
+        files: Files,
+        *,
+        bos_token: str | None = None,
     ) -> None:
+        from toolkit.data.tokens.controls import ordinary_backend
+
         backend.no_truncation()
         backend.no_padding()
-        backend.encode_special_tokens = True
+        self.eos_token, self.bos_token = eos_token, bos_token
+        self.eos_id = _control_id(backend, "eos_token", eos_token)
+        self.bos_id = _control_id(backend, "bos_token", bos_token)
         self._backend = backend
+        self._ordinary = ordinary_backend(backend, [t for t in (eos_token, bos_token) if t])
         self._files = files
-        self.eos_token = eos_token
-        self.eos_id = backend.token_to_id(eos_token) if eos_token is not None else None
-        if eos_token is not None and self.eos_id is None:
-            raise DataError(
-                f"dataset.tokenizer.eos_token: the tokenizer has no token {eos_token!r}; "
-                "give one of its special tokens"
-            )
         # The largest id, not the number of entries: published vocabularies have gaps.
         self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values(), default=0) + 1
 
@@ -66,15 +80,73 @@ class Tokenizer:
         content = f"{self.eos_token}\n{self._backend.to_str()}"
         return xxhash.xxh3_64_hexdigest(content.encode())
 
+    @property
+    def chat_template(self) -> str | None:
+        """Jinja text that renders a conversation; None when the tokenizer has none.
+
+        Of several named ones, the one called `default`.
+        """
+        content = self._files.get(CHAT_TEMPLATE_FILE)
+        if isinstance(content, Path):
+            return content.read_text(encoding="utf-8")
+        if isinstance(content, str):
+            return content
+        config = self._files.get(TOKENIZER_CONFIG_FILE)
+        if isinstance(config, Path):
+            config = read_json(config)
+        template = config.get("chat_template") if isinstance(config, dict) else None
+        if isinstance(template, list):
+            named = {entry.get("name"): entry.get("template") for entry in template}
+            template = named.get("default")
+        return template if isinstance(template, str) else None
+
+    def with_chat_template(self, text: str) -> "Tokenizer":
+        """The same tokenizer with `text` as its chat template; `save` stores it."""
+        changed = copy.copy(self)
+        config = self._files.get(TOKENIZER_CONFIG_FILE, {})
+        content = read_json(config) if isinstance(config, Path) else config
+        assert isinstance(content, dict)
+        changed._files = {
+            **self._files,
+            TOKENIZER_CONFIG_FILE: {k: v for k, v in content.items() if k != "chat_template"},
+            CHAT_TEMPLATE_FILE: text,
+        }
+        return changed
+
     def encode_batch(self, texts: Sequence[str]) -> "list[np.ndarray]":
-        """Ids of each text, without any special token; uint32 arrays."""
+        """Ids of each text as ordinary text, without any control token; uint32 arrays."""
         import numpy as np
 
-        encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        encodings = self._ordinary.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(encoding.ids, dtype=np.uint32) for encoding in encodings]
 
+    def encode_offsets(
+        self, texts: Sequence[str], *, special_tokens: bool
+    ) -> "list[tuple[np.ndarray, np.ndarray]]":
+        """Ids of each text, and which characters each of them stands for.
+
+        Args:
+            special_tokens: the names of control tokens in the texts become these tokens. For text
+                that a trusted template has rendered; never for documents.
+
+        Returns:
+            For each text, ids of shape `(n,)` (uint32) and offsets of shape `(n, 2)` (int64): first
+            character, and one past the last. Tokens that hold parts of one character have the
+            same offsets.
+        """
+        import numpy as np
+
+        backend = self._with_controls if special_tokens else self._without_controls
+        return [
+            (
+                np.array(encoding.ids, dtype=np.uint32),
+                np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2),
+            )
+            for encoding in backend.encode_batch(list(texts), add_special_tokens=False)
+        ]
+
     def decode(self, ids: "Iterable[int]") -> str:
-        """The text of `ids`; the end-of-document token is shown by its name."""
+        """The text of `ids`; control tokens are shown by their names."""
         return self._backend.decode([int(i) for i in ids], skip_special_tokens=False)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
@@ -84,51 +156,21 @@ class Tokenizer:
         for name, content in self._files.items():
             if isinstance(content, Path):
                 shutil.copyfile(content, folder / name)
+            elif isinstance(content, str):
+                write_atomic(folder / name, content.encode())
             else:
                 write_json_atomic(folder / name, content)
         self._backend.save(str(folder / TOKENIZER_FILE))
 
+    # Backends of their own: whether control tokens are read is a property of the whole backend, and
+    # other threads may be encoding documents.
+    @functools.cached_property
+    def _with_controls(self) -> "BackendTokenizer":
+        return _offsets_backend(self._backend, encode_special_tokens=False)
 
-class ByteTokenizer(Tokenizer):
-    """Ids 0 to 255 are the bytes of UTF-8, 256 ends a document."""
-
-    def __init__(self) -> None:
-        from tokenizers import Tokenizer as BackendTokenizer
-        from tokenizers import decoders, models, pre_tokenizers
-
-        vocabulary = {character: byte for byte, character in enumerate(_byte_characters())}
-        backend = BackendTokenizer(models.BPE(vocab=vocabulary, merges=[]))
-        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-        backend.decoder = decoders.ByteLevel()
-        backend.add_special_tokens([EOS_TOKEN])
-        super().__init__(backend, EOS_TOKEN, {TOKENIZER_CONFIG_FILE: _fast_config(byte=True)})
-
-    def encode_batch(self, texts: Sequence[str]) -> "list[np.ndarray]":
-        """Bytes of each text; uint8 arrays."""
-        import numpy as np
-
-        return [np.frombuffer(text.encode(), dtype=np.uint8) for text in texts]
-
-
-def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Byte-level BPE (Sennrich et al. 2016; GPT-2's byte alphabet and word pattern).
-
-    The same texts give the same tokenizer. Little text may give fewer than `vocab_size` ids.
-    """
-    from tokenizers import Tokenizer as BackendTokenizer
-    from tokenizers import decoders, models, pre_tokenizers, trainers
-
-    backend = BackendTokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[EOS_TOKEN],
-        initial_alphabet=_byte_characters(),
-        show_progress=False,
-    )
-    backend.train_from_iterator(texts, trainer)
-    return Tokenizer(backend, EOS_TOKEN, {TOKENIZER_CONFIG_FILE: _fast_config()})
+    @functools.cached_property
+    def _without_controls(self) -> "BackendTokenizer":
+        return _offsets_backend(self._ordinary, encode_special_tokens=True)
 
 
 def load_tokenizer(folder: str | os.PathLike[str]) -> Tokenizer:
@@ -137,137 +179,67 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> Tokenizer:
     Raises:
         DataError: when there is no usable tokenizer.json.
     """
-    config = _read_json(Path(folder) / TOKENIZER_CONFIG_FILE)
-    if config.get(_BYTE_MARK):
-        return ByteTokenizer()
-    return _load_file(Path(folder) / TOKENIZER_FILE, eos_token=None)
+    return load_file(Path(folder) / TOKENIZER_FILE)
 
 
-def load_hf_tokenizer(config: HFTokenizerConfig) -> Tokenizer:
-    """A tokenizer from a folder, a tokenizer.json file or the hub.
+def load_file(
+    path: Path, *, eos_token: str | None = None, bos_token: str | None = None
+) -> Tokenizer:
+    """The tokenizer of a tokenizer.json and the files beside it.
+
+    Args:
+        eos_token, bos_token: in place of those that tokenizer_config.json names.
 
     Raises:
-        DataError: when it cannot be found, or exists in no form that `tokenizers` can run.
+        DataError: the file is missing or cannot be read.
     """
-    path = Path(config.path).expanduser()
-    if path.is_file():
-        return _load_file(path, config.eos_token)
-    if (path / TOKENIZER_FILE).is_file():
-        if _read_json(path / TOKENIZER_CONFIG_FILE).get(_BYTE_MARK):
-            return ByteTokenizer()
-        return _load_file(path / TOKENIZER_FILE, config.eos_token)
-    if path.is_dir():
-        return _load_with_transformers(str(path), config)
-    if path.is_absolute() or config.path.startswith((".", "~")) or config.path.count("/") > 1:
-        raise DataError(
-            f"dataset.tokenizer.path: {config.path}: no such file or folder; "
-            "give a tokenizer.json, a folder that holds one, or a hub name"
-        )
-    return _load_from_hub(config)
-
-
-def hf_files_hash(path_text: str) -> str | None:
-    """Hash of a local tokenizer's files; None for one that is not there (or on the hub)."""
-    import xxhash
-
-    path = Path(path_text).expanduser()
-    folder = path if path.is_dir() else path.parent
-    file = folder / TOKENIZER_FILE if path.is_dir() else path
-    digest = xxhash.xxh3_64()
-    try:
-        digest.update(file.read_bytes())
-    except OSError:
-        return None
-    with contextlib.suppress(OSError):
-        digest.update((folder / TOKENIZER_CONFIG_FILE).read_bytes())
-    return digest.hexdigest()
-
-
-def _load_file(path: Path, eos_token: str | None) -> Tokenizer:
     from tokenizers import Tokenizer as BackendTokenizer
 
+    files: Files = {
+        name: path.with_name(name) for name in COMPANION_FILES if path.with_name(name).is_file()
+    }
+    config = read_json(path.with_name(TOKENIZER_CONFIG_FILE))
+    if config.get(BYTE_MARK):
+        from toolkit.data.tokens.byte_tokenizer import ByteTokenizer
+
+        return ByteTokenizer(files)
     if not path.is_file():
         raise DataError(f"{path}: no such file; a tokenizer folder needs {TOKENIZER_FILE}")
     try:
         backend = BackendTokenizer.from_file(str(path))
     except Exception as error:  # `tokenizers` raises bare Exception for a file it cannot read
         raise DataError(f"{path}: not a tokenizer that can be read: {error}") from None
-    files: dict[str, Any] = {
-        name: path.with_name(name) for name in _COMPANION_FILES if path.with_name(name).is_file()
+    tokens_map = read_json(path.with_name("special_tokens_map.json"))
+    own = {
+        key: _token_text(config.get(key) or tokens_map.get(key))
+        for key in ("eos_token", "bos_token")
     }
-    return _with_eos(backend, path.parent, files, eos_token)
-
-
-def _with_eos(
-    backend: "BackendTokenizer", folder: Path, files: dict[str, Any], eos_token: str | None
-) -> Tokenizer:
-    config = _read_json(folder / TOKENIZER_CONFIG_FILE)
-    own = config.get("eos_token") or _read_json(folder / "special_tokens_map.json").get("eos_token")
-    if isinstance(own, dict):
-        own = own.get("content")
-    chosen = eos_token or own
+    chosen = {"eos_token": eos_token or own["eos_token"], "bos_token": bos_token}
+    if bos_token is None:
+        # Some configs name a start token that the vocabulary lacks; nobody has asked for it.
+        is_token = own["bos_token"] and backend.token_to_id(own["bos_token"]) is not None
+        chosen["bos_token"] = own["bos_token"] if is_token else None
     if not config or chosen != own:
-        files = {
-            **files,
-            TOKENIZER_CONFIG_FILE: {**(config or _fast_config()), "eos_token": chosen},
-        }
-    return Tokenizer(backend, chosen, files)
+        files[TOKENIZER_CONFIG_FILE] = {**(config or fast_config()), **chosen}
+    return Tokenizer(backend, chosen["eos_token"], files, bos_token=chosen["bos_token"])
 
 
-def _load_from_hub(config: HFTokenizerConfig) -> Tokenizer:
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-
-    try:
-        file = Path(hf_hub_download(config.path, TOKENIZER_FILE))
-        for name in _COMPANION_FILES[:4]:
-            with contextlib.suppress(EntryNotFoundError):
-                hf_hub_download(config.path, name)
-    except Exception as error:
-        # The local kind means that the hub could not be asked, not that it has no such file.
-        if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
-            return _load_with_transformers(config.path, config)
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise DataError(
-            f"dataset.tokenizer.path: {config.path}: no such local folder, and the hub gave none: "
-            f"{reason}"
-        ) from None
-    return _load_file(file, config.eos_token)
-
-
-def _load_with_transformers(name: str, config: HFTokenizerConfig) -> Tokenizer:
-    """For folders that hold only an older format (sentencepiece, vocab.json + merges.txt)."""
-    from transformers import AutoTokenizer
-
-    try:
-        loaded = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise DataError(
-            f"dataset.tokenizer.path: {config.path}: no tokenizer that can be loaded: {reason}"
-        ) from None
-    backend = getattr(loaded, "backend_tokenizer", None)
-    if backend is None:
-        raise DataError(
-            f"dataset.tokenizer.path: {config.path}: exists only as Python code, without a "
-            "tokenizer.json; convert it first, or use another tokenizer"
-        )
-    eos_token = config.eos_token or loaded.eos_token
-    return Tokenizer(
-        backend, eos_token, {TOKENIZER_CONFIG_FILE: {**_fast_config(), "eos_token": eos_token}}
-    )
-
-
-def _fast_config(*, byte: bool = False) -> dict[str, Any]:
+def fast_config(eos_token: str | None = EOS_TOKEN, bos_token: str | None = None) -> dict[str, Any]:
+    """Content of a tokenizer_config.json for a tokenizer.json that says all else."""
     config: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "eos_token": EOS_TOKEN,
+        "eos_token": eos_token,
         "clean_up_tokenization_spaces": False,
     }
-    return {**config, _BYTE_MARK: True} if byte else config
+    return config if bos_token is None else {**config, "bos_token": bos_token}
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object; empty when there is no such file.
+
+    Raises:
+        DataError: the file holds something else.
+    """
     try:
         return msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
     except FileNotFoundError:
@@ -276,14 +248,31 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise DataError(f"{path}: not valid JSON: {error}") from None
 
 
-def _byte_characters() -> list[str]:
-    """GPT-2's printable stand-in for each byte, in the order of the bytes."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    characters, next_free = [], 256
-    for byte in range(256):
-        if byte in printable:
-            characters.append(chr(byte))
-        else:
-            characters.append(chr(next_free))
-            next_free += 1
-    return characters
+def _control_id(backend: "BackendTokenizer", key: str, token: str | None) -> int | None:
+    if token is None:
+        return None
+    token_id = backend.token_to_id(token)
+    if token_id is None:
+        raise DataError(
+            f"dataset.tokenizer.{key}: the tokenizer has no token {token!r}; "
+            "give one of its special tokens"
+        )
+    # An entry of the vocabulary that no list of special tokens names: it keeps its id.
+    backend.add_special_tokens([token])
+    return token_id
+
+
+def _token_text(token: Any) -> str | None:
+    return token.get("content") if isinstance(token, dict) else token
+
+
+def _offsets_backend(
+    backend: "BackendTokenizer", *, encode_special_tokens: bool
+) -> "BackendTokenizer":
+    from tokenizers import Tokenizer as BackendTokenizer
+
+    own = BackendTokenizer.from_str(backend.to_str())
+    # A byte-level one takes the spaces out of the offsets.
+    own.post_processor = None
+    own.encode_special_tokens = encode_special_tokens
+    return own

@@ -1,0 +1,69 @@
+"""The tokenizer that a config asks for."""
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from toolkit.data.tokens.config import (
+    BPETokenizerConfig,
+    ByteTokenizerConfig,
+    HFTokenizerConfig,
+    SentencePieceTokenizerConfig,
+    TiktokenTokenizerConfig,
+    TokenizerConfig,
+)
+from toolkit.data.tokens.tokenizer import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE, Tokenizer
+
+
+def build_tokenizer(
+    config: TokenizerConfig, sample: Callable[[int], Iterable[str]] | None = None
+) -> Tokenizer:
+    """Load, convert or train a tokenizer.
+
+    Args:
+        sample: gives training text of about so many bytes; only asked where one is trained.
+
+    Raises:
+        ConfigError: a library is missing, or settings do not fit together.
+        DataError: its files are missing or damaged.
+    """
+    match config:
+        case ByteTokenizerConfig():
+            from toolkit.data.tokens.byte_tokenizer import ByteTokenizer
+
+            return ByteTokenizer()
+        case BPETokenizerConfig():
+            from toolkit.data.tokens.bpe_tokenizer import train_bpe
+
+            assert sample is not None, "a tokenizer cannot be trained without text"
+            return train_bpe(sample(config.sample_bytes), config.vocab_size)
+        case TiktokenTokenizerConfig():
+            from toolkit.data.tokens.tiktoken_tokenizer import load_tiktoken
+
+            return load_tiktoken(config)
+        case SentencePieceTokenizerConfig():
+            from toolkit.data.tokens.sentencepiece_tokenizer import load_sentencepiece
+
+            return load_sentencepiece(config)
+        case HFTokenizerConfig():
+            from toolkit.data.tokens.hf_tokenizer import load_hf_tokenizer
+
+            return load_hf_tokenizer(config)
+
+
+def tokenizer_files_hash(config: TokenizerConfig) -> str | None:
+    """xxh3_64 of the local files a tokenizer is made from; None where there are none (it is made
+    here, or comes from the hub, or its files are gone)."""
+    import xxhash
+
+    if isinstance(config, ByteTokenizerConfig | BPETokenizerConfig):
+        return None
+    path = Path(config.path).expanduser()
+    folder = path if path.is_dir() else path.parent
+    digest = xxhash.xxh3_64()
+    try:
+        digest.update((path / TOKENIZER_FILE if path.is_dir() else path).read_bytes())
+    except OSError:
+        return None
+    if isinstance(config, HFTokenizerConfig) and (folder / TOKENIZER_CONFIG_FILE).is_file():
+        digest.update((folder / TOKENIZER_CONFIG_FILE).read_bytes())
+    return digest.hexdigest()
