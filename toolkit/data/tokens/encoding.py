@@ -20,6 +20,12 @@ class Encoded(NamedTuple):
     """Which of them the loss asks for: bool of the same shape; None: all."""
     eos_is_target: bool = True
     """Whether the loss asks for the end-of-document token that follows."""
+    starts_with_bos: bool = False
+    """Whether `ids` begin with the start-of-document token: none is put before them."""
+    ends_with_eos: bool = False
+    """Whether `ids` end with the end-of-document token: none is put after them."""
+    left_out: str | None = None
+    """Why the whole document is left out, as counted in `Manifest.filtered_documents`."""
 
 
 class Encoder(Protocol):
