@@ -1,0 +1,85 @@
+"""Data sets as users write them; imported by name, in worker processes too."""
+
+import os
+from collections.abc import Iterator
+from typing import ClassVar
+
+import numpy as np
+
+
+class Counting:
+    """Item i is the ids from i on."""
+
+    vocab_size = 1000
+
+    def __init__(self, sequence_length: int, split: str = "train", count: int = 40) -> None:
+        self.count = count if split == "train" else 5
+        self.length = sequence_length
+        self.fingerprint = f"counting {count}"
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        return np.arange(index, index + self.length)
+
+
+class Short:
+    """Items of several lengths, with a mask."""
+
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        ids = np.arange(index + 1)
+        return {"input_ids": ids, "label_mask": ids > 0}
+
+
+class Lines:
+    """Iterable-style: ten items a pass."""
+
+    def __init__(self, sequence_length: int) -> None:
+        self.length = sequence_length
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        for number in range(10):
+            yield np.full(self.length, number)
+
+
+class Skipping(Lines):
+    """Iterable-style, and quick to start anywhere."""
+
+    starts: ClassVar[list[int]] = []
+
+    def iterate(self, start: int) -> Iterator[np.ndarray]:
+        Skipping.starts.append(start)
+        while True:
+            yield np.full(self.length, start % 10)
+            start += 1
+
+
+class Bad:
+    def __init__(self, what: str = "raises") -> None:
+        self.what = what
+
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, index: int) -> object:
+        if index != 3:
+            return [1, 2, 3]
+        if self.what == "dies":
+            os._exit(1)
+        if self.what == "raises":
+            raise KeyError("text")
+        return {
+            "long": list(range(99)),
+            "floats": [0.5, 1.0],
+            "key": {"input_ids": [1], "labels": [1]},
+            "shapes": {"input_ids": [1, 2], "label_mask": [True]},
+            "nothing": {},
+        }[self.what]
+
+
+class Neither:
+    pass

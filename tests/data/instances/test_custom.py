@@ -1,0 +1,130 @@
+import re
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.data.instances import custom_examples
+from toolkit.data.config import CustomDatasetConfig
+from toolkit.data.instances.custom import UNKNOWN_LENGTH, open_custom
+from toolkit.errors import ConfigError, DataError
+
+EXAMPLES = custom_examples.__name__
+
+
+def opened(name: str, split: str = "train", *, workers: dict[str, Any] | None = None, **args: Any):
+    config = CustomDatasetConfig(target=f"{EXAMPLES}:{name}", args=args)
+    return open_custom(config, split, 8, **(workers or {}))
+
+
+def test_items_of_a_map_style_data_set_are_its_instances() -> None:
+    instances = opened("Counting", count=20)
+    assert instances.num_instances == 20
+    assert instances.vocab_size == 1000
+    rows = instances.read(np.array([7, 0]))
+    assert list(rows) == ["input_ids"]
+    assert rows["input_ids"].tolist() == [list(range(7, 15)), list(range(8))]
+    assert rows["input_ids"].dtype == np.int64
+
+
+def test_short_items_are_padded_with_a_document_of_its_own() -> None:
+    rows = opened("Short").read(np.array([2, 7]))
+    assert rows["input_ids"][0].tolist() == [0, 1, 2, 0, 0, 0, 0, 0]
+    assert rows["label_mask"][0].tolist() == [False, True, True] + 5 * [False]
+    assert rows["document_ids"][0].tolist() == [0, 0, 0, 1, 1, 1, 1, 1]
+    assert rows["document_ids"][1].tolist() == 8 * [0]
+
+
+@pytest.mark.parametrize("worker_type", ["thread", "process"])
+def test_workers_give_the_same_items_in_the_same_order(worker_type: str) -> None:
+    instances = opened("Counting", workers={"num_workers": 2, "worker_type": worker_type})
+    numbers = np.random.default_rng(0).permutation(40)
+    try:
+        for part in np.split(numbers, [13, 14]):
+            expected = opened("Counting").read(part)["input_ids"]
+            assert np.array_equal(instances.read(part)["input_ids"], expected)
+    finally:
+        instances.close()
+
+
+def test_the_validation_split_is_asked_for_by_name() -> None:
+    assert opened("Counting", "val").num_instances == 5
+    assert opened("Short", "val") is None
+
+
+def test_passes_of_an_iterable_style_data_set_follow_each_other() -> None:
+    instances = opened("Lines")
+    assert instances.num_instances == UNKNOWN_LENGTH
+    for start in (0, 6, 23, 2):
+        rows = instances.read(np.arange(start, start + 5))["input_ids"]
+        assert rows[:, 0].tolist() == [n % 10 for n in range(start, start + 5)]
+
+
+def test_an_iterable_style_data_set_may_start_anywhere() -> None:
+    custom_examples.Skipping.starts.clear()
+    instances = opened("Skipping")
+    assert instances.read(np.arange(1_000_003, 1_000_005))["input_ids"][:, 0].tolist() == [3, 4]
+    assert instances.read(np.array([1_000_007]))["input_ids"][0, 0] == 7
+    assert custom_examples.Skipping.starts == [1_000_003]
+
+
+def test_the_fingerprint_is_of_class_arguments_and_what_it_says_itself() -> None:
+    prints = {
+        opened("Counting").fingerprint,
+        opened("Counting", count=41).fingerprint,
+        opened("Counting", "val").fingerprint,
+        opened("Short").fingerprint,
+    }
+    assert len(prints) == 4
+    assert opened("Counting").fingerprint == opened("Counting").fingerprint
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("raises", "custom_examples:Bad: item 3 cannot be made: KeyError: 'text'"),
+        ("long", "item 3: input_ids has shape (99,); give 1 to 8 (dataset.sequence_length) ids"),
+        ("floats", "item 3: input_ids holds float64, not integers"),
+        ("key", "item 3: unknown key 'labels'; known are input_ids, label_mask, document_ids"),
+        ("shapes", "item 3: label_mask has shape (1,), input_ids (2,)"),
+        ("nothing", "item 3: has no input_ids"),
+    ],
+)
+def test_an_item_that_cannot_be_used_is_named(what: str, message: str) -> None:
+    with pytest.raises(DataError, match=re.escape(message)):
+        opened("Bad", what=what).read(np.array([1, 3]))
+
+
+def test_an_id_beyond_the_vocabulary_is_an_error() -> None:
+    message = "item 999: ids from 999 to 1006, the vocabulary has 1000"
+    with pytest.raises(DataError, match=message):
+        opened("Counting", count=2000).read(np.array([999]))
+
+
+def test_a_worker_that_dies_ends_in_a_message() -> None:
+    instances = opened("Bad", what="dies", workers={"num_workers": 1, "worker_type": "process"})
+    with pytest.raises(DataError, match="a worker process ended suddenly"):
+        instances.read(np.array([3]))
+
+
+@pytest.mark.parametrize(
+    ("target", "args", "message"),
+    [
+        ("no.such.module:X", {}, "No module named 'no'"),
+        (f"{EXAMPLES}:Absent", {}, "has no attribute 'Absent'"),
+        (EXAMPLES, {}, "write it as module:Class"),
+        (f"{EXAMPLES}:Lines", {"size": 3}, "check dataset.custom.args"),
+    ],
+)
+def test_a_class_that_cannot_be_made_is_a_config_error(
+    target: str, args: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        open_custom(CustomDatasetConfig(target=target, args=args), "train", 8)
+
+
+def test_what_is_no_data_set_is_refused() -> None:
+    with pytest.raises(DataError, match="neither __len__ and __getitem__"):
+        opened("Neither")
+    with pytest.raises(ConfigError, match=r"data_loader\.num_workers 2.*one reader reads in order"):
+        opened("Lines", workers={"num_workers": 2})

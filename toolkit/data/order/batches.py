@@ -1,0 +1,178 @@
+"""Which instances make up global batch n.
+
+A stream of instances is cut into batches of equal size. Where the size changes in the middle of a
+run, a new segment begins: its first batch starts at the next instance that the batches before it
+have not used. So the position of training is the number of a batch and a short list of segments,
+and any batch, past or future, is found in constant time.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+from toolkit.data.order.stream import InstanceStream
+from toolkit.errors import ConfigError
+
+
+class Segment(NamedTuple):
+    """Batches of one size."""
+
+    first_batch: int
+    position: int
+    """Stream position of its first instance."""
+    batch_instances: int
+
+
+class BatchOrder(Protocol):
+    """Instances of every global batch, a pure function of (fingerprint, seed, batch number)."""
+
+    @property
+    def segments(self) -> tuple[Segment, ...]:
+        """Where the size of batches changed; at least the first one."""
+
+    @property
+    def steps_per_epoch(self) -> float:
+        """Whole global batches in one pass over the data; inf where passes are not known."""
+
+    @property
+    def is_uniform(self) -> bool:
+        """Whether all rows of all batches have the same length."""
+
+    def indices(self, first_batch: int, num_batches: int = 1) -> np.ndarray:
+        """Instances of global batches [first_batch, first_batch + num_batches), of one segment.
+
+        Time and memory depend on `num_batches` only. Shape `(num_batches, batch_instances)`.
+        """
+
+    def batches_in_segment(self, first_batch: int, num_batches: int) -> int:
+        """How many of these batches belong to the segment of the first."""
+
+    def epoch_end(self, epochs: int) -> int:
+        """Number of batches until `epochs` passes over the data are done."""
+
+    def epoch_of(self, batch: int) -> tuple[int, int]:
+        """(epoch, number in it) of a batch, both from 0."""
+
+    def resized(
+        self, segments: Sequence[Segment], batch: int, batch_instances: int
+    ) -> "BatchOrder":
+        """This order with the history `segments`, and batches of `batch_instances` from number
+        `batch` on.
+
+        Raises:
+            ConfigError: this kind of order takes one size only.
+        """
+
+
+class StreamBatches:
+    """Batches cut from an `InstanceStream`."""
+
+    is_uniform = True
+
+    def __init__(self, stream: InstanceStream, segments: Sequence[Segment]) -> None:
+        self.stream = stream
+        self.segments = tuple(segments)
+
+    @property
+    def steps_per_epoch(self) -> float:
+        """See `BatchOrder`; of the last segment's batch size."""
+        return self.stream.epoch_instances // self.segments[-1].batch_instances
+
+    def indices(self, first_batch: int, num_batches: int = 1) -> np.ndarray:
+        """See `BatchOrder`."""
+        size = self._segment(first_batch).batch_instances
+        starts = self._starts(first_batch, num_batches)
+        positions = (starts[:, None] + np.arange(size)).reshape(-1)
+        return self.stream.indices(positions).reshape(num_batches, size)
+
+    def batches_in_segment(self, first_batch: int, num_batches: int) -> int:
+        """See `BatchOrder`."""
+        later = [s.first_batch for s in self.segments if s.first_batch > first_batch]
+        return min([num_batches, *(start - first_batch for start in later)])
+
+    def position(self, batch: int) -> int:
+        """Stream position of the first instance of `batch`."""
+        return int(self._starts(batch, 1)[0])
+
+    def next_position(self, batch: int) -> int:
+        """Stream position after the last instance that batches before `batch` used."""
+        if batch == 0:
+            return 0
+        segment = self._segment(batch - 1)
+        return int(self._starts(batch - 1, 1)[0]) + segment.batch_instances
+
+    def epoch_end(self, epochs: int) -> int:
+        """See `BatchOrder`."""
+        last, total = self.segments[-1], self.stream.epoch_instances
+        if not self.stream.keeps_epochs_apart:
+            left = epochs * total - last.position
+            return last.first_batch + max(0, left // last.batch_instances)
+        first_epoch, whole = self._first_epoch(last)
+        if epochs <= first_epoch:
+            return last.first_batch
+        per_epoch = total // last.batch_instances
+        return last.first_batch + whole + (epochs - first_epoch - 1) * per_epoch
+
+    def epoch_of(self, batch: int) -> tuple[int, int]:
+        """See `BatchOrder`."""
+        epoch, place = divmod(self.position(batch), self.stream.epoch_instances)
+        return epoch, place // self._segment(batch).batch_instances
+
+    def resized(
+        self, segments: Sequence[Segment], batch: int, batch_instances: int
+    ) -> "StreamBatches":
+        """See `BatchOrder`."""
+        before = StreamBatches(self.stream, segments)
+        if before.segments[-1].batch_instances == batch_instances:
+            return before
+        kept = [s for s in before.segments if s.first_batch < batch]
+        added = Segment(batch, before.next_position(batch), batch_instances)
+        return StreamBatches(self.stream, [*kept, added])
+
+    def _segment(self, batch: int) -> Segment:
+        return next(s for s in reversed(self.segments) if s.first_batch <= batch)
+
+    def _first_epoch(self, segment: Segment) -> tuple[int, int]:
+        """(number of the epoch a segment begins in, whole batches of it that are left)."""
+        epoch, used = divmod(segment.position, self.stream.epoch_instances)
+        return epoch, (self.stream.epoch_instances - used) // segment.batch_instances
+
+    def _starts(self, first_batch: int, count: int) -> np.ndarray:
+        """Stream positions of the first instance of each batch."""
+        segment = self._segment(first_batch)
+        size, total = segment.batch_instances, self.stream.epoch_instances
+        numbers = np.arange(first_batch, first_batch + count) - segment.first_batch
+        if not self.stream.keeps_epochs_apart:
+            return segment.position + numbers * size
+        epoch, whole = self._first_epoch(segment)
+        later = numbers - whole
+        epochs, places = np.divmod(later, max(1, total // size))
+        return np.where(
+            later < 0,
+            segment.position + numbers * size,
+            (epoch + 1 + epochs) * total + places * size,
+        )
+
+
+def first_segment(batch_instances: int) -> Segment:
+    """Batches of one size from the beginning."""
+    return Segment(0, 0, batch_instances)
+
+
+def instances_per_batch(global_batch_size: int, sequence_length: int, world_size: int) -> int:
+    """Rows of a global batch, the same number on each data-parallel rank.
+
+    Raises:
+        ConfigError: the sizes do not divide.
+    """
+    unit = sequence_length * world_size
+    if global_batch_size % unit:
+        below = global_batch_size // unit * unit
+        nearest = f"{below} or {below + unit}" if below else f"{unit} or {2 * unit}"
+        raise ConfigError(
+            f"data_loader.global_batch_size {global_batch_size} is not divisible by "
+            f"dataset.sequence_length {sequence_length} x {world_size} data-parallel ranks = "
+            f"{unit}; the nearest sizes that work are {nearest}"
+        )
+    return global_batch_size // sequence_length
