@@ -68,3 +68,48 @@ def test_names_and_parameters_stay():
     before = {name: id(p) for name, p in model.named_parameters()}
     compile_model(model)
     assert {name: id(p) for name, p in model.named_parameters()} == before
+
+
+def documents(*lengths: int) -> torch.Tensor:
+    return torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths)).repeat(2, 1)
+
+
+def test_compiled_documents_train_like_eager_ones_and_stay_apart():
+    eager, compiled = CONFIG.build(), CONFIG.build()
+    compile_model(compiled, fullgraph=True)
+    ids, labels = batch()
+    document_ids = documents(9, 20, 3)
+    expected = eager(ids, labels, document_ids=document_ids)
+    expected.loss.backward()
+    got = compiled(ids, labels, document_ids=document_ids)
+    got.loss.backward()
+    torch.testing.assert_close(got.loss, expected.loss, rtol=1e-6, atol=0)
+    for a, b in zip(eager.parameters(), compiled.parameters(), strict=True):
+        torch.testing.assert_close(b.grad, a.grad, rtol=1e-4, atol=1e-4)
+    before = compiled(ids, document_ids=document_ids)
+    ids[:, 9:29] = (ids[:, 9:29] + 1) % 90
+    after = compiled(ids, document_ids=document_ids)
+    assert torch.equal(before[document_ids != 1], after[document_ids != 1])
+    assert not torch.equal(before[document_ids == 1], after[document_ids == 1])
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "flex"])
+def test_other_documents_need_no_other_compilation(monkeypatch, backend):
+    monkeypatch.setattr("toolkit.models.documents.attention_backend", lambda *_: backend)
+    model, counter = CONFIG.build(), CompileCounter()
+    compile_model(model, fullgraph=True, backend=counter)
+    with torch.no_grad():  # flex attention has no backward on a CPU
+        for lengths in ((9, 20, 3), (32,), (1, 2, 29)):
+            model(batch()[0], document_ids=documents(*lengths))
+    assert counter.frame_count == 1
+
+
+def test_every_length_of_a_curriculum_is_compiled():
+    model, counter = CONFIG.build(), CompileCounter()
+    compile_model(model, fullgraph=True, backend=counter)  # raises past the limit
+    lengths = range(2, 26, 2)
+    for length in lengths:
+        ids = batch()[0][:, :length]
+        model(ids)
+        model(ids, document_ids=documents(1, length - 1))
+    assert counter.frame_count == 2 * len(lengths) == 24

@@ -3,17 +3,17 @@
 from torch import Tensor, nn
 
 from toolkit.models.config import TransformerConfig
+from toolkit.models.documents import AttentionMask, attend
 from toolkit.models.norms import build_norm
 from toolkit.models.rope import RotaryTable, rotate
 
 
 class Attention(nn.Module):
-    """Multi-head or grouped-query attention through torch's `scaled_dot_product_attention`."""
+    """Multi-head or grouped-query attention."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.head_dim = config.attention_head_dim
-        self.groups = config.num_heads // config.kv_heads
         self.norm_per_head = config.qk_norm == "per_head"
         query_width = config.num_heads * self.head_dim
         key_width = config.kv_heads * self.head_dim
@@ -29,21 +29,22 @@ class Attention(nn.Module):
             )
             self.key_norm = build_norm(config, self.head_dim if self.norm_per_head else key_width)
 
-    def forward(self, x: Tensor, rotary: RotaryTable | None) -> Tensor:
-        """`(batch, seq, d_model)` to the same shape; `rotary` is None for learned positions."""
+    def forward(
+        self, x: Tensor, rotary: RotaryTable | None, mask: AttentionMask | None = None
+    ) -> Tensor:
+        """`(batch, seq, d_model)` to the same shape.
+
+        Args:
+            rotary: None for learned positions.
+            mask: None where each row is one document.
+        """
         batch, seq, _ = x.shape
         query = self._heads(self.query(x), self.query_norm)
         key = self._heads(self.key(x), self.key_norm)
         value = self._heads(self.value(x), None)
         if rotary is not None:
             query, key = rotate(query, rotary), rotate(key, rotary)
-        attended = nn.functional.scaled_dot_product_attention(
-            query.transpose(1, 2),
-            key.transpose(1, 2),
-            value.transpose(1, 2),
-            is_causal=True,
-            enable_gqa=self.groups > 1,
-        )
+        attended = attend(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), mask)
         return self.output(attended.transpose(1, 2).reshape(batch, seq, -1))
 
     def _heads(self, projected: Tensor, norm: nn.Module | None) -> Tensor:

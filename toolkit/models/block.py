@@ -4,6 +4,7 @@ from torch import Tensor, nn
 
 from toolkit.models.attention import Attention
 from toolkit.models.config import TransformerConfig
+from toolkit.models.documents import AttentionMask
 from toolkit.models.feed_forward import build_feed_forward
 from toolkit.models.norms import build_norm
 from toolkit.models.rope import RotaryTable
@@ -20,10 +21,12 @@ class Block(nn.Module):
         self.feed_forward = build_feed_forward(config)
         self.feed_forward_norm = build_norm(config, config.d_model)
 
-    def forward(self, x: Tensor, rotary: RotaryTable | None) -> Tensor:
+    def forward(
+        self, x: Tensor, rotary: RotaryTable | None, mask: AttentionMask | None = None
+    ) -> Tensor:
         """`(batch, seq, d_model)` to the same shape."""
         if self.norm_first:
-            x = x + self.attention(self.attention_norm(x), rotary)
+            x = x + self.attention(self.attention_norm(x), rotary, mask)
             return x + self.feed_forward(self.feed_forward_norm(x))
-        x = x + self.attention_norm(self.attention(x, rotary))
+        x = x + self.attention_norm(self.attention(x, rotary, mask))
         return x + self.feed_forward_norm(self.feed_forward(x))

@@ -16,12 +16,16 @@ class Embeddings(nn.Module):
         if config.positions == "learned":
             self.positions = nn.Embedding(config.max_sequence_length, config.d_model)
 
-    def forward(self, input_ids: Tensor) -> Tensor:
-        """`(batch, seq)` ids to `(batch, seq, d_model)` in the compute type."""
+    def forward(self, input_ids: Tensor, positions: Tensor | None = None) -> Tensor:
+        """`(batch, seq)` ids to `(batch, seq, d_model)` in the compute type.
+
+        `positions`, `(batch, seq)`: of each token in its document; default: in its row.
+        """
         x = self._compute_type(self.tokens(input_ids))
         if self.positions is not None:
-            position = torch.arange(input_ids.shape[1], device=input_ids.device)
-            x = x + self._compute_type(self.positions(position))
+            if positions is None:
+                positions = torch.arange(input_ids.shape[1], device=input_ids.device)
+            x = x + self._compute_type(self.positions(positions))
         return x
 
     @staticmethod

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 class RotaryTable:
-    """cos and sin of every angle, each `(seq, head_dim / 2)` in fp32.
+    """cos and sin of every angle in fp32, each `(seq, head_dim / 2)` or `(batch, seq, ...)`.
 
     A plain object and not a tuple of tensors: engines that cast floating-point arguments of a
     module to the compute type (FSDP2) would round the angles' cosines to bf16. Nothing here is a
@@ -19,6 +19,10 @@ class RotaryTable:
     def __init__(self, cos: Tensor, sin: Tensor) -> None:
         self.cos = cos
         self.sin = sin
+
+    def at(self, positions: Tensor) -> "RotaryTable":
+        """The angles of `positions`, `(batch, seq)` int64."""
+        return RotaryTable(self.cos[positions], self.sin[positions])
 
 
 @lru_cache(maxsize=8)
@@ -37,6 +41,6 @@ def rotary_table(
 
 def rotate(x: Tensor, table: RotaryTable) -> Tensor:
     """Rotate `(batch, seq, heads, head_dim)`: channel i is paired with i + head_dim / 2."""
-    cos, sin = table.cos[:, None, :], table.sin[:, None, :]
+    cos, sin = table.cos[..., None, :], table.sin[..., None, :]
     first, second = x.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from toolkit.models.block import Block
 from toolkit.models.config import TransformerConfig
+from toolkit.models.documents import AttentionMask, document_positions, document_starts
 from toolkit.models.embeddings import Embeddings
 from toolkit.models.head import Head
 from toolkit.models.init import initialize_
@@ -36,15 +37,27 @@ class Transformer(nn.Module):
             initialize_(self, seed)
 
     @overload
-    def forward(self, input_ids: Tensor, labels: None = None) -> Tensor: ...
+    def forward(
+        self, input_ids: Tensor, labels: None = None, *, document_ids: Tensor | None = None
+    ) -> Tensor: ...
 
     @overload
     def forward(
-        self, input_ids: Tensor, labels: Tensor, *, z_loss_multiplier: float = 0.0
+        self,
+        input_ids: Tensor,
+        labels: Tensor,
+        *,
+        document_ids: Tensor | None = None,
+        z_loss_multiplier: float = 0.0,
     ) -> LossSums: ...
 
     def forward(
-        self, input_ids: Tensor, labels: Tensor | None = None, *, z_loss_multiplier: float = 0.0
+        self,
+        input_ids: Tensor,
+        labels: Tensor | None = None,
+        *,
+        document_ids: Tensor | None = None,
+        z_loss_multiplier: float = 0.0,
     ) -> Tensor | LossSums:
         """Logits, or the sums of the loss.
 
@@ -52,6 +65,8 @@ class Transformer(nn.Module):
             input_ids: `(batch, seq)` int64.
             labels: `(batch, seq)` int64, already shifted: `labels[b, t]` is what follows
                 `input_ids[b, t]`; -100 where there is no target.
+            document_ids: `(batch, seq)` of integers: attention stays inside stretches of equal
+                numbers, positions start over with each; default: each row is one document.
             z_loss_multiplier: weight of logsumexp(logits)^2 in the loss.
 
         Returns:
@@ -60,7 +75,8 @@ class Transformer(nn.Module):
             the number of targets of the global batch).
 
         Raises:
-            ValueError: for a sequence longer than `config.max_sequence_length`.
+            ValueError: for a sequence longer than `config.max_sequence_length`, or document ids of
+                another shape than the input ids.
         """
         config, seq = self.config, input_ids.shape[1]
         if seq > config.max_sequence_length:
@@ -73,8 +89,24 @@ class Transformer(nn.Module):
             rotary = rotary_table(
                 seq, config.attention_head_dim, config.rope_theta, input_ids.device
             )
-        x = self.embeddings(input_ids)
+        if document_ids is None:
+            x, mask = self.embeddings(input_ids), None
+        else:
+            _check_same_shape(document_ids, input_ids)
+            starts = document_starts(document_ids)
+            positions = document_positions(starts)
+            rotary = None if rotary is None else rotary.at(positions)
+            x = self.embeddings(input_ids, positions)
+            mask = AttentionMask(starts, dtype=x.dtype, head_dim=config.attention_head_dim)
         for block in self.blocks:
-            x = block(x, rotary)
+            x = block(x, rotary, mask)
         tied_weight = self.embeddings.tokens.weight if config.tie_embeddings else None
         return self.head(x, labels, tied_weight, z_loss_multiplier=z_loss_multiplier)
+
+
+def _check_same_shape(document_ids: Tensor, input_ids: Tensor) -> None:
+    if document_ids.shape != input_ids.shape:
+        raise ValueError(
+            f"document_ids have the shape {tuple(document_ids.shape)}, input_ids "
+            f"{tuple(input_ids.shape)}; give one document number per token"
+        )

@@ -5,7 +5,7 @@ microbatch size, the number of ranks or the engine. The number is known before t
 engines average gradients over ranks, so each local sum is scaled by ranks / number.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -58,14 +58,20 @@ class TransformerTrainModule(TrainModule):
         self._z_loss = config.z_loss_multiplier or 0.0
 
     def train_batch(self, batch: Batch) -> dict[str, Metric]:
-        input_ids, labels, num_targets = self._prepare(batch)
+        inputs = self._inputs(batch)
+        num_targets = self._num_targets(batch, inputs.labels)
         factor = self.runtime.data_parallel_size / num_targets
-        pieces = self._microbatches(input_ids, labels)
+        pieces = self._microbatches(inputs)
         ce = z = None
-        for index, (ids, targets) in enumerate(pieces):
+        for index, piece in enumerate(pieces):
             with self.runtime.microbatch(is_last=index == len(pieces) - 1):
                 with self.runtime.autocast():
-                    sums = self.runtime.model(ids, targets, z_loss_multiplier=self._z_loss)
+                    sums = self.runtime.model(
+                        piece.input_ids,
+                        piece.labels,
+                        document_ids=piece.document_ids,
+                        z_loss_multiplier=self._z_loss,
+                    )
                 self.runtime.backward(sums.loss, factor)
             ce = sums.ce if ce is None else ce + sums.ce
             z = sums.z if z is None else z + sums.z
@@ -89,12 +95,12 @@ class TransformerTrainModule(TrainModule):
 
     @torch.no_grad()
     def eval_batch(self, batch: Batch) -> EvalSums:
-        device = self.environment.device
-        input_ids = batch["input_ids"].to(device, non_blocking=True)
-        labels = shift_labels(input_ids, _on_device(batch.get("label_mask"), device))
+        inputs = self._inputs(batch)
         with self.runtime.autocast():
-            sums = self.runtime.model(input_ids, labels)
-        return EvalSums(sums.ce, (labels != IGNORE_INDEX).sum())
+            sums = self.runtime.model(
+                inputs.input_ids, inputs.labels, document_ids=inputs.document_ids
+            )
+        return EvalSums(sums.ce, (inputs.labels != IGNORE_INDEX).sum())
 
     @torch.no_grad()
     def logits(self, input_ids: torch.Tensor) -> torch.Tensor:
@@ -133,34 +139,35 @@ class TransformerTrainModule(TrainModule):
     def state_filled(self) -> None:
         self.runtime.state_filled()
 
-    def _prepare(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, int | torch.Tensor]:
-        """(input_ids, labels, number of targets in the global batch)."""
+    def _inputs(self, batch: Batch) -> "_Inputs":
         device = self.environment.device
         input_ids = batch["input_ids"].to(device, non_blocking=True)
-        mask = _on_device(batch.get("label_mask"), device)
-        labels = shift_labels(input_ids, mask)
-        if mask is None:
-            rows, length = input_ids.shape
-            return input_ids, labels, rows * (length - 1) * self.runtime.data_parallel_size
+        document_ids = _on_device(batch.get("document_ids"), device)
+        label_mask = _on_device(batch.get("label_mask"), device)
+        return _Inputs(input_ids, shift_labels(input_ids, label_mask, document_ids), document_ids)
+
+    def _num_targets(self, batch: Batch, labels: torch.Tensor) -> int | torch.Tensor:
+        """Targets in the global batch."""
+        if batch.get("label_mask") is None and batch.get("document_ids") is None:
+            rows, length = labels.shape
+            return rows * (length - 1) * self.runtime.data_parallel_size
         count = (labels != IGNORE_INDEX).sum()
         if self.environment.world_size > 1:
             dist.all_reduce(count)
         # A batch without any target has no loss; 1 keeps it zero instead of dividing by zero.
-        return input_ids, labels, count.clamp(min=1)
+        return count.clamp(min=1)
 
-    def _microbatches(
-        self, input_ids: torch.Tensor, labels: torch.Tensor
-    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        length = input_ids.shape[1]
+    def _microbatches(self, inputs: "_Inputs") -> list["_Inputs"]:
+        length = inputs.input_ids.shape[1]
         if self.config.rank_microbatch_size is None:
-            return [(input_ids, labels)]
+            return [inputs]
         size = self.config.rank_microbatch_size // length
         if size < 1:
             raise ConfigError(
                 f"train_module.rank_microbatch_size {self.config.rank_microbatch_size} is smaller "
                 f"than one instance of dataset.sequence_length {length}; use a multiple of it"
             )
-        return list(zip(input_ids.split(size), labels.split(size), strict=True))
+        return inputs.split(size)
 
     def _rate_factor(self, progress: Progress) -> float:
         if self.config.scheduler.units == "tokens":
@@ -184,18 +191,42 @@ class TransformerTrainModule(TrainModule):
         return dict(zip(order, packed.unbind(), strict=True))
 
 
-def shift_labels(input_ids: torch.Tensor, label_mask: torch.Tensor | None = None) -> torch.Tensor:
-    """Next-token targets (batch, seq): shifted inside each instance, -100 where there is none.
+def shift_labels(
+    input_ids: torch.Tensor,
+    label_mask: torch.Tensor | None = None,
+    document_ids: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Next-token targets (batch, seq): shifted inside each document, -100 where there is none.
 
-    `label_mask` (batch, seq), bool: which tokens of `input_ids` are targets, by position.
+    Args:
+        label_mask: (batch, seq), bool: which tokens of `input_ids` are targets, by position.
+        document_ids: (batch, seq): the first token of a document is nobody's target. Default: each
+            row is one document.
     """
     labels = torch.full_like(input_ids, IGNORE_INDEX)
-    if label_mask is None:
-        labels[:, :-1] = input_ids[:, 1:]
-    else:
-        labels[:, :-1] = torch.where(label_mask[:, 1:], input_ids[:, 1:], IGNORE_INDEX)
+    wanted = None if label_mask is None else label_mask[:, 1:]
+    if document_ids is not None:
+        inside = document_ids[:, 1:] == document_ids[:, :-1]
+        wanted = inside if wanted is None else wanted & inside
+    following = input_ids[:, 1:]
+    labels[:, :-1] = following if wanted is None else torch.where(wanted, following, IGNORE_INDEX)
     return labels
 
 
 def _on_device(tensor: torch.Tensor | None, device: torch.device) -> torch.Tensor | None:
     return None if tensor is None else tensor.to(device, non_blocking=True)
+
+
+class _Inputs(NamedTuple):
+    """What a forward is given, on the device, each (rows, seq)."""
+
+    input_ids: torch.Tensor
+    labels: torch.Tensor
+    document_ids: torch.Tensor | None
+
+    def split(self, rows: int) -> "list[_Inputs]":
+        ids, labels = self.input_ids.split(rows), self.labels.split(rows)
+        documents = (
+            [None] * len(ids) if self.document_ids is None else self.document_ids.split(rows)
+        )
+        return [_Inputs(*piece) for piece in zip(ids, labels, documents, strict=True)]

@@ -1,10 +1,12 @@
 """Text from the final model."""
 
 import logging
+from pathlib import Path
 
 from rich import get_console
 
 from toolkit.data.tokens.tokenizer import load_tokenizer
+from toolkit.errors import ConfigError
 from toolkit.evaluate.generate import generate
 from toolkit.train.callbacks.base import Callback
 from toolkit.train.config import SampleWriterConfig
@@ -21,11 +23,15 @@ class SampleWriter(Callback):
     def __init__(self, config: SampleWriterConfig) -> None:
         self._config = config
 
+    def pre_train(self) -> None:
+        """Raises ConfigError when nothing could turn ids into text: now, not after training."""
+        self._tokenizer_folder()
+
     def post_train(self) -> None:
         trainer, config = self.trainer, self._config
         if trainer.stop_request.is_agreed:
             return
-        tokenizer = load_tokenizer(trainer.train_loader.tokenizer_folder)
+        tokenizer = load_tokenizer(self._tokenizer_folder())
         prompt = tokenizer.encode_batch([config.prompt])[0].tolist() if config.prompt else []
         if not prompt and tokenizer.eos_id is not None:
             prompt = [tokenizer.eos_id]
@@ -49,3 +55,13 @@ class SampleWriter(Callback):
             console.rule("sample", align="left")
             console.print(tokenizer.decode([*prompt, *ids]), markup=False, highlight=False)
             console.rule()
+
+    def _tokenizer_folder(self) -> Path:
+        folder: Path | None = self.trainer.train_loader.tokenizer_folder
+        if folder is None:
+            raise ConfigError(
+                "trainer.callbacks.sample_writer.enabled: the training data came without a "
+                "tokenizer, so samples cannot be written as text; set it to false, or name the "
+                "tokens' tokenizer in dataset.tokenizer"
+            )
+        return folder
