@@ -80,6 +80,12 @@ class Tokenizer:
         content = f"{self.eos_token}\n{self._backend.to_str()}"
         return xxhash.xxh3_64_hexdigest(content.encode())
 
+    @functools.cached_property
+    def control_tokens(self) -> dict[str, int]:
+        """Ids of the special tokens, by name. No ordinary text becomes one of them."""
+        added = self._backend.get_added_tokens_decoder()
+        return {token.content: number for number, token in added.items() if token.special}
+
     @property
     def chat_template(self) -> str | None:
         """Jinja text that renders a conversation; None when the tokenizer has none.
