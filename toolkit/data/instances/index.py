@@ -1,0 +1,128 @@
+"""Where documents start: the .idx file of a split, checked, read in blocks, and asked by position.
+
+Nothing here holds more than a block of the file in memory.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from toolkit.data.instances.base import DocumentPart
+from toolkit.data.tokens.prepared import PreparedDataset, Split
+from toolkit.errors import DataError
+
+BLOCK_DOCUMENTS = 1 << 18
+"""Documents, and pieces of documents, worked on at once: some tens of megabytes."""
+
+
+class Windows(NamedTuple):
+    """Pieces of documents, in file order."""
+
+    starts: np.ndarray
+    """Position of each piece's first token in the .bin file: int64, `(pieces,)`."""
+    lengths: np.ndarray
+    """Tokens of each piece: int64, `(pieces,)`."""
+
+
+class DocumentIndex:
+    """Documents of one split by position of their tokens.
+
+    Attributes:
+        starts: position of each document's first token, uint64 `(num_documents,)`, a memory map.
+        num_tokens: tokens of the split, where the last document ends.
+
+    Raises:
+        DataError: the file is missing, has not the manifest's size, or is seen at once not to
+            start with 0 or to go beyond the tokens. `verify` looks at all of it.
+    """
+
+    def __init__(self, prepared: PreparedDataset, split: Split) -> None:
+        self._path = prepared.folder / f"{split}.idx"
+        self._hash = prepared.manifest.splits[split].index_hash
+        self.num_tokens = prepared.num_tokens(split)
+        if prepared.num_documents(split) == 0:
+            raise self._error(f"names no document, but there are {self.num_tokens:,} tokens")
+        self.starts = np.asarray(prepared.document_starts(split))
+        if self.starts[0] != 0:
+            raise self._error(f"the first document starts at {self.starts[0]}, not at 0")
+        if self.starts[-1] > self.num_tokens:
+            raise self._error(
+                f"document {len(self.starts) - 1} starts at {self.starts[-1]}, but the split has "
+                f"{self.num_tokens} tokens"
+            )
+
+    def verify(self) -> None:
+        """Read the whole file and compare it with itself and the manifest.
+
+        Raises:
+            DataError: starts that do not ascend, or content whose hash is not the manifest's.
+        """
+        import xxhash
+
+        hasher, last = xxhash.xxh3_128(), np.uint64(0)
+        for first in range(0, len(self.starts), BLOCK_DOCUMENTS):
+            block = self.starts[first : first + BLOCK_DOCUMENTS]
+            hasher.update(block.data)
+            previous = np.concatenate(([last], block[:-1]))
+            falling = np.flatnonzero(block < previous)
+            if len(falling):
+                number, place = first + int(falling[0]), int(falling[0])
+                raise self._error(
+                    f"document {number} starts at {block[place]}, before document {number - 1} "
+                    f"at {previous[place]}"
+                )
+            last = block[-1]
+        if self._hash is not None and hasher.hexdigest() != self._hash:
+            raise self._error("its content is not what dataset.json beside it says")
+
+    def blocks(self) -> Iterator[Windows]:
+        """All documents, whole, in blocks; empty ones have length 0."""
+        for first in range(0, len(self.starts), BLOCK_DOCUMENTS):
+            stop = min(first + BLOCK_DOCUMENTS, len(self.starts))
+            starts = self.starts[first:stop].astype(np.int64)
+            after = int(self.starts[stop]) if stop < len(self.starts) else self.num_tokens
+            yield Windows(starts, np.diff(starts, append=after))
+
+    def windows(self, sequence_length: int) -> Iterator[Windows]:
+        """All documents cut every `sequence_length` tokens, counted from their own start.
+
+        Each has as many whole pieces as fit, and what is left over, if anything.
+        """
+        for starts, lengths in self.blocks():
+            ends = np.cumsum(-(-lengths // sequence_length))
+            for first in range(0, int(ends[-1]), BLOCK_DOCUMENTS):
+                numbers = np.arange(first, min(first + BLOCK_DOCUMENTS, int(ends[-1])))
+                documents = np.searchsorted(ends, numbers, side="right")
+                # Counted back from the document's last piece, which `ends` gives.
+                pieces = -(-lengths[documents] // sequence_length)
+                offsets = (numbers - (ends[documents] - pieces)) * sequence_length
+                yield Windows(
+                    starts[documents] + offsets,
+                    np.minimum(lengths[documents] - offsets, sequence_length),
+                )
+
+    def parts(self, first: int, num_tokens: int) -> list[DocumentPart]:
+        """The documents that the `num_tokens` tokens from position `first` belong to, in order."""
+        last = first + num_tokens
+        found = []
+        # Of documents that start at the same place, all but the last are empty.
+        number = int(np.searchsorted(self.starts, np.uint64(first), side="right")) - 1
+        while number < len(self.starts) and int(self.starts[number]) < last:
+            begin = int(self.starts[number])
+            is_last = number + 1 == len(self.starts)
+            end = self.num_tokens if is_last else int(self.starts[number + 1])
+            if end > max(first, begin):
+                found.append(
+                    DocumentPart(
+                        number, max(first, begin) - begin, min(last, end) - begin, end - begin
+                    )
+                )
+            number += 1
+        return found
+
+    def _error(self, what: str) -> DataError:
+        return DataError(
+            f"{self._path}: document index disagrees with the tokens: {what}; restore it, or "
+            f"delete {self._path.parent} and prepare the data again"
+        )

@@ -1,0 +1,110 @@
+"""The instances that a config asks for.
+
+Only `open_instances` and making plans need numpy; nothing here needs torch.
+"""
+
+from typing import TYPE_CHECKING
+
+from toolkit.data.config import DatasetConfig
+from toolkit.data.instances.config import (
+    FixedInstancesConfig,
+    InstancesConfig,
+    PackedInstancesConfig,
+    PaddedInstancesConfig,
+    VariableInstancesConfig,
+)
+from toolkit.data.tokens.prepared import PreparedDataset, Split
+
+if TYPE_CHECKING:
+    from toolkit.data.instances.base import InstanceDataset
+    from toolkit.data.instances.plans import Plan
+
+
+def open_instances(
+    prepared: PreparedDataset, split: Split, config: DatasetConfig, *, evaluation: bool = False
+) -> "InstanceDataset":
+    """The instances of one split; their plan is made now where it is missing.
+
+    Args:
+        evaluation: as `eval_instances` says; see `instances_config`.
+
+    Raises:
+        ConfigError: `sequence_length` does not suit the kind of instances.
+        DataError: the token files or a plan are damaged, or the plan cannot be written.
+    """
+    kind, length = instances_config(config, evaluation=evaluation), config.sequence_length
+    if isinstance(kind, PackedInstancesConfig):
+        from toolkit.data.instances.packed import PackedDataset
+
+        return PackedDataset(prepared, split, length)
+    if isinstance(kind, PaddedInstancesConfig):
+        from toolkit.data.instances.padded import PaddedDataset
+
+        return PaddedDataset(prepared, split, length)
+    if isinstance(kind, VariableInstancesConfig):
+        from toolkit.data.instances.variable import VariableDataset
+
+        return VariableDataset(prepared, split, length, min_length=kind.min_sequence_length)
+    from toolkit.data.instances.fixed import TokenDataset
+
+    return TokenDataset(prepared, split, length, intra_document_masking=kind.intra_document_masking)
+
+
+def instances_config(config: DatasetConfig, *, evaluation: bool = False) -> InstancesConfig:
+    """Kind of instances of training, or of evaluation: `eval_instances`, and where that is null,
+    as in training; fixed where that is variable."""
+    if not evaluation:
+        return config.instances
+    if config.eval_instances is not None:
+        return config.eval_instances
+    if isinstance(config.instances, VariableInstancesConfig):
+        return FixedInstancesConfig()
+    return config.instances
+
+
+def count_instances(
+    prepared: PreparedDataset, split: Split, config: DatasetConfig, *, evaluation: bool = False
+) -> int | None:
+    """How many instances there are, in about a millisecond; None: the plan that tells is not made.
+
+    Raises:
+        ConfigError: `sequence_length` does not suit the kind of instances.
+        DataError: the plan is damaged.
+    """
+    if not prepared.has_split(split):
+        return 0
+    plan = _plan(prepared, split, config, evaluation=evaluation)
+    if plan is None:
+        return prepared.num_tokens(split) // config.sequence_length
+    header = plan.header()
+    return None if header is None else header.num_instances
+
+
+def ensure_plans(prepared: PreparedDataset, config: DatasetConfig) -> None:
+    """Make the plans of both splits that are missing; other processes that want them wait.
+
+    Raises:
+        ConfigError: `sequence_length` does not suit the kind of instances.
+        DataError: a document index is damaged, or a plan cannot be written.
+    """
+    splits: tuple[tuple[Split, bool], ...] = (("train", False), ("val", True))
+    for split, evaluation in splits:
+        if prepared.has_split(split):
+            plan = _plan(prepared, split, config, evaluation=evaluation)
+            if plan is not None and plan.header() is None:
+                open_instances(prepared, split, config, evaluation=evaluation)
+
+
+def _plan(
+    prepared: PreparedDataset, split: Split, config: DatasetConfig, *, evaluation: bool
+) -> "Plan | None":
+    from toolkit.data.instances import identity
+
+    kind, length = instances_config(config, evaluation=evaluation), config.sequence_length
+    if isinstance(kind, PackedInstancesConfig):
+        return identity.packed_plan(prepared, split, length)
+    if isinstance(kind, PaddedInstancesConfig):
+        return identity.padded_plan(prepared, split, length)
+    if isinstance(kind, VariableInstancesConfig):
+        return identity.variable_plan(prepared, split, length, min_length=kind.min_sequence_length)
+    return None

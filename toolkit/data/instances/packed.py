@@ -1,0 +1,184 @@
+"""Rows of whole documents, as many as fit: best-fit-decreasing packing.
+
+How a document gets into a row:
+
+1. Documents are cut into pieces: one longer than `sequence_length` into full rows and a rest, any
+   other is one piece (`index.py`).
+2. The lengths of all pieces are counted, and groups of pieces of one length are given to groups of
+   rows (`best_fit.py`). No document has been looked at by itself so far.
+3. Pieces are gone through a second time, in file order. The n-th piece of its length takes the n-th
+   place that step 2 gave to that length, and its start is written into that place of `starts.npy`.
+4. `read` finds the group of a row, from there its places and their lengths, and gathers the tokens.
+
+Memory is bounded by the number of different lengths and a block of the index; `starts.npy` takes 8
+bytes a piece on disk.
+"""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from toolkit.data.instances.base import DocumentPart, Rows
+from toolkit.data.instances.best_fit import Placement, RowGroup, best_fit_decreasing
+from toolkit.data.instances.identity import packed_plan
+from toolkit.data.instances.index import DocumentIndex
+from toolkit.data.instances.plans import Plan, PlanHeader, create_array, ensure_plan
+from toolkit.data.instances.rows import gather_rows
+from toolkit.data.order.permutation import KeyedPermutation
+from toolkit.data.tokens.prepared import PreparedDataset, Split
+
+
+class PackedDataset:
+    """Each row holds whole documents, or a full row's worth of a longer one.
+
+    Rows are numbered in a shuffled order, always the same: packing begins with the longest
+    documents, and the first rows (which evaluation takes) should be like all others.
+
+    Attributes:
+        header: counts, and the share of positions filled.
+
+    Raises:
+        DataError: the token files or their plan are damaged, or the plan cannot be written.
+    """
+
+    def __init__(self, prepared: PreparedDataset, split: Split, sequence_length: int) -> None:
+        plan = packed_plan(prepared, split, sequence_length)
+        self.header = ensure_plan(plan, lambda folder: _make(plan, folder))
+        self.sequence_length = sequence_length
+        self.num_instances = self.header.num_instances
+        self.fingerprint = plan.fingerprint
+        self.bytes_per_token = prepared.bytes_per_token(split)
+        self.tokenizer_folder = prepared.tokenizer_folder
+        self._pad_id = prepared.manifest.eos_id or 0
+        self._index = DocumentIndex(prepared, split)
+        self._tokens = np.asarray(prepared.tokens(split))
+        mask = prepared.target_mask(split)
+        self._targets = None if mask is None else np.asarray(mask)
+        self._groups = _Groups(*(plan.array(name) for name in _Groups._fields))
+        self._starts = plan.array("starts")
+        self._shuffled = KeyedPermutation(self.num_instances, plan.fingerprint)
+
+    def read(self, indices: np.ndarray) -> Rows:
+        """See `InstanceDataset`; positions that padding fills have `pad_id`'s id, the tokenizer's
+        end-of-document token or 0."""
+        starts, lengths, counts = self._pieces(np.asarray(indices))
+        return gather_rows(
+            self._tokens,
+            self._targets,
+            starts=starts,
+            lengths=lengths,
+            pieces_per_row=counts,
+            sequence_length=self.sequence_length,
+            pad_id=self._pad_id,
+        )
+
+    def documents(self, index: int) -> list[DocumentPart]:
+        """See `InstanceDataset`."""
+        starts, lengths, _ = self._pieces(np.array([index]))
+        pieces = zip(starts.tolist(), lengths.tolist(), strict=True)
+        return [part for start, length in pieces for part in self._index.parts(start, length)]
+
+    def _pieces(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Start and length of each piece of these rows, and the number of pieces of each row."""
+        rows = self._shuffled(indices)
+        groups = self._groups
+        group = np.searchsorted(groups.first_row, rows, side="right") - 1
+        counts = groups.num_pieces[group]
+        first_places = groups.first_place[group] + (rows - groups.first_row[group]) * counts
+        within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+        starts = self._starts[np.repeat(first_places, counts) + within].astype(np.int64)
+        lengths = groups.lengths[np.repeat(groups.first_length[group], counts) + within]
+        return starts, lengths, counts
+
+
+class _Groups(NamedTuple):
+    """`RowGroup`s as int64 arrays: one element a group, but for `lengths`."""
+
+    first_row: np.ndarray
+    num_pieces: np.ndarray
+    first_place: np.ndarray
+    """Where `starts` holds the first piece of the group's first row; rows follow each other."""
+    first_length: np.ndarray
+    """Where `lengths` holds that of the first piece of each of its rows."""
+    lengths: np.ndarray
+
+
+def _make(plan: Plan, folder: Path) -> PlanHeader:
+    length, index = plan.sequence_length, DocumentIndex(plan.prepared, plan.split)
+    index.verify()
+    num_documents = cut_documents = 0
+    for _, lengths in index.blocks():
+        num_documents += int(np.count_nonzero(lengths))
+        cut_documents += int(np.count_nonzero(lengths > length))
+    counts = np.zeros(length + 1, dtype=np.int64)
+    for _, lengths in index.windows(length):
+        counts += np.bincount(lengths, minlength=length + 1)
+
+    placements, row_groups = best_fit_decreasing(counts, length)
+    groups = _tabulate(row_groups)
+    for name, values in groups._asdict().items():
+        np.save(folder / f"{name}.npy", values)
+    starts = create_array(folder, "starts", int(counts.sum()), np.uint64)
+    _assign(index, length, counts, placements, groups, starts)
+    if isinstance(starts, np.memmap):
+        starts.flush()
+    num_rows = sum(group.num_rows for group in row_groups)
+    return PlanHeader(
+        kind=plan.kind,
+        split=plan.split,
+        sequence_length=length,
+        fingerprint=plan.fingerprint,
+        num_instances=num_rows,
+        num_documents=num_documents,
+        num_tokens=index.num_tokens,
+        efficiency=index.num_tokens / (num_rows * length),
+        cut_documents=cut_documents,
+    )
+
+
+def _tabulate(groups: list[RowGroup]) -> _Groups:
+    table = np.array([(g.first_row, g.num_rows, g.num_pieces) for g in groups], dtype=np.int64)
+    first_row, num_rows, num_pieces = table.T
+    return _Groups(
+        first_row=first_row,
+        num_pieces=num_pieces,
+        first_place=np.cumsum(num_rows * num_pieces) - num_rows * num_pieces,
+        first_length=np.cumsum(num_pieces) - num_pieces,
+        lengths=np.concatenate([group.lengths() for group in groups]),
+    )
+
+
+def _assign(
+    index: DocumentIndex,
+    sequence_length: int,
+    counts: np.ndarray,
+    placements: list[Placement],
+    groups: _Groups,
+    out: np.ndarray,
+) -> None:
+    """Write the start of every piece into its place."""
+    table = np.array(placements, dtype=np.int64)
+    _, first_row, num_rows, per_row, before = table.T
+    # Pieces in the order of placements: from the longest to the shortest, then in file order.
+    first_piece = np.cumsum(num_rows * per_row) - num_rows * per_row
+    next_piece = counts.sum() - np.cumsum(counts)
+    length_dtype = np.min_scalar_type(sequence_length)  # 16 bits sort much faster
+    for starts, lengths in index.windows(sequence_length):
+        order = np.argsort(lengths.astype(length_dtype), kind="stable")
+        ordered = lengths[order]
+        is_first = np.diff(ordered, prepend=-1) != 0
+        firsts = np.flatnonzero(is_first)
+        run = np.cumsum(is_first) - 1
+        pieces = next_piece[ordered] + np.arange(len(ordered)) - firsts[run]
+        next_piece += np.bincount(lengths, minlength=sequence_length + 1)
+
+        placement = np.searchsorted(first_piece, pieces, side="right") - 1
+        offset = pieces - first_piece[placement]
+        row, inside = np.divmod(offset, per_row[placement])
+        row += first_row[placement]
+        group = np.searchsorted(groups.first_row, row, side="right") - 1
+        place = (
+            groups.first_place[group] + (row - groups.first_row[group]) * groups.num_pieces[group]
+        )
+        out[place + before[placement] + inside] = starts[order].astype(np.uint64)

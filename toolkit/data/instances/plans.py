@@ -1,0 +1,237 @@
+"""Plans: how documents become rows, computed once and kept beside the tokens.
+
+    <dataset folder>/packing/<split>-<sequence_length>-<fingerprint>/
+      plan.json    `PlanHeader`: what the plan is of, and counts
+      *.npy        arrays of the kind of instances that made it
+
+A plan gets its name in one rename when all of it is written, and a lock lets one process make it
+while others wait. It can be deleted at any time: it is made again, and the same. Reading a header
+needs no numpy.
+"""
+
+import contextlib
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+import msgspec
+
+from toolkit.data.tokens.prepared import PreparedDataset, Split
+from toolkit.errors import DataError
+from toolkit.storage.atomic import (
+    TEMPORARY_SUFFIX,
+    fsync_folder,
+    fsync_tree,
+    remove_tree,
+    temporary_path,
+    write_json_atomic,
+)
+
+if TYPE_CHECKING:
+    import numpy as np
+
+logger = logging.getLogger(__name__)
+
+PLANS_FOLDER = "packing"
+HEADER_NAME = "plan.json"
+LOCK_POLL_SECONDS = 0.25
+
+PlanKind = Literal["packed", "padded", "variable"]
+
+
+class Bucket(msgspec.Struct, frozen=True):
+    """Instances of one length; they are numbered one bucket after the other."""
+
+    length: int
+    """Tokens of each row."""
+    first: int
+    """Number of its first instance."""
+    num_instances: int
+
+
+class PlanHeader(msgspec.Struct, frozen=True, kw_only=True):
+    """Content of plan.json."""
+
+    kind: PlanKind
+    split: str
+    sequence_length: int
+    fingerprint: str
+    """Of the instances."""
+    num_instances: int
+    num_documents: int
+    """Documents that are not empty."""
+    num_tokens: int
+    """Tokens in rows."""
+    efficiency: float
+    """Share of the rows' positions that hold tokens, not padding."""
+    cut_documents: int
+    """Documents longer than `sequence_length`, which no row could hold whole."""
+    dropped_tokens: int = 0
+    """Tokens in no row."""
+    dropped_documents: int = 0
+    """Documents with no token in any row; empty ones are not counted."""
+    buckets: tuple[Bucket, ...] = ()
+    """Lengths of rows, ascending; where all have one length, none."""
+
+
+class Plan(NamedTuple):
+    """Identifies the plan of one split, made or not."""
+
+    prepared: PreparedDataset
+    split: Split
+    kind: PlanKind
+    sequence_length: int
+    fingerprint: str
+
+    @property
+    def folder(self) -> Path:
+        """Where the plan is, or will be."""
+        name = f"{self.split}-{self.sequence_length}-{self.fingerprint}"
+        return self.prepared.folder / PLANS_FOLDER / name
+
+    def header(self) -> PlanHeader | None:
+        """What the plan holds; None: it is not made yet.
+
+        Raises:
+            DataError: it is there, but cannot be read or is not what its name says.
+        """
+        path = self.folder / HEADER_NAME
+        try:
+            header = msgspec.json.decode(path.read_bytes(), type=PlanHeader)
+        except FileNotFoundError:
+            if self.folder.exists():
+                raise self.damaged(f"{HEADER_NAME} is missing") from None
+            return None
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+        except msgspec.DecodeError as error:
+            raise self.damaged(f"{HEADER_NAME}: {error}") from None
+        if (header.kind, header.fingerprint) != (self.kind, self.fingerprint):
+            raise self.damaged(f"{HEADER_NAME} is of other instances")
+        return header
+
+    def array(self, name: str) -> "np.ndarray":
+        """An array of the plan, a read-only memory map.
+
+        Raises:
+            DataError: it is missing or damaged.
+        """
+        import numpy as np
+
+        try:
+            return np.asarray(np.load(self.folder / f"{name}.npy", mmap_mode="r"))
+        except (OSError, ValueError) as error:
+            raise self.damaged(f"{name}.npy: {error}") from None
+
+    def damaged(self, what: str) -> DataError:
+        """The error that says so."""
+        return DataError(
+            f"{self.folder}: damaged ({what}); delete this folder, the plan is then made again"
+        )
+
+
+def ensure_plan(plan: Plan, make: Callable[[Path], PlanHeader]) -> PlanHeader:
+    """The header of a plan, which is made now if there is none.
+
+    Many processes may call this at once: one makes the plan, the others wait.
+
+    Args:
+        make: writes the plan's arrays into a folder and returns its header.
+
+    Raises:
+        DataError: the document index is damaged, or the plan cannot be written.
+    """
+    header = plan.header()
+    if header is not None:
+        return header
+    try:
+        plan.folder.parent.mkdir(exist_ok=True)
+        with _exclusive(plan.folder):
+            header = plan.header()
+            if header is None:
+                started = time.monotonic()
+                header = _make(plan, make)
+                _report(plan, header, time.monotonic() - started)
+            return header
+    except OSError as error:
+        raise DataError(
+            f"{error.filename or plan.folder}: cannot write the plan of {plan.kind} instances: "
+            f"{error.strerror or error}; make room or give write permission, and run again"
+        ) from error
+
+
+def create_array(folder: Path, name: str, shape: int, dtype: "np.dtype | type") -> "np.ndarray":
+    """A new array of a plan to fill: a memory map whose place on disk is taken already (a full
+    disk is an OSError here, where it would kill the process later).
+    """
+    import numpy as np
+
+    path = folder / f"{name}.npy"
+    if shape == 0:
+        np.save(path, np.empty(0, dtype))
+        return np.empty(0, dtype)
+    array = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=(shape,))
+    if hasattr(os, "posix_fallocate"):
+        with path.open("r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    return array
+
+
+def _make(plan: Plan, make: Callable[[Path], PlanHeader]) -> PlanHeader:
+    # The lock is held: what is unfinished was left by a process that was killed.
+    for leftover in plan.folder.parent.glob(f".{plan.folder.name}.*{TEMPORARY_SUFFIX}"):
+        remove_tree(leftover)
+    unfinished = temporary_path(plan.folder)
+    unfinished.mkdir()
+    try:
+        header = make(unfinished)
+        write_json_atomic(unfinished / HEADER_NAME, header)
+        fsync_tree(unfinished)
+        os.rename(unfinished, plan.folder)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            remove_tree(unfinished)
+        raise
+    fsync_folder(plan.folder.parent)
+    return header
+
+
+def _report(plan: Plan, header: PlanHeader, seconds: float) -> None:
+    what = [
+        f"{header.num_documents:,} documents in {header.num_instances:,} rows",
+        f"{header.efficiency:.2%} of positions filled",
+        f"{header.cut_documents:,} documents longer than {plan.sequence_length} cut",
+    ]
+    if header.dropped_tokens:
+        what.append(
+            f"{header.dropped_tokens:,} tokens dropped ({header.dropped_documents:,} whole "
+            "documents), shorter than the shortest row"
+        )
+    logger.info(
+        "%s of %s as %s instances of %d tokens: %s; planned in %.1f s",
+        plan.split,
+        plan.prepared.folder,
+        plan.kind,
+        plan.sequence_length,
+        ", ".join(what),
+        seconds,
+    )
+
+
+@contextlib.contextmanager
+def _exclusive(folder: Path) -> Iterator[None]:
+    import filelock
+
+    lock = filelock.FileLock(folder.with_name(f".{folder.name}.lock"))
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        logger.info("waiting for another process to make %s", folder)
+        lock.acquire(poll_interval=LOCK_POLL_SECONDS)
+    try:
+        yield
+    finally:
+        lock.release()

@@ -1,0 +1,61 @@
+"""Rows made of pieces of the token file, gathered without Python per token or per piece."""
+
+import numpy as np
+
+from toolkit.data.instances.base import Rows
+
+
+def gather_rows(
+    tokens: np.ndarray,
+    targets: np.ndarray | None,
+    *,
+    starts: np.ndarray,
+    lengths: np.ndarray,
+    pieces_per_row: np.ndarray,
+    sequence_length: int,
+    pad_id: int,
+) -> Rows:
+    """Rows of `sequence_length` tokens: pieces one after the other, then padding.
+
+    Args:
+        tokens: all ids of the split, `(num_tokens,)`.
+        targets: 1 for those the loss asks for, `(num_tokens,)`; None: all.
+        starts, lengths: of each piece in `tokens`, row after row: int64, `(pieces,)`.
+        pieces_per_row: int64, `(rows,)`; each row has one at least.
+
+    Returns:
+        `input_ids`, `label_mask` and `document_ids`; each piece is a document, and so is padding.
+    """
+    num_rows = len(pieces_per_row)
+    row_ends = np.cumsum(pieces_per_row)
+    piece_ends = np.concatenate(([0], np.cumsum(lengths)))
+    used = np.diff(piece_ends[np.concatenate(([0], row_ends))])
+
+    # A piece of padding, perhaps of no tokens, ends every row.
+    is_padding = np.zeros(len(lengths) + num_rows, dtype=bool)
+    is_padding[row_ends + np.arange(num_rows)] = True
+    all_lengths = np.empty(len(is_padding), dtype=np.int64)
+    all_lengths[is_padding] = sequence_length - used
+    all_lengths[~is_padding] = lengths
+    all_starts = np.zeros(len(is_padding), dtype=np.int64)
+    all_starts[~is_padding] = starts
+    first_pieces = np.concatenate(([0], row_ends[:-1])) + np.arange(num_rows)
+    numbers = np.arange(len(is_padding), dtype=np.int32)
+    numbers -= np.repeat(first_pieces, pieces_per_row + 1).astype(np.int32)
+
+    destinations = np.cumsum(all_lengths) - all_lengths
+    positions = np.repeat(all_starts - destinations, all_lengths)
+    positions += np.arange(num_rows * sequence_length)
+    shape = (num_rows, sequence_length)
+    # Only padding may point beyond the end, and its ids are replaced.
+    input_ids = tokens.take(positions, mode="clip").astype(np.int64).reshape(shape)
+    is_pad = np.arange(sequence_length) >= used[:, None]
+    input_ids[is_pad] = pad_id
+    label_mask = ~is_pad
+    if targets is not None:
+        label_mask &= targets.take(positions, mode="clip").reshape(shape) != 0
+    return {
+        "input_ids": input_ids,
+        "label_mask": label_mask,
+        "document_ids": np.repeat(numbers, all_lengths).reshape(shape),
+    }
