@@ -10,7 +10,7 @@ import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
 
 PathLike = str | os.PathLike[str]
 
@@ -135,11 +135,12 @@ def remove_tree(folder: PathLike) -> None:
     shutil.rmtree(doomed)
 
 
-def hash_file(path: PathLike, *, chunk_size: int = 4 << 20) -> str:
-    """xxh3_64 of the file's bytes as 16 hex digits; reads `chunk_size` bytes at a time."""
+def hash_file(path: PathLike, *, chunk_size: int = 4 << 20, bits: Literal[64, 128] = 64) -> str:
+    """xxh3_64 (or xxh3_128) of the file's bytes as hex digits; reads `chunk_size` bytes at a
+    time."""
     import xxhash
 
-    digest = xxhash.xxh3_64()
+    digest = xxhash.xxh3_64() if bits == 64 else xxhash.xxh3_128()
     buffer = memoryview(bytearray(chunk_size))
     with open(path, "rb", buffering=0) as file:
         while count := file.readinto(buffer):

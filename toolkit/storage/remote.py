@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 from toolkit.errors import ConfigError, StorageError
 from toolkit.storage.atomic import fsync_file, hash_file, write_atomic
@@ -188,8 +188,11 @@ class RemoteFolder:
         with self._no_place_for(name):
             self._ask("uploading", name, put)
 
-    def download(self, name: str, local: Path, *, size: int, xxh3: str) -> None:
+    def download(self, name: str, local: Path, *, size: int, xxh3: str | None) -> None:
         """Copy a file to `local` and check it against `size` (bytes) and its hash; fsynced.
+
+        Args:
+            xxh3: 16 hex digits of xxh3_64 or 32 of xxh3_128; None: only the size is checked.
 
         Raises:
             ContentError: it is missing, or not what was expected.
@@ -199,14 +202,14 @@ class RemoteFolder:
             self._download(name, local, size)
         except FileNotFoundError:
             raise ContentError(f"{where} is missing") from None
-        if hash_file(local) != xxh3:
+        if xxh3 is not None and hash_file(local, bits=128 if len(xxh3) == 32 else 64) != xxh3:
             raise ContentError(f"{where} has changed since it was saved")
 
-    def hash(self, name: str, size: int) -> str:
-        """xxh3_64 of the first `size` bytes, without keeping them."""
+    def hash(self, name: str, size: int, *, bits: Literal[64, 128] = 64) -> str:
+        """xxh3_64 (or xxh3_128) of the first `size` bytes, without keeping them."""
         import xxhash
 
-        digest = xxhash.xxh3_64()
+        digest = xxhash.xxh3_64() if bits == 64 else xxhash.xxh3_128()
         buffer = memoryview(bytearray(min(size, STREAMS * CHUNK)))
         for start in range(0, size, len(buffer) or 1):
             part = buffer[: size - start]

@@ -27,9 +27,11 @@ import msgspec
 import numpy as np
 import xxhash
 
-from toolkit.data.config import BPETokenizerConfig, DatasetConfig
+from toolkit.data.config import BPETokenizerConfig, DatasetConfig, StoreConfig
 from toolkit.data.text.readers import Counts, read_shard
 from toolkit.data.text.sources import Plan, plan_source
+from toolkit.data.tokens.cache import build_lock
+from toolkit.data.tokens.in_use import mark_used
 from toolkit.data.tokens.pool import encode_shards, num_cores
 from toolkit.data.tokens.prepared import (
     FORMAT_VERSION,
@@ -41,11 +43,11 @@ from toolkit.data.tokens.prepared import (
     SplitInfo,
     dataset_folder,
     hash_blocks,
-    read_prepared,
     token_dtype,
 )
 from toolkit.data.tokens.progress import Progress
 from toolkit.data.tokens.settings import check_settings, settings_of
+from toolkit.data.tokens.store import localize, obtain, open_prepared, settle
 from toolkit.data.tokens.tokenizer import Tokenizer, load_tokenizer
 from toolkit.data.tokens.tokenizer_choice import build_tokenizer
 from toolkit.data.tokens.worker import SPLITS, Job, Part, WorkerSetup, is_validation, part_path
@@ -60,59 +62,87 @@ BPE_SAMPLE_SHARDS = 256
 def ensure_prepared(
     config: DatasetConfig,
     *,
+    store: StoreConfig | None = None,
     work_dir: str | None = None,
     progress: bool = True,
     check_text: bool = True,
 ) -> PreparedDataset:
-    """The prepared data set of `config`; it is prepared now if it does not exist yet.
+    """The prepared data set of `config`; it is copied from the permanent store, or prepared, now if
+    it does not exist yet.
 
-    Many processes may call this at once: one prepares, the others wait.
+    Many processes may call this at once: one prepares, the others wait. The folder is marked as in
+    use as long as the result or an array of it lives.
 
     Args:
+        store: where permanent and local copies are; default: `config.root` is all there is.
         work_dir: folder for unfinished parts; default: beside the data set.
         progress: show a progress bar on a terminal, a few lines elsewhere (standard error).
-        check_text: compare data that exists with the source's files, which reads a little of each;
-            one process of a machine is enough.
+        check_text: compare data that exists with the source's files, which reads a little of each,
+            and with the permanent copy; one process of a machine is enough.
 
     Raises:
         DataError: the text, the tokenizer or files that exist already cannot be used.
+        StorageError: the permanent store is out of reach, and there is no local copy.
     """
-    prepared = read_prepared(config)
-    if prepared is not None:
-        check_settings(prepared, config, check_text=check_text)
-        return prepared
-    return prepare_dataset(config, work_dir=work_dir, progress=progress, check_text=check_text)
+    store = store or StoreConfig()
+    config = localize(config, store)
+    try:
+        prepared = open_prepared(config)
+    except DataError:
+        if store.permanent_root is None:
+            raise
+        prepared = None  # perhaps the permanent copy can replace it
+    if prepared is None:
+        return prepare_dataset(
+            config, store=store, work_dir=work_dir, progress=progress, check_text=check_text
+        )
+    check_settings(prepared, config, check_text=check_text)
+    if check_text:
+        settle(prepared, config, store, note=Progress(enabled=progress).note)
+    return prepared
 
 
 def prepare_dataset(
     config: DatasetConfig,
     *,
+    store: StoreConfig | None = None,
     work_dir: str | None = None,
     progress: bool = True,
     check_text: bool = True,
 ) -> PreparedDataset:
     """Like `ensure_prepared`, without the quick look before the lock is taken."""
+    store = store or StoreConfig()
+    config = localize(config, store)
     folder = dataset_folder(config)
-    if config.source is None and not (folder / MANIFEST_NAME).exists():
-        raise DataError(
-            f"{folder}: no prepared data ({MANIFEST_NAME}) there, and dataset.source is null; "
-            "set dataset.source, or dataset.root (--data-root) to where the token files are"
-        )
+    if store.permanent_root is None:
+        _check_can_build(config, folder)
     report = Progress(enabled=progress)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with _exclusive(folder, report):
-            prepared = read_prepared(config)
-            if prepared is not None:
-                check_settings(prepared, config, check_text=check_text)
-                return prepared
-            with report:
-                return _build(config, folder, work_dir, report)
+            prepared = obtain(config, store, check_text=check_text, note=report.note)
+            is_built = prepared is None
+            if prepared is None:
+                _check_can_build(config, folder)
+                with report:
+                    prepared = _build(config, folder, work_dir, report)
+                prepared.in_use = mark_used(folder)
+        if is_built or check_text:
+            settle(prepared, config, store, note=report.note)
+        return prepared
     except OSError as error:
         raise DataError(
             f"{error.filename or folder}: cannot prepare data: {error.strerror or error}; finished "
             "parts are kept, run again to continue"
         ) from error
+
+
+def _check_can_build(config: DatasetConfig, folder: Path) -> None:
+    if config.source is None and not (folder / MANIFEST_NAME).exists():
+        raise DataError(
+            f"{folder}: no prepared data ({MANIFEST_NAME}) there, and dataset.source is null; "
+            "set dataset.source, or dataset.root (--data-root) to where the token files are"
+        )
 
 
 def _build(
@@ -300,7 +330,7 @@ def _read_blocks(path: Path) -> Iterator[bytes]:
 @contextlib.contextmanager
 def _exclusive(folder: Path, report: Progress) -> Iterator[None]:
     """One process at a time builds this folder; the others say once that they wait, and poll."""
-    lock = filelock.FileLock(folder.with_name(f".{folder.name}.lock"))
+    lock = build_lock(folder)
     try:
         lock.acquire(timeout=0)
     except filelock.Timeout:

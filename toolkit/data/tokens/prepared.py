@@ -24,6 +24,8 @@ from toolkit.errors import ConfigError, DataError
 if TYPE_CHECKING:
     import numpy as np
 
+    from toolkit.data.tokens.in_use import UseMark
+
 FORMAT_VERSION = 1
 MANIFEST_NAME = "dataset.json"
 TOKENIZER_FOLDER = "tokenizer"
@@ -86,6 +88,8 @@ class PreparedDataset:
     def __init__(self, folder: str | os.PathLike[str], manifest: Manifest) -> None:
         self.folder = Path(folder)
         self.manifest = manifest
+        self.in_use: UseMark | None = None
+        """Keeps the folder from being removed; set by `ensure_prepared`."""
 
     @property
     def vocab_size(self) -> int:
@@ -149,27 +153,31 @@ class PreparedDataset:
         info = self.manifest.splits[split]
         _check_size(path, info.num_tokens * np.dtype(self.manifest.dtype).itemsize)
         _check_blocks(path, info.block_hashes)
-        return np.memmap(path, dtype=self.manifest.dtype, mode="r")
+        return self._map(path, self.manifest.dtype)
 
     def document_starts(self, split: Split) -> "np.ndarray":
         """Position of each document's first token, a memory map of shape `(num_documents,)`."""
-        import numpy as np
-
         path = self.folder / f"{split}.idx"
         _check_size(path, self.manifest.splits[split].num_documents * 8)
-        return np.memmap(path, dtype=np.uint64, mode="r")
+        return self._map(path, "uint64")
 
     def target_mask(self, split: Split) -> "np.ndarray | None":
         """1 for each token that the loss asks for, a memory map of uint8, shape `(num_tokens,)`;
         None: it asks for all."""
-        import numpy as np
-
         info = self.manifest.splits[split]
         if info.mask_hash is None:
             return None
         path = self.folder / f"{split}.mask"
         _check_size(path, info.num_tokens)
-        return np.memmap(path, dtype=np.uint8, mode="r")
+        return self._map(path, "uint8")
+
+    def _map(self, path: Path, dtype: str) -> "np.ndarray":
+        import numpy as np
+
+        array = np.memmap(path, dtype=dtype, mode="r")
+        # Every view of the array keeps it, and with it the mark.
+        array.in_use = self.in_use  # type: ignore[attr-defined]
+        return array
 
 
 def dataset_folder(config: DatasetConfig) -> Path:
