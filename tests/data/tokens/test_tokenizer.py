@@ -1,14 +1,16 @@
+import itertools
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from toolkit.data.config import HFTokenizerConfig
+from toolkit.data.config import ByteTokenizerConfig, HFTokenizerConfig
 from toolkit.data.tokens.bpe_tokenizer import train_bpe
 from toolkit.data.tokens.byte_tokenizer import ByteTokenizer
 from toolkit.data.tokens.hf_tokenizer import load_hf_tokenizer
 from toolkit.data.tokens.tokenizer import EOS_TOKEN, Tokenizer, load_tokenizer
+from toolkit.data.tokens.tokenizer_choice import tokenizer_files_hash
 from toolkit.errors import DataError
 
 TEXTS = ["the cat sat on the mat\n" * 20, "def f(x):\n    return x + 1\n" * 20]
@@ -81,3 +83,122 @@ def test_unknown_eos_token_is_an_error(tmp_path: Path) -> None:
     train_bpe(TEXTS, 300).save(tmp_path)
     with pytest.raises(DataError, match=r"eos_token: the tokenizer has no token '</s>'"):
         load_hf_tokenizer(HFTokenizerConfig(path=str(tmp_path), eos_token="</s>"))
+
+
+def wordlevel(folder: Path, words: list[str], **config: str) -> HFTokenizerConfig:
+    """A folder with a tokenizer whose ids are the numbers of `words`; none is marked as special."""
+    from tokenizers import Tokenizer as BackendTokenizer
+    from tokenizers import models, pre_tokenizers
+
+    vocabulary = {word: number for number, word in enumerate(words)}
+    backend = BackendTokenizer(models.WordLevel(vocabulary, unk_token=words[0]))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    folder.mkdir(exist_ok=True)
+    backend.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return HFTokenizerConfig(path=str(folder))
+
+
+def test_control_tokens_of_a_word_level_vocabulary_stay_text(tmp_path: Path) -> None:
+    config = wordlevel(tmp_path, ["<unk>", "<s>", "</s>", "a"], eos_token="</s>", bos_token="<s>")
+    tokenizer = load_hf_tokenizer(config)
+    assert (tokenizer.bos_id, tokenizer.eos_id) == (1, 2)
+    assert tokenizer.encode_batch(["a <s> a </s>"])[0].tolist() == [3, 0, 3, 0]
+    [(ids, offsets)] = tokenizer.encode_offsets(["<s> a </s>"], special_tokens=True)
+    assert ids.tolist() == [1, 3, 2]
+    assert offsets.tolist() == [[0, 3], [4, 5], [6, 10]]
+
+
+def test_bos_token_is_the_tokenizers_own_or_the_configs(tmp_path: Path) -> None:
+    config = wordlevel(tmp_path, ["<unk>", "<s>", "</s>", "a"], eos_token="</s>", bos_token="<s>")
+    assert load_hf_tokenizer(config).bos_token == "<s>"
+    other = load_hf_tokenizer(HFTokenizerConfig(path=config.path, bos_token="</s>"))
+    assert other.bos_id == 2
+    other.save(tmp_path / "saved")
+    assert load_tokenizer(tmp_path / "saved").bos_id == 2
+    with pytest.raises(DataError, match=r"bos_token: the tokenizer has no token '<bos>'"):
+        load_hf_tokenizer(HFTokenizerConfig(path=config.path, bos_token="<bos>"))
+
+
+def test_a_bos_token_that_the_vocabulary_lacks_is_no_bos_token(tmp_path: Path) -> None:
+    config = wordlevel(tmp_path, ["<unk>", "</s>"], eos_token="</s>", bos_token="<gone>")
+    assert load_hf_tokenizer(config).bos_id is None
+
+
+@pytest.mark.parametrize("make", [ByteTokenizer, lambda: train_bpe(TEXTS, 300)])
+def test_offsets_cover_the_text_and_control_tokens_are_read_where_asked(make) -> None:
+    tokenizer: Tokenizer = make()
+    text = f"the é  cat{EOS_TOKEN} \U0001f600"
+    [(plain, offsets)] = tokenizer.encode_offsets([text], special_tokens=False)
+    assert np.array_equal(plain, tokenizer.encode_batch([text])[0])
+    assert plain.dtype == np.uint32
+    assert offsets.shape == (len(plain), 2)
+    assert offsets[0, 0] == 0
+    assert offsets[-1, 1] == len(text)
+    # Each token begins where the one before ends, or shares its character.
+    assert all(a[1] == b[0] or np.array_equal(a, b) for a, b in itertools.pairwise(offsets))
+    [(ids, places)] = tokenizer.encode_offsets([text], special_tokens=True)
+    [eos] = np.flatnonzero(ids == tokenizer.eos_id)
+    assert text[places[eos, 0] : places[eos, 1]] == EOS_TOKEN
+    assert tokenizer.encode_offsets([""], special_tokens=True)[0][1].shape == (0, 2)
+
+
+def test_reading_control_tokens_leaves_documents_encoded_at_the_same_time_alone() -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    tokenizer = train_bpe(TEXTS, 300)
+    text = f"the cat{EOS_TOKEN}" * 50
+
+    def encode(special: bool) -> int:
+        if special:
+            ids, _ = tokenizer.encode_offsets([text], special_tokens=True)[0]
+        else:
+            ids = tokenizer.encode_batch([text])[0]
+        return int((ids == tokenizer.eos_id).sum())
+
+    with ThreadPoolExecutor(4) as pool:
+        counts = list(pool.map(encode, [True, False] * 100))
+    assert counts == [50, 0] * 100
+
+
+@pytest.mark.parametrize("make", [ByteTokenizer, lambda: train_bpe(TEXTS, 300)])
+def test_chat_template_is_saved_and_read_by_transformers(make, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer: Tokenizer = make()
+    assert tokenizer.chat_template is None
+    template = "{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %}"
+    changed = tokenizer.with_chat_template(template)
+    assert tokenizer.chat_template is None
+    changed.save(tmp_path)
+    again = load_tokenizer(tmp_path)
+    assert again.chat_template == template
+    assert again.encode_batch(["aé"])[0].dtype == tokenizer.encode_batch(["aé"])[0].dtype
+    theirs = AutoTokenizer.from_pretrained(str(tmp_path))
+    messages = [{"role": "user", "content": "hi"}]
+    assert theirs.apply_chat_template(messages, tokenize=False) == "[user] hi"
+
+
+def test_chat_template_of_the_config_is_found_and_replaced(tmp_path: Path) -> None:
+    named = [{"name": "tools", "template": "no"}, {"name": "default", "template": "yes"}]
+    train_bpe(TEXTS, 300).save(tmp_path)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": named}))
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.chat_template == "yes"
+    tokenizer.with_chat_template("new").save(tmp_path / "saved")
+    saved = json.loads((tmp_path / "saved" / "tokenizer_config.json").read_text())
+    assert "chat_template" not in saved
+    assert (tmp_path / "saved" / "chat_template.jinja").read_text() == "new"
+
+
+def test_files_hash_tells_a_changed_tokenizer(tmp_path: Path) -> None:
+    train_bpe(TEXTS, 300).save(tmp_path)
+    config = HFTokenizerConfig(path=str(tmp_path))
+    first = tokenizer_files_hash(config)
+    assert first == tokenizer_files_hash(config)
+    assert first == tokenizer_files_hash(HFTokenizerConfig(path=str(tmp_path / "tokenizer.json")))
+    train_bpe(TEXTS, 280).save(tmp_path)
+    assert tokenizer_files_hash(config) != first
+    assert tokenizer_files_hash(HFTokenizerConfig(path="org/name")) is None
+    assert tokenizer_files_hash(ByteTokenizerConfig()) is None
