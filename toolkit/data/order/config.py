@@ -57,6 +57,8 @@ class RatioChangeConfig(Config, kw_only=True):
 class MixConfig(Config, kw_only=True):
     """Named sources in given shares; what `toolkit/recipes/mixes/*.json` hold."""
 
+    description: str = ""
+    """What the mixture is for, in a line."""
     sources: dict[str, MixSourceConfig]
     """The sources by name. Sources of a nested mixture are called `outer/inner`."""
     schedule: tuple[RatioChangeConfig, ...] = ()

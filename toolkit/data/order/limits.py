@@ -1,0 +1,83 @@
+"""Does a run stay within the repetition limits of its sources?"""
+
+from fractions import Fraction
+
+from toolkit.data.order.mixture import MixedStream, MixPlan
+from toolkit.errors import ConfigError
+
+
+def check_limits(
+    mixture: MixedStream | MixPlan, total_instances: int, *, batch_instances: int = 1
+) -> None:
+    """Check that the first `total_instances` instances repeat no source more than it may be.
+
+    Args:
+        batch_instances: training stops between batches of this size.
+
+    Raises:
+        ConfigError: one is repeated more; says by how much, and what would work.
+    """
+    plan = mixture.plan if isinstance(mixture, MixedStream) else mixture
+    counts = plan.counts(total_instances)
+    broken = {
+        name: limit
+        for name, limit in plan.limits.items()
+        if limit is not None and counts[name] > limit
+    }
+    if not broken:
+        return
+    ends = {name: _last_position(plan, name, limit) for name, limit in broken.items()}
+    name = min(broken, key=lambda name: (ends[name], name))
+    length, available = plan.sequence_length, plan.available[name]
+    also = f" (so do {', '.join(sorted(set(broken) - {name}))})" if len(broken) > 1 else ""
+    end = ends[name] // batch_instances * batch_instances * length
+    ways = [
+        *_ratio_that_works(plan, name, broken[name], total_instances),
+        f"train on at most {end:,} tokens (trainer.max_duration)",
+        "raise its max_repetitions",
+    ]
+    raise ConfigError(
+        f"dataset.mix: {name} breaks its limit of {plan.sources[name].max_repetitions:g} "
+        f"repetitions{also}: the run takes {counts[name] * length:,} tokens of it, "
+        f"{_floor(Fraction(counts[name], max(1, available)))} times the {available * length:,} "
+        f"there are; {', or '.join(ways)}"
+    )
+
+
+def _last_position(plan: MixPlan, name: str, limit: int) -> int:
+    """A position, close to the last one, before which `name` gives no more than `limit`."""
+    position = 0
+    starts = [segment.at_tokens // plan.sequence_length for segment in plan.segments]
+    for number, segment in enumerate(plan.segments):
+        left = limit - plan.counts(starts[number])[name]
+        # A prefix of t holds less than share * t + 1 of it.
+        share = segment.shares[name]
+        reached = starts[number] + int(left / share) if share else None
+        end = starts[number + 1] if number + 1 < len(starts) else None
+        if reached is not None and (end is None or reached < end):
+            return reached
+        position = end or starts[number]
+    return position
+
+
+def _ratio_that_works(plan: MixPlan, name: str, limit: int, total_instances: int) -> list[str]:
+    """The largest share that stays within the limit, where one number tells it."""
+    if len(plan.segments) > 1 or len(plan.names) == 1:
+        return []
+    now, most = plan.segments[0].shares[name], Fraction(limit, total_instances)
+    words = f"lower its share from {_percent(now)} to {_percent(most)} of the mixture"
+    if "/" not in name:
+        words += f" (its ratio times {_floor(most * (1 - now) / ((1 - most) * now))})"
+    return [words]
+
+
+def _percent(share: Fraction) -> str:
+    return f"{_floor(100 * share)}%"
+
+
+def _floor(value: Fraction) -> str:
+    """Four digits, never rounded up."""
+    digits = 4
+    while value and value * 10 ** (digits - 1) < 100 and digits < 12:
+        digits += 1
+    return f"{int(value * 10**digits) / 10**digits:.{digits}f}".rstrip("0").rstrip(".")

@@ -1,0 +1,274 @@
+"""A mixture of corpora as one data set (`MixedDataset`) and one order (`MixedStream`).
+
+Position p of the stream: the shares say which source, and that it is that source's k-th instance
+(`shares.py`). Of n used instances, epoch k // n has an order of its own, a permutation keyed by the
+source's fingerprint and the seed; place k % n of it is the instance. Nothing is stored, so any
+position costs the same.
+"""
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import xxhash
+
+from toolkit.data.config import DatasetConfig
+from toolkit.data.instances.base import DocumentPart, InstanceDataset, Rows
+from toolkit.data.order.permutation import KeyedPermutation
+from toolkit.data.order.resolve import (
+    RatioSegment,
+    ResolvedSource,
+    resolve_schedule,
+    used_instances,
+)
+from toolkit.data.order.schedule import ScheduledShares
+from toolkit.errors import DataError
+
+
+class MixedDataset:
+    """The instances of all sources under one numbering: those of the first source by name, then
+    those of the second, and so on. See `InstanceDataset`.
+
+    Attributes:
+        names: the sources, sorted.
+        datasets: their instances.
+        first_instances: number of the first instance of each one.
+    """
+
+    def __init__(self, datasets: Mapping[str, InstanceDataset]) -> None:
+        self.names = sorted(datasets)
+        self.datasets = [datasets[name] for name in self.names]
+        ends = np.cumsum([0, *(dataset.num_instances for dataset in self.datasets)])
+        self.first_instances = ends[:-1]
+        self.num_instances = int(ends[-1])
+        self.sequence_length = max(dataset.sequence_length for dataset in self.datasets)
+        self.fingerprint = _hash([(n, datasets[n].fingerprint) for n in self.names])
+        self.tokenizer_folder: Path | None = self.datasets[0].tokenizer_folder
+        weights = [dataset.num_instances for dataset in self.datasets]
+        self.bytes_per_token = mean_bytes_per_token(self.datasets, weights)
+
+    def read(self, indices: np.ndarray) -> Rows:
+        """See `InstanceDataset`; what only some sources say of their rows is filled in for the
+        others: every token asked for, and one document."""
+        owners = np.searchsorted(self.first_instances, indices, side="right") - 1
+        found: list[tuple[np.ndarray, Rows]] = []
+        for owner in np.unique(owners).tolist():
+            places = np.flatnonzero(owners == owner)
+            rows = self.datasets[owner].read(indices[places] - self.first_instances[owner])
+            found.append((places, rows))
+        if len(found) == 1:
+            return found[0][1]
+        mixed: Rows = {}
+        for key in dict.fromkeys(key for _, rows in found for key in rows):
+            like = next(rows[key] for _, rows in found if key in rows)
+            mixed[key] = np.full((len(indices), like.shape[1]), key == "label_mask", like.dtype)
+            for places, rows in found:
+                if key in rows:
+                    mixed[key][places] = rows[key]
+        return mixed
+
+    def documents(self, index: int) -> list[DocumentPart]:
+        """See `InstanceDataset`; documents are numbered in their source."""
+        owner, inside = self.locate(index)
+        return self.datasets[self.names.index(owner)].documents(inside)
+
+    def locate(self, index: int) -> tuple[str, int]:
+        """(source, number in it) of instance `index`."""
+        owner = int(np.searchsorted(self.first_instances, index, side="right")) - 1
+        return self.names[owner], int(index - self.first_instances[owner])
+
+
+class MixPlan:
+    """How much of each source a mixture takes, told from numbers of instances alone.
+
+    Attributes:
+        names: the sources, sorted.
+        available: instances of each one that are used (see `max_tokens`).
+        limits: most instances that each one may give (see `max_repetitions`); None: no limit.
+        segments: the shares, from each point on where they change.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[ResolvedSource],
+        segments: Sequence[RatioSegment],
+        num_instances: Mapping[str, int],
+    ) -> None:
+        self.sources = {source.name: source for source in sources}
+        self.names = sorted(self.sources)
+        self.segments = list(segments)
+        self.sequence_length = sources[0].dataset.sequence_length
+        self.available = {
+            name: used_instances(self.sources[name], num_instances[name]) for name in self.names
+        }
+        self.limits: dict[str, int | None] = {}
+        for name in self.names:
+            most = self.sources[name].max_repetitions
+            # As exact as it is written, like ratios.
+            limit = None if most is None else int(Fraction(str(most)) * self.available[name])
+            self.limits[name] = limit
+        self._shares = ScheduledShares(
+            [
+                (segment.at_tokens // self.sequence_length, [segment.shares[n] for n in self.names])
+                for segment in segments
+            ]
+        )
+
+    @property
+    def epoch_instances(self) -> int:
+        """Instances that are used, of all sources together."""
+        return sum(self.available.values())
+
+    def locate(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Source and its ordinal at ascending positions; see `Shares.locate`."""
+        return self._shares.locate(positions)
+
+    def counts(self, position: int) -> dict[str, int]:
+        """Instances of each source before `position`."""
+        return dict(zip(self.names, self._shares.counts(position).tolist(), strict=True))
+
+    def epochs(self, position: int) -> dict[str, float]:
+        """How many times each source has been seen before `position`."""
+        counts = self.counts(position)
+        return {
+            name: counts[name] / available if available else 0.0
+            for name, available in self.available.items()
+        }
+
+
+class MixedStream:
+    """The order of a mixture; see `InstanceStream`.
+
+    Attributes:
+        plan: the shares.
+        epoch_instances: instances of all sources that are used; one pass in size, though sources
+            pass at their own speeds.
+        fingerprint: identifies the whole order but the seed.
+    """
+
+    keeps_epochs_apart = False
+
+    def __init__(
+        self,
+        sources: Sequence[ResolvedSource],
+        datasets: Mapping[str, InstanceDataset],
+        config: DatasetConfig,
+        *,
+        seed: int,
+        shuffle: bool,
+    ) -> None:
+        """`sources` are those of `config.mix`, `datasets` their training instances by name.
+
+        Raises:
+            DataError: a source has not one instance.
+        """
+        for name, dataset in datasets.items():
+            if dataset.num_instances == 0:
+                raise DataError(
+                    f"dataset.mix: {name} has no training instance: its text is shorter than "
+                    f"dataset.sequence_length {dataset.sequence_length}; give it more text, or "
+                    "take it out"
+                )
+        num_instances = {name: dataset.num_instances for name, dataset in datasets.items()}
+        self.plan = MixPlan(sources, resolve_schedule(config), num_instances)
+        self.epoch_instances = self.plan.epoch_instances
+        self._fingerprints = {name: datasets[name].fingerprint for name in self.plan.names}
+        self._num_instances = num_instances
+        self._first = np.cumsum([0, *(num_instances[name] for name in self.plan.names)])[:-1]
+        self._seed, self._shuffle = seed, shuffle
+        self.fingerprint = _hash(sorted(self.identity().items()))
+
+    def indices(self, positions: np.ndarray) -> np.ndarray:
+        """Numbers in the `MixedDataset` of the same sources; see `InstanceStream`.
+
+        Raises:
+            DataError: a source has been repeated as often as `max_repetitions` allows.
+        """
+        sources, ordinals = self.plan.locate(positions)
+        found = np.empty(len(positions), dtype=np.int64)
+        for source in np.unique(sources).tolist():
+            places = np.flatnonzero(sources == source)
+            name = self.plan.names[source]
+            self._check_limit(name, ordinals[places[-1]])
+            found[places] = self._instances(name, ordinals[places]) + self._first[source]
+        return found
+
+    def counts(self, position: int) -> dict[str, int]:
+        """Instances of each source before `position`."""
+        return self.plan.counts(position)
+
+    def epochs(self, position: int) -> dict[str, float]:
+        """How many times each source has been seen before `position`."""
+        return self.plan.epochs(position)
+
+    def identity(self, position: int | None = None) -> dict[str, str]:
+        """What decides the order before `position` (None: all of it), for each source in words
+        that can be compared and shown.
+
+        Ratios that change later are left out, and so are sources that come later.
+        """
+        found = {}
+        for name in self.plan.names:
+            words = []
+            before: Fraction | None = None
+            for segment in self.plan.segments:
+                share = segment.shares[name]
+                if position is not None and segment.at_tokens >= max(
+                    1, position * self.plan.sequence_length
+                ):
+                    break
+                if share != before:
+                    at = f" from token {segment.at_tokens:,}" if segment.at_tokens else ""
+                    words.append(f"share {share}{at}")
+                before = share
+            if words == ["share 0"]:
+                continue
+            used, whole = self.plan.available[name], self._num_instances[name]
+            part = [f"{used:,} of {whole:,} instances"] if used < whole else []
+            found[name] = ", ".join([f"data {self._fingerprints[name]}", *part, *words])
+        return found
+
+    def _instances(self, name: str, ordinals: np.ndarray) -> np.ndarray:
+        used, fingerprint = self.plan.available[name], self._fingerprints[name]
+        epochs, places = np.divmod(ordinals, used)
+        if self._shuffle:
+            # The name is part of the key: a corpus that is in the mixture twice has two orders.
+            key = f"{name}:{fingerprint}:{self._seed}"
+            for epoch, inside in _runs(epochs):
+                places[inside] = KeyedPermutation(used, f"{key}:{epoch}")(places[inside])
+        if used < self._num_instances[name]:
+            # Without the seed: every run with this `max_tokens` sees the same part.
+            places = KeyedPermutation(self._num_instances[name], f"part:{fingerprint}")(places)
+        return places
+
+    def _check_limit(self, name: str, ordinal: int) -> None:
+        limit = self.plan.limits[name]
+        if limit is not None and ordinal >= limit:
+            raise DataError(
+                f"dataset.mix: {name} has been repeated as often as its max_repetitions "
+                f"{self.plan.sources[name].max_repetitions:g} allows ({limit:,} instances); raise "
+                "it, lower its ratio, or stop here"
+            )
+
+
+def mean_bytes_per_token(datasets: Sequence[InstanceDataset], weights: Sequence[float]) -> float:
+    """UTF-8 bytes per token of datasets of which `weights` tokens are read; 0.0 if one does not
+    know its own."""
+    values = [dataset.bytes_per_token for dataset in datasets]
+    total = sum(weights)
+    if not total or not all(values):
+        return 0.0
+    return sum(value * weight for value, weight in zip(values, weights, strict=True)) / total
+
+
+def _runs(values: np.ndarray) -> Iterator[tuple[int, slice]]:
+    """Runs of equal numbers in ascending `values`."""
+    cuts = [0, *(np.flatnonzero(np.diff(values)) + 1).tolist(), len(values)]
+    for first, end in itertools.pairwise(cuts):
+        yield int(values[first]), slice(first, end)
+
+
+def _hash(identity: object) -> str:
+    return xxhash.xxh3_64_hexdigest(repr(identity).encode())
