@@ -1,0 +1,1 @@
+"""Conversations, and prompts with answers: from rows of files to text with targets."""

@@ -1,0 +1,150 @@
+"""What is wrong with instruction data, said with one sample of it.
+
+A sample is a rendered row with `[[` and `]]` around what the loss counts.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+
+from toolkit.data.text.config import InstructionsConfig
+from toolkit.data.text.instructions.shapes import ASSISTANT, Conversation, Message
+from toolkit.data.text.instructions.template import Span
+from toolkit.errors import DataError
+
+NO_TARGET = "no target"
+"""Reason in `Manifest.filtered_documents`: a row in which nothing can be trained on."""
+
+SHOWN_PIECES = 12
+SHOWN_CHARACTERS = 120
+
+
+def excerpt(text: str, targets: Sequence[Span]) -> str:
+    """The sample for an error: shortened, on one line, targets between `[[` and `]]`."""
+    pieces, position = [], 0
+    for start, end in [*targets, (len(text), len(text))]:
+        if position < start:
+            pieces.append(_shortened(text[position:start]))
+        if start < end:
+            pieces.append(f"[[{_shortened(text[start:end])}]]")
+        position = end
+    if len(pieces) > SHOWN_PIECES:
+        half = SHOWN_PIECES // 2
+        pieces = [*pieces[:half], " ... ", *pieces[-half:]]
+    return "".join(pieces)
+
+
+def check_nothing_dropped(messages: Sequence[Message], text: str) -> None:
+    """Raise DataError when the content of a message does not occur in the rendered text.
+
+    White space may differ. Of what the assistant says before the last message, reasoning at its
+    start may be gone (all up to a tag like `</think>`): many templates drop it on purpose.
+    """
+    squeezed: str | None = None
+    counts: dict[str, int] = {}
+    for number, message in enumerate(messages):
+        content = message["content"].strip()
+        counts[content] = counts.get(content, 0) + 1
+        if not content or text.count(content) >= counts[content]:
+            continue
+        if squeezed is None:
+            squeezed = _squeeze(text)
+        wanted = _squeeze(content)
+        if squeezed.count(wanted) >= counts[content]:
+            continue
+        if message["role"] == ASSISTANT and number < len(messages) - 1:
+            answer = _squeeze(_without_reasoning(content))
+            if answer and answer in squeezed:
+                continue
+        raise DataError(
+            f"the chat template drops text: message {number} ({message['role']}) does not occur in "
+            f"what it writes; change the template, or leave such messages out: "
+            f"{_shortened(content)!r} is missing in"
+        )
+    for number, message in enumerate(messages):
+        for name in _called(message):
+            if name not in text:
+                raise DataError(
+                    f"the chat template drops the tool call of message {number}; take a template "
+                    f"that knows tools, or leave such rows out: {name!r} is missing in"
+                )
+
+
+def has_stop(said: str, conversation: Conversation, answer: int | None) -> bool:
+    """Whether something but white space follows what message `answer` says.
+
+    Args:
+        said: the part of the rendered text that is trained on for this message.
+        answer: None: not known which one; any of them.
+    """
+    said = _squeeze(said)
+    numbers = conversation.answers() if answer is None else [answer]
+    for number in numbers:
+        content = _squeeze(conversation.messages[number]["content"])
+        if content and said.endswith(content) and said.count(content) == 1:
+            return False
+    return bool(said)
+
+
+def check_targets(
+    config: InstructionsConfig,
+    *,
+    num_tokens: int,
+    num_targets: int | None,
+    filtered: Mapping[str, int],
+    sample: Callable[[], str],
+) -> None:
+    """Look at a whole data set: some of its tokens, not all and not none, must be targets.
+
+    Args:
+        num_tokens, num_targets: of all splits; `num_targets` None: every token is one.
+        filtered: documents left out, by the reason.
+        sample: gives one rendered row.
+
+    Raises:
+        DataError: the mask is all 0 or all 1.
+    """
+    left_out = filtered.get(NO_TARGET, 0)
+    if num_targets == 0 or (num_tokens == 0 and left_out):
+        raise DataError(
+            "dataset.instructions: the loss would count no token of this data: "
+            + (f"{left_out:,} rows have no answer of the assistant; " if left_out else "")
+            + "check the roles in the rows, and dataset.instructions.shape and train_on; one row, "
+            f"targets in [[ ]]: {sample()}"
+        )
+    if config.train_on != "all" and num_targets in (None, num_tokens) and num_tokens:
+        raise DataError(
+            "dataset.instructions: the loss would count every token of this data, prompts "
+            f"included, though train_on is {config.train_on}; check the rows and the chat "
+            "template, or set dataset.instructions.train_on=all; one row, targets in [[ ]]: "
+            f"{sample()}"
+        )
+
+
+def _called(message: Message) -> list[str]:
+    names = []
+    calls = message.get("tool_calls")
+    for call in calls if isinstance(calls, list) else []:
+        function = call.get("function", call) if isinstance(call, dict) else {}
+        name = function.get("name") if isinstance(function, dict) else None
+        if isinstance(name, str):
+            names.append(name)
+    return names
+
+
+def _without_reasoning(content: str) -> str:
+    """What follows the last closing tag, as `</think>` or `[/THINK]`."""
+    for end, start in ((">", "</"), ("]", "[/")):
+        opened = content.rfind(start)
+        closed = content.find(end, opened)
+        if opened >= 0 and closed >= 0:
+            return content[closed + 1 :]
+    return content
+
+
+def _squeeze(text: str) -> str:
+    return "".join(text.split())
+
+
+def _shortened(text: str) -> str:
+    if len(text) > SHOWN_CHARACTERS:
+        text = f"{text[: SHOWN_CHARACTERS * 2 // 3]} ... {text[-SHOWN_CHARACTERS // 3 :]}"
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

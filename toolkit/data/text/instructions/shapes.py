@@ -1,0 +1,259 @@
+"""From a row of a file to a conversation: a list of messages with a role and a content.
+
+Four shapes of rows are known:
+
+    messages            {"messages": [{"role": "user", "content": "..."}, ...]}
+    prompt_completion   {"prompt": "...", "completion": "..."}, both as text or both as messages
+    alpaca              {"instruction": "...", "input": "..." (optional), "output": "..."}
+    sharegpt            {"conversations": [{"from": "human", "value": "..."}, ...]}
+
+Other columns are ignored, but for `tools` (what the assistant may call; a list, or JSON text of
+one) and, of sharegpt, `system`. Keys of a message that are not known here, as `tool_calls`, reach
+the chat template as they are.
+"""
+
+import json
+from typing import Any, Literal, NamedTuple
+
+from toolkit.data.text.config import InstructionsConfig
+from toolkit.errors import DataError
+
+Message = dict[str, Any]
+Shape = Literal["messages", "prompt_completion", "alpaca", "sharegpt"]
+
+ASSISTANT = "assistant"
+SYSTEM_ROLES = ("system", "developer")
+
+_COLUMNS: dict[Shape, tuple[str, ...]] = {
+    "messages": ("messages",),
+    "prompt_completion": ("prompt", "completion"),
+    "alpaca": ("instruction", "output"),
+    "sharegpt": ("conversations",),
+}
+_SHAREGPT_ROLES = {
+    "human": "user",
+    "user": "user",
+    "gpt": ASSISTANT,
+    "chatgpt": ASSISTANT,
+    "model": ASSISTANT,
+    "bot": ASSISTANT,
+    "assistant": ASSISTANT,
+    "function_call": ASSISTANT,
+    "system": "system",
+    "developer": "developer",
+    "tool": "tool",
+    "tool_response": "tool",
+    "observation": "tool",
+    "function": "tool",
+    "function_response": "tool",
+}
+
+
+class Conversation(NamedTuple):
+    """What a row says, whatever its shape."""
+
+    messages: list[Message]
+    """Each with `role` and `content`, both text."""
+    tools: list[Any] | None = None
+    """What the assistant may call, as JSON schemas."""
+    num_context: int = 0
+    """Messages at the start that are never trained on: the prompt, where it is a list."""
+    plain: tuple[str, str] | None = None
+    """Prompt and completion, for tokenizers without a chat template; None: a template is needed."""
+
+    def answers(self) -> list[int]:
+        """Numbers of the messages that can be trained on: what the assistant says. A message
+        without text and calls teaches nothing."""
+        return [
+            number
+            for number, message in enumerate(self.messages)
+            if number >= self.num_context
+            and message["role"] == ASSISTANT
+            and (message["content"].strip() or message.get("tool_calls"))
+        ]
+
+
+def shape_of(row: dict[str, Any], config: InstructionsConfig, where: str) -> Shape:
+    """The shape that is asked for, or the one that the row's columns tell.
+
+    Raises:
+        DataError: the columns tell none, or several.
+    """
+    if config.shape != "auto":
+        return config.shape
+    found = [s for s, columns in _COLUMNS.items() if all(row.get(c) is not None for c in columns)]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise DataError(
+            f"{where}: its columns fit the shapes {' and '.join(found)}; set "
+            "dataset.instructions.shape to one of them"
+        )
+    known = ", ".join(f"{shape} ({' + '.join(columns)})" for shape, columns in _COLUMNS.items())
+    raise DataError(
+        f"{where}: columns {', '.join(row) or 'none'} fit no shape of instruction data; known are "
+        f"{known}; rename the columns, or set dataset.instructions to null for plain text"
+    )
+
+
+def read_conversation(row: dict[str, Any], config: InstructionsConfig, where: str) -> Conversation:
+    """The conversation of a row, with `system_prompt` put before it where it has none.
+
+    Args:
+        where: names the row in errors.
+
+    Raises:
+        DataError: the row does not have the shape, or holds something else than text.
+    """
+    shape = shape_of(row, config, where)
+    for column in _COLUMNS[shape]:
+        if row.get(column) is None:
+            raise DataError(
+                f"{where}: has no column {column!r}, which dataset.instructions.shape={shape} "
+                f"needs (there are {', '.join(row) or 'none'})"
+            )
+    if shape == "messages":
+        conversation = Conversation(_messages(row["messages"], f"{where}: messages"))
+    elif shape == "sharegpt":
+        conversation = Conversation(_sharegpt(row, where))
+    elif shape == "alpaca":
+        conversation = _alpaca(row, where)
+    else:
+        conversation = _prompt_completion(row, where)
+    conversation = conversation._replace(tools=_tools(row.get("tools"), where))
+    if config.system_prompt is not None:
+        conversation = _with_system_prompt(conversation, config.system_prompt)
+    return conversation
+
+
+def _prompt_completion(row: dict[str, Any], where: str) -> Conversation:
+    prompt, completion = row["prompt"], row["completion"]
+    if isinstance(prompt, str) and isinstance(completion, str):
+        return _single_turn(prompt, completion, (prompt, completion))
+    if isinstance(prompt, list) and isinstance(completion, list):
+        context = _messages(prompt, f"{where}: prompt")
+        answer = _messages(completion, f"{where}: completion")
+        return Conversation(context + answer, num_context=len(context))
+    raise DataError(
+        f"{where}: prompt is {_kind(prompt)} and completion is {_kind(completion)}; give both as "
+        "text or both as lists of messages"
+    )
+
+
+def _alpaca(row: dict[str, Any], where: str) -> Conversation:
+    texts = {name: row.get(name) or "" for name in ("instruction", "input", "output")}
+    for name, text in texts.items():
+        if not isinstance(text, str):
+            raise DataError(f"{where}: {name} must be text, not {_kind(text)}")
+    instruction, given, output = texts["instruction"], texts["input"], texts["output"]
+    # The form that Alpaca's own models were trained with, without its opening sentence (which may
+    # be given as system_prompt).
+    middle = f"### Input:\n{given}\n\n" if given else ""
+    plain = f"### Instruction:\n{instruction}\n\n{middle}### Response:\n"
+    prompt = f"{instruction}\n\n{given}" if given else instruction
+    return _single_turn(prompt, output, (plain, output))
+
+
+def _single_turn(prompt: str, answer: str, plain: tuple[str, str]) -> Conversation:
+    messages = [{"role": "user", "content": prompt}, {"role": ASSISTANT, "content": answer}]
+    return Conversation(messages, num_context=1, plain=plain)
+
+
+def _sharegpt(row: dict[str, Any], where: str) -> list[Message]:
+    turns = row["conversations"]
+    if not isinstance(turns, list):
+        raise DataError(f"{where}: conversations must be a list, not {_kind(turns)}")
+    messages = []
+    for number, turn in enumerate(turns):
+        here = f"{where}: conversations[{number}]"
+        if isinstance(turn, dict) and turn.get("from") is not None:
+            role = _SHAREGPT_ROLES.get(str(turn["from"]).lower())
+            if role is None:
+                raise DataError(
+                    f"{here}: from {turn['from']!r} is not known; known are "
+                    f"{', '.join(_SHAREGPT_ROLES)}"
+                )
+            others = {key: value for key, value in turn.items() if key not in ("from", "value")}
+            turn = {**others, "role": role, "content": turn.get("value")}
+        messages.append(_message(turn, here))
+    system = row.get("system")
+    if isinstance(system, str) and system and not _has_system(messages):
+        messages.insert(0, {"role": "system", "content": system})
+    return messages
+
+
+def _messages(found: Any, where: str) -> list[Message]:
+    if not isinstance(found, list):
+        raise DataError(f"{where}: must be a list of messages, not {_kind(found)}")
+    return [_message(message, f"{where}[{number}]") for number, message in enumerate(found)]
+
+
+def _message(message: Any, where: str) -> Message:
+    if not isinstance(message, dict):
+        raise DataError(f"{where}: must have role and content, but is {_kind(message)}")
+    role = message.get("role")
+    if not isinstance(role, str) or not role:
+        hint = "; from and value are read with shape=sharegpt" if "from" in message else ""
+        raise DataError(f"{where}: has no role (keys: {', '.join(message)}){hint}")
+    # Columns of parquet files have every key in every message; null stands for one that is absent.
+    others = {key: value for key, value in message.items() if value is not None}
+    content = message.get("content")
+    if content is None and not others.get("tool_calls"):
+        raise DataError(f"{where}: has no content (keys: {', '.join(others)})")
+    return {**others, "content": _text(content, where)}
+
+
+def _text(content: Any, where: str) -> str:
+    if content is None:
+        return ""
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        raise DataError(f"{where}: content must be text or a list of parts, not {_kind(content)}")
+    texts = []
+    for part in content:
+        text = part.get("text") if isinstance(part, dict) else part
+        kind = part.get("type", "text") if isinstance(part, dict) else "text"
+        if kind != "text" or not isinstance(text, str):
+            name = kind if kind != "text" else _kind(text)
+            raise DataError(
+                f"{where}: content has a part of type {name!r}; only text can be trained on, leave "
+                "such rows out"
+            )
+        texts.append(text)
+    return "".join(texts)
+
+
+def _tools(found: Any, where: str) -> list[Any] | None:
+    if isinstance(found, str) and found.strip():
+        try:
+            found = json.loads(found)
+        except ValueError as error:
+            raise DataError(f"{where}: tools is not valid JSON: {error}") from None
+    if not found:
+        return None
+    if not isinstance(found, list):
+        raise DataError(f"{where}: tools must be a list, not {_kind(found)}")
+    return found
+
+
+def _with_system_prompt(conversation: Conversation, prompt: str) -> Conversation:
+    plain = conversation.plain
+    if plain is not None:
+        plain = (f"{prompt}\n\n{plain[0]}", plain[1])
+    if not conversation.messages or _has_system(conversation.messages):
+        return conversation
+    return conversation._replace(
+        messages=[{"role": "system", "content": prompt}, *conversation.messages],
+        num_context=conversation.num_context + bool(conversation.num_context),
+        plain=plain,
+    )
+
+
+def _has_system(messages: list[Message]) -> bool:
+    return any(message["role"] in SYSTEM_ROLES for message in messages)
+
+
+def _kind(value: Any) -> str:
+    names = {dict: "an object", list: "a list", str: "text", type(None): "null"}
+    return names.get(type(value), type(value).__name__)
