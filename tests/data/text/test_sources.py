@@ -7,7 +7,8 @@ import pytest
 from tests.data.corpus import random_text, write_texts
 from toolkit.data.config import FilesSourceConfig, HubSourceConfig, PythonStdlibSourceConfig
 from toolkit.data.text import sources
-from toolkit.data.text.readers import Counts, Piece, read_shard
+from toolkit.data.text.piece import Piece
+from toolkit.data.text.readers import Counts, Reading, read_shard
 from toolkit.data.text.sources import plan_source
 from toolkit.errors import DataError
 
@@ -15,7 +16,8 @@ from toolkit.errors import DataError
 def read_all(source, counts: Counts | None = None, fraction: float = 0.0) -> list[Piece]:
     plan = plan_source(source, fraction)
     counts = counts or Counts()
-    return [piece for shard in plan.shards for piece in read_shard(shard, source, counts)]
+    reading = Reading(source=source)
+    return [piece for shard in plan.shards for piece in read_shard(shard, reading, counts)]
 
 
 def texts_of(*paths: Path, **options) -> list[str]:
@@ -28,7 +30,7 @@ def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("MIN_SHARD_BYTES", "MAX_SHARD_BYTES"):
         monkeypatch.setattr(sources, name, 4096)
     monkeypatch.setattr(sources, "PIECE_BYTES", 1024)
-    monkeypatch.setattr("toolkit.data.text.readers.PIECE_BYTES", 1024)
+    monkeypatch.setattr("toolkit.data.text.plain.PIECE_BYTES", 1024)
 
 
 def test_folder_is_read_in_the_order_of_names(tmp_path: Path) -> None:
@@ -150,7 +152,7 @@ def test_wrong_parquet_columns_and_files_are_named(tmp_path: Path) -> None:
 
     path = tmp_path / "c.parquet"
     pyarrow.parquet.write_table(pyarrow.table({"id": [1], "body": ["x"]}), path)
-    with pytest.raises(DataError, match=r"no column 'text'.*one of: id, body"):
+    with pytest.raises(DataError, match=r"no column 'text'; its columns: id, body"):
         texts_of(path)
     with pytest.raises(DataError, match="column 'id' holds int64, not text"):
         texts_of(path, text_field="id")
@@ -191,7 +193,7 @@ def test_datasets_library_source_reads_a_local_folder(
     (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     source = HubSourceConfig(name=str(folder), streaming=streaming)
     assert [piece.text for piece in read_all(source)] == [row["text"] for row in rows]
-    with pytest.raises(DataError, match=r"dataset\.source\.text_field: .*give one of: text"):
+    with pytest.raises(DataError, match=r"dataset\.source\.text_field: .*its columns: text"):
         read_all(HubSourceConfig(name=str(folder), streaming=streaming, text_field="body"))
 
 

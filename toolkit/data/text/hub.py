@@ -1,19 +1,26 @@
-"""Text from the Hugging Face hub, or from anything else `datasets.load_dataset` takes."""
+"""Rows of the `datasets` library: from the Hugging Face hub (or anything else that
+`datasets.load_dataset` takes), and from folders that `save_to_disk` wrote."""
 
+import functools
 import itertools
 import logging
+import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
-from toolkit.data.config import HubSourceConfig
+from toolkit.data.config import DiskSourceConfig, HubSourceConfig
+from toolkit.data.text.columns import TextColumns
+from toolkit.data.text.files import SourceFile, fingerprint_files
 from toolkit.data.text.piece import Piece
-from toolkit.data.text.readers import Counts
+from toolkit.data.text.readers import Counts, Reading
 from toolkit.data.text.sources import (
     MAX_SHARD_BYTES,
     MIN_SHARD_BYTES,
     TARGET_NUM_SHARDS,
     Plan,
     Range,
+    RangeKind,
 )
 from toolkit.errors import DataError
 
@@ -21,44 +28,87 @@ NUM_SAMPLED_DOCUMENTS = 8
 ASSUMED_ROW_BYTES = 2_000
 
 
-def plan_hub(source: HubSourceConfig) -> Plan:
+def plan_hub(source: HubSourceConfig, columns: TextColumns | None) -> Plan:
     """One shard per file of a streamed data set; ranges of rows of a downloaded one.
 
     Raises:
         DataError: when the data set cannot be loaded or has no such column.
     """
+    import msgspec
     import xxhash
 
-    dataset = _load(source)
+    dataset = _load_hub(source, columns)
+    name = f"{source.name}/{source.config or ''}/{source.split}"
     if source.streaming:
         size_hint = dataset.info.dataset_size or 0
         number = dataset.num_shards
         shards = [
-            [_range(source, "hub_stream", index, number, size_hint // number)]
+            [_range("hub_stream", source.name, name, index, number, size_hint // number)]
             for index in range(number)
         ]
     else:
-        num_rows = len(dataset)
-        size_hint = dataset.info.dataset_size or num_rows * ASSUMED_ROW_BYTES
-        shard_bytes = min(max(size_hint // TARGET_NUM_SHARDS, MIN_SHARD_BYTES), MAX_SHARD_BYTES)
-        rows = max(1, num_rows * shard_bytes // max(1, size_hint))
-        shards = [
-            [_range(source, "hub_rows", first, min(first + rows, num_rows), shard_bytes)]
-            for first in range(0, num_rows, rows)
-        ]
+        size_hint = dataset.info.dataset_size or len(dataset) * ASSUMED_ROW_BYTES
+        shards = _row_shards("hub_rows", source.name, name, len(dataset), size_hint)
     digest = xxhash.xxh3_64(repr((size_hint, len(shards))).encode())
-    sample = itertools.islice(iter(dataset), NUM_SAMPLED_DOCUMENTS)
-    texts = [_text(row, source, number) for number, row in enumerate(sample)]
-    if not texts:
+    sample = list(itertools.islice(iter(dataset), NUM_SAMPLED_DOCUMENTS))
+    if not sample:
         raise DataError(f"dataset.source: {source.name}: split {source.split!r} has no rows")
-    for text in texts:
-        digest.update(text.encode("utf-8", "surrogatepass") + b"\0")
+    for number, row in enumerate(sample):
+        if columns is None:
+            data = msgspec.json.encode(row, enc_hook=str)
+        else:
+            text = columns.text(row, f"{source.name}: row {number}")
+            data = text.encode("utf-8", "surrogatepass")
+        digest.update(data + b"\0")
     return Plan(shards, digest.hexdigest(), size_hint)
 
 
-def read_hub(part: Range, source: HubSourceConfig, counts: Counts) -> Iterator[Piece]:
+def plan_disk(source: DiskSourceConfig, columns: TextColumns | None) -> Plan:
+    """Ranges of rows.
+
+    Raises:
+        DataError: when the folder holds no such data set, split or column.
+    """
+    dataset = _load_disk(source, columns)
+    files = disk_files(source)
+    num_bytes = sum(file.num_bytes for file in files)
+    name = f"{Path(source.path).name}/{source.split}"
+    shards = _row_shards("disk_rows", source.path, name, len(dataset), num_bytes)
+    return Plan(shards, fingerprint_files(files), num_bytes, files=tuple(files))
+
+
+def disk_files(source: DiskSourceConfig) -> list[SourceFile]:
+    """The files of the split in the folder that `save_to_disk` wrote.
+
+    Raises:
+        DataError: there are none.
+    """
+    folder = Path(source.path).expanduser()
+    if (folder / source.split / "state.json").is_file():
+        folder /= source.split
+    names = sorted(os.listdir(folder)) if folder.is_dir() else []
+    files = []
+    for name in names:
+        if name.endswith((".arrow", ".json")):
+            status = (folder / name).stat()
+            path = str(folder / name)
+            files.append(SourceFile(name, path, status.st_size, status.st_mtime_ns))
+    if not any(file.name.endswith(".arrow") for file in files):
+        raise DataError(
+            f"dataset.source.path: {source.path}: no data set that `save_to_disk` wrote"
+        )
+    return files
+
+
+def read_hub(part: Range, reading: Reading, counts: Counts) -> Iterator[Piece]:
     """The documents of one shard of the data set."""
-    dataset = _load(source)
+    source = reading.source
+    assert isinstance(source, HubSourceConfig | DiskSourceConfig)
+    columns = None if reading.rows else TextColumns(source)
+    if isinstance(source, DiskSourceConfig):
+        dataset = _load_disk(source, columns)
+    else:
+        dataset = _load_hub(source, columns)
     if part.kind == "hub_stream":
         rows, first = dataset.shard(num_shards=part.end, index=part.start), 0
         prefix = f"{part.name}:{part.start}:"
@@ -66,48 +116,81 @@ def read_hub(part: Range, source: HubSourceConfig, counts: Counts) -> Iterator[P
         rows, first = dataset.select(range(part.start, part.end)), part.start
         prefix = f"{part.name}:"
     for number, row in enumerate(rows, start=first):
-        text = _text(row, source, number)
+        if columns is None:
+            yield Piece(f"{prefix}{number}", row=row)
+            continue
+        text = columns.text(row, f"{part.path}: row {number}")
         if not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):
             counts.replaced_bytes += sum("\ud800" <= c <= "\udfff" for c in text)
             text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         yield Piece(f"{prefix}{number}", text)
 
 
-def _range(source: HubSourceConfig, kind: Any, start: int, end: int, num_bytes: int) -> Range:
-    name = f"{source.name}/{source.config or ''}/{source.split}"
-    return Range(kind=kind, path=source.name, name=name, start=start, end=end, num_bytes=num_bytes)
+def _row_shards(
+    kind: RangeKind, path: str, name: str, num_rows: int, num_bytes: int
+) -> list[list[Range]]:
+    shard_bytes = min(max(num_bytes // TARGET_NUM_SHARDS, MIN_SHARD_BYTES), MAX_SHARD_BYTES)
+    rows = max(1, num_rows * shard_bytes // max(1, num_bytes))
+    return [
+        [_range(kind, path, name, first, min(first + rows, num_rows), min(shard_bytes, num_bytes))]
+        for first in range(0, num_rows, rows)
+    ]
 
 
-def _text(row: dict[str, Any], source: HubSourceConfig, number: int) -> str:
-    if source.text_field not in row:
-        raise DataError(
-            f"dataset.source.text_field: {source.name} has no column {source.text_field!r}; "
-            f"give one of: {', '.join(row)}"
-        )
-    value = row[source.text_field]
-    if value is not None and not isinstance(value, str):
-        raise DataError(
-            f"dataset.source.text_field: {source.name}: row {number}: {source.text_field!r} holds "
-            f"{type(value).__name__}, not text"
-        )
-    return value or ""
+def _range(kind: RangeKind, path: str, name: str, start: int, end: int, num_bytes: int) -> Range:
+    return Range(kind=kind, path=path, name=name, start=start, end=end, num_bytes=num_bytes)
 
 
-def _load(source: HubSourceConfig) -> Any:
-    import datasets
-
-    logging.getLogger("datasets").setLevel(logging.ERROR)
-    datasets.disable_progress_bars()
+def _load_hub(source: HubSourceConfig, columns: TextColumns | None) -> Any:
+    datasets = _library()
     try:
         dataset = datasets.load_dataset(
             source.name, source.config, split=source.split, streaming=source.streaming
         )
     except Exception as error:  # every builder raises its own types
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise DataError(f"dataset.source: {source.name}: cannot be loaded: {reason}") from None
-    columns = dataset.column_names
-    return (
-        dataset.select_columns([source.text_field])
-        if (columns and source.text_field in columns)
-        else dataset
-    )
+        raise DataError(
+            f"dataset.source: {source.name}: cannot be loaded: {_line(error)}"
+        ) from None
+    return _select(dataset, columns, source.name)
+
+
+def _load_disk(source: DiskSourceConfig, columns: TextColumns | None) -> Any:
+    # Every range of rows asks anew; the file's size and time stand for its content.
+    state = tuple((file.path, file.num_bytes, file.modified_ns) for file in disk_files(source))
+    dataset = _open_disk(str(Path(source.path).expanduser()), source.split, state)
+    return _select(dataset, columns, source.path)
+
+
+@functools.lru_cache(maxsize=1)
+def _open_disk(path: str, split: str, _state: tuple[Any, ...]) -> Any:
+    datasets = _library()
+    try:
+        dataset = datasets.load_from_disk(path)
+    except Exception as error:
+        raise DataError(f"dataset.source.path: {path}: cannot be loaded: {_line(error)}") from None
+    if isinstance(dataset, dict):
+        if split not in dataset:
+            raise DataError(
+                f"dataset.source.split: {path} has no split {split!r}; it has: {', '.join(dataset)}"
+            )
+        dataset = dataset[split]
+    return dataset.with_format(None)
+
+
+def _select(dataset: Any, columns: TextColumns | None, name: str) -> Any:
+    if columns is None or not dataset.column_names:
+        return dataset
+    columns.check(dataset.column_names, name)
+    return dataset.select_columns(columns.names)
+
+
+def _library() -> Any:
+    import datasets
+
+    logging.getLogger("datasets").setLevel(logging.ERROR)
+    datasets.disable_progress_bars()
+    return datasets
+
+
+def _line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

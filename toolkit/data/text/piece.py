@@ -23,3 +23,9 @@ class Piece(NamedTuple):
     """A conversation, or a prompt with its answer, as it stands in the file."""
     ids: "np.ndarray | None" = None
     """Token ids that came without text, end-of-document id included."""
+    num_bytes: int = 0
+    """UTF-8 bytes of the whole document where they are known before all of it is read: of rows,
+    and where documents are compared with each other."""
+    digest: int = 0
+    """Where documents are compared: xxh3_128 of the whole document's text, set on its first
+    piece."""

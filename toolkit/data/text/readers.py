@@ -1,19 +1,42 @@
-"""From a shard to its documents, with every defect of the text named by file and place."""
+"""From a shard to its documents, with every defect of the input named by file and place.
 
-import gzip
-import json
-import zlib
+Each format has its reader (`plain.py`, `jsonl.py`, `tables.py`, `hub.py`, `token_files.py`); what
+they have in common stands here: documents without text are counted and left out, filters are
+applied to whole documents, and long documents are cut into pieces for the encoder.
+"""
+
+import functools
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import msgspec
 
-from toolkit.data.config import FilesSourceConfig, HubSourceConfig, SourceConfig
+from toolkit.data.config import FiltersConfig, SourceConfig
+from toolkit.data.text.columns import row_texts
+from toolkit.data.text.files import check_unchanged
+from toolkit.data.text.filters import DocumentFilter
 from toolkit.data.text.piece import Piece
-from toolkit.data.text.sources import PIECE_BYTES, Range, Shard, align
+from toolkit.data.text.sources import Range, Shard
 from toolkit.errors import DataError
 
-PARQUET_BATCH_ROWS = 256
+PIECE_CHARACTERS = 1 << 20
+"""Longer documents are encoded in pieces of about this size."""
+CUT_WINDOW = 1 << 16
+
+
+class Reading(msgspec.Struct, frozen=True, kw_only=True):
+    """How documents are read out of a source."""
+
+    source: SourceConfig
+    rows: bool = False
+    """Whole rows (of instruction data) instead of text."""
+    filters: FiltersConfig | None = None
+    """Which documents are left out."""
+    with_digests: bool = False
+    """Set `Piece.digest` and `Piece.num_bytes`, so that documents can be compared."""
+    vocab_size: int = 0
+    """Token files: every id must be below this..."""
+    eos_id: int | None = None
+    """...and this one ends a document."""
 
 
 class Counts:
@@ -22,31 +45,34 @@ class Counts:
     def __init__(self) -> None:
         self.replaced_bytes = 0
         self.skipped_documents = 0
+        self.filtered_documents: dict[str, int] = {}
+
+    def leave_out(self, reason: str) -> None:
+        """Count one document that is left out on purpose."""
+        self.filtered_documents[reason] = self.filtered_documents.get(reason, 0) + 1
 
 
-def read_shard(shard: Shard, source: SourceConfig, counts: Counts) -> Iterator[Piece]:
-    """The documents of a shard in order; documents without text are counted and left out.
+Reader = Callable[[Range, Reading, Counts], Iterator[Piece]]
+
+
+def read_shard(shard: Shard, reading: Reading, counts: Counts) -> Iterator[Piece]:
+    """The documents of a shard in order.
 
     Raises:
-        DataError: for text that cannot be used as the source's options say.
+        DataError: for input that cannot be used as the source's options say.
     """
-    readers: dict[str, Callable[[Range, Any, Counts], Iterator[Piece]]] = {
-        "text": _read_text,
-        "jsonl": _read_jsonl,
-        "jsonl_gz": _read_jsonl_gz,
-        "parquet": _read_parquet,
-    }
-    if isinstance(source, HubSourceConfig):
-        from toolkit.data.text.hub import read_hub
-
-        readers["hub_stream"] = readers["hub_rows"] = read_hub
+    rules = DocumentFilter(reading.filters)
     for part in shard:
         try:
-            for piece in readers[part.kind](part, source, counts):
-                if piece.text or not (piece.starts and piece.ends):
-                    yield piece
+            if part.modified_ns:
+                check_unchanged(part.path, part.file_bytes, part.modified_ns)
+            for piece in _reader(part.kind)(part, reading, counts):
+                if piece.ids is None and piece.starts and piece.ends:
+                    yield from _finish(piece, reading, rules, counts)
                 else:
-                    counts.skipped_documents += 1
+                    yield piece
+            if part.modified_ns:
+                check_unchanged(part.path, part.file_bytes, part.modified_ns)
         except OSError as error:
             reason = error.strerror or str(error)
             raise DataError(f"{part.path}: cannot be read: {reason}") from None
@@ -68,174 +94,88 @@ def decode(data: bytes, where: str, offset: int, errors: str, counts: Counts) ->
                 "file, or set dataset.source.encoding_errors=replace"
             ) from None
     text, start = [], 0
+    view = memoryview(data)
     while True:
         try:
-            text.append(data[start:].decode())
+            text.append(str(view[start:], "utf-8"))
             return "".join(text)
         except UnicodeDecodeError as error:
-            text.append(data[start : start + error.start].decode())
+            text.append(str(view[start : start + error.start], "utf-8"))
             text.append("\ufffd")
             counts.replaced_bytes += error.end - error.start
             start += error.end
 
 
-def _read_text(part: Range, source: SourceConfig, counts: Counts) -> Iterator[Piece]:
-    start, size = part.start, part.document_end
-    is_stdlib = not isinstance(source, FilesSourceConfig)
-    errors = source.encoding_errors if isinstance(source, FilesSourceConfig) else "strict"
-    with open(part.path, "rb") as file:
-        while start < part.end:
-            end = min((start // PIECE_BYTES + 1) * PIECE_BYTES, part.end)
-            first, last = align(part.path, start, size), align(part.path, end, size)
-            file.seek(first)
-            data = file.read(last - first)
-            try:
-                text = decode(data, part.path, first, errors, counts)
-            except DataError:
-                if not is_stdlib:
-                    raise
-                # A few files of the standard library's tests are in other encodings on purpose.
-                counts.skipped_documents += 1
-                return
-            if start == 0:
-                text = text.removeprefix("\ufeff")
-            yield Piece(
-                part.name, text, part.split, start == part.document_start, end == part.document_end
-            )
-            start = end
-
-
-def _read_jsonl(part: Range, source: FilesSourceConfig, counts: Counts) -> Iterator[Piece]:
-    with open(part.path, "rb") as file:
-        offset = part.start
-        if offset:
-            # A line belongs to the range that its first byte lies in.
-            file.seek(offset - 1)
-            offset += len(file.readline()) - 1
-        yield from _json_lines(file, offset, part, part.end, source, counts)
-
-
-def _read_jsonl_gz(part: Range, source: FilesSourceConfig, counts: Counts) -> Iterator[Piece]:
-    try:
-        with gzip.open(part.path, "rb") as file:
-            yield from _json_lines(file, 0, part, None, source, counts)
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise DataError(f"{part.path}: damaged gzip file: {error}") from None
-
-
-def _json_lines(
-    file: Any,
-    offset: int,
-    part: Range,
-    end: int | None,
-    source: FilesSourceConfig,
-    counts: Counts,
+def _finish(
+    piece: Piece, reading: Reading, rules: DocumentFilter, counts: Counts
 ) -> Iterator[Piece]:
-    row_type = msgspec.defstruct("Row", [("text", str | None)], rename={"text": source.text_field})
-    decoder = msgspec.json.Decoder(row_type)
-    while end is None or offset < end:
-        line = file.readline()
-        if not line:
+    """A whole document: left out, or given on in pieces."""
+    text = piece.text
+    if piece.row is not None and (rules.is_active or not piece.num_bytes):
+        text = "\n".join(row_texts(piece.row))
+        piece = piece._replace(num_bytes=len(text.encode("utf-8", "replace")))
+    if not text and piece.row is None:
+        counts.skipped_documents += 1
+        return
+    if rules.is_active:
+        reason = rules.reason(text)
+        if reason is not None:
+            counts.leave_out(reason)
             return
-        text = decode(line, part.path, offset, source.encoding_errors, counts)
-        if offset == 0:
-            text = text.removeprefix("\ufeff")
-        if not text.isspace():
-            try:
-                value = decoder.decode(text).text  # type: ignore[attr-defined]
-            except msgspec.DecodeError as error:
-                value = _repaired(text, source, counts)
-                if value is None:
-                    raise _bad_line(part, offset, source.text_field, error) from None
-            yield Piece(f"{part.name}:{offset}", value or "")
-        offset += len(line)
+    if reading.with_digests:
+        piece = _with_digest(piece)
+    if piece.row is not None or len(text) <= PIECE_CHARACTERS:
+        yield piece
+        return
+    start = 0
+    while start < len(text):
+        end = _cut(text, start)
+        yield piece._replace(text=text[start:end], starts=start == 0, ends=end == len(text))
+        start = end
 
 
-def _repaired(text: str, source: FilesSourceConfig, counts: Counts) -> str | None:
-    """The text of a line whose only defect are lone surrogates, where replacing is allowed."""
-    if source.encoding_errors == "strict":
-        return None
-    try:
-        value = json.loads(text)[source.text_field]
-        data = value.encode("utf-8", "surrogatepass")
-    except (ValueError, LookupError, TypeError, AttributeError):
-        return None
-    return decode(data, "", 0, "replace", counts)
+def _with_digest(piece: Piece) -> Piece:
+    import xxhash
+
+    if piece.row is not None:
+        data = msgspec.json.encode(piece.row, order="deterministic", enc_hook=str)
+    else:
+        data = piece.text.encode()
+    return piece._replace(digest=xxhash.xxh3_128_intdigest(data), num_bytes=len(data))
 
 
-def _bad_line(part: Range, offset: int, field: str, error: msgspec.DecodeError) -> DataError:
-    opener = gzip.open if part.kind == "jsonl_gz" else open
-    with opener(part.path, "rb") as file:
-        number, position = 1, 0
-        while position < offset:
-            position += len(file.readline())
-            number += 1
-    if isinstance(error, msgspec.ValidationError):
-        return DataError(
-            f"{part.path}: line {number} (byte {offset}): no text under {field!r}: {error}; "
-            "set dataset.source.text_field to the key that holds it"
-        )
-    return DataError(f"{part.path}: line {number} (byte {offset}): not valid JSON: {error}")
+def _cut(text: str, start: int) -> int:
+    """Where the piece that begins at `start` ends: after a line, else before a blank, where one
+    is near; there tokenizers cut by themselves."""
+    end = start + PIECE_CHARACTERS
+    if end >= len(text):
+        return len(text)
+    nearest = end - CUT_WINDOW
+    line_end = text.rfind("\n", nearest, end)
+    if line_end > start:
+        return line_end + 1
+    blank = text.rfind(" ", nearest, end)
+    return blank if blank > start else end
 
 
-def parquet_row_groups(path: str, field: str, size: int) -> Iterator[tuple[int, int, int]]:
-    """Runs of row groups (first, one past the last, bytes) of about `size` bytes of text.
+@functools.cache
+def _reader(kind: str) -> Reader:
+    if kind == "text":
+        from toolkit.data.text.plain import read_text
 
-    Raises:
-        DataError: for a file that is not parquet, or has no text in column `field`.
-    """
-    file = _open_parquet(path)
-    names = file.schema_arrow.names
-    if field not in names:
-        raise DataError(
-            f"{path}: no column {field!r}; set dataset.source.text_field to one of: "
-            f"{', '.join(names)}"
-        )
-    if str(file.schema_arrow.field(field).type) not in ("string", "large_string", "string_view"):
-        raise DataError(
-            f"{path}: column {field!r} holds {file.schema_arrow.field(field).type}, not text; "
-            "set dataset.source.text_field to a text column"
-        )
-    column = file.metadata.schema.names.index(field)
-    first, num_bytes = 0, 0
-    for group in range(file.metadata.num_row_groups):
-        num_bytes += file.metadata.row_group(group).column(column).total_uncompressed_size
-        if num_bytes >= size or group == file.metadata.num_row_groups - 1:
-            yield first, group + 1, num_bytes
-            first, num_bytes = group + 1, 0
+        return read_text
+    if kind.startswith("jsonl"):
+        from toolkit.data.text.jsonl import read_jsonl
 
+        return read_jsonl
+    if kind in ("parquet", "arrow"):
+        from toolkit.data.text import tables
 
-def _read_parquet(part: Range, source: FilesSourceConfig, counts: Counts) -> Iterator[Piece]:
-    import pyarrow
+        return tables.read_parquet if kind == "parquet" else tables.read_arrow
+    if kind in ("tokens", "remote_tokens"):
+        from toolkit.data.text.token_files import read_tokens
 
-    file = _open_parquet(part.path)
-    for group in range(part.start, part.end):
-        row = 0
-        try:
-            for batch in file.iter_batches(
-                PARQUET_BATCH_ROWS, row_groups=[group], columns=[source.text_field]
-            ):
-                column = batch.column(0)
-                try:
-                    values = column.to_pylist()
-                except UnicodeDecodeError:
-                    values = column.cast(pyarrow.binary()).to_pylist()
-                for value in values:
-                    identity = f"{part.name}:{group}:{row}"
-                    if isinstance(value, bytes):
-                        where = f"{part.path}: row group {group}, row {row}"
-                        value = decode(value, where, 0, source.encoding_errors, counts)
-                    yield Piece(identity, value or "")
-                    row += 1
-        except pyarrow.ArrowException as error:
-            raise DataError(f"{part.path}: row group {group} cannot be read: {error}") from None
+        return read_tokens
+    from toolkit.data.text.hub import read_hub
 
-
-def _open_parquet(path: str) -> Any:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        return pyarrow.parquet.ParquetFile(path)
-    except pyarrow.ArrowException as error:
-        raise DataError(f"{path}: not a parquet file that can be read: {error}") from None
+    return read_hub

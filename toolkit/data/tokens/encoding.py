@@ -53,10 +53,22 @@ class TextEncoder:
 class TokenEncoder:
     """Pieces that are tokens already."""
 
+    def __init__(self, *, bos_id: int | None, eos_id: int | None) -> None:
+        """The ids that start and end documents, where the pieces may hold them."""
+        self._bos_id, self._eos_id = bos_id, eos_id
+
     def encode(self, pieces: Sequence[Piece]) -> list[Encoded]:
         """The ids of each piece as they are."""
         found = []
         for piece in pieces:
-            assert piece.ids is not None
-            found.append(Encoded(piece.ids))
+            ids = piece.ids
+            assert ids is not None
+            assert len(ids)
+            found.append(
+                Encoded(
+                    ids,
+                    starts_with_bos=bool(ids[0] == self._bos_id),
+                    ends_with_eos=bool(ids[-1] == self._eos_id),
+                )
+            )
         return found

@@ -13,7 +13,7 @@ import msgspec
 
 import toolkit
 from toolkit.data.tokens.tokenizer import Tokenizer
-from toolkit.data.tokens.worker import Job, Reply, WorkerSetup, encode_shard
+from toolkit.data.tokens.worker import Job, Reply, WorkerSetup, encode_shard, make_encoder
 from toolkit.errors import DataError
 
 SMALL_BYTES = 2 << 20
@@ -26,7 +26,7 @@ def num_cores() -> int:
 
 
 def encode_shards(
-    jobs: Sequence[Job], setup: WorkerSetup, tokenizer: Tokenizer, *, num_processes: int
+    jobs: Sequence[Job], setup: WorkerSetup, tokenizer: Tokenizer | None, *, num_processes: int
 ) -> Iterator[Job]:
     """Encode all jobs, yielding each when its part is complete, in no particular order.
 
@@ -36,8 +36,9 @@ def encode_shards(
     sizes = [part.num_bytes for job in jobs for part in job.shard]
     is_small = sum(sizes) < SMALL_BYTES and all(sizes)
     if num_processes == 1 or is_small:
+        encoder = make_encoder(setup, tokenizer)
         for job in jobs:
-            encode_shard(job, setup, tokenizer)
+            encode_shard(job, setup, encoder)
             yield job
         return
     num_workers = min(num_processes, len(jobs))

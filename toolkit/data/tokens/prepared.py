@@ -74,7 +74,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     replaced_bytes: int
     """Bytes that were not UTF-8 and became U+FFFD."""
     skipped_documents: int
-    """Documents without text, and files of the standard library that are not UTF-8."""
+    """Documents and files without text, and files of the standard library that are not UTF-8."""
     filtered_documents: dict[str, int] = {}
     """Documents left out on purpose, by the reason."""
     settings: dict[str, Any]

@@ -99,6 +99,10 @@ class Progress:
         self.note(f"prepared {prepared.folder}: {counts}; {seconds:.1f} s")
         if manifest.replaced_bytes:
             self.note(f"{manifest.replaced_bytes:,} bytes were not UTF-8 and became U+FFFD")
+        left_out = {"empty": manifest.skipped_documents, **manifest.filtered_documents}
+        reasons = ", ".join(f"{reason} {count:,}" for reason, count in left_out.items() if count)
+        if reasons:
+            self.note(f"documents left out: {reasons}")
 
 
 def _num_bytes(job: Job) -> int:

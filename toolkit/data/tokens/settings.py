@@ -1,11 +1,14 @@
 """Do the token files on disk hold what the config asks for?"""
 
+import contextlib
 import logging
+from pathlib import Path
 from typing import Any
 
 from toolkit.data.config import (
     DatasetConfig,
-    HubSourceConfig,
+    FiltersConfig,
+    InstructionsConfig,
     SourceConfig,
 )
 from toolkit.data.tokens.prepared import PreparedDataset
@@ -17,22 +20,48 @@ logger = logging.getLogger(__name__)
 def settings_of(config: DatasetConfig) -> dict[str, Any]:
     """The settings that decide what the token files hold, as stored in dataset.json.
 
-    Paths are left out: text is identified by its content, so that folders may move.
+    Paths (and which endings are taken from folders) are left out: text is identified by its
+    content, so that folders may move. So are settings that came later and have their defaults:
+    data sets that were built without them stay what they are.
     """
-    tokenizer = config.tokenizer.to_dict()
-    if "path" in tokenizer:
+    tokenizer: dict[str, Any] = {"type": "none"}
+    if config.tokenizer is not None:
+        tokenizer = config.tokenizer.to_dict()
+    if config.tokenizer is not None and "path" in tokenizer:
         from toolkit.data.tokens.tokenizer_choice import tokenizer_files_hash
 
         tokenizer["files_hash"] = tokenizer_files_hash(config.tokenizer)
     source = config.source.to_dict() if config.source is not None else {}
-    source.pop("paths", None)
-    source.pop("streaming", None)
-    return {
+    for name in ("paths", "path", "streaming", "suffixes"):
+        source.pop(name, None)
+    settings: dict[str, Any] = {
         "tokenizer": tokenizer,
         "append_eos": config.append_eos,
         "validation_fraction": config.validation_fraction,
         "source": source,
     }
+    if config.filters is not None and config.filters != FiltersConfig():
+        settings["filters"] = config.filters.to_dict()
+    if config.instructions is not None:
+        settings["instructions"] = _instructions(config.instructions)
+    if config.deduplicate:
+        settings["deduplicate"] = True
+    if config.prepend_bos:
+        settings["prepend_bos"] = True
+    return settings
+
+
+def _instructions(config: InstructionsConfig) -> dict[str, Any]:
+    """A template in a file is known by its content, too."""
+    import xxhash
+
+    settings = config.to_dict()
+    template = config.chat_template
+    if template is not None and "\n" not in template and "{" not in template:
+        with contextlib.suppress(OSError, ValueError):
+            data = Path(template).expanduser().read_bytes()
+            settings["chat_template"] = f"file with hash {xxhash.xxh3_64_hexdigest(data)}"
+    return settings
 
 
 def check_settings(
@@ -58,6 +87,7 @@ def check_settings(
 
 def _setting_differences(stored: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
     stored, wanted = _leaves(stored, "dataset"), _leaves(wanted, "dataset")
+    stored.pop("dataset.source.suffixes", None)  # stored once
     stored_hash = stored.pop("dataset.tokenizer.files_hash", None)
     wanted_hash = wanted.pop("dataset.tokenizer.files_hash", None)
     if stored_hash and wanted_hash:
@@ -81,14 +111,11 @@ def _leaves(data: dict[str, Any], path: str) -> dict[str, Any]:
 
 
 def _source_changed(prepared: PreparedDataset, source: SourceConfig) -> bool:
-    from toolkit.data.text.sources import fingerprint_files, list_files
+    from toolkit.data.text.sources import source_fingerprint
 
-    if isinstance(source, HubSourceConfig):
-        # Asking the hub would make every start depend on the network.
-        return False
     try:
-        fingerprint = fingerprint_files(list_files(source))
+        fingerprint = source_fingerprint(source)
     except (DataError, OSError) as error:
         logger.info("using %s as it is: its source is gone (%s)", prepared.folder, error)
         return False
-    return fingerprint != prepared.manifest.source_fingerprint
+    return fingerprint is not None and fingerprint != prepared.manifest.source_fingerprint

@@ -1,0 +1,112 @@
+"""From a row to its text: one column, or a template over several."""
+
+import string
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from toolkit.data.config import (
+    DiskSourceConfig,
+    FilesSourceConfig,
+    HubSourceConfig,
+    SourceConfig,
+)
+from toolkit.errors import DataError
+
+
+class TextColumns:
+    """How the rows of one source become text.
+
+    Attributes:
+        names: the columns needed.
+        is_template: whether text is made of a template.
+    """
+
+    def __init__(self, source: FilesSourceConfig | HubSourceConfig | DiskSourceConfig) -> None:
+        """Raises DataError for a template that cannot be used."""
+        template = source.text_template
+        self.is_template = template is not None
+        self._option = f"dataset.source.text_{'template' if self.is_template else 'field'}"
+        self._parts: list[tuple[str, str | None]] = [("", source.text_field)]
+        if template is not None:
+            self._parts = _parse(template)
+        self.names = list(dict.fromkeys(name for _, name in self._parts if name is not None))
+
+    def check(self, known: Iterable[str], where: str) -> None:
+        """Raise DataError when a column is not among `known`, the columns of `where`."""
+        known = list(known)
+        missing = [name for name in self.names if name not in known]
+        if missing:
+            columns = ", ".join(known) or "none at all"
+            raise DataError(
+                f"{self._option}: {where} has no column {missing[0]!r}; its columns: {columns}"
+            )
+
+    def text(self, row: Mapping[str, Any], where: str) -> str:
+        """The text of a row; null is no text.
+
+        Raises:
+            DataError: a column is missing or holds something that is not text; `where` names the
+                row.
+        """
+        found = []
+        for literal, name in self._parts:
+            found.append(literal)
+            if name is None:
+                continue
+            if name not in row:
+                self.check(row, where)
+            found.append(self._value(row[name], name, where))
+        return "".join(found)
+
+    def _value(self, value: Any, name: str, where: str) -> str:
+        if isinstance(value, str):
+            return value
+        if value is None:
+            return ""
+        if self.is_template and isinstance(value, int | float):
+            return str(value)
+        raise DataError(
+            f"{self._option}: {where}: column {name!r} holds {type(value).__name__}, not text"
+        )
+
+
+def text_columns(source: SourceConfig) -> TextColumns | None:
+    """How rows of `source` become text; None for sources without rows."""
+    if isinstance(source, FilesSourceConfig | HubSourceConfig | DiskSourceConfig):
+        return TextColumns(source)
+    return None
+
+
+def row_texts(value: Any) -> Iterator[str]:
+    """Every text in a row, depth first."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for inner in value.values():
+            yield from row_texts(inner)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from row_texts(inner)
+
+
+def _parse(template: str) -> list[tuple[str, str | None]]:
+    parts: list[tuple[str, str | None]] = []
+    try:
+        pieces = list(string.Formatter().parse(template))
+    except ValueError as error:
+        raise DataError(
+            f"dataset.source.text_template: {error}; write {{column}} for the value of a column, "
+            "{{ and }} for braces"
+        ) from None
+    for literal, name, rule, conversion in pieces:
+        if name is not None and (not name or rule or conversion):
+            raise DataError(
+                "dataset.source.text_template: between braces stands the name of a column and "
+                f"nothing else: {template!r}"
+            )
+        parts.append((literal, name))
+    if all(name is None for _, name in parts):
+        raise DataError(
+            f"dataset.source.text_template: {template!r} names no column; write {{column}}"
+        )
+    return parts

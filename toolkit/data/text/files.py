@@ -1,0 +1,155 @@
+"""The local files of a source: found, ordered, identified by content, watched for changes."""
+
+import glob
+import os
+import sysconfig
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from toolkit.data.config import (
+    FilesSourceConfig,
+    PythonStdlibSourceConfig,
+)
+from toolkit.errors import DataError
+
+SAMPLE_BYTES = 4096
+
+
+class SourceFile(NamedTuple):
+    """A local file with its stable name, its size in bytes and the time of its last change."""
+
+    name: str
+    path: str
+    num_bytes: int
+    modified_ns: int = 0
+
+
+class Listing(NamedTuple):
+    """The files of a source that hold anything, in their order."""
+
+    files: list[SourceFile]
+    num_empty: int
+    """Files without a single byte; they are left out."""
+
+
+def list_files(source: FilesSourceConfig | PythonStdlibSourceConfig) -> Listing:
+    """The files of a local source.
+
+    Raises:
+        DataError: for a path that does not exist, matches nothing, or is an empty file.
+    """
+    if isinstance(source, PythonStdlibSourceConfig):
+        return Listing(_stdlib_files(source.max_bytes), 0)
+    return find_files(source.paths, source.suffixes)
+
+
+def find_files(
+    paths: Sequence[str], suffixes: tuple[str, ...], *, holding: str = "text"
+) -> Listing:
+    """Files, the files of folders with one of `suffixes`, and what globs match; each once."""
+    found: dict[str, SourceFile] = {}
+    empty: set[str] = set()
+    for text in paths:
+        for name, path in _expand(text, suffixes):
+            status = path.stat()
+            if status.st_size:
+                file = SourceFile(name, str(path), status.st_size, status.st_mtime_ns)
+                found.setdefault(os.path.realpath(path), file)
+            elif text == str(path):
+                raise DataError(f"dataset.source.paths: {path}: the file is empty")
+            else:
+                empty.add(os.path.realpath(path))
+    if not found:
+        raise DataError(
+            f"dataset.source.paths: {', '.join(paths) or 'empty list'}: "
+            f"no file with {holding} (looked for {', '.join(suffixes)} in folders)"
+        )
+    return Listing(sorted(found.values()), len(empty))
+
+
+def fingerprint_files(files: Sequence[SourceFile]) -> str:
+    """Names, sizes and the content of three blocks of each file."""
+    import xxhash
+
+    digest = xxhash.xxh3_64()
+    for name, path, num_bytes, _ in files:
+        digest.update(f"{name}\0{num_bytes}\0".encode("utf-8", "surrogateescape"))
+        with open(path, "rb", buffering=0) as file:
+            if num_bytes <= SAMPLE_BYTES:
+                digest.update(file.read(SAMPLE_BYTES) * 3)
+                continue
+            for start in (0, num_bytes // 2, num_bytes - SAMPLE_BYTES):
+                file.seek(max(0, start))
+                digest.update(file.read(SAMPLE_BYTES))
+    return digest.hexdigest()
+
+
+def check_unchanged(path: str, num_bytes: int, modified_ns: int) -> None:
+    """Raise DataError when a file is not the one that was found at the start."""
+    try:
+        status = os.stat(path)
+    except FileNotFoundError:
+        raise DataError(
+            f"{path}: gone while it was being read; put it back and run again to continue"
+        ) from None
+    if (status.st_size, status.st_mtime_ns) != (num_bytes, modified_ns):
+        raise DataError(
+            f"{path}: changed while it was being read ({num_bytes} bytes before, "
+            f"{status.st_size} now); run again when nothing writes to it: finished parts of other "
+            "files are kept"
+        )
+
+
+def _expand(text: str, suffixes: tuple[str, ...]) -> Iterator[tuple[str, Path]]:
+    path = Path(text).expanduser()
+    if path.is_dir():
+        endings = tuple(suffix.lower() for suffix in suffixes)
+        for folder, subfolders, names in os.walk(path):
+            subfolders.sort()
+            for name in sorted(names):
+                if name.lower().endswith(endings):
+                    file = Path(folder, name)
+                    yield str(file.relative_to(path)), file
+    elif path.is_file():
+        yield path.name, path
+    elif glob.has_magic(text):
+        matches = [Path(match) for match in glob.glob(str(path), recursive=True)]
+        files = [match for match in matches if match.is_file()]
+        if not files:
+            raise DataError(f"dataset.source.paths: {text}: matches no file")
+        common = os.path.commonpath([file.parent for file in files])
+        for file in sorted(files):
+            yield str(file.relative_to(common)), file
+    else:
+        raise DataError(f"dataset.source.paths: {text}: no such file or folder")
+
+
+def _stdlib_files(max_bytes: int | None) -> list[SourceFile]:
+    import xxhash
+
+    root = sysconfig.get_paths()["stdlib"]
+    files = []
+    for folder, subfolders, names in os.walk(root):
+        subfolders[:] = [s for s in subfolders if not s.endswith("-packages") and s[:2] != "__"]
+        for name in names:
+            if name.endswith(".py"):
+                path = os.path.join(folder, name)
+                status = os.stat(path)
+                if status.st_size:
+                    relative = os.path.relpath(path, root)
+                    files.append(SourceFile(relative, path, status.st_size, status.st_mtime_ns))
+    files.sort(key=lambda file: (xxhash.xxh3_64_intdigest(file.name.encode()), file.name))
+    if not files:
+        raise DataError(
+            f"dataset.source: {root} holds no Python source; use a source of type files"
+        )
+    if max_bytes is None:
+        return files
+    total, kept = 0, []
+    for file in files:
+        if total >= max_bytes:
+            break
+        kept.append(file)
+        total += file.num_bytes
+    return kept

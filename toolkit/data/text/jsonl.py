@@ -1,0 +1,192 @@
+"""Lines of JSON, plain or compressed: one document a line."""
+
+import gzip
+import io
+import json
+import zlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+import msgspec
+
+from toolkit.data.config import FilesSourceConfig
+from toolkit.data.text.columns import TextColumns
+from toolkit.data.text.piece import Piece
+from toolkit.data.text.readers import Counts, Reading, decode
+from toolkit.data.text.sources import Range
+from toolkit.errors import DataError
+
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
+
+COMPRESSED_BYTES = 1 << 20
+"""Read from a compressed file at a time."""
+
+
+def read_jsonl(part: Range, reading: Reading, counts: Counts) -> Iterator[Piece]:
+    """The documents of the lines whose first byte lies in `part`; all lines of a compressed
+    file."""
+    lines = _Lines(part, reading, counts)
+    try:
+        with _open(part) as file:
+            offset = part.start
+            if offset:
+                file.seek(offset - 1)
+                offset += len(file.readline()) - 1
+            end = part.end if part.kind == "jsonl" else None
+            while end is None or offset < end:
+                line = file.readline()
+                if not line:
+                    return
+                length = len(line)
+                if not line.isspace():
+                    piece = lines.piece(line, offset)
+                    # A line may be of any length: only one copy stays while it is encoded.
+                    del line
+                    yield piece
+                    del piece
+                offset += length
+    except (EOFError, zlib.error, gzip.BadGzipFile, _DamagedZstd) as error:
+        name = "gzip" if part.kind == "jsonl_gz" else "zstd"
+        raise DataError(
+            f"{part.path}: damaged {name} file: {error}; restore or unpack it anew"
+        ) from None
+
+
+class _Lines:
+    """Decodes the lines of one range."""
+
+    def __init__(self, part: Range, reading: Reading, counts: Counts) -> None:
+        source = reading.source
+        assert isinstance(source, FilesSourceConfig)
+        self._part, self._source, self._counts = part, source, counts
+        self._columns = None if reading.rows else TextColumns(source)
+        self._rows = msgspec.json.Decoder(dict[str, Any])
+        # One column is read without building the others.
+        self._field: msgspec.json.Decoder[Any] | None = None
+        if self._columns is not None and not self._columns.is_template:
+            row_type = msgspec.defstruct(
+                "Row", [("text", str | None)], rename={"text": source.text_field}
+            )
+            self._field = msgspec.json.Decoder(row_type)
+
+    def piece(self, line: bytes, offset: int) -> Piece:
+        """The document of `line`, which begins at byte `offset`."""
+        identity = f"{self._part.name}:{offset}"
+        if offset == 0:
+            line = line.removeprefix(b"\xef\xbb\xbf")
+        try:
+            value = self._decode(line, identity)
+        except (msgspec.DecodeError, UnicodeDecodeError):
+            errors = self._source.encoding_errors
+            text = decode(line, self._part.path, offset, errors, self._counts)
+            try:
+                value = self._decode(text, identity)
+            except msgspec.DecodeError as error:
+                repaired = self._repaired(text, identity)
+                if repaired is None:
+                    raise self._bad_line(offset, error) from None
+                value = repaired
+        if isinstance(value, dict):
+            return Piece(identity, row=value, num_bytes=len(line))
+        return Piece(identity, value)
+
+    def _decode(self, line: bytes | str, identity: str) -> str | dict[str, Any]:
+        if self._field is not None:
+            return self._field.decode(line).text or ""
+        row = self._rows.decode(line)
+        return row if self._columns is None else self._columns.text(row, identity)
+
+    def _repaired(self, text: str, identity: str) -> str | dict[str, Any] | None:
+        """The document of a line whose only defect are lone surrogates, where replacing them is
+        allowed."""
+        if self._source.encoding_errors == "strict":
+            return None
+        try:
+            row = json.loads(text)
+            value = _without_surrogates(row, self._counts)
+            return value if self._columns is None else self._columns.text(value, identity)
+        except (ValueError, DataError, TypeError):
+            return None
+
+    def _bad_line(self, offset: int, error: msgspec.DecodeError) -> DataError:
+        with _open(self._part) as file:
+            number, position = 1, 0
+            while position < offset:
+                position += len(file.readline())
+                number += 1
+        where = f"{self._part.path}: line {number} (byte {offset})"
+        if not isinstance(error, msgspec.ValidationError):
+            return DataError(f"{where}: not valid JSON: {error}")
+        if self._field is None:
+            return DataError(f"{where}: no object with columns: {error}")
+        return DataError(
+            f"{where}: no text under {self._source.text_field!r}: {error}; set "
+            "dataset.source.text_field to the key that holds it"
+        )
+
+
+def _without_surrogates(value: Any, counts: Counts) -> Any:
+    if isinstance(value, str):
+        return decode(value.encode("utf-8", "surrogatepass"), "", 0, "replace", counts)
+    if isinstance(value, dict):
+        return {key: _without_surrogates(inner, counts) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_without_surrogates(inner, counts) for inner in value]
+    return value
+
+
+class _DamagedZstd(Exception):
+    pass
+
+
+class _ZstdFile(io.RawIOBase):
+    """Decompresses a zstd file, which may have several frames; one cut short is an error."""
+
+    def __init__(self, path: str) -> None:
+        import zstandard
+
+        self._file = open(path, "rb", buffering=0)  # noqa: SIM115
+        self._error = zstandard.ZstdError
+        # Long-distance matching may need more than the library allows by default.
+        self._context = zstandard.ZstdDecompressor(max_window_size=1 << 31)
+        self._frame: Any = None
+        self._ready = memoryview(b"")
+        self._compressed = b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: "WriteableBuffer", /) -> int:
+        while not self._ready:
+            data = self._compressed or self._file.read(COMPRESSED_BYTES)
+            self._compressed = b""
+            if not data:
+                if self._frame is not None:
+                    raise _DamagedZstd("it ends in the middle")
+                return 0
+            if self._frame is None:
+                self._frame = self._context.decompressobj()
+            try:
+                self._ready = memoryview(self._frame.decompress(data))
+            except self._error as error:
+                raise _DamagedZstd(str(error)) from None
+            if self._frame.eof:
+                self._compressed, self._frame = self._frame.unused_data, None
+        view = memoryview(buffer).cast("B")
+        count = min(len(view), len(self._ready))
+        view[:count] = self._ready[:count]
+        self._ready = self._ready[count:]
+        return count
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
+def _open(part: Range) -> BinaryIO | io.BufferedReader | gzip.GzipFile:
+    if part.kind == "jsonl_gz":
+        return gzip.open(part.path, "rb")
+    if part.kind == "jsonl_zst":
+        return io.BufferedReader(_ZstdFile(part.path), COMPRESSED_BYTES)
+    return open(part.path, "rb")

@@ -1,0 +1,188 @@
+"""Tables in files: parquet, and Arrow's file and stream formats (as `datasets` writes them)."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+from toolkit.data.config import FilesSourceConfig
+from toolkit.data.text.columns import TextColumns
+from toolkit.data.text.piece import Piece
+from toolkit.data.text.readers import Counts, Reading, decode
+from toolkit.data.text.sources import Range
+from toolkit.errors import DataError
+
+BATCH_ROWS = 256
+_TEXT_TYPES = ("string", "large_string", "string_view")
+_ARROW_MAGIC = b"ARROW1"
+
+
+def parquet_row_groups(
+    path: str, columns: TextColumns | None, size: int
+) -> Iterator[tuple[int, int, int]]:
+    """Runs of row groups (first, one past the last, bytes) of about `size` bytes of text.
+
+    Raises:
+        DataError: for a file that is not parquet, or lacks the columns.
+    """
+    file = _open_parquet(path)
+    _check_schema(file.schema_arrow, columns, path)
+    names = file.metadata.schema.names
+    # A nested column has several leaves, none of which may have its name.
+    wanted = [names.index(n) for n in (columns.names if columns else names) if n in names]
+    first, num_bytes = 0, 0
+    for group in range(file.metadata.num_row_groups):
+        metadata = file.metadata.row_group(group)
+        num_bytes += sum(metadata.column(i).total_uncompressed_size for i in wanted)
+        if num_bytes >= size or group == file.metadata.num_row_groups - 1:
+            yield first, group + 1, num_bytes
+            first, num_bytes = group + 1, 0
+
+
+def arrow_batches(
+    path: str, columns: TextColumns | None, size: int
+) -> Iterator[tuple[int, int, int]]:
+    """Runs of record batches, like `parquet_row_groups`."""
+    first, num_bytes, number = 0, 0, -1
+    with _arrow(path) as (schema, batches):
+        _check_schema(schema, columns, path)
+        for number, batch in enumerate(batches(0)):
+            chosen = batch.select(columns.names) if columns is not None else batch
+            num_bytes += max(1, chosen.nbytes)
+            if num_bytes >= size:
+                yield first, number + 1, num_bytes
+                first, num_bytes = number + 1, 0
+    if num_bytes:
+        yield first, number + 1, num_bytes
+
+
+def read_parquet(part: Range, reading: Reading, counts: Counts) -> Iterator[Piece]:
+    """The documents of the row groups of `part`."""
+    import pyarrow
+
+    columns = _columns(reading)
+    file = _open_parquet(part.path)
+    for group in range(part.start, part.end):
+        row = 0
+        try:
+            for batch in file.iter_batches(
+                BATCH_ROWS, row_groups=[group], columns=columns.names if columns else None
+            ):
+                where = f"{part.path}: row group {group}, row"
+                prefix = f"{part.name}:{group}"
+                yield from _pieces(batch, columns, prefix, where, row, reading, counts)
+                row += batch.num_rows
+        except pyarrow.ArrowException as error:
+            raise DataError(f"{part.path}: row group {group} cannot be read: {error}") from None
+
+
+def read_arrow(part: Range, reading: Reading, counts: Counts) -> Iterator[Piece]:
+    """The documents of the record batches of `part`."""
+    columns = _columns(reading)
+    with _arrow(part.path) as (_, batches):
+        for number, batch in enumerate(batches(part.start), part.start):
+            if number >= part.end:
+                return
+            if columns is not None:
+                batch = batch.select(columns.names)
+            where = f"{part.path}: batch {number}, row"
+            for row in range(0, batch.num_rows, BATCH_ROWS):
+                some = batch.slice(row, BATCH_ROWS)
+                prefix = f"{part.name}:{number}"
+                yield from _pieces(some, columns, prefix, where, row, reading, counts)
+
+
+def _pieces(
+    batch: Any,
+    columns: TextColumns | None,
+    prefix: str,
+    where: str,
+    first: int,
+    reading: Reading,
+    counts: Counts,
+) -> Iterator[Piece]:
+    import pyarrow
+
+    assert isinstance(reading.source, FilesSourceConfig)
+    errors = reading.source.encoding_errors
+    try:
+        rows = batch.to_pylist()
+    except UnicodeDecodeError:
+        # As bytes, which `decode` can name or replace. Text inside of lists stays unreadable.
+        arrays = [
+            column.cast(pyarrow.binary()) if str(column.type) in _TEXT_TYPES else column
+            for column in batch.columns
+        ]
+        try:
+            rows = pyarrow.RecordBatch.from_arrays(arrays, batch.schema.names).to_pylist()
+        except UnicodeDecodeError:
+            raise DataError(f"{where}s {first} and after: not UTF-8; convert the file") from None
+        for number, row in enumerate(rows, first):
+            for name, value in row.items():
+                if isinstance(value, bytes):
+                    row[name] = decode(value, f"{where} {number}", 0, errors, counts)
+    for number, row in enumerate(rows, first):
+        if columns is None:
+            yield Piece(f"{prefix}:{number}", row=row)
+        else:
+            yield Piece(f"{prefix}:{number}", columns.text(row, f"{where} {number}"))
+
+
+def _columns(reading: Reading) -> TextColumns | None:
+    assert isinstance(reading.source, FilesSourceConfig)
+    return None if reading.rows else TextColumns(reading.source)
+
+
+def _check_schema(schema: Any, columns: TextColumns | None, path: str) -> None:
+    if columns is None:
+        return
+    columns.check(schema.names, path)
+    for name in columns.names:
+        kind = str(schema.field(name).type)
+        if kind not in _TEXT_TYPES and not columns.is_template:
+            raise DataError(
+                f"{path}: column {name!r} holds {kind}, not text; set dataset.source.text_field "
+                f"to a text column; its columns: {', '.join(schema.names)}"
+            )
+
+
+@contextlib.contextmanager
+def _arrow(path: str) -> Iterator[tuple[Any, Any]]:
+    """Schema of an Arrow file and `batches(first)`, which gives its record batches from `first`
+    on. The file is mapped into memory, so that batches are passed over without being read."""
+    import pyarrow
+    import pyarrow.ipc
+
+    try:
+        with pyarrow.memory_map(path, "rb") as file:
+            is_file = file.read(len(_ARROW_MAGIC)) == _ARROW_MAGIC
+            file.seek(0)
+            if is_file:
+                whole = pyarrow.ipc.open_file(file)
+
+                def batches(first: int) -> Iterator[Any]:
+                    return map(whole.get_batch, range(first, whole.num_record_batches))
+
+                yield whole.schema, batches
+            else:
+                stream = pyarrow.ipc.open_stream(file)
+
+                def stream_batches(first: int) -> Iterator[Any]:
+                    for number, batch in enumerate(stream):
+                        if number >= first:
+                            yield batch
+
+                yield stream.schema, stream_batches
+    except (pyarrow.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        raise DataError(f"{path}: damaged, or not an Arrow file: {error}") from None
+
+
+def _open_parquet(path: str) -> Any:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        return pyarrow.parquet.ParquetFile(path)
+    except pyarrow.ArrowException as error:
+        raise DataError(f"{path}: not a parquet file that can be read: {error}") from None

@@ -1,0 +1,350 @@
+"""From a source to a folder of token files: `build_dataset`.
+
+What happens to one document:
+
+1. The source is cut into shards by size (`text/sources.py`): some files, or a part of a large one.
+2. A process takes the shard and reads the document out of it (`text/readers.py`). Text that is not
+   UTF-8, a missing column or a broken line ends here, with the file and the place. So do documents
+   that a filter leaves out; they are counted.
+3. It is encoded together with its neighbours, about a megabyte at a time (`encoding.py`).
+4. A hash of its identity (relative file name, and place in the file) decides between train and val.
+5. Its ids, between the tokens that start and end documents, are appended to its shard's part of
+   that split, its start to the part's index, and where the loss skips some tokens, a mask
+   (`parts.py`). The part is complete when its .json with hashes is there.
+6. When all parts are complete, documents that were there before are found, where asked for
+   (`duplicates.py`). The others are joined in the order of shards into train.bin and val.bin
+   (`join.py`), dataset.json is written beside them, everything is synced, and the folder gets its
+   name in one rename (`prepared.py`).
+
+A preparation that was killed continues with the parts that are complete; after a file was repaired,
+with the parts of the other files. Memory is bounded by the batch of step 3 and the longest single
+line or row, times the number of processes. The result does not depend on how many there are.
+"""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import msgspec
+import numpy as np
+import xxhash
+
+from toolkit.data.config import BPETokenizerConfig, DatasetConfig, TokenFilesSourceConfig
+from toolkit.data.text.columns import row_texts
+from toolkit.data.text.readers import Counts, Reading, read_shard
+from toolkit.data.text.sources import Plan, Shard, plan_source
+from toolkit.data.tokens.duplicates import Duplicates
+from toolkit.data.tokens.join import join_parts
+from toolkit.data.tokens.parts import Part, TokenRules, is_complete, read_part
+from toolkit.data.tokens.pool import encode_shards, num_cores
+from toolkit.data.tokens.prepared import (
+    FORMAT_VERSION,
+    MANIFEST_NAME,
+    TOKENIZER_FOLDER,
+    Manifest,
+    PreparedDataset,
+    SplitInfo,
+    token_dtype,
+)
+from toolkit.data.tokens.progress import Progress
+from toolkit.data.tokens.settings import settings_of
+from toolkit.data.tokens.tokenizer import Tokenizer, load_tokenizer
+from toolkit.data.tokens.tokenizer_choice import build_tokenizer
+from toolkit.data.tokens.worker import Job, WorkerSetup, is_validation
+from toolkit.errors import DataError
+from toolkit.storage.atomic import fsync_folder, fsync_tree, remove_tree, write_json_atomic
+
+PARTS_VERSION = 2
+"""Changes when the same settings would give other parts."""
+BPE_SAMPLE_SHARDS = 256
+
+
+class Vocabulary(NamedTuple):
+    """What is known about the ids of a data set."""
+
+    size: int
+    eos_id: int | None
+    bos_id: int | None
+    fingerprint: str
+
+
+def build_dataset(
+    config: DatasetConfig, folder: Path, work_dir: str | None, report: Progress
+) -> PreparedDataset:
+    """Build `folder`; nobody else may be doing so.
+
+    Args:
+        work_dir: folder for unfinished parts; default: beside `folder`.
+
+    Raises:
+        DataError: the input, the tokenizer or what lies at `folder` cannot be used.
+    """
+    assert config.source is not None
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise DataError(
+            f"{folder}: exists, but is no prepared data set (it has no {MANIFEST_NAME}); give "
+            "another dataset.dataset_name or dataset.dataset_config"
+        )
+    _check_choices(config)
+    plan = plan_source(
+        config.source, config.validation_fraction, rows=config.instructions is not None
+    )
+    building = folder.with_name(f".{folder.name}.building")
+    place = building / "parts"
+    if work_dir is not None:
+        place_id = xxhash.xxh3_64_hexdigest(str(folder.resolve()).encode())
+        place = Path(work_dir).expanduser() / f"prepare-{place_id}"
+    parts_folder = place / _settings_key(config, plan)
+    parts_folder.mkdir(parents=True, exist_ok=True)
+
+    tokenizer = _tokenizer(config, plan, parts_folder / TOKENIZER_FOLDER, report)
+    vocabulary = _vocabulary(config, tokenizer)
+    setup = WorkerSetup(
+        reading=_reading(config, vocabulary),
+        instructions=config.instructions,
+        rules=TokenRules(
+            dtype=token_dtype(vocabulary.size),
+            vocab_size=vocabulary.size,
+            bos_id=vocabulary.bos_id if config.prepend_bos else None,
+            eos_id=vocabulary.eos_id if config.append_eos else None,
+            always_mask=config.instructions is not None,
+        ),
+        tokenizer_folder=str(parts_folder / TOKENIZER_FOLDER) if tokenizer is not None else None,
+        parts_folder=str(parts_folder),
+        validation_fraction=config.validation_fraction,
+    )
+    jobs = [Job(index, shard, _shard_key(shard, plan)) for index, shard in enumerate(plan.shards)]
+    missing = [job for job in jobs if not is_complete(parts_folder, job.index, job.key)]
+    report.start(str(folder), jobs, missing)
+    for job in encode_shards(
+        missing, setup, tokenizer, num_processes=config.num_processes or num_cores()
+    ):
+        report.advance(job)
+    plan.check_unchanged()
+
+    output = building / "output"
+    if output.exists():
+        remove_tree(output)
+    output.mkdir(parents=True)
+    manifest = _join(config, plan, vocabulary, parts_folder, output, building / "duplicates")
+    if tokenizer is not None:
+        tokenizer.save(output / TOKENIZER_FOLDER)
+    _check_targets(config, manifest, tokenizer, output)
+    write_json_atomic(output / MANIFEST_NAME, manifest)
+    fsync_tree(output)
+    os.rename(output, folder)
+    fsync_folder(folder.parent)
+    remove_tree(building)
+    remove_tree(place)
+    prepared = PreparedDataset(folder, manifest)
+    report.finish(prepared)
+    return prepared
+
+
+def _check_choices(config: DatasetConfig) -> None:
+    """Settings that need text or rows, given for a source of tokens."""
+    if not isinstance(config.source, TokenFilesSourceConfig):
+        return
+    for name in ("filters", "instructions"):
+        if getattr(config, name) is not None:
+            raise DataError(
+                f"dataset.{name}: needs text, but dataset.source holds tokens; leave it out"
+            )
+    if config.tokenizer is None:
+        for name in ("vocab_size", "eos_id"):
+            if getattr(config.source, name) is None:
+                raise DataError(
+                    f"dataset.source.{name}: must be given where dataset.tokenizer is null"
+                )
+    if isinstance(config.tokenizer, BPETokenizerConfig):
+        raise DataError(
+            "dataset.tokenizer: bpe is trained on text, but dataset.source holds tokens; give the "
+            "tokenizer that made them, or null"
+        )
+
+
+def _tokenizer(
+    config: DatasetConfig, plan: Plan, folder: Path, report: Progress
+) -> Tokenizer | None:
+    """The tokenizer of `config`, stored in `folder`, from where workers load it."""
+    choice = config.tokenizer
+    if choice is None:
+        return None
+    done = folder.with_name(f"{folder.name}.done")
+    if done.exists():
+        return load_tokenizer(folder)
+    if isinstance(choice, BPETokenizerConfig):
+        report.note(f"training a BPE tokenizer of {choice.vocab_size} ids")
+    tokenizer = build_tokenizer(choice, lambda size: sample_texts(config, plan, size))
+    tokenizer.save(folder)
+    done.touch()
+    return tokenizer
+
+
+def _vocabulary(config: DatasetConfig, tokenizer: Tokenizer | None) -> Vocabulary:
+    source = config.source
+    size, eos_id, bos_id, fingerprint = 0, None, None, ""
+    if tokenizer is not None:
+        size, eos_id, bos_id = tokenizer.vocab_size, tokenizer.eos_id, tokenizer.bos_id
+        fingerprint = tokenizer.fingerprint
+    if isinstance(source, TokenFilesSourceConfig):
+        size = source.vocab_size or size
+        eos_id = source.eos_id if source.eos_id is not None else eos_id
+        fingerprint = fingerprint or f"unknown-{size}-{eos_id}"
+        if eos_id is None:
+            raise DataError(
+                "dataset.source.eos_id: must be given, dataset.tokenizer names no end-of-document "
+                "token"
+            )
+        if eos_id >= size:
+            raise DataError(
+                f"dataset.source.eos_id: {eos_id} is outside the vocabulary of {size} ids"
+            )
+    if config.append_eos and eos_id is None:
+        raise DataError(
+            "dataset.tokenizer: it names no end-of-document token; set dataset.tokenizer.eos_token "
+            "to one of its tokens, or dataset.append_eos=false"
+        )
+    if config.prepend_bos and bos_id is None:
+        raise DataError(
+            "dataset.tokenizer: it names no start-of-document token; set "
+            "dataset.tokenizer.bos_token to one of its tokens, or dataset.prepend_bos=false"
+        )
+    return Vocabulary(size, eos_id, bos_id, fingerprint)
+
+
+def _reading(config: DatasetConfig, vocabulary: Vocabulary) -> Reading:
+    assert config.source is not None
+    return Reading(
+        source=config.source,
+        rows=config.instructions is not None,
+        filters=config.filters,
+        with_digests=config.deduplicate,
+        vocab_size=vocabulary.size,
+        eos_id=vocabulary.eos_id,
+    )
+
+
+def sample_texts(config: DatasetConfig, plan: Plan, sample_bytes: int) -> Iterator[str]:
+    """Training documents from shards spread over the whole source."""
+    assert config.source is not None
+    reading = Reading(
+        source=config.source, rows=config.instructions is not None, filters=config.filters
+    )
+    number = min(len(plan.shards), BPE_SAMPLE_SHARDS)
+    left = sample_bytes
+    for turn in range(number):
+        quota = left // (number - turn)
+        shard = plan.shards[turn * len(plan.shards) // number]
+        for piece in read_shard(shard, reading, Counts()):
+            if piece.split == "val" or (
+                piece.split is None and is_validation(piece.identity, config.validation_fraction)
+            ):
+                continue
+            text = piece.text if piece.row is None else "\n".join(row_texts(piece.row))
+            yield text
+            quota -= len(text)
+            left -= len(text)
+            if quota <= 0:
+                break
+
+
+def _join(
+    config: DatasetConfig,
+    plan: Plan,
+    vocabulary: Vocabulary,
+    parts_folder: Path,
+    output: Path,
+    workplace: Path,
+) -> Manifest:
+    """Join all parts; count and hash what is written."""
+    found = [read_part(parts_folder, index) for index in range(len(plan.shards))]
+    parts = [part for part in found if part is not None]
+    assert len(parts) == len(found), "a part vanished while parts were joined"
+    left_out = _sum_counts(parts)
+    duplicates = None
+    if config.deduplicate:
+        if workplace.exists():
+            remove_tree(workplace)
+        workplace.mkdir()
+        duplicates = Duplicates(parts_folder, len(parts), workplace)
+        left_out["duplicate"] = duplicates.count
+    dtype = token_dtype(vocabulary.size)
+    splits = join_parts(
+        parts_folder, parts, output, itemsize=np.dtype(dtype).itemsize, duplicates=duplicates
+    )
+    skipped = sum(part.skipped_documents for part in parts) + plan.num_empty
+    if "train" not in splits:
+        raise DataError(_no_training_text(splits, left_out, skipped))
+    return Manifest(
+        format_version=FORMAT_VERSION,
+        dtype=dtype,
+        vocab_size=vocabulary.size,
+        eos_id=vocabulary.eos_id,
+        append_eos=config.append_eos,
+        bos_id=vocabulary.bos_id,
+        prepend_bos=config.prepend_bos,
+        tokenizer_fingerprint=vocabulary.fingerprint,
+        source_fingerprint=plan.fingerprint,
+        replaced_bytes=sum(part.replaced_bytes for part in parts),
+        skipped_documents=skipped,
+        filtered_documents=left_out,
+        settings=settings_of(config),
+        splits=splits,
+    )
+
+
+def _sum_counts(parts: list[Part]) -> dict[str, int]:
+    total: dict[str, int] = {}
+    for part in parts:
+        for reason, count in part.filtered_documents.items():
+            total[reason] = total.get(reason, 0) + count
+    return dict(sorted(total.items()))
+
+
+def _no_training_text(splits: dict[str, SplitInfo], left_out: dict[str, int], skipped: int) -> str:
+    reasons = [f"{count} by {reason}" for reason, count in left_out.items() if count]
+    if skipped:
+        reasons.append(f"{skipped} empty")
+    if splits:
+        reasons.append("all others were held out")
+    why = f" (left out: {', '.join(reasons)})" if reasons else ""
+    return (
+        f"dataset.source: gave no training text{why}; check its paths, text field and filters, or "
+        "set dataset.validation_fraction=0"
+    )
+
+
+def _check_targets(
+    config: DatasetConfig, manifest: Manifest, tokenizer: Tokenizer | None, output: Path
+) -> None:
+    """Instruction data whose loss asks for nothing, or for every token, was misread."""
+    if config.instructions is None or tokenizer is None:
+        return
+    info = manifest.splits["train"]
+    every = info.num_targets == info.num_tokens and config.instructions.train_on != "all"
+    if info.num_targets and not every:
+        return
+    ids = np.fromfile(output / "train.bin", dtype=manifest.dtype, count=400)
+    sample = tokenizer.decode(ids.tolist())
+    raise DataError(
+        f"dataset.instructions: the loss would ask for {'every token' if every else 'no token'}; "
+        f"check dataset.instructions.train_on and chat_template; the first sample: {sample!r}"
+    )
+
+
+def _settings_key(config: DatasetConfig, plan: Plan) -> str:
+    """Identifies all that parts depend on but the text itself; a tokenizer that is trained depends
+    on all text."""
+    text = plan.fingerprint if isinstance(config.tokenizer, BPETokenizerConfig) else None
+    identity = (FORMAT_VERSION, PARTS_VERSION, settings_of(config), text)
+    return xxhash.xxh3_64_hexdigest(repr(identity).encode())
+
+
+def _shard_key(shard: Shard, plan: Plan) -> str:
+    """Identifies the text of a shard: local files by size and time of their last change, others by
+    the whole source."""
+    is_local = all(part.modified_ns for part in shard)
+    source = "" if is_local else plan.fingerprint
+    return xxhash.xxh3_64_hexdigest(msgspec.json.encode(shard) + source.encode())
