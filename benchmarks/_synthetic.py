@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
+from toolkit.data.tokens.byte_tokenizer import ByteTokenizer
 from toolkit.data.tokens.prepared import (
     FORMAT_VERSION,
     MANIFEST_NAME,
@@ -12,14 +13,16 @@ from toolkit.data.tokens.prepared import (
     SplitInfo,
     hash_blocks,
 )
-from toolkit.data.tokens.byte_tokenizer import ByteTokenizer
 from toolkit.storage.atomic import hash_file, write_json_atomic
 
 
-def write_corpus(folder: Path, num_tokens: int, *, is_sparse: bool) -> None:
+def write_corpus(
+    folder: Path, num_tokens: int, *, is_sparse: bool, hash_content: bool = True
+) -> None:
     """A training split of `num_tokens` uint16 ids below 256.
 
-    Sparse: all zeros, the file takes no room on disk. Otherwise random.
+    Sparse: all zeros, the file takes no room on disk. Otherwise random. Without `hash_content` the
+    manifest names an empty hash: reading 2 TB of zeros would take an hour.
     """
     folder.mkdir(parents=True)
     tokens = folder / "train.bin"
@@ -36,7 +39,7 @@ def write_corpus(folder: Path, num_tokens: int, *, is_sparse: bool) -> None:
         num_tokens=num_tokens,
         num_documents=1,
         text_bytes=num_tokens,
-        content_hash=hash_file(tokens),
+        content_hash=hash_file(tokens) if hash_content else "",
         block_hashes=[blocks[number] for number in range(NUM_BLOCKS)],
     )
     manifest = Manifest(

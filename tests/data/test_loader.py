@@ -1,3 +1,5 @@
+import itertools
+import math
 import subprocess
 import sys
 import threading
@@ -9,8 +11,17 @@ import pytest
 import torch
 
 from tests.data.corpus import data_config, files_config, random_text, write_texts
+from tests.data.instances import custom_examples
 from toolkit.data import get_dataloaders
-from toolkit.data.config import DataConfig, DatasetConfig
+from toolkit.data.config import (
+    CustomDatasetConfig,
+    DataConfig,
+    DatasetConfig,
+    FixedInstancesConfig,
+    PackedInstancesConfig,
+    PaddedInstancesConfig,
+    VariableInstancesConfig,
+)
 from toolkit.errors import ConfigError, DataError
 
 SEQUENCE_LENGTH = 16
@@ -129,7 +140,7 @@ def test_state_is_the_next_unseen_batch(dataset: DatasetConfig) -> None:
         ("fingerprint", "other", r"the training data \(was other, is \w+\).*load_weights_only"),
         ("seed", 7, r"data_loader\.seed \(was 7, is 0\)"),
         ("shuffle", False, r"data_loader\.shuffle \(was False, is True\)"),
-        ("global_batch_size", 64, r"data_loader\.global_batch_size \(was 64, is 128\)"),
+        ("sequence_length", 8, r"dataset\.sequence_length \(was 8, is 16\)"),
     ],
 )
 def test_state_of_other_data_is_refused(
@@ -138,6 +149,139 @@ def test_state_of_other_data_is_refused(
     train, _ = loaders(dataset)
     with pytest.raises(DataError, match=message):
         train.load_state_dict({**train.state_dict(), key: value})
+
+
+def test_another_batch_size_goes_on_with_the_next_unseen_instance(
+    dataset: DatasetConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    large, _ = loaders(dataset, shuffle=False)
+    first_batches(large, 3)
+    small, _ = loaders(dataset, shuffle=False, global_batch_size=BATCH // 4, world_size=2)
+    with caplog.at_level("INFO"):
+        small.load_state_dict(large.state_dict())
+    assert "global_batch_size 128 -> 32 tokens: batch 3 starts at the next unseen instance, 24" in (
+        caplog.text
+    )
+    iterator = small.iterate(small.batches_done)
+    rows = [next(iterator)["input_ids"] for _ in range(4)]
+    # Rank 0 of 2 reads the first of each two rows.
+    assert torch.equal(torch.cat(rows), large.global_batch(3)["input_ids"][::2])
+    assert small.batches_done == 7
+
+    again, _ = loaders(dataset, shuffle=False)
+    again.load_state_dict(small.state_dict())
+    assert again.instance_indices(7).tolist() == list(range(32, 40))
+    assert again.instance_indices(2).tolist() == list(range(16, 24))
+    assert again.instance_indices(5).tolist() == [28, 29]
+
+
+def test_an_epoch_ends_where_it_does_after_a_change_of_the_batch_size(
+    dataset: DatasetConfig,
+) -> None:
+    large, _ = loaders(dataset)
+    seen = [large.instance_indices(n) for n in range(4)]
+    large.batches_done = 4
+    small, _ = loaders(dataset, global_batch_size=BATCH // 2)
+    small.load_state_dict(large.state_dict())
+    end = small.epoch_end(1)
+    seen += [small.instance_indices(n) for n in range(4, end)]
+    numbers = np.concatenate(seen)
+    assert len(np.unique(numbers)) == len(numbers)
+    assert small.num_instances - len(numbers) < 4
+    iterator = small.iterate(4)
+    for n in range(4, end + 3):
+        assert torch.equal(next(iterator)["input_ids"], small.global_batch(n)["input_ids"])
+
+
+def test_ranks_of_one_model_parallel_group_read_the_same_rows(dataset: DatasetConfig) -> None:
+    config = data_config(dataset, global_batch_size=BATCH)
+    batches = [
+        next(get_dataloaders(config, rank=r, world_size=4, model_parallel_size=2)[0].iterate())
+        for r in range(4)
+    ]
+    rows = [batch["input_ids"] for batch in batches]
+    assert torch.equal(rows[0], rows[1])
+    assert torch.equal(rows[2], rows[3])
+    alone = loaders(dataset)[0].global_batch(0)["input_ids"]
+    assert torch.equal(torch.cat([rows[0], rows[2]]), alone)
+    with pytest.raises(ConfigError, match="4 ranks are not divisible into groups of 3"):
+        get_dataloaders(config, rank=0, world_size=4, model_parallel_size=3)
+
+
+@pytest.mark.parametrize("instances", ["packed", "padded", "fixed"])
+def test_masks_and_documents_come_with_the_rows(dataset: DatasetConfig, instances: str) -> None:
+    config = {
+        "packed": PackedInstancesConfig(),
+        "padded": PaddedInstancesConfig(),
+        "fixed": FixedInstancesConfig(intra_document_masking=True),
+    }[instances]
+    train, evaluation = loaders(dataset.replace(instances=config), prefetch_factor=2)
+    expected = {"input_ids", "document_ids"} | ({"label_mask"} if instances != "fixed" else set())
+    for batch in [next(train.iterate(3)), train.global_batch(3)]:
+        assert set(batch) == expected
+        assert batch["document_ids"].dtype == torch.int32
+        assert {value.shape for value in batch.values()} == {(8, SEQUENCE_LENGTH)}
+    assert torch.equal(
+        next(train.iterate(3))["document_ids"], train.global_batch(3)["document_ids"]
+    )
+    assert "document_ids" in next(iter(evaluation["val"]))
+
+
+def test_rows_of_variable_length_have_the_same_tokens_a_batch(tmp_path: Path) -> None:
+    texts = write_texts(tmp_path / "text", ["x" * (3 + n % 40) for n in range(300)])
+    config = VariableInstancesConfig(min_sequence_length=4, num_cycles=2)
+    dataset = files_config(
+        tmp_path / "data", texts, sequence_length=SEQUENCE_LENGTH, instances=config
+    )
+    train, _ = loaders(dataset)
+    iterator = train.iterate()
+    shapes = []
+    for n in range(int(train.steps_per_epoch)):
+        batch = next(iterator)["input_ids"]
+        assert torch.equal(batch, train.global_batch(n)["input_ids"])
+        shapes.append(tuple(batch.shape))
+    assert {rows * length for rows, length in shapes} == {BATCH}
+    assert set(shapes) == {(32, 4), (16, 8), (8, 16)}
+    lengths = [length for _, length in shapes]
+    assert sum(after < before for before, after in itertools.pairwise(lengths)) == 1
+    other, _ = loaders(dataset, global_batch_size=2 * BATCH)
+    with pytest.raises(ConfigError, match="cannot change in the middle of a run"):
+        other.load_state_dict(train.state_dict())
+
+
+def test_a_custom_data_set_is_shuffled_and_resumed_like_any(tmp_path: Path) -> None:
+    config = DatasetConfig(
+        root=str(tmp_path),
+        sequence_length=SEQUENCE_LENGTH,
+        custom=CustomDatasetConfig(target=f"{custom_examples.__name__}:Counting"),
+    )
+    train, evaluation = loaders(config)
+    assert train.steps_per_epoch == 5
+    assert train.vocab_size == 1000
+    seen = torch.cat(first_batches(train, 5))[:, 0]
+    assert sorted(seen.tolist()) == list(range(40))
+    assert seen.tolist() != list(range(40))
+    assert evaluation["val"].num_instances == 5
+    again, _ = loaders(config)
+    again.load_state_dict(train.state_dict())
+    assert again.batches_done == 5
+    other, _ = loaders(config.replace(custom=config.custom.replace(args={"count": 48})))
+    with pytest.raises(DataError, match="the training data"):
+        other.load_state_dict(train.state_dict())
+
+
+def test_an_iterable_data_set_keeps_its_order_over_ranks(tmp_path: Path) -> None:
+    config = DatasetConfig(
+        root=str(tmp_path),
+        sequence_length=SEQUENCE_LENGTH,
+        custom=CustomDatasetConfig(target=f"{custom_examples.__name__}:Lines"),
+    )
+    ranks = [loaders(config, rank=r, world_size=2)[0] for r in range(2)]
+    assert ranks[0].steps_per_epoch == math.inf
+    batches = [first_batches(loader, 4, start=2) for loader in ranks]
+    for n, pair in enumerate(zip(*batches, strict=True), start=2):
+        items = torch.cat(pair)[:, 0].tolist()
+        assert items == [i % 10 for i in range(n * 8, n * 8 + 8)]
 
 
 @pytest.mark.parametrize(("size", "nearest"), [(100, "96 or 128"), (24, "32 or 64")])
@@ -200,7 +344,7 @@ def test_each_validation_instance_is_evaluated_exactly_once(
         loaders(
             dataset, rank=rank, world_size=world_size, eval_batch_size=eval_batch_size,
             eval_tokens=wanted * SEQUENCE_LENGTH + 3, global_batch_size=12 * SEQUENCE_LENGTH,
-        )[1]
+        )[1]["val"]
         for rank in range(world_size)
     ]  # fmt: skip
     shapes, rows = set(), []
@@ -224,8 +368,8 @@ def test_bytes_per_token_are_those_of_the_instances_evaluated(tmp_path: Path) ->
     dataset = files_config(
         tmp_path / "data", texts, sequence_length=SEQUENCE_LENGTH, validation_fraction=0.5
     )
-    _, evaluation = loaders(dataset, eval_tokens=2 * SEQUENCE_LENGTH)
-    _, everything = loaders(dataset, eval_tokens=None)
+    evaluation = loaders(dataset, eval_tokens=2 * SEQUENCE_LENGTH)[1]["val"]
+    everything = loaders(dataset, eval_tokens=None)[1]["val"]
     ids = evaluation.dataset.instances[:2]
     assert evaluation.bytes_per_token == (ids < 256).sum() / ids.size
     assert everything.bytes_per_token == everything.dataset.bytes_per_token
@@ -235,7 +379,7 @@ def test_bytes_per_token_are_those_of_the_instances_evaluated(tmp_path: Path) ->
 def test_evaluation_batch_defaults_to_the_callers_size(dataset: DatasetConfig) -> None:
     config = data_config(dataset, global_batch_size=BATCH)
     _, evaluation = get_dataloaders(config, eval_batch_tokens=3 * SEQUENCE_LENGTH)
-    assert next(iter(evaluation))["input_ids"].shape == (3, SEQUENCE_LENGTH)
+    assert next(iter(evaluation["val"]))["input_ids"].shape == (3, SEQUENCE_LENGTH)
 
 
 def test_no_validation_split_means_no_evaluation(
@@ -243,9 +387,9 @@ def test_no_validation_split_means_no_evaluation(
 ) -> None:
     texts = write_texts(tmp_path / "text", ["a" * 400])
     config = files_config(tmp_path / "data", texts, sequence_length=SEQUENCE_LENGTH)
-    assert loaders(config)[1] is None
+    assert loaders(config)[1] == {}
     config = config.replace(dataset_config="tail", validation_fraction=0.01)
-    assert loaders(config)[1] is None
+    assert loaders(config)[1] == {}
     assert "validation split" in caplog.text
     assert "less than one instance of dataset.sequence_length 16" in caplog.text
 

@@ -14,7 +14,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from toolkit.data.loader import EvalLoader, TrainLoader, get_dataloaders
+    from toolkit.data.evaluation import EvalLoader
+    from toolkit.data.loader import TrainLoader, get_dataloaders
     from toolkit.data.tokens.prepare import ensure_prepared, prepare_dataset
     from toolkit.data.tokens.prepared import PreparedDataset, check_vocabulary, read_prepared
     from toolkit.data.tokens.tokenizer import Tokenizer, load_tokenizer
@@ -33,7 +34,8 @@ __all__ = [
 ]
 
 _MODULES = {
-    "loader": ("EvalLoader", "TrainLoader", "get_dataloaders"),
+    "evaluation": ("EvalLoader",),
+    "loader": ("TrainLoader", "get_dataloaders"),
     "tokens.prepare": ("ensure_prepared", "prepare_dataset"),
     "tokens.prepared": ("PreparedDataset", "check_vocabulary", "read_prepared"),
     "tokens.tokenizer": ("Tokenizer", "load_tokenizer"),

@@ -16,7 +16,8 @@ from toolkit.errors import ConfigError, DataError
 from toolkit.experiment.config import ExperimentConfig
 
 if TYPE_CHECKING:
-    from toolkit.data.loader import EvalLoader, TrainLoader
+    from toolkit.data.evaluation import EvalLoader
+    from toolkit.data.loader import TrainLoader
     from toolkit.distributed.environment import TrainingEnvironment
 
 
@@ -29,14 +30,14 @@ class RankView(msgspec.Struct, frozen=True):
     train: str
     """Fingerprint of the training tokens."""
     val: str | None
-    """Fingerprint of the validation tokens; None where there are none."""
+    """Fingerprints of the validation tokens; None where there are none."""
 
 
 def check_agreement(
     config: ExperimentConfig,
     environment: "TrainingEnvironment",
     train_loader: "TrainLoader",
-    eval_loader: "EvalLoader | None",
+    eval_loaders: "dict[str, EvalLoader]",
 ) -> None:
     """Compare config and data of all ranks with those of rank 0; all ranks call it.
 
@@ -51,7 +52,7 @@ def check_agreement(
         host=socket.gethostname(),
         config=_hash(config, environment.engine),
         train=train_loader.fingerprint,
-        val=eval_loader.dataset.fingerprint if eval_loader else None,
+        val=" ".join(loader.dataset.fingerprint for loader in eval_loaders.values()) or None,
     )
     views: list[Any] = [None] * environment.world_size
     dist.all_gather_object(views, view, group=environment.cpu_group)
@@ -89,7 +90,7 @@ def _differing(views: Sequence[RankView], key: str) -> str:
 def _hash(config: ExperimentConfig, engine: Any) -> str:
     content = config.to_dict()
     # Folders, and text that is known by its tokens, may differ.
-    for name in ("description", "run", "dataset"):
+    for name in ("description", "run", "dataset", "store"):
         del content[name]
     shared = {**content, "sequence_length": config.dataset.sequence_length, "engine": engine}
     return hashlib.sha256(msgspec.json.encode(shared, order="sorted")).hexdigest()

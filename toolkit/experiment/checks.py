@@ -6,7 +6,7 @@ Every error names the keys it is about and the nearest values that work.
 import os
 
 from toolkit.data.config import BPETokenizerConfig, ByteTokenizerConfig, TokenizerConfig
-from toolkit.data.tokens.prepared import PreparedDataset, check_vocabulary
+from toolkit.data.corpus import CorpusInfo
 from toolkit.distributed.cpu import asked_threads
 from toolkit.errors import ConfigError, DataError
 from toolkit.experiment.config import ExperimentConfig
@@ -32,27 +32,25 @@ def check_experiment(config: ExperimentConfig, world_size: int) -> None:
     _check_batches(config, world_size)
 
 
-def check_prepared(config: ExperimentConfig, prepared: PreparedDataset) -> None:
-    """Check that `config` can train on prepared data, as far as its manifest tells.
+def check_corpus(config: ExperimentConfig, corpus: CorpusInfo) -> None:
+    """Check that `config` can train on this data, as far as manifests tell.
 
     Raises:
         ConfigError: the model has fewer ids than the data's tokenizer.
         DataError: there is less than one global batch.
     """
-    check_vocabulary(prepared, config.model.vocab_size)
-    if steps_per_epoch(config, prepared) == 0:
-        tokens, batch = prepared.num_tokens("train"), config.data_loader.global_batch_size
+    needed, has = corpus.vocab_size, config.model.vocab_size
+    if needed is not None and has < needed:
+        raise ConfigError(
+            f"model.vocab_size is {has}, but the tokenizer of {corpus.where} has {needed} ids; set "
+            f"model.vocab_size to at least {needed}"
+        )
+    if corpus.steps_per_epoch(config.data) == 0:
+        tokens, batch = corpus.num_tokens("train"), config.data_loader.global_batch_size
         raise DataError(
-            f"{prepared.folder}: not enough data for one batch: {tokens} training tokens, "
+            f"{corpus.where}: not enough data for one batch: {tokens} training tokens, "
             f"{GLOBAL_BATCH} is {batch}; make it smaller, or give more text"
         )
-
-
-def steps_per_epoch(config: ExperimentConfig, prepared: PreparedDataset) -> int:
-    """Whole global batches in one pass over the training tokens."""
-    sequence = config.dataset.sequence_length
-    instances = prepared.num_tokens("train") // sequence
-    return instances // (config.data_loader.global_batch_size // sequence)
 
 
 def rank_microbatch_size(config: ExperimentConfig, world_size: int) -> int:
@@ -67,7 +65,7 @@ def gradient_accumulation_steps(config: ExperimentConfig, world_size: int) -> in
     return config.data_loader.global_batch_size // tokens_per_pass
 
 
-def known_vocab_size(tokenizer: TokenizerConfig) -> int | None:
+def known_vocab_size(tokenizer: TokenizerConfig | None) -> int | None:
     """Number of ids of a tokenizer; None where only its files know."""
     if isinstance(tokenizer, ByteTokenizerConfig):
         return BYTE_VOCAB_SIZE

@@ -18,12 +18,12 @@ from toolkit.checkpoint.layout import (
     step_folder,
 )
 from toolkit.config.files import read_json_mapping
-from toolkit.data.tokens.prepared import PreparedDataset, dataset_folder, read_prepared
+from toolkit.data.corpus import CorpusInfo, data_places, read_corpus
 from toolkit.data.tokens.settings import check_settings
 from toolkit.distributed.engine import Engine, resolve_engine
 from toolkit.errors import DataError, ToolkitError
 from toolkit.experiment.changes import config_changes
-from toolkit.experiment.checks import check_experiment, check_prepared, steps_per_epoch
+from toolkit.experiment.checks import check_corpus, check_experiment
 from toolkit.experiment.config import ExperimentConfig
 from toolkit.experiment.preflight import continuation_checks
 from toolkit.experiment.recorded import ResumePlan, plan_resume, read_steps
@@ -74,14 +74,14 @@ def explain_resume(
     engine = refused.ask(lambda: resolve_engine(module.precision, module.dp_config, plan.environ))
     if engine is not None:
         refused.ask(lambda: check_experiment(plan.config, engine.world_size))
-    prepared = refused.ask(lambda: _prepared(plan.config))
+    corpus = refused.ask(lambda: _corpus(plan.config))
     start = refused.ask(lambda: _start(plan.config, folder))
     saved, state_of_data = None, None
     if start is not None:
         from toolkit.checkpoint.anywhere import metadata_of
 
         saved = metadata_of(start.checkpoint)
-        loader: Any = refused.ask(lambda: _loader(plan, prepared)) or _AnyPosition()
+        loader: Any = refused.ask(lambda: _loader(plan, corpus)) or _AnyPosition()
         for check in continuation_checks(plan.config, start, loader):
             refused.ask(check)
         state_of_data = None if start.weights_only else _data_state(start)
@@ -93,8 +93,8 @@ def explain_resume(
         ("engine", _engine(plan, saved, engine)),
         ("config", changes or ["nothing changes"]),
         ("versions", _versions(saved)),
-        ("data", _data(plan.config, prepared, state_of_data)),
-        ("goes on", _steps(plan, prepared, saved, start)),
+        ("data", _data(plan.config, corpus, state_of_data)),
+        ("goes on", _steps(plan, corpus, saved, start)),
     ]  # fmt: skip
     return Explanation([(label, lines) for label, lines in rows if lines], refused.reasons)
 
@@ -115,18 +115,23 @@ class _Refusals:
             return None
 
 
-def _prepared(config: ExperimentConfig) -> PreparedDataset | None:
-    prepared = read_prepared(config.dataset)
-    if prepared is None:
-        if config.dataset.source is None:
+def _corpus(config: ExperimentConfig) -> CorpusInfo | None:
+    corpus = read_corpus(config.data)
+    if corpus is None:
+        if config.dataset.source is None and config.dataset.mix is None:
             raise DataError(
-                f"{dataset_folder(config.dataset)}: no prepared data there, and dataset.source is "
-                "null; give one or the other"
+                f"{_places(config)}: no prepared data there, and dataset.source is null; give one "
+                "or the other"
             )
         return None
-    check_settings(prepared, config.dataset)
-    check_prepared(config, prepared)
-    return prepared
+    for dataset, prepared in corpus.parts.values():
+        check_settings(prepared, dataset)
+    check_corpus(config, corpus)
+    return corpus
+
+
+def _places(config: ExperimentConfig) -> str:
+    return ", ".join(str(place) for place in data_places(config.data))
 
 
 def _start(config: ExperimentConfig, folder: Path) -> "Start | None":
@@ -140,14 +145,14 @@ def _start(config: ExperimentConfig, folder: Path) -> "Start | None":
         return find_start(config.trainer, own)
 
 
-def _loader(plan: ResumePlan, prepared: PreparedDataset | None) -> "TrainLoader":
+def _loader(plan: ResumePlan, corpus: CorpusInfo | None) -> "TrainLoader":
     """The loader that training would use, to ask whether the saved position means something to it.
 
     Data that is not here (it is prepared first) or was refused already takes any.
     """
     from toolkit.data.loader import get_dataloaders
 
-    if prepared is None:
+    if corpus is None:
         return _AnyPosition()  # type: ignore[return-value]
     with _quiet("toolkit.data"):
         return get_dataloaders(plan.config.data, rank=0, world_size=1, check_text=False)[0]
@@ -240,31 +245,44 @@ def _installed(name: str) -> str | None:
 
 
 def _data(
-    config: ExperimentConfig, prepared: PreparedDataset | None, state: dict[str, Any] | None
+    config: ExperimentConfig, corpus: CorpusInfo | None, state: dict[str, Any] | None
 ) -> list[str]:
     batch = state["batch"] if state else 0
-    if prepared is None:
-        where = f"{dataset_folder(config.dataset)}: not prepared; that is done first"
-        return [f"next is batch {batch:,} of the run, counted from 0", where]
-    epoch, place = divmod(batch, steps_per_epoch(config, prepared))
-    position = f"next is batch {place:,} (from 0) of epoch {epoch + 1}"
-    return [f"{position}, of {steps_per_epoch(config, prepared):,}", f"{prepared.folder}"]
+    next_batch = f"next is batch {batch:,} of the run, counted from 0"
+    if corpus is None:
+        return [next_batch, f"{_places(config)}: not prepared; that is done first"]
+    size, per_epoch = config.data_loader.global_batch_size, corpus.steps_per_epoch(config.data)
+    if state and state["global_batch_size"] != size:
+        before = state["global_batch_size"]
+        line = f"{next_batch}: {size:,} tokens instead of {before:,}, from the next unseen instance"
+    elif per_epoch is None or (state and len(state.get("segments", [])) > 1):
+        line = next_batch
+    else:
+        epoch, place = divmod(batch, per_epoch)
+        line = f"next is batch {place:,} (from 0) of epoch {epoch + 1}, of {per_epoch:,}"
+    return [line, corpus.where]
 
 
 def _steps(
     plan: ResumePlan,
-    prepared: PreparedDataset | None,
+    corpus: CorpusInfo | None,
     saved: CheckpointMetadata | None,
     start: "Start | None",
 ) -> list[str]:
     trainer, batch = plan.config.trainer, plan.config.data_loader.global_batch_size
-    per_epoch = steps_per_epoch(plan.config, prepared) if prepared else None
+    per_epoch = corpus.steps_per_epoch(plan.config.data) if corpus else None
     limits = [trainer.max_duration, *([trainer.hard_stop] if trainer.hard_stop else [])]
+    goes_on = saved is not None and start is not None and not start.weights_only
+    done, tokens = (saved.step, saved.tokens) if goes_on and saved else (0, 0)
     try:
-        last = min(limit.in_steps(batch, per_epoch) for limit in limits)
+        last = min(
+            done + limit.replace(value=limit.value - tokens).in_steps(batch, per_epoch)
+            if limit.unit == "tokens" and limit.value > tokens
+            else limit.in_steps(batch, per_epoch)
+            for limit in limits
+        )
     except ValueError:
         return ["to a step that is known once the data is prepared"]
-    done = saved.step if saved and start and not start.weights_only else 0
     if done >= last:
         return [f"nothing is left: it ends at step {last:,}; raise trainer.max_duration"]
     return [f"from step {done + 1:,} to {last:,}"]

@@ -20,7 +20,8 @@ from toolkit.config import (
     parse_override_args,
     read_json_mapping,
 )
-from toolkit.data.tokens.prepared import MANIFEST_NAME, dataset_folder
+from toolkit.data.corpus import data_places
+from toolkit.data.tokens.prepared import MANIFEST_NAME
 from toolkit.errors import ConfigError, RunError
 from toolkit.experiment.config import ExperimentConfig
 from toolkit.experiment.recipes import recipe_hint, recipe_names, recipe_text
@@ -90,19 +91,26 @@ def load_run_config(run_dir: Path, overrides: Sequence[str] = ()) -> LoadedExper
 
 
 def find_data(config: ExperimentConfig, run_dir: Path) -> ExperimentConfig:
-    """`config` with its prepared data found: `dataset.root` may be relative to the folder that the
-    run was started from."""
-    root = Path(config.dataset.root).expanduser()
-    if root.is_absolute() or (dataset_folder(config.dataset) / MANIFEST_NAME).is_file():
+    """`config` with its prepared data found: `dataset.root` and `store.tokenized_cache_dir` may be
+    relative to the folder that the run was started from."""
+    if _has_data(config):
         return config
     try:
         started_in = msgspec.json.decode((run_dir / RUN_FILES.command).read_bytes())["cwd"]
     except (OSError, msgspec.DecodeError, KeyError, TypeError):
         return config
-    dataset = msgspec.structs.replace(config.dataset, root=str(Path(started_in) / root))
-    if not (dataset_folder(dataset) / MANIFEST_NAME).is_file():
-        return config
-    return msgspec.structs.replace(config, dataset=dataset)
+    # An absolute path stays what it is.
+    root = str(Path(started_in) / Path(config.dataset.root).expanduser())
+    store = config.store
+    if store.tokenized_cache_dir is not None:
+        cache = Path(started_in) / Path(store.tokenized_cache_dir).expanduser()
+        store = store.replace(tokenized_cache_dir=str(cache))
+    moved = config.replace(dataset=config.dataset.replace(root=root), store=store)
+    return moved if _has_data(moved) else config
+
+
+def _has_data(config: ExperimentConfig) -> bool:
+    return all((place / MANIFEST_NAME).is_file() for place in data_places(config.data))
 
 
 def _read_source(source: str) -> tuple[dict[str, Any], str]:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from toolkit.checkpoint.layout import saved_steps, step_folder
-from toolkit.data.tokens.prepared import dataset_folder, read_prepared
+from toolkit.data.corpus import data_places, read_corpus
 from toolkit.distributed.launcher import has_launcher, rank_of
 from toolkit.errors import EXIT_DONE, ConfigError, DataError, RunError, TrainingError
 from toolkit.experiment.config import ExperimentConfig
@@ -118,9 +118,10 @@ def plan_replay(run_dir: Path, steps: int, step: int | None = None) -> ReplayPla
     start = chosen[-1]
     attempt = record[start + 1].attempt
     config = find_data(config_of(folder, attempt), folder)
-    if read_prepared(config.dataset) is None:
+    if read_corpus(config.data) is None:
+        places = ", ".join(str(place) for place in data_places(config.data))
         raise DataError(
-            f"{dataset_folder(config.dataset)}: the run's prepared data is not there; restore it, "
+            f"{places}: the run's prepared data is not there; restore it, "
             "or make it again with `toolkit prepare`"
         )
     return ReplayPlan(
@@ -156,8 +157,9 @@ def replay_config(plan: ReplayPlan, root: str, environ: Mapping[str, str]) -> Ex
     )
     return config.replace(
         run=RunConfig(root=root, experiment="replay", name="steps"),
-        # Taken as it is: a replay prepares nothing.
+        # Taken as it is: a replay prepares nothing, and stores nothing.
         dataset=config.dataset.replace(source=None),
+        store=config.store.replace(permanent_root=None),
         train_module=module,
         trainer=trainer,
     )

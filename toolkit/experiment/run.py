@@ -22,7 +22,7 @@ from toolkit.distributed.launcher import rank_of
 from toolkit.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, DataError, RunError, ToolkitError
 from toolkit.experiment.agreement import check_agreement
 from toolkit.experiment.changes import config_changes
-from toolkit.experiment.checks import check_experiment, rank_microbatch_size
+from toolkit.experiment.checks import check_corpus, check_experiment, rank_microbatch_size
 from toolkit.experiment.config import ExperimentConfig
 from toolkit.experiment.preflight import check_continuation, check_optimizer
 from toolkit.experiment.recorded import describe_engine, plan_resume
@@ -165,6 +165,7 @@ def _train(
             rank=environment.rank,
             world_size=environment.world_size,
             eval_batch_tokens=rank_microbatch_size(config, environment.world_size),
+            device=environment.device,
             check_text=False,
         )
         check_agreement(config, environment, train_dl, eval_dl)
@@ -241,16 +242,15 @@ def _ends_rank_0(error: ToolkitError, run: RunManager) -> bool:
 
 def _prepare_data(config: ExperimentConfig, *, rank: int, world_size: int) -> "TrainLoader":
     """Prepare the corpus (one process of each machine; the others wait) and check that it fits."""
-    from toolkit.data.tokens.prepare import ensure_prepared
-    from toolkit.data.tokens.prepared import check_vocabulary
+    from toolkit.data.corpus import prepare_corpus
 
-    prepared = ensure_prepared(
-        config.dataset,
+    corpus = prepare_corpus(
+        config.data,
         work_dir=config.run.work_dir,
         progress=_local_rank() == 0,
         check_text=_local_rank() == 0,
     )
-    check_vocabulary(prepared, config.model.vocab_size)
+    check_corpus(config, corpus)
     # torch comes with the loaders: bad text is reported seconds sooner without it.
     from toolkit.data.loader import get_dataloaders
 

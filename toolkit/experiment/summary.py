@@ -9,14 +9,13 @@ from typing import Any
 import msgspec
 
 from toolkit.config import DEFAULT_ORIGIN, leaves
-from toolkit.data.tokens.prepared import PreparedDataset, dataset_folder, read_prepared
+from toolkit.data.corpus import CorpusInfo, data_places, read_corpus
 from toolkit.distributed.engine import Engine, resolve_engine
 from toolkit.experiment.checks import (
+    check_corpus,
     check_experiment,
-    check_prepared,
     gradient_accumulation_steps,
     rank_microbatch_size,
-    steps_per_epoch,
 )
 from toolkit.experiment.config import ExperimentConfig
 from toolkit.experiment.load import LoadedExperiment
@@ -38,14 +37,14 @@ def summarize(loaded: LoadedExperiment, environ: Mapping[str, str]) -> str:
     module = config.train_module
     engine = resolve_engine(module.precision, module.dp_config, environ)
     check_experiment(config, engine.world_size)
-    prepared = read_prepared(config.dataset)
-    if prepared is not None:
-        check_prepared(config, prepared)
+    corpus = read_corpus(config.data)
+    if corpus is not None:
+        check_corpus(config, corpus)
     rows = [
         ("model", _model(config)),
-        ("data", _data(config, prepared)),
+        ("data", _data(config, corpus)),
         ("batch", _batch(config, engine)),
-        ("duration", _duration(config, prepared)),
+        ("duration", _duration(config, corpus)),
         ("engine", _engine(engine)),
         ("writes", _writes(config)),
     ]
@@ -85,14 +84,23 @@ def _model(config: ExperimentConfig) -> list[str]:
     ]
 
 
-def _data(config: ExperimentConfig, prepared: PreparedDataset | None) -> list[str]:
-    folder = dataset_folder(config.dataset)
-    if prepared is None:
-        if config.dataset.source is None:
-            return [f"{folder}: not prepared, and dataset.source is null; give one or the other"]
-        return [f"{folder}: not prepared yet; training starts with it"]
-    train, val = prepared.num_tokens("train"), prepared.num_tokens("val")
-    return [f"{folder}: {train:,} training tokens, {val:,} validation tokens"]
+def _data(config: ExperimentConfig, corpus: CorpusInfo | None) -> list[str]:
+    dataset = config.dataset
+    if dataset.custom is not None:
+        return [f"{dataset.custom.target}: instances made in Python"]
+    if corpus is None:
+        places = ", ".join(str(place) for place in data_places(config.data))
+        if dataset.source is None and dataset.mix is None:
+            return [f"{places}: not prepared, and dataset.source is null; give one or the other"]
+        return [f"{places}: not prepared yet; training starts with it"]
+    lines = [
+        f"{prepared.folder}: {prepared.num_tokens('train'):,} training tokens, "
+        f"{prepared.num_tokens('val'):,} validation tokens"
+        for _, prepared in corpus.parts.values()
+    ]
+    if config.store.permanent_root is not None:
+        lines.append(f"kept in {config.store.permanent_root}")
+    return lines
 
 
 def _batch(config: ExperimentConfig, engine: Engine) -> list[str]:
@@ -105,18 +113,16 @@ def _batch(config: ExperimentConfig, engine: Engine) -> list[str]:
     ]
 
 
-def _duration(config: ExperimentConfig, prepared: PreparedDataset | None) -> list[str]:
-    lines = [_length(config, config.trainer.max_duration, prepared)]
+def _duration(config: ExperimentConfig, corpus: CorpusInfo | None) -> list[str]:
+    lines = [_length(config, config.trainer.max_duration, corpus)]
     if config.trainer.hard_stop is not None:
-        lines.append(f"hard stop after {_length(config, config.trainer.hard_stop, prepared)}")
+        lines.append(f"hard stop after {_length(config, config.trainer.hard_stop, corpus)}")
     return lines
 
 
-def _length(config: ExperimentConfig, duration: Duration, prepared: PreparedDataset | None) -> str:
+def _length(config: ExperimentConfig, duration: Duration, corpus: CorpusInfo | None) -> str:
     batch = config.data_loader.global_batch_size
-    per_epoch = None
-    if prepared is not None:
-        per_epoch = steps_per_epoch(config, prepared)
+    per_epoch = corpus.steps_per_epoch(config.data) if corpus is not None else None
     if duration.unit == "epochs" and per_epoch is None:
         return f"{_count(duration.value, 'epoch')}; steps are known once the data is prepared"
     steps = duration.in_steps(batch, per_epoch)
@@ -143,8 +149,8 @@ def _writes(config: ExperimentConfig) -> list[str]:
     folder = resolve_run_folder(config.run, "<time>")
     check_run_folder(config.run, "<time>")
     lines = [f"{folder}" + (" (exists: resumed)" if is_run(folder) else "")]
-    if config.dataset.source is not None:
-        lines.append(f"{dataset_folder(config.dataset).absolute()}")
+    if config.dataset.source is not None or config.dataset.mix is not None:
+        lines += [str(place.absolute()) for place in data_places(config.data)]
     if config.trainer.no_checkpoints or not config.trainer.callbacks.checkpointer.enabled:
         lines.append("no checkpoints")
     return lines

@@ -124,7 +124,7 @@ class TrainerSaver:
             extra={
                 "model": msgspec.to_builtins(module.model_config),
                 "optim": msgspec.to_builtins(module.optim_config),
-                "data_fingerprint": trainer.train_loader.fingerprint,
+                "data": trainer.train_loader.state_dict(),
                 "versions": {name: importlib.metadata.version(name) for name in _VERSIONED},
             },
             export=(lambda unfinished: _export_hf(trainer, unfinished)) if export_hf else None,

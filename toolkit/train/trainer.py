@@ -10,20 +10,21 @@ and no file format.
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
 
-from toolkit.data.loader import EvalLoader, TrainLoader
+from toolkit.data.evaluation import EvalLoader
+from toolkit.data.loader import TrainLoader
 from toolkit.distributed.environment import TrainingEnvironment
 from toolkit.errors import ConfigError, ToolkitError, TrainingError
 from toolkit.metrics.recorder import Column, MetricsRecorder
 from toolkit.metrics.streams import MetricStreams
 from toolkit.runs.manager import RunManager
 from toolkit.train.callbacks import Callback, build_callbacks
-from toolkit.train.config import TrainerConfig, TransformerTrainModuleConfig
+from toolkit.train.config import Duration, TrainerConfig, TransformerTrainModuleConfig
 from toolkit.train.module import Progress, TrainModule
 from toolkit.train.peers import Peers, first_line
 from toolkit.train.reasons import FAILURE
@@ -58,7 +59,7 @@ class Trainer:
         config: the loop.
         model: a `TrainModule`, or a bare model, which `train_module_config` (default settings when
             not given) wraps.
-        train_loader, eval_loader: from `get_dataloaders`.
+        train_loader, eval_loaders: from `get_dataloaders`; one loader alone is called "val".
         run: from `start_run`; where everything is written.
         environment: from `prepare_training_environment`; only for a bare model.
     """
@@ -68,7 +69,7 @@ class Trainer:
         config: TrainerConfig,
         model: TrainModule | torch.nn.Module,
         train_loader: TrainLoader,
-        eval_loader: EvalLoader | None = None,
+        eval_loaders: Mapping[str, EvalLoader] | EvalLoader | None = None,
         *,
         run: RunManager,
         train_module_config: TransformerTrainModuleConfig | None = None,
@@ -81,7 +82,9 @@ class Trainer:
         self.train_module = model
         self.environment = model.environment
         self.train_loader = train_loader
-        self.eval_loader = eval_loader
+        if isinstance(eval_loaders, EvalLoader):
+            eval_loaders = {"val": eval_loaders}
+        self.eval_loaders: dict[str, EvalLoader] = dict(eval_loaders or {})
         self.run = run
         self.step = 0
         self.tokens = 0
@@ -89,9 +92,7 @@ class Trainer:
         self.saved_step: int | None = None
         self.data_seconds = 0.0
         self.last_eval: dict[str, Any] | None = None
-        self.total_steps = self._steps_of("max_duration")
-        stop = self._steps_of("hard_stop") if config.hard_stop else self.total_steps
-        self.stop_step = min(stop, self.total_steps)
+        self._plan_steps()
         self.stop_request = stop_request_of(config, run.folder, is_main=self.environment.is_main)
         self.heartbeat = Heartbeat()
         self._first_step = 0
@@ -210,9 +211,7 @@ class Trainer:
             raise TrainingError("another rank has failed; its message and its log say why")
 
     def _train_step(self, batch: dict[str, torch.Tensor]) -> None:
-        progress = Progress(
-            self.step, self.tokens, self.total_steps, self.total_steps * self.tokens_per_step
-        )
+        progress = Progress(self.step, self.tokens, self.total_steps, self.total_tokens)
         self.step += 1
         self.tokens += self.tokens_per_step
         is_first = self.step == self._first_step  # it compiles
@@ -232,6 +231,8 @@ class Trainer:
             "time": time.time(),
             "attempt": self.run.attempt,
         }
+        for source, count in self.train_loader.counts(self.step).items():
+            values[f"instances/{source}"] = count
         reductions: dict[str, Any] = {}
         for name, metric in metrics.items():
             values[name] = metric.value
@@ -279,6 +280,7 @@ class Trainer:
         """Counterpart of `state_dict`; called before `pre_train`."""
         self.train_loader.load_state_dict(state["data"])
         self.step, self.tokens = state["step"], state["tokens"]
+        self._plan_steps()
         self.skipped_in_a_row = state.get("skipped_in_a_row", 0)
         for name, saved in state["callbacks"].items():
             if saved and name in self.callbacks:
@@ -355,13 +357,23 @@ class Trainer:
                 "running", step=record["step"], tokens=record["tokens"], loss=record["loss"]
             )
 
+    def _plan_steps(self) -> None:
+        """Where training ends, seen from the current step: batches may have had another size
+        before it."""
+        self.total_steps = self._steps_of("max_duration")
+        self.total_tokens = self.tokens + (self.total_steps - self.step) * self.tokens_per_step
+        stop = self._steps_of("hard_stop") if self.config.hard_stop else self.total_steps
+        self.stop_step = min(stop, self.total_steps)
+
     def _steps_of(self, name: str) -> int:
-        try:
-            return getattr(self.config, name).in_steps(
-                self.tokens_per_step, self.train_loader.steps_per_epoch
-            )
-        except ValueError as error:
-            raise ConfigError(f"trainer.{name}: {error}") from None
+        duration: Duration = getattr(self.config, name)
+        if duration.unit == "epochs":
+            if math.isinf(self.train_loader.steps_per_epoch):
+                raise ConfigError(f"trainer.{name}: the length of an epoch is not known; use steps")
+            return self.train_loader.epoch_end(duration.value)
+        if duration.unit == "tokens":
+            return self.step + -(-(duration.value - self.tokens) // self.tokens_per_step)
+        return duration.value
 
     def _hooks(self, name: str) -> list[Callable[..., Any]]:
         unchanged = getattr(Callback, name)

@@ -315,7 +315,7 @@ def stack_items(items: Sequence[Any], sequence_length: int, vocab_size: int | No
         for row, arrays in zip(rows[key], found, strict=True):
             length = len(arrays["input_ids"])
             default = key == "label_mask"
-            row[:length] = arrays[key] if key in arrays else default
+            row[:length] = arrays.get(key, default)
             if key == "document_ids" and length < sequence_length:
                 row[length:] = row[length - 1] + 1
     return rows

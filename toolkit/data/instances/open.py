@@ -62,22 +62,34 @@ def instances_config(config: DatasetConfig, *, evaluation: bool = False) -> Inst
     return config.instances
 
 
-def count_instances(
+def count_rows(
     prepared: PreparedDataset, split: Split, config: DatasetConfig, *, evaluation: bool = False
-) -> int | None:
-    """How many instances there are, in about a millisecond; None: the plan that tells is not made.
+) -> list[tuple[int, int]] | None:
+    """(length in tokens, number) of the instances, in about a millisecond; None: the plan that
+    tells is not made.
 
     Raises:
         ConfigError: `sequence_length` does not suit the kind of instances.
         DataError: the plan is damaged.
     """
     if not prepared.has_split(split):
-        return 0
-    plan = _plan(prepared, split, config, evaluation=evaluation)
+        return []
+    plan, length = _plan(prepared, split, config, evaluation=evaluation), config.sequence_length
     if plan is None:
-        return prepared.num_tokens(split) // config.sequence_length
+        return [(length, prepared.num_tokens(split) // length)]
     header = plan.header()
-    return None if header is None else header.num_instances
+    if header is None:
+        return None
+    buckets = [(bucket.length, bucket.num_instances) for bucket in header.buckets]
+    return buckets or [(length, header.num_instances)]
+
+
+def count_instances(
+    prepared: PreparedDataset, split: Split, config: DatasetConfig, *, evaluation: bool = False
+) -> int | None:
+    """How many instances there are, as `count_rows` has them."""
+    rows = count_rows(prepared, split, config, evaluation=evaluation)
+    return None if rows is None else sum(number for _, number in rows)
 
 
 def ensure_plans(prepared: PreparedDataset, config: DatasetConfig) -> None:

@@ -3,19 +3,22 @@
 import logging
 import math
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 
+from toolkit.data.evaluation import EvalLoader
 from toolkit.train.callbacks.base import Callback
 from toolkit.train.config import LMEvaluatorConfig
 
 log = logging.getLogger(__name__)
 
+VAL = "val"
+
 
 class LMEvaluator(Callback):
-    """Every instance of `eval_dl` once; sums over all ranks, so the number does not depend on the
+    """Every validation instance once; sums over all ranks, so the number does not depend on the
     number of ranks or the batch size."""
 
     def __init__(self, config: LMEvaluatorConfig) -> None:
@@ -45,44 +48,62 @@ class LMEvaluator(Callback):
         self.trainer.last_eval = state["last"]
 
     def evaluate(self) -> None:
-        """Evaluate the current weights once per step."""
+        """Evaluate the current weights once per step: every set of validation instances, and where
+        there are several, their sum as "val", last."""
         trainer = self.trainer
-        if trainer.eval_loader is None or trainer.config.no_evals or self._done_at == trainer.step:
+        if not trainer.eval_loaders or trainer.config.no_evals or self._done_at == trainer.step:
             return
-        started = time.perf_counter()
-        totals = self._totals()
-        if totals is None:
-            return
+        found: dict[str, _Sums] = {}
+        for name, loader in trainer.eval_loaders.items():
+            sums = self._evaluate_one(loader)
+            if sums is None:
+                return
+            found[name] = sums
         self._done_at = trainer.step
-        loss, num_targets = totals
-        mean = loss / num_targets
-        result = {
-            "tokens": trainer.tokens,
+        if len(found) > 1:
+            found[VAL] = _Sums(*(sum(column) for column in zip(*found.values(), strict=True)))
+        for name, sums in found.items():
+            trainer.record_eval(self._result(name, sums))
+
+    def _result(self, name: str, sums: "_Sums") -> dict[str, Any]:
+        mean = sums.loss / max(1.0, sums.num_targets)
+        result: dict[str, Any] = {
+            "tokens": self.trainer.tokens,
             "time": time.time(),
-            "name": "val",
+            "name": name,
             "loss": mean,
             "ppl": math.exp(min(mean, 700.0)),
-            "num_targets": int(num_targets),
-            "seconds": time.perf_counter() - started,
+            "num_targets": int(sums.num_targets),
+            "seconds": sums.seconds,
         }
-        if trainer.eval_loader.bytes_per_token:
-            result["bits_per_byte"] = mean / math.log(2) / trainer.eval_loader.bytes_per_token
-        trainer.record_eval(result)
+        if sums.num_bytes:
+            result["bits_per_byte"] = sums.loss / math.log(2) / sums.num_bytes
+        return result
 
-    def _totals(self) -> tuple[float, float] | None:
-        """Summed loss and number of targets over all ranks; None: asked to stop meanwhile."""
-        trainer = self.trainer
-        assert trainer.eval_loader is not None
+    def _evaluate_one(self, loader: EvalLoader) -> "_Sums | None":
+        """Sums over all ranks; None: asked to stop meanwhile."""
+        started = time.perf_counter()
         totals: torch.Tensor | None = None
-        for batch in trainer.eval_loader:
-            if trainer.should_stop():
+        for batch in loader:
+            if self.trainer.should_stop():
                 return None
-            sums = trainer.train_module.eval_batch(batch)
+            sums = self.trainer.train_module.eval_batch(batch)
             pair = torch.stack([sums.loss.double(), sums.num_targets.double()])
             totals = pair if totals is None else totals + pair
         assert totals is not None, "an evaluation loader has at least one batch"
         totals = totals.cpu()
-        if trainer.environment.cpu_group is not None:
-            dist.all_reduce(totals, group=trainer.environment.cpu_group)
+        if self.trainer.environment.cpu_group is not None:
+            dist.all_reduce(totals, group=self.trainer.environment.cpu_group)
         loss, num_targets = totals.tolist()
-        return loss, num_targets
+        num_bytes = num_targets * loader.bytes_per_token
+        return _Sums(loss, num_targets, num_bytes, time.perf_counter() - started)
+
+
+class _Sums(NamedTuple):
+    """Over the validation instances of all ranks."""
+
+    loss: float
+    num_targets: float
+    num_bytes: float
+    """UTF-8 bytes of the targets' text; 0 where that is not known."""
+    seconds: float

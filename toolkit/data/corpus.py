@@ -1,0 +1,339 @@
+"""Everything that training data can be, behind two values.
+
+A `DataConfig` names one corpus of token files, a mixture of several, or a data set written in
+Python. `prepare_corpus` makes what is missing and tells what there is (`CorpusInfo`: numbers from
+manifests, in a millisecond); `open_corpus` opens it (`Corpus`: instances, and the order of
+batches). Nothing here needs torch.
+"""
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from toolkit.data.config import DataConfig, DatasetConfig, VariableInstancesConfig
+from toolkit.data.tokens.prepared import PreparedDataset, Split, dataset_folder, read_prepared
+
+if TYPE_CHECKING:
+    from toolkit.data.instances.base import InstanceDataset
+    from toolkit.data.order.batches import BatchOrder
+    from toolkit.data.order.mixture import MixedStream
+
+logger = logging.getLogger(__name__)
+
+VAL = "val"
+"""Name of the evaluation on the one validation split there is."""
+
+
+class CorpusInfo(NamedTuple):
+    """What is known of training data without opening it."""
+
+    parts: dict[str, tuple[DatasetConfig, PreparedDataset]]
+    """Token files by the name of their source in the mixture, or under "" where there is one
+    corpus; none of a custom data set."""
+    rows: list[tuple[int, int]] | None
+    """(length in tokens, number) of the training rows of one pass; None where that is not known
+    yet."""
+    instances: dict[str, int]
+    """Training instances of each part, where they are known."""
+    vocab_size: int | None
+    """Every id is below this; None where a custom data set does not say."""
+    where: str
+    """For messages: the folder, or what stands for it."""
+
+    def num_tokens(self, split: Split) -> int:
+        """Tokens of the split in all parts."""
+        return sum(prepared.num_tokens(split) for _, prepared in self.parts.values())
+
+    def steps_per_epoch(self, config: DataConfig) -> int | None:
+        """Whole global batches in one pass; None where that is not known yet."""
+        if self.rows is None:
+            return None
+        tokens = config.data_loader.global_batch_size
+        return sum(number // max(1, tokens // length) for length, number in self.rows)
+
+
+class Corpus:
+    """Opened training data: instances by number, and which of them make up batch n.
+
+    Attributes:
+        train: the training instances.
+        evaluation: the validation instances by name; empty where there are none.
+        order: of the global batches.
+        vocab_size: every id is below this; 0 where a custom data set does not say.
+        seed: of the data order.
+        stream: of a mixture.
+    """
+
+    def __init__(
+        self,
+        train: "InstanceDataset",
+        evaluation: "dict[str, InstanceDataset]",
+        order: "BatchOrder",
+        *,
+        vocab_size: int,
+        seed: int,
+        stream: "MixedStream | None" = None,
+    ) -> None:
+        self.train = train
+        self.evaluation = evaluation
+        self.order = order
+        self.vocab_size = vocab_size
+        self.seed = seed
+        self.stream = stream
+
+    def sources(self, position: int) -> dict[str, str]:
+        """What decides the order of a mixture before a position of its stream, by source; empty
+        for a single corpus."""
+        return self.stream.identity(position) if self.stream is not None else {}
+
+    def counts(self, position: int) -> dict[str, int]:
+        """Instances of each source of a mixture before a position of its stream."""
+        return self.stream.counts(position) if self.stream is not None else {}
+
+    def close(self) -> None:
+        """End workers."""
+        close = getattr(self.train, "close", None)
+        if close is not None:
+            close()
+
+
+def prepare_corpus(
+    cfg: DataConfig,
+    *,
+    work_dir: str | None = None,
+    progress: bool = True,
+    check_text: bool = True,
+) -> CorpusInfo:
+    """Make what is missing: token files of every source, and the plans of their instances.
+
+    Many processes may call this at once: one prepares, the others wait. Arguments as for
+    `ensure_prepared`.
+
+    Raises:
+        ConfigError, DataError: text, tokenizer, mixture or existing files cannot be used.
+    """
+    from toolkit.data.tokens.store import localize
+
+    dataset = localize(cfg.dataset, cfg.store)
+    options: dict[str, Any] = {
+        "store": cfg.store, "work_dir": work_dir, "progress": progress, "check_text": check_text,
+    }  # fmt: skip
+    if dataset.custom is not None:
+        return _custom_info(cfg)
+    from toolkit.data.instances.open import ensure_plans
+
+    if dataset.mix is not None:
+        from toolkit.data.order.prepare_mix import ensure_mix_prepared
+
+        parts = {
+            source.name: (source.dataset, prepared)
+            for source, prepared in ensure_mix_prepared(dataset, **options)
+        }
+    else:
+        from toolkit.data.tokens.prepare import ensure_prepared
+
+        parts = {"": (dataset, ensure_prepared(dataset, **options))}
+    for config, prepared in parts.values():
+        ensure_plans(prepared, config)
+    return _info(cfg, parts)
+
+
+def read_corpus(cfg: DataConfig) -> CorpusInfo | None:
+    """What there is already; None when token files are missing. Prepares nothing.
+
+    Raises:
+        ConfigError, DataError: what is there is damaged, or the mixture makes no sense.
+    """
+    from toolkit.data.tokens.store import localize
+
+    dataset = localize(cfg.dataset, cfg.store)
+    if dataset.custom is not None:
+        return _custom_info(cfg)
+    if dataset.mix is not None:
+        from toolkit.data.order.resolve import resolve_mix
+
+        configs = {source.name: source.dataset for source in resolve_mix(dataset)}
+    else:
+        configs = {"": dataset}
+    parts = {}
+    for name, config in configs.items():
+        prepared = read_prepared(config)
+        if prepared is None:
+            return None
+        parts[name] = (config, prepared)
+    return _info(cfg, parts)
+
+
+def open_corpus(cfg: DataConfig, *, check_text: bool = True, progress: bool = True) -> Corpus:
+    """The training data of `cfg`, prepared now if it does not exist yet.
+
+    Raises:
+        ConfigError, DataError: see `prepare_corpus`.
+    """
+    info = prepare_corpus(cfg, check_text=check_text, progress=progress)
+    seed = cfg.seed if cfg.data_loader.seed is None else cfg.data_loader.seed
+    if cfg.dataset.custom is not None:
+        return _open_custom(cfg, seed)
+    if cfg.dataset.mix is not None:
+        return _open_mixture(cfg, info, seed)
+    return _open_single(cfg, info, seed)
+
+
+def data_places(cfg: DataConfig) -> list[Path]:
+    """Folders where the token files of `cfg` are, or will be."""
+    from toolkit.data.tokens.store import localize
+
+    dataset = localize(cfg.dataset, cfg.store)
+    if dataset.custom is not None:
+        return []
+    if dataset.mix is None:
+        return [dataset_folder(dataset)]
+    from toolkit.data.order.resolve import resolve_mix
+
+    return [dataset_folder(source.dataset) for source in resolve_mix(dataset)]
+
+
+def _info(cfg: DataConfig, parts: dict[str, tuple[DatasetConfig, PreparedDataset]]) -> CorpusInfo:
+    rows = {name: _rows(config, prepared) for name, (config, prepared) in parts.items()}
+    known = {name: found for name, found in rows.items() if found is not None}
+    instances = {name: sum(number for _, number in found) for name, found in known.items()}
+    total = None
+    if len(known) == len(parts):
+        total = [row for found in known.values() for row in found]
+        if cfg.dataset.mix is not None:
+            from toolkit.data.order.resolve import limited_instances
+
+            total = [(cfg.dataset.sequence_length, limited_instances(cfg.dataset, instances))]
+    folders = [str(prepared.folder) for _, prepared in parts.values()]
+    where = folders[0] if len(folders) == 1 else f"mixture of {', '.join(parts)}"
+    vocab_size = max(prepared.vocab_size for _, prepared in parts.values())
+    return CorpusInfo(parts, total, instances, vocab_size, where)
+
+
+def _rows(config: DatasetConfig, prepared: PreparedDataset) -> list[tuple[int, int]] | None:
+    from toolkit.data.instances.open import count_rows
+
+    return count_rows(prepared, "train", config)
+
+
+def _custom_info(cfg: DataConfig) -> CorpusInfo:
+    from toolkit.data.instances.custom import UNKNOWN_LENGTH, open_custom
+
+    assert cfg.dataset.custom is not None
+    instances = open_custom(cfg.dataset.custom, "train", cfg.dataset.sequence_length)
+    assert instances is not None
+    number = instances.num_instances
+    rows = [(cfg.dataset.sequence_length, number)] if number != UNKNOWN_LENGTH else None
+    return CorpusInfo({}, rows, {}, instances.vocab_size, cfg.dataset.custom.target)
+
+
+def _open_single(cfg: DataConfig, info: CorpusInfo, seed: int) -> Corpus:
+    from toolkit.data.instances.open import open_instances
+    from toolkit.data.instances.variable import VariableDataset, VariableOrder
+    from toolkit.data.order.batches import StreamBatches, first_segment
+    from toolkit.data.order.stream import ShuffledStream
+    from toolkit.data.order.variable_batches import VariableBatches
+
+    ((config, prepared),) = info.parts.values()
+    train = open_instances(prepared, "train", config)
+    loader = cfg.data_loader
+    order: BatchOrder
+    if isinstance(train, VariableDataset):
+        assert isinstance(config.instances, VariableInstancesConfig)
+        lengths = VariableOrder(
+            train.buckets,
+            global_batch_size=loader.global_batch_size,
+            fingerprint=train.fingerprint,
+            seed=seed,
+            curriculum=config.instances.curriculum,
+            num_cycles=config.instances.num_cycles,
+            shuffle=loader.shuffle,
+        )
+        order = VariableBatches(lengths, _batch_instances(cfg))
+    else:
+        stream = ShuffledStream(
+            train.num_instances, fingerprint=train.fingerprint, seed=seed, shuffle=loader.shuffle
+        )
+        order = StreamBatches(stream, [first_segment(_batch_instances(cfg))])
+    evaluation = _evaluation({VAL: (config, prepared)})
+    return Corpus(train, evaluation, order, vocab_size=prepared.vocab_size, seed=seed)
+
+
+def _open_mixture(cfg: DataConfig, info: CorpusInfo, seed: int) -> Corpus:
+    from toolkit.data.instances.open import open_instances
+    from toolkit.data.order.batches import StreamBatches, first_segment
+    from toolkit.data.order.mixture import MixedDataset, MixedStream
+    from toolkit.data.order.resolve import resolve_mix
+    from toolkit.data.tokens.store import localize
+
+    dataset = localize(cfg.dataset, cfg.store)
+    opened = {
+        name: open_instances(prepared, "train", config)
+        for name, (config, prepared) in info.parts.items()
+    }
+    train = MixedDataset(opened)
+    stream = MixedStream(
+        resolve_mix(dataset), opened, dataset, seed=seed, shuffle=cfg.data_loader.shuffle
+    )
+    order = StreamBatches(stream, [first_segment(_batch_instances(cfg))])
+    train.fingerprint = stream.fingerprint
+    return Corpus(
+        train,
+        _evaluation(info.parts),
+        order,
+        vocab_size=info.vocab_size or 0,
+        seed=seed,
+        stream=stream,
+    )
+
+
+def _open_custom(cfg: DataConfig, seed: int) -> Corpus:
+    from toolkit.data.instances.custom import IterableInstances, SequentialStream, open_custom
+    from toolkit.data.order.batches import StreamBatches, first_segment
+    from toolkit.data.order.stream import InstanceStream, ShuffledStream
+
+    custom, loader = cfg.dataset.custom, cfg.data_loader
+    assert custom is not None
+    workers: Any = {"num_workers": loader.num_workers, "worker_type": loader.worker_type}
+    length = cfg.dataset.sequence_length
+    train = open_custom(custom, "train", length, **workers)
+    assert train is not None
+    stream: InstanceStream
+    if isinstance(train, IterableInstances):
+        stream = SequentialStream(train.num_instances)
+    else:
+        stream = ShuffledStream(
+            train.num_instances, fingerprint=train.fingerprint, seed=seed, shuffle=loader.shuffle
+        )
+    order = StreamBatches(stream, [first_segment(_batch_instances(cfg))])
+    val = open_custom(custom, "val", length)
+    evaluation: dict[str, InstanceDataset] = {VAL: val} if val is not None else {}
+    return Corpus(train, evaluation, order, vocab_size=train.vocab_size or 0, seed=seed)
+
+
+def _evaluation(
+    parts: dict[str, tuple[DatasetConfig, PreparedDataset]],
+) -> "dict[str, InstanceDataset]":
+    """The validation instances of every part that has enough of them."""
+    from toolkit.data.instances.open import open_instances
+
+    found = {}
+    for name, (config, prepared) in parts.items():
+        if not prepared.has_split("val"):
+            continue
+        instances = open_instances(prepared, "val", config, evaluation=True)
+        if instances.num_instances:
+            found[name] = instances
+            continue
+        logger.warning(
+            "no evaluation: the validation split of %s has %d tokens, less than one instance of "
+            "dataset.sequence_length %d",
+            prepared.folder,
+            prepared.num_tokens("val"),
+            config.sequence_length,
+        )
+    return found
+
+
+def _batch_instances(cfg: DataConfig) -> int:
+    return max(1, cfg.data_loader.global_batch_size // cfg.dataset.sequence_length)
