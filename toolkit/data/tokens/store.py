@@ -76,8 +76,8 @@ def localize(config: DatasetConfig, store: StoreConfig) -> DatasetConfig:
 def open_prepared(config: DatasetConfig) -> PreparedDataset | None:
     """`read_prepared`, marked as in use as long as the result or an array of it lives."""
     folder = dataset_folder(config)
-    if not (folder / MANIFEST_NAME).exists():
-        return None
+    if not folder.is_dir():
+        return read_prepared(config)
     mark = mark_used(folder)
     # Read after the mark was set: what is whole now stays.
     prepared = read_prepared(config)
