@@ -193,7 +193,29 @@ def read_prepared(config: DatasetConfig) -> PreparedDataset | None:
     Raises:
         DataError: when dataset.json cannot be read or the token files do not have its sizes.
     """
-    folder = dataset_folder(config)
+    return read_folder(dataset_folder(config))
+
+
+def read_folder(folder: Path) -> PreparedDataset | None:
+    """`read_prepared` of the data set in `folder`."""
+    manifest = read_manifest(folder)
+    if manifest is None:
+        return None
+    itemsize = 2 if manifest.dtype == "uint16" else 4
+    for split, info in manifest.splits.items():
+        _check_size(folder / f"{split}.bin", info.num_tokens * itemsize)
+        _check_size(folder / f"{split}.idx", info.num_documents * 8)
+        if info.mask_hash is not None:
+            _check_size(folder / f"{split}.mask", info.num_tokens)
+    return PreparedDataset(folder, manifest)
+
+
+def read_manifest(folder: Path) -> Manifest | None:
+    """dataset.json of `folder`; None when there is none.
+
+    Raises:
+        DataError: when it cannot be read.
+    """
     path = folder / MANIFEST_NAME
     try:
         data = path.read_bytes()
@@ -203,7 +225,7 @@ def read_prepared(config: DatasetConfig) -> PreparedDataset | None:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from None
     try:
         manifest = msgspec.json.decode(data, type=Manifest)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise DataError(
             f"{path}: damaged ({error}); delete {folder} and prepare the data again"
         ) from None
@@ -212,13 +234,7 @@ def read_prepared(config: DatasetConfig) -> PreparedDataset | None:
             f"{path}: format version {manifest.format_version}, this toolkit reads "
             f"{FORMAT_VERSION}; delete {folder} and prepare the data again"
         )
-    itemsize = 2 if manifest.dtype == "uint16" else 4
-    for split, info in manifest.splits.items():
-        _check_size(folder / f"{split}.bin", info.num_tokens * itemsize)
-        _check_size(folder / f"{split}.idx", info.num_documents * 8)
-        if info.mask_hash is not None:
-            _check_size(folder / f"{split}.mask", info.num_tokens)
-    return PreparedDataset(folder, manifest)
+    return manifest
 
 
 def check_vocabulary(prepared: PreparedDataset, model_vocab_size: int) -> None:
