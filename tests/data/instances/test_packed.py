@@ -16,7 +16,7 @@ from tests.data.instances.token_corpus import (
 from toolkit.data.instances import index as index_module
 from toolkit.data.instances.best_fit import best_fit_decreasing
 from toolkit.data.instances.identity import packed_plan
-from toolkit.data.instances.packed import PackedDataset
+from toolkit.data.instances.packed import PackedDataset, spreading_step
 from toolkit.errors import DataError
 
 
@@ -131,6 +131,16 @@ def test_first_rows_are_like_the_others(tmp_path: Path) -> None:
     assert np.mean(per_row[:1000]) == pytest.approx(np.mean(per_row), rel=0.1)
 
 
+@pytest.mark.parametrize("size", [1, 2, 3, 8, 997, 1000])
+def test_spread_numbers_are_all_rows_evenly(size: int) -> None:
+    visited = np.arange(size) * spreading_step(size) % size
+    assert sorted(visited.tolist()) == list(range(size))
+    if size > 100:
+        tenths = np.histogram(visited[: size // 5], bins=10, range=(0, size))[0]
+        assert tenths.min() >= size // 50 - 3
+    assert spreading_step(10**11) * (10**11 - 1) < 2**63
+
+
 MAKER = """
 import sys
 from toolkit.data.instances.packed import PackedDataset
@@ -219,4 +229,11 @@ def test_a_damaged_plan_names_the_folder_to_delete(tmp_path: Path) -> None:
         PackedDataset(prepared, "train", 4)
     (folder / "plan.json").write_text("{")
     with pytest.raises(DataError, match=r"damaged \(plan.json: .*delete this folder"):
+        PackedDataset(prepared, "train", 4)
+
+
+def test_a_folder_that_cannot_be_written_is_one_clear_line(tmp_path: Path) -> None:
+    prepared = write_documents(tmp_path, numbered_documents([5, 3, 3]))
+    (tmp_path / "packing").write_text("in the way")
+    with pytest.raises(DataError, match="packing: cannot write the plan of packed instances: "):
         PackedDataset(prepared, "train", 4)

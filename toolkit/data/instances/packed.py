@@ -14,6 +14,7 @@ Memory is bounded by the number of different lengths and a block of the index; `
 bytes a piece on disk.
 """
 
+import math
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,15 +26,14 @@ from toolkit.data.instances.identity import packed_plan
 from toolkit.data.instances.index import DocumentIndex
 from toolkit.data.instances.plans import Plan, PlanHeader, create_array, ensure_plan
 from toolkit.data.instances.rows import gather_rows
-from toolkit.data.order.permutation import KeyedPermutation
 from toolkit.data.tokens.prepared import PreparedDataset, Split
 
 
 class PackedDataset:
     """Each row holds whole documents, or a full row's worth of a longer one.
 
-    Rows are numbered in a shuffled order, always the same: packing begins with the longest
-    documents, and the first rows (which evaluation takes) should be like all others.
+    Packing begins with the longest documents; rows are numbered so that the first ones, which
+    evaluation takes, are spread evenly over all.
 
     Attributes:
         header: counts, and the share of positions filled.
@@ -57,7 +57,7 @@ class PackedDataset:
         self._targets = None if mask is None else np.asarray(mask)
         self._groups = _Groups(*(plan.array(name) for name in _Groups._fields))
         self._starts = plan.array("starts")
-        self._shuffled = KeyedPermutation(self.num_instances, plan.fingerprint)
+        self._step = spreading_step(self.num_instances)
 
     def read(self, indices: np.ndarray) -> Rows:
         """See `InstanceDataset`; positions that padding fills have `pad_id`'s id, the tokenizer's
@@ -81,7 +81,7 @@ class PackedDataset:
 
     def _pieces(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Start and length of each piece of these rows, and the number of pieces of each row."""
-        rows = self._shuffled(indices)
+        rows = indices * self._step % self.num_instances
         groups = self._groups
         group = np.searchsorted(groups.first_row, rows, side="right") - 1
         counts = groups.num_pieces[group]
@@ -102,6 +102,16 @@ class _Groups(NamedTuple):
     first_length: np.ndarray
     """Where `lengths` holds that of the first piece of each of its rows."""
     lengths: np.ndarray
+
+
+def spreading_step(size: int) -> int:
+    """A step with which 0, step, 2 step, ... modulo `size` visits every number once, and any first
+    part of the way is spread evenly: `size` over the golden ratio (Weyl's sequence), or near it."""
+    # Products of the step and a number below `size` must fit into 63 bits.
+    step = max(1, min(size * 618_034 // 1_000_000, (1 << 62) // size))
+    while math.gcd(step, size) != 1:
+        step += 1
+    return step
 
 
 def _make(plan: Plan, folder: Path) -> PlanHeader:

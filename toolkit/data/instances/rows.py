@@ -43,19 +43,24 @@ def gather_rows(
     numbers = np.arange(len(is_padding), dtype=np.int32)
     numbers -= np.repeat(first_pieces, pieces_per_row + 1).astype(np.int32)
 
-    destinations = np.cumsum(all_lengths) - all_lengths
-    positions = np.repeat(all_starts - destinations, all_lengths)
-    positions += np.arange(num_rows * sequence_length)
-    shape = (num_rows, sequence_length)
+    # Positions in `tokens`: one more than the one before, but where a piece begins. They are summed
+    # up in place, and their memory becomes `input_ids`: fresh memory costs more than all the rest.
+    input_ids = np.ones(num_rows * sequence_length, dtype=np.int64)
+    has_tokens = all_lengths > 0
+    firsts, sizes = all_starts[has_tokens], all_lengths[has_tokens]
+    before = np.concatenate(([0], firsts[:-1] + sizes[:-1] - 1))
+    input_ids[np.cumsum(sizes) - sizes] = firsts - before
+    np.cumsum(input_ids, out=input_ids)
     # Only padding may point beyond the end, and its ids are replaced.
-    input_ids = tokens.take(positions, mode="clip").astype(np.int64).reshape(shape)
-    is_pad = np.arange(sequence_length) >= used[:, None]
-    input_ids[is_pad] = pad_id
-    label_mask = ~is_pad
-    if targets is not None:
-        label_mask &= targets.take(positions, mode="clip").reshape(shape) != 0
-    return {
+    targets_there = None if targets is None else targets.take(input_ids, mode="clip")
+    input_ids[:] = tokens.take(input_ids, mode="clip")
+    label_mask = np.repeat(~is_padding, all_lengths)
+    input_ids[np.flatnonzero(~label_mask)] = pad_id
+    if targets_there is not None:
+        label_mask &= targets_there != 0
+    rows = {
         "input_ids": input_ids,
         "label_mask": label_mask,
-        "document_ids": np.repeat(numbers, all_lengths).reshape(shape),
+        "document_ids": np.repeat(numbers, all_lengths),
     }
+    return {name: values.reshape(num_rows, sequence_length) for name, values in rows.items()}
