@@ -174,7 +174,8 @@ def _make_room(
 ) -> list[Path]:
     limit = int(max_cache_gb * 1e9)
     own = [entry for entry in entries if entry.folder == keep]
-    others = sorted((e for e in entries if e.folder != keep), key=lambda entry: entry.last_used)
+    others = [entry for entry in entries if entry.folder != keep and entry.num_bytes]
+    others.sort(key=lambda entry: entry.last_used)
     own_bytes = max(needed_bytes, max((entry.num_bytes for entry in own), default=0))
     if own_bytes > limit:
         raise DataError(
