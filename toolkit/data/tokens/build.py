@@ -32,6 +32,7 @@ import xxhash
 
 from toolkit.data.config import BPETokenizerConfig, DatasetConfig, TokenFilesSourceConfig
 from toolkit.data.text.columns import row_texts
+from toolkit.data.text.piece import Piece
 from toolkit.data.text.readers import Counts, Reading, read_shard
 from toolkit.data.text.sources import Plan, Shard, plan_source
 from toolkit.data.tokens.duplicates import Duplicates
@@ -51,7 +52,7 @@ from toolkit.data.tokens.progress import Progress
 from toolkit.data.tokens.settings import settings_of
 from toolkit.data.tokens.tokenizer import Tokenizer, load_tokenizer
 from toolkit.data.tokens.tokenizer_choice import build_tokenizer
-from toolkit.data.tokens.worker import Job, WorkerSetup, is_validation
+from toolkit.data.tokens.worker import Job, WorkerSetup, is_validation, make_encoder
 from toolkit.errors import DataError
 from toolkit.storage.atomic import fsync_folder, fsync_tree, remove_tree, write_json_atomic
 
@@ -114,6 +115,8 @@ def build_dataset(
         parts_folder=str(parts_folder),
         validation_fraction=config.validation_fraction,
     )
+    if config.instructions is not None:
+        make_encoder(setup, tokenizer)  # a template that cannot be used ends here, in one line
     jobs = [Job(index, shard, _shard_key(shard, plan)) for index, shard in enumerate(plan.shards)]
     missing = [job for job in jobs if not is_complete(parts_folder, job.index, job.key)]
     report.start(str(folder), jobs, missing)
@@ -127,10 +130,11 @@ def build_dataset(
     if output.exists():
         remove_tree(output)
     output.mkdir(parents=True)
-    manifest = _join(config, plan, vocabulary, parts_folder, output, building / "duplicates")
+    manifest = _join(
+        config, plan, setup, tokenizer, vocabulary, output=output, workplace=building / "duplicates"
+    )
     if tokenizer is not None:
         tokenizer.save(output / TOKENIZER_FOLDER)
-    _check_targets(config, manifest, tokenizer, output)
     write_json_atomic(output / MANIFEST_NAME, manifest)
     fsync_tree(output)
     os.rename(output, folder)
@@ -177,6 +181,10 @@ def _tokenizer(
     if isinstance(choice, BPETokenizerConfig):
         report.note(f"training a BPE tokenizer of {choice.vocab_size} ids")
     tokenizer = build_tokenizer(choice, lambda size: sample_texts(config, plan, size))
+    if config.instructions is not None:
+        from toolkit.data.tokens.instructions import with_instructions_template
+
+        tokenizer = with_instructions_template(tokenizer, config.instructions)
     tokenizer.save(folder)
     done.touch()
     return tokenizer
@@ -253,12 +261,15 @@ def sample_texts(config: DatasetConfig, plan: Plan, sample_bytes: int) -> Iterat
 def _join(
     config: DatasetConfig,
     plan: Plan,
+    setup: WorkerSetup,
+    tokenizer: Tokenizer | None,
     vocabulary: Vocabulary,
-    parts_folder: Path,
+    *,
     output: Path,
     workplace: Path,
 ) -> Manifest:
     """Join all parts; count and hash what is written."""
+    parts_folder = Path(setup.parts_folder)
     found = [read_part(parts_folder, index) for index in range(len(plan.shards))]
     parts = [part for part in found if part is not None]
     assert len(parts) == len(found), "a part vanished while parts were joined"
@@ -270,16 +281,17 @@ def _join(
         workplace.mkdir()
         duplicates = Duplicates(parts_folder, len(parts), workplace)
         left_out["duplicate"] = duplicates.count
-    dtype = token_dtype(vocabulary.size)
+    dtype = setup.rules.dtype
     splits = join_parts(
         parts_folder, parts, output, itemsize=np.dtype(dtype).itemsize, duplicates=duplicates
     )
     skipped = sum(part.skipped_documents for part in parts) + plan.num_empty
+    _check_targets(setup, plan, tokenizer, splits, left_out)
     if "train" not in splits:
         raise DataError(_no_training_text(splits, left_out, skipped))
     return Manifest(
         format_version=FORMAT_VERSION,
-        dtype=dtype,
+        dtype=token_dtype(vocabulary.size),
         vocab_size=vocabulary.size,
         eos_id=vocabulary.eos_id,
         append_eos=config.append_eos,
@@ -317,20 +329,29 @@ def _no_training_text(splits: dict[str, SplitInfo], left_out: dict[str, int], sk
 
 
 def _check_targets(
-    config: DatasetConfig, manifest: Manifest, tokenizer: Tokenizer | None, output: Path
+    setup: WorkerSetup,
+    plan: Plan,
+    tokenizer: Tokenizer | None,
+    splits: dict[str, SplitInfo],
+    left_out: dict[str, int],
 ) -> None:
     """Instruction data whose loss asks for nothing, or for every token, was misread."""
-    if config.instructions is None or tokenizer is None:
+    if setup.instructions is None:
         return
-    info = manifest.splits["train"]
-    every = info.num_targets == info.num_tokens and config.instructions.train_on != "all"
-    if info.num_targets and not every:
-        return
-    ids = np.fromfile(output / "train.bin", dtype=manifest.dtype, count=400)
-    sample = tokenizer.decode(ids.tolist())
-    raise DataError(
-        f"dataset.instructions: the loss would ask for {'every token' if every else 'no token'}; "
-        f"check dataset.instructions.train_on and chat_template; the first sample: {sample!r}"
+    from toolkit.data.tokens.instructions import InstructionEncoder
+
+    def first_piece() -> Piece | None:
+        pieces = (p for shard in plan.shards for p in read_shard(shard, setup.reading, Counts()))
+        return next(pieces, None)
+
+    encoder = make_encoder(setup, tokenizer)
+    assert isinstance(encoder, InstructionEncoder)
+    infos = splits.values()
+    encoder.check(
+        num_tokens=sum(info.num_tokens for info in infos),
+        num_targets=sum(info.num_targets or 0 for info in infos),
+        filtered=left_out,
+        first_piece=first_piece,
     )
 
 

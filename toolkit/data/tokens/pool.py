@@ -12,6 +12,7 @@ from pathlib import Path
 import msgspec
 
 import toolkit
+from toolkit import errors
 from toolkit.data.tokens.tokenizer import Tokenizer
 from toolkit.data.tokens.worker import Job, Reply, WorkerSetup, encode_shard, make_encoder
 from toolkit.errors import DataError
@@ -31,7 +32,7 @@ def encode_shards(
     """Encode all jobs, yielding each when its part is complete, in no particular order.
 
     Raises:
-        DataError: the first one of any worker; the parts that are complete stay.
+        ToolkitError: the first one of any worker; the parts that are complete stay.
     """
     sizes = [part.num_bytes for job in jobs for part in job.shard]
     is_small = sum(sizes) < SMALL_BYTES and all(sizes)
@@ -99,8 +100,8 @@ class _Worker:
             )
         reply = msgspec.json.decode(line, type=Reply)
         if reply.error is not None:
-            if reply.is_bad_input:
-                raise DataError(reply.error)
+            if reply.kind is not None:
+                raise getattr(errors, reply.kind, DataError)(reply.error)
             raise RuntimeError(f"a worker of prepare failed:\n{reply.error}")
 
     def kill(self) -> None:

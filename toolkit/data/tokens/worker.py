@@ -32,7 +32,7 @@ from toolkit.data.tokens.parts import (
     TokenRules,
     part_path,
 )
-from toolkit.errors import DataError
+from toolkit.errors import DataError, ToolkitError
 from toolkit.storage.atomic import write_json_atomic
 
 if TYPE_CHECKING:
@@ -68,7 +68,8 @@ class Reply(msgspec.Struct, kw_only=True):
 
     index: int = -1
     error: str | None = None
-    is_bad_input: bool = False
+    kind: str | None = None
+    """Name of its class in `toolkit.errors`; None: a failure of the program."""
 
 
 def is_validation(identity: str, fraction: float) -> bool:
@@ -87,7 +88,8 @@ def make_encoder(setup: WorkerSetup, tokenizer: "Tokenizer | None") -> Encoder:
     if setup.instructions is not None:
         from toolkit.data.tokens.instructions import InstructionEncoder
 
-        return InstructionEncoder(tokenizer, setup.instructions)
+        append_eos = setup.rules.eos_id is not None
+        return InstructionEncoder(tokenizer, setup.instructions, append_eos=append_eos)
     return TextEncoder(tokenizer)
 
 
@@ -199,12 +201,12 @@ def main() -> None:
         try:
             encode_shard(job, setup, encoder)
             reply = Reply(index=job.index)
-        except DataError as error:
-            reply = Reply(index=job.index, error=str(error), is_bad_input=True)
+        except ToolkitError as error:
+            reply = Reply(index=job.index, error=str(error), kind=type(error).__name__)
         except OSError as error:
             where = error.filename or setup.parts_folder
             message = f"{where}: cannot be written: {error.strerror}; run again to continue"
-            reply = Reply(index=job.index, error=message, is_bad_input=True)
+            reply = Reply(index=job.index, error=message, kind=DataError.__name__)
         except Exception:
             reply = Reply(index=job.index, error=traceback.format_exc())
         sys.stdout.buffer.write(msgspec.json.encode(reply) + b"\n")
