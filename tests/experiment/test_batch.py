@@ -11,8 +11,9 @@ from tests.data.corpus import files_config, random_text, write_texts
 from toolkit.checkpoint.commit import save_checkpoint
 from toolkit.cli import main as cli
 from toolkit.data import get_dataloaders, prepare_dataset, read_prepared
+from toolkit.data.instances.text import target_mask
 from toolkit.errors import ConfigError, DataError
-from toolkit.experiment.batch import document_parts, step_batch, target_mask
+from toolkit.experiment.batch import step_batch
 from toolkit.experiment.config import ExperimentConfig
 from toolkit.experiment.load import load_experiment
 from toolkit.train.transformer import IGNORE_INDEX, shift_labels
@@ -38,7 +39,8 @@ def run(tmp_path: Path, config: ExperimentConfig) -> Path:
 def save(run: Path, fingerprint: str) -> None:
     save_checkpoint(
         run / "checkpoints", step=3, tokens=0, tensors={"model.a": torch.ones(1)}, rank_state={},
-        engine="single", rank=0, group=None, extra={"data_fingerprint": fingerprint},
+        engine="single", rank=0, group=None,
+        extra={"data": {"batch": 3, "segments": [[0, 0, 16]], "fingerprint": fingerprint}},
     )  # fmt: skip
 
 
@@ -76,21 +78,21 @@ def test_document_ranges_name_the_tokens_of_train_bin(run: Path, config: Experim
         assert np.concatenate(pieces).tolist() == tokens[first : first + 64].tolist()
 
 
-def test_parts_of_documents_of_every_kind() -> None:
-    starts = np.array([0, 3, 3, 10], dtype=np.uint64)  # the second is empty
-    parts = [[(p.document, p.start, p.end) for p in document_parts(starts, 12, i, 4)]
-             for i in range(3)]  # fmt: skip
-    assert parts == [[(0, 0, 3), (2, 0, 1)], [(2, 1, 5)], [(2, 5, 7), (3, 0, 2)]]
-    assert document_parts(starts, 12, 0, 4)[0].num_tokens == 3
-
-
 def test_the_mask_is_that_of_the_labels() -> None:
-    rows = np.arange(24).reshape(3, 8)
-    labels = shift_labels(torch.from_numpy(rows))
-    predicted = (labels != IGNORE_INDEX).numpy()
-    assert np.array_equal(target_mask(rows)[:, 1:], predicted[:, :-1])
-    assert not target_mask(rows)[:, 0].any()
-    assert target_mask(rows).sum() == predicted.sum()
+    ids = np.arange(24).reshape(3, 8)
+    rows = {
+        "input_ids": ids,
+        "label_mask": ids % 5 > 0,
+        "document_ids": np.repeat([[0, 0, 0, 1, 1, 2, 2, 3]], 3, axis=0),
+    }
+    for keys in (["input_ids"], ["input_ids", "label_mask"], list(rows)):
+        some = {key: rows[key] for key in keys}
+        tensors = {key: torch.from_numpy(value) for key, value in some.items()}
+        labels = shift_labels(*(tensors.get(key) for key in rows))
+        predicted = (labels != IGNORE_INDEX).numpy()
+        assert np.array_equal(target_mask(some)[:, 1:], predicted[:, :-1])
+        assert not target_mask(some)[:, 0].any()
+        assert target_mask(some).sum() == predicted.sum()
 
 
 def test_steps_and_data_that_are_not_the_runs_are_refused(

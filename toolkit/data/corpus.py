@@ -90,6 +90,13 @@ class Corpus:
         """Instances of each source of a mixture before a position of its stream."""
         return self.stream.counts(position) if self.stream is not None else {}
 
+    def locate(self, index: int) -> tuple[str | None, int]:
+        """(source of a mixture, number in it) of a training instance; (None, index) of a single
+        corpus."""
+        from toolkit.data.order.mixture import MixedDataset
+
+        return self.train.locate(index) if isinstance(self.train, MixedDataset) else (None, index)
+
     def close(self) -> None:
         """End workers."""
         close = getattr(self.train, "close", None)

@@ -11,40 +11,18 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from toolkit.checkpoint.layout import read_metadata, saved_steps, step_folder
-from toolkit.data.tokens.prepared import PreparedDataset, dataset_folder, read_prepared
+from toolkit.data.corpus import data_places, read_corpus
+from toolkit.data.instances.base import DocumentPart
+from toolkit.data.instances.text import DecodedPiece
 from toolkit.errors import ConfigError, DataError, ToolkitError
-from toolkit.experiment.checks import steps_per_epoch
 from toolkit.experiment.config import ExperimentConfig
 from toolkit.experiment.load import find_data, load_run_config
 from toolkit.runs.files import RUN_FILES
 
 if TYPE_CHECKING:
-    import numpy as np
-
+    from toolkit.data.corpus import Corpus
+    from toolkit.data.order.batches import BatchOrder
     from toolkit.data.tokens.tokenizer import Tokenizer
-
-
-class DocumentPart(msgspec.Struct, frozen=True):
-    """The tokens of one document inside an instance."""
-
-    document: int
-    """Its number in the training split, from 0."""
-    start: int
-    """First token, counted from the document's own first."""
-    end: int
-    """One past the last."""
-    num_tokens: int
-    """Tokens of the whole document."""
-
-
-class Piece(msgspec.Struct, frozen=True):
-    """Consecutive tokens of one document that are all targets, or none of them."""
-
-    document: int
-    is_target: bool
-    """Whether the loss counts the prediction of these tokens."""
-    num_tokens: int
-    text: str
 
 
 class BatchInstance(msgspec.Struct, frozen=True):
@@ -56,8 +34,10 @@ class BatchInstance(msgspec.Struct, frozen=True):
     num_targets: int
     """Tokens whose prediction the loss counts."""
     documents: list[DocumentPart]
-    text: list[Piece] | None = None
+    text: list[DecodedPiece] | None = None
     """Decoded, for the instances asked for."""
+    source: str | None = None
+    """Of a mixture: where the instance, which is numbered in it, is from."""
 
 
 class StepBatch(msgspec.Struct, frozen=True, kw_only=True):
@@ -90,122 +70,111 @@ def step_batch(run_dir: Path, step: int, *, show: int = 1) -> StepBatch:
         ConfigError: no such step.
         DataError: the run's data is not here, or is not what the run was trained on.
     """
-    from toolkit.data.instances.fixed import BatchOrder, TokenDataset
+    from toolkit.data.instances.text import decode_pieces, target_mask
 
-    folder = run_dir.resolve()
-    config = find_data(load_run_config(run_dir).config, folder)
-    prepared = read_prepared(config.dataset)
-    if prepared is None or not prepared.has_split("train"):
-        raise DataError(
-            f"{dataset_folder(config.dataset)}: the run's prepared data is not there; restore it, "
-            "or make it again with `toolkit prepare`"
-        )
-    _check_step(config, prepared, step)
     if show < 0:
         raise ConfigError(f"--show {show}: give a number of instances, 0 or more")
-    dataset = TokenDataset(prepared, "train", config.dataset.sequence_length)
-    is_checked = _check_fingerprint(folder, prepared)
-    loader = config.data_loader
-    order = BatchOrder(
-        num_instances=dataset.num_instances,
-        batch_instances=loader.global_batch_size // dataset.sequence_length,
-        fingerprint=dataset.fingerprint,
-        seed=config.seed if loader.seed is None else loader.seed,
-        shuffle=loader.shuffle,
-    )
+    folder = run_dir.resolve()
+    config = find_data(load_run_config(run_dir).config, folder)
+    corpus = _open(config)
+    saved = _saved_data(folder)
+    if saved is not None:
+        _check_data(saved, corpus, folder)
+    order = _order(config, corpus, saved)
+    _check_step(config, order, step)
     indices = order.indices(step - 1)[0]
-    rows = dataset.read(indices)
-    targets = target_mask(rows)
-    starts = prepared.document_starts("train")
-    tokenizer = _tokenizer(prepared) if show else None
+    rows = corpus.train.read(indices)
+    ids, targets = rows["input_ids"], target_mask(rows)
+    tokenizer = _tokenizer(corpus) if show else None
     instances = []
     for row, index in enumerate(indices.tolist()):
-        parts = document_parts(starts, prepared.num_tokens("train"), index, rows.shape[1])
-        text = None
-        if tokenizer is not None and row < show:
-            text = decode_pieces(tokenizer, rows[row], targets[row], parts)
-        instances.append(BatchInstance(index, rows.shape[1], int(targets[row].sum()), parts, text))
-    epoch, batch = divmod(step - 1, order.steps_per_epoch)
+        parts = corpus.train.documents(index)
+        text = decode_pieces(tokenizer, ids[row], targets[row], parts) if row < show else None
+        source, number = corpus.locate(index)
+        instances.append(
+            BatchInstance(number, ids.shape[1], int(targets[row].sum()), parts, text, source)
+        )
+    epoch, batch = order.epoch_of(step - 1)
+    per_epoch = order.steps_per_epoch
     return StepBatch(
         step=step,
         epoch=epoch,
         batch=batch,
-        batches_per_epoch=order.steps_per_epoch,
-        fingerprint=dataset.fingerprint,
-        is_checked=is_checked,
-        num_tokens=int(rows.size),
+        batches_per_epoch=int(per_epoch),
+        fingerprint=corpus.train.fingerprint,
+        is_checked=saved is not None,
+        num_tokens=int(ids.size),
         num_targets=int(targets.sum()),
         instances=instances,
     )
 
 
-def target_mask(rows: "np.ndarray") -> "np.ndarray":
-    """Which tokens the loss asks for, bool of the shape `(batch, seq)` of `rows`.
+def _open(config: ExperimentConfig) -> "Corpus":
+    """The run's data as it is here: nothing is prepared or fetched."""
+    from toolkit.data.corpus import open_corpus
 
-    Labels are shifted inside an instance (`toolkit.train.transformer.shift_labels`), so nothing
-    predicts its first token.
-    """
-    import numpy as np
-
-    mask = np.ones(rows.shape, dtype=bool)
-    mask[:, 0] = False
-    return mask
-
-
-def document_parts(
-    starts: "np.ndarray", num_tokens: int, instance: int, sequence_length: int
-) -> list[DocumentPart]:
-    """The documents that instance `instance` has tokens of, in order.
-
-    Args:
-        starts: position of each document's first token, ascending.
-        num_tokens: of the whole split.
-    """
-    import numpy as np
-
-    first = instance * sequence_length
-    last = first + sequence_length
-    number = max(0, int(np.searchsorted(starts, first, side="right")) - 1)
-    parts = []
-    while number < len(starts) and int(starts[number]) < last:
-        begin = int(starts[number])
-        end = int(starts[number + 1]) if number + 1 < len(starts) else num_tokens
-        if end > max(first, begin):  # documents may be empty
-            parts.append(
-                DocumentPart(number, max(first, begin) - begin, min(last, end) - begin, end - begin)
-            )
-        number += 1
-    return parts
+    data = config.data.replace(store=config.store.replace(permanent_root=None))
+    if read_corpus(data) is None:
+        places = ", ".join(str(place) for place in data_places(data))
+        raise DataError(
+            f"{places}: the run's prepared data is not there; restore it, or make it again with "
+            "`toolkit prepare`"
+        )
+    return open_corpus(data.replace(dataset=data.dataset.replace(source=None)), check_text=False)
 
 
-def decode_pieces(
-    tokenizer: "Tokenizer", ids: "np.ndarray", is_target: "np.ndarray", parts: list[DocumentPart]
-) -> list[Piece]:
-    """The text of one instance, cut where the document or the loss mask changes.
-
-    A character whose bytes lie on both sides of a cut shows as U+FFFD.
-    """
-    import numpy as np
-
-    pieces, position = [], 0
-    for part in parts:
-        stop = position + part.end - part.start
-        mask = is_target[position:stop]
-        changes = np.flatnonzero(np.diff(mask)) + 1
-        bounds = [position, *(position + changes).tolist(), stop]
-        for begin, end in itertools.pairwise(bounds):
-            text = tokenizer.decode(ids[begin:end])
-            pieces.append(Piece(part.document, bool(is_target[begin]), end - begin, text))
-        position = stop
-    return pieces
+def _saved_data(folder: Path) -> dict[str, Any] | None:
+    """State of the data in the newest readable checkpoint of the run; None: there is none."""
+    root = folder / RUN_FILES.checkpoints
+    for step in reversed(saved_steps(root)):
+        try:
+            extra: dict[str, Any] = read_metadata(step_folder(root, step)).extra
+        except ToolkitError:
+            continue
+        if "data" in extra:
+            return {**extra["data"], "step": step}
+    return None
 
 
-def _check_step(config: ExperimentConfig, prepared: PreparedDataset, step: int) -> None:
-    per_epoch = steps_per_epoch(config, prepared)
-    if per_epoch == 0:
-        raise DataError(f"{prepared.folder}: holds less than one batch of this run; restore it")
+def _check_data(saved: dict[str, Any], corpus: "Corpus", folder: Path) -> None:
+    """Raise DataError when the checkpoint names other data."""
+    found = corpus.train.fingerprint
+    trained = saved["fingerprint"]
+    if corpus.stream is None and trained != found:
+        raise DataError(
+            f"{folder}: the data is not what the run was trained on: the fingerprint of its "
+            f"training tokens is {found}, checkpoint step{saved['step']} says {trained}; restore "
+            "the data it was trained on"
+        )
+
+
+def _order(
+    config: ExperimentConfig, corpus: "Corpus", saved: dict[str, Any] | None
+) -> "BatchOrder":
+    """The order of the run's batches, with every size they had."""
+    from toolkit.data.order.batches import Segment
+
+    if saved is None:
+        return corpus.order
+    segments = [Segment(*values) for values in saved["segments"]]
+    size = config.data_loader.global_batch_size // corpus.train.sequence_length
+    return corpus.order.resized(segments, saved["batch"], size)
+
+
+def _check_step(config: ExperimentConfig, order: "BatchOrder", step: int) -> None:
     duration = config.trainer.max_duration
-    last = duration.in_steps(config.data_loader.global_batch_size, per_epoch)
+    last = duration.value
+    if duration.unit == "epochs":
+        last = order.epoch_end(duration.value)
+    elif duration.unit == "tokens":
+        size = config.data_loader.global_batch_size
+        segment = order.segments[-1]
+        before = sum(
+            (after.first_batch - segment.first_batch) * segment.batch_instances
+            for segment, after in itertools.pairwise(order.segments)
+        )
+        tokens = before * config.dataset.sequence_length
+        last = segment.first_batch + -(-(duration.value - tokens) // size)
     if not 1 <= step <= last:
         raise ConfigError(
             f"--step {step}: the run has steps 1 to {last} (trainer.max_duration is "
@@ -213,32 +182,8 @@ def _check_step(config: ExperimentConfig, prepared: PreparedDataset, step: int) 
         )
 
 
-def _check_fingerprint(folder: Path, prepared: PreparedDataset) -> bool:
-    """Whether the newest readable checkpoint of the run names these tokens; False: there is none.
-
-    Raises:
-        DataError: it names others.
-    """
-    found = prepared.fingerprint("train")
-    root = folder / RUN_FILES.checkpoints
-    for step in reversed(saved_steps(root)):
-        try:
-            extra: dict[str, Any] = read_metadata(step_folder(root, step)).extra
-        except ToolkitError:
-            continue
-        trained = extra.get("data_fingerprint")
-        if trained is not None and trained != found:
-            raise DataError(
-                f"{prepared.folder}: is not what the run was trained on: the fingerprint of its "
-                f"training tokens is {found}, checkpoint step{step} says {trained}; restore the "
-                "data it was trained on"
-            )
-        if trained is not None:
-            return True
-    return False
-
-
-def _tokenizer(prepared: PreparedDataset) -> "Tokenizer":
+def _tokenizer(corpus: "Corpus") -> "Tokenizer | None":
     from toolkit.data.tokens.tokenizer import load_tokenizer
 
-    return load_tokenizer(prepared.tokenizer_folder)
+    folder = corpus.train.tokenizer_folder
+    return load_tokenizer(folder) if folder is not None else None

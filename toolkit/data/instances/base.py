@@ -13,14 +13,15 @@ Padding is a document of its own at the end of a row, with `label_mask` False.
 """
 
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
+import msgspec
 import numpy as np
 
 Rows = dict[str, np.ndarray]
 
 
-class DocumentPart(NamedTuple):
+class DocumentPart(msgspec.Struct, frozen=True):
     """The tokens of one document inside an instance."""
 
     document: int
