@@ -1,3 +1,5 @@
+import errno
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -20,18 +22,19 @@ from toolkit.data.instances.packed import PackedDataset, spreading_step
 from toolkit.errors import DataError
 
 
-def naive_rows(lengths: list[int], sequence_length: int) -> list[list[int]]:
-    """Best fit decreasing, piece by piece; the lengths in each row, sorted."""
-    pieces = [min(n - at, sequence_length) for n in lengths for at in range(0, n, sequence_length)]
-    rows: list[list[int]] = []
+def cut(lengths: list[int], sequence_length: int) -> list[int]:
+    return [min(n - at, sequence_length) for n in lengths for at in range(0, n, sequence_length)]
+
+
+def naive_sums(pieces: list[int], sequence_length: int) -> list[int]:
+    """Best fit decreasing, piece by piece; tokens in each row, sorted."""
+    rooms: list[int] = []
     for piece in sorted(pieces, reverse=True):
-        rooms = [(sequence_length - sum(row), i) for i, row in enumerate(rows)]
-        fitting = [(room, i) for room, i in rooms if room >= piece]
+        fitting = [room for room in rooms if room >= piece]
         if fitting:
-            rows[min(fitting)[1]].append(piece)
-        else:
-            rows.append([piece])
-    return sorted(rows)
+            rooms.remove(min(fitting))
+        rooms.append((min(fitting) if fitting else sequence_length) - piece)
+    return sorted(sequence_length - room for room in rooms)
 
 
 corpora = st.lists(st.integers(0, 40), min_size=1, max_size=60).filter(lambda x: sum(x) > 0)
@@ -39,14 +42,17 @@ corpora = st.lists(st.integers(0, 40), min_size=1, max_size=60).filter(lambda x:
 
 @settings(max_examples=120, deadline=None)
 @given(lengths=corpora, sequence_length=st.integers(2, 24))
-def test_groups_of_rows_are_those_of_best_fit_piece_by_piece(
+def test_rows_are_filled_as_by_best_fit_piece_by_piece(
     lengths: list[int], sequence_length: int
 ) -> None:
-    pieces = [min(n - at, sequence_length) for n in lengths for at in range(0, n, sequence_length)]
+    pieces = cut(lengths, sequence_length)
     counts = np.bincount(pieces, minlength=sequence_length + 1)
     _, groups = best_fit_decreasing(counts, sequence_length)
-    rows = sorted(group.lengths().tolist() for group in groups for _ in range(group.num_rows))
-    assert rows == naive_rows(lengths, sequence_length)
+    rows = [group.lengths().tolist() for group in groups for _ in range(group.num_rows)]
+    # Which of two rows with the same room takes a piece is free, and changes no row's room but in
+    # name: the sums are those of every best fit.
+    assert sorted(sum(row) for row in rows) == naive_sums(pieces, sequence_length)
+    assert sorted(piece for row in rows for piece in row) == sorted(pieces)
 
 
 @settings(max_examples=120, deadline=None)
@@ -232,8 +238,15 @@ def test_a_damaged_plan_names_the_folder_to_delete(tmp_path: Path) -> None:
         PackedDataset(prepared, "train", 4)
 
 
-def test_a_folder_that_cannot_be_written_is_one_clear_line(tmp_path: Path) -> None:
+def test_a_full_disk_is_one_clear_line_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
     prepared = write_documents(tmp_path, numbered_documents([5, 3, 3]))
-    (tmp_path / "packing").write_text("in the way")
-    with pytest.raises(DataError, match="packing: cannot write the plan of packed instances: "):
+    monkeypatch.setattr(os, "posix_fallocate", refuse)
+    with pytest.raises(DataError, match=r"cannot write the plan of packed .*: No space left"):
         PackedDataset(prepared, "train", 4)
+    folder = packed_plan(prepared, "train", 4).folder.parent
+    assert [p.name for p in folder.iterdir() if not p.name.endswith(".lock")] == []

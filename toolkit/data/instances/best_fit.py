@@ -75,7 +75,8 @@ class _Packer:
         self._sequence_length = sequence_length
         self._num_rows = 0
         self._full: list[RowGroup] = []
-        # Rows by their room, and the rooms there are, ascending.
+        # Rows by their room, and the rooms there are, ascending. Of rows with the same room, the
+        # one that has had it longest comes first; best fit leaves that open.
         self._by_room: dict[int, deque[RowGroup]] = {}
         self._rooms: list[int] = []
 
