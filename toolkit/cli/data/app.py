@@ -2,4 +2,13 @@
 
 import typer
 
-app = typer.Typer(no_args_is_help=True, help="Look at data, and make token files by hand.")
+from toolkit.cli.data import show
+
+_OVERRIDES = {"ignore_unknown_options": True}
+
+app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    help="Look at data, and make token files by hand.",
+)
+app.command(context_settings=_OVERRIDES)(show.show)
