@@ -5,7 +5,6 @@ import numpy as np
 from toolkit.data.instances.base import DocumentPart, Rows
 from toolkit.data.instances.identity import instances_fingerprint
 from toolkit.data.instances.index import DocumentIndex
-from toolkit.data.order.permutation import KeyedPermutation
 from toolkit.data.tokens.prepared import PreparedDataset, Split
 
 
@@ -86,46 +85,3 @@ def fixed_fingerprint(
     return instances_fingerprint(
         prepared, split, "fixed", sequence_length=sequence_length, intra_document_masking=True
     )
-
-
-class BatchOrder:
-    """Which instances make up global batch n, a pure function of (fingerprint, seed, epoch).
-
-    Every epoch is a permutation of its own over all instances; the instances that do not fill a
-    last batch are left out, other ones in each epoch.
-    """
-
-    def __init__(
-        self,
-        *,
-        num_instances: int,
-        batch_instances: int,
-        fingerprint: str,
-        seed: int,
-        shuffle: bool,
-    ) -> None:
-        self.batch_instances = batch_instances
-        self.steps_per_epoch = num_instances // batch_instances
-        self._num_instances = num_instances
-        self._key = f"{fingerprint}:{seed}"
-        self._shuffle = shuffle
-
-    def indices(self, first_batch: int, num_batches: int = 1) -> np.ndarray:
-        """Instances of global batches [first_batch, first_batch + num_batches).
-
-        Time and memory depend on `num_batches` only. Shape `(num_batches, batch_instances)`.
-        """
-        pieces, batch, end = [], first_batch, first_batch + num_batches
-        while batch < end:
-            epoch, place = divmod(batch, self.steps_per_epoch)
-            count = min(end - batch, self.steps_per_epoch - place)
-            first = place * self.batch_instances
-            positions = np.arange(first, first + count * self.batch_instances)
-            pieces.append(self._permute(epoch, positions))
-            batch += count
-        return np.concatenate(pieces).reshape(num_batches, self.batch_instances)
-
-    def _permute(self, epoch: int, positions: np.ndarray) -> np.ndarray:
-        if not self._shuffle:
-            return positions
-        return KeyedPermutation(self._num_instances, f"{self._key}:{epoch}")(positions)
