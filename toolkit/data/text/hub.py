@@ -1,6 +1,7 @@
 """Rows of the `datasets` library: from the Hugging Face hub (or anything else that
 `datasets.load_dataset` takes), and from folders that `save_to_disk` wrote."""
 
+import contextlib
 import functools
 import itertools
 import logging
@@ -28,7 +29,9 @@ NUM_SAMPLED_DOCUMENTS = 8
 ASSUMED_ROW_BYTES = 2_000
 
 
-def plan_hub(source: HubSourceConfig, columns: TextColumns | None) -> Plan:
+def plan_hub(
+    source: HubSourceConfig, columns: TextColumns | None, cache_dir: str | None = None
+) -> Plan:
     """One shard per file of a streamed data set; ranges of rows of a downloaded one.
 
     Raises:
@@ -37,7 +40,7 @@ def plan_hub(source: HubSourceConfig, columns: TextColumns | None) -> Plan:
     import msgspec
     import xxhash
 
-    dataset = _load_hub(source, columns)
+    dataset = _load_hub(source, columns, cache_dir)
     name = f"{source.name}/{source.config or ''}/{source.split}"
     if source.streaming:
         size_hint = dataset.info.dataset_size or 0
@@ -60,7 +63,7 @@ def plan_hub(source: HubSourceConfig, columns: TextColumns | None) -> Plan:
             text = columns.text(row, f"{source.name}: row {number}")
             data = text.encode("utf-8", "surrogatepass")
         digest.update(data + b"\0")
-    return Plan(shards, digest.hexdigest(), size_hint)
+    return Plan(shards, digest.hexdigest(), size_hint, cache_dir=cache_dir)
 
 
 def plan_disk(source: DiskSourceConfig, columns: TextColumns | None) -> Plan:
@@ -108,7 +111,7 @@ def read_hub(part: Range, reading: Reading, counts: Counts) -> Iterator[Piece]:
     if isinstance(source, DiskSourceConfig):
         dataset = _load_disk(source, columns)
     else:
-        dataset = _load_hub(source, columns)
+        dataset = _load_hub(source, columns, reading.cache_dir)
     if part.kind == "hub_stream":
         rows, first = dataset.shard(num_shards=part.end, index=part.start), 0
         prefix = f"{part.name}:{part.start}:"
@@ -141,17 +144,39 @@ def _range(kind: RangeKind, path: str, name: str, start: int, end: int, num_byte
     return Range(kind=kind, path=path, name=name, start=start, end=end, num_bytes=num_bytes)
 
 
-def _load_hub(source: HubSourceConfig, columns: TextColumns | None) -> Any:
+def _load_hub(source: HubSourceConfig, columns: TextColumns | None, cache_dir: str | None) -> Any:
     datasets = _library()
     try:
-        dataset = datasets.load_dataset(
-            source.name, source.config, split=source.split, streaming=source.streaming
-        )
+        with _hub_files_below(cache_dir):
+            dataset = datasets.load_dataset(
+                source.name,
+                source.config,
+                split=source.split,
+                streaming=source.streaming,
+                cache_dir=cache_dir,
+            )
     except Exception as error:  # every builder raises its own types
         raise DataError(
             f"dataset.source: {source.name}: cannot be loaded: {_line(error)}"
         ) from None
     return _select(dataset, columns, source.name)
+
+
+@contextlib.contextmanager
+def _hub_files_below(cache_dir: str | None) -> Iterator[None]:
+    """Files as they come from the hub go to `cache_dir` too: the argument of `load_dataset` moves
+    only what is made of them."""
+    if cache_dir is None:
+        yield
+        return
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_CACHE
+    constants.HF_HUB_CACHE = os.path.join(cache_dir, "hub")
+    try:
+        yield
+    finally:
+        constants.HF_HUB_CACHE = before
 
 
 def _load_disk(source: DiskSourceConfig, columns: TextColumns | None) -> Any:

@@ -29,6 +29,8 @@ class Reading(msgspec.Struct, frozen=True, kw_only=True):
     source: SourceConfig
     rows: bool = False
     """Whole rows (of instruction data) instead of text."""
+    cache_dir: str | None = None
+    """Folder for raw texts of a hub data set; None: the libraries' own."""
     filters: FiltersConfig | None = None
     """Which documents are left out."""
     with_digests: bool = False

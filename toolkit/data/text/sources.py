@@ -86,6 +86,8 @@ class Plan(NamedTuple):
     """Empty files, which are left out."""
     files: tuple[SourceFile, ...] = ()
     """The local files it was made from."""
+    cache_dir: str | None = None
+    """See `Reading`."""
 
     def check_unchanged(self) -> None:
         """Raise DataError when a file is not the one that was found at the start."""
@@ -98,11 +100,13 @@ def plan_source(
     validation_fraction: float,
     *,
     rows: bool = False,
+    cache_dir: str | None = None,
 ) -> Plan:
     """Cut the source into shards.
 
     Args:
         rows: whole rows are read, not the text of a column.
+        cache_dir: see `Reading`.
 
     Raises:
         DataError: when there is nothing to read.
@@ -111,7 +115,7 @@ def plan_source(
     if isinstance(source, HubSourceConfig):
         from toolkit.data.text.hub import plan_hub
 
-        return plan_hub(source, columns)
+        return plan_hub(source, columns, cache_dir)
     if isinstance(source, DiskSourceConfig):
         from toolkit.data.text.hub import plan_disk
 

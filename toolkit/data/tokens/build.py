@@ -71,12 +71,18 @@ class Vocabulary(NamedTuple):
 
 
 def build_dataset(
-    config: DatasetConfig, folder: Path, work_dir: str | None, report: Progress
+    config: DatasetConfig,
+    folder: Path,
+    work_dir: str | None,
+    report: Progress,
+    *,
+    cache_dir: str | None = None,
 ) -> PreparedDataset:
     """Build `folder`; nobody else may be doing so.
 
     Args:
         work_dir: folder for unfinished parts; default: beside `folder`.
+        cache_dir: folder for raw texts of a hub data set; default: the libraries' own.
 
     Raises:
         DataError: the input, the tokenizer or what lies at `folder` cannot be used.
@@ -89,7 +95,10 @@ def build_dataset(
         )
     _check_choices(config)
     plan = plan_source(
-        config.source, config.validation_fraction, rows=config.instructions is not None
+        config.source,
+        config.validation_fraction,
+        rows=config.instructions is not None,
+        cache_dir=cache_dir,
     )
     building = folder.with_name(f".{folder.name}.building")
     place = building / "parts"
@@ -102,7 +111,7 @@ def build_dataset(
     tokenizer = _tokenizer(config, plan, parts_folder / TOKENIZER_FOLDER, report)
     vocabulary = _vocabulary(config, tokenizer)
     setup = WorkerSetup(
-        reading=_reading(config, vocabulary),
+        reading=_reading(config, vocabulary, plan),
         instructions=config.instructions,
         rules=TokenRules(
             dtype=token_dtype(vocabulary.size),
@@ -222,10 +231,11 @@ def _vocabulary(config: DatasetConfig, tokenizer: Tokenizer | None) -> Vocabular
     return Vocabulary(size, eos_id, bos_id, fingerprint)
 
 
-def _reading(config: DatasetConfig, vocabulary: Vocabulary) -> Reading:
+def _reading(config: DatasetConfig, vocabulary: Vocabulary, plan: Plan) -> Reading:
     assert config.source is not None
     return Reading(
         source=config.source,
+        cache_dir=plan.cache_dir,
         rows=config.instructions is not None,
         filters=config.filters,
         with_digests=config.deduplicate,
@@ -238,7 +248,10 @@ def sample_texts(config: DatasetConfig, plan: Plan, sample_bytes: int) -> Iterat
     """Training documents from shards spread over the whole source."""
     assert config.source is not None
     reading = Reading(
-        source=config.source, rows=config.instructions is not None, filters=config.filters
+        source=config.source,
+        rows=config.instructions is not None,
+        cache_dir=plan.cache_dir,
+        filters=config.filters,
     )
     number = min(len(plan.shards), BPE_SAMPLE_SHARDS)
     left = sample_bytes

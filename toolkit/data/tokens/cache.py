@@ -25,7 +25,8 @@ from typing import NamedTuple
 import filelock
 import msgspec
 
-from toolkit.data.tokens.in_use import UseMark, has_mark, last_used, mark_used, unused
+from toolkit.data.config import DatasetConfig, HubSourceConfig, StoreConfig
+from toolkit.data.tokens.in_use import has_mark, last_used, mark_used, unused
 from toolkit.data.tokens.permanent import content_fingerprint, find_permanent
 from toolkit.data.tokens.prepared import MANIFEST_NAME, Manifest
 from toolkit.errors import ConfigError, DataError, StorageError
@@ -93,26 +94,39 @@ def ensure_local_dataset_cache_cap(
         )
 
 
-def raw_text_cache(
-    hf_cache_dir: str, source_name: str, max_cache_gb: float | None
-) -> tuple[Path, UseMark | None]:
-    """Folder for the raw texts of one hub data set below `hf_cache_dir`, and the mark that it is in
-    use; those of other data sets go where the limit asks for it.
+@contextlib.contextmanager
+def raw_text_cache(config: DatasetConfig, store: StoreConfig) -> Iterator[str | None]:
+    """The folder below `store.hf_cache_dir` for the raw text of a hub data set, marked as in use
+    while the block runs; before and after it, what was used longest ago goes where the limit asks
+    for it. None: the libraries' own folder, which is left alone.
 
     Only folders made here go: what else lies in `hf_cache_dir` neither counts nor goes.
     """
-    root = Path(hf_cache_dir).expanduser()
-    folder = root / (re.sub(r"[^\w.-]+", "--", source_name).strip("-.") or "data")
+    if store.hf_cache_dir is None or not isinstance(config.source, HubSourceConfig):
+        yield None
+        return
+    root = Path(store.hf_cache_dir).expanduser()
+    folder = root / (re.sub(r"[^\w.-]+", "--", config.source.name).strip("-.") or "data")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DataError(f"store.hf_cache_dir: {folder}: {error.strerror}") from None
     mark = mark_used(folder)
-    if max_cache_gb is not None:
-        with _locked(root) as is_locked:
-            if is_locked:
-                _make_room(root, max_cache_gb, list(_raw_text_entries(root)), keep=None)
-    return folder, mark
+    _make_room_for_raw_text(root, store.max_cache_gb)
+    try:
+        yield str(folder)
+    finally:
+        if mark is not None:
+            mark.release()
+        _make_room_for_raw_text(root, store.max_cache_gb)
+
+
+def _make_room_for_raw_text(root: Path, max_cache_gb: float | None) -> None:
+    if max_cache_gb is None:
+        return
+    with _locked(root) as is_locked:
+        if is_locked:
+            _make_room(root, max_cache_gb, list(_raw_text_entries(root)), keep=None)
 
 
 def read_record(folder: Path) -> StoredRecord | None:

@@ -8,7 +8,7 @@ import filelock
 
 from toolkit.data.config import DatasetConfig, StoreConfig
 from toolkit.data.tokens.build import build_dataset
-from toolkit.data.tokens.cache import build_lock
+from toolkit.data.tokens.cache import build_lock, raw_text_cache
 from toolkit.data.tokens.in_use import mark_used
 from toolkit.data.tokens.prepared import (
     MANIFEST_NAME,
@@ -88,8 +88,8 @@ def prepare_dataset(
             is_built = prepared is None
             if prepared is None:
                 _check_can_build(config, folder)
-                with report:
-                    prepared = build_dataset(config, folder, work_dir, report)
+                with report, raw_text_cache(config, store) as cache_dir:
+                    prepared = build_dataset(config, folder, work_dir, report, cache_dir=cache_dir)
                 prepared.in_use = mark_used(folder)
         if is_built or check_text:
             settle(prepared, config, store, note=report.note)
