@@ -23,14 +23,17 @@ def prepare(
       toolkit prepare my.json --dataset.source='{type: files, paths: [texts/]}'
     """
     from toolkit.data.tokens.prepare import prepare_dataset
+    from toolkit.data.tokens.store import describe_stored
     from toolkit.experiment.load import load_experiment
 
     source, paths = split_words(config, overrides, "CONFIG")
     shorthands = {"data_root": data_root, "work_dir": work_dir}
     loaded = load_experiment(source, paths, shorthands).config
-    prepared = prepare_dataset(loaded.dataset, work_dir=loaded.run.work_dir)
+    prepared = prepare_dataset(loaded.dataset, store=loaded.store, work_dir=loaded.run.work_dir)
     typer.echo(
         f"{prepared.folder}: {prepared.num_tokens('train'):,} training tokens, "
         f"{prepared.num_tokens('val'):,} validation tokens, "
         f"vocabulary of {prepared.vocab_size:,} ({prepared.manifest.dtype})"
     )
+    if loaded.store.permanent_root is not None:
+        typer.echo(describe_stored(prepared))
