@@ -1,6 +1,7 @@
 """Activation checkpointing applied from outside, without changing any parameter's name."""
 
-import functools
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -25,6 +26,12 @@ def apply_activation_checkpointing(
     interval = 1 if config.mode == "full" else config.block_interval
     for index, block in enumerate(blocks):
         if index % interval == 0:
-            block.forward = functools.partial(
-                checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False
-            )
+            block.forward = _checkpointed(block.forward)
+
+
+def _checkpointed(forward: Callable[..., Any]) -> Callable[..., Any]:
+    # A function, not a partial: torch.compile finds no frame to compile in one, and runs eagerly.
+    def checkpointed(*args: Any) -> Any:
+        return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False)
+
+    return checkpointed

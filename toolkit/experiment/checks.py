@@ -36,9 +36,16 @@ def check_corpus(config: ExperimentConfig, corpus: CorpusInfo) -> None:
     """Check that `config` can train on this data, as far as manifests tell.
 
     Raises:
-        ConfigError: the model has fewer ids than the data's tokenizer.
+        ConfigError: the model has fewer ids than the data's tokenizer, or the run would repeat a
+            source of a mixture more than it may be.
         DataError: there is less than one global batch.
     """
+    if config.dataset.mix is not None:
+        from toolkit.experiment.mix import preview_mix
+
+        broken = preview_mix(config, prepare=False).broken_limit
+        if broken is not None:
+            raise ConfigError(broken)
     needed, has = corpus.vocab_size, config.model.vocab_size
     if needed is not None and has < needed:
         raise ConfigError(
