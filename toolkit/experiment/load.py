@@ -2,7 +2,7 @@
 
 1. SOURCE is a JSON file or the name of a recipe; both hold a complete config.
 2. `{"preset": NAME, ...}` in the model section becomes that preset, under the section's other
-   values.
+   values. The name of a mix in `dataset.mix` becomes what the mix holds.
 3. Flags follow: the short ones (`--sequence-length`), then overrides (`--a.b.c=VALUE`) in the order
    given. `--model.preset=NAME` replaces the model section before the other flags apply.
 """
@@ -21,6 +21,7 @@ from toolkit.config import (
     read_json_mapping,
 )
 from toolkit.data.corpus import data_places
+from toolkit.data.order.mix_files import inline_mixes
 from toolkit.data.tokens.prepared import MANIFEST_NAME
 from toolkit.errors import ConfigError, RunError
 from toolkit.experiment.config import ExperimentConfig
@@ -136,6 +137,9 @@ def _add(layers: ConfigLayers[ExperimentConfig], data: dict[str, Any], origin: s
         data = {**data, "model": rest}
         if not rest:
             del data["model"]
+    dataset = data.get("dataset")
+    if isinstance(dataset, dict) and "mix" in dataset:
+        data = {**data, "dataset": {**dataset, "mix": inline_mixes(dataset["mix"])}}
     layers.add(data, origin)
 
 
@@ -151,6 +155,8 @@ def _apply_overrides(layers: ConfigLayers[ExperimentConfig], args: Sequence[str]
     for override in overrides:
         if override.path == "model":
             _set_model(layers, override)
+        elif override.path == "dataset.mix":
+            layers.set("dataset.mix", inline_mixes(layers.parse(override)), override.flag)
         elif override.path != "model.preset":
             layers.apply(override)
 
