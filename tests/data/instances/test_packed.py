@@ -148,14 +148,21 @@ def test_spread_numbers_are_all_rows_evenly(size: int) -> None:
 
 
 MAKER = """
-import sys
-from toolkit.data.instances.packed import PackedDataset
-from toolkit.data.tokens.prepared import Manifest, PreparedDataset
+import sys, time
 import msgspec
+from toolkit.data.instances import packed
+from toolkit.data.tokens.prepared import Manifest, PreparedDataset
 manifest = msgspec.json.decode(open(sys.argv[1] + "/manifest", "rb").read(), type=Manifest)
+make, made = packed._make, []
+def slowly(*arguments):
+    made.append(1)
+    time.sleep(0.5)  # the others come while the plan is being made
+    return make(*arguments)
+packed._make = slowly
 print("ready", flush=True)
 sys.stdin.readline()
-print(PackedDataset(PreparedDataset(sys.argv[1], manifest), "train", 64).header.num_instances)
+dataset = packed.PackedDataset(PreparedDataset(sys.argv[1], manifest), "train", 64)
+print(dataset.num_instances, len(made))
 """
 
 
@@ -179,8 +186,13 @@ def test_processes_at_once_make_one_plan_that_is_always_the_same(tmp_path: Path)
     for maker in makers:
         assert maker.stdout is not None
         assert maker.stdout.readline() == "ready\n"
-    answers = [maker.communicate("go\n")[0] for maker in makers]
-    assert answers == [f"{expected.num_instances}\n"] * 3
+    for maker in makers:
+        assert maker.stdin is not None
+        maker.stdin.write("go\n")
+        maker.stdin.flush()
+    answers = sorted(maker.communicate()[0] for maker in makers)
+    count = expected.num_instances
+    assert answers == [f"{count} 0\n", f"{count} 0\n", f"{count} 1\n"]
     folders = [packed_plan(data, "train", 64).folder for data in (alone, together)]
     files = [{path.name: path.read_bytes() for path in folder.iterdir()} for folder in folders]
     assert files[0] == files[1]
