@@ -5,24 +5,12 @@ from pathlib import Path
 import pytest
 
 from tests.data.corpus import random_text, write_texts
+from tests.data.text.reading import read_all, texts_of
 from toolkit.data.config import FilesSourceConfig, HubSourceConfig, PythonStdlibSourceConfig
 from toolkit.data.text import sources
-from toolkit.data.text.piece import Piece
-from toolkit.data.text.readers import Counts, Reading, read_shard
+from toolkit.data.text.readers import Counts
 from toolkit.data.text.sources import plan_source
 from toolkit.errors import DataError
-
-
-def read_all(source, counts: Counts | None = None, fraction: float = 0.0) -> list[Piece]:
-    plan = plan_source(source, fraction)
-    counts = counts or Counts()
-    reading = Reading(source=source)
-    return [piece for shard in plan.shards for piece in read_shard(shard, reading, counts)]
-
-
-def texts_of(*paths: Path, **options) -> list[str]:
-    source = FilesSourceConfig(paths=[str(path) for path in paths], **options)
-    return [piece.text for piece in read_all(source)]
 
 
 @pytest.fixture
