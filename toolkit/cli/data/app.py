@@ -2,7 +2,7 @@
 
 import typer
 
-from toolkit.cli.data import show
+from toolkit.cli.data import mix, show
 
 _OVERRIDES = {"ignore_unknown_options": True}
 
@@ -11,4 +11,5 @@ app = typer.Typer(
     rich_markup_mode=None,
     help="Look at data, and make token files by hand.",
 )
+app.command(context_settings=_OVERRIDES)(mix.mix)
 app.command(context_settings=_OVERRIDES)(show.show)
