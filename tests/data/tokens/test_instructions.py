@@ -1,9 +1,11 @@
 """Rows of instruction data as tokens: which are targets, and which are control tokens."""
 
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer as BackendTokenizer
+from tokenizers import decoders, models, pre_tokenizers
 
 from tests.data.text.instructions.templates import (
     BOS,
@@ -340,3 +342,34 @@ def test_bos_and_eos_of_the_encoder_agree_with_the_ids() -> None:
     assert found.ends_with_eos
     assert found.ids[-1] == made.control_tokens[EOS]
     assert np.count_nonzero(found.ids == made.eos_id) == 4
+
+
+@pytest.mark.parametrize("scheme", ["first", "always", "never"])
+def test_literals_in_words_that_carry_their_space(
+    scheme: Literal["first", "always", "never"],
+) -> None:
+    """SentencePiece's kind: a word at the start of a text has a space, others only a real one."""
+    words = ["▁", "▁ab", "ab", "▁is", "<", "s", ">", "▁<", "a", "b", "\n", "[", "]", "U", "A"]
+    backend = BackendTokenizer(
+        models.Unigram([("<unk>", -9.0), *((word, -1.0) for word in words)], 0, False)
+    )
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
+    backend.decoder = decoders.Metaspace(prepend_scheme=scheme, split=False)
+    backend.add_special_tokens(["<s>", "[U]", "[A]"])
+    made = Tokenizer(backend, "<s>", {}).with_chat_template(
+        "{% for m in messages %}{{ '[U]' if m.role == 'user' else '[A]' }}{{ m.content }}"
+        "{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}[A]{% endif %}"
+    )
+    encoder = InstructionEncoder(made, InstructionsConfig())
+    rows = [
+        {"messages": [user("ab ab"), assistant(answer)]} for answer in ("ab is <s> ab", "ab is ab")
+    ]
+    literal, plain = encoder.encode([Piece(f"r:{n}", row=row) for n, row in enumerate(rows)])
+    for found in (literal, plain):
+        assert np.count_nonzero(found.ids == made.eos_id) == 1
+    # All before the name of the token, and all but the name, is what it is without it.
+    same = len(plain.ids) - 2
+    assert literal.ids[:same].tolist() == plain.ids[:same].tolist()
+    assert literal.ids[-2:].tolist() == plain.ids[-2:].tolist()
+    assert shown(literal, made).count("[[") == 1
