@@ -8,6 +8,7 @@ import pytest
 
 from toolkit.data.config import DatasetConfig, MixConfig, MixSourceConfig, RatioChangeConfig
 from toolkit.data.instances.base import DocumentPart, Rows
+from toolkit.data.order.batches import StreamBatches, first_segment
 from toolkit.data.order.limits import check_limits
 from toolkit.data.order.mixture import MixedDataset, MixedStream
 from toolkit.data.order.resolve import limited_instances, resolve_mix
@@ -192,7 +193,7 @@ def test_limits_are_checked_before_the_run() -> None:
     assert str(caught.value) == (
         "dataset.mix: a breaks its limit of 4 repetitions: the run takes 320 tokens of it, 8 times "
         "the 40 there are; lower its share from 33.3333% to 16.6666% of the mixture (its ratio "
-        "times 0.4), or train on at most 480 tokens (trainer.max_duration), or raise its "
+        "times 0.4), or train on at most 484 tokens (trainer.max_duration), or raise its "
         "max_repetitions"
     )
     check_limits(mixture({"a": 10, "b": 9}, a={"max_repetitions": 4.0, "ratio": 0.4})[1], 240)
@@ -201,12 +202,47 @@ def test_limits_are_checked_before_the_run() -> None:
 def test_the_longest_run_that_works_is_found_behind_changes_of_ratios() -> None:
     schedule = (RatioChangeConfig(at_tokens=60 * SEQ, ratios={"a": 6.0}),)
     _, stream = mixture({"a": 10, "b": 99}, a={"max_repetitions": 5.0}, schedule=schedule)
-    # 20 of the first 60, then 3 of 4: 30 more after 40.
-    with pytest.raises(ConfigError, match=r"train on at most 400 tokens"):
+    # 20 of the first 60, then 3 of 4.
+    end = next(t for t in range(200) if stream.counts(t + 1)["a"] > 50)
+    assert stream.end == end
+    assert abs(end - 100) <= 1
+    with pytest.raises(ConfigError, match=f"train on at most {end * SEQ} tokens"):
         check_limits(stream, 110)
-    check_limits(stream, 100)
-    with pytest.raises(ConfigError, match=r"train on at most 384 tokens"):
+    check_limits(stream, end)
+    with pytest.raises(ConfigError, match=f"train on at most {end // 8 * 8 * SEQ} tokens"):
         check_limits(stream, 110, batch_instances=8)
+
+
+def test_a_source_that_stops_in_time_breaks_no_limit() -> None:
+    schedule = (RatioChangeConfig(at_tokens=60 * SEQ, ratios={"a": 0.0}),)
+    _, stream = mixture({"a": 10, "b": 99}, a={"max_repetitions": 2.0}, schedule=schedule)
+    assert stream.end is None
+    check_limits(stream, 10**9)
+    _, stream = mixture({"a": 10, "b": 99}, a={"max_repetitions": 1.9}, schedule=schedule)
+    assert stream.end == 58
+
+
+@pytest.mark.parametrize("name", ["a", "b", "c"])
+def test_places_of_instances_are_found_without_reading(name: str) -> None:
+    changes = (
+        RatioChangeConfig(at_tokens=70 * SEQ, ratios={"a": 0.0, "c": 0.5}),
+        RatioChangeConfig(at_tokens=200 * SEQ, ratios={"a": 7.0}),
+    )
+    _, stream = mixture({"a": 10, "b": 10, "c": 10}, schedule=changes)
+    sources, ordinals = stream.plan.locate(np.arange(600))
+    for place in np.flatnonzero(sources == "abc".index(name)).tolist():
+        assert stream.plan.position_of(name, int(ordinals[place])) == place
+
+
+def test_batches_up_to_a_limit_can_be_read_at_once() -> None:
+    _, stream = mixture({"a": 10, "b": 99}, a={"max_repetitions": 1.5})
+    order = StreamBatches(stream, [first_segment(4)])
+    assert stream.end == 46
+    assert order.batches_in_segment(0, 64) == 11
+    assert order.indices(0, 11).shape == (11, 4)
+    assert order.batches_in_segment(11, 64) == 1
+    with pytest.raises(DataError, match="a has been repeated"):
+        order.indices(11, 1)
 
 
 def test_reading_past_a_limit_is_an_error() -> None:

@@ -264,6 +264,7 @@ class SequentialStream:
     """Position p is instance p: the order of an iterable-style data set is its own."""
 
     keeps_epochs_apart = False
+    end = None
 
     def __init__(self, epoch_instances: int) -> None:
         self.epoch_instances = epoch_instances

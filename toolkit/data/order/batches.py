@@ -46,7 +46,8 @@ class BatchOrder(Protocol):
         """
 
     def batches_in_segment(self, first_batch: int, num_batches: int) -> int:
-        """How many of these batches belong to the segment of the first."""
+        """How many of these batches belong to the segment of the first, and can be read; at least
+        one."""
 
     def epoch_end(self, epochs: int) -> int:
         """Number of batches until `epochs` passes over the data are done."""
@@ -89,7 +90,13 @@ class StreamBatches:
     def batches_in_segment(self, first_batch: int, num_batches: int) -> int:
         """See `BatchOrder`."""
         later = [s.first_batch for s in self.segments if s.first_batch > first_batch]
-        return min([num_batches, *(start - first_batch for start in later)])
+        count = min([num_batches, *(start - first_batch for start in later)])
+        if self.stream.end is None:
+            return count
+        size = self._segment(first_batch).batch_instances
+        ends = self._starts(first_batch, count) + size
+        # What cannot be read is asked for by itself, and says why.
+        return max(1, int((ends <= self.stream.end).sum()))
 
     def position(self, batch: int) -> int:
         """Stream position of the first instance of `batch`."""

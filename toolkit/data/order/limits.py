@@ -18,22 +18,18 @@ def check_limits(
         ConfigError: one is repeated more; says by how much, and what would work.
     """
     plan = mixture.plan if isinstance(mixture, MixedStream) else mixture
-    counts = plan.counts(total_instances)
-    broken = {
-        name: limit
-        for name, limit in plan.limits.items()
-        if limit is not None and counts[name] > limit
-    }
+    broken = sorted((end, name) for name, end in plan.ends.items() if end < total_instances)
     if not broken:
         return
-    ends = {name: _last_position(plan, name, limit) for name, limit in broken.items()}
-    name = min(broken, key=lambda name: (ends[name], name))
+    end, name = broken[0]
+    others = sorted(other for _, other in broken[1:])
+    counts = plan.counts(total_instances)
     length, available = plan.sequence_length, plan.available[name]
-    also = f" (so do {', '.join(sorted(set(broken) - {name}))})" if len(broken) > 1 else ""
-    end = ends[name] // batch_instances * batch_instances * length
+    also = f" (so do {', '.join(others)})" if others else ""
+    longest = end // batch_instances * batch_instances * length
     ways = [
-        *_ratio_that_works(plan, name, broken[name], total_instances),
-        f"train on at most {end:,} tokens (trainer.max_duration)",
+        *_ratio_that_works(plan, name, total_instances),
+        f"train on at most {longest:,} tokens (trainer.max_duration)",
         "raise its max_repetitions",
     ]
     raise ConfigError(
@@ -44,24 +40,10 @@ def check_limits(
     )
 
 
-def _last_position(plan: MixPlan, name: str, limit: int) -> int:
-    """A position, close to the last one, before which `name` gives no more than `limit`."""
-    position = 0
-    starts = [segment.at_tokens // plan.sequence_length for segment in plan.segments]
-    for number, segment in enumerate(plan.segments):
-        left = limit - plan.counts(starts[number])[name]
-        # A prefix of t holds less than share * t + 1 of it.
-        share = segment.shares[name]
-        reached = starts[number] + int(left / share) if share else None
-        end = starts[number + 1] if number + 1 < len(starts) else None
-        if reached is not None and (end is None or reached < end):
-            return reached
-        position = end or starts[number]
-    return position
-
-
-def _ratio_that_works(plan: MixPlan, name: str, limit: int, total_instances: int) -> list[str]:
+def _ratio_that_works(plan: MixPlan, name: str, total_instances: int) -> list[str]:
     """The largest share that stays within the limit, where one number tells it."""
+    limit = plan.limits[name]
+    assert limit is not None
     if len(plan.segments) > 1 or len(plan.names) == 1:
         return []
     now, most = plan.segments[0].shares[name], Fraction(limit, total_instances)

@@ -6,6 +6,7 @@ source's fingerprint and the seed; place k % n of it is the instance. Nothing is
 position costs the same.
 """
 
+import functools
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
@@ -137,6 +138,33 @@ class MixPlan:
             for name, available in self.available.items()
         }
 
+    def position_of(self, name: str, ordinal: int) -> int | None:
+        """Where a source gives its instance `ordinal` (from 0); None: it stops before."""
+        number = self.names.index(name)
+        starts = [segment.at_tokens // self.sequence_length for segment in self.segments]
+        for segment, start, end in itertools.zip_longest(self.segments, starts, starts[1:]):
+            share, before = segment.shares[name], self.counts(start)[name]
+            if not share or (end is not None and self.counts(end)[name] <= ordinal):
+                continue
+            # The window that `shares.py` keeps it in.
+            first = start + int((ordinal - before) / share)
+            last = start + int((ordinal - before + 1) / share) + 1
+            positions = np.arange(first, last if end is None else min(last, end))
+            sources, ordinals = self.locate(positions)
+            found = np.flatnonzero((sources == number) & (ordinals == ordinal))
+            return int(positions[found[0]])
+        return None
+
+    @functools.cached_property
+    def ends(self) -> dict[str, int]:
+        """Where each source would break its limit; those that never do are left out."""
+        places = {
+            name: self.position_of(name, limit)
+            for name, limit in self.limits.items()
+            if limit is not None
+        }
+        return {name: place for name, place in places.items() if place is not None}
+
 
 class MixedStream:
     """The order of a mixture; see `InstanceStream`.
@@ -179,6 +207,11 @@ class MixedStream:
         self._first = np.cumsum([0, *(num_instances[name] for name in self.plan.names)])[:-1]
         self._seed, self._shuffle = seed, shuffle
         self.fingerprint = _hash(sorted(self.identity().items()))
+
+    @property
+    def end(self) -> int | None:
+        """See `InstanceStream`: where the first source breaks its `max_repetitions`."""
+        return min(self.plan.ends.values(), default=None)
 
     def indices(self, positions: np.ndarray) -> np.ndarray:
         """Numbers in the `MixedDataset` of the same sources; see `InstanceStream`.

@@ -22,6 +22,10 @@ class InstanceStream(Protocol):
     def keeps_epochs_apart(self) -> bool:
         """Whether a batch may not span two epochs (the rest of an epoch is dropped then)."""
 
+    @property
+    def end(self) -> int | None:
+        """The first position that cannot be read; None: there is always more."""
+
     def indices(self, positions: np.ndarray) -> np.ndarray:
         """Numbers of the instances at ascending `positions`, shape `(count,)`, int64."""
 
@@ -30,6 +34,7 @@ class ShuffledStream:
     """Every epoch is a permutation of its own over all instances of one data set."""
 
     keeps_epochs_apart = True
+    end = None
 
     def __init__(self, num_instances: int, *, fingerprint: str, seed: int, shuffle: bool) -> None:
         self.epoch_instances = num_instances
