@@ -2,7 +2,7 @@
 
 import typer
 
-from toolkit.cli.data import mix, show
+from toolkit.cli.data import inspect, merge, mix, show, split, tokenize
 
 _OVERRIDES = {"ignore_unknown_options": True}
 
@@ -13,3 +13,7 @@ app = typer.Typer(
 )
 app.command(context_settings=_OVERRIDES)(mix.mix)
 app.command(context_settings=_OVERRIDES)(show.show)
+app.command()(inspect.inspect)
+app.command()(tokenize.tokenize)
+app.command()(merge.merge)
+app.command()(split.split)

@@ -1,0 +1,257 @@
+"""New data sets made of the documents of others: what merging and splitting have in common.
+
+1. The new folder is written under a hidden name beside its place; there is room for it, or nothing
+   is begun.
+2. Every source file is read once, in blocks; its hash is checked at its end, so that damage is not
+   handed on.
+3. The new files are counted and hashed as they are written; everything is synced, and the folder
+   gets its name in one rename. A killed process leaves only the hidden folder.
+"""
+
+import contextlib
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import BinaryIO, Literal
+
+import numpy as np
+import xxhash
+
+from toolkit.data.tokens.prepared import (
+    MANIFEST_NAME,
+    NUM_BLOCKS,
+    TOKENIZER_FOLDER,
+    Manifest,
+    PreparedDataset,
+    Split,
+    SplitInfo,
+    TokenDType,
+    hash_blocks,
+    read_folder,
+)
+from toolkit.data.tokens.scanning import Advance, memory_map, token_blocks
+from toolkit.errors import DataError
+from toolkit.storage.atomic import (
+    fsync_folder,
+    fsync_tree,
+    remove_tree,
+    temporary_path,
+    write_json_atomic,
+)
+
+SPLITS: tuple[Split, ...] = ("train", "val")
+RESERVE_BYTES = 16 << 20
+"""Kept free beside the token files: for the manifest, the tokenizer, and others."""
+
+Chooser = Callable[[int, int], np.ndarray]
+"""`(first, end)` -> for each of these documents, the number of the output it goes to."""
+
+
+def open_source(folder: str | os.PathLike[str]) -> PreparedDataset:
+    """The prepared data set in `folder`.
+
+    Raises:
+        DataError: when there is none, or it is damaged.
+    """
+    found = read_folder(Path(folder).expanduser())
+    if found is None:
+        raise DataError(
+            f"{folder}: no prepared data set there ({MANIFEST_NAME} is missing); give a folder "
+            "that `toolkit prepare` or `toolkit data tokenize` made"
+        )
+    return found
+
+
+@contextlib.contextmanager
+def new_folder(output: Path, num_bytes: int) -> Iterator[Path]:
+    """A hidden folder that becomes `output` when the block ends without an error.
+
+    Args:
+        num_bytes: what will be written into it.
+
+    Raises:
+        DataError: `output` exists, there is too little room, or it cannot be written.
+    """
+    if os.path.lexists(output):
+        raise DataError(f"{output}: exists already; remove it, or choose another --out")
+    unfinished = temporary_path(output)
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(output.parent).free
+        if num_bytes + RESERVE_BYTES > free:
+            raise DataError(
+                f"{output}: needs {num_bytes / 1e9:.3g} GB, {free / 1e9:.3g} GB are free there; "
+                "make room, or choose another --out"
+            )
+        unfinished.mkdir()
+        yield unfinished
+        fsync_tree(unfinished)
+        os.rename(unfinished, output)
+        fsync_folder(output.parent)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            remove_tree(unfinished)
+        raise DataError(
+            f"{error.filename or output}: cannot be read or written: {error.strerror or error}"
+        ) from error
+    except BaseException:
+        with contextlib.suppress(OSError):
+            remove_tree(unfinished)
+        raise
+
+
+def write_dataset(folder: Path, manifest: Manifest, tokenizer_folder: Path | None) -> None:
+    """dataset.json and the tokenizer beside token files that are written."""
+    if tokenizer_folder is not None:
+        shutil.copytree(tokenizer_folder, folder / TOKENIZER_FOLDER)
+    write_json_atomic(folder / MANIFEST_NAME, manifest, sync=False)
+
+
+def copy_documents(
+    source: PreparedDataset,
+    split: Split,
+    outputs: "Sequence[SplitFiles]",
+    choose: Chooser,
+    advance: Advance,
+) -> None:
+    """Append every document of a split to one of `outputs`, in order.
+
+    Raises:
+        DataError: the source's files do not hold what its dataset.json says.
+    """
+    info, itemsize = source.manifest.splits[split], np.dtype(source.manifest.dtype).itemsize
+    tokens_path = source.folder / f"{split}.bin"
+    starts = memory_map(source.folder / f"{split}.idx", "uint64")
+    mask = source.target_mask(split)
+    _check_index(source, split, starts)
+    tokens_hash, mask_hash = xxhash.xxh3_128(), xxhash.xxh3_128()
+    document = 0
+    for position, block in token_blocks(tokens_path, source.manifest.dtype):
+        tokens_hash.update(block.data)
+        end = position + len(block)
+        # Documents that start in this block; the one before goes on in it.
+        side: Literal["left", "right"] = "right" if end == info.num_tokens else "left"
+        following = document + int(np.searchsorted(starts[document:], np.uint64(end), side))
+        first = max(0, document - 1)
+        bounds = np.concatenate([starts[first:following].astype(np.int64), [end]])
+        lengths = np.diff(np.maximum(bounds, position))
+        chosen = choose(first, following)
+        targets = None if mask is None else np.asarray(mask[position:end])
+        if targets is not None:
+            mask_hash.update(targets.data)
+        owners = np.repeat(chosen, lengths) if len(outputs) > 1 else None
+        begins_here = bounds[:-1] >= position
+        for number, output in enumerate(outputs):
+            starting = begins_here & (chosen == number)
+            if owners is None:
+                output.append(block, targets, lengths, starting)
+                continue
+            is_mine = owners == number
+            output.append(
+                block[is_mine],
+                targets[is_mine] if targets is not None else None,
+                lengths * (chosen == number),
+                starting,
+            )
+        document = following
+        advance(len(block) * itemsize)
+    expected = [("bin", tokens_hash, info.content_hash), ("mask", mask_hash, info.mask_hash)]
+    for ending, found, wanted in expected:
+        if wanted is not None and found.hexdigest() != wanted:
+            raise DataError(
+                f"{source.folder / f'{split}.{ending}'}: content differs from {MANIFEST_NAME} "
+                "beside it; restore it, or prepare the data again"
+            )
+
+
+def _check_index(source: PreparedDataset, split: Split, starts: np.ndarray) -> None:
+    digest = xxhash.xxh3_128()
+    last = 0
+    ascends = len(starts) > 0 and int(starts[0]) == 0
+    for _, block in token_blocks(source.folder / f"{split}.idx", "uint64"):
+        digest.update(block.data)
+        ascends = ascends and int(block[0]) >= last and bool(np.all(block[1:] >= block[:-1]))
+        last = int(block[-1])
+    wanted = source.manifest.splits[split].index_hash
+    is_whole = wanted is None or digest.hexdigest() == wanted
+    if not (ascends and is_whole and last <= source.num_tokens(split)):
+        raise DataError(
+            f"{source.folder / f'{split}.idx'}: does not agree with {MANIFEST_NAME} and the tokens "
+            "beside it; restore it, or prepare the data again"
+        )
+
+
+class SplitFiles:
+    """The files of one split of a new data set."""
+
+    def __init__(self, folder: Path, split: Split, dtype: TokenDType, *, has_mask: bool) -> None:
+        self.split: Split = split
+        self._folder, self._dtype = folder, np.dtype(dtype)
+        self.text_bytes = 0
+        """UTF-8 bytes of the text of what was appended; whoever appends counts them."""
+        self.num_tokens = self.num_documents = self._num_targets = 0
+        endings = ("bin", "idx", "mask") if has_mask else ("bin", "idx")
+        self._files: dict[str, BinaryIO] = {}
+        self._hashers = {ending: xxhash.xxh3_128() for ending in endings}
+        for ending in endings:
+            self._files[ending] = self._path(ending).open("wb")
+
+    def append(
+        self,
+        ids: np.ndarray,
+        targets: np.ndarray | None,
+        lengths: np.ndarray,
+        starting: np.ndarray,
+    ) -> None:
+        """Add tokens.
+
+        Args:
+            ids: shape `(num_tokens,)`.
+            targets: which of them the loss asks for, uint8 of the same shape; None: all.
+            lengths: how many of them each document has, shape `(num_documents,)`.
+            starting: which of these documents begin here, bool of the same shape.
+        """
+        places = self.num_tokens + np.cumsum(lengths) - lengths
+        self._write("idx", places[starting].astype(np.uint64))
+        self._write("bin", ids.astype(self._dtype, copy=False))
+        if "mask" in self._files:
+            if targets is None:
+                targets = np.ones(len(ids), dtype=np.uint8)
+            self._write("mask", targets)
+            self._num_targets += int(np.count_nonzero(targets))
+        self.num_tokens += len(ids)
+        self.num_documents += int(np.count_nonzero(starting))
+
+    def close(self) -> None:
+        """Close the files."""
+        for file in self._files.values():
+            file.close()
+
+    def finish(self) -> SplitInfo | None:
+        """Counts and hashes; None, and no files, when there is no token."""
+        self.close()
+        if self.num_tokens == 0:
+            for ending in self._files:
+                self._path(ending).unlink()
+            return None
+        blocks = hash_blocks(self._path("bin"))
+        has_mask = "mask" in self._files
+        return SplitInfo(
+            num_tokens=self.num_tokens,
+            num_documents=self.num_documents,
+            text_bytes=self.text_bytes,
+            content_hash=self._hashers["bin"].hexdigest(),
+            block_hashes=[blocks[number] for number in range(NUM_BLOCKS)],
+            index_hash=self._hashers["idx"].hexdigest(),
+            mask_hash=self._hashers["mask"].hexdigest() if has_mask else None,
+            num_targets=self._num_targets if has_mask else None,
+        )
+
+    def _path(self, ending: str) -> Path:
+        return self._folder / f"{self.split}.{ending}"
+
+    def _write(self, ending: str, array: np.ndarray) -> None:
+        data = np.ascontiguousarray(array).data
+        self._hashers[ending].update(data)
+        self._files[ending].write(data)
