@@ -151,16 +151,14 @@ def test_state_of_other_data_is_refused(
         train.load_state_dict({**train.state_dict(), key: value})
 
 
-def test_another_batch_size_goes_on_with_the_next_unseen_instance(
-    dataset: DatasetConfig, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_another_batch_size_goes_on_with_the_next_unseen_instance(dataset: DatasetConfig) -> None:
     large, _ = loaders(dataset, shuffle=False)
     first_batches(large, 3)
     small, _ = loaders(dataset, shuffle=False, global_batch_size=BATCH // 4, world_size=2)
-    with caplog.at_level("INFO"):
-        small.load_state_dict(large.state_dict())
-    assert "global_batch_size 128 -> 32 tokens: batch 3 starts at the next unseen instance, 24" in (
-        caplog.text
+    small.load_state_dict(large.state_dict())
+    assert small.notice == (
+        "data_loader.global_batch_size 128 -> 32 tokens: batch 3 starts at the next unseen "
+        "instance, 24 of the data stream"
     )
     iterator = small.iterate(small.batches_done)
     rows = [next(iterator)["input_ids"] for _ in range(4)]
@@ -244,6 +242,9 @@ def test_rows_of_variable_length_have_the_same_tokens_a_batch(tmp_path: Path) ->
     assert set(shapes) == {(32, 4), (16, 8), (8, 16)}
     lengths = [length for _, length in shapes]
     assert sum(after < before for before, after in itertools.pairwise(lengths)) == 1
+    other, _ = loaders(dataset.replace(instances=config.replace(curriculum="shrink")))
+    with pytest.raises(DataError, match=r"dataset\.instances \(was grow x 2, is shrink x 2\)"):
+        other.load_state_dict(train.state_dict())
     other, _ = loaders(dataset, global_batch_size=2 * BATCH)
     with pytest.raises(ConfigError, match="cannot change in the middle of a run"):
         other.load_state_dict(train.state_dict())

@@ -23,8 +23,8 @@ def batch(
 
     Documents and instances are numbered from 0, in the order of train.bin. A document's tokens are
     counted from its own first. Tokens between ⟦ and ⟧ are no targets: the loss does not ask for
-    them (of each instance the first, which nothing predicts). Every document starts a new
-    paragraph.
+    them (the first of each instance, which nothing predicts, and what a loss mask leaves out).
+    Every document starts a new paragraph.
 
     \b
     Examples:
@@ -64,7 +64,7 @@ def _print_batch(found: "StepBatch") -> None:
             first = number == 0
             rows.append(
                 [
-                    f"{instance.instance:,}" if first else "",
+                    _name(instance) if first else "",
                     f"{instance.num_tokens:,}" if first else "",
                     f"{instance.num_targets:,}" if first else "",
                     f"{part.document:,}",
@@ -76,20 +76,29 @@ def _print_batch(found: "StepBatch") -> None:
 
 
 def _print_text(instance: "BatchInstance") -> None:
-    typer.echo(typer.style(f"instance {instance.instance:,}", bold=True))
+    typer.echo(typer.style(f"instance {_name(instance)}", bold=True))
     ranges = {part.document: part for part in instance.documents}
-    document, line = None, ""
+    document: int | None = -1
+    line = ""
     for piece in instance.text or []:
         if piece.document != document:
             _print_lines(line)
             document, line = piece.document, ""
-            part = ranges[document]
-            typer.echo(f"  document {document:,}, tokens {part.start:,} to {part.end - 1:,}")
+            if document is None:
+                typer.echo("  padding")
+            else:
+                part = ranges[document]
+                typer.echo(f"  document {document:,}, tokens {part.start:,} to {part.end - 1:,}")
         text = _visible(piece.text)
         if not piece.is_target:
             text = typer.style(f"{NOT_A_TARGET[0]}{text}{NOT_A_TARGET[1]}", dim=True)
         line += text
     _print_lines(line)
+
+
+def _name(instance: "BatchInstance") -> str:
+    number = f"{instance.instance:,}"
+    return f"{instance.source} {number}" if instance.source is not None else number
 
 
 def _print_lines(text: str) -> None:

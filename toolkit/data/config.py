@@ -121,8 +121,8 @@ class DatasetConfig(Config, kw_only=True):
     eval_instances: FixedInstancesConfig | PackedInstancesConfig | PaddedInstancesConfig | None = (
         None
     )
-    """How validation documents become instances; default: as in training (fixed where that is
-    variable)."""
+    """How validation documents become instances; default: as in training; fixed with
+    `intra_document_masking` where that is variable."""
     num_processes: int | None = None
     """Processes for `prepare`; default: all cores."""
 

@@ -7,7 +7,6 @@ needs the interpreter.
 """
 
 import contextlib
-import logging
 import math
 from collections.abc import Generator, Mapping, Sequence
 from typing import Any
@@ -24,8 +23,6 @@ from toolkit.data.instances.custom import UNKNOWN_LENGTH
 from toolkit.data.order.batches import Segment, StreamBatches, instances_per_batch
 from toolkit.data.read_ahead import read_ahead
 from toolkit.errors import ConfigError, DataError
-
-logger = logging.getLogger(__name__)
 
 CHUNK_TOKENS = 1 << 16
 """Tokens of one rank read at once: small batches are read many at a time."""
@@ -103,6 +100,7 @@ class TrainLoader:
         batches_done: number of the next batch; `iterate` sets it as it yields.
         fingerprint, vocab_size, bytes_per_token: of the training data.
         tokenizer_folder: of the tokenizer that made the tokens; None where it is not known.
+        notice: what `load_state_dict` did differently from before, for a log; None: nothing.
     """
 
     def __init__(
@@ -124,6 +122,7 @@ class TrainLoader:
         self.vocab_size = corpus.vocab_size
         self.num_instances = dataset.num_instances
         self.batches_done = 0
+        self.notice: str | None = None
         self._corpus = corpus
         self._shuffle = config.shuffle
         self._prefetch_factor = config.prefetch_factor
@@ -150,7 +149,7 @@ class TrainLoader:
     @property
     def dropped_instances(self) -> int:
         """Instances that one epoch leaves out."""
-        return int(self.num_instances - self.steps_per_epoch * self._instances)
+        return self._order.dropped_instances
 
     def epoch_end(self, epochs: int) -> int:
         """Number of batches until `epochs` passes over the data are done."""
@@ -207,18 +206,16 @@ class TrainLoader:
                 f"{', '.join(changed)}; set it back, or go on anyway with a fresh data order by "
                 "starting a new run with trainer.load_path and trainer.load_weights_only=true"
             )
-        before = state["global_batch_size"]
-        first = Segment(0, 0, before // self.sequence_length)
+        first = Segment(0, 0, state["global_batch_size"] // self.sequence_length)
         segments = [Segment(*values) for values in state.get("segments", [first])]
         self.batches_done = state["batch"]
         self._order = self._order.resized(segments, self.batches_done, self._instances)
-        if before != self.global_batch_size and self._rank == 0:
-            logger.info(
-                "data_loader.global_batch_size %d -> %d tokens: batch %d starts at the next unseen "
-                "instance, %d of the data stream",
-                before, self.global_batch_size, self.batches_done,
-                self._order.segments[-1].position,
-            )  # fmt: skip
+        if state["global_batch_size"] != self.global_batch_size:
+            self.notice = (
+                f"data_loader.global_batch_size {state['global_batch_size']:,} -> "
+                f"{self.global_batch_size:,} tokens: batch {self.batches_done:,} starts at the "
+                f"next unseen instance, {self._order.segments[-1].position:,} of the data stream"
+            )
 
     def close(self) -> None:
         """End the workers of a custom data set."""
@@ -234,6 +231,8 @@ class TrainLoader:
             "shuffle": self._shuffle,
             "sequence_length": self.sequence_length,
         }
+        if self._order.settings:
+            identity["order"] = self._order.settings
         if self._corpus.stream is not None:
             identity["sources"] = self._corpus.sources(self._position(batch, segments))
         return identity
@@ -284,8 +283,12 @@ def changed_data(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]
 
     Of mixtures, what decided the batches so far is compared: ratios may change later.
     """
-    keys = {"seed": "data_loader.seed", "shuffle": "data_loader.shuffle"}
-    keys["sequence_length"] = "dataset.sequence_length"
+    keys = {
+        "seed": "data_loader.seed",
+        "shuffle": "data_loader.shuffle",
+        "sequence_length": "dataset.sequence_length",
+        "order": "dataset.instances",
+    }
     if "sources" not in before or "sources" not in now:
         keys["fingerprint"] = "the training data"
     changed = [

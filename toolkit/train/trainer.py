@@ -279,6 +279,8 @@ class Trainer:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Counterpart of `state_dict`; called before `pre_train`."""
         self.train_loader.load_state_dict(state["data"])
+        if self.train_loader.notice is not None and self.environment.is_main:
+            log.info("%s", self.train_loader.notice)
         self.step, self.tokens = state["step"], state["tokens"]
         self._plan_steps()
         self.skipped_in_a_row = state.get("skipped_in_a_row", 0)

@@ -12,6 +12,7 @@ class Endless:
 
     keeps_epochs_apart = False
     epoch_instances = 100
+    end = None
 
     def indices(self, positions: np.ndarray) -> np.ndarray:
         return positions

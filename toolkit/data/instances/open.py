@@ -52,13 +52,14 @@ def open_instances(
 
 def instances_config(config: DatasetConfig, *, evaluation: bool = False) -> InstancesConfig:
     """Kind of instances of training, or of evaluation: `eval_instances`, and where that is null,
-    as in training; fixed where that is variable."""
+    as in training; fixed, with attention inside documents, where that is variable."""
     if not evaluation:
         return config.instances
     if config.eval_instances is not None:
         return config.eval_instances
     if isinstance(config.instances, VariableInstancesConfig):
-        return FixedInstancesConfig()
+        # Training rows are of one document each.
+        return FixedInstancesConfig(intra_document_masking=True)
     return config.instances
 
 

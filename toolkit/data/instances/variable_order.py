@@ -32,6 +32,7 @@ class VariableOrder:
         steps_per_epoch: whole global batches in one pass over the data.
         dropped_instances: instances that one epoch leaves out.
         dropped_tokens: their tokens.
+        settings: the curriculum, in a word or two.
     """
 
     def __init__(
@@ -84,6 +85,7 @@ class VariableOrder:
         self.dropped_tokens = sum(
             number * bucket.length for number, bucket in zip(dropped, buckets, strict=True)
         )
+        self.settings = curriculum if curriculum == "natural" else f"{curriculum} x {num_cycles}"
         self._key = f"{fingerprint}:{seed}"
         self._curriculum = curriculum
         self._num_cycles = min(num_cycles, self.steps_per_epoch)

@@ -39,6 +39,14 @@ class BatchOrder(Protocol):
     def is_uniform(self) -> bool:
         """Whether all rows of all batches have the same length."""
 
+    @property
+    def dropped_instances(self) -> int:
+        """Instances that one epoch leaves out."""
+
+    @property
+    def settings(self) -> str:
+        """What else than instances, seed and sizes decides the order; "" for nothing."""
+
     def indices(self, first_batch: int, num_batches: int = 1) -> np.ndarray:
         """Instances of global batches [first_batch, first_batch + num_batches), of one segment.
 
@@ -70,6 +78,7 @@ class StreamBatches:
     """Batches cut from an `InstanceStream`."""
 
     is_uniform = True
+    settings = ""
 
     def __init__(self, stream: InstanceStream, segments: Sequence[Segment]) -> None:
         self.stream = stream
@@ -79,6 +88,13 @@ class StreamBatches:
     def steps_per_epoch(self) -> float:
         """See `BatchOrder`; of the last segment's batch size."""
         return self.stream.epoch_instances // self.segments[-1].batch_instances
+
+    @property
+    def dropped_instances(self) -> int:
+        """See `BatchOrder`."""
+        if not self.stream.keeps_epochs_apart:
+            return 0
+        return self.stream.epoch_instances % self.segments[-1].batch_instances
 
     def indices(self, first_batch: int, num_batches: int = 1) -> np.ndarray:
         """See `BatchOrder`."""

@@ -19,6 +19,8 @@ class VariableBatches:
         self._order = order
         self.segments = (Segment(0, 0, batch_instances),)
         self.steps_per_epoch = order.steps_per_epoch
+        self.dropped_instances = order.dropped_instances
+        self.settings = order.settings
 
     def indices(self, first_batch: int, num_batches: int = 1) -> np.ndarray:
         """See `BatchOrder`; one batch at a time, as the next one's rows have another length."""
