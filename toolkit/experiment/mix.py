@@ -72,11 +72,13 @@ def preview_mix(config: ExperimentConfig, *, prepare: bool) -> MixPreview:
 def _prepared(
     config: ExperimentConfig, sources: list[ResolvedSource], *, prepare: bool
 ) -> dict[str, PreparedDataset | None]:
-    if not prepare:
-        return {source.name: read_prepared(source.dataset) for source in sources}
-    from toolkit.data.order.prepare_mix import ensure_mix_prepared
+    from toolkit.data.order.prepare_mix import check_same_tokens, ensure_mix_prepared
 
     found: dict[str, PreparedDataset | None] = {}
+    if not prepare:
+        found = {source.name: read_prepared(source.dataset) for source in sources}
+        check_same_tokens([(s, there) for s in sources if (there := found[s.name]) is not None])
+        return found
     for source, prepared in ensure_mix_prepared(
         config.dataset, store=config.store, work_dir=config.run.work_dir
     ):
