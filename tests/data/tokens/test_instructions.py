@@ -158,7 +158,7 @@ def test_template_that_rewrites_trained_turns_is_an_error_with_advice() -> None:
     with pytest.raises(DataError) as caught:
         encode({"messages": THOUGHTS}, THINKING)
     message = str(caught.value)
-    assert message.startswith("rows.jsonl:1: the chat template writes message 1 (assistant) diff")
+    assert message.startswith("rows.jsonl:1: the chat template writes message 1 (assistant) or")
     assert "train_on=last_assistant" in message
     assert "<|im_start|>user\\n1+1<|im_end|>" in message
     assert "\n" not in message
@@ -286,6 +286,34 @@ def test_marks_that_leave_out_the_end_of_turn_are_an_error() -> None:
     template = MARKED.replace("<|im_end|>{% endgeneration %}", "{% endgeneration %}<|im_end|>")
     with pytest.raises(DataError, match=r"put \{% endgeneration %\} behind .*\[\[Hello!\]\]<"):
         encode({"messages": TWO_TURNS[1:]}, template)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "<|im_start|>{{ m.role }}\n{{ m.content }}{% generation %}<|im_end|>{% endgeneration %}",
+        "{{ turn(m) }}",
+    ],
+)
+def test_marks_that_miss_the_answers_are_an_error(body: str) -> None:
+    macro = (
+        "{% macro turn(m) %}<|im_start|>{{ m.role }}\n"
+        "{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}{% endmacro %}"
+    )
+    template = macro + "{% for m in messages %}" + body + "{% endfor %}"
+    with pytest.raises(DataError, match=r"does not mark all .*: message 1 is not .* of macros"):
+        encode({"messages": TWO_TURNS[1:]}, template)
+
+
+def test_generation_prompt_that_no_answer_starts_with_is_an_error() -> None:
+    template = CHATML.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
+    with pytest.raises(DataError) as caught:
+        encode({"messages": TWO_TURNS[1:3]}, template)
+    assert "writes message 1 (assistant) or what stands before it" in str(caught.value)
+    assert "last_assistant" not in str(caught.value)
+    thought = [user("1+1"), assistant("<think>\neasy</think>2")]
+    found, made = encode({"messages": thought}, template)
+    assert shown(found, made).endswith("<think>\n[[easy</think>2«<|im_end|>»]]\n")
 
 
 def test_template_that_drops_text_is_an_error_with_a_sample() -> None:

@@ -68,6 +68,22 @@ def check_nothing_dropped(messages: Sequence[Message], text: str) -> None:
                 )
 
 
+def check_marks(marked: Sequence[str], conversation: Conversation, answers: Sequence[int]) -> None:
+    """Raise DataError when what a template marks does not hold the answers.
+
+    Reasoning before an answer may stand outside the marks.
+    """
+    squeezed = _squeeze("".join(marked))
+    for answer in answers:
+        content = conversation.messages[answer]["content"]
+        if _squeeze(_without_reasoning(content)) not in squeezed:
+            raise DataError(
+                "the chat template does not mark all of what the assistant says: message "
+                f"{answer} is not between {{% generation %}} and {{% endgeneration %}}; put them "
+                "around it, and outside of macros"
+            )
+
+
 def has_stop(said: str, conversation: Conversation, answer: int | None) -> bool:
     """Whether something but white space follows what message `answer` says.
 

@@ -7,6 +7,7 @@ holds only where the template never takes back what it wrote for fewer messages;
 those that drop the reasoning of earlier turns), it is an error, not a guess.
 """
 
+from toolkit.data.text.instructions.checks import check_marks
 from toolkit.data.text.instructions.shapes import Conversation
 from toolkit.data.text.instructions.template import ChatTemplate, Rendering, Span
 from toolkit.errors import DataError
@@ -23,8 +24,16 @@ def answer_spans(
         DataError: the template writes a turn differently once others follow.
     """
     if template.has_marks:
-        return _marked_spans(template, conversation, rendered, answers)
-    return [_span(template, conversation, rendered.text, answer) for answer in answers]
+        spans = _marked_spans(template, conversation, rendered, answers)
+        check_marks([rendered.text[start:end] for start, end in spans], conversation, answers)
+        return spans
+    spans = []
+    for answer in answers:
+        span = _span(template, conversation, rendered.text, answer)
+        if span is None:
+            raise _rewrites(answer, is_last=answer == answers[-1])
+        spans.append(span)
+    return spans
 
 
 def _marked_spans(
@@ -38,7 +47,10 @@ def _marked_spans(
     return rendered.marks[len(before.marks) :]
 
 
-def _span(template: ChatTemplate, conversation: Conversation, text: str, answer: int) -> Span:
+def _span(
+    template: ChatTemplate, conversation: Conversation, text: str, answer: int
+) -> Span | None:
+    """None: what the template writes for fewer messages is no beginning of `text`."""
     messages, tools = conversation.messages, conversation.tools
     content = messages[answer]["content"].strip()
     try:
@@ -53,7 +65,7 @@ def _span(template: ChatTemplate, conversation: Conversation, text: str, answer:
     if answer + 1 < len(messages):
         end = _shared(template, text, template.render(messages[: answer + 1], tools).text)
     if start is None or end is None or end < start:
-        raise _rewrites(answer)
+        return None
     if not template.has_generation_prompt and content:
         # The name of the role stands before the answer, and the model is never asked for it.
         place = text.find(content, start, end)
@@ -73,10 +85,11 @@ def _shared(template: ChatTemplate, text: str, fewer: str) -> int | None:
     return None
 
 
-def _rewrites(answer: int) -> DataError:
+def _rewrites(answer: int, *, is_last: bool) -> DataError:
+    advice = "" if is_last else "set dataset.instructions.train_on=last_assistant, or "
     return DataError(
-        f"the chat template writes message {answer} (assistant) differently once other messages "
-        "follow, so what the model would see and say at that point is not in the text; set "
-        "dataset.instructions.train_on=last_assistant, or give a chat_template that leaves "
-        "earlier turns as they were or marks answers with {% generation %}"
+        f"the chat template writes message {answer} (assistant) or what stands before it "
+        "differently once the answer or other messages follow, so what the model would see and say "
+        f"at that point is not in the text; {advice}give a chat_template that leaves earlier text "
+        "as it was, or marks answers with {% generation %}"
     )
