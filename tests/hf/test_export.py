@@ -9,7 +9,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from toolkit.data.config import HFTokenizerConfig
 from toolkit.data.tokens.bpe_tokenizer import train_bpe
+from toolkit.data.tokens.hf_tokenizer import load_hf_tokenizer
 from toolkit.errors import CheckpointError, DataError
 from toolkit.hf.export import export_hf, hf_architecture
 from toolkit.models.config import GPTConfig, ModelConfig, TransformerConfig
@@ -160,6 +162,27 @@ def test_tokenizer_comes_along_and_its_end_token_is_recorded(tmp_path):
     assert loaded.eos_token_id == tokenizer.eos_id
     assert AutoConfig.from_pretrained(tmp_path / "hf").eos_token_id == tokenizer.eos_id
     assert GenerationConfig.from_pretrained(tmp_path / "hf").eos_token_id == tokenizer.eos_id
+
+
+@pytest.mark.parametrize("prepend_bos", [True, False])
+def test_start_token_is_recorded_where_documents_start_with_it(prepend_bos, tmp_path):
+    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+
+    train_bpe(["some text to learn from, some text"] * 3, 280).save(tmp_path / "bpe")
+    path = str(tmp_path / "bpe")
+    tokenizer = load_hf_tokenizer(HFTokenizerConfig(path=path, bos_token="<|endoftext|>"))
+    tokenizer = tokenizer.with_bos_policy(prepend_bos)
+    tokenizer.save(tmp_path / "tokenizer")
+    folder = tmp_path / "hf"
+    tensors = build(LLAMA).state_dict()
+    export_hf(LLAMA, tensors, folder, tokenizer_folder=tmp_path / "tokenizer")
+    expected = tokenizer.bos_id if prepend_bos else None
+    assert AutoConfig.from_pretrained(folder).bos_token_id == expected
+    assert GenerationConfig.from_pretrained(folder).bos_token_id == expected
+    # A prompt starts as documents did, here and with transformers.
+    ids = AutoTokenizer.from_pretrained(folder)("some text")["input_ids"]
+    assert ids == tokenizer.prompt_ids("some text")
+    assert (ids[0] == tokenizer.bos_id) == prepend_bos
 
 
 def test_folder_without_tokenizer_is_an_error(tmp_path):

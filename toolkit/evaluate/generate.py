@@ -37,7 +37,7 @@ def generate(
 
     Args:
         model: called with the last `max_sequence_length` ids.
-        prompt_ids: at least one.
+        prompt_ids: at least one; `Tokenizer.prompt_ids` starts them as the data's documents start.
         temperature: divides the logits; 0 takes the most likely id.
         top_k: draw among this many most likely ids; None or 0: among all.
         max_sequence_length: window; default: `model.config.max_sequence_length`.

@@ -66,7 +66,8 @@ def export_hf(
         named_tensors: all parameters by name (wrappers' prefixes are fine), whole, on any device;
             an iterable is consumed one tensor at a time.
         folder: where to; must not exist, or be empty.
-        tokenizer_folder: its tokenizer files are copied, and its end-of-document token is recorded.
+        tokenizer_folder: its tokenizer files are copied, and the tokens that end documents (and
+            start them, where the data had such) are recorded.
         dtype: of the weights on disk; default: float32, the type of master weights.
         max_shard_bytes: largest size of one weight file.
 
@@ -84,7 +85,7 @@ def export_hf(
         )
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise CheckpointError(f"{folder}: already exists; remove it or choose another folder")
-    eos_id = _eos_id(tokenizer_folder)
+    bos_id, eos_id = _special_ids(tokenizer_folder)
     dtype = dtype or torch.float32
     folder.parent.mkdir(parents=True, exist_ok=True)
     unfinished = temporary_path(folder)
@@ -92,7 +93,7 @@ def export_hf(
     try:
         items = named_tensors.items() if isinstance(named_tensors, Mapping) else named_tensors
         _write_weights(transformer, family, iter(items), unfinished, dtype, max_shard_bytes)
-        special_tokens = {"bos_token_id": None, "eos_token_id": eos_id, "pad_token_id": None}
+        special_tokens = {"bos_token_id": bos_id, "eos_token_id": eos_id, "pad_token_id": None}
         settings: dict[str, Any] = {
             "architectures": [family.architecture],
             **family.config(transformer),
@@ -120,9 +121,10 @@ def _family(config: TransformerConfig) -> Family | None:
     return next((family for family in FAMILIES if family.fits(config)), None)
 
 
-def _eos_id(tokenizer_folder: PathLike | None) -> int | None:
+def _special_ids(tokenizer_folder: PathLike | None) -> tuple[int | None, int | None]:
+    """Tokens that start and end documents, where the data had them."""
     if tokenizer_folder is None:
-        return None
+        return None, None
     from toolkit.data.tokens.tokenizer import TOKENIZER_FILE, load_tokenizer
 
     if not (Path(tokenizer_folder) / TOKENIZER_FILE).is_file():
@@ -130,7 +132,8 @@ def _eos_id(tokenizer_folder: PathLike | None) -> int | None:
             f"{tokenizer_folder}: no {TOKENIZER_FILE} here; give the folder of the tokenizer, "
             "or none to export weights alone"
         )
-    return load_tokenizer(tokenizer_folder).eos_id
+    tokenizer = load_tokenizer(tokenizer_folder)
+    return tokenizer.bos_id if tokenizer.prepends_bos else None, tokenizer.eos_id
 
 
 def _write_weights(

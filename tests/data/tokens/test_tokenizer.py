@@ -5,10 +5,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.data.corpus import files_config, write_texts
 from toolkit.data.config import ByteTokenizerConfig, HFTokenizerConfig
 from toolkit.data.tokens.bpe_tokenizer import train_bpe
 from toolkit.data.tokens.byte_tokenizer import ByteTokenizer
 from toolkit.data.tokens.hf_tokenizer import load_hf_tokenizer
+from toolkit.data.tokens.inspect import inspect_path
+from toolkit.data.tokens.prepare import prepare_dataset
 from toolkit.data.tokens.tokenizer import EOS_TOKEN, Tokenizer, load_tokenizer
 from toolkit.data.tokens.tokenizer_choice import tokenizer_files_hash
 from toolkit.errors import DataError
@@ -202,3 +205,62 @@ def test_files_hash_tells_a_changed_tokenizer(tmp_path: Path) -> None:
     assert tokenizer_files_hash(config) != first
     assert tokenizer_files_hash(HFTokenizerConfig(path="org/name")) is None
     assert tokenizer_files_hash(ByteTokenizerConfig()) is None
+
+
+def test_prompts_start_as_documents_do(tmp_path: Path) -> None:
+    config = wordlevel(tmp_path, ["<unk>", "<s>", "</s>", "a"], eos_token="</s>", bos_token="<s>")
+    tokenizer = load_hf_tokenizer(config)
+    assert (tokenizer.prompt_ids("a a"), tokenizer.prompt_ids("")) == ([3, 3], [2])
+    tokenizer.with_bos_policy(True).save(tmp_path / "saved")
+    again = load_tokenizer(tmp_path / "saved")
+    assert again.prepends_bos
+    assert (again.prompt_ids("a a"), again.prompt_ids("")) == ([1, 3, 3], [1])
+    assert again.fingerprint != tokenizer.fingerprint
+    assert again.fingerprint == tokenizer.with_bos_policy(True).fingerprint
+    assert not again.with_bos_policy(False).prepends_bos
+    assert again.with_bos_policy(False).prompt_ids("a") == [3]
+    assert ByteTokenizer().with_bos_policy(True).prompt_ids("a") == [97]
+
+
+def test_ids_above_16_bits_are_stored_exactly(tmp_path: Path) -> None:
+    words = ["<unk>", "</s>", *(f"w{number}" for number in range(2, 70_000))]
+    tokenizer = wordlevel(tmp_path / "tokenizer", words, eos_token="</s>")
+    ids = [2, 65_534, 65_535, 65_536, 65_537, 69_999, 131_072 - 65_536, 4_464]
+    texts = write_texts(tmp_path / "texts", [" ".join(f"w{i}" for i in ids)] * 3)
+    prepared = prepare_dataset(
+        files_config(tmp_path / "data", texts, tokenizer=tokenizer), progress=False
+    )
+    assert prepared.manifest.dtype == "uint32"
+    assert prepared.vocab_size == 70_000
+    assert prepared.tokens("train").tolist() == [*ids, 1] * 3
+    assert (prepared.folder / "train.bin").stat().st_size == 27 * 4
+    report = inspect_path(prepared.folder, progress=False)
+    assert report.problems == []
+    assert report.splits[0].largest_id == 69_999
+
+
+@pytest.mark.parametrize(("size", "dtype"), [(65_536, "uint16"), (65_537, "uint32")])
+def test_the_type_changes_where_the_largest_id_needs_it(
+    size: int, dtype: str, tmp_path: Path
+) -> None:
+    words = ["<unk>", "</s>", *(f"w{number}" for number in range(2, size))]
+    tokenizer = wordlevel(tmp_path / "tokenizer", words, eos_token="</s>")
+    texts = write_texts(tmp_path / "texts", [f"w{size - 1} w{size - 2}"])
+    prepared = prepare_dataset(
+        files_config(tmp_path / "data", texts, tokenizer=tokenizer), progress=False
+    )
+    assert prepared.manifest.dtype == dtype
+    assert prepared.tokens("train").tolist() == [size - 1, size - 2, 1]
+
+
+def test_bos_and_eos_of_the_data_are_in_its_manifest_and_its_tokenizer(tmp_path: Path) -> None:
+    words = ["<unk>", "<s>", "</s>", "a"]
+    tokenizer = wordlevel(tmp_path / "tokenizer", words, eos_token="</s>", bos_token="<s>")
+    texts = write_texts(tmp_path / "texts", ["a <s> a", "</s> a"])
+    config = files_config(tmp_path / "data", texts, tokenizer=tokenizer, prepend_bos=True)
+    prepared = prepare_dataset(config, progress=False)
+    assert prepared.tokens("train").tolist() == [1, 3, 0, 3, 2, 1, 0, 3, 2]
+    assert (prepared.manifest.bos_id, prepared.manifest.prepend_bos) == (1, True)
+    assert inspect_path(prepared.folder, progress=False).problems == []
+    assert prepared.tokenizer_folder is not None
+    assert load_tokenizer(prepared.tokenizer_folder).prompt_ids("a") == [1, 3]

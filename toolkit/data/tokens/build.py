@@ -194,6 +194,7 @@ def _tokenizer(
         from toolkit.data.tokens.instructions import with_instructions_template
 
         tokenizer = with_instructions_template(tokenizer, config.instructions)
+    tokenizer = tokenizer.with_bos_policy(config.prepend_bos)
     tokenizer.save(folder)
     done.touch()
     return tokenizer

@@ -97,10 +97,7 @@ class Tokenizer:
             return content.read_text(encoding="utf-8")
         if isinstance(content, str):
             return content
-        config = self._files.get(TOKENIZER_CONFIG_FILE)
-        if isinstance(config, Path):
-            config = read_json(config)
-        template = config.get("chat_template") if isinstance(config, dict) else None
+        template = self._config().get("chat_template")
         if isinstance(template, list):
             named = {entry.get("name"): entry.get("template") for entry in template}
             template = named.get("default")
@@ -108,16 +105,48 @@ class Tokenizer:
 
     def with_chat_template(self, text: str) -> "Tokenizer":
         """The same tokenizer with `text` as its chat template; `save` stores it."""
-        changed = copy.copy(self)
-        config = self._files.get(TOKENIZER_CONFIG_FILE, {})
-        content = read_json(config) if isinstance(config, Path) else config
-        assert isinstance(content, dict)
-        changed._files = {
-            **self._files,
-            TOKENIZER_CONFIG_FILE: {k: v for k, v in content.items() if k != "chat_template"},
-            CHAT_TEMPLATE_FILE: text,
-        }
-        return changed
+        config = {k: v for k, v in self._config().items() if k != "chat_template"}
+        return self._with_files({TOKENIZER_CONFIG_FILE: config, CHAT_TEMPLATE_FILE: text})
+
+    @property
+    def prepends_bos(self) -> bool:
+        """Whether texts start with the start-of-document token, as the documents of the data did
+        that this tokenizer is stored with."""
+        return self.bos_id is not None and self._config().get("add_bos_token") is True
+
+    def with_bos_policy(self, prepend_bos: bool) -> "Tokenizer":
+        """The same tokenizer, which remembers whether documents start with the start-of-document
+        token. `transformers` then does so too: by what tokenizer.json does after encoding."""
+        if self.bos_id is None:
+            return self
+        from tokenizers import Tokenizer as BackendTokenizer
+        from tokenizers.processors import TemplateProcessing
+
+        backend = BackendTokenizer.from_str(self._backend.to_str())
+        bos = str(self.bos_token)
+        if prepend_bos:
+            backend.post_processor = TemplateProcessing(
+                single=[bos, "$A"],
+                pair=[bos, "$A", f"{bos}:1", "$B:1"],
+                special_tokens=[(bos, self.bos_id)],
+            )
+        elif backend.num_special_tokens_to_add(False):
+            backend.post_processor = None
+        config = {**self._config(), "add_bos_token": prepend_bos}
+        files: Files = {**self._files, TOKENIZER_CONFIG_FILE: config}
+        return Tokenizer(backend, self.eos_token, files, bos_token=self.bos_token)
+
+    def prompt_ids(self, text: str) -> list[int]:
+        """What a model continues as documents of its data do: `text`, after the start-of-document
+        token where they start with it.
+
+        Without text and start, the end-of-document token, which new documents follow; an empty
+        list where there is none.
+        """
+        ids = self.encode_batch([text])[0].tolist() if text else []
+        if self.prepends_bos:
+            return [self.bos_id, *ids]
+        return ids or ([self.eos_id] if self.eos_id is not None else [])
 
     def encode_batch(self, texts: Sequence[str]) -> "list[np.ndarray]":
         """Ids of each text as ordinary text, without any control token; uint32 arrays."""
@@ -167,6 +196,18 @@ class Tokenizer:
             else:
                 write_json_atomic(folder / name, content)
         self._backend.save(str(folder / TOKENIZER_FILE))
+
+    def _config(self) -> dict[str, Any]:
+        content = self._files.get(TOKENIZER_CONFIG_FILE, {})
+        if isinstance(content, Path):
+            return read_json(content)
+        assert isinstance(content, dict)
+        return content
+
+    def _with_files(self, changes: Files) -> "Tokenizer":
+        changed = copy.copy(self)
+        changed._files = {**self._files, **changes}
+        return changed
 
     # Backends of their own: whether control tokens are read is a property of the whole backend, and
     # other threads may be encoding documents.

@@ -32,9 +32,7 @@ class SampleWriter(Callback):
         if trainer.stop_request.is_agreed:
             return
         tokenizer = load_tokenizer(self._tokenizer_folder())
-        prompt = tokenizer.encode_batch([config.prompt])[0].tolist() if config.prompt else []
-        if not prompt and tokenizer.eos_id is not None:
-            prompt = [tokenizer.eos_id]
+        prompt = tokenizer.prompt_ids(config.prompt)
         if not prompt:
             log.warning("no sample: trainer.callbacks.sample_writer.prompt is empty")
             return
