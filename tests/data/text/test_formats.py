@@ -6,12 +6,13 @@ from pathlib import Path
 import pyarrow
 import pyarrow.ipc
 import pytest
+import xxhash
 import zstandard
 
 from tests.data.corpus import random_text
 from tests.data.text.reading import read_all, texts_of
-from toolkit.data.config import DiskSourceConfig, FilesSourceConfig
-from toolkit.data.text import readers, sources
+from toolkit.data.config import DiskSourceConfig, FilesSourceConfig, FiltersConfig
+from toolkit.data.text import jsonl, long_lines, readers, sources
 from toolkit.data.text.readers import Counts
 from toolkit.data.text.sources import plan_source, source_fingerprint
 from toolkit.errors import DataError
@@ -154,3 +155,59 @@ def test_empty_files_are_counted(tmp_path: Path) -> None:
     (tmp_path / "b.txt").touch()
     plan = plan_source(FilesSourceConfig(paths=[str(tmp_path)]), 0.0)
     assert plan.num_empty == 1
+
+
+LONG_TEXTS = [
+    'words and \u00e9\u4e2d\U0001f600 with "quotes", back\\\\slashes\\n and\nlines ' * 40,
+    "\u4e2d\u6587" * 900,
+    "\U0001f600" * 900,
+    "\\" * 3001,
+    "\\ud83d" * 700,
+    "x" * 2000 + "\U0001f600\n" * 300,
+]
+
+
+@pytest.mark.parametrize("text", LONG_TEXTS)
+@pytest.mark.parametrize("ensure_ascii", [True, False])
+def test_long_lines_are_decoded_in_slices(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, ensure_ascii: bool
+) -> None:
+    for size in (100, 101, 102, 103, 107):
+        monkeypatch.setattr(long_lines, "PIECE_CHARACTERS", size)
+        monkeypatch.setattr(long_lines, "WINDOW_BYTES", 60)
+        monkeypatch.setattr(jsonl, "LONG_LINE_BYTES", 1000)
+        row = {"before": [1, "x"], "text": text, "after": None}
+        line = json.dumps(row, ensure_ascii=ensure_ascii) + "\n"
+        (tmp_path / "a.jsonl").write_text(line * 2)
+        source = FilesSourceConfig(paths=[str(tmp_path)])
+        pieces = read_all(source, with_digests=True, filters=FiltersConfig(min_characters=2))
+        assert len(pieces) > 10
+        assert "".join(piece.text for piece in pieces) == text * 2
+        assert [p.starts for p in pieces].count(True) == 2
+        assert [p.ends for p in pieces].count(True) == 2
+        first, second = (piece for piece in pieces if piece.starts)
+        assert first.digest == second.digest == xxhash.xxh3_128_intdigest(text.encode())
+        assert first.num_bytes == len(text.encode())
+
+
+def test_long_lines_with_defects_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(long_lines, "PIECE_CHARACTERS", 100)
+    monkeypatch.setattr(jsonl, "LONG_LINE_BYTES", 1000)
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"text": "' + b"a" * 5000 + b'\xff"}\n')
+    with pytest.raises(DataError, match=r"a\.jsonl: not UTF-8 at byte 5010"):
+        texts_of(path)
+    (text,) = texts_of(path, encoding_errors="replace")
+    assert text == "a" * 5000 + "\ufffd"
+    path.write_bytes(b'{"text": "' + b"a" * 5000)
+    with pytest.raises(DataError, match=r"a\.jsonl: line 1 \(byte 0\): not valid JSON"):
+        texts_of(path)
+    path.write_bytes(b'{"body": "' + b"a" * 5000 + b'"}')
+    with pytest.raises(DataError, match=r"a\.jsonl: line 1 .*no text under 'text'"):
+        texts_of(path)
+    path.write_bytes(b'{"text": "' + b"a" * 5000 + b'"}')
+    source = FilesSourceConfig(paths=[str(path)])
+    counts = Counts()
+    assert read_all(source, counts, filters=FiltersConfig(max_repetition=0.5)) == []
+    assert read_all(source, counts, filters=FiltersConfig(max_characters=4999)) == []
+    assert counts.filtered_documents == {"max_repetition": 1, "max_characters": 1}

@@ -11,6 +11,7 @@ import msgspec
 
 from toolkit.data.config import FilesSourceConfig
 from toolkit.data.text.columns import TextColumns
+from toolkit.data.text.long_lines import LONG_LINE_BYTES, read_line, read_long_line
 from toolkit.data.text.piece import Piece
 from toolkit.data.text.readers import Counts, Reading, decode
 from toolkit.data.text.sources import Range
@@ -35,17 +36,12 @@ def read_jsonl(part: Range, reading: Reading, counts: Counts) -> Iterator[Piece]
                 offset += len(file.readline()) - 1
             end = part.end if part.kind == "jsonl" else None
             while end is None or offset < end:
-                line = file.readline()
+                line = read_line(file)
                 if not line:
                     return
-                length = len(line)
+                offset += len(line)
                 if not line.isspace():
-                    piece = lines.piece(line, offset)
-                    # A line may be of any length: only one copy stays while it is encoded.
-                    del line
-                    yield piece
-                    del piece
-                offset += length
+                    yield from lines.pieces(line, offset - len(line))
     except (EOFError, zlib.error, gzip.BadGzipFile, _DamagedZstd) as error:
         name = "gzip" if part.kind == "jsonl_gz" else "zstd"
         raise DataError(
@@ -59,7 +55,8 @@ class _Lines:
     def __init__(self, part: Range, reading: Reading, counts: Counts) -> None:
         source = reading.source
         assert isinstance(source, FilesSourceConfig)
-        self._part, self._source, self._counts = part, source, counts
+        self._part, self._source = part, source
+        self._reading, self._counts = reading, counts
         self._columns = None if reading.rows else TextColumns(source)
         self._rows = msgspec.json.Decoder(dict[str, Any])
         # One column is read without building the others.
@@ -70,16 +67,25 @@ class _Lines:
             )
             self._field = msgspec.json.Decoder(row_type)
 
-    def piece(self, line: bytes, offset: int) -> Piece:
+    def pieces(self, line: bytes | bytearray, offset: int) -> Iterator[Piece]:
         """The document of `line`, which begins at byte `offset`."""
         identity = f"{self._part.name}:{offset}"
         if offset == 0:
             line = line.removeprefix(b"\xef\xbb\xbf")
+        if len(line) >= LONG_LINE_BYTES and self._field is not None:
+            field = self._source.text_field
+            found = read_long_line(line, field, identity, self._reading, self._counts)
+            if found is not None:
+                yield from found
+                return
+        yield self._piece(line, offset, identity)
+
+    def _piece(self, line: bytes | bytearray, offset: int, identity: str) -> Piece:
         try:
             value = self._decode(line, identity)
         except (msgspec.DecodeError, UnicodeDecodeError):
             errors = self._source.encoding_errors
-            text = decode(line, self._part.path, offset, errors, self._counts)
+            text = decode(bytes(line), self._part.path, offset, errors, self._counts)
             try:
                 value = self._decode(text, identity)
             except msgspec.DecodeError as error:
@@ -91,7 +97,7 @@ class _Lines:
             return Piece(identity, row=value, num_bytes=len(line))
         return Piece(identity, value)
 
-    def _decode(self, line: bytes | str, identity: str) -> str | dict[str, Any]:
+    def _decode(self, line: bytes | bytearray | str, identity: str) -> str | dict[str, Any]:
         if self._field is not None:
             return self._field.decode(line).text or ""
         row = self._rows.decode(line)

@@ -141,9 +141,13 @@ def _with_digest(piece: Piece) -> Piece:
 
     if piece.row is not None:
         data = msgspec.json.encode(piece.row, order="deterministic", enc_hook=str)
-    else:
-        data = piece.text.encode()
-    return piece._replace(digest=xxhash.xxh3_128_intdigest(data), num_bytes=len(data))
+        return piece._replace(digest=xxhash.xxh3_128_intdigest(data), num_bytes=len(data))
+    digest, num_bytes = xxhash.xxh3_128(), 0
+    for start in range(0, len(piece.text), PIECE_CHARACTERS):
+        data = piece.text[start : start + PIECE_CHARACTERS].encode()
+        digest.update(data)
+        num_bytes += len(data)
+    return piece._replace(digest=digest.intdigest(), num_bytes=num_bytes)
 
 
 def _cut(text: str, start: int) -> int:
