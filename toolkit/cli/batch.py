@@ -7,9 +7,6 @@ import typer
 if TYPE_CHECKING:
     from toolkit.experiment.batch import BatchInstance, StepBatch
 
-NOT_A_TARGET = ("⟦", "⟧")
-"""Around tokens that the loss does not ask for, on every kind of terminal."""
-
 
 def batch(
     run_dir: Annotated[
@@ -34,6 +31,7 @@ def batch(
     """
     from pathlib import Path
 
+    from toolkit.cli.instance_text import plain_console, print_pieces
     from toolkit.experiment.batch import step_batch
 
     found = step_batch(Path(run_dir), step, show=show)
@@ -43,9 +41,11 @@ def batch(
         typer.echo(msgspec.json.format(msgspec.json.encode(found)).decode())
         return
     _print_batch(found)
+    console = plain_console()
     for instance in found.instances[:show]:
-        typer.echo()
-        _print_text(instance)
+        console.print()
+        console.print(f"instance {_name(instance)}", style="bold")
+        print_pieces(console, instance.text or [], instance.documents)
 
 
 def _print_batch(found: "StepBatch") -> None:
@@ -75,39 +75,6 @@ def _print_batch(found: "StepBatch") -> None:
     print_table(header, rows, right=header[:4])
 
 
-def _print_text(instance: "BatchInstance") -> None:
-    typer.echo(typer.style(f"instance {_name(instance)}", bold=True))
-    ranges = {part.document: part for part in instance.documents}
-    document: int | None = -1
-    line = ""
-    for piece in instance.text or []:
-        if piece.document != document:
-            _print_lines(line)
-            document, line = piece.document, ""
-            if document is None:
-                typer.echo("  padding")
-            else:
-                part = ranges[document]
-                typer.echo(f"  document {document:,}, tokens {part.start:,} to {part.end - 1:,}")
-        text = _visible(piece.text)
-        if not piece.is_target:
-            text = typer.style(f"{NOT_A_TARGET[0]}{text}{NOT_A_TARGET[1]}", dim=True)
-        line += text
-    _print_lines(line)
-
-
 def _name(instance: "BatchInstance") -> str:
     number = f"{instance.instance:,}"
     return f"{instance.source} {number}" if instance.source is not None else number
-
-
-def _print_lines(text: str) -> None:
-    for line in text.split("\n") if text else []:
-        typer.echo(f"    {line}")
-
-
-def _visible(text: str) -> str:
-    """Control characters as their names: what was read from files must not steer the terminal."""
-    return "".join(
-        c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text
-    )

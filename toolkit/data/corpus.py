@@ -157,9 +157,9 @@ def read_corpus(cfg: DataConfig) -> CorpusInfo | None:
     if dataset.custom is not None:
         return _custom_info(cfg)
     if dataset.mix is not None:
-        from toolkit.data.order.resolve import resolve_mix
+        from toolkit.data.order.prepare_mix import as_prepared
 
-        configs = {source.name: source.dataset for source in resolve_mix(dataset)}
+        configs = {source.name: source.dataset for source in as_prepared(dataset)}
     else:
         configs = {"": dataset}
     parts = {}

@@ -3,6 +3,7 @@
 import contextlib
 import os
 from collections.abc import Iterator, Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +52,10 @@ def ensure_mix_prepared(
     store = store or StoreConfig()
     config = localize(config, store)
     sources = resolve_mix(config)
-    if isinstance(config.tokenizer, BPETokenizerConfig):
-        sources = _with_own_tokenizer(config, sources, store)
+    weights = _tokenizer_weights(config, sources)
+    if weights:
+        _ensure_tokenizer(config, sources, weights, store)
+        sources = as_prepared(config)
     found = []
     for source in sources:
         with _named(source):
@@ -101,27 +104,46 @@ def _named(source: ResolvedSource) -> Iterator[None]:
         raise kind(f"dataset.mix: {source.name}: {error}") from error
 
 
-def _with_own_tokenizer(
-    config: DatasetConfig, sources: list[ResolvedSource], store: StoreConfig
-) -> list[ResolvedSource]:
-    """`sources` with the tokenizer that is trained for this mixture in place of `bpe`."""
+def as_prepared(config: DatasetConfig) -> list[ResolvedSource]:
+    """The sources of `config.mix` as their token files are made: with the tokenizer that is trained
+    for this mixture in place of `bpe`. Makes nothing."""
+    sources = resolve_mix(config)
+    weights = _tokenizer_weights(config, sources)
+    if not weights:
+        return sources
+    tokenizer = HFTokenizerConfig(path=str(_tokenizer_folder(config, sources, weights)))
+    return [
+        source._replace(dataset=source.dataset.replace(tokenizer=tokenizer)) for source in sources
+    ]
+
+
+def _tokenizer_weights(config: DatasetConfig, sources: list[ResolvedSource]) -> dict[str, Fraction]:
+    """How much of each source the mixture's own tokenizer is trained on; none where it has no
+    tokenizer of its own."""
+    if not isinstance(config.tokenizer, BPETokenizerConfig):
+        return {}
     without_text = [
         source.name
         for source in sources
         if isinstance(source.dataset.source, TokenFilesSourceConfig | None)
     ]
     if all(source.dataset.source is None for source in sources):
-        return sources  # token files are taken with the tokenizer they were made with
+        return {}  # token files are taken with the tokenizer they were made with
     if without_text:
         raise ConfigError(
             f"dataset.tokenizer: bpe is trained on text, but {', '.join(without_text)} of "
             "dataset.mix holds none; give the tokenizer that made its tokens, as in {type: hf, "
             "path: DATA/tokenizer}"
         )
-    weights = {
+    return {
         source.name: max(segment.shares[source.name] for segment in resolve_schedule(config))
         for source in sources
     }
+
+
+def _tokenizer_folder(
+    config: DatasetConfig, sources: list[ResolvedSource], weights: dict[str, Fraction]
+) -> Path:
     identity = [
         (
             source.name,
@@ -132,8 +154,16 @@ def _with_own_tokenizer(
         )
         for source in sources
     ]
-    root = Path(config.root).expanduser()
-    folder = root / TOKENIZERS_FOLDER / _hash(identity)
+    return Path(config.root).expanduser() / TOKENIZERS_FOLDER / _hash(identity)
+
+
+def _ensure_tokenizer(
+    config: DatasetConfig,
+    sources: list[ResolvedSource],
+    weights: dict[str, Fraction],
+    store: StoreConfig,
+) -> None:
+    folder = _tokenizer_folder(config, sources, weights)
     if not (folder / TOKENIZER_FILE).is_file():
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
@@ -145,10 +175,6 @@ def _with_own_tokenizer(
                 f"{error.filename or folder}: cannot keep the mixture's tokenizer: "
                 f"{error.strerror or error}"
             ) from error
-    tokenizer = HFTokenizerConfig(path=str(folder))
-    return [
-        source._replace(dataset=source.dataset.replace(tokenizer=tokenizer)) for source in sources
-    ]
 
 
 def _make_tokenizer(

@@ -1,0 +1,187 @@
+"""Runs on every kind of data: stopped, resumed on other ranks or with other batches, shown."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.data.corpus import random_text, write_texts
+from tests.workers import WorkerPool
+from toolkit.errors import ToolkitError
+from toolkit.experiment.batch import step_batch
+from toolkit.experiment.explain import explain_resume
+
+STEPS, BATCH, LENGTH = 12, 512, 32
+MIXTURE = {
+    "sources": {"b": {"ratio": 0.25}, "a": {"ratio": 0.75}},
+    "schedule": [{"at_tokens": 4 * BATCH, "ratios": {"a": 0.5, "b": 0.5}}],
+}
+
+
+def run(place: str, name: str, dataset: dict[str, Any], *flags: str) -> tuple[int, str]:
+    """A run in this worker, begun or resumed; exit code and message."""
+    from toolkit.experiment.load import load_experiment
+    from toolkit.experiment.run import train
+
+    config = load_experiment(
+        "smoke",
+        [
+            f"--run.save_folder={place}/{name}",
+            f"--dataset={json.dumps(dataset)}",
+            f"--data_loader.global_batch_size={BATCH}",
+            "--data_loader.eval_tokens=256",
+            "--train_module.precision=fp32",
+            f"--trainer.max_duration.value={STEPS}",
+            "--trainer.callbacks.lm_evaluator={interval: 6}",
+            "--trainer.callbacks.checkpointer={interval: 4, export_hf: false, keep_last: null}",
+            "--trainer.callbacks.console_logger.enabled=false",
+            "--trainer.callbacks.system_monitor.enabled=false",
+            *flags,
+        ],
+    ).config
+    try:
+        return train(config), ""
+    except ToolkitError as error:
+        return error.exit_code, str(error)
+
+
+def records(folder: Path, stream: str = "train") -> list[dict[str, Any]]:
+    return [json.loads(x) for x in (folder / "metrics" / f"{stream}.jsonl").read_text().split()]
+
+
+@pytest.fixture(scope="module")
+def corpora(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """`dataset` sections by the kind of data."""
+    place = tmp_path_factory.mktemp("corpora")
+    paths = {
+        name: str(write_texts(place / name, [random_text(3, seed=seed + i) for i in range(60)]))
+        for name, seed in (("a", 0), ("b", 1000))
+    }
+    chats = place / "chats.jsonl"
+    rows = [{"prompt": f"say {'x' * (i % 9)}", "completion": "y" * (i % 14)} for i in range(1, 400)]
+    chats.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    common = {"root": str(place / "data"), "sequence_length": LENGTH, "validation_fraction": 0.1}
+    text = common | {"source": {"type": "files", "paths": [paths["a"]]}}
+    mixture = json.loads(json.dumps(MIXTURE))
+    for name, path in paths.items():
+        mixture["sources"][name]["source"] = {"type": "files", "paths": [path]}
+    return {
+        "fixed": text,
+        "packed": text | {"instances": {"type": "packed"}},
+        "variable": text | {"instances": {"type": "variable", "min_sequence_length": 8}},
+        "mixture": common
+        | {
+            "mix": mixture,
+            "instances": {"type": "packed"},
+            "tokenizer": {"type": "bpe", "vocab_size": 300},
+        },
+        "instructions": common
+        | {
+            "dataset_name": "chats",
+            "source": {"type": "files", "paths": [str(chats)]},
+            "instructions": {},
+            "instances": {"type": "packed"},
+        },
+        "custom": {
+            "sequence_length": LENGTH,
+            "custom": {
+                "target": "tests.data.instances.custom_examples:Counting",
+                "args": {"count": 100},
+            },
+        },
+    }
+
+
+KINDS = ["fixed", "packed", "variable", "mixture", "instructions", "custom"]
+VOCABULARY = ["--model.vocab_size=1024"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_stopped_and_resumed_is_the_undisturbed_run(
+    workers: WorkerPool, corpora: dict[str, Any], tmp_path: Path, kind: str
+) -> None:
+    dataset, place = corpora[kind], str(tmp_path)
+    assert workers.run(1, run, place, "whole", dataset, *VOCABULARY) == [(0, "")]
+    stop = "--trainer.hard_stop={value: 8, unit: steps}"
+    assert workers.run(1, run, place, "parts", dataset, stop, *VOCABULARY) == [(0, "")]
+    assert workers.run(1, run, place, "parts", dataset, *VOCABULARY) == [(0, "")]
+    whole, parts = records(tmp_path / "whole"), records(tmp_path / "parts")
+    assert [r["loss"] for r in parts] == [r["loss"] for r in whole]
+    assert len(whole) == STEPS
+    assert (
+        records(tmp_path / "whole", "eval")[-1]["loss"]
+        == (records(tmp_path / "parts", "eval")[-1]["loss"])
+    )
+    found = step_batch(tmp_path / "parts", 9, show=2)
+    assert (found.num_tokens, found.is_checked) == (BATCH, True)
+    assert sum(piece.num_tokens for piece in found.instances[0].text or []) == (
+        found.instances[0].num_tokens
+    )
+
+
+@pytest.mark.parametrize("kind", ["packed", "mixture", "instructions"])
+def test_two_ranks_train_on_the_same_batches(
+    workers: WorkerPool, corpora: dict[str, Any], tmp_path: Path, kind: str
+) -> None:
+    for ranks in (1, 2):
+        results = workers.run(ranks, run, str(tmp_path), f"r{ranks}", corpora[kind], *VOCABULARY)
+        assert results == [(0, "")] * ranks
+    one, two = records(tmp_path / "r1"), records(tmp_path / "r2")
+    assert [r["loss"] for r in two] == pytest.approx([r["loss"] for r in one], rel=1e-5)
+    assert [r["grad_norm"] for r in two] == pytest.approx([r["grad_norm"] for r in one], rel=1e-3)
+
+
+def test_a_mixture_counts_what_each_source_gave(
+    workers: WorkerPool, corpora: dict[str, Any], tmp_path: Path
+) -> None:
+    assert workers.run(1, run, str(tmp_path), "mix", corpora["mixture"], *VOCABULARY) == [(0, "")]
+    for record in records(tmp_path / "mix"):
+        drawn = record["step"] * BATCH // LENGTH
+        before = min(drawn, 64)
+        assert abs(record["instances/a"] - (0.75 * before + 0.5 * (drawn - before))) < 1
+        assert record["instances/a"] + record["instances/b"] == drawn
+    last = [record for record in records(tmp_path / "mix", "eval") if record["step"] == STEPS]
+    assert [record["name"] for record in last] == ["a", "b", "val"]
+    targets = [record["num_targets"] for record in last]
+    assert targets[2] == targets[0] + targets[1]
+    mean = sum(r["loss"] * r["num_targets"] for r in last[:2]) / targets[2]
+    assert last[2]["loss"] == pytest.approx(mean)
+    assert step_batch(tmp_path / "mix", 1).instances[0].source in ("a", "b")
+    assert explain_resume(tmp_path / "mix", [], {}).refused == []
+    ahead = "--dataset.mix.schedule.0.at_tokens=999936"
+    assert explain_resume(tmp_path / "mix", [ahead], {}).refused[0].count("source ") == 2
+
+
+@pytest.mark.parametrize(("kind", "ranks"), [("packed", 1), ("mixture", 2)])
+def test_a_new_batch_size_goes_on_with_the_next_unseen_token(
+    workers: WorkerPool, corpora: dict[str, Any], tmp_path: Path, kind: str, ranks: int
+) -> None:
+    tokens = f"--trainer.max_duration={{value: {10 * BATCH}, unit: tokens}}"
+    stop = "--trainer.hard_stop={value: 4, unit: steps}"
+    dataset, place = corpora[kind], str(tmp_path)
+    flags = [tokens, *VOCABULARY, "--train_module.rank_microbatch_size=128"]
+    assert workers.run(1, run, place, "run", dataset, stop, *flags) == [(0, "")]
+    small = f"--data_loader.global_batch_size={BATCH // 2}"
+    assert workers.run(ranks, run, place, "run", dataset, small, *flags) == [(0, "")] * ranks
+    found = records(tmp_path / "run")
+    assert [r["tokens"] for r in found[3:6]] == [4 * BATCH, 4.5 * BATCH, 5 * BATCH]
+    assert (found[-1]["step"], found[-1]["tokens"]) == (16, 10 * BATCH)
+    log = (tmp_path / "run" / "logs" / "rank0.log").read_text()
+    assert "512 -> 256 tokens: batch 4 starts at the next unseen instance, 64 of" in log
+
+    assert workers.run(1, run, place, "large", dataset, *flags) == [(0, "")]
+    for step, both in ((3, [3]), (5, [5, 6]), (7, [9, 10])):
+        parts = [i.instance for s in both for i in step_batch(tmp_path / "run", s).instances]
+        assert parts == [i.instance for i in step_batch(tmp_path / "large", step).instances]
+
+
+def test_limits_of_a_mixture_are_checked_before_anything_is_written(
+    workers: WorkerPool, corpora: dict[str, Any], tmp_path: Path
+) -> None:
+    dataset = json.loads(json.dumps(corpora["mixture"]))
+    dataset["mix"]["sources"]["b"]["max_repetitions"] = 0.01
+    [(code, message)] = workers.run(1, run, str(tmp_path), "run", dataset, *VOCABULARY)
+    assert code == 2
+    assert "b breaks its limit of 0.01 repetitions" in message
+    assert not (tmp_path / "run").exists()
