@@ -8,11 +8,13 @@ from pathlib import Path
 import msgspec
 
 from tests.data.corpus import files_config, write_texts
+from tests.s3 import S3Server
 from toolkit.data.config import DatasetConfig, StoreConfig
 from toolkit.data.tokens.prepare import ensure_prepared
 from toolkit.data.tokens.prepared import PreparedDataset
 
 NUM_DOCUMENTS = 60
+FOLDER = "corpus/default"
 
 
 def corpus(folder: Path, name: str = "corpus") -> DatasetConfig:
@@ -43,19 +45,42 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 def start_process(config: DatasetConfig, store: StoreConfig, *, then: str) -> subprocess.Popen[str]:
     """A process that opens the data set as `prepared` and runs the code `then`."""
-    code = f"""
+    code = """
         import sys, msgspec
         from toolkit.data.config import DatasetConfig, StoreConfig
         from toolkit.data.tokens.prepare import ensure_prepared
         config = msgspec.json.decode(sys.argv[1], type=DatasetConfig)
         store = msgspec.json.decode(sys.argv[2], type=StoreConfig)
         prepared = ensure_prepared(config, store=store, progress=False)
-        {then}
     """
     arguments = [msgspec.json.encode(value).decode() for value in (config, store)]
     return subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(code), *arguments],
+        [sys.executable, "-c", textwrap.dedent(code) + textwrap.dedent(then), *arguments],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
     )
+
+
+def stored_folder(store: StoreConfig) -> Path:
+    """Where a store that is a folder keeps the corpus."""
+    assert store.permanent_root is not None
+    return Path(store.permanent_root) / FOLDER
+
+
+def count(server: S3Server, method: str, name: str) -> int:
+    """Requests for files of that name."""
+    return sum(m == method and path.partition("?")[0].endswith(name) for m, path, _ in
+               server.requests)  # fmt: skip
+
+
+def with_cache(store: StoreConfig, folder: Path) -> StoreConfig:
+    """The same store with another cache."""
+    return msgspec.structs.replace(store, tokenized_cache_dir=str(folder))
+
+
+def nothing_whole(root: Path) -> bool:
+    """No folder under `root` that would pass for a data set."""
+    visible = [p for p in root.rglob("dataset.json") if not any(
+        part.startswith(".") for part in p.relative_to(root).parts)]  # fmt: skip
+    return not visible and not (root / FOLDER).exists()

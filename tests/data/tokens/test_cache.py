@@ -269,6 +269,36 @@ def test_an_abandoned_copy_goes_and_one_that_grows_stays(
     assert (root / "fourth" / ".default.building").exists()
 
 
+def test_processes_that_copy_and_evict_at_once_always_read_whole_data_sets(
+    tmp_path: Path, root: Path, store: StoreConfig, processes: list[subprocess.Popen[str]]
+) -> None:
+    tight = msgspec.structs.replace(
+        store,
+        tokenized_cache_dir=str(tmp_path / "cache"),
+        max_cache_gb=gigabytes(root, "first", "second"),
+    )
+    then = """
+        import random
+        for turn in range(25):
+            name = random.choice(["first", "second", "third"])
+            wanted = msgspec.structs.replace(config, dataset_name=name)
+            prepared = ensure_prepared(wanted, store=store, progress=False)
+            copied_at = (prepared.folder / "dataset.json").stat().st_mtime_ns
+            print(name, int(prepared.tokens("train").sum()), copied_at, flush=True)
+            prepared = None
+    """
+    config = at(corpus(tmp_path, "first"), root)
+    processes.extend(start_process(config, tight, then=then) for _ in range(3))
+    lines = [line.rpartition(" ") for p in processes for line in p.communicate()[0].splitlines()]
+    sums = {
+        name: int(ensure(at(corpus(tmp_path, name), root), store).tokens("train").sum())
+        for name in NAMES
+    }
+    assert [process.returncode for process in processes] == [0, 0, 0]
+    assert len(lines) == 75
+    assert {what for what, _, _ in lines} == {f"{name} {total}" for name, total in sums.items()}
+
+
 def test_other_files_neither_count_nor_go(root: Path) -> None:
     (root / "notes").mkdir()
     (root / "notes" / "big.txt").write_bytes(bytes(100_000))

@@ -1,51 +1,36 @@
-"""The permanent store: what is built is stored and read back, what is stored is copied and checked;
-errors name the file."""
+"""How a data set comes to a machine: built, stored, copied; a store out of reach, a copy that was
+killed, a damaged local copy."""
 
-import json
 import logging
 import shutil
 import socket
 import subprocess
-import uuid
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
-from tests.data.tokens.stores import at, corpus, ensure, files_of, start_process
-from tests.s3 import BUCKET, S3Server, s3_server
+from tests.data.tokens.stores import (
+    FOLDER,
+    at,
+    corpus,
+    count,
+    ensure,
+    files_of,
+    nothing_whole,
+    start_process,
+    stored_folder,
+    with_cache,
+)
+from tests.s3 import S3Server
 from toolkit.data.config import StoreConfig
 from toolkit.data.tokens import permanent
 from toolkit.data.tokens.cache import read_record
 from toolkit.data.tokens.prepared import PreparedDataset
 from toolkit.data.tokens.store import describe_stored, localize, stored_at
 from toolkit.errors import ConfigError, DataError, StorageError
-from toolkit.storage.remote import RemoteFolder
-
-FOLDER = "corpus/default"
-
-
-@pytest.fixture
-def s3(monkeypatch: pytest.MonkeyPatch) -> S3Server:
-    server = s3_server()
-    for name, value in server.environ.items():
-        monkeypatch.setenv(name, value)
-    server.requests.clear()
-    return server
-
-
-@pytest.fixture
-def s3_store(s3: S3Server) -> StoreConfig:
-    return StoreConfig(permanent_root=f"s3://{BUCKET}/{uuid.uuid4().hex}")
-
-
-@pytest.fixture
-def mounted(tmp_path: Path) -> StoreConfig:
-    (tmp_path / "store").mkdir()
-    return StoreConfig(permanent_root=str(tmp_path / "store"))
 
 
 @pytest.fixture(params=["path", "file", "memory", "s3"])
@@ -61,27 +46,6 @@ def any_store(
     (tmp_path / "store").mkdir()
     protocol = "file://" if request.param == "file" else ""
     return StoreConfig(permanent_root=f"{protocol}{tmp_path}/store")
-
-
-def stored_folder(store: StoreConfig) -> Path:
-    assert store.permanent_root is not None
-    return Path(store.permanent_root) / FOLDER
-
-
-def count(server: S3Server, method: str, name: str) -> int:
-    return sum(m == method and path.partition("?")[0].endswith(name) for m, path, _ in
-               server.requests)  # fmt: skip
-
-
-def with_cache(store: StoreConfig, folder: Path) -> StoreConfig:
-    return msgspec.structs.replace(store, tokenized_cache_dir=str(folder))
-
-
-def nothing_whole(root: Path) -> bool:
-    """No folder under `root` that would pass for a data set."""
-    visible = [p for p in root.rglob("dataset.json") if not any(
-        part.startswith(".") for part in p.relative_to(root).parts)]  # fmt: skip
-    return not visible and not (root / FOLDER).exists()
 
 
 def test_what_one_machine_builds_another_gets_byte_for_byte(
@@ -102,26 +66,6 @@ def test_what_one_machine_builds_another_gets_byte_for_byte(
         ".default.lock", ".default.stored.json", ".default.used", "default",
     ]  # fmt: skip
     assert (copied.tokens("val") == built.tokens("val")).all()
-
-
-def test_dataset_json_is_stored_last_and_everything_is_read_back(
-    tmp_path: Path, s3: S3Server, s3_store: StoreConfig
-) -> None:
-    prepared = ensure(corpus(tmp_path), s3_store)
-    puts = [path.rpartition("/")[2] for method, path, _ in s3.requests if method == "PUT"]
-    assert puts[0] == "uploading.json"
-    assert puts[-2:] == ["files.json", "dataset.json"]
-    assert puts[1:-2] == [name.rpartition("/")[2] for name in files_of(prepared.folder)
-                          if name != "dataset.json" and "tokenizer" not in name] + [
-        name.rpartition("/")[2] for name in files_of(prepared.folder) if "tokenizer/" in name
-    ]  # fmt: skip
-    for name in ("train.bin", "train.idx", "val.bin", "val.idx", "tokenizer.json"):
-        assert count(s3, "GET", name) == 1
-    s3.requests.clear()
-    ensure(corpus(tmp_path), s3_store)
-    assert count(s3, "GET", ".bin") == 0
-    assert len(s3.requests) < 12
-    assert not [method for method, _, _ in s3.requests if method == "PUT"]
 
 
 def test_copies_go_to_the_cache_folder_whatever_the_root(
@@ -209,75 +153,6 @@ def test_a_stored_data_set_of_other_settings_is_refused_before_it_is_copied(
     assert nothing_whole(tmp_path / "other")
 
 
-def test_a_truncated_stored_file_is_named_before_anything_is_copied(
-    tmp_path: Path, mounted: StoreConfig
-) -> None:
-    config = corpus(tmp_path)
-    ensure(config, mounted)
-    path = stored_folder(mounted) / "train.bin"
-    size = path.stat().st_size
-    path.write_bytes(path.read_bytes()[:-10])
-    with pytest.raises(DataError, match=rf"train\.bin has {size - 10} bytes, expected {size}: the "
-                       r"permanent copy is damaged; restore the file, or delete"):  # fmt: skip
-        ensure(at(config, tmp_path / "other"), mounted)
-    assert nothing_whole(tmp_path / "other")
-    assert not (tmp_path / "other" / "corpus" / ".default.download").exists()
-
-
-@pytest.mark.parametrize("listed", [True, False])
-@pytest.mark.parametrize("name", ["val.bin", "train.idx"])
-def test_a_changed_stored_file_is_named_and_never_becomes_a_data_set(
-    tmp_path: Path, mounted: StoreConfig, name: str, listed: bool
-) -> None:
-    config = corpus(tmp_path)
-    built = ensure(config, mounted)
-    folder = stored_folder(mounted)
-    if not listed:
-        (folder / "files.json").unlink()
-        if built.manifest.splits["train"].index_hash is None and name == "train.idx":
-            pytest.skip("an index without a hash")
-    data = bytearray((folder / name).read_bytes())
-    data[len(data) // 2] ^= 1
-    (folder / name).write_bytes(data)
-    with pytest.raises(DataError, match=rf"{name} has changed since it was saved: the permanent"):
-        ensure(at(config, tmp_path / "other"), mounted)
-    assert nothing_whole(tmp_path / "other")
-    data[len(data) // 2] ^= 1
-    (folder / name).write_bytes(data)
-    assert ensure(at(config, tmp_path / "other"), mounted).tokens("val").size
-
-
-def test_a_copy_made_by_hand_is_taken_and_verified_by_the_machine_that_has_the_data(
-    tmp_path: Path, mounted: StoreConfig
-) -> None:
-    config = corpus(tmp_path)
-    built = ensure(config, StoreConfig())
-    shutil.copytree(built.folder, stored_folder(mounted))
-    copied = ensure(at(config, tmp_path / "other"), mounted)
-    assert files_of(copied.folder) == files_of(built.folder)
-    assert not (stored_folder(mounted) / "files.json").exists()
-    ensure(config, mounted)
-    listed = json.loads((stored_folder(mounted) / "files.json").read_bytes())["files"]
-    assert listed.keys() == files_of(built.folder).keys() - {"dataset.json"}
-    assert stored_at(built) is not None
-
-
-def test_names_that_lead_out_of_the_folder_are_not_copied(
-    tmp_path: Path, mounted: StoreConfig
-) -> None:
-    config = corpus(tmp_path)
-    ensure(config, mounted)
-    path = stored_folder(mounted) / "files.json"
-    listed = json.loads(path.read_bytes())
-    for name in ("../../evil", "tokenizer/../../../evil", "/tmp/evil"):
-        listed["files"][name] = {"size": 1, "xxh3": None}
-    path.write_text(json.dumps(listed))
-    copied = ensure(at(config, tmp_path / "other"), mounted)
-    assert files_of(copied.folder).keys() == {
-        *files_of(tmp_path / "data" / FOLDER).keys()
-    }  # fmt: skip
-
-
 def test_a_killed_copy_looks_like_nothing_and_goes_on_with_the_next_file(
     tmp_path: Path, s3: S3Server, s3_store: StoreConfig
 ) -> None:
@@ -320,69 +195,6 @@ def test_two_processes_copy_once(tmp_path: Path, s3: S3Server, s3_store: StoreCo
     assert count(s3, "GET", "train.bin") == 1
 
 
-def test_an_upload_cut_short_is_one_warning_and_continued_next_time(
-    tmp_path: Path, s3: S3Server, s3_store: StoreConfig, caplog: pytest.LogCaptureFixture
-) -> None:
-    config = corpus(tmp_path)
-    caplog.set_level(logging.WARNING)
-
-    def forbid(method: str, path: str) -> str | None:
-        return "403" if method == "PUT" and path.endswith("val.bin") else None
-
-    with s3.failing(forbid):
-        prepared = ensure(config, s3_store)
-    assert prepared.tokens("train").size
-    assert stored_at(prepared) is None
-    assert describe_stored(prepared).startswith("not stored permanently")
-    assert len(caplog.records) == 1
-    assert "not stored permanently, training goes on: uploading" in caplog.text
-    with pytest.raises(DataError, match="no prepared data"):  # incomplete: it does not exist yet
-        ensure(at(config, tmp_path / "other"), s3_store)
-    s3.requests.clear()
-    prepared = ensure(config, s3_store)
-    assert count(s3, "PUT", "train.bin") == 0
-    assert count(s3, "PUT", "val.bin") == 1
-    assert stored_at(prepared) is not None
-    assert ensure(at(config, tmp_path / "other"), s3_store).tokens("val").size
-
-
-def test_a_read_only_store_is_known_before_all_files_are_read(
-    tmp_path: Path,
-    s3: S3Server,
-    s3_store: StoreConfig,
-    caplog: pytest.LogCaptureFixture,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(permanent, "hash_file", None)  # would fail
-    with s3.failing(lambda method, path: "403" if method == "PUT" else None):
-        assert ensure(corpus(tmp_path), s3_store).tokens("train").size
-    assert "training goes on: writing s3://" in caplog.text
-    assert "not allowed" in caplog.text
-
-
-def test_a_store_that_gives_back_something_else_gets_no_dataset_json(
-    tmp_path: Path,
-    mounted: StoreConfig,
-    caplog: pytest.LogCaptureFixture,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(RemoteFolder, "hash", lambda self, name, size, bits=64: "0" * 32)
-    prepared = ensure(corpus(tmp_path), mounted)
-    assert "train.bin: what was stored reads back differently" in caplog.text
-    assert stored_at(prepared) is None
-    assert not (stored_folder(mounted) / "dataset.json").exists()
-
-
-def test_a_damaged_local_file_is_never_stored(tmp_path: Path, mounted: StoreConfig) -> None:
-    prepared = ensure(corpus(tmp_path), StoreConfig())
-    data = bytearray((prepared.folder / "train.bin").read_bytes())
-    data[len(data) // 2] ^= 1
-    (prepared.folder / "train.bin").write_bytes(data)
-    with pytest.raises(DataError, match=r"train\.bin: content differs from dataset\.json"):
-        ensure(corpus(tmp_path), mounted)
-    assert not (stored_folder(mounted) / "dataset.json").exists()
-
-
 @pytest.mark.parametrize("damage", ["truncated", "missing", "no manifest"])
 def test_a_damaged_local_copy_is_mended_with_only_what_it_lacks(
     tmp_path: Path, s3: S3Server, s3_store: StoreConfig, damage: str
@@ -409,40 +221,6 @@ def test_a_folder_of_other_files_is_never_replaced(tmp_path: Path, mounted: Stor
     assert (folder / "thesis.tex").read_text() == "mine"
 
 
-def test_a_stored_file_that_was_lost_is_stored_anew_from_the_local_copy(
-    tmp_path: Path, mounted: StoreConfig, caplog: pytest.LogCaptureFixture
-) -> None:
-    config = corpus(tmp_path)
-    prepared = ensure(config, mounted)
-    path = stored_folder(mounted) / "train.bin"
-    whole = path.read_bytes()
-    path.write_bytes(whole[:-2])
-    ensure(config, mounted)
-    assert f"train.bin has {len(whole) - 2} bytes" in caplog.text
-    assert path.read_bytes() == whole
-    caplog.clear()
-    shutil.rmtree(stored_folder(mounted))
-    ensure(config, mounted)
-    assert "is gone (is it mounted?); it is stored anew" in caplog.text
-    assert files_of(stored_folder(mounted)).keys() - {"files.json"} == files_of(
-        prepared.folder
-    ).keys()  # fmt: skip
-
-
-def test_what_two_machines_built_alike_counts_as_stored_after_a_look(
-    tmp_path: Path, s3: S3Server, s3_store: StoreConfig
-) -> None:
-    config = corpus(tmp_path)
-    ensure(config, s3_store)
-    twin = msgspec.structs.replace(config, root=str(tmp_path / "twin"))
-    prepared = ensure(twin, StoreConfig())
-    assert read_record(prepared.folder) is None
-    s3.requests.clear()
-    ensure(twin, s3_store)
-    assert stored_at(prepared) is not None
-    assert not [method for method, _, _ in s3.requests if method == "PUT"]
-
-
 def test_a_full_disk_is_said_before_anything_is_copied(
     tmp_path: Path, mounted: StoreConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -455,45 +233,11 @@ def test_a_full_disk_is_said_before_anything_is_copied(
     assert nothing_whole(tmp_path / "other")
 
 
-@pytest.mark.parametrize(
-    ("root", "error", "message"),
-    [
-        ("gdrive://folder", ConfigError, r"gdrive://.*needs a library"),
-        ("nope://folder", ConfigError, r"nope://.*cannot be opened"),
-        ("/no/such/mount", StorageError, r"/no/such/mount: no such folder; mount it, or create"),
-    ],
-)
-def test_a_root_that_cannot_be_is_one_line(
-    tmp_path: Path, root: str, error: type[Exception], message: str
-) -> None:
-    with pytest.raises(error, match=message):
-        ensure(corpus(tmp_path), StoreConfig(permanent_root=root))
-
-
 @pytest.mark.parametrize("prefix", ["", "file://"])
 def test_store_and_cache_in_one_folder_are_refused(tmp_path: Path, prefix: str) -> None:
     store = StoreConfig(permanent_root=f"{prefix}{tmp_path}/data")
     with pytest.raises(ConfigError, match="are the same folder"):
         ensure(corpus(tmp_path), store)
-
-
-@pytest.mark.parametrize(
-    ("break_it", "message"),
-    [
-        (lambda raw: raw[:-20], r"dataset\.json or files\.json is damaged"),
-        (lambda raw: raw.replace(b'"format_version": 1', b'"format_version": 9'), "version 9"),
-    ],
-)
-def test_a_stored_manifest_that_cannot_be_read_is_named(
-    tmp_path: Path, mounted: StoreConfig, break_it: Callable[[bytes], bytes], message: str
-) -> None:
-    config = corpus(tmp_path)
-    ensure(config, mounted)
-    path = stored_folder(mounted) / "dataset.json"
-    path.write_bytes(break_it(path.read_bytes()))
-    with pytest.raises(DataError, match=message):
-        ensure(at(config, tmp_path / "other"), mounted)
-    assert nothing_whole(tmp_path / "other")
 
 
 def test_a_data_set_without_a_store_is_as_before(tmp_path: Path) -> None:

@@ -133,7 +133,7 @@ def fetch(
         return None
     folder = dataset_folder(config)
     try:
-        found = find_permanent(store.permanent_root, _name(config))
+        found = find_permanent(_permanent_root(store.permanent_root), _name(config))
         if found is None:
             return None
         _check_found(found, config, damaged=damaged, check_text=check_text)
@@ -148,7 +148,7 @@ def fetch(
             f"{folder}: not on this machine, and its permanent copy is out of reach: {error}; or "
             "set store.permanent_root=null to build it here"
         ) from error
-    write_record(folder, store.permanent_root, _name(config), found.content)
+    write_record(folder, _permanent_root(store.permanent_root), _name(config), found.content)
     note(f"copied {found.url} to {folder}; {time.monotonic() - started:.1f} s")
     prepared = read_prepared(config)
     assert prepared is not None, f"{folder} vanished after it was copied"
@@ -170,7 +170,7 @@ def settle(
         ConfigError: the store needs a library that is not installed.
     """
     if store.permanent_root is not None:
-        _keep_stored(prepared, store.permanent_root, _name(config), note)
+        _keep_stored(prepared, _permanent_root(store.permanent_root), _name(config), note)
     if store.max_cache_gb is not None:
         ensure_local_dataset_cache_cap(_root(config), store.max_cache_gb, keep=prepared.folder)
 
@@ -195,6 +195,11 @@ def describe_stored(prepared: PreparedDataset) -> str:
 
 def _root(config: DatasetConfig) -> Path:
     return Path(config.root).expanduser()
+
+
+def _permanent_root(root: str) -> str:
+    """The same place from every working folder, for the record."""
+    return root if is_url(root) else str(Path(root).expanduser().absolute())
 
 
 def _name(config: DatasetConfig) -> str:
