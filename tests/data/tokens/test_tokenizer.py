@@ -112,6 +112,22 @@ def test_control_tokens_of_a_word_level_vocabulary_stay_text(tmp_path: Path) -> 
     assert offsets.tolist() == [[0, 3], [4, 5], [6, 10]]
 
 
+def test_an_eos_token_that_is_no_special_token_stays_text_too(tmp_path: Path) -> None:
+    train_bpe(TEXTS, 300).save(tmp_path)
+    data = json.loads((tmp_path / "tokenizer.json").read_text())
+    entry = {**data["added_tokens"][0], "content": "<end>", "id": 300, "special": False}
+    data["added_tokens"] += [entry, {**entry, "content": "<tag>", "id": 301}]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(data))
+    tokenizer = load_hf_tokenizer(HFTokenizerConfig(path=str(tmp_path), eos_token="<end>"))
+    largest = tokenizer.vocab_size - 1
+    ids = tokenizer.encode_batch(["the<end><tag>"])[0].tolist()
+    assert tokenizer.eos_id == largest - 1
+    assert tokenizer.eos_id not in ids
+    # The other added token is an ordinary one and keeps its id.
+    assert ids[-1] == largest
+    assert tokenizer.decode(ids) == "the<end><tag>"
+
+
 def test_bos_token_is_the_tokenizers_own_or_the_configs(tmp_path: Path) -> None:
     config = wordlevel(tmp_path, ["<unk>", "<s>", "</s>", "a"], eos_token="</s>", bos_token="<s>")
     assert load_hf_tokenizer(config).bos_token == "<s>"
