@@ -26,6 +26,8 @@ from toolkit.errors import ConfigError, DataError
 
 CHUNK_TOKENS = 1 << 16
 """Tokens of one rank read at once: small batches are read many at a time."""
+ORDERED_INSTANCES = 4096
+"""Instances whose order is computed at once: a few numbers cost as much as many."""
 
 Batch = dict[str, torch.Tensor]
 
@@ -265,12 +267,15 @@ class TrainLoader:
 
     def _chunks(self, batch: int, count: int) -> Generator[tuple[Rows, int], None, None]:
         """This rank's rows of up to `count` batches at once, and how many batches they are."""
+        ahead = max(count, ORDERED_INSTANCES // self._instances) if self._order.is_uniform else 1
         while True:
-            number = self._order.batches_in_segment(batch, count)
+            number = self._order.batches_in_segment(batch, ahead)
             indices = self._order.indices(batch, number)
             rows = indices.shape[1] // self._world_size
             mine = indices[:, self._rank * rows : (self._rank + 1) * rows]
-            yield self.dataset.read(mine.reshape(-1)), number
+            for first in range(0, number, count):
+                part = mine[first : first + count]
+                yield self.dataset.read(part.reshape(-1)), len(part)
             batch += number
 
 

@@ -5,6 +5,7 @@ import numpy as np
 from toolkit.data.instances.base import DocumentPart, Rows
 from toolkit.data.instances.identity import instances_fingerprint
 from toolkit.data.instances.index import DocumentIndex
+from toolkit.data.instances.paging import Pages
 from toolkit.data.tokens.prepared import PreparedDataset, Split
 
 
@@ -37,6 +38,7 @@ class TokenDataset:
         self.bytes_per_token = prepared.bytes_per_token(split)
         self.tokenizer_folder = prepared.tokenizer_folder
         tokens = np.asarray(prepared.tokens(split))
+        self._pages = Pages(tokens)
         self.num_instances = len(tokens) // sequence_length
         shape = (self.num_instances, sequence_length)
         used = self.num_instances * sequence_length
@@ -48,6 +50,7 @@ class TokenDataset:
 
     def read(self, indices: np.ndarray) -> Rows:
         """See `InstanceDataset`."""
+        self._pages.request(np.asarray(indices) * self.sequence_length, self.sequence_length)
         rows = {"input_ids": self.instances[indices].astype(np.int64)}
         if self.targets is not None:
             rows["label_mask"] = self.targets[indices] != 0

@@ -24,6 +24,7 @@ from toolkit.data.instances.base import DocumentPart, Rows
 from toolkit.data.instances.best_fit import Placement, RowGroup, best_fit_decreasing
 from toolkit.data.instances.identity import packed_plan
 from toolkit.data.instances.index import DocumentIndex
+from toolkit.data.instances.paging import Pages
 from toolkit.data.instances.plans import Plan, PlanHeader, create_array, ensure_plan
 from toolkit.data.instances.rows import gather_rows
 from toolkit.data.tokens.prepared import PreparedDataset, Split
@@ -53,6 +54,7 @@ class PackedDataset:
         self._pad_id = prepared.manifest.eos_id or 0
         self._index = DocumentIndex(prepared, split)
         self._tokens = np.asarray(prepared.tokens(split))
+        self._pages = Pages(self._tokens)
         mask = prepared.target_mask(split)
         self._targets = None if mask is None else np.asarray(mask)
         self._groups = _Groups(*(plan.array(name) for name in _Groups._fields))
@@ -63,6 +65,7 @@ class PackedDataset:
         """See `InstanceDataset`; positions that padding fills have `pad_id`'s id, the tokenizer's
         end-of-document token or 0."""
         starts, lengths, counts = self._pieces(np.asarray(indices))
+        self._pages.request(starts, lengths)
         return gather_rows(
             self._tokens,
             self._targets,

@@ -7,6 +7,7 @@ import numpy as np
 from toolkit.data.instances.base import DocumentPart, Rows
 from toolkit.data.instances.identity import padded_plan
 from toolkit.data.instances.index import DocumentIndex
+from toolkit.data.instances.paging import Pages
 from toolkit.data.instances.plans import Plan, PlanHeader, create_array, ensure_plan
 from toolkit.data.instances.rows import gather_rows
 from toolkit.data.tokens.prepared import PreparedDataset, Split
@@ -35,17 +36,21 @@ class PaddedDataset:
         self._pad_id = prepared.manifest.eos_id or 0
         self._index = DocumentIndex(prepared, split)
         self._tokens = np.asarray(prepared.tokens(split))
+        self._pages = Pages(self._tokens)
         mask = prepared.target_mask(split)
         self._targets = None if mask is None else np.asarray(mask)
         self._starts, self._lengths = plan.array("starts"), plan.array("lengths")
 
     def read(self, indices: np.ndarray) -> Rows:
         """See `InstanceDataset`; padding has the id of the end-of-document token, or 0."""
+        starts = self._starts[indices].astype(np.int64)
+        lengths = self._lengths[indices].astype(np.int64)
+        self._pages.request(starts, lengths)
         return gather_rows(
             self._tokens,
             self._targets,
-            starts=self._starts[indices].astype(np.int64),
-            lengths=self._lengths[indices].astype(np.int64),
+            starts=starts,
+            lengths=lengths,
             pieces_per_row=np.ones(len(indices), dtype=np.int64),
             sequence_length=self.sequence_length,
             pad_id=self._pad_id,

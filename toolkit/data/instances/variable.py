@@ -15,6 +15,7 @@ import numpy as np
 from toolkit.data.instances.base import DocumentPart, Rows
 from toolkit.data.instances.identity import variable_plan
 from toolkit.data.instances.index import DocumentIndex
+from toolkit.data.instances.paging import Pages
 from toolkit.data.instances.plans import Bucket, Plan, PlanHeader, create_array, ensure_plan
 from toolkit.data.instances.variable_order import VariableOrder
 from toolkit.data.tokens.prepared import PreparedDataset, Split
@@ -48,6 +49,7 @@ class VariableDataset:
         self.tokenizer_folder = prepared.tokenizer_folder
         self._index = DocumentIndex(prepared, split)
         self._tokens = np.asarray(prepared.tokens(split))
+        self._pages = Pages(self._tokens)
         mask = prepared.target_mask(split)
         self._targets = None if mask is None else np.asarray(mask)
         self._starts = plan.array("starts")
@@ -62,7 +64,9 @@ class VariableDataset:
         """
         indices = np.asarray(indices)
         length = self.buckets[self._bucket_of_all(indices)].length if len(indices) else 0
-        positions = self._starts[indices].astype(np.int64)[:, None] + np.arange(length)
+        starts = self._starts[indices].astype(np.int64)
+        self._pages.request(starts, length)
+        positions = starts[:, None] + np.arange(length)
         rows = {"input_ids": self._tokens[positions].astype(np.int64)}
         if self._targets is not None:
             rows["label_mask"] = self._targets[positions] != 0

@@ -18,7 +18,7 @@ from toolkit.data.text.piece import Piece
 from toolkit.data.text.sources import Range, Shard
 from toolkit.errors import DataError
 
-PIECE_CHARACTERS = 1 << 20
+PIECE_CHARACTERS = 1 << 18
 """Longer documents are encoded in pieces of about this size."""
 CUT_WINDOW = 1 << 16
 
