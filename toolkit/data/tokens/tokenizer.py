@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     import numpy as np
     from tokenizers import Tokenizer as BackendTokenizer
 
+    from toolkit.data.tokens.fast_bpe import FastBPE
+
 TOKENIZER_FILE = "tokenizer.json"
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
@@ -152,6 +154,9 @@ class Tokenizer:
         """Ids of each text as ordinary text, without any control token; uint32 arrays."""
         import numpy as np
 
+        found = self._fast.encode_batch(texts) if self._fast is not None else None
+        if found is not None:
+            return found
         encodings = self._ordinary.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(encoding.ids, dtype=np.uint32) for encoding in encodings]
 
@@ -208,6 +213,12 @@ class Tokenizer:
         changed = copy.copy(self)
         changed._files = {**self._files, **changes}
         return changed
+
+    @functools.cached_property
+    def _fast(self) -> "FastBPE | None":
+        from toolkit.data.tokens.fast_bpe import fast_bpe
+
+        return fast_bpe(self._ordinary)
 
     # Backends of their own: whether control tokens are read is a property of the whole backend, and
     # other threads may be encoding documents.
