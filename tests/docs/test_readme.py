@@ -8,19 +8,15 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.docs.running import ROOT, commands, reader_folder, run_command
+
 README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"```console\n(.*?)```", README, flags=re.DOTALL)
-COMMANDS = [line[2:] for block in BLOCKS for line in block.splitlines() if line.startswith("$ ")]
+COMMANDS = commands(README)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder that looks like the repository's root, where commands may leave files."""
-    path = tmp_path_factory.mktemp("readme")
-    for name in ("README.md", "docs", "toolkit", "accelerate_configs", "ds_configs"):
-        (path / name).symlink_to(ROOT / name)
-    return path
+    return reader_folder(tmp_path_factory.mktemp("readme"))
 
 
 def test_readme_has_commands_to_run() -> None:
@@ -30,18 +26,7 @@ def test_readme_has_commands_to_run() -> None:
 # The commands share a folder and build on each other, as they do for a reader.
 @pytest.mark.parametrize("command", COMMANDS)
 def test_readme_command_runs(command: str, folder: Path) -> None:
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    result = subprocess.run(
-        ["bash", "-c", command],
-        cwd=folder,
-        env=os.environ | {"PATH": path},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
-    assert result.stdout or ">" in command
+    run_command(command, folder)
 
 
 def test_readme_python_example_trains(folder: Path) -> None:
