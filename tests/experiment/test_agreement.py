@@ -51,7 +51,7 @@ def _check(fingerprints: list[str]) -> str:
     environment = prepare_training_environment(config)
     loader: Any = SimpleNamespace(fingerprint=fingerprints[environment.rank])
     try:
-        check_agreement(config, environment, loader, None)
+        check_agreement(config, environment, loader, {})
     except DataError as error:
         return str(error)
     finally:

@@ -28,6 +28,7 @@ from toolkit.experiment.config import ExperimentConfig
 from toolkit.experiment.recipes import recipe_hint, recipe_names, recipe_text
 from toolkit.models.presets import preset
 from toolkit.runs.files import RUN_FILES
+from toolkit.storage.remote import is_url
 
 SHORTHANDS: dict[str, str] = {
     "name": "run.name",
@@ -103,9 +104,10 @@ def find_data(config: ExperimentConfig, run_dir: Path) -> ExperimentConfig:
     # An absolute path stays what it is.
     root = str(Path(started_in) / Path(config.dataset.root).expanduser())
     store = config.store
-    if store.tokenized_cache_dir is not None:
-        cache = Path(started_in) / Path(store.tokenized_cache_dir).expanduser()
-        store = store.replace(tokenized_cache_dir=str(cache))
+    for field in ("tokenized_cache_dir", "hf_cache_dir", "permanent_root"):
+        place = getattr(store, field)
+        if place is not None and not is_url(place):
+            store = store.replace(**{field: str(Path(started_in) / Path(place).expanduser())})
     moved = config.replace(dataset=config.dataset.replace(root=root), store=store)
     return moved if _has_data(moved) else config
 
