@@ -10,7 +10,7 @@ interpreter's standard library and of the installed packages, one document each,
     bare       all text in memory, only `tokenizers.encode_batch_fast`, which uses all cores itself
     toolkit    `prepare_dataset`: reading, encoding, splitting, hashing, writing, joining, syncing
     nanogpt    `datasets.map` with `num_proc`, tiktoken with the same ranks, then one memmap written
-               batch by batch, as nanoGPT's prepare.py does (loading the jsonl is not counted)
+               batch by batch, as nanoGPT's prepare.py does (loading the jsonl is told by itself)
     olmo       a process pool over files, `tokenizers.encode` for each document, raw ids written per
                file, as scripts for OLMo's corpora do
 
@@ -136,6 +136,13 @@ def report(console: Console, results: dict[str, list[dict[str, Any]]], corpus: P
             f"{seconds / medians['toolkit']:.2f}x",
         )
     console.print(table)
+    if "nanogpt" in results:
+        loading = statistics.median(result["load_seconds"] for result in results["nanogpt"])
+        ratio = (medians["nanogpt"] + loading) / medians["toolkit"]
+        console.print(
+            f"nanogpt with loading the jsonl, which toolkit does too: {loading:.2f} s more; "
+            f"toolkit is {ratio:.2f}x as fast"
+        )
 
 
 def contest(name: str, corpus: Path, output: Path) -> dict[str, Any]:
@@ -236,6 +243,7 @@ def run_nanogpt(corpus: Path, output: Path) -> dict[str, Any]:
         "bench", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 0}
     )
     files = sorted(str(path) for path in corpus.glob("*.jsonl"))
+    loading = time.perf_counter()
     loaded = datasets.load_dataset("json", data_files=files, split="train")
 
     def process(example: dict[str, Any]) -> dict[str, Any]:
@@ -244,6 +252,7 @@ def run_nanogpt(corpus: Path, output: Path) -> dict[str, Any]:
         return {"ids": ids, "len": len(ids)}
 
     started = time.perf_counter()
+    loading = started - loading
     done = loaded.map(
         process, remove_columns=["text"], num_proc=len(os.sched_getaffinity(0)), desc="tokenizing"
     )
@@ -257,7 +266,7 @@ def run_nanogpt(corpus: Path, output: Path) -> dict[str, Any]:
         place += len(ids)
     array.flush()
     seconds = time.perf_counter() - started
-    return {"seconds": seconds, "num_tokens": length - len(done)}
+    return {"seconds": seconds, "num_tokens": length - len(done), "load_seconds": loading}
 
 
 def run_olmo(corpus: Path, output: Path) -> dict[str, Any]:

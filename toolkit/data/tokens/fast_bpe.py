@@ -100,7 +100,7 @@ def _ranks(
 
     vocabulary: dict[str, int] = model["vocab"]
     characters = byte_characters()
-    byte_of = {character: byte for byte, character in enumerate(characters)}
+    as_latin = {ord(character): byte for byte, character in enumerate(characters)}
     merged = [
         "".join(merge) if isinstance(merge, list) else merge.replace(" ", "", 1)
         for merge in model["merges"]
@@ -113,5 +113,5 @@ def _ranks(
         # Joined alone, a token that can be made at all becomes itself.
         if len(token) > 1 and len(backend.model.tokenize(token)) != 1:
             continue
-        ranks[bytes(byte_of[character] for character in token)] = rank
+        ranks[token.translate(as_latin).encode("latin-1")] = rank
     return ranks, np.array([vocabulary[token] for token in order], dtype=np.uint32)
