@@ -315,6 +315,25 @@ def test_error_of_the_reading_thread_reaches_the_caller(
         next(train.iterate())
 
 
+def test_an_id_beyond_the_vocabulary_is_named_before_the_model_meets_it(tmp_path: Path) -> None:
+    texts = write_texts(tmp_path / "text", [random_text(400, seed=i) for i in range(4)])
+    dataset = files_config(
+        tmp_path / "data", texts, sequence_length=SEQUENCE_LENGTH, validation_fraction=0.4
+    )
+    train, evaluation = loaders(dataset, shuffle=False)
+    for split in ("train", "val"):
+        path = tmp_path / f"data/corpus/default/{split}.bin"
+        tokens = np.fromfile(path, dtype=np.uint16)
+        tokens[200 * SEQUENCE_LENGTH + 7] = 999  # in no sampled block
+        path.write_bytes(tokens.tobytes())
+    train, evaluation = loaders(dataset, shuffle=False)
+    message = r"instance 200, token 7: id 999, but the vocabulary has 257.*toolkit data inspect"
+    with pytest.raises(DataError, match=message):
+        next(train.iterate(200 * SEQUENCE_LENGTH // BATCH))
+    with pytest.raises(DataError, match=message):
+        list(evaluation["val"])
+
+
 def readers_alive() -> int:
     return sum(thread.name == "data-reader" for thread in threading.enumerate())
 

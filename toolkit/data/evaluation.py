@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from toolkit.data.instances.base import InstanceDataset, Rows
+from toolkit.data.instances.base import InstanceDataset, Rows, check_ids
 from toolkit.data.tokens.tokenizer import load_tokenizer
 
 Batch = dict[str, torch.Tensor]
@@ -23,6 +23,7 @@ class EvalLoader:
     Attributes:
         num_instances: instances evaluated over all ranks.
         sequence_length: tokens per instance.
+        vocab_size: every id is below this; 0: not known.
         num_batches: batches of each rank.
     """
 
@@ -34,9 +35,11 @@ class EvalLoader:
         batch_tokens: int,
         rank: int,
         world_size: int,
+        vocab_size: int,
     ) -> None:
         self.dataset = dataset
         self.sequence_length = dataset.sequence_length
+        self.vocab_size = vocab_size
         wanted = dataset.num_instances
         if eval_tokens is not None:
             wanted = min(wanted, max(1, eval_tokens // self.sequence_length))
@@ -75,7 +78,9 @@ class EvalLoader:
             first = (number * self._world_size + self._rank) * self._rows
             indices = np.arange(first, first + self._rows)
             is_real = indices < self.num_instances
-            rows = self.dataset.read(np.minimum(indices, self.num_instances - 1))
+            indices = np.minimum(indices, self.num_instances - 1)
+            rows = self.dataset.read(indices)
+            check_ids(rows, indices, self.vocab_size)
             mask = rows.get("label_mask", np.ones(rows["input_ids"].shape, dtype=bool))
             rows = {**rows, "label_mask": mask & is_real[:, None]}
             yield {key: torch.from_numpy(value) for key, value in rows.items()}

@@ -18,7 +18,7 @@ from toolkit.data.config import DataConfig, DataLoaderConfig
 from toolkit.data.corpus import Corpus, open_corpus
 from toolkit.data.device import prefetch_to_device
 from toolkit.data.evaluation import EvalLoader
-from toolkit.data.instances.base import Rows
+from toolkit.data.instances.base import Rows, check_ids
 from toolkit.data.instances.custom import UNKNOWN_LENGTH
 from toolkit.data.order.batches import Segment, StreamBatches, instances_per_batch
 from toolkit.data.read_ahead import read_ahead
@@ -83,6 +83,7 @@ def get_dataloaders(
             batch_tokens=batch_tokens or cfg.data_loader.global_batch_size // world_size,
             rank=rank,
             world_size=world_size,
+            vocab_size=corpus.vocab_size,
         )
         for name, dataset in corpus.evaluation.items()
     }
@@ -271,11 +272,13 @@ class TrainLoader:
         while True:
             number = self._order.batches_in_segment(batch, ahead)
             indices = self._order.indices(batch, number)
-            rows = indices.shape[1] // self._world_size
-            mine = indices[:, self._rank * rows : (self._rank + 1) * rows]
+            per_batch = indices.shape[1] // self._world_size
+            mine = indices[:, self._rank * per_batch : (self._rank + 1) * per_batch]
             for first in range(0, number, count):
-                part = mine[first : first + count]
-                yield self.dataset.read(part.reshape(-1)), len(part)
+                part = mine[first : first + count].reshape(-1)
+                rows = self.dataset.read(part)
+                check_ids(rows, part, self.vocab_size)
+                yield rows, len(part) // per_batch
             batch += number
 
 

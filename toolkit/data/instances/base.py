@@ -18,6 +18,8 @@ from typing import Protocol
 import msgspec
 import numpy as np
 
+from toolkit.errors import DataError
+
 Rows = dict[str, np.ndarray]
 
 
@@ -62,3 +64,19 @@ class InstanceDataset(Protocol):
 
     def documents(self, index: int) -> list[DocumentPart]:
         """The documents in one instance, in order; they cover the row up to its padding."""
+
+
+def check_ids(rows: Rows, indices: np.ndarray, vocab_size: int) -> None:
+    """Raise DataError when the instances `indices` hold an id that the vocabulary has not.
+
+    A model would stop at it too, but on a GPU without a word about where it is.
+    """
+    ids = rows["input_ids"]
+    if not vocab_size or not ids.size or int(ids.max()) < vocab_size:
+        return
+    row, place = np.unravel_index(int(ids.argmax()), ids.shape)
+    raise DataError(
+        f"instance {int(indices[row])}, token {int(place)}: id {int(ids.max())}, but the "
+        f"vocabulary has {vocab_size}; the token files are damaged (`toolkit data inspect` says "
+        "where): restore them, or prepare the data again"
+    )
