@@ -5,9 +5,9 @@
 Every loader reads rows of 1,024 tokens in random order from the same tokens, which lie in the page
 cache, in one process without workers: `toolkit` (int64 batches of 64 rows, as training gets them,
 read ahead by its thread and without it), OLMo-core's NumpyDataLoader, a memory-mapped table of
-`datasets`, litdata and MosaicML streaming. Rounds take turns; the median counts. The first `-python`
-is an environment with ai2-olmo-core, the second one with litdata and mosaicml-streaming; without
-them those lines are left out.
+`datasets`, litdata and MosaicML streaming. Rounds take turns; the median counts. The first
+`-python` is an environment with ai2-olmo-core, the second one with litdata and mosaicml-streaming;
+without them those lines are left out.
 
 Then, on a sparse file of 1e12 tokens: time and memory to open it, and to give batch 1,000,000.
 """
