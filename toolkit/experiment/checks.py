@@ -53,10 +53,13 @@ def check_corpus(config: ExperimentConfig, corpus: CorpusInfo) -> None:
             f"model.vocab_size to at least {needed}"
         )
     if corpus.steps_per_epoch(config.data) == 0:
-        tokens, batch = corpus.num_tokens("train"), config.data_loader.global_batch_size
+        batch, rows = config.data_loader.global_batch_size, corpus.rows or []
+        have = ", ".join(f"{number:,} instances of {length} tokens" for length, number in rows)
+        needs = f", and needs {batch // rows[0][0]:,}" if len(rows) == 1 else ""
         raise DataError(
-            f"{corpus.where}: not enough data for one batch: {tokens} training tokens, "
-            f"{GLOBAL_BATCH} is {batch}; make it smaller, or give more text"
+            f"{corpus.where}: not enough data for one batch: {have or 'no instances'} "
+            f"({SEQUENCE} {config.dataset.sequence_length}), {GLOBAL_BATCH} is {batch}{needs}; "
+            "make one of the two smaller, or give more text"
         )
 
 
