@@ -4,7 +4,8 @@ from pathlib import Path
 
 from toolkit.data.config import FilesSourceConfig, FiltersConfig, SourceConfig
 from toolkit.data.text.piece import Piece
-from toolkit.data.text.readers import Counts, Reading, read_shard
+from toolkit.data.text.readers import read_shard
+from toolkit.data.text.reading import Counts, Reading
 from toolkit.data.text.sources import plan_source
 
 

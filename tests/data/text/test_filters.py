@@ -8,7 +8,7 @@ from tests.data.text.reading import read_all
 from toolkit.data.config import FilesSourceConfig, FiltersConfig
 from toolkit.data.text import filters, plain
 from toolkit.data.text.filters import DocumentFilter, repetition, text_windows
-from toolkit.data.text.readers import Counts
+from toolkit.data.text.reading import Counts
 
 
 def score(text: str) -> float:

@@ -12,8 +12,8 @@ import zstandard
 from tests.data.corpus import random_text
 from tests.data.text.reading import read_all, texts_of
 from toolkit.data.config import DiskSourceConfig, FilesSourceConfig, FiltersConfig
-from toolkit.data.text import jsonl, long_lines, readers, sources
-from toolkit.data.text.readers import Counts
+from toolkit.data.text import jsonl, long_lines, readers, shards
+from toolkit.data.text.reading import Counts
 from toolkit.data.text.sources import plan_source, source_fingerprint
 from toolkit.errors import DataError
 
@@ -68,8 +68,8 @@ def test_bad_line_of_a_zst_file_is_named(tmp_path: Path) -> None:
 def test_arrow_files_of_both_formats_are_read_in_parts(
     tmp_path: Path, stream: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sources, "MIN_SHARD_BYTES", 2000)
-    monkeypatch.setattr(sources, "MAX_SHARD_BYTES", 2000)
+    monkeypatch.setattr(shards, "MIN_SHARD_BYTES", 2000)
+    monkeypatch.setattr(shards, "MAX_SHARD_BYTES", 2000)
     batches = [[random_text(3, seed=10 * b + i) for i in range(4)] for b in range(20)]
     batches[3][1] = None
     path = write_arrow(tmp_path / "a.arrow", batches, stream=stream)

@@ -7,8 +7,8 @@ import pytest
 from tests.data.corpus import random_text, write_texts
 from tests.data.text.reading import read_all, texts_of
 from toolkit.data.config import FilesSourceConfig, HubSourceConfig, PythonStdlibSourceConfig
-from toolkit.data.text import sources
-from toolkit.data.text.readers import Counts
+from toolkit.data.text import shards
+from toolkit.data.text.reading import Counts
 from toolkit.data.text.sources import plan_source
 from toolkit.errors import DataError
 
@@ -16,8 +16,8 @@ from toolkit.errors import DataError
 @pytest.fixture
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("MIN_SHARD_BYTES", "MAX_SHARD_BYTES"):
-        monkeypatch.setattr(sources, name, 4096)
-    monkeypatch.setattr(sources, "PIECE_BYTES", 1024)
+        monkeypatch.setattr(shards, name, 4096)
+    monkeypatch.setattr(shards, "PIECE_BYTES", 1024)
     monkeypatch.setattr("toolkit.data.text.plain.PIECE_BYTES", 1024)
 
 

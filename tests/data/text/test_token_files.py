@@ -5,9 +5,9 @@ import pytest
 
 from tests.data.text.reading import read_all
 from toolkit.data.config import TokenFilesSourceConfig
-from toolkit.data.text import sources, token_files
+from toolkit.data.text import shards, token_files
 from toolkit.data.text.piece import Piece
-from toolkit.data.text.readers import Counts
+from toolkit.data.text.reading import Counts
 from toolkit.data.text.sources import plan_source, source_fingerprint
 from toolkit.errors import DataError
 
@@ -51,8 +51,8 @@ def read(*paths: object, dtype: str = "uint16", **options) -> list[Piece]:
 
 @pytest.fixture
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "MIN_SHARD_BYTES", 700)
-    monkeypatch.setattr(sources, "MAX_SHARD_BYTES", 700)
+    monkeypatch.setattr(shards, "MIN_SHARD_BYTES", 700)
+    monkeypatch.setattr(shards, "MAX_SHARD_BYTES", 700)
     monkeypatch.setattr(token_files, "BLOCK_TOKENS", 37)
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from tests.data.corpus import files_config, random_text, write_texts
 from tests.data.tokens.test_build import text_of, token_config
-from toolkit.data.text import plain, sources
+from toolkit.data.text import plain, shards
 from toolkit.data.tokens import duplicates
 from toolkit.data.tokens.duplicates import Duplicates
 from toolkit.data.tokens.parts import DOCUMENT, part_path
@@ -82,8 +82,8 @@ def test_documents_over_several_shards_are_compared_as_a_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("MIN_SHARD_BYTES", "MAX_SHARD_BYTES"):
-        monkeypatch.setattr(sources, name, 2048)
-    for module in (sources, plain):
+        monkeypatch.setattr(shards, name, 2048)
+    for module in (shards, plain):
         monkeypatch.setattr(module, "PIECE_BYTES", 1024)
     long, other = random_text(200), random_text(200, seed=1)
     texts = [long, "short", other, long[:-1], long, "short", "\ufeff" + other, "end"]

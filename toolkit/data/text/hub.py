@@ -14,8 +14,8 @@ from toolkit.data.config import DiskSourceConfig, HubSourceConfig
 from toolkit.data.text.columns import TextColumns
 from toolkit.data.text.files import SourceFile, fingerprint_files
 from toolkit.data.text.piece import Piece
-from toolkit.data.text.readers import Counts, Reading
-from toolkit.data.text.sources import (
+from toolkit.data.text.reading import Counts, Reading
+from toolkit.data.text.shards import (
     MAX_SHARD_BYTES,
     MIN_SHARD_BYTES,
     TARGET_NUM_SHARDS,

@@ -13,8 +13,8 @@ from toolkit.data.config import FilesSourceConfig
 from toolkit.data.text.columns import TextColumns
 from toolkit.data.text.long_lines import LONG_LINE_BYTES, read_line, read_long_line
 from toolkit.data.text.piece import Piece
-from toolkit.data.text.readers import Counts, Reading, decode
-from toolkit.data.text.sources import Range
+from toolkit.data.text.reading import Counts, Reading, decode
+from toolkit.data.text.shards import Range
 from toolkit.errors import DataError
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ import msgspec
 
 from toolkit.data.text.filters import MAX_SCORED_BYTES, DocumentFilter, repetition
 from toolkit.data.text.piece import Piece
-from toolkit.data.text.readers import PIECE_CHARACTERS, Counts, Reading
+from toolkit.data.text.reading import PIECE_CHARACTERS, Counts, Reading
 
 LONG_LINE_BYTES = 8 << 20
 WINDOW_BYTES = 1 << 16

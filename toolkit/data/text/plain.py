@@ -11,8 +11,8 @@ from toolkit.data.text.filters import (
     window_starts,
 )
 from toolkit.data.text.piece import Piece
-from toolkit.data.text.readers import Counts, Reading, decode
-from toolkit.data.text.sources import PIECE_BYTES, Range, align
+from toolkit.data.text.reading import Counts, Reading, decode
+from toolkit.data.text.shards import PIECE_BYTES, Range, align
 from toolkit.errors import DataError
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"

@@ -6,55 +6,19 @@ applied to whole documents, and long documents are cut into pieces for the encod
 """
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import msgspec
 
-from toolkit.data.config import FiltersConfig, SourceConfig
 from toolkit.data.text.columns import row_texts
 from toolkit.data.text.files import check_unchanged
 from toolkit.data.text.filters import DocumentFilter
 from toolkit.data.text.piece import Piece
-from toolkit.data.text.sources import Range, Shard
+from toolkit.data.text.reading import PIECE_CHARACTERS, Counts, Reader, Reading
+from toolkit.data.text.shards import Shard
 from toolkit.errors import DataError
 
-PIECE_CHARACTERS = 1 << 18
-"""Longer documents are encoded in pieces of about this size."""
 CUT_WINDOW = 1 << 16
-
-
-class Reading(msgspec.Struct, frozen=True, kw_only=True):
-    """How documents are read out of a source."""
-
-    source: SourceConfig
-    rows: bool = False
-    """Whole rows (of instruction data) instead of text."""
-    cache_dir: str | None = None
-    """Folder for raw texts of a hub data set; None: the libraries' own."""
-    filters: FiltersConfig | None = None
-    """Which documents are left out."""
-    with_digests: bool = False
-    """Set `Piece.digest` and `Piece.num_bytes`, so that documents can be compared."""
-    vocab_size: int = 0
-    """Token files: every id must be below this..."""
-    eos_id: int | None = None
-    """...and this one ends a document."""
-
-
-class Counts:
-    """What reading had to repair or leave out."""
-
-    def __init__(self) -> None:
-        self.replaced_bytes = 0
-        self.skipped_documents = 0
-        self.filtered_documents: dict[str, int] = {}
-
-    def leave_out(self, reason: str) -> None:
-        """Count one document that is left out on purpose."""
-        self.filtered_documents[reason] = self.filtered_documents.get(reason, 0) + 1
-
-
-Reader = Callable[[Range, Reading, Counts], Iterator[Piece]]
 
 
 def read_shard(shard: Shard, reading: Reading, counts: Counts) -> Iterator[Piece]:
@@ -78,34 +42,6 @@ def read_shard(shard: Shard, reading: Reading, counts: Counts) -> Iterator[Piece
         except OSError as error:
             reason = error.strerror or str(error)
             raise DataError(f"{part.path}: cannot be read: {reason}") from None
-
-
-def decode(data: bytes, where: str, offset: int, errors: str, counts: Counts) -> str:
-    """UTF-8 to text; `offset` is the position of `data` in the file `where`.
-
-    Raises:
-        DataError: for other bytes, unless `errors` is "replace" (then they are counted).
-    """
-    try:
-        return data.decode()
-    except UnicodeDecodeError as error:
-        if errors == "strict":
-            position = offset + error.start
-            raise DataError(
-                f"{where}: not UTF-8 at byte {position} (0x{data[error.start]:02x}); convert the "
-                "file, or set dataset.source.encoding_errors=replace"
-            ) from None
-    text, start = [], 0
-    view = memoryview(data)
-    while True:
-        try:
-            text.append(str(view[start:], "utf-8"))
-            return "".join(text)
-        except UnicodeDecodeError as error:
-            text.append(str(view[start : start + error.start], "utf-8"))
-            text.append("\ufffd")
-            counts.replaced_bytes += error.end - error.start
-            start += error.end
 
 
 def _finish(

@@ -7,8 +7,8 @@ from typing import Any
 from toolkit.data.config import FilesSourceConfig
 from toolkit.data.text.columns import TextColumns
 from toolkit.data.text.piece import Piece
-from toolkit.data.text.readers import Counts, Reading, decode
-from toolkit.data.text.sources import Range
+from toolkit.data.text.reading import Counts, Reading, decode
+from toolkit.data.text.shards import Range
 from toolkit.errors import DataError
 
 BATCH_ROWS = 256

@@ -25,8 +25,8 @@ from toolkit.data.text.files import (
     fingerprint_files,
 )
 from toolkit.data.text.piece import Piece
-from toolkit.data.text.readers import Counts, Reading
-from toolkit.data.text.sources import Plan, Range, group_ranges, shard_bytes
+from toolkit.data.text.reading import Counts, Reading
+from toolkit.data.text.shards import Plan, Range, group_ranges, shard_bytes
 from toolkit.errors import DataError
 from toolkit.storage.remote import RemoteFolder, is_url
 

@@ -33,8 +33,10 @@ import xxhash
 from toolkit.data.config import BPETokenizerConfig, DatasetConfig, TokenFilesSourceConfig
 from toolkit.data.text.columns import row_texts
 from toolkit.data.text.piece import Piece
-from toolkit.data.text.readers import Counts, Reading, read_shard
-from toolkit.data.text.sources import Plan, Shard, plan_source
+from toolkit.data.text.readers import read_shard
+from toolkit.data.text.reading import Counts, Reading
+from toolkit.data.text.shards import Plan, Shard
+from toolkit.data.text.sources import plan_source
 from toolkit.data.tokens.duplicates import Duplicates
 from toolkit.data.tokens.join import join_parts
 from toolkit.data.tokens.parts import Part, TokenRules, is_complete, read_part

@@ -20,8 +20,9 @@ import xxhash
 
 from toolkit.data.config import InstructionsConfig, TokenFilesSourceConfig
 from toolkit.data.text.piece import Piece
-from toolkit.data.text.readers import Counts, Reading, read_shard
-from toolkit.data.text.sources import Shard
+from toolkit.data.text.readers import read_shard
+from toolkit.data.text.reading import Counts, Reading
+from toolkit.data.text.shards import Shard
 from toolkit.data.tokens.encoding import Encoder, TextEncoder, TokenEncoder
 from toolkit.data.tokens.parts import (
     DOCUMENT,
