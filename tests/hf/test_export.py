@@ -10,8 +10,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from toolkit.data.config import HFTokenizerConfig
-from toolkit.data.tokens.bpe_tokenizer import train_bpe
-from toolkit.data.tokens.hf_tokenizer import load_hf_tokenizer
+from toolkit.data.tokenizers.bpe import train_bpe
+from toolkit.data.tokenizers.hf import load_hf_tokenizer
 from toolkit.errors import CheckpointError, DataError
 from toolkit.hf.export import export_hf, hf_architecture
 from toolkit.models.config import GPTConfig, ModelConfig, TransformerConfig

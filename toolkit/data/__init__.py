@@ -1,7 +1,8 @@
-"""From raw text to the exact batch. Four rooms, in the order that data passes them:
+"""From raw text to the exact batch. Five rooms, in the order that data passes them:
 
     text/       sources and their documents: files, data sets, filters, conversations
-    tokens/     tokenizers, and token files: built, checked, stored, cached
+    tokenizers/ from text to ids: bytes, BPE trained on the spot, files of other libraries
+    tokens/     token files: built, checked, stored, cached
     instances/  token files as rows of one length: cut, packed, padded
     order/      which rows make up batch n: shuffles and mixtures, computed, never stored
 
@@ -16,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from toolkit.data.evaluation import EvalLoader
     from toolkit.data.loader import TrainLoader, get_dataloaders
+    from toolkit.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
     from toolkit.data.tokens.prepare import ensure_prepared, prepare_dataset
     from toolkit.data.tokens.prepared import PreparedDataset, check_vocabulary, read_prepared
-    from toolkit.data.tokens.tokenizer import Tokenizer, load_tokenizer
 
 __all__ = [
     "EvalLoader",
@@ -38,7 +39,7 @@ _MODULES = {
     "loader": ("TrainLoader", "get_dataloaders"),
     "tokens.prepare": ("ensure_prepared", "prepare_dataset"),
     "tokens.prepared": ("PreparedDataset", "check_vocabulary", "read_prepared"),
-    "tokens.tokenizer": ("Tokenizer", "load_tokenizer"),
+    "tokenizers.tokenizer": ("Tokenizer", "load_tokenizer"),
 }
 
 

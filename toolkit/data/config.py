@@ -29,15 +29,15 @@ from toolkit.data.text.config import (
     TextSourceConfig,
     TokenFilesSourceConfig,
 )
-from toolkit.data.tokens.config import (
+from toolkit.data.tokenizers.config import (
     BPETokenizerConfig,
     ByteTokenizerConfig,
     HFTokenizerConfig,
     SentencePieceTokenizerConfig,
-    StoreConfig,
     TiktokenTokenizerConfig,
     TokenizerConfig,
 )
+from toolkit.data.tokens.config import StoreConfig
 
 __all__ = [
     "BPETokenizerConfig",

@@ -15,7 +15,7 @@ from toolkit.data.tokens.prepared import Split
 from toolkit.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
-    from toolkit.data.tokens.tokenizer import Tokenizer
+    from toolkit.data.tokenizers.tokenizer import Tokenizer
 
 
 class ShownInstance(NamedTuple):
@@ -60,7 +60,7 @@ class FoundInstances(NamedTuple):
         folder = self.instances.tokenizer_folder
         tokenizer = None
         if folder is not None:
-            from toolkit.data.tokens.tokenizer import load_tokenizer
+            from toolkit.data.tokenizers.tokenizer import load_tokenizer
 
             tokenizer = load_tokenizer(folder)
         for instance in range(start, min(start + number, count)):

@@ -22,7 +22,7 @@ from toolkit.runs.files import RUN_FILES
 if TYPE_CHECKING:
     from toolkit.data.corpus import Corpus
     from toolkit.data.order.batches import BatchOrder
-    from toolkit.data.tokens.tokenizer import Tokenizer
+    from toolkit.data.tokenizers.tokenizer import Tokenizer
 
 
 class BatchInstance(msgspec.Struct, frozen=True):
@@ -183,7 +183,7 @@ def _check_step(config: ExperimentConfig, order: "BatchOrder", step: int) -> Non
 
 
 def _tokenizer(corpus: "Corpus") -> "Tokenizer | None":
-    from toolkit.data.tokens.tokenizer import load_tokenizer
+    from toolkit.data.tokenizers.tokenizer import load_tokenizer
 
     folder = corpus.train.tokenizer_folder
     return load_tokenizer(folder) if folder is not None else None

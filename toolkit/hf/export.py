@@ -125,7 +125,7 @@ def _special_ids(tokenizer_folder: PathLike | None) -> tuple[int | None, int | N
     """Tokens that start and end documents, where the data had them."""
     if tokenizer_folder is None:
         return None, None
-    from toolkit.data.tokens.tokenizer import TOKENIZER_FILE, load_tokenizer
+    from toolkit.data.tokenizers.tokenizer import TOKENIZER_FILE, load_tokenizer
 
     if not (Path(tokenizer_folder) / TOKENIZER_FILE).is_file():
         raise DataError(

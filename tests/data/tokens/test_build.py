@@ -14,8 +14,8 @@ from toolkit.data.config import (
     InstructionsConfig,
     TokenFilesSourceConfig,
 )
+from toolkit.data.tokenizers.byte import ByteTokenizer
 from toolkit.data.tokens import worker
-from toolkit.data.tokens.byte_tokenizer import ByteTokenizer
 from toolkit.data.tokens.prepare import ensure_prepared
 from toolkit.data.tokens.prepared import MANIFEST_NAME, PreparedDataset, read_prepared
 from toolkit.data.tokens.settings import settings_of

@@ -23,9 +23,9 @@ from tests.data.text.instructions.templates import (
 )
 from toolkit.data.config import InstructionsConfig
 from toolkit.data.text.piece import Piece
+from toolkit.data.tokenizers.tokenizer import Tokenizer
 from toolkit.data.tokens.encoding import Encoded
 from toolkit.data.tokens.instructions import InstructionEncoder
-from toolkit.data.tokens.tokenizer import Tokenizer
 from toolkit.errors import DataError
 
 TWO_TURNS = [

@@ -11,10 +11,10 @@ import pytest
 from tests.data.corpus import BYTE_EOS, files_config, random_text, write_texts
 from toolkit.data import read_prepared
 from toolkit.data.config import BPETokenizerConfig, DatasetConfig, HFTokenizerConfig
-from toolkit.data.tokens.byte_tokenizer import ByteTokenizer
+from toolkit.data.tokenizers.byte import ByteTokenizer
+from toolkit.data.tokenizers.tokenizer import load_tokenizer
 from toolkit.data.tokens.prepare import ensure_prepared, prepare_dataset
 from toolkit.data.tokens.prepared import check_vocabulary, token_dtype
-from toolkit.data.tokens.tokenizer import load_tokenizer
 from toolkit.data.tokens.worker import is_validation
 from toolkit.errors import ConfigError, DataError
 

@@ -18,12 +18,12 @@ from toolkit.data.config import (
     TokenFilesSourceConfig,
 )
 from toolkit.data.order.resolve import ResolvedSource, resolve_mix, resolve_schedule
+from toolkit.data.tokenizers.tokenizer import TOKENIZER_FILE, load_tokenizer
 from toolkit.data.tokens.cache import raw_text_cache
 from toolkit.data.tokens.prepare import ensure_prepared
 from toolkit.data.tokens.prepared import PreparedDataset
 from toolkit.data.tokens.settings import settings_of
 from toolkit.data.tokens.store import localize
-from toolkit.data.tokens.tokenizer import TOKENIZER_FILE, load_tokenizer
 from toolkit.errors import ConfigError, DataError
 from toolkit.storage.atomic import fsync_folder, fsync_tree, remove_tree
 
@@ -193,7 +193,7 @@ def _make_tokenizer(
             tokenizer = load_tokenizer(made_before)
             break
     if tokenizer is None:
-        from toolkit.data.tokens.bpe_tokenizer import train_bpe
+        from toolkit.data.tokenizers.bpe import train_bpe
 
         total = sum(weights.values())
         sizes = {name: int(choice.sample_bytes * w / total) for name, w in weights.items()}

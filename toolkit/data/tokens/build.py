@@ -37,6 +37,8 @@ from toolkit.data.text.readers import read_shard
 from toolkit.data.text.reading import Counts, Reading
 from toolkit.data.text.shards import Plan, Shard
 from toolkit.data.text.sources import plan_source
+from toolkit.data.tokenizers.choice import build_tokenizer
+from toolkit.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from toolkit.data.tokens.duplicates import Duplicates
 from toolkit.data.tokens.join import join_parts
 from toolkit.data.tokens.parts import Part, TokenRules, is_complete, read_part
@@ -52,8 +54,6 @@ from toolkit.data.tokens.prepared import (
 )
 from toolkit.data.tokens.progress import Progress
 from toolkit.data.tokens.settings import settings_of
-from toolkit.data.tokens.tokenizer import Tokenizer, load_tokenizer
-from toolkit.data.tokens.tokenizer_choice import build_tokenizer
 from toolkit.data.tokens.worker import Job, WorkerSetup, is_validation, make_encoder
 from toolkit.errors import DataError
 from toolkit.storage.atomic import fsync_folder, fsync_tree, remove_tree, write_json_atomic

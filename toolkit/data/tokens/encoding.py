@@ -8,7 +8,7 @@ from toolkit.data.text.piece import Piece
 if TYPE_CHECKING:
     import numpy as np
 
-    from toolkit.data.tokens.tokenizer import Tokenizer
+    from toolkit.data.tokenizers.tokenizer import Tokenizer
 
 
 class Encoded(NamedTuple):

@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import numpy as np
 
+from toolkit.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from toolkit.data.tokens.bare_file import inspect_file
 from toolkit.data.tokens.inspection import SAMPLE_TOKENS, Inspection, Sample, file_size
 from toolkit.data.tokens.prepared import (
@@ -22,7 +23,6 @@ from toolkit.data.tokens.prepared import (
 )
 from toolkit.data.tokens.scanning import scan_progress
 from toolkit.data.tokens.split_check import SplitCheck
-from toolkit.data.tokens.tokenizer import Tokenizer, load_tokenizer
 from toolkit.errors import ConfigError, DataError
 
 

@@ -16,8 +16,8 @@ from toolkit.data.text.instructions.checks import NO_TARGET, check_targets
 from toolkit.data.text.instructions.rendering import RenderedRow, RowRenderer
 from toolkit.data.text.instructions.template import ChatTemplate, Span, read_chat_template
 from toolkit.data.text.piece import Piece
+from toolkit.data.tokenizers.tokenizer import Tokenizer
 from toolkit.data.tokens.encoding import Encoded
-from toolkit.data.tokens.tokenizer import Tokenizer
 
 _Tokens = tuple[np.ndarray, np.ndarray]
 """Ids, and characters of each: `(n,)` and `(n, 2)`."""

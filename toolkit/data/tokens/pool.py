@@ -13,7 +13,7 @@ import msgspec
 
 import toolkit
 from toolkit import errors
-from toolkit.data.tokens.tokenizer import Tokenizer
+from toolkit.data.tokenizers.tokenizer import Tokenizer
 from toolkit.data.tokens.worker import Job, Reply, WorkerSetup, encode_shard, make_encoder
 from toolkit.errors import DataError
 

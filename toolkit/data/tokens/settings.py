@@ -28,7 +28,7 @@ def settings_of(config: DatasetConfig) -> dict[str, Any]:
     if config.tokenizer is not None:
         tokenizer = config.tokenizer.to_dict()
     if config.tokenizer is not None and "path" in tokenizer:
-        from toolkit.data.tokens.tokenizer_choice import tokenizer_files_hash
+        from toolkit.data.tokenizers.choice import tokenizer_files_hash
 
         tokenizer["files_hash"] = tokenizer_files_hash(config.tokenizer)
     source = config.source.to_dict() if config.source is not None else {}

@@ -37,7 +37,7 @@ from toolkit.errors import DataError, ToolkitError
 from toolkit.storage.atomic import write_json_atomic
 
 if TYPE_CHECKING:
-    from toolkit.data.tokens.tokenizer import Tokenizer
+    from toolkit.data.tokenizers.tokenizer import Tokenizer
 
 BATCH_CHARACTERS = 1 << 20
 BATCH_DOCUMENTS = 2048
@@ -179,7 +179,7 @@ def _batches(pieces: Iterator[Piece]) -> Iterator[list[Piece]]:
 def main() -> None:
     """Answer jobs from standard input until it closes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    from toolkit.data.tokens.tokenizer import load_tokenizer
+    from toolkit.data.tokenizers.tokenizer import load_tokenizer
 
     messages = sys.stdin.buffer
     setup = msgspec.json.decode(messages.readline(), type=WorkerSetup)

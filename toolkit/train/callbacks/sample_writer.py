@@ -5,7 +5,7 @@ from pathlib import Path
 
 from rich import get_console
 
-from toolkit.data.tokens.tokenizer import load_tokenizer
+from toolkit.data.tokenizers.tokenizer import load_tokenizer
 from toolkit.errors import ConfigError
 from toolkit.evaluate.generate import generate
 from toolkit.train.callbacks.base import Callback

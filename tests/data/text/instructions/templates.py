@@ -3,7 +3,7 @@
 from tokenizers import Tokenizer as BackendTokenizer
 from tokenizers import decoders, models, pre_tokenizers
 
-from toolkit.data.tokens.tokenizer import Tokenizer
+from toolkit.data.tokenizers.tokenizer import Tokenizer
 
 CHATML = (
     "{% for message in messages %}"

@@ -18,8 +18,8 @@ from tests.data.text.instructions.templates import (
 )
 from toolkit.data.config import InstructionsConfig
 from toolkit.data.text.instructions.template import ChatTemplate, read_chat_template
+from toolkit.data.tokenizers.tokenizer import load_tokenizer
 from toolkit.data.tokens.instructions import InstructionEncoder, with_instructions_template
-from toolkit.data.tokens.tokenizer import load_tokenizer
 from toolkit.errors import ConfigError, DataError
 
 VARIABLES = {"bos_token": "<s>", "eos_token": "<|endoftext|>"}

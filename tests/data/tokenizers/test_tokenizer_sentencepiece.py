@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from toolkit.data.config import SentencePieceTokenizerConfig
-from toolkit.data.tokens.sentencepiece_tokenizer import load_sentencepiece
-from toolkit.data.tokens.tokenizer import load_tokenizer
+from toolkit.data.tokenizers.sentencepiece_model import load_sentencepiece
+from toolkit.data.tokenizers.tokenizer import load_tokenizer
 from toolkit.errors import ConfigError, DataError
 
 sentencepiece = pytest.importorskip("sentencepiece", reason="compares with the library itself")

@@ -7,13 +7,13 @@ import pytest
 
 from tests.data.corpus import files_config, write_texts
 from toolkit.data.config import ByteTokenizerConfig, HFTokenizerConfig
-from toolkit.data.tokens.bpe_tokenizer import train_bpe
-from toolkit.data.tokens.byte_tokenizer import ByteTokenizer
-from toolkit.data.tokens.hf_tokenizer import load_hf_tokenizer
+from toolkit.data.tokenizers.bpe import train_bpe
+from toolkit.data.tokenizers.byte import ByteTokenizer
+from toolkit.data.tokenizers.choice import tokenizer_files_hash
+from toolkit.data.tokenizers.hf import load_hf_tokenizer
+from toolkit.data.tokenizers.tokenizer import EOS_TOKEN, Tokenizer, load_tokenizer
 from toolkit.data.tokens.inspect import inspect_path
 from toolkit.data.tokens.prepare import prepare_dataset
-from toolkit.data.tokens.tokenizer import EOS_TOKEN, Tokenizer, load_tokenizer
-from toolkit.data.tokens.tokenizer_choice import tokenizer_files_hash
 from toolkit.errors import DataError
 
 TEXTS = ["the cat sat on the mat\n" * 20, "def f(x):\n    return x + 1\n" * 20]

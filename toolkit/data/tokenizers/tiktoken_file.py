@@ -12,9 +12,9 @@ import binascii
 import itertools
 from pathlib import Path
 
-from toolkit.data.tokens.byte_tokenizer import byte_characters
+from toolkit.data.tokenizers.byte import byte_characters
+from toolkit.data.tokenizers.tokenizer import TOKENIZER_CONFIG_FILE, Tokenizer, fast_config
 from toolkit.data.tokens.config import TiktokenTokenizerConfig
-from toolkit.data.tokens.tokenizer import TOKENIZER_CONFIG_FILE, Tokenizer, fast_config
 from toolkit.errors import ConfigError, DataError
 
 _CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from toolkit.data.tokenizers.tokenizer import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE, Tokenizer
 from toolkit.data.tokens.config import (
     BPETokenizerConfig,
     ByteTokenizerConfig,
@@ -11,7 +12,6 @@ from toolkit.data.tokens.config import (
     TiktokenTokenizerConfig,
     TokenizerConfig,
 )
-from toolkit.data.tokens.tokenizer import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE, Tokenizer
 
 
 def build_tokenizer(
@@ -28,24 +28,24 @@ def build_tokenizer(
     """
     match config:
         case ByteTokenizerConfig():
-            from toolkit.data.tokens.byte_tokenizer import ByteTokenizer
+            from toolkit.data.tokenizers.byte import ByteTokenizer
 
             return ByteTokenizer()
         case BPETokenizerConfig():
-            from toolkit.data.tokens.bpe_tokenizer import train_bpe
+            from toolkit.data.tokenizers.bpe import train_bpe
 
             assert sample is not None, "a tokenizer cannot be trained without text"
             return train_bpe(sample(config.sample_bytes), config.vocab_size)
         case TiktokenTokenizerConfig():
-            from toolkit.data.tokens.tiktoken_tokenizer import load_tiktoken
+            from toolkit.data.tokenizers.tiktoken_file import load_tiktoken
 
             return load_tiktoken(config)
         case SentencePieceTokenizerConfig():
-            from toolkit.data.tokens.sentencepiece_tokenizer import load_sentencepiece
+            from toolkit.data.tokenizers.sentencepiece_model import load_sentencepiece
 
             return load_sentencepiece(config)
         case HFTokenizerConfig():
-            from toolkit.data.tokens.hf_tokenizer import load_hf_tokenizer
+            from toolkit.data.tokenizers.hf import load_hf_tokenizer
 
             return load_hf_tokenizer(config)
 

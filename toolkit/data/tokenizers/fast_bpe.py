@@ -96,7 +96,7 @@ def _ranks(
 ) -> "tuple[dict[bytes, int], np.ndarray] | None":
     import numpy as np
 
-    from toolkit.data.tokens.byte_tokenizer import byte_characters
+    from toolkit.data.tokenizers.byte import byte_characters
 
     vocabulary: dict[str, int] = model["vocab"]
     characters = byte_characters()

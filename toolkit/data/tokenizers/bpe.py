@@ -2,8 +2,8 @@
 
 from collections.abc import Iterable
 
-from toolkit.data.tokens.byte_tokenizer import byte_characters
-from toolkit.data.tokens.tokenizer import (
+from toolkit.data.tokenizers.byte import byte_characters
+from toolkit.data.tokenizers.tokenizer import (
     EOS_TOKEN,
     TOKENIZER_CONFIG_FILE,
     Tokenizer,

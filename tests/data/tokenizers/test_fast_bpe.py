@@ -9,10 +9,10 @@ import pytest
 from tokenizers import Tokenizer as BackendTokenizer
 
 from tests.data.corpus import random_text
-from toolkit.data.tokens import fast_bpe as module
-from toolkit.data.tokens.bpe_tokenizer import train_bpe
-from toolkit.data.tokens.byte_tokenizer import ByteTokenizer
-from toolkit.data.tokens.fast_bpe import FastBPE, fast_bpe
+from toolkit.data.tokenizers import fast_bpe as module
+from toolkit.data.tokenizers.bpe import train_bpe
+from toolkit.data.tokenizers.byte import ByteTokenizer
+from toolkit.data.tokenizers.fast_bpe import FastBPE, fast_bpe
 
 pytest.importorskip("tiktoken")
 STDLIB = Path(sysconfig.get_paths()["stdlib"])

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from toolkit.data.tokens.tokenizer import (
+from toolkit.data.tokenizers.tokenizer import (
     BYTE_MARK,
     EOS_TOKEN,
     TOKENIZER_CONFIG_FILE,

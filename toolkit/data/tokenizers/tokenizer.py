@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import numpy as np
     from tokenizers import Tokenizer as BackendTokenizer
 
-    from toolkit.data.tokens.fast_bpe import FastBPE
+    from toolkit.data.tokenizers.fast_bpe import FastBPE
 
 TOKENIZER_FILE = "tokenizer.json"
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
@@ -61,7 +61,7 @@ class Tokenizer:
         *,
         bos_token: str | None = None,
     ) -> None:
-        from toolkit.data.tokens.controls import ordinary_backend
+        from toolkit.data.tokenizers.controls import ordinary_backend
 
         backend.no_truncation()
         backend.no_padding()
@@ -216,7 +216,7 @@ class Tokenizer:
 
     @functools.cached_property
     def _fast(self) -> "FastBPE | None":
-        from toolkit.data.tokens.fast_bpe import fast_bpe
+        from toolkit.data.tokenizers.fast_bpe import fast_bpe
 
         return fast_bpe(self._ordinary)
 
@@ -258,7 +258,7 @@ def load_file(
     }
     config = read_json(path.with_name(TOKENIZER_CONFIG_FILE))
     if config.get(BYTE_MARK):
-        from toolkit.data.tokens.byte_tokenizer import ByteTokenizer
+        from toolkit.data.tokenizers.byte import ByteTokenizer
 
         return ByteTokenizer(files)
     if not path.is_file():

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 from toolkit.data.config import TiktokenTokenizerConfig
-from toolkit.data.tokens.bpe_tokenizer import train_bpe
-from toolkit.data.tokens.byte_tokenizer import byte_characters
-from toolkit.data.tokens.tiktoken_tokenizer import PATTERNS, load_tiktoken, read_ranks
-from toolkit.data.tokens.tokenizer import EOS_TOKEN, load_tokenizer
-from toolkit.data.tokens.tokenizer_choice import build_tokenizer
+from toolkit.data.tokenizers.bpe import train_bpe
+from toolkit.data.tokenizers.byte import byte_characters
+from toolkit.data.tokenizers.choice import build_tokenizer
+from toolkit.data.tokenizers.tiktoken_file import PATTERNS, load_tiktoken, read_ranks
+from toolkit.data.tokenizers.tokenizer import EOS_TOKEN, load_tokenizer
 from toolkit.errors import ConfigError, DataError
 
 PIECES = [

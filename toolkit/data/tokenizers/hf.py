@@ -3,8 +3,7 @@
 import contextlib
 from pathlib import Path
 
-from toolkit.data.tokens.config import HFTokenizerConfig
-from toolkit.data.tokens.tokenizer import (
+from toolkit.data.tokenizers.tokenizer import (
     COMPANION_FILES,
     TOKENIZER_CONFIG_FILE,
     TOKENIZER_FILE,
@@ -13,6 +12,7 @@ from toolkit.data.tokens.tokenizer import (
     fast_config,
     load_file,
 )
+from toolkit.data.tokens.config import HFTokenizerConfig
 from toolkit.errors import DataError
 
 

@@ -1,0 +1,1 @@
+"""From text to ids: one small class, and one module for each kind of tokenizer."""
