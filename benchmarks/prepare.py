@@ -308,7 +308,7 @@ CONTESTANTS = {
 
 def as_bytes(vocabulary: dict[str, int]) -> dict[bytes, int]:
     """Tokens as bytes; ids rise in the order of merges, so they are ranks."""
-    from toolkit.data.tokens.byte_tokenizer import byte_characters
+    from toolkit.data.tokenizers.byte import byte_characters
 
     byte_of = {character: byte for byte, character in enumerate(byte_characters())}
     return {
@@ -366,7 +366,7 @@ def read_corpus(folder: Path) -> Any:
 
 
 def train(corpus: Path, folder: Path) -> None:
-    from toolkit.data.tokens.bpe_tokenizer import train_bpe
+    from toolkit.data.tokenizers.bpe import train_bpe
 
     tokenizer = train_bpe(read_corpus(corpus), VOCAB_SIZE)
     assert tokenizer.vocab_size == VOCAB_SIZE, "too little text for so large a vocabulary"

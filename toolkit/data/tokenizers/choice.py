@@ -3,8 +3,7 @@
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from toolkit.data.tokenizers.tokenizer import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE, Tokenizer
-from toolkit.data.tokens.config import (
+from toolkit.data.tokenizers.config import (
     BPETokenizerConfig,
     ByteTokenizerConfig,
     HFTokenizerConfig,
@@ -12,6 +11,7 @@ from toolkit.data.tokens.config import (
     TiktokenTokenizerConfig,
     TokenizerConfig,
 )
+from toolkit.data.tokenizers.tokenizer import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE, Tokenizer
 
 
 def build_tokenizer(

@@ -3,6 +3,7 @@
 import contextlib
 from pathlib import Path
 
+from toolkit.data.tokenizers.config import HFTokenizerConfig
 from toolkit.data.tokenizers.tokenizer import (
     COMPANION_FILES,
     TOKENIZER_CONFIG_FILE,
@@ -12,7 +13,6 @@ from toolkit.data.tokenizers.tokenizer import (
     fast_config,
     load_file,
 )
-from toolkit.data.tokens.config import HFTokenizerConfig
 from toolkit.errors import DataError
 
 

@@ -16,8 +16,8 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from toolkit.data.tokenizers.config import SentencePieceTokenizerConfig
 from toolkit.data.tokenizers.tokenizer import TOKENIZER_CONFIG_FILE, Tokenizer, fast_config
-from toolkit.data.tokens.config import SentencePieceTokenizerConfig
 from toolkit.errors import ConfigError, DataError
 
 if TYPE_CHECKING:

@@ -13,8 +13,8 @@ import itertools
 from pathlib import Path
 
 from toolkit.data.tokenizers.byte import byte_characters
+from toolkit.data.tokenizers.config import TiktokenTokenizerConfig
 from toolkit.data.tokenizers.tokenizer import TOKENIZER_CONFIG_FILE, Tokenizer, fast_config
-from toolkit.data.tokens.config import TiktokenTokenizerConfig
 from toolkit.errors import ConfigError, DataError
 
 _CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
