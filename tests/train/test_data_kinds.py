@@ -46,6 +46,17 @@ def run(place: str, name: str, dataset: dict[str, Any], *flags: str) -> tuple[in
         return error.exit_code, str(error)
 
 
+def run_batch_by_batch(*arguments: Any) -> tuple[int, str]:
+    """`run`, with batches as large as what is read at once: others are read many together."""
+    from toolkit.data import loader
+
+    before, loader.CHUNK_TOKENS = loader.CHUNK_TOKENS, 1
+    try:
+        return run(*arguments)
+    finally:
+        loader.CHUNK_TOKENS = before
+
+
 def records(folder: Path, stream: str = "train") -> list[dict[str, Any]]:
     return [json.loads(x) for x in (folder / "metrics" / f"{stream}.jsonl").read_text().split()]
 
@@ -91,6 +102,28 @@ def corpora(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any
             },
         },
     }
+
+
+def test_ranks_that_happen_to_read_other_kinds_of_rows_agree(
+    workers: WorkerPool, corpora: dict[str, Any], tmp_path: Path
+) -> None:
+    """Plain text on one rank and a conversation on the other: both count their targets."""
+    text, chats = corpora["fixed"], corpora["instructions"]
+    sources = {
+        "text": {"ratio": 0.9, "source": text["source"]},
+        "chats": {"ratio": 0.1, "source": chats["source"], "instructions": {}},
+    }
+    dataset = {key: text[key] for key in ("root", "sequence_length", "validation_fraction")}
+    dataset |= {"dataset_config": "both", "mix": {"sources": sources}}
+    flags = [f"--data_loader.global_batch_size={2 * LENGTH}", *VOCABULARY]
+    flags += ["--train_module.rank_microbatch_size=32"]
+    found = []
+    for ranks in (1, 2):
+        place = (str(tmp_path), f"r{ranks}", dataset)
+        results = workers.run(ranks, run_batch_by_batch, *place, *flags)
+        assert results == [(0, "")] * ranks
+        found.append([record["loss"] for record in records(tmp_path / f"r{ranks}")])
+    assert found[1] == pytest.approx(found[0], rel=1e-5)
 
 
 KINDS = ["fixed", "packed", "variable", "mixture", "instructions", "custom"]

@@ -22,7 +22,8 @@ def test_items_of_a_map_style_data_set_are_its_instances() -> None:
     assert instances.num_instances == 20
     assert instances.vocab_size == 1000
     rows = instances.read(np.array([7, 0]))
-    assert list(rows) == ["input_ids"]
+    assert list(rows) == ["input_ids", "label_mask"]
+    assert rows["label_mask"].all()
     assert rows["input_ids"].tolist() == [list(range(7, 15)), list(range(8))]
     assert rows["input_ids"].dtype == np.int64
 

@@ -280,7 +280,8 @@ def stack_items(items: Sequence[Any], sequence_length: int, vocab_size: int | No
     Raises:
         ValueError: (reason, number of the item) for one that is not as it should be.
     """
-    wanted = {key for item in items if isinstance(item, dict) for key in item}
+    # A mask always: ranks whose items happen to have none must agree with those whose have.
+    wanted = {"label_mask", *(key for item in items if isinstance(item, dict) for key in item)}
     found: list[dict[str, np.ndarray]] = []
     for number, item in enumerate(items):
         arrays = item if isinstance(item, dict) else {"input_ids": item}
@@ -309,7 +310,7 @@ def stack_items(items: Sequence[Any], sequence_length: int, vocab_size: int | No
         found.append(arrays)
     is_padded = any(len(arrays["input_ids"]) < sequence_length for arrays in found)
     if is_padded:
-        wanted |= {"label_mask", "document_ids"}
+        wanted.add("document_ids")
     rows: Rows = {}
     for key in ("input_ids", *sorted(wanted - {"input_ids"})):
         rows[key] = np.zeros((len(found), sequence_length), dtype=_KINDS[key])

@@ -46,6 +46,9 @@ class MixedDataset:
         self.num_instances = int(ends[-1])
         self.sequence_length = max(dataset.sequence_length for dataset in self.datasets)
         self.fingerprint = _hash([(n, datasets[n].fingerprint) for n in self.names])
+        firsts = [dataset.read(np.array([0])) for dataset in self.datasets if dataset.num_instances]
+        self._like = {key: rows[key].dtype for rows in firsts for key in rows}
+        self._is_uniform = all(rows.keys() == self._like.keys() for rows in firsts)
         self.tokenizer_folder: Path | None = self.datasets[0].tokenizer_folder
         weights = [dataset.num_instances for dataset in self.datasets]
         self.bytes_per_token = mean_bytes_per_token(self.datasets, weights)
@@ -54,17 +57,19 @@ class MixedDataset:
         """See `InstanceDataset`; what only some sources say of their rows is filled in for the
         others: every token asked for, and one document."""
         owners = np.searchsorted(self.first_instances, indices, side="right") - 1
+        like = self._like
+        if self._is_uniform and len(np.unique(owners)) == 1:
+            owner = int(owners[0])
+            return self.datasets[owner].read(indices - self.first_instances[owner])
         found: list[tuple[np.ndarray, Rows]] = []
         for owner in np.unique(owners).tolist():
             places = np.flatnonzero(owners == owner)
             rows = self.datasets[owner].read(indices[places] - self.first_instances[owner])
             found.append((places, rows))
-        if len(found) == 1:
-            return found[0][1]
+        # The same keys for any rows: ranks that read from different sources must agree on them.
         mixed: Rows = {}
-        for key in dict.fromkeys(key for _, rows in found for key in rows):
-            like = next(rows[key] for _, rows in found if key in rows)
-            mixed[key] = np.full((len(indices), like.shape[1]), key == "label_mask", like.dtype)
+        for key, dtype in like.items():
+            mixed[key] = np.full((len(indices), self.sequence_length), key == "label_mask", dtype)
             for places, rows in found:
                 if key in rows:
                     mixed[key][places] = rows[key]
