@@ -14,10 +14,12 @@ from toolkit.data.config import (
     InstructionsConfig,
     TokenFilesSourceConfig,
 )
+from toolkit.data.text.sources import plan_source
 from toolkit.data.tokenizers.byte import ByteTokenizer
 from toolkit.data.tokens import worker
 from toolkit.data.tokens.prepare import ensure_prepared
 from toolkit.data.tokens.prepared import MANIFEST_NAME, PreparedDataset, read_prepared
+from toolkit.data.tokens.sample import sample_texts
 from toolkit.data.tokens.settings import settings_of
 from toolkit.errors import DataError
 
@@ -142,6 +144,22 @@ def test_left_out_documents_are_counted_by_reason(tmp_path: Path) -> None:
             files_config(tmp_path / "none", texts, filters=FiltersConfig(min_characters=999))
         )
     assert not (tmp_path / "none/corpus/default").exists()
+
+
+@pytest.mark.parametrize("letter", ["x", "é", "語"])
+def test_a_sample_has_the_bytes_asked_for_from_all_shards(letter: str, tmp_path: Path) -> None:
+    long = [f"{number} " + letter * 1_200_000 for number in range(3)]
+    config = files_config(tmp_path, write_texts(tmp_path / "text", long))
+    assert config.source is not None
+    plan = plan_source(config.source, 0.0)
+    for size in (1, 1000, 500_000):
+        texts = list(sample_texts(config, plan, size))
+        taken = sum(len(text.encode()) for text in texts)
+        assert size - 3 * len(plan.shards) < taken <= size
+        if size >= 1000:
+            assert len(texts) == len(plan.shards)
+    whole = sum(len(text.encode()) for text in long)
+    assert sum(len(text.encode()) for text in sample_texts(config, plan, 2 * whole)) == whole
 
 
 def test_repair_of_one_file_keeps_the_parts_of_the_others(

@@ -225,7 +225,7 @@ def _samples(
     sources: Sequence[ResolvedSource], sizes: dict[str, int], store: StoreConfig
 ) -> Iterator[str]:
     from toolkit.data.text.sources import plan_source
-    from toolkit.data.tokens.build import sample_texts
+    from toolkit.data.tokens.sample import sample_texts
 
     for source in sources:
         dataset = source.dataset

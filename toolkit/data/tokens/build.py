@@ -22,7 +22,6 @@ line or row, times the number of processes. The result does not depend on how ma
 """
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,7 +30,6 @@ import numpy as np
 import xxhash
 
 from toolkit.data.config import BPETokenizerConfig, DatasetConfig, TokenFilesSourceConfig
-from toolkit.data.text.columns import row_texts
 from toolkit.data.text.piece import Piece
 from toolkit.data.text.readers import read_shard
 from toolkit.data.text.reading import Counts, Reading
@@ -53,14 +51,14 @@ from toolkit.data.tokens.prepared import (
     token_dtype,
 )
 from toolkit.data.tokens.progress import Progress
+from toolkit.data.tokens.sample import sample_texts
 from toolkit.data.tokens.settings import settings_of
-from toolkit.data.tokens.worker import Job, WorkerSetup, is_validation, make_encoder
+from toolkit.data.tokens.worker import Job, WorkerSetup, make_encoder
 from toolkit.errors import DataError
 from toolkit.storage.atomic import fsync_folder, fsync_tree, remove_tree, write_json_atomic
 
-PARTS_VERSION = 2
+PARTS_VERSION = 3
 """Changes when the same settings would give other parts."""
-BPE_SAMPLE_SHARDS = 256
 
 
 class Vocabulary(NamedTuple):
@@ -245,33 +243,6 @@ def _reading(config: DatasetConfig, vocabulary: Vocabulary, plan: Plan) -> Readi
         vocab_size=vocabulary.size,
         eos_id=vocabulary.eos_id,
     )
-
-
-def sample_texts(config: DatasetConfig, plan: Plan, sample_bytes: int) -> Iterator[str]:
-    """Training documents from shards spread over the whole source."""
-    assert config.source is not None
-    reading = Reading(
-        source=config.source,
-        rows=config.instructions is not None,
-        cache_dir=plan.cache_dir,
-        filters=config.filters,
-    )
-    number = min(len(plan.shards), BPE_SAMPLE_SHARDS)
-    left = sample_bytes
-    for turn in range(number):
-        quota = left // (number - turn)
-        shard = plan.shards[turn * len(plan.shards) // number]
-        for piece in read_shard(shard, reading, Counts()):
-            if piece.split == "val" or (
-                piece.split is None and is_validation(piece.identity, config.validation_fraction)
-            ):
-                continue
-            text = piece.text if piece.row is None else "\n".join(row_texts(piece.row))
-            yield text
-            quota -= len(text)
-            left -= len(text)
-            if quota <= 0:
-                break
 
 
 def _join(
