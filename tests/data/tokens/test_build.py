@@ -8,6 +8,7 @@ import pytest
 
 from tests.data.corpus import BYTE_EOS, files_config, random_text, write_texts
 from toolkit.data.config import (
+    ByteTokenizerConfig,
     DatasetConfig,
     FiltersConfig,
     HFTokenizerConfig,
@@ -17,6 +18,7 @@ from toolkit.data.config import (
 from toolkit.data.text.sources import plan_source
 from toolkit.data.tokenizers.byte import ByteTokenizer
 from toolkit.data.tokens import worker
+from toolkit.data.tokens.inspect import inspect_path
 from toolkit.data.tokens.prepare import ensure_prepared
 from toolkit.data.tokens.prepared import MANIFEST_NAME, PreparedDataset, read_prepared
 from toolkit.data.tokens.sample import sample_texts
@@ -242,6 +244,8 @@ def test_token_files_take_the_tokenizer_they_were_made_with(tmp_path: Path) -> N
         ({"source": {"vocab_size": None}}, r"dataset\.source\.vocab_size: must be given"),
         ({"source": {"eos_id": None}}, r"dataset\.source\.eos_id: must be given"),
         ({"source": {"eos_id": 51}}, r"eos_id: 51 is outside the vocabulary of 51"),
+        ({"source": {"eos_id": -1}}, r"eos_id: -1 is outside the vocabulary of 51"),
+        ({"source": {"vocab_size": 1 << 40}}, r"vocab_size: must be at most 4294967296"),
         ({"filters": FiltersConfig(min_characters=2)}, r"dataset\.filters: needs text"),
         ({"prepend_bos": True}, "no start-of-document token"),
     ],
@@ -250,3 +254,43 @@ def test_settings_that_token_files_cannot_have(tmp_path: Path, changes, message:
     np.array([1, 50], dtype=np.uint16).tofile(tmp_path / "a.bin")
     with pytest.raises(DataError, match=message):
         ensure_prepared(token_config(tmp_path / "data", tmp_path / "a.bin", **changes))
+
+
+def test_token_files_may_not_contradict_their_tokenizer(tmp_path: Path) -> None:
+    np.array([104, 105, 256], dtype=np.uint16).tofile(tmp_path / "a.bin")
+    byte = ByteTokenizerConfig()
+
+    def config(**source: int | None) -> DatasetConfig:
+        return token_config(tmp_path / "data", tmp_path / "a.bin", tokenizer=byte, source=source)
+
+    for source, message in (
+        (
+            {"vocab_size": 1000, "eos_id": None},
+            r"source\.vocab_size: is 1000, but .* has 257",
+        ),
+        (
+            {"vocab_size": None, "eos_id": 50},
+            r"source\.eos_id: is 50, but .* has 256; leave it out",
+        ),
+        ({"vocab_size": None, "eos_id": 0}, r"source\.eos_id: is 0, but .* has 256; leave it out"),
+    ):
+        with pytest.raises(DataError, match=message):
+            ensure_prepared(config(**source))
+    prepared = ensure_prepared(config(vocab_size=257, eos_id=256))
+    assert inspect_path(prepared.folder, progress=False).problems == []
+
+
+def test_token_files_name_the_end_of_documents_where_their_tokenizer_does_not(
+    tmp_path: Path,
+) -> None:
+    np.array([104, 10, 105, 10], dtype=np.uint16).tofile(tmp_path / "a.bin")
+    ByteTokenizer().save(tmp_path / "tok")
+    (tmp_path / "tok/tokenizer_config.json").write_text("{}")
+    config = token_config(
+        tmp_path / "data", tmp_path / "a.bin",
+        tokenizer=HFTokenizerConfig(path=str(tmp_path / "tok")),
+        source={"vocab_size": None, "eos_id": 10},
+    )  # fmt: skip
+    prepared = ensure_prepared(config)
+    assert prepared.document_starts("train").tolist() == [0, 2]
+    assert inspect_path(prepared.folder, progress=False).problems == []

@@ -59,6 +59,8 @@ from toolkit.storage.atomic import fsync_folder, fsync_tree, remove_tree, write_
 
 PARTS_VERSION = 3
 """Changes when the same settings would give other parts."""
+MAX_VOCAB_SIZE = 1 << 32
+"""Ids are stored in four bytes at most."""
 
 
 class Vocabulary(NamedTuple):
@@ -207,15 +209,19 @@ def _vocabulary(config: DatasetConfig, tokenizer: Tokenizer | None) -> Vocabular
         size, eos_id, bos_id = tokenizer.vocab_size, tokenizer.eos_id, tokenizer.bos_id
         fingerprint = tokenizer.fingerprint
     if isinstance(source, TokenFilesSourceConfig):
-        size = source.vocab_size or size
-        eos_id = source.eos_id if source.eos_id is not None else eos_id
+        size = _as_told("vocab_size", source.vocab_size, size or None) or 0
+        eos_id = _as_told("eos_id", source.eos_id, eos_id)
         fingerprint = fingerprint or f"unknown-{size}-{eos_id}"
         if eos_id is None:
             raise DataError(
                 "dataset.source.eos_id: must be given, dataset.tokenizer names no end-of-document "
                 "token"
             )
-        if eos_id >= size:
+        if size > MAX_VOCAB_SIZE:
+            raise DataError(
+                f"dataset.source.vocab_size: must be at most {MAX_VOCAB_SIZE}, not {size}"
+            )
+        if not 0 <= eos_id < size:
             raise DataError(
                 f"dataset.source.eos_id: {eos_id} is outside the vocabulary of {size} ids"
             )
@@ -230,6 +236,17 @@ def _vocabulary(config: DatasetConfig, tokenizer: Tokenizer | None) -> Vocabular
             "dataset.tokenizer.bos_token to one of its tokens, or dataset.prepend_bos=false"
         )
     return Vocabulary(size, eos_id, bos_id, fingerprint)
+
+
+def _as_told(name: str, told: int | None, of_tokenizer: int | None) -> int | None:
+    """What the config tells of token files, which may not contradict their tokenizer."""
+    if told is None or of_tokenizer is None or told == of_tokenizer:
+        return of_tokenizer if told is None else told
+    raise DataError(
+        f"dataset.source.{name}: is {told}, but dataset.tokenizer has {of_tokenizer}; leave it "
+        "out, or, where the tokens were made by another tokenizer, set dataset.tokenizer to that "
+        "or to null"
+    )
 
 
 def _reading(config: DatasetConfig, vocabulary: Vocabulary, plan: Plan) -> Reading:
