@@ -1,6 +1,7 @@
 """What `build_dataset` does beyond one document after the other: marks, filters, sources."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -185,6 +186,28 @@ def test_repair_of_one_file_keeps_the_parts_of_the_others(
     prepared = ensure_prepared(config)
     assert set(done) == {"9.txt"}
     assert prepared.num_documents("train") == 5
+
+
+@pytest.mark.parametrize("work_dir", [None, "work"])
+def test_what_a_kill_at_the_end_leaves_is_removed_by_the_next_building(
+    work_dir: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def kill(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    work = str(tmp_path / work_dir) if work_dir is not None else None
+    config = files_config(tmp_path / "data", write_texts(tmp_path / "text", ["ab", "cd"]))
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", kill)
+        with pytest.raises(KeyboardInterrupt):
+            ensure_prepared(config, work_dir=work)
+    prepared = read_prepared(config)
+    assert prepared is not None
+    shutil.rmtree(prepared.folder)
+    assert text_of(ensure_prepared(config, work_dir=work)) == ["ab", "cd"]
+    names = {path.name for path in prepared.folder.parent.iterdir()}
+    assert names <= {"default", ".default.lock", ".default.used"}
+    assert work is None or list(Path(work).iterdir()) == []
 
 
 def test_file_that_changes_while_it_is_read_is_an_error(

@@ -22,6 +22,7 @@ line or row, times the number of processes. The result does not depend on how ma
 """
 
 import os
+import shutil
 from pathlib import Path
 from typing import NamedTuple
 
@@ -102,11 +103,7 @@ def build_dataset(
         rows=config.instructions is not None,
         cache_dir=cache_dir,
     )
-    building = folder.with_name(f".{folder.name}.building")
-    place = building / "parts"
-    if work_dir is not None:
-        place_id = xxhash.xxh3_64_hexdigest(str(folder.resolve()).encode())
-        place = Path(work_dir).expanduser() / f"prepare-{place_id}"
+    building, place = _workplaces(folder, work_dir)
     parts_folder = place / _settings_key(config, plan)
     parts_folder.mkdir(parents=True, exist_ok=True)
 
@@ -150,11 +147,34 @@ def build_dataset(
     fsync_tree(output)
     os.rename(output, folder)
     fsync_folder(folder.parent)
-    remove_tree(building)
-    remove_tree(place)
+    remove_unfinished(folder, work_dir)
     prepared = PreparedDataset(folder, manifest)
     report.finish(prepared)
     return prepared
+
+
+def remove_unfinished(folder: Path, work_dir: str | None) -> None:
+    """Remove what building `folder` leaves beside it (and in `work_dir`) until it is complete.
+
+    The lock of `folder` must be held. What is left of a removal that was cut short keeps its name:
+    the next one, or the next building, goes on with it.
+    """
+    building, place = _workplaces(folder, work_dir)
+    # Parts are known by their hashes, the tokenizer only by its mark.
+    for mark in place.glob(f"*/{TOKENIZER_FOLDER}.done"):
+        mark.unlink()
+    for path in (place, building):
+        if path.exists():
+            shutil.rmtree(path)
+
+
+def _workplaces(folder: Path, work_dir: str | None) -> tuple[Path, Path]:
+    """Where `folder` is put together, and where its parts are."""
+    building = folder.with_name(f".{folder.name}.building")
+    if work_dir is None:
+        return building, building / "parts"
+    place_id = xxhash.xxh3_64_hexdigest(str(folder.resolve()).encode())
+    return building, Path(work_dir).expanduser() / f"prepare-{place_id}"
 
 
 def _check_choices(config: DatasetConfig) -> None:
