@@ -269,6 +269,23 @@ def test_killed_preparation_continues_with_its_parts(tmp_path: Path) -> None:
     assert out.strip() == fresh.fingerprint("train")
 
 
+def test_files_of_killed_workers_do_not_pile_up(tmp_path: Path) -> None:
+    texts = write_texts(tmp_path / "text", ["good"])
+    (texts / "bad.txt").write_bytes(b"\xff")
+    config = files_config(tmp_path / "data", texts)
+    work = tmp_path / "work"
+    with pytest.raises(DataError, match="not UTF-8"):
+        prepare_dataset(config, work_dir=str(work), progress=False)
+    [parts] = work.glob("*/*")
+    before = sorted(path.name for path in parts.iterdir())
+    left = ["000000.train.bin.4584", "000007.val.mask.12", "000000.docs.9", ".000003.json.4-ab.tmp"]
+    for name in left:
+        (parts / name).write_bytes(b"half")
+    with pytest.raises(DataError, match="not UTF-8"):
+        prepare_dataset(config, work_dir=str(work), progress=False)
+    assert sorted(path.name for path in parts.iterdir()) == before
+
+
 def test_two_processes_prepare_once_and_agree(tmp_path: Path) -> None:
     texts = write_texts(tmp_path / "text", [random_text(12_000, seed=i) for i in range(5)])
     tokenizer = BPETokenizerConfig(vocab_size=500, sample_bytes=300_000)

@@ -40,7 +40,13 @@ from toolkit.data.tokenizers.choice import build_tokenizer
 from toolkit.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from toolkit.data.tokens.duplicates import Duplicates
 from toolkit.data.tokens.join import join_parts
-from toolkit.data.tokens.parts import Part, TokenRules, is_complete, read_part
+from toolkit.data.tokens.parts import (
+    Part,
+    TokenRules,
+    is_complete,
+    read_part,
+    remove_left_over_files,
+)
 from toolkit.data.tokens.pool import encode_shards, num_cores
 from toolkit.data.tokens.prepared import (
     FORMAT_VERSION,
@@ -126,6 +132,7 @@ def build_dataset(
     if config.instructions is not None:
         make_encoder(setup, tokenizer)  # a template that cannot be used ends here, in one line
     jobs = [Job(index, shard, _shard_key(shard, plan)) for index, shard in enumerate(plan.shards)]
+    remove_left_over_files(parts_folder)
     missing = [job for job in jobs if not is_complete(parts_folder, job.index, job.key)]
     report.start(str(folder), jobs, missing)
     for job in encode_shards(

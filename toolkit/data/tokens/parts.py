@@ -9,6 +9,7 @@ agree with its other files: a part that a crash left half-written is recognised 
 """
 
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -25,6 +26,9 @@ SPLITS = ("train", "val")
 COPY_BYTES = 4 << 20
 DOCUMENT = np.dtype([("high", "<u8"), ("low", "<u8"), ("num_bytes", "<u8"), ("is_val", "u1")])
 """A document of a part: hash and bytes of its text, and where it went; in the shard's order."""
+
+_LEFT_OVER = re.compile(r"\d+\.[a-z.]+\.\d+|\.\d+\.json\..+\.tmp")
+"""Names of files of parts while they are written: by `HashedFile`, and of the .json file."""
 
 
 class PartSplit(msgspec.Struct, kw_only=True):
@@ -92,6 +96,13 @@ def is_complete(folder: Path, index: int, key: str) -> bool:
         for ending, content_hash in expected.items()
         if content_hash is not None
     )
+
+
+def remove_left_over_files(folder: Path) -> None:
+    """Remove what killed processes were writing; no worker may be running."""
+    for path in folder.iterdir():
+        if _LEFT_OVER.fullmatch(path.name):
+            path.unlink(missing_ok=True)
 
 
 def read_blocks(path: Path, start: int = 0, end: int | None = None) -> Iterator[bytes]:
