@@ -1,4 +1,5 @@
 import gzip
+import io
 import json
 from pathlib import Path
 
@@ -7,8 +8,9 @@ import pytest
 from tests.data.corpus import random_text, write_texts
 from tests.data.text.reading import read_all, texts_of
 from toolkit.data.config import FilesSourceConfig, HubSourceConfig, PythonStdlibSourceConfig
-from toolkit.data.text import shards
+from toolkit.data.text import jsonl, shards
 from toolkit.data.text.reading import Counts
+from toolkit.data.text.shards import Range
 from toolkit.data.text.sources import plan_source
 from toolkit.errors import DataError
 
@@ -57,6 +59,35 @@ def test_jsonl_cut_into_ranges_loses_and_repeats_nothing(tmp_path: Path, small_s
     pieces = read_all(source)
     assert [piece.text for piece in pieces] == [row["text"] for row in rows]
     assert len({piece.identity for piece in pieces}) == len(rows)
+
+
+def test_long_line_is_read_by_its_own_range_only(
+    tmp_path: Path, small_shards, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = 0
+
+    class Counted(io.BufferedReader):
+        def readline(self, size: int | None = -1, /) -> bytes:
+            nonlocal read
+            line = super().readline(size)
+            read += len(line)
+            return line
+
+    def opened(part: Range) -> io.BufferedReader:
+        return Counted(io.FileIO(part.path))
+
+    monkeypatch.setattr(jsonl, "_open", opened)
+    monkeypatch.setattr(jsonl, "SKIPPED_BYTES", 512)
+    texts = ["a", "x" * 200_000, "b", "c"]
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+    for end in ("", "\n\n"):
+        (tmp_path / "a.jsonl").write_text(lines.strip() + end)
+        source = FilesSourceConfig(paths=[str(tmp_path)])
+        num_shards = len(plan_source(source, 0.0).shards)
+        assert num_shards == 49
+        read = 0
+        assert "".join(piece.text for piece in read_all(source)) == "".join(texts)
+        assert read < 2 * len(lines) + 512 * num_shards
 
 
 @pytest.mark.parametrize("text", [random_text(900), "é" * 15_000, "\U0001f600x" * 9_000])

@@ -22,6 +22,10 @@ if TYPE_CHECKING:
 
 COMPRESSED_BYTES = 1 << 20
 """Read from a compressed file at a time."""
+SKIPPED_BYTES = 1 << 16
+"""Read at a time of a line that belongs to the range before."""
+
+_File = BinaryIO | io.BufferedReader | gzip.GzipFile
 
 
 def read_jsonl(part: Range, reading: Reading, counts: Counts) -> Iterator[Piece]:
@@ -30,11 +34,8 @@ def read_jsonl(part: Range, reading: Reading, counts: Counts) -> Iterator[Piece]
     lines = _Lines(part, reading, counts)
     try:
         with _open(part) as file:
-            offset = part.start
-            if offset:
-                file.seek(offset - 1)
-                offset += len(file.readline()) - 1
             end = part.end if part.kind == "jsonl" else None
+            offset = _first_line(file, part.start, part.end) if part.start else 0
             while end is None or offset < end:
                 line = read_line(file)
                 if not line:
@@ -47,6 +48,19 @@ def read_jsonl(part: Range, reading: Reading, counts: Counts) -> Iterator[Piece]
         raise DataError(
             f"{part.path}: damaged {name} file: {error}; restore or unpack it anew"
         ) from None
+
+
+def _first_line(file: _File, start: int, end: int) -> int:
+    """The first place from `start` on where a line begins, and where `file` then stands; or one
+    that is not before `end`: of a line that is longer than the range, no more is read."""
+    file.seek(start - 1)
+    offset, data = start - 1, b""
+    while offset < end and not data.endswith(b"\n"):
+        data = file.readline(SKIPPED_BYTES)
+        if not data:
+            return end
+        offset += len(data)
+    return offset
 
 
 class _Lines:
@@ -117,10 +131,10 @@ class _Lines:
 
     def _bad_line(self, offset: int, error: msgspec.DecodeError) -> DataError:
         with _open(self._part) as file:
-            number, position = 1, 0
-            while position < offset:
-                position += len(file.readline())
-                number += 1
+            number, left = 1, offset
+            while left and (data := file.read(min(left, COMPRESSED_BYTES))):
+                number += data.count(b"\n")
+                left -= len(data)
         where = f"{self._part.path}: line {number} (byte {offset})"
         if not isinstance(error, msgspec.ValidationError):
             return DataError(f"{where}: not valid JSON: {error}")
@@ -190,7 +204,7 @@ class _ZstdFile(io.RawIOBase):
         super().close()
 
 
-def _open(part: Range) -> BinaryIO | io.BufferedReader | gzip.GzipFile:
+def _open(part: Range) -> _File:
     if part.kind == "jsonl_gz":
         return gzip.open(part.path, "rb")
     if part.kind == "jsonl_zst":
