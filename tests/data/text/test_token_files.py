@@ -86,6 +86,36 @@ def test_one_document_longer_than_everything_is_read_once(
     assert read(tmp_path / "b.npy", with_digests=True)[0].digest == pieces[0].digest
 
 
+def test_ranges_inside_a_long_document_read_little(
+    tmp_path: Path, small_parts: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = 0
+    check = token_files._check_ids
+
+    def counted(ids: np.ndarray, *arguments: object) -> None:
+        nonlocal read
+        read += len(ids)
+        check(ids, *arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(token_files, "_check_ids", counted)
+    values = np.arange(20_000, dtype=np.uint16) % EOS
+    values.tofile(tmp_path / "a.bin")
+    source = TokenFilesSourceConfig(paths=[str(tmp_path)], dtype="uint16")
+    num_shards = len(plan_source(source, 0.0).shards)
+    assert num_shards == 58
+    for eos_id in (EOS, None):
+        read = 0
+        pieces = read_all(source, vocab_size=EOS + 1, eos_id=eos_id)
+        assert joined(pieces) == [values.tolist()]
+        assert read < 2 * len(values) + 2 * token_files.BLOCK_TOKENS * num_shards
+    # A document that begins exactly where a range does is not lost.
+    for place in (349, 350, 351, 699):
+        values[place] = EOS
+        values.tofile(tmp_path / "a.bin")
+        assert joined(read_all(source, vocab_size=EOS + 1, eos_id=EOS)) == documents_of(values)
+        values[place] = 0
+
+
 def test_headers_of_numpy_are_skipped_and_checked(tmp_path: Path) -> None:
     values = ids(900)
     np.save(tmp_path / "real.npy", values.reshape(30, 30))

@@ -115,6 +115,9 @@ def read_tokens(part: Range, reading: Reading, counts: Counts) -> Iterator[Piece
                 yield _piece(
                     part, ids, offset, document, place, block_end, ends_here, reading, dtype
                 )
+            elif document is None and block_end >= part.end:
+                # All of it belongs to a document of a range before.
+                return
 
 
 def _piece(
