@@ -189,6 +189,16 @@ def test_the_permanent_copy_is_looked_at_once_more_before_the_local_one_goes(
     assert f"{root}/first/default ({reason})" in caplog.text
 
 
+def test_a_local_copy_stays_when_its_permanent_one_has_other_bytes_of_the_same_size(
+    tmp_path: Path, root: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "store" / "first" / "default" / "train.bin"
+    path.write_bytes(bytes(byte ^ 1 for byte in path.read_bytes()))
+    ensure_local_dataset_cache_cap(root, 1e-9)
+    assert present(root) == ["first"]
+    assert f"{root}/first/default (its permanent copy is gone or damaged)" in caplog.text
+
+
 def test_a_data_set_rebuilt_with_other_content_is_not_covered_by_the_old_record(
     tmp_path: Path, root: Path
 ) -> None:

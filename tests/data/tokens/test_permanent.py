@@ -23,9 +23,11 @@ from tests.data.tokens.stores import (
     stored_folder,
 )
 from tests.s3 import S3Server
-from toolkit.data.config import StoreConfig
-from toolkit.data.tokens import permanent
+from toolkit.data.config import DatasetConfig, FilesSourceConfig, StoreConfig
+from toolkit.data.tokens import upload as uploads
 from toolkit.data.tokens.cache import read_record
+from toolkit.data.tokens.permanent import StoredFile, content_fingerprint
+from toolkit.data.tokens.prepared import PreparedDataset
 from toolkit.data.tokens.store import describe_stored, stored_at
 from toolkit.errors import ConfigError, DataError, StorageError
 from toolkit.storage.remote import RemoteFolder
@@ -177,7 +179,7 @@ def test_a_read_only_store_is_known_before_all_files_are_read(
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(permanent, "hash_file", None)  # would fail
+    monkeypatch.setattr(uploads, "hash_file", None)  # would fail
     with s3.failing(lambda method, path: "403" if method == "PUT" else None):
         assert ensure(corpus(tmp_path), s3_store).tokens("train").size
     assert "training goes on: writing s3://" in caplog.text
@@ -239,6 +241,88 @@ def test_what_two_machines_built_alike_counts_as_stored_after_a_look(
     ensure(twin, s3_store)
     assert stored_at(prepared) is not None
     assert not [method for method, _, _ in s3.requests if method == "PUT"]
+
+
+def silent(_: str) -> None:
+    pass
+
+
+def other_content(tmp_path: Path, config: DatasetConfig) -> PreparedDataset:
+    """A data set of the same name and sizes, built on another machine of other text."""
+    texts = tmp_path / "other texts"
+    shutil.copytree(tmp_path / "texts" / "corpus", texts)
+    for path in texts.iterdir():
+        path.write_text(path.read_text().swapcase())
+    config = msgspec.structs.replace(config, source=FilesSourceConfig(paths=[str(texts)]))
+    return ensure(config.replace(root=str(tmp_path / "other")), StoreConfig())
+
+
+def test_a_name_taken_since_the_first_look_is_refused_and_nothing_of_it_is_touched(
+    tmp_path: Path, mounted: StoreConfig
+) -> None:
+    config = corpus(tmp_path)
+    late = other_content(tmp_path, config)
+    ensure(config, mounted)
+    before = files_of(stored_folder(mounted))
+    root = str(mounted.permanent_root)
+    with pytest.raises(DataError, match=r"other/corpus/default has content .*, its permanent copy"):
+        uploads.upload(late, root, FOLDER, note=silent)
+    assert files_of(stored_folder(mounted)) == before
+    assert ensure(at(config, tmp_path / "third"), mounted).tokens("train").size
+
+
+@pytest.mark.parametrize("left", ["uploading.json", "files.json"])
+def test_the_place_of_an_unfinished_upload_is_not_given_to_other_content(
+    tmp_path: Path, mounted: StoreConfig, left: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = corpus(tmp_path)
+    late = other_content(tmp_path, config)
+    first = ensure(config, StoreConfig())
+    root, folder = str(mounted.permanent_root), stored_folder(mounted)
+    write = RemoteFolder.write
+
+    def stops(self: RemoteFolder, name: str, data: bytes) -> None:
+        if name == ("files.json" if left == "uploading.json" else "dataset.json"):
+            raise StorageError("gone")
+        write(self, name, data)
+
+    monkeypatch.setattr(RemoteFolder, "write", stops)
+    with pytest.raises(StorageError, match="gone"):
+        uploads.upload(first, root, FOLDER, note=silent)
+    monkeypatch.undo()
+    if left == "files.json":
+        (folder / "uploading.json").unlink()
+    before = files_of(folder)
+    contents = [content_fingerprint(prepared.manifest) for prepared in (late, first)]
+    with pytest.raises(DataError, match=rf"content {contents[0]}, .*/{left} says that .* began to "
+                       rf"store {contents[1]} there: .* delete file://{folder} if"):  # fmt: skip
+        uploads.upload(late, root, FOLDER, note=silent)
+    assert files_of(folder) == before
+    uploads.upload(first, root, FOLDER, note=silent)
+    assert ensure(at(config, tmp_path / "third"), mounted).tokens("train").size
+
+
+def test_of_two_uploads_that_begin_at_once_one_stops_before_its_next_file(
+    tmp_path: Path, mounted: StoreConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = corpus(tmp_path)
+    late = other_content(tmp_path, config)
+    root, hash_local = str(mounted.permanent_root), uploads._hash_local
+
+    def meanwhile(prepared: PreparedDataset) -> dict[str, StoredFile]:
+        with monkeypatch.context() as patch:
+            patch.setattr(uploads, "_hash_local", hash_local)
+            (stored_folder(mounted) / "uploading.json").unlink()  # neither saw the other's
+            ensure(config, mounted)
+        return hash_local(prepared)
+
+    monkeypatch.setattr(uploads, "_hash_local", meanwhile)
+    with pytest.raises(DataError, match="has content"):
+        uploads.upload(late, root, FOLDER, note=silent)
+    monkeypatch.undo()
+    built = ensure(config, mounted).folder
+    stored = files_of(stored_folder(mounted))
+    assert {name: stored[name] for name in files_of(built)} == files_of(built)
 
 
 @pytest.mark.parametrize(

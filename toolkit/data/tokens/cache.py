@@ -284,11 +284,17 @@ def _remove_dataset(folder: Path) -> str | None:
         return "no verified permanent copy"
     try:
         there = find_permanent(record.permanent_root, record.name)
+        is_whole = (
+            there is not None
+            and there.content == record.content
+            and there.wrong_file() is None
+            and there.wrong_block() is None
+        )
     except (StorageError, ConfigError):
         return "its permanent copy is out of reach"
-    except DataError:
-        there = None
-    if there is None or there.content != record.content or there.wrong_file() is not None:
+    except (DataError, FileNotFoundError):
+        is_whole = False
+    if not is_whole:
         return "its permanent copy is gone or damaged"
     return _remove_unused(folder)
 

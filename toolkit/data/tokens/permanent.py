@@ -4,17 +4,15 @@
       train.bin ... tokenizer/   as on disk (`prepared.py`)
       files.json                 `FileList`: size and hash of every file; all were read back
       dataset.json               comes last: a copy without it does not exist yet
-      uploading.json             only while a copy is being made
+      uploading.json             only while a copy is being made (`upload.py`)
 
-An upload that was cut short is continued: what is there already and reads back right stays. A copy
-that somebody made by other means (no files.json) is taken too; its token files are checked against
-dataset.json.
+A copy that somebody made by other means (no files.json) is taken too; its token files are checked
+against dataset.json.
 """
 
 import logging
 import os
 import shutil
-import socket
 import threading
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
@@ -40,7 +38,6 @@ from toolkit.storage.remote import ContentError, RemoteFolder, Retries, is_url
 log = logging.getLogger(__name__)
 
 FILES_NAME = "files.json"
-UPLOADING_NAME = "uploading.json"
 PROBE_SECONDS = 30.0
 """A store that does not answer the first questions by then counts as out of reach."""
 
@@ -100,7 +97,7 @@ class PermanentCopy:
         # One of another content is the leftover of an upload that something else replaced.
         self.was_read_back = stored is not None and stored.content == self.content
         self._sizes = sizes
-        self.files = _token_files(self.manifest)
+        self.files = token_files(self.manifest)
         known = stored.files if stored is not None and self.was_read_back else {}
         for name in sorted({*known, *sizes}):
             if _is_tokenizer_file(name):
@@ -169,8 +166,8 @@ class PermanentCopy:
     def damaged(self, what: str) -> DataError:
         """The error for a copy of which a file is wrong."""
         return DataError(
-            f"{what}: the permanent copy is damaged; restore the file, or delete "
-            f"{self.url}/{MANIFEST_NAME} to have the data set built and stored anew"
+            f"{what}: the permanent copy is damaged; restore the file, or delete {self.url} to "
+            "have the data set built and stored anew"
         )
 
 
@@ -212,70 +209,30 @@ def find_permanent(root: str, name: str) -> PermanentCopy | None:
         StorageError: the store is out of reach, or has not answered in `PROBE_SECONDS`.
     """
 
-    def look() -> PermanentCopy | None:
-        folder = permanent_folder(root, name, patient=False)
-        try:
-            raw = folder.read(MANIFEST_NAME)
-        except FileNotFoundError:
-            return None
-        sizes = folder.sizes()
-        listed = folder.read(FILES_NAME) if FILES_NAME in sizes else None
-        return PermanentCopy(permanent_folder(root, name), raw, listed, sizes)
+    def probe() -> PermanentCopy | None:
+        return look(permanent_folder(root, name, patient=False), permanent_folder(root, name))
 
-    return _within(PROBE_SECONDS, look, f"{root}: no answer in {PROBE_SECONDS:.0f} s")
+    return _within(PROBE_SECONDS, probe, f"{root}: no answer in {PROBE_SECONDS:.0f} s")
 
 
-def upload(prepared: PreparedDataset, root: str, name: str, *, note: Note) -> str:
-    """Make the permanent copy of `prepared` complete; returns its URL.
-
-    Every file is read back and compared with what is here, so that a data set crosses the network
-    twice, up and down; what an earlier try has stored crosses it once.
+def look(folder: RemoteFolder, later: RemoteFolder) -> PermanentCopy | None:
+    """The complete copy in `folder`, if there is one, which is read through `later` from then on.
 
     Raises:
-        DataError: the files here are not what dataset.json says, or another data set has that name
-            in the store.
-        StorageError: the store is out of reach, refuses, or gives back something else.
+        DataError: its dataset.json cannot be understood.
+        StorageError: the store is out of reach.
     """
-    folder = permanent_folder(root, name)
-    # Also the quick way to learn that nothing can be written there, before all files are read.
-    folder.write(UPLOADING_NAME, msgspec.json.encode({"host": socket.gethostname()}))
-    files = _hash_local(prepared)
+    try:
+        raw = folder.read(MANIFEST_NAME)
+    except FileNotFoundError:
+        return None
     sizes = folder.sizes()
-    for file_name, file in files.items():
-        if sizes.get(file_name) == file.size and _reads_back(folder, file_name, file):
-            continue
-        if file.size >= 1 << 30:
-            note(f"storing {folder.url}/{file_name}, {file.size / 1e9:.1f} GB")
-        folder.upload(prepared.folder / file_name, file_name)
-        if not _reads_back(folder, file_name, file):
-            raise StorageError(
-                f"{folder.url}/{file_name}: what was stored reads back differently; run again, and "
-                "check the store if it happens again"
-            )
-    content = content_fingerprint(prepared.manifest)
-    there = find_permanent(root, name)
-    if there is not None and there.content != content:
-        raise different_content(prepared.folder, content, there)
-    raw = (prepared.folder / MANIFEST_NAME).read_bytes() if there is None else there.raw
-    folder.write(FILES_NAME, msgspec.json.encode(FileList(content=content, files=files)))
-    if there is None:
-        folder.write(MANIFEST_NAME, raw)
-    if folder.read(MANIFEST_NAME) != raw:
-        raise StorageError(f"{folder.url}/{MANIFEST_NAME} reads back differently; run again")
-    folder.delete([UPLOADING_NAME])
-    return folder.url
+    listed = folder.read(FILES_NAME) if FILES_NAME in sizes else None
+    return PermanentCopy(later, raw, listed, sizes)
 
 
-def different_content(folder: Path, content: str, there: PermanentCopy) -> DataError:
-    """The error for two data sets of one name."""
-    return DataError(
-        f"{folder} has content {content}, its permanent copy {there.url} has {there.content}: "
-        "delete the local folder to take the permanent one, delete the permanent one to store the "
-        "local one, or give another dataset.dataset_config"
-    )
-
-
-def _token_files(manifest: Manifest) -> dict[str, StoredFile]:
+def token_files(manifest: Manifest) -> dict[str, StoredFile]:
+    """The files that `manifest` tells of, by their names."""
     itemsize = 2 if manifest.dtype == "uint16" else 4
     files = {}
     for split, info in manifest.splits.items():
@@ -283,25 +240,6 @@ def _token_files(manifest: Manifest) -> dict[str, StoredFile]:
         files[f"{split}.idx"] = StoredFile(info.num_documents * 8, info.index_hash)
         if info.mask_hash is not None:
             files[f"{split}.mask"] = StoredFile(info.num_tokens, info.mask_hash)
-    return files
-
-
-def _hash_local(prepared: PreparedDataset) -> dict[str, StoredFile]:
-    """Every file of `prepared` but dataset.json; what is derived from them is left out."""
-    files = _token_files(prepared.manifest)
-    for name, file in files.items():
-        found = hash_file(prepared.folder / name, bits=128)
-        if file.xxh3 not in (None, found):
-            raise DataError(
-                f"{prepared.folder / name}: content differs from {MANIFEST_NAME} beside it; delete "
-                f"{prepared.folder} and prepare the data again"
-            )
-        files[name] = StoredFile(file.size, found)
-    tokenizer = prepared.tokenizer_folder
-    for path in sorted(tokenizer.rglob("*")) if tokenizer is not None else []:
-        if path.is_file():
-            name = path.relative_to(prepared.folder).as_posix()
-            files[name] = StoredFile(path.stat().st_size, hash_file(path, bits=128))
     return files
 
 
@@ -327,13 +265,6 @@ def _link(path: Path, new: Path) -> None:
     except OSError:  # a file system without links
         shutil.copyfile(path, new)
         fsync_file(new)
-
-
-def _reads_back(folder: RemoteFolder, name: str, file: StoredFile) -> bool:
-    try:
-        return folder.hash(name, file.size, bits=128) == file.xxh3
-    except FileNotFoundError:
-        return False
 
 
 def _within(seconds: float, action: Callable[[], Result], failing: str) -> Result:

@@ -34,9 +34,7 @@ from toolkit.data.tokens.permanent import (
     Note,
     PermanentCopy,
     content_fingerprint,
-    different_content,
     find_permanent,
-    upload,
 )
 from toolkit.data.tokens.prepared import (
     MANIFEST_NAME,
@@ -47,6 +45,7 @@ from toolkit.data.tokens.prepared import (
     read_prepared,
 )
 from toolkit.data.tokens.settings import check_settings
+from toolkit.data.tokens.upload import different_content, upload
 from toolkit.errors import ConfigError, DataError, StorageError
 from toolkit.storage.atomic import fsync_folder, fsync_tree, remove_tree, write_atomic
 from toolkit.storage.remote import is_url
