@@ -118,9 +118,12 @@ def _expand(text: str, suffixes: tuple[str, ...]) -> Iterator[tuple[str, Path]]:
         files = [match for match in matches if match.is_file()]
         if not files:
             raise DataError(f"dataset.source.paths: {text}: matches no file")
-        common = os.path.commonpath([file.parent for file in files])
+        # Not their common folder: names would change when documents are added.
+        parts = path.parts
+        plain = next((i for i, part in enumerate(parts) if glob.has_magic(part)), 0)
+        base = Path(*parts[:plain])
         for file in sorted(files):
-            yield str(file.relative_to(common)), file
+            yield str(file.relative_to(base)), file
     else:
         raise DataError(f"dataset.source.paths: {text}: no such file or folder")
 
