@@ -3,6 +3,7 @@
 import glob
 import os
 import sysconfig
+from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -105,8 +106,7 @@ def _expand(text: str, suffixes: tuple[str, ...]) -> Iterator[tuple[str, Path]]:
     path = Path(text).expanduser()
     if path.is_dir():
         endings = tuple(suffix.lower() for suffix in suffixes)
-        for folder, subfolders, names in os.walk(path):
-            subfolders.sort()
+        for folder, names in _folders(path):
             for name in sorted(names):
                 if name.lower().endswith(endings):
                     file = Path(folder, name)
@@ -126,6 +126,25 @@ def _expand(text: str, suffixes: tuple[str, ...]) -> Iterator[tuple[str, Path]]:
             yield str(file.relative_to(base)), file
     else:
         raise DataError(f"dataset.source.paths: {text}: no such file or folder")
+
+
+def _folders(path: Path) -> Iterator[tuple[str, list[str]]]:
+    """`path`, the folders below it and those that links in them lead to, each once, with the names
+    of their files. What is reached without links comes first: a link to a folder that is there
+    anyway changes no name."""
+    seen: set[str] = set()
+    waiting = deque([str(path)])
+    while waiting:
+        for folder, subfolders, names in os.walk(waiting.popleft()):
+            real = os.path.realpath(folder)
+            if real in seen:
+                subfolders.clear()
+                continue
+            seen.add(real)
+            subfolders.sort()
+            below = (os.path.join(folder, name) for name in subfolders)
+            waiting.extend(inner for inner in below if os.path.islink(inner))
+            yield folder, names
 
 
 def _stdlib_files(max_bytes: int | None) -> list[SourceFile]:
