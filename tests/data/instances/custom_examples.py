@@ -78,7 +78,91 @@ class Bad:
             "key": {"input_ids": [1], "labels": [1]},
             "shapes": {"input_ids": [1, 2], "label_mask": [True]},
             "nothing": {},
+            "ragged": [[1], [2, 3]],
+            "words": {"input_ids": [1], "document_ids": ["a"]},
+            "huge": np.array([2**63], dtype=np.uint64),
         }[self.what]
+
+
+class BadLines:
+    """Iterable-style, and fails after two items in the way asked for."""
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+
+    def __iter__(self) -> Iterator[list[int]]:
+        yield [1]
+        yield [1]
+        if self.what == "raises":
+            raise ValueError("no more memory")
+        if self.what == "stops":
+            next(iter(()))
+
+
+class Ending(BadLines):
+    """`iterate` should go on for ever."""
+
+    def iterate(self, start: int) -> Iterator[list[int]]:
+        for number in range(start, 3):
+            yield [number]
+
+
+class Unmeasurable(Counting):
+    def __len__(self) -> int:
+        raise OSError("index is gone")
+
+
+class Nothing(Lines):
+    def __iter__(self) -> Iterator[np.ndarray]:
+        return iter(())
+
+
+class Made(Counting):
+    """Remembers the splits it was made for."""
+
+    splits: ClassVar[list[str]] = []
+
+    def __init__(self, sequence_length: int, split: str = "train", count: int = 40) -> None:
+        Made.splits.append(split)
+        super().__init__(sequence_length, split, count)
+
+
+class MadeLines(Lines):
+    made: ClassVar[list[int]] = []
+
+    def __init__(self, sequence_length: int) -> None:
+        MadeLines.made.append(1)
+        super().__init__(sequence_length)
+
+
+class Reads(Counting):
+    """Remembers the items asked for."""
+
+    items: ClassVar[list[int]] = []
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        Reads.items.append(index)
+        return super().__getitem__(index)
+
+
+class ReadLines:
+    """Iterable-style with a length; remembers how many items it gave."""
+
+    given: ClassVar[list[int]] = []
+
+    def __init__(self, sequence_length: int, split: str = "train", count: int = 37) -> None:
+        self.length, self.count = sequence_length, count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        for number in range(self.count):
+            ReadLines.given.append(number)
+            yield np.full(self.length, number)
+
+
+NO_CLASS = 3
 
 
 class Neither:

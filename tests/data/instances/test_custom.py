@@ -89,11 +89,39 @@ def test_the_fingerprint_is_of_class_arguments_and_what_it_says_itself() -> None
         ("key", "item 3: unknown key 'labels'; known are input_ids, label_mask, document_ids"),
         ("shapes", "item 3: label_mask has shape (1,), input_ids (2,)"),
         ("nothing", "item 3: has no input_ids"),
+        ("ragged", "custom_examples:Bad: item 3: input_ids is no array of numbers: setting an"),
+        ("words", "item 3: document_ids holds <U1, not integers"),
+        ("huge", "item 3: ids from 9223372036854775808 to 9223372036854775808, the vocabulary"),
     ],
 )
 def test_an_item_that_cannot_be_used_is_named(what: str, message: str) -> None:
     with pytest.raises(DataError, match=re.escape(message)):
         opened("Bad", what=what).read(np.array([1, 3]))
+
+
+@pytest.mark.parametrize(
+    ("name", "what", "message"),
+    [
+        ("BadLines", "raises", "BadLines: item 2 cannot be made: ValueError: no more memory"),
+        ("BadLines", "stops", "BadLines: item 2 cannot be made: RuntimeError: generator raised"),
+        ("Ending", "", "Ending: iterate() ends before item 3; it must go on without end"),
+    ],
+)
+def test_an_iterable_style_data_set_that_fails_names_the_item(
+    name: str, what: str, message: str
+) -> None:
+    instances = opened(name, what=what)
+    assert len(instances.read(np.arange(2))["input_ids"]) == 2
+    for _ in range(2):
+        with pytest.raises(DataError, match=re.escape(message)):
+            instances.read(np.arange(2, 5))
+
+
+def test_a_data_set_without_items_or_length_is_named() -> None:
+    with pytest.raises(DataError, match="Nothing: gave no items"):
+        opened("Nothing").read(np.array([0]))
+    with pytest.raises(DataError, match=r"Unmeasurable: len\(\) of it fails: OSError: index is"):
+        opened("Unmeasurable")
 
 
 def test_an_id_beyond_the_vocabulary_is_an_error() -> None:
@@ -114,6 +142,7 @@ def test_a_worker_that_dies_ends_in_a_message() -> None:
         ("no.such.module:X", {}, "No module named 'no'"),
         (f"{EXAMPLES}:Absent", {}, "has no attribute 'Absent'"),
         (EXAMPLES, {}, "write it as module:Class"),
+        (f"{EXAMPLES}:NO_CLASS", {}, "is no class: 3"),
         (f"{EXAMPLES}:Lines", {"size": 3}, "check dataset.custom.args"),
     ],
 )

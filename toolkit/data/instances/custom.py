@@ -12,30 +12,23 @@ Optional attributes: `vocab_size`, `fingerprint` (text that identifies the conte
 `tokenizer_folder`.
 """
 
-import importlib
-import inspect
-import itertools
-import multiprocessing
-import os
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 import numpy as np
 
 from toolkit.data.config import CustomDatasetConfig
 from toolkit.data.instances.base import DocumentPart, Rows
-from toolkit.errors import ConfigError, DataError, ToolkitError
+from toolkit.data.instances.custom_class import load_class, make, takes, user_code
+from toolkit.data.instances.custom_items import ItemError, stack_items
+from toolkit.data.instances.custom_workers import ItemReader, WorkerType
+from toolkit.errors import ConfigError, DataError
 
 UNKNOWN_LENGTH = 1 << 62
 """Instances of a data set that does not say how many it has."""
-_KINDS = {"input_ids": np.int64, "label_mask": np.bool_, "document_ids": np.int32}
-
-WorkerType = Literal["process", "thread"]
+_ENDED = object()
 
 
 def open_custom(
@@ -52,12 +45,12 @@ def open_custom(
         ConfigError: there is no such class, or it cannot be made with these arguments.
         DataError: it is neither map-style nor iterable-style.
     """
-    if split != "train" and not _takes(load_class(config), "split"):
+    if split != "train" and not takes(load_class(config), "split"):
         return None
     made = make(config, split, sequence_length)
     name = config.target
     has_length = hasattr(made, "__len__")
-    if has_length and len(made) == 0 and split != "train":
+    if split != "train" and has_length and _length(made, name) == 0:
         return None
     if hasattr(made, "__getitem__") and has_length:
         return MapInstances(
@@ -78,40 +71,6 @@ def open_custom(
     )
 
 
-def load_class(config: CustomDatasetConfig) -> Callable[..., Any]:
-    """Import `config.target`; the current folder is looked in too.
-
-    Raises:
-        ConfigError: there is no such module or name.
-    """
-    module_name, _, name = config.target.partition(":")
-    if not module_name or not name:
-        raise ConfigError(f"dataset.custom.target: write it as module:Class, not {config.target!r}")
-    here = os.getcwd()
-    if here not in sys.path:
-        sys.path.insert(0, here)
-    try:
-        return getattr(importlib.import_module(module_name), name)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(f"dataset.custom.target {config.target}: {error}") from None
-
-
-def make(config: CustomDatasetConfig, split: str, sequence_length: int) -> Any:
-    """One object of the user's class. Raises ConfigError when its arguments do not fit."""
-    factory = load_class(config)
-    offered = {"split": split, "sequence_length": sequence_length}
-    extra = {key: value for key, value in offered.items() if _takes(factory, key)}
-    try:
-        return factory(**config.args, **extra)
-    except ToolkitError:
-        raise
-    except Exception as error:
-        raise ConfigError(
-            f"dataset.custom: {config.target} cannot be made: {type(error).__name__}: {error}; "
-            "check dataset.custom.args"
-        ) from error
-
-
 class _CustomInstances:
     """What both kinds have in common."""
 
@@ -125,9 +84,11 @@ class _CustomInstances:
         self._made = made
         self._name = config.target
         self.sequence_length = sequence_length
-        self.num_instances = len(made) if hasattr(made, "__len__") else UNKNOWN_LENGTH
-        self.vocab_size = getattr(made, "vocab_size", None)
-        folder = getattr(made, "tokenizer_folder", None)
+        has_length = hasattr(made, "__len__")
+        self.num_instances = _length(made, self._name) if has_length else UNKNOWN_LENGTH
+        with user_code(f"{self._name}: vocab_size or tokenizer_folder cannot be had"):
+            self.vocab_size = getattr(made, "vocab_size", None)
+            folder = getattr(made, "tokenizer_folder", None)
         self.tokenizer_folder = Path(folder) if folder is not None else None
         self.fingerprint = self._fingerprint(config, split)
 
@@ -138,9 +99,10 @@ class _CustomInstances:
     def _fingerprint(self, config: CustomDatasetConfig, split: str) -> str:
         import xxhash
 
-        own = getattr(self._made, "fingerprint", None)
-        if callable(own):
-            own = own()
+        with user_code(f"{self._name}: its fingerprint cannot be had"):
+            own = getattr(self._made, "fingerprint", None)
+            if callable(own):
+                own = own()
         identity = (config.target, split, self.num_instances, self.sequence_length, own)
         content = repr(identity).encode() + msgspec.json.encode(config.args, order="sorted")
         return xxhash.xxh3_64_hexdigest(content)
@@ -148,9 +110,8 @@ class _CustomInstances:
     def _rows(self, items: Sequence[Any], numbers: Sequence[int]) -> Rows:
         try:
             return stack_items(items, self.sequence_length, self.vocab_size)
-        except ValueError as error:
-            index = int(numbers[error.args[1]])
-            raise DataError(f"{self._name}: item {index}: {error.args[0]}") from None
+        except ItemError as error:
+            raise DataError(f"{self._name}: item {numbers[error.place]}: {error}") from None
 
 
 class MapInstances(_CustomInstances):
@@ -167,53 +128,21 @@ class MapInstances(_CustomInstances):
         worker_type: WorkerType,
     ) -> None:
         super().__init__(made, config, split, sequence_length)
-        self._num_workers = num_workers
-        self._worker_type = worker_type
-        self._setup = (config, split, sequence_length)
-        self._pool: Executor | None = None
+        self._reader = ItemReader(
+            made,
+            (config, split, sequence_length),
+            num_workers=num_workers,
+            worker_type=worker_type,
+        )
 
     def read(self, indices: np.ndarray) -> Rows:
         """See `InstanceDataset`. Raises DataError for an item that cannot be made or used."""
-        numbers = [int(index) for index in indices]
-        if self._num_workers:
-            items = self._read_with_workers(numbers)
-        else:
-            items = _items(self._made, numbers, self._name)
-        return self._rows(items, numbers)
+        numbers = indices.tolist()
+        return self._rows(self._reader.read(numbers), numbers)
 
     def close(self) -> None:
         """End the workers."""
-        if self._pool is not None:
-            self._pool.shutdown(wait=False, cancel_futures=True)
-            self._pool = None
-
-    def _read_with_workers(self, numbers: list[int]) -> list[Any]:
-        if self._pool is None:
-            self._pool = self._open_pool()
-        size = -(-len(numbers) // self._num_workers)
-        parts = [numbers[start : start + size] for start in range(0, len(numbers), size)]
-        try:
-            if self._worker_type == "process":
-                found = list(self._pool.map(_worker_items, parts))
-            else:
-                found = list(self._pool.map(lambda p: _items(self._made, p, self._name), parts))
-        except BrokenProcessPool:
-            raise DataError(
-                f"{self._name}: a worker process ended suddenly (often for lack of memory); try "
-                "data_loader.worker_type=thread or fewer data_loader.num_workers"
-            ) from None
-        return list(itertools.chain.from_iterable(found))
-
-    def _open_pool(self) -> Executor:
-        if self._worker_type == "thread":
-            return ThreadPoolExecutor(self._num_workers, thread_name_prefix="data-worker")
-        # Not forked: this process has threads and perhaps a device, which a fork would copy broken.
-        return ProcessPoolExecutor(
-            self._num_workers,
-            mp_context=multiprocessing.get_context("spawn"),
-            initializer=_open_worker,
-            initargs=(msgspec.json.encode(self._setup[0]), *self._setup[1:]),
-        )
+        self._reader.close()
 
 
 class IterableInstances(_CustomInstances):
@@ -231,19 +160,35 @@ class IterableInstances(_CustomInstances):
         self._next = 0
 
     def read(self, indices: np.ndarray) -> Rows:
-        """See `InstanceDataset`; `indices` ascend."""
-        items = []
-        for index in indices.tolist():
-            if self._items is None or index < self._next:
-                self._items, self._next = self._open(index)
-            for _ in range(index - self._next):
-                next(self._items)
-            items.append(next(self._items))
-            self._next = index + 1
-        return self._rows(items, indices.tolist())
+        """See `InstanceDataset`; `indices` ascend. Raises DataError for an item that cannot be
+        made or used."""
+        numbers = indices.tolist()
+        try:
+            items = [self._item(number) for number in numbers]
+        except BaseException:
+            # A generator that raised has ended.
+            self._items = None
+            raise
+        return self._rows(items, numbers)
 
     def close(self) -> None:
         """Nothing is held open."""
+
+    def _item(self, number: int) -> Any:
+        if self._items is None or number < self._next:
+            with user_code(f"{self._name}: iterating from item {number} on fails"):
+                self._items, self._next = self._open(number)
+        while True:
+            with user_code(f"{self._name}: item {self._next} cannot be made"):
+                item = next(self._items, _ENDED)
+            if item is _ENDED:
+                raise DataError(
+                    f"{self._name}: iterate() ends before item {self._next}; it must go on without "
+                    "end, pass after pass"
+                )
+            self._next += 1
+            if self._next > number:
+                return item
 
     def _open(self, start: int) -> tuple[Iterator[Any], int]:
         if hasattr(self._made, "iterate"):
@@ -274,84 +219,6 @@ class SequentialStream:
         return positions
 
 
-def stack_items(items: Sequence[Any], sequence_length: int, vocab_size: int | None) -> Rows:
-    """Items as rows of one length.
-
-    Raises:
-        ValueError: (reason, number of the item) for one that is not as it should be.
-    """
-    # A mask always: ranks whose items happen to have none must agree with those whose have.
-    wanted = {"label_mask", *(key for item in items if isinstance(item, dict) for key in item)}
-    found: list[dict[str, np.ndarray]] = []
-    for number, item in enumerate(items):
-        arrays = item if isinstance(item, dict) else {"input_ids": item}
-        if unknown := sorted(arrays.keys() - _KINDS.keys()):
-            raise ValueError(f"unknown key {unknown[0]!r}; known are {', '.join(_KINDS)}", number)
-        if "input_ids" not in arrays:
-            raise ValueError("has no input_ids", number)
-        arrays = {key: np.asarray(value) for key, value in arrays.items()}
-        shape = arrays["input_ids"].shape
-        if len(shape) != 1 or not 1 <= shape[0] <= sequence_length:
-            raise ValueError(
-                f"input_ids has shape {shape}; give 1 to {sequence_length} "
-                "(dataset.sequence_length) ids",
-                number,
-            )
-        for key, value in arrays.items():
-            if value.shape != shape:
-                raise ValueError(f"{key} has shape {value.shape}, input_ids {shape}", number)
-        ids = arrays["input_ids"]
-        if ids.dtype.kind not in "iu":
-            raise ValueError(f"input_ids holds {ids.dtype}, not integers", number)
-        if int(ids.min()) < 0 or (vocab_size is not None and int(ids.max()) >= vocab_size):
-            raise ValueError(
-                f"ids from {ids.min()} to {ids.max()}, the vocabulary has {vocab_size}", number
-            )
-        found.append(arrays)
-    is_padded = any(len(arrays["input_ids"]) < sequence_length for arrays in found)
-    if is_padded:
-        wanted.add("document_ids")
-    rows: Rows = {}
-    for key in ("input_ids", *sorted(wanted - {"input_ids"})):
-        rows[key] = np.zeros((len(found), sequence_length), dtype=_KINDS[key])
-        for row, arrays in zip(rows[key], found, strict=True):
-            length = len(arrays["input_ids"])
-            default = key == "label_mask"
-            row[:length] = arrays.get(key, default)
-            if key == "document_ids" and length < sequence_length:
-                row[length:] = row[length - 1] + 1
-    return rows
-
-
-def _items(made: Any, numbers: Sequence[int], name: str) -> list[Any]:
-    items = []
-    for number in numbers:
-        try:
-            items.append(made[number])
-        except ToolkitError:
-            raise
-        except Exception as error:
-            raise DataError(
-                f"{name}: item {number} cannot be made: {type(error).__name__}: {error}"
-            ) from error
-    return items
-
-
-_worker_dataset: Any = None
-
-
-def _open_worker(config: bytes, split: str, sequence_length: int) -> None:
-    global _worker_dataset
-    decoded = msgspec.json.decode(config, type=CustomDatasetConfig)
-    _worker_dataset = (make(decoded, split, sequence_length), decoded.target)
-
-
-def _worker_items(numbers: Sequence[int]) -> list[Any]:
-    made, name = _worker_dataset
-    return _items(made, numbers, name)
-
-
-def _takes(factory: Callable[..., Any], name: str) -> bool:
-    parameters = inspect.signature(factory).parameters
-    kinds = {parameter.kind for parameter in parameters.values()}
-    return name in parameters or inspect.Parameter.VAR_KEYWORD in kinds
+def _length(made: Any, name: str) -> int:
+    with user_code(f"{name}: len() of it fails"):
+        return len(made)

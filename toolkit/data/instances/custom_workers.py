@@ -1,0 +1,97 @@
+"""Workers that make the items of a map-style data set written in Python."""
+
+import itertools
+import multiprocessing
+from collections.abc import Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any, Literal
+
+import msgspec
+
+from toolkit.data.config import CustomDatasetConfig
+from toolkit.data.instances.custom_class import make, user_code
+from toolkit.errors import DataError
+
+WorkerType = Literal["process", "thread"]
+
+
+class ItemReader:
+    """Items by number, made here or by workers, which start with the first read.
+
+    Args:
+        made: the user's object.
+        setup: what it was made of; worker processes make their own.
+        num_workers: 0: no workers.
+    """
+
+    def __init__(
+        self,
+        made: Any,
+        setup: tuple[CustomDatasetConfig, str, int],
+        *,
+        num_workers: int,
+        worker_type: WorkerType,
+    ) -> None:
+        self._made, self._setup, self._name = made, setup, setup[0].target
+        self._num_workers, self._worker_type = num_workers, worker_type
+        self._pool: Executor | None = None
+
+    def read(self, numbers: Sequence[int]) -> list[Any]:
+        """The items in the order of `numbers`. Raises DataError for one that cannot be made."""
+        if not self._num_workers:
+            return _items(self._made, numbers, self._name)
+        if self._pool is None:
+            self._pool = self._open_pool()
+        size = -(-len(numbers) // self._num_workers)
+        parts = [numbers[start : start + size] for start in range(0, len(numbers), size)]
+        try:
+            if self._worker_type == "process":
+                found = list(self._pool.map(_worker_items, parts))
+            else:
+                found = list(self._pool.map(lambda p: _items(self._made, p, self._name), parts))
+        except BrokenProcessPool:
+            raise DataError(
+                f"{self._name}: a worker process ended suddenly (often for lack of memory); try "
+                "data_loader.worker_type=thread or fewer data_loader.num_workers"
+            ) from None
+        return list(itertools.chain.from_iterable(found))
+
+    def close(self) -> None:
+        """End the workers."""
+        if self._pool is not None:
+            self._pool.shutdown(wait=False, cancel_futures=True)
+            self._pool = None
+
+    def _open_pool(self) -> Executor:
+        if self._worker_type == "thread":
+            return ThreadPoolExecutor(self._num_workers, thread_name_prefix="data-worker")
+        # Not forked: this process has threads and perhaps a device, which a fork would copy broken.
+        return ProcessPoolExecutor(
+            self._num_workers,
+            mp_context=multiprocessing.get_context("spawn"),
+            initializer=_open_worker,
+            initargs=(msgspec.json.encode(self._setup[0]), *self._setup[1:]),
+        )
+
+
+def _items(made: Any, numbers: Sequence[int], name: str) -> list[Any]:
+    items = []
+    for number in numbers:
+        with user_code(f"{name}: item {number} cannot be made"):
+            items.append(made[number])
+    return items
+
+
+_worker_dataset: Any = None
+
+
+def _open_worker(config: bytes, split: str, sequence_length: int) -> None:
+    global _worker_dataset
+    decoded = msgspec.json.decode(config, type=CustomDatasetConfig)
+    _worker_dataset = (make(decoded, split, sequence_length), decoded.target)
+
+
+def _worker_items(numbers: Sequence[int]) -> list[Any]:
+    made, name = _worker_dataset
+    return _items(made, numbers, name)
