@@ -55,6 +55,10 @@ def add_mask(prepared: PreparedDataset) -> PreparedDataset:
     return rewrite.open_source(prepared.folder)
 
 
+def names_in(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()} if folder.exists() else set()
+
+
 def assert_is_whole(prepared: PreparedDataset) -> None:
     assert inspect_path(prepared.folder, progress=False).problems == []
 
@@ -163,7 +167,7 @@ def test_damage_is_not_handed_on_and_nothing_is_left(damage, tmp_path: Path) -> 
     ):
         with pytest.raises(DataError, match=message):
             make()
-        assert not out.exists() or list(out.iterdir()) == []
+        assert names_in(out) <= {".x.lock"}
 
 
 def test_existing_output_is_refused_and_kept(tmp_path: Path) -> None:
@@ -186,7 +190,7 @@ def test_too_little_room_is_said_before_anything_is_written(tmp_path: Path, monk
     monkeypatch.setattr(rewrite.shutil, "disk_usage", lambda path: usage)
     with pytest.raises(DataError, match=r"needs .* GB, 1e-06 GB are free there; make room"):
         split_parts(one.folder, tmp_path / "out" / "x", 2)
-    assert list((tmp_path / "out").iterdir()) == []
+    assert names_in(tmp_path / "out") == {".x.lock"}
 
 
 def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch) -> None:
@@ -198,7 +202,7 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(rewrite.SplitFiles, "append", full)
     with pytest.raises(DataError, match=r"train\.bin: cannot be read or written: No space left"):
         split_validation(one.folder, tmp_path / "out" / "x", 0.5, progress=False)
-    assert list((tmp_path / "out").iterdir()) == []
+    assert names_in(tmp_path / "out") == {".x.lock"}
 
 
 @pytest.mark.parametrize("block", [1, 7, 1 << 20])
@@ -288,7 +292,20 @@ def test_a_killed_merge_leaves_nothing_that_looks_whole(tmp_path: Path) -> None:
         "merge.merge_datasets(sys.argv[1:3], sys.argv[3])\n"
     )
     words = [sys.executable, "-c", script, str(one.folder), str(two.folder), str(out)]
-    assert subprocess.run(words, check=False).returncode == 9
-    assert not out.exists()
-    assert all(path.name.startswith(".both.") for path in out.parent.iterdir())
+    for _ in range(2):
+        assert subprocess.run(words, check=False).returncode == 9
+        assert not out.exists()
+        assert names_in(out.parent) == {".both.building", ".both.lock"}
     assert merge_datasets([one.folder, two.folder], out, progress=False).num_documents("train") == 8
+    assert names_in(out.parent) == {"both", ".both.lock"}
+
+
+def test_one_process_at_a_time_makes_a_folder(tmp_path: Path) -> None:
+    one = prepare(tmp_path, "one", texts_of(4))
+    out = tmp_path / "out" / "x"
+    with rewrite.new_folder(out, 0) as unfinished:
+        (unfinished / "half").touch()
+        with pytest.raises(DataError, match=r"x: another process is making it; wait until it is"):
+            split_validation(one.folder, out, 0.5, progress=False)
+        assert (unfinished / "half").exists()
+    assert names_in(out) == {"half"}

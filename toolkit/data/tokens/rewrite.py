@@ -1,11 +1,12 @@
 """New data sets made of the documents of others: what merging and splitting have in common.
 
-1. The new folder is written under a hidden name beside its place; there is room for it, or nothing
-   is begun.
+1. The new folder is written under a hidden name beside its place, by one process at a time; there
+   is room for it, or nothing is begun.
 2. Every source file is read once, in blocks; its hash is checked at its end, so that damage is not
    handed on.
 3. The new files are counted and hashed as they are written; everything is synced, and the folder
-   gets its name in one rename. A killed process leaves only the hidden folder.
+   gets its name in one rename. What a killed process leaves under the hidden name, the
+   next one removes.
 """
 
 import contextlib
@@ -15,9 +16,11 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO, Literal
 
+import filelock
 import numpy as np
 import xxhash
 
+from toolkit.data.tokens.cache import build_lock
 from toolkit.data.tokens.prepared import (
     MANIFEST_NAME,
     NUM_BLOCKS,
@@ -32,13 +35,7 @@ from toolkit.data.tokens.prepared import (
 )
 from toolkit.data.tokens.scanning import Advance, memory_map, token_blocks
 from toolkit.errors import DataError
-from toolkit.storage.atomic import (
-    fsync_folder,
-    fsync_tree,
-    remove_tree,
-    temporary_path,
-    write_json_atomic,
-)
+from toolkit.storage.atomic import fsync_folder, fsync_tree, write_json_atomic
 
 SPLITS: tuple[Split, ...] = ("train", "val")
 RESERVE_BYTES = 16 << 20
@@ -71,34 +68,53 @@ def new_folder(output: Path, num_bytes: int) -> Iterator[Path]:
         num_bytes: what will be written into it.
 
     Raises:
-        DataError: `output` exists, there is too little room, or it cannot be written.
+        DataError: `output` exists, another process is making it, there is too little room, or it
+            cannot be written.
     """
-    if os.path.lexists(output):
-        raise DataError(f"{output}: exists already; remove it, or choose another --out")
-    unfinished = temporary_path(output)
+    building = output.with_name(f".{output.name}.building")
+    unfinished = building / "output"
+    lock = build_lock(output)
     try:
+        _check_is_new(output)
         output.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+        _check_is_new(output)
+        if unfinished.exists():
+            shutil.rmtree(unfinished)
         free = shutil.disk_usage(output.parent).free
         if num_bytes + RESERVE_BYTES > free:
             raise DataError(
                 f"{output}: needs {num_bytes / 1e9:.3g} GB, {free / 1e9:.3g} GB are free there; "
                 "make room, or choose another --out"
             )
-        unfinished.mkdir()
-        yield unfinished
-        fsync_tree(unfinished)
-        os.rename(unfinished, output)
-        fsync_folder(output.parent)
+        try:
+            unfinished.mkdir(parents=True)
+            yield unfinished
+            fsync_tree(unfinished)
+            os.rename(unfinished, output)
+            fsync_folder(output.parent)
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            # What a preparation of the same name left there to go on with is of use only without
+            # the folder.
+            with contextlib.suppress(OSError):
+                shutil.rmtree(building) if output.exists() else building.rmdir()
+    except filelock.Timeout:
+        raise DataError(
+            f"{output}: another process is making it; wait until it is done, or choose another "
+            "--out"
+        ) from None
     except OSError as error:
-        with contextlib.suppress(OSError):
-            remove_tree(unfinished)
         raise DataError(
             f"{error.filename or output}: cannot be read or written: {error.strerror or error}"
         ) from error
-    except BaseException:
-        with contextlib.suppress(OSError):
-            remove_tree(unfinished)
-        raise
+    finally:
+        lock.release()
+
+
+def _check_is_new(output: Path) -> None:
+    if os.path.lexists(output):
+        raise DataError(f"{output}: exists already; remove it, or choose another --out")
 
 
 def write_dataset(folder: Path, manifest: Manifest, tokenizer_folder: Path | None) -> None:
