@@ -80,7 +80,19 @@ def test_a_cut_off_token_file_is_found(folder: Path) -> None:
         assert found[1] == (
             "train.bin: holds 73 of the 84 tokens that dataset.json counts: cut off"
         )
-        assert len(found) > 2
+        # No line of documents that do not end as they should: their tokens are gone.
+        assert [line[: len("train.bin: content differs")] for line in found[2:]] == [
+            "train.bin: content differs"
+        ]
+
+
+@pytest.mark.parametrize("quick", [False, True])
+def test_an_empty_token_file_is_found(quick: bool, folder: Path) -> None:
+    (folder / "train.bin").write_bytes(b"")
+    found = problems(folder, quick=quick)
+    assert found[0] == "train.bin: holds 0 of the 84 tokens that dataset.json counts: cut off"
+    assert len(found) == 2
+    assert found[1].startswith("train.bin: content differs from dataset.json")
 
 
 def test_a_missing_file_is_found(folder: Path) -> None:

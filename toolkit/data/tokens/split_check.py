@@ -41,7 +41,9 @@ class SplitCheck:
         info, report, manifest = self._info, self._report, self._manifest
         report.num_tokens, report.num_documents = info.num_tokens, info.num_documents
         report.num_targets = info.num_targets
-        report.bytes_per_token = info.text_bytes / info.num_tokens if info.text_bytes else None
+        report.bytes_per_token = (
+            info.text_bytes / info.num_tokens if info.text_bytes and info.num_tokens else None
+        )
         item = np.dtype(manifest.dtype).itemsize
         has_tokens = self._check_size("bin", info.num_tokens, item, "tokens")
         has_index = self._check_size("idx", info.num_documents, 8, "documents")
@@ -51,7 +53,7 @@ class SplitCheck:
         self.starts = memory_map(self._files["idx"], "uint64") if has_index else _NOTHING
         if has_index:
             self._check_index(quick=quick)
-        self.is_readable = has_tokens and self._index_agrees
+        self.is_readable = 0 < len(self.ids) == info.num_tokens and self._index_agrees
         if has_tokens:
             if quick:
                 self._check_sampled_blocks()
