@@ -1,11 +1,14 @@
 import re
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from tests.data.corpus import data_config
 from tests.data.instances import custom_examples
-from toolkit.data.config import CustomDatasetConfig
+from toolkit.data.config import CustomDatasetConfig, DatasetConfig
+from toolkit.data.corpus import open_corpus, prepare_corpus
 from toolkit.data.instances.custom import UNKNOWN_LENGTH, open_custom
 from toolkit.errors import ConfigError, DataError
 
@@ -151,6 +154,30 @@ def test_a_class_that_cannot_be_made_is_a_config_error(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         open_custom(CustomDatasetConfig(target=target, args=args), "train", 8)
+
+
+def test_a_process_makes_a_data_set_once_for_each_split(tmp_path: Path) -> None:
+    custom_examples.Made.splits.clear()
+    custom = CustomDatasetConfig(target=f"{EXAMPLES}:Made", args={"count": 24})
+    dataset = DatasetConfig(root=str(tmp_path), sequence_length=8, custom=custom)
+    config = data_config(dataset, global_batch_size=64)
+    assert prepare_corpus(config).rows == [(8, 24)]
+    for _ in range(2):
+        assert open_corpus(config).evaluation["val"].num_instances == 5
+    assert custom_examples.Made.splits == ["train", "val"]
+    other = config.replace(dataset=dataset.replace(custom=custom.replace(args={"count": 25})))
+    assert prepare_corpus(other).rows == [(8, 25)]
+    assert custom_examples.Made.splits == ["train", "val", "train"]
+
+
+def test_readers_of_one_iterable_style_object_do_not_disturb_each_other() -> None:
+    custom_examples.MadeLines.made.clear()
+    one, two = opened("MadeLines"), opened("MadeLines")
+    assert len(custom_examples.MadeLines.made) == 1
+    for start in range(0, 30, 3):
+        for instances in (one, two):
+            found = instances.read(np.arange(start, start + 3))["input_ids"][:, 0]
+            assert found.tolist() == [n % 10 for n in range(start, start + 3)]
 
 
 def test_what_is_no_data_set_is_refused() -> None:

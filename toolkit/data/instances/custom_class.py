@@ -1,12 +1,15 @@
-"""The class of a data set written in Python: found by its name, and made."""
+"""The class of a data set written in Python: found by its name, and made once in a process."""
 
 import contextlib
+import functools
 import importlib
 import inspect
 import os
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
+
+import msgspec
 
 from toolkit.data.config import CustomDatasetConfig
 from toolkit.errors import ConfigError, DataError, ToolkitError
@@ -39,8 +42,21 @@ def load_class(config: CustomDatasetConfig) -> Callable[..., Any]:
 
 
 def make(config: CustomDatasetConfig, split: str, sequence_length: int) -> Any:
-    """One object of the user's class. Raises ConfigError when its arguments do not fit."""
-    factory = load_class(config)
+    """The object of the user's class for these arguments; asked for again, the same one.
+
+    It may hold all of its data, so a process makes it once for each split.
+
+    Raises:
+        ConfigError: its arguments do not fit.
+    """
+    # The class itself is in the key: a module that is reloaded has another one.
+    return _make(load_class(config), msgspec.json.encode(config), split, sequence_length)
+
+
+# A run reads two splits of one data set.
+@functools.lru_cache(maxsize=2)
+def _make(factory: Callable[..., Any], encoded: bytes, split: str, sequence_length: int) -> Any:
+    config = msgspec.json.decode(encoded, type=CustomDatasetConfig)
     offered = {"split": split, "sequence_length": sequence_length}
     extra = {key: value for key, value in offered.items() if takes(factory, key)}
     try:
