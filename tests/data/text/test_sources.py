@@ -143,6 +143,8 @@ def test_replaced_bytes_are_counted(tmp_path: Path) -> None:
     [
         ('{"text": "cut', r"a\.jsonl: line 3 \(byte 34\): not valid JSON"),
         ('{"body": "x"}', r"a\.jsonl: line 3 .*no text under 'text'.*dataset\.source\.text_field"),
+        (r'{"text": "a\ud800b"}', r"line 3 .* half of a surrogate pair .*encoding_errors=replace"),
+        ('{"text": "b", "n": NaN', r"a\.jsonl: line 3 \(byte 34\): not valid JSON"),
         ('{"text": 5}', r"a\.jsonl: line 3 .*no text under 'text'.*got `int`"),
     ],
 )

@@ -105,7 +105,7 @@ class _Lines:
             except msgspec.DecodeError as error:
                 repaired = self._repaired(text, identity)
                 if repaired is None:
-                    raise self._bad_line(offset, error) from None
+                    raise self._bad_line(text, offset, error) from None
                 value = repaired
         if isinstance(value, dict):
             return Piece(identity, row=value, num_bytes=len(line))
@@ -129,7 +129,7 @@ class _Lines:
         except (ValueError, DataError, TypeError):
             return None
 
-    def _bad_line(self, offset: int, error: msgspec.DecodeError) -> DataError:
+    def _bad_line(self, text: str, offset: int, error: msgspec.DecodeError) -> DataError:
         with _open(self._part) as file:
             number, left = 1, offset
             while left and (data := file.read(min(left, COMPRESSED_BYTES))):
@@ -137,6 +137,11 @@ class _Lines:
                 left -= len(data)
         where = f"{self._part.path}: line {number} (byte {offset})"
         if not isinstance(error, msgspec.ValidationError):
+            if self._source.encoding_errors == "strict" and _holds_surrogate(text):
+                return DataError(
+                    f"{where}: holds half of a surrogate pair (\\ud800 to \\udfff), which is no "
+                    "character; repair it, or set dataset.source.encoding_errors=replace"
+                )
             return DataError(f"{where}: not valid JSON: {error}")
         if self._field is None:
             return DataError(f"{where}: no object with columns: {error}")
@@ -144,6 +149,17 @@ class _Lines:
             f"{where}: no text under {self._source.text_field!r}: {error}; set "
             "dataset.source.text_field to the key that holds it"
         )
+
+
+def _holds_surrogate(text: str) -> bool:
+    """Whether this is JSON with strings that are no text."""
+    try:
+        json.dumps(json.loads(text), ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return True
+    except (ValueError, RecursionError):
+        pass
+    return False
 
 
 def _without_surrogates(value: Any, counts: Counts) -> Any:
