@@ -1,4 +1,9 @@
+import os
 import re
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +142,57 @@ def test_a_worker_that_dies_ends_in_a_message() -> None:
     instances = opened("Bad", what="dies", workers={"num_workers": 1, "worker_type": "process"})
     with pytest.raises(DataError, match="a worker process ended suddenly"):
         instances.read(np.array([3]))
+
+
+TRAINING = f"""
+import sys, time
+import numpy as np
+from toolkit.data.config import CustomDatasetConfig
+from toolkit.data.instances.custom import open_custom
+
+if __name__ == "__main__":
+    config = CustomDatasetConfig(target="{EXAMPLES}:ProcessIds")
+    instances = open_custom(config, "train", 8, num_workers=2, worker_type="process")
+    ids = instances.read(np.arange(2))["input_ids"][:, 0]
+    print(*ids, flush=True)
+    sys.stdin.readline()
+    print(*instances.read(np.arange(2))["input_ids"][:, 0], flush=True)
+    time.sleep(600)
+"""
+
+
+def is_running(process: int) -> bool:
+    try:
+        state = Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[0]
+    except OSError:
+        return False
+    return state != "Z"
+
+
+def test_worker_processes_leave_signals_to_training_and_end_with_it(tmp_path: Path) -> None:
+    (tmp_path / "training.py").write_text(TRAINING)
+    with subprocess.Popen(
+        [sys.executable, str(tmp_path / "training.py")],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        env={**os.environ, "PYTHONPATH": os.getcwd()},
+    ) as training:  # fmt: skip
+        assert training.stdin is not None
+        assert training.stdout is not None
+        workers = {int(word) for word in training.stdout.readline().split()}
+        assert workers
+        for worker in workers:
+            os.kill(worker, signal.SIGINT)
+            os.kill(worker, signal.SIGUSR1)
+        print(file=training.stdin, flush=True)
+        assert training.stdout.readline()
+        assert all(map(is_running, workers))
+        training.kill()
+        training.wait()
+    for _ in range(200):
+        if not any(map(is_running, workers)):
+            break
+        time.sleep(0.1)
+    assert not any(map(is_running, workers))
 
 
 @pytest.mark.parametrize(

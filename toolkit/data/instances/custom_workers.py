@@ -2,6 +2,10 @@
 
 import itertools
 import multiprocessing
+import os
+import signal
+import threading
+import time
 from collections.abc import Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -12,6 +16,11 @@ import msgspec
 from toolkit.data.config import CustomDatasetConfig
 from toolkit.data.instances.custom_class import make, user_code
 from toolkit.errors import DataError
+
+WATCH_SECONDS = 1.0
+"""How often a worker process looks whether the process that it works for is still there."""
+# They ask the training process to stop gently, and a terminal sends them to the workers as well.
+_NOT_FOR_WORKERS = (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 WorkerType = Literal["process", "thread"]
 
@@ -71,7 +80,7 @@ class ItemReader:
             self._num_workers,
             mp_context=multiprocessing.get_context("spawn"),
             initializer=_open_worker,
-            initargs=(msgspec.json.encode(self._setup[0]), *self._setup[1:]),
+            initargs=(os.getpid(), msgspec.json.encode(self._setup[0]), *self._setup[1:]),
         )
 
 
@@ -86,10 +95,20 @@ def _items(made: Any, numbers: Sequence[int], name: str) -> list[Any]:
 _worker_dataset: Any = None
 
 
-def _open_worker(config: bytes, split: str, sequence_length: int) -> None:
+def _open_worker(parent: int, config: bytes, split: str, sequence_length: int) -> None:
     global _worker_dataset
+    for number in _NOT_FOR_WORKERS:
+        signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=_end_with, args=(parent,), name="parent-watch", daemon=True).start()
     decoded = msgspec.json.decode(config, type=CustomDatasetConfig)
     _worker_dataset = (make(decoded, split, sequence_length), decoded.target)
+
+
+def _end_with(parent: int) -> None:
+    """End this process when `parent` is gone: a killed process cannot end its workers."""
+    while os.getppid() == parent:
+        time.sleep(WATCH_SECONDS)
+    os._exit(1)
 
 
 def _worker_items(numbers: Sequence[int]) -> list[Any]:
