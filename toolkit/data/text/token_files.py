@@ -8,7 +8,6 @@ comparison of the whole block.
 import contextlib
 import fnmatch
 import glob
-import io
 from collections import deque
 from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -24,14 +23,13 @@ from toolkit.data.text.files import (
     find_files,
     fingerprint_files,
 )
+from toolkit.data.text.numpy_header import HEADER_BYTES, NUMPY_MAGIC, read_numpy_header
 from toolkit.data.text.piece import Piece
 from toolkit.data.text.reading import Counts, Reading
 from toolkit.data.text.shards import Plan, Range, group_ranges, shard_bytes
 from toolkit.errors import DataError
 from toolkit.storage.remote import RemoteFolder, is_url
 
-NUMPY_MAGIC = b"\x93NUMPY"
-HEADER_BYTES = 1 << 12
 BLOCK_TOKENS = 1 << 20
 BLOCKS_AHEAD = 3
 """Blocks of a remote file that are asked for before they are needed."""
@@ -230,42 +228,23 @@ def _cut(file: SourceFile, data: _Data, dtype: str, size: int) -> Iterator[Range
 def _find_data(file: SourceFile, head: bytes, dtype: str) -> _Data:
     """Where the numbers begin: at once, or after a numpy header that agrees with `dtype`."""
     itemsize = np.dtype(dtype).itemsize
-    first_byte, shape = 0, None
-    if head.startswith(NUMPY_MAGIC):
-        first_byte, shape = _numpy_header(file.path, head, dtype)
-    size = file.num_bytes - first_byte
+    header = read_numpy_header(head, file.path)
+    if header is not None and header.dtype != np.dtype(dtype):
+        found = header.dtype
+        raise DataError(
+            f"{file.path}: its numpy header says {found.str.lstrip('<|')} ({found.name}), not "
+            f"{dtype}; set dataset.source.dtype to that, or convert the file"
+        )
+    size = file.num_bytes - (header.first_byte if header is not None else 0)
     if size % itemsize:
         raise DataError(
             f"{file.path}: {size} bytes of tokens are no multiple of the {itemsize} bytes of "
             f"{dtype}; the file is cut short, or dataset.source.dtype is wrong"
         )
-    if shape is not None and size != shape * itemsize:
-        raise DataError(
-            f"{file.path}: its numpy header tells of {shape} numbers, it holds {size // itemsize}; "
-            "the file is cut short or damaged"
-        )
-    return _Data(first_byte, size // itemsize)
-
-
-def _numpy_header(path: str, head: bytes, dtype: str) -> tuple[int, int]:
-    stream = io.BytesIO(head)
-    try:
-        version = np.lib.format.read_magic(stream)
-        read = {
-            (1, 0): np.lib.format.read_array_header_1_0,
-            (2, 0): np.lib.format.read_array_header_2_0,
-        }[version]
-        shape, fortran_order, found = read(stream)
-    except (ValueError, KeyError, SyntaxError) as error:
-        raise DataError(f"{path}: its numpy header cannot be read: {error}") from None
-    if found != np.dtype(dtype).newbyteorder("<"):
-        raise DataError(
-            f"{path}: its numpy header says {found.str.lstrip('<|')} ({found.name}), not {dtype}; "
-            "set dataset.source.dtype to that, or convert the file"
-        )
-    if fortran_order and len(shape) > 1:
-        raise DataError(f"{path}: its numbers are stored by columns; convert it to C order")
-    return stream.tell(), int(np.prod(shape, dtype=np.int64))
+    wrong = header.disagreement(file.num_bytes) if header is not None else None
+    if wrong is not None:
+        raise DataError(f"{file.path}: {wrong}")
+    return _Data(file.num_bytes - size, size // itemsize)
 
 
 def _local_head(path: str) -> bytes:
