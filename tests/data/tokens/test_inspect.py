@@ -245,6 +245,24 @@ def test_a_numpy_header_is_recognised(tmp_path: Path) -> None:
     assert bare(path, dtype="uint16").problems == [
         f"{path}: its numpy header says uint32, not uint16"
     ]
+    np.save(path, np.arange(6, dtype=np.uint16).reshape(2, 3))
+    assert bare(path).splits[0].num_tokens == 6
     np.save(path, np.zeros((2, 2), dtype=np.float32))
-    with pytest.raises(DataError, match=r"its numpy header says shape \(2, 2\) of float32"):
+    with pytest.raises(DataError, match=r"its numpy header says float32; token files hold uint8,"):
         bare(path)
+
+
+@pytest.mark.parametrize("quick", [False, True])
+def test_a_numpy_file_that_is_cut_off_or_big_endian_is_told(quick: bool, tmp_path: Path) -> None:
+    path = tmp_path / "tokens.npy"
+    np.save(path, np.arange(1000, dtype=np.uint16))
+    whole = path.read_bytes()
+    for cut, left in ((1000, 500), (1001, 499)):
+        path.write_bytes(whole[:-cut])
+        assert bare(path, quick=quick).problems == [
+            f"{path}: its numpy header tells of 1000 numbers, it holds {left}; the file is cut "
+            "short or damaged"
+        ]
+    np.save(path, np.arange(1000, dtype=">u2"))
+    with pytest.raises(DataError, match=r"header says >u2: the numbers are big-endian; convert"):
+        bare(path, quick=quick)

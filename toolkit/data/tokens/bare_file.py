@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
+from toolkit.data.text.numpy_header import HEADER_BYTES, NumpyHeader, read_numpy_header
 from toolkit.data.tokens.inspection import (
     SAMPLE_TOKENS,
     BadIds,
@@ -16,7 +17,6 @@ from toolkit.data.tokens.inspection import (
 from toolkit.data.tokens.scanning import scan_progress, token_blocks
 from toolkit.errors import ConfigError, DataError
 
-NUMPY_MAGIC = b"\x93NUMPY"
 DTYPES = ("uint8", "uint16", "uint32", "uint64")
 
 
@@ -34,12 +34,18 @@ def inspect_file(
         raise ConfigError(f"--dtype: {dtype!r} is none of {', '.join(DTYPES)}")
     problems: list[str] = []
     size = path.stat().st_size
-    first_byte, own = _numpy_header(path)
-    if own is not None and dtype is not None and own != dtype:
-        problems.append(f"{path}: its numpy header says {own}, not {dtype}")
-    dtype = own or dtype or "uint16"
+    header = _numpy_header(path)
+    if header is not None:
+        if dtype is not None and header.dtype.name != dtype:
+            problems.append(f"{path}: its numpy header says {header.dtype.name}, not {dtype}")
+        dtype = header.dtype.name
+        wrong = header.disagreement(size)
+        if wrong is not None:
+            problems.append(f"{path}: {wrong}")
+    dtype = dtype or "uint16"
     item = np.dtype(dtype).itemsize
-    if (size - first_byte) % item:
+    first_byte = header.first_byte if header is not None else 0
+    if (size - first_byte) % item and not problems:
         problems.append(
             f"{path}: has {size - first_byte:,} bytes of numbers, no multiple of the {item} bytes "
             f"of a {dtype}: cut off, or --dtype is wrong"
@@ -106,24 +112,12 @@ def _scan_file(
     return [s for s in starts if s < report.num_tokens]
 
 
-def _numpy_header(path: Path) -> tuple[int, str | None]:
-    """Bytes before the numbers, and their type; (0, None) for a file without a header."""
+def _numpy_header(path: Path) -> NumpyHeader | None:
     with path.open("rb") as file:
-        if file.read(len(NUMPY_MAGIC)) != NUMPY_MAGIC:
-            return 0, None
-        file.seek(0)
-        try:
-            version = np.lib.format.read_magic(file)
-            read = {
-                (1, 0): np.lib.format.read_array_header_1_0,
-                (2, 0): np.lib.format.read_array_header_2_0,
-            }[version]
-            shape, _, dtype = read(file)
-        except (ValueError, KeyError) as error:
-            raise DataError(f"{path}: its numpy header is damaged: {error}") from None
-        if len(shape) != 1 or dtype.name not in DTYPES:
-            raise DataError(
-                f"{path}: its numpy header says shape {shape} of {dtype}; token files hold one row "
-                f"of {', '.join(DTYPES)}"
-            )
-        return file.tell(), dtype.name
+        header = read_numpy_header(file.read(HEADER_BYTES), str(path))
+    if header is not None and header.dtype.name not in DTYPES:
+        raise DataError(
+            f"{path}: its numpy header says {header.dtype.name}; token files hold "
+            f"{', '.join(DTYPES)}"
+        )
+    return header
