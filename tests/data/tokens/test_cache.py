@@ -279,6 +279,26 @@ def test_an_abandoned_copy_goes_and_one_that_grows_stays(
     assert (root / "fourth" / ".default.building").exists()
 
 
+def test_parts_left_beside_a_whole_data_set_go_before_any_data_set(
+    root: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    left = root / "first" / ".default.building"
+    left.mkdir()
+    (left / "000000.train.bin").write_bytes(bytes(1_000_000))
+    with build_lock(root / "first" / "default"):
+        ensure_local_dataset_cache_cap(root, 1e-4)
+        assert left.exists()
+        assert f"{root}/first/default (being built, or to be continued)" in caplog.text
+    ensure_local_dataset_cache_cap(root, 1e-4)
+    assert left.exists(), "without the data set they are needed to continue"
+    (root / "first" / "default").mkdir()
+    (root / "first" / "default" / "dataset.json").write_text("{}")
+    caplog.clear()
+    assert ensure_local_dataset_cache_cap(root, 1e-4) == []
+    assert sorted(path.name for path in (root / "first").iterdir() if path.is_dir()) == ["default"]
+    assert not caplog.records
+
+
 def test_processes_that_copy_and_evict_at_once_always_read_whole_data_sets(
     tmp_path: Path, root: Path, store: StoreConfig, processes: list[subprocess.Popen[str]]
 ) -> None:

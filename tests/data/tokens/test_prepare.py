@@ -1,8 +1,10 @@
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +15,9 @@ from toolkit.data import read_prepared
 from toolkit.data.config import BPETokenizerConfig, DatasetConfig, HFTokenizerConfig
 from toolkit.data.tokenizers.byte import ByteTokenizer
 from toolkit.data.tokenizers.tokenizer import load_tokenizer
+from toolkit.data.tokens.cache import build_lock
 from toolkit.data.tokens.prepare import ensure_prepared, prepare_dataset
-from toolkit.data.tokens.prepared import check_vocabulary, token_dtype
+from toolkit.data.tokens.prepared import PreparedDataset, check_vocabulary, token_dtype
 from toolkit.data.tokens.worker import is_validation
 from toolkit.errors import ConfigError, DataError
 
@@ -224,6 +227,7 @@ def test_small_model_vocabulary_is_refused(tmp_path: Path) -> None:
 PREPARE = """
 import sys, msgspec
 from toolkit.data.config import DatasetConfig
+from toolkit.data.tokens.cache import build_lock
 from toolkit.data.tokens.prepare import ensure_prepared
 config = msgspec.json.decode(sys.argv[1], type=DatasetConfig)
 prepared = ensure_prepared(config, work_dir=sys.argv[2] or None)
@@ -267,6 +271,35 @@ def test_killed_preparation_continues_with_its_parts(tmp_path: Path) -> None:
     assert not list(work.iterdir()), "parts are gone after success, with their folder"
     fresh = prepare_dataset(config.replace(root=str(tmp_path / "fresh")), progress=False)
     assert out.strip() == fresh.fingerprint("train")
+
+
+@pytest.mark.parametrize("work_dir", [None, "work"])
+@pytest.mark.parametrize("opening", [ensure_prepared, prepare_dataset])
+def test_parts_left_beside_a_whole_data_set_go_when_it_is_opened(
+    tmp_path: Path,
+    opening: Callable[..., PreparedDataset],
+    work_dir: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = files_config(tmp_path / "data", write_texts(tmp_path / "text", ["ab"]))
+    work = str(tmp_path / work_dir) if work_dir is not None else None
+
+    def kill(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", kill)
+        with pytest.raises(KeyboardInterrupt):
+            prepare_dataset(config, work_dir=work, progress=False)
+    folder = tmp_path / "data" / "corpus"
+    left = Path(work) if work is not None else folder / ".default.building"
+    assert any(left.iterdir())
+    with build_lock(folder / "default"):
+        ensure_prepared(config, work_dir=work, progress=False)
+        assert any(left.iterdir())
+    opening(config, work_dir=work, progress=False)
+    assert [path.name for path in folder.iterdir() if path.is_dir()] == ["default"]
+    assert work is None or not any(Path(work).iterdir())
 
 
 def test_files_of_killed_workers_do_not_pile_up(tmp_path: Path) -> None:

@@ -247,7 +247,7 @@ def _unfinished_entry(path: Path) -> Iterator[Entry]:
     folder = path.with_name(name)
     if kind == "download":
         yield _entry(folder, path, lambda: _remove_download(folder, path))
-    elif kind == "building":
+    elif kind == "building" and not _remove_left_over(folder, path):
         yield _entry(folder, path, lambda: "being built, or to be continued")
 
 
@@ -303,14 +303,33 @@ def _remove_unused(folder: Path) -> str | None:
     with unused(folder) as is_unused:
         if not is_unused:
             return "in use"
-        doomed = folder.with_name(f".{folder.name}.removed-{secrets.token_hex(4)}")
         try:
-            os.rename(folder, doomed)
+            doomed = _hide(folder)
         except OSError as error:
             return f"cannot be removed: {error.strerror}"
     _record_path(folder).unlink(missing_ok=True)
     shutil.rmtree(doomed, ignore_errors=True)
     return None
+
+
+def _hide(path: Path) -> Path:
+    """Give a folder that is to be removed its hidden name."""
+    doomed = path.with_name(f".{path.name}.removed-{secrets.token_hex(4)}")
+    os.rename(path, doomed)
+    return doomed
+
+
+def _remove_left_over(folder: Path, building: Path) -> bool:
+    """Remove what a process that was killed after `folder` was whole has left; False: it is still
+    of use."""
+    try:
+        with build_lock(folder).acquire(timeout=0):
+            if not (folder / MANIFEST_NAME).exists():
+                return False
+            shutil.rmtree(_hide(building), ignore_errors=True)
+            return True
+    except (filelock.Timeout, OSError):
+        return False
 
 
 def _remove_download(folder: Path, path: Path) -> str | None:

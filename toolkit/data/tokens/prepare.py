@@ -7,7 +7,7 @@ from pathlib import Path
 import filelock
 
 from toolkit.data.config import DatasetConfig, StoreConfig
-from toolkit.data.tokens.build import build_dataset
+from toolkit.data.tokens.build import build_dataset, remove_unfinished
 from toolkit.data.tokens.cache import build_lock, raw_text_cache
 from toolkit.data.tokens.in_use import mark_used
 from toolkit.data.tokens.prepared import (
@@ -62,6 +62,7 @@ def ensure_prepared(
         )
     check_settings(prepared, config, check_text=check_text)
     if check_text:
+        _remove_left_over(prepared.folder, work_dir)
         settle(prepared, config, store, note=Progress(enabled=progress).note)
     return prepared
 
@@ -91,6 +92,9 @@ def prepare_dataset(
                 with report, raw_text_cache(config, store) as cache_dir:
                     prepared = build_dataset(config, folder, work_dir, report, cache_dir=cache_dir)
                 prepared.in_use = mark_used(folder)
+            else:
+                with contextlib.suppress(OSError):
+                    remove_unfinished(folder, work_dir)
         if is_built or check_text:
             settle(prepared, config, store, note=report.note)
         return prepared
@@ -107,6 +111,16 @@ def _check_can_build(config: DatasetConfig, folder: Path) -> None:
             f"{folder}: no prepared data ({MANIFEST_NAME}) there, and dataset.source is null; "
             "set dataset.source, or dataset.root (--data-root) to where the token files are"
         )
+
+
+def _remove_left_over(folder: Path, work_dir: str | None) -> None:
+    """Parts of a whole data set whose preparation was killed before it removed them."""
+    if work_dir is None and not folder.with_name(f".{folder.name}.building").exists():
+        return
+    suppress = contextlib.suppress(filelock.Timeout, OSError)  # another time
+    with suppress, build_lock(folder).acquire(timeout=0):
+        if (folder / MANIFEST_NAME).exists():
+            remove_unfinished(folder, work_dir)
 
 
 @contextlib.contextmanager
