@@ -65,6 +65,23 @@ def test_rows_are_whole_and_plain(tmp_path: Path) -> None:
     assert list(row_texts(piece.row)) == ["user", "hé"]
 
 
+def test_rows_are_found_by_the_place_in_messages(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    rows = [{"q": "one"}, {"q": "two"}]
+    lines(tmp_path / "a.jsonl", *rows)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "b.parquet")
+    pieces = read_all(FilesSourceConfig(paths=[str(tmp_path)]), rows=True)
+    assert [piece.identity for piece in pieces] == [
+        "a.jsonl:0", "a.jsonl:13", "b.parquet:0:0", "b.parquet:0:1",
+    ]  # fmt: skip
+    assert pieces[1].place == "a.jsonl, byte 13"
+    assert pieces[3].place == f"{tmp_path}/b.parquet: row group 0, row 1"
+    with pytest.raises(DataError, match=r"text_template: a\.jsonl, byte 0 has no column 'x'"):
+        texts_of(tmp_path / "a.jsonl", text_template="{x}")
+
+
 def test_plain_text_has_no_rows(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("x")
     with pytest.raises(DataError, match=r"a\.txt: plain text has no rows for dataset\.instruct"):

@@ -47,7 +47,7 @@ def encode(
 ) -> tuple[Encoded, Tokenizer]:
     made = tokenizer(template, eos_token=eos_token)
     encoder = InstructionEncoder(made, InstructionsConfig(**config), append_eos=append_eos)
-    (found,) = encoder.encode([Piece("rows.jsonl:1", row=row)])
+    (found,) = encoder.encode([Piece("rows.jsonl:213", row=row, place="rows.jsonl, byte 213")])
     return found, made
 
 
@@ -158,7 +158,9 @@ def test_template_that_rewrites_trained_turns_is_an_error_with_advice() -> None:
     with pytest.raises(DataError) as caught:
         encode({"messages": THOUGHTS}, THINKING)
     message = str(caught.value)
-    assert message.startswith("rows.jsonl:1: the chat template writes message 1 (assistant) or")
+    assert message.startswith(
+        "rows.jsonl, byte 213: the chat template writes message 1 (assistant) or"
+    )
     assert "train_on=last_assistant" in message
     assert "<|im_start|>user\\n1+1<|im_end|>" in message
     assert "\n" not in message
@@ -328,7 +330,7 @@ def test_template_that_drops_text_is_an_error_with_a_sample() -> None:
 
 def test_template_that_refuses_a_row_names_it() -> None:
     template = "{% if messages[0].role == 'system' %}{{ raise_exception('No system') }}{% endif %}"
-    with pytest.raises(DataError, match=r"rows.jsonl:1: the chat template cannot .*: No system"):
+    with pytest.raises(DataError, match=r"rows.jsonl, byte 213: the chat template .*: No system"):
         encode({"messages": TWO_TURNS}, template + CHATML)
 
 

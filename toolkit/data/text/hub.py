@@ -120,7 +120,7 @@ def read_hub(part: Range, reading: Reading, counts: Counts) -> Iterator[Piece]:
         prefix = f"{part.name}:"
     for number, row in enumerate(rows, start=first):
         if columns is None:
-            yield Piece(f"{prefix}{number}", row=row)
+            yield Piece(f"{prefix}{number}", row=row, place=f"{part.path}: row {number}")
             continue
         text = columns.text(row, f"{part.path}: row {number}")
         if not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):

@@ -95,29 +95,30 @@ class _Lines:
         yield self._piece(line, offset, identity)
 
     def _piece(self, line: bytes | bytearray, offset: int, identity: str) -> Piece:
+        place = f"{self._part.name}, byte {offset}"
         try:
-            value = self._decode(line, identity)
+            value = self._decode(line, place)
         except (msgspec.DecodeError, UnicodeDecodeError):
             errors = self._source.encoding_errors
             text = decode(bytes(line), self._part.path, offset, errors, self._counts)
             try:
-                value = self._decode(text, identity)
+                value = self._decode(text, place)
             except msgspec.DecodeError as error:
-                repaired = self._repaired(text, identity)
+                repaired = self._repaired(text, place)
                 if repaired is None:
                     raise self._bad_line(text, offset, error) from None
                 value = repaired
         if isinstance(value, dict):
-            return Piece(identity, row=value, num_bytes=len(line))
+            return Piece(identity, row=value, num_bytes=len(line), place=place)
         return Piece(identity, value)
 
-    def _decode(self, line: bytes | bytearray | str, identity: str) -> str | dict[str, Any]:
+    def _decode(self, line: bytes | bytearray | str, place: str) -> str | dict[str, Any]:
         if self._field is not None:
             return self._field.decode(line).text or ""
         row = self._rows.decode(line)
-        return row if self._columns is None else self._columns.text(row, identity)
+        return row if self._columns is None else self._columns.text(row, place)
 
-    def _repaired(self, text: str, identity: str) -> str | dict[str, Any] | None:
+    def _repaired(self, text: str, place: str) -> str | dict[str, Any] | None:
         """The document of a line whose only defect are lone surrogates, where replacing them is
         allowed."""
         if self._source.encoding_errors == "strict":
@@ -125,7 +126,7 @@ class _Lines:
         try:
             row = json.loads(text)
             value = _without_surrogates(row, self._counts)
-            return value if self._columns is None else self._columns.text(value, identity)
+            return value if self._columns is None else self._columns.text(value, place)
         except (ValueError, DataError, TypeError):
             return None
 

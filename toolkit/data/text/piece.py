@@ -13,7 +13,7 @@ class Piece(NamedTuple):
     """
 
     identity: str
-    """Relative file name and place in it."""
+    """Relative file name and place in it, as numbers that only a program reads."""
     text: str = ""
     split: str | None = None
     """Where the piece must go; None: decided by a hash of the identity."""
@@ -29,3 +29,5 @@ class Piece(NamedTuple):
     digest: int = 0
     """Where documents are compared: xxh3_128 of the whole document's text, set on its first
     piece."""
+    place: str = ""
+    """Of rows, where they stand, in words for messages."""

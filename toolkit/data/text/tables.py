@@ -122,7 +122,7 @@ def _pieces(
                     row[name] = decode(value, f"{where} {number}", 0, errors, counts)
     for number, row in enumerate(rows, first):
         if columns is None:
-            yield Piece(f"{prefix}:{number}", row=row)
+            yield Piece(f"{prefix}:{number}", row=row, place=f"{where} {number}")
         else:
             yield Piece(f"{prefix}:{number}", columns.text(row, f"{where} {number}"))
 

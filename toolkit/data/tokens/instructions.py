@@ -75,7 +75,7 @@ class InstructionEncoder:
         rendered = []
         for piece in pieces:
             assert piece.row is not None
-            rendered.append(self._renderer.render(piece.row, piece.identity))
+            rendered.append(self._renderer.render(piece.row, _place(piece)))
         rows = [row for row in rendered if row is not None]
         tokens = iter(self._tokenize(rows))
         encoded = []
@@ -87,7 +87,7 @@ class InstructionEncoder:
     def sample(self, piece: Piece) -> str:
         """A row as errors show it: rendered, shortened, targets between `[[` and `]]`."""
         assert piece.row is not None
-        return self._renderer.sample(piece.row, piece.identity)
+        return self._renderer.sample(piece.row, _place(piece))
 
     def check(
         self,
@@ -172,6 +172,10 @@ class InstructionEncoder:
         ((inside, _),) = encode([f"{name}a"], special_tokens=True)
         ((first, _),) = encode(["a"], special_tokens=False)
         return not np.array_equal(inside[1:], first)
+
+
+def _place(piece: Piece) -> str:
+    return piece.place or piece.identity
 
 
 def _encoded(row: RenderedRow, tokens: _Tokens) -> Encoded | None:
