@@ -250,7 +250,7 @@ class TrainLoader:
 
     def _batches(self, start_batch: int) -> Generator[Batch, None, None]:
         chunk_batches = 1
-        if self._order.is_uniform:
+        if self._order.is_uniform and not getattr(self.dataset, "is_slow_to_read", False):
             rank_tokens = self._instances // self._world_size * self.sequence_length
             chunk_batches = max(1, CHUNK_TOKENS // rank_tokens)
         chunks = self._chunks(start_batch, chunk_batches)

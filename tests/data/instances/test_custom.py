@@ -1,3 +1,4 @@
+import contextlib
 import os
 import re
 import signal
@@ -12,6 +13,7 @@ import pytest
 
 from tests.data.corpus import data_config
 from tests.data.instances import custom_examples
+from toolkit.data import get_dataloaders
 from toolkit.data.config import CustomDatasetConfig, DatasetConfig
 from toolkit.data.corpus import open_corpus, prepare_corpus
 from toolkit.data.instances.custom import UNKNOWN_LENGTH, open_custom
@@ -147,6 +149,7 @@ def test_a_worker_that_dies_ends_in_a_message() -> None:
 TRAINING = f"""
 import sys, time
 import numpy as np
+from toolkit.data import get_dataloaders
 from toolkit.data.config import CustomDatasetConfig
 from toolkit.data.instances.custom import open_custom
 
@@ -224,6 +227,18 @@ def test_a_process_makes_a_data_set_once_for_each_split(tmp_path: Path) -> None:
     other = config.replace(dataset=dataset.replace(custom=custom.replace(args={"count": 25})))
     assert prepare_corpus(other).rows == [(8, 25)]
     assert custom_examples.Made.splits == ["train", "val", "train"]
+
+
+@pytest.mark.parametrize("prefetch_factor", [0, 2])
+def test_no_more_batches_are_read_than_asked_for(tmp_path: Path, prefetch_factor: int) -> None:
+    custom_examples.Reads.items.clear()
+    custom = CustomDatasetConfig(target=f"{EXAMPLES}:Reads", args={"count": 900})
+    dataset = DatasetConfig(root=str(tmp_path), sequence_length=8, custom=custom)
+    config = data_config(dataset, global_batch_size=64, prefetch_factor=prefetch_factor)
+    with contextlib.closing(get_dataloaders(config)[0].iterate()) as batches:
+        for _ in range(3):
+            next(batches)
+    assert 3 * 8 <= len(custom_examples.Reads.items) <= (3 + prefetch_factor) * 8
 
 
 def test_readers_of_one_iterable_style_object_do_not_disturb_each_other() -> None:

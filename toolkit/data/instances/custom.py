@@ -75,6 +75,8 @@ class _CustomInstances:
     """What both kinds have in common."""
 
     bytes_per_token = 0.0
+    is_slow_to_read = True
+    """Rows come from the user's code, so nothing is read that was not asked for."""
     vocab_size: int | None
     """Every id is below this, where the class says so."""
 
