@@ -131,7 +131,7 @@ def toolkit_turn(*, precision: str, compiled: bool, clock: Clock) -> Turn:
     def step() -> None:
         nonlocal done
         module.train_batch({"input_ids": batches[done % len(batches)]})
-        module.optim_step(Progress(done, done * TOKENS, 10_000, 10_000 * TOKENS))
+        module.optim_step(Progress(done, done * TOKENS, 10_000, 10_000 * TOKENS, TOKENS))
         done += 1
 
     return timed(step, clock)

@@ -73,7 +73,8 @@ def train_steps(
         batch = batch if isinstance(batch, dict) else {"input_ids": batch}
         own = {k: v[env.rank * rows : (env.rank + 1) * rows] for k, v in batch.items()}
         metrics = module.train_batch(own)
-        metrics |= module.optim_step(Progress(step, step * ROWS * SEQ, 100, 100 * ROWS * SEQ))
+        size = ROWS * SEQ
+        metrics |= module.optim_step(Progress(step, step * size, 100, 100 * size, size))
         loss = metrics["loss"].value.clone()
         if env.world_size > 1:
             torch.distributed.all_reduce(loss)

@@ -40,7 +40,12 @@ def save(run: Path, fingerprint: str) -> None:
     save_checkpoint(
         run / "checkpoints", step=3, tokens=0, tensors={"model.a": torch.ones(1)}, rank_state={},
         engine="single", rank=0, group=None,
-        extra={"data": {"batch": 3, "segments": [[0, 0, 16]], "fingerprint": fingerprint}},
+        extra={
+            "data": {
+                "batch": 3, "segments": [[0, 0, 16]], "fingerprint": fingerprint,
+                "sequence_length": 64,
+            }
+        },
     )  # fmt: skip
 
 
@@ -108,7 +113,7 @@ def test_steps_and_data_that_are_not_the_runs_are_refused(
     save(run, prepared.fingerprint("train"))
     assert step_batch(run, 1).is_checked
     save(run, "something else")
-    with pytest.raises(DataError, match="checkpoint step3 says something else"):
+    with pytest.raises(DataError, match=r"was something else, is .* since checkpoint step3"):
         step_batch(run, 1)
     missing = config.replace(dataset=config.dataset.replace(dataset_name="gone"))
     (run / "metadata" / "config.json").write_bytes(missing.to_json())

@@ -23,6 +23,12 @@ class Loader:
     def load_state_dict(self, state: Any) -> None:
         self.state = state
 
+    def steps_of(self, value: int, unit: str) -> int:
+        return value
+
+    def check_repetitions(self, steps: int) -> None:
+        self.steps = steps
+
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:

@@ -1,6 +1,7 @@
 """Runs on every kind of data: stopped, resumed on other ranks or with other batches, shown."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +9,14 @@ import pytest
 
 from tests.data.corpus import random_text, write_texts
 from tests.workers import WorkerPool
-from toolkit.errors import ToolkitError
+from toolkit.data.config import FilesSourceConfig
+from toolkit.data.order.prepare_mix import as_prepared
+from toolkit.data.tokens.prepare import prepare_dataset
+from toolkit.data.tokens.prepared import dataset_folder
+from toolkit.errors import DataError, ToolkitError
 from toolkit.experiment.batch import step_batch
 from toolkit.experiment.explain import explain_resume
+from toolkit.experiment.load import load_experiment
 
 STEPS, BATCH, LENGTH = 12, 512, 32
 MIXTURE = {
@@ -182,6 +188,7 @@ def test_a_mixture_counts_what_each_source_gave(
     assert last[2]["loss"] == pytest.approx(mean)
     assert step_batch(tmp_path / "mix", 1).instances[0].source in ("a", "b")
     assert explain_resume(tmp_path / "mix", [], {}).refused == []
+    assert all("bits_per_byte" in record for record in last)
     ahead = "--dataset.mix.schedule.0.at_tokens=999936"
     assert explain_resume(tmp_path / "mix", [ahead], {}).refused[0].count("source ") == 2
 
@@ -207,6 +214,53 @@ def test_a_new_batch_size_goes_on_with_the_next_unseen_token(
     for step, both in ((3, [3]), (5, [5, 6]), (7, [9, 10])):
         parts = [i.instance for s in both for i in step_batch(tmp_path / "run", s).instances]
         assert parts == [i.instance for i in step_batch(tmp_path / "large", step).instances]
+
+
+def test_epochs_and_limits_count_what_batches_of_every_size_used(
+    workers: WorkerPool, corpora: dict[str, Any], tmp_path: Path
+) -> None:
+    """A mixture of 2 epochs: larger batches at first, smaller ones then."""
+    dataset, place = json.loads(json.dumps(corpora["mixture"])), str(tmp_path)
+    del dataset["mix"]["schedule"]
+    for source in dataset["mix"]["sources"].values():
+        source["max_tokens"] = 96 * LENGTH
+    dataset["mix"]["sources"]["b"]["max_repetitions"] = 1.0
+    size = 64 * LENGTH
+    first = [f"--data_loader.global_batch_size={size}", *VOCABULARY]
+    first += ["--trainer.max_duration={value: 2, unit: epochs}"]
+    stop = "--trainer.hard_stop={value: 3, unit: steps}"
+    assert workers.run(1, run, place, "run", dataset, stop, *first) == [(0, "")]
+    # 384 rows in all: 192 of them are used, and a batch of 32 follows another.
+    half = [flag.replace(str(size), str(size // 2)) for flag in first]
+    explained = str(explain_resume(tmp_path / "run", [half[0], "--trainer.hard_stop=null"], {}))
+    assert "from step 4 to 9" in explained
+    assert "refused     nothing" in explained
+    assert workers.run(1, run, place, "run", dataset, *half) == [(0, "")]
+    found = records(tmp_path / "run")
+    assert len(found) == 9
+    assert [r["epoch"] for r in found] == pytest.approx(
+        [1 / 3, 2 / 3, 1, *(1 + n / 6 for n in range(1, 7))]
+    )
+    assert found[-1]["instances/b"] == 96
+    longer = "--trainer.max_duration={value: 10, unit: steps}"
+    [(code, message)] = workers.run(1, run, place, "run", dataset, *half, longer)
+    assert code == 2
+    assert "b breaks its limit of 1 repetitions" in message
+
+
+def test_other_data_of_a_mixture_is_not_shown_as_the_runs(
+    workers: WorkerPool, corpora: dict[str, Any], tmp_path: Path
+) -> None:
+    dataset = corpora["mixture"] | {"root": str(tmp_path / "data")}
+    assert workers.run(1, run, str(tmp_path), "run", dataset, *VOCABULARY) == [(0, "")]
+    assert step_batch(tmp_path / "run", 3).is_checked
+    config = load_experiment("smoke", [f"--dataset={json.dumps(dataset)}"]).config
+    other = next(s for s in as_prepared(config.dataset) if s.name == "a").dataset
+    shutil.rmtree(dataset_folder(other))
+    texts = write_texts(tmp_path / "other", [random_text(4, seed=i) for i in range(50)])
+    prepare_dataset(other.replace(source=FilesSourceConfig(paths=[str(texts)])))
+    with pytest.raises(DataError, match="not what the run was trained on: source a "):
+        step_batch(tmp_path / "run", 3)
 
 
 def test_limits_of_a_mixture_are_checked_before_anything_is_written(

@@ -104,7 +104,7 @@ def schedule_after_skip() -> list[float]:
         for step in range(3):
             batch = {"input_ids": torch.zeros(ROWS, SEQ, dtype=torch.long)}
             module.train_batch(batch)
-            metrics = module.optim_step(Progress(step, 0, 10, 10))
+            metrics = module.optim_step(Progress(step, 0, 10, 10, 1))
             rates.append(float(metrics["lr"].value))
         return rates
     finally:

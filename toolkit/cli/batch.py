@@ -52,8 +52,8 @@ def _print_batch(found: "StepBatch") -> None:
     from toolkit.cli.table import print_table
 
     typer.echo(
-        f"step {found.step}: batch {found.batch + 1:,} of {found.batches_per_epoch:,} in epoch "
-        f"{found.epoch + 1}; {len(found.instances):,} instances, {found.num_tokens:,} tokens, "
+        f"step {found.step}: batch {found.batch + 1:,}{_place(found)}; "
+        f"{len(found.instances):,} instances, {found.num_tokens:,} tokens, "
         f"{found.num_targets:,} targets"
     )
     checked = "as in the run's checkpoint" if found.is_checked else "the run has no checkpoint"
@@ -73,6 +73,12 @@ def _print_batch(found: "StepBatch") -> None:
             )
     header = ["instance", "tokens", "targets", "document", "its tokens"]
     print_table(header, rows, right=header[:4])
+
+
+def _place(found: "StepBatch") -> str:
+    if found.batches_per_epoch is None:
+        return ""
+    return f" of {found.batches_per_epoch:,} in epoch {found.epoch + 1}"
 
 
 def _name(instance: "BatchInstance") -> str:

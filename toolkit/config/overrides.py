@@ -76,6 +76,11 @@ def _not_an_override(arg: str) -> str:
 
 
 def _unknown_option(name: str, sections: Collection[str], options: Collection[str]) -> str:
+    if name in options:
+        return (
+            f"--{name} is no option of this command; give the value by its full path, as in "
+            "--dataset.root=DIR"
+        )
     near = nearest(name, [*sections, *options])
     hint = f"did you mean --{near}?" if near else "see --help"
     return (

@@ -7,10 +7,16 @@ batches). Nothing here needs torch.
 """
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from toolkit.data.config import DataConfig, DatasetConfig, VariableInstancesConfig
+from toolkit.data.config import (
+    DataConfig,
+    DatasetConfig,
+    MixSourceConfig,
+    VariableInstancesConfig,
+)
 from toolkit.data.tokens.prepared import PreparedDataset, Split, dataset_folder, read_prepared
 
 if TYPE_CHECKING:
@@ -43,6 +49,17 @@ class CorpusInfo(NamedTuple):
     def num_tokens(self, split: Split) -> int:
         """Tokens of the split in all parts."""
         return sum(prepared.num_tokens(split) for _, prepared in self.parts.values())
+
+    def epoch_end(self, config: DataConfig, epochs: int) -> int | None:
+        """Number of batches of one size until `epochs` passes are done; None where that is not
+        known yet."""
+        per_epoch = self.steps_per_epoch(config)
+        if per_epoch is None or config.dataset.mix is None:
+            return None if per_epoch is None else per_epoch * epochs
+        # Batches of a mixture go across passes.
+        assert self.rows is not None
+        size = config.data_loader.global_batch_size // config.dataset.sequence_length
+        return epochs * sum(number for _, number in self.rows) // size
 
     def steps_per_epoch(self, config: DataConfig) -> int | None:
         """Whole global batches in one pass; None where that is not known yet."""
@@ -81,6 +98,13 @@ class Corpus:
         self.seed = seed
         self.stream = stream
 
+    @property
+    def has_known_length(self) -> bool:
+        """Whether the number of training instances is known."""
+        from toolkit.data.instances.custom import UNKNOWN_LENGTH
+
+        return self.train.num_instances < UNKNOWN_LENGTH
+
     def sources(self, position: int) -> dict[str, str]:
         """What decides the order of a mixture before a position of its stream, by source; empty
         for a single corpus."""
@@ -102,6 +126,22 @@ class Corpus:
         close = getattr(self.train, "close", None)
         if close is not None:
             close()
+
+
+def without_sources(dataset: DatasetConfig) -> DatasetConfig:
+    """`dataset` that takes token files as they are, wherever their text is now."""
+    if dataset.mix is None:
+        return dataset.replace(source=None)
+    return dataset.replace(mix=dataset.mix.replace(sources=_as_they_are(dataset.mix.sources)))
+
+
+def _as_they_are(sources: dict[str, MixSourceConfig]) -> dict[str, MixSourceConfig]:
+    return {
+        name: source.replace(mix=_as_they_are(source.mix))
+        if isinstance(source.mix, dict)
+        else source.replace(source=None)
+        for name, source in sources.items()
+    }
 
 
 def prepare_corpus(
@@ -344,3 +384,29 @@ def _evaluation(
 
 def _batch_instances(cfg: DataConfig) -> int:
     return max(1, cfg.data_loader.global_batch_size // cfg.dataset.sequence_length)
+
+
+def changed_data(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What of the data differs between two states of a loader, in words.
+
+    Of mixtures, what decided the batches so far is compared: ratios may change later.
+    """
+    keys = {
+        "seed": "data_loader.seed",
+        "shuffle": "data_loader.shuffle",
+        "sequence_length": "dataset.sequence_length",
+        "order": "dataset.instances",
+    }
+    if "sources" not in before or "sources" not in now:
+        keys["fingerprint"] = "the training data"
+    changed = [
+        f"{words} (was {before.get(key)}, is {now.get(key)})"
+        for key, words in keys.items()
+        if before.get(key) != now.get(key)
+    ]
+    was, has = before.get("sources", {}), now.get("sources", {})
+    return changed + [
+        f"source {name} (was {was.get(name, 'absent')}, is {has.get(name, 'absent')})"
+        for name in sorted(was.keys() | has.keys())
+        if "fingerprint" not in keys and was.get(name) != has.get(name)
+    ]

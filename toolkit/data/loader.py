@@ -8,19 +8,25 @@ needs the interpreter.
 
 import contextlib
 import math
-from collections.abc import Generator, Mapping, Sequence
-from typing import Any
+from collections.abc import Generator, Sequence
+from typing import Any, Literal
 
 import numpy as np
 import torch
 
 from toolkit.data.config import DataConfig, DataLoaderConfig
-from toolkit.data.corpus import Corpus, open_corpus
+from toolkit.data.corpus import Corpus, changed_data, open_corpus
 from toolkit.data.device import prefetch_to_device
 from toolkit.data.evaluation import EvalLoader
 from toolkit.data.instances.base import Rows, check_ids
 from toolkit.data.instances.custom import UNKNOWN_LENGTH
-from toolkit.data.order.batches import Segment, StreamBatches, instances_per_batch
+from toolkit.data.order.batches import (
+    Segment,
+    StreamBatches,
+    batches_for,
+    instances_per_batch,
+)
+from toolkit.data.order.limits import check_limits
 from toolkit.data.read_ahead import read_ahead
 from toolkit.errors import ConfigError, DataError
 
@@ -39,6 +45,7 @@ def get_dataloaders(
     world_size: int | None = None,
     model_parallel_size: int = 1,
     eval_batch_tokens: int | None = None,
+    vocab_size: int = 0,
     device: torch.device | None = None,
     check_text: bool = True,
 ) -> "tuple[TrainLoader, dict[str, EvalLoader]]":
@@ -51,6 +58,7 @@ def get_dataloaders(
             pipeline group).
         eval_batch_tokens: tokens per evaluation forward when `data_loader.eval_batch_size` is null;
             default: a rank's share of the global batch.
+        vocab_size: the model's; ids of data that does not name its own vocabulary are below it.
         device: where training batches are put, ahead of time; default: the CPU.
         check_text: see `ensure_prepared`.
 
@@ -72,6 +80,7 @@ def get_dataloaders(
         )
     rank, world_size = rank // model_parallel_size, world_size // model_parallel_size
     corpus = open_corpus(cfg, check_text=check_text)
+    corpus.vocab_size = corpus.vocab_size or vocab_size
     train = TrainLoader(
         corpus, cfg.data_loader, rank=rank, world_size=world_size, device=device
     )  # fmt: skip
@@ -154,9 +163,34 @@ class TrainLoader:
         """Instances that one epoch leaves out."""
         return self._order.dropped_instances
 
-    def epoch_end(self, epochs: int) -> int:
-        """Number of batches until `epochs` passes over the data are done."""
-        return self._order.epoch_end(epochs)
+    def steps_of(self, value: int, unit: Literal["steps", "tokens", "epochs"]) -> int:
+        """Number of the step that ends a duration, counted from the beginning of the run; batches
+        may have had several sizes.
+
+        Raises:
+            ValueError: for epochs over data that does not say how much there is.
+        """
+        if unit == "steps":
+            return value
+        if unit == "tokens":
+            return batches_for(self._order.segments, -(-value // self.sequence_length))
+        if math.isinf(self.steps_per_epoch):
+            raise ValueError("the data does not say how long an epoch is; use steps or tokens")
+        return self._order.epoch_end(value)
+
+    def epochs_done(self, steps: int) -> float:
+        """Passes over the data that the first `steps` steps are; 0.0 where that is not known."""
+        return 0.0 if math.isinf(self.steps_per_epoch) else self._order.epochs_done(steps)
+
+    def check_repetitions(self, steps: int) -> None:
+        """Check that `steps` steps of the run repeat no source of a mixture more than it may be.
+
+        Raises:
+            ConfigError: one is repeated more; says what would work.
+        """
+        if self._corpus.stream is not None:
+            total = self._position(steps)
+            check_limits(self._corpus.stream, total, batch_instances=self._instances)
 
     def instance_indices(self, batch_number: int) -> np.ndarray:
         """Instances of the global batch, shape `(rows,)`."""
@@ -284,29 +318,3 @@ class TrainLoader:
 
 def _tensors(rows: Rows) -> Batch:
     return {key: torch.from_numpy(value) for key, value in rows.items()}
-
-
-def changed_data(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What of the data differs between two states of a loader, in words.
-
-    Of mixtures, what decided the batches so far is compared: ratios may change later.
-    """
-    keys = {
-        "seed": "data_loader.seed",
-        "shuffle": "data_loader.shuffle",
-        "sequence_length": "dataset.sequence_length",
-        "order": "dataset.instances",
-    }
-    if "sources" not in before or "sources" not in now:
-        keys["fingerprint"] = "the training data"
-    changed = [
-        f"{words} (was {before.get(key)}, is {now.get(key)})"
-        for key, words in keys.items()
-        if before.get(key) != now.get(key)
-    ]
-    was, has = before.get("sources", {}), now.get("sources", {})
-    return changed + [
-        f"source {name} (was {was.get(name, 'absent')}, is {has.get(name, 'absent')})"
-        for name in sorted(was.keys() | has.keys())
-        if "fingerprint" not in keys and was.get(name) != has.get(name)
-    ]

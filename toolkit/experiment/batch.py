@@ -4,14 +4,13 @@ Batch n of a run is a pure function of the token files and the config, so nothin
 recorded. No torch.
 """
 
-import itertools
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from toolkit.checkpoint.layout import read_metadata, saved_steps, step_folder
-from toolkit.data.corpus import data_places, read_corpus
+from toolkit.data.corpus import changed_data, data_places, read_corpus, without_sources
 from toolkit.data.instances.base import DocumentPart
 from toolkit.data.instances.text import DecodedPiece
 from toolkit.errors import ConfigError, DataError, ToolkitError
@@ -49,7 +48,8 @@ class StepBatch(msgspec.Struct, frozen=True, kw_only=True):
     """From 0."""
     batch: int
     """Number in its epoch, from 0."""
-    batches_per_epoch: int
+    batches_per_epoch: int | None
+    """None: the data does not say how long an epoch is."""
     fingerprint: str
     """Of the training tokens."""
     is_checked: bool
@@ -78,9 +78,9 @@ def step_batch(run_dir: Path, step: int, *, show: int = 1) -> StepBatch:
     config = find_data(load_run_config(run_dir).config, folder)
     corpus = _open(config)
     saved = _saved_data(folder)
-    if saved is not None:
-        _check_data(saved, corpus, folder)
     order = _order(config, corpus, saved)
+    if saved is not None:
+        _check_data(saved, corpus, order, folder)
     _check_step(config, order, step)
     indices = order.indices(step - 1)[0]
     rows = corpus.train.read(indices)
@@ -100,7 +100,7 @@ def step_batch(run_dir: Path, step: int, *, show: int = 1) -> StepBatch:
         step=step,
         epoch=epoch,
         batch=batch,
-        batches_per_epoch=int(per_epoch),
+        batches_per_epoch=int(per_epoch) if corpus.has_known_length else None,
         fingerprint=corpus.train.fingerprint,
         is_checked=saved is not None,
         num_tokens=int(ids.size),
@@ -120,7 +120,7 @@ def _open(config: ExperimentConfig) -> "Corpus":
             f"{places}: the run's prepared data is not there; restore it, or make it again with "
             "`toolkit prepare`"
         )
-    return open_corpus(data.replace(dataset=data.dataset.replace(source=None)), check_text=False)
+    return open_corpus(data.replace(dataset=without_sources(data.dataset)), check_text=False)
 
 
 def _saved_data(folder: Path) -> dict[str, Any] | None:
@@ -136,15 +136,22 @@ def _saved_data(folder: Path) -> dict[str, Any] | None:
     return None
 
 
-def _check_data(saved: dict[str, Any], corpus: "Corpus", folder: Path) -> None:
+def _check_data(saved: dict[str, Any], corpus: "Corpus", order: "BatchOrder", folder: Path) -> None:
     """Raise DataError when the checkpoint names other data."""
-    found = corpus.train.fingerprint
-    trained = saved["fingerprint"]
-    if corpus.stream is None and trained != found:
+    from toolkit.data.order.batches import StreamBatches
+
+    now: dict[str, Any] = {key: saved.get(key) for key in ("seed", "shuffle", "order")}
+    now |= {
+        "fingerprint": corpus.train.fingerprint,
+        "sequence_length": corpus.train.sequence_length,
+    }
+    if corpus.stream is not None and isinstance(order, StreamBatches):
+        now["sources"] = corpus.sources(order.next_position(saved["batch"]))
+    changed = changed_data(saved, now)
+    if changed:
         raise DataError(
-            f"{folder}: the data is not what the run was trained on: the fingerprint of its "
-            f"training tokens is {found}, checkpoint step{saved['step']} says {trained}; restore "
-            "the data it was trained on"
+            f"{folder}: the data is not what the run was trained on: {', '.join(changed)} since "
+            f"checkpoint step{saved['step']}; restore the data it was trained on"
         )
 
 
@@ -162,19 +169,14 @@ def _order(
 
 
 def _check_step(config: ExperimentConfig, order: "BatchOrder", step: int) -> None:
+    from toolkit.data.order.batches import batches_for
+
     duration = config.trainer.max_duration
     last = duration.value
     if duration.unit == "epochs":
         last = order.epoch_end(duration.value)
     elif duration.unit == "tokens":
-        size = config.data_loader.global_batch_size
-        segment = order.segments[-1]
-        before = sum(
-            (after.first_batch - segment.first_batch) * segment.batch_instances
-            for segment, after in itertools.pairwise(order.segments)
-        )
-        tokens = before * config.dataset.sequence_length
-        last = segment.first_batch + -(-(duration.value - tokens) // size)
+        last = batches_for(order.segments, -(-duration.value // config.dataset.sequence_length))
     if not 1 <= step <= last:
         raise ConfigError(
             f"--step {step}: the run has steps 1 to {last} (trainer.max_duration is "

@@ -36,16 +36,23 @@ def check_corpus(config: ExperimentConfig, corpus: CorpusInfo) -> None:
     """Check that `config` can train on this data, as far as manifests tell.
 
     Raises:
-        ConfigError: the model has fewer ids than the data's tokenizer, or the run would repeat a
-            source of a mixture more than it may be.
+        ConfigError: the model has fewer ids than the data's tokenizer, or the length of the run
+            cannot be told.
         DataError: there is less than one global batch.
     """
-    if config.dataset.mix is not None:
-        from toolkit.experiment.mix import preview_mix
-
-        broken = preview_mix(config, prepare=False).broken_limit
-        if broken is not None:
-            raise ConfigError(broken)
+    trainer = config.trainer
+    limits = {"max_duration": trainer.max_duration, "hard_stop": trainer.hard_stop}
+    for name, limit in limits.items():
+        if (
+            limit is not None
+            and limit.unit == "epochs"
+            and corpus.rows is None
+            and not corpus.parts
+        ):
+            raise ConfigError(
+                f"trainer.{name}: {corpus.where} does not say how long an epoch is; use steps or "
+                "tokens, or give the class __len__"
+            )
     needed, has = corpus.vocab_size, config.model.vocab_size
     if needed is not None and has < needed:
         raise ConfigError(

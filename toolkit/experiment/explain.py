@@ -19,13 +19,14 @@ from toolkit.checkpoint.layout import (
 )
 from toolkit.config.files import read_json_mapping
 from toolkit.data.corpus import CorpusInfo, data_places, read_corpus
+from toolkit.data.tokens.prepared import MANIFEST_NAME
 from toolkit.data.tokens.settings import check_settings
 from toolkit.distributed.engine import Engine, resolve_engine
 from toolkit.errors import DataError, ToolkitError
 from toolkit.experiment.changes import config_changes
 from toolkit.experiment.checks import check_corpus, check_experiment
 from toolkit.experiment.config import ExperimentConfig
-from toolkit.experiment.preflight import continuation_checks
+from toolkit.experiment.preflight import check_repetitions, continuation_checks
 from toolkit.experiment.recorded import ResumePlan, plan_resume, read_steps
 from toolkit.experiment.verify import check_checkpoint
 from toolkit.runs.files import RUN_FILES
@@ -76,15 +77,18 @@ def explain_resume(
         refused.ask(lambda: check_experiment(plan.config, engine.world_size))
     corpus = refused.ask(lambda: _corpus(plan.config))
     start = refused.ask(lambda: _start(plan.config, folder))
+    loader = refused.ask(lambda: _loader(plan, corpus)) if start or _is_mixed(plan) else None
     saved, state_of_data = None, None
     if start is not None:
         from toolkit.checkpoint.anywhere import metadata_of
 
         saved = metadata_of(start.checkpoint)
-        loader: Any = refused.ask(lambda: _loader(plan, corpus)) or _AnyPosition()
-        for check in continuation_checks(plan.config, start, loader):
+        position: Any = loader or _AnyPosition()
+        for check in continuation_checks(plan.config, start, position):
             refused.ask(check)
         state_of_data = None if start.weights_only else _data_state(start)
+    if loader is not None and corpus is not None:
+        refused.ask(lambda: check_repetitions(plan.config, loader))
     changes = config_changes(read_json_mapping(folder / RUN_FILES.config), plan.stored)
     rows = [
         ("run", [f"{folder}: {state}, attempt {plan.status.attempt}"]),
@@ -94,7 +98,7 @@ def explain_resume(
         ("config", changes or ["nothing changes"]),
         ("versions", _versions(saved)),
         ("data", _data(plan.config, corpus, state_of_data)),
-        ("goes on", _steps(plan, corpus, saved, start)),
+        ("goes on", _steps(plan, corpus, loader, saved, start)),
     ]  # fmt: skip
     return Explanation([(label, lines) for label, lines in rows if lines], refused.reasons)
 
@@ -145,7 +149,7 @@ def _start(config: ExperimentConfig, folder: Path) -> "Start | None":
         return find_start(config.trainer, own)
 
 
-def _loader(plan: ResumePlan, corpus: CorpusInfo | None) -> "TrainLoader":
+def _loader(plan: ResumePlan, corpus: CorpusInfo | None) -> "TrainLoader | None":
     """The loader that training would use, to ask whether the saved position means something to it.
 
     Data that is not here (it is prepared first) or was refused already takes any.
@@ -153,9 +157,13 @@ def _loader(plan: ResumePlan, corpus: CorpusInfo | None) -> "TrainLoader":
     from toolkit.data.loader import get_dataloaders
 
     if corpus is None:
-        return _AnyPosition()  # type: ignore[return-value]
+        return None
     with _quiet("toolkit.data"):
         return get_dataloaders(plan.config.data, rank=0, world_size=1, check_text=False)[0]
+
+
+def _is_mixed(plan: ResumePlan) -> bool:
+    return plan.config.dataset.mix is not None
 
 
 class _AnyPosition:
@@ -250,7 +258,9 @@ def _data(
     batch = state["batch"] if state else 0
     next_batch = f"next is batch {batch:,} of the run, counted from 0"
     if corpus is None:
-        return [next_batch, f"{_places(config)}: not prepared; that is done first"]
+        there = all((place / MANIFEST_NAME).is_file() for place in data_places(config.data))
+        state_now = "refused, see below" if there else "not prepared; that is done first"
+        return [next_batch, f"{_places(config)}: {state_now}"]
     size, per_epoch = config.data_loader.global_batch_size, corpus.steps_per_epoch(config.data)
     if state and state["global_batch_size"] != size:
         before = state["global_batch_size"]
@@ -266,21 +276,19 @@ def _data(
 def _steps(
     plan: ResumePlan,
     corpus: CorpusInfo | None,
+    loader: "TrainLoader | None",
     saved: CheckpointMetadata | None,
     start: "Start | None",
 ) -> list[str]:
     trainer, batch = plan.config.trainer, plan.config.data_loader.global_batch_size
     per_epoch = corpus.steps_per_epoch(plan.config.data) if corpus else None
     limits = [trainer.max_duration, *([trainer.hard_stop] if trainer.hard_stop else [])]
-    goes_on = saved is not None and start is not None and not start.weights_only
-    done, tokens = (saved.step, saved.tokens) if goes_on and saved else (0, 0)
+    done = saved.step if saved is not None and start is not None and not start.weights_only else 0
     try:
-        last = min(
-            done + limit.replace(value=limit.value - tokens).in_steps(batch, per_epoch)
-            if limit.unit == "tokens" and limit.value > tokens
-            else limit.in_steps(batch, per_epoch)
-            for limit in limits
-        )
+        if loader is None or corpus is None:
+            last = min(limit.in_steps(batch, per_epoch) for limit in limits)
+        else:
+            last = min(loader.steps_of(limit.value, limit.unit) for limit in limits)
     except ValueError:
         return ["to a step that is known once the data is prepared"]
     if done >= last:

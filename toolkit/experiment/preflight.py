@@ -42,6 +42,7 @@ def check_continuation(config: ExperimentConfig, folder: Path, train_loader: "Tr
     """Check that the run in `folder`, or `trainer.load_path`, can be continued with `config`.
 
     Raises:
+        ConfigError: a source of a mixture would be repeated more than it may be.
         CheckpointError: another model or optimizer; or `load_path` must hold a checkpoint and does
             not.
         DataError: other data, or another order of it.
@@ -57,6 +58,21 @@ def check_continuation(config: ExperimentConfig, folder: Path, train_loader: "Tr
     if start is not None:
         for check in continuation_checks(config, start, train_loader):
             check()
+    check_repetitions(config, train_loader)
+
+
+def check_repetitions(config: ExperimentConfig, train_loader: "TrainLoader") -> None:
+    """Check that the run, to its end, repeats no source of a mixture more than it may be; after
+    `continuation_checks`, which tell the loader where it goes on.
+
+    Raises:
+        ConfigError: one is repeated more.
+    """
+    trainer = config.trainer
+    limits = [trainer.max_duration, *([trainer.hard_stop] if trainer.hard_stop else [])]
+    train_loader.check_repetitions(
+        min(train_loader.steps_of(limit.value, limit.unit) for limit in limits)
+    )
 
 
 def continuation_checks(

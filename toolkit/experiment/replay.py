@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from toolkit.checkpoint.layout import saved_steps, step_folder
-from toolkit.data.corpus import data_places, read_corpus
+from toolkit.data.corpus import data_places, read_corpus, without_sources
 from toolkit.distributed.launcher import has_launcher, rank_of
 from toolkit.errors import EXIT_DONE, ConfigError, DataError, RunError, TrainingError
 from toolkit.experiment.config import ExperimentConfig
@@ -158,7 +158,7 @@ def replay_config(plan: ReplayPlan, root: str, environ: Mapping[str, str]) -> Ex
     return config.replace(
         run=RunConfig(root=root, experiment="replay", name="steps"),
         # Taken as it is: a replay prepares nothing, and stores nothing.
-        dataset=config.dataset.replace(source=None),
+        dataset=without_sources(config.dataset),
         store=config.store.replace(permanent_root=None),
         train_module=module,
         trainer=trainer,

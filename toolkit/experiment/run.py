@@ -7,6 +7,7 @@ prepares data.
 
 import contextlib
 import logging
+import math
 import os
 import socket
 import time
@@ -149,7 +150,7 @@ def _train(
     from toolkit.train.trainer import Trainer
 
     environment = prepare_training_environment(config)
-    log_file, trainer, has_failed = None, None, False
+    log_file, trainer, train_dl, has_failed = None, None, None, False
     # To the very end: a rank that ends because of another one must say so before a signal ends it.
     signals = contextlib.ExitStack()
     try:
@@ -165,11 +166,13 @@ def _train(
             rank=environment.rank,
             world_size=environment.world_size,
             eval_batch_tokens=rank_microbatch_size(config, environment.world_size),
+            vocab_size=config.model.vocab_size,
             device=environment.device,
             check_text=False,
         )
         check_agreement(config, environment, train_dl, eval_dl)
         _log_start(config, environment.engine, run)
+        _log_data(train_dl)
         model = config.model.build(init_device="meta")
         train_module = config.train_module.build(model, environment=environment)
         trainer = Trainer(config.trainer, train_module, train_dl, eval_dl, run=run)
@@ -197,6 +200,8 @@ def _train(
             _name_rank(error, run, environment, step)
         raise
     finally:
+        if train_dl is not None:
+            train_dl.close()
         if log_file is not None:
             logging.getLogger("toolkit").removeHandler(log_file)
             log_file.close()
@@ -254,7 +259,13 @@ def _prepare_data(config: ExperimentConfig, *, rank: int, world_size: int) -> "T
     # torch comes with the loaders: bad text is reported seconds sooner without it.
     from toolkit.data.loader import get_dataloaders
 
-    return get_dataloaders(config.data, rank=rank, world_size=world_size, check_text=False)[0]
+    return get_dataloaders(
+        config.data,
+        rank=rank,
+        world_size=world_size,
+        vocab_size=config.model.vocab_size,
+        check_text=False,
+    )[0]
 
 
 def _local_rank() -> int:
@@ -312,6 +323,21 @@ def _log_start(config: ExperimentConfig, engine: Engine, run: RunManager) -> Non
         f"{engine.world_size} process" + ("es" if engine.world_size > 1 else ""),
         f"{engine.name} in {engine.precision}",
         run.folder,
+    )
+
+
+def _log_data(train_loader: "TrainLoader") -> None:
+    per_epoch = train_loader.steps_per_epoch
+    if math.isinf(per_epoch):
+        return
+    dropped = train_loader.dropped_instances
+    note = f"; {dropped:,} that fill no batch are left out of each" if dropped else ""
+    log.info(
+        "%s instances of up to %s tokens, %s steps an epoch%s",
+        f"{train_loader.num_instances:,}",
+        f"{train_loader.sequence_length:,}",
+        f"{per_epoch:,}",
+        note,
     )
 
 

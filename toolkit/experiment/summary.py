@@ -11,6 +11,7 @@ import msgspec
 from toolkit.config import DEFAULT_ORIGIN, leaves
 from toolkit.data.corpus import CorpusInfo, data_places, read_corpus
 from toolkit.distributed.engine import Engine, resolve_engine
+from toolkit.errors import ConfigError
 from toolkit.experiment.checks import (
     check_corpus,
     check_experiment,
@@ -40,6 +41,7 @@ def summarize(loaded: LoadedExperiment, environ: Mapping[str, str]) -> str:
     corpus = read_corpus(config.data)
     if corpus is not None:
         check_corpus(config, corpus)
+        _check_mix(config)
     rows = [
         ("model", _model(config)),
         ("data", _data(config, corpus)),
@@ -57,6 +59,16 @@ def summarize(loaded: LoadedExperiment, environ: Mapping[str, str]) -> str:
         lines += [f"{'':<{_LABEL_WIDTH}}{line}" for line in more]
     lines += ["", "Nothing was written. Leave out --dry-run to start."]
     return "\n".join(lines)
+
+
+def _check_mix(config: ExperimentConfig) -> None:
+    """Raise ConfigError when a run from the beginning would break a limit of the mixture."""
+    if config.dataset.mix is not None:
+        from toolkit.experiment.mix import preview_mix
+
+        broken = preview_mix(config, prepare=False).broken_limit
+        if broken is not None:
+            raise ConfigError(broken)
 
 
 def _config_lines(loaded: LoadedExperiment) -> list[str]:
@@ -123,9 +135,13 @@ def _duration(config: ExperimentConfig, corpus: CorpusInfo | None) -> list[str]:
 def _length(config: ExperimentConfig, duration: Duration, corpus: CorpusInfo | None) -> str:
     batch = config.data_loader.global_batch_size
     per_epoch = corpus.steps_per_epoch(config.data) if corpus is not None else None
-    if duration.unit == "epochs" and per_epoch is None:
-        return f"{_count(duration.value, 'epoch')}; steps are known once the data is prepared"
-    steps = duration.in_steps(batch, per_epoch)
+    if duration.unit == "epochs":
+        end = corpus.epoch_end(config.data, duration.value) if corpus is not None else None
+        if end is None:
+            return f"{_count(duration.value, 'epoch')}; steps are known once the data is prepared"
+        steps = end
+    else:
+        steps = duration.in_steps(batch, per_epoch)
     epochs = f", {steps / per_epoch:.2f} epochs" if per_epoch else ""
     return f"{_count(steps, 'step')}, {steps * batch:,} tokens{epochs}"
 

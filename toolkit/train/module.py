@@ -21,6 +21,8 @@ class Progress(NamedTuple):
     """Steps of the whole run (`trainer.max_duration`)."""
     total_tokens: int
     """Tokens of the whole run."""
+    tokens_per_step: int
+    """Tokens of this step."""
 
 
 class Metric(NamedTuple):

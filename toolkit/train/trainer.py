@@ -211,7 +211,8 @@ class Trainer:
             raise TrainingError("another rank has failed; its message and its log say why")
 
     def _train_step(self, batch: dict[str, torch.Tensor]) -> None:
-        progress = Progress(self.step, self.tokens, self.total_steps, self.total_tokens)
+        size = self.tokens_per_step
+        progress = Progress(self.step, self.tokens, self.total_steps, self.total_tokens, size)
         self.step += 1
         self.tokens += self.tokens_per_step
         is_first = self.step == self._first_step  # it compiles
@@ -227,7 +228,7 @@ class Trainer:
             metrics |= hook() or {}
         values: dict[str, Any] = {
             "tokens": self.tokens,
-            "epoch": self.step / self.train_loader.steps_per_epoch,
+            "epoch": self.train_loader.epochs_done(self.step),
             "time": time.time(),
             "attempt": self.run.attempt,
         }
@@ -369,13 +370,10 @@ class Trainer:
 
     def _steps_of(self, name: str) -> int:
         duration: Duration = getattr(self.config, name)
-        if duration.unit == "epochs":
-            if math.isinf(self.train_loader.steps_per_epoch):
-                raise ConfigError(f"trainer.{name}: the length of an epoch is not known; use steps")
-            return self.train_loader.epoch_end(duration.value)
-        if duration.unit == "tokens":
-            return self.step + -(-(duration.value - self.tokens) // self.tokens_per_step)
-        return duration.value
+        try:
+            return self.train_loader.steps_of(duration.value, duration.unit)
+        except ValueError as error:
+            raise ConfigError(f"trainer.{name}: {error}") from None
 
     def _hooks(self, name: str) -> list[Callable[..., Any]]:
         unchanged = getattr(Callback, name)

@@ -171,9 +171,8 @@ class TransformerTrainModule(TrainModule):
 
     def _rate_factor(self, progress: Progress) -> float:
         if self.config.scheduler.units == "tokens":
-            per_step = progress.total_tokens // progress.total_steps
             return self.config.scheduler.factor(
-                progress.tokens, progress.total_tokens, step_size=per_step
+                progress.tokens, progress.total_tokens, step_size=progress.tokens_per_step
             )
         return self.config.scheduler.factor(progress.step, progress.total_steps)
 

@@ -5,13 +5,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.data.corpus import files_config, write_texts
 from tests.data.instances.token_corpus import (
     numbered_documents,
     overwrite_index,
     write_documents,
 )
+from toolkit.data.config import FixedInstancesConfig
 from toolkit.data.instances.base import DocumentPart
 from toolkit.data.instances.fixed import TokenDataset
+from toolkit.data.instances.open import ensure_plans
+from toolkit.data.tokens.prepare import prepare_dataset
 from toolkit.errors import DataError
 
 
@@ -89,3 +93,18 @@ def test_an_index_that_cannot_be_of_these_tokens_is_refused(
     overwrite_index(prepared, starts)
     with pytest.raises(DataError, match=message):
         TokenDataset(prepared, "train", 4, intra_document_masking=True)
+
+
+def test_an_index_that_disagrees_is_found_before_masks_are_made_of_it(tmp_path: Path) -> None:
+    texts = write_texts(tmp_path / "text", ["x" * (5 + n) for n in range(40)])
+    masked = FixedInstancesConfig(intra_document_masking=True)
+    config = files_config(tmp_path / "data", texts, sequence_length=16, instances=masked)
+    prepared = prepare_dataset(config)
+    ensure_plans(prepared, config)
+    path = prepared.folder / "train.idx"
+    starts = np.fromfile(path, dtype=np.uint64)
+    starts[[7, 8]] = starts[[8, 7]]
+    path.write_bytes(starts.tobytes())
+    with pytest.raises(DataError, match=r"train\.idx.*document 8 starts at"):
+        ensure_plans(prepared, config)
+    ensure_plans(prepared, config.replace(instances=FixedInstancesConfig()))

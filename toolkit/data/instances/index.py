@@ -3,14 +3,17 @@
 Nothing here holds more than a block of the file in memory.
 """
 
+import contextlib
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
 
 from toolkit.data.instances.base import DocumentPart
+from toolkit.data.instances.plans import PLANS_FOLDER
 from toolkit.data.tokens.prepared import PreparedDataset, Split
 from toolkit.errors import DataError
+from toolkit.storage.atomic import write_atomic
 
 BLOCK_DOCUMENTS = 1 << 18
 """Documents, and pieces of documents, worked on at once: some tens of megabytes."""
@@ -126,3 +129,24 @@ class DocumentIndex:
             f"{self._path}: document index disagrees with the tokens: {what}; restore it, or "
             f"delete {self._path.parent} and prepare the data again"
         )
+
+
+def verify_once(prepared: PreparedDataset, split: Split) -> None:
+    """`DocumentIndex.verify` for an index that was not found good before, as a note beside the
+    plans says.
+
+    Raises:
+        DataError: see `DocumentIndex`.
+    """
+    state = (prepared.folder / f"{split}.idx").stat()
+    found = f"{state.st_size} {state.st_mtime_ns}"
+    note = prepared.folder / PLANS_FOLDER / f"{split}.idx.checked"
+    try:
+        if note.read_text() == found:
+            return
+    except OSError:
+        pass
+    DocumentIndex(prepared, split).verify()
+    with contextlib.suppress(OSError):  # a read-only folder: it is checked again next time
+        note.parent.mkdir(exist_ok=True)
+        write_atomic(note, found.encode())

@@ -94,7 +94,8 @@ def count_instances(
 
 
 def ensure_plans(prepared: PreparedDataset, config: DatasetConfig) -> None:
-    """Make the plans of both splits that are missing; other processes that want them wait.
+    """Make the plans of both splits that are missing; other processes that want them wait. Without
+    a plan, the document index is checked where documents matter.
 
     Raises:
         ConfigError: `sequence_length` does not suit the kind of instances.
@@ -104,8 +105,13 @@ def ensure_plans(prepared: PreparedDataset, config: DatasetConfig) -> None:
     for split, evaluation in splits:
         if prepared.has_split(split):
             plan = _plan(prepared, split, config, evaluation=evaluation)
+            kind = instances_config(config, evaluation=evaluation)
             if plan is not None and plan.header() is None:
                 open_instances(prepared, split, config, evaluation=evaluation)
+            elif isinstance(kind, FixedInstancesConfig) and kind.intra_document_masking:
+                from toolkit.data.instances.index import verify_once
+
+                verify_once(prepared, split)
 
 
 def _plan(

@@ -6,6 +6,7 @@ have not used. So the position of training is the number of a batch and a short 
 and any batch, past or future, is found in constant time.
 """
 
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
@@ -63,6 +64,9 @@ class BatchOrder(Protocol):
     def epoch_of(self, batch: int) -> tuple[int, int]:
         """(epoch, number in it) of a batch, both from 0."""
 
+    def epochs_done(self, batches: int) -> float:
+        """Passes over the data that the first `batches` batches are."""
+
     def resized(
         self, segments: Sequence[Segment], batch: int, batch_instances: int
     ) -> "BatchOrder":
@@ -116,14 +120,35 @@ class StreamBatches:
 
     def position(self, batch: int) -> int:
         """Stream position of the first instance of `batch`."""
-        return int(self._starts(batch, 1)[0])
+        segment = self._segment(batch)
+        size, total = segment.batch_instances, self.stream.epoch_instances
+        number = batch - segment.first_batch
+        if not self.stream.keeps_epochs_apart:
+            return segment.position + number * size
+        epoch, whole = self._first_epoch(segment)
+        if number < whole:
+            return segment.position + number * size
+        later, place = divmod(number - whole, total // size)
+        return (epoch + 1 + later) * total + place * size
 
     def next_position(self, batch: int) -> int:
         """Stream position after the last instance that batches before `batch` used."""
         if batch == 0:
             return 0
-        segment = self._segment(batch - 1)
-        return int(self._starts(batch - 1, 1)[0]) + segment.batch_instances
+        return self.position(batch - 1) + self._segment(batch - 1).batch_instances
+
+    def epochs_done(self, batches: int) -> float:
+        """See `BatchOrder`; whole numbers where no whole batch of an epoch is left."""
+        total, used = self.stream.epoch_instances, self.next_position(batches)
+        if not self.stream.keeps_epochs_apart or batches == 0:
+            return used / total
+        segment = self._segment(batches - 1)
+        epoch = (used - 1) // total
+        first_epoch, whole = self._first_epoch(segment)
+        end = total - total % segment.batch_instances
+        if epoch == first_epoch:
+            end = segment.position + whole * segment.batch_instances - epoch * total
+        return epoch + (used - epoch * total) / end
 
     def epoch_end(self, epochs: int) -> int:
         """See `BatchOrder`."""
@@ -199,3 +224,13 @@ def instances_per_batch(global_batch_size: int, sequence_length: int, world_size
             f"{unit}; the nearest sizes that work are {nearest}"
         )
     return global_batch_size // sequence_length
+
+
+def batches_for(segments: Sequence[Segment], instances: int) -> int:
+    """Number of batches until `instances` instances have been used, whatever their sizes were."""
+    last = segments[-1]
+    before = sum(
+        (after.first_batch - segment.first_batch) * segment.batch_instances
+        for segment, after in itertools.pairwise(segments)
+    )
+    return last.first_batch + max(0, -(-(instances - before) // last.batch_instances))

@@ -39,6 +39,10 @@ class VariableBatches:
         """See `BatchOrder`."""
         return divmod(batch, self.steps_per_epoch)
 
+    def epochs_done(self, batches: int) -> float:
+        """See `BatchOrder`."""
+        return batches / self.steps_per_epoch
+
     def resized(
         self, segments: Sequence[Segment], batch: int, batch_instances: int
     ) -> "VariableBatches":

@@ -3,6 +3,7 @@
 import logging
 import math
 import time
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -61,7 +62,7 @@ class LMEvaluator(Callback):
             found[name] = sums
         self._done_at = trainer.step
         if len(found) > 1:
-            found[VAL] = _Sums(*(sum(column) for column in zip(*found.values(), strict=True)))
+            found[VAL] = _total(found.values())
         for name, sums in found.items():
             trainer.record_eval(self._result(name, sums))
 
@@ -107,3 +108,9 @@ class _Sums(NamedTuple):
     num_bytes: float
     """UTF-8 bytes of the targets' text; 0 where that is not known."""
     seconds: float
+
+
+def _total(sums: Iterable[_Sums]) -> _Sums:
+    loss, num_targets, num_bytes, seconds = zip(*sums, strict=True)
+    # Bits per byte of all need the bytes of all.
+    return _Sums(sum(loss), sum(num_targets), sum(num_bytes) if all(num_bytes) else 0, sum(seconds))
