@@ -74,16 +74,28 @@ class EvalLoader:
     def __iter__(self) -> Iterator[Batch]:
         """Yield `{"input_ids": int64 (rows, seq), "label_mask": bool (rows, seq)}`, and
         `document_ids` where the instances have them."""
+        rows: Rows | None = None
         for number in range(self.num_batches):
             first = (number * self._world_size + self._rank) * self._rows
-            indices = np.arange(first, first + self._rows)
-            is_real = indices < self.num_instances
-            indices = np.minimum(indices, self.num_instances - 1)
-            rows = self.dataset.read(indices)
-            check_ids(rows, indices, self.vocab_size)
+            indices = np.arange(first, min(first + self._rows, self.num_instances))
+            if len(indices):
+                rows = self._read(indices)
+            elif rows is None:
+                rows = self._read(np.array([self.num_instances - 1]))
+            # The last row fills up what is missing: reading one for it may run a user's code.
+            places = np.arange(self._rows)
+            is_real = places < len(indices)
+            if not is_real.all():
+                places = np.minimum(places, len(rows["input_ids"]) - 1)
+                rows = {key: value[places] for key, value in rows.items()}
             mask = rows.get("label_mask", np.ones(rows["input_ids"].shape, dtype=bool))
-            rows = {**rows, "label_mask": mask & is_real[:, None]}
-            yield {key: torch.from_numpy(value) for key, value in rows.items()}
+            batch = {**rows, "label_mask": mask & is_real[:, None]}
+            yield {key: torch.from_numpy(value) for key, value in batch.items()}
+
+    def _read(self, indices: np.ndarray) -> Rows:
+        rows = self.dataset.read(indices)
+        check_ids(rows, indices, self.vocab_size)
+        return rows
 
 
 def real_tokens(rows: Rows) -> np.ndarray:
