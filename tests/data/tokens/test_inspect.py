@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tests.data.corpus import BYTE_EOS, files_config, write_texts
-from toolkit.data.tokens import scanning
+from toolkit.data.tokens import bare_file, scanning
 from toolkit.data.tokens.inspect import inspect_path
 from toolkit.data.tokens.inspection import Inspection
 from toolkit.data.tokens.prepare import prepare_dataset
@@ -218,6 +218,40 @@ def test_a_bare_file_is_counted_by_its_eos(tmp_path: Path, monkeypatch) -> None:
         assert (report.num_tokens, report.num_documents, report.largest_id) == (9, 3, 9)
         assert (report.shortest, report.longest, report.histogram) == (2, 4, [0, 2, 1])
         assert [sample.ids for sample in report.samples] == [[1, 2, 9], [3, 9]]
+
+
+@pytest.mark.parametrize("block", [1, 7, 500, 1 << 20])
+@pytest.mark.parametrize("last", [9, 5])
+def test_samples_of_a_bare_file_are_spread_and_have_their_length(
+    block: int, last: int, tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.setattr(scanning, "BLOCK_TOKENS", block)
+    lengths = [500, 1, 3, 130, 2, 1, 40, 7, 300]
+    ids = np.full(sum(lengths), 5, dtype=np.uint16)
+    ids[np.cumsum(lengths) - 1] = 9
+    ids[-1] = last
+    path = tmp_path / "tokens.bin"
+    ids.tofile(path)
+    for count in (0, 1, 2, 4, 9, 20):
+        samples = bare(path, eos_id=9, num_samples=count).splits[0].samples
+        numbers = [sample.document for sample in samples]
+        assert numbers == sorted({turn * 9 // count for turn in range(count)})
+        assert [sample.num_tokens for sample in samples] == [lengths[n] for n in numbers]
+        assert [len(sample.ids) for sample in samples] == [min(120, lengths[n]) for n in numbers]
+    [sample] = bare(path, eos_id=9, quick=True).splits[0].samples
+    assert (sample.document, sample.num_tokens, len(sample.ids)) == (0, 500, 120)
+    [sample] = bare(path).splits[0].samples
+    assert (sample.document, sample.num_tokens, len(sample.ids)) == (0, 984, 120)
+
+
+def test_a_quick_look_does_not_search_for_the_end_of_a_document(
+    tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.setattr(bare_file, "BLOCK_TOKENS", 300)
+    path = tmp_path / "tokens.bin"
+    np.full(301, 5, dtype=np.uint16).tofile(path)
+    [sample] = bare(path, eos_id=9, quick=True).splits[0].samples
+    assert (sample.num_tokens, len(sample.ids)) == (None, 120)
 
 
 def test_a_bare_file_with_ids_outside_or_cut_off_is_told(tmp_path: Path) -> None:

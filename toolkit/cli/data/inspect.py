@@ -139,8 +139,12 @@ def _print_sample(split: str, sample: "Sample") -> None:
     from toolkit.cli.instance_text import visible
 
     typer.echo()
-    cut = ", beginning" if sample.num_tokens > len(sample.ids) else ""
-    typer.echo(f"{split}, document {sample.document:,} ({sample.num_tokens:,} tokens{cut}):")
+    if sample.num_tokens is None:
+        length = "beginning"
+    else:
+        cut = ", beginning" if sample.num_tokens > len(sample.ids) else ""
+        length = f"{sample.num_tokens:,} tokens{cut}"
+    typer.echo(f"{split}, document {sample.document:,} ({length}):")
     text = sample.text if sample.text is not None else " ".join(map(str, sample.ids))
     for line in visible(text).split("\n"):
         typer.echo(f"    {line}")

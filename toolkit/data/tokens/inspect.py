@@ -13,7 +13,7 @@ import numpy as np
 
 from toolkit.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from toolkit.data.tokens.bare_file import inspect_file
-from toolkit.data.tokens.inspection import SAMPLE_TOKENS, Inspection, Sample, file_size
+from toolkit.data.tokens.inspection import SAMPLE_TOKENS, Inspection, Sample, file_size, spread
 from toolkit.data.tokens.prepared import (
     MANIFEST_NAME,
     TOKENIZER_FOLDER,
@@ -135,9 +135,8 @@ def _samples(
     ids: np.ndarray, starts: np.ndarray, tokenizer: Tokenizer | None, count: int
 ) -> list[Sample]:
     """The beginnings of documents spread over a split."""
-    chosen = sorted({turn * len(starts) // count for turn in range(count)}) if len(starts) else []
     samples = []
-    for number in chosen:
+    for number in spread(len(starts), count):
         start = int(starts[number])
         end = int(starts[number + 1]) if number + 1 < len(starts) else len(ids)
         part = ids[start : min(end, start + SAMPLE_TOKENS)].tolist()

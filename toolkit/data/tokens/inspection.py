@@ -13,7 +13,8 @@ class Sample(msgspec.Struct, frozen=True, kw_only=True):
     """The beginning of one document."""
 
     document: int
-    num_tokens: int
+    num_tokens: int | None
+    """None: not known, the end was not looked for."""
     ids: list[int]
     text: str | None
     """None: there is no tokenizer to decode with."""
@@ -84,6 +85,11 @@ class BadIds:
             f"token {place:,} has id {value:,}, outside the vocabulary of {self._vocab_size:,} "
             f"({self.count:,} such tokens)"
         )
+
+
+def spread(num_documents: int, count: int) -> list[int]:
+    """Up to `count` numbers of documents, at equal distances from the first on."""
+    return sorted({turn * num_documents // count for turn in range(count)}) if num_documents else []
 
 
 def count_lengths(histogram: np.ndarray, lengths: np.ndarray) -> None:
