@@ -130,6 +130,18 @@ def test_source_of_a_mixture_is_chosen_by_name(capsys: pytest.CaptureFixture[str
     assert "--source three: no such source; there are one, two" in error
 
 
+def test_a_data_set_that_does_not_say_how_long_it_is_shows_no_number(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    custom = '--dataset.custom={"target": "tests.data.instances.custom_examples:Lines"}'
+    args = ["smoke", "--dataset.source=null", custom, "--sequence-length", "4", "-n", "1"]
+    text = run(capsys, "data", "show", *args, "--start", "12")
+    assert text.startswith(
+        "tests.data.instances.custom_examples:Lines train: instances of unknown number, of up to "
+        "4 tokens (custom)\n\ninstance 12: 4 tokens, 3 targets, 1 document\n"
+    )
+
+
 @pytest.mark.parametrize(
     ("rows", "extra", "message"),
     [

@@ -41,6 +41,14 @@ class FoundInstances(NamedTuple):
     """fixed, packed, padded, variable or custom."""
     instances: InstanceDataset
 
+    @property
+    def num_instances(self) -> int | None:
+        """How many there are; None where a custom data set does not say."""
+        from toolkit.data.instances.custom import UNKNOWN_LENGTH
+
+        count = self.instances.num_instances
+        return count if count < UNKNOWN_LENGTH else None
+
     def decoded(self, start: int, number: int) -> Iterator[ShownInstance]:
         """Up to `number` instances from `start` on.
 

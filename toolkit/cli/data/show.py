@@ -60,9 +60,13 @@ def show(
     loaded = load_experiment(word, paths, shorthands).config
     found = find_instances(loaded.data, split.value, source=source, work_dir=loaded.run.work_dir)
     console = plain_console()
-    count = found.instances.num_instances
+    count = found.num_instances
+    if count is None:
+        instances = "instances of unknown number,"
+    else:
+        instances = f"{count:,} instance{'s' if count != 1 else ''}"
     console.print(
-        f"{found.where} {split.value}: {count:,} instance{'s' if count != 1 else ''} of up to "
+        f"{found.where} {split.value}: {instances} of up to "
         f"{found.instances.sequence_length:,} tokens ({found.kind})"
     )
     for shown in found.decoded(start, number):
