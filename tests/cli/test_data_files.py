@@ -63,6 +63,42 @@ def test_inspect_of_a_bare_file(tmp_path: Path, capfd) -> None:
 
 
 @pytest.mark.parametrize(
+    ("options", "last"),
+    [
+        ([], "OK (size; --vocab-size N checks ids too)"),
+        (["--quick"], "OK (size only)"),
+        (["--quick", "--vocab-size", "9"], "OK (size only)"),
+        (["--vocab-size", "9"], "OK"),
+    ],
+)
+def test_inspect_says_what_of_a_bare_file_was_checked(
+    options: list[str], last: str, tmp_path: Path, capfd
+) -> None:
+    path = tmp_path / "tokens.bin"
+    np.array([5, 1, 8], dtype=np.uint16).tofile(path)
+    assert run(["data", "inspect", str(path), *options]) == EXIT_DONE
+    assert capfd.readouterr().out.splitlines()[-1] == last
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--vocab-size", "0"], "--vocab-size: must be at least 1, not 0"),
+        (["--vocab-size", "-7"], "--vocab-size: must be at least 1, not -7"),
+        (["--eos-id", "-1"], "--eos-id: -1 is negative"),
+        (["--vocab-size", "9", "--eos-id", "9"], "--eos-id: 9 is outside the vocabulary of 9"),
+    ],
+)
+def test_inspect_refuses_numbers_that_no_file_can_have(
+    options: list[str], message: str, tmp_path: Path, capfd
+) -> None:
+    path = tmp_path / "tokens.bin"
+    np.array([5, 1, 8], dtype=np.uint16).tofile(path)
+    assert run(["data", "inspect", str(path), *options]) == EXIT_BAD_INPUT
+    assert message in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
     ("damage", "message"),
     [
         ("{", "dataset.json: damaged"),

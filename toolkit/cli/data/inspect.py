@@ -44,7 +44,8 @@ def inspect(
 
     Counts, lengths of documents, a few documents as text. Checked are sizes, ids against the
     vocabulary, the index, document ends, targets, and the hashes that were taken when the files
-    were written. Memory does not grow with the files.
+    were written; of a bare file, size and numpy header, and ids against --vocab-size. Memory does
+    not grow with the files.
 
     Exit code 0: all is whole. 2: it is not; all problems are listed, the first is the error.
 
@@ -99,7 +100,17 @@ def _print(found: "Inspection") -> None:
             typer.echo(f"problem: {problem}")
     else:
         typer.echo()
-        typer.echo("OK (sizes, index and sampled blocks)" if found.is_quick else "OK")
+        typer.echo(f"OK{_extent(found)}")
+
+
+def _extent(found: "Inspection") -> str:
+    """How far the check went, where not all of it was asked for or possible."""
+    is_bare = found.tokenizer is None
+    if found.is_quick:
+        return " (size only)" if is_bare else " (sizes, index and sampled blocks)"
+    if is_bare and found.vocab_size is None:
+        return " (size; --vocab-size N checks ids too)"
+    return ""
 
 
 def _row(split: "SplitReport") -> list[str]:

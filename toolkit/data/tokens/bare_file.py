@@ -33,6 +33,11 @@ def inspect_file(
     """A file of numbers without anything beside it."""
     if dtype is not None and dtype not in DTYPES:
         raise ConfigError(f"--dtype: {dtype!r} is none of {', '.join(DTYPES)}")
+    if vocab_size is not None and vocab_size < 1:
+        raise ConfigError(f"--vocab-size: must be at least 1, not {vocab_size}")
+    if eos_id is not None and (eos_id < 0 or (vocab_size is not None and eos_id >= vocab_size)):
+        where = "negative" if eos_id < 0 else f"outside the vocabulary of {vocab_size:,}"
+        raise ConfigError(f"--eos-id: {eos_id} is {where}")
     problems: list[str] = []
     size = path.stat().st_size
     header = _numpy_header(path)
