@@ -7,6 +7,7 @@ that trains, loaders that yield batches, callbacks that do the rest. It knows no
 and no file format.
 """
 
+import functools
 import logging
 import math
 import time
@@ -14,13 +15,13 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
 import torch
-import torch.distributed as dist
 
 from toolkit.data.evaluation import EvalLoader
 from toolkit.data.loader import TrainLoader
 from toolkit.distributed.environment import TrainingEnvironment
+from toolkit.distributed.reduce import reduce_columns
 from toolkit.errors import ConfigError, ToolkitError, TrainingError
-from toolkit.metrics.recorder import Column, MetricsRecorder
+from toolkit.metrics.recorder import MetricsRecorder
 from toolkit.metrics.streams import MetricStreams
 from toolkit.runs.manager import RunManager
 from toolkit.train.callbacks import Callback, build_callbacks
@@ -295,26 +296,14 @@ class Trainer:
             resume_step=self.step if resumed else None,
             is_main=self.environment.is_main,
         )
+        is_several = self.environment.world_size > 1
         self.recorder = MetricsRecorder(
             collect_interval=self.config.metrics_collect_interval,
             deliver=self._deliver,
-            reduce=self._reduce if self.environment.world_size > 1 else None,
+            reduce=functools.partial(reduce_columns, self.environment) if is_several else None,
             sync=self.streams.sync,
             start_step=self.step if resumed else -1,
         )
-
-    def _reduce(self, columns: list[Column], values: torch.Tensor) -> torch.Tensor:
-        """One collective per operation over all ranks, in the metrics thread on its own group."""
-        group = self.environment.metrics_group
-        for operation in ("sum", "mean", "max"):
-            index = [i for i, (_, wanted) in enumerate(columns) if wanted == operation]
-            if not index:
-                continue
-            part = values[index]
-            how = dist.ReduceOp.MAX if operation == "max" else dist.ReduceOp.SUM
-            dist.all_reduce(part, op=how, group=group)
-            values[index] = part / self.environment.world_size if operation == "mean" else part
-        return values
 
     def _deliver(self, stream: str, records: list[dict[str, Any]]) -> None:
         """Reduced records, in the metrics thread: derive, write, tell the callbacks."""
