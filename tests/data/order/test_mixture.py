@@ -178,6 +178,17 @@ def test_a_later_change_of_ratios_leaves_the_past_as_it_was() -> None:
     assert np.array_equal(before.indices(positions), after.indices(positions))
 
 
+def test_an_entry_of_the_schedule_that_changes_nothing_has_no_effect() -> None:
+    ratios: list[dict[str, float]] = [{}, {"a": 1.0}, {"a": 3.0, "b": 6.0, "c": 9.0}]
+    empty = [RatioChangeConfig(at_tokens=n * 7 * SEQ, ratios=r) for n, r in enumerate(ratios, 1)]
+    sizes = {"a": 7, "b": 9, "c": 5}
+    plain, empties = mixture(sizes)[1], mixture(sizes, schedule=tuple(empty))[1]
+    assert empties.identity(90) == plain.identity(90)
+    positions = np.arange(90)
+    assert np.array_equal(empties.indices(positions), plain.indices(positions))
+    assert len(empties.plan.segments) == 1
+
+
 def test_a_corpus_that_is_in_the_mixture_twice_has_two_orders() -> None:
     config = mix_config("ab", a={"ratio": 1.0}, b={"ratio": 1.0})
     same = Numbered(50, 0)

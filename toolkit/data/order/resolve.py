@@ -194,7 +194,9 @@ def _segments(mix: MixConfig, leaves: Mapping[str, _Leaf]) -> list[RatioSegment]
         at_tokens = -(-change.at_tokens // length) * length
         if segments[-1].at_tokens == at_tokens:
             segments.pop()
-        segments.append(RatioSegment(at_tokens, shares))
+        # Each segment counts anew, so one that changes nothing would change the order all the same.
+        if segments[-1].shares != shares:
+            segments.append(RatioSegment(at_tokens, shares))
     return segments
 
 
