@@ -156,6 +156,14 @@ def test_mixes_that_make_no_sense_are_named(
         resolve_mix(dataset(sources, schedule=schedule))
 
 
+def test_a_source_may_not_have_the_name_of_the_evaluation_of_all(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"dataset\.mix\.sources\.val: this name is taken by"):
+        resolve_mix(dataset({"val": {"ratio": 1}, "a": {"ratio": 1}}))
+    nested = write_mix(tmp_path / "in.json", {"val": {"ratio": 1}})
+    inside = {"x": {"ratio": 1, "mix": {"val": {"ratio": 1}}}, "y": {"ratio": 1, "mix": nested}}
+    assert [source.name for source in resolve_mix(dataset(inside))] == ["x/val", "y/val"]
+
+
 def test_the_same_corpus_may_be_in_a_mixture_twice() -> None:
     twice = {"a": {"ratio": 1}, "b": {"ratio": 2, "dataset_name": "a"}}
     assert len(resolve_mix(dataset(twice))) == 2

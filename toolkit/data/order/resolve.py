@@ -15,6 +15,8 @@ from toolkit.errors import ConfigError
 
 SMALLEST_SHARE = Fraction(1, 10_000_000)
 """Time and memory of finding a place in the mixture grow with the inverse."""
+TAKEN_NAME = "val"
+"""What the evaluation of all sources together is called in metrics."""
 
 
 class ResolvedSource(NamedTuple):
@@ -109,6 +111,13 @@ def _mix(config: DatasetConfig) -> MixConfig:
     if isinstance(config.instances, VariableInstancesConfig):
         raise ConfigError(
             "dataset.instances: rows of variable length do not mix; use fixed or packed instances"
+        )
+    # Not in `MixConfig`: sources of nested mixes, which are called `outer/val`, may have this name.
+    if TAKEN_NAME in config.mix.sources:
+        raise ConfigError(
+            f"dataset.mix.sources.{TAKEN_NAME}: this name is taken by the evaluation of all "
+            "sources together; give the source another name, and keep its folder with "
+            f"dataset_name={TAKEN_NAME}"
         )
     return config.mix
 
