@@ -1,5 +1,6 @@
 """Small data sets in stores and caches, for the tests of both."""
 
+import os
 import subprocess
 import sys
 import textwrap
@@ -84,3 +85,8 @@ def nothing_whole(root: Path) -> bool:
     visible = [p for p in root.rglob("dataset.json") if not any(
         part.startswith(".") for part in p.relative_to(root).parts)]  # fmt: skip
     return not visible and not (root / FOLDER).exists()
+
+
+def set_last_used(folder: Path, when: float) -> None:
+    """Seconds since 1970 of the last use of a folder."""
+    os.utime(folder.with_name(f".{folder.name}.used"), (when, when))

@@ -1,8 +1,6 @@
 """The local cache: what was used longest ago goes first; what is used, or stored nowhere else,
 stays."""
 
-import logging
-import os
 import pickle
 import shutil
 import signal
@@ -13,12 +11,12 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from tests.data.tokens.stores import at, corpus, ensure, files_of, start_process
-from toolkit.data.config import DatasetConfig, HubSourceConfig, StoreConfig
+from tests.data.tokens.stores import at, corpus, ensure, files_of, set_last_used, start_process
+from toolkit.data.config import StoreConfig
+from toolkit.data.tokens import build, worker
 from toolkit.data.tokens.cache import (
     build_lock,
     ensure_local_dataset_cache_cap,
-    raw_text_cache,
     read_record,
 )
 from toolkit.data.tokens.in_use import unused
@@ -41,10 +39,6 @@ def root(tmp_path: Path, store: StoreConfig) -> Path:
     for age, name in enumerate(NAMES):
         set_last_used(tmp_path / "data" / name / "default", 1000.0 + age)
     return tmp_path / "data"
-
-
-def set_last_used(folder: Path, when: float) -> None:
-    os.utime(folder.with_name(f".{folder.name}.used"), (when, when))
 
 
 def size_of(folder: Path) -> int:
@@ -229,16 +223,53 @@ def test_a_limit_below_the_data_set_is_said_before_anything_is_copied(
     assert present(root) == list(NAMES)
 
 
-def test_a_limit_below_a_data_set_that_was_built_loses_nothing(
-    tmp_path: Path, store: StoreConfig
+def test_a_limit_below_a_data_set_in_the_making_is_said_before_its_parts_are_joined(
+    tmp_path: Path, root: Path, store: StoreConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     small = msgspec.structs.replace(store, max_cache_gb=1e-6)
     config = corpus(tmp_path)
-    for _ in range(2):
-        with pytest.raises(DataError, match=r"max_cache_gb is 1e-06, but .*corpus/default alone"):
-            ensure(config, small)
-    assert ensure(at(config, tmp_path / "data"), store).tokens("train").size
+    with monkeypatch.context() as patch:
+        patch.setattr(build, "join_parts", None)  # would fail
+        for _ in range(2):
+            with pytest.raises(DataError, match=r"gb is 1e-06, but .*corpus/default alone takes"):
+                ensure(config, small)
+    assert present(root) == list(NAMES)
+    assert not (tmp_path / "store" / "corpus").exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(worker, "read_shard", None)  # the parts are there
+        assert ensure(config, store).tokens("train").size
     assert (tmp_path / "store" / "corpus" / "default" / "dataset.json").exists()
+
+
+def test_what_is_built_may_be_as_large_as_the_limit_and_no_byte_larger(
+    tmp_path: Path, store: StoreConfig
+) -> None:
+    config = corpus(tmp_path).replace(deduplicate=True)
+    texts = tmp_path / "texts" / "corpus"
+    for path in sorted(texts.iterdir())[:30]:
+        shutil.copy(path, texts / f"again-{path.name}")
+    size = size_of(ensure(config, StoreConfig()).folder)
+    for dropped, folder in ((1, "other"), (0, "exact")):
+        limited = msgspec.structs.replace(
+            store, max_cache_gb=(size - dropped) / 1e9, tokenized_cache_dir=str(tmp_path / folder)
+        )
+        if dropped:
+            with pytest.raises(DataError, match="corpus/default alone takes"):
+                ensure(config, limited)
+            assert not (tmp_path / "store" / "corpus").exists()
+        else:
+            assert size_of(ensure(config, limited).folder) == size
+
+
+def test_a_data_set_above_the_limit_is_not_stored_either(
+    tmp_path: Path, store: StoreConfig
+) -> None:
+    config = corpus(tmp_path)
+    built = ensure(config, StoreConfig())
+    with pytest.raises(DataError, match=r"max_cache_gb is 1e-06, but .*corpus/default alone"):
+        ensure(config, msgspec.structs.replace(store, max_cache_gb=1e-6))
+    assert not (tmp_path / "store" / "corpus").exists()
+    assert built.tokens("train").size
 
 
 def test_what_a_killed_removal_left_is_no_data_set_and_goes_next_time(
@@ -343,51 +374,3 @@ def test_an_empty_or_missing_root_has_room(tmp_path: Path) -> None:
     assert ensure_local_dataset_cache_cap(tmp_path / "none", 1.0) == []
     with pytest.raises(DataError, match="what is needed alone takes 2 GB"):
         ensure_local_dataset_cache_cap(tmp_path / "none", 1.0, needed_bytes=2_000_000_000)
-
-
-def test_raw_texts_go_by_last_use_and_never_while_they_are_read(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level(logging.WARNING)
-    root = tmp_path / "raw"
-    (root / "theirs").mkdir(parents=True)
-    (root / "theirs" / "data").write_bytes(bytes(5000))
-
-    def hub(name: str) -> DatasetConfig:
-        return DatasetConfig(source=HubSourceConfig(name=name))
-
-    def store(limit: float | None) -> StoreConfig:
-        return StoreConfig(hf_cache_dir=str(root), max_cache_gb=limit)
-
-    folders = []
-    for age, name in enumerate(("org/one", "org/two", "/local/three")):
-        with raw_text_cache(hub(name), store(None)) as folder:
-            assert folder is not None
-            (Path(folder) / "data.arrow").write_bytes(bytes(1000))
-        folders.append(Path(folder))
-        set_last_used(folders[-1], 1000.0 + age)
-    assert [folder.name for folder in folders] == ["org--one", "org--two", "local--three"]
-    with raw_text_cache(hub("org/one"), store(None)):
-        set_last_used(folders[0], 1.0)
-        with raw_text_cache(hub("org/four"), store(2.5e-6)):
-            assert [path.exists() for path in folders] == [True, False, True]
-    set_last_used(folders[0], 1.0)
-    with raw_text_cache(hub("org/four"), store(1.5e-6)) as folder:
-        assert [path.exists() for path in folders] == [False, False, True]
-        assert folder is not None
-        (Path(folder) / "data.arrow").write_bytes(bytes(1000))
-    assert [path.exists() for path in folders] == [False, False, False]
-    assert (Path(folder) / "data.arrow").exists()
-    assert (root / "theirs" / "data").exists()
-    assert not caplog.records
-
-
-def test_raw_texts_of_a_hub_data_set_go_where_the_store_says(tmp_path: Path) -> None:
-    texts = tmp_path / "texts"
-    texts.mkdir()
-    (texts / "a.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
-    source = HubSourceConfig(name=str(texts), streaming=False)
-    config = DatasetConfig(root=str(tmp_path / "data"), source=source, validation_fraction=0.0)
-    prepared = ensure(config, StoreConfig(hf_cache_dir=str(tmp_path / "raw")))
-    assert prepared.num_documents("train") == 2
-    assert [path.suffix for path in (tmp_path / "raw").rglob("*.arrow")] == [".arrow"]

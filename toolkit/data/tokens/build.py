@@ -23,6 +23,7 @@ line or row, times the number of processes. The result does not depend on how ma
 
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,7 +40,7 @@ from toolkit.data.text.sources import plan_source
 from toolkit.data.tokenizers.choice import build_tokenizer
 from toolkit.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from toolkit.data.tokens.duplicates import Duplicates
-from toolkit.data.tokens.join import join_parts
+from toolkit.data.tokens.join import join_parts, joined_bytes
 from toolkit.data.tokens.parts import (
     Part,
     TokenRules,
@@ -86,12 +87,15 @@ def build_dataset(
     report: Progress,
     *,
     cache_dir: str | None = None,
+    make_room: Callable[[int], None] | None = None,
 ) -> PreparedDataset:
     """Build `folder`; nobody else may be doing so.
 
     Args:
         work_dir: folder for unfinished parts; default: beside `folder`.
         cache_dir: folder for raw texts of a hub data set; default: the libraries' own.
+        make_room: called with the bytes of the data set as soon as they are known, before parts
+            are joined; its DataError ends the building, and the parts stay.
 
     Raises:
         DataError: the input, the tokenizer or what lies at `folder` cannot be used.
@@ -146,7 +150,14 @@ def build_dataset(
         remove_tree(output)
     output.mkdir(parents=True)
     manifest = _join(
-        config, plan, setup, tokenizer, vocabulary, output=output, workplace=building / "duplicates"
+        config,
+        plan,
+        setup,
+        tokenizer,
+        vocabulary,
+        output=output,
+        workplace=building / "duplicates",
+        make_room=make_room,
     )
     if tokenizer is not None:
         tokenizer.save(output / TOKENIZER_FOLDER)
@@ -298,6 +309,7 @@ def _join(
     *,
     output: Path,
     workplace: Path,
+    make_room: Callable[[int], None] | None,
 ) -> Manifest:
     """Join all parts; count and hash what is written."""
     parts_folder = Path(setup.parts_folder)
@@ -312,10 +324,12 @@ def _join(
         workplace.mkdir()
         duplicates = Duplicates(parts_folder, len(parts), workplace)
         left_out["duplicate"] = duplicates.count
-    dtype = setup.rules.dtype
-    splits = join_parts(
-        parts_folder, parts, output, itemsize=np.dtype(dtype).itemsize, duplicates=duplicates
-    )
+    itemsize = np.dtype(setup.rules.dtype).itemsize
+    if make_room is not None:
+        saved = (parts_folder / TOKENIZER_FOLDER).rglob("*")
+        num_bytes = joined_bytes(parts_folder, parts, itemsize=itemsize, duplicates=duplicates)
+        make_room(num_bytes + sum(path.stat().st_size for path in saved if path.is_file()))
+    splits = join_parts(parts_folder, parts, output, itemsize=itemsize, duplicates=duplicates)
     skipped = sum(part.skipped_documents for part in parts) + plan.num_empty
     _check_targets(setup, plan, tokenizer, splits, left_out)
     if "train" not in splits:

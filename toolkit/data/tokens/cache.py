@@ -76,7 +76,7 @@ def ensure_local_dataset_cache_cap(
 
     Args:
         max_cache_gb: limit in units of 1e9 bytes.
-        needed_bytes: size that the data set `keep` has or will have.
+        needed_bytes: size that the data set `keep` will have; 0: the size that it has.
         keep: folder of a data set that is not removed, and has to fit.
 
     Returns:
@@ -190,7 +190,7 @@ def _make_room(
     own = [entry for entry in entries if entry.folder == keep]
     others = [entry for entry in entries if entry.folder != keep and entry.num_bytes]
     others.sort(key=lambda entry: entry.last_used)
-    own_bytes = max(needed_bytes, max((entry.num_bytes for entry in own), default=0))
+    own_bytes = needed_bytes or max((entry.num_bytes for entry in own), default=0)
     if own_bytes > limit:
         raise DataError(
             f"store.max_cache_gb is {max_cache_gb:g}, but {keep or 'what is needed'} alone takes "

@@ -42,6 +42,27 @@ def join_parts(
     return splits
 
 
+def joined_bytes(
+    parts_folder: Path, parts: list[Part], *, itemsize: int, duplicates: Duplicates | None
+) -> int:
+    """Bytes of the files that `join_parts` will write."""
+    total = 0
+    for split in SPLITS:
+        has_mask = any(part.splits[split].mask_hash is not None for part in parts)
+        drops_last = False
+        for index, part in enumerate(parts):
+            stats = part.splits[split]
+            num_tokens, num_documents = stats.num_tokens, stats.num_documents
+            if duplicates is not None:
+                path = part_path(parts_folder, index, f"{split}.idx")
+                drop = duplicates.of(index, split)
+                bounds, keep = _documents(path, num_tokens, drop, drops_last)
+                drops_last = not keep[-1]
+                num_tokens, num_documents = int((np.diff(bounds) * keep).sum()), int(keep[1:].sum())
+            total += num_tokens * (itemsize + has_mask) + num_documents * 8
+    return total
+
+
 class _File:
     """A file that is hashed while it is written."""
 
@@ -75,13 +96,8 @@ class _JoinedSplit:
     def append(self, folder: Path, index: int, drop: np.ndarray | None) -> None:
         """One part; `drop`: which of the documents that start in it are left out."""
         part = self._parts[index].splits[self._split]
-        starts = np.fromfile(part_path(folder, index, f"{self._split}.idx"), dtype=np.uint64)
-        bounds = np.concatenate([[0], starts.astype(np.int64), [part.num_tokens]])
-        # What stands before the first start goes on with the last document of the parts before.
-        keep = np.ones(len(starts) + 1, dtype=bool)
-        keep[0] = not self._drops_last
-        if drop is not None:
-            keep[1:] = ~drop
+        path = part_path(folder, index, f"{self._split}.idx")
+        bounds, keep = _documents(path, part.num_tokens, drop, self._drops_last)
         self._drops_last = not keep[-1]
         lengths = np.diff(bounds) * keep
         new_starts = self._num_tokens + np.cumsum(lengths) - lengths
@@ -131,6 +147,20 @@ class _JoinedSplit:
         for data in read_blocks(part_path(folder, index, f"{self._split}.mask"), start, end):
             self._mask.write(data)
             self._num_targets += data.count(1)
+
+
+def _documents(
+    index: Path, num_tokens: int, drop: np.ndarray | None, drops_last: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """Bounds of the documents of a part, and which of them stay. What stands before its first start
+    comes first: it goes on with the last document of the parts before."""
+    starts = np.fromfile(index, dtype=np.uint64)
+    bounds = np.concatenate([[0], starts.astype(np.int64), [num_tokens]])
+    keep = np.ones(len(starts) + 1, dtype=bool)
+    keep[0] = not drops_last
+    if drop is not None:
+        keep[1:] = ~drop
+    return bounds, keep
 
 
 def _runs(bounds: np.ndarray, keep: np.ndarray) -> list[tuple[int, int]]:

@@ -1,6 +1,7 @@
 """Token files for a config: those that exist, or new ones (`build.py`): `ensure_prepared`."""
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from toolkit.data.tokens.prepared import (
 )
 from toolkit.data.tokens.progress import Progress
 from toolkit.data.tokens.settings import check_settings
-from toolkit.data.tokens.store import localize, obtain, open_prepared, settle
+from toolkit.data.tokens.store import localize, make_room, obtain, open_prepared, settle
 from toolkit.errors import DataError
 
 LOCK_POLL_SECONDS = 0.25
@@ -90,7 +91,14 @@ def prepare_dataset(
             if prepared is None:
                 _check_can_build(config, folder)
                 with report, raw_text_cache(config, store) as cache_dir:
-                    prepared = build_dataset(config, folder, work_dir, report, cache_dir=cache_dir)
+                    prepared = build_dataset(
+                        config,
+                        folder,
+                        work_dir,
+                        report,
+                        cache_dir=cache_dir,
+                        make_room=functools.partial(make_room, config, store),
+                    )
                 prepared.in_use = mark_used(folder)
             else:
                 with contextlib.suppress(OSError):

@@ -155,6 +155,21 @@ def fetch(
     return prepared
 
 
+def make_room(config: DatasetConfig, store: StoreConfig, num_bytes: int) -> None:
+    """Room in the cache for the data set of `config`, which is being built.
+
+    Raises:
+        DataError: it alone is larger than the cache's limit.
+    """
+    if store.max_cache_gb is not None:
+        ensure_local_dataset_cache_cap(
+            _root(config),
+            store.max_cache_gb,
+            needed_bytes=num_bytes,
+            keep=dataset_folder(config),
+        )
+
+
 def settle(
     prepared: PreparedDataset, config: DatasetConfig, store: StoreConfig, *, note: Note
 ) -> None:
@@ -168,10 +183,10 @@ def settle(
             set.
         ConfigError: the store needs a library that is not installed.
     """
+    if store.max_cache_gb is not None:  # first: what cannot be kept here is not stored either
+        ensure_local_dataset_cache_cap(_root(config), store.max_cache_gb, keep=prepared.folder)
     if store.permanent_root is not None:
         _keep_stored(prepared, _permanent_root(store.permanent_root), _name(config), note)
-    if store.max_cache_gb is not None:
-        ensure_local_dataset_cache_cap(_root(config), store.max_cache_gb, keep=prepared.folder)
 
 
 def stored_at(prepared: PreparedDataset) -> StoredRecord | None:
