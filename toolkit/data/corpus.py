@@ -1,23 +1,21 @@
 """Everything that training data can be, behind two values.
 
 A `DataConfig` names one corpus of token files, a mixture of several, or a data set written in
-Python. `prepare_corpus` makes what is missing and tells what there is (`CorpusInfo`: numbers from
-manifests, in a millisecond); `open_corpus` opens it (`Corpus`: instances, and the order of
-batches). Nothing here needs torch.
+Python. `prepare_corpus` (`corpus_info.py`) makes what is missing and tells what there is;
+`open_corpus` opens it: instances, and the order of batches. Nothing here needs torch.
 """
 
 import logging
 from collections.abc import Mapping
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from toolkit.data.config import (
     DataConfig,
     DatasetConfig,
-    MixSourceConfig,
     VariableInstancesConfig,
 )
-from toolkit.data.tokens.prepared import PreparedDataset, Split, dataset_folder, read_prepared
+from toolkit.data.corpus_info import CorpusInfo, prepare_corpus
+from toolkit.data.tokens.prepared import PreparedDataset
 
 if TYPE_CHECKING:
     from toolkit.data.instances.base import InstanceDataset
@@ -28,45 +26,6 @@ logger = logging.getLogger(__name__)
 
 VAL = "val"
 """Name of the evaluation on the one validation split there is."""
-
-
-class CorpusInfo(NamedTuple):
-    """What is known of training data without opening it."""
-
-    parts: dict[str, tuple[DatasetConfig, PreparedDataset]]
-    """Token files by the name of their source in the mixture, or under "" where there is one
-    corpus; none of a custom data set."""
-    rows: list[tuple[int, int]] | None
-    """(length in tokens, number) of the training rows of one pass; None where that is not known
-    yet."""
-    instances: dict[str, int]
-    """Training instances of each part, where they are known."""
-    vocab_size: int | None
-    """Every id is below this; None where a custom data set does not say."""
-    where: str
-    """For messages: the folder, or what stands for it."""
-
-    def num_tokens(self, split: Split) -> int:
-        """Tokens of the split in all parts."""
-        return sum(prepared.num_tokens(split) for _, prepared in self.parts.values())
-
-    def epoch_end(self, config: DataConfig, epochs: int) -> int | None:
-        """Number of batches of one size until `epochs` passes are done; None where that is not
-        known yet."""
-        per_epoch = self.steps_per_epoch(config)
-        if per_epoch is None or config.dataset.mix is None:
-            return None if per_epoch is None else per_epoch * epochs
-        # Batches of a mixture go across passes.
-        assert self.rows is not None
-        size = config.data_loader.global_batch_size // config.dataset.sequence_length
-        return epochs * sum(number for _, number in self.rows) // size
-
-    def steps_per_epoch(self, config: DataConfig) -> int | None:
-        """Whole global batches in one pass; None where that is not known yet."""
-        if self.rows is None:
-            return None
-        tokens = config.data_loader.global_batch_size
-        return sum(number // max(1, tokens // length) for length, number in self.rows)
 
 
 class Corpus:
@@ -128,89 +87,6 @@ class Corpus:
             close()
 
 
-def without_sources(dataset: DatasetConfig) -> DatasetConfig:
-    """`dataset` that takes token files as they are, wherever their text is now."""
-    if dataset.mix is None:
-        return dataset.replace(source=None)
-    return dataset.replace(mix=dataset.mix.replace(sources=_as_they_are(dataset.mix.sources)))
-
-
-def _as_they_are(sources: dict[str, MixSourceConfig]) -> dict[str, MixSourceConfig]:
-    return {
-        name: source.replace(mix=_as_they_are(source.mix))
-        if isinstance(source.mix, dict)
-        else source.replace(source=None)
-        for name, source in sources.items()
-    }
-
-
-def prepare_corpus(
-    cfg: DataConfig,
-    *,
-    work_dir: str | None = None,
-    progress: bool = True,
-    check_text: bool = True,
-) -> CorpusInfo:
-    """Make what is missing: token files of every source, and the plans of their instances.
-
-    Many processes may call this at once: one prepares, the others wait. Arguments as for
-    `ensure_prepared`.
-
-    Raises:
-        ConfigError, DataError: text, tokenizer, mixture or existing files cannot be used.
-    """
-    from toolkit.data.tokens.store import localize
-
-    dataset = localize(cfg.dataset, cfg.store)
-    options: dict[str, Any] = {
-        "store": cfg.store, "work_dir": work_dir, "progress": progress, "check_text": check_text,
-    }  # fmt: skip
-    if dataset.custom is not None:
-        return _custom_info(cfg)
-    from toolkit.data.instances.open import ensure_plans
-
-    if dataset.mix is not None:
-        from toolkit.data.order.prepare_mix import ensure_mix_prepared
-
-        parts = {
-            source.name: (source.dataset, prepared)
-            for source, prepared in ensure_mix_prepared(dataset, **options)
-        }
-    else:
-        from toolkit.data.tokens.prepare import ensure_prepared
-
-        parts = {"": (dataset, ensure_prepared(dataset, **options))}
-    for config, prepared in parts.values():
-        ensure_plans(prepared, config)
-    return _info(cfg, parts)
-
-
-def read_corpus(cfg: DataConfig) -> CorpusInfo | None:
-    """What there is already; None when token files are missing. Prepares nothing.
-
-    Raises:
-        ConfigError, DataError: what is there is damaged, or the mixture makes no sense.
-    """
-    from toolkit.data.tokens.store import localize
-
-    dataset = localize(cfg.dataset, cfg.store)
-    if dataset.custom is not None:
-        return _custom_info(cfg)
-    if dataset.mix is not None:
-        from toolkit.data.order.prepare_mix import as_prepared
-
-        configs = {source.name: source.dataset for source in as_prepared(dataset)}
-    else:
-        configs = {"": dataset}
-    parts = {}
-    for name, config in configs.items():
-        prepared = read_prepared(config)
-        if prepared is None:
-            return None
-        parts[name] = (config, prepared)
-    return _info(cfg, parts)
-
-
 def open_corpus(cfg: DataConfig, *, check_text: bool = True, progress: bool = True) -> Corpus:
     """The training data of `cfg`, prepared now if it does not exist yet.
 
@@ -224,54 +100,6 @@ def open_corpus(cfg: DataConfig, *, check_text: bool = True, progress: bool = Tr
     if cfg.dataset.mix is not None:
         return _open_mixture(cfg, info, seed)
     return _open_single(cfg, info, seed)
-
-
-def data_places(cfg: DataConfig) -> list[Path]:
-    """Folders where the token files of `cfg` are, or will be."""
-    from toolkit.data.tokens.store import localize
-
-    dataset = localize(cfg.dataset, cfg.store)
-    if dataset.custom is not None:
-        return []
-    if dataset.mix is None:
-        return [dataset_folder(dataset)]
-    from toolkit.data.order.resolve import resolve_mix
-
-    return [dataset_folder(source.dataset) for source in resolve_mix(dataset)]
-
-
-def _info(cfg: DataConfig, parts: dict[str, tuple[DatasetConfig, PreparedDataset]]) -> CorpusInfo:
-    rows = {name: _rows(config, prepared) for name, (config, prepared) in parts.items()}
-    known = {name: found for name, found in rows.items() if found is not None}
-    instances = {name: sum(number for _, number in found) for name, found in known.items()}
-    total = None
-    if len(known) == len(parts):
-        total = [row for found in known.values() for row in found]
-        if cfg.dataset.mix is not None:
-            from toolkit.data.order.resolve import limited_instances
-
-            total = [(cfg.dataset.sequence_length, limited_instances(cfg.dataset, instances))]
-    folders = [str(prepared.folder) for _, prepared in parts.values()]
-    where = folders[0] if len(folders) == 1 else f"mixture of {', '.join(parts)}"
-    vocab_size = max(prepared.vocab_size for _, prepared in parts.values())
-    return CorpusInfo(parts, total, instances, vocab_size, where)
-
-
-def _rows(config: DatasetConfig, prepared: PreparedDataset) -> list[tuple[int, int]] | None:
-    from toolkit.data.instances.open import count_rows
-
-    return count_rows(prepared, "train", config)
-
-
-def _custom_info(cfg: DataConfig) -> CorpusInfo:
-    from toolkit.data.instances.custom import UNKNOWN_LENGTH, open_custom
-
-    assert cfg.dataset.custom is not None
-    instances = open_custom(cfg.dataset.custom, "train", cfg.dataset.sequence_length)
-    assert instances is not None
-    number = instances.num_instances
-    rows = [(cfg.dataset.sequence_length, number)] if number != UNKNOWN_LENGTH else None
-    return CorpusInfo({}, rows, {}, instances.vocab_size, cfg.dataset.custom.target)
 
 
 def _open_single(cfg: DataConfig, info: CorpusInfo, seed: int) -> Corpus:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from toolkit.data.config import CustomDatasetConfig, DataConfig
-from toolkit.data.corpus import prepare_corpus
+from toolkit.data.corpus_info import prepare_corpus
 from toolkit.data.instances.base import DocumentPart, InstanceDataset
 from toolkit.data.instances.open import instances_config, open_instances
 from toolkit.data.instances.text import DecodedPiece, decode_pieces, target_mask

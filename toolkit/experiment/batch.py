@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from toolkit.checkpoint.layout import read_metadata, saved_steps, step_folder
-from toolkit.data.corpus import changed_data, data_places, read_corpus, without_sources
+from toolkit.data.corpus import changed_data
+from toolkit.data.corpus_info import data_places, read_corpus, without_sources
 from toolkit.data.instances.base import DocumentPart
 from toolkit.data.instances.text import DecodedPiece
 from toolkit.errors import ConfigError, DataError, ToolkitError

@@ -6,7 +6,7 @@ Every error names the keys it is about and the nearest values that work.
 import os
 
 from toolkit.data.config import BPETokenizerConfig, ByteTokenizerConfig, TokenizerConfig
-from toolkit.data.corpus import CorpusInfo
+from toolkit.data.corpus_info import CorpusInfo
 from toolkit.distributed.cpu import asked_threads
 from toolkit.errors import ConfigError, DataError
 from toolkit.experiment.config import ExperimentConfig

@@ -18,7 +18,7 @@ from toolkit.checkpoint.layout import (
     step_folder,
 )
 from toolkit.config.files import read_json_mapping
-from toolkit.data.corpus import CorpusInfo, data_places, read_corpus
+from toolkit.data.corpus_info import CorpusInfo, data_places, read_corpus
 from toolkit.data.tokens.prepared import MANIFEST_NAME
 from toolkit.data.tokens.settings import check_settings
 from toolkit.distributed.engine import Engine, resolve_engine

@@ -20,7 +20,7 @@ from toolkit.config import (
     parse_override_args,
     read_json_mapping,
 )
-from toolkit.data.corpus import data_places
+from toolkit.data.corpus_info import data_places
 from toolkit.data.order.mix_files import inline_mixes
 from toolkit.data.tokens.prepared import MANIFEST_NAME
 from toolkit.errors import ConfigError, RunError

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from toolkit.checkpoint.layout import saved_steps, step_folder
-from toolkit.data.corpus import data_places, read_corpus, without_sources
+from toolkit.data.corpus_info import data_places, read_corpus, without_sources
 from toolkit.distributed.launcher import has_launcher, rank_of
 from toolkit.errors import EXIT_DONE, ConfigError, DataError, RunError, TrainingError
 from toolkit.experiment.config import ExperimentConfig

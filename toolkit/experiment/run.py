@@ -247,7 +247,7 @@ def _ends_rank_0(error: ToolkitError, run: RunManager) -> bool:
 
 def _prepare_data(config: ExperimentConfig, *, rank: int, world_size: int) -> "TrainLoader":
     """Prepare the corpus (one process of each machine; the others wait) and check that it fits."""
-    from toolkit.data.corpus import prepare_corpus
+    from toolkit.data.corpus_info import prepare_corpus
 
     corpus = prepare_corpus(
         config.data,

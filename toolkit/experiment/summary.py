@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 
 from toolkit.config import DEFAULT_ORIGIN, leaves
-from toolkit.data.corpus import CorpusInfo, data_places, read_corpus
+from toolkit.data.corpus_info import CorpusInfo, data_places, read_corpus
 from toolkit.distributed.engine import Engine, resolve_engine
 from toolkit.errors import ConfigError
 from toolkit.experiment.checks import (
