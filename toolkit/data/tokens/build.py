@@ -32,13 +32,12 @@ import numpy as np
 import xxhash
 
 from toolkit.data.config import BPETokenizerConfig, DatasetConfig, TokenFilesSourceConfig
-from toolkit.data.text.piece import Piece
-from toolkit.data.text.readers import read_shard
-from toolkit.data.text.reading import Counts, Reading
+from toolkit.data.text.reading import Reading
 from toolkit.data.text.shards import Plan, Shard
 from toolkit.data.text.sources import plan_source
 from toolkit.data.tokenizers.choice import build_tokenizer
 from toolkit.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
+from toolkit.data.tokens.build_checks import check_choices, check_targets, no_training_text
 from toolkit.data.tokens.duplicates import Duplicates
 from toolkit.data.tokens.join import join_parts, joined_bytes
 from toolkit.data.tokens.parts import (
@@ -55,7 +54,6 @@ from toolkit.data.tokens.prepared import (
     TOKENIZER_FOLDER,
     Manifest,
     PreparedDataset,
-    SplitInfo,
     token_dtype,
 )
 from toolkit.data.tokens.progress import Progress
@@ -106,7 +104,7 @@ def build_dataset(
             f"{folder}: exists, but is no prepared data set (it has no {MANIFEST_NAME}); give "
             "another dataset.dataset_name or dataset.dataset_config"
         )
-    _check_choices(config)
+    check_choices(config)
     plan = plan_source(
         config.source,
         config.validation_fraction,
@@ -193,28 +191,6 @@ def _workplaces(folder: Path, work_dir: str | None) -> tuple[Path, Path]:
         return building, building / "parts"
     place_id = xxhash.xxh3_64_hexdigest(str(folder.resolve()).encode())
     return building, Path(work_dir).expanduser() / f"prepare-{place_id}"
-
-
-def _check_choices(config: DatasetConfig) -> None:
-    """Settings that need text or rows, given for a source of tokens."""
-    if not isinstance(config.source, TokenFilesSourceConfig):
-        return
-    for name in ("filters", "instructions"):
-        if getattr(config, name) is not None:
-            raise DataError(
-                f"dataset.{name}: needs text, but dataset.source holds tokens; leave it out"
-            )
-    if config.tokenizer is None:
-        for name in ("vocab_size", "eos_id"):
-            if getattr(config.source, name) is None:
-                raise DataError(
-                    f"dataset.source.{name}: must be given where dataset.tokenizer is null"
-                )
-    if isinstance(config.tokenizer, BPETokenizerConfig):
-        raise DataError(
-            "dataset.tokenizer: bpe is trained on text, but dataset.source holds tokens; give the "
-            "tokenizer that made them, or null"
-        )
 
 
 def _tokenizer(
@@ -331,9 +307,9 @@ def _join(
         make_room(num_bytes + sum(path.stat().st_size for path in saved if path.is_file()))
     splits = join_parts(parts_folder, parts, output, itemsize=itemsize, duplicates=duplicates)
     skipped = sum(part.skipped_documents for part in parts) + plan.num_empty
-    _check_targets(setup, plan, tokenizer, splits, left_out)
+    check_targets(setup, plan, tokenizer, splits, left_out)
     if "train" not in splits:
-        raise DataError(_no_training_text(splits, left_out, skipped))
+        raise DataError(no_training_text(splits, left_out, skipped))
     return Manifest(
         format_version=FORMAT_VERSION,
         dtype=token_dtype(vocabulary.size),
@@ -358,46 +334,6 @@ def _sum_counts(parts: list[Part]) -> dict[str, int]:
         for reason, count in part.filtered_documents.items():
             total[reason] = total.get(reason, 0) + count
     return dict(sorted(total.items()))
-
-
-def _no_training_text(splits: dict[str, SplitInfo], left_out: dict[str, int], skipped: int) -> str:
-    reasons = [f"{count} by {reason}" for reason, count in left_out.items() if count]
-    if skipped:
-        reasons.append(f"{skipped} empty")
-    if splits:
-        reasons.append("all others were held out")
-    why = f" (left out: {', '.join(reasons)})" if reasons else ""
-    return (
-        f"dataset.source: gave no training text{why}; check its paths, text field and filters, or "
-        "set dataset.validation_fraction=0"
-    )
-
-
-def _check_targets(
-    setup: WorkerSetup,
-    plan: Plan,
-    tokenizer: Tokenizer | None,
-    splits: dict[str, SplitInfo],
-    left_out: dict[str, int],
-) -> None:
-    """Instruction data whose loss asks for nothing, or for every token, was misread."""
-    if setup.instructions is None:
-        return
-    from toolkit.data.tokens.instructions import InstructionEncoder
-
-    def first_piece() -> Piece | None:
-        pieces = (p for shard in plan.shards for p in read_shard(shard, setup.reading, Counts()))
-        return next(pieces, None)
-
-    encoder = make_encoder(setup, tokenizer)
-    assert isinstance(encoder, InstructionEncoder)
-    infos = splits.values()
-    encoder.check(
-        num_tokens=sum(info.num_tokens for info in infos),
-        num_targets=sum(info.num_targets or 0 for info in infos),
-        filtered=left_out,
-        first_piece=first_piece,
-    )
 
 
 def _settings_key(config: DatasetConfig, plan: Plan) -> str:
