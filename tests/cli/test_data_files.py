@@ -173,3 +173,44 @@ def test_tokenize_takes_the_common_choices(tmp_path: Path, capfd) -> None:
     assert manifest["splits"]["train"]["num_documents"] == 2
     assert manifest["vocab_size"] == 262
     assert run(["data", "inspect", str(out)]) == EXIT_DONE
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "options", "message"),
+    [
+        ("a.txt", b"ab\xff", [], "(0xff); convert the file, or set --encoding-errors replace"),
+        ("a.txt", b"ab", ["--encoding-errors", "ignore"], "'ignore' is none of strict, replace"),
+        ("a.txt", b"ab", ["--validation-fraction", "2"], "--validation-fraction must be in [0, 1"),
+        ("a.txt", b"ab", ["--processes", "0"], "--processes must be greater than 0, not 0"),
+        ("a.jsonl", b'{"b": 1}', [], "set --text-field to the key that holds it"),
+        ("a.txt", b" ", ["--tokenizer", "./absent"], "--tokenizer: ./absent: no such file or"),
+    ],
+)
+def test_messages_of_tokenize_name_its_own_options(
+    name: str, data: bytes, options: list[str], message: str, tmp_path: Path, capfd
+) -> None:
+    (tmp_path / name).write_bytes(data)
+    out = tmp_path / "data" / "x" / "y"
+    assert run(["data", "tokenize", str(tmp_path / name), "--out", str(out), *options]) == 2
+    error = capfd.readouterr().err.splitlines()[-1]
+    assert message in error
+    assert "dataset." not in error
+
+
+def test_tokenize_replaces_what_is_not_utf8_on_request(tmp_path: Path, capfd) -> None:
+    (tmp_path / "a.txt").write_bytes(b"ab\xffc")
+    out = tmp_path / "data" / "x" / "y"
+    words = ["data", "tokenize", str(tmp_path / "a.txt"), "--out", str(out)]
+    words += ["--validation-fraction", "0"]
+    assert run([*words, "--encoding-errors", "replace"]) == EXIT_DONE
+    assert json.loads((out / "dataset.json").read_text())["replaced_bytes"] == 1
+    capfd.readouterr()
+    assert run([*words, "--tokenizer", "bpe:300"]) == EXIT_BAD_INPUT
+    error = capfd.readouterr().err
+    assert "--encoding-errors: replace there, strict now; --tokenizer: " in error
+    assert "--tokenizer: byte there, bpe now" in error
+    assert "give another --out name, delete the folder" in error
+    assert "as it is with dataset.source=null" in error
+    (out / "dataset.json").unlink()
+    assert run(words) == EXIT_BAD_INPUT
+    assert "; give another --out\n" in capfd.readouterr().err

@@ -21,6 +21,13 @@ def tokenize(
     text_field: Annotated[
         str, typer.Option(metavar="NAME", help="Column or key that holds the text.")
     ] = "text",
+    encoding_errors: Annotated[
+        str,
+        typer.Option(
+            metavar="HOW",
+            help="Bytes that are not UTF-8: strict (stop), or replace (with U+FFFD; counted).",
+        ),
+    ] = "strict",
     validation_fraction: Annotated[
         float, typer.Option(metavar="F", help="Share of documents held out.")
     ] = 0.05,
@@ -51,6 +58,7 @@ def tokenize(
         out,
         tokenizer=tokenizer,
         text_field=text_field,
+        encoding_errors=encoding_errors,
         validation_fraction=validation_fraction,
         num_processes=processes,
         deduplicate=deduplicate,

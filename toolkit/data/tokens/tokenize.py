@@ -1,6 +1,7 @@
 """Text files to a data set without a config: the common choices of `DatasetConfig`."""
 
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from toolkit.data.config import (
 )
 from toolkit.data.tokens.prepare import prepare_dataset
 from toolkit.data.tokens.prepared import PreparedDataset
-from toolkit.errors import ConfigError
+from toolkit.errors import ConfigError, ToolkitError
 
 _PATTERN_OF = {
     "gpt2": "gpt2",
@@ -28,6 +29,33 @@ _PATTERN_OF = {
 }
 """Patterns of published rank files, by their names."""
 
+_OPTION_OF = {
+    "dataset.source.paths": "PATHS",
+    "dataset.source.text_field": "--text-field",
+    "dataset.source.encoding_errors": "--encoding-errors",
+    "dataset.source": "PATHS",
+    "dataset.tokenizer": "--tokenizer",
+    "dataset.tokenizer.path": "--tokenizer",
+    "dataset.tokenizer.sample_bytes": "--tokenizer",
+    "dataset.tokenizer.type": "--tokenizer",
+    "dataset.tokenizer.vocab_size": "--tokenizer",
+    "dataset.validation_fraction": "--validation-fraction",
+    "dataset.num_processes": "--processes",
+    "dataset.deduplicate": "--deduplicate",
+    "dataset.dataset_name or dataset.dataset_config": "--out",
+    "dataset.dataset_config": "--out",
+    "dataset.root": "--out",
+    "validation_fraction": "--validation-fraction",
+    "num_processes": "--processes",
+}
+"""Names of settings in messages, and what asks for them here."""
+_SETTING = re.compile(
+    r"dataset\.dataset_name or dataset\.dataset_config|\bdataset\.(?!json\b)[a-z_.]*[a-z_](=\w+)?"
+    r"|^(validation_fraction|num_processes)\b"
+)
+_AS_IT_IS = "dataset.source=null"
+"""A setting for those who use the data set."""
+
 
 def tokenize_files(
     paths: Sequence[str],
@@ -35,6 +63,7 @@ def tokenize_files(
     *,
     tokenizer: str = "byte",
     text_field: str = "text",
+    encoding_errors: str = "strict",
     validation_fraction: float = 0.05,
     num_processes: int | None = None,
     deduplicate: bool = False,
@@ -45,6 +74,7 @@ def tokenize_files(
     Args:
         paths: files, folders or globs.
         tokenizer: see `tokenizer_choice`.
+        encoding_errors: `strict` or `replace`, for bytes that are not UTF-8.
         num_processes: default: all cores.
 
     Raises:
@@ -56,20 +86,46 @@ def tokenize_files(
         raise ConfigError(
             f"--out: {output}: give a folder that is not directly below {folder.anchor}"
         )
+    if encoding_errors not in ("strict", "replace"):
+        raise ConfigError(f"--encoding-errors: {encoding_errors!r} is none of strict, replace")
     try:
+        source = FilesSourceConfig(
+            paths=list(paths),
+            text_field=text_field,
+            encoding_errors="replace" if encoding_errors == "replace" else "strict",
+        )
         config = DatasetConfig(
             root=str(folder.parent.parent),
             dataset_name=folder.parent.name,
             dataset_config=folder.name,
-            source=FilesSourceConfig(paths=list(paths), text_field=text_field),
+            source=source,
             tokenizer=tokenizer_choice(tokenizer),
             validation_fraction=validation_fraction,
             num_processes=num_processes,
             deduplicate=deduplicate,
         )
     except ValueError as error:
-        raise ConfigError(str(error)) from None
-    return prepare_dataset(config, progress=progress)
+        raise ConfigError(_with_options(str(error))) from None
+    try:
+        return prepare_dataset(config, progress=progress)
+    except ToolkitError as error:
+        raise type(error)(_with_options(str(error))) from error
+
+
+def _with_options(message: str) -> str:
+    """`message` with options in place of the settings that it names."""
+    others = False
+
+    def option(match: re.Match[str]) -> str:
+        nonlocal others
+        name, _, value = match.group().partition("=")
+        if match.group() == _AS_IT_IS or name not in _OPTION_OF:
+            others = others or match.group() != _AS_IT_IS
+            return match.group()
+        return f"{_OPTION_OF[name]} {value}".rstrip()
+
+    message = _SETTING.sub(option, message)
+    return f"{message} (such settings: `toolkit prepare`)" if others else message
 
 
 def tokenizer_choice(text: str) -> TokenizerConfig:
