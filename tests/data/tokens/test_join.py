@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from tests.data.corpus import files_config, write_texts
-from toolkit.data.config import BPETokenizerConfig, DatasetConfig
+from toolkit.data.config import BPETokenizerConfig, DatasetConfig, FiltersConfig
 from toolkit.data.tokens import rewrite, scanning
 from toolkit.data.tokens.inspect import inspect_path
 from toolkit.data.tokens.merge import merge_datasets
@@ -270,6 +270,23 @@ def test_parts_have_whole_documents_in_order_and_about_equal_tokens(
     again = merge_datasets([part.folder for part in parts], tmp_path / "again", progress=False)
     assert again.fingerprint("train") == source.fingerprint("train")
     assert again.fingerprint("val") == source.fingerprint("val")
+
+
+def test_parts_that_are_merged_again_count_what_was_left_out_once(tmp_path: Path) -> None:
+    texts = write_texts(tmp_path / "text", [*texts_of(12), "", "x", "y"])
+    (texts / "bad.txt").write_bytes(b"some \xff\xfe text")
+    config = files_config(
+        tmp_path / "data", texts, filters=FiltersConfig(min_characters=2),
+        source={"encoding_errors": "replace"},
+    )  # fmt: skip
+    source = prepare_dataset(config, progress=False)
+    parts = split_parts(source.folder, tmp_path / "out", 3, progress=False)
+    again = merge_datasets([part.folder for part in parts], tmp_path / "again", progress=False)
+    manifest, of_first = again.manifest, parts[0].manifest
+    for found in (source.manifest, of_first, manifest):
+        assert (found.replaced_bytes, found.skipped_documents) == (2, 1)
+        assert found.filtered_documents == {"min_characters": 2}
+    assert parts[1].manifest.filtered_documents == {}
 
 
 def test_more_parts_than_documents_is_an_error(tmp_path: Path) -> None:

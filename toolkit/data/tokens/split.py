@@ -80,7 +80,8 @@ def split_parts(
     """`num_parts` data sets `part-0`, `part-1`, ... in `output`, of about equal numbers of tokens.
 
     Documents stay whole and in order; train and val are each cut so. Small validation splits may
-    not reach every part. `text_bytes` is shared out by tokens.
+    not reach every part. `text_bytes` is shared out by tokens; what reading the text repaired and
+    left out is counted in the first part.
 
     Raises:
         ConfigError: fewer than two parts.
@@ -122,6 +123,11 @@ def split_parts(
         made = []
         for name, part in zip(names, parts, strict=True):
             manifest = _manifest(source, part, {"part": name, "parts": num_parts})
+            if made:
+                # What reading the text repaired and left out is told once.
+                manifest = msgspec.structs.replace(
+                    manifest, replaced_bytes=0, skipped_documents=0, filtered_documents={}
+                )
             write_dataset(unfinished / name, manifest, source.tokenizer_folder)
             made.append(PreparedDataset(output / name, manifest))
     return made
