@@ -130,9 +130,9 @@ def test_a_source_that_never_comes_is_left_out() -> None:
             "a and b would both be kept in data/a/default",
         ),
         (
-            {"a": {"ratio": 1}, "b": {"ratio": 1e-8}},
+            {"a": {"ratio": 1}, "b": {"ratio": 2e-7}},
             [],
-            "b has a share of 1.0e-08, less",
+            "b has a share of 2.0e-07, less than 1e-06",
         ),
         (
             {"a": {"ratio": 1}},

@@ -93,8 +93,28 @@ def test_a_share_of_one_in_a_million_comes_once_in_a_million() -> None:
 
 
 def test_a_share_too_small_to_find_is_refused() -> None:
-    with pytest.raises(ValueError, match="the smallest share is below 1 in 10000000"):
-        Shares([Fraction(1), Fraction(1, 10**8)])
+    with pytest.raises(ValueError, match="the smallest share is below 1 in 1000000"):
+        Shares([Fraction(1), Fraction(1, 10**6)])
+
+
+def test_counts_look_at_few_positions_however_small_a_share_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shares = Shares([Fraction(3), Fraction(1), Fraction(1, 5000)])
+    assert shares.block_size == 20001
+    sources, _ = shares.locate(np.arange(2 * shares.block_size))
+    looked_at = []
+    count = np.bincount
+
+    def spy(values: np.ndarray, **options: int) -> np.ndarray:
+        looked_at.append(len(values))
+        return count(values, **options)
+
+    monkeypatch.setattr(np, "bincount", spy)
+    found = [shares.counts(position) for position in range(20, 2 * shares.block_size, 37)]
+    assert max(looked_at) < 1024
+    expected = [count(sources[:end], minlength=3) for end in range(20, 2 * shares.block_size, 37)]
+    assert np.array_equal(found, expected)
 
 
 def test_any_position_in_any_order_gives_the_same_as_reading_all() -> None:

@@ -13,7 +13,7 @@ from toolkit.data.order.mix_files import check_nested, read_mix
 from toolkit.data.tokens.prepared import dataset_folder
 from toolkit.errors import ConfigError
 
-SMALLEST_SHARE = Fraction(1, 10_000_000)
+SMALLEST_SHARE = Fraction(1, 1_000_000)
 """Time and memory of finding a place in the mixture grow with the inverse."""
 TAKEN_NAME = "val"
 """What the evaluation of all sources together is called in metrics."""
