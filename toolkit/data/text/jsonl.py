@@ -11,7 +11,8 @@ import msgspec
 
 from toolkit.data.config import FilesSourceConfig
 from toolkit.data.text.columns import TextColumns
-from toolkit.data.text.long_lines import LONG_LINE_BYTES, read_line, read_long_line
+from toolkit.data.text.long_documents import LONG_BYTES
+from toolkit.data.text.long_lines import read_line, read_long_line
 from toolkit.data.text.piece import Piece
 from toolkit.data.text.reading import Counts, Reading, decode
 from toolkit.data.text.shards import Range
@@ -86,7 +87,7 @@ class _Lines:
         identity = f"{self._part.name}:{offset}"
         if offset == 0:
             line = line.removeprefix(b"\xef\xbb\xbf")
-        if len(line) >= LONG_LINE_BYTES and self._field is not None:
+        if len(line) >= LONG_BYTES and self._field is not None:
             field = self._source.text_field
             found = read_long_line(line, field, identity, self._reading, self._counts)
             if found is not None:

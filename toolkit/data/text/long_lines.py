@@ -1,24 +1,18 @@
-"""Documents of many megabytes on one line: their text is decoded slice by slice.
-
-A whole decoded string would take up to four bytes a character on top of the line itself. The line
-stays as it is in the file, once, and the JSON string in it is cut where that is safe: not inside a
-character, not inside an escape.
-"""
+"""Documents of many megabytes on one line of JSON: the string is cut where that is safe, which is
+not inside a character and not inside an escape, and decoded slice by slice."""
 
 from collections.abc import Callable, Iterator
 
 import msgspec
 
-from toolkit.data.text.filters import MAX_SCORED_BYTES, DocumentFilter, repetition
+from toolkit.data.text.long_documents import LONG_BYTES, character_start, long_document
 from toolkit.data.text.piece import Piece
 from toolkit.data.text.reading import PIECE_CHARACTERS, Counts, Reading
 
-LONG_LINE_BYTES = 8 << 20
-WINDOW_BYTES = 1 << 16
 _SURROGATE_BYTES = 6
 
 
-def read_line(file: "object", *, limit: int = LONG_LINE_BYTES) -> bytes | bytearray:
+def read_line(file: "object", *, limit: int = LONG_BYTES) -> bytes | bytearray:
     """`file.readline()`, without holding a long line twice."""
     readline: Callable[[int], bytes] = file.readline  # type: ignore[attr-defined]
     line = readline(limit)
@@ -44,52 +38,10 @@ def read_long_line(
         raw = memoryview(msgspec.json.decode(line, type=row_type).text)  # type: ignore[attr-defined]
         if raw[:1] != b'"' or len(raw) < PIECE_CHARACTERS:
             return None
-        facts = _Facts(raw[1:-1], reading)
+        content = raw[1:-1]
+        return long_document(lambda _: _slices(content), len(content), identity, reading, counts)
     except (msgspec.DecodeError, UnicodeDecodeError):
         return None
-    reason = facts.left_out
-    if reason is not None:
-        counts.leave_out(reason)
-        return iter(())
-    return _pieces(raw[1:-1], identity, facts)
-
-
-class _Facts:
-    """What filters and comparisons need to know of a whole document; one pass over it."""
-
-    def __init__(self, raw: memoryview, reading: Reading) -> None:
-        import xxhash
-
-        rules = DocumentFilter(reading.filters)
-        num_slices = -(-len(raw) // PIECE_CHARACTERS)
-        window = MAX_SCORED_BYTES // num_slices
-        digest = xxhash.xxh3_128()
-        self.num_bytes = 0
-        num_characters = 0
-        windows = []
-        for text in _slices(raw):
-            data = text.encode()
-            num_characters += len(text)
-            self.num_bytes += len(data)
-            if reading.with_digests:
-                digest.update(data)
-            if rules.measures_repetition:
-                windows.append(data[:window])
-        self.digest = digest.intdigest() if reading.with_digests else 0
-        self.left_out = rules.length_reason(num_characters)
-        if self.left_out is None and rules.measures_repetition:
-            self.left_out = rules.repetition_reason(repetition(windows))
-
-
-def _pieces(raw: memoryview, identity: str, facts: _Facts) -> Iterator[Piece]:
-    starts, done = True, 0
-    for text in _slices(raw):
-        done += len(text.encode())
-        piece = Piece(identity, text, starts=starts, ends=done == facts.num_bytes)
-        if starts:
-            piece = piece._replace(digest=facts.digest, num_bytes=facts.num_bytes)
-        yield piece
-        starts = False
 
 
 def _slices(raw: memoryview) -> Iterator[str]:
@@ -103,15 +55,11 @@ def _slices(raw: memoryview) -> Iterator[str]:
 
 
 def safe_cut(raw: memoryview, start: int, end: int) -> int:
-    """A place in (start, end] where a JSON string's content may be cut in two: before a blank
-    (tokenizers cut there by themselves), or at least not inside a character or an escape."""
-    first = max(start + _SURROGATE_BYTES, end - WINDOW_BYTES)
-    window = bytes(raw[first:end])
-    blank = window.rfind(b" ")
-    if blank > 0:
-        return first + blank
-    slash = first + window.rfind(b"\\")
-    if slash >= first and end - slash < _SURROGATE_BYTES:
+    """A place in (start, end] where a JSON string's content may be cut in two: not inside a
+    character or an escape."""
+    first = max(start + 1, end - _SURROGATE_BYTES)
+    slash = first + bytes(raw[first:end]).rfind(b"\\")
+    if slash >= first:
         if not _begins_escape(raw, start, slash):
             return slash + 1  # an escaped backslash, whole
         end = slash
@@ -121,9 +69,7 @@ def safe_cut(raw: memoryview, start: int, end: int) -> int:
     halves = (b"d8", b"d9", b"da", b"db")
     if tail[:2] == b"\\u" and tail[2:4] in halves and _begins_escape(raw, start, before):
         return before
-    while raw[end] & 0xC0 == 0x80:
-        end -= 1
-    return end
+    return character_start(raw, end)
 
 
 def _begins_escape(raw: memoryview, start: int, slash: int) -> bool:

@@ -1,8 +1,10 @@
 """Plain text files: one document each, read in pieces when they are long."""
 
 from collections.abc import Iterator
+from typing import BinaryIO
 
 from toolkit.data.config import FilesSourceConfig
+from toolkit.data.text.cuts import WIDE, first_cut
 from toolkit.data.text.filters import (
     MAX_SCORED_BYTES,
     NUM_WINDOWS,
@@ -10,13 +12,16 @@ from toolkit.data.text.filters import (
     repetition,
     window_starts,
 )
+from toolkit.data.text.long_documents import character_start
 from toolkit.data.text.piece import Piece
 from toolkit.data.text.reading import Counts, Reading, decode
-from toolkit.data.text.shards import PIECE_BYTES, Range, align
+from toolkit.data.text.shards import PIECE_BYTES, Range
 from toolkit.errors import DataError
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 BLOCK_BYTES = 4 << 20
+_BEFORE_CUT = 16
+"""Bytes that surely hold the two characters before a place."""
 
 
 def read_text(part: Range, reading: Reading, counts: Counts) -> Iterator[Piece]:
@@ -24,7 +29,7 @@ def read_text(part: Range, reading: Reading, counts: Counts) -> Iterator[Piece]:
     source = reading.source
     is_stdlib = not isinstance(source, FilesSourceConfig)
     errors = source.encoding_errors if isinstance(source, FilesSourceConfig) else "strict"
-    start, size = part.start, part.document_end
+    start = part.start
     first_piece = Piece(part.name, split=part.split)
     # Shorter files are one piece, on which `read_shard` decides.
     if _is_long(part):
@@ -39,7 +44,7 @@ def read_text(part: Range, reading: Reading, counts: Counts) -> Iterator[Piece]:
     with open(part.path, "rb") as file:
         while start < part.end:
             end = min((start // PIECE_BYTES + 1) * PIECE_BYTES, part.end)
-            first, last = align(part.path, start, size), align(part.path, end, size)
+            first, last = _cut(file, start, part), _cut(file, end, part)
             file.seek(first)
             data = file.read(last - first)
             try:
@@ -56,6 +61,25 @@ def read_text(part: Range, reading: Reading, counts: Counts) -> Iterator[Piece]:
             yield first_piece._replace(text=text, starts=starts, ends=ends)
             first_piece = Piece(part.name, split=part.split)
             start = end
+
+
+def _cut(file: BinaryIO, position: int, part: Range) -> int:
+    """The place at or after byte `position` that ends one piece and begins the next. It depends on
+    the document and the position alone, so that two ranges agree on it."""
+    if position in (part.document_start, part.document_end):
+        return position
+    first = max(position - _BEFORE_CUT, part.document_start)
+    file.seek(first)
+    window = file.read(min(WIDE, part.document_end - first))
+    # The next place between two characters, in bytes and in characters.
+    near = position - first
+    while near < len(window) and character_start(window, near) != near:
+        near += 1
+    text = window.decode("utf-8", "surrogateescape")
+    place = first_cut(text, len(window[:near].decode("utf-8", "surrogateescape")))
+    if place is None:
+        return first + near
+    return first + len(text[:place].encode("utf-8", "surrogateescape"))
 
 
 def _is_long(part: Range) -> bool:

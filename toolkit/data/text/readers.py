@@ -11,14 +11,13 @@ from collections.abc import Iterator
 import msgspec
 
 from toolkit.data.text.columns import row_texts
+from toolkit.data.text.cuts import last_cut
 from toolkit.data.text.files import check_unchanged
 from toolkit.data.text.filters import DocumentFilter
 from toolkit.data.text.piece import Piece
 from toolkit.data.text.reading import PIECE_CHARACTERS, Counts, Reader, Reading
 from toolkit.data.text.shards import Shard
 from toolkit.errors import DataError
-
-CUT_WINDOW = 1 << 16
 
 
 def read_shard(shard: Shard, reading: Reading, counts: Counts) -> Iterator[Piece]:
@@ -67,7 +66,8 @@ def _finish(
         return
     start = 0
     while start < len(text):
-        end = _cut(text, start)
+        end = start + PIECE_CHARACTERS
+        end = (last_cut(text, start, end) or end) if end < len(text) else len(text)
         yield piece._replace(text=text[start:end], starts=start == 0, ends=end == len(text))
         start = end
 
@@ -84,20 +84,6 @@ def _with_digest(piece: Piece) -> Piece:
         digest.update(data)
         num_bytes += len(data)
     return piece._replace(digest=digest.intdigest(), num_bytes=num_bytes)
-
-
-def _cut(text: str, start: int) -> int:
-    """Where the piece that begins at `start` ends: after a line, else before a blank, where one
-    is near; there tokenizers cut by themselves."""
-    end = start + PIECE_CHARACTERS
-    if end >= len(text):
-        return len(text)
-    nearest = end - CUT_WINDOW
-    line_end = text.rfind("\n", nearest, end)
-    if line_end > start:
-        return line_end + 1
-    blank = text.rfind(" ", nearest, end)
-    return blank if blank > start else end
 
 
 @functools.cache

@@ -8,7 +8,7 @@ import msgspec
 from toolkit.data.text.files import SourceFile, check_unchanged
 
 PIECE_BYTES = 1 << 20
-"""Plain text is tokenized in pieces of this size, cut at line ends."""
+"""Plain text is tokenized in pieces of this size."""
 MIN_SHARD_BYTES = 1 << 20
 MAX_SHARD_BYTES = 32 << 20
 TARGET_NUM_SHARDS = 64
@@ -88,8 +88,8 @@ def group_ranges(ranges: Iterator[Range], size: int) -> list[Shard]:
 
 
 def align(path: str, position: int, size: int) -> int:
-    """The place at or after `position` where plain text may be cut: after a line end if one is
-    near, else between two UTF-8 characters."""
+    """The place at or after `position` where a text may become two documents: after a line end if
+    one is near, else between two UTF-8 characters."""
     if position <= 0 or position >= size:
         return min(max(position, 0), size)
     with open(path, "rb", buffering=0) as file:
