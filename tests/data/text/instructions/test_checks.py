@@ -1,12 +1,25 @@
 """What is said of instruction data that would train on nothing, or on everything."""
 
+import re
 from typing import Any
 
 import pytest
 
-from tests.data.text.instructions.templates import CHATML, assistant, tokenizer, user
+from tests.data.text.instructions.templates import (
+    CHATML,
+    CLOSING,
+    LLAMA3,
+    MARKED,
+    THINKING,
+    ZEPHYR,
+    assistant,
+    system,
+    tokenizer,
+    user,
+)
 from toolkit.data.config import InstructionsConfig
 from toolkit.data.text.instructions.checks import check_nothing_dropped, excerpt
+from toolkit.data.text.instructions.template import ChatTemplate
 from toolkit.data.text.piece import Piece
 from toolkit.data.tokens.instructions import InstructionEncoder
 from toolkit.errors import DataError
@@ -52,6 +65,67 @@ def test_data_that_is_all_targets_shows_a_row() -> None:
 def test_data_with_some_targets_passes() -> None:
     counts: dict[str, Any] = {"num_tokens": 99, "num_targets": 1, "filtered": {"no target": 5}}
     check({"messages": [user("Hi"), assistant("Hello")]}, CHATML, counts)
+
+
+def only(role: str) -> str:
+    return CHATML.replace("for message in messages", f"for message in messages if {role}")
+
+
+NO_SYSTEM = only("message.role != 'system'")
+NO_USER = only("message.role != 'user'")
+
+
+def encode(template: str, *messages: dict[str, Any]) -> None:
+    encoder = InstructionEncoder(tokenizer(template), InstructionsConfig(train_on="last_assistant"))
+    list(encoder.encode([Piece("a:1", row={"messages": list(messages)})]))
+
+
+@pytest.mark.parametrize(
+    ("template", "messages", "dropped"),
+    [
+        (NO_SYSTEM, [system("ok"), user("is it ok"), assistant("yes")], "message 0 (system)"),
+        (NO_USER, [user("a"), assistant("an apple a day")], "message 0 (user)"),
+        (NO_USER, [system("a"), user("assistant"), assistant("b")], "message 1 (user)"),
+        (
+            NO_SYSTEM,
+            [system("be brief and kind"), user("what is: be brief and kind?"), assistant("x")],
+            "message 0 (system)",
+        ),
+        (
+            "You are a helpful assistant.\n" + NO_USER,
+            [user("You are a helpful assistant."), assistant("Of course, as always")],
+            "message 0 (user)",
+        ),
+    ],
+)
+def test_a_dropped_message_is_noticed_where_other_text_holds_the_same(
+    template: str, messages: list[dict[str, str]], dropped: str
+) -> None:
+    with pytest.raises(DataError, match=re.escape(f"drops text: {dropped} does not occur")):
+        encode(template, *messages)
+
+
+@pytest.mark.parametrize("template", [CHATML, LLAMA3, ZEPHYR, MARKED, THINKING, CLOSING])
+def test_messages_that_hold_each_other_are_no_dropped_text(template: str) -> None:
+    for said in ("ok", "<br>", "[1, 2]", "?!", "assistant", "<tool_call>", "\U000f0001"):
+        turn = [user(f"is it {said}"), assistant(f"<think>{said}</think>\n{said}")]
+        encode(template, system(said), *turn, *turn[:1], assistant(f"{said} then"))
+
+
+def test_rows_of_ordinary_text_are_rendered_no_more_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    rendered = []
+    render = ChatTemplate.render
+
+    def spy(self: ChatTemplate, messages: list[Any], *args: Any, **options: Any) -> Any:
+        rendered.append(len(messages))
+        return render(self, messages, *args, **options)
+
+    monkeypatch.setattr(ChatTemplate, "render", spy)
+    encode(CHATML, user("What is the capital of France?"), assistant("It is Paris, I think."))
+    assert rendered == [0, 2, 1]
+    rendered.clear()
+    encode(CHATML, user("Paris?"), assistant("It is Paris, I think."))
+    assert rendered == [0, 2, 2, 1]
 
 
 def test_space_may_change_and_thoughts_of_earlier_turns_may_go() -> None:

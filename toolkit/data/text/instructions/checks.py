@@ -15,6 +15,8 @@ NO_TARGET = "no target"
 
 SHOWN_PIECES = 12
 SHOWN_CHARACTERS = 120
+SHORT = 12
+"""Characters of a message that templates may write of their own accord, as `assistant`."""
 
 
 def excerpt(text: str, targets: Sequence[Span]) -> str:
@@ -54,11 +56,7 @@ def check_nothing_dropped(messages: Sequence[Message], text: str) -> None:
             answer = _squeeze(_without_reasoning(content))
             if answer and answer in squeezed:
                 continue
-        raise DataError(
-            f"the chat template drops text: message {number} ({message['role']}) does not occur in "
-            f"what it writes; change the template, or leave such messages out: "
-            f"{_shortened(content)!r} is missing in"
-        )
+        raise dropped_text(number, message)
     for number, message in enumerate(messages):
         for name in _called(message):
             if name not in text:
@@ -66,6 +64,33 @@ def check_nothing_dropped(messages: Sequence[Message], text: str) -> None:
                     f"the chat template drops the tool call of message {number}; take a template "
                     f"that knows tools, or leave such rows out: {name!r} is missing in"
                 )
+
+
+def is_ambiguous(messages: Sequence[Message], text: str, others: Sequence[str]) -> bool:
+    """Whether a message may occur in the rendered text only because other text holds the same.
+
+    False when all messages stand in it one after the other, and none is in `others` (what else may
+    be written: the template's own text, tools) or so short that a role or a date could hold it.
+    """
+    position = 0
+    for message in messages:
+        content = message["content"].strip()
+        if not content:
+            continue
+        place = text.find(content, position)
+        if place < 0 or len(content) <= SHORT or any(content in other for other in others):
+            return True
+        position = place + len(content)
+    return False
+
+
+def dropped_text(number: int, message: Message) -> DataError:
+    """The error for message `number`, which the template leaves out."""
+    return DataError(
+        f"the chat template drops text: message {number} ({message['role']}) does not occur in "
+        "what it writes; change the template, or leave such messages out: "
+        f"{_shortened(message['content'].strip())!r} is missing in"
+    )
 
 
 def check_marks(marked: Sequence[str], conversation: Conversation, answers: Sequence[int]) -> None:

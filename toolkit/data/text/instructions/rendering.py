@@ -4,9 +4,15 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from toolkit.data.text.config import InstructionsConfig
-from toolkit.data.text.instructions.checks import check_nothing_dropped, excerpt, has_stop
+from toolkit.data.text.instructions.checks import (
+    check_nothing_dropped,
+    dropped_text,
+    excerpt,
+    has_stop,
+    is_ambiguous,
+)
 from toolkit.data.text.instructions.shapes import Conversation, read_conversation
-from toolkit.data.text.instructions.template import ChatTemplate, Rendering, Span
+from toolkit.data.text.instructions.template import ChatTemplate, Rendering, Span, texts
 from toolkit.data.text.instructions.turns import answer_spans
 from toolkit.errors import DataError
 
@@ -73,7 +79,7 @@ class RowRenderer:
             raise DataError(f"{where}: {error}") from None
         targets: list[Span] = []
         try:
-            check_nothing_dropped(conversation.messages, rendered.text)
+            self._check_complete(conversation, rendered.text)
             if self._config.train_on != "all":
                 targets = answer_spans(self._template, conversation, rendered, answers)
             return self._finish(conversation, rendered, targets, answers)
@@ -89,6 +95,19 @@ class RowRenderer:
             return " ".join(excerpt(f"{m['role']}: {m['content']}", []) for m in messages)
         whole = [(0, len(found.text))]
         return excerpt(found.text, whole if found.targets is None else found.targets)
+
+    def _check_complete(self, conversation: Conversation, text: str) -> None:
+        template, messages = self._template, conversation.messages
+        assert template is not None
+        check_nothing_dropped(messages, text)
+        others = [template.text]
+        for message in messages:
+            others += texts([v for k, v in message.items() if k not in ("role", "content")])
+        others += texts(conversation.tools)
+        if is_ambiguous(messages, text, others):
+            number = template.dropped(messages, conversation.tools, text)
+            if number is not None:
+                raise dropped_text(number, messages[number])
 
     def _join(self, conversation: Conversation, where: str) -> RenderedRow:
         if conversation.plain is None:

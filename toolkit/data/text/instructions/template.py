@@ -22,6 +22,9 @@ _MARK = re.compile(r"\{%-?\+?\s*generation\b")
 # Stands for the first character of a control token's name in text that came with a row. From a
 # plane for private use: not white space, and no template looks for it.
 _STAND_IN = "\U000f0000"
+# For messages, from the same plane.
+_MARKS = range(ord(_STAND_IN) + 1, ord(_STAND_IN) + 0xFFFE)
+_TAG = re.compile(r"<[^<>]*>|\[[^\[\]]*\]")
 
 
 class Rendering(NamedTuple):
@@ -116,7 +119,7 @@ class ChatTemplate:
         Raises:
             DataError: the template treats text with such names in another way than other text.
         """
-        if not any(self._controls.search(value) for value in _texts([messages, tools])):
+        if not any(self._controls.search(value) for value in texts([messages, tools])):
             return []
         changed = self.render(self._disguised(messages), self._disguised(tools)).text
         if len(changed) == len(text):
@@ -131,6 +134,27 @@ class ChatTemplate:
             "changes its own text because of it; take the name out of the row, or change the "
             "template"
         )
+
+    def dropped(self, messages: list[Message], tools: list[Any] | None, text: str) -> int | None:
+        """Number of the first message that does not reach the rendered `text`; None: there is none.
+
+        The conversation is rendered once more with a character of its own in each message: in the
+        last word, which stays where reasoning or white space goes. None too where the template
+        refuses that.
+        """
+        unused = (mark for mark in map(chr, _MARKS) if mark not in text)
+        changed, marks = [], {}
+        for number, message in enumerate(messages):
+            content, place = message["content"], _last_letter(message["content"])
+            if place is not None and (mark := next(unused, None)) is not None:
+                message = {**message, "content": content[:place] + mark + content[place + 1 :]}
+                marks[number] = mark
+            changed.append(message)
+        try:
+            marked = self.render(changed, tools).text
+        except DataError:
+            return None
+        return next((number for number, mark in marks.items() if mark not in marked), None)
 
     def _disguised(self, value: Any) -> Any:
         if isinstance(value, str):
@@ -162,12 +186,23 @@ def read_chat_template(text_or_file: str) -> str:
     return text
 
 
-def _texts(value: Any) -> Iterator[str]:
+def _last_letter(content: str) -> int | None:
+    """Of the text outside tags, which templates look for; else of all of it."""
+    place = None
+    for text in (_TAG.sub(lambda match: " " * len(match[0]), content), content):
+        place = next((i for i in range(len(text) - 1, -1, -1) if text[i].isalnum()), None)
+        if place is not None:
+            return place
+    stripped = content.rstrip()
+    return len(stripped) - 1 if stripped else None
+
+
+def texts(value: Any) -> Iterator[str]:
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict):
         for item in value.values():
-            yield from _texts(item)
+            yield from texts(item)
     elif isinstance(value, list):
         for item in value:
-            yield from _texts(item)
+            yield from texts(item)
