@@ -15,7 +15,8 @@ from tests.data.corpus import data_config
 from tests.data.instances import custom_examples
 from toolkit.data import get_dataloaders
 from toolkit.data.config import CustomDatasetConfig, DatasetConfig
-from toolkit.data.corpus import open_corpus, prepare_corpus
+from toolkit.data.corpus import open_corpus
+from toolkit.data.corpus_info import prepare_corpus
 from toolkit.data.instances.custom import UNKNOWN_LENGTH, open_custom
 from toolkit.errors import ConfigError, DataError
 
