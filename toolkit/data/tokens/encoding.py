@@ -40,14 +40,44 @@ class Encoder(Protocol):
 
 
 class TextEncoder:
-    """Ordinary text: what looks like a control token in it does not become one."""
+    """Ordinary text: what looks like a control token in it does not become one.
+
+    Some tokenizers (SentencePiece's with a dummy prefix) put a space before every text. The later
+    pieces of a document are no texts of their own: they are encoded after a line feed, or a full
+    stop where line feeds are spaces, whose tokens are taken out again. Where a tokenizer joins that
+    with what follows, the piece is encoded as it is.
+    """
 
     def __init__(self, tokenizer: "Tokenizer") -> None:
         self._tokenizer = tokenizer
+        self._lead, self._lead_ids = _lead(tokenizer)
 
     def encode(self, pieces: Sequence[Piece]) -> list[Encoded]:
         """The tokens of each piece's text."""
-        return [Encoded(ids) for ids in self._tokenizer.encode_batch([p.text for p in pieces])]
+        encode, lead, lead_ids = self._tokenizer.encode_batch, self._lead, self._lead_ids
+        if not lead_ids:
+            return [Encoded(ids) for ids in encode([piece.text for piece in pieces])]
+        found = encode([p.text if p.starts else lead + p.text for p in pieces])
+        for number, piece in enumerate(pieces):
+            if not piece.starts:
+                ids = found[number]
+                if ids[: len(lead_ids)].tolist() == lead_ids:
+                    found[number] = ids[len(lead_ids) :]
+                else:
+                    (found[number],) = encode([piece.text])
+        return [Encoded(ids) for ids in found]
+
+
+def _lead(tokenizer: "Tokenizer") -> tuple[str, list[int]]:
+    """What later pieces are encoded after, and its ids; empty where none is needed."""
+    for lead in ("\n", "."):
+        lead_ids, after, alone = (
+            ids.tolist() for ids in tokenizer.encode_batch([lead, f"{lead}a", "a"])
+        )
+        if lead_ids:
+            needed = after != lead_ids + alone and after[: len(lead_ids)] == lead_ids
+            return (lead, lead_ids) if needed else ("", [])
+    return "", []
 
 
 class TokenEncoder:
