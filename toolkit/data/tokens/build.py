@@ -28,7 +28,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import msgspec
-import numpy as np
 import xxhash
 
 from toolkit.data.config import BPETokenizerConfig, DatasetConfig, TokenFilesSourceConfig
@@ -300,19 +299,19 @@ def _join(
         workplace.mkdir()
         duplicates = Duplicates(parts_folder, len(parts), workplace)
         left_out["duplicate"] = duplicates.count
-    itemsize = np.dtype(setup.rules.dtype).itemsize
+    dtype = token_dtype(vocabulary.size)
     if make_room is not None:
         saved = (parts_folder / TOKENIZER_FOLDER).rglob("*")
-        num_bytes = joined_bytes(parts_folder, parts, itemsize=itemsize, duplicates=duplicates)
+        num_bytes = joined_bytes(parts_folder, parts, dtype=dtype, duplicates=duplicates)
         make_room(num_bytes + sum(path.stat().st_size for path in saved if path.is_file()))
-    splits = join_parts(parts_folder, parts, output, itemsize=itemsize, duplicates=duplicates)
+    splits = join_parts(parts_folder, parts, output, dtype=dtype, duplicates=duplicates)
     skipped = sum(part.skipped_documents for part in parts) + plan.num_empty
     check_targets(setup, plan, tokenizer, splits, left_out)
     if "train" not in splits:
         raise DataError(no_training_text(splits, left_out, skipped))
     return Manifest(
         format_version=FORMAT_VERSION,
-        dtype=token_dtype(vocabulary.size),
+        dtype=dtype,
         vocab_size=vocabulary.size,
         eos_id=vocabulary.eos_id,
         append_eos=config.append_eos,

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from toolkit.data.tokens.parts import DOCUMENT, SPLITS, part_path
+from toolkit.data.tokens.parts import DOCUMENT, part_path
+from toolkit.data.tokens.prepared import SPLITS, Split
 
 BUCKET_DOCUMENTS = 1 << 21
 MAX_BUCKETS = 1024
@@ -37,7 +38,7 @@ class Duplicates:
         self._offsets = np.cumsum([0, *sizes])
         num_documents = int(self._offsets[-1])
         self._drop = np.zeros(0, dtype=np.uint8)
-        self.text_bytes = dict.fromkeys(SPLITS, 0)
+        self.text_bytes: dict[Split, int] = dict.fromkeys(SPLITS, 0)
         if num_documents:
             # One byte a document on disk, not in memory.
             self._drop = np.memmap(
@@ -51,7 +52,7 @@ class Duplicates:
                 self._search(workplace / f"{bucket:04d}")
         self.count = self._count()
 
-    def of(self, index: int, split: str) -> np.ndarray:
+    def of(self, index: int, split: Split) -> np.ndarray:
         """Which documents that start in part `index` are left out of `split`: bool, shape
         `(documents of the part in that split,)`."""
         documents, drop = self._part(index)

@@ -1,15 +1,13 @@
 """Parts of token files, one after the other, become the files of a data set."""
 
-import os
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
-import xxhash
 
 from toolkit.data.tokens.duplicates import Duplicates
-from toolkit.data.tokens.parts import COPY_BYTES, SPLITS, Part, part_path, read_blocks
-from toolkit.data.tokens.prepared import NUM_BLOCKS, SplitInfo, hash_blocks
+from toolkit.data.tokens.parts import COPY_BYTES, Part, part_path, read_blocks
+from toolkit.data.tokens.prepared import SPLITS, Split, SplitInfo, TokenDType
+from toolkit.data.tokens.split_files import SplitFiles
 
 
 def join_parts(
@@ -17,7 +15,7 @@ def join_parts(
     parts: list[Part],
     output: Path,
     *,
-    itemsize: int,
+    dtype: TokenDType,
     duplicates: Duplicates | None,
 ) -> dict[str, SplitInfo]:
     """Write `{split}.bin`, `.idx` and, where any part has one, `.mask` into `output`.
@@ -27,9 +25,9 @@ def join_parts(
     Returns:
         Counts and hashes of the splits that hold at least one token.
     """
-    splits = {}
+    splits: dict[str, SplitInfo] = {}
     for split in SPLITS:
-        joined = _JoinedSplit(output, split, parts, itemsize)
+        joined = _JoinedSplit(output, split, parts, dtype)
         try:
             for index in range(len(parts)):
                 drop = duplicates.of(index, split) if duplicates is not None else None
@@ -43,10 +41,10 @@ def join_parts(
 
 
 def joined_bytes(
-    parts_folder: Path, parts: list[Part], *, itemsize: int, duplicates: Duplicates | None
+    parts_folder: Path, parts: list[Part], *, dtype: TokenDType, duplicates: Duplicates | None
 ) -> int:
     """Bytes of the files that `join_parts` will write."""
-    total = 0
+    total, itemsize = 0, np.dtype(dtype).itemsize
     for split in SPLITS:
         has_mask = any(part.splits[split].mask_hash is not None for part in parts)
         drops_last = False
@@ -63,34 +61,12 @@ def joined_bytes(
     return total
 
 
-class _File:
-    """A file that is hashed while it is written."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._file: BinaryIO = path.open("wb")
-        self._hasher = xxhash.xxh3_128()
-
-    def write(self, data: bytes) -> None:
-        self._hasher.update(data)
-        self._file.write(data)
-
-    def close(self) -> None:
-        self._file.close()
-
-    @property
-    def content_hash(self) -> str:
-        return self._hasher.hexdigest()
-
-
 class _JoinedSplit:
-    def __init__(self, output: Path, split: str, parts: list[Part], itemsize: int) -> None:
-        self._split, self._parts, self._itemsize = split, parts, itemsize
-        self._tokens = _File(output / f"{split}.bin")
-        self._index = _File(output / f"{split}.idx")
+    def __init__(self, output: Path, split: Split, parts: list[Part], dtype: TokenDType) -> None:
+        self._split, self._parts, self._itemsize = split, parts, np.dtype(dtype).itemsize
         has_mask = any(part.splits[split].mask_hash is not None for part in parts)
-        self._mask = _File(output / f"{split}.mask") if has_mask else None
-        self._num_tokens = self._num_documents = self._num_targets = 0
+        self._files = SplitFiles(output, split, dtype, has_mask=has_mask)
+        self._files.text_bytes = sum(part.splits[split].text_bytes for part in parts)
         self._drops_last = False
 
     def append(self, folder: Path, index: int, drop: np.ndarray | None) -> None:
@@ -100,53 +76,31 @@ class _JoinedSplit:
         bounds, keep = _documents(path, part.num_tokens, drop, self._drops_last)
         self._drops_last = not keep[-1]
         lengths = np.diff(bounds) * keep
-        new_starts = self._num_tokens + np.cumsum(lengths) - lengths
-        self._index.write(new_starts[1:][keep[1:]].astype(np.uint64).tobytes())
-        self._num_documents += int(keep[1:].sum())
+        new_starts = self._files.num_tokens + np.cumsum(lengths) - lengths
+        self._files.append_starts(new_starts[1:][keep[1:]])
         for start, end in _runs(bounds, keep):
             self._copy(folder, index, start, end)
-        self._num_tokens += int(lengths.sum())
 
     def close(self) -> None:
-        for file in (self._tokens, self._index, self._mask):
-            if file is not None:
-                file.close()
+        self._files.close()
 
     def info(self, dropped_text_bytes: int) -> SplitInfo | None:
         """Counts and hashes; None (and no files) when there is no token."""
-        if self._num_tokens == 0:
-            for file in (self._tokens, self._index, self._mask):
-                if file is not None:
-                    os.unlink(file.path)
-            return None
-        assert self._tokens.path.stat().st_size == self._num_tokens * self._itemsize
-        blocks = hash_blocks(self._tokens.path)
-        text_bytes = sum(part.splits[self._split].text_bytes for part in self._parts)
-        return SplitInfo(
-            num_tokens=self._num_tokens,
-            num_documents=self._num_documents,
-            text_bytes=max(0, text_bytes - dropped_text_bytes),
-            content_hash=self._tokens.content_hash,
-            block_hashes=[blocks[number] for number in range(NUM_BLOCKS)],
-            index_hash=self._index.content_hash,
-            mask_hash=self._mask.content_hash if self._mask is not None else None,
-            num_targets=self._num_targets if self._mask is not None else None,
-        )
+        self._files.text_bytes = max(0, self._files.text_bytes - dropped_text_bytes)
+        return self._files.finish()
 
     def _copy(self, folder: Path, index: int, start: int, end: int) -> None:
         tokens = part_path(folder, index, f"{self._split}.bin")
         for data in read_blocks(tokens, start * self._itemsize, end * self._itemsize):
-            self._tokens.write(data)
-        if self._mask is None:
+            self._files.append_tokens(data)
+        if not self._files.has_mask:
             return
         if self._parts[index].splits[self._split].mask_hash is None:
             for first in range(start, end, COPY_BYTES):
-                self._mask.write(b"\x01" * min(COPY_BYTES, end - first))
-            self._num_targets += end - start
+                self._files.append_targets(b"\x01" * min(COPY_BYTES, end - first))
             return
         for data in read_blocks(part_path(folder, index, f"{self._split}.mask"), start, end):
-            self._mask.write(data)
-            self._num_targets += data.count(1)
+            self._files.append_targets(data)
 
 
 def _documents(

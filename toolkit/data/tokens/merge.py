@@ -9,20 +9,20 @@ import xxhash
 
 from toolkit.data.tokens.prepared import (
     FORMAT_VERSION,
+    SPLITS,
     Manifest,
     PreparedDataset,
     SplitInfo,
     TokenDType,
 )
 from toolkit.data.tokens.rewrite import (
-    SPLITS,
-    SplitFiles,
     copy_documents,
     new_folder,
     open_source,
     write_dataset,
 )
 from toolkit.data.tokens.scanning import scan_progress
+from toolkit.data.tokens.split_files import SplitFiles
 from toolkit.errors import ConfigError, DataError
 
 _POLICIES = {

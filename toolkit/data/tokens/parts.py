@@ -12,23 +12,22 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
 
 import msgspec
 import numpy as np
-import xxhash
 
 from toolkit.data.text.piece import Piece
 from toolkit.data.tokens.encoding import Encoded
+from toolkit.data.tokens.split_files import HashedFile
 from toolkit.errors import DataError
+from toolkit.storage.atomic import hash_file
 
-SPLITS = ("train", "val")
 COPY_BYTES = 4 << 20
 DOCUMENT = np.dtype([("high", "<u8"), ("low", "<u8"), ("num_bytes", "<u8"), ("is_val", "u1")])
 """A document of a part: hash and bytes of its text, and where it went; in the shard's order."""
 
 _LEFT_OVER = re.compile(r"\d+\.[a-z.]+\.\d+|\.\d+\.json\..+\.tmp")
-"""Names of files of parts while they are written: by `HashedFile`, and of the .json file."""
+"""Names of files of parts while they are written: by `PartFile`, and of the .json file."""
 
 
 class PartSplit(msgspec.Struct, kw_only=True):
@@ -116,29 +115,22 @@ def read_blocks(path: Path, start: int = 0, end: int | None = None) -> Iterator[
                 left -= len(data)
 
 
-class HashedFile:
-    """A file that is hashed while it is written. Until `close` it has another name, because a
-    worker of a killed job may still be writing the same part."""
+class PartFile(HashedFile):
+    """Until `finish` it has another name, because a worker of a killed job may still be writing the
+    same part."""
 
     def __init__(self, path: Path) -> None:
-        self._path = path
-        self._temporary = path.with_name(f"{path.name}.{os.getpid()}")
-        self._file: BinaryIO = self._temporary.open("wb")
-        self._hasher = xxhash.xxh3_64()
+        super().__init__(path.with_name(f"{path.name}.{os.getpid()}"), bits=64)
+        self._final = path
 
-    def write(self, data: bytes) -> None:
-        """Append `data`."""
-        self._hasher.update(data)
-        self._file.write(data)
-
-    def close(self, *, keep: bool) -> str:
+    def finish(self, *, keep: bool) -> str:
         """Give the file its name, or remove it; returns the hash of its content."""
-        self._file.close()
+        content_hash = self.close()
         if keep:
-            os.replace(self._temporary, self._path)
+            os.replace(self.path, self._final)
         else:
-            self._temporary.unlink(missing_ok=True)
-        return self._hasher.hexdigest()
+            self.path.unlink(missing_ok=True)
+        return content_hash
 
 
 class SplitWriter:
@@ -154,7 +146,7 @@ class SplitWriter:
         self._starts: list[int] = []
         self.stats = PartSplit()
         self._tokens, self._index_file = self._open("bin"), self._open("idx")
-        self._mask: HashedFile | None = None
+        self._mask: PartFile | None = None
         self._unmasked_tokens = 0
         if rules.always_mask:
             self._mask = self._open("mask")
@@ -205,10 +197,10 @@ class SplitWriter:
 
     def close(self, *, keep: bool) -> None:
         """Give the files their names (with hashes in `stats`), or remove them."""
-        self.stats.tokens_hash = self._tokens.close(keep=keep)
-        self.stats.starts_hash = self._index_file.close(keep=keep)
+        self.stats.tokens_hash = self._tokens.finish(keep=keep)
+        self.stats.starts_hash = self._index_file.finish(keep=keep)
         if self._mask is not None:
-            self.stats.mask_hash = self._mask.close(keep=keep)
+            self.stats.mask_hash = self._mask.finish(keep=keep)
 
     def _append(self, ids: np.ndarray, is_target: "np.ndarray | bool | None") -> None:
         self._pending.append(ids)
@@ -228,15 +220,12 @@ class SplitWriter:
     def _one(self, token_id: int | None) -> np.ndarray | None:
         return None if token_id is None else np.array([token_id], dtype=self._dtype)
 
-    def _open(self, ending: str) -> HashedFile:
-        return HashedFile(part_path(self._folder, self._index, f"{self._split}.{ending}"))
+    def _open(self, ending: str) -> PartFile:
+        return PartFile(part_path(self._folder, self._index, f"{self._split}.{ending}"))
 
 
 def _hash_file(path: Path) -> str | None:
-    hasher = xxhash.xxh3_64()
     try:
-        for data in read_blocks(path):
-            hasher.update(data)
+        return hash_file(path)
     except FileNotFoundError:
         return None
-    return hasher.hexdigest()

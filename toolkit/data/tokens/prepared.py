@@ -35,6 +35,7 @@ NUM_BLOCKS_CHECKED_AT_OPEN = 4
 
 TokenDType = Literal["uint16", "uint32"]
 Split = Literal["train", "val"]
+SPLITS: tuple[Split, ...] = ("train", "val")
 
 
 class SplitInfo(msgspec.Struct, frozen=True, kw_only=True):

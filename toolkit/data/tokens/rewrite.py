@@ -14,7 +14,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import Literal
 
 import filelock
 import numpy as np
@@ -23,21 +23,17 @@ import xxhash
 from toolkit.data.tokens.cache import build_lock
 from toolkit.data.tokens.prepared import (
     MANIFEST_NAME,
-    NUM_BLOCKS,
     TOKENIZER_FOLDER,
     Manifest,
     PreparedDataset,
     Split,
-    SplitInfo,
-    TokenDType,
-    hash_blocks,
     read_folder,
 )
 from toolkit.data.tokens.scanning import Advance, memory_map, token_blocks
+from toolkit.data.tokens.split_files import SplitFiles
 from toolkit.errors import DataError
 from toolkit.storage.atomic import fsync_folder, fsync_tree, write_json_atomic
 
-SPLITS: tuple[Split, ...] = ("train", "val")
 RESERVE_BYTES = 16 << 20
 """Kept free beside the token files: for the manifest, the tokenizer, and others."""
 
@@ -127,7 +123,7 @@ def write_dataset(folder: Path, manifest: Manifest, tokenizer_folder: Path | Non
 def copy_documents(
     source: PreparedDataset,
     split: Split,
-    outputs: "Sequence[SplitFiles]",
+    outputs: Sequence[SplitFiles],
     choose: Chooser,
     advance: Advance,
 ) -> None:
@@ -196,78 +192,3 @@ def _check_index(source: PreparedDataset, split: Split, starts: np.ndarray) -> N
             f"{source.folder / f'{split}.idx'}: does not agree with {MANIFEST_NAME} and the tokens "
             "beside it; restore it, or prepare the data again"
         )
-
-
-class SplitFiles:
-    """The files of one split of a new data set."""
-
-    def __init__(self, folder: Path, split: Split, dtype: TokenDType, *, has_mask: bool) -> None:
-        self.split: Split = split
-        self._folder, self._dtype = folder, np.dtype(dtype)
-        self.text_bytes = 0
-        """UTF-8 bytes of the text of what was appended; whoever appends counts them."""
-        self.num_tokens = self.num_documents = self._num_targets = 0
-        endings = ("bin", "idx", "mask") if has_mask else ("bin", "idx")
-        self._files: dict[str, BinaryIO] = {}
-        self._hashers = {ending: xxhash.xxh3_128() for ending in endings}
-        for ending in endings:
-            self._files[ending] = self._path(ending).open("wb")
-
-    def append(
-        self,
-        ids: np.ndarray,
-        targets: np.ndarray | None,
-        lengths: np.ndarray,
-        starting: np.ndarray,
-    ) -> None:
-        """Add tokens.
-
-        Args:
-            ids: shape `(num_tokens,)`.
-            targets: which of them the loss asks for, uint8 of the same shape; None: all.
-            lengths: how many of them each document has, shape `(num_documents,)`.
-            starting: which of these documents begin here, bool of the same shape.
-        """
-        places = self.num_tokens + np.cumsum(lengths) - lengths
-        self._write("idx", places[starting].astype(np.uint64))
-        self._write("bin", ids.astype(self._dtype, copy=False))
-        if "mask" in self._files:
-            if targets is None:
-                targets = np.ones(len(ids), dtype=np.uint8)
-            self._write("mask", targets)
-            self._num_targets += int(np.count_nonzero(targets))
-        self.num_tokens += len(ids)
-        self.num_documents += int(np.count_nonzero(starting))
-
-    def close(self) -> None:
-        """Close the files."""
-        for file in self._files.values():
-            file.close()
-
-    def finish(self) -> SplitInfo | None:
-        """Counts and hashes; None, and no files, when there is no token."""
-        self.close()
-        if self.num_tokens == 0:
-            for ending in self._files:
-                self._path(ending).unlink()
-            return None
-        blocks = hash_blocks(self._path("bin"))
-        has_mask = "mask" in self._files
-        return SplitInfo(
-            num_tokens=self.num_tokens,
-            num_documents=self.num_documents,
-            text_bytes=self.text_bytes,
-            content_hash=self._hashers["bin"].hexdigest(),
-            block_hashes=[blocks[number] for number in range(NUM_BLOCKS)],
-            index_hash=self._hashers["idx"].hexdigest(),
-            mask_hash=self._hashers["mask"].hexdigest() if has_mask else None,
-            num_targets=self._num_targets if has_mask else None,
-        )
-
-    def _path(self, ending: str) -> Path:
-        return self._folder / f"{self.split}.{ending}"
-
-    def _write(self, ending: str, array: np.ndarray) -> None:
-        data = np.ascontiguousarray(array).data
-        self._hashers[ending].update(data)
-        self._files[ending].write(data)

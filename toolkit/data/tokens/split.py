@@ -8,17 +8,16 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from toolkit.data.tokens.prepared import Manifest, PreparedDataset, Split, SplitInfo
+from toolkit.data.tokens.prepared import SPLITS, Manifest, PreparedDataset, Split, SplitInfo
 from toolkit.data.tokens.rewrite import (
-    SPLITS,
     Chooser,
-    SplitFiles,
     copy_documents,
     new_folder,
     open_source,
     write_dataset,
 )
 from toolkit.data.tokens.scanning import memory_map, scan_progress
+from toolkit.data.tokens.split_files import SplitFiles
 from toolkit.errors import ConfigError, DataError
 
 
@@ -120,7 +119,7 @@ def split_parts(
                 f"{source.folder}: its {source.num_documents('train'):,} training documents cannot "
                 f"be cut into {num_parts} parts of about equal tokens; give a smaller --parts"
             )
-        made = []
+        made: list[PreparedDataset] = []
         for name, part in zip(names, parts, strict=True):
             manifest = _manifest(source, part, {"part": name, "parts": num_parts})
             if made:

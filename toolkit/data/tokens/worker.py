@@ -26,13 +26,13 @@ from toolkit.data.text.shards import Shard
 from toolkit.data.tokens.encoding import Encoder, TextEncoder, TokenEncoder
 from toolkit.data.tokens.parts import (
     DOCUMENT,
-    SPLITS,
-    HashedFile,
     Part,
+    PartFile,
     SplitWriter,
     TokenRules,
     part_path,
 )
+from toolkit.data.tokens.prepared import SPLITS, Split
 from toolkit.errors import DataError, ToolkitError
 from toolkit.storage.atomic import write_json_atomic
 
@@ -102,14 +102,14 @@ def encode_shard(job: Job, setup: WorkerSetup, encoder: Encoder) -> Part:
     """
     counts = Counts()
     folder = setup.parts_folder
-    writers: dict[str, SplitWriter] = {}
-    documents: HashedFile | None = None
+    writers: dict[Split, SplitWriter] = {}
+    documents: PartFile | None = None
     part = Part(key=job.key, splits={}, replaced_bytes=0, skipped_documents=0)
     try:
         for split in SPLITS:
             writers[split] = SplitWriter(folder, job.index, split, setup.rules)
         if setup.reading.with_digests:
-            documents = HashedFile(part_path(folder, job.index, "docs"))
+            documents = PartFile(part_path(folder, job.index, "docs"))
         for batch in _batches(read_shard(job.shard, setup.reading, counts)):
             splits = [_split_of(piece, setup.validation_fraction) for piece in batch]
             taken = []
@@ -127,13 +127,13 @@ def encode_shard(job: Job, setup: WorkerSetup, encoder: Encoder) -> Part:
         for writer in writers.values():
             writer.close(keep=False)
         if documents is not None:
-            documents.close(keep=False)
+            documents.finish(keep=False)
         raise
     for split, writer in writers.items():
         writer.close(keep=True)
         part.splits[split] = writer.stats
     if documents is not None:
-        part.documents_hash = documents.close(keep=True)
+        part.documents_hash = documents.finish(keep=True)
     part.replaced_bytes = counts.replaced_bytes
     part.skipped_documents = counts.skipped_documents
     part.filtered_documents = counts.filtered_documents
@@ -142,13 +142,13 @@ def encode_shard(job: Job, setup: WorkerSetup, encoder: Encoder) -> Part:
     return part
 
 
-def _split_of(piece: Piece, validation_fraction: float) -> str:
+def _split_of(piece: Piece, validation_fraction: float) -> Split:
     if piece.split is not None:
-        return piece.split
+        return "val" if piece.split == "val" else "train"
     return "val" if is_validation(piece.identity, validation_fraction) else "train"
 
 
-def _document_records(pieces: list[tuple[Piece, str]]) -> bytes:
+def _document_records(pieces: list[tuple[Piece, Split]]) -> bytes:
     records = [
         (
             piece.digest >> 64,
