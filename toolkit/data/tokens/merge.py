@@ -17,8 +17,10 @@ from toolkit.data.tokens.prepared import (
 )
 from toolkit.data.tokens.rewrite import (
     copy_documents,
+    has_mask,
     new_folder,
     open_source,
+    token_bytes,
     write_dataset,
 )
 from toolkit.data.tokens.scanning import scan_progress
@@ -64,16 +66,16 @@ def merge_datasets(
     output = Path(output).expanduser()
     tokens = sum(source.num_tokens(split) for source in sources for split in SPLITS)
     documents = sum(source.num_documents(split) for source in sources for split in SPLITS)
-    itemsize = np.dtype(dtype).itemsize + any(_has_mask(source) for source in sources)
+    itemsize = np.dtype(dtype).itemsize + any(has_mask(source) for source in sources)
     with (
         new_folder(output, tokens * itemsize + documents * 8) as folder,
-        scan_progress("merging", _token_bytes(sources), enabled=progress) as advance,
+        scan_progress("merging", sum(map(token_bytes, sources)), enabled=progress) as advance,
     ):
         splits: dict[str, SplitInfo] = {}
         for split in SPLITS:
             taking_part = [source for source in sources if source.has_split(split)]
-            has_mask = any(s.manifest.splits[split].mask_hash is not None for s in taking_part)
-            files = SplitFiles(folder, split, dtype, has_mask=has_mask)
+            is_masked = any(s.manifest.splits[split].mask_hash is not None for s in taking_part)
+            files = SplitFiles(folder, split, dtype, has_mask=is_masked)
             try:
                 for source in taking_part:
                     copy_documents(source, split, [files], _all_to_first, advance)
@@ -127,15 +129,3 @@ def _check_same(sources: Sequence[PreparedDataset]) -> None:
 
 def _all_to_first(first: int, end: int) -> np.ndarray:
     return np.zeros(end - first, dtype=np.int64)
-
-
-def _has_mask(source: PreparedDataset) -> bool:
-    return any(info.mask_hash is not None for info in source.manifest.splits.values())
-
-
-def _token_bytes(sources: Sequence[PreparedDataset]) -> int:
-    return sum(
-        source.num_tokens(split) * np.dtype(source.manifest.dtype).itemsize
-        for source in sources
-        for split in SPLITS
-    )

@@ -23,6 +23,7 @@ import xxhash
 from toolkit.data.tokens.cache import build_lock
 from toolkit.data.tokens.prepared import (
     MANIFEST_NAME,
+    SPLITS,
     TOKENIZER_FOLDER,
     Manifest,
     PreparedDataset,
@@ -54,6 +55,17 @@ def open_source(folder: str | os.PathLike[str]) -> PreparedDataset:
             "that `toolkit prepare` or `toolkit data tokenize` made"
         )
     return found
+
+
+def has_mask(source: PreparedDataset) -> bool:
+    """Whether any split has a mask of targets."""
+    return any(info.mask_hash is not None for info in source.manifest.splits.values())
+
+
+def token_bytes(source: PreparedDataset) -> int:
+    """Size of its .bin files."""
+    tokens = sum(source.num_tokens(split) for split in SPLITS)
+    return tokens * np.dtype(source.manifest.dtype).itemsize
 
 
 @contextlib.contextmanager

@@ -12,8 +12,10 @@ from toolkit.data.tokens.prepared import SPLITS, Manifest, PreparedDataset, Spli
 from toolkit.data.tokens.rewrite import (
     Chooser,
     copy_documents,
+    has_mask,
     new_folder,
     open_source,
+    token_bytes,
     write_dataset,
 )
 from toolkit.data.tokens.scanning import memory_map, scan_progress
@@ -42,12 +44,12 @@ def split_validation(
     if not 0.0 <= validation_fraction < 1.0:
         raise ConfigError(f"--validation-fraction must be in [0, 1): {validation_fraction}")
     source, output = open_source(folder), Path(output).expanduser()
-    dtype, has_mask = source.manifest.dtype, _has_mask(source)
+    dtype, is_masked = source.manifest.dtype, has_mask(source)
     with (
         new_folder(output, _num_bytes(source)) as unfinished,
-        scan_progress("splitting", _token_bytes(source), enabled=progress) as advance,
+        scan_progress("splitting", token_bytes(source), enabled=progress) as advance,
     ):
-        files = [SplitFiles(unfinished, name, dtype, has_mask=has_mask) for name in SPLITS]
+        files = [SplitFiles(unfinished, name, dtype, has_mask=is_masked) for name in SPLITS]
         try:
             numbered = 0
             for split in _splits(source):
@@ -95,15 +97,15 @@ def split_parts(
     parts: list[dict[str, SplitInfo]] = [{} for _ in names]
     with (
         new_folder(output, _num_bytes(source)) as unfinished,
-        scan_progress("splitting", _token_bytes(source), enabled=progress) as advance,
+        scan_progress("splitting", token_bytes(source), enabled=progress) as advance,
     ):
         for name in names:
             (unfinished / name).mkdir()
         for split in _splits(source):
             info = source.manifest.splits[split]
-            has_mask = info.mask_hash is not None
+            is_masked = info.mask_hash is not None
             files = [
-                SplitFiles(unfinished / name, split, source.manifest.dtype, has_mask=has_mask)
+                SplitFiles(unfinished / name, split, source.manifest.dtype, has_mask=is_masked)
                 for name in names
             ]
             try:
@@ -193,16 +195,7 @@ def _splits(source: PreparedDataset) -> list[Split]:
     return [split for split in SPLITS if source.has_split(split)]
 
 
-def _has_mask(source: PreparedDataset) -> bool:
-    return any(info.mask_hash is not None for info in source.manifest.splits.values())
-
-
-def _token_bytes(source: PreparedDataset) -> int:
-    tokens = sum(source.num_tokens(split) for split in SPLITS)
-    return tokens * np.dtype(source.manifest.dtype).itemsize
-
-
 def _num_bytes(source: PreparedDataset) -> int:
     documents = sum(source.num_documents(split) for split in SPLITS)
     tokens = sum(source.num_tokens(split) for split in SPLITS)
-    return _token_bytes(source) + documents * 8 + tokens * _has_mask(source)
+    return token_bytes(source) + documents * 8 + tokens * has_mask(source)
