@@ -1,6 +1,7 @@
 """Compressed lines, Arrow files, data sets that `datasets` saved."""
 
 import json
+import random
 from pathlib import Path
 
 import pyarrow
@@ -13,7 +14,7 @@ from tests.data.corpus import random_text
 from tests.data.text.reading import read_all, texts_of
 from toolkit.data.config import DiskSourceConfig, FilesSourceConfig, FiltersConfig
 from toolkit.data.text import cuts, jsonl, long_lines, readers, shards
-from toolkit.data.text.reading import Counts
+from toolkit.data.text.reading import Counts, decode
 from toolkit.data.text.sources import plan_source, source_fingerprint
 from toolkit.errors import DataError
 
@@ -189,6 +190,38 @@ def test_long_lines_are_decoded_in_slices(
         assert first.num_bytes == len(text.encode())
 
 
+def test_defects_of_long_lines_are_replaced_slice_by_slice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw = random.Random(0)
+    good = [b"some words ", "é中".encode(), "\U0001f600".encode(), b"\\ud83d\\ude00", b"\\n"]
+    bad = [b"\xff", b"\x80" * 9, b"\xf0\x9f", b"\xe4\xb8", b"\xe9"]
+    asked: list[int] = []
+
+    def counted(data: bytes, *arguments: object) -> str:
+        asked.append(len(data))
+        return decode(data, *arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(long_lines, "decode", counted)
+    monkeypatch.setattr(jsonl, "decode", counted)
+    for size in (100, 101, 102, 103, 107):
+        parts = draw.choices(good, k=200) + draw.choices(good + bad, k=300)
+        content = b"".join([*parts, b"\x80" * 300])
+        (tmp_path / "a.jsonl").write_bytes(b'{"text": "' + content + b'"}\n')
+        found = []
+        for limit in (1 << 30, 1000):
+            monkeypatch.setattr(jsonl, "LONG_BYTES", limit)
+            monkeypatch.setattr(long_lines, "PIECE_CHARACTERS", size)
+            asked.clear()
+            counts = Counts()
+            source = FilesSourceConfig(paths=[str(tmp_path)], encoding_errors="replace")
+            text = "".join(piece.text for piece in read_all(source, counts))
+            found.append((text, counts.replaced_bytes))
+        assert found[0] == found[1]
+        assert found[0][1] > 300
+        assert 1 < max(asked) <= size + 2
+
+
 def test_long_lines_with_defects_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(long_lines, "PIECE_CHARACTERS", 100)
     monkeypatch.setattr(jsonl, "LONG_BYTES", 1000)
@@ -196,8 +229,7 @@ def test_long_lines_with_defects_are_named(tmp_path: Path, monkeypatch: pytest.M
     path.write_bytes(b'{"text": "' + b"a" * 5000 + b'\xff"}\n')
     with pytest.raises(DataError, match=r"a\.jsonl: not UTF-8 at byte 5010"):
         texts_of(path)
-    (text,) = texts_of(path, encoding_errors="replace")
-    assert text == "a" * 5000 + "\ufffd"
+    assert "".join(texts_of(path, encoding_errors="replace")) == "a" * 5000 + "\ufffd"
     path.write_bytes(b'{"text": "' + b"a" * 5000)
     with pytest.raises(DataError, match=r"a\.jsonl: line 1 \(byte 0\): not valid JSON"):
         texts_of(path)

@@ -5,9 +5,10 @@ from collections.abc import Callable, Iterator
 
 import msgspec
 
+from toolkit.data.config import FilesSourceConfig
 from toolkit.data.text.long_documents import LONG_BYTES, character_start, long_document
 from toolkit.data.text.piece import Piece
-from toolkit.data.text.reading import PIECE_CHARACTERS, Counts, Reading
+from toolkit.data.text.reading import PIECE_CHARACTERS, Counts, Reading, decode
 
 _SURROGATE_BYTES = 6
 
@@ -34,24 +35,41 @@ def read_long_line(
     row_type = msgspec.defstruct(
         "LongRow", [("text", msgspec.Raw)], rename={"text": field}, forbid_unknown_fields=False
     )
+    assert isinstance(reading.source, FilesSourceConfig)
+    make = _strict_slice if reading.source.encoding_errors == "strict" else _lenient_slice
     try:
         raw = memoryview(msgspec.json.decode(line, type=row_type).text)  # type: ignore[attr-defined]
         if raw[:1] != b'"' or len(raw) < PIECE_CHARACTERS:
             return None
         content = raw[1:-1]
-        return long_document(lambda _: _slices(content), len(content), identity, reading, counts)
+
+        def slices(counts: Counts) -> Iterator[str]:
+            return (make(part, counts) for part in _parts(content))
+
+        return long_document(slices, len(content), identity, reading, counts)
     except (msgspec.DecodeError, UnicodeDecodeError):
         return None
 
 
-def _slices(raw: memoryview) -> Iterator[str]:
-    """The text of a JSON string's content."""
+def _parts(raw: memoryview) -> Iterator[bytes]:
+    """Strings of JSON, whose texts together are that of the string with the content `raw`."""
     start = 0
     while start < len(raw):
         end = start + PIECE_CHARACTERS
         end = len(raw) if end >= len(raw) else safe_cut(raw, start, end)
-        yield msgspec.json.decode(b'"%b"' % bytes(raw[start:end]), type=str)
+        yield b'"%b"' % bytes(raw[start:end])
         start = end
+
+
+def _strict_slice(part: bytes, counts: Counts) -> str:
+    return msgspec.json.decode(part, type=str)
+
+
+def _lenient_slice(part: bytes, counts: Counts) -> str:
+    try:
+        return msgspec.json.decode(part, type=str)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return msgspec.json.decode(decode(part, "", 0, "replace", counts), type=str)
 
 
 def safe_cut(raw: memoryview, start: int, end: int) -> int:
