@@ -125,7 +125,7 @@ def test_changed_content_is_found_quickly_too(folder: Path) -> None:
     ("place", "value", "message"),
     [
         (0, 1, "document 0 starts at 1, not at 0"),
-        (2, 2, "document 2 starts before the one before it"),
+        (2, 2, "document 2 starts at 2, before document 1 at 3"),
         (4, 85, "document 4 starts at 85, after the 84 tokens"),
     ],
 )

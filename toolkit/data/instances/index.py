@@ -11,6 +11,7 @@ import numpy as np
 
 from toolkit.data.instances.base import DocumentPart
 from toolkit.data.instances.plans import PLANS_FOLDER
+from toolkit.data.tokens.index_scan import IndexScan
 from toolkit.data.tokens.prepared import PreparedDataset, Split
 from toolkit.errors import DataError
 from toolkit.storage.atomic import write_atomic
@@ -61,22 +62,12 @@ class DocumentIndex:
         Raises:
             DataError: starts that do not ascend, or content whose hash is not the manifest's.
         """
-        import xxhash
-
-        hasher, last = xxhash.xxh3_128(), np.uint64(0)
+        scan = IndexScan(self.num_tokens)
         for first in range(0, len(self.starts), BLOCK_DOCUMENTS):
-            block = self.starts[first : first + BLOCK_DOCUMENTS]
-            hasher.update(block.data)
-            previous = np.concatenate(([last], block[:-1]))
-            falling = np.flatnonzero(block < previous)
-            if len(falling):
-                number, place = first + int(falling[0]), int(falling[0])
-                raise self._error(
-                    f"document {number} starts at {block[place]}, before document {number - 1} "
-                    f"at {previous[place]}"
-                )
-            last = block[-1]
-        if self._hash is not None and hasher.hexdigest() != self._hash:
+            scan.look(first, self.starts[first : first + BLOCK_DOCUMENTS])
+            if scan.wrong is not None:
+                raise self._error(scan.wrong)
+        if self._hash is not None and scan.content_hash != self._hash:
             raise self._error("its content is not what dataset.json beside it says")
 
     def blocks(self) -> Iterator[Windows]:

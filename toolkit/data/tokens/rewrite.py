@@ -21,6 +21,7 @@ import numpy as np
 import xxhash
 
 from toolkit.data.tokens.cache import build_lock
+from toolkit.data.tokens.index_scan import IndexScan
 from toolkit.data.tokens.prepared import (
     MANIFEST_NAME,
     SPLITS,
@@ -190,16 +191,11 @@ def copy_documents(
 
 
 def _check_index(source: PreparedDataset, split: Split, starts: np.ndarray) -> None:
-    digest = xxhash.xxh3_128()
-    last = 0
-    ascends = len(starts) > 0 and int(starts[0]) == 0
-    for _, block in token_blocks(source.folder / f"{split}.idx", "uint64"):
-        digest.update(block.data)
-        ascends = ascends and int(block[0]) >= last and bool(np.all(block[1:] >= block[:-1]))
-        last = int(block[-1])
+    scan = IndexScan(source.num_tokens(split))
+    for position, block in token_blocks(source.folder / f"{split}.idx", "uint64"):
+        scan.look(position, block)
     wanted = source.manifest.splits[split].index_hash
-    is_whole = wanted is None or digest.hexdigest() == wanted
-    if not (ascends and is_whole and last <= source.num_tokens(split)):
+    if len(starts) == 0 or scan.wrong is not None or wanted not in (None, scan.content_hash):
         raise DataError(
             f"{source.folder / f'{split}.idx'}: does not agree with {MANIFEST_NAME} and the tokens "
             "beside it; restore it, or prepare the data again"

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
+from toolkit.data.tokens.index_scan import IndexScan
 from toolkit.data.tokens.inspection import (
     BadIds,
     SplitReport,
@@ -87,42 +88,36 @@ class SplitCheck:
 
     def _check_index(self, *, quick: bool) -> None:
         path, limit, report = self._files["idx"], self._info.num_tokens, self._report
-        digest = xxhash.xxh3_128()
+        scan = IndexScan(limit)
         histogram = np.zeros(64, dtype=np.int64)
-        last, shortest, wrong = 0, None, None
+        shortest: int | None = None
+
+        def count(lengths: np.ndarray) -> None:
+            nonlocal shortest
+            if len(lengths) == 0:
+                return
+            report.longest = max(report.longest, int(lengths.max()))
+            least = int(lengths.min())
+            shortest = least if shortest is None else min(shortest, least)
+            count_lengths(histogram, lengths)
+            report.empty_documents += int((lengths == 0).sum())
+
+        last = limit
         for position, block in token_blocks(path, "uint64"):
-            digest.update(block.data)
-            if wrong is not None:
-                continue
-            starts = np.concatenate([[np.uint64(last)], block]) if position else block
-            falls = np.flatnonzero(starts[1:] < starts[:-1])
-            if position == 0 and block[0] != 0:
-                wrong = f"document 0 starts at {int(block[0]):,}, not at 0"
-            elif len(falls):
-                number = position + int(falls[0]) + (0 if position else 1)
-                wrong = f"document {number:,} starts before the one before it"
-            elif int(block[-1]) > limit:
-                number = position + int(np.searchsorted(block, np.uint64(limit), "right"))
-                start = int(block[number - position])
-                wrong = f"document {number:,} starts at {start:,}, after the {limit:,} tokens"
-            else:
-                is_last = position + len(block) == len(self.starts)
-                ends = np.append(starts, np.uint64(limit)) if is_last else starts
-                lengths = np.diff(ends).astype(np.int64)
-                if len(lengths):
-                    report.longest = max(report.longest, int(lengths.max()))
-                    shortest = min(x for x in (shortest, int(lengths.min())) if x is not None)
-                    count_lengths(histogram, lengths)
-                    report.empty_documents += int((lengths == 0).sum())
+            lengths = scan.look(position, block).astype(np.int64)
+            if scan.wrong is None:
+                count(lengths if position else lengths[1:])
             last = int(block[-1])
-        if wrong is not None:
-            self._problem(path, f"{wrong}; the index does not belong to these tokens")
+        if len(self.starts) and scan.wrong is None:
+            count(np.array([limit - last]))
+        if scan.wrong is not None:
+            self._problem(path, f"{scan.wrong}; the index does not belong to these tokens")
         else:
             report.shortest = shortest or 0
             report.histogram = trimmed(histogram)
             self._index_agrees = len(self.starts) == self._info.num_documents
         wanted = self._info.index_hash
-        if wanted is not None and not quick and digest.hexdigest() != wanted:
+        if wanted is not None and not quick and scan.content_hash != wanted:
             self._problem(path, f"content differs from {MANIFEST_NAME} (hash of the whole file)")
 
     def _check_tokens(self, advance: Advance) -> None:
