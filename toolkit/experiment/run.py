@@ -331,9 +331,10 @@ def _log_data(train_loader: "TrainLoader") -> None:
     if math.isinf(per_epoch):
         return
     dropped = train_loader.dropped_instances
-    note = f"; {dropped:,} that fill no batch are left out of each" if dropped else ""
+    plural = "" if dropped == 1 else "s"
+    note = f", {dropped:,} instance{plural} left out" if dropped else ""
     log.info(
-        "%s instances of up to %s tokens, %s steps an epoch%s",
+        "%s instances of up to %s tokens: %s steps an epoch%s",
         f"{train_loader.num_instances:,}",
         f"{train_loader.sequence_length:,}",
         f"{per_epoch:,}",

@@ -1,17 +1,23 @@
 """Tables in files: parquet, and Arrow's file and stream formats (as `datasets` writes them)."""
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from typing import Any
 
 from toolkit.data.config import FilesSourceConfig
 from toolkit.data.text.columns import TextColumns
+from toolkit.data.text.long_documents import LONG_BYTES, long_document, utf8_slices
 from toolkit.data.text.piece import Piece
 from toolkit.data.text.reading import Counts, Reading, decode
 from toolkit.data.text.shards import Range
 from toolkit.errors import DataError
 
 BATCH_ROWS = 256
+BATCH_BYTES = 4 << 20
+"""Rows are taken out of a file about so many bytes at a time, and not more than `BATCH_ROWS`."""
+READ_BYTES = 1 << 20
+"""Read of each column of a parquet file at a time."""
 _TEXT_TYPES = ("string", "large_string", "string_view")
 _ARROW_MAGIC = b"ARROW1"
 
@@ -26,13 +32,10 @@ def parquet_row_groups(
     """
     file = _open_parquet(path)
     _check_schema(file.schema_arrow, columns, path)
-    names = file.metadata.schema.names
-    # A nested column has several leaves, none of which may have its name.
-    wanted = [names.index(n) for n in (columns.names if columns else names) if n in names]
+    leaves = _leaves(file, columns)
     first, num_bytes = 0, 0
     for group in range(file.metadata.num_row_groups):
-        metadata = file.metadata.row_group(group)
-        num_bytes += sum(metadata.column(i).total_uncompressed_size for i in wanted)
+        num_bytes += _group_bytes(file.metadata.row_group(group), leaves)
         if num_bytes >= size or group == file.metadata.num_row_groups - 1:
             yield first, group + 1, num_bytes
             first, num_bytes = group + 1, 0
@@ -64,8 +67,13 @@ def read_parquet(part: Range, reading: Reading, counts: Counts) -> Iterator[Piec
     for group in range(part.start, part.end):
         row = 0
         try:
+            metadata = file.metadata.row_group(group)
+            some = _batch_rows(metadata.num_rows, _group_bytes(metadata, _leaves(file, columns)))
             for batch in file.iter_batches(
-                BATCH_ROWS, row_groups=[group], columns=columns.names if columns else None
+                some,
+                row_groups=[group],
+                columns=columns.names if columns else None,
+                use_threads=False,
             ):
                 where = f"{part.path}: row group {group}, row"
                 prefix = f"{part.name}:{group}"
@@ -85,10 +93,8 @@ def read_arrow(part: Range, reading: Reading, counts: Counts) -> Iterator[Piece]
             if columns is not None:
                 batch = batch.select(columns.names)
             where = f"{part.path}: batch {number}, row"
-            for row in range(0, batch.num_rows, BATCH_ROWS):
-                some = batch.slice(row, BATCH_ROWS)
-                prefix = f"{part.name}:{number}"
-                yield from _pieces(some, columns, prefix, where, row, reading, counts)
+            prefix = f"{part.name}:{number}"
+            yield from _pieces(batch, columns, prefix, where, 0, reading, counts)
 
 
 def _pieces(
@@ -100,31 +106,52 @@ def _pieces(
     reading: Reading,
     counts: Counts,
 ) -> Iterator[Piece]:
-    import pyarrow
-
     assert isinstance(reading.source, FilesSourceConfig)
     errors = reading.source.encoding_errors
-    try:
-        rows = batch.to_pylist()
-    except UnicodeDecodeError:
-        # As bytes, which `decode` can name or replace. Text inside of lists stays unreadable.
-        arrays = [
-            column.cast(pyarrow.binary()) if str(column.type) in _TEXT_TYPES else column
-            for column in batch.columns
-        ]
-        try:
-            rows = pyarrow.RecordBatch.from_arrays(arrays, batch.schema.names).to_pylist()
-        except UnicodeDecodeError:
-            raise DataError(f"{where}s {first} and after: not UTF-8; convert the file") from None
-        for number, row in enumerate(rows, first):
-            for name, value in row.items():
-                if isinstance(value, bytes):
-                    row[name] = decode(value, f"{where} {number}", 0, errors, counts)
-    for number, row in enumerate(rows, first):
+    names, arrays = batch.schema.names, batch.columns
+    text = arrays[0] if columns is not None and not columns.is_template else None
+    # One row after the other: the batch itself may be mapped memory, Python's strings are not.
+    for index in range(batch.num_rows):
+        number = first + index
+        identity, place = f"{prefix}:{number}", f"{where} {number}"
+        if text is not None:
+            data = text[index].as_buffer()
+            if data is not None and data.size > LONG_BYTES:
+                make = functools.partial(utf8_slices, memoryview(data), place, errors)
+                yield from long_document(make, data.size, identity, reading, counts)
+                continue
+        row = {
+            name: _value(array[index], place, errors, counts)
+            for name, array in zip(names, arrays, strict=True)
+        }
         if columns is None:
-            yield Piece(f"{prefix}:{number}", row=row, place=f"{where} {number}")
+            yield Piece(identity, row=row, place=place)
         else:
-            yield Piece(f"{prefix}:{number}", columns.text(row, f"{where} {number}"))
+            yield Piece(identity, columns.text(row, place))
+
+
+def _value(scalar: Any, place: str, errors: str, counts: Counts) -> Any:
+    try:
+        return scalar.as_py()
+    except UnicodeDecodeError:
+        if str(scalar.type) in _TEXT_TYPES:
+            return decode(scalar.as_buffer().to_pybytes(), place, 0, errors, counts)
+        # Text inside of lists cannot be had as bytes.
+        raise DataError(f"{place}: not UTF-8; convert the file") from None
+
+
+def _leaves(file: Any, columns: TextColumns | None) -> list[int]:
+    names = file.metadata.schema.names
+    # A nested column has several leaves, none of which may have its name.
+    return [names.index(n) for n in (columns.names if columns else names) if n in names]
+
+
+def _group_bytes(metadata: Any, leaves: list[int]) -> int:
+    return sum(metadata.column(leaf).total_uncompressed_size for leaf in leaves)
+
+
+def _batch_rows(num_rows: int, num_bytes: int) -> int:
+    return min(max(1, BATCH_BYTES * num_rows // max(1, num_bytes)), BATCH_ROWS)
 
 
 def _columns(reading: Reading) -> TextColumns | None:
@@ -183,6 +210,6 @@ def _open_parquet(path: str) -> Any:
     import pyarrow.parquet
 
     try:
-        return pyarrow.parquet.ParquetFile(path)
+        return pyarrow.parquet.ParquetFile(path, buffer_size=READ_BYTES)
     except pyarrow.ArrowException as error:
         raise DataError(f"{path}: not a parquet file that can be read: {error}") from None
