@@ -1,15 +1,18 @@
+import uuid
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from tests.data.text.reading import read_all
+from tests.s3 import BUCKET
 from toolkit.data.config import TokenFilesSourceConfig
 from toolkit.data.text import shards, token_files
 from toolkit.data.text.piece import Piece
 from toolkit.data.text.reading import Counts
 from toolkit.data.text.sources import plan_source, source_fingerprint
 from toolkit.errors import DataError
+from toolkit.storage.remote import RemoteFolder
 
 EOS = 50
 
@@ -156,28 +159,33 @@ def test_half_a_number_is_an_error(tmp_path: Path) -> None:
         read(tmp_path / "empty")
 
 
-def test_remote_files_are_read_by_ranges(small_parts: None) -> None:
-    import fsspec
-
-    store = fsspec.filesystem("memory")
+@pytest.mark.parametrize("protocol", ["memory", "s3"])
+def test_remote_files_are_read_by_ranges(
+    small_parts: None, request: pytest.FixtureRequest, protocol: str
+) -> None:
+    url = "memory://corpus"
+    if protocol == "s3":
+        request.getfixturevalue("s3")
+        url = f"s3://{BUCKET}/{uuid.uuid4().hex}"
+    store = RemoteFolder(url)
     first, second = ids(3000, 1), ids(2000, 2)
-    store.pipe("/corpus/part-0.npy", first.tobytes())
-    store.pipe("/corpus/deep/part-1.npy", second.tobytes())
-    store.pipe("/corpus/notes.txt", b"no tokens")
+    store.write("part-0.npy", first.tobytes())
+    store.write("deep/part-1.npy", second.tobytes())
+    store.write("notes.txt", b"no tokens")
     try:
         expected = documents_of(second) + documents_of(first)
-        assert joined(read("memory://corpus")) == expected
-        assert joined(read("memory://corpus/part-*.npy")) == documents_of(first)
-        assert joined(read("memory://corpus/part-0.npy")) == documents_of(first)
-        with pytest.raises(DataError, match=r"memory://corpus/other: no such file"):
-            read("memory://corpus/other")
-        source = TokenFilesSourceConfig(paths=["memory://corpus"])
+        assert joined(read(url)) == expected
+        assert joined(read(f"{url}/part-*.npy")) == documents_of(first)
+        assert joined(read(f"{url}/part-0.npy")) == documents_of(first)
+        with pytest.raises(DataError, match=rf"{url}/other: no such file"):
+            read(f"{url}/other")
+        source = TokenFilesSourceConfig(paths=[url])
         fingerprint = plan_source(source, 0.0).fingerprint
         assert source_fingerprint(source) is None
-        store.pipe("/corpus/part-0.npy", second.tobytes() + first.tobytes()[4000:])
+        store.write("part-0.npy", second.tobytes() + first.tobytes()[4000:])
         assert plan_source(source, 0.0).fingerprint != fingerprint
     finally:
-        store.rm("/corpus", recursive=True)
+        store.remove(first="part-0.npy")
 
 
 def test_local_fingerprint_is_that_of_the_plan(tmp_path: Path) -> None:

@@ -5,18 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.s3 import BUCKET, S3Server, s3_server
+from tests.s3 import BUCKET, S3Server
 from toolkit.data.config import StoreConfig
-
-
-@pytest.fixture
-def s3(monkeypatch: pytest.MonkeyPatch) -> S3Server:
-    """A server on loopback that this process and its children talk to."""
-    server = s3_server()
-    for name, value in server.environ.items():
-        monkeypatch.setenv(name, value)
-    server.requests.clear()
-    return server
 
 
 @pytest.fixture
