@@ -324,7 +324,7 @@ def test_template_that_drops_text_is_an_error_with_a_sample() -> None:
         encode({"messages": TWO_TURNS}, template)
     message = str(caught.value)
     assert "drops text: message 0 (system)" in message
-    assert "'Be brief.' is missing in" in message
+    assert "'Be brief.' is missing" in message
     assert r"the row, targets in [[ ]]: <|im_start|>user\nHi<|im_end|>" in message
 
 

@@ -62,7 +62,7 @@ def check_nothing_dropped(messages: Sequence[Message], text: str) -> None:
             if name not in text:
                 raise DataError(
                     f"the chat template drops the tool call of message {number}; take a template "
-                    f"that knows tools, or leave such rows out: {name!r} is missing in"
+                    f"that knows tools, or leave such rows out: {name!r} is missing"
                 )
 
 
@@ -89,7 +89,7 @@ def dropped_text(number: int, message: Message) -> DataError:
     return DataError(
         f"the chat template drops text: message {number} ({message['role']}) does not occur in "
         "what it writes; change the template, or leave such messages out: "
-        f"{_shortened(message['content'].strip())!r} is missing in"
+        f"{_shortened(message['content'].strip())!r} is missing"
     )
 
 
