@@ -24,13 +24,13 @@ from toolkit.data.instances.base import DocumentPart, Rows
 from toolkit.data.instances.best_fit import Placement, RowGroup, best_fit_decreasing
 from toolkit.data.instances.identity import packed_plan
 from toolkit.data.instances.index import DocumentIndex
-from toolkit.data.instances.paging import Pages
-from toolkit.data.instances.plans import Plan, PlanHeader, create_array, ensure_plan
+from toolkit.data.instances.planned import PlannedInstances
+from toolkit.data.instances.plans import Plan, PlanHeader, create_array
 from toolkit.data.instances.rows import gather_rows
 from toolkit.data.tokens.prepared import PreparedDataset, Split
 
 
-class PackedDataset:
+class PackedDataset(PlannedInstances):
     """Each row holds whole documents, or a full row's worth of a longer one.
 
     Packing begins with the longest documents; rows are numbered so that the first ones, which
@@ -45,20 +45,8 @@ class PackedDataset:
 
     def __init__(self, prepared: PreparedDataset, split: Split, sequence_length: int) -> None:
         plan = packed_plan(prepared, split, sequence_length)
-        self.header = ensure_plan(plan, lambda folder: _make(plan, folder))
-        self.sequence_length = sequence_length
-        self.num_instances = self.header.num_instances
-        self.fingerprint = plan.fingerprint
-        self.bytes_per_token = prepared.bytes_per_token(split)
-        self.tokenizer_folder = prepared.tokenizer_folder
-        self._pad_id = prepared.manifest.eos_id or 0
-        self._index = DocumentIndex(prepared, split)
-        self._tokens = np.asarray(prepared.tokens(split))
-        self._pages = Pages(self._tokens)
-        mask = prepared.target_mask(split)
-        self._targets = None if mask is None else np.asarray(mask)
+        super().__init__(plan, lambda folder: _make(plan, folder))
         self._groups = _Groups(*(plan.array(name) for name in _Groups._fields))
-        self._starts = plan.array("starts")
         self._step = spreading_step(self.num_instances)
 
     def read(self, indices: np.ndarray) -> Rows:

@@ -7,13 +7,13 @@ import numpy as np
 from toolkit.data.instances.base import DocumentPart, Rows
 from toolkit.data.instances.identity import padded_plan
 from toolkit.data.instances.index import DocumentIndex
-from toolkit.data.instances.paging import Pages
-from toolkit.data.instances.plans import Plan, PlanHeader, create_array, ensure_plan
+from toolkit.data.instances.planned import PlannedInstances
+from toolkit.data.instances.plans import Plan, PlanHeader, create_array
 from toolkit.data.instances.rows import gather_rows
 from toolkit.data.tokens.prepared import PreparedDataset, Split
 
 
-class PaddedDataset:
+class PaddedDataset(PlannedInstances):
     """Rows in the order of documents. A document longer than `sequence_length` takes several rows
     that follow each other, without overlap: every token is in exactly one row. What a later row
     predicts knows nothing of the rows before it. Empty documents have no row.
@@ -27,19 +27,8 @@ class PaddedDataset:
 
     def __init__(self, prepared: PreparedDataset, split: Split, sequence_length: int) -> None:
         plan = padded_plan(prepared, split, sequence_length)
-        self.header = ensure_plan(plan, lambda folder: _make(plan, folder))
-        self.sequence_length = sequence_length
-        self.num_instances = self.header.num_instances
-        self.fingerprint = plan.fingerprint
-        self.bytes_per_token = prepared.bytes_per_token(split)
-        self.tokenizer_folder = prepared.tokenizer_folder
-        self._pad_id = prepared.manifest.eos_id or 0
-        self._index = DocumentIndex(prepared, split)
-        self._tokens = np.asarray(prepared.tokens(split))
-        self._pages = Pages(self._tokens)
-        mask = prepared.target_mask(split)
-        self._targets = None if mask is None else np.asarray(mask)
-        self._starts, self._lengths = plan.array("starts"), plan.array("lengths")
+        super().__init__(plan, lambda folder: _make(plan, folder))
+        self._lengths = plan.array("lengths")
 
     def read(self, indices: np.ndarray) -> Rows:
         """See `InstanceDataset`; padding has the id of the end-of-document token, or 0."""

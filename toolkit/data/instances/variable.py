@@ -15,15 +15,15 @@ import numpy as np
 from toolkit.data.instances.base import DocumentPart, Rows
 from toolkit.data.instances.identity import variable_plan
 from toolkit.data.instances.index import DocumentIndex
-from toolkit.data.instances.paging import Pages
-from toolkit.data.instances.plans import Bucket, Plan, PlanHeader, create_array, ensure_plan
+from toolkit.data.instances.planned import PlannedInstances
+from toolkit.data.instances.plans import Bucket, Plan, PlanHeader, create_array
 from toolkit.data.instances.variable_order import VariableOrder
 from toolkit.data.tokens.prepared import PreparedDataset, Split
 
 __all__ = ["VariableDataset", "VariableOrder"]
 
 
-class VariableDataset:
+class VariableDataset(PlannedInstances):
     """Instances numbered bucket by bucket, from the shortest rows to the longest.
 
     Attributes:
@@ -40,19 +40,8 @@ class VariableDataset:
         self, prepared: PreparedDataset, split: Split, sequence_length: int, *, min_length: int
     ) -> None:
         plan = variable_plan(prepared, split, sequence_length, min_length=min_length)
-        self.header = ensure_plan(plan, lambda folder: _make(plan, folder, min_length))
-        self.sequence_length = sequence_length
-        self.num_instances = self.header.num_instances
+        super().__init__(plan, lambda folder: _make(plan, folder, min_length))
         self.buckets = self.header.buckets
-        self.fingerprint = plan.fingerprint
-        self.bytes_per_token = prepared.bytes_per_token(split)
-        self.tokenizer_folder = prepared.tokenizer_folder
-        self._index = DocumentIndex(prepared, split)
-        self._tokens = np.asarray(prepared.tokens(split))
-        self._pages = Pages(self._tokens)
-        mask = prepared.target_mask(split)
-        self._targets = None if mask is None else np.asarray(mask)
-        self._starts = plan.array("starts")
         self._firsts = np.array([bucket.first for bucket in self.buckets], dtype=np.int64)
 
     def read(self, indices: np.ndarray) -> Rows:
