@@ -9,6 +9,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("DS_ACCELERATOR", "cpu") if not os.path.exists("/dev/nvidia0") else None
 
+from tests.s3 import S3Server, s3_server  # noqa: E402
 from tests.workers import WorkerPool  # noqa: E402
 
 
@@ -18,3 +19,13 @@ def workers() -> Iterator[WorkerPool]:
     pool = WorkerPool()
     yield pool
     pool.close()
+
+
+@pytest.fixture
+def s3(monkeypatch: pytest.MonkeyPatch) -> S3Server:
+    """A server on loopback that this process and its children talk to."""
+    server = s3_server()
+    for name, value in server.environ.items():
+        monkeypatch.setenv(name, value)
+    server.requests.clear()
+    return server

@@ -12,7 +12,7 @@ import pytest
 import torch
 from fsspec.implementations.memory import MemoryFileSystem
 
-from tests.s3 import BUCKET, S3Server, s3_server
+from tests.s3 import BUCKET, S3Server
 from tests.tiny import module_config, open_environment
 from tests.workers import WorkerPool
 from toolkit.checkpoint.commit import load_checkpoint, save_checkpoint
@@ -65,15 +65,6 @@ def save(root: Path, step: int, **changes: Any) -> Path:
 def empty_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(MemoryFileSystem, "store", {})
     monkeypatch.setattr(MemoryFileSystem, "pseudo_dirs", [""])
-
-
-@pytest.fixture
-def s3(monkeypatch: pytest.MonkeyPatch) -> S3Server:
-    server = s3_server()
-    for name, value in server.environ.items():
-        monkeypatch.setenv(name, value)
-    server.requests.clear()
-    return server
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import pytest
 from botocore.exceptions import ClientError, EndpointConnectionError
 from fsspec.implementations.memory import MemoryFileSystem
 
-from tests.s3 import BUCKET, S3Server, s3_server, times
+from tests.s3 import BUCKET, S3Server, times
 from tests.workers import WorkerPool
 from toolkit.errors import ConfigError, StorageError
 from toolkit.storage import remote
@@ -22,15 +22,6 @@ from toolkit.storage.remote_file import RemoteFile
 from toolkit.storage.transient import is_transient
 
 MIB = 1 << 20
-
-
-@pytest.fixture
-def s3(monkeypatch: pytest.MonkeyPatch) -> S3Server:
-    server = s3_server()
-    for name, value in server.environ.items():
-        monkeypatch.setenv(name, value)
-    server.requests.clear()
-    return server
 
 
 @pytest.fixture
