@@ -7,6 +7,7 @@ import os
 
 from toolkit.data.config import BPETokenizerConfig, ByteTokenizerConfig, TokenizerConfig
 from toolkit.data.corpus_info import CorpusInfo
+from toolkit.data.tokens.prepared import require_ids
 from toolkit.distributed.cpu import asked_threads
 from toolkit.errors import ConfigError, DataError
 from toolkit.experiment.config import ExperimentConfig
@@ -53,12 +54,8 @@ def check_corpus(config: ExperimentConfig, corpus: CorpusInfo) -> None:
                 f"trainer.{name}: {corpus.where} does not say how long an epoch is; use steps or "
                 "tokens, or give the class __len__"
             )
-    needed, has = corpus.vocab_size, config.model.vocab_size
-    if needed is not None and has < needed:
-        raise ConfigError(
-            f"model.vocab_size is {has}, but the tokenizer of {corpus.where} has {needed} ids; set "
-            f"model.vocab_size to at least {needed}"
-        )
+    if corpus.vocab_size is not None:
+        require_ids(corpus.where, corpus.vocab_size, config.model.vocab_size)
     if corpus.steps_per_epoch(config.data) == 0:
         batch, rows = config.data_loader.global_batch_size, corpus.rows or []
         have = ", ".join(f"{number:,} instances of {length} tokens" for length, number in rows)

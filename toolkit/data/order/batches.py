@@ -188,19 +188,7 @@ class StreamBatches:
 
     def _starts(self, first_batch: int, count: int) -> np.ndarray:
         """Stream positions of the first instance of each batch."""
-        segment = self._segment(first_batch)
-        size, total = segment.batch_instances, self.stream.epoch_instances
-        numbers = np.arange(first_batch, first_batch + count) - segment.first_batch
-        if not self.stream.keeps_epochs_apart:
-            return segment.position + numbers * size
-        epoch, whole = self._first_epoch(segment)
-        later = numbers - whole
-        epochs, places = np.divmod(later, max(1, total // size))
-        return np.where(
-            later < 0,
-            segment.position + numbers * size,
-            (epoch + 1 + epochs) * total + places * size,
-        )
+        return np.array([self.position(n) for n in range(first_batch, first_batch + count)])
 
 
 def first_segment(batch_instances: int) -> Segment:

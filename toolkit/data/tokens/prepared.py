@@ -240,10 +240,15 @@ def read_manifest(folder: Path) -> Manifest | None:
 
 def check_vocabulary(prepared: PreparedDataset, model_vocab_size: int) -> None:
     """Raise ConfigError when the model has fewer token ids than the data set's tokenizer."""
-    if model_vocab_size < prepared.vocab_size:
+    require_ids(str(prepared.folder), prepared.vocab_size, model_vocab_size)
+
+
+def require_ids(where: str, needed: int, model_vocab_size: int) -> None:
+    """Raise ConfigError when the model has fewer than the `needed` ids of the data `where`."""
+    if model_vocab_size < needed:
         raise ConfigError(
-            f"model.vocab_size is {model_vocab_size}, but the tokenizer of {prepared.folder} has "
-            f"{prepared.vocab_size} ids; set model.vocab_size to at least {prepared.vocab_size}"
+            f"model.vocab_size is {model_vocab_size}, but the tokenizer of {where} has {needed} "
+            f"ids; set model.vocab_size to at least {needed}"
         )
 
 
