@@ -23,7 +23,9 @@ _FREE_MODEL_FIELDS = frozenset(
     {"loss_chunk_size", "init_std", "init_scale_residual", "initializer_range"}
 )
 # Longer context from the same weights: a new run may change these. Shapes are checked on loading.
-_FREE_FOR_WEIGHTS = _FREE_MODEL_FIELDS | {"rope_theta", "max_sequence_length"}
+_FREE_FOR_WEIGHTS = _FREE_MODEL_FIELDS | {
+    "rope_theta", "rope_scaling", "sliding_rope_theta", "max_sequence_length"
+}  # fmt: skip
 
 
 def check_optimizer(config: ExperimentConfig) -> None:

@@ -19,10 +19,8 @@ import torch
 from torch import Tensor
 
 from toolkit.errors import CheckpointError, DataError
-from toolkit.hf.family import Family, Rule
-from toolkit.hf.gpt2 import GPT2
-from toolkit.hf.llama import LLAMA
-from toolkit.hf.olmo2 import OLMO2
+from toolkit.hf.families import FAMILIES
+from toolkit.hf.family import Family, Rule, why_not
 from toolkit.hf.safetensors_file import SafetensorsFile
 from toolkit.models.config import ModelConfig, TransformerConfig
 from toolkit.models.init import canonical_name
@@ -34,8 +32,6 @@ from toolkit.storage.atomic import (
     temporary_path,
     write_json_atomic,
 )
-
-FAMILIES: tuple[Family, ...] = (GPT2, LLAMA, OLMO2)
 
 _PADDED = ("embeddings.tokens.weight", "head.weight")
 _TOKENIZER_FILES = (
@@ -96,7 +92,8 @@ def export_hf(
         special_tokens = {"bos_token_id": bos_id, "eos_token_id": eos_id, "pad_token_id": None}
         settings: dict[str, Any] = {
             "architectures": [family.architecture],
-            **family.config(transformer),
+            "model_type": family.model_type,
+            **family.write_config(transformer),
             **special_tokens,
             "dtype": str(dtype).removeprefix("torch."),
         }
@@ -118,7 +115,7 @@ def export_hf(
 
 
 def _family(config: TransformerConfig) -> Family | None:
-    return next((family for family in FAMILIES if family.fits(config)), None)
+    return next((family for family in FAMILIES if why_not(family, config) is None), None)
 
 
 def _special_ids(tokenizer_folder: PathLike | None) -> tuple[int | None, int | None]:
@@ -146,10 +143,10 @@ def _write_weights(
 ) -> None:
     rules = family.rules(config)
     expected = {name: p.detach() for name, p in config.build(init_device="meta").named_parameters()}
-    shapes = {
-        rule.target: rule.combine(*(_unpadded(s, expected[s], config) for s in rule.sources)).shape
-        for rule in rules
-    }
+    shapes: dict[str, torch.Size] = {}
+    for rule in rules:
+        theirs = rule.layout.to_theirs([_unpadded(s, expected[s], config) for s in rule.ours])
+        shapes |= {name: t.shape for name, t in zip(rule.theirs, theirs, strict=True)}
     shards = _plan_shards(shapes, dtype, max_shard_bytes)
     file_of = {target: name for name, targets in shards.items() for target in targets}
     if len(shards) > 1:
@@ -172,7 +169,7 @@ def _converted(
     items: Iterator[tuple[str, Tensor]],
 ) -> Iterator[tuple[str, Tensor]]:
     """`(their name, their tensor)`, each as soon as the last of its sources has come in."""
-    rule_of = {source: rule for rule in rules for source in rule.sources}
+    rule_of = {source: rule for rule in rules for source in rule.ours}
     waiting: dict[str, Tensor] = {}
     missing = set(rule_of)
     for wrapped_name, tensor in items:
@@ -187,8 +184,9 @@ def _converted(
         missing.remove(name)
         rule = rule_of[name]
         waiting[name] = _unpadded(name, tensor.detach(), config)
-        if all(source in waiting for source in rule.sources):
-            yield rule.target, rule.combine(*(waiting.pop(source) for source in rule.sources))
+        if all(source in waiting for source in rule.ours):
+            theirs = rule.layout.to_theirs([waiting.pop(source) for source in rule.ours])
+            yield from zip(rule.theirs, theirs, strict=True)
     if missing:
         raise CheckpointError(
             f"{sorted(missing)[0]}: missing from the weights to export "

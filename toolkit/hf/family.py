@@ -1,53 +1,57 @@
-"""How one `transformers` architecture relates to our parts: a table, one file per family."""
+"""How one architecture of `transformers` relates to our parts: a table, one file per family.
+
+A family is used in both directions. Whether it can hold a model of ours is not written down apart:
+it can if the config.json that it makes of the model's config is read back as the same model.
+"""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import torch
-from torch import Tensor
-
+from toolkit.errors import CheckpointError
+from toolkit.hf.layouts import SAME, Layout
+from toolkit.hf.meaning import difference
+from toolkit.hf.settings import Settings
 from toolkit.models.config import TransformerConfig
 
 
 class Rule(NamedTuple):
-    """One tensor of the family's state dict, made of one or more of ours."""
+    """Some tensors of ours and the tensors of the family's state dict that hold the same."""
 
-    target: str
-    """Name in `transformers`."""
-    sources: tuple[str, ...]
-    """Our parameter names, in the order that `combine` takes them."""
-    combine: Callable[..., Tensor]
-    """Our tensors to theirs."""
+    ours: tuple[str, ...]
+    theirs: tuple[str, ...]
+    layout: Layout = SAME
 
 
 class Family(NamedTuple):
     """One architecture of `transformers`."""
 
+    model_type: str
+    """As in config.json."""
     architecture: str
     """Class name, as in `architectures` of config.json."""
-    fits: Callable[[TransformerConfig], bool]
-    """Whether the class can compute this combination of parts."""
-    config: Callable[[TransformerConfig], dict[str, Any]]
-    """Architecture fields of config.json."""
+    write_config: Callable[[TransformerConfig], dict[str, Any]]
+    """Architecture fields of config.json, every one that `read_config` takes. What the class cannot
+    express is simply not in it."""
+    read_config: Callable[[Settings], dict[str, Any]]
+    """Fields of `TransformerConfig` from those of config.json; raises CheckpointError by name for
+    what our parts do not cover."""
     rules: Callable[[TransformerConfig], list[Rule]]
-    """All tensors of the state dict, in the model's order; a tied head is left out."""
+    """All tensors of the state dict in the model's order; a tied head is left out."""
+    base_prefix: str = "model."
+    """Checkpoints of the bare model lack it (`openai-community/gpt2`)."""
+    buffers: tuple[str, ...] = ()
+    """Regular expressions over names of tensors that some files hold and the config implies."""
 
 
-def same(tensor: Tensor) -> Tensor:
-    """Stored alike."""
-    return tensor
+def rules_of(ours: str, theirs: str, kinds: tuple[str, ...], layout: Layout = SAME) -> list[Rule]:
+    """A rule for each of `kinds` ("weight", "bias") of a module."""
+    return [Rule((f"{ours}.{kind}",), (f"{theirs}.{kind}",), layout) for kind in kinds]
 
 
-def transposed(tensor: Tensor) -> Tensor:
-    """For GPT-2's Conv1D, which keeps `(in, out)`."""
-    return tensor.t().contiguous()
-
-
-def joined_transposed(*tensors: Tensor) -> Tensor:
-    """Several projections of one input as one Conv1D: `(in, out_1 + out_2 + ...)`."""
-    return torch.cat(tensors, dim=0).t().contiguous()
-
-
-def joined(*tensors: Tensor) -> Tensor:
-    """The biases of joined projections."""
-    return torch.cat(tensors, dim=0)
+def why_not(family: Family, config: TransformerConfig) -> str | None:
+    """What of `config` the family cannot express, in a few words; None: it fits."""
+    try:
+        back = TransformerConfig(**family.read_config(Settings(family.write_config(config))))
+    except (CheckpointError, ValueError) as error:
+        return str(error)
+    return difference(config, back)

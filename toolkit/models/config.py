@@ -1,13 +1,18 @@
-"""Configs of models, with exact parameter and FLOP counts."""
+"""Configs of models."""
 
 from typing import TYPE_CHECKING, Literal
 
 from toolkit.config import Config
 from toolkit.config.base import check_positive
+from toolkit.models import counts
+from toolkit.models.gpt_config import GPTConfig
+from toolkit.models.moe_config import MoEConfig
+from toolkit.models.rope_config import RopeScalingConfig
 
 if TYPE_CHECKING:
-    from toolkit.models.gpt import GPTModel
     from toolkit.models.transformer import Transformer
+
+AttentionKind = Literal["full", "sliding"]
 
 
 class TransformerConfig(Config, frozen=True, kw_only=True, tag_field="type", tag="transformer"):
@@ -35,18 +40,52 @@ class TransformerConfig(Config, frozen=True, kw_only=True, tag_field="type", tag
     """Kind of normalisation."""
     norm_eps: float = 1e-5
     """Added to the variance."""
-    norm_placement: Literal["pre", "reordered"] = "pre"
-    """`pre`: before attention and feed-forward; `reordered`: on their outputs (OLMo 2)."""
+    norm_weight_offset: float = 0.0
+    """RMS norms multiply by this + weight, in fp32; 1 in Gemma, whose weights start at zero."""
+    norm_placement: Literal["pre", "reordered", "sandwich"] = "pre"
+    """`pre`: before attention and feed-forward; `reordered`: on their outputs (OLMo 2); `sandwich`:
+    both (Gemma 2)."""
+    parallel_residual: bool = False
+    """Attention and feed-forward read the same residual stream and add to it together (GPT-J,
+    GPT-NeoX), instead of one after the other. With `norm_placement: pre`."""
     qk_norm: Literal["none", "full", "per_head"] = "none"
     """Normalise queries and keys: over all heads at once (OLMo 2) or each head (Qwen 3)."""
     positions: Literal["rope", "learned"] = "rope"
     """Rotary (Su et al. 2021) or learned absolute positions."""
     rope_theta: float = 10_000.0
     """Base of the rotary frequencies."""
-    feed_forward: Literal["swiglu", "gelu"] = "swiglu"
-    """SwiGLU (Shazeer 2020), or two layers with GELU (tanh approximation, GPT-2)."""
+    rope_scaling: RopeScalingConfig | None = None
+    """How rotary positions are stretched; null: not."""
+    rotary_fraction: float = 1.0
+    """Share of each head's channels that is rotated, the first ones (GPT-NeoX, Phi)."""
+    sliding_rope_theta: float | None = None
+    """Base of the rotary frequencies of sliding layers, which then have no `rope_scaling` (Gemma 3,
+    OLMo 3); null: they are like the others."""
+    sliding_window: int | None = None
+    """Keys that a query of a sliding layer sees: itself and those right before it; null: all."""
+    attention_pattern: tuple[AttentionKind, ...] = ("sliding",)
+    """Kind of attention layer by layer, repeated to the last. Counts with `sliding_window`."""
+    attention_scale: float | None = None
+    """Multiplies query-key products; default: 1 / sqrt(head_dim)."""
+    attention_soft_cap: float | None = None
+    """Scores become cap * tanh(score / cap) (Gemma 2); null: no cap."""
+    logit_soft_cap: float | None = None
+    """The same for the logits."""
+    embedding_scale: float = 1.0
+    """Multiplies token embeddings (Gemma: sqrt(d_model)), rounded to the compute type first."""
+    feed_forward: Literal["swiglu", "geglu", "gelu", "gelu_exact"] = "swiglu"
+    """SwiGLU or GEGLU (Shazeer 2020), or two layers with GELU: `gelu` and `geglu` by the tanh
+    approximation (GPT-2, Gemma), `gelu_exact` by the error function (GPT-NeoX)."""
+    moe: MoEConfig | None = None
+    """Experts in the place of feed-forwards; null: none."""
     bias: bool = False
     """Biases in linear layers and layer norms."""
+    qkv_bias: bool | None = None
+    """Biases of the query, key and value projections; default: `bias`."""
+    attention_output_bias: bool | None = None
+    """Bias of attention's output projection; default: `bias`."""
+    feed_forward_bias: bool | None = None
+    """Biases in feed-forwards; default: `bias`. Experts have none."""
     tie_embeddings: bool = False
     """Share the embedding with the output head."""
     init_std: float = 0.02
@@ -62,7 +101,9 @@ class TransformerConfig(Config, frozen=True, kw_only=True, tag_field="type", tag
         check_positive(
             self, "vocab_size", "vocab_multiple", "d_model", "num_layers", "num_heads",
             "num_key_value_heads", "head_dim", "intermediate_size", "max_sequence_length",
-            "norm_eps", "rope_theta", "init_std", "loss_chunk_size",
+            "norm_eps", "rope_theta", "sliding_rope_theta", "rotary_fraction", "sliding_window",
+            "attention_scale", "attention_soft_cap", "logit_soft_cap", "embedding_scale",
+            "init_std", "loss_chunk_size",
         )  # fmt: skip
         if self.head_dim is None and self.d_model % self.num_heads:
             raise ValueError(
@@ -74,8 +115,17 @@ class TransformerConfig(Config, frozen=True, kw_only=True, tag_field="type", tag
                 f"num_heads {self.num_heads} is not divisible by "
                 f"num_key_value_heads {self.kv_heads}"
             )
-        if self.positions == "rope" and self.attention_head_dim % 2:
-            raise ValueError(f"rope needs an even head_dim, not {self.attention_head_dim}")
+        if self.rotary_fraction > 1:
+            raise ValueError(f"rotary_fraction {self.rotary_fraction} must be at most 1")
+        if self.positions == "rope" and self.rotary_dim % 2:
+            part = f" of it rotated ({self.rotary_fraction})" if self.rotary_fraction < 1 else ""
+            raise ValueError(f"rope needs an even head_dim, not {self.rotary_dim}{part}")
+        if not self.attention_pattern:
+            raise ValueError("attention_pattern: empty; name at least one kind, full or sliding")
+        if self.parallel_residual and self.norm_placement != "pre":
+            raise ValueError("parallel_residual goes with norm_placement pre only")
+        if self.moe is not None:
+            self._check_experts(self.moe)
 
     @property
     def kv_heads(self) -> int:
@@ -93,23 +143,56 @@ class TransformerConfig(Config, frozen=True, kw_only=True, tag_field="type", tag
         return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
 
     @property
+    def rotary_dim(self) -> int:
+        """Channels of a head that are rotated."""
+        return int(self.attention_head_dim * self.rotary_fraction)
+
+    @property
+    def has_qkv_bias(self) -> bool:
+        """`qkv_bias` with the default filled in."""
+        return self.bias if self.qkv_bias is None else self.qkv_bias
+
+    @property
+    def has_attention_output_bias(self) -> bool:
+        """`attention_output_bias` with the default filled in."""
+        return self.bias if self.attention_output_bias is None else self.attention_output_bias
+
+    @property
+    def has_feed_forward_bias(self) -> bool:
+        """`feed_forward_bias` with the default filled in."""
+        return self.bias if self.feed_forward_bias is None else self.feed_forward_bias
+
+    @property
+    def num_feed_forward_matrices(self) -> int:
+        """Three where one input projection gates the other, else two."""
+        return 3 if self.feed_forward in ("swiglu", "geglu") else 2
+
+    @property
+    def moe_layers(self) -> tuple[int, ...]:
+        """Layers that have experts."""
+        if self.moe is None:
+            return ()
+        return tuple(n for n in range(self.num_layers) if n not in self.moe.dense_layers)
+
+    def window_of(self, layer: int) -> int | None:
+        """Keys that a query of this layer sees; None: all before it."""
+        kind = self.attention_pattern[layer % len(self.attention_pattern)]
+        return self.sliding_window if kind == "sliding" else None
+
+    @property
     def num_parameters(self) -> int:
         """Exact number of parameters of the built model, padding rows included."""
-        head = 0 if self.tie_embeddings else self.padded_vocab_size * self.d_model
-        return (
-            self.num_embedding_parameters
-            + self.num_layers * self._block_parameters
-            + self._norm_parameters(self.d_model)
-            + head
-        )
+        return counts.num_parameters(self)
+
+    @property
+    def num_active_parameters(self) -> int:
+        """Of these, the ones that one token uses: fewer than all where there are experts."""
+        return counts.num_active_parameters(self)
 
     @property
     def num_embedding_parameters(self) -> int:
         """Parameters of the lookup tables: token ids (padding rows included) and positions."""
-        rows = self.padded_vocab_size
-        if self.positions == "learned":
-            rows += self.max_sequence_length
-        return rows * self.d_model
+        return counts.num_embedding_parameters(self)
 
     @property
     def num_non_embedding_parameters(self) -> int:
@@ -117,19 +200,8 @@ class TransformerConfig(Config, frozen=True, kw_only=True, tag_field="type", tag
         return self.num_parameters - self.num_embedding_parameters
 
     def flops_per_token(self, sequence_length: int) -> int:
-        """Model FLOPs to train one token (forward and backward) in a sequence of that length.
-
-        6 * (weights of the blocks' matrices + vocab_size * d_model of the output head, tied or not)
-        + 6 * num_layers * num_heads * head_dim * (sequence_length + 1).
-
-        The second term is causal attention: a token attends to (sequence_length + 1) / 2 keys on
-        average; QK^T and PV are 2 FLOPs each per key and channel, and backward costs twice
-        forward. Lookup of embeddings, norms, biases and padding ids are not counted, nor is
-        anything that activation checkpointing computes twice.
-        """
-        matrices = self.num_layers * self._block_matrix_parameters + self.vocab_size * self.d_model
-        width = self.num_heads * self.attention_head_dim
-        return 6 * matrices + 6 * self.num_layers * width * (sequence_length + 1)
+        """Model FLOPs to train one token; see `counts.flops_per_token`."""
+        return counts.flops_per_token(self, sequence_length)
 
     def to_transformer(self) -> "TransformerConfig":
         """This config itself; other model configs translate themselves into one of these."""
@@ -145,138 +217,14 @@ class TransformerConfig(Config, frozen=True, kw_only=True, tag_field="type", tag
 
         return Transformer(self, init_device=init_device, seed=seed)
 
-    @property
-    def _block_matrix_parameters(self) -> int:
-        query = self.num_heads * self.attention_head_dim
-        key_value = self.kv_heads * self.attention_head_dim
-        feed_forward_matrices = 3 if self.feed_forward == "swiglu" else 2
-        return (
-            2 * self.d_model * (query + key_value)
-            + feed_forward_matrices * self.d_model * self.intermediate_size
-        )
-
-    @property
-    def _block_parameters(self) -> int:
-        query = self.num_heads * self.attention_head_dim
-        key_value = self.kv_heads * self.attention_head_dim
-        total = self._block_matrix_parameters + 2 * self._norm_parameters(self.d_model)
-        if self.qk_norm == "full":
-            total += self._norm_parameters(query) + self._norm_parameters(key_value)
-        elif self.qk_norm == "per_head":
-            total += 2 * self._norm_parameters(self.attention_head_dim)
-        if self.bias:
-            feed_forward_inputs = 2 if self.feed_forward == "swiglu" else 1
-            total += query + 2 * key_value + self.d_model
-            total += feed_forward_inputs * self.intermediate_size + self.d_model
-        return total
-
-    def _norm_parameters(self, width: int) -> int:
-        return 2 * width if self.norm == "layer_norm" and self.bias else width
-
-
-class GPTConfig(Config, frozen=True, kw_only=True, tag_field="type", tag="gpt"):
-    """The GPT-2 family in its own vocabulary (field names of `transformers.GPT2Config`)."""
-
-    vocab_size: int = 50_257
-    """Number of token ids; must cover the tokenizer's."""
-    vocab_multiple: int = 64
-    """Embedding rows are padded to a multiple of this; padding ids are never predicted."""
-    n_positions: int = 1024
-    """Longest sequence: rows of the table of learned positions."""
-    n_embd: int = 768
-    """Width of the residual stream."""
-    n_layer: int = 12
-    """Number of blocks."""
-    n_head: int = 12
-    """Attention heads."""
-    n_inner: int | None = None
-    """Hidden width of the feed-forward; default: 4 * n_embd."""
-    layer_norm_epsilon: float = 1e-5
-    """Added to the variance."""
-    bias: bool = True
-    """Biases in linear layers and layer norms (GPT-2 has them)."""
-    tie_word_embeddings: bool = True
-    """Share the embedding with the output head (GPT-2 does)."""
-    initializer_range: float = 0.02
-    """Standard deviation of initial weights (normal, cut at 3 std); projections into the residual
-    stream get this / sqrt(2 * n_layer)."""
-    loss_chunk_size: int = 1024
-    """Most token rows per piece of the output head and loss (at most 256 on a CPU); bounds the
-    memory of logits."""
-
-    def __post_init__(self) -> None:
-        check_positive(
-            self, "vocab_size", "vocab_multiple", "n_positions", "n_embd", "n_layer", "n_head",
-            "n_inner", "layer_norm_epsilon", "initializer_range", "loss_chunk_size",
-        )  # fmt: skip
-        if self.n_embd % self.n_head:
-            raise ValueError(f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}")
-
-    def to_transformer(self) -> TransformerConfig:
-        """The same model in the general vocabulary."""
-        return TransformerConfig(
-            vocab_size=self.vocab_size,
-            vocab_multiple=self.vocab_multiple,
-            d_model=self.n_embd,
-            num_layers=self.n_layer,
-            num_heads=self.n_head,
-            intermediate_size=self.n_inner or 4 * self.n_embd,
-            max_sequence_length=self.n_positions,
-            norm="layer_norm",
-            norm_eps=self.layer_norm_epsilon,
-            positions="learned",
-            feed_forward="gelu",
-            bias=self.bias,
-            tie_embeddings=self.tie_word_embeddings,
-            init_std=self.initializer_range,
-            init_scale_residual=True,
-            loss_chunk_size=self.loss_chunk_size,
-        )
-
-    @property
-    def d_model(self) -> int:
-        """Width of the residual stream."""
-        return self.n_embd
-
-    @property
-    def num_layers(self) -> int:
-        """Number of blocks."""
-        return self.n_layer
-
-    @property
-    def max_sequence_length(self) -> int:
-        """Longest sequence."""
-        return self.n_positions
-
-    @property
-    def padded_vocab_size(self) -> int:
-        """Rows of the embedding."""
-        return self.to_transformer().padded_vocab_size
-
-    @property
-    def num_parameters(self) -> int:
-        """Exact number of parameters of the built model, padding rows included."""
-        return self.to_transformer().num_parameters
-
-    @property
-    def num_embedding_parameters(self) -> int:
-        """Parameters of the lookup tables: token ids (padding rows included) and positions."""
-        return self.to_transformer().num_embedding_parameters
-
-    @property
-    def num_non_embedding_parameters(self) -> int:
-        """`num_parameters` without the lookup tables."""
-        return self.to_transformer().num_non_embedding_parameters
-
-    def flops_per_token(self, sequence_length: int) -> int:
-        """See `TransformerConfig.flops_per_token`."""
-        return self.to_transformer().flops_per_token(sequence_length)
-
-    def build(self, *, init_device: str = "cpu", seed: int = 0) -> "GPTModel":
-        """The model on `init_device`; see `TransformerConfig.build`."""
-        from toolkit.models.gpt import GPTModel
-
-        return GPTModel(self, init_device=init_device, seed=seed)
+    def _check_experts(self, moe: MoEConfig) -> None:
+        if self.feed_forward not in ("swiglu", "geglu"):
+            raise ValueError(f"moe: experts are gated; feed_forward {self.feed_forward} is not")
+        wrong = [layer for layer in moe.dense_layers if not 0 <= layer < self.num_layers]
+        if wrong:
+            raise ValueError(
+                f"moe.dense_layers: there is no layer {wrong[0]}; num_layers is {self.num_layers}"
+            )
 
 
 ModelConfig = TransformerConfig | GPTConfig

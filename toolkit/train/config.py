@@ -8,6 +8,7 @@ from toolkit.config import Config
 from toolkit.config.base import check_not_negative, check_positive
 from toolkit.config.seconds import in_seconds
 from toolkit.distributed.config import ActivationCheckpointingConfig, DataParallelConfig
+from toolkit.models.lora_config import LoRAConfig
 from toolkit.optim.config import AdamWConfig, CosineConfig, OptimConfig, SchedulerConfig
 
 if TYPE_CHECKING:
@@ -63,6 +64,12 @@ class TransformerTrainModuleConfig(Config, kw_only=True):
     """Activation checkpointing; null: off."""
     compile_model: bool = False
     """torch.compile each transformer block and the loss."""
+    freeze: tuple[str, ...] = ()
+    """Shell-style patterns over parameter names: these keep their values. A pattern that matches
+    nothing is an error."""
+    lora: LoRAConfig | None = None
+    """Train low-rank adapters on a model from `trainer.load_path`, whose own weights keep their
+    values; null: train the weights."""
     max_consecutive_skipped_steps: int = 10
     """Stop after this many steps in a row with a non-finite loss or gradient."""
 

@@ -1,0 +1,116 @@
+"""LlamaForCausalLM (Llama 2 and 3, SmolLM), and what its descendants share with it."""
+
+from typing import Any
+
+from toolkit.hf.families.rope import read_rope, write_rope
+from toolkit.hf.family import Family, Rule, rules_of
+from toolkit.hf.settings import Settings
+from toolkit.models.config import TransformerConfig
+
+ATTENTION = {
+    "self_attn.q_proj": "attention.query",
+    "self_attn.k_proj": "attention.key",
+    "self_attn.v_proj": "attention.value",
+}
+ATTENTION_OUTPUT = {"self_attn.o_proj": "attention.output"}
+FEED_FORWARD = {
+    "mlp.gate_proj": "feed_forward.gate",
+    "mlp.up_proj": "feed_forward.up",
+    "mlp.down_proj": "feed_forward.down",
+}
+PRE_NORMS = {"input_layernorm": "attention_norm", "post_attention_layernorm": "feed_forward_norm"}
+
+
+def write_shared(config: TransformerConfig) -> dict[str, Any]:
+    """Fields of config.json that Llama and its descendants have in common, but for rope's."""
+    return {
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.d_model,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.kv_heads,
+        "hidden_act": "silu",
+        "max_position_embeddings": config.max_sequence_length,
+        "rms_norm_eps": config.norm_eps,
+        "initializer_range": config.init_std,
+        "tie_word_embeddings": config.tie_embeddings,
+    }
+
+
+def read_shared(settings: Settings) -> dict[str, Any]:
+    """Our fields for what `write_shared` writes; RMS norms, rotary positions and SwiGLU."""
+    settings.require("hidden_act", "silu")
+    settings.without_effect("attention_dropout")
+    return {
+        "vocab_size": settings.take("vocab_size"),
+        "d_model": settings.take("hidden_size"),
+        "intermediate_size": settings.take("intermediate_size"),
+        "num_layers": settings.take("num_hidden_layers"),
+        "num_heads": settings.take("num_attention_heads"),
+        "num_key_value_heads": settings.take("num_key_value_heads"),
+        "max_sequence_length": settings.take("max_position_embeddings"),
+        "norm": "rms_norm",
+        "norm_eps": settings.take("rms_norm_eps"),
+        "positions": "rope",
+        "feed_forward": "swiglu",
+        "init_std": settings.take("initializer_range"),
+        "tie_embeddings": settings.take("tie_word_embeddings"),
+    }
+
+
+def decoder_rules(config: TransformerConfig, block_norms: dict[str, str]) -> list[Rule]:
+    """Rules of a Llama-shaped state dict whose blocks hold the norms `theirs -> ours`."""
+    parts = (
+        (ATTENTION, config.has_qkv_bias),
+        (ATTENTION_OUTPUT, config.has_attention_output_bias),
+        (FEED_FORWARD, config.has_feed_forward_bias),
+    )
+    rules = [Rule(("embeddings.tokens.weight",), ("model.embed_tokens.weight",))]
+    for layer in range(config.num_layers):
+        ours, theirs = f"blocks.{layer}", f"model.layers.{layer}"
+        for names, has_bias in parts:
+            kinds = ("weight", "bias") if has_bias else ("weight",)
+            for name, part in names.items():
+                rules += rules_of(f"{ours}.{part}", f"{theirs}.{name}", kinds)
+        for name, norm in block_norms.items():
+            rules += rules_of(f"{ours}.{norm}", f"{theirs}.{name}", ("weight",))
+    rules += rules_of("head.norm", "model.norm", ("weight",))
+    if not config.tie_embeddings:
+        rules.append(Rule(("head.weight",), ("lm_head.weight",)))
+    return rules
+
+
+def _write_config(config: TransformerConfig) -> dict[str, Any]:
+    return {
+        **write_shared(config),
+        "head_dim": config.attention_head_dim,
+        "attention_bias": config.has_qkv_bias,
+        "mlp_bias": config.has_feed_forward_bias,
+        "rope_parameters": write_rope(config),
+        # Read by transformers < 5.
+        "rope_theta": config.rope_theta,
+    }
+
+
+def _read_config(settings: Settings) -> dict[str, Any]:
+    settings.without_effect("pretraining_tp")
+    bias = settings.take("attention_bias")
+    return {
+        **read_shared(settings),
+        **read_rope(settings.take("rope_parameters"), settings),
+        "head_dim": settings.take("head_dim"),
+        "qkv_bias": bias,
+        "attention_output_bias": bias,
+        "feed_forward_bias": settings.take("mlp_bias"),
+    }
+
+
+LLAMA = Family(
+    model_type="llama",
+    architecture="LlamaForCausalLM",
+    write_config=_write_config,
+    read_config=_read_config,
+    rules=lambda config: decoder_rules(config, PRE_NORMS),
+    buffers=(r".*\.rotary_emb\.inv_freq",),
+)
