@@ -84,7 +84,7 @@ def test_other_ranks_keep_quiet_and_end_with_the_same_code(
 def test_an_error_of_another_rank_alone_is_shown_with_its_rank(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         error = CheckpointError("rank8.pt: damaged")
         error.only_here = True
         raise error
@@ -110,7 +110,7 @@ def test_each_error_has_its_exit_code(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise error
 
     monkeypatch.setattr("toolkit.experiment.load.load_experiment", fail)
@@ -119,7 +119,7 @@ def test_each_error_has_its_exit_code(
 
 
 def test_other_exceptions_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise ZeroDivisionError
 
     monkeypatch.setattr("toolkit.experiment.load.load_experiment", fail)

@@ -1,29 +1,53 @@
 """Every recipe is complete, consistent, and means what it says."""
 
+import json
 from pathlib import Path
 
 import msgspec
 import pytest
 
+from toolkit.data.config import HFTokenizerConfig
 from toolkit.errors import ConfigError
 from toolkit.experiment.checks import check_experiment
 from toolkit.experiment.config import ExperimentConfig
-from toolkit.experiment.load import load_experiment
+from toolkit.experiment.load import describe_recipes, load_experiment
 from toolkit.experiment.recipes import copy_recipe, recipe_names, recipe_text
 from toolkit.models.presets import PRESETS
 
 EXPECTED = {
     "smoke", "quickstart", "gpt2_124M", "llama_271M", "olmo2_190M", "olmo2_1B", "llama3_8B",
 }  # fmt: skip
+FROM_A_MODEL = {"finetune", "finetune_lora", "sft_chat", "continue_pretraining"}
+"""Need `--base`."""
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A converted model's folder, as far as configs look at it."""
+    folder = tmp_path_factory.mktemp("models") / "small"
+    folder.mkdir()
+    config = {
+        "model": PRESETS["quickstart"],
+        "dataset": {"tokenizer": {"type": "hf", "path": str(folder / "tokenizer")}},
+        "trainer": {
+            "load_path": str(folder), "load_weights_only": True, "load_strategy": "always",
+        },
+    }  # fmt: skip
+    (folder / "finetune.json").write_text(json.dumps(config))
+    return str(folder)
+
+
+def load(name: str, base: str) -> ExperimentConfig:
+    return load_experiment(name, base=base if name in FROM_A_MODEL else None).config
 
 
 def test_all_recipes_are_packaged() -> None:
-    assert set(recipe_names()) == EXPECTED
+    assert set(recipe_names()) == EXPECTED | FROM_A_MODEL
 
 
-@pytest.mark.parametrize("name", sorted(EXPECTED))
-def test_recipe_fits_one_and_two_ranks_and_round_trips(name: str) -> None:
-    config = load_experiment(name).config
+@pytest.mark.parametrize("name", sorted(EXPECTED | FROM_A_MODEL))
+def test_recipe_fits_one_and_two_ranks_and_round_trips(name: str, base: str) -> None:
+    config = load(name, base)
     for world_size in (1, 2):
         check_experiment(config, world_size)
     assert msgspec.json.decode(config.to_json(), type=ExperimentConfig) == config
@@ -31,11 +55,11 @@ def test_recipe_fits_one_and_two_ranks_and_round_trips(name: str) -> None:
     assert config.run.experiment == name
 
 
-@pytest.mark.parametrize("name", sorted(EXPECTED))
-def test_weight_decay_patterns_match_parameters(name: str) -> None:
+@pytest.mark.parametrize("name", sorted(EXPECTED | FROM_A_MODEL))
+def test_weight_decay_patterns_match_parameters(name: str, base: str) -> None:
     from toolkit.optim.groups import parameter_groups
 
-    config = load_experiment(name).config
+    config = load(name, base)
     model = config.model.build(init_device="meta")
     parameters = dict(model.named_parameters())
     overrides = config.train_module.optim.group_overrides
@@ -47,6 +71,55 @@ def test_weight_decay_patterns_match_parameters(name: str) -> None:
 def test_quickstart_spells_out_its_preset() -> None:
     model = load_experiment("quickstart").config.model.to_dict()
     assert {name: model[name] for name in PRESETS["quickstart"]} == PRESETS["quickstart"]
+
+
+def test_a_base_gives_model_tokenizer_and_weights(base: str) -> None:
+    loaded = load_experiment("finetune", base=base)
+    config, origin = loaded.config, f"--base={base}"
+    assert config.model.num_layers == PRESETS["quickstart"]["num_layers"]
+    assert config.dataset.tokenizer == HFTokenizerConfig(path=f"{base}/tokenizer")
+    assert config.trainer.load_path == base
+    assert config.trainer.load_weights_only
+    assert config.trainer.load_strategy == "always"
+    # The recipe's 2,048 tokens are more than this model takes.
+    assert config.dataset.sequence_length == 1024
+    assert config.dataset.dataset_config == "small"
+    assert loaded.origins["trainer.load_path"] == origin
+    assert loaded.origins["dataset.sequence_length"] == origin
+    assert loaded.origins["train_module.optim.lr"] == "recipe finetune"
+
+
+def test_flags_come_after_a_base(base: str) -> None:
+    config = load_experiment("finetune", ["--model.num_layers=2"], base=base).config
+    assert (config.model.num_layers, config.trainer.load_path) == (2, base)
+
+
+def test_a_base_replaces_the_model_of_a_recipe(base: str) -> None:
+    config = load_experiment("gpt2_124M", base=base).config
+    assert config.model.to_dict()["type"] == "transformer"
+    assert config.dataset.tokenizer == HFTokenizerConfig(path=f"{base}/tokenizer")
+
+
+def test_a_recipe_without_a_model_asks_for_a_base() -> None:
+    with pytest.raises(ConfigError, match=r"^finetune: starts from a model of yours; give --base"):
+        load_experiment("finetune")
+
+
+def test_a_folder_that_is_no_model_is_no_base(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"holds neither finetune\.json nor a run; make it with"):
+        load_experiment("finetune", base=str(tmp_path))
+
+
+def test_recipes_are_listed_by_size_and_those_without_a_model_last() -> None:
+    listed = describe_recipes()
+    assert listed[0].name == "smoke"
+    assert [recipe.name for recipe in listed[-4:]] == sorted(FROM_A_MODEL)
+    assert {recipe.name: recipe.needs for recipe in listed[-4:]} == {
+        "continue_pretraining": ["--base", "download"],
+        "finetune": ["--base"],
+        "finetune_lora": ["--base", "download"],
+        "sft_chat": ["--base", "download"],
+    }
 
 
 def test_a_copy_never_overwrites(tmp_path: Path) -> None:

@@ -23,6 +23,14 @@ WorkDir = Annotated[
         help="Local scratch folder for preparing data (run.work_dir).", show_default=False
     ),
 ]
+Base = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FOLDER",
+        help="Start from this model: a folder of `toolkit convert-hf`, or a run.",
+        show_default=False,
+    ),
+]
 SequenceLength = Annotated[
     int | None,
     typer.Option(help="Tokens per instance (dataset.sequence_length).", show_default=False),

@@ -2,7 +2,7 @@
 
 import typer
 
-from toolkit.cli.arguments import Config, DataRoot, Overrides, WorkDir, split_words
+from toolkit.cli.arguments import Base, Config, DataRoot, Overrides, WorkDir, split_words
 
 
 def prepare(
@@ -10,6 +10,7 @@ def prepare(
     overrides: Overrides = None,
     data_root: DataRoot = None,
     work_dir: WorkDir = None,
+    base: Base = None,
 ) -> None:
     """Turn text into token files: read, tokenize, split, write. Of a mixture, every source.
 
@@ -28,7 +29,7 @@ def prepare(
 
     source, paths = split_words(config, overrides, "CONFIG")
     shorthands = {"data_root": data_root, "work_dir": work_dir}
-    loaded = load_experiment(source, paths, shorthands).config
+    loaded = load_experiment(source, paths, shorthands, base=base).config
     corpus = prepare_corpus(loaded.data, work_dir=loaded.run.work_dir)
     for _, prepared in corpus.parts.values():
         typer.echo(

@@ -33,21 +33,19 @@ def list_recipes() -> None:
       toolkit train quickstart --dry-run
     """
     from toolkit.cli.table import print_table
-    from toolkit.experiment.load import load_experiment
-    from toolkit.experiment.recipes import recipe_names
+    from toolkit.experiment.load import describe_recipes
 
-    configs = {name: load_experiment(name).config for name in recipe_names()}
     print_table(
         ["recipe", "parameters", "sequence", "needs", "what for"],
         [
             [
-                name,
-                f"{config.model.num_parameters:,}",
-                str(config.dataset.sequence_length),
-                "download" if config.needs_download else "nothing",
-                config.description,
+                recipe.name,
+                "-" if recipe.num_parameters is None else f"{recipe.num_parameters:,}",
+                str(recipe.sequence_length),
+                " and ".join(recipe.needs) or "nothing",
+                recipe.description,
             ]
-            for name, config in sorted(configs.items(), key=lambda c: c[1].model.num_parameters)
+            for recipe in describe_recipes()
         ],
         right=["parameters", "sequence"],
     )

@@ -5,6 +5,7 @@ from typing import Annotated
 import typer
 
 from toolkit.cli.arguments import (
+    Base,
     Config,
     DataRoot,
     Overrides,
@@ -31,6 +32,7 @@ def train(
         ),
     ] = None,
     work_dir: WorkDir = None,
+    base: Base = None,
     dry_run: Annotated[
         bool,
         typer.Option("--dry-run", help="Show the resolved config and what follows; do nothing."),
@@ -50,6 +52,7 @@ def train(
     \b
     Examples:
       toolkit train quickstart --name first --trainer.hard_stop='{value: 20, unit: steps}'
+      toolkit train finetune_lora --base models/smollm --name first
       toolkit train my.json --sequence-length 512 --train_module.optim.lr=6e-3 --dry-run
       accelerate launch --config_file accelerate_configs/zero3.yaml --num_processes 2 \\
           toolkit train quickstart --save-folder runs/quickstart/zero3
@@ -69,7 +72,7 @@ def train(
     }
     if json and not dry_run:
         raise ConfigError("--json belongs to --dry-run; give both to print the resolved config")
-    loaded = load_experiment(source, paths, shorthands)
+    loaded = load_experiment(source, paths, shorthands, base=base)
     if dry_run:
         from toolkit.experiment.summary import summarize
 

@@ -3,10 +3,13 @@
 1. SOURCE is a JSON file or the name of a recipe; both hold a complete config.
 2. `{"preset": NAME, ...}` in the model section becomes that preset, under the section's other
    values. The name of a mix in `dataset.mix` becomes what the mix holds.
-3. Flags follow: the short ones (`--sequence-length`), then overrides (`--a.b.c=VALUE`) in the order
+3. `--base FOLDER` gives model, tokenizer and weights to start from (base.py); recipes for
+   fine-tuning have none of their own.
+4. Flags follow: the short ones (`--sequence-length`), then overrides (`--a.b.c=VALUE`) in the order
    given. `--model.preset=NAME` replaces the model section before the other flags apply.
 """
 
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +27,7 @@ from toolkit.data.corpus_info import data_places
 from toolkit.data.order.mix_files import inline_mixes
 from toolkit.data.tokens.prepared import MANIFEST_NAME
 from toolkit.errors import ConfigError, RunError
+from toolkit.experiment.base import longest_sequence, read_base
 from toolkit.experiment.config import ExperimentConfig
 from toolkit.experiment.recipes import recipe_hint, recipe_names, recipe_text
 from toolkit.models.presets import preset
@@ -53,11 +57,17 @@ class LoadedExperiment(NamedTuple):
 
 
 def load_experiment(
-    source: str, overrides: Sequence[str] = (), shorthands: Mapping[str, Any] | None = None
+    source: str,
+    overrides: Sequence[str] = (),
+    shorthands: Mapping[str, Any] | None = None,
+    *,
+    base: str | None = None,
 ) -> LoadedExperiment:
     """Load a recipe or JSON file and apply the command line to it.
 
-    `shorthands` maps names in `SHORTHANDS` to values; None means not given.
+    Args:
+        shorthands: names in `SHORTHANDS` to values; None means not given.
+        base: folder of a converted model or of a run, to start from.
 
     Raises:
         ConfigError: no such source, or a name or value that does not fit.
@@ -65,12 +75,54 @@ def load_experiment(
     data, origin = _read_source(source)
     layers = ConfigLayers(ExperimentConfig)
     _add(layers, data, origin)
+    if base is not None:
+        _add_base(layers, Path(base).expanduser())
     for name, value in (shorthands or {}).items():
         if value is not None:
             layers.set(SHORTHANDS[name], value, f"--{name.replace('_', '-')}={value}")
     _apply_overrides(layers, overrides)
+    if "model" not in layers.data:
+        raise ConfigError(
+            f"{source}: starts from a model of yours; give --base FOLDER, made by "
+            "`toolkit convert-hf`, or the folder of a run"
+        )
     config = layers.resolve()
     return LoadedExperiment(config, layers.origins(config), source)
+
+
+class RecipeSummary(NamedTuple):
+    """A line about one recipe."""
+
+    name: str
+    description: str
+    num_parameters: int | None
+    """None: those of the model it starts from."""
+    sequence_length: int
+    needs: list[str]
+    """What is not on every machine."""
+
+
+def describe_recipes() -> list[RecipeSummary]:
+    """All recipes: those that start from a model (`--base`) last, the others by size."""
+    found = [_describe_recipe(name) for name in recipe_names()]
+    return sorted(found, key=lambda recipe: (recipe.num_parameters or sys.maxsize, recipe.name))
+
+
+def _describe_recipe(name: str) -> RecipeSummary:
+    data, origin = _read_source(name)
+    has_model = "model" in data
+    layers = ConfigLayers(ExperimentConfig)
+    # Any model does: only what the recipe itself says is shown.
+    _add(layers, data if has_model else {**data, "model": {"preset": "quickstart"}}, origin)
+    config = layers.resolve()
+    needs = [] if has_model else ["--base"]
+    return RecipeSummary(
+        name,
+        config.description,
+        config.model.num_parameters if has_model else None,
+        config.dataset.sequence_length,
+        [*needs, "download"] if config.needs_download else needs,
+    )
 
 
 def load_run_config(run_dir: Path, overrides: Sequence[str] = ()) -> LoadedExperiment:
@@ -145,11 +197,25 @@ def _add(layers: ConfigLayers[ExperimentConfig], data: dict[str, Any], origin: s
     layers.add(data, origin)
 
 
+def _add_base(layers: ConfigLayers[ExperimentConfig], folder: Path) -> None:
+    """Take what `folder` says in the place of the model and tokenizer there are."""
+    base, origin = read_base(folder), f"--base={folder}"
+    layers.data.pop("model", None)
+    dataset = layers.data.setdefault("dataset", {})
+    if "tokenizer" in base.get("dataset", {}):
+        dataset.pop("tokenizer", None)
+    longest, wanted = longest_sequence(base["model"]), dataset.get("sequence_length")
+    if longest is not None and wanted is not None and wanted > longest:
+        base.setdefault("dataset", {})["sequence_length"] = longest
+    _add(layers, base, origin)
+
+
 def _apply_overrides(layers: ConfigLayers[ExperimentConfig], args: Sequence[str]) -> None:
+    short = [name.replace("_", "-") for name in SHORTHANDS]
     overrides = parse_override_args(
         args,
         sections=ExperimentConfig.__struct_fields__,
-        options=[*(name.replace("_", "-") for name in SHORTHANDS), "dry-run", "json", "debug"],
+        options=[*short, "base", "dry-run", "json", "debug"],
     )
     for override in overrides:
         if override.path == "model.preset":

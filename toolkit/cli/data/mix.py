@@ -4,7 +4,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from toolkit.cli.arguments import Config, DataRoot, Overrides, SequenceLength, WorkDir, split_words
+from toolkit.cli.arguments import (
+    Base,
+    Config,
+    DataRoot,
+    Overrides,
+    SequenceLength,
+    WorkDir,
+    split_words,
+)
 
 if TYPE_CHECKING:
     from toolkit.experiment.mix import MixPreview
@@ -20,6 +28,7 @@ def mix(
     data_root: DataRoot = None,
     sequence_length: SequenceLength = None,
     work_dir: WorkDir = None,
+    base: Base = None,
 ) -> None:
     """Show what a run takes of each source of its mixture: shares, tokens, documents, repetitions.
 
@@ -40,7 +49,7 @@ def mix(
     shorthands = {
         "data_root": data_root, "sequence_length": sequence_length, "work_dir": work_dir,
     }  # fmt: skip
-    loaded = load_experiment(source, paths, shorthands).config
+    loaded = load_experiment(source, paths, shorthands, base=base).config
     found = preview_mix(loaded, prepare=not preview)
     if json:
         import msgspec

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from toolkit.cli.arguments import (
+    Base,
     Config,
     DataRoot,
     Overrides,
@@ -36,6 +37,7 @@ def show(
     data_root: DataRoot = None,
     sequence_length: SequenceLength = None,
     work_dir: WorkDir = None,
+    base: Base = None,
 ) -> None:
     """Show instances as training sees them: text, documents, and what the loss counts.
 
@@ -46,6 +48,7 @@ def show(
     \b
     Examples:
       toolkit data show quickstart -n 1
+      toolkit data show sft_chat --base models/smollm
       toolkit data show chat.json -n 3 --split val --start 100
       toolkit data show mix.json --source web --dataset.instances='{type: packed}'
     """
@@ -57,7 +60,7 @@ def show(
     shorthands = {
         "data_root": data_root, "sequence_length": sequence_length, "work_dir": work_dir,
     }  # fmt: skip
-    loaded = load_experiment(word, paths, shorthands).config
+    loaded = load_experiment(word, paths, shorthands, base=base).config
     found = find_instances(loaded.data, split.value, source=source, work_dir=loaded.run.work_dir)
     console = plain_console()
     count = found.num_instances
