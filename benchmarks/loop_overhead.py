@@ -35,11 +35,11 @@ from toolkit.data.config import DataConfig, DataLoaderConfig, DatasetConfig
 from toolkit.data.loader import TrainLoader, get_dataloaders
 from toolkit.distributed.environment import single_environment
 from toolkit.models.config import TransformerConfig
+from toolkit.models.labels import shift_labels
 from toolkit.models.transformer import Transformer
 from toolkit.runs.registry import start_run
 from toolkit.train.config import Duration, TrainerConfig, TransformerTrainModuleConfig
 from toolkit.train.trainer import Trainer
-from toolkit.train.transformer import shift_labels
 
 ROWS, SEQUENCE = 4, 32
 NUM_TARGETS = ROWS * (SEQUENCE - 1)

@@ -6,8 +6,7 @@ from typing import Any, NamedTuple
 import torch
 
 from toolkit.distributed.environment import TrainingEnvironment
-
-Batch = dict[str, torch.Tensor]
+from toolkit.evaluate.sums import Batch, EvalSums
 
 
 class Progress(NamedTuple):
@@ -31,15 +30,6 @@ class Metric(NamedTuple):
     value: torch.Tensor | float
     reduction: str = "none"
     """"sum", "mean" or "max" over ranks; "none": the same on every rank."""
-
-
-class EvalSums(NamedTuple):
-    """Sums over one evaluation batch on this rank, on the device."""
-
-    loss: torch.Tensor
-    """Summed cross entropy in nats."""
-    num_targets: torch.Tensor
-    """Number of target tokens."""
 
 
 class TrainModule(ABC):

@@ -16,11 +16,12 @@ from toolkit.distributed.materialize import materialize
 from toolkit.distributed.prepare import prepare_runtime
 from toolkit.distributed.runtime import EngineRuntime
 from toolkit.errors import ConfigError
+from toolkit.evaluate.sums import Batch, EvalSums
 from toolkit.metrics.norms import layer_norms, layer_of, to_norms
+from toolkit.models.labels import shift_labels
+from toolkit.models.loss import IGNORE_INDEX
 from toolkit.train.config import TransformerTrainModuleConfig
-from toolkit.train.module import Batch, EvalSums, Metric, Progress, TrainModule
-
-IGNORE_INDEX = -100
+from toolkit.train.module import Metric, Progress, TrainModule
 
 
 class TransformerTrainModule(TrainModule):
@@ -188,28 +189,6 @@ class TransformerTrainModule(TrainModule):
         if self.runtime.shard_group is not None:
             dist.all_reduce(packed, group=self.runtime.shard_group)
         return dict(zip(order, packed.unbind(), strict=True))
-
-
-def shift_labels(
-    input_ids: torch.Tensor,
-    label_mask: torch.Tensor | None = None,
-    document_ids: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Next-token targets (batch, seq): shifted inside each document, -100 where there is none.
-
-    Args:
-        label_mask: (batch, seq), bool: which tokens of `input_ids` are targets, by position.
-        document_ids: (batch, seq): the first token of a document is nobody's target. Default: each
-            row is one document.
-    """
-    labels = torch.full_like(input_ids, IGNORE_INDEX)
-    wanted = None if label_mask is None else label_mask[:, 1:]
-    if document_ids is not None:
-        inside = document_ids[:, 1:] == document_ids[:, :-1]
-        wanted = inside if wanted is None else wanted & inside
-    following = input_ids[:, 1:]
-    labels[:, :-1] = following if wanted is None else torch.where(wanted, following, IGNORE_INDEX)
-    return labels
 
 
 def _on_device(tensor: torch.Tensor | None, device: torch.device) -> torch.Tensor | None:

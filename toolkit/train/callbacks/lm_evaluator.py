@@ -1,15 +1,13 @@
 """Loss, perplexity and bits per byte on the validation split, during training."""
 
 import logging
-import math
 import time
-from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
 import torch.distributed as dist
 
 from toolkit.data.evaluation import EvalLoader
+from toolkit.evaluate.sums import TokenSums, sum_batches, total_sums
 from toolkit.train.callbacks.base import Callback
 from toolkit.train.config import LMEvaluatorConfig
 
@@ -54,7 +52,7 @@ class LMEvaluator(Callback):
         trainer = self.trainer
         if not trainer.eval_loaders or trainer.config.no_evals or self._done_at == trainer.step:
             return
-        found: dict[str, _Sums] = {}
+        found: dict[str, TokenSums] = {}
         for name, loader in trainer.eval_loaders.items():
             sums = self._evaluate_one(loader)
             if sums is None:
@@ -62,55 +60,21 @@ class LMEvaluator(Callback):
             found[name] = sums
         self._done_at = trainer.step
         if len(found) > 1:
-            found[VAL] = _total(found.values())
+            found[VAL] = total_sums(found.values())
         for name, sums in found.items():
-            trainer.record_eval(self._result(name, sums))
+            result = {"tokens": trainer.tokens, "time": time.time(), "name": name}
+            trainer.record_eval(result | sums.numbers())
 
-    def _result(self, name: str, sums: "_Sums") -> dict[str, Any]:
-        mean = sums.loss / max(1.0, sums.num_targets)
-        result: dict[str, Any] = {
-            "tokens": self.trainer.tokens,
-            "time": time.time(),
-            "name": name,
-            "loss": mean,
-            "ppl": math.exp(min(mean, 700.0)),
-            "num_targets": int(sums.num_targets),
-            "seconds": sums.seconds,
-        }
-        if sums.num_bytes:
-            result["bits_per_byte"] = sums.loss / math.log(2) / sums.num_bytes
-        return result
-
-    def _evaluate_one(self, loader: EvalLoader) -> "_Sums | None":
+    def _evaluate_one(self, loader: EvalLoader) -> TokenSums | None:
         """Sums over all ranks; None: asked to stop meanwhile."""
         started = time.perf_counter()
-        totals: torch.Tensor | None = None
-        for batch in loader:
-            if self.trainer.should_stop():
-                return None
-            sums = self.trainer.train_module.eval_batch(batch)
-            pair = torch.stack([sums.loss.double(), sums.num_targets.double()])
-            totals = pair if totals is None else totals + pair
-        assert totals is not None, "an evaluation loader has at least one batch"
-        totals = totals.cpu()
-        if self.trainer.environment.cpu_group is not None:
-            dist.all_reduce(totals, group=self.trainer.environment.cpu_group)
+        trainer = self.trainer
+        evaluate = trainer.train_module.eval_batch
+        totals = sum_batches(loader, evaluate, should_stop=trainer.should_stop)
+        if totals is None:
+            return None
+        if trainer.environment.cpu_group is not None:
+            dist.all_reduce(totals, group=trainer.environment.cpu_group)
         loss, num_targets = totals.tolist()
         num_bytes = num_targets * loader.bytes_per_token
-        return _Sums(loss, num_targets, num_bytes, time.perf_counter() - started)
-
-
-class _Sums(NamedTuple):
-    """Over the validation instances of all ranks."""
-
-    loss: float
-    num_targets: float
-    num_bytes: float
-    """UTF-8 bytes of the targets' text; 0 where that is not known."""
-    seconds: float
-
-
-def _total(sums: Iterable[_Sums]) -> _Sums:
-    loss, num_targets, num_bytes, seconds = zip(*sums, strict=True)
-    # Bits per byte of all need the bytes of all.
-    return _Sums(sum(loss), sum(num_targets), sum(num_bytes) if all(num_bytes) else 0, sum(seconds))
+        return TokenSums(loss, num_targets, num_bytes, time.perf_counter() - started)
