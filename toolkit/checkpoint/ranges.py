@@ -84,7 +84,7 @@ class RangeReader(FileSystemReader):
             )
             buffer = target if is_direct else torch.empty(wanted.shape, dtype=wanted.dtype)
             stream.seek(info.offset + begin)
-            _read_into(stream, buffer, name)
+            read_into(stream, buffer, name)
         else:  # columns of a chunk: no range of the file
             is_direct = False
             chunk.seek(0)
@@ -203,7 +203,12 @@ _STORAGE_DTYPES = {
 }
 
 
-def _read_into(stream: BinaryIO, tensor: torch.Tensor, name: str) -> None:
+def read_into(stream: BinaryIO, tensor: torch.Tensor, name: str) -> None:
+    """Fill a contiguous CPU `tensor` with the next bytes of `stream`.
+
+    Raises:
+        CheckpointError: `name`'s file ends before.
+    """
     view = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
     done = 0
     while done < len(view):

@@ -1,0 +1,138 @@
+"""Where the tensors of a weight file lie, from its header alone; nothing else is read.
+
+Two formats: safetensors (8 bytes little-endian length, a JSON header, the bytes;
+https://huggingface.co/docs/safetensors) and what `torch.save` writes (a zip file without
+compression; before torch 1.6 a sequence of pickles, which tells no offsets).
+"""
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from toolkit.checkpoint.tensors import reason_of
+from toolkit.errors import CheckpointError
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+_LARGEST_HEADER = 100_000_000
+"""Bytes; the format's own limit."""
+
+
+class StoredTensor(NamedTuple):
+    """One tensor of a weight file."""
+
+    file: Path
+    shape: torch.Size
+    dtype: torch.dtype | None
+    """None: a type that torch has no name for."""
+    dtype_name: str
+    """For messages."""
+    offset: int | None
+    """Of its first byte in the file; None: the file has to be loaded as a whole."""
+    stride: tuple[int, ...] | None = None
+    """None: row by row without gaps."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its values."""
+        return self.shape.numel() * (self.dtype.itemsize if self.dtype else 0)
+
+
+def read_safetensors_header(path: Path) -> dict[str, StoredTensor]:
+    """Name -> tensor of a safetensors file, whose byte ranges are checked against its size.
+
+    Raises:
+        CheckpointError: the header is damaged, or the file is longer or shorter than it says.
+    """
+    damaged = f"{path}: damaged safetensors header"
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > min(size - 8, _LARGEST_HEADER):
+            raise CheckpointError(
+                f"{path}: {size} bytes are too few for its header, or it is no safetensors file; "
+                "get it again"
+            )
+        text = file.read(length)
+    try:
+        header = json.loads(text)
+        header.pop("__metadata__", None)
+        entries = [
+            (name, str(e["dtype"]), torch.Size(e["shape"]), *map(int, e["data_offsets"]))
+            for name, e in header.items()
+        ]
+    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+        raise CheckpointError(f"{damaged}: {error}") from None
+    tensors = {}
+    position = 0
+    for name, kind, shape, begin, end in sorted(entries, key=lambda entry: entry[3:]):
+        dtype = _DTYPES.get(kind)
+        expected = shape.numel() * dtype.itemsize if dtype else end - begin
+        if begin != position or end - begin != expected or any(n < 0 for n in shape):
+            raise CheckpointError(
+                f"{damaged}: {name} {kind} {tuple(shape)} at bytes {begin} to {end}, where "
+                f"{position} to {position + expected} were expected"
+            )
+        tensors[name] = StoredTensor(path, shape, dtype, kind, 8 + length + begin)
+        position = end
+    if 8 + length + position != size:
+        state = "truncated" if size < 8 + length + position else "longer than its header says"
+        raise CheckpointError(
+            f"{path}: {state}: {size} bytes, where the header tells of {8 + length + position}; "
+            "get it again"
+        )
+    return tensors
+
+
+def read_torch_header(path: Path) -> dict[str, StoredTensor]:
+    """Name -> tensor of a state dict by `torch.save`; no code of the file is run.
+
+    Raises:
+        CheckpointError: the file is damaged, or holds more than tensors.
+    """
+    tensors = {}
+    for name, tensor in load_torch_file(path, device="meta").items():
+        storage: Any = tensor.untyped_storage()
+        begin = getattr(storage, "_checkpoint_offset", None)
+        if begin is not None:
+            begin += tensor.storage_offset() * tensor.element_size()
+        tensors[name] = StoredTensor(
+            file=path,
+            shape=tensor.shape,
+            dtype=tensor.dtype,
+            dtype_name=str(tensor.dtype).removeprefix("torch."),
+            offset=begin,
+            stride=None if tensor.is_contiguous() else tensor.stride(),
+        )
+    return tensors
+
+
+def load_torch_file(path: Path, *, device: str) -> dict[str, torch.Tensor]:
+    """A state dict by `torch.save`, as a whole; raises CheckpointError."""
+    try:
+        loaded = torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:  # damaged files raise nearly anything
+        raise CheckpointError(f"{path}: cannot be read: {reason_of(error)}") from None
+    if not isinstance(loaded, dict):
+        raise CheckpointError(f"{path}: holds a {type(loaded).__name__}, not tensors by name")
+    for name, value in loaded.items():
+        if not isinstance(value, torch.Tensor) or not isinstance(name, str):
+            raise CheckpointError(
+                f"{path}: {name!r} is a {type(value).__name__}, not a tensor; a file of weights "
+                "holds tensors by name and nothing else"
+            )
+    return loaded
