@@ -95,7 +95,7 @@ def test_compiled_documents_train_like_eager_ones_and_stay_apart():
 
 @pytest.mark.parametrize("backend", ["sdpa", "flex"])
 def test_other_documents_need_no_other_compilation(monkeypatch, backend):
-    monkeypatch.setattr("toolkit.models.documents.attention_backend", lambda *_: backend)
+    monkeypatch.setattr("toolkit.models.masks.attention_backend", lambda *_: backend)
     model, counter = CONFIG.build(), CompileCounter()
     compile_model(model, fullgraph=True, backend=counter)
     with torch.no_grad():  # flex attention has no backward on a CPU

@@ -5,9 +5,10 @@ import torch
 from torch.nn.attention.flex_attention import create_block_mask
 
 from tests.models.test_config import SMALL
-from toolkit.models import documents
+from toolkit.models import masks
 from toolkit.models.config import GPTConfig, TransformerConfig
-from toolkit.models.documents import attention_backend, document_positions, document_starts
+from toolkit.models.documents import document_positions, document_starts
+from toolkit.models.masks import attention_backend
 
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 
@@ -124,12 +125,12 @@ def test_document_ids_of_another_shape_are_an_error():
     ],
 )
 def test_the_kernel_follows_device_type_and_width(monkeypatch, device, dtype, head_dim, expected):
-    monkeypatch.setattr(documents, "find_spec", lambda name: name)
+    monkeypatch.setattr(masks, "find_spec", lambda name: name)
     assert attention_backend(torch.device(device), dtype, head_dim) == expected
 
 
 def test_without_triton_scores_are_masked(monkeypatch):
-    monkeypatch.setattr(documents, "find_spec", lambda name: None)
+    monkeypatch.setattr(masks, "find_spec", lambda name: None)
     assert attention_backend(torch.device("cuda"), torch.bfloat16, 64) == "sdpa"
 
 
@@ -144,7 +145,7 @@ def test_blocks_are_those_of_create_block_mask(seq):
         return (query >= key) & (document_ids[batch, query] == document_ids[batch, key])
 
     expected = create_block_mask(sees, 5, None, seq, seq, device="cpu")
-    got = documents._block_mask(document_starts(document_ids))
+    got = masks._block_mask(document_starts(document_ids))
     for name in ("kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices"):
         assert torch.equal(getattr(got, name), getattr(expected, name)), name
         name = name.replace("kv", "q")
@@ -157,7 +158,7 @@ def test_flex_attention_gives_the_numbers_of_masked_scores(monkeypatch, changes)
     model, ids, document_ids = build(changes), token_ids(2, SEQ), numbers(*LENGTHS).repeat(2, 1)
     with torch.no_grad(), torch.compiler.set_stance("force_eager"):
         expected = model(ids, document_ids=document_ids)
-        monkeypatch.setattr(documents, "attention_backend", lambda *_: "flex")
+        monkeypatch.setattr(masks, "attention_backend", lambda *_: "flex")
         got = model(ids, document_ids=document_ids)
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-4)
         assert not torch.equal(got, expected), "another kernel rounds otherwise"

@@ -7,10 +7,11 @@ from toolkit.models.config import TransformerConfig
 
 
 class Embeddings(nn.Module):
-    """A row per token id, and per position when positions are learned."""
+    """A row per token id, scaled, and one per position when positions are learned."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
+        self.scale = config.embedding_scale
         self.tokens = nn.Embedding(config.padded_vocab_size, config.d_model)
         self.positions: nn.Embedding | None = None
         if config.positions == "learned":
@@ -22,6 +23,8 @@ class Embeddings(nn.Module):
         `positions`, `(batch, seq)`: of each token in its document; default: in its row.
         """
         x = self._compute_type(self.tokens(input_ids))
+        if self.scale != 1.0:
+            x = x * torch.tensor(self.scale, dtype=x.dtype).item()
         if self.positions is not None:
             if positions is None:
                 positions = torch.arange(input_ids.shape[1], device=input_ids.device)

@@ -1,38 +1,76 @@
 """The position-wise half of a block."""
 
+from collections.abc import Callable
+
 from torch import Tensor, nn
+from torch.nn.functional import gelu, silu
 
 from toolkit.models.config import TransformerConfig
 
 
-class SwiGLU(nn.Module):
-    """down(silu(gate(x)) * up(x)) (Shazeer 2020)."""
+def gelu_tanh(x: Tensor) -> Tensor:
+    """GELU by its tanh approximation (GPT-2, Gemma)."""
+    return gelu(x, approximate="tanh")
 
-    def __init__(self, d_model: int, intermediate_size: int, *, bias: bool) -> None:
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "swiglu": silu,
+    "geglu": gelu_tanh,
+    "gelu": gelu_tanh,
+    "gelu_exact": gelu,
+}
+"""What each kind of feed-forward puts its gate, or its hidden layer, through."""
+
+
+class GatedFeedForward(nn.Module):
+    """down(activation(gate(x)) * up(x)) (Shazeer 2020)."""
+
+    def __init__(
+        self,
+        d_model: int,
+        intermediate_size: int,
+        *,
+        activation: Callable[[Tensor], Tensor],
+        bias: bool,
+    ) -> None:
         super().__init__()
+        self.activation = activation
         self.gate = nn.Linear(d_model, intermediate_size, bias=bias)
         self.up = nn.Linear(d_model, intermediate_size, bias=bias)
         self.down = nn.Linear(intermediate_size, d_model, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """`(batch, seq, d_model)` to the same shape."""
-        return self.down(nn.functional.silu(self.gate(x)) * self.up(x))
+        return self.down(self.activation(self.gate(x)) * self.up(x))
 
 
-class GELU(nn.Module):
-    """down(gelu(up(x))), GELU by its tanh approximation as in GPT-2."""
+class FeedForward(nn.Module):
+    """down(activation(up(x)))."""
 
-    def __init__(self, d_model: int, intermediate_size: int, *, bias: bool) -> None:
+    def __init__(
+        self,
+        d_model: int,
+        intermediate_size: int,
+        *,
+        activation: Callable[[Tensor], Tensor],
+        bias: bool,
+    ) -> None:
         super().__init__()
+        self.activation = activation
         self.up = nn.Linear(d_model, intermediate_size, bias=bias)
         self.down = nn.Linear(intermediate_size, d_model, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """`(batch, seq, d_model)` to the same shape."""
-        return self.down(nn.functional.gelu(self.up(x), approximate="tanh"))
+        return self.down(self.activation(self.up(x)))
 
 
-def build_feed_forward(config: TransformerConfig) -> SwiGLU | GELU:
+def build_feed_forward(config: TransformerConfig) -> GatedFeedForward | FeedForward:
     """The feed-forward that `config` asks for."""
-    kind = SwiGLU if config.feed_forward == "swiglu" else GELU
-    return kind(config.d_model, config.intermediate_size, bias=config.bias)
+    kind = GatedFeedForward if config.num_feed_forward_matrices == 3 else FeedForward
+    return kind(
+        config.d_model,
+        config.intermediate_size,
+        activation=ACTIVATIONS[config.feed_forward],
+        bias=config.has_feed_forward_bias,
+    )

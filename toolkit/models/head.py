@@ -5,7 +5,13 @@ from torch import Tensor, nn
 
 from toolkit.models.config import TransformerConfig
 from toolkit.models.liger import liger_linear_cross_entropy
-from toolkit.models.loss import ChunkKernel, LossSums, chunked_linear_cross_entropy, loss_chunk
+from toolkit.models.loss import (
+    ChunkKernel,
+    LossSums,
+    chunked_linear_cross_entropy,
+    loss_chunk,
+    soft_capped,
+)
 from toolkit.models.norms import build_norm
 
 
@@ -20,6 +26,7 @@ class Head(nn.Module):
         super().__init__()
         self.vocab_size = config.vocab_size
         self.chunk_size = config.loss_chunk_size
+        self.soft_cap = config.logit_soft_cap
         self.norm = build_norm(config, config.d_model)
         self.weight: nn.Parameter | None = None
         if not config.tie_embeddings:
@@ -39,9 +46,10 @@ class Head(nn.Module):
         assert weight is not None
         hidden = self.norm(x)
         if labels is None:
-            return nn.functional.linear(hidden, weight)[..., : self.vocab_size]
+            logits = nn.functional.linear(hidden, weight)[..., : self.vocab_size]
+            return logits if self.soft_cap is None else soft_capped(logits, self.soft_cap)
         hidden, labels = hidden.flatten(0, 1), labels.flatten()
-        if self.loss_kernel is loss_chunk:
+        if self.loss_kernel is loss_chunk and self.soft_cap is None:
             # A compiled kernel of ours does the same, and without Liger's wait for the device.
             sums = liger_linear_cross_entropy(
                 hidden,
@@ -58,6 +66,7 @@ class Head(nn.Module):
             labels,
             vocab_size=self.vocab_size,
             z_loss_multiplier=z_loss_multiplier,
+            soft_cap=self.soft_cap,
             chunk_size=self.chunk_size,
             kernel=self.loss_kernel,
         )

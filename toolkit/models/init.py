@@ -24,37 +24,64 @@ BLOCK_SIZE = 2**20
 CUT = 3.0
 """Normal values beyond this many standard deviations are drawn again."""
 
-_WRAPPERS = re.compile(r"^module\.|_checkpoint_wrapped_module\.|_orig_mod\.|_fsdp_wrapped_module\.")
-_RESIDUAL_OUTPUTS = ("attention.output.weight", "feed_forward.down.weight")
+_WRAPPERS = re.compile(
+    r"^module\.|_checkpoint_wrapped_module\.|_orig_mod\.|_fsdp_wrapped_module\."
+    r"|base_layer\.|(?<=\.lora_[AB]\.)default\."
+)
+_ADAPTER = re.compile(r"\.lora_[AB]\.weight\Z")
+_RESIDUAL_OUTPUTS = (
+    "attention.output.weight",
+    "feed_forward.down.weight",
+    "feed_forward.experts.down",
+    "feed_forward.shared.down.weight",
+)
 
 
 class InitSpec(NamedTuple):
     """What a parameter is filled with."""
 
-    kind: Literal["normal", "zeros", "ones"]
+    kind: Literal["normal", "zeros", "ones", "constant"]
     std: float = 0.0
     """Standard deviation before the cut (`normal`)."""
+    value: float = 0.0
+    """Of every element (`constant`)."""
 
 
 def canonical_name(name: str) -> str:
-    """The parameter's name without the prefixes that wrappers insert (DDP, checkpoint, compile)."""
+    """The parameter's name without what wrappers insert (DDP, checkpoint, compile, adapters)."""
     return _WRAPPERS.sub("", name)
+
+
+def canonical_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """All parameters of `model` by canonical name, in the model's order."""
+    return {canonical_name(name): parameter for name, parameter in model.named_parameters()}
+
+
+def is_adapter(name: str) -> bool:
+    """Whether the parameter of this canonical name is one of a low-rank adapter."""
+    return _ADAPTER.search(name) is not None
 
 
 def init_spec(model: nn.Module) -> dict[str, InitSpec]:
     """Canonical parameter name -> initial values, for a `Transformer`, its blocks wrapped or not.
 
-    Norm weights are one, biases zero, the rest normal with `config.init_std`.
+    Norm weights are one less `config.norm_weight_offset`, so that norms multiply by one; biases are
+    zero, the rest normal with `config.init_std`.
     """
     config = cast(TransformerConfig, model.config)
     residual_std = config.init_std
     if config.init_scale_residual:
         residual_std /= math.sqrt(2 * config.num_layers)
+    offset = config.norm_weight_offset
+    norm_weight = InitSpec("constant", value=1.0 - offset) if offset else InitSpec("ones")
     specs = {}
-    for wrapped_name, _ in model.named_parameters():
-        name = canonical_name(wrapped_name)
-        if name.endswith("norm.weight"):
-            specs[name] = InitSpec("ones")
+    for name, parameter in canonical_parameters(model).items():
+        if name.endswith(".lora_A.weight"):
+            specs[name] = InitSpec("normal", 1.0 / math.sqrt(3 * parameter.shape[1]))
+        elif name.endswith(".lora_B.weight"):
+            specs[name] = InitSpec("zeros")
+        elif name.endswith("norm.weight"):
+            specs[name] = norm_weight
         elif name.endswith(".bias"):
             specs[name] = InitSpec("zeros")
         elif name.endswith(_RESIDUAL_OUTPUTS):
@@ -84,7 +111,7 @@ def fill_flat_(
             f"into a tensor of shape {tuple(out.shape)}"
         )
     if spec.kind != "normal":
-        return out.fill_(1.0 if spec.kind == "ones" else 0.0)
+        return out.fill_({"zeros": 0.0, "ones": 1.0, "constant": spec.value}[spec.kind])
     position = start
     while position < start + out.numel():
         block, offset = divmod(position, BLOCK_SIZE)
@@ -100,8 +127,7 @@ def fill_flat_(
 def initialize_(model: nn.Module, seed: int) -> None:
     """Fill all parameters of an unsharded `model` that has storage."""
     specs = init_spec(model)
-    for wrapped_name, parameter in model.named_parameters():
-        name = canonical_name(wrapped_name)
+    for name, parameter in canonical_parameters(model).items():
         fill_flat_(
             parameter.view(-1),
             name=name,

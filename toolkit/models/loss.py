@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from toolkit.models.router_loss import RouterSums
+
 IGNORE_INDEX = -100
 """Label of a position that is not a target."""
 
@@ -32,15 +34,23 @@ class LossSums(NamedTuple):
     """Sums over the target tokens of one forward, 0-d in fp32 (float64 for a float64 model)."""
 
     loss: Tensor
-    """Cross entropy + z_loss_multiplier * logsumexp^2; differentiable."""
+    """Cross entropy + z_loss_multiplier * logsumexp^2 + routers' losses; differentiable."""
     ce: Tensor
     """Cross entropy alone, detached."""
     z: Tensor
     """logsumexp(logits)^2 without the multiplier, detached; 0 where the multiplier is 0."""
+    router: RouterSums | None = None
+    """Of a mixture of experts, detached. Its losses are part of `loss`."""
 
 
 def loss_chunk(
-    logits: Tensor, labels: Tensor, *, vocab_size: int, z_loss_multiplier: float, with_grad: bool
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    vocab_size: int,
+    z_loss_multiplier: float,
+    soft_cap: float | None = None,
+    with_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Sums and gradient of one piece.
 
@@ -48,12 +58,17 @@ def loss_chunk(
         logits: `(rows, padded_vocab_size)` in the compute type.
         labels: `(rows,)` ids, `IGNORE_INDEX` where there is no target.
         vocab_size: columns from here on are padding ids, left out of the softmax.
+        soft_cap: the softmax is of soft_cap * tanh(logits / soft_cap); None: of the logits.
 
     Returns:
         Sum of cross entropy, sum of logsumexp^2 (0-d, fp32 or wider), and the gradient of
         ce + z_loss_multiplier * z with respect to `logits`, in their type.
     """
     wide = logits if logits.dtype == torch.float64 else logits.float()
+    tangent = None
+    if soft_cap is not None:
+        tangent = (wide / soft_cap).tanh()
+        wide = tangent * soft_cap
     if vocab_size < wide.shape[1]:
         column = torch.arange(wide.shape[1], device=wide.device, dtype=torch.int32)
         wide = wide.masked_fill(column >= vocab_size, float("-inf"))
@@ -71,10 +86,19 @@ def loss_chunk(
         return ce, z, None
     # d ce / d logits = softmax - onehot;  d logsumexp^2 / d logits = 2 logsumexp softmax.
     scale = (1.0 + 2.0 * z_loss_multiplier * log_sum).where(is_target, 0.0)
-    grad = (exponentials * (scale / total)).to(logits.dtype)
+    grad = exponentials * (scale / total)
     # The target's own column is replaced and not adjusted: p - 1 is rounded once.
     at_target = (target_logit - log_sum).exp() * scale - is_target.to(wide.dtype)
-    return ce, z, grad.scatter(-1, ids, at_target.to(logits.dtype))
+    if tangent is not None:  # d cap tanh(x / cap) / dx = 1 - tanh(x / cap)^2
+        slope = 1.0 - tangent.square()
+        grad, at_target = grad * slope, at_target * slope.gather(-1, ids)
+    return ce, z, grad.to(logits.dtype).scatter(-1, ids, at_target.to(logits.dtype))
+
+
+def soft_capped(logits: Tensor, soft_cap: float) -> Tensor:
+    """soft_cap * tanh(logits / soft_cap), computed in fp32 or wider, in the type of `logits`."""
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    return ((wide / soft_cap).tanh() * soft_cap).to(logits.dtype)
 
 
 class _ChunkedLinearCrossEntropy(torch.autograd.Function):
@@ -86,6 +110,7 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
         labels: Tensor,
         vocab_size: int,
         z_loss_multiplier: float,
+        soft_cap: float | None,
         chunk_size: int,
         kernel: ChunkKernel,
         grad_enabled: bool,
@@ -109,6 +134,7 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
                     labels[start : start + rows],
                     vocab_size=vocab_size,
                     z_loss_multiplier=z_loss_multiplier,
+                    soft_cap=soft_cap,
                     with_grad=hidden_grad or weight_grad,
                 )
                 ce += chunk_ce
@@ -134,7 +160,7 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
             grad_hidden = grad_hidden * grad_loss.to(grad_hidden.dtype)
         if grad_weight is not None:
             grad_weight = grad_weight * grad_loss
-        return grad_hidden, grad_weight, None, None, None, None, None, None
+        return grad_hidden, grad_weight, *([None] * 7)
 
 
 def chunked_linear_cross_entropy(
@@ -144,16 +170,18 @@ def chunked_linear_cross_entropy(
     *,
     vocab_size: int,
     z_loss_multiplier: float = 0.0,
+    soft_cap: float | None = None,
     chunk_size: int = 1024,
     kernel: ChunkKernel = loss_chunk,
 ) -> LossSums:
-    """Loss sums of `hidden @ weight.T` against `labels`.
+    """Loss sums of `hidden @ weight.T`, soft-capped if so wanted, against `labels`.
 
     Args:
         hidden: `(rows, d_model)` in the compute type.
         weight: `(padded_vocab_size, d_model)`; rows from `vocab_size` on are padding ids, left
             out of the softmax.
         labels: `(rows,)` ids, `IGNORE_INDEX` where there is no target.
+        soft_cap: see `loss_chunk`.
         chunk_size: most rows per piece (`CPU_CHUNK_SIZE` on a CPU, if that is less).
         kernel: `loss_chunk` or its compiled form.
     """
@@ -161,6 +189,14 @@ def chunked_linear_cross_entropy(
     grad_enabled = torch.is_grad_enabled()
     return LossSums(
         *_ChunkedLinearCrossEntropy.apply(
-            hidden, weight, labels, vocab_size, z_loss_multiplier, chunk_size, kernel, grad_enabled
+            hidden,
+            weight,
+            labels,
+            vocab_size,
+            z_loss_multiplier,
+            soft_cap,
+            chunk_size,
+            kernel,
+            grad_enabled,
         )
     )

@@ -7,11 +7,15 @@ from toolkit.models.config import TransformerConfig
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension (Zhang & Sennrich 2019)."""
+    """x / sqrt(mean(x^2) + eps) * (weight_offset + weight) over the last dimension.
 
-    def __init__(self, width: int, eps: float) -> None:
+    Zhang & Sennrich 2019; Gemma's has an offset of 1.
+    """
+
+    def __init__(self, width: int, eps: float, *, weight_offset: float = 0.0) -> None:
         super().__init__()
         self.eps = eps
+        self.weight_offset = weight_offset
         self.weight = nn.Parameter(torch.empty(width))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -20,7 +24,10 @@ class RMSNorm(nn.Module):
         scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
         # The weight is rounded to the compute type first, so that engines which keep a
         # low-precision copy of it (FSDP2) and those which cast on use (autocast) agree.
-        return (wide * scale * self.weight.to(x.dtype)).to(x.dtype)
+        weight = self.weight.to(x.dtype)
+        if self.weight_offset:
+            weight = weight.to(wide.dtype) + self.weight_offset
+        return (wide * scale * weight).to(x.dtype)
 
 
 class LayerNorm(nn.Module):
@@ -43,7 +50,7 @@ class LayerNorm(nn.Module):
 def build_norm(config: TransformerConfig, width: int) -> RMSNorm | LayerNorm:
     """The norm that `config` asks for, over `width` channels."""
     if config.norm == "rms_norm":
-        return RMSNorm(width, config.norm_eps)
+        return RMSNorm(width, config.norm_eps, weight_offset=config.norm_weight_offset)
     return LayerNorm(width, config.norm_eps, bias=config.bias)
 
 

@@ -7,12 +7,13 @@ from torch import Tensor, nn
 
 from toolkit.models.block import Block
 from toolkit.models.config import TransformerConfig
-from toolkit.models.documents import AttentionMask, document_positions, document_starts
+from toolkit.models.documents import document_positions, document_starts
 from toolkit.models.embeddings import Embeddings
 from toolkit.models.head import Head
 from toolkit.models.init import initialize_
-from toolkit.models.loss import LossSums
-from toolkit.models.rope import rotary_table
+from toolkit.models.layer_inputs import layer_inputs
+from toolkit.models.loss import IGNORE_INDEX, LossSums
+from toolkit.models.router_loss import RouterSums, combine_layers, router_loss
 
 
 class Transformer(nn.Module):
@@ -30,7 +31,7 @@ class Transformer(nn.Module):
         self.config = config
         with torch.device("meta"):
             self.embeddings = Embeddings(config)
-            self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+            self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
             self.head = Head(config)
         if init_device != "meta":
             self.to_empty(device=init_device)
@@ -84,24 +85,27 @@ class Transformer(nn.Module):
                 f"sequence of {seq} tokens is longer than model.max_sequence_length "
                 f"{config.max_sequence_length}; raise that or shorten the sequences"
             )
-        rotary = None
-        if config.positions == "rope":
-            rotary = rotary_table(
-                seq, config.attention_head_dim, config.rope_theta, input_ids.device
-            )
-        if document_ids is None:
-            x, mask = self.embeddings(input_ids), None
-        else:
+        starts, positions = None, None
+        if document_ids is not None:
             _check_same_shape(document_ids, input_ids)
             starts = document_starts(document_ids)
             positions = document_positions(starts)
-            rotary = None if rotary is None else rotary.at(positions)
-            x = self.embeddings(input_ids, positions)
-            mask = AttentionMask(starts, dtype=x.dtype, head_dim=config.attention_head_dim)
-        for block in self.blocks:
-            x = block(x, rotary, mask)
+        x = self.embeddings(input_ids, positions)
+        is_target = None if labels is None or config.moe is None else labels != IGNORE_INDEX
+        routers: list[RouterSums] = []
+        inputs = layer_inputs(config, x, starts, positions)
+        for block, (rotary, mask) in zip(self.blocks, inputs, strict=True):
+            x, sums = block(x, rotary, mask, is_target)
+            if sums is not None:
+                routers.append(sums)
         tied_weight = self.embeddings.tokens.weight if config.tie_embeddings else None
-        return self.head(x, labels, tied_weight, z_loss_multiplier=z_loss_multiplier)
+        result = self.head(x, labels, tied_weight, z_loss_multiplier=z_loss_multiplier)
+        if config.moe is not None and routers:
+            router = combine_layers(routers)
+            result = result._replace(
+                loss=result.loss + router_loss(router, config.moe), router=router.detached()
+            )
+        return result
 
 
 def _check_same_shape(document_ids: Tensor, input_ids: Tensor) -> None:

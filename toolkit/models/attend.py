@@ -1,0 +1,116 @@
+"""Causal attention on whole heads, by the fastest kernel that computes what is asked for.
+
+- No mask, no soft cap: SDPA's causal kernels.
+- A mask: SDPA with values added to the scores, or flex attention over blocks of keys.
+- A soft cap: flex attention on CUDA. SDPA knows none, so elsewhere the scores are written out,
+  some queries at a time.
+"""
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import flex_attention
+from torch.nn.functional import scaled_dot_product_attention
+
+from toolkit.models.compile import allow_recompilations
+from toolkit.models.masks import AttentionMask
+
+PIECE_SIZE = 256
+"""Fewest queries whose written-out scores are made at once."""
+
+MOST_PIECES = 8
+"""Pieces of a long row; each is a part of its own in a compiled block's graph."""
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: AttentionMask | None,
+    *,
+    scale: float | None = None,
+    soft_cap: float | None = None,
+) -> Tensor:
+    """Causal attention, inside documents and windows where there is a mask.
+
+    Args:
+        query: `(batch, heads, seq, head_dim)`.
+        key, value: the same with as many heads or, for grouped queries, fewer.
+        mask: None where each query sees all before it in its row. Needed with a soft cap.
+        scale: multiplies the scores; default: 1 / sqrt(head_dim).
+        soft_cap: scores become soft_cap * tanh(score / soft_cap) (Gemma 2).
+
+    Returns:
+        `(batch, heads, seq, head_dim)`.
+    """
+    grouped = query.shape[1] != key.shape[1]
+    if mask is None:
+        return scaled_dot_product_attention(
+            query, key, value, is_causal=True, scale=scale, enable_gqa=grouped
+        )
+    if mask.blocks is not None:
+        # Inside a compiled block it becomes part of the block's graph.
+        flex = flex_attention if torch.compiler.is_compiling() else _compiled_flex_attention()
+        return flex(
+            query,
+            key,
+            value,
+            score_mod=None if soft_cap is None else _capped(soft_cap),
+            block_mask=mask.blocks,
+            scale=scale,
+            enable_gqa=grouped,
+        )
+    if soft_cap is None:
+        return scaled_dot_product_attention(
+            query, key, value, attn_mask=mask.bias, scale=scale, enable_gqa=grouped
+        )
+    return _written_out(query, key, value, mask, scale=scale, soft_cap=soft_cap)
+
+
+def _written_out(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: AttentionMask,
+    *,
+    scale: float | None,
+    soft_cap: float,
+) -> Tensor:
+    """Soft-capped attention; scores of a piece of the queries with the keys it can see."""
+    assert mask.bias is not None
+    seq, kv_heads = query.shape[2], key.shape[1]
+    scale = query.shape[3] ** -0.5 if scale is None else scale
+    rows = max(PIECE_SIZE, -(-seq // MOST_PIECES))
+    pieces = []
+    # Types are chosen here: products in the compute type, the rest in fp32.
+    with torch.autocast(query.device.type, enabled=False):
+        for start in range(0, seq, rows):
+            end = min(start + rows, seq)
+            first = 0 if mask.window is None else max(0, start - mask.window + 1)
+            # Queries of one group are rows of one matrix: keys and values are not repeated.
+            queries = query[:, :, start:end].unflatten(1, (kv_heads, -1)).flatten(2, 3)
+            products = queries @ key[:, :, first:end].transpose(2, 3)
+            wide = products if products.dtype == torch.float64 else products.float()
+            capped = (wide * (scale / soft_cap)).tanh() * soft_cap
+            capped = capped.unflatten(2, (-1, end - start))
+            seen = capped + mask.bias[:, :, None, start:end, first:end]
+            weights = seen.softmax(-1).to(value.dtype).flatten(2, 3)
+            attended = weights @ value[:, :, first:end]
+            pieces.append(attended.unflatten(2, (-1, end - start)))
+    return torch.cat(pieces, dim=3).flatten(1, 2)
+
+
+def _capped(soft_cap: float) -> Any:
+    def capped(score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return soft_cap * torch.tanh(score / soft_cap)
+
+    return capped
+
+
+@cache
+def _compiled_flex_attention() -> Any:
+    """Fused; without compilation it would write out all scores."""
+    allow_recompilations()
+    return torch.compile(flex_attention, dynamic=False)

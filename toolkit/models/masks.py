@@ -1,0 +1,126 @@
+"""Which keys a query sees: those from the first one of its document or window to itself.
+
+The query at place q of its row sees the keys from first[q] to q, and no others, where first[q] is
+the beginning of its document or, in a sliding window of w, the place q - w + 1 if that is later.
+`AttentionMask` writes that down once for all layers of a kind, in the form that the device's
+kernel wants: blocks of keys for flex attention, values added to the scores for SDPA.
+"""
+
+from collections.abc import Callable
+from importlib.util import find_spec
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
+
+BLOCK_SIZE = 128
+"""Queries and keys per block of flex attention, as its kernels are tuned for."""
+
+SMALLEST_FLEX_HEAD = 16
+"""Flex attention's CUDA kernels take no narrower heads."""
+
+
+def attention_backend(
+    device: torch.device, dtype: torch.dtype, head_dim: int
+) -> Literal["flex", "sdpa"]:
+    """How masked or soft-capped attention is computed.
+
+    "flex": skips the blocks between documents and outside windows, trains on CUDA only and needs
+    Triton; chosen over kernels for sequences of varying length (`varlen_attn`), which know no fp32
+    and whose number of documents the host would have to wait for. "sdpa": any device and type, all
+    scores computed.
+    """
+    fits = device.type == "cuda" and dtype.itemsize <= 4 and head_dim >= SMALLEST_FLEX_HEAD
+    return "flex" if fits and find_spec("triton") is not None else "sdpa"
+
+
+def first_keys(starts: Tensor, window: int | None) -> Tensor:
+    """Place of the first key that each query sees, of the shape of `starts`, int64.
+
+    Args:
+        starts: `(batch, seq)`, where the document of each token begins; 0 for whole rows.
+        window: keys that a query sees at most, itself included; None: all.
+    """
+    if window is None:
+        return starts
+    place = torch.arange(starts.shape[1], device=starts.device)
+    return torch.maximum(starts, place - (window - 1))
+
+
+class AttentionMask:
+    """Which keys each query sees, for all layers of a kind in one forward.
+
+    A plain object, as `RotaryTable` is: engines would cast or move the tensors of another.
+
+    Attributes:
+        bias: `(batch, 1, seq, seq)`, 0 or -inf, in the type of the queries: SDPA makes the same of
+            a boolean mask, but in every layer and keeps each for backward. Or None.
+        blocks: for flex attention, or None.
+        window: keys that a query sees at most; None: all before it in its document.
+    """
+
+    __slots__ = ("bias", "blocks", "window")
+
+    def __init__(
+        self, starts: Tensor, *, window: int | None = None, dtype: torch.dtype, head_dim: int
+    ) -> None:
+        """From `document_starts`, or zeros, for queries of type `dtype`.
+
+        The first dimension of `starts` must be the batch, or 1 where the rows are alike.
+        """
+        self.bias: Tensor | None = None
+        self.blocks: BlockMask | None = None
+        self.window = window
+        first = first_keys(starts, window)
+        if attention_backend(starts.device, dtype, head_dim) == "flex":
+            self.blocks = _block_mask(first)
+        else:
+            self.bias = _score_bias(first, dtype)
+
+
+def _score_bias(first: Tensor, dtype: torch.dtype) -> Tensor:
+    place = torch.arange(first.shape[1], device=first.device)
+    seen = (place <= place[:, None]) & (place >= first[:, :, None])
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(
+        seen.logical_not_(), float("-inf")
+    )[:, None]
+
+
+def _block_mask(first: Tensor) -> BlockMask:
+    """The mask in blocks, from the places of first keys alone.
+
+    `create_block_mask` finds the same blocks by looking at all `seq * seq` pairs of every row, or
+    after a compilation for every length. First keys never fall along a row, so a block's first and
+    last query say what all of its queries see: together the keys from the first one's first key to
+    the last, each of them the keys from the last one's first key to the first.
+    """
+    seq = first.shape[1]
+    begin = torch.arange(0, seq, BLOCK_SIZE, device=first.device)
+    end = (begin + BLOCK_SIZE - 1).clamp(max=seq - 1)
+    lowest, highest = first[:, begin, None], first[:, end, None]
+    seen = (begin <= end[:, None]) & (end >= lowest)
+    # A row's incomplete last block is never full: it also has queries past the row's end.
+    is_complete = (begin + BLOCK_SIZE <= seq)[:, None]
+    full = (begin >= highest) & (end <= begin[:, None]) & is_complete
+    return BlockMask.from_kv_blocks(
+        *_ordered(seen & ~full),
+        *_ordered(full),
+        BLOCK_SIZE=BLOCK_SIZE,
+        mask_mod=_mask_function(first.int()),
+        seq_lengths=(seq, seq),
+    )
+
+
+def _mask_function(first: Tensor) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    # A mask of one row serves any batch, whose row numbers the kernel passes all the same.
+    if first.shape[0] == 1:
+        row = first[0]
+        return lambda batch, head, query, key: (key <= query) & (key >= row[query])
+    return lambda batch, head, query, key: (key <= query) & (key >= first[batch, query])
+
+
+def _ordered(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """`(batch, rows, columns)` to counts `(batch, 1, rows)` and the columns, chosen ones first."""
+    columns = blocks.int().argsort(dim=-1, descending=True, stable=True)
+    return blocks.sum(-1, dtype=torch.int32)[:, None], columns.int()[:, None].contiguous()
