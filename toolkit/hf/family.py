@@ -50,8 +50,9 @@ def rules_of(ours: str, theirs: str, kinds: tuple[str, ...], layout: Layout = SA
 
 def why_not(family: Family, config: TransformerConfig) -> str | None:
     """What of `config` the family cannot express, in a few words; None: it fits."""
+    written = {"model_type": family.model_type, **family.write_config(config)}
     try:
-        back = TransformerConfig(**family.read_config(Settings(family.write_config(config))))
+        back = TransformerConfig(**family.read_config(Settings(written)))
     except (CheckpointError, ValueError) as error:
         return str(error)
     return difference(config, back)

@@ -52,6 +52,21 @@ def joined(sizes: Sequence[int], *, transposed: bool = False) -> Layout:
     )
 
 
+def interleaved(num_heads: int) -> Layout:
+    """Query, key and value with as many heads each, head by head: the first head of each, then
+    the second of each (GPT-NeoX)."""
+
+    def join(ours: Tensors) -> list[Tensor]:
+        heads = [tensor.unflatten(0, (num_heads, -1)) for tensor in ours]
+        return [torch.stack(heads, dim=1).flatten(0, 2)]
+
+    def split(theirs: Tensors) -> list[Tensor]:
+        heads = theirs[0].unflatten(0, (num_heads, 3, -1))
+        return [tensor.flatten(0, 1) for tensor in heads.unbind(1)]
+
+    return Layout(join, split)
+
+
 STACKED = Layout(
     lambda ours: list(ours[0].unbind(0)), lambda theirs: [torch.stack(list(theirs), dim=0)]
 )

@@ -63,8 +63,11 @@ class Settings:
                 self.notes.append(f"{name} {value} of the original is not used in training")
 
     def check_all_taken(self, meaningful: Collection[str]) -> None:
-        """Raise CheckpointError, naming it, for a field of `meaningful` that nobody has read."""
+        """Raise CheckpointError, naming it, for a field of `meaningful` that nobody has read,
+        unless it switches something off."""
         for name in sorted(set(meaningful) & set(self._values) - self._taken):
+            if self._values[name] is None or self._values[name] is False:
+                continue
             raise CheckpointError(
                 f"config.json: {name} {self._values[name]!r} is not covered by the mapping of "
                 f"{self.model_type}"

@@ -2,12 +2,18 @@
 
 from typing import Any
 
+from toolkit.hf.families.fields import read_init_std, read_plain_activation, write_activation
 from toolkit.hf.family import Family, Rule, rules_of
 from toolkit.hf.layouts import TRANSPOSED, joined
 from toolkit.hf.settings import Settings
 from toolkit.models.config import TransformerConfig
 
 _DROPOUT = ("resid_pdrop", "embd_pdrop", "attn_pdrop")
+_OTHER_HEADS = (
+    "summary_type", "summary_use_proj", "summary_activation", "summary_proj_to_labels",
+    "summary_first_dropout",
+)  # fmt: skip
+"""Of classes that share this config and have another head."""
 
 
 def _write_config(config: TransformerConfig) -> dict[str, Any]:
@@ -18,7 +24,7 @@ def _write_config(config: TransformerConfig) -> dict[str, Any]:
         "n_layer": config.num_layers,
         "n_head": config.num_heads,
         "n_inner": config.intermediate_size,
-        "activation_function": "gelu_new",
+        "activation_function": write_activation(config),
         "layer_norm_epsilon": config.norm_eps,
         "initializer_range": config.init_std,
         "tie_word_embeddings": config.tie_embeddings,
@@ -27,13 +33,12 @@ def _write_config(config: TransformerConfig) -> dict[str, Any]:
 
 
 def _read_config(settings: Settings) -> dict[str, Any]:
-    settings.require("activation_function", "gelu_new", "gelu_pytorch_tanh")
     settings.require("scale_attn_weights", True)
     settings.require("scale_attn_by_inverse_layer_idx", False)
     settings.require("add_cross_attention", False)
-    settings.without_effect(*_DROPOUT, "reorder_and_upcast_attn", "summary_type")
-    settings.without_effect("summary_use_proj", "summary_activation", "summary_proj_to_labels")
-    settings.without_effect("summary_first_dropout")
+    settings.without_effect(*_DROPOUT, "reorder_and_upcast_attn")
+    for name in _OTHER_HEADS:
+        settings.take(name, None)
     width = settings.take("n_embd")
     return {
         "vocab_size": settings.take("vocab_size"),
@@ -45,10 +50,10 @@ def _read_config(settings: Settings) -> dict[str, Any]:
         "norm": "layer_norm",
         "norm_eps": settings.take("layer_norm_epsilon"),
         "positions": "learned",
-        "feed_forward": "gelu",
+        "feed_forward": read_plain_activation(settings, "activation_function"),
         "bias": True,
         "tie_embeddings": settings.take("tie_word_embeddings"),
-        "init_std": settings.take("initializer_range"),
+        "init_std": read_init_std(settings),
         "init_scale_residual": True,
     }
 

@@ -1,7 +1,14 @@
 """LlamaForCausalLM (Llama 2 and 3, SmolLM), and what its descendants share with it."""
 
+from collections.abc import Callable
 from typing import Any
 
+from toolkit.hf.families.fields import (
+    check_whole_heads,
+    read_gated_activation,
+    read_init_std,
+    write_activation,
+)
 from toolkit.hf.families.rope import read_rope, write_rope
 from toolkit.hf.family import Family, Rule, rules_of
 from toolkit.hf.settings import Settings
@@ -30,7 +37,7 @@ def write_shared(config: TransformerConfig) -> dict[str, Any]:
         "num_hidden_layers": config.num_layers,
         "num_attention_heads": config.num_heads,
         "num_key_value_heads": config.kv_heads,
-        "hidden_act": "silu",
+        "hidden_act": write_activation(config),
         "max_position_embeddings": config.max_sequence_length,
         "rms_norm_eps": config.norm_eps,
         "initializer_range": config.init_std,
@@ -39,8 +46,7 @@ def write_shared(config: TransformerConfig) -> dict[str, Any]:
 
 
 def read_shared(settings: Settings) -> dict[str, Any]:
-    """Our fields for what `write_shared` writes; RMS norms, rotary positions and SwiGLU."""
-    settings.require("hidden_act", "silu")
+    """Our fields for what `write_shared` writes; RMS norms and rotary positions."""
     settings.without_effect("attention_dropout")
     return {
         "vocab_size": settings.take("vocab_size"),
@@ -53,32 +59,58 @@ def read_shared(settings: Settings) -> dict[str, Any]:
         "norm": "rms_norm",
         "norm_eps": settings.take("rms_norm_eps"),
         "positions": "rope",
-        "feed_forward": "swiglu",
-        "init_std": settings.take("initializer_range"),
+        "feed_forward": read_gated_activation(settings, "hidden_act"),
+        "init_std": read_init_std(settings),
         "tie_embeddings": settings.take("tie_word_embeddings"),
     }
 
 
-def decoder_rules(config: TransformerConfig, block_norms: dict[str, str]) -> list[Rule]:
-    """Rules of a Llama-shaped state dict whose blocks hold the norms `theirs -> ours`."""
-    parts = (
-        (ATTENTION, config.has_qkv_bias),
-        (ATTENTION_OUTPUT, config.has_attention_output_bias),
-        (FEED_FORWARD, config.has_feed_forward_bias),
-    )
+def attention_rules(config: TransformerConfig, layer: int) -> list[Rule]:
+    """Rules of the projections of one layer's attention."""
+    return [
+        *_modules(layer, ATTENTION, has_bias=config.has_qkv_bias),
+        *_modules(layer, ATTENTION_OUTPUT, has_bias=config.has_attention_output_bias),
+    ]
+
+
+def projection_rules(config: TransformerConfig, layer: int) -> list[Rule]:
+    """Rules of the projections of one layer's attention and feed-forward."""
+    return [
+        *attention_rules(config, layer),
+        *_modules(layer, FEED_FORWARD, has_bias=config.has_feed_forward_bias),
+    ]
+
+
+def decoder_rules(
+    config: TransformerConfig,
+    block_norms: dict[str, str],
+    projections: Callable[[TransformerConfig, int], list[Rule]] = projection_rules,
+) -> list[Rule]:
+    """Rules of a Llama-shaped state dict.
+
+    Args:
+        config: of the model.
+        block_norms: norms of each block, theirs -> ours.
+        projections: gives the rules of a layer's other tensors.
+    """
     rules = [Rule(("embeddings.tokens.weight",), ("model.embed_tokens.weight",))]
     for layer in range(config.num_layers):
-        ours, theirs = f"blocks.{layer}", f"model.layers.{layer}"
-        for names, has_bias in parts:
-            kinds = ("weight", "bias") if has_bias else ("weight",)
-            for name, part in names.items():
-                rules += rules_of(f"{ours}.{part}", f"{theirs}.{name}", kinds)
-        for name, norm in block_norms.items():
-            rules += rules_of(f"{ours}.{norm}", f"{theirs}.{name}", ("weight",))
+        rules += projections(config, layer)
+        rules += _modules(layer, block_norms, has_bias=False)
     rules += rules_of("head.norm", "model.norm", ("weight",))
     if not config.tie_embeddings:
         rules.append(Rule(("head.weight",), ("lm_head.weight",)))
     return rules
+
+
+def _modules(layer: int, names: dict[str, str], *, has_bias: bool) -> list[Rule]:
+    kinds = ("weight", "bias") if has_bias else ("weight",)
+    ours, theirs = f"blocks.{layer}", f"model.layers.{layer}"
+    return [
+        rule
+        for name, part in names.items()
+        for rule in rules_of(f"{ours}.{part}", f"{theirs}.{name}", kinds)
+    ]
 
 
 def _write_config(config: TransformerConfig) -> dict[str, Any]:
@@ -87,18 +119,17 @@ def _write_config(config: TransformerConfig) -> dict[str, Any]:
         "head_dim": config.attention_head_dim,
         "attention_bias": config.has_qkv_bias,
         "mlp_bias": config.has_feed_forward_bias,
-        "rope_parameters": write_rope(config),
-        # Read by transformers < 5.
-        "rope_theta": config.rope_theta,
+        **write_rope(config),
     }
 
 
 def _read_config(settings: Settings) -> dict[str, Any]:
     settings.without_effect("pretraining_tp")
+    check_whole_heads(settings)
     bias = settings.take("attention_bias")
     return {
         **read_shared(settings),
-        **read_rope(settings.take("rope_parameters"), settings),
+        **read_rope(settings),
         "head_dim": settings.take("head_dim"),
         "qkv_bias": bias,
         "attention_output_bias": bias,

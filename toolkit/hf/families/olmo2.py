@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from toolkit.hf.families.fields import write_head_dim
 from toolkit.hf.families.llama import decoder_rules, read_shared, write_shared
 from toolkit.hf.families.rope import read_rope, write_rope
 from toolkit.hf.family import Family
@@ -20,9 +21,8 @@ def _write_config(config: TransformerConfig) -> dict[str, Any]:
     return {
         **write_shared(config),
         "attention_bias": config.has_qkv_bias,
-        "rope_parameters": write_rope(config),
-        # Read by transformers < 5.
-        "rope_theta": config.rope_theta,
+        **write_head_dim(config),
+        **write_rope(config),
     }
 
 
@@ -30,7 +30,8 @@ def _read_config(settings: Settings) -> dict[str, Any]:
     bias = settings.take("attention_bias")
     return {
         **read_shared(settings),
-        **read_rope(settings.take("rope_parameters"), settings),
+        **read_rope(settings),
+        "head_dim": settings.take("head_dim", None),
         "qkv_bias": bias,
         "attention_output_bias": bias,
         "norm_placement": "reordered",

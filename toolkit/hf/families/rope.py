@@ -7,47 +7,145 @@ import msgspec
 from toolkit.errors import CheckpointError
 from toolkit.hf.settings import Settings
 from toolkit.models.config import TransformerConfig
-from toolkit.models.rope_config import RopeScalingConfig
+from toolkit.models.rope_config import (
+    LinearRopeConfig,
+    Llama3RopeConfig,
+    RopeScalingConfig,
+    YarnRopeConfig,
+)
 
-_NOT_OF_SCALING = ("rope_type", "type", "rope_theta", "partial_rotary_factor")
+_SCALINGS = {"linear": LinearRopeConfig, "llama3": Llama3RopeConfig, "yarn": YarnRopeConfig}
+_NOT_OF_SCALING = ("rope_type", "type", "rope_theta", "partial_rotary_factor", "finetuned")
 
 
-def read_rope(parameters: dict[str, Any], settings: Settings) -> dict[str, Any]:
-    """`rope_theta`, `rope_scaling` and `rotary_fraction` from one set of rope parameters.
+def read_rope(
+    settings: Settings, *, is_partial: bool = False, is_scaled: bool = True
+) -> dict[str, Any]:
+    """`rope_theta`, `rope_scaling` and `rotary_fraction` from one set of rope parameters for all
+    layers.
+
+    Args:
+        settings: of the config.
+        is_partial: whether the class can rotate a part of each head.
+        is_scaled: whether the class computes scaled frequencies.
 
     Raises:
         CheckpointError: a kind of scaling, or a field of one, that we do not compute.
     """
-    kind = parameters.get("rope_type", "default")
-    values = {k: v for k, v in parameters.items() if k not in _NOT_OF_SCALING and v is not None}
-    scaling = None
-    if kind != "default":
-        try:
-            scaling = msgspec.convert({"type": kind, **values}, RopeScalingConfig)
-        except msgspec.ValidationError as error:
-            raise CheckpointError(
-                f"config.json: rope_parameters of type {kind!r} are not covered by the mapping of "
-                f"{settings.model_type}: {error}"
-            ) from None
-    elif values:
-        raise CheckpointError(
-            f"config.json: rope_parameters.{sorted(values)[0]} is not covered by the mapping of "
-            f"{settings.model_type}"
-        )
+    parameters = settings.take("rope_parameters")
+    fraction = _checked(parameters, settings).get("partial_rotary_factor")
+    fraction = 1.0 if fraction is None else _number(fraction, "partial_rotary_factor")
+    if fraction != 1.0 and not is_partial:
+        raise _not_covered("partial_rotary_factor", fraction, settings)
+    scaling = _scaling(parameters, settings)
+    if scaling is not None and not is_scaled:
+        raise _not_covered("rope_type", parameters["rope_type"], settings)
     return {
-        "rope_theta": float(parameters["rope_theta"]),
+        "rope_theta": _number(parameters.get("rope_theta"), "rope_theta"),
         "rope_scaling": scaling,
-        "rotary_fraction": float(parameters.get("partial_rotary_factor") or 1.0),
+        "rotary_fraction": fraction,
     }
 
 
 def write_rope(config: TransformerConfig) -> dict[str, Any]:
-    """One set of rope parameters."""
-    scaling: dict[str, Any] = {"rope_type": "default"}
-    if config.rope_scaling is not None:
-        fields = msgspec.to_builtins(config.rope_scaling)
-        kind = fields.pop("type")
-        scaling = {"rope_type": kind, **{k: v for k, v in fields.items() if v is not None}}
+    """`rope_parameters` for all layers, and the same as `transformers` before 5 has it."""
+    parameters = _write(config.rope_theta, config.rope_scaling)
     if config.rotary_fraction != 1.0:
-        scaling["partial_rotary_factor"] = config.rotary_fraction
-    return {**scaling, "rope_theta": config.rope_theta}
+        parameters["partial_rotary_factor"] = config.rotary_fraction
+    old = {"rope_scaling": parameters} if config.rope_scaling is not None else {}
+    return {"rope_parameters": parameters, "rope_theta": config.rope_theta, **old}
+
+
+def read_rope_by_kind(settings: Settings) -> dict[str, Any]:
+    """`rope_theta`, `rope_scaling` and `sliding_rope_theta` from two sets of rope parameters, one
+    for each kind of attention.
+
+    Raises:
+        CheckpointError: a kind of scaling, or a field of one, that we do not compute.
+    """
+    both = settings.take("rope_parameters")
+    full, sliding = (
+        _one_of(_checked(both, settings).get(name), settings)
+        for name in ("full_attention", "sliding_attention")
+    )
+    theta, scaling = full
+    sliding_theta, sliding_scaling = sliding
+    fields = {"rope_theta": theta, "rope_scaling": scaling}
+    if sliding == full:
+        return fields
+    if sliding_scaling is not None:
+        kind = both["sliding_attention"]["rope_type"]
+        raise _not_covered("sliding_attention.rope_type", kind, settings)
+    return {**fields, "sliding_rope_theta": sliding_theta}
+
+
+def write_rope_by_kind(config: TransformerConfig) -> dict[str, Any]:
+    """`rope_parameters` for each kind of attention."""
+    full = _write(config.rope_theta, config.rope_scaling)
+    sliding = full
+    if config.sliding_rope_theta is not None:
+        sliding = _write(config.sliding_rope_theta, None)
+    return {"rope_parameters": {"full_attention": full, "sliding_attention": dict(sliding)}}
+
+
+def _one_of(parameters: Any, settings: Settings) -> tuple[float, RopeScalingConfig | None]:
+    parameters = _checked(parameters, settings)
+    fraction = parameters.get("partial_rotary_factor")
+    if fraction not in (None, 1.0):
+        raise _not_covered("partial_rotary_factor", fraction, settings)
+    scaling = _scaling(parameters, settings)
+    if isinstance(scaling, YarnRopeConfig) and not scaling.truncate:
+        # `transformers` overlooks this field where each kind of attention has its own.
+        raise _not_covered("truncate", False, settings)
+    return _number(parameters.get("rope_theta"), "rope_theta"), scaling
+
+
+def _checked(parameters: Any, settings: Settings) -> dict[str, Any]:
+    if not isinstance(parameters, dict):
+        raise CheckpointError(
+            f"config.json: rope_parameters {parameters!r} is not covered by the mapping of "
+            f"{settings.model_type}"
+        )
+    return parameters
+
+
+def _scaling(parameters: dict[str, Any], settings: Settings) -> RopeScalingConfig | None:
+    kind = parameters.get("rope_type", "default")
+    values = {k: v for k, v in parameters.items() if k not in _NOT_OF_SCALING and v is not None}
+    if kind == "default":
+        if values:
+            name = sorted(values)[0]
+            raise _not_covered(name, values[name], settings)
+        return None
+    if kind not in _SCALINGS:
+        known = ", ".join(("default", *_SCALINGS))
+        raise CheckpointError(f"{_not_covered('rope_type', kind, settings)}, which knows {known}")
+    try:
+        return msgspec.convert({"type": kind, **values}, _SCALINGS[kind])
+    except msgspec.ValidationError as error:
+        raise CheckpointError(
+            f"config.json: rope_parameters of type {kind!r} are not covered by the mapping of "
+            f"{settings.model_type}: {error}"
+        ) from None
+
+
+def _write(theta: float, scaling: RopeScalingConfig | None) -> dict[str, Any]:
+    fields: dict[str, Any] = {"type": "default"}
+    if scaling is not None:
+        fields = msgspec.to_builtins(scaling)
+    kind = fields.pop("type")
+    given = {name: value for name, value in fields.items() if value is not None}
+    return {"rope_type": kind, **given, "rope_theta": theta}
+
+
+def _number(value: Any, name: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise CheckpointError(f"config.json: rope_parameters.{name} {value!r} is not a number")
+    return float(value)
+
+
+def _not_covered(name: str, value: Any, settings: Settings) -> CheckpointError:
+    return CheckpointError(
+        f"config.json: rope_parameters.{name} {value!r} is not covered by the mapping of "
+        f"{settings.model_type}"
+    )

@@ -1,0 +1,44 @@
+"""Olmo3ForCausalLM: OLMo 2 with windows in some layers, which keep their own rope."""
+
+from typing import Any
+
+from toolkit.hf.families.fields import read_layer_types, write_head_dim, write_layer_types
+from toolkit.hf.families.llama import decoder_rules, read_shared, write_shared
+from toolkit.hf.families.olmo2 import NORMS
+from toolkit.hf.families.rope import read_rope_by_kind, write_rope_by_kind
+from toolkit.hf.family import Family
+from toolkit.hf.settings import Settings
+from toolkit.models.config import TransformerConfig
+
+
+def _write_config(config: TransformerConfig) -> dict[str, Any]:
+    return {
+        **write_shared(config),
+        **write_head_dim(config),
+        "attention_bias": config.has_qkv_bias,
+        **write_layer_types(config),
+        **write_rope_by_kind(config),
+    }
+
+
+def _read_config(settings: Settings) -> dict[str, Any]:
+    bias = settings.take("attention_bias")
+    return {
+        **read_shared(settings),
+        **read_layer_types(settings),
+        **read_rope_by_kind(settings),
+        "head_dim": settings.take("head_dim", None),
+        "qkv_bias": bias,
+        "attention_output_bias": bias,
+        "norm_placement": "reordered",
+        "qk_norm": "full",
+    }
+
+
+OLMO3 = Family(
+    model_type="olmo3",
+    architecture="Olmo3ForCausalLM",
+    write_config=_write_config,
+    read_config=_read_config,
+    rules=lambda config: decoder_rules(config, NORMS),
+)

@@ -1,0 +1,169 @@
+"""config.json of a `transformers` folder as one of our model configs."""
+
+import contextlib
+import dataclasses
+import json
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+
+from toolkit.errors import CheckpointError
+from toolkit.hf.families import FAMILIES
+from toolkit.hf.family import Family
+from toolkit.hf.settings import Settings
+from toolkit.models.config import TransformerConfig
+
+NEW_FAMILY = "docs/finetuning.md#a-new-family"
+
+_NOT_OF_THE_MODEL = {"use_cache", "bos_token_id", "eos_token_id", "pad_token_id"}
+"""Every config class names these; they are about generation and tokenizers."""
+_BEYOND_THE_CLASS = {"head_dim"}
+"""Modelling code looks for these also where its config class does not define them."""
+
+
+class HFModel(NamedTuple):
+    """What config.json describes."""
+
+    family: Family
+    config: TransformerConfig
+    notes: tuple[str, ...]
+    """What the user should know, a line each."""
+
+
+def read_hf_config(folder: Path) -> HFModel:
+    """Read config.json of a model folder; nothing is downloaded and no code of the folder is run.
+
+    The config class of `transformers` brings the spellings of all years into one form and fills in
+    its defaults, so only what that class means is read here.
+
+    Raises:
+        CheckpointError: the file is missing or damaged, no mapping knows its `model_type`, or the
+            mapping does not cover one of its fields.
+    """
+    raw = _read_json(Path(folder))
+    family = _family(raw)
+    where = f"{Path(folder) / 'config.json'}"
+    _refuse(raw)
+    values, meaningful = _normalised(raw, family, where)
+    settings = Settings(values)
+    fields = family.read_config(settings)
+    settings.check_all_taken(meaningful)
+    try:
+        # Back and forth: a struct checks types only where it is made of builtin values.
+        config = TransformerConfig(**fields)
+        config = msgspec.convert(msgspec.to_builtins(config), TransformerConfig)
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{where}: not a model that can be built: {error}") from None
+    return HFModel(family, config, tuple(settings.notes))
+
+
+def _read_json(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: no such folder; give the folder of a Hugging Face model")
+    if not path.is_file():
+        if (folder / "adapter_config.json").is_file():
+            raise CheckpointError(
+                f"{folder}: an adapter without its model; convert the model that its "
+                "adapter_config.json names (base_model_name_or_path)"
+            )
+        raise CheckpointError(
+            f"{folder}: no config.json here; give a folder that holds config.json and the weights"
+        )
+    try:
+        raw = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{path}: cannot be read as JSON ({error}); copy the model again"
+        ) from None
+    if not isinstance(raw, dict):
+        raise CheckpointError(f"{path}: not a JSON object; copy the model again")
+    return raw
+
+
+def _family(raw: dict[str, Any]) -> Family:
+    model_type = raw.get("model_type")
+    known = {family.model_type: family for family in FAMILIES}
+    if isinstance(model_type, str) and model_type in known:
+        return known[model_type]
+    names = ", ".join(sorted(known))
+    if not isinstance(model_type, str):
+        raise CheckpointError(
+            f"config.json: model_type is missing; add the one of these that the model is: {names}"
+        )
+    text = raw.get("text_config")
+    if isinstance(text, dict):
+        inner = text.get("model_type")
+        part = f" of model_type {inner}" if isinstance(inner, str) else ""
+        raise CheckpointError(
+            f"config.json: model_type {model_type!r} wraps a text model{part} with other inputs, "
+            "which are not supported; save its text model alone with transformers and convert that "
+            f"(known: {names})"
+        )
+    custom = "auto_map" in raw
+    code = " and its own code (auto_map), which is never run" if custom else ""
+    raise CheckpointError(
+        f"config.json: no mapping for model_type {model_type!r}{code}; known: {names}; "
+        f"to add one see {NEW_FAMILY}"
+    )
+
+
+def _refuse(raw: dict[str, Any]) -> None:
+    """What concerns every family."""
+    for name in ("quantization_config", "compression_config"):
+        if raw.get(name):
+            method = raw[name].get("quant_method") if isinstance(raw[name], dict) else None
+            kind = f" ({method})" if method else ""
+            raise CheckpointError(
+                f"config.json: {name}{kind}: quantised weights cannot be converted; take the "
+                "model that was quantised"
+            )
+    for name in ("is_encoder_decoder", "per_layer_config", "pruned_heads"):
+        if raw.get(name):
+            raise CheckpointError(
+                f"config.json: {name} {raw[name]!r} is not covered by the mapping of "
+                f"{raw['model_type']}"
+            )
+
+
+def _normalised(
+    raw: dict[str, Any], family: Family, where: str
+) -> tuple[dict[str, Any], frozenset[str]]:
+    """`(values, meaningful)`: fields as the config class of `transformers` has them, and which of
+    their names may decide the logits."""
+    with quiet_transformers():
+        from transformers import PreTrainedConfig
+        from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+        try:
+            # A copy: the classes change what they are given.
+            theirs = CONFIG_MAPPING[family.model_type].from_dict(json.loads(json.dumps(raw)))
+        except Exception as error:
+            # Any type may come out of a malformed file; all of them mean the file.
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise CheckpointError(
+                f"{where}: {reason.rstrip('.')} (transformers cannot read it)"
+            ) from None
+        common = {field.name for field in dataclasses.fields(PreTrainedConfig)}
+        own = {field.name for field in dataclasses.fields(theirs)} - common
+        meaningful = (own | _BEYOND_THE_CLASS) - _NOT_OF_THE_MODEL
+        values = {name: getattr(theirs, name) for name in meaningful if hasattr(theirs, name)}
+    return {"model_type": family.model_type, **values}, frozenset(meaningful)
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """No log lines below errors and no warnings from `transformers` inside."""
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(level)
