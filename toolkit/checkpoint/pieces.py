@@ -81,13 +81,13 @@ class TensorPieces:
     def write(self, folder: Path, resolve: Resolve) -> WrittenPieces:
         """Write this rank's pieces into one file, hashed on the way, and fsync it."""
         writer = FileSystemWriter(folder, sync_files=True)
-        hashed = _HashingFiles(writer.fs)
+        hashed = HashingFiles(writer.fs)
         writer.fs = hashed  # type: ignore[assignment]
         planner = DefaultSavePlanner()
         planner.resolve_data = resolve  # type: ignore[method-assign, assignment]
         folder.mkdir(parents=True, exist_ok=True)
         try:
-            with _without_crc32():
+            with no_crc32():
                 results = writer.write_data(self._plan, planner).wait()
         except RuntimeError:
             # torch's archive writer, which complains of what it finds after a write that failed.
@@ -149,7 +149,7 @@ def _wait_for_copies(devices: set[torch.device]) -> None:
 
 
 @contextmanager
-def _without_crc32() -> Iterator[None]:
+def no_crc32() -> Iterator[None]:
     """The manifest's hashes cover all files; a checksum of each record costs a third of a save."""
     before = get_crc32_options()
     set_crc32_options(False)
@@ -159,7 +159,7 @@ def _without_crc32() -> Iterator[None]:
         set_crc32_options(before)
 
 
-class _HashingFiles:
+class HashingFiles:
     """DCP's file system, whose written files are hashed as they pass."""
 
     def __init__(self, inner: Any) -> None:
@@ -172,9 +172,9 @@ class _HashingFiles:
         return getattr(self._inner, name)
 
     @contextmanager
-    def create_stream(self, path: str | os.PathLike, mode: str) -> Iterator["_HashingStream"]:
+    def create_stream(self, path: str | os.PathLike, mode: str) -> Iterator["HashingStream"]:
         with open(path, mode, buffering=0) as file:
-            stream = _HashingStream(file)  # type: ignore[arg-type]
+            stream = HashingStream(file)  # type: ignore[arg-type]
             try:
                 yield stream
             finally:
@@ -182,7 +182,7 @@ class _HashingFiles:
             self.entries[Path(path).name] = stream.entry()
 
 
-class _HashingStream:
+class HashingStream:
     """As much of a binary file as `torch.save` and DCP use."""
 
     def __init__(self, file: BinaryIO) -> None:
@@ -211,6 +211,10 @@ class _HashingStream:
 
     def fileno(self) -> int:
         return self._file.fileno()
+
+    def sync(self) -> None:
+        """Make what was written durable."""
+        os.fsync(self._file.fileno())
 
     def flush(self) -> None:
         """Nothing is held back."""
