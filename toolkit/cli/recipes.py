@@ -40,7 +40,7 @@ def list_recipes() -> None:
         [
             [
                 recipe.name,
-                "-" if recipe.num_parameters is None else f"{recipe.num_parameters:,}",
+                recipe.shown_parameters,
                 str(recipe.sequence_length),
                 " and ".join(recipe.needs) or "nothing",
                 recipe.description,

@@ -30,6 +30,7 @@ from toolkit.errors import ConfigError, RunError
 from toolkit.experiment.base import longest_sequence, read_base
 from toolkit.experiment.config import ExperimentConfig
 from toolkit.experiment.recipes import recipe_hint, recipe_names, recipe_text
+from toolkit.models.counts import shown_parameters
 from toolkit.models.presets import preset
 from toolkit.runs.files import RUN_FILES
 from toolkit.storage.remote import is_url
@@ -97,6 +98,8 @@ class RecipeSummary(NamedTuple):
     description: str
     num_parameters: int | None
     """None: those of the model it starts from."""
+    shown_parameters: str
+    """The same for a reader, with the active ones where these are fewer."""
     sequence_length: int
     needs: list[str]
     """What is not on every machine."""
@@ -120,6 +123,7 @@ def _describe_recipe(name: str) -> RecipeSummary:
         name,
         config.description,
         config.model.num_parameters if has_model else None,
+        shown_parameters(config.model) if has_model else "-",
         config.dataset.sequence_length,
         [*needs, "download"] if config.needs_download else needs,
     )

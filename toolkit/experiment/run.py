@@ -29,6 +29,7 @@ from toolkit.experiment.preflight import check_continuation, check_optimizer
 from toolkit.experiment.recorded import describe_engine, plan_resume
 from toolkit.experiment.relaunch import relaunch
 from toolkit.experiment.restarts import current_launch, find_predecessor, stays_stopped
+from toolkit.models.counts import shown_parameters
 from toolkit.runs.environment import mask_secrets
 from toolkit.runs.files import RUN_FILES
 from toolkit.runs.manager import RunManager
@@ -319,7 +320,7 @@ def _log_start(config: ExperimentConfig, engine: Engine, run: RunManager) -> Non
         log.info("%s", notice)
     log.info(
         "training %s parameters on %s, %s: %s",
-        f"{config.model.num_parameters:,}",
+        shown_parameters(config.model),
         f"{engine.world_size} process" + ("es" if engine.world_size > 1 else ""),
         f"{engine.name} in {engine.precision}",
         run.folder,

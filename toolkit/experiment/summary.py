@@ -89,9 +89,11 @@ def _config_lines(loaded: LoadedExperiment) -> list[str]:
 def _model(config: ExperimentConfig) -> list[str]:
     model = config.model
     flops = model.flops_per_token(config.dataset.sequence_length)
+    parts = [f"{model.num_non_embedding_parameters:,} without embeddings"]
+    if model.num_active_parameters != model.num_parameters:
+        parts.append(f"{model.num_active_parameters:,} active")
     return [
-        f"{model.num_parameters:,} parameters "
-        f"({model.num_non_embedding_parameters:,} without embeddings)",
+        f"{model.num_parameters:,} parameters ({', '.join(parts)})",
         f"{_short(flops)}FLOP a token to train",
     ]
 

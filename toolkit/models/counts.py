@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from toolkit.models.config import TransformerConfig
+    from toolkit.models.config import ModelConfig, TransformerConfig
 
 
 def num_parameters(config: "TransformerConfig") -> int:
@@ -30,6 +30,12 @@ def num_active_parameters(config: "TransformerConfig") -> int:
     return num_parameters(config) - unused * len(config.moe_layers)
 
 
+def shown_parameters(config: "ModelConfig") -> str:
+    """The number of parameters for a reader, with that of the active ones where it is another."""
+    total, active = config.num_parameters, config.num_active_parameters
+    return f"{total:,}" if active == total else f"{total:,} ({active:,} active)"
+
+
 def flops_per_token(config: "TransformerConfig", sequence_length: int) -> int:
     """Model FLOPs to train one token (forward and backward) in a sequence of that length.
 
@@ -45,12 +51,13 @@ def flops_per_token(config: "TransformerConfig", sequence_length: int) -> int:
     keys = 0  # of all queries of a sequence, summed over layers
     for layer in range(config.num_layers):
         matrices += _attention_matrices(config) + _feed_forward_matrices(config, layer, active=True)
-        keys += _attended_keys(config, layer, sequence_length)
+        keys += attended_keys(config, layer, sequence_length)
     width = config.num_heads * config.attention_head_dim
     return 6 * matrices + 12 * width * keys // sequence_length
 
 
-def _attended_keys(config: "TransformerConfig", layer: int, sequence_length: int) -> int:
+def attended_keys(config: "TransformerConfig", layer: int, sequence_length: int) -> int:
+    """Keys that the queries of a sequence of that length attend to in one layer, all added up."""
     window = config.window_of(layer) or sequence_length
     window = min(window, sequence_length)
     # The first `window` queries see 1, 2, ..., window keys, all later ones see `window`.

@@ -97,6 +97,11 @@ class GPTConfig(Config, frozen=True, kw_only=True, tag_field="type", tag="gpt"):
         return self.to_transformer().num_parameters
 
     @property
+    def num_active_parameters(self) -> int:
+        """All of them: there are no experts."""
+        return self.num_parameters
+
+    @property
     def num_embedding_parameters(self) -> int:
         """Parameters of the lookup tables: token ids (padding rows included) and positions."""
         return self.to_transformer().num_embedding_parameters
