@@ -88,6 +88,13 @@ class Tokenizer:
         added = self._backend.get_added_tokens_decoder()
         return {token.content: number for number, token in added.items() if token.special}
 
+    @functools.cached_property
+    def token_bytes(self) -> "np.ndarray":
+        """UTF-8 bytes of the text of each id; see `toolkit.data.tokenizers.token_bytes`."""
+        from toolkit.data.tokenizers.token_bytes import token_bytes
+
+        return token_bytes(self._backend)
+
     @property
     def chat_template(self) -> str | None:
         """Jinja text that renders a conversation; None when the tokenizer has none.

@@ -110,7 +110,7 @@ def encode_shard(job: Job, setup: WorkerSetup, encoder: Encoder) -> Part:
             writers[split] = SplitWriter(folder, job.index, split, setup.rules)
         if setup.reading.with_digests:
             documents = PartFile(part_path(folder, job.index, "docs"))
-        for batch in _batches(read_shard(job.shard, setup.reading, counts)):
+        for batch in batch_pieces(read_shard(job.shard, setup.reading, counts)):
             splits = [_split_of(piece, setup.validation_fraction) for piece in batch]
             taken = []
             for piece, split, encoded in zip(batch, splits, encoder.encode(batch), strict=True):
@@ -162,7 +162,8 @@ def _document_records(pieces: list[tuple[Piece, Split]]) -> bytes:
     return np.array(records, dtype=DOCUMENT).tobytes()
 
 
-def _batches(pieces: Iterator[Piece]) -> Iterator[list[Piece]]:
+def batch_pieces(pieces: Iterator[Piece]) -> Iterator[list[Piece]]:
+    """Lists of pieces that are worth encoding together."""
     batch: list[Piece] = []
     size = 0
     for piece in pieces:

@@ -1,0 +1,208 @@
+"""Models that continue token ids: through `transformers`' own `generate`, or without a cache."""
+
+import warnings
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import nn
+
+from toolkit.errors import CheckpointError, ConfigError
+from toolkit.evaluate.generate import generate
+
+OnToken = Callable[[int], None]
+
+
+class Sampling(NamedTuple):
+    """How the next token is chosen. None: what the model's generation_config.json recommends for
+    sampling, else the number named."""
+
+    max_new_tokens: int = 256
+    temperature: float | None = None
+    """Divides the logits; 0 takes the most likely token. 0.8."""
+    top_k: int | None = None
+    """Draw among this many most likely tokens; 0: among all. 50."""
+    top_p: float | None = None
+    """Draw among the fewest tokens whose probabilities reach this sum; 1: among all. 1."""
+    seed: int = 0
+
+    def filled(self, recommended: "Sampling") -> "Sampling":
+        """The values that count.
+
+        Raises:
+            ConfigError: one of them is out of range.
+        """
+        values = self._asdict()
+        for defaults in (recommended, Sampling(temperature=0.8, top_k=50, top_p=1.0)):
+            values |= {k: v for k, v in defaults._asdict().items() if values[k] is None}
+        filled = Sampling(**values)
+        for name, value, is_right in (
+            ("--max-new-tokens", filled.max_new_tokens, filled.max_new_tokens > 0),
+            ("--temperature", filled.temperature, values["temperature"] >= 0),
+            ("--top-k", filled.top_k, values["top_k"] >= 0),
+            ("--top-p", filled.top_p, 0 < values["top_p"] <= 1),
+        ):
+            if not is_right:
+                raise ConfigError(f"{name} {value}: {_RANGES[name]}")
+        return filled
+
+
+_RANGES = {
+    "--max-new-tokens": "give a number of tokens, 1 or more",
+    "--temperature": "give 0 (the most likely token) or more",
+    "--top-k": "give a number of tokens, or 0 for all",
+    "--top-p": "give a sum of probabilities, above 0 and up to 1",
+}
+
+
+class Continuation(Protocol):
+    """A model that continues ids.
+
+    Attributes:
+        context: tokens it can see at once, prompt and answer together; None: no limit is known.
+        vocab_size: every id is below this.
+        stop_ids: tokens that end a text.
+        recommended: the sampling that the model's authors recommend.
+    """
+
+    context: int | None
+    vocab_size: int
+    stop_ids: frozenset[int]
+    recommended: Sampling
+
+    def __call__(
+        self, ids: list[int], sampling: Sampling, stop_ids: Collection[int], on_token: OnToken
+    ) -> None:
+        """Call `on_token` with each new id up to the first of `stop_ids`, which is included.
+
+        The same seed gives the same ids; the global random state is left alone.
+        """
+
+
+class TransformersContinuation:
+    """A Hugging Face folder, with a key/value cache."""
+
+    def __init__(self, folder: Path, *, device: torch.device, dtype: torch.dtype) -> None:
+        """Raises CheckpointError: `transformers` cannot load it, or weights are missing."""
+        self._model, self._device = load_causal_lm(folder, dtype=dtype).to(device), device
+        text_config = self._model.config.get_text_config()
+        self.context = getattr(text_config, "max_position_embeddings", None)
+        self.vocab_size = text_config.vocab_size
+        settings = self._model.generation_config
+        ends = settings.eos_token_id
+        ends = ends if isinstance(ends, list) else [ends]
+        self.stop_ids = frozenset(end for end in ends if end is not None)
+        self.recommended = Sampling()
+        if settings.do_sample:
+            self.recommended = Sampling(
+                temperature=settings.temperature, top_k=settings.top_k, top_p=settings.top_p
+            )
+
+    def __call__(
+        self, ids: list[int], sampling: Sampling, stop_ids: Collection[int], on_token: OnToken
+    ) -> None:
+        """See `Continuation`."""
+        from transformers import GenerationConfig
+
+        how: dict[str, Any] = {"do_sample": bool(sampling.temperature)}
+        if sampling.temperature:
+            how |= {
+                "temperature": sampling.temperature,
+                "top_k": sampling.top_k,
+                "top_p": sampling.top_p,
+            }
+        stops = sorted(stop_ids)
+        config = GenerationConfig(
+            max_new_tokens=sampling.max_new_tokens,
+            eos_token_id=stops or None,
+            pad_token_id=stops[0] if stops else 0,
+            **how,
+        )
+        inputs = torch.tensor([ids], device=self._device)
+        devices = [self._device] if self._device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.manual_seed(sampling.seed)
+            self._model.generate(
+                inputs,
+                attention_mask=torch.ones_like(inputs),
+                generation_config=config,
+                streamer=_Tokens(on_token),
+            )
+
+
+class PlainContinuation:
+    """One of our models, computed anew for every token: for those that no class of `transformers`
+    holds."""
+
+    def __init__(self, model: nn.Module, *, stop_ids: Collection[int]) -> None:
+        self._model = model
+        config: Any = model.config
+        self.context: int | None = config.max_sequence_length
+        self.vocab_size: int = config.vocab_size
+        self.stop_ids = frozenset(stop_ids)
+        self.recommended = Sampling()
+
+    def __call__(
+        self, ids: list[int], sampling: Sampling, stop_ids: Collection[int], on_token: OnToken
+    ) -> None:
+        """See `Continuation`."""
+        assert sampling.temperature is not None, "filled"
+        generate(
+            self._model,
+            ids,
+            max_new_tokens=sampling.max_new_tokens,
+            temperature=sampling.temperature,
+            top_k=sampling.top_k,
+            top_p=sampling.top_p,
+            seed=sampling.seed,
+            eos_id=stop_ids,
+            on_token=on_token,
+        )
+
+
+def load_causal_lm(folder: Path, *, dtype: torch.dtype) -> Any:
+    """The model of a Hugging Face folder through `transformers`, on the CPU; none of the folder's
+    own code is run.
+
+    Raises:
+        CheckpointError: `transformers` cannot load it, or weights are missing.
+    """
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, trust_remote_code=False, output_loading_info=True
+        )
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise CheckpointError(f"{folder}: transformers cannot load it: {reason}") from None
+    model, info = loaded
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise CheckpointError(
+            f"{folder}: {len(missing)} of the model's weights are not in its files, the first is "
+            f"{missing[0]}; download or export it again"
+        )
+    return model.eval()
+
+
+class _Tokens:
+    """What `generate` calls a streamer: gives on each new id."""
+
+    def __init__(self, on_token: OnToken) -> None:
+        self._on_token = on_token
+        self._is_prompt = True
+
+    def put(self, value: torch.Tensor) -> None:
+        if self._is_prompt:
+            self._is_prompt = False
+            return
+        for number in value.reshape(-1).tolist():
+            self._on_token(number)
+
+    def end(self) -> None:
+        self._is_prompt = True

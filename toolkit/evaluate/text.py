@@ -1,0 +1,220 @@
+"""Text and conversations continued by a model."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from toolkit.data.tokenizers.tokenizer import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE
+from toolkit.errors import ConfigError, DataError
+from toolkit.evaluate.continuation import Continuation, Sampling
+
+Message = dict[str, str]
+"""`{"role": "system" | "user" | "assistant", "content": ...}`."""
+
+_MOST_TOKENS_OF_A_CHARACTER = 8
+
+_ANSWER = "\N{REPLACEMENT CHARACTER}answer\N{REPLACEMENT CHARACTER}"
+
+
+class Generated(NamedTuple):
+    """One continuation."""
+
+    text: str
+    """Without the prompt and without the token that ended it."""
+    num_prompt_tokens: int
+    num_new_tokens: int
+    stopped: Literal["end", "length", "context"]
+    """By an end token, at `max_new_tokens`, or where the model's context was full."""
+
+
+class TextGenerator:
+    """A model and its tokenizer.
+
+    Args:
+        name: of the model, for messages.
+        continuation: the model.
+        tokenizer: of `transformers`, as `load_chat_tokenizer` gives it.
+
+    Raises:
+        ConfigError: the tokenizer has ids that the model does not know.
+    """
+
+    def __init__(self, name: str, continuation: Continuation, tokenizer: Any) -> None:
+        self._name, self._continue, self._tokenizer = name, continuation, tokenizer
+        needed = max(tokenizer.get_vocab().values(), default=0) + 1
+        if needed > continuation.vocab_size:
+            raise ConfigError(
+                f"{name}: its tokenizer has {needed} ids, the model {continuation.vocab_size}; "
+                "give the tokenizer that the model was trained with (--tokenizer)"
+            )
+        own = {tokenizer.eos_token_id} - {None}
+        self._stop_ids = continuation.stop_ids | own
+
+    def complete(
+        self, prompt: str, sampling: Sampling, on_text: Callable[[str], None] | None = None
+    ) -> Generated:
+        """Continue `prompt`, which starts as the tokenizer starts texts; without text, from the
+        token that starts documents, or else ends them.
+
+        Args:
+            on_text: called with each new piece of text; together they are the result's.
+
+        Raises:
+            ConfigError: the prompt is longer than the model's context, or empty where no token
+                starts or ends documents.
+        """
+        ids = self._tokenizer(prompt)["input_ids"] if prompt else []
+        if not ids:
+            starts = (self._tokenizer.bos_token_id, self._tokenizer.eos_token_id)
+            ids = [start for start in starts if start is not None][:1]
+        if not ids:
+            raise ConfigError("the prompt is empty; give some text")
+        return self._generate(ids, "the prompt", sampling, self._stop_ids, on_text)
+
+    def answer(
+        self,
+        messages: Sequence[Message],
+        sampling: Sampling,
+        on_text: Callable[[str], None] | None = None,
+    ) -> Generated:
+        """The assistant's next turn of a conversation, rendered by the tokenizer's chat template.
+
+        Raises:
+            ConfigError: there is no template, it refuses the conversation, or the conversation is
+                longer than the model's context.
+        """
+        ids = self._ids(self._render(messages, add_generation_prompt=True))
+        return self._generate(
+            ids, "the conversation", sampling, self._stop_ids | self._turn_end(), on_text
+        )
+
+    def check_chat(self) -> None:
+        """Raise ConfigError when the tokenizer has no chat template."""
+        if not self._tokenizer.chat_template:
+            raise ConfigError(
+                f"{self._name}: its tokenizer has no chat template, so it cannot chat; give one "
+                "with `toolkit convert-hf --chat-template FILE`, or continue text with --prompt"
+            )
+
+    def _generate(
+        self,
+        ids: list[int],
+        what: str,
+        sampling: Sampling,
+        stop_ids: frozenset[int],
+        on_text: Callable[[str], None] | None,
+    ) -> Generated:
+        sampling = sampling.filled(self._continue.recommended)
+        context, is_cut = self._continue.context, False
+        if context is not None:
+            room = context - len(ids)
+            if room < 1:
+                raise ConfigError(
+                    f"{what} has {len(ids)} tokens, and the context of {self._name} is {context} "
+                    "tokens, with room for an answer; shorten it"
+                )
+            is_cut = room < sampling.max_new_tokens
+            sampling = sampling._replace(max_new_tokens=min(room, sampling.max_new_tokens))
+        stream = _TextStream(self._tokenizer, ids)
+        new: list[int] = []
+        pieces: list[str] = []
+
+        def give(piece: str) -> None:
+            pieces.append(piece)
+            if piece and on_text is not None:
+                on_text(piece)
+
+        def on_token(number: int) -> None:
+            new.append(number)
+            if number not in stop_ids:
+                give(stream.put(number))
+
+        self._continue(ids, sampling, stop_ids, on_token)
+        give(stream.rest())
+        has_ended = bool(new) and new[-1] in stop_ids
+        stopped: Literal["end", "length", "context"] = "context" if is_cut else "length"
+        return Generated("".join(pieces), len(ids), len(new), "end" if has_ended else stopped)
+
+    def _render(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
+        self.check_chat()
+        try:
+            return self._tokenizer.apply_chat_template(
+                list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
+            )
+        except Exception as error:  # templates raise what they like
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise ConfigError(
+                f"{self._name}: its chat template refuses this conversation: {reason}"
+            ) from None
+
+    def _turn_end(self) -> frozenset[int]:
+        """The control token that the template puts after an answer: models that learned it end
+        their turns with it, whatever ends documents."""
+        example = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _ANSWER}]
+        try:
+            text = self._render(example, add_generation_prompt=False)
+        except ConfigError:
+            return frozenset()
+        after = self._ids(text.rpartition(_ANSWER)[2])
+        return frozenset(after[:1]) & frozenset(self._tokenizer.added_tokens_decoder)
+
+    def _ids(self, rendered: str) -> list[int]:
+        # The template has written the start token, if there is one.
+        return self._tokenizer(rendered, add_special_tokens=False)["input_ids"]
+
+
+class _TextStream:
+    """Text of tokens that come one at a time.
+
+    A token's text may depend on the one before it (spaces), and a character may need several
+    tokens: each piece is what decoding has more than before, once it ends with a whole character.
+    """
+
+    def __init__(self, tokenizer: Any, prompt: Sequence[int]) -> None:
+        self._tokenizer = tokenizer
+        self._ids = list(prompt[-8:])
+        self._known = len(self._ids)
+        """Ids whose text was given."""
+
+    def put(self, number: int) -> str:
+        """The text that is certain now, often that of `number`."""
+        self._ids.append(number)
+        text = self._new_text()
+        waiting = len(self._ids) - self._known
+        is_whole = not text.endswith("\N{REPLACEMENT CHARACTER}")
+        if not is_whole and waiting < _MOST_TOKENS_OF_A_CHARACTER:
+            return ""
+        self._ids = self._ids[self._known :] if text else self._ids
+        self._known = len(self._ids)
+        return text
+
+    def rest(self) -> str:
+        """What is left at the end."""
+        return self._new_text()
+
+    def _new_text(self) -> str:
+        before = self._decode(self._ids[: self._known])
+        return self._decode(self._ids)[len(before) :]
+
+    def _decode(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def load_chat_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a folder through `transformers`, with its chat template; none of the
+    folder's own code is run.
+
+    Raises:
+        DataError: there is none, or it cannot be loaded.
+    """
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    names = (TOKENIZER_FILE, TOKENIZER_CONFIG_FILE, "vocab.json", "tokenizer.model")
+    if not any((folder / name).is_file() for name in names):
+        raise DataError(f"{folder}: no tokenizer here; give one with --tokenizer FOLDER")
+    try:
+        return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise DataError(f"{folder}: its tokenizer cannot be loaded: {reason}") from None
