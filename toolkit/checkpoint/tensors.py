@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import DefaultLoadPlanner
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
@@ -77,13 +78,38 @@ def reason_of(error: BaseException) -> str:
 
 
 def iterate_tensors(folder: Path, prefix: str) -> Iterator[tuple[str, torch.Tensor]]:
-    """`(name, whole CPU tensor)` of every entry under `prefix`, one at a time, in stored order."""
+    """`(name, whole CPU tensor)` of every entry under `prefix`, one at a time, in stored order.
+
+    Raises:
+        CheckpointError: naming the tensor, when it cannot be read.
+    """
+    reader = SafeReader(folder)
+    metadata = reader.read_metadata()
+    reader.set_up_storage_reader(metadata, is_coordinator=True)
+    for key, entry in _entries(metadata, prefix):
+        whole = {key: torch.empty(entry.size, dtype=entry.properties.dtype)}
+        # `dcp.load` would go through the metadata of all tensors for each of them.
+        planner = DefaultLoadPlanner()
+        planner.set_up_planner(whole, Metadata({key: entry}), is_coordinator=True)
+        try:
+            reader.read_data(planner.create_local_plan(), planner).wait()
+        except (OSError, RuntimeError, ValueError, KeyError) as error:
+            raise CheckpointError(f"{folder}: {key}: cannot be read: {reason_of(error)}") from error
+        yield key.removeprefix(prefix), whole[key]
+
+
+def stored_types(folder: Path, prefix: str) -> dict[str, torch.dtype]:
+    """Type of every tensor under `prefix` by its name."""
     metadata = SafeReader(folder).read_metadata()
-    for key, entry in metadata.state_dict_metadata.items():
-        if key.startswith(prefix) and isinstance(entry, TensorStorageMetadata):
-            whole = {key: torch.empty(entry.size, dtype=entry.properties.dtype)}
-            _dcp_load(whole, SafeReader(folder), None)
-            yield key.removeprefix(prefix), whole[key]
+    return {k.removeprefix(prefix): e.properties.dtype for k, e in _entries(metadata, prefix)}
+
+
+def _entries(metadata: Metadata, prefix: str) -> list[tuple[str, TensorStorageMetadata]]:
+    return [
+        (key, entry)
+        for key, entry in metadata.state_dict_metadata.items()
+        if key.startswith(prefix) and isinstance(entry, TensorStorageMetadata)
+    ]
 
 
 @contextlib.contextmanager

@@ -1,0 +1,268 @@
+"""Where weights come from: a run, a checkpoint, or a folder of `transformers`.
+
+Whatever it is, its weights come out under our names, one whole CPU tensor at a time.
+"""
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import msgspec
+import torch
+from torch import Tensor
+
+from toolkit.checkpoint.find import find_checkpoint
+from toolkit.checkpoint.layout import (
+    METADATA_FILE,
+    TENSORS_FOLDER,
+    CheckpointMetadata,
+    read_metadata,
+    saved_steps,
+)
+from toolkit.checkpoint.tensors import iterate_tensors, stored_types
+from toolkit.data.config import DataConfig
+from toolkit.data.corpus_info import data_places
+from toolkit.data.tokenizers.tokenizer import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE
+from toolkit.data.tokens.prepared import TOKENIZER_FOLDER
+from toolkit.errors import CheckpointError, ToolkitError
+from toolkit.hf.adapter import merged
+from toolkit.models.config import ModelConfig
+from toolkit.models.lora_config import LoRAConfig
+from toolkit.models.transformer import Transformer
+from toolkit.runs.files import RUN_FILES
+from toolkit.runs.registry import is_run
+from toolkit.storage.atomic import PathLike
+from toolkit.storage.remote import is_url
+
+if TYPE_CHECKING:
+    from toolkit.hf.imported import ImportPlan
+
+log = logging.getLogger(__name__)
+
+HF_CONFIG_FILE = "config.json"
+_WEIGHTS = "model."
+
+
+class ModelSource(NamedTuple):
+    """One model on disk; see `find_source`."""
+
+    where: str
+    """For messages: as it was given."""
+    kind: Literal["run", "checkpoint", "hf"]
+    config: ModelConfig
+    checkpoint: Path | None
+    """The step folder; None for `hf`."""
+    hf_folder: Path | None
+    """The folder of `transformers`; None for the others."""
+    tokenizer_folder: Path | None
+    """What `load_tokenizer` reads; None where no tokenizer is known, or it is gone."""
+    metadata: CheckpointMetadata | None
+    """Of `checkpoint`."""
+    run: Path | None = None
+    """The run folder that the checkpoint lies in."""
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        """What `toolkit convert-hf` recorded of the model that the weights once came from (`name`,
+        `model_type`, `dtype`); empty where there was none."""
+        return (self.metadata.extra.get("source") or {}) if self.metadata else {}
+
+    @property
+    def lora(self) -> LoRAConfig | None:
+        """Of the adapter that the checkpoint holds; None: it holds whole weights."""
+        adapter = self.metadata.extra.get("adapter") if self.metadata else None
+        return msgspec.convert(adapter, LoRAConfig) if adapter is not None else None
+
+
+def find_source(path: PathLike) -> ModelSource:
+    """The model meant by `path`.
+
+    Args:
+        path: a run folder or what `toolkit convert-hf` wrote (its newest whole checkpoint counts;
+            sizes are compared, contents are not), a step{N} folder, or a folder with the
+            config.json and weights of `transformers`.
+
+    Raises:
+        CheckpointError: it is none of these, or cannot be used.
+    """
+    where = str(path)
+    if is_url(where):
+        raise CheckpointError(f"{where}: copy the checkpoint to a local folder and give that")
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        what = "is a file" if folder.exists() else "no such folder"
+        raise CheckpointError(
+            f"{where}: {what}; give a run folder, a step{{N}} folder, or a folder with a "
+            f"{HF_CONFIG_FILE} of transformers"
+        )
+    if (folder / METADATA_FILE).is_file():
+        # Raises where it is not whole.
+        find_checkpoint(folder, quick=True)
+        return _of_checkpoint(where, "checkpoint", folder)
+    if (folder / HF_CONFIG_FILE).is_file():
+        return _of_hf(where, folder)
+    if not is_run(folder) and not any(map(saved_steps, (folder, folder / RUN_FILES.checkpoints))):
+        raise CheckpointError(
+            f"{where}: neither a run, a checkpoint, nor a folder with a {HF_CONFIG_FILE} of "
+            "transformers; `toolkit runs` lists runs"
+        )
+    found, rejected = find_checkpoint(folder, quick=True)
+    for damaged in rejected:
+        log.warning("%s: damaged, so an older checkpoint is used", damaged)
+    if found is None:
+        raise CheckpointError(
+            f"{where}: holds no whole checkpoint; `toolkit verify {where}` lists what is there"
+        )
+    return _of_checkpoint(where, "run" if is_run(folder) else "checkpoint", found)
+
+
+def source_tensors(source: ModelSource) -> Iterator[tuple[str, Tensor]]:
+    """`(our name, whole CPU tensor)` of every parameter, one at a time, in the type they are kept
+    in; an adapter is merged into its base.
+
+    Raises:
+        CheckpointError: a file is damaged or missing, or an adapter's base is not what it was.
+    """
+    if source.hf_folder is not None:
+        return _import_plan(source.hf_folder).tensors()
+    assert source.checkpoint is not None, "the other kinds have one"
+    own = iterate_tensors(source.checkpoint / TENSORS_FOLDER, _WEIGHTS)
+    if source.lora is None:
+        return own
+    return merged(source_tensors(adapter_base(source)), dict(own), source.lora)
+
+
+def source_types(source: ModelSource) -> dict[str, torch.dtype]:
+    """The type that each tensor of `source_tensors` has, by our name."""
+    if source.hf_folder is not None:
+        plan = _import_plan(source.hf_folder)
+        return {name: tensor.dtype for name, tensor in plan.layout.items()}
+    assert source.checkpoint is not None, "the other kinds have one"
+    if source.lora is not None:
+        # Merging computes in fp32.
+        return dict.fromkeys(source_types(adapter_base(source)), torch.float32)
+    return stored_types(source.checkpoint / TENSORS_FOLDER, _WEIGHTS)
+
+
+def adapter_base(source: ModelSource) -> ModelSource:
+    """The checkpoint that the adapter of `source` was trained on.
+
+    Raises:
+        CheckpointError: it is gone, or is another one now.
+    """
+    assert source.metadata is not None, "an adapter is a checkpoint"
+    recorded = source.metadata.extra.get("base") or {}
+    path = Path(str(recorded.get("path")))
+    if not (path / METADATA_FILE).is_file():
+        raise CheckpointError(
+            f"{source.where}: an adapter, whose base {path} is not there any more; put it back"
+        )
+    if read_metadata(path).xxh3 != recorded.get("fingerprint"):
+        raise CheckpointError(
+            f"{source.where}: an adapter, whose base {path} is another checkpoint now; put the one "
+            "back that it was trained on"
+        )
+    return find_source(path)
+
+
+def load_model(
+    source: ModelSource,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Transformer:
+    """The model in evaluation mode, with its weights as `dtype` on `device`."""
+    return filled_model(source.config, source_tensors(source), device=device, dtype=dtype)
+
+
+@torch.no_grad()
+def filled_model(
+    config: ModelConfig,
+    tensors: Iterator[tuple[str, Tensor]],
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Transformer:
+    """A model with `tensors` (our names, each once) as its weights, in evaluation mode.
+
+    Raises:
+        CheckpointError: a tensor is missing, unknown or of another shape.
+    """
+    model = config.build(init_device="meta").to(dtype).to_empty(device=device).eval()
+    missing = dict(model.named_parameters())
+    for name, tensor in tensors:
+        parameter = missing.pop(name, None)
+        if parameter is None or parameter.shape != tensor.shape:
+            reason = (
+                "not a parameter of this model"
+                if parameter is None
+                else f"shape {tuple(tensor.shape)}, the model wants {tuple(parameter.shape)}"
+            )
+            raise CheckpointError(f"{name}: {reason}; the weights are of another model")
+        parameter.copy_(tensor)
+    if missing:
+        raise CheckpointError(f"{min(missing)}: missing from the weights")
+    return model
+
+
+def _import_plan(folder: Path) -> "ImportPlan":
+    from toolkit.hf.imported import ImportPlan
+    from toolkit.hf.read_config import read_hf_config
+    from toolkit.hf.weights import HFWeights
+
+    model = read_hf_config(folder)
+    return ImportPlan(model.family, model.config, HFWeights(folder))
+
+
+def _of_hf(where: str, folder: Path) -> ModelSource:
+    from toolkit.hf.read_config import read_hf_config
+
+    config = read_hf_config(folder).config
+    tokenizer = folder if (folder / TOKENIZER_FILE).is_file() else None
+    return ModelSource(where, "hf", config, None, folder, tokenizer, None)
+
+
+def _of_checkpoint(where: str, kind: Literal["run", "checkpoint"], folder: Path) -> ModelSource:
+    metadata = read_metadata(folder)
+    stored = metadata.extra.get("model")
+    if stored is None:
+        raise CheckpointError(f"{folder}: does not say which model it is of")
+    try:
+        config = msgspec.convert(stored, ModelConfig)
+    except msgspec.ValidationError as error:
+        raise CheckpointError(f"{folder}: its model is not known here: {error}") from None
+    # Also a step folder that was given as "."
+    root = folder.resolve().parent
+    run = root.parent if is_run(root.parent) else root if is_run(root) else None
+    return ModelSource(
+        where, kind, config, folder, None, _tokenizer_of(root, run), metadata, run=run
+    )
+
+
+def _tokenizer_of(root: Path, run: Path | None) -> Path | None:
+    """Beside the checkpoints (a converted model), in the run folder, or in the data of the run."""
+    for folder in (root, *([run] if run is not None else [])):
+        if is_tokenizer(folder / TOKENIZER_FOLDER):
+            return folder / TOKENIZER_FOLDER
+    if run is None:
+        return None
+    for place in _data_of(run):
+        if is_tokenizer(place / TOKENIZER_FOLDER):
+            return place / TOKENIZER_FOLDER
+    return None
+
+
+def is_tokenizer(folder: Path) -> bool:
+    """Whether `load_tokenizer` may find something in `folder`."""
+    return (folder / TOKENIZER_FILE).is_file() or (folder / TOKENIZER_CONFIG_FILE).is_file()
+
+
+def _data_of(run: Path) -> list[Path]:
+    """Where the token files of a run are, which may be relative to where it was started."""
+    with contextlib.suppress(OSError, msgspec.MsgspecError, ToolkitError, KeyError, TypeError):
+        data = msgspec.json.decode((run / RUN_FILES.data_config).read_bytes(), type=DataConfig)
+        started_in = msgspec.json.decode((run / RUN_FILES.command).read_bytes())["cwd"]
+        return [other for p in data_places(data) for other in (p, Path(started_in) / p)]
+    return []
