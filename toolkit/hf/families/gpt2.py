@@ -17,13 +17,14 @@ _OTHER_HEADS = (
 
 
 def _write_config(config: TransformerConfig) -> dict[str, Any]:
+    is_usual = config.intermediate_size == 4 * config.d_model
     return {
         "vocab_size": config.vocab_size,
         "n_positions": config.max_sequence_length,
         "n_embd": config.d_model,
         "n_layer": config.num_layers,
         "n_head": config.num_heads,
-        "n_inner": config.intermediate_size,
+        "n_inner": None if is_usual else config.intermediate_size,
         "activation_function": write_activation(config),
         "layer_norm_epsilon": config.norm_eps,
         "initializer_range": config.init_std,

@@ -130,12 +130,15 @@ def _scaling(parameters: dict[str, Any], settings: Settings) -> RopeScalingConfi
 
 
 def _write(theta: float, scaling: RopeScalingConfig | None) -> dict[str, Any]:
-    fields: dict[str, Any] = {"type": "default"}
-    if scaling is not None:
-        fields = msgspec.to_builtins(scaling)
-    kind = fields.pop("type")
-    given = {name: value for name, value in fields.items() if value is not None}
-    return {"rope_type": kind, **given, "rope_theta": theta}
+    if scaling is None:
+        return {"rope_type": "default", "rope_theta": theta}
+    given = {
+        field.name: getattr(scaling, field.name)
+        for field in msgspec.structs.fields(scaling)
+        if getattr(scaling, field.name) != field.default
+    }
+    kind = next(kind for kind, cls in _SCALINGS.items() if isinstance(scaling, cls))
+    return {"rope_type": kind, "rope_theta": theta, **given}
 
 
 def _number(value: Any, name: str) -> float:
