@@ -15,7 +15,7 @@ from toolkit.distributed.accelerator import deepspeed_settings, fsdp_mesh, init_
 from toolkit.distributed.activation_checkpointing import apply_activation_checkpointing
 from toolkit.distributed.config import ActivationCheckpointingConfig
 from toolkit.distributed.environment import TrainingEnvironment
-from toolkit.models.init import InitSpec, fill_flat_, init_spec
+from toolkit.models.init import InitSpec, canonical_parameters, fill_flat_, init_spec
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -97,7 +97,7 @@ def _shard(model: nn.Module, environment: TrainingEnvironment) -> None:
 
 
 def _initialize(model: nn.Module, specs: dict[str, InitSpec], seed: int) -> None:
-    for name, parameter in model.named_parameters():
+    for name, parameter in canonical_parameters(model).items():
         with torch.no_grad():
             local, start = local_range(parameter)
             fill_flat_(
@@ -119,7 +119,7 @@ def _partition(
     import deepspeed
 
     settings = deepspeed_settings(environment, None)
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    names = {id(parameter): name for name, parameter in canonical_parameters(model).items()}
 
     def visit(module: nn.Module) -> None:
         for child in module.children():

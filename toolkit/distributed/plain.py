@@ -14,6 +14,7 @@ from torch import nn
 from toolkit.distributed.accelerator import build_accelerator
 from toolkit.distributed.environment import TrainingEnvironment
 from toolkit.distributed.runtime import BuildOptimizer, EngineRuntime, StepOutcome, reset_state
+from toolkit.models.init import canonical_parameters
 
 
 class PlainRuntime(EngineRuntime):
@@ -28,7 +29,7 @@ class PlainRuntime(EngineRuntime):
         super().__init__(environment, module)
         from torch.distributed.tensor import DTensor
 
-        self._named = dict(module.named_parameters())
+        self._named = canonical_parameters(module)
         self._is_sharded = any(isinstance(p, DTensor) for p in self._named.values())
         self._local = {name: _as_local(p) for name, p in self._named.items()}
         self.optimizer = build_optimizer(self._local)

@@ -17,6 +17,7 @@ from toolkit.distributed.accelerator import build_accelerator
 from toolkit.distributed.environment import TrainingEnvironment
 from toolkit.distributed.flat_shard import FlatShard
 from toolkit.distributed.runtime import BuildOptimizer, EngineRuntime, StepOutcome, reset_state
+from toolkit.models.init import canonical_parameters
 
 
 class ZeroRuntime(EngineRuntime):
@@ -31,7 +32,7 @@ class ZeroRuntime(EngineRuntime):
         max_grad_norm: float | None,
     ) -> None:
         super().__init__(environment, module)
-        self._named = dict(module.named_parameters())
+        self._named = canonical_parameters(module)
         self._stage = environment.engine.zero_stage
         optimizer = build_optimizer(self._named)
         accelerator = build_accelerator(environment, max_grad_norm=max_grad_norm)

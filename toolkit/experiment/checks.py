@@ -11,6 +11,7 @@ from toolkit.data.tokens.prepared import require_ids
 from toolkit.distributed.cpu import asked_threads
 from toolkit.errors import ConfigError, DataError
 from toolkit.experiment.config import ExperimentConfig
+from toolkit.train.config import NO_BASE
 
 BYTE_VOCAB_SIZE = 257
 """256 byte values and the end of a document."""
@@ -24,13 +25,19 @@ def check_experiment(config: ExperimentConfig, world_size: int) -> None:
     """Check that the sections of `config` fit each other on `world_size` ranks.
 
     Raises:
-        ConfigError: batch sizes that do not divide, a sequence longer than the model takes, or a
-            vocabulary smaller than the tokenizer's; or TOOLKIT_NUM_THREADS is no number.
+        ConfigError: batch sizes that do not divide, a sequence longer than the model takes, a
+            vocabulary smaller than the tokenizer's, or an adapter on no model; or
+            TOOLKIT_NUM_THREADS is no number.
     """
     asked_threads(os.environ)
     _check_sequence(config)
     _check_vocabulary(config)
     _check_batches(config, world_size)
+    trainer = config.trainer
+    if config.train_module.lora is not None and (
+        trainer.load_path is None or trainer.load_strategy == "never"
+    ):
+        raise ConfigError(NO_BASE)
 
 
 def check_corpus(config: ExperimentConfig, corpus: CorpusInfo) -> None:

@@ -146,7 +146,8 @@ def _start(config: ExperimentConfig, folder: Path) -> "Start | None":
     from toolkit.train.restoring import find_start
 
     with _quiet("toolkit.checkpoint"):
-        return find_start(config.trainer, own)
+        adapts = config.train_module.lora is not None
+        return find_start(config.trainer, own, adapts=adapts)
 
 
 def _loader(plan: ResumePlan, corpus: CorpusInfo | None) -> "TrainLoader | None":
@@ -193,6 +194,8 @@ def _checkpoint(
     if start.weights_only:
         return [f"{start.checkpoint}: the weights alone, then step 0"]
     lines = [f"{start.checkpoint}: step {saved.step:,}, {saved.tokens:,} tokens"]
+    if start.base is not None:
+        lines.append(f"an adapter, on {start.base}")
     if _is_own(start, plan.folder):
         last = max(read_steps(plan.folder), default=0)
         if last > saved.step:

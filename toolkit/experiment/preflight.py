@@ -16,6 +16,7 @@ from toolkit.runs.files import RUN_FILES
 
 if TYPE_CHECKING:
     from toolkit.data.loader import TrainLoader
+    from toolkit.models.freeze import TrainedParameters
     from toolkit.train.restoring import Start
 
 # Fields that change how the model is computed, not what its weights mean.
@@ -28,16 +29,24 @@ _FREE_FOR_WEIGHTS = _FREE_MODEL_FIELDS | {
 }  # fmt: skip
 
 
-def check_optimizer(config: ExperimentConfig) -> None:
-    """Check the name patterns of `optim.group_overrides` against the model's parameters.
+def check_optimizer(config: ExperimentConfig) -> "TrainedParameters | None":
+    """Check the patterns of `freeze`, `lora` and `optim.group_overrides` against the model's names;
+    which parameters are trained, where that is not all.
 
     Raises:
-        ConfigError: a pattern matches no parameter, or a setting is not the optimizer's.
+        ConfigError: a pattern matches nothing, nothing is left to train, or a setting is not the
+            optimizer's.
     """
-    optim = config.train_module.optim
-    if optim.group_overrides:
-        model = config.model.build(init_device="meta")
-        optim.groups(dict(model.named_parameters()))
+    module = config.train_module
+    if not (module.optim.group_overrides or module.freeze or module.lora):
+        return None
+    from toolkit.models.freeze import choose_trained
+    from toolkit.models.init import canonical_parameters
+
+    model = config.model.build(init_device="meta")
+    trained = choose_trained(model, freeze=module.freeze, lora=module.lora)
+    module.optim.groups(canonical_parameters(model))
+    return trained if module.freeze or module.lora else None
 
 
 def check_continuation(config: ExperimentConfig, folder: Path, train_loader: "TrainLoader") -> None:
@@ -56,6 +65,7 @@ def check_continuation(config: ExperimentConfig, folder: Path, train_loader: "Tr
         config.trainer,
         folder / RUN_FILES.checkpoints,
         lambda path: find_checkpoint(path, quick=True),
+        adapts=config.train_module.lora is not None,
     )
     if start is not None:
         for check in continuation_checks(config, start, train_loader):
@@ -83,16 +93,21 @@ def continuation_checks(
     """The checks of `check_continuation`, for who wants to know all that is wrong with going on
     from `start`."""
     from toolkit.checkpoint.anywhere import metadata_of, rank_state_of
+    from toolkit.train.base import check_adapter
 
-    checkpoint = start.checkpoint
-    saved = metadata_of(checkpoint).extra
+    checkpoint, lora = start.checkpoint, config.train_module.lora
+    metadata = metadata_of(checkpoint)
+    saved = metadata.extra
     model = msgspec.to_builtins(config.model)
     free = _FREE_FOR_WEIGHTS if start.weights_only else _FREE_MODEL_FIELDS
 
     def check_data() -> None:
         train_loader.load_state_dict(rank_state_of(checkpoint, rank=0)["trainer"]["data"])
 
-    checks = [lambda: _check_model(checkpoint, saved["model"], model, free=free)]
+    checks = [
+        lambda: check_adapter(checkpoint, metadata, lora, weights_only=start.weights_only),
+        lambda: _check_model(checkpoint, saved["model"], model, free=free),
+    ]
     if not start.weights_only:
         checks += [lambda: _check_optimizer_type(checkpoint, saved, config), check_data]
     return checks

@@ -89,11 +89,21 @@ def _config_lines(loaded: LoadedExperiment) -> list[str]:
 def _model(config: ExperimentConfig) -> list[str]:
     model = config.model
     flops = model.flops_per_token(config.dataset.sequence_length)
+    trained = []
+    if config.train_module.freeze or config.train_module.lora:
+        from toolkit.experiment.preflight import check_optimizer
+        from toolkit.models.freeze import flops_per_token
+
+        chosen = check_optimizer(config)
+        assert chosen is not None, "some are frozen"
+        trained = [str(chosen)]
+        flops = flops_per_token(model.to_transformer(), chosen, config.dataset.sequence_length)
     parts = [f"{model.num_non_embedding_parameters:,} without embeddings"]
     if model.num_active_parameters != model.num_parameters:
         parts.append(f"{model.num_active_parameters:,} active")
     return [
         f"{model.num_parameters:,} parameters ({', '.join(parts)})",
+        *trained,
         f"{_short(flops)}FLOP a token to train",
     ]
 

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from toolkit.errors import CheckpointError
-from toolkit.hf.family import Family, Rule
+from toolkit.hf.families import FAMILIES
+from toolkit.hf.family import Family, Rule, why_not
 from toolkit.models.config import ModelConfig
 from toolkit.models.lora_config import LoRAConfig
 from toolkit.storage.atomic import (
@@ -115,6 +116,14 @@ def export_adapter(
             weights[f"{_PREFIX}{module.name}{suffix}"] = tensor.to(dtype or torch.float32)
     settings = _peft_config(modules, lora, base_name)
     _write(folder, weights, settings)
+
+
+def adapter_family(config: ModelConfig, model_type: str | None = None) -> Family | None:
+    """The family whose projections an adapter on this model sits on: the one that the base was
+    converted from (`model_type`), else the first that fits; None where none does."""
+    fitting = [family for family in FAMILIES if why_not(family, config.to_transformer()) is None]
+    preferred = [family for family in fitting if family.model_type == model_type]
+    return next(iter(preferred + fitting), None)
 
 
 class _TheirModule(NamedTuple):

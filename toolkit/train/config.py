@@ -14,6 +14,12 @@ from toolkit.optim.config import AdamWConfig, CosineConfig, OptimConfig, Schedul
 if TYPE_CHECKING:
     from toolkit.train.transformer import TransformerTrainModule
 
+NO_BASE = (
+    "train_module.lora trains an adapter on a model that exists: name its checkpoint with "
+    "--trainer.load_path=... (and leave trainer.load_strategy as it is)"
+)
+"""What is wrong where `lora` is set and there is nothing to train it on."""
+
 
 class Duration(Config, kw_only=True):
     """A length of training."""
@@ -66,10 +72,10 @@ class TransformerTrainModuleConfig(Config, kw_only=True):
     """torch.compile each transformer block and the loss."""
     freeze: tuple[str, ...] = ()
     """Shell-style patterns over parameter names: these keep their values. A pattern that matches
-    nothing is an error."""
+    nothing is an error, and so is nothing left to train."""
     lora: LoRAConfig | None = None
-    """Train low-rank adapters on a model from `trainer.load_path`, whose own weights keep their
-    values; null: train the weights."""
+    """Train low-rank adapters on the model in `trainer.load_path`, of which the weights alone are
+    taken, and keep their values; null: train the weights."""
     max_consecutive_skipped_steps: int = 10
     """Stop after this many steps in a row with a non-finite loss or gradient."""
 

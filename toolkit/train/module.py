@@ -7,6 +7,8 @@ import torch
 
 from toolkit.distributed.environment import TrainingEnvironment
 from toolkit.evaluate.sums import Batch, EvalSums
+from toolkit.models.lora_config import LoRAConfig
+from toolkit.train.base import BaseCheckpoint
 
 
 class Progress(NamedTuple):
@@ -73,7 +75,7 @@ class TrainModule(ABC):
     @property
     @abstractmethod
     def num_parameters(self) -> int:
-        """Parameters of the whole model."""
+        """Parameters of the whole model, adapters among them."""
 
     @abstractmethod
     def state_tensors(self) -> dict[str, torch.Tensor]:
@@ -83,6 +85,20 @@ class TrainModule(ABC):
     @abstractmethod
     def state_filled(self) -> None:
         """Called after `state_tensors` were filled from a checkpoint."""
+
+    def base_tensors(self) -> dict[str, torch.Tensor]:
+        """Weights (`model.*`) that come from `trainer.load_path` on every start, where
+        `state_tensors` does not hold the whole model; what it holds of them is loaded after.
+        Empty: it does."""
+        return {}
+
+    base: BaseCheckpoint | None = None
+    """Where `base_tensors` were loaded from; stored with checkpoints."""
+
+    @property
+    def adapter_config(self) -> LoRAConfig | None:
+        """The adapter that is trained in the place of the model, stored with its checkpoints."""
+        return None
 
     @property
     @abstractmethod

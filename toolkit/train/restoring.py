@@ -9,14 +9,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from toolkit.checkpoint.anywhere import load_everything, load_weights
+from toolkit.checkpoint.anywhere import load_everything, load_weights, metadata_of
 from toolkit.checkpoint.find import Found, find_checkpoint, set_aside
 from toolkit.checkpoint.remote import find_remote_checkpoint
 from toolkit.checkpoint.remote_load import download_newest
 from toolkit.errors import CheckpointError, ConfigError
 from toolkit.runs.files import RUN_FILES
 from toolkit.storage.remote import is_url
-from toolkit.train.config import TrainerConfig
+from toolkit.train.base import check_adapter, describe_base, find_base
+from toolkit.train.config import NO_BASE, TrainerConfig
 
 if TYPE_CHECKING:
     from toolkit.train.trainer import Trainer
@@ -32,6 +33,8 @@ class Start(NamedTuple):
     weights_only: bool
     rejected: tuple[Path, ...] = ()
     """Checkpoints of this run that are newer, and damaged."""
+    base: Path | str | None = None
+    """Of an adapter: the checkpoint that holds the rest of the model."""
 
 
 def find_start(
@@ -41,29 +44,39 @@ def find_start(
     find_remote: Callable[[str], Path | str | None] = lambda url: (
         find_remote_checkpoint(url).checkpoint
     ),
+    *,
+    adapts: bool = False,
 ) -> Start | None:
     """The newest valid checkpoint in `own`, the run's folder of them; else of what the run has
     uploaded; else of `trainer.load_path`.
 
+    Args:
+        adapts: the run trains an adapter on the model in `load_path`.
+
     Raises:
-        CheckpointError: `load_strategy` is always and there is nothing to load, or `load_path`
-            names a step that is damaged.
+        CheckpointError: `load_strategy` is always, or the run adapts, and there is nothing to load;
+            `load_path` names a step that is damaged; or it is not the base of the run's adapter.
     """
-    found, rejected = find(own)
-    if found is not None:
-        return Start(found, weights_only=False, rejected=rejected)
+
+    def look(path: str) -> Path | str | None:
+        return find_remote(path) if is_url(path) else find(Path(path)).checkpoint
+
+    newest, rejected = find(own)
+    found: Path | str | None = newest
     upload_to = config.callbacks.checkpointer.upload_to
-    if upload_to is not None and (uploaded := find_remote(upload_to)) is not None:
-        return Start(uploaded, weights_only=False, rejected=rejected)
+    if found is None and upload_to is not None:
+        found = find_remote(upload_to)
+    if found is not None:
+        base = find_base(found, config.load_path, look) if adapts else None
+        return Start(found, weights_only=False, rejected=rejected, base=base)
     if config.load_strategy == "never" or config.load_path is None:
+        if adapts:
+            raise CheckpointError(NO_BASE)
         return None
-    if is_url(config.load_path):
-        given = find_remote(config.load_path)
-    else:
-        given = find(Path(config.load_path)).checkpoint
+    given = look(config.load_path)
     if given is not None:
-        return Start(given, weights_only=config.load_weights_only, rejected=rejected)
-    if config.load_strategy == "always":
+        return Start(given, weights_only=adapts or config.load_weights_only, rejected=rejected)
+    if config.load_strategy == "always" or adapts:
         raise CheckpointError(
             f"trainer.load_path {config.load_path}: holds no valid checkpoint; give a run folder "
             "or a step{N} folder of one"
@@ -93,12 +106,13 @@ def restore_trainer(trainer: "Trainer") -> Path | str | None:
         trainer.run.path(RUN_FILES.checkpoints),
         lambda path: find_checkpoint(path, **place),
         find_remote,
+        adapts=trainer.train_module.adapter_config is not None,
     )
     if start is None:
         return None
     is_own = is_inside(start.checkpoint, trainer.run.path(RUN_FILES.checkpoints))
     mapping = {} if is_own else config.load_key_mapping
-    _load(trainer, start.checkpoint, weights_only=start.weights_only, mapping=mapping)
+    _load(trainer, start, mapping=mapping)
     if is_own:
         trainer.saved_step = trainer.step
     if environment.is_main:
@@ -111,23 +125,38 @@ def is_inside(checkpoint: Path | str, root: Path) -> bool:
     return isinstance(checkpoint, Path) and checkpoint.parent == root
 
 
-def _load(
-    trainer: "Trainer", checkpoint: Path | str, *, weights_only: bool, mapping: Mapping[str, str]
-) -> None:
+def _load(trainer: "Trainer", start: Start, *, mapping: Mapping[str, str]) -> None:
     environment, module = trainer.environment, trainer.train_module
-    tensors = renamed(module.state_tensors(), mapping)
-    if weights_only:
-        weights = {key: t for key, t in tensors.items() if key.startswith("model.")}
-        load_weights(checkpoint, weights, environment.cpu_group)
-    else:
+    checkpoint, group = start.checkpoint, environment.cpu_group
+    base_weights = module.base_tensors()
+    if base_weights:
+        _load_base(trainer, start, base_weights)
+    if not start.weights_only:
+        tensors = renamed(module.state_tensors(), mapping)
         metadata, state = load_everything(
-            checkpoint, tensors=tensors, rank=environment.rank, group=environment.cpu_group
+            checkpoint, tensors=tensors, rank=environment.rank, group=group
         )
         trainer.load_state_dict(state["trainer"])
         if metadata.world_size == environment.world_size:
             _set_rng_state(state["rng"])
+    elif not base_weights:
+        tensors = renamed(module.state_tensors(), mapping)
+        weights = {key: t for key, t in tensors.items() if key.startswith("model.")}
+        load_weights(checkpoint, weights, group)
     module.state_filled()
     log.info("loaded %s (step %d)", checkpoint, trainer.step)
+
+
+def _load_base(trainer: "Trainer", start: Start, weights: dict[str, torch.Tensor]) -> None:
+    """Fill what the run's own checkpoints do not hold."""
+    base = start.checkpoint if start.weights_only else start.base
+    assert base is not None, "adapters are loaded with their base"
+    module = trainer.train_module
+    check_adapter(base, metadata_of(base), module.adapter_config, weights_only=True)
+    load_weights(
+        base, renamed(weights, trainer.config.load_key_mapping), trainer.environment.cpu_group
+    )
+    module.base = describe_base(base)
 
 
 def renamed(

@@ -25,6 +25,7 @@ from toolkit.errors import RunError, ToolkitError, TrainingError
 from toolkit.runs.files import RUN_FILES
 
 if TYPE_CHECKING:
+    from toolkit.train.module import TrainModule
     from toolkit.train.trainer import Trainer
 
 log = logging.getLogger(__name__)
@@ -126,6 +127,7 @@ class TrainerSaver:
                 "optim": msgspec.to_builtins(module.optim_config),
                 "data": trainer.train_loader.state_dict(),
                 "versions": {name: importlib.metadata.version(name) for name in _VERSIONED},
+                **_adapter(module),
             },
             export=(lambda unfinished: _export_hf(trainer, unfinished)) if export_hf else None,
         )
@@ -174,11 +176,25 @@ def _scores(evaluation: dict[str, Any] | None, step: int) -> dict[str, float]:
     }
 
 
+def _adapter(module: "TrainModule") -> dict[str, Any]:
+    """What says that a checkpoint holds an adapter, and on which model."""
+    if module.adapter_config is None:
+        return {}
+    return {
+        "adapter": msgspec.to_builtins(module.adapter_config),
+        "base": msgspec.to_builtins(module.base),
+    }
+
+
 def _export_hf(trainer: "Trainer", unfinished: Path) -> None:
-    """Safetensors for `transformers`, read back from the tensors just written, one at a time."""
+    """Safetensors for `transformers`, read back from the tensors just written, one at a time; of an
+    adapter, what PEFT loads onto its base."""
     from toolkit.hf.export import export_hf, hf_architecture
 
     config = trainer.train_module.model_config
+    if trainer.train_module.adapter_config is not None:
+        _export_adapter(trainer.train_module, unfinished)
+        return
     if hf_architecture(config) is None:
         log.info("no transformers class has these parts; %s/ is not written", HF_FOLDER)
         return
@@ -188,6 +204,34 @@ def _export_hf(trainer: "Trainer", unfinished: Path) -> None:
         iterate_tensors(unfinished / TENSORS_FOLDER, "model."),
         unfinished / HF_FOLDER,
         tokenizer_folder=tokenizer if tokenizer is not None and tokenizer.is_dir() else None,
+    )
+
+
+def _export_adapter(module: "TrainModule", unfinished: Path) -> None:
+    from toolkit.hf.adapter import adapter_family, export_adapter
+
+    lora, base = module.adapter_config, module.base
+    assert lora is not None, "an adapter is trained"
+    assert base is not None, "adapters are loaded with their base"
+    if lora.train_also:
+        log.info(
+            "parameters were trained besides the adapter (train_module.lora.train_also), so %s/ is "
+            "not written; `toolkit export-hf --merge-adapter` writes the whole model",
+            HF_FOLDER,
+        )
+        return
+    source = base.source or {}
+    family = adapter_family(module.model_config, source.get("model_type"))
+    if family is None:
+        log.info("no transformers class has these parts; %s/ is not written", HF_FOLDER)
+        return
+    export_adapter(
+        module.model_config,
+        family,
+        lora,
+        iterate_tensors(unfinished / TENSORS_FOLDER, "model."),
+        unfinished / HF_FOLDER,
+        base.hf_name,
     )
 
 

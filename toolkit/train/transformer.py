@@ -5,6 +5,7 @@ microbatch size, the number of ranks or the engine. The number is known before t
 engines average gradients over ranks, so each local sum is scaled by ranks / number.
 """
 
+import logging
 from typing import Any, NamedTuple
 
 import torch
@@ -18,10 +19,19 @@ from toolkit.distributed.runtime import EngineRuntime
 from toolkit.errors import ConfigError
 from toolkit.evaluate.sums import Batch, EvalSums
 from toolkit.metrics.norms import layer_norms, layer_of, to_norms
+from toolkit.models.freeze import choose_trained, flops_per_token
+from toolkit.models.init import is_adapter
 from toolkit.models.labels import shift_labels
+from toolkit.models.lora import is_trained
+from toolkit.models.lora_config import LoRAConfig
 from toolkit.models.loss import IGNORE_INDEX
+from toolkit.models.router_loss import RouterSums
 from toolkit.train.config import TransformerTrainModuleConfig
 from toolkit.train.module import Metric, Progress, TrainModule
+
+log = logging.getLogger(__name__)
+
+_MODEL = "model."
 
 
 class TransformerTrainModule(TrainModule):
@@ -42,9 +52,12 @@ class TransformerTrainModule(TrainModule):
     ) -> None:
         self.config = config
         self.environment = environment or single_environment(precision=config.precision)
-        self._num_parameters = sum(p.numel() for p in model.parameters())
         self._model_config: Any = getattr(model, "config")  # noqa: B009 (modules type it Tensor)
-        assert self._num_parameters == self._model_config.num_parameters, "parameter count mismatch"
+        num_parameters = sum(p.numel() for p in model.parameters())
+        assert num_parameters == self._model_config.num_parameters, "parameter count mismatch"
+        self._parameters = choose_trained(model, freeze=config.freeze, lora=config.lora)
+        if self.environment.is_main and (config.freeze or config.lora is not None):
+            log.info("%s", self._parameters)
         materialize(
             model,
             self.environment,
@@ -64,6 +77,7 @@ class TransformerTrainModule(TrainModule):
         factor = self.runtime.data_parallel_size / num_targets
         pieces = self._microbatches(inputs)
         ce = z = None
+        routers: list[RouterSums] = []
         for index, piece in enumerate(pieces):
             with self.runtime.microbatch(is_last=index == len(pieces) - 1):
                 with self.runtime.autocast():
@@ -76,11 +90,15 @@ class TransformerTrainModule(TrainModule):
                 self.runtime.backward(sums.loss, factor)
             ce = sums.ce if ce is None else ce + sums.ce
             z = sums.z if z is None else z + sums.z
+            if sums.router is not None:
+                routers.append(sums.router)
         assert ce is not None, "a batch has at least one microbatch"
         metrics = {"loss": Metric(ce / num_targets, "sum")}
         if self._z_loss:
             assert z is not None
             metrics["z_loss"] = Metric(self._z_loss * z / num_targets, "sum")
+        if routers:
+            metrics |= self._router_metrics(routers, num_targets)
         return metrics
 
     def optim_step(self, progress: Progress) -> dict[str, Metric]:
@@ -120,11 +138,12 @@ class TransformerTrainModule(TrainModule):
         return norms
 
     def flops_per_token(self, sequence_length: int) -> float:
-        return self._model_config.flops_per_token(sequence_length)
+        model = self._model_config.to_transformer()
+        return flops_per_token(model, self._parameters, sequence_length)
 
     @property
     def num_parameters(self) -> int:
-        return self._num_parameters
+        return self._parameters.num_parameters
 
     @property
     def model_config(self) -> Any:
@@ -134,8 +153,25 @@ class TransformerTrainModule(TrainModule):
     def optim_config(self) -> Any:
         return self.config.optim
 
+    @property
+    def adapter_config(self) -> LoRAConfig | None:
+        return self.config.lora
+
     def state_tensors(self) -> dict[str, torch.Tensor]:
-        return self.runtime.state_tensors()
+        tensors, lora = self.runtime.state_tensors(), self.config.lora
+        if lora is None:
+            return tensors
+        return {
+            key: tensor
+            for key, tensor in tensors.items()
+            if not key.startswith(_MODEL) or is_trained(key.removeprefix(_MODEL), lora)
+        }
+
+    def base_tensors(self) -> dict[str, torch.Tensor]:
+        if self.config.lora is None:
+            return {}
+        tensors = self.runtime.state_tensors().items()
+        return {k: t for k, t in tensors if k.startswith(_MODEL) and not is_adapter(k)}
 
     def state_filled(self) -> None:
         self.runtime.state_filled()
@@ -158,6 +194,21 @@ class TransformerTrainModule(TrainModule):
         # A batch without any target has no loss; 1 keeps it zero instead of dividing by zero.
         return count.clamp(min=1)
 
+    def _router_metrics(
+        self, routers: list[RouterSums], num_targets: int | torch.Tensor
+    ) -> dict[str, Metric]:
+        """Losses without their multipliers, and the assignments of the busiest expert of any layer
+        relative to an even share."""
+        balance, z, load = (torch.stack(parts).sum(0) for parts in zip(*routers, strict=True))
+        if self.environment.world_size > 1:
+            dist.all_reduce(load)
+        share = load.amax(-1) / load.sum(-1).clamp(min=1)
+        return {
+            "load_balancing_loss": Metric(balance / num_targets, "sum"),
+            "router_z_loss": Metric(z / num_targets, "sum"),
+            "expert_load_max": Metric(share.amax() * load.shape[-1]),
+        }
+
     def _microbatches(self, inputs: "_Inputs") -> list["_Inputs"]:
         length = inputs.input_ids.shape[1]
         if self.config.rank_microbatch_size is None:
@@ -179,7 +230,7 @@ class TransformerTrainModule(TrainModule):
 
     def _square_sums(self, shards: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Sums of squares by layer over all shards; the same layers on every rank."""
-        layers = {name: layer_of(name) for name, _ in self.runtime.module.named_parameters()}
+        layers = {name: layer_of(name) for name in self._parameters.infos}
         order = list(dict.fromkeys(layers.values()))
         device = self.environment.device
         sums = layer_norms(shards)
