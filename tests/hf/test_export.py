@@ -13,7 +13,8 @@ from toolkit.data.config import HFTokenizerConfig
 from toolkit.data.tokenizers.bpe import train_bpe
 from toolkit.data.tokenizers.hf import load_hf_tokenizer
 from toolkit.errors import CheckpointError, DataError
-from toolkit.hf.export import export_hf, hf_architecture
+from toolkit.hf.choose import hf_architecture
+from toolkit.hf.export import export_hf
 from toolkit.models.config import GPTConfig, ModelConfig, TransformerConfig
 
 LLAMA = TransformerConfig(
@@ -78,21 +79,29 @@ def test_transformers_gives_our_logits(name, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "changes",
+    ("changes", "message"),
     [
-        {"norm": "layer_norm"},
-        {"qk_norm": "per_head"},
-        {"norm_placement": "reordered"},
-        {"positions": "learned"},
-        {"feed_forward": "gelu"},
+        ({"norm": "layer_norm"}, r"nearest, LlamaForCausalLM, does not have: norm 'layer_norm'"),
+        ({"positions": "learned"}, r"does not have: positions 'learned'"),
+        ({"feed_forward": "gelu"}, r"does not have: feed_forward 'gelu'"),
+        ({"qk_norm": "per_head", "parallel_residual": True}, r"Qwen3.*: parallel_residual True"),
     ],
 )
-def test_parts_without_a_class_are_refused(changes, tmp_path):
+def test_parts_without_a_class_are_refused_by_name(changes, message, tmp_path):
     config = LLAMA.replace(**changes)
     assert hf_architecture(config) is None
-    with pytest.raises(CheckpointError, match="no transformers class has this combination"):
+    with pytest.raises(CheckpointError, match=f"no transformers class has this.*{message}"):
         export_hf(config, {}, tmp_path / "hf")
     assert not list(tmp_path.iterdir())
+
+
+def test_the_family_that_the_weights_came_from_is_preferred(tmp_path):
+    assert hf_architecture(LLAMA, "mistral") == "MistralForCausalLM"
+    # A model that has become another one since is exported as what it is.
+    assert hf_architecture(LLAMA, "gpt2") == "LlamaForCausalLM"
+    exported = export_hf(LLAMA, build(LLAMA).state_dict(), tmp_path / "hf", model_type="mistral")
+    assert exported.architecture == "MistralForCausalLM"
+    assert json.loads((tmp_path / "hf/config.json").read_text())["model_type"] == "mistral"
 
 
 def test_tensors_may_come_one_by_one_in_any_order_and_wrapped(tmp_path):

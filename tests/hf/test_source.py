@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from toolkit.checkpoint.commit import save_checkpoint
+from toolkit.checkpoint.layout import read_metadata
 from toolkit.checkpoint.tensors import stored_types
 from toolkit.data.tokenizers.byte import ByteTokenizer
 from toolkit.errors import CheckpointError
@@ -17,7 +18,6 @@ from toolkit.hf.export import export_hf
 from toolkit.hf.source import find_source, load_model, source_tensors
 from toolkit.models.config import TransformerConfig
 from toolkit.models.lora_config import LoRAConfig
-from toolkit.storage.atomic import hash_file
 
 TINY = TransformerConfig(
     vocab_size=100,
@@ -152,7 +152,7 @@ def test_adapters_are_merged_into_the_base_they_were_trained_on(tmp_path):
     layer = "blocks.1.feed_forward.down"
     adapter = {f"{layer}.lora_A.weight": torch.randn(2, 24)}
     adapter[f"{layer}.lora_B.weight"] = torch.randn(16, 2)
-    recorded = {"path": str(base), "step": 0, "fingerprint": hash_file(base / ".metadata.json")}
+    recorded = {"path": str(base), "step": 0, "fingerprint": read_metadata(base).xxh3}
     step = save(
         tmp_path / "tuned", 3, model, tensors=adapter, adapter=lora.to_dict(), base=recorded
     )

@@ -1,49 +1,53 @@
 """Write a model as a folder that `AutoModelForCausalLM.from_pretrained` reads.
 
-1. The table of the model's family says which `transformers` tensors there are and of which of ours
-   they are made. Run on tensors without storage, it also tells every shape, so files can be laid
-   out before the first weight is seen.
-2. Our tensors come in one at a time, in any order; each is cut to the real vocabulary, converted
-   and written to its place at once. Only the parts of a fused tensor (GPT-2's qkv) wait for one
-   another.
-3. Everything happens in a temporary folder beside the target, which gets its name last.
+Everything happens in a temporary folder beside the target, which gets its name last: after the
+files have been loaded by `transformers` and gave our logits, where that is asked for.
 """
 
-import contextlib
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from toolkit.errors import CheckpointError, DataError
-from toolkit.hf.families import FAMILIES
-from toolkit.hf.family import Family, Rule, why_not
-from toolkit.hf.safetensors_file import SafetensorsFile
-from toolkit.models.config import ModelConfig, TransformerConfig
-from toolkit.models.init import canonical_name
-from toolkit.storage.atomic import (
-    PathLike,
-    fsync_folder,
-    fsync_tree,
-    remove_tree,
-    temporary_path,
-    write_json_atomic,
+from toolkit.data.tokenizers.tokenizer import (
+    COMPANION_FILES,
+    TOKENIZER_CONFIG_FILE,
+    TOKENIZER_FILE,
+    load_tokenizer,
+    read_json,
 )
+from toolkit.errors import DataError
+from toolkit.hf.adapter import export_adapter
+from toolkit.hf.choose import choose_family
+from toolkit.hf.choose import hf_architecture as hf_architecture
+from toolkit.hf.folder import check_unused, new_folder
+from toolkit.hf.source import ModelSource, kept_tensors, source_tensors, source_types
+from toolkit.hf.weight_files import Dtypes, write_weights
+from toolkit.models.config import ModelConfig
+from toolkit.storage.atomic import PathLike, write_json_atomic
 
-_PADDED = ("embeddings.tokens.weight", "head.weight")
-_TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "chat_template.jinja", "vocab.json", "merges.txt", "tokenizer.model",
-)  # fmt: skip
+GENERATION_FILE = "generation_config.json"
+CARD_FILE = "README.md"
+MAX_SHARD_BYTES = 5_000_000_000
 
 
-def hf_architecture(config: ModelConfig) -> str | None:
-    """The `transformers` class that computes what this model computes; None where there is none."""
-    family = _family(config.to_transformer())
-    return family.architecture if family else None
+class Exported(NamedTuple):
+    """What was written."""
+
+    folder: Path
+    architecture: str
+    """Class name of `transformers`; of an adapter, of its base."""
+    dtype: torch.dtype
+    """Of the weights; where they differ, of the first."""
+    weight_files: list[str]
+    weight_bytes: int
+    has_tokenizer: bool
+    is_adapter: bool = False
+    not_checked: str | None = None
+    """Why it was not loaded and compared; None: it was."""
 
 
 def export_hf(
@@ -52,9 +56,13 @@ def export_hf(
     folder: PathLike,
     *,
     tokenizer_folder: PathLike | None = None,
-    dtype: torch.dtype | None = None,
-    max_shard_bytes: int = 5_000_000_000,
-) -> None:
+    dtype: Dtypes | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    model_type: str | None = None,
+    generation: Mapping[str, Any] | None = None,
+    card: str | None = None,
+    check: Callable[[Path], None] | None = None,
+) -> Exported:
     """Write config.json, generation_config.json, safetensors weights and the tokenizer's files.
 
     Args:
@@ -64,8 +72,15 @@ def export_hf(
         folder: where to; must not exist, or be empty.
         tokenizer_folder: its tokenizer files are copied, and the tokens that end documents (and
             start them, where the data had such) are recorded.
-        dtype: of the weights on disk; default: float32, the type of master weights.
+        dtype: of the weights on disk, of all or of each by our name; default: float32, the type of
+            master weights.
         max_shard_bytes: largest size of one weight file.
+        model_type: of the model that the weights came from; preferred where several fit.
+        generation: generation_config.json of that model, kept as it was; default: made from the
+            tokenizer.
+        card: content of README.md; None: none is written.
+        check: called with the finished folder before it gets its name; what it raises leaves
+            nothing behind.
 
     Raises:
         CheckpointError: when no class fits, the folder is in use, or tensors are missing, unknown
@@ -73,145 +88,182 @@ def export_hf(
         DataError: when `tokenizer_folder` holds no tokenizer.
     """
     folder, transformer = Path(folder), config.to_transformer()
-    family = _family(transformer)
-    if family is None:
-        raise CheckpointError(
-            "model: no transformers class has this combination of parts, so it cannot be exported; "
-            f"known: {', '.join(f.architecture for f in FAMILIES)}"
-        )
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise CheckpointError(f"{folder}: already exists; remove it or choose another folder")
-    bos_id, eos_id = _special_ids(tokenizer_folder)
-    dtype = dtype or torch.float32
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = temporary_path(folder)
-    unfinished.mkdir()
-    try:
-        items = named_tensors.items() if isinstance(named_tensors, Mapping) else named_tensors
-        _write_weights(transformer, family, iter(items), unfinished, dtype, max_shard_bytes)
-        special_tokens = {"bos_token_id": bos_id, "eos_token_id": eos_id, "pad_token_id": None}
+    family = choose_family(transformer, model_type)
+    check_unused(folder)
+    special_tokens = _special_tokens(tokenizer_folder)
+    dtypes = torch.float32 if dtype is None else dtype
+    first = dtypes if isinstance(dtypes, torch.dtype) else next(iter(dtypes.values()))
+    items = named_tensors.items() if isinstance(named_tensors, Mapping) else named_tensors
+    with new_folder(folder) as unfinished:
+        files = write_weights(transformer, family, items, unfinished, dtypes, max_shard_bytes)
+        if generation is not None:
+            kept = {k: v for k, v in generation.items() if k in special_tokens and v is not None}
+            special_tokens = {**special_tokens, **kept}
         settings: dict[str, Any] = {
             "architectures": [family.architecture],
             "model_type": family.model_type,
             **family.write_config(transformer),
             **special_tokens,
-            "dtype": str(dtype).removeprefix("torch."),
+            # A row of the embedding would not be trained by those who fine-tune the folder.
+            "pad_token_id": None,
+            "dtype": str(first).removeprefix("torch."),
         }
         write_json_atomic(unfinished / "config.json", settings, sync=False)
-        generation = {"_from_model_config": True, **special_tokens}
-        write_json_atomic(unfinished / "generation_config.json", generation, sync=False)
-        if tokenizer_folder is not None:
-            for name in _TOKENIZER_FILES:
-                if (Path(tokenizer_folder) / name).is_file():
-                    shutil.copyfile(Path(tokenizer_folder) / name, unfinished / name)
-        fsync_tree(unfinished)
-        # Takes the place of an empty folder too.
-        unfinished.replace(folder)
-        fsync_folder(folder.parent)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            remove_tree(unfinished)
-        raise
+        own = {"_from_model_config": True, **special_tokens}
+        write_json_atomic(unfinished / GENERATION_FILE, generation or own, sync=False)
+        copy_tokenizer(tokenizer_folder, unfinished)
+        if card is not None:
+            (unfinished / CARD_FILE).write_text(card, encoding="utf-8")
+        if check is not None:
+            check(unfinished)
+        written = Exported(
+            folder=folder,
+            architecture=family.architecture,
+            dtype=first,
+            weight_files=[file.name for file in files],
+            weight_bytes=sum(file.stat().st_size for file in files),
+            has_tokenizer=tokenizer_folder is not None,
+        )
+    return written
 
 
-def _family(config: TransformerConfig) -> Family | None:
-    return next((family for family in FAMILIES if why_not(family, config) is None), None)
+def export_source(
+    source: ModelSource,
+    folder: PathLike,
+    *,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    merge_adapter: bool = False,
+    card: str | None = None,
+    check: bool | None = None,
+) -> Exported:
+    """`export_hf` of a run, checkpoint or folder; memory stays at a tensor or two.
+
+    Args:
+        source: see `find_source`; `source._replace(tokenizer_folder=...)` gives it another
+            tokenizer.
+        dtype: of the weights on disk; default: see `chosen_types`.
+        merge_adapter: of an adapter, write the whole model that it makes of its base; else what
+            `peft` loads onto that.
+        card: content of README.md.
+        check: load the result with `transformers` and compare its logits and its tokenizer with
+            ours; default: when there is memory for it. Adapters alone are not compared.
+
+    Raises:
+        CheckpointError, DataError: see `export_hf`; or the comparison found a difference.
+    """
+    if source.lora is not None and not merge_adapter:
+        return _export_adapter(source, Path(folder), dtype, card)
+    from toolkit.hf import compare
+
+    not_checked = None if check is not False else "not asked for"
+    if check is None and not compare.has_memory_to_compare(source.config):
+        needed = compare.bytes_to_compare(source.config) / 1e9
+        not_checked = f"it takes about {needed:.1f} GB of memory, which are not free"
+    dtypes = dtype or chosen_types(source)
+
+    def compare_all(written: Path) -> None:
+        compare.compare_with_transformers(written, source.config, _rounded(source, dtypes))
+        if source.tokenizer_folder is not None:
+            compare.check_tokenizer(written)
+
+    exported = export_hf(
+        source.config,
+        source_tensors(source),
+        folder,
+        tokenizer_folder=source.tokenizer_folder,
+        dtype=dtypes,
+        max_shard_bytes=max_shard_bytes,
+        model_type=source.origin.get("model_type"),
+        generation=generation_of(source),
+        card=card,
+        check=compare_all if not_checked is None else None,
+    )
+    return exported._replace(not_checked=not_checked)
 
 
-def _special_ids(tokenizer_folder: PathLike | None) -> tuple[int | None, int | None]:
-    """Tokens that start and end documents, where the data had them."""
+def chosen_types(source: ModelSource) -> Dtypes:
+    """The type of exported weights where none is asked for.
+
+    Weights that are not kept as fp32 were never trained here: each stays what it is. Else the type
+    that the model had when it was imported; else fp32.
+    """
+    types = source_types(source)
+    if source.lora is None and any(kept != torch.float32 for kept in types.values()):
+        return types
+    original = getattr(torch, str(source.origin.get("dtype")), None)
+    return original if isinstance(original, torch.dtype) else torch.float32
+
+
+def generation_of(source: ModelSource) -> dict[str, Any] | None:
+    """generation_config.json of the model that the weights once came from, where it had one."""
+    if source.hf_folder is not None:
+        return read_json(source.hf_folder / GENERATION_FILE) or None
+    return source.origin.get("generation_config") or None
+
+
+def _rounded(source: ModelSource, dtypes: Dtypes) -> Iterator[tuple[str, Tensor]]:
+    """The weights as they are read back. A type of its own for each loses nothing."""
+    for name, tensor in source_tensors(source):
+        yield name, tensor.to(dtypes) if isinstance(dtypes, torch.dtype) else tensor
+
+
+def _export_adapter(
+    source: ModelSource, folder: Path, dtype: torch.dtype | None, card: str | None
+) -> Exported:
+    assert source.lora is not None
+    assert source.metadata is not None
+    base = source.metadata.extra.get("base") or {}
+    family = choose_family(source.config, source.origin.get("model_type"))
+    with new_folder(folder) as unfinished:
+        export_adapter(
+            source.config,
+            family,
+            source.lora,
+            kept_tensors(source),
+            unfinished,
+            base_name=source.origin.get("name") if base.get("step") == 0 else None,
+            dtype=dtype,
+        )
+        weights = list(unfinished.glob("*.safetensors"))
+        copy_tokenizer(source.tokenizer_folder, unfinished)
+        if card is not None:
+            (unfinished / CARD_FILE).write_text(card, encoding="utf-8")
+        return Exported(
+            folder=folder,
+            architecture=family.architecture,
+            dtype=dtype or torch.float32,
+            weight_files=[file.name for file in weights],
+            weight_bytes=sum(file.stat().st_size for file in weights),
+            has_tokenizer=source.tokenizer_folder is not None,
+            is_adapter=True,
+            not_checked="an adapter alone has no logits",
+        )
+
+
+def copy_tokenizer(source: PathLike | None, folder: Path) -> None:
+    """Copy tokenizer.json and what belongs to it, the chat template among it."""
+    if source is not None:
+        for name in (TOKENIZER_FILE, *COMPANION_FILES):
+            if (Path(source) / name).is_file():
+                shutil.copyfile(Path(source) / name, folder / name)
+
+
+def _special_tokens(tokenizer_folder: PathLike | None) -> dict[str, int | None]:
+    """Tokens that start and end documents, where the data had them, and that fill up rows."""
     if tokenizer_folder is None:
-        return None, None
-    from toolkit.data.tokenizers.tokenizer import TOKENIZER_FILE, load_tokenizer
-
-    if not (Path(tokenizer_folder) / TOKENIZER_FILE).is_file():
+        return {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+    folder = Path(tokenizer_folder)
+    if not (folder / TOKENIZER_FILE).is_file():
         raise DataError(
             f"{tokenizer_folder}: no {TOKENIZER_FILE} here; give the folder of the tokenizer, "
             "or none to export weights alone"
         )
-    tokenizer = load_tokenizer(tokenizer_folder)
-    return tokenizer.bos_id if tokenizer.prepends_bos else None, tokenizer.eos_id
-
-
-def _write_weights(
-    config: TransformerConfig,
-    family: Family,
-    items: Iterator[tuple[str, Tensor]],
-    folder: Path,
-    dtype: torch.dtype,
-    max_shard_bytes: int,
-) -> None:
-    rules = family.rules(config)
-    expected = {name: p.detach() for name, p in config.build(init_device="meta").named_parameters()}
-    shapes: dict[str, torch.Size] = {}
-    for rule in rules:
-        theirs = rule.layout.to_theirs([_unpadded(s, expected[s], config) for s in rule.ours])
-        shapes |= {name: t.shape for name, t in zip(rule.theirs, theirs, strict=True)}
-    shards = _plan_shards(shapes, dtype, max_shard_bytes)
-    file_of = {target: name for name, targets in shards.items() for target in targets}
-    if len(shards) > 1:
-        size = sum(shape.numel() * dtype.itemsize for shape in shapes.values())
-        index = {"metadata": {"total_size": size}, "weight_map": file_of}
-        write_json_atomic(folder / "model.safetensors.index.json", index, sync=False)
-    with contextlib.ExitStack() as stack:
-        files = {
-            name: stack.enter_context(SafetensorsFile(folder / name, targets, dtype))
-            for name, targets in shards.items()
-        }
-        for target, tensor in _converted(config, rules, expected, items):
-            files[file_of[target]].write(target, tensor)
-
-
-def _converted(
-    config: TransformerConfig,
-    rules: list[Rule],
-    expected: dict[str, Tensor],
-    items: Iterator[tuple[str, Tensor]],
-) -> Iterator[tuple[str, Tensor]]:
-    """`(their name, their tensor)`, each as soon as the last of its sources has come in."""
-    rule_of = {source: rule for rule in rules for source in rule.ours}
-    waiting: dict[str, Tensor] = {}
-    missing = set(rule_of)
-    for wrapped_name, tensor in items:
-        name = canonical_name(wrapped_name)
-        if name not in missing:
-            raise CheckpointError(f"{name}: not a parameter of this model, or given twice")
-        if tensor.shape != expected[name].shape:
-            raise CheckpointError(
-                f"{name}: shape {tuple(tensor.shape)}, but the model config gives "
-                f"{tuple(expected[name].shape)}; export with the config it was trained with"
-            )
-        missing.remove(name)
-        rule = rule_of[name]
-        waiting[name] = _unpadded(name, tensor.detach(), config)
-        if all(source in waiting for source in rule.ours):
-            theirs = rule.layout.to_theirs([waiting.pop(source) for source in rule.ours])
-            yield from zip(rule.theirs, theirs, strict=True)
-    if missing:
-        raise CheckpointError(
-            f"{sorted(missing)[0]}: missing from the weights to export "
-            f"({len(missing)} of {len(rule_of)} are); the checkpoint is of another model"
-        )
-
-
-def _unpadded(name: str, tensor: Tensor, config: TransformerConfig) -> Tensor:
-    return tensor[: config.vocab_size] if name in _PADDED else tensor
-
-
-def _plan_shards(
-    shapes: dict[str, torch.Size], dtype: torch.dtype, max_shard_bytes: int
-) -> dict[str, dict[str, torch.Size]]:
-    """File name -> its tensors, filled in the model's order."""
-    groups: list[dict[str, torch.Size]] = [{}]
-    used = 0
-    for name, shape in shapes.items():
-        size = shape.numel() * dtype.itemsize
-        if groups[-1] and used + size > max_shard_bytes:
-            groups.append({})
-            used = 0
-        groups[-1][name] = shape
-        used += size
-    if len(groups) == 1:
-        return {"model.safetensors": groups[0]}
-    total = len(groups)
-    return {f"model-{i:05}-of-{total:05}.safetensors": g for i, g in enumerate(groups, start=1)}
+    tokenizer = load_tokenizer(folder)
+    pad = read_json(folder / TOKENIZER_CONFIG_FILE).get("pad_token")
+    pad = pad.get("content") if isinstance(pad, dict) else pad
+    return {
+        "bos_token_id": tokenizer.bos_id if tokenizer.prepends_bos else None,
+        "eos_token_id": tokenizer.eos_id,
+        "pad_token_id": tokenizer.control_tokens.get(pad) if pad else None,
+    }

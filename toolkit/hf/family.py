@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from toolkit.errors import CheckpointError
 from toolkit.hf.layouts import SAME, Layout
-from toolkit.hf.meaning import difference
+from toolkit.hf.meaning import differences, meaning
 from toolkit.hf.settings import Settings
 from toolkit.models.config import TransformerConfig
 
@@ -50,9 +50,15 @@ def rules_of(ours: str, theirs: str, kinds: tuple[str, ...], layout: Layout = SA
 
 def why_not(family: Family, config: TransformerConfig) -> str | None:
     """What of `config` the family cannot express, in a few words; None: it fits."""
+    return next(iter(misfits(family, config)), None)
+
+
+def misfits(family: Family, config: TransformerConfig) -> list[str]:
+    """Every part of `config` that the family cannot express, as "name value"; where its config.json
+    cannot even be read back, the reason and all parts."""
     written = {"model_type": family.model_type, **family.write_config(config)}
     try:
         back = TransformerConfig(**family.read_config(Settings(written)))
     except (CheckpointError, ValueError) as error:
-        return str(error)
-    return difference(config, back)
+        return [str(error), *meaning(config)]
+    return differences(config, back)

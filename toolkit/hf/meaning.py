@@ -57,11 +57,17 @@ def meaning(config: TransformerConfig) -> dict[str, Any]:
 
 def difference(one: TransformerConfig, other: TransformerConfig) -> str | None:
     """The first part in which they differ, as "name value"; None: they are the same model."""
+    return next(iter(differences(one, other)), None)
+
+
+def differences(one: TransformerConfig, other: TransformerConfig) -> list[str]:
+    """All parts of `one` in which `other` differs, as "name value"."""
     second = meaning(other)
-    for name, value in meaning(one).items():
-        if not _equal(value, second[name]):
-            return f"{name} {value!r}"
-    return None
+    return [
+        f"{name} {value!r}"
+        for name, value in meaning(one).items()
+        if not _equal(value, second[name])
+    ]
 
 
 def _rope(config: TransformerConfig, is_sliding: bool) -> tuple[Any, ...]:

@@ -6,6 +6,7 @@ all tensors of a file in memory at once.
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -22,33 +23,37 @@ _DTYPE_NAMES = {
 
 
 class SafetensorsFile:
-    """Context manager; every tensor announced in `shapes` is to be given to `write` once."""
+    """Context manager; every tensor announced in `layout` is to be given to `write` once.
 
-    def __init__(self, path: Path, shapes: dict[str, torch.Size], dtype: torch.dtype) -> None:
+    Args:
+        layout: name -> a tensor of that shape and type (on the meta device, say).
+    """
+
+    def __init__(self, path: Path, layout: Mapping[str, Tensor]) -> None:
         header: dict[str, object] = {"__metadata__": {"format": "pt"}}
         position = 0
-        self._ranges: dict[str, int] = {}
-        for name, shape in shapes.items():
-            end = position + shape.numel() * dtype.itemsize
+        self._places: dict[str, tuple[int, torch.dtype]] = {}
+        for name, tensor in layout.items():
+            end = position + tensor.nbytes
             header[name] = {
-                "dtype": _DTYPE_NAMES[dtype],
-                "shape": list(shape),
+                "dtype": _DTYPE_NAMES[tensor.dtype],
+                "shape": list(tensor.shape),
                 "data_offsets": [position, end],
             }
-            self._ranges[name] = position
+            self._places[name] = (position, tensor.dtype)
             position = end
         text = json.dumps(header).encode()
         text += b" " * (-len(text) % 8)
-        self._dtype = dtype
         self._data_start = 8 + len(text)
         self._file = path.open("wb")
         self._file.write(len(text).to_bytes(8, "little") + text)
         self._file.truncate(self._data_start + position)
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """Put `tensor` (any device, converted to the file's type) in its place."""
-        flat = tensor.detach().to("cpu", self._dtype).contiguous().view(-1).view(torch.uint8)
-        self._file.seek(self._data_start + self._ranges[name])
+        """Put `tensor` (any device, converted to the announced type) in its place."""
+        offset, dtype = self._places[name]
+        flat = tensor.detach().to("cpu", dtype).contiguous().view(-1).view(torch.uint8)
+        self._file.seek(self._data_start + offset)
         self._file.write(flat.numpy().data)
 
     def __enter__(self) -> Self:

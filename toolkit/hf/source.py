@@ -5,7 +5,7 @@ Whatever it is, its weights come out under our names, one whole CPU tensor at a 
 
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -67,7 +67,8 @@ class ModelSource(NamedTuple):
     def origin(self) -> dict[str, Any]:
         """What `toolkit convert-hf` recorded of the model that the weights once came from (`name`,
         `model_type`, `dtype`); empty where there was none."""
-        return (self.metadata.extra.get("source") or {}) if self.metadata else {}
+        extra = self.metadata.extra if self.metadata else {}
+        return extra.get("source") or (extra.get("base") or {}).get("source") or {}
 
     @property
     def lora(self) -> LoRAConfig | None:
@@ -127,22 +128,24 @@ def source_tensors(source: ModelSource) -> Iterator[tuple[str, Tensor]]:
     """
     if source.hf_folder is not None:
         return _import_plan(source.hf_folder).tensors()
-    assert source.checkpoint is not None, "the other kinds have one"
-    own = iterate_tensors(source.checkpoint / TENSORS_FOLDER, _WEIGHTS)
     if source.lora is None:
-        return own
-    return merged(source_tensors(adapter_base(source)), dict(own), source.lora)
+        return kept_tensors(source)
+    return merged(source_tensors(adapter_base(source)), dict(kept_tensors(source)), source.lora)
+
+
+def kept_tensors(source: ModelSource) -> Iterator[tuple[str, Tensor]]:
+    """`source_tensors` of a checkpoint as it is: of an adapter, the adapter's own."""
+    assert source.checkpoint is not None, "the other kinds have one"
+    return iterate_tensors(source.checkpoint / TENSORS_FOLDER, _WEIGHTS)
 
 
 def source_types(source: ModelSource) -> dict[str, torch.dtype]:
-    """The type that each tensor of `source_tensors` has, by our name."""
+    """The type that each tensor of `source_tensors` has, by our name; of an adapter, that it has in
+    the checkpoint."""
     if source.hf_folder is not None:
         plan = _import_plan(source.hf_folder)
         return {name: tensor.dtype for name, tensor in plan.layout.items()}
     assert source.checkpoint is not None, "the other kinds have one"
-    if source.lora is not None:
-        # Merging computes in fp32.
-        return dict.fromkeys(source_types(adapter_base(source)), torch.float32)
     return stored_types(source.checkpoint / TENSORS_FOLDER, _WEIGHTS)
 
 
@@ -180,7 +183,7 @@ def load_model(
 @torch.no_grad()
 def filled_model(
     config: ModelConfig,
-    tensors: Iterator[tuple[str, Tensor]],
+    tensors: Iterable[tuple[str, Tensor]],
     *,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,

@@ -1,0 +1,49 @@
+"""Folders that appear whole under their name, or not at all."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from toolkit.errors import CheckpointError
+from toolkit.storage.atomic import (
+    PathLike,
+    fsync_folder,
+    fsync_tree,
+    remove_tree,
+    temporary_path,
+)
+
+
+def check_unused(folder: PathLike) -> None:
+    """Raise CheckpointError when `folder` exists and is not an empty folder."""
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise CheckpointError(f"{folder}: already exists; remove it or choose another folder")
+
+
+@contextlib.contextmanager
+def new_folder(folder: PathLike) -> Iterator[Path]:
+    """A temporary folder beside `folder`, whose name it gets, synced, when the block ends; after an
+    error nothing is left.
+
+    Raises:
+        CheckpointError: `folder` is in use, or cannot be made.
+    """
+    folder = Path(folder)
+    check_unused(folder)
+    unfinished = temporary_path(folder.absolute())
+    try:
+        unfinished.parent.mkdir(parents=True, exist_ok=True)
+        unfinished.mkdir()
+    except OSError as error:
+        raise CheckpointError(f"{folder}: cannot be made: {error.strerror}") from None
+    try:
+        yield unfinished
+        fsync_tree(unfinished)
+        # Takes the place of an empty folder too.
+        unfinished.replace(folder.absolute())
+        fsync_folder(unfinished.parent)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            remove_tree(unfinished)
+        raise
