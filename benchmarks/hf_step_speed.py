@@ -28,9 +28,9 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 import torch
 from rich.console import Console
 from rich.table import Table
-from toolkit.hf.source import find_source, load_model
 
 from toolkit.distributed.cpu import keep_freed_memory
+from toolkit.hf.source import find_source, load_model
 from toolkit.models.compile import compile_model
 
 # Field names and values of the published configs.
