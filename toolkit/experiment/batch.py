@@ -11,12 +11,11 @@ import msgspec
 
 from toolkit.checkpoint.layout import read_metadata, saved_steps, step_folder
 from toolkit.data.corpus import changed_data
-from toolkit.data.corpus_info import data_places, read_corpus, without_sources
 from toolkit.data.instances.base import DocumentPart
 from toolkit.data.instances.text import DecodedPiece
 from toolkit.errors import ConfigError, DataError, ToolkitError
 from toolkit.experiment.config import ExperimentConfig
-from toolkit.experiment.load import find_data, load_run_config
+from toolkit.experiment.load import find_data, load_run_config, open_run_data
 from toolkit.runs.files import RUN_FILES
 
 if TYPE_CHECKING:
@@ -77,7 +76,7 @@ def step_batch(run_dir: Path, step: int, *, show: int = 1) -> StepBatch:
         raise ConfigError(f"--show {show}: give a number of instances, 0 or more")
     folder = run_dir.resolve()
     config = find_data(load_run_config(run_dir).config, folder)
-    corpus = _open(config)
+    corpus = open_run_data(config)
     saved = _saved_data(folder)
     order = _order(config, corpus, saved)
     if saved is not None:
@@ -108,20 +107,6 @@ def step_batch(run_dir: Path, step: int, *, show: int = 1) -> StepBatch:
         num_targets=int(targets.sum()),
         instances=instances,
     )
-
-
-def _open(config: ExperimentConfig) -> "Corpus":
-    """The run's data as it is here: nothing is prepared or fetched."""
-    from toolkit.data.corpus import open_corpus
-
-    data = config.data.replace(store=config.store.replace(permanent_root=None))
-    if read_corpus(data) is None:
-        places = ", ".join(str(place) for place in data_places(data))
-        raise DataError(
-            f"{places}: the run's prepared data is not there; restore it, or make it again with "
-            "`toolkit prepare`"
-        )
-    return open_corpus(data.replace(dataset=without_sources(data.dataset)), check_text=False)
 
 
 def _saved_data(folder: Path) -> dict[str, Any] | None:

@@ -12,7 +12,7 @@
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 
@@ -23,10 +23,10 @@ from toolkit.config import (
     parse_override_args,
     read_json_mapping,
 )
-from toolkit.data.corpus_info import data_places
+from toolkit.data.corpus_info import data_places, read_corpus, without_sources
 from toolkit.data.order.mix_files import inline_mixes
 from toolkit.data.tokens.prepared import MANIFEST_NAME
-from toolkit.errors import ConfigError, RunError
+from toolkit.errors import ConfigError, DataError, RunError
 from toolkit.experiment.base import longest_sequence, read_base
 from toolkit.experiment.config import ExperimentConfig
 from toolkit.experiment.recipes import recipe_hint, recipe_names, recipe_text
@@ -34,6 +34,9 @@ from toolkit.models.counts import shown_parameters
 from toolkit.models.presets import preset
 from toolkit.runs.files import RUN_FILES
 from toolkit.storage.remote import is_url
+
+if TYPE_CHECKING:
+    from toolkit.data.corpus import Corpus
 
 SHORTHANDS: dict[str, str] = {
     "name": "run.name",
@@ -166,6 +169,27 @@ def find_data(config: ExperimentConfig, run_dir: Path) -> ExperimentConfig:
             store = store.replace(**{field: str(Path(started_in) / Path(place).expanduser())})
     moved = config.replace(dataset=config.dataset.replace(root=root), store=store)
     return moved if _has_data(moved) else config
+
+
+def open_run_data(config: ExperimentConfig) -> "Corpus":
+    """The data of a run as it is here, for reading: nothing is prepared or fetched.
+
+    Args:
+        config: from `find_data`.
+
+    Raises:
+        DataError: it is not here.
+    """
+    from toolkit.data.corpus import open_corpus
+
+    data = config.data.replace(store=config.store.replace(permanent_root=None))
+    if read_corpus(data) is None:
+        places = ", ".join(str(place) for place in data_places(data))
+        raise DataError(
+            f"{places}: the run's prepared data is not there; restore it, or make it again with "
+            "`toolkit prepare`"
+        )
+    return open_corpus(data.replace(dataset=without_sources(data.dataset)), check_text=False)
 
 
 def _has_data(config: ExperimentConfig) -> bool:

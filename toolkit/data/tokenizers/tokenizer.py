@@ -123,6 +123,12 @@ class Tokenizer:
         that this tokenizer is stored with."""
         return self.bos_id is not None and self._config().get("add_bos_token") is True
 
+    @property
+    def adds_bos(self) -> bool:
+        """Whether `transformers` puts the start-of-document token before a text: where tokenizer.json
+        says so, or data was made so (`with_bos_policy`)."""
+        return self.bos_id is not None and self._backend.encode("a").ids[:1] == [self.bos_id]
+
     def with_bos_policy(self, prepend_bos: bool) -> "Tokenizer":
         """The same tokenizer, which remembers whether documents start with the start-of-document
         token. `transformers` then does so too: by what tokenizer.json does after encoding."""
