@@ -98,7 +98,7 @@ def continuation_checks(
     checkpoint, lora = start.checkpoint, config.train_module.lora
     metadata = metadata_of(checkpoint)
     saved = metadata.extra
-    model = msgspec.to_builtins(config.model)
+    model = msgspec.json.decode(msgspec.json.encode(config.model))  # lists, as stored
     free = _FREE_FOR_WEIGHTS if start.weights_only else _FREE_MODEL_FIELDS
 
     def check_data() -> None:

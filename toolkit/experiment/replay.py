@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from toolkit.checkpoint.layout import saved_steps, step_folder
+from toolkit.checkpoint.layout import check_files, read_metadata, saved_steps, step_folder
 from toolkit.data.corpus_info import data_places, read_corpus, without_sources
 from toolkit.distributed.launcher import has_launcher, rank_of
 from toolkit.errors import EXIT_DONE, ConfigError, DataError, RunError, TrainingError
@@ -37,7 +37,7 @@ from toolkit.experiment.relaunch import relaunch
 from toolkit.experiment.verify import is_step_folder
 from toolkit.runs.config import RunConfig
 from toolkit.runs.files import RUN_FILES
-from toolkit.runs.registry import is_run
+from toolkit.runs.registry import is_run, resolve_run_folder
 from toolkit.train.config import CallbacksConfig, Duration, TrainerConfig
 
 log = logging.getLogger(__name__)
@@ -87,7 +87,7 @@ def replay_steps(
             return code
         if code != EXIT_DONE:
             raise TrainingError("the replay was stopped before its last step; nothing was compared")
-        return compare(plan, Path(root) / config.run.experiment / str(config.run.name))
+        return compare(plan, resolve_run_folder(config.run, ""))
 
 
 def plan_replay(run_dir: Path, steps: int, step: int | None = None) -> ReplayPlan:
@@ -143,11 +143,19 @@ def replay_config(plan: ReplayPlan, root: str, environ: Mapping[str, str]) -> Ex
         dp_config = engine_again(recorded.dp_config, recorded.world_size, environ)
         module = module.replace(dp_config=dp_config)
         module = module.replace(precision=precision_again(module, recorded.precision, environ))
-    defaults = TrainerConfig()
-    loading = [name for name in TrainerConfig.__struct_fields__ if name.startswith("load_")]
-    trainer = config.trainer.replace(
-        **{name: getattr(defaults, name) for name in loading}
-        | {"load_path": str(plan.checkpoint), "load_strategy": "always"},
+    trainer, run = config.trainer, RunConfig(root=root, experiment="replay", name="steps")
+    if config.train_module.lora is None:
+        defaults = TrainerConfig()
+        loading = [name for name in TrainerConfig.__struct_fields__ if name.startswith("load_")]
+        trainer = trainer.replace(
+            **{name: getattr(defaults, name) for name in loading}
+            | {"load_path": str(plan.checkpoint), "load_strategy": "always"}
+        )
+    else:
+        # `load_path` is the adapter's base; the adapter is found where a run has its own.
+        run = run.replace(save_folder=str(Path(root) / "replay" / "steps"))
+        _link(plan.checkpoint, Path(str(run.save_folder)) / RUN_FILES.checkpoints)
+    trainer = trainer.replace(
         hard_stop=Duration(value=plan.recorded[-1].step),
         no_checkpoints=True,
         no_evals=True,
@@ -156,13 +164,20 @@ def replay_config(plan: ReplayPlan, root: str, environ: Mapping[str, str]) -> Ex
         callbacks=_without_observers(config.trainer.callbacks),
     )
     return config.replace(
-        run=RunConfig(root=root, experiment="replay", name="steps"),
+        run=run,
         # Taken as it is: a replay prepares nothing, and stores nothing.
         dataset=without_sources(config.dataset),
         store=config.store.replace(permanent_root=None),
         train_module=module,
         trainer=trainer,
     )
+
+
+def _link(checkpoint: Path, root: Path) -> None:
+    # A damaged one would be passed over.
+    check_files(checkpoint, read_metadata(checkpoint), hashes=True)
+    root.mkdir(parents=True, exist_ok=True)
+    (root / checkpoint.name).symlink_to(checkpoint, target_is_directory=True)
 
 
 def _count_comparable(folder: Path, record: dict[int, RecordedStep], step: int) -> int:
@@ -203,9 +218,10 @@ def _numbers_of(folder: Path, attempt: int) -> dict[str, Any]:
 
 
 def _without_observers(callbacks: CallbacksConfig) -> CallbacksConfig:
-    return callbacks.replace(
-        **{name: getattr(callbacks, name).replace(enabled=False) for name in OBSERVERS}
-    )
+    silent = {name: getattr(callbacks, name).replace(enabled=False) for name in OBSERVERS}
+    # Nor is anything taken from there.
+    silent["checkpointer"] = silent["checkpointer"].replace(upload_to=None)
+    return callbacks.replace(**silent)
 
 
 def _scratch() -> "tempfile.TemporaryDirectory[str]":
