@@ -22,7 +22,6 @@ from toolkit.data.tokenizers.tokenizer import (
 from toolkit.errors import DataError
 from toolkit.hf.adapter import export_adapter
 from toolkit.hf.choose import choose_family
-from toolkit.hf.choose import hf_architecture as hf_architecture
 from toolkit.hf.folder import check_unused, new_folder
 from toolkit.hf.source import ModelSource, kept_tensors, source_tensors, source_types
 from toolkit.hf.weight_files import Dtypes, write_weights
@@ -191,8 +190,13 @@ def chosen_types(source: ModelSource) -> Dtypes:
     types = source_types(source)
     if source.lora is None and any(kept != torch.float32 for kept in types.values()):
         return types
-    original = getattr(torch, str(source.origin.get("dtype")), None)
-    return original if isinstance(original, torch.dtype) else torch.float32
+    return original_type(source.origin)
+
+
+def original_type(origin: Mapping[str, Any]) -> torch.dtype:
+    """The type that weights had where they came from (`ModelSource.origin`); else fp32."""
+    dtype = getattr(torch, str(origin.get("dtype")), None)
+    return dtype if isinstance(dtype, torch.dtype) else torch.float32
 
 
 def generation_of(source: ModelSource) -> dict[str, Any] | None:

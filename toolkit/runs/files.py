@@ -57,6 +57,8 @@ class RunFiles(msgspec.Struct, frozen=True):
     """Folder: step{N}/ each."""
     downloads: str = "downloads"
     """Folder: step{N}/ of the remote `trainer.load_path` that the run began from."""
+    tokenizer: str = "tokenizer"
+    """Folder: the tokenizer of the data, for whoever uses the model; absent where none is known."""
     logs: str = "logs"
     """Folder: one log file per rank."""
 

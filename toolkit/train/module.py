@@ -92,6 +92,10 @@ class TrainModule(ABC):
         Empty: it does."""
         return {}
 
+    origin: dict[str, Any] | None = None
+    """The model of `transformers` that the weights came from before training, as the checkpoint
+    that was loaded tells it (`extra["source"]`); goes on into checkpoints."""
+
     base: BaseCheckpoint | None = None
     """Where `base_tensors` were loaded from; stored with checkpoints."""
 

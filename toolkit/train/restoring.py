@@ -137,12 +137,14 @@ def _load(trainer: "Trainer", start: Start, *, mapping: Mapping[str, str]) -> No
             checkpoint, tensors=tensors, rank=environment.rank, group=group
         )
         trainer.load_state_dict(state["trainer"])
+        module.origin = metadata.extra.get("source")
         if metadata.world_size == environment.world_size:
             _set_rng_state(state["rng"])
     elif not base_weights:
         tensors = renamed(module.state_tensors(), mapping)
         weights = {key: t for key, t in tensors.items() if key.startswith("model.")}
         load_weights(checkpoint, weights, group)
+        module.origin = metadata_of(checkpoint).extra.get("source")
     module.state_filled()
     log.info("loaded %s (step %d)", checkpoint, trainer.step)
 

@@ -104,6 +104,7 @@ class TrainerSaver:
     ) -> tuple[Save, TensorPieces, dict[str, torch.Tensor]]:
         trainer = self._trainer
         _check_owner(trainer)
+        _keep_tokenizer(trainer)
         environment, module = trainer.environment, trainer.train_module
         flush = trainer.recorder.begin_flush(lambda: trainer.skipped_in_a_row)
         state = {"trainer": trainer.state_dict(), "rng": _rng_state()}
@@ -127,6 +128,7 @@ class TrainerSaver:
                 "optim": msgspec.to_builtins(module.optim_config),
                 "data": trainer.train_loader.state_dict(),
                 "versions": {name: importlib.metadata.version(name) for name in _VERSIONED},
+                **({"source": module.origin} if module.origin is not None else {}),
                 **_adapter(module),
             },
             export=(lambda unfinished: _export_hf(trainer, unfinished)) if export_hf else None,
@@ -164,6 +166,21 @@ def _check_owner(trainer: "Trainer") -> None:
         raise refusal
 
 
+def _keep_tokenizer(trainer: "Trainer") -> None:
+    """Copy the tokenizer into the run folder, once: data may be gone when the model is used."""
+    source, kept = trainer.train_loader.tokenizer_folder, trainer.run.path(RUN_FILES.tokenizer)
+    if not trainer.environment.is_main or source is None or not source.is_dir() or kept.is_dir():
+        return
+    from toolkit.hf.export import copy_tokenizer
+    from toolkit.hf.folder import new_folder
+
+    try:
+        with new_folder(kept) as unfinished:
+            copy_tokenizer(source, unfinished)
+    except (OSError, ToolkitError) as error:
+        log.warning("the tokenizer is not in the run folder: %s", error)
+
+
 def _scores(evaluation: dict[str, Any] | None, step: int) -> dict[str, float]:
     """Results of an evaluation at `step`, as "val/loss"."""
     if evaluation is None or evaluation["step"] != step:
@@ -189,21 +206,26 @@ def _adapter(module: "TrainModule") -> dict[str, Any]:
 def _export_hf(trainer: "Trainer", unfinished: Path) -> None:
     """Safetensors for `transformers`, read back from the tensors just written, one at a time; of an
     adapter, what PEFT loads onto its base."""
-    from toolkit.hf.export import export_hf, hf_architecture
+    from toolkit.hf.choose import fitting_family
+    from toolkit.hf.export import export_hf, original_type
 
-    config = trainer.train_module.model_config
-    if trainer.train_module.adapter_config is not None:
-        _export_adapter(trainer.train_module, unfinished)
+    module = trainer.train_module
+    if module.adapter_config is not None:
+        _export_adapter(module, unfinished)
         return
-    if hf_architecture(config) is None:
+    origin = module.origin or {}
+    if fitting_family(module.model_config) is None:
         log.info("no transformers class has these parts; %s/ is not written", HF_FOLDER)
         return
     tokenizer = trainer.train_loader.tokenizer_folder
     export_hf(
-        config,
+        module.model_config,
         iterate_tensors(unfinished / TENSORS_FOLDER, "model."),
         unfinished / HF_FOLDER,
         tokenizer_folder=tokenizer if tokenizer is not None and tokenizer.is_dir() else None,
+        dtype=original_type(origin),
+        model_type=origin.get("model_type"),
+        generation=origin.get("generation_config"),
     )
 
 
