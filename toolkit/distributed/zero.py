@@ -79,8 +79,13 @@ class ZeroRuntime(EngineRuntime):
     def weight_shards(self) -> dict[str, torch.Tensor]:
         shards = {}
         for name, parameter in self._named.items():
-            piece = self._piece(parameter) if parameter.requires_grad else None
-            if piece is not None:
+            if not parameter.requires_grad:
+                frozen = self._frozen(parameter)
+                if isinstance(frozen, FlatShard):
+                    shards[name] = frozen.local
+                elif self.environment.rank == 0:  # every rank holds the whole
+                    shards[name] = frozen
+            elif (piece := self._piece(parameter)) is not None:
                 flat, offset, _, numel = piece
                 shards[name] = flat.detach().narrow(0, offset, numel)
         return shards

@@ -17,21 +17,22 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """One optimizer group per override that applies, and one for the rest, in a fixed order.
 
+    Frozen parameters are in no group, but a pattern may match them.
+
     Raises:
-        ConfigError: for a pattern that matches no trainable parameter, or an unknown setting.
+        ConfigError: for a pattern that matches no parameter, or an unknown setting.
     """
     members: list[list[torch.nn.Parameter]] = [[] for _ in range(len(overrides) + 1)]
     unmatched = {(i, p) for i, override in enumerate(overrides) for p in override.params}
     for name, parameter in named_parameters.items():
-        if not parameter.requires_grad:
-            continue
         group = len(overrides)
         for index, override in enumerate(overrides):
             hits = [p for p in override.params if fnmatch.fnmatchcase(name, p)]
             unmatched -= {(index, p) for p in hits}
             if hits and group == len(overrides):
                 group = index
-        members[group].append(parameter)
+        if parameter.requires_grad:
+            members[group].append(parameter)
     where = "train_module.optim.group_overrides"
     for index, pattern in sorted(unmatched):
         examples = ", ".join(list(named_parameters)[:3])
