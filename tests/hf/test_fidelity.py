@@ -11,6 +11,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from tests.hf.cases import DENSE
 from tests.hf.fidelity import Pair, pair, tensors_of, their_config, to_theirs
+from toolkit.hf.family import why_not
 from toolkit.hf.read_config import quiet_transformers
 from toolkit.models.loss import IGNORE_INDEX
 
@@ -89,6 +90,7 @@ def test_tensors_come_back_bit_equal(models, dtype, shard, tmp_path):
 
 def test_config_comes_back_equal(models):
     family, config, _ = models.read
+    assert why_not(family, config) is None
     written = {"model_type": family.model_type, **family.write_config(config)}
     with quiet_transformers():
         again = CONFIG_MAPPING[family.model_type].from_dict(written)

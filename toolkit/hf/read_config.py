@@ -17,6 +17,7 @@ from toolkit.hf.settings import Settings
 from toolkit.models.config import TransformerConfig
 
 NEW_FAMILY = "docs/finetuning.md#a-new-family"
+TEXT_PART = "docs/finetuning.md#the-text-part-of-a-multimodal-model"
 
 _NOT_OF_THE_MODEL = {"use_cache", "bos_token_id", "eos_token_id", "pad_token_id"}
 """Every config class names these; they are about generation and tokenizers."""
@@ -43,11 +44,19 @@ def read_hf_config(folder: Path) -> HFModel:
         CheckpointError: the file is missing or damaged, no mapping knows its `model_type`, or the
             mapping does not cover one of its fields.
     """
-    raw = _read_json(Path(folder))
+    folder = Path(folder)
+    raw = _read_json(folder)
+    try:
+        return _read(raw)
+    except CheckpointError as error:
+        raise CheckpointError(f"{folder}/{error}") from None
+
+
+def _read(raw: dict[str, Any]) -> HFModel:
+    """What messages call config.json is `raw`."""
     family = _family(raw)
-    where = f"{Path(folder) / 'config.json'}"
     _refuse(raw)
-    values, meaningful = _normalised(raw, family, where)
+    values, meaningful = _normalised(raw, family)
     settings = Settings(values)
     fields = family.read_config(settings)
     settings.check_all_taken(meaningful)
@@ -56,7 +65,7 @@ def read_hf_config(folder: Path) -> HFModel:
         config = TransformerConfig(**fields)
         config = msgspec.convert(msgspec.to_builtins(config), TransformerConfig)
     except (ValueError, TypeError) as error:
-        raise CheckpointError(f"{where}: not a model that can be built: {error}") from None
+        raise CheckpointError(f"config.json: not a model that can be built: {error}") from None
     return HFModel(family, config, tuple(settings.notes))
 
 
@@ -100,8 +109,7 @@ def _family(raw: dict[str, Any]) -> Family:
         part = f" of model_type {inner}" if isinstance(inner, str) else ""
         raise CheckpointError(
             f"config.json: model_type {model_type!r} wraps a text model{part} with other inputs, "
-            "which are not supported; save its text model alone with transformers and convert that "
-            f"(known: {names})"
+            f"which are not supported; save its text model alone, see {TEXT_PART} (known: {names})"
         )
     custom = "auto_map" in raw
     code = " and its own code (auto_map), which is never run" if custom else ""
@@ -129,9 +137,7 @@ def _refuse(raw: dict[str, Any]) -> None:
             )
 
 
-def _normalised(
-    raw: dict[str, Any], family: Family, where: str
-) -> tuple[dict[str, Any], frozenset[str]]:
+def _normalised(raw: dict[str, Any], family: Family) -> tuple[dict[str, Any], frozenset[str]]:
     """`(values, meaningful)`: fields as the config class of `transformers` has them, and which of
     their names may decide the logits."""
     with quiet_transformers():
@@ -145,7 +151,7 @@ def _normalised(
             # Any type may come out of a malformed file; all of them mean the file.
             reason = " ".join(str(error).split()) or type(error).__name__
             raise CheckpointError(
-                f"{where}: {reason.rstrip('.')} (transformers cannot read it)"
+                f"config.json: transformers cannot read it: {reason.rstrip('.')}; correct the file"
             ) from None
         common = {field.name for field in dataclasses.fields(PreTrainedConfig)}
         own = {field.name for field in dataclasses.fields(theirs)} - common

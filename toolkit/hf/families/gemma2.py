@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+from toolkit.errors import CheckpointError
 from toolkit.hf.families.fields import (
     check_whole_heads,
     read_gated_activation,
@@ -48,6 +49,11 @@ def read_gemma(settings: Settings) -> dict[str, Any]:
     check_whole_heads(settings)
     settings.require("use_bidirectional_attention", False, None)
     settings.without_effect("attention_dropout")
+    divisor = settings.take("query_pre_attn_scalar")
+    if divisor <= 0:
+        raise CheckpointError(
+            f"config.json: query_pre_attn_scalar {divisor} must be greater than 0"
+        )
     width, bias = settings.take("hidden_size"), settings.take("attention_bias")
     return {
         "vocab_size": settings.take("vocab_size"),
@@ -63,7 +69,7 @@ def read_gemma(settings: Settings) -> dict[str, Any]:
         "norm_weight_offset": 1.0,
         "norm_placement": "sandwich",
         "positions": "rope",
-        "attention_scale": settings.take("query_pre_attn_scalar") ** -0.5,
+        "attention_scale": divisor**-0.5,
         "attention_soft_cap": settings.take("attn_logit_softcapping"),
         "logit_soft_cap": settings.take("final_logit_softcapping"),
         "embedding_scale": math.sqrt(width),

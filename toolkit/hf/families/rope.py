@@ -1,5 +1,7 @@
 """`rope_parameters` of config.json (transformers >= 5) and our fields for rotary positions."""
 
+import math
+from collections.abc import Mapping
 from typing import Any
 
 import msgspec
@@ -14,7 +16,12 @@ from toolkit.models.rope_config import (
     YarnRopeConfig,
 )
 
-_SCALINGS = {"linear": LinearRopeConfig, "llama3": Llama3RopeConfig, "yarn": YarnRopeConfig}
+_SCALINGS: dict[str, type[RopeScalingConfig]] = {
+    "linear": LinearRopeConfig,
+    "llama3": Llama3RopeConfig,
+    "yarn": YarnRopeConfig,
+}
+_KINDS = ("full_attention", "sliding_attention")
 _NOT_OF_SCALING = ("rope_type", "type", "rope_theta", "partial_rotary_factor", "finetuned")
 
 
@@ -32,14 +39,12 @@ def read_rope(
     Raises:
         CheckpointError: a kind of scaling, or a field of one, that we do not compute.
     """
-    parameters = settings.take("rope_parameters")
-    fraction = _checked(parameters, settings).get("partial_rotary_factor")
+    parameters = _checked(settings.take("rope_parameters"), settings)
+    scaling = _scaling(parameters, settings, _SCALINGS if is_scaled else {})
+    fraction = parameters.get("partial_rotary_factor")
     fraction = 1.0 if fraction is None else _number(fraction, "partial_rotary_factor")
     if fraction != 1.0 and not is_partial:
         raise _not_covered("partial_rotary_factor", fraction, settings)
-    scaling = _scaling(parameters, settings)
-    if scaling is not None and not is_scaled:
-        raise _not_covered("rope_type", parameters["rope_type"], settings)
     return {
         "rope_theta": _number(parameters.get("rope_theta"), "rope_theta"),
         "rope_scaling": scaling,
@@ -58,15 +63,17 @@ def write_rope(config: TransformerConfig) -> dict[str, Any]:
 
 def read_rope_by_kind(settings: Settings) -> dict[str, Any]:
     """`rope_theta`, `rope_scaling` and `sliding_rope_theta` from two sets of rope parameters, one
-    for each kind of attention.
+    for each kind of attention. That of a kind which no layer has is not looked at.
 
     Raises:
         CheckpointError: a kind of scaling, or a field of one, that we do not compute.
     """
-    both = settings.take("rope_parameters")
+    both = _checked(settings.take("rope_parameters"), settings)
+    for name in both.keys() - set(_KINDS):
+        raise _not_covered(name, both[name], settings)
+    present = [name for name in _KINDS if name in settings.take("layer_types")] or _KINDS
     full, sliding = (
-        _one_of(_checked(both, settings).get(name), settings)
-        for name in ("full_attention", "sliding_attention")
+        _one_of(both.get(name if name in present else present[0]), settings) for name in _KINDS
     )
     theta, scaling = full
     sliding_theta, sliding_scaling = sliding
@@ -90,10 +97,10 @@ def write_rope_by_kind(config: TransformerConfig) -> dict[str, Any]:
 
 def _one_of(parameters: Any, settings: Settings) -> tuple[float, RopeScalingConfig | None]:
     parameters = _checked(parameters, settings)
+    scaling = _scaling(parameters, settings, _SCALINGS)
     fraction = parameters.get("partial_rotary_factor")
     if fraction not in (None, 1.0):
         raise _not_covered("partial_rotary_factor", fraction, settings)
-    scaling = _scaling(parameters, settings)
     if isinstance(scaling, YarnRopeConfig) and not scaling.truncate:
         # `transformers` overlooks this field where each kind of attention has its own.
         raise _not_covered("truncate", False, settings)
@@ -109,7 +116,11 @@ def _checked(parameters: Any, settings: Settings) -> dict[str, Any]:
     return parameters
 
 
-def _scaling(parameters: dict[str, Any], settings: Settings) -> RopeScalingConfig | None:
+def _scaling(
+    parameters: dict[str, Any],
+    settings: Settings,
+    scalings: Mapping[str, type[RopeScalingConfig]],
+) -> RopeScalingConfig | None:
     kind = parameters.get("rope_type", "default")
     values = {k: v for k, v in parameters.items() if k not in _NOT_OF_SCALING and v is not None}
     if kind == "default":
@@ -117,11 +128,11 @@ def _scaling(parameters: dict[str, Any], settings: Settings) -> RopeScalingConfi
             name = sorted(values)[0]
             raise _not_covered(name, values[name], settings)
         return None
-    if kind not in _SCALINGS:
-        known = ", ".join(("default", *_SCALINGS))
+    if kind not in scalings:
+        known = ", ".join(("default", *scalings))
         raise CheckpointError(f"{_not_covered('rope_type', kind, settings)}, which knows {known}")
     try:
-        return msgspec.convert({"type": kind, **values}, _SCALINGS[kind])
+        return msgspec.convert({"type": kind, **values}, scalings[kind])
     except msgspec.ValidationError as error:
         raise CheckpointError(
             f"config.json: rope_parameters of type {kind!r} are not covered by the mapping of "
@@ -142,7 +153,8 @@ def _write(theta: float, scaling: RopeScalingConfig | None) -> dict[str, Any]:
 
 
 def _number(value: Any, name: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not math.isfinite(value):
         raise CheckpointError(f"config.json: rope_parameters.{name} {value!r} is not a number")
     return float(value)
 
