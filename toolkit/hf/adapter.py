@@ -7,7 +7,6 @@ of the fused B, (all rows, n * rank), whose rows then go where the family's layo
 the weights. PEFT's `rank_pattern` and `alpha_pattern` keep alpha / rank as it was.
 """
 
-import contextlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,18 +15,11 @@ import torch
 from torch import Tensor
 
 from toolkit.errors import CheckpointError
-from toolkit.hf.families import FAMILIES
-from toolkit.hf.family import Family, Rule, why_not
+from toolkit.hf.family import Family, Rule
+from toolkit.hf.folder import new_folder
 from toolkit.models.config import ModelConfig
 from toolkit.models.lora_config import LoRAConfig
-from toolkit.storage.atomic import (
-    PathLike,
-    fsync_folder,
-    fsync_tree,
-    remove_tree,
-    temporary_path,
-    write_json_atomic,
-)
+from toolkit.storage.atomic import PathLike, write_json_atomic
 
 A_SUFFIX, B_SUFFIX = ".lora_A.weight", ".lora_B.weight"
 WEIGHTS_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
@@ -104,8 +96,6 @@ def export_adapter(
             f"{whole[0]}: trained whole (train_module.lora.train_also), which an adapter cannot "
             "hold; export the merged model instead: toolkit export-hf --merge-adapter"
         )
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise CheckpointError(f"{folder}: already exists; remove it or choose another folder")
     transformer = config.to_transformer()
     parameters = transformer.build(init_device="meta").named_parameters()
     rows = {name.removesuffix(".weight"): p.shape[0] for name, p in parameters if p.dim() == 2}
@@ -116,14 +106,6 @@ def export_adapter(
             weights[f"{_PREFIX}{module.name}{suffix}"] = tensor.to(dtype or torch.float32)
     settings = _peft_config(modules, lora, base_name)
     _write(folder, weights, settings)
-
-
-def adapter_family(config: ModelConfig, model_type: str | None = None) -> Family | None:
-    """The family whose projections an adapter on this model sits on: the one that the base was
-    converted from (`model_type`), else the first that fits; None where none does."""
-    fitting = [family for family in FAMILIES if why_not(family, config.to_transformer()) is None]
-    preferred = [family for family in fitting if family.model_type == model_type]
-    return next(iter(preferred + fitting), None)
 
 
 class _TheirModule(NamedTuple):
@@ -206,21 +188,10 @@ def _peft_config(
 def _write(folder: Path, weights: dict[str, Tensor], settings: dict[str, Any]) -> None:
     from safetensors.torch import save_file
 
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = temporary_path(folder)
-    unfinished.mkdir()
-    try:
+    with new_folder(folder) as unfinished:
         contiguous = {name: tensor.contiguous() for name, tensor in weights.items()}
         save_file(contiguous, unfinished / WEIGHTS_FILE, metadata={"format": "pt"})
         write_json_atomic(unfinished / CONFIG_FILE, settings, sync=False)
-        fsync_tree(unfinished)
-        # Takes the place of an empty folder too.
-        unfinished.replace(folder)
-        fsync_folder(folder.parent)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            remove_tree(unfinished)
-        raise
 
 
 def _cpu(tensors: dict[str, Tensor], name: str) -> Tensor:

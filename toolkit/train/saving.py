@@ -230,7 +230,8 @@ def _export_hf(trainer: "Trainer", unfinished: Path) -> None:
 
 
 def _export_adapter(module: "TrainModule", unfinished: Path) -> None:
-    from toolkit.hf.adapter import adapter_family, export_adapter
+    from toolkit.hf.adapter import export_adapter
+    from toolkit.hf.choose import fitting_family
 
     lora, base = module.adapter_config, module.base
     assert lora is not None, "an adapter is trained"
@@ -243,7 +244,7 @@ def _export_adapter(module: "TrainModule", unfinished: Path) -> None:
         )
         return
     source = base.source or {}
-    family = adapter_family(module.model_config, source.get("model_type"))
+    family = fitting_family(module.model_config, source.get("model_type"))
     if family is None:
         log.info("no transformers class has these parts; %s/ is not written", HF_FOLDER)
         return
