@@ -14,7 +14,18 @@ from typing import Annotated, Any
 
 import typer
 
-from toolkit.cli import batch, evaluate, prepare, recipes, resume, runs, schema, train, verify
+from toolkit.cli import (
+    batch,
+    evaluate,
+    generate,
+    prepare,
+    recipes,
+    resume,
+    runs,
+    schema,
+    train,
+    verify,
+)
 from toolkit.cli.data.app import app as data_app
 from toolkit.errors import EXIT_BAD_INPUT, EXIT_DONE, ToolkitError
 
@@ -46,6 +57,7 @@ app.add_typer(data_app, name="data")
 app.command()(verify.verify)
 app.command()(batch.batch)
 app.command("eval")(evaluate.evaluate)
+app.command()(generate.generate)
 app.command()(schema.schema)
 
 

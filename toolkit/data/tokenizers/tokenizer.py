@@ -125,8 +125,8 @@ class Tokenizer:
 
     @property
     def adds_bos(self) -> bool:
-        """Whether `transformers` puts the start-of-document token before a text: where tokenizer.json
-        says so, or data was made so (`with_bos_policy`)."""
+        """Whether `transformers` puts the start-of-document token before a text: tokenizer.json
+        says so, by itself or because data was made so (`with_bos_policy`)."""
         return self.bos_id is not None and self._backend.encode("a").ids[:1] == [self.bos_id]
 
     def with_bos_policy(self, prepend_bos: bool) -> "Tokenizer":

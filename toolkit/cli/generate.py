@@ -1,0 +1,199 @@
+"""`toolkit generate`."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from toolkit.cli.choices import ComputeType
+
+if TYPE_CHECKING:
+    from toolkit.evaluate.continuation import Sampling
+    from toolkit.evaluate.prompts import Prompt
+    from toolkit.evaluate.text import Generated, TextGenerator
+
+
+def generate(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="SRC", help="A run, a step{N} folder, a Hugging Face folder or hub name."
+        ),
+    ],
+    prompt: Annotated[
+        str | None, typer.Option(help="Text to continue.", show_default="what is piped in")
+    ] = None,
+    file: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="F",
+            help='A text on each line; or .jsonl with {"prompt": ...} or {"messages": [...]}.',
+            show_default=False,
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="F.jsonl", help="With --file: write the texts there.", show_default=False
+        ),
+    ] = None,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Talk to the model, by its own chat template.")
+    ] = False,
+    system: Annotated[
+        str | None, typer.Option(help="With --chat: the system prompt.", show_default=False)
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Most tokens of an answer.")] = 256,
+    temperature: Annotated[
+        float | None,
+        typer.Option(
+            help="0 takes the most likely token; above, the higher the more varied.",
+            show_default="the model's generation_config.json; else 0.8",
+        ),
+    ] = None,
+    top_k: Annotated[
+        int | None,
+        typer.Option(help="Draw among the K most likely tokens; 0: all.", show_default="...; 50"),
+    ] = None,
+    top_p: Annotated[
+        float | None,
+        typer.Option(
+            help="Draw among the likeliest tokens that together reach probability P.",
+            show_default="...; 1",
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
+    no_stream: Annotated[
+        bool, typer.Option("--no-stream", help="Show the text when it is complete.")
+    ] = False,
+    tokenizer: Annotated[
+        str | None, typer.Option(metavar="FOLDER", help="Tokenizer.", show_default="the model's")
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda, cuda:1, ...", show_default="a GPU, if any")
+    ] = None,
+    dtype: Annotated[
+        ComputeType | None,
+        typer.Option(help="Type of the weights.", show_default="bf16 on GPUs, else fp32"),
+    ] = None,
+) -> None:
+    """Continue text with a model, or chat with it.
+
+    Of a run, the newest checkpoint counts. The text starts as the documents of the model's data do.
+    It ends with the model's end token, after --max-new-tokens, or where the context is full.
+
+    \b
+    Examples:
+      toolkit generate runs/quickstart/first --prompt "def main(" --temperature 0.6
+      toolkit generate my-model --chat --system "Answer in one sentence."
+      toolkit generate my-model --file questions.jsonl --output answers.jsonl
+    """
+    from toolkit.errors import ConfigError
+    from toolkit.evaluate.continuation import Sampling
+    from toolkit.experiment.generate import open_generator
+
+    given = [name for name, value in (("--prompt", prompt), ("--file", file)) if value is not None]
+    given += ["--chat"] if chat else []
+    if len(given) > 1:
+        raise ConfigError(f"{given[0]} and {given[1]} do not go together; give one of them")
+    if system is not None and not chat:
+        raise ConfigError("--system goes with --chat; text that is continued has no system prompt")
+    if output is not None and file is None:
+        raise ConfigError("--output goes with --file; a single text can be piped into a file")
+    if output is not None and output.exists():
+        raise ConfigError(f"--output: {output}: exists; give another file name")
+    sampling = Sampling(max_new_tokens, temperature, top_k, top_p, seed)
+    sampling.filled(Sampling())  # raises for values out of range, before anything is loaded
+    prompts = [] if chat else _prompts(prompt, file)
+    with open_generator(
+        source,
+        tokenizer=tokenizer,
+        dtype=dtype.value if dtype is not None else None,
+        device=device,
+        notify=lambda line: typer.echo(line, err=True),
+    ) as generator:
+        if chat:
+            from toolkit.cli.chat import converse
+
+            converse(generator, sampling, system=system, stream=not no_stream)
+        elif output is not None:
+            _write(generator, prompts, sampling, output)
+        else:
+            _show(generator, prompts, sampling, stream=not no_stream)
+
+
+def _prompts(prompt: str | None, file: Path | None) -> "list[Prompt]":
+    import sys
+
+    from toolkit.errors import ConfigError
+    from toolkit.evaluate.prompts import Prompt, read_prompts
+
+    if file is not None:
+        return read_prompts(file)
+    if prompt is None:
+        text = "" if sys.stdin.isatty() else sys.stdin.read()
+        if not text.strip():
+            raise ConfigError("no text to continue; give --prompt, --file or --chat, or pipe it in")
+        # `echo` ends a line that the model should not have to begin anew.
+        prompt = text.removesuffix("\n")
+    return [Prompt(prompt=prompt)]
+
+
+def _show(
+    generator: "TextGenerator", prompts: "Sequence[Prompt]", sampling: "Sampling", *, stream: bool
+) -> None:
+    """To the terminal with the prompts in bold; elsewhere only what was generated."""
+    import sys
+
+    is_terminal = sys.stdout.isatty()
+    for number, prompt in enumerate(prompts):
+        if number:
+            typer.echo()
+        head = prompt.prompt if is_terminal else None
+
+        def show(piece: str, head: list[str] = [head] if head else []) -> None:
+            if head:
+                typer.echo(typer.style(head.pop(), bold=True), nl=False)
+            typer.echo(piece, nl=False)
+
+        done = _generate(generator, prompt, sampling, show if stream else None)
+        if not stream:
+            show(done.text)
+        typer.echo()
+        if done.stopped == "context":
+            total = done.num_prompt_tokens + done.num_new_tokens
+            typer.echo(f"stopped: the model's context of {total:,} tokens is full", err=True)
+
+
+def _write(
+    generator: "TextGenerator", prompts: "Sequence[Prompt]", sampling: "Sampling", output: Path
+) -> None:
+    """Line by line: what is done stays when the rest is interrupted."""
+    import msgspec
+
+    from toolkit.errors import ConfigError
+    from toolkit.evaluate.prompts import completed
+
+    try:
+        with output.open("xb") as lines:
+            for prompt in prompts:
+                done = _generate(generator, prompt, sampling, None)
+                numbers = {key: value for key, value in done._asdict().items() if key != "text"}
+                line = {**completed(prompt, done.text), **numbers}
+                lines.write(msgspec.json.encode(line) + b"\n")
+                lines.flush()
+    except OSError as error:
+        raise ConfigError(f"--output: {output}: cannot be written: {error.strerror}") from None
+    typer.echo(f"{output}: {len(prompts)} text{'s' if len(prompts) != 1 else ''}")
+
+
+def _generate(
+    generator: "TextGenerator",
+    prompt: "Prompt",
+    sampling: "Sampling",
+    on_text: Callable[[str], None] | None,
+) -> "Generated":
+    if prompt.messages is not None:
+        return generator.answer(prompt.messages, sampling, on_text)
+    return generator.complete(prompt.prompt or "", sampling, on_text)
