@@ -1,6 +1,5 @@
 """Small random models of `transformers`, and the same models as ours."""
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,11 +8,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from toolkit.hf.family import Family
-from toolkit.hf.imported import VOCABULARY, import_tensors
+from toolkit.hf.imported import import_tensors
 from toolkit.hf.read_config import HFModel, quiet_transformers, read_hf_config
 from toolkit.hf.weights import HFWeights
-from toolkit.models.config import TransformerConfig
 from toolkit.models.transformer import Transformer
 
 
@@ -77,18 +74,3 @@ def pair(config: PreTrainedConfig, folder: Path) -> Pair:
 def tensors_of(read: HFModel, folder: Path) -> dict[str, Tensor]:
     """Our tensors from the weight files of `folder`."""
     return dict(import_tensors(read.family, read.config, HFWeights(folder)))
-
-
-def to_theirs(
-    family: Family, config: TransformerConfig, ours: Iterable[tuple[str, Tensor]]
-) -> dict[str, Tensor]:
-    """Names and tensors of their files."""
-    cut = {
-        name: tensor[: config.vocab_size] if name in VOCABULARY else tensor for name, tensor in ours
-    }
-    theirs = {}
-    for rule in family.rules(config):
-        tensors = rule.layout.to_theirs([cut.pop(name) for name in rule.ours])
-        theirs |= dict(zip(rule.theirs, tensors, strict=True))
-    assert not cut
-    return theirs

@@ -1,16 +1,17 @@
 """Models of `transformers` give their logits and gradients here, and come back unchanged."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
+from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
-from transformers import PreTrainedConfig
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from tests.hf.cases import DENSE
-from tests.hf.fidelity import Pair, pair, tensors_of, their_config, to_theirs
+from tests.hf.fidelity import Pair, pair, tensors_of, their_config
+from toolkit.hf.export import export_hf
 from toolkit.hf.family import why_not
 from toolkit.hf.read_config import quiet_transformers
 from toolkit.models.loss import IGNORE_INDEX
@@ -67,34 +68,50 @@ def test_gradients_are_equal(models, tmp_path):
         assert error <= 1e-4 * float(tensor.abs().max()) + 1e-7 * largest, name
 
 
-@pytest.mark.parametrize(
-    ("dtype", "shard"), [(torch.float32, "50GB"), (torch.bfloat16, "20KB")], ids=["fp32", "bf16"]
-)
-def test_tensors_come_back_bit_equal(models, dtype, shard, tmp_path):
-    theirs = models.theirs
-    state = {name: p.detach().to(dtype) for name, p in theirs.named_parameters()}
-    theirs.save_pretrained(tmp_path, state_dict=state, max_shard_size=shard)
-    files = sorted(tmp_path.glob("*.safetensors"))
-    assert (len(files) > 1) == (dtype == torch.bfloat16)
-    saved = {}
-    for path in files:
-        with safe_open(path, "pt") as file:
-            saved |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    family, config, _ = models.read
-    back = to_theirs(family, config, tensors_of(models.read, tmp_path).items())
-    assert back.keys() == saved.keys()
-    for name, tensor in saved.items():
-        assert back[name].dtype == tensor.dtype == dtype, name
-        assert torch.equal(back[name], tensor), name
-
-
-def test_config_comes_back_equal(models):
+def test_model_comes_back_equal(models, tmp_path):
     family, config, _ = models.read
     assert why_not(family, config) is None
-    written = {"model_type": family.model_type, **family.write_config(config)}
+    out = tmp_path / "out"
+    export_hf(config, tensors_of(models.read, models.folder), out, model_type=family.model_type)
+    assert_bit_equal(tensors_in(out), tensors_in(models.folder), torch.float32)
     with quiet_transformers():
-        again = CONFIG_MAPPING[family.model_type].from_dict(written)
-    assert meaning(again) == meaning(models.theirs.config)
+        again = AutoModelForCausalLM.from_pretrained(out, attn_implementation="eager")
+    assert meaning(again.config) == meaning(models.theirs.config)
+    ids = batch()
+    with torch.no_grad():
+        logits, expected = again(ids).logits, models.theirs(ids).logits
+    # One formula may have several names, which round differently.
+    assert (logits - expected).abs().max() <= 1e-6 * expected.abs().max()
+
+
+def test_several_files_of_bf16_come_back_bit_equal(models, tmp_path):
+    state = {name: p.detach().bfloat16() for name, p in models.theirs.named_parameters()}
+    models.theirs.save_pretrained(tmp_path / "in", state_dict=state, max_shard_size="20KB")
+    assert len(list((tmp_path / "in").glob("*.safetensors"))) > 1
+    ours = tensors_of(models.read, tmp_path / "in")
+    export_hf(
+        models.read.config,
+        ours,
+        tmp_path / "out",
+        dtype=torch.bfloat16,
+        max_shard_bytes=20_000,
+        model_type=models.read.family.model_type,
+    )
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1
+    assert_bit_equal(tensors_in(tmp_path / "out"), tensors_in(tmp_path / "in"), torch.bfloat16)
+
+
+def tensors_in(folder: Path) -> dict[str, torch.Tensor]:
+    return {k: t for path in folder.glob("*.safetensors") for k, t in load_file(path).items()}
+
+
+def assert_bit_equal(
+    ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], dtype: torch.dtype
+) -> None:
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        assert ours[name].dtype == tensor.dtype == dtype, name
+        assert torch.equal(ours[name], tensor), name
 
 
 def meaning(config: PreTrainedConfig) -> dict[str, object]:

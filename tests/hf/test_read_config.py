@@ -147,7 +147,7 @@ def test_spellings_of_all_years(fields, expected, tmp_path):
         ({"hidden_size": 33}, "not a multiple of the number of attention heads"),
         ({"num_attention_heads": 0}, "division or modulo by zero"),
         ({"num_key_value_heads": 3}, "num_heads 4 is not divisible by num_key_value_heads 3"),
-        ({"model_type": "olmo3", "num_hidden_layers": 0}, "num_layers must be greater than 0"),
+        ({"num_hidden_layers": 0}, "num_layers must be greater than 0"),
         ({"vocab_size": -3}, "vocab_size must be greater than 0, not -3"),
         ({"hidden_act": "relu"}, "hidden_act 'relu' is not covered by the mapping of llama"),
         ({"dtype": "floaty"}, "no attribute 'floaty'"),
