@@ -17,6 +17,7 @@ import typer
 from toolkit.cli import (
     batch,
     evaluate,
+    export_hf,
     generate,
     prepare,
     recipes,
@@ -56,6 +57,7 @@ app.add_typer(runs.app, name="runs")
 app.add_typer(data_app, name="data")
 app.command()(verify.verify)
 app.command()(batch.batch)
+app.command("export-hf")(export_hf.export_hf)
 app.command("eval")(evaluate.evaluate)
 app.command()(generate.generate)
 app.command()(schema.schema)

@@ -91,7 +91,7 @@ def export_hf(
     check_unused(folder)
     special_tokens = _special_tokens(tokenizer_folder)
     dtypes = torch.float32 if dtype is None else dtype
-    first = dtypes if isinstance(dtypes, torch.dtype) else next(iter(dtypes.values()))
+    first = first_type(dtypes)
     items = named_tensors.items() if isinstance(named_tensors, Mapping) else named_tensors
     with new_folder(folder) as unfinished:
         files = write_weights(transformer, family, items, unfinished, dtypes, max_shard_bytes)
@@ -135,6 +135,7 @@ def export_source(
     merge_adapter: bool = False,
     card: str | None = None,
     check: bool | None = None,
+    on_tensor: Callable[[Tensor], None] = lambda _: None,
 ) -> Exported:
     """`export_hf` of a run, checkpoint or folder; memory stays at a tensor or two.
 
@@ -147,6 +148,7 @@ def export_source(
         card: content of README.md.
         check: load the result with `transformers` and compare its logits and its tokenizer with
             ours; default: when there is memory for it. Adapters alone are not compared.
+        on_tensor: called with each tensor as it is read.
 
     Raises:
         CheckpointError, DataError: see `export_hf`; or the comparison found a difference.
@@ -168,7 +170,7 @@ def export_source(
 
     exported = export_hf(
         source.config,
-        source_tensors(source),
+        _watched(source_tensors(source), on_tensor),
         folder,
         tokenizer_folder=source.tokenizer_folder,
         dtype=dtypes,
@@ -204,6 +206,19 @@ def generation_of(source: ModelSource) -> dict[str, Any] | None:
     if source.hf_folder is not None:
         return read_json(source.hf_folder / GENERATION_FILE) or None
     return source.origin.get("generation_config") or None
+
+
+def first_type(dtypes: Dtypes) -> torch.dtype:
+    """The type of the first weight, which config.json names."""
+    return dtypes if isinstance(dtypes, torch.dtype) else next(iter(dtypes.values()))
+
+
+def _watched(
+    tensors: Iterator[tuple[str, Tensor]], on_tensor: Callable[[Tensor], None]
+) -> Iterator[tuple[str, Tensor]]:
+    for name, tensor in tensors:
+        on_tensor(tensor)
+        yield name, tensor
 
 
 def _rounded(source: ModelSource, dtypes: Dtypes) -> Iterator[tuple[str, Tensor]]:
