@@ -49,18 +49,20 @@ def generate(
         float | None,
         typer.Option(
             help="0 takes the most likely token; above, the higher the more varied.",
-            show_default="the model's generation_config.json; else 0.8",
+            show_default="as the model's generation_config.json says; else 0.8",
         ),
     ] = None,
     top_k: Annotated[
         int | None,
-        typer.Option(help="Draw among the K most likely tokens; 0: all.", show_default="...; 50"),
+        typer.Option(
+            help="Draw among the K most likely tokens; 0: all.", show_default="likewise; else 50"
+        ),
     ] = None,
     top_p: Annotated[
         float | None,
         typer.Option(
             help="Draw among the likeliest tokens that together reach probability P.",
-            show_default="...; 1",
+            show_default="likewise; else 1",
         ),
     ] = None,
     seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,

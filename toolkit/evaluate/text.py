@@ -110,8 +110,8 @@ class TextGenerator:
             room = context - len(ids)
             if room < 1:
                 raise ConfigError(
-                    f"{what} has {len(ids)} tokens, and the context of {self._name} is {context} "
-                    "tokens, with room for an answer; shorten it"
+                    f"{what} has {len(ids)} tokens; the context of {self._name} is {context}, the "
+                    "answer's included; shorten it"
                 )
             is_cut = room < sampling.max_new_tokens
             sampling = sampling._replace(max_new_tokens=min(room, sampling.max_new_tokens))

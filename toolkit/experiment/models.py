@@ -24,7 +24,9 @@ def hf_folder_of(where: str) -> Path | None:
     if folder.is_dir():
         is_hf = (folder / "config.json").is_file() and not (folder / METADATA_FILE).is_file()
         return folder if is_hf else None
-    return None
+    from toolkit.hf.hub import fetch_model, is_hub_name
+
+    return fetch_model(where) if is_hub_name(where) else None
 
 
 def pick_device(name: str | None) -> "torch.device":

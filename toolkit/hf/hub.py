@@ -1,0 +1,43 @@
+"""Models by their names on the hub."""
+
+import re
+from pathlib import Path
+
+from toolkit.errors import CheckpointError
+
+_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+_SMALL_FILES = ["*.json", "*.jinja", "*.model", "*.txt", "LICENSE*"]
+_NOT_OF_TRANSFORMERS = ["original/*", "onnx/*", "*/*"]
+
+
+def is_hub_name(text: str) -> bool:
+    """Whether `text` can be `model` or `owner/model`, and no local path is called so."""
+    return _NAME.fullmatch(text) is not None and not Path(text).exists()
+
+
+def fetch_model(name: str) -> Path:
+    """The local folder of the model `name`, downloaded now where the cache of `huggingface_hub`
+    does not hold it: configs, tokenizer, and the weights as safetensors, or else as .bin.
+
+    Raises:
+        CheckpointError: the hub gives none, or cannot be reached.
+    """
+    from huggingface_hub import snapshot_download
+
+    try:
+        for weights in ("*.safetensors", "*.bin"):
+            folder = Path(
+                snapshot_download(
+                    name,
+                    allow_patterns=[*_SMALL_FILES, weights],
+                    ignore_patterns=_NOT_OF_TRANSFORMERS,
+                )
+            )
+            if any(folder.glob(weights)):
+                break
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise CheckpointError(
+            f"{name}: no such local folder, and the hub gave no model of this name: {reason}"
+        ) from None
+    return folder
