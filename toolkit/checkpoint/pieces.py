@@ -182,19 +182,68 @@ class HashingFiles:
             self.entries[Path(path).name] = stream.entry()
 
 
+_SMALL_BYTES = 64 << 10
+_HELD_BYTES = 1 << 20
+
+
 class HashingStream:
-    """As much of a binary file as `torch.save` and DCP use."""
+    """As much of a binary file as `torch.save` and DCP use.
+
+    `torch.save` writes forty pieces for each tensor, all but one of them tiny: those wait for one
+    another, so that the system is not called for each.
+    """
 
     def __init__(self, file: BinaryIO) -> None:
         import xxhash
 
         self._file = file
         self._size = 0
+        self._held = bytearray()
         self._digest = xxhash.xxh3_64()
         self.error: OSError | None = None
 
     def write(self, data: Any) -> int:
         view = memoryview(data).cast("B")
+        if len(view) < _SMALL_BYTES:
+            self._held += view
+            if len(self._held) > _HELD_BYTES:
+                self.flush()
+        else:
+            self.flush()
+            self._pass_on(view)
+        self._size += len(view)
+        return len(view)
+
+    def tell(self) -> int:
+        return self._size
+
+    def fileno(self) -> int:
+        self.flush()
+        return self._file.fileno()
+
+    def sync(self) -> None:
+        """Make all that was written durable."""
+        self.flush()
+        self.sync_passed_on()
+
+    def sync_passed_on(self) -> None:
+        """The same for what no longer waits here; any thread may call it."""
+        os.fsync(self._file.fileno())
+
+    def flush(self) -> None:
+        if self._held:
+            self._pass_on(memoryview(self._held))
+            self._held = bytearray()
+
+    def close(self) -> None:
+        """DCP closes before the block that opened the file ends."""
+        self.flush()
+
+    def entry(self) -> FileEntry:
+        self.flush()
+        return FileEntry(self._size, self._digest.hexdigest())
+
+    def _pass_on(self, view: memoryview) -> None:
         self._digest.update(view)
         done = 0
         try:
@@ -203,24 +252,3 @@ class HashingStream:
         except OSError as error:
             self.error = self.error or error
             raise
-        self._size += done
-        return done
-
-    def tell(self) -> int:
-        return self._size
-
-    def fileno(self) -> int:
-        return self._file.fileno()
-
-    def sync(self) -> None:
-        """Make what was written durable."""
-        os.fsync(self._file.fileno())
-
-    def flush(self) -> None:
-        """Nothing is held back."""
-
-    def close(self) -> None:
-        """DCP closes before the block that opened the file ends."""
-
-    def entry(self) -> FileEntry:
-        return FileEntry(self._size, self._digest.hexdigest())

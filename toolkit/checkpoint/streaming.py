@@ -1,6 +1,11 @@
-"""A checkpoint of tensors that come one at a time and are never in memory together."""
+"""A checkpoint of tensors that come one at a time and are never in memory together.
 
-from collections.abc import Iterable, Mapping
+While one is hashed and written, the next is on its way into the system's memory, and what was
+written before on its way from there to the disk.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -13,6 +18,8 @@ from toolkit.checkpoint.pieces import HashingFiles, Resolve, TensorPieces, Writt
 from toolkit.errors import CheckpointError
 
 _FILE = "__0_0.distcp"
+_SYNC_BYTES = 32 << 20
+"""Written between two requests to the disk."""
 
 
 def write_streamed_checkpoint(
@@ -39,7 +46,13 @@ class _StreamedPieces(TensorPieces):
         files = HashingFiles(FileSystem())
         results = []
         folder.mkdir(parents=True, exist_ok=True)
-        with no_crc32(), files.create_stream(folder / _FILE, "wb") as stream:
+        with (
+            no_crc32(),
+            files.create_stream(folder / _FILE, "wb") as stream,
+            ThreadPoolExecutor(1) as syncing,
+        ):
+            request: Future[None] | None = None
+            requested = 0
             for item in self._plan.items:
                 begin = stream.tell()
                 try:
@@ -51,12 +64,16 @@ class _StreamedPieces(TensorPieces):
                     raise
                 info = _StorageInfo(_FILE, begin, stream.tell() - begin)
                 results.append(WriteResult(item.index, info.length, info))
+                if stream.tell() - requested > _SYNC_BYTES and (request is None or request.done()):
+                    request, requested = syncing.submit(stream.sync_passed_on), stream.tell()
+            if request is not None:
+                request.result()
             stream.sync()
         return WrittenPieces(results, files.entries)
 
 
 def _in_order(tensors: Iterable[tuple[str, torch.Tensor]]) -> Resolve:
-    coming = iter(tensors)
+    coming = _one_ahead(tensors)
 
     def next_tensor(item: WriteItem) -> torch.Tensor:
         key, tensor = next(coming, ("nothing", torch.empty(0)))
@@ -70,3 +87,14 @@ def _in_order(tensors: Iterable[tuple[str, torch.Tensor]]) -> Resolve:
         return tensor if is_whole and tensor.is_contiguous() else tensor.clone()
 
     return next_tensor
+
+
+def _one_ahead(tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+    """`tensors`, each made before the last is used: the system may be reading its file already."""
+    last = None
+    for item in tensors:
+        if last is not None:
+            yield last
+        last = item
+    if last is not None:
+        yield last

@@ -87,8 +87,10 @@ class ImportPlan:
 
     def _with_all_rows(self, rule: Rule) -> Tensor:
         meta = self.layout[rule.ours[0]]
-        tensor = torch.empty(meta.shape, dtype=meta.dtype)
         old, new = self._source_vocab, self._config.vocab_size
+        if len(meta) == old:
+            return self._weights.read(rule.theirs[0])
+        tensor = torch.empty(meta.shape, dtype=meta.dtype)
         self._weights.read(rule.theirs[0], out=tensor[:old])
         if new > old:
             tensor[old:new] = tensor[:old].mean(dim=0, dtype=torch.float32)

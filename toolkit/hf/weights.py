@@ -1,10 +1,12 @@
 """The weights of a folder in Hugging Face format, one tensor at a time.
 
-Files are read with plain seeks instead of mapped into memory, so that no page of them counts as
-ours: memory stays at the tensors that the caller keeps.
+Each tensor is a mapping of its own range of the file: nothing is copied, and with the tensor its
+pages go too, so memory stays at the tensors that the caller keeps. A mapping of whole files would
+count all that was ever read.
 """
 
 import json
+import mmap
 import re
 from pathlib import Path
 
@@ -59,7 +61,7 @@ class HFWeights:
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
     def read(self, name: str, out: Tensor | None = None) -> Tensor:
-        """A tensor in its own type, in new memory or in `out`.
+        """A tensor in its own type, in `out` or memory of its own: changes do not reach the file.
 
         Args:
             out: contiguous CPU tensor of the same shape and type.
@@ -78,6 +80,8 @@ class HFWeights:
         if stored.stride is not None:
             source = self._read_strided(name, stored, stored.stride)
             return source if out is None else out.copy_(source)
+        if out is None and stored.nbytes and stored.offset % stored.dtype.itemsize == 0:
+            return _mapped(stored.file, stored.offset, stored.nbytes, stored.dtype, stored.shape)
         target = torch.empty(stored.shape, dtype=stored.dtype) if out is None else out
         self._fill(name, target, stored.file, stored.offset)
         return target
@@ -131,6 +135,21 @@ class HFWeights:
                 f"{path}: does not list {unlisted[0]} of {self.tensors[unlisted[0]].file.name}"
                 f"{_and_more(len(unlisted) - 1)}"
             )
+
+
+def _mapped(file: Path, offset: int, nbytes: int, dtype: torch.dtype, shape: torch.Size) -> Tensor:
+    begin = offset - offset % mmap.ALLOCATIONGRANULARITY
+    with file.open("rb") as stream:
+        try:
+            memory = mmap.mmap(
+                stream.fileno(), offset - begin + nbytes, access=mmap.ACCESS_COPY, offset=begin
+            )
+        except ValueError:
+            raise CheckpointError(f"{file}: has become shorter while it was read") from None
+    # The system starts reading it now.
+    memory.madvise(mmap.MADV_WILLNEED)
+    count = nbytes // dtype.itemsize
+    return torch.frombuffer(memory, dtype=dtype, count=count, offset=offset - begin).view(shape)
 
 
 def _and_more(count: int) -> str:
