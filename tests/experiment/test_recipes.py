@@ -15,7 +15,8 @@ from toolkit.experiment.recipes import copy_recipe, recipe_names, recipe_text
 from toolkit.models.presets import PRESETS
 
 EXPECTED = {
-    "smoke", "quickstart", "gpt2_124M", "llama_271M", "olmo2_190M", "olmo2_1B", "llama3_8B",
+    "smoke", "quickstart", "gpt2_124M", "llama_271M", "olmo2_190M", "olmo2_1B", "olmoe_1B_7B",
+    "llama3_8B",
 }  # fmt: skip
 FROM_A_MODEL = {"finetune", "finetune_lora", "sft_chat", "continue_pretraining"}
 """Need `--base`."""

@@ -8,7 +8,9 @@ import pytest
 
 from toolkit.errors import ConfigError
 from toolkit.models.config import GPTConfig, ModelConfig, TransformerConfig
+from toolkit.models.moe_config import MoEConfig
 from toolkit.models.presets import PRESETS, preset
+from toolkit.models.rope_config import LinearRopeConfig
 
 SMALL = {
     "vocab_size": 100,
@@ -29,6 +31,63 @@ VARIANTS = [
     {"norm": "layer_norm", "qk_norm": "full", "bias": True, "num_key_value_heads": 1},
     {"qk_norm": "per_head", "num_key_value_heads": 2},
     {"qk_norm": "full", "norm_placement": "reordered"},
+    {
+        "moe": MoEConfig(
+            num_experts=5,
+            top_k=2,
+            intermediate_size=24,
+            shared_expert_intermediate_size=16,
+            dense_layers=(1,),
+            load_balancing_multiplier=0.0,
+        )
+    },
+    {  # as in Gemma 2
+        "num_layers": 3,
+        "num_key_value_heads": 2,
+        "norm_weight_offset": 1.0,
+        "norm_placement": "sandwich",
+        "feed_forward": "geglu",
+        "embedding_scale": 32**0.5,
+        "sliding_window": 5,
+        "attention_pattern": ("sliding", "full"),
+        "attention_scale": 0.3,
+        "attention_soft_cap": 2.0,
+        "logit_soft_cap": 3.0,
+        "tie_embeddings": True,
+    },
+    {  # as in Gemma 3
+        "num_layers": 4,
+        "norm_weight_offset": 1.0,
+        "norm_placement": "sandwich",
+        "qk_norm": "per_head",
+        "rope_theta": 1e6,
+        "rope_scaling": LinearRopeConfig(factor=8.0),
+        "sliding_rope_theta": 1e4,
+        "sliding_window": 4,
+        "attention_pattern": ("sliding", "sliding", "full"),
+    },
+    {  # as in GPT-NeoX
+        "norm": "layer_norm",
+        "bias": True,
+        "parallel_residual": True,
+        "feed_forward": "gelu_exact",
+        "rotary_fraction": 0.25,
+    },
+    {  # as in Qwen 2, and a width that is no power of two
+        "d_model": 36,
+        "num_heads": 9,
+        "num_key_value_heads": 3,
+        "qkv_bias": True,
+        "sliding_window": 6,
+    },
+]
+
+COUNTED = [
+    *VARIANTS,
+    {"bias": True, "qkv_bias": False, "feed_forward": "geglu"},
+    {"attention_output_bias": True, "norm_placement": "sandwich", "norm": "layer_norm"},
+    {"feed_forward_bias": True, "feed_forward": "gelu_exact", "head_dim": 10},
+    {"bias": True, "feed_forward_bias": False, "attention_output_bias": False},
 ]
 
 EXACT_COUNTS = {
@@ -38,11 +97,12 @@ EXACT_COUNTS = {
     "llama_271M": 308_577_280,
     "olmo2_190M": 267_424_512,
     "olmo2_1B": 1_484_916_736,
+    "olmoe_1B_7B": 6_919_161_856,
     "llama3_8B": 8_030_261_248,
 }
 
 
-@pytest.mark.parametrize("changes", VARIANTS, ids=str)
+@pytest.mark.parametrize("changes", COUNTED, ids=str)
 def test_parameter_count_equals_the_built_model(changes):
     config = TransformerConfig(**{**SMALL, **changes})
     model = config.build(init_device="meta")
@@ -77,6 +137,19 @@ def test_flops_count_matrices_head_and_causal_attention():
     assert config.flops_per_token(16) == 6 * matrices + 3 * attention_forward
     tied = config.replace(tie_embeddings=True)
     assert tied.flops_per_token(16) == config.flops_per_token(16)
+
+
+@pytest.mark.parametrize("sequence_length", [1, 4, 5, 16])
+def test_flops_count_the_keys_inside_windows(sequence_length):
+    config = TransformerConfig(
+        **{**SMALL, "num_layers": 3, "sliding_window": 5, "attention_pattern": ("sliding", "full")}
+    )
+    plain = config.replace(sliding_window=None)
+    place = range(sequence_length)
+    fewer = sum(max(0, query - 4) for query in place)  # keys of a layer before the window
+    saved = 12 * 32 * 2 * fewer / sequence_length  # layers 0 and 2
+    got = plain.flops_per_token(sequence_length) - config.flops_per_token(sequence_length)
+    assert got == pytest.approx(saved, abs=1)
 
 
 def test_gpt_config_is_the_same_model_in_other_words():
@@ -117,6 +190,12 @@ def test_configs_import_no_torch():
         ({"num_heads": 5}, "d_model 32 is not divisible by num_heads 5"),
         ({"num_key_value_heads": 3}, "num_heads 4 is not divisible by num_key_value_heads 3"),
         ({"head_dim": 5}, "rope needs an even head_dim, not 5"),
+        ({"rotary_fraction": 0.3, "head_dim": 10}, "even head_dim, not 3 of it rotated"),
+        (
+            {"norm": "layer_norm", "norm_weight_offset": 1.0},
+            "norm_weight_offset goes with norm rms",
+        ),
+        ({"parallel_residual": True, "norm_placement": "sandwich"}, "norm_placement pre only"),
         ({"vocab_size": 0}, "vocab_size must be greater than 0, not 0"),
     ],
 )

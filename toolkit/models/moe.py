@@ -117,8 +117,7 @@ class MoE(nn.Module):
         ends = torch.searchsorted(experts, numbers, right=True, out_int32=True)
         place = order.argsort()
         results = self.experts(_Spread.apply(tokens, order, place, self.top_k), ends)
-        results = _Reordered.apply(results, place, order).unflatten(0, (-1, self.top_k))
-        return (results * choice.weights[..., None]).sum(1)
+        return _Combined.apply(results, choice.weights, order, place)
 
 
 class _Spread(torch.autograd.Function):
@@ -142,16 +141,23 @@ class _Spread(torch.autograd.Function):
         return grads.sum(1), None, None, None
 
 
-class _Reordered(torch.autograd.Function):
-    """Rows in another order; `back` undoes `order`."""
+class _Combined(torch.autograd.Function):
+    """Each token's results, brought back from the order of experts and added up with weights.
+
+    Keeps the results once, where indexing and multiplication would keep them in both orders.
+    """
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, order: Tensor, back: Tensor) -> Tensor:
-        ctx.save_for_backward(back)
-        return rows.index_select(0, order)
+    def forward(ctx: Any, results: Tensor, weights: Tensor, order: Tensor, place: Tensor) -> Tensor:
+        ctx.save_for_backward(results, weights, order, place)
+        own = results.index_select(0, place).unflatten(0, weights.shape)
+        return torch.bmm(weights[:, None], own).squeeze(1)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        (back,) = ctx.saved_tensors
-        return grad.index_select(0, back), None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        results, weights, order, place = ctx.saved_tensors
+        grads = grad.index_select(0, order // weights.shape[1])
+        by_result = weights.flatten().index_select(0, order)[:, None]
+        grad_weights = (grads * results).sum(-1).index_select(0, place).view_as(weights)
+        return grads * by_result, grad_weights, None, None

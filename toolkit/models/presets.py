@@ -116,6 +116,26 @@ PRESETS: dict[str, dict[str, Any]] = {
         "intermediate_size": 8_192,
         "max_sequence_length": 4_096,
     },
+    # allenai/OLMoE-1B-7B-0924, with its losses of the router (Muennighoff et al. 2024).
+    "olmoe_1B_7B": _LLAMA_LIKE
+    | {
+        "vocab_size": 50_304,
+        "vocab_multiple": 64,
+        "d_model": 2_048,
+        "num_layers": 16,
+        "num_heads": 16,
+        "intermediate_size": 1_024,
+        "max_sequence_length": 4_096,
+        "qk_norm": "full",
+        "moe": {
+            "num_experts": 64,
+            "top_k": 8,
+            "intermediate_size": 1_024,
+            "normalize_top_k": False,
+            "load_balancing_multiplier": 0.01,
+            "router_z_loss_multiplier": 0.001,
+        },
+    },
     # meta-llama/Meta-Llama-3-8B.
     "llama3_8B": _LLAMA_LIKE
     | {
