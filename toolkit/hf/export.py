@@ -19,7 +19,7 @@ from toolkit.data.tokenizers.tokenizer import (
     load_tokenizer,
     read_json,
 )
-from toolkit.errors import DataError
+from toolkit.errors import CheckpointError, DataError
 from toolkit.hf.adapter import export_adapter
 from toolkit.hf.choose import choose_family
 from toolkit.hf.folder import check_unused, new_folder
@@ -164,9 +164,14 @@ def export_source(
     dtypes = dtype or chosen_types(source)
 
     def compare_all(written: Path) -> None:
-        compare.compare_with_transformers(written, source.config, _rounded(source, dtypes))
-        if source.tokenizer_folder is not None:
-            compare.check_tokenizer(written)
+        try:
+            compare.compare_with_transformers(written, source.config, _rounded(source, dtypes))
+            if source.tokenizer_folder is not None:
+                compare.check_tokenizer(written)
+        except CheckpointError as error:
+            # It has another name as yet.
+            text = str(error).replace(str(written), str(folder))
+            raise CheckpointError(f"{text}; nothing was exported") from None
 
     exported = export_hf(
         source.config,

@@ -83,7 +83,7 @@ def _snippet(card: ModelCard) -> str:
             "from peft import PeftModel",
             "",
             'folder = "path/to/this/folder"',
-            f"base = AutoModelForCausalLM.from_pretrained({card.base_model or 'BASE'!r})",
+            f"base = AutoModelForCausalLM.from_pretrained({(card.base_model or 'BASE')!r})",
             "model = PeftModel.from_pretrained(base, folder)",
         ]
     else:

@@ -22,6 +22,7 @@ from toolkit.models.config import TransformerConfig
 from toolkit.models.init import canonical_name
 from toolkit.storage.atomic import write_json_atomic
 
+_LARGEST_HALF = torch.finfo(torch.float16).max
 INDEX_FILE = "model.safetensors.index.json"
 
 Dtypes = torch.dtype | Mapping[str, torch.dtype]
@@ -59,8 +60,18 @@ def write_weights(
             for name, targets in shards.items()
         }
         for target, tensor in _converted(config, rules, expected, tensors):
+            if layout[target].dtype == torch.float16:
+                _check_range(target, tensor)
             files[file_of[target]].write(target, tensor)
     return [folder / name for name in shards]
+
+
+def _check_range(name: str, tensor: Tensor) -> None:
+    if tensor.dtype != torch.float16 and tensor.abs().max() > _LARGEST_HALF:
+        raise CheckpointError(
+            f"{name}: holds {tensor.abs().max().item():.3g}, which fp16 cannot; export as bf16 or "
+            "fp32"
+        )
 
 
 def _dtype(dtypes: Dtypes, name: str) -> torch.dtype:
