@@ -12,6 +12,17 @@ from toolkit.distributed.config import ActivationCheckpointingConfig
 STEPS = 4
 ENGINES = ["ddp", "fsdp", "zero1", "zero2", "zero3"]
 CHECKPOINTED = {"ac_config": ActivationCheckpointingConfig(mode="full")}
+WINDOWED = {
+    "norm_placement": "sandwich",
+    "norm_weight_offset": 1.0,
+    "feed_forward": "geglu",
+    "embedding_scale": 32**0.5,
+    "sliding_window": 3,
+    "attention_pattern": ("sliding", "full"),
+    "attention_soft_cap": 2.0,
+    "logit_soft_cap": 4.0,
+    "tie_embeddings": True,
+}
 
 
 def packed_batch(step: int) -> dict[str, torch.Tensor]:
@@ -46,6 +57,8 @@ def reference(workers: WorkerPool) -> dict[str, Any]:
         "fp32": ({}, {}),
         "learned": ({}, {"positions": "learned"}),
         "bf16": ({"precision": "bf16"}, {}),
+        "windowed": ({}, WINDOWED),
+        "windowed_bf16": ({"precision": "bf16"}, WINDOWED),
     }
     return {
         kind: workers.run(1, documents_history, "single", ROWS, *settings)[0]
@@ -75,6 +88,22 @@ def test_learned_positions_agree(
 ) -> None:
     got = workers.run(2, documents_history, engine, 2, {}, {"positions": "learned"})[0]
     assert_agree(got, reference["learned"], 1e-5)
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp", "zero3"])
+def test_windows_caps_and_sandwich_norms_agree(
+    workers: WorkerPool, reference: dict[str, Any], engine: str
+) -> None:
+    got = workers.run(2, documents_history, engine, 2, CHECKPOINTED, WINDOWED)[0]
+    assert_agree(got, reference["windowed"], 1e-5)
+
+
+def test_low_precision_copies_compute_what_autocast_does_in_windowed_models(
+    workers: WorkerPool, reference: dict[str, Any]
+) -> None:
+    got = workers.run(2, documents_history, "fsdp", 2, {"precision": "bf16"}, WINDOWED)[0]
+    assert got[0]["loss"] == pytest.approx(reference["windowed_bf16"][0]["loss"], rel=1e-5)
+    assert_agree(got, reference["windowed_bf16"], 1e-3)
 
 
 @pytest.mark.parametrize("engine", ["single", *ENGINES])

@@ -113,3 +113,44 @@ def test_every_length_of_a_curriculum_is_compiled():
         model(ids)
         model(ids, document_ids=documents(1, length - 1))
     assert counter.frame_count == 2 * len(lengths) == 24
+
+
+MIXED = CONFIG.replace(
+    num_layers=6,
+    norm_placement="sandwich",
+    norm_weight_offset=1.0,
+    sliding_window=7,
+    attention_pattern=("sliding", "sliding", "full"),
+    sliding_rope_theta=500.0,
+    logit_soft_cap=5.0,
+)
+
+
+@pytest.mark.parametrize("soft_cap", [None, 4.0])
+@pytest.mark.parametrize("backend", ["sdpa", "flex"])
+def test_layers_are_compiled_at_most_once_per_kind(monkeypatch, backend, soft_cap):
+    monkeypatch.setattr("toolkit.models.masks.attention_backend", lambda *_: backend)
+    model, counter = MIXED.replace(attention_soft_cap=soft_cap).build(), CompileCounter()
+    compile_model(model, fullgraph=True, backend=counter)
+    with torch.no_grad():  # flex attention has no backward on a CPU
+        for _ in range(2):
+            model(batch()[0])
+        assert counter.frame_count == (1 if (backend, soft_cap) == ("flex", 4.0) else 2)
+        counter.frame_count = 0
+        for lengths in ((9, 20, 3), (1, 2, 29)):
+            model(batch()[0], document_ids=documents(*lengths))
+    assert counter.frame_count <= 2
+
+
+def test_compiled_windows_and_caps_train_like_eager_ones():
+    config = MIXED.replace(num_layers=2, attention_pattern=("sliding", "full"))
+    config = config.replace(attention_soft_cap=4.0)
+    eager, compiled = config.build(), config.build()
+    compile_model(compiled, fullgraph=True, backend="aot_eager")
+    expected = eager(*batch(), z_loss_multiplier=1e-3)
+    expected.loss.backward()
+    got = compiled(*batch(), z_loss_multiplier=1e-3)
+    got.loss.backward()
+    torch.testing.assert_close(got.loss, expected.loss, rtol=1e-6, atol=0)
+    for a, b in zip(eager.parameters(), compiled.parameters(), strict=True):
+        torch.testing.assert_close(b.grad, a.grad, rtol=1e-4, atol=1e-4)

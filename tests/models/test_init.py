@@ -91,6 +91,18 @@ def test_every_parameter_has_a_spec_and_residual_outputs_are_scaled():
     )
 
 
+@pytest.mark.parametrize("offset", [1.0, 0.25])
+def test_norms_with_an_offset_multiply_by_one_at_first(offset):
+    model = CONFIG.replace(norm_weight_offset=offset, norm_placement="sandwich").build()
+    names = [name for name, _ in model.named_parameters() if "norm" in name]
+    assert len(names) == 2 * (4 + 2) + 1
+    for name in names:
+        assert model.get_parameter(name).unique().tolist() == [1.0 - offset], name
+    x = torch.randn(3, 64, generator=torch.Generator().manual_seed(0))
+    plain = CONFIG.build().head.norm
+    torch.testing.assert_close(model.head.norm(x), plain(x))
+
+
 def test_wrappers_do_not_change_names():
     assert canonical_name("module.blocks.0._checkpoint_wrapped_module.attention.query.weight") == (
         "blocks.0.attention.query.weight"

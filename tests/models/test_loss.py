@@ -19,9 +19,11 @@ def make(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return hidden.requires_grad_(), weight.requires_grad_(), labels
 
 
-def reference(hidden, weight, labels, z_loss_multiplier):
+def reference(hidden, weight, labels, z_loss_multiplier, soft_cap=None):
     """(loss, ce, z) with the full matrix of logits, by torch's own functions."""
     logits = F.linear(hidden, weight)[:, :VOCAB]
+    if soft_cap is not None:
+        logits = soft_cap * torch.tanh(logits / soft_cap)
     ce = F.cross_entropy(logits, labels, reduction="sum")
     z = logits.logsumexp(-1)[labels != -100].square().sum()
     return ce + z_loss_multiplier * z, ce, z
@@ -29,10 +31,12 @@ def reference(hidden, weight, labels, z_loss_multiplier):
 
 @pytest.mark.parametrize(("dtype", "rtol"), [(torch.float64, 1e-12), (torch.float32, 2e-6)])
 @pytest.mark.parametrize("z_loss_multiplier", [0.0, 1e-2])
-@pytest.mark.parametrize("chunk_size", [8, 37, 1000])
-def test_equals_full_logits(dtype, rtol, z_loss_multiplier, chunk_size):
+@pytest.mark.parametrize(
+    ("chunk_size", "soft_cap"), [(8, None), (37, None), (1000, None), (8, 1.5), (37, 30.0)]
+)
+def test_equals_full_logits(dtype, rtol, z_loss_multiplier, chunk_size, soft_cap):
     hidden, weight, labels = make(dtype)
-    loss, ce, z = reference(hidden, weight, labels, z_loss_multiplier)
+    loss, ce, z = reference(hidden, weight, labels, z_loss_multiplier, soft_cap)
     expected = torch.autograd.grad(loss * 0.3, (hidden, weight))
     sums = chunked_linear_cross_entropy(
         hidden,
@@ -40,6 +44,7 @@ def test_equals_full_logits(dtype, rtol, z_loss_multiplier, chunk_size):
         labels,
         vocab_size=VOCAB,
         z_loss_multiplier=z_loss_multiplier,
+        soft_cap=soft_cap,
         chunk_size=chunk_size,
     )
     gradients = torch.autograd.grad(sums.loss * 0.3, (hidden, weight))

@@ -78,7 +78,7 @@ def test_residual_stream_is_in_the_compute_type_under_autocast():
     seen = []
     for block in model.blocks:
         block.register_forward_hook(
-            lambda module, args, output: seen.extend([args[0].dtype, output.dtype])
+            lambda module, args, output: seen.extend([args[0].dtype, output[0].dtype])
         )
     with torch.autocast("cpu", torch.bfloat16):
         sums = model(token_ids(1, 8), token_ids(1, 8))
@@ -133,3 +133,42 @@ def test_norms_agree_with_torch_and_widen_low_precision():
     low = x.bfloat16()
     wide = F.rms_norm(low.float(), (16,), rms.weight.bfloat16().float(), 1e-6)
     assert torch.equal(rms(low), wide.bfloat16())
+
+
+def test_norm_weights_get_their_offset_in_fp32():
+    norm = RMSNorm(16, 1e-6, weight_offset=1.0)
+    with torch.no_grad():
+        norm.weight.copy_(torch.linspace(-0.01, 0.01, 16))
+    x = torch.randn(3, 16, generator=torch.Generator().manual_seed(0)).bfloat16()
+    factor = 1.0 + norm.weight.bfloat16().float()
+    expected = F.rms_norm(x.float(), (16,), None, 1e-6) * factor
+    assert torch.equal(norm(x), expected.bfloat16())
+    assert factor.bfloat16().unique().numel() < factor.unique().numel()
+
+
+def test_embeddings_are_scaled_by_what_the_compute_type_can_hold():
+    scale = 3072**0.5  # 55.4256, in bf16 55.5
+    model = CONFIG.replace(embedding_scale=scale).build()
+    ids = token_ids(1, 8)
+    rows = model.embeddings.tokens(ids)
+    torch.testing.assert_close(model.embeddings(ids), rows * scale)
+    with torch.autocast("cpu", torch.bfloat16):
+        low = model.embeddings(ids)
+    assert torch.equal(low, rows.bfloat16() * 55.5)
+
+
+def test_parallel_residual_adds_both_to_the_same_stream():
+    block = CONFIG.replace(parallel_residual=True).build().blocks[0]
+    x = torch.randn(1, 8, 32, generator=torch.Generator().manual_seed(0))
+    table = rotary_table(8, 8, 10_000.0, torch.device("cpu"))
+    got, _ = block(x, table)
+    attended = block.attention(block.attention_norm(x), table)
+    fed = block.feed_forward(block.feed_forward_norm(x))
+    torch.testing.assert_close(got, x + attended + fed)
+
+
+def test_capped_logits_stay_below_the_cap_and_keep_their_type():
+    model = CONFIG.replace(logit_soft_cap=0.5, init_std=1.0).build().bfloat16()
+    logits = model(token_ids(1, 8))
+    assert logits.dtype == torch.bfloat16
+    assert 0.49 < logits.abs().max() <= 0.5

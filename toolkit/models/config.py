@@ -122,6 +122,8 @@ class TransformerConfig(Config, frozen=True, kw_only=True, tag_field="type", tag
             raise ValueError(f"rope needs an even head_dim, not {self.rotary_dim}{part}")
         if not self.attention_pattern:
             raise ValueError("attention_pattern: empty; name at least one kind, full or sliding")
+        if self.norm_weight_offset and self.norm != "rms_norm":
+            raise ValueError(f"norm_weight_offset goes with norm rms_norm, not {self.norm}")
         if self.parallel_residual and self.norm_placement != "pre":
             raise ValueError("parallel_residual goes with norm_placement pre only")
         if self.moe is not None:
