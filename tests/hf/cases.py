@@ -132,3 +132,50 @@ DENSE: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 """Name of the case -> (model_type, fields)."""
+
+MOE: dict[str, tuple[str, dict[str, Any]]] = {
+    "mixtral": ("mixtral", {"num_local_experts": 5, "router_aux_loss_coef": 0.02, **WINDOW}),
+    "mixtral_one_expert_tied": (
+        "mixtral",
+        {
+            "num_local_experts": 3,
+            "num_experts_per_tok": 1,
+            "head_dim": 8,
+            "hidden_act": "gelu_pytorch_tanh",
+            "tie_word_embeddings": True,
+            **rope(1000.0, **LINEAR),
+        },
+    ),
+    "qwen3_moe": (
+        "qwen3_moe",
+        {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 20, "head_dim": 16},
+    ),
+    "qwen3_moe_some_dense_biases_windows": (
+        "qwen3_moe",
+        {
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 24,
+            "norm_topk_prob": True,
+            "num_hidden_layers": 4,
+            "decoder_sparse_step": 2,
+            "mlp_only_layers": [1],
+            "attention_bias": True,
+            "use_sliding_window": True,
+            "tie_word_embeddings": True,
+            **WINDOW,
+        },
+    ),
+    "olmoe": ("olmoe", {"hidden_size": 72, "num_experts": 7, "num_experts_per_tok": 3}),
+    "olmoe_biases_all_experts": (
+        "olmoe",
+        {
+            "num_experts": 4,
+            "num_experts_per_tok": 4,
+            "norm_topk_prob": True,
+            "attention_bias": True,
+            **rope(1000.0, **YARN),
+        },
+    ),
+}
+"""The same for mixtures of experts."""

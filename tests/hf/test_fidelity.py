@@ -9,14 +9,14 @@ from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
-from tests.hf.cases import DENSE
+from tests.hf.cases import DENSE, MOE
 from tests.hf.fidelity import Pair, pair, tensors_of, their_config
 from toolkit.hf.export import export_hf
 from toolkit.hf.family import why_not
 from toolkit.hf.read_config import quiet_transformers
 from toolkit.models.loss import IGNORE_INDEX
 
-CASES = DENSE
+CASES = DENSE | MOE
 SEQUENCE = 40
 """Longer than every window, and than the original length of scaled ropes."""
 
@@ -24,6 +24,8 @@ _NO_MATTER = {
     # About generation, or dropout, or merged by the config class into other fields.
     "use_cache", "bos_token_id", "eos_token_id", "pad_token_id", "resid_pdrop", "embd_pdrop",
     "attn_pdrop", "max_window_layers", "original_max_position_embeddings",
+    # Together they name the layers without experts, in several ways.
+    "decoder_sparse_step", "mlp_only_layers",
 }  # fmt: skip
 
 

@@ -14,6 +14,7 @@ def meaning(config: TransformerConfig) -> dict[str, Any]:
     if rope:
         frequencies = tuple(_rope(config, window is not None) for window in windows)
     moe = config.moe
+    has_dense = len(config.moe_layers) < config.num_layers
     return {
         "vocab_size": config.vocab_size,
         "d_model": config.d_model,
@@ -21,7 +22,7 @@ def meaning(config: TransformerConfig) -> dict[str, Any]:
         "num_heads": config.num_heads,
         "num_key_value_heads": config.kv_heads,
         "head_dim": config.attention_head_dim,
-        "intermediate_size": config.intermediate_size,
+        "intermediate_size": config.intermediate_size if has_dense else None,
         "max_sequence_length": config.max_sequence_length,
         "norm": config.norm,
         "norm_eps": config.norm_eps,
@@ -41,7 +42,7 @@ def meaning(config: TransformerConfig) -> dict[str, Any]:
         "bias": config.bias if config.norm == "layer_norm" else None,
         "qkv_bias": config.has_qkv_bias,
         "attention_output_bias": config.has_attention_output_bias,
-        "feed_forward_bias": config.has_feed_forward_bias,
+        "feed_forward_bias": config.has_feed_forward_bias if has_dense else None,
         "tie_embeddings": config.tie_embeddings,
         "moe": moe
         and (
