@@ -61,9 +61,9 @@ def evaluate_stream(
     assert totals is not None, "nothing asked to stop"
     loss, num_targets = totals.tolist()
     if not num_targets:
+        tokens = f"{bytes_seen.num_tokens} token{'s' if bytes_seen.num_tokens != 1 else ''}"
         raise DataError(
-            f"{bytes_seen.num_tokens} token{'s' if bytes_seen.num_tokens != 1 else ''} of text and "
-            "none that another predicts; evaluation needs 2 or more tokens in a row"
+            f"{tokens} and none that another predicts; evaluation needs 2 or more in a row"
         )
     return TokenSums(loss, num_targets, bytes_seen.of_scored, time.perf_counter() - started)
 
