@@ -172,3 +172,19 @@ def test_capped_logits_stay_below_the_cap_and_keep_their_type():
     logits = model(token_ids(1, 8))
     assert logits.dtype == torch.bfloat16
     assert 0.49 < logits.abs().max() <= 0.5
+
+
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+@pytest.mark.parametrize("shape", [(2, 5, 8), (2, 5, 3, 8)])
+def test_rms_norm_has_the_gradients_of_its_formula(shape: tuple[int, ...], offset: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    norm = RMSNorm(8, 1e-3, weight_offset=offset).double()
+    x = torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True)
+    with torch.no_grad():
+        norm.weight.copy_(torch.randn(8, generator=generator))
+    direction = torch.randn(shape, generator=generator, dtype=torch.float64)
+    formula = x / (x.square().mean(-1, keepdim=True) + 1e-3).sqrt() * (offset + norm.weight)
+    ours = torch.autograd.grad((norm(x) * direction).sum(), (x, norm.weight))
+    expected = torch.autograd.grad((formula * direction).sum(), (x, norm.weight))
+    for mine, theirs in zip(ours, expected, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-12)

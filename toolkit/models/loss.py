@@ -76,7 +76,7 @@ def loss_chunk(
     ids = labels[:, None].where(is_target, 0)
     # The exponentials serve both the sum and the gradient; on CPUs they are most of the work.
     peak = wide.amax(-1, keepdim=True)
-    exponentials = (wide - peak).exp()
+    exponentials = (wide - peak).exp_()
     total = exponentials.sum(-1, keepdim=True)
     log_sum = total.log() + peak
     target_logit = wide.gather(-1, ids)
@@ -86,13 +86,13 @@ def loss_chunk(
         return ce, z, None
     # d ce / d logits = softmax - onehot;  d logsumexp^2 / d logits = 2 logsumexp softmax.
     scale = (1.0 + 2.0 * z_loss_multiplier * log_sum).where(is_target, 0.0)
-    grad = exponentials * (scale / total)
+    grad = exponentials.mul_(scale / total)
     # The target's own column is replaced and not adjusted: p - 1 is rounded once.
     at_target = (target_logit - log_sum).exp() * scale - is_target.to(wide.dtype)
     if tangent is not None:  # d cap tanh(x / cap) / dx = 1 - tanh(x / cap)^2
         slope = 1.0 - tangent.square()
-        grad, at_target = grad * slope, at_target * slope.gather(-1, ids)
-    return ce, z, grad.to(logits.dtype).scatter(-1, ids, at_target.to(logits.dtype))
+        grad, at_target = grad.mul_(slope), at_target * slope.gather(-1, ids)
+    return ce, z, grad.to(logits.dtype).scatter_(-1, ids, at_target.to(logits.dtype))
 
 
 def soft_capped(logits: Tensor, soft_cap: float) -> Tensor:
@@ -119,7 +119,7 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
         wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         ce, z = hidden.new_zeros((), dtype=wide), hidden.new_zeros((), dtype=wide)
         grad_hidden = torch.empty_like(hidden) if hidden_grad else None
-        grad_weight = torch.zeros_like(weight, dtype=wide) if weight_grad else None
+        grad_weight: Tensor | None = None
         compute_weight = weight.to(hidden.dtype)
         if hidden.device.type == "cpu":
             chunk_size = min(chunk_size, CPU_CHUNK_SIZE)
@@ -141,11 +141,15 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
                 z += chunk_z
                 if grad_hidden is not None and grad is not None:
                     torch.mm(grad, compute_weight, out=grad_hidden[start : start + rows])
-                if grad_weight is not None and grad is not None:
-                    if grad.dtype == wide:
+                if weight_grad and grad is not None:
+                    if grad_weight is None:
+                        grad_weight = (grad.t() @ piece).to(wide)
+                    elif grad.dtype == wide:
                         grad_weight.addmm_(grad.t(), piece)
                     else:
                         grad_weight += grad.t() @ piece
+        if weight_grad and grad_weight is None:  # no rows
+            grad_weight = torch.zeros_like(weight, dtype=wide)
         ctx.save_for_backward(grad_hidden, grad_weight)
         if z_loss_multiplier == 0.0:
             z = torch.zeros_like(z)

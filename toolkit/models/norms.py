@@ -1,7 +1,10 @@
 """RMSNorm and LayerNorm: statistics in fp32 (or wider), results in the input's type."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from toolkit.models.config import TransformerConfig
 
@@ -20,14 +23,40 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`(..., width)` to the same shape and type."""
-        wide = _widened(x)
-        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
         # The weight is rounded to the compute type first, so that engines which keep a
         # low-precision copy of it (FSDP2) and those which cast on use (autocast) agree.
         weight = self.weight.to(x.dtype)
         if self.weight_offset:
-            weight = weight.to(wide.dtype) + self.weight_offset
+            weight = _widened(weight) + self.weight_offset
+        if torch.compiler.is_compiling():  # fuses the plain formula
+            wide = _widened(x)
+            return (wide * _rms_scale(wide, self.eps) * weight).to(x.dtype)
+        return _RMSNormFunction.apply(x, weight, self.eps)
+
+
+class _RMSNormFunction(torch.autograd.Function):
+    """The same numbers forward; backward in two thirds of the time and half the memory of what
+    autograd makes of the formula, as it keeps the input and one number per vector."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        wide = _widened(x)
+        scale = _rms_scale(wide, eps)
+        ctx.save_for_backward(x, weight, scale)
         return (wide * scale * weight).to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, weight, scale = ctx.saved_tensors
+        grad = _widened(grad)
+        normed = _widened(x) * scale
+        product = (grad * normed).flatten(0, -2)
+        # y_i = n_i w_i with n = s x, and ds/dx_j = -s^3 x_j / width:
+        # dL/dx = s (g w - n mean(g w n))
+        mean = (product @ _widened(weight)).view(scale.shape) / x.shape[-1]
+        grad_x = (grad * weight).addcmul_(normed, mean, value=-1.0).mul_(scale)
+        return grad_x.to(x.dtype), product.sum(0).to(weight.dtype), None
 
 
 class LayerNorm(nn.Module):
@@ -52,6 +81,10 @@ def build_norm(config: TransformerConfig, width: int) -> RMSNorm | LayerNorm:
     if config.norm == "rms_norm":
         return RMSNorm(width, config.norm_eps, weight_offset=config.norm_weight_offset)
     return LayerNorm(width, config.norm_eps, bias=config.bias)
+
+
+def _rms_scale(wide: Tensor, eps: float) -> Tensor:
+    return torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
 
 
 def _widened(x: Tensor) -> Tensor:
