@@ -16,6 +16,7 @@ import typer
 
 from toolkit.cli import (
     batch,
+    convert_hf,
     evaluate,
     export_hf,
     generate,
@@ -57,6 +58,7 @@ app.add_typer(runs.app, name="runs")
 app.add_typer(data_app, name="data")
 app.command()(verify.verify)
 app.command()(batch.batch)
+app.command("convert-hf")(convert_hf.convert_hf)
 app.command("export-hf")(export_hf.export_hf)
 app.command("eval")(evaluate.evaluate)
 app.command()(generate.generate)

@@ -6,7 +6,7 @@ from pathlib import Path
 from toolkit.errors import CheckpointError
 
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
-_SMALL_FILES = ["*.json", "*.jinja", "*.model", "*.txt", "LICENSE*"]
+_SMALL_FILES = ["*.json", "*.jinja", "*.model", "*.txt", "LICENSE*", "README.md"]
 _NOT_OF_TRANSFORMERS = ["original/*", "onnx/*", "*/*"]
 
 
@@ -15,9 +15,12 @@ def is_hub_name(text: str) -> bool:
     return _NAME.fullmatch(text) is not None and not Path(text).exists()
 
 
-def fetch_model(name: str) -> Path:
+def fetch_model(name: str, *, revision: str | None = None) -> Path:
     """The local folder of the model `name`, downloaded now where the cache of `huggingface_hub`
     does not hold it: configs, tokenizer, and the weights as safetensors, or else as .bin.
+
+    Args:
+        revision: branch, tag or commit; default: the main branch.
 
     Raises:
         CheckpointError: the hub gives none, or cannot be reached.
@@ -29,6 +32,7 @@ def fetch_model(name: str) -> Path:
             folder = Path(
                 snapshot_download(
                     name,
+                    revision=revision,
                     allow_patterns=[*_SMALL_FILES, weights],
                     ignore_patterns=_NOT_OF_TRANSFORMERS,
                 )

@@ -1,0 +1,255 @@
+"""A Hugging Face folder as a checkpoint of ours.
+
+1. config.json picks the family's table; headers and names of all weights are checked.
+2. The tokenizer is copied, and grown where that was asked for; the vocabulary follows.
+3. Weights stream into `step0`, a committed checkpoint, in the types they are kept in.
+4. The result is read back and its logits are compared with those of `transformers`.
+5. Everything happened in a temporary folder beside the target, which gets its name last.
+"""
+
+import importlib.metadata
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+import torch
+from torch import Tensor
+
+from toolkit.checkpoint.commit import SPARE_BYTES, Save, check_free_space
+from toolkit.checkpoint.layout import TENSORS_FOLDER
+from toolkit.checkpoint.streaming import write_streamed_checkpoint
+from toolkit.checkpoint.tensors import iterate_tensors
+from toolkit.data.tokenizers.tokenizer import read_json
+from toolkit.data.tokens.prepared import TOKENIZER_FOLDER
+from toolkit.data.tokens.scanning import Advance, scan_progress
+from toolkit.errors import CheckpointError, ConfigError, DataError, ToolkitError, TrainingError
+from toolkit.hf.compare import (
+    bytes_to_compare,
+    check_logits,
+    has_memory_to_compare,
+    sample_ids,
+    their_logits,
+)
+from toolkit.hf.export import GENERATION_FILE
+from toolkit.hf.folder import new_folder
+from toolkit.hf.imported import ImportPlan
+from toolkit.hf.read_config import read_hf_config
+from toolkit.hf.source import filled_model
+from toolkit.hf.tokenizer_files import ConvertedTokenizer, convert_tokenizer
+from toolkit.hf.weights import HFWeights
+from toolkit.models.config import TransformerConfig
+
+_VERSIONED = ("torch", "transformers", "tokenizers")
+_KEY = "model."
+
+
+class ConvertOptions(NamedTuple):
+    """What differs from a plain copy."""
+
+    validate: bool | None = None
+    """Compare logits with `transformers`; None: if there is memory for it."""
+    tokenizer: Path | None = None
+    """Another tokenizer than the folder's."""
+    vocab_size: int | None = None
+    """Token ids of the model; None: as many as it has, or more if the tokenizer has more."""
+    add_tokens: Sequence[str] = ()
+    """Control tokens that the tokenizer must have."""
+    chat_template: Path | None = None
+    """File with the chat template."""
+
+
+AS_IT_IS = ConvertOptions()
+
+
+class Conversion(NamedTuple):
+    """What was made."""
+
+    folder: Path
+    """Its name in the end, absolute."""
+    model_type: str
+    config: TransformerConfig
+    tokenizer: ConvertedTokenizer | None
+    """None: the folder has none."""
+    parameter_names: tuple[str, ...]
+    dtypes: tuple[str, ...]
+    """Types of the weights, the most frequent first."""
+    nbytes: int
+    """Of all weights, as written."""
+    difference: float | None
+    """Largest difference of two logits, as a part of the largest logit; None: not compared."""
+    notes: tuple[str, ...]
+    """What the user should know, a line each."""
+
+
+def convert_hf(
+    source: Path,
+    out: Path,
+    *,
+    name: str,
+    add: Callable[[Conversion, Path], None],
+    revision: str | None = None,
+    options: ConvertOptions = AS_IT_IS,
+) -> Conversion:
+    """Write `out` from the folder `source`: `step0`, `tokenizer`, and what `add` adds.
+
+    Args:
+        out: must not exist, or be empty.
+        name: of the model, as it is recorded.
+        add: called with the unfinished folder when all else is in it.
+        revision: recorded too.
+
+    Raises:
+        CheckpointError: the folder is no model that we know, incomplete or damaged, or `out` is in
+            use.
+        ConfigError: the vocabulary would become smaller.
+        DataError: its tokenizer cannot be used.
+        ToolkitError: it cannot be written, or the logits differ; nothing is left.
+    """
+    model = read_hf_config(source)
+    weights = HFWeights(source)
+    notes = list(model.notes)
+    with new_folder(out) as unfinished:
+        tokenizer = _tokenizer(source, unfinished / TOKENIZER_FOLDER, options)
+        if tokenizer is None:
+            notes.append("there is no tokenizer in it; set dataset.tokenizer before training")
+        old = model.config.vocab_size
+        config = model.config.replace(vocab_size=_vocab_size(old, tokenizer, options))
+        if config.vocab_size > old:
+            notes.append(f"{config.vocab_size - old} rows for new tokens: the mean of the others")
+        plan = ImportPlan(model.family, config, weights, source_vocab_size=old)
+        layout = {_KEY + name: tensor for name, tensor in plan.layout.items()}
+        nbytes = sum(tensor.nbytes for tensor in layout.values())
+        check_free_space(unfinished.parent, nbytes + SPARE_BYTES)
+        dtypes = _dtypes(layout.values())
+        extra = {
+            "model": msgspec.to_builtins(config),
+            "source": _origin(source, name, revision, model.family.model_type, dtypes[0]),
+            "versions": {name: importlib.metadata.version(name) for name in _VERSIONED},
+        }
+        save = Save(
+            root=unfinished, step=0, tokens=0, engine="single", extra=extra, rank_state=dict
+        )
+        try:
+            with scan_progress("converting", nbytes) as advance:
+                step = write_streamed_checkpoint(save, layout, _watched(plan.tensors(), advance))
+        except TrainingError as error:
+            reason = error.__cause__ or error
+            raise TrainingError(f"{out}: not converted, nothing is left of it: {reason}") from error
+        difference = None
+        if options.validate or (options.validate is None and has_memory_to_compare(config)):
+            difference = _compare(source, model.config, config, step)
+        elif options.validate is None:
+            needed = bytes_to_compare(config) / 1e9
+            notes.append(
+                f"not compared with transformers, for which {needed:.1f} GB of memory must be "
+                "free; --validate does so all the same"
+            )
+        conversion = Conversion(
+            folder=out.absolute(),
+            model_type=model.family.model_type,
+            config=config,
+            tokenizer=tokenizer,
+            parameter_names=tuple(plan.layout),
+            dtypes=dtypes,
+            nbytes=nbytes,
+            difference=difference,
+            notes=tuple(notes),
+        )
+        add(conversion, unfinished)
+    return conversion
+
+
+def _tokenizer(source: Path, folder: Path, options: ConvertOptions) -> ConvertedTokenizer | None:
+    template = None
+    if options.chat_template is not None:
+        try:
+            template = options.chat_template.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"--chat-template {options.chat_template}: {error}") from None
+    given = options.tokenizer
+    if given is not None and not given.exists():
+        raise DataError(f"--tokenizer {given}: no such file or folder; give a local one")
+    found = convert_tokenizer(
+        given or source, folder, add_tokens=options.add_tokens, chat_template=template
+    )
+    if found is None and (given is not None or options.add_tokens or template is not None):
+        raise DataError(f"{given or source}: holds no tokenizer; give one with --tokenizer")
+    return found
+
+
+def _vocab_size(old: int, tokenizer: ConvertedTokenizer | None, options: ConvertOptions) -> int:
+    needed = max(old, tokenizer.vocab_size if tokenizer else 0)
+    size = options.vocab_size or needed
+    if size < old:
+        raise ConfigError(
+            f"--vocab-size {size}: the model has {old} token ids, of which none can be left out; "
+            f"give at least {needed}"
+        )
+    if size < needed:
+        raise ConfigError(
+            f"--vocab-size {size}: the tokenizer has {needed} ids; give at least that many"
+        )
+    return size
+
+
+def _watched(
+    tensors: Iterator[tuple[str, Tensor]], advance: Advance
+) -> Iterator[tuple[str, Tensor]]:
+    for name, tensor in tensors:
+        yield _KEY + name, tensor
+        advance(tensor.nbytes)
+
+
+def _compare(
+    source: Path, original: TransformerConfig, config: TransformerConfig, step: Path
+) -> float:
+    """What was written, against the original, on the ids that both know."""
+    ids = sample_ids(original)
+    theirs = their_logits(source, ids)
+    model = filled_model(config, iterate_tensors(step / TENSORS_FOLDER, _KEY))
+    with torch.no_grad():
+        ours = model(ids)[..., : original.vocab_size]
+    try:
+        return check_logits(ours, theirs, str(source))
+    except CheckpointError as error:
+        raise ToolkitError(f"{error}; nothing was written") from None
+
+
+def _dtypes(tensors: Any) -> tuple[str, ...]:
+    sizes: Counter[str] = Counter()
+    for tensor in tensors:
+        sizes[str(tensor.dtype).removeprefix("torch.")] += tensor.numel()
+    return tuple(name for name, _ in sizes.most_common())
+
+
+def _origin(
+    source: Path, name: str, revision: str | None, model_type: str, dtype: str
+) -> dict[str, Any]:
+    origin: dict[str, Any] = {
+        "name": name,
+        "model_type": model_type,
+        "path": str(source.resolve()),
+        "dtype": dtype,
+    }
+    if revision is not None:
+        origin["revision"] = revision
+    if (terms := _license(source)) is not None:
+        origin["license"] = terms
+    generation = read_json(source / GENERATION_FILE)
+    if generation:
+        origin["generation_config"] = generation
+    return origin
+
+
+def _license(source: Path) -> str | None:
+    """From the metadata at the head of the model's own card."""
+    try:
+        text = (source / "README.md").read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return None
+    head = re.match(r"---\n(.*?)\n---", text, re.DOTALL)
+    found = re.search(r"^license:\s*(\S+)\s*$", head[1], re.MULTILINE) if head else None
+    return found[1] if found else None

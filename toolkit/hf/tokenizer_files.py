@@ -1,0 +1,124 @@
+"""The tokenizer of a Hugging Face folder, copied, and changed where that was asked for."""
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from toolkit.data.tokenizers.tokenizer import (
+    CHAT_TEMPLATE_FILE,
+    COMPANION_FILES,
+    TOKENIZER_CONFIG_FILE,
+    TOKENIZER_FILE,
+    load_tokenizer,
+    read_json,
+)
+from toolkit.errors import DataError
+from toolkit.hf.read_config import quiet_transformers
+from toolkit.storage.atomic import write_atomic, write_json_atomic
+
+_OLD_FILES = (TOKENIZER_CONFIG_FILE, "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model")
+
+
+class ConvertedTokenizer(NamedTuple):
+    """What was written."""
+
+    vocab_size: int
+    """Every id is below this."""
+    starts_with_bos: bool
+    """Whether the original puts its start-of-document token before a text."""
+    new_tokens: tuple[str, ...]
+    """Of the added tokens those that it did not have."""
+
+
+def convert_tokenizer(
+    source: Path,
+    folder: Path,
+    *,
+    add_tokens: Sequence[str] = (),
+    chat_template: str | None = None,
+) -> ConvertedTokenizer | None:
+    """Make `folder` a tokenizer folder from what `source` holds; None where it holds none.
+
+    Formats older than tokenizer.json become one through `transformers`.
+
+    Args:
+        source: a folder, or a tokenizer.json.
+        add_tokens: control tokens that it must have; each new one gets the next id.
+        chat_template: Jinja text in the place of its own.
+
+    Raises:
+        DataError: it cannot be read, or exists as Python code only.
+    """
+    if source.is_file():
+        source = source.parent
+    if (source / TOKENIZER_FILE).is_file():
+        folder.mkdir()
+        for name in (TOKENIZER_FILE, *COMPANION_FILES):
+            if (source / name).is_file():
+                shutil.copyfile(source / name, folder / name)
+    elif any((source / name).is_file() for name in _OLD_FILES):
+        _save_as_fast(source, folder)
+    else:
+        return None
+    new_tokens = _add_tokens(folder, add_tokens)
+    if chat_template is not None:
+        config = read_json(folder / TOKENIZER_CONFIG_FILE)
+        if config.pop("chat_template", None) is not None:
+            write_json_atomic(folder / TOKENIZER_CONFIG_FILE, config)
+        write_atomic(folder / CHAT_TEMPLATE_FILE, chat_template.encode())
+    tokenizer = load_tokenizer(folder)
+    starts = _backend(folder).encode("a").ids[:1] == [tokenizer.bos_id]
+    return ConvertedTokenizer(tokenizer.vocab_size, starts, new_tokens)
+
+
+def _save_as_fast(source: Path, folder: Path) -> None:
+    from transformers import AutoTokenizer
+
+    with quiet_transformers():
+        try:
+            loaded = AutoTokenizer.from_pretrained(
+                source, trust_remote_code=False, local_files_only=True
+            )
+            loaded.save_pretrained(folder)
+        except Exception as error:  # any type may come out of what it cannot read
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise DataError(f"{source}: its tokenizer cannot be loaded: {reason}") from None
+    if not (folder / TOKENIZER_FILE).is_file():
+        raise DataError(
+            f"{source}: its tokenizer exists only as Python code, without a {TOKENIZER_FILE}; give "
+            "another with --tokenizer"
+        )
+
+
+def _add_tokens(folder: Path, tokens: Sequence[str]) -> tuple[str, ...]:
+    from tokenizers import AddedToken
+
+    if not tokens:
+        return ()
+    backend = _backend(folder)
+    known = backend.get_vocab(with_added_tokens=True)
+    backend.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in tokens])
+    backend.save(str(folder / TOKENIZER_FILE))
+    config = read_json(folder / TOKENIZER_CONFIG_FILE)
+    listed = config.get("added_tokens_decoder")
+    if isinstance(listed, dict):
+        # Where it lists any, `transformers` believes it rather than tokenizer.json.
+        for token in tokens:
+            listed[str(backend.token_to_id(token))] = _entry(token)
+        write_json_atomic(folder / TOKENIZER_CONFIG_FILE, config)
+    return tuple(token for token in dict.fromkeys(tokens) if token not in known)
+
+
+def _entry(token: str) -> dict[str, Any]:
+    flags = dict.fromkeys(("lstrip", "normalized", "rstrip", "single_word"), False)
+    return {"content": token, **flags, "special": True}
+
+
+def _backend(folder: Path) -> Any:
+    from tokenizers import Tokenizer as BackendTokenizer
+
+    try:
+        return BackendTokenizer.from_file(str(folder / TOKENIZER_FILE))
+    except Exception as error:  # `tokenizers` raises bare Exception for a file it cannot read
+        raise DataError(f"{folder / TOKENIZER_FILE}: cannot be read: {error}") from None
