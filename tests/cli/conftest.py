@@ -17,8 +17,8 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "train", "smoke", "--save-folder", str(folder / "run"), "--data-root", str(folder / "data"),
         f"--dataset.source={{type: files, paths: ['{text}']}}", "--dataset.num_processes=1",
         "--data_loader.eval_tokens=600", "--trainer.max_duration.value=4",
-        "--trainer.callbacks.lm_evaluator.interval=2", "--trainer.callbacks.checkpointer.interval=2",
-        "--trainer.callbacks.checkpointer.export_hf=false",
+        "--trainer.callbacks.lm_evaluator.interval=2",
+        "--trainer.callbacks.checkpointer={interval: 2, export_hf: false}",
         "--trainer.callbacks.system_monitor.enabled=false",
     ]  # fmt: skip
     assert cli.run(args) == 0

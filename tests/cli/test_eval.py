@@ -52,7 +52,9 @@ def lines(capsys: pytest.CaptureFixture[str], *args: str) -> list[dict[str, Any]
 def test_a_run_has_the_numbers_of_its_training(
     tiny_run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    recorded = [json.loads(text) for text in (tiny_run / "metrics/eval.jsonl").open()]
+    recorded = [
+        json.loads(line) for line in (tiny_run / "metrics/eval.jsonl").read_text().splitlines()
+    ]
     assert [line["step"] for line in recorded] == [2, 4]
     names = [tiny_run / "checkpoints/step2", tiny_run]
     for expected, name in zip(recorded, names, strict=True):

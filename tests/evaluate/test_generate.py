@@ -74,6 +74,21 @@ def test_top_k_leaves_out_the_rest():
     assert set(out) == {1, 3}
 
 
+def test_top_p_keeps_the_fewest_that_reach_it():
+    logits = torch.tensor([0.3, 0.1, 0.4, 0.2]).log()
+    settings: Any = {"max_new_tokens": 200, "max_sequence_length": 4}
+    for top_p, kept in ((0.35, {2}), (0.45, {2, 0}), (0.75, {2, 0, 3}), (1.0, {0, 1, 2, 3})):
+        assert set(generate(Fixed(*logits), [0], top_p=top_p, **settings)) == kept
+    assert set(generate(Fixed(*logits), [0], top_k=2, top_p=0.99, **settings)) == {0, 2}
+
+
+def test_each_new_id_is_told_and_several_can_end():
+    told: list[int] = []
+    settings: Any = {"max_new_tokens": 9, "temperature": 0, "max_sequence_length": 4}
+    out = generate(Fixed(0.0, 9.0), [0], eos_id={5, 1}, on_token=told.append, **settings)
+    assert out == told == [1]
+
+
 def test_ends_with_the_end_token():
     out = generate(Fixed(0.0, 9.0), [0], max_new_tokens=9, temperature=0, eos_id=1,
                    max_sequence_length=4)  # fmt: skip
@@ -121,6 +136,7 @@ def _refuse(graph, example_inputs):
         ({"prompt_ids": []}, "prompt: empty"),
         ({"temperature": -1.0}, r"temperature -1\.0, .*: none of them can be negative"),
         ({"top_k": -1}, "top_k -1, .*none of them can be negative"),
+        ({"top_p": 0.0}, r"top_p 0\.0: give a sum of probabilities"),
     ],
 )
 def test_bad_settings_are_named(settings, message):

@@ -1,5 +1,6 @@
 """Streams of tokens are scored as a naive loop would: rows, tails, windows, documents, bytes."""
 
+import itertools
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -128,7 +129,7 @@ def test_documents_are_encoded_as_preparation_does(kind: str, tmp_path) -> None:
     found = list(read_documents(source, tokenizer, prepend_bos=False, append_eos=True))
     ids = np.concatenate([chunk.ids for chunk in found])
     expected = [[*part.tolist(), tokenizer.eos_id] for part in tokenizer.encode_batch(texts)]
-    assert ids.tolist() == sum(expected, [])
+    assert ids.tolist() == [*itertools.chain.from_iterable(expected)]
     starts = np.flatnonzero(np.concatenate([chunk.is_start for chunk in found]))
     assert starts.tolist() == [0, len(expected[0]), len(expected[0]) + len(expected[1])]
     num_bytes = sum(len(text.encode()) for text in texts)

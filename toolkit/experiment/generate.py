@@ -1,7 +1,7 @@
 """`toolkit generate`: from what is on disk to a model that continues text.
 
 1. A folder of `transformers` is taken as it is.
-2. Of a checkpoint, its hf/ is taken where that is whole; else its weights are exported into a
+2. Of a checkpoint, its hf/ is taken where it has one; else its weights are exported into a
    temporary folder, adapters merged into their base.
 3. Models that no class of `transformers` holds are computed by ours, without a key/value cache.
 """
@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from toolkit.checkpoint.layout import HF_FOLDER, check_files
-from toolkit.errors import CheckpointError, DataError
+from toolkit.checkpoint.layout import HF_FOLDER
+from toolkit.errors import DataError
 from toolkit.experiment.models import DType, hf_folder_of, pick_device, torch_dtype
 
 if TYPE_CHECKING:
@@ -82,17 +82,12 @@ def _tokenizer(folder: Path | None, source: "ModelSource | None") -> Path | None
 
 
 def _exported(source: "ModelSource") -> Path | None:
-    """The hf/ of a checkpoint, where it is whole and holds the whole model."""
+    """The hf/ of a checkpoint, where it holds the whole model; `find_source` has checked that its
+    files are whole."""
     assert source.checkpoint is not None, "not a folder of transformers"
     assert source.metadata is not None, "a checkpoint has it"
-    names = [name for name in source.metadata.files if name.startswith(f"{HF_FOLDER}/")]
-    if f"{HF_FOLDER}/config.json" not in names:
-        return None
-    try:
-        check_files(source.checkpoint, source.metadata, only=names)
-    except CheckpointError:
-        return None
-    return source.checkpoint / HF_FOLDER
+    is_there = f"{HF_FOLDER}/config.json" in source.metadata.files
+    return source.checkpoint / HF_FOLDER if is_there else None
 
 
 @contextlib.contextmanager
