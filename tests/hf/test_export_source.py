@@ -40,7 +40,7 @@ def converted(folder: Path, root: Path, **origin: Any) -> Path:
     """`folder` as a checkpoint in its own types, with the record of where it came from."""
     read = read_hf_config(folder)
     model = read.config.build(init_device="meta")
-    source = {"name": "some/model", "model_type": read.family.model_type, **origin}
+    source = {"name": "model", "model_type": read.family.model_type, **origin}
     return save(root, 0, model, tensors=tensors_of(read, folder), source=source)
 
 
@@ -196,7 +196,7 @@ def test_adapters_are_exported_alone_or_merged(tmp_path):
     from transformers import AutoModelForCausalLM
 
     random_model(their_config("llama")).save_pretrained(tmp_path / "base-hf")
-    base = converted(tmp_path / "base-hf", tmp_path / "base", name=str(tmp_path / "base-hf"))
+    base = converted(tmp_path / "base-hf", tmp_path / "base", path=str(tmp_path / "base-hf"))
     recorded = find_source(base)
     assert recorded.metadata is not None
     layer = "blocks.1.attention.query"

@@ -1,7 +1,6 @@
 """What a model's own files tell about it, for its card: nothing is guessed."""
 
 import contextlib
-import re
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,11 +15,10 @@ from toolkit.experiment.config import ExperimentConfig
 from toolkit.experiment.receipt import describe
 from toolkit.experiment.recorded import config_of, engine_of, versions_of
 from toolkit.hf.model_card import ModelCard
-from toolkit.hf.source import ModelSource
+from toolkit.hf.source import ModelSource, hub_name
 from toolkit.runs.files import RUN_FILES
 from toolkit.runs.status import RunStatus, read_status
 
-_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?\Z")
 _COMMAND = ("train", "resume")
 
 
@@ -52,13 +50,11 @@ def card_of(
     title = f"{status.experiment}/{status.name}" if status else (folder or Path()).resolve().name
     tokenizer = load_tokenizer(source.tokenizer_folder) if source.tokenizer_folder else None
     origin = source.origin
-    name = str(origin.get("name") or "")
-    is_hub_name = bool(_HUB_NAME.match(name)) and "path" not in origin
     return ModelCard(
         title=title,
         description=config.description if config else "",
         is_adapter=source.lora is not None and not merged,
-        base_model=name if is_hub_name else None,
+        base_model=hub_name(origin),
         license=origin.get("license"),
         datasets=_hub_names(config.dataset) if config else [],
         model=_model(source, architecture, dtype),

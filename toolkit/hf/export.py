@@ -23,7 +23,13 @@ from toolkit.errors import CheckpointError, DataError
 from toolkit.hf.adapter import export_adapter
 from toolkit.hf.choose import choose_family
 from toolkit.hf.folder import check_unused, new_folder
-from toolkit.hf.source import ModelSource, kept_tensors, source_tensors, source_types
+from toolkit.hf.source import (
+    ModelSource,
+    hf_name_of_base,
+    kept_tensors,
+    source_tensors,
+    source_types,
+)
 from toolkit.hf.weight_files import Dtypes, write_weights
 from toolkit.models.config import ModelConfig
 from toolkit.storage.atomic import PathLike, write_json_atomic
@@ -237,7 +243,6 @@ def _export_adapter(
 ) -> Exported:
     assert source.lora is not None
     assert source.metadata is not None
-    base = source.metadata.extra.get("base") or {}
     family = choose_family(source.config, source.origin.get("model_type"))
     with new_folder(folder) as unfinished:
         export_adapter(
@@ -246,7 +251,7 @@ def _export_adapter(
             source.lora,
             kept_tensors(source),
             unfinished,
-            base_name=source.origin.get("name") if base.get("step") == 0 else None,
+            base_name=hf_name_of_base(source.metadata.extra.get("base") or {}),
             dtype=dtype,
         )
         weights = list(unfinished.glob("*.safetensors"))

@@ -5,7 +5,7 @@ Whatever it is, its weights come out under our names, one whole CPU tensor at a 
 
 import contextlib
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from toolkit.checkpoint.find import find_checkpoint
 from toolkit.checkpoint.layout import (
+    HF_FOLDER,
     METADATA_FILE,
     TENSORS_FOLDER,
     CheckpointMetadata,
@@ -168,6 +169,23 @@ def adapter_base(source: ModelSource) -> ModelSource:
             "back that it was trained on"
         )
     return find_source(path)
+
+
+def hub_name(origin: Mapping[str, Any]) -> str | None:
+    """Name on the hub of the model in `ModelSource.origin`; None where it came from a folder, which
+    is recorded without its parents."""
+    name = str(origin.get("name") or "")
+    return name if "/" in name else None
+
+
+def hf_name_of_base(recorded: Mapping[str, Any]) -> str | None:
+    """Name or folder of the base of an adapter (`extra["base"]`) for `transformers`, where there is
+    one: what it was converted from, if it was not trained since, or what it was exported to."""
+    origin = recorded.get("source")
+    if origin and recorded.get("step") == 0:
+        return hub_name(origin) or origin.get("path")
+    exported = Path(str(recorded.get("path"))) / HF_FOLDER
+    return str(exported) if (exported / HF_CONFIG_FILE).is_file() else None
 
 
 def load_model(

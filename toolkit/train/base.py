@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 
 from toolkit.checkpoint.anywhere import metadata_of
-from toolkit.checkpoint.layout import HF_FOLDER, CheckpointMetadata
+from toolkit.checkpoint.layout import CheckpointMetadata
 from toolkit.errors import CheckpointError
 from toolkit.models.lora_config import LoRAConfig
 from toolkit.storage.remote import is_url
@@ -34,10 +34,9 @@ class BaseCheckpoint(msgspec.Struct, frozen=True, kw_only=True):
     def hf_name(self) -> str | None:
         """Name or path of the same model for `transformers`, where there is one: what it was
         converted from, if it was not trained since, or what it was exported to."""
-        if self.source is not None and self.step == 0:
-            return self.source.get("name")
-        exported = Path(self.path) / HF_FOLDER
-        return str(exported) if (exported / "config.json").is_file() else None
+        from toolkit.hf.source import hf_name_of_base
+
+        return hf_name_of_base(msgspec.to_builtins(self))
 
 
 def describe_base(checkpoint: Path | str) -> BaseCheckpoint:
