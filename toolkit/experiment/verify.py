@@ -10,6 +10,7 @@ from toolkit.checkpoint.layout import (
     CheckpointMetadata,
     check_files,
     read_metadata,
+    saved_steps,
 )
 from toolkit.errors import CheckpointError, RunError
 from toolkit.runs.files import RUN_FILES
@@ -43,7 +44,8 @@ class CheckpointReport(NamedTuple):
 
 
 def verify_checkpoints(path: Path, *, quick: bool = False) -> list[CheckpointReport]:
-    """Check all checkpoints of the run in `path`, oldest first; or `path` itself, a step folder.
+    """Check all checkpoints of the run in `path`, or right in it, oldest first; or `path` itself, a
+    step folder.
 
     `quick` compares sizes only, not contents.
 
@@ -52,11 +54,14 @@ def verify_checkpoints(path: Path, *, quick: bool = False) -> list[CheckpointRep
     """
     if is_step_folder(path):
         return [check_checkpoint(path, quick=quick)]
-    if not is_run(path):
+    if is_run(path):
+        root = path / RUN_FILES.checkpoints
+    elif saved_steps(path):
+        root = path
+    else:
         raise RunError(
             f"{path}: neither a run folder nor a step{{N}} folder of one; `toolkit runs` lists runs"
         )
-    root = path / RUN_FILES.checkpoints
     found = [p for p in (root.iterdir() if root.is_dir() else ()) if _STEP.match(p.name)]
     return [check_checkpoint(p, quick=quick) for p in sorted(found, key=_order)]
 
