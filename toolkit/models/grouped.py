@@ -19,7 +19,7 @@ def grouped_backend(x: Tensor, weight: Tensor) -> Literal["grouped_mm", "loop"]:
 
     "grouped_mm": torch's grouped kernel, which the host does not wait for; CUDA, bf16, widths that
     are a multiple of 8. "loop": one product for each group that has rows, any device and type. On
-    a CPU torch's own grouped product is such a loop too, as fast, and compiles in bf16 alone.
+    a CPU torch's own grouped product is such a loop too, and as fast.
     """
     aligned = all(width * x.element_size() % _ALIGNMENT == 0 for width in weight.shape[1:])
     fits = x.is_cuda and x.dtype == torch.bfloat16 and aligned
