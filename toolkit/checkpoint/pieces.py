@@ -183,7 +183,9 @@ class HashingFiles:
 
 
 _SMALL_BYTES = 64 << 10
+"""Pieces below this wait for one another."""
 _HELD_BYTES = 1 << 20
+"""Bytes passed on at once."""
 
 
 class HashingStream:
@@ -244,11 +246,15 @@ class HashingStream:
         return FileEntry(self._size, self._digest.hexdigest())
 
     def _pass_on(self, view: memoryview) -> None:
-        self._digest.update(view)
         done = 0
         try:
-            while done < len(view):  # an unbuffered file may take less than it is given
-                done += self._file.write(view[done:])
+            while done < len(view):
+                # So little that the processor's cache still holds it when it is written.
+                piece = view[done : done + _HELD_BYTES]
+                self._digest.update(piece)
+                done += len(piece)
+                while len(piece):  # an unbuffered file may take less than it is given
+                    piece = piece[self._file.write(piece) :]
         except OSError as error:
             self.error = self.error or error
             raise
