@@ -17,6 +17,7 @@ from toolkit.errors import CheckpointError
 from toolkit.evaluate.continuation import Sampling, TransformersContinuation
 from toolkit.evaluate.text import TextGenerator
 from toolkit.experiment.generate import open_generator
+from toolkit.hf import loading
 from toolkit.hf.export import export_source
 from toolkit.hf.source import find_source, source_tensors
 from toolkit.models.config import TransformerConfig
@@ -80,13 +81,13 @@ def test_the_export_in_a_checkpoint_is_taken_and_a_cut_one_is_refused(
     tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[Path] = []
-    original = TransformersContinuation.__init__
+    original = loading.load_causal_lm
 
-    def spy(self: Any, folder: Path, **kwargs: Any) -> None:
+    def spy(folder: Path, **kwargs: Any) -> Any:
         seen.append(folder)
-        original(self, folder, **kwargs)
+        return original(folder, **kwargs)
 
-    monkeypatch.setattr(TransformersContinuation, "__init__", spy)
+    monkeypatch.setattr(loading, "load_causal_lm", spy)
     source = find_source(tiny_run)
 
     def export(unfinished: Path) -> None:

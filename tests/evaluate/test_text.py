@@ -18,7 +18,8 @@ from toolkit.evaluate.continuation import (
     TransformersContinuation,
 )
 from toolkit.evaluate.prompts import Prompt, completed, read_prompts
-from toolkit.evaluate.text import TextGenerator, load_chat_tokenizer
+from toolkit.evaluate.text import TextGenerator
+from toolkit.hf.loading import load_auto_tokenizer, load_causal_lm
 from toolkit.models.config import TransformerConfig
 
 EOS, TURN_END = 256, 257
@@ -27,7 +28,6 @@ TEMPLATE = (
     "{% endif %}{{ m.role }}: {{ m.content }}<|turn|>\n{% endfor %}"
     "{% if add_generation_prompt %}assistant: {% endif %}"
 )
-CPU = torch.device("cpu")
 
 
 class Says:
@@ -56,7 +56,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Bytes, `<|endoftext|>` 256 and `<|turn|>` 257, with a chat template."""
     folder = tmp_path_factory.mktemp("tokenizer")
     ByteTokenizer().with_chat_template(TEMPLATE).save(folder)
-    loaded = load_chat_tokenizer(folder)
+    loaded = load_auto_tokenizer(folder)
     loaded.add_special_tokens({"additional_special_tokens": ["<|turn|>"]})
     return loaded
 
@@ -139,9 +139,9 @@ def test_what_does_not_fit_is_refused(tokenizer: Any, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"m: its chat template refuses .*: no tools here"):
         generator.answer([{"role": "tool", "content": ""}], Sampling())
     with pytest.raises(DataError, match="no tokenizer here; give one with --tokenizer FOLDER"):
-        load_chat_tokenizer(tmp_path)
+        load_auto_tokenizer(tmp_path)
     ByteTokenizer().save(tmp_path)
-    plain = TextGenerator("m", Says(), load_chat_tokenizer(tmp_path))
+    plain = TextGenerator("m", Says(), load_auto_tokenizer(tmp_path))
     with pytest.raises(ConfigError, match=r"m: its tokenizer has no chat template.*convert-hf"):
         plain.answer([{"role": "user", "content": ""}], Sampling())
 
@@ -163,7 +163,7 @@ def run(model: Any, **settings: Any) -> list[int]:
 
 @torch.no_grad()
 def test_transformers_samples_by_seed_and_greedily(folder: Path) -> None:
-    model = TransformersContinuation(folder, device=CPU, dtype=torch.float32)
+    model = TransformersContinuation(load_causal_lm(folder, dtype=torch.float32))
     assert (model.context, model.vocab_size, model.stop_ids) == (64, 258, {EOS})
     before = torch.get_rng_state()
     first, again, other = (run(model, seed=seed) for seed in (3, 3, 4))
@@ -186,8 +186,10 @@ def test_weights_that_are_missing_are_no_random_ones(folder: Path, tmp_path: Pat
     del weights["model.norm.weight"]
     (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(CheckpointError, match=r"1 of the model's weights .* model\.norm\.weight"):
-        TransformersContinuation(tmp_path, device=CPU, dtype=torch.float32)
+    with pytest.raises(
+        CheckpointError, match=r"transformers misses model\.norm\.weight \(1 in all"
+    ):
+        load_causal_lm(tmp_path, dtype=torch.float32)
 
 
 def test_models_without_a_class_are_sampled_the_same_way() -> None:

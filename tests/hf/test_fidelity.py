@@ -13,7 +13,7 @@ from tests.hf.cases import DENSE, MOE
 from tests.hf.fidelity import Pair, pair, tensors_of, their_config
 from toolkit.hf.export import export_hf
 from toolkit.hf.family import why_not
-from toolkit.hf.read_config import quiet_transformers
+from toolkit.hf.loading import quiet_transformers
 from toolkit.models.loss import IGNORE_INDEX
 
 CASES = DENSE | MOE

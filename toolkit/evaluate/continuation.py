@@ -2,13 +2,12 @@
 
 import warnings
 from collections.abc import Callable, Collection
-from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import nn
 
-from toolkit.errors import CheckpointError, ConfigError
+from toolkit.errors import ConfigError
 from toolkit.evaluate.generate import generate
 
 OnToken = Callable[[int], None]
@@ -81,11 +80,10 @@ class Continuation(Protocol):
 
 
 class TransformersContinuation:
-    """A Hugging Face folder, with a key/value cache."""
+    """A causal language model of `transformers`, with a key/value cache."""
 
-    def __init__(self, folder: Path, *, device: torch.device, dtype: torch.dtype) -> None:
-        """Raises CheckpointError: `transformers` cannot load it, or weights are missing."""
-        self._model, self._device = load_causal_lm(folder, dtype=dtype).to(device), device
+    def __init__(self, model: Any) -> None:
+        self._model, self._device = model, model.device
         text_config = self._model.config.get_text_config()
         self.context = getattr(text_config, "max_position_embeddings", None)
         self.vocab_size = text_config.vocab_size
@@ -160,34 +158,6 @@ class PlainContinuation:
             eos_id=stop_ids,
             on_token=on_token,
         )
-
-
-def load_causal_lm(folder: Path, *, dtype: torch.dtype) -> Any:
-    """The model of a Hugging Face folder through `transformers`, on the CPU; none of the folder's
-    own code is run.
-
-    Raises:
-        CheckpointError: `transformers` cannot load it, or weights are missing.
-    """
-    import transformers
-
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    try:
-        loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, trust_remote_code=False, output_loading_info=True
-        )
-    except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise CheckpointError(f"{folder}: transformers cannot load it: {reason}") from None
-    model, info = loaded
-    missing = sorted(info["missing_keys"])
-    if missing:
-        raise CheckpointError(
-            f"{folder}: {len(missing)} of the model's weights are not in its files, the first is "
-            f"{missing[0]}; download or export it again"
-        )
-    return model.eval()
 
 
 class _Tokens:

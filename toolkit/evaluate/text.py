@@ -1,11 +1,9 @@
 """Text and conversations continued by a model."""
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from toolkit.data.tokenizers.tokenizer import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE
-from toolkit.errors import ConfigError, DataError
+from toolkit.errors import ConfigError
 from toolkit.evaluate.continuation import Continuation, Sampling
 
 Message = dict[str, str]
@@ -33,7 +31,7 @@ class TextGenerator:
     Args:
         name: of the model, for messages.
         continuation: the model.
-        tokenizer: of `transformers`, as `load_chat_tokenizer` gives it.
+        tokenizer: of `transformers`, as `toolkit.hf.loading` gives it.
 
     Raises:
         ConfigError: the tokenizer has ids that the model does not know.
@@ -198,23 +196,3 @@ class _TextStream:
 
     def _decode(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=True)
-
-
-def load_chat_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a folder through `transformers`, with its chat template; none of the
-    folder's own code is run.
-
-    Raises:
-        DataError: there is none, or it cannot be loaded.
-    """
-    import transformers
-
-    transformers.utils.logging.set_verbosity_error()
-    names = (TOKENIZER_FILE, TOKENIZER_CONFIG_FILE, "vocab.json", "tokenizer.model")
-    if not any((folder / name).is_file() for name in names):
-        raise DataError(f"{folder}: no tokenizer here; give one with --tokenizer FOLDER")
-    try:
-        return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise DataError(f"{folder}: its tokenizer cannot be loaded: {reason}") from None

@@ -178,7 +178,7 @@ def _load(model: _Model, dtype: DType, device: str | None, notify: Notify) -> _L
     place = pick_device(device)
     torch.backends.cuda.matmul.allow_tf32 = dtype != "fp32"
     if model.source is None:
-        from toolkit.evaluate.continuation import load_causal_lm
+        from toolkit.hf.loading import load_causal_lm
 
         assert model.hf_folder is not None, "else there is a source"
         try:

@@ -49,8 +49,9 @@ def open_generator(
         DataError: there is no tokenizer.
     """
     from toolkit.evaluate.continuation import PlainContinuation, TransformersContinuation
-    from toolkit.evaluate.text import TextGenerator, load_chat_tokenizer
+    from toolkit.evaluate.text import TextGenerator
     from toolkit.hf.choose import hf_architecture
+    from toolkit.hf.loading import load_auto_tokenizer, load_causal_lm, quiet_transformers
     from toolkit.hf.source import find_source, load_model
 
     folder = hf_folder_of(where)
@@ -58,7 +59,7 @@ def open_generator(
     found = Path(tokenizer).expanduser() if tokenizer is not None else _tokenizer(folder, source)
     if found is None:
         raise DataError(f"{where}: no tokenizer here; give one with --tokenizer FOLDER")
-    loaded_tokenizer = load_chat_tokenizer(found)
+    loaded_tokenizer = load_auto_tokenizer(found)
     place = pick_device(device)
     kind = torch_dtype(dtype or ("bf16" if place.type == "cuda" else "fp32"))
     if source is not None and hf_architecture(source.config) is None:
@@ -73,7 +74,8 @@ def open_generator(
         if source is not None:
             folder = _exported(source) or stack.enter_context(_export(source, kind))
         assert folder is not None, "found, or exported"
-        continuation = TransformersContinuation(folder, device=place, dtype=kind)
+        continuation = TransformersContinuation(load_causal_lm(folder, dtype=kind).to(place))
+        stack.enter_context(quiet_transformers())
         yield TextGenerator(where, continuation, loaded_tokenizer)
 
 

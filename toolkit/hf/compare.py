@@ -5,14 +5,13 @@ The two are in memory one after the other, in fp32 whatever type the weights are
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from toolkit.data.tokenizers.tokenizer import load_tokenizer
-from toolkit.errors import CheckpointError
-from toolkit.hf.read_config import quiet_transformers
+from toolkit.errors import CheckpointError, DataError
+from toolkit.hf.loading import load_auto_tokenizer, load_causal_lm, quiet_transformers
 from toolkit.hf.source import filled_model
 from toolkit.models.config import ModelConfig
 
@@ -62,36 +61,9 @@ def their_logits(folder: Path, ids: Tensor) -> Tensor:
     Raises:
         CheckpointError: it cannot load the folder, or misses weights or finds others than its own.
     """
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
-
-    with quiet_transformers():
-        had_progress = logging.is_progress_bar_enabled()
-        logging.disable_progress_bar()
-        try:
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                folder,
-                dtype=torch.float32,
-                attn_implementation="eager",
-                trust_remote_code=False,
-                local_files_only=True,
-                output_loading_info=True,
-            )
-            model, info = loaded
-        except Exception as error:  # any type may come out of what it cannot read
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise CheckpointError(f"{folder}: transformers cannot load it: {reason}") from None
-        finally:
-            if had_progress:
-                logging.enable_progress_bar()
-        for key in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-            if info[key]:
-                raise CheckpointError(
-                    f"{folder}: {key.replace('_', ' ')} on loading with transformers: "
-                    f"{', '.join(sorted(map(str, info[key]))[:3])}"
-                )
-        with torch.no_grad():
-            return model.eval()(ids, use_cache=False).logits
+    model = load_causal_lm(folder, dtype=torch.float32, for_comparison=True)
+    with quiet_transformers(), torch.no_grad():
+        return model(ids, use_cache=False).logits
 
 
 def check_logits(ours: Tensor, theirs: Tensor, where: str) -> float:
@@ -125,30 +97,24 @@ def check_tokenizer(folder: Path) -> None:
     Raises:
         CheckpointError: it cannot load the folder, or does otherwise.
     """
-    from transformers import AutoTokenizer
-
     ours = load_tokenizer(folder)
-    with quiet_transformers():
-        try:
-            theirs: Any = AutoTokenizer.from_pretrained(
-                folder, trust_remote_code=False, local_files_only=True
+    try:
+        theirs = load_auto_tokenizer(folder)
+    except DataError as error:
+        raise CheckpointError(str(error)) from None
+    for text in (_TEXT, *_TEXT.split()):
+        expected = ours.encode_batch([text])[0].tolist()
+        found = theirs(text, add_special_tokens=False)["input_ids"]
+        if found != expected:
+            raise CheckpointError(
+                f"{folder}: AutoTokenizer makes {found[:8]} of {text[:20]!r}, the training data "
+                f"has {expected[:8]}; leave the comparison out with --no-check"
             )
-        except Exception as error:
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise CheckpointError(f"{folder}: AutoTokenizer cannot load it: {reason}") from None
-        for text in (_TEXT, *_TEXT.split()):
-            expected = ours.encode_batch([text])[0].tolist()
-            found = theirs(text, add_special_tokens=False)["input_ids"]
-            if found != expected:
-                raise CheckpointError(
-                    f"{folder}: AutoTokenizer makes {found[:8]} of {text[:20]!r}, the training "
-                    f"data has {expected[:8]}; leave the comparison out with --no-check"
-                )
-        template = theirs.chat_template
-        if isinstance(template, dict):
-            template = template.get("default")
-        if ours.chat_template is not None and template != ours.chat_template:
-            raise CheckpointError(f"{folder}: AutoTokenizer does not keep the chat template")
+    template = theirs.chat_template
+    if isinstance(template, dict):
+        template = template.get("default")
+    if ours.chat_template is not None and template != ours.chat_template:
+        raise CheckpointError(f"{folder}: AutoTokenizer does not keep the chat template")
 
 
 def bytes_to_compare(config: ModelConfig) -> int:

@@ -1,10 +1,7 @@
 """config.json of a `transformers` folder as one of our model configs."""
 
-import contextlib
 import dataclasses
 import json
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +10,7 @@ import msgspec
 from toolkit.errors import CheckpointError
 from toolkit.hf.families import FAMILIES
 from toolkit.hf.family import Family
+from toolkit.hf.loading import one_line, quiet_transformers
 from toolkit.hf.settings import Settings
 from toolkit.models.config import TransformerConfig
 
@@ -148,28 +146,12 @@ def _normalised(raw: dict[str, Any], family: Family) -> tuple[dict[str, Any], fr
             # A copy: the classes change what they are given.
             theirs = CONFIG_MAPPING[family.model_type].from_dict(json.loads(json.dumps(raw)))
         except Exception as error:
-            # Any type may come out of a malformed file; all of them mean the file.
-            reason = " ".join(str(error).split()) or type(error).__name__
             raise CheckpointError(
-                f"config.json: transformers cannot read it: {reason.rstrip('.')}; correct the file"
+                f"config.json: transformers cannot read it: {one_line(error).rstrip('.')}; correct "
+                "the file"
             ) from None
         common = {field.name for field in dataclasses.fields(PreTrainedConfig)}
         own = {field.name for field in dataclasses.fields(theirs)} - common
         meaningful = (own | _BEYOND_THE_CLASS) - _NOT_OF_THE_MODEL
         values = {name: getattr(theirs, name) for name in meaningful if hasattr(theirs, name)}
     return {"model_type": family.model_type, **values}, frozenset(meaningful)
-
-
-@contextlib.contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """No log lines below errors and no warnings from `transformers` inside."""
-    from transformers.utils import logging
-
-    level = logging.get_verbosity()
-    logging.set_verbosity(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.set_verbosity(level)

@@ -14,10 +14,8 @@ from toolkit.data.tokenizers.tokenizer import (
     read_json,
 )
 from toolkit.errors import DataError
-from toolkit.hf.read_config import quiet_transformers
+from toolkit.hf.loading import has_tokenizer, load_auto_tokenizer
 from toolkit.storage.atomic import write_atomic, write_json_atomic
-
-_OLD_FILES = (TOKENIZER_CONFIG_FILE, "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model")
 
 
 class ConvertedTokenizer(NamedTuple):
@@ -57,7 +55,7 @@ def convert_tokenizer(
         for name in (TOKENIZER_FILE, *COMPANION_FILES):
             if (source / name).is_file():
                 shutil.copyfile(source / name, folder / name)
-    elif any((source / name).is_file() for name in _OLD_FILES):
+    elif has_tokenizer(source):
         _save_as_fast(source, folder)
     else:
         return None
@@ -73,17 +71,7 @@ def convert_tokenizer(
 
 
 def _save_as_fast(source: Path, folder: Path) -> None:
-    from transformers import AutoTokenizer
-
-    with quiet_transformers():
-        try:
-            loaded = AutoTokenizer.from_pretrained(
-                source, trust_remote_code=False, local_files_only=True
-            )
-            loaded.save_pretrained(folder)
-        except Exception as error:  # any type may come out of what it cannot read
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise DataError(f"{source}: its tokenizer cannot be loaded: {reason}") from None
+    load_auto_tokenizer(source).save_pretrained(folder)
     if not (folder / TOKENIZER_FILE).is_file():
         raise DataError(
             f"{source}: its tokenizer exists only as Python code, without a {TOKENIZER_FILE}; give "

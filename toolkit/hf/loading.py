@@ -1,0 +1,108 @@
+"""Models and tokenizers as `transformers` itself loads them: from a local folder, quietly, and with
+none of the folder's own code run."""
+
+import contextlib
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from toolkit.data.tokenizers.tokenizer import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE
+from toolkit.errors import CheckpointError, DataError
+
+if TYPE_CHECKING:
+    import torch
+
+_TOKENIZER_FILES = (
+    TOKENIZER_FILE, TOKENIZER_CONFIG_FILE, "vocab.json", "vocab.txt", "tokenizer.model",
+    "spiece.model",
+)  # fmt: skip
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """No log lines below errors, no bars and no warnings from `transformers` inside."""
+    from transformers.utils import logging
+
+    level, had_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity(logging.CRITICAL)
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(level)
+        if had_bars:
+            logging.enable_progress_bar()
+
+
+def load_causal_lm(folder: Path, *, dtype: "torch.dtype", for_comparison: bool = False) -> Any:
+    """The model of a folder in evaluation mode, on the CPU.
+
+    Args:
+        for_comparison: attention by its plain formula, and weights that the model has no place for
+            are an error.
+
+    Raises:
+        CheckpointError: `transformers` cannot load it, or weights are missing.
+    """
+    with quiet_transformers():
+        from transformers import AutoModelForCausalLM
+
+        try:
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=dtype,
+                attn_implementation="eager" if for_comparison else None,
+                trust_remote_code=False,
+                local_files_only=True,
+                output_loading_info=True,
+            )
+        except Exception as error:
+            raise CheckpointError(
+                f"{folder}: transformers cannot load it: {one_line(error)}"
+            ) from None
+    model, info = loaded
+    for key, fault, counts in (
+        ("missing_keys", "misses", True),
+        ("unexpected_keys", "has no use for", for_comparison),
+    ):
+        names = sorted(info[key])
+        if names and counts:
+            raise CheckpointError(
+                f"{folder}: transformers {fault} {names[0]} ({len(names)} in all); get the folder "
+                "again"
+            )
+    return model.eval()
+
+
+def load_auto_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a folder, with its chat template.
+
+    Raises:
+        DataError: there is none, or `transformers` cannot load it.
+    """
+    if not has_tokenizer(folder):
+        raise DataError(f"{folder}: no tokenizer here; give one with --tokenizer FOLDER")
+    with quiet_transformers():
+        from transformers import AutoTokenizer
+
+        try:
+            return AutoTokenizer.from_pretrained(
+                folder, trust_remote_code=False, local_files_only=True
+            )
+        except Exception as error:
+            raise DataError(
+                f"{folder}: its tokenizer cannot be loaded: {one_line(error)}"
+            ) from None
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether the folder holds a file of a tokenizer, in a format of any age."""
+    return any((folder / name).is_file() for name in _TOKENIZER_FILES)
+
+
+def one_line(error: Exception) -> str:
+    """What an exception of another library says; any type may come out of a malformed file."""
+    return " ".join(str(error).split()) or type(error).__name__
