@@ -149,6 +149,8 @@ def test_spellings_of_all_years(fields, expected, tmp_path):
         ({"num_key_value_heads": 3}, "num_heads 4 is not divisible by num_key_value_heads 3"),
         ({"num_hidden_layers": 0}, "num_layers must be greater than 0"),
         ({"vocab_size": -3}, "vocab_size must be greater than 0, not -3"),
+        ({"rms_norm_eps": float("nan")}, "norm_eps must be greater than 0, not nan"),
+        ({"rms_norm_eps": float("inf")}, "norm_eps must be greater than 0 and finite, not inf"),
         ({"hidden_act": "relu"}, "hidden_act 'relu' is not covered by the mapping of llama"),
         ({"dtype": "floaty"}, "no attribute 'floaty'"),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type 'dynamic' is not cov"),
@@ -212,6 +214,7 @@ def test_what_is_not_covered_is_named(fields, message, tmp_path):
     [
         ("", "cannot be read as JSON"),
         ('{"vocab_size": 1', "cannot be read as JSON"),
+        ("[" * 100_000, "cannot be read as JSON"),
         ("[]", "not a JSON object"),
         ("{}", "model_type is missing"),
     ],

@@ -4,6 +4,7 @@ Structs are frozen, know their fields exactly (an unknown name is an error, not 
 import nothing heavy. `XConfig.build(...)` methods import what they need when they are called.
 """
 
+import math
 from typing import Any, Self, dataclass_transform
 
 import msgspec
@@ -28,16 +29,20 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def check_not_negative(config: Config, *names: str) -> None:
-    """Raise `ValueError` for the first of the fields `names` that is < 0."""
+    """Raise `ValueError` for the first of the fields `names` that is < 0, infinite or nan."""
     for name in names:
         value = getattr(config, name)
-        if value is not None and value < 0:
-            raise ValueError(f"{name} must not be negative: {value}")
+        # Written so that nan fails.
+        if value is not None and not 0 <= value < math.inf:
+            what = "not be negative" if value < 0 else "be finite"
+            raise ValueError(f"{name} must {what}: {value}")
 
 
 def check_positive(config: Config, *names: str) -> None:
-    """Raise `ValueError` for the first of the fields `names` that is not > 0."""
+    """Raise `ValueError` for the first of the fields `names` that is not > 0, or infinite."""
     for name in names:
         value = getattr(config, name)
-        if value is not None and value <= 0:
-            raise ValueError(f"{name} must be greater than 0, not {value}")
+        # Written so that nan fails.
+        if value is not None and not 0 < value < math.inf:
+            finite = " and finite" if value > 0 else ""
+            raise ValueError(f"{name} must be greater than 0{finite}, not {value}")

@@ -54,6 +54,11 @@ class ImportPlan:
     ) -> None:
         self._family, self._config, self._weights = family, config, weights
         self._source_vocab = source_vocab_size or config.vocab_size
+        if config.num_layers > len(weights.tensors):
+            raise CheckpointError(
+                f"{weights.folder}: {len(weights.tensors)} tensors cannot fill the "
+                f"{config.num_layers} layers that config.json gives"
+            )
         self._rules = self._renamed_rules()
         self._check_names()
         position = {name: n for n, name in enumerate(weights.tensors)}

@@ -82,7 +82,7 @@ def _read_json(folder: Path) -> dict[str, Any]:
         )
     try:
         raw = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(
             f"{path}: cannot be read as JSON ({error}); copy the model again"
         ) from None

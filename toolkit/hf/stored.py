@@ -6,6 +6,7 @@ compression; before torch 1.6 a sequence of pickles, which tells no offsets).
 """
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -124,9 +125,13 @@ def read_torch_header(path: Path) -> dict[str, StoredTensor]:
 def load_torch_file(path: Path, *, device: str) -> dict[str, torch.Tensor]:
     """A state dict by `torch.save`, as a whole; raises CheckpointError."""
     try:
-        loaded = torch.load(path, map_location=device, weights_only=True)
+        with warnings.catch_warnings():
+            # About the pickle protocol of what is refused right after.
+            warnings.simplefilter("ignore")
+            loaded = torch.load(path, map_location=device, weights_only=True)
     except Exception as error:  # damaged files raise nearly anything
-        raise CheckpointError(f"{path}: cannot be read: {reason_of(error)}") from None
+        reason = reason_of(error).split(". ")[0]
+        raise CheckpointError(f"{path}: cannot be read: {reason}; get it again") from None
     if not isinstance(loaded, dict):
         raise CheckpointError(f"{path}: holds a {type(loaded).__name__}, not tensors by name")
     for name, value in loaded.items():
@@ -134,5 +139,10 @@ def load_torch_file(path: Path, *, device: str) -> dict[str, torch.Tensor]:
             raise CheckpointError(
                 f"{path}: {name!r} is a {type(value).__name__}, not a tensor; a file of weights "
                 "holds tensors by name and nothing else"
+            )
+        if value.layout != torch.strided:
+            raise CheckpointError(
+                f"{path}: {name} is a tensor of layout {str(value.layout).removeprefix('torch.')}; "
+                "weights must be stored dense"
             )
     return loaded

@@ -193,7 +193,7 @@ def _read_index(path: Path) -> dict[str, str]:
     try:
         places = json.loads(path.read_bytes())["weight_map"]
         named = {str(name): str(file) for name, file in places.items()}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise CheckpointError(
             f"{path}: cannot be read: {type(error).__name__}: {error}; get it again"
         ) from None
