@@ -1,5 +1,6 @@
 """A folder of theirs becomes a checkpoint of ours, whole or not at all."""
 
+import errno
 import json
 import os
 import shutil
@@ -11,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.hf.fidelity import random_model, their_config
 from toolkit.checkpoint.find import find_checkpoint
 from toolkit.checkpoint.layout import read_metadata
 from toolkit.checkpoint.tensors import iterate_tensors, load_tensors
@@ -20,7 +22,6 @@ from toolkit.errors import (
     CheckpointError,
     ConfigError,
     DataError,
-    ToolkitError,
     TrainingError,
 )
 from toolkit.hf import convert
@@ -167,16 +168,65 @@ def test_tokenizers_of_older_formats_become_fast_ones(original: Path, tmp_path: 
     assert ids == load_tokenizer(original).encode_batch([text])[0].tolist()
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("tokenizer.json", b"{}", r"model/tokenizer\.json: not a tokenizer that can be read"),
+        ("tokenizer_config.json", b"{", r"model/tokenizer_config\.json: not valid JSON"),
+        ("tokenizer_config.json", b'{"eos_token": "<e>"}', r"model: .* has no token '<e>'"),
+        ("chat_template.jinja", b"\xff\xfe", r"model/chat_template\.jinja: not UTF-8 text"),
+    ],
+)
+def test_damaged_tokenizers_are_named_by_their_own_files(
+    original: Path, tmp_path: Path, name: str, content: bytes, message: str
+) -> None:
+    source = tmp_path / "model"
+    shutil.copytree(original, source)
+    (source / name).write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        convert_it(source, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_link_is_followed(original: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to("other")
+    convert_it(original, tmp_path / "link")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "other"]
+    assert find_checkpoint(tmp_path / "link", quick=True)[0] is not None
+
+
+def test_a_full_disk_is_one_line(
+    original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("toolkit.hf.tokenizer_files.shutil.copyfile", full)
+    with pytest.raises(TrainingError, match=r"out: cannot be written, nothing .*: No space left"):
+        convert_it(original, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_logits_that_differ_leave_nothing(
     original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
         convert, "their_logits", lambda folder, ids: their_logits(folder, ids) * 1.01
     )
-    with pytest.raises(ToolkitError, match="the logits of transformers differ by") as caught:
+    with pytest.raises(CheckpointError, match=r"the logits of transformers differ by .*; nothing"):
         convert_it(original, tmp_path / "out", validate=True)
-    assert caught.value.exit_code == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_buffers_that_transformers_has_no_use_for_are_no_fault(tmp_path: Path) -> None:
+    model = random_model(their_config("gpt2", n_embd=24, n_head=3))
+    model.save_pretrained(tmp_path / "gpt2")
+    file = tmp_path / "gpt2/model.safetensors"
+    buffers = {f"transformer.h.{n}.attn.masked_bias": torch.tensor(-1e4) for n in range(2)}
+    save_file(load_file(file) | buffers, file, metadata={"format": "pt"})
+    difference = convert_it(tmp_path / "gpt2", tmp_path / "out", validate=True).difference
+    assert difference is not None
+    assert difference < 1e-5
 
 
 def test_without_memory_it_is_not_compared_and_says_so(

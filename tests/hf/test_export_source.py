@@ -1,6 +1,7 @@
 """From folders and checkpoints to folders: types, special tokens, comparison after writing."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,10 @@ from tests.hf.test_source import TINY, save
 from toolkit.data.tokenizers.bpe import train_bpe
 from toolkit.data.tokenizers.tokenizer import load_tokenizer
 from toolkit.errors import CheckpointError
-from toolkit.hf import compare
+from toolkit.hf import compare, export
 from toolkit.hf.export import export_hf, export_source
 from toolkit.hf.read_config import read_hf_config
-from toolkit.hf.source import find_source, load_model, source_tensors
+from toolkit.hf.source import find_source, load_model
 from toolkit.models.lora_config import LoRAConfig
 
 GPT2: dict[str, Any] = {
@@ -140,14 +141,22 @@ def test_tokenizer_chat_template_and_padding_token_come_along(tmp_path):
 def test_a_result_that_computes_something_else_does_not_appear(monkeypatch, tmp_path):
     source = find_source(save(tmp_path / "run", 1, TINY.build()))
 
-    def swapped(source: Any) -> Any:
-        for name, tensor in source_tensors(source):
+    def swapped(tensors: Any, _: Any) -> Any:
+        for name, tensor in tensors:
             yield name, tensor.roll(1, 0) if name == "blocks.0.attention.query.weight" else tensor
 
-    monkeypatch.setattr("toolkit.hf.export._rounded", lambda source, _: swapped(source))
+    monkeypatch.setattr("toolkit.hf.export._rounded", swapped)
     with pytest.raises(CheckpointError, match=r"hf: the logits of .* differ by .*allowed"):
         export_source(source, tmp_path / "hf", check=True)
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_weights_that_are_not_finite_are_named(tmp_path):
+    model = TINY.build()
+    model.get_parameter("blocks.1.attention.key.weight").data[0, 3] = torch.inf
+    source = find_source(save(tmp_path / "run", 1, model))
+    with pytest.raises(CheckpointError, match=r"blocks\.1\.attention\.key\.weight holds nan"):
+        export_source(source, tmp_path / "hf", check=True)
 
 
 def test_missing_and_left_over_weights_are_found(tmp_path):
@@ -179,7 +188,8 @@ def test_another_tokenizer_is_noticed(tmp_path):
     compare.check_tokenizer(tmp_path)
     path = tmp_path / "tokenizer_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"is_byte_tokenizer": True}))
-    with pytest.raises(CheckpointError, match=r"AutoTokenizer makes .* the training data has"):
+    message = r"AutoTokenizer, which chose \w+, makes .* the training data has"
+    with pytest.raises(CheckpointError, match=message):
         compare.check_tokenizer(tmp_path)
 
 
@@ -191,7 +201,7 @@ def test_an_export_that_does_not_fit_in_memory_is_not_compared(monkeypatch, tmp_
     assert export_source(source, tmp_path / "no", check=False).not_checked == "not asked for"
 
 
-def test_adapters_are_exported_alone_or_merged(tmp_path):
+def test_adapters_are_exported_alone_or_merged(tmp_path, monkeypatch):
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
@@ -218,8 +228,11 @@ def test_adapters_are_exported_alone_or_merged(tmp_path):
     source = find_source(step)
     merged = export_source(source, tmp_path / "merged", merge_adapter=True, check=True)
     assert (merged.not_checked, merged.is_adapter) == (None, False)
-    alone = export_source(source, tmp_path / "alone", card="a card")
-    assert alone.is_adapter
+    alone = export_source(source, tmp_path / "alone", card="a card", check=True)
+    assert (alone.not_checked, alone.is_adapter) == (None, True)
+    files = {"README.md", "adapter_config.json", "adapter_model.safetensors"}
+    assert {path.name for path in (tmp_path / "alone").iterdir()} == files
+    assert export_source(source, tmp_path / "half", dtype=torch.bfloat16).not_checked is None
     assert (tmp_path / "alone/README.md").read_text() == "a card"
     settings = json.loads((tmp_path / "alone/adapter_config.json").read_text())
     assert settings["base_model_name_or_path"] == str(tmp_path / "base-hf")
@@ -228,3 +241,16 @@ def test_adapters_are_exported_alone_or_merged(tmp_path):
     tuned = PeftModel.from_pretrained(theirs, tmp_path / "alone").eval()
     expected = load_model(source)(ids)
     torch.testing.assert_close(tuned(ids).logits, expected, rtol=1e-4, atol=1e-4)
+
+    written = export.export_adapter
+    doubled = {name: 2 * tensor for name, tensor in adapter.items()}
+    monkeypatch.setattr(
+        export, "export_adapter", lambda *args, **kw: written(*args[:3], doubled, *args[4:], **kw)
+    )
+    with pytest.raises(CheckpointError, match=r"wrong: the logits of transformers differ by .* no"):
+        export_source(source, tmp_path / "wrong")
+    shutil.rmtree(base)
+    with pytest.raises(CheckpointError, match=r"an adapter, whose base .* is not there any more"):
+        export_source(source, tmp_path / "wrong", check=True)
+    assert not (tmp_path / "wrong").exists()
+    assert "is not there any more" in str(export_source(source, tmp_path / "no base").not_checked)

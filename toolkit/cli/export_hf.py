@@ -87,7 +87,9 @@ def _print_summary(source: "ModelSource", exported: "Exported", out: str) -> Non
         f"{exported.weight_bytes / 1e6:,.1f} MB in {files} ({source.where}{step})"
     )
     if exported.not_checked is None:
-        typer.echo("checked: transformers loads it and gives the same logits and token ids")
+        loads = "peft loads it onto its base" if exported.is_adapter else "transformers loads it"
+        ids = " and token ids" if exported.has_tokenizer else ""
+        typer.echo(f"checked: {loads} and gives the same logits{ids}")
     else:
         typer.echo(f"not checked: {exported.not_checked}")
     if not exported.has_tokenizer:

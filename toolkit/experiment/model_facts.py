@@ -217,7 +217,8 @@ def _scores(line: _Line) -> str:
 
 
 def _command(run: Path | None) -> str | None:
-    """The command line of the newest attempt; secrets in it were masked when it was recorded."""
+    """The command line of the newest attempt, without launcher and interpreter; secrets in it were
+    masked when it was recorded."""
     if run is None:
         return None
     with contextlib.suppress(OSError, msgspec.MsgspecError, KeyError, TypeError):
@@ -226,7 +227,7 @@ def _command(run: Path | None) -> str | None:
             for word in msgspec.json.decode((run / RUN_FILES.command).read_bytes())["argv"]
         ]
         if len(argv) > 1 and argv[1] in _COMMAND:
-            return shlex.join([Path(argv[0]).name, *argv[1:]])
+            return shlex.join(["toolkit", *argv[1:]])
     return None
 
 

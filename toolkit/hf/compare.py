@@ -11,7 +11,12 @@ from torch import Tensor
 
 from toolkit.data.tokenizers.tokenizer import load_tokenizer
 from toolkit.errors import CheckpointError, DataError
-from toolkit.hf.loading import load_auto_tokenizer, load_causal_lm, quiet_transformers
+from toolkit.hf.loading import (
+    load_auto_tokenizer,
+    load_causal_lm,
+    quiet_transformers,
+    with_adapter,
+)
 from toolkit.hf.source import filled_model
 from toolkit.models.config import ModelConfig
 
@@ -23,7 +28,11 @@ _TEXT = "The year 2024, naïve café: x += 1;\n\tdef f(a, b):  return a*b  # 你
 
 
 def compare_with_transformers(
-    folder: Path, config: ModelConfig, tensors: Iterable[tuple[str, Tensor]]
+    folder: Path,
+    config: ModelConfig,
+    tensors: Iterable[tuple[str, Tensor]],
+    *,
+    adapter: Path | None = None,
 ) -> float:
     """Load `folder` with `AutoModelForCausalLM` and compare with our model of `tensors`.
 
@@ -31,19 +40,17 @@ def compare_with_transformers(
         folder: config.json and weights; none of its own code is run.
         config: of our model.
         tensors: (our name, whole tensor); not asked for before `transformers` is done.
+        adapter: a folder whose adapter `peft` puts onto the model of `folder`.
 
     Returns:
         The largest difference of two logits, as a part of the largest logit.
 
     Raises:
-        CheckpointError: weights are missing or left over, or the logits differ.
+        CheckpointError: weights are missing, left over or not finite, or the logits differ.
     """
-    ids = sample_ids(config)
-    theirs = their_logits(folder, ids)
-    model = filled_model(config, tensors)
-    with torch.no_grad():
-        ours = model(ids)
-    return check_logits(ours, theirs, str(folder))
+    ids, where = sample_ids(config), str(adapter or folder)
+    theirs = their_logits(folder, ids, all_used=True, adapter=adapter)
+    return check_logits(our_logits(config, tensors, ids, where), theirs, where)
 
 
 def sample_ids(config: ModelConfig) -> Tensor:
@@ -55,13 +62,41 @@ def sample_ids(config: ModelConfig) -> Tensor:
     return torch.randint(transformer.vocab_size, shape, generator=torch.Generator().manual_seed(0))
 
 
-def their_logits(folder: Path, ids: Tensor) -> Tensor:
-    """Logits `(batch, seq, vocab)` by `transformers` in fp32 with plain attention.
+@torch.no_grad()
+def our_logits(
+    config: ModelConfig, tensors: Iterable[tuple[str, Tensor]], ids: Tensor, where: str
+) -> Tensor:
+    """Logits `(batch, seq, vocab)` of our model in fp32.
 
     Raises:
-        CheckpointError: it cannot load the folder, or misses weights or finds others than its own.
+        CheckpointError: a weight is nan or infinite.
     """
-    model = load_causal_lm(folder, dtype=torch.float32, for_comparison=True)
+    model = filled_model(config, tensors)
+    for name, weight in model.named_parameters():
+        if not weight.isfinite().all():
+            raise CheckpointError(
+                f"{where}: {name} holds nan or infinite values: training diverged, or a file is "
+                "damaged; take other weights"
+            )
+    logits: Tensor = model(ids)
+    return logits
+
+
+def their_logits(
+    folder: Path, ids: Tensor, *, all_used: bool = False, adapter: Path | None = None
+) -> Tensor:
+    """Logits `(batch, seq, vocab)` by `transformers` in fp32 with plain attention.
+
+    Args:
+        all_used: weights that the model has no place for are an error.
+        adapter: folder of an adapter to put onto it.
+
+    Raises:
+        CheckpointError: it cannot load the folder, or misses weights.
+    """
+    model = load_causal_lm(folder, dtype=torch.float32, plain_attention=True, all_used=all_used)
+    if adapter is not None:
+        model = with_adapter(model, adapter)
     with quiet_transformers(), torch.no_grad():
         return model(ids, use_cache=False).logits
 
@@ -106,9 +141,15 @@ def check_tokenizer(folder: Path) -> None:
         expected = ours.encode_batch([text])[0].tolist()
         found = theirs(text, add_special_tokens=False)["input_ids"]
         if found != expected:
+            # Its class may be chosen by the model's type, whatever the tokenizer's files say.
+            kind = type(theirs).__name__
+            pairs = enumerate(zip(found, expected, strict=False))
+            first = next((n for n, (one, other) in pairs if one != other), 0)
+            part = slice(max(first - 2, 0), first + 4)
             raise CheckpointError(
-                f"{folder}: AutoTokenizer makes {found[:8]} of {text[:20]!r}, the training data "
-                f"has {expected[:8]}; leave the comparison out with --no-check"
+                f"{folder}: AutoTokenizer, which chose {kind}, makes {found[part]} of a part of "
+                f"{text[:20]!r}, the training data has {expected[part]}; give a tokenizer of the "
+                "model's own kind (--tokenizer), or leave all comparisons out with --no-check"
             )
     template = theirs.chat_template
     if isinstance(template, dict):

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import msgspec
-import torch
 from torch import Tensor
 
 from toolkit.checkpoint.commit import SPARE_BYTES, Save, check_free_space
@@ -25,11 +24,12 @@ from toolkit.checkpoint.tensors import iterate_tensors
 from toolkit.data.tokenizers.tokenizer import read_json
 from toolkit.data.tokens.prepared import TOKENIZER_FOLDER
 from toolkit.data.tokens.scanning import Advance, scan_progress
-from toolkit.errors import CheckpointError, ConfigError, DataError, ToolkitError, TrainingError
+from toolkit.errors import CheckpointError, ConfigError, DataError, TrainingError
 from toolkit.hf.compare import (
     bytes_to_compare,
     check_logits,
     has_memory_to_compare,
+    our_logits,
     sample_ids,
     their_logits,
 )
@@ -37,7 +37,6 @@ from toolkit.hf.export import GENERATION_FILE
 from toolkit.hf.folder import new_folder
 from toolkit.hf.imported import ImportPlan
 from toolkit.hf.read_config import read_hf_config
-from toolkit.hf.source import filled_model
 from toolkit.hf.tokenizer_files import ConvertedTokenizer, convert_tokenizer
 from toolkit.hf.weights import HFWeights
 from toolkit.models.config import TransformerConfig
@@ -102,11 +101,11 @@ def convert_hf(
         revision: recorded too.
 
     Raises:
-        CheckpointError: the folder is no model that we know, incomplete or damaged, or `out` is in
-            use.
+        CheckpointError: the folder is no model that we know, incomplete or damaged, the logits
+            differ, or `out` is in use.
         ConfigError: the vocabulary would become smaller.
         DataError: its tokenizer cannot be used.
-        ToolkitError: it cannot be written, or the logits differ; nothing is left.
+        ToolkitError: it cannot be written; nothing is left.
     """
     model = read_hf_config(source)
     weights = HFWeights(source)
@@ -208,14 +207,13 @@ def _compare(
 ) -> float:
     """What was written, against the original, on the ids that both know."""
     ids = sample_ids(original)
-    theirs = their_logits(source, ids)
-    model = filled_model(config, iterate_tensors(step / TENSORS_FOLDER, _KEY))
-    with torch.no_grad():
-        ours = model(ids)[..., : original.vocab_size]
     try:
-        return check_logits(ours, theirs, str(source))
+        theirs = their_logits(source, ids)
+        tensors = iterate_tensors(step / TENSORS_FOLDER, _KEY)
+        ours = our_logits(config, tensors, ids, str(source))
+        return check_logits(ours[..., : original.vocab_size], theirs, str(source))
     except CheckpointError as error:
-        raise ToolkitError(f"{error}; nothing was written") from None
+        raise CheckpointError(f"{error}; nothing was written") from None
 
 
 def _dtypes(tensors: Any) -> tuple[str, ...]:

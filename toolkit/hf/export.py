@@ -4,7 +4,9 @@ Everything happens in a temporary folder beside the target, which gets its name 
 files have been loaded by `transformers` and gave our logits, where that is asked for.
 """
 
+import contextlib
 import shutil
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from toolkit.checkpoint.commit import check_free_space
 from toolkit.data.tokenizers.tokenizer import (
     COMPANION_FILES,
     TOKENIZER_CONFIG_FILE,
@@ -19,12 +22,13 @@ from toolkit.data.tokenizers.tokenizer import (
     load_tokenizer,
     read_json,
 )
-from toolkit.errors import CheckpointError, DataError
-from toolkit.hf.adapter import export_adapter
+from toolkit.errors import CheckpointError, DataError, ToolkitError
+from toolkit.hf.adapter import export_adapter, merged
 from toolkit.hf.choose import choose_family
 from toolkit.hf.folder import check_unused, new_folder
 from toolkit.hf.source import (
     ModelSource,
+    adapter_base,
     hf_name_of_base,
     kept_tensors,
     source_tensors,
@@ -153,31 +157,26 @@ def export_source(
             `peft` loads onto that.
         card: content of README.md.
         check: load the result with `transformers` and compare its logits and its tokenizer with
-            ours; default: when there is memory for it. Adapters alone are not compared.
+            ours; default: when there is memory for it. An adapter is put onto its base by `peft`;
+            default: when that is there too.
         on_tensor: called with each tensor as it is read.
 
     Raises:
         CheckpointError, DataError: see `export_hf`; or the comparison found a difference.
     """
     if source.lora is not None and not merge_adapter:
-        return _export_adapter(source, Path(folder), dtype, card)
+        return _export_adapter(source, Path(folder), dtype, card, check)
     from toolkit.hf import compare
 
-    not_checked = None if check is not False else "not asked for"
-    if check is None and not compare.has_memory_to_compare(source.config):
-        needed = compare.bytes_to_compare(source.config) / 1e9
-        not_checked = f"it takes about {needed:.1f} GB of memory, which are not free"
+    not_checked = _why_not_checked(source, check)
     dtypes = dtype or chosen_types(source)
 
     def compare_all(written: Path) -> None:
-        try:
-            compare.compare_with_transformers(written, source.config, _rounded(source, dtypes))
+        with _named(written, folder):
+            tensors = _rounded(source_tensors(source), dtypes)
+            compare.compare_with_transformers(written, source.config, tensors)
             if source.tokenizer_folder is not None:
                 compare.check_tokenizer(written)
-        except CheckpointError as error:
-            # It has another name as yet.
-            text = str(error).replace(str(written), str(folder))
-            raise CheckpointError(f"{text}; nothing was exported") from None
 
     exported = export_hf(
         source.config,
@@ -232,18 +231,44 @@ def _watched(
         yield name, tensor
 
 
-def _rounded(source: ModelSource, dtypes: Dtypes) -> Iterator[tuple[str, Tensor]]:
+def _rounded(tensors: Iterable[tuple[str, Tensor]], dtypes: Dtypes) -> Iterator[tuple[str, Tensor]]:
     """The weights as they are read back. A type of its own for each loses nothing."""
-    for name, tensor in source_tensors(source):
+    for name, tensor in tensors:
         yield name, tensor.to(dtypes) if isinstance(dtypes, torch.dtype) else tensor
 
 
+def _why_not_checked(source: ModelSource, check: bool | None) -> str | None:
+    from toolkit.hf import compare
+
+    if check is False:
+        return "not asked for"
+    if check is None and not compare.has_memory_to_compare(source.config):
+        needed = compare.bytes_to_compare(source.config) / 1e9
+        return f"it takes about {needed:.1f} GB of memory, which are not free"
+    return None
+
+
+@contextlib.contextmanager
+def _named(written: Path, folder: PathLike) -> Iterator[None]:
+    """Errors name the folder as it was asked for."""
+    try:
+        yield
+    except CheckpointError as error:
+        text = str(error).replace(str(written), str(folder))
+        raise CheckpointError(f"{text}; nothing was exported") from None
+
+
 def _export_adapter(
-    source: ModelSource, folder: Path, dtype: torch.dtype | None, card: str | None
+    source: ModelSource,
+    folder: Path,
+    dtype: torch.dtype | None,
+    card: str | None,
+    check: bool | None,
 ) -> Exported:
     assert source.lora is not None
     assert source.metadata is not None
     family = choose_family(source.config, source.origin.get("model_type"))
+    not_checked = _why_not_checked(source, check)
     with new_folder(folder) as unfinished:
         export_adapter(
             source.config,
@@ -258,6 +283,8 @@ def _export_adapter(
         copy_tokenizer(source.tokenizer_folder, unfinished)
         if card is not None:
             (unfinished / CARD_FILE).write_text(card, encoding="utf-8")
+        if not_checked is None:
+            not_checked = _compare_adapter(source, unfinished, folder, dtype, check)
         return Exported(
             folder=folder,
             architecture=family.architecture,
@@ -266,8 +293,47 @@ def _export_adapter(
             weight_bytes=sum(file.stat().st_size for file in weights),
             has_tokenizer=source.tokenizer_folder is not None,
             is_adapter=True,
-            not_checked="an adapter alone has no logits",
+            not_checked=not_checked,
         )
+
+
+def _compare_adapter(
+    source: ModelSource,
+    written: Path,
+    folder: Path,
+    dtype: torch.dtype | None,
+    check: bool | None,
+) -> str | None:
+    """Compare what `peft` makes of the base and the adapter in `written` with what both are here.
+
+    Returns:
+        Why not, where the base is not at hand and nobody insists.
+    """
+    from toolkit.hf import compare
+
+    assert source.lora is not None
+    try:
+        base = adapter_base(source)
+        types = source_types(base)
+        check_free_space(written.parent, 4 * base.config.num_parameters)
+    except ToolkitError as error:
+        if check:
+            raise
+        return str(error)
+    with _named(written, folder), tempfile.TemporaryDirectory(dir=written) as place:
+        export_hf(
+            base.config,
+            source_tensors(base),
+            place,
+            dtype=types,
+            model_type=source.origin.get("model_type"),
+        )
+        adapter = dict(_rounded(kept_tensors(source), dtype or torch.float32))
+        tensors = merged(source_tensors(base), adapter, source.lora)
+        compare.compare_with_transformers(Path(place), source.config, tensors, adapter=written)
+        if source.tokenizer_folder is not None:
+            compare.check_tokenizer(written)
+    return None
 
 
 def copy_tokenizer(source: PathLike | None, folder: Path) -> None:

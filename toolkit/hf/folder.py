@@ -4,7 +4,7 @@ import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from toolkit.errors import CheckpointError
+from toolkit.errors import CheckpointError, TrainingError
 from toolkit.storage.atomic import (
     PathLike,
     fsync_folder,
@@ -28,10 +28,13 @@ def new_folder(folder: PathLike) -> Iterator[Path]:
 
     Raises:
         CheckpointError: `folder` is in use, or cannot be made.
+        TrainingError: a file in it cannot be written (the disk is full).
     """
     folder = Path(folder)
     check_unused(folder)
-    unfinished = temporary_path(folder.absolute())
+    # Of a link, what it points to.
+    target = folder.resolve()
+    unfinished = temporary_path(target)
     try:
         unfinished.parent.mkdir(parents=True, exist_ok=True)
         unfinished.mkdir()
@@ -41,9 +44,13 @@ def new_folder(folder: PathLike) -> Iterator[Path]:
         yield unfinished
         fsync_tree(unfinished)
         # Takes the place of an empty folder too.
-        unfinished.replace(folder.absolute())
+        unfinished.replace(target)
         fsync_folder(unfinished.parent)
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             remove_tree(unfinished)
+        if isinstance(error, OSError):
+            raise TrainingError(
+                f"{folder}: cannot be written, nothing is left of it: {error.strerror or error}"
+            ) from error
         raise

@@ -37,12 +37,14 @@ def quiet_transformers() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def load_causal_lm(folder: Path, *, dtype: "torch.dtype", for_comparison: bool = False) -> Any:
+def load_causal_lm(
+    folder: Path, *, dtype: "torch.dtype", plain_attention: bool = False, all_used: bool = False
+) -> Any:
     """The model of a folder in evaluation mode, on the CPU.
 
     Args:
-        for_comparison: attention by its plain formula, and weights that the model has no place for
-            are an error.
+        plain_attention: compute attention by its formula, without fused kernels.
+        all_used: weights that the model has no place for are an error.
 
     Raises:
         CheckpointError: `transformers` cannot load it, or weights are missing.
@@ -54,7 +56,7 @@ def load_causal_lm(folder: Path, *, dtype: "torch.dtype", for_comparison: bool =
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 folder,
                 dtype=dtype,
-                attn_implementation="eager" if for_comparison else None,
+                attn_implementation="eager" if plain_attention else None,
                 trust_remote_code=False,
                 local_files_only=True,
                 output_loading_info=True,
@@ -66,7 +68,7 @@ def load_causal_lm(folder: Path, *, dtype: "torch.dtype", for_comparison: bool =
     model, info = loaded
     for key, fault, counts in (
         ("missing_keys", "misses", True),
-        ("unexpected_keys", "has no use for", for_comparison),
+        ("unexpected_keys", "has no use for", all_used),
     ):
         names = sorted(info[key])
         if names and counts:
@@ -74,6 +76,22 @@ def load_causal_lm(folder: Path, *, dtype: "torch.dtype", for_comparison: bool =
                 f"{folder}: transformers {fault} {names[0]} ({len(names)} in all); get the folder "
                 "again"
             )
+    return model.eval()
+
+
+def with_adapter(base: Any, folder: Path) -> Any:
+    """`base` with the adapter in `folder`, by `peft`, in evaluation mode.
+
+    Raises:
+        CheckpointError: `peft` cannot load it, or not all of it.
+    """
+    with quiet_transformers():
+        from peft import PeftModel
+
+        try:
+            model: Any = PeftModel.from_pretrained(base, str(folder))
+        except Exception as error:
+            raise CheckpointError(f"{folder}: peft cannot load it: {one_line(error)}") from None
     return model.eval()
 
 

@@ -59,6 +59,17 @@ def convert_tokenizer(
         _save_as_fast(source, folder)
     else:
         return None
+    try:
+        return _changed(folder, add_tokens, chat_template)
+    except DataError as error:
+        # `folder` is a copy that nobody knows.
+        text = str(error).replace(str(folder), str(source))
+        raise DataError(text if str(source) in text else f"{source}: {text}") from None
+
+
+def _changed(
+    folder: Path, add_tokens: Sequence[str], chat_template: str | None
+) -> ConvertedTokenizer:
     new_tokens = _add_tokens(folder, add_tokens)
     if chat_template is not None:
         config = read_json(folder / TOKENIZER_CONFIG_FILE)
@@ -66,6 +77,12 @@ def convert_tokenizer(
             write_json_atomic(folder / TOKENIZER_CONFIG_FILE, config)
         write_atomic(folder / CHAT_TEMPLATE_FILE, chat_template.encode())
     tokenizer = load_tokenizer(folder)
+    try:
+        tokenizer.chat_template  # noqa: B018 # reads its file
+    except UnicodeDecodeError:
+        raise DataError(
+            f"{folder / CHAT_TEMPLATE_FILE}: not UTF-8 text; correct it or give --chat-template"
+        ) from None
     starts = _backend(folder).encode("a").ids[:1] == [tokenizer.bos_id]
     return ConvertedTokenizer(tokenizer.vocab_size, starts, new_tokens)
 
