@@ -56,6 +56,9 @@ class S3Server:
         self.requests.append((method, path, environ.get("HTTP_RANGE", "")))
         fault = self._fault(method, path)
         if fault == "reset":
+            # In the middle of what is sent: a client that still waits to be told to send it may not
+            # see that the connection is gone, and then waits for its time limit.
+            environ["wsgi.input"].read(1)
             environ["werkzeug.socket"].shutdown(socket.SHUT_RDWR)
             return []
         if fault is not None:
