@@ -8,18 +8,22 @@ makes of it. Both go through the same bare loop: forward with loss, backward, cl
 zero_grad. `transformers` runs with its SDPA attention and its own loss; compiled, its whole forward
 is one `torch.compile`.
 
-All take turns of a few steps, so that other load on the machine hits all of them. The first step of
-a turn refills the caches and is not counted. On a machine that others use too, `--threads 1
---cpu-time` counts this program's own seconds.
+Each is a process of its own, "toolkit" with the memory settings of `toolkit train`
+(`keep_freed_memory`), "transformers" as Python starts; `--same-settings` gives them to both. They
+take turns of a few steps, so that other load on the machine hits both; only one computes at any
+time. The first step of a turn refills the caches and is not counted. On a machine that others use
+too, `--threads 1 --cpu-time` counts the processes' own seconds.
 """
 
 import argparse
 import contextlib
+import multiprocessing
 import os
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +36,7 @@ from rich.table import Table
 from toolkit.distributed.cpu import keep_freed_memory
 from toolkit.hf.source import find_source, load_model
 from toolkit.models.compile import compile_model
+from toolkit.models.labels import shift_labels
 
 # Field names and values of the published configs.
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -68,9 +73,6 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }  # fmt: skip
 
-Turn = Callable[[int], list[float]]
-"""Does that many steps; seconds of each."""
-
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
@@ -83,28 +85,25 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=2, help="counted steps of one turn")
     parser.add_argument("--cpu-time", action="store_true", help="count seconds of the CPU")
+    parser.add_argument("--same-settings", action="store_true", help="of memory, for both")
     parser.add_argument("--only", help="comma-separated parts of names, e.g. 'eager fp32'")
     arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    keep_freed_memory()
     seconds: dict[str, list[float]] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        save_random(arguments, Path(folder) / "hf")
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) / "hf"
+        save_random(arguments, folder)
         for precision in ("fp32", "bf16"):
             for kind in ("eager", "compiled"):
                 name = f"{kind} {precision}"
                 if arguments.only and not any(part in name for part in arguments.only.split(",")):
                     continue
-                compiled = kind == "compiled"
-                # A pair at a time: both models with their optimizers are in memory.
                 pair = {
-                    f"{who}, {name}": new_turn(
-                        *make(Path(folder) / "hf", compiled, arguments), precision, arguments
-                    )
-                    for who, make in (("toolkit", ours), ("transformers", theirs))
+                    f"{who}, {name}": Worker(who, folder, name, arguments)
+                    for who in ("toolkit", "transformers")
                 }
                 measure(pair, seconds, arguments)
-                del pair
+                for worker in pair.values():
+                    worker.close()
     report(seconds, arguments)
 
 
@@ -127,8 +126,6 @@ LossFunction = Callable[[torch.Tensor], torch.Tensor]
 def ours(
     folder: Path, compiled: bool, arguments: argparse.Namespace
 ) -> tuple[torch.nn.Module, LossFunction]:
-    from toolkit.train.transformer import shift_labels
-
     model = load_model(find_source(str(folder)), device=arguments.device, dtype=torch.float32)
     model.train()
     if compiled:
@@ -155,22 +152,56 @@ def theirs(
     return model, loss
 
 
-def new_turn(
-    model: torch.nn.Module, loss_of: LossFunction, precision: str, arguments: argparse.Namespace
-) -> Turn:
+class Worker:
+    """A process that trains one of the two and does turns when asked."""
+
+    def __init__(self, who: str, folder: Path, name: str, arguments: argparse.Namespace) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._pipe, there = context.Pipe()
+        self._process = context.Process(target=work, args=(there, who, folder, name, arguments))
+        self._process.start()
+
+    def turn(self, count: int) -> list[float]:
+        """Seconds of each of `count` steps."""
+        self._pipe.send(count)
+        return self._pipe.recv()
+
+    def close(self) -> None:
+        self._pipe.send(0)
+        self._process.join()
+
+
+def work(
+    pipe: Connection, who: str, folder: Path, name: str, arguments: argparse.Namespace
+) -> None:
+    torch.set_num_threads(arguments.threads)
+    if who == "toolkit" or arguments.same_settings:
+        keep_freed_memory()
+    make = ours if who == "toolkit" else theirs
+    model, loss_of = make(folder, "compiled" in name, arguments)
+    step = new_step(model, loss_of, "bf16" in name, arguments)
+    clock = time.process_time if arguments.cpu_time else time.perf_counter
+    while count := pipe.recv():
+        times = []
+        for _ in range(count):
+            started = clock()
+            step()
+            times.append(clock() - started)
+        pipe.send(times)
+
+
+def new_step(
+    model: torch.nn.Module, loss_of: LossFunction, bf16: bool, arguments: argparse.Namespace
+) -> Callable[[], None]:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
     vocabulary = MODELS[arguments.model][1].get("vocab_size", 50_257)
     generator = torch.Generator().manual_seed(1)
     shape = (arguments.batch, arguments.sequence)
     ids = torch.randint(vocabulary, shape, generator=generator).to(arguments.device)
     device = torch.device(arguments.device).type
-    autocast = (
-        torch.autocast(device, torch.bfloat16) if precision == "bf16" else contextlib.nullcontext()
-    )
-    clock = time.process_time if arguments.cpu_time else time.perf_counter
 
     def step() -> None:
-        with autocast:
+        with torch.autocast(device, torch.bfloat16) if bf16 else contextlib.nullcontext():
             loss = loss_of(ids)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -179,25 +210,17 @@ def new_turn(
         if device == "cuda":
             torch.cuda.synchronize()
 
-    def turn(count: int) -> list[float]:
-        times = []
-        for _ in range(count):
-            started = clock()
-            step()
-            times.append(clock() - started)
-        return times
-
-    return turn
+    return step
 
 
 def measure(
-    pair: dict[str, Turn], seconds: dict[str, list[float]], arguments: argparse.Namespace
+    pair: dict[str, Worker], seconds: dict[str, list[float]], arguments: argparse.Namespace
 ) -> None:
-    for turn in pair.values():
-        turn(2)  # compiles
+    for worker in pair.values():
+        worker.turn(2)  # compiles
     for _ in range(arguments.rounds):
-        for name, turn in pair.items():
-            seconds.setdefault(name, []).extend(turn(1 + arguments.steps)[1:])
+        for name, worker in pair.items():
+            seconds.setdefault(name, []).extend(worker.turn(1 + arguments.steps)[1:])
 
 
 def report(seconds: dict[str, list[float]], arguments: argparse.Namespace) -> None:
