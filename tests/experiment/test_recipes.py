@@ -1,6 +1,7 @@
 """Every recipe is complete, consistent, and means what it says."""
 
 import json
+import shutil
 from pathlib import Path
 
 import msgspec
@@ -13,6 +14,7 @@ from toolkit.experiment.config import ExperimentConfig
 from toolkit.experiment.load import describe_recipes, load_experiment
 from toolkit.experiment.recipes import copy_recipe, recipe_names, recipe_text
 from toolkit.models.presets import PRESETS
+from toolkit.runs.files import RUN_FILES
 
 EXPECTED = {
     "smoke", "quickstart", "gpt2_124M", "llama_271M", "olmo2_190M", "olmo2_1B", "olmoe_1B_7B",
@@ -29,7 +31,9 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder.mkdir()
     config = {
         "model": PRESETS["quickstart"],
-        "dataset": {"tokenizer": {"type": "hf", "path": str(folder / "tokenizer")}},
+        "dataset": {
+            "tokenizer": {"type": "hf", "path": str(folder / "tokenizer")}, "prepend_bos": True,
+        },
         "trainer": {
             "load_path": str(folder), "load_weights_only": True, "load_strategy": "always",
         },
@@ -79,6 +83,7 @@ def test_a_base_gives_model_tokenizer_and_weights(base: str) -> None:
     config, origin = loaded.config, f"--base={base}"
     assert config.model.num_layers == PRESETS["quickstart"]["num_layers"]
     assert config.dataset.tokenizer == HFTokenizerConfig(path=f"{base}/tokenizer")
+    assert config.dataset.prepend_bos
     assert config.trainer.load_path == base
     assert config.trainer.load_weights_only
     assert config.trainer.load_strategy == "always"
@@ -88,6 +93,28 @@ def test_a_base_gives_model_tokenizer_and_weights(base: str) -> None:
     assert loaded.origins["trainer.load_path"] == origin
     assert loaded.origins["dataset.sequence_length"] == origin
     assert loaded.origins["train_module.optim.lr"] == "recipe finetune"
+
+
+def test_a_base_that_moved_is_taken_from_where_it_is(base: str, tmp_path: Path) -> None:
+    moved = tmp_path / "moved"
+    shutil.copytree(base, moved)
+    config = load_experiment("finetune", base=str(moved)).config
+    assert config.trainer.load_path == str(moved)
+    assert config.dataset.tokenizer == HFTokenizerConfig(path=f"{moved}/tokenizer")
+
+
+def test_a_run_as_base_gives_the_tokenizer_that_it_keeps(tmp_path: Path) -> None:
+    flags = ["--dataset.tokenizer={type: bpe}", "--dataset.prepend_bos=true"]
+    run = load_experiment("smoke", [*flags, f"--dataset.root={tmp_path}/gone"]).config
+    (tmp_path / "metadata").mkdir()
+    (tmp_path / RUN_FILES.config).write_bytes(run.to_json())
+    with pytest.raises(ConfigError, match="and its tokenizer with it; restore"):
+        load_experiment("finetune", base=str(tmp_path))
+    (tmp_path / RUN_FILES.tokenizer).mkdir()
+    config = load_experiment("finetune", base=str(tmp_path)).config
+    assert config.dataset.tokenizer == HFTokenizerConfig(path=f"{tmp_path}/tokenizer")
+    assert config.dataset.prepend_bos
+    assert config.model == run.model
 
 
 def test_flags_come_after_a_base(base: str) -> None:

@@ -13,8 +13,6 @@ from toolkit.runs.files import RUN_FILES
 FINETUNE_FILE = "finetune.json"
 """The config that `toolkit convert-hf` writes beside a converted model."""
 
-_LOADING = ("load_path", "load_weights_only", "load_strategy")
-
 
 def read_base(folder: Path) -> dict[str, Any]:
     """Model, tokenizer and start of the weights in `folder`, as parts of a config.
@@ -25,25 +23,25 @@ def read_base(folder: Path) -> dict[str, Any]:
     Raises:
         ConfigError: it is neither.
     """
-    finetune, run = folder / FINETUNE_FILE, folder / RUN_FILES.config
-    if finetune.is_file():
-        data = read_json_mapping(finetune)
-        model, dataset, trainer = (data.get(key, {}) for key in ("model", "dataset", "trainer"))
-        loading = {key: trainer[key] for key in _LOADING if key in trainer}
-        tokenizer = dataset.get("tokenizer")
-    elif run.is_file():
-        model, tokenizer = _of_run(read_json_mapping(run), folder)
-        loading = {
-            "load_path": str(folder.resolve()), "load_weights_only": True, "load_strategy": "always"
-        }  # fmt: skip
+    if (folder / FINETUNE_FILE).is_file():
+        model, dataset = _of_converted(read_json_mapping(folder / FINETUNE_FILE), folder)
+    elif (folder / RUN_FILES.config).is_file():
+        model, dataset = _of_run(read_json_mapping(folder / RUN_FILES.config), folder)
     else:
         raise ConfigError(
             f"--base {folder}: holds neither {FINETUNE_FILE} nor a run; make it with "
             f"`toolkit convert-hf SRC {folder}`, or give a run folder"
         )
-    base: dict[str, Any] = {"model": model, "trainer": loading}
-    if tokenizer is not None:
-        base["dataset"] = {"tokenizer": tokenizer, "dataset_config": folder.resolve().name}
+    base: dict[str, Any] = {
+        "model": model,
+        "trainer": {
+            "load_path": str(folder.resolve()),
+            "load_weights_only": True,
+            "load_strategy": "always",
+        },
+    }
+    if dataset.get("tokenizer") is not None:
+        base["dataset"] = {**dataset, "dataset_config": folder.resolve().name}
     return base
 
 
@@ -52,20 +50,41 @@ def longest_sequence(model: dict[str, Any]) -> int | None:
     return model.get("max_sequence_length") or model.get("n_positions")
 
 
-def _of_run(data: dict[str, Any], folder: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
+def _of_converted(data: dict[str, Any], folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The model, and what it wants of its data: tokenizer and how documents start."""
+    dataset = _of_dataset(data)
+    tokenizer, before = dataset["tokenizer"], data.get("trainer", {}).get("load_path")
+    path = (tokenizer or {}).get("path")
+    if path and before and Path(path).is_relative_to(before):
+        # The folder may have moved since.
+        moved = folder.resolve() / Path(path).relative_to(before)
+        dataset["tokenizer"] = {**tokenizer, "path": str(moved)}
+    return data.get("model", {}), dataset
+
+
+def _of_run(data: dict[str, Any], folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """The model of a run, and the tokenizer that its data was made with."""
     from toolkit.config.check import convert
     from toolkit.experiment.load import find_data
 
-    config = find_data(convert(data, ExperimentConfig), folder)
-    for place in data_places(config.data):
-        tokenizer = place / TOKENIZER_FOLDER
+    config, dataset = find_data(convert(data, ExperimentConfig), folder), _of_dataset(data)
+    prepared = [place / TOKENIZER_FOLDER for place in data_places(config.data)]
+    for tokenizer in (folder / RUN_FILES.tokenizer, *prepared):
         if tokenizer.is_dir():
-            return data["model"], {"type": "hf", "path": str(tokenizer.resolve())}
-    tokenizer_config = data.get("dataset", {}).get("tokenizer")
-    if (tokenizer_config or {}).get("type") == "bpe":
+            return data["model"], dataset | {
+                "tokenizer": {"type": "hf", "path": str(tokenizer.resolve())}
+            }
+    if (dataset["tokenizer"] or {}).get("type") == "bpe":
         raise ConfigError(
             f"--base {folder}: the data it was trained on is not here any more, and its tokenizer "
             f"with it; restore {data_places(config.data)[0]}"
         )
-    return data["model"], tokenizer_config
+    return data["model"], dataset
+
+
+def _of_dataset(data: dict[str, Any]) -> dict[str, Any]:
+    dataset = data.get("dataset", {})
+    return {
+        "tokenizer": dataset.get("tokenizer"),
+        "prepend_bos": dataset.get("prepend_bos", False),
+    }
