@@ -5,7 +5,6 @@ files have been loaded by `transformers` and gave our logits, where that is aske
 """
 
 import contextlib
-import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -16,7 +15,6 @@ from torch import Tensor
 
 from toolkit.checkpoint.commit import check_free_space
 from toolkit.data.tokenizers.tokenizer import (
-    COMPANION_FILES,
     TOKENIZER_CONFIG_FILE,
     TOKENIZER_FILE,
     load_tokenizer,
@@ -34,6 +32,7 @@ from toolkit.hf.source import (
     source_tensors,
     source_types,
 )
+from toolkit.hf.tokenizer_files import copy_tokenizer
 from toolkit.hf.weight_files import Dtypes, write_weights
 from toolkit.models.config import ModelConfig
 from toolkit.storage.atomic import PathLike, write_json_atomic
@@ -120,7 +119,8 @@ def export_hf(
         write_json_atomic(unfinished / "config.json", settings, sync=False)
         own = {"_from_model_config": True, **special_tokens}
         write_json_atomic(unfinished / GENERATION_FILE, generation or own, sync=False)
-        copy_tokenizer(tokenizer_folder, unfinished)
+        if tokenizer_folder is not None:
+            copy_tokenizer(tokenizer_folder, unfinished)
         if card is not None:
             (unfinished / CARD_FILE).write_text(card, encoding="utf-8")
         if check is not None:
@@ -280,7 +280,8 @@ def _export_adapter(
             dtype=dtype,
         )
         weights = list(unfinished.glob("*.safetensors"))
-        copy_tokenizer(source.tokenizer_folder, unfinished)
+        if source.tokenizer_folder is not None:
+            copy_tokenizer(source.tokenizer_folder, unfinished)
         if card is not None:
             (unfinished / CARD_FILE).write_text(card, encoding="utf-8")
         if not_checked is None:
@@ -334,14 +335,6 @@ def _compare_adapter(
         if source.tokenizer_folder is not None:
             compare.check_tokenizer(written)
     return None
-
-
-def copy_tokenizer(source: PathLike | None, folder: Path) -> None:
-    """Copy tokenizer.json and what belongs to it, the chat template among it."""
-    if source is not None:
-        for name in (TOKENIZER_FILE, *COMPANION_FILES):
-            if (Path(source) / name).is_file():
-                shutil.copyfile(Path(source) / name, folder / name)
 
 
 def _special_tokens(tokenizer_folder: PathLike | None) -> dict[str, int | None]:

@@ -14,12 +14,22 @@ from typing import Self
 import torch
 from torch import Tensor
 
-_DTYPE_NAMES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
 }
+"""Names of types in headers."""
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class SafetensorsFile:
@@ -36,7 +46,7 @@ class SafetensorsFile:
         for name, tensor in layout.items():
             end = position + tensor.nbytes
             header[name] = {
-                "dtype": _DTYPE_NAMES[tensor.dtype],
+                "dtype": _NAMES[tensor.dtype],
                 "shape": list(tensor.shape),
                 "data_offsets": [position, end],
             }

@@ -14,21 +14,8 @@ import torch
 
 from toolkit.checkpoint.tensors import reason_of
 from toolkit.errors import CheckpointError
+from toolkit.hf.safetensors_file import DTYPES
 
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-}
 _LARGEST_HEADER = 100_000_000
 """Bytes; the format's own limit."""
 
@@ -81,7 +68,7 @@ def read_safetensors_header(path: Path) -> dict[str, StoredTensor]:
     tensors = {}
     position = 0
     for name, kind, shape, begin, end in sorted(entries, key=lambda entry: entry[3:]):
-        dtype = _DTYPES.get(kind)
+        dtype = DTYPES.get(kind)
         expected = shape.numel() * dtype.itemsize if dtype else end - begin
         if begin != position or end - begin != expected or any(n < 0 for n in shape):
             raise CheckpointError(

@@ -15,7 +15,7 @@ from toolkit.data.tokenizers.tokenizer import (
 )
 from toolkit.errors import DataError
 from toolkit.hf.loading import has_tokenizer, load_auto_tokenizer
-from toolkit.storage.atomic import write_atomic, write_json_atomic
+from toolkit.storage.atomic import PathLike, write_atomic, write_json_atomic
 
 
 class ConvertedTokenizer(NamedTuple):
@@ -52,9 +52,7 @@ def convert_tokenizer(
         source = source.parent
     if (source / TOKENIZER_FILE).is_file():
         folder.mkdir()
-        for name in (TOKENIZER_FILE, *COMPANION_FILES):
-            if (source / name).is_file():
-                shutil.copyfile(source / name, folder / name)
+        copy_tokenizer(source, folder)
     elif has_tokenizer(source):
         _save_as_fast(source, folder)
     else:
@@ -85,6 +83,13 @@ def _changed(
         ) from None
     starts = _backend(folder).encode("a").ids[:1] == [tokenizer.bos_id]
     return ConvertedTokenizer(tokenizer.vocab_size, starts, new_tokens)
+
+
+def copy_tokenizer(source: PathLike, folder: Path) -> None:
+    """Copy tokenizer.json and what belongs to it, the chat template among it."""
+    for name in (TOKENIZER_FILE, *COMPANION_FILES):
+        if (Path(source) / name).is_file():
+            shutil.copyfile(Path(source) / name, folder / name)
 
 
 def _save_as_fast(source: Path, folder: Path) -> None:

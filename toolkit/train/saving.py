@@ -171,8 +171,8 @@ def _keep_tokenizer(trainer: "Trainer") -> None:
     source, kept = trainer.train_loader.tokenizer_folder, trainer.run.path(RUN_FILES.tokenizer)
     if not trainer.environment.is_main or source is None or not source.is_dir() or kept.is_dir():
         return
-    from toolkit.hf.export import copy_tokenizer
     from toolkit.hf.folder import new_folder
+    from toolkit.hf.tokenizer_files import copy_tokenizer
 
     try:
         with new_folder(kept) as unfinished:
