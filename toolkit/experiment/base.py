@@ -8,6 +8,7 @@ from toolkit.data.corpus_info import data_places
 from toolkit.data.tokens.prepared import TOKENIZER_FOLDER
 from toolkit.errors import ConfigError
 from toolkit.experiment.config import ExperimentConfig
+from toolkit.experiment.run_data import find_data
 from toolkit.runs.files import RUN_FILES
 
 FINETUNE_FILE = "finetune.json"
@@ -65,7 +66,6 @@ def _of_converted(data: dict[str, Any], folder: Path) -> tuple[dict[str, Any], d
 def _of_run(data: dict[str, Any], folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """The model of a run, and the tokenizer that its data was made with."""
     from toolkit.config.check import convert
-    from toolkit.experiment.load import find_data
 
     config, dataset = find_data(convert(data, ExperimentConfig), folder), _of_dataset(data)
     prepared = [place / TOKENIZER_FOLDER for place in data_places(config.data)]

@@ -15,7 +15,8 @@ from toolkit.data.instances.base import DocumentPart
 from toolkit.data.instances.text import DecodedPiece
 from toolkit.errors import ConfigError, DataError, ToolkitError
 from toolkit.experiment.config import ExperimentConfig
-from toolkit.experiment.load import find_data, load_run_config, open_run_data
+from toolkit.experiment.load import load_run_config
+from toolkit.experiment.run_data import find_data, open_run_data
 from toolkit.runs.files import RUN_FILES
 
 if TYPE_CHECKING:

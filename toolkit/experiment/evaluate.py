@@ -26,8 +26,9 @@ from toolkit.data.tokens.prepared import read_prepared
 from toolkit.errors import CheckpointError, ConfigError, DataError
 from toolkit.experiment.checks import rank_microbatch_size
 from toolkit.experiment.config import ExperimentConfig
-from toolkit.experiment.load import find_data, load_run_config, open_run_data
+from toolkit.experiment.load import load_run_config
 from toolkit.experiment.models import DType, hf_folder_of, pick_device, torch_dtype
+from toolkit.experiment.run_data import find_data, open_run_data
 from toolkit.runs.status import read_status
 
 if TYPE_CHECKING:

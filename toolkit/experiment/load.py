@@ -12,9 +12,7 @@
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
-
-import msgspec
+from typing import Any, NamedTuple
 
 from toolkit.config import (
     ConfigLayers,
@@ -23,20 +21,14 @@ from toolkit.config import (
     parse_override_args,
     read_json_mapping,
 )
-from toolkit.data.corpus_info import data_places, read_corpus, without_sources
 from toolkit.data.order.mix_files import inline_mixes
-from toolkit.data.tokens.prepared import MANIFEST_NAME
-from toolkit.errors import ConfigError, DataError, RunError
+from toolkit.errors import ConfigError, RunError
 from toolkit.experiment.base import longest_sequence, read_base
 from toolkit.experiment.config import ExperimentConfig
 from toolkit.experiment.recipes import recipe_hint, recipe_names, recipe_text
 from toolkit.models.counts import shown_parameters
 from toolkit.models.presets import preset
 from toolkit.runs.files import RUN_FILES
-from toolkit.storage.remote import is_url
-
-if TYPE_CHECKING:
-    from toolkit.data.corpus import Corpus
 
 SHORTHANDS: dict[str, str] = {
     "name": "run.name",
@@ -149,51 +141,6 @@ def load_run_config(run_dir: Path, overrides: Sequence[str] = ()) -> LoadedExper
     _apply_overrides(layers, overrides)
     config = layers.resolve()
     return LoadedExperiment(config, layers.origins(config), str(run_dir))
-
-
-def find_data(config: ExperimentConfig, run_dir: Path) -> ExperimentConfig:
-    """`config` with its prepared data found: `dataset.root` and `store.tokenized_cache_dir` may be
-    relative to the folder that the run was started from."""
-    if _has_data(config):
-        return config
-    try:
-        started_in = msgspec.json.decode((run_dir / RUN_FILES.command).read_bytes())["cwd"]
-    except (OSError, msgspec.DecodeError, KeyError, TypeError):
-        return config
-    # An absolute path stays what it is.
-    root = str(Path(started_in) / Path(config.dataset.root).expanduser())
-    store = config.store
-    for field in ("tokenized_cache_dir", "hf_cache_dir", "permanent_root"):
-        place = getattr(store, field)
-        if place is not None and not is_url(place):
-            store = store.replace(**{field: str(Path(started_in) / Path(place).expanduser())})
-    moved = config.replace(dataset=config.dataset.replace(root=root), store=store)
-    return moved if _has_data(moved) else config
-
-
-def open_run_data(config: ExperimentConfig) -> "Corpus":
-    """The data of a run as it is here, for reading: nothing is prepared or fetched.
-
-    Args:
-        config: from `find_data`.
-
-    Raises:
-        DataError: it is not here.
-    """
-    from toolkit.data.corpus import open_corpus
-
-    data = config.data.replace(store=config.store.replace(permanent_root=None))
-    if read_corpus(data) is None:
-        places = ", ".join(str(place) for place in data_places(data))
-        raise DataError(
-            f"{places}: the run's prepared data is not there; restore it, or make it again with "
-            "`toolkit prepare`"
-        )
-    return open_corpus(data.replace(dataset=without_sources(data.dataset)), check_text=False)
-
-
-def _has_data(config: ExperimentConfig) -> bool:
-    return all((place / MANIFEST_NAME).is_file() for place in data_places(config.data))
 
 
 def _read_source(source: str) -> tuple[dict[str, Any], str]:

@@ -21,7 +21,8 @@ from toolkit.distributed.launcher import (
 )
 from toolkit.errors import RunError
 from toolkit.experiment.config import ExperimentConfig
-from toolkit.experiment.load import find_data, load_run_config
+from toolkit.experiment.load import load_run_config
+from toolkit.experiment.run_data import find_data
 from toolkit.runs.files import RUN_FILES
 from toolkit.runs.status import RunStatus, read_status
 from toolkit.train.config import TransformerTrainModuleConfig

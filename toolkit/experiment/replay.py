@@ -21,7 +21,6 @@ from toolkit.data.corpus_info import data_places, read_corpus, without_sources
 from toolkit.distributed.launcher import has_launcher, rank_of
 from toolkit.errors import EXIT_DONE, ConfigError, DataError, RunError, TrainingError
 from toolkit.experiment.config import ExperimentConfig
-from toolkit.experiment.load import find_data
 from toolkit.experiment.receipt import Receipt, ReplayPlan, compare
 from toolkit.experiment.recorded import (
     RecordedStep,
@@ -34,6 +33,7 @@ from toolkit.experiment.recorded import (
     versions_of,
 )
 from toolkit.experiment.relaunch import relaunch
+from toolkit.experiment.run_data import find_data
 from toolkit.experiment.verify import is_step_folder
 from toolkit.runs.config import RunConfig
 from toolkit.runs.files import RUN_FILES
