@@ -235,6 +235,15 @@ def test_folders_without_a_model(tmp_path):
         read_hf_config(tmp_path)
 
 
+def test_fields_that_transformers_ignores_are_noted(tmp_path):
+    extra = {"logit_scale": 0.5, "new_rule": True, "old_rule": False, "top_k": 5, "rope_theta": 7.0}
+    note = "logit_scale 0.5, new_rule True of config.json means nothing to the class of transformer"
+    (found,) = read(tmp_path, **extra).notes
+    assert found.startswith(note)
+    (found,) = read(tmp_path, auto_map={"AutoModelForCausalLM": "evil.Model"}).notes
+    assert "own code (auto_map) of config.json means nothing" in found
+
+
 def test_fields_that_nobody_read_are_named_unless_they_are_off():
     settings = Settings({"model_type": "m", "read": 1, "new": 3, "off": False, "none": None})
     settings.take("read")

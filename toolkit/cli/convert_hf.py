@@ -85,7 +85,7 @@ def convert_hf(
             validate=validate,
             tokenizer=Path(tokenizer).expanduser() if tokenizer else None,
             vocab_size=vocab_size,
-            add_tokens=[token for token in (add_tokens or "").split(",") if token],
+            add_tokens=[word for text in (add_tokens or "").split(",") if (word := text.strip())],
             chat_template=Path(chat_template).expanduser() if chat_template else None,
         ),
     )
@@ -106,6 +106,6 @@ def _print_summary(conversion: "Conversion", out: str, seconds: float) -> None:
             f"{conversion.difference:.1e} of the largest logit, same most likely ids"
         )
     typer.echo(
-        f"next: toolkit train {out}/finetune.json "
+        f"next: toolkit train {out.rstrip('/')}/finetune.json "
         "--dataset.source='{type: files, paths: [FOLDER_WITH_TEXTS]}'"
     )

@@ -54,8 +54,13 @@ def _read(raw: dict[str, Any]) -> HFModel:
     """What messages call config.json is `raw`."""
     family = _family(raw)
     _refuse(raw)
-    values, meaningful = _normalised(raw, family)
+    values, meaningful, ignored = _normalised(raw, family)
     settings = Settings(values)
+    if ignored:
+        settings.notes.append(
+            f"{', '.join(ignored)} of config.json means nothing to the class of transformers, so "
+            "it is left out"
+        )
     fields = family.read_config(settings)
     settings.check_all_taken(meaningful)
     try:
@@ -135,9 +140,11 @@ def _refuse(raw: dict[str, Any]) -> None:
             )
 
 
-def _normalised(raw: dict[str, Any], family: Family) -> tuple[dict[str, Any], frozenset[str]]:
-    """`(values, meaningful)`: fields as the config class of `transformers` has them, and which of
-    their names may decide the logits."""
+def _normalised(
+    raw: dict[str, Any], family: Family
+) -> tuple[dict[str, Any], frozenset[str], list[str]]:
+    """`(values, meaningful, ignored)`: fields as the config class of `transformers` has them, which
+    of their names may decide the logits, and what the class keeps without knowing it."""
     with quiet_transformers():
         from transformers import PreTrainedConfig
         from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -154,4 +161,12 @@ def _normalised(raw: dict[str, Any], family: Family) -> tuple[dict[str, Any], fr
         own = {field.name for field in dataclasses.fields(theirs)} - common
         meaningful = (own | _BEYOND_THE_CLASS) - _NOT_OF_THE_MODEL
         values = {name: getattr(theirs, name) for name in meaningful if hasattr(theirs, name)}
-    return {"model_type": family.model_type, **values}, frozenset(meaningful)
+        unknown = (vars(theirs).keys() & raw.keys()) - common - own - {"model_type"} - meaningful
+        ignored = [
+            f"{name} {raw[name]}"
+            for name in sorted(unknown)
+            if isinstance(raw[name], int | float) and raw[name] is not False
+        ]
+        if "auto_map" in raw:
+            ignored.append("the model's own code (auto_map)")
+    return {"model_type": family.model_type, **values}, frozenset(meaningful), ignored
