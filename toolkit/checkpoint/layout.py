@@ -22,6 +22,8 @@ from toolkit.storage.atomic import hash_file
 
 METADATA_FILE = ".metadata.json"
 TENSORS_FOLDER = "model_and_optim"
+MODEL_PREFIX = "model."
+"""Of names of weights there; what follows is the parameter's own name."""
 RANK_FOLDER = "train"
 HF_FOLDER = "hf"
 INVALID_SUFFIX = ".invalid"

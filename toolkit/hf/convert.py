@@ -18,7 +18,7 @@ import msgspec
 from torch import Tensor
 
 from toolkit.checkpoint.commit import SPARE_BYTES, Save, check_free_space
-from toolkit.checkpoint.layout import TENSORS_FOLDER
+from toolkit.checkpoint.layout import MODEL_PREFIX, TENSORS_FOLDER
 from toolkit.checkpoint.streaming import write_streamed_checkpoint
 from toolkit.checkpoint.tensors import iterate_tensors
 from toolkit.data.tokenizers.tokenizer import read_json
@@ -42,7 +42,6 @@ from toolkit.hf.weights import HFWeights
 from toolkit.models.config import TransformerConfig
 
 _VERSIONED = ("torch", "transformers", "tokenizers")
-_KEY = "model."
 
 
 class ConvertOptions(NamedTuple):
@@ -119,7 +118,7 @@ def convert_hf(
         if config.vocab_size > old:
             notes.append(f"{config.vocab_size - old} rows for new tokens: the mean of the others")
         plan = ImportPlan(model.family, config, weights, source_vocab_size=old)
-        layout = {_KEY + name: tensor for name, tensor in plan.layout.items()}
+        layout = {MODEL_PREFIX + name: tensor for name, tensor in plan.layout.items()}
         nbytes = sum(tensor.nbytes for tensor in layout.values())
         check_free_space(unfinished.parent, nbytes + SPARE_BYTES)
         dtypes = _dtypes(layout.values())
@@ -198,7 +197,7 @@ def _watched(
     tensors: Iterator[tuple[str, Tensor]], advance: Advance
 ) -> Iterator[tuple[str, Tensor]]:
     for name, tensor in tensors:
-        yield _KEY + name, tensor
+        yield MODEL_PREFIX + name, tensor
         advance(tensor.nbytes)
 
 
@@ -209,7 +208,7 @@ def _compare(
     ids = sample_ids(original)
     try:
         theirs = their_logits(source, ids)
-        tensors = iterate_tensors(step / TENSORS_FOLDER, _KEY)
+        tensors = iterate_tensors(step / TENSORS_FOLDER, MODEL_PREFIX)
         ours = our_logits(config, tensors, ids, str(source))
         return check_logits(ours[..., : original.vocab_size], theirs, str(source))
     except CheckpointError as error:

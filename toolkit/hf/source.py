@@ -17,6 +17,7 @@ from toolkit.checkpoint.find import find_checkpoint
 from toolkit.checkpoint.layout import (
     HF_FOLDER,
     METADATA_FILE,
+    MODEL_PREFIX,
     TENSORS_FOLDER,
     CheckpointMetadata,
     read_metadata,
@@ -43,7 +44,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 HF_CONFIG_FILE = "config.json"
-_WEIGHTS = "model."
 
 
 class ModelSource(NamedTuple):
@@ -137,7 +137,7 @@ def source_tensors(source: ModelSource) -> Iterator[tuple[str, Tensor]]:
 def kept_tensors(source: ModelSource) -> Iterator[tuple[str, Tensor]]:
     """`source_tensors` of a checkpoint as it is: of an adapter, the adapter's own."""
     assert source.checkpoint is not None, "the other kinds have one"
-    return iterate_tensors(source.checkpoint / TENSORS_FOLDER, _WEIGHTS)
+    return iterate_tensors(source.checkpoint / TENSORS_FOLDER, MODEL_PREFIX)
 
 
 def source_types(source: ModelSource) -> dict[str, torch.dtype]:
@@ -147,7 +147,7 @@ def source_types(source: ModelSource) -> dict[str, torch.dtype]:
         plan = _import_plan(source.hf_folder)
         return {name: tensor.dtype for name, tensor in plan.layout.items()}
     assert source.checkpoint is not None, "the other kinds have one"
-    return stored_types(source.checkpoint / TENSORS_FOLDER, _WEIGHTS)
+    return stored_types(source.checkpoint / TENSORS_FOLDER, MODEL_PREFIX)
 
 
 def adapter_base(source: ModelSource) -> ModelSource:

@@ -11,6 +11,7 @@ import torch
 
 from toolkit.checkpoint.anywhere import load_everything, load_weights, metadata_of
 from toolkit.checkpoint.find import Found, find_checkpoint, set_aside
+from toolkit.checkpoint.layout import MODEL_PREFIX
 from toolkit.checkpoint.remote import find_remote_checkpoint
 from toolkit.checkpoint.remote_load import download_newest
 from toolkit.errors import CheckpointError, ConfigError
@@ -142,7 +143,7 @@ def _load(trainer: "Trainer", start: Start, *, mapping: Mapping[str, str]) -> No
             _set_rng_state(state["rng"])
     elif not base_weights:
         tensors = renamed(module.state_tensors(), mapping)
-        weights = {key: t for key, t in tensors.items() if key.startswith("model.")}
+        weights = {key: t for key, t in tensors.items() if key.startswith(MODEL_PREFIX)}
         load_weights(checkpoint, weights, group)
         module.origin = metadata_of(checkpoint).extra.get("source")
     module.state_filled()

@@ -18,7 +18,7 @@ import msgspec
 import torch
 
 from toolkit.checkpoint.commit import Save, write_checkpoint
-from toolkit.checkpoint.layout import HF_FOLDER, TENSORS_FOLDER, Kind
+from toolkit.checkpoint.layout import HF_FOLDER, MODEL_PREFIX, TENSORS_FOLDER, Kind
 from toolkit.checkpoint.pieces import Resolve, TensorPieces
 from toolkit.checkpoint.tensors import iterate_tensors
 from toolkit.errors import RunError, ToolkitError, TrainingError
@@ -220,7 +220,7 @@ def _export_hf(trainer: "Trainer", unfinished: Path) -> None:
     tokenizer = trainer.train_loader.tokenizer_folder
     export_hf(
         module.model_config,
-        iterate_tensors(unfinished / TENSORS_FOLDER, "model."),
+        iterate_tensors(unfinished / TENSORS_FOLDER, MODEL_PREFIX),
         unfinished / HF_FOLDER,
         tokenizer_folder=tokenizer if tokenizer is not None and tokenizer.is_dir() else None,
         dtype=original_type(origin),
@@ -252,7 +252,7 @@ def _export_adapter(module: "TrainModule", unfinished: Path) -> None:
         module.model_config,
         family,
         lora,
-        iterate_tensors(unfinished / TENSORS_FOLDER, "model."),
+        iterate_tensors(unfinished / TENSORS_FOLDER, MODEL_PREFIX),
         unfinished / HF_FOLDER,
         base.hf_name,
     )

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from toolkit.checkpoint.layout import MODEL_PREFIX
 from toolkit.distributed.environment import TrainingEnvironment, single_environment
 from toolkit.distributed.materialize import materialize
 from toolkit.distributed.prepare import prepare_runtime
@@ -30,8 +31,6 @@ from toolkit.train.config import TransformerTrainModuleConfig
 from toolkit.train.module import Metric, Progress, TrainModule
 
 log = logging.getLogger(__name__)
-
-_MODEL = "model."
 
 
 class TransformerTrainModule(TrainModule):
@@ -164,14 +163,14 @@ class TransformerTrainModule(TrainModule):
         return {
             key: tensor
             for key, tensor in tensors.items()
-            if not key.startswith(_MODEL) or is_trained(key.removeprefix(_MODEL), lora)
+            if not key.startswith(MODEL_PREFIX) or is_trained(key.removeprefix(MODEL_PREFIX), lora)
         }
 
     def base_tensors(self) -> dict[str, torch.Tensor]:
         if self.config.lora is None:
             return {}
         tensors = self.runtime.state_tensors().items()
-        return {k: t for k, t in tensors if k.startswith(_MODEL) and not is_adapter(k)}
+        return {k: t for k, t in tensors if k.startswith(MODEL_PREFIX) and not is_adapter(k)}
 
     def state_filled(self) -> None:
         self.runtime.state_filled()
