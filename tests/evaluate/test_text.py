@@ -1,6 +1,7 @@
 """Text in, text out: streaming, ends, context, chat templates, sampling through transformers."""
 
 import json
+import math
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,10 @@ from toolkit.hf.loading import load_auto_tokenizer, load_causal_lm
 from toolkit.models.config import TransformerConfig
 
 EOS, TURN_END = 256, 257
+TINY = TransformerConfig(
+    vocab_size=258, d_model=16, num_layers=1, num_heads=2, intermediate_size=24,
+    max_sequence_length=64, init_std=0.5,
+)  # fmt: skip
 TEMPLATE = (
     "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools here') }}"
     "{% endif %}{{ m.role }}: {{ m.content }}<|turn|>\n{% endfor %}"
@@ -193,11 +198,7 @@ def test_weights_that_are_missing_are_no_random_ones(folder: Path, tmp_path: Pat
 
 
 def test_models_without_a_class_are_sampled_the_same_way() -> None:
-    config = TransformerConfig(
-        vocab_size=258, d_model=16, num_layers=1, num_heads=2, intermediate_size=24,
-        max_sequence_length=64, init_std=0.5,
-    )  # fmt: skip
-    model = PlainContinuation(config.build(), stop_ids=())
+    model = PlainContinuation(TINY.build(), stop_ids=())
     assert model.context == 64
     assert run(model, seed=1) == run(model, seed=1) != run(model, seed=2)
     assert run(model, temperature=3.0, top_p=1e-6) == run(model, temperature=0)
@@ -232,3 +233,14 @@ def test_files_that_hold_no_prompts_are_named(
         path.write_text(content)
     with pytest.raises(DataError, match=expected):
         read_prompts(path)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_weights_that_are_no_numbers_are_named(folder: Path, temperature: float) -> None:
+    theirs = load_causal_lm(folder, dtype=torch.float32)
+    ours = TINY.build()
+    for net in (theirs, ours):
+        next(net.parameters()).data.fill_(math.nan)
+    for model in (TransformersContinuation(theirs), PlainContinuation(ours, stop_ids=())):
+        with pytest.raises(CheckpointError, match="logits are nan or infinite: training diverged"):
+            run(model, temperature=temperature)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from toolkit.errors import ConfigError
-from toolkit.evaluate.generate import generate
+from toolkit.evaluate.generate import check_logits, generate
 
 OnToken = Callable[[int], None]
 
@@ -76,6 +76,9 @@ class Continuation(Protocol):
         """Call `on_token` with each new id up to the first of `stop_ids`, which is included.
 
         The same seed gives the same ids; the global random state is left alone.
+
+        Raises:
+            CheckpointError: the model's logits are no numbers.
         """
 
 
@@ -126,6 +129,7 @@ class TransformersContinuation:
                 inputs,
                 attention_mask=torch.ones_like(inputs),
                 generation_config=config,
+                logits_processor=[_checked],
                 streamer=_Tokens(on_token),
             )
 
@@ -158,6 +162,12 @@ class PlainContinuation:
             eos_id=stop_ids,
             on_token=on_token,
         )
+
+
+def _checked(ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    """What `generate` calls a logits processor."""
+    check_logits(logits)
+    return logits
 
 
 class _Tokens:

@@ -6,7 +6,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from toolkit.errors import ConfigError
+from toolkit.errors import CheckpointError, ConfigError
 
 
 class LogitsFunction(Protocol):
@@ -51,6 +51,7 @@ def generate(
 
     Raises:
         ConfigError: for an empty prompt or a setting out of range.
+        CheckpointError: the model's logits are no numbers.
     """
     if not prompt_ids:
         raise ConfigError("prompt: empty; give some text, or start from the end-of-document token")
@@ -74,6 +75,7 @@ def generate(
         with torch.compiler.set_stance("force_eager"):
             while len(ids) < len(prompt_ids) + max_new_tokens:
                 logits = model(torch.tensor([ids[-window:]], device=device))[0, -1].float().cpu()
+                check_logits(logits)
                 choice = _choose(logits, temperature, top_k, top_p, generator)
                 ids.append(broadcast(choice) if broadcast is not None else choice)
                 if on_token is not None:
@@ -84,6 +86,15 @@ def generate(
         if isinstance(model, torch.nn.Module):
             model.train(was_training)
     return ids[len(prompt_ids) :]
+
+
+def check_logits(logits: Tensor) -> None:
+    """Raise CheckpointError where nothing can be drawn from `logits`, or only a meaningless id."""
+    if not torch.isfinite(logits.amax()):
+        raise CheckpointError(
+            "the model's logits are nan or infinite: training diverged, or its weights are "
+            "damaged; take another checkpoint"
+        )
 
 
 def _choose(
