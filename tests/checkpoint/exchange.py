@@ -16,6 +16,7 @@ from tests.tiny import module_config, open_environment, tiny_model, train_steps
 from toolkit.checkpoint.commit import load_checkpoint, save_checkpoint
 from toolkit.checkpoint.tensors import iterate_tensors
 from toolkit.distributed.environment import TrainingEnvironment
+from toolkit.models.moe_config import MoEConfig
 from toolkit.optim.config import AdamWConfig, GroupOverride, OptimConfig, SGDConfig
 from toolkit.train.config import TransformerTrainModuleConfig
 from toolkit.train.transformer import TransformerTrainModule
@@ -92,6 +93,20 @@ VARIANTS = {
         ),
         model=_UNEVEN,
         frozen=("embeddings.*", "blocks.1.feed_forward.down.weight"),
+    ),
+    # Three experts on four ranks.
+    "adamw-experts": Variant(
+        AdamWConfig(lr=1e-3),
+        model={
+            "moe": MoEConfig(
+                num_experts=3,
+                top_k=2,
+                intermediate_size=5,
+                shared_expert_intermediate_size=7,
+                dense_layers=(0,),
+            ),
+            "init_std": 0.1,
+        },
     ),
 }
 
