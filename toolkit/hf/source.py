@@ -161,7 +161,8 @@ def adapter_base(source: ModelSource) -> ModelSource:
     path = Path(str(recorded.get("path")))
     if not (path / METADATA_FILE).is_file():
         raise CheckpointError(
-            f"{source.where}: an adapter, whose base {path} is not there any more; put it back"
+            f"{source.where}: an adapter, whose base {path} is not there any more; put it back, "
+            "or a link to where it is now"
         )
     if read_metadata(path).xxh3 != recorded.get("fingerprint"):
         raise CheckpointError(
