@@ -12,7 +12,8 @@ if TYPE_CHECKING:
 def verify(
     context: typer.Context,
     run_dir: Annotated[
-        str, typer.Argument(metavar="RUN_DIR", help="A run, a converted model, or a step{N} folder.")
+        str,
+        typer.Argument(metavar="RUN_DIR", help="A run, a converted model, or a step{N} folder."),
     ],
     quick: Annotated[
         bool, typer.Option("--quick", help="Compare sizes only, not contents.")
