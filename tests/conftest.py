@@ -1,5 +1,6 @@
 """Fixtures shared by all tests."""
 
+import logging
 import os
 from collections.abc import Iterator
 
@@ -20,12 +21,22 @@ hypothesis.settings.load_profile("toolkit")
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """For `-n 2 --dist loadgroup` of pytest-xdist: the tests of a file stay together, and so do
+    """For `-n 3 --dist loadgroup` of pytest-xdist: the tests of a file stay together, and so do
     those that look at the runs of tests/e2e/conftest.py."""
     if config.pluginmanager.hasplugin("xdist"):
         for item in items:
             group = "e2e" if item.path.parent.name == "e2e" else item.nodeid.partition("::")[0]
             item.add_marker(pytest.mark.xdist_group(group))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _loggers_as_at_first() -> None:
+    """Whatever files ran before in this process, a file finds the loggers that it finds alone."""
+    logger = logging.getLogger("toolkit")
+    logger.setLevel(logging.NOTSET)
+    logger.propagate = True
+    for handler in list(logger.handlers):
+        logger.removeHandler(handler)
 
 
 @pytest.fixture(scope="session")
