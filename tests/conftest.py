@@ -21,7 +21,7 @@ hypothesis.settings.load_profile("toolkit")
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """For `-n 3 --dist loadgroup` of pytest-xdist: the tests of a file stay together, and so do
+    """For `-n 2 --dist loadgroup` of pytest-xdist: the tests of a file stay together, and so do
     those that look at the runs of tests/e2e/conftest.py."""
     if config.pluginmanager.hasplugin("xdist"):
         for item in items:
