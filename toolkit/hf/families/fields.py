@@ -38,6 +38,12 @@ def write_activation(config: TransformerConfig) -> str:
     }[config.feed_forward]
 
 
+def read_attention_bias(settings: Settings) -> dict[str, Any]:
+    """Our two fields for `attention_bias`, which means all projections of attention."""
+    bias = settings.take("attention_bias")
+    return {"qkv_bias": bias, "attention_output_bias": bias}
+
+
 def read_init_std(settings: Settings) -> float:
     """Only training from scratch uses it, so a model without one gets the usual value."""
     return settings.take("initializer_range", None) or _DEFAULT_INIT_STD

@@ -6,18 +6,17 @@ from typing import Any
 from toolkit.errors import CheckpointError
 from toolkit.hf.families.fields import (
     check_whole_heads,
-    read_gated_activation,
-    read_init_std,
+    read_attention_bias,
     read_layer_types,
-    write_activation,
     write_layer_types,
 )
-from toolkit.hf.families.llama import decoder_rules, write_shared
+from toolkit.hf.families.llama import decoder_rules, read_shared, write_shared
 from toolkit.hf.families.rope import read_rope, write_rope
 from toolkit.hf.family import Family
 from toolkit.hf.settings import Settings
 from toolkit.models.config import TransformerConfig
 
+ACTIVATION = "hidden_activation"
 NORMS = {
     "input_layernorm": "attention_norm",
     "post_attention_layernorm": "attention_output_norm",
@@ -28,13 +27,10 @@ NORMS = {
 
 def write_gemma(config: TransformerConfig) -> dict[str, Any]:
     """Fields that Gemma 2 and 3 have in common, but for rope's."""
-    fields = write_shared(config)
-    del fields["hidden_act"]
     scale = config.attention_scale or config.attention_head_dim**-0.5
     return {
-        **fields,
+        **write_shared(config, activation=ACTIVATION),
         "head_dim": config.attention_head_dim,
-        "hidden_activation": write_activation(config),
         "attention_bias": config.has_qkv_bias,
         # The class takes whole numbers only; another scale is then not what is read back.
         "query_pre_attn_scalar": round(scale**-2),
@@ -48,36 +44,21 @@ def read_gemma(settings: Settings) -> dict[str, Any]:
     """Our fields for what `write_gemma` writes."""
     check_whole_heads(settings)
     settings.require("use_bidirectional_attention", False, None)
-    settings.without_effect("attention_dropout")
     divisor = settings.take("query_pre_attn_scalar")
     if divisor <= 0:
         raise CheckpointError(
             f"config.json: query_pre_attn_scalar {divisor} must be greater than 0"
         )
-    width, bias = settings.take("hidden_size"), settings.take("attention_bias")
     return {
-        "vocab_size": settings.take("vocab_size"),
-        "d_model": width,
-        "intermediate_size": settings.take("intermediate_size"),
-        "num_layers": settings.take("num_hidden_layers"),
-        "num_heads": settings.take("num_attention_heads"),
-        "num_key_value_heads": settings.take("num_key_value_heads"),
+        **read_shared(settings, activation=ACTIVATION),
+        **read_attention_bias(settings),
         "head_dim": settings.take("head_dim"),
-        "max_sequence_length": settings.take("max_position_embeddings"),
-        "norm": "rms_norm",
-        "norm_eps": settings.take("rms_norm_eps"),
         "norm_weight_offset": 1.0,
         "norm_placement": "sandwich",
-        "positions": "rope",
         "attention_scale": divisor**-0.5,
         "attention_soft_cap": settings.take("attn_logit_softcapping"),
         "logit_soft_cap": settings.take("final_logit_softcapping"),
-        "embedding_scale": math.sqrt(width),
-        "feed_forward": read_gated_activation(settings, "hidden_activation"),
-        "qkv_bias": bias,
-        "attention_output_bias": bias,
-        "init_std": read_init_std(settings),
-        "tie_embeddings": settings.take("tie_word_embeddings"),
+        "embedding_scale": math.sqrt(settings.take("hidden_size")),
         **read_layer_types(settings),
     }
 

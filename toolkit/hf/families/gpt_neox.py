@@ -5,6 +5,7 @@ from typing import Any
 
 from toolkit.hf.families.fields import (
     check_whole_heads,
+    read_attention_bias,
     read_init_std,
     read_plain_activation,
     write_activation,
@@ -54,7 +55,6 @@ def _read_config(settings: Settings) -> dict[str, Any]:
     settings.without_effect(*_DROPOUT, "is_decoder")
     # Of classes that share this config and have another head.
     settings.take("classifier_dropout", None)
-    bias = settings.take("attention_bias")
     return {
         "vocab_size": settings.take("vocab_size"),
         "d_model": settings.take("hidden_size"),
@@ -68,8 +68,7 @@ def _read_config(settings: Settings) -> dict[str, Any]:
         "positions": "rope",
         "feed_forward": read_plain_activation(settings, "hidden_act"),
         "bias": True,
-        "qkv_bias": bias,
-        "attention_output_bias": bias,
+        **read_attention_bias(settings),
         "init_std": read_init_std(settings),
         "tie_embeddings": settings.take("tie_word_embeddings"),
         **read_rope(settings, is_partial=True),

@@ -5,6 +5,7 @@ from typing import Any
 
 from toolkit.hf.families.fields import (
     check_whole_heads,
+    read_attention_bias,
     read_gated_activation,
     read_init_std,
     write_activation,
@@ -28,8 +29,11 @@ FEED_FORWARD = {
 PRE_NORMS = {"input_layernorm": "attention_norm", "post_attention_layernorm": "feed_forward_norm"}
 
 
-def write_shared(config: TransformerConfig) -> dict[str, Any]:
-    """Fields of config.json that Llama and its descendants have in common, but for rope's."""
+def write_shared(config: TransformerConfig, *, activation: str = "hidden_act") -> dict[str, Any]:
+    """Fields of config.json that Llama and its descendants have in common, but for rope's.
+
+    `activation`: the field that names it.
+    """
     return {
         "vocab_size": config.vocab_size,
         "hidden_size": config.d_model,
@@ -37,7 +41,7 @@ def write_shared(config: TransformerConfig) -> dict[str, Any]:
         "num_hidden_layers": config.num_layers,
         "num_attention_heads": config.num_heads,
         "num_key_value_heads": config.kv_heads,
-        "hidden_act": write_activation(config),
+        activation: write_activation(config),
         "max_position_embeddings": config.max_sequence_length,
         "rms_norm_eps": config.norm_eps,
         "initializer_range": config.init_std,
@@ -45,7 +49,7 @@ def write_shared(config: TransformerConfig) -> dict[str, Any]:
     }
 
 
-def read_shared(settings: Settings) -> dict[str, Any]:
+def read_shared(settings: Settings, *, activation: str = "hidden_act") -> dict[str, Any]:
     """Our fields for what `write_shared` writes; RMS norms and rotary positions."""
     settings.without_effect("attention_dropout")
     return {
@@ -59,7 +63,7 @@ def read_shared(settings: Settings) -> dict[str, Any]:
         "norm": "rms_norm",
         "norm_eps": settings.take("rms_norm_eps"),
         "positions": "rope",
-        "feed_forward": read_gated_activation(settings, "hidden_act"),
+        "feed_forward": read_gated_activation(settings, activation),
         "init_std": read_init_std(settings),
         "tie_embeddings": settings.take("tie_word_embeddings"),
     }
@@ -126,13 +130,11 @@ def _write_config(config: TransformerConfig) -> dict[str, Any]:
 def _read_config(settings: Settings) -> dict[str, Any]:
     settings.without_effect("pretraining_tp")
     check_whole_heads(settings)
-    bias = settings.take("attention_bias")
     return {
         **read_shared(settings),
         **read_rope(settings),
+        **read_attention_bias(settings),
         "head_dim": settings.take("head_dim"),
-        "qkv_bias": bias,
-        "attention_output_bias": bias,
         "feed_forward_bias": settings.take("mlp_bias"),
     }
 

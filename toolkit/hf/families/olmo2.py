@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from toolkit.hf.families.fields import write_head_dim
+from toolkit.hf.families.fields import read_attention_bias, write_head_dim
 from toolkit.hf.families.llama import decoder_rules, read_shared, write_shared
 from toolkit.hf.families.rope import read_rope, write_rope
 from toolkit.hf.family import Family
@@ -17,23 +17,21 @@ NORMS = {
 }
 
 
-def _write_config(config: TransformerConfig) -> dict[str, Any]:
+def write_olmo(config: TransformerConfig) -> dict[str, Any]:
+    """Fields that OLMo 2 and 3 have in common, but for rope's."""
     return {
         **write_shared(config),
         "attention_bias": config.has_qkv_bias,
         **write_head_dim(config),
-        **write_rope(config),
     }
 
 
-def _read_config(settings: Settings) -> dict[str, Any]:
-    bias = settings.take("attention_bias")
+def read_olmo(settings: Settings) -> dict[str, Any]:
+    """Our fields for what `write_olmo` writes."""
     return {
         **read_shared(settings),
-        **read_rope(settings),
+        **read_attention_bias(settings),
         "head_dim": settings.take("head_dim", None),
-        "qkv_bias": bias,
-        "attention_output_bias": bias,
         "norm_placement": "reordered",
         "qk_norm": "full",
     }
@@ -42,7 +40,7 @@ def _read_config(settings: Settings) -> dict[str, Any]:
 OLMO2 = Family(
     model_type="olmo2",
     architecture="Olmo2ForCausalLM",
-    write_config=_write_config,
-    read_config=_read_config,
+    write_config=lambda config: {**write_olmo(config), **write_rope(config)},
+    read_config=lambda settings: {**read_olmo(settings), **read_rope(settings)},
     rules=lambda config: decoder_rules(config, NORMS),
 )

@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from toolkit.hf.families.fields import read_layer_types, write_head_dim, write_layer_types
-from toolkit.hf.families.llama import decoder_rules, read_shared, write_shared
-from toolkit.hf.families.olmo2 import NORMS
+from toolkit.hf.families.fields import read_layer_types, write_layer_types
+from toolkit.hf.families.llama import decoder_rules
+from toolkit.hf.families.olmo2 import NORMS, read_olmo, write_olmo
 from toolkit.hf.families.rope import read_rope_by_kind, write_rope_by_kind
 from toolkit.hf.family import Family
 from toolkit.hf.settings import Settings
@@ -13,25 +13,17 @@ from toolkit.models.config import TransformerConfig
 
 def _write_config(config: TransformerConfig) -> dict[str, Any]:
     return {
-        **write_shared(config),
-        **write_head_dim(config),
-        "attention_bias": config.has_qkv_bias,
+        **write_olmo(config),
         **write_layer_types(config),
         **write_rope_by_kind(config),
     }
 
 
 def _read_config(settings: Settings) -> dict[str, Any]:
-    bias = settings.take("attention_bias")
     return {
-        **read_shared(settings),
+        **read_olmo(settings),
         **read_layer_types(settings),
         **read_rope_by_kind(settings),
-        "head_dim": settings.take("head_dim", None),
-        "qkv_bias": bias,
-        "attention_output_bias": bias,
-        "norm_placement": "reordered",
-        "qk_norm": "full",
     }
 
 

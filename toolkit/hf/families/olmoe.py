@@ -3,18 +3,13 @@
 from typing import Any
 
 from toolkit.hf.families.experts import expert_rules, read_experts, write_experts
-from toolkit.hf.families.fields import check_whole_heads
-from toolkit.hf.families.llama import PRE_NORMS, decoder_rules, read_shared, write_shared
+from toolkit.hf.families.fields import check_whole_heads, read_attention_bias
+from toolkit.hf.families.llama import decoder_rules, read_shared, write_shared
+from toolkit.hf.families.qwen3 import NORMS
 from toolkit.hf.families.rope import read_rope, write_rope
 from toolkit.hf.family import Family
 from toolkit.hf.settings import Settings
 from toolkit.models.config import TransformerConfig
-
-NORMS = {
-    **PRE_NORMS,
-    "self_attn.q_norm": "attention.query_norm",
-    "self_attn.k_norm": "attention.key_norm",
-}
 
 
 def _write_config(config: TransformerConfig) -> dict[str, Any]:
@@ -31,12 +26,10 @@ def _write_config(config: TransformerConfig) -> dict[str, Any]:
 def _read_config(settings: Settings) -> dict[str, Any]:
     settings.require("clip_qkv", None)
     check_whole_heads(settings)
-    bias = settings.take("attention_bias")
     return {
         **read_shared(settings),
         **read_rope(settings),
-        "qkv_bias": bias,
-        "attention_output_bias": bias,
+        **read_attention_bias(settings),
         "qk_norm": "full",
         "moe": read_experts(settings, normalize_top_k=settings.take("norm_topk_prob")),
     }

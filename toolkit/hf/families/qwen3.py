@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from toolkit.hf.families.fields import read_attention_bias
 from toolkit.hf.families.llama import PRE_NORMS, decoder_rules, read_shared, write_shared
 from toolkit.hf.families.qwen2 import read_windows, write_windows
 from toolkit.hf.families.rope import read_rope, write_rope
@@ -28,13 +29,11 @@ def write_attention(config: TransformerConfig) -> dict[str, Any]:
 
 def read_attention(settings: Settings) -> dict[str, Any]:
     """Our fields for what `write_attention` writes."""
-    bias = settings.take("attention_bias")
     return {
         **read_rope(settings),
         **read_windows(settings),
         "head_dim": settings.take("head_dim"),
-        "qkv_bias": bias,
-        "attention_output_bias": bias,
+        **read_attention_bias(settings),
         "qk_norm": "per_head",
     }
 

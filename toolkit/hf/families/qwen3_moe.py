@@ -4,7 +4,7 @@ from typing import Any
 
 from toolkit.errors import CheckpointError
 from toolkit.hf.families.experts import expert_rules, read_experts, write_experts
-from toolkit.hf.families.fields import write_head_dim, write_only_window
+from toolkit.hf.families.fields import read_attention_bias, write_head_dim, write_only_window
 from toolkit.hf.families.llama import decoder_rules, read_shared, write_shared
 from toolkit.hf.families.qwen3 import NORMS
 from toolkit.hf.families.rope import read_rope, write_rope
@@ -35,7 +35,7 @@ def _write_config(config: TransformerConfig) -> dict[str, Any]:
 
 
 def _read_config(settings: Settings) -> dict[str, Any]:
-    bias, window = settings.take("attention_bias"), settings.take("sliding_window")
+    window = settings.take("sliding_window")
     experts = read_experts(
         settings,
         intermediate_size="moe_intermediate_size",
@@ -46,8 +46,7 @@ def _read_config(settings: Settings) -> dict[str, Any]:
         **read_shared(settings),
         **read_rope(settings),
         "head_dim": settings.take("head_dim", None),
-        "qkv_bias": bias,
-        "attention_output_bias": bias,
+        **read_attention_bias(settings),
         "qk_norm": "per_head",
         "sliding_window": window if settings.take("use_sliding_window") else None,
         "moe": experts,
