@@ -4,10 +4,14 @@ Evaluation during training and `toolkit eval` add up and divide here, so they ag
 """
 
 import math
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
+
+from toolkit.data.corpus import VAL
+from toolkit.data.evaluation import EvalLoader
 
 Batch = dict[str, torch.Tensor]
 
@@ -76,3 +80,30 @@ def sum_batches(
         pair = torch.stack([sums.loss.double(), sums.num_targets.double()])
         totals = pair if totals is None else totals + pair
     return torch.zeros(2, dtype=torch.float64) if totals is None else totals.cpu()
+
+
+def evaluate_sets(
+    loaders: Mapping[str, EvalLoader],
+    loss_of: LossFunction,
+    *,
+    should_stop: Callable[[], bool] = lambda: False,
+    reduce: Callable[[torch.Tensor], Any] = lambda totals: None,
+) -> dict[str, TokenSums] | None:
+    """Sums of every set of validation instances, and where there are several, of all as "val",
+    last; None: asked to stop between two batches.
+
+    `reduce`: adds up, in place, the sums of all ranks of one set.
+    """
+    found: dict[str, TokenSums] = {}
+    for name, loader in loaders.items():
+        started = time.perf_counter()
+        totals = sum_batches(loader, loss_of, should_stop=should_stop)
+        if totals is None:
+            return None
+        reduce(totals)
+        loss, num_targets = totals.tolist()
+        num_bytes = num_targets * loader.bytes_per_token
+        found[name] = TokenSums(loss, num_targets, num_bytes, time.perf_counter() - started)
+    if len(found) > 1:
+        found[VAL] = total_sums(found.values())
+    return found

@@ -8,7 +8,6 @@
 """
 
 import contextlib
-import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -39,7 +38,7 @@ if TYPE_CHECKING:
 MOST_SEQUENCE_TOKENS = 2048
 """Default row of a model without a run; longer contexts are asked for."""
 BATCH_TOKENS = 8192
-VAL, TOTAL = "val", "total"
+TOTAL = "total"
 
 Notify = Callable[[str], None]
 
@@ -201,7 +200,7 @@ def _load(model: _Model, dtype: DType, device: str | None, notify: Notify) -> _L
 
 def _on_validation(model: _Model, run: _Run, settings: EvalSettings, notify: Notify) -> Evaluation:
     from toolkit.data.evaluation import EvalLoader
-    from toolkit.evaluate.sums import TokenSums, sum_batches, total_sums
+    from toolkit.evaluate.sums import evaluate_sets
 
     for name in ("sequence_length", "stride", "tokenizer"):
         if getattr(settings, name) is not None:
@@ -218,10 +217,8 @@ def _on_validation(model: _Model, run: _Run, settings: EvalSettings, notify: Not
             raise ConfigError(f"{model.where}: the run has no validation data; give --files PATH")
         _notice_other_data(model, corpus.train.fingerprint, notify)
         loaded = _load(model, dtype, settings.device, notify)
-        found: dict[str, TokenSums] = {}
-        for name, instances in corpus.evaluation.items():
-            started = time.perf_counter()
-            loader = EvalLoader(
+        loaders = {
+            name: EvalLoader(
                 instances,
                 eval_tokens=run.config.data_loader.eval_tokens,
                 batch_tokens=batch_tokens,
@@ -229,15 +226,12 @@ def _on_validation(model: _Model, run: _Run, settings: EvalSettings, notify: Not
                 world_size=1,
                 vocab_size=corpus.vocab_size or loaded.vocab_size,
             )
-            totals = sum_batches(loader, loaded.loss_of)
-            assert totals is not None, "nothing asked to stop"
-            loss, num_targets = totals.tolist()
-            num_bytes = num_targets * loader.bytes_per_token
-            found[name] = TokenSums(loss, num_targets, num_bytes, time.perf_counter() - started)
+            for name, instances in corpus.evaluation.items()
+        }
+        found = evaluate_sets(loaders, loaded.loss_of)
+        assert found is not None, "nothing asked to stop"
     finally:
         corpus.close()
-    if len(found) > 1:
-        found[VAL] = total_sums(found.values())
     return Evaluation(
         source=model.where,
         step=model.step,

@@ -6,14 +6,11 @@ from typing import Any
 
 import torch.distributed as dist
 
-from toolkit.data.evaluation import EvalLoader
-from toolkit.evaluate.sums import TokenSums, sum_batches, total_sums
+from toolkit.evaluate.sums import evaluate_sets
 from toolkit.train.callbacks.base import Callback
 from toolkit.train.config import LMEvaluatorConfig
 
 log = logging.getLogger(__name__)
-
-VAL = "val"
 
 
 class LMEvaluator(Callback):
@@ -52,29 +49,16 @@ class LMEvaluator(Callback):
         trainer = self.trainer
         if not trainer.eval_loaders or trainer.config.no_evals or self._done_at == trainer.step:
             return
-        found: dict[str, TokenSums] = {}
-        for name, loader in trainer.eval_loaders.items():
-            sums = self._evaluate_one(loader)
-            if sums is None:
-                return
-            found[name] = sums
+        group = trainer.environment.cpu_group
+        found = evaluate_sets(
+            trainer.eval_loaders,
+            trainer.train_module.eval_batch,
+            should_stop=trainer.should_stop,
+            reduce=lambda totals: None if group is None else dist.all_reduce(totals, group=group),
+        )
+        if found is None:
+            return
         self._done_at = trainer.step
-        if len(found) > 1:
-            found[VAL] = total_sums(found.values())
         for name, sums in found.items():
             result = {"tokens": trainer.tokens, "time": time.time(), "name": name}
             trainer.record_eval(result | sums.numbers())
-
-    def _evaluate_one(self, loader: EvalLoader) -> TokenSums | None:
-        """Sums over all ranks; None: asked to stop meanwhile."""
-        started = time.perf_counter()
-        trainer = self.trainer
-        evaluate = trainer.train_module.eval_batch
-        totals = sum_batches(loader, evaluate, should_stop=trainer.should_stop)
-        if totals is None:
-            return None
-        if trainer.environment.cpu_group is not None:
-            dist.all_reduce(totals, group=trainer.environment.cpu_group)
-        loss, num_targets = totals.tolist()
-        num_bytes = num_targets * loader.bytes_per_token
-        return TokenSums(loss, num_targets, num_bytes, time.perf_counter() - started)
