@@ -2,22 +2,20 @@
 
 import re
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 
 from toolkit.data.tokens.scanning import scan_progress
 from toolkit.errors import ConfigError
 from toolkit.experiment.model_facts import card_of
+from toolkit.experiment.models import WeightType, torch_dtype
 from toolkit.hf.choose import choose_family
 from toolkit.hf.export import Exported, chosen_types, export_source, first_type
 from toolkit.hf.folder import check_unused
 from toolkit.hf.model_card import render_card
 from toolkit.hf.source import ModelSource, find_source, is_tokenizer
 
-DTYPES = {
-    "auto": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16,
-}  # fmt: skip
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?B)?\Z", re.IGNORECASE)
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
@@ -25,8 +23,8 @@ _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 class ExportOptions(NamedTuple):
     """What was asked for."""
 
-    dtype: str = "auto"
-    """A key of `DTYPES`; auto: see `chosen_types`."""
+    dtype: WeightType | Literal["auto"] = "auto"
+    """auto: see `chosen_types`."""
     max_shard_size: str = "5GB"
     merge_adapter: bool = False
     tokenizer: str | None = None
@@ -52,7 +50,7 @@ def export_model(path: str, folder: Path, options: ExportOptions) -> tuple[Model
         if not is_tokenizer(tokenizer):
             raise ConfigError(f"--tokenizer {tokenizer}: no tokenizer.json there")
         source = source._replace(tokenizer_folder=tokenizer)
-    dtype = DTYPES[options.dtype]
+    dtype = None if options.dtype == "auto" else torch_dtype(options.dtype)
     merged = source.lora is None or options.merge_adapter
     kept = first_type(dtype or (chosen_types(source) if merged else torch.float32))
     family = choose_family(source.config, source.origin.get("model_type"))

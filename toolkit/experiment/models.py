@@ -11,6 +11,9 @@ if TYPE_CHECKING:
     import torch
 
 DType = Literal["fp32", "bf16"]
+"""Precisions of a computation."""
+WeightType = Literal["fp32", "bf16", "fp16"]
+"""Types that weights are kept in."""
 
 
 def hf_folder_of(where: str) -> Path | None:
@@ -54,8 +57,8 @@ def pick_device(name: str | None) -> "torch.device":
     return device
 
 
-def torch_dtype(name: DType) -> "torch.dtype":
-    """`fp32` or `bf16` as torch calls it."""
+def torch_dtype(name: WeightType) -> "torch.dtype":
+    """A type as torch calls it."""
     import torch
 
-    return {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
