@@ -38,7 +38,7 @@ def test_what_it_writes_is_trained(
 ) -> None:
     assert cli.run(["convert-hf", str(original), "out"]) == 0
     first, compared, following = capsys.readouterr().out.splitlines()
-    assert first.startswith("out: qwen3, 15,512 parameters, bfloat16, 3.1e-05 GB, ")
+    assert first.startswith("out: qwen3, 15,512 parameters, bfloat16, 31 kB, ")
     assert compared.startswith("logits equal those of transformers: largest difference ")
     assert following.startswith("next: toolkit train out/finetune.json --dataset.source=")
     assert cli.run(["verify", "out"]) == 0

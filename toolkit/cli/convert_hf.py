@@ -93,10 +93,12 @@ def convert_hf(
 
 
 def _print_summary(conversion: "Conversion", out: str, seconds: float) -> None:
+    from toolkit.cli.table import size_text
+
     config = conversion.config
     typer.echo(
         f"{out}: {conversion.model_type}, {config.num_parameters:,} parameters, "
-        f"{' and '.join(conversion.dtypes)}, {conversion.nbytes / 1e9:.3g} GB, {seconds:.1f} s"
+        f"{' and '.join(conversion.dtypes)}, {size_text(conversion.nbytes)}, {seconds:.1f} s"
     )
     for note in conversion.notes:
         typer.echo(f"note: {note}")

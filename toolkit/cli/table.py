@@ -21,3 +21,15 @@ def print_table(
     typer.echo(typer.style(line(header), bold=True))
     for row in rows:
         typer.echo(line(row))
+
+
+def size_text(number: int | None) -> str:
+    """Bytes as people read them; "-" where the number is not known."""
+    if number is None:
+        return "-"
+    size = float(number)
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.3g} {unit}" if unit != "B" else f"{number} B"
+        size /= 1000
+    return f"{size:.4g} TB"

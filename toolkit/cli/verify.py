@@ -72,7 +72,7 @@ def verify(
 
 
 def _print_reports(reports: "list[CheckpointReport]", run_dir: str, *, quick: bool) -> None:
-    from toolkit.cli.table import print_table
+    from toolkit.cli.table import print_table, size_text
 
     if not reports:
         typer.echo(f"no checkpoints in {run_dir}")
@@ -84,7 +84,7 @@ def _print_reports(reports: "list[CheckpointReport]", run_dir: str, *, quick: bo
             [
                 report.folder.name,
                 f"{saved.engine} x {saved.world_size}" if (saved := report.metadata) else "-",
-                _size(report.size),
+                size_text(report.size),
                 report.problem or whole,
             ]
             for report in reports
@@ -116,14 +116,3 @@ def _print_receipt(receipt: "Receipt") -> None:
             f"{where.replayed!r} (largest relative difference {receipt.largest_difference:.3g})"
         )
     typer.echo(f"receipt: {receipt.file}")
-
-
-def _size(number: int | None) -> str:
-    if number is None:
-        return "-"
-    size = float(number)
-    for unit in ("B", "kB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.3g} {unit}" if unit != "B" else f"{number} B"
-        size /= 1000
-    return f"{size:.4g} TB"
