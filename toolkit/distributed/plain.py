@@ -71,11 +71,12 @@ class PlainRuntime(EngineRuntime):
         run would not be bit-equal to that of a run that goes on.
         """
         trainable = [p for p in self.module.parameters() if p.requires_grad]
-        zero_from_all = lambda: torch.stack([p.sum() for p in trainable]).sum() * 0.0  # noqa: E731
+        zero_from_all = lambda _: torch.stack([p.sum() for p in trainable]).sum() * 0.0  # noqa: E731
         before = vars(self.module).get("forward")
         self.module.forward = zero_from_all
         try:
-            model().backward()
+            # On GPUs, where DDP has device_ids, it moves its inputs and fails without any.
+            model(torch.zeros((), device=self.environment.device)).backward()
         finally:
             del self.module.forward
             if before is not None:
