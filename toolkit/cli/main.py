@@ -29,6 +29,8 @@ from toolkit.cli import (
     verify,
 )
 from toolkit.cli.data.app import app as data_app
+from toolkit.distributed.allocator import set_allocator_defaults
+from toolkit.distributed.ranks import adopt_ranks
 from toolkit.errors import EXIT_BAD_INPUT, EXIT_DONE, ToolkitError
 
 EXIT_INTERRUPTED = 130
@@ -88,6 +90,7 @@ def main() -> None:
     # Read by libgomp when torch loads it. Its threads spin while they wait, by default so long that
     # two programs with as many threads as cores slow each other down tenfold (docs/LOG.md).
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    set_allocator_defaults()
     sys.exit(run(sys.argv[1:]))
 
 
@@ -101,6 +104,7 @@ def run(args: Sequence[str]) -> int:
         print(f"toolkit {__version__}")
         return EXIT_DONE
     try:
+        adopt_ranks(os.environ)
         result = app(words, prog_name="toolkit", standalone_mode=False, obj=debug)
         sys.stdout.flush()
         return result if isinstance(result, int) else EXIT_DONE

@@ -38,7 +38,7 @@ def materialize(
         compile_parts(model)  # type: ignore[arg-type]
         # Blocks are compiled one by one. DDP's own splitting would cut each of them again, where
         # a bucket of gradients ends.
-        torch._dynamo.config.optimize_ddp = False  # type: ignore[attr-defined]
+        torch._dynamo.config.optimize_ddp = False
     engine = environment.engine
     if engine.zero_stage == 3:
         _partition(model, environment, specs)

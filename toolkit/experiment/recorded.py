@@ -134,23 +134,23 @@ def precision_again(
 
 def processes_here(recorded: int) -> int:
     """As many processes as were recorded, or as the machine has devices if those are fewer."""
-    import torch
+    from toolkit.distributed.devices import usable_gpus
 
-    devices = torch.cuda.device_count() if torch.cuda.is_available() else recorded
-    return min(recorded, devices)
+    return min(recorded, usable_gpus() or recorded)
 
 
 def describe_engine(engine: Engine) -> EngineRecord:
     """`engine` on this machine, as metadata/engine.json keeps it."""
     import torch
 
-    on_gpu = torch.cuda.is_available()
+    from toolkit.distributed.devices import cpu_name, usable_gpus
+
     return EngineRecord(
         name=engine.name,
         world_size=engine.world_size,
         precision=engine.precision,
         threads=torch.get_num_threads(),
-        device=torch.cuda.get_device_name() if on_gpu else _cpu_model(),
+        device=torch.cuda.get_device_name() if usable_gpus() else cpu_name(),
         dp_config=engine.as_config(),
     )
 
@@ -209,15 +209,3 @@ def versions_of(folder: Path, attempt: int) -> dict[str, str | None]:
         return {name: versions.get(name) for name in VERSIONED}
     except (OSError, msgspec.MsgspecError, KeyError, TypeError, AttributeError):
         return {}
-
-
-def _cpu_model() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    import platform
-
-    return platform.processor() or platform.machine()

@@ -25,11 +25,11 @@ from toolkit.experiment.agreement import check_agreement
 from toolkit.experiment.changes import config_changes
 from toolkit.experiment.checks import check_corpus, check_experiment, rank_microbatch_size
 from toolkit.experiment.config import ExperimentConfig
+from toolkit.experiment.opening import opening_lines
 from toolkit.experiment.preflight import check_continuation, check_optimizer
 from toolkit.experiment.recorded import describe_engine, plan_resume
 from toolkit.experiment.relaunch import relaunch
 from toolkit.experiment.restarts import current_launch, find_predecessor, stays_stopped
-from toolkit.models.counts import shown_parameters
 from toolkit.runs.environment import mask_secrets
 from toolkit.runs.files import RUN_FILES
 from toolkit.runs.manager import RunManager
@@ -172,7 +172,8 @@ def _train(
             check_text=False,
         )
         check_agreement(config, environment, train_dl, eval_dl)
-        _log_start(config, environment.engine, run)
+        for line in opening_lines(config, environment, run.folder):
+            log.info("%s", line)
         _log_data(train_dl)
         model = config.model.build(init_device="meta")
         train_module = config.train_module.build(model, environment=environment)
@@ -313,18 +314,6 @@ def _log_metadata(
         precision=engine.precision,
     )
     run.log_metadata(describe_engine(engine), RUN_FILES.engine)
-
-
-def _log_start(config: ExperimentConfig, engine: Engine, run: RunManager) -> None:
-    for notice in engine.notices:
-        log.info("%s", notice)
-    log.info(
-        "training %s parameters on %s, %s: %s",
-        shown_parameters(config.model),
-        f"{engine.world_size} process" + ("es" if engine.world_size > 1 else ""),
-        f"{engine.name} in {engine.precision}",
-        run.folder,
-    )
 
 
 def _log_data(train_loader: "TrainLoader") -> None:

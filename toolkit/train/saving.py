@@ -260,6 +260,6 @@ def _export_adapter(module: "TrainModule", unfinished: Path) -> None:
 
 def _rng_state() -> dict[str, Any]:
     state: dict[str, Any] = {"python": list(random.getstate()[1]), "torch": torch.get_rng_state()}
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():  # not by a run on the CPU, whatever the machine has
         state["cuda"] = torch.cuda.get_rng_state()
     return state
