@@ -10,7 +10,6 @@ import io
 import pickle
 import struct
 from collections import OrderedDict
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, BinaryIO
 
 import torch
@@ -20,6 +19,7 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPla
 from torch.futures import Future
 
 from toolkit.errors import CheckpointError
+from toolkit.threads import ThreadPool
 
 _READERS = 4
 _PART_BYTES = 16 << 20
@@ -35,7 +35,7 @@ class RangeReader(FileSystemReader):
             by_file.setdefault(info.relative_path, []).append(item)
         parts = [(name, part) for name, items in by_file.items() for part in self._parts(items)]
         if len(parts) > 1:
-            with ThreadPoolExecutor(_READERS) as readers:
+            with ThreadPool(_READERS) as readers:
                 list(readers.map(lambda part: self._read_part(part[0], part[1], planner), parts))
         elif parts:
             self._read_part(parts[0][0], parts[0][1], planner)

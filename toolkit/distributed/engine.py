@@ -15,6 +15,7 @@ from toolkit.distributed.launcher import (
     EngineChoice,
     EngineName,
     check_deepspeed,
+    deepspeed_notices,
     launcher_choice,
     launcher_notices,
     launcher_precision,
@@ -128,7 +129,13 @@ def _config_choice(config: DataParallelConfig | None) -> EngineChoice | None:
         return None
     is_zero = config.name.startswith("zero")
     deepspeed = config.deepspeed_config
-    check_deepspeed(deepspeed, f"{DP_CONFIG}.deepspeed_config")
+    where = f"{DP_CONFIG}.deepspeed_config"
+    check_deepspeed(deepspeed, where)
+    stage = deepspeed.get("zero_optimization", {}).get("stage", "auto")  # an object: checked
+    if is_zero and str(stage) not in ("auto", config.name.removeprefix("zero")):
+        raise ConfigError(
+            f"{where} says stage {stage}, {DP_CONFIG}.name says {config.name}; keep one of them"
+        )
     if is_zero and config.cpu_offload:
         parts = ("optimizer", "param") if config.name == "zero3" else ("optimizer",)
         deepspeed = with_offload(deepspeed, *parts)
@@ -141,6 +148,7 @@ def _config_choice(config: DataParallelConfig | None) -> EngineChoice | None:
         reshard_after_forward=config.reshard_after_forward,
         cpu_offload=config.cpu_offload and not is_zero,
         deepspeed_config=deepspeed,
+        notices=deepspeed_notices(deepspeed, where),
     )
 
 
@@ -165,7 +173,8 @@ def _merge(launched: EngineChoice, configured: EngineChoice) -> EngineChoice:
                 "keep one of them"
             )
         merged[field] = theirs if ours == unset else ours
-    return msgspec.structs.replace(launched, **merged)
+    notices = tuple(dict.fromkeys((*launched.notices, *configured.notices)))
+    return msgspec.structs.replace(launched, notices=notices, **merged)
 
 
 def _mesh(choice: EngineChoice, world_size: int) -> tuple[int, int]:

@@ -281,6 +281,15 @@ def _forget_deepspeed_groups() -> None:
         groups._WORLD_GROUP = groups.mesh_device = None
 
 
+def set_collective_timeouts() -> None:
+    """Give all process groups of this process our time-out; torch and DeepSpeed make some (meshes,
+    sub-groups) with their own, ten minutes for NCCL."""
+    if not dist.is_initialized():
+        return
+    for group in list(dist.distributed_c10d._world.pg_map):
+        dist.distributed_c10d._set_pg_timeout(COLLECTIVE_TIMEOUT, group)
+
+
 def _init_process_group(device: torch.device, world_size: int) -> None:
     _closed_backends.clear()
     if dist.is_initialized():
@@ -294,7 +303,10 @@ def _init_process_group(device: torch.device, world_size: int) -> None:
     for name, value in (("MASTER_PORT", "0"), ("RANK", "0"), ("WORLD_SIZE", "1")):
         os.environ.setdefault(name, value)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    extra: dict[str, Any] = {"device_id": device} if device.type == "cuda" else {}
+    extra: dict[str, Any] = {}
+    if device.type == "cuda" and world_size > 1:
+        # Alone there is nobody to connect to; torch would open a communicator for every group.
+        extra["device_id"] = device
     if world_size == 1:
         # A private in-memory store: no port, so parallel runs on one machine cannot collide.
         extra |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}

@@ -36,6 +36,9 @@ def materialize(
         from toolkit.models.compile import compile_model as compile_parts
 
         compile_parts(model)  # type: ignore[arg-type]
+        # Blocks are compiled one by one. DDP's own splitting would cut each of them again, where
+        # a bucket of gradients ends.
+        torch._dynamo.config.optimize_ddp = False  # type: ignore[attr-defined]
     engine = environment.engine
     if engine.zero_stage == 3:
         _partition(model, environment, specs)
@@ -84,6 +87,7 @@ def _shard(model: nn.Module, environment: TrainingEnvironment) -> None:
     policy = MixedPrecisionPolicy(
         param_dtype=torch.bfloat16 if engine.precision == "bf16" else None,
         reduce_dtype=dtypes[engine.reduce_dtype],
+        output_dtype=None,
         cast_forward_inputs=False,
     )
     options: dict = {"mesh": fsdp_mesh(environment), "mp_policy": policy}
@@ -94,6 +98,12 @@ def _shard(model: nn.Module, environment: TrainingEnvironment) -> None:
     # The root holds embedding and head, which the forward needs first and last: never resharded
     # in between.
     fully_shard(model, reshard_after_forward=False, **options)
+    # What torch has as defaults, but may change: gradients are reduced every microbatch, as a mean
+    # that the collective takes where it can.
+    model.set_requires_gradient_sync(True)  # type: ignore[operator]
+    model.set_requires_all_reduce(True)  # type: ignore[operator]
+    model.set_reshard_after_backward(True)  # type: ignore[operator]
+    model.set_force_sum_reduction_for_comms(False)  # type: ignore[operator]
 
 
 def _initialize(model: nn.Module, specs: dict[str, InitSpec], seed: int) -> None:

@@ -21,6 +21,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from toolkit.errors import ToolkitError, TrainingError
+from toolkit.threads import Thread
 
 Reduction = Literal["sum", "mean", "max", "none"]
 Value = torch.Tensor | float | int | str | None
@@ -110,7 +111,7 @@ class MetricsRecorder:
         self._pending: list[_Record] = []
         self._error: BaseException | None = None
         self._queue: queue.SimpleQueue[_Block | PendingFlush | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._work, name="metrics", daemon=True)
+        self._thread = Thread(target=self._work, name="metrics", daemon=True)
         self._thread.start()
 
     def record(

@@ -36,6 +36,7 @@ import msgspec
 from toolkit.errors import RunError
 from toolkit.runs.files import RUN_FILES
 from toolkit.storage.atomic import create_json, write_json_atomic
+from toolkit.threads import Thread
 
 if TYPE_CHECKING:
     import filelock
@@ -117,7 +118,7 @@ class RunLock:
         self._info_path = folder / RUN_FILES.lock_info
         self._info: LockInfo | None = None
         self._stop = threading.Event()
-        self._thread: threading.Thread | None = None
+        self._thread: Thread | None = None
         self._lost = False
         self._checked_at = 0.0
 
@@ -153,7 +154,7 @@ class RunLock:
             self._lock.release()
             raise
         self._stop.clear()
-        self._thread = threading.Thread(target=self._beat, name="run-lock", daemon=True)
+        self._thread = Thread(target=self._beat, name="run-lock", daemon=True)
         self._thread.start()
         atexit.register(self.release)
 

@@ -5,7 +5,7 @@ import os
 import socket
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -18,6 +18,7 @@ from toolkit.runs.files import RUN_FILES
 from toolkit.runs.lock import RunLock, utc_now
 from toolkit.runs.status import RunState, RunStatus, read_status
 from toolkit.storage.atomic import write_atomic, write_json_atomic
+from toolkit.threads import ThreadPool
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +51,7 @@ class RunManager:
         self._written: set[str] = set()
         self._closed = False
         self._status_lock = threading.Lock()
-        self._background: ThreadPoolExecutor | None = None
+        self._background: ThreadPool | None = None
         self._jobs: list[Future[None]] = []
         self._status: RunStatus | None = None
         if is_main:
@@ -153,7 +154,7 @@ class RunManager:
         For work that must neither delay nor fail the run: an error is a logged warning.
         """
         if self._background is None:
-            self._background = ThreadPoolExecutor(1, thread_name_prefix="run-background")
+            self._background = ThreadPool(1, thread_name_prefix="run-background")
         self._jobs = [future for future in self._jobs if not future.done()]
         self._jobs.append(self._background.submit(_run_quietly, job))
 

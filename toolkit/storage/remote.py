@@ -14,13 +14,13 @@ import os
 import random
 import time
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, NamedTuple, TypeVar
 
 from toolkit.errors import ConfigError, StorageError
 from toolkit.storage.atomic import fsync_file, hash_file, write_atomic
 from toolkit.storage.transient import is_transient, reason_of
+from toolkit.threads import ThreadPool
 
 log = logging.getLogger(__name__)
 
@@ -281,7 +281,7 @@ class RemoteFolder:
             for item in items:
                 action(item)
             return
-        with ThreadPoolExecutor(min(STREAMS, len(items))) as pool:
+        with ThreadPool(min(STREAMS, len(items))) as pool:
             futures = [pool.submit(action, item) for item in items]
             try:
                 for future in futures:

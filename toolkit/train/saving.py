@@ -8,7 +8,6 @@ most one save is in flight; the next waits for it.
 import importlib.metadata
 import logging
 import random
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +22,7 @@ from toolkit.checkpoint.pieces import Resolve, TensorPieces
 from toolkit.checkpoint.tensors import iterate_tensors
 from toolkit.errors import RunError, ToolkitError, TrainingError
 from toolkit.runs.files import RUN_FILES
+from toolkit.threads import Thread
 
 if TYPE_CHECKING:
     from toolkit.train.module import TrainModule
@@ -46,7 +46,7 @@ class TrainerSaver:
         self._trainer = trainer
         self._after_commit = after_commit
         self._pieces: TensorPieces | None = None
-        self._thread: threading.Thread | None = None
+        self._thread: Thread | None = None
         self._error: Exception | None = None
 
     def save(self, *, kind: Kind = "permanent", export_hf: bool = False) -> None:
@@ -80,7 +80,7 @@ class TrainerSaver:
             except Exception as error:
                 self._error = error
 
-        self._thread = threading.Thread(target=work, name="checkpoint", daemon=True)
+        self._thread = Thread(target=work, name="checkpoint", daemon=True)
         self._thread.start()
 
     def wait(self, timeout: float | None = None) -> None:

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, TextIO
 
 from toolkit.errors import EXIT_FAILED
 from toolkit.runs.files import RUN_FILES
+from toolkit.threads import Thread
 from toolkit.train.peers import Peers, RankNote
 
 if TYPE_CHECKING:
@@ -88,7 +89,7 @@ class Watchdog:
         self._stacks = self._open()
         self._main = threading.get_ident()
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._thread = Thread(target=self._watch, name="watchdog", daemon=True)
 
     def start(self) -> None:
         """Begin to watch."""
@@ -182,7 +183,7 @@ class Watchdog:
     def _tell(self, verdict: str) -> None:
         """`on_hang`, which may hang like everything else, in a thread of its own."""
         if self._on_hang is not None:
-            thread = threading.Thread(target=self._on_hang, args=(verdict,), daemon=True)
+            thread = Thread(target=self._on_hang, args=(verdict,), daemon=True)
             thread.start()
             thread.join(timeout=5)
 

@@ -4,10 +4,9 @@ import itertools
 import multiprocessing
 import os
 import signal
-import threading
 import time
 from collections.abc import Sequence
-from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import Executor, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, Literal
 
@@ -16,6 +15,7 @@ import msgspec
 from toolkit.data.config import CustomDatasetConfig
 from toolkit.data.instances.custom_class import make, user_code
 from toolkit.errors import DataError
+from toolkit.threads import Thread, ThreadPool
 
 WATCH_SECONDS = 1.0
 """How often a worker process looks whether the process that it works for is still there."""
@@ -74,7 +74,7 @@ class ItemReader:
 
     def _open_pool(self) -> Executor:
         if self._worker_type == "thread":
-            return ThreadPoolExecutor(self._num_workers, thread_name_prefix="data-worker")
+            return ThreadPool(self._num_workers, thread_name_prefix="data-worker")
         # Not forked: this process has threads and perhaps a device, which a fork would copy broken.
         return ProcessPoolExecutor(
             self._num_workers,
@@ -99,7 +99,7 @@ def _open_worker(parent: int, config: bytes, split: str, sequence_length: int) -
     global _worker_dataset
     for number in _NOT_FOR_WORKERS:
         signal.signal(number, signal.SIG_IGN)
-    threading.Thread(target=_end_with, args=(parent,), name="parent-watch", daemon=True).start()
+    Thread(target=_end_with, args=(parent,), name="parent-watch", daemon=True).start()
     decoded = msgspec.json.decode(config, type=CustomDatasetConfig)
     _worker_dataset = (make(decoded, split, sequence_length), decoded.target)
 

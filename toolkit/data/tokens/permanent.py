@@ -13,7 +13,6 @@ against dataset.json.
 import logging
 import os
 import shutil
-import threading
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import TypeVar
@@ -34,6 +33,7 @@ from toolkit.data.tokens.prepared import (
 from toolkit.errors import DataError, StorageError
 from toolkit.storage.atomic import fsync_file, hash_file
 from toolkit.storage.remote import ContentError, RemoteFolder, Retries, is_url
+from toolkit.threads import Thread
 
 log = logging.getLogger(__name__)
 
@@ -279,7 +279,7 @@ def _within(seconds: float, action: Callable[[], Result], failing: str) -> Resul
             errors.append(error)
 
     # Mounts of servers that are gone, and connections to nowhere, hang for many minutes.
-    thread = threading.Thread(target=act, name="store-probe", daemon=True)
+    thread = Thread(target=act, name="store-probe", daemon=True)
     thread.start()
     thread.join(seconds)
     if errors:

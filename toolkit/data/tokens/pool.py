@@ -6,7 +6,7 @@ import queue
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from pathlib import Path
 
 import msgspec
@@ -16,6 +16,7 @@ from toolkit import errors
 from toolkit.data.tokenizers.tokenizer import Tokenizer
 from toolkit.data.tokens.worker import Job, Reply, WorkerSetup, encode_shard, make_encoder
 from toolkit.errors import DataError
+from toolkit.threads import ThreadPool
 
 SMALL_BYTES = 2 << 20
 """Below this, starting processes costs more than they save."""
@@ -56,7 +57,7 @@ def encode_shards(
             idle.put(worker)
         return job
 
-    pool = ThreadPoolExecutor(num_workers)
+    pool = ThreadPool(num_workers)
     try:
         for future in as_completed([pool.submit(encode, job) for job in jobs]):
             yield future.result()

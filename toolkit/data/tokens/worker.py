@@ -35,6 +35,7 @@ from toolkit.data.tokens.parts import (
 from toolkit.data.tokens.prepared import SPLITS, Split
 from toolkit.errors import DataError, ToolkitError
 from toolkit.storage.atomic import write_json_atomic
+from toolkit.threads import Thread
 
 if TYPE_CHECKING:
     from toolkit.data.tokenizers.tokenizer import Tokenizer
@@ -196,7 +197,7 @@ def main() -> None:
         # The other side is done, or dead: what this process is doing is of no use any more.
         os._exit(0)
 
-    threading.Thread(target=listen, daemon=True).start()
+    Thread(target=listen, daemon=True).start()
     while True:
         arrived.acquire()
         job: Any = jobs.pop(0)
