@@ -6,6 +6,7 @@ Initial values depend on (seed, parameter name, shape) only, so every engine sta
 numbers; each rank draws just the slices it keeps. A model that has storage keeps its values.
 """
 
+import logging
 from collections.abc import Iterator
 
 import torch
@@ -16,6 +17,8 @@ from toolkit.distributed.activation_checkpointing import apply_activation_checkp
 from toolkit.distributed.config import ActivationCheckpointingConfig
 from toolkit.distributed.environment import TrainingEnvironment
 from toolkit.models.init import InitSpec, canonical_parameters, fill_flat_, init_spec
+
+log = logging.getLogger(__name__)
 
 LARGEST_SHARE = 1.1
 """Most that a rank may hold of stacked matrices, as a multiple of an even share."""
@@ -106,11 +109,25 @@ def _shard(model: nn.Module, environment: TrainingEnvironment) -> None:
     options["shard_placement_fn"] = lambda p: Shard(sharded_dimension(p.shape, ranks))
     if engine.cpu_offload:
         options["offload_policy"] = CPUOffloadPolicy(pin_memory=environment.device.type == "cuda")
+    _warn_of_uneven_shards(model, environment, ranks)
     for block in model.blocks:  # type: ignore[union-attr]
         fully_shard(block, reshard_after_forward=engine.reshard_after_forward, **options)
     # The root holds embedding and head, which the forward needs first and last: never resharded
     # in between.
     fully_shard(model, reshard_after_forward=False, **options)
+
+
+def _warn_of_uneven_shards(model: nn.Module, environment: TrainingEnvironment, ranks: int) -> None:
+    for name, parameter in canonical_parameters(model).items():
+        rows = parameter.shape[sharded_dimension(parameter.shape, ranks)]
+        share = -(-rows // ranks) * ranks / rows
+        if parameter.dim() > 2 and share > LARGEST_SHARE and environment.is_main:
+            log.warning(
+                "%s %s: %d ranks divide none of its dimensions, and some hold %.1f times their "
+                "share of memory; another number of ranks (or HSDP's shard_degree) would not",
+                name, tuple(parameter.shape), ranks, share,
+            )  # fmt: skip
+            return  # of the first; the others are like it
 
 
 def _initialize(model: nn.Module, specs: dict[str, InitSpec], seed: int) -> None:
