@@ -154,8 +154,11 @@ def prepare_training_environment(
     if config.trainer.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-        # Their backward passes add up in any order; flash attention has a fixed one.
-        torch.backends.cuda.enable_mem_efficient_sdp(False)
+        # Nothing here reads memory that it has not written: filling it would cost a pass over every
+        # new tensor.
+        torch.utils.deterministic.fill_uninitialized_memory = False
+        # Its backward adds up in any order. Flash attention and the memory-efficient kernel, which
+        # fp32 needs, have a fixed one in this mode.
         torch.backends.cuda.enable_cudnn_sdp(False)
     if device.type == "cpu" or offloads(engine.as_config()):
         tune_cpu(local_world_size=local_world_size)

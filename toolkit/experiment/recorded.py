@@ -43,6 +43,8 @@ class EngineRecord(msgspec.Struct, frozen=True, kw_only=True):
     """Model of the GPU, else of the CPU."""
     dp_config: DataParallelConfig
     """The config that asks for this engine, whatever the launcher."""
+    kernels: dict[str, str] = {}
+    """Part of the model -> the kernel that computes it; empty: not recorded."""
 
 
 class RecordedStep(msgspec.Struct):
@@ -140,7 +142,7 @@ def processes_here(recorded: int) -> int:
     return min(recorded, devices)
 
 
-def describe_engine(engine: Engine) -> EngineRecord:
+def describe_engine(engine: Engine, kernels: Mapping[str, str] | None = None) -> EngineRecord:
     """`engine` on this machine, as metadata/engine.json keeps it."""
     import torch
 
@@ -152,6 +154,7 @@ def describe_engine(engine: Engine) -> EngineRecord:
         threads=torch.get_num_threads(),
         device=torch.cuda.get_device_name() if on_gpu else _cpu_model(),
         dp_config=engine.as_config(),
+        kernels=dict(kernels or {}),
     )
 
 

@@ -183,7 +183,7 @@ def _train(
             for change in config_changes(read_json_mapping(run.path(RUN_FILES.config)), stored):
                 log.info("changed since the run's last start: %s", change)
         # Not before: a run that cannot be continued with this config keeps the one it has.
-        _log_metadata(stored, run, environment.engine, origins)
+        _log_metadata(stored, run, environment.engine, origins, train_module.kernels)
         result = trainer.train()
         _log_end(result, run)
         if result.reason in GENTLE_STOPS:
@@ -290,7 +290,11 @@ def _start(config: ExperimentConfig, name: str, *, is_main: bool) -> RunManager:
 
 
 def _log_metadata(
-    config: ExperimentConfig, run: RunManager, engine: Engine, origins: Mapping[str, str]
+    config: ExperimentConfig,
+    run: RunManager,
+    engine: Engine,
+    origins: Mapping[str, str],
+    kernels: Mapping[str, str],
 ) -> None:
     if config.run.registry is not None:
         config = config.replace(run=config.run.replace(registry=mask_secrets(config.run.registry)))
@@ -312,7 +316,7 @@ def _log_metadata(
         dp_config=msgspec.to_builtins(engine.as_config()),
         precision=engine.precision,
     )
-    run.log_metadata(describe_engine(engine), RUN_FILES.engine)
+    run.log_metadata(describe_engine(engine, kernels), RUN_FILES.engine)
 
 
 def _log_start(config: ExperimentConfig, engine: Engine, run: RunManager) -> None:
