@@ -56,6 +56,8 @@ class Exported(NamedTuple):
     is_adapter: bool = False
     not_checked: str | None = None
     """Why it was not loaded and compared; None: it was."""
+    only_newer: str | None = None
+    """What of the model `transformers` before 5 computes otherwise; None: nothing."""
 
 
 def export_hf(
@@ -115,6 +117,8 @@ def export_hf(
             # A row of the embedding would not be trained by those who fine-tune the folder.
             "pad_token_id": None,
             "dtype": str(first).removeprefix("torch."),
+            # What it was called before transformers 4.56.
+            "torch_dtype": str(first).removeprefix("torch."),
         }
         write_json_atomic(unfinished / "config.json", settings, sync=False)
         own = {"_from_model_config": True, **special_tokens}
@@ -132,6 +136,7 @@ def export_hf(
             weight_files=[file.name for file in files],
             weight_bytes=sum(file.stat().st_size for file in files),
             has_tokenizer=tokenizer_folder is not None,
+            only_newer=family.only_newer(transformer),
         )
     return written
 
