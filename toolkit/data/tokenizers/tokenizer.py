@@ -88,6 +88,10 @@ class Tokenizer:
         added = self._backend.get_added_tokens_decoder()
         return {token.content: number for number, token in added.items() if token.special}
 
+    def id_of(self, token: str) -> int | None:
+        """The id of an entry of the vocabulary, by its name; None: there is no such entry."""
+        return self._backend.token_to_id(token)
+
     @functools.cached_property
     def token_bytes(self) -> "np.ndarray":
         """UTF-8 bytes of the text of each id; see `toolkit.data.tokenizers.token_bytes`."""
