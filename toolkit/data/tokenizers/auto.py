@@ -102,7 +102,7 @@ def settle(folder: Path, *, where: str, model_type: str | None = None) -> str:
 
     make_portable(folder)
     reason = difference(folder, model_type)
-    if reason is not None:
+    if reason is not None or _class_is_unknown(folder):
         use_plain_class(folder)
         reason = difference(folder, model_type)
     if reason is not None:
@@ -122,32 +122,28 @@ def difference(folder: Path, model_type: str | None = None) -> str | None:
     with quiet_transformers():
         from transformers import AutoConfig, AutoTokenizer
 
+        kind = "AutoTokenizer"
         try:
             if model_type is not None:
                 settings["config"] = AutoConfig.for_model(model_type)
             theirs: Any = AutoTokenizer.from_pretrained(
                 folder, trust_remote_code=False, local_files_only=True, **settings
             )
+            kind += f", which chose {type(theirs).__name__},"
+            return _difference(ours, theirs, kind)
         except Exception as error:  # nearly any, of a malformed file
             reason = " ".join(str(error).split()) or type(error).__name__
-            return f"AutoTokenizer cannot load it: {reason}"
-        return _difference(ours, theirs)
+            return f"{kind} cannot use it: {reason}"
 
 
-def _difference(ours: Tokenizer, theirs: Any) -> str | None:
-    kind = f"AutoTokenizer, which chose {type(theirs).__name__},"
+def _difference(ours: Tokenizer, theirs: Any, kind: str) -> str | None:
     names = list(ours.control_tokens)
     plain = [text for text in HARD_TEXTS if not any(name in text for name in names)]
     controls = [text for name in names[:_MOST_NAMES] for text in (f"a {name}b", f"{name}\n {name}")]
-    pairs = [
-        *zip(plain, ours.encode_batch(plain), strict=True),
-        *zip(
-            controls,
-            (ids for ids, _ in ours.encode_offsets(controls, special_tokens=True)),
-            strict=True,
-        ),
-    ]
-    for text, ids in pairs:
+    encoded = ours.encode_offsets(controls, special_tokens=True)
+    for text, ids in zip(
+        [*plain, *controls], [*ours.encode_batch(plain), *(i for i, _ in encoded)], strict=True
+    ):
         expected = ids.tolist()
         found = theirs(text, add_special_tokens=False)["input_ids"]
         if found != expected:
@@ -172,6 +168,15 @@ def _difference(ours: Tokenizer, theirs: Any) -> str | None:
 
 _MOST_NAMES = 64
 """Control tokens that are looked at: some vocabularies reserve hundreds."""
+
+
+def _class_is_unknown(folder: Path) -> bool:
+    """Whether `AutoTokenizer` puts the plain class in the place of the one that is named; version 4
+    refuses such a name."""
+    from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
+
+    name = read_json(folder / TOKENIZER_CONFIG_FILE).get("tokenizer_class")
+    return isinstance(name, str) and tokenizer_class_from_name(name) is None
 
 
 def make_portable(folder: Path) -> None:
