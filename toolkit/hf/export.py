@@ -238,6 +238,16 @@ def generation_settings(
     return {**kept, **special_ids(load_tokenizer(folder), generation)}
 
 
+def add_tokenizer(
+    folder: Path, tokenizer_folder: PathLike, generation: Mapping[str, Any] | None
+) -> None:
+    """Put the tokenizer into an adapter's `folder`, and a generation_config.json that ends texts as
+    the adapter was taught; see `generation_settings`."""
+    settings = generation_settings(tokenizer_folder, generation)
+    write_json_atomic(folder / GENERATION_FILE, settings, sync=False)
+    copy_tokenizer(tokenizer_folder, folder)
+
+
 def first_type(dtypes: Dtypes) -> torch.dtype:
     """The type of the first weight, which config.json names."""
     return dtypes if isinstance(dtypes, torch.dtype) else next(iter(dtypes.values()))
@@ -301,7 +311,7 @@ def _export_adapter(
         )
         weights = list(unfinished.glob("*.safetensors"))
         if source.tokenizer_folder is not None:
-            copy_tokenizer(source.tokenizer_folder, unfinished)
+            add_tokenizer(unfinished, source.tokenizer_folder, generation_of(source))
         if card is not None:
             (unfinished / CARD_FILE).write_text(card, encoding="utf-8")
         if not_checked is None:
