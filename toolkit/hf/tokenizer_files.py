@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from toolkit.data.tokenizers.auto import make_portable, settle
 from toolkit.data.tokenizers.tokenizer import (
     CHAT_TEMPLATE_FILE,
     COMPANION_FILES,
@@ -35,30 +36,36 @@ def convert_tokenizer(
     *,
     add_tokens: Sequence[str] = (),
     chat_template: str | None = None,
+    model_type: str | None = None,
 ) -> ConvertedTokenizer | None:
     """Make `folder` a tokenizer folder from what `source` holds; None where it holds none.
 
-    Formats older than tokenizer.json become one through `transformers`.
+    Formats older than tokenizer.json become one through `transformers`. `AutoTokenizer` gives the
+    same ids of the result as its tokenizer.json does.
 
     Args:
         source: a folder, or a tokenizer.json.
         add_tokens: control tokens that it must have; each new one gets the next id.
         chat_template: Jinja text in the place of its own.
+        model_type: of the model that it belongs to.
 
     Raises:
-        DataError: it cannot be read, or exists as Python code only.
+        DataError: it cannot be read, exists as Python code only, or `AutoTokenizer` cannot be
+            brought to give its ids.
     """
     if source.is_file():
         source = source.parent
-    if (source / TOKENIZER_FILE).is_file():
-        folder.mkdir()
-        copy_tokenizer(source, folder)
-    elif has_tokenizer(source):
-        _save_as_fast(source, folder)
-    else:
+    if not has_tokenizer(source):
         return None
     try:
-        return _changed(folder, add_tokens, chat_template)
+        if (source / TOKENIZER_FILE).is_file():
+            folder.mkdir()
+            copy_tokenizer(source, folder)
+        else:
+            _save_as_fast(source, folder)
+        converted = _changed(folder, add_tokens, chat_template)
+        settle(folder, where=str(source), model_type=model_type)
+        return converted
     except DataError as error:
         # `folder` is a copy that nobody knows.
         text = str(error).replace(str(folder), str(source))
@@ -86,10 +93,12 @@ def _changed(
 
 
 def copy_tokenizer(source: PathLike, folder: Path) -> None:
-    """Copy tokenizer.json and what belongs to it, the chat template among it."""
+    """Copy tokenizer.json and what belongs to it, the chat template among it; see also
+    `make_portable`."""
     for name in (TOKENIZER_FILE, *COMPANION_FILES):
         if (Path(source) / name).is_file():
             shutil.copyfile(Path(source) / name, folder / name)
+    make_portable(folder)
 
 
 def _save_as_fast(source: Path, folder: Path) -> None:

@@ -89,6 +89,26 @@ class Tokenizer:
         return {token.content: number for number, token in added.items() if token.special}
 
     @functools.cached_property
+    def added_tokens(self) -> frozenset[int]:
+        """Ids of tokens that no merging makes: `control_tokens`, and others of their own."""
+        return frozenset(self._backend.get_added_tokens_decoder())
+
+    @property
+    def pad_id(self) -> int | None:
+        """The token that fills up rows of a batch; None when the tokenizer names none."""
+        for name in (TOKENIZER_CONFIG_FILE, "special_tokens_map.json"):
+            content = self._files.get(name)
+            settings = read_json(content) if isinstance(content, Path) else content
+            token = settings.get("pad_token") if isinstance(settings, dict) else None
+            if token is not None:
+                return self.control_tokens.get(str(_token_text(token)))
+        return None
+
+    def id_of(self, token: str) -> int | None:
+        """The id of an entry of the vocabulary, by its name; None: there is no such entry."""
+        return self._backend.token_to_id(token)
+
+    @functools.cached_property
     def token_bytes(self) -> "np.ndarray":
         """UTF-8 bytes of the text of each id; see `toolkit.data.tokenizers.token_bytes`."""
         from toolkit.data.tokenizers.token_bytes import token_bytes

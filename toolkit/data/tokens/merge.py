@@ -97,6 +97,7 @@ def merge_datasets(
             bos_id=first.bos_id,
             prepend_bos=first.prepend_bos,
             tokenizer_fingerprint=first.tokenizer_fingerprint,
+            tokenizer_checked=first.tokenizer_checked,
             source_fingerprint=text.hexdigest(),
             replaced_bytes=sum(source.manifest.replaced_bytes for source in sources),
             skipped_documents=sum(source.manifest.skipped_documents for source in sources),

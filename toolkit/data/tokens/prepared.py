@@ -70,6 +70,9 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     bos_id: int | None = None
     prepend_bos: bool = False
     tokenizer_fingerprint: str
+    tokenizer_checked: str | None = None
+    """The release of `transformers` whose `AutoTokenizer` gives the same ids of tokenizer/ on text
+    that is hard for tokenizers; None: it was not asked."""
     source_fingerprint: str
     """Identifies the text: names, sizes and sampled content of the source's files."""
     replaced_bytes: int

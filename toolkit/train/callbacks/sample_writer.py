@@ -6,6 +6,7 @@ from pathlib import Path
 from rich import get_console
 
 from toolkit.data.tokenizers.tokenizer import load_tokenizer
+from toolkit.data.tokens.stops import stop_ids
 from toolkit.errors import ConfigError
 from toolkit.evaluate.generate import generate
 from toolkit.train.callbacks.base import Callback
@@ -43,7 +44,7 @@ class SampleWriter(Callback):
             temperature=config.temperature,
             top_k=config.top_k,
             seed=trainer.environment.seed,
-            eos_id=tokenizer.eos_id,
+            eos_id=stop_ids(tokenizer),
             max_sequence_length=trainer.train_loader.sequence_length,
             device=trainer.environment.device,
             broadcast=trainer.environment.broadcast,
