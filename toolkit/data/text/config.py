@@ -133,3 +133,12 @@ class InstructionsConfig(Config, kw_only=True):
     every token."""
     system_prompt: str | None = None
     """Put before conversations that have no system message."""
+    context_roles: tuple[str, ...] = ()
+    """Roles of your own that the template knows; they are context. Other unknown roles are errors.
+    """
+    train_keys: tuple[str, ...] = ("weight", "train", "training", "trainable", "loss")
+    """Keys of a turn that say whether it is trained on: 0 or false leaves it out of the loss."""
+    mask_keys: tuple[str, ...] = ("mask", "masked", "ignore")
+    """Keys that say the opposite: 1 or true leaves the turn out of the loss."""
+    ignored_keys: tuple[str, ...] = ()
+    """Keys of a turn that mean nothing here, though their names look as if they masked."""

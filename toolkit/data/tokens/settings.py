@@ -28,9 +28,13 @@ def settings_of(config: DatasetConfig) -> dict[str, Any]:
     if config.tokenizer is not None:
         tokenizer = config.tokenizer.to_dict()
     if config.tokenizer is not None and "path" in tokenizer:
-        from toolkit.data.tokenizers.choice import tokenizer_files_hash
+        from toolkit.data.tokenizers.choice import templates_hash, tokenizer_files_hash
 
         tokenizer["files_hash"] = tokenizer_files_hash(config.tokenizer)
+        if config.instructions is not None and config.instructions.chat_template is None:
+            templates = templates_hash(config.tokenizer)
+            if templates is not None:
+                tokenizer["templates_hash"] = templates
     source = config.source.to_dict() if config.source is not None else {}
     for name in ("paths", "path", "streaming", "suffixes"):
         source.pop(name, None)
@@ -55,7 +59,10 @@ def _instructions(config: InstructionsConfig) -> dict[str, Any]:
     """A template in a file is known by its content, too."""
     import xxhash
 
-    settings = config.to_dict()
+    defaults, settings = InstructionsConfig().to_dict(), config.to_dict()
+    for name in ("context_roles", "train_keys", "mask_keys", "ignored_keys"):
+        if settings[name] == defaults[name]:
+            del settings[name]
     template = config.chat_template
     if template is not None and "\n" not in template and "{" not in template:
         with contextlib.suppress(OSError, ValueError):
@@ -88,6 +95,9 @@ def check_settings(
 def _setting_differences(stored: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
     stored, wanted = _leaves(stored, "dataset"), _leaves(wanted, "dataset")
     stored.pop("dataset.source.suffixes", None)  # stored once
+    for side, other in ((stored, wanted), (wanted, stored)):
+        if "dataset.tokenizer.templates_hash" not in other:  # stored since it came, or not to see
+            side.pop("dataset.tokenizer.templates_hash", None)
     stored_hash = stored.pop("dataset.tokenizer.files_hash", None)
     wanted_hash = wanted.pop("dataset.tokenizer.files_hash", None)
     if stored_hash and wanted_hash:
