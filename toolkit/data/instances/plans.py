@@ -212,8 +212,8 @@ def _ensure(plan: Plan, folder: Path, make: Callable[[Path], PlanHeader]) -> Pla
 def _unwritten(plan: Plan, folder: Path, error: OSError) -> DataError:
     return DataError(
         f"{error.filename or folder}: cannot write the plan of {plan.kind} instances: "
-        f"{error.strerror or error}; make room or give write permission, or set XDG_CACHE_HOME to a "
-        "folder that can be written, and run again"
+        f"{error.strerror or error}; make room or give write permission, or set "
+        "XDG_CACHE_HOME to a folder that can be written, and run again"
     )
 
 

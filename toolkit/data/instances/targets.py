@@ -116,9 +116,7 @@ def _blocks(instances: "InstanceDataset") -> Iterator[np.ndarray]:
             yield np.arange(start, min(start + step, last))
 
 
-def _cut_answers(
-    prepared: "PreparedDataset", split: "Split", length: int, kind: object
-) -> int:
+def _cut_answers(prepared: "PreparedDataset", split: "Split", length: int, kind: object) -> int:
     """Documents with a target behind the first row that holds them."""
     mask = prepared.target_mask(split)
     assert mask is not None

@@ -6,7 +6,9 @@ place in it. What is prepared therefore depends on the source alone.
 """
 
 import functools
+import glob
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Literal
 
 import msgspec
@@ -32,6 +34,7 @@ from toolkit.data.text.shards import (
     shard_bytes,
 )
 from toolkit.errors import DataError
+from toolkit.storage.remote import is_url
 
 _ENDINGS: dict[RangeKind, tuple[str, ...]] = {
     "jsonl": (".jsonl", ".ndjson"),
@@ -105,6 +108,20 @@ def source_fingerprint(source: SourceConfig) -> str | None:
         local = local_token_files(source)
         return None if local is None else fingerprint_files(local.files)
     return fingerprint_files(list_files(source).files)
+
+
+def is_gone(source: SourceConfig | None) -> bool:
+    """Whether something that a local source names is not on this machine (any more)."""
+    if isinstance(source, DiskSourceConfig):
+        return not Path(source.path).expanduser().exists()
+    paths = getattr(source, "paths", [])
+    return any(not is_url(path) and not _is_here(Path(path).expanduser()) for path in paths)
+
+
+def _is_here(path: Path) -> bool:
+    return path.exists() or bool(
+        glob.has_magic(str(path)) and next(glob.iglob(str(path), recursive=True), None)
+    )
 
 
 def range_kind(name: str) -> RangeKind:

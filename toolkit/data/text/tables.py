@@ -132,9 +132,7 @@ def _pieces(
             yield Piece(identity, columns.text(row, place))
 
 
-def _value(
-    scalar: Any, convert: Convert | None, place: str, errors: str, counts: Counts
-) -> Any:
+def _value(scalar: Any, convert: Convert | None, place: str, errors: str, counts: Counts) -> Any:
     try:
         value = scalar.as_py()
         return value if convert is None else convert(value, place)

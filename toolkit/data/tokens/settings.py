@@ -1,7 +1,6 @@
 """Do the token files on disk hold what the config asks for?"""
 
 import contextlib
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,6 @@ from toolkit.data.config import (
 )
 from toolkit.data.tokens.prepared import PreparedDataset
 from toolkit.errors import DataError
-
-logger = logging.getLogger(__name__)
 
 
 def settings_of(config: DatasetConfig) -> dict[str, Any]:
@@ -76,8 +73,8 @@ def check_settings(
 ) -> None:
     """Raise DataError when `prepared` was built with other settings or from other text.
 
-    With `source: null` the files are taken as they are. A source that cannot be read any more is
-    taken to be the one they were built from, and `check_text=False` does not look at it.
+    With `source: null` the files are taken as they are, and `check_text=False` does not look at the
+    source. One that is missing is an error: nobody knows whether these files are of it.
     """
     if config.source is None:
         return
@@ -126,6 +123,8 @@ def _source_changed(prepared: PreparedDataset, source: SourceConfig) -> bool:
     try:
         fingerprint = source_fingerprint(source)
     except (DataError, OSError) as error:
-        logger.info("using %s as it is: its source is gone (%s)", prepared.folder, error)
-        return False
+        raise DataError(
+            f"{error}; {prepared.folder} holds token files of this name, perhaps of other text: to "
+            "use them as they are, set dataset.source=null"
+        ) from None
     return fingerprint is not None and fingerprint != prepared.manifest.source_fingerprint

@@ -159,7 +159,11 @@ class RowRenderer:
             last = answers[-1] if answers[-1] == len(conversation.messages) - 1 else None
             if last is not None and not has_stop(text, conversation, last):
                 raise DataError(_missing_stop(_ADVICE))
-        stops = [] if all_of_it else self._stops(template, conversation, text, targets, answers, literals)
+        stops = (
+            []
+            if all_of_it
+            else self._stops(template, conversation, text, targets, answers, literals)
+        )
         if not all_of_it and not stops:
             raise DataError(
                 "the chat template marks nothing of the assistant's answers with {% generation %}"

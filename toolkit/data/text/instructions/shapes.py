@@ -40,6 +40,7 @@ _COLUMNS: dict[Shape, tuple[str, ...]] = {
     "sharegpt": ("conversations",),
 }
 
+
 class Conversation(NamedTuple):
     """What a row says, whatever its shape."""
 
@@ -130,9 +131,7 @@ def _conversation(turns: list[_Turn], num_context: int = 0) -> Conversation:
     return Conversation([turn.message for turn in turns], num_context=num_context, masked=masked)
 
 
-def _prompt_completion(
-    row: dict[str, Any], config: InstructionsConfig, where: str
-) -> Conversation:
+def _prompt_completion(row: dict[str, Any], config: InstructionsConfig, where: str) -> Conversation:
     prompt, completion = row["prompt"], row["completion"]
     if isinstance(prompt, str) and isinstance(completion, str):
         return _single_turn(prompt, completion, (prompt, completion))
