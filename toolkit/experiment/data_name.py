@@ -15,6 +15,7 @@ from toolkit.data.config import DatasetConfig
 from toolkit.storage.remote import is_url
 
 _ORIGIN = "--dataset.source"
+_PATHS = ("paths", "path")
 _NAMES = ("type", "name", "config", "split")
 _LONGEST = 40
 
@@ -40,10 +41,10 @@ def name_own_data(
 
 
 def own_name(source: dict[str, Any]) -> str:
-    """What `source` is called: a word of it, and a hash of all that says which text it is."""
+    """What `source` is called: a word of it, and a hash of all that it says."""
     import xxhash
 
-    identity = _identity(source)
+    identity = _identity(source), sorted((k, v) for k, v in source.items() if k not in _PATHS)
     digest = xxhash.xxh3_64_hexdigest(repr(identity).encode("utf-8", "surrogateescape"))
     word = str(source.get("name") or next(iter(_paths(source)), "") or source.get("type", "data"))
     word = os.path.basename(word.rstrip("/")).partition(".")[0]

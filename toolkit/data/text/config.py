@@ -7,7 +7,7 @@ from toolkit.config.base import check_positive
 
 
 class FilesSourceConfig(Config, kw_only=True, tag_field="type", tag="files"):
-    """Local text: .txt, .jsonl (plain, .gz, .zst), .parquet or .arrow files."""
+    """Local text: .txt, .jsonl (plain, .gz, .zst), .json, .parquet or .arrow files."""
 
     paths: list[str]
     """Files, folders (searched recursively) or globs; order does not matter, names are sorted."""
@@ -21,6 +21,8 @@ class FilesSourceConfig(Config, kw_only=True, tag_field="type", tag="files"):
     )  # fmt: skip
     """Endings taken from folders. Endings not known as a format are read as plain text, one
     document per file."""
+    json_files: Literal["rows", "text"] = "rows"
+    """What .json files are: rows (a list of objects, or an object a line), or one document each."""
     encoding_errors: Literal["strict", "replace"] = "strict"
     """Bytes that are not UTF-8: stop, or replace with U+FFFD and count them."""
 

@@ -34,7 +34,7 @@ _File = BinaryIO | io.BufferedReader | gzip.GzipFile
 def read_jsonl(part: Range, reading: Reading, counts: Counts) -> Iterator[Piece]:
     """The documents of the lines whose first byte lies in `part`; all lines of a compressed
     file."""
-    lines = _Lines(part, reading, counts)
+    lines = ObjectReader(part, reading, counts)
     try:
         with _open(part) as file:
             end = part.end if part.kind == "jsonl" else None
@@ -66,8 +66,8 @@ def _first_line(file: _File, start: int, end: int) -> int:
     return offset
 
 
-class _Lines:
-    """Decodes the lines of one range."""
+class ObjectReader:
+    """Makes documents of the objects of one range."""
 
     def __init__(self, part: Range, reading: Reading, counts: Counts) -> None:
         source = reading.source

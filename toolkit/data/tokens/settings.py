@@ -35,6 +35,8 @@ def settings_of(config: DatasetConfig) -> dict[str, Any]:
     source = config.source.to_dict() if config.source is not None else {}
     for name in ("paths", "path", "streaming", "suffixes"):
         source.pop(name, None)
+    if source.get("json_files") == "rows":
+        del source["json_files"]
     settings: dict[str, Any] = {
         "tokenizer": tokenizer,
         "append_eos": config.append_eos,
