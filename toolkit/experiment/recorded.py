@@ -22,7 +22,7 @@ from toolkit.distributed.launcher import (
 from toolkit.errors import RunError
 from toolkit.experiment.config import ExperimentConfig
 from toolkit.experiment.load import load_run_config
-from toolkit.experiment.run_data import find_data
+from toolkit.experiment.run_data import find_data, without_gone_sources
 from toolkit.runs.files import RUN_FILES
 from toolkit.runs.status import RunStatus, read_status
 from toolkit.train.config import TransformerTrainModuleConfig
@@ -85,7 +85,7 @@ def plan_resume(run_dir: Path, overrides: Sequence[str], environ: Mapping[str, s
     status = read_status(folder)
     if status is None:
         raise RunError(f"{run_dir}: not a run folder; `toolkit runs` lists runs")
-    config = find_data(loaded.config, folder)
+    config = find_data(loaded.config, folder, overrides)
     module = config.train_module
     asked = any(flag.startswith("--train_module.dp_config") for flag in overrides)
     on_one = asked and module.dp_config is not None and module.dp_config.name == "single"
@@ -101,7 +101,7 @@ def plan_resume(run_dir: Path, overrides: Sequence[str], environ: Mapping[str, s
     if not any(flag.startswith("--train_module.precision") for flag in overrides):
         precision = precision_again(module, status.other.get("precision"), environ)
         module = module.replace(precision=precision)
-    config = stored.replace(train_module=module)
+    config = without_gone_sources(stored.replace(train_module=module))
     return ResumePlan(folder, config, stored, loaded.origins, status, processes, environ)
 
 

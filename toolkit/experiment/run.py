@@ -29,6 +29,7 @@ from toolkit.experiment.preflight import check_continuation, check_optimizer
 from toolkit.experiment.recorded import describe_engine, plan_resume
 from toolkit.experiment.relaunch import relaunch
 from toolkit.experiment.restarts import current_launch, find_predecessor, stays_stopped
+from toolkit.experiment.run_data import without_gone_sources
 from toolkit.models.counts import shown_parameters
 from toolkit.runs.environment import mask_secrets
 from toolkit.runs.files import RUN_FILES
@@ -250,6 +251,8 @@ def _prepare_data(config: ExperimentConfig, *, rank: int, world_size: int) -> "T
     """Prepare the corpus (one process of each machine; the others wait) and check that it fits."""
     from toolkit.data.corpus_info import prepare_corpus
 
+    if rank > 0 and _local_rank() == 0:  # another machine may have the prepared data alone
+        config = without_gone_sources(config)
     corpus = prepare_corpus(
         config.data,
         work_dir=config.run.work_dir,

@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 from toolkit.data.tokenizers.auto import make_portable, settle
 from toolkit.data.tokenizers.tokenizer import (
     CHAT_TEMPLATE_FILE,
-    COMPANION_FILES,
+    TEMPLATES_FOLDER,
     TOKENIZER_CONFIG_FILE,
     TOKENIZER_FILE,
+    companions,
     load_tokenizer,
     read_json,
 )
@@ -81,12 +82,14 @@ def _changed(
         if config.pop("chat_template", None) is not None:
             write_json_atomic(folder / TOKENIZER_CONFIG_FILE, config)
         write_atomic(folder / CHAT_TEMPLATE_FILE, chat_template.encode())
+        shutil.rmtree(folder / TEMPLATES_FOLDER, ignore_errors=True)  # it is the only one now
     tokenizer = load_tokenizer(folder)
     try:
-        tokenizer.chat_template  # noqa: B018 # reads its file
+        tokenizer.chat_templates  # noqa: B018 # reads their files
     except UnicodeDecodeError:
         raise DataError(
-            f"{folder / CHAT_TEMPLATE_FILE}: not UTF-8 text; correct it or give --chat-template"
+            f"{folder / CHAT_TEMPLATE_FILE} (or {TEMPLATES_FOLDER}): not UTF-8 text; "
+            "correct it or give --chat-template"
         ) from None
     starts = _backend(folder).encode("a").ids[:1] == [tokenizer.bos_id]
     return ConvertedTokenizer(tokenizer.vocab_size, starts, new_tokens)
@@ -95,8 +98,9 @@ def _changed(
 def copy_tokenizer(source: PathLike, folder: Path) -> None:
     """Copy tokenizer.json and what belongs to it, the chat template among it; see also
     `make_portable`."""
-    for name in (TOKENIZER_FILE, *COMPANION_FILES):
+    for name in (TOKENIZER_FILE, *companions(Path(source))):
         if (Path(source) / name).is_file():
+            (folder / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(Path(source) / name, folder / name)
     make_portable(folder)
 

@@ -7,6 +7,7 @@ most one save is in flight; the next waits for it.
 
 import importlib.metadata
 import logging
+import math
 import random
 import time
 from collections.abc import Callable
@@ -182,14 +183,14 @@ def _keep_tokenizer(trainer: "Trainer") -> None:
 
 
 def _scores(evaluation: dict[str, Any] | None, step: int) -> dict[str, float]:
-    """Results of an evaluation at `step`, as "val/loss"."""
+    """Results of an evaluation at `step` that are numbers, as "val/loss"."""
     if evaluation is None or evaluation["step"] != step:
         return {}
     name = evaluation["name"]
     return {
         f"{name}/{key}": float(value)
         for key, value in evaluation.items()
-        if isinstance(value, int | float) and key not in _NOT_SCORES
+        if isinstance(value, int | float) and math.isfinite(value) and key not in _NOT_SCORES
     }
 
 

@@ -77,7 +77,9 @@ class TransformerTrainModule(TrainModule):
 
     def train_batch(self, batch: Batch) -> dict[str, Metric]:
         inputs = self._inputs(batch)
-        num_targets = self._num_targets(batch, inputs.labels)
+        # 1 where there is none: the loss is zero then, and not divided by zero.
+        count = self._num_targets(batch, inputs.labels)
+        num_targets = max(count, 1) if isinstance(count, int) else count.clamp(min=1)
         factor = self.runtime.data_parallel_size / num_targets
         pieces = self._microbatches(inputs)
         ce = z = None
@@ -99,10 +101,10 @@ class TransformerTrainModule(TrainModule):
         assert ce is not None, "a batch has at least one microbatch"
         if not self._is_checked:
             self._check_gradients()
-        metrics = {"loss": Metric(ce / num_targets, "sum")}
+        metrics = {"loss": Metric(_mean(ce, count), "sum")}
         if self._z_loss:
             assert z is not None
-            metrics["z_loss"] = Metric(self._z_loss * z / num_targets, "sum")
+            metrics["z_loss"] = Metric(self._z_loss * _mean(z, count), "sum")
         if routers:
             metrics |= self._router_metrics(routers, num_targets)
         return metrics
@@ -223,8 +225,7 @@ class TransformerTrainModule(TrainModule):
         count = (labels != IGNORE_INDEX).sum()
         if self.environment.world_size > 1:
             dist.all_reduce(count)
-        # A batch without any target has no loss; 1 keeps it zero instead of dividing by zero.
-        return count.clamp(min=1)
+        return count
 
     def _router_metrics(
         self, routers: list[RouterSums], num_targets: int | torch.Tensor
@@ -276,6 +277,11 @@ class TransformerTrainModule(TrainModule):
 
 def _on_device(tensor: torch.Tensor | None, device: torch.device) -> torch.Tensor | None:
     return None if tensor is None else tensor.to(device, non_blocking=True)
+
+
+def _mean(total: torch.Tensor, count: int | torch.Tensor) -> torch.Tensor:
+    """Over the targets of a batch; NaN where it has none (0 / 0)."""
+    return total / count
 
 
 class _Inputs(NamedTuple):

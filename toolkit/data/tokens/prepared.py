@@ -81,6 +81,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     """Documents and files without text, and files of the standard library that are not UTF-8."""
     filtered_documents: dict[str, int] = {}
     """Documents left out on purpose, by the reason."""
+    left_out_files: dict[str, int] = {}
+    """Files left out of the source's folders, by their ending."""
     settings: dict[str, Any]
     """The settings that decide what the files hold; see `toolkit.data.tokens.settings`."""
     splits: dict[str, SplitInfo]
@@ -239,6 +241,19 @@ def read_manifest(folder: Path) -> Manifest | None:
             f"{FORMAT_VERSION}; delete {folder} and prepare the data again"
         )
     return manifest
+
+
+def nothing_held_out(prepared: PreparedDataset) -> str | None:
+    """What to say where documents should have been held out and none was; None: all is well."""
+    fraction = prepared.manifest.settings.get("validation_fraction")
+    if prepared.has_split("val") or not isinstance(fraction, int | float) or fraction <= 0:
+        return None
+    number = prepared.num_documents("train")
+    return (
+        f"{prepared.folder}: none of its {number:,} documents was held out "
+        f"(dataset.validation_fraction {fraction:g}); raise it and prepare the data under another "
+        "dataset.dataset_config, or set it to 0"
+    )
 
 
 def check_vocabulary(prepared: PreparedDataset, model_vocab_size: int) -> None:

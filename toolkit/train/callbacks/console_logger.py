@@ -1,5 +1,7 @@
 """Progress on the console: a bar on a terminal, plain lines elsewhere."""
 
+import logging
+import math
 import time
 from typing import Any
 
@@ -9,6 +11,8 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 from toolkit.train.callbacks.base import Callback
 from toolkit.train.config import ConsoleLoggerConfig
+
+log = logging.getLogger(__name__)
 
 REFRESH_PER_SECOND = 4
 """Of the bar; more would take the interpreter from the training thread."""
@@ -24,6 +28,7 @@ class ConsoleLogger(Callback):
         self._task: TaskID | None = None
         self._seconds_per_step: float | None = None
         self._last_time: float | None = None
+        self._has_told_of_nan = False
 
     def pre_train(self) -> None:
         trainer = self.trainer
@@ -60,6 +65,7 @@ class ConsoleLogger(Callback):
 
     def _on_train(self, records: list[dict[str, Any]]) -> None:
         last = records[-1]
+        self._tell_of_nan(records)
         self._update_pace(records)
         if self._bar is not None and self._task is not None:
             values = self._values(last)
@@ -69,6 +75,17 @@ class ConsoleLogger(Callback):
             if record["step"] % self._interval == 0 or record["step"] == 1:
                 total = self.trainer.stop_step
                 self._print(f"step {record['step']}/{total}  {self._values(record)}")
+
+    def _tell_of_nan(self, records: list[dict[str, Any]]) -> None:
+        """Say once why a loss can be nan though nothing is wrong with the numbers."""
+        for record in records:
+            if not self._has_told_of_nan and math.isnan(record["loss"]) and not record["skipped"]:
+                self._has_told_of_nan = True
+                log.warning(
+                    "step %d: its batch has no target token, so its loss is nan, and its gradient "
+                    "zero; rows without targets: raise dataset.sequence_length, or leave them out",
+                    record["step"],
+                )
 
     def _update_pace(self, records: list[dict[str, Any]]) -> None:
         """Seconds per step, averaged over about the last ten deliveries."""
