@@ -21,6 +21,7 @@ import msgspec
 import torch
 import torch.distributed as dist
 
+from toolkit.checkpoint.archives import load_archive
 from toolkit.checkpoint.layout import (
     FORMAT_VERSION,
     HF_FOLDER,
@@ -30,7 +31,9 @@ from toolkit.checkpoint.layout import (
     CheckpointMetadata,
     FileEntry,
     Kind,
+    check_files,
     encode_metadata,
+    move_aside,
     rank_file,
     read_metadata,
     step_folder,
@@ -188,7 +191,8 @@ def load_rank_state(checkpoint: Path, rank: int) -> dict[str, Any]:
     if not path.is_file():
         path = checkpoint / rank_file(0)
     try:
-        return torch.load(path, weights_only=True, map_location="cpu")
+        with path.open("rb") as file:
+            return load_archive(file, path.stat().st_size)
     except Exception as error:
         raise CheckpointError(f"{path}: cannot be read: {reason_of(error)}") from error
 
@@ -201,6 +205,16 @@ def check_free_space(root: Path, needed: int) -> None:
         raise TrainingError(
             f"{needed / 1e9:.2f} GB are needed on the disk of {root}, {free / 1e9:.2f} GB are free"
         )
+
+
+def _is_damaged(folder: Path) -> bool:
+    try:
+        if (folder / METADATA_FILE).is_file():
+            check_files(folder, read_metadata(folder), hashes=True)
+    except (CheckpointError, OSError):
+        return True
+    # Where a link leads may be out of reach for the moment.
+    return folder.is_symlink()
 
 
 def _save_rank_state(path: Path, state: dict[str, Any]) -> None:
@@ -228,10 +242,13 @@ def commit_folder(temporary: Path, final: Path, metadata: bytes) -> None:
     """Give `temporary`, whose files are synced, the name `final`, and then its `.metadata.json`."""
     for folder in [temporary, *(p for p in temporary.rglob("*") if p.is_dir())]:
         fsync_folder(folder)
-    if final.exists():
-        # Without metadata: the leftover of a crash. With it: from a stretch of training that is
-        # being repeated, and equal, or damaged.
-        remove_tree(final)
+    if os.path.lexists(final):
+        # Of a crash before the metadata, or of a stretch of training that is being repeated: then
+        # it is equal, or damaged, which nobody but the user may throw away.
+        if _is_damaged(final):
+            log.warning("damaged checkpoint renamed: %s", move_aside(final))
+        else:
+            remove_tree(final)
     temporary.rename(final)
     fsync_folder(final.parent)
     write_atomic(final / METADATA_FILE, metadata)
