@@ -81,7 +81,7 @@ class Starting(Receiver):
         close: called with the reason when the main thread is stuck; the exit code.
     """
 
-    patience = _STUCK_SECONDS
+    patience: float | None = _STUCK_SECONDS
 
     def __init__(self, close: Callable[[str], int] | None = None) -> None:
         self.reason: str | None = None

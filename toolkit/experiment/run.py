@@ -31,6 +31,7 @@ from toolkit.experiment.preflight import check_continuation, check_optimizer
 from toolkit.experiment.recorded import describe_engine, plan_resume
 from toolkit.experiment.relaunch import relaunch
 from toolkit.experiment.restarts import current_launch, find_predecessor, stays_stopped
+from toolkit.experiment.starting import RunStart
 from toolkit.models.counts import shown_parameters
 from toolkit.runs.environment import mask_secrets
 from toolkit.runs.files import RUN_FILES
@@ -74,57 +75,23 @@ def train(
         origins: where each config value came from; stored beside the config.
         stored: what the run folder keeps as its config; default: `config`.
     """
-    starting = _Start()
+    starting = RunStart()
     with signals.listening(starting):
         try:
             return _run(config, origins or {}, stored or config, starting)
         except BaseException as error:
-            # Whatever fails in a start that is being stopped is part of the stop: helper processes
-            # and other ranks have got the same signal.
+            # What fails in a start that is being stopped, as helpers do, is part of the stop.
             if starting.reason is None or isinstance(error, GeneratorExit):
                 raise
             signals.settle()
             return starting.stop(starting.reason)
 
 
-class _Start(signals.Starting):
-    """The part of a run before its first step, while it is asked to stop."""
-
-    def __init__(self) -> None:
-        super().__init__(close=self.stop)
-        self.run: RunManager | None = None
-        self.rank = 0
-
-    def stop(self, reason: str) -> int:
-        """Note the stop in the run, if there is one by now; the exit code."""
-        run = self.run
-        if run is None:
-            if self.rank == 0 and reason != signals.LAUNCHER_GONE:
-                raise signals.Interrupted(reason)
-            return EXIT_STOPPED
-        failure = _first_failure(run, self.rank)
-        if failure is not None:
-            run.close("failed", message=failure, exit_reason="error")
-            return EXIT_FAILED
-        run.close("stopped", message=f"{reason} before the first step", exit_reason=reason)
-        if run.is_main:
-            log.info("nothing is lost; continue with: toolkit resume %s", run.folder)
-        return EXIT_STOPPED
-
-
-def _first_failure(run: RunManager, rank: int) -> str | None:
-    """What failed on another rank, where that is why this one is being ended."""
-    with contextlib.suppress(RunError):
-        found = Peers(run, rank=rank, world_size=0).first_failure()
-        return None if found is None else f"rank {found.rank} on {found.host}: {found.message}"
-    return None
-
-
 def _run(
     config: ExperimentConfig,
     origins: Mapping[str, str],
     stored: ExperimentConfig,
-    starting: _Start,
+    starting: RunStart,
 ) -> int:
     environ = os.environ
     check_launcher_variables(environ)
@@ -164,7 +131,8 @@ def _run(
     except BaseException as error:
         # Whatever the trainer itself did not close: an error before or outside its loop.
         if run is not None and starting.reason is None:
-            run.close("failed", message=first_line(error), exit_reason="error")
+            with contextlib.suppress(RunError):
+                run.close("failed", message=first_line(error), exit_reason="error")
         raise
 
 

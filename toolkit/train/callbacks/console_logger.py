@@ -1,5 +1,7 @@
 """Progress on the console: a bar on a terminal, plain lines elsewhere."""
 
+import contextlib
+import logging
 import time
 from typing import Any
 
@@ -9,6 +11,8 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 from toolkit.train.callbacks.base import Callback
 from toolkit.train.config import ConsoleLoggerConfig
+
+log = logging.getLogger(__name__)
 
 REFRESH_PER_SECOND = 4
 """Of the bar; more would take the interpreter from the training thread."""
@@ -24,6 +28,7 @@ class ConsoleLogger(Callback):
         self._task: TaskID | None = None
         self._seconds_per_step: float | None = None
         self._last_time: float | None = None
+        self._has_failed = False
 
     def pre_train(self) -> None:
         trainer = self.trainer
@@ -42,11 +47,19 @@ class ConsoleLogger(Callback):
             self._task = self._bar.add_task(
                 "training", total=trainer.stop_step, completed=trainer.step, values=""
             )
-            self._bar.start()
+            with contextlib.suppress(OSError, ValueError, SystemExit):
+                self._bar.start()
 
     def on_metrics(self, stream: str, records: list[dict[str, Any]]) -> None:
-        if not self.trainer.environment.is_main:
+        if not self.trainer.environment.is_main or self._has_failed:
             return
+        try:
+            self._show(stream, records)
+        except (Exception, SystemExit) as error:  # rich leaves when nobody reads its pipe
+            self._has_failed = True
+            log.warning("progress is no longer shown: %s: %s", type(error).__name__, error)
+
+    def _show(self, stream: str, records: list[dict[str, Any]]) -> None:
         if stream == "eval":
             for record in records:
                 self._print(_eval_line(record))
@@ -54,9 +67,10 @@ class ConsoleLogger(Callback):
             self._on_train(records)
 
     def close(self) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = None
+        bar, self._bar = self._bar, None
+        if bar is not None:
+            with contextlib.suppress(OSError, ValueError, SystemExit):
+                bar.stop()
 
     def _on_train(self, records: list[dict[str, Any]]) -> None:
         last = records[-1]
