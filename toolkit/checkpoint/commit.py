@@ -97,6 +97,8 @@ def save_checkpoint(
         rank_state=lambda: rank_state,
         export=export,
     )
+    if rank == 0:
+        root.mkdir(parents=True, exist_ok=True)
     pieces = TensorPieces(group)
     return write_checkpoint(save, pieces, pieces.live(tensors), rank=rank, group=group)
 
@@ -122,9 +124,11 @@ def write_checkpoint(
 
     def begin() -> None:
         if rank == 0:
+            save.root.parent.stat()  # FileNotFoundError for a run folder that was removed
             check_free_space(save.root, sum(sizes) + SPARE_BYTES)
             shutil.rmtree(temporary, ignore_errors=True)
-            (temporary / RANK_FOLDER).mkdir(parents=True)
+            temporary.mkdir()  # not its parents: a run folder that was removed stays so
+            (temporary / RANK_FOLDER).mkdir()
 
     def write() -> WrittenPieces:
         written = pieces.write(temporary / TENSORS_FOLDER, resolve)

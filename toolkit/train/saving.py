@@ -160,6 +160,7 @@ def _check_owner(trainer: "Trainer") -> None:
     refusal: RunError | None = None
     try:
         trainer.run.check_owner()
+        refusal = trainer.run.find_removal()
     except RunError as error:
         refusal = error
     refusal = trainer.environment.broadcast(refusal)

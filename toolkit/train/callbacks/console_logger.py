@@ -1,5 +1,6 @@
 """Progress on the console: a bar on a terminal, plain lines elsewhere."""
 
+import contextlib
 import logging
 import math
 import time
@@ -29,6 +30,7 @@ class ConsoleLogger(Callback):
         self._seconds_per_step: float | None = None
         self._last_time: float | None = None
         self._has_told_of_nan = False
+        self._has_failed = False
 
     def pre_train(self) -> None:
         trainer = self.trainer
@@ -47,11 +49,19 @@ class ConsoleLogger(Callback):
             self._task = self._bar.add_task(
                 "training", total=trainer.stop_step, completed=trainer.step, values=""
             )
-            self._bar.start()
+            with contextlib.suppress(OSError, ValueError, SystemExit):
+                self._bar.start()
 
     def on_metrics(self, stream: str, records: list[dict[str, Any]]) -> None:
-        if not self.trainer.environment.is_main:
+        if not self.trainer.environment.is_main or self._has_failed:
             return
+        try:
+            self._show(stream, records)
+        except (Exception, SystemExit) as error:  # rich leaves when nobody reads its pipe
+            self._has_failed = True
+            log.warning("progress is no longer shown: %s: %s", type(error).__name__, error)
+
+    def _show(self, stream: str, records: list[dict[str, Any]]) -> None:
         if stream == "eval":
             for record in records:
                 self._print(_eval_line(record))
@@ -59,9 +69,10 @@ class ConsoleLogger(Callback):
             self._on_train(records)
 
     def close(self) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = None
+        bar, self._bar = self._bar, None
+        if bar is not None:
+            with contextlib.suppress(OSError, ValueError, SystemExit):
+                bar.stop()
 
     def _on_train(self, records: list[dict[str, Any]]) -> None:
         last = records[-1]
