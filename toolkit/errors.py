@@ -5,6 +5,8 @@ line. `cli` turns a `ToolkitError` into that line on rank 0 and the exit code of
 other exception is a defect of ours and keeps its traceback.
 """
 
+import errno
+
 EXIT_DONE = 0
 EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
@@ -48,3 +50,24 @@ class TrainingError(ToolkitError):
 
 class StorageError(ToolkitError):
     """A remote folder cannot be reached, or refuses what is asked of it."""
+
+
+_MACHINE = {
+    errno.ENOSPC: "free some space there",
+    errno.EDQUOT: "free some of your quota there",
+    errno.EROFS: "its file system is read-only (look in the system's log), or choose another",
+    errno.EIO: "the disk or its server has errors (look in the system's log)",
+    errno.ESTALE: "its server lost it; mount it again",
+    errno.EMFILE: "raise the limit of open files (ulimit -n)",
+    errno.ENFILE: "raise the system's limit of open files",
+    errno.ENOMEM: "the machine has no memory left",
+}
+
+
+def reason_of_machine(error: BaseException) -> str | None:
+    """One line for an error of disk or machine that a user can mend: where, what, and what to do;
+    None for any other."""
+    if not isinstance(error, OSError) or error.errno not in _MACHINE:
+        return None
+    where = f"{error.filename}: " if error.filename is not None else ""
+    return f"{where}{error.strerror}: {_MACHINE[error.errno]}"

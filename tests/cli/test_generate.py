@@ -238,7 +238,7 @@ def test_a_damaged_folder_is_named(
     shutil.copytree(exported, "model")
     if harm == "config":
         Path("model/config.json").write_text("{")
-        expected = "model: its tokenizer cannot be loaded: It looks like the config file at "
+        expected = "model: transformers cannot load it: It looks like the config file at "
     elif harm == "weights":
         with Path("model/model.safetensors").open("ab") as file:
             file.truncate(1000)

@@ -6,10 +6,11 @@ checkpoints/step{N}/                after the rename
     train/rank{R}.pt                state of one rank, weights_only-loadable
     model_and_optim/                torch DCP, canonical names and global shapes
     hf/                             safetensors for transformers (on request)
-checkpoints/step{N}.invalid/        found damaged on resuming, and renamed
+checkpoints/step{N}.invalid/        set aside: found damaged, or of a stretch that was started anew
 """
 
 import json
+import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -36,7 +37,6 @@ for ever."""
 _NO_HASH = "0" * 16
 
 _STEP = re.compile(r"step(\d+)\Z")
-_ANY_STEP = re.compile(rf"step(\d+)({re.escape(INVALID_SUFFIX)})?\Z")
 
 
 class FileEntry(msgspec.Struct, frozen=True):
@@ -92,9 +92,22 @@ def saved_steps(root: Path) -> list[int]:
 
 
 def step_folders(root: Path) -> dict[Path, int]:
-    """Every folder of a step, the uncommitted and the damaged too, and its step."""
-    matches = ((p, _ANY_STEP.match(p.name)) for p in root.iterdir())
-    return {path: int(match[1]) for path, match in matches if match}
+    """Every folder called `step{N}`, the uncommitted too, and its step."""
+    if not root.is_dir():
+        return {}
+    steps = ((p, step_of(p.name)) for p in root.iterdir())
+    return {path: step for path, step in steps if step is not None}
+
+
+def move_aside(folder: Path) -> Path:
+    """Rename a step folder, or a link to one, to an unused `step{N}.invalid`, `step{N}.invalid.2`
+    and so on, so that it counts no more; the new name."""
+    aside, number = folder.with_name(folder.name + INVALID_SUFFIX), 1
+    while os.path.lexists(aside):
+        number += 1
+        aside = folder.with_name(f"{folder.name}{INVALID_SUFFIX}.{number}")
+    folder.rename(aside)
+    return aside
 
 
 def encode_metadata(metadata: CheckpointMetadata) -> bytes:
@@ -169,6 +182,16 @@ def check_files(
             )
         if hashes and hash_file(path) != entry.xxh3:
             raise CheckpointError(f"{checkpoint}: {name} has changed since it was saved")
+    if missing := missing_entry(metadata):
+        raise CheckpointError(f"{checkpoint}: {missing}")
+
+
+def missing_entry(metadata: CheckpointMetadata) -> str | None:
+    """What a manifest lacks that every checkpoint has: an empty one is not valid."""
+    for name in (f"{TENSORS_FOLDER}/.metadata", rank_file(0)):
+        if name not in metadata.files:
+            return f"{name} is missing in its manifest"
+    return None
 
 
 def _hash(data: bytes) -> str:

@@ -87,7 +87,7 @@ class TensorPieces:
         writer.fs = hashed  # type: ignore[assignment]
         planner = DefaultSavePlanner()
         planner.resolve_data = resolve  # type: ignore[method-assign, assignment]
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(exist_ok=True)
         try:
             with no_crc32():
                 results = writer.write_data(self._plan, planner).wait()

@@ -92,6 +92,10 @@ def _print_summary(source: "ModelSource", exported: "Exported", out: str) -> Non
         typer.echo(f"checked: {loads} and gives the same logits{ids}")
     else:
         typer.echo(f"not checked: {exported.not_checked}")
+    if exported.only_newer is not None:
+        typer.echo(
+            f"note: needs transformers 5: version 4 computes other logits ({exported.only_newer})"
+        )
     if not exported.has_tokenizer:
         typer.echo("no tokenizer is known for this model; --tokenizer FOLDER adds one")
     if exported.is_adapter:

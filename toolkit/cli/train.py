@@ -59,6 +59,7 @@ def train(
     """
     import os
 
+    from toolkit.distributed.launcher_checks import check_launcher_variables
     from toolkit.errors import ConfigError
     from toolkit.experiment.load import load_experiment
 
@@ -72,6 +73,7 @@ def train(
     }
     if json and not dry_run:
         raise ConfigError("--json belongs to --dry-run; give both to print the resolved config")
+    check_launcher_variables()
     loaded = load_experiment(source, paths, shorthands, base=base)
     if dry_run:
         from toolkit.experiment.summary import summarize

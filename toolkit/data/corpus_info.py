@@ -3,10 +3,11 @@
 Nothing here needs torch, and nothing but `prepare_corpus` writes.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from toolkit.data.config import DataConfig, DatasetConfig, MixSourceConfig
+from toolkit.data.config import DataConfig, DatasetConfig, MixSourceConfig, SourceConfig
 from toolkit.data.tokens.prepared import PreparedDataset, Split, dataset_folder, read_prepared
 
 
@@ -130,18 +131,29 @@ def data_places(cfg: DataConfig) -> list[Path]:
     return [dataset_folder(source.dataset) for source in resolve_mix(dataset)]
 
 
+ChangeSource = Callable[[SourceConfig | None], SourceConfig | None]
+
+
 def without_sources(dataset: DatasetConfig) -> DatasetConfig:
     """`dataset` that takes token files as they are, wherever their text is now."""
-    if dataset.mix is None:
-        return dataset.replace(source=None)
-    return dataset.replace(mix=dataset.mix.replace(sources=_as_they_are(dataset.mix.sources)))
+    return with_sources(dataset, lambda source: None)
 
 
-def _as_they_are(sources: dict[str, MixSourceConfig]) -> dict[str, MixSourceConfig]:
+def with_sources(dataset: DatasetConfig, change: ChangeSource) -> DatasetConfig:
+    """`dataset` with what `change` makes of every source."""
+    if dataset.mix is not None:
+        sources = _changed(dataset.mix.sources, change)
+        return dataset.replace(mix=dataset.mix.replace(sources=sources))
+    return dataset.replace(source=change(dataset.source))
+
+
+def _changed(
+    sources: dict[str, MixSourceConfig], change: ChangeSource
+) -> dict[str, MixSourceConfig]:
     return {
-        name: source.replace(mix=_as_they_are(source.mix))
+        name: source.replace(mix=_changed(source.mix, change))
         if isinstance(source.mix, dict)
-        else source.replace(source=None)
+        else source.replace(source=change(source.source))
         for name, source in sources.items()
     }
 

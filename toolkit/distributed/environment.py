@@ -26,8 +26,9 @@ from toolkit.distributed.cpu import tune_cpu
 from toolkit.distributed.devices import pick_device
 from toolkit.distributed.engine import Engine, Precision, offloads, resolve_engine
 from toolkit.distributed.launcher import rank_of, world_size_of
+from toolkit.distributed.launcher_checks import is_one_machine, loopback_interface
 from toolkit.distributed.ranks import adopt_ranks
-from toolkit.distributed.store import elastic_store
+from toolkit.distributed.rendezvous import open_store
 from toolkit.errors import ConfigError, RunError
 
 log = logging.getLogger(__name__)
@@ -165,8 +166,11 @@ def prepare_training_environment(
     if config.trainer.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-        # Their backward passes add up in any order; flash attention has a fixed one.
-        torch.backends.cuda.enable_mem_efficient_sdp(False)
+        # Nothing here reads memory that it has not written: filling it would cost a pass over every
+        # new tensor.
+        torch.utils.deterministic.fill_uninitialized_memory = False
+        # Its backward adds up in any order. Flash attention and the memory-efficient kernel, which
+        # fp32 needs, have a fixed one in this mode.
         torch.backends.cuda.enable_cudnn_sdp(False)
     if device.type == "cpu" or offloads(engine.as_config()):
         tune_cpu(local_world_size=int(said) if said else world_size)
@@ -294,6 +298,10 @@ def _init_process_group(device: torch.device, world_size: int) -> None:
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     for name, value in (("MASTER_PORT", "0"), ("RANK", "0"), ("WORLD_SIZE", "1")):
         os.environ.setdefault(name, value)
+    if is_one_machine(os.environ):
+        # Nobody on another machine needs to reach this one.
+        for library in ("GLOO", "NCCL"):
+            os.environ.setdefault(f"{library}_SOCKET_IFNAME", loopback_interface())
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     extra: dict[str, Any] = {}
     if device.type == "cuda" and world_size > 1:
@@ -302,8 +310,10 @@ def _init_process_group(device: torch.device, world_size: int) -> None:
     if world_size == 1:
         # A private in-memory store: no port, so parallel runs on one machine cannot collide.
         extra |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-    elif (store := elastic_store(rank_of(os.environ), world_size, COLLECTIVE_TIMEOUT)) is not None:
-        extra |= {"store": store, "rank": rank_of(os.environ), "world_size": world_size}
+    else:
+        rank = rank_of(os.environ)
+        store = open_store(rank, world_size, COLLECTIVE_TIMEOUT)
+        extra |= {"store": store, "rank": rank, "world_size": world_size}
     dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT, **extra)
 
 

@@ -1,5 +1,6 @@
 """Text and conversations continued by a model."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -10,8 +11,6 @@ Message = dict[str, str]
 """`{"role": "system" | "user" | "assistant", "content": ...}`."""
 
 _MOST_TOKENS_OF_A_CHARACTER = 8
-
-_ANSWER = "\N{REPLACEMENT CHARACTER}answer\N{REPLACEMENT CHARACTER}"
 
 
 class Generated(NamedTuple):
@@ -81,10 +80,9 @@ class TextGenerator:
             ConfigError: there is no template, it refuses the conversation, or the conversation is
                 longer than the model's context.
         """
-        ids = self._ids(self._render(messages, add_generation_prompt=True))
-        return self._generate(
-            ids, "the conversation", sampling, self._stop_ids | self._turn_end(), on_text
-        )
+        ids = self._ids(self._render(messages))
+        stop_ids = self._stop_ids | self._turn_ends
+        return self._generate(ids, "the conversation", sampling, stop_ids, on_text)
 
     def check_chat(self) -> None:
         """Raise ConfigError when the tokenizer has no chat template."""
@@ -133,11 +131,11 @@ class TextGenerator:
         stopped: Literal["end", "length", "context"] = "context" if is_cut else "length"
         return Generated("".join(pieces), len(ids), len(new), "end" if has_ended else stopped)
 
-    def _render(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
+    def _render(self, messages: Sequence[Message]) -> str:
         self.check_chat()
         try:
             return self._tokenizer.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
+                list(messages), tokenize=False, add_generation_prompt=True
             )
         except Exception as error:  # templates raise what they like
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -145,16 +143,26 @@ class TextGenerator:
                 f"{self._name}: its chat template refuses this conversation: {reason}"
             ) from None
 
-    def _turn_end(self) -> frozenset[int]:
-        """The control token that the template puts after an answer: models that learned it end
-        their turns with it, whatever ends documents."""
-        example = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _ANSWER}]
-        try:
-            text = self._render(example, add_generation_prompt=False)
-        except ConfigError:
+    @functools.cached_property
+    def _turn_ends(self) -> frozenset[int]:
+        """What ends an answer by the chat template, whatever ends documents."""
+        backend = getattr(self._tokenizer, "backend_tokenizer", None)
+        if backend is None:
             return frozenset()
-        after = self._ids(text.rpartition(_ANSWER)[2])
-        return frozenset(after[:1]) & frozenset(self._tokenizer.added_tokens_decoder)
+        from tokenizers import Tokenizer as BackendTokenizer
+
+        from toolkit.data.tokenizers.tokenizer import TOKENIZER_CONFIG_FILE, Tokenizer
+        from toolkit.data.tokens.stops import turn_ends
+
+        named = self._tokenizer.chat_template
+        template = named.get("default") if isinstance(named, dict) else named
+        own = Tokenizer(
+            BackendTokenizer.from_str(backend.to_str()),
+            self._tokenizer.eos_token,
+            {TOKENIZER_CONFIG_FILE: {"chat_template": template}},
+            bos_token=self._tokenizer.bos_token,
+        )
+        return frozenset(turn_ends(own))
 
     def _ids(self, rendered: str) -> list[int]:
         # The template has written the start token, if there is one.

@@ -48,9 +48,12 @@ def open_generator(
         ConfigError: no such device, or the tokenizer does not fit the model.
         DataError: there is no tokenizer.
     """
+    from toolkit.data.tokenizers.tokenizer import load_tokenizer
+    from toolkit.data.tokens.stops import stop_ids
     from toolkit.evaluate.continuation import PlainContinuation, TransformersContinuation
     from toolkit.evaluate.text import TextGenerator
     from toolkit.hf.choose import hf_architecture
+    from toolkit.hf.export import generation_of
     from toolkit.hf.loading import load_auto_tokenizer, load_causal_lm, quiet_transformers
     from toolkit.hf.source import find_source, load_model
 
@@ -68,7 +71,8 @@ def open_generator(
             "which takes longer"
         )
         model = load_model(source, device=place, dtype=kind)
-        yield TextGenerator(where, PlainContinuation(model, stop_ids=()), loaded_tokenizer)
+        ends = stop_ids(load_tokenizer(found), generation_of(source))
+        yield TextGenerator(where, PlainContinuation(model, stop_ids=ends), loaded_tokenizer)
         return
     with contextlib.ExitStack() as stack:
         if source is not None:

@@ -6,9 +6,11 @@
 3. `--base FOLDER` gives model, tokenizer and weights to start from (base.py); recipes for
    fine-tuning have none of their own.
 4. Flags follow: the short ones (`--sequence-length`), then overrides (`--a.b.c=VALUE`) in the order
-   given. `--model.preset=NAME` replaces the model section before the other flags apply.
+   given. `--model.preset=NAME` replaces the model section before the other flags apply. A source
+   that they give gets a name of its own (data_name.py).
 """
 
+import copy
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,6 +27,7 @@ from toolkit.data.order.mix_files import inline_mixes
 from toolkit.errors import ConfigError, RunError
 from toolkit.experiment.base import longest_sequence, read_base
 from toolkit.experiment.config import ExperimentConfig
+from toolkit.experiment.data_name import name_own_data
 from toolkit.experiment.recipes import recipe_hint, recipe_names, recipe_text
 from toolkit.models.counts import shown_parameters
 from toolkit.models.presets import preset
@@ -76,7 +79,9 @@ def load_experiment(
     for name, value in (shorthands or {}).items():
         if value is not None:
             layers.set(SHORTHANDS[name], value, f"--{name.replace('_', '-')}={value}")
+    before = copy.deepcopy(layers.data.get("dataset") or {})
     _apply_overrides(layers, overrides)
+    name_own_data(layers, before, overrides)
     if "model" not in layers.data:
         raise ConfigError(
             f"{source}: starts from a model of yours; give --base FOLDER, made by "

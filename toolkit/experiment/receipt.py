@@ -143,6 +143,8 @@ def _rounding_reasons(
     ]
     if not reasons and before.dp_config != engine.dp_config:
         reasons.append("other settings of the engine (dp_config)")
+    if before.kernels and before.kernels != engine.kernels:
+        reasons.append("other kernels (metadata/engine.json names them)")
     reasons += [
         f"{name}: {plan.versions.get(name)} then, {versions.get(name)} now"
         for name in VERSIONED

@@ -22,7 +22,7 @@ from toolkit.distributed.launcher import (
 from toolkit.errors import RunError
 from toolkit.experiment.config import ExperimentConfig
 from toolkit.experiment.load import load_run_config
-from toolkit.experiment.run_data import find_data
+from toolkit.experiment.run_data import find_data, without_gone_sources
 from toolkit.runs.files import RUN_FILES
 from toolkit.runs.status import RunStatus, read_status
 from toolkit.train.config import TransformerTrainModuleConfig
@@ -43,6 +43,8 @@ class EngineRecord(msgspec.Struct, frozen=True, kw_only=True):
     """Model of the GPU, else of the CPU."""
     dp_config: DataParallelConfig
     """The config that asks for this engine, whatever the launcher."""
+    kernels: dict[str, str] = {}
+    """Part of the model -> the kernel that computes it; empty: not recorded."""
 
 
 class RecordedStep(msgspec.Struct):
@@ -83,7 +85,7 @@ def plan_resume(run_dir: Path, overrides: Sequence[str], environ: Mapping[str, s
     status = read_status(folder)
     if status is None:
         raise RunError(f"{run_dir}: not a run folder; `toolkit runs` lists runs")
-    config = find_data(loaded.config, folder)
+    config = find_data(loaded.config, folder, overrides)
     module = config.train_module
     asked = any(flag.startswith("--train_module.dp_config") for flag in overrides)
     on_one = asked and module.dp_config is not None and module.dp_config.name == "single"
@@ -99,7 +101,7 @@ def plan_resume(run_dir: Path, overrides: Sequence[str], environ: Mapping[str, s
     if not any(flag.startswith("--train_module.precision") for flag in overrides):
         precision = precision_again(module, status.other.get("precision"), environ)
         module = module.replace(precision=precision)
-    config = stored.replace(train_module=module)
+    config = without_gone_sources(stored.replace(train_module=module))
     return ResumePlan(folder, config, stored, loaded.origins, status, processes, environ)
 
 
@@ -139,7 +141,7 @@ def processes_here(recorded: int) -> int:
     return min(recorded, usable_gpus() or recorded)
 
 
-def describe_engine(engine: Engine) -> EngineRecord:
+def describe_engine(engine: Engine, kernels: Mapping[str, str] | None = None) -> EngineRecord:
     """`engine` on this machine, as metadata/engine.json keeps it."""
     import torch
 
@@ -152,6 +154,7 @@ def describe_engine(engine: Engine) -> EngineRecord:
         threads=torch.get_num_threads(),
         device=torch.cuda.get_device_name() if usable_gpus() else cpu_name(),
         dp_config=engine.as_config(),
+        kernels=dict(kernels or {}),
     )
 
 

@@ -19,6 +19,7 @@ from typing import Any
 from toolkit.checkpoint.layout import check_files, read_metadata, saved_steps, step_folder
 from toolkit.data.corpus_info import data_places, read_corpus, without_sources
 from toolkit.distributed.launcher import has_launcher, rank_of
+from toolkit.distributed.launcher_checks import check_launcher_variables
 from toolkit.errors import EXIT_DONE, ConfigError, DataError, RunError, TrainingError
 from toolkit.experiment.config import ExperimentConfig
 from toolkit.experiment.receipt import Receipt, ReplayPlan, compare
@@ -66,6 +67,7 @@ def replay_steps(
     """
     from toolkit.distributed.logging import setup_logging
 
+    check_launcher_variables()
     environ, rank = os.environ, rank_of(os.environ)
     setup_logging(rank)
     plan = plan_replay(run_dir, steps, step)

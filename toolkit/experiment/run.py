@@ -17,9 +17,11 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from toolkit import signals
 from toolkit.config.files import read_json_mapping
 from toolkit.distributed.engine import Engine, resolve_engine
 from toolkit.distributed.launcher import rank_of
+from toolkit.distributed.launcher_checks import check_launcher_variables
 from toolkit.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, DataError, RunError, ToolkitError
 from toolkit.experiment.agreement import check_agreement
 from toolkit.experiment.changes import config_changes
@@ -30,6 +32,8 @@ from toolkit.experiment.preflight import check_continuation, check_optimizer
 from toolkit.experiment.recorded import describe_engine, plan_resume
 from toolkit.experiment.relaunch import relaunch
 from toolkit.experiment.restarts import current_launch, find_predecessor, stays_stopped
+from toolkit.experiment.run_data import without_gone_sources
+from toolkit.experiment.starting import RunStart
 from toolkit.runs.environment import mask_secrets
 from toolkit.runs.files import RUN_FILES
 from toolkit.runs.manager import RunManager
@@ -72,11 +76,29 @@ def train(
         origins: where each config value came from; stored beside the config.
         stored: what the run folder keeps as its config; default: `config`.
     """
-    stored = stored or config
+    starting = RunStart()
+    with signals.listening(starting):
+        try:
+            return _run(config, origins or {}, stored or config, starting)
+        except BaseException as error:
+            # What fails in a start that is being stopped, as helpers do, is part of the stop.
+            if starting.reason is None or isinstance(error, GeneratorExit):
+                raise
+            signals.settle()
+            return starting.stop(starting.reason)
+
+
+def _run(
+    config: ExperimentConfig,
+    origins: Mapping[str, str],
+    stored: ExperimentConfig,
+    starting: RunStart,
+) -> int:
     environ = os.environ
+    check_launcher_variables(environ)
     engine = resolve_engine(config.train_module.precision, config.train_module.dp_config, environ)
     check_experiment(config, engine.world_size)
-    rank = rank_of(environ)
+    rank = starting.rank = rank_of(environ)
 
     from toolkit.distributed.logging import setup_logging
 
@@ -100,16 +122,18 @@ def train(
     check_optimizer(config)
     if rank == 0:
         check_continuation(config, resolve_run_folder(config.run, name), train_loader)
-        run = _start(config, name, is_main=True)
-        clear_notes(run.folder)
-        if not run.path(RUN_FILES.config).exists():
-            _log_metadata(stored, run, engine, origins or {})
+        run = starting.run = _start(config, name, is_main=True)
     try:
-        return _train(config, stored, run, name, origins or {})
+        if run is not None:
+            clear_notes(run.folder)
+            if not run.path(RUN_FILES.config).exists():
+                _log_metadata(stored, run, engine, origins)
+        return _train(config, stored, run, name, origins)
     except BaseException as error:
         # Whatever the trainer itself did not close: an error before or outside its loop.
-        if run is not None:
-            run.close("failed", message=first_line(error), exit_reason="error")
+        if run is not None and starting.reason is None:
+            with contextlib.suppress(RunError):
+                run.close("failed", message=first_line(error), exit_reason="error")
         raise
 
 
@@ -125,6 +149,7 @@ def resume(run_dir: Path, overrides: Sequence[str] = (), *, debug: bool = False)
     """
     from toolkit.distributed.logging import setup_logging
 
+    check_launcher_variables()
     plan = plan_resume(run_dir, overrides, os.environ)
     setup_logging(rank_of(os.environ))
     if plan.processes is not None:
@@ -153,7 +178,7 @@ def _train(
     environment = prepare_training_environment(config)
     log_file, trainer, train_dl, has_failed = None, None, None, False
     # To the very end: a rank that ends because of another one must say so before a signal ends it.
-    signals = contextlib.ExitStack()
+    until_the_end = contextlib.ExitStack()
     try:
         # Where rank 0 writes is where all do.
         name, where = environment.broadcast((name, config.run))
@@ -178,13 +203,14 @@ def _train(
         model = config.model.build(init_device="meta")
         train_module = config.train_module.build(model, environment=environment)
         trainer = Trainer(config.trainer, train_module, train_dl, eval_dl, run=run)
-        signals.enter_context(trainer.stop_request.listening())
         trainer.restore()
         if environment.is_main:
             for change in config_changes(read_json_mapping(run.path(RUN_FILES.config)), stored):
                 log.info("changed since the run's last start: %s", change)
         # Not before: a run that cannot be continued with this config keeps the one it has.
-        _log_metadata(stored, run, environment.engine, origins)
+        _log_metadata(stored, run, environment.engine, origins, train_module.kernels)
+        until_the_end.enter_context(trainer.stop_request.listening())
+        signals.settle()
         result = trainer.train()
         _log_end(result, run)
         if result.reason in GENTLE_STOPS:
@@ -192,6 +218,9 @@ def _train(
         return EXIT_FAILED if result.saved_step is None else EXIT_STOPPED
     except BaseException as error:
         has_failed = True
+        if isinstance(error, signals.Interrupted):
+            raise
+        signals.settle()
         step = trainer.step if trainer is not None else 0
         lost = None if run is None else _explain(error, run, environment, step)
         if log_file is not None:
@@ -208,7 +237,7 @@ def _train(
             logging.getLogger("toolkit").removeHandler(log_file)
             log_file.close()
         environment.close(after_error=has_failed)
-        signals.close()
+        until_the_end.close()
 
 
 def _explain(
@@ -251,6 +280,8 @@ def _prepare_data(config: ExperimentConfig, *, rank: int, world_size: int) -> "T
     """Prepare the corpus (one process of each machine; the others wait) and check that it fits."""
     from toolkit.data.corpus_info import prepare_corpus
 
+    if rank > 0 and _local_rank() == 0:  # another machine may have the prepared data alone
+        config = without_gone_sources(config)
     corpus = prepare_corpus(
         config.data,
         work_dir=config.run.work_dir,
@@ -291,7 +322,11 @@ def _start(config: ExperimentConfig, name: str, *, is_main: bool) -> RunManager:
 
 
 def _log_metadata(
-    config: ExperimentConfig, run: RunManager, engine: Engine, origins: Mapping[str, str]
+    config: ExperimentConfig,
+    run: RunManager,
+    engine: Engine,
+    origins: Mapping[str, str],
+    kernels: Mapping[str, str] | None = None,
 ) -> None:
     if config.run.registry is not None:
         config = config.replace(run=config.run.replace(registry=mask_secrets(config.run.registry)))
@@ -313,7 +348,7 @@ def _log_metadata(
         dp_config=msgspec.to_builtins(engine.as_config()),
         precision=engine.precision,
     )
-    run.log_metadata(describe_engine(engine), RUN_FILES.engine)
+    run.log_metadata(describe_engine(engine, kernels), RUN_FILES.engine)
 
 
 def _log_data(train_loader: "TrainLoader") -> None:

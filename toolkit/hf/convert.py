@@ -110,7 +110,9 @@ def convert_hf(
     weights = HFWeights(source)
     notes = list(model.notes)
     with new_folder(out) as unfinished:
-        tokenizer = _tokenizer(source, unfinished / TOKENIZER_FOLDER, options)
+        tokenizer = _tokenizer(
+            source, unfinished / TOKENIZER_FOLDER, model.family.model_type, options
+        )
         if tokenizer is None:
             notes.append("there is no tokenizer in it; set dataset.tokenizer before training")
         old = model.config.vocab_size
@@ -160,7 +162,9 @@ def convert_hf(
     return conversion
 
 
-def _tokenizer(source: Path, folder: Path, options: ConvertOptions) -> ConvertedTokenizer | None:
+def _tokenizer(
+    source: Path, folder: Path, model_type: str, options: ConvertOptions
+) -> ConvertedTokenizer | None:
     template = None
     if options.chat_template is not None:
         try:
@@ -171,7 +175,11 @@ def _tokenizer(source: Path, folder: Path, options: ConvertOptions) -> Converted
     if given is not None and not given.exists():
         raise DataError(f"--tokenizer {given}: no such file or folder; give a local one")
     found = convert_tokenizer(
-        given or source, folder, add_tokens=options.add_tokens, chat_template=template
+        given or source,
+        folder,
+        add_tokens=options.add_tokens,
+        chat_template=template,
+        model_type=model_type,
     )
     if found is None and (given is not None or options.add_tokens or template is not None):
         raise DataError(f"{given or source}: holds no tokenizer; give one with --tokenizer")

@@ -14,12 +14,8 @@ import torch
 from torch import Tensor
 
 from toolkit.checkpoint.commit import check_free_space
-from toolkit.data.tokenizers.tokenizer import (
-    TOKENIZER_CONFIG_FILE,
-    TOKENIZER_FILE,
-    load_tokenizer,
-    read_json,
-)
+from toolkit.data.tokenizers.tokenizer import TOKENIZER_FILE, load_tokenizer, read_json
+from toolkit.data.tokens.stops import SPECIAL_IDS, special_ids
 from toolkit.errors import CheckpointError, DataError, ToolkitError
 from toolkit.hf.adapter import export_adapter, merged
 from toolkit.hf.choose import choose_family
@@ -56,6 +52,8 @@ class Exported(NamedTuple):
     is_adapter: bool = False
     not_checked: str | None = None
     """Why it was not loaded and compared; None: it was."""
+    only_newer: str | None = None
+    """What of the model `transformers` before 5 computes otherwise; None: nothing."""
 
 
 def export_hf(
@@ -78,14 +76,13 @@ def export_hf(
         named_tensors: all parameters by name (wrappers' prefixes are fine), whole, on any device;
             an iterable is consumed one tensor at a time.
         folder: where to; must not exist, or be empty.
-        tokenizer_folder: its tokenizer files are copied, and the tokens that end documents (and
-            start them, where the data had such) are recorded.
+        tokenizer_folder: its tokenizer files are copied, and the tokens that end texts (and start
+            them, where the data had such) are recorded; see `special_ids`.
         dtype: of the weights on disk, of all or of each by our name; default: float32, the type of
             master weights.
         max_shard_bytes: largest size of one weight file.
         model_type: of the model that the weights came from; preferred where several fit.
-        generation: generation_config.json of that model, kept as it was; default: made from the
-            tokenizer.
+        generation: generation_config.json of that model, kept but for the tokens of the tokenizer.
         card: content of README.md; None: none is written.
         check: called with the finished folder before it gets its name; what it raises leaves
             nothing behind.
@@ -98,27 +95,25 @@ def export_hf(
     folder, transformer = Path(folder), config.to_transformer()
     family = choose_family(transformer, model_type)
     check_unused(folder)
-    special_tokens = _special_tokens(tokenizer_folder)
+    generation = generation_settings(tokenizer_folder, generation)
     dtypes = torch.float32 if dtype is None else dtype
     first = first_type(dtypes)
     items = named_tensors.items() if isinstance(named_tensors, Mapping) else named_tensors
     with new_folder(folder) as unfinished:
         files = write_weights(transformer, family, items, unfinished, dtypes, max_shard_bytes)
-        if generation is not None:
-            kept = {k: v for k, v in generation.items() if k in special_tokens and v is not None}
-            special_tokens = {**special_tokens, **kept}
         settings: dict[str, Any] = {
             "architectures": [family.architecture],
             "model_type": family.model_type,
             **family.write_config(transformer),
-            **special_tokens,
+            **{name: generation.get(name) for name in SPECIAL_IDS},
             # A row of the embedding would not be trained by those who fine-tune the folder.
             "pad_token_id": None,
             "dtype": str(first).removeprefix("torch."),
+            # What it was called before transformers 4.56.
+            "torch_dtype": str(first).removeprefix("torch."),
         }
         write_json_atomic(unfinished / "config.json", settings, sync=False)
-        own = {"_from_model_config": True, **special_tokens}
-        write_json_atomic(unfinished / GENERATION_FILE, generation or own, sync=False)
+        write_json_atomic(unfinished / GENERATION_FILE, generation, sync=False)
         if tokenizer_folder is not None:
             copy_tokenizer(tokenizer_folder, unfinished)
         if card is not None:
@@ -132,6 +127,7 @@ def export_hf(
             weight_files=[file.name for file in files],
             weight_bytes=sum(file.stat().st_size for file in files),
             has_tokenizer=tokenizer_folder is not None,
+            only_newer=family.only_newer(transformer),
         )
     return written
 
@@ -218,6 +214,40 @@ def generation_of(source: ModelSource) -> dict[str, Any] | None:
     return source.origin.get("generation_config") or None
 
 
+def generation_settings(
+    tokenizer_folder: PathLike | None, generation: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """Content of generation_config.json.
+
+    Args:
+        tokenizer_folder: the tokenizer; None: the ids stay what they were.
+        generation: that of the model that training began from; None: there was none.
+
+    Raises:
+        DataError: `tokenizer_folder` holds no tokenizer.
+    """
+    kept = dict(generation or {"_from_model_config": True})
+    if tokenizer_folder is None:
+        return kept if generation else {**kept, **dict.fromkeys(SPECIAL_IDS)}
+    folder = Path(tokenizer_folder)
+    if not (folder / TOKENIZER_FILE).is_file():
+        raise DataError(
+            f"{tokenizer_folder}: no {TOKENIZER_FILE} here; give the folder of the tokenizer, "
+            "or none to export weights alone"
+        )
+    return {**kept, **special_ids(load_tokenizer(folder), generation)}
+
+
+def add_tokenizer(
+    folder: Path, tokenizer_folder: PathLike, generation: Mapping[str, Any] | None
+) -> None:
+    """Put the tokenizer into an adapter's `folder`, and a generation_config.json that ends texts as
+    the adapter was taught; see `generation_settings`."""
+    settings = generation_settings(tokenizer_folder, generation)
+    write_json_atomic(folder / GENERATION_FILE, settings, sync=False)
+    copy_tokenizer(tokenizer_folder, folder)
+
+
 def first_type(dtypes: Dtypes) -> torch.dtype:
     """The type of the first weight, which config.json names."""
     return dtypes if isinstance(dtypes, torch.dtype) else next(iter(dtypes.values()))
@@ -281,7 +311,7 @@ def _export_adapter(
         )
         weights = list(unfinished.glob("*.safetensors"))
         if source.tokenizer_folder is not None:
-            copy_tokenizer(source.tokenizer_folder, unfinished)
+            add_tokenizer(unfinished, source.tokenizer_folder, generation_of(source))
         if card is not None:
             (unfinished / CARD_FILE).write_text(card, encoding="utf-8")
         if not_checked is None:
@@ -335,23 +365,3 @@ def _compare_adapter(
         if source.tokenizer_folder is not None:
             compare.check_tokenizer(written)
     return None
-
-
-def _special_tokens(tokenizer_folder: PathLike | None) -> dict[str, int | None]:
-    """Tokens that start and end documents, where the data had them, and that fill up rows."""
-    if tokenizer_folder is None:
-        return {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
-    folder = Path(tokenizer_folder)
-    if not (folder / TOKENIZER_FILE).is_file():
-        raise DataError(
-            f"{tokenizer_folder}: no {TOKENIZER_FILE} here; give the folder of the tokenizer, "
-            "or none to export weights alone"
-        )
-    tokenizer = load_tokenizer(folder)
-    pad = read_json(folder / TOKENIZER_CONFIG_FILE).get("pad_token")
-    pad = pad.get("content") if isinstance(pad, dict) else pad
-    return {
-        "bos_token_id": tokenizer.bos_id if tokenizer.prepends_bos else None,
-        "eos_token_id": tokenizer.eos_id,
-        "pad_token_id": tokenizer.control_tokens.get(pad) if pad else None,
-    }

@@ -41,6 +41,8 @@ class Family(NamedTuple):
     """Checkpoints of the bare model lack it (`openai-community/gpt2`)."""
     buffers: tuple[str, ...] = ()
     """Regular expressions over names of tensors that some files hold and the config implies."""
+    only_newer: Callable[[TransformerConfig], str | None] = lambda config: None
+    """What of a model transformers 4.57 cannot compute, though 5 can; None: nothing."""
 
 
 def rules_of(ours: str, theirs: str, kinds: tuple[str, ...], layout: Layout = SAME) -> list[Rule]:

@@ -1,12 +1,10 @@
 """Models and tokenizers as `transformers` itself loads them: from a local folder, quietly, and with
 none of the folder's own code run."""
 
-import contextlib
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from toolkit.data.tokenizers.auto import quiet_transformers as quiet_transformers
 from toolkit.data.tokenizers.tokenizer import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE
 from toolkit.errors import CheckpointError, DataError
 
@@ -17,24 +15,6 @@ _TOKENIZER_FILES = (
     TOKENIZER_FILE, TOKENIZER_CONFIG_FILE, "vocab.json", "vocab.txt", "tokenizer.model",
     "spiece.model",
 )  # fmt: skip
-
-
-@contextlib.contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """No log lines below errors, no bars and no warnings from `transformers` inside."""
-    from transformers.utils import logging
-
-    level, had_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity(logging.CRITICAL)
-    logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.set_verbosity(level)
-        if had_bars:
-            logging.enable_progress_bar()
 
 
 def load_causal_lm(
@@ -96,7 +76,8 @@ def with_adapter(base: Any, folder: Path) -> Any:
 
 
 def load_auto_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a folder, with its chat template.
+    """The tokenizer of a folder, with its chat template. A tokenizer.json alone decides the ids, as
+    it does for data.
 
     Raises:
         DataError: there is none, or `transformers` cannot load it.
@@ -104,12 +85,13 @@ def load_auto_tokenizer(folder: Path) -> Any:
     if not has_tokenizer(folder):
         raise DataError(f"{folder}: no tokenizer here; give one with --tokenizer FOLDER")
     with quiet_transformers():
-        from transformers import AutoTokenizer
+        from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+        kind: Any = AutoTokenizer
+        if (folder / TOKENIZER_FILE).is_file():
+            kind = PreTrainedTokenizerFast
         try:
-            return AutoTokenizer.from_pretrained(
-                folder, trust_remote_code=False, local_files_only=True
-            )
+            return kind.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
         except Exception as error:
             raise DataError(
                 f"{folder}: its tokenizer cannot be loaded: {one_line(error)}"

@@ -28,6 +28,8 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
     """That trained it."""
     versions: dict[str, str] = {}
     """Of the libraries it was trained with."""
+    needs: str = "transformers 4.57 or newer"
+    """Releases that compute what it computed here."""
     has_tokenizer: bool = False
     has_chat_template: bool = False
 
@@ -59,7 +61,7 @@ def render_card(card: ModelCard) -> str:
     if card.versions:
         listed = ", ".join(f"{name} {version}" for name, version in card.versions.items())
         sections.append(f"Trained with {listed}.")
-    sections += ["## Use", f"```python\n{_snippet(card)}\n```"]
+    sections += ["## Use", f"With {card.needs}:", f"```python\n{_snippet(card)}\n```"]
     return "\n\n".join(sections) + "\n"
 
 

@@ -5,11 +5,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from toolkit.data.tokenizers.auto import make_portable, settle
 from toolkit.data.tokenizers.tokenizer import (
     CHAT_TEMPLATE_FILE,
-    COMPANION_FILES,
+    TEMPLATES_FOLDER,
     TOKENIZER_CONFIG_FILE,
     TOKENIZER_FILE,
+    companions,
     load_tokenizer,
     read_json,
 )
@@ -35,30 +37,36 @@ def convert_tokenizer(
     *,
     add_tokens: Sequence[str] = (),
     chat_template: str | None = None,
+    model_type: str | None = None,
 ) -> ConvertedTokenizer | None:
     """Make `folder` a tokenizer folder from what `source` holds; None where it holds none.
 
-    Formats older than tokenizer.json become one through `transformers`.
+    Formats older than tokenizer.json become one through `transformers`. `AutoTokenizer` gives the
+    same ids of the result as its tokenizer.json does.
 
     Args:
         source: a folder, or a tokenizer.json.
         add_tokens: control tokens that it must have; each new one gets the next id.
         chat_template: Jinja text in the place of its own.
+        model_type: of the model that it belongs to.
 
     Raises:
-        DataError: it cannot be read, or exists as Python code only.
+        DataError: it cannot be read, exists as Python code only, or `AutoTokenizer` cannot be
+            brought to give its ids.
     """
     if source.is_file():
         source = source.parent
-    if (source / TOKENIZER_FILE).is_file():
-        folder.mkdir()
-        copy_tokenizer(source, folder)
-    elif has_tokenizer(source):
-        _save_as_fast(source, folder)
-    else:
+    if not has_tokenizer(source):
         return None
     try:
-        return _changed(folder, add_tokens, chat_template)
+        if (source / TOKENIZER_FILE).is_file():
+            folder.mkdir()
+            copy_tokenizer(source, folder)
+        else:
+            _save_as_fast(source, folder)
+        converted = _changed(folder, add_tokens, chat_template)
+        settle(folder, where=str(source), model_type=model_type)
+        return converted
     except DataError as error:
         # `folder` is a copy that nobody knows.
         text = str(error).replace(str(folder), str(source))
@@ -74,22 +82,27 @@ def _changed(
         if config.pop("chat_template", None) is not None:
             write_json_atomic(folder / TOKENIZER_CONFIG_FILE, config)
         write_atomic(folder / CHAT_TEMPLATE_FILE, chat_template.encode())
+        shutil.rmtree(folder / TEMPLATES_FOLDER, ignore_errors=True)  # it is the only one now
     tokenizer = load_tokenizer(folder)
     try:
-        tokenizer.chat_template  # noqa: B018 # reads its file
+        tokenizer.chat_templates  # noqa: B018 # reads their files
     except UnicodeDecodeError:
         raise DataError(
-            f"{folder / CHAT_TEMPLATE_FILE}: not UTF-8 text; correct it or give --chat-template"
+            f"{folder / CHAT_TEMPLATE_FILE} (or {TEMPLATES_FOLDER}): not UTF-8 text; "
+            "correct it or give --chat-template"
         ) from None
     starts = _backend(folder).encode("a").ids[:1] == [tokenizer.bos_id]
     return ConvertedTokenizer(tokenizer.vocab_size, starts, new_tokens)
 
 
 def copy_tokenizer(source: PathLike, folder: Path) -> None:
-    """Copy tokenizer.json and what belongs to it, the chat template among it."""
-    for name in (TOKENIZER_FILE, *COMPANION_FILES):
+    """Copy tokenizer.json and what belongs to it, the chat template among it; see also
+    `make_portable`."""
+    for name in (TOKENIZER_FILE, *companions(Path(source))):
         if (Path(source) / name).is_file():
+            (folder / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(Path(source) / name, folder / name)
+    make_portable(folder)
 
 
 def _save_as_fast(source: Path, folder: Path) -> None:

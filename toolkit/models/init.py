@@ -7,6 +7,7 @@ drawing only the blocks that it touches. Drawn on the CPU by NumPy, whose normal
 with the processor's vector width, as torch's do.
 """
 
+import functools
 import hashlib
 import math
 import re
@@ -117,7 +118,7 @@ def fill_flat_(
         block, offset = divmod(position, BLOCK_SIZE)
         length = min(BLOCK_SIZE - offset, start + out.numel() - position)
         values = _normal_block(seed, name, block, min(BLOCK_SIZE, numel - block * BLOCK_SIZE))
-        piece = torch.from_numpy(values[offset : offset + length]).mul_(spec.std)
+        piece = torch.from_numpy(values[offset : offset + length]) * spec.std
         out[position - start : position - start + length].copy_(piece)
         position += length
     return out
@@ -138,6 +139,7 @@ def initialize_(model: nn.Module, seed: int) -> None:
         )
 
 
+@functools.lru_cache(maxsize=1)  # a rank that holds columns asks for one block again and again
 def _normal_block(seed: int, name: str, block: int, length: int) -> np.ndarray:
     """The standard normal values of one block, cut at `CUT`, fp32."""
     # A generator per attempt: a longer block begins with the values of a shorter one, so more

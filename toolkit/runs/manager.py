@@ -1,11 +1,12 @@
 """`RunManager`: one run folder, from its lock to its last status."""
 
+import contextlib
+import errno
 import logging
 import os
 import socket
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -14,13 +15,19 @@ import msgspec
 
 from toolkit.config import Config
 from toolkit.errors import RunError
+from toolkit.runs.background import Background
 from toolkit.runs.files import RUN_FILES
 from toolkit.runs.lock import RunLock, utc_now
 from toolkit.runs.status import RunState, RunStatus, read_status
 from toolkit.storage.atomic import write_atomic, write_json_atomic
-from toolkit.threads import ThreadPool
 
 log = logging.getLogger(__name__)
+
+CLOSE_SECONDS = 5.0
+"""How long the end of a run waits for background work: a registry that another process holds."""
+
+_BLOCK = 4096
+"""Bytes that a small file occupies on disk anyway."""
 
 _KNOWN = {"loss", "exit_reason", "world_size", "engine", "parameters"}
 
@@ -51,11 +58,13 @@ class RunManager:
         self._written: set[str] = set()
         self._closed = False
         self._status_lock = threading.Lock()
-        self._background: ThreadPool | None = None
-        self._jobs: list[Future[None]] = []
+        self._background = Background(name="run-background")
         self._status: RunStatus | None = None
+        self._has_warned = False
+        self._identity: tuple[int, int] | None = None
         if is_main:
             self._begin_attempt()
+            self._identity = self._look()
 
     @property
     def attempt(self) -> int:
@@ -108,7 +117,7 @@ class RunManager:
         **more: Any,
     ) -> None:
         """Write status.json; values that are not given keep what they were, `message` does not.
-        Any thread may call it.
+        Any thread may call it. A disk that does not take it is a warning: it never ends a run.
 
         `more` may name the other fields of `RunStatus` (loss, engine, world_size, parameters,
         exit_reason); anything else goes into its `other`.
@@ -133,7 +142,12 @@ class RunManager:
                 other=self._status.other | other,
                 **changes,
             )
-            self._write_status()
+            try:
+                self._write_status(is_last=state != "running")
+            except OSError as error:
+                if not self._has_warned:
+                    log.warning("%s: cannot be written: %s", self.path(RUN_FILES.status), error)
+                self._has_warned = True
 
     def check_owner(self) -> None:
         """Raise RunError when another process has taken the run over."""
@@ -148,20 +162,27 @@ class RunManager:
         if self._lock is not None and self._lock.was_suspended:
             self.check_owner()
 
-    def submit(self, job: Callable[[], None]) -> None:
-        """Run `job` in order in one background thread; `close` waits for it.
+    def find_removal(self) -> RunError | None:
+        """The error to end with where the run folder was removed, moved or replaced; None: it is
+        there. Asked before anything is made anew in it."""
+        if self._identity is None or self._look() == self._identity:
+            return None
+        return RunError(
+            f"{self.folder}: the run folder was removed or moved while training; nothing more is "
+            "written there. If it was moved, `toolkit resume` continues it where it is now"
+        )
 
-        For work that must neither delay nor fail the run: an error is a logged warning.
+    def submit(self, job: Callable[[], None], *, key: str | None = None) -> None:
+        """Run `job` in order in one background thread; `close` waits for it, `CLOSE_SECONDS` long.
+
+        For work that must neither delay nor fail the run: an error is a logged warning. A job that
+        waits is replaced by a later one of the same `key`.
         """
-        if self._background is None:
-            self._background = ThreadPool(1, thread_name_prefix="run-background")
-        self._jobs = [future for future in self._jobs if not future.done()]
-        self._jobs.append(self._background.submit(_run_quietly, job))
+        self._background.submit(job, key=key)
 
     def wait(self) -> None:
         """Block until the background work given so far is done."""
-        for future in self._jobs:
-            future.result()
+        self._background.wait()
 
     def close(self, state: RunState | None = None, **status: Any) -> None:
         """Write the final status (see `set_status`), finish background work, give back the lock.
@@ -175,8 +196,11 @@ class RunManager:
                 self.set_status(state, **status)
         finally:
             self._closed = True
-            if self._background is not None:
-                self._background.shutdown(wait=True)
+            if not self._background.close(CLOSE_SECONDS):
+                log.warning(
+                    "run registry: does not answer, so it may lack how this run ended; "
+                    "`toolkit runs reindex` brings it up to date"
+                )
             if self._lock is not None:
                 self._lock.release()
 
@@ -219,16 +243,33 @@ class RunManager:
         )
         self._write_status()
 
-    def _write_status(self) -> None:
+    def _write_status(self, *, is_last: bool = False) -> None:
         status, on_status = self._status, self._on_status
         assert status is not None
-        write_json_atomic(self.path(RUN_FILES.status), status)
+        path = self.path(RUN_FILES.status)
+        try:
+            write_json_atomic(path, status)
+        except OSError as error:
+            if not is_last or error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            _overwrite(path, status)
         if on_status is not None:
-            self.submit(lambda: on_status(self.folder, status))
+            self.submit(lambda: on_status(self.folder, status), key="status")
+
+    def _look(self) -> tuple[int, int] | None:
+        with contextlib.suppress(OSError):
+            found = self.path(RUN_FILES.metadata).stat()
+            return found.st_dev, found.st_ino
+        return None
 
 
-def _run_quietly(job: Callable[[], None]) -> None:
-    try:
-        job()
-    except Exception as error:
-        log.warning("%s", error)
+def _overwrite(path: Path, status: RunStatus) -> None:
+    """Write over the bytes that the file has, for a disk without room for a second one."""
+    room = max(_BLOCK, -(-path.stat().st_size // _BLOCK) * _BLOCK)
+    data = msgspec.json.encode(status)
+    if len(data) > room:
+        data = msgspec.json.encode(msgspec.structs.replace(status, message=None, other={}))
+    with path.open("r+b", buffering=0) as file:
+        # One call, and blanks over what was longer: a reader never sees half of it.
+        file.write(data.ljust(path.stat().st_size))
+        os.fsync(file.fileno())

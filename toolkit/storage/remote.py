@@ -250,6 +250,16 @@ class RemoteFolder:
         with contextlib.suppress(FileNotFoundError):
             self._ask("deleting", "", remove_tree)
 
+    def move_to(self, target: "RemoteFolder") -> None:
+        """Give the folder, with all in it, another name in its store. Stores copy and then delete:
+        what is cut short has left the old one, or both."""
+
+        def move(path: str) -> None:
+            self._filesystem.invalidate_cache()
+            self._filesystem.mv(path, target._root, recursive=True)
+
+        self._ask("moving", "", move)
+
     @contextlib.contextmanager
     def _no_place_for(self, name: str) -> Iterator[None]:
         try:

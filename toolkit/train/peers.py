@@ -211,7 +211,8 @@ def first_line(error: BaseException) -> str:
 def clear_notes(folder: Path) -> None:
     """Remove the notes of earlier attempts; rank 0 calls it once the run is its own."""
     for path in (folder / RUN_FILES.ranks).glob("*.json"):
-        path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
 
 
 def _is_alive(pid: int) -> bool:

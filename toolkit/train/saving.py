@@ -7,6 +7,7 @@ most one save is in flight; the next waits for it.
 
 import importlib.metadata
 import logging
+import math
 import random
 import time
 from collections.abc import Callable
@@ -159,6 +160,7 @@ def _check_owner(trainer: "Trainer") -> None:
     refusal: RunError | None = None
     try:
         trainer.run.check_owner()
+        refusal = trainer.run.find_removal()
     except RunError as error:
         refusal = error
     refusal = trainer.environment.broadcast(refusal)
@@ -182,14 +184,14 @@ def _keep_tokenizer(trainer: "Trainer") -> None:
 
 
 def _scores(evaluation: dict[str, Any] | None, step: int) -> dict[str, float]:
-    """Results of an evaluation at `step`, as "val/loss"."""
+    """Results of an evaluation at `step` that are numbers, as "val/loss"."""
     if evaluation is None or evaluation["step"] != step:
         return {}
     name = evaluation["name"]
     return {
         f"{name}/{key}": float(value)
         for key, value in evaluation.items()
-        if isinstance(value, int | float) and key not in _NOT_SCORES
+        if isinstance(value, int | float) and math.isfinite(value) and key not in _NOT_SCORES
     }
 
 
@@ -210,28 +212,30 @@ def _export_hf(trainer: "Trainer", unfinished: Path) -> None:
     from toolkit.hf.export import export_hf, original_type
 
     module = trainer.train_module
+    folder = trainer.train_loader.tokenizer_folder
+    tokenizer = folder if folder is not None and folder.is_dir() else None
     if module.adapter_config is not None:
-        _export_adapter(module, unfinished)
+        _export_adapter(module, unfinished, tokenizer)
         return
     origin = module.origin or {}
     if fitting_family(module.model_config) is None:
         log.info("no transformers class has these parts; %s/ is not written", HF_FOLDER)
         return
-    tokenizer = trainer.train_loader.tokenizer_folder
     export_hf(
         module.model_config,
         iterate_tensors(unfinished / TENSORS_FOLDER, MODEL_PREFIX),
         unfinished / HF_FOLDER,
-        tokenizer_folder=tokenizer if tokenizer is not None and tokenizer.is_dir() else None,
+        tokenizer_folder=tokenizer,
         dtype=original_type(origin),
         model_type=origin.get("model_type"),
         generation=origin.get("generation_config"),
     )
 
 
-def _export_adapter(module: "TrainModule", unfinished: Path) -> None:
+def _export_adapter(module: "TrainModule", unfinished: Path, tokenizer: Path | None) -> None:
     from toolkit.hf.adapter import export_adapter
     from toolkit.hf.choose import fitting_family
+    from toolkit.hf.export import add_tokenizer
 
     lora, base = module.adapter_config, module.base
     assert lora is not None, "an adapter is trained"
@@ -256,6 +260,8 @@ def _export_adapter(module: "TrainModule", unfinished: Path) -> None:
         unfinished / HF_FOLDER,
         base.hf_name,
     )
+    if tokenizer is not None:
+        add_tokenizer(unfinished / HF_FOLDER, tokenizer, source.get("generation_config"))
 
 
 def _rng_state() -> dict[str, Any]:

@@ -7,7 +7,7 @@ from toolkit.config.base import check_positive
 
 
 class FilesSourceConfig(Config, kw_only=True, tag_field="type", tag="files"):
-    """Local text: .txt, .jsonl (plain, .gz, .zst), .parquet or .arrow files."""
+    """Local text: .txt, .jsonl (plain, .gz, .zst), .json, .parquet or .arrow files."""
 
     paths: list[str]
     """Files, folders (searched recursively) or globs; order does not matter, names are sorted."""
@@ -21,6 +21,8 @@ class FilesSourceConfig(Config, kw_only=True, tag_field="type", tag="files"):
     )  # fmt: skip
     """Endings taken from folders. Endings not known as a format are read as plain text, one
     document per file."""
+    json_files: Literal["rows", "text"] = "rows"
+    """What .json files are: rows (a list of objects, or an object a line), or one document each."""
     encoding_errors: Literal["strict", "replace"] = "strict"
     """Bytes that are not UTF-8: stop, or replace with U+FFFD and count them."""
 
@@ -133,3 +135,12 @@ class InstructionsConfig(Config, kw_only=True):
     every token."""
     system_prompt: str | None = None
     """Put before conversations that have no system message."""
+    context_roles: tuple[str, ...] = ()
+    """Roles of your own that the template knows; they are context. Other unknown roles are errors.
+    """
+    train_keys: tuple[str, ...] = ("weight", "train", "training", "trainable", "loss")
+    """Keys of a turn that say whether it is trained on: 0 or false leaves it out of the loss."""
+    mask_keys: tuple[str, ...] = ("mask", "masked", "ignore")
+    """Keys that say the opposite: 1 or true leaves the turn out of the loss."""
+    ignored_keys: tuple[str, ...] = ()
+    """Keys of a turn that mean nothing here, though their names look as if they masked."""

@@ -199,6 +199,12 @@ def _open_disk(path: str, split: str, _state: tuple[Any, ...]) -> Any:
                 f"dataset.source.split: {path} has no split {split!r}; it has: {', '.join(dataset)}"
             )
         dataset = dataset[split]
+    elif split not in ("train", str(dataset.split)):
+        raise DataError(
+            f"dataset.source.split: {path} is one data set, without splits"
+            + (f" (it was {dataset.split})" if dataset.split is not None else "")
+            + f", and {split!r} was asked for; leave dataset.source.split out"
+        )
     return dataset.with_format(None)
 
 

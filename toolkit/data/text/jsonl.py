@@ -1,16 +1,18 @@
 """Lines of JSON, plain or compressed: one document a line."""
 
+import functools
 import gzip
 import io
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import msgspec
 
 from toolkit.data.config import FilesSourceConfig
 from toolkit.data.text.columns import TextColumns
+from toolkit.data.text.json_text import decode_json, repeated_key, repeats_field
 from toolkit.data.text.long_documents import LONG_BYTES
 from toolkit.data.text.long_lines import read_line, read_long_line
 from toolkit.data.text.piece import Piece
@@ -32,7 +34,7 @@ _File = BinaryIO | io.BufferedReader | gzip.GzipFile
 def read_jsonl(part: Range, reading: Reading, counts: Counts) -> Iterator[Piece]:
     """The documents of the lines whose first byte lies in `part`; all lines of a compressed
     file."""
-    lines = _Lines(part, reading, counts)
+    lines = ObjectReader(part, reading, counts)
     try:
         with _open(part) as file:
             end = part.end if part.kind == "jsonl" else None
@@ -64,8 +66,8 @@ def _first_line(file: _File, start: int, end: int) -> int:
     return offset
 
 
-class _Lines:
-    """Decodes the lines of one range."""
+class ObjectReader:
+    """Makes documents of the objects of one range."""
 
     def __init__(self, part: Range, reading: Reading, counts: Counts) -> None:
         source = reading.source
@@ -93,30 +95,60 @@ class _Lines:
             if found is not None:
                 yield from found
                 return
-        yield self._piece(line, offset, identity)
+        where = functools.partial(self._line, offset)
+        yield self.piece(line, offset, identity, f"{self._part.name}, byte {offset}", where)
 
-    def _piece(self, line: bytes | bytearray, offset: int, identity: str) -> Piece:
-        place = f"{self._part.name}, byte {offset}"
+    def piece(
+        self,
+        line: bytes | bytearray,
+        offset: int,
+        identity: str,
+        place: str,
+        where: Callable[[], str],
+    ) -> Piece:
+        """The document of the object in `line`.
+
+        Args:
+            offset: of `line` in the file.
+            place, where: name it in messages: of a row, and in words that take time to find.
+
+        Raises:
+            DataError: it is no object, or does not hold what is needed.
+        """
         try:
-            value = self._decode(line, place)
-        except (msgspec.DecodeError, UnicodeDecodeError):
+            value = self._decode(line, place, where)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             errors = self._source.encoding_errors
             text = decode(bytes(line), self._part.path, offset, errors, self._counts)
             try:
-                value = self._decode(text, place)
-            except msgspec.DecodeError as error:
+                value = self._decode(text.encode("utf-8", "surrogatepass"), place, where)
+            except (msgspec.DecodeError, RecursionError) as error:
                 repaired = self._repaired(text, place)
                 if repaired is None:
-                    raise self._bad_line(text, offset, error) from None
+                    raise self._bad_line(text, where(), error) from None
                 value = repaired
         if isinstance(value, dict):
             return Piece(identity, row=value, num_bytes=len(line), place=place)
         return Piece(identity, value)
 
-    def _decode(self, line: bytes | bytearray | str, place: str) -> str | dict[str, Any]:
+    def _decode(
+        self, line: bytes | bytearray, place: str, where: Callable[[], str]
+    ) -> str | dict[str, Any]:
+        field = self._source.text_field
         if self._field is not None:
-            return self._field.decode(line).text or ""
-        row = self._rows.decode(line)
+            if repeats_field(line, field):
+                raise _repeats(where(), field)
+            found = decode_json(line, self._field)
+            if not isinstance(found, dict):
+                return found.text or ""
+            row = found
+        else:
+            row = decode_json(line, self._rows)
+            repeated = repeated_key(line, row) if isinstance(row, dict) else None
+            if repeated is not None:
+                raise _repeats(where(), repeated)
+        if not isinstance(row, dict):
+            raise msgspec.ValidationError(f"Expected `object`, got {type(row).__name__}")
         return row if self._columns is None else self._columns.text(row, place)
 
     def _repaired(self, text: str, place: str) -> str | dict[str, Any] | None:
@@ -131,13 +163,17 @@ class _Lines:
         except (ValueError, DataError, TypeError):
             return None
 
-    def _bad_line(self, text: str, offset: int, error: msgspec.DecodeError) -> DataError:
+    def _line(self, offset: int) -> str:
         with _open(self._part) as file:
             number, left = 1, offset
             while left and (data := file.read(min(left, COMPRESSED_BYTES))):
                 number += data.count(b"\n")
                 left -= len(data)
-        where = f"{self._part.path}: line {number} (byte {offset})"
+        return f"{self._part.path}: line {number} (byte {offset})"
+
+    def _bad_line(self, text: str, where: str, error: Exception) -> DataError:
+        if isinstance(error, RecursionError):
+            return DataError(f"{where}: nested too deeply to be read as JSON")
         if not isinstance(error, msgspec.ValidationError):
             if self._source.encoding_errors == "strict" and _holds_surrogate(text):
                 return DataError(
@@ -151,6 +187,13 @@ class _Lines:
             f"{where}: no text under {self._source.text_field!r}: {error}; set "
             "dataset.source.text_field to the key that holds it"
         )
+
+
+def _repeats(where: str, key: str) -> DataError:
+    return DataError(
+        f"{where}: the key {key!r} stands twice in one object, and only one value can be meant; "
+        "take one out"
+    )
 
 
 def _holds_surrogate(text: str) -> bool:

@@ -35,6 +35,8 @@ def read_long_line(
     row_type = msgspec.defstruct(
         "LongRow", [("text", msgspec.Raw)], rename={"text": field}, forbid_unknown_fields=False
     )
+    if line.count(msgspec.json.encode(field)) > 1:
+        return None  # perhaps the key stands twice
     assert isinstance(reading.source, FilesSourceConfig)
     make = _strict_slice if reading.source.encoding_errors == "strict" else _lenient_slice
     try:

@@ -8,6 +8,7 @@ from typing import Any
 from toolkit.data.config import FilesSourceConfig
 from toolkit.data.text.columns import TextColumns
 from toolkit.data.text.long_documents import LONG_BYTES, long_document, utf8_slices
+from toolkit.data.text.nested import Convert, conversion
 from toolkit.data.text.piece import Piece
 from toolkit.data.text.reading import Counts, Reading, decode
 from toolkit.data.text.shards import Range
@@ -109,6 +110,7 @@ def _pieces(
     assert isinstance(reading.source, FilesSourceConfig)
     errors = reading.source.encoding_errors
     names, arrays = batch.schema.names, batch.columns
+    conversions = [conversion(array.type) for array in arrays]
     text = arrays[0] if columns is not None and not columns.is_template else None
     # One row after the other: the batch itself may be mapped memory, Python's strings are not.
     for index in range(batch.num_rows):
@@ -121,8 +123,8 @@ def _pieces(
                 yield from long_document(make, data.size, identity, reading, counts)
                 continue
         row = {
-            name: _value(array[index], place, errors, counts)
-            for name, array in zip(names, arrays, strict=True)
+            name: _value(array[index], convert, place, errors, counts)
+            for name, array, convert in zip(names, arrays, conversions, strict=True)
         }
         if columns is None:
             yield Piece(identity, row=row, place=place)
@@ -130,9 +132,10 @@ def _pieces(
             yield Piece(identity, columns.text(row, place))
 
 
-def _value(scalar: Any, place: str, errors: str, counts: Counts) -> Any:
+def _value(scalar: Any, convert: Convert | None, place: str, errors: str, counts: Counts) -> Any:
     try:
-        return scalar.as_py()
+        value = scalar.as_py()
+        return value if convert is None else convert(value, place)
     except UnicodeDecodeError:
         if str(scalar.type) in _TEXT_TYPES:
             return decode(scalar.as_buffer().to_pybytes(), place, 0, errors, counts)

@@ -72,7 +72,14 @@ def plan_token_files(source: TokenFilesSourceConfig) -> Plan:
         for part in _cut(file, _find_data(file, head, source.dtype), source.dtype, size)
     )
     shards = group_ranges(ranges, size)
-    return Plan(shards, fingerprint, num_bytes, local.num_empty, tuple(local.files))
+    return Plan(
+        shards,
+        fingerprint,
+        num_bytes,
+        local.num_empty,
+        tuple(local.files),
+        left_out_files=local.left_out,
+    )
 
 
 def local_token_files(source: TokenFilesSourceConfig) -> Listing | None:

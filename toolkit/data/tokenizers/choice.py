@@ -11,7 +11,12 @@ from toolkit.data.tokenizers.config import (
     TiktokenTokenizerConfig,
     TokenizerConfig,
 )
-from toolkit.data.tokenizers.tokenizer import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE, Tokenizer
+from toolkit.data.tokenizers.tokenizer import (
+    TOKENIZER_CONFIG_FILE,
+    TOKENIZER_FILE,
+    Tokenizer,
+    companions,
+)
 
 
 def build_tokenizer(
@@ -67,3 +72,22 @@ def tokenizer_files_hash(config: TokenizerConfig) -> str | None:
     if isinstance(config, HFTokenizerConfig) and (folder / TOKENIZER_CONFIG_FILE).is_file():
         digest.update((folder / TOKENIZER_CONFIG_FILE).read_bytes())
     return digest.hexdigest()
+
+
+def templates_hash(config: TokenizerConfig) -> str | None:
+    """xxh3_64 of the files beside a local tokenizer that hold nothing but its chat templates; None
+    where there are none."""
+    import xxhash
+
+    if not isinstance(config, HFTokenizerConfig):
+        return None
+    path = Path(config.path).expanduser()
+    folder = path if path.is_dir() else path.parent
+    names = [name for name in companions(folder) if name.endswith(".jinja")]
+    digest = xxhash.xxh3_64()
+    try:
+        for name in names:
+            digest.update(name.encode() + b"\0" + (folder / name).read_bytes() + b"\0")
+    except OSError:
+        return None
+    return digest.hexdigest() if names else None

@@ -32,7 +32,9 @@ COMPANION_FILES = (
     TOKENIZER_CONFIG_FILE, "special_tokens_map.json", "added_tokens.json", CHAT_TEMPLATE_FILE,
     "vocab.json", "merges.txt", "tokenizer.model",
 )  # fmt: skip
-"""What may lie beside a tokenizer.json and belongs to it."""
+"""What may lie beside a tokenizer.json and belongs to it; see `companions`."""
+TEMPLATES_FOLDER = "additional_chat_templates"
+"""Folder of chat templates with names, beside it."""
 EOS_TOKEN = "<|endoftext|>"
 """End of a document, in tokenizers made here."""
 BYTE_MARK = "is_byte_tokenizer"
@@ -89,6 +91,26 @@ class Tokenizer:
         return {token.content: number for number, token in added.items() if token.special}
 
     @functools.cached_property
+    def added_tokens(self) -> frozenset[int]:
+        """Ids of tokens that no merging makes: `control_tokens`, and others of their own."""
+        return frozenset(self._backend.get_added_tokens_decoder())
+
+    @property
+    def pad_id(self) -> int | None:
+        """The token that fills up rows of a batch; None when the tokenizer names none."""
+        for name in (TOKENIZER_CONFIG_FILE, "special_tokens_map.json"):
+            content = self._files.get(name)
+            settings = read_json(content) if isinstance(content, Path) else content
+            token = settings.get("pad_token") if isinstance(settings, dict) else None
+            if token is not None:
+                return self.control_tokens.get(str(_token_text(token)))
+        return None
+
+    def id_of(self, token: str) -> int | None:
+        """The id of an entry of the vocabulary, by its name; None: there is no such entry."""
+        return self._backend.token_to_id(token)
+
+    @functools.cached_property
     def token_bytes(self) -> "np.ndarray":
         """UTF-8 bytes of the text of each id; see `toolkit.data.tokenizers.token_bytes`."""
         from toolkit.data.tokenizers.token_bytes import token_bytes
@@ -96,26 +118,41 @@ class Tokenizer:
         return token_bytes(self._backend)
 
     @property
-    def chat_template(self) -> str | None:
-        """Jinja text that renders a conversation; None when the tokenizer has none.
-
-        Of several named ones, the one called `default`.
-        """
-        content = self._files.get(CHAT_TEMPLATE_FILE)
-        if isinstance(content, Path):
-            return content.read_text(encoding="utf-8")
-        if isinstance(content, str):
-            return content
+    def chat_templates(self) -> dict[str, str]:
+        """Jinja texts that render conversations, by name; the only one of most tokenizers is
+        called `default`. Files go before tokenizer_config.json, as in `transformers`."""
+        found = {}
+        for name, content in self._files.items():
+            path = Path(name)
+            if name == CHAT_TEMPLATE_FILE or path.parent.name == TEMPLATES_FOLDER:
+                text = content.read_text("utf-8") if isinstance(content, Path) else str(content)
+                found["default" if name == CHAT_TEMPLATE_FILE else path.stem] = text
+        if found:
+            return found
         template = self._config().get("chat_template")
+        if isinstance(template, str):
+            return {"default": template}
         if isinstance(template, list):
-            named = {entry.get("name"): entry.get("template") for entry in template}
-            template = named.get("default")
-        return template if isinstance(template, str) else None
+            entries = [entry for entry in template if isinstance(entry, dict)]
+            template = {str(entry.get("name")): entry.get("template") for entry in entries}
+        named = template.items() if isinstance(template, dict) else ()
+        return {name: text for name, text in named if isinstance(text, str)}
+
+    @property
+    def chat_template(self) -> str | None:
+        """The one of `chat_templates` that is called `default`; None: there is none."""
+        return self.chat_templates.get("default")
 
     def with_chat_template(self, text: str) -> "Tokenizer":
-        """The same tokenizer with `text` as its chat template; `save` stores it."""
+        """The same tokenizer with `text` as its only chat template; `save` stores it."""
         config = {k: v for k, v in self._config().items() if k != "chat_template"}
-        return self._with_files({TOKENIZER_CONFIG_FILE: config, CHAT_TEMPLATE_FILE: text})
+        changed = copy.copy(self)
+        changed._files = {
+            name: content
+            for name, content in self._files.items()
+            if Path(name).parent.name != TEMPLATES_FOLDER
+        } | {TOKENIZER_CONFIG_FILE: config, CHAT_TEMPLATE_FILE: text}
+        return changed
 
     @property
     def prepends_bos(self) -> bool:
@@ -207,6 +244,7 @@ class Tokenizer:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         for name, content in self._files.items():
+            (folder / name).parent.mkdir(exist_ok=True)
             if isinstance(content, Path):
                 shutil.copyfile(content, folder / name)
             elif isinstance(content, str):
@@ -221,11 +259,6 @@ class Tokenizer:
             return read_json(content)
         assert isinstance(content, dict)
         return content
-
-    def _with_files(self, changes: Files) -> "Tokenizer":
-        changed = copy.copy(self)
-        changed._files = {**self._files, **changes}
-        return changed
 
     @functools.cached_property
     def _fast(self) -> "FastBPE | None":
@@ -266,9 +299,7 @@ def load_file(
     """
     from tokenizers import Tokenizer as BackendTokenizer
 
-    files: Files = {
-        name: path.with_name(name) for name in COMPANION_FILES if path.with_name(name).is_file()
-    }
+    files: Files = {name: path.with_name(name) for name in companions(path.parent)}
     config = read_json(path.with_name(TOKENIZER_CONFIG_FILE))
     if config.get(BYTE_MARK):
         from toolkit.data.tokenizers.byte import ByteTokenizer
@@ -293,6 +324,13 @@ def load_file(
     if not config or chosen != own:
         files[TOKENIZER_CONFIG_FILE] = {**(config or fast_config()), **chosen}
     return Tokenizer(backend, chosen["eos_token"], files, bos_token=chosen["bos_token"])
+
+
+def companions(folder: Path) -> list[str]:
+    """Names, relative to `folder`, of the files there that belong to its tokenizer.json."""
+    names = [name for name in COMPANION_FILES if (folder / name).is_file()]
+    templates = sorted((folder / TEMPLATES_FOLDER).glob("*.jinja"))
+    return names + [f"{TEMPLATES_FOLDER}/{path.name}" for path in templates]
 
 
 def fast_config(eos_token: str | None = EOS_TOKEN, bos_token: str | None = None) -> dict[str, Any]:

@@ -30,7 +30,12 @@ from typing import NamedTuple
 import msgspec
 import xxhash
 
-from toolkit.data.config import BPETokenizerConfig, DatasetConfig, TokenFilesSourceConfig
+from toolkit.data.config import (
+    BPETokenizerConfig,
+    ByteTokenizerConfig,
+    DatasetConfig,
+    TokenFilesSourceConfig,
+)
 from toolkit.data.text.reading import Reading
 from toolkit.data.text.shards import Plan, Shard
 from toolkit.data.text.sources import plan_source
@@ -110,11 +115,13 @@ def build_dataset(
         rows=config.instructions is not None,
         cache_dir=cache_dir,
     )
+    for line in plan.notes():
+        report.note(line)
     building, place = _workplaces(folder, work_dir)
     parts_folder = place / _settings_key(config, plan)
     parts_folder.mkdir(parents=True, exist_ok=True)
 
-    tokenizer = _tokenizer(config, plan, parts_folder / TOKENIZER_FOLDER, report)
+    tokenizer, checked = _tokenizer(config, plan, parts_folder / TOKENIZER_FOLDER, report)
     vocabulary = _vocabulary(config, tokenizer)
     setup = WorkerSetup(
         reading=_reading(config, vocabulary, plan),
@@ -152,6 +159,7 @@ def build_dataset(
         setup,
         tokenizer,
         vocabulary,
+        checked=checked,
         output=output,
         workplace=building / "duplicates",
         make_room=make_room,
@@ -194,14 +202,15 @@ def _workplaces(folder: Path, work_dir: str | None) -> tuple[Path, Path]:
 
 def _tokenizer(
     config: DatasetConfig, plan: Plan, folder: Path, report: Progress
-) -> Tokenizer | None:
-    """The tokenizer of `config`, stored in `folder`, from where workers load it."""
+) -> tuple[Tokenizer | None, str | None]:
+    """The tokenizer of `config`, stored in `folder`, from where workers load it; and the release of
+    `transformers` that gives the same ids, where it was asked."""
     choice = config.tokenizer
     if choice is None:
-        return None
+        return None, None
     done = folder.with_name(f"{folder.name}.done")
     if done.exists():
-        return load_tokenizer(folder)
+        return load_tokenizer(folder), done.read_text() or None
     if isinstance(choice, BPETokenizerConfig):
         report.note(f"training a BPE tokenizer of {choice.vocab_size} ids")
     tokenizer = build_tokenizer(choice, lambda size: sample_texts(config, plan, size))
@@ -211,8 +220,15 @@ def _tokenizer(
         tokenizer = with_instructions_template(tokenizer, config.instructions)
     tokenizer = tokenizer.with_bos_policy(config.prepend_bos)
     tokenizer.save(folder)
-    done.touch()
-    return tokenizer
+    checked = None
+    if not isinstance(choice, ByteTokenizerConfig | BPETokenizerConfig):
+        # Those two are made here, of parts that `transformers` takes as they are.
+        from toolkit.data.tokenizers.auto import settle
+
+        checked = settle(folder, where=f"dataset.tokenizer.path: {choice.path}")
+        tokenizer = load_tokenizer(folder)
+    done.write_text(checked or "")
+    return tokenizer, checked
 
 
 def _vocabulary(config: DatasetConfig, tokenizer: Tokenizer | None) -> Vocabulary:
@@ -282,6 +298,7 @@ def _join(
     tokenizer: Tokenizer | None,
     vocabulary: Vocabulary,
     *,
+    checked: str | None,
     output: Path,
     workplace: Path,
     make_room: Callable[[int], None] | None,
@@ -318,10 +335,12 @@ def _join(
         bos_id=vocabulary.bos_id,
         prepend_bos=config.prepend_bos,
         tokenizer_fingerprint=vocabulary.fingerprint,
+        tokenizer_checked=checked,
         source_fingerprint=plan.fingerprint,
         replaced_bytes=sum(part.replaced_bytes for part in parts),
         skipped_documents=skipped,
         filtered_documents=left_out,
+        left_out_files=dict(plan.left_out_files),
         settings=settings_of(config),
         splits=splits,
     )

@@ -12,7 +12,7 @@ from pathlib import Path
 import msgspec
 
 import toolkit
-from toolkit import errors
+from toolkit import errors, signals
 from toolkit.data.tokenizers.tokenizer import Tokenizer
 from toolkit.data.tokens.worker import Job, Reply, WorkerSetup, encode_shard, make_encoder
 from toolkit.errors import DataError
@@ -80,12 +80,13 @@ class _Worker:
         )
         environment["TOKENIZERS_PARALLELISM"] = "true" if threads > 1 else "false"
         environment["RAYON_NUM_THREADS"] = str(threads)
-        self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "toolkit.data.tokens.worker"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env=environment,
-        )
+        with signals.starting_workers():
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-m", "toolkit.data.tokens.worker"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                env=environment,
+            )
         self._send(setup)
 
     def encode(self, job: Job) -> None:

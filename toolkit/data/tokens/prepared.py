@@ -70,6 +70,9 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     bos_id: int | None = None
     prepend_bos: bool = False
     tokenizer_fingerprint: str
+    tokenizer_checked: str | None = None
+    """The release of `transformers` whose `AutoTokenizer` gives the same ids of tokenizer/ on text
+    that is hard for tokenizers; None: it was not asked."""
     source_fingerprint: str
     """Identifies the text: names, sizes and sampled content of the source's files."""
     replaced_bytes: int
@@ -78,6 +81,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     """Documents and files without text, and files of the standard library that are not UTF-8."""
     filtered_documents: dict[str, int] = {}
     """Documents left out on purpose, by the reason."""
+    left_out_files: dict[str, int] = {}
+    """Files left out of the source's folders, by their ending."""
     settings: dict[str, Any]
     """The settings that decide what the files hold; see `toolkit.data.tokens.settings`."""
     splits: dict[str, SplitInfo]
@@ -236,6 +241,19 @@ def read_manifest(folder: Path) -> Manifest | None:
             f"{FORMAT_VERSION}; delete {folder} and prepare the data again"
         )
     return manifest
+
+
+def nothing_held_out(prepared: PreparedDataset) -> str | None:
+    """What to say where documents should have been held out and none was; None: all is well."""
+    fraction = prepared.manifest.settings.get("validation_fraction")
+    if prepared.has_split("val") or not isinstance(fraction, int | float) or fraction <= 0:
+        return None
+    number = prepared.num_documents("train")
+    return (
+        f"{prepared.folder}: none of its {number:,} documents was held out "
+        f"(dataset.validation_fraction {fraction:g}); raise it and prepare the data under another "
+        "dataset.dataset_config, or set it to 0"
+    )
 
 
 def check_vocabulary(prepared: PreparedDataset, model_vocab_size: int) -> None:

@@ -7,7 +7,6 @@ torch.
 """
 
 import os
-import signal
 import sys
 import threading
 import traceback
@@ -18,6 +17,7 @@ import msgspec
 import numpy as np
 import xxhash
 
+from toolkit import signals
 from toolkit.data.config import InstructionsConfig, TokenFilesSourceConfig
 from toolkit.data.text.piece import Piece
 from toolkit.data.text.readers import read_shard
@@ -180,7 +180,7 @@ def batch_pieces(pieces: Iterator[Piece]) -> Iterator[list[Piece]]:
 
 def main() -> None:
     """Answer jobs from standard input until it closes."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signals.ignore_in_worker()
     from toolkit.data.tokenizers.tokenizer import load_tokenizer
 
     messages = sys.stdin.buffer

@@ -21,6 +21,8 @@ def _write_config(config: TransformerConfig) -> dict[str, Any]:
         **write_shared(config),
         **write_experts(config, num_experts="num_local_experts"),
         **write_head_dim(config),
+        # The class computes scaled frequencies from this number alone.
+        **({"head_dim": config.attention_head_dim} if config.rope_scaling else {}),
         "sliding_window": write_only_window(config),
         **write_rope(config),
     }

@@ -8,6 +8,7 @@ from toolkit.hf.families.rope import read_rope, write_rope
 from toolkit.hf.family import Family
 from toolkit.hf.settings import Settings
 from toolkit.models.config import TransformerConfig
+from toolkit.models.rope_config import LinearRopeConfig
 
 NORMS = {
     "self_attn.q_norm": "attention.query_norm",
@@ -37,10 +38,26 @@ def read_olmo(settings: Settings) -> dict[str, Any]:
     }
 
 
+def _write_rope(config: TransformerConfig) -> dict[str, Any]:
+    """transformers 4.57 takes linear scaling only, in this spelling, and refuses any other."""
+    rope = write_rope(config)
+    if isinstance(config.rope_scaling, LinearRopeConfig):
+        rope["rope_scaling"] = {"type": "linear", "factor": float(config.rope_scaling.factor)}
+    return rope
+
+
+def _only_newer(config: TransformerConfig) -> str | None:
+    scaling = config.rope_scaling
+    if scaling is None or (isinstance(scaling, LinearRopeConfig) and scaling.factor > 1):
+        return None
+    return "rope_scaling"
+
+
 OLMO2 = Family(
     model_type="olmo2",
     architecture="Olmo2ForCausalLM",
-    write_config=lambda config: {**write_olmo(config), **write_rope(config)},
+    write_config=lambda config: {**write_olmo(config), **_write_rope(config)},
     read_config=lambda settings: {**read_olmo(settings), **read_rope(settings)},
     rules=lambda config: decoder_rules(config, NORMS),
+    only_newer=_only_newer,
 )

@@ -5,7 +5,7 @@ from typing import Any
 from toolkit.hf.families.fields import read_layer_types, write_layer_types
 from toolkit.hf.families.llama import decoder_rules
 from toolkit.hf.families.olmo2 import NORMS, read_olmo, write_olmo
-from toolkit.hf.families.rope import read_rope_by_kind, write_rope_by_kind
+from toolkit.hf.families.rope import only_newer, read_rope_by_kind, write_rope_by_kind
 from toolkit.hf.family import Family
 from toolkit.hf.settings import Settings
 from toolkit.models.config import TransformerConfig
@@ -33,4 +33,5 @@ OLMO3 = Family(
     write_config=_write_config,
     read_config=_read_config,
     rules=lambda config: decoder_rules(config, NORMS),
+    only_newer=only_newer,
 )

@@ -1,4 +1,9 @@
-"""`rope_parameters` of config.json (transformers >= 5) and our fields for rotary positions."""
+"""`rope_parameters` of config.json (transformers >= 5) and our fields for rotary positions.
+
+What is written says the same in the fields that transformers 4.57 reads: `rope_theta`,
+`rope_scaling` and, of Gemma 3, `rope_local_base_freq`. What those cannot say is told by
+`only_newer`.
+"""
 
 import math
 from collections.abc import Mapping
@@ -86,13 +91,35 @@ def read_rope_by_kind(settings: Settings) -> dict[str, Any]:
     return {**fields, "sliding_rope_theta": sliding_theta}
 
 
-def write_rope_by_kind(config: TransformerConfig) -> dict[str, Any]:
-    """`rope_parameters` for each kind of attention."""
+def write_rope_by_kind(config: TransformerConfig, *, sliding_base: str = "") -> dict[str, Any]:
+    """`rope_parameters` for each kind of attention, and what transformers 4.57 has instead.
+
+    `sliding_base`: its field for the base of sliding layers; "": it has none.
+    """
     full = _write(config.rope_theta, config.rope_scaling)
     sliding = full
     if config.sliding_rope_theta is not None:
         sliding = _write(config.sliding_rope_theta, None)
-    return {"rope_parameters": {"full_attention": full, "sliding_attention": dict(sliding)}}
+    old = {"rope_theta": config.rope_theta}
+    if sliding_base:
+        old[sliding_base] = sliding["rope_theta"]
+    scaling = {"rope_scaling": dict(full)} if config.rope_scaling is not None else {}
+    both = {"full_attention": full, "sliding_attention": dict(sliding)}
+    return {"rope_parameters": both, **old, **scaling}
+
+
+def only_newer(config: TransformerConfig, *, sliding_base: str = "") -> str | None:
+    """What of the rope of sliding layers transformers 4.57 cannot say; None: nothing.
+
+    `sliding_base`: see `write_rope_by_kind`.
+    """
+    if all(config.window_of(layer) is None for layer in range(config.num_layers)):
+        return None
+    if config.sliding_rope_theta is None and config.rope_scaling is not None:
+        return "rope_scaling of sliding layers"
+    if not sliding_base and config.sliding_rope_theta not in (None, config.rope_theta):
+        return "sliding_rope_theta"
+    return None
 
 
 def _one_of(parameters: Any, settings: Settings) -> tuple[float, RopeScalingConfig | None]:

@@ -1,11 +1,13 @@
 """Text from the final model."""
 
+import contextlib
 import logging
 from pathlib import Path
 
 from rich import get_console
 
 from toolkit.data.tokenizers.tokenizer import load_tokenizer
+from toolkit.data.tokens.stops import stop_ids
 from toolkit.errors import ConfigError
 from toolkit.evaluate.generate import generate
 from toolkit.train.callbacks.base import Callback
@@ -43,16 +45,17 @@ class SampleWriter(Callback):
             temperature=config.temperature,
             top_k=config.top_k,
             seed=trainer.environment.seed,
-            eos_id=tokenizer.eos_id,
+            eos_id=stop_ids(tokenizer),
             max_sequence_length=trainer.train_loader.sequence_length,
             device=trainer.environment.device,
             broadcast=trainer.environment.broadcast,
         )
         if trainer.environment.is_main:
-            console = get_console()
-            console.rule("sample", align="left")
-            console.print(tokenizer.decode([*prompt, *ids]), markup=False, highlight=False)
-            console.rule()
+            with contextlib.suppress(OSError, ValueError, SystemExit):
+                console = get_console()
+                console.rule("sample", align="left")
+                console.print(tokenizer.decode([*prompt, *ids]), markup=False, highlight=False)
+                console.rule()
 
     def _tokenizer_folder(self) -> Path:
         folder: Path | None = self.trainer.train_loader.tokenizer_folder
