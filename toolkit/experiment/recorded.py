@@ -25,6 +25,7 @@ from toolkit.experiment.load import load_run_config
 from toolkit.experiment.run_data import find_data
 from toolkit.runs.files import RUN_FILES
 from toolkit.runs.status import RunStatus, read_status
+from toolkit.storage.foreign import read_json
 from toolkit.train.config import TransformerTrainModuleConfig
 
 VERSIONED = ("toolkit", "torch", "accelerate", "deepspeed", "numpy")
@@ -173,7 +174,7 @@ def read_steps(folder: Path) -> dict[int, RecordedStep]:
     decoder, record = msgspec.json.Decoder(RecordedStep), {}
     with contextlib.suppress(FileNotFoundError), (folder / RUN_FILES.train_metrics).open("rb") as f:
         for line in f:
-            with contextlib.suppress(msgspec.MsgspecError):
+            with contextlib.suppress(msgspec.MsgspecError, RecursionError):
                 found = decoder.decode(line)
                 record[found.step] = found
     return record
@@ -187,17 +188,17 @@ def config_of(folder: Path, attempt: int) -> ExperimentConfig:
     """
     path = metadata_of_attempt(folder, RUN_FILES.config, attempt)
     try:
-        return msgspec.json.decode(path.read_bytes(), type=ExperimentConfig)
-    except (OSError, msgspec.MsgspecError) as error:
-        raise RunError(f"{path}: cannot be read: {error}") from None
+        return read_json(path, RunError, ExperimentConfig)
+    except FileNotFoundError:
+        raise RunError(f"{path}: cannot be read: no such file") from None
 
 
 def engine_of(folder: Path, attempt: int) -> EngineRecord | None:
     """The engine of `attempt`; None where it was not recorded."""
     path = metadata_of_attempt(folder, RUN_FILES.engine, attempt)
     try:
-        return msgspec.json.decode(path.read_bytes(), type=EngineRecord)
-    except (OSError, msgspec.MsgspecError):
+        return read_json(path, RunError, EngineRecord)
+    except (FileNotFoundError, RunError):
         return None
 
 
@@ -205,9 +206,9 @@ def versions_of(folder: Path, attempt: int) -> dict[str, str | None]:
     """Versions of the libraries that compute, during `attempt`; empty where not recorded."""
     path = metadata_of_attempt(folder, RUN_FILES.environment, attempt)
     try:
-        versions = msgspec.json.decode(path.read_bytes())["versions"]
+        versions = read_json(path, RunError)["versions"]
         return {name: versions.get(name) for name in VERSIONED}
-    except (OSError, msgspec.MsgspecError, KeyError, TypeError, AttributeError):
+    except (FileNotFoundError, RunError, KeyError, AttributeError):
         return {}
 
 

@@ -3,13 +3,12 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import msgspec
-
 from toolkit.data.corpus_info import data_places, read_corpus, without_sources
 from toolkit.data.tokens.prepared import MANIFEST_NAME
-from toolkit.errors import DataError
+from toolkit.errors import DataError, RunError
 from toolkit.experiment.config import ExperimentConfig
 from toolkit.runs.files import RUN_FILES
+from toolkit.storage.foreign import read_json
 from toolkit.storage.remote import is_url
 
 if TYPE_CHECKING:
@@ -22,8 +21,8 @@ def find_data(config: ExperimentConfig, run_dir: Path) -> ExperimentConfig:
     if _has_data(config):
         return config
     try:
-        started_in = msgspec.json.decode((run_dir / RUN_FILES.command).read_bytes())["cwd"]
-    except (OSError, msgspec.DecodeError, KeyError, TypeError):
+        started_in = str(read_json(run_dir / RUN_FILES.command, RunError)["cwd"])
+    except (FileNotFoundError, RunError, KeyError):
         return config
     # An absolute path stays what it is.
     root = str(Path(started_in) / Path(config.dataset.root).expanduser())

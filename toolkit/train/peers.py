@@ -15,10 +15,11 @@ from pathlib import Path
 
 import msgspec
 
-from toolkit.errors import ToolkitError, TrainingError
+from toolkit.errors import RunError, ToolkitError, TrainingError
 from toolkit.runs.files import RUN_FILES
 from toolkit.runs.manager import RunManager
 from toolkit.storage.atomic import create_json, write_json_atomic
+from toolkit.storage.foreign import read_json
 
 _SECONDS_FOR_THE_FIRST = 2.0
 """How long a rank that lost another waits for that one's reason."""
@@ -108,9 +109,8 @@ class Peers:
         """What the ranks of this attempt published last."""
         found = {}
         for rank in range(self.world_size):
-            with contextlib.suppress(OSError, msgspec.MsgspecError):
-                data = (self._folder / f"rank{rank}.json").read_bytes()
-                note = msgspec.json.decode(data, type=RankNote)
+            with contextlib.suppress(FileNotFoundError, RunError):
+                note = read_json(self._folder / f"rank{rank}.json", RunError, RankNote)
                 if note.attempt == self.attempt:
                     found[rank] = note
         return found
@@ -146,8 +146,8 @@ class Peers:
 
     def first_failure(self) -> Failure | None:
         """The first failure of this attempt that is nobody's consequence."""
-        with contextlib.suppress(OSError, msgspec.MsgspecError):
-            return msgspec.json.decode(self._failure.read_bytes(), type=Failure)
+        with contextlib.suppress(FileNotFoundError, RunError):
+            return read_json(self._failure, RunError, Failure)
         return None
 
     def explain(self, error: BaseException, *, step: int) -> LostPeerError | None:

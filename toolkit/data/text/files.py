@@ -13,6 +13,7 @@ from toolkit.data.config import (
     PythonStdlibSourceConfig,
 )
 from toolkit.errors import DataError
+from toolkit.storage.foreign import guard
 
 SAMPLE_BYTES = 4096
 
@@ -53,7 +54,8 @@ def find_files(
     empty: set[str] = set()
     for text in paths:
         for name, path in _expand(text, suffixes):
-            status = path.stat()
+            with guard(f"dataset.source.paths: {path}", DataError):
+                status = path.stat()
             if status.st_size:
                 file = SourceFile(name, str(path), status.st_size, status.st_mtime_ns)
                 found.setdefault(os.path.realpath(path), file)

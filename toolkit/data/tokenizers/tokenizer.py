@@ -14,10 +14,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import msgspec
-
 from toolkit.errors import DataError
 from toolkit.storage.atomic import write_atomic, write_json_atomic
+from toolkit.storage.foreign import guard, read_bytes
+from toolkit.storage.foreign import read_json as read_foreign_json
 
 if TYPE_CHECKING:
     import numpy as np
@@ -33,6 +33,8 @@ COMPANION_FILES = (
     "vocab.json", "merges.txt", "tokenizer.model",
 )  # fmt: skip
 """What may lie beside a tokenizer.json and belongs to it."""
+MAX_TOKENIZER_BYTES = 1 << 29
+"""Of a tokenizer.json; those of 256,000 tokens have 33 MB."""
 EOS_TOKEN = "<|endoftext|>"
 """End of a document, in tokenizers made here."""
 BYTE_MARK = "is_byte_tokenizer"
@@ -103,12 +105,13 @@ class Tokenizer:
         """
         content = self._files.get(CHAT_TEMPLATE_FILE)
         if isinstance(content, Path):
-            return content.read_text(encoding="utf-8")
+            return read_bytes(content, DataError).decode()
         if isinstance(content, str):
             return content
         template = self._config().get("chat_template")
         if isinstance(template, list):
-            named = {entry.get("name"): entry.get("template") for entry in template}
+            entries = [entry for entry in template if isinstance(entry, dict)]
+            named = {str(entry.get("name")): entry.get("template") for entry in entries}
             template = named.get("default")
         return template if isinstance(template, str) else None
 
@@ -264,7 +267,6 @@ def load_file(
     Raises:
         DataError: the file is missing or cannot be read.
     """
-    from tokenizers import Tokenizer as BackendTokenizer
 
     files: Files = {
         name: path.with_name(name) for name in COMPANION_FILES if path.with_name(name).is_file()
@@ -276,10 +278,7 @@ def load_file(
         return ByteTokenizer(files)
     if not path.is_file():
         raise DataError(f"{path}: no such file; a tokenizer folder needs {TOKENIZER_FILE}")
-    try:
-        backend = BackendTokenizer.from_file(str(path))
-    except Exception as error:  # `tokenizers` raises bare Exception for a file it cannot read
-        raise DataError(f"{path}: not a tokenizer that can be read: {error}") from None
+    backend = read_backend(path)
     tokens_map = read_json(path.with_name("special_tokens_map.json"))
     own = {
         key: _token_text(config.get(key) or tokens_map.get(key))
@@ -293,6 +292,19 @@ def load_file(
     if not config or chosen != own:
         files[TOKENIZER_CONFIG_FILE] = {**(config or fast_config()), **chosen}
     return Tokenizer(backend, chosen["eos_token"], files, bos_token=chosen["bos_token"])
+
+
+def read_backend(path: Path) -> "BackendTokenizer":
+    """What `tokenizers` makes of a tokenizer.json; raises DataError."""
+    from tokenizers import Tokenizer as BackendTokenizer
+
+    data = read_bytes(path, DataError, max_bytes=MAX_TOKENIZER_BYTES)
+    with guard(path, DataError, problem="not a tokenizer that can be read"):
+        backend = BackendTokenizer.from_str(data.decode())
+        # Some files are read without an error and make native code panic at the first text.
+        backend.decode(backend.encode("a A1\n").ids)
+        backend.get_vocab_size()
+        return backend
 
 
 def fast_config(eos_token: str | None = EOS_TOKEN, bos_token: str | None = None) -> dict[str, Any]:
@@ -312,11 +324,9 @@ def read_json(path: Path) -> dict[str, Any]:
         DataError: the file holds something else.
     """
     try:
-        return msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
+        return read_foreign_json(path, DataError)
     except FileNotFoundError:
         return {}
-    except msgspec.DecodeError as error:
-        raise DataError(f"{path}: not valid JSON: {error}") from None
 
 
 def _control_id(backend: "BackendTokenizer", key: str, token: str | None) -> int | None:

@@ -13,6 +13,7 @@ from toolkit.data.config import (
 )
 from toolkit.data.tokens.prepared import PreparedDataset
 from toolkit.errors import DataError
+from toolkit.storage.foreign import read_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +33,7 @@ def settings_of(config: DatasetConfig) -> dict[str, Any]:
 
         tokenizer["files_hash"] = tokenizer_files_hash(config.tokenizer)
     source = config.source.to_dict() if config.source is not None else {}
-    for name in ("paths", "path", "streaming", "suffixes"):
+    for name in ("paths", "path", "streaming", "suffixes", "max_line_bytes"):
         source.pop(name, None)
     settings: dict[str, Any] = {
         "tokenizer": tokenizer,
@@ -58,8 +59,8 @@ def _instructions(config: InstructionsConfig) -> dict[str, Any]:
     settings = config.to_dict()
     template = config.chat_template
     if template is not None and "\n" not in template and "{" not in template:
-        with contextlib.suppress(OSError, ValueError):
-            data = Path(template).expanduser().read_bytes()
+        with contextlib.suppress(OSError, ValueError, RuntimeError, DataError):
+            data = read_bytes(Path(template).expanduser(), DataError)
             settings["chat_template"] = f"file with hash {xxhash.xxh3_64_hexdigest(data)}"
     return settings
 

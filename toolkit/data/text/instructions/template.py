@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from toolkit.data.text.instructions.shapes import Message
 from toolkit.errors import ConfigError, DataError
+from toolkit.storage.foreign import read_bytes, reason_of
 
 CONFIG_PATH = "dataset.instructions.chat_template"
 Span = tuple[int, int]
@@ -174,11 +175,10 @@ def read_chat_template(text_or_file: str) -> str:
     """
     if "{{" in text_or_file or "{%" in text_or_file:
         return text_or_file
-    path = Path(text_or_file).expanduser()
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
+        text = read_bytes(Path(text_or_file).expanduser(), DataError).decode()
+    except (OSError, UnicodeDecodeError, ValueError, RuntimeError, DataError) as error:
+        reason = reason_of(error)
         raise ConfigError(
             f"{CONFIG_PATH}: {text_or_file!r} is no Jinja text (there is no {{{{ in it), and as a "
             f"file it cannot be read: {reason}"
