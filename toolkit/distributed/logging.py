@@ -11,6 +11,8 @@ from pathlib import Path
 
 from rich import get_console
 
+from toolkit.config.secrets import mask_secrets
+
 _FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
@@ -18,7 +20,7 @@ class _ConsoleHandler(logging.Handler):
     """Through rich's shared console, so that lines do not tear a progress bar."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        text = record.getMessage()
+        text = mask_secrets(record.getMessage())
         if record.levelno >= logging.WARNING:
             text = f"{record.levelname.lower()}: {text}"
         console = get_console()
@@ -26,6 +28,13 @@ class _ConsoleHandler(logging.Handler):
             console.print(text, markup=False, highlight=False, soft_wrap=True)
         else:
             sys.stderr.write(text + "\n")
+
+
+class _MaskingFormatter(logging.Formatter):
+    """Log files stay with the run: no secrets in lines or tracebacks."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return str(mask_secrets(super().format(record)))
 
 
 def setup_logging(rank: int) -> None:
@@ -46,7 +55,7 @@ def add_log_file(folder: Path, rank: int) -> logging.Handler:
     """Append everything from INFO on to `folder/rank{rank}.log`; returns the handler to remove."""
     folder.mkdir(parents=True, exist_ok=True)
     handler = logging.FileHandler(folder / f"rank{rank}.log")
-    handler.setFormatter(logging.Formatter(_FORMAT))
+    handler.setFormatter(_MaskingFormatter(_FORMAT))
     logging.getLogger("toolkit").addHandler(handler)
     return handler
 

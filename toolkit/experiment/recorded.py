@@ -92,7 +92,9 @@ def plan_resume(run_dir: Path, overrides: Sequence[str], environ: Mapping[str, s
     if not has_launcher(environ) and (status.world_size or 1) > 1 and not on_one:
         processes = processes_here(status.world_size or 1)
         environ = {**environ, "WORLD_SIZE": str(processes)}
-    stored = config.replace(run=config.run.replace(save_folder=str(folder)))
+    stored = find_data(loaded.stored, folder)
+    stored = stored.replace(run=stored.run.replace(save_folder=str(folder)))
+    config = config.replace(run=config.run.replace(save_folder=str(folder)))
     if not asked:
         recorded = status.other.get("dp_config")
         engine = msgspec.convert(recorded, DataParallelConfig) if recorded else None
@@ -100,7 +102,7 @@ def plan_resume(run_dir: Path, overrides: Sequence[str], environ: Mapping[str, s
     if not any(flag.startswith("--train_module.precision") for flag in overrides):
         precision = precision_again(module, status.other.get("precision"), environ)
         module = module.replace(precision=precision)
-    config = stored.replace(train_module=module)
+    config = config.replace(train_module=module)
     return ResumePlan(folder, config, stored, loaded.origins, status, processes, environ)
 
 
@@ -181,7 +183,7 @@ def read_steps(folder: Path) -> dict[int, RecordedStep]:
 
 
 def config_of(folder: Path, attempt: int) -> ExperimentConfig:
-    """The config of `attempt`.
+    """The config of `attempt`, as it was written.
 
     Raises:
         RunError: it cannot be read.

@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from toolkit.config.files import read_json_mapping
+from toolkit.config.interpolation import fill
+from toolkit.config.secrets import check_no_secrets
 from toolkit.distributed.engine import Engine, resolve_engine
 from toolkit.distributed.launcher import rank_of
 from toolkit.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, DataError, RunError, ToolkitError
@@ -30,7 +32,6 @@ from toolkit.experiment.recorded import describe_engine, plan_resume
 from toolkit.experiment.relaunch import relaunch
 from toolkit.experiment.restarts import current_launch, find_predecessor, stays_stopped
 from toolkit.models.counts import shown_parameters
-from toolkit.runs.environment import mask_secrets
 from toolkit.runs.files import RUN_FILES
 from toolkit.runs.manager import RunManager
 from toolkit.runs.registry import (
@@ -70,9 +71,15 @@ def train(
 
     Args:
         origins: where each config value came from; stored beside the config.
-        stored: what the run folder keeps as its config; default: `config`.
+        stored: what the run folder keeps as its config, with `${NAME}` as it was written;
+            default: `config`, whose `${NAME}` are filled in here.
+
+    Raises:
+        ConfigError: a secret stands in the config.
     """
-    stored = stored or config
+    if stored is None:
+        stored, config = config, fill(config)
+    check_no_secrets(stored.to_dict())
     environ = os.environ
     engine = resolve_engine(config.train_module.precision, config.train_module.dp_config, environ)
     check_experiment(config, engine.world_size)
@@ -134,7 +141,10 @@ def resume(run_dir: Path, overrides: Sequence[str] = (), *, debug: bool = False)
             log.warning(text, recorded, plan.processes)
         return relaunch(plan.folder, overrides, plan.processes, debug=debug)
     if "***" in (plan.config.run.registry or ""):
-        log.warning("run.registry: passwords are not stored; give --run.registry=URL to update it")
+        log.warning(
+            "run.registry: its password was not stored; to update it, put the password into an "
+            "environment variable and write its name: --run.registry='...://USER:${NAME}@HOST/DB'"
+        )
     return train(plan.config, origins=plan.origins, stored=plan.stored)
 
 
@@ -292,8 +302,6 @@ def _start(config: ExperimentConfig, name: str, *, is_main: bool) -> RunManager:
 def _log_metadata(
     config: ExperimentConfig, run: RunManager, engine: Engine, origins: Mapping[str, str]
 ) -> None:
-    if config.run.registry is not None:
-        config = config.replace(run=config.run.replace(registry=mask_secrets(config.run.registry)))
     run.log_metadata(config, RUN_FILES.config)
     run.log_metadata(config.data, RUN_FILES.data_config)
     run.log_metadata(config.model, RUN_FILES.model_config)
@@ -301,7 +309,7 @@ def _log_metadata(
         {"train_module": config.train_module, "trainer": config.trainer}, RUN_FILES.trainer_config
     )
     run.log_metadata(
-        {path: mask_secrets(origin) for path, origin in origins.items() if origin != "default"},
+        {path: origin for path, origin in origins.items() if origin != "default"},
         RUN_FILES.origins,
     )
     run.set_status(

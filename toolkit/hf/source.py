@@ -24,6 +24,7 @@ from toolkit.checkpoint.layout import (
     saved_steps,
 )
 from toolkit.checkpoint.tensors import iterate_tensors, stored_types
+from toolkit.config.interpolation import fill
 from toolkit.data.config import DataConfig
 from toolkit.data.corpus_info import data_places
 from toolkit.data.tokenizers.tokenizer import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE
@@ -285,7 +286,7 @@ def is_tokenizer(folder: Path) -> bool:
 def _data_of(run: Path) -> list[Path]:
     """Where the token files of a run are, which may be relative to where it was started."""
     with contextlib.suppress(OSError, ToolkitError, KeyError, TypeError, ValueError):
-        data = read_json(run / RUN_FILES.data_config, CheckpointError, DataConfig)
+        data = fill(read_json(run / RUN_FILES.data_config, CheckpointError, DataConfig))
         started_in = read_json(run / RUN_FILES.command, CheckpointError)["cwd"]
         return [other for p in data_places(data) for other in (p, Path(started_in) / p)]
     return []

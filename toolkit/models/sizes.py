@@ -30,9 +30,8 @@ def check_sizes(sizes: dict[str, int | None], names: dict[str, str] | None = Non
         largest = LARGEST[name]
         if value is not None and value > largest:
             shown = (names or {}).get(name, name)
-            raise ValueError(
-                f"{shown} {float(value):.3g} is larger than any model's (at most {largest:,})"
-            )
+            size = f"{value:,}" if value < 10**18 else "of more than 18 digits"
+            raise ValueError(f"{shown} {size} is larger than any model's (at most {largest:,})")
     experts = (sizes.get("num_experts") or 0) * (sizes.get("num_layers") or 1)
     if experts > MOST_EXPERTS:
         raise ValueError(

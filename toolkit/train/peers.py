@@ -15,6 +15,7 @@ from pathlib import Path
 
 import msgspec
 
+from toolkit.config.secrets import mask_secrets
 from toolkit.errors import RunError, ToolkitError, TrainingError
 from toolkit.runs.files import RUN_FILES
 from toolkit.runs.manager import RunManager
@@ -138,7 +139,10 @@ class Peers:
         if not isinstance(error, ToolkitError):
             message = f"{type(error).__name__}: {message}"
         failure = Failure(
-            rank=self.rank, host=socket.gethostname(), step=step, message=message[:500]
+            rank=self.rank,
+            host=socket.gethostname(),
+            step=step,
+            message=mask_secrets(message)[:500],
         )
         with contextlib.suppress(OSError):
             self._folder.mkdir(exist_ok=True)

@@ -19,7 +19,9 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any
+
+from toolkit.config.secrets import is_secret_name
 
 RENDER_SECONDS = 2.0
 """CPU time of one render."""
@@ -104,7 +106,8 @@ def _start() -> subprocess.Popen[bytes]:
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
-        env={**os.environ, "PYTHONPATH": path},
+        # Should a template ever break out of its sandbox, it finds no secrets.
+        env={k: v for k, v in os.environ.items() if not is_secret_name(k)} | {"PYTHONPATH": path},
         # Ctrl-C in a terminal reaches all processes of the group; this one ends with its parent.
         start_new_session=True,
     )
@@ -116,12 +119,12 @@ def _why_it_ended(code: int) -> str:
     return f"the process that runs it ended with code {code} (memory is short, or it crashed)"
 
 
-def _send(pipe: BinaryIO, data: bytes) -> None:
+def _send(pipe: IO[bytes], data: bytes) -> None:
     pipe.write(_SIZE.pack(len(data)) + data)
     pipe.flush()
 
 
-def _receive(pipe: BinaryIO) -> bytes | None:
+def _receive(pipe: IO[bytes]) -> bytes | None:
     head = pipe.read(_SIZE.size)
     if len(head) < _SIZE.size:
         return None
