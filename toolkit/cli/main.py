@@ -32,6 +32,7 @@ from toolkit.cli import (
 )
 from toolkit.cli.data.app import app as data_app
 from toolkit.cli.output import has_lost_reader, open_missing_streams, outlive_readers
+from toolkit.config.secrets import mask_secrets
 from toolkit.errors import (
     EXIT_BAD_INPUT,
     EXIT_DONE,
@@ -180,5 +181,5 @@ def _report(message: str, code: int, *, debug: bool, only_here: bool = False) ->
         traceback.print_exc()
     sys.stdout.flush()
     label = typer.style("error:", fg=typer.colors.RED, bold=True)
-    typer.echo(f"{label} {' '.join(message.split())}", err=True)
+    typer.echo(f"{label} {mask_secrets(' '.join(message.split()))}", err=True)
     return code

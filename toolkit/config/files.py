@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from toolkit.errors import ConfigError
+from toolkit.storage.foreign import read_bytes, reason_of
 
 
 def read_json_mapping(path: Path) -> dict[str, Any]:
@@ -15,9 +16,9 @@ def read_json_mapping(path: Path) -> dict[str, Any]:
             key, or holds something else than a mapping.
     """
     try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror or error}") from None
+        text = read_bytes(path, ConfigError).decode("utf-8-sig")
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: cannot be read: No such file or directory") from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not UTF-8 text (byte {error.start})") from None
     return parse_json_mapping(text, str(path))
@@ -33,7 +34,7 @@ def parse_json_mapping(text: str, name: str) -> dict[str, Any]:
             f"{name}:{error.lineno}:{error.colno}: not valid JSON: {problem}"
         ) from None
     except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{name}: not valid JSON: {error}") from None
+        raise ConfigError(f"{name}: not valid JSON: {reason_of(error)}") from None
     if not isinstance(data, dict):
         raise ConfigError(f"{name}: expected a mapping {{...}} of config sections at the top")
     return data

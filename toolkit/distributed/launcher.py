@@ -5,7 +5,6 @@
 a notice, never silence. No torch here: `--dry-run` asks too.
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -13,6 +12,7 @@ from typing import Any, Literal
 import msgspec
 
 from toolkit.errors import ConfigError
+from toolkit.storage.foreign import read_json
 
 EngineName = Literal["single", "ddp", "fsdp", "hsdp", "zero1", "zero2", "zero3"]
 
@@ -215,12 +215,9 @@ def _deepspeed_choice(environ: Mapping[str, str]) -> EngineChoice:
 
 def _read_json(file: str, origin: str) -> dict[str, Any]:
     try:
-        config = json.loads(Path(file).read_text())
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{origin}: cannot read the DeepSpeed config {file}: {error}") from None
-    if not isinstance(config, dict):
-        raise ConfigError(f"{origin}: {file} holds no JSON object")
-    return config
+        return read_json(Path(file), ConfigError)
+    except (FileNotFoundError, ConfigError) as error:
+        raise ConfigError(f"{origin}: cannot read the DeepSpeed config: {error}") from None
 
 
 def _notice(origin: str, option: str, ours: str) -> str:

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from toolkit.config.files import read_json_mapping
+from toolkit.config.interpolation import fill
 from toolkit.data.corpus_info import data_places
 from toolkit.data.tokens.prepared import TOKENIZER_FOLDER
 from toolkit.errors import ConfigError
@@ -67,7 +68,7 @@ def _of_run(data: dict[str, Any], folder: Path) -> tuple[dict[str, Any], dict[st
     """The model of a run, and the tokenizer that its data was made with."""
     from toolkit.config.check import convert
 
-    config, dataset = find_data(convert(data, ExperimentConfig), folder), _of_dataset(data)
+    config, dataset = find_data(fill(convert(data, ExperimentConfig)), folder), _of_dataset(data)
     prepared = [place / TOKENIZER_FOLDER for place in data_places(config.data)]
     for tokenizer in (folder / RUN_FILES.tokenizer, *prepared):
         if tokenizer.is_dir():

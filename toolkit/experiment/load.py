@@ -23,6 +23,8 @@ from toolkit.config import (
     parse_override_args,
     read_json_mapping,
 )
+from toolkit.config.interpolation import fill
+from toolkit.config.secrets import check_no_secrets
 from toolkit.data.order.mix_files import inline_mixes
 from toolkit.errors import ConfigError, RunError
 from toolkit.experiment.base import longest_sequence, read_base
@@ -49,10 +51,13 @@ class LoadedExperiment(NamedTuple):
     """A resolved config with the origin of each leaf value."""
 
     config: ExperimentConfig
+    """With the variables that `${NAME}` names filled in."""
     origins: dict[str, str]
     """`path -> origin`: "default", a recipe, a file, a preset, a flag as typed, or "run"."""
     source: str
     """The recipe, file or run folder it was loaded from."""
+    stored: ExperimentConfig
+    """The config as it is written, which the run folder keeps: no secrets, `${NAME}` as it is."""
 
 
 def load_experiment(
@@ -87,8 +92,7 @@ def load_experiment(
             f"{source}: starts from a model of yours; give --base FOLDER, made by "
             "`toolkit convert-hf`, or the folder of a run"
         )
-    config = layers.resolve()
-    return LoadedExperiment(config, layers.origins(config), source)
+    return _loaded(layers, source)
 
 
 class RecipeSummary(NamedTuple):
@@ -144,8 +148,13 @@ def load_run_config(run_dir: Path, overrides: Sequence[str] = ()) -> LoadedExper
     layers = ConfigLayers(ExperimentConfig)
     _add(layers, read_json_mapping(path), RUN_ORIGIN)
     _apply_overrides(layers, overrides)
-    config = layers.resolve()
-    return LoadedExperiment(config, layers.origins(config), str(run_dir))
+    return _loaded(layers, str(run_dir))
+
+
+def _loaded(layers: ConfigLayers[ExperimentConfig], source: str) -> LoadedExperiment:
+    stored = layers.resolve()
+    check_no_secrets(stored.to_dict())
+    return LoadedExperiment(fill(stored), layers.origins(stored), source, stored)
 
 
 def _read_source(source: str) -> tuple[dict[str, Any], str]:

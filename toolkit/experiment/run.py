@@ -19,6 +19,8 @@ import msgspec
 
 from toolkit import signals
 from toolkit.config.files import read_json_mapping
+from toolkit.config.interpolation import fill
+from toolkit.config.secrets import check_no_secrets
 from toolkit.distributed.engine import Engine, resolve_engine
 from toolkit.distributed.launcher import rank_of
 from toolkit.distributed.launcher_checks import check_launcher_variables
@@ -34,7 +36,6 @@ from toolkit.experiment.restarts import current_launch, find_predecessor, stays_
 from toolkit.experiment.run_data import without_gone_sources
 from toolkit.experiment.starting import RunStart
 from toolkit.models.counts import shown_parameters
-from toolkit.runs.environment import mask_secrets
 from toolkit.runs.files import RUN_FILES
 from toolkit.runs.manager import RunManager
 from toolkit.runs.registry import (
@@ -74,12 +75,19 @@ def train(
 
     Args:
         origins: where each config value came from; stored beside the config.
-        stored: what the run folder keeps as its config; default: `config`.
+        stored: what the run folder keeps as its config, with `${NAME}` as it was written;
+            default: `config`, whose `${NAME}` are filled in here.
+
+    Raises:
+        ConfigError: a secret stands in the config.
     """
+    if stored is None:
+        stored, config = config, fill(config)
+    check_no_secrets(stored.to_dict())
     starting = RunStart()
     with signals.listening(starting):
         try:
-            return _run(config, origins or {}, stored or config, starting)
+            return _run(config, origins or {}, stored, starting)
         except BaseException as error:
             # What fails in a start that is being stopped, as helpers do, is part of the stop.
             if starting.reason is None or isinstance(error, GeneratorExit):
@@ -159,7 +167,10 @@ def resume(run_dir: Path, overrides: Sequence[str] = (), *, debug: bool = False)
             log.warning(text, recorded, plan.processes)
         return relaunch(plan.folder, overrides, plan.processes, debug=debug)
     if "***" in (plan.config.run.registry or ""):
-        log.warning("run.registry: passwords are not stored; give --run.registry=URL to update it")
+        log.warning(
+            "run.registry: its password was not stored; to update it, put the password into an "
+            "environment variable and write its name: --run.registry='...://USER:${NAME}@HOST/DB'"
+        )
     return train(plan.config, origins=plan.origins, stored=plan.stored)
 
 
@@ -327,8 +338,6 @@ def _log_metadata(
     origins: Mapping[str, str],
     kernels: Mapping[str, str],
 ) -> None:
-    if config.run.registry is not None:
-        config = config.replace(run=config.run.replace(registry=mask_secrets(config.run.registry)))
     run.log_metadata(config, RUN_FILES.config)
     run.log_metadata(config.data, RUN_FILES.data_config)
     run.log_metadata(config.model, RUN_FILES.model_config)
@@ -336,7 +345,7 @@ def _log_metadata(
         {"train_module": config.train_module, "trainer": config.trainer}, RUN_FILES.trainer_config
     )
     run.log_metadata(
-        {path: mask_secrets(origin) for path, origin in origins.items() if origin != "default"},
+        {path: origin for path, origin in origins.items() if origin != "default"},
         RUN_FILES.origins,
     )
     run.set_status(

@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 
 from toolkit.config import DEFAULT_ORIGIN, leaves
+from toolkit.config.secrets import mask_secrets
 from toolkit.data.corpus_info import CorpusInfo, data_places, read_corpus
 from toolkit.distributed.engine import Engine, resolve_engine
 from toolkit.errors import ConfigError
@@ -58,7 +59,7 @@ def summarize(loaded: LoadedExperiment, environ: Mapping[str, str]) -> str:
         lines.append(f"{label:<{_LABEL_WIDTH}}{first}")
         lines += [f"{'':<{_LABEL_WIDTH}}{line}" for line in more]
     lines += ["", "Nothing was written. Leave out --dry-run to start."]
-    return "\n".join(lines)
+    return str(mask_secrets("\n".join(lines)))
 
 
 def _check_mix(config: ExperimentConfig) -> None:
@@ -72,7 +73,7 @@ def _check_mix(config: ExperimentConfig) -> None:
 
 
 def _config_lines(loaded: LoadedExperiment) -> list[str]:
-    values = [(p, _shown(v)) for p, v in leaves(loaded.config.to_dict()) if p != "description"]
+    values = [(p, _shown(v)) for p, v in leaves(loaded.stored.to_dict()) if p != "description"]
     path_width = max(len(path) for path, _ in values)
     value_width = max((len(v) for p, v in values if len(v) <= 24), default=0)
     lines, section = [], ""

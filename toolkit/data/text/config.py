@@ -25,6 +25,11 @@ class FilesSourceConfig(Config, kw_only=True, tag_field="type", tag="files"):
     """What .json files are: rows (a list of objects, or an object a line), or one document each."""
     encoding_errors: Literal["strict", "replace"] = "strict"
     """Bytes that are not UTF-8: stop, or replace with U+FFFD and count them."""
+    max_line_bytes: int = 1 << 30
+    """The longest line of a .jsonl file, unpacked; a longer one is an error."""
+
+    def __post_init__(self) -> None:
+        check_positive(self, "max_line_bytes")
 
 
 class HubSourceConfig(Config, kw_only=True, tag_field="type", tag="hub"):
