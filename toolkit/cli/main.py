@@ -29,7 +29,7 @@ from toolkit.cli import (
     verify,
 )
 from toolkit.cli.data.app import app as data_app
-from toolkit.errors import EXIT_BAD_INPUT, EXIT_DONE, ToolkitError
+from toolkit.errors import EXIT_BAD_INPUT, EXIT_DONE, SeveralErrors, ToolkitError
 
 EXIT_INTERRUPTED = 130
 """Ctrl-C before training began (128 + SIGINT); training itself ends with `EXIT_STOPPED`."""
@@ -112,12 +112,16 @@ def run(args: Sequence[str]) -> int:
         return EXIT_DONE
     except _UsageError as error:
         return _report(error.format_message(), EXIT_BAD_INPUT, debug=debug)
+    except SeveralErrors as error:
+        number = f"{len(error.errors)} problems, one a line:"
+        return _report("\n".join([number, *map(str, error.errors)]), error.exit_code, debug=debug)
     except ToolkitError as error:
-        return _report(str(error), error.exit_code, debug=debug, only_here=error.only_here)
+        message = " ".join(str(error).split())
+        return _report(message, error.exit_code, debug=debug, only_here=error.only_here)
 
 
 def _report(message: str, code: int, *, debug: bool, only_here: bool = False) -> int:
-    """Print the error on rank 0; other ranks keep quiet, unless it is theirs alone."""
+    """Print the lines of the error on rank 0; other ranks keep quiet, unless it is theirs alone."""
     rank = os.environ.get("RANK", "0")
     if rank != "0" and not only_here:
         time.sleep(_SECONDS_FOR_RANK_0)
@@ -128,5 +132,6 @@ def _report(message: str, code: int, *, debug: bool, only_here: bool = False) ->
         traceback.print_exc()
     sys.stdout.flush()
     label = typer.style("error:", fg=typer.colors.RED, bold=True)
-    typer.echo(f"{label} {' '.join(message.split())}", err=True)
+    for line in message.splitlines():
+        typer.echo(f"{label} {' '.join(line.split())}", err=True)
     return code

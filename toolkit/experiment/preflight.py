@@ -16,7 +16,6 @@ from toolkit.runs.files import RUN_FILES
 
 if TYPE_CHECKING:
     from toolkit.data.loader import TrainLoader
-    from toolkit.models.freeze import TrainedParameters
     from toolkit.train.restoring import Start
 
 # Fields that change how the model is computed, not what its weights mean.
@@ -27,26 +26,6 @@ _FREE_MODEL_FIELDS = frozenset(
 _FREE_FOR_WEIGHTS = _FREE_MODEL_FIELDS | {
     "rope_theta", "rope_scaling", "sliding_rope_theta", "max_sequence_length"
 }  # fmt: skip
-
-
-def check_optimizer(config: ExperimentConfig) -> "TrainedParameters | None":
-    """Check the patterns of `freeze`, `lora` and `optim.group_overrides` against the model's names;
-    which parameters are trained, where that is not all.
-
-    Raises:
-        ConfigError: a pattern matches nothing, nothing is left to train, or a setting is not the
-            optimizer's.
-    """
-    module = config.train_module
-    if not (module.optim.group_overrides or module.freeze or module.lora):
-        return None
-    from toolkit.models.freeze import choose_trained
-    from toolkit.models.init import canonical_parameters
-
-    model = config.model.build(init_device="meta")
-    trained = choose_trained(model, freeze=module.freeze, lora=module.lora)
-    module.optim.groups(canonical_parameters(model))
-    return trained if module.freeze or module.lora else None
 
 
 def check_continuation(config: ExperimentConfig, folder: Path, train_loader: "TrainLoader") -> None:

@@ -25,7 +25,7 @@ from toolkit.experiment.agreement import check_agreement
 from toolkit.experiment.changes import config_changes
 from toolkit.experiment.checks import check_corpus, check_experiment, rank_microbatch_size
 from toolkit.experiment.config import ExperimentConfig
-from toolkit.experiment.preflight import check_continuation, check_optimizer
+from toolkit.experiment.preflight import check_continuation
 from toolkit.experiment.recorded import describe_engine, plan_resume
 from toolkit.experiment.relaunch import relaunch
 from toolkit.experiment.restarts import current_launch, find_predecessor, stays_stopped
@@ -97,7 +97,6 @@ def train(
         # The other processes of this machine see the same files; other machines may not.
         error.only_here = rank > 0 and _local_rank() == 0
         raise
-    check_optimizer(config)
     if rank == 0:
         check_continuation(config, resolve_run_folder(config.run, name), train_loader)
         run = _start(config, name, is_main=True)

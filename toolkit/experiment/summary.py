@@ -15,11 +15,13 @@ from toolkit.errors import ConfigError
 from toolkit.experiment.checks import (
     check_corpus,
     check_experiment,
+    check_parameters,
     gradient_accumulation_steps,
     rank_microbatch_size,
 )
 from toolkit.experiment.config import ExperimentConfig
 from toolkit.experiment.load import LoadedExperiment
+from toolkit.models.parameters import flops_per_token
 from toolkit.runs.registry import check_run_folder, is_run, resolve_run_folder
 from toolkit.train.config import Duration
 
@@ -91,11 +93,7 @@ def _model(config: ExperimentConfig) -> list[str]:
     flops = model.flops_per_token(config.dataset.sequence_length)
     trained = []
     if config.train_module.freeze or config.train_module.lora:
-        from toolkit.experiment.preflight import check_optimizer
-        from toolkit.models.freeze import flops_per_token
-
-        chosen = check_optimizer(config)
-        assert chosen is not None, "some are frozen"
+        chosen = check_parameters(config)
         trained = [str(chosen)]
         flops = flops_per_token(model.to_transformer(), chosen, config.dataset.sequence_length)
     parts = [f"{model.num_non_embedding_parameters:,} without embeddings"]
