@@ -5,9 +5,14 @@ import nothing heavy. `XConfig.build(...)` methods import what they need when th
 """
 
 import math
-from typing import Any, Self, dataclass_transform
+from typing import Annotated, Any, Self, dataclass_transform
 
 import msgspec
+
+UNSIGNED = "unsigned"
+"""Key under which the type of a field says that it takes whole numbers up to 2^64 - 1."""
+Seed = Annotated[int, msgspec.Meta(extra={UNSIGNED: True})]
+"""What torch takes as a seed."""
 
 
 # Tells type checkers what msgspec does at run time: `frozen` is inherited.

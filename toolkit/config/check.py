@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, TypeVar
 import msgspec
 from msgspec import inspect
 
+from toolkit.config.base import UNSIGNED
 from toolkit.config.paths import NOTE, path_problem
 from toolkit.config.types import (
     FieldError,
@@ -35,9 +36,6 @@ from toolkit.errors import ErrorList
 T = TypeVar("T")
 _INT64 = range(-(2**63), 2**63)
 _UINT64 = range(2**64)
-UNSIGNED = "unsigned"
-"""Key under which the type of a field says that it takes whole numbers up to 2^64 - 1."""
-
 _ANY = inspect.AnyType()
 _WRONG: Any = object()
 """Stands for a value that does not fit."""

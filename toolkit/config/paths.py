@@ -1,7 +1,6 @@
 """Local paths as config values: refused before anything is made of them that nobody meant.
 
-`LocalPath` marks the fields; `check.py` calls `path_problem` for each of them. A field that takes
-URLs too is plain text, and says so in its docstring.
+The types mark the fields; `check.py` calls `path_problem` for each of them.
 """
 
 import os
@@ -11,6 +10,7 @@ from typing import Annotated
 
 import msgspec
 
+from toolkit.config.types import shown
 from toolkit.errors import ConfigError
 
 NOTE = "path"
@@ -18,6 +18,8 @@ NOTE = "path"
 
 LocalPath = Annotated[str, msgspec.Meta(extra={NOTE: "local"})]
 """A file or folder of this machine, never a URL."""
+PathOrURL = Annotated[str, msgspec.Meta(extra={NOTE: "url"})]
+"""A file or folder of this machine, or the URL of one elsewhere."""
 NewName = Annotated[str, msgspec.Meta(extra={NOTE: "name"})]
 """The name of a folder that will be made."""
 
@@ -36,18 +38,21 @@ _STORES = (
 def path_problem(text: str, kind: str) -> str | None:
     """What is wrong with `text` in a field marked with `kind`, as far as no disk is asked."""
     if not text:
-        return "empty; write . for the current folder" if kind == "local" else "an empty name"
+        return "an empty name" if kind == "name" else "empty; write . for the current folder"
     url = _URL.match(text)
     if url is not None and kind == "local":
         if url[1] in ("file", "local"):
             return f"a URL; write the path itself: /{url[2].lstrip('/')}"
-        return f"{text!r} is a URL, and this must be on this machine; {_STORES}"
+        return f"{shown(text)} is a URL, and this must be on this machine; {_STORES}"
+    if url is not None and kind == "url":
+        whole = f"{url[1]}://"
+        return None if text.startswith(whole) else f"{shown(text)}: a URL begins with {whole}"
     for name in text.split("/"):
         if (size := len(os.fsencode(name))) > LONGEST_NAME:
             return f"the name {name[:20]}... has {size} bytes; {LONGEST_NAME} at most"
     if len(os.fsencode(text)) > LONGEST_PATH:
         return f"a path of {len(os.fsencode(text))} bytes; {LONGEST_PATH} at most"
-    if kind == "local" and text.startswith("~"):
+    if kind != "name" and text.startswith("~"):
         try:
             Path(text).expanduser()
         except RuntimeError:

@@ -11,7 +11,7 @@ from toolkit.data.tokens.prepared import require_ids
 from toolkit.distributed.cpu import asked_threads
 from toolkit.errors import ConfigError, DataError, ErrorList
 from toolkit.experiment.config import ExperimentConfig
-from toolkit.models.parameters import TrainedParameters, trained_parameters
+from toolkit.models.parameters import TrainedParameters, parameter_shapes, trained_parameters
 from toolkit.train.config import NO_BASE
 from toolkit.wording import count
 
@@ -58,13 +58,12 @@ def check_parameters(config: ExperimentConfig) -> TrainedParameters:
         ConfigError: a pattern matches nothing, nothing is left to train, or a setting is not the
             optimizer's.
     """
-    module, found = config.train_module, ErrorList()
+    module, model, found = config.train_module, config.model.to_transformer(), ErrorList()
     with found.collecting():
-        parameters = trained_parameters(
-            config.model.to_transformer(), freeze=module.freeze, lora=module.lora
-        )
+        names = parameter_shapes(model, module.lora)
         with found.collecting():
-            module.optim.check_groups(parameters.infos)
+            module.optim.check_groups(names)
+        parameters = trained_parameters(model, freeze=module.freeze, lora=module.lora)
     found.raise_any()
     return parameters
 

@@ -1,4 +1,5 @@
-"""Checks that need torch, yet come before process groups and before anything is written.
+"""Checks that come before process groups and before anything is written; what can be told without
+torch, before torch is imported.
 
 Each repeats, cheaply, what a later step would find out too late: after hours of preparing data,
 when all ranks are connected, or when the run folder has changed already.
@@ -10,9 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from toolkit.checkpoint.layout import METADATA_FILE, read_metadata, saved_steps, step_folder
 from toolkit.errors import CheckpointError
 from toolkit.experiment.config import ExperimentConfig
 from toolkit.runs.files import RUN_FILES
+from toolkit.runs.registry import is_run
+from toolkit.storage.remote import is_url
+from toolkit.train.config import no_checkpoint
 
 if TYPE_CHECKING:
     from toolkit.data.loader import TrainLoader
@@ -26,6 +31,41 @@ _FREE_MODEL_FIELDS = frozenset(
 _FREE_FOR_WEIGHTS = _FREE_MODEL_FIELDS | {
     "rope_theta", "rope_scaling", "sliding_rope_theta", "max_sequence_length"
 }  # fmt: skip
+
+
+def check_load_path(config: ExperimentConfig, folder: Path) -> None:
+    """Check what can be told without torch of `trainer.load_path`, where the run in `folder` starts
+    from there: whether a local one holds a checkpoint if it must, and of which model.
+
+    Raises:
+        CheckpointError: it holds none, or one of another model.
+    """
+    trainer, adapts = config.trainer, config.train_module.lora is not None
+    path = trainer.load_path
+    if path is None or is_url(path) or (trainer.load_strategy == "never" and not adapts):
+        return
+    if _newest(folder) or (trainer.callbacks.checkpointer.upload_to and is_run(folder)):
+        return  # the run goes on from there
+    newest = _newest(Path(path))
+    if newest is None:
+        if trainer.load_strategy != "if_available" or adapts:
+            raise CheckpointError(no_checkpoint(path))
+        return
+    saved = read_metadata(newest).extra.get("model")
+    asked = msgspec.json.decode(msgspec.json.encode(config.model))  # lists, as stored
+    free = _FREE_FOR_WEIGHTS if adapts or trainer.load_weights_only else _FREE_MODEL_FIELDS
+    if isinstance(saved, dict):
+        _check_model(newest, saved, asked, free=free)
+
+
+def _newest(path: Path) -> Path | None:
+    """The newest committed checkpoint meant by `path`; its files are not looked at."""
+    if (path / METADATA_FILE).is_file():
+        return path
+    for root in (path, path / RUN_FILES.checkpoints):
+        if steps := saved_steps(root):
+            return step_folder(root, steps[-1])
+    return None
 
 
 def check_continuation(config: ExperimentConfig, folder: Path, train_loader: "TrainLoader") -> None:
