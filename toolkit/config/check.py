@@ -20,6 +20,7 @@ from toolkit.config.types import (
     choose_struct,
     describe,
     field_types,
+    is_text,
     item_type,
     join,
     listing,
@@ -186,11 +187,6 @@ class _Walk:
     def _wrong(self, path: str, problem: str) -> Any:
         self.errors.append(FieldError(path, problem))
         return _WRONG
-
-
-def is_text(value: str) -> bool:
-    """Whether every program can read it: Unicode without lone surrogates and null characters."""
-    return "\0" not in value and not any("\ud800" <= character <= "\udfff" for character in value)
 
 
 def _takes_any(target: Any) -> bool:

@@ -19,6 +19,7 @@ from toolkit.config.types import (
     field_types,
     item_type,
     nearest,
+    shortened,
     shown,
     value_type,
 )
@@ -83,14 +84,15 @@ def is_override(word: str) -> bool:
 
 def _not_an_override(arg: str) -> str:
     if arg.startswith("-") and len(arg) > 1:
-        return f"no such option: {arg}; see --help, and --a.b.c=VALUE for config values"
+        return f"no such option: {shortened(arg)}; see --help, and --a.b.c=VALUE for config values"
     path, equals, _ = arg.partition("=")
     if equals and path.replace(".", "").replace("_", "").isalnum():
-        return f"unexpected argument {shown(arg)}; type two dashes before it: --{arg}"
+        return f"unexpected argument {shown(arg)}; type two dashes before it: --{shortened(arg)}"
     return f"unexpected argument {shown(arg)}; overrides look like --train_module.optim.lr=6e-3"
 
 
 def _unknown_option(name: str, sections: Collection[str], options: Collection[str]) -> str:
+    name = shortened(name)
     if name in options:
         return (
             f"--{name} is no option of this command; give the value by its full path, as in "

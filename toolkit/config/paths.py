@@ -10,7 +10,7 @@ from typing import Annotated
 
 import msgspec
 
-from toolkit.config.types import shown
+from toolkit.config.types import is_text, shown
 from toolkit.errors import ConfigError
 
 NOTE = "path"
@@ -37,6 +37,8 @@ _STORES = (
 
 def path_problem(text: str, kind: str) -> str | None:
     """What is wrong with `text` in a field marked with `kind`, as far as no disk is asked."""
+    if not is_text(text):
+        return f"{shown(text)} is not UTF-8 text"
     if not text:
         return "an empty name" if kind == "name" else "empty; write . for the current folder"
     url = _URL.match(text)

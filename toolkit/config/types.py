@@ -20,7 +20,7 @@ class FieldError(ConfigError):
     """A `ConfigError` that knows its dotted path, so that a layer can add its origin."""
 
     def __init__(self, path: str, problem: str) -> None:
-        super().__init__(f"{path}: {problem}" if path else problem)
+        super().__init__(f"{shortened(path)}: {problem}" if path else problem)
         self.path = path
 
 
@@ -73,6 +73,11 @@ def field_types(struct: inspect.StructType) -> dict[str, Any]:
     if struct.tag_field:
         fields[struct.tag_field] = inspect.LiteralType((struct.tag,))
     return fields
+
+
+def is_text(value: str) -> bool:
+    """Whether every program can read it: Unicode without lone surrogates and null characters."""
+    return "\0" not in value and not any("\ud800" <= character <= "\udfff" for character in value)
 
 
 def is_index(name: str) -> bool:
@@ -134,8 +139,7 @@ def unknown_field(path: str, name: str, structs: Iterable[inspect.StructType]) -
     names = sorted({f.encode_name for s in structs for f in s.fields})
     near = nearest(name, names)
     hint = f"did you mean {near!r}?" if near else "known: " + ", ".join(names)
-    where = join(path, name if len(name) <= _LONGEST_SHOWN else f"{name[:_LONGEST_SHOWN]}...")
-    return FieldError(where, f"no such field; {hint}")
+    return FieldError(join(path, name), f"no such field; {hint}")
 
 
 def field_default(target: Any, name: str, values: dict[str, Any]) -> Any:
@@ -181,6 +185,11 @@ def shown(value: Any) -> str:
     """`value` as a message quotes it, shortened to what fits on a line."""
     text = repr(value)
     return text if len(text) <= _LONGEST_SHOWN else f"{text[: _LONGEST_SHOWN - 4]}...{text[-1]}"
+
+
+def shortened(text: str) -> str:
+    """`text` as it is, cut where it is too long for a line."""
+    return text if len(text) <= 2 * _LONGEST_SHOWN else f"{text[: 2 * _LONGEST_SHOWN]}..."
 
 
 def listing(values: Iterable[Any]) -> str:

@@ -6,7 +6,7 @@ Initial values depend on (seed, parameter name, shape) only, so every engine sta
 numbers; each rank draws just the slices it keeps. A model that has storage keeps its values.
 """
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -89,11 +89,29 @@ def _shard(model: nn.Module, environment: TrainingEnvironment) -> None:
     options: dict = {"mesh": fsdp_mesh(environment), "mp_policy": policy}
     if engine.cpu_offload:
         options["offload_policy"] = CPUOffloadPolicy(pin_memory=environment.device.type == "cuda")
+    units = []
     for block in model.blocks:  # type: ignore[union-attr]
-        fully_shard(block, reshard_after_forward=engine.reshard_after_forward, **options)
+        parts = [block]
+        if engine.wrapping_strategy == "fine_grained":
+            parts += [block.attention, block.feed_forward]  # type: ignore[union-attr, operator]
+        for part in reversed(parts):  # inner ones first
+            fully_shard(part, reshard_after_forward=engine.reshard_after_forward, **options)
+        units += parts
+    if engine.wrapping_strategy != "blocks":
+        units.append(fully_shard(model.head, reshard_after_forward=False, **options))
     # The root holds embedding and head, which the forward needs first and last: never resharded
     # in between.
     fully_shard(model, reshard_after_forward=False, **options)
+    _prefetch(units, engine.prefetch_factor)
+
+
+def _prefetch(units: list[Any], number: int) -> None:
+    """Let each unit, when it is computed, start to gather the next `number` of them."""
+    if not number:
+        return
+    for index, unit in enumerate(units):
+        unit.set_modules_to_forward_prefetch(units[index + 1 : index + 1 + number])
+        unit.set_modules_to_backward_prefetch(units[max(0, index - number) : index][::-1])
 
 
 def _initialize(model: nn.Module, specs: dict[str, InitSpec], seed: int) -> None:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Literal
 from toolkit.config import Config
 from toolkit.config.base import check_positive
 from toolkit.models import counts
-from toolkit.models.gpt_config import GPTConfig
+from toolkit.models.gpt_config import MOST_LAYERS, GPTConfig
 from toolkit.models.moe_config import MoEConfig
 from toolkit.models.rope_config import RopeScalingConfig
 
@@ -105,6 +105,8 @@ class TransformerConfig(Config, frozen=True, kw_only=True, tag_field="type", tag
             "attention_scale", "attention_soft_cap", "logit_soft_cap", "embedding_scale",
             "init_std", "loss_chunk_size",
         )  # fmt: skip
+        if self.num_layers > MOST_LAYERS:
+            raise ValueError(f"num_layers {self.num_layers} is more than {MOST_LAYERS}")
         if self.head_dim is None and self.d_model % self.num_heads:
             raise ValueError(
                 f"d_model {self.d_model} is not divisible by num_heads {self.num_heads}; "
@@ -174,7 +176,8 @@ class TransformerConfig(Config, frozen=True, kw_only=True, tag_field="type", tag
         """Layers that have experts."""
         if self.moe is None:
             return ()
-        return tuple(n for n in range(self.num_layers) if n not in self.moe.dense_layers)
+        dense = set(self.moe.dense_layers)
+        return tuple(n for n in range(self.num_layers) if n not in dense)
 
     def window_of(self, layer: int) -> int | None:
         """Keys that a query of this layer sees; None: all before it."""

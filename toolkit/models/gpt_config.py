@@ -9,6 +9,9 @@ if TYPE_CHECKING:
     from toolkit.models.config import TransformerConfig
     from toolkit.models.gpt import GPTModel
 
+MOST_LAYERS = 10_000
+"""Ten times the deepest model known; what is counted layer by layer takes a moment for these."""
+
 
 class GPTConfig(Config, frozen=True, kw_only=True, tag_field="type", tag="gpt"):
     """The GPT-2 family in its own vocabulary (field names of `transformers.GPT2Config`)."""
@@ -45,6 +48,8 @@ class GPTConfig(Config, frozen=True, kw_only=True, tag_field="type", tag="gpt"):
             self, "vocab_size", "vocab_multiple", "n_positions", "n_embd", "n_layer", "n_head",
             "n_inner", "layer_norm_epsilon", "initializer_range", "loss_chunk_size",
         )  # fmt: skip
+        if self.n_layer > MOST_LAYERS:
+            raise ValueError(f"n_layer {self.n_layer} is more than {MOST_LAYERS}")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}")
 
