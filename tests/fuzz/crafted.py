@@ -23,7 +23,8 @@ Change = Callable[[random.Random, Path], None]
 VALUES: tuple[Any, ...] = (
     None, True, -1, 0, 1, 3, 2**31, 2**62, 2**63, 10**12, 10**30, -(10**12), 0.5, 1e308, -0.0, "",
     "x", "\ud800", "\0", "../../../etc/passwd", "/dev/zero", "x" * 100_000, [], {}, [[]], [None],
-    {"": None}, ["a", 1], "${HOME}", "{{ 'a' * 10**10 }}", "{% for i in range(99999) %}{% endfor %}",
+    {"": None}, ["a", 1], "${HOME}", "{{ 'a' * 10**10 }}",
+    "{% for i in range(99999) %}{% endfor %}",
 )  # fmt: skip
 DEEP = "[" * 3000 + "]" * 3000
 

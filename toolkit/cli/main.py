@@ -37,6 +37,7 @@ from toolkit.errors import (
     EXIT_BAD_INPUT,
     EXIT_DONE,
     EXIT_FAILED,
+    SeveralErrors,
     ToolkitError,
     reason_of_machine,
 )
@@ -159,8 +160,12 @@ def run(args: Sequence[str]) -> int:
         return EXIT_DONE
     except _UsageError as error:
         return _report(error.format_message(), EXIT_BAD_INPUT, debug=debug)
+    except SeveralErrors as error:
+        number = f"{len(error.errors)} problems, one a line:"
+        return _report("\n".join([number, *map(str, error.errors)]), error.exit_code, debug=debug)
     except ToolkitError as error:
-        return _report(str(error), error.exit_code, debug=debug, only_here=error.only_here)
+        message = " ".join(str(error).split())
+        return _report(message, error.exit_code, debug=debug, only_here=error.only_here)
     except OSError as error:
         line = reason_of_machine(error)
         if line is None:
@@ -169,7 +174,7 @@ def run(args: Sequence[str]) -> int:
 
 
 def _report(message: str, code: int, *, debug: bool, only_here: bool = False) -> int:
-    """Print the error on rank 0; other ranks keep quiet, unless it is theirs alone."""
+    """Print the lines of the error on rank 0; other ranks keep quiet, unless it is theirs alone."""
     signals.settle()
     rank = os.environ.get("RANK", "0")
     if rank != "0" and not only_here and any(name in os.environ for name in _LAUNCHED):
@@ -181,5 +186,6 @@ def _report(message: str, code: int, *, debug: bool, only_here: bool = False) ->
         traceback.print_exc()
     sys.stdout.flush()
     label = typer.style("error:", fg=typer.colors.RED, bold=True)
-    typer.echo(f"{label} {mask_secrets(' '.join(message.split()))}", err=True)
+    for line in message.splitlines():
+        typer.echo(f"{label} {mask_secrets(' '.join(line.split()))}", err=True)
     return code

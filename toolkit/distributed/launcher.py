@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import msgspec
 
+from toolkit.distributed.config import WrappingStrategy
 from toolkit.errors import ConfigError
 from toolkit.storage.foreign import read_json
 
@@ -46,6 +47,8 @@ class EngineChoice(msgspec.Struct, frozen=True, kw_only=True):
     shard_degree: int | None = None
     reduce_dtype: Literal["float32", "bfloat16"] = "float32"
     reshard_after_forward: bool = True
+    wrapping_strategy: WrappingStrategy = "blocks"
+    prefetch_factor: int = 0
     cpu_offload: bool = False
     """Of FSDP and HSDP; ZeRO's is in `deepspeed_config`."""
     deepspeed_config: dict[str, Any] = {}

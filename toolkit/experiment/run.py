@@ -24,12 +24,21 @@ from toolkit.config.secrets import check_no_secrets
 from toolkit.distributed.engine import Engine, resolve_engine
 from toolkit.distributed.launcher import rank_of
 from toolkit.distributed.launcher_checks import check_launcher_variables
-from toolkit.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, DataError, RunError, ToolkitError
+from toolkit.errors import (
+    EXIT_DONE,
+    EXIT_FAILED,
+    EXIT_STOPPED,
+    DataError,
+    ErrorList,
+    RunError,
+    ToolkitError,
+)
 from toolkit.experiment.agreement import check_agreement
 from toolkit.experiment.changes import config_changes
 from toolkit.experiment.checks import check_corpus, check_experiment, rank_microbatch_size
 from toolkit.experiment.config import ExperimentConfig
-from toolkit.experiment.preflight import check_continuation, check_optimizer
+from toolkit.experiment.notices import notices
+from toolkit.experiment.preflight import check_continuation, check_load_path
 from toolkit.experiment.recorded import describe_engine, plan_resume
 from toolkit.experiment.relaunch import relaunch
 from toolkit.experiment.restarts import current_launch, find_predecessor, stays_stopped
@@ -105,7 +114,9 @@ def _run(
     environ = os.environ
     check_launcher_variables(environ)
     engine = resolve_engine(config.train_module.precision, config.train_module.dp_config, environ)
-    check_experiment(config, engine.world_size)
+    found = ErrorList()
+    with found.collecting():
+        check_experiment(config, engine.world_size)
     rank = starting.rank = rank_of(environ)
 
     from toolkit.distributed.logging import setup_logging
@@ -120,16 +131,22 @@ def _run(
                 return EXIT_STOPPED
             log.info("started again by the launcher; continuing %s", before)
             config = config.replace(run=config.run.replace(save_folder=str(before)))
-        check_run_folder(config.run, name)
+        with found.collecting():
+            check_run_folder(config.run, name)
+        with found.collecting():
+            check_load_path(config, resolve_run_folder(config.run, name))
+    found.raise_any()
     try:
         train_loader = _prepare_data(config, rank=rank, world_size=engine.world_size)
     except DataError as error:
         # The other processes of this machine see the same files; other machines may not.
         error.only_here = rank > 0 and _local_rank() == 0
         raise
-    check_optimizer(config)
     if rank == 0:
         check_continuation(config, resolve_run_folder(config.run, name), train_loader)
+        per_epoch = train_loader.steps_per_epoch
+        for notice in notices(config, int(per_epoch) if math.isfinite(per_epoch) else None):
+            log.warning("%s", notice)
         run = starting.run = _start(config, name, is_main=True)
     try:
         if run is not None:

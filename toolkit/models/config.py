@@ -182,7 +182,8 @@ class TransformerConfig(Config, frozen=True, kw_only=True, tag_field="type", tag
         """Layers that have experts."""
         if self.moe is None:
             return ()
-        return tuple(n for n in range(self.num_layers) if n not in self.moe.dense_layers)
+        dense = set(self.moe.dense_layers)
+        return tuple(n for n in range(self.num_layers) if n not in dense)
 
     def window_of(self, layer: int) -> int | None:
         """Keys that a query of this layer sees; None: all before it."""
