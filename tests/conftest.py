@@ -10,9 +10,9 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from tests.s3 import S3Server, s3_server  # noqa: E402
-from tests.spreading import pytest_configure, pytest_xdist_make_scheduler  # noqa: E402, F401
-from tests.workers import WorkerPool  # noqa: E402
+from tests.s3 import S3Server, s3_server
+from tests.spreading import pytest_configure, pytest_xdist_make_scheduler  # noqa: F401
+from tests.workers import WorkerPool
 
 # A busy machine takes its time over an example.
 hypothesis.settings.register_profile("toolkit", deadline=None)

@@ -5,7 +5,9 @@ line. `cli` turns a `ToolkitError` into that line on rank 0 and the exit code of
 other exception is a defect of ours and keeps its traceback.
 """
 
+import contextlib
 import errno
+from collections.abc import Iterator, Sequence
 
 EXIT_DONE = 0
 EXIT_FAILED = 1
@@ -30,6 +32,14 @@ class BadInputError(ToolkitError):
 
 class ConfigError(BadInputError):
     """A config value, name or combination is wrong."""
+
+
+class SeveralErrors(ConfigError):
+    """What is wrong with one input, all of it; `cli` prints each of `errors` on its own line."""
+
+    def __init__(self, errors: Sequence[ToolkitError]) -> None:
+        super().__init__("\n".join(str(error) for error in errors))
+        self.errors = tuple(errors)
 
 
 class DataError(BadInputError):
@@ -71,3 +81,31 @@ def reason_of_machine(error: BaseException) -> str | None:
         return None
     where = f"{error.filename}: " if error.filename is not None else ""
     return f"{where}{error.strerror}: {_MACHINE[error.errno]}"
+
+
+class ErrorList:
+    """Bad input found so far, so that checks which do not depend on each other all run."""
+
+    def __init__(self) -> None:
+        self.errors: list[BadInputError] = []
+
+    @contextlib.contextmanager
+    def collecting(self) -> Iterator[None]:
+        """Keep the bad input that the block raises, and go on behind it."""
+        try:
+            yield
+        except BadInputError as error:
+            self.add(error)
+
+    def add(self, error: BadInputError) -> None:
+        """Keep `error`, or each one that it stands for; the same message once."""
+        parts = error.errors if isinstance(error, SeveralErrors) else (error,)
+        known = {str(other) for other in self.errors}
+        self.errors += [part for part in parts if str(part) not in known]  # type: ignore[misc]
+
+    def raise_any(self) -> None:
+        """Raise what was kept: the error itself where it is one, else `SeveralErrors`."""
+        if len(self.errors) == 1:
+            raise self.errors[0] from None
+        if self.errors:
+            raise SeveralErrors(self.errors) from None

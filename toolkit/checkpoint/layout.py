@@ -9,7 +9,6 @@ checkpoints/step{N}/                after the rename
 checkpoints/step{N}.invalid/        set aside: found damaged, or of a stretch that was started anew
 """
 
-import json
 import os
 import re
 from collections.abc import Iterable
@@ -20,6 +19,7 @@ import msgspec
 
 from toolkit.errors import CheckpointError
 from toolkit.storage.atomic import hash_file
+from toolkit.storage.foreign import decode_json, read_bytes
 
 METADATA_FILE = ".metadata.json"
 TENSORS_FOLDER = "model_and_optim"
@@ -29,6 +29,8 @@ RANK_FOLDER = "train"
 HF_FOLDER = "hf"
 INVALID_SUFFIX = ".invalid"
 FORMAT_VERSION = 2
+MAX_MANIFEST_BYTES = 1 << 30
+"""A checkpoint of thousands of ranks has as many files."""
 
 Kind = Literal["permanent", "ephemeral", "fixed"]
 """Ordinary ones are kept by the rules of retention; of ephemeral ones just the newest, fixed ones
@@ -124,8 +126,8 @@ def read_metadata(checkpoint: Path) -> CheckpointMetadata:
         CheckpointError: not a checkpoint, changed since it was saved, or of a newer format.
     """
     try:
-        raw = (checkpoint / METADATA_FILE).read_bytes()
-    except OSError:
+        raw = read_bytes(checkpoint / METADATA_FILE, CheckpointError, max_bytes=MAX_MANIFEST_BYTES)
+    except FileNotFoundError:
         raise CheckpointError(
             f"{checkpoint}: not a committed checkpoint (no {METADATA_FILE})"
         ) from None
@@ -139,10 +141,7 @@ def decode_metadata(raw: bytes, checkpoint: Path | str) -> CheckpointMetadata:
         CheckpointError: changed since it was saved, or of a newer format.
     """
     where = f"{str(checkpoint).rstrip('/')}/{METADATA_FILE}"
-    try:
-        metadata = msgspec.json.decode(raw, type=CheckpointMetadata)
-    except (msgspec.DecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{where}: cannot be read: {error}") from None
+    metadata = decode_json(raw, where, CheckpointError, CheckpointMetadata)
     if metadata.version > FORMAT_VERSION:
         raise CheckpointError(
             f"{checkpoint}: format {metadata.version} is newer than this toolkit's "

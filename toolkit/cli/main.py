@@ -32,12 +32,14 @@ from toolkit.cli import (
 )
 from toolkit.cli.data.app import app as data_app
 from toolkit.cli.output import has_lost_reader, open_missing_streams, outlive_readers
+from toolkit.config.secrets import mask_secrets
 from toolkit.distributed.allocator import set_allocator_defaults
 from toolkit.distributed.ranks import adopt_ranks
 from toolkit.errors import (
     EXIT_BAD_INPUT,
     EXIT_DONE,
     EXIT_FAILED,
+    SeveralErrors,
     ToolkitError,
     reason_of_machine,
 )
@@ -162,8 +164,12 @@ def run(args: Sequence[str]) -> int:
         return EXIT_DONE
     except _UsageError as error:
         return _report(error.format_message(), EXIT_BAD_INPUT, debug=debug)
+    except SeveralErrors as error:
+        number = f"{len(error.errors)} problems, one a line:"
+        return _report("\n".join([number, *map(str, error.errors)]), error.exit_code, debug=debug)
     except ToolkitError as error:
-        return _report(str(error), error.exit_code, debug=debug, only_here=error.only_here)
+        message = " ".join(str(error).split())
+        return _report(message, error.exit_code, debug=debug, only_here=error.only_here)
     except OSError as error:
         line = reason_of_machine(error)
         if line is None:
@@ -172,7 +178,7 @@ def run(args: Sequence[str]) -> int:
 
 
 def _report(message: str, code: int, *, debug: bool, only_here: bool = False) -> int:
-    """Print the error on rank 0; other ranks keep quiet, unless it is theirs alone."""
+    """Print the lines of the error on rank 0; other ranks keep quiet, unless it is theirs alone."""
     signals.settle()
     rank = os.environ.get("RANK", "0")
     if rank != "0" and not only_here and any(name in os.environ for name in _LAUNCHED):
@@ -184,5 +190,6 @@ def _report(message: str, code: int, *, debug: bool, only_here: bool = False) ->
         traceback.print_exc()
     sys.stdout.flush()
     label = typer.style("error:", fg=typer.colors.RED, bold=True)
-    typer.echo(f"{label} {' '.join(message.split())}", err=True)
+    for line in message.splitlines():
+        typer.echo(f"{label} {mask_secrets(' '.join(line.split()))}", err=True)
     return code

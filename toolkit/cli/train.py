@@ -80,8 +80,8 @@ def train(
 
         summary = summarize(loaded, os.environ)
         if is_rank_0():
-            typer.echo(loaded.config.to_json() if json else summary)
+            typer.echo(loaded.stored.to_json() if json else summary)
         return 0
     from toolkit.experiment.run import train as run_training
 
-    return run_training(loaded.config, origins=loaded.origins)
+    return run_training(loaded.config, origins=loaded.origins, stored=loaded.stored)

@@ -119,16 +119,21 @@ def read_corpus(cfg: DataConfig) -> CorpusInfo | None:
 
 def data_places(cfg: DataConfig) -> list[Path]:
     """Folders where the token files of `cfg` are, or will be."""
+    return [dataset_folder(dataset) for dataset in datasets_of(cfg)]
+
+
+def datasets_of(cfg: DataConfig) -> list[DatasetConfig]:
+    """The corpora of token files that `cfg` trains on: one, those of a mixture, or none."""
     from toolkit.data.tokens.store import localize
 
     dataset = localize(cfg.dataset, cfg.store)
     if dataset.custom is not None:
         return []
     if dataset.mix is None:
-        return [dataset_folder(dataset)]
+        return [dataset]
     from toolkit.data.order.resolve import resolve_mix
 
-    return [dataset_folder(source.dataset) for source in resolve_mix(dataset)]
+    return [source.dataset for source in resolve_mix(dataset)]
 
 
 ChangeSource = Callable[[SourceConfig | None], SourceConfig | None]

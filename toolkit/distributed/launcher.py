@@ -5,14 +5,15 @@
 a notice, never silence. No torch here: `--dry-run` asks too.
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
 
+from toolkit.distributed.config import WrappingStrategy
 from toolkit.errors import ConfigError
+from toolkit.storage.foreign import read_json
 
 EngineName = Literal["single", "ddp", "fsdp", "hsdp", "zero1", "zero2", "zero3"]
 
@@ -46,6 +47,8 @@ class EngineChoice(msgspec.Struct, frozen=True, kw_only=True):
     shard_degree: int | None = None
     reduce_dtype: Literal["float32", "bfloat16"] = "float32"
     reshard_after_forward: bool = True
+    wrapping_strategy: WrappingStrategy = "blocks"
+    prefetch_factor: int = 0
     cpu_offload: bool = False
     """Of FSDP and HSDP; ZeRO's is in `deepspeed_config`."""
     deepspeed_config: dict[str, Any] = {}
@@ -215,12 +218,9 @@ def _deepspeed_choice(environ: Mapping[str, str]) -> EngineChoice:
 
 def _read_json(file: str, origin: str) -> dict[str, Any]:
     try:
-        config = json.loads(Path(file).read_text())
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{origin}: cannot read the DeepSpeed config {file}: {error}") from None
-    if not isinstance(config, dict):
-        raise ConfigError(f"{origin}: {file} holds no JSON object")
-    return config
+        return read_json(Path(file), ConfigError)
+    except (FileNotFoundError, ConfigError) as error:
+        raise ConfigError(f"{origin}: cannot read the DeepSpeed config: {error}") from None
 
 
 def _notice(origin: str, option: str, ours: str) -> str:

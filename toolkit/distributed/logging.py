@@ -12,6 +12,8 @@ from pathlib import Path
 
 from rich import get_console
 
+from toolkit.config.secrets import mask_secrets
+
 _FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
@@ -19,7 +21,7 @@ class _ConsoleHandler(logging.Handler):
     """Through rich's shared console, so that lines do not tear a progress bar."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        text = record.getMessage()
+        text = mask_secrets(record.getMessage())
         if record.levelno >= logging.WARNING:
             text = f"{record.levelname.lower()}: {text}"
         # A console that is gone takes nothing with it; SystemExit is how rich tells of a pipe.
@@ -47,6 +49,13 @@ class _LogFile(logging.FileHandler):
             super().close()
 
 
+class _MaskingFormatter(logging.Formatter):
+    """Log files stay with the run: no secrets in lines or tracebacks."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return str(mask_secrets(super().format(record)))
+
+
 def setup_logging(rank: int) -> None:
     """Console output of the toolkit's own loggers on rank 0; the others write their files only."""
     logger = logging.getLogger("toolkit")
@@ -72,7 +81,7 @@ def add_log_file(folder: Path, rank: int) -> logging.Handler:
     except OSError as error:
         logging.getLogger("toolkit").warning("no log file: %s", error)
         handler = logging.NullHandler()
-    handler.setFormatter(logging.Formatter(_FORMAT))
+    handler.setFormatter(_MaskingFormatter(_FORMAT))
     logging.getLogger("toolkit").addHandler(handler)
     return handler
 

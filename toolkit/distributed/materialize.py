@@ -8,6 +8,7 @@ numbers; each rank draws just the slices it keeps. A model that has storage keep
 
 import logging
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -114,8 +115,16 @@ def _shard(model: nn.Module, environment: TrainingEnvironment) -> None:
     if engine.cpu_offload:
         options["offload_policy"] = CPUOffloadPolicy(pin_memory=environment.device.type == "cuda")
     _warn_of_uneven_shards(model, environment, ranks)
+    units = []
     for block in model.blocks:  # type: ignore[union-attr]
-        fully_shard(block, reshard_after_forward=engine.reshard_after_forward, **options)
+        parts = [block]
+        if engine.wrapping_strategy == "fine_grained":
+            parts += [block.attention, block.feed_forward]  # type: ignore[union-attr, operator]
+        for part in reversed(parts):  # inner ones first
+            fully_shard(part, reshard_after_forward=engine.reshard_after_forward, **options)
+        units += parts
+    if engine.wrapping_strategy != "blocks":
+        units.append(fully_shard(model.head, reshard_after_forward=False, **options))
     # The root holds embedding and head, which the forward needs first and last: never resharded
     # in between.
     fully_shard(model, reshard_after_forward=False, **options)
@@ -125,6 +134,7 @@ def _shard(model: nn.Module, environment: TrainingEnvironment) -> None:
     model.set_requires_all_reduce(True)  # type: ignore[operator]
     model.set_reshard_after_backward(True)  # type: ignore[operator]
     model.set_force_sum_reduction_for_comms(False)  # type: ignore[operator]
+    _prefetch(units, engine.prefetch_factor)
 
 
 def _warn_of_uneven_shards(model: nn.Module, environment: TrainingEnvironment, ranks: int) -> None:
@@ -138,6 +148,15 @@ def _warn_of_uneven_shards(model: nn.Module, environment: TrainingEnvironment, r
                 name, tuple(parameter.shape), ranks, share,
             )  # fmt: skip
             return  # of the first; the others are like it
+
+
+def _prefetch(units: list[Any], number: int) -> None:
+    """Let each unit, when it is computed, start to gather the next `number` of them."""
+    if not number:
+        return
+    for index, unit in enumerate(units):
+        unit.set_modules_to_forward_prefetch(units[index + 1 : index + 1 + number])
+        unit.set_modules_to_backward_prefetch(units[max(0, index - number) : index][::-1])
 
 
 def _initialize(model: nn.Module, specs: dict[str, InitSpec], seed: int) -> None:

@@ -5,6 +5,7 @@ from typing import Any, Literal, NamedTuple
 
 import msgspec
 
+from toolkit.config.secrets import mask_secrets
 from toolkit.experiment.config import ExperimentConfig
 from toolkit.experiment.recorded import (
     VERSIONED,
@@ -116,7 +117,7 @@ def compare(plan: ReplayPlan, again: Path) -> Receipt:
         replayed_versions=versions,
         time=utc_now(),
     )
-    write_json_atomic(plan.folder / receipt.file, receipt)
+    write_json_atomic(plan.folder / receipt.file, mask_secrets(msgspec.to_builtins(receipt)))
     return receipt
 
 

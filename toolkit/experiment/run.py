@@ -19,22 +19,32 @@ import msgspec
 
 from toolkit import signals
 from toolkit.config.files import read_json_mapping
+from toolkit.config.interpolation import fill
+from toolkit.config.secrets import check_no_secrets
 from toolkit.distributed.engine import Engine, resolve_engine
 from toolkit.distributed.launcher import rank_of
 from toolkit.distributed.launcher_checks import check_launcher_variables
-from toolkit.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, DataError, RunError, ToolkitError
+from toolkit.errors import (
+    EXIT_DONE,
+    EXIT_FAILED,
+    EXIT_STOPPED,
+    DataError,
+    ErrorList,
+    RunError,
+    ToolkitError,
+)
 from toolkit.experiment.agreement import check_agreement
 from toolkit.experiment.changes import config_changes
 from toolkit.experiment.checks import check_corpus, check_experiment, rank_microbatch_size
 from toolkit.experiment.config import ExperimentConfig
+from toolkit.experiment.notices import notices
 from toolkit.experiment.opening import opening_lines
-from toolkit.experiment.preflight import check_continuation, check_optimizer
+from toolkit.experiment.preflight import check_continuation, check_load_path
 from toolkit.experiment.recorded import describe_engine, plan_resume
 from toolkit.experiment.relaunch import relaunch
 from toolkit.experiment.restarts import current_launch, find_predecessor, stays_stopped
 from toolkit.experiment.run_data import without_gone_sources
 from toolkit.experiment.starting import RunStart
-from toolkit.runs.environment import mask_secrets
 from toolkit.runs.files import RUN_FILES
 from toolkit.runs.manager import RunManager
 from toolkit.runs.registry import (
@@ -74,12 +84,19 @@ def train(
 
     Args:
         origins: where each config value came from; stored beside the config.
-        stored: what the run folder keeps as its config; default: `config`.
+        stored: what the run folder keeps as its config, with `${NAME}` as it was written;
+            default: `config`, whose `${NAME}` are filled in here.
+
+    Raises:
+        ConfigError: a secret stands in the config.
     """
+    if stored is None:
+        stored, config = config, fill(config)
+    check_no_secrets(stored.to_dict())
     starting = RunStart()
     with signals.listening(starting):
         try:
-            return _run(config, origins or {}, stored or config, starting)
+            return _run(config, origins or {}, stored, starting)
         except BaseException as error:
             # What fails in a start that is being stopped, as helpers do, is part of the stop.
             if starting.reason is None or isinstance(error, GeneratorExit):
@@ -97,7 +114,9 @@ def _run(
     environ = os.environ
     check_launcher_variables(environ)
     engine = resolve_engine(config.train_module.precision, config.train_module.dp_config, environ)
-    check_experiment(config, engine.world_size)
+    found = ErrorList()
+    with found.collecting():
+        check_experiment(config, engine.world_size)
     rank = starting.rank = rank_of(environ)
 
     from toolkit.distributed.logging import setup_logging
@@ -112,16 +131,22 @@ def _run(
                 return EXIT_STOPPED
             log.info("started again by the launcher; continuing %s", before)
             config = config.replace(run=config.run.replace(save_folder=str(before)))
-        check_run_folder(config.run, name)
+        with found.collecting():
+            check_run_folder(config.run, name)
+        with found.collecting():
+            check_load_path(config, resolve_run_folder(config.run, name))
+    found.raise_any()
     try:
         train_loader = _prepare_data(config, rank=rank, world_size=engine.world_size)
     except DataError as error:
         # The other processes of this machine see the same files; other machines may not.
         error.only_here = rank > 0 and _local_rank() == 0
         raise
-    check_optimizer(config)
     if rank == 0:
         check_continuation(config, resolve_run_folder(config.run, name), train_loader)
+        per_epoch = train_loader.steps_per_epoch
+        for notice in notices(config, int(per_epoch) if math.isfinite(per_epoch) else None):
+            log.warning("%s", notice)
         run = starting.run = _start(config, name, is_main=True)
     try:
         if run is not None:
@@ -159,7 +184,10 @@ def resume(run_dir: Path, overrides: Sequence[str] = (), *, debug: bool = False)
             log.warning(text, recorded, plan.processes)
         return relaunch(plan.folder, overrides, plan.processes, debug=debug)
     if "***" in (plan.config.run.registry or ""):
-        log.warning("run.registry: passwords are not stored; give --run.registry=URL to update it")
+        log.warning(
+            "run.registry: its password was not stored; to update it, put the password into an "
+            "environment variable and write its name: --run.registry='...://USER:${NAME}@HOST/DB'"
+        )
     return train(plan.config, origins=plan.origins, stored=plan.stored)
 
 
@@ -328,8 +356,6 @@ def _log_metadata(
     origins: Mapping[str, str],
     kernels: Mapping[str, str] | None = None,
 ) -> None:
-    if config.run.registry is not None:
-        config = config.replace(run=config.run.replace(registry=mask_secrets(config.run.registry)))
     run.log_metadata(config, RUN_FILES.config)
     run.log_metadata(config.data, RUN_FILES.data_config)
     run.log_metadata(config.model, RUN_FILES.model_config)
@@ -337,7 +363,7 @@ def _log_metadata(
         {"train_module": config.train_module, "trainer": config.trainer}, RUN_FILES.trainer_config
     )
     run.log_metadata(
-        {path: mask_secrets(origin) for path, origin in origins.items() if origin != "default"},
+        {path: origin for path, origin in origins.items() if origin != "default"},
         RUN_FILES.origins,
     )
     run.set_status(

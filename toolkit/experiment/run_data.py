@@ -1,11 +1,8 @@
 """The prepared data of a run, found again where it is now, and opened."""
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
-
-import msgspec
 
 from toolkit.data.config import (
     DiskSourceConfig,
@@ -16,9 +13,10 @@ from toolkit.data.config import (
 from toolkit.data.corpus_info import data_places, read_corpus, with_sources, without_sources
 from toolkit.data.text.sources import is_gone
 from toolkit.data.tokens.prepared import MANIFEST_NAME
-from toolkit.errors import DataError
+from toolkit.errors import DataError, RunError
 from toolkit.experiment.config import ExperimentConfig
 from toolkit.runs.files import RUN_FILES
+from toolkit.storage.foreign import read_json
 from toolkit.storage.remote import is_url
 
 if TYPE_CHECKING:
@@ -41,10 +39,8 @@ def find_data(
     if any(flag.startswith(_PLACES) for flag in overrides):
         return config
     try:
-        started_in = msgspec.json.decode((run_dir / RUN_FILES.command).read_bytes())["cwd"]
-        if os.path.samefile(started_in, "."):
-            return config
-    except (OSError, msgspec.DecodeError, KeyError, TypeError):
+        started_in = str(read_json(run_dir / RUN_FILES.command, RunError)["cwd"])
+    except (FileNotFoundError, RunError, KeyError):
         return config
 
     def there(path: str) -> str:

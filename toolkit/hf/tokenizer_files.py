@@ -13,6 +13,7 @@ from toolkit.data.tokenizers.tokenizer import (
     TOKENIZER_FILE,
     companions,
     load_tokenizer,
+    read_backend,
     read_json,
 )
 from toolkit.errors import DataError
@@ -139,9 +140,4 @@ def _entry(token: str) -> dict[str, Any]:
 
 
 def _backend(folder: Path) -> Any:
-    from tokenizers import Tokenizer as BackendTokenizer
-
-    try:
-        return BackendTokenizer.from_file(str(folder / TOKENIZER_FILE))
-    except Exception as error:  # `tokenizers` raises bare Exception for a file it cannot read
-        raise DataError(f"{folder / TOKENIZER_FILE}: cannot be read: {error}") from None
+    return read_backend(folder / TOKENIZER_FILE)

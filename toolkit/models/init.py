@@ -29,7 +29,6 @@ _WRAPPERS = re.compile(
     r"^module\.|_checkpoint_wrapped_module\.|_orig_mod\.|_fsdp_wrapped_module\."
     r"|base_layer\.|(?<=\.lora_[AB]\.)default\."
 )
-_ADAPTER = re.compile(r"\.lora_[AB]\.weight\Z")
 _RESIDUAL_OUTPUTS = (
     "attention.output.weight",
     "feed_forward.down.weight",
@@ -56,11 +55,6 @@ def canonical_name(name: str) -> str:
 def canonical_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """All parameters of `model` by canonical name, in the model's order."""
     return {canonical_name(name): parameter for name, parameter in model.named_parameters()}
-
-
-def is_adapter(name: str) -> bool:
-    """Whether the parameter of this canonical name is one of a low-rank adapter."""
-    return _ADAPTER.search(name) is not None
 
 
 def init_spec(model: nn.Module) -> dict[str, InitSpec]:

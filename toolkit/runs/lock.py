@@ -36,6 +36,7 @@ import msgspec
 from toolkit.errors import RunError
 from toolkit.runs.files import RUN_FILES
 from toolkit.storage.atomic import create_json, write_json_atomic
+from toolkit.storage.foreign import read_json
 from toolkit.threads import Thread
 
 if TYPE_CHECKING:
@@ -85,8 +86,8 @@ def utc_now() -> str:
 def read_lock_info(folder: Path) -> LockInfo | None:
     """Who holds, or last held without releasing, the lock of a run folder; None: nobody."""
     try:
-        return msgspec.json.decode((folder / RUN_FILES.lock_info).read_bytes(), type=LockInfo)
-    except (OSError, msgspec.MsgspecError):
+        return read_json(folder / RUN_FILES.lock_info, RunError, LockInfo)
+    except (FileNotFoundError, RunError):
         return None
 
 

@@ -14,6 +14,7 @@ from typing import Any, Literal, Self
 import msgspec
 
 from toolkit.config import Config
+from toolkit.config.secrets import mask_secrets
 from toolkit.errors import RunError
 from toolkit.runs.background import Background
 from toolkit.runs.files import RUN_FILES
@@ -29,6 +30,10 @@ CLOSE_SECONDS = 5.0
 _BLOCK = 4096
 """Bytes that a small file occupies on disk anyway."""
 
+_STARTED_FROM = {
+    RUN_FILES.config, RUN_FILES.data_config, RUN_FILES.model_config, RUN_FILES.trainer_config,
+    RUN_FILES.engine,
+}  # fmt: skip
 _KNOWN = {"loss", "exit_reason", "world_size", "engine", "parameters"}
 
 
@@ -87,15 +92,19 @@ class RunManager:
     ) -> None:
         """Write a config (or any JSON-like object; or a text) to one of `RUN_FILES`.
 
-        What an earlier attempt wrote there stays as `<name>.attempt{K}.json` when it differs.
+        What looks like a secret is masked, except in the config, which a resume starts from and
+        which holds none (`check_no_secrets`). What an earlier attempt wrote there stays as
+        `<name>.attempt{K}.json` when it differs.
         """
         if not self.is_main:
             return
         if format == "text":
-            data = str(obj).encode()
+            data = str(mask_secrets(str(obj))).encode()
         elif isinstance(obj, Config):
             data = obj.to_json() + b"\n"
         else:
+            if file not in _STARTED_FROM:
+                obj = mask_secrets(msgspec.to_builtins(obj, enc_hook=str))
             data = msgspec.json.format(msgspec.json.encode(obj), indent=2) + b"\n"
         path = self.path(file)
         if file not in self._written and path.exists():
@@ -137,7 +146,7 @@ class RunManager:
             self._status = msgspec.structs.replace(
                 self._status,
                 state=state,
-                message=message,
+                message=mask_secrets(message),
                 updated=utc_now(),
                 other=self._status.other | other,
                 **changes,

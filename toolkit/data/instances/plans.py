@@ -34,6 +34,7 @@ from toolkit.storage.atomic import (
     write_atomic,
     write_json_atomic,
 )
+from toolkit.storage.foreign import read_json
 
 if TYPE_CHECKING:
     import numpy as np
@@ -113,15 +114,13 @@ class Plan(NamedTuple):
         """
         path = self.folder / HEADER_NAME
         try:
-            header = msgspec.json.decode(path.read_bytes(), type=PlanHeader)
+            header = read_json(path, DataError, PlanHeader)
         except FileNotFoundError:
             if self.folder.exists():
                 raise self.damaged(f"{HEADER_NAME} is missing") from None
             return None
-        except OSError as error:
-            raise DataError(f"{path}: cannot be read: {error.strerror}") from None
-        except msgspec.DecodeError as error:
-            raise self.damaged(f"{HEADER_NAME}: {error}") from None
+        except DataError as error:
+            raise self.damaged(str(error)) from None
         if (header.kind, header.fingerprint) != (self.kind, self.fingerprint):
             raise self.damaged(f"{HEADER_NAME} is of other instances")
         return header

@@ -14,6 +14,7 @@ from toolkit.data.config import (
     PythonStdlibSourceConfig,
 )
 from toolkit.errors import DataError
+from toolkit.storage.foreign import guard
 
 SAMPLE_BYTES = 4096
 MAX_ENDINGS = 8
@@ -84,7 +85,8 @@ def find_files(
         there: dict[str, str] = {}
         for name, path in _expand(text, suffixes, there):
             num_here += 1
-            status = path.stat()
+            with guard(f"dataset.source.paths: {path}", DataError):
+                status = path.stat()
             if status.st_size:
                 file = SourceFile(name, str(path), status.st_size, status.st_mtime_ns)
                 found.setdefault(os.path.realpath(path), file)

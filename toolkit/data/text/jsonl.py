@@ -14,10 +14,11 @@ from toolkit.data.config import FilesSourceConfig
 from toolkit.data.text.columns import TextColumns
 from toolkit.data.text.json_text import decode_json, repeated_key, repeats_field
 from toolkit.data.text.long_documents import LONG_BYTES
-from toolkit.data.text.long_lines import read_line, read_long_line
+from toolkit.data.text.long_lines import TooLongError, read_line, read_long_line
 from toolkit.data.text.piece import Piece
 from toolkit.data.text.reading import Counts, Reading, decode
 from toolkit.data.text.shards import Range
+from toolkit.data.text.table_checks import MAX_DEPTH, is_deep
 from toolkit.errors import DataError
 
 if TYPE_CHECKING:
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
 
 COMPRESSED_BYTES = 1 << 20
 """Read from a compressed file at a time."""
+ZSTD_BYTES = 1 << 12
+"""Given to the zstd library at a time: it gives back all that comes out at once, which is 128 KB
+for each 4 bytes at most."""
 SKIPPED_BYTES = 1 << 16
 """Read at a time of a line that belongs to the range before."""
 
@@ -40,12 +44,17 @@ def read_jsonl(part: Range, reading: Reading, counts: Counts) -> Iterator[Piece]
             end = part.end if part.kind == "jsonl" else None
             offset = _first_line(file, part.start, part.end) if part.start else 0
             while end is None or offset < end:
-                line = read_line(file)
+                line = read_line(file, max_bytes=lines.max_bytes)
                 if not line:
                     return
                 offset += len(line)
                 if not line.isspace():
                     yield from lines.pieces(line, offset - len(line))
+    except TooLongError:
+        raise DataError(
+            f"{part.path}: the line at byte {offset} has more than {lines.max_bytes:,} bytes; cut "
+            "it, or set dataset.source.max_line_bytes"
+        ) from None
     except (EOFError, zlib.error, gzip.BadGzipFile, _DamagedZstd) as error:
         name = "gzip" if part.kind == "jsonl_gz" else "zstd"
         raise DataError(
@@ -73,6 +82,7 @@ class ObjectReader:
         source = reading.source
         assert isinstance(source, FilesSourceConfig)
         self._part, self._source = part, source
+        self.max_bytes = source.max_line_bytes
         self._reading, self._counts = reading, counts
         self._columns = None if reading.rows else TextColumns(source)
         self._rows = msgspec.json.Decoder(dict[str, Any])
@@ -128,6 +138,8 @@ class ObjectReader:
                     raise self._bad_line(text, where(), error) from None
                 value = repaired
         if isinstance(value, dict):
+            if is_deep(line):
+                raise DataError(f"{where()}: nested deeper than {MAX_DEPTH} levels")
             return Piece(identity, row=value, num_bytes=len(line), place=place)
         return Piece(identity, value)
 
@@ -160,7 +172,7 @@ class ObjectReader:
             row = json.loads(text)
             value = _without_surrogates(row, self._counts)
             return value if self._columns is None else self._columns.text(value, place)
-        except (ValueError, DataError, TypeError):
+        except (ValueError, DataError, TypeError, RecursionError):
             return None
 
     def _line(self, offset: int) -> str:
@@ -233,15 +245,17 @@ class _ZstdFile(io.RawIOBase):
         self._context = zstandard.ZstdDecompressor(max_window_size=1 << 31)
         self._frame: Any = None
         self._ready = memoryview(b"")
-        self._compressed = b""
+        self._compressed, self._place = b"", 0
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: "WriteableBuffer", /) -> int:
         while not self._ready:
-            data = self._compressed or self._file.read(COMPRESSED_BYTES)
-            self._compressed = b""
+            if self._place == len(self._compressed):
+                self._compressed, self._place = self._file.read(COMPRESSED_BYTES), 0
+            data = self._compressed[self._place : self._place + ZSTD_BYTES]
+            self._place += len(data)
             if not data:
                 if self._frame is not None:
                     raise _DamagedZstd("it ends in the middle")
@@ -253,7 +267,8 @@ class _ZstdFile(io.RawIOBase):
             except self._error as error:
                 raise _DamagedZstd(str(error)) from None
             if self._frame.eof:
-                self._compressed, self._frame = self._frame.unused_data, None
+                self._place -= len(self._frame.unused_data)
+                self._frame = None
         view = memoryview(buffer).cast("B")
         count = min(len(view), len(self._ready))
         view[:count] = self._ready[:count]

@@ -12,11 +12,14 @@ from toolkit.data.tokenizers.config import (
     TokenizerConfig,
 )
 from toolkit.data.tokenizers.tokenizer import (
+    MAX_TOKENIZER_BYTES,
     TOKENIZER_CONFIG_FILE,
     TOKENIZER_FILE,
     Tokenizer,
     companions,
 )
+from toolkit.errors import DataError
+from toolkit.storage.foreign import read_bytes
 
 
 def build_tokenizer(
@@ -65,12 +68,13 @@ def tokenizer_files_hash(config: TokenizerConfig) -> str | None:
     path = Path(config.path).expanduser()
     folder = path if path.is_dir() else path.parent
     digest = xxhash.xxh3_64()
+    file = path / TOKENIZER_FILE if path.is_dir() else path
     try:
-        digest.update((path / TOKENIZER_FILE if path.is_dir() else path).read_bytes())
-    except OSError:
+        digest.update(read_bytes(file, DataError, max_bytes=MAX_TOKENIZER_BYTES))
+    except (FileNotFoundError, DataError):
         return None
     if isinstance(config, HFTokenizerConfig) and (folder / TOKENIZER_CONFIG_FILE).is_file():
-        digest.update((folder / TOKENIZER_CONFIG_FILE).read_bytes())
+        digest.update(read_bytes(folder / TOKENIZER_CONFIG_FILE, DataError))
     return digest.hexdigest()
 
 

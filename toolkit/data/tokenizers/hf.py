@@ -32,7 +32,7 @@ def load_hf_tokenizer(config: HFTokenizerConfig) -> Tokenizer:
         return load_file(path / TOKENIZER_FILE, **tokens)
     if path.is_dir():
         return _load_with_transformers(str(path), config)
-    if path.is_absolute() or config.path.startswith((".", "~")) or config.path.count("/") > 1:
+    if config.is_local:
         raise DataError(
             f"dataset.tokenizer.path: {config.path}: no such file or folder; "
             "give a tokenizer.json, a folder that holds one, or a hub name"

@@ -14,10 +14,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import msgspec
-
 from toolkit.errors import DataError
 from toolkit.storage.atomic import write_atomic, write_json_atomic
+from toolkit.storage.foreign import guard, read_bytes
+from toolkit.storage.foreign import read_json as read_foreign_json
 
 if TYPE_CHECKING:
     import numpy as np
@@ -35,6 +35,8 @@ COMPANION_FILES = (
 """What may lie beside a tokenizer.json and belongs to it; see `companions`."""
 TEMPLATES_FOLDER = "additional_chat_templates"
 """Folder of chat templates with names, beside it."""
+MAX_TOKENIZER_BYTES = 1 << 29
+"""Of a tokenizer.json; those of 256,000 tokens have 33 MB."""
 EOS_TOKEN = "<|endoftext|>"
 """End of a document, in tokenizers made here."""
 BYTE_MARK = "is_byte_tokenizer"
@@ -125,7 +127,7 @@ class Tokenizer:
         for name, content in self._files.items():
             path = Path(name)
             if name == CHAT_TEMPLATE_FILE or path.parent.name == TEMPLATES_FOLDER:
-                text = content.read_text("utf-8") if isinstance(content, Path) else str(content)
+                text = _text_of(content)
                 found["default" if name == CHAT_TEMPLATE_FILE else path.stem] = text
         if found:
             return found
@@ -297,7 +299,6 @@ def load_file(
     Raises:
         DataError: the file is missing or cannot be read.
     """
-    from tokenizers import Tokenizer as BackendTokenizer
 
     files: Files = {name: path.with_name(name) for name in companions(path.parent)}
     config = read_json(path.with_name(TOKENIZER_CONFIG_FILE))
@@ -307,10 +308,7 @@ def load_file(
         return ByteTokenizer(files)
     if not path.is_file():
         raise DataError(f"{path}: no such file; a tokenizer folder needs {TOKENIZER_FILE}")
-    try:
-        backend = BackendTokenizer.from_file(str(path))
-    except Exception as error:  # `tokenizers` raises bare Exception for a file it cannot read
-        raise DataError(f"{path}: not a tokenizer that can be read: {error}") from None
+    backend = read_backend(path)
     tokens_map = read_json(path.with_name("special_tokens_map.json"))
     own = {
         key: _token_text(config.get(key) or tokens_map.get(key))
@@ -326,11 +324,31 @@ def load_file(
     return Tokenizer(backend, chosen["eos_token"], files, bos_token=chosen["bos_token"])
 
 
+def _text_of(template: object) -> str:
+    if not isinstance(template, Path):
+        return str(template)
+    with guard(template, DataError):
+        return read_bytes(template, DataError).decode()
+
+
 def companions(folder: Path) -> list[str]:
     """Names, relative to `folder`, of the files there that belong to its tokenizer.json."""
     names = [name for name in COMPANION_FILES if (folder / name).is_file()]
     templates = sorted((folder / TEMPLATES_FOLDER).glob("*.jinja"))
     return names + [f"{TEMPLATES_FOLDER}/{path.name}" for path in templates]
+
+
+def read_backend(path: Path) -> "BackendTokenizer":
+    """What `tokenizers` makes of a tokenizer.json; raises DataError."""
+    from tokenizers import Tokenizer as BackendTokenizer
+
+    data = read_bytes(path, DataError, max_bytes=MAX_TOKENIZER_BYTES)
+    with guard(path, DataError, problem="not a tokenizer that can be read"):
+        backend = BackendTokenizer.from_str(data.decode())
+        # Some files are read without an error and make native code panic at the first text.
+        backend.decode(backend.encode("a A1\n").ids)
+        backend.get_vocab_size()
+        return backend
 
 
 def fast_config(eos_token: str | None = EOS_TOKEN, bos_token: str | None = None) -> dict[str, Any]:
@@ -350,11 +368,9 @@ def read_json(path: Path) -> dict[str, Any]:
         DataError: the file holds something else.
     """
     try:
-        return msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
+        return read_foreign_json(path, DataError)
     except FileNotFoundError:
         return {}
-    except msgspec.DecodeError as error:
-        raise DataError(f"{path}: not valid JSON: {error}") from None
 
 
 def _control_id(backend: "BackendTokenizer", key: str, token: str | None) -> int | None:

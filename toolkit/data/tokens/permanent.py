@@ -32,6 +32,7 @@ from toolkit.data.tokens.prepared import (
 )
 from toolkit.errors import DataError, StorageError
 from toolkit.storage.atomic import fsync_file, hash_file
+from toolkit.storage.foreign import decode_json
 from toolkit.storage.remote import ContentError, RemoteFolder, Retries, is_url
 from toolkit.threads import Thread
 
@@ -81,9 +82,11 @@ class PermanentCopy:
         self.url = folder.url
         self.raw = raw
         try:
-            self.manifest = msgspec.json.decode(raw, type=Manifest)
-            stored = msgspec.json.decode(listed, type=FileList) if listed is not None else None
-        except msgspec.DecodeError as error:
+            self.manifest = decode_json(raw, MANIFEST_NAME, DataError, Manifest)
+            stored = None
+            if listed is not None:
+                stored = decode_json(listed, FILES_NAME, DataError, FileList)
+        except DataError as error:
             raise DataError(
                 f"{self.url}: {MANIFEST_NAME} or {FILES_NAME} is damaged ({error}); restore it, or "
                 "delete that folder to have it stored anew"

@@ -12,6 +12,7 @@ from toolkit.data.config import (
 )
 from toolkit.data.tokens.prepared import PreparedDataset
 from toolkit.errors import DataError
+from toolkit.storage.foreign import read_bytes
 
 
 def settings_of(config: DatasetConfig) -> dict[str, Any]:
@@ -33,7 +34,7 @@ def settings_of(config: DatasetConfig) -> dict[str, Any]:
             if templates is not None:
                 tokenizer["templates_hash"] = templates
     source = config.source.to_dict() if config.source is not None else {}
-    for name in ("paths", "path", "streaming", "suffixes"):
+    for name in ("paths", "path", "streaming", "suffixes", "max_line_bytes"):
         source.pop(name, None)
     if source.get("json_files") == "rows":
         del source["json_files"]
@@ -64,8 +65,8 @@ def _instructions(config: InstructionsConfig) -> dict[str, Any]:
             del settings[name]
     template = config.chat_template
     if template is not None and "\n" not in template and "{" not in template:
-        with contextlib.suppress(OSError, ValueError):
-            data = Path(template).expanduser().read_bytes()
+        with contextlib.suppress(OSError, ValueError, RuntimeError, DataError):
+            data = read_bytes(Path(template).expanduser(), DataError)
             settings["chat_template"] = f"file with hash {xxhash.xxh3_64_hexdigest(data)}"
     return settings
 
