@@ -81,12 +81,13 @@ def unused_gpus(environ: Mapping[str, str] = os.environ) -> str | None:
     built = torch.version.cuda
     if built is None:
         return f"{what}: torch {torch.__version__} is built for CPUs; {_install(cuda)}"
-    if cuda < tuple(int(part) for part in built.split(".")[:2]):
+    # A driver runs every minor version of its CUDA.
+    if cuda[0] < int(built.split(".")[0]):
         return (
             f"{what}: torch {torch.__version__} is built for CUDA {built}, and the driver {driver} "
-            f"knows CUDA {version}; {_install(cuda)}"
+            f"knows CUDA {version}; {_install(cuda, instead='update the driver, or ')}"
         )
-    return f"{what}: torch {torch.__version__} cannot reach it: {_cuda_error()}"
+    return f"{what}: torch {torch.__version__} cannot use CUDA: {_cuda_error()}"
 
 
 def _wants_cpu(environ: Mapping[str, str]) -> bool:
@@ -115,7 +116,7 @@ def _driver() -> tuple[str, str, tuple[int, int]] | None:
         pynvml.nvmlShutdown()
 
 
-def _install(cuda: tuple[int, int]) -> str:
+def _install(cuda: tuple[int, int], *, instead: str = "") -> str:
     """The line that installs a torch for this driver: one of CUDA 12 or 13 runs on every driver of
     the same major version (NVIDIA's minor version compatibility). torch has had no builds for
     CUDA 12 since 2.15."""
@@ -123,7 +124,7 @@ def _install(cuda: tuple[int, int]) -> str:
         return "update the driver (525 or newer for CUDA 12, 580 or newer for CUDA 13)"
     torches, build = ("torch>=2.11", "cu130") if cuda >= (13, 0) else ("torch>=2.11,<2.15", "cu126")
     return (
-        f"update the driver, or: pip install --force-reinstall '{torches}' "
+        f"{instead}pip install --force-reinstall '{torches}' "
         f"--index-url https://download.pytorch.org/whl/{build}"
     )
 
