@@ -16,6 +16,7 @@ from toolkit.distributed.allocator import set_allocator_defaults
 from toolkit.distributed.devices import pick_device, unused_gpus, usable_gpus
 from toolkit.distributed.ranks import adopt_ranks
 from toolkit.errors import ConfigError
+from toolkit.experiment.models import pick_device as pick_by_name
 from toolkit.experiment.opening import resume_promise
 from toolkit.experiment.recorded import processes_here
 
@@ -127,6 +128,16 @@ def test_libraries_find_the_device_of_a_process_that_sees_one(
     monkeypatch.setenv("LOCAL_RANK", "3")
     assert open_environment(module_config()).local_rank == 3
     assert os.environ["LOCAL_RANK"] == "0"
+
+
+def test_a_device_that_is_named_becomes_the_current_one(
+    gpus: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken = gpus(2)
+    monkeypatch.setattr(torch, "empty", lambda *_, **__: None)
+    assert pick_by_name("cuda:1") == torch.device("cuda", 1)
+    environment.single_environment(device="cuda:1", precision="fp32")
+    assert taken == [torch.device("cuda", 1)] * 2
 
 
 def test_a_run_on_the_cpu_counts_no_gpus(gpus: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -95,9 +95,12 @@ def test_processes_of_several_machines_are_told_to_say_where(
         (SRUN | {"CUDA_VISIBLE_DEVICES": "2"}, True),
         (MPI, True),
         (SRUN | {"CUDA_VISIBLE_DEVICES": "0,1"}, False),
+        (SRUN | {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}, False),
         (SRUN | {"TORCHELASTIC_RUN_ID": "x"}, False),
         ({"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}, False),
     ],
 )
 def test_who_may_have_a_gpu_of_its_own(environ: dict[str, str], expected: bool) -> None:
+    environ = dict(environ)
+    adopt_ranks(environ)
     assert has_own_gpu(environ) == expected

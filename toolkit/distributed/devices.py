@@ -45,8 +45,15 @@ def pick_device(local_rank: int, local_world_size: int | None = None) -> torch.d
             f"{devices} on each machine, or train on the CPU with ACCELERATE_USE_CPU=true"
         )
     device = torch.device("cuda", local_rank)
-    torch.cuda.set_device(device)
+    use_device(device)
     return device
+
+
+def use_device(device: torch.device) -> None:
+    """Make `device` the current one of this thread: kernels that are not torch's own (Triton's)
+    run there, wherever their tensors are."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
 
 
 def device_name(device: torch.device) -> str:

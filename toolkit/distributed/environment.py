@@ -23,7 +23,7 @@ import torch.distributed as dist
 from toolkit.distributed.allocator import set_allocator_defaults
 from toolkit.distributed.config import DataParallelConfig
 from toolkit.distributed.cpu import tune_cpu
-from toolkit.distributed.devices import pick_device
+from toolkit.distributed.devices import pick_device, use_device
 from toolkit.distributed.engine import Engine, Precision, offloads, resolve_engine
 from toolkit.distributed.launcher import rank_of, world_size_of
 from toolkit.distributed.launcher_checks import is_one_machine, loopback_interface
@@ -124,6 +124,7 @@ def single_environment(
             "give the environment from prepare_training_environment"
         )
     where = torch.device(device) if device else pick_device(local_rank=0)
+    use_device(where)
     engine = resolve_engine(precision, None, {})
     return TrainingEnvironment(
         rank=0,
@@ -168,7 +169,7 @@ def prepare_training_environment(
         torch.use_deterministic_algorithms(True)
         # Nothing here reads memory that it has not written: filling it would cost a pass over every
         # new tensor.
-        torch.utils.deterministic.fill_uninitialized_memory = False
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         # Its backward adds up in any order. Flash attention and the memory-efficient kernel, which
         # fp32 needs, have a fixed one in this mode.
         torch.backends.cuda.enable_cudnn_sdp(False)

@@ -115,16 +115,18 @@ def _shard(model: nn.Module, environment: TrainingEnvironment) -> None:
     if engine.cpu_offload:
         options["offload_policy"] = CPUOffloadPolicy(pin_memory=environment.device.type == "cuda")
     _warn_of_uneven_shards(model, environment, ranks)
-    units = []
-    for block in model.blocks:  # type: ignore[union-attr]
-        parts = [block]
+    units: list[Any] = []
+    blocks: Any = model.blocks
+    for block in blocks:
+        parts: list[Any] = [block]
         if engine.wrapping_strategy == "fine_grained":
-            parts += [block.attention, block.feed_forward]  # type: ignore[union-attr, operator]
+            parts += [block.attention, block.feed_forward]
         for part in reversed(parts):  # inner ones first
             fully_shard(part, reshard_after_forward=engine.reshard_after_forward, **options)
         units += parts
     if engine.wrapping_strategy != "blocks":
-        units.append(fully_shard(model.head, reshard_after_forward=False, **options))
+        head: Any = model.head
+        units.append(fully_shard(head, reshard_after_forward=False, **options))
     # The root holds embedding and head, which the forward needs first and last: never resharded
     # in between.
     fully_shard(model, reshard_after_forward=False, **options)
@@ -133,7 +135,8 @@ def _shard(model: nn.Module, environment: TrainingEnvironment) -> None:
     model.set_requires_gradient_sync(True)  # type: ignore[operator]
     model.set_requires_all_reduce(True)  # type: ignore[operator]
     model.set_reshard_after_backward(True)  # type: ignore[operator]
-    model.set_force_sum_reduction_for_comms(False)  # type: ignore[operator]
+    for unit in (*units, model):
+        unit.set_force_sum_reduction_for_comms(False)
     _prefetch(units, engine.prefetch_factor)
 
 

@@ -46,7 +46,8 @@ def adopt_ranks(environ: MutableMapping[str, str]) -> None:
 def has_own_gpu(environ: Mapping[str, str]) -> bool:
     """Whether this process may see no GPU but its own: `srun` and `mpirun` can show each process
     another one, which each then counts as its first."""
-    by_others = any(r.local_rank is not None for r in _said(environ) if r.world_size is not None)
+    size = environ.get("WORLD_SIZE")
+    by_others = any(str(ranks.world_size) == size for ranks in _said(environ))
     devices = environ.get("CUDA_VISIBLE_DEVICES", "")
     return by_others and "TORCHELASTIC_RUN_ID" not in environ and devices.count(",") == 0
 
