@@ -153,7 +153,12 @@ class PlainRuntime(EngineRuntime):
         grads = [local.grad for _, local in self._trainable if local.grad is not None]
         grads = [grad for grad in grads if grad.numel()]
         if not self._is_sharded:
-            return torch.nn.utils.get_total_norm(grads)
+            norm = torch.nn.utils.get_total_norm(grads)
+            if self.environment.engine.name == "ddp":
+                # Each rank has added up by itself, on another machine perhaps with more threads:
+                # one bit less and it would clip, and drift, otherwise than its twins.
+                dist.broadcast(norm, src=0)
+            return norm
         device = self.environment.device
         total = torch.zeros((), device=device)
         if grads:
@@ -161,8 +166,7 @@ class PlainRuntime(EngineRuntime):
             total = torch.stack(norms).square().sum().to(device)
         dist.all_reduce(total, group=self.shard_group)
         if self.environment.engine.name == "hsdp":
-            # Each replica has added up its shards by itself, perhaps in another order: one bit less
-            # and it would clip, and drift, otherwise than its twins.
+            # The same between replicas, each of which has added up its shards.
             assert self._mesh is not None, "sharded"
             dist.broadcast(total, group=self._mesh.get_group("dp_replicate"), group_src=0)
         return total.sqrt()
