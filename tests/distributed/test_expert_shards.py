@@ -26,16 +26,23 @@ def shards_of(
 ) -> dict[str, Any]:
     """Of each stacked tensor: the sharded dimension, this rank's share, whether all is as in one
     process."""
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
     config = module_config(engine, dp=dp)
     env = open_environment(config, seed=SEED)
     try:
         module = build(config, env, **moe_of(num_experts, width, changes))
         alone = tiny_model(**moe_of(num_experts, width, changes)).build(seed=SEED)
-        whole = {name: p.detach().flatten() for name, p in canonical_parameters(alone).items()}
+        whole = canonical_parameters(alone)
         found = {}
         for name, parameter in canonical_parameters(module.runtime.module).items():
-            for run, start in local_runs(parameter.detach()):
-                assert torch.equal(run, whole[name][start : start + len(run)]), name
+            sizes, offsets = compute_local_shape_and_global_offset(
+                parameter.shape, parameter.device_mesh, parameter.placements
+            )
+            expected = whole[name].detach().view(parameter.shape)
+            for dim, (size, offset) in enumerate(zip(sizes, offsets, strict=True)):
+                expected = expected.narrow(dim, offset if size else 0, size)
+            assert torch.equal(parameter.to_local(), expected), name
             if "experts" in name:
                 share = parameter.to_local().numel() / parameter.numel() * env.engine.shard_degree
                 found[name.rpartition(".")[2]] = (parameter.placements[-1].dim, share)

@@ -294,7 +294,7 @@ def _log_metadata(
     run: RunManager,
     engine: Engine,
     origins: Mapping[str, str],
-    kernels: Mapping[str, str],
+    kernels: Mapping[str, str] | None = None,
 ) -> None:
     if config.run.registry is not None:
         config = config.replace(run=config.run.replace(registry=mask_secrets(config.run.registry)))
