@@ -354,7 +354,7 @@ def _log_metadata(
     run: RunManager,
     engine: Engine,
     origins: Mapping[str, str],
-    kernels: Mapping[str, str],
+    kernels: Mapping[str, str] | None = None,
 ) -> None:
     run.log_metadata(config, RUN_FILES.config)
     run.log_metadata(config.data, RUN_FILES.data_config)

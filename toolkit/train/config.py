@@ -121,7 +121,8 @@ class SpeedMonitorConfig(Config, kw_only=True):
     enabled: bool = True
     """Off: these columns are absent."""
     peak_flops: float | None = None
-    """Dense bf16 FLOP/s of one device for MFU; default: by device name, null for unknown ones."""
+    """Dense bf16 FLOP/s of one device, as torch counts them, for MFU. Null: by the device's name;
+    where that is not known there is no MFU."""
 
     def __post_init__(self) -> None:
         check_positive(self, "peak_flops")
