@@ -11,6 +11,7 @@ from toolkit.data.tokenizers.tokenizer import (
     COMPANION_FILES,
     TOKENIZER_CONFIG_FILE,
     TOKENIZER_FILE,
+    add_listed_tokens,
     load_tokenizer,
     read_json,
 )
@@ -92,6 +93,19 @@ def _changed(
     return ConvertedTokenizer(tokenizer.vocab_size, starts, new_tokens)
 
 
+def token_ids(source: Path) -> set[int]:
+    """Every id that stands for a token, of the tokenizer in `source`; empty where there is none.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    if source.is_file():
+        source = source.parent
+    if (source / TOKENIZER_FILE).is_file():
+        return set(_backend(source).get_vocab(with_added_tokens=True).values())
+    return set(load_auto_tokenizer(source).get_vocab().values()) if has_tokenizer(source) else set()
+
+
 def copy_tokenizer(source: PathLike, folder: Path) -> None:
     """Copy tokenizer.json and what belongs to it, the chat template among it; see also
     `make_portable`."""
@@ -138,6 +152,8 @@ def _backend(folder: Path) -> Any:
     from tokenizers import Tokenizer as BackendTokenizer
 
     try:
-        return BackendTokenizer.from_file(str(folder / TOKENIZER_FILE))
+        backend = BackendTokenizer.from_file(str(folder / TOKENIZER_FILE))
     except Exception as error:  # `tokenizers` raises bare Exception for a file it cannot read
         raise DataError(f"{folder / TOKENIZER_FILE}: cannot be read: {error}") from None
+    add_listed_tokens(backend, folder / TOKENIZER_FILE)
+    return backend

@@ -300,6 +300,7 @@ def load_file(
         backend = BackendTokenizer.from_file(str(path))
     except Exception as error:  # `tokenizers` raises bare Exception for a file it cannot read
         raise DataError(f"{path}: not a tokenizer that can be read: {error}") from None
+    add_listed_tokens(backend, path)
     tokens_map = read_json(path.with_name("special_tokens_map.json"))
     own = {
         key: _token_text(config.get(key) or tokens_map.get(key))
@@ -351,6 +352,33 @@ def _control_id(backend: "BackendTokenizer", key: str, token: str | None) -> int
     # An entry of the vocabulary that no list of special tokens names: it keeps its id.
     backend.add_special_tokens([token])
     return token_id
+
+
+def add_listed_tokens(backend: "BackendTokenizer", path: Path) -> None:
+    """Add the tokens that only the tokenizer_config.json beside the tokenizer.json `path` lists, as
+    `transformers` does, where they get the ids that it gives them.
+
+    Raises:
+        DataError: it lists something else.
+    """
+    from tokenizers import AddedToken
+
+    listed = read_json(path.with_name(TOKENIZER_CONFIG_FILE)).get("added_tokens_decoder") or {}
+    try:
+        for number in sorted(map(int, listed)):
+            entry = listed[str(number)]
+            is_next = number == backend.get_vocab_size(with_added_tokens=True)
+            if is_next and backend.token_to_id(entry["content"]) is None:
+                flags = {name: entry[name] for name in _TOKEN_FLAGS if name in entry}
+                backend.add_tokens([AddedToken(entry["content"], **flags)])
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise DataError(
+            f"{path.with_name(TOKENIZER_CONFIG_FILE)}: added_tokens_decoder is no mapping of ids "
+            "to tokens; get the file again"
+        ) from None
+
+
+_TOKEN_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 
 def _token_text(token: Any) -> str | None:
