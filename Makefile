@@ -21,7 +21,7 @@ quickstart: .venv/.installed
 	$(BIN)/accelerate launch toolkit train quickstart
 
 test: .venv/.installed-dev
-	$(BIN)/python -m pytest -m "not slow and not gpu" -n 2 --dist loadgroup $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "not slow and not gpu" -n 2 $(PYTEST_ARGS)
 
 lint: .venv/.installed-dev
 	$(BIN)/ruff check .

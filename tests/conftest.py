@@ -12,21 +12,12 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("DS_ACCELERATOR", "cpu") if not os.path.exists("/dev/nvidia0") else None
 
 from tests.s3 import S3Server, s3_server  # noqa: E402
+from tests.spreading import pytest_configure, pytest_xdist_make_scheduler  # noqa: E402, F401
 from tests.workers import WorkerPool  # noqa: E402
 
 # A busy machine takes its time over an example.
 hypothesis.settings.register_profile("toolkit", deadline=None)
 hypothesis.settings.load_profile("toolkit")
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """For `-n 2 --dist loadgroup` of pytest-xdist: the tests of a file stay together, and so do
-    those that look at the runs of tests/e2e/conftest.py."""
-    if config.pluginmanager.hasplugin("xdist"):
-        for item in items:
-            group = "e2e" if item.path.parent.name == "e2e" else item.nodeid.partition("::")[0]
-            item.add_marker(pytest.mark.xdist_group(group))
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -5,6 +5,10 @@ line. `cli` turns a `ToolkitError` into that line on rank 0 and the exit code of
 other exception is a defect of ours and keeps its traceback.
 """
 
+import contextlib
+import errno
+from collections.abc import Iterator, Sequence
+
 EXIT_DONE = 0
 EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
@@ -30,6 +34,14 @@ class ConfigError(BadInputError):
     """A config value, name or combination is wrong."""
 
 
+class SeveralErrors(ConfigError):
+    """What is wrong with one input, all of it; `cli` prints each of `errors` on its own line."""
+
+    def __init__(self, errors: Sequence[ToolkitError]) -> None:
+        super().__init__("\n".join(str(error) for error in errors))
+        self.errors = tuple(errors)
+
+
 class DataError(BadInputError):
     """The text, tokenizer or token files cannot be used."""
 
@@ -48,3 +60,52 @@ class TrainingError(ToolkitError):
 
 class StorageError(ToolkitError):
     """A remote folder cannot be reached, or refuses what is asked of it."""
+
+
+_MACHINE = {
+    errno.ENOSPC: "free some space there",
+    errno.EDQUOT: "free some of your quota there",
+    errno.EROFS: "its file system is read-only (look in the system's log), or choose another",
+    errno.EIO: "the disk or its server has errors (look in the system's log)",
+    errno.ESTALE: "its server lost it; mount it again",
+    errno.EMFILE: "raise the limit of open files (ulimit -n)",
+    errno.ENFILE: "raise the system's limit of open files",
+    errno.ENOMEM: "the machine has no memory left",
+}
+
+
+def reason_of_machine(error: BaseException) -> str | None:
+    """One line for an error of disk or machine that a user can mend: where, what, and what to do;
+    None for any other."""
+    if not isinstance(error, OSError) or error.errno not in _MACHINE:
+        return None
+    where = f"{error.filename}: " if error.filename is not None else ""
+    return f"{where}{error.strerror}: {_MACHINE[error.errno]}"
+
+
+class ErrorList:
+    """Bad input found so far, so that checks which do not depend on each other all run."""
+
+    def __init__(self) -> None:
+        self.errors: list[BadInputError] = []
+
+    @contextlib.contextmanager
+    def collecting(self) -> Iterator[None]:
+        """Keep the bad input that the block raises, and go on behind it."""
+        try:
+            yield
+        except BadInputError as error:
+            self.add(error)
+
+    def add(self, error: BadInputError) -> None:
+        """Keep `error`, or each one that it stands for; the same message once."""
+        parts = error.errors if isinstance(error, SeveralErrors) else (error,)
+        known = {str(other) for other in self.errors}
+        self.errors += [part for part in parts if str(part) not in known]  # type: ignore[misc]
+
+    def raise_any(self) -> None:
+        """Raise what was kept: the error itself where it is one, else `SeveralErrors`."""
+        if len(self.errors) == 1:
+            raise self.errors[0] from None
+        if self.errors:
+            raise SeveralErrors(self.errors) from None

@@ -123,7 +123,8 @@ def test_prune_keeps_the_newest_and_removes_leftovers(tmp_path: Path) -> None:
     for name in ("step11.tmp", ".step1.1-ab.tmp", "step1.invalid"):
         (tmp_path / name).mkdir()
     prune_checkpoints(tmp_path, Retention(keep_last=2), newest=10)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["step10", "step2"]
+    # What was set aside is the user's to remove.
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step1.invalid", "step10", "step2"]
 
 
 def test_prune_keeps_what_was_just_saved_before_a_damaged_one(tmp_path: Path) -> None:

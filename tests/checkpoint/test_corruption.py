@@ -182,7 +182,7 @@ def test_tensor_files_that_would_run_code_are_refused(
         for item in metadata.storage_data.items()
         if item[1].relative_path == "__0_0.distcp" and item[0].fqn.startswith("model.")
     )
-    torch.save(Bomb(sentinel), tmp_path / "bomb.pt")
+    torch.save([Bomb(sentinel), torch.zeros(4096)], tmp_path / "bomb.pt")
     bomb = (tmp_path / "bomb.pt").read_bytes()
     path = folder / "model_and_optim" / info.relative_path
     info.offset, info.length = path.stat().st_size, len(bomb)

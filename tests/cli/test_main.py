@@ -69,12 +69,25 @@ def test_debug_shows_the_traceback_wherever_it_stands(capsys: pytest.CaptureFixt
         assert "Traceback" in capsys.readouterr().err
 
 
+def launched(monkeypatch: pytest.MonkeyPatch, *, rank: int, world_size: int) -> None:
+    """As torchrun starts a process."""
+    variables = {
+        "RANK": rank,
+        "WORLD_SIZE": world_size,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": 29500,
+        "TORCHELASTIC_RUN_ID": "none",
+    }
+    for name, value in variables.items():
+        monkeypatch.setenv(name, str(value))
+
+
 def test_other_ranks_keep_quiet_and_end_with_the_same_code(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pauses: list[float] = []
     monkeypatch.setattr(cli.time, "sleep", pauses.append)
-    monkeypatch.setenv("RANK", "1")
+    launched(monkeypatch, rank=1, world_size=2)
     assert cli.run(["train", "nope"]) == 2
     assert cli.run(["train", "smoke", "--dry-run"]) == 0
     assert capsys.readouterr() == ("", "")
@@ -91,7 +104,7 @@ def test_an_error_of_another_rank_alone_is_shown_with_its_rank(
 
     monkeypatch.setattr("toolkit.experiment.load.load_experiment", fail)
     monkeypatch.setattr(cli.socket, "gethostname", lambda: "node1")
-    monkeypatch.setenv("RANK", "8")
+    launched(monkeypatch, rank=8, world_size=16)
     assert cli.run(["train", "smoke"]) == 2
     assert capsys.readouterr().err == "error: [rank 8, node1] rank8.pt: damaged\n"
 

@@ -27,7 +27,7 @@ def test_a_syntax_mistake_names_file_line_and_column(tmp_path: Path) -> None:
         (b'{"seed": 1, "seed": 2}', "not valid JSON: the key 'seed' stands twice in one mapping"),
         (b'{"seed": NaN}', "not valid JSON: NaN is not a JSON number"),
         (b'{"seed": "\xff"}', "not UTF-8 text (byte 10)"),
-        (b"", "1:1: not valid JSON: expecting value"),
+        (b"", "1:1: not valid JSON: the file is empty"),
     ],
 )
 def test_other_mistakes_name_the_file(tmp_path: Path, content: bytes, expected: str) -> None:

@@ -73,9 +73,9 @@ def test_unknown_top_level_names_list_the_known_ones() -> None:
 number = st.floats(allow_nan=False, allow_infinity=False)
 whole = st.integers(-(2**63), 2**63 - 1)
 # YAML does not join the two halves that JSON writes for characters above U+FFFF.
-text = st.text(st.characters(codec="utf-8", max_codepoint=0xD7FF))
+text = st.text(st.characters(codec="utf-8", min_codepoint=1, max_codepoint=0xD7FF))
 # YAML knows no longer keys inside a line than 1,024 characters, escaped.
-key = st.text(st.characters(codec="utf-8", max_codepoint=0xD7FF), max_size=80)
+key = st.text(st.characters(codec="utf-8", min_codepoint=1, max_codepoint=0xD7FF), max_size=80)
 stop = st.builds(Stop, value=whole, unit=text)
 examples = st.builds(
     Example,

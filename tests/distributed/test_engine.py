@@ -205,3 +205,36 @@ def test_explicit_precision_over_the_launchers_is_noticed() -> None:
 def test_two_precisions_are_an_error() -> None:
     with pytest.raises(ConfigError, match=r"two precisions asked for: train_module\.precision"):
         resolve(TWO, "fsdp", "fp32", param_dtype="bfloat16")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"prescale_gradients": True}, "remove 'prescale_gradients' there .True.: gradients are"),
+        ({"gradient_predivide_factor": 2.0}, "remove 'gradient_predivide_factor' there"),
+        ({"gradient_allreduce_op": "sum"}, "remove 'gradient_allreduce_op' there .sum.: the loss"),
+        ({"data_types": {"grad_accum_dtype": "bf16"}}, "gradients are accumulated in fp32"),
+        ({"zero_optimization": {"compute_grad_norm": False}}, "the norm is always needed"),
+        ({"zero_optimization": {"stage": 3}}, "says stage 3, .*dp_config.name says zero2; keep"),
+        ({"zero_optimization": True}, "zero_optimization must be an object, not True"),
+        ({"zero_optimization": {"offload_param": "cpu"}}, "offload_param must be an object, not"),
+    ],
+)
+def test_deepspeed_settings_that_would_change_numbers_are_refused(
+    settings: dict, message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        resolve(TWO, "zero2", deepspeed_config=settings)
+
+
+def test_deepspeed_settings_that_the_config_decides_are_noticed_there_too() -> None:
+    settings = {"gradient_clipping": 5, "torch_autocast": {"enabled": True}, "bf16": "auto"}
+    assert resolve(TWO, "zero2", deepspeed_config=settings).notices == tuple(
+        f"train_module.dp_config.deepspeed_config: {key} is not used; {ours} of the config decides"
+        for key, ours in (
+            ("gradient_clipping", "train_module.max_grad_norm"),
+            ("torch_autocast", "train_module.precision"),
+        )
+    )
+    both = resolve(ZERO3, "zero3", deepspeed_config={"gradient_clipping": 5})
+    assert len(both.notices) == 1

@@ -64,6 +64,7 @@ def reference(workers: WorkerPool) -> list[dict[str, float]]:
         ("ddp", 2, 4, {}),
         ("ddp", 2, 1, {}),
         ("fsdp", 2, 2, {"ac_config": ActivationCheckpointingConfig(mode="full")}),
+        ("fsdp", 4, 2, {}),  # 6 experts on 4 ranks: sharded along another dimension
         ("zero2", 2, 2, {}),
         ("zero3", 2, 2, {}),
     ],

@@ -7,6 +7,7 @@ import pytest
 from tests.tiny import ROWS, SEQ, build, module_config, open_environment, train_steps
 from tests.workers import WorkerPool
 from toolkit.distributed.config import ActivationCheckpointingConfig
+from toolkit.models.moe_config import MoEConfig
 
 
 def losses(engine: str, changes: dict[str, Any]) -> list[float]:
@@ -64,3 +65,67 @@ def test_compiled_model_trains_alike(
     changes = {"compile_model": True, "ac_config": ac}
     got = workers.run(ranks, losses, engine, changes, timeout=280)[0]
     assert got == pytest.approx(exact, rel=1e-5)
+
+
+def wrapped(
+    dp: dict[str, Any], changes: dict[str, Any]
+) -> tuple[list[float], list[str], list[str]]:
+    """Losses, the names of the units that are gathered at once, and what the first block gathers
+    ahead."""
+    from torch.distributed.fsdp import FSDPModule
+
+    config = module_config("fsdp", dp=dp, rank_microbatch_size=4 * SEQ, **changes)
+    env = open_environment(config)
+    try:
+        module = build(config, env)
+        records = train_steps(module, 0, 4)
+        model = module.runtime.module
+        names = {m: name for name, m in model.named_modules() if isinstance(m, FSDPModule)}
+        states = {m._get_fsdp_state(): name for m, name in names.items()}  # type: ignore[operator]
+        first = model.blocks[0]._get_fsdp_state()  # type: ignore[index, union-attr, operator]
+        ahead = [states[state] for state in first._states_to_forward_prefetch]
+        return [record["loss"] for record in records], list(names.values()), ahead
+    finally:
+        env.close()
+
+
+@pytest.mark.parametrize(
+    ("dp", "ac", "units", "ahead"),
+    [
+        ({}, None, ["", "blocks.0", "blocks.1"], []),
+        ({"wrapping_strategy": "full", "prefetch_factor": 2}, None,
+         ["", "blocks.0", "blocks.1", "head"], ["blocks.1", "head"]),
+        ({"wrapping_strategy": "fine_grained", "prefetch_factor": 1},
+         ActivationCheckpointingConfig(),
+         ["", "blocks.0", "blocks.0.attention", "blocks.0.feed_forward", "blocks.1",
+          "blocks.1.attention", "blocks.1.feed_forward", "head"], ["blocks.0.attention"]),
+    ],
+)  # fmt: skip
+def test_units_that_are_gathered_at_once_change_no_loss(
+    workers: WorkerPool,
+    exact: list[float],
+    dp: dict[str, Any],
+    ac: Any,
+    units: list[str],
+    ahead: list[str],
+) -> None:
+    got = workers.run(2, wrapped, dp, {"ac_config": ac})[0]
+    assert got[0] == pytest.approx(exact, rel=1e-5)
+    assert got[1:] == (units, ahead)
+
+
+def test_with_experts_and_tied_embeddings_units_change_no_loss(workers: WorkerPool) -> None:
+    exact = workers.run(1, losses_of_experts, "single", {})[0]
+    dp = {"wrapping_strategy": "fine_grained", "prefetch_factor": 3, "reshard_after_forward": False}
+    assert workers.run(2, losses_of_experts, "fsdp", dp)[0] == pytest.approx(exact, rel=1e-5)
+
+
+def losses_of_experts(engine: str, dp: dict[str, Any]) -> list[float]:
+    config = module_config(engine, dp=dp, rank_microbatch_size=4 * SEQ)
+    env = open_environment(config)
+    moe = MoEConfig(num_experts=4, top_k=2, intermediate_size=8)
+    try:
+        module = build(config, env, moe=moe, tie_embeddings=True)
+        return [record["loss"] for record in train_steps(module, 0, 3)]
+    finally:
+        env.close()

@@ -11,22 +11,18 @@ from toolkit.experiment.load import load_experiment
 GUIDE = (ROOT / "docs" / "data.md").read_text()
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = reader_folder(tmp_path_factory.mktemp("guide"))
+@pytest.mark.timeout(900)
+def test_the_commands_run_one_after_the_other(tmp_path: Path) -> None:
+    """They share a folder and build on each other, as they do for a reader."""
+    folder = reader_folder(tmp_path)
     example = re.search(r"```python\n# my_data\.py\n(.*?)```", GUIDE, flags=re.DOTALL)
     assert example is not None
-    (path / "my_data.py").write_text(example.group(1))
-    return path
-
-
-# They share a folder and build on each other, as they do for a reader.
-@pytest.mark.parametrize("command", commands(GUIDE))
-def test_command_runs(command: str, folder: Path) -> None:
-    run_command(command, folder)
-    if "my_data" in command:
-        lines = (folder / "runs/smoke/arithmetic/metrics/train.jsonl").read_text().splitlines()
-        assert len(lines) == 3
+    (folder / "my_data.py").write_text(example.group(1))
+    for command in commands(GUIDE):
+        run_command(command, folder)
+        if "my_data" in command:
+            lines = (folder / "runs/smoke/arithmetic/metrics/train.jsonl").read_text().splitlines()
+            assert len(lines) == 3
 
 
 def test_json_examples_are_configs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,22 +14,17 @@ README = (ROOT / "README.md").read_text()
 COMMANDS = commands(README)
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return reader_folder(tmp_path_factory.mktemp("readme"))
-
-
-def test_readme_has_commands_to_run() -> None:
+@pytest.mark.timeout(900)
+def test_readme_commands_run_one_after_the_other(tmp_path: Path) -> None:
+    """They share a folder and build on each other, as they do for a reader."""
     assert len(COMMANDS) >= 10
+    folder = reader_folder(tmp_path)
+    for command in COMMANDS:
+        run_command(command, folder)
 
 
-# The commands share a folder and build on each other, as they do for a reader.
-@pytest.mark.parametrize("command", COMMANDS)
-def test_readme_command_runs(command: str, folder: Path) -> None:
-    run_command(command, folder)
-
-
-def test_readme_python_example_trains(folder: Path) -> None:
+def test_readme_python_example_trains(tmp_path: Path) -> None:
+    folder = reader_folder(tmp_path)
     code = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
     assert len(code) == 1
     result = subprocess.run(

@@ -134,7 +134,9 @@ def test_a_recipe_without_a_model_asks_for_a_base() -> None:
 
 
 def test_a_folder_that_is_no_model_is_no_base(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"holds neither finetune\.json nor a run; make it with"):
+    with pytest.raises(
+        ConfigError, match=r"holds neither finetune\.json nor a run; make a base with"
+    ):
         load_experiment("finetune", base=str(tmp_path))
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from toolkit.distributed.engine import Engine, resolve_engine
-from toolkit.errors import TrainingError
+from toolkit.errors import ConfigError, TrainingError
 from toolkit.experiment import run as experiment
 from toolkit.experiment.load import load_experiment
 from toolkit.runs.manager import RunManager
@@ -92,13 +92,19 @@ def test_a_resumed_run_keeps_its_deepspeed_settings(resumed: Any) -> None:
     assert stored.train_module.precision == "auto"
 
 
-def test_passwords_are_not_stored(tmp_path: Path) -> None:
-    url = "postgresql://me:secret@host/runs"
-    flag = f"--run.registry={url}"
+def test_a_password_in_a_url_is_refused_and_a_variable_is_stored_by_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ConfigError, match=r"run.registry: holds a secret.*me:\$\{NAME\}@host/runs"):
+        load_experiment("smoke", ["--run.registry=postgresql://me:secret@host/runs"])
+    monkeypatch.setenv("DB_PASSWORD", "secret-of-the-test")
+    flag = "--run.registry=postgresql://me:${DB_PASSWORD}@host/runs"
     loaded = load_experiment("smoke", [flag])
+    assert loaded.config.run.registry == "postgresql://me:secret-of-the-test@host/runs"
     (tmp_path / "metadata").mkdir()
     run = RunManager(tmp_path, experiment="a", name="b")
-    experiment._log_metadata(loaded.config, run, engine("single", "fp32"), loaded.origins)
+    experiment._log_metadata(loaded.stored, run, engine("single", "fp32"), loaded.origins)
     for file in tmp_path.rglob("*.json"):
-        assert "secret" not in file.read_text()
-    assert "postgresql://me:***@host" in run.path("metadata/config.json").read_text()
+        assert "secret-of" not in file.read_text()
+    for file in ("metadata/config.json", "metadata/origins.json"):
+        assert "postgresql://me:${DB_PASSWORD}@host" in run.path(file).read_text()

@@ -223,9 +223,9 @@ def test_tokenizers_of_older_formats_become_fast_ones(original: Path, tmp_path: 
     ("name", "content", "message"),
     [
         ("tokenizer.json", b"{}", r"model/tokenizer\.json: not a tokenizer that can be read"),
-        ("tokenizer_config.json", b"{", r"model/tokenizer_config\.json: not valid JSON"),
+        ("tokenizer_config.json", b"{", r"model/tokenizer_config\.json: not .*JSON"),
         ("tokenizer_config.json", b'{"eos_token": "<e>"}', r"model: .* has no token '<e>'"),
-        ("chat_template.jinja", b"\xff\xfe", r"model/chat_template\.jinja: not UTF-8 text"),
+        ("chat_template.jinja", b"\xff\xfe", r"model/chat_template\.jinja: .*(utf|UTF)-8"),
     ],
 )
 def test_damaged_tokenizers_are_named_by_their_own_files(

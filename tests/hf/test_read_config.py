@@ -5,10 +5,13 @@ import json
 import pytest
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from tests.hf.cases import DENSE, MOE
+from tests.hf.fidelity import their_config
 from toolkit.errors import CheckpointError
 from toolkit.hf.families import FAMILIES
 from toolkit.hf.read_config import read_hf_config
 from toolkit.hf.settings import Settings
+from toolkit.models.parameters import parameter_shapes
 from toolkit.models.rope_config import Llama3RopeConfig, YarnRopeConfig
 
 LLAMA = {
@@ -263,3 +266,13 @@ def test_transformers_stays_quiet(tmp_path, capfd, recwarn):
     read(tmp_path, rope_scaling=scaling, pad_token_id=-1, torch_dtype="float16")
     assert capfd.readouterr() == ("", "")
     assert not list(recwarn)
+
+
+@pytest.mark.parametrize("case", DENSE | MOE)
+def test_parameters_told_from_the_config_are_those_of_the_model(case, tmp_path):
+    model_type, fields = (DENSE | MOE)[case]
+    their_config(model_type, **fields).save_pretrained(tmp_path)
+    config = read_hf_config(tmp_path).config
+    model = config.build(init_device="meta")
+    told = parameter_shapes(config.to_transformer())
+    assert list(told.items()) == [(n, tuple(p.shape)) for n, p in model.named_parameters()]

@@ -10,16 +10,17 @@ from tests.tiny import SEQ, global_batch, tiny_model
 from toolkit.errors import ConfigError
 from toolkit.hf.adapter import merged
 from toolkit.models.compile import compile_model
-from toolkit.models.freeze import (
-    TrainedParameters,
-    choose_trained,
-    flops_per_token,
-    trained_parameters,
-)
-from toolkit.models.init import canonical_parameters, initialize_, is_adapter
+from toolkit.models.freeze import choose_trained
+from toolkit.models.init import canonical_parameters, initialize_
 from toolkit.models.lora import is_trained
 from toolkit.models.lora_config import LoRAConfig
 from toolkit.models.moe_config import MoEConfig
+from toolkit.models.parameters import (
+    TrainedParameters,
+    flops_per_token,
+    is_adapter,
+    trained_parameters,
+)
 from toolkit.models.transformer import Transformer
 
 QUERY = "blocks.0.attention.query"
@@ -173,7 +174,7 @@ def chosen(**settings: Any) -> TrainedParameters:
 def test_flops_count_what_frozen_parameters_save() -> None:
     config = tiny_model()
     full = 6 * (2 * MATRICES + HEAD) + 2 * ATTENTION
-    everything = trained_parameters(config.build(init_device="meta"))
+    everything = trained_parameters(config)
     assert flops_per_token(config, everything, SEQ) == config.flops_per_token(SEQ) == full
     only_head = chosen(freeze=("blocks.*", "embeddings.*"))
     forward_only = 2 * 2 * MATRICES + 2 * ATTENTION // 3

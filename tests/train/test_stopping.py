@@ -12,12 +12,11 @@ import torch.distributed as dist
 
 from tests.tiny import module_config, open_environment
 from tests.workers import WorkerPool
+from toolkit.signals import ASKING, TERMINATING
 from toolkit.train.config import TrainerConfig
 from toolkit.train.stopping import (
-    ASKING,
     FAILURE,
     STOP_FILE,
-    TERMINATING,
     WALL_TIME,
     StopRequest,
     WallTime,

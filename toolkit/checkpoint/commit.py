@@ -21,6 +21,7 @@ import msgspec
 import torch
 import torch.distributed as dist
 
+from toolkit.checkpoint.archives import load_archive
 from toolkit.checkpoint.layout import (
     FORMAT_VERSION,
     HF_FOLDER,
@@ -30,7 +31,9 @@ from toolkit.checkpoint.layout import (
     CheckpointMetadata,
     FileEntry,
     Kind,
+    check_files,
     encode_metadata,
+    move_aside,
     rank_file,
     read_metadata,
     step_folder,
@@ -94,6 +97,8 @@ def save_checkpoint(
         rank_state=lambda: rank_state,
         export=export,
     )
+    if rank == 0:
+        root.mkdir(parents=True, exist_ok=True)
     pieces = TensorPieces(group)
     return write_checkpoint(save, pieces, pieces.live(tensors), rank=rank, group=group)
 
@@ -119,9 +124,11 @@ def write_checkpoint(
 
     def begin() -> None:
         if rank == 0:
+            save.root.parent.stat()  # FileNotFoundError for a run folder that was removed
             check_free_space(save.root, sum(sizes) + SPARE_BYTES)
             shutil.rmtree(temporary, ignore_errors=True)
-            (temporary / RANK_FOLDER).mkdir(parents=True)
+            temporary.mkdir()  # not its parents: a run folder that was removed stays so
+            (temporary / RANK_FOLDER).mkdir()
 
     def write() -> WrittenPieces:
         written = pieces.write(temporary / TENSORS_FOLDER, resolve)
@@ -188,7 +195,8 @@ def load_rank_state(checkpoint: Path, rank: int) -> dict[str, Any]:
     if not path.is_file():
         path = checkpoint / rank_file(0)
     try:
-        return torch.load(path, weights_only=True, map_location="cpu")
+        with path.open("rb") as file:
+            return load_archive(file, path.stat().st_size)
     except Exception as error:
         raise CheckpointError(f"{path}: cannot be read: {reason_of(error)}") from error
 
@@ -201,6 +209,16 @@ def check_free_space(root: Path, needed: int) -> None:
         raise TrainingError(
             f"{needed / 1e9:.2f} GB are needed on the disk of {root}, {free / 1e9:.2f} GB are free"
         )
+
+
+def _is_damaged(folder: Path) -> bool:
+    try:
+        if (folder / METADATA_FILE).is_file():
+            check_files(folder, read_metadata(folder), hashes=True)
+    except (CheckpointError, OSError):
+        return True
+    # Where a link leads may be out of reach for the moment.
+    return folder.is_symlink()
 
 
 def _save_rank_state(path: Path, state: dict[str, Any]) -> None:
@@ -228,10 +246,13 @@ def commit_folder(temporary: Path, final: Path, metadata: bytes) -> None:
     """Give `temporary`, whose files are synced, the name `final`, and then its `.metadata.json`."""
     for folder in [temporary, *(p for p in temporary.rglob("*") if p.is_dir())]:
         fsync_folder(folder)
-    if final.exists():
-        # Without metadata: the leftover of a crash. With it: from a stretch of training that is
-        # being repeated, and equal, or damaged.
-        remove_tree(final)
+    if os.path.lexists(final):
+        # Of a crash before the metadata, or of a stretch of training that is being repeated: then
+        # it is equal, or damaged, which nobody but the user may throw away.
+        if _is_damaged(final):
+            log.warning("damaged checkpoint renamed: %s", move_aside(final))
+        else:
+            remove_tree(final)
     temporary.rename(final)
     fsync_folder(final.parent)
     write_atomic(final / METADATA_FILE, metadata)

@@ -11,17 +11,18 @@ from typing import NamedTuple
 import torch.distributed as dist
 
 from toolkit.checkpoint.layout import (
-    INVALID_SUFFIX,
     METADATA_FILE,
+    TENSORS_FOLDER,
     check_files,
+    move_aside,
     rank_file,
     read_metadata,
     saved_steps,
     step_folder,
 )
 from toolkit.checkpoint.ranks import gather, run_together
+from toolkit.checkpoint.tensors import check_stored_tensors
 from toolkit.errors import CheckpointError
-from toolkit.storage.atomic import remove_tree
 
 log = logging.getLogger(__name__)
 
@@ -68,12 +69,10 @@ def find_checkpoint(
 
 
 def set_aside(checkpoints: Iterable[Path]) -> None:
-    """Rename damaged checkpoints to `step{N}.invalid`, so that they count no more."""
+    """Rename damaged checkpoints, so that they count no more; see `move_aside`."""
     for checkpoint in checkpoints:
-        aside = checkpoint.with_name(checkpoint.name + INVALID_SUFFIX)
         try:
-            remove_tree(aside)
-            checkpoint.rename(aside)
+            aside = move_aside(checkpoint)
         except OSError as error:
             log.warning("%s: damaged, but cannot be renamed: %s", checkpoint, error)
         else:
@@ -90,6 +89,11 @@ def _candidates(path: Path) -> list[Path]:
     return []
 
 
+def problem_of(checkpoint: Path) -> str | None:
+    """Why `checkpoint` is not whole; None: it is."""
+    return _problem(checkpoint, None, quick=False)
+
+
 def _problem(checkpoint: Path, group: dist.ProcessGroup | None, *, quick: bool) -> str | None:
     """What is wrong with this rank's share of the files."""
     rank, world_size = (0, 1) if group is None else (dist.get_rank(group), group.size())
@@ -101,6 +105,8 @@ def _problem(checkpoint: Path, group: dist.ProcessGroup | None, *, quick: bool) 
         else:
             share = sorted(metadata.files)[rank::world_size]
             check_files(checkpoint, metadata, hashes=True, only=share)
+        if rank == 0:
+            check_stored_tensors(checkpoint / TENSORS_FOLDER)
     except (CheckpointError, OSError) as error:
         return str(error)
     return None

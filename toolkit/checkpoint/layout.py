@@ -6,10 +6,10 @@ checkpoints/step{N}/                after the rename
     train/rank{R}.pt                state of one rank, weights_only-loadable
     model_and_optim/                torch DCP, canonical names and global shapes
     hf/                             safetensors for transformers (on request)
-checkpoints/step{N}.invalid/        found damaged on resuming, and renamed
+checkpoints/step{N}.invalid/        set aside: found damaged, or of a stretch that was started anew
 """
 
-import json
+import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -19,6 +19,7 @@ import msgspec
 
 from toolkit.errors import CheckpointError
 from toolkit.storage.atomic import hash_file
+from toolkit.storage.foreign import decode_json, read_bytes
 
 METADATA_FILE = ".metadata.json"
 TENSORS_FOLDER = "model_and_optim"
@@ -28,6 +29,8 @@ RANK_FOLDER = "train"
 HF_FOLDER = "hf"
 INVALID_SUFFIX = ".invalid"
 FORMAT_VERSION = 2
+MAX_MANIFEST_BYTES = 1 << 30
+"""A checkpoint of thousands of ranks has as many files."""
 
 Kind = Literal["permanent", "ephemeral", "fixed"]
 """Ordinary ones are kept by the rules of retention; of ephemeral ones just the newest, fixed ones
@@ -36,7 +39,6 @@ for ever."""
 _NO_HASH = "0" * 16
 
 _STEP = re.compile(r"step(\d+)\Z")
-_ANY_STEP = re.compile(rf"step(\d+)({re.escape(INVALID_SUFFIX)})?\Z")
 
 
 class FileEntry(msgspec.Struct, frozen=True):
@@ -92,9 +94,22 @@ def saved_steps(root: Path) -> list[int]:
 
 
 def step_folders(root: Path) -> dict[Path, int]:
-    """Every folder of a step, the uncommitted and the damaged too, and its step."""
-    matches = ((p, _ANY_STEP.match(p.name)) for p in root.iterdir())
-    return {path: int(match[1]) for path, match in matches if match}
+    """Every folder called `step{N}`, the uncommitted too, and its step."""
+    if not root.is_dir():
+        return {}
+    steps = ((p, step_of(p.name)) for p in root.iterdir())
+    return {path: step for path, step in steps if step is not None}
+
+
+def move_aside(folder: Path) -> Path:
+    """Rename a step folder, or a link to one, to an unused `step{N}.invalid`, `step{N}.invalid.2`
+    and so on, so that it counts no more; the new name."""
+    aside, number = folder.with_name(folder.name + INVALID_SUFFIX), 1
+    while os.path.lexists(aside):
+        number += 1
+        aside = folder.with_name(f"{folder.name}{INVALID_SUFFIX}.{number}")
+    folder.rename(aside)
+    return aside
 
 
 def encode_metadata(metadata: CheckpointMetadata) -> bytes:
@@ -111,8 +126,8 @@ def read_metadata(checkpoint: Path) -> CheckpointMetadata:
         CheckpointError: not a checkpoint, changed since it was saved, or of a newer format.
     """
     try:
-        raw = (checkpoint / METADATA_FILE).read_bytes()
-    except OSError:
+        raw = read_bytes(checkpoint / METADATA_FILE, CheckpointError, max_bytes=MAX_MANIFEST_BYTES)
+    except FileNotFoundError:
         raise CheckpointError(
             f"{checkpoint}: not a committed checkpoint (no {METADATA_FILE})"
         ) from None
@@ -126,10 +141,7 @@ def decode_metadata(raw: bytes, checkpoint: Path | str) -> CheckpointMetadata:
         CheckpointError: changed since it was saved, or of a newer format.
     """
     where = f"{str(checkpoint).rstrip('/')}/{METADATA_FILE}"
-    try:
-        metadata = msgspec.json.decode(raw, type=CheckpointMetadata)
-    except (msgspec.DecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{where}: cannot be read: {error}") from None
+    metadata = decode_json(raw, where, CheckpointError, CheckpointMetadata)
     if metadata.version > FORMAT_VERSION:
         raise CheckpointError(
             f"{checkpoint}: format {metadata.version} is newer than this toolkit's "
@@ -169,6 +181,16 @@ def check_files(
             )
         if hashes and hash_file(path) != entry.xxh3:
             raise CheckpointError(f"{checkpoint}: {name} has changed since it was saved")
+    if missing := missing_entry(metadata):
+        raise CheckpointError(f"{checkpoint}: {missing}")
+
+
+def missing_entry(metadata: CheckpointMetadata) -> str | None:
+    """What a manifest lacks that every checkpoint has: an empty one is not valid."""
+    for name in (f"{TENSORS_FOLDER}/.metadata", rank_file(0)):
+        if name not in metadata.files:
+            return f"{name} is missing in its manifest"
+    return None
 
 
 def _hash(data: bytes) -> str:

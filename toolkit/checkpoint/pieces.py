@@ -80,12 +80,14 @@ class TensorPieces:
 
     def write(self, folder: Path, resolve: Resolve) -> WrittenPieces:
         """Write this rank's pieces into one file, hashed on the way, and fsync it."""
-        writer = FileSystemWriter(folder, sync_files=True)
+        # Copying ahead would let this thread wait for the device's current stream, that is for
+        # training, every 10 MB; what a background save writes is in host memory already.
+        writer = FileSystemWriter(folder, sync_files=True, per_thread_copy_ahead=0)
         hashed = HashingFiles(writer.fs)
         writer.fs = hashed  # type: ignore[assignment]
         planner = DefaultSavePlanner()
         planner.resolve_data = resolve  # type: ignore[method-assign, assignment]
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(exist_ok=True)
         try:
             with no_crc32():
                 results = writer.write_data(self._plan, planner).wait()

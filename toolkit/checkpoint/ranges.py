@@ -6,11 +6,7 @@ file its numbers lie. So a rank that holds a tenth of a tensor reads a tenth of 
 beyond the tensors themselves stays small.
 """
 
-import io
-import pickle
 import struct
-from collections import OrderedDict
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, BinaryIO
 
 import torch
@@ -19,7 +15,9 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
 from torch.futures import Future
 
+from toolkit.checkpoint.archives import Archive, describe_tensor, load_archive
 from toolkit.errors import CheckpointError
+from toolkit.threads import ThreadPool
 
 _READERS = 4
 _PART_BYTES = 16 << 20
@@ -35,7 +33,7 @@ class RangeReader(FileSystemReader):
             by_file.setdefault(info.relative_path, []).append(item)
         parts = [(name, part) for name, items in by_file.items() for part in self._parts(items)]
         if len(parts) > 1:
-            with ThreadPoolExecutor(_READERS) as readers:
+            with ThreadPool(_READERS) as readers:
                 list(readers.map(lambda part: self._read_part(part[0], part[1], planner), parts))
         elif parts:
             self._read_part(parts[0][0], parts[0][1], planner)
@@ -88,7 +86,7 @@ class RangeReader(FileSystemReader):
         else:  # columns of a chunk: no range of the file
             is_direct = False
             chunk.seek(0)
-            whole = torch.load(chunk, map_location="cpu", weights_only=True)
+            whole = load_archive(chunk, info.length)
             buffer = narrow_tensor_by_index(whole, item.storage_offsets, item.lengths)
         if not is_direct:
             target.copy_(buffer)
@@ -99,17 +97,13 @@ def _describe(chunk: Any, length: int, name: str) -> tuple[torch.Tensor, int]:
     """What `torch.save` wrote, on the meta device, and where in `chunk` its storage begins."""
     try:
         records = _Records(chunk, length)
-        stored, key = _DescriptionUnpickler(io.BytesIO(records.read("data.pkl"))).load()
-        return stored, records.begin(f"data/{key}")
-    except Exception:
-        # Another form than the usual, or none at all: torch knows more of them, takes three times
-        # as long, and says what is wrong.
-        chunk.seek(0)
-        stored = torch.load(chunk, map_location="meta", weights_only=True)
-        if not isinstance(stored, torch.Tensor):
-            raise CheckpointError(f"{name}: is no tensor") from None
-        storage: Any = stored.untyped_storage()
-        return stored, storage._checkpoint_offset
+        stored, record = describe_tensor(records.read("data.pkl"))
+        return stored, records.begin(record)
+    except (ValueError, KeyError, struct.error, UnicodeDecodeError):
+        # Larger than 4 GB, or otherwise than the usual.
+        archive = Archive(chunk, length)
+        stored, record = describe_tensor(archive.read("data.pkl"))
+        return stored, archive.begin(record)
 
 
 _LIMIT_32 = 0xFFFFFFFE
@@ -165,42 +159,6 @@ class _Records:
         if begin + size > len(self._head):
             raise ValueError("it lies further on")
         return self._head[begin : begin + size]
-
-
-class _DescriptionUnpickler(pickle.Unpickler):
-    """Reads the usual description of one tensor; of what it names, nothing is called."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-            return _rebuild
-        if (module, name) == ("collections", "OrderedDict"):
-            return OrderedDict
-        if module == "torch" and name in _STORAGE_DTYPES:
-            return _STORAGE_DTYPES[name]
-        raise pickle.UnpicklingError(f"{module}.{name}")
-
-    def persistent_load(self, saved: Any) -> Any:
-        kind, dtype, key, _, numel = saved
-        if kind != "storage":
-            raise pickle.UnpicklingError(kind)
-        return torch.empty(numel, dtype=dtype, device="meta"), key
-
-
-def _rebuild(storage: Any, offset: int, size: Any, stride: Any, *_: Any) -> Any:
-    memory, key = storage
-    return memory.as_strided(size, stride, offset), key
-
-
-_STORAGE_DTYPES = {
-    "FloatStorage": torch.float32,
-    "DoubleStorage": torch.float64,
-    "HalfStorage": torch.float16,
-    "BFloat16Storage": torch.bfloat16,
-    "LongStorage": torch.int64,
-    "IntStorage": torch.int32,
-    "ByteStorage": torch.uint8,
-    "BoolStorage": torch.bool,
-}
 
 
 def read_into(stream: BinaryIO, tensor: torch.Tensor, name: str) -> None:

@@ -9,22 +9,23 @@ metadata is whole.
 
 import logging
 from collections.abc import Iterable
-from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 import torch.distributed as dist
 
 from toolkit.checkpoint.layout import (
+    INVALID_SUFFIX,
     METADATA_FILE,
     CheckpointMetadata,
     check_files,
     decode_metadata,
+    missing_entry,
     read_metadata,
     step_of,
 )
 from toolkit.checkpoint.ranks import run_together
-from toolkit.checkpoint.retention import Retention
+from toolkit.checkpoint.retention import Retention, Saved
 from toolkit.errors import CheckpointError, StorageError
 from toolkit.storage.remote import RemoteFolder
 
@@ -68,7 +69,10 @@ def upload_checkpoint(
     def begin() -> bool:
         if rank != 0:
             return False
-        if _stored_metadata(target) == raw and not wrong_files(target, metadata):
+        stored = _stored_metadata(target)
+        if stored is not None and (wrong := _wrong(target, stored)):
+            log.warning("%s; it is kept as %s", wrong, _move_aside(root, target))
+        elif stored == raw:
             return True
         target.delete([METADATA_FILE])
         return False
@@ -107,7 +111,8 @@ def find_remote_checkpoint(
 ) -> RemoteFound:
     """The newest whole checkpoint meant by `url`; every rank of `group` calls it.
 
-    Whole: the metadata is readable and every file is there with its size. An invalid one is
+    Whole: the metadata is readable, every file is there with its size, and the description of the
+    tensors fits. An invalid one is
     reported with the reason and the one before is tried. Being out of reach is not being invalid.
 
     Args:
@@ -126,6 +131,8 @@ def find_remote_checkpoint(
         try:
             metadata = read_remote_metadata(folder.url)
             wrong = wrong_files(folder, metadata) if rank == 0 else None
+            if wrong is None and rank == 0:
+                check_remote_tensors(folder, metadata)
             if wrong is None and hashes:
                 wrong = _changed_file(folder, metadata, share_of(metadata, rank, world_size))
         except CheckpointError as error:
@@ -153,16 +160,22 @@ def find_remote_checkpoint(
 
 def prune_remote(url: str, rule: Retention, *, newest: int) -> None:
     """Remove what `rule` does not keep of the checkpoints under `url` up to step `newest`, which
-    was just committed there, and the leftovers of unfinished uploads. One rank calls it. What
-    cannot be removed is a warning.
+    was just committed there, and the leftovers of unfinished uploads. Damaged ones neither count
+    nor go. One rank calls it. What cannot be removed is a warning.
     """
     root = RemoteFolder(url)
     try:
-        committed = [step for step in saved_remote_steps(url) if step <= newest]
-        kept = rule.kept(
-            rule.saved(step, partial(read_remote_metadata, f"{root}/step{step}"))
-            for step in committed
-        )
+        whole: list[Saved] = []
+        damaged: set[int] = set()
+        for step in saved_remote_steps(url):
+            folder = root / f"step{step}"
+            raw = _stored_metadata(folder) if step <= newest else None
+            if raw is not None and (wrong := _wrong(folder, raw)):
+                log.warning("%s; it is left as it is", wrong)
+                damaged.add(step)
+            elif raw is not None:
+                whole.append(rule.saved(decode_remote_metadata(raw, folder.url)))
+        kept = rule.kept(whole) | damaged
         for step in _steps(root):
             if step < newest and step not in kept:
                 (root / f"step{step}").remove(first=METADATA_FILE)
@@ -207,7 +220,37 @@ def wrong_files(folder: RemoteFolder, metadata: CheckpointMetadata) -> str | Non
             return f"{name} is missing"
         if sizes[name] != entry.size:
             return f"{name} has {sizes[name]} bytes, expected {entry.size}"
-    return None
+    return missing_entry(metadata)
+
+
+def check_remote_tensors(folder: RemoteFolder, metadata: CheckpointMetadata) -> None:
+    """Check that the tensors of a step folder are whole, as far as their description tells.
+
+    Raises:
+        CheckpointError: they are not.
+    """
+    from toolkit.checkpoint.remote_load import remote_reader
+
+    remote_reader(folder, metadata).read_metadata()
+
+
+def _wrong(folder: RemoteFolder, raw: bytes) -> str | None:
+    """What is wrong with a committed step folder, by names and sizes."""
+    try:
+        wrong = wrong_files(folder, decode_remote_metadata(raw, folder.url))
+    except CheckpointError as error:
+        return str(error)
+    return f"{folder}: {wrong}" if wrong else None
+
+
+def _move_aside(root: RemoteFolder, folder: RemoteFolder) -> RemoteFolder:
+    taken, number = set(root.folders()), 1
+    name = f"{folder.name}{INVALID_SUFFIX}"
+    while name in taken:
+        number += 1
+        name = f"{folder.name}{INVALID_SUFFIX}.{number}"
+    folder.move_to(root / name)
+    return root / name
 
 
 def share_of(metadata: CheckpointMetadata, rank: int, world_size: int) -> list[str]:

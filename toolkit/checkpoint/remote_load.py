@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from toolkit.checkpoint.archives import load_archive
 from toolkit.checkpoint.commit import check_free_space, commit_folder
 from toolkit.checkpoint.layout import (
     METADATA_FILE,
@@ -42,6 +43,8 @@ from toolkit.storage.remote_file import RemoteFile
 log = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
+
+_TENSORS_METADATA = f"{TENSORS_FOLDER}/.metadata"
 
 
 def download_newest(
@@ -169,14 +172,14 @@ def load_remote_tensors(
         TrainingError: on every rank when the store cannot be reached.
     """
     is_first = group is None or dist.get_rank(group) == 0
-    name = f"{TENSORS_FOLDER}/.metadata"
+    folder = RemoteFolder(url)
     raw = _run_checked(
-        lambda: _read_small(RemoteFolder(url), metadata, name) if is_first else b"",
+        lambda: _read_small(folder, metadata, _TENSORS_METADATA) if is_first else b"",
         group,
         failing=f"{url}: cannot be read",
     )[0]
-    folder = RemoteFolder(f"{url.rstrip('/')}/{TENSORS_FOLDER}")
-    load_tensors(folder.url, tensors, group, reader=RemoteReader(folder, raw))
+    reader = RemoteReader(folder / TENSORS_FOLDER, raw, metadata)
+    load_tensors(f"{folder.url}/{TENSORS_FOLDER}", tensors, group, reader=reader)
 
 
 def load_remote_weights(
@@ -195,18 +198,28 @@ def load_remote_rank_state(url: str, metadata: CheckpointMetadata, rank: int) ->
     name = rank_file(rank) if rank_file(rank) in metadata.files else rank_file(0)
     raw = _read_small(RemoteFolder(url), metadata, name)
     try:
-        return torch.load(io.BytesIO(raw), weights_only=True, map_location="cpu")
+        return load_archive(io.BytesIO(raw), len(raw))
     except Exception as error:
         raise CheckpointError(f"{url}/{name}: cannot be read: {reason_of(error)}") from error
 
 
 class RemoteReader(SafeReader):
-    """`SafeReader` of a stored folder of tensors; `raw` is the content of its `.metadata`."""
+    """`SafeReader` of a stored folder of tensors; `raw` is the content of its `.metadata`,
+    `metadata` of the checkpoint's."""
 
-    def __init__(self, folder: RemoteFolder, raw: bytes) -> None:
-        super().__init__(folder.url)
+    def __init__(self, folder: RemoteFolder, raw: bytes, metadata: CheckpointMetadata) -> None:
+        prefix = f"{TENSORS_FOLDER}/"
+        files = metadata.files.items()
+        sizes = {k.removeprefix(prefix): e.size for k, e in files if k.startswith(prefix)}
+        super().__init__(folder.url, sizes=sizes)
         self.fs: Any = _RemoteFiles(folder, raw)
         self.path = folder.url
+
+
+def remote_reader(folder: RemoteFolder, metadata: CheckpointMetadata) -> RemoteReader:
+    """The reader of the step folder `folder`'s tensors; raises CheckpointError."""
+    raw = _read_small(folder, metadata, _TENSORS_METADATA)
+    return RemoteReader(folder / TENSORS_FOLDER, raw, metadata)
 
 
 class _RemoteFiles:

@@ -2,16 +2,16 @@
 
 import logging
 import shutil
-from collections.abc import Callable, Iterable
-from functools import partial
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 from toolkit.checkpoint.layout import (
-    INVALID_SUFFIX,
     METADATA_FILE,
     CheckpointMetadata,
     Kind,
+    check_files,
+    move_aside,
     read_metadata,
     saved_steps,
     step_folder,
@@ -44,13 +44,9 @@ class Retention(NamedTuple):
     best_metric: str = "val/loss"
     best_mode: Literal["min", "max"] = "min"
 
-    def saved(self, step: int, read: Callable[[], CheckpointMetadata]) -> Saved:
-        """What the rule needs of checkpoint `step`; one that cannot be read counts by its step."""
-        try:
-            metadata = read()
-        except CheckpointError:
-            return Saved(step)
-        return Saved(step, metadata.kind, metadata.scores.get(self.best_metric))
+    def saved(self, metadata: CheckpointMetadata) -> Saved:
+        """What the rule needs of a checkpoint."""
+        return Saved(metadata.step, metadata.kind, metadata.scores.get(self.best_metric))
 
     def kept(self, saved: Iterable[Saved]) -> set[int]:
         """Steps that stay."""
@@ -73,32 +69,46 @@ def prune_checkpoints(root: Path, rule: Retention, *, newest: int) -> None:
     """Remove what `rule` does not keep of the checkpoints up to step `newest`, which was just
     committed, and unfinished leftovers. What cannot be removed is a warning.
 
-    Folders of later steps are not touched: nobody knows here whether they are whole.
+    Damaged ones are set aside: they neither count nor go. Folders of later steps are not touched:
+    nobody knows here whether they are whole.
     """
+    whole: list[Saved] = []
     try:
-        for folder in _superseded(root, rule, newest):
-            remove_tree(folder)
-        for leftover in (*root.glob("step*.tmp"), *root.glob(".step*.tmp")):
-            shutil.rmtree(leftover)
+        for step in saved_steps(root):
+            folder = step_folder(root, step)
+            if step <= newest and (saved := _examine(folder, rule)) is not None:
+                whole.append(saved)
+        kept = rule.kept(whole)
+        doomed = [step_folder(root, saved.step) for saved in whole if saved.step not in kept]
+        doomed += [
+            folder
+            for folder, step in step_folders(root).items()
+            if step < newest and not (folder / METADATA_FILE).is_file() and not folder.is_symlink()
+        ]
+        for leftover in (*root.glob("step*.tmp"), *root.glob(".step*.tmp"), *doomed):
+            _remove(leftover)
     except OSError as error:
         log.warning("%s: old checkpoints cannot be removed: %s", root, error)
 
 
-def _superseded(root: Path, rule: Retention, newest: int) -> list[Path]:
-    committed = [step for step in saved_steps(root) if step <= newest]
-    kept = rule.kept(
-        rule.saved(step, partial(read_metadata, step_folder(root, step))) for step in committed
-    )
-    oldest = min(kept, default=newest)
-    return [
-        folder
-        for folder, step in step_folders(root).items()
-        if (step in committed and step not in kept and folder == step_folder(root, step))
-        or (step < newest and _is_uncommitted(folder))
-        or (step < oldest and folder.name.endswith(INVALID_SUFFIX))
-    ]
+def _examine(folder: Path, rule: Retention) -> Saved | None:
+    """What the rule needs of a committed checkpoint; None: it is damaged, and set aside now."""
+    try:
+        metadata = read_metadata(folder)
+        check_files(folder, metadata)
+    except CheckpointError as error:
+        log.warning("%s; renamed: %s", error, move_aside(folder))
+        return None
+    return rule.saved(metadata)
 
 
-def _is_uncommitted(folder: Path) -> bool:
-    """Left by a crash between the rename and the metadata."""
-    return not (folder / METADATA_FILE).is_file() and not folder.name.endswith(INVALID_SUFFIX)
+def _remove(folder: Path) -> None:
+    if folder.is_symlink():
+        log.info("%s: the link is removed, what it leads to stays", folder)
+    try:
+        if folder.name.startswith(".") and not folder.is_symlink():
+            shutil.rmtree(folder)  # a removal that was cut short: renamed already
+        else:
+            remove_tree(folder)
+    except OSError as error:
+        log.warning("%s: old checkpoints cannot be removed: %s", folder.parent, error)

@@ -5,7 +5,7 @@ written before on its way from there to the disk.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from pathlib import Path
 
 import torch
@@ -16,6 +16,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from toolkit.checkpoint.commit import Save, write_checkpoint
 from toolkit.checkpoint.pieces import HashingFiles, Resolve, TensorPieces, WrittenPieces, no_crc32
 from toolkit.errors import CheckpointError
+from toolkit.threads import ThreadPool
 
 _FILE = "__0_0.distcp"
 _SYNC_BYTES = 32 << 20
@@ -49,7 +50,7 @@ class _StreamedPieces(TensorPieces):
         with (
             no_crc32(),
             files.create_stream(folder / _FILE, "wb") as stream,
-            ThreadPoolExecutor(1) as syncing,
+            ThreadPool(1) as syncing,
         ):
             request: Future[None] | None = None
             requested = 0

@@ -5,11 +5,12 @@ are global. Values may be plain tensors (replicated), DTensors, or `FlatShard`s.
 """
 
 import contextlib
-import pickle
+import functools
+import os
 import re
 import warnings
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Iterator, Mapping
+from pathlib import Path, PurePath
 from typing import Any
 
 import torch
@@ -17,30 +18,47 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import DefaultLoadPlanner
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    _MEM_FORMAT_ENCODING,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 
+from toolkit.checkpoint.coverage import check_coverage
+from toolkit.checkpoint.pickles import unpickle
 from toolkit.checkpoint.ranges import RangeReader
 from toolkit.errors import CheckpointError
 
-_DCP = "torch.distributed.checkpoint"
-_SAFE_NAMES = {
-    (f"{_DCP}.metadata", "Metadata"),
-    (f"{_DCP}.metadata", "MetadataIndex"),
-    (f"{_DCP}.metadata", "StorageMeta"),
-    (f"{_DCP}.metadata", "TensorStorageMetadata"),
-    (f"{_DCP}.metadata", "TensorProperties"),
-    (f"{_DCP}.metadata", "ChunkStorageMetadata"),
-    (f"{_DCP}.metadata", "_MEM_FORMAT_ENCODING"),
-    (f"{_DCP}.filesystem", "_StorageInfo"),
-    ("torch", "Size"),
-    ("torch.serialization", "_get_layout"),
-    ("pathlib", "PosixPath"),
-    ("pathlib", "WindowsPath"),
-    ("pathlib._local", "PosixPath"),
-    ("pathlib._local", "WindowsPath"),
-}
-"""Exact names: whole modules would let a file call functions of theirs that unpickle others.
-Not `BytesStorageMetadata`: DCP reads such entries by an ordinary unpickler, and we write none."""
+METADATA_NAME = ".metadata"
+_NAMES: dict[tuple[str, str], Any] = {
+    **{
+        (kind.__module__, kind.__name__): kind
+        for kind in (
+            Metadata, MetadataIndex, StorageMeta, TensorStorageMetadata, TensorProperties,
+            ChunkStorageMetadata, _MEM_FORMAT_ENCODING, _StorageInfo,
+        )
+    },
+    ("torch", "Size"): torch.Size,
+    ("torch.serialization", "_get_layout"): torch.serialization._get_layout,
+    **{
+        ("torch", name): value
+        for name, value in vars(torch).items()
+        if isinstance(value, torch.dtype | torch.layout | torch.memory_format)
+    },
+    # Of no use here, and a name that the other system does not have.
+    **{
+        (module, name): PurePath
+        for module in ("pathlib", "pathlib._local")
+        for name in ("PosixPath", "WindowsPath")
+    },
+}  # fmt: skip
+"""What `.metadata` consists of. Not `BytesStorageMetadata`: DCP reads such entries by an ordinary
+unpickler, and we write none."""
 
 
 def load_tensors(
@@ -130,37 +148,64 @@ def _dcp_load(
 
 
 class SafeReader(RangeReader):
-    """DCP's reader with an unpickler that builds DCP's own records and nothing else."""
+    """DCP's reader with an unpickler that builds DCP's own records and nothing else, of checkpoints
+    whose chunks make up every tensor.
+
+    Args:
+        sizes: bytes of each file in `folder`; default: as the disk tells.
+    """
+
+    def __init__(self, folder: Path | str, *, sizes: Mapping[str, int] | None = None) -> None:
+        super().__init__(folder)
+        self._sizes = sizes
+        self._metadata: Metadata | None = None
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        if self._metadata is None:
+            self._metadata = self._read_metadata()
+        return self._metadata
+
+    def _read_metadata(self) -> Metadata:
         path = self._get_metadata_path()
         try:
+            sizes = file_sizes(Path(self.path)) if self._sizes is None else self._sizes
             with self.fs.create_stream(path, "rb") as file:
-                metadata = _RestrictedUnpickler(file).load()
+                raw = file.read(sizes[METADATA_NAME])
+            metadata = unpickle(raw, _NAMES)
+            if not isinstance(metadata, Metadata):
+                raise ValueError("holds no checkpoint metadata")
+            for info in (metadata.storage_data or {}).values():
+                if Path(info.relative_path).name != info.relative_path:
+                    raise ValueError(f"names a file outside its folder: {info.relative_path!r}")
+            check_coverage(metadata, sizes)
+        except (ValueError, CheckpointError) as error:
+            raise CheckpointError(f"{path}: {error}") from None
         except Exception as error:  # damaged pickles raise nearly anything
-            raise CheckpointError(f"{path}: cannot be read: {error}") from None
-        if not isinstance(metadata, Metadata):
-            raise CheckpointError(f"{path}: holds no checkpoint metadata")
-        for info in (metadata.storage_data or {}).values():
-            if Path(info.relative_path).name != info.relative_path:
-                raise CheckpointError(
-                    f"{path}: names a file outside its folder: {info.relative_path!r}"
-                )
-        if metadata.storage_meta is not None:
-            metadata.storage_meta.load_id = self.load_id
+            raise CheckpointError(f"{path}: cannot be read: {reason_of(error)}") from None
+        metadata.storage_meta = StorageMeta(load_id=self.load_id)
         return metadata
 
 
-class _RestrictedUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        is_torch_value = module == "torch" and isinstance(
-            getattr(torch, name, None), torch.dtype | torch.layout | torch.memory_format
-        )
-        if is_torch_value or (module, name) in _SAFE_NAMES:
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(
-            f"refused: it names {module}.{name}, which no checkpoint needs"
-        )
+def file_sizes(folder: Path) -> dict[str, int]:
+    """Bytes of each ordinary file in `folder`."""
+    with os.scandir(folder) as entries:
+        return {e.name: e.stat().st_size for e in entries if e.is_file()}
+
+
+def check_stored_tensors(folder: Path) -> None:
+    """Check that the tensors in `folder` are whole, as far as their description tells; what was
+    checked before and has not changed is not read again.
+
+    Raises:
+        CheckpointError: they are not.
+    """
+    places = ((name, os.stat(folder / name)) for name in sorted(file_sizes(folder)))
+    _check_once(folder, tuple((name, s.st_size, s.st_mtime_ns, s.st_ino) for name, s in places))
+
+
+@functools.lru_cache(maxsize=64)
+def _check_once(folder: Path, files: tuple[tuple[str, int, int, int], ...]) -> None:
+    SafeReader(folder).read_metadata()
 
 
 def _check_shapes(folder: Path | str, metadata: Metadata, tensors: dict[str, torch.Tensor]) -> None:

@@ -4,6 +4,7 @@ Verb modules import nothing but typer at the top; what they call is imported whe
 help is quick, and no verb pays for another.
 """
 
+import contextlib
 import os
 import socket
 import sys
@@ -14,6 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
+from toolkit import signals
 from toolkit.cli import (
     batch,
     convert_hf,
@@ -29,13 +31,32 @@ from toolkit.cli import (
     verify,
 )
 from toolkit.cli.data.app import app as data_app
-from toolkit.errors import EXIT_BAD_INPUT, EXIT_DONE, ToolkitError
+from toolkit.cli.output import has_lost_reader, open_missing_streams, outlive_readers
+from toolkit.config.secrets import mask_secrets
+from toolkit.errors import (
+    EXIT_BAD_INPUT,
+    EXIT_DONE,
+    EXIT_FAILED,
+    SeveralErrors,
+    ToolkitError,
+    reason_of_machine,
+)
 
 EXIT_INTERRUPTED = 130
-"""Ctrl-C before training began (128 + SIGINT); training itself ends with `EXIT_STOPPED`."""
+"""Ctrl-C before there is a run (128 + SIGINT); a run ends with `EXIT_STOPPED`."""
+
+_TRAINING = ("train", "resume")
+_READING = ("", "runs", "recipes", "schema", "batch", "generate", "show", "inspect")
+"""Verbs that are done when nobody reads on. The others work, whether anybody looks or not."""
 
 # Rank 0's line should be out before the launcher sees any rank end and stops the others.
 _SECONDS_FOR_RANK_0 = 1.0
+
+_LAUNCHED = (
+    *("TORCHELASTIC_RUN_ID", "TOOLKIT_STORE_FILE", "CROSS_RANK"),
+    *("SLURM_PROCID", "PMI_RANK", "OMPI_COMM_WORLD_RANK"),
+)
+"""Variables of launchers: there is a rank 0 that says the same. RANK alone may be a leftover."""
 
 # typer brings its own copy of click, under a private name; this is its UsageError.
 _UsageError: Any = typer.BadParameter.__base__
@@ -88,7 +109,30 @@ def main() -> None:
     # Read by libgomp when torch loads it. Its threads spin while they wait, by default so long that
     # two programs with as many threads as cores slow each other down tenfold (docs/LOG.md).
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-    sys.exit(run(sys.argv[1:]))
+    args = sys.argv[1:]
+    verbs = [word for word in args if not word.startswith("-") and word != "data"]
+    verb = verbs[0] if verbs else ""
+    open_missing_streams()
+    if verb not in _READING:
+        outlive_readers()
+    with contextlib.ExitStack() as stack:
+        if verb in _TRAINING:
+            stack.enter_context(signals.listening(signals.Starting()))
+            if "--debug" in args:
+                _wait_for_kernels()
+        code = run(args)
+    sys.exit(code)
+
+
+def _wait_for_kernels() -> None:
+    """Have an error of a CUDA kernel point to the line that launched it. Before torch is there."""
+    mode = os.environ.setdefault("CUDA_LAUNCH_BLOCKING", "1")
+    if os.environ.get("RANK", "0") == "0":
+        typer.echo(
+            f"--debug: CUDA_LAUNCH_BLOCKING={mode} in every process"
+            + (": GPU kernels run one at a time, which is slow" if mode == "1" else ""),
+            err=True,
+        )
 
 
 def run(args: Sequence[str]) -> int:
@@ -104,22 +148,36 @@ def run(args: Sequence[str]) -> int:
         result = app(words, prog_name="toolkit", standalone_mode=False, obj=debug)
         sys.stdout.flush()
         return result if isinstance(result, int) else EXIT_DONE
+    except signals.Interrupted as error:
+        return signals.exit_code(error.reason)
     except (KeyboardInterrupt, typer.Abort):
         return EXIT_INTERRUPTED
     except BrokenPipeError:
+        if not has_lost_reader(sys.stdout):  # another pipe: a worker's, a server's
+            raise
         # The reader (`| head`) has what it wants; Python must not complain at exit either.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_DONE
     except _UsageError as error:
         return _report(error.format_message(), EXIT_BAD_INPUT, debug=debug)
+    except SeveralErrors as error:
+        number = f"{len(error.errors)} problems, one a line:"
+        return _report("\n".join([number, *map(str, error.errors)]), error.exit_code, debug=debug)
     except ToolkitError as error:
-        return _report(str(error), error.exit_code, debug=debug, only_here=error.only_here)
+        message = " ".join(str(error).split())
+        return _report(message, error.exit_code, debug=debug, only_here=error.only_here)
+    except OSError as error:
+        line = reason_of_machine(error)
+        if line is None:
+            raise
+        return _report(line, EXIT_FAILED, debug=debug)
 
 
 def _report(message: str, code: int, *, debug: bool, only_here: bool = False) -> int:
-    """Print the error on rank 0; other ranks keep quiet, unless it is theirs alone."""
+    """Print the lines of the error on rank 0; other ranks keep quiet, unless it is theirs alone."""
+    signals.settle()
     rank = os.environ.get("RANK", "0")
-    if rank != "0" and not only_here:
+    if rank != "0" and not only_here and any(name in os.environ for name in _LAUNCHED):
         time.sleep(_SECONDS_FOR_RANK_0)
         return code
     if only_here:
@@ -128,5 +186,6 @@ def _report(message: str, code: int, *, debug: bool, only_here: bool = False) ->
         traceback.print_exc()
     sys.stdout.flush()
     label = typer.style("error:", fg=typer.colors.RED, bold=True)
-    typer.echo(f"{label} {' '.join(message.split())}", err=True)
+    for line in message.splitlines():
+        typer.echo(f"{label} {mask_secrets(' '.join(line.split()))}", err=True)
     return code

@@ -59,6 +59,7 @@ def train(
     """
     import os
 
+    from toolkit.distributed.launcher_checks import check_launcher_variables
     from toolkit.errors import ConfigError
     from toolkit.experiment.load import load_experiment
 
@@ -72,14 +73,15 @@ def train(
     }
     if json and not dry_run:
         raise ConfigError("--json belongs to --dry-run; give both to print the resolved config")
+    check_launcher_variables()
     loaded = load_experiment(source, paths, shorthands, base=base)
     if dry_run:
         from toolkit.experiment.summary import summarize
 
         summary = summarize(loaded, os.environ)
         if is_rank_0():
-            typer.echo(loaded.config.to_json() if json else summary)
+            typer.echo(loaded.stored.to_json() if json else summary)
         return 0
     from toolkit.experiment.run import train as run_training
 
-    return run_training(loaded.config, origins=loaded.origins)
+    return run_training(loaded.config, origins=loaded.origins, stored=loaded.stored)

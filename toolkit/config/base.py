@@ -5,9 +5,14 @@ import nothing heavy. `XConfig.build(...)` methods import what they need when th
 """
 
 import math
-from typing import Any, Self, dataclass_transform
+from typing import Annotated, Any, Self, dataclass_transform
 
 import msgspec
+
+UNSIGNED = "unsigned"
+"""Key under which the type of a field says that it takes whole numbers up to 2^64 - 1."""
+Seed = Annotated[int, msgspec.Meta(extra={UNSIGNED: True})]
+"""What torch takes as a seed."""
 
 
 # Tells type checkers what msgspec does at run time: `frozen` is inherited.
@@ -29,20 +34,32 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def check_not_negative(config: Config, *names: str) -> None:
-    """Raise `ValueError` for the first of the fields `names` that is < 0, infinite or nan."""
+    """Raise `ValueError` for those of the fields `names` that are < 0, infinite or nan; a line
+    each."""
+    problems = []
     for name in names:
         value = getattr(config, name)
         # Written so that nan fails.
         if value is not None and not 0 <= value < math.inf:
             what = "not be negative" if value < 0 else "be finite"
-            raise ValueError(f"{name} must {what}: {value}")
+            problems.append(f"{name} must {what}: {value}")
+    _raise_lines(problems)
 
 
 def check_positive(config: Config, *names: str) -> None:
-    """Raise `ValueError` for the first of the fields `names` that is not > 0, or infinite."""
+    """Raise `ValueError` for those of the fields `names` that are not > 0, or infinite; a line
+    each."""
+    problems = []
     for name in names:
         value = getattr(config, name)
         # Written so that nan fails.
         if value is not None and not 0 < value < math.inf:
             finite = " and finite" if value > 0 else ""
-            raise ValueError(f"{name} must be greater than 0{finite}, not {value}")
+            problems.append(f"{name} must be greater than 0{finite}, not {value}")
+    _raise_lines(problems)
+
+
+def _raise_lines(problems: list[str]) -> None:
+    # `convert` makes an error of each line.
+    if problems:
+        raise ValueError("\n".join(problems))

@@ -1,49 +1,112 @@
-"""Reading JSON config files, with errors that point at the line."""
+"""Reading JSON config files, with errors that point at the line and say what JSON takes."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
+from toolkit.config.types import shown
 from toolkit.errors import ConfigError
+from toolkit.storage.foreign import read_bytes, reason_of
+
+LARGEST = 64 << 20
+"""Bytes of a config file; what is larger is something else."""
+DEEPEST = 100
+"""Mappings and lists inside each other; what nests deeper is no config."""
+SCHEMA_KEY = "$schema"
+"""Key by which an editor finds the JSON Schema of a file; it is no value of the config."""
+
+_QUOTED = re.compile(r'"(?:[^"\\]|\\.)*"')
 
 
 def read_json_mapping(path: Path) -> dict[str, Any]:
-    """The mapping in a JSON file.
+    """The mapping in a JSON file, without `$schema`.
 
     Raises:
         ConfigError: the file cannot be read, is not UTF-8 JSON (with line and column), repeats a
-            key, or holds something else than a mapping.
+            key, nests too deep, or holds something else than a mapping.
     """
     try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror or error}") from None
+        text = read_bytes(path, ConfigError).decode("utf-8-sig")
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: cannot be read: No such file or directory") from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not UTF-8 text (byte {error.start})") from None
+    if path.suffix.lower() in (".yaml", ".yml", ".toml"):
+        raise ConfigError(_other_language(path))
     return parse_json_mapping(text, str(path))
 
 
 def parse_json_mapping(text: str, name: str) -> dict[str, Any]:
-    """The mapping in JSON `text`; `name` stands for the file in messages."""
+    """The mapping in JSON `text`, without `$schema`; `name` stands for the file in messages."""
     try:
+        if nesting(text) > DEEPEST:
+            raise ValueError(f"nested more than {DEEPEST} levels deep")
         data = json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_no_constant)
     except json.JSONDecodeError as error:
-        problem = error.msg[:1].lower() + error.msg[1:]
-        raise ConfigError(
-            f"{name}:{error.lineno}:{error.colno}: not valid JSON: {problem}"
-        ) from None
+        raise ConfigError(f"{name}:{_explain(text, error)}") from None
     except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{name}: not valid JSON: {error}") from None
+        raise ConfigError(f"{name}: not valid JSON: {reason_of(error)}") from None
     if not isinstance(data, dict):
         raise ConfigError(f"{name}: expected a mapping {{...}} of config sections at the top")
-    return data
+    return {key: value for key, value in data.items() if key != SCHEMA_KEY}
+
+
+def nesting(text: str) -> int:
+    """How deep the brackets in JSON or YAML flow `text` nest, those in double quotes left out."""
+    depth = deepest = 0
+    for character in _QUOTED.sub("", text):
+        if character in "[{":
+            depth += 1
+            deepest = max(deepest, depth)
+        elif character in "]}":
+            depth -= 1
+    return deepest
+
+
+def _explain(text: str, error: json.JSONDecodeError) -> str:
+    """`LINE:COLUMN: not valid JSON: ...`, with what to write instead where that is known."""
+    position, here = error.pos, text[error.pos :]
+    before = text[:position].rstrip()
+    problem = error.msg[:1].lower() + error.msg[1:]
+    if before.endswith(",") and here.startswith(("]", "}")):
+        position = len(before) - 1
+        problem = "a comma before the closing bracket; take it out"
+    elif here.startswith(",") and here[1:].lstrip().startswith(("]", "}")):
+        problem = "a comma before the closing bracket; take it out"
+    elif here.startswith(("//", "/*", "#")):
+        problem = 'a comment, which JSON does not take; take it out ("description" takes a note)'
+    elif here.startswith("'"):
+        problem = 'text stands in double quotes, "like this"'
+    elif here.startswith(("True", "False", "None")):
+        problem = "JSON writes true, false and null"
+    elif not text.strip():
+        problem = "the file is empty"
+    elif not text.lstrip().startswith(("{", "[", '"')):
+        problem = (
+            f"{problem}; a config is a mapping {{...}} in JSON, `toolkit recipes` has examples"
+        )
+    line = text.count("\n", 0, position) + 1
+    column = position - text.rfind("\n", 0, position)
+    return f"{line}:{column}: not valid JSON: {problem}"
+
+
+def _other_language(path: Path) -> str:
+    if path.suffix.lower() == ".toml":
+        return f"{path}: TOML is not read; write the config as JSON"
+    target = path.with_suffix(".json").name
+    convert = "import json, sys, yaml; json.dump(yaml.safe_load(sys.stdin), sys.stdout, indent=2)"
+    return (
+        f"{path}: YAML is not read; make JSON of it: python -c '{convert}' < {path} > {target}, "
+        f"then give {target}"
+    )
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     data: dict[str, Any] = {}
     for key, value in pairs:
         if key in data:
-            raise ValueError(f"the key {key!r} stands twice in one mapping")
+            raise ValueError(f"the key {shown(key)} stands twice in one mapping")
         data[key] = value
     return data
 

@@ -13,7 +13,7 @@ from typing import Any, Generic, TypeVar
 import msgspec
 
 from toolkit.config.base import Config
-from toolkit.config.check import convert
+from toolkit.config.check import Checked, check
 from toolkit.config.overrides import Override, parse_value
 from toolkit.config.types import (
     FieldError,
@@ -21,12 +21,15 @@ from toolkit.config.types import (
     choose_struct,
     field_default,
     field_types,
+    is_index,
     join,
+    shown,
     struct_types,
     tags,
     value_type,
 )
-from toolkit.errors import ConfigError
+from toolkit.errors import ErrorList
+from toolkit.wording import count
 
 DEFAULT_ORIGIN = "default"
 T = TypeVar("T", bound=Config)
@@ -86,13 +89,24 @@ class ConfigLayers(Generic[T]):
         Raises:
             ConfigError: naming the path, the value, what was expected, and the layer it is from.
         """
-        try:
-            return convert(self.data, self.config_type)
-        except FieldError as error:
-            origin = self._origins.get(error.path, "")
-            # A flag is in front of the user's eyes already.
-            where = f" (in {origin})" if origin and not origin.startswith("--") else ""
-            raise ConfigError(f"{error}{where}") from None
+        checked = self.check()
+        found = ErrorList()
+        for error in checked.errors:
+            found.add(error)
+        found.raise_any()
+        return checked.config
+
+    def check(self) -> Checked:
+        """Everything that `resolve` would refuse, each with its layer, and the config without."""
+        checked = check(self.data, self.config_type)
+        return checked._replace(errors=[self._located(error) for error in checked.errors])
+
+    def _located(self, error: FieldError) -> FieldError:
+        origin = self._origins.get(error.path, "")
+        # A flag is in front of the user's eyes already.
+        if origin and not origin.startswith("--"):
+            error.args = (f"{error} (in {origin})",)
+        return error
 
     def origins(self, config: T) -> dict[str, str]:
         """`path -> origin` for every leaf value of the resolved `config`."""
@@ -119,7 +133,7 @@ class ConfigLayers(Generic[T]):
                     container[part] = {} if default is None else default
                 container = container[part]
             if not isinstance(container, dict | list):
-                raise FieldError(here, f"a single value; it has no field {name!r}")
+                raise FieldError(here, f"a single value; it has no field {shown(name)}")
             owner = target
         child_type(owner, name, here, container if isinstance(container, dict) else {})
         return container, name, owner
@@ -185,6 +199,7 @@ def leaves(data: Any, path: str = "") -> list[tuple[str, Any]]:
 
 
 def _list_index(part: str, items: list, path: str) -> int:
-    if part.isdigit() and int(part) < len(items):
+    if is_index(part) and int(part) < len(items):
         return int(part)
-    raise FieldError(path, f"the list has {len(items)} items; give an index below that")
+    have = count(len(items), "item")
+    raise FieldError(path, f"the list has {have}; give an index below that, or the whole list")

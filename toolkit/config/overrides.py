@@ -12,15 +12,18 @@ from typing import Any, NamedTuple
 from msgspec import inspect
 
 from toolkit.config.types import (
+    FieldError,
     allows_none,
     alternatives,
     choose_struct,
     field_types,
     item_type,
     nearest,
+    shortened,
+    shown,
     value_type,
 )
-from toolkit.errors import ConfigError
+from toolkit.errors import ConfigError, ErrorList
 
 _INT = re.compile(r"[-+]?[0-9]+(_[0-9]+)*\Z")
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?\Z")
@@ -37,7 +40,11 @@ class Override(NamedTuple):
 
 
 def parse_override_args(
-    args: Sequence[str], *, sections: Collection[str] = (), options: Collection[str] = ()
+    args: Sequence[str],
+    *,
+    sections: Collection[str] = (),
+    options: Collection[str] = (),
+    found: ErrorList | None = None,
 ) -> list[Override]:
     """Split the command line's extra arguments into overrides.
 
@@ -45,22 +52,28 @@ def parse_override_args(
     command's own long options, for the hint when one is misspelled.
 
     Raises:
-        ConfigError: for a word that is not an override.
+        ConfigError: for the words that are not an override; with `found` they are kept there, and
+            the others returned.
     """
     overrides, position = [], 0
+    wrong = ErrorList() if found is None else found
     while position < len(args):
         arg = args[position]
         position += 1
         if not is_override(arg):
-            raise ConfigError(_not_an_override(arg))
+            wrong.add(ConfigError(_not_an_override(arg)))
+            continue
         path, equals, text = arg[2:].partition("=")
-        if "." not in path and path not in sections:
-            raise ConfigError(_unknown_option(path, sections, options))
         if not equals:
             text = "true"
             if position < len(args) and not is_override(args[position]):
                 text, position = args[position], position + 1
+        if "." not in path and path not in sections:
+            wrong.add(ConfigError(_unknown_option(path, sections, options)))
+            continue
         overrides.append(Override(path, text, f"--{path}={text}"))
+    if found is None:
+        wrong.raise_any()
     return overrides
 
 
@@ -71,11 +84,15 @@ def is_override(word: str) -> bool:
 
 def _not_an_override(arg: str) -> str:
     if arg.startswith("-") and len(arg) > 1:
-        return f"no such option: {arg}; see --help, and --a.b.c=VALUE for config values"
-    return f"unexpected argument {arg!r}; overrides look like --train_module.optim.lr=6e-3"
+        return f"no such option: {shortened(arg)}; see --help, and --a.b.c=VALUE for config values"
+    path, equals, _ = arg.partition("=")
+    if equals and path.replace(".", "").replace("_", "").isalnum():
+        return f"unexpected argument {shown(arg)}; type two dashes before it: --{shortened(arg)}"
+    return f"unexpected argument {shown(arg)}; overrides look like --train_module.optim.lr=6e-3"
 
 
 def _unknown_option(name: str, sections: Collection[str], options: Collection[str]) -> str:
+    name = shortened(name)
     if name in options:
         return (
             f"--{name} is no option of this command; give the value by its full path, as in "
@@ -93,21 +110,20 @@ def parse_value(text: str, target: Any, path: str) -> Any:
     """Convert `text` to plain JSON types for the type `target` (a `msgspec.inspect` node).
 
     Raises:
-        ConfigError: when `text` is not a JSON or YAML flow value.
+        FieldError: when `text` is not a JSON or YAML flow value.
     """
     if _wants_text(target) and not text.startswith(('"', "'")):
         return None if text in ("null", "~") and allows_none(target) else text
     # The common scalars need no YAML parser, whose import costs more than all the rest.
     if _INT.match(text) or _FLOAT.match(text) or text in ("true", "false", "null"):
         return plain_scalar(text, target)
-    import yaml
+    from toolkit.config.flow import compose
 
     try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-    except yaml.YAMLError as error:
-        problem = getattr(error, "problem", None) or getattr(error, "reason", "cannot be read")
-        raise ConfigError(f"{path}: {text!r} is not a JSON or YAML value: {problem}") from None
-    return None if node is None else _convert(node, target)
+        node = compose(text)
+        return None if node is None else _convert(node, target)
+    except ValueError as error:
+        raise FieldError(path, f"{shown(text)} is not a JSON or YAML value: {error}") from None
 
 
 def _convert(node: Any, target: Any) -> Any:
@@ -122,11 +138,11 @@ def _convert(node: Any, target: Any) -> Any:
         return plain_scalar(node.value, target)
     if isinstance(node, yaml.SequenceNode):
         return [_convert(child, item_type(target, i)) for i, child in enumerate(node.value)]
-    values = {str(k.value): v.value for k, v in node.value if isinstance(v, yaml.ScalarNode)}
+    values = {k.value: v.value for k, v in node.value if isinstance(v, yaml.ScalarNode)}
     struct = choose_struct(target, values)
     fields = field_types(struct) if struct else {}
     other = value_type(target)
-    return {str(k.value): _convert(v, fields.get(str(k.value), other)) for k, v in node.value}
+    return {k.value: _convert(v, fields.get(k.value, other)) for k, v in node.value}
 
 
 def plain_scalar(text: str, target: Any = None) -> Any:

@@ -13,12 +13,14 @@ from msgspec import inspect
 
 from toolkit.errors import ConfigError
 
+_LONGEST_SHOWN = 120
+
 
 class FieldError(ConfigError):
     """A `ConfigError` that knows its dotted path, so that a layer can add its origin."""
 
     def __init__(self, path: str, problem: str) -> None:
-        super().__init__(f"{path}: {problem}" if path else problem)
+        super().__init__(f"{shortened(path)}: {problem}" if path else problem)
         self.path = path
 
 
@@ -29,14 +31,22 @@ def join(path: str, name: str | int) -> str:
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
     """The known name that looks most like `name`, if any does."""
-    return next(iter(difflib.get_close_matches(name, list(known), n=1)), None)
+    # Comparing takes time in proportion to the length, and nobody mistypes a name of 100 letters.
+    return next(iter(difflib.get_close_matches(name[:100], list(known), n=1)), None)
 
 
 def alternatives(target: Any) -> tuple[Any, ...]:
     """The members of a union, or the node itself; nothing for an unknown type (`None`)."""
-    if isinstance(target, inspect.UnionType):
-        return target.types
-    return () if target is None else (target,)
+    members = target.types if isinstance(target, inspect.UnionType) else (target,)
+    bare = (t.type if isinstance(t, inspect.Metadata) else t for t in members)
+    return tuple(t for t in bare if t is not None)
+
+
+def note_of(target: Any, key: str) -> Any:
+    """What `msgspec.Meta(extra={key: ...})` says of `target` or a member of it; else None."""
+    members = target.types if isinstance(target, inspect.UnionType) else (target,)
+    notes = (t.extra or {} for t in members if isinstance(t, inspect.Metadata))
+    return next((note[key] for note in notes if key in note), None)
 
 
 def struct_types(target: Any) -> list[inspect.StructType]:
@@ -63,6 +73,16 @@ def field_types(struct: inspect.StructType) -> dict[str, Any]:
     if struct.tag_field:
         fields[struct.tag_field] = inspect.LiteralType((struct.tag,))
     return fields
+
+
+def is_text(value: str) -> bool:
+    """Whether every program can read it: Unicode without lone surrogates and null characters."""
+    return "\0" not in value and not any("\ud800" <= character <= "\udfff" for character in value)
+
+
+def is_index(name: str) -> bool:
+    """Whether `name` can be the index of a list's item."""
+    return name.isascii() and name.isdigit() and len(name) < 10
 
 
 def allows_none(target: Any) -> bool:
@@ -102,13 +122,13 @@ def child_type(target: Any, name: str, path: str, values: dict[str, Any]) -> Any
             return field_types(struct)[name]
     if structs:
         raise unknown_field(path, name, structs)
-    found = item_type(target, int(name)) if name.isdigit() else None
+    found = item_type(target, int(name)) if is_index(name) else None
     found = found or value_type(target)
     if found is None:
         problem = (
             "a list; give the index of an item"
             if item_type(target, 0)
-            else f"a single value; it has no field {name!r}"
+            else f"a single value; it has no field {shown(name)}"
         )
         raise FieldError(path, problem)
     return found
@@ -159,6 +179,17 @@ def _describe_one(option: Any) -> str:
     if isinstance(option, inspect.TupleType):
         return f"a list of {len(option.item_types)}"
     return _WORDS.get(type(option), "a value")
+
+
+def shown(value: Any) -> str:
+    """`value` as a message quotes it, shortened to what fits on a line."""
+    text = repr(value)
+    return text if len(text) <= _LONGEST_SHOWN else f"{text[: _LONGEST_SHOWN - 4]}...{text[-1]}"
+
+
+def shortened(text: str) -> str:
+    """`text` as it is, cut where it is too long for a line."""
+    return text if len(text) <= 2 * _LONGEST_SHOWN else f"{text[: 2 * _LONGEST_SHOWN]}..."
 
 
 def listing(values: Iterable[Any]) -> str:

@@ -9,7 +9,8 @@ from typing import Any, Literal
 import msgspec
 
 from toolkit.config import Config
-from toolkit.config.base import check_positive
+from toolkit.config.base import Seed, check_positive
+from toolkit.config.paths import LocalPath, NewName
 from toolkit.data.instances.config import (
     FixedInstancesConfig,
     InstancesConfig,
@@ -84,11 +85,11 @@ class CustomDatasetConfig(Config, kw_only=True):
 class DatasetConfig(Config, kw_only=True):
     """A tokenized corpus: `<root>/<dataset_name>/<dataset_config>/{train,val}.bin`."""
 
-    root: str = "data"
+    root: LocalPath = "data"
     """Folder of all tokenized corpora (`--data-root`)."""
-    dataset_name: str = "corpus"
+    dataset_name: NewName = "corpus"
     """First folder level: which text."""
-    dataset_config: str = "default"
+    dataset_config: NewName = "default"
     """Second folder level: which tokenizer and settings."""
     source: SourceConfig | None = None
     """Where the text comes from; null: the token files exist already and are taken as they are,
@@ -154,7 +155,7 @@ class DataLoaderConfig(Config, kw_only=True):
     """Tokens per evaluation forward on one rank; default: the training microbatch."""
     eval_tokens: int | None = 1_048_576
     """Validation tokens per evaluation (the first ones, always the same); null: all."""
-    seed: int | None = None
+    seed: Seed | None = None
     """Seed of the data order; default: the experiment's `seed`."""
     shuffle: bool = True
     """False: instances in file order (every epoch the same)."""
@@ -179,5 +180,5 @@ class DataConfig(Config, kw_only=True):
     dataset: DatasetConfig = DatasetConfig()
     data_loader: DataLoaderConfig = DataLoaderConfig()
     store: StoreConfig = StoreConfig()
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the data order when `data_loader.seed` is null."""

@@ -15,7 +15,7 @@ from toolkit.data.config import (
     VariableInstancesConfig,
 )
 from toolkit.data.corpus_info import CorpusInfo, prepare_corpus
-from toolkit.data.tokens.prepared import PreparedDataset
+from toolkit.data.tokens.prepared import PreparedDataset, nothing_held_out
 
 if TYPE_CHECKING:
     from toolkit.data.instances.base import InstanceDataset
@@ -195,6 +195,9 @@ def _evaluation(
     found = {}
     for name, (config, prepared) in parts.items():
         if not prepared.has_split("val"):
+            line = nothing_held_out(prepared)
+            if line is not None:
+                logger.warning("no evaluation: %s", line)
             continue
         instances = open_instances(prepared, "val", config, evaluation=True)
         if instances.num_instances:

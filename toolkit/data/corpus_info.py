@@ -3,10 +3,11 @@
 Nothing here needs torch, and nothing but `prepare_corpus` writes.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from toolkit.data.config import DataConfig, DatasetConfig, MixSourceConfig
+from toolkit.data.config import DataConfig, DatasetConfig, MixSourceConfig, SourceConfig
 from toolkit.data.tokens.prepared import PreparedDataset, Split, dataset_folder, read_prepared
 
 
@@ -118,30 +119,46 @@ def read_corpus(cfg: DataConfig) -> CorpusInfo | None:
 
 def data_places(cfg: DataConfig) -> list[Path]:
     """Folders where the token files of `cfg` are, or will be."""
+    return [dataset_folder(dataset) for dataset in datasets_of(cfg)]
+
+
+def datasets_of(cfg: DataConfig) -> list[DatasetConfig]:
+    """The corpora of token files that `cfg` trains on: one, those of a mixture, or none."""
     from toolkit.data.tokens.store import localize
 
     dataset = localize(cfg.dataset, cfg.store)
     if dataset.custom is not None:
         return []
     if dataset.mix is None:
-        return [dataset_folder(dataset)]
+        return [dataset]
     from toolkit.data.order.resolve import resolve_mix
 
-    return [dataset_folder(source.dataset) for source in resolve_mix(dataset)]
+    return [source.dataset for source in resolve_mix(dataset)]
+
+
+ChangeSource = Callable[[SourceConfig | None], SourceConfig | None]
 
 
 def without_sources(dataset: DatasetConfig) -> DatasetConfig:
     """`dataset` that takes token files as they are, wherever their text is now."""
-    if dataset.mix is None:
-        return dataset.replace(source=None)
-    return dataset.replace(mix=dataset.mix.replace(sources=_as_they_are(dataset.mix.sources)))
+    return with_sources(dataset, lambda source: None)
 
 
-def _as_they_are(sources: dict[str, MixSourceConfig]) -> dict[str, MixSourceConfig]:
+def with_sources(dataset: DatasetConfig, change: ChangeSource) -> DatasetConfig:
+    """`dataset` with what `change` makes of every source."""
+    if dataset.mix is not None:
+        sources = _changed(dataset.mix.sources, change)
+        return dataset.replace(mix=dataset.mix.replace(sources=sources))
+    return dataset.replace(source=change(dataset.source))
+
+
+def _changed(
+    sources: dict[str, MixSourceConfig], change: ChangeSource
+) -> dict[str, MixSourceConfig]:
     return {
-        name: source.replace(mix=_as_they_are(source.mix))
+        name: source.replace(mix=_changed(source.mix, change))
         if isinstance(source.mix, dict)
-        else source.replace(source=None)
+        else source.replace(source=change(source.source))
         for name, source in sources.items()
     }
 

@@ -6,6 +6,8 @@ import threading
 from collections.abc import Generator
 from typing import NamedTuple, TypeVar
 
+from toolkit.threads import Thread
+
 LEAVING_SECONDS = 5.0
 """Longest wait for the reading thread (a network file system may hang)."""
 
@@ -38,7 +40,7 @@ def read_ahead(items: Generator[T, None, None], depth: int) -> Generator[T, None
         except BaseException as error:
             ready.put(_Failure(error))
 
-    thread = threading.Thread(target=read, name="data-reader", daemon=True)
+    thread = Thread(target=read, name="data-reader", daemon=True)
 
     def stop() -> None:
         closed.set()

@@ -15,10 +15,12 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from toolkit.distributed.engine import Engine
-from toolkit.distributed.environment import TrainingEnvironment
+from toolkit.distributed.environment import COLLECTIVE_TIMEOUT, TrainingEnvironment
+from toolkit.distributed.launcher import DEEPSPEED_FIXED
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+    from accelerate.utils import DistributedDataParallelKwargs
     from torch.distributed.device_mesh import DeviceMesh
 
 _LAUNCHER_PREFIXES = ("FSDP_", "PARALLELISM_CONFIG_", "ACCELERATE_DYNAMO_", "ACCELERATE_DEEPSPEED_")
@@ -60,6 +62,37 @@ def build_accelerator(
     return accelerator
 
 
+def ddp_options() -> "DistributedDataParallelKwargs":
+    """What DDP is told: every option that numbers depend on, whatever torch's defaults are."""
+    import inspect
+
+    from accelerate.utils import DistributedDataParallelKwargs
+    from torch.nn.parallel import DistributedDataParallel
+
+    options: dict[str, Any] = {
+        "dim": 0,
+        "bucket_cap_mb": 25,
+        "find_unused_parameters": False,
+        "gradient_as_bucket_view": True,
+        "static_graph": False,
+        "mixed_precision": None,
+        "init_sync": True,
+        # Nothing in a model changes but its parameters.
+        "forward_sync_buffers": False,
+        "skip_all_reduce_unused_params": False,
+    }
+    known = inspect.signature(DistributedDataParallel.__init__).parameters
+    if "forward_sync_buffers" not in known:  # its name before torch 2.13
+        options["broadcast_buffers"] = options["forward_sync_buffers"]
+    own = {name: value for name, value in options.items() if name in known}
+
+    class Options(DistributedDataParallelKwargs):
+        def to_kwargs(self) -> dict[str, Any]:
+            return own  # Accelerate's leaves out what is at Accelerate's defaults
+
+    return Options()
+
+
 def fsdp_mesh(environment: TrainingEnvironment) -> "DeviceMesh":
     """1-D mesh ("dp_shard") for FSDP, 2-D ("dp_replicate", "dp_shard") for HSDP."""
     from torch.distributed.device_mesh import init_device_mesh
@@ -72,19 +105,25 @@ def fsdp_mesh(environment: TrainingEnvironment) -> "DeviceMesh":
 
 
 def deepspeed_settings(environment: TrainingEnvironment, max_grad_norm: float | None) -> dict:
-    """The DeepSpeed JSON: the user's, under the values that we own.
+    """The DeepSpeed JSON: the user's, between our defaults and the values that we own.
 
     Loss scaling, accumulation and batch sizes are ours (SEMANTICS 1, 2); bf16 is autocast over
-    fp32 weights, not DeepSpeed's bf16 mode, which would make the weights bf16.
+    fp32 weights, not DeepSpeed's bf16 mode, which would make the weights bf16. Whatever numbers
+    depend on is said here: DeepSpeed changes its defaults (it clips at 1.0 since 0.19.3).
     """
     engine = environment.engine
-    settings = {
-        k: v for k, v in engine.deepspeed_config.items() if k not in ("bf16", "fp16", "amp")
-    }
-    zero: dict[str, Any] = {**settings.get("zero_optimization", {}), "stage": engine.zero_stage}
-    zero = {k: v for k, v in zero.items() if v != "auto"}
-    settings |= {
-        "zero_optimization": zero,
+    asked = _without_auto(engine.deepspeed_config)
+    zero = _ZERO_DEFAULTS | asked.get("zero_optimization", {}) | _ZERO_OWN
+    for part in ("offload_optimizer", "offload_param"):
+        if zero.get(part, {}).get("device") == "cpu":
+            # Copies between pageable memory and a GPU are slow and cannot run beside anything.
+            pinned = {"pin_memory": environment.device.type == "cuda"}
+            zero[part] = pinned | zero[part]
+    return {
+        **_DEFAULTS,
+        **asked,
+        **{key: value for key, (value, _) in DEEPSPEED_FIXED.items()},
+        "zero_optimization": zero | {"stage": engine.zero_stage},
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "train_batch_size": environment.world_size,
@@ -92,6 +131,8 @@ def deepspeed_settings(environment: TrainingEnvironment, max_grad_norm: float | 
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 10**9,
+        "fp16": {"enabled": False},
+        "bf16": {"enabled": False},
         "torch_autocast": {
             "enabled": engine.precision == "bf16",
             "dtype": "bfloat16",
@@ -99,7 +140,37 @@ def deepspeed_settings(environment: TrainingEnvironment, max_grad_norm: float | 
             "lower_precision_safe_modules": [],
         },
     }
-    return settings
+
+
+_DEFAULTS: dict[str, Any] = {"communication_data_type": "fp32"}
+_ZERO_DEFAULTS: dict[str, Any] = {
+    "contiguous_gradients": True,
+    "overlap_comm": True,
+    "reduce_scatter": True,
+    "allgather_partitions": True,
+    "use_multi_rank_bucket_allreduce": True,
+    "round_robin_gradients": False,
+    "ignore_unused_parameters": True,
+    "memory_efficient_linear": True,
+    "zero_hpz_partition_size": 1,
+    "zero_quantized_weights": False,
+    "zero_quantized_nontrainable_weights": False,
+    "zero_quantized_gradients": False,
+}
+"""Ours, which the user's JSON may change."""
+_ZERO_OWN: dict[str, Any] = {
+    # The norm is logged, and a step whose norm is not finite is skipped.
+    "compute_grad_norm": True,
+}
+
+
+def _without_auto(settings: dict[str, Any]) -> dict[str, Any]:
+    """`settings` without what Accelerate's users leave to it."""
+    return {
+        key: _without_auto(value) if isinstance(value, dict) else value
+        for key, value in settings.items()
+        if value != "auto"
+    }
 
 
 def quiet_third_parties(environment: TrainingEnvironment) -> None:
@@ -153,7 +224,9 @@ def init_deepspeed(environment: TrainingEnvironment) -> None:
     backend_module.build_shm_op = lambda: None
     os.environ.setdefault("LOCAL_RANK", str(environment.local_rank))
     backend = "gloo" if environment.device.type == "cpu" else "nccl"
-    deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False)
+    deepspeed.init_distributed(
+        backend, auto_mpi_discovery=False, verbose=False, timeout=COLLECTIVE_TIMEOUT
+    )
 
 
 @contextmanager

@@ -5,9 +5,12 @@ from typing import Any, Literal
 import msgspec
 
 from toolkit.config import Config
-from toolkit.config.base import check_positive
+from toolkit.config.base import check_not_negative, check_positive
 
 DType = Literal["float32", "bfloat16"]
+WrappingStrategy = Literal["blocks", "full", "fine_grained"]
+
+_FSDP_ONLY = ("reduce_dtype", "reshard_after_forward", "wrapping_strategy", "prefetch_factor")
 
 
 class DataParallelConfig(Config, kw_only=True):
@@ -27,6 +30,13 @@ class DataParallelConfig(Config, kw_only=True):
     reshard_after_forward: bool = True
     """`fsdp`, `hsdp`: free gathered weights after each block's forward (less memory, one more
     gather in backward)."""
+    wrapping_strategy: WrappingStrategy = "blocks"
+    """`fsdp`, `hsdp`: what is gathered at once. `blocks`: a block, and all that is outside of
+    blocks; `full`: the output head by itself too; `fine_grained`: besides, attention and
+    feed-forward of each block by themselves (less memory, more and smaller gathers)."""
+    prefetch_factor: int = 0
+    """`fsdp`, `hsdp`: gather this many units ahead of the one that is computed, forward and
+    backward; 0: FSDP2's own choice, none forward and one backward."""
     cpu_offload: bool = False
     """Keep the optimizer state in host memory, and the sharded weights too where the engine shards
     them (`fsdp`, `hsdp`, `zero3`)."""
@@ -35,6 +45,12 @@ class DataParallelConfig(Config, kw_only=True):
 
     def __post_init__(self) -> None:
         check_positive(self, "num_replicas", "shard_degree")
+        check_not_negative(self, "prefetch_factor")
+        if self.name not in ("fsdp", "hsdp"):
+            plain = DataParallelConfig(name="fsdp")
+            given = [name for name in _FSDP_ONLY if getattr(self, name) != getattr(plain, name)]
+            if given:
+                raise ValueError(f"{' and '.join(given)} needs fsdp or hsdp, not {self.name}")
         if self.name != "hsdp" and (self.num_replicas or self.shard_degree):
             raise ValueError("num_replicas and shard_degree need name: hsdp")
         if self.cpu_offload and self.name in ("single", "ddp"):
@@ -56,5 +72,11 @@ class ActivationCheckpointingConfig(Config, kw_only=True):
 
     def __post_init__(self) -> None:
         check_positive(self, "block_interval")
+        for name, mode, default in (
+            ("block_interval", "selected_blocks", 2),
+            ("budget", "budget", 0.5),
+        ):
+            if self.mode != mode and getattr(self, name) != default:
+                raise ValueError(f"{name} goes with mode: {mode}, not {self.mode}")
         if not 0.0 <= self.budget <= 1.0:
             raise ValueError(f"budget must lie between 0 and 1, not {self.budget}")

@@ -10,11 +10,12 @@ from typing import Any, Literal
 
 import msgspec
 
-from toolkit.distributed.config import DataParallelConfig
+from toolkit.distributed.config import DataParallelConfig, WrappingStrategy
 from toolkit.distributed.launcher import (
     EngineChoice,
     EngineName,
     check_deepspeed,
+    deepspeed_notices,
     launcher_choice,
     launcher_notices,
     launcher_precision,
@@ -44,6 +45,8 @@ class Engine(msgspec.Struct, frozen=True, kw_only=True):
     """Ranks that share one copy."""
     reduce_dtype: Literal["float32", "bfloat16"] = "float32"
     reshard_after_forward: bool = True
+    wrapping_strategy: WrappingStrategy = "blocks"
+    prefetch_factor: int = 0
     cpu_offload: bool = False
     """`fsdp`, `hsdp`: shards and optimizer state live in host memory."""
     deepspeed_config: dict[str, Any] = {}
@@ -70,6 +73,8 @@ class Engine(msgspec.Struct, frozen=True, kw_only=True):
             shard_degree=self.shard_degree if is_hsdp else None,
             reduce_dtype=self.reduce_dtype,
             reshard_after_forward=self.reshard_after_forward,
+            wrapping_strategy=self.wrapping_strategy,
+            prefetch_factor=self.prefetch_factor,
             cpu_offload=self.cpu_offload,
             deepspeed_config=self.deepspeed_config,
         )
@@ -112,6 +117,8 @@ def resolve_engine(
         shard_degree=shards,
         reduce_dtype=choice.reduce_dtype,
         reshard_after_forward=choice.reshard_after_forward,
+        wrapping_strategy=choice.wrapping_strategy,
+        prefetch_factor=choice.prefetch_factor,
         cpu_offload=choice.cpu_offload,
         deepspeed_config=choice.deepspeed_config,
         notices=(*notices, *choice.notices, *launcher_notices(environ)),
@@ -128,7 +135,13 @@ def _config_choice(config: DataParallelConfig | None) -> EngineChoice | None:
         return None
     is_zero = config.name.startswith("zero")
     deepspeed = config.deepspeed_config
-    check_deepspeed(deepspeed, f"{DP_CONFIG}.deepspeed_config")
+    where = f"{DP_CONFIG}.deepspeed_config"
+    check_deepspeed(deepspeed, where)
+    stage = deepspeed.get("zero_optimization", {}).get("stage", "auto")  # an object: checked
+    if is_zero and str(stage) not in ("auto", config.name.removeprefix("zero")):
+        raise ConfigError(
+            f"{where} says stage {stage}, {DP_CONFIG}.name says {config.name}; keep one of them"
+        )
     if is_zero and config.cpu_offload:
         parts = ("optimizer", "param") if config.name == "zero3" else ("optimizer",)
         deepspeed = with_offload(deepspeed, *parts)
@@ -139,8 +152,11 @@ def _config_choice(config: DataParallelConfig | None) -> EngineChoice | None:
         shard_degree=config.shard_degree,
         reduce_dtype=config.reduce_dtype,
         reshard_after_forward=config.reshard_after_forward,
+        wrapping_strategy=config.wrapping_strategy,
+        prefetch_factor=config.prefetch_factor,
         cpu_offload=config.cpu_offload and not is_zero,
         deepspeed_config=deepspeed,
+        notices=deepspeed_notices(deepspeed, where),
     )
 
 
@@ -165,7 +181,8 @@ def _merge(launched: EngineChoice, configured: EngineChoice) -> EngineChoice:
                 "keep one of them"
             )
         merged[field] = theirs if ours == unset else ours
-    return msgspec.structs.replace(launched, **merged)
+    notices = tuple(dict.fromkeys((*launched.notices, *configured.notices)))
+    return msgspec.structs.replace(launched, notices=notices, **merged)
 
 
 def _mesh(choice: EngineChoice, world_size: int) -> tuple[int, int]:

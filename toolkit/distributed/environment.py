@@ -24,7 +24,8 @@ from toolkit.distributed.config import DataParallelConfig
 from toolkit.distributed.cpu import tune_cpu
 from toolkit.distributed.engine import Engine, Precision, offloads, resolve_engine
 from toolkit.distributed.launcher import rank_of, world_size_of
-from toolkit.distributed.store import elastic_store
+from toolkit.distributed.launcher_checks import is_one_machine, loopback_interface
+from toolkit.distributed.rendezvous import open_store
 from toolkit.errors import ConfigError, RunError
 
 log = logging.getLogger(__name__)
@@ -154,8 +155,11 @@ def prepare_training_environment(
     if config.trainer.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-        # Their backward passes add up in any order; flash attention has a fixed one.
-        torch.backends.cuda.enable_mem_efficient_sdp(False)
+        # Nothing here reads memory that it has not written: filling it would cost a pass over every
+        # new tensor.
+        torch.utils.deterministic.fill_uninitialized_memory = False
+        # Its backward adds up in any order. Flash attention and the memory-efficient kernel, which
+        # fp32 needs, have a fixed one in this mode.
         torch.backends.cuda.enable_cudnn_sdp(False)
     if device.type == "cpu" or offloads(engine.as_config()):
         tune_cpu(local_world_size=local_world_size)
@@ -281,6 +285,15 @@ def _forget_deepspeed_groups() -> None:
         groups._WORLD_GROUP = groups.mesh_device = None
 
 
+def set_collective_timeouts() -> None:
+    """Give all process groups of this process our time-out; torch and DeepSpeed make some (meshes,
+    sub-groups) with their own, ten minutes for NCCL."""
+    if not dist.is_initialized():
+        return
+    for group in list(dist.distributed_c10d._world.pg_map):
+        dist.distributed_c10d._set_pg_timeout(COLLECTIVE_TIMEOUT, group)
+
+
 def _init_process_group(device: torch.device, world_size: int) -> None:
     _closed_backends.clear()
     if dist.is_initialized():
@@ -293,13 +306,22 @@ def _init_process_group(device: torch.device, world_size: int) -> None:
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     for name, value in (("MASTER_PORT", "0"), ("RANK", "0"), ("WORLD_SIZE", "1")):
         os.environ.setdefault(name, value)
+    if is_one_machine(os.environ):
+        # Nobody on another machine needs to reach this one.
+        for library in ("GLOO", "NCCL"):
+            os.environ.setdefault(f"{library}_SOCKET_IFNAME", loopback_interface())
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    extra: dict[str, Any] = {"device_id": device} if device.type == "cuda" else {}
+    extra: dict[str, Any] = {}
+    if device.type == "cuda" and world_size > 1:
+        # Alone there is nobody to connect to; torch would open a communicator for every group.
+        extra["device_id"] = device
     if world_size == 1:
         # A private in-memory store: no port, so parallel runs on one machine cannot collide.
         extra |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-    elif (store := elastic_store(rank_of(os.environ), world_size, COLLECTIVE_TIMEOUT)) is not None:
-        extra |= {"store": store, "rank": rank_of(os.environ), "world_size": world_size}
+    else:
+        rank = rank_of(os.environ)
+        store = open_store(rank, world_size, COLLECTIVE_TIMEOUT)
+        extra |= {"store": store, "rank": rank, "world_size": world_size}
     dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT, **extra)
 
 

@@ -5,14 +5,15 @@
 a notice, never silence. No torch here: `--dry-run` asks too.
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
 
+from toolkit.distributed.config import WrappingStrategy
 from toolkit.errors import ConfigError
+from toolkit.storage.foreign import read_json
 
 EngineName = Literal["single", "ddp", "fsdp", "hsdp", "zero1", "zero2", "zero3"]
 
@@ -21,8 +22,20 @@ _OURS_IN_DEEPSPEED = {
     "gradient_accumulation_steps": "train_module.rank_microbatch_size",
     "train_batch_size": "data_loader.global_batch_size",
     "train_micro_batch_size_per_gpu": "train_module.rank_microbatch_size",
+    "torch_autocast": "train_module.precision",
+    "activation_checkpointing": "train_module.ac_config",
 }
 """Keys of DeepSpeed's JSON that the config of the run decides."""
+
+DEEPSPEED_FIXED: dict[str, tuple[Any, str]] = {
+    "prescale_gradients": (False, "gradients are added up in fp32 and divided afterwards"),
+    "gradient_predivide_factor": (1.0, "gradients are added up in fp32 and divided afterwards"),
+    "gradient_allreduce_op": ("mean", "the loss is a mean over all ranks"),
+    "managed_gradient_accumulation": (True, "train_module.rank_microbatch_size decides"),
+    "disable_allgather": (False, "every rank needs the updated weights"),
+    "data_types": ({"grad_accum_dtype": "fp32"}, "gradients are accumulated in fp32"),
+}
+"""Key of DeepSpeed's JSON -> the one value that it may have here, and why."""
 
 
 class EngineChoice(msgspec.Struct, frozen=True, kw_only=True):
@@ -34,6 +47,8 @@ class EngineChoice(msgspec.Struct, frozen=True, kw_only=True):
     shard_degree: int | None = None
     reduce_dtype: Literal["float32", "bfloat16"] = "float32"
     reshard_after_forward: bool = True
+    wrapping_strategy: WrappingStrategy = "blocks"
+    prefetch_factor: int = 0
     cpu_offload: bool = False
     """Of FSDP and HSDP; ZeRO's is in `deepspeed_config`."""
     deepspeed_config: dict[str, Any] = {}
@@ -125,8 +140,12 @@ def check_deepspeed(config: Mapping[str, Any], where: str) -> None:
     """Refuse what a DeepSpeed JSON may not say here.
 
     Raises:
-        ConfigError: an optimizer or scheduler, fp16, or offload to anything but the CPU.
+        ConfigError: an optimizer or scheduler, fp16, another reduction of gradients than ours, or
+            offload to anything but the CPU.
     """
+    for key, (value, reason) in DEEPSPEED_FIXED.items():
+        if config.get(key, value) not in (value, "auto"):
+            raise ConfigError(f"{where}: remove {key!r} there ({config[key]}): {reason}")
     for owned, ours in (("optimizer", "optim"), ("scheduler", "scheduler")):
         if owned in config:
             raise ConfigError(
@@ -135,10 +154,28 @@ def check_deepspeed(config: Mapping[str, Any], where: str) -> None:
     if _section(config, "fp16").get("enabled") is True:
         raise ConfigError(f"{where}: fp16 is not supported; use train_module.precision: bf16")
     zero = _section(config, "zero_optimization")
+    for holder, name in (
+        (config, "zero_optimization"),
+        (zero, "offload_optimizer"),
+        (zero, "offload_param"),
+    ):
+        if not isinstance(holder.get(name, {}), dict):
+            raise ConfigError(f"{where}: {name} must be an object, not {holder[name]!r}")
+    if zero.get("compute_grad_norm", True) is False:
+        raise ConfigError(f"{where}: remove 'compute_grad_norm' there; the norm is always needed")
     for part in ("offload_optimizer", "offload_param"):
         device = _section(zero, part).get("device", "none")
         if device not in ("cpu", "none"):
             raise ConfigError(f"{where}: {part} to {device} is not supported; use cpu or none")
+
+
+def deepspeed_notices(config: Mapping[str, Any], where: str) -> tuple[str, ...]:
+    """One line for each key of a DeepSpeed JSON that the run's config decides instead."""
+    return tuple(
+        _notice(where, key, ours)
+        for key, ours in _OURS_IN_DEEPSPEED.items()
+        if config.get(key, "auto") != "auto"
+    )
 
 
 def offloads_to_cpu(config: Mapping[str, Any]) -> bool:
@@ -170,11 +207,7 @@ def _deepspeed_choice(environ: Mapping[str, str]) -> EngineChoice:
         config = {"zero_optimization": zero} if zero else {}
         file = origin
     check_deepspeed(config, file)
-    notices = tuple(
-        _notice(file, key, ours)
-        for key, ours in _OURS_IN_DEEPSPEED.items()
-        if config.get(key, "auto") != "auto"
-    )
+    notices = deepspeed_notices(config, file)
     fallback = environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
     stage = _section(config, "zero_optimization").get("stage", fallback)
     if str(stage) not in ("1", "2", "3"):
@@ -185,12 +218,9 @@ def _deepspeed_choice(environ: Mapping[str, str]) -> EngineChoice:
 
 def _read_json(file: str, origin: str) -> dict[str, Any]:
     try:
-        config = json.loads(Path(file).read_text())
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{origin}: cannot read the DeepSpeed config {file}: {error}") from None
-    if not isinstance(config, dict):
-        raise ConfigError(f"{origin}: {file} holds no JSON object")
-    return config
+        return read_json(Path(file), ConfigError)
+    except (FileNotFoundError, ConfigError) as error:
+        raise ConfigError(f"{origin}: cannot read the DeepSpeed config: {error}") from None
 
 
 def _notice(origin: str, option: str, ours: str) -> str:

@@ -4,12 +4,15 @@ Errors that end a run are shown by the command line, with one line on the consol
 are in the files.
 """
 
+import contextlib
 import logging
 import socket
 import sys
 from pathlib import Path
 
 from rich import get_console
+
+from toolkit.config.secrets import mask_secrets
 
 _FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
@@ -18,14 +21,39 @@ class _ConsoleHandler(logging.Handler):
     """Through rich's shared console, so that lines do not tear a progress bar."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        text = record.getMessage()
+        text = mask_secrets(record.getMessage())
         if record.levelno >= logging.WARNING:
             text = f"{record.levelname.lower()}: {text}"
-        console = get_console()
-        if console.is_terminal:
-            console.print(text, markup=False, highlight=False, soft_wrap=True)
-        else:
-            sys.stderr.write(text + "\n")
+        # A console that is gone takes nothing with it; SystemExit is how rich tells of a pipe.
+        with contextlib.suppress(OSError, ValueError, SystemExit):
+            console = get_console()
+            if console.is_terminal:
+                console.print(text, markup=False, highlight=False, soft_wrap=True)
+            else:
+                sys.stderr.write(text + "\n")
+
+
+class _LogFile(logging.FileHandler):
+    """Loses lines that cannot be written, and says so once."""
+
+    _has_failed = False
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if not self._has_failed:
+            self._has_failed = True
+            error = sys.exc_info()[1]
+            logging.getLogger("toolkit").warning("%s: lines are lost: %s", self.baseFilename, error)
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            super().close()
+
+
+class _MaskingFormatter(logging.Formatter):
+    """Log files stay with the run: no secrets in lines or tracebacks."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return str(mask_secrets(super().format(record)))
 
 
 def setup_logging(rank: int) -> None:
@@ -43,10 +71,17 @@ def setup_logging(rank: int) -> None:
 
 
 def add_log_file(folder: Path, rank: int) -> logging.Handler:
-    """Append everything from INFO on to `folder/rank{rank}.log`; returns the handler to remove."""
-    folder.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(folder / f"rank{rank}.log")
-    handler.setFormatter(logging.Formatter(_FORMAT))
+    """Append everything from INFO on to `folder/rank{rank}.log`; returns the handler to remove.
+
+    Where no file can be opened the handler does nothing, and a warning says so.
+    """
+    try:
+        folder.mkdir(exist_ok=True)
+        handler: logging.Handler = _LogFile(folder / f"rank{rank}.log")
+    except OSError as error:
+        logging.getLogger("toolkit").warning("no log file: %s", error)
+        handler = logging.NullHandler()
+    handler.setFormatter(_MaskingFormatter(_FORMAT))
     logging.getLogger("toolkit").addHandler(handler)
     return handler
 

@@ -6,7 +6,9 @@ Initial values depend on (seed, parameter name, shape) only, so every engine sta
 numbers; each rank draws just the slices it keeps. A model that has storage keeps its values.
 """
 
-from typing import TYPE_CHECKING
+import logging
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,8 +19,10 @@ from toolkit.distributed.config import ActivationCheckpointingConfig
 from toolkit.distributed.environment import TrainingEnvironment
 from toolkit.models.init import InitSpec, canonical_parameters, fill_flat_, init_spec
 
-if TYPE_CHECKING:
-    from torch.distributed.tensor import DTensor
+log = logging.getLogger(__name__)
+
+LARGEST_SHARE = 1.1
+"""Most that a rank may hold of stacked matrices, as a multiple of an even share."""
 
 
 def materialize(
@@ -36,6 +40,9 @@ def materialize(
         from toolkit.models.compile import compile_model as compile_parts
 
         compile_parts(model)  # type: ignore[arg-type]
+        # Blocks are compiled one by one. DDP's own splitting would cut each of them again, where
+        # a bucket of gradients ends.
+        torch._dynamo.config.optimize_ddp = False  # type: ignore[attr-defined]
     engine = environment.engine
     if engine.zero_stage == 3:
         _partition(model, environment, specs)
@@ -53,61 +60,117 @@ def materialize(
     return model
 
 
-def local_range(parameter: torch.Tensor) -> tuple[torch.Tensor, int]:
-    """This rank's slice of a parameter and where it starts in the flattened whole.
+def local_runs(parameter: torch.Tensor) -> Iterator[tuple[torch.Tensor, int]]:
+    """This rank's elements of a parameter: contiguous runs of the flattened whole, each with the
+    place where it starts there.
 
-    FSDP2 shards dimension 0, so a local shard is one contiguous range of the row-major whole.
+    One run where FSDP2 shards dimension 0; else one for each index before the sharded dimension.
     """
-    from torch.distributed.tensor import DTensor
-
-    if not isinstance(parameter, DTensor):
-        return parameter, 0
-    local = parameter.to_local()
-    first_row = _first_row(parameter)
-    return local, first_row * parameter.shape[1:].numel()
-
-
-def _first_row(parameter: "DTensor") -> int:
+    from torch.distributed.tensor import DTensor, Shard
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+    if not isinstance(parameter, DTensor):
+        yield parameter.view(-1), 0
+        return
+    local: torch.Tensor = parameter.to_local()
+    if not local.numel():
+        return
     _, offset = compute_local_shape_and_global_offset(
         parameter.shape, parameter.device_mesh, parameter.placements
     )
-    return offset[0] if offset else 0
+    dim = next(place.dim for place in parameter.placements if isinstance(place, Shard))
+    inner = parameter.shape[dim + 1 :].numel()
+    for index, run in enumerate(local.view(parameter.shape[:dim].numel(), -1)):
+        yield run, (index * parameter.shape[dim] + offset[dim]) * inner
+
+
+def sharded_dimension(shape: torch.Size, ranks: int) -> int:
+    """Along which dimension FSDP shards a parameter.
+
+    Stacked matrices of experts go to ranks whole, as every parameter goes by rows. Where that
+    leaves some rank more than `LARGEST_SHARE` times its share (more ranks than experts: some have
+    none), it is the first dimension that ranks divide, if there is one: FSDP2 shards only
+    dimension 0 unevenly.
+    """
+    if len(shape) < 3 or -(-shape[0] // ranks) * ranks <= LARGEST_SHARE * shape[0]:
+        return 0
+    return next((d for d in range(1, len(shape)) if shape[d] % ranks == 0), 0)
 
 
 def _shard(model: nn.Module, environment: TrainingEnvironment) -> None:
     from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+    from torch.distributed.tensor import Shard
 
     engine = environment.engine
     dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
     policy = MixedPrecisionPolicy(
         param_dtype=torch.bfloat16 if engine.precision == "bf16" else None,
         reduce_dtype=dtypes[engine.reduce_dtype],
+        output_dtype=None,
         cast_forward_inputs=False,
     )
     options: dict = {"mesh": fsdp_mesh(environment), "mp_policy": policy}
+    ranks = options["mesh"]["dp_shard"].size()
+    options["shard_placement_fn"] = lambda p: Shard(sharded_dimension(p.shape, ranks))
     if engine.cpu_offload:
         options["offload_policy"] = CPUOffloadPolicy(pin_memory=environment.device.type == "cuda")
+    _warn_of_uneven_shards(model, environment, ranks)
+    units = []
     for block in model.blocks:  # type: ignore[union-attr]
-        fully_shard(block, reshard_after_forward=engine.reshard_after_forward, **options)
+        parts = [block]
+        if engine.wrapping_strategy == "fine_grained":
+            parts += [block.attention, block.feed_forward]  # type: ignore[union-attr, operator]
+        for part in reversed(parts):  # inner ones first
+            fully_shard(part, reshard_after_forward=engine.reshard_after_forward, **options)
+        units += parts
+    if engine.wrapping_strategy != "blocks":
+        units.append(fully_shard(model.head, reshard_after_forward=False, **options))
     # The root holds embedding and head, which the forward needs first and last: never resharded
     # in between.
     fully_shard(model, reshard_after_forward=False, **options)
+    # What torch has as defaults, but may change: gradients are reduced every microbatch, as a mean
+    # that the collective takes where it can.
+    model.set_requires_gradient_sync(True)  # type: ignore[operator]
+    model.set_requires_all_reduce(True)  # type: ignore[operator]
+    model.set_reshard_after_backward(True)  # type: ignore[operator]
+    model.set_force_sum_reduction_for_comms(False)  # type: ignore[operator]
+    _prefetch(units, engine.prefetch_factor)
+
+
+def _warn_of_uneven_shards(model: nn.Module, environment: TrainingEnvironment, ranks: int) -> None:
+    for name, parameter in canonical_parameters(model).items():
+        rows = parameter.shape[sharded_dimension(parameter.shape, ranks)]
+        share = -(-rows // ranks) * ranks / rows
+        if parameter.dim() > 2 and share > LARGEST_SHARE and environment.is_main:
+            log.warning(
+                "%s %s: %d ranks divide none of its dimensions, and some hold %.1f times their "
+                "share of memory; another number of ranks (or HSDP's shard_degree) would not",
+                name, tuple(parameter.shape), ranks, share,
+            )  # fmt: skip
+            return  # of the first; the others are like it
+
+
+def _prefetch(units: list[Any], number: int) -> None:
+    """Let each unit, when it is computed, start to gather the next `number` of them."""
+    if not number:
+        return
+    for index, unit in enumerate(units):
+        unit.set_modules_to_forward_prefetch(units[index + 1 : index + 1 + number])
+        unit.set_modules_to_backward_prefetch(units[max(0, index - number) : index][::-1])
 
 
 def _initialize(model: nn.Module, specs: dict[str, InitSpec], seed: int) -> None:
     for name, parameter in canonical_parameters(model).items():
         with torch.no_grad():
-            local, start = local_range(parameter)
-            fill_flat_(
-                local.view(-1),
-                name=name,
-                numel=parameter.numel(),
-                start=start,
-                spec=specs[name],
-                seed=seed,
-            )
+            for run, start in local_runs(parameter):
+                fill_flat_(
+                    run,
+                    name=name,
+                    numel=parameter.numel(),
+                    start=start,
+                    spec=specs[name],
+                    seed=seed,
+                )
 
 
 def _partition(

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from toolkit.distributed.accelerator import build_accelerator
+from toolkit.distributed.accelerator import build_accelerator, ddp_options
 from toolkit.distributed.environment import TrainingEnvironment
 from toolkit.distributed.runtime import BuildOptimizer, EngineRuntime, StepOutcome, reset_state
 from toolkit.models.init import canonical_parameters
@@ -48,13 +48,9 @@ class PlainRuntime(EngineRuntime):
         self._create_optimizer_state()
 
     def _prepare(self) -> nn.Module:
-        from accelerate.utils import DistributedDataParallelKwargs
-
         own_lists = [list(group["params"]) for group in self.optimizer.param_groups]
         if self.environment.engine.name == "ddp":
-            self._accelerator.ddp_handler = DistributedDataParallelKwargs(
-                gradient_as_bucket_view=True
-            )
+            self._accelerator.ddp_handler = ddp_options()
         model, _ = self._accelerator.prepare(self.module, self.optimizer)
         # Accelerate points the optimizer at the model's DTensors; ours are their local tensors.
         for group, own in zip(self.optimizer.param_groups, own_lists, strict=True):
@@ -71,11 +67,12 @@ class PlainRuntime(EngineRuntime):
         run would not be bit-equal to that of a run that goes on.
         """
         trainable = [p for p in self.module.parameters() if p.requires_grad]
-        zero_from_all = lambda: torch.stack([p.sum() for p in trainable]).sum() * 0.0  # noqa: E731
+        zero_from_all = lambda _: torch.stack([p.sum() for p in trainable]).sum() * 0.0  # noqa: E731
         before = vars(self.module).get("forward")
         self.module.forward = zero_from_all
         try:
-            model().backward()
+            # On GPUs, where DDP has device_ids, it moves its inputs and fails without any.
+            model(torch.zeros((), device=self.environment.device)).backward()
         finally:
             del self.module.forward
             if before is not None:
@@ -163,6 +160,11 @@ class PlainRuntime(EngineRuntime):
             norms = torch._foreach_norm(grads)
             total = torch.stack(norms).square().sum().to(device)
         dist.all_reduce(total, group=self.shard_group)
+        if self.environment.engine.name == "hsdp":
+            # Each replica has added up its shards by itself, perhaps in another order: one bit less
+            # and it would clip, and drift, otherwise than its twins.
+            assert self._mesh is not None, "sharded"
+            dist.broadcast(total, group=self._mesh.get_group("dp_replicate"), group_src=0)
         return total.sqrt()
 
     def _create_optimizer_state(self) -> None:

@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from toolkit.distributed.environment import TrainingEnvironment
+from toolkit.distributed.environment import TrainingEnvironment, set_collective_timeouts
 from toolkit.distributed.runtime import BuildOptimizer, EngineRuntime
 
 
@@ -17,10 +17,14 @@ def prepare_runtime(
 
     `build_optimizer` gets trainable and frozen parameters by canonical name.
     """
+    runtime: EngineRuntime
     if environment.engine.zero_stage:
         from toolkit.distributed.zero import ZeroRuntime
 
-        return ZeroRuntime(environment, module, build_optimizer, max_grad_norm=max_grad_norm)
-    from toolkit.distributed.plain import PlainRuntime
+        runtime = ZeroRuntime(environment, module, build_optimizer, max_grad_norm=max_grad_norm)
+    else:
+        from toolkit.distributed.plain import PlainRuntime
 
-    return PlainRuntime(environment, module, build_optimizer)
+        runtime = PlainRuntime(environment, module, build_optimizer)
+    set_collective_timeouts()
+    return runtime

@@ -6,6 +6,9 @@ from typing import Any
 import msgspec
 
 from toolkit.errors import DataError
+from toolkit.storage.foreign import read_bytes, reason_of
+
+MAX_PROMPTS_BYTES = 1 << 30
 
 
 class Prompt(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -25,9 +28,9 @@ def read_prompts(path: Path) -> list[Prompt]:
         DataError: it cannot be read, or a line holds something else.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise DataError(f"--file: {path}: cannot be read: {error.strerror}") from None
+        lines = read_bytes(path, DataError, max_bytes=MAX_PROMPTS_BYTES).decode().splitlines()
+    except FileNotFoundError:
+        raise DataError(f"--file: {path}: cannot be read: No such file or directory") from None
     except UnicodeDecodeError as error:
         raise DataError(f"--file: {path}: not UTF-8 at byte {error.start}") from None
     is_jsonl = path.suffix.lower() in (".jsonl", ".ndjson")
@@ -52,8 +55,8 @@ def completed(prompt: Prompt, text: str) -> dict[str, Any]:
 def _parse(line: str, where: str) -> Prompt:
     try:
         found = msgspec.json.decode(line, type=Prompt)
-    except msgspec.DecodeError as error:
-        raise DataError(f"{where}: {error}") from None
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise DataError(f"{where}: {reason_of(error)}") from None
     if (found.prompt is None) == (found.messages is None):
         raise DataError(f'{where}: give an object with "prompt", or one with "messages"')
     if any(not {"role", "content"} <= message.keys() for message in found.messages or ()):

@@ -41,8 +41,8 @@ class TokenSums(NamedTuple):
 
     def numbers(self) -> dict[str, Any]:
         """`loss` (nats per target), `ppl`, `num_targets`, `seconds`, and where the text is known,
-        `bits_per_byte` = nats / ln 2 / bytes."""
-        mean = self.loss / max(1.0, self.num_targets)
+        `bits_per_byte` = nats / ln 2 / bytes. Without targets there is no mean: NaN."""
+        mean = self.loss / self.num_targets if self.num_targets else math.nan
         numbers: dict[str, Any] = {
             "loss": mean,
             "ppl": math.exp(min(mean, 700.0)),

@@ -4,6 +4,7 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
+from toolkit.data.text.instructions import template_process
 from toolkit.errors import ConfigError
 from toolkit.evaluate.continuation import Continuation, Sampling
 
@@ -133,12 +134,16 @@ class TextGenerator:
 
     def _render(self, messages: Sequence[Message]) -> str:
         self.check_chat()
+        # What `apply_chat_template` of the tokenizer does, within limits of time and memory.
+        request = {
+            "conversations": [list(messages)],
+            "chat_template": self._tokenizer.get_chat_template(),
+            "add_generation_prompt": True,
+            **self._tokenizer.special_tokens_map,
+        }
         try:
-            return self._tokenizer.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=True
-            )
-        except Exception as error:  # templates raise what they like
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            return template_process.render(request)[0]
+        except template_process.TemplateError as reason:
             raise ConfigError(
                 f"{self._name}: its chat template refuses this conversation: {reason}"
             ) from None
@@ -154,8 +159,7 @@ class TextGenerator:
         from toolkit.data.tokenizers.tokenizer import TOKENIZER_CONFIG_FILE, Tokenizer
         from toolkit.data.tokens.stops import turn_ends
 
-        named = self._tokenizer.chat_template
-        template = named.get("default") if isinstance(named, dict) else named
+        template = self._tokenizer.chat_template
         own = Tokenizer(
             BackendTokenizer.from_str(backend.to_str()),
             self._tokenizer.eos_token,

@@ -9,9 +9,11 @@ from toolkit.data.config import BPETokenizerConfig, ByteTokenizerConfig, Tokeniz
 from toolkit.data.corpus_info import CorpusInfo
 from toolkit.data.tokens.prepared import require_ids
 from toolkit.distributed.cpu import asked_threads
-from toolkit.errors import ConfigError, DataError
+from toolkit.errors import ConfigError, DataError, ErrorList
 from toolkit.experiment.config import ExperimentConfig
+from toolkit.models.parameters import TrainedParameters, parameter_shapes, trained_parameters
 from toolkit.train.config import NO_BASE
+from toolkit.wording import count
 
 BYTE_VOCAB_SIZE = 257
 """256 byte values and the end of a document."""
@@ -21,18 +23,52 @@ GLOBAL_BATCH = "data_loader.global_batch_size"
 MICROBATCH = "train_module.rank_microbatch_size"
 
 
+_FAR = 100_000
+"""How far a number that works is looked for."""
+
+
 def check_experiment(config: ExperimentConfig, world_size: int) -> None:
     """Check that the sections of `config` fit each other on `world_size` ranks.
 
     Raises:
         ConfigError: batch sizes that do not divide, a sequence longer than the model takes, a
-            vocabulary smaller than the tokenizer's, or an adapter on no model; or
-            TOOLKIT_NUM_THREADS is no number.
+            vocabulary smaller than the tokenizer's, a pattern that matches no parameter, or an
+            adapter on no model; or TOOLKIT_NUM_THREADS is no number.
     """
-    asked_threads(os.environ)
-    _check_sequence(config)
-    _check_vocabulary(config)
-    _check_batches(config, world_size)
+    checks = (
+        lambda: asked_threads(os.environ),
+        lambda: _check_sequence(config),
+        lambda: _check_vocabulary(config),
+        lambda: _check_batches(config, world_size),
+        lambda: check_parameters(config),
+        lambda: _check_adapter(config),
+    )
+    found = ErrorList()
+    for check in checks:
+        with found.collecting():
+            check()
+    found.raise_any()
+
+
+def check_parameters(config: ExperimentConfig) -> TrainedParameters:
+    """Check the patterns of `freeze`, `lora` and `optim.group_overrides` against the model's names;
+    which parameters there are, and which of them are trained.
+
+    Raises:
+        ConfigError: a pattern matches nothing, nothing is left to train, or a setting is not the
+            optimizer's.
+    """
+    module, model, found = config.train_module, config.model.to_transformer(), ErrorList()
+    with found.collecting():
+        names = parameter_shapes(model, module.lora)
+        with found.collecting():
+            module.optim.check_groups(names)
+        parameters = trained_parameters(model, freeze=module.freeze, lora=module.lora)
+    found.raise_any()
+    return parameters
+
+
+def _check_adapter(config: ExperimentConfig) -> None:
     trainer = config.trainer
     if config.train_module.lora is not None and (
         trainer.load_path is None or trainer.load_strategy == "never"
@@ -118,22 +154,27 @@ def _check_batches(config: ExperimentConfig, world_size: int) -> None:
     sequence = config.dataset.sequence_length
     batch = config.data_loader.global_batch_size
     microbatch = rank_microbatch_size(config, world_size)
-    ranks = f"{world_size} rank" + ("s" if world_size > 1 else "")
-    _check_multiple(GLOBAL_BATCH, batch, sequence * world_size, f"{SEQUENCE} {sequence} x {ranks}")
-    _check_multiple(MICROBATCH, microbatch, sequence, f"{SEQUENCE} {sequence}")
+    ranks, found = count(world_size, "rank"), ErrorList()
+    per_sequence = f"{SEQUENCE} {sequence}"
+    with found.collecting():
+        _check_multiple(GLOBAL_BATCH, batch, sequence * world_size, f"{per_sequence} x {ranks}")
+    if config.train_module.rank_microbatch_size is not None:
+        with found.collecting():
+            _check_multiple(MICROBATCH, microbatch, sequence, per_sequence)
+    if not found.errors and batch % (unit := microbatch * world_size):
+        works = _around(batch // (sequence * world_size), microbatch // sequence)
+        found.add(
+            ConfigError(
+                f"{GLOBAL_BATCH} {batch} is not divisible by {MICROBATCH} {microbatch} x {ranks} "
+                f"= {unit}; nearest that work: {GLOBAL_BATCH} {_nearest_multiples(batch, unit)}, "
+                f"or {MICROBATCH} {' or '.join(str(n * sequence) for n in works)}"
+            )
+        )
     evaluation = config.data_loader.eval_batch_size
     if evaluation is not None:
-        key = "data_loader.eval_batch_size"
-        _check_multiple(key, evaluation, sequence, f"{SEQUENCE} {sequence}")
-    unit = microbatch * world_size
-    if batch % unit:
-        instances = batch // (sequence * world_size)
-        works = [n * sequence for n in range(1, instances + 1) if instances % n == 0]
-        raise ConfigError(
-            f"{GLOBAL_BATCH} {batch} is not divisible by {MICROBATCH} {microbatch} x {ranks} "
-            f"= {unit}; nearest that work: {GLOBAL_BATCH} {_nearest_multiples(batch, unit)}, "
-            f"or {MICROBATCH} {_around(microbatch, works)}"
-        )
+        with found.collecting():
+            _check_multiple("data_loader.eval_batch_size", evaluation, sequence, per_sequence)
+    found.raise_any()
 
 
 def _check_multiple(key: str, value: int, unit: int, meaning: str) -> None:
@@ -150,7 +191,10 @@ def _nearest_multiples(value: int, unit: int) -> str:
     return f"{below} or {below + unit}" if below else str(unit)
 
 
-def _around(value: int, known: list[int]) -> str:
-    below = [v for v in known if v < value][-1:]
-    above = [v for v in known if v > value][:1]
-    return " or ".join(str(v) for v in below + above)
+def _around(number: int, near: int) -> list[int]:
+    """The divisors of `number` next to `near`, one below and one above it; where they are far away,
+    what is easily found."""
+    start = min(near - 1, number)
+    below = (n for n in range(start, max(0, start - _FAR), -1) if number % n == 0)
+    above = (n for n in range(near + 1, min(number, near + _FAR) + 1) if number % n == 0)
+    return [next(below, 1), *([n] if (n := next(above, None)) else [])]

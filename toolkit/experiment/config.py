@@ -1,6 +1,7 @@
 """`ExperimentConfig`: everything one training run needs to know."""
 
 from toolkit.config import Config
+from toolkit.config.base import Seed
 from toolkit.data.config import (
     DataConfig,
     DataLoaderConfig,
@@ -33,12 +34,8 @@ class ExperimentConfig(Config, kw_only=True):
     """Optimizer, schedule, precision, parallelism."""
     trainer: TrainerConfig = TrainerConfig()
     """How long, what is recorded, what is called."""
-    seed: int = 0
-    """Seed of initial weights and data order."""
-
-    def __post_init__(self) -> None:
-        if self.seed < 0:
-            raise ValueError(f"seed must not be negative: {self.seed}")
+    seed: Seed = 0
+    """Seed of initial weights and data order, below 2^64."""
 
     @property
     def needs_download(self) -> bool:

@@ -262,7 +262,8 @@ def _on_files(
                for path in files}  # fmt: skip
     with _option_names():
         for source in sources.values():
-            plan_source(source, 0.0)
+            for line in plan_source(source, 0.0).notes():
+                notify(line)
         tokenizer = _tokenizer(model, settings.tokenizer)
     dataset = run.config.dataset if run is not None else None
     append_eos = True if dataset is None else _appends_eos(dataset)

@@ -6,9 +6,12 @@
 3. `--base FOLDER` gives model, tokenizer and weights to start from (base.py); recipes for
    fine-tuning have none of their own.
 4. Flags follow: the short ones (`--sequence-length`), then overrides (`--a.b.c=VALUE`) in the order
-   given. `--model.preset=NAME` replaces the model section before the other flags apply.
+   given. `--model.preset=NAME` replaces the model section before the other flags apply. A source
+   that they give gets a name of its own (data_name.py).
 """
 
+import copy
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,10 +24,17 @@ from toolkit.config import (
     parse_override_args,
     read_json_mapping,
 )
+from toolkit.config.interpolation import fill
+from toolkit.config.paths import local_path
+from toolkit.config.secrets import check_no_secrets
 from toolkit.data.order.mix_files import inline_mixes
-from toolkit.errors import ConfigError, RunError
-from toolkit.experiment.base import longest_sequence, read_base
+from toolkit.distributed.launcher import world_size_of
+from toolkit.errors import ConfigError, ErrorList, RunError
+from toolkit.experiment.aliases import ALIASES, implied, our_names, our_path, our_value
+from toolkit.experiment.base import longest_sequence, read_base, without_model
+from toolkit.experiment.checks import check_experiment
 from toolkit.experiment.config import ExperimentConfig
+from toolkit.experiment.data_name import name_own_data
 from toolkit.experiment.recipes import recipe_hint, recipe_names, recipe_text
 from toolkit.models.counts import shown_parameters
 from toolkit.models.presets import preset
@@ -46,10 +56,13 @@ class LoadedExperiment(NamedTuple):
     """A resolved config with the origin of each leaf value."""
 
     config: ExperimentConfig
+    """With the variables that `${NAME}` names filled in."""
     origins: dict[str, str]
     """`path -> origin`: "default", a recipe, a file, a preset, a flag as typed, or "run"."""
     source: str
     """The recipe, file or run folder it was loaded from."""
+    stored: ExperimentConfig
+    """The config as it is written, which the run folder keeps: no secrets, `${NAME}` as it is."""
 
 
 def load_experiment(
@@ -68,22 +81,65 @@ def load_experiment(
     Raises:
         ConfigError: no such source, or a name or value that does not fit.
     """
-    data, origin = _read_source(source)
-    layers = ConfigLayers(ExperimentConfig)
-    _add(layers, data, origin)
+    layers, found = ConfigLayers(ExperimentConfig), ErrorList()
+    with found.collecting():
+        data, origin = _read_source(source)
+        _add(layers, data, origin)
+    if found.errors:
+        _parse(overrides, found)  # nothing else can be told without the file
+        found.raise_any()
     if base is not None:
-        _add_base(layers, Path(base).expanduser())
+        with found.collecting():
+            _add_base(layers, local_path(base, "--base"))
     for name, value in (shorthands or {}).items():
         if value is not None:
             layers.set(SHORTHANDS[name], value, f"--{name.replace('_', '-')}={value}")
-    _apply_overrides(layers, overrides)
-    if "model" not in layers.data:
-        raise ConfigError(
-            f"{source}: starts from a model of yours; give --base FOLDER, made by "
-            "`toolkit convert-hf`, or the folder of a run"
-        )
-    config = layers.resolve()
-    return LoadedExperiment(config, layers.origins(config), source)
+    before = copy.deepcopy(layers.data.get("dataset") or {})
+    with found.collecting():
+        _apply_overrides(layers, overrides)
+    with found.collecting():
+        name_own_data(layers, before, overrides)
+    has_model = "model" in layers.data
+    if not has_model:
+        if not (base is not None and found.errors):
+            found.add(ConfigError(without_model(source, data)))
+        layers.data["model"] = preset("quickstart")  # for what can be told of the rest
+    return _loaded(layers, found, source, across=has_model)
+
+
+def _loaded(
+    layers: ConfigLayers[ExperimentConfig], found: ErrorList, source: str, *, across: bool = True
+) -> LoadedExperiment:
+    stored = _resolve(layers, found, across=across)
+    check_no_secrets(stored.to_dict())
+    return LoadedExperiment(fill(stored), layers.origins(stored), source, stored)
+
+
+def _resolve(
+    layers: ConfigLayers[ExperimentConfig], found: ErrorList, *, across: bool = True
+) -> ExperimentConfig:
+    """The config; where that is refused, what is wrong across its sections too, as far as it can
+    be told without the values that are refused.
+
+    Args:
+        across: whether its sections belong together.
+    """
+    checked = layers.check()
+    for error in checked.errors:
+        found.add(error)
+    if not found.errors:
+        return checked.config
+    if across and checked.config is not None:
+        wrong = [path for path in (getattr(e, "path", "") for e in found.errors) if path]
+        others = ErrorList()
+        with others.collecting():
+            check_experiment(checked.config, world_size_of(os.environ))
+        for other in others.errors:
+            # What is said of a value that was refused is said of its default here.
+            if not any(path.rpartition(".")[2] in str(other) for path in wrong):
+                found.add(other)
+    found.raise_any()
+    raise AssertionError("there is an error")
 
 
 class RecipeSummary(NamedTuple):
@@ -138,13 +194,14 @@ def load_run_config(run_dir: Path, overrides: Sequence[str] = ()) -> LoadedExper
         )
     layers = ConfigLayers(ExperimentConfig)
     _add(layers, read_json_mapping(path), RUN_ORIGIN)
-    _apply_overrides(layers, overrides)
-    config = layers.resolve()
-    return LoadedExperiment(config, layers.origins(config), str(run_dir))
+    found = ErrorList()
+    with found.collecting():
+        _apply_overrides(layers, overrides)
+    return _loaded(layers, found, str(run_dir))
 
 
 def _read_source(source: str) -> tuple[dict[str, Any], str]:
-    path = Path(source).expanduser()
+    path = local_path(source, "CONFIG")
     if path.is_file():
         return read_json_mapping(path), source
     if source in recipe_names():
@@ -156,6 +213,7 @@ def _read_source(source: str) -> tuple[dict[str, Any], str]:
 
 
 def _add(layers: ConfigLayers[ExperimentConfig], data: dict[str, Any], origin: str) -> None:
+    data = our_names(data)
     model = data.get("model")
     if isinstance(model, dict) and "preset" in model:
         name = model["preset"]
@@ -185,27 +243,59 @@ def _add_base(layers: ConfigLayers[ExperimentConfig], folder: Path) -> None:
     _add(layers, base, origin)
 
 
-def _apply_overrides(layers: ConfigLayers[ExperimentConfig], args: Sequence[str]) -> None:
+def _parse(args: Sequence[str], found: ErrorList) -> list[Override]:
     short = [name.replace("_", "-") for name in SHORTHANDS]
-    overrides = parse_override_args(
+    return parse_override_args(
         args,
-        sections=ExperimentConfig.__struct_fields__,
+        sections=[*ExperimentConfig.__struct_fields__, *(a for a in ALIASES if "." not in a)],
         options=[*short, "base", "dry-run", "json", "debug"],
+        found=found,
     )
+
+
+def _apply_overrides(layers: ConfigLayers[ExperimentConfig], args: Sequence[str]) -> None:
+    """Apply all that can be applied.
+
+    Raises:
+        ConfigError: what cannot.
+    """
+    found = ErrorList()
+    overrides = _parse(args, found)
     for override in overrides:
         if override.path == "model.preset":
-            layers.set("model", preset(override.text), override.flag)
+            with found.collecting():
+                layers.set("model", preset(override.text), override.flag)
+    by_path: dict[str, Override] = {}
     for override in overrides:
-        if override.path == "model":
-            _set_model(layers, override)
-        elif override.path == "dataset.mix":
-            layers.set("dataset.mix", inline_mixes(layers.parse(override)), override.flag)
-        elif override.path != "model.preset":
-            layers.apply(override)
+        if override.path == "model.preset":
+            continue
+        with found.collecting():
+            ours = override._replace(path=our_path(override.path))
+            _check_same(by_path.setdefault(ours.path, override), override)
+            _apply(layers, ours, implied(override.path, _checkpointing_mode(layers)))
+    found.raise_any()
 
 
-def _set_model(layers: ConfigLayers[ExperimentConfig], override: Override) -> None:
-    model = layers.parse(override)
-    if isinstance(model, dict) and "preset" in model:
-        model = {**preset(str(model.pop("preset"))), **model}
-    layers.set("model", model, override.flag)
+def _apply(
+    layers: ConfigLayers[ExperimentConfig], override: Override, also: tuple[str, Any] | None
+) -> None:
+    value = layers.parse(override)
+    if override.path == "model" and isinstance(value, dict) and "preset" in value:
+        value = {**preset(str(value.pop("preset"))), **value}
+    elif override.path == "dataset.mix":
+        value = inline_mixes(value)
+    layers.set(override.path, our_value(override.path, value), override.flag)
+    if also is not None:
+        layers.set(*also, override.flag)
+
+
+def _check_same(first: Override, other: Override) -> None:
+    """Raise ConfigError where two flags give one value under different names."""
+    if first.path != other.path and first.text != other.text:
+        raise ConfigError(f"{first.flag} and {other.flag}: two names of one value; give one")
+
+
+def _checkpointing_mode(layers: ConfigLayers[ExperimentConfig]) -> Any:
+    module = layers.data.get("train_module")
+    given = module.get("ac_config") if isinstance(module, dict) else None
+    return given.get("mode") if isinstance(given, dict) else None

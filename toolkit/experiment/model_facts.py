@@ -10,7 +10,7 @@ import msgspec
 
 from toolkit.data.config import DatasetConfig, HubSourceConfig
 from toolkit.data.tokenizers.tokenizer import load_tokenizer
-from toolkit.errors import ToolkitError
+from toolkit.errors import RunError, ToolkitError
 from toolkit.experiment.config import ExperimentConfig
 from toolkit.experiment.receipt import describe
 from toolkit.experiment.recorded import config_of, engine_of, versions_of
@@ -18,6 +18,7 @@ from toolkit.hf.model_card import ModelCard
 from toolkit.hf.source import ModelSource, hub_name
 from toolkit.runs.files import RUN_FILES
 from toolkit.runs.status import RunStatus, read_status
+from toolkit.storage.foreign import read_json
 
 _COMMAND = ("train", "resume")
 
@@ -221,11 +222,8 @@ def _command(run: Path | None) -> str | None:
     masked when it was recorded."""
     if run is None:
         return None
-    with contextlib.suppress(OSError, msgspec.MsgspecError, KeyError, TypeError):
-        argv = [
-            str(word)
-            for word in msgspec.json.decode((run / RUN_FILES.command).read_bytes())["argv"]
-        ]
+    with contextlib.suppress(FileNotFoundError, RunError, KeyError, TypeError):
+        argv = [str(word) for word in read_json(run / RUN_FILES.command, RunError)["argv"]]
         if len(argv) > 1 and argv[1] in _COMMAND:
             return shlex.join(["toolkit", *argv[1:]])
     return None

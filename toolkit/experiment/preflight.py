@@ -1,4 +1,5 @@
-"""Checks that need torch, yet come before process groups and before anything is written.
+"""Checks that come before process groups and before anything is written; what can be told without
+torch, before torch is imported.
 
 Each repeats, cheaply, what a later step would find out too late: after hours of preparing data,
 when all ranks are connected, or when the run folder has changed already.
@@ -10,13 +11,16 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from toolkit.checkpoint.layout import METADATA_FILE, read_metadata, saved_steps, step_folder
 from toolkit.errors import CheckpointError
 from toolkit.experiment.config import ExperimentConfig
 from toolkit.runs.files import RUN_FILES
+from toolkit.runs.registry import is_run
+from toolkit.storage.remote import is_url
+from toolkit.train.config import no_checkpoint
 
 if TYPE_CHECKING:
     from toolkit.data.loader import TrainLoader
-    from toolkit.models.freeze import TrainedParameters
     from toolkit.train.restoring import Start
 
 # Fields that change how the model is computed, not what its weights mean.
@@ -29,24 +33,39 @@ _FREE_FOR_WEIGHTS = _FREE_MODEL_FIELDS | {
 }  # fmt: skip
 
 
-def check_optimizer(config: ExperimentConfig) -> "TrainedParameters | None":
-    """Check the patterns of `freeze`, `lora` and `optim.group_overrides` against the model's names;
-    which parameters are trained, where that is not all.
+def check_load_path(config: ExperimentConfig, folder: Path) -> None:
+    """Check what can be told without torch of `trainer.load_path`, where the run in `folder` starts
+    from there: whether a local one holds a checkpoint if it must, and of which model.
 
     Raises:
-        ConfigError: a pattern matches nothing, nothing is left to train, or a setting is not the
-            optimizer's.
+        CheckpointError: it holds none, or one of another model.
     """
-    module = config.train_module
-    if not (module.optim.group_overrides or module.freeze or module.lora):
-        return None
-    from toolkit.models.freeze import choose_trained
-    from toolkit.models.init import canonical_parameters
+    trainer, adapts = config.trainer, config.train_module.lora is not None
+    path = trainer.load_path
+    if path is None or is_url(path) or (trainer.load_strategy == "never" and not adapts):
+        return
+    if _newest(folder) or (trainer.callbacks.checkpointer.upload_to and is_run(folder)):
+        return  # the run goes on from there
+    newest = _newest(Path(path))
+    if newest is None:
+        if trainer.load_strategy != "if_available" or adapts:
+            raise CheckpointError(no_checkpoint(path))
+        return
+    saved = read_metadata(newest).extra.get("model")
+    asked = msgspec.json.decode(msgspec.json.encode(config.model))  # lists, as stored
+    free = _FREE_FOR_WEIGHTS if adapts or trainer.load_weights_only else _FREE_MODEL_FIELDS
+    if isinstance(saved, dict):
+        _check_model(newest, saved, asked, free=free)
 
-    model = config.model.build(init_device="meta")
-    trained = choose_trained(model, freeze=module.freeze, lora=module.lora)
-    module.optim.groups(canonical_parameters(model))
-    return trained if module.freeze or module.lora else None
+
+def _newest(path: Path) -> Path | None:
+    """The newest committed checkpoint meant by `path`; its files are not looked at."""
+    if (path / METADATA_FILE).is_file():
+        return path
+    for root in (path, path / RUN_FILES.checkpoints):
+        if steps := saved_steps(root):
+            return step_folder(root, steps[-1])
+    return None
 
 
 def check_continuation(config: ExperimentConfig, folder: Path, train_loader: "TrainLoader") -> None:

@@ -5,6 +5,7 @@ from typing import Any, Literal, NamedTuple
 
 import msgspec
 
+from toolkit.config.secrets import mask_secrets
 from toolkit.experiment.config import ExperimentConfig
 from toolkit.experiment.recorded import (
     VERSIONED,
@@ -116,7 +117,7 @@ def compare(plan: ReplayPlan, again: Path) -> Receipt:
         replayed_versions=versions,
         time=utc_now(),
     )
-    write_json_atomic(plan.folder / receipt.file, receipt)
+    write_json_atomic(plan.folder / receipt.file, mask_secrets(msgspec.to_builtins(receipt)))
     return receipt
 
 
@@ -143,6 +144,8 @@ def _rounding_reasons(
     ]
     if not reasons and before.dp_config != engine.dp_config:
         reasons.append("other settings of the engine (dp_config)")
+    if before.kernels and before.kernels != engine.kernels:
+        reasons.append("other kernels (metadata/engine.json names them)")
     reasons += [
         f"{name}: {plan.versions.get(name)} then, {versions.get(name)} now"
         for name in VERSIONED

@@ -22,9 +22,10 @@ from toolkit.distributed.launcher import (
 from toolkit.errors import RunError
 from toolkit.experiment.config import ExperimentConfig
 from toolkit.experiment.load import load_run_config
-from toolkit.experiment.run_data import find_data
+from toolkit.experiment.run_data import find_data, without_gone_sources
 from toolkit.runs.files import RUN_FILES
 from toolkit.runs.status import RunStatus, read_status
+from toolkit.storage.foreign import read_json
 from toolkit.train.config import TransformerTrainModuleConfig
 
 VERSIONED = ("toolkit", "torch", "accelerate", "deepspeed", "numpy")
@@ -43,6 +44,8 @@ class EngineRecord(msgspec.Struct, frozen=True, kw_only=True):
     """Model of the GPU, else of the CPU."""
     dp_config: DataParallelConfig
     """The config that asks for this engine, whatever the launcher."""
+    kernels: dict[str, str] = {}
+    """Part of the model -> the kernel that computes it; empty: not recorded."""
 
 
 class RecordedStep(msgspec.Struct):
@@ -83,7 +86,7 @@ def plan_resume(run_dir: Path, overrides: Sequence[str], environ: Mapping[str, s
     status = read_status(folder)
     if status is None:
         raise RunError(f"{run_dir}: not a run folder; `toolkit runs` lists runs")
-    config = find_data(loaded.config, folder)
+    config = find_data(loaded.config, folder, overrides)
     module = config.train_module
     asked = any(flag.startswith("--train_module.dp_config") for flag in overrides)
     on_one = asked and module.dp_config is not None and module.dp_config.name == "single"
@@ -91,7 +94,9 @@ def plan_resume(run_dir: Path, overrides: Sequence[str], environ: Mapping[str, s
     if not has_launcher(environ) and (status.world_size or 1) > 1 and not on_one:
         processes = processes_here(status.world_size or 1)
         environ = {**environ, "WORLD_SIZE": str(processes)}
-    stored = config.replace(run=config.run.replace(save_folder=str(folder)))
+    stored = find_data(loaded.stored, folder, overrides)
+    stored = stored.replace(run=stored.run.replace(save_folder=str(folder)))
+    config = config.replace(run=config.run.replace(save_folder=str(folder)))
     if not asked:
         recorded = status.other.get("dp_config")
         engine = msgspec.convert(recorded, DataParallelConfig) if recorded else None
@@ -99,7 +104,7 @@ def plan_resume(run_dir: Path, overrides: Sequence[str], environ: Mapping[str, s
     if not any(flag.startswith("--train_module.precision") for flag in overrides):
         precision = precision_again(module, status.other.get("precision"), environ)
         module = module.replace(precision=precision)
-    config = stored.replace(train_module=module)
+    config = without_gone_sources(config.replace(train_module=module))
     return ResumePlan(folder, config, stored, loaded.origins, status, processes, environ)
 
 
@@ -140,7 +145,7 @@ def processes_here(recorded: int) -> int:
     return min(recorded, devices)
 
 
-def describe_engine(engine: Engine) -> EngineRecord:
+def describe_engine(engine: Engine, kernels: Mapping[str, str] | None = None) -> EngineRecord:
     """`engine` on this machine, as metadata/engine.json keeps it."""
     import torch
 
@@ -152,6 +157,7 @@ def describe_engine(engine: Engine) -> EngineRecord:
         threads=torch.get_num_threads(),
         device=torch.cuda.get_device_name() if on_gpu else _cpu_model(),
         dp_config=engine.as_config(),
+        kernels=dict(kernels or {}),
     )
 
 
@@ -173,31 +179,31 @@ def read_steps(folder: Path) -> dict[int, RecordedStep]:
     decoder, record = msgspec.json.Decoder(RecordedStep), {}
     with contextlib.suppress(FileNotFoundError), (folder / RUN_FILES.train_metrics).open("rb") as f:
         for line in f:
-            with contextlib.suppress(msgspec.MsgspecError):
+            with contextlib.suppress(msgspec.MsgspecError, RecursionError):
                 found = decoder.decode(line)
                 record[found.step] = found
     return record
 
 
 def config_of(folder: Path, attempt: int) -> ExperimentConfig:
-    """The config of `attempt`.
+    """The config of `attempt`, as it was written.
 
     Raises:
         RunError: it cannot be read.
     """
     path = metadata_of_attempt(folder, RUN_FILES.config, attempt)
     try:
-        return msgspec.json.decode(path.read_bytes(), type=ExperimentConfig)
-    except (OSError, msgspec.MsgspecError) as error:
-        raise RunError(f"{path}: cannot be read: {error}") from None
+        return read_json(path, RunError, ExperimentConfig)
+    except FileNotFoundError:
+        raise RunError(f"{path}: cannot be read: no such file") from None
 
 
 def engine_of(folder: Path, attempt: int) -> EngineRecord | None:
     """The engine of `attempt`; None where it was not recorded."""
     path = metadata_of_attempt(folder, RUN_FILES.engine, attempt)
     try:
-        return msgspec.json.decode(path.read_bytes(), type=EngineRecord)
-    except (OSError, msgspec.MsgspecError):
+        return read_json(path, RunError, EngineRecord)
+    except (FileNotFoundError, RunError):
         return None
 
 
@@ -205,9 +211,9 @@ def versions_of(folder: Path, attempt: int) -> dict[str, str | None]:
     """Versions of the libraries that compute, during `attempt`; empty where not recorded."""
     path = metadata_of_attempt(folder, RUN_FILES.environment, attempt)
     try:
-        versions = msgspec.json.decode(path.read_bytes())["versions"]
+        versions = read_json(path, RunError)["versions"]
         return {name: versions.get(name) for name in VERSIONED}
-    except (OSError, msgspec.MsgspecError, KeyError, TypeError, AttributeError):
+    except (FileNotFoundError, RunError, KeyError, AttributeError):
         return {}
 
 

@@ -17,8 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from toolkit.checkpoint.layout import check_files, read_metadata, saved_steps, step_folder
+from toolkit.config.interpolation import fill
 from toolkit.data.corpus_info import data_places, read_corpus, without_sources
 from toolkit.distributed.launcher import has_launcher, rank_of
+from toolkit.distributed.launcher_checks import check_launcher_variables
 from toolkit.errors import EXIT_DONE, ConfigError, DataError, RunError, TrainingError
 from toolkit.experiment.config import ExperimentConfig
 from toolkit.experiment.receipt import Receipt, ReplayPlan, compare
@@ -66,6 +68,7 @@ def replay_steps(
     """
     from toolkit.distributed.logging import setup_logging
 
+    check_launcher_variables()
     environ, rank = os.environ, rank_of(os.environ)
     setup_logging(rank)
     plan = plan_replay(run_dir, steps, step)
@@ -82,7 +85,8 @@ def replay_steps(
 
     with _scratch() as root, _only_warnings():
         config = replay_config(plan, root, environ)
-        code = train(config)
+        # What it stores goes away with the folder; the recorded config has no secrets filled in.
+        code = train(config, stored=config_of(plan.folder, plan.recorded[0].attempt))
         if rank != 0:
             return code
         if code != EXIT_DONE:
@@ -117,7 +121,7 @@ def plan_replay(run_dir: Path, steps: int, step: int | None = None) -> ReplayPla
         _refuse(folder, steps, step, comparable)
     start = chosen[-1]
     attempt = record[start + 1].attempt
-    config = find_data(config_of(folder, attempt), folder)
+    config = find_data(fill(config_of(folder, attempt)), folder)
     if read_corpus(config.data) is None:
         places = ", ".join(str(place) for place in data_places(config.data))
         raise DataError(

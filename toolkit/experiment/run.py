@@ -17,20 +17,34 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from toolkit import signals
 from toolkit.config.files import read_json_mapping
+from toolkit.config.interpolation import fill
+from toolkit.config.secrets import check_no_secrets
 from toolkit.distributed.engine import Engine, resolve_engine
 from toolkit.distributed.launcher import rank_of
-from toolkit.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, DataError, RunError, ToolkitError
+from toolkit.distributed.launcher_checks import check_launcher_variables
+from toolkit.errors import (
+    EXIT_DONE,
+    EXIT_FAILED,
+    EXIT_STOPPED,
+    DataError,
+    ErrorList,
+    RunError,
+    ToolkitError,
+)
 from toolkit.experiment.agreement import check_agreement
 from toolkit.experiment.changes import config_changes
 from toolkit.experiment.checks import check_corpus, check_experiment, rank_microbatch_size
 from toolkit.experiment.config import ExperimentConfig
-from toolkit.experiment.preflight import check_continuation, check_optimizer
+from toolkit.experiment.notices import notices
+from toolkit.experiment.preflight import check_continuation, check_load_path
 from toolkit.experiment.recorded import describe_engine, plan_resume
 from toolkit.experiment.relaunch import relaunch
 from toolkit.experiment.restarts import current_launch, find_predecessor, stays_stopped
+from toolkit.experiment.run_data import without_gone_sources
+from toolkit.experiment.starting import RunStart
 from toolkit.models.counts import shown_parameters
-from toolkit.runs.environment import mask_secrets
 from toolkit.runs.files import RUN_FILES
 from toolkit.runs.manager import RunManager
 from toolkit.runs.registry import (
@@ -70,13 +84,40 @@ def train(
 
     Args:
         origins: where each config value came from; stored beside the config.
-        stored: what the run folder keeps as its config; default: `config`.
+        stored: what the run folder keeps as its config, with `${NAME}` as it was written;
+            default: `config`, whose `${NAME}` are filled in here.
+
+    Raises:
+        ConfigError: a secret stands in the config.
     """
-    stored = stored or config
+    if stored is None:
+        stored, config = config, fill(config)
+    check_no_secrets(stored.to_dict())
+    starting = RunStart()
+    with signals.listening(starting):
+        try:
+            return _run(config, origins or {}, stored, starting)
+        except BaseException as error:
+            # What fails in a start that is being stopped, as helpers do, is part of the stop.
+            if starting.reason is None or isinstance(error, GeneratorExit):
+                raise
+            signals.settle()
+            return starting.stop(starting.reason)
+
+
+def _run(
+    config: ExperimentConfig,
+    origins: Mapping[str, str],
+    stored: ExperimentConfig,
+    starting: RunStart,
+) -> int:
     environ = os.environ
+    check_launcher_variables(environ)
     engine = resolve_engine(config.train_module.precision, config.train_module.dp_config, environ)
-    check_experiment(config, engine.world_size)
-    rank = rank_of(environ)
+    found = ErrorList()
+    with found.collecting():
+        check_experiment(config, engine.world_size)
+    rank = starting.rank = rank_of(environ)
 
     from toolkit.distributed.logging import setup_logging
 
@@ -90,26 +131,34 @@ def train(
                 return EXIT_STOPPED
             log.info("started again by the launcher; continuing %s", before)
             config = config.replace(run=config.run.replace(save_folder=str(before)))
-        check_run_folder(config.run, name)
+        with found.collecting():
+            check_run_folder(config.run, name)
+        with found.collecting():
+            check_load_path(config, resolve_run_folder(config.run, name))
+    found.raise_any()
     try:
         train_loader = _prepare_data(config, rank=rank, world_size=engine.world_size)
     except DataError as error:
         # The other processes of this machine see the same files; other machines may not.
         error.only_here = rank > 0 and _local_rank() == 0
         raise
-    check_optimizer(config)
     if rank == 0:
         check_continuation(config, resolve_run_folder(config.run, name), train_loader)
-        run = _start(config, name, is_main=True)
-        clear_notes(run.folder)
-        if not run.path(RUN_FILES.config).exists():
-            _log_metadata(stored, run, engine, origins or {})
+        per_epoch = train_loader.steps_per_epoch
+        for notice in notices(config, int(per_epoch) if math.isfinite(per_epoch) else None):
+            log.warning("%s", notice)
+        run = starting.run = _start(config, name, is_main=True)
     try:
-        return _train(config, stored, run, name, origins or {})
+        if run is not None:
+            clear_notes(run.folder)
+            if not run.path(RUN_FILES.config).exists():
+                _log_metadata(stored, run, engine, origins)
+        return _train(config, stored, run, name, origins)
     except BaseException as error:
         # Whatever the trainer itself did not close: an error before or outside its loop.
-        if run is not None:
-            run.close("failed", message=first_line(error), exit_reason="error")
+        if run is not None and starting.reason is None:
+            with contextlib.suppress(RunError):
+                run.close("failed", message=first_line(error), exit_reason="error")
         raise
 
 
@@ -125,6 +174,7 @@ def resume(run_dir: Path, overrides: Sequence[str] = (), *, debug: bool = False)
     """
     from toolkit.distributed.logging import setup_logging
 
+    check_launcher_variables()
     plan = plan_resume(run_dir, overrides, os.environ)
     setup_logging(rank_of(os.environ))
     if plan.processes is not None:
@@ -134,7 +184,10 @@ def resume(run_dir: Path, overrides: Sequence[str] = (), *, debug: bool = False)
             log.warning(text, recorded, plan.processes)
         return relaunch(plan.folder, overrides, plan.processes, debug=debug)
     if "***" in (plan.config.run.registry or ""):
-        log.warning("run.registry: passwords are not stored; give --run.registry=URL to update it")
+        log.warning(
+            "run.registry: its password was not stored; to update it, put the password into an "
+            "environment variable and write its name: --run.registry='...://USER:${NAME}@HOST/DB'"
+        )
     return train(plan.config, origins=plan.origins, stored=plan.stored)
 
 
@@ -153,7 +206,7 @@ def _train(
     environment = prepare_training_environment(config)
     log_file, trainer, train_dl, has_failed = None, None, None, False
     # To the very end: a rank that ends because of another one must say so before a signal ends it.
-    signals = contextlib.ExitStack()
+    until_the_end = contextlib.ExitStack()
     try:
         # Where rank 0 writes is where all do.
         name, where = environment.broadcast((name, config.run))
@@ -177,13 +230,14 @@ def _train(
         model = config.model.build(init_device="meta")
         train_module = config.train_module.build(model, environment=environment)
         trainer = Trainer(config.trainer, train_module, train_dl, eval_dl, run=run)
-        signals.enter_context(trainer.stop_request.listening())
         trainer.restore()
         if environment.is_main:
             for change in config_changes(read_json_mapping(run.path(RUN_FILES.config)), stored):
                 log.info("changed since the run's last start: %s", change)
         # Not before: a run that cannot be continued with this config keeps the one it has.
-        _log_metadata(stored, run, environment.engine, origins)
+        _log_metadata(stored, run, environment.engine, origins, train_module.kernels)
+        until_the_end.enter_context(trainer.stop_request.listening())
+        signals.settle()
         result = trainer.train()
         _log_end(result, run)
         if result.reason in GENTLE_STOPS:
@@ -191,6 +245,9 @@ def _train(
         return EXIT_FAILED if result.saved_step is None else EXIT_STOPPED
     except BaseException as error:
         has_failed = True
+        if isinstance(error, signals.Interrupted):
+            raise
+        signals.settle()
         step = trainer.step if trainer is not None else 0
         lost = None if run is None else _explain(error, run, environment, step)
         if log_file is not None:
@@ -207,7 +264,7 @@ def _train(
             logging.getLogger("toolkit").removeHandler(log_file)
             log_file.close()
         environment.close(after_error=has_failed)
-        signals.close()
+        until_the_end.close()
 
 
 def _explain(
@@ -250,6 +307,8 @@ def _prepare_data(config: ExperimentConfig, *, rank: int, world_size: int) -> "T
     """Prepare the corpus (one process of each machine; the others wait) and check that it fits."""
     from toolkit.data.corpus_info import prepare_corpus
 
+    if rank > 0 and _local_rank() == 0:  # another machine may have the prepared data alone
+        config = without_gone_sources(config)
     corpus = prepare_corpus(
         config.data,
         work_dir=config.run.work_dir,
@@ -290,10 +349,12 @@ def _start(config: ExperimentConfig, name: str, *, is_main: bool) -> RunManager:
 
 
 def _log_metadata(
-    config: ExperimentConfig, run: RunManager, engine: Engine, origins: Mapping[str, str]
+    config: ExperimentConfig,
+    run: RunManager,
+    engine: Engine,
+    origins: Mapping[str, str],
+    kernels: Mapping[str, str],
 ) -> None:
-    if config.run.registry is not None:
-        config = config.replace(run=config.run.replace(registry=mask_secrets(config.run.registry)))
     run.log_metadata(config, RUN_FILES.config)
     run.log_metadata(config.data, RUN_FILES.data_config)
     run.log_metadata(config.model, RUN_FILES.model_config)
@@ -301,7 +362,7 @@ def _log_metadata(
         {"train_module": config.train_module, "trainer": config.trainer}, RUN_FILES.trainer_config
     )
     run.log_metadata(
-        {path: mask_secrets(origin) for path, origin in origins.items() if origin != "default"},
+        {path: origin for path, origin in origins.items() if origin != "default"},
         RUN_FILES.origins,
     )
     run.set_status(
@@ -312,7 +373,7 @@ def _log_metadata(
         dp_config=msgspec.to_builtins(engine.as_config()),
         precision=engine.precision,
     )
-    run.log_metadata(describe_engine(engine), RUN_FILES.engine)
+    run.log_metadata(describe_engine(engine, kernels), RUN_FILES.engine)
 
 
 def _log_start(config: ExperimentConfig, engine: Engine, run: RunManager) -> None:

@@ -1,39 +1,77 @@
 """The prepared data of a run, found again where it is now, and opened."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import msgspec
-
-from toolkit.data.corpus_info import data_places, read_corpus, without_sources
+from toolkit.data.config import (
+    DiskSourceConfig,
+    FilesSourceConfig,
+    SourceConfig,
+    TokenFilesSourceConfig,
+)
+from toolkit.data.corpus_info import data_places, read_corpus, with_sources, without_sources
+from toolkit.data.text.sources import is_gone
 from toolkit.data.tokens.prepared import MANIFEST_NAME
-from toolkit.errors import DataError
+from toolkit.errors import DataError, RunError
 from toolkit.experiment.config import ExperimentConfig
 from toolkit.runs.files import RUN_FILES
+from toolkit.storage.foreign import read_json
 from toolkit.storage.remote import is_url
 
 if TYPE_CHECKING:
     from toolkit.data.corpus import Corpus
 
+_PLACES = ("--dataset.root", "--data-root", "--store.", "--dataset=", "--store=")
 
-def find_data(config: ExperimentConfig, run_dir: Path) -> ExperimentConfig:
-    """`config` with its prepared data found: `dataset.root` and `store.tokenized_cache_dir` may be
-    relative to the folder that the run was started from."""
-    if _has_data(config):
+
+def find_data(
+    config: ExperimentConfig, run_dir: Path, overrides: Sequence[str] = ()
+) -> ExperimentConfig:
+    """`config` with its prepared data found: `dataset.root` and the folders of `store` are relative
+    to the folder that the run was started from. Where nothing is there, the run may have moved with
+    its data: then they are relative to the current folder.
+
+    Args:
+        overrides: flags of the command line; folders that they give are relative to the current
+            folder.
+    """
+    if any(flag.startswith(_PLACES) for flag in overrides):
         return config
     try:
-        started_in = msgspec.json.decode((run_dir / RUN_FILES.command).read_bytes())["cwd"]
-    except (OSError, msgspec.DecodeError, KeyError, TypeError):
+        started_in = str(read_json(run_dir / RUN_FILES.command, RunError)["cwd"])
+    except (FileNotFoundError, RunError, KeyError):
         return config
-    # An absolute path stays what it is.
-    root = str(Path(started_in) / Path(config.dataset.root).expanduser())
+
+    def there(path: str) -> str:
+        # An absolute path stays what it is.
+        return path if is_url(path) else str(Path(started_in) / Path(path).expanduser())
+
+    def source_there(source: SourceConfig | None) -> SourceConfig | None:
+        if isinstance(source, FilesSourceConfig | TokenFilesSourceConfig):
+            return source.replace(paths=[there(path) for path in source.paths])
+        if isinstance(source, DiskSourceConfig):
+            return source.replace(path=there(source.path))
+        return source
+
     store = config.store
     for field in ("tokenized_cache_dir", "hf_cache_dir", "permanent_root"):
         place = getattr(store, field)
-        if place is not None and not is_url(place):
-            store = store.replace(**{field: str(Path(started_in) / Path(place).expanduser())})
-    moved = config.replace(dataset=config.dataset.replace(root=root), store=store)
-    return moved if _has_data(moved) else config
+        if place is not None:
+            store = store.replace(**{field: there(place)})
+    dataset = with_sources(config.dataset, source_there)
+    dataset = dataset.replace(root=there(dataset.root))
+    recorded = config.replace(dataset=dataset, store=store)
+    return recorded if _has_data(recorded) else config
+
+
+def without_gone_sources(config: ExperimentConfig) -> ExperimentConfig:
+    """`config` that takes prepared data as it is where its text is not on this machine: a run moves
+    with its prepared data alone."""
+    if not _has_data(config) and config.store.permanent_root is None:
+        return config
+    dataset = with_sources(config.dataset, lambda s: None if is_gone(s) else s)
+    return config.replace(dataset=dataset)
 
 
 def open_run_data(config: ExperimentConfig) -> "Corpus":

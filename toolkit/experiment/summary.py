@@ -1,6 +1,7 @@
 """What `--dry-run` shows: the resolved config with origins, and what follows from it.
 
-Nothing heavier than a manifest is read, no device is touched, nothing is written.
+Nothing heavier than a manifest is read, no device is touched, nothing is written. That files exist
+is checked; other machines are not asked.
 """
 
 from collections.abc import Mapping
@@ -9,19 +10,26 @@ from typing import Any
 import msgspec
 
 from toolkit.config import DEFAULT_ORIGIN, leaves
-from toolkit.data.corpus_info import CorpusInfo, data_places, read_corpus
+from toolkit.config.secrets import mask_secrets
+from toolkit.data.corpus_info import CorpusInfo, data_places, datasets_of, read_corpus
+from toolkit.data.text.presence import check_presence
 from toolkit.distributed.engine import Engine, resolve_engine
-from toolkit.errors import ConfigError
+from toolkit.errors import ConfigError, ErrorList
 from toolkit.experiment.checks import (
     check_corpus,
     check_experiment,
+    check_parameters,
     gradient_accumulation_steps,
     rank_microbatch_size,
 )
 from toolkit.experiment.config import ExperimentConfig
 from toolkit.experiment.load import LoadedExperiment
+from toolkit.experiment.notices import notices
+from toolkit.experiment.preflight import check_load_path
+from toolkit.models.parameters import flops_per_token
 from toolkit.runs.registry import check_run_folder, is_run, resolve_run_folder
 from toolkit.train.config import Duration
+from toolkit.wording import count
 
 _LABEL_WIDTH = 12
 
@@ -35,13 +43,7 @@ def summarize(loaded: LoadedExperiment, environ: Mapping[str, str]) -> str:
         RunError: a run of that name exists, or its folder cannot be made.
     """
     config = loaded.config
-    module = config.train_module
-    engine = resolve_engine(module.precision, module.dp_config, environ)
-    check_experiment(config, engine.world_size)
-    corpus = read_corpus(config.data)
-    if corpus is not None:
-        check_corpus(config, corpus)
-        _check_mix(config)
+    engine, corpus = _checked(config, environ)
     rows = [
         ("model", _model(config)),
         ("data", _data(config, corpus)),
@@ -49,16 +51,44 @@ def summarize(loaded: LoadedExperiment, environ: Mapping[str, str]) -> str:
         ("duration", _duration(config, corpus)),
         ("engine", _engine(engine)),
         ("writes", _writes(config)),
+        ("note", notices(config, corpus.steps_per_epoch(config.data) if corpus else None)),
     ]
     title = f"dry run of {loaded.source}" + (
         f": {config.description}" if config.description else ""
     )
     lines = [title, "", *_config_lines(loaded), ""]
-    for label, (first, *more) in rows:
-        lines.append(f"{label:<{_LABEL_WIDTH}}{first}")
-        lines += [f"{'':<{_LABEL_WIDTH}}{line}" for line in more]
+    for label, texts in rows:
+        for position, text in enumerate(texts):
+            lines.append(f"{'' if position else label:<{_LABEL_WIDTH}}{text}")
     lines += ["", "Nothing was written. Leave out --dry-run to start."]
-    return "\n".join(lines)
+    return str(mask_secrets("\n".join(lines)))
+
+
+def _checked(
+    config: ExperimentConfig, environ: Mapping[str, str]
+) -> tuple[Engine, CorpusInfo | None]:
+    """The engine, and the data as far as it is prepared; all that is wrong, at once."""
+    module, found, corpus = config.train_module, ErrorList(), None
+    # Without the number of processes nothing else can be told.
+    engine = resolve_engine(module.precision, module.dp_config, environ)
+    with found.collecting():
+        check_experiment(config, engine.world_size)
+    sound = not found.errors
+    with found.collecting():
+        for dataset in datasets_of(config.data):
+            with found.collecting():
+                check_presence(dataset)
+        corpus = read_corpus(config.data)
+    with found.collecting():
+        check_run_folder(config.run, "<time>")
+    with found.collecting():
+        check_load_path(config, resolve_run_folder(config.run, "<time>"))
+    if corpus is not None and sound:
+        with found.collecting():
+            check_corpus(config, corpus)
+            _check_mix(config)
+    found.raise_any()
+    return engine, corpus
 
 
 def _check_mix(config: ExperimentConfig) -> None:
@@ -72,7 +102,7 @@ def _check_mix(config: ExperimentConfig) -> None:
 
 
 def _config_lines(loaded: LoadedExperiment) -> list[str]:
-    values = [(p, _shown(v)) for p, v in leaves(loaded.config.to_dict()) if p != "description"]
+    values = [(p, _shown(v)) for p, v in leaves(loaded.stored.to_dict()) if p != "description"]
     path_width = max(len(path) for path, _ in values)
     value_width = max((len(v) for p, v in values if len(v) <= 24), default=0)
     lines, section = [], ""
@@ -91,11 +121,7 @@ def _model(config: ExperimentConfig) -> list[str]:
     flops = model.flops_per_token(config.dataset.sequence_length)
     trained = []
     if config.train_module.freeze or config.train_module.lora:
-        from toolkit.experiment.preflight import check_optimizer
-        from toolkit.models.freeze import flops_per_token
-
-        chosen = check_optimizer(config)
-        assert chosen is not None, "some are frozen"
+        chosen = check_parameters(config)
         trained = [str(chosen)]
         flops = flops_per_token(model.to_transformer(), chosen, config.dataset.sequence_length)
     parts = [f"{model.num_non_embedding_parameters:,} without embeddings"]
@@ -131,7 +157,7 @@ def _batch(config: ExperimentConfig, engine: Engine) -> list[str]:
     batch, ranks = config.data_loader.global_batch_size, engine.world_size
     passes = gradient_accumulation_steps(config, ranks)
     return [
-        f"{batch:,} tokens a step = {_count(ranks, 'rank')} x "
+        f"{batch:,} tokens a step = {count(ranks, 'rank')} x "
         f"{rank_microbatch_size(config, ranks):,} tokens x {passes} gradient accumulation",
         f"sequences of {config.dataset.sequence_length:,} tokens",
     ]
@@ -150,12 +176,12 @@ def _length(config: ExperimentConfig, duration: Duration, corpus: CorpusInfo | N
     if duration.unit == "epochs":
         end = corpus.epoch_end(config.data, duration.value) if corpus is not None else None
         if end is None:
-            return f"{_count(duration.value, 'epoch')}; steps are known once the data is prepared"
+            return f"{count(duration.value, 'epoch')}; steps are known once the data is prepared"
         steps = end
     else:
         steps = duration.in_steps(batch, per_epoch)
     epochs = f", {steps / per_epoch:.2f} epochs" if per_epoch else ""
-    return f"{_count(steps, 'step')}, {steps * batch:,} tokens{epochs}"
+    return f"{count(steps, 'step')}, {steps * batch:,} tokens{epochs}"
 
 
 def _engine(engine: Engine) -> list[str]:
@@ -167,7 +193,7 @@ def _engine(engine: Engine) -> list[str]:
         mesh = f", {engine.num_replicas} replicas x {engine.shard_degree} shards"
     origin = "" if engine.origin == DEFAULT_ORIGIN else f", from {engine.origin}"
     return [
-        f"{engine.name}{mesh}, {_count(engine.world_size, 'process')}{origin}",
+        f"{engine.name}{mesh}, {count(engine.world_size, 'process')}{origin}",
         f"precision {precision}",
         *engine.notices,
     ]
@@ -175,7 +201,6 @@ def _engine(engine: Engine) -> list[str]:
 
 def _writes(config: ExperimentConfig) -> list[str]:
     folder = resolve_run_folder(config.run, "<time>")
-    check_run_folder(config.run, "<time>")
     lines = [f"{folder}" + (" (exists: resumed)" if is_run(folder) else "")]
     if config.dataset.source is not None or config.dataset.mix is not None:
         lines += [str(place.absolute()) for place in data_places(config.data)]
@@ -188,11 +213,6 @@ def _shown(value: Any) -> str:
     if isinstance(value, str) and value and value == value.strip():
         return value
     return msgspec.json.encode(value).decode()
-
-
-def _count(number: int, noun: str) -> str:
-    plural = noun + ("es" if noun.endswith("s") else "s")
-    return f"{number:,} {noun if number == 1 else plural}"
 
 
 def _short(number: float) -> str:

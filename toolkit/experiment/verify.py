@@ -1,5 +1,6 @@
-"""Is every checkpoint of a run what was saved? Files against manifests, without torch."""
+"""Is every checkpoint of a run what was saved? Files against manifests, tensors against files."""
 
+import os
 import re
 from pathlib import Path
 from typing import NamedTuple
@@ -7,6 +8,7 @@ from typing import NamedTuple
 from toolkit.checkpoint.layout import (
     INVALID_SUFFIX,
     METADATA_FILE,
+    TENSORS_FOLDER,
     CheckpointMetadata,
     check_files,
     read_metadata,
@@ -78,6 +80,12 @@ def check_checkpoint(folder: Path, *, quick: bool = False) -> CheckpointReport:
     if suffix == UNFINISHED_SUFFIX or folder.name.startswith("."):
         why = "unfinished: being written, or left by a crash"
         return CheckpointReport(folder, step, None, why, is_leftover=True)
+    if folder.is_symlink() and not folder.exists():
+        why = f"a link to {os.readlink(folder)}, which is not there"
+        return CheckpointReport(folder, step, None, why, is_leftover=suffix is not None)
+    if suffix is None and not os.path.lexists(folder / METADATA_FILE):
+        why = f"unfinished: a crash came between its files and its {METADATA_FILE}"
+        return CheckpointReport(folder, step, None, why, is_leftover=True)
     metadata: CheckpointMetadata | None = None
     problem: str | None = None
     try:
@@ -85,10 +93,13 @@ def check_checkpoint(folder: Path, *, quick: bool = False) -> CheckpointReport:
         if match and metadata.step != step:
             problem = f"{METADATA_FILE} says step {metadata.step}"
         check_files(folder, metadata, hashes=not quick)
+        from toolkit.checkpoint.tensors import check_stored_tensors
+
+        check_stored_tensors(folder / TENSORS_FOLDER)
     except (CheckpointError, OSError) as error:
         problem = str(error).removeprefix(f"{folder}: ").removeprefix(f"{folder}/")
     if suffix == INVALID_SUFFIX:
-        problem = f"set aside on resuming: {problem or 'no damage found now'}"
+        problem = f"set aside: {problem or 'no damage found now'}"
     return CheckpointReport(
         folder, metadata.step if metadata and not match else step, metadata, problem,
         is_leftover=suffix is not None,

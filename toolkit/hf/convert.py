@@ -41,6 +41,7 @@ from toolkit.hf.read_config import read_hf_config
 from toolkit.hf.tokenizer_files import ConvertedTokenizer, convert_tokenizer, token_ids
 from toolkit.hf.weights import HFWeights
 from toolkit.models.config import TransformerConfig
+from toolkit.storage.foreign import read_bytes
 
 _VERSIONED = ("torch", "transformers", "tokenizers")
 
@@ -178,8 +179,8 @@ def _tokenizer(
     template = None
     if options.chat_template is not None:
         try:
-            template = options.chat_template.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
+            template = read_bytes(options.chat_template, DataError).decode()
+        except (OSError, UnicodeDecodeError, DataError) as error:
             raise DataError(f"--chat-template {options.chat_template}: {error}") from None
     given = options.tokenizer
     if given is not None and not given.exists():
@@ -281,8 +282,8 @@ def _origin(
 def _license(source: Path) -> str | None:
     """From the metadata at the head of the model's own card."""
     try:
-        text = (source / "README.md").read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
+        text = read_bytes(source / "README.md", CheckpointError).decode()
+    except (OSError, UnicodeDecodeError, CheckpointError):
         return None
     head = re.match(r"---\n(.*?)\n---", text, re.DOTALL)
     found = re.search(r"^license:\s*(\S+)\s*$", head[1], re.MULTILINE) if head else None

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from toolkit.data.tokenizers.auto import quiet_transformers as quiet_transformers
 from toolkit.data.tokenizers.tokenizer import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE
 from toolkit.errors import CheckpointError, DataError
+from toolkit.storage.foreign import guard, reason_of
 
 if TYPE_CHECKING:
     import torch
@@ -32,7 +33,7 @@ def load_causal_lm(
     with quiet_transformers():
         from transformers import AutoModelForCausalLM
 
-        try:
+        with guard(folder, CheckpointError, problem="transformers cannot load it"):
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 folder,
                 dtype=dtype,
@@ -41,10 +42,6 @@ def load_causal_lm(
                 local_files_only=True,
                 output_loading_info=True,
             )
-        except Exception as error:
-            raise CheckpointError(
-                f"{folder}: transformers cannot load it: {one_line(error)}"
-            ) from None
     model, info = loaded
     for key, fault, counts in (
         ("missing_keys", "misses", True),
@@ -68,10 +65,8 @@ def with_adapter(base: Any, folder: Path) -> Any:
     with quiet_transformers():
         from peft import PeftModel
 
-        try:
+        with guard(folder, CheckpointError, problem="peft cannot load it"):
             model: Any = PeftModel.from_pretrained(base, str(folder))
-        except Exception as error:
-            raise CheckpointError(f"{folder}: peft cannot load it: {one_line(error)}") from None
     return model.eval()
 
 
@@ -90,12 +85,8 @@ def load_auto_tokenizer(folder: Path) -> Any:
         kind: Any = AutoTokenizer
         if (folder / TOKENIZER_FILE).is_file():
             kind = PreTrainedTokenizerFast
-        try:
+        with guard(folder, DataError, problem="its tokenizer cannot be loaded"):
             return kind.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-        except Exception as error:
-            raise DataError(
-                f"{folder}: its tokenizer cannot be loaded: {one_line(error)}"
-            ) from None
 
 
 def has_tokenizer(folder: Path) -> bool:
@@ -105,4 +96,4 @@ def has_tokenizer(folder: Path) -> bool:
 
 def one_line(error: Exception) -> str:
     """What an exception of another library says; any type may come out of a malformed file."""
-    return " ".join(str(error).split()) or type(error).__name__
+    return reason_of(error)

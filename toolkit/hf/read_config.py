@@ -13,6 +13,8 @@ from toolkit.hf.family import Family
 from toolkit.hf.loading import one_line, quiet_transformers
 from toolkit.hf.settings import Settings
 from toolkit.models.config import TransformerConfig
+from toolkit.models.sizes import check_sizes
+from toolkit.storage.foreign import guard, read_bytes
 
 NEW_FAMILY = "docs/finetuning.md#a-new-family"
 TEXT_PART = "docs/finetuning.md#the-text-part-of-a-multimodal-model"
@@ -21,6 +23,21 @@ _NOT_OF_THE_MODEL = {"use_cache", "bos_token_id", "eos_token_id", "pad_token_id"
 """Every config class names these; they are about generation and tokenizers."""
 _BEYOND_THE_CLASS = {"head_dim"}
 """Modelling code looks for these also where its config class does not define them."""
+
+_SIZES = {
+    "vocab_size": ("vocab_size",),
+    "d_model": ("hidden_size", "n_embd", "d_model"),
+    "num_layers": ("num_hidden_layers", "n_layer", "num_layers"),
+    "num_heads": ("num_attention_heads", "n_head"),
+    "num_key_value_heads": ("num_key_value_heads",),
+    "head_dim": ("head_dim",),
+    "intermediate_size": (
+        "intermediate_size", "n_inner", "moe_intermediate_size", "shared_expert_intermediate_size",
+    ),
+    "num_experts": ("num_local_experts", "num_experts", "n_routed_experts"),
+    "max_sequence_length": ("max_position_embeddings", "n_positions", "n_ctx"),
+}  # fmt: skip
+"""Fields of config.json that are sizes, by our names."""
 
 
 class HFModel(NamedTuple):
@@ -54,6 +71,7 @@ def _read(raw: dict[str, Any]) -> HFModel:
     """What messages call config.json is `raw`."""
     family = _family(raw)
     _refuse(raw)
+    _check_sizes(raw)
     values, meaningful, ignored = _normalised(raw, family)
     settings = Settings(values)
     if ignored:
@@ -61,7 +79,8 @@ def _read(raw: dict[str, Any]) -> HFModel:
             f"{', '.join(ignored)} of config.json means nothing to the class of transformers, so "
             "it is left out"
         )
-    fields = family.read_config(settings)
+    with guard("config.json", CheckpointError, problem="not a model that can be built"):
+        fields = family.read_config(settings)
     settings.check_all_taken(meaningful)
     try:
         # Back and forth: a struct checks types only where it is made of builtin values.
@@ -85,12 +104,9 @@ def _read_json(folder: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{folder}: no config.json here; give a folder that holds config.json and the weights"
         )
-    try:
-        raw = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(
-            f"{path}: cannot be read as JSON ({error}); copy the model again"
-        ) from None
+    data = read_bytes(path, CheckpointError)
+    with guard(path, CheckpointError, "copy the model again", problem="cannot be read as JSON"):
+        raw = json.loads(data)
     if not isinstance(raw, dict):
         raise CheckpointError(f"{path}: not a JSON object; copy the model again")
     return raw
@@ -138,6 +154,21 @@ def _refuse(raw: dict[str, Any]) -> None:
                 f"config.json: {name} {raw[name]!r} is not covered by the mapping of "
                 f"{raw['model_type']}"
             )
+
+
+def _check_sizes(raw: dict[str, Any]) -> None:
+    """Before any class makes lists of them. Other types and signs are for the classes to refuse."""
+    sizes: dict[str, int | None] = {}
+    names: dict[str, str] = {}
+    for ours, theirs in _SIZES.items():
+        for name in theirs:
+            value = raw.get(name)
+            if isinstance(value, int) and value > (sizes.get(ours) or 0):
+                sizes[ours], names[ours] = value, name
+    try:
+        check_sizes(sizes, names)
+    except ValueError as error:
+        raise CheckpointError(f"config.json: {error}; copy the model again") from None
 
 
 def _normalised(

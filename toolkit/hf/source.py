@@ -24,6 +24,7 @@ from toolkit.checkpoint.layout import (
     saved_steps,
 )
 from toolkit.checkpoint.tensors import iterate_tensors, stored_types
+from toolkit.config.interpolation import fill
 from toolkit.data.config import DataConfig
 from toolkit.data.corpus_info import data_places
 from toolkit.data.tokenizers.tokenizer import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE
@@ -36,6 +37,7 @@ from toolkit.models.transformer import Transformer
 from toolkit.runs.files import RUN_FILES
 from toolkit.runs.registry import is_run
 from toolkit.storage.atomic import PathLike
+from toolkit.storage.foreign import read_json
 from toolkit.storage.remote import is_url
 
 if TYPE_CHECKING:
@@ -283,8 +285,8 @@ def is_tokenizer(folder: Path) -> bool:
 
 def _data_of(run: Path) -> list[Path]:
     """Where the token files of a run are, which may be relative to where it was started."""
-    with contextlib.suppress(OSError, msgspec.MsgspecError, ToolkitError, KeyError, TypeError):
-        data = msgspec.json.decode((run / RUN_FILES.data_config).read_bytes(), type=DataConfig)
-        started_in = msgspec.json.decode((run / RUN_FILES.command).read_bytes())["cwd"]
+    with contextlib.suppress(OSError, ToolkitError, KeyError, TypeError, ValueError):
+        data = fill(read_json(run / RUN_FILES.data_config, CheckpointError, DataConfig))
+        started_in = read_json(run / RUN_FILES.command, CheckpointError)["cwd"]
         return [other for p in data_places(data) for other in (p, Path(started_in) / p)]
     return []

@@ -5,19 +5,30 @@ https://huggingface.co/docs/safetensors) and what `torch.save` writes (a zip fil
 compression; before torch 1.6 a sequence of pickles, which tells no offsets).
 """
 
-import json
+import math
 import warnings
+import zipfile
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
+import msgspec
 import torch
 
 from toolkit.checkpoint.tensors import reason_of
 from toolkit.errors import CheckpointError
 from toolkit.hf.safetensors_file import DTYPES
+from toolkit.storage.foreign import check_regular, guard
 
 _LARGEST_HEADER = 100_000_000
 """Bytes; the format's own limit."""
+
+
+class _HeaderEntry(msgspec.Struct):
+    """One tensor in the header of a safetensors file."""
+
+    dtype: str
+    shape: list[Annotated[int, msgspec.Meta(ge=0)]]
+    data_offsets: tuple[Annotated[int, msgspec.Meta(ge=0)], Annotated[int, msgspec.Meta(ge=0)]]
 
 
 class StoredTensor(NamedTuple):
@@ -47,7 +58,7 @@ def read_safetensors_header(path: Path) -> dict[str, StoredTensor]:
         CheckpointError: the header is damaged, or the file is longer or shorter than it says.
     """
     damaged = f"{path}: damaged safetensors header"
-    size = path.stat().st_size
+    size = check_regular(path, CheckpointError)
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > min(size - 8, _LARGEST_HEADER):
@@ -56,26 +67,26 @@ def read_safetensors_header(path: Path) -> dict[str, StoredTensor]:
                 "get it again"
             )
         text = file.read(length)
-    try:
-        header = json.loads(text)
+    with guard(damaged, CheckpointError):
+        header = msgspec.json.decode(text, type=dict[str, msgspec.Raw])
         header.pop("__metadata__", None)
         entries = [
-            (name, str(e["dtype"]), torch.Size(e["shape"]), *map(int, e["data_offsets"]))
-            for name, e in header.items()
+            (name, msgspec.json.decode(entry, type=_HeaderEntry)) for name, entry in header.items()
         ]
-    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
-        raise CheckpointError(f"{damaged}: {error}") from None
     tensors = {}
     position = 0
-    for name, kind, shape, begin, end in sorted(entries, key=lambda entry: entry[3:]):
-        dtype = DTYPES.get(kind)
-        expected = shape.numel() * dtype.itemsize if dtype else end - begin
-        if begin != position or end - begin != expected or any(n < 0 for n in shape):
+    for name, entry in sorted(entries, key=lambda pair: pair[1].data_offsets):
+        begin, end = entry.data_offsets
+        dtype = DTYPES.get(entry.dtype)
+        expected = math.prod(entry.shape) * dtype.itemsize if dtype else end - begin
+        if begin != position or end - begin != expected:
             raise CheckpointError(
-                f"{damaged}: {name} {kind} {tuple(shape)} at bytes {begin} to {end}, where "
-                f"{position} to {position + expected} were expected"
+                f"{damaged}: {name} {entry.dtype} {tuple(entry.shape)} at bytes {begin} to {end}, "
+                f"where {position} to {position + expected} were expected"
             )
-        tensors[name] = StoredTensor(path, shape, dtype, kind, 8 + length + begin)
+        with guard(damaged, CheckpointError):  # dimensions that torch cannot count
+            shape = torch.Size(entry.shape)
+        tensors[name] = StoredTensor(path, shape, dtype, entry.dtype, 8 + length + begin)
         position = end
     if 8 + length + position != size:
         state = "truncated" if size < 8 + length + position else "longer than its header says"
@@ -111,6 +122,8 @@ def read_torch_header(path: Path) -> dict[str, StoredTensor]:
 
 def load_torch_file(path: Path, *, device: str) -> dict[str, torch.Tensor]:
     """A state dict by `torch.save`, as a whole; raises CheckpointError."""
+    check_regular(path, CheckpointError)
+    _check_not_compressed(path)
     try:
         with warnings.catch_warnings():
             # About the pickle protocol of what is refused right after.
@@ -133,3 +146,22 @@ def load_torch_file(path: Path, *, device: str) -> dict[str, torch.Tensor]:
                 "weights must be stored dense"
             )
     return loaded
+
+
+def _check_not_compressed(path: Path) -> None:
+    """Raise CheckpointError for a zip file that torch did not write: it never compresses, so what a
+    record takes in memory is what it takes on disk."""
+    with guard(path, CheckpointError, "get it again"):
+        if not zipfile.is_zipfile(path):
+            return
+        size = path.stat().st_size
+        with zipfile.ZipFile(path) as archive:
+            records = archive.infolist()
+        for record in records:
+            if record.compress_type != zipfile.ZIP_STORED or record.file_size > size:
+                raise CheckpointError(
+                    f"{path}: its record {record.filename!r} is compressed, which torch.save never "
+                    "does; it is refused, because it could fill the memory"
+                )
+        if sum(record.file_size for record in records) > size:
+            raise CheckpointError(f"{path}: its records overlap; get it again")

@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from toolkit.data.tokenizers.auto import make_portable, settle
+from toolkit.data.tokenizers.backend import read_backend
 from toolkit.data.tokenizers.tokenizer import (
     CHAT_TEMPLATE_FILE,
-    COMPANION_FILES,
+    TEMPLATES_FOLDER,
     TOKENIZER_CONFIG_FILE,
     TOKENIZER_FILE,
-    add_listed_tokens,
+    companions,
     load_tokenizer,
     read_json,
 )
@@ -82,12 +83,14 @@ def _changed(
         if config.pop("chat_template", None) is not None:
             write_json_atomic(folder / TOKENIZER_CONFIG_FILE, config)
         write_atomic(folder / CHAT_TEMPLATE_FILE, chat_template.encode())
+        shutil.rmtree(folder / TEMPLATES_FOLDER, ignore_errors=True)  # it is the only one now
     tokenizer = load_tokenizer(folder)
     try:
-        tokenizer.chat_template  # noqa: B018 # reads its file
+        tokenizer.chat_templates  # noqa: B018 # reads their files
     except UnicodeDecodeError:
         raise DataError(
-            f"{folder / CHAT_TEMPLATE_FILE}: not UTF-8 text; correct it or give --chat-template"
+            f"{folder / CHAT_TEMPLATE_FILE} (or {TEMPLATES_FOLDER}): not UTF-8 text; "
+            "correct it or give --chat-template"
         ) from None
     starts = _backend(folder).encode("a").ids[:1] == [tokenizer.bos_id]
     return ConvertedTokenizer(tokenizer.vocab_size, starts, new_tokens)
@@ -109,8 +112,9 @@ def token_ids(source: Path) -> set[int]:
 def copy_tokenizer(source: PathLike, folder: Path) -> None:
     """Copy tokenizer.json and what belongs to it, the chat template among it; see also
     `make_portable`."""
-    for name in (TOKENIZER_FILE, *COMPANION_FILES):
+    for name in (TOKENIZER_FILE, *companions(Path(source))):
         if (Path(source) / name).is_file():
+            (folder / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(Path(source) / name, folder / name)
     make_portable(folder)
 
@@ -149,11 +153,4 @@ def _entry(token: str) -> dict[str, Any]:
 
 
 def _backend(folder: Path) -> Any:
-    from tokenizers import Tokenizer as BackendTokenizer
-
-    try:
-        backend = BackendTokenizer.from_file(str(folder / TOKENIZER_FILE))
-    except Exception as error:  # `tokenizers` raises bare Exception for a file it cannot read
-        raise DataError(f"{folder / TOKENIZER_FILE}: cannot be read: {error}") from None
-    add_listed_tokens(backend, folder / TOKENIZER_FILE)
-    return backend
+    return read_backend(folder / TOKENIZER_FILE, read_json(folder / TOKENIZER_CONFIG_FILE))

@@ -21,6 +21,7 @@ from toolkit.hf.stored import (
     read_safetensors_header,
     read_torch_header,
 )
+from toolkit.storage.foreign import guard, read_bytes
 
 _FORMATS = (("model", "safetensors"), ("pytorch_model", "bin"))
 """In order of preference."""
@@ -190,13 +191,10 @@ def _find_files(folder: Path) -> tuple[list[Path], tuple[Path, dict[str, str]] |
 
 
 def _read_index(path: Path) -> dict[str, str]:
-    try:
-        places = json.loads(path.read_bytes())["weight_map"]
+    data = read_bytes(path, CheckpointError)
+    with guard(path, CheckpointError, "get it again"):
+        places = json.loads(data)["weight_map"]
         named = {str(name): str(file) for name, file in places.items()}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise CheckpointError(
-            f"{path}: cannot be read: {type(error).__name__}: {error}; get it again"
-        ) from None
     for file in named.values():
         if Path(file).name != file:
             raise CheckpointError(f"{path}: names a file outside its folder: {file!r}")

@@ -20,7 +20,8 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from toolkit.errors import ToolkitError, TrainingError
+from toolkit.errors import ToolkitError, TrainingError, reason_of_machine
+from toolkit.threads import Thread
 
 Reduction = Literal["sum", "mean", "max", "none"]
 Value = torch.Tensor | float | int | str | None
@@ -110,7 +111,7 @@ class MetricsRecorder:
         self._pending: list[_Record] = []
         self._error: BaseException | None = None
         self._queue: queue.SimpleQueue[_Block | PendingFlush | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._work, name="metrics", daemon=True)
+        self._thread = Thread(target=self._work, name="metrics", daemon=True)
         self._thread.start()
 
     def record(
@@ -190,10 +191,12 @@ class MetricsRecorder:
             return
         if isinstance(error, ToolkitError):
             raise error
-        raise TrainingError(
-            f"metrics: recording failed: {type(error).__name__}: {error}; "
-            "free disk space or check the run folder, then `toolkit resume`"
-        ) from error
+        if isinstance(error, OSError):
+            reason = reason_of_machine(error) or f"{error}: look at the run folder"
+            text = f"metrics cannot be written: {reason}; then go on with `toolkit resume`"
+        else:
+            text = f"metrics: recording failed: {type(error).__name__}: {error}"
+        raise TrainingError(text) from error
 
     def _hand_over(self) -> None:
         if self._pending:

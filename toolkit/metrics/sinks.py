@@ -26,7 +26,8 @@ class JsonlSink:
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("ab")
+        # Without a buffer: what a full disk refused must not come again when the file is closed.
+        self._file = path.open("ab", buffering=0)
         self._path = path
         self._name_is_durable = False
         self._encoder = msgspec.json.Encoder(enc_hook=_plain)
@@ -35,12 +36,10 @@ class JsonlSink:
         """Append `records` and hand them to the operating system."""
         encode = self._encoder.encode
         lines = [encode({k: _finite(v) for k, v in record.items()}) for record in records]
-        self._file.write(b"\n".join(lines) + b"\n" if lines else b"")
-        self._file.flush()
+        _write_all(self._file, b"\n".join(lines) + b"\n" if lines else b"", self._path)
 
     def sync(self) -> None:
         """Make what was written durable."""
-        self._file.flush()
         os.fsync(self._file.fileno())
         if not self._name_is_durable:
             fsync_folder(self._path.parent)
@@ -49,8 +48,10 @@ class JsonlSink:
     def close(self) -> None:
         """Sync and close; more than once is fine."""
         if not self._file.closed:
-            self.sync()
-            self._file.close()
+            try:
+                self.sync()
+            finally:
+                self._file.close()
 
 
 class TensorBoardSink:
@@ -76,20 +77,21 @@ class TensorBoardSink:
             return
         if self._file is None:
             self._open()
-        self._file.write(b"".join(_framed(self._encode(record)) for record in records))
-        self._file.flush()
+        data = b"".join(_framed(self._encode(record)) for record in records)
+        _write_all(self._file, data, self._folder)
 
     def sync(self) -> None:
         """Make what was written durable."""
         if self._file is not None and not self._file.closed:
-            self._file.flush()
             os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Sync and close; more than once is fine."""
         if self._file is not None and not self._file.closed:
-            self.sync()
-            self._file.close()
+            try:
+                self.sync()
+            finally:
+                self._file.close()
 
     def _encode(self, record: Record) -> bytes:
         prefix = f"{record['name']}/" if isinstance(record.get("name"), str) else ""
@@ -111,16 +113,28 @@ class TensorBoardSink:
     def _open(self) -> None:
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
-        self._folder.mkdir(parents=True, exist_ok=True)
+        self._folder.mkdir(exist_ok=True)  # not its parents: a run that is gone stays so
         now = time.time()
         name = f"events.out.tfevents.{int(now):010d}.{socket.gethostname()}.{os.getpid()}"
         unique = len(list(self._folder.glob(f"{name}.*")))
-        self._file = (self._folder / f"{name}.{unique}").open("xb")
+        self._file = (self._folder / f"{name}.{unique}").open("xb", buffering=0)
         head = [Event(wall_time=now, file_version="brain.Event:2")]
         if self._purge_step is not None:
             start = SessionLog(status=SessionLog.START)
             head.append(Event(wall_time=now, step=self._purge_step, session_log=start))
-        self._file.write(b"".join(_framed(event.SerializeToString()) for event in head))
+        data = b"".join(_framed(event.SerializeToString()) for event in head)
+        _write_all(self._file, data, self._folder)
+
+
+def _write_all(file: Any, data: bytes, path: Path) -> None:
+    """Write to an unbuffered file, which may take a part at a time. Errors name `path`."""
+    view = memoryview(data)
+    try:
+        while view:
+            view = view[file.write(view) :]
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
 
 
 def _empty_event(tags: tuple[str, ...]) -> Any:

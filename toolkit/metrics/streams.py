@@ -1,5 +1,6 @@
 """The four streams of metrics of a run: train, eval, network, system."""
 
+import contextlib
 import logging
 import threading
 from pathlib import Path
@@ -47,6 +48,8 @@ class MetricStreams:
         if not is_main:
             return
         last_step = -1 if resume_step is None else resume_step
+        if tensorboard:
+            (run_folder / "tb").mkdir(parents=True, exist_ok=True)
         for stream in STREAMS:
             path = run_folder / "metrics" / f"{stream}.jsonl"
             result = trim_jsonl(path, last_step=last_step)
@@ -85,12 +88,17 @@ class MetricStreams:
                     sink.sync()
 
     def close(self) -> None:
-        """Sync and close all files; later writes are dropped. More than once is fine."""
-        for stream in STREAMS:
-            with self._locks[stream]:
-                self._closed = True
-                for sink in self._sinks(stream):
-                    sink.close()
+        """Sync and close all files; later writes are dropped. More than once is fine.
+
+        Raises:
+            OSError: of the first file that could not be synced; the others are closed too.
+        """
+        with contextlib.ExitStack() as stack:
+            for stream in STREAMS:
+                with self._locks[stream]:
+                    self._closed = True
+                    for sink in self._sinks(stream):
+                        stack.callback(sink.close)
 
     def _sinks(self, stream: str) -> list[JsonlSink | TensorBoardSink]:
         both = (self._jsonl.get(stream), self._tensorboard.get(stream))

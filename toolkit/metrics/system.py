@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from toolkit.threads import Thread
+
 log = logging.getLogger(__name__)
 
 _FIRST_SAMPLE_SECONDS = 1.0
@@ -38,7 +40,7 @@ class SystemMonitor:
         self._current_step = current_step
         self._disk_path = str(disk_path)
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._work, name="system-monitor", daemon=True)
+        self._thread = Thread(target=self._work, name="system-monitor", daemon=True)
 
     def start(self) -> None:
         """Begin sampling."""

@@ -3,8 +3,10 @@
 - No mask, no soft cap: SDPA's causal kernels.
 - A mask on CUDA: flex attention over blocks of keys, which knows soft caps too.
 - A mask elsewhere: SDPA with values added to the scores; or, as SDPA knows no soft caps, the scores
-  written out. With a window or a cap, some queries at a time with the keys that these may see: a
-  window of 256 in a row of 2048 costs a third of the whole on a CPU.
+  written out. With a window (not on CUDA) or a cap, some queries at a time with the keys that these
+  may see: a window of 256 in a row of 2048 costs a third of the whole on a CPU.
+
+`toolkit.models.kernels` says why.
 """
 
 from functools import cache
@@ -13,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 
 from toolkit.models.compile import allow_recompilations
+from toolkit.models.kernels import sdpa_form
 from toolkit.models.masks import AttentionMask
 
 PIECE_SIZE = 256
@@ -46,11 +49,8 @@ def attend(
     Returns:
         `(batch, heads, seq, head_dim)`.
     """
-    grouped = query.shape[1] != key.shape[1]
     if mask is None:
-        return scaled_dot_product_attention(
-            query, key, value, is_causal=True, scale=scale, enable_gqa=grouped
-        )
+        return _sdpa(query, key, value, None, scale)
     if mask.blocks is not None:
         # Inside a compiled block it becomes part of the block's graph.
         flex = flex_attention if torch.compiler.is_compiling() else _compiled_flex_attention()
@@ -61,13 +61,41 @@ def attend(
             score_mod=None if soft_cap is None else _capped(soft_cap),
             block_mask=mask.blocks,
             scale=scale,
-            enable_gqa=grouped,
+            enable_gqa=query.shape[1] != key.shape[1],
         )
-    if soft_cap is None and mask.window is None:
-        return scaled_dot_product_attention(
-            query, key, value, attn_mask=mask.bias, scale=scale, enable_gqa=grouped
-        )
+    if soft_cap is None and (mask.window is None or query.device.type == "cuda"):
+        # The fused kernel of CUDA wants a bias whose rows are aligned: not cut at any key.
+        return _sdpa(query, key, value, mask.bias, scale)
     return _in_pieces(query, key, value, mask, scale, soft_cap)
+
+
+def _sdpa(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float | None
+) -> Tensor:
+    """SDPA, causal where there is no bias, in the form that a fused kernel takes."""
+    groups, head_dim = query.shape[1] // key.shape[1], query.shape[3]
+    form = sdpa_form(
+        query.device.type,
+        dtype=query.dtype,
+        head_dim=head_dim,
+        is_grouped=groups > 1,
+        has_bias=bias is not None,
+    )
+    if form.repeats_heads:
+        key, value = (heads.repeat_interleave(groups, dim=1) for heads in (key, value))
+    if form.padding:
+        scale = head_dim**-0.5 if scale is None else scale
+        query, key, value = (pad(heads, (0, form.padding)) for heads in (query, key, value))
+    out = scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=bias,
+        is_causal=bias is None,
+        scale=scale,
+        enable_gqa=groups > 1 and not form.repeats_heads,
+    )
+    return out[..., :head_dim] if form.padding else out
 
 
 def _in_pieces(
@@ -88,10 +116,7 @@ def _in_pieces(
         queries, bias = query[:, :, start:end], mask.bias[:, :, start:end, first:end]
         keys, values = key[:, :, first:end], value[:, :, first:end]
         if soft_cap is None:
-            grouped = query.shape[1] != key.shape[1]
-            piece = scaled_dot_product_attention(
-                queries, keys, values, attn_mask=bias, scale=scale, enable_gqa=grouped
-            )
+            piece = _sdpa(queries, keys, values, bias, scale)
         else:
             piece = _written_out(queries, keys, values, bias, scale, soft_cap)
         pieces.append(piece)

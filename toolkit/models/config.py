@@ -8,6 +8,7 @@ from toolkit.models import counts
 from toolkit.models.gpt_config import GPTConfig
 from toolkit.models.moe_config import MoEConfig
 from toolkit.models.rope_config import RopeScalingConfig
+from toolkit.models.sizes import LARGEST, MOST_PARAMETERS, check_sizes
 
 if TYPE_CHECKING:
     from toolkit.models.transformer import Transformer
@@ -105,6 +106,8 @@ class TransformerConfig(Config, frozen=True, kw_only=True, tag_field="type", tag
             "attention_scale", "attention_soft_cap", "logit_soft_cap", "embedding_scale",
             "init_std", "loss_chunk_size",
         )  # fmt: skip
+        sizes = {name: getattr(self, name) for name in LARGEST if name != "num_experts"}
+        check_sizes({**sizes, "num_experts": self.moe.num_experts if self.moe else None})
         if self.head_dim is None and self.d_model % self.num_heads:
             raise ValueError(
                 f"d_model {self.d_model} is not divisible by num_heads {self.num_heads}; "
@@ -128,6 +131,11 @@ class TransformerConfig(Config, frozen=True, kw_only=True, tag_field="type", tag
             raise ValueError("parallel_residual goes with norm_placement pre only")
         if self.moe is not None:
             self._check_experts(self.moe)
+        if self.num_parameters > MOST_PARAMETERS:
+            raise ValueError(
+                f"{self.num_parameters:.1e} parameters are more than any model has (at most "
+                f"{MOST_PARAMETERS:.0e})"
+            )
 
     @property
     def kv_heads(self) -> int:
@@ -174,7 +182,8 @@ class TransformerConfig(Config, frozen=True, kw_only=True, tag_field="type", tag
         """Layers that have experts."""
         if self.moe is None:
             return ()
-        return tuple(n for n in range(self.num_layers) if n not in self.moe.dense_layers)
+        dense = set(self.moe.dense_layers)
+        return tuple(n for n in range(self.num_layers) if n not in dense)
 
     def window_of(self, layer: int) -> int | None:
         """Keys that a query of this layer sees; None: all before it."""

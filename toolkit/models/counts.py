@@ -9,7 +9,9 @@ if TYPE_CHECKING:
 def num_parameters(config: "TransformerConfig") -> int:
     """Parameters of the built model, padding rows included."""
     head = 0 if config.tie_embeddings else config.padded_vocab_size * config.d_model
-    blocks = sum(_block_parameters(config, layer) for layer in range(config.num_layers))
+    sparse = config.moe_layers
+    blocks = len(sparse) * _block_parameters(config, is_sparse=True)
+    blocks += (config.num_layers - len(sparse)) * _block_parameters(config, is_sparse=False)
     return num_embedding_parameters(config) + blocks + _norm(config, config.d_model) + head
 
 
@@ -49,8 +51,10 @@ def flops_per_token(config: "TransformerConfig", sequence_length: int) -> int:
     """
     matrices = config.vocab_size * config.d_model
     keys = 0  # of all queries of a sequence, summed over layers
+    sparse = set(config.moe_layers)
     for layer in range(config.num_layers):
-        matrices += _attention_matrices(config) + _feed_forward_matrices(config, layer, active=True)
+        matrices += _attention_matrices(config)
+        matrices += _feed_forward_matrices(config, active=True, is_sparse=layer in sparse)
         keys += attended_keys(config, layer, sequence_length)
     width = config.num_heads * config.attention_head_dim
     return 6 * matrices + 12 * width * keys // sequence_length
@@ -69,19 +73,20 @@ def _attention_matrices(config: "TransformerConfig") -> int:
     return config.d_model * heads * config.attention_head_dim
 
 
-def _feed_forward_matrices(config: "TransformerConfig", layer: int, *, active: bool) -> int:
+def _feed_forward_matrices(config: "TransformerConfig", *, active: bool, is_sparse: bool) -> int:
     moe = config.moe
-    if moe is None or layer not in config.moe_layers:
+    if moe is None or not is_sparse:
         return config.num_feed_forward_matrices * config.d_model * config.intermediate_size
     experts = moe.top_k if active else moe.num_experts
     width = experts * moe.intermediate_size + (moe.shared_expert_intermediate_size or 0)
     return 3 * config.d_model * width + config.d_model * moe.num_experts
 
 
-def _block_parameters(config: "TransformerConfig", layer: int) -> int:
+def _block_parameters(config: "TransformerConfig", *, is_sparse: bool) -> int:
     query = config.num_heads * config.attention_head_dim
     key_value = config.kv_heads * config.attention_head_dim
-    total = _attention_matrices(config) + _feed_forward_matrices(config, layer, active=False)
+    total = _attention_matrices(config)
+    total += _feed_forward_matrices(config, active=False, is_sparse=is_sparse)
     num_norms = {"pre": 2, "reordered": 2, "sandwich": 4}[config.norm_placement]
     total += num_norms * _norm(config, config.d_model)
     if config.qk_norm == "full":
@@ -92,7 +97,7 @@ def _block_parameters(config: "TransformerConfig", layer: int) -> int:
         total += query + 2 * key_value
     if config.has_attention_output_bias:
         total += config.d_model
-    if config.has_feed_forward_bias and layer not in config.moe_layers:
+    if config.has_feed_forward_bias and not is_sparse:
         inputs = config.num_feed_forward_matrices - 1
         total += inputs * config.intermediate_size + config.d_model
     return total

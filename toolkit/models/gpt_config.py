@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 from toolkit.config import Config
 from toolkit.config.base import check_positive
+from toolkit.models.sizes import check_sizes
 
 if TYPE_CHECKING:
     from toolkit.models.config import TransformerConfig
@@ -45,6 +46,7 @@ class GPTConfig(Config, frozen=True, kw_only=True, tag_field="type", tag="gpt"):
             self, "vocab_size", "vocab_multiple", "n_positions", "n_embd", "n_layer", "n_head",
             "n_inner", "layer_norm_epsilon", "initializer_range", "loss_chunk_size",
         )  # fmt: skip
+        check_sizes({"num_layers": self.n_layer}, {"num_layers": "n_layer"})
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}")
 

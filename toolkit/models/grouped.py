@@ -8,22 +8,29 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import grouped_mm
 
-_ALIGNMENT = 16
-"""Bytes that the rows of CUDA's grouped operands must be a multiple of."""
+from toolkit.models.kernels import (
+    Hardware,
+    grouped_kernel,
+    hardware_of,
+    leaves_empty_groups_undefined,
+)
 
 
 def grouped_backend(x: Tensor, weight: Tensor) -> Literal["grouped_mm", "loop"]:
-    """How `grouped_linear` multiplies.
+    """How `grouped_linear` multiplies; see `grouped_kernel`."""
+    return grouped_kernel(_hardware(x), dtype=x.dtype, widths=tuple(weight.shape[1:]))
 
-    "grouped_mm": torch's grouped kernel, which the host does not wait for; CUDA, bf16, widths that
-    are a multiple of 8. "loop": one product for each group that has rows, any device and type. On
-    a CPU torch's own grouped product is such a loop too, and as fast.
+
+def ends_for(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """`ends` where `grouped_linear` wants it, for several products over the same groups.
+
+    A loop on a GPU has to know the sizes of groups: this waits for them once, where each product
+    and each of its gradients would.
     """
-    aligned = all(width * x.element_size() % _ALIGNMENT == 0 for width in weight.shape[1:])
-    fits = x.is_cuda and x.dtype == torch.bfloat16 and aligned
-    return "grouped_mm" if fits else "loop"
+    return ends.cpu() if grouped_backend(x, weight) == "loop" else ends
 
 
 def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
@@ -32,15 +39,37 @@ def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     Args:
         x: `(rows, in)`, sorted by group.
         weight: `(groups, out, in)`; cast to the type of `x`.
-        ends: `(groups,)` int32, ascending; the last one is `rows`.
+        ends: `(groups,)` int32, ascending; the last one is `rows`. See `ends_for`.
 
     Returns:
         `(rows, out)`. The gradient of a group without rows is zero.
     """
     weight = weight.to(x.dtype)
     if grouped_backend(x, weight) == "grouped_mm":
+        if leaves_empty_groups_undefined(_hardware(x)):
+            weight = _ZeroWithoutRows.apply(weight, ends)
         return grouped_mm(x, weight.transpose(1, 2), offs=ends)
     return _loop(x, weight, ends)
+
+
+def _hardware(x: Tensor) -> Hardware:
+    return hardware_of(x.device.type, x.device.index)
+
+
+class _ZeroWithoutRows(torch.autograd.Function):
+    """The weights themselves; their gradient is zero for groups without rows, whatever it was."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, ends: Tensor) -> Tensor:
+        ctx.save_for_backward(ends)
+        return weight.view_as(weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (ends,) = ctx.saved_tensors
+        is_empty = ends.diff(prepend=ends.new_zeros(1)) == 0
+        return grad.masked_fill(is_empty[:, None, None], 0.0), None
 
 
 # An operator of its own, so that torch.compile neither breaks the graph at the numbers of rows,

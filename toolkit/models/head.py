@@ -49,17 +49,17 @@ class Head(nn.Module):
             logits = nn.functional.linear(hidden, weight)[..., : self.vocab_size]
             return logits if self.soft_cap is None else soft_capped(logits, self.soft_cap)
         hidden, labels = hidden.flatten(0, 1), labels.flatten()
-        if self.loss_kernel is loss_chunk and self.soft_cap is None:
-            # A compiled kernel of ours does the same, and without Liger's wait for the device.
-            sums = liger_linear_cross_entropy(
-                hidden,
-                weight,
-                labels,
-                vocab_size=self.vocab_size,
-                z_loss_multiplier=z_loss_multiplier,
-            )
-            if sums is not None:
-                return sums
+        sums = liger_linear_cross_entropy(
+            hidden,
+            weight,
+            labels,
+            vocab_size=self.vocab_size,
+            z_loss_multiplier=z_loss_multiplier,
+            soft_cap=self.soft_cap,
+            is_compiled=self.loss_kernel is not loss_chunk,
+        )
+        if sums is not None:
+            return sums
         return chunked_linear_cross_entropy(
             hidden,
             weight,

@@ -7,6 +7,7 @@ drawing only the blocks that it touches. Drawn on the CPU by NumPy, whose normal
 with the processor's vector width, as torch's do.
 """
 
+import functools
 import hashlib
 import math
 import re
@@ -28,7 +29,6 @@ _WRAPPERS = re.compile(
     r"^module\.|_checkpoint_wrapped_module\.|_orig_mod\.|_fsdp_wrapped_module\."
     r"|base_layer\.|(?<=\.lora_[AB]\.)default\."
 )
-_ADAPTER = re.compile(r"\.lora_[AB]\.weight\Z")
 _RESIDUAL_OUTPUTS = (
     "attention.output.weight",
     "feed_forward.down.weight",
@@ -55,11 +55,6 @@ def canonical_name(name: str) -> str:
 def canonical_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """All parameters of `model` by canonical name, in the model's order."""
     return {canonical_name(name): parameter for name, parameter in model.named_parameters()}
-
-
-def is_adapter(name: str) -> bool:
-    """Whether the parameter of this canonical name is one of a low-rank adapter."""
-    return _ADAPTER.search(name) is not None
 
 
 def init_spec(model: nn.Module) -> dict[str, InitSpec]:
@@ -117,7 +112,7 @@ def fill_flat_(
         block, offset = divmod(position, BLOCK_SIZE)
         length = min(BLOCK_SIZE - offset, start + out.numel() - position)
         values = _normal_block(seed, name, block, min(BLOCK_SIZE, numel - block * BLOCK_SIZE))
-        piece = torch.from_numpy(values[offset : offset + length]).mul_(spec.std)
+        piece = torch.from_numpy(values[offset : offset + length]) * spec.std
         out[position - start : position - start + length].copy_(piece)
         position += length
     return out
@@ -138,6 +133,7 @@ def initialize_(model: nn.Module, seed: int) -> None:
         )
 
 
+@functools.lru_cache(maxsize=1)  # a rank that holds columns asks for one block again and again
 def _normal_block(seed: int, name: str, block: int, length: int) -> np.ndarray:
     """The standard normal values of one block, cut at `CUT`, fp32."""
     # A generator per attempt: a longer block begins with the values of a shorter one, so more

@@ -14,25 +14,19 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
+from toolkit.models.kernels import attention_kernel, hardware_of
+
 BLOCK_SIZE = 128
 """Queries and keys per block of flex attention, as its kernels are tuned for."""
-
-SMALLEST_FLEX_HEAD = 16
-"""Flex attention's CUDA kernels take no narrower heads."""
 
 
 def attention_backend(
     device: torch.device, dtype: torch.dtype, head_dim: int
 ) -> Literal["flex", "sdpa"]:
-    """How masked or soft-capped attention is computed.
-
-    "flex": skips the blocks between documents and outside windows, trains on CUDA only and needs
-    Triton; chosen over kernels for sequences of varying length (`varlen_attn`), which know no fp32
-    and whose number of documents the host would have to wait for. "sdpa": any device and type, all
-    scores computed.
-    """
-    fits = device.type == "cuda" and dtype.itemsize <= 4 and head_dim >= SMALLEST_FLEX_HEAD
-    return "flex" if fits and find_spec("triton") is not None else "sdpa"
+    """How masked or soft-capped attention is computed on `device`; see `attention_kernel`."""
+    has_triton = find_spec("triton") is not None
+    hardware = hardware_of(device.type, device.index, has_triton=has_triton)
+    return attention_kernel(hardware, dtype=dtype, head_dim=head_dim)
 
 
 def first_keys(starts: Tensor, window: int | None) -> Tensor:

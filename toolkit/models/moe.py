@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from toolkit.models.config import TransformerConfig
 from toolkit.models.feed_forward import ACTIVATIONS, GatedFeedForward
-from toolkit.models.grouped import grouped_linear
+from toolkit.models.grouped import ends_for, grouped_linear
 from toolkit.models.moe_config import MoEConfig
 from toolkit.models.router_loss import RouterSums, router_sums
 
@@ -71,6 +71,7 @@ class Experts(nn.Module):
         Args:
             ends: `(num_experts,)` int32: where the rows of each expert stop.
         """
+        ends = ends_for(x, self.gate, ends)
         gate = self.activation(grouped_linear(x, self.gate, ends))
         return grouped_linear(gate * grouped_linear(x, self.up, ends), self.down, ends)
 

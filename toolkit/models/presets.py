@@ -3,6 +3,7 @@
 import difflib
 from typing import Any
 
+from toolkit.config.types import shortened
 from toolkit.errors import ConfigError
 
 _LLAMA_LIKE: dict[str, Any] = {
@@ -159,6 +160,7 @@ def preset(name: str) -> dict[str, Any]:
         ConfigError: for an unknown name, with the nearest known one.
     """
     if name not in PRESETS:
+        name = shortened(name)
         near = difflib.get_close_matches(name, PRESETS, n=1, cutoff=0.4)
         hint = f"did you mean {near[0]!r}?" if near else "known presets: " + ", ".join(PRESETS)
         raise ConfigError(f"model preset {name!r}: no such preset; {hint}")

@@ -1,5 +1,6 @@
 """Configs of optimizers and learning-rate schedules."""
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Literal
 
 from toolkit.config import Config
@@ -48,6 +49,12 @@ class AdamWConfig(Config, kw_only=True, tag_field="type", tag="adamw"):
 
         return parameter_groups(named_parameters, self._settings, self.group_overrides)
 
+    def check_groups(self, names: Iterable[str]) -> None:
+        """Check `group_overrides` against the names of the model's parameters."""
+        from toolkit.optim.groups import check_overrides
+
+        check_overrides(names, self._settings, self.group_overrides)
+
     def build(self, named_parameters: "dict[str, torch.nn.Parameter]") -> "torch.optim.Optimizer":
         """The optimizer over trainable `named_parameters`, in groups by `group_overrides`."""
         import torch
@@ -86,6 +93,12 @@ class SGDConfig(Config, kw_only=True, tag_field="type", tag="sgd"):
         from toolkit.optim.groups import parameter_groups
 
         return parameter_groups(named_parameters, self._settings, self.group_overrides)
+
+    def check_groups(self, names: Iterable[str]) -> None:
+        """Check `group_overrides` against the names of the model's parameters."""
+        from toolkit.optim.groups import check_overrides
+
+        check_overrides(names, self._settings, self.group_overrides)
 
     def build(self, named_parameters: "dict[str, torch.nn.Parameter]") -> "torch.optim.Optimizer":
         """The optimizer over trainable `named_parameters`, in groups by `group_overrides`."""

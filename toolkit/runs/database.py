@@ -9,8 +9,8 @@ from sqlalchemy.schema import CreateTable
 
 from toolkit.runs.records import RunRecord
 
-_BUSY_SECONDS = 30
-"""How long a writer waits for another one's transaction in SQLite."""
+_BUSY_SECONDS = 3
+"""How long to wait for another process's transaction in SQLite; they take milliseconds."""
 
 metadata = sa.MetaData()
 runs_table = sa.Table(

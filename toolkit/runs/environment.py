@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from toolkit.config.secrets import is_secret_name, mask_secrets
+
 _LIBRARIES = ("toolkit", "torch", "accelerate", "deepspeed", "transformers", "tokenizers", "numpy")
 _VARIABLES = re.compile(
     r"(RANK|LOCAL_RANK|WORLD_SIZE|LOCAL_WORLD_SIZE|GROUP_RANK|NODE_RANK|MASTER_ADDR|MASTER_PORT"
@@ -16,25 +18,16 @@ _VARIABLES = re.compile(
     r"|TORCHELASTIC_\w+|ACCELERATE_\w+|FSDP_\w+|NCCL_\w+|GLOO_\w+"
     r"|SLURM_(JOB|ARRAY|NTASKS|NNODES|NODE|PROCID|CLUSTER)\w*)\Z"
 )
-_SECRET = re.compile(r"TOKEN|SECRET|PASSW|CREDENTIAL|API|PRIVATE|(\b|_)KEY(\b|_)", re.IGNORECASE)
-_URL_PASSWORD = re.compile(r"(://[^/\s:@]*):[^/\s@]*@")
-_SECRET_ARGUMENT = re.compile(
-    r"(--?[\w.-]*(?:(?:hf|hub|auth|access)[_-]token|secret|password|api[_-]?key))=.*", re.IGNORECASE
-)
+_SECRET = re.compile(r"TOKEN|API|PRIVATE|(\b|_)KEY(\b|_)", re.IGNORECASE)
 
 
 def describe_command() -> dict[str, Any]:
-    """Command line, folder, interpreter. Passwords in URLs and secret options are masked."""
+    """Command line, folder, interpreter. What looks like a secret is masked."""
     return {
-        "argv": [mask_secrets(argument) for argument in sys.argv],
+        "argv": mask_secrets(sys.argv),
         "cwd": os.getcwd(),
         "python": sys.executable,
     }
-
-
-def mask_secrets(text: str) -> str:
-    """`text` with `***` for passwords of URLs and values of options that name a secret."""
-    return _SECRET_ARGUMENT.sub(r"\1=***", _URL_PASSWORD.sub(r"\1:***@", text))
 
 
 def describe_git(folder: Path | None = None) -> dict[str, Any]:
@@ -77,7 +70,7 @@ def describe_environment() -> dict[str, Any]:
         "variables": {
             name: mask_secrets(value)
             for name, value in sorted(os.environ.items())
-            if _VARIABLES.match(name) and not _SECRET.search(name)
+            if _VARIABLES.match(name) and not (_SECRET.search(name) or is_secret_name(name))
         },
     }
 

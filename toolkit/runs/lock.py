@@ -36,6 +36,8 @@ import msgspec
 from toolkit.errors import RunError
 from toolkit.runs.files import RUN_FILES
 from toolkit.storage.atomic import create_json, write_json_atomic
+from toolkit.storage.foreign import read_json
+from toolkit.threads import Thread
 
 if TYPE_CHECKING:
     import filelock
@@ -84,8 +86,8 @@ def utc_now() -> str:
 def read_lock_info(folder: Path) -> LockInfo | None:
     """Who holds, or last held without releasing, the lock of a run folder; None: nobody."""
     try:
-        return msgspec.json.decode((folder / RUN_FILES.lock_info).read_bytes(), type=LockInfo)
-    except (OSError, msgspec.MsgspecError):
+        return read_json(folder / RUN_FILES.lock_info, RunError, LockInfo)
+    except (FileNotFoundError, RunError):
         return None
 
 
@@ -117,7 +119,7 @@ class RunLock:
         self._info_path = folder / RUN_FILES.lock_info
         self._info: LockInfo | None = None
         self._stop = threading.Event()
-        self._thread: threading.Thread | None = None
+        self._thread: Thread | None = None
         self._lost = False
         self._checked_at = 0.0
 
@@ -153,7 +155,7 @@ class RunLock:
             self._lock.release()
             raise
         self._stop.clear()
-        self._thread = threading.Thread(target=self._beat, name="run-lock", daemon=True)
+        self._thread = Thread(target=self._beat, name="run-lock", daemon=True)
         self._thread.start()
         atexit.register(self.release)
 

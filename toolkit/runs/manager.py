@@ -1,11 +1,12 @@
 """`RunManager`: one run folder, from its lock to its last status."""
 
+import contextlib
+import errno
 import logging
 import os
 import socket
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -13,7 +14,9 @@ from typing import Any, Literal, Self
 import msgspec
 
 from toolkit.config import Config
+from toolkit.config.secrets import mask_secrets
 from toolkit.errors import RunError
+from toolkit.runs.background import Background
 from toolkit.runs.files import RUN_FILES
 from toolkit.runs.lock import RunLock, utc_now
 from toolkit.runs.status import RunState, RunStatus, read_status
@@ -21,6 +24,16 @@ from toolkit.storage.atomic import write_atomic, write_json_atomic
 
 log = logging.getLogger(__name__)
 
+CLOSE_SECONDS = 5.0
+"""How long the end of a run waits for background work: a registry that another process holds."""
+
+_BLOCK = 4096
+"""Bytes that a small file occupies on disk anyway."""
+
+_STARTED_FROM = {
+    RUN_FILES.config, RUN_FILES.data_config, RUN_FILES.model_config, RUN_FILES.trainer_config,
+    RUN_FILES.engine,
+}  # fmt: skip
 _KNOWN = {"loss", "exit_reason", "world_size", "engine", "parameters"}
 
 
@@ -50,11 +63,13 @@ class RunManager:
         self._written: set[str] = set()
         self._closed = False
         self._status_lock = threading.Lock()
-        self._background: ThreadPoolExecutor | None = None
-        self._jobs: list[Future[None]] = []
+        self._background = Background(name="run-background")
         self._status: RunStatus | None = None
+        self._has_warned = False
+        self._identity: tuple[int, int] | None = None
         if is_main:
             self._begin_attempt()
+            self._identity = self._look()
 
     @property
     def attempt(self) -> int:
@@ -77,15 +92,19 @@ class RunManager:
     ) -> None:
         """Write a config (or any JSON-like object; or a text) to one of `RUN_FILES`.
 
-        What an earlier attempt wrote there stays as `<name>.attempt{K}.json` when it differs.
+        What looks like a secret is masked, except in the config, which a resume starts from and
+        which holds none (`check_no_secrets`). What an earlier attempt wrote there stays as
+        `<name>.attempt{K}.json` when it differs.
         """
         if not self.is_main:
             return
         if format == "text":
-            data = str(obj).encode()
+            data = str(mask_secrets(str(obj))).encode()
         elif isinstance(obj, Config):
             data = obj.to_json() + b"\n"
         else:
+            if file not in _STARTED_FROM:
+                obj = mask_secrets(msgspec.to_builtins(obj, enc_hook=str))
             data = msgspec.json.format(msgspec.json.encode(obj), indent=2) + b"\n"
         path = self.path(file)
         if file not in self._written and path.exists():
@@ -107,7 +126,7 @@ class RunManager:
         **more: Any,
     ) -> None:
         """Write status.json; values that are not given keep what they were, `message` does not.
-        Any thread may call it.
+        Any thread may call it. A disk that does not take it is a warning: it never ends a run.
 
         `more` may name the other fields of `RunStatus` (loss, engine, world_size, parameters,
         exit_reason); anything else goes into its `other`.
@@ -127,12 +146,17 @@ class RunManager:
             self._status = msgspec.structs.replace(
                 self._status,
                 state=state,
-                message=message,
+                message=mask_secrets(message),
                 updated=utc_now(),
                 other=self._status.other | other,
                 **changes,
             )
-            self._write_status()
+            try:
+                self._write_status(is_last=state != "running")
+            except OSError as error:
+                if not self._has_warned:
+                    log.warning("%s: cannot be written: %s", self.path(RUN_FILES.status), error)
+                self._has_warned = True
 
     def check_owner(self) -> None:
         """Raise RunError when another process has taken the run over."""
@@ -147,20 +171,27 @@ class RunManager:
         if self._lock is not None and self._lock.was_suspended:
             self.check_owner()
 
-    def submit(self, job: Callable[[], None]) -> None:
-        """Run `job` in order in one background thread; `close` waits for it.
+    def find_removal(self) -> RunError | None:
+        """The error to end with where the run folder was removed, moved or replaced; None: it is
+        there. Asked before anything is made anew in it."""
+        if self._identity is None or self._look() == self._identity:
+            return None
+        return RunError(
+            f"{self.folder}: the run folder was removed or moved while training; nothing more is "
+            "written there. If it was moved, `toolkit resume` continues it where it is now"
+        )
 
-        For work that must neither delay nor fail the run: an error is a logged warning.
+    def submit(self, job: Callable[[], None], *, key: str | None = None) -> None:
+        """Run `job` in order in one background thread; `close` waits for it, `CLOSE_SECONDS` long.
+
+        For work that must neither delay nor fail the run: an error is a logged warning. A job that
+        waits is replaced by a later one of the same `key`.
         """
-        if self._background is None:
-            self._background = ThreadPoolExecutor(1, thread_name_prefix="run-background")
-        self._jobs = [future for future in self._jobs if not future.done()]
-        self._jobs.append(self._background.submit(_run_quietly, job))
+        self._background.submit(job, key=key)
 
     def wait(self) -> None:
         """Block until the background work given so far is done."""
-        for future in self._jobs:
-            future.result()
+        self._background.wait()
 
     def close(self, state: RunState | None = None, **status: Any) -> None:
         """Write the final status (see `set_status`), finish background work, give back the lock.
@@ -174,8 +205,11 @@ class RunManager:
                 self.set_status(state, **status)
         finally:
             self._closed = True
-            if self._background is not None:
-                self._background.shutdown(wait=True)
+            if not self._background.close(CLOSE_SECONDS):
+                log.warning(
+                    "run registry: does not answer, so it may lack how this run ended; "
+                    "`toolkit runs reindex` brings it up to date"
+                )
             if self._lock is not None:
                 self._lock.release()
 
@@ -218,16 +252,33 @@ class RunManager:
         )
         self._write_status()
 
-    def _write_status(self) -> None:
+    def _write_status(self, *, is_last: bool = False) -> None:
         status, on_status = self._status, self._on_status
         assert status is not None
-        write_json_atomic(self.path(RUN_FILES.status), status)
+        path = self.path(RUN_FILES.status)
+        try:
+            write_json_atomic(path, status)
+        except OSError as error:
+            if not is_last or error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            _overwrite(path, status)
         if on_status is not None:
-            self.submit(lambda: on_status(self.folder, status))
+            self.submit(lambda: on_status(self.folder, status), key="status")
+
+    def _look(self) -> tuple[int, int] | None:
+        with contextlib.suppress(OSError):
+            found = self.path(RUN_FILES.metadata).stat()
+            return found.st_dev, found.st_ino
+        return None
 
 
-def _run_quietly(job: Callable[[], None]) -> None:
-    try:
-        job()
-    except Exception as error:
-        log.warning("%s", error)
+def _overwrite(path: Path, status: RunStatus) -> None:
+    """Write over the bytes that the file has, for a disk without room for a second one."""
+    room = max(_BLOCK, -(-path.stat().st_size // _BLOCK) * _BLOCK)
+    data = msgspec.json.encode(status)
+    if len(data) > room:
+        data = msgspec.json.encode(msgspec.structs.replace(status, message=None, other={}))
+    with path.open("r+b", buffering=0) as file:
+        # One call, and blanks over what was longer: a reader never sees half of it.
+        file.write(data.ljust(path.stat().st_size))
+        os.fsync(file.fileno())

@@ -71,6 +71,6 @@ def last_metrics(path: Path, *, tail_bytes: int = 16_384) -> dict[str, Any]:
         if line.endswith(b"\n"):
             try:
                 return msgspec.json.decode(line, type=dict[str, Any])
-            except msgspec.MsgspecError:
+            except (msgspec.MsgspecError, RecursionError):
                 continue
     return {}

@@ -24,6 +24,8 @@ from toolkit.storage.atomic import temporary_path
 log = logging.getLogger(__name__)
 
 _REGISTRY = "registry.sqlite"
+_PAUSE_SECONDS = 60.0
+"""How long a registry that failed is left alone; the run's end is written all the same."""
 _FOLDERS = (
     RUN_FILES.metadata,
     RUN_FILES.metrics,
@@ -178,9 +180,12 @@ def _index_writer(root: str | Path, registry_url: str | None) -> Any:
     url = _registry_url(root, registry_url)
     index: Any = None
     warned = False
+    pause_until = 0.0
 
     def write(folder: Path, status: RunStatus) -> None:
-        nonlocal index, warned
+        nonlocal index, warned, pause_until
+        if time.monotonic() < pause_until and status.state == "running":
+            return
         try:
             if index is None:
                 from toolkit.runs.database import RunIndex
@@ -190,6 +195,7 @@ def _index_writer(root: str | Path, registry_url: str | None) -> Any:
                 index = RunIndex(url)
             index.put(RunRecord.from_status(folder, status))
         except Exception as error:
+            pause_until = time.monotonic() + _PAUSE_SECONDS
             if not warned:
                 log.warning(
                     "run registry: not reachable, so `toolkit runs` reads folders only (%s)",

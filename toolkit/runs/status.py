@@ -5,8 +5,10 @@ from typing import Any, Literal
 
 import msgspec
 
+from toolkit.errors import RunError
 from toolkit.runs.files import RUN_FILES
 from toolkit.runs.lock import is_locked
+from toolkit.storage.foreign import read_json
 
 RunState = Literal["running", "finished", "failed", "stopped"]
 """`stopped`: on request, with a committed checkpoint; `toolkit resume` continues."""
@@ -49,8 +51,8 @@ class RunStatus(msgspec.Struct, kw_only=True):
 def read_status(folder: Path) -> RunStatus | None:
     """The status of a run folder; None when the folder is not a run."""
     try:
-        return msgspec.json.decode((folder / RUN_FILES.status).read_bytes(), type=RunStatus)
-    except (OSError, msgspec.MsgspecError):
+        return read_json(folder / RUN_FILES.status, RunError, RunStatus)
+    except (FileNotFoundError, RunError):
         return None
 
 

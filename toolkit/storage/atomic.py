@@ -125,14 +125,18 @@ def fsync_tree(folder: PathLike) -> None:
 def remove_tree(folder: PathLike) -> None:
     """Remove `folder` and all below it; nothing happens when it does not exist.
 
-    It is renamed first, so that a removal cut short never leaves a folder that looks whole.
+    It is renamed first, so that a removal cut short never leaves a folder that looks whole. Of a
+    link to a folder the link alone goes.
     """
     doomed = temporary_path(folder)
     try:
         os.replace(folder, doomed)
     except FileNotFoundError:
         return
-    shutil.rmtree(doomed)
+    if doomed.is_symlink():
+        doomed.unlink()
+    else:
+        shutil.rmtree(doomed)
 
 
 def hash_file(path: PathLike, *, chunk_size: int = 4 << 20, bits: Literal[64, 128] = 64) -> str:

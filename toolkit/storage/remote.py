@@ -14,13 +14,13 @@ import os
 import random
 import time
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, NamedTuple, TypeVar
 
 from toolkit.errors import ConfigError, StorageError
 from toolkit.storage.atomic import fsync_file, hash_file, write_atomic
 from toolkit.storage.transient import is_transient, reason_of
+from toolkit.threads import ThreadPool
 
 log = logging.getLogger(__name__)
 
@@ -250,6 +250,16 @@ class RemoteFolder:
         with contextlib.suppress(FileNotFoundError):
             self._ask("deleting", "", remove_tree)
 
+    def move_to(self, target: "RemoteFolder") -> None:
+        """Give the folder, with all in it, another name in its store. Stores copy and then delete:
+        what is cut short has left the old one, or both."""
+
+        def move(path: str) -> None:
+            self._filesystem.invalidate_cache()
+            self._filesystem.mv(path, target._root, recursive=True)
+
+        self._ask("moving", "", move)
+
     @contextlib.contextmanager
     def _no_place_for(self, name: str) -> Iterator[None]:
         try:
@@ -281,7 +291,7 @@ class RemoteFolder:
             for item in items:
                 action(item)
             return
-        with ThreadPoolExecutor(min(STREAMS, len(items))) as pool:
+        with ThreadPool(min(STREAMS, len(items))) as pool:
             futures = [pool.submit(action, item) for item in items]
             try:
                 for future in futures:

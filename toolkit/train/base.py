@@ -12,6 +12,7 @@ import msgspec
 
 from toolkit.checkpoint.anywhere import metadata_of
 from toolkit.checkpoint.layout import CheckpointMetadata
+from toolkit.config.secrets import mask_secrets
 from toolkit.errors import CheckpointError
 from toolkit.models.lora_config import LoRAConfig
 from toolkit.storage.remote import is_url
@@ -43,7 +44,9 @@ def describe_base(checkpoint: Path | str) -> BaseCheckpoint:
     """The record of a base that was loaded; raises CheckpointError."""
     metadata = metadata_of(checkpoint)
     return BaseCheckpoint(
-        path=str(checkpoint.absolute() if isinstance(checkpoint, Path) else checkpoint),
+        path=str(checkpoint.absolute())
+        if isinstance(checkpoint, Path)
+        else mask_secrets(checkpoint),
         step=metadata.step,
         fingerprint=metadata.xxh3,
         source=metadata.extra.get("source"),

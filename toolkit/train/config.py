@@ -6,6 +6,7 @@ import msgspec
 
 from toolkit.config import Config
 from toolkit.config.base import check_not_negative, check_positive
+from toolkit.config.paths import LocalPath, PathOrURL
 from toolkit.config.seconds import in_seconds
 from toolkit.distributed.config import ActivationCheckpointingConfig, DataParallelConfig
 from toolkit.models.lora_config import LoRAConfig
@@ -19,6 +20,14 @@ NO_BASE = (
     "--trainer.load_path=... (and leave trainer.load_strategy as it is)"
 )
 """What is wrong where `lora` is set and there is nothing to train it on."""
+
+
+def no_checkpoint(load_path: str) -> str:
+    """What is wrong where `trainer.load_path` must hold a checkpoint and does not."""
+    return (
+        f"trainer.load_path {load_path}: holds no valid checkpoint; give a run folder "
+        "or a step{N} folder of one"
+    )
 
 
 class Duration(Config, kw_only=True):
@@ -190,7 +199,7 @@ class CheckpointerConfig(Config, kw_only=True):
     on_error: Literal["continue", "stop"] = "continue"
     """What a checkpoint that cannot be written means during training: go on with the ones there are
     (an error is logged), or end the run. At the end of training it always fails the run."""
-    upload_to: str | None = None
+    upload_to: PathOrURL | None = None
     """URL of a folder of this run's own (`s3://`, `gs://`) to which each checkpoint is copied after
     it is committed, under the same rules of what stays. A run whose own checkpoints are gone
     resumes from there. The next save waits for the copy."""
@@ -254,7 +263,7 @@ class TrainerConfig(Config, kw_only=True):
     """Write no checkpoints at all."""
     no_evals: bool = False
     """Run no evaluations at all."""
-    load_path: str | None = None
+    load_path: PathOrURL | None = None
     """Checkpoint (`step{N}` folder) or run folder to start from, local or a URL (`s3://`,
     `gs://`)."""
     load_in_place: bool = False
@@ -276,7 +285,7 @@ class TrainerConfig(Config, kw_only=True):
     wall_time_margin: float | str | None = None
     """How long before `max_wall_time` to stop; null: twice the longest time so far between two
     steps or for a save, at least 60 s."""
-    stop_file: str | None = "stop"
+    stop_file: LocalPath | None = "stop"
     """Stop with a checkpoint when this file appears (looked for once a second, removed then); a
     relative path is inside the run folder. Null: never look."""
     watchdog_timeout: float | None = 1200.0

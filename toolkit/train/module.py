@@ -1,6 +1,7 @@
 """`TrainModule`: what the trainer can train."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -38,6 +39,8 @@ class TrainModule(ABC):
     """Model, optimizer and loss behind the few calls that the loop makes."""
 
     environment: TrainingEnvironment
+    kernels: Mapping[str, str] = {}
+    """Part of the model -> the kernel that computes it here; recorded with the engine."""
     max_consecutive_skipped_steps: int
     """Non-finite steps in a row that end training."""
 

@@ -15,10 +15,12 @@ from pathlib import Path
 
 import msgspec
 
-from toolkit.errors import ToolkitError, TrainingError
+from toolkit.config.secrets import mask_secrets
+from toolkit.errors import RunError, ToolkitError, TrainingError
 from toolkit.runs.files import RUN_FILES
 from toolkit.runs.manager import RunManager
 from toolkit.storage.atomic import create_json, write_json_atomic
+from toolkit.storage.foreign import read_json
 
 _SECONDS_FOR_THE_FIRST = 2.0
 """How long a rank that lost another waits for that one's reason."""
@@ -108,9 +110,8 @@ class Peers:
         """What the ranks of this attempt published last."""
         found = {}
         for rank in range(self.world_size):
-            with contextlib.suppress(OSError, msgspec.MsgspecError):
-                data = (self._folder / f"rank{rank}.json").read_bytes()
-                note = msgspec.json.decode(data, type=RankNote)
+            with contextlib.suppress(FileNotFoundError, RunError):
+                note = read_json(self._folder / f"rank{rank}.json", RunError, RankNote)
                 if note.attempt == self.attempt:
                     found[rank] = note
         return found
@@ -138,7 +139,10 @@ class Peers:
         if not isinstance(error, ToolkitError):
             message = f"{type(error).__name__}: {message}"
         failure = Failure(
-            rank=self.rank, host=socket.gethostname(), step=step, message=message[:500]
+            rank=self.rank,
+            host=socket.gethostname(),
+            step=step,
+            message=mask_secrets(message)[:500],
         )
         with contextlib.suppress(OSError):
             self._folder.mkdir(exist_ok=True)
@@ -146,8 +150,8 @@ class Peers:
 
     def first_failure(self) -> Failure | None:
         """The first failure of this attempt that is nobody's consequence."""
-        with contextlib.suppress(OSError, msgspec.MsgspecError):
-            return msgspec.json.decode(self._failure.read_bytes(), type=Failure)
+        with contextlib.suppress(FileNotFoundError, RunError):
+            return read_json(self._failure, RunError, Failure)
         return None
 
     def explain(self, error: BaseException, *, step: int) -> LostPeerError | None:
@@ -211,7 +215,8 @@ def first_line(error: BaseException) -> str:
 def clear_notes(folder: Path) -> None:
     """Remove the notes of earlier attempts; rank 0 calls it once the run is its own."""
     for path in (folder / RUN_FILES.ranks).glob("*.json"):
-        path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
 
 
 def _is_alive(pid: int) -> bool:

@@ -1,6 +1,7 @@
 """Why a run stops, in the words of its status; no torch, for who only reads them."""
 
-LAUNCHER_GONE = "the launcher is gone"
+from toolkit.signals import LAUNCHER_GONE as LAUNCHER_GONE
+
 WALL_TIME = "trainer.max_wall_time"
 STOP_FILE = "the stop file"
 FAILURE = "failure"

@@ -18,7 +18,7 @@ from toolkit.errors import CheckpointError, ConfigError
 from toolkit.runs.files import RUN_FILES
 from toolkit.storage.remote import is_url
 from toolkit.train.base import check_adapter, describe_base, find_base
-from toolkit.train.config import NO_BASE, TrainerConfig
+from toolkit.train.config import NO_BASE, TrainerConfig, no_checkpoint
 
 if TYPE_CHECKING:
     from toolkit.train.trainer import Trainer
@@ -78,10 +78,7 @@ def find_start(
     if given is not None:
         return Start(given, weights_only=adapts or config.load_weights_only, rejected=rejected)
     if config.load_strategy == "always" or adapts:
-        raise CheckpointError(
-            f"trainer.load_path {config.load_path}: holds no valid checkpoint; give a run folder "
-            "or a step{N} folder of one"
-        )
+        raise CheckpointError(no_checkpoint(config.load_path))
     return None
 
 

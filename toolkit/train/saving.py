@@ -7,8 +7,8 @@ most one save is in flight; the next waits for it.
 
 import importlib.metadata
 import logging
+import math
 import random
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +23,7 @@ from toolkit.checkpoint.pieces import Resolve, TensorPieces
 from toolkit.checkpoint.tensors import iterate_tensors
 from toolkit.errors import RunError, ToolkitError, TrainingError
 from toolkit.runs.files import RUN_FILES
+from toolkit.threads import Thread
 
 if TYPE_CHECKING:
     from toolkit.train.module import TrainModule
@@ -46,7 +47,7 @@ class TrainerSaver:
         self._trainer = trainer
         self._after_commit = after_commit
         self._pieces: TensorPieces | None = None
-        self._thread: threading.Thread | None = None
+        self._thread: Thread | None = None
         self._error: Exception | None = None
 
     def save(self, *, kind: Kind = "permanent", export_hf: bool = False) -> None:
@@ -80,7 +81,7 @@ class TrainerSaver:
             except Exception as error:
                 self._error = error
 
-        self._thread = threading.Thread(target=work, name="checkpoint", daemon=True)
+        self._thread = Thread(target=work, name="checkpoint", daemon=True)
         self._thread.start()
 
     def wait(self, timeout: float | None = None) -> None:
@@ -159,6 +160,7 @@ def _check_owner(trainer: "Trainer") -> None:
     refusal: RunError | None = None
     try:
         trainer.run.check_owner()
+        refusal = trainer.run.find_removal()
     except RunError as error:
         refusal = error
     refusal = trainer.environment.broadcast(refusal)
@@ -182,14 +184,14 @@ def _keep_tokenizer(trainer: "Trainer") -> None:
 
 
 def _scores(evaluation: dict[str, Any] | None, step: int) -> dict[str, float]:
-    """Results of an evaluation at `step`, as "val/loss"."""
+    """Results of an evaluation at `step` that are numbers, as "val/loss"."""
     if evaluation is None or evaluation["step"] != step:
         return {}
     name = evaluation["name"]
     return {
         f"{name}/{key}": float(value)
         for key, value in evaluation.items()
-        if isinstance(value, int | float) and key not in _NOT_SCORES
+        if isinstance(value, int | float) and math.isfinite(value) and key not in _NOT_SCORES
     }
 
 

@@ -4,38 +4,29 @@ all ranks.
 A signal only raises a flag; the loop ends the step in flight, commits a checkpoint and leaves.
 Launchers repeat a terminal's signal, so a second SIGTERM or SIGINT counts as "now" only after two
 seconds; it then kills the process at once, which harms no committed checkpoint. SIGUSR1, SIGUSR2
-and SIGHUP (what schedulers send ahead of time) ask and never kill.
+and SIGHUP (what schedulers send ahead of time) ask and never kill. `toolkit.signals` hears them.
 """
 
 import contextlib
 import os
-import signal
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 
+from toolkit import signals
 from toolkit.config.seconds import in_seconds
 from toolkit.distributed.launcher import has_launcher
 from toolkit.train.config import TrainerConfig
 from toolkit.train.reasons import FAILURE, LAUNCHER_GONE, STOP_FILE, WALL_TIME
-
-REPEAT_SECONDS = 2.0
 
 _REASONS = (
     *("", "a request", "SIGHUP", "SIGUSR1", "SIGUSR2", WALL_TIME, STOP_FILE, "SIGINT", "SIGTERM"),
     *(LAUNCHER_GONE, FAILURE),
 )
 """What ranks tell each other, by index; the greatest wins."""
-
-TERMINATING = (signal.SIGTERM, signal.SIGINT)
-ASKING = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 _LEAST_MARGIN_SECONDS = 60.0
 _STOP_FILE_SECONDS = 1.0
@@ -103,7 +94,7 @@ class _Vote(NamedTuple):
     work: dist.Work
 
 
-class StopRequest:
+class StopRequest(signals.Receiver):
     """Why this rank wants to stop, if it does (any thread may ask), and what all ranks agreed.
 
     Args:
@@ -116,13 +107,12 @@ class StopRequest:
         """What this rank wants, or, once agreed, why all ranks stop."""
         self.is_agreed = False
         """Whether all ranks stop; it becomes true on all of them at the same poll."""
-        self._terminated_at: float | None = None
         self._vote: _Vote | None = None
         self._wall_time = wall_time
         self._stop_file = stop_file
         self._looked_at = -_STOP_FILE_SECONDS
         # Only under a launcher: a shell that exits after `toolkit train &` is nobody's business.
-        self._launcher = os.getppid() if has_launcher(os.environ) else None
+        self._launcher = signals.PARENT if has_launcher(os.environ) else None
 
     def ask(self, reason: str) -> None:
         """Stop at the end of the step in flight; the first reason stays, but for a failure."""
@@ -140,23 +130,13 @@ class StopRequest:
             with contextlib.suppress(OSError):
                 self._stop_file.unlink(missing_ok=True)
 
-    @contextmanager
-    def listening(self) -> Iterator[None]:
-        """Handle signals inside the block (in the main thread only); what is ignored, as SIGHUP
-        under nohup, stays so."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        before = {
-            number: signal.signal(number, self._on_signal)
-            for number in (*TERMINATING, *ASKING)
-            if number in TERMINATING or signal.getsignal(number) != signal.SIG_IGN
-        }
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+    def listening(self) -> contextlib.AbstractContextManager[None]:
+        """Handle signals inside the block; see `toolkit.signals.listening`."""
+        return signals.listening(self)
+
+    def acknowledge(self, reason: str) -> str:
+        """See `toolkit.signals.Receiver`."""
+        return f"{reason}: stopping after this step{signals.again(reason)}"
 
     def poll(self, group: dist.ProcessGroup | None) -> bool:
         """Whether all ranks stop now.
@@ -211,16 +191,6 @@ class StopRequest:
         if self.reason is None:
             return 0
         return _REASONS.index(self.reason) if self.reason in _REASONS else 1
-
-    def _on_signal(self, number: int, _frame: FrameType | None) -> None:
-        if number in TERMINATING:
-            now = time.monotonic()
-            if self._terminated_at is None:
-                self._terminated_at = now
-            elif now - self._terminated_at > REPEAT_SECONDS:
-                signal.signal(number, signal.SIG_DFL)
-                os.kill(os.getpid(), number)
-        self.ask(signal.Signals(number).name)
 
 
 def stop_request_of(config: TrainerConfig, run_folder: Path, *, is_main: bool) -> StopRequest:

@@ -26,8 +26,9 @@ from toolkit.metrics.streams import MetricStreams
 from toolkit.runs.manager import RunManager
 from toolkit.train.callbacks import Callback, build_callbacks
 from toolkit.train.config import Duration, TrainerConfig, TransformerTrainModuleConfig
+from toolkit.train.ending import close_after_failure, close_callbacks, is_part_of_stop
 from toolkit.train.module import Progress, TrainModule
-from toolkit.train.peers import Peers, first_line
+from toolkit.train.peers import LostPeerError, Peers, first_line
 from toolkit.train.reasons import FAILURE
 from toolkit.train.restoring import restore_trainer
 from toolkit.train.stopping import stop_request_of
@@ -149,12 +150,12 @@ class Trainer:
         except BaseException as error:
             peers.fail(error, step=self.step)
             lost = peers.explain(error, step=self.step)
-            self._close_after_failure(first_line(lost or error))
+            close_after_failure(self, first_line(lost or error))
             if lost is not None:
                 raise lost from error
             raise
         finally:
-            self._close_callbacks()
+            close_callbacks(self)
             if watchdog is not None:
                 watchdog.stop()
         state: Literal["finished", "stopped", "failed"] = "stopped"
@@ -183,10 +184,16 @@ class Trainer:
                 if self.step % interval == 0 and self.should_stop():
                     break
                 self.heartbeat.beat("waiting for data", self.step + 1)
+                done = self.step, self.tokens
                 waiting = time.perf_counter()
-                batch = next(batches)
-                self.data_seconds = time.perf_counter() - waiting
-                self._train_step(batch)
+                try:
+                    batch = next(batches)
+                    self.data_seconds = time.perf_counter() - waiting
+                    self._train_step(batch)
+                except Exception as error:
+                    if not is_part_of_stop(self, error, done):
+                        raise
+                    break
         finally:
             batches.close()
         self._raise_failure()
@@ -204,12 +211,16 @@ class Trainer:
         """What ended training, if something did: after a flush all ranks know it, and the same."""
         if self.stop_request.is_agreed and self.stop_request.reason != FAILURE:
             return  # saving flushes
-        self.recorder.flush()
-        self._call("on_failure")
+        try:
+            self.recorder.flush()
+            self._call("on_failure")
+        except ToolkitError:
+            if self._failure is None:  # else a consequence
+                raise
         if self._failure is not None:
             raise self._failure
         if self.stop_request.is_agreed:
-            raise TrainingError("another rank has failed; its message and its log say why")
+            raise LostPeerError("another rank has failed; its message and its log say why")
 
     def _train_step(self, batch: dict[str, torch.Tensor]) -> None:
         size = self.tokens_per_step
@@ -308,6 +319,9 @@ class Trainer:
     def _deliver(self, stream: str, records: list[dict[str, Any]]) -> None:
         """Reduced records, in the metrics thread: derive, write, tell the callbacks."""
         self.run.check_owner_after_pause()
+        if (removed := self.run.find_removal()) is not None:
+            self.fail(removed)
+            return
         if stream == "train":
             for record in records:
                 record["ppl"] = math.exp(min(record["loss"], 700.0))
@@ -382,16 +396,3 @@ class Trainer:
         for label, hook in self._labelled_hooks(name):
             self.heartbeat.beat(f"{label}.{name}", self.step, is_slow=True)
             hook()
-
-    def _close_after_failure(self, message: str) -> None:
-        try:
-            if self.recorder is not None:
-                self.recorder.close(flush=False)
-        finally:
-            self.run.close("failed", step=self.step, message=message, exit_reason="error")
-
-    def _close_callbacks(self) -> None:
-        for callback in self.callbacks.values():
-            callback.close()
-        if self.streams is not None:
-            self.streams.close()

@@ -17,15 +17,17 @@ from toolkit.distributed.environment import TrainingEnvironment, single_environm
 from toolkit.distributed.materialize import materialize
 from toolkit.distributed.prepare import prepare_runtime
 from toolkit.distributed.runtime import EngineRuntime
-from toolkit.errors import ConfigError
+from toolkit.errors import ConfigError, TrainingError
 from toolkit.evaluate.sums import Batch, EvalSums
 from toolkit.metrics.norms import layer_norms, layer_of, to_norms
-from toolkit.models.freeze import choose_trained, flops_per_token
-from toolkit.models.init import is_adapter
+from toolkit.models.freeze import choose_trained
+from toolkit.models.init import canonical_parameters
+from toolkit.models.kernel_record import kernel_record
 from toolkit.models.labels import shift_labels
 from toolkit.models.lora import is_trained
 from toolkit.models.lora_config import LoRAConfig
 from toolkit.models.loss import IGNORE_INDEX
+from toolkit.models.parameters import flops_per_token, is_adapter
 from toolkit.models.router_loss import RouterSums
 from toolkit.train.config import TransformerTrainModuleConfig
 from toolkit.train.module import Metric, Progress, TrainModule
@@ -69,10 +71,16 @@ class TransformerTrainModule(TrainModule):
         self._peak_rates = [group["lr"] for group in self.runtime.optimizer.param_groups]
         self.max_consecutive_skipped_steps = config.max_consecutive_skipped_steps
         self._z_loss = config.z_loss_multiplier or 0.0
+        self.kernels = self._kernels()
+        if self.environment.is_main and self.environment.device.type != "cpu":
+            log.info("kernels: %s", "; ".join(f"{k} by {v}" for k, v in self.kernels.items()))
+        self._is_checked = False
 
     def train_batch(self, batch: Batch) -> dict[str, Metric]:
         inputs = self._inputs(batch)
-        num_targets = self._num_targets(batch, inputs.labels)
+        # 1 where there is none: the loss is zero then, and not divided by zero.
+        count = self._num_targets(batch, inputs.labels)
+        num_targets = max(count, 1) if isinstance(count, int) else count.clamp(min=1)
         factor = self.runtime.data_parallel_size / num_targets
         pieces = self._microbatches(inputs)
         ce = z = None
@@ -92,10 +100,12 @@ class TransformerTrainModule(TrainModule):
             if sums.router is not None:
                 routers.append(sums.router)
         assert ce is not None, "a batch has at least one microbatch"
-        metrics = {"loss": Metric(ce / num_targets, "sum")}
+        if not self._is_checked:
+            self._check_gradients()
+        metrics = {"loss": Metric(_mean(ce, count), "sum")}
         if self._z_loss:
             assert z is not None
-            metrics["z_loss"] = Metric(self._z_loss * z / num_targets, "sum")
+            metrics["z_loss"] = Metric(self._z_loss * _mean(z, count), "sum")
         if routers:
             metrics |= self._router_metrics(routers, num_targets)
         return metrics
@@ -175,6 +185,32 @@ class TransformerTrainModule(TrainModule):
     def state_filled(self) -> None:
         self.runtime.state_filled()
 
+    def _kernels(self) -> dict[str, str]:
+        is_bf16 = self.environment.engine.precision == "bf16"
+        names = {name for name, info in self._parameters.infos.items() if info.is_trained}
+        return kernel_record(
+            self._model_config.to_transformer(),
+            self.environment.device,
+            torch.bfloat16 if is_bf16 else torch.float32,
+            is_compiled=self.config.compile_model,
+            has_z_loss=self._z_loss != 0.0,
+            trains_head_alone=names == {"head.weight"},
+        )
+
+    def _check_gradients(self) -> None:
+        """After the first backward: that it reached all that is trained. A kernel that forgets a
+        gradient would leave a parameter as it is, without a word."""
+        self._is_checked = True
+        if self.environment.engine.zero_stage:  # DeepSpeed has taken them away
+            return
+        parameters = canonical_parameters(self.runtime.module)
+        missing = [name for name, p in parameters.items() if p.requires_grad and p.grad is None]
+        if missing:
+            raise TrainingError(
+                f"{', '.join(missing[:3])}: trained, but without a gradient after the first "
+                "backward; add what is not used to train_module.freeze"
+            )
+
     def _inputs(self, batch: Batch) -> "_Inputs":
         device = self.environment.device
         input_ids = batch["input_ids"].to(device, non_blocking=True)
@@ -190,8 +226,7 @@ class TransformerTrainModule(TrainModule):
         count = (labels != IGNORE_INDEX).sum()
         if self.environment.world_size > 1:
             dist.all_reduce(count)
-        # A batch without any target has no loss; 1 keeps it zero instead of dividing by zero.
-        return count.clamp(min=1)
+        return count
 
     def _router_metrics(
         self, routers: list[RouterSums], num_targets: int | torch.Tensor
@@ -243,6 +278,11 @@ class TransformerTrainModule(TrainModule):
 
 def _on_device(tensor: torch.Tensor | None, device: torch.device) -> torch.Tensor | None:
     return None if tensor is None else tensor.to(device, non_blocking=True)
+
+
+def _mean(total: torch.Tensor, count: int | torch.Tensor) -> torch.Tensor:
+    """Over the targets of a batch; NaN where it has none (0 / 0)."""
+    return total / count
 
 
 class _Inputs(NamedTuple):

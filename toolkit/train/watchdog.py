@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, TextIO
 
 from toolkit.errors import EXIT_FAILED
 from toolkit.runs.files import RUN_FILES
+from toolkit.threads import Thread
 from toolkit.train.peers import Peers, RankNote
 
 if TYPE_CHECKING:
@@ -88,7 +89,7 @@ class Watchdog:
         self._stacks = self._open()
         self._main = threading.get_ident()
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._thread = Thread(target=self._watch, name="watchdog", daemon=True)
 
     def start(self) -> None:
         """Begin to watch."""
@@ -101,11 +102,15 @@ class Watchdog:
         if self._thread.ident is not None:
             self._thread.join(timeout=5)
         faulthandler.cancel_dump_traceback_later()
-        self._stacks.close()
+        with contextlib.suppress(OSError):
+            self._stacks.close()
 
     def _open(self) -> TextIO:
-        self._file.parent.mkdir(parents=True, exist_ok=True)
-        return self._file.open("a")
+        try:
+            self._file.parent.mkdir(exist_ok=True)
+            return self._file.open("a")
+        except OSError:  # stacks are lost then; hangs are still found
+            return open(os.devnull, "a")
 
     def _watch(self) -> None:
         beats, idle = -1, 0.0
@@ -146,8 +151,7 @@ class Watchdog:
     def _end(self, idle: float) -> None:
         faulthandler.cancel_dump_traceback_later()
         self._peers.announce_hang()
-        self._stacks.write(f"rank {self._peers.rank} made no progress for {idle:.0f} s; stacks:\n")
-        self._stacks.flush()
+        self._note(f"rank {self._peers.rank} made no progress for {idle:.0f} s; stacks:")
         faulthandler.dump_traceback(file=self._stacks, all_threads=True)
         self._publish(idle, has_dumped=True)
         notes = self._answers()
@@ -157,11 +161,11 @@ class Watchdog:
             f"{self._file.parent}{os.sep}rank*.log; continue with "
             f"`toolkit resume {self._peers.run_folder}`"
         )
-        self._stacks.write(verdict + "\n")
-        self._stacks.flush()
+        self._note(verdict)
         if self._peers.rank == min(notes, default=self._peers.rank):
-            sys.stderr.write(f"error: {verdict}\n")
-            sys.stderr.flush()
+            with contextlib.suppress(OSError, ValueError):
+                sys.stderr.write(f"error: {verdict}\n")
+                sys.stderr.flush()
             self._tell(verdict)
         else:
             time.sleep(2.0)  # its line comes before the launcher sees any rank end
@@ -169,6 +173,11 @@ class Watchdog:
             with contextlib.suppress(Exception):
                 handler.flush()
         self._leave(EXIT_FAILED)
+
+    def _note(self, line: str) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            self._stacks.write(line + "\n")
+            self._stacks.flush()
 
     def _answers(self) -> dict[int, RankNote]:
         """The notes of the ranks that show their stacks too, once they had time for it."""
@@ -182,7 +191,7 @@ class Watchdog:
     def _tell(self, verdict: str) -> None:
         """`on_hang`, which may hang like everything else, in a thread of its own."""
         if self._on_hang is not None:
-            thread = threading.Thread(target=self._on_hang, args=(verdict,), daemon=True)
+            thread = Thread(target=self._on_hang, args=(verdict,), daemon=True)
             thread.start()
             thread.join(timeout=5)
 

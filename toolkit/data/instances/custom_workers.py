@@ -3,24 +3,18 @@
 import itertools
 import multiprocessing
 import os
-import signal
-import threading
-import time
 from collections.abc import Sequence
-from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import Executor, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, Literal
 
 import msgspec
 
+from toolkit import signals
 from toolkit.data.config import CustomDatasetConfig
 from toolkit.data.instances.custom_class import make, user_code
 from toolkit.errors import DataError
-
-WATCH_SECONDS = 1.0
-"""How often a worker process looks whether the process that it works for is still there."""
-# They ask the training process to stop gently, and a terminal sends them to the workers as well.
-_NOT_FOR_WORKERS = (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+from toolkit.threads import ThreadPool
 
 WorkerType = Literal["process", "thread"]
 
@@ -45,6 +39,7 @@ class ItemReader:
         self._made, self._setup, self._name = made, setup, setup[0].target
         self._num_workers, self._worker_type = num_workers, worker_type
         self._pool: Executor | None = None
+        self._processes: Any = {}
 
     def read(self, numbers: Sequence[int]) -> list[Any]:
         """The items in the order of `numbers`. Raises DataError for one that cannot be made."""
@@ -56,10 +51,18 @@ class ItemReader:
         parts = [numbers[start : start + size] for start in range(0, len(numbers), size)]
         try:
             if self._worker_type == "process":
-                found = list(self._pool.map(_worker_items, parts))
+                with signals.starting_workers():
+                    answers = self._pool.map(_worker_items, parts)
+                found = list(answers)
             else:
                 found = list(self._pool.map(lambda p: _items(self._made, p, self._name), parts))
         except BrokenProcessPool:
+            self._kill_workers()
+            if signals.asked() is not None:
+                # Whoever asked this process to stop may have ended its workers. The batch is still
+                # wanted, since other ranks train on theirs.
+                self._num_workers = 0
+                return _items(self._made, numbers, self._name)
             raise DataError(
                 f"{self._name}: a worker process ended suddenly (often for lack of memory); try "
                 "data_loader.worker_type=thread or fewer data_loader.num_workers"
@@ -72,16 +75,24 @@ class ItemReader:
             self._pool.shutdown(wait=False, cancel_futures=True)
             self._pool = None
 
+    def _kill_workers(self) -> None:
+        """Of a broken pool: they do not end by the SIGTERM that the pool itself sends."""
+        for process in list(self._processes.values()):
+            process.kill()
+        self.close()
+
     def _open_pool(self) -> Executor:
         if self._worker_type == "thread":
-            return ThreadPoolExecutor(self._num_workers, thread_name_prefix="data-worker")
+            return ThreadPool(self._num_workers, thread_name_prefix="data-worker")
         # Not forked: this process has threads and perhaps a device, which a fork would copy broken.
-        return ProcessPoolExecutor(
+        pool = ProcessPoolExecutor(
             self._num_workers,
             mp_context=multiprocessing.get_context("spawn"),
             initializer=_open_worker,
             initargs=(os.getpid(), msgspec.json.encode(self._setup[0]), *self._setup[1:]),
         )
+        self._processes = pool._processes  # filled as they start; the pool forgets it at its end
+        return pool
 
 
 def _items(made: Any, numbers: Sequence[int], name: str) -> list[Any]:
@@ -97,18 +108,10 @@ _worker_dataset: Any = None
 
 def _open_worker(parent: int, config: bytes, split: str, sequence_length: int) -> None:
     global _worker_dataset
-    for number in _NOT_FOR_WORKERS:
-        signal.signal(number, signal.SIG_IGN)
-    threading.Thread(target=_end_with, args=(parent,), name="parent-watch", daemon=True).start()
+    signals.ignore_in_worker()
+    signals.end_with_parent(parent)
     decoded = msgspec.json.decode(config, type=CustomDatasetConfig)
     _worker_dataset = (make(decoded, split, sequence_length), decoded.target)
-
-
-def _end_with(parent: int) -> None:
-    """End this process when `parent` is gone: a killed process cannot end its workers."""
-    while os.getppid() == parent:
-        time.sleep(WATCH_SECONDS)
-    os._exit(1)
 
 
 def _worker_items(numbers: Sequence[int]) -> list[Any]:

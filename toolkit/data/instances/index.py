@@ -3,18 +3,16 @@
 Nothing here holds more than a block of the file in memory.
 """
 
-import contextlib
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
 
 from toolkit.data.instances.base import DocumentPart
-from toolkit.data.instances.plans import PLANS_FOLDER
+from toolkit.data.instances.plans import find_note, keep_note
 from toolkit.data.tokens.index_scan import IndexScan
 from toolkit.data.tokens.prepared import PreparedDataset, Split
 from toolkit.errors import DataError
-from toolkit.storage.atomic import write_atomic
 
 BLOCK_DOCUMENTS = 1 << 18
 """Documents, and pieces of documents, worked on at once: some tens of megabytes."""
@@ -131,13 +129,8 @@ def verify_once(prepared: PreparedDataset, split: Split) -> None:
     """
     state = (prepared.folder / f"{split}.idx").stat()
     found = f"{state.st_size} {state.st_mtime_ns}"
-    note = prepared.folder / PLANS_FOLDER / f"{split}.idx.checked"
-    try:
-        if note.read_text() == found:
-            return
-    except OSError:
-        pass
+    name = f"{split}.idx.{prepared.fingerprint(split)}.checked"
+    if find_note(prepared, name) == found.encode():
+        return
     DocumentIndex(prepared, split).verify()
-    with contextlib.suppress(OSError):  # a read-only folder: it is checked again next time
-        note.parent.mkdir(exist_ok=True)
-        write_atomic(note, found.encode())
+    keep_note(prepared, name, found.encode())

@@ -95,11 +95,13 @@ def count_instances(
 
 def ensure_plans(prepared: PreparedDataset, config: DatasetConfig) -> None:
     """Make the plans of both splits that are missing; other processes that want them wait. Without
-    a plan, the document index is checked where documents matter.
+    a plan, the document index is checked where documents matter. What rows do to the targets of
+    instruction data is said.
 
     Raises:
         ConfigError: `sequence_length` does not suit the kind of instances.
-        DataError: a document index is damaged, or a plan cannot be written.
+        DataError: a document index is damaged, a plan cannot be written, or no row of training has
+            a target.
     """
     splits: tuple[tuple[Split, bool], ...] = (("train", False), ("val", True))
     for split, evaluation in splits:
@@ -112,6 +114,10 @@ def ensure_plans(prepared: PreparedDataset, config: DatasetConfig) -> None:
                 from toolkit.data.instances.index import verify_once
 
                 verify_once(prepared, split)
+            if prepared.manifest.splits[split].mask_hash is not None:
+                from toolkit.data.instances.targets import check_row_targets
+
+                check_row_targets(prepared, split, config, evaluation=evaluation)
 
 
 def _plan(

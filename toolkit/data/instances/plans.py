@@ -4,12 +4,16 @@
       plan.json    `PlanHeader`: what the plan is of, and counts
       *.npy        arrays of the kind of instances that made it
 
+Where the data set's folder cannot be written, `$XDG_CACHE_HOME/toolkit/packing/` (`~/.cache`) takes
+its place: what a plan is of stands in its name.
+
 A plan gets its name in one rename when all of it is written, and a lock lets one process make it
 while others wait. It can be deleted at any time: it is made again, and the same. Reading a header
 needs no numpy.
 """
 
 import contextlib
+import errno
 import logging
 import os
 import time
@@ -27,8 +31,10 @@ from toolkit.storage.atomic import (
     fsync_tree,
     remove_tree,
     temporary_path,
+    write_atomic,
     write_json_atomic,
 )
+from toolkit.storage.foreign import read_json
 
 if TYPE_CHECKING:
     import numpy as np
@@ -38,6 +44,8 @@ logger = logging.getLogger(__name__)
 PLANS_FOLDER = "packing"
 HEADER_NAME = "plan.json"
 LOCK_POLL_SECONDS = 0.25
+
+_READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 PlanKind = Literal["packed", "padded", "variable"]
 
@@ -87,10 +95,16 @@ class Plan(NamedTuple):
     fingerprint: str
 
     @property
-    def folder(self) -> Path:
-        """Where the plan is, or will be."""
+    def places(self) -> list[Path]:
+        """Folders where the plan may be, the first where it should be."""
         name = f"{self.split}-{self.sequence_length}-{self.fingerprint}"
-        return self.prepared.folder / PLANS_FOLDER / name
+        return [folder / name for folder in plans_folders(self.prepared)]
+
+    @property
+    def folder(self) -> Path:
+        """Where the plan is, or should be."""
+        places = self.places
+        return next((place for place in places if place.exists()), places[0])
 
     def header(self) -> PlanHeader | None:
         """What the plan holds; None: it is not made yet.
@@ -100,15 +114,13 @@ class Plan(NamedTuple):
         """
         path = self.folder / HEADER_NAME
         try:
-            header = msgspec.json.decode(path.read_bytes(), type=PlanHeader)
+            header = read_json(path, DataError, PlanHeader)
         except FileNotFoundError:
             if self.folder.exists():
                 raise self.damaged(f"{HEADER_NAME} is missing") from None
             return None
-        except OSError as error:
-            raise DataError(f"{path}: cannot be read: {error.strerror}") from None
-        except msgspec.DecodeError as error:
-            raise self.damaged(f"{HEADER_NAME}: {error}") from None
+        except DataError as error:
+            raise self.damaged(str(error)) from None
         if (header.kind, header.fingerprint) != (self.kind, self.fingerprint):
             raise self.damaged(f"{HEADER_NAME} is of other instances")
         return header
@@ -147,20 +159,61 @@ def ensure_plan(plan: Plan, make: Callable[[Path], PlanHeader]) -> PlanHeader:
     header = plan.header()
     if header is not None:
         return header
+    *writable, last = plan.places
+    for place in writable:
+        try:
+            return _ensure(plan, place, make)
+        except OSError as error:
+            if error.errno not in _READ_ONLY:
+                raise _unwritten(plan, place, error) from error
+            logger.info("%s cannot be written; its plan goes to %s", place.parent, last.parent)
     try:
-        plan.folder.parent.mkdir(exist_ok=True)
-        with _exclusive(plan.folder):
-            header = plan.header()
-            if header is None:
-                started = time.monotonic()
-                header = _make(plan, make)
-                _report(plan, header, time.monotonic() - started)
-            return header
+        return _ensure(plan, last, make)
     except OSError as error:
-        raise DataError(
-            f"{error.filename or plan.folder}: cannot write the plan of {plan.kind} instances: "
-            f"{error.strerror or error}; make room or give write permission, and run again"
-        ) from error
+        raise _unwritten(plan, last, error) from error
+
+
+def plans_folders(prepared: PreparedDataset) -> list[Path]:
+    """Where what is kept beside the tokens of a data set may be: in its folder, or where that
+    cannot be written, in a cache for all of them."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    return [prepared.folder / PLANS_FOLDER, cache / "toolkit" / PLANS_FOLDER]
+
+
+def keep_note(prepared: PreparedDataset, name: str, data: bytes) -> None:
+    """Write a small file that `find_note` gives back; where that is not possible, nothing."""
+    for folder in plans_folders(prepared):
+        with contextlib.suppress(OSError):
+            folder.mkdir(parents=True, exist_ok=True)
+            write_atomic(folder / name, data)
+            return
+
+
+def find_note(prepared: PreparedDataset, name: str) -> bytes | None:
+    """What `keep_note` wrote; None: there is none."""
+    for folder in plans_folders(prepared):
+        with contextlib.suppress(OSError):
+            return (folder / name).read_bytes()
+    return None
+
+
+def _ensure(plan: Plan, folder: Path, make: Callable[[Path], PlanHeader]) -> PlanHeader:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with _exclusive(folder):
+        header = plan.header()
+        if header is None:
+            started = time.monotonic()
+            header = _make(plan, folder, make)
+            _report(plan, header, time.monotonic() - started)
+        return header
+
+
+def _unwritten(plan: Plan, folder: Path, error: OSError) -> DataError:
+    return DataError(
+        f"{error.filename or folder}: cannot write the plan of {plan.kind} instances: "
+        f"{error.strerror or error}; make room or give write permission, or set "
+        "XDG_CACHE_HOME to a folder that can be written, and run again"
+    )
 
 
 def create_array(folder: Path, name: str, shape: int, dtype: "np.dtype | type") -> "np.ndarray":
@@ -180,22 +233,22 @@ def create_array(folder: Path, name: str, shape: int, dtype: "np.dtype | type") 
     return array
 
 
-def _make(plan: Plan, make: Callable[[Path], PlanHeader]) -> PlanHeader:
+def _make(plan: Plan, folder: Path, make: Callable[[Path], PlanHeader]) -> PlanHeader:
     # The lock is held: what is unfinished was left by a process that was killed.
-    for leftover in plan.folder.parent.glob(f".{plan.folder.name}.*{TEMPORARY_SUFFIX}"):
+    for leftover in folder.parent.glob(f".{folder.name}.*{TEMPORARY_SUFFIX}"):
         remove_tree(leftover)
-    unfinished = temporary_path(plan.folder)
+    unfinished = temporary_path(folder)
     unfinished.mkdir()
     try:
         header = make(unfinished)
         write_json_atomic(unfinished / HEADER_NAME, header)
         fsync_tree(unfinished)
-        os.rename(unfinished, plan.folder)
+        os.rename(unfinished, folder)
     except BaseException:
         with contextlib.suppress(OSError):
             remove_tree(unfinished)
         raise
-    fsync_folder(plan.folder.parent)
+    fsync_folder(folder.parent)
     return header
 
 

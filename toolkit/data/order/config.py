@@ -2,6 +2,7 @@
 
 from toolkit.config import Config
 from toolkit.config.base import check_positive
+from toolkit.config.paths import NewName
 from toolkit.data.text.config import FiltersConfig, InstructionsConfig, SourceConfig
 
 
@@ -13,9 +14,9 @@ class MixSourceConfig(Config, kw_only=True):
 
     ratio: float
     """Share of the mixture's tokens, relative to the other sources' ratios."""
-    dataset_name: str | None = None
+    dataset_name: NewName | None = None
     """First folder level of its token files; default: the source's name in the mixture."""
-    dataset_config: str | None = None
+    dataset_config: NewName | None = None
     """Second folder level; default: `dataset.dataset_config`."""
     source: SourceConfig | None = None
     """Where its text comes from; null: its token files exist already."""

@@ -2,10 +2,10 @@
 
 from importlib import resources
 from importlib.resources.abc import Traversable
-from pathlib import Path
 from typing import Any
 
 from toolkit.config import convert, nearest, parse_json_mapping, read_json_mapping
+from toolkit.config.paths import local_path
 from toolkit.data.order.config import MixConfig
 from toolkit.errors import ConfigError
 
@@ -30,7 +30,7 @@ def read_mix(name: str) -> MixConfig:
 
 def read_mix_data(name: str) -> dict[str, Any]:
     """Like `read_mix`, as plain JSON types that nobody has checked."""
-    path = Path(name).expanduser()
+    path = local_path(name, "mix")
     if path.is_file():
         return read_json_mapping(path)
     if name in mix_names():
@@ -78,7 +78,7 @@ def check_nested(name: str, mix: Any, outside: tuple[str, ...]) -> None:
 
 def file_identity(name: str) -> str:
     """The same for two names of one file."""
-    path = Path(name).expanduser()
+    path = local_path(name, "mix")
     return str(path.resolve()) if path.is_file() else name
 
 

@@ -42,7 +42,7 @@ class TextColumns:
             )
 
     def text(self, row: Mapping[str, Any], where: str) -> str:
-        """The text of a row; null is no text.
+        """The text of a row; null and NaN, which stands for it in tables of numbers, are no text.
 
         Raises:
             DataError: a column is missing or holds something that is not text; `where` names the
@@ -61,7 +61,7 @@ class TextColumns:
     def _value(self, value: Any, name: str, where: str) -> str:
         if isinstance(value, str):
             return value
-        if value is None:
+        if value is None or value != value:  # NaN
             return ""
         if self.is_template and isinstance(value, int | float):
             return str(value)

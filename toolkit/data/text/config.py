@@ -4,12 +4,13 @@ from typing import Literal
 
 from toolkit.config import Config
 from toolkit.config.base import check_positive
+from toolkit.config.paths import LocalPath, PathOrURL
 
 
 class FilesSourceConfig(Config, kw_only=True, tag_field="type", tag="files"):
-    """Local text: .txt, .jsonl (plain, .gz, .zst), .parquet or .arrow files."""
+    """Local text: .txt, .jsonl (plain, .gz, .zst), .json, .parquet or .arrow files."""
 
-    paths: list[str]
+    paths: list[LocalPath]
     """Files, folders (searched recursively) or globs; order does not matter, names are sorted."""
     text_field: str = "text"
     """Column or key that holds the text (not in .txt)."""
@@ -21,8 +22,15 @@ class FilesSourceConfig(Config, kw_only=True, tag_field="type", tag="files"):
     )  # fmt: skip
     """Endings taken from folders. Endings not known as a format are read as plain text, one
     document per file."""
+    json_files: Literal["rows", "text"] = "rows"
+    """What .json files are: rows (a list of objects, or an object a line), or one document each."""
     encoding_errors: Literal["strict", "replace"] = "strict"
     """Bytes that are not UTF-8: stop, or replace with U+FFFD and count them."""
+    max_line_bytes: int = 1 << 30
+    """The longest line of a .jsonl file, unpacked; a longer one is an error."""
+
+    def __post_init__(self) -> None:
+        check_positive(self, "max_line_bytes")
 
 
 class HubSourceConfig(Config, kw_only=True, tag_field="type", tag="hub"):
@@ -45,7 +53,7 @@ class HubSourceConfig(Config, kw_only=True, tag_field="type", tag="hub"):
 class DiskSourceConfig(Config, kw_only=True, tag_field="type", tag="disk"):
     """A folder that `datasets.Dataset.save_to_disk` wrote."""
 
-    path: str
+    path: LocalPath
     """The folder."""
     split: str = "train"
     """Split to read where the folder holds several."""
@@ -62,7 +70,7 @@ class TokenFilesSourceConfig(Config, kw_only=True, tag_field="type", tag="token_
     numpy header is recognised and skipped.
     """
 
-    paths: list[str]
+    paths: list[PathOrURL]
     """Files, folders or globs; local, or URLs (`s3://bucket/part-0.npy`), which are read by
     ranges."""
     dtype: Literal["uint8", "uint16", "uint32", "uint64"] = "uint16"
@@ -133,3 +141,12 @@ class InstructionsConfig(Config, kw_only=True):
     every token."""
     system_prompt: str | None = None
     """Put before conversations that have no system message."""
+    context_roles: tuple[str, ...] = ()
+    """Roles of your own that the template knows; they are context. Other unknown roles are errors.
+    """
+    train_keys: tuple[str, ...] = ("weight", "train", "training", "trainable", "loss")
+    """Keys of a turn that say whether it is trained on: 0 or false leaves it out of the loss."""
+    mask_keys: tuple[str, ...] = ("mask", "masked", "ignore")
+    """Keys that say the opposite: 1 or true leaves the turn out of the loss."""
+    ignored_keys: tuple[str, ...] = ()
+    """Keys of a turn that mean nothing here, though their names look as if they masked."""

@@ -3,9 +3,10 @@
 import glob
 import os
 import sysconfig
-from collections import deque
-from collections.abc import Iterator, Sequence
+from collections import Counter, deque
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 from toolkit.data.config import (
@@ -13,8 +14,11 @@ from toolkit.data.config import (
     PythonStdlibSourceConfig,
 )
 from toolkit.errors import DataError
+from toolkit.storage.foreign import guard
 
 SAMPLE_BYTES = 4096
+MAX_ENDINGS = 8
+"""Endings named in a message."""
 
 
 class SourceFile(NamedTuple):
@@ -32,6 +36,23 @@ class Listing(NamedTuple):
     files: list[SourceFile]
     num_empty: int
     """Files without a single byte; they are left out."""
+    left_out: Mapping[str, int] = MappingProxyType({})
+    """Files of folders that are left out because of their ending, by it."""
+    unused_suffixes: tuple[str, ...] = ()
+    """Endings that were asked for and that no file has."""
+
+
+def left_out_line(left_out: Mapping[str, int]) -> str:
+    """What is left out of folders, in a line; empty where nothing is."""
+    if not left_out:
+        return ""
+    total, shown = sum(left_out.values()), sorted(left_out, key=lambda e: (-left_out[e], e))
+    endings = ", ".join(f"{left_out[ending]:,} {ending}" for ending in shown[:MAX_ENDINGS])
+    more = f", {len(shown) - MAX_ENDINGS} more endings" if len(shown) > MAX_ENDINGS else ""
+    return (
+        f"{total:,} file{'s' * (total > 1)} of folders left out for their endings: {endings}{more} "
+        "(a pattern like 'folder/*.md', or dataset.source.suffixes, takes them)"
+    )
 
 
 def list_files(source: FilesSourceConfig | PythonStdlibSourceConfig) -> Listing:
@@ -42,18 +63,30 @@ def list_files(source: FilesSourceConfig | PythonStdlibSourceConfig) -> Listing:
     """
     if isinstance(source, PythonStdlibSourceConfig):
         return Listing(_stdlib_files(source.max_bytes), 0)
-    return find_files(source.paths, source.suffixes)
+    listing = find_files(source.paths, source.suffixes)
+    if source.suffixes == FilesSourceConfig(paths=[]).suffixes:
+        return listing._replace(unused_suffixes=())
+    return listing
 
 
 def find_files(
     paths: Sequence[str], suffixes: tuple[str, ...], *, holding: str = "text"
 ) -> Listing:
-    """Files, the files of folders with one of `suffixes`, and what globs match; each once."""
+    """Files, the files of folders with one of `suffixes`, and what globs match; each once.
+
+    Raises:
+        DataError: a path does not exist, matches nothing, or is a folder without such a file.
+    """
     found: dict[str, SourceFile] = {}
     empty: set[str] = set()
+    others: dict[str, str] = {}
     for text in paths:
-        for name, path in _expand(text, suffixes):
-            status = path.stat()
+        is_folder, num_here = Path(text).expanduser().is_dir(), 0
+        there: dict[str, str] = {}
+        for name, path in _expand(text, suffixes, there):
+            num_here += 1
+            with guard(f"dataset.source.paths: {path}", DataError):
+                status = path.stat()
             if status.st_size:
                 file = SourceFile(name, str(path), status.st_size, status.st_mtime_ns)
                 found.setdefault(os.path.realpath(path), file)
@@ -61,12 +94,29 @@ def find_files(
                 raise DataError(f"dataset.source.paths: {path}: the file is empty")
             else:
                 empty.add(os.path.realpath(path))
+        others |= there
+        if is_folder and not num_here:
+            raise _nothing(text, suffixes, holding, _count(there))
     if not found:
-        raise DataError(
-            f"dataset.source.paths: {', '.join(paths) or 'empty list'}: "
-            f"no file with {holding} (looked for {', '.join(suffixes)} in folders)"
-        )
-    return Listing(sorted(found.values()), len(empty))
+        raise _nothing(", ".join(paths) or "empty list", suffixes, holding, {})
+    names = [file.path.lower() for file in found.values()]
+    unused = tuple(end for end in suffixes if not any(n.endswith(end.lower()) for n in names))
+    left_out = {real: ending for real, ending in others.items() if real not in found}
+    return Listing(sorted(found.values()), len(empty), _count(left_out), unused)
+
+
+def _count(endings: dict[str, str]) -> dict[str, int]:
+    return dict(Counter(endings.values()))
+
+
+def _nothing(
+    where: str, suffixes: tuple[str, ...], holding: str, others: dict[str, int]
+) -> DataError:
+    line = left_out_line(others)
+    return DataError(
+        f"dataset.source.paths: {where}: no file with {holding} (looked for {', '.join(suffixes)} "
+        f"in folders){f'; {line}' if line else ''}"
+    )
 
 
 def fingerprint_files(files: Sequence[SourceFile]) -> str:
@@ -102,15 +152,21 @@ def check_unchanged(path: str, num_bytes: int, modified_ns: int) -> None:
         )
 
 
-def _expand(text: str, suffixes: tuple[str, ...]) -> Iterator[tuple[str, Path]]:
+def _expand(
+    text: str, suffixes: tuple[str, ...], others: dict[str, str]
+) -> Iterator[tuple[str, Path]]:
+    """Names and paths of files; `others` is filled with the real paths of those that are left out
+    of a folder, and their endings."""
     path = Path(text).expanduser()
     if path.is_dir():
         endings = tuple(suffix.lower() for suffix in suffixes)
         for folder, names in _folders(path):
             for name in sorted(names):
+                file = Path(folder, name)
                 if name.lower().endswith(endings):
-                    file = Path(folder, name)
                     yield str(file.relative_to(path)), file
+                else:
+                    others[os.path.realpath(file)] = file.suffix.lower() or "without ending"
     elif path.is_file():
         yield path.name, path
     elif glob.has_magic(text):

@@ -23,7 +23,10 @@ from toolkit.data.text.shards import (
     Range,
     RangeKind,
 )
+from toolkit.data.text.table_checks import checked_batch
+from toolkit.data.text.tables import check_arrow_file
 from toolkit.errors import DataError
+from toolkit.storage.foreign import check_regular, guard
 
 NUM_SAMPLED_DOCUMENTS = 8
 ASSUMED_ROW_BYTES = 2_000
@@ -93,8 +96,10 @@ def disk_files(source: DiskSourceConfig) -> list[SourceFile]:
     files = []
     for name in names:
         if name.endswith((".arrow", ".json")):
-            status = (folder / name).stat()
             path = str(folder / name)
+            with guard(path, DataError):
+                check_regular(folder / name, DataError)
+            status = (folder / name).stat()
             files.append(SourceFile(name, path, status.st_size, status.st_mtime_ns))
     if not any(file.name.endswith(".arrow") for file in files):
         raise DataError(
@@ -117,7 +122,16 @@ def read_hub(part: Range, reading: Reading, counts: Counts) -> Iterator[Piece]:
         prefix = f"{part.name}:{part.start}:"
     else:
         rows, first = dataset.select(range(part.start, part.end)), part.start
+        if isinstance(source, DiskSourceConfig):
+            _check_rows(dataset, part, source)
         prefix = f"{part.name}:"
+    with guard(part.path, DataError):
+        yield from _documents(rows, first, prefix, part, columns, counts)
+
+
+def _documents(
+    rows: Any, first: int, prefix: str, part: Range, columns: TextColumns | None, counts: Counts
+) -> Iterator[Piece]:
     for number, row in enumerate(rows, start=first):
         if columns is None:
             yield Piece(f"{prefix}{number}", row=row, place=f"{part.path}: row {number}")
@@ -127,6 +141,22 @@ def read_hub(part: Range, reading: Reading, counts: Counts) -> Iterator[Piece]:
             counts.replaced_bytes += sum("\ud800" <= c <= "\udfff" for c in text)
             text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         yield Piece(f"{prefix}{number}", text)
+
+
+def _check_rows(dataset: Any, part: Range, source: DiskSourceConfig) -> None:
+    """Check the part of the table that the rows of `part` are in; raises DataError, which names
+    the file and the batch."""
+    table = dataset.data.table
+    if dataset._indices is None:
+        table = table.slice(part.start, part.end - part.start)
+    try:
+        for batch in table.to_batches():
+            checked_batch(batch, f"{part.path}: rows {part.start} to {part.end - 1}")
+    except DataError:
+        for file in disk_files(source):
+            if file.name.endswith(".arrow"):
+                check_arrow_file(file.path)
+        raise
 
 
 def _row_shards(
@@ -199,6 +229,12 @@ def _open_disk(path: str, split: str, _state: tuple[Any, ...]) -> Any:
                 f"dataset.source.split: {path} has no split {split!r}; it has: {', '.join(dataset)}"
             )
         dataset = dataset[split]
+    elif split not in ("train", str(dataset.split)):
+        raise DataError(
+            f"dataset.source.split: {path} is one data set, without splits"
+            + (f" (it was {dataset.split})" if dataset.split is not None else "")
+            + f", and {split!r} was asked for; leave dataset.source.split out"
+        )
     return dataset.with_format(None)
 
 

@@ -1,21 +1,24 @@
 """Lines of JSON, plain or compressed: one document a line."""
 
+import functools
 import gzip
 import io
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import msgspec
 
 from toolkit.data.config import FilesSourceConfig
 from toolkit.data.text.columns import TextColumns
+from toolkit.data.text.json_text import decode_json, repeated_key, repeats_field
 from toolkit.data.text.long_documents import LONG_BYTES
-from toolkit.data.text.long_lines import read_line, read_long_line
+from toolkit.data.text.long_lines import TooLongError, read_line, read_long_line
 from toolkit.data.text.piece import Piece
 from toolkit.data.text.reading import Counts, Reading, decode
 from toolkit.data.text.shards import Range
+from toolkit.data.text.table_checks import MAX_DEPTH, is_deep
 from toolkit.errors import DataError
 
 if TYPE_CHECKING:
@@ -23,6 +26,9 @@ if TYPE_CHECKING:
 
 COMPRESSED_BYTES = 1 << 20
 """Read from a compressed file at a time."""
+ZSTD_BYTES = 1 << 12
+"""Given to the zstd library at a time: it gives back all that comes out at once, which is 128 KB
+for each 4 bytes at most."""
 SKIPPED_BYTES = 1 << 16
 """Read at a time of a line that belongs to the range before."""
 
@@ -32,18 +38,23 @@ _File = BinaryIO | io.BufferedReader | gzip.GzipFile
 def read_jsonl(part: Range, reading: Reading, counts: Counts) -> Iterator[Piece]:
     """The documents of the lines whose first byte lies in `part`; all lines of a compressed
     file."""
-    lines = _Lines(part, reading, counts)
+    lines = ObjectReader(part, reading, counts)
     try:
         with _open(part) as file:
             end = part.end if part.kind == "jsonl" else None
             offset = _first_line(file, part.start, part.end) if part.start else 0
             while end is None or offset < end:
-                line = read_line(file)
+                line = read_line(file, max_bytes=lines.max_bytes)
                 if not line:
                     return
                 offset += len(line)
                 if not line.isspace():
                     yield from lines.pieces(line, offset - len(line))
+    except TooLongError:
+        raise DataError(
+            f"{part.path}: the line at byte {offset} has more than {lines.max_bytes:,} bytes; cut "
+            "it, or set dataset.source.max_line_bytes"
+        ) from None
     except (EOFError, zlib.error, gzip.BadGzipFile, _DamagedZstd) as error:
         name = "gzip" if part.kind == "jsonl_gz" else "zstd"
         raise DataError(
@@ -64,13 +75,14 @@ def _first_line(file: _File, start: int, end: int) -> int:
     return offset
 
 
-class _Lines:
-    """Decodes the lines of one range."""
+class ObjectReader:
+    """Makes documents of the objects of one range."""
 
     def __init__(self, part: Range, reading: Reading, counts: Counts) -> None:
         source = reading.source
         assert isinstance(source, FilesSourceConfig)
         self._part, self._source = part, source
+        self.max_bytes = source.max_line_bytes
         self._reading, self._counts = reading, counts
         self._columns = None if reading.rows else TextColumns(source)
         self._rows = msgspec.json.Decoder(dict[str, Any])
@@ -93,30 +105,62 @@ class _Lines:
             if found is not None:
                 yield from found
                 return
-        yield self._piece(line, offset, identity)
+        where = functools.partial(self._line, offset)
+        yield self.piece(line, offset, identity, f"{self._part.name}, byte {offset}", where)
 
-    def _piece(self, line: bytes | bytearray, offset: int, identity: str) -> Piece:
-        place = f"{self._part.name}, byte {offset}"
+    def piece(
+        self,
+        line: bytes | bytearray,
+        offset: int,
+        identity: str,
+        place: str,
+        where: Callable[[], str],
+    ) -> Piece:
+        """The document of the object in `line`.
+
+        Args:
+            offset: of `line` in the file.
+            place, where: name it in messages: of a row, and in words that take time to find.
+
+        Raises:
+            DataError: it is no object, or does not hold what is needed.
+        """
         try:
-            value = self._decode(line, place)
-        except (msgspec.DecodeError, UnicodeDecodeError):
+            value = self._decode(line, place, where)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             errors = self._source.encoding_errors
             text = decode(bytes(line), self._part.path, offset, errors, self._counts)
             try:
-                value = self._decode(text, place)
-            except msgspec.DecodeError as error:
+                value = self._decode(text.encode("utf-8", "surrogatepass"), place, where)
+            except (msgspec.DecodeError, RecursionError) as error:
                 repaired = self._repaired(text, place)
                 if repaired is None:
-                    raise self._bad_line(text, offset, error) from None
+                    raise self._bad_line(text, where(), error) from None
                 value = repaired
         if isinstance(value, dict):
+            if is_deep(line):
+                raise DataError(f"{where()}: nested deeper than {MAX_DEPTH} levels")
             return Piece(identity, row=value, num_bytes=len(line), place=place)
         return Piece(identity, value)
 
-    def _decode(self, line: bytes | bytearray | str, place: str) -> str | dict[str, Any]:
+    def _decode(
+        self, line: bytes | bytearray, place: str, where: Callable[[], str]
+    ) -> str | dict[str, Any]:
+        field = self._source.text_field
         if self._field is not None:
-            return self._field.decode(line).text or ""
-        row = self._rows.decode(line)
+            if repeats_field(line, field):
+                raise _repeats(where(), field)
+            found = decode_json(line, self._field)
+            if not isinstance(found, dict):
+                return found.text or ""
+            row = found
+        else:
+            row = decode_json(line, self._rows)
+            repeated = repeated_key(line, row) if isinstance(row, dict) else None
+            if repeated is not None:
+                raise _repeats(where(), repeated)
+        if not isinstance(row, dict):
+            raise msgspec.ValidationError(f"Expected `object`, got {type(row).__name__}")
         return row if self._columns is None else self._columns.text(row, place)
 
     def _repaired(self, text: str, place: str) -> str | dict[str, Any] | None:
@@ -128,16 +172,20 @@ class _Lines:
             row = json.loads(text)
             value = _without_surrogates(row, self._counts)
             return value if self._columns is None else self._columns.text(value, place)
-        except (ValueError, DataError, TypeError):
+        except (ValueError, DataError, TypeError, RecursionError):
             return None
 
-    def _bad_line(self, text: str, offset: int, error: msgspec.DecodeError) -> DataError:
+    def _line(self, offset: int) -> str:
         with _open(self._part) as file:
             number, left = 1, offset
             while left and (data := file.read(min(left, COMPRESSED_BYTES))):
                 number += data.count(b"\n")
                 left -= len(data)
-        where = f"{self._part.path}: line {number} (byte {offset})"
+        return f"{self._part.path}: line {number} (byte {offset})"
+
+    def _bad_line(self, text: str, where: str, error: Exception) -> DataError:
+        if isinstance(error, RecursionError):
+            return DataError(f"{where}: nested too deeply to be read as JSON")
         if not isinstance(error, msgspec.ValidationError):
             if self._source.encoding_errors == "strict" and _holds_surrogate(text):
                 return DataError(
@@ -151,6 +199,13 @@ class _Lines:
             f"{where}: no text under {self._source.text_field!r}: {error}; set "
             "dataset.source.text_field to the key that holds it"
         )
+
+
+def _repeats(where: str, key: str) -> DataError:
+    return DataError(
+        f"{where}: the key {key!r} stands twice in one object, and only one value can be meant; "
+        "take one out"
+    )
 
 
 def _holds_surrogate(text: str) -> bool:
@@ -190,15 +245,17 @@ class _ZstdFile(io.RawIOBase):
         self._context = zstandard.ZstdDecompressor(max_window_size=1 << 31)
         self._frame: Any = None
         self._ready = memoryview(b"")
-        self._compressed = b""
+        self._compressed, self._place = b"", 0
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: "WriteableBuffer", /) -> int:
         while not self._ready:
-            data = self._compressed or self._file.read(COMPRESSED_BYTES)
-            self._compressed = b""
+            if self._place == len(self._compressed):
+                self._compressed, self._place = self._file.read(COMPRESSED_BYTES), 0
+            data = self._compressed[self._place : self._place + ZSTD_BYTES]
+            self._place += len(data)
             if not data:
                 if self._frame is not None:
                     raise _DamagedZstd("it ends in the middle")
@@ -210,7 +267,8 @@ class _ZstdFile(io.RawIOBase):
             except self._error as error:
                 raise _DamagedZstd(str(error)) from None
             if self._frame.eof:
-                self._compressed, self._frame = self._frame.unused_data, None
+                self._place -= len(self._frame.unused_data)
+                self._frame = None
         view = memoryview(buffer).cast("B")
         count = min(len(view), len(self._ready))
         view[:count] = self._ready[:count]

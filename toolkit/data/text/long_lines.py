@@ -13,8 +13,18 @@ from toolkit.data.text.reading import PIECE_CHARACTERS, Counts, Reading, decode
 _SURROGATE_BYTES = 6
 
 
-def read_line(file: "object", *, limit: int = LONG_BYTES) -> bytes | bytearray:
-    """`file.readline()`, without holding a long line twice."""
+class TooLongError(Exception):
+    """A line is longer than it may be."""
+
+
+def read_line(
+    file: "object", *, max_bytes: int = 1 << 30, limit: int = LONG_BYTES
+) -> bytes | bytearray:
+    """`file.readline()`, without holding a long line twice.
+
+    Raises:
+        TooLongError: the line has more than `max_bytes`.
+    """
     readline: Callable[[int], bytes] = file.readline  # type: ignore[attr-defined]
     line = readline(limit)
     if len(line) < limit or line.endswith(b"\n"):
@@ -23,6 +33,8 @@ def read_line(file: "object", *, limit: int = LONG_BYTES) -> bytes | bytearray:
     while line and not line.endswith(b"\n"):
         line = readline(limit)
         whole += line
+        if len(whole) > max_bytes:
+            raise TooLongError
     return whole
 
 
@@ -35,6 +47,8 @@ def read_long_line(
     row_type = msgspec.defstruct(
         "LongRow", [("text", msgspec.Raw)], rename={"text": field}, forbid_unknown_fields=False
     )
+    if line.count(msgspec.json.encode(field)) > 1:
+        return None  # perhaps the key stands twice
     assert isinstance(reading.source, FilesSourceConfig)
     make = _strict_slice if reading.source.encoding_errors == "strict" else _lenient_slice
     try:

@@ -96,6 +96,10 @@ def _reader(kind: str) -> Reader:
         from toolkit.data.text.jsonl import read_jsonl
 
         return read_jsonl
+    if kind == "json_array":
+        from toolkit.data.text.json_array import read_json_array
+
+        return read_json_array
     if kind in ("parquet", "arrow"):
         from toolkit.data.text import tables
 

@@ -1,11 +1,12 @@
 """Shards: pieces of a source that one process reads at a time, and how large they are."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import Literal, NamedTuple
 
 import msgspec
 
-from toolkit.data.text.files import SourceFile, check_unchanged
+from toolkit.data.text.files import SourceFile, check_unchanged, left_out_line
 
 PIECE_BYTES = 1 << 20
 """Plain text is tokenized in pieces of this size."""
@@ -14,8 +15,8 @@ MAX_SHARD_BYTES = 32 << 20
 TARGET_NUM_SHARDS = 64
 
 RangeKind = Literal[
-    "text", "jsonl", "jsonl_gz", "jsonl_zst", "parquet", "arrow", "disk_rows", "hub_stream",
-    "hub_rows", "tokens", "remote_tokens",
+    "text", "jsonl", "jsonl_gz", "jsonl_zst", "json_array", "parquet", "arrow", "disk_rows",
+    "hub_stream", "hub_rows", "tokens", "remote_tokens",
 ]  # fmt: skip
 
 
@@ -61,6 +62,19 @@ class Plan(NamedTuple):
     """The local files it was made from."""
     cache_dir: str | None = None
     """See `Reading`."""
+    left_out_files: Mapping[str, int] = MappingProxyType({})
+    """See `Listing.left_out`."""
+    unused_suffixes: tuple[str, ...] = ()
+    """See `Listing`."""
+
+    def notes(self) -> list[str]:
+        """What is left out before anything is read, one line each."""
+        lines = [left_out_line(self.left_out_files)]
+        if self.unused_suffixes:
+            lines.append(
+                f"dataset.source.suffixes: no file ends in {', '.join(self.unused_suffixes)}"
+            )
+        return [line for line in lines if line]
 
     def check_unchanged(self) -> None:
         """Raise DataError when a file is not the one that was found at the start."""

@@ -6,13 +6,16 @@ place in it. What is prepared therefore depends on the source alone.
 """
 
 import functools
+import glob
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Literal
 
 import msgspec
 
 from toolkit.data.config import (
     DiskSourceConfig,
+    FilesSourceConfig,
     HubSourceConfig,
     SourceConfig,
     TokenFilesSourceConfig,
@@ -23,6 +26,7 @@ from toolkit.data.text.files import (
     fingerprint_files,
     list_files,
 )
+from toolkit.data.text.plain import BYTE_ORDER_MARK
 from toolkit.data.text.shards import (
     Plan,
     Range,
@@ -32,6 +36,7 @@ from toolkit.data.text.shards import (
     shard_bytes,
 )
 from toolkit.errors import DataError
+from toolkit.storage.remote import is_url
 
 _ENDINGS: dict[RangeKind, tuple[str, ...]] = {
     "jsonl": (".jsonl", ".ndjson"),
@@ -40,6 +45,9 @@ _ENDINGS: dict[RangeKind, tuple[str, ...]] = {
     "parquet": (".parquet",),
     "arrow": (".arrow",),
 }
+MAX_JSON_BYTES = 256 << 20
+"""A list in a .json file is read whole."""
+JSON_HEAD_BYTES = 1 << 20
 _COMPRESSED = (".gz", ".zst", ".zstd", ".bz2", ".xz", ".lz4", ".zip", ".7z", ".tar")
 
 
@@ -76,14 +84,26 @@ def plan_source(
     files = listing.files
     num_bytes = sum(file.num_bytes for file in files)
     size = shard_bytes(num_bytes)
-    tails = not rows and _holds_out_tails(files, validation_fraction)
+    json_files = source.json_files if isinstance(source, FilesSourceConfig) else "text"
+    kinds = {file.path: file_kind(file, json_files) for file in files}
+    tails = not rows and _holds_out_tails(list(kinds.values()), validation_fraction)
     ranges = (
         piece
         for file in files
-        for piece in _cut(file, columns, size, validation_fraction if tails else 0.0, rows)
+        for piece in _cut(
+            file, kinds[file.path], columns, size, validation_fraction if tails else 0.0, rows
+        )
     )
     shards = group_ranges(ranges, size)
-    return Plan(shards, fingerprint_files(files), num_bytes, listing.num_empty, tuple(files))
+    return Plan(
+        shards,
+        fingerprint_files(files),
+        num_bytes,
+        listing.num_empty,
+        tuple(files),
+        left_out_files=listing.left_out,
+        unused_suffixes=listing.unused_suffixes,
+    )
 
 
 def source_fingerprint(source: SourceConfig) -> str | None:
@@ -107,6 +127,20 @@ def source_fingerprint(source: SourceConfig) -> str | None:
     return fingerprint_files(list_files(source).files)
 
 
+def is_gone(source: SourceConfig | None) -> bool:
+    """Whether something that a local source names is not on this machine (any more)."""
+    if isinstance(source, DiskSourceConfig):
+        return not Path(source.path).expanduser().exists()
+    paths = getattr(source, "paths", [])
+    return any(not is_url(path) and not _is_here(Path(path).expanduser()) for path in paths)
+
+
+def _is_here(path: Path) -> bool:
+    return path.exists() or bool(
+        glob.has_magic(str(path)) and next(glob.iglob(str(path), recursive=True), None)
+    )
+
+
 def range_kind(name: str) -> RangeKind:
     """How a file is read, by the ending of its name.
 
@@ -124,23 +158,52 @@ def range_kind(name: str) -> RangeKind:
     return "text"
 
 
-def _holds_out_tails(files: list[SourceFile], validation_fraction: float) -> bool:
+def file_kind(file: SourceFile, json_files: Literal["rows", "text"]) -> RangeKind:
+    """How a file is read: by the ending of its name, and of .json files by their beginning.
+
+    Raises:
+        DataError: see `range_kind`; or a .json file holds no rows.
+    """
+    kind = range_kind(file.name)
+    if json_files == "text" or not file.name.lower().endswith(".json"):
+        return kind
+    with open(file.path, "rb") as opened:
+        head = opened.read(JSON_HEAD_BYTES).removeprefix(BYTE_ORDER_MARK).lstrip()
+    if head.startswith(b"["):
+        if file.num_bytes > MAX_JSON_BYTES:
+            raise DataError(
+                f"{file.path}: a list of {file.num_bytes / 1e6:,.0f} MB, and lists in JSON are "
+                f"read whole, up to {MAX_JSON_BYTES >> 20} MB; write one object a line: "
+                "jq -c '.[]' LIST.json > ROWS.jsonl"
+            )
+        return "json_array"
+    first, separator, _ = head.partition(b"\n")
+    if head.startswith(b"{") and (first.rstrip().endswith(b"}") or not separator):
+        return "jsonl"
+    raise DataError(
+        f"{file.path}: neither a list of objects nor an object a line, so it has no rows; give "
+        "such a file, or set dataset.source.json_files=text to read .json files as documents"
+    )
+
+
+def _holds_out_tails(kinds: list[RangeKind], validation_fraction: float) -> bool:
     """Few plain-text files cannot be split by file: less than one would be held out on average.
     Then the last part of each is held out."""
     return (
-        0 < validation_fraction * len(files) < 1
-        and all(range_kind(file.name) == "text" for file in files)
+        0 < validation_fraction * len(kinds) < 1
+        and all(kind == "text" for kind in kinds)
     )  # fmt: skip
 
 
 def _cut(
     file: SourceFile,
+    kind: RangeKind,
     columns: TextColumns | None,
     size: int,
     tail_fraction: float,
     rows: bool,
 ) -> Iterator[Range]:
-    kind, whole = range_kind(file.name), file.num_bytes
+    whole = file.num_bytes
     if rows and kind == "text":
         raise DataError(
             f"{file.path}: plain text has no rows for dataset.instructions; give .jsonl, .parquet "
@@ -157,6 +220,9 @@ def _cut(
         cut = parquet_row_groups if kind == "parquet" else arrow_batches
         for first, last, num_bytes in cut(file.path, columns, size):
             yield part(start=first, end=last, num_bytes=num_bytes)
+        return
+    if kind == "json_array":
+        yield whole_file
         return
     documents: list[tuple[int, int, Literal["train", "val"] | None]] = [(0, whole, None)]
     if kind in ("jsonl_gz", "jsonl_zst"):

@@ -8,10 +8,13 @@ from typing import Any
 from toolkit.data.config import FilesSourceConfig
 from toolkit.data.text.columns import TextColumns
 from toolkit.data.text.long_documents import LONG_BYTES, long_document, utf8_slices
+from toolkit.data.text.nested import Convert, conversion
 from toolkit.data.text.piece import Piece
 from toolkit.data.text.reading import Counts, Reading, decode
 from toolkit.data.text.shards import Range
+from toolkit.data.text.table_checks import check_depth, checked_batch
 from toolkit.errors import DataError
+from toolkit.storage.foreign import reason_of
 
 BATCH_ROWS = 256
 BATCH_BYTES = 4 << 20
@@ -31,6 +34,7 @@ def parquet_row_groups(
         DataError: for a file that is not parquet, or lacks the columns.
     """
     file = _open_parquet(path)
+    check_depth(file.schema_arrow, path)
     _check_schema(file.schema_arrow, columns, path)
     leaves = _leaves(file, columns)
     first, num_bytes = 0, 0
@@ -48,7 +52,10 @@ def arrow_batches(
     first, num_bytes, number = 0, 0, -1
     with _arrow(path) as (schema, batches):
         _check_schema(schema, columns, path)
+        check_depth(schema, path)
         for number, batch in enumerate(batches(0)):
+            # The values are checked where they are read.
+            checked_batch(batch, f"{path}: batch {number}", full=False)
             chosen = batch.select(columns.names) if columns is not None else batch
             num_bytes += max(1, chosen.nbytes)
             if num_bytes >= size:
@@ -75,12 +82,17 @@ def read_parquet(part: Range, reading: Reading, counts: Counts) -> Iterator[Piec
                 columns=columns.names if columns else None,
                 use_threads=False,
             ):
+                batch = checked_batch(batch, f"{part.path}: row group {group}")
                 where = f"{part.path}: row group {group}, row"
                 prefix = f"{part.name}:{group}"
                 yield from _pieces(batch, columns, prefix, where, row, reading, counts)
                 row += batch.num_rows
-        except pyarrow.ArrowException as error:
-            raise DataError(f"{part.path}: row group {group} cannot be read: {error}") from None
+        except (pyarrow.ArrowException, OSError) as error:
+            if isinstance(error, OSError) and error.errno is not None:
+                raise
+            raise DataError(
+                f"{part.path}: row group {group} cannot be read: {reason_of(error)}"
+            ) from None
 
 
 def read_arrow(part: Range, reading: Reading, counts: Counts) -> Iterator[Piece]:
@@ -92,9 +104,17 @@ def read_arrow(part: Range, reading: Reading, counts: Counts) -> Iterator[Piece]
                 return
             if columns is not None:
                 batch = batch.select(columns.names)
+            batch = checked_batch(batch, f"{part.path}: batch {number}")
             where = f"{part.path}: batch {number}, row"
             prefix = f"{part.name}:{number}"
             yield from _pieces(batch, columns, prefix, where, 0, reading, counts)
+
+
+def check_arrow_file(path: str) -> None:
+    """Raise DataError, which names the batch, for the first that is damaged."""
+    with _arrow(path) as (_, batches):
+        for number, batch in enumerate(batches(0)):
+            checked_batch(batch, f"{path}: batch {number}")
 
 
 def _pieces(
@@ -109,6 +129,7 @@ def _pieces(
     assert isinstance(reading.source, FilesSourceConfig)
     errors = reading.source.encoding_errors
     names, arrays = batch.schema.names, batch.columns
+    conversions = [conversion(array.type) for array in arrays]
     text = arrays[0] if columns is not None and not columns.is_template else None
     # One row after the other: the batch itself may be mapped memory, Python's strings are not.
     for index in range(batch.num_rows):
@@ -121,8 +142,8 @@ def _pieces(
                 yield from long_document(make, data.size, identity, reading, counts)
                 continue
         row = {
-            name: _value(array[index], place, errors, counts)
-            for name, array in zip(names, arrays, strict=True)
+            name: _value(array[index], convert, place, errors, counts)
+            for name, array, convert in zip(names, arrays, conversions, strict=True)
         }
         if columns is None:
             yield Piece(identity, row=row, place=place)
@@ -130,9 +151,10 @@ def _pieces(
             yield Piece(identity, columns.text(row, place))
 
 
-def _value(scalar: Any, place: str, errors: str, counts: Counts) -> Any:
+def _value(scalar: Any, convert: Convert | None, place: str, errors: str, counts: Counts) -> Any:
     try:
-        return scalar.as_py()
+        value = scalar.as_py()
+        return value if convert is None else convert(value, place)
     except UnicodeDecodeError:
         if str(scalar.type) in _TEXT_TYPES:
             return decode(scalar.as_buffer().to_pybytes(), place, 0, errors, counts)
@@ -202,7 +224,7 @@ def _arrow(path: str) -> Iterator[tuple[Any, Any]]:
     except (pyarrow.ArrowException, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise
-        raise DataError(f"{path}: damaged, or not an Arrow file: {error}") from None
+        raise DataError(f"{path}: damaged, or not an Arrow file: {reason_of(error)}") from None
 
 
 def _open_parquet(path: str) -> Any:
@@ -211,5 +233,9 @@ def _open_parquet(path: str) -> Any:
 
     try:
         return pyarrow.parquet.ParquetFile(path, buffer_size=READ_BYTES)
-    except pyarrow.ArrowException as error:
-        raise DataError(f"{path}: not a parquet file that can be read: {error}") from None
+    except (pyarrow.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        raise DataError(
+            f"{path}: not a parquet file that can be read: {reason_of(error)}"
+        ) from None

@@ -10,7 +10,7 @@ import fnmatch
 import glob
 from collections import deque
 from collections.abc import Generator, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -29,6 +29,7 @@ from toolkit.data.text.reading import Counts, Reading
 from toolkit.data.text.shards import Plan, Range, group_ranges, shard_bytes
 from toolkit.errors import DataError
 from toolkit.storage.remote import RemoteFolder, is_url
+from toolkit.threads import ThreadPool
 
 BLOCK_TOKENS = 1 << 20
 BLOCKS_AHEAD = 3
@@ -71,7 +72,14 @@ def plan_token_files(source: TokenFilesSourceConfig) -> Plan:
         for part in _cut(file, _find_data(file, head, source.dtype), source.dtype, size)
     )
     shards = group_ranges(ranges, size)
-    return Plan(shards, fingerprint, num_bytes, local.num_empty, tuple(local.files))
+    return Plan(
+        shards,
+        fingerprint,
+        num_bytes,
+        local.num_empty,
+        tuple(local.files),
+        left_out_files=local.left_out,
+    )
 
 
 def local_token_files(source: TokenFilesSourceConfig) -> Listing | None:
@@ -188,7 +196,7 @@ def _blocks(
     folder, name = _split_url(part.path)
     remote = RemoteFolder(folder)
     waiting: deque[tuple[int, Future[bytes]]] = deque()
-    with ThreadPoolExecutor(1, thread_name_prefix="read-ahead") as pool:
+    with ThreadPool(1, thread_name_prefix="read-ahead") as pool:
         try:
             # What begins after the range is needed only for a document that reaches over its end.
             for start in starts:
@@ -300,7 +308,7 @@ def _remote_heads(files: list[SourceFile]) -> list[bytes]:
         return RemoteFolder(folder).read(name, 0, min(SAMPLE_BYTES, file.num_bytes))
 
     threads = HEAD_REQUESTS if files[0].path.startswith(_ASYNC_PROTOCOLS) else 1
-    with ThreadPoolExecutor(threads) as pool:
+    with ThreadPool(threads) as pool:
         return list(pool.map(head, files))
 
 

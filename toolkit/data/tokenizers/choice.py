@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from toolkit.data.tokenizers.backend import MAX_TOKENIZER_BYTES
 from toolkit.data.tokenizers.config import (
     BPETokenizerConfig,
     ByteTokenizerConfig,
@@ -11,7 +12,14 @@ from toolkit.data.tokenizers.config import (
     TiktokenTokenizerConfig,
     TokenizerConfig,
 )
-from toolkit.data.tokenizers.tokenizer import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE, Tokenizer
+from toolkit.data.tokenizers.tokenizer import (
+    TOKENIZER_CONFIG_FILE,
+    TOKENIZER_FILE,
+    Tokenizer,
+    companions,
+)
+from toolkit.errors import DataError
+from toolkit.storage.foreign import read_bytes
 
 
 def build_tokenizer(
@@ -60,10 +68,30 @@ def tokenizer_files_hash(config: TokenizerConfig) -> str | None:
     path = Path(config.path).expanduser()
     folder = path if path.is_dir() else path.parent
     digest = xxhash.xxh3_64()
+    file = path / TOKENIZER_FILE if path.is_dir() else path
     try:
-        digest.update((path / TOKENIZER_FILE if path.is_dir() else path).read_bytes())
-    except OSError:
+        digest.update(read_bytes(file, DataError, max_bytes=MAX_TOKENIZER_BYTES))
+    except (FileNotFoundError, DataError):
         return None
     if isinstance(config, HFTokenizerConfig) and (folder / TOKENIZER_CONFIG_FILE).is_file():
-        digest.update((folder / TOKENIZER_CONFIG_FILE).read_bytes())
+        digest.update(read_bytes(folder / TOKENIZER_CONFIG_FILE, DataError))
     return digest.hexdigest()
+
+
+def templates_hash(config: TokenizerConfig) -> str | None:
+    """xxh3_64 of the files beside a local tokenizer that hold nothing but its chat templates; None
+    where there are none."""
+    import xxhash
+
+    if not isinstance(config, HFTokenizerConfig):
+        return None
+    path = Path(config.path).expanduser()
+    folder = path if path.is_dir() else path.parent
+    names = [name for name in companions(folder) if name.endswith(".jinja")]
+    digest = xxhash.xxh3_64()
+    try:
+        for name in names:
+            digest.update(name.encode() + b"\0" + (folder / name).read_bytes() + b"\0")
+    except OSError:
+        return None
+    return digest.hexdigest() if names else None

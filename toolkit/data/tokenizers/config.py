@@ -2,6 +2,7 @@
 
 from toolkit.config import Config
 from toolkit.config.base import check_positive
+from toolkit.config.paths import LocalPath
 
 
 class ByteTokenizerConfig(Config, kw_only=True, tag_field="type", tag="byte"):
@@ -27,7 +28,7 @@ class BPETokenizerConfig(Config, kw_only=True, tag_field="type", tag="bpe"):
 class HFTokenizerConfig(Config, kw_only=True, tag_field="type", tag="hf"):
     """A tokenizer in Hugging Face format."""
 
-    path: str
+    path: LocalPath
     """Folder, `tokenizer.json` file, or hub name."""
     eos_token: str | None = None
     """Token that ends a document; default: the tokenizer's own."""
@@ -35,11 +36,16 @@ class HFTokenizerConfig(Config, kw_only=True, tag_field="type", tag="hf"):
     """Token that starts a document where `dataset.prepend_bos` is set; default: the tokenizer's
     own."""
 
+    @property
+    def is_local(self) -> bool:
+        """Whether `path` cannot be a name on the hub."""
+        return self.path.startswith(("/", ".", "~")) or self.path.count("/") > 1
+
 
 class TiktokenTokenizerConfig(Config, kw_only=True, tag_field="type", tag="tiktoken"):
     """A rank file of tiktoken: lines of base64 bytes and a rank."""
 
-    path: str
+    path: LocalPath
     """The file (`cl100k_base.tiktoken`, Llama 3's `tokenizer.model`, ...)."""
     pattern: str = "gpt2"
     """How text is cut before merging: the name of a known pattern (gpt2, cl100k_base, o200k_base,
@@ -61,7 +67,7 @@ class TiktokenTokenizerConfig(Config, kw_only=True, tag_field="type", tag="tikto
 class SentencePieceTokenizerConfig(Config, kw_only=True, tag_field="type", tag="sentencepiece"):
     """A SentencePiece model: BPE or unigram."""
 
-    path: str
+    path: LocalPath
     """The file (`tokenizer.model`, `spiece.model`)."""
     eos_token: str | None = None
     """Token that ends a document; default: the model's own (`</s>`)."""

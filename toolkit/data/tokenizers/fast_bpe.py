@@ -19,10 +19,11 @@ Where one of these does not hold, or `tiktoken` is not installed, there is no fa
 
 import os
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import msgspec
+
+from toolkit.threads import ThreadPool
 
 if TYPE_CHECKING:
     import numpy as np
@@ -49,7 +50,7 @@ class FastBPE:
         # As for `tokenizers`: one thread where many processes share the cores.
         is_parallel = os.environ.get("TOKENIZERS_PARALLELISM", "true") != "false"
         threads = int(os.environ.get("RAYON_NUM_THREADS") or os.cpu_count() or 1)
-        self._pool = ThreadPoolExecutor(threads) if is_parallel and threads > 1 else None
+        self._pool = ThreadPool(threads) if is_parallel and threads > 1 else None
 
     def encode_batch(self, texts: Sequence[str]) -> "list[np.ndarray] | None":
         """Ids of each text, uint32; None where the library gives up (its patterns have limits)."""

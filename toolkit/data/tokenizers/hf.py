@@ -5,7 +5,9 @@ from pathlib import Path
 
 from toolkit.data.tokenizers.config import HFTokenizerConfig
 from toolkit.data.tokenizers.tokenizer import (
+    CHAT_TEMPLATE_FILE,
     COMPANION_FILES,
+    TEMPLATES_FOLDER,
     TOKENIZER_CONFIG_FILE,
     TOKENIZER_FILE,
     Files,
@@ -30,7 +32,7 @@ def load_hf_tokenizer(config: HFTokenizerConfig) -> Tokenizer:
         return load_file(path / TOKENIZER_FILE, **tokens)
     if path.is_dir():
         return _load_with_transformers(str(path), config)
-    if path.is_absolute() or config.path.startswith((".", "~")) or config.path.count("/") > 1:
+    if config.is_local:
         raise DataError(
             f"dataset.tokenizer.path: {config.path}: no such file or folder; "
             "give a tokenizer.json, a folder that holds one, or a hub name"
@@ -39,7 +41,7 @@ def load_hf_tokenizer(config: HFTokenizerConfig) -> Tokenizer:
 
 
 def _load_from_hub(config: HFTokenizerConfig) -> Tokenizer:
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import hf_hub_download, snapshot_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     try:
@@ -47,6 +49,8 @@ def _load_from_hub(config: HFTokenizerConfig) -> Tokenizer:
         for name in COMPANION_FILES[:4]:
             with contextlib.suppress(EntryNotFoundError):
                 hf_hub_download(config.path, name)
+        # Beside the others: both lie in the folder of one revision.
+        snapshot_download(config.path, allow_patterns=[f"{TEMPLATES_FOLDER}/*.jinja"])
     except Exception as error:
         # The local kind means that the hub could not be asked, not that it has no such file.
         if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
@@ -79,4 +83,10 @@ def _load_with_transformers(name: str, config: HFTokenizerConfig) -> Tokenizer:
     eos_token = config.eos_token or loaded.eos_token
     bos_token = config.bos_token or loaded.bos_token
     files: Files = {TOKENIZER_CONFIG_FILE: fast_config(eos_token, bos_token)}
+    templates = loaded.chat_template or {}
+    if isinstance(templates, str):
+        templates = {"default": templates}
+    for name, text in templates.items():
+        is_default = name == "default"
+        files[CHAT_TEMPLATE_FILE if is_default else f"{TEMPLATES_FOLDER}/{name}.jinja"] = text
     return Tokenizer(backend, eos_token, files, bos_token=bos_token)

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from toolkit.data.tokenizers.config import SentencePieceTokenizerConfig
 from toolkit.data.tokenizers.tokenizer import TOKENIZER_CONFIG_FILE, Tokenizer, fast_config
 from toolkit.errors import ConfigError, DataError
+from toolkit.storage.foreign import read_bytes
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as BackendTokenizer
@@ -58,10 +59,10 @@ def load_sentencepiece(config: SentencePieceTokenizerConfig) -> Tokenizer:
 
 def _read_model(path: Path) -> Any:
     try:
-        data = path.read_bytes()
-    except OSError as error:
+        data = read_bytes(path, DataError)
+    except FileNotFoundError:
         raise DataError(
-            f"dataset.tokenizer.path: {path}: {error.strerror}; give a SentencePiece model"
+            f"dataset.tokenizer.path: {path}: No such file or directory; give a SentencePiece model"
         ) from None
     try:
         from sentencepiece import sentencepiece_model_pb2

@@ -16,6 +16,7 @@ from toolkit.data.tokenizers.byte import byte_characters
 from toolkit.data.tokenizers.config import TiktokenTokenizerConfig
 from toolkit.data.tokenizers.tokenizer import TOKENIZER_CONFIG_FILE, Tokenizer, fast_config
 from toolkit.errors import ConfigError, DataError
+from toolkit.storage.foreign import read_bytes
 
 _CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _LLAMA3 = (
@@ -92,10 +93,11 @@ def read_ranks(path: Path) -> dict[bytes, int]:
         DataError: the file is missing, a line is damaged, or one of the 256 bytes has no rank.
     """
     try:
-        lines = path.read_bytes().splitlines()
-    except OSError as error:
+        lines = read_bytes(path, DataError).splitlines()
+    except FileNotFoundError:
         raise DataError(
-            f"dataset.tokenizer.path: {path}: {error.strerror}; give a rank file of tiktoken"
+            f"dataset.tokenizer.path: {path}: No such file or directory; give a rank file of "
+            "tiktoken"
         ) from None
     ranks: dict[bytes, int] = {}
     seen: dict[int, int] = {}

@@ -14,10 +14,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import msgspec
-
+from toolkit.data.tokenizers.backend import read_backend
 from toolkit.errors import DataError
 from toolkit.storage.atomic import write_atomic, write_json_atomic
+from toolkit.storage.foreign import guard, read_bytes
+from toolkit.storage.foreign import read_json as read_foreign_json
 
 if TYPE_CHECKING:
     import numpy as np
@@ -32,7 +33,10 @@ COMPANION_FILES = (
     TOKENIZER_CONFIG_FILE, "special_tokens_map.json", "added_tokens.json", CHAT_TEMPLATE_FILE,
     "vocab.json", "merges.txt", "tokenizer.model",
 )  # fmt: skip
-"""What may lie beside a tokenizer.json and belongs to it."""
+"""What may lie beside a tokenizer.json and belongs to it; see `companions`."""
+TEMPLATES_FOLDER = "additional_chat_templates"
+"""Folder of chat templates with names, beside it."""
+"""Of a tokenizer.json; those of 256,000 tokens have 33 MB."""
 EOS_TOKEN = "<|endoftext|>"
 """End of a document, in tokenizers made here."""
 BYTE_MARK = "is_byte_tokenizer"
@@ -116,26 +120,41 @@ class Tokenizer:
         return token_bytes(self._backend)
 
     @property
-    def chat_template(self) -> str | None:
-        """Jinja text that renders a conversation; None when the tokenizer has none.
-
-        Of several named ones, the one called `default`.
-        """
-        content = self._files.get(CHAT_TEMPLATE_FILE)
-        if isinstance(content, Path):
-            return content.read_text(encoding="utf-8")
-        if isinstance(content, str):
-            return content
+    def chat_templates(self) -> dict[str, str]:
+        """Jinja texts that render conversations, by name; the only one of most tokenizers is
+        called `default`. Files go before tokenizer_config.json, as in `transformers`."""
+        found = {}
+        for name, content in self._files.items():
+            path = Path(name)
+            if name == CHAT_TEMPLATE_FILE or path.parent.name == TEMPLATES_FOLDER:
+                text = _text_of(content)
+                found["default" if name == CHAT_TEMPLATE_FILE else path.stem] = text
+        if found:
+            return found
         template = self._config().get("chat_template")
+        if isinstance(template, str):
+            return {"default": template}
         if isinstance(template, list):
-            named = {entry.get("name"): entry.get("template") for entry in template}
-            template = named.get("default")
-        return template if isinstance(template, str) else None
+            entries = [entry for entry in template if isinstance(entry, dict)]
+            template = {str(entry.get("name")): entry.get("template") for entry in entries}
+        named = template.items() if isinstance(template, dict) else ()
+        return {name: text for name, text in named if isinstance(text, str)}
+
+    @property
+    def chat_template(self) -> str | None:
+        """The one of `chat_templates` that is called `default`; None: there is none."""
+        return self.chat_templates.get("default")
 
     def with_chat_template(self, text: str) -> "Tokenizer":
-        """The same tokenizer with `text` as its chat template; `save` stores it."""
+        """The same tokenizer with `text` as its only chat template; `save` stores it."""
         config = {k: v for k, v in self._config().items() if k != "chat_template"}
-        return self._with_files({TOKENIZER_CONFIG_FILE: config, CHAT_TEMPLATE_FILE: text})
+        changed = copy.copy(self)
+        changed._files = {
+            name: content
+            for name, content in self._files.items()
+            if Path(name).parent.name != TEMPLATES_FOLDER
+        } | {TOKENIZER_CONFIG_FILE: config, CHAT_TEMPLATE_FILE: text}
+        return changed
 
     @property
     def prepends_bos(self) -> bool:
@@ -227,6 +246,7 @@ class Tokenizer:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         for name, content in self._files.items():
+            (folder / name).parent.mkdir(exist_ok=True)
             if isinstance(content, Path):
                 shutil.copyfile(content, folder / name)
             elif isinstance(content, str):
@@ -241,11 +261,6 @@ class Tokenizer:
             return read_json(content)
         assert isinstance(content, dict)
         return content
-
-    def _with_files(self, changes: Files) -> "Tokenizer":
-        changed = copy.copy(self)
-        changed._files = {**self._files, **changes}
-        return changed
 
     @functools.cached_property
     def _fast(self) -> "FastBPE | None":
@@ -284,11 +299,8 @@ def load_file(
     Raises:
         DataError: the file is missing or cannot be read.
     """
-    from tokenizers import Tokenizer as BackendTokenizer
 
-    files: Files = {
-        name: path.with_name(name) for name in COMPANION_FILES if path.with_name(name).is_file()
-    }
+    files: Files = {name: path.with_name(name) for name in companions(path.parent)}
     config = read_json(path.with_name(TOKENIZER_CONFIG_FILE))
     if config.get(BYTE_MARK):
         from toolkit.data.tokenizers.byte import ByteTokenizer
@@ -296,11 +308,7 @@ def load_file(
         return ByteTokenizer(files)
     if not path.is_file():
         raise DataError(f"{path}: no such file; a tokenizer folder needs {TOKENIZER_FILE}")
-    try:
-        backend = BackendTokenizer.from_file(str(path))
-    except Exception as error:  # `tokenizers` raises bare Exception for a file it cannot read
-        raise DataError(f"{path}: not a tokenizer that can be read: {error}") from None
-    add_listed_tokens(backend, path)
+    backend = read_backend(path, config)
     tokens_map = read_json(path.with_name("special_tokens_map.json"))
     own = {
         key: _token_text(config.get(key) or tokens_map.get(key))
@@ -314,6 +322,20 @@ def load_file(
     if not config or chosen != own:
         files[TOKENIZER_CONFIG_FILE] = {**(config or fast_config()), **chosen}
     return Tokenizer(backend, chosen["eos_token"], files, bos_token=chosen["bos_token"])
+
+
+def _text_of(template: object) -> str:
+    if not isinstance(template, Path):
+        return str(template)
+    with guard(template, DataError):
+        return read_bytes(template, DataError).decode()
+
+
+def companions(folder: Path) -> list[str]:
+    """Names, relative to `folder`, of the files there that belong to its tokenizer.json."""
+    names = [name for name in COMPANION_FILES if (folder / name).is_file()]
+    templates = sorted((folder / TEMPLATES_FOLDER).glob("*.jinja"))
+    return names + [f"{TEMPLATES_FOLDER}/{path.name}" for path in templates]
 
 
 def fast_config(eos_token: str | None = EOS_TOKEN, bos_token: str | None = None) -> dict[str, Any]:
@@ -333,11 +355,9 @@ def read_json(path: Path) -> dict[str, Any]:
         DataError: the file holds something else.
     """
     try:
-        return msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
+        return read_foreign_json(path, DataError)
     except FileNotFoundError:
         return {}
-    except msgspec.DecodeError as error:
-        raise DataError(f"{path}: not valid JSON: {error}") from None
 
 
 def _control_id(backend: "BackendTokenizer", key: str, token: str | None) -> int | None:
@@ -352,33 +372,6 @@ def _control_id(backend: "BackendTokenizer", key: str, token: str | None) -> int
     # An entry of the vocabulary that no list of special tokens names: it keeps its id.
     backend.add_special_tokens([token])
     return token_id
-
-
-def add_listed_tokens(backend: "BackendTokenizer", path: Path) -> None:
-    """Add the tokens that only the tokenizer_config.json beside the tokenizer.json `path` lists, as
-    `transformers` does, where they get the ids that it gives them.
-
-    Raises:
-        DataError: it lists something else.
-    """
-    from tokenizers import AddedToken
-
-    listed = read_json(path.with_name(TOKENIZER_CONFIG_FILE)).get("added_tokens_decoder") or {}
-    try:
-        for number in sorted(map(int, listed)):
-            entry = listed[str(number)]
-            is_next = number == backend.get_vocab_size(with_added_tokens=True)
-            if is_next and backend.token_to_id(entry["content"]) is None:
-                flags = {name: entry[name] for name in _TOKEN_FLAGS if name in entry}
-                backend.add_tokens([AddedToken(entry["content"], **flags)])
-    except (AttributeError, KeyError, TypeError, ValueError):
-        raise DataError(
-            f"{path.with_name(TOKENIZER_CONFIG_FILE)}: added_tokens_decoder is no mapping of ids "
-            "to tokens; get the file again"
-        ) from None
-
-
-_TOKEN_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 
 def _token_text(token: Any) -> str | None:

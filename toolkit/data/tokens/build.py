@@ -115,6 +115,8 @@ def build_dataset(
         rows=config.instructions is not None,
         cache_dir=cache_dir,
     )
+    for line in plan.notes():
+        report.note(line)
     building, place = _workplaces(folder, work_dir)
     parts_folder = place / _settings_key(config, plan)
     parts_folder.mkdir(parents=True, exist_ok=True)
@@ -338,6 +340,7 @@ def _join(
         replaced_bytes=sum(part.replaced_bytes for part in parts),
         skipped_documents=skipped,
         filtered_documents=left_out,
+        left_out_files=dict(plan.left_out_files),
         settings=settings_of(config),
         splits=splits,
     )

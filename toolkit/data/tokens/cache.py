@@ -31,6 +31,7 @@ from toolkit.data.tokens.permanent import content_fingerprint, find_permanent
 from toolkit.data.tokens.prepared import MANIFEST_NAME, Manifest
 from toolkit.errors import ConfigError, DataError, StorageError
 from toolkit.storage.atomic import write_json_atomic
+from toolkit.storage.foreign import read_json
 
 log = logging.getLogger(__name__)
 
@@ -132,8 +133,8 @@ def _make_room_for_raw_text(root: Path, max_cache_gb: float | None) -> None:
 def read_record(folder: Path) -> StoredRecord | None:
     """The record of the data set `folder`, if there is one that can be read."""
     try:
-        return msgspec.json.decode(_record_path(folder).read_bytes(), type=StoredRecord)
-    except (OSError, msgspec.DecodeError):
+        return read_json(_record_path(folder), DataError, StoredRecord)
+    except (FileNotFoundError, DataError):
         return None
 
 
@@ -277,8 +278,8 @@ def _remove_dataset(folder: Path) -> str | None:
             return "in use"
     record = read_record(folder)
     try:
-        manifest = msgspec.json.decode((folder / MANIFEST_NAME).read_bytes(), type=Manifest)
-    except (OSError, msgspec.DecodeError):
+        manifest = read_json(folder / MANIFEST_NAME, DataError, Manifest)
+    except (FileNotFoundError, DataError):
         return f"its {MANIFEST_NAME} cannot be read"
     if record is None or record.content != content_fingerprint(manifest):
         return "no verified permanent copy"

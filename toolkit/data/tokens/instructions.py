@@ -8,16 +8,19 @@ characters in a row's own text are ordinary ones.
 
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 
 from toolkit.data.text.config import InstructionsConfig
 from toolkit.data.text.instructions.checks import NO_TARGET, check_targets
+from toolkit.data.text.instructions.named import NamedTemplates
 from toolkit.data.text.instructions.rendering import RenderedRow, RowRenderer
 from toolkit.data.text.instructions.template import ChatTemplate, Span, read_chat_template
 from toolkit.data.text.piece import Piece
 from toolkit.data.tokenizers.tokenizer import Tokenizer
 from toolkit.data.tokens.encoding import Encoded
+from toolkit.errors import ConfigError, DataError
 
 _Tokens = tuple[np.ndarray, np.ndarray]
 """Ids, and characters of each: `(n,)` and `(n, 2)`."""
@@ -30,9 +33,27 @@ def with_instructions_template(tokenizer: Tokenizer, config: InstructionsConfig)
     Raises:
         ConfigError: the template cannot be read.
     """
-    if config.chat_template is None:
+    chosen = config.chat_template
+    if chosen is None:
         return tokenizer
-    return tokenizer.with_chat_template(read_chat_template(config.chat_template))
+    named = _templates(tokenizer)
+    if chosen in named and not Path(chosen).expanduser().is_file():
+        return tokenizer.with_chat_template(named[chosen])
+    try:
+        return tokenizer.with_chat_template(read_chat_template(chosen))
+    except ConfigError as error:
+        names = f"; the tokenizer's own templates are called {', '.join(named)}" if named else ""
+        raise ConfigError(f"{error}{names}") from None
+
+
+def _templates(tokenizer: Tokenizer) -> dict[str, str]:
+    try:
+        return tokenizer.chat_templates
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"dataset.tokenizer: its chat template is not UTF-8 text ({error}); correct the file, "
+            "or give another in dataset.instructions.chat_template"
+        ) from None
 
 
 class InstructionEncoder:
@@ -49,18 +70,16 @@ class InstructionEncoder:
         self, tokenizer: Tokenizer, config: InstructionsConfig, *, append_eos: bool = True
     ) -> None:
         self._tokenizer, self._config = tokenizer, config
-        text = with_instructions_template(tokenizer, config).chat_template
-        template = None
-        if text is not None:
-            named = {"bos_token": tokenizer.bos_token, "eos_token": tokenizer.eos_token}
-            template = ChatTemplate(
-                text,
-                control_tokens=list(tokenizer.control_tokens),
-                variables={name: token or "" for name, token in named.items()},
-            )
+        named = {"bos_token": tokenizer.bos_token, "eos_token": tokenizer.eos_token}
+        make = functools.partial(
+            ChatTemplate,
+            control_tokens=list(tokenizer.control_tokens),
+            variables={name: token or "" for name, token in named.items()},
+        )
+        texts = _templates(with_instructions_template(tokenizer, config))
         self._renderer = RowRenderer(
             config,
-            template,
+            NamedTemplates(texts, make),
             bos_token=tokenizer.bos_token,
             eos_token=tokenizer.eos_token,
             append_eos=append_eos,

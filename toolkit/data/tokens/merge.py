@@ -88,6 +88,7 @@ def merge_datasets(
         first = sources[0].manifest
         text = xxhash.xxh3_64("\n".join(s.manifest.source_fingerprint for s in sources).encode())
         reasons = {reason for s in sources for reason in s.manifest.filtered_documents}
+        endings = {ending for s in sources for ending in s.manifest.left_out_files}
         manifest = Manifest(
             format_version=FORMAT_VERSION,
             dtype=dtype,
@@ -104,6 +105,10 @@ def merge_datasets(
             filtered_documents={
                 reason: sum(s.manifest.filtered_documents.get(reason, 0) for s in sources)
                 for reason in sorted(reasons)
+            },
+            left_out_files={
+                ending: sum(s.manifest.left_out_files.get(ending, 0) for s in sources)
+                for ending in sorted(endings)
             },
             settings={"merged": [source.folder.name for source in sources]},
             splits=splits,

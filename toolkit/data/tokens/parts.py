@@ -21,6 +21,7 @@ from toolkit.data.tokens.encoding import Encoded
 from toolkit.data.tokens.split_files import HashedFile
 from toolkit.errors import DataError
 from toolkit.storage.atomic import hash_file
+from toolkit.storage.foreign import read_json
 
 COPY_BYTES = 4 << 20
 DOCUMENT = np.dtype([("high", "<u8"), ("low", "<u8"), ("num_bytes", "<u8"), ("is_val", "u1")])
@@ -75,8 +76,8 @@ def part_path(folder: str | os.PathLike[str], index: int, ending: str) -> Path:
 def read_part(folder: Path, index: int) -> Part | None:
     """The description of a part; None when there is no readable one."""
     try:
-        return msgspec.json.decode(part_path(folder, index, "json").read_bytes(), type=Part)
-    except (FileNotFoundError, msgspec.DecodeError):
+        return read_json(part_path(folder, index, "json"), DataError, Part)
+    except (FileNotFoundError, DataError):
         return None
 
 

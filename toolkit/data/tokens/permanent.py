@@ -13,7 +13,6 @@ against dataset.json.
 import logging
 import os
 import shutil
-import threading
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import TypeVar
@@ -33,7 +32,9 @@ from toolkit.data.tokens.prepared import (
 )
 from toolkit.errors import DataError, StorageError
 from toolkit.storage.atomic import fsync_file, hash_file
+from toolkit.storage.foreign import decode_json
 from toolkit.storage.remote import ContentError, RemoteFolder, Retries, is_url
+from toolkit.threads import Thread
 
 log = logging.getLogger(__name__)
 
@@ -81,9 +82,11 @@ class PermanentCopy:
         self.url = folder.url
         self.raw = raw
         try:
-            self.manifest = msgspec.json.decode(raw, type=Manifest)
-            stored = msgspec.json.decode(listed, type=FileList) if listed is not None else None
-        except msgspec.DecodeError as error:
+            self.manifest = decode_json(raw, MANIFEST_NAME, DataError, Manifest)
+            stored = None
+            if listed is not None:
+                stored = decode_json(listed, FILES_NAME, DataError, FileList)
+        except DataError as error:
             raise DataError(
                 f"{self.url}: {MANIFEST_NAME} or {FILES_NAME} is damaged ({error}); restore it, or "
                 "delete that folder to have it stored anew"
@@ -279,7 +282,7 @@ def _within(seconds: float, action: Callable[[], Result], failing: str) -> Resul
             errors.append(error)
 
     # Mounts of servers that are gone, and connections to nowhere, hang for many minutes.
-    thread = threading.Thread(target=act, name="store-probe", daemon=True)
+    thread = Thread(target=act, name="store-probe", daemon=True)
     thread.start()
     thread.join(seconds)
     if errors:

@@ -6,16 +6,17 @@ import queue
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from pathlib import Path
 
 import msgspec
 
 import toolkit
-from toolkit import errors
+from toolkit import errors, signals
 from toolkit.data.tokenizers.tokenizer import Tokenizer
 from toolkit.data.tokens.worker import Job, Reply, WorkerSetup, encode_shard, make_encoder
 from toolkit.errors import DataError
+from toolkit.threads import ThreadPool
 
 SMALL_BYTES = 2 << 20
 """Below this, starting processes costs more than they save."""
@@ -56,7 +57,7 @@ def encode_shards(
             idle.put(worker)
         return job
 
-    pool = ThreadPoolExecutor(num_workers)
+    pool = ThreadPool(num_workers)
     try:
         for future in as_completed([pool.submit(encode, job) for job in jobs]):
             yield future.result()
@@ -79,12 +80,13 @@ class _Worker:
         )
         environment["TOKENIZERS_PARALLELISM"] = "true" if threads > 1 else "false"
         environment["RAYON_NUM_THREADS"] = str(threads)
-        self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "toolkit.data.tokens.worker"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env=environment,
-        )
+        with signals.starting_workers():
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-m", "toolkit.data.tokens.worker"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                env=environment,
+            )
         self._send(setup)
 
     def encode(self, job: Job) -> None:

@@ -14,12 +14,13 @@ whole. Reading the manifest needs neither numpy nor any file but dataset.json.
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import msgspec
 
 from toolkit.data.config import DatasetConfig
 from toolkit.errors import ConfigError, DataError
+from toolkit.storage.foreign import read_json
 
 if TYPE_CHECKING:
     import numpy as np
@@ -41,15 +42,15 @@ SPLITS: tuple[Split, ...] = ("train", "val")
 class SplitInfo(msgspec.Struct, frozen=True, kw_only=True):
     """Counts and hashes of one split."""
 
-    num_tokens: int
+    num_tokens: Annotated[int, msgspec.Meta(ge=1)]
     """Token ids in the .bin file, end-of-document tokens included."""
-    num_documents: int
+    num_documents: Annotated[int, msgspec.Meta(ge=1)]
     """Documents, and entries of the .idx file."""
     text_bytes: int
     """UTF-8 bytes of the text that became these tokens; 0 where they came without text."""
     content_hash: str
     """xxh3_128 of the whole .bin file."""
-    block_hashes: list[str]
+    block_hashes: Annotated[list[str], msgspec.Meta(min_length=NUM_BLOCKS)]
     """xxh3_64 of a few blocks spread over the .bin file, for a quick check when it is opened."""
     index_hash: str | None = None
     """xxh3_128 of the .idx file."""
@@ -64,7 +65,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
 
     format_version: int
     dtype: TokenDType
-    vocab_size: int
+    vocab_size: Annotated[int, msgspec.Meta(ge=1, le=1 << 32)]
     eos_id: int | None
     append_eos: bool
     bos_id: int | None = None
@@ -81,6 +82,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     """Documents and files without text, and files of the standard library that are not UTF-8."""
     filtered_documents: dict[str, int] = {}
     """Documents left out on purpose, by the reason."""
+    left_out_files: dict[str, int] = {}
+    """Files left out of the source's folders, by their ending."""
     settings: dict[str, Any]
     """The settings that decide what the files hold; see `toolkit.data.tokens.settings`."""
     splits: dict[str, SplitInfo]
@@ -221,24 +224,35 @@ def read_manifest(folder: Path) -> Manifest | None:
         DataError: when it cannot be read.
     """
     path = folder / MANIFEST_NAME
+    advice = f"delete {folder} and prepare the data again"
     try:
-        data = path.read_bytes()
+        manifest = read_json(path, DataError, Manifest)
     except FileNotFoundError:
         return None
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
-    try:
-        manifest = msgspec.json.decode(data, type=Manifest)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise DataError(
-            f"{path}: damaged ({error}); delete {folder} and prepare the data again"
-        ) from None
+    except DataError as error:
+        reason = str(error).removeprefix(f"{path}: ")
+        raise DataError(f"{path}: damaged ({reason}); {advice}") from None
+    if not manifest.splits.keys() <= set(SPLITS):
+        raise DataError(f"{path}: its splits are {', '.join(manifest.splits)}; {advice}")
     if manifest.format_version != FORMAT_VERSION:
         raise DataError(
             f"{path}: format version {manifest.format_version}, this toolkit reads "
             f"{FORMAT_VERSION}; delete {folder} and prepare the data again"
         )
     return manifest
+
+
+def nothing_held_out(prepared: PreparedDataset) -> str | None:
+    """What to say where documents should have been held out and none was; None: all is well."""
+    fraction = prepared.manifest.settings.get("validation_fraction")
+    if prepared.has_split("val") or not isinstance(fraction, int | float) or fraction <= 0:
+        return None
+    number = prepared.num_documents("train")
+    return (
+        f"{prepared.folder}: none of its {number:,} documents was held out "
+        f"(dataset.validation_fraction {fraction:g}); raise it and prepare the data under another "
+        "dataset.dataset_config, or set it to 0"
+    )
 
 
 def check_vocabulary(prepared: PreparedDataset, model_vocab_size: int) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from toolkit.data.tokens.prepared import PreparedDataset
+from toolkit.data.tokens.prepared import PreparedDataset, nothing_held_out
 from toolkit.data.tokens.worker import Job
 
 if TYPE_CHECKING:
@@ -103,6 +103,9 @@ class Progress:
         reasons = ", ".join(f"{reason} {count:,}" for reason, count in left_out.items() if count)
         if reasons:
             self.note(f"documents left out: {reasons}")
+        not_held_out = nothing_held_out(prepared)
+        if not_held_out is not None:
+            self.note(not_held_out)
 
 
 def _num_bytes(job: Job) -> int:

@@ -1,7 +1,6 @@
 """Do the token files on disk hold what the config asks for?"""
 
 import contextlib
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,7 @@ from toolkit.data.config import (
 )
 from toolkit.data.tokens.prepared import PreparedDataset
 from toolkit.errors import DataError
-
-logger = logging.getLogger(__name__)
+from toolkit.storage.foreign import read_bytes
 
 
 def settings_of(config: DatasetConfig) -> dict[str, Any]:
@@ -28,12 +26,18 @@ def settings_of(config: DatasetConfig) -> dict[str, Any]:
     if config.tokenizer is not None:
         tokenizer = config.tokenizer.to_dict()
     if config.tokenizer is not None and "path" in tokenizer:
-        from toolkit.data.tokenizers.choice import tokenizer_files_hash
+        from toolkit.data.tokenizers.choice import templates_hash, tokenizer_files_hash
 
         tokenizer["files_hash"] = tokenizer_files_hash(config.tokenizer)
+        if config.instructions is not None and config.instructions.chat_template is None:
+            templates = templates_hash(config.tokenizer)
+            if templates is not None:
+                tokenizer["templates_hash"] = templates
     source = config.source.to_dict() if config.source is not None else {}
-    for name in ("paths", "path", "streaming", "suffixes"):
+    for name in ("paths", "path", "streaming", "suffixes", "max_line_bytes"):
         source.pop(name, None)
+    if source.get("json_files") == "rows":
+        del source["json_files"]
     settings: dict[str, Any] = {
         "tokenizer": tokenizer,
         "append_eos": config.append_eos,
@@ -55,11 +59,14 @@ def _instructions(config: InstructionsConfig) -> dict[str, Any]:
     """A template in a file is known by its content, too."""
     import xxhash
 
-    settings = config.to_dict()
+    defaults, settings = InstructionsConfig().to_dict(), config.to_dict()
+    for name in ("context_roles", "train_keys", "mask_keys", "ignored_keys"):
+        if settings[name] == defaults[name]:
+            del settings[name]
     template = config.chat_template
     if template is not None and "\n" not in template and "{" not in template:
-        with contextlib.suppress(OSError, ValueError):
-            data = Path(template).expanduser().read_bytes()
+        with contextlib.suppress(OSError, ValueError, RuntimeError, DataError):
+            data = read_bytes(Path(template).expanduser(), DataError)
             settings["chat_template"] = f"file with hash {xxhash.xxh3_64_hexdigest(data)}"
     return settings
 
@@ -69,8 +76,8 @@ def check_settings(
 ) -> None:
     """Raise DataError when `prepared` was built with other settings or from other text.
 
-    With `source: null` the files are taken as they are. A source that cannot be read any more is
-    taken to be the one they were built from, and `check_text=False` does not look at it.
+    With `source: null` the files are taken as they are, and `check_text=False` does not look at the
+    source. One that is missing is an error: nobody knows whether these files are of it.
     """
     if config.source is None:
         return
@@ -88,6 +95,9 @@ def check_settings(
 def _setting_differences(stored: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
     stored, wanted = _leaves(stored, "dataset"), _leaves(wanted, "dataset")
     stored.pop("dataset.source.suffixes", None)  # stored once
+    for side, other in ((stored, wanted), (wanted, stored)):
+        if "dataset.tokenizer.templates_hash" not in other:  # stored since it came, or not to see
+            side.pop("dataset.tokenizer.templates_hash", None)
     stored_hash = stored.pop("dataset.tokenizer.files_hash", None)
     wanted_hash = wanted.pop("dataset.tokenizer.files_hash", None)
     if stored_hash and wanted_hash:
@@ -116,6 +126,8 @@ def _source_changed(prepared: PreparedDataset, source: SourceConfig) -> bool:
     try:
         fingerprint = source_fingerprint(source)
     except (DataError, OSError) as error:
-        logger.info("using %s as it is: its source is gone (%s)", prepared.folder, error)
-        return False
+        raise DataError(
+            f"{error}; {prepared.folder} holds token files of this name, perhaps of other text: to "
+            "use them as they are, set dataset.source=null"
+        ) from None
     return fingerprint is not None and fingerprint != prepared.manifest.source_fingerprint

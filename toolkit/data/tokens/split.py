@@ -127,7 +127,11 @@ def split_parts(
             if made:
                 # What reading the text repaired and left out is told once.
                 manifest = msgspec.structs.replace(
-                    manifest, replaced_bytes=0, skipped_documents=0, filtered_documents={}
+                    manifest,
+                    replaced_bytes=0,
+                    skipped_documents=0,
+                    filtered_documents={},
+                    left_out_files={},
                 )
             write_dataset(unfinished / name, manifest, source.tokenizer_folder)
             made.append(PreparedDataset(output / name, manifest))

@@ -48,6 +48,7 @@ from toolkit.data.tokens.settings import check_settings
 from toolkit.data.tokens.upload import different_content, upload
 from toolkit.errors import ConfigError, DataError, StorageError
 from toolkit.storage.atomic import fsync_folder, fsync_tree, remove_tree, write_atomic
+from toolkit.storage.foreign import read_json
 from toolkit.storage.remote import is_url
 
 log = logging.getLogger(__name__)
@@ -247,8 +248,8 @@ def _check_found(
 
 def _own_content(folder: Path) -> str | None:
     try:
-        manifest = msgspec.json.decode((folder / MANIFEST_NAME).read_bytes(), type=Manifest)
-    except (OSError, msgspec.DecodeError):
+        manifest = read_json(folder / MANIFEST_NAME, DataError, Manifest)
+    except (FileNotFoundError, DataError):
         return None
     return content_fingerprint(manifest)
 

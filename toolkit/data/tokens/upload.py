@@ -25,6 +25,7 @@ from toolkit.data.tokens.permanent import (
 from toolkit.data.tokens.prepared import MANIFEST_NAME, PreparedDataset
 from toolkit.errors import DataError, StorageError
 from toolkit.storage.atomic import hash_file
+from toolkit.storage.foreign import decode_json
 from toolkit.storage.remote import RemoteFolder
 
 UPLOADING_NAME = "uploading.json"
@@ -118,8 +119,8 @@ def _check_name_is_free(folder: RemoteFolder, local: Path, content: str) -> Perm
 def _decode(folder: RemoteFolder, name: str, kind: type[Result]) -> Result | None:
     """A small file of a copy; None where there is none that can be read."""
     try:
-        return msgspec.json.decode(folder.read(name), type=kind)
-    except (FileNotFoundError, msgspec.DecodeError):
+        return decode_json(folder.read(name), name, DataError, kind)
+    except (FileNotFoundError, DataError):
         return None
 
 

@@ -7,7 +7,6 @@ torch.
 """
 
 import os
-import signal
 import sys
 import threading
 import traceback
@@ -18,6 +17,7 @@ import msgspec
 import numpy as np
 import xxhash
 
+from toolkit import signals
 from toolkit.data.config import InstructionsConfig, TokenFilesSourceConfig
 from toolkit.data.text.piece import Piece
 from toolkit.data.text.readers import read_shard
@@ -35,6 +35,7 @@ from toolkit.data.tokens.parts import (
 from toolkit.data.tokens.prepared import SPLITS, Split
 from toolkit.errors import DataError, ToolkitError
 from toolkit.storage.atomic import write_json_atomic
+from toolkit.threads import Thread
 
 if TYPE_CHECKING:
     from toolkit.data.tokenizers.tokenizer import Tokenizer
@@ -179,7 +180,7 @@ def batch_pieces(pieces: Iterator[Piece]) -> Iterator[list[Piece]]:
 
 def main() -> None:
     """Answer jobs from standard input until it closes."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signals.ignore_in_worker()
     from toolkit.data.tokenizers.tokenizer import load_tokenizer
 
     messages = sys.stdin.buffer
@@ -196,7 +197,7 @@ def main() -> None:
         # The other side is done, or dead: what this process is doing is of no use any more.
         os._exit(0)
 
-    threading.Thread(target=listen, daemon=True).start()
+    Thread(target=listen, daemon=True).start()
     while True:
         arrived.acquire()
         job: Any = jobs.pop(0)

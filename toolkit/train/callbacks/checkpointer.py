@@ -143,7 +143,10 @@ class Checkpointer(Callback):
                     log.error("%s; training goes on, the next one will be tried", error)
         if self.trainer.environment.is_main:
             root = self.trainer.run.path(RUN_FILES.checkpoints)
-            prune_checkpoints(root, self._rule, newest=step)
+            try:
+                prune_checkpoints(root, self._rule, newest=step)
+            except OSError as error:
+                log.warning("older checkpoints are not removed: %s", error)
 
     def _upload(self, folder: Path, step: int) -> None:
         url, environment = self._config.upload_to, self.trainer.environment

@@ -1,5 +1,8 @@
 """Progress on the console: a bar on a terminal, plain lines elsewhere."""
 
+import contextlib
+import logging
+import math
 import time
 from typing import Any
 
@@ -9,6 +12,8 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 from toolkit.train.callbacks.base import Callback
 from toolkit.train.config import ConsoleLoggerConfig
+
+log = logging.getLogger(__name__)
 
 REFRESH_PER_SECOND = 4
 """Of the bar; more would take the interpreter from the training thread."""
@@ -24,6 +29,8 @@ class ConsoleLogger(Callback):
         self._task: TaskID | None = None
         self._seconds_per_step: float | None = None
         self._last_time: float | None = None
+        self._has_told_of_nan = False
+        self._has_failed = False
 
     def pre_train(self) -> None:
         trainer = self.trainer
@@ -42,11 +49,19 @@ class ConsoleLogger(Callback):
             self._task = self._bar.add_task(
                 "training", total=trainer.stop_step, completed=trainer.step, values=""
             )
-            self._bar.start()
+            with contextlib.suppress(OSError, ValueError, SystemExit):
+                self._bar.start()
 
     def on_metrics(self, stream: str, records: list[dict[str, Any]]) -> None:
-        if not self.trainer.environment.is_main:
+        if not self.trainer.environment.is_main or self._has_failed:
             return
+        try:
+            self._show(stream, records)
+        except (Exception, SystemExit) as error:  # rich leaves when nobody reads its pipe
+            self._has_failed = True
+            log.warning("progress is no longer shown: %s: %s", type(error).__name__, error)
+
+    def _show(self, stream: str, records: list[dict[str, Any]]) -> None:
         if stream == "eval":
             for record in records:
                 self._print(_eval_line(record))
@@ -54,12 +69,14 @@ class ConsoleLogger(Callback):
             self._on_train(records)
 
     def close(self) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = None
+        bar, self._bar = self._bar, None
+        if bar is not None:
+            with contextlib.suppress(OSError, ValueError, SystemExit):
+                bar.stop()
 
     def _on_train(self, records: list[dict[str, Any]]) -> None:
         last = records[-1]
+        self._tell_of_nan(records)
         self._update_pace(records)
         if self._bar is not None and self._task is not None:
             values = self._values(last)
@@ -69,6 +86,17 @@ class ConsoleLogger(Callback):
             if record["step"] % self._interval == 0 or record["step"] == 1:
                 total = self.trainer.stop_step
                 self._print(f"step {record['step']}/{total}  {self._values(record)}")
+
+    def _tell_of_nan(self, records: list[dict[str, Any]]) -> None:
+        """Say once why a loss can be nan though nothing is wrong with the numbers."""
+        for record in records:
+            if not self._has_told_of_nan and math.isnan(record["loss"]) and not record["skipped"]:
+                self._has_told_of_nan = True
+                log.warning(
+                    "step %d: its batch has no target token, so its loss is nan, and its gradient "
+                    "zero; rows without targets: raise dataset.sequence_length, or leave them out",
+                    record["step"],
+                )
 
     def _update_pace(self, records: list[dict[str, Any]]) -> None:
         """Seconds per step, averaged over about the last ten deliveries."""

@@ -20,6 +20,7 @@ class LMEvaluator(Callback):
     def __init__(self, config: LMEvaluatorConfig) -> None:
         self._config = config
         self._done_at = -1
+        self._without_targets: set[str] = set()
 
     def pre_train(self) -> None:
         step = self.trainer.step
@@ -60,5 +61,12 @@ class LMEvaluator(Callback):
             return
         self._done_at = trainer.step
         for name, sums in found.items():
+            if not sums.num_targets and name not in self._without_targets:
+                self._without_targets.add(name)
+                log.warning(
+                    "%s: the rows of this evaluation have no target token, so its loss is nan; "
+                    "raise data_loader.eval_tokens or dataset.sequence_length",
+                    name,
+                )
             result = {"tokens": trainer.tokens, "time": time.time(), "name": name}
             trainer.record_eval(result | sums.numbers())

@@ -1,5 +1,6 @@
 """Text from the final model."""
 
+import contextlib
 import logging
 from pathlib import Path
 
@@ -50,10 +51,11 @@ class SampleWriter(Callback):
             broadcast=trainer.environment.broadcast,
         )
         if trainer.environment.is_main:
-            console = get_console()
-            console.rule("sample", align="left")
-            console.print(tokenizer.decode([*prompt, *ids]), markup=False, highlight=False)
-            console.rule()
+            with contextlib.suppress(OSError, ValueError, SystemExit):
+                console = get_console()
+                console.rule("sample", align="left")
+                console.print(tokenizer.decode([*prompt, *ids]), markup=False, highlight=False)
+                console.rule()
 
     def _tokenizer_folder(self) -> Path:
         folder: Path | None = self.trainer.train_loader.tokenizer_folder

@@ -6,7 +6,7 @@ import time
 
 import torch
 
-from toolkit.metrics.flops import peak_flops
+from toolkit.metrics.flops import device_peak_flops
 from toolkit.train.callbacks.base import Callback
 from toolkit.train.config import SpeedMonitorConfig
 from toolkit.train.module import Metric
@@ -28,7 +28,7 @@ class SpeedMonitor(Callback):
         environment = self.trainer.environment
         peak = self._config.peak_flops
         if peak is None and environment.device.type == "cuda":
-            peak = peak_flops(torch.cuda.get_device_name(environment.device))
+            peak = device_peak_flops(torch.cuda.get_device_name(environment.device))
         if peak is not None:
             length = self.trainer.train_loader.sequence_length
             flops = self.trainer.train_module.flops_per_token(length)

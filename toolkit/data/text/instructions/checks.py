@@ -3,11 +3,14 @@
 A sample is a rendered row with `[[` and `]]` around what the loss counts.
 """
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from toolkit.data.text.config import InstructionsConfig
-from toolkit.data.text.instructions.shapes import ASSISTANT, Conversation, Message
-from toolkit.data.text.instructions.template import Span
+from toolkit.data.text.instructions.roles import ASSISTANT
+from toolkit.data.text.instructions.shapes import Conversation, Message
+from toolkit.data.text.instructions.template import ChatTemplate, Span
 from toolkit.errors import DataError
 
 NO_TARGET = "no target"
@@ -64,6 +67,24 @@ def check_nothing_dropped(messages: Sequence[Message], text: str) -> None:
                     f"the chat template drops the tool call of message {number}; take a template "
                     f"that knows tools, or leave such rows out: {name!r} is missing"
                 )
+
+
+def check_tools(template: ChatTemplate, conversation: Conversation, text: str) -> None:
+    """Raise DataError when a tool that the row offers does not reach the rendered `text`."""
+    tools = conversation.tools
+    if not tools:
+        return
+    dropped = "tools" not in template.text
+    if not dropped:
+        with contextlib.suppress(DataError):  # it wants tools: it reads them
+            dropped = template.render(conversation.messages).text == text
+    missing = [name for name in map(_tool_name, tools) if name is not None and name not in text]
+    if dropped or missing:
+        what = f"tool {missing[0]!r}" if missing else "tools"
+        raise DataError(
+            f"the chat template drops the {what} of the row; take one that writes `tools` (of "
+            "several with names, `tool_use` is taken for such rows), or leave `tools` out of them"
+        )
 
 
 def is_ambiguous(messages: Sequence[Message], text: str, others: Sequence[str]) -> bool:
@@ -164,11 +185,16 @@ def _called(message: Message) -> list[str]:
     names = []
     calls = message.get("tool_calls")
     for call in calls if isinstance(calls, list) else []:
-        function = call.get("function", call) if isinstance(call, dict) else {}
-        name = function.get("name") if isinstance(function, dict) else None
-        if isinstance(name, str):
+        name = _tool_name(call)
+        if name is not None:
             names.append(name)
     return names
+
+
+def _tool_name(tool: Any) -> str | None:
+    function = tool.get("function", tool) if isinstance(tool, dict) else {}
+    name = function.get("name") if isinstance(function, dict) else None
+    return name if isinstance(name, str) else None
 
 
 def _without_reasoning(content: str) -> str:

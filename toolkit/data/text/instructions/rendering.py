@@ -6,11 +6,13 @@ from typing import Any, NamedTuple
 from toolkit.data.text.config import InstructionsConfig
 from toolkit.data.text.instructions.checks import (
     check_nothing_dropped,
+    check_tools,
     dropped_text,
     excerpt,
     has_stop,
     is_ambiguous,
 )
+from toolkit.data.text.instructions.named import NamedTemplates
 from toolkit.data.text.instructions.shapes import Conversation, read_conversation
 from toolkit.data.text.instructions.template import ChatTemplate, Rendering, Span, texts
 from toolkit.data.text.instructions.turns import answer_spans
@@ -40,20 +42,20 @@ class RowRenderer:
     """Renders rows by one config.
 
     Args:
-        template: None: prompts and completions are joined as they are.
+        templates: without any, prompts and completions are joined as they are.
         append_eos: whether an end-of-document token follows each document.
     """
 
     def __init__(
         self,
         config: InstructionsConfig,
-        template: ChatTemplate | None,
+        templates: NamedTemplates,
         *,
         bos_token: str | None,
         eos_token: str | None,
         append_eos: bool,
     ) -> None:
-        self._config, self._template, self._append_eos = config, template, append_eos
+        self._config, self._templates, self._append_eos = config, templates, append_eos
         self._bos_token, self._eos_token = bos_token, eos_token
 
     def render(self, row: dict[str, Any], where: str) -> RenderedRow | None:
@@ -69,20 +71,27 @@ class RowRenderer:
         answers = conversation.answers()
         if self._config.train_on == "last_assistant":
             answers = answers[-1:]
+        if conversation.masked and self._config.train_on == "all":
+            raise DataError(
+                f"{where}: message {conversation.masked[0]} says that it is not trained on, and "
+                "dataset.instructions.train_on is all; set it to assistant, or take the key out"
+            )
+        answers = [number for number in answers if number not in conversation.masked]
         if not answers and self._config.train_on != "all":
             return None
-        if self._template is None:
-            return self._join(conversation, where)
         try:
-            rendered = self._template.render(conversation.messages, conversation.tools)
+            template = self._templates.choose(has_tools=bool(conversation.tools))
+            if template is None:
+                return self._join(conversation)
+            rendered = template.render(conversation.messages, conversation.tools)
         except DataError as error:
             raise DataError(f"{where}: {error}") from None
         targets: list[Span] = []
         try:
-            self._check_complete(conversation, rendered.text)
+            self._check_complete(template, conversation, rendered.text)
             if self._config.train_on != "all":
-                targets = answer_spans(self._template, conversation, rendered, answers)
-            return self._finish(conversation, rendered, targets, answers)
+                targets = answer_spans(template, conversation, rendered, answers)
+            return self._finish(template, conversation, rendered, targets, answers)
         except DataError as error:
             shown = excerpt(rendered.text, targets)
             raise DataError(f"{where}: {error}; the row, targets in [[ ]]: {shown}") from None
@@ -96,10 +105,12 @@ class RowRenderer:
         whole = [(0, len(found.text))]
         return excerpt(found.text, whole if found.targets is None else found.targets)
 
-    def _check_complete(self, conversation: Conversation, text: str) -> None:
-        template, messages = self._template, conversation.messages
-        assert template is not None
+    def _check_complete(
+        self, template: ChatTemplate, conversation: Conversation, text: str
+    ) -> None:
+        messages = conversation.messages
         check_nothing_dropped(messages, text)
+        check_tools(template, conversation, text)
         others = [template.text]
         for message in messages:
             others += texts([v for k, v in message.items() if k not in ("role", "content")])
@@ -109,10 +120,11 @@ class RowRenderer:
             if number is not None:
                 raise dropped_text(number, messages[number])
 
-    def _join(self, conversation: Conversation, where: str) -> RenderedRow:
-        if conversation.plain is None:
+    def _join(self, conversation: Conversation) -> RenderedRow:
+        if conversation.plain is None or conversation.tools:
+            what = "is a conversation" if conversation.plain is None else "has tools"
             raise DataError(
-                f"{where}: is a conversation, and the tokenizer has no chat template; give one in "
+                f"{what}, and the tokenizer has no chat template; give one in "
                 "dataset.instructions.chat_template (Jinja text or a file)"
             )
         prompt, completion = conversation.plain
@@ -122,20 +134,19 @@ class RowRenderer:
         targets = [(len(prompt), len(text))]
         if not self._append_eos:
             raise DataError(
-                f"{where}: {_missing_stop('set dataset.append_eos=true')}; the row, targets in "
+                f"{_missing_stop('set dataset.append_eos=true')}; the row, targets in "
                 f"[[ ]]: {excerpt(text, targets)}"
             )
         return RenderedRow(text, targets, has_controls=False)
 
     def _finish(
         self,
+        template: ChatTemplate,
         conversation: Conversation,
         rendered: Rendering,
         targets: list[Span],
         answers: list[int],
     ) -> RenderedRow:
-        template = self._template
-        assert template is not None
         text = rendered.text
         literals = template.literals(conversation.messages, conversation.tools, text)
         closing = template.closing_token(text, literals)
@@ -148,7 +159,11 @@ class RowRenderer:
             last = answers[-1] if answers[-1] == len(conversation.messages) - 1 else None
             if last is not None and not has_stop(text, conversation, last):
                 raise DataError(_missing_stop(_ADVICE))
-        stops = [] if all_of_it else self._stops(conversation, text, targets, answers, literals)
+        stops = (
+            []
+            if all_of_it
+            else self._stops(template, conversation, text, targets, answers, literals)
+        )
         if not all_of_it and not stops:
             raise DataError(
                 "the chat template marks nothing of the assistant's answers with {% generation %}"
@@ -167,6 +182,7 @@ class RowRenderer:
 
     def _stops(
         self,
+        template: ChatTemplate,
         conversation: Conversation,
         text: str,
         targets: list[Span],
@@ -178,8 +194,6 @@ class RowRenderer:
         Raises:
             DataError: nothing tells the model to stop at the end of one of them.
         """
-        template = self._template
-        assert template is not None
         found = []
         for number, (start, end) in enumerate(targets):
             end = min(end, len(text))

@@ -8,44 +8,36 @@ Four shapes of rows are known:
     sharegpt            {"conversations": [{"from": "human", "value": "..."}, ...]}
 
 Other columns are ignored, but for `tools` (what the assistant may call; a list, or JSON text of
-one) and, of sharegpt, `system`. Keys of a message that are not known here, as `tool_calls`, reach
-the chat template as they are.
+one) and, of sharegpt, `system`. Keys of a message that say whether it is trained on are read here
+(`turn_keys.py`); others, as `tool_calls`, reach the chat template, without nulls (`values.py`).
 """
 
 import json
 from typing import Any, Literal, NamedTuple
 
 from toolkit.data.text.config import InstructionsConfig
+from toolkit.data.text.instructions.roles import (
+    ASSISTANT,
+    SYSTEM_ROLES,
+    check_role,
+    sharegpt_role,
+)
+from toolkit.data.text.instructions.turn_keys import (
+    is_trained,
+    refuse_look_alike,
+    without_turn_keys,
+)
+from toolkit.data.text.instructions.values import uniform
 from toolkit.errors import DataError
 
 Message = dict[str, Any]
 Shape = Literal["messages", "prompt_completion", "alpaca", "sharegpt"]
-
-ASSISTANT = "assistant"
-SYSTEM_ROLES = ("system", "developer")
 
 _COLUMNS: dict[Shape, tuple[str, ...]] = {
     "messages": ("messages",),
     "prompt_completion": ("prompt", "completion"),
     "alpaca": ("instruction", "output"),
     "sharegpt": ("conversations",),
-}
-_SHAREGPT_ROLES = {
-    "human": "user",
-    "user": "user",
-    "gpt": ASSISTANT,
-    "chatgpt": ASSISTANT,
-    "model": ASSISTANT,
-    "bot": ASSISTANT,
-    "assistant": ASSISTANT,
-    "function_call": ASSISTANT,
-    "system": "system",
-    "developer": "developer",
-    "tool": "tool",
-    "tool_response": "tool",
-    "observation": "tool",
-    "function": "tool",
-    "function_response": "tool",
 }
 
 
@@ -60,10 +52,12 @@ class Conversation(NamedTuple):
     """Messages at the start that are never trained on: the prompt, where it is a list."""
     plain: tuple[str, str] | None = None
     """Prompt and completion, for tokenizers without a chat template; None: a template is needed."""
+    masked: tuple[int, ...] = ()
+    """Messages that are not trained on, because their rows say so."""
 
     def answers(self) -> list[int]:
-        """Numbers of the messages that can be trained on: what the assistant says. A message
-        without text and calls teaches nothing."""
+        """Numbers of the messages that can be trained on, were none masked: what the assistant
+        says. A message without text and calls teaches nothing."""
         return [
             number
             for number, message in enumerate(self.messages)
@@ -113,27 +107,38 @@ def read_conversation(row: dict[str, Any], config: InstructionsConfig, where: st
                 f"needs (there are {', '.join(row) or 'none'})"
             )
     if shape == "messages":
-        conversation = Conversation(_messages(row["messages"], f"{where}: messages"))
+        conversation = _conversation(_turns(row["messages"], config, f"{where}: messages"))
     elif shape == "sharegpt":
-        conversation = Conversation(_sharegpt(row, where))
+        conversation = _conversation(_sharegpt(row, config, where))
     elif shape == "alpaca":
         conversation = _alpaca(row, where)
     else:
-        conversation = _prompt_completion(row, where)
+        conversation = _prompt_completion(row, config, where)
     conversation = conversation._replace(tools=_tools(row.get("tools"), where))
     if config.system_prompt is not None:
         conversation = _with_system_prompt(conversation, config.system_prompt)
     return conversation
 
 
-def _prompt_completion(row: dict[str, Any], where: str) -> Conversation:
+class _Turn(NamedTuple):
+    message: Message
+    is_trained: bool | None = None
+    """What the turn's own keys say; None: nothing."""
+
+
+def _conversation(turns: list[_Turn], num_context: int = 0) -> Conversation:
+    masked = tuple(number for number, turn in enumerate(turns) if turn.is_trained is False)
+    return Conversation([turn.message for turn in turns], num_context=num_context, masked=masked)
+
+
+def _prompt_completion(row: dict[str, Any], config: InstructionsConfig, where: str) -> Conversation:
     prompt, completion = row["prompt"], row["completion"]
     if isinstance(prompt, str) and isinstance(completion, str):
         return _single_turn(prompt, completion, (prompt, completion))
     if isinstance(prompt, list) and isinstance(completion, list):
-        context = _messages(prompt, f"{where}: prompt")
-        answer = _messages(completion, f"{where}: completion")
-        return Conversation(context + answer, num_context=len(context))
+        context = _turns(prompt, config, f"{where}: prompt")
+        answer = _turns(completion, config, f"{where}: completion")
+        return _conversation(context + answer, num_context=len(context))
     raise DataError(
         f"{where}: prompt is {_kind(prompt)} and completion is {_kind(completion)}; give both as "
         "text or both as lists of messages"
@@ -159,48 +164,51 @@ def _single_turn(prompt: str, answer: str, plain: tuple[str, str]) -> Conversati
     return Conversation(messages, num_context=1, plain=plain)
 
 
-def _sharegpt(row: dict[str, Any], where: str) -> list[Message]:
-    turns = row["conversations"]
-    if not isinstance(turns, list):
-        raise DataError(f"{where}: conversations must be a list, not {_kind(turns)}")
-    messages = []
-    for number, turn in enumerate(turns):
+def _sharegpt(row: dict[str, Any], config: InstructionsConfig, where: str) -> list[_Turn]:
+    found = row["conversations"]
+    if not isinstance(found, list):
+        raise DataError(f"{where}: conversations must be a list, not {_kind(found)}")
+    turns = []
+    for number, turn in enumerate(found):
         here = f"{where}: conversations[{number}]"
         if isinstance(turn, dict) and turn.get("from") is not None:
-            role = _SHAREGPT_ROLES.get(str(turn["from"]).lower())
-            if role is None:
-                raise DataError(
-                    f"{here}: from {turn['from']!r} is not known; known are "
-                    f"{', '.join(_SHAREGPT_ROLES)}"
-                )
+            role = sharegpt_role(str(turn["from"]), config.context_roles, here)
             others = {key: value for key, value in turn.items() if key not in ("from", "value")}
             turn = {**others, "role": role, "content": turn.get("value")}
-        messages.append(_message(turn, here))
+        turns.append(_turn(turn, config, here))
     system = row.get("system")
-    if isinstance(system, str) and system and not _has_system(messages):
-        messages.insert(0, {"role": "system", "content": system})
-    return messages
+    if isinstance(system, str) and system and not _has_system([t.message for t in turns]):
+        turns.insert(0, _Turn({"role": "system", "content": system}))
+    return turns
 
 
-def _messages(found: Any, where: str) -> list[Message]:
+def _turns(found: Any, config: InstructionsConfig, where: str) -> list[_Turn]:
     if not isinstance(found, list):
         raise DataError(f"{where}: must be a list of messages, not {_kind(found)}")
-    return [_message(message, f"{where}[{number}]") for number, message in enumerate(found)]
+    return [_turn(turn, config, f"{where}[{number}]") for number, turn in enumerate(found)]
 
 
-def _message(message: Any, where: str) -> Message:
-    if not isinstance(message, dict):
-        raise DataError(f"{where}: must have role and content, but is {_kind(message)}")
-    role = message.get("role")
+def _turn(turn: Any, config: InstructionsConfig, where: str) -> _Turn:
+    if not isinstance(turn, dict):
+        raise DataError(f"{where}: must have role and content, but is {_kind(turn)}")
+    role = turn.get("role")
     if not isinstance(role, str) or not role:
-        hint = "; from and value are read with shape=sharegpt" if "from" in message else ""
-        raise DataError(f"{where}: has no role (keys: {', '.join(message)}){hint}")
-    # Columns of parquet files have every key in every message; null stands for one that is absent.
-    others = {key: value for key, value in message.items() if value is not None}
-    content = message.get("content")
+        hint = "; from and value are read with shape=sharegpt" if "from" in turn else ""
+        raise DataError(f"{where}: has no role (keys: {', '.join(turn)}){hint}")
+    check_role(role, config.context_roles, where)
+    trained = is_trained(turn, config, where)
+    if trained and role != ASSISTANT and config.train_on != "all":
+        raise DataError(
+            f"{where}: asks to be trained on, but its role is {role!r} and "
+            f"dataset.instructions.train_on is {config.train_on}; take the key out of such turns, "
+            "or set train_on=all"
+        )
+    content = turn.get("content")
+    others = {key: value for key, value in turn.items() if key not in ("role", "content")}
+    others = uniform(without_turn_keys(others, config), where)
     if content is None and not others.get("tool_calls"):
-        raise DataError(f"{where}: has no content (keys: {', '.join(others)})")
-    return {**others, "content": _text(content, where)}
+        raise DataError(f"{where}: has no content (keys: {', '.join(['role', *others])})")
+    return _Turn({"role": role, "content": _text(content, where), **others}, trained)
 
 
 def _text(content: Any, where: str) -> str:
@@ -213,13 +221,16 @@ def _text(content: Any, where: str) -> str:
     texts = []
     for part in content:
         text = part.get("text") if isinstance(part, dict) else part
-        kind = part.get("type", "text") if isinstance(part, dict) else "text"
+        kind = (part.get("type") or "text") if isinstance(part, dict) else "text"
         if kind != "text" or not isinstance(text, str):
             name = kind if kind != "text" else _kind(text)
             raise DataError(
                 f"{where}: content has a part of type {name!r}; only text can be trained on, leave "
                 "such rows out"
             )
+        for key, value in part.items() if isinstance(part, dict) else ():
+            if value is not None:
+                refuse_look_alike(key, where)
         texts.append(text)
     return "".join(texts)
 
@@ -234,7 +245,8 @@ def _tools(found: Any, where: str) -> list[Any] | None:
         return None
     if not isinstance(found, list):
         raise DataError(f"{where}: tools must be a list, not {_kind(found)}")
-    return found
+    tools: list[Any] = uniform(found, f"{where}: tools")
+    return tools
 
 
 def _with_system_prompt(conversation: Conversation, prompt: str) -> Conversation:
@@ -246,6 +258,7 @@ def _with_system_prompt(conversation: Conversation, prompt: str) -> Conversation
     return conversation._replace(
         messages=[{"role": "system", "content": prompt}, *conversation.messages],
         num_context=conversation.num_context + bool(conversation.num_context),
+        masked=tuple(number + 1 for number in conversation.masked),
         plain=plain,
     )
 

@@ -11,8 +11,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from toolkit.data.text.instructions import template_process
 from toolkit.data.text.instructions.shapes import Message
 from toolkit.errors import ConfigError, DataError
+from toolkit.storage.foreign import read_bytes, reason_of
 
 CONFIG_PATH = "dataset.instructions.chat_template"
 Span = tuple[int, int]
@@ -71,30 +73,24 @@ class ChatTemplate:
         Raises:
             DataError: the template refuses it.
         """
-        from jinja2 import TemplateSyntaxError
-        from transformers.utils.chat_template_utils import render_jinja_template
-
-        # Its annotations tell only a part of what it takes and gives.
-        run: Any = render_jinja_template
+        request = {
+            "conversations": [messages],
+            "tools": tools,
+            "chat_template": self.text,
+            "return_assistant_tokens_mask": self.has_marks,
+            "add_generation_prompt": add_generation_prompt,
+            **self._variables,
+        }
         try:
-            texts, marks = run(
-                conversations=[messages],
-                tools=tools,
-                chat_template=self.text,
-                return_assistant_tokens_mask=self.has_marks,
-                add_generation_prompt=add_generation_prompt,
-                **self._variables,
-            )
-        except TemplateSyntaxError as error:
-            raise ConfigError(
-                f"{CONFIG_PATH} (or the tokenizer's own template): not valid Jinja: line "
-                f"{error.lineno}: {error.message}"
-            ) from None
-        except Exception as error:  # a template is a program: it can fail in any way
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise DataError(f"the chat template cannot render it: {reason}") from None
-        found = marks[0] if marks else []
-        return Rendering(texts[0], [(start, end) for start, end in found if start < end])
+            text, marks = template_process.render(request)
+        except template_process.TemplateError as error:
+            if error.line is not None:
+                raise ConfigError(
+                    f"{CONFIG_PATH} (or the tokenizer's own template): not valid Jinja: line "
+                    f"{error.line}: {error}"
+                ) from None
+            raise DataError(f"the chat template cannot render it: {error}") from None
+        return Rendering(text, [(start, end) for start, end in marks if start < end])
 
     def closing_token(self, text: str, literals: Sequence[int] = ()) -> Span | None:
         """The control token that `text` ends with, white space after it aside.
@@ -174,11 +170,10 @@ def read_chat_template(text_or_file: str) -> str:
     """
     if "{{" in text_or_file or "{%" in text_or_file:
         return text_or_file
-    path = Path(text_or_file).expanduser()
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
+        text = read_bytes(Path(text_or_file).expanduser(), DataError).decode()
+    except (OSError, UnicodeDecodeError, ValueError, RuntimeError, DataError) as error:
+        reason = reason_of(error)
         raise ConfigError(
             f"{CONFIG_PATH}: {text_or_file!r} is no Jinja text (there is no {{{{ in it), and as a "
             f"file it cannot be read: {reason}"

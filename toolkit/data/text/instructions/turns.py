@@ -8,6 +8,7 @@ those that drop the reasoning of earlier turns), it is an error, not a guess.
 """
 
 from toolkit.data.text.instructions.checks import check_marks
+from toolkit.data.text.instructions.roles import ASSISTANT
 from toolkit.data.text.instructions.shapes import Conversation
 from toolkit.data.text.instructions.template import ChatTemplate, Rendering, Span
 from toolkit.errors import DataError
@@ -39,12 +40,22 @@ def answer_spans(
 def _marked_spans(
     template: ChatTemplate, conversation: Conversation, rendered: Rendering, answers: list[int]
 ) -> list[Span]:
-    first = answers[0]
-    roles = [message["role"] for message in conversation.messages[:first]]
-    if "assistant" not in roles:
-        return rendered.marks
-    before = template.render(conversation.messages[:first], conversation.tools)
-    return rendered.marks[len(before.marks) :]
+    first, others = answers[0], set(conversation.masked)
+    if not any(number > first for number in others & set(conversation.answers())):
+        return rendered.marks[_marks_before(template, conversation, first) :]
+    spans = []
+    for answer in answers:
+        start = _marks_before(template, conversation, answer)
+        spans += rendered.marks[start : _marks_before(template, conversation, answer + 1)]
+    return spans
+
+
+def _marks_before(template: ChatTemplate, conversation: Conversation, number: int) -> int:
+    """How many marks the template puts into the messages before message `number`."""
+    before = conversation.messages[:number]
+    if all(message["role"] != ASSISTANT for message in before):
+        return 0
+    return len(template.render(before, conversation.tools).marks)
 
 
 def _span(

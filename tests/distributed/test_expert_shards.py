@@ -1,0 +1,140 @@
+"""Stacked experts on more ranks than there are experts: even shares, the same initial values."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from tests.tiny import build, module_config, open_environment, tiny_model
+from tests.workers import WorkerPool
+from toolkit.distributed.materialize import LARGEST_SHARE, sharded_dimension
+from toolkit.models.init import BLOCK_SIZE, canonical_parameters
+from toolkit.models.moe_config import MoEConfig
+
+SEED = 3
+
+
+def moe_of(num_experts: int, width: int) -> dict[str, Any]:
+    moe = MoEConfig(num_experts=num_experts, top_k=2, intermediate_size=width, dense_layers=(0,))
+    return {"moe": moe}
+
+
+def shards_of(engine: str, dp: dict[str, Any], num_experts: int, width: int) -> dict[str, Any]:
+    """Of each stacked tensor: the sharded dimension, this rank's share, whether all is as in one
+    process."""
+    config = module_config(engine, dp=dp)
+    env = open_environment(config, seed=SEED)
+    try:
+        module = build(config, env, **moe_of(num_experts, width))
+        alone = canonical_parameters(tiny_model(**moe_of(num_experts, width)).build(seed=SEED))
+        found = {}
+        for name, parameter in canonical_parameters(module.runtime.module).items():
+            assert torch.equal(parameter.full_tensor(), alone[name]), name
+            if "experts" in name:
+                share = parameter.to_local().numel() / parameter.numel() * env.engine.shard_degree
+                found[name.rpartition(".")[2]] = (parameter.placements[-1].dim, share)
+        return found
+    finally:
+        env.close()
+
+
+@pytest.mark.parametrize(
+    ("engine", "dp", "num_experts", "width", "dimensions"),
+    [
+        # 32 columns where 5 rows do not divide; rows first where they do.
+        ("fsdp", {}, 3, 5, {"gate": 2, "up": 2, "down": 1}),
+        ("fsdp", {}, 6, 8, {"gate": 1, "up": 1, "down": 1}),
+        ("fsdp", {}, 8, 8, {"gate": 0, "up": 0, "down": 0}),
+        ("hsdp", {"num_replicas": 2}, 3, 6, {"gate": 1, "up": 1, "down": 1}),
+    ],
+    ids=str,
+)
+def test_shares_are_even_and_values_are_those_of_one_process(
+    workers: WorkerPool,
+    engine: str,
+    dp: dict[str, Any],
+    num_experts: int,
+    width: int,
+    dimensions: dict[str, int],
+) -> None:
+    for found in workers.run(4, shards_of, engine, dp, num_experts, width):
+        assert {name: dim for name, (dim, _) in found.items()} == dimensions
+        assert [share for _, share in found.values()] == [1.0] * 3
+
+
+@pytest.mark.parametrize(
+    ("shape", "ranks", "expected"),
+    [
+        ((64, 1024, 2048), 64, 0),
+        ((64, 1024, 2048), 128, 1),
+        ((64, 1000, 2048), 128, 2),
+        ((64, 1001, 2047), 128, 0),  # nothing divides
+        ((60, 1408, 2048), 8, 0),  # 8 rows for 7 ranks, 4 for the last: 1.07
+        ((60, 1408, 2048), 16, 0),
+        ((60, 1408, 2048), 32, 0),
+        ((48, 1408, 2048), 32, 1),  # two rows for 24 ranks, none for 8
+        ((2, 2048), 128, 0),  # matrices go by rows
+        ((5,), 8, 0),
+    ],
+)
+def test_the_dimension_is_chosen_by_the_share_that_it_leaves(shape, ranks, expected):
+    assert sharded_dimension(torch.Size(shape), ranks) == expected
+    if len(shape) == 3 and any(size % ranks == 0 for size in shape[1:]):
+        rows = shape[expected]  # of the dimension
+        assert -(-rows // ranks) * ranks / rows <= LARGEST_SHARE
+
+
+def test_columns_of_several_blocks_are_drawn_as_in_one_process(workers: WorkerPool) -> None:
+    ranks = workers.run(2, columns_equal_whole)
+    assert ranks == [True, True]
+
+
+def columns_equal_whole() -> bool:
+    """Shards along dimension 1 of a tensor whose matrices are longer than a block of values."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    from toolkit.distributed.materialize import local_runs
+    from toolkit.models.init import InitSpec, fill_flat_
+
+    env = open_environment(module_config("ddp"), seed=SEED)
+    try:
+        shape = torch.Size((3, 4, BLOCK_SIZE // 3))
+        settings: dict[str, Any] = {
+            "name": "w", "numel": shape.numel(), "spec": InitSpec("normal", 0.02), "seed": SEED,
+        }  # fmt: skip
+        whole = fill_flat_(torch.empty(shape.numel()), start=0, **settings).view(shape)
+        mesh = init_device_mesh("cpu", (2,))
+        sharded = distribute_tensor(torch.zeros(shape), mesh, [Shard(1)])
+        for run, start in local_runs(sharded):
+            fill_flat_(run, start=start, **settings)
+        return torch.equal(sharded.to_local(), whole.chunk(2, dim=1)[env.rank])
+    finally:
+        env.close()
+
+
+def test_shards_that_stay_uneven_are_said_once(workers: WorkerPool) -> None:
+    lines, _ = workers.run(2, warnings_of, 3)
+    assert len(lines) == 1
+    assert lines[0].startswith(
+        "blocks.1.feed_forward.experts.gate (3, 5, 31): 2 ranks divide none of its dimensions, and "
+        "some hold 1.3 times their share"
+    )
+
+
+def warnings_of(num_experts: int) -> list[str]:
+    import logging
+
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("toolkit.distributed.materialize").addHandler(handler)
+    config = module_config("fsdp")
+    env = open_environment(config)
+    try:
+        sizes = {"d_model": 31, "num_heads": 1, "num_key_value_heads": 1, "head_dim": 4}
+        build(config, env, **sizes, **moe_of(num_experts, 5))
+        return lines
+    finally:
+        logging.getLogger("toolkit.distributed.materialize").removeHandler(handler)
+        env.close()

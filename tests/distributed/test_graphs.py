@@ -1,0 +1,106 @@
+"""How many graphs torch.compile makes of a model: engines add none."""
+
+import os
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from tests.workers import WorkerPool
+from toolkit.distributed.accelerator import ddp_options
+from toolkit.distributed.activation_checkpointing import ActivationCheckpointingConfig
+from toolkit.distributed.engine import Engine
+from toolkit.distributed.environment import TrainingEnvironment
+from toolkit.distributed.materialize import materialize
+from toolkit.models import compile as compiling
+from toolkit.models.config import TransformerConfig
+
+RANKS = 8
+
+
+def graphs(name: Any, recompute: bool) -> list[int]:
+    """Graphs after each of two steps of two microbatches, on rank 0 of ranks that only seem to be
+    there."""
+    os.environ.update(RANK="0", WORLD_SIZE=str(RANKS))
+    if name == "ddp":  # its reductions need a real group
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    else:
+        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=RANKS)
+    torch._dynamo.reset()
+    shape = {"fsdp": (1, RANKS), "hsdp": (2, RANKS // 2)}.get(name, (RANKS, 1))
+    engine = Engine(
+        name=name,
+        origin="test",
+        precision="fp32",
+        world_size=RANKS,
+        num_replicas=shape[0],
+        shard_degree=shape[1],
+    )
+    environment = TrainingEnvironment(
+        rank=0,
+        local_rank=0,
+        world_size=RANKS,
+        device=torch.device("cpu"),
+        engine=engine,
+        seed=0,
+        cpu_group=None,
+        metrics_group=None,
+    )
+    count = 0
+
+    def backend(graph: Any, _: Any) -> Callable[..., Any]:
+        nonlocal count
+        count += 1
+        return graph.forward
+
+    # Blocks of 12 MB: DDP's first bucket of gradients ends inside one.
+    config = TransformerConfig(
+        vocab_size=100,
+        d_model=512,
+        num_layers=2,
+        num_heads=8,
+        num_key_value_heads=8,
+        intermediate_size=2048,
+        max_sequence_length=16,
+    )
+    model: Any = config.build(init_device="meta")
+    compile_model = compiling.compile_model
+    try:
+        with mock.patch.object(
+            compiling, "compile_model", lambda m: compile_model(m, backend=backend)
+        ):
+            materialize(
+                model,
+                environment,
+                ac_config=ActivationCheckpointingConfig(mode="full") if recompute else None,
+                compile_model=True,
+            )
+        called: Any = model
+        if name == "ddp":
+            called = DistributedDataParallel(model, **ddp_options().to_kwargs())
+        ids = torch.randint(0, 100, (2, 16))
+        counts = []
+        for _ in range(2):
+            for is_last in (False, True):
+                if name in ("fsdp", "hsdp"):
+                    model.set_is_last_backward(is_last)
+                called(ids, ids.roll(-1, 1)).loss.backward()
+            counts.append(count)
+        return counts
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(("recompute", "engines"), [(False, ["ddp", "fsdp"]), (True, ["hsdp"])])
+def test_engines_compile_what_one_process_compiles_and_only_once(
+    workers: WorkerPool, recompute: bool, engines: list[str]
+) -> None:
+    first, second = workers.run(1, graphs, "single", recompute)[0]
+    assert first == second > 0
+    for engine in engines:
+        assert workers.run(1, graphs, engine, recompute)[0] == [first, first], engine

@@ -1,0 +1,68 @@
+"""`${NAME}` in the values of a config: stored as it is written, filled in at each start.
+
+A text of a config may name environment variables, anywhere in it:
+`postgresql://me:${DB_PASSWORD}@host/runs`, `${DATA}/corpus`. The run folder, its origins and its
+checkpoints keep the name; every command that loads the config puts in the value that the variable
+has then. `$${NAME}` stands for the text `${NAME}` itself. Fields that hold text for people, models
+or templates (`_PROSE_FIELDS`) are left alone.
+"""
+
+import os
+import re
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+import msgspec
+
+from toolkit.config.base import Config
+from toolkit.errors import ConfigError
+
+_REFERENCE = re.compile(r"\$(?P<escape>\$?)\{(?P<name>[A-Za-z_]\w*)\}")
+_PROSE_FIELDS = {
+    "description", "chat_template", "system_prompt", "text_template", "prompts", "prompt",
+}  # fmt: skip
+
+T = TypeVar("T", bound=Config)
+
+
+def fill(config: T, environ: Mapping[str, str] | None = None) -> T:
+    """`config` with the values of the variables that its texts name; itself where they name none.
+
+    Raises:
+        ConfigError: a variable is not set, or what it holds does not fit.
+    """
+    data = config.to_dict()
+    filled = _fill(data, os.environ if environ is None else environ, "")
+    if filled == data:
+        return config
+    try:
+        return msgspec.convert(filled, type(config))
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"{error} (after filling in ${{...}} of the config)") from None
+
+
+def _fill(value: Any, environ: Mapping[str, str], path: str) -> Any:
+    if isinstance(value, dict):
+        return {
+            key: inner
+            if key in _PROSE_FIELDS
+            else _fill(inner, environ, f"{path}.{key}" if path else key)
+            for key, inner in value.items()
+        }
+    if isinstance(value, list):
+        return [_fill(inner, environ, f"{path}.{n}") for n, inner in enumerate(value)]
+    if not isinstance(value, str) or "${" not in value:
+        return value
+
+    def content(match: re.Match[str]) -> str:
+        name = match["name"]
+        if match["escape"]:
+            return f"${{{name}}}"
+        if name not in environ:
+            raise ConfigError(
+                f"{path}: ${{{name}}}: the environment variable {name} is not set; export it, or "
+                f"write $${{{name}}} for that text itself"
+            )
+        return environ[name]
+
+    return _REFERENCE.sub(content, value)

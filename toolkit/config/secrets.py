@@ -1,0 +1,215 @@
+"""What looks like a secret, and how it is kept out of files.
+
+One function masks: `mask_secrets`, for everything that only informs (command line, environment,
+origins, logs, receipts, messages). A config is different, because a resume starts from it: a value
+that is masked there would be lost. So a secret in a config is refused (`check_no_secrets`), and
+`${NAME}` stands in its place (`interpolation.py`).
+"""
+
+import os
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from toolkit.errors import ConfigError
+
+HIDDEN = "***"
+_SHORTEST_VALUE = 8
+"""Characters of a variable's value that is looked for in other texts."""
+
+_PARTS = (
+    "passw", "passphrase", "secret", "credential", "authorization", "signature", "bearer",
+    "api_key", "apikey", "access_key", "private_key", "account_key", "auth_key", "encryption_key",
+    "accesskey", "secretkey", "privatekey", "accountkey",
+)  # fmt: skip
+_CONTROLS = {
+    "eos", "bos", "pad", "unk", "sep", "cls", "mask", "stop", "start", "end", "image", "audio",
+    "video", "per", "next", "last", "first", "special", "added", "control", "each", "every",
+}  # fmt: skip
+"""What stands before "token" where that is a token of text."""
+_PROSE = {
+    "is", "in", "to", "or", "and", "of", "not", "was", "for", "must", "has", "variable",
+    "environment",
+}  # fmt: skip
+
+_WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|[0-9]+")
+_SIGN = re.compile(
+    r"(?P<name>[A-Za-z_][\w.-]*)(?P<quote>[\"']?)\s*[=:]\s*(?:(?:Bearer|Basic)\s+)?", re.IGNORECASE
+)
+_VALUE = re.compile(r"\"(?:[^\"\\]|\\.)*\"|'(?:[^'\\]|\\.)*'|[^\s\"']+")
+_QUERY_VALUE = re.compile(r"[^\s\"'&;#]+")
+_SPACED = re.compile(
+    r"(?P<name>(?<![\w.-])(?:--?[\w.-]+|[A-Z][A-Z0-9]*_[A-Z0-9_]+))\s+(?=[^\s=:-])"
+)
+_BEARER = re.compile(r"\b([Bb]earer\s+)(?!\$\{)[\w.~+/=-]{8,}")
+_KNOWN = re.compile(
+    r"\b(?:hf_[A-Za-z0-9]{16,}|gh[pousr]_[A-Za-z0-9]{16,}|github_pat_\w{20,}|glpat-[\w-]{16,}"
+    r"|sk-[\w-]{16,}|xox[abprs]-[\w-]{10,}|AKIA[0-9A-Z]{16}|AIza[\w-]{30,}"
+    r"|eyJ[\w-]{10,}\.[\w-]{10,}\.[\w-]*)"
+)
+# A password may hold slashes; the last @ ends it then.
+_URL = re.compile(r"(?P<scheme>[A-Za-z][\w+.-]*)://(?P<rest>[^\s\"']+)")
+_PORT = re.compile(r"\d{1,5}(?:/|\Z)")
+_REFERENCE = re.compile(r"\$\{[A-Za-z_]\w*\}")
+
+
+def is_secret_name(name: str, *, strict: bool = False) -> bool:
+    """Whether a setting, option, variable or field of a URL of this name holds a secret.
+
+    Args:
+        strict: no names that are common words elsewhere (`key`).
+    """
+    words = [word.lower() for word in _WORD.findall(name)]
+    joined = "_".join(words)
+    if not words:
+        return False
+    if any(part in joined for part in _PARTS) or words[-1] in ("pwd", "pw"):
+        return True
+    if words[-1] == "token":
+        return len(words) == 1 or words[-2] not in _CONTROLS
+    return words[-1] in ("key", "sig", "sas") and not strict
+
+
+def mask_secrets(value: Any) -> Any:
+    """`value` with `***` for whatever looks like a secret; mappings and lists, at any depth, are
+    copied. `${NAME}` stays: it names a secret and holds none."""
+    if isinstance(value, str):
+        return _mask_text(value)
+    if isinstance(value, Mapping):
+        return {
+            mask_secrets(key): _hide(inner) if _is_secret_key(key) else mask_secrets(inner)
+            for key, inner in value.items()
+        }
+    if isinstance(value, list | tuple):
+        found = []
+        for number, inner in enumerate(value):
+            before = value[number - 1] if number else None
+            hides = isinstance(before, str) and _is_option(before) and isinstance(inner, str)
+            found.append(_hide(inner) if hides else mask_secrets(inner))
+        return found
+    return value
+
+
+def check_no_secrets(data: Any, path: str = "") -> None:
+    """Refuse a config (plain JSON types) that holds a secret in a URL or under a name that says so.
+
+    Raises:
+        ConfigError: naming the value's path and what to write instead.
+    """
+    if isinstance(data, dict):
+        for name, value in data.items():
+            below = f"{path}.{name}" if path else str(name)
+            is_text = isinstance(value, str) and value and not _REFERENCE.fullmatch(value)
+            if is_text and value != HIDDEN and is_secret_name(str(name), strict=True):
+                raise ConfigError(f"{below}: {_ADVICE}: --{below}='${{NAME}}'")
+            check_no_secrets(value, below)
+    elif isinstance(data, list):
+        for number, value in enumerate(data):
+            check_no_secrets(value, f"{path}.{number}")
+    elif isinstance(data, str) and "://" in data:
+        shown = _URL.sub(lambda match: _mask_url(match, strict=True, hidden="${NAME}"), data)
+        if shown != data:
+            raise ConfigError(f"{path}: {_ADVICE}: --{path}='{shown}'")
+
+
+_ADVICE = (
+    "holds a secret, which the run folder would keep; put it into an environment variable, which "
+    "is read at each start, and write its name"
+)
+
+
+def _is_secret_key(key: Any) -> bool:
+    return isinstance(key, str) and is_secret_name(key)
+
+
+def _is_option(text: str) -> bool:
+    """Whether the argument after `text` is its value, and a secret."""
+    is_name = text.startswith("-") or (text.isupper() and "_" in text)
+    return is_name and "=" not in text and " " not in text and is_secret_name(text)
+
+
+def _hide(value: Any) -> Any:
+    """Hide every text and number below a name that says it is a secret."""
+    if isinstance(value, Mapping):
+        return {mask_secrets(key): _hide(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_hide(inner) for inner in value]
+    if value is None or isinstance(value, bool) or value == "":
+        return value
+    return value if isinstance(value, str) and _REFERENCE.fullmatch(value) else HIDDEN
+
+
+def _mask_text(text: str) -> str:
+    if "://" in text:
+        text = _URL.sub(lambda match: _mask_url(match, strict=False, hidden=HIDDEN), text)
+    text = _mask_assigned(text)
+    text = _mask_spaced(text)
+    text = _KNOWN.sub(HIDDEN, _BEARER.sub(rf"\1{HIDDEN}", text))
+    for name, value in os.environ.items():
+        if len(value) >= _SHORTEST_VALUE and value in text and is_secret_name(name):
+            text = text.replace(value, HIDDEN)
+    return text
+
+
+def _mask_url(match: re.Match[str], *, strict: bool, hidden: str) -> str:
+    """A URL with `hidden` for its password and for the values of secret fields of its query.
+
+    Args:
+        strict: not what may be a port and a path with an @ in it.
+    """
+    scheme, rest = match["scheme"], match["rest"]
+    user, at, place = rest.rpartition("@")
+    name, colon, password = user.partition(":")
+    if at and "/" not in name and "?" not in name:
+        is_port = strict and _PORT.match(password) and "@" not in password.partition("/")[0]
+        if colon and password and not is_port and not _REFERENCE.fullmatch(password):
+            rest = f"{name}:{hidden}@{place}"
+        elif not colon and len(name) >= 16 and scheme.startswith(("http", "git")):
+            rest = rest if _REFERENCE.fullmatch(name) else f"{hidden}@{place}"
+    before, mark, query = rest.partition("?")
+    if mark:
+        fields = re.split(r"([&;#])", query)
+        rest = before + mark + "".join(_mask_field(field, hidden) for field in fields)
+    return f"{scheme}://{rest}"
+
+
+def _mask_field(field: str, hidden: str) -> str:
+    name, sign, value = field.partition("=")
+    if not value or _REFERENCE.fullmatch(value) or not is_secret_name(name):
+        return field
+    return f"{name}{sign}{hidden}"
+
+
+def _mask_assigned(text: str) -> str:
+    """`name=value`, `"name": "value"` and the like."""
+    option = _SIGN.match(text.lstrip("-"))
+    if text.startswith("-") and option and "=" in option[0] and is_secret_name(option["name"]):
+        # One argument of a command line, to its end.
+        first = len(text) - len(text.lstrip("-")) + option.end()
+        rest = text[first:]
+        return text if not rest or _REFERENCE.fullmatch(rest) else text[:first] + HIDDEN
+    parts, done = [], 0
+    for match in _SIGN.finditer(text):
+        if match.start() < done or not is_secret_name(match["name"]):
+            continue
+        is_query = text[: match.start()].endswith(("?", "&", ";"))
+        value = (_QUERY_VALUE if is_query else _VALUE).match(text, match.end())
+        if value is None or _REFERENCE.fullmatch(value[0].strip("\"'},]")):
+            continue
+        parts += [text[done : match.end()], HIDDEN]
+        done = value.end()
+    return "".join(parts) + text[done:]
+
+
+def _mask_spaced(text: str) -> str:
+    """`--token value` and `HF_TOKEN value`."""
+    parts, done = [], 0
+    for match in _SPACED.finditer(text):
+        if match.start() < done or not is_secret_name(match["name"]):
+            continue
+        value = _VALUE.match(text, match.end())
+        if value is None or value[0].strip(",.;") in _PROSE or _REFERENCE.fullmatch(value[0]):
+            continue
+        parts += [text[done : match.end()], HIDDEN]
+        done = value.end()
+    return "".join(parts) + text[done:]

@@ -1,0 +1,135 @@
+"""What rows do to the targets of instruction data, counted and said.
+
+A conversation longer than a row is cut. Its later rows may hold answers without the prompts before
+them, and some rows hold no target at all: they cost time and teach nothing.
+"""
+
+import logging
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import msgspec
+import numpy as np
+
+from toolkit.data.instances.config import FixedInstancesConfig, VariableInstancesConfig
+from toolkit.data.instances.index import DocumentIndex
+from toolkit.data.instances.plans import find_note, keep_note
+from toolkit.data.instances.text import target_mask
+from toolkit.errors import DataError
+
+if TYPE_CHECKING:
+    from toolkit.data.config import DatasetConfig
+    from toolkit.data.instances.base import InstanceDataset
+    from toolkit.data.tokens.prepared import PreparedDataset, Split
+
+logger = logging.getLogger(__name__)
+
+BLOCK_TOKENS = 1 << 22
+
+
+class TargetCounts(msgspec.Struct, frozen=True, kw_only=True):
+    """Of one split's rows."""
+
+    num_rows: int
+    rows_without_targets: int
+    num_documents: int
+    cut_answers: int
+    """Documents with targets in rows that do not hold their beginning."""
+
+
+def check_row_targets(
+    prepared: "PreparedDataset",
+    split: "Split",
+    config: "DatasetConfig",
+    *,
+    evaluation: bool = False,
+) -> None:
+    """Say in one line how many rows have no target and how many answers are cut off their prompts.
+
+    Raises:
+        DataError: no row of training has a target.
+    """
+    if prepared.manifest.splits[split].mask_hash is None:
+        return
+    counts = _counts(prepared, split, config, evaluation=evaluation)
+    if not counts.num_rows:
+        return
+    length, advice = config.sequence_length, "raise dataset.sequence_length, or leave them out"
+    if split == "train" and counts.rows_without_targets == counts.num_rows:
+        raise DataError(
+            f"{prepared.folder}: none of its {counts.num_rows:,} rows of {length} tokens has a "
+            f"target, so the loss would count nothing; raise dataset.sequence_length"
+        )
+    if counts.rows_without_targets or counts.cut_answers:
+        logger.warning(
+            "%s of %s: %s of %s rows of %d tokens have no target, and %s of %s documents have "
+            "answers in rows without their beginning, cut from their prompt; %s",
+            split,
+            prepared.folder,
+            f"{counts.rows_without_targets:,}",
+            f"{counts.num_rows:,}",
+            length,
+            f"{counts.cut_answers:,}",
+            f"{counts.num_documents:,}",
+            advice,
+        )
+
+
+def _counts(
+    prepared: "PreparedDataset", split: "Split", config: "DatasetConfig", *, evaluation: bool
+) -> TargetCounts:
+    from toolkit.data.instances.open import instances_config, open_instances
+
+    instances = open_instances(prepared, split, config, evaluation=evaluation)
+    kind = instances_config(config, evaluation=evaluation)
+    # The fingerprint of some kinds is that of the tokens alone.
+    name = f"{split}-{config.sequence_length}-{instances.fingerprint}.targets"
+    note = find_note(prepared, name)
+    if note is not None:
+        try:
+            return msgspec.json.decode(note, type=TargetCounts)
+        except msgspec.DecodeError:
+            pass  # it is counted and written again
+    without = sum(
+        int(np.count_nonzero(~target_mask(instances.read(block)).any(axis=1)))
+        for block in _blocks(instances)
+    )
+    counts = TargetCounts(
+        num_rows=instances.num_instances,
+        rows_without_targets=without,
+        num_documents=prepared.num_documents(split),
+        cut_answers=_cut_answers(prepared, split, config.sequence_length, kind),
+    )
+    keep_note(prepared, name, msgspec.json.encode(counts))
+    return counts
+
+
+def _blocks(instances: "InstanceDataset") -> Iterator[np.ndarray]:
+    """Numbers of instances that can be read together."""
+    buckets = getattr(instances, "buckets", None)
+    ranges = [(instances.sequence_length, 0, instances.num_instances)]
+    if buckets is not None:
+        ranges = [(b.length, b.first, b.first + b.num_instances) for b in buckets]
+    for length, first, last in ranges:
+        step = max(1, BLOCK_TOKENS // length)
+        for start in range(first, last, step):
+            yield np.arange(start, min(start + step, last))
+
+
+def _cut_answers(prepared: "PreparedDataset", split: "Split", length: int, kind: object) -> int:
+    """Documents with a target behind the first row that holds them."""
+    mask = prepared.target_mask(split)
+    assert mask is not None
+    total = 0
+    for starts, lengths in DocumentIndex(prepared, split).blocks():
+        if isinstance(kind, FixedInstancesConfig):
+            first = length - starts % length
+        elif isinstance(kind, VariableInstancesConfig):
+            first = np.minimum(length, 1 << np.log2(np.maximum(lengths, 1)).astype(np.int64))
+        else:
+            first = np.full_like(lengths, length)
+        cut = np.flatnonzero(lengths > first)
+        ends = (starts + lengths)[cut].tolist()
+        for begin, end in zip((starts + first)[cut].tolist(), ends, strict=True):
+            total += bool(mask[begin:end].any())
+    return total

@@ -1,0 +1,139 @@
+"""Names that OLMo-core has for values of ours: taken, and kept under our names.
+
+A name stands here only where it means the same; what differs stays an unknown name.
+"""
+
+from typing import Any
+
+from toolkit.config.types import join, shown
+from toolkit.errors import ConfigError
+
+ALIASES: dict[str, str] = {
+    "train_module.ac_config.activation_memory_budget": "train_module.ac_config.budget",
+    "train_module.scheduler.warmup_steps": "train_module.scheduler.warmup",
+    "train_module.max_sequence_length": "dataset.sequence_length",
+    "trainer.save_folder": "run.save_folder",
+    "trainer.work_dir": "run.work_dir",
+    "trainer.callbacks.checkpointer.save_interval": "trainer.callbacks.checkpointer.interval",
+    "trainer.callbacks.checkpointer.ephemeral_save_interval": (
+        "trainer.callbacks.checkpointer.ephemeral_interval"
+    ),
+    "trainer.callbacks.checkpointer.save_async": "trainer.callbacks.checkpointer.asynchronous",
+    "init_seed": "seed",
+}
+"""Dotted path -> ours."""
+
+_TYPES = {
+    "train_module.scheduler.type": {
+        "cos_with_warmup": "cosine",
+        "linear_with_warmup": "linear",
+        "constant_with_warmup": "constant",
+    },
+}
+"""Dotted path -> value -> ours."""
+
+_PARAMETERS = {
+    "embeddings.weight": "embeddings.tokens.weight",
+    "lm_head.w_out.weight": "head.weight",
+    "lm_head.norm.weight": "head.norm.weight",
+}
+_PATTERNS = ("train_module.optim.group_overrides", "train_module.freeze")
+_BUDGET, _AC_CONFIG = "train_module.ac_config.budget", "train_module.ac_config"
+
+
+def our_path(path: str) -> str:
+    """`path` of a flag under our names."""
+    return ALIASES.get(path, path)
+
+
+def our_value(path: str, value: Any) -> Any:
+    """What is given at `path` (ours), a value or everything below, under our names.
+
+    Raises:
+        ConfigError: one value is given under two names.
+    """
+    if isinstance(value, str):
+        return _TYPES.get(path, {}).get(value, value)
+    if path.startswith(_PATTERNS):
+        return _our_patterns(value)
+    if isinstance(value, dict):
+        below = {key: our_value(join(path, key), inner) for key, inner in value.items()}
+        return _renamed(below, path) if path != "" else below
+    return value
+
+
+def our_names(data: dict[str, Any]) -> dict[str, Any]:
+    """A layer of a config under our names; `data` itself is left alone.
+
+    Raises:
+        ConfigError: one value is given under two names.
+    """
+    data = our_value("", data)
+    for theirs, ours in ALIASES.items():
+        if theirs.rpartition(".")[0] != ours.rpartition(".")[0]:
+            _move(data, theirs, ours)
+    return data
+
+
+def implied(path: str, mode: Any) -> tuple[str, Any] | None:
+    """A second value that a flag at `path` of OLMo-core gives with it, where ours needs one.
+
+    Args:
+        mode: of `ac_config`, as far as it is given.
+    """
+    if ALIASES.get(path) == _BUDGET and mode is None:
+        return f"{_AC_CONFIG}.mode", "budget"
+    return None
+
+
+def _renamed(values: dict[str, Any], path: str) -> dict[str, Any]:
+    """Names that change inside one mapping."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        ours = ALIASES.get(join(path, name), "")
+        section, _, new = ours.rpartition(".")
+        if section != path or not ours:
+            found[name] = value
+            continue
+        if new in values and values[new] != value:
+            raise _twice(join(path, name), value, ours, values[new])
+        found[new] = value
+        if ours == _BUDGET and "mode" not in values:
+            found["mode"] = "budget"
+    return found
+
+
+def _move(data: dict[str, Any], theirs: str, ours: str) -> None:
+    """A name that changes its section; `data` is fresh."""
+    *sections, name = theirs.split(".")
+    container: Any = data
+    for section in sections:
+        container = container.get(section) if isinstance(container, dict) else None
+    if not isinstance(container, dict) or name not in container:
+        return
+    value = container.pop(name)
+    *sections, name = ours.split(".")
+    container = data
+    for section in sections:
+        container = container.setdefault(section, {})
+        if not isinstance(container, dict):
+            return  # which `resolve` names
+    if name in container and container[name] != value:
+        raise _twice(theirs, value, ours, container[name])
+    container[name] = value
+
+
+def _our_patterns(value: Any) -> Any:
+    if isinstance(value, str):
+        return _PARAMETERS.get(value, value)
+    if isinstance(value, list):
+        return [_our_patterns(item) for item in value]
+    if isinstance(value, dict) and "params" in value:
+        return {**value, "params": _our_patterns(value["params"])}
+    return value
+
+
+def _twice(theirs: str, value: Any, ours: str, other: Any) -> ConfigError:
+    return ConfigError(
+        f"{theirs} {shown(value)} and {ours} {shown(other)}: two names of one value; give one"
+    )

@@ -1,0 +1,394 @@
+"""Requests to end this process, from its first import on: signals, and a launcher that is gone.
+
+Whoever can answer enters `listening(receiver)`; requests go to the innermost receiver. Python runs
+a signal handler only when the main thread is between two of its own instructions, and a compile, a
+rendezvous or a collective is one long instruction. So a thread reads the signals too: it
+acknowledges the first one at once, notices the end of the launcher, and ends a process whose main
+thread cannot answer.
+
+No torch here: this is the first module that the command line imports.
+"""
+
+import contextlib
+import logging
+import os
+import select
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import FrameType
+
+log = logging.getLogger(__name__)
+
+PARENT = os.getppid()
+"""Who started this process."""
+
+TERMINATING = (signal.SIGTERM, signal.SIGINT)
+ASKING = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+"""What schedulers send ahead of time; never kills."""
+
+REPEAT_SECONDS = 2.0
+"""Launchers repeat a terminal's signal: only later is a second SIGTERM or SIGINT "now"."""
+LAUNCHER_GONE = "the launcher is gone"
+
+_TICK_SECONDS = 0.5
+_STUCK_SECONDS = 5.0
+"""How long a main thread that must leave may stay in native code."""
+_REFUSALS = 4
+"""Refused connections to the launcher's store, a second apart, that mean it is dead."""
+_LAUNCHER_VARIABLES = ("WORLD_SIZE", "ACCELERATE_MIXED_PRECISION")
+
+
+class Interrupted(KeyboardInterrupt):
+    """The main thread must leave: this process was asked to stop. `reason`: by what."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+class Receiver:
+    """Answers requests."""
+
+    patience: float | None = None
+    """Seconds from a request until `give_up`; None: never."""
+
+    def ask(self, reason: str) -> None:
+        """A request: a signal's name (in the main thread), or `LAUNCHER_GONE` (in any)."""
+        raise NotImplementedError
+
+    def acknowledge(self, reason: str) -> str | None:
+        """What to tell the user at once; None: nothing."""
+        return None
+
+    def force(self, number: int) -> bool:
+        """A second SIGTERM or SIGINT; whether this process must end now."""
+        return True
+
+    def give_up(self) -> int:
+        """The main thread did not leave: clean up, and return the exit code."""
+        return 128 + signal.SIGTERM
+
+
+class Starting(Receiver):
+    """Before the first step nothing has to be finished: the main thread leaves by `Interrupted`.
+
+    Args:
+        close: called with the reason when the main thread is stuck; the exit code.
+    """
+
+    patience: float | None = _STUCK_SECONDS
+
+    def __init__(self, close: Callable[[str], int] | None = None) -> None:
+        self.reason: str | None = None
+        self._close = close
+        self._has_raised = False
+
+    def ask(self, reason: str) -> None:
+        """See `Receiver`. Raises Interrupted in the main thread, once."""
+        if self.reason is None:
+            self.reason = reason
+        if _is_main_thread() and not self._has_raised:
+            self._has_raised = True
+            raise Interrupted(self.reason)
+
+    def settle(self) -> None:
+        """Training begins, or an error is being reported: nothing is raised any more."""
+        self._has_raised = True
+        self.patience = None
+
+    def acknowledge(self, reason: str) -> str | None:
+        """See `Receiver`."""
+        if self._has_raised and self.reason is None:
+            return None
+        return f"{reason}: stopping before the first step{again(reason)}"
+
+    def give_up(self) -> int:
+        """See `Receiver`."""
+        reason = self.reason or "SIGTERM"
+        return self._close(reason) if self._close is not None else exit_code(reason)
+
+
+def again(reason: str) -> str:
+    """How to stop at once, as the end of a line."""
+    if reason == "SIGINT":
+        return "; Ctrl-C again to stop now"
+    return "; a second one stops now" if reason == "SIGTERM" else ""
+
+
+def exit_code(reason: str) -> int:
+    """Of a process that was asked to stop before it had anything to continue."""
+    from toolkit.errors import EXIT_STOPPED
+
+    number = getattr(signal, reason, None)
+    return EXIT_STOPPED if number is None else 128 + int(number)
+
+
+def asked() -> str | None:
+    """Why this process was asked to stop; None: it was not, or nobody listens."""
+    return _listener.reason if _listener is not None else None
+
+
+@contextlib.contextmanager
+def listening(receiver: Receiver) -> Iterator[None]:
+    """Requests go to `receiver` inside the block. In another thread than the main one nothing
+    happens. What is ignored, as SIGHUP under nohup, stays so."""
+    global _listener
+    if not _is_main_thread():
+        yield
+        return
+    if _listener is not None:
+        with _listener.receiving(receiver):
+            yield
+        return
+    _listener = _Listener()
+    try:
+        with _listener.receiving(receiver), _listener.installed():
+            yield
+    finally:
+        _listener = None
+
+
+def settle() -> None:
+    """Whoever waits with `Starting` is past the start: a request is only noted from here on."""
+    for receiver in _listener.receivers if _listener is not None else ():
+        if isinstance(receiver, Starting):
+            receiver.settle()
+
+
+def launcher_is_gone() -> bool:
+    """Whether a launcher started this process and has ended."""
+    return os.getppid() != PARENT and any(name in os.environ for name in _LAUNCHER_VARIABLES)
+
+
+def ignore_in_worker() -> None:
+    """For worker processes, in their main thread: they end with their parent, not by the signals
+    that ask it to stop. Programs that they start can still be ended by SIGTERM."""
+    for number in (*ASKING, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, (*TERMINATING, *ASKING))
+
+
+@contextlib.contextmanager
+def starting_workers() -> Iterator[None]:
+    """Processes started inside the block do not see the signals until `ignore_in_worker`: they
+    would die of one that comes before it."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (*TERMINATING, *ASKING))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def end_with_parent(parent: int) -> None:
+    """End this process, a worker, once `parent` is gone: a killed process cannot end others."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1.0)
+        os._exit(1)
+
+    threading.Thread(target=watch, name="parent-watch", daemon=True).start()
+
+
+class _Listener:
+    """The handlers and the thread, while anybody listens."""
+
+    def __init__(self) -> None:
+        self.reason: str | None = None
+        self.receivers: list[Receiver] = []
+        self._terminated_at: float | None = None
+        self._has_spoken = False
+        self._had_terminal = not _lacks_terminal()
+        self._is_stopping = threading.Event()
+        # Of the thread alone:
+        self._seen_at: float | None = None
+        self._give_up_at: float | None = None
+        self._forced: tuple[float, int] | None = None
+
+    @contextlib.contextmanager
+    def receiving(self, receiver: Receiver) -> Iterator[None]:
+        self.receivers.append(receiver)
+        try:
+            yield
+        finally:
+            self.receivers.remove(receiver)
+
+    @contextlib.contextmanager
+    def installed(self) -> Iterator[None]:
+        here, there = socket.socketpair()
+        here.setblocking(False)
+        there.setblocking(False)
+        old_fd = signal.set_wakeup_fd(there.fileno(), warn_on_full_buffer=False)
+        before = {
+            number: signal.signal(number, self._on_signal)
+            for number in (*TERMINATING, *ASKING)
+            if number in TERMINATING or signal.getsignal(number) != signal.SIG_IGN
+        }
+        thread = threading.Thread(target=self._watch, args=(here,), name="signals", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+            signal.set_wakeup_fd(old_fd)
+            self._is_stopping.set()
+            with contextlib.suppress(OSError):
+                there.send(b"\0")
+            thread.join(_TICK_SECONDS)
+            here.close()
+            there.close()
+
+    def _on_signal(self, number: int, _frame: FrameType | None) -> None:
+        if self._is_closed_terminal(number):
+            return
+        receiver = self.receivers[-1]
+        if number in TERMINATING:
+            now = time.monotonic()
+            if self._terminated_at is None:
+                self._terminated_at = now
+            elif now - self._terminated_at > REPEAT_SECONDS and receiver.force(number):
+                signal.signal(number, signal.SIG_DFL)
+                os.kill(os.getpid(), number)
+        reason = signal.Signals(number).name
+        if self.reason is None:
+            self.reason = reason
+        receiver.ask(reason)
+
+    def _watch(self, reader: socket.socket) -> None:
+        is_orphan = _orphan_check()
+        is_lost = False
+        while True:
+            ready, _, _ = select.select([reader], [], [], _TICK_SECONDS)
+            if self._is_stopping.is_set():
+                return
+            if ready:
+                with contextlib.suppress(OSError):
+                    for number in reader.recv(64):
+                        if number in (*TERMINATING, *ASKING):
+                            self._see(number)
+            if not is_lost and (launcher_is_gone() or is_orphan()):
+                is_lost = True
+                self._lose_launcher()
+            self._enforce()
+
+    def _see(self, number: int) -> None:
+        if self._is_closed_terminal(number):
+            log.warning(
+                "SIGHUP: the terminal is closed; going on without it (to stop: kill %d)",
+                os.getpid(),
+            )
+            return
+        self._acknowledge(signal.Signals(number).name)
+        if number not in TERMINATING:
+            return
+        now = time.monotonic()
+        if self._seen_at is None:
+            self._seen_at = now
+        elif now - self._seen_at > REPEAT_SECONDS and not self._is_relayed():
+            # The main thread does the same, if it can.
+            self._forced = now + 1.0, 128 + number
+
+    def _lose_launcher(self) -> None:
+        if self.reason is None:
+            self.reason = LAUNCHER_GONE
+        self._acknowledge(LAUNCHER_GONE)
+        if not self.receivers:
+            return
+        receiver = self.receivers[-1]
+        receiver.ask(LAUNCHER_GONE)
+        if receiver.patience is not None:  # into the main thread, which must leave
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
+
+    def _acknowledge(self, reason: str) -> None:
+        if self._has_spoken or not self.receivers:
+            return
+        self._has_spoken = True
+        receiver = self.receivers[-1]
+        line = receiver.acknowledge(reason)
+        if line is not None and os.environ.get("RANK", "0") == "0":
+            with contextlib.suppress(OSError, ValueError, AttributeError):
+                sys.stderr.write(line + "\n")
+                sys.stderr.flush()
+        if receiver.patience is not None:
+            self._give_up_at = time.monotonic() + receiver.patience
+
+    def _enforce(self) -> None:
+        now = time.monotonic()
+        if self._forced is not None and now > self._forced[0]:
+            os._exit(self._forced[1])
+        if self._give_up_at is None or now < self._give_up_at or not self.receivers:
+            return
+        receiver = self.receivers[-1]
+        if receiver.patience is None:  # training has begun meanwhile, or is over
+            self._give_up_at = None
+            return
+        code = 128 + signal.SIGTERM
+        with contextlib.suppress(BaseException):
+            code = receiver.give_up()
+        os._exit(code)
+
+    def _is_relayed(self) -> bool:
+        return bool(self.receivers) and type(self.receivers[-1]).force is not Receiver.force
+
+    def _is_closed_terminal(self, number: int) -> bool:
+        """Whether a SIGHUP tells that the terminal went, which is no reason to stop."""
+        return number == signal.SIGHUP and self._had_terminal and _lacks_terminal()
+
+
+_listener: _Listener | None = None
+
+
+def _is_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()
+
+
+def _lacks_terminal() -> bool:
+    try:
+        os.close(os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY))
+    except OSError:
+        return True
+    return False
+
+
+def _orphan_check() -> Callable[[], bool]:
+    """For a launcher that ended before this process could look who started it; called every tick.
+
+    A worker of an elastic launcher finds nobody at the address of its launcher's store, which was
+    there before it. `accelerate launch` of one process has no store: the process then belongs to
+    the first of the machine, which is not called accelerate.
+    """
+    environ = os.environ
+    if environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        try:
+            address = environ["MASTER_ADDR"], int(environ["MASTER_PORT"])
+        except (KeyError, ValueError):
+            return lambda: False
+        refused, next_look = 0, 0.0
+
+        def store_is_gone() -> bool:
+            nonlocal refused, next_look
+            if time.monotonic() < next_look:
+                return False
+            next_look = time.monotonic() + 1.0
+            try:
+                socket.create_connection(address, 2.0).close()
+                next_look = float("inf")
+            except ConnectionRefusedError:
+                refused += 1
+            except OSError:
+                next_look = float("inf")  # a network that cannot be judged
+            return refused >= _REFUSALS
+
+        return store_is_gone
+    if "ACCELERATE_MIXED_PRECISION" in environ and PARENT == 1:
+        with contextlib.suppress(OSError):
+            is_launcher = b"accelerate" in Path("/proc/1/cmdline").read_bytes()
+            return lambda: not is_launcher
+    return lambda: False

@@ -1,0 +1,62 @@
+"""How training ends when something fails: the first cause is what is reported. Files that cannot be
+written any more, and helpers that died with the request to stop, are its consequences."""
+
+import contextlib
+import logging
+from typing import TYPE_CHECKING
+
+from toolkit.errors import RunError
+from toolkit.train.reasons import FAILURE
+
+if TYPE_CHECKING:
+    from toolkit.train.trainer import Trainer
+
+log = logging.getLogger(__name__)
+
+_BEFORE_THE_STEP = ("waiting for data", "forward and backward")
+
+
+def is_part_of_stop(trainer: "Trainer", error: Exception, done: tuple[int, int]) -> bool:
+    """Whether `error` may be no failure but the stop that was asked for: a signal for the whole
+    process group ends compilers, and what a data set started, as well.
+
+    The step that it broke off is then undone; `done` are the steps and tokens before it. Not where
+    other ranks wait for this one in that step, nor in the middle of the optimizer's work.
+    """
+    stop = trainer.stop_request
+    if trainer.environment.world_size > 1 or stop.reason in (None, FAILURE):
+        return False
+    phase = trainer.heartbeat.phase
+    if phase == "optimizer step":
+        return False
+    if phase in _BEFORE_THE_STEP:
+        trainer.step, trainer.tokens = done
+    log.warning(
+        "%s: step %d is left out, since something it needed has ended too (%s: %s)",
+        stop.reason, done[0] + 1, type(error).__name__, error,
+    )  # fmt: skip
+    return trainer.should_stop()
+
+
+def close_after_failure(trainer: "Trainer", message: str) -> None:
+    """Leave the run as failed; nothing raised here takes the place of the failure."""
+    try:
+        if trainer.recorder is not None:
+            trainer.recorder.close(flush=False)
+    finally:
+        with contextlib.suppress(RunError):
+            trainer.run.close("failed", step=trainer.step, message=message, exit_reason="error")
+
+
+def close_callbacks(trainer: "Trainer") -> None:
+    """Close what the callbacks and the metrics hold open."""
+    for callback in trainer.callbacks.values():
+        try:
+            callback.close()
+        except Exception as error:
+            log.warning("%s: %s: %s", type(callback).__name__, type(error).__name__, error)
+    if trainer.streams is not None:
+        try:
+            trainer.streams.close()
+        except OSError as error:
+            log.warning("the last metrics are not on disk: %s", error)

@@ -1,0 +1,14 @@
+"""Numbers in sentences."""
+
+
+def count(number: int, noun: str) -> str:
+    """`1 token`, `2,000 tokens`, `3 processes`, `2 entries`."""
+    if number == 1:
+        return f"1 {noun}"
+    if noun.endswith(("s", "x", "ch", "sh")):
+        plural = f"{noun}es"
+    elif noun.endswith("y") and noun[-2:-1] not in "aeiou":
+        plural = f"{noun[:-1]}ies"
+    else:
+        plural = f"{noun}s"
+    return f"{number:,} {plural}"
