@@ -271,20 +271,27 @@ def _origin(
     }
     if revision is not None:
         origin["revision"] = revision
-    if (terms := _license(source)) is not None:
-        origin["license"] = terms
+    origin |= _license(source)
     generation = read_json(source / GENERATION_FILE)
     if generation:
         origin["generation_config"] = generation
     return origin
 
 
-def _license(source: Path) -> str | None:
-    """From the metadata at the head of the model's own card."""
+def _license(source: Path) -> dict[str, str]:
+    """`license` and what belongs to it, from the metadata at the head of the model's own card."""
+    import yaml
+
     try:
         text = read_bytes(source / "README.md", CheckpointError).decode()
-    except (OSError, UnicodeDecodeError, CheckpointError):
-        return None
-    head = re.match(r"---\n(.*?)\n---", text, re.DOTALL)
-    found = re.search(r"^license:\s*(\S+)\s*$", head[1], re.MULTILINE) if head else None
-    return found[1] if found else None
+        head = re.match(r"---\s*\n(.*?)\n---", text, re.DOTALL)
+        found = yaml.safe_load(head[1]) if head else None
+    except (OSError, ValueError, RecursionError, yaml.YAMLError, CheckpointError):
+        return {}
+    if not isinstance(found, dict):
+        return {}
+    terms = found.get("license")
+    if isinstance(terms, list):  # some cards name one in a list
+        found["license"] = terms[0] if len(terms) == 1 else None
+    names = ("license", "license_name", "license_link")
+    return {name: found[name] for name in names if isinstance(found.get(name), str)}
