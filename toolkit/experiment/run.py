@@ -152,7 +152,7 @@ def _run(
         if run is not None:
             clear_notes(run.folder)
             if not run.path(RUN_FILES.config).exists():
-                _log_metadata(stored, run, engine, origins)
+                _log_metadata(stored, run, engine, origins, {})
         return _train(config, stored, run, name, origins)
     except BaseException as error:
         # Whatever the trainer itself did not close: an error before or outside its loop.
