@@ -15,7 +15,6 @@ from torch import Tensor
 
 from toolkit.checkpoint.find import find_checkpoint
 from toolkit.checkpoint.layout import (
-    HF_FOLDER,
     METADATA_FILE,
     MODEL_PREFIX,
     TENSORS_FOLDER,
@@ -182,13 +181,14 @@ def hub_name(origin: Mapping[str, Any]) -> str | None:
 
 
 def hf_name_of_base(recorded: Mapping[str, Any]) -> str | None:
-    """Name or folder of the base of an adapter (`extra["base"]`) for `transformers`, where there is
-    one: what it was converted from, if it was not trained since, or what it was exported to."""
+    """What an adapter calls its base (`extra["base"]`): of a model that was not trained since it
+    was converted, its name on the hub, else the name of its folder; of another one, where it lies
+    in its run. No place on this machine: an adapter is made to be given away."""
     origin = recorded.get("source")
     if origin and recorded.get("step") == 0:
-        return hub_name(origin) or origin.get("path")
-    exported = Path(str(recorded.get("path"))) / HF_FOLDER
-    return str(exported) if (exported / HF_CONFIG_FILE).is_file() else None
+        return hub_name(origin) or origin.get("name")
+    path = Path(str(recorded.get("path") or ""))
+    return "/".join(path.parts[-3:]) if len(path.parts) > 1 else None
 
 
 def load_model(

@@ -33,8 +33,7 @@ class BaseCheckpoint(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def hf_name(self) -> str | None:
-        """Name or path of the same model for `transformers`, where there is one: what it was
-        converted from, if it was not trained since, or what it was exported to."""
+        """What an adapter calls it, see `hf_name_of_base`."""
         from toolkit.hf.source import hf_name_of_base
 
         return hf_name_of_base(msgspec.to_builtins(self))

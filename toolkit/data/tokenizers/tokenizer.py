@@ -14,6 +14,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from toolkit.data.tokenizers.backend import read_backend
 from toolkit.errors import DataError
 from toolkit.storage.atomic import write_atomic, write_json_atomic
 from toolkit.storage.foreign import guard, read_bytes
@@ -35,7 +36,6 @@ COMPANION_FILES = (
 """What may lie beside a tokenizer.json and belongs to it; see `companions`."""
 TEMPLATES_FOLDER = "additional_chat_templates"
 """Folder of chat templates with names, beside it."""
-MAX_TOKENIZER_BYTES = 1 << 29
 """Of a tokenizer.json; those of 256,000 tokens have 33 MB."""
 EOS_TOKEN = "<|endoftext|>"
 """End of a document, in tokenizers made here."""
@@ -308,7 +308,7 @@ def load_file(
         return ByteTokenizer(files)
     if not path.is_file():
         raise DataError(f"{path}: no such file; a tokenizer folder needs {TOKENIZER_FILE}")
-    backend = read_backend(path)
+    backend = read_backend(path, config)
     tokens_map = read_json(path.with_name("special_tokens_map.json"))
     own = {
         key: _token_text(config.get(key) or tokens_map.get(key))
@@ -336,19 +336,6 @@ def companions(folder: Path) -> list[str]:
     names = [name for name in COMPANION_FILES if (folder / name).is_file()]
     templates = sorted((folder / TEMPLATES_FOLDER).glob("*.jinja"))
     return names + [f"{TEMPLATES_FOLDER}/{path.name}" for path in templates]
-
-
-def read_backend(path: Path) -> "BackendTokenizer":
-    """What `tokenizers` makes of a tokenizer.json; raises DataError."""
-    from tokenizers import Tokenizer as BackendTokenizer
-
-    data = read_bytes(path, DataError, max_bytes=MAX_TOKENIZER_BYTES)
-    with guard(path, DataError, problem="not a tokenizer that can be read"):
-        backend = BackendTokenizer.from_str(data.decode())
-        # Some files are read without an error and make native code panic at the first text.
-        backend.decode(backend.encode("a A1\n").ids)
-        backend.get_vocab_size()
-        return backend
 
 
 def fast_config(eos_token: str | None = EOS_TOKEN, bos_token: str | None = None) -> dict[str, Any]:
