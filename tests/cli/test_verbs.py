@@ -73,8 +73,7 @@ def test_prepare_makes_token_files(capsys: pytest.CaptureFixture[str], tmp_path:
     ]  # fmt: skip
     line = output(capsys, *args)
     assert line == (
-        "D/a/bytes_small: 1,201 training tokens, 0 validation tokens, "
-        "vocabulary of 257 (uint16)\n"
+        "D/a/bytes_small: 1,201 training tokens, 0 validation tokens, vocabulary of 257 (uint16)\n"
     )
     assert (tmp_path / "D/a/bytes_small/train.bin").stat().st_size == 2402
     assert output(capsys, *args) == line
