@@ -82,3 +82,10 @@ def test_a_folder_that_gives_nothing_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "two" / "b.md").write_text("text")
     with pytest.raises(DataError, match=r"two: no file with text .*; 1 file of folders left out"):
         list_files(FilesSourceConfig(paths=paths))
+
+
+@pytest.mark.parametrize("column", [{"text_field": "body"}, {"text_template": "{text}"}])
+def test_a_column_of_plain_text_is_an_error(tmp_path: Path, column: dict[str, str]) -> None:
+    (tmp_path / "a.txt").write_text("text")
+    with pytest.raises(DataError, match=f"{next(iter(column))}: names a column, but .* plain text"):
+        plan_source(FilesSourceConfig(paths=[str(tmp_path)], **column), 0.0)  # type: ignore[arg-type]
