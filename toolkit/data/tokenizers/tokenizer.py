@@ -300,7 +300,7 @@ def load_file(
         DataError: the file is missing or cannot be read.
     """
 
-    files: Files = {name: path.with_name(name) for name in companions(path.parent)}
+    files: Files = {name: path.parent / name for name in companions(path.parent)}
     config = read_json(path.with_name(TOKENIZER_CONFIG_FILE))
     if config.get(BYTE_MARK):
         from toolkit.data.tokenizers.byte import ByteTokenizer
