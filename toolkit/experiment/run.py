@@ -42,6 +42,8 @@ from toolkit.runs.registry import (
 )
 from toolkit.runs.status import read_status
 from toolkit.train.peers import LostPeerError, Peers, clear_notes, first_line
+from toolkit.train.progress import nothing_left
+from toolkit.train.scores import check_best_metric
 
 if TYPE_CHECKING:
     from toolkit.data.loader import TrainLoader
@@ -178,10 +180,14 @@ def _train(
         train_module = config.train_module.build(model, environment=environment)
         trainer = Trainer(config.trainer, train_module, train_dl, eval_dl, run=run)
         signals.enter_context(trainer.stop_request.listening())
+        before = read_json_mapping(run.path(RUN_FILES.config)) if environment.is_main else {}
         trainer.restore()
         if environment.is_main:
-            for change in config_changes(read_json_mapping(run.path(RUN_FILES.config)), stored):
+            for change in config_changes(before, stored):
                 log.info("changed since the run's last start: %s", change)
+            if trainer.step >= trainer.stop_step:
+                stop = trainer.stop_step
+                log.warning("%s", nothing_left(config.trainer, stop, trainer.total_steps))
         # Not before: a run that cannot be continued with this config keeps the one it has.
         _log_metadata(stored, run, environment.engine, origins)
         result = trainer.train()
@@ -260,13 +266,15 @@ def _prepare_data(config: ExperimentConfig, *, rank: int, world_size: int) -> "T
     # torch comes with the loaders: bad text is reported seconds sooner without it.
     from toolkit.data.loader import get_dataloaders
 
-    return get_dataloaders(
+    train_loader, evaluation = get_dataloaders(
         config.data,
         rank=rank,
         world_size=world_size,
         vocab_size=config.model.vocab_size,
         check_text=False,
-    )[0]
+    )
+    check_best_metric(config.trainer, evaluation)
+    return train_loader
 
 
 def _local_rank() -> int:
@@ -292,6 +300,8 @@ def _start(config: ExperimentConfig, name: str, *, is_main: bool) -> RunManager:
 def _log_metadata(
     config: ExperimentConfig, run: RunManager, engine: Engine, origins: Mapping[str, str]
 ) -> None:
+    # Asked for once: the next start must not do it again.
+    config = config.replace(trainer=config.trainer.replace(start_anew=False))
     if config.run.registry is not None:
         config = config.replace(run=config.run.replace(registry=mask_secrets(config.run.registry)))
     run.log_metadata(config, RUN_FILES.config)
@@ -352,6 +362,8 @@ def _log_end(result: "TrainResult", run: RunManager) -> None:
         log.info("%s (step %d)", line, evaluation["step"])
     if result.reason in GENTLE_STOPS:
         log.info("done at step %d; everything is in %s", result.step, run.folder)
+        if result.reason == "hard_stop" and result.saved_step is not None:
+            log.info("go on with: toolkit resume %s --trainer.hard_stop=null", run.folder)
         for label, path in (
             ("metrics", RUN_FILES.metrics),
             ("TensorBoard", RUN_FILES.tensorboard),
