@@ -86,9 +86,10 @@ CRAFTED: dict[str, tuple[Callable[[Metadata], object], str]] = {
     "a list": (lambda m: setattr(m, "state_dict_metadata", []), "holds no tensors"),
     "no places": (lambda m: setattr(m, "storage_data", None), "holds no tensors"),
     "a chunk that no tensor has": (
-        lambda m: m.storage_data.update({MetadataIndex("b", (0,)): _StorageInfo("__0_0.distcp", 0, 1)}),
+        lambda m: m.storage_data.update({MetadataIndex("b", (0,)): info(m)}),
         "names chunks that no tensor has"),
-    "unknown file": (lambda m: setattr(info(m), "relative_path", "__7_0.distcp"), "outside the files"),
+    "unknown file": (
+        lambda m: setattr(info(m), "relative_path", "__7_0.distcp"), "outside the files"),
     "file elsewhere": (
         lambda m: setattr(info(m), "relative_path", "../train/rank0.pt"), "outside its folder"),
     "past the end": (lambda m: setattr(info(m), "length", 10**9), "outside the files"),
@@ -111,7 +112,8 @@ def test_a_tensor_that_its_chunks_do_not_make_up_is_refused_everywhere(
     assert find_checkpoint(tmp_path).checkpoint == older
     assert find_checkpoint(tmp_path, quick=True).checkpoint == older
     report = check_checkpoint(checkpoint)
-    assert report.problem is not None and not report.is_leftover
+    assert report.problem is not None
+    assert not report.is_leftover
     for read in (
         lambda: load_tensors(folder, {NAME: torch.zeros(4, 6)}, None),
         lambda: list(iterate_tensors(folder, "model.")),
@@ -230,7 +232,8 @@ def test_what_torch_saves_is_read_back() -> None:
     }  # fmt: skip
     raw = archive_of(value)
     found = load_archive(io.BytesIO(raw), len(raw))
-    assert torch.equal(found["a"], value["a"]) and found["d"].item() == 7
+    assert torch.equal(found["a"], value["a"])
+    assert found["d"].item() == 7
     assert (found["b"], found["e"], found["c"].numel()) == (value["b"], value["e"], 0)
 
 

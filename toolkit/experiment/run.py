@@ -310,10 +310,8 @@ def _log_metadata(
     run.log_metadata(
         {"train_module": config.train_module, "trainer": config.trainer}, RUN_FILES.trainer_config
     )
-    run.log_metadata(
-        {path: mask_secrets(origin) for path, origin in origins.items() if origin != "default"},
-        RUN_FILES.origins,
-    )
+    kept = {p: o for p, o in origins.items() if o != "default" and p != "trainer.start_anew"}
+    run.log_metadata({p: mask_secrets(origin) for p, origin in kept.items()}, RUN_FILES.origins)
     run.set_status(
         "running",
         engine=engine.name,
