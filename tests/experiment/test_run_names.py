@@ -56,8 +56,8 @@ def test_names_that_runs_lists_are_folders(tmp_path: Path, monkeypatch: pytest.M
 @pytest.mark.parametrize(
     "words",
     [["verify", "first"], ["resume", "--explain", "quickstart/first"],
-     ["batch", "first", "--step=1"], ["eval", "first"], ["export-hf", "first", "out"], ["generate", "first", "--prompt=x"],
-     ["train", "smoke", "--base", "first", "--dry-run"]],
+     ["batch", "first", "--step=1"], ["eval", "first"], ["export-hf", "first", "out"],
+     ["generate", "first", "--prompt=x"], ["train", "smoke", "--base", "first", "--dry-run"]],
 )  # fmt: skip
 def test_every_verb_takes_a_name(
     words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,

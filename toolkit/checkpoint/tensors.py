@@ -173,6 +173,8 @@ class SafeReader(RangeReader):
         path = self._get_metadata_path()
         try:
             sizes = file_sizes(Path(self.path)) if self._sizes is None else self._sizes
+            if METADATA_NAME not in sizes:
+                raise ValueError("is missing")
             with self.fs.create_stream(path, "rb") as file:
                 raw = file.read(sizes[METADATA_NAME])
             metadata = unpickle(raw, _NAMES)
