@@ -46,7 +46,7 @@ def test_a_run_that_has_trained_does_not_begin_elsewhere_by_itself(tmp_path: Pat
     folders = {OWN: Found(None), GIVEN: Found(GIVEN / "step9")}
     config = TrainerConfig(load_path=str(GIVEN), load_weights_only=True)
     with pytest.raises(
-        CheckpointError, match="it has done 7 steps, .* it was never saved"
+        CheckpointError, match=r"it has done 7 steps, .*\(it was never saved\)"
     ) as error:
         find_start(config, OWN, folders.__getitem__, reached=7)
     assert f"starts it again from trainer.load_path ({GIVEN / 'step9'})" in str(error.value)
