@@ -90,7 +90,7 @@ def test_a_step_folder_is_its_run_where_nothing_newer_is_whole(tmp_path: Path) -
     with pytest.raises(CheckpointError, match=r"train/rank0\.pt has 0 bytes, expected"):
         plan_resume(step10, (), {})
     shutil.rmtree(step10)
-    with pytest.raises(RunError, match="not a run folder"):
+    with pytest.raises(RunError, match="step10: no such folder; there is step5"):
         plan_resume(step10, (), {})
 
 

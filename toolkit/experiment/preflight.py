@@ -113,9 +113,10 @@ def continuation_checks(
     """The checks of `check_continuation`, for who wants to know all that is wrong with going on
     from `start`."""
     from toolkit.checkpoint.anywhere import metadata_of, rank_state_of, shapes_of
+    from toolkit.checkpoint.layout import rank_file
     from toolkit.checkpoint.tensors import check_shapes
     from toolkit.train.base import check_adapter
-    from toolkit.train.restoring import is_inside, renamed
+    from toolkit.train.restoring import is_inside, renamed, usable_state
 
     checkpoint, lora = start.checkpoint, config.train_module.lora
     metadata = metadata_of(checkpoint)
@@ -125,11 +126,16 @@ def continuation_checks(
 
     def check_data() -> None:
         # Every rank will read its own.
-        for rank in range(1, metadata.world_size):
-            rank_state_of(checkpoint, rank)
-        train_loader.load_state_dict(rank_state_of(checkpoint, rank=0)["trainer"]["data"])
+        for rank in range(1, min(metadata.world_size, len(metadata.files))):
+            if rank_file(rank) in metadata.files:
+                rank_state_of(checkpoint, rank)
+        with usable_state(checkpoint):
+            train_loader.load_state_dict(rank_state_of(checkpoint, rank=0)["trainer"]["data"])
 
-    def check_tensors() -> None:
+    def check_model() -> None:
+        if not isinstance(saved.get("model"), dict):
+            raise CheckpointError(f"{checkpoint}: does not say which model it is of")
+        _check_model(checkpoint, saved["model"], model, free=free)
         own = is_inside(checkpoint, folder / RUN_FILES.checkpoints)
         mapping = {} if own else config.trainer.load_key_mapping
         wanted = _weights(config, is_base=start.weights_only)
@@ -140,11 +146,11 @@ def continuation_checks(
 
     checks = [
         lambda: check_adapter(checkpoint, metadata, lora, weights_only=start.weights_only),
-        lambda: _check_model(checkpoint, saved["model"], model, free=free),
+        check_model,
     ]
     if not start.weights_only:
         checks += [lambda: _check_optimizer_type(checkpoint, saved, config), check_data]
-    return [*checks, check_tensors]
+    return checks
 
 
 def changed_training(config: ExperimentConfig, start: "Start") -> list[str]:

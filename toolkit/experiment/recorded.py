@@ -123,6 +123,9 @@ def _run_meant(path: Path) -> Path:
     step, run = step_of(path.name), run_of_checkpoint(path)
     if is_run(path) or step is None or run is None:
         return path
+    if not path.is_dir():
+        there = [f"step{other}" for other in saved_steps(path.parent)]
+        raise RunError(f"{path}: no such folder; there is {', '.join(there) or 'no checkpoint'}")
     report = check_checkpoint(path)
     if report.problem is not None:
         raise CheckpointError(f"{path}: cannot be continued from: {report.problem}")

@@ -1,10 +1,11 @@
 """The trainer's state from checkpoints: which one, and into place."""
 
+import contextlib
 import difflib
 import logging
 import random
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -200,10 +201,11 @@ def _load(trainer: "Trainer", start: Start, *, mapping: Mapping[str, str]) -> No
         if environment.is_main and module.trained_names is not None and not mapping:
             for line in change_of_training(stored, module.trained_names):
                 log.info("%s", line)
-        trainer.load_state_dict(state["trainer"])
+        with usable_state(checkpoint):
+            trainer.load_state_dict(state["trainer"])
+            if metadata.world_size == environment.world_size:
+                _set_rng_state(state["rng"])
         module.origin = metadata.extra.get("source")
-        if metadata.world_size == environment.world_size:
-            _set_rng_state(state["rng"])
     elif not base_weights:
         tensors = renamed(module.state_tensors(), mapping)
         weights = {key: t for key, t in tensors.items() if key.startswith(MODEL_PREFIX)}
@@ -211,6 +213,21 @@ def _load(trainer: "Trainer", start: Start, *, mapping: Mapping[str, str]) -> No
         module.origin = metadata_of(checkpoint).extra.get("source")
     module.state_filled()
     log.info("loaded %s (step %d)", checkpoint, trainer.step)
+
+
+@contextlib.contextmanager
+def usable_state(checkpoint: Path | str) -> Iterator[None]:
+    """Around the use of a rank's state, which may be anything.
+
+    Raises:
+        CheckpointError: it is not what a trainer saves.
+    """
+    try:
+        yield
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{checkpoint}: holds no state of a trainer: {type(error).__name__}: {error}"
+        ) from error
 
 
 def _load_base(trainer: "Trainer", start: Start, weights: dict[str, torch.Tensor]) -> None:
