@@ -5,14 +5,22 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.s3 import BUCKET
 from toolkit.checkpoint.commit import save_checkpoint
 from toolkit.checkpoint.find import find_checkpoint
+from toolkit.checkpoint.remote import (
+    find_remote_checkpoint,
+    prune_remote,
+    saved_remote_steps,
+    upload_checkpoint,
+)
 from toolkit.checkpoint.retention import Retention, prune_checkpoints
 from toolkit.experiment.verify import check_checkpoint, verify_checkpoints
 from toolkit.hf.source import find_source
 from toolkit.runs.manager import RunManager
 from toolkit.runs.registry import run_of_checkpoint
 from toolkit.storage.atomic import remove_tree
+from toolkit.storage.remote import RemoteFolder
 
 
 def save(root: Path, step: int) -> Path:
@@ -106,3 +114,26 @@ def test_a_kill_between_the_rename_and_the_commit_is_unfinished_not_damage(tmp_p
     report = check_checkpoint(folder)
     assert report.is_leftover
     assert str(report.problem).startswith("unfinished: a crash came between its files")
+
+
+@pytest.mark.parametrize("store", ["file", "s3"])
+def test_damaged_remote_ones_are_kept(
+    tmp_path: Path, store: str, request: pytest.FixtureRequest
+) -> None:
+    if store == "s3":
+        request.getfixturevalue("s3")
+    url = f"file://{tmp_path}/store" if store == "file" else f"s3://{BUCKET}/{tmp_path.name}"
+    folders = [save(tmp_path / "own", step) for step in (1, 2, 3)]
+    for folder in folders:
+        upload_checkpoint(folder, url)
+    damaged = RemoteFolder(f"{url}/step1")
+    damaged.write("train/rank0.pt", b"cut")
+    prune_remote(url, Retention(keep_last=1), newest=3)
+    assert RemoteFolder(url).folders() == ["step1", "step3"]
+    assert saved_remote_steps(url) == [1, 3]
+    upload_checkpoint(folders[0], url)
+    assert RemoteFolder(url).folders() == ["step1", "step1.invalid", "step3"]
+    assert RemoteFolder(f"{url}/step1.invalid").read("train/rank0.pt") == b"cut"
+    assert find_remote_checkpoint(f"{url}/step1").checkpoint == f"{url}/step1"
+    prune_remote(url, Retention(keep_last=1), newest=3)
+    assert RemoteFolder(url).folders() == ["step1.invalid", "step3"]

@@ -226,7 +226,7 @@ def rewritten(raw: bytes, compression: int, **changes: bytes) -> bytes:
 
 
 def test_what_torch_saves_is_read_back() -> None:
-    value = {
+    value: dict[str, Any] = {
         "a": torch.arange(6.0).view(2, 3).t(), "b": [1, -5, 2.5, True, None, "é", (), 1 << 70],
         "c": torch.zeros(0), "d": torch.tensor(7, dtype=torch.uint8), "e": {"f": {}},
     }  # fmt: skip

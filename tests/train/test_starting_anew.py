@@ -138,8 +138,8 @@ def test_a_load_path_that_is_not_there_is_refused(
     flags = (f"--trainer.load_path={copy}", "--trainer.load_weights_only=true")
     message = workers.run(1, run, str(tmp_path / "new"), str(trained[1]), *flags)[0][1]
     assert "this run has no whole checkpoint" in message
-    flags = ("--trainer.load_weights_only=true",)
-    message = workers.run(1, run, str(tmp_path / "new"), str(trained[1]), *flags)[0][1]
+    alone = "--trainer.load_weights_only=true"
+    message = workers.run(1, run, str(tmp_path / "new"), str(trained[1]), alone)[0][1]
     assert "trainer.load_weights_only: there is nothing to load" in message
 
 
