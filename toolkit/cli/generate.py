@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from toolkit.cli.arguments import run_named
 from toolkit.cli.choices import ComputeType
 
 if TYPE_CHECKING:
@@ -109,7 +110,7 @@ def generate(
     sampling.filled(Sampling())  # raises for values out of range, before anything is loaded
     prompts = [] if chat else _prompts(prompt, file)
     with open_generator(
-        source,
+        run_named(source),
         tokenizer=tokenizer,
         dtype=dtype.value if dtype is not None else None,
         device=device,

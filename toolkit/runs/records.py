@@ -58,6 +58,28 @@ def record_of(folder: Path) -> RunRecord | None:
     return record
 
 
+def read_last_step(path: Path) -> int:
+    """The last step that a metrics file tells of, however its end looks; 0: none."""
+    step = last_metrics(path).get("step")
+    if isinstance(step, int):
+        return step
+    found = 0
+    try:
+        with path.open("rb") as file:
+            for line in file:
+                try:
+                    found = max(found, msgspec.json.decode(line, type=_Step).step)
+                except msgspec.MsgspecError:
+                    continue
+    except OSError:
+        return 0
+    return found
+
+
+class _Step(msgspec.Struct):
+    step: int
+
+
 def last_metrics(path: Path, *, tail_bytes: int = 16_384) -> dict[str, Any]:
     """The last whole line of a metrics file, found from its end; empty when there is none."""
     try:
