@@ -241,7 +241,7 @@ class _Listener:
             self._is_stopping.set()
             with contextlib.suppress(OSError):
                 there.send(b"\0")
-            thread.join(_TICK_SECONDS)
+            thread.join(_STUCK_SECONDS)
             here.close()
             there.close()
 
@@ -266,13 +266,13 @@ class _Listener:
         is_lost = False
         while True:
             ready, _, _ = select.select([reader], [], [], _TICK_SECONDS)
-            if self._is_stopping.is_set():
-                return
             if ready:
                 with contextlib.suppress(OSError):
                     for number in reader.recv(64):
                         if number in (*TERMINATING, *ASKING):
                             self._see(number)
+            if self._is_stopping.is_set():
+                return
             if not is_lost and (launcher_is_gone() or is_orphan()):
                 is_lost = True
                 self._lose_launcher()

@@ -145,14 +145,19 @@ def run(args: Sequence[str]) -> int:
     try:
         result = app(words, prog_name="toolkit", standalone_mode=False, obj=debug)
         sys.stdout.flush()
+        asked = signals.asked()
+        if result == EXIT_INTERRUPTED and asked is not None:  # typer's word for all of them
+            return signals.exit_code(asked)
         return result if isinstance(result, int) else EXIT_DONE
-    except signals.Interrupted as error:
-        return signals.exit_code(error.reason)
     except (KeyboardInterrupt, typer.Abort):
         return EXIT_INTERRUPTED
-    except BrokenPipeError:
-        if not has_lost_reader(sys.stdout):  # another pipe: a worker's, a server's
+    except (BrokenPipeError, SystemExit) as error:
+        # typer leaves with 1, without a word, by whatever pipe the error came.
+        cause = error.__context__ if isinstance(error, SystemExit) else error
+        if not isinstance(cause, BrokenPipeError):
             raise
+        if not has_lost_reader(sys.stdout):  # another pipe: a worker's, a server's
+            raise cause from None
         # The reader (`| head`) has what it wants; Python must not complain at exit either.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_DONE

@@ -145,7 +145,7 @@ class RunManager:
             try:
                 self._write_status(is_last=state != "running")
             except OSError as error:
-                if not self._has_warned:
+                if not self._has_warned and self.find_removal() is None:
                     log.warning("%s: cannot be written: %s", self.path(RUN_FILES.status), error)
                 self._has_warned = True
 
@@ -266,7 +266,7 @@ class RunManager:
 def _overwrite(path: Path, status: RunStatus) -> None:
     """Write over the bytes that the file has, for a disk without room for a second one."""
     room = max(_BLOCK, -(-path.stat().st_size // _BLOCK) * _BLOCK)
-    data = msgspec.json.encode(status)
+    data = msgspec.json.format(msgspec.json.encode(status), indent=2) + b"\n"
     if len(data) > room:
         data = msgspec.json.encode(msgspec.structs.replace(status, message=None, other={}))
     with path.open("r+b", buffering=0) as file:
