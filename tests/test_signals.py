@@ -119,6 +119,26 @@ with signals.listening(starting):
         assert process.stdout.read() == "closed SIGTERM\n"
 
 
+def test_a_program_that_still_imports_its_parts_leaves_in_one_line() -> None:
+    code = """
+import os, signal, sys
+sys.argv = ["/usr/bin/toolkit", "train"]
+import toolkit.cli
+print(signal.getsignal(signal.SIGINT) is not signal.default_int_handler, flush=True)
+if sys.stdin.readline() == "main\\n":
+    toolkit.cli.signals.stop_leaving()
+    print(signal.getsignal(signal.SIGINT) is signal.default_int_handler)
+else:
+    os.kill(os.getpid(), signal.SIGINT)
+    print("not reached")
+"""
+    for word, expected, code_expected in (("main", "True\nTrue\n", 0), ("", "True\n", 130)):
+        with start(code, stdin=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+            out, err = process.communicate(f"{word}\n", 60)
+        assert (out, process.returncode) == (expected, code_expected)
+        assert err == ("" if word else "SIGINT: stopped before anything began\n")
+
+
 def test_a_closed_terminal_stops_nothing(tmp_path: Path) -> None:
     """SIGHUP from the terminal itself; writing to it fails too."""
     code = (

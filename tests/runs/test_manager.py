@@ -171,6 +171,9 @@ def test_a_folder_that_was_removed_moved_or_replaced_is_noticed(tmp_path, caplog
     assert "was removed or moved" in str(run.find_removal())
     (run.folder / "metadata").mkdir(parents=True)
     assert run.find_removal() is not None
+    # A file system that numbers its folders anew: the lock says that it is still ours.
+    shutil.copy(moved / RUN_FILES.lock_info, run.path(RUN_FILES.lock_info))
+    assert run.find_removal() is None
     shutil.rmtree(run.folder)
     with caplog.at_level(logging.WARNING):
         run.close("failed", message="removed")

@@ -1,6 +1,5 @@
 """`RunManager`: one run folder, from its lock to its last status."""
 
-import contextlib
 import errno
 import logging
 import os
@@ -165,8 +164,18 @@ class RunManager:
     def find_removal(self) -> RunError | None:
         """The error to end with where the run folder was removed, moved or replaced; None: it is
         there. Asked before anything is made anew in it."""
-        if self._identity is None or self._look() == self._identity:
+        if self._identity is None:
             return None
+        try:
+            if self._look() == self._identity:
+                return None
+            # Some network file systems number their folders anew.
+            if self._lock is not None and self._lock.is_ours:
+                return None
+        except FileNotFoundError:
+            pass
+        except OSError:
+            return None  # out of reach for now: whoever writes there will tell
         return RunError(
             f"{self.folder}: the run folder was removed or moved while training; nothing more is "
             "written there. If it was moved, `toolkit resume` continues it where it is now"
@@ -256,11 +265,9 @@ class RunManager:
         if on_status is not None:
             self.submit(lambda: on_status(self.folder, status), key="status")
 
-    def _look(self) -> tuple[int, int] | None:
-        with contextlib.suppress(OSError):
-            found = self.path(RUN_FILES.metadata).stat()
-            return found.st_dev, found.st_ino
-        return None
+    def _look(self) -> tuple[int, int]:
+        found = self.path(RUN_FILES.metadata).stat()
+        return found.st_dev, found.st_ino
 
 
 def _overwrite(path: Path, status: RunStatus) -> None:
