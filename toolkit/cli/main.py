@@ -48,6 +48,7 @@ EXIT_INTERRUPTED = 130
 """Ctrl-C before there is a run (128 + SIGINT); a run ends with `EXIT_STOPPED`."""
 
 _TRAINING = ("train", "resume")
+_COMPUTING = (*_TRAINING, "verify", "eval", "generate")
 _READING = ("", "runs", "recipes", "schema", "batch", "generate", "show", "inspect")
 """Verbs that are done when nobody reads on. The others work, whether anybody looks or not."""
 
@@ -116,13 +117,14 @@ def main() -> None:
     verbs = [word for word in args if not word.startswith("-") and word != "data"]
     verb = verbs[0] if verbs else ""
     open_missing_streams()
-    if verb not in _READING:
-        outlive_readers()
+    signals.stop_leaving()
+    if "--debug" in args and verb in _COMPUTING:
+        _wait_for_kernels()
     with contextlib.ExitStack() as stack:
-        if verb in _TRAINING:
-            stack.enter_context(signals.listening(signals.Starting()))
-            if "--debug" in args:
-                _wait_for_kernels()
+        if verb not in _READING:
+            outlive_readers()
+            doing = "stopping before the first step" if verb in _TRAINING else "stopping"
+            stack.enter_context(signals.listening(signals.Starting(doing=doing)))
         code = run(args)
     sys.exit(code)
 
@@ -130,7 +132,7 @@ def main() -> None:
 def _wait_for_kernels() -> None:
     """Have an error of a CUDA kernel point to the line that launched it. Before torch is there."""
     mode = os.environ.setdefault("CUDA_LAUNCH_BLOCKING", "1")
-    if os.environ.get("RANK", "0") == "0":
+    if os.environ.get("RANK", "0") == "0" and "TOOLKIT_STORE_FILE" not in os.environ:
         typer.echo(
             f"--debug: CUDA_LAUNCH_BLOCKING={mode} in every process"
             + (": GPU kernels run one at a time, which is slow" if mode == "1" else ""),
@@ -151,14 +153,19 @@ def run(args: Sequence[str]) -> int:
         adopt_ranks(os.environ)
         result = app(words, prog_name="toolkit", standalone_mode=False, obj=debug)
         sys.stdout.flush()
+        asked = signals.asked()
+        if result == EXIT_INTERRUPTED and asked is not None:  # typer's word for all of them
+            return signals.exit_code(asked)
         return result if isinstance(result, int) else EXIT_DONE
-    except signals.Interrupted as error:
-        return signals.exit_code(error.reason)
     except (KeyboardInterrupt, typer.Abort):
         return EXIT_INTERRUPTED
-    except BrokenPipeError:
-        if not has_lost_reader(sys.stdout):  # another pipe: a worker's, a server's
+    except (BrokenPipeError, SystemExit) as error:
+        # typer leaves with 1, without a word, by whatever pipe the error came.
+        cause = error.__context__ if isinstance(error, SystemExit) else error
+        if not isinstance(cause, BrokenPipeError):
             raise
+        if not has_lost_reader(sys.stdout):  # another pipe: a worker's, a server's
+            raise cause from None
         # The reader (`| head`) has what it wants; Python must not complain at exit either.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_DONE

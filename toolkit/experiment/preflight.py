@@ -23,6 +23,7 @@ from toolkit.train.progress import reached_step
 
 if TYPE_CHECKING:
     from toolkit.data.loader import TrainLoader
+    from toolkit.models.freeze import TrainedParameters
     from toolkit.train.restoring import Start
 
 # Fields that change how the model is computed, not what its weights mean.

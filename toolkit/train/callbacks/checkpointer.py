@@ -131,6 +131,8 @@ class Checkpointer(Callback):
         if self._config.on_error == "stop":
             self._is_ending = True
             self.trainer.fail(error)
+        elif (removed := self.trainer.run.find_removal()) is not None:
+            self.trainer.fail(removed)
         elif self.trainer.environment.is_main:
             log.error("%s; training goes on", error)
 
