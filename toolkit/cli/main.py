@@ -41,6 +41,9 @@ _SECONDS_FOR_RANK_0 = 1.0
 # typer brings its own copy of click, under a private name; this is its UsageError.
 _UsageError: Any = typer.BadParameter.__base__
 
+_LONGEST_MESSAGE = 1_500
+"""Characters; values of files from elsewhere may be of any length."""
+
 _OVERRIDES = {"ignore_unknown_options": True}
 
 app = typer.Typer(
@@ -128,6 +131,9 @@ def _report(message: str, code: int, *, debug: bool, only_here: bool = False) ->
     if debug:
         traceback.print_exc()
     sys.stdout.flush()
+    message = mask_secrets(" ".join(message.split()))
+    if len(message) > _LONGEST_MESSAGE and not debug:
+        message = f"{message[:_LONGEST_MESSAGE]}... (cut; --debug shows all)"
     label = typer.style("error:", fg=typer.colors.RED, bold=True)
-    typer.echo(f"{label} {mask_secrets(' '.join(message.split()))}", err=True)
+    typer.echo(f"{label} {message}", err=True)
     return code

@@ -7,9 +7,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from toolkit.data.tokenizers.tokenizer import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE
-from toolkit.errors import CheckpointError, DataError
-from toolkit.storage.foreign import guard, reason_of
+from toolkit.data.tokenizers.tokenizer import (
+    MAX_TOKENIZER_BYTES,
+    TOKENIZER_CONFIG_FILE,
+    TOKENIZER_FILE,
+)
+from toolkit.errors import CheckpointError, DataError, ToolkitError
+from toolkit.storage.foreign import check_regular, guard, reason_of
 
 if TYPE_CHECKING:
     import torch
@@ -18,6 +22,7 @@ _TOKENIZER_FILES = (
     TOKENIZER_FILE, TOKENIZER_CONFIG_FILE, "vocab.json", "vocab.txt", "tokenizer.model",
     "spiece.model",
 )  # fmt: skip
+_SMALL = (".json", ".jinja", ".txt", ".model")
 
 
 @contextlib.contextmanager
@@ -38,6 +43,22 @@ def quiet_transformers() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
+def check_small_files(folder: Path, kind: type[ToolkitError]) -> None:
+    """Check, before another library opens them, that the files of a folder that describe a model
+    or a tokenizer are files, and of a size that can be read.
+
+    Raises:
+        kind: one is a pipe, a device, or too large.
+    """
+    with guard(folder, kind):
+        for path in sorted(folder.iterdir()):
+            if path.suffix not in _SMALL or path.is_dir():
+                continue
+            size = check_regular(path, kind)
+            if size > MAX_TOKENIZER_BYTES:
+                raise kind(f"{path}: has {size:,} bytes, which no such file needs")
+
+
 def load_causal_lm(
     folder: Path, *, dtype: "torch.dtype", plain_attention: bool = False, all_used: bool = False
 ) -> Any:
@@ -50,6 +71,7 @@ def load_causal_lm(
     Raises:
         CheckpointError: `transformers` cannot load it, or weights are missing.
     """
+    check_small_files(folder, CheckpointError)
     with quiet_transformers():
         from transformers import AutoModelForCausalLM
 
@@ -82,6 +104,7 @@ def with_adapter(base: Any, folder: Path) -> Any:
     Raises:
         CheckpointError: `peft` cannot load it, or not all of it.
     """
+    check_small_files(folder, CheckpointError)
     with quiet_transformers():
         from peft import PeftModel
 
@@ -98,6 +121,7 @@ def load_auto_tokenizer(folder: Path) -> Any:
     """
     if not has_tokenizer(folder):
         raise DataError(f"{folder}: no tokenizer here; give one with --tokenizer FOLDER")
+    check_small_files(folder, DataError)
     with quiet_transformers():
         from transformers import AutoTokenizer
 
