@@ -220,7 +220,7 @@ def test_tensors_that_overlap_are_refused(tmp_path: Path) -> None:
     text = json.dumps({"a": place, "b": place}).encode()
     path = tmp_path / "model.safetensors"
     path.write_bytes(len(text).to_bytes(8, "little") + text + b"\0" * 8)
-    with pytest.raises(CheckpointError, match="b F32 .* at bytes 0 to 8, where 8 to 16 were"):
+    with pytest.raises(CheckpointError, match=r"b F32 .* at bytes 0 to 8, where 8 to 16 were"):
         HFWeights(tmp_path)
 
 
@@ -232,5 +232,5 @@ def test_a_torch_file_with_compressed_records_is_refused(tmp_path: Path) -> None
     ):
         for record in whole.infolist():
             packed.writestr(record.filename, whole.read(record))
-    with pytest.raises(CheckpointError, match="is compressed, which torch.save never does"):
+    with pytest.raises(CheckpointError, match=r"is compressed, which torch\.save never does"):
         HFWeights(tmp_path)

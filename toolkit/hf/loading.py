@@ -11,6 +11,7 @@ from toolkit.data.tokenizers.tokenizer import (
     MAX_TOKENIZER_BYTES,
     TOKENIZER_CONFIG_FILE,
     TOKENIZER_FILE,
+    check_tokenizer_file,
 )
 from toolkit.errors import CheckpointError, DataError, ToolkitError
 from toolkit.storage.foreign import check_regular, guard, reason_of
@@ -122,6 +123,8 @@ def load_auto_tokenizer(folder: Path) -> Any:
     if not has_tokenizer(folder):
         raise DataError(f"{folder}: no tokenizer here; give one with --tokenizer FOLDER")
     check_small_files(folder, DataError)
+    if (folder / TOKENIZER_FILE).is_file():
+        check_tokenizer_file(folder / TOKENIZER_FILE)
     with quiet_transformers():
         from transformers import AutoTokenizer
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from toolkit.errors import DataError
 from toolkit.storage.atomic import write_atomic, write_json_atomic
-from toolkit.storage.foreign import guard, read_bytes
+from toolkit.storage.foreign import decode_json, guard, read_bytes
 from toolkit.storage.foreign import read_json as read_foreign_json
 
 if TYPE_CHECKING:
@@ -35,9 +35,13 @@ COMPANION_FILES = (
 """What may lie beside a tokenizer.json and belongs to it."""
 MAX_TOKENIZER_BYTES = 1 << 29
 """Of a tokenizer.json; those of 256,000 tokens have 33 MB."""
+MAX_VOCAB_SIZE = 10_000_000
+MAX_PADDING = 1 << 20
 EOS_TOKEN = "<|endoftext|>"
 """End of a document, in tokenizers made here."""
 BYTE_MARK = "is_byte_tokenizer"
+
+_CANNOT_ENCODE = "the tokenizers library fails at a text"
 
 Files = dict[str, Path | str | dict[str, Any]]
 """Companions of tokenizer.json by name: a file to copy, text, or what is written as JSON."""
@@ -173,7 +177,8 @@ class Tokenizer:
         found = self._fast.encode_batch(texts) if self._fast is not None else None
         if found is not None:
             return found
-        encodings = self._ordinary.encode_batch_fast(list(texts), add_special_tokens=False)
+        with guard("dataset.tokenizer", DataError, problem=_CANNOT_ENCODE):
+            encodings = self._ordinary.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(encoding.ids, dtype=np.uint32) for encoding in encodings]
 
     def encode_offsets(
@@ -193,12 +198,14 @@ class Tokenizer:
         import numpy as np
 
         backend = self._with_controls if special_tokens else self._without_controls
+        with guard("dataset.tokenizer", DataError, problem=_CANNOT_ENCODE):
+            encodings = backend.encode_batch(list(texts), add_special_tokens=False)
         return [
             (
                 np.array(encoding.ids, dtype=np.uint32),
                 np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2),
             )
-            for encoding in backend.encode_batch(list(texts), add_special_tokens=False)
+            for encoding in encodings
         ]
 
     def decode(self, ids: "Iterable[int]") -> str:
@@ -298,13 +305,45 @@ def read_backend(path: Path) -> "BackendTokenizer":
     """What `tokenizers` makes of a tokenizer.json; raises DataError."""
     from tokenizers import Tokenizer as BackendTokenizer
 
-    data = read_bytes(path, DataError, max_bytes=MAX_TOKENIZER_BYTES)
+    data = check_tokenizer_file(path)
     with guard(path, DataError, problem="not a tokenizer that can be read"):
         backend = BackendTokenizer.from_str(data.decode())
         # Some files are read without an error and make native code panic at the first text.
         backend.decode(backend.encode("a A1\n").ids)
-        backend.get_vocab_size()
+        largest = max(backend.get_vocab(with_added_tokens=True).values(), default=0)
+        if largest >= MAX_VOCAB_SIZE:
+            raise DataError(
+                f"{path}: a token has id {largest:,}, which is larger than any vocabulary (at most "
+                f"{MAX_VOCAB_SIZE:,} ids)"
+            )
         return backend
+
+
+def check_tokenizer_file(path: Path) -> bytes:
+    """The content of a tokenizer.json, before a library makes anything of it.
+
+    Raises:
+        FileNotFoundError: there is none.
+        DataError: it cannot be read, or pads texts to a length that ends the process.
+    """
+    data = read_bytes(path, DataError, max_bytes=MAX_TOKENIZER_BYTES)
+    found = decode_json(data, path, DataError, _Padded)
+    numbers = [number for number in _whole_numbers(found.padding) if number > MAX_PADDING]
+    if numbers:
+        raise DataError(f"{path}: pads texts to {numbers[0]:,} tokens; remove its padding")
+    return data
+
+
+class _Padded(msgspec.Struct):
+    """The part of a tokenizer.json that decides how much memory a text takes."""
+
+    padding: Any = None
+
+
+def _whole_numbers(value: Any) -> list[int]:
+    if isinstance(value, dict):
+        return [number for inner in value.values() for number in _whole_numbers(inner)]
+    return [value] if isinstance(value, int) else []
 
 
 def fast_config(eos_token: str | None = EOS_TOKEN, bos_token: str | None = None) -> dict[str, Any]:
