@@ -82,10 +82,10 @@ def test_nested_columns_are_checked_and_texts_that_are_no_utf8_are_not_refused(
     latin = pa.array([{"a": [b"caf\xe9"]}]).view(pa.struct([("a", pa.list_(pa.string()))]))
     batch = pa.record_batch({"x": latin})
     assert checked_batch(batch, "here") is batch
-    offsets = pa.array([0, 500], pa.int32()).buffers()[1]
+    offsets = pa.array([0, 500, 2], pa.int32()).buffers()[1]
     texts_inside = pa.array(["a", "b"])
     broken = pa.Array.from_buffers(
-        pa.list_(pa.string()), 1, [None, offsets], children=[texts_inside]
+        pa.list_(pa.string()), 2, [None, offsets], children=[texts_inside]
     )
     with pytest.raises(DataError, match=r"^here: column 'x' is damaged: "):
         checked_batch(pa.record_batch({"x": broken}), "here")
@@ -108,7 +108,7 @@ def test_packed_lines_are_read_in_little_memory(tmp_path: Path, packed: str) -> 
         for number, _ in enumerate(read_shard(shard, reading, Counts())):
             if number == 200_000:
                 break
-        assert tracemalloc.get_traced_memory()[1] < num_bytes / 4
+        assert tracemalloc.get_traced_memory()[1] < num_bytes / 3
     finally:
         tracemalloc.stop()
 

@@ -14,6 +14,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from toolkit.errors import DataError
 from toolkit.storage.atomic import write_atomic, write_json_atomic
 from toolkit.storage.foreign import decode_json, guard, read_bytes
