@@ -83,10 +83,8 @@ def test_nested_columns_are_checked_and_texts_that_are_no_utf8_are_not_refused(
     batch = pa.record_batch({"x": latin})
     assert checked_batch(batch, "here") is batch
     offsets = pa.array([0, 500, 2], pa.int32()).buffers()[1]
-    texts_inside = pa.array(["a", "b"])
-    broken = pa.Array.from_buffers(
-        pa.list_(pa.string()), 2, [None, offsets], children=[texts_inside]
-    )
+    kind, inside = pa.list_(pa.string()), pa.array(["a", "b"])
+    broken = pa.Array.from_buffers(kind, 2, [None, offsets], children=[inside])
     with pytest.raises(DataError, match=r"^here: column 'x' is damaged: "):
         checked_batch(pa.record_batch({"x": broken}), "here")
 
