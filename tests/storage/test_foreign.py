@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from toolkit.errors import DataError
-from toolkit.storage.foreign import guard, read_bytes, read_json
+from toolkit.storage.foreign import guard, read_bytes, read_json, read_lines
 
 
 def message(path: Path) -> str:
@@ -73,3 +73,18 @@ def test_a_panic_of_native_code_is_caught_and_an_interrupt_is_not() -> None:
         raise KeyboardInterrupt
     with pytest.raises(DataError, match=r"^own$"), guard("a", DataError):
         raise DataError("own")
+
+
+def test_lines_are_read_one_by_one_and_none_without_end(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    assert list(read_lines(path, DataError)) == []
+    path.write_bytes(b"one\ntwo")
+    assert list(read_lines(path, DataError)) == [b"one\n", b"two"]
+    with path.open("r+b") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(DataError, match=r"a\.jsonl: has a line of more than 1,000 bytes"):
+        list(read_lines(path, DataError, max_bytes=1000))
+    path.unlink()
+    path.symlink_to("/dev/zero")
+    with pytest.raises(DataError, match="a pipe or a device"):
+        list(read_lines(path, DataError))

@@ -25,7 +25,7 @@ from toolkit.experiment.load import load_run_config
 from toolkit.experiment.run_data import find_data
 from toolkit.runs.files import RUN_FILES
 from toolkit.runs.status import RunStatus, read_status
-from toolkit.storage.foreign import read_json
+from toolkit.storage.foreign import read_json, read_lines
 from toolkit.train.config import TransformerTrainModuleConfig
 
 VERSIONED = ("toolkit", "torch", "accelerate", "deepspeed", "numpy")
@@ -174,11 +174,10 @@ def metadata_of_attempt(folder: Path, file: str, attempt: int) -> Path:
 def read_steps(folder: Path) -> dict[int, RecordedStep]:
     """The lines of train.jsonl by step; one that is being written is left out."""
     decoder, record = msgspec.json.Decoder(RecordedStep), {}
-    with contextlib.suppress(FileNotFoundError), (folder / RUN_FILES.train_metrics).open("rb") as f:
-        for line in f:
-            with contextlib.suppress(msgspec.MsgspecError, RecursionError):
-                found = decoder.decode(line)
-                record[found.step] = found
+    for line in read_lines(folder / RUN_FILES.train_metrics, RunError):
+        with contextlib.suppress(msgspec.MsgspecError, RecursionError):
+            found = decoder.decode(line)
+            record[found.step] = found
     return record
 
 
