@@ -25,7 +25,7 @@ from toolkit.experiment.load import load_run_config
 from toolkit.experiment.run_data import find_data
 from toolkit.runs.files import RUN_FILES
 from toolkit.runs.status import RunStatus, read_status
-from toolkit.storage.foreign import read_json, read_lines
+from toolkit.storage.foreign import guard, read_json, read_lines
 from toolkit.train.config import TransformerTrainModuleConfig
 
 VERSIONED = ("toolkit", "torch", "accelerate", "deepspeed", "numpy")
@@ -97,7 +97,8 @@ def plan_resume(run_dir: Path, overrides: Sequence[str], environ: Mapping[str, s
     config = config.replace(run=config.run.replace(save_folder=str(folder)))
     if not asked:
         recorded = status.other.get("dp_config")
-        engine = msgspec.convert(recorded, DataParallelConfig) if recorded else None
+        with guard(folder / RUN_FILES.status, RunError):
+            engine = msgspec.convert(recorded, DataParallelConfig) if recorded else None
         module = module.replace(dp_config=engine_again(engine, status.world_size, environ))
     if not any(flag.startswith("--train_module.precision") for flag in overrides):
         precision = precision_again(module, status.other.get("precision"), environ)
