@@ -64,6 +64,9 @@ _LAUNCHED = (
 # typer brings its own copy of click, under a private name; this is its UsageError.
 _UsageError: Any = typer.BadParameter.__base__
 
+_LONGEST_MESSAGE = 1_500
+"""Characters; values of files from elsewhere may be of any length."""
+
 _OVERRIDES = {"ignore_unknown_options": True}
 
 app = typer.Typer(
@@ -198,5 +201,8 @@ def _report(message: str, code: int, *, debug: bool, only_here: bool = False) ->
     sys.stdout.flush()
     label = typer.style("error:", fg=typer.colors.RED, bold=True)
     for line in message.splitlines():
-        typer.echo(f"{label} {mask_secrets(' '.join(line.split()))}", err=True)
+        text = str(mask_secrets(" ".join(line.split())))
+        if len(text) > _LONGEST_MESSAGE and not debug:
+            text = f"{text[:_LONGEST_MESSAGE]}... (cut; --debug shows all)"
+        typer.echo(f"{label} {text}", err=True)
     return code

@@ -29,7 +29,7 @@ from toolkit.experiment.verify import check_checkpoint
 from toolkit.runs.files import RUN_FILES
 from toolkit.runs.registry import is_run, run_of_checkpoint
 from toolkit.runs.status import RunStatus, read_status
-from toolkit.storage.foreign import read_json
+from toolkit.storage.foreign import guard, read_json, read_lines
 from toolkit.train.config import TransformerTrainModuleConfig
 
 VERSIONED = ("toolkit", "torch", "accelerate", "deepspeed", "numpy")
@@ -108,7 +108,8 @@ def plan_resume(run_dir: Path, overrides: Sequence[str], environ: Mapping[str, s
     config = config.replace(run=config.run.replace(save_folder=str(folder)))
     if not asked:
         recorded = status.other.get("dp_config")
-        engine = msgspec.convert(recorded, DataParallelConfig) if recorded else None
+        with guard(folder / RUN_FILES.status, RunError):
+            engine = msgspec.convert(recorded, DataParallelConfig) if recorded else None
         module = module.replace(dp_config=engine_again(engine, status.world_size, environ))
     if not any(flag.startswith("--train_module.precision") for flag in overrides):
         precision = precision_again(module, status.other.get("precision"), environ)
@@ -227,11 +228,10 @@ def metadata_of_attempt(folder: Path, file: str, attempt: int) -> Path:
 def read_steps(folder: Path) -> dict[int, RecordedStep]:
     """The lines of train.jsonl by step; one that is being written is left out."""
     decoder, record = msgspec.json.Decoder(RecordedStep), {}
-    with contextlib.suppress(FileNotFoundError), (folder / RUN_FILES.train_metrics).open("rb") as f:
-        for line in f:
-            with contextlib.suppress(msgspec.MsgspecError, RecursionError):
-                found = decoder.decode(line)
-                record[found.step] = found
+    for line in read_lines(folder / RUN_FILES.train_metrics, RunError):
+        with contextlib.suppress(msgspec.MsgspecError, RecursionError):
+            found = decoder.decode(line)
+            record[found.step] = found
     return record
 
 

@@ -37,7 +37,7 @@ from toolkit.models.transformer import Transformer
 from toolkit.runs.files import RUN_FILES
 from toolkit.runs.registry import is_run, run_of_checkpoint
 from toolkit.storage.atomic import PathLike
-from toolkit.storage.foreign import read_json
+from toolkit.storage.foreign import guard, read_json
 from toolkit.storage.remote import is_url
 
 if TYPE_CHECKING:
@@ -77,7 +77,8 @@ class ModelSource(NamedTuple):
     def lora(self) -> LoRAConfig | None:
         """Of the adapter that the checkpoint holds; None: it holds whole weights."""
         adapter = self.metadata.extra.get("adapter") if self.metadata else None
-        return msgspec.convert(adapter, LoRAConfig) if adapter is not None else None
+        with guard(f"{self.where}: its adapter", CheckpointError):
+            return msgspec.convert(adapter, LoRAConfig) if adapter is not None else None
 
 
 def find_source(path: PathLike) -> ModelSource:

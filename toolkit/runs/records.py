@@ -6,8 +6,10 @@ from typing import Any
 
 import msgspec
 
+from toolkit.errors import RunError
 from toolkit.runs.files import RUN_FILES
 from toolkit.runs.status import RunStatus, current_state, read_status
+from toolkit.storage.foreign import check_regular
 
 
 class RunRecord(msgspec.Struct, kw_only=True):
@@ -83,11 +85,12 @@ class _Step(msgspec.Struct):
 def last_metrics(path: Path, *, tail_bytes: int = 16_384) -> dict[str, Any]:
     """The last whole line of a metrics file, found from its end; empty when there is none."""
     try:
+        check_regular(path, RunError)
         with path.open("rb") as file:
             file.seek(0, os.SEEK_END)
             file.seek(max(0, file.tell() - tail_bytes))
             lines = file.read().splitlines(keepends=True)
-    except OSError:
+    except (OSError, RunError):
         return {}
     for line in reversed(lines):
         if line.endswith(b"\n"):
