@@ -1,4 +1,6 @@
-"""Numbers in sentences."""
+"""Numbers and long names in sentences."""
+
+_LONGEST = 240
 
 
 def count(number: int, noun: str) -> str:
@@ -12,3 +14,8 @@ def count(number: int, noun: str) -> str:
     else:
         plural = f"{noun}s"
     return f"{number:,} {plural}"
+
+
+def shortened(text: str) -> str:
+    """`text` as it is, cut where it is too long for a line."""
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."

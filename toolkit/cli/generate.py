@@ -65,7 +65,9 @@ def generate(
             show_default="likewise; else 1",
         ),
     ] = None,
-    seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
+    seed: Annotated[
+        int, typer.Option(help="The same seed gives the same text.", min=0, max=2**64 - 1)
+    ] = 0,
     no_stream: Annotated[
         bool, typer.Option("--no-stream", help="Show the text when it is complete.")
     ] = False,

@@ -4,7 +4,10 @@ Verb modules import nothing but typer at the top; what they call is imported whe
 help is quick, and no verb pays for another.
 """
 
+import errno
+import io
 import os
+import shlex
 import socket
 import sys
 import time
@@ -30,6 +33,7 @@ from toolkit.cli import (
 )
 from toolkit.cli.data.app import app as data_app
 from toolkit.errors import EXIT_BAD_INPUT, EXIT_DONE, SeveralErrors, ToolkitError
+from toolkit.wording import shortened
 
 EXIT_INTERRUPTED = 130
 """Ctrl-C before training began (128 + SIGINT); training itself ends with `EXIT_STOPPED`."""
@@ -39,6 +43,18 @@ _SECONDS_FOR_RANK_0 = 1.0
 
 # typer brings its own copy of click, under a private name; this is its UsageError.
 _UsageError: Any = typer.BadParameter.__base__
+
+_OTHER_NAMES = {
+    "dry_run": "toolkit train {} --dry-run",
+    "dry-run": "toolkit train {} --dry-run",
+    "prep": "toolkit prepare {}",
+    "train_single": "toolkit train {}",
+    "launch": "torchrun --nproc-per-node=gpu -m toolkit train {}",
+}
+"""Verbs of OLMo-core's scripts, and the command that does the same."""
+
+_NO_PATHS = (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EACCES)
+"""What the operating system says of a path that cannot be one, or is not ours."""
 
 _OVERRIDES = {"ignore_unknown_options": True}
 
@@ -88,6 +104,9 @@ def main() -> None:
     # Read by libgomp when torch loads it. Its threads spin while they wait, by default so long that
     # two programs with as many threads as cores slow each other down tenfold (docs/LOG.md).
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # names of files need not be UTF-8
     sys.exit(run(sys.argv[1:]))
 
 
@@ -100,6 +119,8 @@ def run(args: Sequence[str]) -> int:
 
         print(f"toolkit {__version__}")
         return EXIT_DONE
+    if words[0] in _OTHER_NAMES:
+        return _report(_in_our_words(words), EXIT_BAD_INPUT, debug=debug)
     try:
         result = app(words, prog_name="toolkit", standalone_mode=False, obj=debug)
         sys.stdout.flush()
@@ -110,6 +131,16 @@ def run(args: Sequence[str]) -> int:
         # The reader (`| head`) has what it wants; Python must not complain at exit either.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_DONE
+    except OSError as error:
+        if error.errno not in _NO_PATHS or error.filename is None:
+            raise
+        name = shortened(str(error.filename))
+        return _report(f"{name}: {error.strerror}", EXIT_BAD_INPUT, debug=debug)
+    except RuntimeError as error:
+        if "home directory" not in str(error):  # of pathlib: `~name` of nobody
+            raise
+        name = next((word for word in words if "~" in word), "~")
+        return _report(f"{shortened(name)}: no such user here", EXIT_BAD_INPUT, debug=debug)
     except _UsageError as error:
         return _report(error.format_message(), EXIT_BAD_INPUT, debug=debug)
     except SeveralErrors as error:
@@ -118,6 +149,11 @@ def run(args: Sequence[str]) -> int:
     except ToolkitError as error:
         message = " ".join(str(error).split())
         return _report(message, error.exit_code, debug=debug, only_here=error.only_here)
+
+
+def _in_our_words(words: Sequence[str]) -> str:
+    rest = shlex.join(words[1:]) or "CONFIG"
+    return f"no such command: {words[0]}; type: {_OTHER_NAMES[words[0]].format(rest)}"
 
 
 def _report(message: str, code: int, *, debug: bool, only_here: bool = False) -> int:

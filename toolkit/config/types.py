@@ -12,6 +12,7 @@ import msgspec
 from msgspec import inspect
 
 from toolkit.errors import ConfigError
+from toolkit.wording import shortened
 
 _LONGEST_SHOWN = 120
 
@@ -185,11 +186,6 @@ def shown(value: Any) -> str:
     """`value` as a message quotes it, shortened to what fits on a line."""
     text = repr(value)
     return text if len(text) <= _LONGEST_SHOWN else f"{text[: _LONGEST_SHOWN - 4]}...{text[-1]}"
-
-
-def shortened(text: str) -> str:
-    """`text` as it is, cut where it is too long for a line."""
-    return text if len(text) <= 2 * _LONGEST_SHOWN else f"{text[: 2 * _LONGEST_SHOWN]}..."
 
 
 def listing(values: Iterable[Any]) -> str:
