@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from toolkit.cli.choices import ComputeType
+from toolkit.wording import count
 
 if TYPE_CHECKING:
     from toolkit.evaluate.continuation import Sampling
@@ -167,7 +168,7 @@ def _show(
         typer.echo()
         if done.stopped == "context":
             total = done.num_prompt_tokens + done.num_new_tokens
-            typer.echo(f"stopped: the model's context of {total:,} tokens is full", err=True)
+            typer.echo(f"stopped: the model's context of {count(total, 'token')} is full", err=True)
 
 
 def _write(

@@ -5,6 +5,7 @@ are the steps of that walk.
 """
 
 import difflib
+import functools
 from collections.abc import Iterable
 from typing import Any
 
@@ -23,6 +24,12 @@ class FieldError(ConfigError):
     def __init__(self, path: str, problem: str) -> None:
         super().__init__(f"{shortened(path)}: {problem}" if path else problem)
         self.path = path
+
+
+@functools.cache
+def type_of(config_type: type) -> Any:
+    """The node of a config type; the walk over all structs that it makes is made once."""
+    return msgspec.inspect.type_info(config_type)
 
 
 def join(path: str, name: str | int) -> str:

@@ -31,6 +31,7 @@ from toolkit.experiment.recorded import ResumePlan, plan_resume, read_steps
 from toolkit.experiment.verify import check_checkpoint
 from toolkit.runs.files import RUN_FILES
 from toolkit.runs.status import current_state
+from toolkit.wording import count
 
 if TYPE_CHECKING:
     from toolkit.data.loader import TrainLoader
@@ -193,7 +194,7 @@ def _checkpoint(
         return ["none: it would start at step 0, from fresh weights"]
     if start.weights_only:
         return [f"{start.checkpoint}: the weights alone, then step 0"]
-    lines = [f"{start.checkpoint}: step {saved.step:,}, {saved.tokens:,} tokens"]
+    lines = [f"{start.checkpoint}: step {saved.step:,}, {count(saved.tokens, 'token')}"]
     if start.base is not None:
         lines.append(f"an adapter, on {start.base}")
     if _is_own(start, plan.folder):
@@ -228,7 +229,7 @@ def _engine(plan: ResumePlan, saved: CheckpointMetadata | None, engine: Engine |
     if precision not in (None, engine.precision):
         lines.append(f"the run's last precision was {precision}")
     if plan.processes is not None:
-        lines.append(f"this command launches {plan.processes} processes")
+        lines.append(f"this command launches {count(plan.processes, 'process')}")
         if plan.processes != plan.status.world_size:
             lines.append(f"the run had {plan.status.world_size}; this machine has fewer devices")
     if saved and saved.world_size != engine.world_size:

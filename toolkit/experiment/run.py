@@ -51,6 +51,7 @@ from toolkit.runs.registry import (
 )
 from toolkit.runs.status import read_status
 from toolkit.train.peers import LostPeerError, Peers, clear_notes, first_line
+from toolkit.wording import count
 
 if TYPE_CHECKING:
     from toolkit.data.loader import TrainLoader
@@ -338,7 +339,7 @@ def _log_start(config: ExperimentConfig, engine: Engine, run: RunManager) -> Non
     log.info(
         "training %s parameters on %s, %s: %s",
         shown_parameters(config.model),
-        f"{engine.world_size} process" + ("es" if engine.world_size > 1 else ""),
+        count(engine.world_size, "process"),
         f"{engine.name} in {engine.precision}",
         run.folder,
     )
@@ -349,14 +350,12 @@ def _log_data(train_loader: "TrainLoader") -> None:
     if math.isinf(per_epoch):
         return
     dropped = train_loader.dropped_instances
-    plural = "" if dropped == 1 else "s"
-    note = f", {dropped:,} instance{plural} left out" if dropped else ""
     log.info(
-        "%s instances of up to %s tokens: %s steps an epoch%s",
-        f"{train_loader.num_instances:,}",
-        f"{train_loader.sequence_length:,}",
-        f"{per_epoch:,}",
-        note,
+        "%s of up to %s: %s an epoch%s",
+        count(train_loader.num_instances, "instance"),
+        count(train_loader.sequence_length, "token"),
+        count(int(per_epoch), "step"),
+        f", {count(dropped, 'instance')} left out" if dropped else "",
     )
 
 
