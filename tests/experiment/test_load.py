@@ -135,7 +135,8 @@ def test_nothing_is_said_of_the_default_that_stands_for_a_wrong_value() -> None:
     ("base", "expected"),
     [
         ("meta-llama/Llama-3.2-1B",
-         "--base meta-llama/Llama-3.2-1B: no such folder; if it is a model of the hub, fetch and convert it first: `toolkit convert-hf meta-llama/Llama-3.2-1B "
+         "--base meta-llama/Llama-3.2-1B: no such folder; if it is a model of the hub, fetch and "
+         "convert it first: `toolkit convert-hf meta-llama/Llama-3.2-1B "
          "models/Llama-3.2-1B`, then give --base models/Llama-3.2-1B"),
         ("theirs", "--base theirs: a model of transformers, not converted yet; convert it first: "
          "`toolkit convert-hf theirs models/theirs`, then give --base models/theirs"),
