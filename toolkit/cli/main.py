@@ -5,7 +5,10 @@ help is quick, and no verb pays for another.
 """
 
 import contextlib
+import errno
+import io
 import os
+import shlex
 import socket
 import sys
 import time
@@ -43,6 +46,7 @@ from toolkit.errors import (
     ToolkitError,
     reason_of_machine,
 )
+from toolkit.wording import shortened
 
 EXIT_INTERRUPTED = 130
 """Ctrl-C before there is a run (128 + SIGINT); a run ends with `EXIT_STOPPED`."""
@@ -66,6 +70,17 @@ _UsageError: Any = typer.BadParameter.__base__
 
 _LONGEST_MESSAGE = 1_500
 """Characters; values of files from elsewhere may be of any length."""
+_OTHER_NAMES = {
+    "dry_run": "toolkit train {} --dry-run",
+    "dry-run": "toolkit train {} --dry-run",
+    "prep": "toolkit prepare {}",
+    "train_single": "toolkit train {}",
+    "launch": "torchrun --nproc-per-node=gpu -m toolkit train {}",
+}
+"""Verbs of OLMo-core's scripts, and the command that does the same."""
+
+_NO_PATHS = (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EACCES)
+"""What the operating system says of a path that cannot be one, or is not ours."""
 
 _OVERRIDES = {"ignore_unknown_options": True}
 
@@ -120,6 +135,9 @@ def main() -> None:
     verbs = [word for word in args if not word.startswith("-") and word != "data"]
     verb = verbs[0] if verbs else ""
     open_missing_streams()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # names of files need not be UTF-8
     signals.stop_leaving()
     if "--debug" in args and verb in _COMPUTING:
         _wait_for_kernels()
@@ -152,6 +170,8 @@ def run(args: Sequence[str]) -> int:
 
         print(f"toolkit {__version__}")
         return EXIT_DONE
+    if words[0] in _OTHER_NAMES:
+        return _report(_in_our_words(words), EXIT_BAD_INPUT, debug=debug)
     try:
         adopt_ranks(os.environ)
         result = app(words, prog_name="toolkit", standalone_mode=False, obj=debug)
@@ -172,6 +192,19 @@ def run(args: Sequence[str]) -> int:
         # The reader (`| head`) has what it wants; Python must not complain at exit either.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_DONE
+    except OSError as error:
+        if error.errno in _NO_PATHS and error.filename is not None:
+            name = shortened(str(error.filename))
+            return _report(f"{name}: {error.strerror}", EXIT_BAD_INPUT, debug=debug)
+        line = reason_of_machine(error)
+        if line is None:
+            raise
+        return _report(line, EXIT_FAILED, debug=debug)
+    except RuntimeError as error:
+        if "home directory" not in str(error):  # of pathlib: `~name` of nobody
+            raise
+        name = next((word for word in words if "~" in word), "~")
+        return _report(f"{shortened(name)}: no such user here", EXIT_BAD_INPUT, debug=debug)
     except _UsageError as error:
         return _report(error.format_message(), EXIT_BAD_INPUT, debug=debug)
     except SeveralErrors as error:
@@ -180,11 +213,11 @@ def run(args: Sequence[str]) -> int:
     except ToolkitError as error:
         message = " ".join(str(error).split())
         return _report(message, error.exit_code, debug=debug, only_here=error.only_here)
-    except OSError as error:
-        line = reason_of_machine(error)
-        if line is None:
-            raise
-        return _report(line, EXIT_FAILED, debug=debug)
+
+
+def _in_our_words(words: Sequence[str]) -> str:
+    rest = shlex.join(words[1:]) or "CONFIG"
+    return f"no such command: {words[0]}; type: {_OTHER_NAMES[words[0]].format(rest)}"
 
 
 def _report(message: str, code: int, *, debug: bool, only_here: bool = False) -> int:

@@ -29,7 +29,6 @@ from toolkit.experiment.config import ExperimentConfig
 from toolkit.experiment.preflight import (
     changed_training,
     check_load_options,
-    check_optimizer,
     check_repetitions,
     continuation_checks,
 )
@@ -40,6 +39,7 @@ from toolkit.runs.registry import check_run_folder
 from toolkit.runs.status import current_state
 from toolkit.train.progress import none_saved, nothing_left, reached_step, refusal
 from toolkit.train.scores import check_best_metric
+from toolkit.wording import count
 
 if TYPE_CHECKING:
     from toolkit.data.loader import TrainLoader
@@ -86,7 +86,6 @@ def explain_resume(
         refused.ask(lambda: check_experiment(plan.config, engine.world_size))
     corpus = refused.ask(lambda: _corpus(plan.config))
     refused.ask(lambda: check_run_folder(plan.config.run, ""))
-    refused.ask(lambda: check_optimizer(plan.config))
     start = refused.ask(lambda: _start(plan.config, folder))
     refused.ask(lambda: check_load_options(plan.config, start))
     loader = refused.ask(lambda: _loader(plan, corpus)) if start or _is_mixed(plan) else None
@@ -220,7 +219,7 @@ def _checkpoint(
         return ["none: it would start at step 0, from fresh weights"]
     if start.weights_only:
         return [f"{start.checkpoint}: the weights alone, then step 0"]
-    lines = [f"{start.checkpoint}: step {saved.step:,}, {saved.tokens:,} tokens"]
+    lines = [f"{start.checkpoint}: step {saved.step:,}, {count(saved.tokens, 'token')}"]
     if start.base is not None:
         lines.append(f"an adapter, on {start.base}")
     if _is_own(start, plan.folder):
@@ -255,7 +254,7 @@ def _engine(plan: ResumePlan, saved: CheckpointMetadata | None, engine: Engine |
     if precision not in (None, engine.precision):
         lines.append(f"the run's last precision was {precision}")
     if plan.processes is not None:
-        lines.append(f"this command launches {plan.processes} processes")
+        lines.append(f"this command launches {count(plan.processes, 'process')}")
         if plan.processes != plan.status.world_size:
             lines.append(f"the run had {plan.status.world_size}; this machine has fewer devices")
     if saved and saved.world_size != engine.world_size:

@@ -58,6 +58,7 @@ from toolkit.runs.status import read_status
 from toolkit.train.peers import LostPeerError, Peers, clear_notes, first_line
 from toolkit.train.progress import nothing_left
 from toolkit.train.scores import check_best_metric
+from toolkit.wording import count
 
 if TYPE_CHECKING:
     from toolkit.data.loader import TrainLoader
@@ -390,14 +391,12 @@ def _log_data(train_loader: "TrainLoader") -> None:
     if math.isinf(per_epoch):
         return
     dropped = train_loader.dropped_instances
-    plural = "" if dropped == 1 else "s"
-    note = f", {dropped:,} instance{plural} left out" if dropped else ""
     log.info(
-        "%s instances of up to %s tokens: %s steps an epoch%s",
-        f"{train_loader.num_instances:,}",
-        f"{train_loader.sequence_length:,}",
-        f"{per_epoch:,}",
-        note,
+        "%s of up to %s: %s an epoch%s",
+        count(train_loader.num_instances, "instance"),
+        count(train_loader.sequence_length, "token"),
+        count(int(per_epoch), "step"),
+        f", {count(dropped, 'instance')} left out" if dropped else "",
     )
 
 
