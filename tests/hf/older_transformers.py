@@ -1,8 +1,9 @@
 """Run by the Python of another environment: what its `transformers` makes of exported folders.
 
-`python older_transformers.py ROOT`: each folder in ROOT may hold `ids.npy`, `(batch, seq)`, and
-`texts.json`, a list. Beside them go `logits.npy` in fp32 and `token_ids.json`; `answers.json` in
-ROOT holds the version and, by folder, the error where there was one.
+`python older_transformers.py ROOT`: each folder in ROOT may hold `ids.npy`, `(batch, seq)`,
+`adapter/` to be put onto the model, and `texts.json`, a list. Beside them go `logits.npy` in fp32,
+`facts.json` and `token_ids.json`; `answers.json` in ROOT holds the version and, by folder, the
+error where there was one.
 """
 
 import json
@@ -36,14 +37,19 @@ def _answer(folder: Path) -> None:
         )
         assert not info["missing_keys"], info["missing_keys"]
         assert not info["unexpected_keys"], info["unexpected_keys"]
+        settings = model.generation_config
+        dtype = str(model.config.torch_dtype)
+        if (folder / "adapter").is_dir():
+            from peft import PeftModel
+
+            model = PeftModel.from_pretrained(model, str(folder / "adapter"))
         with torch.no_grad():
             logits = model.float().eval()(ids, use_cache=False).logits
         np.save(folder / "logits.npy", logits.numpy())
         facts = {
-            "dtype": str(model.config.torch_dtype),
-            "eos_token_id": model.generation_config.eos_token_id,
-            "pad_token_id": model.generation_config.pad_token_id,
-            "bos_token_id": model.generation_config.bos_token_id,
+            "dtype": dtype,
+            "eos_token_id": settings.eos_token_id,
+            "pad_token_id": settings.pad_token_id,
         }
         (folder / "facts.json").write_text(json.dumps(facts))
     if (folder / "texts.json").is_file():

@@ -12,7 +12,9 @@ from safetensors.torch import load_file, save_file
 
 from tests.hf.fidelity import random_model, tensors_of, their_config
 from tests.hf.test_source import TINY, save
+from toolkit.data.config import HFTokenizerConfig
 from toolkit.data.tokenizers.bpe import train_bpe
+from toolkit.data.tokenizers.hf import load_hf_tokenizer
 from toolkit.data.tokenizers.tokenizer import load_tokenizer
 from toolkit.errors import CheckpointError
 from toolkit.hf import compare, export
@@ -116,6 +118,67 @@ def test_generation_settings_of_the_original_are_kept(tmp_path):
         assert json.loads((folder / "generation_config.json").read_text()) == settings
         config = json.loads((folder / "config.json").read_text())
         assert (config["bos_token_id"], config["eos_token_id"]) == (1, [2, 7])
+
+
+def test_the_end_of_a_turn_ends_texts_of_models_and_adapters(tmp_path):
+    """Next to what ended texts before, in the place of which the data has another end."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+    from tests.data.tokens.test_stops import CHATML, with_template
+
+    tokenizer = with_template(CHATML)
+    end = tokenizer.id_of("<|im_end|>")
+    tokenizer.save(tmp_path / "bytes")
+    config = HFTokenizerConfig(path=str(tmp_path / "bytes"), eos_token="<|im_end|>")
+    load_hf_tokenizer(config).save(tmp_path / "chosen")
+    model = TINY.replace(vocab_size=300).build()
+    with torch.no_grad():
+        # Whatever it reads, this model says the end of a turn.
+        model.head.norm.weight.zero_()
+        model.head.norm.weight[0] = 1.0
+        model.head.weight.zero_()
+        model.head.weight[end, 0] = 1.0
+        model.embeddings.tokens.weight[:, 0] = 50.0
+    generation = {"eos_token_id": 256, "temperature": 0.5, "do_sample": True, "pad_token_id": 9}
+    origin = {"name": "b", "model_type": "llama", "generation_config": generation}
+    for folder, ends in (("bytes", [256, end]), ("chosen", [end, 256])):
+        export_hf(
+            model.config,
+            model.state_dict(),
+            tmp_path / f"{folder}-hf",
+            tokenizer_folder=tmp_path / folder,
+            generation=generation,
+        )
+        out = tmp_path / f"{folder}-hf"
+        expected = {**generation, "bos_token_id": None, "eos_token_id": ends}
+        expected["pad_token_id"] = ends[0]
+        assert json.loads((out / "generation_config.json").read_text()) == expected
+        assert json.loads((out / "config.json").read_text())["eos_token_id"] == ends
+        theirs, loaded = (
+            AutoModelForCausalLM.from_pretrained(out),
+            AutoTokenizer.from_pretrained(out),
+        )
+        assert loaded.eos_token_id == ends[0]
+        inputs = loaded("a", return_tensors="pt")["input_ids"]
+        made = theirs.generate(inputs, max_new_tokens=24, do_sample=False)
+        assert made[0].tolist() == [97, end]
+    step = save(
+        tmp_path / "tuned/checkpoints",
+        3,
+        model,
+        tensors={"blocks.0.attention.query.lora_A.weight": torch.randn(2, TINY.d_model),
+                 "blocks.0.attention.query.lora_B.weight": torch.randn(TINY.d_model, 2)},
+        adapter=msgspec.to_builtins(LoRAConfig(rank=2, alpha=4.0)),
+        base={"path": "/elsewhere/base/checkpoints/step7", "step": 7, "fingerprint": "",
+              "source": origin},
+    )  # fmt: skip
+    source = find_source(step)._replace(tokenizer_folder=tmp_path / "bytes")
+    export_source(source, tmp_path / "adapter", check=False)
+    settings = GenerationConfig.from_pretrained(tmp_path / "adapter")
+    assert settings.eos_token_id == [256, end]
+    assert AutoTokenizer.from_pretrained(tmp_path / "adapter").chat_template == CHATML
+    peft = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
+    assert peft["base_model_name_or_path"] == "base/checkpoints/step7"
 
 
 def test_tokenizer_chat_template_and_padding_token_come_along(tmp_path):
@@ -235,7 +298,8 @@ def test_adapters_are_exported_alone_or_merged(tmp_path, monkeypatch):
     assert export_source(source, tmp_path / "half", dtype=torch.bfloat16).not_checked is None
     assert (tmp_path / "alone/README.md").read_text() == "a card"
     settings = json.loads((tmp_path / "alone/adapter_config.json").read_text())
-    assert settings["base_model_name_or_path"] == str(tmp_path / "base-hf")
+    assert settings["base_model_name_or_path"] == "model"
+    assert str(tmp_path) not in json.dumps(settings)
     ids = torch.arange(20)[None]
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "base-hf")
     tuned = PeftModel.from_pretrained(theirs, tmp_path / "alone").eval()

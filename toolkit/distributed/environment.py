@@ -169,7 +169,8 @@ def prepare_training_environment(
         torch.use_deterministic_algorithms(True)
         # Nothing here reads memory that it has not written: filling it would cost a pass over every
         # new tensor.
-        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+        memory: Any = torch.utils.deterministic
+        memory.fill_uninitialized_memory = False
         # Its backward adds up in any order. Flash attention and the memory-efficient kernel, which
         # fp32 needs, have a fixed one in this mode.
         torch.backends.cuda.enable_cudnn_sdp(False)

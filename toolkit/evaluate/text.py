@@ -159,8 +159,7 @@ class TextGenerator:
         from toolkit.data.tokenizers.tokenizer import TOKENIZER_CONFIG_FILE, Tokenizer
         from toolkit.data.tokens.stops import turn_ends
 
-        named = self._tokenizer.chat_template
-        template = named.get("default") if isinstance(named, dict) else named
+        template = self._tokenizer.chat_template
         own = Tokenizer(
             BackendTokenizer.from_str(backend.to_str()),
             self._tokenizer.eos_token,

@@ -59,6 +59,7 @@ def export_model(path: str, folder: Path, options: ExportOptions) -> tuple[Model
         architecture=family.architecture,
         dtype=str(kept).removeprefix("torch."),
         merged=merged,
+        only_newer=family.only_newer(source.config.to_transformer()),
     )
     with scan_progress("exporting", 4 * source.config.num_parameters) as advance:
         exported = export_source(

@@ -9,7 +9,7 @@ from toolkit.errors import CheckpointError
 from toolkit.experiment.base import FINETUNE_FILE
 from toolkit.experiment.config import ExperimentConfig
 from toolkit.hf.convert import AS_IT_IS, Conversion, ConvertOptions, convert_hf
-from toolkit.hf.hub import fetch_model, is_hub_name
+from toolkit.hf.hub import fetch_model, is_hub_name, name_in_cache
 from toolkit.optim.config import AdamWConfig, CosineConfig, GroupOverride
 from toolkit.runs.config import RunConfig
 from toolkit.storage.atomic import write_atomic
@@ -45,7 +45,9 @@ def convert_model(
     return convert_hf(
         folder,
         out,
-        name=source if not folder.name or is_hub_name(source) else folder.resolve().name,
+        name=source
+        if not folder.name or is_hub_name(source)
+        else name_in_cache(folder) or folder.resolve().name,
         revision=revision,
         options=options,
         add=lambda conversion, unfinished: write_atomic(

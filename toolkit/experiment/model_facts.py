@@ -8,17 +8,18 @@ from typing import Any
 
 import msgspec
 
-from toolkit.data.config import DatasetConfig, HubSourceConfig
 from toolkit.data.tokenizers.tokenizer import load_tokenizer
 from toolkit.errors import RunError, ToolkitError
+from toolkit.experiment.base import FINETUNE_FILE
 from toolkit.experiment.config import ExperimentConfig
+from toolkit.experiment.data_facts import data_words, hub_data_sets
 from toolkit.experiment.receipt import describe
 from toolkit.experiment.recorded import config_of, engine_of, versions_of
-from toolkit.hf.model_card import ModelCard
+from toolkit.hf.model_card import OLDEST, ModelCard
 from toolkit.hf.source import ModelSource, hub_name
 from toolkit.runs.files import RUN_FILES
 from toolkit.runs.status import RunStatus, read_status
-from toolkit.storage.foreign import read_json
+from toolkit.storage.foreign import read_json, read_lines
 
 _COMMAND = ("train", "resume")
 
@@ -35,12 +36,18 @@ class _Line(msgspec.Struct):
 
 
 def card_of(
-    source: ModelSource, *, architecture: str, dtype: str, merged: bool = True
+    source: ModelSource,
+    *,
+    architecture: str,
+    dtype: str,
+    merged: bool = True,
+    only_newer: str | None = None,
 ) -> ModelCard:
     """The card of what is exported from `source`.
 
     Args:
         architecture: class name of `transformers`.
+        only_newer: see `Family.only_newer`.
         dtype: of the exported weights, in words.
         merged: of an adapter: whether the whole model is exported.
     """
@@ -53,16 +60,19 @@ def card_of(
     origin = source.origin
     return ModelCard(
         title=title,
-        description=config.description if config else "",
+        description=_description(run, config),
         is_adapter=source.lora is not None and not merged,
         base_model=hub_name(origin),
         license=origin.get("license"),
-        datasets=_hub_names(config.dataset) if config else [],
+        license_name=origin.get("license_name"),
+        license_link=origin.get("license_link"),
+        datasets=hub_data_sets(config.dataset) if config else [],
         model=_model(source, architecture, dtype),
         training=_training(source, config, status),
         results=_results(source),
         command=_command(run),
         versions=_versions(source, status),
+        needs=OLDEST if only_newer is None else f"transformers 5 or newer ({only_newer})",
         has_tokenizer=tokenizer is not None,
         has_chat_template=tokenizer is not None and tokenizer.chat_template is not None,
     )
@@ -74,6 +84,18 @@ def _config(run: Path | None, status: RunStatus | None) -> ExperimentConfig | No
     with contextlib.suppress(ToolkitError):
         return config_of(run, status.attempt)
     return None
+
+
+def _description(run: Path | None, config: ExperimentConfig | None) -> str:
+    """What whoever trained it wrote. A recipe's own line, or that of a converted model's config,
+    was written before anyone knew the data."""
+    if run is None or config is None:
+        return ""
+    origins: dict[str, Any] = {}
+    with contextlib.suppress(ToolkitError, OSError):
+        origins = read_json(run / RUN_FILES.origins, RunError)
+    origin = str(origins.get("description", "recipe"))
+    return "" if origin.startswith("recipe") or FINETUNE_FILE in origin else config.description
 
 
 def _model(source: ModelSource, architecture: str, dtype: str) -> dict[str, str]:
@@ -104,7 +126,7 @@ def _training(
     rows["Length"] = f"{metadata.step:,} steps, {metadata.tokens:,} tokens"
     if config is not None:
         dataset, module = config.dataset, config.train_module
-        rows["Data"] = _data(dataset)
+        rows["Data"] = data_words(dataset)
         rows["Sequence length"] = f"{dataset.sequence_length:,} tokens"
         rows["Batch"] = f"{config.data_loader.global_batch_size:,} tokens"
         rows["Optimizer"] = _settings(msgspec.to_builtins(module.optim))
@@ -125,36 +147,6 @@ def _training(
         machine = f"{describe(engine)} ({engine.device})"
     rows["Engine x processes"] = machine
     return {name: value for name, value in rows.items() if value}
-
-
-def _data(dataset: DatasetConfig) -> str:
-    if dataset.custom is not None:
-        return f"`{dataset.custom.target}`"
-    name = f"{dataset.dataset_name}/{dataset.dataset_config}"
-    if dataset.mix is not None:
-        return f"{name}: a mixture of {', '.join(dataset.mix.sources)}"
-    if isinstance(dataset.source, HubSourceConfig):
-        config = f" ({dataset.source.config})" if dataset.source.config else ""
-        return f"{dataset.source.name}{config}, {dataset.source.split}"
-    return name
-
-
-def _hub_names(dataset: DatasetConfig) -> list[str]:
-    """Names on the hub of everything that was trained on."""
-    found: list[str] = []
-
-    def visit(value: Any) -> None:
-        if isinstance(value, HubSourceConfig):
-            found.append(value.name)
-        elif isinstance(value, Mapping):
-            for part in value.values():
-                visit(part)
-        elif isinstance(value, msgspec.Struct):
-            for field in value.__struct_fields__:
-                visit(getattr(value, field))
-
-    visit(dataset)
-    return list(dict.fromkeys(found))
 
 
 def _settings(values: Mapping[str, Any]) -> str:
@@ -191,15 +183,14 @@ def _results(source: ModelSource) -> dict[str, str]:
 def _newest(path: Path, step: int) -> list[_Line]:
     """The lines of the last recorded step that is not after `step`."""
     decoder, found = msgspec.json.Decoder(_Line), dict[str, _Line]()
-    with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
-        for raw in file:
-            with contextlib.suppress(msgspec.MsgspecError):
-                line = decoder.decode(raw)
-                if line.step > step:
-                    continue
-                if found and line.step > next(iter(found.values())).step:
-                    found = {}
-                found[line.name] = line
+    for raw in read_lines(path, RunError):
+        with contextlib.suppress(msgspec.MsgspecError, RecursionError):
+            line = decoder.decode(raw)
+            if line.step > step:
+                continue
+            if found and line.step > next(iter(found.values())).step:
+                found = {}
+            found[line.name] = line
     return list(found.values())
 
 

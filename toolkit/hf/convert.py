@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import msgspec
+import torch
 from torch import Tensor
 
 from toolkit.checkpoint.commit import SPARE_BYTES, Save, check_free_space
@@ -37,7 +38,7 @@ from toolkit.hf.export import GENERATION_FILE
 from toolkit.hf.folder import new_folder
 from toolkit.hf.imported import ImportPlan
 from toolkit.hf.read_config import read_hf_config
-from toolkit.hf.tokenizer_files import ConvertedTokenizer, convert_tokenizer
+from toolkit.hf.tokenizer_files import ConvertedTokenizer, convert_tokenizer, token_ids
 from toolkit.hf.weights import HFWeights
 from toolkit.models.config import TransformerConfig
 from toolkit.storage.foreign import read_bytes
@@ -118,9 +119,18 @@ def convert_hf(
             notes.append("there is no tokenizer in it; set dataset.tokenizer before training")
         old = model.config.vocab_size
         config = model.config.replace(vocab_size=_vocab_size(old, tokenizer, options))
-        if config.vocab_size > old:
-            notes.append(f"{config.vocab_size - old} rows for new tokens: the mean of the others")
-        plan = ImportPlan(model.family, config, weights, source_vocab_size=old)
+        known, new = _rows(source, unfinished / TOKENIZER_FOLDER, old)
+        grown = len(new | set(range(old, config.vocab_size)))
+        if grown:
+            notes.append(f"{_counted(grown)} for new tokens: the mean of the others")
+        plan = ImportPlan(
+            model.family,
+            config,
+            weights,
+            source_vocab_size=old,
+            known_ids=known,
+            new_ids=new,
+        )
         layout = {MODEL_PREFIX + name: tensor for name, tensor in plan.layout.items()}
         nbytes = sum(tensor.nbytes for tensor in layout.values())
         check_free_space(unfinished.parent, nbytes + SPARE_BYTES)
@@ -141,7 +151,7 @@ def convert_hf(
             raise TrainingError(f"{out}: not converted, nothing is left of it: {reason}") from error
         difference = None
         if options.validate or (options.validate is None and has_memory_to_compare(config)):
-            difference = _compare(source, model.config, config, step)
+            difference = _compare(source, model.config, config, step, sorted(known))
         elif options.validate is None:
             needed = bytes_to_compare(config) / 1e9
             notes.append(
@@ -202,6 +212,20 @@ def _vocab_size(old: int, tokenizer: ConvertedTokenizer | None, options: Convert
     return size
 
 
+def _rows(source: Path, tokenizer: Path, old: int) -> tuple[set[int], set[int]]:
+    """Which of the model's `old` rows of the vocabulary stand for tokens of its own tokenizer, and
+    the ids that only the new `tokenizer` has. Models often have more rows than tokens, up to a
+    round number; they hold nothing that was trained."""
+    everything, own = set(range(old)), token_ids(source)
+    if not own & everything:
+        return everything, set()
+    return own & everything, token_ids(tokenizer) - own
+
+
+def _counted(rows: int) -> str:
+    return f"{rows} row{'s' if rows > 1 else ''}"
+
+
 def _watched(
     tensors: Iterator[tuple[str, Tensor]], advance: Advance
 ) -> Iterator[tuple[str, Tensor]]:
@@ -211,15 +235,20 @@ def _watched(
 
 
 def _compare(
-    source: Path, original: TransformerConfig, config: TransformerConfig, step: Path
+    source: Path,
+    original: TransformerConfig,
+    config: TransformerConfig,
+    step: Path,
+    known: list[int],
 ) -> float:
     """What was written, against the original, on the ids that both know."""
-    ids = sample_ids(original)
+    rows = torch.tensor(known)
+    ids = rows[sample_ids(original) % len(rows)]
     try:
         theirs = their_logits(source, ids)
         tensors = iterate_tensors(step / TENSORS_FOLDER, MODEL_PREFIX)
         ours = our_logits(config, tensors, ids, str(source))
-        return check_logits(ours[..., : original.vocab_size], theirs, str(source))
+        return check_logits(ours[..., rows], theirs[..., rows], str(source))
     except CheckpointError as error:
         raise CheckpointError(f"{error}; nothing was written") from None
 
@@ -242,20 +271,27 @@ def _origin(
     }
     if revision is not None:
         origin["revision"] = revision
-    if (terms := _license(source)) is not None:
-        origin["license"] = terms
+    origin |= _license(source)
     generation = read_json(source / GENERATION_FILE)
     if generation:
         origin["generation_config"] = generation
     return origin
 
 
-def _license(source: Path) -> str | None:
-    """From the metadata at the head of the model's own card."""
+def _license(source: Path) -> dict[str, str]:
+    """`license` and what belongs to it, from the metadata at the head of the model's own card."""
+    import yaml
+
     try:
         text = read_bytes(source / "README.md", CheckpointError).decode()
-    except (OSError, UnicodeDecodeError, CheckpointError):
-        return None
-    head = re.match(r"---\n(.*?)\n---", text, re.DOTALL)
-    found = re.search(r"^license:\s*(\S+)\s*$", head[1], re.MULTILINE) if head else None
-    return found[1] if found else None
+        head = re.match(r"---\s*\n(.*?)\n---", text, re.DOTALL)
+        found = yaml.safe_load(head[1]) if head else None
+    except (OSError, ValueError, RecursionError, yaml.YAMLError, CheckpointError):
+        return {}
+    if not isinstance(found, dict):
+        return {}
+    terms = found.get("license")
+    if isinstance(terms, list):  # some cards name one in a list
+        found["license"] = terms[0] if len(terms) == 1 else None
+    names = ("license", "license_name", "license_link")
+    return {name: found[name] for name in names if isinstance(found.get(name), str)}

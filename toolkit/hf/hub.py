@@ -15,6 +15,16 @@ def is_hub_name(text: str) -> bool:
     return _NAME.fullmatch(text) is not None and not Path(text).exists()
 
 
+def name_in_cache(folder: Path) -> str | None:
+    """The name on the hub of a model in the cache of `huggingface_hub`, by the folder's place
+    (`models--owner--name/snapshots/commit`); None: it lies elsewhere."""
+    for path in (folder.absolute(), folder.resolve()):
+        repository = path.parent.parent.name
+        if path.parent.name == "snapshots" and repository.startswith("models--"):
+            return repository.removeprefix("models--").replace("--", "/", 1)
+    return None
+
+
 def fetch_model(name: str, *, revision: str | None = None) -> Path:
     """The local folder of the model `name`, downloaded now where the cache of `huggingface_hub`
     does not hold it: configs, tokenizer, and the weights as safetensors, or else as .bin.

@@ -8,7 +8,7 @@
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -35,9 +35,12 @@ class ImportPlan:
         family: table of the folder's architecture.
         config: the model to fill. Its vocabulary may be larger than the folder's.
         weights: of the folder.
-        source_vocab_size: token ids of the folder; default: of `config`. New rows get the mean of
-            the old ones (Hewitt 2021, "Initializing new word embeddings for pretrained language
-            models"), so that no new token is more probable than old ones are on average.
+        source_vocab_size: rows of the folder's vocabulary; default: those of `config`.
+        known_ids: the rows among them that stand for tokens; default: all.
+        new_ids: tokens that the folder's model does not know. Their rows, and all that the folder
+            lacks, get the mean of those of `known_ids` (Hewitt 2021, "Initializing new word
+            embeddings for pretrained language models"), so that no new token is more probable than
+            old ones are on average.
 
     Raises:
         CheckpointError: a tensor is missing, of another shape or type than expected, or has no
@@ -51,9 +54,13 @@ class ImportPlan:
         weights: HFWeights,
         *,
         source_vocab_size: int | None = None,
+        known_ids: Collection[int] | None = None,
+        new_ids: Collection[int] = (),
     ) -> None:
         self._family, self._config, self._weights = family, config, weights
         self._source_vocab = source_vocab_size or config.vocab_size
+        self._known_ids = sorted(known_ids if known_ids is not None else range(self._source_vocab))
+        self._new_ids = sorted({*new_ids, *range(self._source_vocab, config.vocab_size)})
         if config.num_layers > len(weights.tensors):
             raise CheckpointError(
                 f"{weights.folder}: {len(weights.tensors)} tensors cannot fill the "
@@ -93,12 +100,15 @@ class ImportPlan:
     def _with_all_rows(self, rule: Rule) -> Tensor:
         meta = self.layout[rule.ours[0]]
         old, new = self._source_vocab, self._config.vocab_size
-        if len(meta) == old:
+        if len(meta) == old and not self._new_ids:
             return self._weights.read(rule.theirs[0])
         tensor = torch.empty(meta.shape, dtype=meta.dtype)
         self._weights.read(rule.theirs[0], out=tensor[:old])
-        if new > old:
-            tensor[old:new] = tensor[:old].mean(dim=0, dtype=torch.float32)
+        if self._new_ids:
+            known = tensor[torch.tensor(self._known_ids)]
+            tensor[torch.tensor(self._new_ids)] = known.mean(dim=0, dtype=torch.float32).to(
+                tensor.dtype
+            )
         tensor[new:] = 0
         return tensor
 

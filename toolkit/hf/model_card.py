@@ -3,6 +3,8 @@
 import msgspec
 
 _TEXT_GENERATION = "text-generation"
+OLDEST = "transformers 4.57 or newer"
+"""What exports are tested with."""
 
 
 class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
@@ -13,9 +15,13 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
     """A line by whoever trained it."""
     is_adapter: bool = False
     base_model: str | None = None
-    """Name on the hub of the model that training began from."""
+    """Name on the hub of the model that training began from; None: it has none, or it is not
+    known."""
     license: str | None = None
     """As the base model states it."""
+    license_name: str | None = None
+    license_link: str | None = None
+    """Of a license that has no short name of its own (`license: other`)."""
     datasets: list[str] = []
     """Names on the hub."""
     model: dict[str, str] = {}
@@ -28,7 +34,7 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
     """That trained it."""
     versions: dict[str, str] = {}
     """Of the libraries it was trained with."""
-    needs: str = "transformers 4.57 or newer"
+    needs: str = OLDEST
     """Releases that compute what it computed here."""
     has_tokenizer: bool = False
     has_chat_template: bool = False
@@ -43,6 +49,8 @@ def render_card(card: ModelCard) -> str:
         pipeline_tag=_TEXT_GENERATION,
         base_model=card.base_model,
         license=card.license,
+        license_name=card.license_name,
+        license_link=card.license_link,
         datasets=card.datasets or None,
         tags=["toolkit"],
     )

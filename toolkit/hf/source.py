@@ -5,6 +5,7 @@ Whatever it is, its weights come out under our names, one whole CPU tensor at a 
 
 import contextlib
 import logging
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -15,7 +16,6 @@ from torch import Tensor
 
 from toolkit.checkpoint.find import find_checkpoint
 from toolkit.checkpoint.layout import (
-    HF_FOLDER,
     METADATA_FILE,
     MODEL_PREFIX,
     TENSORS_FOLDER,
@@ -35,9 +35,9 @@ from toolkit.models.config import ModelConfig
 from toolkit.models.lora_config import LoRAConfig
 from toolkit.models.transformer import Transformer
 from toolkit.runs.files import RUN_FILES
-from toolkit.runs.registry import is_run
+from toolkit.runs.registry import is_run, run_of_checkpoint
 from toolkit.storage.atomic import PathLike
-from toolkit.storage.foreign import read_json
+from toolkit.storage.foreign import guard, read_json
 from toolkit.storage.remote import is_url
 
 if TYPE_CHECKING:
@@ -77,7 +77,8 @@ class ModelSource(NamedTuple):
     def lora(self) -> LoRAConfig | None:
         """Of the adapter that the checkpoint holds; None: it holds whole weights."""
         adapter = self.metadata.extra.get("adapter") if self.metadata else None
-        return msgspec.convert(adapter, LoRAConfig) if adapter is not None else None
+        with guard(f"{self.where}: its adapter", CheckpointError):
+            return msgspec.convert(adapter, LoRAConfig) if adapter is not None else None
 
 
 def find_source(path: PathLike) -> ModelSource:
@@ -182,13 +183,14 @@ def hub_name(origin: Mapping[str, Any]) -> str | None:
 
 
 def hf_name_of_base(recorded: Mapping[str, Any]) -> str | None:
-    """Name or folder of the base of an adapter (`extra["base"]`) for `transformers`, where there is
-    one: what it was converted from, if it was not trained since, or what it was exported to."""
+    """What an adapter calls its base (`extra["base"]`): of a model that was not trained since it
+    was converted, its name on the hub, else the name of its folder; of another one, where it lies
+    in its run. No place on this machine: an adapter is made to be given away."""
     origin = recorded.get("source")
     if origin and recorded.get("step") == 0:
-        return hub_name(origin) or origin.get("path")
-    exported = Path(str(recorded.get("path"))) / HF_FOLDER
-    return str(exported) if (exported / HF_CONFIG_FILE).is_file() else None
+        return hub_name(origin) or origin.get("name")
+    path = Path(str(recorded.get("path") or ""))
+    return "/".join(path.parts[-3:]) if len(path.parts) > 1 else None
 
 
 def load_model(
@@ -258,8 +260,7 @@ def _of_checkpoint(where: str, kind: Literal["run", "checkpoint"], folder: Path)
     except msgspec.ValidationError as error:
         raise CheckpointError(f"{folder}: its model is not known here: {error}") from None
     # Also a step folder that was given as "."
-    root = folder.resolve().parent
-    run = root.parent if is_run(root.parent) else root if is_run(root) else None
+    root, run = Path(os.path.abspath(folder)).parent, run_of_checkpoint(folder)
     return ModelSource(
         where, kind, config, folder, None, _tokenizer_of(root, run), metadata, run=run
     )

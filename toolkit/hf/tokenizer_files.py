@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from toolkit.data.tokenizers.auto import make_portable, settle
+from toolkit.data.tokenizers.backend import read_backend
 from toolkit.data.tokenizers.tokenizer import (
     CHAT_TEMPLATE_FILE,
     TEMPLATES_FOLDER,
@@ -13,7 +14,6 @@ from toolkit.data.tokenizers.tokenizer import (
     TOKENIZER_FILE,
     companions,
     load_tokenizer,
-    read_backend,
     read_json,
 )
 from toolkit.errors import DataError
@@ -96,6 +96,19 @@ def _changed(
     return ConvertedTokenizer(tokenizer.vocab_size, starts, new_tokens)
 
 
+def token_ids(source: Path) -> set[int]:
+    """Every id that stands for a token, of the tokenizer in `source`; empty where there is none.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    if source.is_file():
+        source = source.parent
+    if (source / TOKENIZER_FILE).is_file():
+        return set(_backend(source).get_vocab(with_added_tokens=True).values())
+    return set(load_auto_tokenizer(source).get_vocab().values()) if has_tokenizer(source) else set()
+
+
 def copy_tokenizer(source: PathLike, folder: Path) -> None:
     """Copy tokenizer.json and what belongs to it, the chat template among it; see also
     `make_portable`."""
@@ -140,4 +153,4 @@ def _entry(token: str) -> dict[str, Any]:
 
 
 def _backend(folder: Path) -> Any:
-    return read_backend(folder / TOKENIZER_FILE)
+    return read_backend(folder / TOKENIZER_FILE, read_json(folder / TOKENIZER_CONFIG_FILE))

@@ -24,6 +24,7 @@ from toolkit.checkpoint.tensors import iterate_tensors
 from toolkit.errors import RunError, ToolkitError, TrainingError
 from toolkit.runs.files import RUN_FILES
 from toolkit.threads import Thread
+from toolkit.train.peers import LostPeerError
 
 if TYPE_CHECKING:
     from toolkit.train.module import TrainModule
@@ -163,9 +164,9 @@ def _check_owner(trainer: "Trainer") -> None:
         refusal = trainer.run.find_removal()
     except RunError as error:
         refusal = error
-    refusal = trainer.environment.broadcast(refusal)
-    if refusal is not None:
-        raise refusal
+    everywhere = trainer.environment.broadcast(refusal)
+    if everywhere is not None:  # rank 0 says it
+        raise refusal if refusal is not None else LostPeerError(str(everywhere))
 
 
 def _keep_tokenizer(trainer: "Trainer") -> None:

@@ -158,10 +158,9 @@ def _difference(ours: Tokenizer, theirs: Any, kind: str) -> str | None:
     largest = max(theirs.get_vocab().values(), default=-1)
     if largest >= ours.vocab_size:
         return f"{kind} has ids up to {largest}, tokenizer.json up to {ours.vocab_size - 1}"
-    template = theirs.chat_template
-    if isinstance(template, dict):
-        template = template.get("default")
-    if ours.chat_template is not None and template != ours.chat_template:
+    templates = theirs.chat_template
+    named = {"default": templates} if isinstance(templates, str) else templates or {}
+    if named != ours.chat_templates:
         return f"{kind} does not keep the chat template"
     return None
 

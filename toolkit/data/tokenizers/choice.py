@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from toolkit.data.tokenizers.backend import MAX_TOKENIZER_BYTES
 from toolkit.data.tokenizers.config import (
     BPETokenizerConfig,
     ByteTokenizerConfig,
@@ -12,7 +13,6 @@ from toolkit.data.tokenizers.config import (
     TokenizerConfig,
 )
 from toolkit.data.tokenizers.tokenizer import (
-    MAX_TOKENIZER_BYTES,
     TOKENIZER_CONFIG_FILE,
     TOKENIZER_FILE,
     Tokenizer,

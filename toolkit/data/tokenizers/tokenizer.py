@@ -14,6 +14,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from toolkit.data.tokenizers.backend import read_backend
 from toolkit.errors import DataError
 from toolkit.storage.atomic import write_atomic, write_json_atomic
 from toolkit.storage.foreign import guard, read_bytes
@@ -35,11 +36,11 @@ COMPANION_FILES = (
 """What may lie beside a tokenizer.json and belongs to it; see `companions`."""
 TEMPLATES_FOLDER = "additional_chat_templates"
 """Folder of chat templates with names, beside it."""
-MAX_TOKENIZER_BYTES = 1 << 29
-"""Of a tokenizer.json; those of 256,000 tokens have 33 MB."""
 EOS_TOKEN = "<|endoftext|>"
 """End of a document, in tokenizers made here."""
 BYTE_MARK = "is_byte_tokenizer"
+
+_CANNOT_ENCODE = "the tokenizers library fails at a text"
 
 Files = dict[str, Path | str | dict[str, Any]]
 """Companions of tokenizer.json by name: a file to copy, text, or what is written as JSON."""
@@ -209,7 +210,8 @@ class Tokenizer:
         found = self._fast.encode_batch(texts) if self._fast is not None else None
         if found is not None:
             return found
-        encodings = self._ordinary.encode_batch_fast(list(texts), add_special_tokens=False)
+        with guard("dataset.tokenizer", DataError, problem=_CANNOT_ENCODE):
+            encodings = self._ordinary.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(encoding.ids, dtype=np.uint32) for encoding in encodings]
 
     def encode_offsets(
@@ -229,12 +231,14 @@ class Tokenizer:
         import numpy as np
 
         backend = self._with_controls if special_tokens else self._without_controls
+        with guard("dataset.tokenizer", DataError, problem=_CANNOT_ENCODE):
+            encodings = backend.encode_batch(list(texts), add_special_tokens=False)
         return [
             (
                 np.array(encoding.ids, dtype=np.uint32),
                 np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2),
             )
-            for encoding in backend.encode_batch(list(texts), add_special_tokens=False)
+            for encoding in encodings
         ]
 
     def decode(self, ids: "Iterable[int]") -> str:
@@ -300,7 +304,7 @@ def load_file(
         DataError: the file is missing or cannot be read.
     """
 
-    files: Files = {name: path.with_name(name) for name in companions(path.parent)}
+    files: Files = {name: path.parent / name for name in companions(path.parent)}
     config = read_json(path.with_name(TOKENIZER_CONFIG_FILE))
     if config.get(BYTE_MARK):
         from toolkit.data.tokenizers.byte import ByteTokenizer
@@ -308,7 +312,7 @@ def load_file(
         return ByteTokenizer(files)
     if not path.is_file():
         raise DataError(f"{path}: no such file; a tokenizer folder needs {TOKENIZER_FILE}")
-    backend = read_backend(path)
+    backend = read_backend(path, config)
     tokens_map = read_json(path.with_name("special_tokens_map.json"))
     own = {
         key: _token_text(config.get(key) or tokens_map.get(key))
@@ -336,19 +340,6 @@ def companions(folder: Path) -> list[str]:
     names = [name for name in COMPANION_FILES if (folder / name).is_file()]
     templates = sorted((folder / TEMPLATES_FOLDER).glob("*.jinja"))
     return names + [f"{TEMPLATES_FOLDER}/{path.name}" for path in templates]
-
-
-def read_backend(path: Path) -> "BackendTokenizer":
-    """What `tokenizers` makes of a tokenizer.json; raises DataError."""
-    from tokenizers import Tokenizer as BackendTokenizer
-
-    data = read_bytes(path, DataError, max_bytes=MAX_TOKENIZER_BYTES)
-    with guard(path, DataError, problem="not a tokenizer that can be read"):
-        backend = BackendTokenizer.from_str(data.decode())
-        # Some files are read without an error and make native code panic at the first text.
-        backend.decode(backend.encode("a A1\n").ids)
-        backend.get_vocab_size()
-        return backend
 
 
 def fast_config(eos_token: str | None = EOS_TOKEN, bos_token: str | None = None) -> dict[str, Any]:

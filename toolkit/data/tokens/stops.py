@@ -64,15 +64,14 @@ def special_ids(
 
 
 def turn_ends(tokenizer: Tokenizer) -> list[int]:
-    """The tokens that the chat template puts after what the assistant says; none without a
+    """The tokens that the chat templates put after what the assistant says; none without a
     template."""
-    text = tokenizer.chat_template
-    if text is None:
-        return []
-    found = _rendered_end(tokenizer, text)
-    # A template may be of a kind that cannot be trained on here; the model was, elsewhere.
-    with contextlib.suppress(ToolkitError):
-        found += _trained_ends(tokenizer)
+    found = []
+    for text in tokenizer.chat_templates.values():
+        found += _rendered_end(tokenizer, text)
+        # A template may be of a kind that cannot be trained on here; the model was, elsewhere.
+        with contextlib.suppress(ToolkitError):
+            found += _trained_ends(tokenizer.with_chat_template(text))
     return list(dict.fromkeys(found))
 
 
