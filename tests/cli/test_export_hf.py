@@ -69,6 +69,12 @@ def test_the_card_tells_what_the_run_recorded(tiny_run, capsys):
     ):
         assert row in card
     assert "base_model" not in card
+    text = json.loads((tiny_run / "metadata/config.json").read_text())["dataset"]["source"]
+    assert f"| Data | `{text['paths'][0]}` |" in card
+    # The recipe's own line tells of other data.
+    description = json.loads((tiny_run / "metadata/config.json").read_text())["description"]
+    assert description
+    assert description not in card
     earlier = export(capsys, tiny_run / "checkpoints/step2", "step2", "--no-check")
     assert "not checked: not asked for" in earlier
     card = Path("step2/README.md").read_text()

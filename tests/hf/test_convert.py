@@ -239,6 +239,28 @@ def test_damaged_tokenizers_are_named_by_their_own_files(
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
+@pytest.mark.parametrize(
+    ("head", "expected"),
+    [
+        ("license: mit", {"license": "mit"}),
+        ('license: "apache-2.0"', {"license": "apache-2.0"}),
+        ("license:\n- mit", {"license": "mit"}),
+        (
+            "license: other\nlicense_name: ours\nlicense_link: LICENSE",
+            {"license": "other", "license_name": "ours", "license_link": "LICENSE"},
+        ),
+        ("license: [mit, gpl]", {}),
+        ("license: {", {}),
+        ("- a", {}),
+    ],
+)
+def test_the_license_is_that_of_the_originals_card(
+    head: str, expected: dict[str, str], tmp_path: Path
+) -> None:
+    (tmp_path / "README.md").write_text(f"---\n{head}\n---\n# A model\n")
+    assert convert._license(tmp_path) == expected
+
+
 def test_a_link_is_followed(original: Path, tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to("other")
     convert_it(original, tmp_path / "link")

@@ -1,7 +1,12 @@
 """Model cards say what is known and nothing else."""
 
+import pytest
 import yaml
 
+from toolkit.data.config import DatasetConfig, DiskSourceConfig, FilesSourceConfig, HubSourceConfig
+from toolkit.data.order.config import MixConfig, MixSourceConfig
+from toolkit.experiment.data_facts import data_words, hub_data_sets
+from toolkit.hf.hub import name_in_cache
 from toolkit.hf.model_card import ModelCard, render_card
 
 
@@ -55,3 +60,66 @@ def test_the_snippet_is_python():
         code = render_card(card).split("```python\n")[1].split("```")[0]
         compile(code, "card", "exec")
         assert ("apply_chat_template" in code) == chat
+
+
+def test_a_license_without_a_short_name_keeps_its_own():
+    card = ModelCard(title="m", license="other", license_name="ours", license_link="LICENSE")
+    front = front_matter(render_card(card))
+    assert [front[key] for key in ("license", "license_name", "license_link")] == [
+        "other", "ours", "LICENSE"
+    ]  # fmt: skip
+    assert "With transformers 4.57 or newer:" in render_card(card)
+
+
+def files(*paths: str) -> FilesSourceConfig:
+    return FilesSourceConfig(paths=list(paths))
+
+
+@pytest.mark.parametrize(
+    ("dataset", "words", "names"),
+    [
+        (DatasetConfig(source=files("chat.jsonl")), "`chat.jsonl`", []),
+        (
+            DatasetConfig(source=files(*(f"{n}.txt" for n in range(10)))),
+            ", ".join(f"`{n}.txt`" for n in range(8)) + ", and 2 more",
+            [],
+        ),
+        (
+            DatasetConfig(source=HubSourceConfig(name="a/b", config="en")),
+            "a/b (en), train",
+            ["a/b"],
+        ),
+        (DatasetConfig(source=DiskSourceConfig(path="saved")), "`saved`, train", []),
+        (
+            DatasetConfig(
+                mix=MixConfig(
+                    sources={
+                        "web": MixSourceConfig(ratio=3, source=HubSourceConfig(name="a/b")),
+                        "mine": MixSourceConfig(ratio=1, source=files("x.txt")),
+                        "old": MixSourceConfig(ratio=0),
+                    }
+                ),
+                source=None,
+            ),
+            "a mixture of web 75.0%: a/b, train; mine 25.0%: `x.txt`; old 0.0%: token files old",
+            ["a/b"],
+        ),
+        (
+            DatasetConfig(source=None, root="/nowhere", dataset_name="c", dataset_config="d"),
+            "token files c/d",
+            [],
+        ),
+    ],
+)
+def test_sources_are_named_as_they_were_given(dataset, words, names):
+    assert data_words(dataset) == words
+    assert hub_data_sets(dataset) == names
+
+
+def test_the_place_of_a_model_in_the_cache_tells_its_name(tmp_path):
+    folder = tmp_path / "hub/models--some--base-1B/snapshots/0123abc"
+    folder.mkdir(parents=True)
+    assert name_in_cache(folder) == "some/base-1B"
+    (tmp_path / "link").symlink_to(folder)
+    assert name_in_cache(tmp_path / "link") == "some/base-1B"
+    assert name_in_cache(tmp_path) is None

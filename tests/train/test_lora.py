@@ -13,6 +13,7 @@ from tests.tiny import ROWS, build, global_batch, module_config, open_environmen
 from tests.workers import WorkerPool
 from toolkit.checkpoint.layout import METADATA_FILE, encode_metadata, read_metadata
 from toolkit.checkpoint.tensors import iterate_tensors
+from toolkit.data.tokenizers.tokenizer import load_tokenizer
 from toolkit.errors import CheckpointError, ToolkitError
 from toolkit.experiment.explain import explain_resume
 from toolkit.experiment.load import load_experiment
@@ -192,7 +193,10 @@ def test_checkpoints_hold_the_adapter_and_name_its_base(place: Path) -> None:
     }
     assert (checkpoint / "hf/adapter_config.json").is_file()
     settings = json.loads((checkpoint / "hf/adapter_config.json").read_text())
-    assert settings["base_model_name_or_path"] == str(base / "hf")
+    assert settings["base_model_name_or_path"] == "base/checkpoints/step3/hf"
+    assert (checkpoint / "hf/tokenizer.json").is_file()
+    ends = json.loads((checkpoint / "hf/generation_config.json").read_text())["eos_token_id"]
+    assert ends == load_tokenizer(checkpoint / "hf").eos_id
     log = (place / "whole/logs/rank0.log").read_text()
     assert "parameters are trained" in log
     assert losses(place / "whole")[0] < losses(place / "base")[0] - 0.1  # from trained weights

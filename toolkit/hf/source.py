@@ -16,6 +16,7 @@ from torch import Tensor
 
 from toolkit.checkpoint.find import find_checkpoint
 from toolkit.checkpoint.layout import (
+    HF_FOLDER,
     METADATA_FILE,
     MODEL_PREFIX,
     TENSORS_FOLDER,
@@ -190,7 +191,8 @@ def hf_name_of_base(recorded: Mapping[str, Any]) -> str | None:
     if origin and recorded.get("step") == 0:
         return hub_name(origin) or origin.get("name")
     path = Path(str(recorded.get("path") or ""))
-    return "/".join(path.parts[-3:]) if len(path.parts) > 1 else None
+    parts = [*path.parts[-3:], HF_FOLDER] if (path / HF_FOLDER).is_dir() else path.parts[-3:]
+    return "/".join(parts) or None
 
 
 def load_model(
