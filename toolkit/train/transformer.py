@@ -107,7 +107,7 @@ class TransformerTrainModule(TrainModule):
             assert z is not None
             metrics["z_loss"] = Metric(self._z_loss * _mean(z, count), "sum")
         if routers:
-            metrics |= self._router_metrics(routers, num_targets)
+            metrics |= self._router_metrics(routers, count)
         return metrics
 
     def optim_step(self, progress: Progress) -> dict[str, Metric]:
@@ -233,7 +233,7 @@ class TransformerTrainModule(TrainModule):
         return count
 
     def _router_metrics(
-        self, routers: list[RouterSums], num_targets: int | torch.Tensor
+        self, routers: list[RouterSums], count: int | torch.Tensor
     ) -> dict[str, Metric]:
         """Losses without their multipliers, and the assignments of the busiest expert of any layer
         relative to an even share."""
@@ -242,8 +242,8 @@ class TransformerTrainModule(TrainModule):
             dist.all_reduce(load)
         share = load.amax(-1) / load.sum(-1).clamp(min=1)
         return {
-            "load_balancing_loss": Metric(balance / num_targets, "sum"),
-            "router_z_loss": Metric(z / num_targets, "sum"),
+            "load_balancing_loss": Metric(_mean(balance, count), "sum"),
+            "router_z_loss": Metric(_mean(z, count), "sum"),
             "expert_load_max": Metric(share.amax() * load.shape[-1]),
         }
 

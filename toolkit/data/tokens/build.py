@@ -67,7 +67,7 @@ from toolkit.data.tokens.worker import Job, WorkerSetup, make_encoder
 from toolkit.errors import DataError
 from toolkit.storage.atomic import fsync_folder, fsync_tree, remove_tree, write_json_atomic
 
-PARTS_VERSION = 3
+PARTS_VERSION = 4
 """Changes when the same settings would give other parts."""
 MAX_VOCAB_SIZE = 1 << 32
 """Ids are stored in four bytes at most."""
