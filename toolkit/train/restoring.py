@@ -105,27 +105,29 @@ def _find_given(
     if given is not None:
         return Start(given, weights_only=adapts or config.load_weights_only)
     if config.load_strategy != "if_available" or adapts:
-        raise CheckpointError(f"trainer.load_path {config.load_path}: {_why_nothing(config)}")
+        why = _why_nothing(config)
+        raise CheckpointError(
+            f"trainer.load_path {config.load_path}: holds no valid checkpoint{why}"
+        )
     return None
 
 
 def _why_nothing(config: TrainerConfig) -> str:
     """Why `load_path` holds no checkpoint, and what to give in its place."""
     assert config.load_path is not None, "given"
-    advice = "give a run folder or a step{N} folder of one"
+    advice = "; give a run folder or a step{N} folder of one"
     if is_url(config.load_path):
-        return f"holds no valid checkpoint; {advice}"
+        return advice
     path = Path(config.load_path).expanduser()
     if path.is_dir():
-        if (path / RUN_FILES.status).is_file():
-            return "this run has no whole checkpoint; `toolkit verify` lists what there is"
-        return f"holds no valid checkpoint; {advice}"
+        is_run = (path / RUN_FILES.status).is_file()
+        return f"; see `toolkit verify {path}`" if is_run else advice
     if path.exists():
-        return f"is a file; {advice}"
+        return f", it is a file{advice}"
     steps = [step_folder(path.parent, step).name for step in saved_steps(path.parent)]
     others = sorted(p.name for p in path.parent.iterdir()) if path.parent.is_dir() else []
     near = steps or difflib.get_close_matches(path.name, others)
-    return f"no such folder; there is {', '.join(near)}" if near else f"no such folder; {advice}"
+    return f", there is no such folder{', but ' + ', '.join(near) if near else advice}"
 
 
 def restore_trainer(trainer: "Trainer") -> Path | str | None:
