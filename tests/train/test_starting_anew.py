@@ -56,6 +56,19 @@ def test_it_is_refused_and_nothing_is_touched(
     assert content(copy) == before
 
 
+def test_changed_contents_are_seen_before_anything_is_written(
+    workers: WorkerPool, trained: tuple[Path, Path], copy: Path
+) -> None:
+    for step in (3, 6):
+        file = copy / "checkpoints" / f"step{step}" / "model_and_optim" / "__0_0.distcp"
+        data = file.read_bytes()
+        file.write_bytes(data[:-200] + bytes([data[-200] ^ 1]) + data[-199:])
+    before = content(copy)
+    code, message = workers.run(1, run, str(copy), str(trained[1]), LENGTH)[0]
+    assert (code, "__0_0.distcp has changed since it was saved" in message) == (2, True)
+    assert content(copy) == before
+
+
 def test_started_anew_it_keeps_what_there_was(
     workers: WorkerPool, trained: tuple[Path, Path], copy: Path
 ) -> None:
