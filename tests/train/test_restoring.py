@@ -60,7 +60,7 @@ def test_a_run_that_has_trained_does_not_begin_elsewhere_by_itself(tmp_path: Pat
 @pytest.mark.parametrize("strategy", [None, "always"])
 def test_a_given_load_path_must_be_there(tmp_path: Path, strategy: Any) -> None:
     config = TrainerConfig(load_path=str(tmp_path / "goood"), load_strategy=strategy)
-    with pytest.raises(CheckpointError, match="goood: no such folder; give a run folder"):
+    with pytest.raises(CheckpointError, match="goood: holds no valid checkpoint, there is no such"):
         find_start(config, tmp_path / "own")
     assert find_start(config.replace(load_strategy="if_available"), tmp_path / "own") is None
 

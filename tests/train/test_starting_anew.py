@@ -56,6 +56,19 @@ def test_it_is_refused_and_nothing_is_touched(
     assert content(copy) == before
 
 
+def test_changed_contents_are_seen_before_anything_is_written(
+    workers: WorkerPool, trained: tuple[Path, Path], copy: Path
+) -> None:
+    for step in (3, 6):
+        file = copy / "checkpoints" / f"step{step}" / "model_and_optim" / "__0_0.distcp"
+        data = file.read_bytes()
+        file.write_bytes(data[:-200] + bytes([data[-200] ^ 1]) + data[-199:])
+    before = content(copy)
+    code, message = workers.run(1, run, str(copy), str(trained[1]), LENGTH)[0]
+    assert (code, "__0_0.distcp has changed since it was saved" in message) == (2, True)
+    assert content(copy) == before
+
+
 def test_started_anew_it_keeps_what_there_was(
     workers: WorkerPool, trained: tuple[Path, Path], copy: Path
 ) -> None:
@@ -124,20 +137,21 @@ def test_a_load_path_that_is_not_there_is_refused(
     (tmp_path / "file").write_text("x")
     own = copy / "checkpoints"
     for path, expected in (
-        (tmp_path / "runn", "no such folder; there is run"),
-        (tmp_path / "file", "is a file"),
-        (own / "step4", "no such folder; there is step3, step6"),
-        (copy / "metrics", "holds no valid checkpoint"),
+        (tmp_path / "runn", "there is no such folder, but run"),
+        (tmp_path / "file", "it is a file; give a run folder"),
+        (own / "step4", "there is no such folder, but step3, step6"),
+        (copy / "metrics", "give a run folder or a step"),
     ):
         flags = (f"--trainer.load_path={path}", "--trainer.load_weights_only=true")
         new = tmp_path / "new"
         code, message = workers.run(1, run, str(new), str(trained[1]), *flags)[0]
         assert (code, new.exists()) == (2, False)
-        assert f"trainer.load_path {path}: {expected}" in message
+        assert f"trainer.load_path {path}: holds no valid checkpoint" in message
+        assert expected in message
     shutil.rmtree(own)
     flags = (f"--trainer.load_path={copy}", "--trainer.load_weights_only=true")
     message = workers.run(1, run, str(tmp_path / "new"), str(trained[1]), *flags)[0][1]
-    assert "this run has no whole checkpoint" in message
+    assert f"holds no valid checkpoint; see `toolkit verify {copy}`" in message
     alone = "--trainer.load_weights_only=true"
     message = workers.run(1, run, str(tmp_path / "new"), str(trained[1]), alone)[0][1]
     assert "trainer.load_weights_only: there is nothing to load" in message

@@ -37,7 +37,12 @@ class Found(NamedTuple):
 
 
 def find_checkpoint(
-    path: Path, *, rank: int = 0, group: dist.ProcessGroup | None = None, quick: bool = False
+    path: Path,
+    *,
+    rank: int = 0,
+    group: dist.ProcessGroup | None = None,
+    quick: bool = False,
+    report: bool = True,
 ) -> Found:
     """The newest whole checkpoint meant by `path`; every rank of `group` calls it.
 
@@ -46,6 +51,7 @@ def find_checkpoint(
     Args:
         path: a step folder, a folder of them, or a run folder.
         quick: compare sizes, and only the content of rank 0's state. Reports nothing.
+        report: log what is invalid.
 
     Raises:
         CheckpointError: `path` is itself a step folder, and not whole.
@@ -62,7 +68,7 @@ def find_checkpoint(
             return Found(checkpoint, tuple(rejected))
         if checkpoint == path:
             raise CheckpointError(problems[0])
-        if not quick:
+        if report and not quick:
             log.warning("checkpoint skipped: %s", problems[0])
         rejected.append(checkpoint)
     return Found(None, tuple(rejected))

@@ -33,6 +33,7 @@ from toolkit.checkpoint.coverage import check_coverage
 from toolkit.checkpoint.pickles import unpickle
 from toolkit.checkpoint.ranges import RangeReader
 from toolkit.errors import CheckpointError
+from toolkit.storage.atomic import hash_file
 
 METADATA_NAME = ".metadata"
 _NAMES: dict[tuple[str, str], Any] = {
@@ -206,14 +207,17 @@ def stored_shapes(folder: Path) -> dict[str, torch.Size]:
         CheckpointError: one is not.
     """
     try:
-        places = [(name, os.stat(folder / name)) for name in sorted(file_sizes(folder))]
+        sizes = tuple(sorted(file_sizes(folder).items()))
+        content = hash_file(folder / METADATA_NAME) if METADATA_NAME in dict(sizes) else ""
     except OSError as error:
         raise CheckpointError(f"{folder}: cannot be read: {error.strerror}") from None
-    return _shapes(folder, tuple((n, s.st_size, s.st_mtime_ns, s.st_ino) for n, s in places))
+    return _shapes(folder, sizes, content)
 
 
 @functools.lru_cache(maxsize=64)
-def _shapes(folder: Path, files: tuple[tuple[str, int, int, int], ...]) -> dict[str, torch.Size]:
+def _shapes(
+    folder: Path, sizes: tuple[tuple[str, int], ...], content: str
+) -> dict[str, torch.Size]:
     return SafeReader(folder).shapes()
 
 

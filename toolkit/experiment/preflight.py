@@ -21,7 +21,10 @@ from toolkit.train.config import TrainerConfig
 from toolkit.train.load_path import no_checkpoint
 from toolkit.train.progress import reached_step
 
+READ_EARLY_BYTES = 16 << 30
+
 if TYPE_CHECKING:
+    from toolkit.checkpoint.find import Found
     from toolkit.data.loader import TrainLoader
     from toolkit.models.freeze import TrainedParameters
     from toolkit.train.restoring import Start
@@ -80,13 +83,12 @@ def check_continuation(config: ExperimentConfig, folder: Path, train_loader: "Tr
             not.
         DataError: other data, or another order of it.
     """
-    from toolkit.checkpoint.find import find_checkpoint
     from toolkit.train.restoring import find_start
 
     start = find_start(
         config.trainer,
         folder / RUN_FILES.checkpoints,
-        lambda path: find_checkpoint(path, quick=True),
+        _look,
         adapts=config.train_module.lora is not None,
         reached=reached_step(folder),
     )
@@ -109,6 +111,19 @@ def check_repetitions(config: ExperimentConfig, train_loader: "TrainLoader") -> 
     train_loader.check_repetitions(
         min(train_loader.steps_of(limit.value, limit.unit) for limit in limits)
     )
+
+
+def _look(path: Path) -> "Found":
+    """The newest checkpoint in `path`. What this process reads in seconds is read: a run that is
+    refused because of it has not been touched yet."""
+    from toolkit.checkpoint.find import find_checkpoint
+    from toolkit.checkpoint.layout import read_metadata
+
+    found = find_checkpoint(path, quick=True)
+    if found.checkpoint is None:
+        return found
+    size = sum(entry.size for entry in read_metadata(found.checkpoint).files.values())
+    return find_checkpoint(path, report=False) if size <= READ_EARLY_BYTES else found
 
 
 def check_load_options(config: ExperimentConfig, start: "Start | None") -> None:

@@ -7,25 +7,23 @@ from toolkit.checkpoint.layout import saved_steps, step_folder
 from toolkit.runs.files import RUN_FILES
 from toolkit.storage.remote import is_url
 
-_ADVICE = "give a run folder or a step{N} folder of one"
-
 
 def no_checkpoint(load_path: str) -> str:
     """Why it holds none, and what to give in its place."""
-    return f"trainer.load_path {load_path}: {_why_nothing(load_path)}"
+    return f"trainer.load_path {load_path}: holds no valid checkpoint{_why_nothing(load_path)}"
 
 
 def _why_nothing(load_path: str) -> str:
+    advice = "; give a run folder or a step{N} folder of one"
     if is_url(load_path):
-        return f"holds no valid checkpoint; {_ADVICE}"
+        return advice
     path = Path(load_path).expanduser()
     if path.is_dir():
-        if (path / RUN_FILES.status).is_file():
-            return "this run has no whole checkpoint; `toolkit verify` lists what there is"
-        return f"holds no valid checkpoint; {_ADVICE}"
+        is_run = (path / RUN_FILES.status).is_file()
+        return f"; see `toolkit verify {path}`" if is_run else advice
     if path.exists():
-        return f"is a file; {_ADVICE}"
+        return f", it is a file{advice}"
     steps = [step_folder(path.parent, step).name for step in saved_steps(path.parent)]
     others = sorted(p.name for p in path.parent.iterdir()) if path.parent.is_dir() else []
     near = steps or difflib.get_close_matches(path.name, others)
-    return f"no such folder; there is {', '.join(near)}" if near else f"no such folder; {_ADVICE}"
+    return f", there is no such folder{', but ' + ', '.join(near) if near else advice}"

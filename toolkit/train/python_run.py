@@ -32,7 +32,8 @@ def record_config(trainer: "Trainer") -> None:
     seed = {"seed": trainer.environment.seed}
     names = {"experiment": run.experiment, "name": run.name, "save_folder": str(run.folder)}
     run.log_metadata(
-        {"run": names, "model": model, **data_parts, **parts, **seed}, RUN_FILES.config
+        {"description": "", "run": names, "model": model, **data_parts, **parts, **seed},
+        RUN_FILES.config,
     )
     run.log_metadata(data_parts, RUN_FILES.data_config)
     run.log_metadata(model, RUN_FILES.model_config)
