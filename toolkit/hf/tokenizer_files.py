@@ -15,7 +15,7 @@ from toolkit.data.tokenizers.tokenizer import (
     read_json,
 )
 from toolkit.errors import DataError
-from toolkit.hf.loading import has_tokenizer, load_auto_tokenizer
+from toolkit.hf.loading import check_size, has_tokenizer, load_auto_tokenizer
 from toolkit.storage.atomic import PathLike, write_atomic, write_json_atomic
 
 
@@ -90,6 +90,7 @@ def copy_tokenizer(source: PathLike, folder: Path) -> None:
     """Copy tokenizer.json and what belongs to it, the chat template among it."""
     for name in (TOKENIZER_FILE, *COMPANION_FILES):
         if (Path(source) / name).is_file():
+            check_size(Path(source) / name, DataError)
             shutil.copyfile(Path(source) / name, folder / name)
 
 
