@@ -42,3 +42,20 @@ def test_a_failure_is_in_the_file_with_rank_step_and_traceback(
     assert "failed at step 17\nTraceback " in written
     assert written.endswith("OSError: disk full\n")
     assert capsys.readouterr() == ("", "")
+
+
+def test_log_files_hold_no_secrets(tmp_path: Path) -> None:
+    handler = add_log_file(tmp_path, 0)
+    try:
+        logging.getLogger("toolkit.x").warning("cannot reach %s", "s3://b/p?token=hidden1")
+        try:
+            raise ValueError("postgresql://u:hidden2@h/db refused")
+        except ValueError as error:
+            log_failure(handler, error, rank=0, step=1)
+    finally:
+        logging.getLogger("toolkit").removeHandler(handler)
+        handler.close()
+    text = (tmp_path / "rank0.log").read_text()
+    assert "s3://b/p?token=***" in text
+    assert "postgresql://u:***@h/db refused" in text
+    assert "hidden" not in text
