@@ -66,3 +66,20 @@ def test_a_log_that_cannot_be_opened_is_a_warning(tmp_path, capsys):
     handler = add_log_file(tmp_path / "logs", rank=0)
     logging.getLogger("toolkit").removeHandler(handler)
     assert capsys.readouterr().err.startswith("warning: no log file: ")
+
+
+def test_log_files_hold_no_secrets(tmp_path: Path) -> None:
+    handler = add_log_file(tmp_path, 0)
+    try:
+        logging.getLogger("toolkit.x").warning("cannot reach %s", "s3://b/p?token=hidden1")
+        try:
+            raise ValueError("postgresql://u:hidden2@h/db refused")
+        except ValueError as error:
+            log_failure(handler, error, rank=0, step=1)
+    finally:
+        logging.getLogger("toolkit").removeHandler(handler)
+        handler.close()
+    text = (tmp_path / "rank0.log").read_text()
+    assert "s3://b/p?token=***" in text
+    assert "postgresql://u:***@h/db refused" in text
+    assert "hidden" not in text

@@ -13,7 +13,7 @@ from tests.fuzz.cases import CASES
 from tests.fuzz.verbs import canary_of, run
 from tests.fuzz.whole import make_whole
 
-FAST = 5
+FAST = 3
 MANY = 100
 
 

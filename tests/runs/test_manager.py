@@ -4,6 +4,7 @@ import errno
 import json
 import logging
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -11,6 +12,7 @@ from toolkit.errors import RunError
 from toolkit.runs import manager
 from toolkit.runs.config import RunConfig
 from toolkit.runs.files import RUN_FILES
+from toolkit.runs.manager import RunManager
 from toolkit.runs.registry import start_run
 from toolkit.runs.status import read_status
 
@@ -181,3 +183,15 @@ def test_a_folder_that_was_removed_moved_or_replaced_is_noticed(tmp_path, caplog
     assert "cannot be written" not in caplog.text
     moved.rename(run.folder)
     assert run.find_removal() is None
+
+
+def test_what_only_informs_holds_no_secrets_and_the_config_stays_as_it_is(tmp_path: Path) -> None:
+    (tmp_path / "metadata").mkdir()
+    run = RunManager(tmp_path, experiment="a", name="b")
+    for file in (RUN_FILES.environment, RUN_FILES.command, RUN_FILES.origins, RUN_FILES.git):
+        run.log_metadata({"a": ["--token", "hidden"], "url": "s3://b?sig=hidden"}, file)
+        assert "hidden" not in run.path(file).read_text()
+    run.set_status("failed", message="cannot reach postgresql://u:hidden@h/db")
+    assert "hidden" not in run.path(RUN_FILES.status).read_text()
+    run.log_metadata({"a": "postgresql://u:${NAME}@h/db"}, RUN_FILES.config)
+    assert "u:${NAME}@h" in run.path(RUN_FILES.config).read_text()

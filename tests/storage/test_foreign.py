@@ -33,11 +33,11 @@ def test_a_file_that_is_missing_is_the_callers_to_answer(tmp_path: Path) -> None
     [
         (b"[" * 5000, "not the JSON that belongs there"),
         (b'{"a":' * 5000 + b"1" + b"}" * 5000, "cannot be read: nested too deeply"),
-        ('{"a": "é"}'.encode("utf-16"), "not the JSON that belongs there"),
-        (b'{"a": NaN}', "not the JSON that belongs there"),
+        ('{"a": "é"}'.encode("utf-16"), "not valid JSON"),
+        (b'{"a": NaN}', "not valid JSON"),
         (b'{"a": 1' + b"0" * 6000 + b"}", "not the JSON that belongs there"),
         (b"[1]", "not the JSON that belongs there: Expected `object`, got `array`"),
-        (b"", "not the JSON that belongs there"),
+        (b"", "not valid JSON"),
     ],
 )
 def test_content_that_does_not_belong_there(tmp_path: Path, content: bytes, expected: str) -> None:

@@ -20,6 +20,13 @@ _TOKENIZER_FILES = (
 _SMALL = (".json", ".jinja", ".txt", ".model")
 
 
+def check_size(path: Path, kind: type[ToolkitError]) -> None:
+    """Raise `kind` unless `path` is a file of a size that can be read."""
+    size = check_regular(path, kind)
+    if size > MAX_TOKENIZER_BYTES:
+        raise kind(f"{path}: has {size:,} bytes, which no such file needs")
+
+
 def check_small_files(folder: Path, kind: type[ToolkitError]) -> None:
     """Check, before another library opens them, that the files of a folder that describe a model
     or a tokenizer are files, and of a size that can be read.
@@ -31,9 +38,7 @@ def check_small_files(folder: Path, kind: type[ToolkitError]) -> None:
         for path in sorted(folder.iterdir()):
             if path.suffix not in _SMALL or path.is_dir():
                 continue
-            size = check_regular(path, kind)
-            if size > MAX_TOKENIZER_BYTES:
-                raise kind(f"{path}: has {size:,} bytes, which no such file needs")
+            check_size(path, kind)
 
 
 def load_causal_lm(

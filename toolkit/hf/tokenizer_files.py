@@ -17,7 +17,7 @@ from toolkit.data.tokenizers.tokenizer import (
     read_json,
 )
 from toolkit.errors import DataError
-from toolkit.hf.loading import has_tokenizer, load_auto_tokenizer
+from toolkit.hf.loading import check_size, has_tokenizer, load_auto_tokenizer
 from toolkit.storage.atomic import PathLike, write_atomic, write_json_atomic
 
 
@@ -115,6 +115,7 @@ def copy_tokenizer(source: PathLike, folder: Path) -> None:
     for name in (TOKENIZER_FILE, *companions(Path(source))):
         if (Path(source) / name).is_file():
             (folder / name).parent.mkdir(exist_ok=True)
+            check_size(Path(source) / name, DataError)
             shutil.copyfile(Path(source) / name, folder / name)
     make_portable(folder)
 

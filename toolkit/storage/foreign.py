@@ -141,8 +141,10 @@ def decode_json(data: bytes, where: object, kind: type[ToolkitError], type: Any)
     with guard(where, kind):
         try:
             return msgspec.json.decode(data, type=type)
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        except msgspec.ValidationError as error:
             raise kind(f"{where}: not the JSON that belongs there: {reason_of(error)}") from None
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            raise kind(f"{where}: not valid JSON: {reason_of(error)}") from None
 
 
 def read_lines(
