@@ -93,12 +93,13 @@ def _shard(model: nn.Module, environment: TrainingEnvironment) -> None:
     for block in model.blocks:  # type: ignore[union-attr]
         parts = [block]
         if engine.wrapping_strategy == "fine_grained":
-            parts += [block.attention, block.feed_forward]  # type: ignore[union-attr, operator]
+            parts += [block.attention, block.feed_forward]
         for part in reversed(parts):  # inner ones first
             fully_shard(part, reshard_after_forward=engine.reshard_after_forward, **options)
         units += parts
     if engine.wrapping_strategy != "blocks":
-        units.append(fully_shard(model.head, reshard_after_forward=False, **options))
+        head: Any = model.head
+        units.append(fully_shard(head, reshard_after_forward=False, **options))
     # The root holds embedding and head, which the forward needs first and last: never resharded
     # in between.
     fully_shard(model, reshard_after_forward=False, **options)
