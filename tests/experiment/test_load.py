@@ -69,6 +69,12 @@ def test_short_options_set_their_config_values() -> None:
     assert loaded.origins["seed"] == "recipe quickstart"
 
 
+def test_a_value_is_not_given_twice_under_two_names() -> None:
+    said = message("smoke", ["--run.name=b"], {"name": "a"})
+    assert said == "--name=a and --run.name=b: two names of one value; give one"
+    assert load_experiment("smoke", ["--run.name=a"], {"name": "a"}).config.run.name == "a"
+
+
 def test_a_file_hides_a_recipe_of_the_same_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -37,6 +37,10 @@ class ExperimentConfig(Config, kw_only=True):
     seed: Seed = 0
     """Seed of initial weights and data order, below 2^64."""
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.seed < 2**64:
+            raise ValueError(f"seed must lie between 0 and 2^64 - 1, not {self.seed}")
+
     @property
     def needs_download(self) -> bool:
         """Whether text or tokenizer come from the network when the data is not prepared yet."""

@@ -92,12 +92,15 @@ def load_experiment(
     if base is not None:
         with found.collecting():
             _add_base(layers, local_path(find_named(base), "--base"))
+    short: dict[str, Override] = {}
     for name, value in (shorthands or {}).items():
         if value is not None:
-            layers.set(SHORTHANDS[name], value, f"--{name.replace('_', '-')}={value}")
+            flag = f"--{name.replace('_', '-')}={value}"
+            short[SHORTHANDS[name]] = Override(name, str(value), flag)
+            layers.set(SHORTHANDS[name], value, flag)
     before = copy.deepcopy(layers.data.get("dataset") or {})
     with found.collecting():
-        _apply_overrides(layers, overrides)
+        _apply_overrides(layers, overrides, short)
     with found.collecting():
         name_own_data(layers, before, overrides)
     has_model = "model" in layers.data
@@ -259,8 +262,15 @@ def _parse(args: Sequence[str], found: ErrorList) -> list[Override]:
     )
 
 
-def _apply_overrides(layers: ConfigLayers[ExperimentConfig], args: Sequence[str]) -> None:
+def _apply_overrides(
+    layers: ConfigLayers[ExperimentConfig],
+    args: Sequence[str],
+    short: Mapping[str, Override] = {},
+) -> None:
     """Apply all that can be applied.
+
+    Args:
+        short: options in `SHORTHANDS` that were given, by the path that they stand for.
 
     Raises:
         ConfigError: what cannot.
@@ -271,7 +281,7 @@ def _apply_overrides(layers: ConfigLayers[ExperimentConfig], args: Sequence[str]
         if override.path == "model.preset":
             with found.collecting():
                 layers.set("model", preset(override.text), override.flag)
-    by_path: dict[str, Override] = {}
+    by_path = dict(short)
     for override in overrides:
         if override.path == "model.preset":
             continue

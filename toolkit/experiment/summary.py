@@ -75,10 +75,11 @@ def _checked(
         check_experiment(config, engine.world_size)
     sound = not found.errors
     with found.collecting():
+        corpus = read_corpus(config.data)
+    with found.collecting():
         for dataset in datasets_of(config.data):
             with found.collecting():
-                check_presence(dataset)
-        corpus = read_corpus(config.data)
+                check_presence(dataset, is_prepared=corpus is not None)
     with found.collecting():
         check_run_folder(config.run, "<time>")
     with found.collecting():

@@ -25,8 +25,11 @@ _TOKENIZER_FILES = ("tokenizer", "vocab", "merges", "spiece", "sentencepiece")
 """How the files of all formats begin that `transformers` can load."""
 
 
-def check_presence(dataset: DatasetConfig) -> None:
+def check_presence(dataset: DatasetConfig, *, is_prepared: bool) -> None:
     """Check the local files of source, chat template and tokenizer of one corpus.
+
+    Args:
+        is_prepared: its token files are there, which need tokenizer and template no more.
 
     Raises:
         DataError: one is missing.
@@ -35,10 +38,11 @@ def check_presence(dataset: DatasetConfig) -> None:
     found = ErrorList()
     with found.collecting():
         _check_source(dataset.source)
-    with found.collecting():
-        _check_tokenizer(dataset.tokenizer)
-    with found.collecting():
-        _check_template(dataset.instructions)
+    if not is_prepared:
+        with found.collecting():
+            _check_tokenizer(dataset.tokenizer)
+        with found.collecting():
+            _check_template(dataset.instructions)
     found.raise_any()
 
 
