@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 
 help:
 	@echo "make quickstart   install, then train a small model on this machine (minutes)"
-	@echo "make test         install with dev extras, then run the tests"
+	@echo "make test         install with dev extras, then run the tests (GPU tests too, if there is one)"
 	@echo "make lint         ruff check, ruff format --check, mypy"
 	@echo "make bench        run every benchmark; each prints a table"
 	@echo "make soak         run the slow tests"
@@ -22,6 +22,9 @@ quickstart: .venv/.installed
 
 test: .venv/.installed-dev
 	$(BIN)/python -m pytest -m "not slow and not gpu" -n 2 $(PYTEST_ARGS)
+	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
+		$(BIN)/python -m pytest -m gpu $(PYTEST_ARGS) || [ $$? -eq 5 ]; \
+	fi
 
 lint: .venv/.installed-dev
 	$(BIN)/ruff check .

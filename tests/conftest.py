@@ -9,15 +9,21 @@ import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("DS_ACCELERATOR", "cpu") if not os.path.exists("/dev/nvidia0") else None
 
-from tests.s3 import S3Server, s3_server  # noqa: E402
-from tests.spreading import pytest_configure, pytest_xdist_make_scheduler  # noqa: E402, F401
-from tests.workers import WorkerPool  # noqa: E402
+from tests.s3 import S3Server, s3_server
+from tests.spreading import pytest_configure, pytest_xdist_make_scheduler  # noqa: F401
+from tests.workers import WorkerPool
 
 # A busy machine takes its time over an example.
 hypothesis.settings.register_profile("toolkit", deadline=None)
 hypothesis.settings.load_profile("toolkit")
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """`-m gpu` runs what needs a GPU. All other tests are of CPUs, whatever the machine has, and so
+    are the processes that they start."""
+    if session.config.option.markexpr.strip() != "gpu":
+        os.environ |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -8,6 +8,7 @@ import torch
 from toolkit.distributed.config import DataParallelConfig
 from toolkit.distributed.environment import TrainingEnvironment, prepare_training_environment
 from toolkit.models.config import TransformerConfig
+from toolkit.models.init import canonical_parameters
 from toolkit.optim.config import AdamWConfig, ConstantConfig
 from toolkit.train.config import TransformerTrainModuleConfig
 from toolkit.train.module import Progress
@@ -29,6 +30,12 @@ def tiny_model(**changes: Any) -> TransformerConfig:
         "max_sequence_length": SEQ,
     }
     return TransformerConfig(**(settings | changes))
+
+
+def empty_weights(config: Any) -> dict[str, torch.Tensor]:
+    """Zeros under the names that a checkpoint of this model has."""
+    parameters = canonical_parameters(config.build(init_device="meta"))
+    return {f"model.{name}": torch.zeros(p.shape) for name, p in parameters.items()}
 
 
 def module_config(engine: str | None = None, **changes: Any) -> TransformerTrainModuleConfig:

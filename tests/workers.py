@@ -16,13 +16,19 @@ import traceback
 from collections.abc import Callable
 from multiprocessing import connection
 from typing import Any
+from unittest import mock
 
 
 class WorkerPool:
-    """Up to `size` processes that stay alive between jobs."""
+    """Up to `size` processes that stay alive between jobs.
 
-    def __init__(self, size: int = 4) -> None:
+    `environ` is set in them from their first line on: what libraries read once (which device
+    DeepSpeed is for) cannot be a matter of a job.
+    """
+
+    def __init__(self, size: int = 4, environ: dict[str, str] | None = None) -> None:
         self._size = size
+        self._environ = environ or {}
         self._workers: list[tuple[mp.Process, Any]] = []
 
     def run(
@@ -88,7 +94,8 @@ class WorkerPool:
         while len(self._workers) < max(count, 1):
             here, there = context.Pipe()
             process = context.Process(target=_work, args=(there,), daemon=True)
-            process.start()
+            with mock.patch.dict(os.environ, self._environ):
+                process.start()
             there.close()
             self._workers.append((process, here))
 

@@ -22,6 +22,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 
+from toolkit.threads import Thread
+
 log = logging.getLogger(__name__)
 
 PARENT = os.getppid()
@@ -79,12 +81,19 @@ class Starting(Receiver):
 
     Args:
         close: called with the reason when the main thread is stuck; the exit code.
+        doing: what the user is told.
     """
 
     patience: float | None = _STUCK_SECONDS
 
-    def __init__(self, close: Callable[[str], int] | None = None) -> None:
+    def __init__(
+        self,
+        close: Callable[[str], int] | None = None,
+        *,
+        doing: str = "stopping before the first step",
+    ) -> None:
         self.reason: str | None = None
+        self._doing = doing
         self._close = close
         self._has_raised = False
 
@@ -105,7 +114,7 @@ class Starting(Receiver):
         """See `Receiver`."""
         if self._has_raised and self.reason is None:
             return None
-        return f"{reason}: stopping before the first step{again(reason)}"
+        return f"{reason}: {self._doing}{again(reason)}"
 
     def give_up(self) -> int:
         """See `Receiver`."""
@@ -160,6 +169,24 @@ def settle() -> None:
             receiver.settle()
 
 
+def leave_until_listening() -> None:
+    """For a program that still imports its parts: Ctrl-C is one line, not a traceback."""
+    if _is_main_thread() and Path(sys.argv[0]).name in ("toolkit", "__main__.py"):
+        signal.signal(signal.SIGINT, _leave)
+
+
+def stop_leaving() -> None:
+    """Ctrl-C is KeyboardInterrupt again."""
+    if signal.getsignal(signal.SIGINT) is _leave:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _leave(number: int, _frame: FrameType | None) -> None:
+    with contextlib.suppress(OSError):
+        os.write(2, b"SIGINT: stopped before anything began\n")
+    os._exit(128 + number)
+
+
 def launcher_is_gone() -> bool:
     """Whether a launcher started this process and has ended."""
     return os.getppid() != PARENT and any(name in os.environ for name in _LAUNCHER_VARIABLES)
@@ -193,7 +220,7 @@ def end_with_parent(parent: int) -> None:
             time.sleep(1.0)
         os._exit(1)
 
-    threading.Thread(target=watch, name="parent-watch", daemon=True).start()
+    Thread(target=watch, name="parent-watch", daemon=True).start()
 
 
 class _Listener:
@@ -230,7 +257,7 @@ class _Listener:
             for number in (*TERMINATING, *ASKING)
             if number in TERMINATING or signal.getsignal(number) != signal.SIG_IGN
         }
-        thread = threading.Thread(target=self._watch, args=(here,), name="signals", daemon=True)
+        thread = Thread(target=self._watch, args=(here,), name="signals", daemon=True)
         thread.start()
         try:
             yield
@@ -241,7 +268,7 @@ class _Listener:
             self._is_stopping.set()
             with contextlib.suppress(OSError):
                 there.send(b"\0")
-            thread.join(_TICK_SECONDS)
+            thread.join(_STUCK_SECONDS)
             here.close()
             there.close()
 
@@ -266,13 +293,13 @@ class _Listener:
         is_lost = False
         while True:
             ready, _, _ = select.select([reader], [], [], _TICK_SECONDS)
-            if self._is_stopping.is_set():
-                return
             if ready:
                 with contextlib.suppress(OSError):
                     for number in reader.recv(64):
                         if number in (*TERMINATING, *ASKING):
                             self._see(number)
+            if self._is_stopping.is_set():
+                return
             if not is_lost and (launcher_is_gone() or is_orphan()):
                 is_lost = True
                 self._lose_launcher()

@@ -1,14 +1,21 @@
-"""Numbers in sentences."""
+"""Numbers and long names in sentences."""
+
+_LONGEST = 240
 
 
 def count(number: int, noun: str) -> str:
     """`1 token`, `2,000 tokens`, `3 processes`, `2 entries`."""
     if number == 1:
         return f"1 {noun}"
-    if noun.endswith(("s", "x", "ch", "sh")):
+    if noun.endswith(("s", "x", "sh", "tch")):
         plural = f"{noun}es"
     elif noun.endswith("y") and noun[-2:-1] not in "aeiou":
         plural = f"{noun[:-1]}ies"
     else:
         plural = f"{noun}s"
     return f"{number:,} {plural}"
+
+
+def shortened(text: str) -> str:
+    """`text` as it is, cut where it is too long for a line."""
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."

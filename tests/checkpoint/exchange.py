@@ -94,7 +94,7 @@ VARIANTS = {
         model=_UNEVEN,
         frozen=("embeddings.*", "blocks.1.feed_forward.down.weight"),
     ),
-    # Three experts on four ranks.
+    # Three experts on four ranks: columns, or flattened where four divide nothing.
     "adamw-experts": Variant(
         AdamWConfig(lr=1e-3),
         model={
@@ -105,6 +105,17 @@ VARIANTS = {
                 shared_expert_intermediate_size=7,
                 dense_layers=(0,),
             ),
+            "init_std": 0.1,
+        },
+    ),
+    "adamw-experts-flattened": Variant(
+        AdamWConfig(lr=1e-3),
+        model={
+            "moe": MoEConfig(num_experts=3, top_k=2, intermediate_size=5),
+            "d_model": 31,
+            "num_heads": 1,
+            "num_key_value_heads": 1,
+            "head_dim": 4,
             "init_std": 0.1,
         },
     ),

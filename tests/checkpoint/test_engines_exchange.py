@@ -103,13 +103,26 @@ def test_uneven_shards_frozen_parameters_and_groups_travel_too(
     check_both_ways(workers, cell, variant, reference(variant), tmp_path)
 
 
-@pytest.mark.parametrize("cell", [Cell("fsdp", 4), Cell("zero3", 2)], ids=str)
+@pytest.mark.parametrize(
+    ("variant", "cell"),
+    [
+        ("adamw-experts", Cell("fsdp", 4)),
+        ("adamw-experts", Cell("zero3", 2)),
+        ("adamw-experts-flattened", Cell("fsdp", 4)),
+        ("adamw-experts-flattened", Cell("hsdp", 4)),
+    ],
+    ids=str,
+)
 def test_stacked_experts_travel_too(
-    workers: WorkerPool, reference: Callable[[str], Reference], cell: Cell, tmp_path: Path
+    workers: WorkerPool,
+    reference: Callable[[str], Reference],
+    variant: str,
+    cell: Cell,
+    tmp_path: Path,
 ) -> None:
-    expected = reference("adamw-experts")
+    expected = reference(variant)
     assert expected.state["model.blocks.1.feed_forward.experts.gate"].shape[0] == 3
-    check_both_ways(workers, cell, "adamw-experts", expected, tmp_path)
+    check_both_ways(workers, cell, variant, expected, tmp_path)
 
 
 def test_frozen_parameters_are_saved_without_moments(

@@ -27,6 +27,7 @@ def write(rows: list[dict[str, Any]]) -> list[str]:
     return [
         *ARGS,
         "--dataset.source={type: files, paths: [chat.jsonl]}",
+        "--dataset.dataset_name=chat",
         "--dataset.instructions={chat_template: chat.jinja}",
     ]
 
@@ -62,7 +63,7 @@ def test_packed_conversations_show_documents_and_targets(
         )
 
     assert text == (
-        "D/python_stdlib/bytes_small train: 1 instance of up to 256 tokens (packed)\n\n"
+        "D/chat/bytes_small train: 1 instance of up to 256 tokens (packed)\n\n"
         f"instance 0: 256 tokens, {256 - 2 * length} of padding, {targets + 2} targets, "
         f"2 documents\n{document(0)}{document(1)}  padding, {256 - 2 * length} tokens\n"
     )
@@ -92,9 +93,9 @@ def test_start_and_split_choose_instances(capsys: pytest.CaptureFixture[str]) ->
     assert text.count("\ninstance ") == 2
     assert "\ninstance 2: 99 tokens" in text
     text = run(capsys, "data", "show", *args, "--split", "val", "--sequence-length", "99")
-    assert text.startswith("D/python_stdlib/bytes_small val: ")
+    assert text.startswith("D/chat/bytes_small val: ")
     error = run(capsys, "data", "show", *args, "--start", "99", code=2)
-    assert "--start 99: D/python_stdlib/bytes_small has instances 0 to " in error
+    assert "--start 99: D/chat/bytes_small has instances 0 to " in error
     assert "-n 0: give a number" in run(capsys, "data", "show", *args, "-n", "0", code=2)
     error = run(capsys, "data", "show", *args, "--source", "web", code=2)
     assert "--source web: dataset.mix is null" in error
@@ -168,7 +169,7 @@ def test_instruction_data_that_teaches_nothing_is_refused_and_leaves_no_folder(
     error = run(capsys, "prepare", *write(rows), *extra, code=2)
     assert message in error
     assert len(error.split("error:")[1].splitlines()) == 1
-    assert not Path("D/python_stdlib/bytes_small").exists()
+    assert not Path("D/chat/bytes_small").exists()
 
 
 def test_rows_without_an_answer_are_counted_and_left_out(
@@ -176,8 +177,8 @@ def test_rows_without_an_answer_are_counted_and_left_out(
 ) -> None:
     args = write([chat(0), {"messages": [user("Hi")]}, chat(1)])
     run(capsys, "prepare", *args)
-    manifest = json.loads(Path("D/python_stdlib/bytes_small/dataset.json").read_text())
+    manifest = json.loads(Path("D/chat/bytes_small/dataset.json").read_text())
     assert manifest["filtered_documents"] == {"no target": 1}
     assert manifest["splits"]["train"]["num_documents"] == 2
-    stored = Path("D/python_stdlib/bytes_small/tokenizer/chat_template.jinja")
+    stored = Path("D/chat/bytes_small/tokenizer/chat_template.jinja")
     assert stored.read_text() == CHATML

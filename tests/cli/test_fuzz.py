@@ -1,6 +1,7 @@
 """Whatever is typed or written into a config: an answer of one line an error, and nothing hangs."""
 
 import contextlib
+import functools
 import io
 import os
 import signal
@@ -10,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
+import typer.main
 from hypothesis import HealthCheck, example, given, settings
 
 from tests.cli.fuzz import command_lines
@@ -46,6 +49,15 @@ def run(words: list[str]) -> tuple[int, str, str]:
         stream.flush()
         texts.append(stream.buffer.getvalue().decode())  # type: ignore[attr-defined]
     return code, texts[0], texts[1]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _commands_are_built_once() -> Iterator[None]:
+    """typer builds the commands anew for each command line, which takes longer than the rest."""
+    patch = pytest.MonkeyPatch()
+    patch.setattr("typer.main.get_command", functools.cache(typer.main.get_command))
+    yield
+    patch.undo()
 
 
 @pytest.fixture(scope="module")

@@ -43,7 +43,22 @@ def python(*args: str, **environ: str) -> subprocess.CompletedProcess[str]:
         ("train smoke --dry-rnu", "no such option: --dry-rnu; did you mean --dry-run? "),
         ("train smoke -n", "no such option: -n; see --help, and --a.b.c=VALUE for config"),
         ("train smoke --name", "Option '--name' requires an argument."),
-        ("train smoke other", "unexpected argument 'other'; overrides look like --"),
+        ("train smoke other", "unexpected argument 'other'; if it is the run's name, type: "
+         "toolkit train smoke --name other"),
+        ("train smoke a.b=3 --seed=1", "unexpected argument 'a.b=3'; type two dashes before it"),
+        ("dry_run smoke --seed=1", "no such command: dry_run; type: toolkit train smoke --seed=1 "
+         "--dry-run"),
+        ("prep", "no such command: prep; type: toolkit prepare CONFIG"),
+        ("train_single smoke", "no such command: train_single; type: toolkit train smoke"),
+        ("eval ~nouser/x", "~nouser/x: no such user here"),
+        ("convert-hf ~nouser/x out", "~nouser/x: no such user here"),
+        ("export-hf " + "a" * 300 + " out", "a" * 240 + "...: File name too long"),
+        ("resume " + "a" * 300, "a" * 240 + "...: File name too long"),
+        ("train smoke --save-folder s3://b/run", "run.save_folder: 's3://b/run' is a URL, and this "
+         "must be on this machine; "),
+        ("train smoke --base " + "a" * 300,
+         "--base: the name aaaaaaaaaaaaaaaaaaaa... has 300 bytes"),
+        ("generate x --seed=18446744073709551616", "Invalid value for '--seed': "),
         ("train smoke --sequence-length x", "Invalid value for '--sequence-length': "),
         ("train smoke --json", "--json belongs to --dry-run; "),
         ("train smoke --dry-run --train_module.optim.lrr=1",

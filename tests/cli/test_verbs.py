@@ -68,12 +68,12 @@ def test_prepare_makes_token_files(capsys: pytest.CaptureFixture[str], tmp_path:
     (tmp_path / "a.txt").write_text("hello world\n" * 100)
     args = [
         "prepare", "smoke", "--dataset.source={type: files, paths: [a.txt]}",
+        "--dataset.dataset_name=a",
         "--dataset.validation_fraction=0", "--data-root", "D", "--dataset.num_processes=1",
     ]  # fmt: skip
     line = output(capsys, *args)
     assert line == (
-        "D/python_stdlib/bytes_small: 1,201 training tokens, 0 validation tokens, "
-        "vocabulary of 257 (uint16)\n"
+        "D/a/bytes_small: 1,201 training tokens, 0 validation tokens, vocabulary of 257 (uint16)\n"
     )
-    assert (tmp_path / "D/python_stdlib/bytes_small/train.bin").stat().st_size == 2402
+    assert (tmp_path / "D/a/bytes_small/train.bin").stat().st_size == 2402
     assert output(capsys, *args) == line

@@ -2,13 +2,19 @@
 
 import socket
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from tests.tiny import module_config, open_environment
 from tests.workers import WorkerPool
-from toolkit.distributed.environment import check_shared_folder, single_environment
+from toolkit.distributed.environment import (
+    check_shared_folder,
+    prepare_training_environment,
+    single_environment,
+)
 from toolkit.errors import ConfigError, RunError
 
 
@@ -59,3 +65,39 @@ def test_one_of_several_processes_must_not_train_alone(monkeypatch: pytest.Monke
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match="2 processes were launched, and each would train by its"):
         single_environment()
+
+
+def deterministic_state() -> dict[str, bool]:
+    """What `trainer.deterministic` leaves switched on."""
+    settings = SimpleNamespace(
+        seed=1, train_module=module_config(), trainer=SimpleNamespace(deterministic=True)
+    )
+    before = torch.utils.deterministic.fill_uninitialized_memory
+    env = prepare_training_environment(settings)
+    try:
+        return {
+            "deterministic": torch.are_deterministic_algorithms_enabled(),
+            "only warns": torch.is_deterministic_algorithms_warn_only_enabled(),
+            "fills memory": torch.utils.deterministic.fill_uninitialized_memory,
+            "memory-efficient attention": torch.backends.cuda.mem_efficient_sdp_enabled(),
+            "cudnn attention": torch.backends.cuda.cudnn_sdp_enabled(),
+        }
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.utils.deterministic.fill_uninitialized_memory = before
+        torch.backends.cuda.enable_cudnn_sdp(True)
+        env.close()
+
+
+def test_deterministic_mode_fills_no_memory_and_keeps_the_kernel_of_fp32(
+    workers: WorkerPool,
+) -> None:
+    assert workers.run(1, deterministic_state) == [
+        {
+            "deterministic": True,
+            "only warns": False,  # the memory-efficient kernel's order is fixed in strict mode only
+            "fills memory": False,
+            "memory-efficient attention": True,
+            "cudnn attention": False,
+        }
+    ]

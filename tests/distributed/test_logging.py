@@ -42,3 +42,27 @@ def test_a_failure_is_in_the_file_with_rank_step_and_traceback(
     assert "failed at step 17\nTraceback " in written
     assert written.endswith("OSError: disk full\n")
     assert capsys.readouterr() == ("", "")
+
+
+def test_a_log_that_cannot_be_written_is_one_warning(tmp_path, capsys):
+    setup_logging(rank=0)
+    handler = add_log_file(tmp_path / "logs", rank=0)
+    log = logging.getLogger("toolkit.test")
+    handler.setStream(open("/dev/full", "w"))  # noqa: SIM115
+    try:
+        log.info("one")
+        log.info("two")
+    finally:
+        logging.getLogger("toolkit").removeHandler(handler)
+        handler.close()
+    lines = capsys.readouterr().err.splitlines()
+    assert [line for line in lines if "lines are lost" not in line] == ["one", "two"]
+    assert sum("rank0.log: lines are lost: [Errno 28]" in line for line in lines) == 1
+
+
+def test_a_log_that_cannot_be_opened_is_a_warning(tmp_path, capsys):
+    setup_logging(rank=0)
+    (tmp_path / "logs").write_text("a file")
+    handler = add_log_file(tmp_path / "logs", rank=0)
+    logging.getLogger("toolkit").removeHandler(handler)
+    assert capsys.readouterr().err.startswith("warning: no log file: ")

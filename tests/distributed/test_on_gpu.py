@@ -14,8 +14,12 @@ ENGINES = ["single", "fsdp", "zero1", "zero2", "zero3"]
 
 
 @pytest.fixture(scope="module")
-def on_cpu(workers: WorkerPool) -> list[float]:
-    return workers.run(1, losses, "single", {}, environ={"ACCELERATE_USE_CPU": "true"})[0]
+def on_cpu() -> list[float]:
+    pool = WorkerPool(1, {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"})
+    try:
+        return pool.run(1, losses, "single", {})[0]
+    finally:
+        pool.close()
 
 
 @pytest.mark.parametrize("engine", ENGINES)

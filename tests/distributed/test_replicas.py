@@ -39,6 +39,30 @@ def test_ddp_starts_where_it_moves_its_inputs(workers: WorkerPool) -> None:
     assert workers.run(2, ddp_losses, True) == workers.run(2, ddp_losses, False)
 
 
+def ddp_with_another_order_of_adding() -> tuple[list[str], list[bytes]]:
+    """Steps that clip, where rank 1's norms are one bit larger than rank 0's."""
+    config = module_config("ddp", max_grad_norm=0.1)
+    env = open_environment(config)
+    add_up = torch.nn.utils.get_total_norm
+
+    def with_one_bit_more(grads: list[torch.Tensor]) -> torch.Tensor:
+        norm = add_up(grads)
+        return torch.nextafter(norm, norm + 1) if env.rank else norm
+
+    try:
+        module = build(config, env)
+        with mock.patch.object(torch.nn.utils, "get_total_norm", with_one_bit_more):
+            norms = [step["grad_norm"].hex() for step in train_steps(module, 0, 3)]
+        return norms, [p.detach().numpy().tobytes() for p in module.runtime.module.parameters()]
+    finally:
+        env.close()
+
+
+def test_ranks_of_ddp_clip_by_the_same_bits(workers: WorkerPool) -> None:
+    first, second = workers.run(2, ddp_with_another_order_of_adding)
+    assert first == second
+
+
 def hsdp_with_another_order_of_adding() -> tuple[list[str], list[bytes]]:
     """Steps that clip, where the second replica's sums are one bit larger than the first's."""
     config = module_config("hsdp", max_grad_norm=0.1, dp={"num_replicas": 2})

@@ -9,6 +9,9 @@ from pathlib import Path
 import pytest
 
 from tests.docs.running import ROOT, commands, reader_folder, run_command
+from toolkit.experiment.batch import step_batch
+from toolkit.experiment.explain import explain_resume
+from toolkit.experiment.recorded import config_of
 
 README = (ROOT / "README.md").read_text()
 COMMANDS = commands(README)
@@ -40,6 +43,15 @@ def test_readme_python_example_trains(tmp_path: Path) -> None:
     run = folder / "runs" / "smoke" / "by_hand"
     assert (run / "checkpoints" / "step20" / ".metadata.json").is_file()
     assert len((run / "metrics" / "train.jsonl").read_text().splitlines()) == 20
+    longer = "--trainer.max_duration.value=22"
+    explanation = explain_resume(run, [longer], {})
+    assert explanation.refused == []
+    assert dict(explanation.rows)["goes on"] == ["from step 21 to 22"]
+    assert dict(explanation.rows)["config"] == ["trainer.max_duration.value: 20 -> 22"]
+    assert step_batch(run, 3, show=0).is_checked
+    assert config_of(run, 1).seed == 3
+    run_command(f"toolkit resume {run} {longer}", folder)
+    assert len((run / "metrics" / "train.jsonl").read_text().splitlines()) == 22
 
 
 def test_readme_names_only_files_that_exist() -> None:

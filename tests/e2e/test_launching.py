@@ -58,7 +58,9 @@ def test_every_short_option_reaches_the_dry_run(place: Path, tmp_path: Path) -> 
 def test_the_console_tells_what_happened(single: tuple[Path, Result]) -> None:
     folder, result = single
     lines = result.output.splitlines()
-    assert f"training 41,120 parameters on 1 process, single in fp32: {folder}" in lines
+    start = next(line for line in lines if line.startswith("training 41,120 parameters"))
+    assert start.startswith("training 41,120 parameters on 1 process, single in fp32 on the CPU (")
+    assert start.endswith(f"): {folder}")
     assert any(line.startswith(f"step {STEPS}/{STEPS}  loss ") for line in lines)
     assert f"done at step {STEPS}; everything is in {folder}" in lines
 

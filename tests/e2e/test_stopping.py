@@ -105,6 +105,13 @@ def broken(single: tuple[Path, Result], place: Path) -> dict[str, Any]:
     seen["status"] = status(folder)
     process = Process(["toolkit", "resume", folder], cwd=place)
     process.wait_until(records_of(folder, 2))
+    family = [psutil.Process(process.pid), *workers_of(process)]
+    seen["listening"] = {
+        connection.laddr.ip
+        for member in family
+        for connection in member.net_connections("inet")
+        if connection.status == psutil.CONN_LISTEN
+    }
     workers_of(process)[1].kill()
     seen["killed"] = process.wait(60)
     return seen
@@ -126,12 +133,35 @@ def test_the_first_cause_is_named_by_the_rank_that_had_it(broken: dict[str, Any]
     assert "ValueError: a fault was asked for" in traceback
 
 
+def test_a_resumed_run_listens_to_this_machine_alone(broken: dict[str, Any]) -> None:
+    assert broken["listening"] <= {"127.0.0.1", "::1"}
+
+
 def test_a_killed_rank_ends_the_others(broken: dict[str, Any]) -> None:
     result = broken["killed"]
     assert result.code == 1, result.output
     assert "Traceback" not in result.output
     assert any("lost rank 1 (pid " in line for line in result.errors), result.output
     assert not any("another process is writing" in line for line in result.errors)
+
+
+@pytest.mark.parametrize("prefix", [("torchrun", "--nproc-per-node=2"), ("accelerate", "launch")])
+def test_workers_of_a_launcher_killed_during_their_start_end(
+    prefix: tuple[str, ...], single: tuple[Path, Result], place: Path
+) -> None:
+    name = f"early-{prefix[0]}"
+    process = Process(
+        [*prefix, "-m", "toolkit", "train", "my.json", "--name", name,
+         "--trainer.max_duration.value=50000"],
+        cwd=place,
+    )  # fmt: skip
+    launcher = psutil.Process(process.pid)
+    process.wait_until(lambda: bool(launcher.children()))
+    children = launcher.children()
+    process.send(signal.SIGKILL)
+    process.wait()
+    process.wait_for(lambda: not any(child.is_running() for child in children), 120)
+    assert not (place / "runs" / "e2e" / name / "metadata" / "lock.json").exists()
 
 
 def test_a_rank_that_hangs_is_named_and_ends_the_job(

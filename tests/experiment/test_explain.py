@@ -8,10 +8,10 @@ from pathlib import Path
 
 import msgspec
 import pytest
-import torch
 
 from tests.data.corpus import files_config, random_text, write_texts
 from tests.e2e._run import content
+from tests.tiny import empty_weights
 from toolkit.checkpoint.commit import save_checkpoint
 from toolkit.cli import main as cli
 from toolkit.data import get_dataloaders, prepare_dataset
@@ -52,7 +52,7 @@ def save(run: Path, config: ExperimentConfig, step: int) -> None:
     loader, _ = get_dataloaders(config.data, rank=0, world_size=1)
     loader.batches_done = step
     save_checkpoint(
-        run / "checkpoints", step=step, tokens=step * 1024, tensors={"model.a": torch.ones(1)},
+        run / "checkpoints", step=step, tokens=step * 1024, tensors=empty_weights(config.model),
         rank_state={"trainer": {"step": step, "data": loader.state_dict()}}, engine="fsdp", rank=0,
         group=None,
         extra={
@@ -139,6 +139,7 @@ def test_all_that_is_refused_is_told_with_exit_2(
 
 
 def test_a_run_that_is_being_written_is_refused(run: Path, config: ExperimentConfig) -> None:
+    save(run, config, 5)
     status = json.loads((run / RUN_FILES.status).read_text())
     (run / RUN_FILES.status).write_text(json.dumps(status | {"state": "running"}))
     assert explain(run).refused == []
@@ -163,5 +164,7 @@ def test_without_a_checkpoint_torch_is_not_imported(run: Path) -> None:
     result = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, env=environ, check=False
     )
-    assert "none: it would start at step 0, from fresh weights" in result.stdout, result.stderr
-    assert result.stdout.splitlines()[-1] == "0 False"
+    assert "none that is whole" in result.stdout, result.stderr
+    refused = f"{run}: it has done 14 steps, and no checkpoint of it is whole (it was never saved)"
+    assert f"refused     {refused}; --trainer.start_anew starts it" in result.stdout
+    assert result.stdout.splitlines()[-1] == "2 False"

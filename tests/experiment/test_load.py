@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from toolkit.errors import ConfigError, RunError
+from toolkit.errors import ConfigError, RunError, SeveralErrors
 from toolkit.experiment.load import load_experiment, load_run_config
 from toolkit.models.presets import PRESETS
 
@@ -110,3 +110,63 @@ def test_a_run_is_loaded_from_its_folder_with_overrides(tmp_path: Path) -> None:
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="not a run folder"):
         load_run_config(tmp_path)
+
+
+def test_an_error_across_sections_stands_beside_those_of_single_values() -> None:
+    flags = ["--trainer.hard_stop={value: 0}", "--sed=1", "--dataset.sequence_length=4096"]
+    with pytest.raises(SeveralErrors) as error:
+        load_experiment("smoke", flags)
+    assert [str(one).partition(";")[0] for one in error.value.errors] == [
+        "no such option: --sed",
+        "trainer.hard_stop: value must be greater than 0, not 0",
+        "dataset.sequence_length 4096 is longer than model.max_sequence_length 128",
+        "data_loader.global_batch_size 1024 is not divisible by dataset.sequence_length 4096 x 1 "
+        "rank = 4096",
+        "train_module.rank_microbatch_size 256 is not divisible by dataset.sequence_length 4096",
+    ]
+
+
+def test_nothing_is_said_of_the_default_that_stands_for_a_wrong_value() -> None:
+    flags = ["--dataset.sequence_length=x", "--data_loader.global_batch_size=1000"]
+    assert message("smoke", flags) == "dataset.sequence_length: expected a whole number, not 'x'"
+
+
+@pytest.mark.parametrize(
+    ("base", "expected"),
+    [
+        ("meta-llama/Llama-3.2-1B",
+         "--base meta-llama/Llama-3.2-1B: no such folder; if it is a model of the hub, fetch and "
+         "convert it first: `toolkit convert-hf meta-llama/Llama-3.2-1B "
+         "models/Llama-3.2-1B`, then give --base models/Llama-3.2-1B"),
+        ("theirs", "--base theirs: a model of transformers, not converted yet; convert it first: "
+         "`toolkit convert-hf theirs models/theirs`, then give --base models/theirs"),
+        ("theirs/step3", "--base theirs/step3: a checkpoint; give its run folder, or train with "
+         "--trainer.load_path=theirs/step3"),
+        ("nope", "--base nope: no such folder; `toolkit convert-hf SRC OUT` makes one"),
+        ("s3://b/x", "--base: 's3://b/x' is a URL, and this must be on this machine; "),
+    ],
+)  # fmt: skip
+def test_a_base_that_is_none_is_answered_with_what_makes_one(
+    base: str, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "theirs" / "config.json", {"model_type": "llama"})
+    write(tmp_path / "theirs" / "step3" / ".metadata.json", {})
+    with pytest.raises(ConfigError) as error:
+        load_experiment("finetune", base=base)
+    assert str(error.value).startswith(expected)
+    assert not isinstance(error.value, SeveralErrors)
+
+
+def test_a_config_without_a_model_says_how_to_give_one(tmp_path: Path) -> None:
+    path = write(tmp_path / "my.json", {"seed": 1})
+    said = message(path)
+    assert said.startswith(f'{path}: model: required, and not given; write "model": {{"preset": ')
+    assert load_experiment(path, ["--model.preset=quickstart"]).config.seed == 1
+    theirs = write(tmp_path / "config.json", {"model_type": "llama", "hidden_size": 64})
+    with pytest.raises(SeveralErrors) as error:
+        load_experiment(theirs)
+    assert str(error.value).startswith(
+        f"{theirs}: a model's config of transformers, not of an experiment; convert the model with "
+        f"`toolkit convert-hf {tmp_path} OUT`, then `toolkit train finetune --base OUT`"
+    )

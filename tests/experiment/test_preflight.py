@@ -5,9 +5,8 @@ from typing import Any
 
 import msgspec
 import pytest
-import torch
 
-from tests.tiny import tiny_model
+from tests.tiny import empty_weights, tiny_model
 from toolkit.checkpoint.commit import save_checkpoint
 from toolkit.errors import CheckpointError
 from toolkit.experiment.config import ExperimentConfig
@@ -34,7 +33,7 @@ class Loader:
 def run(tmp_path: Path) -> Path:
     """A run folder with one checkpoint of the tiny model under AdamW."""
     save_checkpoint(
-        tmp_path / "checkpoints", step=1, tokens=0, tensors={"model.a": torch.ones(1)},
+        tmp_path / "checkpoints", step=1, tokens=0, tensors=empty_weights(tiny_model()),
         rank_state={"trainer": {"data": {"batch": 1}}}, engine="single", rank=0, group=None,
         extra={
             "model": msgspec.to_builtins(tiny_model()),

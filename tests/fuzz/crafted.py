@@ -23,8 +23,7 @@ Change = Callable[[random.Random, Path], None]
 VALUES: tuple[Any, ...] = (
     None, True, -1, 0, 1, 3, 2**31, 2**62, 2**63, 10**12, 10**30, -(10**12), 0.5, 1e308, -0.0, "",
     "x", "\ud800", "\0", "../../../etc/passwd", "/dev/zero", "x" * 100_000, [], {}, [[]], [None],
-    {"": None}, ["a", 1], "${HOME}", "{{ 'a' * 10**10 }}",
-    "{% for i in range(99999) %}{% endfor %}",
+    {"": None}, ["a", 1], "${HOME}", "{{ 'a' * 10**10 }}", "{% for i in range(9999) %}{% endfor %}",
 )  # fmt: skip
 DEEP = "[" * 3000 + "]" * 3000
 
@@ -33,7 +32,7 @@ def change_json(rng: random.Random, path: Path) -> None:
     """One value somewhere in the file is another one, gone, deep, or there twice."""
     try:
         data = json.loads(path.read_bytes())
-    except (ValueError, OSError):
+    except (ValueError, OSError, RecursionError):
         return change_bytes(rng, path)
     places = list(_places(data))
     if not places:
@@ -98,7 +97,7 @@ def replace_file(rng: random.Random, path: Path) -> None:
         path.write_text(DEEP)
     elif kind == 7:
         with path.open("wb") as file:
-            file.truncate(1 << 33)
+            file.truncate(1 << 33 if path.suffix in (".json", ".safetensors") else 1 << 24)
     else:
         path.write_text(rng.choice(("null", "[]", "1", '"a"', "{}", "[{}]")))
 
@@ -148,7 +147,7 @@ def resign(checkpoint: Path) -> None:
     try:
         raw = path.read_bytes()
         found = json.loads(raw)["xxh3"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return
     import xxhash
 

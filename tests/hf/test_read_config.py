@@ -276,3 +276,26 @@ def test_parameters_told_from_the_config_are_those_of_the_model(case, tmp_path):
     model = config.build(init_device="meta")
     told = parameter_shapes(config.to_transformer())
     assert list(told.items()) == [(n, tuple(p.shape)) for n, p in model.named_parameters()]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"num_hidden_layers": 10**12}, r"num_hidden_layers 1,000,000,000,000 is larger than any"),
+        ({"num_hidden_layers": 10**4000}, "num_hidden_layers of more than 18 digits is larger"),
+        ({"model_type": "mixtral", "num_local_experts": 10**9}, "num_local_experts 1,000,000,000"),
+        (
+            {"model_type": "mixtral", "num_local_experts": 99_999, "num_hidden_layers": 9_999},
+            "999,890,001 experts in all layers are more than any model has",
+        ),
+        ({"vocab_size": 10**12}, "vocab_size 1,000,000,000,000 is larger"),
+        ({"hidden_size": 10**9}, "hidden_size 1,000,000,000 is larger"),
+        ({"max_position_embeddings": 10**15}, "max_position_embeddings .* is larger"),
+    ],
+)
+def test_sizes_are_checked_before_anything_is_made_of_them(fields, message, tmp_path):
+    base = {"model_type": "llama", "vocab_size": 64, "hidden_size": 16, "num_attention_heads": 2,
+            "num_hidden_layers": 2, "intermediate_size": 32}  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(base | fields))
+    with pytest.raises(CheckpointError, match=rf"config\.json: .*{message}"):
+        read_hf_config(tmp_path)

@@ -1,6 +1,7 @@
 """Weight files of Hugging Face folders: what is read, and what is refused."""
 
 import json
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -190,3 +191,46 @@ def test_a_file_that_shrinks_while_it_is_read_is_an_error(tmp_path: Path) -> Non
         weights.read("a")
     with pytest.raises(CheckpointError, match="cut short"):
         weights.read("a", out=torch.empty(4, 6))
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"dtype": "F32", "shape": [2**62, 4], "data_offsets": [0, 8]},
+        {"dtype": "F32", "shape": [-2], "data_offsets": [0, -8]},
+        {"dtype": "F32", "shape": [2.0], "data_offsets": [0, 8]},
+        {"dtype": "F32", "shape": [2], "data_offsets": [0, 8, 9]},
+        {"dtype": "F32", "shape": [2], "data_offsets": ["0", "8"]},
+        {"dtype": ["F32"], "shape": [2], "data_offsets": [0, 8]},
+        {"dtype": "X1", "shape": [2**63], "data_offsets": [0, 8]},
+        [],
+        None,
+    ],
+)
+def test_headers_of_other_types_and_sizes_are_one_line(tmp_path: Path, entry: object) -> None:
+    text = json.dumps({"a": entry}).encode()
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(len(text).to_bytes(8, "little") + text + b"\0" * 8)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: damaged safetensors header"):
+        HFWeights(tmp_path)
+
+
+def test_tensors_that_overlap_are_refused(tmp_path: Path) -> None:
+    place = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+    text = json.dumps({"a": place, "b": place}).encode()
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(len(text).to_bytes(8, "little") + text + b"\0" * 8)
+    with pytest.raises(CheckpointError, match=r"b F32 .* at bytes 0 to 8, where 8 to 16 were"):
+        HFWeights(tmp_path)
+
+
+def test_a_torch_file_with_compressed_records_is_refused(tmp_path: Path) -> None:
+    torch.save({"a": torch.zeros(1000)}, tmp_path / "whole.bin")
+    with (
+        zipfile.ZipFile(tmp_path / "whole.bin") as whole,
+        zipfile.ZipFile(tmp_path / "pytorch_model.bin", "w", zipfile.ZIP_DEFLATED) as packed,
+    ):
+        for record in whole.infolist():
+            packed.writestr(record.filename, whole.read(record))
+    with pytest.raises(CheckpointError, match=r"is compressed, which torch\.save never does"):
+        HFWeights(tmp_path)

@@ -11,7 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
 from tensorboard.compat.proto.event_pb2 import Event
 
-from toolkit.metrics.sinks import JsonlSink, TensorBoardSink
+from toolkit.metrics.sinks import JsonlSink, TensorBoardSink, _write_all
 
 
 def scalars(folder, tag):
@@ -119,3 +119,38 @@ def test_nothing_written_makes_no_file(tmp_path):
     sink.sync()
     sink.close()
     assert not (tmp_path / "tb").exists()
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "tensorboard"])
+def test_a_full_disk_is_told_once_with_its_file(kind, tmp_path):
+    """What it refused does not come again when the file is closed or collected."""
+    path = tmp_path / "train.jsonl"
+    sink = JsonlSink(path) if kind == "jsonl" else TensorBoardSink(tmp_path / "tb")
+    sink.write([{"step": 1}])
+    whole, sink._file = sink._file, open("/dev/full", "wb", buffering=0)  # noqa: SIM115
+    with pytest.raises(OSError, match="No space left on device") as caught:
+        sink.write([{"step": 2}])
+    assert caught.value.filename == str(path if kind == "jsonl" else tmp_path / "tb")
+    sink._file.close()
+    sink._file = whole
+    sink.close()
+
+
+def test_a_disk_that_takes_a_part_at_a_time_gets_all(tmp_path):
+    class Slow:
+        written = b""
+
+        def write(self, data):
+            self.written += bytes(data[:5])
+            return min(5, len(data))
+
+    slow = Slow()
+    _write_all(slow, b"more than five bytes", tmp_path)
+    assert slow.written == b"more than five bytes"
+
+
+def test_tensorboard_does_not_make_a_removed_run_anew(tmp_path):
+    sink = TensorBoardSink(tmp_path / "run" / "tb" / "eval")
+    with pytest.raises(FileNotFoundError):
+        sink.write([{"step": 1, "loss": 1.0}])
+    assert not (tmp_path / "run").exists()

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -126,3 +127,20 @@ def test_fresh_model_predicts_nearly_uniformly(tied):
     ids = torch.randint(500, (4, 33), generator=torch.Generator().manual_seed(0))
     sums = model(ids[:, :-1], ids[:, 1:])
     assert sums.ce.item() / 128 == pytest.approx(math.log(500), abs=0.1)
+
+
+def test_the_largest_seed_is_one_everywhere() -> None:
+    from toolkit.data.order.permutation import KeyedPermutation
+    from toolkit.distributed.environment import _seed_everything
+
+    seed = 2**64 - 1
+    _seed_everything(seed)
+    assert torch.initial_seed() == seed
+    torch.Generator().manual_seed(seed)
+    order = KeyedPermutation(100, f"data:{seed}")(np.arange(100))
+    assert sorted(order.tolist()) == list(range(100))
+    first, same, other = (torch.empty(64) for _ in range(3))
+    for out, number in ((first, seed), (same, seed), (other, 0)):
+        fill_flat_(out, name="w", numel=64, start=0, spec=InitSpec("normal", 1.0), seed=number)
+    assert torch.equal(first, same)
+    assert not torch.equal(first, other)

@@ -1,11 +1,14 @@
 """RunManager: attempts, status, metadata that loses nothing."""
 
+import errno
 import json
 import logging
+import shutil
 
 import pytest
 
 from toolkit.errors import RunError
+from toolkit.runs import manager
 from toolkit.runs.config import RunConfig
 from toolkit.runs.files import RUN_FILES
 from toolkit.runs.registry import start_run
@@ -120,3 +123,61 @@ def test_failing_background_work_is_a_warning(tmp_path, caplog):
         run.wait()
     assert "no such disk" in caplog.text
     assert read_status(run.folder).state == "finished"
+
+
+def full(*_, **__):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_status_that_cannot_be_written_is_one_warning(tmp_path, monkeypatch, caplog):
+    run = start_run("exp", "one", root=tmp_path)
+    monkeypatch.setattr(manager, "write_json_atomic", full)
+    with caplog.at_level(logging.WARNING):
+        run.set_status("running", step=1)
+        run.set_status("running", step=2)
+    assert caplog.text.count("status.json: cannot be written") == 1
+    assert read_status(run.folder).step is None
+    run.close()
+
+
+@pytest.mark.parametrize("length", [10, 100_000])
+def test_the_last_status_fits_on_a_full_disk(length, tmp_path, monkeypatch):
+    """Over the bytes that are there; a message too long for them is left out."""
+    run = start_run("exp", "one", root=tmp_path)
+    run.set_status("running", step=1, note="x" * 300)
+    monkeypatch.setattr(manager, "write_json_atomic", full)
+    run.close("failed", step=7, message="m" * length, exit_reason="error")
+    status = read_status(run.folder)
+    assert (status.state, status.step, status.exit_reason) == ("failed", 7, "error")
+    assert status.message == ("m" * length if length < 4096 else None)
+    assert run.path(RUN_FILES.status).stat().st_size <= 4096
+
+
+def test_a_read_only_disk_keeps_the_first_cause(tmp_path, monkeypatch):
+    def read_only(*_, **__):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    run = start_run("exp", "one", root=tmp_path)
+    monkeypatch.setattr(manager, "write_json_atomic", read_only)
+    with pytest.raises(ValueError, match="the first cause"), run:
+        raise ValueError("the first cause")
+    assert not run.path(RUN_FILES.lock_info).exists()
+
+
+def test_a_folder_that_was_removed_moved_or_replaced_is_noticed(tmp_path, caplog):
+    run = start_run("exp", "one", root=tmp_path)
+    assert run.find_removal() is None
+    moved = run.folder.rename(tmp_path / "elsewhere")
+    assert "was removed or moved" in str(run.find_removal())
+    (run.folder / "metadata").mkdir(parents=True)
+    assert run.find_removal() is not None
+    # A file system that numbers its folders anew: the lock says that it is still ours.
+    shutil.copy(moved / RUN_FILES.lock_info, run.path(RUN_FILES.lock_info))
+    assert run.find_removal() is None
+    shutil.rmtree(run.folder)
+    with caplog.at_level(logging.WARNING):
+        run.close("failed", message="removed")
+    assert not run.folder.exists()
+    assert "cannot be written" not in caplog.text
+    moved.rename(run.folder)
+    assert run.find_removal() is None

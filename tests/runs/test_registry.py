@@ -3,14 +3,17 @@
 import logging
 import os
 import re
+import sqlite3
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 
 from toolkit.errors import RunError
 from toolkit.runs.config import RunConfig
+from toolkit.runs.database import RunIndex
 from toolkit.runs.files import RUN_FILES
 from toolkit.runs.registry import (
     choose_run_name,
@@ -20,6 +23,7 @@ from toolkit.runs.registry import (
     resolve_run_folder,
     start_run,
 )
+from toolkit.runs.status import read_status
 
 STARTER = """
 import sys
@@ -218,3 +222,36 @@ def test_is_run(tmp_path):
     assert is_run(run.folder)
     assert is_run(str(Path(run.folder)))
     run.close("finished")
+
+
+def test_a_registry_that_another_process_holds_delays_no_end(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("toolkit.runs.database._BUSY_SECONDS", 0.1)
+    start_run("exp", "before", root=tmp_path).close("finished")
+    other = sqlite3.connect(tmp_path / "registry.sqlite", isolation_level=None)
+    other.execute("BEGIN EXCLUSIVE")
+    attempts: list[object] = []
+    put = RunIndex.put
+    monkeypatch.setattr(RunIndex, "put", lambda self, row: attempts.append(row) or put(self, row))
+    with caplog.at_level(logging.WARNING):
+        run = start_run("exp", "one", root=tmp_path)
+        for step in range(50):
+            run.set_status("running", step=step)
+            run.wait()
+        run.close("finished", step=50)
+    assert len(attempts) == 2  # at the first status and at the last, not at each
+    assert caplog.text.count("run registry") == 1
+    assert read_status(run.folder).step == 50
+    other.close()
+    assert reindex(tmp_path) == 2
+
+
+def test_a_registry_that_never_answers_is_left_at_the_end(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("toolkit.runs.manager.CLOSE_SECONDS", 0.1)
+    answers = threading.Event()
+    monkeypatch.setattr("toolkit.runs.database.RunIndex", lambda url: answers.wait(60))
+    with caplog.at_level(logging.WARNING):
+        run = start_run("exp", "one", root=tmp_path)
+        run.close("finished")
+    assert caplog.text.count("`toolkit runs reindex` brings it up to date") == 1
+    assert read_status(run.folder).state == "finished"
+    answers.set()

@@ -103,6 +103,8 @@ class Torture:
         words = self._train
         if (self.folder / "metadata" / "config.json").exists():
             words = ("resume", str(self.folder))
+            if not saved_steps(self.checkpoints):  # killed before the first one: nothing to lose
+                words += ("--trainer.start_anew",)
         self.tally.starts += 1
         self._started = time.time_ns()
         return Family(words, ranks=self._ranks, log=self._log, torchrun=self._torchrun)

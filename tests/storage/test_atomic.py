@@ -1,5 +1,6 @@
 """A file is there whole or not at all."""
 
+import errno
 import json
 import os
 import stat
@@ -7,6 +8,7 @@ import stat
 import pytest
 
 from toolkit.storage.atomic import (
+    create_json,
     fsync_tree,
     hash_file,
     open_atomic,
@@ -77,3 +79,15 @@ def test_hash_streams_to_the_hash_of_the_whole(tmp_path, size):
     data = bytes(i * 7 % 251 for i in range(size))
     (tmp_path / "a").write_bytes(data)
     assert hash_file(tmp_path / "a", chunk_size=4096) == xxhash.xxh3_64_hexdigest(data)
+
+
+def test_a_full_disk_is_named(tmp_path, monkeypatch):
+    def full(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    for write in (write_json_atomic, create_json):
+        with pytest.raises(OSError, match="No space left") as caught:
+            write(tmp_path / "status.json", {})
+        assert caught.value.filename == str(tmp_path / "status.json")
+    assert not any(tmp_path.iterdir())

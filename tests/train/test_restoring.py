@@ -42,6 +42,29 @@ def test_load_path_that_must_hold_a_checkpoint_and_does_not(tmp_path: Path) -> N
         find_start(config, tmp_path / "own")
 
 
+def test_a_run_that_has_trained_does_not_begin_elsewhere_by_itself(tmp_path: Path) -> None:
+    folders = {OWN: Found(None), GIVEN: Found(GIVEN / "step9")}
+    config = TrainerConfig(load_path=str(GIVEN), load_weights_only=True)
+    with pytest.raises(
+        CheckpointError, match=r"it has done 7 steps, .*\(it was never saved\)"
+    ) as error:
+        find_start(config, OWN, folders.__getitem__, reached=7)
+    assert f"starts it again from trainer.load_path ({GIVEN / 'step9'})" in str(error.value)
+    anew = config.replace(start_anew=True)
+    start = find_start(anew, OWN, folders.__getitem__, reached=7)
+    assert start == Start(GIVEN / "step9", weights_only=True)
+    own = {OWN: Found(OWN / "step2"), GIVEN: Found(None)}
+    assert find_start(config, OWN, own.__getitem__, reached=7) == Start(OWN / "step2", False)
+
+
+@pytest.mark.parametrize("strategy", [None, "always"])
+def test_a_given_load_path_must_be_there(tmp_path: Path, strategy: Any) -> None:
+    config = TrainerConfig(load_path=str(tmp_path / "goood"), load_strategy=strategy)
+    with pytest.raises(CheckpointError, match="goood: no such folder; give a run folder"):
+        find_start(config, tmp_path / "own")
+    assert find_start(config.replace(load_strategy="if_available"), tmp_path / "own") is None
+
+
 NAMES = ("model.blocks.0.attn.w", "optim.blocks.0.attn.w.exp_avg", "model.head.w")
 
 

@@ -13,8 +13,9 @@ from toolkit.checkpoint.remote_load import (
     load_remote_checkpoint,
     load_remote_rank_state,
     load_remote_weights,
+    remote_shapes,
 )
-from toolkit.checkpoint.tensors import load_tensors
+from toolkit.checkpoint.tensors import load_tensors, stored_shapes
 
 
 def metadata_of(checkpoint: Path | str) -> CheckpointMetadata:
@@ -29,6 +30,13 @@ def rank_state_of(checkpoint: Path | str, rank: int) -> dict[str, Any]:
     if isinstance(checkpoint, Path):
         return load_rank_state(checkpoint, rank)
     return load_remote_rank_state(checkpoint, metadata_of(checkpoint), rank)
+
+
+def shapes_of(checkpoint: Path | str) -> dict[str, torch.Size]:
+    """The shape of every tensor in it; raises CheckpointError."""
+    if isinstance(checkpoint, Path):
+        return stored_shapes(checkpoint / TENSORS_FOLDER)
+    return remote_shapes(checkpoint)
 
 
 def load_everything(

@@ -43,6 +43,7 @@ from toolkit.checkpoint.ranks import gather, run_together
 from toolkit.checkpoint.tensors import load_tensors, reason_of
 from toolkit.errors import CheckpointError, TrainingError
 from toolkit.storage.atomic import fsync_folder, hash_file, remove_tree, write_atomic
+from toolkit.storage.foreign import check_regular
 
 log = logging.getLogger(__name__)
 
@@ -195,8 +196,9 @@ def load_rank_state(checkpoint: Path, rank: int) -> dict[str, Any]:
     if not path.is_file():
         path = checkpoint / rank_file(0)
     try:
+        size = check_regular(path, CheckpointError)
         with path.open("rb") as file:
-            return load_archive(file, path.stat().st_size)
+            return load_archive(file, size)
     except Exception as error:
         raise CheckpointError(f"{path}: cannot be read: {reason_of(error)}") from error
 

@@ -37,7 +37,7 @@ def check_coverage(metadata: Metadata, sizes: Mapping[str, int]) -> None:
     used: dict[str, list[tuple[int, int]]] = {}
     known = 0
     for name, entry in tensors.items():
-        if not isinstance(name, str) or not _is_described(entry):
+        if not isinstance(entry, TensorStorageMetadata) or not _is_described(name, entry):
             raise ValueError(f"{name}: is no tensor")
         if not _is_tiled(entry.size, entry.chunks):
             raise ValueError(f"{name}: its chunks do not make up the tensor exactly once")
@@ -63,9 +63,9 @@ def check_coverage(metadata: Metadata, sizes: Mapping[str, int]) -> None:
             raise ValueError(f"uses bytes of {file} twice")
 
 
-def _is_described(entry: Any) -> bool:
+def _is_described(name: Any, entry: TensorStorageMetadata) -> bool:
     return (
-        isinstance(entry, TensorStorageMetadata)
+        isinstance(name, str)
         and isinstance(entry.properties.dtype, torch.dtype)
         and isinstance(entry.size, torch.Size)
         and isinstance(entry.chunks, list)

@@ -21,7 +21,7 @@ from toolkit.checkpoint.layout import (
     step_folder,
 )
 from toolkit.checkpoint.ranks import gather, run_together
-from toolkit.checkpoint.tensors import check_stored_tensors
+from toolkit.checkpoint.tensors import stored_shapes
 from toolkit.errors import CheckpointError
 
 log = logging.getLogger(__name__)
@@ -106,7 +106,7 @@ def _problem(checkpoint: Path, group: dist.ProcessGroup | None, *, quick: bool) 
             share = sorted(metadata.files)[rank::world_size]
             check_files(checkpoint, metadata, hashes=True, only=share)
         if rank == 0:
-            check_stored_tensors(checkpoint / TENSORS_FOLDER)
+            stored_shapes(checkpoint / TENSORS_FOLDER)
     except (CheckpointError, OSError) as error:
         return str(error)
     return None

@@ -36,6 +36,9 @@ Kind = Literal["permanent", "ephemeral", "fixed"]
 """Ordinary ones are kept by the rules of retention; of ephemeral ones just the newest, fixed ones
 for ever."""
 
+_MAPPINGS = {"model", "optim", "data", "versions", "source", "base", "adapter"}
+"""Of `extra`, what is read again."""
+
 _NO_HASH = "0" * 16
 
 _STEP = re.compile(r"step(\d+)\Z")
@@ -142,6 +145,9 @@ def decode_metadata(raw: bytes, checkpoint: Path | str) -> CheckpointMetadata:
     """
     where = f"{str(checkpoint).rstrip('/')}/{METADATA_FILE}"
     metadata = decode_json(raw, where, CheckpointError, CheckpointMetadata)
+    for name in _MAPPINGS & metadata.extra.keys():
+        if not isinstance(metadata.extra[name] or {}, dict):
+            raise CheckpointError(f"{where}: cannot be read: extra.{name} is no mapping")
     if metadata.version > FORMAT_VERSION:
         raise CheckpointError(
             f"{checkpoint}: format {metadata.version} is newer than this toolkit's "

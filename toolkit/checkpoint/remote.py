@@ -249,7 +249,7 @@ def _move_aside(root: RemoteFolder, folder: RemoteFolder) -> RemoteFolder:
     while name in taken:
         number += 1
         name = f"{folder.name}{INVALID_SUFFIX}.{number}"
-    folder.move_to(root / name)
+    folder.move_to(root / name, first=METADATA_FILE)
     return root / name
 
 

@@ -222,6 +222,12 @@ def remote_reader(folder: RemoteFolder, metadata: CheckpointMetadata) -> RemoteR
     return RemoteReader(folder / TENSORS_FOLDER, raw, metadata)
 
 
+def remote_shapes(url: str) -> dict[str, torch.Size]:
+    """The shape of every tensor in the step folder `url`; raises CheckpointError."""
+    metadata = decode_remote_metadata(read_raw_metadata(url), url)
+    return remote_reader(RemoteFolder(url), metadata).shapes()
+
+
 class _RemoteFiles:
     """As much of DCP's file system as reading takes."""
 

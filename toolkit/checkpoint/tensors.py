@@ -77,7 +77,7 @@ def load_tensors(
         CheckpointError: for a missing tensor or one of another shape.
     """
     reader = reader or SafeReader(folder)
-    _check_shapes(folder, reader.read_metadata(), tensors)
+    check_shapes(folder, reader.shapes(), tensors)
     try:
         _dcp_load(tensors, reader, group)
     except CheckpointException as error:
@@ -165,10 +165,16 @@ class SafeReader(RangeReader):
             self._metadata = self._read_metadata()
         return self._metadata
 
+    def shapes(self) -> dict[str, torch.Size]:
+        """The shape of every tensor; raises CheckpointError."""
+        return {name: entry.size for name, entry in _entries(self.read_metadata(), "")}
+
     def _read_metadata(self) -> Metadata:
         path = self._get_metadata_path()
         try:
             sizes = file_sizes(Path(self.path)) if self._sizes is None else self._sizes
+            if METADATA_NAME not in sizes:
+                raise ValueError("is missing")
             with self.fs.create_stream(path, "rb") as file:
                 raw = file.read(sizes[METADATA_NAME])
             metadata = unpickle(raw, _NAMES)
@@ -192,33 +198,42 @@ def file_sizes(folder: Path) -> dict[str, int]:
         return {e.name: e.stat().st_size for e in entries if e.is_file()}
 
 
-def check_stored_tensors(folder: Path) -> None:
-    """Check that the tensors in `folder` are whole, as far as their description tells; what was
-    checked before and has not changed is not read again.
+def stored_shapes(folder: Path) -> dict[str, torch.Size]:
+    """The shape of every tensor in `folder`, all of which are whole as far as their description
+    tells. What was read before and has not changed is not read again.
 
     Raises:
-        CheckpointError: they are not.
+        CheckpointError: one is not.
     """
-    places = ((name, os.stat(folder / name)) for name in sorted(file_sizes(folder)))
-    _check_once(folder, tuple((name, s.st_size, s.st_mtime_ns, s.st_ino) for name, s in places))
+    try:
+        places = [(name, os.stat(folder / name)) for name in sorted(file_sizes(folder))]
+    except OSError as error:
+        raise CheckpointError(f"{folder}: cannot be read: {error.strerror}") from None
+    return _shapes(folder, tuple((n, s.st_size, s.st_mtime_ns, s.st_ino) for n, s in places))
 
 
 @functools.lru_cache(maxsize=64)
-def _check_once(folder: Path, files: tuple[tuple[str, int, int, int], ...]) -> None:
-    SafeReader(folder).read_metadata()
+def _shapes(folder: Path, files: tuple[tuple[str, int, int, int], ...]) -> dict[str, torch.Size]:
+    return SafeReader(folder).shapes()
 
 
-def _check_shapes(folder: Path | str, metadata: Metadata, tensors: dict[str, torch.Tensor]) -> None:
-    stored = metadata.state_dict_metadata
-    for key, tensor in tensors.items():
-        entry = stored.get(key)
-        if not isinstance(entry, TensorStorageMetadata):
+def check_shapes(
+    where: Path | str, stored: Mapping[str, torch.Size], wanted: Mapping[str, Any]
+) -> None:
+    """Check that a checkpoint that has tensors of these shapes has every one of `wanted`, which
+    have shapes.
+
+    Raises:
+        CheckpointError: naming the first one that is missing, or has another shape.
+    """
+    for key, tensor in wanted.items():
+        shape = stored.get(key)
+        if shape is None:
             raise CheckpointError(
-                f"{folder}: has no tensor {key}; it was saved from another model or optimizer "
+                f"{where}: has no tensor {key}; it was saved from another model or optimizer "
                 "(trainer.load_weights_only=true takes the weights alone)"
             )
-        if tuple(entry.size) != tuple(tensor.shape):
+        if tuple(shape) != tuple(tensor.shape):
             raise CheckpointError(
-                f"{folder}: {key} has shape {tuple(entry.size)}, the model wants "
-                f"{tuple(tensor.shape)}"
+                f"{where}: {key} has shape {tuple(shape)}, the model wants {tuple(tensor.shape)}"
             )

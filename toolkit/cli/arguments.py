@@ -58,6 +58,17 @@ def split_words(first: str, others: Sequence[str] | None, what: str) -> tuple[st
     raise ConfigError(f"no {what} given; put it before the --PATH=VALUE overrides")
 
 
+def run_named(text: str) -> str:
+    """The folder of the run that `toolkit runs` lists under this name; anything else as it is.
+
+    Raises:
+        RunError: several runs have this name.
+    """
+    from toolkit.runs.registry import find_named
+
+    return find_named(text)
+
+
 def is_rank_0() -> bool:
     """Whether this process speaks for all that a launcher started."""
     return os.environ.get("RANK", "0") == "0"

@@ -4,6 +4,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from toolkit.cli.arguments import run_named
+
 if TYPE_CHECKING:
     from toolkit.experiment.batch import BatchInstance, StepBatch
 
@@ -34,7 +36,7 @@ def batch(
     from toolkit.cli.instance_text import plain_console, print_pieces
     from toolkit.experiment.batch import step_batch
 
-    found = step_batch(Path(run_dir), step, show=show)
+    found = step_batch(Path(run_named(run_dir)), step, show=show)
     if json:
         import msgspec
 

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from toolkit.cli.arguments import run_named
 from toolkit.cli.choices import ComputeType
 
 if TYPE_CHECKING:
@@ -83,7 +84,7 @@ def evaluate(
     if batch_tokens is not None and batch_tokens < 1:
         raise ConfigError(f"--batch-tokens {batch_tokens}: give a number of tokens, 1 or more")
     found = evaluate(
-        source,
+        run_named(source),
         files=[*(files or ()), *(more or ())],
         settings=EvalSettings(
             sequence_length=sequence_length,

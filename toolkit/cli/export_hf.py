@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from toolkit.cli.arguments import run_named
+
 if TYPE_CHECKING:
     from toolkit.hf.export import Exported
     from toolkit.hf.source import ModelSource
@@ -72,7 +74,7 @@ def export_hf(
     from toolkit.experiment.export import ExportOptions, export_model
 
     options = ExportOptions(dtype.value, max_shard_size, merge_adapter, tokenizer, check)
-    found, exported = export_model(source, Path(out), options)
+    found, exported = export_model(run_named(source), Path(out), options)
     _print_summary(found, exported, out)
 
 

@@ -6,7 +6,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from toolkit.cli.arguments import run_named
 from toolkit.cli.choices import ComputeType
+from toolkit.wording import count
 
 if TYPE_CHECKING:
     from toolkit.evaluate.continuation import Sampling
@@ -65,7 +67,9 @@ def generate(
             show_default="likewise; else 1",
         ),
     ] = None,
-    seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
+    seed: Annotated[
+        int, typer.Option(help="The same seed gives the same text.", min=0, max=2**64 - 1)
+    ] = 0,
     no_stream: Annotated[
         bool, typer.Option("--no-stream", help="Show the text when it is complete.")
     ] = False,
@@ -109,7 +113,7 @@ def generate(
     sampling.filled(Sampling())  # raises for values out of range, before anything is loaded
     prompts = [] if chat else _prompts(prompt, file)
     with open_generator(
-        source,
+        run_named(source),
         tokenizer=tokenizer,
         dtype=dtype.value if dtype is not None else None,
         device=device,
@@ -165,7 +169,7 @@ def _show(
         typer.echo()
         if done.stopped == "context":
             total = done.num_prompt_tokens + done.num_new_tokens
-            typer.echo(f"stopped: the model's context of {total:,} tokens is full", err=True)
+            typer.echo(f"stopped: the model's context of {count(total, 'token')} is full", err=True)
 
 
 def _write(

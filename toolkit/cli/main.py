@@ -5,7 +5,10 @@ help is quick, and no verb pays for another.
 """
 
 import contextlib
+import errno
+import io
 import os
+import shlex
 import socket
 import sys
 import time
@@ -33,6 +36,8 @@ from toolkit.cli import (
 from toolkit.cli.data.app import app as data_app
 from toolkit.cli.output import has_lost_reader, open_missing_streams, outlive_readers
 from toolkit.config.secrets import mask_secrets
+from toolkit.distributed.allocator import set_allocator_defaults
+from toolkit.distributed.ranks import adopt_ranks
 from toolkit.errors import (
     EXIT_BAD_INPUT,
     EXIT_DONE,
@@ -41,11 +46,13 @@ from toolkit.errors import (
     ToolkitError,
     reason_of_machine,
 )
+from toolkit.wording import shortened
 
 EXIT_INTERRUPTED = 130
 """Ctrl-C before there is a run (128 + SIGINT); a run ends with `EXIT_STOPPED`."""
 
 _TRAINING = ("train", "resume")
+_COMPUTING = (*_TRAINING, "verify", "eval", "generate")
 _READING = ("", "runs", "recipes", "schema", "batch", "generate", "show", "inspect")
 """Verbs that are done when nobody reads on. The others work, whether anybody looks or not."""
 
@@ -60,6 +67,20 @@ _LAUNCHED = (
 
 # typer brings its own copy of click, under a private name; this is its UsageError.
 _UsageError: Any = typer.BadParameter.__base__
+
+_LONGEST_MESSAGE = 1_500
+"""Characters; values of files from elsewhere may be of any length."""
+_OTHER_NAMES = {
+    "dry_run": "toolkit train {} --dry-run",
+    "dry-run": "toolkit train {} --dry-run",
+    "prep": "toolkit prepare {}",
+    "train_single": "toolkit train {}",
+    "launch": "torchrun --nproc-per-node=gpu -m toolkit train {}",
+}
+"""Verbs of OLMo-core's scripts, and the command that does the same."""
+
+_NO_PATHS = (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EACCES)
+"""What the operating system says of a path that cannot be one, or is not ours."""
 
 _OVERRIDES = {"ignore_unknown_options": True}
 
@@ -109,17 +130,22 @@ def main() -> None:
     # Read by libgomp when torch loads it. Its threads spin while they wait, by default so long that
     # two programs with as many threads as cores slow each other down tenfold (docs/LOG.md).
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    set_allocator_defaults()
     args = sys.argv[1:]
     verbs = [word for word in args if not word.startswith("-") and word != "data"]
     verb = verbs[0] if verbs else ""
     open_missing_streams()
-    if verb not in _READING:
-        outlive_readers()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # names of files need not be UTF-8
+    signals.stop_leaving()
+    if "--debug" in args and verb in _COMPUTING:
+        _wait_for_kernels()
     with contextlib.ExitStack() as stack:
-        if verb in _TRAINING:
-            stack.enter_context(signals.listening(signals.Starting()))
-            if "--debug" in args:
-                _wait_for_kernels()
+        if verb not in _READING:
+            outlive_readers()
+            doing = "stopping before the first step" if verb in _TRAINING else "stopping"
+            stack.enter_context(signals.listening(signals.Starting(doing=doing)))
         code = run(args)
     sys.exit(code)
 
@@ -127,7 +153,7 @@ def main() -> None:
 def _wait_for_kernels() -> None:
     """Have an error of a CUDA kernel point to the line that launched it. Before torch is there."""
     mode = os.environ.setdefault("CUDA_LAUNCH_BLOCKING", "1")
-    if os.environ.get("RANK", "0") == "0":
+    if os.environ.get("RANK", "0") == "0" and "TOOLKIT_STORE_FILE" not in os.environ:
         typer.echo(
             f"--debug: CUDA_LAUNCH_BLOCKING={mode} in every process"
             + (": GPU kernels run one at a time, which is slow" if mode == "1" else ""),
@@ -144,20 +170,41 @@ def run(args: Sequence[str]) -> int:
 
         print(f"toolkit {__version__}")
         return EXIT_DONE
+    if words[0] in _OTHER_NAMES:
+        return _report(_in_our_words(words), EXIT_BAD_INPUT, debug=debug)
     try:
+        adopt_ranks(os.environ)
         result = app(words, prog_name="toolkit", standalone_mode=False, obj=debug)
         sys.stdout.flush()
+        asked = signals.asked()
+        if result == EXIT_INTERRUPTED and asked is not None:  # typer's word for all of them
+            return signals.exit_code(asked)
         return result if isinstance(result, int) else EXIT_DONE
-    except signals.Interrupted as error:
-        return signals.exit_code(error.reason)
     except (KeyboardInterrupt, typer.Abort):
         return EXIT_INTERRUPTED
-    except BrokenPipeError:
-        if not has_lost_reader(sys.stdout):  # another pipe: a worker's, a server's
+    except (BrokenPipeError, SystemExit) as error:
+        # typer leaves with 1, without a word, by whatever pipe the error came.
+        cause = error.__context__ if isinstance(error, SystemExit) else error
+        if not isinstance(cause, BrokenPipeError):
             raise
+        if not has_lost_reader(sys.stdout):  # another pipe: a worker's, a server's
+            raise cause from None
         # The reader (`| head`) has what it wants; Python must not complain at exit either.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_DONE
+    except OSError as error:
+        if error.errno in _NO_PATHS and error.filename is not None:
+            name = shortened(str(error.filename))
+            return _report(f"{name}: {error.strerror}", EXIT_BAD_INPUT, debug=debug)
+        line = reason_of_machine(error)
+        if line is None:
+            raise
+        return _report(line, EXIT_FAILED, debug=debug)
+    except RuntimeError as error:
+        if "home directory" not in str(error):  # of pathlib: `~name` of nobody
+            raise
+        name = next((word for word in words if "~" in word), "~")
+        return _report(f"{shortened(name)}: no such user here", EXIT_BAD_INPUT, debug=debug)
     except _UsageError as error:
         return _report(error.format_message(), EXIT_BAD_INPUT, debug=debug)
     except SeveralErrors as error:
@@ -166,11 +213,11 @@ def run(args: Sequence[str]) -> int:
     except ToolkitError as error:
         message = " ".join(str(error).split())
         return _report(message, error.exit_code, debug=debug, only_here=error.only_here)
-    except OSError as error:
-        line = reason_of_machine(error)
-        if line is None:
-            raise
-        return _report(line, EXIT_FAILED, debug=debug)
+
+
+def _in_our_words(words: Sequence[str]) -> str:
+    rest = shlex.join(words[1:]) or "CONFIG"
+    return f"no such command: {words[0]}; type: {_OTHER_NAMES[words[0]].format(rest)}"
 
 
 def _report(message: str, code: int, *, debug: bool, only_here: bool = False) -> int:
@@ -187,5 +234,8 @@ def _report(message: str, code: int, *, debug: bool, only_here: bool = False) ->
     sys.stdout.flush()
     label = typer.style("error:", fg=typer.colors.RED, bold=True)
     for line in message.splitlines():
-        typer.echo(f"{label} {mask_secrets(' '.join(line.split()))}", err=True)
+        text = str(mask_secrets(" ".join(line.split())))
+        if len(text) > _LONGEST_MESSAGE and not debug:
+            text = f"{text[:_LONGEST_MESSAGE]}... (cut; --debug shows all)"
+        typer.echo(f"{label} {text}", err=True)
     return code

@@ -4,13 +4,17 @@ from typing import Annotated
 
 import typer
 
-from toolkit.cli.arguments import Overrides, is_rank_0, split_words
+from toolkit.cli.arguments import Overrides, is_rank_0, run_named, split_words
 
 
 def resume(
     context: typer.Context,
     run_dir: Annotated[
-        str, typer.Argument(metavar="RUN_DIR", help="A run folder (see `toolkit runs`).")
+        str,
+        typer.Argument(
+            metavar="RUN_DIR",
+            help="A run: its folder or name (see `toolkit runs`), or its newest step{N} folder.",
+        ),
     ],
     overrides: Overrides = None,
     explain: Annotated[
@@ -37,6 +41,7 @@ def resume(
     from pathlib import Path
 
     folder, paths = split_words(run_dir, overrides, "RUN_DIR")
+    folder = run_named(folder)
     if explain:
         import os
 

@@ -58,12 +58,19 @@ def train(
           toolkit train quickstart --save-folder runs/quickstart/zero3
     """
     import os
+    import re
+    import shlex
 
     from toolkit.distributed.launcher_checks import check_launcher_variables
     from toolkit.errors import ConfigError
     from toolkit.experiment.load import load_experiment
 
     source, paths = split_words(config, overrides, "CONFIG")
+    if paths and re.fullmatch(r"[\w.][\w.-]*", paths[0]):
+        command = f"toolkit train {source} --name {shlex.join(paths)}"
+        raise ConfigError(
+            f"unexpected argument {paths[0]!r}; if it is the run's name, type: {command}"
+        )
     shorthands = {
         "name": name,
         "sequence_length": sequence_length,

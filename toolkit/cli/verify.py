@@ -4,6 +4,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from toolkit.cli.arguments import run_named
+
 if TYPE_CHECKING:
     from toolkit.experiment.receipt import Receipt
     from toolkit.experiment.verify import CheckpointReport
@@ -50,6 +52,7 @@ def verify(
 
     from toolkit.errors import EXIT_DONE, EXIT_FAILED, ConfigError
 
+    run_dir = run_named(run_dir)
     if replay is None:
         if step is not None:
             raise ConfigError("--step belongs to --replay N; or give the step{N} folder itself")

@@ -29,6 +29,7 @@ from toolkit.config.types import (
     shown,
     struct_types,
     tags,
+    type_of,
     unknown_field,
     value_type,
 )
@@ -67,7 +68,7 @@ def convert(data: Any, config_type: type[T]) -> T:
 
 def check(data: Any, config_type: type) -> Checked:
     """Everything in `data` that does not fit `config_type`, and what can be made of the rest."""
-    walk, target = _Walk(), msgspec.inspect.type_info(config_type)
+    walk, target = _Walk(), type_of(config_type)
     fitting = walk.value(data, target, "")
     if not walk.errors:
         try:

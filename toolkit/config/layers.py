@@ -10,8 +10,6 @@
 import copy
 from typing import Any, Generic, TypeVar
 
-import msgspec
-
 from toolkit.config.base import Config
 from toolkit.config.check import Checked, check
 from toolkit.config.overrides import Override, parse_value
@@ -26,6 +24,7 @@ from toolkit.config.types import (
     shown,
     struct_types,
     tags,
+    type_of,
     value_type,
 )
 from toolkit.errors import ErrorList
@@ -42,7 +41,7 @@ class ConfigLayers(Generic[T]):
         self.config_type = config_type
         self.data: dict[str, Any] = {}
         self._origins: dict[str, str] = {}
-        self._root = msgspec.inspect.type_info(config_type)
+        self._root = type_of(config_type)
 
     def add(self, data: dict[str, Any], origin: str) -> None:
         """Merge `data` over the layers so far.

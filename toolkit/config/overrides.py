@@ -19,11 +19,11 @@ from toolkit.config.types import (
     field_types,
     item_type,
     nearest,
-    shortened,
     shown,
     value_type,
 )
 from toolkit.errors import ConfigError, ErrorList
+from toolkit.wording import shortened
 
 _INT = re.compile(r"[-+]?[0-9]+(_[0-9]+)*\Z")
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?\Z")

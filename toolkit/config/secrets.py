@@ -99,7 +99,7 @@ def check_no_secrets(data: Any, path: str = "") -> None:
     if isinstance(data, dict):
         for name, value in data.items():
             below = f"{path}.{name}" if path else str(name)
-            is_text = isinstance(value, str) and value and not _REFERENCE.fullmatch(value)
+            is_text = isinstance(value, str) and value and not _is_reference(value)
             if is_text and value != HIDDEN and is_secret_name(str(name), strict=True):
                 raise ConfigError(f"{below}: {_ADVICE}: --{below}='${{NAME}}'")
             check_no_secrets(value, below)
@@ -116,6 +116,11 @@ _ADVICE = (
     "holds a secret, which the run folder would keep; put it into an environment variable, which "
     "is read at each start, and write its name"
 )
+
+
+def _is_reference(text: str) -> bool:
+    """Whether `text` names variables and holds nothing else."""
+    return "${" in text and not re.search(r"\w", _REFERENCE.sub("", text))
 
 
 def _is_secret_key(key: Any) -> bool:
@@ -136,7 +141,7 @@ def _hide(value: Any) -> Any:
         return [_hide(inner) for inner in value]
     if value is None or isinstance(value, bool) or value == "":
         return value
-    return value if isinstance(value, str) and _REFERENCE.fullmatch(value) else HIDDEN
+    return value if isinstance(value, str) and _is_reference(value) else HIDDEN
 
 
 def _mask_text(text: str) -> str:
@@ -162,10 +167,10 @@ def _mask_url(match: re.Match[str], *, strict: bool, hidden: str) -> str:
     name, colon, password = user.partition(":")
     if at and "/" not in name and "?" not in name:
         is_port = strict and _PORT.match(password) and "@" not in password.partition("/")[0]
-        if colon and password and not is_port and not _REFERENCE.fullmatch(password):
+        if colon and password and not is_port and not _is_reference(password):
             rest = f"{name}:{hidden}@{place}"
         elif not colon and len(name) >= 16 and scheme.startswith(("http", "git")):
-            rest = rest if _REFERENCE.fullmatch(name) else f"{hidden}@{place}"
+            rest = rest if _is_reference(name) else f"{hidden}@{place}"
     before, mark, query = rest.partition("?")
     if mark:
         fields = re.split(r"([&;#])", query)
@@ -175,7 +180,7 @@ def _mask_url(match: re.Match[str], *, strict: bool, hidden: str) -> str:
 
 def _mask_field(field: str, hidden: str) -> str:
     name, sign, value = field.partition("=")
-    if not value or _REFERENCE.fullmatch(value) or not is_secret_name(name):
+    if not value or _is_reference(value) or not is_secret_name(name):
         return field
     return f"{name}{sign}{hidden}"
 
@@ -187,14 +192,14 @@ def _mask_assigned(text: str) -> str:
         # One argument of a command line, to its end.
         first = len(text) - len(text.lstrip("-")) + option.end()
         rest = text[first:]
-        return text if not rest or _REFERENCE.fullmatch(rest) else text[:first] + HIDDEN
+        return text if not rest or _is_reference(rest) else text[:first] + HIDDEN
     parts, done = [], 0
     for match in _SIGN.finditer(text):
         if match.start() < done or not is_secret_name(match["name"]):
             continue
         is_query = text[: match.start()].endswith(("?", "&", ";"))
         value = (_QUERY_VALUE if is_query else _VALUE).match(text, match.end())
-        if value is None or _REFERENCE.fullmatch(value[0].strip("\"'},]")):
+        if value is None or _is_reference(value[0]):
             continue
         parts += [text[done : match.end()], HIDDEN]
         done = value.end()
@@ -208,7 +213,7 @@ def _mask_spaced(text: str) -> str:
         if match.start() < done or not is_secret_name(match["name"]):
             continue
         value = _VALUE.match(text, match.end())
-        if value is None or value[0].strip(",.;") in _PROSE or _REFERENCE.fullmatch(value[0]):
+        if value is None or value[0].strip(",.;") in _PROSE or _is_reference(value[0]):
             continue
         parts += [text[done : match.end()], HIDDEN]
         done = value.end()

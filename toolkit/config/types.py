@@ -5,6 +5,7 @@ are the steps of that walk.
 """
 
 import difflib
+import functools
 from collections.abc import Iterable
 from typing import Any
 
@@ -12,6 +13,7 @@ import msgspec
 from msgspec import inspect
 
 from toolkit.errors import ConfigError
+from toolkit.wording import shortened
 
 _LONGEST_SHOWN = 120
 
@@ -22,6 +24,12 @@ class FieldError(ConfigError):
     def __init__(self, path: str, problem: str) -> None:
         super().__init__(f"{shortened(path)}: {problem}" if path else problem)
         self.path = path
+
+
+@functools.cache
+def type_of(config_type: type) -> Any:
+    """The node of a config type; the walk over all structs that it makes is made once."""
+    return msgspec.inspect.type_info(config_type)
 
 
 def join(path: str, name: str | int) -> str:
@@ -185,11 +193,6 @@ def shown(value: Any) -> str:
     """`value` as a message quotes it, shortened to what fits on a line."""
     text = repr(value)
     return text if len(text) <= _LONGEST_SHOWN else f"{text[: _LONGEST_SHOWN - 4]}...{text[-1]}"
-
-
-def shortened(text: str) -> str:
-    """`text` as it is, cut where it is too long for a line."""
-    return text if len(text) <= 2 * _LONGEST_SHOWN else f"{text[: 2 * _LONGEST_SHOWN]}..."
 
 
 def listing(values: Iterable[Any]) -> str:

@@ -84,6 +84,7 @@ def get_dataloaders(
     train = TrainLoader(
         corpus, cfg.data_loader, rank=rank, world_size=world_size, device=device
     )  # fmt: skip
+    train.config = cfg
     batch_tokens = cfg.data_loader.eval_batch_size or eval_batch_tokens
     evaluation = {
         name: EvalLoader(
@@ -112,6 +113,7 @@ class TrainLoader:
         batches_done: number of the next batch; `iterate` sets it as it yields.
         fingerprint, vocab_size, bytes_per_token: of the training data.
         tokenizer_folder: of the tokenizer that made the tokens; None where it is not known.
+        config: what `get_dataloaders` made it from; None: something else did.
         notice: what `load_state_dict` did differently from before, for a log; None: nothing.
     """
 
@@ -135,6 +137,7 @@ class TrainLoader:
         self.num_instances = dataset.num_instances
         self.batches_done = 0
         self.notice: str | None = None
+        self.config: DataConfig | None = None
         self._corpus = corpus
         self._shuffle = config.shuffle
         self._prefetch_factor = config.prefetch_factor

@@ -20,11 +20,14 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
+from toolkit.distributed.allocator import set_allocator_defaults
 from toolkit.distributed.config import DataParallelConfig
 from toolkit.distributed.cpu import tune_cpu
+from toolkit.distributed.devices import pick_device, use_device
 from toolkit.distributed.engine import Engine, Precision, offloads, resolve_engine
 from toolkit.distributed.launcher import rank_of, world_size_of
 from toolkit.distributed.launcher_checks import is_one_machine, loopback_interface
+from toolkit.distributed.ranks import adopt_ranks
 from toolkit.distributed.rendezvous import open_store
 from toolkit.errors import ConfigError, RunError
 
@@ -121,6 +124,7 @@ def single_environment(
             "give the environment from prepare_training_environment"
         )
     where = torch.device(device) if device else pick_device(local_rank=0)
+    use_device(where)
     engine = resolve_engine(precision, None, {})
     return TrainingEnvironment(
         rank=0,
@@ -145,24 +149,33 @@ def prepare_training_environment(
         ConfigError: when launcher and config disagree about the engine, or there are more
             processes than accelerators.
     """
-    environ = os.environ if environ is None else environ
+    set_allocator_defaults()
+    if environ is None:
+        adopt_ranks(os.environ)
+        environ = os.environ
     engine = resolve_engine(config.train_module.precision, config.train_module.dp_config, environ)
     rank, world_size = rank_of(environ), world_size_of(environ)
     local_rank = int(environ.get("LOCAL_RANK", "0"))
-    local_world_size = int(environ.get("LOCAL_WORLD_SIZE", str(world_size)))
-    device = pick_device(local_rank, local_world_size)
+    # Not every launcher says how many processes share this machine.
+    said = environ.get("LOCAL_WORLD_SIZE")
+    device = pick_device(local_rank, int(said) if said else None)
+    if device.type == "cuda":
+        # By it Accelerate and DeepSpeed choose a device. A process that sees its own GPU alone has
+        # device 0 whatever its number.
+        os.environ["LOCAL_RANK"] = str(device.index)
     _seed_everything(config.seed)
     if config.trainer.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
         # Nothing here reads memory that it has not written: filling it would cost a pass over every
         # new tensor.
-        torch.utils.deterministic.fill_uninitialized_memory = False
+        memory: Any = torch.utils.deterministic
+        memory.fill_uninitialized_memory = False
         # Its backward adds up in any order. Flash attention and the memory-efficient kernel, which
         # fp32 needs, have a fixed one in this mode.
         torch.backends.cuda.enable_cudnn_sdp(False)
     if device.type == "cpu" or offloads(engine.as_config()):
-        tune_cpu(local_world_size=local_world_size)
+        tune_cpu(local_world_size=int(said) if said else world_size)
     if device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = engine.precision != "fp32"
     cpu_group = metrics_group = checkpoint_group = None
@@ -183,25 +196,6 @@ def prepare_training_environment(
         metrics_group=metrics_group,
         checkpoint_group=checkpoint_group,
     )
-
-
-def pick_device(local_rank: int, local_world_size: int = 1) -> torch.device:
-    """This process's accelerator, or the CPU.
-
-    Raises:
-        ConfigError: this machine has fewer accelerators than processes.
-    """
-    if torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "").lower() != "true":
-        devices = torch.cuda.device_count()
-        if local_world_size > devices:
-            raise ConfigError(
-                f"{local_world_size} processes on a machine with {devices} GPUs; start at most "
-                f"{devices}, or train on the CPU with ACCELERATE_USE_CPU=true"
-            )
-        device = torch.device("cuda", local_rank)
-        torch.cuda.set_device(device)
-        return device
-    return torch.device("cpu")
 
 
 def is_fast_at_bf16(device: torch.device) -> bool:

@@ -6,7 +6,6 @@ Initial values depend on (seed, parameter name, shape) only, so every engine sta
 numbers; each rank draws just the slices it keeps. A model that has storage keeps its values.
 """
 
-import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,9 +16,13 @@ from toolkit.distributed.accelerator import deepspeed_settings, fsdp_mesh, init_
 from toolkit.distributed.activation_checkpointing import apply_activation_checkpointing
 from toolkit.distributed.config import ActivationCheckpointingConfig
 from toolkit.distributed.environment import TrainingEnvironment
-from toolkit.models.init import InitSpec, canonical_parameters, fill_flat_, init_spec
-
-log = logging.getLogger(__name__)
+from toolkit.models.init import (
+    InitSpec,
+    canonical_name,
+    canonical_parameters,
+    fill_flat_,
+    init_spec,
+)
 
 LARGEST_SHARE = 1.1
 """Most that a rank may hold of stacked matrices, as a multiple of an even share."""
@@ -42,7 +45,7 @@ def materialize(
         compile_parts(model)  # type: ignore[arg-type]
         # Blocks are compiled one by one. DDP's own splitting would cut each of them again, where
         # a bucket of gradients ends.
-        torch._dynamo.config.optimize_ddp = False  # type: ignore[attr-defined]
+        torch._dynamo.config.optimize_ddp = False
     engine = environment.engine
     if engine.zero_stage == 3:
         _partition(model, environment, specs)
@@ -84,17 +87,38 @@ def local_runs(parameter: torch.Tensor) -> Iterator[tuple[torch.Tensor, int]]:
         yield run, (index * parameter.shape[dim] + offset[dim]) * inner
 
 
-def sharded_dimension(shape: torch.Size, ranks: int) -> int:
-    """Along which dimension FSDP shards a parameter.
+def sharded_dimension(shape: torch.Size, ranks: int) -> int | None:
+    """Along which dimension FSDP shards a parameter; None: along its first two, flattened.
 
     Stacked matrices of experts go to ranks whole, as every parameter goes by rows. Where that
     leaves some rank more than `LARGEST_SHARE` times its share (more ranks than experts: some have
-    none), it is the first dimension that ranks divide, if there is one: FSDP2 shards only
-    dimension 0 unevenly.
+    none), it is the first dimension that ranks divide: FSDP2 shards only dimension 0 unevenly.
     """
     if len(shape) < 3 or -(-shape[0] // ranks) * ranks <= LARGEST_SHARE * shape[0]:
         return 0
-    return next((d for d in range(1, len(shape)) if shape[d] % ranks == 0), 0)
+    return next((d for d in range(1, len(shape)) if shape[d] % ranks == 0), None)
+
+
+def _flatten_stacks(model: nn.Module, ranks: int) -> None:
+    """Stacked matrices of which ranks divide no dimension become one long matrix each."""
+    for module in model.modules():
+        shapes: Any = {}
+        for key, parameter in list(module.named_parameters(recurse=False)):
+            if sharded_dimension(parameter.shape, ranks) is None:
+                shapes[key] = parameter.shape
+                flat = nn.Parameter(parameter.detach().flatten(0, 1), parameter.requires_grad)
+                setattr(module, key, flat)
+        if shapes:
+            module.flattened_from = shapes
+
+
+def flattened_shapes(model: nn.Module) -> dict[str, torch.Size]:
+    """Canonical name -> whole shape, of the parameters that `_flatten_stacks` has flattened."""
+    return {
+        canonical_name(f"{name}.{key}"): shape
+        for name, module in model.named_modules()
+        for key, shape in getattr(module, "flattened_from", {}).items()
+    }
 
 
 def _shard(model: nn.Module, environment: TrainingEnvironment) -> None:
@@ -111,20 +135,22 @@ def _shard(model: nn.Module, environment: TrainingEnvironment) -> None:
     )
     options: dict = {"mesh": fsdp_mesh(environment), "mp_policy": policy}
     ranks = options["mesh"]["dp_shard"].size()
-    options["shard_placement_fn"] = lambda p: Shard(sharded_dimension(p.shape, ranks))
+    _flatten_stacks(model, ranks)
+    options["shard_placement_fn"] = lambda p: Shard(sharded_dimension(p.shape, ranks) or 0)
     if engine.cpu_offload:
         options["offload_policy"] = CPUOffloadPolicy(pin_memory=environment.device.type == "cuda")
-    _warn_of_uneven_shards(model, environment, ranks)
-    units = []
-    for block in model.blocks:  # type: ignore[union-attr]
-        parts = [block]
+    units: list[Any] = []
+    blocks: Any = model.blocks
+    for block in blocks:
+        parts: list[Any] = [block]
         if engine.wrapping_strategy == "fine_grained":
-            parts += [block.attention, block.feed_forward]  # type: ignore[union-attr, operator]
+            parts += [block.attention, block.feed_forward]
         for part in reversed(parts):  # inner ones first
             fully_shard(part, reshard_after_forward=engine.reshard_after_forward, **options)
         units += parts
     if engine.wrapping_strategy != "blocks":
-        units.append(fully_shard(model.head, reshard_after_forward=False, **options))
+        head: Any = model.head
+        units.append(fully_shard(head, reshard_after_forward=False, **options))
     # The root holds embedding and head, which the forward needs first and last: never resharded
     # in between.
     fully_shard(model, reshard_after_forward=False, **options)
@@ -133,21 +159,9 @@ def _shard(model: nn.Module, environment: TrainingEnvironment) -> None:
     model.set_requires_gradient_sync(True)  # type: ignore[operator]
     model.set_requires_all_reduce(True)  # type: ignore[operator]
     model.set_reshard_after_backward(True)  # type: ignore[operator]
-    model.set_force_sum_reduction_for_comms(False)  # type: ignore[operator]
+    for unit in (*units, model):
+        unit.set_force_sum_reduction_for_comms(False)
     _prefetch(units, engine.prefetch_factor)
-
-
-def _warn_of_uneven_shards(model: nn.Module, environment: TrainingEnvironment, ranks: int) -> None:
-    for name, parameter in canonical_parameters(model).items():
-        rows = parameter.shape[sharded_dimension(parameter.shape, ranks)]
-        share = -(-rows // ranks) * ranks / rows
-        if parameter.dim() > 2 and share > LARGEST_SHARE and environment.is_main:
-            log.warning(
-                "%s %s: %d ranks divide none of its dimensions, and some hold %.1f times their "
-                "share of memory; another number of ranks (or HSDP's shard_degree) would not",
-                name, tuple(parameter.shape), ranks, share,
-            )  # fmt: skip
-            return  # of the first; the others are like it
 
 
 def _prefetch(units: list[Any], number: int) -> None:

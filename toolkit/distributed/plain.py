@@ -13,6 +13,8 @@ from torch import nn
 
 from toolkit.distributed.accelerator import build_accelerator, ddp_options
 from toolkit.distributed.environment import TrainingEnvironment
+from toolkit.distributed.flat_shard import FlatShard
+from toolkit.distributed.materialize import flattened_shapes, local_runs
 from toolkit.distributed.runtime import BuildOptimizer, EngineRuntime, StepOutcome, reset_state
 from toolkit.models.init import canonical_parameters
 
@@ -30,6 +32,7 @@ class PlainRuntime(EngineRuntime):
         from torch.distributed.tensor import DTensor
 
         self._named = canonical_parameters(module)
+        self._flattened = flattened_shapes(module)
         self._is_sharded = any(isinstance(p, DTensor) for p in self._named.values())
         self._local = {name: _as_local(p) for name, p in self._named.items()}
         self.optimizer = build_optimizer(self._local)
@@ -132,11 +135,20 @@ class PlainRuntime(EngineRuntime):
     def state_tensors(self) -> dict[str, torch.Tensor]:
         tensors: dict[str, torch.Tensor] = {}
         for name, parameter in self._named.items():
-            tensors[f"model.{name}"] = parameter.detach()
+            tensors[f"model.{name}"] = self._stored(name, parameter.detach())
             for key, value in self.optimizer.state.get(self._local[name], {}).items():
                 if isinstance(value, torch.Tensor):
-                    tensors[f"optim.{name}.{key}"] = _like(value, parameter)
+                    value = _like(value, parameter)
+                    tensors[f"optim.{name}.{key}"] = self._stored(name, value)
         return tensors
+
+    def _stored(self, name: str, tensor: Any) -> torch.Tensor:
+        """The tensor in the shape that checkpoints know."""
+        shape = self._flattened.get(name)
+        if shape is None or tensor.dim() == 0:
+            return tensor
+        ((local, start),) = list(local_runs(tensor)) or [(tensor.to_local().view(-1), 0)]
+        return FlatShard(local, shape=shape, start=start)
 
     def _bind_local_gradients(self) -> None:
         if not self._is_sharded:
@@ -153,7 +165,12 @@ class PlainRuntime(EngineRuntime):
         grads = [local.grad for _, local in self._trainable if local.grad is not None]
         grads = [grad for grad in grads if grad.numel()]
         if not self._is_sharded:
-            return torch.nn.utils.get_total_norm(grads)
+            norm = torch.nn.utils.get_total_norm(grads)
+            if self.environment.engine.name == "ddp":
+                # Each rank has added up by itself, on another machine perhaps with more threads:
+                # one bit less and it would clip, and drift, otherwise than its twins.
+                dist.broadcast(norm, src=0)
+            return norm
         device = self.environment.device
         total = torch.zeros((), device=device)
         if grads:
@@ -161,8 +178,7 @@ class PlainRuntime(EngineRuntime):
             total = torch.stack(norms).square().sum().to(device)
         dist.all_reduce(total, group=self.shard_group)
         if self.environment.engine.name == "hsdp":
-            # Each replica has added up its shards by itself, perhaps in another order: one bit less
-            # and it would clip, and drift, otherwise than its twins.
+            # The same between replicas, each of which has added up its shards.
             assert self._mesh is not None, "sharded"
             dist.broadcast(total, group=self._mesh.get_group("dp_replicate"), group_src=0)
         return total.sqrt()

@@ -101,7 +101,9 @@ def check_corpus(config: ExperimentConfig, corpus: CorpusInfo) -> None:
         require_ids(corpus.where, corpus.vocab_size, config.model.vocab_size)
     if corpus.steps_per_epoch(config.data) == 0:
         batch, rows = config.data_loader.global_batch_size, corpus.rows or []
-        have = ", ".join(f"{number:,} instances of {length} tokens" for length, number in rows)
+        have = ", ".join(
+            f"{count(number, 'instance')} of {length} tokens" for length, number in rows
+        )
         needs = f", and needs {batch // rows[0][0]:,}" if len(rows) == 1 else ""
         raise DataError(
             f"{corpus.where}: not enough data for one batch: {have or 'no instances'} "

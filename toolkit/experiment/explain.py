@@ -26,11 +26,20 @@ from toolkit.errors import DataError, ToolkitError
 from toolkit.experiment.changes import config_changes
 from toolkit.experiment.checks import check_corpus, check_experiment
 from toolkit.experiment.config import ExperimentConfig
-from toolkit.experiment.preflight import check_repetitions, continuation_checks
+from toolkit.experiment.preflight import (
+    changed_training,
+    check_load_options,
+    check_repetitions,
+    continuation_checks,
+)
 from toolkit.experiment.recorded import ResumePlan, plan_resume, read_steps
 from toolkit.experiment.verify import check_checkpoint
 from toolkit.runs.files import RUN_FILES
+from toolkit.runs.registry import check_run_folder
 from toolkit.runs.status import current_state
+from toolkit.train.progress import none_saved, nothing_left, reached_step, refusal
+from toolkit.train.scores import check_best_metric
+from toolkit.wording import count
 
 if TYPE_CHECKING:
     from toolkit.data.loader import TrainLoader
@@ -76,16 +85,20 @@ def explain_resume(
     if engine is not None:
         refused.ask(lambda: check_experiment(plan.config, engine.world_size))
     corpus = refused.ask(lambda: _corpus(plan.config))
+    refused.ask(lambda: check_run_folder(plan.config.run, ""))
     start = refused.ask(lambda: _start(plan.config, folder))
+    refused.ask(lambda: check_load_options(plan.config, start))
     loader = refused.ask(lambda: _loader(plan, corpus)) if start or _is_mixed(plan) else None
     saved, state_of_data = None, None
+    retrained: list[str] = []
     if start is not None:
         from toolkit.checkpoint.anywhere import metadata_of
 
         saved = metadata_of(start.checkpoint)
         position: Any = loader or _AnyPosition()
-        for check in continuation_checks(plan.config, start, position):
+        for check in continuation_checks(plan.config, folder, start, position):
             refused.ask(check)
+        retrained = refused.ask(lambda: changed_training(plan.config, start)) or []
         state_of_data = None if start.weights_only else _data_state(start)
     if loader is not None and corpus is not None:
         refused.ask(lambda: check_repetitions(plan.config, loader))
@@ -95,6 +108,7 @@ def explain_resume(
         ("checkpoint", _checkpoint(plan, start, saved)),
         ("skipped", _skipped(folder, saved if _is_own(start, folder) else None)),
         ("engine", _engine(plan, saved, engine)),
+        ("optimizer", retrained),
         ("config", changes or ["nothing changes"]),
         ("versions", _versions(saved)),
         ("data", _data(plan.config, corpus, state_of_data)),
@@ -139,15 +153,17 @@ def _places(config: ExperimentConfig) -> str:
 
 
 def _start(config: ExperimentConfig, folder: Path) -> "Start | None":
-    own = folder / RUN_FILES.checkpoints
-    upload_to = config.trainer.callbacks.checkpointer.upload_to
-    if not saved_steps(own) and config.trainer.load_path is None and upload_to is None:
+    own, trainer = folder / RUN_FILES.checkpoints, config.trainer
+    upload_to, reached = trainer.callbacks.checkpointer.upload_to, reached_step(folder)
+    if not saved_steps(own) and trainer.load_path is None and upload_to is None:
+        if reached and not trainer.start_anew:
+            raise refusal(folder, reached, none_saved(trainer.no_checkpoints))
         return None
     from toolkit.train.restoring import find_start
 
     with _quiet("toolkit.checkpoint"):
         adapts = config.train_module.lora is not None
-        return find_start(config.trainer, own, adapts=adapts)
+        return find_start(trainer, own, adapts=adapts, reached=reached)
 
 
 def _loader(plan: ResumePlan, corpus: CorpusInfo | None) -> "TrainLoader | None":
@@ -160,7 +176,15 @@ def _loader(plan: ResumePlan, corpus: CorpusInfo | None) -> "TrainLoader | None"
     if corpus is None:
         return None
     with _quiet("toolkit.data"):
-        return get_dataloaders(plan.config.data, rank=0, world_size=1, check_text=False)[0]
+        train_loader, evaluation = get_dataloaders(
+            plan.config.data,
+            rank=0,
+            world_size=1,
+            vocab_size=plan.config.model.vocab_size,
+            check_text=False,
+        )
+    check_best_metric(plan.config.trainer, evaluation)
+    return train_loader
 
 
 def _is_mixed(plan: ResumePlan) -> bool:
@@ -190,10 +214,12 @@ def _checkpoint(
     plan: ResumePlan, start: "Start | None", saved: CheckpointMetadata | None
 ) -> list[str]:
     if start is None or saved is None:
+        if reached_step(plan.folder) and not plan.config.trainer.start_anew:
+            return ["none that is whole"]
         return ["none: it would start at step 0, from fresh weights"]
     if start.weights_only:
         return [f"{start.checkpoint}: the weights alone, then step 0"]
-    lines = [f"{start.checkpoint}: step {saved.step:,}, {saved.tokens:,} tokens"]
+    lines = [f"{start.checkpoint}: step {saved.step:,}, {count(saved.tokens, 'token')}"]
     if start.base is not None:
         lines.append(f"an adapter, on {start.base}")
     if _is_own(start, plan.folder):
@@ -228,7 +254,7 @@ def _engine(plan: ResumePlan, saved: CheckpointMetadata | None, engine: Engine |
     if precision not in (None, engine.precision):
         lines.append(f"the run's last precision was {precision}")
     if plan.processes is not None:
-        lines.append(f"this command launches {plan.processes} processes")
+        lines.append(f"this command launches {count(plan.processes, 'process')}")
         if plan.processes != plan.status.world_size:
             lines.append(f"the run had {plan.status.world_size}; this machine has fewer devices")
     if saved and saved.world_size != engine.world_size:
@@ -289,13 +315,14 @@ def _steps(
     done = saved.step if saved is not None and start is not None and not start.weights_only else 0
     try:
         if loader is None or corpus is None:
-            last = min(limit.in_steps(batch, per_epoch) for limit in limits)
+            ends = [limit.in_steps(batch, per_epoch) for limit in limits]
         else:
-            last = min(loader.steps_of(limit.value, limit.unit) for limit in limits)
+            ends = [loader.steps_of(limit.value, limit.unit) for limit in limits]
     except ValueError:
         return ["to a step that is known once the data is prepared"]
+    last = min(ends)
     if done >= last:
-        return [f"nothing is left: it ends at step {last:,}; raise trainer.max_duration"]
+        return [nothing_left(trainer, last, ends[0])]
     return [f"from step {done + 1:,} to {last:,}"]
 
 

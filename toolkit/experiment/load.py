@@ -39,6 +39,7 @@ from toolkit.experiment.recipes import recipe_hint, recipe_names, recipe_text
 from toolkit.models.counts import shown_parameters
 from toolkit.models.presets import preset
 from toolkit.runs.files import RUN_FILES
+from toolkit.runs.registry import find_named, is_run
 
 SHORTHANDS: dict[str, str] = {
     "name": "run.name",
@@ -90,7 +91,7 @@ def load_experiment(
         found.raise_any()
     if base is not None:
         with found.collecting():
-            _add_base(layers, local_path(base, "--base"))
+            _add_base(layers, local_path(find_named(base), "--base"))
     for name, value in (shorthands or {}).items():
         if value is not None:
             layers.set(SHORTHANDS[name], value, f"--{name.replace('_', '-')}={value}")
@@ -189,6 +190,11 @@ def load_run_config(run_dir: Path, overrides: Sequence[str] = ()) -> LoadedExper
     """
     path = run_dir / RUN_FILES.config
     if not path.is_file():
+        if is_run(run_dir):
+            raise RunError(
+                f"{run_dir}: has no {RUN_FILES.config}; it was started from Python, of parts that "
+                "no config describes: go on with the same script and start_run(..., resume=True)"
+            )
         raise RunError(
             f"{run_dir}: not a run folder (it has no {RUN_FILES.config}); `toolkit runs` lists runs"
         )

@@ -19,7 +19,7 @@ from toolkit.hf.model_card import OLDEST, ModelCard
 from toolkit.hf.source import ModelSource, hub_name
 from toolkit.runs.files import RUN_FILES
 from toolkit.runs.status import RunStatus, read_status
-from toolkit.storage.foreign import read_json
+from toolkit.storage.foreign import read_json, read_lines
 
 _COMMAND = ("train", "resume")
 
@@ -183,15 +183,14 @@ def _results(source: ModelSource) -> dict[str, str]:
 def _newest(path: Path, step: int) -> list[_Line]:
     """The lines of the last recorded step that is not after `step`."""
     decoder, found = msgspec.json.Decoder(_Line), dict[str, _Line]()
-    with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
-        for raw in file:
-            with contextlib.suppress(msgspec.MsgspecError):
-                line = decoder.decode(raw)
-                if line.step > step:
-                    continue
-                if found and line.step > next(iter(found.values())).step:
-                    found = {}
-                found[line.name] = line
+    for raw in read_lines(path, RunError):
+        with contextlib.suppress(msgspec.MsgspecError, RecursionError):
+            line = decoder.decode(raw)
+            if line.step > step:
+                continue
+            if found and line.step > next(iter(found.values())).step:
+                found = {}
+            found[line.name] = line
     return list(found.values())
 
 

@@ -41,6 +41,7 @@ def pick_device(name: str | None) -> "torch.device":
     import torch
 
     from toolkit.distributed.cpu import tune_cpu
+    from toolkit.distributed.devices import use_device
     from toolkit.distributed.environment import pick_device as pick_any
 
     if name is None:
@@ -54,6 +55,8 @@ def pick_device(name: str | None) -> "torch.device":
             raise ConfigError(f"--device {name}: not a device of this machine: {reason}") from None
     if device.type == "cpu":
         tune_cpu()
+    else:
+        use_device(device)
     return device
 
 

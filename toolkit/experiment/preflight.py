@@ -12,15 +12,18 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from toolkit.checkpoint.layout import METADATA_FILE, read_metadata, saved_steps, step_folder
-from toolkit.errors import CheckpointError
+from toolkit.errors import CheckpointError, ConfigError
 from toolkit.experiment.config import ExperimentConfig
 from toolkit.runs.files import RUN_FILES
 from toolkit.runs.registry import is_run
 from toolkit.storage.remote import is_url
-from toolkit.train.config import no_checkpoint
+from toolkit.train.config import TrainerConfig
+from toolkit.train.load_path import no_checkpoint
+from toolkit.train.progress import reached_step
 
 if TYPE_CHECKING:
     from toolkit.data.loader import TrainLoader
+    from toolkit.models.freeze import TrainedParameters
     from toolkit.train.restoring import Start
 
 # Fields that change how the model is computed, not what its weights mean.
@@ -85,9 +88,11 @@ def check_continuation(config: ExperimentConfig, folder: Path, train_loader: "Tr
         folder / RUN_FILES.checkpoints,
         lambda path: find_checkpoint(path, quick=True),
         adapts=config.train_module.lora is not None,
+        reached=reached_step(folder),
     )
+    check_load_options(config, start)
     if start is not None:
-        for check in continuation_checks(config, start, train_loader):
+        for check in continuation_checks(config, folder, start, train_loader):
             check()
     check_repetitions(config, train_loader)
 
@@ -106,13 +111,32 @@ def check_repetitions(config: ExperimentConfig, train_loader: "TrainLoader") -> 
     )
 
 
+def check_load_options(config: ExperimentConfig, start: "Start | None") -> None:
+    """Check that what asks for something to be loaded says from where.
+
+    Raises:
+        ConfigError: training would start from fresh weights all the same.
+    """
+    trainer, defaults = config.trainer, TrainerConfig()
+    if start is not None or trainer.load_path is not None:
+        return
+    for name in ("load_weights_only", "load_in_place", "load_key_mapping"):
+        if getattr(trainer, name) != getattr(defaults, name):
+            raise ConfigError(f"trainer.{name}: there is nothing to load; add trainer.load_path")
+    if trainer.load_strategy == "always":
+        raise ConfigError("trainer.load_strategy is always: add trainer.load_path")
+
+
 def continuation_checks(
-    config: ExperimentConfig, start: "Start", train_loader: "TrainLoader"
+    config: ExperimentConfig, folder: Path, start: "Start", train_loader: "TrainLoader"
 ) -> list[Callable[[], None]]:
     """The checks of `check_continuation`, for who wants to know all that is wrong with going on
     from `start`."""
-    from toolkit.checkpoint.anywhere import metadata_of, rank_state_of
+    from toolkit.checkpoint.anywhere import metadata_of, rank_state_of, shapes_of
+    from toolkit.checkpoint.layout import rank_file
+    from toolkit.checkpoint.tensors import check_shapes
     from toolkit.train.base import check_adapter
+    from toolkit.train.restoring import is_inside, renamed, usable_state
 
     checkpoint, lora = start.checkpoint, config.train_module.lora
     metadata = metadata_of(checkpoint)
@@ -121,15 +145,67 @@ def continuation_checks(
     free = _FREE_FOR_WEIGHTS if start.weights_only else _FREE_MODEL_FIELDS
 
     def check_data() -> None:
-        train_loader.load_state_dict(rank_state_of(checkpoint, rank=0)["trainer"]["data"])
+        # Every rank will read its own.
+        for rank in range(1, min(metadata.world_size, len(metadata.files))):
+            if rank_file(rank) in metadata.files:
+                rank_state_of(checkpoint, rank)
+        with usable_state(checkpoint):
+            train_loader.load_state_dict(rank_state_of(checkpoint, rank=0)["trainer"]["data"])
+
+    def check_model() -> None:
+        if not isinstance(saved.get("model"), dict):
+            raise CheckpointError(f"{checkpoint}: does not say which model it is of")
+        _check_model(checkpoint, saved["model"], model, free=free)
+        own = is_inside(checkpoint, folder / RUN_FILES.checkpoints)
+        mapping = {} if own else config.trainer.load_key_mapping
+        wanted = _weights(config, is_base=start.weights_only)
+        check_shapes(checkpoint, shapes_of(checkpoint), renamed(wanted, mapping))
+        if start.base is not None:
+            weights = renamed(_weights(config, is_base=True), config.trainer.load_key_mapping)
+            check_shapes(start.base, shapes_of(start.base), weights)
 
     checks = [
         lambda: check_adapter(checkpoint, metadata, lora, weights_only=start.weights_only),
-        lambda: _check_model(checkpoint, saved["model"], model, free=free),
+        check_model,
     ]
     if not start.weights_only:
         checks += [lambda: _check_optimizer_type(checkpoint, saved, config), check_data]
     return checks
+
+
+def changed_training(config: ExperimentConfig, start: "Start") -> list[str]:
+    """What `change_of_training` tells of going on from `start` with this config."""
+    from toolkit.checkpoint.anywhere import shapes_of
+    from toolkit.train.moments import change_of_training
+
+    if start.weights_only:
+        return []
+    infos = _parameters(config).infos
+    trained = {name for name, info in infos.items() if info.is_trained}
+    return change_of_training(shapes_of(start.checkpoint), trained)
+
+
+def _weights(config: ExperimentConfig, *, is_base: bool) -> dict[str, Any]:
+    """Meta tensors of the weights that a checkpoint of this model holds, by their stored names; of
+    an adapter's, those of its base or its own."""
+    from toolkit.checkpoint.layout import MODEL_PREFIX
+    from toolkit.models.init import is_adapter
+    from toolkit.models.lora import is_trained
+
+    lora = config.train_module.lora
+    return {
+        f"{MODEL_PREFIX}{name}": info
+        for name, info in _parameters(config).infos.items()
+        if lora is None or (not is_adapter(name) if is_base else is_trained(name, lora))
+    }
+
+
+def _parameters(config: ExperimentConfig) -> "TrainedParameters":
+    from toolkit.models.freeze import choose_trained
+
+    module = config.train_module
+    model = config.model.build(init_device="meta")
+    return choose_trained(model, freeze=module.freeze, lora=module.lora)
 
 
 def _check_model(

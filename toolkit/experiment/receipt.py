@@ -157,9 +157,9 @@ def _rounding_reasons(
 
 
 def _computes_on_gpu() -> bool:
-    import torch
+    from toolkit.distributed.devices import usable_gpus
 
-    return torch.cuda.is_available()
+    return usable_gpus() > 0
 
 
 def describe(engine: EngineRecord) -> str:

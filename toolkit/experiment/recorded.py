@@ -4,6 +4,7 @@ No torch at import: `toolkit resume --explain` asks too.
 """
 
 import contextlib
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import NamedTuple
 
 import msgspec
 
+from toolkit.checkpoint.layout import saved_steps, step_folder, step_of
 from toolkit.distributed.config import DataParallelConfig
 from toolkit.distributed.engine import Engine, EngineName, Precision, offloads
 from toolkit.distributed.launcher import (
@@ -19,17 +21,23 @@ from toolkit.distributed.launcher import (
     launcher_precision,
     world_size_of,
 )
-from toolkit.errors import RunError
+from toolkit.errors import CheckpointError, RunError
 from toolkit.experiment.config import ExperimentConfig
 from toolkit.experiment.load import load_run_config
 from toolkit.experiment.run_data import find_data, without_gone_sources
+from toolkit.experiment.verify import check_checkpoint
 from toolkit.runs.files import RUN_FILES
+from toolkit.runs.registry import is_run, run_of_checkpoint
 from toolkit.runs.status import RunStatus, read_status
-from toolkit.storage.foreign import read_json
+from toolkit.storage.foreign import guard, read_json, read_lines
 from toolkit.train.config import TransformerTrainModuleConfig
 
 VERSIONED = ("toolkit", "torch", "accelerate", "deepspeed", "numpy")
 """Libraries that compute."""
+
+
+PROCESSES_PER_CORE = 16
+"""What is started on CPUs at most, to try an engine out."""
 
 
 class EngineRecord(msgspec.Struct, frozen=True, kw_only=True):
@@ -81,6 +89,7 @@ def plan_resume(run_dir: Path, overrides: Sequence[str], environ: Mapping[str, s
         RunError: not a run folder.
         ConfigError: its config cannot be read, or an override does not fit.
     """
+    run_dir = _run_meant(run_dir)
     loaded = load_run_config(run_dir, overrides)
     folder = run_dir.resolve()
     status = read_status(folder)
@@ -99,13 +108,42 @@ def plan_resume(run_dir: Path, overrides: Sequence[str], environ: Mapping[str, s
     config = config.replace(run=config.run.replace(save_folder=str(folder)))
     if not asked:
         recorded = status.other.get("dp_config")
-        engine = msgspec.convert(recorded, DataParallelConfig) if recorded else None
+        with guard(folder / RUN_FILES.status, RunError):
+            engine = msgspec.convert(recorded, DataParallelConfig) if recorded else None
         module = module.replace(dp_config=engine_again(engine, status.world_size, environ))
     if not any(flag.startswith("--train_module.precision") for flag in overrides):
         precision = precision_again(module, status.other.get("precision"), environ)
         module = module.replace(precision=precision)
     config = without_gone_sources(config.replace(train_module=module))
     return ResumePlan(folder, config, stored, loaded.origins, status, processes, environ)
+
+
+def _run_meant(path: Path) -> Path:
+    """The run to continue: `path`, or that of the step folder `path`, which must be its newest
+    whole checkpoint.
+
+    Raises:
+        RunError: there are newer ones, whose steps would be done again and replaced.
+        CheckpointError: it is not whole.
+    """
+    step, run = step_of(path.name), run_of_checkpoint(path)
+    if is_run(path) or step is None or run is None:
+        return path
+    if not path.is_dir():
+        there = [f"step{other}" for other in saved_steps(path.parent)]
+        raise RunError(f"{path}: no such folder; there is {', '.join(there) or 'no checkpoint'}")
+    report = check_checkpoint(path)
+    if report.problem is not None:
+        raise CheckpointError(f"{path}: cannot be continued from: {report.problem}")
+    root = run / RUN_FILES.checkpoints
+    newer = [step_folder(root, other) for other in saved_steps(root) if other > step]
+    if whole := [other.name for other in newer if check_checkpoint(other).problem is None]:
+        raise RunError(
+            f"{path}: its run has gone on to {whole[-1]}, which this would do again; continue with "
+            f"`toolkit resume {run}`, or branch off: `toolkit train {run / RUN_FILES.config} "
+            f"--save-folder NEW_FOLDER --trainer.load_path={path}`"
+        )
+    return run
 
 
 def engine_again(
@@ -138,24 +176,37 @@ def precision_again(
 
 
 def processes_here(recorded: int) -> int:
-    """As many processes as were recorded, or as the machine has devices if those are fewer."""
-    import torch
+    """As many processes as were recorded, or as the machine has devices if those are fewer.
 
-    devices = torch.cuda.device_count() if torch.cuda.is_available() else recorded
-    return min(recorded, devices)
+    Raises:
+        RunError: far more than the machine can run.
+    """
+    from toolkit.distributed.devices import usable_gpus
+
+    if gpus := usable_gpus():
+        return min(recorded, gpus)
+    most = PROCESSES_PER_CORE * (os.cpu_count() or 1)
+    if recorded > most:
+        raise RunError(
+            f"{RUN_FILES.status}: the run had {recorded:,} processes; this machine has "
+            f"{os.cpu_count()} cores, for at most {most}: start fewer with "
+            "`torchrun --nproc-per-node=N -m toolkit resume RUN_DIR`"
+        )
+    return recorded
 
 
 def describe_engine(engine: Engine, kernels: Mapping[str, str] | None = None) -> EngineRecord:
     """`engine` on this machine, as metadata/engine.json keeps it."""
     import torch
 
-    on_gpu = torch.cuda.is_available()
+    from toolkit.distributed.devices import cpu_name, usable_gpus
+
     return EngineRecord(
         name=engine.name,
         world_size=engine.world_size,
         precision=engine.precision,
         threads=torch.get_num_threads(),
-        device=torch.cuda.get_device_name() if on_gpu else _cpu_model(),
+        device=torch.cuda.get_device_name() if usable_gpus() else cpu_name(),
         dp_config=engine.as_config(),
         kernels=dict(kernels or {}),
     )
@@ -177,11 +228,10 @@ def metadata_of_attempt(folder: Path, file: str, attempt: int) -> Path:
 def read_steps(folder: Path) -> dict[int, RecordedStep]:
     """The lines of train.jsonl by step; one that is being written is left out."""
     decoder, record = msgspec.json.Decoder(RecordedStep), {}
-    with contextlib.suppress(FileNotFoundError), (folder / RUN_FILES.train_metrics).open("rb") as f:
-        for line in f:
-            with contextlib.suppress(msgspec.MsgspecError, RecursionError):
-                found = decoder.decode(line)
-                record[found.step] = found
+    for line in read_lines(folder / RUN_FILES.train_metrics, RunError):
+        with contextlib.suppress(msgspec.MsgspecError, RecursionError):
+            found = decoder.decode(line)
+            record[found.step] = found
     return record
 
 
@@ -215,15 +265,3 @@ def versions_of(folder: Path, attempt: int) -> dict[str, str | None]:
         return {name: versions.get(name) for name in VERSIONED}
     except (FileNotFoundError, RunError, KeyError, AttributeError):
         return {}
-
-
-def _cpu_model() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    import platform
-
-    return platform.processor() or platform.machine()

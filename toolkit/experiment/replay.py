@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from toolkit.checkpoint.layout import check_files, read_metadata, saved_steps, step_folder
+from toolkit.checkpoint.layout import check_files, read_metadata, saved_steps, step_folder, step_of
 from toolkit.config.interpolation import fill
 from toolkit.data.corpus_info import data_places, read_corpus, without_sources
 from toolkit.distributed.launcher import has_launcher, rank_of
@@ -39,7 +39,7 @@ from toolkit.experiment.run_data import find_data
 from toolkit.experiment.verify import is_step_folder
 from toolkit.runs.config import RunConfig
 from toolkit.runs.files import RUN_FILES
-from toolkit.runs.registry import is_run, resolve_run_folder
+from toolkit.runs.registry import is_run, resolve_run_folder, run_of_checkpoint
 from toolkit.train.config import CallbacksConfig, Duration, TrainerConfig
 
 log = logging.getLogger(__name__)
@@ -103,11 +103,11 @@ def plan_replay(run_dir: Path, steps: int, step: int | None = None) -> ReplayPla
         DataError: the run's data is not here.
     """
     folder = run_dir.resolve()
-    if is_step_folder(folder) and is_run(folder.parents[1]):
+    run = run_of_checkpoint(run_dir) if is_step_folder(run_dir) else None
+    if run is not None:
         if step is not None:
             raise ConfigError(f"{run_dir} is a checkpoint already; leave out --step, or the folder")
-        step = int(folder.name.removeprefix("step")) if folder.name[4:].isdecimal() else None
-        folder = folder.parents[1]
+        step, folder = step_of(Path(os.path.abspath(run_dir)).name), run
     if not is_run(folder):
         raise RunError(f"{run_dir}: not a run folder; `toolkit runs` lists runs")
     if steps < 1:

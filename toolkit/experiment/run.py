@@ -38,13 +38,13 @@ from toolkit.experiment.changes import config_changes
 from toolkit.experiment.checks import check_corpus, check_experiment, rank_microbatch_size
 from toolkit.experiment.config import ExperimentConfig
 from toolkit.experiment.notices import notices
+from toolkit.experiment.opening import opening_lines
 from toolkit.experiment.preflight import check_continuation, check_load_path
 from toolkit.experiment.recorded import describe_engine, plan_resume
 from toolkit.experiment.relaunch import relaunch
 from toolkit.experiment.restarts import current_launch, find_predecessor, stays_stopped
 from toolkit.experiment.run_data import without_gone_sources
 from toolkit.experiment.starting import RunStart
-from toolkit.models.counts import shown_parameters
 from toolkit.runs.files import RUN_FILES
 from toolkit.runs.manager import RunManager
 from toolkit.runs.registry import (
@@ -56,6 +56,9 @@ from toolkit.runs.registry import (
 )
 from toolkit.runs.status import read_status
 from toolkit.train.peers import LostPeerError, Peers, clear_notes, first_line
+from toolkit.train.progress import nothing_left
+from toolkit.train.scores import check_best_metric
+from toolkit.wording import count
 
 if TYPE_CHECKING:
     from toolkit.data.loader import TrainLoader
@@ -225,15 +228,20 @@ def _train(
             check_text=False,
         )
         check_agreement(config, environment, train_dl, eval_dl)
-        _log_start(config, environment.engine, run)
+        for line in opening_lines(config, environment, run.folder):
+            log.info("%s", line)
         _log_data(train_dl)
         model = config.model.build(init_device="meta")
         train_module = config.train_module.build(model, environment=environment)
         trainer = Trainer(config.trainer, train_module, train_dl, eval_dl, run=run)
+        before = read_json_mapping(run.path(RUN_FILES.config)) if environment.is_main else {}
         trainer.restore()
         if environment.is_main:
-            for change in config_changes(read_json_mapping(run.path(RUN_FILES.config)), stored):
+            for change in config_changes(before, stored):
                 log.info("changed since the run's last start: %s", change)
+            if trainer.step >= trainer.stop_step:
+                stop = trainer.stop_step
+                log.warning("%s", nothing_left(config.trainer, stop, trainer.total_steps))
         # Not before: a run that cannot be continued with this config keeps the one it has.
         _log_metadata(stored, run, environment.engine, origins, train_module.kernels)
         until_the_end.enter_context(trainer.stop_request.listening())
@@ -319,13 +327,15 @@ def _prepare_data(config: ExperimentConfig, *, rank: int, world_size: int) -> "T
     # torch comes with the loaders: bad text is reported seconds sooner without it.
     from toolkit.data.loader import get_dataloaders
 
-    return get_dataloaders(
+    train_loader, evaluation = get_dataloaders(
         config.data,
         rank=rank,
         world_size=world_size,
         vocab_size=config.model.vocab_size,
         check_text=False,
-    )[0]
+    )
+    check_best_metric(config.trainer, evaluation)
+    return train_loader
 
 
 def _local_rank() -> int:
@@ -353,18 +363,18 @@ def _log_metadata(
     run: RunManager,
     engine: Engine,
     origins: Mapping[str, str],
-    kernels: Mapping[str, str],
+    kernels: Mapping[str, str] | None = None,
 ) -> None:
+    # Asked for once: the next start must not do it again.
+    config = config.replace(trainer=config.trainer.replace(start_anew=False))
     run.log_metadata(config, RUN_FILES.config)
     run.log_metadata(config.data, RUN_FILES.data_config)
     run.log_metadata(config.model, RUN_FILES.model_config)
     run.log_metadata(
         {"train_module": config.train_module, "trainer": config.trainer}, RUN_FILES.trainer_config
     )
-    run.log_metadata(
-        {path: origin for path, origin in origins.items() if origin != "default"},
-        RUN_FILES.origins,
-    )
+    kept = {p: o for p, o in origins.items() if o != "default" and p != "trainer.start_anew"}
+    run.log_metadata(kept, RUN_FILES.origins)
     run.set_status(
         "running",
         engine=engine.name,
@@ -376,31 +386,17 @@ def _log_metadata(
     run.log_metadata(describe_engine(engine, kernels), RUN_FILES.engine)
 
 
-def _log_start(config: ExperimentConfig, engine: Engine, run: RunManager) -> None:
-    for notice in engine.notices:
-        log.info("%s", notice)
-    log.info(
-        "training %s parameters on %s, %s: %s",
-        shown_parameters(config.model),
-        f"{engine.world_size} process" + ("es" if engine.world_size > 1 else ""),
-        f"{engine.name} in {engine.precision}",
-        run.folder,
-    )
-
-
 def _log_data(train_loader: "TrainLoader") -> None:
     per_epoch = train_loader.steps_per_epoch
     if math.isinf(per_epoch):
         return
     dropped = train_loader.dropped_instances
-    plural = "" if dropped == 1 else "s"
-    note = f", {dropped:,} instance{plural} left out" if dropped else ""
     log.info(
-        "%s instances of up to %s tokens: %s steps an epoch%s",
-        f"{train_loader.num_instances:,}",
-        f"{train_loader.sequence_length:,}",
-        f"{per_epoch:,}",
-        note,
+        "%s of up to %s: %s an epoch%s",
+        count(train_loader.num_instances, "instance"),
+        count(train_loader.sequence_length, "token"),
+        count(int(per_epoch), "step"),
+        f", {count(dropped, 'instance')} left out" if dropped else "",
     )
 
 
@@ -413,6 +409,8 @@ def _log_end(result: "TrainResult", run: RunManager) -> None:
         log.info("%s (step %d)", line, evaluation["step"])
     if result.reason in GENTLE_STOPS:
         log.info("done at step %d; everything is in %s", result.step, run.folder)
+        if result.reason == "hard_stop" and result.saved_step is not None:
+            log.info("go on with: toolkit resume %s --trainer.hard_stop=null", run.folder)
         for label, path in (
             ("metrics", RUN_FILES.metrics),
             ("TensorBoard", RUN_FILES.tensorboard),

@@ -70,8 +70,15 @@ def without_gone_sources(config: ExperimentConfig) -> ExperimentConfig:
     with its prepared data alone."""
     if not _has_data(config) and config.store.permanent_root is None:
         return config
-    dataset = with_sources(config.dataset, lambda s: None if is_gone(s) else s)
-    return config.replace(dataset=dataset)
+    gone: list[bool] = []
+
+    def look(source: SourceConfig | None) -> SourceConfig | None:
+        gone.append(is_gone(source))
+        return source
+
+    with_sources(config.dataset, look)
+    # All of a mixture: what its own tokenizer was trained on is told by its sources together.
+    return config.replace(dataset=without_sources(config.dataset)) if any(gone) else config
 
 
 def open_run_data(config: ExperimentConfig) -> "Corpus":

@@ -159,7 +159,7 @@ def _batch(config: ExperimentConfig, engine: Engine) -> list[str]:
     return [
         f"{batch:,} tokens a step = {count(ranks, 'rank')} x "
         f"{rank_microbatch_size(config, ranks):,} tokens x {passes} gradient accumulation",
-        f"sequences of {config.dataset.sequence_length:,} tokens",
+        f"sequences of {count(config.dataset.sequence_length, 'token')}",
     ]
 
 

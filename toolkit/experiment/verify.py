@@ -93,9 +93,9 @@ def check_checkpoint(folder: Path, *, quick: bool = False) -> CheckpointReport:
         if match and metadata.step != step:
             problem = f"{METADATA_FILE} says step {metadata.step}"
         check_files(folder, metadata, hashes=not quick)
-        from toolkit.checkpoint.tensors import check_stored_tensors
+        from toolkit.checkpoint.tensors import stored_shapes
 
-        check_stored_tensors(folder / TENSORS_FOLDER)
+        stored_shapes(folder / TENSORS_FOLDER)
     except (CheckpointError, OSError) as error:
         problem = str(error).removeprefix(f"{folder}: ").removeprefix(f"{folder}/")
     if suffix == INVALID_SUFFIX:

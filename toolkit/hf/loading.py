@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from toolkit.data.tokenizers.auto import quiet_transformers as quiet_transformers
+from toolkit.data.tokenizers.backend import MAX_TOKENIZER_BYTES, check_tokenizer_file
 from toolkit.data.tokenizers.tokenizer import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE
-from toolkit.errors import CheckpointError, DataError
-from toolkit.storage.foreign import guard, reason_of
+from toolkit.errors import CheckpointError, DataError, ToolkitError
+from toolkit.storage.foreign import check_regular, guard, reason_of
 
 if TYPE_CHECKING:
     import torch
@@ -16,6 +17,23 @@ _TOKENIZER_FILES = (
     TOKENIZER_FILE, TOKENIZER_CONFIG_FILE, "vocab.json", "vocab.txt", "tokenizer.model",
     "spiece.model",
 )  # fmt: skip
+_SMALL = (".json", ".jinja", ".txt", ".model")
+
+
+def check_small_files(folder: Path, kind: type[ToolkitError]) -> None:
+    """Check, before another library opens them, that the files of a folder that describe a model
+    or a tokenizer are files, and of a size that can be read.
+
+    Raises:
+        kind: one is a pipe, a device, or too large.
+    """
+    with guard(folder, kind):
+        for path in sorted(folder.iterdir()):
+            if path.suffix not in _SMALL or path.is_dir():
+                continue
+            size = check_regular(path, kind)
+            if size > MAX_TOKENIZER_BYTES:
+                raise kind(f"{path}: has {size:,} bytes, which no such file needs")
 
 
 def load_causal_lm(
@@ -30,6 +48,7 @@ def load_causal_lm(
     Raises:
         CheckpointError: `transformers` cannot load it, or weights are missing.
     """
+    check_small_files(folder, CheckpointError)
     with quiet_transformers():
         from transformers import AutoModelForCausalLM
 
@@ -62,6 +81,7 @@ def with_adapter(base: Any, folder: Path) -> Any:
     Raises:
         CheckpointError: `peft` cannot load it, or not all of it.
     """
+    check_small_files(folder, CheckpointError)
     with quiet_transformers():
         from peft import PeftModel
 
@@ -79,6 +99,9 @@ def load_auto_tokenizer(folder: Path) -> Any:
     """
     if not has_tokenizer(folder):
         raise DataError(f"{folder}: no tokenizer here; give one with --tokenizer FOLDER")
+    check_small_files(folder, DataError)
+    if (folder / TOKENIZER_FILE).is_file():
+        check_tokenizer_file(folder / TOKENIZER_FILE)
     with quiet_transformers():
         from transformers import AutoTokenizer, PreTrainedTokenizerFast
 

@@ -10,7 +10,7 @@ import msgspec
 from toolkit.errors import CheckpointError
 from toolkit.hf.families import FAMILIES
 from toolkit.hf.family import Family
-from toolkit.hf.loading import one_line, quiet_transformers
+from toolkit.hf.loading import check_small_files, one_line, quiet_transformers
 from toolkit.hf.settings import Settings
 from toolkit.models.config import TransformerConfig
 from toolkit.models.sizes import check_sizes
@@ -61,6 +61,7 @@ def read_hf_config(folder: Path) -> HFModel:
     """
     folder = Path(folder)
     raw = _read_json(folder)
+    check_small_files(folder, CheckpointError)
     try:
         return _read(raw)
     except CheckpointError as error:

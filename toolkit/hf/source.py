@@ -5,6 +5,7 @@ Whatever it is, its weights come out under our names, one whole CPU tensor at a 
 
 import contextlib
 import logging
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -35,9 +36,9 @@ from toolkit.models.config import ModelConfig
 from toolkit.models.lora_config import LoRAConfig
 from toolkit.models.transformer import Transformer
 from toolkit.runs.files import RUN_FILES
-from toolkit.runs.registry import is_run
+from toolkit.runs.registry import is_run, run_of_checkpoint
 from toolkit.storage.atomic import PathLike
-from toolkit.storage.foreign import read_json
+from toolkit.storage.foreign import guard, read_json
 from toolkit.storage.remote import is_url
 
 if TYPE_CHECKING:
@@ -77,7 +78,8 @@ class ModelSource(NamedTuple):
     def lora(self) -> LoRAConfig | None:
         """Of the adapter that the checkpoint holds; None: it holds whole weights."""
         adapter = self.metadata.extra.get("adapter") if self.metadata else None
-        return msgspec.convert(adapter, LoRAConfig) if adapter is not None else None
+        with guard(f"{self.where}: its adapter", CheckpointError):
+            return msgspec.convert(adapter, LoRAConfig) if adapter is not None else None
 
 
 def find_source(path: PathLike) -> ModelSource:
@@ -260,8 +262,7 @@ def _of_checkpoint(where: str, kind: Literal["run", "checkpoint"], folder: Path)
     except msgspec.ValidationError as error:
         raise CheckpointError(f"{folder}: its model is not known here: {error}") from None
     # Also a step folder that was given as "."
-    root = folder.resolve().parent
-    run = root.parent if is_run(root.parent) else root if is_run(root) else None
+    root, run = Path(os.path.abspath(folder)).parent, run_of_checkpoint(folder)
     return ModelSource(
         where, kind, config, folder, None, _tokenizer_of(root, run), metadata, run=run
     )

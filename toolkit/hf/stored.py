@@ -23,12 +23,15 @@ _LARGEST_HEADER = 100_000_000
 """Bytes; the format's own limit."""
 
 
+_Count = Annotated[int, msgspec.Meta(ge=0, le=1 << 53)]
+
+
 class _HeaderEntry(msgspec.Struct):
     """One tensor in the header of a safetensors file."""
 
     dtype: str
-    shape: list[Annotated[int, msgspec.Meta(ge=0)]]
-    data_offsets: tuple[Annotated[int, msgspec.Meta(ge=0)], Annotated[int, msgspec.Meta(ge=0)]]
+    shape: list[_Count]
+    data_offsets: tuple[_Count, _Count]
 
 
 class StoredTensor(NamedTuple):

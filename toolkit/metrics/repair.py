@@ -7,6 +7,9 @@ from typing import BinaryIO, NamedTuple
 
 import msgspec
 
+from toolkit.errors import RunError
+from toolkit.storage.foreign import MAX_LINE_BYTES, check_regular, guard
+
 _BLOCK = 1 << 16
 
 
@@ -35,10 +38,12 @@ def trim_jsonl(path: Path, *, last_step: int) -> TrimResult:
     if not path.exists():
         return TrimResult(0, 0)
     counts = {"dropped": 0, "damaged": 0}
+    with guard(path, RunError):
+        check_regular(path, RunError)
     with path.open("r+b") as file:
         size = end = file.seek(0, os.SEEK_END)
         last = b"\n"
-        for start, line in _lines_from_the_end(file):
+        for start, line in _lines_from_the_end(file, path):
             verdict = _judge(line, last_step)
             if verdict == "kept":
                 last = line
@@ -56,7 +61,7 @@ def trim_jsonl(path: Path, *, last_step: int) -> TrimResult:
     return TrimResult(**counts)
 
 
-def _lines_from_the_end(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
+def _lines_from_the_end(file: BinaryIO, path: Path) -> Iterator[tuple[int, bytes]]:
     """`(offset, line)` of each line, the last first."""
     end = file.seek(0, os.SEEK_END)
     rest = b""  # the beginning of a block, whose line may begin in the block before
@@ -65,6 +70,10 @@ def _lines_from_the_end(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
         file.seek(start)
         lines = (file.read(end - start) + rest).splitlines(keepends=True)
         rest = lines.pop(0) if start > 0 else b""
+        if len(rest) > MAX_LINE_BYTES:
+            raise RunError(
+                f"{path}: has a line of more than {MAX_LINE_BYTES:,} bytes; move it away"
+            )
         offset = start + len(rest) + sum(map(len, lines))
         for line in reversed(lines):
             offset -= len(line)
@@ -75,6 +84,6 @@ def _lines_from_the_end(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
 def _judge(line: bytes, last_step: int) -> str:
     try:
         step = _DECODER.decode(line).step
-    except msgspec.MsgspecError:
+    except (msgspec.MsgspecError, RecursionError):
         return "damaged"
     return "dropped" if step is not None and step > last_step else "kept"

@@ -54,15 +54,18 @@ class SdpaForm(NamedTuple):
 @torch.compiler.assume_constant_result
 def hardware_of(type: str, index: int | None = None, *, has_triton: bool = False) -> Hardware:
     """The hardware of a device, as far as its driver tells."""
-    if type != "cuda" or not torch.cuda.is_available():
-        return Hardware(type, has_triton=has_triton)
-    is_rocm = torch.version.hip is not None
-    capability = torch.cuda.get_device_capability(index)
-    properties: Any = torch.cuda.get_device_properties(index)
+    unknown = Hardware(type, has_triton=has_triton)
+    if type != "cuda":
+        return unknown
+    try:
+        capability = torch.cuda.get_device_capability(index)
+        properties: Any = torch.cuda.get_device_properties(index)
+    except (AssertionError, RuntimeError):  # no such device here
+        return unknown
     shared = getattr(properties, "shared_memory_per_block_optin", None)
     if not isinstance(shared, int):
         shared = _SHARED_MEMORY.get(capability, _CONSUMER)
-    return Hardware(type, capability, shared, is_rocm, has_triton)
+    return Hardware(type, capability, shared, torch.version.hip is not None, has_triton)
 
 
 def attention_kernel(

@@ -63,6 +63,7 @@ class Experts(nn.Module):
         self.gate = nn.Parameter(torch.empty(inputs))
         self.up = nn.Parameter(torch.empty(inputs))
         self.down = nn.Parameter(torch.empty(inputs[0], inputs[2], inputs[1]))
+        self.num_experts = moe.num_experts
         self.activation = ACTIVATIONS[config.feed_forward]
 
     def forward(self, x: Tensor, ends: Tensor) -> Tensor:
@@ -71,9 +72,14 @@ class Experts(nn.Module):
         Args:
             ends: `(num_experts,)` int32: where the rows of each expert stop.
         """
-        ends = ends_for(x, self.gate, ends)
-        gate = self.activation(grouped_linear(x, self.gate, ends))
-        return grouped_linear(gate * grouped_linear(x, self.up, ends), self.down, ends)
+        gate, up, down = (self._stacked(weight) for weight in (self.gate, self.up, self.down))
+        ends = ends_for(x, gate, ends)
+        gated = self.activation(grouped_linear(x, gate, ends))
+        return grouped_linear(gated * grouped_linear(x, up, ends), down, ends)
+
+    def _stacked(self, weight: Tensor) -> Tensor:
+        """`(num_experts, out, in)`; who stores the weights may keep them as one long matrix."""
+        return weight if weight.dim() == 3 else weight.unflatten(0, (self.num_experts, -1))
 
 
 class MoE(nn.Module):

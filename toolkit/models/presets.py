@@ -3,8 +3,8 @@
 import difflib
 from typing import Any
 
-from toolkit.config.types import shortened
 from toolkit.errors import ConfigError
+from toolkit.wording import shortened
 
 _LLAMA_LIKE: dict[str, Any] = {
     "type": "transformer",

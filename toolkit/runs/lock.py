@@ -134,6 +134,12 @@ class RunLock:
         return self._lost
 
     @property
+    def is_ours(self) -> bool:
+        """Whether lock.json is there and names this acquisition."""
+        current = read_lock_info(self.folder)
+        return current is not None and self._info is not None and current.token == self._info.token
+
+    @property
     def was_suspended(self) -> bool:
         """Whether nobody has looked for a takeover for longer than the heartbeat should allow."""
         return time.time() - self._checked_at > 2 * self.heartbeat_seconds

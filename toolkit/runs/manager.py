@@ -1,6 +1,5 @@
 """`RunManager`: one run folder, from its lock to its last status."""
 
-import contextlib
 import errno
 import logging
 import os
@@ -154,7 +153,7 @@ class RunManager:
             try:
                 self._write_status(is_last=state != "running")
             except OSError as error:
-                if not self._has_warned:
+                if not self._has_warned and self.find_removal() is None:
                     log.warning("%s: cannot be written: %s", self.path(RUN_FILES.status), error)
                 self._has_warned = True
 
@@ -174,8 +173,18 @@ class RunManager:
     def find_removal(self) -> RunError | None:
         """The error to end with where the run folder was removed, moved or replaced; None: it is
         there. Asked before anything is made anew in it."""
-        if self._identity is None or self._look() == self._identity:
+        if self._identity is None:
             return None
+        try:
+            if self._look() == self._identity:
+                return None
+            # Some network file systems number their folders anew.
+            if self._lock is not None and self._lock.is_ours:
+                return None
+        except FileNotFoundError:
+            pass
+        except OSError:
+            return None  # out of reach for now: whoever writes there will tell
         return RunError(
             f"{self.folder}: the run folder was removed or moved while training; nothing more is "
             "written there. If it was moved, `toolkit resume` continues it where it is now"
@@ -265,17 +274,15 @@ class RunManager:
         if on_status is not None:
             self.submit(lambda: on_status(self.folder, status), key="status")
 
-    def _look(self) -> tuple[int, int] | None:
-        with contextlib.suppress(OSError):
-            found = self.path(RUN_FILES.metadata).stat()
-            return found.st_dev, found.st_ino
-        return None
+    def _look(self) -> tuple[int, int]:
+        found = self.path(RUN_FILES.metadata).stat()
+        return found.st_dev, found.st_ino
 
 
 def _overwrite(path: Path, status: RunStatus) -> None:
     """Write over the bytes that the file has, for a disk without room for a second one."""
     room = max(_BLOCK, -(-path.stat().st_size // _BLOCK) * _BLOCK)
-    data = msgspec.json.encode(status)
+    data = msgspec.json.format(msgspec.json.encode(status), indent=2) + b"\n"
     if len(data) > room:
         data = msgspec.json.encode(msgspec.structs.replace(status, message=None, other={}))
     with path.open("r+b", buffering=0) as file:

@@ -6,8 +6,10 @@ from typing import Any
 
 import msgspec
 
+from toolkit.errors import RunError
 from toolkit.runs.files import RUN_FILES
 from toolkit.runs.status import RunStatus, current_state, read_status
+from toolkit.storage.foreign import check_regular
 
 
 class RunRecord(msgspec.Struct, kw_only=True):
@@ -58,14 +60,37 @@ def record_of(folder: Path) -> RunRecord | None:
     return record
 
 
+def read_last_step(path: Path) -> int:
+    """The last step that a metrics file tells of, however its end looks; 0: none."""
+    step = last_metrics(path).get("step")
+    if isinstance(step, int):
+        return step
+    found = 0
+    try:
+        with path.open("rb") as file:
+            for line in file:
+                try:
+                    found = max(found, msgspec.json.decode(line, type=_Step).step)
+                except msgspec.MsgspecError:
+                    continue
+    except OSError:
+        return 0
+    return found
+
+
+class _Step(msgspec.Struct):
+    step: int
+
+
 def last_metrics(path: Path, *, tail_bytes: int = 16_384) -> dict[str, Any]:
     """The last whole line of a metrics file, found from its end; empty when there is none."""
     try:
+        check_regular(path, RunError)
         with path.open("rb") as file:
             file.seek(0, os.SEEK_END)
             file.seek(max(0, file.tell() - tail_bytes))
             lines = file.read().splitlines(keepends=True)
-    except OSError:
+    except (OSError, RunError):
         return {}
     for line in reversed(lines):
         if line.endswith(b"\n"):

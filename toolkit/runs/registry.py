@@ -55,6 +55,41 @@ def is_run(folder: Path | str) -> bool:
     return read_status(Path(folder)) is not None
 
 
+def run_of_checkpoint(step: Path) -> Path | None:
+    """The run that a step folder belongs to, also where it, or checkpoints/, is a link; None: none
+    that is known."""
+    for place in (Path(os.path.abspath(step)), step.resolve()):
+        for folder in (place.parent.parent, place.parent):
+            if is_run(folder):
+                return folder
+    return None
+
+
+def find_named(text: str, *, root: str | Path = "runs") -> str:
+    """The folder of the run that `toolkit runs` lists as `text` ("experiment/name", or the name
+    alone), or what is below it ("experiment/name/checkpoints/step10"); `text` as it is where it is
+    a path that exists, or no run has this name.
+
+    Raises:
+        RunError: several runs have this name.
+    """
+    if not text or "://" in text or os.path.exists(os.path.expanduser(text)):
+        return text
+    if not _absolute(root).is_dir():
+        return text
+    first, _, rest = text.partition("/")
+    second, _, below = rest.partition("/")
+    runs = list_runs(root)
+    found = [
+        os.path.join(run.folder, below)
+        for run in runs
+        if (run.experiment, run.name) == (first, second)
+    ] or [os.path.join(run.folder, rest) for run in runs if run.name == first]
+    if len(found) > 1:
+        raise RunError(f"{text}: several runs have this name: {', '.join(found)}; give one of them")
+    return found[0].rstrip("/") if found else text
+
+
 def check_run_folder(config: RunConfig, name: str) -> None:
     """Refuse early, without writing anything, what `start_run` would refuse.
 

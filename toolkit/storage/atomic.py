@@ -40,9 +40,10 @@ def open_atomic(path: PathLike, *, sync: bool = True) -> Iterator[BinaryIO]:
             if sync:
                 os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+        _name_file(error, path)
         raise
     if sync:
         fsync_folder(Path(path).parent)
@@ -80,9 +81,18 @@ def create_json(path: PathLike, obj: Any) -> bool:
             except FileExistsError:
                 return False
         return True
+    except OSError as error:
+        _name_file(error, path)
+        raise
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def _name_file(error: BaseException, path: PathLike) -> None:
+    """Writing to an open file that does not fit tells no name."""
+    if isinstance(error, OSError) and error.filename is None:
+        error.filename = os.fspath(path)
 
 
 def write_json_atomic(path: PathLike, obj: Any, *, sync: bool = True) -> None:

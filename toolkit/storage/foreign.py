@@ -21,6 +21,9 @@ from toolkit.errors import ToolkitError
 MAX_BYTES = 64 << 20
 """Of a file that describes others: JSON in memory takes up to thirty times its size."""
 
+MAX_LINE_BYTES = 1 << 20
+"""Of a record in a file of metrics."""
+
 _SHOWN = 300
 """Characters of what another library says."""
 
@@ -140,3 +143,24 @@ def decode_json(data: bytes, where: object, kind: type[ToolkitError], type: Any)
             return msgspec.json.decode(data, type=type)
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise kind(f"{where}: not the JSON that belongs there: {reason_of(error)}") from None
+
+
+def read_lines(
+    path: Path, kind: type[ToolkitError], *, max_bytes: int = MAX_LINE_BYTES
+) -> Iterator[bytes]:
+    """The lines of a file of records, one after the other; none where there is no file.
+
+    Raises:
+        kind: it is a pipe or a device, or has a line of more than `max_bytes`.
+    """
+    with guard(path, kind):
+        try:
+            check_regular(path, kind)
+            file = path.open("rb")
+        except FileNotFoundError:
+            return
+    with file:
+        while line := file.readline(max_bytes + 1):
+            if len(line) > max_bytes:
+                raise kind(f"{path}: has a line of more than {max_bytes:,} bytes; move it away")
+            yield line

@@ -250,15 +250,18 @@ class RemoteFolder:
         with contextlib.suppress(FileNotFoundError):
             self._ask("deleting", "", remove_tree)
 
-    def move_to(self, target: "RemoteFolder") -> None:
-        """Give the folder, with all in it, another name in its store. Stores copy and then delete:
-        what is cut short has left the old one, or both."""
+    def move_to(self, target: "RemoteFolder", *, first: str) -> None:
+        """Give the folder another name in its store: all files are copied, then `remove`d here."""
+        for name in self.sizes():
+            place = f"{target._root}/{name}"
 
-        def move(path: str) -> None:
-            self._filesystem.invalidate_cache()
-            self._filesystem.mv(path, target._root, recursive=True)
+            def copy(path: str, place: str = place) -> None:
+                if self._is_local:
+                    self._filesystem.makedirs(place.rpartition("/")[0], exist_ok=True)
+                self._filesystem.cp_file(path, place)
 
-        self._ask("moving", "", move)
+            self._ask("copying", name, copy)
+        self.remove(first=first)
 
     @contextlib.contextmanager
     def _no_place_for(self, name: str) -> Iterator[None]:

@@ -15,6 +15,7 @@ from toolkit.checkpoint.layout import CheckpointMetadata
 from toolkit.config.secrets import mask_secrets
 from toolkit.errors import CheckpointError
 from toolkit.models.lora_config import LoRAConfig
+from toolkit.storage.foreign import guard
 from toolkit.storage.remote import is_url
 
 MERGE = "merge it first: toolkit export-hf --merge-adapter, then toolkit convert-hf"
@@ -71,7 +72,8 @@ def find_base(
             f"{adapter}: holds a whole model, no adapter: set train_module.lora back to null, or "
             f"start a new run with --trainer.load_path={adapter}"
         )
-    wanted = msgspec.convert(record, BaseCheckpoint)
+    with guard(f"{adapter}: its base", CheckpointError):
+        wanted = msgspec.convert(record, BaseCheckpoint)
     given = look(load_path) if load_path is not None else None
     if given is not None and metadata_of(given).xxh3 == wanted.fingerprint:
         return given

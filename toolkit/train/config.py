@@ -22,14 +22,6 @@ NO_BASE = (
 """What is wrong where `lora` is set and there is nothing to train it on."""
 
 
-def no_checkpoint(load_path: str) -> str:
-    """What is wrong where `trainer.load_path` must hold a checkpoint and does not."""
-    return (
-        f"trainer.load_path {load_path}: holds no valid checkpoint; give a run folder "
-        "or a step{N} folder of one"
-    )
-
-
 class Duration(Config, kw_only=True):
     """A length of training."""
 
@@ -121,7 +113,8 @@ class SpeedMonitorConfig(Config, kw_only=True):
     enabled: bool = True
     """Off: these columns are absent."""
     peak_flops: float | None = None
-    """Dense bf16 FLOP/s of one device for MFU; default: by device name, null for unknown ones."""
+    """Dense bf16 FLOP/s of one device, as torch counts them, for MFU. Null: by the device's name;
+    where that is not known there is no MFU."""
 
     def __post_init__(self) -> None:
         check_positive(self, "peak_flops")
@@ -268,13 +261,17 @@ class TrainerConfig(Config, kw_only=True):
     `gs://`)."""
     load_in_place: bool = False
     """A `load_path` that is a URL is not downloaded: each rank reads what it holds."""
-    load_strategy: Literal["if_available", "always", "never"] = "if_available"
-    """Whether `load_path` must hold a checkpoint."""
+    load_strategy: Literal["if_available", "always", "never"] | None = None
+    """Whether `load_path` must hold a checkpoint. Null: it must, where one is given;
+    `if_available`: train from fresh weights where there is none."""
     load_weights_only: bool = False
     """From `load_path` take the weights, with a fresh optimizer, schedule and data order."""
     load_key_mapping: dict[str, str] = msgspec.field(default_factory=dict)
     """Parameters that `load_path` has under other names: regular expression over this model's names
     -> replacement that gives the checkpoint's, applied in order."""
+    start_anew: bool = False
+    """Start again from step 0 where a run has trained and has no whole checkpoint to go on from;
+    what it recorded and saved stays under other names. For one start: it is not stored."""
     metrics_collect_interval: int = 5
     """Steps between transfers of metrics from the device."""
     cancel_check_interval: int = 1

@@ -45,7 +45,13 @@ def close_after_failure(trainer: "Trainer", message: str) -> None:
             trainer.recorder.close(flush=False)
     finally:
         with contextlib.suppress(RunError):
-            trainer.run.close("failed", step=trainer.step, message=message, exit_reason="error")
+            trainer.run.close(
+                "failed",
+                step=trainer.step,
+                tokens=trainer.tokens,
+                message=message,
+                exit_reason="error",
+            )
 
 
 def close_callbacks(trainer: "Trainer") -> None:
@@ -59,4 +65,5 @@ def close_callbacks(trainer: "Trainer") -> None:
         try:
             trainer.streams.close()
         except OSError as error:
-            log.warning("the last metrics are not on disk: %s", error)
+            if trainer.run.find_removal() is None:  # which has been told
+                log.warning("the last metrics are not on disk: %s", error)

@@ -108,6 +108,11 @@ class TrainModule(ABC):
         return None
 
     @property
+    def trained_names(self) -> frozenset[str] | None:
+        """Canonical names of the parameters that the optimizer trains; None: not told."""
+        return None
+
+    @property
     @abstractmethod
     def model_config(self) -> Any:
         """The model's own config, stored with its checkpoints."""

@@ -1,24 +1,29 @@
 """The trainer's state from checkpoints: which one, and into place."""
 
+import contextlib
 import logging
 import random
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from toolkit.checkpoint.anywhere import load_everything, load_weights, metadata_of
-from toolkit.checkpoint.find import Found, find_checkpoint, set_aside
+from toolkit.checkpoint.anywhere import load_everything, load_weights, metadata_of, shapes_of
+from toolkit.checkpoint.find import Found, find_checkpoint, problem_of, set_aside
 from toolkit.checkpoint.layout import MODEL_PREFIX
-from toolkit.checkpoint.remote import find_remote_checkpoint
+from toolkit.checkpoint.remote import find_remote_checkpoint, saved_remote_steps
 from toolkit.checkpoint.remote_load import download_newest
 from toolkit.errors import CheckpointError, ConfigError
 from toolkit.runs.files import RUN_FILES
 from toolkit.storage.remote import is_url
 from toolkit.train.base import check_adapter, describe_base, find_base
-from toolkit.train.config import NO_BASE, TrainerConfig, no_checkpoint
+from toolkit.train.config import NO_BASE, TrainerConfig
+from toolkit.train.load_path import no_checkpoint
+from toolkit.train.moments import change_of_training, without_new_moments
+from toolkit.train.progress import none_saved, reached_step, refusal, set_run_aside
+from toolkit.train.python_run import record_config
 
 if TYPE_CHECKING:
     from toolkit.train.trainer import Trainer
@@ -47,20 +52,23 @@ def find_start(
     ),
     *,
     adapts: bool = False,
+    reached: int = 0,
 ) -> Start | None:
     """The newest valid checkpoint in `own`, the run's folder of them; else of what the run has
     uploaded; else of `trainer.load_path`.
 
     Args:
         adapts: the run trains an adapter on the model in `load_path`.
+        reached: the last step that the run tells of.
 
     Raises:
-        CheckpointError: `load_strategy` is always, or the run adapts, and there is nothing to load;
-            `load_path` names a step that is damaged; or it is not the base of the run's adapter.
+        CheckpointError: the run has trained and none of its own is whole; there is nothing in
+            `load_path`, or it names a step that is damaged; or it is not the base of the run's
+            adapter.
     """
 
     def look(path: str) -> Path | str | None:
-        return find_remote(path) if is_url(path) else find(Path(path)).checkpoint
+        return find_remote(path) if is_url(path) else find(Path(path).expanduser()).checkpoint
 
     newest, rejected = find(own)
     found: Path | str | None = newest
@@ -70,14 +78,33 @@ def find_start(
     if found is not None:
         base = find_base(found, config.load_path, look) if adapts else None
         return Start(found, weights_only=False, rejected=rejected, base=base)
+    if upload_to is not None:
+        reached = max([reached, *saved_remote_steps(upload_to)])
+    start = _find_given(config, look, adapts=adapts)
+    if reached and not config.start_anew and reached > (step := first_step(start)):
+        why = problem_of(rejected[0]) if rejected else none_saved(config.no_checkpoints)
+        where = f"step {step:,}" if start is None else f"trainer.load_path ({start.checkpoint})"
+        raise refusal(own.parent, reached, str(why), where)
+    return None if start is None else start._replace(rejected=rejected)
+
+
+def first_step(start: Start | None) -> int:
+    """The number of steps that are done where training starts."""
+    return 0 if start is None or start.weights_only else metadata_of(start.checkpoint).step
+
+
+def _find_given(
+    config: TrainerConfig, look: Callable[[str], Path | str | None], *, adapts: bool
+) -> Start | None:
+    """What `trainer.load_path` and its neighbours ask for."""
     if config.load_strategy == "never" or config.load_path is None:
         if adapts:
             raise CheckpointError(NO_BASE)
         return None
     given = look(config.load_path)
     if given is not None:
-        return Start(given, weights_only=adapts or config.load_weights_only, rejected=rejected)
-    if config.load_strategy == "always" or adapts:
+        return Start(given, weights_only=adapts or config.load_weights_only)
+    if config.load_strategy != "if_available" or adapts:
         raise CheckpointError(no_checkpoint(config.load_path))
     return None
 
@@ -99,23 +126,40 @@ def restore_trainer(trainer: "Trainer") -> Path | str | None:
             return find_remote_checkpoint(url, **place).checkpoint
         return download_newest(url, trainer.run.path(RUN_FILES.downloads), **place)
 
+    reached = environment.broadcast(
+        reached_step(trainer.run.folder) if environment.is_main else None
+    )
     start = find_start(
         config,
         trainer.run.path(RUN_FILES.checkpoints),
         lambda path: find_checkpoint(path, **place),
         find_remote,
         adapts=trainer.train_module.adapter_config is not None,
+        reached=reached,
     )
-    if start is None:
-        return None
-    is_own = is_inside(start.checkpoint, trainer.run.path(RUN_FILES.checkpoints))
-    mapping = {} if is_own else config.load_key_mapping
-    _load(trainer, start, mapping=mapping)
+    is_own = start is not None and is_inside(
+        start.checkpoint, trainer.run.path(RUN_FILES.checkpoints)
+    )
+    if start is not None:
+        _load(trainer, start, mapping={} if is_own else config.load_key_mapping)
     if is_own:
         trainer.saved_step = trainer.step
     if environment.is_main:
-        set_aside(start.rejected)
-    return start.checkpoint
+        if reached > trainer.step and not (is_own or _is_uploaded(start, config)):
+            kept = set_run_aside(trainer.run.folder, trainer.run.attempt)
+            trainer.run.set_status("running", step=trainer.step, tokens=trainer.tokens)
+            log.warning("started anew; what there was is kept: %s", ", ".join(kept))
+        elif start is not None:
+            set_aside(start.rejected)
+        record_config(trainer)
+    return None if start is None else start.checkpoint
+
+
+def _is_uploaded(start: Start | None, config: TrainerConfig) -> bool:
+    upload_to = config.callbacks.checkpointer.upload_to
+    return (
+        start is not None and upload_to is not None and str(start.checkpoint).startswith(upload_to)
+    )
 
 
 def is_inside(checkpoint: Path | str, root: Path) -> bool:
@@ -130,14 +174,19 @@ def _load(trainer: "Trainer", start: Start, *, mapping: Mapping[str, str]) -> No
     if base_weights:
         _load_base(trainer, start, base_weights)
     if not start.weights_only:
-        tensors = renamed(module.state_tensors(), mapping)
+        stored = shapes_of(checkpoint)
+        tensors = without_new_moments(renamed(module.state_tensors(), mapping), stored)
         metadata, state = load_everything(
             checkpoint, tensors=tensors, rank=environment.rank, group=group
         )
-        trainer.load_state_dict(state["trainer"])
+        if environment.is_main and module.trained_names is not None and not mapping:
+            for line in change_of_training(stored, module.trained_names):
+                log.info("%s", line)
+        with usable_state(checkpoint):
+            trainer.load_state_dict(state["trainer"])
+            if metadata.world_size == environment.world_size:
+                _set_rng_state(state["rng"])
         module.origin = metadata.extra.get("source")
-        if metadata.world_size == environment.world_size:
-            _set_rng_state(state["rng"])
     elif not base_weights:
         tensors = renamed(module.state_tensors(), mapping)
         weights = {key: t for key, t in tensors.items() if key.startswith(MODEL_PREFIX)}
@@ -145,6 +194,21 @@ def _load(trainer: "Trainer", start: Start, *, mapping: Mapping[str, str]) -> No
         module.origin = metadata_of(checkpoint).extra.get("source")
     module.state_filled()
     log.info("loaded %s (step %d)", checkpoint, trainer.step)
+
+
+@contextlib.contextmanager
+def usable_state(checkpoint: Path | str) -> Iterator[None]:
+    """Around the use of a rank's state, which may be anything.
+
+    Raises:
+        CheckpointError: it is not what a trainer saves.
+    """
+    try:
+        yield
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{checkpoint}: holds no state of a trainer: {type(error).__name__}: {error}"
+        ) from error
 
 
 def _load_base(trainer: "Trainer", start: Start, weights: dict[str, torch.Tensor]) -> None:
@@ -203,5 +267,5 @@ def _rename(key: str, expression: re.Pattern[str], replacement: str) -> str:
 def _set_rng_state(state: dict[str, Any]) -> None:
     random.setstate((3, tuple(state["python"]), None))
     torch.set_rng_state(state["torch"])
-    if "cuda" in state and torch.cuda.is_available():
+    if "cuda" in state and torch.cuda.is_initialized():
         torch.cuda.set_rng_state(state["cuda"])

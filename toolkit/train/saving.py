@@ -24,6 +24,7 @@ from toolkit.checkpoint.tensors import iterate_tensors
 from toolkit.errors import RunError, ToolkitError, TrainingError
 from toolkit.runs.files import RUN_FILES
 from toolkit.threads import Thread
+from toolkit.train.peers import LostPeerError
 
 if TYPE_CHECKING:
     from toolkit.train.module import TrainModule
@@ -163,9 +164,9 @@ def _check_owner(trainer: "Trainer") -> None:
         refusal = trainer.run.find_removal()
     except RunError as error:
         refusal = error
-    refusal = trainer.environment.broadcast(refusal)
-    if refusal is not None:
-        raise refusal
+    everywhere = trainer.environment.broadcast(refusal)
+    if everywhere is not None:  # rank 0 says it
+        raise refusal if refusal is not None else LostPeerError(str(everywhere))
 
 
 def _keep_tokenizer(trainer: "Trainer") -> None:
@@ -266,6 +267,6 @@ def _export_adapter(module: "TrainModule", unfinished: Path, tokenizer: Path | N
 
 def _rng_state() -> dict[str, Any]:
     state: dict[str, Any] = {"python": list(random.getstate()[1]), "torch": torch.get_rng_state()}
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():  # not by a run on the CPU, whatever the machine has
         state["cuda"] = torch.cuda.get_rng_state()
     return state

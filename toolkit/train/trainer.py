@@ -149,7 +149,7 @@ class Trainer:
             self.stop_request.done()
         except BaseException as error:
             peers.fail(error, step=self.step)
-            lost = peers.explain(error, step=self.step)
+            lost = self.run.find_removal() or peers.explain(error, step=self.step)
             close_after_failure(self, first_line(lost or error))
             if lost is not None:
                 raise lost from error

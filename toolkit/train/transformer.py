@@ -155,6 +155,10 @@ class TransformerTrainModule(TrainModule):
         return self._parameters.num_parameters
 
     @property
+    def trained_names(self) -> frozenset[str]:
+        return frozenset(n for n, info in self._parameters.infos.items() if info.is_trained)
+
+    @property
     def model_config(self) -> Any:
         return self._model_config
 

@@ -13,6 +13,7 @@ import pytest
 
 from tests.data.corpus import data_config
 from tests.data.instances import custom_examples
+from toolkit import signals
 from toolkit.data import get_dataloaders
 from toolkit.data.config import CustomDatasetConfig, DatasetConfig
 from toolkit.data.corpus import open_corpus
@@ -186,6 +187,7 @@ def test_worker_processes_leave_signals_to_training_and_end_with_it(tmp_path: Pa
         assert workers
         for worker in workers:
             os.kill(worker, signal.SIGINT)
+            os.kill(worker, signal.SIGTERM)
             os.kill(worker, signal.SIGUSR1)
         print(file=training.stdin, flush=True)
         assert training.stdout.readline()
@@ -197,6 +199,29 @@ def test_worker_processes_leave_signals_to_training_and_end_with_it(tmp_path: Pa
             break
         time.sleep(0.1)
     assert not any(map(is_running, workers))
+
+
+@pytest.mark.parametrize("asked", [None, "SIGTERM"])
+def test_workers_that_die_with_a_request_to_stop_are_part_of_the_stop(
+    asked: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The batch under way is still made: other ranks train on theirs."""
+    expected = opened("Counting").read(np.arange(5, 9))["input_ids"]
+    instances = opened("Counting", workers={"num_workers": 2, "worker_type": "process"})
+    instances.read(np.arange(4))
+    processes = list(instances._reader._processes.values())
+    monkeypatch.setattr(signals, "asked", lambda: asked)
+    processes[0].kill()
+    processes[0].join()
+    if asked is None:
+        with pytest.raises(DataError, match="a worker process ended suddenly"):
+            instances.read(np.arange(5, 9))
+    else:
+        assert np.array_equal(instances.read(np.arange(5, 9))["input_ids"], expected)
+    for process in processes:
+        process.join(30)
+        assert process.exitcode is not None
+    instances.close()
 
 
 @pytest.mark.parametrize(

@@ -204,8 +204,10 @@ def test_a_bpe_tokenizer_is_trained_once_on_all_sources(tmp_path: Path) -> None:
     for file in (*folder.iterdir(), *(tmp_path / "one").iterdir()):
         file.unlink()
     folder.rmdir()
-    ensure_mix_prepared(config, progress=False)
+    ensure_mix_prepared(config, progress=False, check_text=False)
     assert (folder / "tokenizer.json").is_file()
+    with pytest.raises(DataError, match=r"dataset\.mix: one: .*no file with text .*source=null"):
+        ensure_mix_prepared(config, progress=False)
 
 
 def test_bpe_cannot_be_trained_on_token_files(tmp_path: Path) -> None:

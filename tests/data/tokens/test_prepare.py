@@ -125,12 +125,21 @@ def test_existing_files_are_used_and_other_settings_refused(tmp_path: Path) -> N
     assert ensure_prepared(config.replace(source=None, append_eos=False)).num_tokens("train") == 6
 
 
-def test_files_outlive_their_source(tmp_path: Path) -> None:
+@pytest.mark.parametrize("gone", ["file", "folder"])
+def test_a_missing_source_does_not_train_on_older_data_of_its_name(
+    tmp_path: Path, gone: str
+) -> None:
     texts = write_texts(tmp_path / "text", ["ab"])
     config = files_config(tmp_path / "data", texts)
-    ensure_prepared(config)
+    folder = ensure_prepared(config).folder
     (texts / "0000.txt").unlink()
-    assert ensure_prepared(config).num_tokens("train") == 3
+    if gone == "folder":
+        texts.rmdir()
+    what = "no file with text" if gone == "file" else "no such file or folder"
+    with pytest.raises(DataError, match=f"{what}.*{folder} holds .*dataset.source=null"):
+        ensure_prepared(config)
+    assert ensure_prepared(config.replace(source=None)).num_tokens("train") == 3
+    assert ensure_prepared(config, check_text=False).num_tokens("train") == 3
 
 
 def test_no_source_and_no_files_is_an_error(tmp_path: Path) -> None:

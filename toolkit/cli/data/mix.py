@@ -13,6 +13,7 @@ from toolkit.cli.arguments import (
     WorkDir,
     split_words,
 )
+from toolkit.wording import count
 
 if TYPE_CHECKING:
     from toolkit.experiment.mix import MixPreview
@@ -82,7 +83,7 @@ def _print_sources(found: "MixPreview") -> None:
     if found.total_tokens is None:
         typer.echo("the run's length is known once all sources are prepared")
     else:
-        typer.echo(f"{found.total_tokens:,} tokens in the run")
+        typer.echo(f"{count(found.total_tokens, 'token')} in the run")
     if len(found.segment_starts) > 1:
         typer.echo()
         header = ["source", *(f"from {start:,}" for start in found.segment_starts)]

@@ -4,6 +4,7 @@ from fractions import Fraction
 
 from toolkit.data.order.mixture import MixedStream, MixPlan
 from toolkit.errors import ConfigError
+from toolkit.wording import count
 
 
 def check_limits(
@@ -29,12 +30,12 @@ def check_limits(
     longest = end // batch_instances * batch_instances * length
     ways = [
         *_ratio_that_works(plan, name, total_instances),
-        f"train on at most {longest:,} tokens (trainer.max_duration)",
+        f"train on at most {count(longest, 'token')} (trainer.max_duration)",
         "raise its max_repetitions",
     ]
     raise ConfigError(
         f"dataset.mix: {name} breaks its limit of {plan.sources[name].max_repetitions:g} "
-        f"repetitions{also}: the run takes {counts[name] * length:,} tokens of it, "
+        f"repetitions{also}: the run takes {count(counts[name] * length, 'token')} of it, "
         f"{_floor(Fraction(counts[name], max(1, available)))} times the {available * length:,} "
         f"there are; {', or '.join(ways)}"
     )

@@ -41,6 +41,14 @@ class TextColumns:
                 f"{self._option}: {where} has no column {missing[0]!r}; its columns: {columns}"
             )
 
+    def check_used(self, where: str) -> None:
+        """Raise DataError when columns were asked for; `where` holds plain text alone."""
+        if self.is_template or self.names != [FilesSourceConfig(paths=[]).text_field]:
+            raise DataError(
+                f"{self._option}: names a column, but {where} holds plain text, which has none; "
+                "leave it out"
+            )
+
     def text(self, row: Mapping[str, Any], where: str) -> str:
         """The text of a row; null and NaN, which stands for it in tables of numbers, are no text.
 

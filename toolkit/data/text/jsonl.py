@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 COMPRESSED_BYTES = 1 << 20
 """Read from a compressed file at a time."""
-ZSTD_BYTES = 1 << 12
+ZSTD_BYTES = 1 << 10
 """Given to the zstd library at a time: it gives back all that comes out at once, which is 128 KB
 for each 4 bytes at most."""
 SKIPPED_BYTES = 1 << 16

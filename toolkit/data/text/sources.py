@@ -86,6 +86,8 @@ def plan_source(
     size = shard_bytes(num_bytes)
     json_files = source.json_files if isinstance(source, FilesSourceConfig) else "text"
     kinds = {file.path: file_kind(file, json_files) for file in files}
+    if columns is not None and all(kind == "text" for kind in kinds.values()):
+        columns.check_used(", ".join(source.paths) if isinstance(source, FilesSourceConfig) else "")
     tails = not rows and _holds_out_tails(list(kinds.values()), validation_fraction)
     ranges = (
         piece

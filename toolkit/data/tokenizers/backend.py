@@ -4,13 +4,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from toolkit.errors import DataError
-from toolkit.storage.foreign import guard, read_bytes
+from toolkit.storage.foreign import decode_json, guard, read_bytes
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as BackendTokenizer
 
 MAX_TOKENIZER_BYTES = 1 << 29
+"""Of a tokenizer.json; those of 256,000 tokens have 33 MB."""
+MAX_VOCAB_SIZE = 10_000_000
+MAX_PADDING = 1 << 20
 _TOKEN_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 
@@ -27,12 +32,17 @@ def read_backend(path: Path, config: Mapping[str, Any]) -> "BackendTokenizer":
     """
     from tokenizers import Tokenizer as BackendTokenizer
 
-    data = read_bytes(path, DataError, max_bytes=MAX_TOKENIZER_BYTES)
+    data = check_tokenizer_file(path)
     with guard(path, DataError, problem="not a tokenizer that can be read"):
         backend = BackendTokenizer.from_str(data.decode())
         # Some files are read without an error and make native code panic at the first text.
         backend.decode(backend.encode("a A1\n").ids)
-        backend.get_vocab_size()
+        largest = max(backend.get_vocab(with_added_tokens=True).values(), default=0)
+        if largest >= MAX_VOCAB_SIZE:
+            raise DataError(
+                f"{path}: a token has id {largest:,}, which is larger than any vocabulary (at most "
+                f"{MAX_VOCAB_SIZE:,} ids)"
+            )
     with guard(path.with_name("tokenizer_config.json"), DataError, problem="added_tokens_decoder"):
         _add_listed(backend, config.get("added_tokens_decoder") or {})
     return backend
@@ -47,3 +57,30 @@ def _add_listed(backend: "BackendTokenizer", listed: Mapping[str, Any]) -> None:
         if is_next and backend.token_to_id(entry["content"]) is None:
             flags = {name: entry[name] for name in _TOKEN_FLAGS if name in entry}
             backend.add_tokens([AddedToken(entry["content"], **flags)])
+
+
+def check_tokenizer_file(path: Path) -> bytes:
+    """The content of a tokenizer.json, before a library makes anything of it.
+
+    Raises:
+        FileNotFoundError: there is none.
+        DataError: it cannot be read, or pads texts to a length that ends the process.
+    """
+    data = read_bytes(path, DataError, max_bytes=MAX_TOKENIZER_BYTES)
+    found = decode_json(data, path, DataError, _Padded)
+    numbers = [number for number in _whole_numbers(found.padding) if number > MAX_PADDING]
+    if numbers:
+        raise DataError(f"{path}: pads texts to {numbers[0]:,} tokens; remove its padding")
+    return data
+
+
+class _Padded(msgspec.Struct):
+    """The part of a tokenizer.json that decides how much memory a text takes."""
+
+    padding: Any = None
+
+
+def _whole_numbers(value: Any) -> list[int]:
+    if isinstance(value, dict):
+        return [number for inner in value.values() for number in _whole_numbers(inner)]
+    return [value] if isinstance(value, int) else []

@@ -16,6 +16,7 @@ from toolkit.data.tokenizers.tokenizer import (
     load_file,
 )
 from toolkit.errors import DataError
+from toolkit.storage.foreign import guard
 
 
 def load_hf_tokenizer(config: HFTokenizerConfig) -> Tokenizer:
@@ -67,13 +68,12 @@ def _load_with_transformers(name: str, config: HFTokenizerConfig) -> Tokenizer:
     """For folders that hold only an older format (vocab.json + merges.txt, ...)."""
     from transformers import AutoTokenizer
 
-    try:
+    for path in Path(name).glob("*.*") if Path(name).is_dir() else ():
+        if not path.is_file() and not path.is_dir():
+            raise DataError(f"dataset.tokenizer.path: {path}: a pipe or a device, no file")
+    where = f"dataset.tokenizer.path: {config.path}"
+    with guard(where, DataError, problem="no tokenizer that can be loaded"):
         loaded = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise DataError(
-            f"dataset.tokenizer.path: {config.path}: no tokenizer that can be loaded: {reason}"
-        ) from None
     backend = getattr(loaded, "backend_tokenizer", None)
     if backend is None:
         raise DataError(

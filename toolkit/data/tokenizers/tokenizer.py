@@ -36,10 +36,11 @@ COMPANION_FILES = (
 """What may lie beside a tokenizer.json and belongs to it; see `companions`."""
 TEMPLATES_FOLDER = "additional_chat_templates"
 """Folder of chat templates with names, beside it."""
-"""Of a tokenizer.json; those of 256,000 tokens have 33 MB."""
 EOS_TOKEN = "<|endoftext|>"
 """End of a document, in tokenizers made here."""
 BYTE_MARK = "is_byte_tokenizer"
+
+_CANNOT_ENCODE = "the tokenizers library fails at a text"
 
 Files = dict[str, Path | str | dict[str, Any]]
 """Companions of tokenizer.json by name: a file to copy, text, or what is written as JSON."""
@@ -209,7 +210,8 @@ class Tokenizer:
         found = self._fast.encode_batch(texts) if self._fast is not None else None
         if found is not None:
             return found
-        encodings = self._ordinary.encode_batch_fast(list(texts), add_special_tokens=False)
+        with guard("dataset.tokenizer", DataError, problem=_CANNOT_ENCODE):
+            encodings = self._ordinary.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(encoding.ids, dtype=np.uint32) for encoding in encodings]
 
     def encode_offsets(
@@ -229,12 +231,14 @@ class Tokenizer:
         import numpy as np
 
         backend = self._with_controls if special_tokens else self._without_controls
+        with guard("dataset.tokenizer", DataError, problem=_CANNOT_ENCODE):
+            encodings = backend.encode_batch(list(texts), add_special_tokens=False)
         return [
             (
                 np.array(encoding.ids, dtype=np.uint32),
                 np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2),
             )
-            for encoding in backend.encode_batch(list(texts), add_special_tokens=False)
+            for encoding in encodings
         ]
 
     def decode(self, ids: "Iterable[int]") -> str:
@@ -300,7 +304,7 @@ def load_file(
         DataError: the file is missing or cannot be read.
     """
 
-    files: Files = {name: path.with_name(name) for name in companions(path.parent)}
+    files: Files = {name: path.parent / name for name in companions(path.parent)}
     config = read_json(path.with_name(TOKENIZER_CONFIG_FILE))
     if config.get(BYTE_MARK):
         from toolkit.data.tokenizers.byte import ByteTokenizer

@@ -20,7 +20,7 @@ import msgspec
 
 from toolkit.data.config import DatasetConfig
 from toolkit.errors import ConfigError, DataError
-from toolkit.storage.foreign import read_json
+from toolkit.storage.foreign import guard, read_json
 
 if TYPE_CHECKING:
     import numpy as np
@@ -288,10 +288,11 @@ def hash_blocks(path: Path, every: int = 1) -> dict[int, str]:
 
 
 def _check_size(path: Path, expected: int) -> None:
-    try:
-        size = path.stat().st_size
-    except FileNotFoundError:
-        size = None
+    with guard(path, DataError):  # a loop of links, a folder that may not be entered
+        try:
+            size = path.stat().st_size
+        except FileNotFoundError:
+            size = None
     if size != expected:
         found = "is missing" if size is None else f"has {size} bytes instead of {expected}"
         raise DataError(

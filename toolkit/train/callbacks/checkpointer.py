@@ -11,6 +11,7 @@ from toolkit.runs.files import RUN_FILES
 from toolkit.train.callbacks.base import Callback
 from toolkit.train.config import CheckpointerConfig
 from toolkit.train.saving import TrainerSaver
+from toolkit.train.scores import check_best_metric
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +44,7 @@ class Checkpointer(Callback):
         """A save has failed, and the config says that this ends the run."""
 
     def pre_train(self) -> None:
+        check_best_metric(self.trainer.config, self.trainer.eval_loaders)
         saved = self.trainer.saved_step
         self._saved_at = -1 if saved is None else saved
         self._saver = TrainerSaver(self.trainer, self._after_commit)
@@ -129,6 +131,8 @@ class Checkpointer(Callback):
         if self._config.on_error == "stop":
             self._is_ending = True
             self.trainer.fail(error)
+        elif (removed := self.trainer.run.find_removal()) is not None:
+            self.trainer.fail(removed)
         elif self.trainer.environment.is_main:
             log.error("%s; training goes on", error)
 

@@ -1,0 +1,112 @@
+"""Standard output that goes away takes nothing with it."""
+
+import errno
+import io
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+
+from toolkit.cli import main as cli
+from toolkit.cli.output import LastingStream, has_lost_reader
+from toolkit.errors import reason_of_machine
+
+
+def broken_pipe() -> Any:
+    reading, writing = os.pipe()
+    os.close(reading)
+    return os.fdopen(writing, "w")
+
+
+def test_a_pipe_without_a_reader_loses_lines_and_nothing_else() -> None:
+    with broken_pipe() as pipe:
+        assert has_lost_reader(pipe)
+        stream = LastingStream(pipe)
+        for _ in range(3):
+            assert stream.write("a line\n") == 7
+            stream.flush()
+        assert not has_lost_reader(pipe)  # what other libraries write goes to /dev/null
+        pipe.write("another library's line\n")
+        pipe.flush()
+
+
+def test_a_full_disk_is_tried_again() -> None:
+    class Full(io.StringIO):
+        is_full = True
+
+        def write(self, text: str) -> int:
+            if self.is_full:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return super().write(text)
+
+    full = Full()
+    stream = LastingStream(cast(Any, full))
+    stream.write("lost\n")
+    full.is_full = False
+    stream.write("kept\n")
+    assert full.getvalue() == "kept\n"
+
+
+def test_letters_that_a_terminal_lacks_are_escaped() -> None:
+    data = io.BytesIO()
+    stream = LastingStream(io.TextIOWrapper(data, "ascii", write_through=True))
+    stream.write("café\n")
+    assert data.getvalue() == b"caf\\xe9\n"
+    assert stream.encoding == "ascii"
+
+
+def test_a_program_started_without_streams_has_some(tmp_path: Path) -> None:
+    code = """
+import os, sys
+os.close(1); os.close(2); sys.stdout = sys.stderr = None
+from toolkit.cli.output import open_missing_streams
+open_missing_streams()
+print("nowhere", flush=True)
+descriptor = os.open(sys.argv[1], os.O_CREAT | os.O_WRONLY)
+sys.exit(0 if descriptor > 2 and sys.stderr is not None else 1)
+"""
+    assert subprocess.run([sys.executable, "-c", code, str(tmp_path / "a")]).returncode == 0
+
+
+def test_exit_0_is_for_readers_that_left_not_for_other_pipes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    monkeypatch.setattr("toolkit.experiment.load.load_experiment", fail)
+    with pytest.raises(BrokenPipeError):
+        cli.run(["train", "smoke"])
+    with broken_pipe() as pipe:
+        monkeypatch.setattr(sys, "stdout", pipe)
+        assert cli.run(["train", "smoke"]) == 0
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EDQUOT])
+def test_an_error_of_the_disk_is_one_line(
+    number: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(number, os.strerror(number), "/data/runs/a")
+
+    monkeypatch.setattr("toolkit.experiment.load.load_experiment", fail)
+    assert cli.run(["train", "smoke"]) == 1
+    line = capsys.readouterr().err
+    assert line.startswith(f"error: /data/runs/a: {os.strerror(number)}: ")
+    assert line.count("\n") == 1
+    assert reason_of_machine(FileNotFoundError(errno.ENOENT, "", "x")) is None
+
+
+def test_debug_waits_for_kernels_and_says_so(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for mode, words in (("", "slow"), ("0", "CUDA_LAUNCH_BLOCKING=0 in every process\n")):
+        monkeypatch.setenv("CUDA_LAUNCH_BLOCKING", mode or "1")
+        if not mode:
+            monkeypatch.delenv("CUDA_LAUNCH_BLOCKING")
+        cli._wait_for_kernels()
+        assert os.environ["CUDA_LAUNCH_BLOCKING"] == (mode or "1")
+        assert capsys.readouterr().err.endswith(f"{words}\n" if not mode else words)

@@ -1,0 +1,146 @@
+"""What a start refuses, it refuses at once and before torch; a dry run says the same."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from toolkit.checkpoint.layout import METADATA_FILE, CheckpointMetadata, encode_metadata
+from toolkit.cli.main import run
+from toolkit.experiment.load import load_experiment
+from toolkit.experiment.preflight import check_load_path
+
+
+@pytest.fixture(autouse=True)
+def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def dry_run(capsys: pytest.CaptureFixture[str], *flags: str) -> list[str]:
+    assert run(["train", "smoke", "--dry-run", *flags]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    return [line.removeprefix("error: ") for line in err.splitlines()]
+
+
+def source(**fields: Any) -> str:
+    return f"--dataset.source={json.dumps({'type': 'files', **fields})}"
+
+
+def test_files_patterns_and_load_path_are_checked_together(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    first, *lines = dry_run(
+        capsys,
+        source(paths=["nope.txt", "*.jsonl"]),
+        "--dataset.tokenizer={type: tiktoken, path: nope.tiktoken}",
+        "--dataset.instructions={chat_template: nope.jinja}",
+        "--train_module.freeze=[blocks.9.*]",
+        "--train_module.optim.group_overrides=[{params: ['*bias'], opts: {weight_deca: 0}}]",
+        "--trainer.load_path=nope",
+        "--trainer.load_strategy=always",
+        "--dataset.sequence_length=256",
+    )
+    assert first == "9 problems, one a line:"
+    assert [line.split(" (")[0].split("; ")[0] for line in lines] == [
+        "dataset.sequence_length 256 is longer than model.max_sequence_length 128",
+        "train_module.optim.group_overrides.0.params: '*bias' matches no parameter",
+        "train_module.optim.group_overrides.0.opts: no setting 'weight_deca'",
+        "train_module.freeze: 'blocks.9.*' matches no parameter",
+        "dataset.source.paths: nope.txt: no such file or folder",
+        "dataset.source.paths: *.jsonl: matches no file",
+        "dataset.tokenizer.path: nope.tiktoken: no such file",
+        "dataset.instructions.chat_template: 'nope.jinja' is no Jinja text",
+        "trainer.load_path nope: holds no valid checkpoint",
+    ]
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ([source(paths=["empty"])], "dataset.source.paths: empty: no file to read (looked for"),
+        ([source(paths=["e.txt"])], "dataset.source.paths: e.txt: the file is empty"),
+        (["--dataset.source={type: disk, path: empty}"], "dataset.source.path: empty: no data set"),
+        (["--dataset.tokenizer={type: hf, path: ./nope}"], "dataset.tokenizer.path: ./nope: no"),
+        (["--dataset.tokenizer={type: hf, path: empty}"], "dataset.tokenizer.path: empty: holds"),
+        (["--dataset.mix={sources: {a: {ratio: 1, source: {type: files, paths: [nope]}}}}",
+          "--dataset.source=null"], "dataset.source.paths: nope: no such file or folder"),
+    ],
+)  # fmt: skip
+def test_a_dry_run_looks_at_files(
+    flags: list[str], expected: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "e.txt").touch()
+    (line,) = dry_run(capsys, *flags)
+    assert line.startswith(expected)
+
+
+def test_files_that_are_there_are_found(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "deep" / "er").mkdir(parents=True)
+    (tmp_path / "deep" / "er" / "a.TXT").write_text("text")
+    (tmp_path / "tok").mkdir()
+    (tmp_path / "tok" / "tokenizer.json").write_text("{}")
+    for path in ("deep", "deep/er/a.TXT", "deep/*/a*"):
+        flags = [source(paths=[path]), "--dataset.tokenizer={type: hf, path: tok}"]
+        assert run(["train", "smoke", "--dry-run", *flags]) == 0
+    assert run(["train", "smoke", "--dry-run", "--dataset.tokenizer={type: hf, path: gpt2}"]) == 0
+
+
+def checkpoint(folder: Path, **model: Any) -> Path:
+    folder.mkdir(parents=True)
+    config = load_experiment("smoke").config.model.to_dict() | model
+    metadata = CheckpointMetadata(
+        version=2, step=3, tokens=9, engine="single", world_size=1, files={},
+        extra={"model": config},
+    )  # fmt: skip
+    (folder / METADATA_FILE).write_bytes(encode_metadata(metadata))
+    return folder
+
+
+def test_the_model_of_load_path_is_compared(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    checkpoint(tmp_path / "old" / "checkpoints" / "step3", d_model=64, rope_theta=7.0)
+    (line,) = dry_run(capsys, "--trainer.load_path=old")
+    assert line == (
+        "old/checkpoints/step3: was saved from another model: model.d_model (was 64, is 32), "
+        "model.rope_theta (was 7.0, is 10000.0); set it back, or start a new run"
+    )
+    (line,) = dry_run(capsys, "--trainer.load_path=old", "--trainer.load_weights_only")
+    assert "model.d_model" in line
+    assert "rope_theta" not in line  # of a longer context
+    flags = ["--model.d_model=64", "--model.rope_theta=7.0", "--trainer.load_path=old"]
+    assert run(["train", "smoke", "--dry-run", *flags]) == 0
+
+
+def test_a_run_that_goes_on_from_its_own_checkpoints_needs_no_load_path(tmp_path: Path) -> None:
+    flags = ["--trainer.load_path=gone", "--trainer.load_strategy=always"]
+    config = load_experiment("smoke", flags).config
+    checkpoint(tmp_path / "run" / "checkpoints" / "step3")
+    check_load_path(config, tmp_path / "run")
+
+
+def test_a_start_refuses_the_same_without_torch(tmp_path: Path) -> None:
+    code = (
+        "import sys; from toolkit.cli.main import run;"
+        "code = run(['train', 'smoke', '--name', 'x', '--train_module.freeze=[nope]',"
+        "'--trainer.load_path=nope', '--trainer.load_strategy=always']);"
+        "print(code, 'torch' in sys.modules)"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True,
+        env={k: v for k, v in os.environ.items() if k != "RANK"},
+    )  # fmt: skip
+    assert result.stdout == "2 False\n"
+    assert [line[:40] for line in result.stderr.splitlines()] == [
+        "error: 2 problems, one a line:",
+        "error: train_module.freeze: 'nope' match",
+        "error: trainer.load_path nope: holds no ",
+    ]
+    assert not any(tmp_path.iterdir())

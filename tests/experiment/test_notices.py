@@ -1,0 +1,55 @@
+"""What of a config does nothing is said in one line, and nothing else is."""
+
+import pytest
+
+from toolkit.experiment.load import load_experiment
+from toolkit.experiment.notices import notices
+
+WARMUP = "train_module.scheduler.warmup is "
+
+
+@pytest.mark.parametrize(
+    ("flags", "beginnings"),
+    [
+        ([], []),
+        (["--train_module.scheduler.warmup=500"],
+         [f"{WARMUP}500 steps and the whole run (trainer.max_duration) 20 steps: the rate never"]),
+        (["--train_module.scheduler.warmup=20"], []),
+        (["--train_module.scheduler.warmup=20", "--trainer.hard_stop.value=3"], []),
+        (["--train_module.scheduler={type: linear, units: tokens, warmup: 20481}"],
+         [f"{WARMUP}20,481 tokens and the whole run (trainer.max_duration) 20,480 tokens"]),
+        (["--train_module.scheduler.warmup=500", "--trainer.max_duration={value: 2, unit: epochs}"],
+         [f"{WARMUP}500 steps and the whole run (trainer.max_duration) 20 steps"]),
+        (["--trainer.hard_stop.value=30"],
+         ["trainer.hard_stop (30 steps) does nothing: the run ends before it, after 20 steps"]),
+        (["--data_loader.num_workers=2"], ["data_loader.num_workers 2 does nothing: workers read"]),
+        (["--store.max_cache_gb=1"], ["store.max_cache_gb 1 does nothing: without store.perm"]),
+        (["--trainer.load_weights_only", "--trainer.load_in_place"],
+         ["trainer.load_weights_only does nothing: there is no trainer.load_path",
+          "trainer.load_in_place does nothing: there is no trainer.load_path"]),
+        (["--trainer.load_path=x", "--trainer.load_in_place"],
+         ["trainer.load_in_place does nothing: trainer.load_path is on this machine"]),
+        (["--trainer.wall_time_margin=60"], ["trainer.wall_time_margin does nothing: there is no"]),
+        (["--trainer.no_checkpoints", "--trainer.callbacks.checkpointer.upload_to=s3://b/p"],
+         ["trainer.callbacks.checkpointer.upload_to does nothing: no checkpoints are written"]),
+        (["--dataset.source=null", "--dataset.deduplicate"],
+         ["dataset.deduplicate does nothing: without dataset.source, token files are taken"]),
+        (["--model.sliding_rope_theta=5000"], ["model.sliding_rope_theta does nothing: no layer"]),
+    ],
+)  # fmt: skip
+def test_notices(flags: list[str], beginnings: list[str]) -> None:
+    found = notices(load_experiment("smoke", flags).config, steps_per_epoch=10)
+    assert len(found) == len(beginnings), found
+    for line, beginning in zip(found, beginnings, strict=True):
+        assert line.startswith(beginning)
+
+
+def test_epochs_are_steps_once_the_data_is_known() -> None:
+    flags = [
+        "--train_module.scheduler.warmup=500",
+        "--trainer.max_duration={value: 2, unit: epochs}",
+    ]
+    config = load_experiment("smoke", flags).config
+    assert notices(config) == []
+    assert len(notices(config, steps_per_epoch=249)) == 1
+    assert notices(config, steps_per_epoch=250) == []

@@ -1,0 +1,38 @@
+"""Progress that cannot be shown is no reason to stop."""
+
+import logging
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from toolkit.train.callbacks.console_logger import ConsoleLogger
+from toolkit.train.config import ConsoleLoggerConfig
+
+RECORD = {"step": 1, "time": 1.0, "loss": 2.0, "lr": 0.1}
+
+
+@pytest.mark.parametrize(
+    "error", [BrokenPipeError(32, "Broken pipe"), OSError(5, "Input/output error"), SystemExit(1)]
+)
+def test_a_console_that_is_gone_is_one_warning(
+    error: BaseException, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Gone:
+        is_terminal = False
+        tries = 0
+
+        @property
+        def file(self) -> Any:
+            Gone.tries += 1
+            raise error
+
+    logger: Any = ConsoleLogger(ConsoleLoggerConfig())
+    logger.trainer = SimpleNamespace(environment=SimpleNamespace(is_main=True), step=0, stop_step=9)
+    logger._console = Gone()
+    with caplog.at_level(logging.WARNING):
+        for _ in range(3):
+            logger.on_metrics("train", [RECORD])
+    logger.close()
+    assert Gone.tries == 1
+    assert caplog.text.count("progress is no longer shown") == 1

@@ -1,0 +1,144 @@
+"""The accelerator of this process: which, what it is called, and why there is none."""
+
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from toolkit.distributed.ranks import has_own_gpu
+from toolkit.errors import ConfigError
+
+log = logging.getLogger(__name__)
+
+
+def usable_gpus(environ: Mapping[str, str] = os.environ) -> int:
+    """GPUs that training on this machine may use; 0 where the CPU is asked for."""
+    if _wants_cpu(environ) or not torch.cuda.is_available():
+        return 0
+    return torch.cuda.device_count()
+
+
+def pick_device(local_rank: int, local_world_size: int | None = None) -> torch.device:
+    """This process's accelerator, or the CPU.
+
+    `local_world_size`: processes on this machine, where known.
+
+    Raises:
+        ConfigError: this process has no accelerator for itself.
+    """
+    devices = usable_gpus()
+    if not devices:
+        if local_rank == 0 and (reason := unused_gpus()):
+            log.warning("%s", reason)
+        return torch.device("cpu")
+    if devices == 1 and has_own_gpu(os.environ):
+        local_rank, local_world_size = 0, None
+    processes = local_world_size or local_rank + 1
+    if processes > devices:
+        asked = os.environ.get("CUDA_VISIBLE_DEVICES")
+        gpus = f"{devices} GPU" + ("s" if devices > 1 else "")
+        shown = f" (CUDA_VISIBLE_DEVICES={asked})" if asked else ""
+        raise ConfigError(
+            f"{processes} processes on a machine that shows them {gpus}{shown}; start at most "
+            f"{devices} on each machine, or train on the CPU with ACCELERATE_USE_CPU=true"
+        )
+    device = torch.device("cuda", local_rank)
+    use_device(device)
+    return device
+
+
+def use_device(device: torch.device) -> None:
+    """Make `device` the current one of this thread: kernels that are not torch's own (Triton's)
+    run there, wherever their tensors are."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+
+
+def device_name(device: torch.device) -> str:
+    """`NVIDIA H200`, or the model of the CPU."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
+
+
+def cpu_name() -> str:
+    """The processor's model."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    import platform
+
+    return platform.processor() or platform.machine()
+
+
+def unused_gpus(environ: Mapping[str, str] = os.environ) -> str | None:
+    """Why GPUs that NVIDIA's driver sees are not used and what helps; None where there are none,
+    or nobody wants them."""
+    if _wants_cpu(environ) or environ.get("CUDA_VISIBLE_DEVICES", "0") in ("", "-1"):
+        return None
+    found = _driver()
+    if found is None:
+        return None
+    gpus, driver, cuda = found
+    version = ".".join(str(part) for part in cuda)
+    what = f"{gpus} not used, this runs on the CPU"
+    built = torch.version.cuda
+    if built is None:
+        return f"{what}: torch {torch.__version__} is built for CPUs; {_install(cuda)}"
+    # A driver runs every minor version of its CUDA.
+    if cuda[0] < int(built.split(".")[0]):
+        return (
+            f"{what}: torch {torch.__version__} is built for CUDA {built}, and the driver {driver} "
+            f"knows CUDA {version}; {_install(cuda, instead='update the driver, or ')}"
+        )
+    return f"{what}: torch {torch.__version__} cannot use CUDA: {_cuda_error()}"
+
+
+def _wants_cpu(environ: Mapping[str, str]) -> bool:
+    return environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1", "yes")
+
+
+def _driver() -> tuple[str, str, tuple[int, int]] | None:
+    """GPUs, driver and the newest CUDA it knows, as NVML says; None where it sees none."""
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+    except Exception:  # no library, no driver, no permission: a machine without GPUs
+        return None
+    try:
+        count = pynvml.nvmlDeviceGetCount()
+        if not count:
+            return None
+        name = str(pynvml.nvmlDeviceGetName(pynvml.nvmlDeviceGetHandleByIndex(0)))
+        number = pynvml.nvmlSystemGetCudaDriverVersion_v2()
+        gpus = f"{count} x {name} are" if count > 1 else f"{name} is"
+        return gpus, str(pynvml.nvmlSystemGetDriverVersion()), (number // 1000, number % 1000 // 10)
+    except pynvml.NVMLError:
+        return None
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def _install(cuda: tuple[int, int], *, instead: str = "") -> str:
+    """The line that installs a torch for this driver: one of CUDA 12 or 13 runs on every driver of
+    the same major version (NVIDIA's minor version compatibility). torch has had no builds for
+    CUDA 12 since 2.15."""
+    if cuda < (12, 0):
+        return "update the driver (525 or newer for CUDA 12, 580 or newer for CUDA 13)"
+    torches, build = ("torch>=2.11", "cu130") if cuda >= (13, 0) else ("torch>=2.11,<2.15", "cu126")
+    return (
+        f"{instead}pip install --force-reinstall '{torches}' "
+        f"--index-url https://download.pytorch.org/whl/{build}"
+    )
+
+
+def _cuda_error() -> str:
+    try:
+        torch.cuda.init()
+    except Exception as error:
+        return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return "it reports no device"

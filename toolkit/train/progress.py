@@ -1,0 +1,66 @@
+"""How far a run has come, and why it does not start again from step 0 by itself. No torch."""
+
+from pathlib import Path
+
+from toolkit.checkpoint.layout import step_folders
+from toolkit.errors import CheckpointError
+from toolkit.runs.files import RUN_FILES
+from toolkit.runs.records import read_last_step
+from toolkit.runs.status import read_status
+from toolkit.train.config import TrainerConfig
+
+START_ANEW = "--trainer.start_anew"
+
+
+def reached_step(folder: Path) -> int:
+    """The last step that a run folder tells of: in its status, its metrics, or by the name of a
+    checkpoint, whole or not; 0 where nothing was trained yet."""
+    status = read_status(folder)
+    said = (status.step or 0) if status is not None else 0
+    named = step_folders(folder / RUN_FILES.checkpoints).values()
+    return max(said, read_last_step(folder / RUN_FILES.train_metrics), *named, 0)
+
+
+def refusal(folder: Path, reached: int, why: str, start: str = "step 0") -> CheckpointError:
+    """That the run in `folder` cannot go on, and how to start it anew from `start`."""
+    return CheckpointError(
+        f"{folder}: it has done {reached:,} step{'' if reached == 1 else 's'}, and no checkpoint "
+        f"of it is whole ({why}); {START_ANEW} starts it again from {start}, and keeps its metrics "
+        "and what is left of its checkpoints under other names"
+    )
+
+
+def none_saved(no_checkpoints: bool) -> str:
+    """Why there is none, of a run without any folder of a checkpoint."""
+    return "trainer.no_checkpoints is true" if no_checkpoints else "it was never saved"
+
+
+def nothing_left(config: TrainerConfig, last: int, total: int) -> str:
+    """That a run is at its end, step `last` of `total`, and the flags that continue it."""
+    flags = ["--trainer.hard_stop=null"] if config.hard_stop is not None else []
+    if last >= total:
+        flags.append(f"--trainer.max_duration='{{value: {2 * total}, unit: steps}}'")
+    return f"nothing is left: it ends at step {last:,}; to go on, add {' '.join(flags)}"
+
+
+def set_run_aside(folder: Path, attempt: int) -> list[str]:
+    """Give what the attempts before `attempt` recorded and saved other names; the new ones.
+
+    metrics/ and tb/ become NAME.attempt{K}, each step{N} is renamed as a damaged one is.
+    """
+    from toolkit.checkpoint.layout import move_aside
+
+    names = []
+    for name in (RUN_FILES.metrics, RUN_FILES.tensorboard):
+        place = folder / name
+        if place.is_dir() and any(place.iterdir()):
+            kept, number = folder / f"{name}.attempt{attempt - 1}", 1
+            while kept.exists():
+                number += 1
+                kept = folder / f"{name}.attempt{attempt - 1}.{number}"
+            place.rename(kept)
+            place.mkdir()
+            names.append(kept.name)
+    for step in step_folders(folder / RUN_FILES.checkpoints):
+        names.append(f"{RUN_FILES.checkpoints}/{move_aside(step).name}")
+    return names

@@ -1,0 +1,46 @@
+"""The results of evaluations, by the names that `checkpointer.best_metric` uses."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from toolkit.errors import ConfigError
+from toolkit.train.config import TrainerConfig
+
+_WHERE = "trainer.callbacks.checkpointer"
+_TOTAL = "val"
+"""All sets together, where there are several."""
+
+
+def check_best_metric(config: TrainerConfig, loaders: Mapping[str, Any]) -> None:
+    """Check that the evaluations on `loaders` give what `best_metric` names.
+
+    Raises:
+        ConfigError: naming what they give.
+    """
+    checkpointer = config.callbacks.checkpointer
+    is_asked = checkpointer.best_metric != type(checkpointer)().best_metric
+    if config.no_checkpoints or not checkpointer.enabled:
+        return
+    if checkpointer.keep_best and (config.no_evals or not config.callbacks.lm_evaluator.enabled):
+        raise ConfigError(
+            f"{_WHERE}.keep_best: no evaluation runs (trainer.no_evals, or "
+            "trainer.callbacks.lm_evaluator.enabled), so none is best; leave one of the two out"
+        )
+    names = _score_names(loaders)
+    if (checkpointer.keep_best or is_asked) and checkpointer.best_metric not in names:
+        there = f"there are {', '.join(names)}" if names else "there are no validation rows"
+        raise ConfigError(
+            f"{_WHERE}.best_metric: no evaluation gives {checkpointer.best_metric!r}; {there}"
+        )
+
+
+def _score_names(loaders: Mapping[str, Any]) -> list[str]:
+    """As `train/saving.py` keeps them with a checkpoint."""
+    knows_bytes = {name: bool(loader.bytes_per_token) for name, loader in loaders.items()}
+    if len(loaders) > 1:
+        knows_bytes[_TOTAL] = all(knows_bytes.values())
+    return [
+        f"{name}/{key}"
+        for name, has_bytes in knows_bytes.items()
+        for key in ("loss", "ppl", *(["bits_per_byte"] if has_bytes else []))
+    ]
