@@ -33,7 +33,7 @@ _STARTED_FROM = {
     RUN_FILES.config, RUN_FILES.data_config, RUN_FILES.model_config, RUN_FILES.trainer_config,
     RUN_FILES.engine,
 }  # fmt: skip
-_KNOWN = {"loss", "exit_reason", "world_size", "engine", "parameters"}
+_KNOWN = {"step", "tokens", "loss", "exit_reason", "world_size", "engine", "parameters"}
 
 
 class RunManager:
@@ -133,15 +133,21 @@ class RunManager:
         Raises:
             RunError: when another process has taken the run over.
         """
-        if not self.is_main or self._closed:
+        self._change_status(state, step=step, tokens=tokens, message=message, **more)
+
+    def _change_status(
+        self, state: RunState, *, message: str | None = None, is_last: bool = False, **more: Any
+    ) -> None:
+        if not self.is_main:
             return
         self.check_owner()
         assert self._status is not None
         changes: dict[str, Any] = {k: v for k, v in more.items() if k in _KNOWN}
         other = {k: v for k, v in more.items() if k not in _KNOWN}
-        changes |= {"step": step, "tokens": tokens}
         changes = {k: v for k, v in changes.items() if v is not None}
         with self._status_lock:
+            if self._closed and not is_last:
+                return  # another thread was about to say that it runs
             self._status = msgspec.structs.replace(
                 self._status,
                 state=state,
@@ -207,13 +213,14 @@ class RunManager:
 
         Without `state` the status stays as it is. More than once is fine.
         """
-        if self._closed:
-            return
+        with self._status_lock:
+            if self._closed:
+                return
+            self._closed = True
         try:
             if state is not None:
-                self.set_status(state, **status)
+                self._change_status(state, is_last=True, **status)
         finally:
-            self._closed = True
             if not self._background.close(CLOSE_SECONDS):
                 log.warning(
                     "run registry: does not answer, so it may lack how this run ended; "
