@@ -27,6 +27,9 @@ MAX_LINE_BYTES = 1 << 20
 _SHOWN = 300
 """Characters of what another library says."""
 
+_GROWTH = 1 << 16
+"""Bytes that a file may have gained since its size was asked for (files of /proc have none)."""
+
 T = TypeVar("T")
 
 
@@ -108,7 +111,8 @@ def _read(path: Path, kind: type[ToolkitError], max_bytes: int) -> bytes | None:
                 f"{path}: has {size:,} bytes; such a file never needs more than {max_bytes:,}"
             )
         with path.open("rb") as file:
-            return file.read(max_bytes)
+            # Not `max_bytes` at once: a buffer of that size would be asked for.
+            return file.read(min(max_bytes, size + _GROWTH))
     except FileNotFoundError:
         return None
 
