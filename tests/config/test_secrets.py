@@ -98,6 +98,14 @@ def test_the_value_of_a_secret_variable_is_masked_wherever_it_stands(
     assert mask_secrets("cannot log in with swordfish-9 at h") == "cannot log in with *** at h"
 
 
+def test_the_current_folder_is_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PWD", "/home/somebody/project")
+    monkeypatch.setenv("OLDPWD", "/home/somebody")
+    text = "done; everything is in /home/somebody/project/runs/first"
+    assert mask_secrets(text) == text
+    assert mask_secrets({"PWD": "/home/x", "pwd": "hunter2"}) == {"PWD": "/home/x", "pwd": "***"}
+
+
 def test_no_field_of_the_config_has_a_name_that_would_be_refused() -> None:
     schema = json.dumps(msgspec.json.schema(ExperimentConfig))
     names = {name for name in schema.split('"') if name.isidentifier()}

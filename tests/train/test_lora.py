@@ -293,8 +293,8 @@ def test_a_base_that_moved_or_went_on_is_found(place: Path, tmp_path: Path) -> N
         find_base(base, None, look)
 
 
-def test_a_dry_run_says_how_much_is_trained(tmp_path: Path) -> None:
-    flags = [*adapts(tmp_path), "--run.root=" + str(tmp_path)]
+def test_a_dry_run_says_how_much_is_trained(tmp_path: Path, place: Path) -> None:
+    flags = [*adapts(place / "base"), "--run.root=" + str(tmp_path)]
     text = summarize(load_experiment("smoke", [*flags, "--dataset.root=" + str(tmp_path)]), {})
     # Rank 4 times in + out: four of 32 + 32 and three of 32 + 64, in two blocks.
     adapters = 2 * 4 * (4 * 64 + 3 * 96)

@@ -22,7 +22,6 @@ from toolkit.errors import RunError, ToolkitError
 from toolkit.train.saving import TrainerSaver
 
 STEPS = 12
-WRONG = {"keep_best": 1, "best_metric": "val/accuracy"}
 
 
 def run(
@@ -180,11 +179,6 @@ def test_kinds_of_checkpoints_stay_by_their_rules(workers: WorkerPool, tmp_path:
     assert workers.run(1, run, str(tmp_path), "s", "", best)[0]["steps"] == [12]
     best["best_mode"] = "max"
     assert workers.run(1, run, str(tmp_path), "t", "", best)[0]["steps"] == [6, 12]
-
-
-def test_a_metric_that_no_evaluation_gives_is_said(workers: WorkerPool, tmp_path: Path) -> None:
-    got = workers.run(1, run, str(tmp_path), "r", "", WRONG)[0]
-    assert "keep_best: no evaluation gives val/accuracy; val gives" in got["log"]
 
 
 def test_a_writer_that_lost_the_run_leaves_the_new_owners_files(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ pickle about the sizes of tensors. Here records are stored as they are or refuse
 than the file has, and every tensor lies inside its record.
 """
 
+import io
 import struct
 import sys
 import zipfile
@@ -44,10 +45,10 @@ class Archive:
     """
 
     def __init__(self, stream: BinaryIO, length: int) -> None:
-        self._stream = stream
+        self._stream: Any = _Window(stream, length)
         self._left = length
         self._places: dict[str, zipfile.ZipInfo] = {}
-        for info in zipfile.ZipFile(stream).infolist():
+        for info in zipfile.ZipFile(self._stream).infolist():
             if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size:
                 raise ArchiveError(f"refused: its record {info.filename!r} is compressed")
             self._places[info.filename.partition("/")[2]] = info
@@ -82,6 +83,35 @@ class Archive:
         if len(content) != size:
             raise ArchiveError(f"its record {name!r} is cut short")
         return content
+
+
+class _Window(io.RawIOBase):
+    """The first `length` bytes of `inner`, which only knows to seek forth and read so many bytes:
+    DCP's view of a chunk."""
+
+    def __init__(self, inner: BinaryIO, length: int) -> None:
+        self._inner, self._length, self._at = inner, length, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        begin = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._length}[whence]
+        self._at = max(0, begin + offset)
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        self._inner.seek(self._at)
+        data = self._inner.read(max(0, min(len(buffer), self._length - self._at)))
+        buffer[: len(data)] = data
+        self._at += len(data)
+        return len(data)
 
 
 def describe_tensor(raw: bytes) -> tuple[torch.Tensor, str]:

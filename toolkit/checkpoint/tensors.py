@@ -186,7 +186,7 @@ class SafeReader(RangeReader):
                     raise ValueError(f"names a file outside its folder: {info.relative_path!r}")
             check_coverage(metadata, sizes)
         except (ValueError, CheckpointError) as error:
-            raise CheckpointError(f"{path}: {error}") from None
+            raise CheckpointError(f"{path}: cannot be loaded: {error}") from None
         except Exception as error:  # damaged pickles raise nearly anything
             raise CheckpointError(f"{path}: cannot be read: {reason_of(error)}") from None
         metadata.storage_meta = StorageMeta(load_id=self.load_id)

@@ -35,7 +35,6 @@ from toolkit.cli import (
 )
 from toolkit.cli.data.app import app as data_app
 from toolkit.cli.output import has_lost_reader, open_missing_streams, outlive_readers
-from toolkit.config.secrets import mask_secrets
 from toolkit.distributed.allocator import set_allocator_defaults
 from toolkit.distributed.ranks import adopt_ranks
 from toolkit.errors import (
@@ -222,6 +221,8 @@ def _in_our_words(words: Sequence[str]) -> str:
 
 def _report(message: str, code: int, *, debug: bool, only_here: bool = False) -> int:
     """Print the lines of the error on rank 0; other ranks keep quiet, unless it is theirs alone."""
+    from toolkit.config.secrets import mask_secrets
+
     signals.settle()
     rank = os.environ.get("RANK", "0")
     if rank != "0" and not only_here and any(name in os.environ for name in _LAUNCHED):

@@ -32,6 +32,9 @@ _PROSE = {
     "environment",
 }  # fmt: skip
 
+_FOLDERS = ("PWD", "OLDPWD")
+"""Variables of every shell, which hold the current folder and the one before."""
+
 _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|[0-9]+")
 _SIGN = re.compile(
     r"(?P<name>[A-Za-z_][\w.-]*)(?P<quote>[\"']?)\s*[=:]\s*(?:(?:Bearer|Basic)\s+)?", re.IGNORECASE
@@ -61,7 +64,7 @@ def is_secret_name(name: str, *, strict: bool = False) -> bool:
     """
     words = [word.lower() for word in _WORD.findall(name)]
     joined = "_".join(words)
-    if not words:
+    if not words or name in _FOLDERS:
         return False
     if any(part in joined for part in _PARTS) or words[-1] in ("pwd", "pw"):
         return True

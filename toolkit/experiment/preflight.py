@@ -204,8 +204,8 @@ def _weights(config: ExperimentConfig, *, is_base: bool) -> dict[str, Any]:
     """Meta tensors of the weights that a checkpoint of this model holds, by their stored names; of
     an adapter's, those of its base or its own."""
     from toolkit.checkpoint.layout import MODEL_PREFIX
-    from toolkit.models.init import is_adapter
     from toolkit.models.lora import is_trained
+    from toolkit.models.parameters import is_adapter
 
     lora = config.train_module.lora
     return {

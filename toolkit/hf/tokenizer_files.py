@@ -89,7 +89,7 @@ def _changed(
         tokenizer.chat_templates  # noqa: B018 # reads their files
     except UnicodeDecodeError:
         raise DataError(
-            f"{folder / CHAT_TEMPLATE_FILE} (or {TEMPLATES_FOLDER}): not UTF-8 text; "
+            f"{folder / CHAT_TEMPLATE_FILE}: not UTF-8 text (or a file of {TEMPLATES_FOLDER}); "
             "correct it or give --chat-template"
         ) from None
     starts = _backend(folder).encode("a").ids[:1] == [tokenizer.bos_id]

@@ -39,7 +39,6 @@ class Checkpointer(Callback):
         self._saved_at = -1
         self._uploaded_at = -1
         self._fixed_steps = frozenset(config.fixed_steps)
-        self._has_warned = False
         self._is_ending = False
         """A save has failed, and the config says that this ends the run."""
 
@@ -90,7 +89,6 @@ class Checkpointer(Callback):
         if self._is_done():
             return
         assert self._saver is not None, "training has begun"
-        self._warn_of_missing_score()
         # The one before: all ranks know from here on whether it failed, and do the same.
         self._saver.wait()
         self._report()
@@ -166,15 +164,3 @@ class Checkpointer(Callback):
         if self._config.upload_to is not None and step not in (None, self._uploaded_at):
             root = self.trainer.run.path(RUN_FILES.checkpoints)
             self._upload(step_folder(root, step), step)
-
-    def _warn_of_missing_score(self) -> None:
-        evaluation = self.trainer.last_eval
-        if not self._config.keep_best or evaluation is None or self._has_warned:
-            return
-        name, _, key = self._config.best_metric.partition("/")
-        if evaluation["name"] != name or key not in evaluation:
-            self._has_warned = True
-            log.warning(
-                "keep_best: no evaluation gives %s; %s gives %s",
-                self._config.best_metric, evaluation["name"], ", ".join(evaluation),
-            )  # fmt: skip
