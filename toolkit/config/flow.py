@@ -7,8 +7,9 @@ from typing import Any
 
 import yaml
 
-from toolkit.config.files import DEEPEST, nesting
+from toolkit.config.files import DEEPEST
 from toolkit.config.types import shown
+from toolkit.storage.foreign import nesting
 
 
 class _Loader(yaml.SafeLoader):
@@ -41,7 +42,7 @@ def compose(text: str) -> Any:
     Raises:
         ValueError: it is not YAML, or uses what a config value does not need.
     """
-    if nesting(text) > DEEPEST:
+    if nesting(text.encode("utf-8", "surrogatepass")) > DEEPEST:
         raise ValueError(f"nested more than {DEEPEST} levels deep")
     try:
         return yaml.compose(text, Loader=_Loader)

@@ -156,7 +156,8 @@ class TextGenerator:
             return frozenset()
         from tokenizers import Tokenizer as BackendTokenizer
 
-        from toolkit.data.tokenizers.tokenizer import TOKENIZER_CONFIG_FILE, Tokenizer
+        from toolkit.data.tokenizers.companions import TOKENIZER_CONFIG_FILE
+        from toolkit.data.tokenizers.tokenizer import Tokenizer
         from toolkit.data.tokens.stops import turn_ends
 
         template = self._tokenizer.chat_template

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from toolkit.data.tokenizers.auto import quiet_transformers as quiet_transformers
 from toolkit.data.tokenizers.backend import MAX_TOKENIZER_BYTES, check_tokenizer_file
-from toolkit.data.tokenizers.tokenizer import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE
+from toolkit.data.tokenizers.companions import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE
 from toolkit.errors import CheckpointError, DataError, ToolkitError
 from toolkit.storage.foreign import check_regular, guard, reason_of
 

@@ -9,6 +9,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 import stat
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,6 +27,9 @@ MAX_LINE_BYTES = 1 << 20
 
 _SHOWN = 300
 """Characters of what another library says."""
+
+_QUOTED = re.compile(rb'"(?:[^"\\]|\\.)*"', re.DOTALL)
+_BRACKET = re.compile(rb"[][{}]")
 
 T = TypeVar("T")
 
@@ -145,6 +149,15 @@ def decode_json(data: bytes, where: object, kind: type[ToolkitError], type: Any)
             raise kind(f"{where}: not the JSON that belongs there: {reason_of(error)}") from None
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise kind(f"{where}: not valid JSON: {reason_of(error)}") from None
+
+
+def nesting(data: bytes | bytearray) -> int:
+    """How deep the brackets of JSON or YAML flow `data` nest, those in double quotes left out."""
+    depth = deepest = 0
+    for bracket in _BRACKET.findall(_QUOTED.sub(b"", data)):
+        depth += 1 if bracket in b"[{" else -1
+        deepest = max(deepest, depth)
+    return deepest
 
 
 def read_lines(

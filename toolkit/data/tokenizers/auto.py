@@ -14,13 +14,8 @@ from typing import Any
 
 import msgspec
 
-from toolkit.data.tokenizers.tokenizer import (
-    TOKENIZER_CONFIG_FILE,
-    TOKENIZER_FILE,
-    Tokenizer,
-    load_tokenizer,
-    read_json,
-)
+from toolkit.data.tokenizers.companions import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE, read_json
+from toolkit.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from toolkit.errors import DataError
 from toolkit.storage.atomic import write_json_atomic
 

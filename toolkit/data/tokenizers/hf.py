@@ -3,18 +3,16 @@
 import contextlib
 from pathlib import Path
 
-from toolkit.data.tokenizers.config import HFTokenizerConfig
-from toolkit.data.tokenizers.tokenizer import (
+from toolkit.data.tokenizers.companions import (
     CHAT_TEMPLATE_FILE,
     COMPANION_FILES,
     TEMPLATES_FOLDER,
     TOKENIZER_CONFIG_FILE,
     TOKENIZER_FILE,
     Files,
-    Tokenizer,
-    fast_config,
-    load_file,
 )
+from toolkit.data.tokenizers.config import HFTokenizerConfig
+from toolkit.data.tokenizers.tokenizer import Tokenizer, fast_config, load_file
 from toolkit.errors import DataError
 from toolkit.storage.foreign import guard
 

@@ -20,7 +20,7 @@ from toolkit.data.text.instructions.template import ChatTemplate, Span, read_cha
 from toolkit.data.text.piece import Piece
 from toolkit.data.tokenizers.tokenizer import Tokenizer
 from toolkit.data.tokens.encoding import Encoded
-from toolkit.errors import ConfigError, DataError
+from toolkit.errors import ConfigError
 
 _Tokens = tuple[np.ndarray, np.ndarray]
 """Ids, and characters of each: `(n,)` and `(n, 2)`."""
@@ -36,7 +36,7 @@ def with_instructions_template(tokenizer: Tokenizer, config: InstructionsConfig)
     chosen = config.chat_template
     if chosen is None:
         return tokenizer
-    named = _templates(tokenizer)
+    named = tokenizer.chat_templates
     if chosen in named and not Path(chosen).expanduser().is_file():
         return tokenizer.with_chat_template(named[chosen])
     try:
@@ -44,16 +44,6 @@ def with_instructions_template(tokenizer: Tokenizer, config: InstructionsConfig)
     except ConfigError as error:
         names = f"; the tokenizer's own templates are called {', '.join(named)}" if named else ""
         raise ConfigError(f"{error}{names}") from None
-
-
-def _templates(tokenizer: Tokenizer) -> dict[str, str]:
-    try:
-        return tokenizer.chat_templates
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"dataset.tokenizer: its chat template is not UTF-8 text ({error}); correct the file, "
-            "or give another in dataset.instructions.chat_template"
-        ) from None
 
 
 class InstructionEncoder:
@@ -76,7 +66,7 @@ class InstructionEncoder:
             control_tokens=list(tokenizer.control_tokens),
             variables={name: token or "" for name, token in named.items()},
         )
-        texts = _templates(with_instructions_template(tokenizer, config))
+        texts = with_instructions_template(tokenizer, config).chat_templates
         self._renderer = RowRenderer(
             config,
             NamedTemplates(texts, make),
