@@ -119,6 +119,22 @@ def test_the_model_of_load_path_is_compared(
     assert run(["train", "smoke", "--dry-run", *flags]) == 0
 
 
+def test_what_is_to_be_loaded_needs_a_place(capsys: pytest.CaptureFixture[str]) -> None:
+    (line,) = dry_run(capsys, "--trainer.load_weights_only")
+    assert line == "trainer.load_weights_only: there is nothing to load; add trainer.load_path"
+
+
+def test_load_path_is_looked_up_as_a_start_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    checkpoint(tmp_path / "old" / "checkpoints" / "step3")
+    newest = checkpoint(tmp_path / "old" / "checkpoints" / "step4")
+    (newest / METADATA_FILE).write_bytes(b"damaged")
+    assert run(["train", "smoke", "--dry-run", "--trainer.load_path=~/old"]) == 0
+    assert run(["train", "smoke", "--dry-run", f"--trainer.load_path={newest}"]) == 2
+
+
 def test_a_run_that_goes_on_from_its_own_checkpoints_needs_no_load_path(tmp_path: Path) -> None:
     flags = ["--trainer.load_path=gone", "--trainer.load_strategy=always"]
     config = load_experiment("smoke", flags).config

@@ -45,19 +45,27 @@ def check_load_path(config: ExperimentConfig, folder: Path) -> None:
 
     Raises:
         CheckpointError: it holds none, or one of another model.
+        ConfigError: see `check_load_options`.
     """
     trainer, adapts = config.trainer, config.train_module.lora is not None
     path = trainer.load_path
-    if path is None or is_url(path) or (trainer.load_strategy == "never" and not adapts):
-        return
     if _newest(folder) or (trainer.callbacks.checkpointer.upload_to and is_run(folder)):
         return  # the run goes on from there
-    newest = _newest(Path(path))
+    check_load_options(config, None)
+    if path is None or is_url(path) or (trainer.load_strategy == "never" and not adapts):
+        return
+    place = Path(path).expanduser()
+    newest = _newest(place)
     if newest is None:
         if trainer.load_strategy != "if_available" or adapts:
             raise CheckpointError(no_checkpoint(path))
         return
-    saved = read_metadata(newest).extra.get("model")
+    try:
+        saved = read_metadata(newest).extra.get("model")
+    except CheckpointError:
+        if newest == place:
+            raise
+        return  # an older one may be whole
     asked = msgspec.json.decode(msgspec.json.encode(config.model))  # lists, as stored
     free = _FREE_FOR_WEIGHTS if adapts or trainer.load_weights_only else _FREE_MODEL_FIELDS
     if isinstance(saved, dict):

@@ -42,6 +42,7 @@ from toolkit.hf.tokenizer_files import ConvertedTokenizer, convert_tokenizer, to
 from toolkit.hf.weights import HFWeights
 from toolkit.models.config import TransformerConfig
 from toolkit.storage.foreign import read_bytes
+from toolkit.wording import count
 
 _VERSIONED = ("torch", "transformers", "tokenizers")
 
@@ -122,7 +123,7 @@ def convert_hf(
         known, new = _rows(source, unfinished / TOKENIZER_FOLDER, old)
         grown = len(new | set(range(old, config.vocab_size)))
         if grown:
-            notes.append(f"{_counted(grown)} for new tokens: the mean of the others")
+            notes.append(f"{count(grown, 'row')} for new tokens: the mean of the others")
         plan = ImportPlan(
             model.family,
             config,
@@ -220,10 +221,6 @@ def _rows(source: Path, tokenizer: Path, old: int) -> tuple[set[int], set[int]]:
     if not own & everything:
         return everything, set()
     return own & everything, token_ids(tokenizer) - own
-
-
-def _counted(rows: int) -> str:
-    return f"{rows} row{'s' if rows > 1 else ''}"
 
 
 def _watched(
