@@ -151,15 +151,17 @@ def _places(config: ExperimentConfig) -> str:
 
 def _start(config: ExperimentConfig, folder: Path) -> "Start | None":
     own, trainer = folder / RUN_FILES.checkpoints, config.trainer
-    upload_to, reached = trainer.callbacks.checkpointer.upload_to, reached_step(folder)
+    upload_to = trainer.callbacks.checkpointer.upload_to
     if not saved_steps(own) and trainer.load_path is None and upload_to is None:
+        reached = reached_step(folder)
         if reached and not trainer.start_anew:
             raise refusal(folder, reached, none_saved(trainer.no_checkpoints))
         return None
-    from toolkit.train.restoring import find_start
+    from toolkit.train.restoring import find_start, reached_by
 
     with _quiet("toolkit.checkpoint"):
         adapts = config.train_module.lora is not None
+        reached = reached_by(trainer, folder)
         return find_start(trainer, own, adapts=adapts, reached=reached)
 
 

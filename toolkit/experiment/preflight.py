@@ -19,7 +19,6 @@ from toolkit.runs.registry import is_run
 from toolkit.storage.remote import is_url
 from toolkit.train.config import TrainerConfig
 from toolkit.train.load_path import no_checkpoint
-from toolkit.train.progress import reached_step
 
 READ_EARLY_BYTES = 16 << 30
 
@@ -91,14 +90,14 @@ def check_continuation(config: ExperimentConfig, folder: Path, train_loader: "Tr
             not.
         DataError: other data, or another order of it.
     """
-    from toolkit.train.restoring import find_start
+    from toolkit.train.restoring import find_start, reached_by
 
     start = find_start(
         config.trainer,
         folder / RUN_FILES.checkpoints,
         _look,
         adapts=config.train_module.lora is not None,
-        reached=reached_step(folder),
+        reached=reached_by(config.trainer, folder),
     )
     check_load_options(config, start)
     if start is not None:

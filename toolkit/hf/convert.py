@@ -277,13 +277,13 @@ def _origin(
 
 def _license(source: Path) -> dict[str, str]:
     """`license` and what belongs to it, from the metadata at the head of the model's own card."""
-    import yaml
+    from toolkit.config.flow import load
 
     try:
         text = read_bytes(source / "README.md", CheckpointError).decode()
         head = re.match(r"---\s*\n(.*?)\n---", text, re.DOTALL)
-        found = yaml.safe_load(head[1]) if head else None
-    except (OSError, ValueError, RecursionError, yaml.YAMLError, CheckpointError):
+        found = load(head[1]) if head else None
+    except (OSError, ValueError, CheckpointError):
         return {}
     if not isinstance(found, dict):
         return {}

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from toolkit.data.tokenizers.auto import make_portable, settle
-from toolkit.data.tokenizers.backend import read_backend
+from toolkit.data.tokenizers.backend import check_size, read_backend
 from toolkit.data.tokenizers.companions import (
     CHAT_TEMPLATE_FILE,
     TEMPLATES_FOLDER,
@@ -17,7 +17,7 @@ from toolkit.data.tokenizers.companions import (
 )
 from toolkit.data.tokenizers.tokenizer import load_tokenizer
 from toolkit.errors import DataError
-from toolkit.hf.loading import check_size, has_tokenizer, load_auto_tokenizer
+from toolkit.hf.loading import has_tokenizer, load_auto_tokenizer
 from toolkit.storage.atomic import PathLike, write_atomic, write_json_atomic
 
 

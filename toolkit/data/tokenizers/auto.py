@@ -18,6 +18,7 @@ from toolkit.data.tokenizers.companions import TOKENIZER_CONFIG_FILE, TOKENIZER_
 from toolkit.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from toolkit.errors import DataError
 from toolkit.storage.atomic import write_json_atomic
+from toolkit.storage.foreign import guard
 
 PLAIN_CLASS = "PreTrainedTokenizerFast"
 """Takes tokenizer.json as it is, in every release of `transformers`."""
@@ -117,18 +118,17 @@ def difference(folder: Path, model_type: str | None = None) -> str | None:
     with quiet_transformers():
         from transformers import AutoConfig, AutoTokenizer
 
-        kind = "AutoTokenizer"
         try:
-            if model_type is not None:
-                settings["config"] = AutoConfig.for_model(model_type)
-            theirs: Any = AutoTokenizer.from_pretrained(
-                folder, trust_remote_code=False, local_files_only=True, **settings
-            )
-            kind += f", which chose {type(theirs).__name__},"
-            return _difference(ours, theirs, kind)
-        except Exception as error:  # nearly any, of a malformed file
-            reason = " ".join(str(error).split()) or type(error).__name__
-            return f"{kind} cannot use it: {reason}"
+            with guard("AutoTokenizer", DataError, problem="cannot use it"):
+                if model_type is not None:
+                    settings["config"] = AutoConfig.for_model(model_type)
+                theirs: Any = AutoTokenizer.from_pretrained(
+                    folder, trust_remote_code=False, local_files_only=True, **settings
+                )
+                kind = f"AutoTokenizer, which chose {type(theirs).__name__},"
+                return _difference(ours, theirs, kind)
+        except DataError as error:
+            return str(error)
 
 
 def _difference(ours: Tokenizer, theirs: Any, kind: str) -> str | None:

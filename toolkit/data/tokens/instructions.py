@@ -46,6 +46,20 @@ def with_instructions_template(tokenizer: Tokenizer, config: InstructionsConfig)
         raise ConfigError(f"{error}{names}") from None
 
 
+def chat_template(tokenizer: Tokenizer, text: str) -> ChatTemplate:
+    """The template `text` with the control tokens of `tokenizer`.
+
+    Raises:
+        ConfigError: it is not valid Jinja.
+    """
+    named = {"bos_token": tokenizer.bos_token, "eos_token": tokenizer.eos_token}
+    return ChatTemplate(
+        text,
+        control_tokens=list(tokenizer.control_tokens),
+        variables={name: token or "" for name, token in named.items()},
+    )
+
+
 class InstructionEncoder:
     """Encodes pieces that are rows of instruction data.
 
@@ -60,16 +74,10 @@ class InstructionEncoder:
         self, tokenizer: Tokenizer, config: InstructionsConfig, *, append_eos: bool = True
     ) -> None:
         self._tokenizer, self._config = tokenizer, config
-        named = {"bos_token": tokenizer.bos_token, "eos_token": tokenizer.eos_token}
-        make = functools.partial(
-            ChatTemplate,
-            control_tokens=list(tokenizer.control_tokens),
-            variables={name: token or "" for name, token in named.items()},
-        )
         texts = with_instructions_template(tokenizer, config).chat_templates
         self._renderer = RowRenderer(
             config,
-            NamedTemplates(texts, make),
+            NamedTemplates(texts, functools.partial(chat_template, tokenizer)),
             bos_token=tokenizer.bos_token,
             eos_token=tokenizer.eos_token,
             append_eos=append_eos,
