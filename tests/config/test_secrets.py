@@ -172,3 +172,5 @@ def test_texts_and_templates_are_left_alone() -> None:
 def test_what_a_variable_holds_must_fit() -> None:
     with pytest.raises(ConfigError, match=r"name must be a plain folder name.*filling in"):
         fill(config(run={"name": "${A}"}), {"A": "a/b"})
+    with pytest.raises(ConfigError, match=r"run.root: 's3://b' is a URL, .*after filling in"):
+        fill(config(run={"root": "${A}"}), {"A": "s3://b"})

@@ -7,6 +7,7 @@ from toolkit.errors import CheckpointError
 from toolkit.runs.files import RUN_FILES
 from toolkit.runs.records import read_last_step
 from toolkit.runs.status import read_status
+from toolkit.storage.atomic import unused_name
 from toolkit.train.config import TrainerConfig
 from toolkit.wording import count
 
@@ -53,13 +54,10 @@ def set_run_aside(folder: Path, attempt: int) -> list[str]:
     for name in (RUN_FILES.metrics, RUN_FILES.tensorboard):
         place = folder / name
         if place.is_dir() and any(place.iterdir()):
-            kept, number = folder / f"{name}.attempt{attempt - 1}", 1
-            while kept.exists():
-                number += 1
-                kept = folder / f"{name}.attempt{attempt - 1}.{number}"
-            place.rename(kept)
+            kept = unused_name(f"{name}.attempt{attempt - 1}", lambda n: (folder / n).exists())
+            place.rename(folder / kept)
             place.mkdir()
-            names.append(kept.name)
+            names.append(kept)
     for step in step_folders(folder / RUN_FILES.checkpoints):
         names.append(f"{RUN_FILES.checkpoints}/{move_aside(step).name}")
     return names

@@ -177,7 +177,11 @@ def _load(trainer: "Trainer", start: Start, *, mapping: Mapping[str, str]) -> No
     if base_weights:
         _load_base(trainer, start, base_weights)
     if not start.weights_only:
-        stored = shapes_of(checkpoint)
+        stored = run_together(
+            lambda: shapes_of(checkpoint) if environment.is_main else {},
+            group,
+            failing=f"{checkpoint}: cannot be loaded",
+        )[0]
         tensors = without_new_moments(renamed(module.state_tensors(), mapping), stored)
         metadata, state = load_everything(
             checkpoint, tensors=tensors, rank=environment.rank, group=group
