@@ -136,6 +136,12 @@ def test_a_config_without_secrets_passes(value: str) -> None:
     check_no_secrets({"a": [{"b": value}], "args": {"key": "k", "eos_token": "</s>"}})
 
 
+def test_what_older_versions_masked_in_a_config_is_no_secret() -> None:
+    data = {"registry": "postgresql://me:***@h/runs", "url": "https://h/x?token=***"}
+    check_no_secrets(data | {"password": "***"})
+    assert mask_secrets(data) == data
+
+
 def config(**run: Any) -> ExperimentConfig:
     data = {"model": {"type": "transformer", "vocab_size": 8, "d_model": 8, "num_layers": 1,
                       "num_heads": 1, "intermediate_size": 8}}  # fmt: skip
