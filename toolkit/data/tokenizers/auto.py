@@ -14,11 +14,12 @@ from typing import Any
 
 import msgspec
 
+from toolkit.data.tokenizers.backend import MAX_TOKENIZER_BYTES
 from toolkit.data.tokenizers.companions import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE, read_json
 from toolkit.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from toolkit.errors import DataError
 from toolkit.storage.atomic import write_json_atomic
-from toolkit.storage.foreign import guard
+from toolkit.storage.foreign import decode_json, guard, read_bytes
 
 PLAIN_CLASS = "PreTrainedTokenizerFast"
 """Takes tokenizer.json as it is, in every release of `transformers`."""
@@ -232,9 +233,9 @@ def _pre_tokenizer(folder: Path) -> dict[str, Any]:
     class Content(msgspec.Struct):
         pre_tokenizer: dict[str, Any] | None = None
 
-    with contextlib.suppress(OSError, msgspec.MsgspecError):
-        found = msgspec.json.decode((folder / TOKENIZER_FILE).read_bytes(), type=Content)
-        return found.pre_tokenizer or {}
+    with contextlib.suppress(FileNotFoundError, DataError):
+        data = read_bytes(folder / TOKENIZER_FILE, DataError, max_bytes=MAX_TOKENIZER_BYTES)
+        return decode_json(data, TOKENIZER_FILE, DataError, Content).pre_tokenizer or {}
     return {}
 
 
