@@ -120,7 +120,7 @@ class Plan(NamedTuple):
                 raise self.damaged(f"{HEADER_NAME} is missing") from None
             return None
         except DataError as error:
-            raise self.damaged(str(error)) from None
+            raise self.damaged(str(error).removeprefix(f"{self.folder}/")) from None
         if (header.kind, header.fingerprint) != (self.kind, self.fingerprint):
             raise self.damaged(f"{HEADER_NAME} is of other instances")
         return header
