@@ -112,7 +112,7 @@ def _read(path: Path, kind: type[ToolkitError], max_bytes: int) -> bytes | None:
                 f"{path}: has {size:,} bytes; such a file never needs more than {max_bytes:,}"
             )
         with path.open("rb") as file:
-            return file.read(max_bytes)
+            return file.read(size)  # a buffer of as many bytes is made first
     except FileNotFoundError:
         return None
 
