@@ -14,6 +14,7 @@ import pytest
 
 from toolkit import signals
 from toolkit.errors import EXIT_STOPPED
+from toolkit.parents import orphan_check
 
 ANSWERS = """
 import os, sys, time
@@ -78,14 +79,14 @@ def test_a_launcher_that_died_first_is_missed_by_its_store(
         monkeypatch.setenv("MASTER_PORT", str(server.getsockname()[1]))
         now = 0.0
         monkeypatch.setattr(time, "monotonic", lambda: now)
-        is_orphan = signals._orphan_check()  # bound, nobody listens: refused
+        is_orphan = orphan_check()  # bound, nobody listens: refused
         answers = []
         for _ in range(4):
             answers.append(is_orphan())
             now += 1.0
         assert answers == [False, False, False, True]
         server.listen()
-        is_orphan = signals._orphan_check()
+        is_orphan = orphan_check()
         assert not any(is_orphan() for _ in range(10))
 
 

@@ -7,7 +7,7 @@ other exception is a defect of ours and keeps its traceback.
 
 import contextlib
 import errno
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 EXIT_DONE = 0
 EXIT_FAILED = 1
@@ -84,10 +84,12 @@ def reason_of_machine(error: BaseException) -> str | None:
 
 
 class ErrorList:
-    """Bad input found so far, so that checks which do not depend on each other all run."""
+    """Errors found so far, so that checks which do not depend on each other all run."""
 
-    def __init__(self) -> None:
-        self.errors: list[BadInputError] = []
+    def __init__(self, errors: Iterable[ToolkitError] = ()) -> None:
+        self.errors: list[ToolkitError] = []
+        for error in errors:
+            self.add(error)
 
     @contextlib.contextmanager
     def collecting(self) -> Iterator[None]:
@@ -97,11 +99,11 @@ class ErrorList:
         except BadInputError as error:
             self.add(error)
 
-    def add(self, error: BadInputError) -> None:
+    def add(self, error: ToolkitError) -> None:
         """Keep `error`, or each one that it stands for; the same message once."""
         parts = error.errors if isinstance(error, SeveralErrors) else (error,)
         known = {str(other) for other in self.errors}
-        self.errors += [part for part in parts if str(part) not in known]  # type: ignore[misc]
+        self.errors += [part for part in parts if str(part) not in known]
 
     def raise_any(self) -> None:
         """Raise what was kept: the error itself where it is one, else `SeveralErrors`."""

@@ -22,12 +22,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 
+from toolkit.parents import launcher_is_gone, orphan_check
 from toolkit.threads import Thread
 
 log = logging.getLogger(__name__)
-
-PARENT = os.getppid()
-"""Who started this process."""
 
 TERMINATING = (signal.SIGTERM, signal.SIGINT)
 ASKING = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
@@ -40,9 +38,6 @@ LAUNCHER_GONE = "the launcher is gone"
 _TICK_SECONDS = 0.5
 _STUCK_SECONDS = 5.0
 """How long a main thread that must leave may stay in native code."""
-_REFUSALS = 4
-"""Refused connections to the launcher's store, a second apart, that mean it is dead."""
-_LAUNCHER_VARIABLES = ("WORLD_SIZE", "ACCELERATE_MIXED_PRECISION")
 
 
 class Interrupted(KeyboardInterrupt):
@@ -187,11 +182,6 @@ def _leave(number: int, _frame: FrameType | None) -> None:
     os._exit(128 + number)
 
 
-def launcher_is_gone() -> bool:
-    """Whether a launcher started this process and has ended."""
-    return os.getppid() != PARENT and any(name in os.environ for name in _LAUNCHER_VARIABLES)
-
-
 def ignore_in_worker() -> None:
     """For worker processes, in their main thread: they end with their parent, not by the signals
     that ask it to stop. Programs that they start can still be ended by SIGTERM."""
@@ -210,17 +200,6 @@ def starting_workers() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def end_with_parent(parent: int) -> None:
-    """End this process, a worker, once `parent` is gone: a killed process cannot end others."""
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1.0)
-        os._exit(1)
-
-    Thread(target=watch, name="parent-watch", daemon=True).start()
 
 
 class _Listener:
@@ -289,7 +268,7 @@ class _Listener:
         receiver.ask(reason)
 
     def _watch(self, reader: socket.socket) -> None:
-        is_orphan = _orphan_check()
+        is_orphan = orphan_check()
         is_lost = False
         while True:
             ready, _, _ = select.select([reader], [], [], _TICK_SECONDS)
@@ -382,40 +361,3 @@ def _lacks_terminal() -> bool:
     except OSError:
         return True
     return False
-
-
-def _orphan_check() -> Callable[[], bool]:
-    """For a launcher that ended before this process could look who started it; called every tick.
-
-    A worker of an elastic launcher finds nobody at the address of its launcher's store, which was
-    there before it. `accelerate launch` of one process has no store: the process then belongs to
-    the first of the machine, which is not called accelerate.
-    """
-    environ = os.environ
-    if environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        try:
-            address = environ["MASTER_ADDR"], int(environ["MASTER_PORT"])
-        except (KeyError, ValueError):
-            return lambda: False
-        refused, next_look = 0, 0.0
-
-        def store_is_gone() -> bool:
-            nonlocal refused, next_look
-            if time.monotonic() < next_look:
-                return False
-            next_look = time.monotonic() + 1.0
-            try:
-                socket.create_connection(address, 2.0).close()
-                next_look = float("inf")
-            except ConnectionRefusedError:
-                refused += 1
-            except OSError:
-                next_look = float("inf")  # a network that cannot be judged
-            return refused >= _REFUSALS
-
-        return store_is_gone
-    if "ACCELERATE_MIXED_PRECISION" in environ and PARENT == 1:
-        with contextlib.suppress(OSError):
-            is_launcher = b"accelerate" in Path("/proc/1/cmdline").read_bytes()
-            return lambda: not is_launcher
-    return lambda: False

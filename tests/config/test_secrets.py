@@ -136,6 +136,12 @@ def test_a_config_without_secrets_passes(value: str) -> None:
     check_no_secrets({"a": [{"b": value}], "args": {"key": "k", "eos_token": "</s>"}})
 
 
+def test_what_older_versions_masked_in_a_config_is_no_secret() -> None:
+    data = {"registry": "postgresql://me:***@h/runs", "url": "https://h/x?token=***"}
+    check_no_secrets(data | {"password": "***"})
+    assert mask_secrets(data) == data
+
+
 def config(**run: Any) -> ExperimentConfig:
     data = {"model": {"type": "transformer", "vocab_size": 8, "d_model": 8, "num_layers": 1,
                       "num_heads": 1, "intermediate_size": 8}}  # fmt: skip
@@ -172,3 +178,5 @@ def test_texts_and_templates_are_left_alone() -> None:
 def test_what_a_variable_holds_must_fit() -> None:
     with pytest.raises(ConfigError, match=r"name must be a plain folder name.*filling in"):
         fill(config(run={"name": "${A}"}), {"A": "a/b"})
+    with pytest.raises(ConfigError, match=r"run.root: 's3://b' is a URL, .*after filling in"):
+        fill(config(run={"root": "${A}"}), {"A": "s3://b"})

@@ -149,6 +149,10 @@ def test_what_does_not_fit_is_refused(tokenizer: Any, tmp_path: Path) -> None:
     plain = TextGenerator("m", Says(), load_auto_tokenizer(tmp_path))
     with pytest.raises(ConfigError, match=r"m: its tokenizer has no chat template.*convert-hf"):
         plain.answer([{"role": "user", "content": ""}], Sampling())
+    named = load_auto_tokenizer(tmp_path)
+    named.chat_template = {"tool_use": "{{ messages }}"}
+    with pytest.raises(ConfigError, match="no chat template but those called tool_use, so"):
+        TextGenerator("m", Says(), named).answer([{"role": "user", "content": "a"}], Sampling())
 
 
 @pytest.mark.parametrize(("name", "value"), [

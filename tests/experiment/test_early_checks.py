@@ -55,7 +55,7 @@ def test_files_patterns_and_load_path_are_checked_together(
         "dataset.source.paths: *.jsonl: matches no file",
         "dataset.tokenizer.path: nope.tiktoken: no such file",
         "dataset.instructions.chat_template: 'nope.jinja' is no Jinja text",
-        "trainer.load_path nope: holds no valid checkpoint",
+        "trainer.load_path nope: holds no valid checkpoint, there is no such folder",
     ]
     assert not any(tmp_path.iterdir())
 
@@ -117,6 +117,22 @@ def test_the_model_of_load_path_is_compared(
     assert "rope_theta" not in line  # of a longer context
     flags = ["--model.d_model=64", "--model.rope_theta=7.0", "--trainer.load_path=old"]
     assert run(["train", "smoke", "--dry-run", *flags]) == 0
+
+
+def test_what_is_to_be_loaded_needs_a_place(capsys: pytest.CaptureFixture[str]) -> None:
+    (line,) = dry_run(capsys, "--trainer.load_weights_only")
+    assert line == "trainer.load_weights_only: there is nothing to load; add trainer.load_path"
+
+
+def test_load_path_is_looked_up_as_a_start_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    checkpoint(tmp_path / "old" / "checkpoints" / "step3")
+    newest = checkpoint(tmp_path / "old" / "checkpoints" / "step4")
+    (newest / METADATA_FILE).write_bytes(b"damaged")
+    assert run(["train", "smoke", "--dry-run", "--trainer.load_path=~/old"]) == 0
+    assert run(["train", "smoke", "--dry-run", f"--trainer.load_path={newest}"]) == 2
 
 
 def test_a_run_that_goes_on_from_its_own_checkpoints_needs_no_load_path(tmp_path: Path) -> None:

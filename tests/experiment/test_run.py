@@ -8,6 +8,7 @@ import pytest
 
 from toolkit.distributed.engine import Engine, resolve_engine
 from toolkit.errors import ConfigError, TrainingError
+from toolkit.experiment import rank_errors
 from toolkit.experiment import run as experiment
 from toolkit.experiment.load import load_experiment
 from toolkit.runs.manager import RunManager
@@ -25,12 +26,12 @@ def test_an_error_is_rank_0s_too_when_it_failed_with_the_same_words(
     state: Any, message: str | None, expected: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(time, "sleep", lambda _: None)
-    monkeypatch.setattr(experiment, "SECONDS_FOR_RANK_0", 0.05)
+    monkeypatch.setattr(rank_errors, "SECONDS_FOR_RANK_0", 0.05)
     (tmp_path / "metadata").mkdir()
     run = RunManager(tmp_path, experiment="a", name="b")
     run.set_status(state, message=message)
     error = TrainingError("step 7: disk full\nmore")
-    assert experiment._ends_rank_0(error, run) is expected
+    assert rank_errors._ends_rank_0(error, run) is expected
 
 
 @pytest.fixture

@@ -251,6 +251,7 @@ def test_damaged_tokenizers_are_named_by_their_own_files(
         ),
         ("license: [mit, gpl]", {}),
         ("license: {", {}),
+        ("a: &a [1]\nb: *a\nlicense: mit", {}),  # aliases can make a small file a large value
         ("- a", {}),
     ],
 )

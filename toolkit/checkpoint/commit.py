@@ -40,10 +40,10 @@ from toolkit.checkpoint.layout import (
 )
 from toolkit.checkpoint.pieces import Resolve, TensorPieces, WrittenPieces
 from toolkit.checkpoint.ranks import gather, run_together
-from toolkit.checkpoint.tensors import load_tensors, reason_of
+from toolkit.checkpoint.tensors import load_tensors
 from toolkit.errors import CheckpointError, TrainingError
 from toolkit.storage.atomic import fsync_folder, hash_file, remove_tree, write_atomic
-from toolkit.storage.foreign import check_regular
+from toolkit.storage.foreign import check_regular, reason_of
 
 log = logging.getLogger(__name__)
 

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import msgspec
 
 from toolkit.errors import CheckpointError
-from toolkit.storage.atomic import hash_file
+from toolkit.storage.atomic import hash_file, unused_name
 from toolkit.storage.foreign import decode_json, read_bytes
 
 METADATA_FILE = ".metadata.json"
@@ -107,12 +107,10 @@ def step_folders(root: Path) -> dict[Path, int]:
 def move_aside(folder: Path) -> Path:
     """Rename a step folder, or a link to one, to an unused `step{N}.invalid`, `step{N}.invalid.2`
     and so on, so that it counts no more; the new name."""
-    aside, number = folder.with_name(folder.name + INVALID_SUFFIX), 1
-    while os.path.lexists(aside):
-        number += 1
-        aside = folder.with_name(f"{folder.name}{INVALID_SUFFIX}.{number}")
-    folder.rename(aside)
-    return aside
+    name = unused_name(
+        folder.name + INVALID_SUFFIX, lambda name: os.path.lexists(folder.with_name(name))
+    )
+    return folder.rename(folder.with_name(name))
 
 
 def encode_metadata(metadata: CheckpointMetadata) -> bytes:

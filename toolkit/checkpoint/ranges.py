@@ -65,7 +65,7 @@ class RangeReader(FileSystemReader):
         if item.type != LoadItemType.TENSOR or info.transform_descriptors:
             raise CheckpointError(f"{name}: is no plain tensor")
         chunk: Any = self._slice_file(stream, info)
-        stored, begin = _describe(chunk, info.length, name)
+        stored, begin = _describe(chunk, info.length)
         wanted = narrow_tensor_by_index(stored, item.storage_offsets, item.lengths)
         target = planner.resolve_tensor(item).detach()
         if target.shape != wanted.shape:
@@ -93,7 +93,7 @@ class RangeReader(FileSystemReader):
         planner.commit_tensor(item, target)
 
 
-def _describe(chunk: Any, length: int, name: str) -> tuple[torch.Tensor, int]:
+def _describe(chunk: Any, length: int) -> tuple[torch.Tensor, int]:
     """What `torch.save` wrote, on the meta device, and where in `chunk` its storage begins."""
     try:
         records = _Records(chunk, length)

@@ -27,6 +27,7 @@ from toolkit.checkpoint.layout import (
 from toolkit.checkpoint.ranks import run_together
 from toolkit.checkpoint.retention import Retention, Saved
 from toolkit.errors import CheckpointError, StorageError
+from toolkit.storage.atomic import unused_name
 from toolkit.storage.remote import RemoteFolder
 
 log = logging.getLogger(__name__)
@@ -244,11 +245,7 @@ def _wrong(folder: RemoteFolder, raw: bytes) -> str | None:
 
 
 def _move_aside(root: RemoteFolder, folder: RemoteFolder) -> RemoteFolder:
-    taken, number = set(root.folders()), 1
-    name = f"{folder.name}{INVALID_SUFFIX}"
-    while name in taken:
-        number += 1
-        name = f"{folder.name}{INVALID_SUFFIX}.{number}"
+    name = unused_name(f"{folder.name}{INVALID_SUFFIX}", set(root.folders()).__contains__)
     folder.move_to(root / name, first=METADATA_FILE)
     return root / name
 

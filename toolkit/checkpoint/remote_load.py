@@ -35,8 +35,9 @@ from toolkit.checkpoint.remote import (
     share_of,
     wrong_files,
 )
-from toolkit.checkpoint.tensors import SafeReader, load_tensors, reason_of
+from toolkit.checkpoint.tensors import SafeReader, load_tensors
 from toolkit.errors import CheckpointError, TrainingError
+from toolkit.storage.foreign import reason_of
 from toolkit.storage.remote import ContentError, RemoteFolder
 from toolkit.storage.remote_file import RemoteFile
 

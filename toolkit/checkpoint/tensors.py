@@ -7,7 +7,6 @@ are global. Values may be plain tensors (replicated), DTensors, or `FlatShard`s.
 import contextlib
 import functools
 import os
-import re
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePath
@@ -34,6 +33,7 @@ from toolkit.checkpoint.pickles import unpickle
 from toolkit.checkpoint.ranges import RangeReader
 from toolkit.errors import CheckpointError
 from toolkit.storage.atomic import hash_file
+from toolkit.storage.foreign import reason_of
 
 METADATA_NAME = ".metadata"
 _NAMES: dict[tuple[str, str], Any] = {
@@ -84,16 +84,6 @@ def load_tensors(
     except CheckpointException as error:
         cause = next(iter(error.failures.values()))[0]
         raise CheckpointError(f"{folder}: cannot be loaded: {reason_of(cause)}") from error
-
-
-def reason_of(error: BaseException) -> str:
-    """Why a file cannot be loaded, in one line, without torch's advice to trust it."""
-    text = str(error).strip()
-    if named := re.search(r"GLOBAL ([\w.]+)", text):
-        return f"refused: it names {named[1]}, which no checkpoint needs"
-    if text.startswith("Weights only load failed"):
-        return "refused: it holds more than tensors and plain values, or is damaged"
-    return text.splitlines()[0] if text else type(error).__name__
 
 
 def iterate_tensors(folder: Path, prefix: str) -> Iterator[tuple[str, torch.Tensor]]:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from toolkit.cli.arguments import run_named
+from toolkit.wording import count
 
 if TYPE_CHECKING:
     from toolkit.hf.export import Exported
@@ -79,8 +80,7 @@ def export_hf(
 
 
 def _print_summary(source: "ModelSource", exported: "Exported", out: str) -> None:
-    number = len(exported.weight_files)
-    files = f"{number} file{'s' if number > 1 else ''}"
+    files = count(len(exported.weight_files), "file")
     kind = str(exported.dtype).removeprefix("torch.")
     what = "adapter for " if exported.is_adapter else ""
     step = f", step {source.metadata.step}" if source.metadata is not None else ""

@@ -191,7 +191,7 @@ def _write(
                 lines.flush()
     except OSError as error:
         raise ConfigError(f"--output: {output}: cannot be written: {error.strerror}") from None
-    typer.echo(f"{output}: {len(prompts)} text{'s' if len(prompts) != 1 else ''}")
+    typer.echo(f"{output}: {count(len(prompts), 'text')}")
 
 
 def _generate(

@@ -4,6 +4,8 @@ from typing import Annotated
 
 import typer
 
+from toolkit.wording import count
+
 app = typer.Typer(invoke_without_command=True, rich_markup_mode=None)
 Root = Annotated[str, typer.Option(help="Folder of all runs (run.root).")]
 Registry = Annotated[
@@ -73,8 +75,8 @@ def reindex(root: Root = "runs", registry: Registry = None) -> None:
     """
     from toolkit.runs.registry import reindex as rebuild
 
-    count = rebuild(root, registry_url=registry)
-    typer.echo(f"{count} run{'' if count == 1 else 's'} in the registry of {root}")
+    number = rebuild(root, registry_url=registry)
+    typer.echo(f"{count(number, 'run')} in the registry of {root}")
 
 
 def _cell(value: str | int | None) -> str:

@@ -59,10 +59,7 @@ def convert(data: Any, config_type: type[T]) -> T:
             more than one is wrong.
     """
     checked = check(data, config_type)
-    found = ErrorList()
-    for error in checked.errors:
-        found.add(error)
-    found.raise_any()
+    ErrorList(checked.errors).raise_any()
     return checked.config
 
 

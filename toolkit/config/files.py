@@ -1,13 +1,12 @@
 """Reading JSON config files, with errors that point at the line and say what JSON takes."""
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
 from toolkit.config.types import shown
 from toolkit.errors import ConfigError
-from toolkit.storage.foreign import read_bytes, reason_of
+from toolkit.storage.foreign import nesting, read_bytes, reason_of
 
 LARGEST = 64 << 20
 """Bytes of a config file; what is larger is something else."""
@@ -15,8 +14,6 @@ DEEPEST = 100
 """Mappings and lists inside each other; what nests deeper is no config."""
 SCHEMA_KEY = "$schema"
 """Key by which an editor finds the JSON Schema of a file; it is no value of the config."""
-
-_QUOTED = re.compile(r'"(?:[^"\\]|\\.)*"')
 
 
 def read_json_mapping(path: Path) -> dict[str, Any]:
@@ -40,7 +37,7 @@ def read_json_mapping(path: Path) -> dict[str, Any]:
 def parse_json_mapping(text: str, name: str) -> dict[str, Any]:
     """The mapping in JSON `text`, without `$schema`; `name` stands for the file in messages."""
     try:
-        if nesting(text) > DEEPEST:
+        if nesting(text.encode("utf-8", "surrogatepass")) > DEEPEST:
             raise ValueError(f"nested more than {DEEPEST} levels deep")
         data = json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_no_constant)
     except json.JSONDecodeError as error:
@@ -50,18 +47,6 @@ def parse_json_mapping(text: str, name: str) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise ConfigError(f"{name}: expected a mapping {{...}} of config sections at the top")
     return {key: value for key, value in data.items() if key != SCHEMA_KEY}
-
-
-def nesting(text: str) -> int:
-    """How deep the brackets in JSON or YAML flow `text` nest, those in double quotes left out."""
-    depth = deepest = 0
-    for character in _QUOTED.sub("", text):
-        if character in "[{":
-            depth += 1
-            deepest = max(deepest, depth)
-        elif character in "]}":
-            depth -= 1
-    return deepest
 
 
 def _explain(text: str, error: json.JSONDecodeError) -> str:

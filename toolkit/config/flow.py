@@ -1,4 +1,4 @@
-"""YAML flow values of the command line as nodes: what a value needs of YAML, and no more.
+"""YAML of the command line, and of other files: what values need of it, and no more.
 
 Anchors, aliases and tags are refused: a value can then be no larger than its text, and is a tree.
 """
@@ -7,8 +7,9 @@ from typing import Any
 
 import yaml
 
-from toolkit.config.files import DEEPEST, nesting
+from toolkit.config.files import DEEPEST
 from toolkit.config.types import shown
+from toolkit.storage.foreign import nesting
 
 
 class _Loader(yaml.SafeLoader):
@@ -41,10 +42,19 @@ def compose(text: str) -> Any:
     Raises:
         ValueError: it is not YAML, or uses what a config value does not need.
     """
-    if nesting(text) > DEEPEST:
+    return _read(yaml.compose, text)
+
+
+def load(text: str) -> Any:
+    """The value of YAML `text` that may come from elsewhere; raises as `compose` does."""
+    return _read(yaml.load, text)
+
+
+def _read(read: Any, text: str) -> Any:
+    if nesting(text.encode("utf-8", "surrogatepass")) > DEEPEST:
         raise ValueError(f"nested more than {DEEPEST} levels deep")
     try:
-        return yaml.compose(text, Loader=_Loader)
+        return read(text, Loader=_Loader)
     except yaml.YAMLError as error:
         problem = getattr(error, "problem", None) or getattr(error, "reason", "cannot be read")
         raise ValueError(problem) from None

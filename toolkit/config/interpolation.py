@@ -12,9 +12,8 @@ import re
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-import msgspec
-
 from toolkit.config.base import Config
+from toolkit.config.check import convert
 from toolkit.errors import ConfigError
 
 _REFERENCE = re.compile(r"\$(?P<escape>\$?)\{(?P<name>[A-Za-z_]\w*)\}")
@@ -36,8 +35,8 @@ def fill(config: T, environ: Mapping[str, str] | None = None) -> T:
     if filled == data:
         return config
     try:
-        return msgspec.convert(filled, type(config))
-    except msgspec.ValidationError as error:
+        return convert(filled, type(config))
+    except ConfigError as error:
         raise ConfigError(f"{error} (after filling in ${{...}} of the config)") from None
 
 

@@ -89,10 +89,7 @@ class ConfigLayers(Generic[T]):
             ConfigError: naming the path, the value, what was expected, and the layer it is from.
         """
         checked = self.check()
-        found = ErrorList()
-        for error in checked.errors:
-            found.add(error)
-        found.raise_any()
+        ErrorList(checked.errors).raise_any()
         return checked.config
 
     def check(self) -> Checked:

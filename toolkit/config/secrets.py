@@ -103,7 +103,7 @@ def check_no_secrets(data: Any, path: str = "") -> None:
         for name, value in data.items():
             below = f"{path}.{name}" if path else str(name)
             is_text = isinstance(value, str) and value and not _is_reference(value)
-            if is_text and value != HIDDEN and is_secret_name(str(name), strict=True):
+            if is_text and is_secret_name(str(name), strict=True):
                 raise ConfigError(f"{below}: {_ADVICE}: --{below}='${{NAME}}'")
             check_no_secrets(value, below)
     elif isinstance(data, list):
@@ -122,8 +122,8 @@ _ADVICE = (
 
 
 def _is_reference(text: str) -> bool:
-    """Whether `text` names variables and holds nothing else."""
-    return "${" in text and not re.search(r"\w", _REFERENCE.sub("", text))
+    """Whether `text` names variables and holds nothing else, or stands for what was masked."""
+    return text == HIDDEN or ("${" in text and not re.search(r"\w", _REFERENCE.sub("", text)))
 
 
 def _is_secret_key(key: Any) -> bool:

@@ -9,6 +9,7 @@ import torch
 
 from toolkit.distributed.ranks import has_own_gpu
 from toolkit.errors import ConfigError
+from toolkit.wording import count
 
 log = logging.getLogger(__name__)
 
@@ -38,11 +39,11 @@ def pick_device(local_rank: int, local_world_size: int | None = None) -> torch.d
     processes = local_world_size or local_rank + 1
     if processes > devices:
         asked = os.environ.get("CUDA_VISIBLE_DEVICES")
-        gpus = f"{devices} GPU" + ("s" if devices > 1 else "")
         shown = f" (CUDA_VISIBLE_DEVICES={asked})" if asked else ""
         raise ConfigError(
-            f"{processes} processes on a machine that shows them {gpus}{shown}; start at most "
-            f"{devices} on each machine, or train on the CPU with ACCELERATE_USE_CPU=true"
+            f"{processes} processes on a machine that shows them {count(devices, 'GPU')}{shown}; "
+            f"start at most {devices} on each machine, or train on the CPU with "
+            "ACCELERATE_USE_CPU=true"
         )
     device = torch.device("cuda", local_rank)
     use_device(device)
@@ -110,13 +111,13 @@ def _driver() -> tuple[str, str, tuple[int, int]] | None:
     except Exception:  # no library, no driver, no permission: a machine without GPUs
         return None
     try:
-        count = pynvml.nvmlDeviceGetCount()
-        if not count:
+        number = pynvml.nvmlDeviceGetCount()
+        if not number:
             return None
         name = str(pynvml.nvmlDeviceGetName(pynvml.nvmlDeviceGetHandleByIndex(0)))
-        number = pynvml.nvmlSystemGetCudaDriverVersion_v2()
-        gpus = f"{count} x {name} are" if count > 1 else f"{name} is"
-        return gpus, str(pynvml.nvmlSystemGetDriverVersion()), (number // 1000, number % 1000 // 10)
+        gpus = f"{number} x {name} are" if number > 1 else f"{name} is"
+        cuda = pynvml.nvmlSystemGetCudaDriverVersion_v2()
+        return gpus, str(pynvml.nvmlSystemGetDriverVersion()), (cuda // 1000, cuda % 1000 // 10)
     except pynvml.NVMLError:
         return None
     finally:

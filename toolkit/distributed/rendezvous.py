@@ -19,6 +19,7 @@ import torch.distributed as dist
 from toolkit.distributed.launcher_checks import STORE_FILE, is_loopback
 from toolkit.distributed.store import elastic_store
 from toolkit.errors import ConfigError, TrainingError
+from toolkit.wording import count
 
 SILENT_SECONDS = 3.0
 """Processes of one job come seconds apart; what waits longer says for what."""
@@ -59,7 +60,9 @@ def open_store(
 
     wait.until(
         lambda: missing() <= 0,
-        lambda: f"waiting for {_others(missing())} at {host}:{port}" if rank == 0 else "",
+        lambda: (
+            f"waiting for {count(missing(), 'other process')} at {host}:{port}" if rank == 0 else ""
+        ),
     )
     return store
 
@@ -92,10 +95,6 @@ class _Wait:
                     f"({self._why})"
                 )
             time.sleep(0.05)
-
-
-def _others(number: int) -> str:
-    return f"{number} other process" + ("es" if number > 1 else "")
 
 
 def _serve(host: str, port: int, world_size: int, timeout: datetime.timedelta) -> dist.TCPStore:

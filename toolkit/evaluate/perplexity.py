@@ -19,6 +19,7 @@ from toolkit.evaluate.sums import Batch, EvalSums, LossFunction, TokenSums, sum_
 from toolkit.evaluate.windows import Window, stack_windows, windows
 from toolkit.models.labels import shift_labels
 from toolkit.models.loss import IGNORE_INDEX
+from toolkit.wording import count
 
 
 def evaluate_stream(
@@ -61,7 +62,7 @@ def evaluate_stream(
     assert totals is not None, "nothing asked to stop"
     loss, num_targets = totals.tolist()
     if not num_targets:
-        tokens = f"{bytes_seen.num_tokens} token{'s' if bytes_seen.num_tokens != 1 else ''}"
+        tokens = count(bytes_seen.num_tokens, "token")
         raise DataError(
             f"{tokens} and none that another predicts; evaluation needs 2 or more in a row"
         )

@@ -86,11 +86,15 @@ class TextGenerator:
         return self._generate(ids, "the conversation", sampling, stop_ids, on_text)
 
     def check_chat(self) -> None:
-        """Raise ConfigError when the tokenizer has no chat template."""
-        if not self._tokenizer.chat_template:
+        """Raise ConfigError when the tokenizer has no chat template that is the default one."""
+        template = self._tokenizer.chat_template
+        has_default = "default" in template if isinstance(template, dict) else bool(template)
+        if not has_default:
+            others = f" but those called {', '.join(template)}" if template else ""
             raise ConfigError(
-                f"{self._name}: its tokenizer has no chat template, so it cannot chat; give one "
-                "with `toolkit convert-hf --chat-template FILE`, or continue text with --prompt"
+                f"{self._name}: its tokenizer has no chat template{others}, so it cannot chat; "
+                "give one with `toolkit convert-hf --chat-template FILE`, or continue text with "
+                "--prompt"
             )
 
     def _generate(
@@ -156,7 +160,8 @@ class TextGenerator:
             return frozenset()
         from tokenizers import Tokenizer as BackendTokenizer
 
-        from toolkit.data.tokenizers.tokenizer import TOKENIZER_CONFIG_FILE, Tokenizer
+        from toolkit.data.tokenizers.companions import TOKENIZER_CONFIG_FILE
+        from toolkit.data.tokenizers.tokenizer import Tokenizer
         from toolkit.data.tokens.stops import turn_ends
 
         template = self._tokenizer.chat_template

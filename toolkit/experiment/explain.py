@@ -22,7 +22,7 @@ from toolkit.data.corpus_info import CorpusInfo, data_places, read_corpus
 from toolkit.data.tokens.prepared import MANIFEST_NAME
 from toolkit.data.tokens.settings import check_settings
 from toolkit.distributed.engine import Engine, resolve_engine
-from toolkit.errors import DataError, ToolkitError
+from toolkit.errors import DataError, ErrorList, RunError, ToolkitError
 from toolkit.experiment.changes import config_changes
 from toolkit.experiment.checks import check_corpus, check_experiment
 from toolkit.experiment.config import ExperimentConfig
@@ -78,8 +78,8 @@ def explain_resume(
     folder, refused = plan.folder, _Refusals()
     state = current_state(folder, plan.status)
     if state == "running":
-        refused.reasons.append(f"another process is writing this run (pid {plan.status.pid} on "
-                               f"{plan.status.host}); stop it first")  # fmt: skip
+        where = f"pid {plan.status.pid} on {plan.status.host}"
+        refused.add(RunError(f"another process is writing this run ({where}); stop it first"))
     module = plan.config.train_module
     engine = refused.ask(lambda: resolve_engine(module.precision, module.dp_config, plan.environ))
     if engine is not None:
@@ -114,22 +114,19 @@ def explain_resume(
         ("data", _data(plan.config, corpus, state_of_data)),
         ("goes on", _steps(plan, corpus, loader, saved, start)),
     ]  # fmt: skip
-    return Explanation([(label, lines) for label, lines in rows if lines], refused.reasons)
+    reasons = [str(error) for error in refused.errors]
+    return Explanation([(label, lines) for label, lines in rows if lines], reasons)
 
 
-class _Refusals:
-    """Collects what `resume` would stop at."""
-
-    def __init__(self) -> None:
-        self.reasons: list[str] = []
+class _Refusals(ErrorList):
+    """What `resume` would stop at, whatever kind of error it is."""
 
     def ask(self, check: Callable[[], Any]) -> Any:
         """The answer of `check`; None where it refuses."""
         try:
             return check()
         except ToolkitError as error:
-            if str(error) not in self.reasons:
-                self.reasons.append(str(error))
+            self.add(error)
             return None
 
 
@@ -154,15 +151,17 @@ def _places(config: ExperimentConfig) -> str:
 
 def _start(config: ExperimentConfig, folder: Path) -> "Start | None":
     own, trainer = folder / RUN_FILES.checkpoints, config.trainer
-    upload_to, reached = trainer.callbacks.checkpointer.upload_to, reached_step(folder)
+    upload_to = trainer.callbacks.checkpointer.upload_to
     if not saved_steps(own) and trainer.load_path is None and upload_to is None:
+        reached = reached_step(folder)
         if reached and not trainer.start_anew:
             raise refusal(folder, reached, none_saved(trainer.no_checkpoints))
         return None
-    from toolkit.train.restoring import find_start
+    from toolkit.train.restoring import find_start, reached_by
 
     with _quiet("toolkit.checkpoint"):
         adapts = config.train_module.lora is not None
+        reached = reached_by(trainer, folder)
         return find_start(trainer, own, adapts=adapts, reached=reached)
 
 

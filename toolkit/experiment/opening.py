@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 from toolkit.experiment.config import ExperimentConfig
 from toolkit.models.counts import shown_parameters
+from toolkit.wording import count
 
 if TYPE_CHECKING:
     from toolkit.distributed.environment import TrainingEnvironment
@@ -17,7 +18,7 @@ def opening_lines(
     from toolkit.distributed.devices import device_name
 
     engine = environment.engine
-    processes = f"{engine.world_size} process" + ("es" if engine.world_size > 1 else "")
+    processes = count(engine.world_size, "process")
     device = device_name(environment.device)
     if environment.device.type == "cpu":
         device = f"the CPU ({device})"

@@ -19,7 +19,6 @@ from toolkit.runs.registry import is_run
 from toolkit.storage.remote import is_url
 from toolkit.train.config import TrainerConfig
 from toolkit.train.load_path import no_checkpoint
-from toolkit.train.progress import reached_step
 
 READ_EARLY_BYTES = 16 << 30
 
@@ -45,19 +44,27 @@ def check_load_path(config: ExperimentConfig, folder: Path) -> None:
 
     Raises:
         CheckpointError: it holds none, or one of another model.
+        ConfigError: see `check_load_options`.
     """
     trainer, adapts = config.trainer, config.train_module.lora is not None
     path = trainer.load_path
-    if path is None or is_url(path) or (trainer.load_strategy == "never" and not adapts):
-        return
     if _newest(folder) or (trainer.callbacks.checkpointer.upload_to and is_run(folder)):
         return  # the run goes on from there
-    newest = _newest(Path(path))
+    check_load_options(config, None)
+    if path is None or is_url(path) or (trainer.load_strategy == "never" and not adapts):
+        return
+    place = Path(path).expanduser()
+    newest = _newest(place)
     if newest is None:
         if trainer.load_strategy != "if_available" or adapts:
             raise CheckpointError(no_checkpoint(path))
         return
-    saved = read_metadata(newest).extra.get("model")
+    try:
+        saved = read_metadata(newest).extra.get("model")
+    except CheckpointError:
+        if newest == place:
+            raise
+        return  # an older one may be whole
     asked = msgspec.json.decode(msgspec.json.encode(config.model))  # lists, as stored
     free = _FREE_FOR_WEIGHTS if adapts or trainer.load_weights_only else _FREE_MODEL_FIELDS
     if isinstance(saved, dict):
@@ -83,14 +90,14 @@ def check_continuation(config: ExperimentConfig, folder: Path, train_loader: "Tr
             not.
         DataError: other data, or another order of it.
     """
-    from toolkit.train.restoring import find_start
+    from toolkit.train.restoring import find_start, reached_by
 
     start = find_start(
         config.trainer,
         folder / RUN_FILES.checkpoints,
         _look,
         adapts=config.train_module.lora is not None,
-        reached=reached_step(folder),
+        reached=reached_by(config.trainer, folder),
     )
     check_load_options(config, start)
     if start is not None:

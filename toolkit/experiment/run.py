@@ -9,8 +9,6 @@ import contextlib
 import logging
 import math
 import os
-import socket
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -31,7 +29,6 @@ from toolkit.errors import (
     DataError,
     ErrorList,
     RunError,
-    ToolkitError,
 )
 from toolkit.experiment.agreement import check_agreement
 from toolkit.experiment.changes import config_changes
@@ -40,6 +37,7 @@ from toolkit.experiment.config import ExperimentConfig
 from toolkit.experiment.notices import notices
 from toolkit.experiment.opening import opening_lines
 from toolkit.experiment.preflight import check_continuation, check_load_path
+from toolkit.experiment.rank_errors import explain, name_rank
 from toolkit.experiment.recorded import describe_engine, plan_resume
 from toolkit.experiment.relaunch import relaunch
 from toolkit.experiment.restarts import current_launch, find_predecessor, stays_stopped
@@ -54,24 +52,19 @@ from toolkit.runs.registry import (
     resolve_run_folder,
     start_run,
 )
-from toolkit.runs.status import read_status
-from toolkit.train.peers import LostPeerError, Peers, clear_notes, first_line
+from toolkit.train.peers import LostPeerError, clear_notes, first_line
 from toolkit.train.progress import nothing_left
 from toolkit.train.scores import check_best_metric
 from toolkit.wording import count
 
 if TYPE_CHECKING:
     from toolkit.data.loader import TrainLoader
-    from toolkit.distributed.environment import TrainingEnvironment
     from toolkit.train.trainer import TrainResult
 
 log = logging.getLogger(__name__)
 
 GENTLE_STOPS = (None, "hard_stop")
 """Ends that are what was asked for: exit code 0."""
-
-SECONDS_FOR_RANK_0 = 1.0
-"""How long another rank with an error waits for rank 0 to end with the same one."""
 
 
 def train(
@@ -257,13 +250,13 @@ def _train(
             raise
         signals.settle()
         step = trainer.step if trainer is not None else 0
-        lost = None if run is None else _explain(error, run, environment, step)
+        lost = None if run is None else explain(error, run, environment, step)
         if log_file is not None:
             log_failure(log_file, lost or error, rank=environment.rank, step=step)
         if lost is not None:
             raise lost from error
         if run is not None and not isinstance(error, LostPeerError):
-            _name_rank(error, run, environment, step)
+            name_rank(error, run, environment, step)
         raise
     finally:
         if train_dl is not None:
@@ -273,42 +266,6 @@ def _train(
             log_file.close()
         environment.close(after_error=has_failed)
         until_the_end.close()
-
-
-def _explain(
-    error: BaseException, run: RunManager, environment: "TrainingEnvironment", step: int
-) -> LostPeerError | None:
-    """The error to show where this one is the consequence of another rank's; else the others learn
-    that this rank was the first."""
-    with contextlib.suppress(RunError):  # this host does not see the run folder
-        peers = Peers(run, rank=environment.rank, world_size=environment.world_size)
-        peers.fail(error, step=step)
-        return peers.explain(error, step=step)
-    return None
-
-
-def _name_rank(
-    error: BaseException, run: RunManager, environment: "TrainingEnvironment", step: int
-) -> None:
-    """Say whose error it is, where it is not rank 0's or not one of ours."""
-    if not isinstance(error, ToolkitError):
-        where = f"rank {environment.rank} on {socket.gethostname()} failed at step {step}"
-        error.add_note(f"{where}; its log: {run.path(RUN_FILES.logs)}/rank{environment.rank}.log")
-    elif not environment.is_main:
-        error.only_here = not _ends_rank_0(error, run)
-        if error.only_here and step and f"step {step}" not in str(error):
-            error.args = (f"step {step}: {error}",)
-
-
-def _ends_rank_0(error: ToolkitError, run: RunManager) -> bool:
-    """Whether rank 0 leaves the run with the same error; it is given a moment to say so."""
-    deadline = time.monotonic() + SECONDS_FOR_RANK_0
-    while time.monotonic() < deadline:
-        status = read_status(run.folder)
-        if status is not None and status.state == "failed":
-            return status.message == first_line(error)
-        time.sleep(0.05)
-    return False
 
 
 def _prepare_data(config: ExperimentConfig, *, rank: int, world_size: int) -> "TrainLoader":

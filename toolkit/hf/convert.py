@@ -22,7 +22,7 @@ from toolkit.checkpoint.commit import SPARE_BYTES, Save, check_free_space
 from toolkit.checkpoint.layout import MODEL_PREFIX, TENSORS_FOLDER
 from toolkit.checkpoint.streaming import write_streamed_checkpoint
 from toolkit.checkpoint.tensors import iterate_tensors
-from toolkit.data.tokenizers.tokenizer import read_json
+from toolkit.data.tokenizers.companions import read_json
 from toolkit.data.tokens.prepared import TOKENIZER_FOLDER
 from toolkit.data.tokens.scanning import Advance, scan_progress
 from toolkit.errors import CheckpointError, ConfigError, DataError, TrainingError
@@ -42,6 +42,7 @@ from toolkit.hf.tokenizer_files import ConvertedTokenizer, convert_tokenizer, to
 from toolkit.hf.weights import HFWeights
 from toolkit.models.config import TransformerConfig
 from toolkit.storage.foreign import read_bytes
+from toolkit.wording import count
 
 _VERSIONED = ("torch", "transformers", "tokenizers")
 
@@ -122,7 +123,7 @@ def convert_hf(
         known, new = _rows(source, unfinished / TOKENIZER_FOLDER, old)
         grown = len(new | set(range(old, config.vocab_size)))
         if grown:
-            notes.append(f"{_counted(grown)} for new tokens: the mean of the others")
+            notes.append(f"{count(grown, 'row')} for new tokens: the mean of the others")
         plan = ImportPlan(
             model.family,
             config,
@@ -222,10 +223,6 @@ def _rows(source: Path, tokenizer: Path, old: int) -> tuple[set[int], set[int]]:
     return own & everything, token_ids(tokenizer) - own
 
 
-def _counted(rows: int) -> str:
-    return f"{rows} row{'s' if rows > 1 else ''}"
-
-
 def _watched(
     tensors: Iterator[tuple[str, Tensor]], advance: Advance
 ) -> Iterator[tuple[str, Tensor]]:
@@ -280,13 +277,13 @@ def _origin(
 
 def _license(source: Path) -> dict[str, str]:
     """`license` and what belongs to it, from the metadata at the head of the model's own card."""
-    import yaml
+    from toolkit.config.flow import load
 
     try:
         text = read_bytes(source / "README.md", CheckpointError).decode()
         head = re.match(r"---\s*\n(.*?)\n---", text, re.DOTALL)
-        found = yaml.safe_load(head[1]) if head else None
-    except (OSError, ValueError, RecursionError, yaml.YAMLError, CheckpointError):
+        found = load(head[1]) if head else None
+    except (OSError, ValueError, CheckpointError):
         return {}
     if not isinstance(found, dict):
         return {}

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from toolkit.checkpoint.commit import check_free_space
-from toolkit.data.tokenizers.tokenizer import TOKENIZER_FILE, load_tokenizer, read_json
+from toolkit.data.tokenizers.companions import TOKENIZER_FILE, read_json
+from toolkit.data.tokenizers.tokenizer import load_tokenizer
 from toolkit.data.tokens.stops import SPECIAL_IDS, special_ids
 from toolkit.errors import CheckpointError, DataError, ToolkitError
 from toolkit.hf.adapter import export_adapter, merged

@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from toolkit.data.tokenizers.auto import quiet_transformers as quiet_transformers
-from toolkit.data.tokenizers.backend import MAX_TOKENIZER_BYTES, check_tokenizer_file
-from toolkit.data.tokenizers.tokenizer import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE
-from toolkit.errors import CheckpointError, DataError, ToolkitError
-from toolkit.storage.foreign import check_regular, guard, reason_of
+from toolkit.data.tokenizers.backend import check_small_files, check_tokenizer_file
+from toolkit.data.tokenizers.companions import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE
+from toolkit.errors import CheckpointError, DataError
+from toolkit.storage.foreign import guard
 
 if TYPE_CHECKING:
     import torch
@@ -17,28 +17,6 @@ _TOKENIZER_FILES = (
     TOKENIZER_FILE, TOKENIZER_CONFIG_FILE, "vocab.json", "vocab.txt", "tokenizer.model",
     "spiece.model",
 )  # fmt: skip
-_SMALL = (".json", ".jinja", ".txt", ".model")
-
-
-def check_size(path: Path, kind: type[ToolkitError]) -> None:
-    """Raise `kind` unless `path` is a file of a size that can be read."""
-    size = check_regular(path, kind)
-    if size > MAX_TOKENIZER_BYTES:
-        raise kind(f"{path}: has {size:,} bytes, which no such file needs")
-
-
-def check_small_files(folder: Path, kind: type[ToolkitError]) -> None:
-    """Check, before another library opens them, that the files of a folder that describe a model
-    or a tokenizer are files, and of a size that can be read.
-
-    Raises:
-        kind: one is a pipe, a device, or too large.
-    """
-    with guard(folder, kind):
-        for path in sorted(folder.iterdir()):
-            if path.suffix not in _SMALL or path.is_dir():
-                continue
-            check_size(path, kind)
 
 
 def load_causal_lm(
@@ -120,8 +98,3 @@ def load_auto_tokenizer(folder: Path) -> Any:
 def has_tokenizer(folder: Path) -> bool:
     """Whether the folder holds a file of a tokenizer, in a format of any age."""
     return any((folder / name).is_file() for name in _TOKENIZER_FILES)
-
-
-def one_line(error: Exception) -> str:
-    """What an exception of another library says; any type may come out of a malformed file."""
-    return reason_of(error)

@@ -7,14 +7,15 @@ from typing import Any, NamedTuple
 
 import msgspec
 
+from toolkit.data.tokenizers.backend import check_small_files
 from toolkit.errors import CheckpointError
 from toolkit.hf.families import FAMILIES
 from toolkit.hf.family import Family
-from toolkit.hf.loading import check_small_files, one_line, quiet_transformers
+from toolkit.hf.loading import quiet_transformers
 from toolkit.hf.settings import Settings
 from toolkit.models.config import TransformerConfig
 from toolkit.models.sizes import check_sizes
-from toolkit.storage.foreign import guard, read_bytes
+from toolkit.storage.foreign import guard, read_bytes, reason_of
 
 NEW_FAMILY = "docs/finetuning.md#a-new-family"
 TEXT_PART = "docs/finetuning.md#the-text-part-of-a-multimodal-model"
@@ -185,9 +186,9 @@ def _normalised(
             # A copy: the classes change what they are given.
             theirs = CONFIG_MAPPING[family.model_type].from_dict(json.loads(json.dumps(raw)))
         except Exception as error:
+            reason = reason_of(error).rstrip(".")
             raise CheckpointError(
-                f"config.json: transformers cannot read it: {one_line(error).rstrip('.')}; correct "
-                "the file"
+                f"config.json: transformers cannot read it: {reason}; correct the file"
             ) from None
         common = {field.name for field in dataclasses.fields(PreTrainedConfig)}
         own = {field.name for field in dataclasses.fields(theirs)} - common

@@ -6,6 +6,7 @@ compression; before torch 1.6 a sequence of pickles, which tells no offsets).
 """
 
 import math
+import re
 import warnings
 import zipfile
 from pathlib import Path
@@ -14,10 +15,9 @@ from typing import Annotated, Any, NamedTuple
 import msgspec
 import torch
 
-from toolkit.checkpoint.tensors import reason_of
 from toolkit.errors import CheckpointError
 from toolkit.hf.safetensors_file import DTYPES
-from toolkit.storage.foreign import check_regular, guard
+from toolkit.storage.foreign import check_regular, guard, reason_of
 
 _LARGEST_HEADER = 100_000_000
 """Bytes; the format's own limit."""
@@ -133,7 +133,7 @@ def load_torch_file(path: Path, *, device: str) -> dict[str, torch.Tensor]:
             warnings.simplefilter("ignore")
             loaded = torch.load(path, map_location=device, weights_only=True)
     except Exception as error:  # damaged files raise nearly anything
-        reason = reason_of(error).split(". ")[0]
+        reason = _why_refused(error).split(". ")[0]
         raise CheckpointError(f"{path}: cannot be read: {reason}; get it again") from None
     if not isinstance(loaded, dict):
         raise CheckpointError(f"{path}: holds a {type(loaded).__name__}, not tensors by name")
@@ -168,3 +168,13 @@ def _check_not_compressed(path: Path) -> None:
                 )
         if sum(record.file_size for record in records) > size:
             raise CheckpointError(f"{path}: its records overlap; get it again")
+
+
+def _why_refused(error: Exception) -> str:
+    """In one line, without torch's advice to trust the file."""
+    text = str(error).strip()
+    if named := re.search(r"GLOBAL ([\w.]+)", text):
+        return f"refused: it names {named[1]}, which no checkpoint needs"
+    if text.startswith("Weights only load failed"):
+        return "refused: it holds more than tensors and plain values, or is damaged"
+    return reason_of(error)

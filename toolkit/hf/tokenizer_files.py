@@ -6,18 +6,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from toolkit.data.tokenizers.auto import make_portable, settle
-from toolkit.data.tokenizers.backend import read_backend
-from toolkit.data.tokenizers.tokenizer import (
+from toolkit.data.tokenizers.backend import check_size, read_backend
+from toolkit.data.tokenizers.companions import (
     CHAT_TEMPLATE_FILE,
     TEMPLATES_FOLDER,
     TOKENIZER_CONFIG_FILE,
     TOKENIZER_FILE,
     companions,
-    load_tokenizer,
     read_json,
 )
+from toolkit.data.tokenizers.tokenizer import load_tokenizer
 from toolkit.errors import DataError
-from toolkit.hf.loading import check_size, has_tokenizer, load_auto_tokenizer
+from toolkit.hf.loading import has_tokenizer, load_auto_tokenizer
 from toolkit.storage.atomic import PathLike, write_atomic, write_json_atomic
 
 
@@ -85,13 +85,7 @@ def _changed(
         write_atomic(folder / CHAT_TEMPLATE_FILE, chat_template.encode())
         shutil.rmtree(folder / TEMPLATES_FOLDER, ignore_errors=True)  # it is the only one now
     tokenizer = load_tokenizer(folder)
-    try:
-        tokenizer.chat_templates  # noqa: B018 # reads their files
-    except UnicodeDecodeError:
-        raise DataError(
-            f"{folder / CHAT_TEMPLATE_FILE}: not UTF-8 text (or a file of {TEMPLATES_FOLDER}); "
-            "correct it or give --chat-template"
-        ) from None
+    tokenizer.chat_templates  # noqa: B018 # reads their files
     starts = _backend(folder).encode("a").ids[:1] == [tokenizer.bos_id]
     return ConvertedTokenizer(tokenizer.vocab_size, starts, new_tokens)
 

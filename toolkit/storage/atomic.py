@@ -8,7 +8,7 @@ import contextlib
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
@@ -130,6 +130,15 @@ def fsync_tree(folder: PathLike) -> None:
         for name in files:
             fsync_file(os.path.join(parent, name))
         fsync_folder(parent)
+
+
+def unused_name(name: str, is_taken: Callable[[str], bool]) -> str:
+    """The first of `name`, `name.2`, `name.3` and so on that is not taken."""
+    number, found = 1, name
+    while is_taken(found):
+        number += 1
+        found = f"{name}.{number}"
+    return found
 
 
 def remove_tree(folder: PathLike) -> None:

@@ -9,6 +9,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 import stat
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,8 +28,8 @@ MAX_LINE_BYTES = 1 << 20
 _SHOWN = 300
 """Characters of what another library says."""
 
-_GROWTH = 1 << 16
-"""Bytes that a file may have gained since its size was asked for (files of /proc have none)."""
+_QUOTED = re.compile(rb'"(?:[^"\\]|\\.)*"', re.DOTALL)
+_BRACKET = re.compile(rb"[][{}]")
 
 T = TypeVar("T")
 
@@ -111,8 +112,7 @@ def _read(path: Path, kind: type[ToolkitError], max_bytes: int) -> bytes | None:
                 f"{path}: has {size:,} bytes; such a file never needs more than {max_bytes:,}"
             )
         with path.open("rb") as file:
-            # Not `max_bytes` at once: a buffer of that size would be asked for.
-            return file.read(min(max_bytes, size + _GROWTH))
+            return file.read(size)  # a buffer of as many bytes is made first
     except FileNotFoundError:
         return None
 
@@ -149,6 +149,15 @@ def decode_json(data: bytes, where: object, kind: type[ToolkitError], type: Any)
             raise kind(f"{where}: not the JSON that belongs there: {reason_of(error)}") from None
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise kind(f"{where}: not valid JSON: {reason_of(error)}") from None
+
+
+def nesting(data: bytes | bytearray) -> int:
+    """How deep the brackets of JSON or YAML flow `data` nest, those in double quotes left out."""
+    depth = deepest = 0
+    for bracket in _BRACKET.findall(_QUOTED.sub(b"", data)):
+        depth += 1 if bracket in b"[{" else -1
+        deepest = max(deepest, depth)
+    return deepest
 
 
 def read_lines(

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from toolkit.wording import count
+
 _OPTIM = "optim."
 _SHOWN = 3
 
@@ -53,5 +55,4 @@ def _with_moments(stored: Iterable[Any]) -> set[str]:
 
 def _shown(names: list[str]) -> str:
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    plural = "" if len(names) == 1 else "s"
-    return f"{len(names)} parameter{plural} ({', '.join(names[:_SHOWN])}{more})"
+    return f"{count(len(names), 'parameter')} ({', '.join(names[:_SHOWN])}{more})"

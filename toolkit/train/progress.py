@@ -2,12 +2,14 @@
 
 from pathlib import Path
 
-from toolkit.checkpoint.layout import step_folders
+from toolkit.checkpoint.layout import move_aside, step_folders
 from toolkit.errors import CheckpointError
 from toolkit.runs.files import RUN_FILES
 from toolkit.runs.records import read_last_step
 from toolkit.runs.status import read_status
+from toolkit.storage.atomic import unused_name
 from toolkit.train.config import TrainerConfig
+from toolkit.wording import count
 
 START_ANEW = "--trainer.start_anew"
 
@@ -24,7 +26,7 @@ def reached_step(folder: Path) -> int:
 def refusal(folder: Path, reached: int, why: str, start: str = "step 0") -> CheckpointError:
     """That the run in `folder` cannot go on, and how to start it anew from `start`."""
     return CheckpointError(
-        f"{folder}: it has done {reached:,} step{'' if reached == 1 else 's'}, and no checkpoint "
+        f"{folder}: it has done {count(reached, 'step')}, and no checkpoint "
         f"of it is whole ({why}); {START_ANEW} starts it again from {start}, and keeps its metrics "
         "and what is left of its checkpoints under other names"
     )
@@ -48,19 +50,14 @@ def set_run_aside(folder: Path, attempt: int) -> list[str]:
 
     metrics/ and tb/ become NAME.attempt{K}, each step{N} is renamed as a damaged one is.
     """
-    from toolkit.checkpoint.layout import move_aside
-
     names = []
     for name in (RUN_FILES.metrics, RUN_FILES.tensorboard):
         place = folder / name
         if place.is_dir() and any(place.iterdir()):
-            kept, number = folder / f"{name}.attempt{attempt - 1}", 1
-            while kept.exists():
-                number += 1
-                kept = folder / f"{name}.attempt{attempt - 1}.{number}"
-            place.rename(kept)
+            kept = unused_name(f"{name}.attempt{attempt - 1}", lambda n: (folder / n).exists())
+            place.rename(folder / kept)
             place.mkdir()
-            names.append(kept.name)
+            names.append(kept)
     for step in step_folders(folder / RUN_FILES.checkpoints):
         names.append(f"{RUN_FILES.checkpoints}/{move_aside(step).name}")
     return names

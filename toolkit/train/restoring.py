@@ -12,7 +12,8 @@ import torch
 
 from toolkit.checkpoint.anywhere import load_everything, load_weights, metadata_of, shapes_of
 from toolkit.checkpoint.find import Found, find_checkpoint, problem_of, set_aside
-from toolkit.checkpoint.layout import MODEL_PREFIX
+from toolkit.checkpoint.layout import MODEL_PREFIX, saved_steps
+from toolkit.checkpoint.ranks import run_together
 from toolkit.checkpoint.remote import find_remote_checkpoint, saved_remote_steps
 from toolkit.checkpoint.remote_load import download_newest
 from toolkit.errors import CheckpointError, ConfigError
@@ -78,14 +79,21 @@ def find_start(
     if found is not None:
         base = find_base(found, config.load_path, look) if adapts else None
         return Start(found, weights_only=False, rejected=rejected, base=base)
-    if upload_to is not None:
-        reached = max([reached, *saved_remote_steps(upload_to)])
     start = _find_given(config, look, adapts=adapts)
     if reached and not config.start_anew and reached > (step := first_step(start)):
         why = problem_of(rejected[0]) if rejected else none_saved(config.no_checkpoints)
         where = f"step {step:,}" if start is None else f"trainer.load_path ({start.checkpoint})"
         raise refusal(own.parent, reached, str(why), where)
     return None if start is None else start._replace(rejected=rejected)
+
+
+def reached_by(config: TrainerConfig, folder: Path) -> int:
+    """`reached_step`, or of a run folder without checkpoints the last step that was uploaded; one
+    rank asks."""
+    upload_to, reached = config.callbacks.checkpointer.upload_to, reached_step(folder)
+    if upload_to is None or saved_steps(folder / RUN_FILES.checkpoints):
+        return reached
+    return max([reached, *saved_remote_steps(upload_to)])
 
 
 def first_step(start: Start | None) -> int:
@@ -126,9 +134,11 @@ def restore_trainer(trainer: "Trainer") -> Path | str | None:
             return find_remote_checkpoint(url, **place).checkpoint
         return download_newest(url, trainer.run.path(RUN_FILES.downloads), **place)
 
-    reached = environment.broadcast(
-        reached_step(trainer.run.folder) if environment.is_main else None
-    )
+    reached = run_together(
+        lambda: reached_by(config, trainer.run.folder) if environment.is_main else 0,
+        environment.cpu_group,
+        failing=f"{trainer.run.folder}: cannot be continued",
+    )[0]
     start = find_start(
         config,
         trainer.run.path(RUN_FILES.checkpoints),
@@ -145,7 +155,7 @@ def restore_trainer(trainer: "Trainer") -> Path | str | None:
     if is_own:
         trainer.saved_step = trainer.step
     if environment.is_main:
-        if reached > trainer.step and not (is_own or _is_uploaded(start, config)):
+        if reached > trainer.step and not is_own:
             kept = set_run_aside(trainer.run.folder, trainer.run.attempt)
             trainer.run.set_status("running", step=trainer.step, tokens=trainer.tokens)
             log.warning("started anew; what there was is kept: %s", ", ".join(kept))
@@ -153,13 +163,6 @@ def restore_trainer(trainer: "Trainer") -> Path | str | None:
             set_aside(start.rejected)
         record_config(trainer)
     return None if start is None else start.checkpoint
-
-
-def _is_uploaded(start: Start | None, config: TrainerConfig) -> bool:
-    upload_to = config.callbacks.checkpointer.upload_to
-    return (
-        start is not None and upload_to is not None and str(start.checkpoint).startswith(upload_to)
-    )
 
 
 def is_inside(checkpoint: Path | str, root: Path) -> bool:
@@ -174,7 +177,11 @@ def _load(trainer: "Trainer", start: Start, *, mapping: Mapping[str, str]) -> No
     if base_weights:
         _load_base(trainer, start, base_weights)
     if not start.weights_only:
-        stored = shapes_of(checkpoint)
+        stored = run_together(
+            lambda: shapes_of(checkpoint) if environment.is_main else {},
+            group,
+            failing=f"{checkpoint}: cannot be loaded",
+        )[0]
         tensors = without_new_moments(renamed(module.state_tensors(), mapping), stored)
         metadata, state = load_everything(
             checkpoint, tensors=tensors, rank=environment.rank, group=group

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from toolkit import signals
 from toolkit.config.seconds import in_seconds
 from toolkit.distributed.launcher import has_launcher
+from toolkit.parents import launcher_is_gone
 from toolkit.train.config import TrainerConfig
 from toolkit.train.reasons import FAILURE, LAUNCHER_GONE, STOP_FILE, WALL_TIME
 
@@ -111,8 +112,6 @@ class StopRequest(signals.Receiver):
         self._wall_time = wall_time
         self._stop_file = stop_file
         self._looked_at = -_STOP_FILE_SECONDS
-        # Only under a launcher: a shell that exits after `toolkit train &` is nobody's business.
-        self._launcher = signals.PARENT if has_launcher(os.environ) else None
 
     def ask(self, reason: str) -> None:
         """Stop at the end of the step in flight; the first reason stays, but for a failure."""
@@ -164,7 +163,7 @@ class StopRequest(signals.Receiver):
     @property
     def has_lost_launcher(self) -> bool:
         """Whether the launcher ended without this process."""
-        return self._launcher is not None and os.getppid() != self._launcher
+        return launcher_is_gone()
 
     def _look(self) -> None:
         """Reasons that nobody brings: they must be looked for."""

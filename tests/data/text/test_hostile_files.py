@@ -132,6 +132,10 @@ def test_a_line_longer_than_allowed_is_named(tmp_path: Path) -> None:
     message = r"the line at byte 14 has more than 9,000,000 bytes; cut it, or set .*max_line_bytes"
     with pytest.raises(DataError, match=message):
         texts(files(path, max_line_bytes=9_000_000))
+    with pytest.raises(DataError, match="the line at byte 0 has more than 13 bytes"):
+        texts(files(path, max_line_bytes=13))
+    (tmp_path / "b.jsonl").write_text('{"text": "a"}\n' * 2)
+    assert texts(files(tmp_path / "b.jsonl", max_line_bytes=14)) == ["a", "a"]
 
 
 def test_the_longest_line_does_not_decide_what_token_files_hold() -> None:

@@ -19,8 +19,9 @@ from tests.data.tokens.test_instructions import encode, shown
 from toolkit.data.config import InstructionsConfig
 from toolkit.data.text.piece import Piece
 from toolkit.data.tokenizers.choice import templates_hash
+from toolkit.data.tokenizers.companions import TOKENIZER_CONFIG_FILE
 from toolkit.data.tokenizers.config import HFTokenizerConfig
-from toolkit.data.tokenizers.tokenizer import TOKENIZER_CONFIG_FILE, Tokenizer, load_file
+from toolkit.data.tokenizers.tokenizer import Tokenizer, load_file
 from toolkit.data.tokens.instructions import InstructionEncoder
 from toolkit.errors import ConfigError, DataError
 from toolkit.hf.tokenizer_files import copy_tokenizer

@@ -14,6 +14,7 @@ from toolkit.cli.arguments import (
     WorkDir,
     split_words,
 )
+from toolkit.wording import count
 
 
 class SplitName(StrEnum):
@@ -63,11 +64,9 @@ def show(
     loaded = load_experiment(word, paths, shorthands, base=base).config
     found = find_instances(loaded.data, split.value, source=source, work_dir=loaded.run.work_dir)
     console = plain_console()
-    count = found.num_instances
-    if count is None:
-        instances = "instances of unknown number,"
-    else:
-        instances = f"{count:,} instance{'s' if count != 1 else ''}"
+    instances = "instances of unknown number,"
+    if found.num_instances is not None:
+        instances = count(found.num_instances, "instance")
     console.print(
         f"{found.where} {split.value}: {instances} of up to "
         f"{found.instances.sequence_length:,} tokens ({found.kind})"
@@ -78,7 +77,7 @@ def show(
         console.print()
         console.print(
             f"instance {shown.instance:,}: {shown.num_tokens:,} tokens{padding}, "
-            f"{shown.num_targets:,} targets, {documents:,} document{'s' if documents != 1 else ''}",
+            f"{shown.num_targets:,} targets, {count(documents, 'document')}",
             style="bold",
         )
         print_pieces(console, shown.text, shown.documents)

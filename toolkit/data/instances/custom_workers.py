@@ -14,6 +14,7 @@ from toolkit import signals
 from toolkit.data.config import CustomDatasetConfig
 from toolkit.data.instances.custom_class import make, user_code
 from toolkit.errors import DataError
+from toolkit.parents import end_with_parent
 from toolkit.threads import ThreadPool
 
 WorkerType = Literal["process", "thread"]
@@ -109,7 +110,7 @@ _worker_dataset: Any = None
 def _open_worker(parent: int, config: bytes, split: str, sequence_length: int) -> None:
     global _worker_dataset
     signals.ignore_in_worker()
-    signals.end_with_parent(parent)
+    end_with_parent(parent)
     decoded = msgspec.json.decode(config, type=CustomDatasetConfig)
     _worker_dataset = (make(decoded, split, sequence_length), decoded.target)
 

@@ -34,7 +34,7 @@ from toolkit.storage.atomic import (
     write_atomic,
     write_json_atomic,
 )
-from toolkit.storage.foreign import read_json
+from toolkit.storage.foreign import read_bytes, read_json
 
 if TYPE_CHECKING:
     import numpy as np
@@ -120,7 +120,7 @@ class Plan(NamedTuple):
                 raise self.damaged(f"{HEADER_NAME} is missing") from None
             return None
         except DataError as error:
-            raise self.damaged(str(error)) from None
+            raise self.damaged(str(error).removeprefix(f"{self.folder}/")) from None
         if (header.kind, header.fingerprint) != (self.kind, self.fingerprint):
             raise self.damaged(f"{HEADER_NAME} is of other instances")
         return header
@@ -192,8 +192,8 @@ def keep_note(prepared: PreparedDataset, name: str, data: bytes) -> None:
 def find_note(prepared: PreparedDataset, name: str) -> bytes | None:
     """What `keep_note` wrote; None: there is none."""
     for folder in plans_folders(prepared):
-        with contextlib.suppress(OSError):
-            return (folder / name).read_bytes()
+        with contextlib.suppress(OSError, DataError):
+            return read_bytes(folder / name, DataError)
     return None
 
 

@@ -4,6 +4,7 @@ A conversation longer than a row is cut. Its later rows may hold answers without
 them, and some rows hold no target at all: they cost time and teach nothing.
 """
 
+import contextlib
 import logging
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -16,6 +17,7 @@ from toolkit.data.instances.index import DocumentIndex
 from toolkit.data.instances.plans import find_note, keep_note
 from toolkit.data.instances.text import target_mask
 from toolkit.errors import DataError
+from toolkit.storage.foreign import decode_json
 
 if TYPE_CHECKING:
     from toolkit.data.config import DatasetConfig
@@ -86,10 +88,8 @@ def _counts(
     name = f"{split}-{config.sequence_length}-{instances.fingerprint}.targets"
     note = find_note(prepared, name)
     if note is not None:
-        try:
-            return msgspec.json.decode(note, type=TargetCounts)
-        except msgspec.DecodeError:
-            pass  # it is counted and written again
+        with contextlib.suppress(DataError):  # it is counted and written again
+            return decode_json(note, name, DataError, TargetCounts)
     without = sum(
         int(np.count_nonzero(~target_mask(instances.read(block)).any(axis=1)))
         for block in _blocks(instances)

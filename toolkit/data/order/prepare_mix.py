@@ -18,7 +18,8 @@ from toolkit.data.config import (
     TokenFilesSourceConfig,
 )
 from toolkit.data.order.resolve import ResolvedSource, resolve_mix, resolve_schedule
-from toolkit.data.tokenizers.tokenizer import TOKENIZER_FILE, load_tokenizer
+from toolkit.data.tokenizers.companions import TOKENIZER_FILE
+from toolkit.data.tokenizers.tokenizer import load_tokenizer
 from toolkit.data.tokens.cache import raw_text_cache
 from toolkit.data.tokens.prepare import ensure_prepared
 from toolkit.data.tokens.prepared import PreparedDataset

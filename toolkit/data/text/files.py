@@ -15,6 +15,7 @@ from toolkit.data.config import (
 )
 from toolkit.errors import DataError
 from toolkit.storage.foreign import guard
+from toolkit.wording import count
 
 SAMPLE_BYTES = 4096
 MAX_ENDINGS = 8
@@ -50,7 +51,7 @@ def left_out_line(left_out: Mapping[str, int]) -> str:
     endings = ", ".join(f"{left_out[ending]:,} {ending}" for ending in shown[:MAX_ENDINGS])
     more = f", {len(shown) - MAX_ENDINGS} more endings" if len(shown) > MAX_ENDINGS else ""
     return (
-        f"{total:,} file{'s' * (total > 1)} of folders left out for their endings: {endings}{more} "
+        f"{count(total, 'file')} of folders left out for their endings: {endings}{more} "
         "(a pattern like 'folder/*.md', or dataset.source.suffixes, takes them)"
     )
 

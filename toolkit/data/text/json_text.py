@@ -18,7 +18,7 @@ class _Pairs(list[tuple[str, Any]]):
     """An object as the list of its keys and values."""
 
 
-def decode_json(data: bytes | bytearray | str, decoder: Any = None) -> Any:
+def decode_loosely(data: bytes | bytearray | str, decoder: Any = None) -> Any:
     """The value of `data`, in which a number may be NaN or infinite.
 
     Args:

@@ -12,7 +12,7 @@ import msgspec
 
 from toolkit.data.config import FilesSourceConfig
 from toolkit.data.text.columns import TextColumns
-from toolkit.data.text.json_text import decode_json, repeated_key, repeats_field
+from toolkit.data.text.json_text import decode_loosely, repeated_key, repeats_field
 from toolkit.data.text.long_documents import LONG_BYTES
 from toolkit.data.text.long_lines import TooLongError, read_line, read_long_line
 from toolkit.data.text.piece import Piece
@@ -133,13 +133,13 @@ class ObjectReader:
             try:
                 value = self._decode(text.encode("utf-8", "surrogatepass"), place, where)
             except (msgspec.DecodeError, RecursionError) as error:
+                self._check_depth(line, where)
                 repaired = self._repaired(text, place)
                 if repaired is None:
                     raise self._bad_line(text, where(), error) from None
                 value = repaired
         if isinstance(value, dict):
-            if is_deep(line):
-                raise DataError(f"{where()}: nested deeper than {MAX_DEPTH} levels")
+            self._check_depth(line, where)
             return Piece(identity, row=value, num_bytes=len(line), place=place)
         return Piece(identity, value)
 
@@ -150,12 +150,12 @@ class ObjectReader:
         if self._field is not None:
             if repeats_field(line, field):
                 raise _repeats(where(), field)
-            found = decode_json(line, self._field)
+            found = decode_loosely(line, self._field)
             if not isinstance(found, dict):
                 return found.text or ""
             row = found
         else:
-            row = decode_json(line, self._rows)
+            row = decode_loosely(line, self._rows)
             repeated = repeated_key(line, row) if isinstance(row, dict) else None
             if repeated is not None:
                 raise _repeats(where(), repeated)
@@ -175,6 +175,10 @@ class ObjectReader:
         except (ValueError, DataError, TypeError, RecursionError):
             return None
 
+    def _check_depth(self, line: bytes | bytearray, where: Callable[[], str]) -> None:
+        if is_deep(line):
+            raise DataError(f"{where()}: nested deeper than {MAX_DEPTH} levels")
+
     def _line(self, offset: int) -> str:
         with _open(self._part) as file:
             number, left = 1, offset
@@ -184,8 +188,6 @@ class ObjectReader:
         return f"{self._part.path}: line {number} (byte {offset})"
 
     def _bad_line(self, text: str, where: str, error: Exception) -> DataError:
-        if isinstance(error, RecursionError):
-            return DataError(f"{where}: nested too deeply to be read as JSON")
         if not isinstance(error, msgspec.ValidationError):
             if self._source.encoding_errors == "strict" and _holds_surrogate(text):
                 return DataError(

@@ -26,15 +26,16 @@ def read_line(
         TooLongError: the line has more than `max_bytes`.
     """
     readline: Callable[[int], bytes] = file.readline  # type: ignore[attr-defined]
+    limit = min(limit, max_bytes + 1)
     line = readline(limit)
-    if len(line) < limit or line.endswith(b"\n"):
-        return line
-    whole = bytearray(line)
-    while line and not line.endswith(b"\n"):
+    whole: bytes | bytearray = line
+    if len(line) == limit and not line.endswith(b"\n"):
+        whole = bytearray(line)
+    while len(whole) <= max_bytes and len(line) == limit and not line.endswith(b"\n"):
         line = readline(limit)
         whole += line
-        if len(whole) > max_bytes:
-            raise TooLongError
+    if len(whole) > max_bytes:
+        raise TooLongError
     return whole
 
 

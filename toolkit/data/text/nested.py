@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 
-from toolkit.data.text.json_text import decode_json
+from toolkit.data.text.json_text import decode_loosely
 from toolkit.errors import DataError
 
 Convert = Callable[[Any, str], Any]
@@ -37,7 +37,7 @@ def _from_json(value: Any, place: str) -> Any:
     if value is None:
         return None
     try:
-        return decode_json(value)
+        return decode_loosely(value)
     except msgspec.DecodeError as error:
         raise DataError(f"{place}: a value of type arrow.json is not valid JSON: {error}") from None
 

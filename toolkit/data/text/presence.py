@@ -18,7 +18,7 @@ from toolkit.data.config import (
     TokenFilesSourceConfig,
     TokenizerConfig,
 )
-from toolkit.errors import DataError, ErrorList
+from toolkit.errors import ConfigError, DataError, ErrorList
 
 _SOURCE = "dataset.source"
 _TOKENIZER_FILES = ("tokenizer", "vocab", "merges", "spiece", "sentencepiece")
@@ -42,7 +42,7 @@ def check_presence(dataset: DatasetConfig, *, is_prepared: bool) -> None:
         with found.collecting():
             _check_tokenizer(dataset.tokenizer)
         with found.collecting():
-            _check_template(dataset.instructions)
+            _check_template(dataset.instructions, dataset.tokenizer)
     found.raise_any()
 
 
@@ -114,8 +114,20 @@ def _check_tokenizer(config: TokenizerConfig | None) -> None:
         )
 
 
-def _check_template(config: InstructionsConfig | None) -> None:
-    if config is not None and config.chat_template is not None:
-        from toolkit.data.text.instructions.template import read_chat_template
+def _check_template(config: InstructionsConfig | None, tokenizer: TokenizerConfig | None) -> None:
+    if config is None or config.chat_template is None:
+        return
+    from toolkit.data.text.instructions.template import read_chat_template
+    from toolkit.data.tokenizers.companions import chat_templates, companions_of
 
+    try:
         read_chat_template(config.chat_template)
+    except ConfigError:
+        if not isinstance(tokenizer, HFTokenizerConfig):
+            raise
+        path = Path(tokenizer.path).expanduser()
+        if not path.exists():
+            return  # of the hub, or refused already
+        named = chat_templates(companions_of(path if path.is_dir() else path.parent))
+        if config.chat_template not in named:
+            raise

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from toolkit.errors import DataError
-from toolkit.storage.foreign import reason_of
+from toolkit.storage.foreign import nesting, reason_of
 
 if TYPE_CHECKING:
     import pyarrow
@@ -57,26 +57,7 @@ def check_depth(schema: "pyarrow.Schema", where: str) -> None:
 
 def is_deep(data: bytes | bytearray) -> bool:
     """Whether the JSON value `data` is nested deeper than `MAX_DEPTH`."""
-    if data.count(b"[") + data.count(b"{") <= MAX_DEPTH:
-        return False
-    depth, is_text, is_escaped = 0, False, False
-    for byte in data:
-        if is_text:
-            if is_escaped:
-                is_escaped = False
-            elif byte == 0x5C:
-                is_escaped = True
-            elif byte == 0x22:
-                is_text = False
-        elif byte == 0x22:
-            is_text = True
-        elif byte in b"[{":
-            depth += 1
-            if depth > MAX_DEPTH:
-                return True
-        elif byte in b"]}":
-            depth -= 1
-    return False
+    return data.count(b"[") + data.count(b"{") > MAX_DEPTH and nesting(data) > MAX_DEPTH
 
 
 def _as_bytes(array: "pyarrow.Array") -> "pyarrow.Array":

@@ -14,15 +14,12 @@ from typing import Any
 
 import msgspec
 
-from toolkit.data.tokenizers.tokenizer import (
-    TOKENIZER_CONFIG_FILE,
-    TOKENIZER_FILE,
-    Tokenizer,
-    load_tokenizer,
-    read_json,
-)
+from toolkit.data.tokenizers.backend import MAX_TOKENIZER_BYTES
+from toolkit.data.tokenizers.companions import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE, read_json
+from toolkit.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from toolkit.errors import DataError
 from toolkit.storage.atomic import write_json_atomic
+from toolkit.storage.foreign import decode_json, guard, read_bytes
 
 PLAIN_CLASS = "PreTrainedTokenizerFast"
 """Takes tokenizer.json as it is, in every release of `transformers`."""
@@ -122,18 +119,17 @@ def difference(folder: Path, model_type: str | None = None) -> str | None:
     with quiet_transformers():
         from transformers import AutoConfig, AutoTokenizer
 
-        kind = "AutoTokenizer"
         try:
-            if model_type is not None:
-                settings["config"] = AutoConfig.for_model(model_type)
-            theirs: Any = AutoTokenizer.from_pretrained(
-                folder, trust_remote_code=False, local_files_only=True, **settings
-            )
-            kind += f", which chose {type(theirs).__name__},"
-            return _difference(ours, theirs, kind)
-        except Exception as error:  # nearly any, of a malformed file
-            reason = " ".join(str(error).split()) or type(error).__name__
-            return f"{kind} cannot use it: {reason}"
+            with guard("AutoTokenizer", DataError, problem="cannot use it"):
+                if model_type is not None:
+                    settings["config"] = AutoConfig.for_model(model_type)
+                theirs: Any = AutoTokenizer.from_pretrained(
+                    folder, trust_remote_code=False, local_files_only=True, **settings
+                )
+                kind = f"AutoTokenizer, which chose {type(theirs).__name__},"
+                return _difference(ours, theirs, kind)
+        except DataError as error:
+            return str(error)
 
 
 def _difference(ours: Tokenizer, theirs: Any, kind: str) -> str | None:
@@ -237,9 +233,9 @@ def _pre_tokenizer(folder: Path) -> dict[str, Any]:
     class Content(msgspec.Struct):
         pre_tokenizer: dict[str, Any] | None = None
 
-    with contextlib.suppress(OSError, msgspec.MsgspecError):
-        found = msgspec.json.decode((folder / TOKENIZER_FILE).read_bytes(), type=Content)
-        return found.pre_tokenizer or {}
+    with contextlib.suppress(FileNotFoundError, DataError):
+        data = read_bytes(folder / TOKENIZER_FILE, DataError, max_bytes=MAX_TOKENIZER_BYTES)
+        return decode_json(data, TOKENIZER_FILE, DataError, Content).pre_tokenizer or {}
     return {}
 
 

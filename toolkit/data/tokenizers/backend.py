@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from toolkit.errors import DataError
-from toolkit.storage.foreign import decode_json, guard, read_bytes
+from toolkit.errors import DataError, ToolkitError
+from toolkit.storage.foreign import check_regular, decode_json, guard, read_bytes
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as BackendTokenizer
@@ -16,6 +16,8 @@ MAX_TOKENIZER_BYTES = 1 << 29
 """Of a tokenizer.json; those of 256,000 tokens have 33 MB."""
 MAX_VOCAB_SIZE = 10_000_000
 MAX_PADDING = 1 << 20
+_DESCRIBING = (".json", ".jinja", ".txt", ".model", ".bpe", ".tiktoken")
+"""Endings of files that describe a model or a tokenizer."""
 _TOKEN_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 
@@ -84,3 +86,24 @@ def _whole_numbers(value: Any) -> list[int]:
     if isinstance(value, dict):
         return [number for inner in value.values() for number in _whole_numbers(inner)]
     return [value] if isinstance(value, int) else []
+
+
+def check_size(path: Path, kind: type[ToolkitError]) -> None:
+    """Raise `kind` unless `path` is a file of a size that can be read."""
+    size = check_regular(path, kind)
+    if size > MAX_TOKENIZER_BYTES:
+        raise kind(f"{path}: has {size:,} bytes, which no such file needs")
+
+
+def check_small_files(folder: Path, kind: type[ToolkitError]) -> None:
+    """Check, before another library opens them, that the files of a folder that describe a model
+    or a tokenizer are files, and of a size that can be read.
+
+    Raises:
+        kind: one is a pipe, a device, or too large.
+    """
+    with guard(folder, kind):
+        for path in sorted(folder.iterdir()):
+            if path.suffix not in _DESCRIBING or path.is_dir():
+                continue
+            check_size(path, kind)

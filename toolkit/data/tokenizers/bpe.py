@@ -3,12 +3,8 @@
 from collections.abc import Iterable
 
 from toolkit.data.tokenizers.byte import byte_characters
-from toolkit.data.tokenizers.tokenizer import (
-    EOS_TOKEN,
-    TOKENIZER_CONFIG_FILE,
-    Tokenizer,
-    fast_config,
-)
+from toolkit.data.tokenizers.companions import TOKENIZER_CONFIG_FILE
+from toolkit.data.tokenizers.tokenizer import EOS_TOKEN, Tokenizer, fast_config
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:

@@ -3,14 +3,8 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from toolkit.data.tokenizers.tokenizer import (
-    BYTE_MARK,
-    EOS_TOKEN,
-    TOKENIZER_CONFIG_FILE,
-    Files,
-    Tokenizer,
-    fast_config,
-)
+from toolkit.data.tokenizers.companions import TOKENIZER_CONFIG_FILE, Files
+from toolkit.data.tokenizers.tokenizer import BYTE_MARK, EOS_TOKEN, Tokenizer, fast_config
 
 if TYPE_CHECKING:
     import numpy as np

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from toolkit.data.tokenizers.backend import MAX_TOKENIZER_BYTES
+from toolkit.data.tokenizers.companions import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE, companions
 from toolkit.data.tokenizers.config import (
     BPETokenizerConfig,
     ByteTokenizerConfig,
@@ -12,12 +13,7 @@ from toolkit.data.tokenizers.config import (
     TiktokenTokenizerConfig,
     TokenizerConfig,
 )
-from toolkit.data.tokenizers.tokenizer import (
-    TOKENIZER_CONFIG_FILE,
-    TOKENIZER_FILE,
-    Tokenizer,
-    companions,
-)
+from toolkit.data.tokenizers.tokenizer import Tokenizer
 from toolkit.errors import DataError
 from toolkit.storage.foreign import read_bytes
 
@@ -91,7 +87,7 @@ def templates_hash(config: TokenizerConfig) -> str | None:
     digest = xxhash.xxh3_64()
     try:
         for name in names:
-            digest.update(name.encode() + b"\0" + (folder / name).read_bytes() + b"\0")
-    except OSError:
+            digest.update(name.encode() + b"\0" + read_bytes(folder / name, DataError) + b"\0")
+    except (OSError, DataError):
         return None
     return digest.hexdigest() if names else None

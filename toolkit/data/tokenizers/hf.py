@@ -3,18 +3,17 @@
 import contextlib
 from pathlib import Path
 
-from toolkit.data.tokenizers.config import HFTokenizerConfig
-from toolkit.data.tokenizers.tokenizer import (
+from toolkit.data.tokenizers.backend import check_small_files
+from toolkit.data.tokenizers.companions import (
     CHAT_TEMPLATE_FILE,
     COMPANION_FILES,
     TEMPLATES_FOLDER,
     TOKENIZER_CONFIG_FILE,
     TOKENIZER_FILE,
     Files,
-    Tokenizer,
-    fast_config,
-    load_file,
 )
+from toolkit.data.tokenizers.config import HFTokenizerConfig
+from toolkit.data.tokenizers.tokenizer import Tokenizer, fast_config, load_file
 from toolkit.errors import DataError
 from toolkit.storage.foreign import guard
 
@@ -68,9 +67,8 @@ def _load_with_transformers(name: str, config: HFTokenizerConfig) -> Tokenizer:
     """For folders that hold only an older format (vocab.json + merges.txt, ...)."""
     from transformers import AutoTokenizer
 
-    for path in Path(name).glob("*.*") if Path(name).is_dir() else ():
-        if not path.is_file() and not path.is_dir():
-            raise DataError(f"dataset.tokenizer.path: {path}: a pipe or a device, no file")
+    if Path(name).is_dir():
+        check_small_files(Path(name), DataError)
     where = f"dataset.tokenizer.path: {config.path}"
     with guard(where, DataError, problem="no tokenizer that can be loaded"):
         loaded = AutoTokenizer.from_pretrained(name, trust_remote_code=False)

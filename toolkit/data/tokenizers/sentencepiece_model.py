@@ -16,8 +16,9 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from toolkit.data.tokenizers.companions import TOKENIZER_CONFIG_FILE
 from toolkit.data.tokenizers.config import SentencePieceTokenizerConfig
-from toolkit.data.tokenizers.tokenizer import TOKENIZER_CONFIG_FILE, Tokenizer, fast_config
+from toolkit.data.tokenizers.tokenizer import Tokenizer, fast_config
 from toolkit.errors import ConfigError, DataError
 from toolkit.storage.foreign import read_bytes
 

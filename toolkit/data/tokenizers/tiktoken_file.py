@@ -13,8 +13,9 @@ import itertools
 from pathlib import Path
 
 from toolkit.data.tokenizers.byte import byte_characters
+from toolkit.data.tokenizers.companions import TOKENIZER_CONFIG_FILE
 from toolkit.data.tokenizers.config import TiktokenTokenizerConfig
-from toolkit.data.tokenizers.tokenizer import TOKENIZER_CONFIG_FILE, Tokenizer, fast_config
+from toolkit.data.tokenizers.tokenizer import Tokenizer, fast_config
 from toolkit.errors import ConfigError, DataError
 from toolkit.storage.foreign import read_bytes
 

@@ -15,10 +15,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from toolkit.data.tokenizers.backend import read_backend
+from toolkit.data.tokenizers.companions import (
+    CHAT_TEMPLATE_FILE,
+    TEMPLATES_FOLDER,
+    TOKENIZER_CONFIG_FILE,
+    TOKENIZER_FILE,
+    Files,
+    chat_templates,
+    companions_of,
+    read_json,
+    settings_of,
+)
 from toolkit.errors import DataError
 from toolkit.storage.atomic import write_atomic, write_json_atomic
-from toolkit.storage.foreign import guard, read_bytes
-from toolkit.storage.foreign import read_json as read_foreign_json
+from toolkit.storage.foreign import guard
 
 if TYPE_CHECKING:
     import numpy as np
@@ -26,24 +36,11 @@ if TYPE_CHECKING:
 
     from toolkit.data.tokenizers.fast_bpe import FastBPE
 
-TOKENIZER_FILE = "tokenizer.json"
-TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
-CHAT_TEMPLATE_FILE = "chat_template.jinja"
-COMPANION_FILES = (
-    TOKENIZER_CONFIG_FILE, "special_tokens_map.json", "added_tokens.json", CHAT_TEMPLATE_FILE,
-    "vocab.json", "merges.txt", "tokenizer.model",
-)  # fmt: skip
-"""What may lie beside a tokenizer.json and belongs to it; see `companions`."""
-TEMPLATES_FOLDER = "additional_chat_templates"
-"""Folder of chat templates with names, beside it."""
 EOS_TOKEN = "<|endoftext|>"
 """End of a document, in tokenizers made here."""
 BYTE_MARK = "is_byte_tokenizer"
 
 _CANNOT_ENCODE = "the tokenizers library fails at a text"
-
-Files = dict[str, Path | str | dict[str, Any]]
-"""Companions of tokenizer.json by name: a file to copy, text, or what is written as JSON."""
 
 
 class Tokenizer:
@@ -124,22 +121,7 @@ class Tokenizer:
     def chat_templates(self) -> dict[str, str]:
         """Jinja texts that render conversations, by name; the only one of most tokenizers is
         called `default`. Files go before tokenizer_config.json, as in `transformers`."""
-        found = {}
-        for name, content in self._files.items():
-            path = Path(name)
-            if name == CHAT_TEMPLATE_FILE or path.parent.name == TEMPLATES_FOLDER:
-                text = _text_of(content)
-                found["default" if name == CHAT_TEMPLATE_FILE else path.stem] = text
-        if found:
-            return found
-        template = self._config().get("chat_template")
-        if isinstance(template, str):
-            return {"default": template}
-        if isinstance(template, list):
-            entries = [entry for entry in template if isinstance(entry, dict)]
-            template = {str(entry.get("name")): entry.get("template") for entry in entries}
-        named = template.items() if isinstance(template, dict) else ()
-        return {name: text for name, text in named if isinstance(text, str)}
+        return chat_templates(self._files)
 
     @property
     def chat_template(self) -> str | None:
@@ -260,11 +242,7 @@ class Tokenizer:
         self._backend.save(str(folder / TOKENIZER_FILE))
 
     def _config(self) -> dict[str, Any]:
-        content = self._files.get(TOKENIZER_CONFIG_FILE, {})
-        if isinstance(content, Path):
-            return read_json(content)
-        assert isinstance(content, dict)
-        return content
+        return settings_of(self._files)
 
     @functools.cached_property
     def _fast(self) -> "FastBPE | None":
@@ -303,8 +281,7 @@ def load_file(
     Raises:
         DataError: the file is missing or cannot be read.
     """
-
-    files: Files = {name: path.parent / name for name in companions(path.parent)}
+    files = companions_of(path.parent)
     config = read_json(path.with_name(TOKENIZER_CONFIG_FILE))
     if config.get(BYTE_MARK):
         from toolkit.data.tokenizers.byte import ByteTokenizer
@@ -328,20 +305,6 @@ def load_file(
     return Tokenizer(backend, chosen["eos_token"], files, bos_token=chosen["bos_token"])
 
 
-def _text_of(template: object) -> str:
-    if not isinstance(template, Path):
-        return str(template)
-    with guard(template, DataError):
-        return read_bytes(template, DataError).decode()
-
-
-def companions(folder: Path) -> list[str]:
-    """Names, relative to `folder`, of the files there that belong to its tokenizer.json."""
-    names = [name for name in COMPANION_FILES if (folder / name).is_file()]
-    templates = sorted((folder / TEMPLATES_FOLDER).glob("*.jinja"))
-    return names + [f"{TEMPLATES_FOLDER}/{path.name}" for path in templates]
-
-
 def fast_config(eos_token: str | None = EOS_TOKEN, bos_token: str | None = None) -> dict[str, Any]:
     """Content of a tokenizer_config.json for a tokenizer.json that says all else."""
     config: dict[str, Any] = {
@@ -350,18 +313,6 @@ def fast_config(eos_token: str | None = EOS_TOKEN, bos_token: str | None = None)
         "clean_up_tokenization_spaces": False,
     }
     return config if bos_token is None else {**config, "bos_token": bos_token}
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; empty when there is no such file.
-
-    Raises:
-        DataError: the file holds something else.
-    """
-    try:
-        return read_foreign_json(path, DataError)
-    except FileNotFoundError:
-        return {}
 
 
 def _control_id(backend: "BackendTokenizer", key: str, token: str | None) -> int | None:

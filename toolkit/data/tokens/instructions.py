@@ -20,7 +20,7 @@ from toolkit.data.text.instructions.template import ChatTemplate, Span, read_cha
 from toolkit.data.text.piece import Piece
 from toolkit.data.tokenizers.tokenizer import Tokenizer
 from toolkit.data.tokens.encoding import Encoded
-from toolkit.errors import ConfigError, DataError
+from toolkit.errors import ConfigError
 
 _Tokens = tuple[np.ndarray, np.ndarray]
 """Ids, and characters of each: `(n,)` and `(n, 2)`."""
@@ -36,7 +36,7 @@ def with_instructions_template(tokenizer: Tokenizer, config: InstructionsConfig)
     chosen = config.chat_template
     if chosen is None:
         return tokenizer
-    named = _templates(tokenizer)
+    named = tokenizer.chat_templates
     if chosen in named and not Path(chosen).expanduser().is_file():
         return tokenizer.with_chat_template(named[chosen])
     try:
@@ -46,14 +46,18 @@ def with_instructions_template(tokenizer: Tokenizer, config: InstructionsConfig)
         raise ConfigError(f"{error}{names}") from None
 
 
-def _templates(tokenizer: Tokenizer) -> dict[str, str]:
-    try:
-        return tokenizer.chat_templates
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"dataset.tokenizer: its chat template is not UTF-8 text ({error}); correct the file, "
-            "or give another in dataset.instructions.chat_template"
-        ) from None
+def chat_template(tokenizer: Tokenizer, text: str) -> ChatTemplate:
+    """The template `text` with the control tokens of `tokenizer`.
+
+    Raises:
+        ConfigError: it is not valid Jinja.
+    """
+    named = {"bos_token": tokenizer.bos_token, "eos_token": tokenizer.eos_token}
+    return ChatTemplate(
+        text,
+        control_tokens=list(tokenizer.control_tokens),
+        variables={name: token or "" for name, token in named.items()},
+    )
 
 
 class InstructionEncoder:
@@ -70,16 +74,10 @@ class InstructionEncoder:
         self, tokenizer: Tokenizer, config: InstructionsConfig, *, append_eos: bool = True
     ) -> None:
         self._tokenizer, self._config = tokenizer, config
-        named = {"bos_token": tokenizer.bos_token, "eos_token": tokenizer.eos_token}
-        make = functools.partial(
-            ChatTemplate,
-            control_tokens=list(tokenizer.control_tokens),
-            variables={name: token or "" for name, token in named.items()},
-        )
-        texts = _templates(with_instructions_template(tokenizer, config))
+        texts = with_instructions_template(tokenizer, config).chat_templates
         self._renderer = RowRenderer(
             config,
-            NamedTemplates(texts, make),
+            NamedTemplates(texts, functools.partial(chat_template, tokenizer)),
             bos_token=tokenizer.bos_token,
             eos_token=tokenizer.eos_token,
             append_eos=append_eos,

@@ -10,10 +10,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from toolkit.data.text.config import InstructionsConfig
-from toolkit.data.text.instructions.template import ChatTemplate
 from toolkit.data.text.piece import Piece
 from toolkit.data.tokenizers.tokenizer import Tokenizer
-from toolkit.data.tokens.instructions import InstructionEncoder
+from toolkit.data.tokens.instructions import InstructionEncoder, chat_template
 from toolkit.errors import ToolkitError
 
 SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -95,14 +94,8 @@ def _trained_ends(tokenizer: Tokenizer) -> list[int]:
 
 def _rendered_end(tokenizer: Tokenizer, text: str) -> list[int]:
     """The token right after an answer that ends a conversation."""
-    named = {"bos_token": tokenizer.bos_token, "eos_token": tokenizer.eos_token}
     try:
-        template = ChatTemplate(
-            text,
-            control_tokens=list(tokenizer.control_tokens),
-            variables={name: token or "" for name, token in named.items()},
-        )
-        rendered = template.render(_TURN).text
+        rendered = chat_template(tokenizer, text).render(_TURN).text
     except ToolkitError:
         return []
     after = rendered.rpartition(_ANSWER)[2].lstrip()

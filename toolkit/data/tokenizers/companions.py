@@ -1,0 +1,87 @@
+"""The files that lie beside a tokenizer.json: settings, vocabularies of older formats, and chat
+templates."""
+
+from pathlib import Path
+from typing import Any
+
+from toolkit.errors import DataError
+from toolkit.storage.foreign import read_bytes
+from toolkit.storage.foreign import read_json as read_foreign_json
+
+TOKENIZER_FILE = "tokenizer.json"
+TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
+CHAT_TEMPLATE_FILE = "chat_template.jinja"
+COMPANION_FILES = (
+    TOKENIZER_CONFIG_FILE, "special_tokens_map.json", "added_tokens.json", CHAT_TEMPLATE_FILE,
+    "vocab.json", "merges.txt", "tokenizer.model",
+)  # fmt: skip
+"""What may lie beside a tokenizer.json and belongs to it; see `companions`."""
+TEMPLATES_FOLDER = "additional_chat_templates"
+"""Folder of chat templates with names, beside it."""
+
+Files = dict[str, Path | str | dict[str, Any]]
+"""Companions of tokenizer.json by name: a file to copy, text, or what is written as JSON."""
+
+
+def chat_templates(files: Files) -> dict[str, str]:
+    """See `Tokenizer.chat_templates`; of the companions `files` of a tokenizer.json."""
+    found = {}
+    for name, content in files.items():
+        path = Path(name)
+        if name == CHAT_TEMPLATE_FILE or path.parent.name == TEMPLATES_FOLDER:
+            found["default" if name == CHAT_TEMPLATE_FILE else path.stem] = _text_of(content)
+    if found:
+        return found
+    template = settings_of(files).get("chat_template")
+    if isinstance(template, str):
+        return {"default": template}
+    if isinstance(template, list):
+        entries = [entry for entry in template if isinstance(entry, dict)]
+        template = {str(entry.get("name")): entry.get("template") for entry in entries}
+    named = template.items() if isinstance(template, dict) else ()
+    return {name: text for name, text in named if isinstance(text, str)}
+
+
+def settings_of(files: Files) -> dict[str, Any]:
+    """What tokenizer_config.json says; empty where it is not among `files`."""
+    content = files.get(TOKENIZER_CONFIG_FILE, {})
+    if isinstance(content, Path):
+        return read_json(content)
+    assert isinstance(content, dict)
+    return content
+
+
+def _text_of(template: object) -> str:
+    if not isinstance(template, Path):
+        return str(template)
+    try:
+        return read_bytes(template, DataError).decode()
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{template}: not UTF-8 text (byte {error.start}); correct it, or give another chat "
+            "template"
+        ) from None
+
+
+def companions(folder: Path) -> list[str]:
+    """Names, relative to `folder`, of the files there that belong to its tokenizer.json."""
+    templates = sorted((folder / TEMPLATES_FOLDER).glob("*.jinja"))
+    names = [*COMPANION_FILES, *(f"{TEMPLATES_FOLDER}/{path.name}" for path in templates)]
+    return [name for name in names if (folder / name).is_file()]
+
+
+def companions_of(folder: Path) -> Files:
+    """The same by name, as paths."""
+    return {name: folder / name for name in companions(folder)}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object; empty when there is no such file.
+
+    Raises:
+        DataError: the file holds something else.
+    """
+    try:
+        return read_foreign_json(path, DataError)
+    except FileNotFoundError:
+        return {}
