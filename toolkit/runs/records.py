@@ -1,5 +1,6 @@
 """`RunRecord`: one line of `toolkit runs`, one row of the registry."""
 
+import contextlib
 import os
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import msgspec
 from toolkit.errors import RunError
 from toolkit.runs.files import RUN_FILES
 from toolkit.runs.status import RunStatus, current_state, read_status
-from toolkit.storage.foreign import check_regular
+from toolkit.storage.foreign import check_regular, read_lines
 
 
 class RunRecord(msgspec.Struct, kw_only=True):
@@ -67,13 +68,10 @@ def read_last_step(path: Path) -> int:
         return step
     found = 0
     try:
-        with path.open("rb") as file:
-            for line in file:
-                try:
-                    found = max(found, msgspec.json.decode(line, type=_Step).step)
-                except msgspec.MsgspecError:
-                    continue
-    except OSError:
+        for line in read_lines(path, RunError):
+            with contextlib.suppress(msgspec.MsgspecError, RecursionError):
+                found = max(found, msgspec.json.decode(line, type=_Step).step)
+    except (OSError, RunError):
         return 0
     return found
 
