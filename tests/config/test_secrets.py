@@ -172,3 +172,22 @@ def test_texts_and_templates_are_left_alone() -> None:
 def test_what_a_variable_holds_must_fit() -> None:
     with pytest.raises(ConfigError, match=r"name must be a plain folder name.*filling in"):
         fill(config(run={"name": "${A}"}), {"A": "a/b"})
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "dataset.source.token: no such field; known: name, split",
+        "model.secret: expected a number, not null",
+        "--upload_to='s3://key:${NAME}@bucket/runs'",
+    ],
+)
+def test_messages_keep_their_words(message: str) -> None:
+    assert mask_secrets(message) == message
+
+
+@pytest.mark.parametrize(
+    "text", ["token: nothing2", "s3://key:${NAME}hunter2@bucket", "password=no"]
+)
+def test_what_only_looks_like_words_is_hidden(text: str) -> None:
+    assert "***" in mask_secrets(text)
