@@ -77,3 +77,32 @@ def test_prepare_makes_token_files(capsys: pytest.CaptureFixture[str], tmp_path:
     )
     assert (tmp_path / "D/a/bytes_small/train.bin").stat().st_size == 2402
     assert output(capsys, *args) == line
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["export-hf", "run", "s3://bucket/out"],
+        ["convert-hf", "model", "gs:/bucket/out"],
+        ["recipes", "copy", "smoke", "https://host/mine.json"],
+        ["data", "tokenize", "texts", "--out", "s3://bucket/out"],
+        ["data", "merge", "a", "b", "--out", "s3://bucket/out"],
+        ["data", "split", "a", "--parts", "2", "--out", "az://bucket/out"],
+        ["runs", "list", "--root", "s3://bucket/runs"],
+    ],
+    ids=lambda words: words[1],
+)
+def test_what_is_written_here_has_no_url(
+    words: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert cli.run(words) == 2
+    assert "is a URL, and this must be on this machine" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_root_that_was_named_is_used_or_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "no runs in runs" in output(capsys, "runs")
+    assert cli.run(["runs", "--root", "nowhere"]) == 2
+    assert "--root: nowhere: no such folder" in capsys.readouterr().err
+    assert cli.run(["runs", "--root", "elsewhere", "list"]) == 2
+    assert "--root goes after the verb: toolkit runs list --root ..." in capsys.readouterr().err

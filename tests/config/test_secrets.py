@@ -180,3 +180,22 @@ def test_what_a_variable_holds_must_fit() -> None:
         fill(config(run={"name": "${A}"}), {"A": "a/b"})
     with pytest.raises(ConfigError, match=r"run.root: 's3://b' is a URL, .*after filling in"):
         fill(config(run={"root": "${A}"}), {"A": "s3://b"})
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "dataset.source.token: no such field; known: name, split",
+        "model.secret: expected a number, not null",
+        "--upload_to='s3://key:${NAME}@bucket/runs'",
+    ],
+)
+def test_messages_keep_their_words(message: str) -> None:
+    assert mask_secrets(message) == message
+
+
+@pytest.mark.parametrize(
+    "text", ["token: nothing2", "s3://key:${NAME}hunter2@bucket", "password=no"]
+)
+def test_what_only_looks_like_words_is_hidden(text: str) -> None:
+    assert "***" in mask_secrets(text)

@@ -69,6 +69,7 @@ def convert_hf(
     import time
     from pathlib import Path
 
+    from toolkit.config.paths import local_path
     from toolkit.errors import ConfigError
     from toolkit.experiment.finetune import convert_model
     from toolkit.hf.convert import ConvertOptions
@@ -79,7 +80,7 @@ def convert_hf(
 
     conversion = convert_model(
         source,
-        Path(out).expanduser(),
+        local_path(out, "OUT"),
         revision=revision,
         options=ConvertOptions(
             validate=validate,

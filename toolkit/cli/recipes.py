@@ -1,6 +1,5 @@
 """`toolkit recipes`: list, show, copy."""
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -69,7 +68,7 @@ def show(name: RecipeName) -> None:
 def copy(
     name: RecipeName,
     destination: Annotated[
-        Path | None,
+        str | None,
         typer.Argument(metavar="DEST", help="File or folder; default: NAME.json here."),
     ] = None,
 ) -> None:
@@ -80,7 +79,8 @@ def copy(
       toolkit recipes copy quickstart
       toolkit recipes copy quickstart configs/mine.json
     """
+    from toolkit.config.paths import local_path
     from toolkit.experiment.recipes import copy_recipe
 
-    path = copy_recipe(name, destination or Path())
+    path = copy_recipe(name, local_path(destination or ".", "DEST"))
     typer.echo(f"{path}: edit it, then `toolkit train {path} --dry-run`")

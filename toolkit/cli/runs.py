@@ -26,6 +26,13 @@ def runs(context: typer.Context, root: Root = "runs", registry: Registry = None)
     """
     if context.invoked_subcommand is None:
         list_(root, registry)
+        return
+    for option, is_given in (("--root", root != "runs"), ("--registry", registry is not None)):
+        if is_given:
+            from toolkit.errors import ConfigError
+
+            verb = context.invoked_subcommand
+            raise ConfigError(f"{option} goes after the verb: toolkit runs {verb} {option} ...")
 
 
 @app.command("list")
@@ -40,6 +47,7 @@ def list_(root: Root = "runs", registry: Registry = None) -> None:
     from toolkit.cli.table import print_table
     from toolkit.runs.registry import list_runs
 
+    _check_root(root)
     records = list_runs(root, registry_url=registry)
     if not records:
         typer.echo(f"no runs in {root}; start one with `toolkit train quickstart`")
@@ -75,8 +83,18 @@ def reindex(root: Root = "runs", registry: Registry = None) -> None:
     """
     from toolkit.runs.registry import reindex as rebuild
 
+    _check_root(root)
     number = rebuild(root, registry_url=registry)
     typer.echo(f"{count(number, 'run')} in the registry of {root}")
+
+
+def _check_root(root: str) -> None:
+    """A folder that was named must be there; without one, there may be no runs yet."""
+    from toolkit.config.paths import local_path
+    from toolkit.errors import ConfigError
+
+    if root != "runs" and not local_path(root, "--root").is_dir():
+        raise ConfigError(f"--root: {root}: no such folder")
 
 
 def _cell(value: str | int | None) -> str:

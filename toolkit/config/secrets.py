@@ -29,8 +29,9 @@ _CONTROLS = {
 """What stands before "token" where that is a token of text."""
 _PROSE = {
     "is", "in", "to", "or", "and", "of", "not", "was", "for", "must", "has", "variable",
-    "environment",
+    "environment", "no", "expected", "holds", "cannot",
 }  # fmt: skip
+"""Words of messages that come after a name, as in `source.token: no such field`."""
 
 _FOLDERS = ("PWD", "OLDPWD")
 """Variables of every shell, which hold the current folder and the one before."""
@@ -204,6 +205,10 @@ def _mask_assigned(text: str) -> str:
         value = (_QUERY_VALUE if is_query else _VALUE).match(text, match.end())
         if value is None or _is_reference(value[0]):
             continue
+        if match[0].endswith(": ") and value[0] in _PROSE:
+            continue
+        if text[: match.start()].endswith("://") and _is_reference(value[0].split("@")[0]):
+            continue  # a user called `key`, whose password is named and not written
         parts += [text[done : match.end()], HIDDEN]
         done = value.end()
     return "".join(parts) + text[done:]

@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import torch.distributed as dist
+
 from toolkit.distributed.engine import Engine
 from toolkit.distributed.environment import COLLECTIVE_TIMEOUT, TrainingEnvironment
 from toolkit.distributed.launcher import DEEPSPEED_FIXED
@@ -23,16 +25,12 @@ if TYPE_CHECKING:
     from accelerate.utils import DistributedDataParallelKwargs
     from torch.distributed.device_mesh import DeviceMesh
 
-_LAUNCHER_PREFIXES = ("FSDP_", "PARALLELISM_CONFIG_", "ACCELERATE_DYNAMO_", "ACCELERATE_DEEPSPEED_")
-_LAUNCHER_FLAGS = (
-    "ACCELERATE_USE_FSDP",
-    "ACCELERATE_USE_DEEPSPEED",
-    "ACCELERATE_USE_PARALLELISM_CONFIG",
-    "ACCELERATE_MIXED_PRECISION",
-    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS",
-    "ACCELERATE_GRADIENT_CLIPPING",
-    "ACCELERATE_CONFIG_DS_FIELDS",
+_OTHERS_VARIABLES = (
+    *("ACCELERATE_", "FSDP_", "PARALLELISM_CONFIG_"),
+    *("OMPI_COMM_WORLD_", "MV2_COMM_WORLD_", "PMI_", "MPI_LOCAL"),
 )
+"""How the variables begin from which Accelerate and DeepSpeed would guess what we know. What
+`mpirun` says has torchrun's names by now; a part of it, left in a shell, is no launch."""
 
 
 def build_accelerator(
@@ -44,7 +42,7 @@ def build_accelerator(
     """
     quiet_third_parties(environment)
     engine = environment.engine
-    with _without_launcher_variables():
+    with without_launcher_variables():
         from accelerate import Accelerator
         from accelerate.state import AcceleratorState
 
@@ -230,11 +228,14 @@ def init_deepspeed(environment: TrainingEnvironment) -> None:
 
 
 @contextmanager
-def _without_launcher_variables() -> Iterator[None]:
+def without_launcher_variables() -> Iterator[None]:
+    """Keep launchers' variables, and what is left of them in a shell, from the libraries."""
+    # LOCAL_RANK without a process group is one process; Accelerate would open a group for it.
+    alone = () if dist.is_initialized() else ("LOCAL_RANK",)
     hidden = {
         name: value
         for name, value in os.environ.items()
-        if name.startswith(_LAUNCHER_PREFIXES) or name in _LAUNCHER_FLAGS
+        if name.startswith(_OTHERS_VARIABLES) or name in alone
     }
     for name in hidden:
         del os.environ[name]

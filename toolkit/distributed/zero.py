@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from toolkit.distributed.accelerator import build_accelerator
+from toolkit.distributed.accelerator import build_accelerator, without_launcher_variables
 from toolkit.distributed.environment import TrainingEnvironment
 from toolkit.distributed.flat_shard import FlatShard
 from toolkit.distributed.runtime import BuildOptimizer, EngineRuntime, StepOutcome, reset_state
@@ -36,7 +36,8 @@ class ZeroRuntime(EngineRuntime):
         self._stage = environment.engine.zero_stage
         optimizer = build_optimizer(self._named)
         accelerator = build_accelerator(environment, max_grad_norm=max_grad_norm)
-        self._engine: Any = accelerator.prepare(module, optimizer)[0]
+        with without_launcher_variables():
+            self._engine: Any = accelerator.prepare(module, optimizer)[0]
         self.model = self._engine
         self._zero: Any = self._engine.optimizer
         self.optimizer = self._zero.optimizer

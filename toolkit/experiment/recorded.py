@@ -28,7 +28,7 @@ from toolkit.experiment.run_data import find_data, without_gone_sources
 from toolkit.experiment.verify import check_checkpoint
 from toolkit.runs.files import RUN_FILES
 from toolkit.runs.registry import is_run, run_of_checkpoint
-from toolkit.runs.status import RunStatus, read_status
+from toolkit.runs.status import RunStatus, not_a_run, read_status
 from toolkit.storage.foreign import guard, read_json, read_lines
 from toolkit.train.config import TransformerTrainModuleConfig
 
@@ -94,7 +94,7 @@ def plan_resume(run_dir: Path, overrides: Sequence[str], environ: Mapping[str, s
     folder = run_dir.resolve()
     status = read_status(folder)
     if status is None:
-        raise RunError(f"{run_dir}: not a run folder; `toolkit runs` lists runs")
+        raise not_a_run(run_dir)
     config = find_data(loaded.config, folder, overrides)
     module = config.train_module
     asked = any(flag.startswith("--train_module.dp_config") for flag in overrides)

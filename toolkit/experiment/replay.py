@@ -40,6 +40,7 @@ from toolkit.experiment.verify import is_step_folder
 from toolkit.runs.config import RunConfig
 from toolkit.runs.files import RUN_FILES
 from toolkit.runs.registry import is_run, resolve_run_folder, run_of_checkpoint
+from toolkit.runs.status import not_a_run
 from toolkit.train.config import CallbacksConfig, Duration, TrainerConfig
 
 log = logging.getLogger(__name__)
@@ -109,7 +110,7 @@ def plan_replay(run_dir: Path, steps: int, step: int | None = None) -> ReplayPla
             raise ConfigError(f"{run_dir} is a checkpoint already; leave out --step, or the folder")
         step, folder = step_of(Path(os.path.abspath(run_dir)).name), run
     if not is_run(folder):
-        raise RunError(f"{run_dir}: not a run folder; `toolkit runs` lists runs")
+        raise not_a_run(run_dir)
     if steps < 1:
         raise ConfigError(f"--replay {steps}: give the number of steps, 1 or more")
     record = read_steps(folder)

@@ -56,7 +56,7 @@ def verify_checkpoints(path: Path, *, quick: bool = False) -> list[CheckpointRep
     """
     if is_step_folder(path):
         return [check_checkpoint(path, quick=quick)]
-    if is_run(path):
+    if is_run(path) or (path / RUN_FILES.config).is_file():
         root = path / RUN_FILES.checkpoints
     elif saved_steps(path):
         root = path

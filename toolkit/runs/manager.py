@@ -20,6 +20,7 @@ from toolkit.runs.files import RUN_FILES
 from toolkit.runs.lock import RunLock, utc_now
 from toolkit.runs.status import RunState, RunStatus, read_status
 from toolkit.storage.atomic import write_atomic, write_json_atomic
+from toolkit.storage.foreign import read_bytes
 
 log = logging.getLogger(__name__)
 
@@ -107,7 +108,7 @@ class RunManager:
             data = msgspec.json.format(msgspec.json.encode(obj), indent=2) + b"\n"
         path = self.path(file)
         if file not in self._written and path.exists():
-            before = path.read_bytes()
+            before = read_bytes(path, RunError)
             if before == data:
                 return
             kept = path.with_name(f"{path.stem}.attempt{self.attempt - 1}{path.suffix}")

@@ -23,6 +23,7 @@ def merge(
       toolkit data merge data/day*/byte --out data/week/byte
     """
     from toolkit.cli.data.summary import print_summary
+    from toolkit.config.paths import local_path
     from toolkit.data.tokens.merge import merge_datasets
 
-    print_summary([merge_datasets(folders, out)])
+    print_summary([merge_datasets(folders, str(local_path(out, "--out")))])

@@ -35,9 +35,11 @@ def split(
       toolkit data split data/wiki/bpe --parts 4 --out data/wiki-parts
     """
     from toolkit.cli.data.summary import print_summary
+    from toolkit.config.paths import local_path
     from toolkit.data.tokens.split import split_parts, split_validation
     from toolkit.errors import ConfigError
 
+    out = str(local_path(out, "--out"))
     if validation_fraction is not None and parts is None:
         print_summary([split_validation(folder, out, validation_fraction)])
     elif parts is not None and validation_fraction is None:

@@ -51,11 +51,12 @@ def tokenize(
       toolkit train my.json --dataset.source=null --data-root data \\
           --dataset.dataset_name=wiki --dataset.dataset_config=bpe
     """
+    from toolkit.config.paths import local_path
     from toolkit.data.tokens.tokenize import tokenize_files
 
     prepared = tokenize_files(
         paths,
-        out,
+        str(local_path(out, "--out")),
         tokenizer=tokenizer,
         text_field=text_field,
         encoding_errors=encoding_errors,

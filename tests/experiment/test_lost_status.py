@@ -1,0 +1,42 @@
+"""Run folders in which a file that tells how far the run came is gone, or is no file."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from toolkit.cli import main as cli
+from toolkit.experiment.recipes import recipe_text
+from toolkit.experiment.verify import verify_checkpoints
+from toolkit.runs.files import RUN_FILES
+from toolkit.runs.manager import RunManager
+from toolkit.runs.records import read_last_step
+
+
+@pytest.mark.parametrize("content", [None, "", "[]", '{"state": 1}'])
+def test_a_run_without_its_status_says_how_to_go_on(
+    content: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "metadata").mkdir()
+    run = RunManager(tmp_path, experiment="a", name="b")
+    run.close("finished")
+    (tmp_path / RUN_FILES.config).write_text(recipe_text("smoke"))
+    (tmp_path / RUN_FILES.status).unlink()
+    if content is not None:
+        (tmp_path / RUN_FILES.status).write_text(content)
+    for words in (["resume", str(tmp_path)], ["verify", str(tmp_path), "--replay", "1"]):
+        assert cli.run(words) == 2
+        said = capsys.readouterr().err
+        assert f"{tmp_path}: its metadata/status.json is missing or damaged" in said
+        assert f"--trainer.load_path={tmp_path}" in said
+    assert verify_checkpoints(tmp_path, quick=False) == []
+
+
+def test_a_pipe_in_the_place_of_metrics_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "train.jsonl")
+    assert read_last_step(tmp_path / "train.jsonl") == 0
+
+
+def test_the_last_step_is_found_before_damaged_lines(tmp_path: Path) -> None:
+    (tmp_path / "train.jsonl").write_text('{"step": 4}\n' + "[" * 5000 + "\n" + '{"ste')
+    assert read_last_step(tmp_path / "train.jsonl") == 4
