@@ -88,12 +88,112 @@ def test_a_launcher_that_died_first_is_missed_by_its_store(
         server.listen()
         is_orphan = orphan_check()
         assert not any(is_orphan() for _ in range(10))
+        # Somebody else listens there now, and the first process of the machine is no launcher.
+        monkeypatch.setattr(signals, "PARENT", 1)
+        monkeypatch.setattr(Path, "read_bytes", lambda _: b"/sbin/init\0")
+        assert signals._orphan_check()()
+        monkeypatch.setattr(Path, "read_bytes", lambda _: b"/usr/bin/python3\0/usr/bin/torchrun\0")
+        is_orphan = signals._orphan_check()
+        assert not any(is_orphan() for _ in range(10))
 
 
 @pytest.mark.parametrize(("reason", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
 def test_without_a_run_the_exit_code_is_the_signals(reason: str, code: int) -> None:
     assert signals.exit_code(reason) == code
     assert signals.exit_code(signals.LAUNCHER_GONE) == EXIT_STOPPED
+
+
+def test_a_stuck_main_thread_without_a_run_ends_with_the_signals_code() -> None:
+    code = """
+import ctypes, signal
+from toolkit import signals
+starting = signals.Starting()
+starting.patience = 0.3
+with signals.listening(starting):
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    print("ready", flush=True)
+    ctypes.CDLL(None).sleep(60)
+"""
+    with start(code, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        time.sleep(0.5)  # it is asleep by then
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) == 130
+
+
+@pytest.mark.parametrize("stuck", [False, True])
+def test_a_second_request_ends_at_once_with_last_words(stuck: bool) -> None:
+    code = """
+import signal, sys, time
+from toolkit import signals
+signals.REPEAT_SECONDS = signals._LAST_SECONDS = 0.2
+class Busy(signals.Receiver):
+    def ask(self, reason):
+        print("asked", flush=True)
+    def last_words(self, reason):
+        if sys.argv[1] == "True":
+            time.sleep(60)
+        return f"{reason} again"
+with signals.listening(Busy()):
+    print("ready", flush=True)
+    while True:
+        time.sleep(1)
+"""
+    with start(code, str(stuck), stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGINT)
+        assert process.stdout.readline() == "asked\n"
+        time.sleep(0.5)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) == -signal.SIGINT
+        assert process.stderr.read() == ("" if stuck else "SIGINT again\n")
+
+
+def test_what_is_held_back_comes_after_the_block() -> None:
+    starting = signals.Starting()
+    done: list[str] = []
+
+    def hold() -> None:
+        with signals.listening(starting):
+            with signals.holding_back():
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(0.01)
+                done.append("whole")
+            done.append("not reached")
+
+    with pytest.raises(signals.Interrupted):
+        hold()
+    assert done == ["whole"]
+
+
+def test_the_acknowledgement_is_in_the_log_file_and_once_on_the_console(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import logging
+
+    from toolkit.distributed.logging import add_log_file, setup_logging
+
+    setup_logging(0)
+    file = add_log_file(tmp_path, 0)
+    logger = logging.getLogger("toolkit")
+    try:
+        assert logger.handlers[0] is file  # a request may break off the console's line
+        with pytest.raises(signals.Interrupted), signals.listening(signals.Starting()):
+            try:
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(10)
+            finally:
+                signals.await_acknowledgement()
+    finally:
+        for handler in list(logger.handlers):
+            logger.removeHandler(handler)
+        file.close()
+    line = "SIGINT: stopping before the first step; Ctrl-C again to stop now\n"
+    assert capsys.readouterr().err == line
+    assert (tmp_path / "rank0.log").read_text().endswith(line)
 
 
 def test_a_main_thread_stuck_in_native_code_is_ended_after_cleaning_up() -> None:

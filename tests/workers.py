@@ -6,6 +6,7 @@ the next test starts clean.
 """
 
 import faulthandler
+import gc
 import multiprocessing as mp
 import os
 import signal
@@ -120,6 +121,16 @@ def _work(pipe: Any) -> None:
         finally:
             os.environ.clear()
             os.environ.update(clean)
+            _leave_groups()
+
+
+def _leave_groups() -> None:
+    """The end of a rank closes its connections, which those that wait for it notice; a worker lives
+    on."""
+    environment: Any = sys.modules.get("toolkit.distributed.environment")
+    if environment is not None and environment._closed_backends:
+        gc.collect()
+        environment._closed_backends.clear()
 
 
 def _restart_deepspeed_ids() -> None:

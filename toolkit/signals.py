@@ -35,9 +35,14 @@ REPEAT_SECONDS = 2.0
 """Launchers repeat a terminal's signal: only later is a second SIGTERM or SIGINT "now"."""
 LAUNCHER_GONE = "the launcher is gone"
 
+ONLY_IN_FILES = {"is_only_in_files": True}
+"""Of a log record: the console has it already."""
+
 _TICK_SECONDS = 0.5
 _STUCK_SECONDS = 5.0
 """How long a main thread that must leave may stay in native code."""
+_LAST_SECONDS = 2.0
+"""How long the last words of a process that must end now may take."""
 
 
 class Interrupted(KeyboardInterrupt):
@@ -66,9 +71,14 @@ class Receiver:
         """A second SIGTERM or SIGINT; whether this process must end now."""
         return True
 
-    def give_up(self) -> int:
+    def give_up(self, reason: str) -> int:
         """The main thread did not leave: clean up, and return the exit code."""
-        return 128 + signal.SIGTERM
+        return exit_code(reason)
+
+    def last_words(self, reason: str) -> str | None:
+        """A second SIGTERM or SIGINT ends this process now, whatever its main thread does: note it
+        where others look, and return what to tell the user. In another thread, for a moment."""
+        return None
 
 
 class Starting(Receiver):
@@ -111,10 +121,15 @@ class Starting(Receiver):
             return None
         return f"{reason}: {self._doing}{again(reason)}"
 
-    def give_up(self) -> int:
+    def give_up(self, reason: str) -> int:
         """See `Receiver`."""
-        reason = self.reason or "SIGTERM"
         return self._close(reason) if self._close is not None else exit_code(reason)
+
+    def last_words(self, reason: str) -> str | None:
+        """See `Receiver`."""
+        if self._close is not None:
+            self._close(reason)
+        return f"{reason} again: stopped now"
 
 
 def again(reason: str) -> str:
@@ -155,6 +170,19 @@ def listening(receiver: Receiver) -> Iterator[None]:
             yield
     finally:
         _listener = None
+
+
+def holding_back() -> contextlib.AbstractContextManager[None]:
+    """A request does not break off what the main thread does inside the block: it comes after."""
+    if _listener is None or not _is_main_thread():
+        return contextlib.nullcontext()
+    return _listener.holding()
+
+
+def await_acknowledgement() -> None:
+    """Let the line that acknowledges a request come before what is said from here on."""
+    if _listener is not None and _listener.reason is not None:
+        _listener.has_acknowledged.wait(1.0)
 
 
 def settle() -> None:
@@ -212,10 +240,13 @@ class _Listener:
         self._has_spoken = False
         self._had_terminal = not _lacks_terminal()
         self._is_stopping = threading.Event()
+        self.has_acknowledged = threading.Event()
+        self._forced: int | None = None
+        self._holds = 0
+        self._held_back: str | None = None
         # Of the thread alone:
         self._seen_at: float | None = None
         self._give_up_at: float | None = None
-        self._forced: tuple[float, int] | None = None
 
     @contextlib.contextmanager
     def receiving(self, receiver: Receiver) -> Iterator[None]:
@@ -260,12 +291,28 @@ class _Listener:
             if self._terminated_at is None:
                 self._terminated_at = now
             elif now - self._terminated_at > REPEAT_SECONDS and receiver.force(number):
-                signal.signal(number, signal.SIG_DFL)
-                os.kill(os.getpid(), number)
+                signal.signal(number, signal.SIG_DFL)  # the thread sends it once more
+                self._forced = number
+                return
         reason = signal.Signals(number).name
         if self.reason is None:
             self.reason = reason
+        if self._holds:
+            self._held_back = reason
+            return
         receiver.ask(reason)
+
+    @contextlib.contextmanager
+    def holding(self) -> Iterator[None]:
+        self._holds += 1
+        try:
+            yield
+        finally:
+            self._holds -= 1
+            reason = self._held_back
+            if reason is not None and not self._holds and self.receivers:
+                self._held_back = None
+                self.receivers[-1].ask(reason)
 
     def _watch(self, reader: socket.socket) -> None:
         is_orphan = orphan_check()
@@ -291,15 +338,17 @@ class _Listener:
                 os.getpid(),
             )
             return
-        self._acknowledge(signal.Signals(number).name)
+        reason = signal.Signals(number).name
+        if self.reason is None:  # a main thread in native code has not been asked yet
+            self.reason = reason
+        self._acknowledge(reason)
         if number not in TERMINATING:
             return
         now = time.monotonic()
         if self._seen_at is None:
             self._seen_at = now
         elif now - self._seen_at > REPEAT_SECONDS and not self._is_relayed():
-            # The main thread does the same, if it can.
-            self._forced = now + 1.0, 128 + number
+            self._forced = number
 
     def _lose_launcher(self) -> None:
         if self.reason is None:
@@ -318,27 +367,45 @@ class _Listener:
         self._has_spoken = True
         receiver = self.receivers[-1]
         line = receiver.acknowledge(reason)
-        if line is not None and os.environ.get("RANK", "0") == "0":
-            with contextlib.suppress(OSError, ValueError, AttributeError):
-                sys.stderr.write(line + "\n")
-                sys.stderr.flush()
         if receiver.patience is not None:
             self._give_up_at = time.monotonic() + receiver.patience
+        if line is not None:
+            _say(line)
+        self.has_acknowledged.set()
 
     def _enforce(self) -> None:
+        if self._forced is not None:
+            self._end_now(self._forced)
         now = time.monotonic()
-        if self._forced is not None and now > self._forced[0]:
-            os._exit(self._forced[1])
         if self._give_up_at is None or now < self._give_up_at or not self.receivers:
             return
         receiver = self.receivers[-1]
         if receiver.patience is None:  # training has begun meanwhile, or is over
             self._give_up_at = None
             return
-        code = 128 + signal.SIGTERM
+        reason = self.reason or "SIGTERM"
+        code = exit_code(reason)
         with contextlib.suppress(BaseException):
-            code = receiver.give_up()
+            code = receiver.give_up(reason)
         os._exit(code)
+
+    def _end_now(self, number: int) -> None:
+        """End this process as the signal would, once it has said so; a disk or a lock that does not
+        answer only delays it."""
+        reason = signal.Signals(number).name
+
+        def speak() -> None:
+            line = self.receivers[-1].last_words(reason) if self.receivers else None
+            if line is not None:
+                _say(line)
+
+        thread = Thread(target=speak, name="last-words", daemon=True)
+        thread.start()
+        thread.join(_LAST_SECONDS)
+        # The main thread has made it deadly by now, if it can.
+        os.kill(os.getpid(), number)
+        time.sleep(0.2)
+        os._exit(128 + number)
 
     def _is_relayed(self) -> bool:
         return bool(self.receivers) and type(self.receivers[-1]).force is not Receiver.force
@@ -349,6 +416,16 @@ class _Listener:
 
 
 _listener: _Listener | None = None
+
+
+def _say(line: str) -> None:
+    """A line for the user, from rank 0, and for the log files of all ranks. Not through the
+    console's handler, whose lock a main thread that writes to a frozen terminal holds."""
+    if os.environ.get("RANK", "0") == "0":
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            sys.stderr.write(line + "\n")
+            sys.stderr.flush()
+    log.info("%s", line, extra=ONLY_IN_FILES)
 
 
 def _is_main_thread() -> bool:

@@ -85,6 +85,20 @@ def test_exit_0_is_for_readers_that_left_not_for_other_pipes(
         assert cli.run(["train", "smoke"]) == 0
 
 
+def test_text_for_a_reader_that_left_ends_quietly(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from toolkit.cli.instance_text import plain_console
+
+    monkeypatch.setattr(
+        "toolkit.experiment.load.load_experiment", lambda *_, **__: plain_console().print("text")
+    )
+    with broken_pipe() as pipe:
+        monkeypatch.setattr(sys, "stdout", pipe)
+        assert cli.run(["data", "show", "smoke"]) == 0
+    assert capfd.readouterr().err == ""
+
+
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EDQUOT])
 def test_an_error_of_the_disk_is_one_line(
     number: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

@@ -1,5 +1,6 @@
 """Requests to stop, ranks that die, hang or are started again: with real processes."""
 
+import contextlib
 import signal
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,13 @@ def workers_of(process: Process) -> list[psutil.Process]:
     """The ranks that a launcher started, in order."""
     ranks = [child for child in psutil.Process(process.pid).children() if "RANK" in child.environ()]
     return sorted(ranks, key=lambda child: int(child.environ()["RANK"]))
+
+
+def is_alive(process: psutil.Process) -> bool:
+    """An orphan that ended may wait long, as a zombie, until the first process looks at it."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return False
 
 
 @pytest.fixture(scope="module")
@@ -160,7 +168,7 @@ def test_workers_of_a_launcher_killed_during_their_start_end(
     children = launcher.children()
     process.send(signal.SIGKILL)
     process.wait()
-    process.wait_for(lambda: not any(child.is_running() for child in children), 120)
+    process.wait_for(lambda: not any(is_alive(child) for child in children), 120)
     assert not (place / "runs" / "e2e" / name / "metadata" / "lock.json").exists()
 
 

@@ -13,6 +13,7 @@ import pytest
 
 from tests.train.test_remote_runs import run
 from tests.workers import WorkerPool
+from toolkit.checkpoint.layout import METADATA_FILE
 from toolkit.errors import EXIT_STOPPED
 from toolkit.metrics.streams import MetricStreams
 from toolkit.runs.manager import RunManager
@@ -38,10 +39,14 @@ def at_step(step: int, action: Any) -> None:
 
 def remove_run(folder: str, data: str, how: str) -> tuple[int, str]:
     if os.environ["RANK"] == "0":
-        if how == "removed":
-            at_step(4, lambda _: shutil.rmtree(folder))
-        else:
-            at_step(4, lambda _: os.rename(folder, folder + ".moved"))
+
+        def remove(_: Trainer) -> None:
+            # At once: what other threads write meanwhile would make rmtree fail, in the trainer.
+            os.rename(folder, folder + ".moved")
+            if how == "removed":
+                shutil.rmtree(folder + ".moved")
+
+        at_step(4, remove)
     return run(folder, data, *FLAGS)
 
 
@@ -56,7 +61,7 @@ def test_a_run_folder_that_goes_ends_the_run_and_stays_away(
     assert (code, message[: len(expected)]) == (2, expected)
     for code, message in results[1:]:  # quietly
         assert code == 1
-        assert message.startswith(("another rank has failed", expected))
+        assert message.startswith(("another rank has failed", "rank 1 on ", expected))
     assert not folder.exists()
 
 
@@ -163,6 +168,38 @@ def test_a_start_that_is_stopped_says_so_in_the_status(workers: WorkerPool, tmp_
     assert (status.state, status.exit_reason) == ("stopped", "SIGTERM")
     assert status.message == "SIGTERM before the first step"
     assert workers.run(1, run, str(folder), data, *FLAGS) == [(0, "")]  # it goes on
+
+
+@pytest.mark.parametrize("saved", [True, False])
+def test_a_second_request_leaves_a_status(tmp_path: Path, saved: bool) -> None:
+    from types import SimpleNamespace
+    from typing import cast
+
+    from toolkit.train.ending import listening
+    from toolkit.train.stopping import StopRequest
+    from toolkit.train.watchdog import Heartbeat
+
+    manager = start_run("exp", "one", root=tmp_path)
+    checkpoint = manager.folder / "checkpoints" / "step5"
+    if saved:
+        checkpoint.mkdir(parents=True)
+        (checkpoint / METADATA_FILE).write_text("{}")
+    stop, heartbeat = StopRequest(), Heartbeat()
+    heartbeat.beat("forward and backward", 8)
+    trainer = SimpleNamespace(
+        run=manager, step=8, tokens=80, tokens_per_step=10, heartbeat=heartbeat, stop_request=stop
+    )
+    with listening(cast(Trainer, trainer)):
+        line = stop.last_words("SIGINT")
+    newest = "the newest checkpoint is step5" if saved else "nothing is saved yet"
+    assert line == f"SIGINT again: stopped now at step 7; {newest}"
+    manager.set_status("running")  # the thread that was about to say so
+    status = read_status(manager.folder)
+    assert status is not None
+    assert (status.state, status.exit_reason) == ("stopped" if saved else "failed", "SIGINT")
+    assert (status.step, status.tokens, status.message) == (7, 70, line)
+    assert manager._lock is not None
+    manager._lock.release()  # as the end of the process would
 
 
 def test_a_rank_ended_for_anothers_failure_is_no_stop(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 The marks are the same with and without colours, so that text in a pipe tells as much.
 """
 
+import errno
 import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -23,7 +24,13 @@ def plain_console() -> "Console":
     """A console that neither wraps nor colours text of its own accord."""
     from rich.console import Console
 
-    return Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
+    class Plain(Console):
+        def on_broken_pipe(self) -> None:
+            # rich's own puts /dev/null in the pipe's place: nobody could tell any more that the
+            # reader left.
+            raise BrokenPipeError(errno.EPIPE, "nobody reads on")
+
+    return Plain(highlight=False, markup=False, emoji=False, soft_wrap=True)
 
 
 def print_pieces(

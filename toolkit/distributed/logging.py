@@ -12,6 +12,7 @@ from pathlib import Path
 
 from rich import get_console
 
+from toolkit import signals
 from toolkit.config.secrets import mask_secrets
 
 _FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
@@ -21,11 +22,14 @@ class _ConsoleHandler(logging.Handler):
     """Through rich's shared console, so that lines do not tear a progress bar."""
 
     def emit(self, record: logging.LogRecord) -> None:
+        if getattr(record, "is_only_in_files", False):
+            return
         text = mask_secrets(record.getMessage())
         if record.levelno >= logging.WARNING:
             text = f"{record.levelname.lower()}: {text}"
         # A console that is gone takes nothing with it; SystemExit is how rich tells of a pipe.
-        with contextlib.suppress(OSError, ValueError, SystemExit):
+        # rich prints again what it could not finish printing.
+        with signals.holding_back(), contextlib.suppress(OSError, ValueError, SystemExit):
             console = get_console()
             if console.is_terminal:
                 console.print(text, markup=False, highlight=False, soft_wrap=True)
@@ -82,7 +86,13 @@ def add_log_file(folder: Path, rank: int) -> logging.Handler:
         logging.getLogger("toolkit").warning("no log file: %s", error)
         handler = logging.NullHandler()
     handler.setFormatter(_MaskingFormatter(_FORMAT))
-    logging.getLogger("toolkit").addHandler(handler)
+    logger = logging.getLogger("toolkit")
+    before = list(logger.handlers)
+    # First of all: a request to stop may come in the middle of a line on the console.
+    for other in before:
+        logger.removeHandler(other)
+    for each in (handler, *before):
+        logger.addHandler(each)
     return handler
 
 

@@ -99,6 +99,8 @@ def train(
                 raise
             signals.settle()
             return starting.stop(starting.reason)
+        finally:
+            starting.close_log()
 
 
 def _run(
@@ -149,7 +151,7 @@ def _run(
             clear_notes(run.folder)
             if not run.path(RUN_FILES.config).exists():
                 _log_metadata(stored, run, engine, origins, {})
-        return _train(config, stored, run, name, origins)
+        return _train(config, stored, run, name, origins, starting)
     except BaseException as error:
         # Whatever the trainer itself did not close: an error before or outside its loop.
         if run is not None and starting.reason is None:
@@ -193,6 +195,7 @@ def _train(
     run: RunManager | None,
     name: str,
     origins: Mapping[str, str],
+    starting: RunStart,
 ) -> int:
     from toolkit.data.loader import get_dataloaders
     from toolkit.distributed.environment import check_shared_folder, prepare_training_environment
@@ -211,6 +214,7 @@ def _train(
             run = _start(config, name, is_main=False)
         check_shared_folder(environment, run.folder)
         log_file = add_log_file(run.path(RUN_FILES.logs), environment.rank)
+        starting.log_file = log_file
         train_dl, eval_dl = get_dataloaders(
             config.data,
             rank=environment.rank,
@@ -261,9 +265,6 @@ def _train(
     finally:
         if train_dl is not None:
             train_dl.close()
-        if log_file is not None:
-            logging.getLogger("toolkit").removeHandler(log_file)
-            log_file.close()
         environment.close(after_error=has_failed)
         until_the_end.close()
 

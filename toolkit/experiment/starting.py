@@ -18,9 +18,17 @@ class RunStart(signals.Starting):
         super().__init__(close=self.stop)
         self.run: RunManager | None = None
         self.rank = 0
+        self.log_file: logging.Handler | None = None
+
+    def close_log(self) -> None:
+        """The last lines have been said."""
+        if self.log_file is not None:
+            logging.getLogger("toolkit").removeHandler(self.log_file)
+            self.log_file.close()
 
     def stop(self, reason: str) -> int:
         """Note the stop in the run, if there is one by now; the exit code."""
+        signals.await_acknowledgement()
         run = self.run
         if run is None:
             return signals.exit_code(reason) if self.rank == 0 else EXIT_STOPPED

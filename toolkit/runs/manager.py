@@ -214,10 +214,8 @@ class RunManager:
 
         Without `state` the status stays as it is. More than once is fine.
         """
-        with self._status_lock:
-            if self._closed:
-                return
-            self._closed = True
+        if not self._begin_closing():
+            return
         try:
             if state is not None:
                 self._change_status(state, is_last=True, **status)
@@ -229,6 +227,18 @@ class RunManager:
                 )
             if self._lock is not None:
                 self._lock.release()
+
+    def break_off(self, state: RunState, **status: Any) -> None:
+        """Write the final status of a process that ends at once: nothing is waited for, and the
+        lock stays, as a dead process's."""
+        if self._begin_closing():
+            self._change_status(state, is_last=True, **status)
+
+    def _begin_closing(self) -> bool:
+        """Whether nobody has closed it yet."""
+        with self._status_lock:
+            was_closed, self._closed = self._closed, True
+        return not was_closed
 
     def __enter__(self) -> Self:
         return self

@@ -2,10 +2,13 @@
 written any more, and helpers that died with the request to stop, are its consequences."""
 
 import contextlib
+import functools
 import logging
 from typing import TYPE_CHECKING
 
+from toolkit.checkpoint.layout import saved_steps
 from toolkit.errors import RunError
+from toolkit.runs.files import RUN_FILES
 from toolkit.train.reasons import FAILURE
 
 if TYPE_CHECKING:
@@ -36,6 +39,31 @@ def is_part_of_stop(trainer: "Trainer", error: Exception, done: tuple[int, int])
         stop.reason, done[0] + 1, type(error).__name__, error,
     )  # fmt: skip
     return trainer.should_stop()
+
+
+def listening(trainer: "Trainer") -> contextlib.AbstractContextManager[None]:
+    """Requests go to the trainer inside the block; the one that ends it at once is noted."""
+    stop = trainer.stop_request
+    stop.speak_last = functools.partial(_break_off, trainer)
+    return stop.listening()
+
+
+def _break_off(trainer: "Trainer", reason: str) -> str:
+    """Say in the status where a second request ended the run; the line for the user."""
+    step, tokens = trainer.step, trainer.tokens
+    if trainer.heartbeat.phase == "forward and backward":
+        step, tokens = step - 1, tokens - trainer.tokens_per_step
+    saved = saved_steps(trainer.run.path(RUN_FILES.checkpoints))
+    newest = f"the newest checkpoint is step{saved[-1]}" if saved else "nothing is saved yet"
+    line = f"{reason} again: stopped now at step {step}; {newest}"
+    trainer.run.break_off(
+        "stopped" if saved else "failed",
+        step=step,
+        tokens=tokens,
+        message=line,
+        exit_reason=reason,
+    )
+    return line
 
 
 def close_after_failure(trainer: "Trainer", message: str) -> None:

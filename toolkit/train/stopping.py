@@ -3,13 +3,14 @@ all ranks.
 
 A signal only raises a flag; the loop ends the step in flight, commits a checkpoint and leaves.
 Launchers repeat a terminal's signal, so a second SIGTERM or SIGINT counts as "now" only after two
-seconds; it then kills the process at once, which harms no committed checkpoint. SIGUSR1, SIGUSR2
+seconds; it then ends the process at once, which harms no committed checkpoint. SIGUSR1, SIGUSR2
 and SIGHUP (what schedulers send ahead of time) ask and never kill. `toolkit.signals` hears them.
 """
 
 import contextlib
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -106,6 +107,8 @@ class StopRequest(signals.Receiver):
     def __init__(self, *, wall_time: WallTime | None = None, stop_file: Path | None = None) -> None:
         self.reason: str | None = None
         """What this rank wants, or, once agreed, why all ranks stop."""
+        self.speak_last: Callable[[str], str] | None = None
+        """See `last_words`."""
         self.is_agreed = False
         """Whether all ranks stop; it becomes true on all of them at the same poll."""
         self._vote: _Vote | None = None
@@ -136,6 +139,10 @@ class StopRequest(signals.Receiver):
     def acknowledge(self, reason: str) -> str:
         """See `toolkit.signals.Receiver`."""
         return f"{reason}: stopping after this step{signals.again(reason)}"
+
+    def last_words(self, reason: str) -> str | None:
+        """See `toolkit.signals.Receiver`."""
+        return self.speak_last(reason) if self.speak_last is not None else None
 
     def poll(self, group: dist.ProcessGroup | None) -> bool:
         """Whether all ranks stop now.

@@ -26,7 +26,7 @@ from toolkit.metrics.streams import MetricStreams
 from toolkit.runs.manager import RunManager
 from toolkit.train.callbacks import Callback, build_callbacks
 from toolkit.train.config import Duration, TrainerConfig, TransformerTrainModuleConfig
-from toolkit.train.ending import close_after_failure, close_callbacks, is_part_of_stop
+from toolkit.train.ending import close_after_failure, close_callbacks, is_part_of_stop, listening
 from toolkit.train.module import Progress, TrainModule
 from toolkit.train.peers import LostPeerError, Peers, first_line
 from toolkit.train.reasons import FAILURE
@@ -136,7 +136,7 @@ class Trainer:
             self.restore()
             self._open_metrics(resumed=bool(self._restored))
             watchdog = start_watchdog(self, peers)
-            with self.stop_request.listening():
+            with listening(self):
                 self._call("pre_train")
                 reason = self._loop()
                 if not self.stop_request.is_agreed:

@@ -311,6 +311,13 @@ def test_parts_left_beside_a_whole_data_set_go_when_it_is_opened(
     assert work is None or not any(Path(work).iterdir())
 
 
+@pytest.mark.parametrize("said", [b"", b'{"reading": {"sou'])
+def test_a_worker_whose_parent_was_stopped_ends_silently(said: bytes) -> None:
+    command = [sys.executable, "-m", "toolkit.data.tokens.worker"]
+    ended = subprocess.run(command, input=said, capture_output=True, timeout=60)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, b"", b"")
+
+
 def test_files_of_killed_workers_do_not_pile_up(tmp_path: Path) -> None:
     texts = write_texts(tmp_path / "text", ["good"])
     (texts / "bad.txt").write_bytes(b"\xff")

@@ -44,10 +44,8 @@ def encode_shards(
             yield job
         return
     num_workers = min(num_processes, len(jobs))
-    workers = [_Worker(setup, threads=num_processes // num_workers) for _ in range(num_workers)]
+    workers: list[_Worker] = []
     idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
-    for worker in workers:
-        idle.put(worker)
 
     def encode(job: Job) -> Job:
         worker = idle.get()
@@ -59,6 +57,9 @@ def encode_shards(
 
     pool = ThreadPool(num_workers)
     try:
+        for _ in range(num_workers):
+            workers.append(_Worker(setup, threads=num_processes // num_workers))
+            idle.put(workers[-1])
         for future in as_completed([pool.submit(encode, job) for job in jobs]):
             yield future.result()
     finally:

@@ -11,7 +11,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import msgspec
 import numpy as np
@@ -178,13 +178,23 @@ def batch_pieces(pieces: Iterator[Piece]) -> Iterator[list[Piece]]:
         yield batch
 
 
+def _whole_lines(pipe: IO[bytes]) -> Iterator[bytes]:
+    """The lines of `pipe`; what a writer that was stopped left unfinished is none."""
+    for line in pipe:
+        if line.endswith(b"\n"):
+            yield line
+
+
 def main() -> None:
     """Answer jobs from standard input until it closes."""
     signals.ignore_in_worker()
     from toolkit.data.tokenizers.tokenizer import load_tokenizer
 
-    messages = sys.stdin.buffer
-    setup = msgspec.json.decode(messages.readline(), type=WorkerSetup)
+    messages = _whole_lines(sys.stdin.buffer)
+    first = next(messages, None)
+    if first is None:
+        return  # the other side was stopped before it had said what to do
+    setup = msgspec.json.decode(first, type=WorkerSetup)
     folder = setup.tokenizer_folder
     encoder = make_encoder(setup, load_tokenizer(folder) if folder is not None else None)
     jobs: list[Job | None] = []
@@ -212,8 +222,11 @@ def main() -> None:
             reply = Reply(index=job.index, error=message, kind=DataError.__name__)
         except Exception:
             reply = Reply(index=job.index, error=traceback.format_exc())
-        sys.stdout.buffer.write(msgspec.json.encode(reply) + b"\n")
-        sys.stdout.buffer.flush()
+        try:
+            sys.stdout.buffer.write(msgspec.json.encode(reply) + b"\n")
+            sys.stdout.buffer.flush()
+        except BrokenPipeError:
+            os._exit(0)  # as above
 
 
 if __name__ == "__main__":
