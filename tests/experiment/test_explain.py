@@ -131,6 +131,10 @@ def test_all_that_is_refused_is_told_with_exit_2(
     assert cli.run(["resume", "--explain", str(run), *changes]) == 2
     assert "from step 6 to 30" in capsys.readouterr().out
     assert cli.run(["resume", str(run), "--explain", "--train_module.optim.lr=0.5"]) == 0
+    (reason,) = explain(run, "--seed=4").refused
+    assert ": seed, which data_loader.seed follows (was 0, is 4); set it back" in reason
+    (reason,) = explain(run, "--data_loader.seed=4").refused
+    assert ": data_loader.seed (was 0, is 4); set it back" in reason
     wrong = ["resume", "--explain", str(run), "--data_loader.global_batch_size=1000"]
     assert cli.run(wrong) == 2
     assert "global_batch_size 1000 is not divisible" in capsys.readouterr().out
