@@ -55,7 +55,7 @@ def test_files_patterns_and_load_path_are_checked_together(
         "dataset.source.paths: *.jsonl: matches no file",
         "dataset.tokenizer.path: nope.tiktoken: no such file",
         "dataset.instructions.chat_template: 'nope.jinja' is no Jinja text",
-        "trainer.load_path nope: holds no valid checkpoint",
+        "trainer.load_path nope: holds no valid checkpoint, there is no such folder",
     ]
     assert not any(tmp_path.iterdir())
 
