@@ -222,6 +222,8 @@ def _mismatch(data: Any, target: Any) -> str:
     hint = ""
     if isinstance(data, str) and describe(target) == "a list" and len(data) < 100:
         hint = f"; write [{data}]"
+    elif isinstance(data, str) and data in tags(target):
+        hint = f"; write {{{struct_types(target)[0].tag_field}: {data}}}"
     return f"expected {describe(target)}, not {given}{hint}"
 
 

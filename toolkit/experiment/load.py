@@ -27,6 +27,7 @@ from toolkit.config import (
 from toolkit.config.interpolation import fill
 from toolkit.config.paths import local_path
 from toolkit.config.secrets import check_no_secrets
+from toolkit.config.types import FieldError, nearest, shown, type_of
 from toolkit.data.order.mix_files import inline_mixes
 from toolkit.distributed.launcher import world_size_of
 from toolkit.errors import ConfigError, ErrorList, RunError
@@ -37,7 +38,7 @@ from toolkit.experiment.config import ExperimentConfig
 from toolkit.experiment.data_name import name_own_data
 from toolkit.experiment.recipes import recipe_hint, recipe_names, recipe_text
 from toolkit.models.counts import shown_parameters
-from toolkit.models.presets import preset
+from toolkit.models.presets import PRESETS, preset
 from toolkit.runs.files import RUN_FILES
 from toolkit.runs.registry import find_named, is_run
 
@@ -233,10 +234,20 @@ def _add(layers: ConfigLayers[ExperimentConfig], data: dict[str, Any], origin: s
         data = {**data, "model": rest}
         if not rest:
             del data["model"]
+    if isinstance(model, str):
+        raise _no_model(model, f'{{"preset": "{_like_preset(model)}"}}')
     dataset = data.get("dataset")
     if isinstance(dataset, dict) and "mix" in dataset:
         data = {**data, "dataset": {**dataset, "mix": inline_mixes(dataset["mix"])}}
     layers.add(data, origin)
+
+
+def _no_model(name: str, write: str) -> FieldError:
+    return FieldError("model", f"expected a mapping, not {shown(name)}; for a preset give {write}")
+
+
+def _like_preset(name: str) -> str:
+    return nearest(name, PRESETS) or "NAME"
 
 
 def _add_base(layers: ConfigLayers[ExperimentConfig], folder: Path) -> None:
@@ -258,6 +269,7 @@ def _parse(args: Sequence[str], found: ErrorList) -> list[Override]:
         args,
         sections=[*ExperimentConfig.__struct_fields__, *(a for a in ALIASES if "." not in a)],
         options=[*short, "base", "dry-run", "json", "debug"],
+        root=type_of(ExperimentConfig),
         found=found,
     )
 
@@ -298,6 +310,8 @@ def _apply(
     value = layers.parse(override)
     if override.path == "model" and isinstance(value, dict) and "preset" in value:
         value = {**preset(str(value.pop("preset"))), **value}
+    elif override.path == "model" and isinstance(value, str):
+        raise _no_model(value, f"--model.preset={_like_preset(value)}")
     elif override.path == "dataset.mix":
         value = inline_mixes(value)
     layers.set(override.path, our_value(override.path, value), override.flag)
