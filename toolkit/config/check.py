@@ -135,8 +135,10 @@ class _Walk:
             except msgspec.ValidationError as error:
                 refused = set()
                 for line in str(error).partition(" - at `")[0].splitlines():
-                    self._wrong(path, line.replace("`", ""))
-                    refused.add(line.partition(" ")[0].partition(".")[0].rstrip(":"))
+                    name = line.partition(" ")[0].partition(".")[0].rstrip(":")
+                    about = join(path, name) if name in values else path
+                    self.errors.append(FieldError(path, line.replace("`", ""), about=about))
+                    refused.add(name)
                 if not refused & values.keys():
                     return _WRONG
                 # The checks behind the one that failed are made without the value it is about.

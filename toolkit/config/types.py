@@ -20,11 +20,16 @@ _MOST_PATHS = 4
 
 
 class FieldError(ConfigError):
-    """A `ConfigError` that knows its dotted path, so that a layer can add its origin."""
+    """A `ConfigError` that knows its dotted path, so that a layer can add its origin.
 
-    def __init__(self, path: str, problem: str) -> None:
+    Args:
+        about: the value below `path` that is refused, where `problem` begins with its name.
+    """
+
+    def __init__(self, path: str, problem: str, *, about: str | None = None) -> None:
         super().__init__(f"{shortened(path)}: {problem}" if path else problem)
         self.path = path
+        self.about = about or path
 
 
 class UnknownFieldError(FieldError):

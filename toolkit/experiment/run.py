@@ -39,7 +39,7 @@ from toolkit.experiment.checks import check_corpus, check_experiment, rank_micro
 from toolkit.experiment.config import ExperimentConfig
 from toolkit.experiment.notices import notices
 from toolkit.experiment.opening import opening_lines
-from toolkit.experiment.preflight import check_continuation, check_load_path
+from toolkit.experiment.preflight import check_continuation, check_data_files, check_load_path
 from toolkit.experiment.recorded import describe_engine, metadata_of_attempt, plan_resume
 from toolkit.experiment.relaunch import relaunch
 from toolkit.experiment.restarts import current_launch, find_predecessor, stays_stopped
@@ -138,6 +138,9 @@ def _run(
             check_run_folder(config.run, name)
         with found.collecting():
             check_load_path(config, resolve_run_folder(config.run, name))
+        if found.errors:  # preparing the data, which tells the same, is not reached
+            with found.collecting():
+                check_data_files(config)
     found.raise_any()
     try:
         train_loader = _prepare_data(config, rank=rank, world_size=engine.world_size)
