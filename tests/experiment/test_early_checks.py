@@ -200,3 +200,47 @@ def test_what_does_not_depend_on_the_refused_section_is_told_too(
         ]  # fmt: skip
         assert ("train_module.freeze" in err) == ("model" not in expected)
     assert [path.name for path in tmp_path.iterdir()] == ["my.json"]
+
+
+MESSAGES = '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}'
+
+
+def test_a_missing_chat_template_is_told_before_the_data_is_prepared(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    Path("chat.jsonl").write_text(f"{MESSAGES}\n")
+    Path("plain.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    Path("tok").mkdir()
+    Path("tok/tokenizer.json").write_text("{}")
+    Path("tok/tokenizer_config.json").write_text('{"chat_template": null}')
+    local, chat = "--dataset.tokenizer={type: hf, path: ./tok}", source(paths=["chat.jsonl"])
+    advice = "give one in dataset.instructions.chat_template (Jinja text or a file)"
+    expected = {
+        "auto": "the rows are conversations (so is the first one of chat.jsonl)",
+        "messages": "the rows are conversations (dataset.instructions.shape is messages)",
+    }
+    for shape, why in expected.items():
+        asked = f"--dataset.instructions={{shape: {shape}}}"
+        (line,) = dry_run(capsys, chat, local, asked)
+        missing = f"the tokenizer has no chat template, and {why}; {advice}"
+        assert line == f"dataset.tokenizer.path: ./tok: {missing}"
+        (line,) = dry_run(capsys, chat, asked)
+        assert line == f"dataset.tokenizer: {missing}"
+    asked = "--dataset.instructions={}"
+    given = "--dataset.instructions={chat_template: '{{ messages[0].content }}'}"
+    hub = "--dataset.tokenizer={type: hf, path: gpt2}"
+    for flags in ([source(paths=["plain.jsonl"]), asked], [chat, given], [chat, hub, asked]):
+        assert run(["train", "smoke", "--dry-run", *flags]) == 0
+    Path("tok/tokenizer_config.json").write_text('{"chat_template": "{{ messages }}"}')
+    assert run(["train", "smoke", "--dry-run", chat, local, asked]) == 0
+    Path("tok/tokenizer_config.json").unlink()
+    Path("tok/chat_template.jinja").write_text("{{ messages }}")
+    assert run(["train", "smoke", "--dry-run", chat, local, asked]) == 0
+
+
+def test_columns_of_parquet_tell_the_same(capsys: pytest.CaptureFixture[str]) -> None:
+    pq = pytest.importorskip("pyarrow.parquet")
+    pa = pytest.importorskip("pyarrow")
+    pq.write_table(pa.table({"conversations": [["x"]]}), "a.parquet")
+    (line,) = dry_run(capsys, source(paths=["a.parquet"]), "--dataset.instructions={}")
+    assert "(so is the first one of a.parquet)" in line
