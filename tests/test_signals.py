@@ -181,7 +181,7 @@ def test_the_acknowledgement_is_in_the_log_file_and_once_on_the_console(
     logger = logging.getLogger("toolkit")
     try:
         assert logger.handlers[0] is file  # a request may break off the console's line
-        with pytest.raises(signals.Interrupted), signals.listening(signals.Starting()):
+        with pytest.raises(signals.Interrupted), signals.listening(signals.Starting()):  # noqa: PT012
             try:
                 os.kill(os.getpid(), signal.SIGINT)
                 time.sleep(10)

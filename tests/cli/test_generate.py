@@ -257,4 +257,6 @@ def test_a_damaged_folder_is_named(
 def test_a_hub_name_that_cannot_be_had_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(["generate", "nobody/nothing", "--prompt", "a"]) == 2
     expected = "error: nobody/nothing: no such local folder, and the hub gave no model of this name"
-    assert capsys.readouterr().err.startswith(expected)
+    err = capsys.readouterr().err
+    assert err.startswith(expected)
+    assert err.endswith("; if it is meant to be a run, `toolkit runs` lists the runs there are\n")

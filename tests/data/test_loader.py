@@ -138,7 +138,7 @@ def test_state_is_the_next_unseen_batch(dataset: DatasetConfig) -> None:
     ("key", "value", "message"),
     [
         ("fingerprint", "other", r"the training data \(was other, is \w+\).*load_weights_only"),
-        ("seed", 7, r"data_loader\.seed \(was 7, is 0\)"),
+        ("seed", 7, r": seed, which data_loader\.seed follows \(was 7, is 0\)"),
         ("shuffle", False, r"data_loader\.shuffle \(was False, is True\)"),
         ("sequence_length", 8, r"dataset\.sequence_length \(was 8, is 16\)"),
     ],

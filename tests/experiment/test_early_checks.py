@@ -160,3 +160,103 @@ def test_a_start_refuses_the_same_without_torch(tmp_path: Path) -> None:
         "error: trainer.load_path nope: holds no ",
     ]
     assert not any(tmp_path.iterdir())
+
+
+_BESIDE = [
+    "data_loader.global_batch_size 1000 is not divisible by dataset.sequence_length 128 x 1 rank "
+    "= 128",
+    "dataset.source.paths: nope.txt: no such file or folder",
+    "dataset.tokenizer.path: ./nope: no such file or folder",
+    "trainer.load_path nope: holds no valid checkpoint, there is no such folder",
+]
+
+
+@pytest.mark.parametrize(
+    ("model", "flags", "expected"),
+    [
+        ({"num_heads": 3}, [], "model: d_model 32 is not divisible by num_heads 3"),
+        ({"num_heads": "x"}, [], "model.num_heads: expected a whole number, not 'x'"),
+        ({"preset": "llama"}, [], "model preset 'llama': no such preset"),
+        ("llama_271M", [], "model: expected a mapping, not 'llama_271M'"),
+        ({}, ["--model.preset=llama", "--model.n_layer=3"],
+         "model preset 'llama': no such preset"),
+        ({}, ["--model=llama_271M"], "model: expected a mapping, not 'llama_271M'"),
+        ({}, ["--trainer.hard_stop=3"],
+         "trainer.hard_stop: expected a mapping with value, unit or null, not 3"),
+    ],
+)  # fmt: skip
+def test_what_does_not_depend_on_the_refused_section_is_told_too(
+    model: Any,
+    flags: list[str],
+    expected: str,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    data = load_experiment("smoke").config.to_dict()
+    data["model"] = {**data["model"], **model} if isinstance(model, dict) else model
+    if "preset" in data["model"]:
+        data["model"] = model
+    data["dataset"] |= {
+        "sequence_length": 128,
+        "source": {"type": "files", "paths": ["nope.txt"]},
+        "tokenizer": {"type": "hf", "path": "./nope"},
+    }
+    data["data_loader"]["global_batch_size"] = 1000
+    data["train_module"]["rank_microbatch_size"] = None
+    data["train_module"]["freeze"] = ["nope.*"]  # of which nothing is said without the model
+    data["trainer"] |= {"load_path": "nope", "load_strategy": "always"}
+    Path("my.json").write_text(json.dumps(data))
+    for start in (["--dry-run"], []):
+        assert run(["train", "my.json", *start, *flags]) == 2
+        err = capsys.readouterr().err
+        lines = [line.removeprefix("error: ").split("; ")[0] for line in err.splitlines()]
+        lines = [line.removesuffix(" (in my.json)") for line in lines]
+        assert [line for line in lines if "train_module.freeze" not in line] == [
+            f"{len(lines) - 1} problems, one a line:", f"{expected}", *_BESIDE
+        ]  # fmt: skip
+        assert ("train_module.freeze" in err) == ("model" not in expected)
+    assert [path.name for path in tmp_path.iterdir()] == ["my.json"]
+
+
+MESSAGES = '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}'
+
+
+def test_a_missing_chat_template_is_told_before_the_data_is_prepared(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    Path("chat.jsonl").write_text(f"{MESSAGES}\n")
+    Path("plain.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    Path("tok").mkdir()
+    Path("tok/tokenizer.json").write_text("{}")
+    Path("tok/tokenizer_config.json").write_text('{"chat_template": null}')
+    local, chat = "--dataset.tokenizer={type: hf, path: ./tok}", source(paths=["chat.jsonl"])
+    advice = "give one in dataset.instructions.chat_template (Jinja text or a file)"
+    expected = {
+        "auto": "the rows are conversations (so is the first one of chat.jsonl)",
+        "messages": "the rows are conversations (dataset.instructions.shape is messages)",
+    }
+    for shape, why in expected.items():
+        asked = f"--dataset.instructions={{shape: {shape}}}"
+        (line,) = dry_run(capsys, chat, local, asked)
+        missing = f"the tokenizer has no chat template, and {why}; {advice}"
+        assert line == f"dataset.tokenizer.path: ./tok: {missing}"
+        (line,) = dry_run(capsys, chat, asked)
+        assert line == f"dataset.tokenizer: {missing}"
+    asked = "--dataset.instructions={}"
+    given = "--dataset.instructions={chat_template: '{{ messages[0].content }}'}"
+    hub = "--dataset.tokenizer={type: hf, path: gpt2}"
+    for flags in ([source(paths=["plain.jsonl"]), asked], [chat, given], [chat, hub, asked]):
+        assert run(["train", "smoke", "--dry-run", *flags]) == 0
+    Path("tok/tokenizer_config.json").write_text('{"chat_template": "{{ messages }}"}')
+    assert run(["train", "smoke", "--dry-run", chat, local, asked]) == 0
+    Path("tok/tokenizer_config.json").unlink()
+    Path("tok/chat_template.jinja").write_text("{{ messages }}")
+    assert run(["train", "smoke", "--dry-run", chat, local, asked]) == 0
+
+
+def test_columns_of_parquet_tell_the_same(capsys: pytest.CaptureFixture[str]) -> None:
+    pq = pytest.importorskip("pyarrow.parquet")
+    pa = pytest.importorskip("pyarrow")
+    pq.write_table(pa.table({"conversations": [["x"]]}), "a.parquet")
+    (line,) = dry_run(capsys, source(paths=["a.parquet"]), "--dataset.instructions={}")
+    assert "(so is the first one of a.parquet)" in line

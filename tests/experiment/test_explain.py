@@ -115,6 +115,20 @@ def test_damaged_newer_checkpoints_are_skipped_with_the_reason(
     assert rows["checkpoint"][0].endswith("step5: step 5, 5,120 tokens")
 
 
+def test_folders_of_where_the_run_was_started_are_no_change(
+    run: Path, config: ExperimentConfig
+) -> None:
+    started = Path(config.dataset.root).parent
+    dataset = config.dataset.replace(root=Path(config.dataset.root).name)
+    manager = RunManager(run, experiment="a", name="b")
+    manager.log_metadata(config.replace(dataset=dataset), RUN_FILES.config)
+    manager.log_metadata({"cwd": str(started)}, RUN_FILES.command)
+    manager.close("stopped")
+    rows = dict(explain(run).rows)
+    assert rows["config"] == ["nothing changes"]
+    assert rows["data"][-1].startswith(str(started))
+
+
 def test_all_that_is_refused_is_told_with_exit_2(
     run: Path, config: ExperimentConfig, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -131,6 +145,10 @@ def test_all_that_is_refused_is_told_with_exit_2(
     assert cli.run(["resume", "--explain", str(run), *changes]) == 2
     assert "from step 6 to 30" in capsys.readouterr().out
     assert cli.run(["resume", str(run), "--explain", "--train_module.optim.lr=0.5"]) == 0
+    (reason,) = explain(run, "--seed=4").refused
+    assert ": seed, which data_loader.seed follows (was 0, is 4); set it back" in reason
+    (reason,) = explain(run, "--data_loader.seed=4").refused
+    assert ": data_loader.seed (was 0, is 4); set it back" in reason
     wrong = ["resume", "--explain", str(run), "--data_loader.global_batch_size=1000"]
     assert cli.run(wrong) == 2
     assert "global_batch_size 1000 is not divisible" in capsys.readouterr().out

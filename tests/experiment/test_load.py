@@ -176,3 +176,37 @@ def test_a_config_without_a_model_says_how_to_give_one(tmp_path: Path) -> None:
         f"{theirs}: a model's config of transformers, not of an experiment; convert the model with "
         f"`toolkit convert-hf {tmp_path} OUT`, then `toolkit train finetune --base OUT`"
     )
+
+
+@pytest.mark.parametrize(
+    ("flag", "expected"),
+    [
+        ("--model=llama_271M", "model: expected a mapping, not 'llama_271M'; for a preset give "
+         "--model.preset=llama_271M"),
+        ("--model=x", "model: expected a mapping, not 'x'; for a preset give --model.preset=NAME"),
+        ("--lr=3", "no such option: --lr; did you mean --train_module.optim.lr? (config values go "
+         "by their full path, as in --trainer.hard_stop.value=20)"),
+        ("--optim.weight-decay=3", "optim: no such field; did you mean "
+         "--train_module.optim.weight_decay?"),
+        ("--trainer.lr=3", "trainer.lr: no such field; did you mean --train_module.optim.lr?"),
+        ("--checkpointer.interval=3",
+         "checkpointer: no such field; did you mean --trainer.callbacks.checkpointer.interval?"),
+        ("--x.interval=3", "x: no such field; did you mean "
+         "--trainer.callbacks.checkpointer.interval or --trainer.callbacks.console_logger.interval "
+         "or --trainer.callbacks.garbage_collector.interval or "
+         "--trainer.callbacks.lm_evaluator.interval?"),
+    ],
+)  # fmt: skip
+def test_what_was_meant_is_named(flag: str, expected: str) -> None:
+    assert message("smoke", [flag]) == expected
+
+
+def test_the_name_of_a_type_alone_is_answered_with_its_mapping() -> None:
+    said = message("smoke", ["--dataset.tokenizer=byte"])
+    assert said.endswith(", not 'byte'; write {type: byte}")
+
+
+def test_a_preset_by_name_alone_is_answered_in_a_file_too(tmp_path: Path) -> None:
+    assert message(write(tmp_path / "my.json", {"model": "llama_271M"})) == (
+        'model: expected a mapping, not \'llama_271M\'; for a preset give {"preset": "llama_271M"}'
+    )

@@ -95,3 +95,23 @@ def test_writing_from_many_threads_tears_no_line(tmp_path):
     streams.close()
     streams.write("system", [{"step": 99}])  # a straggler after close is dropped
     assert len(lines(tmp_path, "system")) == 200
+
+
+def test_what_is_removed_is_told_in_one_line_without_zeros(tmp_path, caplog):
+    with MetricStreams(tmp_path, tensorboard=False) as streams:
+        streams.write("train", [{"step": s} for s in range(1, 9)])
+        streams.write("eval", [{"step": s} for s in (5, 6)])
+        streams.write("network", [{"step": 5}])
+    with (tmp_path / "metrics" / "train.jsonl").open("ab") as file:
+        file.write(b'{"step":9,"v')
+    with caplog.at_level("INFO", logger="toolkit.metrics.streams"):
+        MetricStreams(tmp_path, tensorboard=False, resume_step=5).close()
+        MetricStreams(tmp_path, tensorboard=False, resume_step=5).close()
+        MetricStreams(tmp_path, tensorboard=False).close()
+    where = tmp_path / "metrics"
+    assert caplog.messages == [
+        f"{where}: removed 3 lines of train.jsonl, 1 line of eval.jsonl after step 5 "
+        "and 1 damaged line of train.jsonl",
+        f"{where}: removed 5 lines of train.jsonl, 1 line of eval.jsonl, "
+        "1 line of network.jsonl of a start without a checkpoint",
+    ]

@@ -75,7 +75,11 @@ def test_name_that_exists_is_refused_and_names_resume(tmp_path):
     start_run("exp", "one", root=tmp_path).close("finished")
     with pytest.raises(RunError) as error:
         start_run("exp", "one", root=tmp_path)
-    assert f"toolkit resume {tmp_path / 'exp' / 'one'}" in str(error.value)
+    folder = tmp_path / "exp" / "one"
+    assert str(error.value) == (
+        f"{folder}: this run exists; continue it with `toolkit resume {folder}` "
+        "or choose another name (--name)"
+    )
 
 
 def test_save_folder_is_the_run_folder_and_may_be_used_again(tmp_path):

@@ -81,7 +81,7 @@ def train(
     if json and not dry_run:
         raise ConfigError("--json belongs to --dry-run; give both to print the resolved config")
     check_launcher_variables()
-    loaded = load_experiment(source, paths, shorthands, base=base)
+    loaded = load_experiment(source, paths, shorthands, base=base, starts=True)
     if dry_run:
         from toolkit.experiment.summary import summarize
 

@@ -132,8 +132,10 @@ class _Walk:
             except msgspec.ValidationError as error:
                 refused = set()
                 for line in str(error).partition(" - at `")[0].splitlines():
-                    self._wrong(path, line.replace("`", ""))
-                    refused.add(line.partition(" ")[0].partition(".")[0].rstrip(":"))
+                    name = line.partition(" ")[0].partition(".")[0].rstrip(":")
+                    about = join(path, name) if name in values else path
+                    self.errors.append(FieldError(path, line.replace("`", ""), about=about))
+                    refused.add(name)
                 if not refused & values.keys():
                     return _WRONG
                 # The checks behind the one that failed are made without the value it is about.
@@ -219,6 +221,8 @@ def _mismatch(data: Any, target: Any) -> str:
     hint = ""
     if isinstance(data, str) and describe(target) == "a list" and len(data) < 100:
         hint = f"; write [{data}]"
+    elif isinstance(data, str) and data in tags(target):
+        hint = f"; write {{{struct_types(target)[0].tag_field}: {data}}}"
     return f"expected {describe(target)}, not {given}{hint}"
 
 

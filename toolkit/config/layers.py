@@ -15,12 +15,14 @@ from toolkit.config.check import Checked, check
 from toolkit.config.overrides import Override, parse_value
 from toolkit.config.types import (
     FieldError,
+    UnknownFieldError,
     child_type,
     choose_struct,
     field_default,
     field_types,
     is_index,
     join,
+    paths_to,
     shown,
     struct_types,
     tags,
@@ -69,7 +71,13 @@ class ConfigLayers(Generic[T]):
 
     def parse(self, override: Override) -> Any:
         """The value of a command-line override, converted by its target's type."""
-        container, name, owner = self._open(override.path)
+        try:
+            container, name, owner = self._open(override.path)
+        except UnknownFieldError as error:
+            if not (paths := paths_to(self._root, override.path)):
+                raise
+            meant = " or ".join(f"--{path}" for path in paths)
+            raise FieldError(error.path, f"no such field; did you mean {meant}?") from None
         values = container if isinstance(container, dict) else {}
         target = child_type(owner, name, override.path.rpartition(".")[0], values)
         return parse_value(override.text, target, override.path)

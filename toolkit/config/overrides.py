@@ -19,6 +19,7 @@ from toolkit.config.types import (
     field_types,
     item_type,
     nearest,
+    paths_to,
     shown,
     value_type,
 )
@@ -44,12 +45,14 @@ def parse_override_args(
     *,
     sections: Collection[str] = (),
     options: Collection[str] = (),
+    root: Any = None,
     found: ErrorList | None = None,
 ) -> list[Override]:
     """Split the command line's extra arguments into overrides.
 
     `sections` are the top-level names that may stand without a dot (`--seed=3`); `options` are the
-    command's own long options, for the hint when one is misspelled.
+    command's own long options, for the hint when one is misspelled; `root` is the type of the
+    config, for the hint when a path is cut short.
 
     Raises:
         ConfigError: for the words that are not an override; with `found` they are kept there, and
@@ -69,7 +72,7 @@ def parse_override_args(
             if position < len(args) and not is_override(args[position]):
                 text, position = args[position], position + 1
         if "." not in path and path not in sections:
-            wrong.add(ConfigError(_unknown_option(path, sections, options)))
+            wrong.add(ConfigError(_unknown_option(path, sections, options, root)))
             continue
         overrides.append(Override(path, text, f"--{path}={text}"))
     if found is None:
@@ -91,15 +94,18 @@ def _not_an_override(arg: str) -> str:
     return f"unexpected argument {shown(arg)}; overrides look like --train_module.optim.lr=6e-3"
 
 
-def _unknown_option(name: str, sections: Collection[str], options: Collection[str]) -> str:
+def _unknown_option(
+    name: str, sections: Collection[str], options: Collection[str], root: Any
+) -> str:
     name = shortened(name)
     if name in options:
         return (
             f"--{name} is no option of this command; give the value by its full path, as in "
             "--dataset.root=DIR"
         )
-    near = nearest(name, [*sections, *options])
-    hint = f"did you mean --{near}?" if near else "see --help"
+    known = paths_to(root, name) if root is not None else []
+    near = known or [n for n in [nearest(name, [*sections, *options])] if n]
+    hint = f"did you mean {' or '.join(f'--{n}' for n in near)}?" if near else "see --help"
     return (
         f"no such option: --{name}; {hint} "
         "(config values go by their full path, as in --trainer.hard_stop.value=20)"

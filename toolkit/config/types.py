@@ -16,14 +16,24 @@ from toolkit.errors import ConfigError
 from toolkit.wording import shortened
 
 _LONGEST_SHOWN = 120
+_MOST_PATHS = 4
 
 
 class FieldError(ConfigError):
-    """A `ConfigError` that knows its dotted path, so that a layer can add its origin."""
+    """A `ConfigError` that knows its dotted path, so that a layer can add its origin.
 
-    def __init__(self, path: str, problem: str) -> None:
+    Args:
+        about: the value below `path` that is refused, where `problem` begins with its name.
+    """
+
+    def __init__(self, path: str, problem: str, *, about: str | None = None) -> None:
         super().__init__(f"{shortened(path)}: {problem}" if path else problem)
         self.path = path
+        self.about = about or path
+
+
+class UnknownFieldError(FieldError):
+    """A name that does not exist, and does not look like one of those beside it."""
 
 
 @functools.cache
@@ -146,8 +156,29 @@ def unknown_field(path: str, name: str, structs: Iterable[inspect.StructType]) -
     """`path.name: no such field; did you mean ...?`"""
     names = sorted({f.encode_name for s in structs for f in s.fields})
     near = nearest(name, names)
-    hint = f"did you mean {near!r}?" if near else "known: " + ", ".join(names)
-    return FieldError(join(path, name), f"no such field; {hint}")
+    if near:
+        return FieldError(join(path, name), f"no such field; did you mean {near!r}?")
+    return UnknownFieldError(join(path, name), f"no such field; known: {', '.join(names)}")
+
+
+def paths_to(target: Any, path: str) -> list[str]:
+    """The full paths below `target` that end like `path`, or else in its last name: the shortest
+    ones. Items of lists and mappings have none."""
+    path = path.replace("-", "_")
+    found = _paths_to(target, path.rpartition(".")[2], "", ())
+    alike = [full for full in found if f".{full}".endswith(f".{path}")] or found
+    return sorted(alike, key=lambda full: (full.count("."), full))[:_MOST_PATHS]
+
+
+def _paths_to(target: Any, name: str, path: str, above: tuple[type, ...]) -> list[str]:
+    found = []
+    for struct in struct_types(target):
+        for field in struct.fields if struct.cls not in above else ():
+            here = join(path, field.encode_name)
+            if field.encode_name == name:
+                found.append(here)
+            found += _paths_to(field.type, name, here, (*above, struct.cls))
+    return list(dict.fromkeys(found))
 
 
 def field_default(target: Any, name: str, values: dict[str, Any]) -> Any:

@@ -37,6 +37,7 @@ class Corpus:
         order: of the global batches.
         vocab_size: every id is below this; 0 where a custom data set does not say.
         seed: of the data order.
+        seed_key: the value of the config that gave it, for messages.
         stream: of a mixture.
     """
 
@@ -55,6 +56,7 @@ class Corpus:
         self.order = order
         self.vocab_size = vocab_size
         self.seed = seed
+        self.seed_key = "data_loader.seed"
         self.stream = stream
 
     @property
@@ -96,10 +98,14 @@ def open_corpus(cfg: DataConfig, *, check_text: bool = True, progress: bool = Tr
     info = prepare_corpus(cfg, check_text=check_text, progress=progress)
     seed = cfg.seed if cfg.data_loader.seed is None else cfg.data_loader.seed
     if cfg.dataset.custom is not None:
-        return _open_custom(cfg, seed)
-    if cfg.dataset.mix is not None:
-        return _open_mixture(cfg, info, seed)
-    return _open_single(cfg, info, seed)
+        corpus = _open_custom(cfg, seed)
+    elif cfg.dataset.mix is not None:
+        corpus = _open_mixture(cfg, info, seed)
+    else:
+        corpus = _open_single(cfg, info, seed)
+    if cfg.data_loader.seed is None:
+        corpus.seed_key = "seed, which data_loader.seed follows"
+    return corpus
 
 
 def _open_single(cfg: DataConfig, info: CorpusInfo, seed: int) -> Corpus:
@@ -217,13 +223,15 @@ def _batch_instances(cfg: DataConfig) -> int:
     return max(1, cfg.data_loader.global_batch_size // cfg.dataset.sequence_length)
 
 
-def changed_data(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+def changed_data(
+    before: Mapping[str, Any], now: Mapping[str, Any], *, seed_key: str = "data_loader.seed"
+) -> list[str]:
     """What of the data differs between two states of a loader, in words.
 
     Of mixtures, what decided the batches so far is compared: ratios may change later.
     """
     keys = {
-        "seed": "data_loader.seed",
+        "seed": seed_key,
         "shuffle": "data_loader.shuffle",
         "sequence_length": "dataset.sequence_length",
         "order": "dataset.instances",

@@ -239,7 +239,8 @@ class TrainLoader:
             DataError: when the state belongs to other data or another order.
             ConfigError: this kind of instances takes one batch size only.
         """
-        changed = changed_data(state, self._identity(state["batch"], state.get("segments")))
+        now = self._identity(state["batch"], state.get("segments"))
+        changed = changed_data(state, now, seed_key=self._corpus.seed_key)
         if changed:
             raise DataError(
                 f"cannot continue with the next unseen batch: changed since the checkpoint: "

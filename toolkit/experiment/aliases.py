@@ -5,7 +5,7 @@ A name stands here only where it means the same; what differs stays an unknown n
 
 from typing import Any
 
-from toolkit.config.types import join, shown
+from toolkit.config.types import FieldError, join, shown
 from toolkit.errors import ConfigError
 
 ALIASES: dict[str, str] = {
@@ -133,7 +133,14 @@ def _our_patterns(value: Any) -> Any:
     return value
 
 
+def without(data: dict[str, Any], path: str) -> dict[str, Any]:
+    """`data` without what is at the dotted `path`."""
+    name, _, rest = path.partition(".")
+    if not rest or not isinstance(data.get(name), dict):
+        return {key: value for key, value in data.items() if key != name}
+    return {**data, name: without(data[name], rest)}
+
+
 def _twice(theirs: str, value: Any, ours: str, other: Any) -> ConfigError:
-    return ConfigError(
-        f"{theirs} {shown(value)} and {ours} {shown(other)}: two names of one value; give one"
-    )
+    problem = f"{theirs} {shown(value)} and {ours} {shown(other)}: two names of one value; give one"
+    return FieldError("", problem, about=theirs)

@@ -27,8 +27,14 @@ _FAR = 100_000
 """How far a number that works is looked for."""
 
 
-def check_experiment(config: ExperimentConfig, world_size: int) -> None:
+def check_experiment(
+    config: ExperimentConfig, world_size: int, *, has_model: bool = True, has_names: bool = True
+) -> None:
     """Check that the sections of `config` fit each other on `world_size` ranks.
+
+    Args:
+        has_model: the model is the one that is meant.
+        has_names: the names of its parameters are those that are meant.
 
     Raises:
         ConfigError: batch sizes that do not divide, a sequence longer than the model takes, a
@@ -37,10 +43,9 @@ def check_experiment(config: ExperimentConfig, world_size: int) -> None:
     """
     checks = (
         lambda: asked_threads(os.environ),
-        lambda: _check_sequence(config),
-        lambda: _check_vocabulary(config),
+        *([lambda: _check_sequence(config), lambda: _check_vocabulary(config)] * has_model),
         lambda: _check_batches(config, world_size),
-        lambda: check_parameters(config),
+        *([lambda: check_parameters(config)] * (has_model and has_names)),
         lambda: _check_adapter(config),
     )
     found = ErrorList()

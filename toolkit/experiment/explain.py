@@ -33,6 +33,7 @@ from toolkit.experiment.preflight import (
     continuation_checks,
 )
 from toolkit.experiment.recorded import ResumePlan, plan_resume, read_steps
+from toolkit.experiment.run_data import started_in
 from toolkit.experiment.verify import check_checkpoint
 from toolkit.runs.files import RUN_FILES
 from toolkit.runs.registry import check_run_folder
@@ -102,7 +103,8 @@ def explain_resume(
         state_of_data = None if start.weights_only else _data_state(start)
     if loader is not None and corpus is not None:
         refused.ask(lambda: check_repetitions(plan.config, loader))
-    changes = config_changes(read_json_mapping(folder / RUN_FILES.config), plan.stored)
+    before = read_json_mapping(folder / RUN_FILES.config)
+    changes = config_changes(before, plan.stored, started_in(folder / RUN_FILES.command))
     rows = [
         ("run", [f"{folder}: {state}, attempt {plan.status.attempt}"]),
         ("checkpoint", _checkpoint(plan, start, saved)),

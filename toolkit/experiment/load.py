@@ -11,7 +11,6 @@
 """
 
 import copy
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -27,17 +26,17 @@ from toolkit.config import (
 from toolkit.config.interpolation import fill
 from toolkit.config.paths import local_path
 from toolkit.config.secrets import check_no_secrets
+from toolkit.config.types import FieldError, nearest, shown, type_of
 from toolkit.data.order.mix_files import inline_mixes
-from toolkit.distributed.launcher import world_size_of
 from toolkit.errors import ConfigError, ErrorList, RunError
-from toolkit.experiment.aliases import ALIASES, implied, our_names, our_path, our_value
+from toolkit.experiment.aliases import ALIASES, implied, our_names, our_path, our_value, without
 from toolkit.experiment.base import longest_sequence, read_base, without_model
-from toolkit.experiment.checks import check_experiment
 from toolkit.experiment.config import ExperimentConfig
 from toolkit.experiment.data_name import name_own_data
 from toolkit.experiment.recipes import recipe_hint, recipe_names, recipe_text
+from toolkit.experiment.refused import add_other_errors
 from toolkit.models.counts import shown_parameters
-from toolkit.models.presets import preset
+from toolkit.models.presets import PRESETS, preset
 from toolkit.runs.files import RUN_FILES
 from toolkit.runs.registry import find_named, is_run
 
@@ -72,12 +71,15 @@ def load_experiment(
     shorthands: Mapping[str, Any] | None = None,
     *,
     base: str | None = None,
+    starts: bool = False,
 ) -> LoadedExperiment:
     """Load a recipe or JSON file and apply the command line to it.
 
     Args:
         shorthands: names in `SHORTHANDS` to values; None means not given.
         base: folder of a converted model or of a run, to start from.
+        starts: a run is to be started; where the config is refused, what would refuse the run is
+            told too.
 
     Raises:
         ConfigError: no such source, or a name or value that does not fit.
@@ -85,10 +87,10 @@ def load_experiment(
     layers, found = ConfigLayers(ExperimentConfig), ErrorList()
     with found.collecting():
         data, origin = _read_source(source)
-        _add(layers, data, origin)
     if found.errors:
         _parse(overrides, found)  # nothing else can be told without the file
         found.raise_any()
+    _add_all(layers, data, origin, found)
     if base is not None:
         with found.collecting():
             _add_base(layers, local_path(find_named(base), "--base"))
@@ -105,43 +107,43 @@ def load_experiment(
         name_own_data(layers, before, overrides)
     has_model = "model" in layers.data
     if not has_model:
-        if not (base is not None and found.errors):
+        if not (base is not None and found.errors) and not _is_refused("model", found):
             found.add(ConfigError(without_model(source, data)))
         layers.data["model"] = preset("quickstart")  # for what can be told of the rest
-    return _loaded(layers, found, source, across=has_model)
+    across = has_model or _is_refused("model", found)
+    return _loaded(layers, found, source, across=across, starts=starts)
+
+
+def _is_refused(path: str, found: ErrorList) -> bool:
+    return any(getattr(error, "about", "") == path for error in found.errors)
 
 
 def _loaded(
-    layers: ConfigLayers[ExperimentConfig], found: ErrorList, source: str, *, across: bool = True
+    layers: ConfigLayers[ExperimentConfig],
+    found: ErrorList,
+    source: str,
+    **known: bool,
 ) -> LoadedExperiment:
-    stored = _resolve(layers, found, across=across)
+    stored = _resolve(layers, found, **known)
     check_no_secrets(stored.to_dict())
     return LoadedExperiment(fill(stored), layers.origins(stored), source, stored)
 
 
 def _resolve(
-    layers: ConfigLayers[ExperimentConfig], found: ErrorList, *, across: bool = True
+    layers: ConfigLayers[ExperimentConfig], found: ErrorList, **known: bool
 ) -> ExperimentConfig:
-    """The config; where that is refused, what is wrong across its sections too, as far as it can
-    be told without the values that are refused.
-
-    Args:
-        across: whether its sections belong together.
-    """
+    """The config; where that is refused, what else is wrong too: `known` for `add_other_errors`."""
     checked = layers.check()
     for error in checked.errors:
         found.add(error)
     if not found.errors:
         return checked.config
-    if across and checked.config is not None:
-        wrong = [path for path in (getattr(e, "path", "") for e in found.errors) if path]
-        others = ErrorList()
-        with others.collecting():
-            check_experiment(checked.config, world_size_of(os.environ))
-        for other in others.errors:
-            # What is said of a value that was refused is said of its default here.
-            if not any(path.rpartition(".")[2] in str(other) for path in wrong):
-                found.add(other)
+    config, has_model = checked.config, not _is_refused("model", found)
+    if config is None:  # the model alone has no default
+        layers.data["model"], has_model = preset("quickstart"), False
+        config = layers.check().config
+    if config is not None:
+        add_other_errors(found, config, has_model=has_model, **known)
     found.raise_any()
     raise AssertionError("there is an error")
 
@@ -206,7 +208,7 @@ def load_run_config(run_dir: Path, overrides: Sequence[str] = ()) -> LoadedExper
     found = ErrorList()
     with found.collecting():
         _apply_overrides(layers, overrides)
-    return _loaded(layers, found, str(run_dir))
+    return _loaded(layers, found, str(run_dir), has_files=False)
 
 
 def _read_source(source: str) -> tuple[dict[str, Any], str]:
@@ -222,21 +224,56 @@ def _read_source(source: str) -> tuple[dict[str, Any], str]:
 
 
 def _add(layers: ConfigLayers[ExperimentConfig], data: dict[str, Any], origin: str) -> None:
-    data = our_names(data)
-    model = data.get("model")
-    if isinstance(model, dict) and "preset" in model:
-        name = model["preset"]
-        if not isinstance(name, str):
-            raise ConfigError(f"model.preset: expected the name of a preset, not {name!r}")
-        layers.add({"model": preset(name)}, f"preset {name}")
-        rest = {key: value for key, value in model.items() if key != "preset"}
-        data = {**data, "model": rest}
-        if not rest:
-            del data["model"]
-    dataset = data.get("dataset")
+    found = ErrorList()
+    _add_all(layers, data, origin, found)
+    found.raise_any()
+
+
+def _add_all(
+    layers: ConfigLayers[ExperimentConfig], data: dict[str, Any], origin: str, found: ErrorList
+) -> None:
+    """Add what can be added, and to `found` why the rest cannot."""
+    while True:
+        try:
+            data = our_names(data)
+            break
+        except FieldError as error:  # about a name that is given twice
+            found.add(error)
+            data = without(data, error.about)
+    model, dataset = data.get("model"), data.get("dataset")
+    if isinstance(model, str) or (isinstance(model, dict) and "preset" in model):
+        data = {key: value for key, value in data.items() if key != "model"}
+        with found.collecting():
+            if isinstance(model, str):
+                raise _no_model(model, f'{{"preset": "{_like_preset(model)}"}}')
+            layers.add({"model": _preset(model["preset"])}, f"preset {model['preset']}")
+            if rest := {key: value for key, value in model.items() if key != "preset"}:
+                data["model"] = rest
     if isinstance(dataset, dict) and "mix" in dataset:
-        data = {**data, "dataset": {**dataset, "mix": inline_mixes(dataset["mix"])}}
+        rest = {key: value for key, value in dataset.items() if key != "mix"}
+        data = {**data, "dataset": rest}
+        with found.collecting():
+            data["dataset"] = {**dataset, "mix": inline_mixes(dataset["mix"])}
     layers.add(data, origin)
+
+
+def _preset(name: Any) -> dict[str, Any]:
+    """`preset`, whose refusal tells that there is no model."""
+    if not isinstance(name, str):
+        problem = f"expected the name of a preset, not {name!r}"
+        raise FieldError("model.preset", problem, about="model")
+    try:
+        return preset(name)
+    except ConfigError as error:
+        raise FieldError("", str(error), about="model") from None
+
+
+def _no_model(name: str, write: str) -> FieldError:
+    return FieldError("model", f"expected a mapping, not {shown(name)}; for a preset give {write}")
+
+
+def _like_preset(name: str) -> str:
+    return nearest(name, PRESETS) or "NAME"
 
 
 def _add_base(layers: ConfigLayers[ExperimentConfig], folder: Path) -> None:
@@ -258,6 +295,7 @@ def _parse(args: Sequence[str], found: ErrorList) -> list[Override]:
         args,
         sections=[*ExperimentConfig.__struct_fields__, *(a for a in ALIASES if "." not in a)],
         options=[*short, "base", "dry-run", "json", "debug"],
+        root=type_of(ExperimentConfig),
         found=found,
     )
 
@@ -280,10 +318,13 @@ def _apply_overrides(
     for override in overrides:
         if override.path == "model.preset":
             with found.collecting():
-                layers.set("model", preset(override.text), override.flag)
+                layers.set("model", _preset(override.text), override.flag)
+    has_model = not _is_refused("model", found)
     by_path = dict(short)
     for override in overrides:
         if override.path == "model.preset":
+            continue
+        if override.path.startswith("model.") and not has_model:
             continue
         with found.collecting():
             ours = override._replace(path=our_path(override.path))
@@ -297,7 +338,9 @@ def _apply(
 ) -> None:
     value = layers.parse(override)
     if override.path == "model" and isinstance(value, dict) and "preset" in value:
-        value = {**preset(str(value.pop("preset"))), **value}
+        value = {**_preset(value.pop("preset")), **value}
+    elif override.path == "model" and isinstance(value, str):
+        raise _no_model(value, f"--model.preset={_like_preset(value)}")
     elif override.path == "dataset.mix":
         value = inline_mixes(value)
     layers.set(override.path, our_value(override.path, value), override.flag)

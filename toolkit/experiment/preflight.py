@@ -5,6 +5,7 @@ Each repeats, cheaply, what a later step would find out too late: after hours of
 when all ranks are connected, or when the run folder has changed already.
 """
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,9 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from toolkit.checkpoint.layout import METADATA_FILE, read_metadata, saved_steps, step_folder
-from toolkit.errors import CheckpointError, ConfigError
+from toolkit.data.corpus_info import datasets_of, read_corpus
+from toolkit.data.text.presence import check_presence
+from toolkit.errors import BadInputError, CheckpointError, ConfigError, ErrorList
 from toolkit.experiment.config import ExperimentConfig
 from toolkit.runs.files import RUN_FILES
 from toolkit.runs.registry import is_run
@@ -38,9 +41,28 @@ _FREE_FOR_WEIGHTS = _FREE_MODEL_FIELDS | {
 }  # fmt: skip
 
 
-def check_load_path(config: ExperimentConfig, folder: Path) -> None:
+def check_data_files(config: ExperimentConfig) -> None:
+    """Check the local files that text which is not prepared yet would come from.
+
+    Raises:
+        DataError, ConfigError: one is missing, or the mixture makes no sense.
+    """
+    corpus, found = None, ErrorList()
+    with contextlib.suppress(BadInputError):
+        corpus = read_corpus(config.data)
+    with found.collecting():
+        for dataset in datasets_of(config.data):
+            with found.collecting():
+                check_presence(dataset, is_prepared=corpus is not None)
+    found.raise_any()
+
+
+def check_load_path(config: ExperimentConfig, folder: Path, *, has_model: bool = True) -> None:
     """Check what can be told without torch of `trainer.load_path`, where the run in `folder` starts
     from there: whether a local one holds a checkpoint if it must, and of which model.
+
+    Args:
+        has_model: the model is the one that is meant.
 
     Raises:
         CheckpointError: it holds none, or one of another model.
@@ -67,7 +89,7 @@ def check_load_path(config: ExperimentConfig, folder: Path) -> None:
         return  # an older one may be whole
     asked = msgspec.json.decode(msgspec.json.encode(config.model))  # lists, as stored
     free = _FREE_FOR_WEIGHTS if adapts or trainer.load_weights_only else _FREE_MODEL_FIELDS
-    if isinstance(saved, dict):
+    if isinstance(saved, dict) and has_model:
         _check_model(newest, saved, asked, free=free)
 
 

@@ -36,12 +36,12 @@ from toolkit.experiment.checks import check_corpus, check_experiment, rank_micro
 from toolkit.experiment.config import ExperimentConfig
 from toolkit.experiment.notices import notices
 from toolkit.experiment.opening import opening_lines
-from toolkit.experiment.preflight import check_continuation, check_load_path
+from toolkit.experiment.preflight import check_continuation, check_data_files, check_load_path
 from toolkit.experiment.rank_errors import explain, name_rank
-from toolkit.experiment.recorded import describe_engine, plan_resume
+from toolkit.experiment.recorded import describe_engine, metadata_of_attempt, plan_resume
 from toolkit.experiment.relaunch import relaunch
 from toolkit.experiment.restarts import current_launch, find_predecessor, stays_stopped
-from toolkit.experiment.run_data import without_gone_sources
+from toolkit.experiment.run_data import started_in, without_gone_sources
 from toolkit.experiment.starting import RunStart
 from toolkit.runs.files import RUN_FILES
 from toolkit.runs.manager import RunManager
@@ -133,6 +133,9 @@ def _run(
             check_run_folder(config.run, name)
         with found.collecting():
             check_load_path(config, resolve_run_folder(config.run, name))
+        if found.errors:  # preparing the data, which tells the same, is not reached
+            with found.collecting():
+                check_data_files(config)
     found.raise_any()
     try:
         train_loader = _prepare_data(config, rank=rank, world_size=engine.world_size)
@@ -234,7 +237,8 @@ def _train(
         before = read_json_mapping(run.path(RUN_FILES.config)) if environment.is_main else {}
         trainer.restore()
         if environment.is_main:
-            for change in config_changes(before, stored):
+            command = metadata_of_attempt(run.folder, RUN_FILES.command, run.attempt - 1)
+            for change in config_changes(before, stored, started_in(command)):
                 log.info("changed since the run's last start: %s", change)
             if trainer.step >= trainer.stop_step:
                 stop = trainer.stop_step

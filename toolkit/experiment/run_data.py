@@ -38,14 +38,13 @@ def find_data(
     """
     if any(flag.startswith(_PLACES) for flag in overrides):
         return config
-    try:
-        started_in = str(read_json(run_dir / RUN_FILES.command, RunError)["cwd"])
-    except (FileNotFoundError, RunError, KeyError):
+    started = started_in(run_dir / RUN_FILES.command)
+    if started is None:
         return config
 
     def there(path: str) -> str:
         # An absolute path stays what it is.
-        return path if is_url(path) else str(Path(started_in) / Path(path).expanduser())
+        return path if is_url(path) else str(Path(started) / Path(path).expanduser())
 
     def source_there(source: SourceConfig | None) -> SourceConfig | None:
         if isinstance(source, FilesSourceConfig | TokenFilesSourceConfig):
@@ -63,6 +62,14 @@ def find_data(
     dataset = dataset.replace(root=there(dataset.root))
     recorded = config.replace(dataset=dataset, store=store)
     return recorded if _has_data(recorded) else config
+
+
+def started_in(command: Path) -> str | None:
+    """The folder that the command of a run was given in, which a file of its metadata tells."""
+    try:
+        return str(read_json(command, RunError)["cwd"])
+    except (FileNotFoundError, RunError, KeyError):
+        return None
 
 
 def without_gone_sources(config: ExperimentConfig) -> ExperimentConfig:

@@ -50,8 +50,9 @@ def fetch_model(name: str, *, revision: str | None = None) -> Path:
             if any(folder.glob(weights)):
                 break
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".: ")
         raise CheckpointError(
-            f"{name}: no such local folder, and the hub gave no model of this name: {reason}"
+            f"{name}: no such local folder, and the hub gave no model of this name: {reason}; "
+            "if it is meant to be a run, `toolkit runs` lists the runs there are"
         ) from None
     return folder

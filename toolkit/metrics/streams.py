@@ -7,8 +7,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from toolkit.metrics.repair import trim_jsonl
+from toolkit.metrics.repair import TrimResult, trim_jsonl
 from toolkit.metrics.sinks import JsonlSink, TensorBoardSink
+from toolkit.wording import count
 
 log = logging.getLogger(__name__)
 
@@ -50,14 +51,11 @@ class MetricStreams:
         last_step = -1 if resume_step is None else resume_step
         if tensorboard:
             (run_folder / "tb").mkdir(parents=True, exist_ok=True)
+        results: dict[str, TrimResult] = {}
         for stream in STREAMS:
             path = run_folder / "metrics" / f"{stream}.jsonl"
             result = trim_jsonl(path, last_step=last_step)
-            if result.dropped or result.damaged:
-                log.info(
-                    "%s: %d lines after step %d and %d damaged ones removed",
-                    path, result.dropped, last_step, result.damaged,
-                )  # fmt: skip
+            results[f"{stream}.jsonl"] = result
             self._jsonl[stream] = JsonlSink(path)
             if tensorboard:
                 folder = run_folder / "tb" / stream
@@ -65,6 +63,8 @@ class MetricStreams:
                 self._tensorboard[stream] = TensorBoardSink(
                     folder, purge_step=last_step + 1 if again else None
                 )
+        if removed := _removed(results, resume_step):
+            log.info("%s: removed %s", run_folder / "metrics", removed)
 
     def write(self, stream: str, records: list[dict[str, Any]]) -> None:
         """Append `records` (each with "step") to a stream; nothing happens on other ranks."""
@@ -114,3 +114,15 @@ class MetricStreams:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def _removed(results: dict[str, TrimResult], resume_step: int | None) -> str:
+    """What trimming took away, by file; empty: nothing."""
+    when = "of a start without a checkpoint"
+    if resume_step is not None:
+        when = f"after step {resume_step:,}"
+    later = [f"{count(r.dropped, 'line')} of {name}" for name, r in results.items() if r.dropped]
+    torn = [
+        f"{count(r.damaged, 'damaged line')} of {name}" for name, r in results.items() if r.damaged
+    ]
+    return " and ".join([*([f"{', '.join(later)} {when}"] if later else []), *torn])

@@ -275,7 +275,7 @@ def _check_unused(folder: Path, *, ignore_own_lock: bool = False) -> None:
     if is_run(folder):
         raise RunError(
             f"{folder}: this run exists; continue it with `toolkit resume {folder}` "
-            "or choose another --name"
+            "or choose another name (--name)"
         )
     if ignore_own_lock or not folder.is_dir():
         return
@@ -284,7 +284,9 @@ def _check_unused(folder: Path, *, ignore_own_lock: bool = False) -> None:
         path.name not in _FOLDERS or (path.name != RUN_FILES.metadata and any(path.iterdir()))
         for path in folder.iterdir()
     ):
-        raise RunError(f"{folder}: exists but is not a run; move it away or choose another --name")
+        raise RunError(
+            f"{folder}: exists but is not a run; move it away or choose another name (--name)"
+        )
 
 
 def _prepare_folder(folder: Path) -> None:

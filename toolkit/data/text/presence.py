@@ -32,7 +32,7 @@ def check_presence(dataset: DatasetConfig, *, is_prepared: bool) -> None:
         is_prepared: its token files are there, which need tokenizer and template no more.
 
     Raises:
-        DataError: one is missing.
+        DataError: one is missing, or rows that are conversations have no chat template.
         ConfigError: the chat template is no text, and no file either.
     """
     found = ErrorList()
@@ -43,6 +43,10 @@ def check_presence(dataset: DatasetConfig, *, is_prepared: bool) -> None:
             _check_tokenizer(dataset.tokenizer)
         with found.collecting():
             _check_template(dataset.instructions, dataset.tokenizer)
+        if not found.errors and dataset.instructions is not None:
+            from toolkit.data.text.template_need import check_template_need
+
+            check_template_need(dataset)
     found.raise_any()
 
 
