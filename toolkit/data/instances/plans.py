@@ -120,7 +120,9 @@ class Plan(NamedTuple):
                 raise self.damaged(f"{HEADER_NAME} is missing") from None
             return None
         except DataError as error:
-            raise self.damaged(str(error)) from None
+            # It names the whole path, of which `damaged` names the folder.
+            what = str(error).removeprefix(f"{self.folder}{os.sep}")
+            raise self.damaged(what) from None
         if (header.kind, header.fingerprint) != (self.kind, self.fingerprint):
             raise self.damaged(f"{HEADER_NAME} is of other instances")
         return header
