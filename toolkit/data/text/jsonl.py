@@ -12,7 +12,7 @@ import msgspec
 
 from toolkit.data.config import FilesSourceConfig
 from toolkit.data.text.columns import TextColumns
-from toolkit.data.text.json_text import decode_json, repeated_key, repeats_field
+from toolkit.data.text.json_text import TooDeepError, decode_json, repeated_key, repeats_field
 from toolkit.data.text.long_documents import LONG_BYTES
 from toolkit.data.text.long_lines import TooLongError, read_line, read_long_line
 from toolkit.data.text.piece import Piece
@@ -139,7 +139,7 @@ class ObjectReader:
                 value = repaired
         if isinstance(value, dict):
             if is_deep(line):
-                raise DataError(f"{where()}: nested deeper than {MAX_DEPTH} levels")
+                raise too_deep(where())
             return Piece(identity, row=value, num_bytes=len(line), place=place)
         return Piece(identity, value)
 
@@ -184,8 +184,8 @@ class ObjectReader:
         return f"{self._part.path}: line {number} (byte {offset})"
 
     def _bad_line(self, text: str, where: str, error: Exception) -> DataError:
-        if isinstance(error, RecursionError):
-            return DataError(f"{where}: nested too deeply to be read as JSON")
+        if isinstance(error, RecursionError | TooDeepError):
+            return too_deep(where)
         if not isinstance(error, msgspec.ValidationError):
             if self._source.encoding_errors == "strict" and _holds_surrogate(text):
                 return DataError(
@@ -199,6 +199,11 @@ class ObjectReader:
             f"{where}: no text under {self._source.text_field!r}: {error}; set "
             "dataset.source.text_field to the key that holds it"
         )
+
+
+def too_deep(where: str) -> DataError:
+    """The error for an object with more levels than are read."""
+    return DataError(f"{where}: nested deeper than {MAX_DEPTH} levels")
 
 
 def _repeats(where: str, key: str) -> DataError:
