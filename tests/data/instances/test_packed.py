@@ -213,7 +213,7 @@ def test_a_plan_is_kept_and_what_a_killed_process_left_is_removed(
     reports = [message for message in caplog.messages if "positions filled" in message]
     assert len(reports) == 1
     assert (
-        "3 documents in 3 rows, 70.83% of positions filled, 1 documents longer than 8 cut"
+        "3 documents in 3 rows, 70.83% of positions filled, 1 document longer than 8 cut"
         in (reports[0])
     )
     assert not leftover.exists()
