@@ -38,8 +38,7 @@ def read_json_array(part: Range, reading: Reading, counts: Counts) -> Iterator[P
                 raise too_deep(where()) from None
             raise DataError(f"{where()}: not valid JSON: {error}") from None
         element = text[position:end].encode("utf-8", "surrogatepass")
-        place = f"{part.name}, element {number}"
-        yield objects.piece(element, 0, f"{part.name}:{number}", place, where)
+        yield objects.piece(element, 0, f"{part.name}:{number}", where(), where)
         number += 1
         position = _next(text, end)
         if text[position : position + 1] == ",":

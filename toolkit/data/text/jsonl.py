@@ -15,7 +15,7 @@ from toolkit.data.text.columns import TextColumns
 from toolkit.data.text.json_text import TooDeepError, decode_json, repeated_key, repeats_field
 from toolkit.data.text.long_documents import LONG_BYTES
 from toolkit.data.text.long_lines import TooLongError, read_line, read_long_line
-from toolkit.data.text.piece import Piece
+from toolkit.data.text.piece import Piece, at_found_place
 from toolkit.data.text.reading import Counts, Reading, decode
 from toolkit.data.text.shards import Range
 from toolkit.data.text.table_checks import MAX_DEPTH, is_deep
@@ -106,7 +106,7 @@ class ObjectReader:
                 yield from found
                 return
         where = functools.partial(self._line, offset)
-        yield self.piece(line, offset, identity, f"{self._part.name}, byte {offset}", where)
+        yield self.piece(line, offset, identity, f"{self._part.path}: byte {offset}", where)
 
     def piece(
         self,
@@ -140,7 +140,7 @@ class ObjectReader:
         if isinstance(value, dict):
             if is_deep(line):
                 raise too_deep(where())
-            return Piece(identity, row=value, num_bytes=len(line), place=place)
+            return Piece(identity, row=value, num_bytes=len(line), place=place, find_place=where)
         return Piece(identity, value)
 
     def _decode(
@@ -161,7 +161,12 @@ class ObjectReader:
                 raise _repeats(where(), repeated)
         if not isinstance(row, dict):
             raise msgspec.ValidationError(f"Expected `object`, got {type(row).__name__}")
-        return row if self._columns is None else self._columns.text(row, place)
+        if self._columns is None:
+            return row
+        try:
+            return self._columns.text(row, place)
+        except DataError as error:
+            raise at_found_place(error, place, where) from None
 
     def _repaired(self, text: str, place: str) -> str | dict[str, Any] | None:
         """The document of a line whose only defect are lone surrogates, where replacing them is
