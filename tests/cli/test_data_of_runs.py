@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from toolkit.cli import main as cli
+from toolkit.data.tokenizers.byte import ByteTokenizer
 from toolkit.experiment.load import load_experiment
 
 QUICK = [
@@ -127,6 +128,37 @@ def test_the_source_decides_the_name_of_own_data(flags: list[str], name: str) ->
     assert dataset.dataset_name.startswith(name)
     assert name.endswith("-") or dataset.dataset_name == name
     assert load_experiment("smoke", flags).config.dataset == dataset
+
+
+def test_all_that_decides_tokens_decides_the_name_of_own_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    def name(*flags: str) -> str:
+        source = "--dataset.source={type: files, paths: [a.jsonl]}"
+        return load_experiment("smoke", [source, *flags]).config.dataset.dataset_name
+
+    Path("chat.jinja").write_text("one")
+    ByteTokenizer().save("tok")
+    template = "--dataset.instructions.chat_template="
+    by_path = "--dataset.tokenizer={type: hf, path: tok}"
+    others = [
+        (), ("--dataset.instructions={}",), (f"{template}chat.jinja",), (f"{template}{{{{ 1 }}}}",),
+        ("--dataset.instructions.train_on=all",), (by_path,), ("--dataset.append_eos=false",),
+        ("--dataset.filters.min_characters=5",), ("--dataset.deduplicate=true",),
+        ("--dataset.validation_fraction=0.25",),
+    ]  # fmt: skip
+    names = [name(*flags) for flags in others]
+    assert len(set(names)) == len(names)
+    assert [name(*flags) for flags in others] == names
+    # How the tokens become rows does not.
+    assert name("--dataset.instances={type: packed}", "--dataset.sequence_length=64") == names[0]
+    Path("chat.jinja").write_text("two")
+    assert name(*others[2]) not in names
+    config = json.loads(Path("tok/tokenizer_config.json").read_text())
+    Path("tok/tokenizer_config.json").write_text(json.dumps({**config, "pad_token": None}))
+    assert name(by_path) not in names
 
 
 def test_other_sources_have_other_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -58,12 +58,13 @@ def test_packed_conversations_show_documents_and_targets(
     def document(number: int) -> str:
         return (
             f"  document {number}, tokens 0 to {length - 1} of {length}\n"
-            f"    ⟦<|im_start|>user\n    Hi {number}<|im_end|>\n    <|im_start|>assistant\n"
-            f"    ⟧Hello\n    {number}<|im_end|>\n    <|endoftext|>\n"
+            f"    <|im_start|>user\n    Hi {number}<|im_end|>\n    <|im_start|>assistant\n"
+            f"    [[Hello\n    {number}<|im_end|>\n    <|endoftext|>]]\n"
         )
 
     assert text == (
-        "D/chat/bytes_small train: 1 instance of up to 256 tokens (packed)\n\n"
+        "D/chat/bytes_small train: 1 instance of up to 256 tokens (packed)\n"
+        "[[ ]]: targets, the tokens that the loss asks for\n\n"
         f"instance 0: 256 tokens, {256 - 2 * length} of padding, {targets + 2} targets, "
         f"2 documents\n{document(0)}{document(1)}  padding, {256 - 2 * length} tokens\n"
     )
@@ -77,8 +78,8 @@ def test_terminals_get_colours_and_the_same_text(
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("TERM", "xterm-256color")
     coloured = run(capsys, *args)
-    assert "\x1b[32mHello" in coloured
-    assert "\x1b[2m⟦<|im_start|>user" in coloured
+    assert "\x1b[32m[[Hello" in coloured
+    assert "\x1b[2m<|im_start|>user" in coloured
     assert "\x1b[36m  document 0" in coloured
     assert "\x1b[35m  document 1" in coloured
     from rich.text import Text
@@ -108,7 +109,7 @@ def test_plain_text_shows_where_instances_cut_documents(
     source = "--dataset.source={type: files, paths: [a.txt]}"
     text = run(capsys, "data", "show", *ARGS, source, "--sequence-length", "6", "-n", "9")
     assert "instance 1: 6 tokens, 5 targets, 1 document\n" in text
-    assert "  document 0, tokens 6 to 11 of 13\n    ⟦g⟧h\\x1b[1m\n" in text
+    assert "  document 0, tokens 6 to 11 of 13\n    g[[h\\x1b[1m]]\n" in text
     error = run(capsys, "data", "show", *ARGS, source, "--split", "val", code=2)
     assert "has no val split; it has train" in error
 
@@ -125,7 +126,7 @@ def test_source_of_a_mixture_is_chosen_by_name(capsys: pytest.CaptureFixture[str
     error = run(capsys, "data", "show", *ARGS, *mix, code=2)
     assert "--source is needed for a mixture; there are one, two" in error
     text = run(capsys, "data", "show", *ARGS, *mix, "--source", "two", "-n", "1")
-    assert "⟦t⟧wo two" in text
+    assert "t[[wo two" in text
     assert "D/two/" in text
     error = run(capsys, "data", "show", *ARGS, *mix, "--source", "three", code=2)
     assert "--source three: no such source; there are one, two" in error
@@ -139,7 +140,8 @@ def test_a_data_set_that_does_not_say_how_long_it_is_shows_no_number(
     text = run(capsys, "data", "show", *args, "--start", "12")
     assert text.startswith(
         "tests.data.instances.custom_examples:Lines train: instances of unknown number, of up to "
-        "4 tokens (custom)\n\ninstance 12: 4 tokens, 3 targets, 1 document\n"
+        "4 tokens (custom)\n[[ ]]: targets, the tokens that the loss asks for\n\n"
+        "instance 12: 4 tokens, 3 targets, 1 document\n"
     )
 
 

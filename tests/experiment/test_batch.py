@@ -1,6 +1,7 @@
 """Which documents and tokens a step was made of."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -134,7 +135,10 @@ def test_the_verb_shows_a_table_and_marks_what_is_no_target(
     found = step_batch(run, 2)
     assert sum(line.split()[1:3] == ["64", "63"] for line in lines[3:]) == 16
     shown = output[output.index("\n\ninstance ") :]
-    assert shown.count("⟦") == shown.count("⟧") == 1
+    assert "\n\n[[ ]]: targets, the tokens that the loss asks for\n\ninstance " in output
+    # The first token, which nothing predicts, stands before them.
+    assert shown.count("[[") == shown.count("]]") == len(found.instances[0].documents)
+    assert re.search(r"    .\[\[", shown)
     assert shown.count("  document ") == len(found.instances[0].documents)
     assert cli.run(["batch", str(run), "--step", "2", "--show", "0", "--json"]) == 0
     data = json.loads(capsys.readouterr().out)

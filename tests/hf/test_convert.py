@@ -17,6 +17,7 @@ from toolkit.checkpoint.find import find_checkpoint
 from toolkit.checkpoint.layout import read_metadata
 from toolkit.checkpoint.tensors import iterate_tensors, load_tensors
 from toolkit.data.tokenizers.bpe import train_bpe
+from toolkit.data.tokenizers.byte import ByteTokenizer
 from toolkit.data.tokenizers.tokenizer import load_tokenizer
 from toolkit.errors import (
     CheckpointError,
@@ -110,6 +111,29 @@ def test_added_tokens_grow_tokenizer_and_model(original: Path, tmp_path: Path) -
     rows = load_model(find_source(tmp_path / "out")).embeddings.tokens.weight
     mean = rows[:300].mean(0).bfloat16().float()
     assert all(torch.equal(rows[number], mean) for number in range(300, 305))
+
+
+def test_a_byte_tokenizer_grows_too(tmp_path: Path) -> None:
+    source = tmp_path / "model"
+    random_model(their_config("llama", vocab_size=257)).save_pretrained(source)
+    ByteTokenizer().save(source)
+    made = convert_it(source, tmp_path / "plain")
+    assert made.config.vocab_size == 257
+    made = convert_it(source, tmp_path / "out", add_tokens=["<|im_start|>", "<|im_end|>"])
+    assert made.config.vocab_size == 259
+    tokenizer = load_tokenizer(tmp_path / "out" / "tokenizer")
+    assert (tokenizer.vocab_size, tokenizer.eos_id) == (259, 256)
+    assert tokenizer.control_tokens == {
+        "<|endoftext|>": 256,
+        "<|im_start|>": 257,
+        "<|im_end|>": 258,
+    }
+    text = "<|im_end|> \x00 h\xe9 \n"
+    assert tokenizer.encode_batch([text])[0].tolist() == list(text.encode())
+    ((ids, _),) = tokenizer.encode_offsets(["<|im_start|>a<|im_end|>"], special_tokens=True)
+    assert ids.tolist() == [257, 97, 258]
+    tokenizer.save(tmp_path / "again")
+    assert load_tokenizer(tmp_path / "again").fingerprint == tokenizer.fingerprint
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -21,8 +21,8 @@ def batch(
     """Show which documents and tokens made up the global batch of one step.
 
     Documents and instances are numbered from 0, in the order of train.bin. A document's tokens are
-    counted from its own first. Tokens between ⟦ and ⟧ are no targets: the loss does not ask for
-    them (the first of each instance, which nothing predicts, and what a loss mask leaves out).
+    counted from its own first. Tokens between [[ and ]] are targets: the loss asks for them (not
+    for the first of each instance, which nothing predicts, nor for what a loss mask leaves out).
     Every document starts a new paragraph.
 
     \b
@@ -33,7 +33,7 @@ def batch(
     """
     from pathlib import Path
 
-    from toolkit.cli.instance_text import plain_console, print_pieces
+    from toolkit.cli.instance_text import LEGEND, plain_console, print_pieces
     from toolkit.experiment.batch import step_batch
 
     found = step_batch(Path(run_named(run_dir)), step, show=show)
@@ -44,6 +44,8 @@ def batch(
         return
     _print_batch(found)
     console = plain_console()
+    if show:
+        console.print(f"\n{LEGEND}")
     for instance in found.instances[:show]:
         console.print()
         console.print(f"instance {_name(instance)}", style="bold")

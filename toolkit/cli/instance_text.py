@@ -15,8 +15,9 @@ if TYPE_CHECKING:
     from toolkit.data.instances.base import DocumentPart
     from toolkit.data.instances.text import DecodedPiece
 
-NOT_A_TARGET = ("⟦", "⟧")
-"""Around tokens that the loss does not ask for, on every kind of terminal."""
+TARGET = ("[[", "]]")
+"""Around tokens that the loss asks for, on every kind of terminal, as errors have them."""
+LEGEND = "[[ ]]: targets, the tokens that the loss asks for"
 DOCUMENT_COLORS = ("cyan", "magenta")
 
 
@@ -54,9 +55,9 @@ def print_pieces(
             console.print(Text(f"  document {document:,}, tokens {tokens}", style=next(colors)))
         text = visible(piece.text)
         if piece.is_target:
-            line.append(text, style="green")
+            line.append(f"{TARGET[0]}{text}{TARGET[1]}", style="green")
         else:
-            line.append(f"{NOT_A_TARGET[0]}{text}{NOT_A_TARGET[1]}", style="dim")
+            line.append(text, style="dim")
     _print_indented(console, line)
 
 

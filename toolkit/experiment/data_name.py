@@ -2,7 +2,8 @@
 
 `toolkit train sft_chat --dataset.source=...` trains on the text of the flag. Its token files must
 not lie under the name that the recipe gives to its own: they would be taken for these later, and
-the other way round. So they get a name of their own, which the source decides.
+the other way round. So they get a name of their own, which the source decides, and all else that
+changes tokens: the same text by another chat template or tokenizer lies elsewhere.
 """
 
 import os
@@ -11,7 +12,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from toolkit.config import ConfigLayers
+from toolkit.config.check import check
 from toolkit.data.config import DatasetConfig
+from toolkit.errors import ToolkitError
 from toolkit.storage.remote import is_url
 
 _ORIGIN = "--dataset.source"
@@ -28,7 +31,8 @@ def name_own_data(
     Args:
         before: `dataset` as it was without the flags.
     """
-    source = (layers.data.get("dataset") or {}).get("source")
+    dataset = layers.data.get("dataset") or {}
+    source = dataset.get("source")
     if not isinstance(source, dict) or any("dataset_name" in flag for flag in overrides):
         return
     given, named = _identity(before.get("source")), before.get("dataset_name")
@@ -37,19 +41,34 @@ def name_own_data(
     # A file of one's own may name the data that a flag gives.
     if given is None and named not in (None, DatasetConfig().dataset_name):
         return
-    layers.set("dataset.dataset_name", own_name(source), _ORIGIN)
+    layers.set("dataset.dataset_name", own_name(source, _settings(dataset)), _ORIGIN)
 
 
-def own_name(source: dict[str, Any]) -> str:
-    """What `source` is called: a word of it, and a hash of all that it says."""
+def own_name(source: dict[str, Any], settings: dict[str, Any]) -> str:
+    """What `source` is called: a word of it, and a hash of all that it and `settings` say."""
     import xxhash
 
-    identity = _identity(source), sorted((k, v) for k, v in source.items() if k not in _PATHS)
+    own = sorted((name, value) for name, value in source.items() if name not in _PATHS)
+    identity = _identity(source), own, settings
     digest = xxhash.xxh3_64_hexdigest(repr(identity).encode("utf-8", "surrogateescape"))
     word = str(source.get("name") or next(iter(_paths(source)), "") or source.get("type", "data"))
     word = os.path.basename(word.rstrip("/")).partition(".")[0]
     word = re.sub(r"[^A-Za-z0-9_-]+", "-", word).strip("-")[:_LONGEST]
     return f"{word or 'data'}-{digest[:8]}"
+
+
+def _settings(dataset: dict[str, Any]) -> dict[str, Any]:
+    """What of `dataset` decides its tokens; empty where that cannot be told, which is an error
+    soon."""
+    from toolkit.data.tokens.settings import settings_of
+
+    config = check(dataset, DatasetConfig).config
+    if config is None:
+        return {}
+    try:
+        return settings_of(config)
+    except (ToolkitError, OSError):
+        return {}
 
 
 def _identity(source: Any) -> tuple[Any, ...] | None:

@@ -213,7 +213,7 @@ def test_a_plan_is_kept_and_what_a_killed_process_left_is_removed(
     reports = [message for message in caplog.messages if "positions filled" in message]
     assert len(reports) == 1
     assert (
-        "3 documents in 3 rows, 70.83% of positions filled, 1 documents longer than 8 cut"
+        "3 documents in 3 rows, 70.83% of positions filled, 1 document longer than 8 cut"
         in (reports[0])
     )
     assert not leftover.exists()
@@ -246,8 +246,12 @@ def test_a_damaged_plan_names_the_folder_to_delete(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"damaged \(starts.npy: .*delete this folder"):
         PackedDataset(prepared, "train", 4)
     (folder / "plan.json").write_text("{")
-    with pytest.raises(DataError, match=r"damaged \(plan.json: .*delete this folder"):
+    with pytest.raises(DataError) as caught:
         PackedDataset(prepared, "train", 4)
+    assert str(caught.value) == (
+        f"{folder}: damaged (plan.json: not valid JSON: Input data was truncated); delete this "
+        "folder, the plan is then made again"
+    )
 
 
 def test_a_full_disk_is_one_clear_line_and_leaves_nothing(

@@ -43,6 +43,7 @@ def chats(folder: Path, *sizes: tuple[int, int], **changes: Any) -> DatasetConfi
 def said(config: DatasetConfig, caplog: pytest.LogCaptureFixture) -> list[str]:
     """What is said of the targets when the data is prepared."""
     caplog.clear()
+    targets._said.clear()  # as in another process
     with caplog.at_level(logging.WARNING, "toolkit.data"):
         prepare_corpus(data_config(config), progress=False)
     return [r.getMessage() for r in caplog.records if "no target" in r.getMessage()]
@@ -59,7 +60,16 @@ def test_chats_longer_than_a_row_are_counted_and_said(
     assert said(chats(tmp_path, *[(100, 10)] * 6, dataset_name="short"), caplog) == []
     # Long, but the answer's beginning is where its prompt is, and all of its end too.
     line, *_ = said(chats(tmp_path, (100, 200), dataset_name="answer"), caplog)
-    assert "0 of 3 rows of 128 tokens have no target, and 1 of 1 documents" in line
+    assert "0 of 3 rows of 128 tokens have no target, and 1 of 1 document has" in line
+
+
+def test_a_process_says_it_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    config = chats(tmp_path, *[(850, 10)] * 6)
+    assert len(said(config, caplog)) == 1
+    with caplog.at_level(logging.WARNING, "toolkit.data"):
+        for _ in range(2):
+            open_corpus(data_config(config), progress=False)
+    assert sum("no target" in r.getMessage() for r in caplog.records) == 1
 
 
 @pytest.mark.parametrize(

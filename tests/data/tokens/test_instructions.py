@@ -1,5 +1,8 @@
 """Rows of instruction data as tokens: which are targets, and which are control tokens."""
 
+import gzip
+import json
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -21,7 +24,8 @@ from tests.data.text.instructions.templates import (
     tokenizer,
     user,
 )
-from toolkit.data.config import InstructionsConfig
+from tests.data.text.reading import read_all
+from toolkit.data.config import FilesSourceConfig, InstructionsConfig
 from toolkit.data.text.piece import Piece
 from toolkit.data.tokenizers.tokenizer import Tokenizer
 from toolkit.data.tokens.encoding import Encoded
@@ -326,6 +330,25 @@ def test_template_that_drops_text_is_an_error_with_a_sample() -> None:
     assert "drops text: message 0 (system)" in message
     assert "'Be brief.' is missing" in message
     assert r"the row, targets in [[ ]]: <|im_start|>user\nHi<|im_end|>" in message
+
+
+def test_rows_are_named_by_path_and_line(tmp_path: Path) -> None:
+    bad = {"messages": [{"role": "assistnt", "content": "Hi"}]}
+    path = tmp_path / "role.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in ({"messages": TWO_TURNS}, bad)))
+    source = FilesSourceConfig(paths=[str(path)])
+    pieces = read_all(source, rows=True)
+    encoder = InstructionEncoder(tokenizer(CHATML), InstructionsConfig())
+    with pytest.raises(DataError) as caught:
+        encoder.encode(pieces)
+    start = len(path.read_text().splitlines(keepends=True)[0])
+    place = f"{path}: line 2 (byte {start})"
+    assert str(caught.value).startswith(f"{place}: messages[0]: role 'assistnt' is not known")
+    with gzip.open(f"{path}.gz", "wt") as file:
+        file.write(path.read_text())
+    path.unlink()
+    with pytest.raises(DataError, match=rf"^{path}\.gz: line 2 \(byte {start}\): messages"):
+        encoder.encode(read_all(FilesSourceConfig(paths=[f"{path}.gz"]), rows=True))
 
 
 def test_template_that_refuses_a_row_names_it() -> None:

@@ -43,8 +43,8 @@ def show(
     """Show instances as training sees them: text, documents, and what the loss counts.
 
     Instances are numbered from 0, before shuffling. Every document starts a new paragraph. Tokens
-    between ⟦ and ⟧ are no targets: the loss does not ask for them. Control tokens show by their
-    names. Data that is not there yet is prepared first.
+    between [[ and ]] are targets: the loss asks for them. Control tokens show by their names. Data
+    that is not there yet is prepared first.
 
     \b
     Examples:
@@ -53,7 +53,7 @@ def show(
       toolkit data show chat.json -n 3 --split val --start 100
       toolkit data show mix.json --source web --dataset.instances='{type: packed}'
     """
-    from toolkit.cli.instance_text import plain_console, print_pieces
+    from toolkit.cli.instance_text import LEGEND, plain_console, print_pieces
     from toolkit.data.show import find_instances
     from toolkit.experiment.load import load_experiment
 
@@ -71,6 +71,7 @@ def show(
         f"{found.where} {split.value}: {instances} of up to "
         f"{found.instances.sequence_length:,} tokens ({found.kind})"
     )
+    console.print(LEGEND)
     for shown in found.decoded(start, number):
         documents = len(shown.documents)
         padding = f", {shown.num_padding:,} of padding" if shown.num_padding else ""

@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING
 
 import typer
 
+from toolkit.wording import count
+
 if TYPE_CHECKING:
     from toolkit.data.tokens.prepared import PreparedDataset
 
@@ -13,8 +15,9 @@ def print_summary(made: "Sequence[PreparedDataset]") -> None:
     """Where each data set is and what it holds."""
     for prepared in made:
         typer.echo(
-            f"{prepared.folder}: {prepared.num_tokens('train'):,} training tokens in "
-            f"{prepared.num_documents('train'):,} documents, {prepared.num_tokens('val'):,} "
-            f"validation tokens in {prepared.num_documents('val'):,}, vocabulary of "
+            f"{prepared.folder}: {count(prepared.num_tokens('train'), 'training token')} in "
+            f"{count(prepared.num_documents('train'), 'document')}, "
+            f"{count(prepared.num_tokens('val'), 'validation token')} in "
+            f"{prepared.num_documents('val'):,}, vocabulary of "
             f"{prepared.vocab_size:,} ({prepared.manifest.dtype})"
         )

@@ -35,6 +35,7 @@ from toolkit.storage.atomic import (
     write_json_atomic,
 )
 from toolkit.storage.foreign import read_bytes, read_json
+from toolkit.wording import count
 
 if TYPE_CHECKING:
     import numpy as np
@@ -254,14 +255,14 @@ def _make(plan: Plan, folder: Path, make: Callable[[Path], PlanHeader]) -> PlanH
 
 def _report(plan: Plan, header: PlanHeader, seconds: float) -> None:
     what = [
-        f"{header.num_documents:,} documents in {header.num_instances:,} rows",
+        f"{count(header.num_documents, 'document')} in {count(header.num_instances, 'row')}",
         f"{header.efficiency:.2%} of positions filled",
-        f"{header.cut_documents:,} documents longer than {plan.sequence_length} cut",
+        f"{count(header.cut_documents, 'document')} longer than {plan.sequence_length} cut",
     ]
     if header.dropped_tokens:
         what.append(
-            f"{header.dropped_tokens:,} tokens dropped ({header.dropped_documents:,} whole "
-            "documents), shorter than the shortest row"
+            f"{count(header.dropped_tokens, 'token')} dropped "
+            f"({count(header.dropped_documents, 'whole document')}), shorter than the shortest row"
         )
     logger.info(
         "%s of %s as %s instances of %d tokens: %s; planned in %.1f s",

@@ -18,6 +18,7 @@ from toolkit.data.instances.plans import find_note, keep_note
 from toolkit.data.instances.text import target_mask
 from toolkit.errors import DataError
 from toolkit.storage.foreign import decode_json
+from toolkit.wording import count
 
 if TYPE_CHECKING:
     from toolkit.data.config import DatasetConfig
@@ -27,6 +28,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 BLOCK_TOKENS = 1 << 22
+
+_said: set[tuple[str, str]] = set()
+"""What this process has said already, and of which folder: training opens its data several times.
+"""
 
 
 class TargetCounts(msgspec.Struct, frozen=True, kw_only=True):
@@ -59,22 +64,25 @@ def check_row_targets(
     length, advice = config.sequence_length, "raise dataset.sequence_length, or leave them out"
     if split == "train" and counts.rows_without_targets == counts.num_rows:
         raise DataError(
-            f"{prepared.folder}: none of its {counts.num_rows:,} rows of {length} tokens has a "
-            f"target, so the loss would count nothing; raise dataset.sequence_length"
+            f"{prepared.folder}: none of its {count(counts.num_rows, 'row')} of {length} tokens "
+            "has a target, so the loss would count nothing; raise dataset.sequence_length"
         )
     if counts.rows_without_targets or counts.cut_answers:
-        logger.warning(
-            "%s of %s: %s of %s rows of %d tokens have no target, and %s of %s documents have "
-            "answers in rows without their beginning, cut from their prompt; %s",
-            split,
-            prepared.folder,
-            f"{counts.rows_without_targets:,}",
-            f"{counts.num_rows:,}",
-            length,
-            f"{counts.cut_answers:,}",
-            f"{counts.num_documents:,}",
-            advice,
+        line = (
+            f"{split} of {prepared.folder}: {counts.rows_without_targets:,} of "
+            f"{count(counts.num_rows, 'row')} of {length} tokens "
+            f"{_have(counts.rows_without_targets)} no target, and "
+            f"{counts.cut_answers:,} of {count(counts.num_documents, 'document')} "
+            f"{_have(counts.cut_answers)} answers in rows without their beginning, cut from their prompt; {advice}"
         )
+        key = str(prepared.folder.absolute()), line
+        if key not in _said:
+            _said.add(key)
+            logger.warning("%s", line)
+
+
+def _have(number: int) -> str:
+    return "has" if number == 1 else "have"
 
 
 def _counts(

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterator
 
-from toolkit.data.text.jsonl import ObjectReader
+from toolkit.data.text.jsonl import ObjectReader, too_deep
 from toolkit.data.text.piece import Piece
 from toolkit.data.text.plain import BYTE_ORDER_MARK
 from toolkit.data.text.reading import Counts, Reading, decode
@@ -34,11 +34,11 @@ def read_json_array(part: Range, reading: Reading, counts: Counts) -> Iterator[P
         try:
             _, end = decoder.raw_decode(text, position)
         except (ValueError, RecursionError) as error:
-            what = "nested too deeply" if isinstance(error, RecursionError) else error
-            raise DataError(f"{where()}: not valid JSON: {what}") from None
+            if isinstance(error, RecursionError):
+                raise too_deep(where()) from None
+            raise DataError(f"{where()}: not valid JSON: {error}") from None
         element = text[position:end].encode("utf-8", "surrogatepass")
-        place = f"{part.name}, element {number}"
-        yield objects.piece(element, 0, f"{part.name}:{number}", place, where)
+        yield objects.piece(element, 0, f"{part.name}:{number}", where(), where)
         number += 1
         position = _next(text, end)
         if text[position : position + 1] == ",":

@@ -14,6 +14,10 @@ import msgspec
 _SPACED_COLON = re.compile(rb'"\s+:')
 
 
+class TooDeepError(msgspec.DecodeError):
+    """Nested deeper than the interpreter can follow."""
+
+
 class _Pairs(list[tuple[str, Any]]):
     """An object as the list of its keys and values."""
 
@@ -37,7 +41,7 @@ def decode_loosely(data: bytes | bytearray | str, decoder: Any = None) -> Any:
             raise
         return value
     except RecursionError:
-        raise msgspec.DecodeError("nested too deeply") from None
+        raise TooDeepError("nested too deeply") from None
 
 
 def lenient(data: bytes | bytearray | str) -> Any:

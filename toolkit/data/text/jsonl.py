@@ -12,10 +12,15 @@ import msgspec
 
 from toolkit.data.config import FilesSourceConfig
 from toolkit.data.text.columns import TextColumns
-from toolkit.data.text.json_text import decode_loosely, repeated_key, repeats_field
+from toolkit.data.text.json_text import (
+    TooDeepError,
+    decode_loosely,
+    repeated_key,
+    repeats_field,
+)
 from toolkit.data.text.long_documents import LONG_BYTES
 from toolkit.data.text.long_lines import TooLongError, read_line, read_long_line
-from toolkit.data.text.piece import Piece
+from toolkit.data.text.piece import Piece, at_found_place
 from toolkit.data.text.reading import Counts, Reading, decode
 from toolkit.data.text.shards import Range
 from toolkit.data.text.table_checks import MAX_DEPTH, is_deep
@@ -106,7 +111,7 @@ class ObjectReader:
                 yield from found
                 return
         where = functools.partial(self._line, offset)
-        yield self.piece(line, offset, identity, f"{self._part.name}, byte {offset}", where)
+        yield self.piece(line, offset, identity, f"{self._part.path}: byte {offset}", where)
 
     def piece(
         self,
@@ -133,14 +138,14 @@ class ObjectReader:
             try:
                 value = self._decode(text.encode("utf-8", "surrogatepass"), place, where)
             except (msgspec.DecodeError, RecursionError) as error:
-                self._check_depth(line, where)
                 repaired = self._repaired(text, place)
                 if repaired is None:
                     raise self._bad_line(text, where(), error) from None
                 value = repaired
         if isinstance(value, dict):
-            self._check_depth(line, where)
-            return Piece(identity, row=value, num_bytes=len(line), place=place)
+            if is_deep(line):
+                raise too_deep(where())
+            return Piece(identity, row=value, num_bytes=len(line), place=place, find_place=where)
         return Piece(identity, value)
 
     def _decode(
@@ -161,7 +166,12 @@ class ObjectReader:
                 raise _repeats(where(), repeated)
         if not isinstance(row, dict):
             raise msgspec.ValidationError(f"Expected `object`, got {type(row).__name__}")
-        return row if self._columns is None else self._columns.text(row, place)
+        if self._columns is None:
+            return row
+        try:
+            return self._columns.text(row, place)
+        except DataError as error:
+            raise at_found_place(error, place, where) from None
 
     def _repaired(self, text: str, place: str) -> str | dict[str, Any] | None:
         """The document of a line whose only defect are lone surrogates, where replacing them is
@@ -175,10 +185,6 @@ class ObjectReader:
         except (ValueError, DataError, TypeError, RecursionError):
             return None
 
-    def _check_depth(self, line: bytes | bytearray, where: Callable[[], str]) -> None:
-        if is_deep(line):
-            raise DataError(f"{where()}: nested deeper than {MAX_DEPTH} levels")
-
     def _line(self, offset: int) -> str:
         with _open(self._part) as file:
             number, left = 1, offset
@@ -188,6 +194,8 @@ class ObjectReader:
         return f"{self._part.path}: line {number} (byte {offset})"
 
     def _bad_line(self, text: str, where: str, error: Exception) -> DataError:
+        if isinstance(error, RecursionError | TooDeepError):
+            return too_deep(where)
         if not isinstance(error, msgspec.ValidationError):
             if self._source.encoding_errors == "strict" and _holds_surrogate(text):
                 return DataError(
@@ -201,6 +209,11 @@ class ObjectReader:
             f"{where}: no text under {self._source.text_field!r}: {error}; set "
             "dataset.source.text_field to the key that holds it"
         )
+
+
+def too_deep(where: str) -> DataError:
+    """The error for an object with more levels than are read."""
+    return DataError(f"{where}: nested deeper than {MAX_DEPTH} levels")
 
 
 def _repeats(where: str, key: str) -> DataError:

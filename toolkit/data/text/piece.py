@@ -2,7 +2,11 @@
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from toolkit.errors import DataError
+
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import numpy as np
 
 
@@ -31,3 +35,14 @@ class Piece(NamedTuple):
     piece."""
     place: str = ""
     """Of rows, where they stand, in words for messages."""
+    find_place: "Callable[[], str] | None" = None
+    """What errors say in place of `place`, where that takes time to find: a line's number."""
+
+
+def at_found_place(
+    error: DataError, place: str, find_place: "Callable[[], str] | None"
+) -> DataError:
+    """`error`, which names `place`, with the better words that are looked for only now."""
+    if find_place is None:
+        return error
+    return DataError(str(error).replace(place, find_place(), 1))

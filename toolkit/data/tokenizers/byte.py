@@ -8,6 +8,7 @@ from toolkit.data.tokenizers.tokenizer import BYTE_MARK, EOS_TOKEN, Tokenizer, f
 
 if TYPE_CHECKING:
     import numpy as np
+    from tokenizers import Tokenizer as BackendTokenizer
 
 
 class ByteTokenizer(Tokenizer):
@@ -30,6 +31,11 @@ class ByteTokenizer(Tokenizer):
         import numpy as np
 
         return [np.frombuffer(text.encode(), dtype=np.uint8) for text in texts]
+
+    def is_outgrown_by(self, backend: "BackendTokenizer") -> bool:
+        """Whether `backend` is this one with added tokens, which this kind does not have."""
+        ours, theirs = (b.get_vocab(with_added_tokens=True) for b in (self._backend, backend))
+        return ours.items() < theirs.items()
 
 
 def byte_characters() -> list[str]:

@@ -286,7 +286,9 @@ def load_file(
     if config.get(BYTE_MARK):
         from toolkit.data.tokenizers.byte import ByteTokenizer
 
-        return ByteTokenizer(files)
+        plain = ByteTokenizer(files)
+        if not path.is_file() or not plain.is_outgrown_by(read_backend(path, config)):
+            return plain
     if not path.is_file():
         raise DataError(f"{path}: no such file; a tokenizer folder needs {TOKENIZER_FILE}")
     backend = read_backend(path, config)

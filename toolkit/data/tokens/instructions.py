@@ -17,7 +17,7 @@ from toolkit.data.text.instructions.checks import NO_TARGET, check_targets
 from toolkit.data.text.instructions.named import NamedTemplates
 from toolkit.data.text.instructions.rendering import RenderedRow, RowRenderer
 from toolkit.data.text.instructions.template import ChatTemplate, Span, read_chat_template
-from toolkit.data.text.piece import Piece
+from toolkit.data.text.piece import Piece, at_found_place
 from toolkit.data.tokenizers.tokenizer import Tokenizer
 from toolkit.data.tokens.encoding import Encoded
 from toolkit.errors import ConfigError
@@ -92,7 +92,10 @@ class InstructionEncoder:
         rendered = []
         for piece in pieces:
             assert piece.row is not None
-            rendered.append(self._renderer.render(piece.row, _place(piece)))
+            try:
+                rendered.append(self._renderer.render(piece.row, _place(piece)))
+            except DataError as error:
+                raise at_found_place(error, _place(piece), piece.find_place) from None
         rows = [row for row in rendered if row is not None]
         tokens = iter(self._tokenize(rows))
         encoded = []
@@ -105,6 +108,11 @@ class InstructionEncoder:
         """A row as errors show it: rendered, shortened, targets between `[[` and `]]`."""
         assert piece.row is not None
         return self._renderer.sample(piece.row, _place(piece))
+
+    def _masked(self, piece: Piece) -> int | None:
+        """The message whose answer the loss would count, did the row not say otherwise."""
+        assert piece.row is not None
+        return self._renderer.masked_answer(piece.row, _place(piece))
 
     def check(
         self,
@@ -121,9 +129,9 @@ class InstructionEncoder:
                 out; shows `first_piece`.
         """
 
-        def sample() -> str:
+        def sample() -> tuple[str, int | None]:
             piece = first_piece()
-            return "none" if piece is None else self.sample(piece)
+            return ("none", None) if piece is None else (self.sample(piece), self._masked(piece))
 
         check_targets(
             self._config,

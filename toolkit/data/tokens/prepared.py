@@ -21,6 +21,7 @@ import msgspec
 from toolkit.data.config import DatasetConfig
 from toolkit.errors import ConfigError, DataError
 from toolkit.storage.foreign import guard, read_json
+from toolkit.wording import count
 
 if TYPE_CHECKING:
     import numpy as np
@@ -249,7 +250,7 @@ def nothing_held_out(prepared: PreparedDataset) -> str | None:
         return None
     number = prepared.num_documents("train")
     return (
-        f"{prepared.folder}: none of its {number:,} documents was held out "
+        f"{prepared.folder}: none of its {count(number, 'document')} was held out "
         f"(dataset.validation_fraction {fraction:g}); raise it and prepare the data under another "
         "dataset.dataset_config, or set it to 0"
     )

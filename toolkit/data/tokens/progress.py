@@ -9,6 +9,7 @@ from rich.console import Console
 
 from toolkit.data.tokens.prepared import PreparedDataset, nothing_held_out
 from toolkit.data.tokens.worker import Job
+from toolkit.wording import count
 
 if TYPE_CHECKING:
     import rich.progress
@@ -93,14 +94,15 @@ class Progress:
         manifest = prepared.manifest
         seconds = time.monotonic() - self._started
         counts = ", ".join(
-            f"{split} {info.num_tokens:,} tokens in {info.num_documents:,} documents"
+            f"{split} {count(info.num_tokens, 'token')} in {count(info.num_documents, 'document')}"
             for split, info in manifest.splits.items()
         )
         self.note(f"prepared {prepared.folder}: {counts}; {seconds:.1f} s")
         if manifest.replaced_bytes:
-            self.note(f"{manifest.replaced_bytes:,} bytes were not UTF-8 and became U+FFFD")
+            was = "was" if manifest.replaced_bytes == 1 else "were"
+            self.note(f"{count(manifest.replaced_bytes, 'byte')} {was} not UTF-8 and became U+FFFD")
         left_out = {"empty": manifest.skipped_documents, **manifest.filtered_documents}
-        reasons = ", ".join(f"{reason} {count:,}" for reason, count in left_out.items() if count)
+        reasons = ", ".join(f"{reason} {number:,}" for reason, number in left_out.items() if number)
         if reasons:
             self.note(f"documents left out: {reasons}")
         not_held_out = nothing_held_out(prepared)

@@ -50,6 +50,32 @@ def test_data_without_any_target_shows_a_row() -> None:
     assert message.endswith("targets in [[ ]]: user: Hi user: there")
 
 
+def test_an_answer_that_its_row_masks_is_said_to_be_masked() -> None:
+    counts = {"num_tokens": 0, "num_targets": None, "filtered": {"no target": 1}}
+    with pytest.raises(DataError) as caught:
+        check({"messages": [user("Hi"), {**assistant("Hello"), "weight": 0}]}, CHATML, counts)
+    assert str(caught.value) == (
+        "dataset.instructions: the loss would count no token of this data: 1 row has no answer of "
+        "the assistant that is trained on; in the first row, message 1 says that it is not (weight "
+        "0, or trainable false, or the like): take that out of what should be trained on; one row, "
+        "targets in [[ ]]: user: Hi assistant: Hello"
+    )
+
+
+@pytest.mark.parametrize("train_on", ["assistant", "all"])
+def test_an_error_shows_targets_of_long_rows(train_on: str) -> None:
+    row = {"messages": [system("ok"), user("x" * 4000), assistant("Hello"), user("y" * 4000)]}
+    encoder = InstructionEncoder(tokenizer(NO_SYSTEM), InstructionsConfig(train_on=train_on))  # type: ignore[arg-type]
+    with pytest.raises(DataError) as caught:
+        encoder.encode([Piece("a:1", row=row)])
+    shown = str(caught.value).partition("; the row, targets in [[ ]]: ")[2]
+    assert len(shown) < 500
+    if train_on == "all":
+        assert (shown[:4], shown[-2:]) == ("[[<|", "]]")
+    else:
+        assert re.search(r"x<\|im_end\|>\\n<\|im_start\|>assistant\\n\[\[Hello", shown)
+
+
 def test_data_that_is_all_targets_shows_a_row() -> None:
     row = {"prompt": "", "completion": "once upon a time"}
     counts: dict[str, Any] = {"num_tokens": 99, "num_targets": 99, "filtered": {}}

@@ -12,6 +12,7 @@ from toolkit.data.text.instructions.roles import ASSISTANT
 from toolkit.data.text.instructions.shapes import Conversation, Message
 from toolkit.data.text.instructions.template import ChatTemplate, Span
 from toolkit.errors import DataError
+from toolkit.wording import count
 
 NO_TARGET = "no target"
 """Reason in `Manifest.filtered_documents`: a row in which nothing can be trained on."""
@@ -152,32 +153,42 @@ def check_targets(
     num_tokens: int,
     num_targets: int | None,
     filtered: Mapping[str, int],
-    sample: Callable[[], str],
+    sample: Callable[[], tuple[str, int | None]],
 ) -> None:
     """Look at a whole data set: some of its tokens, not all and not none, must be targets.
 
     Args:
         num_tokens, num_targets: of all splits; `num_targets` None: every token is one.
         filtered: documents left out, by the reason.
-        sample: gives one rendered row.
+        sample: gives one rendered row, and the number of an answer in it that is masked where no
+            other is trained on.
 
     Raises:
         DataError: the mask is all 0 or all 1.
     """
     left_out = filtered.get(NO_TARGET, 0)
     if num_targets == 0 or (num_tokens == 0 and left_out):
+        shown, masked = sample()
+        why, advice = "", "check the roles in the rows, and dataset.instructions.shape and train_on"
+        if left_out:
+            rows = f"{count(left_out, 'row')} {'has' if left_out == 1 else 'have'}"
+            why = f"{rows} no answer of the assistant; "
+            if masked is not None:
+                why = f"{rows} no answer of the assistant that is trained on; "
+                advice = (
+                    f"in the first row, message {masked} says that it is not (weight 0, or "
+                    "trainable false, or the like): take that out of what should be trained on"
+                )
         raise DataError(
-            "dataset.instructions: the loss would count no token of this data: "
-            + (f"{left_out:,} rows have no answer of the assistant; " if left_out else "")
-            + "check the roles in the rows, and dataset.instructions.shape and train_on; one row, "
-            f"targets in [[ ]]: {sample()}"
+            f"dataset.instructions: the loss would count no token of this data: {why}{advice}; one "
+            f"row, targets in [[ ]]: {shown}"
         )
     if config.train_on != "all" and num_targets in (None, num_tokens) and num_tokens:
         raise DataError(
             "dataset.instructions: the loss would count every token of this data, prompts "
             f"included, though train_on is {config.train_on}; check the rows and the chat "
             "template, or set dataset.instructions.train_on=all; one row, targets in [[ ]]: "
-            f"{sample()}"
+            f"{sample()[0]}"
         )
 
 

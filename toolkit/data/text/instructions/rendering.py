@@ -1,5 +1,6 @@
 """From a row to the text of one document, and which characters of it the loss counts."""
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -93,8 +94,40 @@ class RowRenderer:
                 targets = answer_spans(template, conversation, rendered, answers)
             return self._finish(template, conversation, rendered, targets, answers)
         except DataError as error:
+            targets = targets or self._likely_targets(template, conversation, rendered, answers)
+            legend = ", targets in [[ ]]" if targets else ""
             shown = excerpt(rendered.text, targets)
-            raise DataError(f"{where}: {error}; the row, targets in [[ ]]: {shown}") from None
+            raise DataError(f"{where}: {error}; the row{legend}: {shown}") from None
+
+    def _likely_targets(
+        self,
+        template: ChatTemplate,
+        conversation: Conversation,
+        rendered: Rendering,
+        answers: list[int],
+    ) -> list[Span]:
+        """What the loss would count, to be shown with an error that came before it was known."""
+        if self._config.train_on == "all":
+            return [(0, len(rendered.text))]
+        with contextlib.suppress(DataError):
+            return answer_spans(template, conversation, rendered, answers)
+        found, position = [], 0
+        for number in answers:
+            content = conversation.messages[number]["content"].strip()
+            start = rendered.text.find(content, position)
+            if content and start >= 0:
+                position = start + len(content)
+                found.append((start, position))
+        return found
+
+    def masked_answer(self, row: dict[str, Any], where: str) -> int | None:
+        """An answer that is not trained on because the row says so, where none else is."""
+        conversation = read_conversation(row, self._config, where)
+        answers = conversation.answers()
+        if self._config.train_on == "last_assistant":
+            answers = answers[-1:]
+        is_masked = [number in conversation.masked for number in answers]
+        return answers[-1] if answers and all(is_masked) else None
 
     def sample(self, row: dict[str, Any], where: str) -> str:
         """A row as errors show it."""
