@@ -58,6 +58,21 @@ def is_surely_one_of_many(environ: Mapping[str, str] = os.environ) -> bool:
     return False
 
 
+def is_accelerated() -> bool:
+    """Whether `accelerate launch` started this process, as far as one of its parents tells."""
+    import psutil
+
+    if "CROSS_RANK" in os.environ:  # over pdsh, from another machine
+        return True
+    with contextlib.suppress(psutil.Error):
+        return any(
+            Path(word).name.startswith("accelerate")
+            for parent in psutil.Process().parents()
+            for word in parent.cmdline()[:4]
+        )
+    return False
+
+
 def end_with_parent(parent: int) -> None:
     """End this process, a worker, once `parent` is gone: a killed process cannot end others."""
 
