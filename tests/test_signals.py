@@ -14,7 +14,7 @@ import pytest
 
 from toolkit import signals
 from toolkit.errors import EXIT_STOPPED
-from toolkit.parents import orphan_check
+from toolkit.parents import is_launched, launcher_is_gone, orphan_check
 
 ANSWERS = """
 import os, sys, time
@@ -62,11 +62,22 @@ def test_the_innermost_receiver_is_asked_and_once_settled_nobody_is_interrupted(
 
 
 def test_a_launcher_that_dies_interrupts_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.setattr("toolkit.parents.HAS_LAUNCHER", True)
     monkeypatch.setattr(os, "getppid", lambda: 1_000_000)
     with pytest.raises(signals.Interrupted) as caught, signals.listening(signals.Starting()):
         time.sleep(60)
     assert caught.value.reason == signals.LAUNCHER_GONE
+
+
+def test_what_a_process_sets_for_its_own_engine_makes_it_no_child_of_a_launcher(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("toolkit.parents.HAS_LAUNCHER", is_launched({"SLURM_STEP_NUM_TASKS": "1"}))
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.setattr(os, "getppid", lambda: 1_000_000)
+    assert not launcher_is_gone()
+    for environ in ({"WORLD_SIZE": "1"}, {"SLURM_STEP_NUM_TASKS": "4"}, {"PMI_SIZE": "2"}):
+        assert is_launched(environ)
 
 
 def test_a_launcher_that_died_first_is_missed_by_its_store(

@@ -4,7 +4,7 @@ import contextlib
 import os
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from toolkit.threads import Thread
@@ -13,14 +13,64 @@ PARENT = os.getppid()
 """Who started this process."""
 
 _LAUNCHER_VARIABLES = ("WORLD_SIZE", "ACCELERATE_MIXED_PRECISION")
+_SIZES = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE", "PMI_SIZE")
+"""Variables of launchers that set no WORLD_SIZE; a shell within a job has them too, for one."""
+_OF_ONE_PROCESS = ("TORCHELASTIC_RUN_ID", "TOOLKIT_STORE_FILE", "CROSS_RANK")
+"""Variables that launchers give to the processes of a run and nothing else."""
+_OF_JOBS = ("SLURM_PROCID", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
+_LAUNCHERS = frozenset(
+    {"slurmstepd", "mpirun", "mpiexec", "mpiexec.hydra", "hydra_pmi_proxy", "mpispawn"}
+    | {"orterun", "orted", "prterun", "prted"}
+)
+"""Names of the programs that give them."""
 _REFUSALS = 4
 """Refused connections to the launcher's store, a second apart, that mean it is dead."""
+
+
+def is_launched(environ: Mapping[str, str]) -> bool:
+    """Whether these are the variables of a process that a launcher started."""
+    return any(name in environ for name in _LAUNCHER_VARIABLES) or any(
+        environ.get(name, "1") != "1" for name in _SIZES
+    )
+
+
+HAS_LAUNCHER = is_launched(os.environ)
+"""Decided before this process sets variables itself: the engines of one process want WORLD_SIZE."""
 
 
 def launcher_is_gone() -> bool:
     """Whether a launcher started this process and has ended. A shell that exits after
     `toolkit train &` is nobody's business."""
-    return os.getppid() != PARENT and any(name in os.environ for name in _LAUNCHER_VARIABLES)
+    return HAS_LAUNCHER and os.getppid() != PARENT
+
+
+def is_surely_one_of_many(environ: Mapping[str, str] = os.environ) -> bool:
+    """Whether a launcher started this process, so that there is a rank 0: its variables may also be
+    left in a shell, or be those of a job that the shell runs in."""
+    if any(name in environ for name in _OF_ONE_PROCESS):
+        return True
+    if not any(name in environ for name in _OF_JOBS):
+        return False
+    import psutil
+
+    with contextlib.suppress(psutil.Error):
+        return any(parent.name() in _LAUNCHERS for parent in psutil.Process().parents())
+    return False
+
+
+def is_accelerated() -> bool:
+    """Whether `accelerate launch` started this process, as far as one of its parents tells."""
+    import psutil
+
+    if "CROSS_RANK" in os.environ:  # over pdsh, from another machine
+        return True
+    with contextlib.suppress(psutil.Error):
+        return any(
+            Path(word).name.startswith("accelerate")
+            for parent in psutil.Process().parents()
+            for word in parent.cmdline()[:4]
+        )
+    return False
 
 
 def end_with_parent(parent: int) -> None:

@@ -124,6 +124,26 @@ def test_an_error_of_another_rank_alone_is_shown_with_its_rank(
     assert capsys.readouterr().err == "error: [rank 8, node1] rank8.pt: damaged\n"
 
 
+def test_a_rank_whose_launcher_is_not_there_is_not_silent(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli.time, "sleep", lambda _: None)
+    monkeypatch.setattr(cli.socket, "gethostname", lambda: "node1")
+    for name in ("WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.setenv(name, "")  # so that what is set meanwhile is taken back
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
+    monkeypatch.setenv("SLURM_PROCID", "3")
+    assert cli.run(["train", "smoke"]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: [rank 3, node1] srun started 4 processes on several machines")
+    assert "left from another command, unset them" in err
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    assert cli.run(["train", "nope"]) == 2
+    assert capsys.readouterr().err.startswith("error: [rank 3, node1] nope: no such")
+
+
 @pytest.mark.parametrize(
     ("error", "code", "line"),
     [

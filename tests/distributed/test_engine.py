@@ -58,6 +58,21 @@ def test_fsdp1_and_fp16_are_refused() -> None:
         resolve(TWO | {"ACCELERATE_MIXED_PRECISION": "fp16"})
 
 
+def test_what_is_left_of_a_launcher_is_told_from_what_it_says(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    left = r"^ACCELERATE_MIXED_PRECISION=fp8 in the environment, where no `accelerate launch` "
+    unset = r".*mixed_precision fp8 is not supported.*or `unset ACCELERATE_MIXED_PRECISION`$"
+    with pytest.raises(ConfigError, match=left + unset):
+        resolve({"ACCELERATE_MIXED_PRECISION": "fp8"})
+    old = r"^ACCELERATE_USE_FSDP=true and FSDP_VERSION=1 in the .* `unset ACCELERATE_USE_FSDP FSDP"
+    with pytest.raises(ConfigError, match=old):
+        resolve(FSDP | {"FSDP_VERSION": "1"})
+    monkeypatch.setattr("toolkit.distributed.launcher.is_accelerated", lambda: True)
+    with pytest.raises(ConfigError, match=r"^accelerate launch: mixed_precision fp8 .*or bf16$"):
+        resolve({"ACCELERATE_MIXED_PRECISION": "fp8"})
+
+
 @pytest.mark.parametrize(
     ("dp", "mesh"),
     [({}, (2, 4)), ({"num_replicas": 4}, (4, 2)), ({"shard_degree": 2}, (4, 2))],

@@ -11,6 +11,7 @@ import pytest
 
 from toolkit.checkpoint.layout import METADATA_FILE, CheckpointMetadata, encode_metadata
 from toolkit.cli.main import run
+from toolkit.experiment.checks import check_experiment
 from toolkit.experiment.load import load_experiment
 from toolkit.experiment.preflight import check_load_path
 
@@ -260,3 +261,17 @@ def test_columns_of_parquet_tell_the_same(capsys: pytest.CaptureFixture[str]) ->
     pq.write_table(pa.table({"conversations": [["x"]]}), "a.parquet")
     (line,) = dry_run(capsys, source(paths=["a.parquet"]), "--dataset.instructions={}")
     assert "(so is the first one of a.parquet)" in line
+
+
+def test_a_dry_run_knows_what_evaluations_give(capsys: pytest.CaptureFixture[str]) -> None:
+    flag = "--trainer.callbacks.checkpointer.best_metric="
+    (line,) = dry_run(capsys, f"{flag}val/losss")
+    assert line.endswith(
+        "no evaluation gives 'val/losss'; there are val/loss, val/ppl, val/bits_per_byte"
+    )
+    check_experiment(load_experiment("smoke", [f"{flag}val/ppl"]).config, world_size=1)
+
+
+def test_a_local_load_path_is_no_url(capsys: pytest.CaptureFixture[str]) -> None:
+    (line,) = dry_run(capsys, "--trainer.load_path=file:///abs/run")
+    assert line.endswith("a URL; write the path itself: /abs/run")

@@ -40,3 +40,17 @@ def test_a_pipe_in_the_place_of_metrics_is_not_waited_for(tmp_path: Path) -> Non
 def test_the_last_step_is_found_before_damaged_lines(tmp_path: Path) -> None:
     (tmp_path / "train.jsonl").write_text('{"step": 4}\n' + "[" * 5000 + "\n" + '{"ste')
     assert read_last_step(tmp_path / "train.jsonl") == 4
+
+
+def test_a_run_without_its_config_says_what_it_needs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "metadata").mkdir()
+    RunManager(tmp_path, experiment="a", name="b").close("finished")
+    assert cli.run(["resume", str(tmp_path)]) == 2
+    assert "it was started from Python" in capsys.readouterr().err
+    (tmp_path / RUN_FILES.origins).write_text("{}")
+    assert cli.run(["resume", str(tmp_path)]) == 2
+    said = capsys.readouterr().err
+    assert f"error: {tmp_path}/metadata/config.json: is missing" in said
+    assert f"--trainer.load_path={tmp_path}" in said

@@ -6,12 +6,17 @@ from typing import Any
 
 import pytest
 
+from toolkit.data.corpus_info import data_places
+from toolkit.data.tokens.prepared import MANIFEST_NAME
 from toolkit.distributed.engine import Engine, resolve_engine
 from toolkit.errors import ConfigError, TrainingError
 from toolkit.experiment import rank_errors
 from toolkit.experiment import run as experiment
 from toolkit.experiment.load import load_experiment
+from toolkit.experiment.run_data import find_data
+from toolkit.runs.files import RUN_FILES
 from toolkit.runs.manager import RunManager
+from toolkit.storage.atomic import write_json_atomic
 
 
 @pytest.mark.parametrize(
@@ -109,3 +114,23 @@ def test_a_password_in_a_url_is_refused_and_a_variable_is_stored_by_its_name(
         assert "secret-of" not in file.read_text()
     for file in ("metadata/config.json", "metadata/origins.json"):
         assert "postgresql://me:${DB_PASSWORD}@host" in run.path(file).read_text()
+
+
+def test_data_behind_a_variable_is_found_on_every_resume_and_stays_a_variable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started, run_dir = tmp_path / "started", tmp_path / "run"
+    monkeypatch.setenv("CORPUS_OF_TEST", "data")
+    loaded = load_experiment("smoke", ["--dataset.root=${CORPUS_OF_TEST}/x"])
+    (place,) = data_places(loaded.config.data)
+    (started / place).mkdir(parents=True)
+    (started / place / MANIFEST_NAME).write_text("{}")
+    (run_dir / "metadata").mkdir(parents=True)
+    write_json_atomic(run_dir / RUN_FILES.command, {"cwd": str(started)})
+    config = find_data(loaded.config, run_dir)
+    stored = find_data(loaded.stored, run_dir, is_filled=False)
+    assert stored.dataset.root == f"{started}/${{CORPUS_OF_TEST}}/x"
+    assert config.dataset.root == f"{started}/data/x"
+    monkeypatch.setenv("CORPUS_OF_TEST", str(started / "data"))
+    absolute = find_data(loaded.stored, run_dir, is_filled=False)
+    assert absolute.dataset.root == "${CORPUS_OF_TEST}/x"

@@ -9,6 +9,7 @@ import torch
 from toolkit.checkpoint.commit import save_checkpoint
 from toolkit.cli import main as cli
 from toolkit.errors import RunError
+from toolkit.experiment.load import load_experiment
 from toolkit.experiment.verify import verify_checkpoints
 from toolkit.runs.manager import RunManager
 
@@ -103,3 +104,20 @@ def test_bad_input_is_exit_2(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     ):
         assert cli.run(["verify", str(tmp_path), *words]) == 2
         assert expected in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("is_link", [False, True])
+def test_checkpoints_that_are_gone_are_no_clean_bill(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], is_link: bool
+) -> None:
+    (tmp_path / "metadata").mkdir()
+    manager = RunManager(tmp_path, experiment="a", name="b")
+    manager.set_status("running", step=10)
+    if is_link:
+        (tmp_path / "checkpoints").symlink_to("/no/such/disk")
+    assert cli.run(["verify", str(tmp_path)]) == 1
+    why = "a link to /no/such/disk, which is" if is_link else "is"
+    assert f"{why} not there, and the run is at step 10" in capsys.readouterr().out
+    config = load_experiment("smoke", ["--trainer.no_checkpoints=true"]).config
+    manager.log_metadata(config, "metadata/config.json")
+    assert cli.run(["verify", str(tmp_path)]) == 0

@@ -274,3 +274,10 @@ def test_a_writer_that_was_suspended_looks_before_it_writes(folder, monkeypatch)
     assert lock.lost
     monkeypatch.undo()
     lock.release()
+
+
+@pytest.mark.parametrize("name", ["lock", "lock.json"])
+def test_a_folder_in_the_place_of_a_lock_is_one_line(folder, name):
+    (folder / "metadata" / name).mkdir()
+    with pytest.raises(RunError, match=rf"metadata/{name}: is a folder, so the run cannot be lock"):
+        RunLock(folder).acquire()

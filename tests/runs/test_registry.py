@@ -16,6 +16,7 @@ from toolkit.runs.config import RunConfig
 from toolkit.runs.database import RunIndex
 from toolkit.runs.files import RUN_FILES
 from toolkit.runs.registry import (
+    check_run_folder,
     choose_run_name,
     is_run,
     list_runs,
@@ -259,3 +260,25 @@ def test_a_registry_that_never_answers_is_left_at_the_end(tmp_path, monkeypatch,
     assert caplog.text.count("`toolkit runs reindex` brings it up to date") == 1
     assert read_status(run.folder).state == "finished"
     answers.set()
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("foo://bar", "no such kind of database: foo; write sqlite"),
+        ("registry.sqlite", "not the URL of a database; write sqlite"),
+        ("postgresql://me@host:port/runs", "not the URL of a database"),
+        ("mysql://me@host/runs", "mysql needs a driver that is not installed"),
+        ("sqlite:////no/such/folder/r.sqlite", "/no/such/folder: no such folder; make it"),
+    ],
+)
+def test_what_can_never_be_a_registry_is_refused_before_the_run(tmp_path, url, message):
+    with pytest.raises(RunError, match=f"run.registry: {message}"):
+        check_run_folder(RunConfig(root=str(tmp_path), registry=url), "one")
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_registry_that_may_answer_later_is_no_error(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for url in ("sqlite://", "sqlite:///r.sqlite", f"sqlite:///{tmp_path}/r.sqlite"):
+        check_run_folder(RunConfig(root=str(tmp_path), registry=url), "one")

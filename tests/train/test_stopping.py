@@ -72,7 +72,7 @@ def test_one_process_stops_at_once() -> None:
 
 
 def test_a_launcher_that_is_gone_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.setattr("toolkit.parents.HAS_LAUNCHER", True)
     stop = StopRequest()
     assert not stop.poll(None)
     monkeypatch.setattr(os, "getppid", lambda: 1_000_000)
@@ -169,10 +169,10 @@ def test_a_margin_can_be_given(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_attempt_begins_with_its_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
-    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+    monkeypatch.setattr("toolkit.parents.HAS_LAUNCHER", False)
+    monkeypatch.setenv("WORLD_SIZE", "1")  # as the engines of one process want it
     assert attempt_started() == psutil.Process().create_time()
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("toolkit.parents.HAS_LAUNCHER", True)
     assert attempt_started() == psutil.Process(os.getppid()).create_time()
 
 

@@ -45,6 +45,7 @@ from toolkit.errors import (
     ToolkitError,
     reason_of_machine,
 )
+from toolkit.parents import is_surely_one_of_many
 from toolkit.wording import shortened
 
 EXIT_INTERRUPTED = 130
@@ -57,12 +58,6 @@ _READING = ("", "runs", "recipes", "schema", "batch", "generate", "show", "inspe
 
 # Rank 0's line should be out before the launcher sees any rank end and stops the others.
 _SECONDS_FOR_RANK_0 = 1.0
-
-_LAUNCHED = (
-    *("TORCHELASTIC_RUN_ID", "TOOLKIT_STORE_FILE", "CROSS_RANK"),
-    *("SLURM_PROCID", "PMI_RANK", "OMPI_COMM_WORLD_RANK"),
-)
-"""Variables of launchers: there is a rank 0 that says the same. RANK alone may be a leftover."""
 
 # typer brings its own copy of click, under a private name; this is its UsageError.
 _UsageError: Any = typer.BadParameter.__base__
@@ -225,10 +220,10 @@ def _report(message: str, code: int, *, debug: bool, only_here: bool = False) ->
 
     signals.settle()
     rank = os.environ.get("RANK", "0")
-    if rank != "0" and not only_here and any(name in os.environ for name in _LAUNCHED):
+    if rank != "0" and not only_here and is_surely_one_of_many():
         time.sleep(_SECONDS_FOR_RANK_0)
         return code
-    if only_here:
+    if only_here or rank != "0":
         message = f"[rank {rank}, {socket.gethostname()}] {message}"
     if debug:
         traceback.print_exc()

@@ -40,6 +40,11 @@ def fill(config: T, environ: Mapping[str, str] | None = None) -> T:
         raise ConfigError(f"{error} (after filling in ${{...}} of the config)") from None
 
 
+def fill_text(text: str) -> str:
+    """One text of a config, filled in."""
+    return str(_fill(text, os.environ, "config"))
+
+
 def _fill(value: Any, environ: Mapping[str, str], path: str) -> Any:
     if isinstance(value, dict):
         return {

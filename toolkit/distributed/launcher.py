@@ -13,6 +13,7 @@ import msgspec
 
 from toolkit.distributed.config import WrappingStrategy
 from toolkit.errors import ConfigError
+from toolkit.parents import is_accelerated
 from toolkit.storage.foreign import read_json
 
 EngineName = Literal["single", "ddp", "fsdp", "hsdp", "zero1", "zero2", "zero3"]
@@ -85,8 +86,10 @@ def launcher_precision(environ: Mapping[str, str]) -> Literal["bf16"] | None:
     if asked == "no":
         return None
     if asked != "bf16":
-        raise ConfigError(
-            f"accelerate launch: mixed_precision {asked} is not supported; use no or bf16"
+        raise _refusal(
+            f"accelerate launch: mixed_precision {asked} is not supported; use no or bf16",
+            environ,
+            "ACCELERATE_MIXED_PRECISION",
         )
     return "bf16"
 
@@ -103,7 +106,12 @@ def launcher_choice(environ: Mapping[str, str]) -> EngineChoice | None:
         return None
     origin = "accelerate launch (FSDP)"
     if environ.get("FSDP_VERSION", "1") != "2":
-        raise ConfigError(f"{origin}: only FSDP2 is supported; set fsdp_version: 2 in the YAML")
+        raise _refusal(
+            f"{origin}: only FSDP2 is supported; set fsdp_version: 2 in the YAML",
+            environ,
+            "ACCELERATE_USE_FSDP",
+            "FSDP_VERSION",
+        )
     common: dict[str, Any] = {
         "origin": origin,
         "reshard_after_forward": _flag(environ, "FSDP_RESHARD_AFTER_FORWARD", default=True),
@@ -113,8 +121,10 @@ def launcher_choice(environ: Mapping[str, str]) -> EngineChoice | None:
         return EngineChoice(name="fsdp", **common)
     for axis in ("tp", "cp", "sp"):
         if (degree := _parallel_size(environ, axis)) > 1:
-            raise ConfigError(
-                f"{origin}: parallelism_config_{axis}_size {degree} is not supported; remove it"
+            raise _refusal(
+                f"{origin}: parallelism_config_{axis}_size {degree} is not supported; remove it",
+                environ,
+                f"PARALLELISM_CONFIG_{axis.upper()}_SIZE",
             )
     if (replicas := _parallel_size(environ, "dp_replicate")) > 1:
         shards = _parallel_size(environ, "dp_shard")
@@ -211,7 +221,12 @@ def _deepspeed_choice(environ: Mapping[str, str]) -> EngineChoice:
     fallback = environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
     stage = _section(config, "zero_optimization").get("stage", fallback)
     if str(stage) not in ("1", "2", "3"):
-        raise ConfigError(f"{origin}: zero stage {stage!r} is not supported; use 1, 2 or 3")
+        raise _refusal(
+            f"{origin}: zero stage {stage!r} is not supported; use 1, 2 or 3",
+            environ,
+            "ACCELERATE_USE_DEEPSPEED",
+            "ACCELERATE_DEEPSPEED_ZERO_STAGE",
+        )
     name: Any = f"zero{stage}"
     return EngineChoice(name=name, origin=origin, deepspeed_config=config, notices=notices)
 
@@ -221,6 +236,18 @@ def _read_json(file: str, origin: str) -> dict[str, Any]:
         return read_json(Path(file), ConfigError)
     except (FileNotFoundError, ConfigError) as error:
         raise ConfigError(f"{origin}: cannot read the DeepSpeed config: {error}") from None
+
+
+def _refusal(message: str, environ: Mapping[str, str], *names: str) -> ConfigError:
+    """`message` about what the variables `names` say, which may be left of another command."""
+    found = [f"{name}={environ[name]}" for name in names if name in environ]
+    if not found or is_accelerated():
+        return ConfigError(message)
+    rest = message.partition(": ")[2]
+    return ConfigError(
+        f"{' and '.join(found)} in the environment, where no `accelerate launch` started this "
+        f"process: {rest}; or `unset {' '.join(names)}`"
+    )
 
 
 def _notice(origin: str, option: str, ours: str) -> str:

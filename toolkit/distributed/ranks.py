@@ -69,10 +69,13 @@ def _choose_meeting_place(found: Ranks, environ: MutableMapping[str, str]) -> No
                 'export MASTER_PORT=29500 MASTER_ADDR="$(scontrol show hostnames '
                 '"$SLURM_JOB_NODELIST" | head -n 1)"'
             )
-        raise ConfigError(
+        error = ConfigError(
             f"{found.launcher} started {found.world_size} processes on several machines; say where "
-            f"they meet, on the machine of rank 0: {give}"
+            f"they meet, on the machine of rank 0: {give}; or, where its variables are left from "
+            "another command, unset them"
         )
+        error.only_here = True  # they may be left in a shell: nobody else would say it
+        raise error
     environ["MASTER_ADDR"] = "127.0.0.1"
     # The same for all processes of a job, and another one for the next job.
     job = "".join(

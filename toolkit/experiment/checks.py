@@ -3,9 +3,11 @@
 Every error names the keys it is about and the nearest values that work.
 """
 
+import contextlib
 import os
 
 from toolkit.data.config import BPETokenizerConfig, ByteTokenizerConfig, TokenizerConfig
+from toolkit.data.corpus import VAL
 from toolkit.data.corpus_info import CorpusInfo
 from toolkit.data.tokens.prepared import require_ids
 from toolkit.distributed.cpu import asked_threads
@@ -13,6 +15,7 @@ from toolkit.errors import ConfigError, DataError, ErrorList
 from toolkit.experiment.config import ExperimentConfig
 from toolkit.models.parameters import TrainedParameters, parameter_shapes, trained_parameters
 from toolkit.train.config import NO_BASE
+from toolkit.train.scores import check_best_metric_early
 from toolkit.wording import count
 
 BYTE_VOCAB_SIZE = 257
@@ -39,7 +42,8 @@ def check_experiment(
     Raises:
         ConfigError: batch sizes that do not divide, a sequence longer than the model takes, a
             vocabulary smaller than the tokenizer's, a pattern that matches no parameter, or an
-            adapter on no model; or TOOLKIT_NUM_THREADS is no number.
+            adapter on no model, or a best metric that no evaluation gives; or TOOLKIT_NUM_THREADS
+            is no number.
     """
     checks = (
         lambda: asked_threads(os.environ),
@@ -47,6 +51,7 @@ def check_experiment(
         lambda: _check_batches(config, world_size),
         *([lambda: check_parameters(config)] * (has_model and has_names)),
         lambda: _check_adapter(config),
+        lambda: _check_best_metric(config),
     )
     found = ErrorList()
     for check in checks:
@@ -71,6 +76,18 @@ def check_parameters(config: ExperimentConfig) -> TrainedParameters:
         parameters = trained_parameters(model, freeze=module.freeze, lora=module.lora)
     found.raise_any()
     return parameters
+
+
+def _check_best_metric(config: ExperimentConfig) -> None:
+    """Before hours of preparing; what the data has held out is looked at once it is there."""
+    sets = [VAL]
+    if config.dataset.mix is not None:
+        from toolkit.data.order.resolve import resolve_mix
+
+        with contextlib.suppress(ConfigError):  # said where the data is looked for
+            # Any of them may have nothing held out, and one that is left is no total.
+            sets += [source.name for source in resolve_mix(config.dataset)]
+    check_best_metric_early(config.trainer, sets)
 
 
 def _check_adapter(config: ExperimentConfig) -> None:

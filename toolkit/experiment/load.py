@@ -195,6 +195,11 @@ def load_run_config(run_dir: Path, overrides: Sequence[str] = ()) -> LoadedExper
     """
     path = run_dir / RUN_FILES.config
     if not path.is_file():
+        if is_run(run_dir) and (run_dir / RUN_FILES.origins).is_file():
+            raise RunError(
+                f"{path}: is missing, and without it the run cannot go on; restore it, or start a "
+                f"new run from its checkpoint with --trainer.load_path={run_dir}"
+            )
         if is_run(run_dir):
             raise RunError(
                 f"{run_dir}: has no {RUN_FILES.config}; it was started from Python, of parts that "

@@ -103,7 +103,7 @@ def plan_resume(run_dir: Path, overrides: Sequence[str], environ: Mapping[str, s
     if not has_launcher(environ) and (status.world_size or 1) > 1 and not on_one:
         processes = processes_here(status.world_size or 1)
         environ = {**environ, "WORLD_SIZE": str(processes)}
-    stored = find_data(loaded.stored, folder, overrides)
+    stored = find_data(loaded.stored, folder, overrides, is_filled=False)
     stored = stored.replace(run=stored.run.replace(save_folder=str(folder)))
     config = config.replace(run=config.run.replace(save_folder=str(folder)))
     if not asked:

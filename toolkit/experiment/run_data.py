@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from toolkit.config.interpolation import fill, fill_text
 from toolkit.data.config import (
     DiskSourceConfig,
     FilesSourceConfig,
@@ -26,7 +27,11 @@ _PLACES = ("--dataset.root", "--data-root", "--store.", "--dataset=", "--store="
 
 
 def find_data(
-    config: ExperimentConfig, run_dir: Path, overrides: Sequence[str] = ()
+    config: ExperimentConfig,
+    run_dir: Path,
+    overrides: Sequence[str] = (),
+    *,
+    is_filled: bool = True,
 ) -> ExperimentConfig:
     """`config` with its prepared data found: `dataset.root` and the folders of `store` are relative
     to the folder that the run was started from. Where nothing is there, the run may have moved with
@@ -35,6 +40,7 @@ def find_data(
     Args:
         overrides: flags of the command line; folders that they give are relative to the current
             folder.
+        is_filled: whether its texts are; else they stay, and what they stand for is looked for.
     """
     if any(flag.startswith(_PLACES) for flag in overrides):
         return config
@@ -43,8 +49,11 @@ def find_data(
         return config
 
     def there(path: str) -> str:
+        meant = path if is_filled else fill_text(path)
+        if is_url(meant) or (meant != path and Path(meant).expanduser().is_absolute()):
+            return path
         # An absolute path stays what it is.
-        return path if is_url(path) else str(Path(started) / Path(path).expanduser())
+        return str(Path(started) / Path(path).expanduser())
 
     def source_there(source: SourceConfig | None) -> SourceConfig | None:
         if isinstance(source, FilesSourceConfig | TokenFilesSourceConfig):
@@ -61,7 +70,7 @@ def find_data(
     dataset = with_sources(config.dataset, source_there)
     dataset = dataset.replace(root=there(dataset.root))
     recorded = config.replace(dataset=dataset, store=store)
-    return recorded if _has_data(recorded) else config
+    return recorded if _has_data(recorded if is_filled else fill(recorded)) else config
 
 
 def started_in(command: Path) -> str | None:

@@ -1,5 +1,6 @@
 """Is every checkpoint of a run what was saved? Files against manifests, tensors against files."""
 
+import contextlib
 import os
 import re
 from pathlib import Path
@@ -15,8 +16,11 @@ from toolkit.checkpoint.layout import (
     saved_steps,
 )
 from toolkit.errors import CheckpointError, RunError
+from toolkit.experiment.config import ExperimentConfig
 from toolkit.runs.files import RUN_FILES
 from toolkit.runs.registry import is_run
+from toolkit.runs.status import read_status
+from toolkit.storage.foreign import read_json
 
 UNFINISHED_SUFFIX = ".tmp"
 
@@ -64,8 +68,23 @@ def verify_checkpoints(path: Path, *, quick: bool = False) -> list[CheckpointRep
         raise RunError(
             f"{path}: neither a run folder nor a step{{N}} folder of one; `toolkit runs` lists runs"
         )
+    if not root.is_dir() and (problem := _why_no_folder(path, root)) is not None:
+        return [CheckpointReport(root, -1, None, problem, is_leftover=False)]
     found = [p for p in (root.iterdir() if root.is_dir() else ()) if _STEP.match(p.name)]
     return [check_checkpoint(p, quick=quick) for p in sorted(found, key=_order)]
+
+
+def _why_no_folder(run: Path, root: Path) -> str | None:
+    """Why a run should have a folder of checkpoints; None: it saved none."""
+    status = read_status(run)
+    if status is None or not status.step:
+        return None
+    with contextlib.suppress(FileNotFoundError, RunError):
+        trainer = read_json(run / RUN_FILES.config, RunError, ExperimentConfig).trainer
+        if trainer.no_checkpoints or not trainer.callbacks.checkpointer.enabled:
+            return None
+    why = f"a link to {os.readlink(root)}, which is" if root.is_symlink() else "is"
+    return f"{why} not there, and the run is at step {status.step}; restore it"
 
 
 def is_step_folder(path: Path) -> bool:

@@ -1,12 +1,14 @@
 """The table `runs`, by SQLAlchemy Core: SQLite by default, PostgreSQL (or others) by URL."""
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import msgspec
 import sqlalchemy as sa
 from sqlalchemy.schema import CreateTable
 
+from toolkit.errors import RunError
 from toolkit.runs.records import RunRecord
 
 _BUSY_SECONDS = 3
@@ -30,6 +32,34 @@ runs_table = sa.Table(
     sa.Column("world_size", sa.Integer),
     sa.Column("parameters", sa.BigInteger),
 )
+
+
+def check_url(url: str) -> None:
+    """Refuse what can never be a registry; no server is asked.
+
+    Raises:
+        RunError: no such URL, no such kind of database, no driver for it, or no such folder.
+    """
+    known = "write sqlite:////absolute/path.sqlite or postgresql+psycopg://USER@HOST/NAME"
+    try:
+        parsed = sa.make_url(url)
+        parsed.get_dialect().import_dbapi()
+    except sa.exc.NoSuchModuleError:
+        raise RunError(
+            f"run.registry: no such kind of database: {parsed.drivername}; {known}"
+        ) from None
+    except (sa.exc.ArgumentError, ValueError):
+        raise RunError(f"run.registry: not the URL of a database; {known}") from None
+    except ImportError as error:
+        raise RunError(
+            f"run.registry: {parsed.drivername} needs a driver that is not installed ({error}); "
+            "install it, or choose another one as in postgresql+psycopg://"
+        ) from None
+    file = parsed.database or ""
+    if parsed.get_backend_name() == "sqlite" and not file.startswith((":", "file:")):
+        folder = Path(file).absolute().parent
+        if not folder.is_dir():
+            raise RunError(f"run.registry: {folder}: no such folder; make it, or give another one")
 
 
 class RunIndex:

@@ -20,6 +20,7 @@ machine did the same. A writer that was suspended and taken over notices before 
 
 import atexit
 import contextlib
+import errno
 import logging
 import os
 import secrets
@@ -148,8 +149,26 @@ class RunLock:
         """Take the lock, or take over a stale one.
 
         Raises:
-            RunError: when a live process holds it, naming host, pid and since when.
+            RunError: when a live process holds it, naming host, pid and since when; or its files
+                cannot be written.
         """
+        try:
+            self._acquire()
+        except OSError as error:
+            path = error.filename or self.folder / RUN_FILES.lock
+            raise RunError(
+                f"{path}: {error.strerror or error}, so the run cannot be locked; move it away, or "
+                "make it writable"
+            ) from None
+        self._stop.clear()
+        self._thread = Thread(target=self._beat, name="run-lock", daemon=True)
+        self._thread.start()
+        atexit.register(self.release)
+
+    def _acquire(self) -> None:
+        for name in (RUN_FILES.lock, RUN_FILES.lock_info):
+            if (self.folder / name).is_dir():
+                raise IsADirectoryError(errno.EISDIR, "is a folder", str(self.folder / name))
         takeover = self._acquire_system_lock()
         try:
             with takeover:
@@ -160,10 +179,6 @@ class RunLock:
             self._info = None
             self._lock.release()
             raise
-        self._stop.clear()
-        self._thread = Thread(target=self._beat, name="run-lock", daemon=True)
-        self._thread.start()
-        atexit.register(self.release)
 
     def release(self) -> None:
         """Give the lock back; more than once is fine. A forked child releases nothing."""

@@ -94,8 +94,13 @@ def check_run_folder(config: RunConfig, name: str) -> None:
     """Refuse early, without writing anything, what `start_run` would refuse.
 
     Raises:
-        RunError: the run exists and `save_folder` is not given, or its folder cannot be made.
+        RunError: the run exists and `save_folder` is not given, its folder cannot be made, or
+            `registry` can never be one. One that does not answer is a warning.
     """
+    if config.registry is not None:
+        from toolkit.runs.database import check_url
+
+        check_url(config.registry)
     folder = resolve_run_folder(config, name)
     if config.save_folder is None:
         _check_unused(folder)

@@ -298,6 +298,9 @@ class TrainerConfig(Config, kw_only=True):
         check_positive(
             self, "metrics_collect_interval", "cancel_check_interval", "watchdog_timeout"
         )
+        if self.load_path is not None and self.load_path.startswith("file:"):
+            path = f"/{self.load_path.removeprefix('file:').lstrip('/')}"
+            raise ValueError(f"load_path: a URL; write the path itself: {path}")
         for name in ("max_wall_time", "wall_time_margin"):
             value = getattr(self, name)
             if value is not None:

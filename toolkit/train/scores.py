@@ -1,6 +1,6 @@
 """The results of evaluations, by the names that `checkpointer.best_metric` uses."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from toolkit.errors import ConfigError
@@ -17,6 +17,19 @@ def check_best_metric(config: TrainerConfig, loaders: Mapping[str, Any]) -> None
     Raises:
         ConfigError: naming what they give.
     """
+    _check(config, {name: bool(loader.bytes_per_token) for name, loader in loaders.items()})
+
+
+def check_best_metric_early(config: TrainerConfig, sets: Iterable[str]) -> None:
+    """The same before the data is there, with all `sets` that there may be.
+
+    Raises:
+        ConfigError: naming what evaluations may give.
+    """
+    _check(config, dict.fromkeys(sets, True))
+
+
+def _check(config: TrainerConfig, knows_bytes: Mapping[str, bool]) -> None:
     checkpointer = config.callbacks.checkpointer
     is_asked = checkpointer.best_metric != type(checkpointer)().best_metric
     if config.no_checkpoints or not checkpointer.enabled:
@@ -26,7 +39,7 @@ def check_best_metric(config: TrainerConfig, loaders: Mapping[str, Any]) -> None
             f"{_WHERE}.keep_best: no evaluation runs (trainer.no_evals, or "
             "trainer.callbacks.lm_evaluator.enabled), so none is best; leave one of the two out"
         )
-    names = _score_names(loaders)
+    names = _score_names(knows_bytes)
     if (checkpointer.keep_best or is_asked) and checkpointer.best_metric not in names:
         there = f"there are {', '.join(names)}" if names else "there are no validation rows"
         raise ConfigError(
@@ -34,11 +47,10 @@ def check_best_metric(config: TrainerConfig, loaders: Mapping[str, Any]) -> None
         )
 
 
-def _score_names(loaders: Mapping[str, Any]) -> list[str]:
+def _score_names(knows_bytes: Mapping[str, bool]) -> list[str]:
     """As `train/saving.py` keeps them with a checkpoint."""
-    knows_bytes = {name: bool(loader.bytes_per_token) for name, loader in loaders.items()}
-    if len(loaders) > 1:
-        knows_bytes[_TOTAL] = all(knows_bytes.values())
+    if len(knows_bytes) > 1:
+        knows_bytes = {**knows_bytes, _TOTAL: all(knows_bytes.values())}
     return [
         f"{name}/{key}"
         for name, has_bytes in knows_bytes.items()

@@ -8,7 +8,6 @@ and SIGHUP (what schedulers send ahead of time) ask and never kill. `toolkit.sig
 """
 
 import contextlib
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,10 +16,8 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from toolkit import signals
+from toolkit import parents, signals
 from toolkit.config.seconds import in_seconds
-from toolkit.distributed.launcher import has_launcher
-from toolkit.parents import launcher_is_gone
 from toolkit.train.config import TrainerConfig
 from toolkit.train.reasons import FAILURE, LAUNCHER_GONE, STOP_FILE, WALL_TIME
 
@@ -82,7 +79,7 @@ def attempt_started() -> float:
 
     process = psutil.Process()
     started = process.create_time()
-    if has_launcher(os.environ):
+    if parents.HAS_LAUNCHER:
         with contextlib.suppress(psutil.Error):
             parent = process.parent()
             started = min(started, parent.create_time()) if parent else started
@@ -170,7 +167,7 @@ class StopRequest(signals.Receiver):
     @property
     def has_lost_launcher(self) -> bool:
         """Whether the launcher ended without this process."""
-        return launcher_is_gone()
+        return parents.launcher_is_gone()
 
     def _look(self) -> None:
         """Reasons that nobody brings: they must be looked for."""

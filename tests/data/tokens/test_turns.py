@@ -88,6 +88,24 @@ def test_a_row_with_all_answers_left_out_has_no_target() -> None:
     assert encode(row, CHATML)[0].left_out == "no target"
 
 
+@pytest.mark.parametrize("keys", [{"weight": 0}, {"train": False}, {"masked": True}])
+@pytest.mark.parametrize("train_on", ["assistant", "all"])
+def test_a_key_of_the_row_speaks_of_all_its_turns(keys: dict[str, Any], train_on: str) -> None:
+    for row in (
+        turns(),
+        {"instruction": "1", "output": "one"},
+        {"prompt": "1", "completion": "one"},
+        {"conversations": [{"from": "human", "value": "1"}, {"from": "gpt", "value": "one"}]},
+    ):
+        found, _ = encode({**row, **keys}, CHATML, train_on=train_on, system_prompt="Count.")
+        assert found.left_out == "no target"
+    assert targets({**turns(), **dict.fromkeys(keys)}) == ["one", "two"]
+    assert targets({**turns(weight=0), "weight": 1, "loss_of_it": 0.3}) == ["two"]
+    assert targets({**turns(), **keys}, ignored_keys=tuple(keys)) == ["one", "two"]
+    with pytest.raises(DataError, match=r"weight is 0\.5; a turn is trained on"):
+        encode({**turns(), "weight": 0.5}, CHATML)
+
+
 def test_keys_of_other_names_are_chosen_in_the_config() -> None:
     assert targets(turns(learn=0), train_keys=("learn",)) == ["two"]
     assert targets(turns(skip=True), mask_keys=("skip",)) == ["two"]

@@ -20,7 +20,7 @@ from toolkit.data.text.instructions.template import ChatTemplate, Span, read_cha
 from toolkit.data.text.piece import Piece, at_found_place
 from toolkit.data.tokenizers.tokenizer import Tokenizer
 from toolkit.data.tokens.encoding import Encoded
-from toolkit.errors import ConfigError
+from toolkit.errors import ConfigError, DataError
 
 _Tokens = tuple[np.ndarray, np.ndarray]
 """Ids, and characters of each: `(n,)` and `(n, 2)`."""

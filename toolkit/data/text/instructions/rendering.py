@@ -72,6 +72,8 @@ class RowRenderer:
         answers = conversation.answers()
         if self._config.train_on == "last_assistant":
             answers = answers[-1:]
+        if len(conversation.masked) == len(conversation.messages):
+            return None
         if conversation.masked and self._config.train_on == "all":
             raise DataError(
                 f"{where}: message {conversation.masked[0]} says that it is not trained on, and "

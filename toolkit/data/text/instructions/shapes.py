@@ -8,8 +8,9 @@ Four shapes of rows are known:
     sharegpt            {"conversations": [{"from": "human", "value": "..."}, ...]}
 
 Other columns are ignored, but for `tools` (what the assistant may call; a list, or JSON text of
-one) and, of sharegpt, `system`. Keys of a message that say whether it is trained on are read here
-(`turn_keys.py`); others, as `tool_calls`, reach the chat template, without nulls (`values.py`).
+one), of sharegpt `system`, and keys that say that no turn is trained on. Keys of a
+message that say whether it is trained on are read here (`turn_keys.py`); others, as `tool_calls`,
+reach the chat template, without nulls (`values.py`).
 """
 
 import json
@@ -23,6 +24,7 @@ from toolkit.data.text.instructions.roles import (
     sharegpt_role,
 )
 from toolkit.data.text.instructions.turn_keys import (
+    is_row_trained,
     is_trained,
     refuse_look_alike,
     without_turn_keys,
@@ -117,6 +119,8 @@ def read_conversation(row: dict[str, Any], config: InstructionsConfig, where: st
     conversation = conversation._replace(tools=_tools(row.get("tools"), where))
     if config.system_prompt is not None:
         conversation = _with_system_prompt(conversation, config.system_prompt)
+    if is_row_trained(row, config, where) is False:
+        conversation = conversation._replace(masked=tuple(range(len(conversation.messages))))
     return conversation
 
 

@@ -41,6 +41,17 @@ def is_trained(turn: dict[str, Any], config: InstructionsConfig, where: str) -> 
     return next(iter(found.values()), None)
 
 
+def is_row_trained(row: dict[str, Any], config: InstructionsConfig, where: str) -> bool | None:
+    """What the keys that `is_trained` reads say of all turns of a row, where they are columns;
+    other columns are nobody's business.
+
+    Raises:
+        DataError: a value is neither yes nor no, or two keys disagree.
+    """
+    read = {*config.train_keys, *config.mask_keys}
+    return is_trained({key: row[key] for key in row if key in read}, config, where)
+
+
 def without_turn_keys(turn: dict[str, Any], config: InstructionsConfig) -> dict[str, Any]:
     """`turn` without the keys that `is_trained` reads: they are no part of what is said."""
     read = {*config.train_keys, *config.mask_keys} - {*config.ignored_keys}
