@@ -87,35 +87,42 @@ def end_with_parent(parent: int) -> None:
 def orphan_check() -> Callable[[], bool]:
     """For a launcher that ended before this process could look who started it; called every tick.
 
-    A worker of an elastic launcher finds nobody at the address of its launcher's store, which was
-    there before it. `accelerate launch` of one process has no store: the process then belongs to
-    the first of the machine, which is not called accelerate.
+    The process then belongs to the first of the machine, which is no Python program, or not called
+    accelerate. Else a worker of an elastic launcher finds nobody at the address of its launcher's
+    store, which was there before it; but another program may have taken that address since.
     """
     environ = os.environ
-    if environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+    is_elastic = environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if PARENT == 1 and not _is_first_called(b"python" if is_elastic else b"accelerate"):
+        return lambda: is_elastic or "ACCELERATE_MIXED_PRECISION" in environ
+    if not is_elastic:
+        return lambda: False
+    try:
+        address = environ["MASTER_ADDR"], int(environ["MASTER_PORT"])
+    except (KeyError, ValueError):
+        return lambda: False
+    refused, next_look = 0, 0.0
+
+    def store_is_gone() -> bool:
+        nonlocal refused, next_look
+        if time.monotonic() < next_look:
+            return False
+        next_look = time.monotonic() + 1.0
         try:
-            address = environ["MASTER_ADDR"], int(environ["MASTER_PORT"])
-        except (KeyError, ValueError):
-            return lambda: False
-        refused, next_look = 0, 0.0
+            socket.create_connection(address, 2.0).close()
+            next_look = float("inf")
+        except ConnectionRefusedError:
+            refused += 1
+        except OSError:
+            next_look = float("inf")  # a network that cannot be judged
+        return refused >= _REFUSALS
 
-        def store_is_gone() -> bool:
-            nonlocal refused, next_look
-            if time.monotonic() < next_look:
-                return False
-            next_look = time.monotonic() + 1.0
-            try:
-                socket.create_connection(address, 2.0).close()
-                next_look = float("inf")
-            except ConnectionRefusedError:
-                refused += 1
-            except OSError:
-                next_look = float("inf")  # a network that cannot be judged
-            return refused >= _REFUSALS
+    return store_is_gone
 
-        return store_is_gone
-    if "ACCELERATE_MIXED_PRECISION" in environ and PARENT == 1:
-        with contextlib.suppress(OSError):
-            is_launcher = b"accelerate" in Path("/proc/1/cmdline").read_bytes()
-            return lambda: not is_launcher
-    return lambda: False
+
+def _is_first_called(name: bytes) -> bool:
+    """Whether `name` is in the command line of the machine's first process, or nobody knows."""
+    try:
+        return name in Path("/proc/1/cmdline").read_bytes()
+    except OSError:
+        return True
