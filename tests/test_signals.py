@@ -190,14 +190,19 @@ def test_the_acknowledgement_is_in_the_log_file_and_once_on_the_console(
     setup_logging(0)
     file = add_log_file(tmp_path, 0)
     logger = logging.getLogger("toolkit")
-    try:
-        assert logger.handlers[0] is file  # a request may break off the console's line
-        with pytest.raises(signals.Interrupted), signals.listening(signals.Starting()):  # noqa: PT012
+
+    def be_asked() -> None:
+        with signals.listening(signals.Starting()):
             try:
                 os.kill(os.getpid(), signal.SIGINT)
                 time.sleep(10)
             finally:
                 signals.await_acknowledgement()
+
+    try:
+        assert logger.handlers[0] is file  # a request may break off the console's line
+        with pytest.raises(signals.Interrupted):
+            be_asked()
     finally:
         for handler in list(logger.handlers):
             logger.removeHandler(handler)
