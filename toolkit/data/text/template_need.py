@@ -43,7 +43,8 @@ def check_template_need(dataset: DatasetConfig) -> None:
         return
     if source is None or isinstance(source, TokenFilesSourceConfig) or not _has_none(tokenizer):
         return
-    shape, told = config.shape, f"dataset.instructions.shape is {config.shape}"
+    shape: str | None = config.shape
+    told = f"dataset.instructions.shape is {config.shape}"
     if shape == "auto":
         if not isinstance(source, FilesSourceConfig):
             return
