@@ -47,10 +47,8 @@ def test_readme_python_example_trains(tmp_path: Path) -> None:
     explanation = explain_resume(run, [longer], {})
     assert explanation.refused == []
     assert dict(explanation.rows)["goes on"] == ["from step 21 to 22"]
-    assert dict(explanation.rows)["config"] == [
-        f'dataset.root: "data" -> "{folder}/data"',  # this is another folder than it ran in
-        "trainer.max_duration.value: 20 -> 22",
-    ]
+    changes = dict(explanation.rows)["config"]
+    assert changes == ["trainer.max_duration.value: 20 -> 22"]
     assert step_batch(run, 3, show=0).is_checked
     assert config_of(run, 1).seed == 3
     run_command(f"toolkit resume {run} {longer}", folder)
