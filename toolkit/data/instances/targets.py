@@ -73,8 +73,8 @@ def check_row_targets(
             f"{count(counts.num_rows, 'row')} of {length} tokens "
             f"{_have(counts.rows_without_targets)} no target, and "
             f"{counts.cut_answers:,} of {count(counts.num_documents, 'document')} "
-            f"{_have(counts.cut_answers)} answers in rows without their beginning, "
-            f"cut from their prompt; {advice}"
+            f"{_have(counts.cut_answers)} answers in rows without their beginning, cut from "
+            f"their prompt; {advice}"
         )
         key = str(prepared.folder.absolute()), line
         if key not in _said:
