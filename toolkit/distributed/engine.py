@@ -24,6 +24,7 @@ from toolkit.distributed.launcher import (
     world_size_of,
 )
 from toolkit.errors import ConfigError
+from toolkit.parents import is_accelerated
 
 Precision = Literal["auto", "fp32", "bf16"]
 
@@ -164,10 +165,12 @@ def _merge(launched: EngineChoice, configured: EngineChoice) -> EngineChoice:
     """Both name the same engine: each setting comes from the side that departs from its default
     (launchers always state theirs); two departures that differ are an error."""
     if launched.name != configured.name:
+        variable = f"ACCELERATE_USE_{'DEEPSPEED' if launched.name.startswith('zero') else 'FSDP'}"
+        left = f"; or `unset {variable}`, which no `accelerate launch` of this process set"
         raise ConfigError(
             f"two engines asked for: {launched.origin} says {launched.name}, {configured.origin} "
             f"says {configured.name}; remove {DP_CONFIG} or launch with "
-            f"accelerate_configs/{configured.name}.yaml"
+            f"accelerate_configs/{configured.name}.yaml{'' if is_accelerated() else left}"
         )
     default = EngineChoice(name=launched.name, origin="default")
     merged = {}
