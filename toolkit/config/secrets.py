@@ -38,7 +38,8 @@ _FOLDERS = ("PWD", "OLDPWD")
 
 _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|[0-9]+")
 _SIGN = re.compile(
-    r"(?P<name>[A-Za-z_][\w.-]*)(?P<quote>[\"']?)\s*[=:]\s*(?:(?:Bearer|Basic)\s+)?", re.IGNORECASE
+    r"(?<![\w.-])(?P<name>[\w.-]++)(?P<quote>[\"']?)\s*[=:]\s*(?:(?:Bearer|Basic)\s+)?",
+    re.IGNORECASE,
 )
 _VALUE = re.compile(r"\"(?:[^\"\\]|\\.)*\"|'(?:[^'\\]|\\.)*'|[^\s\"']+")
 _QUERY_VALUE = re.compile(r"[^\s\"'&;#]+")
@@ -49,10 +50,10 @@ _BEARER = re.compile(r"\b([Bb]earer\s+)(?!\$\{)[\w.~+/=-]{8,}")
 _KNOWN = re.compile(
     r"\b(?:hf_[A-Za-z0-9]{16,}|gh[pousr]_[A-Za-z0-9]{16,}|github_pat_\w{20,}|glpat-[\w-]{16,}"
     r"|sk-[\w-]{16,}|xox[abprs]-[\w-]{10,}|AKIA[0-9A-Z]{16}|AIza[\w-]{30,}"
-    r"|eyJ[\w-]{10,}\.[\w-]{10,}\.[\w-]*)"
+    r"|(?<![\w-])eyJ[\w-]{10,}+\.[\w-]{10,}+\.[\w-]*)"
 )
 # A password may hold slashes; the last @ ends it then.
-_URL = re.compile(r"(?P<scheme>[A-Za-z][\w+.-]*)://(?P<rest>[^\s\"']+)")
+_URL = re.compile(r"(?<![\w+.-])(?P<scheme>[\w+.-]++)://(?P<rest>[^\s\"']+)")
 _PORT = re.compile(r"\d{1,5}(?:/|\Z)")
 _REFERENCE = re.compile(r"\$\{[A-Za-z_]\w*\}")
 

@@ -23,18 +23,17 @@ _NAMES = ("type", "name", "config", "split")
 _LONGEST = 40
 
 
-def name_own_data(
-    layers: ConfigLayers[Any], before: dict[str, Any], overrides: Sequence[str]
-) -> None:
+def name_own_data(layers: ConfigLayers[Any], before: Any, overrides: Sequence[str]) -> None:
     """Set `dataset.dataset_name` where flags gave another source and no name.
 
     Args:
         before: `dataset` as it was without the flags.
     """
-    dataset = layers.data.get("dataset") or {}
-    source = dataset.get("source")
+    dataset = layers.data.get("dataset")
+    source = dataset.get("source") if isinstance(dataset, dict) else None
     if not isinstance(source, dict) or any("dataset_name" in flag for flag in overrides):
         return
+    before = before if isinstance(before, dict) else {}
     given, named = _identity(before.get("source")), before.get("dataset_name")
     if _identity(source) == given:
         return
