@@ -202,3 +202,18 @@ def test_configs_import_no_torch():
 def test_impossible_shapes_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         TransformerConfig(**{**SMALL, **changes})
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("vocab_multiple", 2**53 + 1, "vocab_multiple 9,007,199,254,740,993 is larger than any"),
+        ("n_inner", 2**30, "n_inner 1,073,741,824 is larger than any"),
+        ("n_embd", 3 * 2**22, "intermediate_size 50,331,648 is larger than any"),
+    ],
+)
+def test_sizes_in_the_names_of_gpt2_are_checked_at_once(
+    field: str, value: int, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        GPTConfig(**{field: value})

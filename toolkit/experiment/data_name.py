@@ -29,7 +29,7 @@ def name_own_data(layers: ConfigLayers[Any], before: Any, overrides: Sequence[st
     Args:
         before: `dataset` as it was without the flags.
     """
-    dataset = layers.data.get("dataset")
+    dataset: Any = layers.data.get("dataset")
     source = dataset.get("source") if isinstance(dataset, dict) else None
     if not isinstance(source, dict) or any("dataset_name" in flag for flag in overrides):
         return

@@ -46,9 +46,15 @@ class GPTConfig(Config, frozen=True, kw_only=True, tag_field="type", tag="gpt"):
             self, "vocab_size", "vocab_multiple", "n_positions", "n_embd", "n_layer", "n_head",
             "n_inner", "layer_norm_epsilon", "initializer_range", "loss_chunk_size",
         )  # fmt: skip
-        check_sizes({"num_layers": self.n_layer}, {"num_layers": "n_layer"})
+        names = {
+            "vocab_size": "vocab_size", "vocab_multiple": "vocab_multiple", "d_model": "n_embd",
+            "num_layers": "n_layer", "num_heads": "n_head", "intermediate_size": "n_inner",
+            "max_sequence_length": "n_positions",
+        }  # fmt: skip
+        check_sizes({name: getattr(self, own) for name, own in names.items()}, names)
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}")
+        self.to_transformer()  # whatever no model may have
 
     def to_transformer(self) -> "TransformerConfig":
         """The same model in the general vocabulary."""
