@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from toolkit.checkpoint.layout import check_files, read_metadata, saved_steps, step_folder, step_of
+from toolkit.checkpoint.folder import check_files, read_metadata, saved_steps, step_folder, step_of
 from toolkit.commands.receipt import Receipt, ReplayPlan, compare
 from toolkit.commands.verify import is_step_folder
 from toolkit.config.interpolation import fill
