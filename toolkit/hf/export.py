@@ -30,7 +30,7 @@ from toolkit.hf.source import (
     source_types,
 )
 from toolkit.hf.tokenizer_files import copy_tokenizer
-from toolkit.hf.weight_files import Dtypes, write_weights
+from toolkit.hf.write_weights import Dtypes, write_weights
 from toolkit.models.config import ModelConfig
 from toolkit.storage.atomic import PathLike, write_json_atomic
 
