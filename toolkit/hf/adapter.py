@@ -16,10 +16,10 @@ from torch import Tensor
 
 from toolkit.errors import CheckpointError
 from toolkit.hf.family import Family, Rule
-from toolkit.hf.folder import new_folder
 from toolkit.models.config import ModelConfig
 from toolkit.models.lora_config import LoRAConfig
 from toolkit.storage.atomic import PathLike, write_json_atomic
+from toolkit.storage.new_folder import new_folder
 
 A_SUFFIX, B_SUFFIX = ".lora_A.weight", ".lora_B.weight"
 WEIGHTS_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"

@@ -35,13 +35,13 @@ from toolkit.hf.compare import (
     their_logits,
 )
 from toolkit.hf.export import GENERATION_FILE
-from toolkit.hf.folder import new_folder
 from toolkit.hf.import_weights import ImportPlan
 from toolkit.hf.read_config import read_hf_config
 from toolkit.hf.tokenizer_files import ConvertedTokenizer, convert_tokenizer, token_ids
 from toolkit.hf.weights import HFWeights
 from toolkit.models.config import TransformerConfig
 from toolkit.storage.foreign import read_bytes
+from toolkit.storage.new_folder import new_folder
 from toolkit.wording import count
 
 _VERSIONED = ("torch", "transformers", "tokenizers")
