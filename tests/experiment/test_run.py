@@ -10,10 +10,10 @@ from toolkit.data.corpus_info import data_places
 from toolkit.data.tokens.prepared import MANIFEST_NAME
 from toolkit.distributed.engine import Engine, resolve_engine
 from toolkit.errors import ConfigError, TrainingError
-from toolkit.experiment import rank_errors
 from toolkit.experiment import run as experiment
 from toolkit.experiment.load import load_experiment
 from toolkit.experiment.run_data import find_data
+from toolkit.launch import rank_errors
 from toolkit.runs.files import RUN_FILES
 from toolkit.runs.manager import RunManager
 from toolkit.storage.atomic import write_json_atomic

@@ -37,12 +37,13 @@ from toolkit.experiment.config import ExperimentConfig
 from toolkit.experiment.notices import notices
 from toolkit.experiment.opening import opening_lines
 from toolkit.experiment.preflight import check_continuation, check_data_files, check_load_path
-from toolkit.experiment.rank_errors import explain, name_rank
 from toolkit.experiment.recorded import describe_engine, metadata_of_attempt, plan_resume
-from toolkit.experiment.relaunch import relaunch
-from toolkit.experiment.restarts import current_launch, find_predecessor, stays_stopped
 from toolkit.experiment.run_data import started_in, without_gone_sources
-from toolkit.experiment.starting import RunStart
+from toolkit.launch.failures import LostPeerError, clear_notes, first_line
+from toolkit.launch.rank_errors import explain, name_rank
+from toolkit.launch.relaunch import relaunch
+from toolkit.launch.restarts import current_launch, find_predecessor, stays_stopped
+from toolkit.launch.starting import RunStart
 from toolkit.runs.files import RUN_FILES
 from toolkit.runs.manager import RunManager
 from toolkit.runs.registry import (
@@ -52,7 +53,6 @@ from toolkit.runs.registry import (
     resolve_run_folder,
     start_run,
 )
-from toolkit.train.peers import LostPeerError, clear_notes, first_line
 from toolkit.train.progress import nothing_left
 from toolkit.train.scores import check_best_metric
 from toolkit.wording import count

@@ -22,9 +22,9 @@ from toolkit.checkpoint.layout import HF_FOLDER, MODEL_PREFIX, TENSORS_FOLDER, K
 from toolkit.checkpoint.pieces import Resolve, TensorPieces
 from toolkit.checkpoint.tensors import iterate_tensors
 from toolkit.errors import RunError, ToolkitError, TrainingError
+from toolkit.launch.failures import LostPeerError
 from toolkit.runs.files import RUN_FILES
 from toolkit.threads import Thread
-from toolkit.train.peers import LostPeerError
 
 if TYPE_CHECKING:
     from toolkit.train.module import TrainModule

@@ -6,10 +6,10 @@ import time
 from typing import TYPE_CHECKING
 
 from toolkit.errors import RunError, ToolkitError
+from toolkit.launch.failures import LostPeerError, Peers, first_line
 from toolkit.runs.files import RUN_FILES
 from toolkit.runs.manager import RunManager
 from toolkit.runs.status import read_status
-from toolkit.train.peers import LostPeerError, Peers, first_line
 
 if TYPE_CHECKING:
     from toolkit.distributed.environment import TrainingEnvironment
