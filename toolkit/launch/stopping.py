@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import psutil
 import torch
 import torch.distributed as dist
 
@@ -79,8 +80,6 @@ class WallTime:
 def attempt_started() -> float:
     """When this attempt began, in Unix seconds: the start of the launcher, which outlives workers
     that it starts again, else of this process."""
-    import psutil
-
     process = psutil.Process()
     started = process.create_time()
     if parents.HAS_LAUNCHER:

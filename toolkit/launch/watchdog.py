@@ -89,12 +89,10 @@ class Watchdog:
         self._thread = Thread(target=self._watch, name="watchdog", daemon=True)
 
     def start(self) -> None:
-        """Begin to watch."""
         self._peers.publish()
         self._thread.start()
 
     def stop(self) -> None:
-        """Watch no longer."""
         self._stop.set()
         if self._thread.ident is not None:
             self._thread.join(timeout=5)
