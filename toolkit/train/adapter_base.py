@@ -32,13 +32,6 @@ class BaseCheckpoint(msgspec.Struct, frozen=True, kw_only=True):
     source: dict[str, Any] | None = None
     """Its own `extra["source"]`: the model of `transformers` that it once came from."""
 
-    @property
-    def hf_name(self) -> str | None:
-        """What an adapter calls it, see `hf_name_of_base`."""
-        from toolkit.hf.source import hf_name_of_base
-
-        return hf_name_of_base(msgspec.to_builtins(self))
-
 
 def describe_base(checkpoint: Path | str) -> BaseCheckpoint:
     """The record of a base that was loaded; raises CheckpointError."""
