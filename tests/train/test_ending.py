@@ -13,7 +13,7 @@ import pytest
 
 from tests.train.test_remote_runs import run
 from tests.workers import WorkerPool
-from toolkit.checkpoint.layout import METADATA_FILE
+from toolkit.checkpoint.folder import METADATA_FILE
 from toolkit.errors import EXIT_STOPPED
 from toolkit.metrics.streams import MetricStreams
 from toolkit.runs.manager import RunManager

@@ -11,7 +11,7 @@ import torch
 
 from tests.tiny import ROWS, build, global_batch, module_config, open_environment, train_steps
 from tests.workers import WorkerPool
-from toolkit.checkpoint.layout import METADATA_FILE, encode_metadata, read_metadata
+from toolkit.checkpoint.folder import METADATA_FILE, encode_metadata, read_metadata
 from toolkit.checkpoint.tensors import iterate_tensors
 from toolkit.data.tokenizers.tokenizer import load_tokenizer
 from toolkit.errors import CheckpointError, ToolkitError

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from toolkit.checkpoint.layout import check_files, read_metadata, saved_steps, step_folder, step_of
+from toolkit.checkpoint.folder import check_files, read_metadata, saved_steps, step_folder, step_of
 from toolkit.config.interpolation import fill
 from toolkit.data.corpus_info import data_places, read_corpus, without_sources
 from toolkit.distributed.launcher import has_launcher, rank_of

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from toolkit.checkpoint.commit import SPARE_BYTES, Save, check_free_space
-from toolkit.checkpoint.layout import MODEL_PREFIX, TENSORS_FOLDER
+from toolkit.checkpoint.folder import MODEL_PREFIX, TENSORS_FOLDER
 from toolkit.checkpoint.streaming import write_streamed_checkpoint
 from toolkit.checkpoint.tensors import iterate_tensors
 from toolkit.data.tokenizers.companions import read_json

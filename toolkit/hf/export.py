@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from toolkit.checkpoint.commit import check_free_space
-from toolkit.checkpoint.layout import HF_FOLDER, MODEL_PREFIX, TENSORS_FOLDER
+from toolkit.checkpoint.folder import HF_FOLDER, MODEL_PREFIX, TENSORS_FOLDER
 from toolkit.checkpoint.tensors import iterate_tensors
 from toolkit.data.tokenizers.companions import TOKENIZER_FILE, read_json
 from toolkit.data.tokenizers.tokenizer import load_tokenizer

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from toolkit.checkpoint.find import find_checkpoint
-from toolkit.checkpoint.layout import (
+from toolkit.checkpoint.folder import (
     HF_FOLDER,
     METADATA_FILE,
     MODEL_PREFIX,

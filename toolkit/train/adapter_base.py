@@ -10,8 +10,8 @@ from typing import Any
 
 import msgspec
 
-from toolkit.checkpoint.anywhere import metadata_of
-from toolkit.checkpoint.layout import CheckpointMetadata
+from toolkit.checkpoint.folder import CheckpointMetadata
+from toolkit.checkpoint.load import metadata_of
 from toolkit.config.secrets import mask_secrets
 from toolkit.errors import CheckpointError
 from toolkit.models.lora_config import LoRAConfig

@@ -6,7 +6,7 @@ import functools
 import logging
 from typing import TYPE_CHECKING
 
-from toolkit.checkpoint.layout import saved_steps
+from toolkit.checkpoint.folder import saved_steps
 from toolkit.errors import RunError
 from toolkit.launch.failures import Peers
 from toolkit.launch.watchdog import Watchdog
