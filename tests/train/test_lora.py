@@ -21,7 +21,7 @@ from toolkit.errors import CheckpointError, ToolkitError
 from toolkit.experiment.load import load_experiment
 from toolkit.models.lora_config import LoRAConfig
 from toolkit.optim.config import AdamWConfig, GroupOverride
-from toolkit.train.base import find_base
+from toolkit.train.adapter_base import find_base
 
 STEPS = 4
 LORA = LoRAConfig(rank=4, target_modules=("*.attention.*", "*.down"), train_also=("head.norm.*",))

@@ -35,8 +35,8 @@ from toolkit.experiment.recorded import (
     read_steps,
     versions_of,
 )
-from toolkit.experiment.relaunch import relaunch
 from toolkit.experiment.run_data import find_data
+from toolkit.launch.relaunch import relaunch
 from toolkit.runs.config import RunConfig
 from toolkit.runs.files import RUN_FILES
 from toolkit.runs.registry import is_run, resolve_run_folder, run_of_checkpoint

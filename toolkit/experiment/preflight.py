@@ -179,7 +179,7 @@ def continuation_checks(
     from toolkit.checkpoint.folder import rank_file
     from toolkit.checkpoint.load import metadata_of, rank_state_of, shapes_of
     from toolkit.checkpoint.tensors import check_shapes
-    from toolkit.train.base import check_adapter
+    from toolkit.train.adapter_base import check_adapter
     from toolkit.train.restoring import is_inside, renamed, usable_state
 
     checkpoint, lora = start.checkpoint, config.train_module.lora

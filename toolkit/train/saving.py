@@ -19,17 +19,13 @@ import msgspec
 import torch
 
 from toolkit.checkpoint.commit import Save, write_checkpoint
-from toolkit.checkpoint.folder import HF_FOLDER
-from toolkit.checkpoint.folder import MODEL_PREFIX
-from toolkit.checkpoint.folder import TENSORS_FOLDER
 from toolkit.checkpoint.folder import Kind
-from toolkit.checkpoint.save_plan import Resolve
-from toolkit.checkpoint.save_plan import ShardWriter
+from toolkit.checkpoint.save_plan import Resolve, ShardWriter
 from toolkit.errors import RunError, ToolkitError, TrainingError
+from toolkit.launch.failures import LostPeerError
 from toolkit.runs.files import RUN_FILES
 from toolkit.storage.new_folder import new_folder
 from toolkit.threads import Thread
-from toolkit.train.peers import LostPeerError
 
 if TYPE_CHECKING:
     from toolkit.train.module import TrainModule
