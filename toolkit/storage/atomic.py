@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
+import msgspec
+
 PathLike = str | os.PathLike[str]
 
 TEMPORARY_SUFFIX = ".tmp"
@@ -55,15 +57,18 @@ def write_atomic(path: PathLike, data: bytes, *, sync: bool = True) -> None:
         file.write(data)
 
 
+def encode_json(obj: Any) -> bytes:
+    """Indented JSON of anything msgspec encodes, with a newline at its end."""
+    return msgspec.json.format(msgspec.json.encode(obj), indent=2) + b"\n"
+
+
 def create_json(path: PathLike, obj: Any) -> bool:
     """`write_json_atomic` that never replaces: False when `path` exists, whoever came first.
 
     Atomic on network file systems too (a hard link); where there are no links, a file opened
     exclusively, whose content comes a moment later.
     """
-    import msgspec
-
-    data = msgspec.json.format(msgspec.json.encode(obj), indent=2) + b"\n"
+    data = encode_json(obj)
     temporary = temporary_path(path)
     try:
         with temporary.open("xb") as file:
@@ -97,10 +102,7 @@ def _name_file(error: BaseException, path: PathLike) -> None:
 
 def write_json_atomic(path: PathLike, obj: Any, *, sync: bool = True) -> None:
     """`write_atomic` of `obj` as indented JSON (anything msgspec encodes)."""
-    import msgspec
-
-    data = msgspec.json.format(msgspec.json.encode(obj), indent=2)
-    write_atomic(path, data + b"\n", sync=sync)
+    write_atomic(path, encode_json(obj), sync=sync)
 
 
 def fsync_folder(folder: PathLike) -> None:
