@@ -14,7 +14,7 @@ import msgspec
 
 from toolkit.checkpoint.folder import METADATA_FILE, read_metadata, saved_steps, step_folder
 from toolkit.data.corpus_info import datasets_of, read_corpus
-from toolkit.data.text.presence import check_presence
+from toolkit.data.prepare.text.presence import check_presence
 from toolkit.errors import BadInputError, CheckpointError, ConfigError, ErrorList
 from toolkit.experiment.config import ExperimentConfig
 from toolkit.runs.files import RUN_FILES
@@ -179,7 +179,7 @@ def continuation_checks(
     from toolkit.checkpoint.folder import rank_file
     from toolkit.checkpoint.load import metadata_of, rank_state_of, shapes_of
     from toolkit.checkpoint.tensors import check_shapes
-    from toolkit.train.base import check_adapter
+    from toolkit.train.adapter_base import check_adapter
     from toolkit.train.restoring import is_inside, renamed, usable_state
 
     checkpoint, lora = start.checkpoint, config.train_module.lora

@@ -14,6 +14,8 @@ from typing import Any, BinaryIO, Literal
 
 import msgspec
 
+from toolkit.errors import CheckpointError, TrainingError
+
 PathLike = str | os.PathLike[str]
 
 TEMPORARY_SUFFIX = ".tmp"
@@ -153,6 +155,35 @@ def new_folder(folder: PathLike, *, unfinished: PathLike | None = None) -> Itera
         with contextlib.suppress(OSError):
             remove_tree(place)
         raise
+
+
+@contextlib.contextmanager
+def new_output(folder: PathLike) -> Iterator[Path]:
+    """`new_folder` for what a user asked to be written to `folder`, which may be a link.
+
+    Raises:
+        CheckpointError: `folder` is in use, or cannot be made.
+        TrainingError: a file in it cannot be written (the disk is full).
+    """
+    check_unused(folder)
+    is_made = False
+    try:
+        with new_folder(Path(folder).resolve()) as unfinished:
+            is_made = True
+            yield unfinished
+    except OSError as error:
+        if not is_made:
+            raise CheckpointError(f"{folder}: cannot be made: {error.strerror}") from None
+        raise TrainingError(
+            f"{folder}: cannot be written, nothing is left of it: {error.strerror or error}"
+        ) from error
+
+
+def check_unused(folder: PathLike) -> None:
+    """Raise CheckpointError when `folder` exists and is not an empty folder."""
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise CheckpointError(f"{folder}: already exists; remove it or choose another folder")
 
 
 def publish_folder(unfinished: PathLike, folder: PathLike) -> None:

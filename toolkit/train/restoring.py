@@ -19,7 +19,7 @@ from toolkit.checkpoint.together import run_together
 from toolkit.errors import CheckpointError, ConfigError
 from toolkit.runs.files import RUN_FILES
 from toolkit.storage.remote import is_url
-from toolkit.train.base import check_adapter, describe_base, find_base
+from toolkit.train.adapter_base import check_adapter, describe_base, find_base
 from toolkit.train.config import NO_BASE, TrainerConfig
 from toolkit.train.load_path import no_checkpoint
 from toolkit.train.moments import change_of_training, without_new_moments
