@@ -45,7 +45,7 @@ def resume(
     if explain:
         import os
 
-        from toolkit.distributed.launcher_checks import check_launcher_variables
+        from toolkit.distributed.ranks import check_launcher_variables
         from toolkit.errors import EXIT_BAD_INPUT, EXIT_DONE
         from toolkit.experiment.explain import explain_resume
 

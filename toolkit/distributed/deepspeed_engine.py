@@ -15,7 +15,7 @@ from torch import nn
 from toolkit.distributed.accelerator import build_accelerator, without_launcher_variables
 from toolkit.distributed.engine import BuildOptimizer, Engine, StepOutcome, reset_state
 from toolkit.distributed.environment import TrainingEnvironment
-from toolkit.distributed.flat_shard import FlatShard
+from toolkit.distributed.shards import FlatShard
 from toolkit.models.init import canonical_parameters
 
 

@@ -20,15 +20,13 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
-from toolkit.distributed.allocator import set_allocator_defaults
 from toolkit.distributed.config import DataParallelConfig
-from toolkit.distributed.cpu import tune_cpu
 from toolkit.distributed.devices import pick_device, use_device
 from toolkit.distributed.launcher import rank_of, world_size_of
-from toolkit.distributed.launcher_checks import is_one_machine, loopback_interface
 from toolkit.distributed.layout import Layout, Precision, offloads, resolve_layout
-from toolkit.distributed.ranks import adopt_ranks
+from toolkit.distributed.ranks import adopt_ranks, is_one_machine, loopback_interface
 from toolkit.distributed.rendezvous import open_store
+from toolkit.distributed.tuning import set_allocator_defaults, tune_cpu
 from toolkit.errors import ConfigError, RunError
 
 log = logging.getLogger(__name__)

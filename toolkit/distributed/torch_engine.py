@@ -15,8 +15,8 @@ from torch.nn.parallel import DistributedDataParallel
 from toolkit.distributed.accelerator import build_accelerator, ddp_options
 from toolkit.distributed.engine import BuildOptimizer, Engine, StepOutcome, reset_state
 from toolkit.distributed.environment import TrainingEnvironment
-from toolkit.distributed.flat_shard import FlatShard
 from toolkit.distributed.materialize import flattened_shapes, local_runs
+from toolkit.distributed.shards import FlatShard
 from toolkit.models.init import canonical_parameters
 
 

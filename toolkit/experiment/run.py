@@ -20,8 +20,8 @@ from toolkit.config.files import read_json_mapping
 from toolkit.config.interpolation import fill
 from toolkit.config.secrets import check_no_secrets
 from toolkit.distributed.launcher import rank_of
-from toolkit.distributed.launcher_checks import check_launcher_variables
 from toolkit.distributed.layout import Layout, resolve_layout
+from toolkit.distributed.ranks import check_launcher_variables
 from toolkit.errors import (
     EXIT_DONE,
     EXIT_FAILED,
