@@ -143,7 +143,7 @@ def _continued(folder: Path) -> list[dict[str, Any]]:
 def stored_hashes(checkpoint: Path) -> dict[str, str]:
     """Hash of every tensor of a checkpoint, read by torch alone."""
     reader = dcp.FileSystemReader(checkpoint / "model_and_optim")
-    entries = reader.read_metadata().state_dict_metadata
+    entries: dict[str, Any] = reader.read_metadata().state_dict_metadata
     tensors = {
         name: torch.empty(entry.size, dtype=entry.properties.dtype)
         for name, entry in entries.items()
