@@ -11,7 +11,7 @@ import torch
 
 from tests.tiny import ROWS, build, global_batch, module_config, open_environment, train_steps
 from tests.workers import WorkerPool
-from toolkit.checkpoint.layout import METADATA_FILE, encode_metadata, read_metadata
+from toolkit.checkpoint.folder import METADATA_FILE, encode_metadata, read_metadata
 from toolkit.checkpoint.tensors import iterate_tensors
 from toolkit.commands.dry_run import summarize
 from toolkit.commands.explain import explain_resume
@@ -21,7 +21,7 @@ from toolkit.errors import CheckpointError, ToolkitError
 from toolkit.experiment.load import load_experiment
 from toolkit.models.lora_config import LoRAConfig
 from toolkit.optim.config import AdamWConfig, GroupOverride
-from toolkit.train.base import find_base
+from toolkit.train.adapter_base import find_base
 
 STEPS = 4
 LORA = LoRAConfig(rank=4, target_modules=("*.attention.*", "*.down"), train_also=("head.norm.*",))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from toolkit.checkpoint.layout import read_metadata, saved_steps, step_folder
+from toolkit.checkpoint.folder import read_metadata, saved_steps, step_folder
 from toolkit.data.corpus import changed_data
 from toolkit.data.instances.base import DocumentPart
 from toolkit.data.instances.text import DecodedPiece

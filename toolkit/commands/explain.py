@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from toolkit.checkpoint.layout import (
+from toolkit.checkpoint.folder import (
     INVALID_SUFFIX,
     CheckpointMetadata,
     saved_steps,
@@ -93,7 +93,7 @@ def explain_resume(
     saved, state_of_data = None, None
     retrained: list[str] = []
     if start is not None:
-        from toolkit.checkpoint.anywhere import metadata_of
+        from toolkit.checkpoint.load import metadata_of
 
         saved = metadata_of(start.checkpoint)
         position: Any = loader or _AnyPosition()
@@ -206,7 +206,7 @@ def _is_own(start: "Start | None", folder: Path) -> bool:
 
 
 def _data_state(start: "Start") -> dict[str, Any]:
-    from toolkit.checkpoint.anywhere import rank_state_of
+    from toolkit.checkpoint.load import rank_state_of
 
     return rank_state_of(start.checkpoint, rank=0)["trainer"]["data"]
 

@@ -4,7 +4,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from toolkit.checkpoint.layout import METADATA_FILE
+from toolkit.checkpoint.folder import METADATA_FILE
 from toolkit.errors import ConfigError
 
 if TYPE_CHECKING:

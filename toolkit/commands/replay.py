@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from toolkit.checkpoint.layout import check_files, read_metadata, saved_steps, step_folder, step_of
+from toolkit.checkpoint.folder import check_files, read_metadata, saved_steps, step_folder, step_of
 from toolkit.commands.receipt import Receipt, ReplayPlan, compare
 from toolkit.commands.verify import is_step_folder
 from toolkit.config.interpolation import fill
@@ -35,8 +35,8 @@ from toolkit.experiment.recorded import (
     read_steps,
     versions_of,
 )
-from toolkit.experiment.relaunch import relaunch
 from toolkit.experiment.run_data import find_data
+from toolkit.launch.relaunch import relaunch
 from toolkit.runs.config import RunConfig
 from toolkit.runs.files import RUN_FILES
 from toolkit.runs.registry import is_run, resolve_run_folder, run_of_checkpoint

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from toolkit.checkpoint.layout import saved_steps, step_folder, step_of
+from toolkit.checkpoint.folder import saved_steps, step_folder, step_of
 from toolkit.commands.verify import check_checkpoint
 from toolkit.distributed.config import DataParallelConfig
 from toolkit.distributed.engine import Engine, EngineName, Precision, offloads

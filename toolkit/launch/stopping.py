@@ -13,13 +13,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import psutil
 import torch
 import torch.distributed as dist
 
 from toolkit import parents, signals
 from toolkit.config.seconds import in_seconds
-from toolkit.train.config import TrainerConfig
-from toolkit.train.reasons import FAILURE, LAUNCHER_GONE, STOP_FILE, WALL_TIME
+from toolkit.runs.status import FAILURE, STOP_FILE, WALL_TIME
+from toolkit.signals import LAUNCHER_GONE
 
 _REASONS = (
     *("", "a request", "SIGHUP", "SIGUSR1", "SIGUSR2", WALL_TIME, STOP_FILE, "SIGINT", "SIGTERM"),
@@ -35,21 +36,25 @@ class WallTime:
     """A limit on the time since this attempt was started, by a launcher or as this process.
 
     Args:
-        limit: seconds.
-        margin: how many seconds before the limit to stop; None: twice the longest time seen
+        limit: seconds, or text such as `11h30m`.
+        margin: how long before the limit to stop, likewise; None: twice the longest time seen
             between two polls, at least 60.
         started: when the attempt began, Unix seconds; default: asked from the system.
     """
 
     def __init__(
-        self, limit: float, margin: float | None = None, *, started: float | None = None
+        self,
+        limit: float | str,
+        margin: float | str | None = None,
+        *,
+        started: float | None = None,
     ) -> None:
-        self._margin = margin
+        self._margin = None if margin is None else in_seconds(margin)
         self._longest = 0.0
         self._last: float | None = None
         self._polls = 0
         since = time.time() - (attempt_started() if started is None else started)
-        self._deadline = time.monotonic() + limit - since
+        self._deadline = time.monotonic() + in_seconds(limit) - since
 
     def is_up(self) -> bool:
         """Whether to stop now; called once a step."""
@@ -75,8 +80,6 @@ class WallTime:
 def attempt_started() -> float:
     """When this attempt began, in Unix seconds: the start of the launcher, which outlives workers
     that it starts again, else of this process."""
-    import psutil
-
     process = psutil.Process()
     started = process.create_time()
     if parents.HAS_LAUNCHER:
@@ -196,12 +199,16 @@ class StopRequest(signals.Receiver):
         return _REASONS.index(self.reason) if self.reason in _REASONS else 1
 
 
-def stop_request_of(config: TrainerConfig, run_folder: Path, *, is_main: bool) -> StopRequest:
+def stop_request_of(
+    run_folder: Path,
+    *,
+    is_main: bool,
+    max_wall_time: float | str | None = None,
+    margin: float | str | None = None,
+    stop_file: str | None = None,
+) -> StopRequest:
     """One that knows the time limit and, on the main rank, the stop file."""
-    limit, margin, file = config.max_wall_time, config.wall_time_margin, config.stop_file
-    wall_time = None
-    if limit is not None:
-        wall_time = WallTime(in_seconds(limit), None if margin is None else in_seconds(margin))
     return StopRequest(
-        wall_time=wall_time, stop_file=run_folder / file if file and is_main else None
+        wall_time=None if max_wall_time is None else WallTime(max_wall_time, margin),
+        stop_file=run_folder / stop_file if stop_file and is_main else None,
     )

@@ -20,12 +20,12 @@ from torch.distributed.checkpoint.planner import SavePlan, WriteItem
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.serialization import get_crc32_options, set_crc32_options
 
-from toolkit.checkpoint.layout import FileEntry
+from toolkit.checkpoint.folder import FileEntry
 
 Resolve = Callable[[WriteItem], torch.Tensor]
 
 
-class WrittenPieces(NamedTuple):
+class WrittenShards(NamedTuple):
     """What one rank wrote."""
 
     results: list[WriteResult]
@@ -34,7 +34,7 @@ class WrittenPieces(NamedTuple):
     """File name -> size and hash."""
 
 
-class TensorPieces:
+class ShardWriter:
     """The pieces of a state that this rank writes, over the whole of a run.
 
     Args:
@@ -78,7 +78,7 @@ class TensorPieces:
         _wait_for_copies(devices)
         return lambda item: self._buffers[item.index]
 
-    def write(self, folder: Path, resolve: Resolve) -> WrittenPieces:
+    def write(self, folder: Path, resolve: Resolve) -> WrittenShards:
         """Write this rank's pieces into one file, hashed on the way, and fsync it."""
         # Copying ahead would let this thread wait for the device's current stream, that is for
         # training, every 10 MB; what a background save writes is in host memory already.
@@ -96,7 +96,7 @@ class TensorPieces:
             if hashed.error is not None:
                 raise hashed.error from None
             raise
-        return WrittenPieces(results, hashed.entries)
+        return WrittenShards(results, hashed.entries)
 
     def write_metadata(self, folder: Path, results: list[list[WriteResult]]) -> None:
         """DCP's `.metadata`, from what all ranks wrote; rank 0 calls it last."""

@@ -16,8 +16,7 @@ import msgspec
 
 from toolkit.runs.config import RunConfig
 from toolkit.runs.registry import resolve_run_folder
-from toolkit.runs.status import RunStatus, read_status
-from toolkit.train.reasons import STOP_FILE, WALL_TIME
+from toolkit.runs.status import STOP_FILE, WALL_TIME, RunStatus, read_status
 
 _CLOCK_SECONDS = 60.0
 """Clocks of different machines may differ by this much."""

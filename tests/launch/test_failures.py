@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from toolkit.errors import TrainingError
+from toolkit.launch import failures as module
+from toolkit.launch.failures import LostPeerError, Peers, clear_notes, is_lost_peer
 from toolkit.runs.manager import RunManager
-from toolkit.train import peers as module
-from toolkit.train.peers import LostPeerError, Peers, clear_notes, is_lost_peer
 
 GLOO = RuntimeError("[/gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:1")
 

@@ -5,8 +5,8 @@ import logging
 
 from toolkit import signals
 from toolkit.errors import EXIT_FAILED, EXIT_STOPPED, RunError
+from toolkit.launch.failures import Peers
 from toolkit.runs.manager import RunManager
-from toolkit.train.peers import Peers
 
 log = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from toolkit.errors import CheckpointError
 from toolkit.hf.family import Family, Rule
-from toolkit.hf.layouts import SAME
+from toolkit.hf.transforms import SAME
 from toolkit.hf.weights import HFWeights
 from toolkit.models.config import TransformerConfig
 
@@ -72,14 +72,14 @@ class ImportPlan:
         self._rules.sort(key=lambda rule: min(position[name] for name in rule.theirs))
         expected = self._expected()
         self._check_shapes(expected)
-        self.layout: dict[str, Tensor] = {}
+        self.meta_tensors: dict[str, Tensor] = {}
         """Our names, in the order of `tensors`, and tensors of their shapes and types on the meta
         device."""
         for rule in self._rules:
             self._check_types(rule)
             theirs = [self._empty(name) for name in rule.theirs]
-            for name, tensor in zip(rule.ours, rule.layout.to_ours(theirs), strict=True):
-                self.layout[name] = tensor.new_empty(expected[name].shape)
+            for name, tensor in zip(rule.ours, rule.transform.to_ours(theirs), strict=True):
+                self.meta_tensors[name] = tensor.new_empty(expected[name].shape)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """`(our name, whole CPU tensor)`; memory stays at the tensors of one rule.
@@ -92,13 +92,13 @@ class ImportPlan:
                 yield rule.ours[0], self._with_all_rows(rule)
                 continue
             theirs = [self._weights.read(name) for name in rule.theirs]
-            ours = rule.layout.to_ours(theirs)
+            ours = rule.transform.to_ours(theirs)
             del theirs
             for name in rule.ours:
                 yield name, ours.pop(0)
 
     def _with_all_rows(self, rule: Rule) -> Tensor:
-        meta = self.layout[rule.ours[0]]
+        meta = self.meta_tensors[rule.ours[0]]
         old, new = self._source_vocab, self._config.vocab_size
         if len(meta) == old and not self._new_ids:
             return self._weights.read(rule.theirs[0])
@@ -172,9 +172,9 @@ class ImportPlan:
         for rule in self._rules:
             ours = [expected[name] for name in rule.ours]
             if rule.ours[0] in VOCABULARY:
-                assert rule.layout is SAME, "rows of the vocabulary lie alike in all families"
+                assert rule.transform is SAME, "rows of the vocabulary lie alike in all families"
                 ours = [ours[0][: self._source_vocab]]
-            for name, tensor in zip(rule.theirs, rule.layout.to_theirs(ours), strict=True):
+            for name, tensor in zip(rule.theirs, rule.transform.to_theirs(ours), strict=True):
                 stored = self._weights.tensors[name]
                 if stored.shape != tensor.shape:
                     raise CheckpointError(

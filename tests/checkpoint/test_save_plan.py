@@ -1,4 +1,4 @@
-"""The pieces of a state that a rank writes: copied, live, and planned once."""
+"""The shards of a state that a rank writes: copied, live, and planned once."""
 
 from pathlib import Path
 
@@ -6,8 +6,8 @@ import torch
 
 from tests.tiny import module_config, open_environment
 from tests.workers import WorkerPool
-from toolkit.checkpoint.layout import FileEntry
-from toolkit.checkpoint.pieces import TensorPieces
+from toolkit.checkpoint.folder import FileEntry
+from toolkit.checkpoint.save_plan import ShardWriter
 from toolkit.checkpoint.tensors import iterate_tensors
 from toolkit.storage.atomic import hash_file
 
@@ -20,52 +20,52 @@ def stored(folder: Path) -> dict[str, torch.Tensor]:
     return dict(iterate_tensors(folder, ""))
 
 
-def write(pieces: TensorPieces, folder: Path, resolve: object) -> dict[str, FileEntry]:
-    written = pieces.write(folder, resolve)  # type: ignore[arg-type]
-    pieces.write_metadata(folder, [written.results])
+def write(shards: ShardWriter, folder: Path, resolve: object) -> dict[str, FileEntry]:
+    written = shards.write(folder, resolve)  # type: ignore[arg-type]
+    shards.write_metadata(folder, [written.results])
     return written.files
 
 
 def test_a_copy_holds_what_was_there_when_it_was_made(tmp_path: Path) -> None:
-    pieces, tensors = TensorPieces(None), state(1.0)
-    resolve = pieces.copy(tensors)
+    shards, tensors = ShardWriter(None), state(1.0)
+    resolve = shards.copy(tensors)
     tensors["model.a"].fill_(2.0)
-    write(pieces, tmp_path, resolve)
+    write(shards, tmp_path, resolve)
     assert stored(tmp_path)["model.a"].unique().tolist() == [1.0]
 
 
 def test_live_pieces_are_what_is_there_when_they_are_written(tmp_path: Path) -> None:
-    pieces, tensors = TensorPieces(None), state(1.0)
-    resolve = pieces.live(tensors)
+    shards, tensors = ShardWriter(None), state(1.0)
+    resolve = shards.live(tensors)
     tensors["model.a"].fill_(2.0)
-    write(pieces, tmp_path, resolve)
+    write(shards, tmp_path, resolve)
     assert stored(tmp_path)["model.a"].unique().tolist() == [2.0]
 
 
 def test_the_next_copy_uses_the_same_memory(tmp_path: Path) -> None:
-    pieces = TensorPieces(None)
+    shards = ShardWriter(None)
     where = []
     for value in (1.0, 2.0):
-        resolve = pieces.copy(state(value))
-        write(pieces, tmp_path / str(value), resolve)
-        where.append(sorted(buffer.data_ptr() for buffer in pieces._buffers.values()))
+        resolve = shards.copy(state(value))
+        write(shards, tmp_path / str(value), resolve)
+        where.append(sorted(buffer.data_ptr() for buffer in shards._buffers.values()))
     assert where[0] == where[1]
     assert stored(tmp_path / "2.0")["model.b"].tolist() == [2.0] * 7
 
 
 def test_another_layout_is_planned_anew(tmp_path: Path) -> None:
-    pieces = TensorPieces(None)
-    pieces.copy(state(1.0))
-    assert pieces.nbytes == 4 * (30 * 4 + 7)
+    shards = ShardWriter(None)
+    shards.copy(state(1.0))
+    assert shards.nbytes == 4 * (30 * 4 + 7)
     more = state(1.0) | {"model.c": torch.zeros(3, dtype=torch.int64)}
-    write(pieces, tmp_path, pieces.copy(more))
-    assert pieces.nbytes == 4 * (30 * 4 + 7) + 8 * 3
+    write(shards, tmp_path, shards.copy(more))
+    assert shards.nbytes == 4 * (30 * 4 + 7) + 8 * 3
     assert stored(tmp_path)["model.c"].tolist() == [0, 0, 0]
 
 
 def test_hashes_taken_while_writing_are_the_files(tmp_path: Path) -> None:
-    pieces = TensorPieces(None)
-    entries = write(pieces, tmp_path, pieces.copy(state(3.0)))
+    shards = ShardWriter(None)
+    entries = write(shards, tmp_path, shards.copy(state(3.0)))
     assert list(entries) == ["__0_0.distcp"]
     for name, entry in entries.items():
         path = tmp_path / name
@@ -75,9 +75,9 @@ def test_hashes_taken_while_writing_are_the_files(tmp_path: Path) -> None:
 def replicated(folder: str) -> tuple[int, list[str]]:
     env = open_environment(module_config("ddp"))
     try:
-        pieces = TensorPieces(env.checkpoint_group)
-        pieces.copy(state(1.0))
-        return pieces.nbytes, [item.index.fqn for item in pieces._plan.items]
+        shards = ShardWriter(env.checkpoint_group)
+        shards.copy(state(1.0))
+        return shards.nbytes, [item.index.fqn for item in shards._plan.items]
     finally:
         env.close()
 

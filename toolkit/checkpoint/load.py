@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 from toolkit.checkpoint.commit import load_checkpoint, load_rank_state
-from toolkit.checkpoint.layout import TENSORS_FOLDER, CheckpointMetadata, read_metadata
+from toolkit.checkpoint.folder import TENSORS_FOLDER, CheckpointMetadata, read_metadata
 from toolkit.checkpoint.remote import read_remote_metadata
 from toolkit.checkpoint.remote_load import (
     load_remote_checkpoint,

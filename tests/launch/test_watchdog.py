@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from toolkit.launch.failures import Peers, RankNote
+from toolkit.launch.watchdog import Heartbeat, Watchdog, explain_hang
 from toolkit.runs.manager import RunManager
-from toolkit.train.peers import Peers, RankNote
-from toolkit.train.watchdog import Heartbeat, Watchdog, explain_hang
 
 
 def note(
@@ -135,7 +135,7 @@ def test_time_asleep_does_not_count(run: RunManager, monkeypatch: pytest.MonkeyP
     jumps = threading.Event()
     monotonic = time.monotonic
     monkeypatch.setattr(
-        "toolkit.train.watchdog.time.monotonic",
+        "toolkit.launch.watchdog.time.monotonic",
         lambda: monotonic() + (3600.0 if jumps.is_set() else 0.0),
     )
     rank = Rank(run, 0, 1)
@@ -151,7 +151,7 @@ def test_time_asleep_does_not_count(run: RunManager, monkeypatch: pytest.MonkeyP
 
 
 def test_an_orphan_waits_a_minute_at_most(run: RunManager, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("toolkit.train.watchdog.ORPHAN_SECONDS", 0.05)
+    monkeypatch.setattr("toolkit.launch.watchdog.ORPHAN_SECONDS", 0.05)
     heart = Heartbeat()
     heart.beat("forward and backward", 1)
     peers = Peers(run, rank=0, world_size=1)

@@ -14,8 +14,8 @@ import pytest
 from toolkit import signals
 from toolkit.distributed.launcher_checks import STORE_FILE, check_launcher_variables
 from toolkit.errors import EXIT_STOPPED, ConfigError, TrainingError
-from toolkit.experiment import relaunch as module
-from toolkit.experiment.relaunch import (
+from toolkit.launch import relaunch as module
+from toolkit.launch.relaunch import (
     SECONDS_TO_SAVE,
     Workers,
     launcher_seconds,

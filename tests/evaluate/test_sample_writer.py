@@ -11,7 +11,7 @@ from toolkit.data.prepare.tokenizers.byte import ByteTokenizer
 from toolkit.data.prepare.tokenizers.hf import load_hf_tokenizer
 from toolkit.data.prepare.tokenizers.tokenizer import EOS_TOKEN
 from toolkit.errors import ConfigError
-from toolkit.train.callbacks.sample_writer import SampleWriter
+from toolkit.evaluate.sample_writer import SampleWriter
 from toolkit.train.config import SampleWriterConfig
 
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import msgspec
 
-from toolkit.checkpoint.anywhere import metadata_of
-from toolkit.checkpoint.layout import CheckpointMetadata
+from toolkit.checkpoint.folder import CheckpointMetadata
+from toolkit.checkpoint.load import metadata_of
 from toolkit.config.secrets import mask_secrets
 from toolkit.errors import CheckpointError
 from toolkit.models.lora_config import LoRAConfig
@@ -31,13 +31,6 @@ class BaseCheckpoint(msgspec.Struct, frozen=True, kw_only=True):
     """Hash of its `.metadata.json`."""
     source: dict[str, Any] | None = None
     """Its own `extra["source"]`: the model of `transformers` that it once came from."""
-
-    @property
-    def hf_name(self) -> str | None:
-        """What an adapter calls it, see `hf_name_of_base`."""
-        from toolkit.hf.source import hf_name_of_base
-
-        return hf_name_of_base(msgspec.to_builtins(self))
 
 
 def describe_base(checkpoint: Path | str) -> BaseCheckpoint:

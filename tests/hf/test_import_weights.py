@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from toolkit.errors import CheckpointError
-from toolkit.hf.imported import ImportPlan, import_tensors
+from toolkit.hf.import_weights import ImportPlan, import_tensors
 from toolkit.hf.read_config import read_hf_config
 from toolkit.hf.weights import HFWeights
 
@@ -55,9 +55,9 @@ def test_all_tensors_come_in_their_type_with_rows_padded(original: Path) -> None
     model = read_hf_config(original)
     plan = ImportPlan(model.family, model.config, HFWeights(original))
     ours = dict(plan.tensors())
-    assert list(ours) == list(plan.layout)
+    assert list(ours) == list(plan.meta_tensors)
     assert {n: (t.shape, t.dtype) for n, t in ours.items()} == {
-        n: (t.shape, t.dtype) for n, t in plan.layout.items()
+        n: (t.shape, t.dtype) for n, t in plan.meta_tensors.items()
     }
     embedding = ours["embeddings.tokens.weight"]
     assert embedding.shape == (128, 36)

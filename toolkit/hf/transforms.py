@@ -9,7 +9,7 @@ from torch import Tensor
 Tensors = Sequence[Tensor]
 
 
-class Layout(NamedTuple):
+class Transform(NamedTuple):
     """A rearrangement of rows (dimension 0), then perhaps a transposition."""
 
     join: Callable[[Tensors], list[Tensor]]
@@ -36,23 +36,23 @@ def _as_they_are(tensors: Tensors) -> list[Tensor]:
     return list(tensors)
 
 
-SAME = Layout(_as_they_are, _as_they_are)
+SAME = Transform(_as_they_are, _as_they_are)
 """Stored alike."""
 
-TRANSPOSED = Layout(_as_they_are, _as_they_are, transposed=True)
+TRANSPOSED = Transform(_as_they_are, _as_they_are, transposed=True)
 """For Conv1D, which keeps `(in, out)`."""
 
 
-def joined(sizes: Sequence[int], *, transposed: bool = False) -> Layout:
+def joined(sizes: Sequence[int], *, transposed: bool = False) -> Transform:
     """Several projections of one input one below the other; `sizes`: rows of each of ours."""
-    return Layout(
+    return Transform(
         lambda ours: [torch.cat(list(ours), dim=0)],
         lambda theirs: list(theirs[0].split(list(sizes), dim=0)),
         transposed,
     )
 
 
-def interleaved(num_heads: int) -> Layout:
+def interleaved(num_heads: int) -> Transform:
     """Query, key and value with as many heads each, head by head: the first head of each, then
     the second of each (GPT-NeoX)."""
 
@@ -64,10 +64,10 @@ def interleaved(num_heads: int) -> Layout:
         heads = theirs[0].unflatten(0, (num_heads, 3, -1))
         return [tensor.flatten(0, 1) for tensor in heads.unbind(1)]
 
-    return Layout(join, split)
+    return Transform(join, split)
 
 
-STACKED = Layout(
+STACKED = Transform(
     lambda ours: list(ours[0].unbind(0)), lambda theirs: [torch.stack(list(theirs), dim=0)]
 )
 """Ours holds in dimension 0 what they keep apart: one tensor per expert."""

@@ -1,6 +1,6 @@
 """Ends a job that makes no progress, and says which rank it waits for.
 
-1. The trainer beats a `Heartbeat` at the same points on every rank: a few attribute writes a step.
+1. The loop beats a `Heartbeat` at the same points on every rank: a few attribute writes a step.
 2. A thread of each rank watches its own. After half the timeout without a beat it publishes how far
    its rank is, in a file: collectives no longer work.
 3. After the timeout it announces the hang; each rank that stands still writes the stacks of all its
@@ -22,15 +22,12 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TextIO
 
 from toolkit.errors import EXIT_FAILED
+from toolkit.launch.failures import Peers, RankNote
 from toolkit.runs.files import RUN_FILES
 from toolkit.threads import Thread
-from toolkit.train.peers import Peers, RankNote
-
-if TYPE_CHECKING:
-    from toolkit.train.trainer import Trainer
 
 SLOW_FACTOR = 3.0
 """How much longer the first step (it compiles) and callbacks (evaluating, saving) may take."""
@@ -92,12 +89,10 @@ class Watchdog:
         self._thread = Thread(target=self._watch, name="watchdog", daemon=True)
 
     def start(self) -> None:
-        """Begin to watch."""
         self._peers.publish()
         self._thread.start()
 
     def stop(self) -> None:
-        """Watch no longer."""
         self._stop.set()
         if self._thread.ident is not None:
             self._thread.join(timeout=5)
@@ -194,24 +189,6 @@ class Watchdog:
             thread = Thread(target=self._on_hang, args=(verdict,), daemon=True)
             thread.start()
             thread.join(timeout=5)
-
-
-def start_watchdog(trainer: "Trainer", peers: Peers) -> Watchdog | None:
-    """The watchdog of `trainer`, at work; None where the config wants none."""
-    timeout, stop = trainer.config.watchdog_timeout, trainer.stop_request
-    if timeout is None:
-        return None
-    watchdog = Watchdog(
-        trainer.heartbeat,
-        peers,
-        timeout=timeout,
-        has_lost_launcher=lambda: stop.has_lost_launcher,
-        on_hang=lambda message: trainer.run.set_status(
-            "failed", step=trainer.step, message=message, exit_reason="watchdog"
-        ),
-    )
-    watchdog.start()
-    return watchdog
 
 
 def explain_hang(notes: Mapping[int, RankNote], world_size: int) -> str:

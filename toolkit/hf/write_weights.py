@@ -4,24 +4,28 @@ The family's table says which tensors of theirs there are and of which of ours t
 tensors without storage, it also tells every shape, so files are laid out before the first weight is
 seen. Ours then come in one at a time, in any order; each is cut to the real vocabulary, converted
 and written to its place at once. Only the parts of a fused tensor (GPT-2's qkv) wait for one
-another.
+another. The library's own `save_file` wants all tensors of a file in memory at once.
 """
 
 import contextlib
+import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from types import TracebackType
+from typing import Self
 
 import torch
 from torch import Tensor
 
 from toolkit.errors import CheckpointError
 from toolkit.hf.family import Family, Rule
-from toolkit.hf.imported import VOCABULARY
-from toolkit.hf.safetensors_file import SafetensorsFile
+from toolkit.hf.import_weights import VOCABULARY
+from toolkit.hf.weights import DTYPES
 from toolkit.models.config import TransformerConfig
 from toolkit.models.init import canonical_name
 from toolkit.storage.atomic import write_json_atomic
 
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _LARGEST_HALF = torch.finfo(torch.float16).max
 INDEX_FILE = "model.safetensors.index.json"
 
@@ -47,7 +51,7 @@ def write_weights(
     layout: dict[str, Tensor] = {}
     for rule in rules:
         ours = [_unpadded(s, expected[s], config).to(_dtype(dtypes, s)) for s in rule.ours]
-        layout |= zip(rule.theirs, rule.layout.to_theirs(ours), strict=True)
+        layout |= zip(rule.theirs, rule.transform.to_theirs(ours), strict=True)
     shards = _plan_shards(layout, max_shard_bytes)
     file_of = {target: name for name, targets in shards.items() for target in targets}
     if len(shards) > 1:
@@ -104,7 +108,7 @@ def _converted(
         rule = rule_of[name]
         waiting[name] = _unpadded(name, tensor.detach(), config)
         if all(source in waiting for source in rule.ours):
-            theirs = rule.layout.to_theirs([waiting.pop(source) for source in rule.ours])
+            theirs = rule.transform.to_theirs([waiting.pop(source) for source in rule.ours])
             yield from zip(rule.theirs, theirs, strict=True)
     if missing:
         raise CheckpointError(
@@ -131,3 +135,49 @@ def _plan_shards(layout: dict[str, Tensor], max_shard_bytes: int) -> dict[str, d
         return {"model.safetensors": groups[0]}
     total = len(groups)
     return {f"model-{i:05}-of-{total:05}.safetensors": g for i, g in enumerate(groups, start=1)}
+
+
+class SafetensorsFile:
+    """Context manager; every tensor announced in `layout` is to be given to `write` once.
+
+    Args:
+        layout: name -> a tensor of that shape and type (on the meta device, say).
+    """
+
+    def __init__(self, path: Path, layout: Mapping[str, Tensor]) -> None:
+        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        position = 0
+        self._places: dict[str, tuple[int, torch.dtype]] = {}
+        for name, tensor in layout.items():
+            end = position + tensor.nbytes
+            header[name] = {
+                "dtype": _NAMES[tensor.dtype],
+                "shape": list(tensor.shape),
+                "data_offsets": [position, end],
+            }
+            self._places[name] = (position, tensor.dtype)
+            position = end
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
+        self._data_start = 8 + len(text)
+        self._file = path.open("wb")
+        self._file.write(len(text).to_bytes(8, "little") + text)
+        self._file.truncate(self._data_start + position)
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Put `tensor` (any device, converted to the announced type) in its place."""
+        offset, dtype = self._places[name]
+        flat = tensor.detach().to("cpu", dtype).contiguous().view(-1).view(torch.uint8)
+        self._file.seek(self._data_start + offset)
+        self._file.write(flat.numpy().data)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._file.close()

@@ -11,10 +11,10 @@ from torch.distributed.checkpoint import FileSystemWriter
 
 from tests.tiny import module_config, open_environment
 from tests.workers import WorkerPool
-from toolkit.checkpoint import commit, layout
+from toolkit.checkpoint import commit, folder
 from toolkit.checkpoint.commit import save_checkpoint
 from toolkit.checkpoint.find import find_checkpoint
-from toolkit.checkpoint.layout import read_metadata
+from toolkit.checkpoint.folder import read_metadata
 from toolkit.errors import TrainingError
 
 
@@ -51,14 +51,14 @@ def find_with_failure(root: str) -> tuple[Path | None, tuple[Path, ...]]:
     try:
         save(root, 1, env)
         save(root, 2, env)
-        hash_file = layout.hash_file
+        hash_file = folder.hash_file
 
         def hash_or_fail(path: Path) -> str:
             if env.rank == 1 and "step2" in str(path):
                 raise OSError("input/output error")
             return hash_file(path)
 
-        with mock.patch.object(layout, "hash_file", hash_or_fail):
+        with mock.patch.object(folder, "hash_file", hash_or_fail):
             return find_checkpoint(Path(root), rank=env.rank, group=env.cpu_group)
     finally:
         env.close()

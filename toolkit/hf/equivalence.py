@@ -6,7 +6,7 @@ from typing import Any
 from toolkit.models.config import TransformerConfig
 
 
-def meaning(config: TransformerConfig) -> dict[str, Any]:
+def defining_values(config: TransformerConfig) -> dict[str, Any]:
     """What decides shapes and logits, with defaults filled in and layers spelled out."""
     rope = config.positions == "rope"
     windows = tuple(config.window_of(layer) for layer in range(config.num_layers))
@@ -63,10 +63,10 @@ def difference(one: TransformerConfig, other: TransformerConfig) -> str | None:
 
 def differences(one: TransformerConfig, other: TransformerConfig) -> list[str]:
     """All parts of `one` in which `other` differs, as "name value"."""
-    second = meaning(other)
+    second = defining_values(other)
     return [
         f"{name} {value!r}"
-        for name, value in meaning(one).items()
+        for name, value in defining_values(one).items()
         if not _equal(value, second[name])
     ]
 

@@ -1,5 +1,5 @@
-"""What ranks leave in `metadata/ranks` for each other, because collectives tell nothing when one of
-them hangs or is gone.
+"""Whose failure ends a run of several ranks. Collectives tell nothing when one of them hangs or is
+gone, so ranks leave notes for each other in `metadata/ranks`:
 
 - `rank{R}.json`: where rank R runs; how far it is, once it makes no progress.
 - `failure.{attempt}.json`: the first failure of an attempt. What fails after it, on other ranks, is
@@ -14,13 +14,18 @@ import time
 from pathlib import Path
 
 import msgspec
+import psutil
 
 from toolkit.config.secrets import mask_secrets
 from toolkit.errors import RunError, ToolkitError, TrainingError
 from toolkit.runs.files import RUN_FILES
 from toolkit.runs.manager import RunManager
+from toolkit.runs.status import read_status
 from toolkit.storage.atomic import create_json, write_json_atomic
 from toolkit.storage.foreign import read_json
+
+SECONDS_FOR_RANK_0 = 1.0
+"""How long another rank with an error waits for rank 0 to end with the same one."""
 
 _SECONDS_FOR_THE_FIRST = 2.0
 """How long a rank that lost another waits for that one's reason."""
@@ -46,13 +51,13 @@ class RankNote(msgspec.Struct, kw_only=True):
     step: int = 0
     phase: str = "starting"
     count: int = 0
-    """Number of heartbeats so far: alike on ranks that are equally far."""
+    """Heartbeats so far: alike on ranks that are equally far."""
     idle_seconds: float = 0.0
     """Since the last heartbeat."""
     where: str = ""
     """Innermost Python line of the main thread."""
     has_dumped: bool = False
-    """Whether its stacks are in its log, the last thing before it ends."""
+    """Its stacks are in its log, the last thing before it ends."""
 
     def describe(self) -> str:
         """`rank 1 on node1: step 7, LMEvaluator, at file.py:12 in f`."""
@@ -131,6 +136,11 @@ class Peers:
         """Whether some rank's watchdog ends the job."""
         return self._hang.exists()
 
+    def report(self, error: BaseException, *, step: int) -> LostPeerError | None:
+        """`fail`, then `explain`."""
+        self.fail(error, step=step)
+        return self.explain(error, step=step)
+
     def fail(self, error: BaseException, *, step: int) -> None:
         """Note the failure of this rank, if it is the first and not another's consequence."""
         if self.world_size == 1 or isinstance(error, LostPeerError) or is_lost_peer(error):
@@ -138,12 +148,8 @@ class Peers:
         message = first_line(error)
         if not isinstance(error, ToolkitError):
             message = f"{type(error).__name__}: {message}"
-        failure = Failure(
-            rank=self.rank,
-            host=socket.gethostname(),
-            step=step,
-            message=mask_secrets(message)[:500],
-        )
+        message = mask_secrets(message)[:500]
+        failure = Failure(rank=self.rank, host=socket.gethostname(), step=step, message=message)
         with contextlib.suppress(OSError):
             self._folder.mkdir(exist_ok=True)
             create_json(self._failure, failure)
@@ -159,30 +165,27 @@ class Peers:
         if self.world_size == 1 or isinstance(error, LostPeerError) or not is_lost_peer(error):
             return None
         failure, gone = self._first_cause()
-        here = f"rank {self.rank} on {socket.gethostname()}, step {step}"
-        again = f"continue with `toolkit resume {self.run_folder}`"
-        shows = self.rank == 0
+        logs, shows = self.run_folder / RUN_FILES.logs, self.rank == 0
         if failure is not None:
-            log = self.run_folder / RUN_FILES.logs / f"rank{failure.rank}.log"
-            text = (
-                f"{here}: ended because rank {failure.rank} on {failure.host} failed at step "
-                f"{failure.step}: {failure.message}; its traceback is in {log}; {again}"
+            cause = (
+                f"ended because rank {failure.rank} on {failure.host} failed at step "
+                f"{failure.step}: {failure.message}; its traceback is in "
+                f"{logs / f'rank{failure.rank}.log'}"
             )
         elif gone:
             names = ", ".join(f"rank {n.rank} (pid {n.pid} on {n.host})" for n in gone)
-            left = set(range(self.world_size)) - {n.rank for n in gone}
-            shows = self.rank == min(left)
-            text = (
-                f"{here}: lost {names}, whose process was killed; if it was not you, look for what "
-                f"ended it in that machine's log (memory?); {again}"
+            shows = self.rank == min(set(range(self.world_size)) - {n.rank for n in gone})
+            cause = (
+                f"lost {names}, whose process was killed; if it was not you, look for what "
+                "ended it in that machine's log (memory?)"
             )
         else:
-            text = (
-                f"{here}: lost the connection to another rank ({first_line(error)}); the "
-                f"launcher's report and {self.run_folder / RUN_FILES.logs} tell what ended it; "
-                f"{again}"
+            cause = (
+                f"lost the connection to another rank ({first_line(error)}); the launcher's "
+                f"report and {logs} tell what ended it"
             )
-        lost = LostPeerError(text)
+        here = f"rank {self.rank} on {socket.gethostname()}, step {step}"
+        lost = LostPeerError(f"{here}: {cause}; continue with `toolkit resume {self.run_folder}`")
         lost.only_here = shows and self.rank > 0
         return lost
 
@@ -207,6 +210,28 @@ def is_lost_peer(error: BaseException) -> bool:
     return False
 
 
+def name_rank(error: BaseException, run: RunManager, rank: int, step: int) -> None:
+    """Say whose error it is, where it is not rank 0's or not one of ours."""
+    if not isinstance(error, ToolkitError):
+        where = f"rank {rank} on {socket.gethostname()} failed at step {step}"
+        error.add_note(f"{where}; its log: {run.path(RUN_FILES.logs)}/rank{rank}.log")
+    elif rank > 0:
+        error.only_here = not _ends_rank_0(error, run)
+        if error.only_here and step and f"step {step}" not in str(error):
+            error.args = (f"step {step}: {error}",)
+
+
+def _ends_rank_0(error: ToolkitError, run: RunManager) -> bool:
+    """Whether rank 0 leaves the run with the same error; it is given a moment to say so."""
+    deadline = time.monotonic() + SECONDS_FOR_RANK_0
+    while time.monotonic() < deadline:
+        status = read_status(run.folder)
+        if status is not None and status.state == "failed":
+            return status.message == first_line(error)
+        time.sleep(0.05)
+    return False
+
+
 def first_line(error: BaseException) -> str:
     """The first line of the message, or the name of the class where there is none."""
     return str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -220,8 +245,6 @@ def clear_notes(folder: Path) -> None:
 
 
 def _is_alive(pid: int) -> bool:
-    import psutil
-
     try:
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:

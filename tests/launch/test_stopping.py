@@ -12,9 +12,7 @@ import torch.distributed as dist
 
 from tests.tiny import module_config, open_environment
 from tests.workers import WorkerPool
-from toolkit.signals import ASKING, TERMINATING
-from toolkit.train.config import TrainerConfig
-from toolkit.train.stopping import (
+from toolkit.launch.stopping import (
     FAILURE,
     STOP_FILE,
     WALL_TIME,
@@ -23,6 +21,8 @@ from toolkit.train.stopping import (
     attempt_started,
     stop_request_of,
 )
+from toolkit.signals import ASKING, TERMINATING
+from toolkit.train.config import TrainerConfig
 
 
 def polls(asked: dict[int, str]) -> tuple[list[bool], str | None]:
@@ -179,7 +179,10 @@ def test_the_attempt_begins_with_its_launcher(monkeypatch: pytest.MonkeyPatch) -
 def test_lengths_of_time_are_checked_with_the_config() -> None:
     with pytest.raises(ValueError, match="max_wall_time: 'soon' is no length of time"):
         TrainerConfig(max_wall_time="soon")
-    stop = stop_request_of(TrainerConfig(max_wall_time="2h"), Path("runs/a"), is_main=True)
+    stop = stop_request_of(
+        Path("runs/a"), is_main=True, max_wall_time="2h", stop_file=TrainerConfig().stop_file
+    )
+    assert stop._wall_time is not None
     assert stop._stop_file == Path("runs/a/stop")
-    other = stop_request_of(TrainerConfig(), Path("runs/a"), is_main=False)
+    other = stop_request_of(Path("runs/a"), is_main=False, stop_file="stop")
     assert (other._stop_file, other._wall_time) == (None, None)
