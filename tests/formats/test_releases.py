@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tests.formats.make import ENVIRONMENT, FIRST_STEP, FSDP, HERE, LAST_STEP, SINGLE, tensor_hash
-from toolkit.checkpoint.layout import TENSORS_FOLDER
+from toolkit.checkpoint.folder import TENSORS_FOLDER
 from toolkit.checkpoint.tensors import iterate_tensors
 from toolkit.cli import main as cli
 
