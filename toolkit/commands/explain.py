@@ -20,7 +20,7 @@ from toolkit.checkpoint.folder import (
 from toolkit.commands.verify import check_checkpoint
 from toolkit.config.files import read_json_mapping
 from toolkit.data.corpus_info import CorpusInfo, data_places, read_corpus
-from toolkit.data.prepare.build.settings import check_settings
+from toolkit.data.prepare.corpus import check_corpus_settings
 from toolkit.data.tokens.prepared import MANIFEST_NAME
 from toolkit.distributed.engine import Engine, resolve_engine
 from toolkit.errors import DataError, ErrorList, RunError, ToolkitError
@@ -141,8 +141,7 @@ def _corpus(config: ExperimentConfig) -> CorpusInfo | None:
                 "or the other"
             )
         return None
-    for dataset, prepared in corpus.parts.values():
-        check_settings(prepared, dataset)
+    check_corpus_settings(config.data, corpus)
     check_corpus(config, corpus)
     return corpus
 
@@ -172,6 +171,7 @@ def _loader(plan: ResumePlan, corpus: CorpusInfo | None) -> "TrainLoader | None"
 
     Data that is not here (it is prepared first) or was refused already takes any.
     """
+    from toolkit.data.corpus import open_corpus
     from toolkit.data.loader import get_dataloaders
 
     if corpus is None:
@@ -182,7 +182,7 @@ def _loader(plan: ResumePlan, corpus: CorpusInfo | None) -> "TrainLoader | None"
             rank=0,
             world_size=1,
             vocab_size=plan.config.model.vocab_size,
-            check_text=False,
+            corpus=open_corpus(plan.config.data, corpus),
         )
     check_best_metric(plan.config.trainer, evaluation)
     return train_loader

@@ -57,6 +57,7 @@ from toolkit.train.scores import check_best_metric
 from toolkit.wording import count
 
 if TYPE_CHECKING:
+    from toolkit.data.corpus import Corpus
     from toolkit.data.loader import TrainLoader
     from toolkit.train.trainer import TrainResult
 
@@ -153,7 +154,7 @@ def _run(
             clear_notes(run.folder)
             if not run.path(RUN_FILES.config).exists():
                 _log_metadata(stored, run, engine, origins, {})
-        return _train(config, stored, run, name, origins, starting)
+        return _train(config, stored, run, name, origins, starting, train_loader.corpus)
     except BaseException as error:
         # Whatever the trainer itself did not close: an error before or outside its loop.
         if run is not None and starting.reason is None:
@@ -198,6 +199,7 @@ def _train(
     name: str,
     origins: Mapping[str, str],
     starting: RunStart,
+    corpus: "Corpus",
 ) -> int:
     from toolkit.data.loader import get_dataloaders
     from toolkit.distributed.environment import check_shared_folder, prepare_training_environment
@@ -224,7 +226,7 @@ def _train(
             eval_batch_tokens=rank_microbatch_size(config, environment.world_size),
             vocab_size=config.model.vocab_size,
             device=environment.device,
-            check_text=False,
+            corpus=corpus,
         )
         check_agreement(config, environment, train_dl, eval_dl)
         for line in opening_lines(config, environment, run.folder):
@@ -278,7 +280,7 @@ def _train(
 
 def _prepare_data(config: ExperimentConfig, *, rank: int, world_size: int) -> "TrainLoader":
     """Prepare the corpus (one process of each machine; the others wait) and check that it fits."""
-    from toolkit.data.corpus_info import prepare_corpus
+    from toolkit.data.prepare.corpus import prepare_corpus
 
     if rank > 0 and _local_rank() == 0:  # another machine may have the prepared data alone
         config = without_gone_sources(config)
@@ -290,6 +292,7 @@ def _prepare_data(config: ExperimentConfig, *, rank: int, world_size: int) -> "T
     )
     check_corpus(config, corpus)
     # torch comes with the loaders: bad text is reported seconds sooner without it.
+    from toolkit.data.corpus import open_corpus
     from toolkit.data.loader import get_dataloaders
 
     train_loader, evaluation = get_dataloaders(
@@ -297,7 +300,7 @@ def _prepare_data(config: ExperimentConfig, *, rank: int, world_size: int) -> "T
         rank=rank,
         world_size=world_size,
         vocab_size=config.model.vocab_size,
-        check_text=False,
+        corpus=open_corpus(config.data, corpus),
     )
     check_best_metric(config.trainer, evaluation)
     return train_loader

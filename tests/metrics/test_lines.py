@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from toolkit.metrics.repair import TrimResult, trim_jsonl
+from toolkit.metrics.lines import TrimResult, trim_jsonl
 
 
 @pytest.fixture
