@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from toolkit.cli import main as cli
+from toolkit.commands.verify import verify_checkpoints
 from toolkit.experiment.recipes import recipe_text
-from toolkit.experiment.verify import verify_checkpoints
 from toolkit.runs.files import RUN_FILES
 from toolkit.runs.manager import RunManager
 from toolkit.runs.records import read_last_step

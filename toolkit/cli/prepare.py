@@ -24,7 +24,7 @@ def prepare(
       toolkit prepare my.json --dataset.source='{type: files, paths: [texts/]}'
     """
     from toolkit.data.corpus_info import prepare_corpus
-    from toolkit.data.tokens.store import describe_stored
+    from toolkit.data.prepare.store.store import describe_stored
     from toolkit.experiment.load import load_experiment
 
     source, paths = split_words(config, overrides, "CONFIG")

@@ -145,7 +145,7 @@ def _open_mixture(cfg: DataConfig, info: CorpusInfo, seed: int) -> Corpus:
     from toolkit.data.order.batches import StreamBatches, first_segment
     from toolkit.data.order.mixture import MixedDataset, MixedStream
     from toolkit.data.order.resolve import resolve_mix
-    from toolkit.data.tokens.store import localize
+    from toolkit.data.prepare.store.store import localize
 
     dataset = localize(cfg.dataset, cfg.store)
     opened = {

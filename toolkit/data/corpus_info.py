@@ -65,7 +65,7 @@ def prepare_corpus(
     Raises:
         ConfigError, DataError: text, tokenizer, mixture or existing files cannot be used.
     """
-    from toolkit.data.tokens.store import localize
+    from toolkit.data.prepare.store.store import localize
 
     dataset = localize(cfg.dataset, cfg.store)
     options: dict[str, Any] = {
@@ -76,14 +76,14 @@ def prepare_corpus(
     from toolkit.data.instances.open import ensure_plans
 
     if dataset.mix is not None:
-        from toolkit.data.order.prepare_mix import ensure_mix_prepared
+        from toolkit.data.prepare.build.mix import ensure_mix_prepared
 
         parts = {
             source.name: (source.dataset, prepared)
             for source, prepared in ensure_mix_prepared(dataset, **options)
         }
     else:
-        from toolkit.data.tokens.prepare import ensure_prepared
+        from toolkit.data.prepare.build.prepare import ensure_prepared
 
         parts = {"": (dataset, ensure_prepared(dataset, **options))}
     for config, prepared in parts.values():
@@ -97,13 +97,13 @@ def read_corpus(cfg: DataConfig) -> CorpusInfo | None:
     Raises:
         ConfigError, DataError: what is there is damaged, or the mixture makes no sense.
     """
-    from toolkit.data.tokens.store import localize
+    from toolkit.data.prepare.store.store import localize
 
     dataset = localize(cfg.dataset, cfg.store)
     if dataset.custom is not None:
         return _custom_info(cfg)
     if dataset.mix is not None:
-        from toolkit.data.order.prepare_mix import as_prepared
+        from toolkit.data.prepare.build.mix import as_prepared
 
         configs = {source.name: source.dataset for source in as_prepared(dataset)}
     else:
@@ -124,7 +124,7 @@ def data_places(cfg: DataConfig) -> list[Path]:
 
 def datasets_of(cfg: DataConfig) -> list[DatasetConfig]:
     """The corpora of token files that `cfg` trains on: one, those of a mixture, or none."""
-    from toolkit.data.tokens.store import localize
+    from toolkit.data.prepare.store.store import localize
 
     dataset = localize(cfg.dataset, cfg.store)
     if dataset.custom is not None:

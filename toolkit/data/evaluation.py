@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from toolkit.data.instances.base import InstanceDataset, Rows, check_ids
-from toolkit.data.tokenizers.tokenizer import load_tokenizer
+from toolkit.data.prepare.tokenizers.tokenizer import load_tokenizer
 
 Batch = dict[str, torch.Tensor]
 COUNTING_ROWS = 256

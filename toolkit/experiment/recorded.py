@@ -12,7 +12,8 @@ from typing import NamedTuple
 
 import msgspec
 
-from toolkit.checkpoint.layout import saved_steps, step_folder, step_of
+from toolkit.checkpoint.folder import saved_steps, step_folder, step_of
+from toolkit.commands.verify import check_checkpoint
 from toolkit.distributed.config import DataParallelConfig
 from toolkit.distributed.engine import Engine, EngineName, Precision, offloads
 from toolkit.distributed.launcher import (
@@ -25,7 +26,6 @@ from toolkit.errors import CheckpointError, RunError
 from toolkit.experiment.config import ExperimentConfig
 from toolkit.experiment.load import load_run_config
 from toolkit.experiment.run_data import find_data, without_gone_sources
-from toolkit.experiment.verify import check_checkpoint
 from toolkit.runs.files import RUN_FILES
 from toolkit.runs.registry import is_run, run_of_checkpoint
 from toolkit.runs.status import RunStatus, not_a_run, read_status

@@ -37,12 +37,12 @@ from toolkit.experiment.config import ExperimentConfig
 from toolkit.experiment.notices import notices
 from toolkit.experiment.opening import opening_lines
 from toolkit.experiment.preflight import check_continuation, check_data_files, check_load_path
-from toolkit.experiment.rank_errors import explain, name_rank
 from toolkit.experiment.recorded import describe_engine, metadata_of_attempt, plan_resume
-from toolkit.experiment.relaunch import relaunch
-from toolkit.experiment.restarts import current_launch, find_predecessor, stays_stopped
 from toolkit.experiment.run_data import started_in, without_gone_sources
-from toolkit.experiment.starting import RunStart
+from toolkit.launch.failures import LostPeerError, Peers, clear_notes, first_line, name_rank
+from toolkit.launch.relaunch import relaunch
+from toolkit.launch.restarts import current_launch, find_predecessor, stays_stopped
+from toolkit.launch.starting import RunStart
 from toolkit.runs.files import RUN_FILES
 from toolkit.runs.manager import RunManager
 from toolkit.runs.registry import (
@@ -52,7 +52,6 @@ from toolkit.runs.registry import (
     resolve_run_folder,
     start_run,
 )
-from toolkit.train.peers import LostPeerError, clear_notes, first_line
 from toolkit.train.progress import nothing_left
 from toolkit.train.scores import check_best_metric
 from toolkit.wording import count
@@ -258,13 +257,17 @@ def _train(
             raise
         signals.settle()
         step = trainer.step if trainer is not None else 0
-        lost = None if run is None else explain(error, run, environment, step)
+        lost = None
+        if run is not None:
+            with contextlib.suppress(RunError):  # this host does not see the run folder
+                peers = Peers(run, rank=environment.rank, world_size=environment.world_size)
+                lost = peers.report(error, step=step)
         if log_file is not None:
             log_failure(log_file, lost or error, rank=environment.rank, step=step)
         if lost is not None:
             raise lost from error
         if run is not None and not isinstance(error, LostPeerError):
-            name_rank(error, run, environment, step)
+            name_rank(error, run, environment.rank, step)
         raise
     finally:
         if train_dl is not None:

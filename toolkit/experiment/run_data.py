@@ -12,7 +12,7 @@ from toolkit.data.config import (
     TokenFilesSourceConfig,
 )
 from toolkit.data.corpus_info import data_places, read_corpus, with_sources, without_sources
-from toolkit.data.text.sources import is_gone
+from toolkit.data.prepare.text.sources import is_gone
 from toolkit.data.tokens.prepared import MANIFEST_NAME
 from toolkit.errors import DataError, RunError
 from toolkit.experiment.config import ExperimentConfig

@@ -19,12 +19,12 @@ import torch
 from torch import Tensor
 
 from toolkit.checkpoint.commit import SPARE_BYTES, Save, check_free_space
-from toolkit.checkpoint.layout import MODEL_PREFIX, TENSORS_FOLDER
+from toolkit.checkpoint.folder import MODEL_PREFIX, TENSORS_FOLDER
 from toolkit.checkpoint.streaming import write_streamed_checkpoint
 from toolkit.checkpoint.tensors import iterate_tensors
-from toolkit.data.tokenizers.companions import read_json
+from toolkit.data.prepare.tokenizers.companions import read_json
+from toolkit.data.prepare.tools.scanning import Advance, scan_progress
 from toolkit.data.tokens.prepared import TOKENIZER_FOLDER
-from toolkit.data.tokens.scanning import Advance, scan_progress
 from toolkit.errors import CheckpointError, ConfigError, DataError, TrainingError
 from toolkit.hf.compare import (
     bytes_to_compare,

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from toolkit.checkpoint.commit import check_free_space
-from toolkit.checkpoint.layout import HF_FOLDER, MODEL_PREFIX, TENSORS_FOLDER
+from toolkit.checkpoint.folder import HF_FOLDER, MODEL_PREFIX, TENSORS_FOLDER
 from toolkit.checkpoint.tensors import iterate_tensors
-from toolkit.data.tokenizers.companions import TOKENIZER_FILE, read_json
-from toolkit.data.tokenizers.tokenizer import load_tokenizer
-from toolkit.data.tokens.stops import SPECIAL_IDS, special_ids
+from toolkit.data.prepare.build.stops import SPECIAL_IDS, special_ids
+from toolkit.data.prepare.tokenizers.companions import TOKENIZER_FILE, read_json
+from toolkit.data.prepare.tokenizers.tokenizer import load_tokenizer
 from toolkit.errors import CheckpointError, DataError, ToolkitError
 from toolkit.hf.adapter import export_adapter, merged
 from toolkit.hf.choose import choose_family, fitting_family

@@ -13,6 +13,11 @@ from toolkit.storage.foreign import read_json
 RunState = Literal["running", "finished", "failed", "stopped"]
 """`stopped`: on request, with a committed checkpoint; `toolkit resume` continues."""
 
+WALL_TIME = "trainer.max_wall_time"
+STOP_FILE = "the stop file"
+FAILURE = "failure"
+"""Why a run stops, beside a signal's name."""
+
 
 class RunStatus(msgspec.Struct, kw_only=True):
     """Content of status.json. `None` is "not known (yet)"."""

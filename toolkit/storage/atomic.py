@@ -1,7 +1,7 @@
 """Atomic and durable writes on local and network file systems.
 
-A file written here appears under its name complete or not at all: temporary name in the same
-folder, fsync, rename, fsync of the folder (POSIX rename is atomic inside one file system).
+A file or folder written here appears under its name complete or not at all: temporary name beside
+it, fsync, rename, fsync of the parent (POSIX rename is atomic inside one file system).
 """
 
 import contextlib
@@ -130,6 +130,34 @@ def fsync_tree(folder: PathLike) -> None:
         for name in files:
             fsync_file(os.path.join(parent, name))
         fsync_folder(parent)
+
+
+@contextlib.contextmanager
+def new_folder(folder: PathLike, *, unfinished: PathLike | None = None) -> Iterator[Path]:
+    """An empty folder to fill. When the block ends without an error it is synced and renamed to
+    `folder`, which may exist only as an empty folder; after an error nothing of it is left.
+
+    `unfinished` is where it grows, on the same file system; what a killed process left there goes.
+    Default: an unused hidden name beside `folder`.
+    """
+    place = temporary_path(folder) if unfinished is None else Path(unfinished)
+    if os.path.lexists(place):
+        remove_tree(place)
+    place.mkdir(parents=True)
+    try:
+        yield place
+        publish_folder(place, folder)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            remove_tree(place)
+        raise
+
+
+def publish_folder(unfinished: PathLike, folder: PathLike) -> None:
+    """Sync `unfinished` and all in it, rename it to `folder`, and make the name durable."""
+    fsync_tree(unfinished)
+    os.rename(unfinished, folder)
+    fsync_folder(Path(folder).parent)
 
 
 def unused_name(name: str, is_taken: Callable[[str], bool]) -> str:

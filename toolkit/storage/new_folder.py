@@ -5,13 +5,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from toolkit.errors import CheckpointError, TrainingError
-from toolkit.storage.atomic import (
-    PathLike,
-    fsync_folder,
-    fsync_tree,
-    remove_tree,
-    temporary_path,
-)
+from toolkit.storage import atomic
+from toolkit.storage.atomic import PathLike
 
 
 def check_unused(folder: PathLike) -> None:
@@ -32,25 +27,15 @@ def new_folder(folder: PathLike) -> Iterator[Path]:
     """
     folder = Path(folder)
     check_unused(folder)
-    # Of a link, what it points to.
-    target = folder.resolve()
-    unfinished = temporary_path(target)
+    is_made = False
     try:
-        unfinished.parent.mkdir(parents=True, exist_ok=True)
-        unfinished.mkdir()
+        # Of a link, what it points to.
+        with atomic.new_folder(folder.resolve()) as unfinished:
+            is_made = True
+            yield unfinished
     except OSError as error:
-        raise CheckpointError(f"{folder}: cannot be made: {error.strerror}") from None
-    try:
-        yield unfinished
-        fsync_tree(unfinished)
-        # Takes the place of an empty folder too.
-        unfinished.replace(target)
-        fsync_folder(unfinished.parent)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            remove_tree(unfinished)
-        if isinstance(error, OSError):
-            raise TrainingError(
-                f"{folder}: cannot be written, nothing is left of it: {error.strerror or error}"
-            ) from error
-        raise
+        if not is_made:
+            raise CheckpointError(f"{folder}: cannot be made: {error.strerror}") from None
+        raise TrainingError(
+            f"{folder}: cannot be written, nothing is left of it: {error.strerror or error}"
+        ) from error

@@ -8,7 +8,7 @@ import torch
 
 from toolkit.distributed.environment import TrainingEnvironment
 from toolkit.models.lora_config import LoRAConfig
-from toolkit.train.base import BaseCheckpoint
+from toolkit.train.adapter_base import BaseCheckpoint
 from toolkit.train.eval_sums import Batch, EvalSums
 
 

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from toolkit.checkpoint.layout import move_aside, step_folders
+from toolkit.checkpoint.folder import move_aside, step_folders
 from toolkit.errors import CheckpointError
 from toolkit.runs.files import RUN_FILES
 from toolkit.runs.records import read_last_step

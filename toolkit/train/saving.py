@@ -19,13 +19,13 @@ import msgspec
 import torch
 
 from toolkit.checkpoint.commit import Save, write_checkpoint
-from toolkit.checkpoint.layout import Kind
-from toolkit.checkpoint.pieces import Resolve, TensorPieces
+from toolkit.checkpoint.folder import Kind
+from toolkit.checkpoint.save_plan import Resolve, ShardWriter
 from toolkit.errors import RunError, ToolkitError, TrainingError
+from toolkit.launch.failures import LostPeerError
 from toolkit.runs.files import RUN_FILES
 from toolkit.storage.new_folder import new_folder
 from toolkit.threads import Thread
-from toolkit.train.peers import LostPeerError
 
 if TYPE_CHECKING:
     from toolkit.train.module import TrainModule
@@ -48,7 +48,7 @@ class TrainerSaver:
     def __init__(self, trainer: "Trainer", after_commit: Callable[[Path], None]) -> None:
         self._trainer = trainer
         self._after_commit = after_commit
-        self._pieces: TensorPieces | None = None
+        self._shards: ShardWriter | None = None
         self._thread: Thread | None = None
         self._error: Exception | None = None
 
@@ -62,8 +62,8 @@ class TrainerSaver:
             TrainingError: it could not be written; the checkpoints before it are as they were.
         """
         self.wait()
-        save, pieces, tensors = self._begin(kind, export_hf=export_hf)
-        self._write(save, pieces.live(tensors))
+        save, shards, tensors = self._begin(kind, export_hf=export_hf)
+        self._write(save, shards.live(tensors))
 
     def begin_save(self, *, kind: Kind = "permanent") -> None:
         """Start committing a checkpoint of the current step; return when the state is copied.
@@ -74,8 +74,8 @@ class TrainerSaver:
             RunError: another process has taken the run over; nothing is written.
         """
         self.wait()
-        save, pieces, tensors = self._begin(kind, export_hf=False)
-        resolve = pieces.copy(tensors)
+        save, shards, tensors = self._begin(kind, export_hf=False)
+        resolve = shards.copy(tensors)
 
         def work() -> None:
             try:
@@ -104,7 +104,7 @@ class TrainerSaver:
 
     def _begin(
         self, kind: Kind, *, export_hf: bool
-    ) -> tuple[Save, TensorPieces, dict[str, torch.Tensor]]:
+    ) -> tuple[Save, ShardWriter, dict[str, torch.Tensor]]:
         trainer = self._trainer
         _check_owner(trainer)
         _keep_tokenizer(trainer)
@@ -116,8 +116,8 @@ class TrainerSaver:
             state["trainer"]["skipped_in_a_row"] = flush.wait()
             return state
 
-        if self._pieces is None:
-            self._pieces = TensorPieces(environment.checkpoint_group)
+        if self._shards is None:
+            self._shards = ShardWriter(environment.checkpoint_group)
         save = Save(
             root=trainer.run.path(RUN_FILES.checkpoints),
             step=trainer.step,
@@ -136,16 +136,16 @@ class TrainerSaver:
             },
             export=(lambda unfinished: _export_hf(trainer, unfinished)) if export_hf else None,
         )
-        return save, self._pieces, module.state_tensors()
+        return save, self._shards, module.state_tensors()
 
     def _write(self, save: Save, resolve: Resolve) -> None:
         trainer = self._trainer
         environment = trainer.environment
-        assert self._pieces is not None, "begun"
+        assert self._shards is not None, "begun"
         started = time.monotonic()
         folder = write_checkpoint(
             save,
-            self._pieces,
+            self._shards,
             resolve,
             rank=environment.rank,
             group=environment.checkpoint_group,

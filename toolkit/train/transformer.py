@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from toolkit.checkpoint.layout import MODEL_PREFIX
+from toolkit.checkpoint.folder import MODEL_PREFIX
 from toolkit.distributed.environment import TrainingEnvironment, single_environment
 from toolkit.distributed.materialize import materialize
 from toolkit.distributed.prepare import prepare_runtime

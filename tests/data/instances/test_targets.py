@@ -23,7 +23,7 @@ from toolkit.data.corpus_info import prepare_corpus
 from toolkit.data.instances import targets
 from toolkit.data.instances.open import open_instances
 from toolkit.data.instances.text import target_mask
-from toolkit.data.tokens.prepare import ensure_prepared
+from toolkit.data.prepare.build.prepare import ensure_prepared
 from toolkit.errors import DataError
 
 LENGTH = 128

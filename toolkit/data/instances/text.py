@@ -9,7 +9,7 @@ import numpy as np
 from toolkit.data.instances.base import DocumentPart, Rows
 
 if TYPE_CHECKING:
-    from toolkit.data.tokenizers.tokenizer import Tokenizer
+    from toolkit.data.prepare.tokenizers.tokenizer import Tokenizer
 
 
 class DecodedPiece(msgspec.Struct, frozen=True):

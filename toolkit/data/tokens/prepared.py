@@ -86,7 +86,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     left_out_files: dict[str, int] = {}
     """Files left out of the source's folders, by their ending."""
     settings: dict[str, Any]
-    """The settings that decide what the files hold; see `toolkit.data.tokens.settings`."""
+    """The settings that decide what the files hold; see `toolkit.data.prepare.build.settings`."""
     splits: dict[str, SplitInfo]
 
 
