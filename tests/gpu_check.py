@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 
 from tests.gpu_machine import CheckFailed, Machine, NotHere, check_close, no_waiting, step
-from toolkit.checkpoint.pieces import TensorPieces
+from toolkit.checkpoint.save_plan import ShardWriter
 from toolkit.checkpoint.tensors import iterate_tensors
 from toolkit.distributed import torch_engine
 from toolkit.metrics.flops import device_peak_flops
@@ -194,7 +194,7 @@ def save(machine: Machine) -> str:
     module, batch = machine.module(machine.model(**big)), machine.batch()
     step(module, batch)
     alone = min(machine.seconds(lambda: step(module, batch)) for _ in range(3))
-    pieces, tensors = TensorPieces(None), module.state_tensors()
+    pieces, tensors = ShardWriter(None), module.state_tensors()
     pieces.copy(tensors)  # the first makes room in host memory
     expected = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
     copied: list[Any] = []

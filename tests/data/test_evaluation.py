@@ -7,7 +7,7 @@ import torch
 
 from tests.data.corpus import data_config
 from tests.data.instances import custom_examples
-from toolkit.data import get_dataloaders
+from toolkit import get_dataloaders
 from toolkit.data.config import CustomDatasetConfig, DatasetConfig
 
 

@@ -12,7 +12,7 @@ import torch
 
 from tests.data.corpus import data_config, files_config, random_text, write_texts
 from tests.data.instances import custom_examples
-from toolkit.data import get_dataloaders
+from toolkit import get_dataloaders
 from toolkit.data.config import (
     CustomDatasetConfig,
     DataConfig,
@@ -418,8 +418,9 @@ def test_no_validation_split_means_no_evaluation(
 
 def test_importing_the_package_imports_no_torch() -> None:
     code = (
-        "import sys, toolkit.data, toolkit.data.tokens.prepare, toolkit.data.tokens.prepared; "
-        "toolkit.data.read_prepared; "
+        "import sys, toolkit.data, toolkit.data.prepare.build.prepare; "
+        "import toolkit.data.tokens.prepared; "
+        "toolkit.read_prepared; "
         "print([m for m in ('torch', 'datasets', 'transformers') if m in sys.modules])"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -429,7 +430,7 @@ def test_importing_the_package_imports_no_torch() -> None:
 def test_process_ends_cleanly_while_the_thread_reads(dataset: DatasetConfig) -> None:
     code = (
         "import sys, msgspec\n"
-        "from toolkit.data import get_dataloaders\n"
+        "from toolkit import get_dataloaders\n"
         "from toolkit.data.config import DataConfig\n"
         "config = msgspec.json.decode(sys.argv[1], type=DataConfig)\n"
         "iterators = [get_dataloaders(config)[0].iterate() for _ in range(8)]\n"

@@ -12,6 +12,7 @@ from typing import Any
 import psutil
 import pytest
 import torch.distributed as dist
+from toolkit.distributed.process_groups import open_store
 
 from tests.tiny import module_config, open_environment
 from tests.workers import WorkerPool, _free_port
@@ -22,7 +23,6 @@ from toolkit.distributed.ranks import (
     check_launcher_variables,
     is_one_machine,
 )
-from toolkit.distributed.rendezvous import open_store
 from toolkit.errors import ConfigError, TrainingError
 
 TIMEOUT = datetime.timedelta(seconds=60)

@@ -11,10 +11,10 @@ from toolkit.data.tokens.prepared import MANIFEST_NAME
 from toolkit.distributed.config import DataParallelConfig
 from toolkit.distributed.layout import Layout, resolve_layout
 from toolkit.errors import ConfigError, TrainingError
-from toolkit.experiment import rank_errors
 from toolkit.experiment import run as experiment
 from toolkit.experiment.load import load_experiment
 from toolkit.experiment.run_data import find_data
+from toolkit.launch import failures
 from toolkit.runs.files import RUN_FILES
 from toolkit.runs.manager import RunManager
 from toolkit.storage.atomic import write_json_atomic
@@ -32,12 +32,12 @@ def test_an_error_is_rank_0s_too_when_it_failed_with_the_same_words(
     state: Any, message: str | None, expected: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(time, "sleep", lambda _: None)
-    monkeypatch.setattr(rank_errors, "SECONDS_FOR_RANK_0", 0.05)
+    monkeypatch.setattr(failures, "SECONDS_FOR_RANK_0", 0.05)
     (tmp_path / "metadata").mkdir()
     run = RunManager(tmp_path, experiment="a", name="b")
     run.set_status(state, message=message)
     error = TrainingError("step 7: disk full\nmore")
-    assert rank_errors._ends_rank_0(error, run) is expected
+    assert failures._ends_rank_0(error, run) is expected
 
 
 @pytest.fixture

@@ -11,17 +11,17 @@ import torch
 
 from tests.tiny import ROWS, build, global_batch, module_config, open_environment, train_steps
 from tests.workers import WorkerPool
-from toolkit.checkpoint.layout import METADATA_FILE, encode_metadata, read_metadata
+from toolkit.checkpoint.folder import METADATA_FILE, encode_metadata, read_metadata
 from toolkit.checkpoint.tensors import iterate_tensors
-from toolkit.data.tokenizers.tokenizer import load_tokenizer
+from toolkit.commands.dry_run import summarize
+from toolkit.commands.explain import explain_resume
+from toolkit.commands.verify import verify_checkpoints
+from toolkit.data.prepare.tokenizers.tokenizer import load_tokenizer
 from toolkit.errors import CheckpointError, ToolkitError
-from toolkit.experiment.explain import explain_resume
 from toolkit.experiment.load import load_experiment
-from toolkit.experiment.summary import summarize
-from toolkit.experiment.verify import verify_checkpoints
 from toolkit.models.lora_config import LoRAConfig
 from toolkit.optim.config import AdamWConfig, GroupOverride
-from toolkit.train.base import find_base
+from toolkit.train.adapter_base import find_base
 
 STEPS = 4
 LORA = LoRAConfig(rank=4, target_modules=("*.attention.*", "*.down"), train_also=("head.norm.*",))
@@ -232,7 +232,7 @@ def test_steps_are_replayed(workers: WorkerPool, place: Path) -> None:
 
 
 def replayed(folder: str) -> Any:
-    from toolkit.experiment.replay import replay_steps
+    from toolkit.commands.replay import replay_steps
 
     return replay_steps(Path(folder), 2, step=3)
 

@@ -19,7 +19,7 @@ from toolkit.data.instances.config import (
     VariableInstancesConfig,
 )
 from toolkit.data.order.config import MixConfig, MixSourceConfig, RatioChangeConfig
-from toolkit.data.text.config import (
+from toolkit.data.source_config import (
     DiskSourceConfig,
     FilesSourceConfig,
     FiltersConfig,
@@ -30,7 +30,7 @@ from toolkit.data.text.config import (
     TextSourceConfig,
     TokenFilesSourceConfig,
 )
-from toolkit.data.tokenizers.config import (
+from toolkit.data.tokenizer_config import (
     BPETokenizerConfig,
     ByteTokenizerConfig,
     HFTokenizerConfig,

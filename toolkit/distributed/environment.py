@@ -24,8 +24,8 @@ from toolkit.distributed.config import DataParallelConfig
 from toolkit.distributed.devices import pick_device, use_device
 from toolkit.distributed.launcher import rank_of, world_size_of
 from toolkit.distributed.layout import Layout, Precision, offloads, resolve_layout
+from toolkit.distributed.process_groups import open_store
 from toolkit.distributed.ranks import adopt_ranks, is_one_machine, loopback_interface
-from toolkit.distributed.rendezvous import open_store
 from toolkit.distributed.tuning import set_allocator_defaults, tune_cpu
 from toolkit.errors import ConfigError, RunError
 

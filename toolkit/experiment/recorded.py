@@ -3,7 +3,6 @@
 No torch at import: `toolkit resume --explain` asks too.
 """
 
-import contextlib
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -12,7 +11,8 @@ from typing import NamedTuple
 
 import msgspec
 
-from toolkit.checkpoint.layout import saved_steps, step_folder, step_of
+from toolkit.checkpoint.folder import saved_steps, step_folder, step_of
+from toolkit.commands.verify import check_checkpoint
 from toolkit.distributed.config import DataParallelConfig, EngineName
 from toolkit.distributed.launcher import (
     has_launcher,
@@ -25,11 +25,11 @@ from toolkit.errors import CheckpointError, RunError
 from toolkit.experiment.config import ExperimentConfig
 from toolkit.experiment.load import load_run_config
 from toolkit.experiment.run_data import find_data, without_gone_sources
-from toolkit.experiment.verify import check_checkpoint
+from toolkit.metrics.lines import read_records
 from toolkit.runs.files import RUN_FILES
 from toolkit.runs.registry import is_run, run_of_checkpoint
 from toolkit.runs.status import RunStatus, not_a_run, read_status
-from toolkit.storage.foreign import guard, read_json, read_lines
+from toolkit.storage.foreign import guard, read_json
 from toolkit.train.config import TransformerTrainModuleConfig
 
 VERSIONED = ("toolkit", "torch", "accelerate", "deepspeed", "numpy")
@@ -227,12 +227,7 @@ def metadata_of_attempt(folder: Path, file: str, attempt: int) -> Path:
 
 def read_steps(folder: Path) -> dict[int, RecordedStep]:
     """The lines of train.jsonl by step; one that is being written is left out."""
-    decoder, record = msgspec.json.Decoder(RecordedStep), {}
-    for line in read_lines(folder / RUN_FILES.train_metrics, RunError):
-        with contextlib.suppress(msgspec.MsgspecError, RecursionError):
-            found = decoder.decode(line)
-            record[found.step] = found
-    return record
+    return {r.step: r for r in read_records(folder / RUN_FILES.train_metrics, RecordedStep)}
 
 
 def config_of(folder: Path, attempt: int) -> ExperimentConfig:

@@ -37,12 +37,12 @@ from toolkit.experiment.config import ExperimentConfig
 from toolkit.experiment.notices import notices
 from toolkit.experiment.opening import opening_lines
 from toolkit.experiment.preflight import check_continuation, check_data_files, check_load_path
-from toolkit.experiment.rank_errors import explain, name_rank
 from toolkit.experiment.recorded import describe_engine, metadata_of_attempt, plan_resume
-from toolkit.experiment.relaunch import relaunch
-from toolkit.experiment.restarts import current_launch, find_predecessor, stays_stopped
 from toolkit.experiment.run_data import started_in, without_gone_sources
-from toolkit.experiment.starting import RunStart
+from toolkit.launch.failures import LostPeerError, Peers, clear_notes, first_line, name_rank
+from toolkit.launch.relaunch import relaunch
+from toolkit.launch.restarts import current_launch, find_predecessor, stays_stopped
+from toolkit.launch.starting import RunStart
 from toolkit.runs.files import RUN_FILES
 from toolkit.runs.manager import RunManager
 from toolkit.runs.registry import (
@@ -52,12 +52,12 @@ from toolkit.runs.registry import (
     resolve_run_folder,
     start_run,
 )
-from toolkit.train.peers import LostPeerError, clear_notes, first_line
 from toolkit.train.progress import nothing_left
 from toolkit.train.scores import check_best_metric
 from toolkit.wording import count
 
 if TYPE_CHECKING:
+    from toolkit.data.corpus import Corpus
     from toolkit.data.loader import TrainLoader
     from toolkit.train.trainer import TrainResult
 
@@ -154,7 +154,7 @@ def _run(
             clear_notes(run.folder)
             if not run.path(RUN_FILES.config).exists():
                 _log_metadata(stored, run, layout, origins, {})
-        return _train(config, stored, run, name, origins, starting)
+        return _train(config, stored, run, name, origins, starting, train_loader.corpus)
     except BaseException as error:
         # Whatever the trainer itself did not close: an error before or outside its loop.
         if run is not None and starting.reason is None:
@@ -199,6 +199,7 @@ def _train(
     name: str,
     origins: Mapping[str, str],
     starting: RunStart,
+    corpus: "Corpus",
 ) -> int:
     from toolkit.data.loader import get_dataloaders
     from toolkit.distributed.environment import check_shared_folder, prepare_training_environment
@@ -225,7 +226,7 @@ def _train(
             eval_batch_tokens=rank_microbatch_size(config, environment.world_size),
             vocab_size=config.model.vocab_size,
             device=environment.device,
-            check_text=False,
+            corpus=corpus,
         )
         check_agreement(config, environment, train_dl, eval_dl)
         for line in opening_lines(config, environment, run.folder):
@@ -258,13 +259,17 @@ def _train(
             raise
         signals.settle()
         step = trainer.step if trainer is not None else 0
-        lost = None if run is None else explain(error, run, environment, step)
+        lost = None
+        if run is not None:
+            with contextlib.suppress(RunError):  # this host does not see the run folder
+                peers = Peers(run, rank=environment.rank, world_size=environment.world_size)
+                lost = peers.report(error, step=step)
         if log_file is not None:
             log_failure(log_file, lost or error, rank=environment.rank, step=step)
         if lost is not None:
             raise lost from error
         if run is not None and not isinstance(error, LostPeerError):
-            name_rank(error, run, environment, step)
+            name_rank(error, run, environment.rank, step)
         raise
     finally:
         if train_dl is not None:
@@ -275,7 +280,7 @@ def _train(
 
 def _prepare_data(config: ExperimentConfig, *, rank: int, world_size: int) -> "TrainLoader":
     """Prepare the corpus (one process of each machine; the others wait) and check that it fits."""
-    from toolkit.data.corpus_info import prepare_corpus
+    from toolkit.data.prepare.corpus import prepare_corpus
 
     if rank > 0 and _local_rank() == 0:  # another machine may have the prepared data alone
         config = without_gone_sources(config)
@@ -287,6 +292,7 @@ def _prepare_data(config: ExperimentConfig, *, rank: int, world_size: int) -> "T
     )
     check_corpus(config, corpus)
     # torch comes with the loaders: bad text is reported seconds sooner without it.
+    from toolkit.data.corpus import open_corpus
     from toolkit.data.loader import get_dataloaders
 
     train_loader, evaluation = get_dataloaders(
@@ -294,7 +300,7 @@ def _prepare_data(config: ExperimentConfig, *, rank: int, world_size: int) -> "T
         rank=rank,
         world_size=world_size,
         vocab_size=config.model.vocab_size,
-        check_text=False,
+        corpus=open_corpus(config.data, corpus),
     )
     check_best_metric(config.trainer, evaluation)
     return train_loader

@@ -8,9 +8,9 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from toolkit.errors import CheckpointError
-from toolkit.hf.layouts import SAME, Layout
-from toolkit.hf.meaning import differences, meaning
+from toolkit.hf.equivalence import defining_values, differences
 from toolkit.hf.settings import Settings
+from toolkit.hf.transforms import SAME, Transform
 from toolkit.models.config import TransformerConfig
 
 
@@ -19,7 +19,7 @@ class Rule(NamedTuple):
 
     ours: tuple[str, ...]
     theirs: tuple[str, ...]
-    layout: Layout = SAME
+    transform: Transform = SAME
 
 
 class Family(NamedTuple):
@@ -45,9 +45,11 @@ class Family(NamedTuple):
     """What of a model transformers 4.57 cannot compute, though 5 can; None: nothing."""
 
 
-def rules_of(ours: str, theirs: str, kinds: tuple[str, ...], layout: Layout = SAME) -> list[Rule]:
+def rules_of(
+    ours: str, theirs: str, kinds: tuple[str, ...], transform: Transform = SAME
+) -> list[Rule]:
     """A rule for each of `kinds` ("weight", "bias") of a module."""
-    return [Rule((f"{ours}.{kind}",), (f"{theirs}.{kind}",), layout) for kind in kinds]
+    return [Rule((f"{ours}.{kind}",), (f"{theirs}.{kind}",), transform) for kind in kinds]
 
 
 def why_not(family: Family, config: TransformerConfig) -> str | None:
@@ -62,5 +64,5 @@ def misfits(family: Family, config: TransformerConfig) -> list[str]:
     try:
         back = TransformerConfig(**family.read_config(Settings(written)))
     except (CheckpointError, ValueError) as error:
-        return [str(error), *meaning(config)]
+        return [str(error), *defining_values(config)]
     return differences(config, back)

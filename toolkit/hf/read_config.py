@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from toolkit.data.tokenizers.backend import check_small_files
+from toolkit.data.prepare.tokenizers.backend import check_small_files
 from toolkit.errors import CheckpointError
 from toolkit.hf.families import FAMILIES
 from toolkit.hf.family import Family

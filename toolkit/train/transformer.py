@@ -12,13 +12,12 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from toolkit.checkpoint.layout import MODEL_PREFIX
+from toolkit.checkpoint.folder import MODEL_PREFIX
 from toolkit.distributed.engine import Engine
 from toolkit.distributed.environment import TrainingEnvironment, single_environment
 from toolkit.distributed.materialize import materialize
 from toolkit.distributed.prepare import prepare_engine
 from toolkit.errors import ConfigError, TrainingError
-from toolkit.evaluate.sums import Batch, EvalSums
 from toolkit.metrics.norms import layer_norms, layer_of, to_norms
 from toolkit.models.freeze import choose_trained
 from toolkit.models.init import canonical_parameters
@@ -30,6 +29,7 @@ from toolkit.models.loss import IGNORE_INDEX
 from toolkit.models.parameters import flops_per_token, is_adapter
 from toolkit.models.router_loss import RouterSums
 from toolkit.train.config import TransformerTrainModuleConfig
+from toolkit.train.eval_sums import Batch, EvalSums
 from toolkit.train.module import Metric, Progress, TrainModule
 
 log = logging.getLogger(__name__)

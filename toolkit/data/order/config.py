@@ -3,7 +3,7 @@
 from toolkit.config import Config
 from toolkit.config.base import check_positive
 from toolkit.config.paths import NewName
-from toolkit.data.text.config import FiltersConfig, InstructionsConfig, SourceConfig
+from toolkit.data.source_config import FiltersConfig, InstructionsConfig, SourceConfig
 
 
 class MixSourceConfig(Config, kw_only=True):

@@ -6,8 +6,8 @@ from typing import Any
 from toolkit.errors import CheckpointError
 from toolkit.hf.families.llama import attention_rules, projection_rules
 from toolkit.hf.family import Rule
-from toolkit.hf.layouts import STACKED
 from toolkit.hf.settings import Settings
+from toolkit.hf.transforms import STACKED
 from toolkit.models.config import TransformerConfig
 from toolkit.models.moe_config import MoEConfig
 

@@ -4,8 +4,8 @@ from typing import Any
 
 from toolkit.hf.families.fields import read_init_std, read_plain_activation, write_activation
 from toolkit.hf.family import Family, Rule, rules_of
-from toolkit.hf.layouts import TRANSPOSED, joined
 from toolkit.hf.settings import Settings
+from toolkit.hf.transforms import TRANSPOSED, joined
 from toolkit.models.config import TransformerConfig
 
 _DROPOUT = ("resid_pdrop", "embd_pdrop", "attn_pdrop")
@@ -71,12 +71,12 @@ def _rules(config: TransformerConfig) -> list[Rule]:
         rules += rules_of(f"{ours}.attention_norm", f"{theirs}.ln_1", both)
         rules += rules_of(f"{ours}.feed_forward_norm", f"{theirs}.ln_2", both)
         parts = [f"{ours}.attention.{part}" for part in ("query", "key", "value")]
-        for kind, layout in (
+        for kind, transform in (
             ("weight", queries_keys_values),
             ("bias", queries_keys_values._replace(transposed=False)),
         ):
             names = tuple(f"{part}.{kind}" for part in parts)
-            rules.append(Rule(names, (f"{theirs}.attn.c_attn.{kind}",), layout))
+            rules.append(Rule(names, (f"{theirs}.attn.c_attn.{kind}",), transform))
         for name, part in (
             ("attn.c_proj", "attention.output"),
             ("mlp.c_fc", "feed_forward.up"),

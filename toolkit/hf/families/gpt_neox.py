@@ -12,8 +12,8 @@ from toolkit.hf.families.fields import (
 )
 from toolkit.hf.families.rope import read_rope, write_rope
 from toolkit.hf.family import Family, Rule, rules_of
-from toolkit.hf.layouts import interleaved
 from toolkit.hf.settings import Settings
+from toolkit.hf.transforms import interleaved
 from toolkit.models.config import TransformerConfig
 
 _MODULES = {

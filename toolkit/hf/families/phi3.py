@@ -6,8 +6,8 @@ from toolkit.hf.families.fields import write_head_dim, write_only_window
 from toolkit.hf.families.llama import PRE_NORMS, decoder_rules, read_shared, write_shared
 from toolkit.hf.families.rope import read_rope, write_rope
 from toolkit.hf.family import Family, Rule, rules_of
-from toolkit.hf.layouts import joined
 from toolkit.hf.settings import Settings
+from toolkit.hf.transforms import joined
 from toolkit.models.config import TransformerConfig
 
 _DROPOUT = ("resid_pdrop", "embd_pdrop")
