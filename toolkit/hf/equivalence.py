@@ -56,11 +56,6 @@ def defining_values(config: TransformerConfig) -> dict[str, Any]:
     }
 
 
-def difference(one: TransformerConfig, other: TransformerConfig) -> str | None:
-    """The first part in which they differ, as "name value"; None: they are the same model."""
-    return next(iter(differences(one, other)), None)
-
-
 def differences(one: TransformerConfig, other: TransformerConfig) -> list[str]:
     """All parts of `one` in which `other` differs, as "name value"."""
     second = defining_values(other)

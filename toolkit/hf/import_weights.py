@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from toolkit.errors import CheckpointError
-from toolkit.hf.family import Family, Rule
-from toolkit.hf.transforms import SAME
+from toolkit.hf.family import SAME, Family, Rule
 from toolkit.hf.weights import HFWeights
 from toolkit.models.config import TransformerConfig
 

@@ -14,7 +14,8 @@ from toolkit.distributed.config import (
     LogRanks,
 )
 from toolkit.models.lora_config import LoRAConfig
-from toolkit.optim.config import AdamWConfig, CosineConfig, OptimConfig, SchedulerConfig
+from toolkit.optim.config import AdamWConfig, OptimConfig
+from toolkit.optim.schedules import CosineConfig, SchedulerConfig
 
 if TYPE_CHECKING:
     from toolkit.train.transformer import TransformerTrainModule
