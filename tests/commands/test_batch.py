@@ -55,7 +55,7 @@ def save(run: Path, fingerprint: str) -> None:
 def test_the_batch_is_what_the_loader_gives_that_step(
     step: int, run: Path, config: ExperimentConfig
 ) -> None:
-    loader, _ = get_dataloaders(config.data, rank=0, world_size=1)
+    loader, _ = get_dataloaders(config.data, batch_rank=0, batch_ranks=1)
     found = step_batch(run, step, show=99)
     expected = loader.instance_indices(step - 1)
     assert [instance.instance for instance in found.instances] == expected.tolist()
