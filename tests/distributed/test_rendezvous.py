@@ -12,17 +12,17 @@ from typing import Any
 import psutil
 import pytest
 import torch.distributed as dist
+from toolkit.distributed.process_groups import open_store
 
 from tests.tiny import module_config, open_environment
 from tests.workers import WorkerPool, _free_port
 from toolkit import signals
 from toolkit.distributed import rendezvous
-from toolkit.distributed.launcher_checks import (
+from toolkit.distributed.ranks import (
     STORE_FILE,
     check_launcher_variables,
     is_one_machine,
 )
-from toolkit.distributed.rendezvous import open_store
 from toolkit.errors import ConfigError, TrainingError
 
 TIMEOUT = datetime.timedelta(seconds=60)

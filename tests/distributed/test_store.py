@@ -4,8 +4,7 @@ import datetime
 import threading
 
 import torch.distributed as dist
-
-from toolkit.distributed.store import agree_on_round, elastic_store
+from toolkit.distributed.process_groups import agree_on_round, elastic_store
 
 TIMEOUT = datetime.timedelta(seconds=20)
 

@@ -13,14 +13,14 @@ import msgspec
 
 from toolkit.checkpoint.folder import saved_steps, step_folder, step_of
 from toolkit.commands.verify import check_checkpoint
-from toolkit.distributed.config import DataParallelConfig
-from toolkit.distributed.engine import Engine, EngineName, Precision, offloads
+from toolkit.distributed.config import DataParallelConfig, EngineName
 from toolkit.distributed.launcher import (
     has_launcher,
     launcher_names_engine,
     launcher_precision,
     world_size_of,
 )
+from toolkit.distributed.layout import Layout, Precision, offloads
 from toolkit.errors import CheckpointError, RunError
 from toolkit.experiment.config import ExperimentConfig
 from toolkit.experiment.load import load_run_config
@@ -195,19 +195,19 @@ def processes_here(recorded: int) -> int:
     return recorded
 
 
-def describe_engine(engine: Engine, kernels: Mapping[str, str] | None = None) -> EngineRecord:
-    """`engine` on this machine, as metadata/engine.json keeps it."""
+def describe_engine(layout: Layout, kernels: Mapping[str, str] | None = None) -> EngineRecord:
+    """The engine of `layout` on this machine, as metadata/engine.json keeps it."""
     import torch
 
     from toolkit.distributed.devices import cpu_name, usable_gpus
 
     return EngineRecord(
-        name=engine.name,
-        world_size=engine.world_size,
-        precision=engine.precision,
+        name=layout.name,
+        world_size=layout.world_size,
+        precision=layout.precision,
         threads=torch.get_num_threads(),
         device=torch.cuda.get_device_name() if usable_gpus() else cpu_name(),
-        dp_config=engine.as_config(),
+        dp_config=layout.dp_config,
         kernels=dict(kernels or {}),
     )
 

@@ -122,7 +122,7 @@ class TrainerSaver:
             root=trainer.run.path(RUN_FILES.checkpoints),
             step=trainer.step,
             tokens=trainer.tokens,
-            engine=environment.engine.name,
+            engine=environment.layout.name,
             kind=kind,
             scores=_scores(trainer.last_eval, trainer.step),
             rank_state=rank_state,

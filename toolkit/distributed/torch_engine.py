@@ -10,16 +10,17 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from toolkit.distributed.accelerator import build_accelerator, ddp_options
+from toolkit.distributed.engine import BuildOptimizer, Engine, StepOutcome, reset_state
 from toolkit.distributed.environment import TrainingEnvironment
-from toolkit.distributed.flat_shard import FlatShard
 from toolkit.distributed.materialize import flattened_shapes, local_runs
-from toolkit.distributed.runtime import BuildOptimizer, EngineRuntime, StepOutcome, reset_state
+from toolkit.distributed.shards import FlatShard
 from toolkit.models.init import canonical_parameters
 
 
-class PlainRuntime(EngineRuntime):
+class TorchEngine(Engine):
     """`single`, `ddp`, `fsdp` and `hsdp`: torch optimizers over local tensors."""
 
     def __init__(
@@ -42,7 +43,7 @@ class PlainRuntime(EngineRuntime):
             (p, self._local[name]) for name, p in self._named.items() if p.requires_grad
         ]
         self._optimizer_device = next(iter(self._local.values())).device
-        self._bf16 = environment.engine.precision == "bf16"
+        self._bf16 = environment.layout.precision == "bf16"
         self._rebound = not self._is_sharded
         first: Any = next(iter(self._named.values()))
         self._mesh = first.device_mesh if self._is_sharded else None
@@ -52,13 +53,12 @@ class PlainRuntime(EngineRuntime):
 
     def _prepare(self) -> nn.Module:
         own_lists = [list(group["params"]) for group in self.optimizer.param_groups]
-        if self.environment.engine.name == "ddp":
-            self._accelerator.ddp_handler = ddp_options()
+        self._accelerator.ddp_handler = ddp_options()
         model, _ = self._accelerator.prepare(self.module, self.optimizer)
         # Accelerate points the optimizer at the model's DTensors; ours are their local tensors.
         for group, own in zip(self.optimizer.param_groups, own_lists, strict=True):
             group["params"] = own
-        if self.environment.engine.name == "ddp":
+        if isinstance(model, DistributedDataParallel):
             self._settle_buckets(model)
         return model
 
@@ -89,14 +89,13 @@ class PlainRuntime(EngineRuntime):
         return contextlib.nullcontext()
 
     def microbatch(self, *, is_last: bool) -> contextlib.AbstractContextManager:
-        name = self.environment.engine.name
-        if name == "ddp" and not is_last:
-            return self.model.no_sync()  # type: ignore[operator]
+        if isinstance(self.model, DistributedDataParallel) and not is_last:
+            return self.model.no_sync()
         if self._is_sharded:
             # Reduce-scatter every microbatch (gradients stay sharded); HSDP's second reduction,
             # over the replicas, waits for the last.
             self.module.set_is_last_backward(is_last)  # type: ignore[operator]
-            if name == "hsdp":
+            if self.environment.layout.dp_replicate > 1:
                 self.module.set_requires_all_reduce(is_last)  # type: ignore[operator]
         return contextlib.nullcontext()
 
@@ -166,7 +165,7 @@ class PlainRuntime(EngineRuntime):
         grads = [grad for grad in grads if grad.numel()]
         if not self._is_sharded:
             norm = torch.nn.utils.get_total_norm(grads)
-            if self.environment.engine.name == "ddp":
+            if isinstance(self.model, DistributedDataParallel):
                 # Each rank has added up by itself, on another machine perhaps with more threads:
                 # one bit less and it would clip, and drift, otherwise than its twins.
                 dist.broadcast(norm, src=0)
@@ -177,7 +176,7 @@ class PlainRuntime(EngineRuntime):
             norms = torch._foreach_norm(grads)
             total = torch.stack(norms).square().sum().to(device)
         dist.all_reduce(total, group=self.shard_group)
-        if self.environment.engine.name == "hsdp":
+        if self.environment.layout.dp_replicate > 1:
             # The same between replicas, each of which has added up its shards.
             assert self._mesh is not None, "sharded"
             dist.broadcast(total, group=self._mesh.get_group("dp_replicate"), group_src=0)

@@ -1,9 +1,8 @@
 """ZeRO-1/2/3 through DeepSpeed, and its flat state seen as pieces of named tensors.
 
 DeepSpeed keeps fp32 weights and moments as flat slices: under ZeRO-1/2 a slice of each group of
-parameters, under ZeRO-3 a slice of each parameter. `ZeroRuntime.state_tensors` describes each slice
-as a `FlatShard`: "elements [start, start + n) of the row-major tensor NAME of SHAPE". A flat range
-of an N-d tensor is at most 2 * (N - 1) + 1 boxes, which torch DCP stores as ordinary chunks.
+parameters, under ZeRO-3 a slice of each parameter. `state_tensors` describes each slice as a
+`FlatShard`: "elements [start, start + n) of the row-major tensor NAME of SHAPE".
 """
 
 import contextlib
@@ -14,13 +13,13 @@ import torch.distributed as dist
 from torch import nn
 
 from toolkit.distributed.accelerator import build_accelerator, without_launcher_variables
+from toolkit.distributed.engine import BuildOptimizer, Engine, StepOutcome, reset_state
 from toolkit.distributed.environment import TrainingEnvironment
-from toolkit.distributed.flat_shard import FlatShard
-from toolkit.distributed.runtime import BuildOptimizer, EngineRuntime, StepOutcome, reset_state
+from toolkit.distributed.shards import FlatShard
 from toolkit.models.init import canonical_parameters
 
 
-class ZeroRuntime(EngineRuntime):
+class DeepSpeedEngine(Engine):
     """DeepSpeed's engine, driven one microbatch at a time."""
 
     def __init__(
@@ -33,7 +32,7 @@ class ZeroRuntime(EngineRuntime):
     ) -> None:
         super().__init__(environment, module)
         self._named = canonical_parameters(module)
-        self._stage = environment.engine.zero_stage
+        self._stage = environment.layout.zero_stage
         optimizer = build_optimizer(self._named)
         accelerator = build_accelerator(environment, max_grad_norm=max_grad_norm)
         with without_launcher_variables():

@@ -1,4 +1,4 @@
-"""Which engine runs: launcher, config, silence, and their disagreements."""
+"""Which layout runs: launcher, config, silence, and their disagreements."""
 
 import json
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from toolkit.distributed.config import DataParallelConfig
-from toolkit.distributed.engine import Engine, offloads, resolve_engine
+from toolkit.distributed.layout import AXES, Layout, offloads, resolve_layout
 from toolkit.errors import ConfigError
 
 CPU = {"device": "cpu"}
@@ -18,9 +18,9 @@ ZERO3 = TWO | {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_ST
 
 def resolve(
     environ: dict[str, str], name: Any = None, precision: Any = "auto", **dp: Any
-) -> Engine:
+) -> Layout:
     config = DataParallelConfig(name=name, **dp) if name else None
-    return resolve_engine(precision, config, environ)
+    return resolve_layout(precision, config, environ)
 
 
 @pytest.mark.parametrize(
@@ -80,8 +80,8 @@ def test_what_is_left_of_a_launcher_is_told_from_what_it_says(
     [({}, (2, 4)), ({"num_replicas": 4}, (4, 2)), ({"shard_degree": 2}, (4, 2))],
 )
 def test_hsdp_mesh_fills_in_what_is_not_given(dp: dict, mesh: tuple[int, int]) -> None:
-    engine = resolve({"WORLD_SIZE": "8"}, "hsdp", **dp)
-    assert (engine.num_replicas, engine.shard_degree) == mesh
+    layout = resolve({"WORLD_SIZE": "8"}, "hsdp", **dp)
+    assert (layout.dp_replicate, layout.dp_shard) == mesh
 
 
 def test_mesh_that_does_not_fit_names_the_numbers() -> None:
@@ -98,10 +98,10 @@ def test_launcher_hsdp_and_offload_are_read() -> None:
         "PARALLELISM_CONFIG_DP_REPLICATE_SIZE": "2",
         "PARALLELISM_CONFIG_DP_SHARD_SIZE": "4",
     }
-    engine = resolve(environ)
-    assert (engine.name, engine.num_replicas, engine.shard_degree) == ("hsdp", 2, 4)
-    assert engine.cpu_offload
-    assert not engine.reshard_after_forward
+    layout = resolve(environ)
+    assert (layout.name, layout.dp_replicate, layout.dp_shard) == ("hsdp", 2, 4)
+    assert layout.dp_config.cpu_offload
+    assert not layout.dp_config.reshard_after_forward
 
 
 PARALLEL = FSDP | {"ACCELERATE_USE_PARALLELISM_CONFIG": "true"}
@@ -115,12 +115,12 @@ def test_other_parallelism_is_refused_not_ignored(axis: str) -> None:
 
 
 def test_settings_of_both_sides_add_up() -> None:
-    engine = resolve(FSDP, "fsdp", reduce_dtype="bfloat16", cpu_offload=True)
-    assert (engine.reduce_dtype, engine.cpu_offload) == ("bfloat16", True)
-    engine = resolve(FSDP | {"FSDP_RESHARD_AFTER_FORWARD": "false"}, "fsdp")
-    assert not engine.reshard_after_forward
-    engine = resolve(ZERO3, "zero3", deepspeed_config={"wall_clock_breakdown": True})
-    assert engine.deepspeed_config == {"wall_clock_breakdown": True}
+    layout = resolve(FSDP, "fsdp", reduce_dtype="bfloat16", cpu_offload=True)
+    assert (layout.dp_config.reduce_dtype, layout.dp_config.cpu_offload) == ("bfloat16", True)
+    layout = resolve(FSDP | {"FSDP_RESHARD_AFTER_FORWARD": "false"}, "fsdp")
+    assert not layout.dp_config.reshard_after_forward
+    layout = resolve(ZERO3, "zero3", deepspeed_config={"wall_clock_breakdown": True})
+    assert layout.dp_config.deepspeed_config == {"wall_clock_breakdown": True}
 
 
 def test_settings_of_both_sides_that_differ_are_an_error() -> None:
@@ -148,8 +148,8 @@ def test_launcher_options_that_the_config_decides_are_noticed(tmp_path: Path) ->
     ]
     file = tmp_path / "ds.json"
     file.write_text(json.dumps({"gradient_clipping": 0.5, "train_batch_size": "auto"}))
-    engine = resolve(ZERO3 | {"ACCELERATE_DEEPSPEED_CONFIG_FILE": str(file)})
-    (notice,) = engine.notices
+    layout = resolve(ZERO3 | {"ACCELERATE_DEEPSPEED_CONFIG_FILE": str(file)})
+    (notice,) = layout.notices
     assert notice.endswith(
         "gradient_clipping is not used; train_module.max_grad_norm of the config decides"
     )
@@ -160,9 +160,9 @@ def test_launchers_offload_variables_are_read_one_by_one() -> None:
         "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "cpu",
         "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "none",
     }
-    engine = resolve(environ)
-    assert engine.deepspeed_config == {"zero_optimization": {"offload_optimizer": CPU}}
-    assert offloads(engine.as_config())
+    layout = resolve(environ)
+    assert layout.dp_config.deepspeed_config == {"zero_optimization": {"offload_optimizer": CPU}}
+    assert offloads(layout.dp_config)
     with pytest.raises(ConfigError, match="offload_optimizer to nvme is not supported"):
         resolve(environ | {"ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "nvme"})
 
@@ -176,18 +176,21 @@ def test_launchers_offload_variables_are_read_one_by_one() -> None:
     ],
 )
 def test_cpu_offload_of_each_stage(name: str, expected: dict) -> None:
-    engine = resolve(TWO, name, cpu_offload=True)
-    assert engine.deepspeed_config == {"zero_optimization": expected}
-    # What a run records asks for the same engine again.
-    assert resolve_engine("auto", engine.as_config(), TWO) == engine
+    layout = resolve(TWO, name, cpu_offload=True)
+    assert layout.dp_config.deepspeed_config == {"zero_optimization": expected}
+    # What a run records asks for the same layout again.
+    assert resolve_layout("auto", layout.dp_config, TWO) == layout
 
 
 def test_deepspeed_json_decides_stage_and_offload(tmp_path: Path) -> None:
     file = tmp_path / "ds.json"
     zero = {"stage": 2, "offload_optimizer": {"device": "cpu"}}
     file.write_text(json.dumps({"zero_optimization": zero}))
-    engine = resolve(ZERO3 | {"ACCELERATE_DEEPSPEED_CONFIG_FILE": str(file)})
-    assert (engine.name, engine.deepspeed_config) == ("zero2", {"zero_optimization": zero})
+    layout = resolve(ZERO3 | {"ACCELERATE_DEEPSPEED_CONFIG_FILE": str(file)})
+    assert (layout.name, layout.dp_config.deepspeed_config) == (
+        "zero2",
+        {"zero_optimization": zero},
+    )
     file.write_text(json.dumps({"bf16": {"enabled": True}}))
     assert resolve(ZERO3 | {"ACCELERATE_DEEPSPEED_CONFIG_FILE": str(file)}).precision == "bf16"
     file.write_text(json.dumps({"fp16": {"enabled": True}}))
@@ -214,9 +217,9 @@ def test_precision(asked: str, param_dtype: Any, launched: str, expected: str) -
 
 
 def test_explicit_precision_over_the_launchers_is_noticed() -> None:
-    engine = resolve({"ACCELERATE_MIXED_PRECISION": "bf16"}, precision="fp32")
-    assert engine.precision == "fp32"
-    assert engine.notices == ("precision fp32 from the config overrides the launcher's bf16",)
+    layout = resolve({"ACCELERATE_MIXED_PRECISION": "bf16"}, precision="fp32")
+    assert layout.precision == "fp32"
+    assert layout.notices == ("precision fp32 from the config overrides the launcher's bf16",)
 
 
 def test_two_precisions_are_an_error() -> None:
@@ -255,3 +258,54 @@ def test_deepspeed_settings_that_the_config_decides_are_noticed_there_too() -> N
     )
     both = resolve(ZERO3, "zero3", deepspeed_config={"gradient_clipping": 5})
     assert len(both.notices) == 1
+
+
+def test_degrees_of_more_than_one_axis_as_numbers() -> None:
+    layout = Layout(pp=2, dp_replicate=2, dp_shard=3, cp=2, tp=2, ep=4, is_fsdp=True)
+    assert (layout.name, layout.world_size) == ("hsdp", 48)
+    assert layout.shape == {"pp": 2, "dp_replicate": 2, "dp_shard": 3, "cp": 2, "tp": 2}
+    assert layout.expert_shape == {"pp": 2, "dp_replicate": 2, "efsdp": 3, "ep": 4}
+    assert (layout.batch_ranks, layout.grad_ranks) == (6, 12)
+    # tp neighbours, then cp, dp_shard, dp_replicate, and the stages lie farthest apart.
+    assert layout.place(47) == {"pp": 1, "dp_replicate": 1, "dp_shard": 2, "cp": 1, "tp": 1}
+    assert layout.place(21) == {"pp": 0, "dp_replicate": 1, "dp_shard": 2, "cp": 0, "tp": 1}
+    assert layout.ranks_along(21, "tp") == (20, 21)
+    assert layout.ranks_along(21, "cp", "tp") == (20, 21, 22, 23)
+    assert layout.ranks_along(21, "dp_shard") == (13, 17, 21)
+    assert layout.ranks_along(21, "pp") == (21, 45)
+    assert layout.ranks_along(21, *AXES) == tuple(range(48))
+    # Experts divide the same dp_shard x cp x tp otherwise.
+    assert layout.place(21, experts=True) == {"pp": 0, "dp_replicate": 1, "efsdp": 2, "ep": 1}
+    assert layout.ranks_along(21, "ep") == (20, 21, 22, 23)
+    assert layout.ranks_along(21, "efsdp") == (13, 17, 21)
+
+
+def test_who_reads_which_rows_and_whose_sums_count() -> None:
+    layout = Layout(pp=2, dp_replicate=2, dp_shard=2, cp=2, tp=2, is_fsdp=True)
+    readers: dict[int, set[int]] = {}
+    for rank in range(layout.world_size):
+        readers.setdefault(layout.batch_rank(rank), set()).add(rank)
+    assert sorted(readers) == list(range(layout.batch_ranks))
+    for batch_rank, ranks in readers.items():
+        assert len(ranks) == 8
+        assert ranks == set(layout.ranks_along(min(ranks), "pp", "cp", "tp")), batch_rank
+        # Of the ranks that read the same rows, one for each part of the positions.
+        owners = [rank for rank in sorted(ranks) if layout.owns_loss(rank)]
+        assert [layout.place(rank)["cp"] for rank in owners] == [0, 1]
+        assert all(layout.place(rank)["pp"] == 1 for rank in owners)
+
+
+def test_experts_that_do_not_fit_the_ranks_are_an_error() -> None:
+    with pytest.raises(ConfigError, match="expert parallelism of 3 does not divide dp_shard 2 x"):
+        Layout(dp_shard=2, cp=2, ep=3, is_fsdp=True)
+
+
+@pytest.mark.parametrize("name", ["single", "ddp", "fsdp", "hsdp", "zero1", "zero3"])
+def test_a_layout_is_called_what_configs_call_it(name: Any) -> None:
+    layout = resolve({"WORLD_SIZE": "1" if name == "single" else "4"}, name)
+    assert (layout.name, layout.dp_config.name) == (name, name)
+    assert (layout.backend, layout.zero_stage) == (
+        ("deepspeed", int(name[4:])) if name.startswith("zero") else ("torch", 0)
+    )
+    assert all(layout.batch_rank(rank) == rank for rank in range(layout.world_size))
+    assert all(layout.owns_loss(rank) for rank in range(layout.world_size))

@@ -1,14 +1,23 @@
-"""Process-wide settings of a run on CPUs."""
+"""Memory and threads of this process. No torch at import: its allocator reads its variable once."""
 
 import ctypes
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 
 from toolkit.errors import ConfigError
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # glibc, malloc.h
 _KEPT_BYTES = 1 << 30
+_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
+"""The name since torch 2.9, and the older ones, which it still prefers."""
+
+
+def set_allocator_defaults(environ: MutableMapping[str, str] = os.environ) -> None:
+    """Let the allocator grow the blocks that it has instead of adding others, which fragment;
+    unless somebody has said how it works. Call it before CUDA is first used."""
+    if not any(name in environ for name in _VARIABLES):
+        environ[_VARIABLES[0]] = "expandable_segments:True"
 
 
 def tune_cpu(*, local_world_size: int = 1) -> None:
