@@ -73,6 +73,8 @@ def check_parameters(config: ExperimentConfig) -> TrainedParameters:
         names = parameter_shapes(model, module.lora)
         with found.collecting():
             module.optim.check_groups(names)
+        with found.collecting():
+            module.scheduler.check()
         parameters = trained_parameters(model, freeze=module.freeze, lora=module.lora)
     found.raise_any()
     return parameters
