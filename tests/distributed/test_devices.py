@@ -13,9 +13,9 @@ import torch.distributed as dist
 from tests.tiny import module_config, open_environment
 from toolkit.commands.models import pick_device as pick_by_name
 from toolkit.distributed import devices, environment
-from toolkit.distributed.allocator import set_allocator_defaults
 from toolkit.distributed.devices import pick_device, unused_gpus, usable_gpus
 from toolkit.distributed.ranks import adopt_ranks
+from toolkit.distributed.tuning import set_allocator_defaults
 from toolkit.errors import ConfigError
 from toolkit.experiment.opening import resume_promise
 from toolkit.experiment.recorded import processes_here

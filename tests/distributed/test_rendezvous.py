@@ -17,7 +17,7 @@ from tests.tiny import module_config, open_environment
 from tests.workers import WorkerPool, _free_port
 from toolkit import signals
 from toolkit.distributed import rendezvous
-from toolkit.distributed.launcher_checks import (
+from toolkit.distributed.ranks import (
     STORE_FILE,
     check_launcher_variables,
     is_one_machine,

@@ -5,7 +5,7 @@ import threading
 
 import torch.distributed as dist
 
-from toolkit.distributed.store import agree_on_round, elastic_store
+from toolkit.distributed.rendezvous import agree_on_round, elastic_store
 
 TIMEOUT = datetime.timedelta(seconds=20)
 

@@ -8,6 +8,7 @@ needs the interpreter.
 
 import contextlib
 import math
+import pkgutil
 from collections.abc import Generator, Sequence
 from typing import Any, Literal
 
@@ -47,7 +48,7 @@ def get_dataloaders(
     eval_batch_tokens: int | None = None,
     vocab_size: int = 0,
     device: torch.device | None = None,
-    check_text: bool = True,
+    corpus: Corpus | None = None,
 ) -> "tuple[TrainLoader, dict[str, EvalLoader]]":
     """Loaders of the corpus in `cfg`, which is prepared now if it does not exist yet.
 
@@ -60,7 +61,7 @@ def get_dataloaders(
             default: a rank's share of the global batch.
         vocab_size: the model's; ids of data that does not name its own vocabulary are below it.
         device: where training batches are put, ahead of time; default: the CPU.
-        check_text: see `ensure_prepared`.
+        corpus: the data of `cfg`, when it is open already.
 
     Returns:
         The training loader, and a loader for each set of validation instances: `val`, or in a
@@ -79,7 +80,9 @@ def get_dataloaders(
             f"{world_size} ranks are not divisible into groups of {model_parallel_size}"
         )
     rank, world_size = rank // model_parallel_size, world_size // model_parallel_size
-    corpus = open_corpus(cfg, check_text=check_text)
+    if corpus is None:
+        prepare_corpus = pkgutil.resolve_name("toolkit.data.prepare.corpus:prepare_corpus")
+        corpus = open_corpus(cfg, prepare_corpus(cfg))
     corpus.vocab_size = corpus.vocab_size or vocab_size
     train = TrainLoader(
         corpus, cfg.data_loader, rank=rank, world_size=world_size, device=device
@@ -138,7 +141,7 @@ class TrainLoader:
         self.batches_done = 0
         self.notice: str | None = None
         self.config: DataConfig | None = None
-        self._corpus = corpus
+        self.corpus = corpus
         self._shuffle = config.shuffle
         self._prefetch_factor = config.prefetch_factor
         self._rank, self._world_size = rank, world_size
@@ -191,9 +194,9 @@ class TrainLoader:
         Raises:
             ConfigError: one is repeated more; says what would work.
         """
-        if self._corpus.stream is not None:
+        if self.corpus.stream is not None:
             total = self._position(steps)
-            check_limits(self._corpus.stream, total, batch_instances=self._instances)
+            check_limits(self.corpus.stream, total, batch_instances=self._instances)
 
     def instance_indices(self, batch_number: int) -> np.ndarray:
         """Instances of the global batch, shape `(rows,)`."""
@@ -206,7 +209,7 @@ class TrainLoader:
     def counts(self, batches: int) -> dict[str, int]:
         """Instances drawn of each source of a mixture in the first `batches` batches; empty for a
         single corpus."""
-        return self._corpus.counts(self._position(batches)) if self._corpus.stream else {}
+        return self.corpus.counts(self._position(batches)) if self.corpus.stream else {}
 
     def iterate(self, start_batch: int = 0) -> Generator[Batch, None, None]:
         """This rank's rows of batch `start_batch` and all that follow, over epochs without end.
@@ -240,7 +243,7 @@ class TrainLoader:
             ConfigError: this kind of instances takes one batch size only.
         """
         now = self._identity(state["batch"], state.get("segments"))
-        changed = changed_data(state, now, seed_key=self._corpus.seed_key)
+        changed = changed_data(state, now, seed_key=self.corpus.seed_key)
         if changed:
             raise DataError(
                 f"cannot continue with the next unseen batch: changed since the checkpoint: "
@@ -260,7 +263,7 @@ class TrainLoader:
 
     def close(self) -> None:
         """End the workers of a custom data set."""
-        self._corpus.close()
+        self.corpus.close()
 
     def _identity(
         self, batch: int, segments: Sequence[Sequence[int]] | None = None
@@ -268,14 +271,14 @@ class TrainLoader:
         """What decides the batches before `batch`."""
         identity: dict[str, Any] = {
             "fingerprint": self.fingerprint,
-            "seed": self._corpus.seed,
+            "seed": self.corpus.seed,
             "shuffle": self._shuffle,
             "sequence_length": self.sequence_length,
         }
         if self._order.settings:
             identity["order"] = self._order.settings
-        if self._corpus.stream is not None:
-            identity["sources"] = self._corpus.sources(self._position(batch, segments))
+        if self.corpus.stream is not None:
+            identity["sources"] = self.corpus.sources(self._position(batch, segments))
         return identity
 
     def _position(self, batch: int, segments: Sequence[Sequence[int]] | None = None) -> int:

@@ -20,15 +20,13 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
-from toolkit.distributed.allocator import set_allocator_defaults
 from toolkit.distributed.config import DataParallelConfig
-from toolkit.distributed.cpu import tune_cpu
 from toolkit.distributed.devices import pick_device, use_device
-from toolkit.distributed.engine import Engine, Precision, offloads, resolve_engine
 from toolkit.distributed.launcher import rank_of, world_size_of
-from toolkit.distributed.launcher_checks import is_one_machine, loopback_interface
-from toolkit.distributed.ranks import adopt_ranks
+from toolkit.distributed.layout import Layout, Precision, offloads, resolve_layout
+from toolkit.distributed.ranks import adopt_ranks, is_one_machine, loopback_interface
 from toolkit.distributed.rendezvous import open_store
+from toolkit.distributed.tuning import set_allocator_defaults, tune_cpu
 from toolkit.errors import ConfigError, RunError
 
 log = logging.getLogger(__name__)
@@ -64,20 +62,24 @@ class EnvironmentSettings(Protocol):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainingEnvironment:
-    """Where this process stands: rank, device, engine, and a CPU group for small messages."""
+    """Where this process stands: rank, device, layout, and a CPU group for small messages."""
 
     rank: int
     local_rank: int
-    world_size: int
     device: torch.device
-    engine: Engine
+    layout: Layout
     seed: int
-    cpu_group: dist.ProcessGroup | None
+    cpu_group: dist.ProcessGroup | None = None
     """gloo group of all ranks for the main thread; None on one process."""
-    metrics_group: dist.ProcessGroup | None
+    metrics_group: dist.ProcessGroup | None = None
     """gloo group of all ranks for the metrics thread, so that the two never interleave."""
     checkpoint_group: dist.ProcessGroup | None = None
     """gloo group of all ranks for the thread that writes checkpoints."""
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks."""
+        return self.layout.world_size
 
     @property
     def is_main(self) -> bool:
@@ -125,17 +127,8 @@ def single_environment(
         )
     where = torch.device(device) if device else pick_device(local_rank=0)
     use_device(where)
-    engine = resolve_engine(precision, None, {})
-    return TrainingEnvironment(
-        rank=0,
-        local_rank=0,
-        world_size=1,
-        device=where,
-        engine=settle_precision(engine, where),
-        seed=seed,
-        cpu_group=None,
-        metrics_group=None,
-    )
+    layout = settle_precision(resolve_layout(precision, None, {}), where)
+    return TrainingEnvironment(rank=0, local_rank=0, device=where, layout=layout, seed=seed)
 
 
 def prepare_training_environment(
@@ -153,7 +146,7 @@ def prepare_training_environment(
     if environ is None:
         adopt_ranks(os.environ)
         environ = os.environ
-    engine = resolve_engine(config.train_module.precision, config.train_module.dp_config, environ)
+    layout = resolve_layout(config.train_module.precision, config.train_module.dp_config, environ)
     rank, world_size = rank_of(environ), world_size_of(environ)
     local_rank = int(environ.get("LOCAL_RANK", "0"))
     # Not every launcher says how many processes share this machine.
@@ -174,12 +167,12 @@ def prepare_training_environment(
         # Its backward adds up in any order. Flash attention and the memory-efficient kernel, which
         # fp32 needs, have a fixed one in this mode.
         torch.backends.cuda.enable_cudnn_sdp(False)
-    if device.type == "cpu" or offloads(engine.as_config()):
+    if device.type == "cpu" or offloads(layout.dp_config):
         tune_cpu(local_world_size=int(said) if said else world_size)
     if device.type == "cuda":
-        torch.backends.cuda.matmul.allow_tf32 = engine.precision != "fp32"
+        torch.backends.cuda.matmul.allow_tf32 = layout.precision != "fp32"
     cpu_group = metrics_group = checkpoint_group = None
-    if world_size > 1 or engine.name not in ("single", "ddp"):
+    if world_size > 1 or layout.name not in ("single", "ddp"):
         _init_process_group(device, world_size)
         if world_size > 1:
             cpu_group = dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT)
@@ -188,9 +181,8 @@ def prepare_training_environment(
     return TrainingEnvironment(
         rank=rank,
         local_rank=local_rank,
-        world_size=world_size,
         device=device,
-        engine=settle_precision(engine, device),
+        layout=settle_precision(layout, device),
         seed=config.seed,
         cpu_group=cpu_group,
         metrics_group=metrics_group,
@@ -213,13 +205,13 @@ def is_fast_at_bf16(device: torch.device) -> bool:
     return "amx_bf16" in flags
 
 
-def settle_precision(engine: Engine, device: torch.device) -> Engine:
-    """`engine` with `auto` replaced by what this device is fast at."""
+def settle_precision(layout: Layout, device: torch.device) -> Layout:
+    """`layout` with `auto` replaced by what this device is fast at."""
     import msgspec
 
-    if engine.precision != "auto":
-        return engine
-    return msgspec.structs.replace(engine, precision="bf16" if is_fast_at_bf16(device) else "fp32")
+    if layout.precision != "auto":
+        return layout
+    return msgspec.structs.replace(layout, precision="bf16" if is_fast_at_bf16(device) else "fp32")
 
 
 def check_shared_folder(environment: TrainingEnvironment, folder: Path) -> None:

@@ -50,7 +50,7 @@ def check_agreement(
 
     view = RankView(
         host=socket.gethostname(),
-        config=_hash(config, environment.engine),
+        config=_hash(config, environment.layout),
         train=train_loader.fingerprint,
         val=" ".join(loader.dataset.fingerprint for loader in eval_loaders.values()) or None,
     )

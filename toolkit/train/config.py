@@ -10,7 +10,8 @@ from toolkit.config.paths import LocalPath, PathOrURL
 from toolkit.config.seconds import in_seconds
 from toolkit.distributed.config import ActivationCheckpointingConfig, DataParallelConfig
 from toolkit.models.lora_config import LoRAConfig
-from toolkit.optim.config import AdamWConfig, CosineConfig, OptimConfig, SchedulerConfig
+from toolkit.optim.config import AdamWConfig, OptimConfig
+from toolkit.optim.schedules import CosineConfig, SchedulerConfig
 
 if TYPE_CHECKING:
     from toolkit.train.transformer import TransformerTrainModule

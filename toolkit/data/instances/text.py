@@ -1,15 +1,18 @@
 """Instances for reading: their text, cut where the document or the loss mask changes."""
 
 import itertools
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import msgspec
 import numpy as np
 
 from toolkit.data.instances.base import DocumentPart, Rows
 
-if TYPE_CHECKING:
-    from toolkit.data.prepare.tokenizers.tokenizer import Tokenizer
+
+class Decoder(Protocol):
+    """A tokenizer, as far as text is wanted."""
+
+    def decode(self, ids: np.ndarray) -> str: ...
 
 
 class DecodedPiece(msgspec.Struct, frozen=True):
@@ -41,7 +44,7 @@ def target_mask(rows: Rows) -> np.ndarray:
 
 
 def decode_pieces(
-    tokenizer: "Tokenizer | None",
+    tokenizer: Decoder | None,
     ids: np.ndarray,
     is_target: np.ndarray,
     parts: list[DocumentPart],
@@ -69,7 +72,7 @@ def decode_pieces(
     return pieces
 
 
-def _text(tokenizer: "Tokenizer | None", ids: np.ndarray) -> str:
+def _text(tokenizer: Decoder | None, ids: np.ndarray) -> str:
     if tokenizer is None:
         return " ".join(str(number) for number in ids.tolist()) + " "
     return tokenizer.decode(ids)
