@@ -16,8 +16,8 @@ from toolkit.hf.families.phi3 import PHI3
 from toolkit.hf.families.qwen2 import QWEN2
 from toolkit.hf.families.qwen3 import QWEN3
 from toolkit.hf.family import why_not
+from toolkit.models.architecture import LinearRopeConfig, YarnRopeConfig
 from toolkit.models.config import TransformerConfig
-from toolkit.models.rope_config import LinearRopeConfig, YarnRopeConfig
 
 PLAIN = TransformerConfig(
     vocab_size=100,

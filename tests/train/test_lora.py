@@ -19,7 +19,7 @@ from toolkit.experiment.explain import explain_resume
 from toolkit.experiment.load import load_experiment
 from toolkit.experiment.summary import summarize
 from toolkit.experiment.verify import verify_checkpoints
-from toolkit.models.lora_config import LoRAConfig
+from toolkit.models.config import LoRAConfig
 from toolkit.optim.config import AdamWConfig, GroupOverride
 from toolkit.train.base import find_base
 

@@ -17,8 +17,7 @@ from torch import Tensor
 from toolkit.errors import CheckpointError
 from toolkit.hf.family import Family, Rule
 from toolkit.hf.folder import new_folder
-from toolkit.models.config import ModelConfig
-from toolkit.models.lora_config import LoRAConfig
+from toolkit.models.config import LoRAConfig, ModelConfig
 from toolkit.storage.atomic import PathLike, write_json_atomic
 
 A_SUFFIX, B_SUFFIX = ".lora_A.weight", ".lora_B.weight"

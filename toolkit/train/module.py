@@ -8,7 +8,7 @@ import torch
 
 from toolkit.distributed.environment import TrainingEnvironment
 from toolkit.evaluate.sums import Batch, EvalSums
-from toolkit.models.lora_config import LoRAConfig
+from toolkit.models.config import LoRAConfig
 from toolkit.train.base import BaseCheckpoint
 
 

@@ -20,15 +20,13 @@ from toolkit.distributed.runtime import EngineRuntime
 from toolkit.errors import ConfigError, TrainingError
 from toolkit.evaluate.sums import Batch, EvalSums
 from toolkit.metrics.norms import layer_norms, layer_of, to_norms
-from toolkit.models.freeze import choose_trained
+from toolkit.models.config import LoRAConfig
 from toolkit.models.init import canonical_parameters
-from toolkit.models.kernel_record import kernel_record
-from toolkit.models.labels import shift_labels
-from toolkit.models.lora import is_trained
-from toolkit.models.lora_config import LoRAConfig
-from toolkit.models.loss import IGNORE_INDEX
-from toolkit.models.parameters import flops_per_token, is_adapter
-from toolkit.models.router_loss import RouterSums
+from toolkit.models.kernels import kernel_record
+from toolkit.models.lora import choose_trained
+from toolkit.models.loss import IGNORE_INDEX, shift_labels
+from toolkit.models.parameters import flops_per_token, is_adapter, is_trained
+from toolkit.models.router import RouterSums
 from toolkit.train.config import TransformerTrainModuleConfig
 from toolkit.train.module import Metric, Progress, TrainModule
 

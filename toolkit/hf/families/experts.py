@@ -8,8 +8,8 @@ from toolkit.hf.families.llama import attention_rules, projection_rules
 from toolkit.hf.family import Rule
 from toolkit.hf.layouts import STACKED
 from toolkit.hf.settings import Settings
+from toolkit.models.architecture import MoEConfig
 from toolkit.models.config import TransformerConfig
-from toolkit.models.moe_config import MoEConfig
 
 GATE_UP_DOWN = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
 """Our names of an expert's matrices and the usual ones."""

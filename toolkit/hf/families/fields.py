@@ -4,7 +4,8 @@ from typing import Any, get_args
 
 from toolkit.errors import CheckpointError
 from toolkit.hf.settings import Settings
-from toolkit.models.config import AttentionKind, TransformerConfig
+from toolkit.models.architecture import AttentionKind
+from toolkit.models.config import TransformerConfig
 
 _DEFAULT_INIT_STD = 0.02
 

@@ -7,8 +7,8 @@ from toolkit.hf.families.llama import decoder_rules, read_shared, write_shared
 from toolkit.hf.families.rope import read_rope, write_rope
 from toolkit.hf.family import Family
 from toolkit.hf.settings import Settings
+from toolkit.models.architecture import LinearRopeConfig
 from toolkit.models.config import TransformerConfig
-from toolkit.models.rope_config import LinearRopeConfig
 
 NORMS = {
     "self_attn.q_norm": "attention.query_norm",

@@ -13,13 +13,13 @@ import msgspec
 
 from toolkit.errors import CheckpointError
 from toolkit.hf.settings import Settings
-from toolkit.models.config import TransformerConfig
-from toolkit.models.rope_config import (
+from toolkit.models.architecture import (
     LinearRopeConfig,
     Llama3RopeConfig,
     RopeScalingConfig,
     YarnRopeConfig,
 )
+from toolkit.models.config import TransformerConfig
 
 _SCALINGS: dict[str, type[RopeScalingConfig]] = {
     "linear": LinearRopeConfig,
