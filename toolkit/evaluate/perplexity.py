@@ -15,8 +15,7 @@ from toolkit.data.instances.base import Rows, target_mask
 from toolkit.errors import DataError
 from toolkit.evaluate.documents import Chunk
 from toolkit.evaluate.windows import Window, stack_windows, windows
-from toolkit.models.labels import shift_labels
-from toolkit.models.loss import IGNORE_INDEX
+from toolkit.models.loss import IGNORE_INDEX, shift_labels
 from toolkit.train.eval_sums import Batch, EvalSums, LossFunction, TokenSums, sum_batches
 from toolkit.wording import count
 

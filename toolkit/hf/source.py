@@ -32,8 +32,7 @@ from toolkit.data.prepare.tokenizers.companions import TOKENIZER_CONFIG_FILE, TO
 from toolkit.data.tokens.prepared import TOKENIZER_FOLDER
 from toolkit.errors import CheckpointError, ToolkitError
 from toolkit.hf.adapter import merged
-from toolkit.models.config import ModelConfig
-from toolkit.models.lora_config import LoRAConfig
+from toolkit.models.config import LoRAConfig, ModelConfig
 from toolkit.models.transformer import Transformer
 from toolkit.runs.files import RUN_FILES
 from toolkit.runs.registry import is_run, run_of_checkpoint
