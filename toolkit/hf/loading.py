@@ -22,14 +22,12 @@ _TOKENIZER_FILES = (
 def load_causal_lm(
     folder: Path, *, dtype: "torch.dtype", plain_attention: bool = False, all_used: bool = False
 ) -> Any:
-    """The model of a folder in evaluation mode, on the CPU.
+    """The model of a folder in evaluation mode, on the CPU; raises CheckpointError where
+    `transformers` cannot load it, or weights are missing.
 
     Args:
         plain_attention: compute attention by its formula, without fused kernels.
         all_used: weights that the model has no place for are an error.
-
-    Raises:
-        CheckpointError: `transformers` cannot load it, or weights are missing.
     """
     check_small_files(folder, CheckpointError)
     with quiet_transformers():
@@ -45,25 +43,21 @@ def load_causal_lm(
                 output_loading_info=True,
             )
     model, info = loaded
-    for key, fault, counts in (
-        ("missing_keys", "misses", True),
-        ("unexpected_keys", "has no use for", all_used),
-    ):
-        names = sorted(info[key])
-        if names and counts:
+    faults = {"misses": info["missing_keys"]}
+    if all_used:
+        faults["has no use for"] = info["unexpected_keys"]
+    for fault, names in faults.items():
+        if names:
             raise CheckpointError(
-                f"{folder}: transformers {fault} {names[0]} ({len(names)} in all); get the folder "
-                "again"
+                f"{folder}: transformers {fault} {min(names)} ({len(names)} in all); "
+                "get the folder again"
             )
     return model.eval()
 
 
 def with_adapter(base: Any, folder: Path) -> Any:
-    """`base` with the adapter in `folder`, by `peft`, in evaluation mode.
-
-    Raises:
-        CheckpointError: `peft` cannot load it, or not all of it.
-    """
+    """`base` with the adapter in `folder`, by `peft`, in evaluation mode; raises CheckpointError
+    where `peft` cannot load all of it."""
     check_small_files(folder, CheckpointError)
     with quiet_transformers():
         from peft import PeftModel
@@ -75,22 +69,17 @@ def with_adapter(base: Any, folder: Path) -> Any:
 
 def load_auto_tokenizer(folder: Path) -> Any:
     """The tokenizer of a folder, with its chat template. A tokenizer.json alone decides the ids, as
-    it does for data.
-
-    Raises:
-        DataError: there is none, or `transformers` cannot load it.
-    """
+    it does for data. Raises DataError: there is none, or `transformers` cannot load it."""
     if not has_tokenizer(folder):
         raise DataError(f"{folder}: no tokenizer here; give one with --tokenizer FOLDER")
     check_small_files(folder, DataError)
-    if (folder / TOKENIZER_FILE).is_file():
+    is_fast = (folder / TOKENIZER_FILE).is_file()
+    if is_fast:
         check_tokenizer_file(folder / TOKENIZER_FILE)
     with quiet_transformers():
         from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-        kind: Any = AutoTokenizer
-        if (folder / TOKENIZER_FILE).is_file():
-            kind = PreTrainedTokenizerFast
+        kind: Any = PreTrainedTokenizerFast if is_fast else AutoTokenizer
         with guard(folder, DataError, problem="its tokenizer cannot be loaded"):
             return kind.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
 

@@ -41,8 +41,8 @@ def write_weights(
     folder: Path,
     dtypes: Dtypes,
     max_shard_bytes: int,
-) -> list[Path]:
-    """Write `tensors` (our names, whole) into `folder`; returns the files of weights.
+) -> None:
+    """Write `tensors` (our names, whole) into `folder`.
 
     Raises:
         CheckpointError: a tensor is missing, unknown or of another shape.
@@ -75,7 +75,6 @@ def write_weights(
             raw = tensor.to("cpu", layout[target].dtype).contiguous().view(-1).view(torch.uint8)
             file.seek(position)
             file.write(raw.numpy().data)
-    return [folder / name for name in shards]
 
 
 def _begin_file(file: BinaryIO, layout: Mapping[str, Tensor]) -> dict[str, int]:
