@@ -27,27 +27,20 @@ def name_in_cache(folder: Path) -> str | None:
 
 def fetch_model(name: str, *, revision: str | None = None) -> Path:
     """The local folder of the model `name`, downloaded now where the cache of `huggingface_hub`
-    does not hold it: configs, tokenizer, and the weights as safetensors, or else as .bin.
+    does not hold it: configs, tokenizer, and the weights as safetensors, or else as .bin. Raises
+    CheckpointError: the hub gives none, or cannot be reached.
 
-    Args:
-        revision: branch, tag or commit; default: the main branch.
-
-    Raises:
-        CheckpointError: the hub gives none, or cannot be reached.
+    `revision`: branch, tag or commit; default: the main branch.
     """
     from huggingface_hub import snapshot_download
 
     try:
         for weights in ("*.safetensors", "*.bin"):
-            folder = Path(
-                snapshot_download(
-                    name,
-                    revision=revision,
-                    allow_patterns=[*_SMALL_FILES, weights],
-                    ignore_patterns=_NOT_OF_TRANSFORMERS,
-                )
+            wanted = [*_SMALL_FILES, weights]
+            folder = snapshot_download(
+                name, revision=revision, allow_patterns=wanted, ignore_patterns=_NOT_OF_TRANSFORMERS
             )
-            if any(folder.glob(weights)):
+            if any(Path(folder).glob(weights)):
                 break
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".: ")
@@ -55,4 +48,4 @@ def fetch_model(name: str, *, revision: str | None = None) -> Path:
             f"{name}: no such local folder, and the hub gave no model of this name: {reason}; "
             "if it is meant to be a run, `toolkit runs` lists the runs there are"
         ) from None
-    return folder
+    return Path(folder)
