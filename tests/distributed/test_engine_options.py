@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from tests.tiny import build, module_config, open_environment, train_steps
 from tests.workers import WorkerPool
-from toolkit.distributed.environment import COLLECTIVE_TIMEOUT
+from toolkit.distributed.process_groups import COLLECTIVE_TIMEOUT
 
 CLIP = 0.7
 

@@ -134,3 +134,23 @@ def test_data_behind_a_variable_is_found_on_every_resume_and_stays_a_variable(
     monkeypatch.setenv("CORPUS_OF_TEST", str(started / "data"))
     absolute = find_data(loaded.stored, run_dir, is_filled=False)
     assert absolute.dataset.root == "${CORPUS_OF_TEST}/x"
+
+
+def test_who_speaks_on_the_console_is_the_config_s_to_say(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(
+        "toolkit.distributed.logging.setup_logging",
+        lambda rank, **options: said.append((rank, *options.values())),
+    )
+    for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")):
+        monkeypatch.setenv(name, value)
+    flags = ["--trainer.log_ranks=all", "--data_loader.global_batch_size=7"]
+    with pytest.raises(ConfigError, match="global_batch_size 7"):
+        experiment.train(load_experiment("smoke", flags).config)
+    assert said == [(0, 0, "all")]
+    with pytest.raises(ConfigError, match="log_ranks"):
+        load_experiment("smoke", ["--trainer.log_ranks=some"])
+    with pytest.raises(ConfigError, match="collective_timeout must be greater than 0"):
+        load_experiment("smoke", ["--trainer.collective_timeout=0"])

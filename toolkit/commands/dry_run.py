@@ -72,7 +72,7 @@ def _checked(
     # Without the number of processes nothing else can be told.
     layout = resolve_layout(module.precision, module.dp_config, environ)
     with found.collecting():
-        check_experiment(config, layout.world_size)
+        check_experiment(config, layout.batch_ranks)
     sound = not found.errors
     with found.collecting():
         corpus = read_corpus(config.data)
@@ -155,7 +155,7 @@ def _data(config: ExperimentConfig, corpus: CorpusInfo | None) -> list[str]:
 
 
 def _batch(config: ExperimentConfig, layout: Layout) -> list[str]:
-    batch, ranks = config.data_loader.global_batch_size, layout.world_size
+    batch, ranks = config.data_loader.global_batch_size, layout.batch_ranks
     passes = gradient_accumulation_steps(config, ranks)
     return [
         f"{batch:,} tokens a step = {count(ranks, 'rank')} x "

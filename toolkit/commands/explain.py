@@ -84,7 +84,7 @@ def explain_resume(
     module = plan.config.train_module
     layout = refused.ask(lambda: resolve_layout(module.precision, module.dp_config, plan.environ))
     if layout is not None:
-        refused.ask(lambda: check_experiment(plan.config, layout.world_size))
+        refused.ask(lambda: check_experiment(plan.config, layout.batch_ranks))
     corpus = refused.ask(lambda: _corpus(plan.config))
     refused.ask(lambda: check_run_folder(plan.config.run, ""))
     start = refused.ask(lambda: _start(plan.config, folder))
@@ -179,8 +179,8 @@ def _loader(plan: ResumePlan, corpus: CorpusInfo | None) -> "TrainLoader | None"
     with _quiet("toolkit.data"):
         train_loader, evaluation = get_dataloaders(
             plan.config.data,
-            rank=0,
-            world_size=1,
+            batch_rank=0,
+            batch_ranks=1,
             vocab_size=plan.config.model.vocab_size,
             corpus=open_corpus(plan.config.data, corpus),
         )

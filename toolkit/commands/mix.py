@@ -94,8 +94,7 @@ def _preview(
     prepared: dict[str, PreparedDataset | None],
     num_instances: dict[str, int],
 ) -> MixPreview:
-    from toolkit.data.order.limits import check_limits
-    from toolkit.data.order.mixture import MixPlan
+    from toolkit.data.order.mixture import MixPlan, check_limits
 
     # Of sources that are not known yet, the shares still are.
     limited = [s if s.name in num_instances else s._replace(max_repetitions=None) for s in sources]

@@ -23,12 +23,11 @@ from toolkit.data.instances.custom import (
     open_custom,
 )
 from toolkit.data.instances.open import ensure_plans, open_instances
-from toolkit.data.instances.variable import VariableDataset, VariableOrder
+from toolkit.data.instances.variable import VariableBatches, VariableDataset, VariableOrder
 from toolkit.data.order.batches import BatchOrder, StreamBatches, first_segment
 from toolkit.data.order.mixture import MixedDataset, MixedStream
 from toolkit.data.order.resolve import resolve_mix
 from toolkit.data.order.stream import InstanceStream, ShuffledStream
-from toolkit.data.order.variable_batches import VariableBatches
 from toolkit.data.tokens.prepared import PreparedDataset, localize, nothing_held_out
 from toolkit.errors import DataError
 

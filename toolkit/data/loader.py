@@ -17,7 +17,6 @@ import torch
 
 from toolkit.data.config import DataConfig, DataLoaderConfig
 from toolkit.data.corpus import Corpus, changed_data, open_corpus
-from toolkit.data.device import prefetch_to_device
 from toolkit.data.evaluation import EvalLoader
 from toolkit.data.instances.base import Rows, check_ids
 from toolkit.data.instances.custom import UNKNOWN_LENGTH
@@ -27,9 +26,10 @@ from toolkit.data.order.batches import (
     batches_for,
     instances_per_batch,
 )
-from toolkit.data.order.limits import check_limits
-from toolkit.data.read_ahead import read_ahead
-from toolkit.errors import ConfigError, DataError
+from toolkit.data.order.mixture import check_limits
+from toolkit.data.prefetch import prefetch_to_device
+from toolkit.data.prefetch import read_ahead
+from toolkit.errors import DataError
 
 CHUNK_TOKENS = 1 << 16
 """Tokens of one rank read at once: small batches are read many at a time."""
@@ -42,9 +42,8 @@ Batch = dict[str, torch.Tensor]
 def get_dataloaders(
     cfg: DataConfig,
     *,
-    rank: int | None = None,
-    world_size: int | None = None,
-    model_parallel_size: int = 1,
+    batch_rank: int | None = None,
+    batch_ranks: int | None = None,
     eval_batch_tokens: int | None = None,
     vocab_size: int = 0,
     device: torch.device | None = None,
@@ -53,10 +52,9 @@ def get_dataloaders(
     """Loaders of the corpus in `cfg`, which is prepared now if it does not exist yet.
 
     Args:
-        rank, world_size: this process among all; default: torch.distributed's if it is initialised,
-            else 0 of 1.
-        model_parallel_size: consecutive ranks that work on the same rows (a tensor, context or
-            pipeline group).
+        batch_rank, batch_ranks: which share of each batch's rows this process reads, out of how
+            many (`TrainingEnvironment` has both); default: its rank in torch.distributed if that is
+            initialised, else 0 of 1.
         eval_batch_tokens: tokens per evaluation forward when `data_loader.eval_batch_size` is null;
             default: a rank's share of the global batch.
         vocab_size: the model's; ids of data that does not name its own vocabulary are below it.
@@ -71,21 +69,16 @@ def get_dataloaders(
         ConfigError: sizes that do not divide.
         DataError: the corpus cannot be prepared, opened, or is too small.
     """
-    if rank is None or world_size is None:
+    if batch_rank is None or batch_ranks is None:
         is_distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-        rank = torch.distributed.get_rank() if is_distributed else 0
-        world_size = torch.distributed.get_world_size() if is_distributed else 1
-    if world_size % model_parallel_size:
-        raise ConfigError(
-            f"{world_size} ranks are not divisible into groups of {model_parallel_size}"
-        )
-    rank, world_size = rank // model_parallel_size, world_size // model_parallel_size
+        batch_rank = torch.distributed.get_rank() if is_distributed else 0
+        batch_ranks = torch.distributed.get_world_size() if is_distributed else 1
     if corpus is None:
         prepare_corpus = pkgutil.resolve_name("toolkit.data.prepare.corpus:prepare_corpus")
         corpus = open_corpus(cfg, prepare_corpus(cfg))
     corpus.vocab_size = corpus.vocab_size or vocab_size
     train = TrainLoader(
-        corpus, cfg.data_loader, rank=rank, world_size=world_size, device=device
+        corpus, cfg.data_loader, rank=batch_rank, world_size=batch_ranks, device=device
     )  # fmt: skip
     train.config = cfg
     batch_tokens = cfg.data_loader.eval_batch_size or eval_batch_tokens
@@ -93,9 +86,9 @@ def get_dataloaders(
         name: EvalLoader(
             dataset,
             eval_tokens=cfg.data_loader.eval_tokens,
-            batch_tokens=batch_tokens or cfg.data_loader.global_batch_size // world_size,
-            rank=rank,
-            world_size=world_size,
+            batch_tokens=batch_tokens or cfg.data_loader.global_batch_size // batch_ranks,
+            rank=batch_rank,
+            world_size=batch_ranks,
             vocab_size=corpus.vocab_size,
         )
         for name, dataset in corpus.evaluation.items()

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 
-from toolkit.distributed.environment import COLLECTIVE_TIMEOUT, TrainingEnvironment
+from toolkit.distributed.environment import TrainingEnvironment
 from toolkit.distributed.launcher import DEEPSPEED_FIXED
 from toolkit.distributed.layout import Layout
 
@@ -223,7 +223,7 @@ def init_deepspeed(environment: TrainingEnvironment) -> None:
     os.environ.setdefault("LOCAL_RANK", str(environment.local_rank))
     backend = "gloo" if environment.device.type == "cpu" else "nccl"
     deepspeed.init_distributed(
-        backend, auto_mpi_discovery=False, verbose=False, timeout=COLLECTIVE_TIMEOUT
+        backend, auto_mpi_discovery=False, verbose=False, timeout=environment.timeout
     )
 
 

@@ -9,6 +9,7 @@ from toolkit.config.base import check_not_negative, check_positive
 
 DType = Literal["float32", "bfloat16"]
 EngineName = Literal["single", "ddp", "fsdp", "hsdp", "zero1", "zero2", "zero3"]
+LogRanks = Literal["rank0", "local_rank0", "all"]
 WrappingStrategy = Literal["blocks", "full", "fine_grained"]
 
 _FSDP_ONLY = ("reduce_dtype", "reshard_after_forward", "wrapping_strategy", "prefetch_factor")

@@ -3,7 +3,8 @@
 from torch import nn
 
 from toolkit.distributed.engine import BuildOptimizer, Engine
-from toolkit.distributed.environment import TrainingEnvironment, set_collective_timeouts
+from toolkit.distributed.environment import TrainingEnvironment
+from toolkit.distributed.process_groups import set_collective_timeouts
 
 
 def prepare_engine(
@@ -26,5 +27,5 @@ def prepare_engine(
         from toolkit.distributed.torch_engine import TorchEngine
 
         runtime = TorchEngine(environment, module, build_optimizer)
-    set_collective_timeouts()
+    set_collective_timeouts(environment.timeout)
     return runtime

@@ -114,12 +114,12 @@ def _run(
     layout = resolve_layout(config.train_module.precision, config.train_module.dp_config, environ)
     found = ErrorList()
     with found.collecting():
-        check_experiment(config, layout.world_size)
+        check_experiment(config, layout.batch_ranks)
     rank = starting.rank = rank_of(environ)
 
     from toolkit.distributed.logging import setup_logging
 
-    setup_logging(rank)
+    setup_logging(rank, local_rank=_local_rank(), log_ranks=config.trainer.log_ranks)
     run, name = None, choose_run_name()
     if rank == 0:
         before = find_predecessor(config.run, current_launch())
@@ -138,7 +138,7 @@ def _run(
                 check_data_files(config)
     found.raise_any()
     try:
-        train_loader = _prepare_data(config, rank=rank, world_size=layout.world_size)
+        train_loader = _prepare_data(config, layout, rank=rank)
     except DataError as error:
         # The other processes of this machine see the same files; other machines may not.
         error.only_here = rank > 0 and _local_rank() == 0
@@ -177,7 +177,8 @@ def resume(run_dir: Path, overrides: Sequence[str] = (), *, debug: bool = False)
 
     check_launcher_variables()
     plan = plan_resume(run_dir, overrides, os.environ)
-    setup_logging(rank_of(os.environ))
+    log_ranks = plan.config.trainer.log_ranks
+    setup_logging(rank_of(os.environ), local_rank=_local_rank(), log_ranks=log_ranks)
     if plan.processes is not None:
         recorded = plan.status.world_size
         if plan.processes != recorded:
@@ -221,9 +222,9 @@ def _train(
         starting.log_file = log_file
         train_dl, eval_dl = get_dataloaders(
             config.data,
-            rank=environment.rank,
-            world_size=environment.world_size,
-            eval_batch_tokens=rank_microbatch_size(config, environment.world_size),
+            batch_rank=environment.batch_rank,
+            batch_ranks=environment.batch_ranks,
+            eval_batch_tokens=rank_microbatch_size(config, environment.batch_ranks),
             vocab_size=config.model.vocab_size,
             device=environment.device,
             corpus=corpus,
@@ -278,7 +279,7 @@ def _train(
         until_the_end.close()
 
 
-def _prepare_data(config: ExperimentConfig, *, rank: int, world_size: int) -> "TrainLoader":
+def _prepare_data(config: ExperimentConfig, layout: Layout, *, rank: int) -> "TrainLoader":
     """Prepare the corpus (one process of each machine; the others wait) and check that it fits."""
     from toolkit.data.prepare.corpus import prepare_corpus
 
@@ -297,8 +298,8 @@ def _prepare_data(config: ExperimentConfig, *, rank: int, world_size: int) -> "T
 
     train_loader, evaluation = get_dataloaders(
         config.data,
-        rank=rank,
-        world_size=world_size,
+        batch_rank=layout.batch_rank(rank),
+        batch_ranks=layout.batch_ranks,
         vocab_size=config.model.vocab_size,
         corpus=open_corpus(config.data, corpus),
     )

@@ -1,5 +1,5 @@
-"""Where ranks meet: what the launcher says makes sense, nobody else can reach it, and waiting
-says for what."""
+"""Where ranks meet: what the launcher says makes sense, nobody else can reach it, waiting says for
+what, and workers that are started again meet each other, not what their predecessors left."""
 
 import datetime
 import os
@@ -16,16 +16,17 @@ import torch.distributed as dist
 from tests.tiny import module_config, open_environment
 from tests.workers import WorkerPool, _free_port
 from toolkit import signals
-from toolkit.distributed import rendezvous
+from toolkit.distributed import process_groups
+from toolkit.distributed.process_groups import agree_on_round, elastic_store, open_store
 from toolkit.distributed.ranks import (
     STORE_FILE,
     check_launcher_variables,
     is_one_machine,
 )
-from toolkit.distributed.rendezvous import open_store
 from toolkit.errors import ConfigError, TrainingError
 
 TIMEOUT = datetime.timedelta(seconds=60)
+SHORT = datetime.timedelta(seconds=20)
 MEETING = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 
 
@@ -119,10 +120,10 @@ def test_nothing_of_a_run_on_one_machine_listens_to_others(
 def test_waiting_says_for_whom_and_a_signal_ends_it(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(rendezvous, "SILENT_SECONDS", 0.0)
+    monkeypatch.setattr(process_groups, "SILENT_SECONDS", 0.0)
     port = _free_port()
     environ = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    write, lines = rendezvous.sys.stderr.write, []
+    write, lines = process_groups.sys.stderr.write, []
 
     def stop_then(text: str) -> int:
         lines.append(text)
@@ -131,7 +132,7 @@ def test_waiting_says_for_whom_and_a_signal_ends_it(
         return write(text)
 
     with monkeypatch.context() as patched:
-        patched.setattr(rendezvous.sys.stderr, "write", stop_then)
+        patched.setattr(process_groups.sys.stderr, "write", stop_then)
         with pytest.raises(signals.Interrupted), signals.listening(signals.Starting()):
             open_store(0, 3, TIMEOUT, environ)
     assert lines[0] == (
@@ -143,7 +144,7 @@ def test_waiting_says_for_whom_and_a_signal_ends_it(
 def test_ranks_that_come_late_meet_and_those_that_do_not_are_told(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(rendezvous, "SILENT_SECONDS", 0.0)
+    monkeypatch.setattr(process_groups, "SILENT_SECONDS", 0.0)
     environ = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(_free_port())}
     stores: dict[int, Any] = {}
 
@@ -180,3 +181,33 @@ def test_processes_of_a_resume_meet_in_a_file(tmp_path: Path) -> None:
     second = open_store(1, 2, TIMEOUT, environ)
     assert isinstance(second, dist.FileStore)
     assert second.get("a") == b"b"
+
+
+def rounds_of(store: dist.Store, world_size: int) -> list[int]:
+    """The answers of all ranks, each in a thread."""
+    answers: dict[int, int] = {}
+
+    def work(rank: int) -> None:
+        answers[rank] = agree_on_round(store, rank, world_size, SHORT)
+
+    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(world_size)]
+    for thread in reversed(threads):
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    return [answers[rank] for rank in range(world_size)]
+
+
+def test_every_round_of_workers_has_its_own_number() -> None:
+    store = dist.HashStore()
+    assert rounds_of(store, 3) == [1, 1, 1]
+    assert rounds_of(store, 2) == [2, 2]
+    # Workers that died before they met: one had come, rank 0 had counted.
+    store.add("toolkit/arrivals", 1)
+    store.add("toolkit/rounds", 1)
+    assert rounds_of(store, 4) == [4, 4, 4, 4]
+
+
+def test_without_an_agent_there_is_no_store_of_its() -> None:
+    assert elastic_store(0, 2, SHORT, {}) is None
+    assert elastic_store(0, 2, SHORT, {"TORCHELASTIC_USE_AGENT_STORE": "False"}) is None
