@@ -48,11 +48,14 @@ def compare_with_transformers(
         CheckpointError: weights are missing, left over or not finite, or the logits differ.
     """
     ids, where = sample_ids(config), str(adapter or folder)
-    rows = slice(None) if known_ids is None else torch.tensor(known_ids)
-    if known_ids is not None:
-        ids = rows[ids % len(rows)]
-    theirs = their_logits(folder, ids, all_used=all_used, adapter=adapter)[..., rows]
-    return check_logits(our_logits(config, tensors, ids, where)[..., rows], theirs, where)
+    known = None if known_ids is None else torch.tensor(known_ids)
+    if known is not None:
+        ids = known[ids % len(known)]
+    theirs = their_logits(folder, ids, all_used=all_used, adapter=adapter)
+    ours = our_logits(config, tensors, ids, where)
+    if known is not None:
+        ours, theirs = ours[..., known], theirs[..., known]
+    return check_logits(ours, theirs, where)
 
 
 def sample_ids(config: ModelConfig) -> Tensor:

@@ -11,12 +11,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import msgspec
 import torch
 from torch import Tensor
 
 from toolkit.checkpoint.commit import check_free_space
-from toolkit.checkpoint.folder import HF_FOLDER, MODEL_PREFIX, TENSORS_FOLDER
-from toolkit.checkpoint.tensors import iterate_tensors
+from toolkit.checkpoint.folder import HF_FOLDER
 from toolkit.data.prepare.build.stops import SPECIAL_IDS
 from toolkit.data.prepare.tokenizers.companions import read_json
 from toolkit.errors import CheckpointError, ToolkitError
@@ -26,7 +26,6 @@ from toolkit.hf.choose import choose_family, fitting_family
 from toolkit.hf.source import (
     ModelSource,
     adapter_base,
-    hf_name_of_base,
     kept_tensors,
     source_tensors,
     source_types,
@@ -193,51 +192,32 @@ def export_source(
 
 
 def export_checkpoint(
-    checkpoint: Path,
-    config: ModelConfig,
-    *,
-    lora: LoRAConfig | None,
-    base: Mapping[str, Any] | None,
-    origin: Mapping[str, Any] | None,
-    tokenizer_folder: Path | None,
+    checkpoint: Path, extra: Mapping[str, Any], *, tokenizer_folder: Path | None
 ) -> None:
     """Write `hf/` into a checkpoint whose tensors are there: the whole model, or what PEFT loads
     onto an adapter's base. Where `transformers` has no class for the model, that is logged.
 
-    Args:
-        config: of the model.
-        lora: of the adapter that the checkpoint holds; None: it holds whole weights.
-        base: of an adapter, `extra["base"]` of the checkpoint.
-        origin: see `ModelSource.origin`.
+    `extra`: see `CheckpointMetadata`.
     """
-    origin = (origin if lora is None else (base or {}).get("source")) or {}
-    model_type, generation = origin.get("model_type"), origin.get("generation_config")
-    folder, family = checkpoint / HF_FOLDER, fitting_family(config, model_type)
-    if lora is not None and lora.train_also:
+    config = msgspec.convert(extra["model"], ModelConfig)
+    source = ModelSource(
+        str(checkpoint),
+        "checkpoint",
+        config,
+        checkpoint,
+        tokenizer_folder=tokenizer_folder,
+        extra=extra,
+    )
+    if source.lora is not None and source.lora.train_also:
         log.info(
             "parameters were trained besides the adapter (train_module.lora.train_also), so %s/ is "
             "not written; `toolkit export-hf --merge-adapter` writes the whole model",
             HF_FOLDER,
         )
-        return
-    if family is None:
+    elif fitting_family(config, source.origin.get("model_type")) is None:
         log.info("no transformers class has these parts; %s/ is not written", HF_FOLDER)
-        return
-    tensors = iterate_tensors(checkpoint / TENSORS_FOLDER, MODEL_PREFIX)
-    if lora is None:
-        export_hf(
-            config,
-            tensors,
-            folder,
-            tokenizer_folder=tokenizer_folder,
-            dtype=original_type(origin),
-            model_type=model_type,
-            generation=generation,
-        )
-        return
-    export_adapter(config, family, lora, tensors, folder, hf_name_of_base(base or {}))
-    if tokenizer_folder is not None:
-        add_tokenizer(folder, tokenizer_folder, generation)
+    else:
+        export_source(source, checkpoint / HF_FOLDER, check=False)
 
 
 def chosen_types(source: ModelSource) -> Dtypes:
@@ -314,12 +294,12 @@ def _export_adapter(
     not_checked: str | None,
 ) -> Exported:
     assert source.lora is not None
-    assert source.metadata is not None
     family = choose_family(source.config, source.origin.get("model_type"))
-    name = hf_name_of_base(source.metadata.extra.get("base") or {})
     with new_output(folder) as unfinished:
         tensors = kept_tensors(source)
-        export_adapter(source.config, family, source.lora, tensors, unfinished, name, dtype)
+        export_adapter(
+            source.config, family, source.lora, tensors, unfinished, source.base_name, dtype
+        )
         if source.tokenizer_folder is not None:
             add_tokenizer(unfinished, source.tokenizer_folder, generation_of(source))
         _write_card(unfinished, card)

@@ -8,6 +8,7 @@ import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 import msgspec
@@ -66,18 +67,42 @@ class ModelSource(NamedTuple):
     """Of `checkpoint`."""
     run: Path | None = None
     """The run folder that the checkpoint lies in."""
+    extra: Mapping[str, Any] = MappingProxyType({})
+    """Of `metadata`."""
 
     @property
     def origin(self) -> dict[str, Any]:
         """What `toolkit convert-hf` recorded of the model that the weights once came from (`name`,
         `model_type`, `dtype`); empty where there was none."""
-        extra = self.metadata.extra if self.metadata else {}
-        return extra.get("source") or (extra.get("base") or {}).get("source") or {}
+        return self.extra.get("source") or self.base.get("source") or {}
+
+    @property
+    def base(self) -> dict[str, Any]:
+        """What is recorded of the checkpoint that an adapter was trained on."""
+        return self.extra.get("base") or {}
+
+    @property
+    def hub_name(self) -> str | None:
+        """Name on the hub of the model in `origin`; None where it came from a folder, which is
+        recorded without its parents."""
+        name = str(self.origin.get("name") or "")
+        return name if "/" in name else None
+
+    @property
+    def base_name(self) -> str | None:
+        """What an adapter calls its base: of a model that was not trained since it was converted,
+        its name on the hub, else the name of its folder; of another one, where it lies in its run.
+        No place on this machine: an adapter is made to be given away."""
+        if self.base.get("source") and self.base.get("step") == 0:
+            return self.hub_name or self.origin.get("name")
+        path = Path(str(self.base.get("path") or ""))
+        parts = [*path.parts[-3:], HF_FOLDER] if (path / HF_FOLDER).is_dir() else path.parts[-3:]
+        return "/".join(parts) or None
 
     @property
     def lora(self) -> LoRAConfig | None:
         """Of the adapter that the checkpoint holds; None: it holds whole weights."""
-        adapter = self.metadata.extra.get("adapter") if self.metadata else None
+        adapter = self.extra.get("adapter")
         with guard(f"{self.where}: its adapter", CheckpointError):
             return msgspec.convert(adapter, LoRAConfig) if adapter is not None else None
 
@@ -154,39 +179,18 @@ def source_types(source: ModelSource) -> dict[str, torch.dtype]:
 def adapter_base(source: ModelSource) -> ModelSource:
     """The checkpoint that the adapter of `source` was trained on. Raises CheckpointError: it is
     gone, or is another one now."""
-    assert source.metadata is not None, "an adapter is a checkpoint"
-    recorded = source.metadata.extra.get("base") or {}
-    path = Path(str(recorded.get("path")))
+    path = Path(str(source.base.get("path")))
     if not (path / METADATA_FILE).is_file():
         raise CheckpointError(
             f"{source.where}: an adapter, whose base {path} is not there any more; put it back, "
             "or a link to where it is now"
         )
-    if read_metadata(path).xxh3 != recorded.get("fingerprint"):
+    if read_metadata(path).xxh3 != source.base.get("fingerprint"):
         raise CheckpointError(
             f"{source.where}: an adapter, whose base {path} is another checkpoint now; put the one "
             "back that it was trained on"
         )
     return find_source(path)
-
-
-def hub_name(origin: Mapping[str, Any]) -> str | None:
-    """Name on the hub of the model in `ModelSource.origin`; None where it came from a folder, which
-    is recorded without its parents."""
-    name = str(origin.get("name") or "")
-    return name if "/" in name else None
-
-
-def hf_name_of_base(recorded: Mapping[str, Any]) -> str | None:
-    """What an adapter calls its base (`extra["base"]`): of a model that was not trained since it
-    was converted, its name on the hub, else the name of its folder; of another one, where it lies
-    in its run. No place on this machine: an adapter is made to be given away."""
-    origin = recorded.get("source")
-    if origin and recorded.get("step") == 0:
-        return hub_name(origin) or origin.get("name")
-    path = Path(str(recorded.get("path") or ""))
-    parts = [*path.parts[-3:], HF_FOLDER] if (path / HF_FOLDER).is_dir() else path.parts[-3:]
-    return "/".join(parts) or None
 
 
 def load_model(
@@ -241,7 +245,8 @@ def _of_checkpoint(where: str, kind: Literal["run", "checkpoint"], folder: Path)
     # Also a step folder that was given as "."
     root, run = Path(os.path.abspath(folder)).parent, run_of_checkpoint(folder)
     tokenizer = _tokenizer_of(root, run)
-    return ModelSource(where, kind, config, folder, None, tokenizer, metadata, run)
+    extra = metadata.extra
+    return ModelSource(where, kind, config, folder, None, tokenizer, metadata, run, extra)
 
 
 def _tokenizer_of(root: Path, run: Path | None) -> Path | None:

@@ -66,8 +66,8 @@ def write_weights(
     with ExitStack() as stack:
         places: dict[str, tuple[BinaryIO, int]] = {}
         for name, targets in shards.items():
-            file = stack.enter_context((folder / name).open("wb"))
-            places |= {target: (file, at) for target, at in _begin_file(file, targets).items()}
+            opened = stack.enter_context((folder / name).open("wb"))
+            places |= {target: (opened, at) for target, at in _begin_file(opened, targets).items()}
         for target, tensor in _converted(config, rules, shapes, tensors):
             if layout[target].dtype == torch.float16:
                 _check_range(target, tensor)
