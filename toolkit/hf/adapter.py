@@ -29,17 +29,12 @@ _PREFIX = "base_model.model."
 def merged(
     base: Iterable[tuple[str, Tensor]], adapter: Mapping[str, Tensor], lora: LoRAConfig
 ) -> Iterator[tuple[str, Tensor]]:
-    """The weights of the model that base and adapter are together, in the order of `base`.
+    """The weights of the model that base and adapter are together, (our name, whole tensor), one at
+    a time in the order of `base`: W + alpha / rank * B A in fp32 (fp64 where W is) for adapted
+    weights, the rest as it came.
 
-    Args:
-        base: (our name, whole tensor); consumed one at a time.
-        adapter: `<layer>.lora_A.weight`, `<layer>.lora_B.weight` of every adapted layer and, whole,
-            the parameters trained besides (`train_also`), which take the place of the base's.
-        lora: of the adapter.
-
-    Yields:
-        (our name, tensor): W + alpha / rank * B A in fp32 (fp64 where W is) for adapted weights,
-        the rest as it came.
+    `adapter` holds `<layer>.lora_A.weight`, `<layer>.lora_B.weight` of every adapted layer and,
+    whole, the parameters trained besides (`train_also`), which take the place of the base's.
 
     Raises:
         CheckpointError: a tensor of the adapter belongs to none of the base's, or has another

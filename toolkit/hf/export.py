@@ -145,15 +145,11 @@ def export_source(
     """`export_hf` of a run, checkpoint or folder; memory stays at a tensor or two.
 
     Args:
-        source: see `find_source`; `source._replace(tokenizer_folder=...)` gives it another
-            tokenizer.
         dtype: of the weights on disk; default: see `chosen_types`.
         merge_adapter: of an adapter, write the whole model that it makes of its base; else what
             `peft` loads onto that.
-        card: content of README.md.
-        check: load the result with `transformers` and compare its logits and its tokenizer with
-            ours; default: when there is memory for it. An adapter is put onto its base by `peft`;
-            default: when that is there too.
+        check: load the result with `transformers`, an adapter onto its base, and compare logits and
+            token ids with ours; default: when there is memory for it, and the base.
         on_tensor: called with each tensor as it is read.
 
     Raises:
@@ -221,21 +217,14 @@ def export_checkpoint(
 
 
 def chosen_types(source: ModelSource) -> Dtypes:
-    """The type of exported weights where none is asked for.
-
-    Weights that are not kept as fp32 were never trained here: each stays what it is. Else the type
-    that the model had when it was imported; else fp32.
-    """
+    """The type of exported weights where none is asked for: that which the model had when it was
+    imported, else fp32. Weights that are not kept as fp32 were never trained here: each stays what
+    it is."""
     types = source_types(source)
     if source.lora is None and any(kept != torch.float32 for kept in types.values()):
         return types
-    return original_type(source.origin)
-
-
-def original_type(origin: Mapping[str, Any]) -> torch.dtype:
-    """The type that weights had where they came from (`ModelSource.origin`); else fp32."""
-    dtype = getattr(torch, str(origin.get("dtype")), None)
-    return dtype if isinstance(dtype, torch.dtype) else torch.float32
+    original = getattr(torch, str(source.origin.get("dtype")), None)
+    return original if isinstance(original, torch.dtype) else torch.float32
 
 
 def first_type(dtypes: Dtypes) -> torch.dtype:

@@ -106,39 +106,29 @@ def copy_tokenizer(source: PathLike, folder: Path) -> None:
     make_portable(folder)
 
 
-def generation_settings(
-    tokenizer_folder: PathLike | None, generation: Mapping[str, Any] | None
+def add_tokenizer(
+    folder: Path, tokenizer_folder: PathLike | None, generation: Mapping[str, Any] | None
 ) -> dict[str, Any]:
-    """Content of generation_config.json.
+    """Put the tokenizer into an exported `folder`, and a generation_config.json that ends texts as
+    training taught; returns its content.
 
     Args:
-        tokenizer_folder: the tokenizer; None: the ids stay what they were.
+        tokenizer_folder: None: there is none, and the ids stay what they were.
         generation: that of the model that training began from; None: there was none.
 
     Raises:
         DataError: `tokenizer_folder` holds no tokenizer.
     """
-    kept = dict(generation or {"_from_model_config": True})
-    if tokenizer_folder is None:
-        return kept if generation else {**kept, **dict.fromkeys(SPECIAL_IDS)}
-    folder = Path(tokenizer_folder)
-    if not (folder / TOKENIZER_FILE).is_file():
-        raise DataError(
-            f"{tokenizer_folder}: no {TOKENIZER_FILE} here; give the folder of the tokenizer, "
-            "or none to export weights alone"
-        )
-    return {**kept, **special_ids(load_tokenizer(folder), generation)}
-
-
-def add_tokenizer(
-    folder: Path, tokenizer_folder: PathLike | None, generation: Mapping[str, Any] | None
-) -> dict[str, Any]:
-    """Put the tokenizer into an exported `folder`, and a generation_config.json that ends texts as
-    training taught; returns its content. See `generation_settings`."""
-    settings = generation_settings(tokenizer_folder, generation)
-    write_json_atomic(folder / GENERATION_FILE, settings, sync=False)
+    settings = dict(generation or {"_from_model_config": True, **dict.fromkeys(SPECIAL_IDS)})
     if tokenizer_folder is not None:
+        if not (Path(tokenizer_folder) / TOKENIZER_FILE).is_file():
+            raise DataError(
+                f"{tokenizer_folder}: no {TOKENIZER_FILE} here; give the folder of the tokenizer, "
+                "or none to export weights alone"
+            )
+        settings |= special_ids(load_tokenizer(tokenizer_folder), generation)
         copy_tokenizer(tokenizer_folder, folder)
+    write_json_atomic(folder / GENERATION_FILE, settings, sync=False)
     return settings
 
 
