@@ -13,8 +13,7 @@ from torch.nn.functional import cross_entropy
 from toolkit.data.instances.base import target_mask
 from toolkit.errors import DataError
 from toolkit.evaluate.stream import Chunk, stack_windows, windows
-from toolkit.models.labels import shift_labels
-from toolkit.models.loss import IGNORE_INDEX
+from toolkit.models.loss import IGNORE_INDEX, shift_labels
 from toolkit.train.eval_sums import Batch, EvalSums, LossFunction, TokenSums, sum_batches
 from toolkit.wording import count
 

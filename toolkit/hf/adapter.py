@@ -15,8 +15,7 @@ from torch import Tensor
 
 from toolkit.errors import CheckpointError
 from toolkit.hf.family import Family, Rule
-from toolkit.models.config import ModelConfig
-from toolkit.models.lora_config import LoRAConfig
+from toolkit.models.config import LoRAConfig, ModelConfig
 from toolkit.models.parameters import parameter_shapes
 from toolkit.storage.atomic import PathLike, new_output, write_json_atomic
 

@@ -32,8 +32,7 @@ from toolkit.hf.source import (
 )
 from toolkit.hf.tokenizer_files import GENERATION_FILE, add_tokenizer
 from toolkit.hf.write_weights import Dtypes, write_weights
-from toolkit.models.config import ModelConfig
-from toolkit.models.lora_config import LoRAConfig
+from toolkit.models.config import LoRAConfig, ModelConfig
 from toolkit.storage.atomic import PathLike, check_unused, new_output, write_json_atomic
 
 log = logging.getLogger(__name__)

@@ -12,8 +12,7 @@ from toolkit.errors import CheckpointError
 from toolkit.hf.families import FAMILIES
 from toolkit.hf.family import Family, Settings
 from toolkit.hf.loading import quiet_transformers
-from toolkit.models.config import TransformerConfig
-from toolkit.models.sizes import check_sizes
+from toolkit.models.config import TransformerConfig, check_sizes
 from toolkit.storage.foreign import guard, read_bytes, reason_of
 
 NEW_FAMILY = "docs/finetuning.md#a-new-family"

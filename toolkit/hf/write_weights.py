@@ -13,7 +13,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -64,7 +64,7 @@ def write_weights(
         index = {"metadata": {"total_size": size}, "weight_map": file_of}
         write_json_atomic(folder / INDEX_FILE, index, sync=False)
     with ExitStack() as stack:
-        places: dict[str, tuple[BinaryIO, int]] = {}
+        places: dict[str, tuple[Any, int]] = {}
         for name, targets in shards.items():
             opened = stack.enter_context((folder / name).open("wb"))
             places |= {target: (opened, at) for target, at in _begin_file(opened, targets).items()}

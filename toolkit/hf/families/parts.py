@@ -5,8 +5,8 @@ from typing import Any, get_args
 
 from toolkit.errors import CheckpointError
 from toolkit.hf.family import Part, Settings
-from toolkit.models.config import AttentionKind, TransformerConfig
-from toolkit.models.moe_config import MoEConfig
+from toolkit.models.architecture import AttentionKind, MoEConfig
+from toolkit.models.config import TransformerConfig
 
 _DEFAULT_INIT_STD = 0.02
 
