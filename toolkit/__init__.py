@@ -7,6 +7,16 @@ _LAZY = {
     "GPTModel": "toolkit.models.transformer",
     "Transformer": "toolkit.models.transformer",
     "TransformerConfig": "toolkit.models.config",
+    "EvalLoader": "toolkit.data.evaluation",
+    "TrainLoader": "toolkit.data.loader",
+    "get_dataloaders": "toolkit.data.loader",
+    "PreparedDataset": "toolkit.data.tokens.prepared",
+    "check_vocabulary": "toolkit.data.tokens.prepared",
+    "read_prepared": "toolkit.data.tokens.prepared",
+    "ensure_prepared": "toolkit.data.prepare.build.prepare",
+    "prepare_dataset": "toolkit.data.prepare.build.prepare",
+    "Tokenizer": "toolkit.data.prepare.tokenizers.tokenizer",
+    "load_tokenizer": "toolkit.data.prepare.tokenizers.tokenizer",
 }
 
 

@@ -7,7 +7,7 @@ document starts as arguments; and `keep_layers`, which makes a model the stage o
 
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
-from typing import Any, NamedTuple, overload
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from toolkit.models.config import GPTConfig, TransformerConfig
 from toolkit.models.embeddings import Embeddings, Head
 from toolkit.models.feed_forward import FeedForward, MoE
 from toolkit.models.init import initialize_
-from toolkit.models.loss import IGNORE_INDEX, LossSums
+from toolkit.models.loss import IGNORE_INDEX
 from toolkit.models.masks import AttentionMask, document_positions, document_starts
 from toolkit.models.norms import build_norm
 from toolkit.models.rope import RotaryTable, rotary_table
@@ -146,12 +146,6 @@ class Transformer(nn.Module):
         if not is_last:
             self.head = None
 
-    @overload
-    def forward(self, input_ids: Tensor, labels: None = None, **options: Any) -> Tensor: ...
-
-    @overload
-    def forward(self, input_ids: Tensor, labels: Tensor, **options: Any) -> LossSums: ...
-
     def forward(
         self,
         input_ids: Tensor,
@@ -278,7 +272,7 @@ def layer_inputs(
         return table if positions is None else table.at(positions)
 
     @cache
-    def mask(window: int | None) -> AttentionMask | None:
+    def mask(window: int | None) -> "AttentionMask | None":
         if starts is None and window is None and config.attention_soft_cap is None:
             return None
         places = starts

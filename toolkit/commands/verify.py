@@ -1,0 +1,130 @@
+"""Is every checkpoint of a run what was saved? Files against manifests, tensors against files."""
+
+import contextlib
+import os
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+from toolkit.checkpoint.folder import (
+    INVALID_SUFFIX,
+    METADATA_FILE,
+    TENSORS_FOLDER,
+    CheckpointMetadata,
+    check_files,
+    read_metadata,
+    saved_steps,
+)
+from toolkit.errors import CheckpointError, RunError
+from toolkit.experiment.config import ExperimentConfig
+from toolkit.runs.files import RUN_FILES
+from toolkit.runs.registry import is_run
+from toolkit.runs.status import read_status
+from toolkit.storage.foreign import read_json
+
+UNFINISHED_SUFFIX = ".tmp"
+
+_STEP = re.compile(
+    rf"\.?step(\d+)({re.escape(INVALID_SUFFIX)}|{re.escape(UNFINISHED_SUFFIX)})?(\W.*)?\Z"
+)
+
+
+class CheckpointReport(NamedTuple):
+    """What is known about one folder of a run's checkpoints."""
+
+    folder: Path
+    step: int
+    metadata: CheckpointMetadata | None
+    """None where it cannot be read, or there is none."""
+    problem: str | None
+    """Why it is not whole."""
+    is_leftover: bool
+    """Set aside or unfinished: no resume looks at it, so it breaks no promise."""
+
+    @property
+    def size(self) -> int | None:
+        """Bytes of all files, as the manifest says."""
+        if self.metadata is None:
+            return None
+        return sum(entry.size for entry in self.metadata.files.values())
+
+
+def verify_checkpoints(path: Path, *, quick: bool = False) -> list[CheckpointReport]:
+    """Check all checkpoints of the run in `path`, or right in it, oldest first; or `path` itself, a
+    step folder.
+
+    `quick` compares sizes only, not contents.
+
+    Raises:
+        RunError: `path` is neither.
+    """
+    if is_step_folder(path):
+        return [check_checkpoint(path, quick=quick)]
+    if is_run(path) or (path / RUN_FILES.config).is_file():
+        root = path / RUN_FILES.checkpoints
+    elif saved_steps(path):
+        root = path
+    else:
+        raise RunError(
+            f"{path}: neither a run folder nor a step{{N}} folder of one; `toolkit runs` lists runs"
+        )
+    if not root.is_dir() and (problem := _why_no_folder(path, root)) is not None:
+        return [CheckpointReport(root, -1, None, problem, is_leftover=False)]
+    found = [p for p in (root.iterdir() if root.is_dir() else ()) if _STEP.match(p.name)]
+    return [check_checkpoint(p, quick=quick) for p in sorted(found, key=_order)]
+
+
+def _why_no_folder(run: Path, root: Path) -> str | None:
+    """Why a run should have a folder of checkpoints; None: it saved none."""
+    status = read_status(run)
+    if status is None or not status.step:
+        return None
+    with contextlib.suppress(FileNotFoundError, RunError):
+        trainer = read_json(run / RUN_FILES.config, RunError, ExperimentConfig).trainer
+        if trainer.no_checkpoints or not trainer.callbacks.checkpointer.enabled:
+            return None
+    why = f"a link to {os.readlink(root)}, which is" if root.is_symlink() else "is"
+    return f"{why} not there, and the run is at step {status.step}; restore it"
+
+
+def is_step_folder(path: Path) -> bool:
+    """Whether `path` is, or once was, one checkpoint."""
+    return path.is_dir() and bool((path / METADATA_FILE).is_file() or _STEP.match(path.name))
+
+
+def check_checkpoint(folder: Path, *, quick: bool = False) -> CheckpointReport:
+    """Compare the files in `folder` with its manifest."""
+    match = _STEP.match(folder.name)
+    step, suffix = (int(match[1]), match[2]) if match else (-1, None)
+    if suffix == UNFINISHED_SUFFIX or folder.name.startswith("."):
+        why = "unfinished: being written, or left by a crash"
+        return CheckpointReport(folder, step, None, why, is_leftover=True)
+    if folder.is_symlink() and not folder.exists():
+        why = f"a link to {os.readlink(folder)}, which is not there"
+        return CheckpointReport(folder, step, None, why, is_leftover=suffix is not None)
+    if suffix is None and not os.path.lexists(folder / METADATA_FILE):
+        why = f"unfinished: a crash came between its files and its {METADATA_FILE}"
+        return CheckpointReport(folder, step, None, why, is_leftover=True)
+    metadata: CheckpointMetadata | None = None
+    problem: str | None = None
+    try:
+        metadata = read_metadata(folder)
+        if match and metadata.step != step:
+            problem = f"{METADATA_FILE} says step {metadata.step}"
+        check_files(folder, metadata, hashes=not quick)
+        from toolkit.checkpoint.tensors import stored_shapes
+
+        stored_shapes(folder / TENSORS_FOLDER)
+    except (CheckpointError, OSError) as error:
+        problem = str(error).removeprefix(f"{folder}: ").removeprefix(f"{folder}/")
+    if suffix == INVALID_SUFFIX:
+        problem = f"set aside: {problem or 'no damage found now'}"
+    return CheckpointReport(
+        folder, metadata.step if metadata and not match else step, metadata, problem,
+        is_leftover=suffix is not None,
+    )  # fmt: skip
+
+
+def _order(folder: Path) -> tuple[int, str]:
+    match = _STEP.match(folder.name)
+    return (int(match[1]) if match else 0, folder.name)

@@ -1,0 +1,68 @@
+"""Text from the final model."""
+
+import contextlib
+import logging
+from pathlib import Path
+
+from rich import get_console
+
+from toolkit.data.prepare.build.stops import stop_ids
+from toolkit.data.prepare.tokenizers.tokenizer import load_tokenizer
+from toolkit.errors import ConfigError
+from toolkit.evaluate.generate import generate
+from toolkit.train.callbacks.base import Callback
+from toolkit.train.config import SampleWriterConfig
+
+log = logging.getLogger(__name__)
+
+
+class SampleWriter(Callback):
+    """Continues a prompt after the last step and prints both.
+
+    All ranks generate together (a sharded model needs them); rank 0 chooses, from the seed.
+    """
+
+    def __init__(self, config: SampleWriterConfig) -> None:
+        self._config = config
+
+    def pre_train(self) -> None:
+        """Raises ConfigError when nothing could turn ids into text: now, not after training."""
+        self._tokenizer_folder()
+
+    def post_train(self) -> None:
+        trainer, config = self.trainer, self._config
+        if trainer.stop_request.is_agreed:
+            return
+        tokenizer = load_tokenizer(self._tokenizer_folder())
+        prompt = tokenizer.prompt_ids(config.prompt)
+        if not prompt:
+            log.warning("no sample: trainer.callbacks.sample_writer.prompt is empty")
+            return
+        ids = generate(
+            trainer.train_module.logits,
+            prompt,
+            max_new_tokens=config.max_new_tokens,
+            temperature=config.temperature,
+            top_k=config.top_k,
+            seed=trainer.environment.seed,
+            eos_id=stop_ids(tokenizer),
+            max_sequence_length=trainer.train_loader.sequence_length,
+            device=trainer.environment.device,
+            broadcast=trainer.environment.broadcast,
+        )
+        if trainer.environment.is_main:
+            with contextlib.suppress(OSError, ValueError, SystemExit):
+                console = get_console()
+                console.rule("sample", align="left")
+                console.print(tokenizer.decode([*prompt, *ids]), markup=False, highlight=False)
+                console.rule()
+
+    def _tokenizer_folder(self) -> Path:
+        folder: Path | None = self.trainer.train_loader.tokenizer_folder
+        if folder is None:
+            raise ConfigError(
+                "trainer.callbacks.sample_writer.enabled: the training data came without a "
+                "tokenizer, so samples cannot be written as text; set it to false, or name the "
+                "tokens' tokenizer in dataset.tokenizer"
+            )
+        return folder
