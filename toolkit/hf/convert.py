@@ -277,12 +277,12 @@ def _origin(
 
 def _license(source: Path) -> dict[str, str]:
     """`license` and what belongs to it, from the metadata at the head of the model's own card."""
-    from toolkit.config.flow import load
+    from toolkit.config.overrides import load_yaml
 
     try:
         text = read_bytes(source / "README.md", CheckpointError).decode()
         head = re.match(r"---\s*\n(.*?)\n---", text, re.DOTALL)
-        found = load(head[1]) if head else None
+        found = load_yaml(head[1]) if head else None
     except (OSError, ValueError, CheckpointError):
         return {}
     if not isinstance(found, dict):
