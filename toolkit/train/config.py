@@ -5,9 +5,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import msgspec
 
 from toolkit.config import Config
-from toolkit.config.base import check_not_negative, check_positive
+from toolkit.config.base import check_not_negative, check_positive, in_seconds
 from toolkit.config.paths import LocalPath, PathOrURL
-from toolkit.config.seconds import in_seconds
 from toolkit.distributed.config import ActivationCheckpointingConfig, DataParallelConfig, LogRanks
 from toolkit.models.config import LoRAConfig
 from toolkit.optim.config import AdamWConfig, OptimConfig
