@@ -22,7 +22,7 @@ from toolkit.data.corpus_info import CorpusInfo, data_places, read_corpus
 from toolkit.data.tokens.prepared import MANIFEST_NAME
 from toolkit.data.tokens.settings import check_settings
 from toolkit.distributed.engine import Engine, resolve_engine
-from toolkit.errors import DataError, ErrorList, RunError, ToolkitError
+from toolkit.errors import ConfigError, DataError, ErrorList, RunError, ToolkitError
 from toolkit.experiment.changes import config_changes
 from toolkit.experiment.checks import check_corpus, check_experiment
 from toolkit.experiment.config import ExperimentConfig
@@ -40,6 +40,7 @@ from toolkit.runs.registry import check_run_folder
 from toolkit.runs.status import current_state
 from toolkit.train.progress import none_saved, nothing_left, reached_step, refusal
 from toolkit.train.scores import check_best_metric
+from toolkit.train.timeline import Timeline, steps_of
 from toolkit.wording import count
 
 if TYPE_CHECKING:
@@ -310,20 +311,19 @@ def _steps(
     saved: CheckpointMetadata | None,
     start: "Start | None",
 ) -> list[str]:
-    trainer, batch = plan.config.trainer, plan.config.data_loader.global_batch_size
-    per_epoch = corpus.steps_per_epoch(plan.config.data) if corpus else None
-    limits = [trainer.max_duration, *([trainer.hard_stop] if trainer.hard_stop else [])]
+    trainer, data = plan.config.trainer, plan.config.data
+    known = steps_of(
+        data.data_loader.global_batch_size,
+        lambda epochs: corpus.epoch_end(data, epochs) if corpus else None,
+    )
     done = saved.step if saved is not None and start is not None and not start.weights_only else 0
     try:
-        if loader is None or corpus is None:
-            ends = [limit.in_steps(batch, per_epoch) for limit in limits]
-        else:
-            ends = [loader.steps_of(limit.value, limit.unit) for limit in limits]
-    except ValueError:
+        timeline = Timeline.of(trainer, known if loader is None else loader.steps_of)
+    except ConfigError:
         return ["to a step that is known once the data is prepared"]
-    last = min(ends)
+    last = timeline.stop_step
     if done >= last:
-        return [nothing_left(trainer, last, ends[0])]
+        return [nothing_left(trainer, last, timeline.total_steps)]
     return [f"from step {done + 1:,} to {last:,}"]
 
 

@@ -15,6 +15,7 @@ from toolkit.data.tokens.prepared import PreparedDataset, dataset_folder, read_p
 from toolkit.data.tokens.store import localize
 from toolkit.errors import ConfigError
 from toolkit.experiment.config import ExperimentConfig
+from toolkit.train.timeline import steps_of
 
 
 class SourcePreview(msgspec.Struct, frozen=True, kw_only=True):
@@ -146,7 +147,7 @@ def _run_instances(config: ExperimentConfig, epoch_instances: int | None) -> int
         if epoch_instances is None:
             return None
         return duration.value * epoch_instances // batch * batch
-    return duration.in_steps(tokens, None) * batch
+    return steps_of(tokens)(duration.value, duration.unit) * batch
 
 
 def share_text(share: float) -> str:

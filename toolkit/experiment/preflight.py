@@ -21,7 +21,8 @@ from toolkit.runs.files import RUN_FILES
 from toolkit.runs.registry import is_run
 from toolkit.storage.remote import is_url
 from toolkit.train.config import TrainerConfig
-from toolkit.train.load_path import no_checkpoint
+from toolkit.train.progress import no_checkpoint
+from toolkit.train.timeline import Timeline
 
 READ_EARLY_BYTES = 16 << 30
 
@@ -135,11 +136,8 @@ def check_repetitions(config: ExperimentConfig, train_loader: "TrainLoader") -> 
     Raises:
         ConfigError: one is repeated more.
     """
-    trainer = config.trainer
-    limits = [trainer.max_duration, *([trainer.hard_stop] if trainer.hard_stop else [])]
-    train_loader.check_repetitions(
-        min(train_loader.steps_of(limit.value, limit.unit) for limit in limits)
-    )
+    timeline = Timeline.of(config.trainer, train_loader.steps_of)
+    train_loader.check_repetitions(timeline.stop_step)
 
 
 def _look(path: Path) -> "Found":
@@ -180,7 +178,8 @@ def continuation_checks(
     from toolkit.checkpoint.load import metadata_of, rank_state_of, shapes_of
     from toolkit.checkpoint.tensors import check_shapes
     from toolkit.train.adapter_base import check_adapter
-    from toolkit.train.restoring import is_inside, renamed, usable_state
+    from toolkit.train.matching import renamed
+    from toolkit.train.restoring import is_inside, usable_state
 
     checkpoint, lora = start.checkpoint, config.train_module.lora
     metadata = metadata_of(checkpoint)
@@ -220,7 +219,7 @@ def continuation_checks(
 def changed_training(config: ExperimentConfig, start: "Start") -> list[str]:
     """What `change_of_training` tells of going on from `start` with this config."""
     from toolkit.checkpoint.load import shapes_of
-    from toolkit.train.moments import change_of_training
+    from toolkit.train.matching import change_of_training
 
     if start.weights_only:
         return []

@@ -53,6 +53,7 @@ from toolkit.runs.registry import (
     start_run,
 )
 from toolkit.train.progress import nothing_left
+from toolkit.train.run_config import log_config
 from toolkit.train.scores import check_best_metric
 from toolkit.wording import count
 
@@ -144,8 +145,7 @@ def _run(
         raise
     if rank == 0:
         check_continuation(config, resolve_run_folder(config.run, name), train_loader)
-        per_epoch = train_loader.steps_per_epoch
-        for notice in notices(config, int(per_epoch) if math.isfinite(per_epoch) else None):
+        for notice in notices(config, train_loader.steps_of):
             log.warning("%s", notice)
         run = starting.run = _start(config, name, is_main=True)
     try:
@@ -239,14 +239,15 @@ def _train(
             command = metadata_of_attempt(run.folder, RUN_FILES.command, run.attempt - 1)
             for change in config_changes(before, stored, started_in(command)):
                 log.info("changed since the run's last start: %s", change)
-            if trainer.step >= trainer.stop_step:
-                stop = trainer.stop_step
-                log.warning("%s", nothing_left(config.trainer, stop, trainer.total_steps))
+            state = trainer.state
+            if state.step >= state.stop_step:
+                line = nothing_left(config.trainer, state.stop_step, state.total_steps)
+                log.warning("%s", line)
         # Not before: a run that cannot be continued with this config keeps the one it has.
         _log_metadata(stored, run, environment.engine, origins, train_module.kernels)
-        until_the_end.enter_context(trainer.stop_request.listening())
+        until_the_end.enter_context(trainer.state.stop_request.listening())
         signals.settle()
-        result = trainer.train()
+        result = trainer.fit()
         _log_end(result, run)
         if result.reason in GENTLE_STOPS:
             return EXIT_DONE
@@ -256,7 +257,7 @@ def _train(
         if isinstance(error, signals.Interrupted):
             raise
         signals.settle()
-        step = trainer.step if trainer is not None else 0
+        step = trainer.state.step if trainer is not None else 0
         lost = None
         if run is not None:
             with contextlib.suppress(RunError):  # this host does not see the run folder
@@ -330,24 +331,9 @@ def _log_metadata(
     origins: Mapping[str, str],
     kernels: Mapping[str, str] | None = None,
 ) -> None:
-    # Asked for once: the next start must not do it again.
-    config = config.replace(trainer=config.trainer.replace(start_anew=False))
-    run.log_metadata(config, RUN_FILES.config)
-    run.log_metadata(config.data, RUN_FILES.data_config)
-    run.log_metadata(config.model, RUN_FILES.model_config)
-    run.log_metadata(
-        {"train_module": config.train_module, "trainer": config.trainer}, RUN_FILES.trainer_config
-    )
+    log_config(run, config.to_dict(), engine, config.model.num_parameters)
     kept = {p: o for p, o in origins.items() if o != "default" and p != "trainer.start_anew"}
     run.log_metadata(kept, RUN_FILES.origins)
-    run.set_status(
-        "running",
-        engine=engine.name,
-        world_size=engine.world_size,
-        parameters=config.model.num_parameters,
-        dp_config=msgspec.to_builtins(engine.as_config()),
-        precision=engine.precision,
-    )
     run.log_metadata(describe_engine(engine, kernels), RUN_FILES.engine)
 
 

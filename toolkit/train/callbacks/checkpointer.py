@@ -43,14 +43,14 @@ class Checkpointer(Callback):
         """A save has failed, and the config says that this ends the run."""
 
     def pre_train(self) -> None:
-        check_best_metric(self.trainer.config, self.trainer.eval_loaders)
-        saved = self.trainer.saved_step
+        check_best_metric(self.state.config, self.state.eval_loaders)
+        saved = self.state.saved_step
         self._saved_at = -1 if saved is None else saved
-        self._saver = TrainerSaver(self.trainer, self._after_commit)
+        self._saver = TrainerSaver(self.state, self._after_commit)
 
     def post_record(self) -> None:
         self._report()
-        if not self.trainer.is_last_step and (kind := self._due(self.trainer.step)) is not None:
+        if not self.state.is_last_step and (kind := self._due(self.state.step)) is not None:
             self._save(kind)
 
     def on_stop(self) -> None:
@@ -102,7 +102,7 @@ class Checkpointer(Callback):
             except ToolkitError as error:
                 self._handle(error)
                 return
-        self._saved_at = self.trainer.step
+        self._saved_at = self.state.step
 
     def _save_now(self, *, export_hf: bool = False) -> None:
         """The last one: nothing goes on before it is there, and its failure is the run's."""
@@ -114,10 +114,10 @@ class Checkpointer(Callback):
             self._saved_at = -1
         if not self._is_done():
             self._saver.save(export_hf=export_hf)
-            self._saved_at = self.trainer.step
+            self._saved_at = self.state.step
 
     def _is_done(self) -> bool:
-        return self.trainer.config.no_checkpoints or self._saved_at == self.trainer.step
+        return self.state.config.no_checkpoints or self._saved_at == self.state.step
 
     def _report(self) -> None:
         """Deal with a background save that failed, if one did."""
@@ -128,10 +128,10 @@ class Checkpointer(Callback):
     def _handle(self, error: ToolkitError) -> None:
         if self._config.on_error == "stop":
             self._is_ending = True
-            self.trainer.fail(error)
-        elif (removed := self.trainer.run.find_removal()) is not None:
-            self.trainer.fail(removed)
-        elif self.trainer.environment.is_main:
+            self.state.fail(error)
+        elif (removed := self.state.run.find_removal()) is not None:
+            self.state.fail(removed)
+        elif self.state.is_main:
             log.error("%s; training goes on", error)
 
     def _after_commit(self, folder: Path) -> None:
@@ -141,17 +141,17 @@ class Checkpointer(Callback):
             try:
                 self._upload(folder, step)
             except ToolkitError as error:
-                if self.trainer.environment.is_main:
+                if self.state.is_main:
                     log.error("%s; training goes on, the next one will be tried", error)
-        if self.trainer.environment.is_main:
-            root = self.trainer.run.path(RUN_FILES.checkpoints)
+        if self.state.is_main:
+            root = self.state.run.path(RUN_FILES.checkpoints)
             try:
                 prune_checkpoints(root, self._rule, newest=step)
             except OSError as error:
                 log.warning("older checkpoints are not removed: %s", error)
 
     def _upload(self, folder: Path, step: int) -> None:
-        url, environment = self._config.upload_to, self.trainer.environment
+        url, environment = self._config.upload_to, self.state.environment
         assert url is not None, "asked for"
         upload_checkpoint(folder, url, rank=environment.rank, group=environment.checkpoint_group)
         self._uploaded_at = step
@@ -160,7 +160,7 @@ class Checkpointer(Callback):
 
     def _finish_upload(self) -> None:
         """The newest checkpoint must have arrived: this machine may be gone in a minute."""
-        step = self.trainer.saved_step
+        step = self.state.saved_step
         if self._config.upload_to is not None and step not in (None, self._uploaded_at):
-            root = self.trainer.run.path(RUN_FILES.checkpoints)
+            root = self.state.run.path(RUN_FILES.checkpoints)
             self._upload(step_folder(root, step), step)

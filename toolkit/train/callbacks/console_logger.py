@@ -33,8 +33,8 @@ class ConsoleLogger(Callback):
         self._has_failed = False
 
     def pre_train(self) -> None:
-        trainer = self.trainer
-        if not trainer.environment.is_main:
+        state = self.state
+        if not state.is_main:
             return
         self._last_time = time.time()
         if self._console.is_terminal:
@@ -47,13 +47,13 @@ class ConsoleLogger(Callback):
                 transient=True,
             )
             self._task = self._bar.add_task(
-                "training", total=trainer.stop_step, completed=trainer.step, values=""
+                "training", total=state.stop_step, completed=state.step, values=""
             )
             with contextlib.suppress(OSError, ValueError, SystemExit):
                 self._bar.start()
 
     def on_metrics(self, stream: str, records: list[dict[str, Any]]) -> None:
-        if not self.trainer.environment.is_main or self._has_failed:
+        if not self.state.is_main or self._has_failed:
             return
         try:
             self._show(stream, records)
@@ -84,7 +84,7 @@ class ConsoleLogger(Callback):
             return
         for record in records:
             if record["step"] % self._interval == 0 or record["step"] == 1:
-                total = self.trainer.stop_step
+                total = self.state.stop_step
                 self._print(f"step {record['step']}/{total}  {self._values(record)}")
 
     def _tell_of_nan(self, records: list[dict[str, Any]]) -> None:
@@ -114,7 +114,7 @@ class ConsoleLogger(Callback):
         if record.get("mfu") is not None:
             parts.append(f"MFU {100 * record['mfu']:.1f}%")
         if self._seconds_per_step is not None:
-            left = (self.trainer.stop_step - record["step"]) * self._seconds_per_step
+            left = (self.state.stop_step - record["step"]) * self._seconds_per_step
             parts.append(f"ETA {_duration(left)}")
         if record.get("skipped"):
             parts.append("SKIPPED (not finite)")

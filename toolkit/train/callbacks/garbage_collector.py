@@ -19,7 +19,7 @@ class GarbageCollector(Callback):
         gc.disable()
 
     def post_record(self) -> None:
-        if self.trainer.step % self._interval == 0:
+        if self.state.step % self._interval == 0:
             gc.collect(1)
 
     def close(self) -> None:

@@ -1,7 +1,5 @@
 """Gradient and weight norms, global and per layer, into network.jsonl."""
 
-import time
-
 from toolkit.train.callbacks.base import Callback
 from toolkit.train.config import NetworkMonitorConfig
 
@@ -13,11 +11,6 @@ class NetworkMonitor(Callback):
         self._interval = config.interval
 
     def pre_optim_step(self) -> None:
-        step = self.trainer.step
+        step = self.state.step
         if step % self._interval == 0 or step == 1:
-            norms = self.trainer.train_module.network_norms()
-            self.trainer.recorder.record(
-                step,
-                {"tokens": self.trainer.tokens, "time": time.time(), **norms},
-                stream="network",
-            )
+            self.state.record("network", self.state.train_module.network_norms())

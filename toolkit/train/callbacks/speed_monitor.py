@@ -13,7 +13,7 @@ from toolkit.train.module import Metric
 
 
 class SpeedMonitor(Callback):
-    """Rates of each step, from its end to the end of the one before.
+    """Rates of each step, from where the loop turned to it: other callbacks are not in it.
 
     MFU = model FLOP/s / (devices * dense bf16 peak of one); see `flops_per_token` of the model for
     what is counted. It is absent where the peak is not known, as on CPUs.
@@ -21,39 +21,29 @@ class SpeedMonitor(Callback):
 
     def __init__(self, config: SpeedMonitorConfig) -> None:
         self._config = config
-        self._last = 0.0
         self._per_token: float | None = None
 
     def pre_train(self) -> None:
-        environment = self.trainer.environment
+        environment = self.state.environment
         peak = self._config.peak_flops
         if peak is None and environment.device.type == "cuda":
             peak = device_peak_flops(torch.cuda.get_device_name(environment.device))
         if peak is not None:
-            length = self.trainer.train_loader.sequence_length
-            flops = self.trainer.train_module.flops_per_token(length)
+            length = self.state.train_loader.sequence_length
+            flops = self.state.train_module.flops_per_token(length)
             self._per_token = flops / (peak * environment.world_size)
-        self._last = time.perf_counter()
 
     def post_step(self) -> dict[str, Metric]:
-        now = time.perf_counter()
-        seconds, self._last = now - self._last, now
-        rate = self.trainer.tokens_per_step / seconds
+        seconds = time.perf_counter() - self.state.step_started
+        rate = self.state.tokens_per_step / seconds
         metrics = {
             "tokens_per_second": Metric(rate),
-            "data_loading_pct": Metric(100.0 * self.trainer.data_seconds / seconds, "max"),
-            "peak_memory_gb": Metric(_peak_memory_gb(self.trainer.environment.device), "max"),
+            "data_loading_pct": Metric(100.0 * self.state.data_seconds / seconds, "max"),
+            "peak_memory_gb": Metric(_peak_memory_gb(self.state.environment.device), "max"),
         }
         if self._per_token is not None:
             metrics["mfu"] = Metric(rate * self._per_token)
         return metrics
-
-    def post_record(self) -> None:
-        # Whatever callbacks after this one do (evaluation, saving) is not this step's time.
-        self.trainer.after_callbacks(self._restart_clock)
-
-    def _restart_clock(self) -> None:
-        self._last = time.perf_counter()
 
 
 def _peak_memory_gb(device: torch.device) -> float:

@@ -16,9 +16,9 @@ class SystemMonitor(Callback):
         self._sampler: Sampler | None = None
 
     def pre_train(self) -> None:
-        if self.trainer.environment.is_main:
+        if self.state.is_main:
             self._sampler = Sampler(
-                self._config.interval_seconds, self._write, str(self.trainer.run.folder)
+                self._config.interval_seconds, self._write, str(self.state.run.folder)
             )
             self._sampler.start()
 
@@ -27,5 +27,5 @@ class SystemMonitor(Callback):
             self._sampler.stop()
 
     def _write(self, sample: dict[str, Any]) -> None:
-        record = {"step": self.trainer.step, "time": time.time(), **sample}
-        self.trainer.streams.write("system", [record])
+        record = {"step": self.state.step, "time": time.time(), **sample}
+        self.state.streams.write("system", [record])
