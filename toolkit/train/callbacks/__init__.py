@@ -4,24 +4,28 @@ from toolkit.config.named import named
 from toolkit.train.callbacks.base import Callback
 from toolkit.train.config import CallbacksConfig
 
-_TOOLS = {"sample_writer": "toolkit.evaluate.sample_writer"}
-"""Callbacks that need more than training does, and where they lie."""
+_HERE = __name__
+_CLASSES = {
+    "speed_monitor": f"{_HERE}.monitors:SpeedMonitor",
+    "garbage_collector": f"{_HERE}.monitors:GarbageCollector",
+    "network_monitor": f"{_HERE}.monitors:NetworkMonitor",
+    "system_monitor": f"{_HERE}.monitors:SystemMonitor",
+    "lm_evaluator": f"{_HERE}.lm_evaluator:LMEvaluator",
+    "checkpointer": f"{_HERE}.checkpointer:Checkpointer",
+    "sample_writer": "toolkit.evaluate.sample_writer:SampleWriter",
+    "console_logger": f"{_HERE}.console_logger:ConsoleLogger",
+}
+"""Field of `CallbacksConfig` -> the class that its config makes."""
 
 
 def build_callbacks(config: CallbacksConfig) -> dict[str, Callback]:
-    """The enabled callbacks by name, in the order of the config's fields; then the user's own.
-
-    A field `lm_evaluator` of type `LMEvaluatorConfig` is built by the class named like its config
-    without "Config", in the module `toolkit.train.callbacks.lm_evaluator`.
-    """
+    """The enabled callbacks by name, in the order of the config's fields; then the user's own."""
     callbacks: dict[str, Callback] = {}
-    for field in config.__struct_fields__:
+    for field, name in _CLASSES.items():
         settings = getattr(config, field)
-        if field != "custom" and settings.enabled:
-            module = _TOOLS.get(field, f"{__name__}.{field}")
-            built_by = type(settings).__name__.removesuffix("Config")
-            callbacks[field] = named(f"{module}:{built_by}")(settings)
-    for name, own in config.custom.items():
+        if settings.enabled:
+            callbacks[field] = named(name)(settings)
+    for field, own in config.custom.items():
         if own.enabled:
-            callbacks[name] = own.own_class(name)(**own.options)
+            callbacks[field] = own.own_class(field)(**own.options)
     return callbacks

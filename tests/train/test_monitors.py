@@ -7,8 +7,8 @@ import torch
 
 from toolkit.models.gpt_config import GPTConfig
 from toolkit.models.presets import PRESETS
-from toolkit.train.callbacks import speed_monitor
-from toolkit.train.callbacks.speed_monitor import SpeedMonitor
+from toolkit.train.callbacks import monitors
+from toolkit.train.callbacks.monitors import SpeedMonitor
 from toolkit.train.config import SpeedMonitorConfig
 
 
@@ -36,7 +36,7 @@ class State:
 
 def meter(monkeypatch, state: State, name: str = "", **config) -> tuple[SpeedMonitor, Clock]:
     clock = Clock()
-    monkeypatch.setattr(speed_monitor, "time", clock)
+    monkeypatch.setattr(monitors, "time", clock)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 3_000_000_000)
     monitor = SpeedMonitor(SpeedMonitorConfig(**config))
