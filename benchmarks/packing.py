@@ -30,9 +30,9 @@ from rich.table import Table
 from toolkit.data.config import BPETokenizerConfig, DatasetConfig, FilesSourceConfig
 from toolkit.data.instances.base import InstanceDataset
 from toolkit.data.instances.fixed import TokenDataset
-from toolkit.data.instances.identity import packed_plan
 from toolkit.data.instances.packed import PackedDataset
-from toolkit.data.tokens.prepare import ensure_prepared
+from toolkit.data.instances.plans import packed_plan
+from toolkit.data.prepare.build.prepare import ensure_prepared
 from toolkit.data.tokens.prepared import PreparedDataset, SplitInfo
 
 SUFFIXES = (".py", ".md", ".rst", ".txt")

@@ -206,8 +206,8 @@ def run_bare(corpus: Path, output: Path) -> dict[str, Any]:
 
 def run_toolkit(corpus: Path, output: Path) -> dict[str, Any]:
     from toolkit.data.config import DatasetConfig, FilesSourceConfig, HFTokenizerConfig
-    from toolkit.data.tokens.prepare import prepare_dataset
-    from toolkit.data.tokens.progress import Progress
+    from toolkit.data.prepare.build.prepare import prepare_dataset
+    from toolkit.data.prepare.build.progress import Progress
 
     config = DatasetConfig(
         root=str(output / "data"),
@@ -308,7 +308,7 @@ CONTESTANTS = {
 
 def as_bytes(vocabulary: dict[str, int]) -> dict[bytes, int]:
     """Tokens as bytes; ids rise in the order of merges, so they are ranks."""
-    from toolkit.data.tokenizers.byte import byte_characters
+    from toolkit.data.prepare.tokenizers.byte import byte_characters
 
     byte_of = {character: byte for byte, character in enumerate(byte_characters())}
     return {
@@ -366,7 +366,7 @@ def read_corpus(folder: Path) -> Any:
 
 
 def train(corpus: Path, folder: Path) -> None:
-    from toolkit.data.tokenizers.bpe import train_bpe
+    from toolkit.data.prepare.tokenizers.bpe import train_bpe
 
     tokenizer = train_bpe(read_corpus(corpus), VOCAB_SIZE)
     assert tokenizer.vocab_size == VOCAB_SIZE, "too little text for so large a vocabulary"

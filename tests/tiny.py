@@ -52,9 +52,8 @@ def module_config(engine: str | None = None, **changes: Any) -> TransformerTrain
 
 
 def open_environment(config: TransformerTrainModuleConfig, seed: int = 3) -> TrainingEnvironment:
-    settings = SimpleNamespace(
-        seed=seed, train_module=config, trainer=SimpleNamespace(deterministic=False)
-    )
+    trainer = SimpleNamespace(deterministic=False, collective_timeout=1800.0)
+    settings = SimpleNamespace(seed=seed, train_module=config, trainer=trainer)
     return prepare_training_environment(settings)
 
 

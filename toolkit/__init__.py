@@ -12,7 +12,11 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "config.base": ("Config",),
     "data.config": ("DataConfig", "DataLoaderConfig", "DatasetConfig"),
+    "data.evaluation": ("EvalLoader",),
     "data.loader": ("TrainLoader", "get_dataloaders"),
+    "data.prepare.build.prepare": ("ensure_prepared", "prepare_dataset"),
+    "data.prepare.tokenizers.tokenizer": ("Tokenizer", "load_tokenizer"),
+    "data.tokens.prepared": ("PreparedDataset", "check_vocabulary", "read_prepared"),
     "distributed.environment": ("TrainingEnvironment", "prepare_training_environment"),
     "errors": ("ToolkitError",),
     "experiment.config": ("ExperimentConfig",),

@@ -15,7 +15,7 @@ from toolkit.checkpoint.remote import (
     upload_checkpoint,
 )
 from toolkit.checkpoint.retention import Retention, prune_checkpoints
-from toolkit.experiment.verify import check_checkpoint, verify_checkpoints
+from toolkit.commands.verify import check_checkpoint, verify_checkpoints
 from toolkit.hf.source import find_source
 from toolkit.runs.manager import RunManager
 from toolkit.runs.registry import run_of_checkpoint

@@ -21,8 +21,8 @@ from toolkit.checkpoint.find import find_checkpoint
 from toolkit.checkpoint.folder import METADATA_FILE, FileEntry, encode_metadata, read_metadata
 from toolkit.checkpoint.pickles import check_pickle
 from toolkit.checkpoint.tensors import iterate_tensors, load_tensors
+from toolkit.commands.verify import check_checkpoint
 from toolkit.errors import CheckpointError
-from toolkit.experiment.verify import check_checkpoint
 from toolkit.hf.source import find_source
 from toolkit.storage.atomic import hash_file
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.data.text.instructions.templates import CHATML, assistant, user
+from tests.data.prepare.text.instructions.templates import CHATML, assistant, user
 from toolkit.cli import main as cli
 
 ARGS = [

@@ -11,9 +11,9 @@ import torch
 
 from tests.hf.test_source import save
 from toolkit.cli import main as cli
-from toolkit.data.tokenizers.tokenizer import load_tokenizer
+from toolkit.commands.export import parse_size
+from toolkit.data.prepare.tokenizers.tokenizer import load_tokenizer
 from toolkit.errors import ConfigError
-from toolkit.experiment.export import parse_size
 from toolkit.hf.source import find_source, load_model
 
 

@@ -12,11 +12,11 @@ import pytest
 from toolkit.checkpoint.commit import save_checkpoint
 from toolkit.cli import chat
 from toolkit.cli import main as cli
-from toolkit.data.tokenizers.byte import ByteTokenizer
+from toolkit.commands.generate import open_generator
+from toolkit.data.prepare.tokenizers.byte import ByteTokenizer
 from toolkit.errors import CheckpointError
 from toolkit.evaluate.continuation import Sampling, TransformersContinuation
 from toolkit.evaluate.text import TextGenerator
-from toolkit.experiment.generate import open_generator
 from toolkit.hf import loading
 from toolkit.hf.export import export_source
 from toolkit.hf.source import find_source, source_tensors

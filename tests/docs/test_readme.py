@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from tests.docs.running import ROOT, commands, reader_folder, run_command
-from toolkit.experiment.batch import step_batch
-from toolkit.experiment.explain import explain_resume
+from toolkit.commands.batch import step_batch
+from toolkit.commands.explain import explain_resume
 from toolkit.experiment.recorded import config_of
 
 README = (ROOT / "README.md").read_text()

@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 from tests.hf.fidelity import random_model, tensors_of, their_config
 from tests.hf.test_source import TINY, save
 from toolkit.data.config import HFTokenizerConfig
-from toolkit.data.tokenizers.bpe import train_bpe
-from toolkit.data.tokenizers.hf import load_hf_tokenizer
-from toolkit.data.tokenizers.tokenizer import load_tokenizer
+from toolkit.data.prepare.tokenizers.bpe import train_bpe
+from toolkit.data.prepare.tokenizers.hf import load_hf_tokenizer
+from toolkit.data.prepare.tokenizers.tokenizer import load_tokenizer
 from toolkit.errors import CheckpointError
 from toolkit.hf import compare, export
 from toolkit.hf.export import export_hf, export_source
@@ -124,7 +124,7 @@ def test_the_end_of_a_turn_ends_texts_of_models_and_adapters(tmp_path):
     """Next to what ended texts before, in the place of which the data has another end."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-    from tests.data.tokens.test_stops import CHATML, with_template
+    from tests.data.prepare.build.test_stops import CHATML, with_template
 
     tokenizer = with_template(CHATML)
     end = tokenizer.id_of("<|im_end|>")

@@ -3,9 +3,9 @@
 import pytest
 import yaml
 
+from toolkit.commands.data_facts import data_words, hub_data_sets
 from toolkit.data.config import DatasetConfig, DiskSourceConfig, FilesSourceConfig, HubSourceConfig
 from toolkit.data.order.config import MixConfig, MixSourceConfig
-from toolkit.experiment.data_facts import data_words, hub_data_sets
 from toolkit.hf.hub import name_in_cache
 from toolkit.hf.model_card import ModelCard, render_card
 

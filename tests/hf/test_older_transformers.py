@@ -18,12 +18,12 @@ import numpy as np
 import pytest
 import torch
 
-from tests.data.tokenizers.test_auto import write
-from tests.data.tokens.test_stops import CHATML, with_template
+from tests.data.prepare.build.test_stops import CHATML, with_template
+from tests.data.prepare.tokenizers.test_auto import write
 from tests.hf.cases import DENSE, LINEAR, LLAMA3, MIXED, MOE, YARN, rope, rope_by_kind
 from tests.hf.fidelity import pair, their_config
-from toolkit.data.tokenizers.auto import HARD_TEXTS, settle
-from toolkit.data.tokenizers.tokenizer import load_tokenizer
+from toolkit.data.prepare.tokenizers.auto import HARD_TEXTS, settle
+from toolkit.data.prepare.tokenizers.tokenizer import load_tokenizer
 from toolkit.hf.adapter import export_adapter
 from toolkit.hf.choose import choose_family
 from toolkit.hf.export import add_tokenizer, export_hf

@@ -17,7 +17,7 @@ from torch.utils import tensorboard  # noqa: F401
 
 import toolkit.cli.main
 import toolkit.data.loader
-import toolkit.data.tokens.prepare
+import toolkit.data.prepare.build.prepare
 import toolkit.experiment.run
 import toolkit.hf.export
 import toolkit.train.trainer  # noqa: F401

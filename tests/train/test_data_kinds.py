@@ -9,13 +9,13 @@ import pytest
 
 from tests.data.corpus import random_text, write_texts
 from tests.workers import WorkerPool
+from toolkit.commands.batch import step_batch
+from toolkit.commands.explain import explain_resume
 from toolkit.data.config import FilesSourceConfig
-from toolkit.data.order.prepare_mix import as_prepared
-from toolkit.data.tokens.prepare import prepare_dataset
+from toolkit.data.prepare.build.mix import as_prepared
+from toolkit.data.prepare.build.prepare import prepare_dataset
 from toolkit.data.tokens.prepared import dataset_folder
 from toolkit.errors import DataError, ToolkitError
-from toolkit.experiment.batch import step_batch
-from toolkit.experiment.explain import explain_resume
 from toolkit.experiment.load import load_experiment
 
 STEPS, BATCH, LENGTH = 12, 512, 32

@@ -11,7 +11,7 @@ from tests.e2e._run import content
 from tests.train.test_remote_runs import run
 from tests.workers import WorkerPool
 from toolkit.checkpoint.folder import saved_steps
-from toolkit.experiment.explain import explain_resume
+from toolkit.commands.explain import explain_resume
 from toolkit.train.progress import reached_step
 
 STEPS = 6

@@ -7,7 +7,7 @@ import typer
 from toolkit.cli.arguments import run_named
 
 if TYPE_CHECKING:
-    from toolkit.experiment.batch import BatchInstance, StepBatch
+    from toolkit.commands.batch import BatchInstance, StepBatch
 
 
 def batch(
@@ -34,7 +34,7 @@ def batch(
     from pathlib import Path
 
     from toolkit.cli.instance_text import LEGEND, plain_console, print_pieces
-    from toolkit.experiment.batch import step_batch
+    from toolkit.commands.batch import step_batch
 
     found = step_batch(Path(run_named(run_dir)), step, show=show)
     if json:

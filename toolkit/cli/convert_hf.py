@@ -69,9 +69,9 @@ def convert_hf(
     import time
     from pathlib import Path
 
+    from toolkit.commands.finetune import convert_model
     from toolkit.config.paths import local_path
     from toolkit.errors import ConfigError
-    from toolkit.experiment.finetune import convert_model
     from toolkit.hf.convert import ConvertOptions
 
     if vocab_size is not None and vocab_size < 1:

@@ -8,7 +8,7 @@ from toolkit.cli.arguments import run_named
 from toolkit.cli.choices import ComputeType
 
 if TYPE_CHECKING:
-    from toolkit.experiment.evaluate import Evaluation, Scores
+    from toolkit.commands.evaluate import Evaluation, Scores
 
 
 def evaluate(
@@ -76,8 +76,8 @@ def evaluate(
       toolkit eval runs/quickstart/first/checkpoints/step200 --files book.txt --stride 128
       toolkit eval HuggingFaceTB/SmolLM2-135M --files a.jsonl 'more/*.parquet' --json
     """
+    from toolkit.commands.evaluate import EvalSettings, evaluate
     from toolkit.errors import ConfigError
-    from toolkit.experiment.evaluate import EvalSettings, evaluate
 
     if more and not files:
         raise ConfigError(f"{more[0]}: one model at a time; texts go behind --files")

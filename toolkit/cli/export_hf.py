@@ -70,8 +70,8 @@ def export_hf(
       toolkit export-hf runs/quickstart/first/checkpoints/step200 step200 --dtype bf16
       toolkit export-hf runs/finetune_lora/first merged --merge-adapter --max-shard-size 2GB
     """
+    from toolkit.commands.export import ExportOptions, export_model
     from toolkit.config.paths import local_path
-    from toolkit.experiment.export import ExportOptions, export_model
 
     options = ExportOptions(dtype.value, max_shard_size, merge_adapter, tokenizer, check)
     found, exported = export_model(run_named(source), local_path(out, "OUT"), options)

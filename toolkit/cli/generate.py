@@ -95,9 +95,9 @@ def generate(
       toolkit generate my-model --chat --system "Answer in one sentence."
       toolkit generate my-model --file questions.jsonl --output answers.jsonl
     """
+    from toolkit.commands.generate import open_generator
     from toolkit.errors import ConfigError
     from toolkit.evaluate.continuation import Sampling
-    from toolkit.experiment.generate import open_generator
 
     given = [name for name, value in (("--prompt", prompt), ("--file", file)) if value is not None]
     given += ["--chat"] if chat else []

@@ -45,9 +45,9 @@ def resume(
     if explain:
         import os
 
-        from toolkit.distributed.launcher_checks import check_launcher_variables
+        from toolkit.commands.explain import explain_resume
+        from toolkit.distributed.ranks import check_launcher_variables
         from toolkit.errors import EXIT_BAD_INPUT, EXIT_DONE
-        from toolkit.experiment.explain import explain_resume
 
         check_launcher_variables()
         explanation = explain_resume(Path(folder), paths, os.environ)

@@ -13,6 +13,6 @@ def schema() -> None:
     """
     import json
 
-    from toolkit.experiment.schema import experiment_schema
+    from toolkit.commands.schema import experiment_schema
 
     typer.echo(json.dumps(experiment_schema(), indent=2))

@@ -61,7 +61,7 @@ def train(
     import re
     import shlex
 
-    from toolkit.distributed.launcher_checks import check_launcher_variables
+    from toolkit.distributed.ranks import check_launcher_variables
     from toolkit.errors import ConfigError
     from toolkit.experiment.load import load_experiment
 
@@ -83,7 +83,7 @@ def train(
     check_launcher_variables()
     loaded = load_experiment(source, paths, shorthands, base=base, starts=True)
     if dry_run:
-        from toolkit.experiment.summary import summarize
+        from toolkit.commands.dry_run import summarize
 
         summary = summarize(loaded, os.environ)
         if is_rank_0():

@@ -7,8 +7,8 @@ import typer
 from toolkit.cli.arguments import run_named
 
 if TYPE_CHECKING:
-    from toolkit.experiment.receipt import Receipt
-    from toolkit.experiment.verify import CheckpointReport
+    from toolkit.commands.receipt import Receipt
+    from toolkit.commands.verify import CheckpointReport
 
 
 def verify(
@@ -56,7 +56,7 @@ def verify(
     if replay is None:
         if step is not None:
             raise ConfigError("--step belongs to --replay N; or give the step{N} folder itself")
-        from toolkit.experiment.verify import verify_checkpoints
+        from toolkit.commands.verify import verify_checkpoints
 
         reports = verify_checkpoints(Path(run_dir), quick=quick)
         _print_reports(reports, run_dir, quick=quick)
@@ -64,8 +64,8 @@ def verify(
         return EXIT_FAILED if damaged else EXIT_DONE
     if quick:
         raise ConfigError("--quick does not go with --replay; a replay reads the whole checkpoint")
-    from toolkit.experiment.receipt import Receipt
-    from toolkit.experiment.replay import replay_steps
+    from toolkit.commands.receipt import Receipt
+    from toolkit.commands.replay import replay_steps
 
     outcome = replay_steps(Path(run_dir), replay, step=step, debug=bool(context.obj))
     if not isinstance(outcome, Receipt):
@@ -97,7 +97,7 @@ def _print_reports(reports: "list[CheckpointReport]", run_dir: str, *, quick: bo
 
 
 def _print_receipt(receipt: "Receipt") -> None:
-    from toolkit.experiment.receipt import describe
+    from toolkit.commands.receipt import describe
 
     steps = f"steps {receipt.first_step} to {receipt.last_step}"
     typer.echo(

@@ -6,12 +6,12 @@ from typing import NamedTuple
 import numpy as np
 
 from toolkit.data.config import FilesSourceConfig
-from toolkit.data.text.readers import read_shard
-from toolkit.data.text.reading import Counts, Reading
-from toolkit.data.text.sources import plan_source
-from toolkit.data.tokenizers.tokenizer import Tokenizer
-from toolkit.data.tokens.encoding import TextEncoder
-from toolkit.data.tokens.worker import batch_pieces
+from toolkit.data.prepare.build.encoding import TextEncoder
+from toolkit.data.prepare.build.worker import batch_pieces
+from toolkit.data.prepare.text.readers import read_shard
+from toolkit.data.prepare.text.reading import Counts, Reading
+from toolkit.data.prepare.text.sources import plan_source
+from toolkit.data.prepare.tokenizers.tokenizer import Tokenizer
 from toolkit.errors import DataError
 
 

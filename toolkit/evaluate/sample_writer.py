@@ -6,8 +6,8 @@ from pathlib import Path
 
 from rich import get_console
 
-from toolkit.data.tokenizers.tokenizer import load_tokenizer
-from toolkit.data.tokens.stops import stop_ids
+from toolkit.data.prepare.build.stops import stop_ids
+from toolkit.data.prepare.tokenizers.tokenizer import load_tokenizer
 from toolkit.errors import ConfigError
 from toolkit.evaluate.generate import generate
 from toolkit.train.callbacks.base import Callback

@@ -4,7 +4,7 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
-from toolkit.data.text.instructions import template_process
+from toolkit.data.prepare.text.instructions import template_process
 from toolkit.errors import ConfigError
 from toolkit.evaluate.continuation import Continuation, Sampling
 
@@ -160,9 +160,9 @@ class TextGenerator:
             return frozenset()
         from tokenizers import Tokenizer as BackendTokenizer
 
-        from toolkit.data.tokenizers.companions import TOKENIZER_CONFIG_FILE
-        from toolkit.data.tokenizers.tokenizer import Tokenizer
-        from toolkit.data.tokens.stops import turn_ends
+        from toolkit.data.prepare.build.stops import turn_ends
+        from toolkit.data.prepare.tokenizers.companions import TOKENIZER_CONFIG_FILE
+        from toolkit.data.prepare.tokenizers.tokenizer import Tokenizer
 
         template = self._tokenizer.chat_template
         own = Tokenizer(

@@ -10,7 +10,7 @@ from toolkit.data.config import BPETokenizerConfig, ByteTokenizerConfig, Tokeniz
 from toolkit.data.corpus import VAL
 from toolkit.data.corpus_info import CorpusInfo
 from toolkit.data.tokens.prepared import require_ids
-from toolkit.distributed.cpu import asked_threads
+from toolkit.distributed.tuning import asked_threads
 from toolkit.errors import ConfigError, DataError, ErrorList
 from toolkit.experiment.config import ExperimentConfig
 from toolkit.models.parameters import TrainedParameters, parameter_shapes, trained_parameters

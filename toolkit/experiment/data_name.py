@@ -59,7 +59,7 @@ def own_name(source: dict[str, Any], settings: dict[str, Any]) -> str:
 def _settings(dataset: dict[str, Any]) -> dict[str, Any]:
     """What of `dataset` decides its tokens; empty where that cannot be told, which is an error
     soon."""
-    from toolkit.data.tokens.settings import settings_of
+    from toolkit.data.prepare.build.settings import settings_of
 
     config = check(dataset, DatasetConfig).config
     if config is None:

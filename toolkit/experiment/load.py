@@ -27,7 +27,7 @@ from toolkit.config.interpolation import fill
 from toolkit.config.paths import local_path
 from toolkit.config.secrets import check_no_secrets
 from toolkit.config.types import nearest, shown, type_of
-from toolkit.data.order.mix_files import inline_mixes
+from toolkit.data.order.config import inline_mixes
 from toolkit.errors import ConfigError, ErrorList, RunError
 from toolkit.experiment.aliases import ALIASES, implied, our_names, our_path, our_value, without
 from toolkit.experiment.base import longest_sequence, read_base, without_model

@@ -14,7 +14,7 @@ import msgspec
 
 from toolkit.checkpoint.folder import METADATA_FILE, read_metadata, saved_steps, step_folder
 from toolkit.data.corpus_info import datasets_of, read_corpus
-from toolkit.data.text.presence import check_presence
+from toolkit.data.prepare.text.presence import check_presence
 from toolkit.errors import BadInputError, CheckpointError, ConfigError, ErrorList
 from toolkit.experiment.config import ExperimentConfig
 from toolkit.runs.files import RUN_FILES

@@ -12,7 +12,7 @@ from toolkit.data.config import (
     TokenFilesSourceConfig,
 )
 from toolkit.data.corpus_info import data_places, read_corpus, with_sources, without_sources
-from toolkit.data.text.sources import is_gone
+from toolkit.data.prepare.text.sources import is_gone
 from toolkit.data.tokens.prepared import MANIFEST_NAME
 from toolkit.errors import DataError, RunError
 from toolkit.experiment.config import ExperimentConfig
@@ -115,7 +115,7 @@ def open_run_data(config: ExperimentConfig) -> "Corpus":
             f"{places}: the run's prepared data is not there; restore it, or make it again with "
             "`toolkit prepare`"
         )
-    return open_corpus(data.replace(dataset=without_sources(data.dataset)), check_text=False)
+    return open_corpus(data.replace(dataset=without_sources(data.dataset)))
 
 
 def _has_data(config: ExperimentConfig) -> bool:

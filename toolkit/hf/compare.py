@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from toolkit.data.tokenizers.auto import settle
+from toolkit.data.prepare.tokenizers.auto import settle
 from toolkit.errors import CheckpointError, DataError
 from toolkit.hf.loading import (
     load_causal_lm,

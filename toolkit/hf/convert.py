@@ -22,9 +22,9 @@ from toolkit.checkpoint.commit import SPARE_BYTES, Save, check_free_space
 from toolkit.checkpoint.folder import MODEL_PREFIX, TENSORS_FOLDER
 from toolkit.checkpoint.streaming import write_streamed_checkpoint
 from toolkit.checkpoint.tensors import iterate_tensors
-from toolkit.data.tokenizers.companions import read_json
+from toolkit.data.prepare.tokenizers.companions import read_json
+from toolkit.data.prepare.tools.scanning import Advance, scan_progress
 from toolkit.data.tokens.prepared import TOKENIZER_FOLDER
-from toolkit.data.tokens.scanning import Advance, scan_progress
 from toolkit.errors import CheckpointError, ConfigError, DataError, TrainingError
 from toolkit.hf.compare import (
     bytes_to_compare,
@@ -40,8 +40,8 @@ from toolkit.hf.read_config import read_hf_config
 from toolkit.hf.tokenizer_files import ConvertedTokenizer, convert_tokenizer, token_ids
 from toolkit.hf.weights import HFWeights
 from toolkit.models.config import TransformerConfig
+from toolkit.storage.atomic import new_output
 from toolkit.storage.foreign import read_bytes
-from toolkit.storage.new_folder import new_folder
 from toolkit.wording import count
 
 _VERSIONED = ("torch", "transformers", "tokenizers")
@@ -112,7 +112,7 @@ def convert_hf(
     model = read_hf_config(source)
     weights = HFWeights(source)
     notes = list(model.notes)
-    with new_folder(out) as unfinished:
+    with new_output(out) as unfinished:
         tokenizer = _tokenizer(
             source, unfinished / TOKENIZER_FOLDER, model.family.model_type, options
         )

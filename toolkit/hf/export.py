@@ -17,9 +17,9 @@ from torch import Tensor
 from toolkit.checkpoint.commit import check_free_space
 from toolkit.checkpoint.folder import HF_FOLDER, MODEL_PREFIX, TENSORS_FOLDER
 from toolkit.checkpoint.tensors import iterate_tensors
-from toolkit.data.tokenizers.companions import TOKENIZER_FILE, read_json
-from toolkit.data.tokenizers.tokenizer import load_tokenizer
-from toolkit.data.tokens.stops import SPECIAL_IDS, special_ids
+from toolkit.data.prepare.build.stops import SPECIAL_IDS, special_ids
+from toolkit.data.prepare.tokenizers.companions import TOKENIZER_FILE, read_json
+from toolkit.data.prepare.tokenizers.tokenizer import load_tokenizer
 from toolkit.errors import CheckpointError, DataError, ToolkitError
 from toolkit.hf.adapter import export_adapter, merged
 from toolkit.hf.choose import choose_family, fitting_family
@@ -35,8 +35,7 @@ from toolkit.hf.tokenizer_files import copy_tokenizer
 from toolkit.hf.write_weights import Dtypes, write_weights
 from toolkit.models.config import ModelConfig
 from toolkit.models.lora_config import LoRAConfig
-from toolkit.storage.atomic import PathLike, write_json_atomic
-from toolkit.storage.new_folder import check_unused, new_folder
+from toolkit.storage.atomic import PathLike, check_unused, new_output, write_json_atomic
 
 log = logging.getLogger(__name__)
 
@@ -106,7 +105,7 @@ def export_hf(
     dtypes = torch.float32 if dtype is None else dtype
     first = first_type(dtypes)
     items = named_tensors.items() if isinstance(named_tensors, Mapping) else named_tensors
-    with new_folder(folder) as unfinished:
+    with new_output(folder) as unfinished:
         files = write_weights(transformer, family, items, unfinished, dtypes, max_shard_bytes)
         settings: dict[str, Any] = {
             "architectures": [family.architecture],
@@ -355,7 +354,7 @@ def _export_adapter(
     assert source.metadata is not None
     family = choose_family(source.config, source.origin.get("model_type"))
     not_checked = _why_not_checked(source, check)
-    with new_folder(folder) as unfinished:
+    with new_output(folder) as unfinished:
         export_adapter(
             source.config,
             family,

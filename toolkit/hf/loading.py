@@ -4,9 +4,9 @@ none of the folder's own code run."""
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from toolkit.data.tokenizers.auto import quiet_transformers as quiet_transformers
-from toolkit.data.tokenizers.backend import check_small_files, check_tokenizer_file
-from toolkit.data.tokenizers.companions import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE
+from toolkit.data.prepare.tokenizers.auto import quiet_transformers as quiet_transformers
+from toolkit.data.prepare.tokenizers.backend import check_small_files, check_tokenizer_file
+from toolkit.data.prepare.tokenizers.companions import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE
 from toolkit.errors import CheckpointError, DataError
 from toolkit.storage.foreign import guard
 

@@ -28,7 +28,7 @@ from toolkit.checkpoint.tensors import iterate_tensors, stored_types
 from toolkit.config.interpolation import fill
 from toolkit.data.config import DataConfig
 from toolkit.data.corpus_info import data_places
-from toolkit.data.tokenizers.companions import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE
+from toolkit.data.prepare.tokenizers.companions import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE
 from toolkit.data.tokens.prepared import TOKENIZER_FOLDER
 from toolkit.errors import CheckpointError, ToolkitError
 from toolkit.hf.adapter import merged

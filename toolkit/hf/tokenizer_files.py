@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from toolkit.data.tokenizers.auto import make_portable, settle
-from toolkit.data.tokenizers.backend import check_size, read_backend
-from toolkit.data.tokenizers.companions import (
+from toolkit.data.prepare.tokenizers.auto import make_portable, settle
+from toolkit.data.prepare.tokenizers.backend import check_size, read_backend
+from toolkit.data.prepare.tokenizers.companions import (
     CHAT_TEMPLATE_FILE,
     TEMPLATES_FOLDER,
     TOKENIZER_CONFIG_FILE,
@@ -15,7 +15,7 @@ from toolkit.data.tokenizers.companions import (
     companions,
     read_json,
 )
-from toolkit.data.tokenizers.tokenizer import load_tokenizer
+from toolkit.data.prepare.tokenizers.tokenizer import load_tokenizer
 from toolkit.errors import DataError
 from toolkit.hf.loading import has_tokenizer, load_auto_tokenizer
 from toolkit.storage.atomic import PathLike, write_atomic, write_json_atomic

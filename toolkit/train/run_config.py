@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from toolkit.distributed.engine import Engine
+from toolkit.distributed.layout import Layout
 from toolkit.runs.files import RUN_FILES
 from toolkit.runs.manager import RunManager
 from toolkit.train.config import TransformerTrainModuleConfig
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from toolkit.train.state import TrainState  # which imports torch
 
 
-def log_config(run: RunManager, config: Mapping[str, Any], engine: Engine, parameters: int) -> None:
+def log_config(run: RunManager, config: Mapping[str, Any], layout: Layout, parameters: int) -> None:
     """Write a config (plain JSON types), whole and in parts, and what a resume launches again."""
     # Asked for once: the next start must not do it again.
     trainer = {**config["trainer"], "start_anew": False}
@@ -28,11 +28,11 @@ def log_config(run: RunManager, config: Mapping[str, Any], engine: Engine, param
     )
     run.set_status(
         "running",
-        engine=engine.name,
-        world_size=engine.world_size,
+        engine=layout.name,
+        world_size=layout.world_size,
         parameters=parameters,
-        dp_config=msgspec.to_builtins(engine.as_config()),
-        precision=engine.precision,
+        dp_config=msgspec.to_builtins(layout.dp_config),
+        precision=layout.precision,
     )
 
 
@@ -56,4 +56,4 @@ def log_python_config(state: "TrainState") -> None:
         **{name: msgspec.to_builtins(part) for name, part in parts.items()},
         "seed": state.environment.seed,
     }
-    log_config(run, config, state.environment.engine, module.num_parameters)
+    log_config(run, config, state.environment.layout, module.num_parameters)

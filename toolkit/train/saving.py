@@ -23,7 +23,7 @@ from toolkit.config.named import named
 from toolkit.errors import RunError, ToolkitError, TrainingError
 from toolkit.launch.failures import LostPeerError
 from toolkit.runs.files import RUN_FILES
-from toolkit.storage.new_folder import new_folder
+from toolkit.storage.atomic import new_output
 from toolkit.threads import Thread
 from toolkit.train.module import TrainModule
 from toolkit.train.scores import scores_at
@@ -118,7 +118,7 @@ class TrainerSaver:
             root=state.run.path(RUN_FILES.checkpoints),
             step=state.step,
             tokens=state.tokens,
-            engine=environment.engine.name,
+            engine=environment.layout.name,
             kind=kind,
             scores=scores_at(state.step, state.last_eval),
             rank_state=flushed_rank_state,
@@ -171,7 +171,7 @@ def _keep_tokenizer(state: TrainState) -> None:
     if not state.is_main or source is None or not source.is_dir() or kept.is_dir():
         return
     try:
-        with new_folder(kept) as unfinished:
+        with new_output(kept) as unfinished:
             named("toolkit.hf.tokenizer_files:copy_tokenizer")(source, unfinished)
     except (OSError, ToolkitError) as error:
         log.warning("the tokenizer is not in the run folder: %s", error)

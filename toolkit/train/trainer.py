@@ -6,7 +6,6 @@ The trainer times the loop and calls what was given to it: a `TrainModule` that 
 yield batches, callbacks that do the rest. It knows no model, no engine and no file format.
 """
 
-import functools
 import logging
 import math
 import time
@@ -18,7 +17,6 @@ import torch
 from toolkit.data.evaluation import EvalLoader
 from toolkit.data.loader import TrainLoader
 from toolkit.distributed.environment import TrainingEnvironment
-from toolkit.distributed.reduce import reduce_columns
 from toolkit.errors import ConfigError, ToolkitError, TrainingError
 from toolkit.launch.failures import LostPeerError, Peers, first_line
 from toolkit.metrics.recorder import MetricsRecorder
@@ -292,7 +290,7 @@ class Trainer:
         state.recorder = MetricsRecorder(
             collect_interval=state.config.metrics_collect_interval,
             deliver=self._deliver,
-            reduce=functools.partial(reduce_columns, state.environment) if is_several else None,
+            reduce=state.environment.reduce_columns if is_several else None,
             sync=state.streams.sync,
             start_step=state.step if resumed else -1,
         )

@@ -13,12 +13,11 @@ import pytest
 
 from tests.data.corpus import data_config
 from tests.data.instances import custom_examples
-from toolkit import signals
-from toolkit.data import get_dataloaders
+from toolkit import get_dataloaders, signals
 from toolkit.data.config import CustomDatasetConfig, DatasetConfig
 from toolkit.data.corpus import open_corpus
-from toolkit.data.corpus_info import prepare_corpus
 from toolkit.data.instances.custom import UNKNOWN_LENGTH, open_custom
+from toolkit.data.prepare.corpus import prepare_corpus
 from toolkit.errors import ConfigError, DataError
 
 EXAMPLES = custom_examples.__name__
@@ -151,7 +150,7 @@ def test_a_worker_that_dies_ends_in_a_message() -> None:
 TRAINING = f"""
 import sys, time
 import numpy as np
-from toolkit.data import get_dataloaders
+from toolkit import get_dataloaders
 from toolkit.data.config import CustomDatasetConfig
 from toolkit.data.instances.custom import open_custom
 

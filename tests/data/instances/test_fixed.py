@@ -15,7 +15,7 @@ from toolkit.data.config import FixedInstancesConfig
 from toolkit.data.instances.base import DocumentPart
 from toolkit.data.instances.fixed import TokenDataset
 from toolkit.data.instances.open import ensure_plans
-from toolkit.data.tokens.prepare import prepare_dataset
+from toolkit.data.prepare.build.prepare import prepare_dataset
 from toolkit.errors import DataError
 
 

@@ -12,7 +12,7 @@ from tests.data.corpus import files_config, random_text, write_texts
 from toolkit.data.config import DatasetConfig, PackedInstancesConfig
 from toolkit.data.instances.open import count_rows, ensure_plans, open_instances
 from toolkit.data.instances.plans import find_note, keep_note
-from toolkit.data.tokens.prepare import ensure_prepared
+from toolkit.data.prepare.build.prepare import ensure_prepared
 from toolkit.errors import DataError
 
 

@@ -16,10 +16,9 @@ from toolkit.data.config import (
     FiltersConfig,
     VariableInstancesConfig,
 )
-from toolkit.data.order.config import MixConfig
-from toolkit.data.order.mix_files import inline_mixes, mix_names, read_mix
-from toolkit.data.order.prepare_mix import ensure_mix_prepared
+from toolkit.data.order.config import MixConfig, inline_mixes, mix_names, read_mix
 from toolkit.data.order.resolve import resolve_mix, resolve_schedule
+from toolkit.data.prepare.build.mix import ensure_mix_prepared
 from toolkit.data.tokens.prepared import dataset_folder
 from toolkit.errors import ConfigError, DataError
 
@@ -220,7 +219,7 @@ def test_bpe_cannot_be_trained_on_token_files(tmp_path: Path) -> None:
 
 
 def test_sources_of_different_tokenizers_do_not_mix(tmp_path: Path) -> None:
-    from toolkit.data.tokens.prepare import prepare_dataset
+    from toolkit.data.prepare.build.prepare import prepare_dataset
 
     texts = write_texts(tmp_path / "t", [random_text(50)])
     root = tmp_path / "data"

@@ -12,7 +12,7 @@ import pyarrow.ipc
 import pyarrow.parquet
 import pytest
 
-from tests.data.text.instructions.templates import EOS, assistant, tokenizer, user
+from tests.data.prepare.text.instructions.templates import EOS, assistant, tokenizer, user
 from toolkit.data.config import (
     DatasetConfig,
     DiskSourceConfig,
@@ -21,8 +21,8 @@ from toolkit.data.config import (
     InstructionsConfig,
     SourceConfig,
 )
-from toolkit.data.tokenizers.tokenizer import load_tokenizer
-from toolkit.data.tokens.prepare import prepare_dataset
+from toolkit.data.prepare.build.prepare import prepare_dataset
+from toolkit.data.prepare.tokenizers.tokenizer import load_tokenizer
 from toolkit.errors import DataError
 
 TEMPLATE = (

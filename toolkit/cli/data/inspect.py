@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from toolkit.data.tokens.inspection import Inspection, Sample, SplitReport
+    from toolkit.data.prepare.tools.inspection import Inspection, Sample, SplitReport
 
 BAR_WIDTH = 40
 
@@ -55,7 +55,7 @@ def inspect(
       toolkit data inspect data/corpus/default --quick -n 0
       toolkit data inspect tokens.npy --dtype uint32 --vocab-size 100278 --eos-id 100257
     """
-    from toolkit.data.tokens.inspect import inspect_path
+    from toolkit.data.prepare.tools.inspect import inspect_path
     from toolkit.errors import DataError
 
     found = inspect_path(

@@ -16,7 +16,7 @@ from toolkit.cli.arguments import (
 from toolkit.wording import count
 
 if TYPE_CHECKING:
-    from toolkit.experiment.mix import MixPreview
+    from toolkit.commands.mix import MixPreview
 
 
 def mix(
@@ -42,9 +42,9 @@ def mix(
       toolkit data mix my.json --preview --dataset.mix.sources.code.ratio=0.3
       toolkit data mix my.json --trainer.max_duration='{value: 2e9, unit: tokens}'
     """
+    from toolkit.commands.mix import preview_mix
     from toolkit.errors import ConfigError
     from toolkit.experiment.load import load_experiment
-    from toolkit.experiment.mix import preview_mix
 
     source, paths = split_words(config, overrides, "CONFIG")
     shorthands = {
@@ -64,7 +64,7 @@ def mix(
 
 def _print_sources(found: "MixPreview") -> None:
     from toolkit.cli.table import print_table
-    from toolkit.experiment.mix import share_text
+    from toolkit.commands.mix import share_text
 
     rows = [
         [

@@ -54,7 +54,7 @@ def show(
       toolkit data show mix.json --source web --dataset.instances='{type: packed}'
     """
     from toolkit.cli.instance_text import LEGEND, plain_console, print_pieces
-    from toolkit.data.show import find_instances
+    from toolkit.data.prepare.tools.show import find_instances
     from toolkit.experiment.load import load_experiment
 
     word, paths = split_words(config, overrides, "CONFIG")

@@ -52,7 +52,7 @@ def tokenize(
           --dataset.dataset_name=wiki --dataset.dataset_config=bpe
     """
     from toolkit.config.paths import local_path
-    from toolkit.data.tokens.tokenize import tokenize_files
+    from toolkit.data.prepare.build.tokenize import tokenize_files
 
     prepared = tokenize_files(
         paths,

@@ -1,0 +1,113 @@
+"""The dry run tells what a run would do."""
+
+from pathlib import Path
+
+import pytest
+
+from toolkit.commands.dry_run import summarize
+from toolkit.errors import ConfigError, DataError, RunError
+from toolkit.experiment.load import load_experiment
+
+TWO_RANKS = {"WORLD_SIZE": "2", "RANK": "0"}
+
+
+@pytest.fixture(autouse=True)
+def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def lines(*overrides: str, environ: dict[str, str] | None = None, **shorthands: str) -> list[str]:
+    loaded = load_experiment("quickstart", overrides, shorthands)
+    text = summarize(loaded, environ or {})
+    return [" ".join(line.split()) for line in text.splitlines()]
+
+
+def test_it_shows_values_origins_and_consequences(tmp_path: Path) -> None:
+    shown = lines("--train_module.optim.lr=6e-3", "--trainer.hard_stop={value: 20}", name="run1")
+    assert "train_module.optim.lr 0.006 < --train_module.optim.lr" in shown
+    assert "model.d_model 192 < recipe quickstart" in shown
+    assert "run.name run1 < --name" in shown
+    assert "trainer.hard_stop.unit steps" in shown
+    assert "model 2,557,632 parameters (1,771,200 without embeddings)" in shown
+    assert "hard stop after 20 steps, 40,960 tokens" in shown
+    assert "engine single, 1 process" in shown
+    assert f"writes {tmp_path}/runs/quickstart/run1" in shown
+    assert f"{tmp_path}/data/python_stdlib/bpe4096" in shown
+    assert not any(tmp_path.iterdir())
+
+
+def test_it_counts_the_ranks_of_the_launcher() -> None:
+    sizes = ["--data_loader.global_batch_size=8192", "--train_module.rank_microbatch_size=1024"]
+    shown = lines(*sizes, environ=TWO_RANKS)
+    batch = "batch 8,192 tokens a step = 2 ranks x 1,024 tokens x 4 gradient accumulation"
+    assert batch in shown
+    assert "engine ddp, 2 processes" in shown
+
+
+def test_it_names_the_engine_that_the_config_asks_for() -> None:
+    flag = "--train_module.dp_config={name: fsdp, param_dtype: bfloat16}"
+    shown = lines(flag, environ=TWO_RANKS)
+    assert "engine fsdp, 2 processes, from train_module.dp_config" in shown
+    assert "precision bf16" in shown
+
+
+def test_two_engines_asked_for_are_an_error() -> None:
+    environ = TWO_RANKS | {"ACCELERATE_USE_DEEPSPEED": "true"}
+    with pytest.raises(ConfigError, match="two engines asked for"):
+        lines("--train_module.dp_config.name=fsdp", environ=environ)
+
+
+def test_steps_follow_from_tokens() -> None:
+    shown = lines(
+        "--trainer.max_duration={value: 10_000, unit: tokens}",
+        "--data_loader.global_batch_size=4096",
+    )
+    assert "duration 3 steps, 12,288 tokens" in shown
+
+
+def test_epochs_wait_for_prepared_data() -> None:
+    shown = lines("--trainer.max_duration={value: 2, unit: epochs}")
+    assert "duration 2 epochs; steps are known once the data is prepared" in shown
+
+
+def test_epochs_count_whole_batches_of_prepared_data(tmp_path: Path) -> None:
+    from toolkit.data.prepare.build.prepare import prepare_dataset
+
+    (tmp_path / "a.txt").write_text("hello world\n" * 1000)
+    flags = [
+        "--dataset.source={type: files, paths: [a.txt]}",
+        "--dataset.tokenizer={type: byte}",
+        "--dataset.validation_fraction=0",
+        "--dataset.dataset_name=tiny",
+        "--trainer.max_duration={value: 3, unit: epochs}",
+        "--data_loader.global_batch_size=4096",
+    ]
+    config = load_experiment("quickstart", flags).config
+    tokens = prepare_dataset(config.dataset, progress=False).num_tokens("train")
+    assert tokens == 12_001
+    shown = lines(*flags)
+    assert "data data/tiny/bpe4096: 12,001 training tokens, 0 validation tokens" in shown
+    steps = 3 * (12_001 // 256 // 16)
+    assert f"duration {steps} steps, {steps * 4096:,} tokens, 3.00 epochs" in shown
+
+
+def test_less_data_than_one_batch_is_an_error(tmp_path: Path) -> None:
+    from toolkit.data.prepare.build.prepare import prepare_dataset
+
+    (tmp_path / "a.txt").write_text("hello world\n" * 100)
+    flags = [
+        "--dataset.source={type: files, paths: [a.txt]}",
+        "--dataset.tokenizer={type: byte}",
+        "--dataset.validation_fraction=0",
+    ]
+    prepare_dataset(load_experiment("quickstart", flags).config.dataset, progress=False)
+    with pytest.raises(DataError, match="not enough data for one batch: 4 instances of 256 tokens"):
+        lines(*flags)
+
+
+def test_a_name_that_is_taken_is_refused(tmp_path: Path) -> None:
+    from toolkit.runs.registry import start_run
+
+    start_run("quickstart", "run1", root=tmp_path / "runs").close()
+    with pytest.raises(RunError, match="this run exists; continue it with `toolkit resume"):
+        lines(name="run1")

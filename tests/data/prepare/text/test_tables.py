@@ -1,0 +1,96 @@
+import tracemalloc
+from pathlib import Path
+
+import pyarrow
+import pyarrow.ipc
+import pyarrow.parquet
+import pytest
+import xxhash
+
+from tests.data.corpus import random_text
+from tests.data.prepare.text.reading import read_all
+from toolkit.data.config import FilesSourceConfig, FiltersConfig
+from toolkit.data.prepare.text import long_documents, tables
+from toolkit.data.prepare.text.piece import Piece
+from toolkit.data.prepare.text.readers import read_shard
+from toolkit.data.prepare.text.reading import Counts, Reading
+from toolkit.data.prepare.text.sources import plan_source
+from toolkit.errors import DataError
+
+
+def write(path: Path, table: pyarrow.Table) -> FilesSourceConfig:
+    if path.suffix == ".parquet":
+        pyarrow.parquet.write_table(table, path)
+    else:
+        with pyarrow.ipc.new_file(str(path), table.schema) as writer:
+            writer.write_table(table)
+    return FilesSourceConfig(paths=[str(path)])
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.arrow"])
+@pytest.mark.parametrize("rows", [True, False])
+def test_memory_holds_one_row_however_many_there_are(tmp_path: Path, name: str, rows: bool) -> None:
+    texts = [f"{i} " * 100_000 for i in range(100, 200)]
+    source = write(tmp_path / name, pyarrow.table({"text": texts}))
+    (shard,) = plan_source(source, 0.0).shards
+    reading, count = Reading(source=source, rows=rows), 0
+    tracemalloc.start()
+    try:
+        for piece in read_shard(shard, reading, Counts()):
+            count += piece.ends
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert count == 100
+    assert peak < 10 * len(texts[0]) < sum(map(len, texts)) / 9
+
+
+def joined(pieces: list[Piece]) -> list[str]:
+    texts: list[str] = []
+    for piece in pieces:
+        if piece.starts:
+            texts.append("")
+        texts[-1] += piece.text
+    return texts
+
+
+@pytest.mark.parametrize("kind", ["string", "large_string", "string_view"])
+def test_long_values_are_decoded_in_slices(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    monkeypatch.setattr(tables, "LONG_BYTES", 1000)
+    monkeypatch.setattr(long_documents, "PIECE_CHARACTERS", 101)
+    texts = [random_text(60), "short", None, "é中\U0001f600" * 400, "", "say " * 500]
+    column = pyarrow.array(texts, getattr(pyarrow, kind)())
+    name = "a.arrow" if kind == "string_view" else "a.parquet"
+    source = write(tmp_path / name, pyarrow.table({"text": column}))
+    counts = Counts()
+    pieces = read_all(source, counts, with_digests=True)
+    kept = [text for text in texts if text]
+    assert joined(pieces) == kept
+    assert len(pieces) > 60
+    assert counts.skipped_documents == 2
+    assert [p.digest for p in pieces if p.starts] == [
+        xxhash.xxh3_128_intdigest(text.encode()) for text in kept
+    ]
+    assert sum(p.ends for p in pieces) == 4
+    limited = read_all(source, counts, filters=FiltersConfig(max_characters=1200))
+    assert joined(limited) == ["short", texts[3]]
+    assert counts.filtered_documents == {"max_characters": 2}
+
+
+@pytest.mark.parametrize("limit", [1 << 20, 1000])
+def test_foreign_bytes_are_named_or_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int
+) -> None:
+    monkeypatch.setattr(tables, "LONG_BYTES", limit)
+    monkeypatch.setattr(long_documents, "PIECE_CHARACTERS", 100)
+    values = [b"fine", "é".encode() * 800 + b"\xe9 end", b"\xff"]
+    column = pyarrow.array(values, pyarrow.binary()).cast(pyarrow.string(), safe=False)
+    source = write(tmp_path / "a.parquet", pyarrow.table({"text": column}))
+    with pytest.raises(DataError, match=r"a\.parquet: row group 0, row 1: not UTF-8 at byte 1600 "):
+        read_all(source)
+    lenient = FilesSourceConfig(paths=source.paths, encoding_errors="replace")
+    counts = Counts()
+    assert joined(read_all(lenient, counts)) == ["fine", "é" * 800 + "\ufffd end", "\ufffd"]
+    assert counts.replaced_bytes == 2

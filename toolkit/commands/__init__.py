@@ -1,0 +1,1 @@
+"""What a verb does that is not training itself; one function each, called by `cli/`."""

@@ -1,0 +1,177 @@
+"""Which documents and tokens made up one step of a run: the data pipeline, asked backwards.
+
+Batch n of a run is a pure function of the token files and the config, so nothing needs to have been
+recorded. No torch.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from toolkit.checkpoint.folder import read_metadata, saved_steps, step_folder
+from toolkit.data.corpus import changed_data
+from toolkit.data.instances.base import DecodedPiece, DocumentPart
+from toolkit.errors import ConfigError, DataError, ToolkitError
+from toolkit.experiment.config import ExperimentConfig
+from toolkit.experiment.load import load_run_config
+from toolkit.experiment.run_data import find_data, open_run_data
+from toolkit.runs.files import RUN_FILES
+
+if TYPE_CHECKING:
+    from toolkit.data.corpus import Corpus
+    from toolkit.data.order.batches import BatchOrder
+    from toolkit.data.prepare.tokenizers.tokenizer import Tokenizer
+
+
+class BatchInstance(msgspec.Struct, frozen=True):
+    """One row of the batch."""
+
+    instance: int
+    """Its number in the training split, from 0."""
+    num_tokens: int
+    num_targets: int
+    """Tokens whose prediction the loss counts."""
+    documents: list[DocumentPart]
+    text: list[DecodedPiece] | None = None
+    """Decoded, for the instances asked for."""
+    source: str | None = None
+    """Of a mixture: where the instance, which is numbered in it, is from."""
+
+
+class StepBatch(msgspec.Struct, frozen=True, kw_only=True):
+    """The global batch of one step."""
+
+    step: int
+    """As in train.jsonl, from 1."""
+    epoch: int
+    """From 0."""
+    batch: int
+    """Number in its epoch, from 0."""
+    batches_per_epoch: int | None
+    """None: the data does not say how long an epoch is."""
+    fingerprint: str
+    """Of the training tokens."""
+    is_checked: bool
+    """Whether a checkpoint of the run confirms the fingerprint."""
+    num_tokens: int
+    num_targets: int
+    instances: list[BatchInstance]
+
+
+def step_batch(run_dir: Path, step: int, *, show: int = 1) -> StepBatch:
+    """The global batch that step `step` of a run trained on, or will train on.
+
+    Args:
+        show: how many instances, from the first, are decoded.
+
+    Raises:
+        RunError: `run_dir` is not a run folder.
+        ConfigError: no such step.
+        DataError: the run's data is not here, or is not what the run was trained on.
+    """
+    from toolkit.data.instances.base import decode_pieces, target_mask
+
+    if show < 0:
+        raise ConfigError(f"--show {show}: give a number of instances, 0 or more")
+    folder = run_dir.resolve()
+    config = find_data(load_run_config(run_dir).config, folder)
+    corpus = open_run_data(config)
+    saved = _saved_data(folder)
+    order = _order(config, corpus, saved)
+    if saved is not None:
+        _check_data(saved, corpus, order, folder)
+    _check_step(config, order, step)
+    indices = order.indices(step - 1)[0]
+    rows = corpus.train.read(indices)
+    ids, targets = rows["input_ids"], target_mask(rows)
+    tokenizer = _tokenizer(corpus) if show else None
+    instances = []
+    for row, index in enumerate(indices.tolist()):
+        parts = corpus.train.documents(index)
+        text = decode_pieces(tokenizer, ids[row], targets[row], parts) if row < show else None
+        source, number = corpus.locate(index)
+        instances.append(
+            BatchInstance(number, ids.shape[1], int(targets[row].sum()), parts, text, source)
+        )
+    epoch, batch = order.epoch_of(step - 1)
+    per_epoch = order.steps_per_epoch
+    return StepBatch(
+        step=step,
+        epoch=epoch,
+        batch=batch,
+        batches_per_epoch=int(per_epoch) if corpus.has_known_length else None,
+        fingerprint=corpus.train.fingerprint,
+        is_checked=saved is not None,
+        num_tokens=int(ids.size),
+        num_targets=int(targets.sum()),
+        instances=instances,
+    )
+
+
+def _saved_data(folder: Path) -> dict[str, Any] | None:
+    """State of the data in the newest readable checkpoint of the run; None: there is none."""
+    root = folder / RUN_FILES.checkpoints
+    for step in reversed(saved_steps(root)):
+        try:
+            extra: dict[str, Any] = read_metadata(step_folder(root, step)).extra
+        except ToolkitError:
+            continue
+        if "data" in extra:
+            return {**extra["data"], "step": step}
+    return None
+
+
+def _check_data(saved: dict[str, Any], corpus: "Corpus", order: "BatchOrder", folder: Path) -> None:
+    """Raise DataError when the checkpoint names other data."""
+    from toolkit.data.order.batches import StreamBatches
+
+    now: dict[str, Any] = {key: saved.get(key) for key in ("seed", "shuffle", "order")}
+    now |= {
+        "fingerprint": corpus.train.fingerprint,
+        "sequence_length": corpus.train.sequence_length,
+    }
+    if corpus.stream is not None and isinstance(order, StreamBatches):
+        now["sources"] = corpus.sources(order.next_position(saved["batch"]))
+    changed = changed_data(saved, now)
+    if changed:
+        raise DataError(
+            f"{folder}: the data is not what the run was trained on: {', '.join(changed)} since "
+            f"checkpoint step{saved['step']}; restore the data it was trained on"
+        )
+
+
+def _order(
+    config: ExperimentConfig, corpus: "Corpus", saved: dict[str, Any] | None
+) -> "BatchOrder":
+    """The order of the run's batches, with every size they had."""
+    from toolkit.data.order.batches import Segment
+
+    if saved is None:
+        return corpus.order
+    segments = [Segment(*values) for values in saved["segments"]]
+    size = config.data_loader.global_batch_size // corpus.train.sequence_length
+    return corpus.order.resized(segments, saved["batch"], size)
+
+
+def _check_step(config: ExperimentConfig, order: "BatchOrder", step: int) -> None:
+    from toolkit.data.order.batches import batches_for
+
+    duration = config.trainer.max_duration
+    last = duration.value
+    if duration.unit == "epochs":
+        last = order.epoch_end(duration.value)
+    elif duration.unit == "tokens":
+        last = batches_for(order.segments, -(-duration.value // config.dataset.sequence_length))
+    if not 1 <= step <= last:
+        raise ConfigError(
+            f"--step {step}: the run has steps 1 to {last} (trainer.max_duration is "
+            f"{duration.value} {duration.unit})"
+        )
+
+
+def _tokenizer(corpus: "Corpus") -> "Tokenizer | None":
+    from toolkit.data.prepare.tokenizers.tokenizer import load_tokenizer
+
+    folder = corpus.train.tokenizer_folder
+    return load_tokenizer(folder) if folder is not None else None

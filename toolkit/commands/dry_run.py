@@ -1,0 +1,227 @@
+"""What `--dry-run` shows: the resolved config with origins, and what follows from it.
+
+Nothing heavier than a manifest is read, no device is touched, nothing is written. That files exist
+is checked; other machines are not asked.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+
+from toolkit.config import DEFAULT_ORIGIN, leaves
+from toolkit.config.secrets import mask_secrets
+from toolkit.data.corpus_info import CorpusInfo, data_places, datasets_of, read_corpus
+from toolkit.data.prepare.text.presence import check_presence
+from toolkit.distributed.layout import Layout, resolve_layout
+from toolkit.errors import ConfigError, ErrorList
+from toolkit.experiment.checks import (
+    check_corpus,
+    check_experiment,
+    check_parameters,
+    gradient_accumulation_steps,
+    rank_microbatch_size,
+)
+from toolkit.experiment.config import ExperimentConfig
+from toolkit.experiment.load import LoadedExperiment
+from toolkit.experiment.notices import notices
+from toolkit.experiment.preflight import check_load_path
+from toolkit.models.parameters import flops_per_token
+from toolkit.runs.registry import check_run_folder, is_run, resolve_run_folder
+from toolkit.train.config import Duration
+from toolkit.train.timeline import StepsOf, steps_of
+from toolkit.wording import count
+
+_LABEL_WIDTH = 12
+
+
+def summarize(loaded: LoadedExperiment, environ: Mapping[str, str]) -> str:
+    """The dry run of an experiment under this launcher, as text for a terminal.
+
+    Raises:
+        ConfigError: the sections do not fit each other, the launcher, or the prepared data.
+        DataError: the prepared data is damaged, or less than one batch.
+        RunError: a run of that name exists, or its folder cannot be made.
+    """
+    config = loaded.config
+    layout, corpus = _checked(config, environ)
+    rows = [
+        ("model", _model(config)),
+        ("data", _data(config, corpus)),
+        ("batch", _batch(config, layout)),
+        ("duration", _duration(config, corpus)),
+        ("engine", _engine(layout)),
+        ("writes", _writes(config)),
+        ("note", notices(config, _steps_of(config, corpus))),
+    ]
+    title = f"dry run of {loaded.source}" + (
+        f": {config.description}" if config.description else ""
+    )
+    lines = [title, "", *_config_lines(loaded), ""]
+    for label, texts in rows:
+        for position, text in enumerate(texts):
+            lines.append(f"{'' if position else label:<{_LABEL_WIDTH}}{text}")
+    lines += ["", "Nothing was written. Leave out --dry-run to start."]
+    return str(mask_secrets("\n".join(lines)))
+
+
+def _checked(
+    config: ExperimentConfig, environ: Mapping[str, str]
+) -> tuple[Layout, CorpusInfo | None]:
+    """The engine, and the data as far as it is prepared; all that is wrong, at once."""
+    module, found, corpus = config.train_module, ErrorList(), None
+    # Without the number of processes nothing else can be told.
+    layout = resolve_layout(module.precision, module.dp_config, environ)
+    with found.collecting():
+        check_experiment(config, layout.batch_ranks)
+    sound = not found.errors
+    with found.collecting():
+        corpus = read_corpus(config.data)
+    with found.collecting():
+        for dataset in datasets_of(config.data):
+            with found.collecting():
+                check_presence(dataset, is_prepared=corpus is not None)
+    with found.collecting():
+        check_run_folder(config.run, "<time>")
+    with found.collecting():
+        check_load_path(config, resolve_run_folder(config.run, "<time>"))
+    if corpus is not None and sound:
+        with found.collecting():
+            check_corpus(config, corpus)
+            _check_mix(config)
+    found.raise_any()
+    return layout, corpus
+
+
+def _check_mix(config: ExperimentConfig) -> None:
+    """Raise ConfigError when a run from the beginning would break a limit of the mixture."""
+    if config.dataset.mix is not None:
+        from toolkit.commands.mix import preview_mix
+
+        broken = preview_mix(config, prepare=False).broken_limit
+        if broken is not None:
+            raise ConfigError(broken)
+
+
+def _config_lines(loaded: LoadedExperiment) -> list[str]:
+    values = [(p, _shown(v)) for p, v in leaves(loaded.stored.to_dict()) if p != "description"]
+    path_width = max(len(path) for path, _ in values)
+    value_width = max((len(v) for p, v in values if len(v) <= 24), default=0)
+    lines, section = [], ""
+    for path, value in values:
+        if path.partition(".")[0] != section:
+            lines += [""] if section else []
+            section = path.partition(".")[0]
+        origin = loaded.origins[path]
+        mark = "" if origin == DEFAULT_ORIGIN else f"  < {origin.partition('=')[0]}"
+        lines.append(f"  {path:<{path_width}}  {value:<{value_width if mark else 0}}{mark}")
+    return lines
+
+
+def _model(config: ExperimentConfig) -> list[str]:
+    model = config.model
+    flops = model.flops_per_token(config.dataset.sequence_length)
+    trained = []
+    if config.train_module.freeze or config.train_module.lora:
+        chosen = check_parameters(config)
+        trained = [str(chosen)]
+        flops = flops_per_token(model.to_transformer(), chosen, config.dataset.sequence_length)
+    parts = [f"{model.num_non_embedding_parameters:,} without embeddings"]
+    if model.num_active_parameters != model.num_parameters:
+        parts.append(f"{model.num_active_parameters:,} active")
+    return [
+        f"{model.num_parameters:,} parameters ({', '.join(parts)})",
+        *trained,
+        f"{_short(flops)}FLOP a token to train",
+    ]
+
+
+def _data(config: ExperimentConfig, corpus: CorpusInfo | None) -> list[str]:
+    dataset = config.dataset
+    if dataset.custom is not None:
+        return [f"{dataset.custom.target}: instances made in Python"]
+    if corpus is None:
+        places = ", ".join(str(place) for place in data_places(config.data))
+        if dataset.source is None and dataset.mix is None:
+            return [f"{places}: not prepared, and dataset.source is null; give one or the other"]
+        return [f"{places}: not prepared yet; training starts with it"]
+    lines = [
+        f"{prepared.folder}: {prepared.num_tokens('train'):,} training tokens, "
+        f"{prepared.num_tokens('val'):,} validation tokens"
+        for _, prepared in corpus.parts.values()
+    ]
+    if config.store.permanent_root is not None:
+        lines.append(f"kept in {config.store.permanent_root}")
+    return lines
+
+
+def _batch(config: ExperimentConfig, layout: Layout) -> list[str]:
+    batch, ranks = config.data_loader.global_batch_size, layout.batch_ranks
+    passes = gradient_accumulation_steps(config, ranks)
+    return [
+        f"{batch:,} tokens a step = {count(ranks, 'rank')} x "
+        f"{rank_microbatch_size(config, ranks):,} tokens x {passes} gradient accumulation",
+        f"sequences of {count(config.dataset.sequence_length, 'token')}",
+    ]
+
+
+def _duration(config: ExperimentConfig, corpus: CorpusInfo | None) -> list[str]:
+    lines = [_length(config, config.trainer.max_duration, corpus)]
+    if config.trainer.hard_stop is not None:
+        lines.append(f"hard stop after {_length(config, config.trainer.hard_stop, corpus)}")
+    return lines
+
+
+def _length(config: ExperimentConfig, duration: Duration, corpus: CorpusInfo | None) -> str:
+    batch = config.data_loader.global_batch_size
+    per_epoch = corpus.steps_per_epoch(config.data) if corpus is not None else None
+    try:
+        steps = _steps_of(config, corpus)(duration.value, duration.unit)
+    except ValueError:
+        return f"{count(duration.value, 'epoch')}; steps are known once the data is prepared"
+    epochs = f", {steps / per_epoch:.2f} epochs" if per_epoch else ""
+    return f"{count(steps, 'step')}, {steps * batch:,} tokens{epochs}"
+
+
+def _steps_of(config: ExperimentConfig, corpus: CorpusInfo | None) -> StepsOf:
+    size, data = config.data_loader.global_batch_size, config.data
+    return steps_of(size, lambda epochs: corpus.epoch_end(data, epochs) if corpus else None)
+
+
+def _engine(layout: Layout) -> list[str]:
+    precision: str = layout.precision
+    if precision == "auto":
+        precision = "auto: bf16 where the hardware is fast at it, else fp32"
+    mesh = ""
+    if layout.name == "hsdp":
+        mesh = f", {layout.dp_replicate} replicas x {layout.dp_shard} shards"
+    origin = "" if layout.origin == DEFAULT_ORIGIN else f", from {layout.origin}"
+    return [
+        f"{layout.name}{mesh}, {count(layout.world_size, 'process')}{origin}",
+        f"precision {precision}",
+        *layout.notices,
+    ]
+
+
+def _writes(config: ExperimentConfig) -> list[str]:
+    folder = resolve_run_folder(config.run, "<time>")
+    lines = [f"{folder}" + (" (exists: resumed)" if is_run(folder) else "")]
+    if config.dataset.source is not None or config.dataset.mix is not None:
+        lines += [str(place.absolute()) for place in data_places(config.data)]
+    if config.trainer.no_checkpoints or not config.trainer.callbacks.checkpointer.enabled:
+        lines.append("no checkpoints")
+    return lines
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, str) and value and value == value.strip():
+        return value
+    return msgspec.json.encode(value).decode()
+
+
+def _short(number: float) -> str:
+    for unit in ("", "k", "M", "G", "T"):
+        if number < 1000:
+            return f"{number:.3g} {unit}"
+        number /= 1000
+    return f"{number:.3g} P"

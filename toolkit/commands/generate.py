@@ -1,0 +1,107 @@
+"""`toolkit generate`: from what is on disk to a model that continues text.
+
+1. A folder of `transformers` is taken as it is.
+2. Of a checkpoint, its hf/ is taken where it has one; else its weights are exported into a
+   temporary folder, adapters merged into their base.
+3. Models that no class of `transformers` holds are computed by ours, without a key/value cache.
+"""
+
+import contextlib
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from toolkit.checkpoint.folder import HF_FOLDER
+from toolkit.commands.models import DType, hf_folder_of, pick_device, torch_dtype
+from toolkit.errors import DataError
+
+if TYPE_CHECKING:
+    import torch
+
+    from toolkit.evaluate.text import TextGenerator
+    from toolkit.hf.source import ModelSource
+
+Notify = Callable[[str], None]
+
+
+@contextlib.contextmanager
+def open_generator(
+    where: str,
+    *,
+    tokenizer: str | None = None,
+    dtype: DType | None = None,
+    device: str | None = None,
+    notify: Notify = lambda line: None,
+) -> "Iterator[TextGenerator]":
+    """The model `where` and its tokenizer, until the block is left; temporary files are then gone.
+
+    Args:
+        where: a run (its newest checkpoint), a step folder, or a folder of `transformers`.
+        tokenizer: its folder; default: the model's own.
+        dtype: default: bf16 on GPUs, fp32 elsewhere.
+        device: default: the first GPU, else the CPU.
+        notify: told, in a line, what is not as one might expect.
+
+    Raises:
+        CheckpointError: `where` is no model, or is damaged.
+        ConfigError: no such device, or the tokenizer does not fit the model.
+        DataError: there is no tokenizer.
+    """
+    from toolkit.data.prepare.build.stops import stop_ids
+    from toolkit.data.prepare.tokenizers.tokenizer import load_tokenizer
+    from toolkit.evaluate.continuation import PlainContinuation, TransformersContinuation
+    from toolkit.evaluate.text import TextGenerator
+    from toolkit.hf.choose import hf_architecture
+    from toolkit.hf.export import generation_of
+    from toolkit.hf.loading import load_auto_tokenizer, load_causal_lm, quiet_transformers
+    from toolkit.hf.source import find_source, load_model
+
+    folder = hf_folder_of(where)
+    source = None if folder is not None else find_source(where)
+    found = Path(tokenizer).expanduser() if tokenizer is not None else _tokenizer(folder, source)
+    if found is None:
+        raise DataError(f"{where}: no tokenizer here; give one with --tokenizer FOLDER")
+    loaded_tokenizer = load_auto_tokenizer(found)
+    place = pick_device(device)
+    kind = torch_dtype(dtype or ("bf16" if place.type == "cuda" else "fp32"))
+    if source is not None and hf_architecture(source.config) is None:
+        notify(
+            "no transformers class holds this model: each token computes the whole text anew, "
+            "which takes longer"
+        )
+        model = load_model(source, device=place, dtype=kind)
+        ends = stop_ids(load_tokenizer(found), generation_of(source))
+        yield TextGenerator(where, PlainContinuation(model, stop_ids=ends), loaded_tokenizer)
+        return
+    with contextlib.ExitStack() as stack:
+        if source is not None:
+            folder = _exported(source) or stack.enter_context(_export(source, kind))
+        assert folder is not None, "found, or exported"
+        continuation = TransformersContinuation(load_causal_lm(folder, dtype=kind).to(place))
+        stack.enter_context(quiet_transformers())
+        yield TextGenerator(where, continuation, loaded_tokenizer)
+
+
+def _tokenizer(folder: Path | None, source: "ModelSource | None") -> Path | None:
+    return folder if source is None else source.tokenizer_folder
+
+
+def _exported(source: "ModelSource") -> Path | None:
+    """The hf/ of a checkpoint, where it holds the whole model; `find_source` has checked that its
+    files are whole."""
+    assert source.checkpoint is not None, "not a folder of transformers"
+    assert source.metadata is not None, "a checkpoint has it"
+    is_there = f"{HF_FOLDER}/config.json" in source.metadata.files
+    return source.checkpoint / HF_FOLDER if is_there else None
+
+
+@contextlib.contextmanager
+def _export(source: "ModelSource", dtype: "torch.dtype") -> Iterator[Path]:
+    """The model as a folder of `transformers`, removed afterwards."""
+    from toolkit.hf.export import export_source
+
+    with tempfile.TemporaryDirectory(prefix="toolkit-generate-") as parent:
+        folder = Path(parent) / HF_FOLDER
+        export_source(source, folder, dtype=dtype, merge_adapter=True, check=False)
+        yield folder

@@ -1,0 +1,158 @@
+"""What a run would take of each source of its mixture, told before it runs."""
+
+from fractions import Fraction
+
+import msgspec
+
+from toolkit.data.instances.open import count_instances, ensure_plans
+from toolkit.data.order.resolve import (
+    RatioSegment,
+    ResolvedSource,
+    resolve_mix,
+    resolve_schedule,
+)
+from toolkit.data.tokens.prepared import PreparedDataset, dataset_folder, localize, read_prepared
+from toolkit.errors import ConfigError
+from toolkit.experiment.config import ExperimentConfig
+from toolkit.train.timeline import steps_of
+
+
+class SourcePreview(msgspec.Struct, frozen=True, kw_only=True):
+    """One source of the mixture. Tokens count whole instances; None: not known yet."""
+
+    name: str
+    shares: tuple[float, ...]
+    """Its share of the mixture in each segment."""
+    folder: str
+    is_prepared: bool
+    num_documents: int | None
+    available_tokens: int | None
+    """Tokens that are used (see `max_tokens`)."""
+    taken_tokens: int | None
+    """Tokens that the whole run takes, repeated ones included."""
+    repetitions: float | None
+    """How many times the run goes through them."""
+    max_repetitions: float | None
+
+
+class MixPreview(msgspec.Struct, frozen=True, kw_only=True):
+    """The mixture over a whole run."""
+
+    sources: list[SourcePreview]
+    segment_starts: tuple[int, ...]
+    """Tokens trained on where each segment of the schedule begins."""
+    total_tokens: int | None
+    """Tokens of the whole run; None while that is not known."""
+    broken_limit: str | None
+    """What is wrong, in a line, where a source is repeated more than it may be."""
+
+
+def preview_mix(config: ExperimentConfig, *, prepare: bool) -> MixPreview:
+    """What training with `config` takes of each source of `dataset.mix`.
+
+    Args:
+        prepare: prepare the sources that are not there yet; else they are shown without numbers.
+
+    Raises:
+        ConfigError: there is no mixture, or it makes no sense.
+        DataError, StorageError: what is there is damaged, or cannot be prepared.
+    """
+    dataset = localize(config.dataset, config.store)
+    sources = resolve_mix(dataset)
+    prepared = _prepared(config, sources, prepare=prepare)
+    counts = {
+        source.name: count_instances(found, "train", source.dataset)
+        for source in sources
+        if (found := prepared[source.name]) is not None
+    }
+    known = {name: count for name, count in counts.items() if count is not None}
+    return _preview(config, sources, resolve_schedule(dataset), prepared, known)
+
+
+def _prepared(
+    config: ExperimentConfig, sources: list[ResolvedSource], *, prepare: bool
+) -> dict[str, PreparedDataset | None]:
+    from toolkit.data.corpus_info import check_same_tokens
+    from toolkit.data.prepare.build.mix import ensure_mix_prepared
+
+    found: dict[str, PreparedDataset | None] = {}
+    if not prepare:
+        found = {source.name: read_prepared(source.dataset) for source in sources}
+        check_same_tokens({name: there for name, there in found.items() if there is not None})
+        return found
+    for source, prepared in ensure_mix_prepared(
+        config.dataset, store=config.store, work_dir=config.run.work_dir
+    ):
+        ensure_plans(prepared, source.dataset)
+        found[source.name] = prepared
+    return found
+
+
+def _preview(
+    config: ExperimentConfig,
+    sources: list[ResolvedSource],
+    segments: list[RatioSegment],
+    prepared: dict[str, PreparedDataset | None],
+    num_instances: dict[str, int],
+) -> MixPreview:
+    from toolkit.data.order.mixture import MixPlan, check_limits
+
+    # Of sources that are not known yet, the shares still are.
+    limited = [s if s.name in num_instances else s._replace(max_repetitions=None) for s in sources]
+    plan = MixPlan(limited, segments, {s.name: num_instances.get(s.name, 0) for s in sources})
+    length = plan.sequence_length
+    all_known = len(num_instances) == len(sources)
+    total = _run_instances(config, plan.epoch_instances if all_known else None)
+    taken = plan.counts(total) if total is not None else {}
+    epochs = plan.epochs(total) if total is not None else {}
+    broken = None
+    if total is not None:
+        batch = max(1, config.data_loader.global_batch_size // length)
+        try:
+            check_limits(plan, total, batch_instances=batch)
+        except ConfigError as error:
+            broken = str(error)
+    rows = []
+    for source in sources:
+        name, found = source.name, prepared[source.name]
+        is_known = name in num_instances
+        rows.append(
+            SourcePreview(
+                name=name,
+                shares=tuple(float(segment.shares[name]) for segment in segments),
+                folder=str(dataset_folder(source.dataset)),
+                is_prepared=found is not None,
+                num_documents=found.num_documents("train") if found is not None else None,
+                available_tokens=plan.available[name] * length if is_known else None,
+                taken_tokens=taken[name] * length if name in taken else None,
+                repetitions=epochs[name] if is_known and name in epochs else None,
+                max_repetitions=source.max_repetitions,
+            )
+        )
+    return MixPreview(
+        sources=rows,
+        segment_starts=tuple(segment.at_tokens for segment in segments),
+        total_tokens=total * length if total is not None else None,
+        broken_limit=broken,
+    )
+
+
+def _run_instances(config: ExperimentConfig, epoch_instances: int | None) -> int | None:
+    """Instances of the whole run: whole batches."""
+    tokens = config.data_loader.global_batch_size
+    batch = max(1, tokens // config.dataset.sequence_length)
+    duration = config.trainer.max_duration
+    if duration.unit == "epochs":
+        if epoch_instances is None:
+            return None
+        return duration.value * epoch_instances // batch * batch
+    return steps_of(tokens)(duration.value, duration.unit) * batch
+
+
+def share_text(share: float) -> str:
+    """`12.5%`, with as many digits as small shares need."""
+    percent = Fraction(share) * 100
+    digits = 2
+    while percent and percent * 10**digits < 10 and digits < 7:
+        digits += 1
+    return f"{float(percent):.{digits}f}".rstrip("0").rstrip(".") + "%"

@@ -1,0 +1,226 @@
+"""What a model's own files tell about it, for its card: nothing is guessed."""
+
+import contextlib
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from toolkit.commands.data_facts import data_words, hub_data_sets
+from toolkit.commands.receipt import describe
+from toolkit.data.prepare.tokenizers.tokenizer import load_tokenizer
+from toolkit.errors import RunError, ToolkitError
+from toolkit.experiment.base import FINETUNE_FILE
+from toolkit.experiment.config import ExperimentConfig
+from toolkit.experiment.recorded import config_of, engine_of, versions_of
+from toolkit.hf.model_card import OLDEST, ModelCard
+from toolkit.hf.source import ModelSource, hub_name
+from toolkit.metrics.lines import read_records
+from toolkit.runs.files import RUN_FILES
+from toolkit.runs.status import RunStatus, read_status
+from toolkit.storage.foreign import read_json
+
+_COMMAND = ("train", "resume")
+
+
+class _Line(msgspec.Struct):
+    """What a card needs of a line of metrics."""
+
+    step: int
+    name: str = ""
+    loss: float | str | None = None
+    ppl: float | str | None = None
+    bits_per_byte: float | str | None = None
+    accuracy: float | str | None = None
+
+
+def card_of(
+    source: ModelSource,
+    *,
+    architecture: str,
+    dtype: str,
+    merged: bool = True,
+    only_newer: str | None = None,
+) -> ModelCard:
+    """The card of what is exported from `source`.
+
+    Args:
+        architecture: class name of `transformers`.
+        only_newer: see `Family.only_newer`.
+        dtype: of the exported weights, in words.
+        merged: of an adapter: whether the whole model is exported.
+    """
+    run = source.run
+    status = read_status(run) if run is not None else None
+    config = _config(run, status)
+    folder = source.run or (source.checkpoint.parent if source.checkpoint else source.hf_folder)
+    title = f"{status.experiment}/{status.name}" if status else (folder or Path()).resolve().name
+    tokenizer = load_tokenizer(source.tokenizer_folder) if source.tokenizer_folder else None
+    origin = source.origin
+    return ModelCard(
+        title=title,
+        description=_description(run, config),
+        is_adapter=source.lora is not None and not merged,
+        base_model=hub_name(origin),
+        license=origin.get("license"),
+        license_name=origin.get("license_name"),
+        license_link=origin.get("license_link"),
+        datasets=hub_data_sets(config.dataset) if config else [],
+        model=_model(source, architecture, dtype),
+        training=_training(source, config, status),
+        results=_results(source),
+        command=_command(run),
+        versions=_versions(source, status),
+        needs=OLDEST if only_newer is None else f"transformers 5 or newer ({only_newer})",
+        has_tokenizer=tokenizer is not None,
+        has_chat_template=tokenizer is not None and tokenizer.chat_template is not None,
+    )
+
+
+def _config(run: Path | None, status: RunStatus | None) -> ExperimentConfig | None:
+    if run is None or status is None:
+        return None
+    with contextlib.suppress(ToolkitError):
+        return config_of(run, status.attempt)
+    return None
+
+
+def _description(run: Path | None, config: ExperimentConfig | None) -> str:
+    """What whoever trained it wrote. A recipe's own line, or that of a converted model's config,
+    was written before anyone knew the data."""
+    if run is None or config is None:
+        return ""
+    origins: dict[str, Any] = {}
+    with contextlib.suppress(ToolkitError, OSError):
+        origins = read_json(run / RUN_FILES.origins, RunError)
+    origin = str(origins.get("description", "recipe"))
+    return "" if origin.startswith("recipe") or FINETUNE_FILE in origin else config.description
+
+
+def _model(source: ModelSource, architecture: str, dtype: str) -> dict[str, str]:
+    transformer = source.config.to_transformer()
+    # Padding rows are not exported.
+    rows = transformer.replace(vocab_multiple=1)
+    sizes = f"{rows.num_parameters:,}"
+    if transformer.moe is not None:
+        sizes += f", of which a token uses {rows.num_active_parameters:,}"
+    return {
+        "Architecture": architecture,
+        "Parameters": sizes,
+        "Layers x width": f"{transformer.num_layers} x {transformer.d_model}",
+        "Vocabulary": f"{transformer.vocab_size:,}",
+        "Longest sequence": f"{transformer.max_sequence_length:,} tokens",
+        "Weights": dtype,
+    }
+
+
+def _training(
+    source: ModelSource, config: ExperimentConfig | None, status: RunStatus | None
+) -> dict[str, str]:
+    metadata, rows = source.metadata, {}
+    if name := source.origin.get("name"):
+        rows["Started from"] = str(name)
+    if metadata is None or metadata.step == 0:
+        return rows
+    rows["Length"] = f"{metadata.step:,} steps, {metadata.tokens:,} tokens"
+    if config is not None:
+        dataset, module = config.dataset, config.train_module
+        rows["Data"] = data_words(dataset)
+        rows["Sequence length"] = f"{dataset.sequence_length:,} tokens"
+        rows["Batch"] = f"{config.data_loader.global_batch_size:,} tokens"
+        rows["Optimizer"] = _settings(msgspec.to_builtins(module.optim))
+        rows["Schedule"] = _settings(msgspec.to_builtins(module.scheduler))
+        rows["Clipped gradient norm"] = f"{module.max_grad_norm:g}" if module.max_grad_norm else ""
+        rows["Not trained"] = ", ".join(f"`{pattern}`" for pattern in module.freeze)
+        rows["Seed"] = str(config.seed)
+    elif optim := metadata.extra.get("optim"):
+        rows["Optimizer"] = _settings(optim)
+    if source.lora is not None:
+        rows["Adapter"] = _settings({"type": "LoRA", **msgspec.to_builtins(source.lora)})
+    engine = engine_of(source.run, status.attempt) if source.run and status else None
+    machine = f"{metadata.engine} x {metadata.world_size}"
+    if engine is not None and (engine.name, engine.world_size) == (
+        metadata.engine,
+        metadata.world_size,
+    ):
+        machine = f"{describe(engine)} ({engine.device})"
+    rows["Engine x processes"] = machine
+    return {name: value for name, value in rows.items() if value}
+
+
+def _settings(values: Mapping[str, Any]) -> str:
+    """`adamw, lr 0.003, betas 0.9 0.95`."""
+    words = [str(values.get("type", ""))]
+    for name, value in values.items():
+        if name == "type" or value is None or value in ((), [], {}, 0):
+            continue
+        if isinstance(value, list | tuple) and all(not isinstance(v, dict) for v in value):
+            words.append(f"{name} {' '.join(map(str, value))}")
+        elif not isinstance(value, list | tuple | dict):
+            words.append(f"{name} {value}")
+    return ", ".join(word for word in words if word)
+
+
+def _results(source: ModelSource) -> dict[str, str]:
+    """Training loss of the checkpoint's step, and the newest evaluation up to it."""
+    if source.metadata is None:
+        return {}
+    step, rows = source.metadata.step, {}
+    if source.run is not None:
+        for line in _newest(source.run / RUN_FILES.train_metrics, step):
+            if line.step == step:
+                rows["Training loss (last batch)"] = _scores(line)
+        for line in _newest(source.run / RUN_FILES.eval_metrics, step):
+            when = "" if line.step == step else f" at step {line.step:,}"
+            rows[f"Evaluation `{line.name}`{when}"] = _scores(line)
+    elif source.metadata.scores:
+        for name, value in source.metadata.scores.items():
+            rows[f"Evaluation `{name}`"] = f"{value:.4f}"
+    return {name: value for name, value in rows.items() if value}
+
+
+def _newest(path: Path, step: int) -> list[_Line]:
+    """The lines of the last recorded step that is not after `step`."""
+    found: dict[str, _Line] = {}
+    for line in read_records(path, _Line):
+        if line.step <= step:
+            same = {name: old for name, old in found.items() if old.step == line.step}
+            found = same | {line.name: line}
+    return list(found.values())
+
+
+def _scores(line: _Line) -> str:
+    labels = {
+        "loss": line.loss,
+        "perplexity": line.ppl,
+        "bits per byte": line.bits_per_byte,
+        "accuracy": line.accuracy,
+    }
+    return ", ".join(
+        f"{label} {value:.4f}" if isinstance(value, float) else f"{label} {value}"
+        for label, value in labels.items()
+        if value is not None
+    )
+
+
+def _command(run: Path | None) -> str | None:
+    """The command line of the newest attempt, without launcher and interpreter; secrets in it were
+    masked when it was recorded."""
+    if run is None:
+        return None
+    with contextlib.suppress(FileNotFoundError, RunError, KeyError, TypeError):
+        argv = [str(word) for word in read_json(run / RUN_FILES.command, RunError)["argv"]]
+        if len(argv) > 1 and argv[1] in _COMMAND:
+            return shlex.join(["toolkit", *argv[1:]])
+    return None
+
+
+def _versions(source: ModelSource, status: RunStatus | None) -> dict[str, str]:
+    if source.metadata is None or source.metadata.step == 0:
+        return {}
+    found: Mapping[str, Any] = source.metadata.extra.get("versions") or {}
+    if source.run is not None and status is not None:
+        found = versions_of(source.run, status.attempt) or found
+    return {name: str(version) for name, version in found.items() if version}

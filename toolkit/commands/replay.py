@@ -1,0 +1,248 @@
+"""Run some recorded steps again, from a checkpoint, and compare their losses with the record.
+
+1. `plan_replay` reads the run folder: which checkpoint, which recorded steps, and the config and
+   engine of the attempt that recorded them.
+2. `train` runs that config in a temporary folder, from the checkpoint to the last of the steps.
+3. The two train.jsonl are compared: bit for bit where everything that decides rounding is as it
+   was, else within a tolerance. The receipt is the only thing written into the run folder.
+"""
+
+import contextlib
+import functools
+import logging
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from toolkit.checkpoint.folder import check_files, read_metadata, saved_steps, step_folder, step_of
+from toolkit.commands.receipt import Receipt, ReplayPlan, compare
+from toolkit.commands.verify import is_step_folder
+from toolkit.config.interpolation import fill
+from toolkit.data.corpus_info import data_places, read_corpus, without_sources
+from toolkit.distributed.launcher import has_launcher, rank_of
+from toolkit.distributed.ranks import check_launcher_variables
+from toolkit.errors import EXIT_DONE, ConfigError, DataError, RunError, TrainingError
+from toolkit.experiment.config import ExperimentConfig
+from toolkit.experiment.recorded import (
+    RecordedStep,
+    config_of,
+    engine_again,
+    engine_of,
+    precision_again,
+    processes_here,
+    read_steps,
+    versions_of,
+)
+from toolkit.experiment.run_data import find_data
+from toolkit.launch.relaunch import relaunch
+from toolkit.runs.config import RunConfig
+from toolkit.runs.files import RUN_FILES
+from toolkit.runs.registry import is_run, resolve_run_folder, run_of_checkpoint
+from toolkit.runs.status import not_a_run
+from toolkit.train.config import CallbacksConfig, Duration, TrainerConfig
+
+log = logging.getLogger(__name__)
+
+OBSERVERS = (
+    "speed_monitor", "network_monitor", "system_monitor", "lm_evaluator", "checkpointer",
+    "sample_writer", "console_logger",
+)  # fmt: skip
+"""Callbacks that only watch and write; off in a replay."""
+
+_NOT_NUMERIC = ("run.", "description", "trainer.")
+_NUMERIC = ("trainer.max_duration.", "trainer.deterministic")
+"""Of the config's values, those that change what a step computes: not the first, but the second."""
+
+
+def replay_steps(
+    run_dir: Path, steps: int, *, step: int | None = None, debug: bool = False
+) -> Receipt | int:
+    """Replay `steps` steps of a run from its checkpoint `step`; the receipt.
+
+    On ranks other than 0, and where other processes did the work, the exit code instead.
+
+    Raises:
+        RunError, ConfigError, DataError, CheckpointError: it cannot be replayed.
+        TrainingError: the replay did not reach its last step.
+    """
+    from toolkit.distributed.logging import setup_logging
+
+    check_launcher_variables()
+    environ, rank = os.environ, rank_of(os.environ)
+    setup_logging(rank)
+    plan = plan_replay(run_dir, steps, step)
+    size = plan.engine.world_size if plan.engine else 1
+    if not has_launcher(environ) and size > 1:
+        words = ["--replay", str(steps), "--step", str(plan.step)]
+        processes = processes_here(size)
+        return relaunch(plan.folder, words, processes, verb="verify", debug=debug)
+    log.info(
+        "replaying steps %d to %d of %s from %s",
+        plan.step + 1, plan.step + steps, plan.folder, plan.checkpoint.name,
+    )  # fmt: skip
+    from toolkit.experiment.run import train
+
+    with _scratch() as root, _only_warnings():
+        config = replay_config(plan, root, environ)
+        # What it stores goes away with the folder; the recorded config has no secrets filled in.
+        code = train(config, stored=config_of(plan.folder, plan.recorded[0].attempt))
+        if rank != 0:
+            return code
+        if code != EXIT_DONE:
+            raise TrainingError("the replay was stopped before its last step; nothing was compared")
+        return compare(plan, resolve_run_folder(config.run, ""))
+
+
+def plan_replay(run_dir: Path, steps: int, step: int | None = None) -> ReplayPlan:
+    """Read what a replay needs from the folder of a run, or of one of its checkpoints.
+
+    Raises:
+        RunError: not a run, or no checkpoint is followed by that many comparable recorded steps.
+        ConfigError: numbers out of range.
+        DataError: the run's data is not here.
+    """
+    folder = run_dir.resolve()
+    run = run_of_checkpoint(run_dir) if is_step_folder(run_dir) else None
+    if run is not None:
+        if step is not None:
+            raise ConfigError(f"{run_dir} is a checkpoint already; leave out --step, or the folder")
+        step, folder = step_of(Path(os.path.abspath(run_dir)).name), run
+    if not is_run(folder):
+        raise not_a_run(run_dir)
+    if steps < 1:
+        raise ConfigError(f"--replay {steps}: give the number of steps, 1 or more")
+    record = read_steps(folder)
+    root = folder / RUN_FILES.checkpoints
+    saved = saved_steps(root)
+    comparable = {s: _count_comparable(folder, record, s) for s in saved}
+    chosen = [s for s in saved if comparable[s] >= steps and step in (None, s)]
+    if not chosen:
+        _refuse(folder, steps, step, comparable)
+    start = chosen[-1]
+    attempt = record[start + 1].attempt
+    config = find_data(fill(config_of(folder, attempt)), folder)
+    if read_corpus(config.data) is None:
+        places = ", ".join(str(place) for place in data_places(config.data))
+        raise DataError(
+            f"{places}: the run's prepared data is not there; restore it, "
+            "or make it again with `toolkit prepare`"
+        )
+    return ReplayPlan(
+        folder=folder,
+        checkpoint=step_folder(root, start),
+        step=start,
+        recorded=[record[start + number] for number in range(1, steps + 1)],
+        config=config,
+        engine=engine_of(folder, attempt),
+        versions=versions_of(folder, attempt),
+    )
+
+
+def replay_config(plan: ReplayPlan, root: str, environ: Mapping[str, str]) -> ExperimentConfig:
+    """What `train` runs: the recorded config, from the checkpoint to the last step, in `root`."""
+    config, recorded = plan.config, plan.engine
+    module = config.train_module
+    if recorded is not None:
+        dp_config = engine_again(recorded.dp_config, recorded.world_size, environ)
+        module = module.replace(dp_config=dp_config)
+        module = module.replace(precision=precision_again(module, recorded.precision, environ))
+    trainer, run = config.trainer, RunConfig(root=root, experiment="replay", name="steps")
+    if config.train_module.lora is None:
+        defaults = TrainerConfig()
+        loading = [name for name in TrainerConfig.__struct_fields__ if name.startswith("load_")]
+        trainer = trainer.replace(
+            **{name: getattr(defaults, name) for name in loading}
+            | {"load_path": str(plan.checkpoint), "load_strategy": "always"}
+        )
+    else:
+        # `load_path` is the adapter's base; the adapter is found where a run has its own.
+        run = run.replace(save_folder=str(Path(root) / "replay" / "steps"))
+        _link(plan.checkpoint, Path(str(run.save_folder)) / RUN_FILES.checkpoints)
+    trainer = trainer.replace(
+        hard_stop=Duration(value=plan.recorded[-1].step),
+        no_checkpoints=True,
+        no_evals=True,
+        max_wall_time=None,
+        stop_file=None,
+        callbacks=_without_observers(config.trainer.callbacks),
+    )
+    return config.replace(
+        run=run,
+        # Taken as it is: a replay prepares nothing, and stores nothing.
+        dataset=without_sources(config.dataset),
+        store=config.store.replace(permanent_root=None),
+        train_module=module,
+        trainer=trainer,
+    )
+
+
+def _link(checkpoint: Path, root: Path) -> None:
+    # A damaged one would be passed over.
+    check_files(checkpoint, read_metadata(checkpoint), hashes=True)
+    root.mkdir(parents=True, exist_ok=True)
+    (root / checkpoint.name).symlink_to(checkpoint, target_is_directory=True)
+
+
+def _count_comparable(folder: Path, record: dict[int, RecordedStep], step: int) -> int:
+    """Recorded steps right after `step` that one config and one engine made."""
+
+    @functools.cache
+    def made_by(attempt: int) -> Any:
+        return engine_of(folder, attempt), _numbers_of(folder, attempt)
+
+    count, first = 0, record.get(step + 1)
+    while first is not None and (line := record.get(step + 1 + count)) is not None:
+        if line.attempt != first.attempt and made_by(line.attempt) != made_by(first.attempt):
+            break
+        count += 1
+    return count
+
+
+def _refuse(folder: Path, steps: int, step: int | None, comparable: dict[int, int]) -> None:
+    shown = [f"{s} ({count} after it)" for s, count in sorted(comparable.items()) if count]
+    can = f"can be replayed: step {', '.join(shown)}" if shown else "none can be replayed"
+    if step is not None and step not in comparable:
+        raise RunError(f"{folder}: no checkpoint step{step}; {can}")
+    wanted = "no checkpoint has" if step is None else f"step{step} has not"
+    raise RunError(
+        f"{folder}: {wanted} {steps} steps recorded after it by one config and engine; {can}"
+    )
+
+
+def _numbers_of(folder: Path, attempt: int) -> dict[str, Any]:
+    from toolkit.config import leaves
+
+    values = leaves(config_of(folder, attempt).to_dict())
+    return {
+        path: value
+        for path, value in values
+        if path.startswith(_NUMERIC) or not path.startswith(_NOT_NUMERIC)
+    }
+
+
+def _without_observers(callbacks: CallbacksConfig) -> CallbacksConfig:
+    silent = {name: getattr(callbacks, name).replace(enabled=False) for name in OBSERVERS}
+    # Nor is anything taken from there.
+    silent["checkpointer"] = silent["checkpointer"].replace(upload_to=None)
+    return callbacks.replace(**silent)
+
+
+def _scratch() -> "tempfile.TemporaryDirectory[str]":
+    """A folder that goes away, though other ranks may still close their log files in it."""
+    return tempfile.TemporaryDirectory(prefix="toolkit-replay-", ignore_cleanup_errors=True)
+
+
+@contextlib.contextmanager
+def _only_warnings() -> Iterator[None]:
+    """What a run says about itself would be about a folder that goes away."""
+    loggers = [logging.getLogger(f"toolkit.{name}") for name in ("experiment.run", "train")]
+    before = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, before, strict=True):
+            logger.setLevel(level)

@@ -1,0 +1,1 @@
+"""From documents to token files: readers, tokenizers, building, storing, looking at them."""

@@ -1,0 +1,346 @@
+"""Local copies within a limit: what was used longest ago goes first, what is needed never.
+
+Beside the folder `<name>` of a data set lie
+
+    .<name>.used          who uses it, and when it was last used (`in_use.py`)
+    .<name>.stored.json   `StoredRecord`: where its verified permanent copy is
+    .<name>.download/     files of a copy that is being made, with `reserved.json`
+    .<name>.lock          held while it is made
+
+A folder is removed by giving it a hidden name first, so that what is left of a removal that was cut
+short is recognised, and removed the next time.
+"""
+
+import contextlib
+import datetime
+import logging
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import filelock
+import msgspec
+
+from toolkit.data.config import DatasetConfig, HubSourceConfig, StoreConfig
+from toolkit.data.prepare.store.permanent import content_fingerprint, find_permanent
+from toolkit.data.tokens.in_use import has_mark, last_used, mark_used, unused
+from toolkit.data.tokens.prepared import MANIFEST_NAME, Manifest
+from toolkit.errors import ConfigError, DataError, StorageError
+from toolkit.storage.atomic import write_json_atomic
+from toolkit.storage.foreign import read_json
+
+log = logging.getLogger(__name__)
+
+ROOT_LOCK = ".cache.lock"
+RESERVED_NAME = "reserved.json"
+_REMOVED = re.compile(r"^\..+\.removed-[0-9a-f]{8}$")
+
+
+class StoredRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """A verified permanent copy of a local data set exists. Not part of what the data set is."""
+
+    permanent_root: str
+    name: str
+    """Folder below it."""
+    content: str
+    """`content_fingerprint` of the data set."""
+    verified_at: str
+    """UTC."""
+
+
+class Entry(NamedTuple):
+    """Something in a cache that takes space."""
+
+    folder: Path
+    num_bytes: int
+    last_used: float
+    remove: Callable[[], str | None]
+    """Removes it, or says why it has to stay."""
+
+
+def ensure_local_dataset_cache_cap(
+    root: str | os.PathLike[str],
+    max_cache_gb: float,
+    *,
+    needed_bytes: int = 0,
+    keep: Path | None = None,
+) -> list[Path]:
+    """Remove whole data sets under `root`, the least recently used first, until the rest fits.
+
+    Data sets that a live process uses stay, and those without a verified permanent copy that can
+    be reached now. Where too little can go, one warning names what stays. Other files under `root`
+    neither count nor go.
+
+    Args:
+        max_cache_gb: limit in units of 1e9 bytes.
+        needed_bytes: size that the data set `keep` will have; 0: the size that it has.
+        keep: folder of a data set that is not removed, and has to fit.
+
+    Returns:
+        The folders that were removed.
+
+    Raises:
+        DataError: `keep` alone is larger than the limit; nothing was removed.
+    """
+    root = Path(root).expanduser()
+    with _locked(root) as is_locked:
+        if not is_locked:
+            return []
+        return _make_room(
+            root, max_cache_gb, list(_dataset_entries(root)), needed_bytes=needed_bytes, keep=keep
+        )
+
+
+@contextlib.contextmanager
+def raw_text_cache(config: DatasetConfig, store: StoreConfig) -> Iterator[str | None]:
+    """The folder below `store.hf_cache_dir` for the raw text of a hub data set, marked as in use
+    while the block runs; before and after it, what was used longest ago goes where the limit asks
+    for it. None: the libraries' own folder, which is left alone.
+
+    Only folders made here go: what else lies in `hf_cache_dir` neither counts nor goes.
+    """
+    if store.hf_cache_dir is None or not isinstance(config.source, HubSourceConfig):
+        yield None
+        return
+    root = Path(store.hf_cache_dir).expanduser()
+    folder = root / (re.sub(r"[^\w.-]+", "--", config.source.name).strip("-.") or "data")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"store.hf_cache_dir: {folder}: {error.strerror}") from None
+    mark = mark_used(folder)
+    _make_room_for_raw_text(root, store.max_cache_gb)
+    try:
+        yield str(folder)
+    finally:
+        if mark is not None:
+            mark.release()
+        _make_room_for_raw_text(root, store.max_cache_gb)
+
+
+def _make_room_for_raw_text(root: Path, max_cache_gb: float | None) -> None:
+    if max_cache_gb is None:
+        return
+    with _locked(root) as is_locked:
+        if is_locked:
+            _make_room(root, max_cache_gb, list(_raw_text_entries(root)), keep=None)
+
+
+def read_record(folder: Path) -> StoredRecord | None:
+    """The record of the data set `folder`, if there is one that can be read."""
+    try:
+        return read_json(_record_path(folder), DataError, StoredRecord)
+    except (FileNotFoundError, DataError):
+        return None
+
+
+def write_record(folder: Path, permanent_root: str, name: str, content: str) -> None:
+    """Note that the data set `folder` has a verified permanent copy."""
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    record = StoredRecord(
+        permanent_root=permanent_root, name=name, content=content, verified_at=now
+    )
+    with contextlib.suppress(OSError):  # without it, the copy is verified again and never removed
+        write_json_atomic(_record_path(folder), record)
+
+
+def download_folder(folder: Path) -> Path:
+    """Where a copy of the data set `folder` grows."""
+    return folder.with_name(f".{folder.name}.download")
+
+
+def build_lock(folder: Path) -> filelock.BaseFileLock:
+    """Held by the one process that makes the data set `folder`."""
+    return filelock.FileLock(folder.with_name(f".{folder.name}.lock"))
+
+
+def _record_path(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.stored.json")
+
+
+@contextlib.contextmanager
+def _locked(root: Path) -> Iterator[bool]:
+    """One process at a time makes room under `root`."""
+    lock = filelock.FileLock(root / ROOT_LOCK)
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except OSError as error:
+        log.warning("%s: store.max_cache_gb has no effect: %s", root, error)
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        lock.release()
+
+
+def _make_room(
+    root: Path,
+    max_cache_gb: float,
+    entries: list[Entry],
+    *,
+    needed_bytes: int = 0,
+    keep: Path | None,
+) -> list[Path]:
+    limit = int(max_cache_gb * 1e9)
+    own = [entry for entry in entries if entry.folder == keep]
+    others = [entry for entry in entries if entry.folder != keep and entry.num_bytes]
+    others.sort(key=lambda entry: entry.last_used)
+    own_bytes = needed_bytes or max((entry.num_bytes for entry in own), default=0)
+    if own_bytes > limit:
+        raise DataError(
+            f"store.max_cache_gb is {max_cache_gb:g}, but {keep or 'what is needed'} alone takes "
+            f"{_gigabytes(own_bytes)} GB; set store.max_cache_gb to more than that"
+        )
+    total = own_bytes + sum(entry.num_bytes for entry in others)
+    removed, staying = [], []
+    for entry in others:
+        if total <= limit:
+            break
+        reason = entry.remove()
+        if reason is None:
+            log.info("%s: removed, to keep %s under %g GB", entry.folder, root, max_cache_gb)
+            removed.append(entry.folder)
+            total -= entry.num_bytes
+        else:
+            staying.append(f"{entry.folder} ({reason})")
+    if total > limit:
+        log.warning(
+            "%s takes %s GB, more than store.max_cache_gb %g; not removed: %s",
+            root,
+            _gigabytes(total),
+            max_cache_gb,
+            ", ".join(staying),
+        )
+    return removed
+
+
+def _gigabytes(num_bytes: int) -> str:
+    return f"{num_bytes / 1e9:.3g}"
+
+
+def _dataset_entries(root: Path) -> Iterator[Entry]:
+    for parent, names, _ in os.walk(root):
+        below = []
+        for name in names:
+            path = Path(parent, name)
+            if _REMOVED.match(name):
+                shutil.rmtree(path, ignore_errors=True)
+            elif name.startswith("."):
+                yield from _unfinished_entry(path)
+            elif path.is_symlink():
+                continue
+            elif (path / MANIFEST_NAME).exists():
+                yield _entry(path, path, lambda path=path: _remove_dataset(path))  # type: ignore[misc]
+            else:
+                below.append(name)
+        names[:] = below
+
+
+def _unfinished_entry(path: Path) -> Iterator[Entry]:
+    """A copy or a data set in the making, under the name of its data set."""
+    name, _, kind = path.name.removeprefix(".").rpartition(".")
+    folder = path.with_name(name)
+    if kind == "download":
+        yield _entry(folder, path, lambda: _remove_download(folder, path))
+    elif kind == "building" and not _remove_left_over(folder, path):
+        yield _entry(folder, path, lambda: "being built, or to be continued")
+
+
+def _raw_text_entries(root: Path) -> Iterator[Entry]:
+    for path in sorted(root.iterdir()):
+        if _REMOVED.match(path.name):
+            shutil.rmtree(path, ignore_errors=True)
+        elif path.is_dir() and not path.is_symlink() and has_mark(path):
+            yield _entry(path, path, lambda path=path: _remove_unused(path))  # type: ignore[misc]
+
+
+def _entry(folder: Path, path: Path, remove: Callable[[], str | None]) -> Entry:
+    num_bytes = 0
+    for parent, _, files in os.walk(path):
+        for name in files:
+            with contextlib.suppress(OSError):
+                num_bytes += os.stat(os.path.join(parent, name), follow_symlinks=False).st_size
+    with contextlib.suppress(OSError, ValueError):
+        num_bytes = max(num_bytes, int((path / RESERVED_NAME).read_bytes()))
+    return Entry(folder, num_bytes, last_used(folder), remove)
+
+
+def _remove_dataset(folder: Path) -> str | None:
+    """Remove it if that loses nothing and disturbs nobody; else say why not."""
+    with unused(folder) as is_unused:
+        if not is_unused:
+            return "in use"
+    record = read_record(folder)
+    try:
+        manifest = read_json(folder / MANIFEST_NAME, DataError, Manifest)
+    except (FileNotFoundError, DataError):
+        return f"its {MANIFEST_NAME} cannot be read"
+    if record is None or record.content != content_fingerprint(manifest):
+        return "no verified permanent copy"
+    try:
+        there = find_permanent(record.permanent_root, record.name)
+        is_whole = (
+            there is not None
+            and there.content == record.content
+            and there.wrong_file() is None
+            and there.wrong_block() is None
+        )
+    except (StorageError, ConfigError):
+        return "its permanent copy is out of reach"
+    except (DataError, FileNotFoundError):
+        is_whole = False
+    if not is_whole:
+        return "its permanent copy is gone or damaged"
+    return _remove_unused(folder)
+
+
+def _remove_unused(folder: Path) -> str | None:
+    with unused(folder) as is_unused:
+        if not is_unused:
+            return "in use"
+        try:
+            doomed = _hide(folder)
+        except OSError as error:
+            return f"cannot be removed: {error.strerror}"
+    _record_path(folder).unlink(missing_ok=True)
+    shutil.rmtree(doomed, ignore_errors=True)
+    return None
+
+
+def _hide(path: Path) -> Path:
+    """Give a folder that is to be removed its hidden name."""
+    doomed = path.with_name(f".{path.name}.removed-{secrets.token_hex(4)}")
+    os.rename(path, doomed)
+    return doomed
+
+
+def _remove_left_over(folder: Path, building: Path) -> bool:
+    """Remove what a process that was killed after `folder` was whole has left; False: it is still
+    of use."""
+    try:
+        with build_lock(folder).acquire(timeout=0):
+            if not (folder / MANIFEST_NAME).exists():
+                return False
+            shutil.rmtree(_hide(building), ignore_errors=True)
+            return True
+    except (filelock.Timeout, OSError):
+        return False
+
+
+def _remove_download(folder: Path, path: Path) -> str | None:
+    lock = build_lock(folder)
+    try:
+        lock.acquire(timeout=0)
+    except (filelock.Timeout, OSError):
+        return "being copied"
+    try:
+        shutil.rmtree(path, ignore_errors=True)
+    finally:
+        lock.release()
+    return None

@@ -1,0 +1,321 @@
+"""How a data set comes to this machine and is kept for good: `StoreConfig` at work.
+
+1. A whole local copy is used. Once a start it is compared with the permanent one: another content
+   is an error; no permanent copy, or a damaged one: it is stored; no answer: one warning.
+2. Else the permanent copy is copied here. Its files arrive in a hidden folder, where each gets its
+   name when its hash was checked, so that a copy that was killed continues with the next file; the
+   whole folder gets its name in one rename.
+3. Else the data set is built (`prepare.py`), stored, and read back.
+
+Training reads local memory maps in all cases.
+"""
+
+import logging
+import os
+import shutil
+import time
+from pathlib import Path
+
+import filelock
+import xxhash
+
+from toolkit.data.config import DatasetConfig, StoreConfig
+from toolkit.data.prepare.build.settings import check_settings
+from toolkit.data.prepare.store.cache import (
+    RESERVED_NAME,
+    StoredRecord,
+    download_folder,
+    ensure_local_dataset_cache_cap,
+    read_record,
+    write_record,
+)
+from toolkit.data.prepare.store.permanent import (
+    Note,
+    PermanentCopy,
+    content_fingerprint,
+    find_permanent,
+)
+from toolkit.data.prepare.store.upload import different_content, upload
+from toolkit.data.tokens.in_use import mark_used
+from toolkit.data.tokens.prepared import (
+    MANIFEST_NAME,
+    TOKENIZER_FOLDER,
+    Manifest,
+    PreparedDataset,
+    dataset_folder,
+    open_prepared,
+    read_prepared,
+)
+from toolkit.errors import DataError, StorageError
+from toolkit.storage.atomic import fsync_folder, fsync_tree, remove_tree, write_atomic
+from toolkit.storage.foreign import read_json
+from toolkit.storage.remote import is_url
+
+log = logging.getLogger(__name__)
+
+
+def obtain(
+    config: DatasetConfig, store: StoreConfig, *, check_text: bool, note: Note
+) -> PreparedDataset | None:
+    """The local copy, or one made now of the permanent copy; None: there is neither. The caller
+    holds the build lock.
+
+    Raises:
+        DataError: see `fetch`; or the local copy is damaged and no permanent one replaces it.
+        StorageError: see `fetch`.
+    """
+    damaged = None
+    try:
+        prepared = open_prepared(config)
+    except DataError as error:
+        prepared, damaged = None, error
+    if prepared is not None:
+        check_settings(prepared, config, check_text=check_text)
+        return prepared
+    prepared = fetch(config, store, damaged=damaged, check_text=check_text, note=note)
+    if prepared is None and damaged is not None:
+        raise damaged
+    return prepared
+
+
+def fetch(
+    config: DatasetConfig,
+    store: StoreConfig,
+    *,
+    damaged: DataError | None = None,
+    check_text: bool = True,
+    note: Note,
+) -> PreparedDataset | None:
+    """Copy the permanent copy to this machine, if there is one. The caller holds the build lock.
+
+    Args:
+        config: with the local root (`localize`).
+        damaged: what is wrong with the local copy, if one is there; its good files stay.
+        check_text: see `ensure_prepared`.
+
+    Raises:
+        DataError: the permanent copy is damaged, does not fit `config`, the cache or the disk.
+        StorageError: the store cannot be reached, and there is no whole local copy.
+    """
+    if store.permanent_root is None:
+        return None
+    folder = dataset_folder(config)
+    try:
+        found = find_permanent(_permanent_root(store.permanent_root), _name(config))
+        if found is None:
+            return None
+        _check_found(found, config, damaged=damaged, check_text=check_text)
+        started = time.monotonic()
+        note(f"copying {found.url} to {folder}: {found.num_bytes / 1e6:.1f} MB")
+        mark = mark_used(folder)
+        _copy_here(found, _root(config), folder, store, note)
+    except StorageError as error:
+        if damaged is not None:
+            raise damaged from error
+        raise StorageError(
+            f"{folder}: not on this machine, and its permanent copy is out of reach: {error}; or "
+            "set store.permanent_root=null to build it here"
+        ) from error
+    write_record(folder, _permanent_root(store.permanent_root), _name(config), found.content)
+    note(f"copied {found.url} to {folder}; {time.monotonic() - started:.1f} s")
+    prepared = read_prepared(config)
+    assert prepared is not None, f"{folder} vanished after it was copied"
+    prepared.in_use = mark
+    return prepared
+
+
+def make_room(config: DatasetConfig, store: StoreConfig, num_bytes: int) -> None:
+    """Room in the cache for the data set of `config`, which is being built.
+
+    Raises:
+        DataError: it alone is larger than the cache's limit.
+    """
+    if store.max_cache_gb is not None:
+        ensure_local_dataset_cache_cap(
+            _root(config),
+            store.max_cache_gb,
+            needed_bytes=num_bytes,
+            keep=dataset_folder(config),
+        )
+
+
+def settle(
+    prepared: PreparedDataset, config: DatasetConfig, store: StoreConfig, *, note: Note
+) -> None:
+    """Keep a whole local data set stored, and the cache under its limit. One process of a machine
+    calls it at the start of a run.
+
+    A store that is out of reach, or refuses, is one warning: training goes on.
+
+    Raises:
+        DataError: the permanent copy has another content, or the cache's limit is below this data
+            set.
+        ConfigError: the store needs a library that is not installed.
+    """
+    if store.max_cache_gb is not None:  # first: what cannot be kept here is not stored either
+        ensure_local_dataset_cache_cap(_root(config), store.max_cache_gb, keep=prepared.folder)
+    if store.permanent_root is not None:
+        _keep_stored(prepared, _permanent_root(store.permanent_root), _name(config), note)
+
+
+def stored_at(prepared: PreparedDataset) -> StoredRecord | None:
+    """Where the verified permanent copy of a local data set is; None: there is none that is known
+    of."""
+    record = read_record(prepared.folder)
+    if record is None or record.content != content_fingerprint(prepared.manifest):
+        return None
+    return record
+
+
+def describe_stored(prepared: PreparedDataset) -> str:
+    """`stored_at` in words."""
+    record = stored_at(prepared)
+    if record is None:
+        return "not stored permanently (see store.permanent_root)"
+    place = f"{record.permanent_root.rstrip('/')}/{record.name}"
+    return f"stored at {place}, verified {record.verified_at}"
+
+
+def _root(config: DatasetConfig) -> Path:
+    return Path(config.root).expanduser()
+
+
+def _permanent_root(root: str) -> str:
+    """The same place from every working folder, for the record."""
+    return root if is_url(root) else str(Path(root).expanduser().absolute())
+
+
+def _name(config: DatasetConfig) -> str:
+    return f"{config.dataset_name}/{config.dataset_config}"
+
+
+def _check_found(
+    found: PermanentCopy, config: DatasetConfig, *, damaged: DataError | None, check_text: bool
+) -> None:
+    """Everything that can be said against the copy before it is made."""
+    folder = dataset_folder(config)
+    expected = {MANIFEST_NAME, TOKENIZER_FOLDER, *found.files}
+    if not folder.is_dir() and folder.exists():
+        raise DataError(f"{folder}: is a file; give another dataset.dataset_config")
+    strange = {path.name for path in folder.iterdir()} - expected if folder.is_dir() else set()
+    if damaged is None and strange:
+        raise DataError(
+            f"{folder}: exists, but is no prepared data set (it has no {MANIFEST_NAME}); give "
+            "another dataset.dataset_name or dataset.dataset_config"
+        )
+    own = _own_content(folder) if damaged is not None else None
+    if own is not None and own != found.content:
+        raise different_content(folder, own, found)
+    try:
+        check_settings(PreparedDataset(folder, found.manifest), config, check_text=check_text)
+    except DataError as error:
+        raise DataError(str(error).replace(str(folder), found.url)) from None
+    if wrong := found.wrong_file():
+        raise found.damaged(wrong)
+
+
+def _own_content(folder: Path) -> str | None:
+    try:
+        manifest = read_json(folder / MANIFEST_NAME, DataError, Manifest)
+    except (FileNotFoundError, DataError):
+        return None
+    return content_fingerprint(manifest)
+
+
+def _copy_here(
+    found: PermanentCopy, root: Path, folder: Path, store: StoreConfig, note: Note
+) -> None:
+    place = download_folder(folder)
+    # A copy of something else, which was replaced in the store meanwhile, is of no use.
+    growing = place / xxhash.xxh3_64_hexdigest(found.raw)
+    for path in place.iterdir() if place.is_dir() else []:
+        if path.is_dir() and path != growing:
+            shutil.rmtree(path)
+    if store.max_cache_gb is not None:
+        growing.mkdir(parents=True, exist_ok=True)
+        # Seen by others that make room at the same time.
+        write_atomic(place / RESERVED_NAME, str(found.num_bytes).encode(), sync=False)
+        try:
+            ensure_local_dataset_cache_cap(
+                root, store.max_cache_gb, needed_bytes=found.num_bytes, keep=folder
+            )
+        except DataError:
+            shutil.rmtree(place)
+            raise
+    growing.mkdir(parents=True, exist_ok=True)
+    there = sum(found.files[name].size for name in found.files if (growing / name).exists())
+    free = shutil.disk_usage(growing).free
+    if found.num_bytes - there > free:
+        raise DataError(
+            f"{folder}: copying {found.url} takes {found.num_bytes - there:,} bytes, its disk has "
+            f"{free:,} free; make room, or set store.tokenized_cache_dir to another disk"
+        )
+    found.download(growing, reuse=folder, note=note)
+    write_atomic(growing / MANIFEST_NAME, found.raw)
+    fsync_tree(growing)
+    if folder.exists() and any(folder.iterdir()):
+        remove_tree(folder)  # damaged; its good files are linked from the copy
+    os.rename(growing, folder)
+    fsync_folder(folder.parent)
+    shutil.rmtree(place)
+
+
+def _keep_stored(prepared: PreparedDataset, root: str, name: str, note: Note) -> None:
+    content = content_fingerprint(prepared.manifest)
+    record = stored_at(prepared)
+    known = record is not None and (record.permanent_root, record.name) == (root, name)
+    try:
+        found = find_permanent(root, name)
+    except StorageError as error:
+        log.warning(
+            "%s: its permanent copy is out of reach, the local copy is used: %s",
+            prepared.folder,
+            error,
+        )
+        return
+    if found is not None:
+        if found.content != content:
+            raise different_content(prepared.folder, content, found)
+        wrong = found.wrong_file()
+        if wrong is None and known:
+            return
+        try:
+            wrong = wrong or found.wrong_block()
+        except (StorageError, FileNotFoundError) as error:
+            log.warning("%s: its permanent copy cannot be checked: %s", prepared.folder, error)
+            return
+        if wrong is None and found.was_read_back:
+            write_record(prepared.folder, root, name, content)
+            return
+        if wrong is not None:
+            log.warning("%s; it is stored anew from %s", wrong, prepared.folder)
+    elif known:
+        log.warning(
+            "%s: its permanent copy in %s is gone (is it mounted?); it is stored anew",
+            prepared.folder,
+            root,
+        )
+    _store(prepared, root, name, note)
+
+
+def _store(prepared: PreparedDataset, root: str, name: str, note: Note) -> None:
+    folder = prepared.folder
+    lock = filelock.FileLock(folder.with_name(f".{folder.name}.upload.lock"))
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        note(f"another process is storing {folder}")
+        return
+    except OSError as error:
+        log.warning("%s: not stored permanently: %s", folder, error)
+        return
+    try:
+        started = time.monotonic()
+        note(f"storing {folder} in {root}")
+        url = upload(prepared, root, name, note=note)
+        write_record(folder, root, name, content_fingerprint(prepared.manifest))
+        note(f"stored {folder} at {url} and read it back; {time.monotonic() - started:.1f} s")
+    except StorageError as error:
+        log.warning("%s: not stored permanently, training goes on: %s", folder, error)
+    finally:
+        lock.release()

@@ -1,0 +1,118 @@
+"""Shards: pieces of a source that one process reads at a time, and how large they are."""
+
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
+from typing import Literal, NamedTuple
+
+import msgspec
+
+from toolkit.data.prepare.text.files import SourceFile, check_unchanged, left_out_line
+
+PIECE_BYTES = 1 << 20
+"""Plain text is tokenized in pieces of this size."""
+MIN_SHARD_BYTES = 1 << 20
+MAX_SHARD_BYTES = 32 << 20
+TARGET_NUM_SHARDS = 64
+
+RangeKind = Literal[
+    "text", "jsonl", "jsonl_gz", "jsonl_zst", "json_array", "parquet", "arrow", "disk_rows",
+    "hub_stream", "hub_rows", "tokens", "remote_tokens",
+]  # fmt: skip
+
+
+class Range(msgspec.Struct, frozen=True, kw_only=True):
+    """A part of one file (or of a data set of the `datasets` library) that one shard reads."""
+
+    kind: RangeKind
+    path: str
+    """File to open; for the hub, the name of the data set."""
+    name: str
+    """Relative name: the stable part of each document's identity."""
+    start: int
+    """First byte (text, jsonl), row group (parquet), batch (arrow), shard (hub_stream), row
+    (hub_rows, disk_rows) or token (tokens)."""
+    end: int
+    """One past the last; for hub_stream the number of shards."""
+    num_bytes: int
+    """Rough size of what is read, for progress."""
+    split: Literal["train", "val"] | None = None
+    """Set where the split is decided by place instead of by a hash of the identity."""
+    document_start: int = 0
+    """Text: where the document begins in the file... Tokens: the byte where they begin."""
+    document_end: int = 0
+    """...and ends; a document may span several ranges. Tokens: how many the file holds."""
+    file_bytes: int = 0
+    """Size of a local file when it was found..."""
+    modified_ns: int = 0
+    """...and the time of its last change: it may not change while it is read."""
+
+
+Shard = list[Range]
+
+
+class Plan(NamedTuple):
+    """All shards of a source, in order."""
+
+    shards: list[Shard]
+    fingerprint: str
+    num_bytes: int
+    num_empty: int = 0
+    """Empty files, which are left out."""
+    files: tuple[SourceFile, ...] = ()
+    """The local files it was made from."""
+    cache_dir: str | None = None
+    """See `Reading`."""
+    left_out_files: Mapping[str, int] = MappingProxyType({})
+    """See `Listing.left_out`."""
+    unused_suffixes: tuple[str, ...] = ()
+    """See `Listing`."""
+
+    def notes(self) -> list[str]:
+        """What is left out before anything is read, one line each."""
+        lines = [left_out_line(self.left_out_files)]
+        if self.unused_suffixes:
+            lines.append(
+                f"dataset.source.suffixes: no file ends in {', '.join(self.unused_suffixes)}"
+            )
+        return [line for line in lines if line]
+
+    def check_unchanged(self) -> None:
+        """Raise DataError when a file is not the one that was found at the start."""
+        for file in self.files:
+            check_unchanged(file.path, file.num_bytes, file.modified_ns)
+
+
+def shard_bytes(num_bytes: int) -> int:
+    """Bytes of one shard of a source of `num_bytes`."""
+    size = num_bytes // TARGET_NUM_SHARDS // PIECE_BYTES * PIECE_BYTES
+    return min(max(size, MIN_SHARD_BYTES), MAX_SHARD_BYTES)
+
+
+def group_ranges(ranges: Iterator[Range], size: int) -> list[Shard]:
+    """Neighbours together, up to `size` bytes."""
+    shards: list[Shard] = []
+    room = 0
+    for part in ranges:
+        if not shards or part.num_bytes > room:
+            shards.append([])
+            room = size
+        shards[-1].append(part)
+        room -= part.num_bytes
+    return shards
+
+
+def align(path: str, position: int, size: int) -> int:
+    """The place at or after `position` where a text may become two documents: after a line end if
+    one is near, else between two UTF-8 characters."""
+    if position <= 0 or position >= size:
+        return min(max(position, 0), size)
+    with open(path, "rb", buffering=0) as file:
+        file.seek(position - 1)
+        window = file.read(1 << 16)
+    line_end = window.find(b"\n")
+    if line_end >= 0:
+        return min(position + line_end, size)
+    offset = 1
+    while offset < min(len(window), 4) and window[offset] & 0xC0 == 0x80:
+        offset += 1
+    return min(position - 1 + offset, size)

@@ -1,0 +1,244 @@
+"""Where documents come from: every kind of source as an ordered list of independent shards.
+
+A shard is a piece of work for one process: a few files, or a part of a large one. Shards are cut by
+size, never by the number of processes, and a document is identified by its file's relative name and
+place in it. What is prepared therefore depends on the source alone.
+"""
+
+import functools
+import glob
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from toolkit.data.config import (
+    DiskSourceConfig,
+    FilesSourceConfig,
+    HubSourceConfig,
+    SourceConfig,
+    TokenFilesSourceConfig,
+)
+from toolkit.data.prepare.text.columns import TextColumns, text_columns
+from toolkit.data.prepare.text.files import (
+    SourceFile,
+    fingerprint_files,
+    list_files,
+)
+from toolkit.data.prepare.text.plain import BYTE_ORDER_MARK
+from toolkit.data.prepare.text.shards import (
+    Plan,
+    Range,
+    RangeKind,
+    align,
+    group_ranges,
+    shard_bytes,
+)
+from toolkit.errors import DataError
+from toolkit.storage.remote import is_url
+
+_ENDINGS: dict[RangeKind, tuple[str, ...]] = {
+    "jsonl": (".jsonl", ".ndjson"),
+    "jsonl_gz": (".jsonl.gz", ".json.gz", ".ndjson.gz"),
+    "jsonl_zst": (".jsonl.zst", ".jsonl.zstd", ".json.zst", ".json.zstd", ".ndjson.zst"),
+    "parquet": (".parquet",),
+    "arrow": (".arrow",),
+}
+MAX_JSON_BYTES = 256 << 20
+"""A list in a .json file is read whole."""
+JSON_HEAD_BYTES = 1 << 20
+_COMPRESSED = (".gz", ".zst", ".zstd", ".bz2", ".xz", ".lz4", ".zip", ".7z", ".tar")
+
+
+def plan_source(
+    source: SourceConfig,
+    validation_fraction: float,
+    *,
+    rows: bool = False,
+    cache_dir: str | None = None,
+) -> Plan:
+    """Cut the source into shards.
+
+    Args:
+        rows: whole rows are read, not the text of a column.
+        cache_dir: see `Reading`.
+
+    Raises:
+        DataError: when there is nothing to read.
+    """
+    columns = None if rows else text_columns(source)
+    if isinstance(source, HubSourceConfig):
+        from toolkit.data.prepare.text.hub import plan_hub
+
+        return plan_hub(source, columns, cache_dir)
+    if isinstance(source, DiskSourceConfig):
+        from toolkit.data.prepare.text.hub import plan_disk
+
+        return plan_disk(source, columns)
+    if isinstance(source, TokenFilesSourceConfig):
+        from toolkit.data.prepare.text.token_files import plan_token_files
+
+        return plan_token_files(source)
+    listing = list_files(source)
+    files = listing.files
+    num_bytes = sum(file.num_bytes for file in files)
+    size = shard_bytes(num_bytes)
+    json_files = source.json_files if isinstance(source, FilesSourceConfig) else "text"
+    kinds = {file.path: file_kind(file, json_files) for file in files}
+    if columns is not None and all(kind == "text" for kind in kinds.values()):
+        columns.check_used(", ".join(source.paths) if isinstance(source, FilesSourceConfig) else "")
+    tails = not rows and _holds_out_tails(list(kinds.values()), validation_fraction)
+    ranges = (
+        piece
+        for file in files
+        for piece in _cut(
+            file, kinds[file.path], columns, size, validation_fraction if tails else 0.0, rows
+        )
+    )
+    shards = group_ranges(ranges, size)
+    return Plan(
+        shards,
+        fingerprint_files(files),
+        num_bytes,
+        listing.num_empty,
+        tuple(files),
+        left_out_files=listing.left_out,
+        unused_suffixes=listing.unused_suffixes,
+    )
+
+
+def source_fingerprint(source: SourceConfig) -> str | None:
+    """`Plan.fingerprint` of local sources; None for those that lie on another machine, because
+    asking them would make every start depend on the network.
+
+    Raises:
+        DataError, OSError: the source cannot be read.
+    """
+    if isinstance(source, HubSourceConfig):
+        return None
+    if isinstance(source, DiskSourceConfig):
+        from toolkit.data.prepare.text.hub import disk_files
+
+        return fingerprint_files(disk_files(source))
+    if isinstance(source, TokenFilesSourceConfig):
+        from toolkit.data.prepare.text.token_files import local_token_files
+
+        local = local_token_files(source)
+        return None if local is None else fingerprint_files(local.files)
+    return fingerprint_files(list_files(source).files)
+
+
+def is_gone(source: SourceConfig | None) -> bool:
+    """Whether something that a local source names is not on this machine (any more)."""
+    if isinstance(source, DiskSourceConfig):
+        return not Path(source.path).expanduser().exists()
+    paths = getattr(source, "paths", [])
+    return any(not is_url(path) and not _is_here(Path(path).expanduser()) for path in paths)
+
+
+def _is_here(path: Path) -> bool:
+    return path.exists() or bool(
+        glob.has_magic(str(path)) and next(glob.iglob(str(path), recursive=True), None)
+    )
+
+
+def range_kind(name: str) -> RangeKind:
+    """How a file is read, by the ending of its name.
+
+    Raises:
+        DataError: for compressed formats that are not read.
+    """
+    lowered = name.lower()
+    for kind, endings in _ENDINGS.items():
+        if lowered.endswith(endings):
+            return kind
+    if lowered.endswith(_COMPRESSED):
+        raise DataError(
+            f"{name}: of compressed files only .jsonl.gz and .jsonl.zst are read; unpack it first"
+        )
+    return "text"
+
+
+def file_kind(file: SourceFile, json_files: Literal["rows", "text"]) -> RangeKind:
+    """How a file is read: by the ending of its name, and of .json files by their beginning.
+
+    Raises:
+        DataError: see `range_kind`; or a .json file holds no rows.
+    """
+    kind = range_kind(file.name)
+    if json_files == "text" or not file.name.lower().endswith(".json"):
+        return kind
+    with open(file.path, "rb") as opened:
+        head = opened.read(JSON_HEAD_BYTES).removeprefix(BYTE_ORDER_MARK).lstrip()
+    if head.startswith(b"["):
+        if file.num_bytes > MAX_JSON_BYTES:
+            raise DataError(
+                f"{file.path}: a list of {file.num_bytes / 1e6:,.0f} MB, and lists in JSON are "
+                f"read whole, up to {MAX_JSON_BYTES >> 20} MB; write one object a line: "
+                "jq -c '.[]' LIST.json > ROWS.jsonl"
+            )
+        return "json_array"
+    first, separator, _ = head.partition(b"\n")
+    if head.startswith(b"{") and (first.rstrip().endswith(b"}") or not separator):
+        return "jsonl"
+    raise DataError(
+        f"{file.path}: neither a list of objects nor an object a line, so it has no rows; give "
+        "such a file, or set dataset.source.json_files=text to read .json files as documents"
+    )
+
+
+def _holds_out_tails(kinds: list[RangeKind], validation_fraction: float) -> bool:
+    """Few plain-text files cannot be split by file: less than one would be held out on average.
+    Then the last part of each is held out."""
+    return (
+        0 < validation_fraction * len(kinds) < 1
+        and all(kind == "text" for kind in kinds)
+    )  # fmt: skip
+
+
+def _cut(
+    file: SourceFile,
+    kind: RangeKind,
+    columns: TextColumns | None,
+    size: int,
+    tail_fraction: float,
+    rows: bool,
+) -> Iterator[Range]:
+    whole = file.num_bytes
+    if rows and kind == "text":
+        raise DataError(
+            f"{file.path}: plain text has no rows for dataset.instructions; give .jsonl, .parquet "
+            "or .arrow files"
+        )
+    whole_file = Range(
+        kind=kind, path=file.path, name=file.name, start=0, end=whole, num_bytes=whole,
+        file_bytes=whole, modified_ns=file.modified_ns,
+    )  # fmt: skip
+    part = functools.partial(msgspec.structs.replace, whole_file)
+    if kind in ("parquet", "arrow"):
+        from toolkit.data.prepare.text.tables import arrow_batches, parquet_row_groups
+
+        cut = parquet_row_groups if kind == "parquet" else arrow_batches
+        for first, last, num_bytes in cut(file.path, columns, size):
+            yield part(start=first, end=last, num_bytes=num_bytes)
+        return
+    if kind == "json_array":
+        yield whole_file
+        return
+    documents: list[tuple[int, int, Literal["train", "val"] | None]] = [(0, whole, None)]
+    if kind in ("jsonl_gz", "jsonl_zst"):
+        # No place inside the stream can be reached without reading all before it.
+        size = max(size, whole)
+    elif tail_fraction:
+        place = align(file.path, int(whole * (1 - tail_fraction)), whole)
+        documents = [(0, place, "train"), (place, whole, "val")]
+    for document_start, document_end, split in documents:
+        start = document_start
+        while start < document_end:
+            end = min((start // size + 1) * size, document_end)
+            yield part(
+                start=start, end=end, num_bytes=end - start, split=split,
+                document_start=document_start, document_end=document_end,
+            )  # fmt: skip
+            start = end
