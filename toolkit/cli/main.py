@@ -30,6 +30,7 @@ from toolkit.cli import (
     resume,
     runs,
     schema,
+    stop_leaving,
     train,
     verify,
 )
@@ -132,7 +133,7 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # names of files need not be UTF-8
-    signals.stop_leaving()
+    stop_leaving()
     if "--debug" in args and verb in _COMPUTING:
         _wait_for_kernels()
     with contextlib.ExitStack() as stack:

@@ -41,8 +41,7 @@ from toolkit.experiment.recorded import describe_engine, metadata_of_attempt, pl
 from toolkit.experiment.run_data import started_in, without_gone_sources
 from toolkit.launch.failures import LostPeerError, Peers, clear_notes, first_line, name_rank
 from toolkit.launch.relaunch import relaunch
-from toolkit.launch.restarts import current_launch, find_predecessor, stays_stopped
-from toolkit.launch.starting import RunStart
+from toolkit.launch.starting import RunStart, current_launch, find_predecessor, stays_stopped
 from toolkit.runs.files import RUN_FILES
 from toolkit.runs.manager import RunManager
 from toolkit.runs.registry import (

@@ -49,12 +49,8 @@ def find_base(
     adapter: Path | str, load_path: str | None, look: Callable[[str], Path | str | None]
 ) -> Path | str:
     """The base of the checkpoint `adapter`: in `trainer.load_path`, which may have moved since, or
-    where it was. `look` finds the newest checkpoint of a path or URL; every rank calls it.
-
-    Raises:
-        CheckpointError: the checkpoint is not an adapter's, or its base is not found: another one
-            lies there, or none.
-    """
+    where it was; `look` finds the newest checkpoint of a path or URL. Raises CheckpointError where
+    `adapter` holds none, or its base is not found."""
     record = metadata_of(adapter).extra.get("base")
     if record is None:
         raise CheckpointError(
@@ -87,11 +83,8 @@ def check_adapter(
     weights_only: bool,
 ) -> None:
     """Check that a run with this `train_module.lora` can start from `checkpoint`, as its own or
-    (`weights_only`) as a base or the weights of a new one.
-
-    Raises:
-        CheckpointError: it holds an adapter where a whole model is wanted, or another adapter.
-    """
+    (`weights_only`) as a base or the weights of a new one. Raises CheckpointError where it holds an
+    adapter and a whole model is wanted, or another adapter."""
     before, adapter = saved.extra.get("adapter"), msgspec.to_builtins(lora)
     if before is None:
         return

@@ -18,11 +18,8 @@ _KEY = "trainer.load_key_mapping"
 def renamed(
     tensors: dict[str, torch.Tensor], mapping: Mapping[str, str]
 ) -> dict[str, torch.Tensor]:
-    """`tensors` (`model.<name>`, `optim.<name>.<slot>`) under the names a checkpoint has.
-
-    Args:
-        mapping: regular expression over this model's parameter names -> replacement, in which `\\1`
-            is the first group; applied in order.
+    """`tensors` (`model.<name>`, `optim.<name>.<slot>`) under the names a checkpoint has by
+    `trainer.load_key_mapping`.
 
     Raises:
         ConfigError: a pattern is not a regular expression or matches no parameter, or two tensors

@@ -21,17 +21,13 @@ from toolkit.storage.remote import is_url
 from toolkit.train.adapter_base import check_adapter, describe_base, find_base
 from toolkit.train.config import NO_BASE, TrainerConfig
 from toolkit.train.matching import change_of_training, renamed, without_new_moments
-from toolkit.train.progress import (
-    no_checkpoint,
-    none_saved,
-    reached_step,
-    refusal,
-    set_run_aside,
-)
+from toolkit.train.progress import no_checkpoint, none_saved, reached_step, refusal, set_run_aside
 from toolkit.train.run_config import log_python_config
 from toolkit.train.state import TrainState
 
 log = logging.getLogger(__name__)
+
+FindRemote = Callable[[str], Path | str | None]
 
 
 class Start(NamedTuple):
@@ -50,24 +46,17 @@ def find_start(
     config: TrainerConfig,
     own: Path,
     find: Callable[[Path], Found] = find_checkpoint,
-    find_remote: Callable[[str], Path | str | None] = lambda url: (
-        find_remote_checkpoint(url).checkpoint
-    ),
+    find_remote: FindRemote = lambda url: find_remote_checkpoint(url).checkpoint,
     *,
     adapts: bool = False,
     reached: int = 0,
 ) -> Start | None:
     """The newest valid checkpoint in `own`, the run's folder of them; else of what the run has
-    uploaded; else of `trainer.load_path`.
-
-    Args:
-        adapts: the run trains an adapter on the model in `load_path`.
-        reached: the last step that the run tells of.
+    uploaded; else of `trainer.load_path`, on whose model a run that `adapts` trains an adapter.
 
     Raises:
-        CheckpointError: the run has trained and none of its own is whole; there is nothing in
-            `load_path`, or it names a step that is damaged; or it is not the base of the run's
-            adapter.
+        CheckpointError: the run tells of a step that it has `reached`, and no checkpoint of its own
+            is whole; `load_path` holds none, or not the base of the run's adapter.
     """
 
     def look(path: str) -> Path | str | None:
@@ -89,9 +78,7 @@ def find_start(
     return None if start is None else start._replace(rejected=rejected)
 
 
-def _find_given(
-    config: TrainerConfig, look: Callable[[str], Path | str | None], *, adapts: bool
-) -> Start | None:
+def _find_given(config: TrainerConfig, look: FindRemote, *, adapts: bool) -> Start | None:
     """What `trainer.load_path` and its neighbours ask for."""
     if config.load_strategy == "never" or config.load_path is None:
         if adapts:
@@ -205,11 +192,8 @@ def _load(state: TrainState, start: Start, *, mapping: Mapping[str, str]) -> Non
 
 @contextlib.contextmanager
 def usable_state(checkpoint: Path | str) -> Iterator[None]:
-    """Around the use of a rank's state, which may be anything.
-
-    Raises:
-        CheckpointError: it is not what a trainer saves.
-    """
+    """Raises CheckpointError where the block finds that a rank's state, which may be anything, is
+    not what a trainer saves."""
     try:
         yield
     except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:

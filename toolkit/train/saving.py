@@ -35,11 +35,8 @@ _VERSIONED = ("torch", "accelerate", "deepspeed", "numpy")
 
 
 class TrainerSaver:
-    """Commits checkpoints; all ranks call its methods at the same steps.
-
-    Args:
-        after_commit: called with each committed folder, on all ranks, in the thread that wrote it.
-    """
+    """Commits checkpoints; all ranks call its methods at the same steps. `after_commit` is called
+    with each committed folder, on all ranks, in the thread that wrote it."""
 
     def __init__(self, state: TrainState, after_commit: Callable[[Path], None]) -> None:
         self._state = state
@@ -62,13 +59,7 @@ class TrainerSaver:
         self._write(save, shards.live(tensors))
 
     def begin_save(self, *, kind: Kind = "permanent") -> None:
-        """Start committing a checkpoint of the current step; return when the state is copied.
-
-        What goes wrong later is in `take_error`.
-
-        Raises:
-            RunError: another process has taken the run over; nothing is written.
-        """
+        """`save`, but return when the state is copied; `take_error` tells what goes wrong later."""
         self.wait()
         save, shards, tensors = self._begin(kind, export_hf=False)
         resolve = shards.copy(tensors)

@@ -25,11 +25,7 @@ def scores_at(step: int, evaluation: Mapping[str, Any] | None) -> dict[str, floa
 
 
 def check_best_metric(config: TrainerConfig, loaders: Mapping[str, Any]) -> None:
-    """Check that the evaluations on `loaders` give what `best_metric` names.
-
-    Raises:
-        ConfigError: naming what they give.
-    """
+    """Raise ConfigError where no evaluation on `loaders` gives what `best_metric` names."""
     _check(config, {name: bool(loader.bytes_per_token) for name, loader in loaders.items()})
 
 

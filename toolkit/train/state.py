@@ -3,8 +3,7 @@
 import logging
 import time
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from toolkit.data.evaluation import EvalLoader
 from toolkit.data.loader import TrainLoader
@@ -22,14 +21,6 @@ from toolkit.train.timeline import Timeline
 log = logging.getLogger(__name__)
 
 
-class Stateful(Protocol):
-    """Keeps plain values in checkpoints, as callbacks do."""
-
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
-
-
 class TrainState:
     """Counters, parts and requests of one training; the same on all ranks at the same step.
 
@@ -44,7 +35,7 @@ class TrainState:
         train_loader: TrainLoader,
         eval_loaders: Mapping[str, EvalLoader],
         run: RunManager,
-        callbacks: Mapping[str, Stateful],
+        callbacks: Mapping[str, Any],
     ) -> None:
         self.config = config
         self.train_module = train_module
@@ -89,19 +80,13 @@ class TrainState:
         return self.environment.is_main
 
     @property
-    def folder(self) -> Path:
-        """The run folder."""
-        return self.run.folder
-
-    @property
     def is_last_step(self) -> bool:
         """Whether no step follows the current one."""
         return self.step >= self.stop_step
 
     def record(self, stream: str, values: Mapping[str, Any]) -> None:
         """Write `values` of the current step to a stream of metrics ("network", "system"); every
-        rank calls it with the same names. Tensors of one element stay on the device until the block
-        of steps is collected."""
+        rank calls it with the same names. Tensors hold one element."""
         values = {"tokens": self.tokens, "time": time.time(), **values}
         self.recorder.record(self.step, values, stream=stream)
 
@@ -112,8 +97,7 @@ class TrainState:
         self.last_eval = {"step": self.step, **result}
 
     def should_stop(self) -> bool:
-        """Whether all ranks stop now. Long work between steps asks too; all ranks call it equally
-        often."""
+        """Whether all ranks stop now; long work between steps asks too. Every rank calls it."""
         self.heartbeat.count += 1
         return self.stop_request.poll(self.environment.cpu_group)
 
