@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from toolkit.models.gpt_config import GPTConfig
+from toolkit.models.config import GPTConfig
 from toolkit.models.presets import PRESETS
 from toolkit.train.callbacks import monitors
 from toolkit.train.callbacks.monitors import SpeedMonitor

@@ -254,8 +254,8 @@ def _on_files(
     notify: Notify,
 ) -> Evaluation:
     from toolkit.data.prepare.text.sources import plan_source
-    from toolkit.evaluate.documents import check_vocabulary, read_documents
     from toolkit.evaluate.perplexity import evaluate_stream
+    from toolkit.evaluate.stream import check_vocabulary, read_documents
     from toolkit.train.eval_sums import total_sums
 
     sources = {path: FilesSourceConfig(paths=[path], text_field=settings.text_field)

@@ -27,7 +27,7 @@ def hf_folder_of(where: str) -> Path | None:
     if folder.is_dir():
         is_hf = (folder / "config.json").is_file() and not (folder / METADATA_FILE).is_file()
         return folder if is_hf else None
-    from toolkit.hf.hub import fetch_model, is_hub_name
+    from toolkit.hf.loading import fetch_model, is_hub_name
 
     return fetch_model(where) if is_hub_name(where) else None
 

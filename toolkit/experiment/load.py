@@ -35,7 +35,6 @@ from toolkit.experiment.config import ExperimentConfig
 from toolkit.experiment.data_name import name_own_data
 from toolkit.experiment.recipes import recipe_hint, recipe_names, recipe_text
 from toolkit.experiment.refused import add_other_errors
-from toolkit.models.counts import shown_parameters
 from toolkit.models.presets import PRESETS, preset
 from toolkit.runs.files import RUN_FILES
 from toolkit.runs.registry import find_named, is_run
@@ -180,7 +179,7 @@ def _describe_recipe(name: str) -> RecipeSummary:
         name,
         config.description,
         config.model.num_parameters if has_model else None,
-        shown_parameters(config.model) if has_model else "-",
+        config.model.shown_parameters if has_model else "-",
         config.dataset.sequence_length,
         [*needs, "download"] if config.needs_download else needs,
     )

@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from toolkit.experiment.config import ExperimentConfig
-from toolkit.models.counts import shown_parameters
 from toolkit.wording import count
 
 if TYPE_CHECKING:
@@ -24,7 +23,7 @@ def opening_lines(
         device = f"the CPU ({device})"
     lines = [
         *layout.notices,
-        f"training {shown_parameters(config.model)} parameters on {processes}, "
+        f"training {config.model.shown_parameters} parameters on {processes}, "
         f"{layout.name} in {layout.precision} on {device}: {folder}",
     ]
     promise = resume_promise(environment.device.type, deterministic=config.trainer.deterministic)

@@ -29,7 +29,7 @@ READ_EARLY_BYTES = 16 << 30
 if TYPE_CHECKING:
     from toolkit.checkpoint.find import Found
     from toolkit.data.loader import TrainLoader
-    from toolkit.models.freeze import TrainedParameters
+    from toolkit.models.parameters import TrainedParameters
     from toolkit.train.restoring import Start
 
 # Fields that change how the model is computed, not what its weights mean.
@@ -232,8 +232,7 @@ def _weights(config: ExperimentConfig, *, is_base: bool) -> dict[str, Any]:
     """Meta tensors of the weights that a checkpoint of this model holds, by their stored names; of
     an adapter's, those of its base or its own."""
     from toolkit.checkpoint.folder import MODEL_PREFIX
-    from toolkit.models.lora import is_trained
-    from toolkit.models.parameters import is_adapter
+    from toolkit.models.parameters import is_adapter, is_trained
 
     lora = config.train_module.lora
     return {
@@ -244,7 +243,7 @@ def _weights(config: ExperimentConfig, *, is_base: bool) -> dict[str, Any]:
 
 
 def _parameters(config: ExperimentConfig) -> "TrainedParameters":
-    from toolkit.models.freeze import choose_trained
+    from toolkit.models.lora import choose_trained
 
     module = config.train_module
     model = config.model.build(init_device="meta")

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from toolkit import parents, signals
-from toolkit.config.seconds import in_seconds
+from toolkit.config.base import in_seconds
 from toolkit.runs.status import FAILURE, STOP_FILE, WALL_TIME
 from toolkit.signals import LAUNCHER_GONE
 

@@ -6,17 +6,12 @@ from typing import Any, Literal
 import msgspec
 
 from toolkit.config import Config
-from toolkit.config.base import check_not_negative, check_positive
+from toolkit.config.base import check_not_negative, check_positive, in_seconds
 from toolkit.config.named import named, users_class
 from toolkit.config.paths import LocalPath, PathOrURL
-from toolkit.config.seconds import in_seconds
-from toolkit.distributed.config import (
-    ActivationCheckpointingConfig,
-    DataParallelConfig,
-    LogRanks,
-)
+from toolkit.distributed.config import ActivationCheckpointingConfig, DataParallelConfig, LogRanks
 from toolkit.errors import ConfigError
-from toolkit.models.lora_config import LoRAConfig
+from toolkit.models.config import LoRAConfig
 from toolkit.optim.config import AdamWConfig, OptimConfig
 from toolkit.optim.schedules import CosineConfig, SchedulerConfig
 

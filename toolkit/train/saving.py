@@ -10,6 +10,7 @@ import logging
 import random
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,14 @@ class TrainerSaver:
 
         if self._shards is None:
             self._shards = ShardWriter(environment.checkpoint_group)
+        extra = {
+            "model": msgspec.to_builtins(module.model_config),
+            "optim": msgspec.to_builtins(module.optim_config),
+            "data": state.train_loader.state_dict(),
+            "versions": {name: importlib.metadata.version(name) for name in _VERSIONED},
+            **({"source": module.origin} if module.origin is not None else {}),
+            **_adapter(module),
+        }
         save = Save(
             root=state.run.path(RUN_FILES.checkpoints),
             step=state.step,
@@ -113,15 +122,8 @@ class TrainerSaver:
             kind=kind,
             scores=scores_at(state.step, state.last_eval),
             rank_state=flushed_rank_state,
-            extra={
-                "model": msgspec.to_builtins(module.model_config),
-                "optim": msgspec.to_builtins(module.optim_config),
-                "data": state.train_loader.state_dict(),
-                "versions": {name: importlib.metadata.version(name) for name in _VERSIONED},
-                **({"source": module.origin} if module.origin is not None else {}),
-                **_adapter(module),
-            },
-            export=(lambda unfinished: _export_hf(state, unfinished)) if export_hf else None,
+            extra=extra,
+            export=partial(_export_hf, state, extra=extra) if export_hf else None,
         )
         return save, self._shards, module.state_tensors()
 
@@ -178,17 +180,11 @@ def _adapter(module: TrainModule) -> dict[str, Any]:
     }
 
 
-def _export_hf(state: TrainState, unfinished: Path) -> None:
+def _export_hf(state: TrainState, unfinished: Path, extra: dict[str, Any]) -> None:
     """`hf/` of a checkpoint, from the tensors just written."""
-    module, folder = state.train_module, state.train_loader.tokenizer_folder
-    named("toolkit.hf.export:export_checkpoint")(
-        unfinished,
-        module.model_config,
-        lora=module.adapter_config,
-        base=None if module.base is None else msgspec.to_builtins(module.base),
-        origin=module.origin,
-        tokenizer_folder=folder if folder is not None and folder.is_dir() else None,
-    )
+    folder = state.train_loader.tokenizer_folder
+    tokenizer = folder if folder is not None and folder.is_dir() else None
+    named("toolkit.hf.export:export_checkpoint")(unfinished, extra, tokenizer_folder=tokenizer)
 
 
 def _rng_state() -> dict[str, Any]:
