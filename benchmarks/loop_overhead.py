@@ -35,7 +35,7 @@ from toolkit.data.config import DataConfig, DataLoaderConfig, DatasetConfig
 from toolkit.data.loader import TrainLoader, get_dataloaders
 from toolkit.distributed.environment import single_environment
 from toolkit.models.config import TransformerConfig
-from toolkit.models.labels import shift_labels
+from toolkit.models.loss import shift_labels
 from toolkit.models.transformer import Transformer
 from toolkit.runs.registry import start_run
 from toolkit.train.config import Duration, TrainerConfig, TransformerTrainModuleConfig

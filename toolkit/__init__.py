@@ -4,7 +4,7 @@ __version__ = "0.1.0"
 
 _LAZY = {
     "GPTConfig": "toolkit.models.config",
-    "GPTModel": "toolkit.models.gpt",
+    "GPTModel": "toolkit.models.transformer",
     "Transformer": "toolkit.models.transformer",
     "TransformerConfig": "toolkit.models.config",
     "EvalLoader": "toolkit.data.evaluation",

@@ -7,10 +7,9 @@ import msgspec
 import pytest
 
 from toolkit.errors import ConfigError
+from toolkit.models.architecture import LinearRopeConfig, MoEConfig
 from toolkit.models.config import GPTConfig, ModelConfig, TransformerConfig
-from toolkit.models.moe_config import MoEConfig
 from toolkit.models.presets import PRESETS, preset
-from toolkit.models.rope_config import LinearRopeConfig
 
 SMALL = {
     "vocab_size": 100,

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from toolkit.models.gpt_config import GPTConfig
+from toolkit.models.config import GPTConfig
 from toolkit.models.presets import PRESETS
 from toolkit.train.callbacks import speed_monitor
 from toolkit.train.callbacks.speed_monitor import SpeedMonitor

@@ -11,7 +11,7 @@ from toolkit.errors import CheckpointError
 from toolkit.experiment.config import ExperimentConfig
 from toolkit.experiment.sources import FINETUNE_FILE
 from toolkit.hf.convert import Conversion, ConvertOptions, convert_hf
-from toolkit.hf.hub import fetch_model, is_hub_name, name_in_cache
+from toolkit.hf.loading import fetch_model, is_hub_name, name_in_cache
 from toolkit.optim.config import AdamWConfig, GroupOverride
 from toolkit.optim.schedules import CosineConfig
 from toolkit.runs.config import RunConfig

@@ -32,8 +32,8 @@ from toolkit.data.prepare.tokenizers.hf import load_hf_tokenizer
 from toolkit.data.prepare.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from toolkit.data.tokens.prepared import read_prepared
 from toolkit.errors import CheckpointError, ConfigError, DataError
-from toolkit.evaluate.documents import check_vocabulary, read_documents
 from toolkit.evaluate.perplexity import causal_lm_loss, evaluate_stream, transformer_loss
+from toolkit.evaluate.stream import check_vocabulary, read_documents
 from toolkit.experiment.checks import rank_microbatch_size
 from toolkit.experiment.config import ExperimentConfig
 from toolkit.experiment.found_data import find_data

@@ -15,7 +15,7 @@ from toolkit.experiment.config import ExperimentConfig
 from toolkit.experiment.recorded import config_of, engine_of, versions_of
 from toolkit.experiment.sources import FINETUNE_FILE
 from toolkit.hf.model_card import OLDEST, ModelCard
-from toolkit.hf.source import ModelSource, hub_name
+from toolkit.hf.source import ModelSource
 from toolkit.metrics.lines import read_records
 from toolkit.runs.files import RUN_FILES
 from toolkit.runs.status import RunStatus, read_status
@@ -62,7 +62,7 @@ def card_of(
         title=title,
         description=_description(run, config),
         is_adapter=source.lora is not None and not merged,
-        base_model=hub_name(origin),
+        base_model=source.hub_name,
         license=origin.get("license"),
         license_name=origin.get("license_name"),
         license_link=origin.get("license_link"),

@@ -10,7 +10,7 @@ from toolkit.distributed.devices import pick_device as pick_any
 from toolkit.distributed.devices import use_device
 from toolkit.distributed.tuning import tune_cpu
 from toolkit.errors import ConfigError
-from toolkit.hf.hub import fetch_model, is_hub_name
+from toolkit.hf.loading import fetch_model, is_hub_name
 
 DType = Literal["fp32", "bf16"]
 """Precisions of a computation."""

@@ -11,7 +11,6 @@ from toolkit.errors import ConfigError
 from toolkit.experiment.config import ExperimentConfig
 from toolkit.experiment.load import load_experiment
 from toolkit.experiment.sources import recipe_names, recipe_text
-from toolkit.models.counts import shown_parameters
 from toolkit.models.presets import PRESETS
 
 __all__ = ["copy_recipe", "describe_recipes", "experiment_schema", "recipe_text"]
@@ -46,7 +45,7 @@ def _describe(name: str) -> RecipeSummary:
         name,
         config.description,
         config.model.num_parameters if has_model else None,
-        shown_parameters(config.model) if has_model else "-",
+        config.model.shown_parameters if has_model else "-",
         config.dataset.sequence_length,
         [*needs, "download"] if config.needs_download else needs,
     )

@@ -23,7 +23,7 @@ from toolkit.data.instances.custom import (
     open_custom,
 )
 from toolkit.data.instances.open import ensure_plans, open_instances
-from toolkit.data.instances.variable import VariableBatches, VariableDataset, VariableOrder
+from toolkit.data.instances.variable import VariableDataset, VariableOrder
 from toolkit.data.order.batches import BatchOrder, StreamBatches, first_segment
 from toolkit.data.order.mixture import MixedDataset, MixedStream
 from toolkit.data.order.resolve import resolve_mix
@@ -130,7 +130,7 @@ def _open_single(cfg: DataConfig, info: CorpusInfo, seed: int) -> Corpus:
     order: BatchOrder
     if isinstance(train, VariableDataset):
         assert isinstance(config.instances, VariableInstancesConfig)
-        lengths = VariableOrder(
+        order = VariableOrder(
             train.buckets,
             global_batch_size=loader.global_batch_size,
             fingerprint=train.fingerprint,
@@ -138,8 +138,8 @@ def _open_single(cfg: DataConfig, info: CorpusInfo, seed: int) -> Corpus:
             curriculum=config.instances.curriculum,
             num_cycles=config.instances.num_cycles,
             shuffle=loader.shuffle,
+            batch_instances=_batch_instances(cfg),
         )
-        order = VariableBatches(lengths, _batch_instances(cfg))
     else:
         stream = ShuffledStream(
             train.num_instances, fingerprint=train.fingerprint, seed=seed, shuffle=loader.shuffle

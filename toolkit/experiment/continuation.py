@@ -20,9 +20,8 @@ from toolkit.experiment.checks import (
     check_model,
 )
 from toolkit.experiment.config import ExperimentConfig
-from toolkit.models.freeze import choose_trained
-from toolkit.models.lora import is_trained
-from toolkit.models.parameters import TrainedParameters, is_adapter
+from toolkit.models.lora import choose_trained
+from toolkit.models.parameters import TrainedParameters, is_adapter, is_trained
 from toolkit.runs.files import RUN_FILES
 from toolkit.train.adapter_base import check_adapter
 from toolkit.train.moments import change_of_training

@@ -33,7 +33,6 @@ from toolkit.experiment.recorded import EngineRecord, metadata_of_attempt
 from toolkit.launch.failures import LostPeerError, Peers, name_rank
 from toolkit.launch.restarts import current_launch
 from toolkit.launch.starting import RunStart
-from toolkit.models.counts import shown_parameters
 from toolkit.runs.config import RunConfig
 from toolkit.runs.files import RUN_FILES
 from toolkit.runs.manager import RunManager
@@ -244,7 +243,7 @@ def _log_opening(
     kind = environment.device.type
     lines = [
         *layout.notices,
-        f"training {shown_parameters(config.model)} parameters on "
+        f"training {config.model.shown_parameters} parameters on "
         f"{count(layout.world_size, 'process')}, {layout.name} in {layout.precision} on "
         f"{f'the CPU ({device})' if kind == 'cpu' else device}: {folder}",
         resume_promise(kind, deterministic=config.trainer.deterministic),

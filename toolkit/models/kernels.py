@@ -1,11 +1,16 @@
 """Which kernel computes what: pure functions of the hardware and of what is asked for.
 
 Each rule exists because a kernel fails, is wrong or is slow somewhere; its docstring says where.
+`kernel_record` puts the answers for a model into words, printed and kept with the run.
 """
 
+from functools import cache
+from importlib.util import find_spec
 from typing import Any, Literal, NamedTuple
 
 import torch
+
+from toolkit.models.config import TransformerConfig
 
 SMALLEST_FLEX_HEAD = 16
 """Flex attention's CUDA kernels take no narrower heads."""
@@ -87,6 +92,15 @@ def attention_kernel(
         and _flex_tiles_fit(hardware, dtype, head_dim)
     )
     return "flex" if fits else "sdpa"
+
+
+def attention_backend(
+    device: torch.device, dtype: torch.dtype, head_dim: int
+) -> Literal["flex", "sdpa"]:
+    """How masked or soft-capped attention is computed on `device`; see `attention_kernel`."""
+    has_triton = find_spec("triton") is not None
+    hardware = hardware_of(device.type, device.index, has_triton=has_triton)
+    return attention_kernel(hardware, dtype=dtype, head_dim=head_dim)
 
 
 def _flex_tiles_fit(hardware: Hardware, dtype: torch.dtype, head_dim: int) -> bool:
@@ -178,3 +192,72 @@ def loss_kernel(
         and not (has_z_loss or has_soft_cap or is_compiled or trains_head_alone)
     )
     return "liger" if fits else "chunked"
+
+
+@cache
+def liger_function() -> Any:
+    """Liger's fused linear cross entropy (Hsu et al. 2024); None where it is not installed."""
+    try:
+        from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+    except ImportError:
+        return None
+    return liger_fused_linear_cross_entropy
+
+
+def kernel_record(
+    config: TransformerConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    is_compiled: bool,
+    has_z_loss: bool,
+    trains_head_alone: bool = False,
+) -> dict[str, str]:
+    """Part of the model -> its kernel.
+
+    Args:
+        dtype: of computation.
+        trains_head_alone: the hidden state needs no gradient.
+    """
+    record = {}
+    if config.attention_soft_cap is None:
+        record["attention"] = _sdpa(config, device, dtype, has_bias=False)
+    record["attention inside documents and windows"] = _masked(config, device, dtype)
+    if config.moe is not None:
+        widths = (config.moe.intermediate_size, config.d_model)
+        hardware = hardware_of(device.type, device.index)
+        record["experts"] = grouped_kernel(hardware, dtype=dtype, widths=widths)
+    loss = loss_kernel(
+        device.type,
+        dtype=dtype,
+        vocab_size=config.vocab_size,
+        has_z_loss=has_z_loss,
+        has_soft_cap=config.logit_soft_cap is not None,
+        is_compiled=is_compiled,
+        trains_head_alone=trains_head_alone,
+    )
+    if loss == "liger" and liger_function() is None:
+        loss = "chunked"
+    record["loss"] = f"{loss}, compiled" if is_compiled else loss
+    return record
+
+
+def _masked(config: TransformerConfig, device: torch.device, dtype: torch.dtype) -> str:
+    if attention_backend(device, dtype, config.attention_head_dim) == "flex":
+        return "flex"
+    if config.attention_soft_cap is not None:
+        return "scores written out"
+    return _sdpa(config, device, dtype, has_bias=True)
+
+
+def _sdpa(
+    config: TransformerConfig, device: torch.device, dtype: torch.dtype, *, has_bias: bool
+) -> str:
+    form = sdpa_form(
+        device.type,
+        dtype=dtype,
+        head_dim=config.attention_head_dim,
+        is_grouped=config.kv_heads != config.num_heads,
+        has_bias=has_bias,
+    )
+    return "sdpa, keys and values repeated" if form.repeats_heads else "sdpa"

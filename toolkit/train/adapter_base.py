@@ -14,7 +14,7 @@ from toolkit.checkpoint.folder import CheckpointMetadata
 from toolkit.checkpoint.load import metadata_of
 from toolkit.config.secrets import mask_secrets
 from toolkit.errors import CheckpointError
-from toolkit.models.lora_config import LoRAConfig
+from toolkit.models.config import LoRAConfig
 from toolkit.storage.foreign import guard
 from toolkit.storage.remote import is_url
 

@@ -8,12 +8,8 @@ from toolkit.config import Config
 from toolkit.config.base import check_not_negative, check_positive
 from toolkit.config.paths import LocalPath, PathOrURL
 from toolkit.config.seconds import in_seconds
-from toolkit.distributed.config import (
-    ActivationCheckpointingConfig,
-    DataParallelConfig,
-    LogRanks,
-)
-from toolkit.models.lora_config import LoRAConfig
+from toolkit.distributed.config import ActivationCheckpointingConfig, DataParallelConfig, LogRanks
+from toolkit.models.config import LoRAConfig
 from toolkit.optim.config import AdamWConfig, OptimConfig
 from toolkit.optim.schedules import CosineConfig, SchedulerConfig
 

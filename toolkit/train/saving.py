@@ -11,8 +11,8 @@ import math
 import random
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -21,6 +21,7 @@ import torch
 from toolkit.checkpoint.commit import Save, write_checkpoint
 from toolkit.checkpoint.folder import Kind
 from toolkit.checkpoint.save_plan import Resolve, ShardWriter
+from toolkit.config.named import named
 from toolkit.errors import RunError, ToolkitError, TrainingError
 from toolkit.launch.failures import LostPeerError
 from toolkit.runs.files import RUN_FILES
@@ -118,6 +119,14 @@ class TrainerSaver:
 
         if self._shards is None:
             self._shards = ShardWriter(environment.checkpoint_group)
+        extra = {
+            "model": msgspec.to_builtins(module.model_config),
+            "optim": msgspec.to_builtins(module.optim_config),
+            "data": trainer.train_loader.state_dict(),
+            "versions": {name: importlib.metadata.version(name) for name in _VERSIONED},
+            **({"source": module.origin} if module.origin is not None else {}),
+            **_adapter(module),
+        }
         save = Save(
             root=trainer.run.path(RUN_FILES.checkpoints),
             step=trainer.step,
@@ -126,15 +135,8 @@ class TrainerSaver:
             kind=kind,
             scores=_scores(trainer.last_eval, trainer.step),
             rank_state=rank_state,
-            extra={
-                "model": msgspec.to_builtins(module.model_config),
-                "optim": msgspec.to_builtins(module.optim_config),
-                "data": trainer.train_loader.state_dict(),
-                "versions": {name: importlib.metadata.version(name) for name in _VERSIONED},
-                **({"source": module.origin} if module.origin is not None else {}),
-                **_adapter(module),
-            },
-            export=(lambda unfinished: _export_hf(trainer, unfinished)) if export_hf else None,
+            extra=extra,
+            export=partial(_export_hf, trainer, extra=extra) if export_hf else None,
         )
         return save, self._shards, module.state_tensors()
 
@@ -177,7 +179,7 @@ def _keep_tokenizer(trainer: "Trainer") -> None:
         return
     try:
         with new_output(kept) as unfinished:
-            resolve_name("toolkit.hf.tokenizer_files:copy_tokenizer")(source, unfinished)
+            named("toolkit.hf.tokenizer_files:copy_tokenizer")(source, unfinished)
     except (OSError, ToolkitError) as error:
         log.warning("the tokenizer is not in the run folder: %s", error)
 
@@ -204,17 +206,11 @@ def _adapter(module: "TrainModule") -> dict[str, Any]:
     }
 
 
-def _export_hf(trainer: "Trainer", unfinished: Path) -> None:
+def _export_hf(trainer: "Trainer", unfinished: Path, extra: dict[str, Any]) -> None:
     """`hf/` of a checkpoint, from the tensors just written."""
-    module, folder = trainer.train_module, trainer.train_loader.tokenizer_folder
-    resolve_name("toolkit.hf.export:export_checkpoint")(
-        unfinished,
-        module.model_config,
-        lora=module.adapter_config,
-        base=None if module.base is None else msgspec.to_builtins(module.base),
-        origin=module.origin,
-        tokenizer_folder=folder if folder is not None and folder.is_dir() else None,
-    )
+    folder = trainer.train_loader.tokenizer_folder
+    tokenizer = folder if folder is not None and folder.is_dir() else None
+    named("toolkit.hf.export:export_checkpoint")(unfinished, extra, tokenizer_folder=tokenizer)
 
 
 def _rng_state() -> dict[str, Any]:

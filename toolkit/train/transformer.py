@@ -19,15 +19,13 @@ from toolkit.distributed.materialize import materialize
 from toolkit.distributed.prepare import prepare_engine
 from toolkit.errors import ConfigError, TrainingError
 from toolkit.metrics.norms import layer_norms, layer_of, to_norms
-from toolkit.models.freeze import choose_trained
+from toolkit.models.config import LoRAConfig
 from toolkit.models.init import canonical_parameters
-from toolkit.models.kernel_record import kernel_record
-from toolkit.models.labels import shift_labels
-from toolkit.models.lora import is_trained
-from toolkit.models.lora_config import LoRAConfig
-from toolkit.models.loss import IGNORE_INDEX
-from toolkit.models.parameters import flops_per_token, is_adapter
-from toolkit.models.router_loss import RouterSums
+from toolkit.models.kernels import kernel_record
+from toolkit.models.lora import choose_trained
+from toolkit.models.loss import IGNORE_INDEX, shift_labels
+from toolkit.models.parameters import flops_per_token, is_adapter, is_trained
+from toolkit.models.router import RouterSums
 from toolkit.train.config import TransformerTrainModuleConfig
 from toolkit.train.eval_sums import Batch, EvalSums
 from toolkit.train.module import Metric, Progress, TrainModule
