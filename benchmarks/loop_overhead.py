@@ -159,7 +159,7 @@ def trainer(folder: Path, steps: int) -> Cost:
     run = start_run("loop_overhead", root=folder / "runs")
     config = TrainerConfig(max_duration=Duration(value=steps))
     with contextlib.redirect_stdout(open(os.devnull, "w")):
-        Trainer(config, module, loader, run=run).train()
+        Trainer(config, module, loader, run=run).fit()
     return clock.cost()
 
 

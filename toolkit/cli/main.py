@@ -19,7 +19,7 @@ from typing import Annotated, Any
 import typer
 
 from toolkit import __version__, signals
-from toolkit.cli import data, generate, models, recipes, runs, train
+from toolkit.cli import data, generate, models, recipes, runs, stop_leaving, train
 from toolkit.cli.options import OVERRIDABLE
 from toolkit.cli.output import has_lost_reader, open_missing_streams, outlive_readers
 from toolkit.distributed.ranks import adopt_ranks
@@ -116,7 +116,7 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # names of files need not be UTF-8
-    signals.stop_leaving()
+    stop_leaving()
     if "--debug" in args and verb in _COMPUTING:
         _wait_for_kernels()
     with contextlib.ExitStack() as stack:

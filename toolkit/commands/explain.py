@@ -24,7 +24,7 @@ from toolkit.data.corpus_info import CorpusInfo, data_places, read_corpus
 from toolkit.data.prepare.corpus import check_corpus_settings
 from toolkit.distributed.layout import Layout, resolve_layout
 from toolkit.distributed.ranks import check_launcher_variables
-from toolkit.errors import DataError, ErrorList, RunError, ToolkitError
+from toolkit.errors import ConfigError, DataError, ErrorList, RunError, ToolkitError
 from toolkit.experiment.changes import config_changes
 from toolkit.experiment.checks import check_corpus, check_experiment, check_load_options
 from toolkit.experiment.config import ExperimentConfig
@@ -34,6 +34,7 @@ from toolkit.runs.files import RUN_FILES
 from toolkit.runs.registry import check_run_folder
 from toolkit.runs.status import current_state
 from toolkit.train.progress import none_saved, nothing_left, reached_step, refusal
+from toolkit.train.timeline import Timeline, steps_of
 from toolkit.wording import count
 
 if TYPE_CHECKING:
@@ -275,19 +276,18 @@ def _data(
 
 
 def _steps(config: ExperimentConfig, corpus: CorpusInfo | None, found: _Found) -> list[str]:
-    trainer, batch = config.trainer, config.data_loader.global_batch_size
-    per_epoch = corpus.steps_per_epoch(config.data) if corpus else None
-    limits = [trainer.max_duration, *([trainer.hard_stop] if trainer.hard_stop else [])]
+    trainer, data = config.trainer, config.data
+    known = steps_of(
+        data.data_loader.global_batch_size,
+        lambda epochs: corpus.epoch_end(data, epochs) if corpus else None,
+    )
     try:
-        if found.loader is None:
-            ends = [limit.in_steps(batch, per_epoch) for limit in limits]
-        else:
-            ends = [found.loader.steps_of(limit.value, limit.unit) for limit in limits]
-    except ValueError:
+        timeline = Timeline.of(trainer, known if found.loader is None else found.loader.steps_of)
+    except ConfigError:
         return ["to a step that is known once the data is prepared"]
-    last = min(ends)
+    last = timeline.stop_step
     if found.step >= last:
-        return [nothing_left(trainer, last, ends[0])]
+        return [nothing_left(trainer, last, timeline.total_steps)]
     return [f"from step {found.step + 1:,} to {last:,}"]
 
 

@@ -20,6 +20,7 @@ from toolkit.data.prepare.build.mix import ensure_mix_prepared
 from toolkit.data.tokens.prepared import PreparedDataset, dataset_folder, localize, read_prepared
 from toolkit.errors import ConfigError
 from toolkit.experiment.config import ExperimentConfig
+from toolkit.train.timeline import steps_of
 
 
 class SourcePreview(msgspec.Struct, frozen=True, kw_only=True):
@@ -159,7 +160,7 @@ def _run_instances(config: ExperimentConfig, epoch_instances: int | None) -> int
         if epoch_instances is None:
             return None
         return duration.value * epoch_instances // batch * batch
-    return duration.in_steps(tokens, None) * batch
+    return steps_of(tokens)(duration.value, duration.unit) * batch
 
 
 def share_text(share: float) -> str:

@@ -23,7 +23,7 @@ from toolkit.runs.files import RUN_FILES
 from toolkit.runs.registry import is_run
 from toolkit.storage.remote import is_url
 from toolkit.train.config import NO_BASE, TrainerConfig
-from toolkit.train.load_path import no_checkpoint
+from toolkit.train.progress import no_checkpoint
 from toolkit.train.scores import check_best_metric_early
 from toolkit.wording import count
 
@@ -68,6 +68,7 @@ def check_experiment(
         *([lambda: _check_sequence(config), lambda: _check_vocabulary(config)] * has_model),
         lambda: _check_batches(config, world_size),
         *([lambda: check_parameters(config)] * (has_model and has_names)),
+        lambda: _check_own_classes(config),
         lambda: _check_adapter(config),
         lambda: _check_best_metric(config),
     )
@@ -96,6 +97,15 @@ def check_parameters(config: ExperimentConfig) -> TrainedParameters:
         parameters = trained_parameters(model, freeze=module.freeze, lora=module.lora)
     found.raise_any()
     return parameters
+
+
+def _check_own_classes(config: ExperimentConfig) -> None:
+    """Those that the config names as module:Class."""
+    if config.train_module.target is not None:
+        config.train_module.own_class()
+    for name, callback in config.trainer.callbacks.custom.items():
+        if callback.enabled:
+            callback.own_class(name)
 
 
 def _check_best_metric(config: ExperimentConfig) -> None:

@@ -24,8 +24,9 @@ from toolkit.models.lora import choose_trained
 from toolkit.models.parameters import TrainedParameters, is_adapter, is_trained
 from toolkit.runs.files import RUN_FILES
 from toolkit.train.adapter_base import check_adapter
-from toolkit.train.moments import change_of_training
-from toolkit.train.restoring import Start, find_start, is_inside, reached_by, renamed, usable_state
+from toolkit.train.matching import change_of_training, renamed
+from toolkit.train.restoring import Start, find_start, is_inside, reached_by, usable_state
+from toolkit.train.timeline import Timeline
 
 READ_EARLY_BYTES = 16 << 30
 
@@ -67,11 +68,8 @@ def check_repetitions(config: ExperimentConfig, train_loader: TrainLoader) -> No
     Raises:
         ConfigError: one is repeated more.
     """
-    trainer = config.trainer
-    limits = [trainer.max_duration, *([trainer.hard_stop] if trainer.hard_stop else [])]
-    train_loader.check_repetitions(
-        min(train_loader.steps_of(limit.value, limit.unit) for limit in limits)
-    )
+    timeline = Timeline.of(config.trainer, train_loader.steps_of)
+    train_loader.check_repetitions(timeline.stop_step)
 
 
 def _look(path: Path) -> Found:

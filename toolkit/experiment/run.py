@@ -7,7 +7,6 @@ prepares data.
 
 import contextlib
 import logging
-import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -28,8 +27,7 @@ from toolkit.experiment.notices import notices
 from toolkit.experiment.recorded import plan_resume
 from toolkit.launch.failures import clear_notes, first_line
 from toolkit.launch.relaunch import relaunch
-from toolkit.launch.restarts import current_launch, find_predecessor, stays_stopped
-from toolkit.launch.starting import RunStart
+from toolkit.launch.starting import RunStart, current_launch, find_predecessor, stays_stopped
 from toolkit.runs.files import RUN_FILES
 from toolkit.runs.registry import check_run_folder, choose_run_name, resolve_run_folder
 
@@ -174,8 +172,7 @@ def _run(
         raise
     if rank == 0:
         training.check_continuation(resolve_run_folder(config.run, name))
-        per_epoch = training.train_loader.steps_per_epoch
-        for notice in notices(config, int(per_epoch) if math.isfinite(per_epoch) else None):
+        for notice in notices(config, training.train_loader.steps_of):
             log.warning("%s", notice)
         run = starting.run = training.open_run(name, is_main=True)
     try:

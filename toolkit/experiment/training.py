@@ -31,13 +31,13 @@ from toolkit.experiment.continuation import check_continuation
 from toolkit.experiment.found_data import started_in
 from toolkit.experiment.recorded import EngineRecord, metadata_of_attempt
 from toolkit.launch.failures import LostPeerError, Peers, name_rank
-from toolkit.launch.restarts import current_launch
-from toolkit.launch.starting import RunStart
+from toolkit.launch.starting import RunStart, current_launch
 from toolkit.runs.config import RunConfig
 from toolkit.runs.files import RUN_FILES
 from toolkit.runs.manager import RunManager
 from toolkit.runs.registry import is_run, resolve_run_folder, start_run
 from toolkit.train.progress import nothing_left
+from toolkit.train.run_config import log_config
 from toolkit.train.scores import check_best_metric
 from toolkit.train.trainer import Trainer, TrainResult
 from toolkit.wording import count
@@ -102,29 +102,10 @@ class Training:
         kernels: Mapping[str, str] | None = None,
     ) -> None:
         """Write what a start is made from into the run's metadata/ and status."""
-        # Asked for once: the next start must not do it again.
-        config = config.replace(trainer=config.trainer.replace(start_anew=False))
+        log_config(run, config.to_dict(), layout, config.model.num_parameters)
         kept = {p: o for p, o in origins.items() if o != "default" and p != "trainer.start_anew"}
-        for value, file in (
-            (config, RUN_FILES.config),
-            (config.data, RUN_FILES.data_config),
-            (config.model, RUN_FILES.model_config),
-            (
-                {"train_module": config.train_module, "trainer": config.trainer},
-                RUN_FILES.trainer_config,
-            ),
-            (kept, RUN_FILES.origins),
-            (describe_engine(layout, kernels), RUN_FILES.engine),
-        ):
-            run.metadata.log(value, file)
-        run.set_status(
-            "running",
-            engine=layout.name,
-            world_size=layout.world_size,
-            parameters=config.model.num_parameters,
-            dp_config=msgspec.to_builtins(layout.dp_config),
-            precision=layout.precision,
-        )
+        run.metadata.log(kept, RUN_FILES.origins)
+        run.metadata.log(describe_engine(layout, kernels), RUN_FILES.engine)
 
     def train(
         self,
@@ -175,9 +156,9 @@ class Training:
                 _log_changes(before, stored, run, trainer)
             # Not before: a run that cannot be continued with this config keeps the one it has.
             self.log_configs(stored, run, environment.layout, origins, train_module.kernels)
-            until_the_end.enter_context(trainer.stop_request.listening())
+            until_the_end.enter_context(trainer.state.stop_request.listening())
             signals.settle()
-            result = trainer.train()
+            result = trainer.fit()
             _log_end(result, run)
             if result.reason in GENTLE_STOPS:
                 return EXIT_DONE
@@ -187,7 +168,7 @@ class Training:
             if isinstance(error, signals.Interrupted):
                 raise
             signals.settle()
-            step = trainer.step if trainer is not None else 0
+            step = trainer.state.step if trainer is not None else 0
             lost = None
             if run is not None:
                 with contextlib.suppress(RunError):  # this host does not see the run folder
@@ -267,8 +248,9 @@ def _log_changes(
     command = metadata_of_attempt(run.folder, RUN_FILES.command, run.attempt - 1)
     for change in config_changes(before, stored, started_in(command)):
         log.info("changed since the run's last start: %s", change)
-    if trainer.step >= trainer.stop_step:
-        log.warning("%s", nothing_left(trainer.config, trainer.stop_step, trainer.total_steps))
+    state = trainer.state
+    if state.step >= state.stop_step:
+        log.warning("%s", nothing_left(state.config, state.stop_step, state.total_steps))
 
 
 def _log_end(result: TrainResult, run: RunManager) -> None:

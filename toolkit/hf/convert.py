@@ -21,7 +21,6 @@ from toolkit.checkpoint.commit import SPARE_BYTES, Save, check_free_space
 from toolkit.checkpoint.folder import MODEL_PREFIX, TENSORS_FOLDER
 from toolkit.checkpoint.streaming import write_streamed_checkpoint
 from toolkit.checkpoint.tensors import iterate_tensors
-from toolkit.config import flow
 from toolkit.data.prepare.tokenizers.companions import read_json
 from toolkit.data.prepare.tools.scanning import Advance, scan_progress
 from toolkit.data.tokens.prepared import TOKENIZER_FOLDER
@@ -255,10 +254,12 @@ def _origin(
 
 def _license(source: Path) -> dict[str, str]:
     """`license` and what belongs to it, from the metadata at the head of the model's own card."""
+    from toolkit.config.overrides import load_yaml
+
     try:
         text = read_bytes(source / "README.md", CheckpointError).decode()
         head = re.match(r"---\s*\n(.*?)\n---", text, re.DOTALL)
-        found = flow.load(head[1]) if head else None
+        found = load_yaml(head[1]) if head else None
     except (OSError, ValueError, CheckpointError):
         return {}
     if not isinstance(found, dict):

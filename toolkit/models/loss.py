@@ -1,10 +1,9 @@
-"""Output head and cross entropy in pieces: full logits never exist.
+"""Output head and cross entropy in chunks of rows: full logits never exist.
 
-What happens to the `rows` token vectors of one forward:
-1. They are cut into pieces of at most `chunk_size` rows.
-2. For each piece: one matrix product makes its logits, `loss_chunk` their cross entropy,
+1. The token vectors of a forward are cut into chunks of at most `chunk_size` rows.
+2. For each chunk: one matrix product makes its logits, `loss_chunk` their cross entropy,
    logsumexp^2 and the gradient of both with respect to the logits, and two more products carry
-   that gradient to the piece's vectors and to the head's weight.
+   that gradient to the chunk's vectors and to the head's weight.
 3. The gradients wait until backward, which only multiplies them by the incoming one.
 
 So the largest tensor is `chunk_size * padded_vocab_size` whatever the sequence length, and the head
@@ -20,13 +19,14 @@ from torch.autograd.function import once_differentiable
 
 from toolkit.models.config import TransformerConfig
 from toolkit.models.kernels import liger_function, loss_kernel
+from toolkit.models.norms import widened
 from toolkit.models.router import RouterSums
 
 IGNORE_INDEX = -100
 """Label of a position that is not a target."""
 
 CPU_CHUNK_SIZE = 256
-"""Pieces on a CPU have at most this many rows: larger ones leave its caches."""
+"""Chunks on a CPU have at most this many rows: larger ones leave its caches."""
 
 ChunkKernel = Callable[..., tuple[Tensor, Tensor, Tensor | None]]
 """`loss_chunk`, or its compiled form."""
@@ -35,12 +35,10 @@ ChunkKernel = Callable[..., tuple[Tensor, Tensor, Tensor | None]]
 def shift_labels(
     input_ids: Tensor, label_mask: Tensor | None = None, document_ids: Tensor | None = None
 ) -> Tensor:
-    """Next-token targets (batch, seq): shifted inside each document, -100 where there is none.
+    """Next-token targets `(batch, seq)`: shifted inside each document, -100 where there is none.
 
-    Args:
-        label_mask: (batch, seq), bool: which tokens of `input_ids` are targets, by position.
-        document_ids: (batch, seq): the first token of a document is nobody's target. Default: each
-            row is one document.
+    `label_mask`, `(batch, seq)` bool, says which tokens of `input_ids` are targets. Without
+    `document_ids`, `(batch, seq)`, each row is one document.
     """
     labels = torch.full_like(input_ids, IGNORE_INDEX)
     wanted = None if label_mask is None else label_mask[:, 1:]
@@ -89,7 +87,7 @@ class LinearCrossEntropy(nn.Module):
     def forward(
         self, hidden: Tensor, weight: Tensor, labels: Tensor, *, z_loss_multiplier: float = 0.0
     ) -> LossSums:
-        """Sums over `hidden`, `(rows, d_model)`; see `chunked_linear_cross_entropy`."""
+        """See `chunked_linear_cross_entropy`."""
         trains = torch.is_grad_enabled() and weight.requires_grad
         kernel = loss_kernel(
             hidden.device.type,
@@ -133,19 +131,13 @@ def loss_chunk(
     shard: VocabularyShard | None = None,
     with_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Sums and gradient of one piece.
+    """Sums of cross entropy and logsumexp^2 (0-d, fp32 or wider) over one chunk, and the gradient
+    of ce + z_loss_multiplier * z with respect to `logits`, in their type.
 
-    Args:
-        logits: `(rows, padded_vocab_size)` in the compute type; of a shard, its columns.
-        labels: `(rows,)` ids, `IGNORE_INDEX` where there is no target.
-        vocab_size: ids from here on are padding, left out of the softmax.
-        soft_cap: the softmax is of soft_cap * tanh(logits / soft_cap); None: of the logits.
-
-    Returns:
-        Sum of cross entropy, sum of logsumexp^2 (0-d, fp32 or wider), and the gradient of
-        ce + z_loss_multiplier * z with respect to `logits`, in their type.
+    `logits` are `(rows, padded_vocab_size)`, or the columns of a shard. See
+    `chunked_linear_cross_entropy`.
     """
-    wide = logits if logits.dtype == torch.float64 else logits.float()
+    wide = widened(logits)
     first = 0 if shard is None else shard.first
     tangent = None
     if soft_cap is not None:
@@ -190,8 +182,7 @@ def loss_chunk(
 
 def soft_capped(logits: Tensor, soft_cap: float) -> Tensor:
     """soft_cap * tanh(logits / soft_cap), computed in fp32 or wider, in the type of `logits`."""
-    wide = logits if logits.dtype == torch.float64 else logits.float()
-    return ((wide / soft_cap).tanh() * soft_cap).to(logits.dtype)
+    return ((widened(logits) / soft_cap).tanh() * soft_cap).to(logits.dtype)
 
 
 def chunked_linear_cross_entropy(
@@ -206,16 +197,15 @@ def chunked_linear_cross_entropy(
     kernel: ChunkKernel = loss_chunk,
     shard: VocabularyShard | None = None,
 ) -> LossSums:
-    """Loss sums of `hidden @ weight.T`, soft-capped if so wanted, against `labels`.
+    """Loss sums of `hidden @ weight.T` against `labels`.
 
     Args:
         hidden: `(rows, d_model)` in the compute type.
-        weight: `(padded_vocab_size, d_model)`, or the rows of `shard`; rows from `vocab_size` on
-            are padding ids, left out of the softmax.
+        weight: `(padded_vocab_size, d_model)`, or the rows of `shard`; ids from `vocab_size` on are
+            padding, left out of the softmax.
         labels: `(rows,)` ids, `IGNORE_INDEX` where there is no target.
-        soft_cap: see `loss_chunk`.
-        chunk_size: most rows per piece (`CPU_CHUNK_SIZE` on a CPU, if that is less).
-        kernel: `loss_chunk` or its compiled form.
+        soft_cap: the softmax is of soft_cap * tanh(logits / soft_cap); None: of the logits.
+        chunk_size: most rows per chunk (`CPU_CHUNK_SIZE` on a CPU, if that is less).
         shard: the gradient of `hidden` is then what this shard contributes to it.
     """
     options = {
@@ -248,14 +238,14 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
         compute_weight = weight.to(hidden.dtype)
         if hidden.device.type == "cpu":
             chunk_size = min(chunk_size, CPU_CHUNK_SIZE)
-        # Equal pieces, so that a compiled kernel sees one shape (two when rows do not divide).
+        # Equal chunks, so that a compiled kernel sees one shape (two when rows do not divide).
         num_chunks = -(-hidden.shape[0] // chunk_size)
         rows = -(-hidden.shape[0] // max(1, num_chunks))
         with torch.autocast(hidden.device.type, enabled=False):
             for start in range(0, hidden.shape[0], rows or 1):
-                piece = hidden[start : start + rows]
+                chunk = hidden[start : start + rows]
                 chunk_ce, chunk_z, grad = kernel(
-                    piece @ compute_weight.t(),
+                    chunk @ compute_weight.t(),
                     labels[start : start + rows],
                     with_grad=hidden_grad or weight_grad,
                     **options,
@@ -266,11 +256,11 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
                     torch.mm(grad, compute_weight, out=grad_hidden[start : start + rows])
                 if weight_grad and grad is not None:
                     if grad_weight is None:
-                        grad_weight = (grad.t() @ piece).to(wide)
+                        grad_weight = (grad.t() @ chunk).to(wide)
                     elif grad.dtype == wide:
-                        grad_weight.addmm_(grad.t(), piece)
+                        grad_weight.addmm_(grad.t(), chunk)
                     else:
-                        grad_weight += grad.t() @ piece
+                        grad_weight += grad.t() @ chunk
         if weight_grad and grad_weight is None:  # no rows
             grad_weight = torch.zeros_like(weight, dtype=wide)
         ctx.save_for_backward(grad_hidden, grad_weight)

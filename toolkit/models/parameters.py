@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from toolkit.config.patterns import matching
+from toolkit.config.base import matching
 from toolkit.errors import ConfigError, ErrorList
 from toolkit.models.architecture import Architecture
 from toolkit.models.config import LoRAConfig

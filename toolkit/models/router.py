@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from toolkit.models.architecture import MoEConfig
+from toolkit.models.norms import widened
 
 
 class Choice(NamedTuple):
@@ -39,7 +40,7 @@ class Router(nn.Module):
     def forward(self, x: Tensor) -> Choice:
         """`(tokens, d_model)` to the experts of each token."""
         logits = nn.functional.linear(x, self.weight)
-        wide = logits if logits.dtype == torch.float64 else logits.float()
+        wide = widened(logits)
         weights, experts = wide.softmax(-1).topk(self.top_k, dim=-1)
         if self.normalize:
             weights = weights / weights.sum(-1, keepdim=True)

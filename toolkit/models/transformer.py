@@ -6,7 +6,8 @@ document starts as arguments; and `keep_layers`, which makes a model the stage o
 """
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, NamedTuple, overload
+from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from toolkit.models.config import GPTConfig, TransformerConfig
 from toolkit.models.embeddings import Embeddings, Head
 from toolkit.models.feed_forward import FeedForward, MoE
 from toolkit.models.init import initialize_
-from toolkit.models.loss import IGNORE_INDEX, LossSums
+from toolkit.models.loss import IGNORE_INDEX
 from toolkit.models.masks import AttentionMask, document_positions, document_starts
 from toolkit.models.norms import build_norm
 from toolkit.models.rope import RotaryTable, rotary_table
@@ -55,20 +56,17 @@ class Block(nn.Module):
         mask: AttentionMask | None = None,
         is_target: Tensor | None = None,
     ) -> tuple[Tensor, RouterSums | None]:
-        """`(batch, seq, d_model)` to the same shape, and the router's sums if there is one.
-
-        Args:
-            is_target: `(batch, seq)` bool: tokens that count in the sums; None: no sums.
-        """
+        """`(batch, seq, d_model)` to the same shape, and the router's sums over the tokens of
+        `is_target`, `(batch, seq)` bool; None where there is no router or None is given."""
+        normed = x if self.placement == "reordered" else self.attention_norm(x)
+        attended = self.attention(normed, rotary, mask)
         if self.is_parallel:
-            attended = self.attention(self.attention_norm(x), rotary, mask)
             fed, sums = self._feed(self.feed_forward_norm(x), is_target)
             return x + (attended + fed), sums
         if self.placement == "reordered":
-            x = x + self.attention_norm(self.attention(x, rotary, mask))
+            x = x + self.attention_norm(attended)
             fed, sums = self._feed(x, is_target)
             return x + self.feed_forward_norm(fed), sums
-        attended = self.attention(self.attention_norm(x), rotary, mask)
         if self.placement == "sandwich":
             attended = self.attention_output_norm(attended)
         x = x + attended
@@ -148,12 +146,6 @@ class Transformer(nn.Module):
         if not is_last:
             self.head = None
 
-    @overload
-    def forward(self, input_ids: Tensor, labels: None = None, **options: Any) -> Tensor: ...
-
-    @overload
-    def forward(self, input_ids: Tensor, labels: Tensor, **options: Any) -> LossSums: ...
-
     def forward(
         self,
         input_ids: Tensor,
@@ -198,7 +190,11 @@ class Transformer(nn.Module):
         # Positions that are told can be anywhere in a row of which only a part is here.
         table_length = seq if positions is None else config.max_sequence_length
         if document_ids is not None:
-            _check_same_shape(document_ids, input_ids)
+            if document_ids.shape != input_ids.shape[:2]:
+                raise ValueError(
+                    f"document_ids have the shape {tuple(document_ids.shape)}, input_ids "
+                    f"{tuple(input_ids.shape)}; give one document number per token"
+                )
             starts = document_starts(document_ids) if starts is None else starts
         if positions is None and starts is not None:
             positions = document_positions(starts)
@@ -263,48 +259,33 @@ def layer_inputs(
         starts, positions: of documents, `(batch, seq)`; None where each row is one document.
         table_length: positions that there may be; default: as many as here.
     """
-    angles: dict[bool, RotaryTable | None] = {}
-    masks: dict[int | None, AttentionMask | None] = {}
-    seq, inputs = x.shape[1] if positions is None else positions.shape[1], []
-    for layer in range(config.num_layers) if layers is None else layers:
-        window = config.window_of(layer)
-        is_local = window is not None and config.sliding_rope_theta is not None
-        if is_local not in angles:
-            table = _angles(config, table_length or seq, x.device, is_local=is_local)
-            angles[is_local] = table if table is None or positions is None else table.at(positions)
-        if window is not None and window >= seq:
-            window = None
-        if window not in masks:
-            masks[window] = _mask(config, x, seq, starts, window)
-        inputs.append(LayerInputs(angles[is_local], masks[window]))
-    return inputs
+    seq = x.shape[1] if positions is None else positions.shape[1]
 
-
-def _angles(
-    config: TransformerConfig, length: int, device: torch.device, *, is_local: bool
-) -> RotaryTable | None:
-    if config.positions != "rope":
-        return None
-    theta, scaling = config.rope_theta, config.rope_scaling
-    if is_local:
-        assert config.sliding_rope_theta is not None
-        theta, scaling = config.sliding_rope_theta, None
-    return rotary_table(length, config.rotary_dim, theta, device, scaling)
-
-
-def _mask(
-    config: TransformerConfig, x: Tensor, seq: int, starts: Tensor | None, window: int | None
-) -> AttentionMask | None:
-    if starts is None:
-        if window is None and config.attention_soft_cap is None:
+    @cache
+    def rotary(is_local: bool) -> RotaryTable | None:
+        if config.positions != "rope":
             return None
-        starts = torch.zeros(1, seq, dtype=torch.int64, device=x.device)
-    return AttentionMask(starts, window=window, dtype=x.dtype, head_dim=config.attention_head_dim)
+        theta, scaling = config.rope_theta, config.rope_scaling
+        if is_local and config.sliding_rope_theta is not None:
+            theta, scaling = config.sliding_rope_theta, None
+        table = rotary_table(table_length or seq, config.rotary_dim, theta, x.device, scaling)
+        return table if positions is None else table.at(positions)
 
+    @cache
+    def mask(window: int | None) -> "AttentionMask | None":
+        if starts is None and window is None and config.attention_soft_cap is None:
+            return None
+        places = starts
+        if places is None:
+            places = torch.zeros(1, seq, dtype=torch.int64, device=x.device)
+        head_dim = config.attention_head_dim
+        return AttentionMask(places, window=window, dtype=x.dtype, head_dim=head_dim)
 
-def _check_same_shape(document_ids: Tensor, input_ids: Tensor) -> None:
-    if document_ids.shape != input_ids.shape[:2]:
-        raise ValueError(
-            f"document_ids have the shape {tuple(document_ids.shape)}, input_ids "
-            f"{tuple(input_ids.shape)}; give one document number per token"
+    windows = map(config.window_of, range(config.num_layers) if layers is None else layers)
+    return [
+        LayerInputs(
+            rotary(window is not None and config.sliding_rope_theta is not None),
+            mask(None if window is None or window >= seq else window),
         )
+        for window in windows
+    ]

@@ -7,8 +7,8 @@ import torch
 
 from toolkit.models.config import GPTConfig
 from toolkit.models.presets import PRESETS
-from toolkit.train.callbacks import speed_monitor
-from toolkit.train.callbacks.speed_monitor import SpeedMonitor
+from toolkit.train.callbacks import monitors
+from toolkit.train.callbacks.monitors import SpeedMonitor
 from toolkit.train.config import SpeedMonitorConfig
 
 
@@ -22,8 +22,8 @@ class Clock:
         return self.now
 
 
-class Trainer:
-    """As much of the trainer as the meter asks."""
+class State:
+    """As much of it as the meter asks."""
 
     def __init__(self, *, flops: float, device: str, world_size: int, tokens: int) -> None:
         self.environment = SimpleNamespace(device=torch.device(device), world_size=world_size)
@@ -31,28 +31,25 @@ class Trainer:
         self.train_module = SimpleNamespace(flops_per_token=lambda length: flops)
         self.tokens_per_step = tokens
         self.data_seconds = 0.0
-        self.after = []
-
-    def after_callbacks(self, action) -> None:
-        self.after.append(action)
+        self.step_started = 100.0
 
 
-def meter(monkeypatch, trainer: Trainer, name: str = "", **config) -> tuple[SpeedMonitor, Clock]:
+def meter(monkeypatch, state: State, name: str = "", **config) -> tuple[SpeedMonitor, Clock]:
     clock = Clock()
-    monkeypatch.setattr(speed_monitor, "time", clock)
+    monkeypatch.setattr(monitors, "time", clock)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 3_000_000_000)
     monitor = SpeedMonitor(SpeedMonitorConfig(**config))
-    monitor.trainer = trainer
+    monitor.state = state
     monitor.pre_train()
     return monitor, clock
 
 
 def test_rates_of_a_step_by_hand(monkeypatch):
-    trainer = Trainer(flops=2e9, device="cuda", world_size=4, tokens=1_000_000)
-    monitor, clock = meter(monkeypatch, trainer, "NVIDIA A100-SXM4-80GB")
+    state = State(flops=2e9, device="cuda", world_size=4, tokens=1_000_000)
+    monitor, clock = meter(monkeypatch, state, "NVIDIA A100-SXM4-80GB")
     clock.now += 2.0
-    trainer.data_seconds = 0.5
+    state.data_seconds = 0.5
     found = {name: metric.value for name, metric in monitor.post_step().items()}
     assert found == {
         "tokens_per_second": 500_000.0,
@@ -64,15 +61,13 @@ def test_rates_of_a_step_by_hand(monkeypatch):
 
 
 def test_time_of_callbacks_is_no_step_time(monkeypatch):
-    trainer = Trainer(flops=1.0, device="cpu", world_size=1, tokens=600)
-    monitor, clock = meter(monkeypatch, trainer)
+    state = State(flops=1.0, device="cpu", world_size=1, tokens=600)
+    monitor, clock = meter(monkeypatch, state)
     for seconds_of_callbacks in (0.0, 50.0, 0.0):
+        state.step_started = clock.now
         clock.now += 3.0
         assert monitor.post_step()["tokens_per_second"].value == 200.0
-        monitor.post_record()
         clock.now += seconds_of_callbacks
-        while trainer.after:
-            trainer.after.pop()()
 
 
 @pytest.mark.parametrize(
@@ -88,8 +83,8 @@ def test_time_of_callbacks_is_no_step_time(monkeypatch):
     ],
 )
 def test_the_peak_is_the_devices_or_the_one_given(monkeypatch, device, name, config, peak):
-    trainer = Trainer(flops=1e9, device=device, world_size=2, tokens=1000)
-    monitor, clock = meter(monkeypatch, trainer, name, **config)
+    state = State(flops=1e9, device=device, world_size=2, tokens=1000)
+    monitor, clock = meter(monkeypatch, state, name, **config)
     clock.now += 1.0
     found = monitor.post_step()
     assert ("mfu" in found) == (peak is not None)
@@ -112,9 +107,9 @@ def test_mfu_of_a_published_run(monkeypatch):
     settings = {key: value for key, value in PRESETS["gpt2_124M"].items() if key != "type"}
     config = GPTConfig(**settings).to_transformer()
     assert config.flops_per_token(1024) == pytest.approx(causal)
-    trainer = Trainer(
+    state = State(
         flops=config.flops_per_token(1024), device="cuda", world_size=8, tokens=8 * 462_000
     )
-    monitor, clock = meter(monkeypatch, trainer, "NVIDIA H100 80GB HBM3")
+    monitor, clock = meter(monkeypatch, state, "NVIDIA H100 80GB HBM3")
     clock.now += 1.0
     assert monitor.post_step()["mfu"].value == pytest.approx(0.3727, abs=1e-4)

@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from toolkit.launch.restarts import Launch, current_launch, find_predecessor, stays_stopped
+from toolkit.launch.starting import Launch, current_launch, find_predecessor, stays_stopped
 from toolkit.runs.config import RunConfig
 from toolkit.runs.manager import RunManager
 
