@@ -10,6 +10,7 @@ from toolkit.distributed.devices import pick_device as pick_any
 from toolkit.distributed.devices import use_device
 from toolkit.distributed.tuning import tune_cpu
 from toolkit.errors import ConfigError
+from toolkit.hf.loading import fetch_model, is_hub_name
 
 DType = Literal["fp32", "bf16"]
 """Precisions of a computation."""
@@ -29,8 +30,6 @@ def hf_folder_of(where: str) -> Path | None:
     if folder.is_dir():
         is_hf = (folder / "config.json").is_file() and not (folder / METADATA_FILE).is_file()
         return folder if is_hf else None
-    from toolkit.hf.loading import fetch_model, is_hub_name
-
     return fetch_model(where) if is_hub_name(where) else None
 
 
