@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from toolkit.checkpoint.folder import (
     INVALID_SUFFIX,
     CheckpointMetadata,
+    read_metadata,
     saved_steps,
     step_folder,
 )
@@ -93,9 +94,7 @@ def explain_resume(
     saved, state_of_data = None, None
     retrained: list[str] = []
     if start is not None:
-        from toolkit.checkpoint.load import metadata_of
-
-        saved = metadata_of(start.checkpoint)
+        saved = read_metadata(start.checkpoint)
         position: Any = loader or _AnyPosition()
         for check in continuation_checks(plan.config, folder, start, position):
             refused.ask(check)
@@ -206,9 +205,9 @@ def _is_own(start: "Start | None", folder: Path) -> bool:
 
 
 def _data_state(start: "Start") -> dict[str, Any]:
-    from toolkit.checkpoint.load import rank_state_of
+    from toolkit.checkpoint.load import load_rank_state
 
-    return rank_state_of(start.checkpoint, rank=0)["trainer"]["data"]
+    return load_rank_state(start.checkpoint, rank=0)["trainer"]["data"]
 
 
 def _checkpoint(

@@ -4,7 +4,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from toolkit.checkpoint.folder import METADATA_FILE
+from toolkit.checkpoint.folder import kind_of
 from toolkit.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -23,10 +23,11 @@ def hf_folder_of(where: str) -> Path | None:
     Raises:
         CheckpointError: the hub gives none.
     """
-    folder = Path(where).expanduser()
-    if folder.is_dir():
-        is_hf = (folder / "config.json").is_file() and not (folder / METADATA_FILE).is_file()
-        return folder if is_hf else None
+    kind = kind_of(where)
+    if kind == "hf":
+        return Path(where).expanduser()
+    if kind != "missing":
+        return None
     from toolkit.hf.hub import fetch_model, is_hub_name
 
     return fetch_model(where) if is_hub_name(where) else None

@@ -12,7 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from toolkit.checkpoint.folder import METADATA_FILE, read_metadata, saved_steps, step_folder
+from toolkit.checkpoint.folder import (
+    METADATA_FILE,
+    rank_file,
+    read_metadata,
+    saved_steps,
+    step_folder,
+)
 from toolkit.data.corpus_info import datasets_of, read_corpus
 from toolkit.data.prepare.text.presence import check_presence
 from toolkit.errors import BadInputError, CheckpointError, ConfigError, ErrorList
@@ -176,14 +182,13 @@ def continuation_checks(
 ) -> list[Callable[[], None]]:
     """The checks of `check_continuation`, for who wants to know all that is wrong with going on
     from `start`."""
-    from toolkit.checkpoint.folder import rank_file
-    from toolkit.checkpoint.load import metadata_of, rank_state_of, shapes_of
+    from toolkit.checkpoint.load import load_rank_state, shapes_of
     from toolkit.checkpoint.tensors import check_shapes
     from toolkit.train.adapter_base import check_adapter
     from toolkit.train.restoring import is_inside, renamed, usable_state
 
     checkpoint, lora = start.checkpoint, config.train_module.lora
-    metadata = metadata_of(checkpoint)
+    metadata = read_metadata(checkpoint)
     saved = metadata.extra
     model = msgspec.json.decode(msgspec.json.encode(config.model))  # lists, as stored
     free = _FREE_FOR_WEIGHTS if start.weights_only else _FREE_MODEL_FIELDS
@@ -192,9 +197,9 @@ def continuation_checks(
         # Every rank will read its own.
         for rank in range(1, min(metadata.world_size, len(metadata.files))):
             if rank_file(rank) in metadata.files:
-                rank_state_of(checkpoint, rank)
+                load_rank_state(checkpoint, rank)
         with usable_state(checkpoint):
-            train_loader.load_state_dict(rank_state_of(checkpoint, rank=0)["trainer"]["data"])
+            train_loader.load_state_dict(load_rank_state(checkpoint, rank=0)["trainer"]["data"])
 
     def check_model() -> None:
         if not isinstance(saved.get("model"), dict):

@@ -16,13 +16,14 @@ from torch import Tensor
 
 from toolkit.checkpoint.find import find_checkpoint
 from toolkit.checkpoint.folder import (
+    HF_CONFIG_FILE,
     HF_FOLDER,
     METADATA_FILE,
     MODEL_PREFIX,
     TENSORS_FOLDER,
     CheckpointMetadata,
+    kind_of,
     read_metadata,
-    saved_steps,
 )
 from toolkit.checkpoint.tensors import iterate_tensors, stored_types
 from toolkit.config.interpolation import fill
@@ -36,17 +37,14 @@ from toolkit.models.config import ModelConfig
 from toolkit.models.lora_config import LoRAConfig
 from toolkit.models.transformer import Transformer
 from toolkit.runs.files import RUN_FILES
-from toolkit.runs.registry import is_run, run_of_checkpoint
+from toolkit.runs.registry import run_of_checkpoint
 from toolkit.storage.atomic import PathLike
 from toolkit.storage.foreign import guard, read_json
-from toolkit.storage.remote import is_url
 
 if TYPE_CHECKING:
     from toolkit.hf.import_weights import ImportPlan
 
 log = logging.getLogger(__name__)
-
-HF_CONFIG_FILE = "config.json"
 
 
 class ModelSource(NamedTuple):
@@ -94,22 +92,22 @@ def find_source(path: PathLike) -> ModelSource:
         CheckpointError: it is none of these, or cannot be used.
     """
     where = str(path)
-    if is_url(where):
+    folder, what_it_is = Path(path).expanduser(), kind_of(where)
+    if what_it_is == "url":
         raise CheckpointError(f"{where}: copy the checkpoint to a local folder and give that")
-    folder = Path(path).expanduser()
-    if not folder.is_dir():
-        what = "is a file" if folder.exists() else "no such folder"
+    if what_it_is in ("file", "missing"):
+        what = "is a file" if what_it_is == "file" else "no such folder"
         raise CheckpointError(
             f"{where}: {what}; give a run folder, a step{{N}} folder, or a folder with a "
             f"{HF_CONFIG_FILE} of transformers"
         )
-    if (folder / METADATA_FILE).is_file():
+    if what_it_is == "checkpoint":
         # Raises where it is not whole.
         find_checkpoint(folder, quick=True)
         return _of_checkpoint(where, "checkpoint", folder)
-    if (folder / HF_CONFIG_FILE).is_file():
+    if what_it_is == "hf":
         return _of_hf(where, folder)
-    if not is_run(folder) and not any(map(saved_steps, (folder, folder / RUN_FILES.checkpoints))):
+    if what_it_is == "folder":
         raise CheckpointError(
             f"{where}: neither a run, a checkpoint, nor a folder with a {HF_CONFIG_FILE} of "
             "transformers; `toolkit runs` lists runs"
@@ -121,7 +119,7 @@ def find_source(path: PathLike) -> ModelSource:
         raise CheckpointError(
             f"{where}: holds no whole checkpoint; `toolkit verify {where}` lists what is there"
         )
-    return _of_checkpoint(where, "run" if is_run(folder) else "checkpoint", found)
+    return _of_checkpoint(where, "run" if what_it_is == "run" else "checkpoint", found)
 
 
 def source_tensors(source: ModelSource) -> Iterator[tuple[str, Tensor]]:

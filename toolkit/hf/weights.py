@@ -23,7 +23,7 @@ import msgspec
 import torch
 from torch import Tensor
 
-from toolkit.checkpoint.ranges import read_into
+from toolkit.checkpoint.tensors import read_into
 from toolkit.errors import CheckpointError
 from toolkit.storage.foreign import check_regular, guard, read_bytes, reason_of
 

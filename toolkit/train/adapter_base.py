@@ -10,8 +10,7 @@ from typing import Any
 
 import msgspec
 
-from toolkit.checkpoint.folder import CheckpointMetadata
-from toolkit.checkpoint.load import metadata_of
+from toolkit.checkpoint.folder import CheckpointMetadata, read_metadata
 from toolkit.config.secrets import mask_secrets
 from toolkit.errors import CheckpointError
 from toolkit.models.lora_config import LoRAConfig
@@ -35,7 +34,7 @@ class BaseCheckpoint(msgspec.Struct, frozen=True, kw_only=True):
 
 def describe_base(checkpoint: Path | str) -> BaseCheckpoint:
     """The record of a base that was loaded; raises CheckpointError."""
-    metadata = metadata_of(checkpoint)
+    metadata = read_metadata(checkpoint)
     return BaseCheckpoint(
         path=str(checkpoint.absolute())
         if isinstance(checkpoint, Path)
@@ -59,7 +58,7 @@ def find_base(
         CheckpointError: the checkpoint is not an adapter's, or its base is not found: another one
             lies there, or none.
     """
-    record = metadata_of(adapter).extra.get("base")
+    record = read_metadata(adapter).extra.get("base")
     if record is None:
         raise CheckpointError(
             f"{adapter}: holds a whole model, no adapter: set train_module.lora back to null, or "
@@ -68,12 +67,12 @@ def find_base(
     with guard(f"{adapter}: its base", CheckpointError):
         wanted = msgspec.convert(record, BaseCheckpoint)
     given = look(load_path) if load_path is not None else None
-    if given is not None and metadata_of(given).xxh3 == wanted.fingerprint:
+    if given is not None and read_metadata(given).xxh3 == wanted.fingerprint:
         return given
     # The base's own run may have gone on since, or the path is relative to another folder.
     if given is None or (load_path is not None and _is_in(wanted.path, load_path)):
         recorded = look(wanted.path)
-        if recorded is not None and metadata_of(recorded).xxh3 == wanted.fingerprint:
+        if recorded is not None and read_metadata(recorded).xxh3 == wanted.fingerprint:
             return recorded
     there = "holds no checkpoint" if given is None else f"holds another checkpoint ({given})"
     raise CheckpointError(
