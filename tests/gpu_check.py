@@ -26,10 +26,11 @@ import torch.distributed as dist
 from tests.gpu_machine import CheckFailed, Machine, NotHere, check_close, no_waiting, step
 from toolkit.checkpoint.save_plan import ShardWriter
 from toolkit.checkpoint.tensors import iterate_tensors
-from toolkit.distributed import plain
+from toolkit.distributed import torch_engine
 from toolkit.metrics.flops import device_peak_flops
-from toolkit.models import grouped, liger, masks
-from toolkit.models.attend import attend
+from toolkit.models import grouped, masks
+from toolkit.models import loss as loss_module
+from toolkit.models.attention import attend
 from toolkit.models.config import ModelConfig
 from toolkit.models.presets import PRESETS
 from toolkit.train.module import Progress
@@ -51,7 +52,7 @@ def no_sync(
         machine.batch(documents=documents),
     )
     # Liger waits for the number of targets; a compiled loss is ours.
-    with mock.patch.object(liger, "_liger_function", return_value=None):
+    with mock.patch.object(loss_module, "liger_function", return_value=None):
         for number in range(3):
             step(module, batch, number)
         machine.synchronize()
@@ -84,9 +85,9 @@ def ddp(machine: Machine) -> str:
     try:
         batch, losses = machine.batch(), []
         for engine in ("single", "ddp"):
-            with mock.patch.object(plain, "build_accelerator", return_value=Accelerator()):
+            with mock.patch.object(torch_engine, "build_accelerator", return_value=Accelerator()):
                 if engine == "ddp":
-                    module = machine.module(machine.model(), engine=engine)
+                    module = machine.module(machine.model())
                 else:
                     with mock.patch.object(Accelerator, "prepare", lambda self, m, o: (m, o)):
                         module = machine.module(machine.model())

@@ -17,7 +17,7 @@ from toolkit.checkpoint.commit import save_checkpoint
 from toolkit.checkpoint.load import load_checkpoint
 from toolkit.checkpoint.tensors import iterate_tensors
 from toolkit.distributed.environment import TrainingEnvironment
-from toolkit.models.moe_config import MoEConfig
+from toolkit.models.architecture import MoEConfig
 from toolkit.optim.config import AdamWConfig, GroupOverride, OptimConfig, SGDConfig
 from toolkit.train.config import TransformerTrainModuleConfig
 from toolkit.train.transformer import TransformerTrainModule
@@ -142,7 +142,7 @@ def save(module: TransformerTrainModule, root: Path, step: int = SAVED_AT) -> No
     env = module.environment
     save_checkpoint(
         root, step=step, tokens=0, tensors=module.state_tensors(), rank_state={"rank": env.rank},
-        engine=env.engine.name, rank=env.rank, group=env.cpu_group,
+        engine=env.layout.name, rank=env.rank, group=env.cpu_group,
     )  # fmt: skip
 
 

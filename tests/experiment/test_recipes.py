@@ -7,12 +7,13 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from toolkit.commands.recipes import copy_recipe, describe_recipes
 from toolkit.data.config import HFTokenizerConfig
 from toolkit.errors import ConfigError
 from toolkit.experiment.checks import check_experiment
 from toolkit.experiment.config import ExperimentConfig
-from toolkit.experiment.load import describe_recipes, load_experiment
-from toolkit.experiment.recipes import copy_recipe, recipe_names, recipe_text
+from toolkit.experiment.load import load_experiment
+from toolkit.experiment.sources import recipe_names, recipe_text
 from toolkit.models.presets import PRESETS
 from toolkit.runs.files import RUN_FILES
 
@@ -62,15 +63,13 @@ def test_recipe_fits_one_and_two_ranks_and_round_trips(name: str, base: str) -> 
 
 @pytest.mark.parametrize("name", sorted(EXPECTED | FROM_A_MODEL))
 def test_weight_decay_patterns_match_parameters(name: str, base: str) -> None:
-    from toolkit.optim.groups import parameter_groups
-
     config = load(name, base)
     model = config.model.build(init_device="meta")
     parameters = dict(model.named_parameters())
-    overrides = config.train_module.optim.group_overrides
-    groups = parameter_groups(parameters, {"weight_decay": 0.1}, overrides)
+    optim = config.train_module.optim
+    groups = optim.groups(parameters)
     assert sum(len(group["params"]) for group in groups) == len(parameters)
-    assert len(groups) == 1 + len(overrides)
+    assert len(groups) == 1 + len(optim.group_overrides)
 
 
 def test_quickstart_spells_out_its_preset() -> None:

@@ -9,7 +9,7 @@ from tests.tiny import VOCAB, build, module_config
 from toolkit.distributed.environment import single_environment
 from toolkit.errors import ConfigError
 from toolkit.models.config import GPTConfig
-from toolkit.models.labels import shift_labels
+from toolkit.models.loss import shift_labels
 from toolkit.train.transformer import TransformerTrainModule
 
 PACKED = [[7, 5, 4], [16], [3, 9, 1, 2], [2, 2, 2, 2, 2]]  # lengths; the rest of a row is padding
@@ -66,7 +66,7 @@ def loss_and_gradients(
 ) -> tuple[float, dict[str, torch.Tensor]]:
     loss = module.train_batch(batch)["loss"].value
     assert isinstance(loss, torch.Tensor)
-    return loss.item(), {name: g.clone() for name, g in module.runtime.gradient_shards().items()}
+    return loss.item(), {name: g.clone() for name, g in module.engine.gradient_shards().items()}
 
 
 @pytest.mark.parametrize("microbatch_rows", [1, 2, 4])

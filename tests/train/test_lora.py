@@ -19,7 +19,7 @@ from toolkit.commands.verify import verify_checkpoints
 from toolkit.data.prepare.tokenizers.tokenizer import load_tokenizer
 from toolkit.errors import CheckpointError, ToolkitError
 from toolkit.experiment.load import load_experiment
-from toolkit.models.lora_config import LoRAConfig
+from toolkit.models.config import LoRAConfig
 from toolkit.optim.config import AdamWConfig, GroupOverride
 from toolkit.train.adapter_base import find_base
 
@@ -41,13 +41,13 @@ def trained_under(engine: str, settings: dict[str, Any], precision: str = "fp32"
     env = open_environment(config)
     try:
         module = build(config, env)
-        before = {name: t.clone() for name, t in module.runtime.weight_shards().items()}
+        before = {name: t.clone() for name, t in module.engine.weight_shards().items()}
         history = train_steps(module, 0, STEPS)
         rows = ROWS // env.world_size
         own = slice(env.rank * rows, (env.rank + 1) * rows)
         module.train_batch({"input_ids": global_batch(STEPS)[own]})
         norms = {key: float(value) for key, value in module.network_norms().items()}
-        after = module.runtime.weight_shards()
+        after = module.engine.weight_shards()
         changed = {name for name in before if not torch.equal(before[name], after[name])}
         saved = {key for key in module.state_tensors() if key.startswith("model.")}
         return history, norms, changed, saved
@@ -129,7 +129,7 @@ def bf16_recomputed(engine: str) -> Any:
 def run(root: str, name: str, flags: list[str]) -> tuple[int, str]:
     """`toolkit train smoke` with these flags, or the resume of the run `name`; the exit code, or
     the error."""
-    from toolkit.experiment.run import resume, train
+    from toolkit.commands.train import resume, train
 
     folder = Path(root) / "runs" / name
     try:

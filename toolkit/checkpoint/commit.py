@@ -78,7 +78,7 @@ def save_checkpoint(
     **fields: Any,
 ) -> Path:
     """Commit one checkpoint at once: `tensors` are `model.*` and `optim.*` (see
-    `EngineRuntime.state_tensors`), `fields` the others of `Save`; see `write_checkpoint`."""
+    `Engine.state_tensors`), `fields` the others of `Save`; see `write_checkpoint`."""
     if rank == 0:
         root.mkdir(parents=True, exist_ok=True)
     shards = ShardWriter(group)

@@ -9,15 +9,16 @@ from typing import Any
 
 import msgspec
 
+from toolkit.commands.load import check_data_files
 from toolkit.config import DEFAULT_ORIGIN, leaves
 from toolkit.config.secrets import mask_secrets
-from toolkit.data.corpus_info import CorpusInfo, data_places, datasets_of, read_corpus
-from toolkit.data.prepare.text.presence import check_presence
-from toolkit.distributed.engine import Engine, resolve_engine
+from toolkit.data.corpus_info import CorpusInfo, data_places, read_corpus
+from toolkit.distributed.layout import Layout, resolve_layout
 from toolkit.errors import ConfigError, ErrorList
 from toolkit.experiment.checks import (
     check_corpus,
     check_experiment,
+    check_load_path,
     check_parameters,
     gradient_accumulation_steps,
     rank_microbatch_size,
@@ -25,10 +26,10 @@ from toolkit.experiment.checks import (
 from toolkit.experiment.config import ExperimentConfig
 from toolkit.experiment.load import LoadedExperiment
 from toolkit.experiment.notices import notices
-from toolkit.experiment.preflight import check_load_path
 from toolkit.models.parameters import flops_per_token
 from toolkit.runs.registry import check_run_folder, is_run, resolve_run_folder
 from toolkit.train.config import Duration
+from toolkit.train.timeline import StepsOf, steps_of
 from toolkit.wording import count
 
 _LABEL_WIDTH = 12
@@ -43,15 +44,15 @@ def summarize(loaded: LoadedExperiment, environ: Mapping[str, str]) -> str:
         RunError: a run of that name exists, or its folder cannot be made.
     """
     config = loaded.config
-    engine, corpus = _checked(config, environ)
+    layout, corpus = _checked(config, environ)
     rows = [
         ("model", _model(config)),
         ("data", _data(config, corpus)),
-        ("batch", _batch(config, engine)),
+        ("batch", _batch(config, layout)),
         ("duration", _duration(config, corpus)),
-        ("engine", _engine(engine)),
+        ("engine", _engine(layout)),
         ("writes", _writes(config)),
-        ("note", notices(config, corpus.steps_per_epoch(config.data) if corpus else None)),
+        ("note", notices(config, _steps_of(config, corpus))),
     ]
     title = f"dry run of {loaded.source}" + (
         f": {config.description}" if config.description else ""
@@ -66,20 +67,18 @@ def summarize(loaded: LoadedExperiment, environ: Mapping[str, str]) -> str:
 
 def _checked(
     config: ExperimentConfig, environ: Mapping[str, str]
-) -> tuple[Engine, CorpusInfo | None]:
+) -> tuple[Layout, CorpusInfo | None]:
     """The engine, and the data as far as it is prepared; all that is wrong, at once."""
     module, found, corpus = config.train_module, ErrorList(), None
     # Without the number of processes nothing else can be told.
-    engine = resolve_engine(module.precision, module.dp_config, environ)
+    layout = resolve_layout(module.precision, module.dp_config, environ)
     with found.collecting():
-        check_experiment(config, engine.world_size)
+        check_experiment(config, layout.batch_ranks)
     sound = not found.errors
     with found.collecting():
         corpus = read_corpus(config.data)
     with found.collecting():
-        for dataset in datasets_of(config.data):
-            with found.collecting():
-                check_presence(dataset, is_prepared=corpus is not None)
+        check_data_files(config)
     with found.collecting():
         check_run_folder(config.run, "<time>")
     with found.collecting():
@@ -89,7 +88,7 @@ def _checked(
             check_corpus(config, corpus)
             _check_mix(config)
     found.raise_any()
-    return engine, corpus
+    return layout, corpus
 
 
 def _check_mix(config: ExperimentConfig) -> None:
@@ -154,8 +153,8 @@ def _data(config: ExperimentConfig, corpus: CorpusInfo | None) -> list[str]:
     return lines
 
 
-def _batch(config: ExperimentConfig, engine: Engine) -> list[str]:
-    batch, ranks = config.data_loader.global_batch_size, engine.world_size
+def _batch(config: ExperimentConfig, layout: Layout) -> list[str]:
+    batch, ranks = config.data_loader.global_batch_size, layout.batch_ranks
     passes = gradient_accumulation_steps(config, ranks)
     return [
         f"{batch:,} tokens a step = {count(ranks, 'rank')} x "
@@ -174,29 +173,31 @@ def _duration(config: ExperimentConfig, corpus: CorpusInfo | None) -> list[str]:
 def _length(config: ExperimentConfig, duration: Duration, corpus: CorpusInfo | None) -> str:
     batch = config.data_loader.global_batch_size
     per_epoch = corpus.steps_per_epoch(config.data) if corpus is not None else None
-    if duration.unit == "epochs":
-        end = corpus.epoch_end(config.data, duration.value) if corpus is not None else None
-        if end is None:
-            return f"{count(duration.value, 'epoch')}; steps are known once the data is prepared"
-        steps = end
-    else:
-        steps = duration.in_steps(batch, per_epoch)
+    try:
+        steps = _steps_of(config, corpus)(duration.value, duration.unit)
+    except ValueError:
+        return f"{count(duration.value, 'epoch')}; steps are known once the data is prepared"
     epochs = f", {steps / per_epoch:.2f} epochs" if per_epoch else ""
     return f"{count(steps, 'step')}, {steps * batch:,} tokens{epochs}"
 
 
-def _engine(engine: Engine) -> list[str]:
-    precision: str = engine.precision
+def _steps_of(config: ExperimentConfig, corpus: CorpusInfo | None) -> StepsOf:
+    size, data = config.data_loader.global_batch_size, config.data
+    return steps_of(size, lambda epochs: corpus.epoch_end(data, epochs) if corpus else None)
+
+
+def _engine(layout: Layout) -> list[str]:
+    precision: str = layout.precision
     if precision == "auto":
         precision = "auto: bf16 where the hardware is fast at it, else fp32"
     mesh = ""
-    if engine.name == "hsdp":
-        mesh = f", {engine.num_replicas} replicas x {engine.shard_degree} shards"
-    origin = "" if engine.origin == DEFAULT_ORIGIN else f", from {engine.origin}"
+    if layout.name == "hsdp":
+        mesh = f", {layout.dp_replicate} replicas x {layout.dp_shard} shards"
+    origin = "" if layout.origin == DEFAULT_ORIGIN else f", from {layout.origin}"
     return [
-        f"{engine.name}{mesh}, {count(engine.world_size, 'process')}{origin}",
+        f"{layout.name}{mesh}, {count(layout.world_size, 'process')}{origin}",
         f"precision {precision}",
-        *engine.notices,
+        *layout.notices,
     ]
 
 

@@ -1,8 +1,9 @@
-"""How far a run has come, and why it does not start again from step 0 by itself. No torch."""
+"""How far a run has come, and what to say where it has no checkpoint to go on from. No torch."""
 
+import difflib
 from pathlib import Path
 
-from toolkit.checkpoint.folder import move_aside, step_folders
+from toolkit.checkpoint.folder import kind_of, move_aside, saved_steps, step_folder, step_folders
 from toolkit.errors import CheckpointError
 from toolkit.metrics.lines import last_record
 from toolkit.runs.files import RUN_FILES
@@ -44,6 +45,24 @@ def nothing_left(config: TrainerConfig, last: int, total: int) -> str:
     if last >= total:
         flags.append(f"--trainer.max_duration='{{value: {2 * total}, unit: steps}}'")
     return f"nothing is left: it ends at step {last:,}; to go on, add {' '.join(flags)}"
+
+
+def no_checkpoint(load_path: str) -> str:
+    """That `trainer.load_path` holds none, why, and what to give in its place."""
+    return f"trainer.load_path {load_path}: holds no valid checkpoint{_why_nothing(load_path)}"
+
+
+def _why_nothing(load_path: str) -> str:
+    advice = "; give a run folder or a step{N} folder of one"
+    path, kind = Path(load_path).expanduser(), kind_of(load_path)
+    if kind == "run":
+        return f"; see `toolkit verify {path}`"
+    if kind != "missing":
+        return f", it is a file{advice}" if kind == "file" else advice
+    steps = [step_folder(path.parent, step).name for step in saved_steps(path.parent)]
+    others = sorted(p.name for p in path.parent.iterdir()) if path.parent.is_dir() else []
+    near = steps or difflib.get_close_matches(path.name, others)
+    return f", there is no such folder{', but ' + ', '.join(near) if near else advice}"
 
 
 def set_run_aside(folder: Path, attempt: int) -> list[str]:
