@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from toolkit.distributed.shards import FlatShard, flat_range_boxes
+from toolkit.distributed.shards import LocalShard, flat_range_boxes
 
 
 @given(st.data())
@@ -27,7 +27,7 @@ def test_boxes_cover_the_range_exactly_once_and_are_few(data: st.DataObject) -> 
 
 def test_a_piece_is_the_live_memory_and_no_more_of_it() -> None:
     flat = torch.arange(20.0)
-    shard = FlatShard(flat.narrow(0, 4, 9), shape=torch.Size([5, 3]), start=2)
+    shard = LocalShard.flat(flat.narrow(0, 4, 9), shape=torch.Size([5, 3]), start=2)
     pieces = [
         shard.__get_tensor_shard__(item.index) for item in shard.__create_write_items__("x", shard)
     ]
