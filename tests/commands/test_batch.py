@@ -13,12 +13,11 @@ from toolkit import get_dataloaders, prepare_dataset, read_prepared
 from toolkit.checkpoint.commit import save_checkpoint
 from toolkit.cli import main as cli
 from toolkit.commands.batch import step_batch
-from toolkit.data.instances.text import target_mask
+from toolkit.data.instances.base import target_mask
 from toolkit.errors import ConfigError, DataError
 from toolkit.experiment.config import ExperimentConfig
 from toolkit.experiment.load import load_experiment
-from toolkit.models.labels import shift_labels
-from toolkit.models.loss import IGNORE_INDEX
+from toolkit.models.loss import IGNORE_INDEX, shift_labels
 
 
 @pytest.fixture(scope="module")

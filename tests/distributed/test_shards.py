@@ -29,7 +29,7 @@ from toolkit.distributed.shards import (
 )
 from toolkit.distributed.torch_engine import TorchEngine
 from toolkit.models.init import InitSpec, fill_flat_
-from toolkit.models.labels import shift_labels
+from toolkit.models.loss import shift_labels
 from toolkit.optim.config import SGDConfig
 
 

@@ -14,7 +14,7 @@ from toolkit.data.config import (
     DatasetConfig,
     VariableInstancesConfig,
 )
-from toolkit.data.corpus_info import CorpusInfo, check_same_tokens, data_places, read_corpus
+from toolkit.data.corpus_info import VAL, CorpusInfo, check_same_tokens, data_places, read_corpus
 from toolkit.data.instances.base import InstanceDataset
 from toolkit.data.instances.custom import (
     UNKNOWN_LENGTH,
@@ -28,14 +28,10 @@ from toolkit.data.order.batches import BatchOrder, StreamBatches, first_segment
 from toolkit.data.order.mixture import MixedDataset, MixedStream
 from toolkit.data.order.resolve import resolve_mix
 from toolkit.data.order.stream import InstanceStream, ShuffledStream
-from toolkit.data.order.variable_batches import VariableBatches
 from toolkit.data.tokens.prepared import PreparedDataset, localize, nothing_held_out
 from toolkit.errors import DataError
 
 logger = logging.getLogger(__name__)
-
-VAL = "val"
-"""Name of the evaluation on the one validation split there is."""
 
 
 class Corpus:
@@ -134,7 +130,7 @@ def _open_single(cfg: DataConfig, info: CorpusInfo, seed: int) -> Corpus:
     order: BatchOrder
     if isinstance(train, VariableDataset):
         assert isinstance(config.instances, VariableInstancesConfig)
-        lengths = VariableOrder(
+        order = VariableOrder(
             train.buckets,
             global_batch_size=loader.global_batch_size,
             fingerprint=train.fingerprint,
@@ -142,8 +138,8 @@ def _open_single(cfg: DataConfig, info: CorpusInfo, seed: int) -> Corpus:
             curriculum=config.instances.curriculum,
             num_cycles=config.instances.num_cycles,
             shuffle=loader.shuffle,
+            batch_instances=_batch_instances(cfg),
         )
-        order = VariableBatches(lengths, _batch_instances(cfg))
     else:
         stream = ShuffledStream(
             train.num_instances, fingerprint=train.fingerprint, seed=seed, shuffle=loader.shuffle

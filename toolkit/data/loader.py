@@ -17,7 +17,6 @@ import torch
 
 from toolkit.data.config import DataConfig, DataLoaderConfig
 from toolkit.data.corpus import Corpus, changed_data, open_corpus
-from toolkit.data.device import prefetch_to_device
 from toolkit.data.evaluation import EvalLoader
 from toolkit.data.instances.base import Rows, check_ids
 from toolkit.data.instances.custom import UNKNOWN_LENGTH
@@ -27,8 +26,8 @@ from toolkit.data.order.batches import (
     batches_for,
     instances_per_batch,
 )
-from toolkit.data.order.limits import check_limits
-from toolkit.data.read_ahead import read_ahead
+from toolkit.data.order.mixture import check_limits
+from toolkit.data.prefetch import prefetch_to_device, read_ahead
 from toolkit.errors import DataError
 
 CHUNK_TOKENS = 1 << 16

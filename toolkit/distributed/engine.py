@@ -20,7 +20,7 @@ from toolkit.errors import ConfigError
 from toolkit.metrics.norms import layer_norms, layer_of
 from toolkit.models.init import canonical_parameters
 from toolkit.models.loss import LossSums
-from toolkit.models.router_loss import RouterSums
+from toolkit.models.router import RouterSums
 from toolkit.optim.config import traits_of
 
 BuildOptimizer = Callable[[dict[str, nn.Parameter]], torch.optim.Optimizer]

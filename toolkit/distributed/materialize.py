@@ -71,7 +71,7 @@ def materialize(
     if ac_config is not None:
         apply_activation_checkpointing(model.blocks, ac_config)  # type: ignore[arg-type]
     if compile_model:
-        compiling.compile_model(model)  # type: ignore[arg-type]
+        compiling.compile_model(model)
         # Blocks are compiled one by one. DDP's own splitting would cut each of them again, where
         # a bucket of gradients ends.
         torch._dynamo.config.optimize_ddp = False

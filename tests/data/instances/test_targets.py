@@ -20,8 +20,8 @@ from toolkit.data.config import (
 )
 from toolkit.data.corpus import open_corpus
 from toolkit.data.instances import targets
+from toolkit.data.instances.base import target_mask
 from toolkit.data.instances.open import open_instances
-from toolkit.data.instances.text import target_mask
 from toolkit.data.prepare.build.prepare import ensure_prepared
 from toolkit.data.prepare.corpus import prepare_corpus
 from toolkit.errors import DataError
@@ -88,7 +88,8 @@ def test_counts_are_those_of_the_rows_that_are_trained_on(
     sizes = [(20, 5), (300, 10), (100, 5), (130, 70)]
     config = chats(tmp_path, *sizes, instances=instances)
     prepared = ensure_prepared(config, progress=False)
-    counts = targets._counts(prepared, "train", config, evaluation=False)
+    opened = open_instances(prepared, "train", config)
+    counts = targets._counts(prepared, "train", opened, config.instances)
     rows = open_instances(prepared, "train", config)
     masks = [target_mask(rows.read(np.array([i]))).any() for i in range(rows.num_instances)]
     assert (counts.num_rows, counts.rows_without_targets) == (len(masks), masks.count(False))

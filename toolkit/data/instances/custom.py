@@ -21,9 +21,14 @@ import numpy as np
 
 from toolkit.data.config import CustomDatasetConfig
 from toolkit.data.instances.base import DocumentPart, Rows
-from toolkit.data.instances.custom_class import load_class, make, takes, user_code
-from toolkit.data.instances.custom_items import ItemError, stack_items
-from toolkit.data.instances.custom_workers import ItemReader, WorkerType
+from toolkit.data.instances.custom_workers import (
+    ItemReader,
+    WorkerType,
+    load_class,
+    make,
+    takes,
+    user_code,
+)
 from toolkit.errors import ConfigError, DataError
 
 UNKNOWN_LENGTH = 1 << 62
@@ -110,10 +115,8 @@ class _CustomInstances:
         return xxhash.xxh3_64_hexdigest(content)
 
     def _rows(self, items: Sequence[Any], numbers: Sequence[int]) -> Rows:
-        try:
-            return stack_items(items, self.sequence_length, self.vocab_size)
-        except ItemError as error:
-            raise DataError(f"{self._name}: item {numbers[error.place]}: {error}") from None
+        named = [f"{self._name}: item {number}" for number in numbers]
+        return stack_items(items, named, self.sequence_length, self.vocab_size)
 
 
 class MapInstances(_CustomInstances):
@@ -224,3 +227,71 @@ class SequentialStream:
 def _length(made: Any, name: str) -> int:
     with user_code(f"{name}: len() of it fails"):
         return len(made)
+
+
+_KINDS = {"input_ids": np.int64, "label_mask": np.bool_, "document_ids": np.int32}
+_NUMBERS = {"input_ids": "iu", "label_mask": "biuf", "document_ids": "iu"}
+
+
+def stack_items(
+    items: Sequence[Any], named: Sequence[str], sequence_length: int, vocab_size: int | None
+) -> Rows:
+    """Items, called `named` in messages, as rows of one length.
+
+    Raises:
+        DataError: one is not as it should be.
+    """
+    # A mask always: ranks whose items happen to have none must agree with those whose have.
+    wanted = {"label_mask", *(key for item in items if isinstance(item, dict) for key in item)}
+    found = [
+        _arrays(item, name, sequence_length, vocab_size)
+        for item, name in zip(items, named, strict=True)
+    ]
+    is_padded = any(len(arrays["input_ids"]) < sequence_length for arrays in found)
+    if is_padded:
+        wanted.add("document_ids")
+    rows: Rows = {}
+    for key in ("input_ids", *sorted(wanted - {"input_ids"})):
+        rows[key] = np.zeros((len(found), sequence_length), dtype=_KINDS[key])
+        for row, arrays in zip(rows[key], found, strict=True):
+            length = len(arrays["input_ids"])
+            default = key == "label_mask"
+            row[:length] = arrays.get(key, default)
+            if key == "document_ids" and length < sequence_length:
+                row[length:] = row[length - 1] + 1
+    return rows
+
+
+def _arrays(
+    item: Any, name: str, sequence_length: int, vocab_size: int | None
+) -> dict[str, np.ndarray]:
+    given = item if isinstance(item, dict) else {"input_ids": item}
+    if unknown := sorted(map(str, given.keys() - _KINDS.keys())):
+        raise DataError(f"{name}: unknown key {unknown[0]!r}; known are {', '.join(_KINDS)}")
+    if "input_ids" not in given:
+        raise DataError(f"{name}: has no input_ids")
+    arrays = {key: _array(key, value, name) for key, value in given.items()}
+    ids = arrays["input_ids"]
+    if ids.ndim != 1 or not 1 <= len(ids) <= sequence_length:
+        raise DataError(
+            f"{name}: input_ids has shape {ids.shape}; give 1 to {sequence_length} "
+            "(dataset.sequence_length) ids"
+        )
+    for key, value in arrays.items():
+        if value.shape != ids.shape:
+            raise DataError(f"{name}: {key} has shape {value.shape}, input_ids {ids.shape}")
+        if value.dtype.kind not in _NUMBERS[key]:
+            kind = "truth values" if key == "label_mask" else "integers"
+            raise DataError(f"{name}: {key} holds {value.dtype}, not {kind}")
+    lowest, highest = int(ids.min()), int(ids.max())
+    if lowest < 0 or highest >= (vocab_size or 1 << 63):
+        limit = "unknown size" if vocab_size is None else vocab_size
+        raise DataError(f"{name}: ids from {lowest} to {highest}, the vocabulary has {limit}")
+    return arrays
+
+
+def _array(key: str, value: Any, name: str) -> np.ndarray:
+    try:
+        return np.asarray(value)
+    except Exception as error:  # a row with holes in it, a tensor on a device, anything
+        raise DataError(f"{name}: {key} is no array of numbers: {error}") from error
