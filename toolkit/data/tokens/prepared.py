@@ -81,6 +81,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     """Bytes that were not UTF-8 and became U+FFFD."""
     skipped_documents: int
     """Documents and files without text, and files of the standard library that are not UTF-8."""
+    cut_documents: int = 0
+    """Documents that begin where one of more than 8 MB was cut."""
     filtered_documents: dict[str, int] = {}
     """Documents left out on purpose, by the reason."""
     left_out_files: dict[str, int] = {}

@@ -339,6 +339,7 @@ def _join(
         source_fingerprint=plan.fingerprint,
         replaced_bytes=sum(part.replaced_bytes for part in parts),
         skipped_documents=skipped,
+        cut_documents=sum(part.cut_documents for part in parts),
         filtered_documents=left_out,
         left_out_files=dict(plan.left_out_files),
         settings=settings_of(config),

@@ -52,6 +52,7 @@ class Part(msgspec.Struct, kw_only=True):
     documents_hash: str | None = None
     replaced_bytes: int
     skipped_documents: int
+    cut_documents: int = 0
     filtered_documents: dict[str, int] = {}
 
 

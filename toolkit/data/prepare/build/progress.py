@@ -101,6 +101,11 @@ class Progress:
         if manifest.replaced_bytes:
             was = "was" if manifest.replaced_bytes == 1 else "were"
             self.note(f"{count(manifest.replaced_bytes, 'byte')} {was} not UTF-8 and became U+FFFD")
+        if manifest.cut_documents:
+            self.note(
+                f"{count(manifest.cut_documents, 'document')} made by cutting those over 8 MB; an "
+                "end-of-document token stands at each cut"
+            )
         left_out = {"empty": manifest.skipped_documents, **manifest.filtered_documents}
         reasons = ", ".join(f"{reason} {number:,}" for reason, number in left_out.items() if number)
         if reasons:

@@ -137,6 +137,7 @@ def encode_shard(job: Job, setup: WorkerSetup, encoder: Encoder) -> Part:
         part.documents_hash = documents.finish(keep=True)
     part.replaced_bytes = counts.replaced_bytes
     part.skipped_documents = counts.skipped_documents
+    part.cut_documents = counts.cut_documents
     part.filtered_documents = counts.filtered_documents
     # Not synced: the hashes tell a part that a power cut has harmed.
     write_json_atomic(part_path(folder, job.index, "json"), part, sync=False)

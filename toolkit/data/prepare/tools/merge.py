@@ -102,6 +102,7 @@ def merge_datasets(
             source_fingerprint=text.hexdigest(),
             replaced_bytes=sum(source.manifest.replaced_bytes for source in sources),
             skipped_documents=sum(source.manifest.skipped_documents for source in sources),
+            cut_documents=sum(source.manifest.cut_documents for source in sources),
             filtered_documents={
                 reason: sum(s.manifest.filtered_documents.get(reason, 0) for s in sources)
                 for reason in sorted(reasons)

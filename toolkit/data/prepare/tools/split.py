@@ -130,6 +130,7 @@ def split_parts(
                     manifest,
                     replaced_bytes=0,
                     skipped_documents=0,
+                    cut_documents=0,
                     filtered_documents={},
                     left_out_files={},
                 )
