@@ -37,9 +37,9 @@ from rich.table import Table
 
 from toolkit.checkpoint.commit import Save, load_checkpoint, save_checkpoint, write_checkpoint
 from toolkit.checkpoint.find import find_checkpoint
-from toolkit.checkpoint.pieces import TensorPieces
-from toolkit.distributed.cpu import keep_freed_memory
+from toolkit.checkpoint.save_plan import ShardWriter
 from toolkit.distributed.environment import single_environment
+from toolkit.distributed.tuning import keep_freed_memory
 from toolkit.models.config import TransformerConfig
 from toolkit.storage.atomic import fsync_tree
 from toolkit.train.config import TransformerTrainModuleConfig
@@ -139,7 +139,7 @@ def compare(
 
 def background(console: Console, folder: Path, tensors: Tensors, rounds: int) -> None:
     """A save while training goes on: how long it waits, beside blocking ones in turns."""
-    pieces = TensorPieces(None)
+    shards = ShardWriter(None)
     blocking: list[float] = []
     copies: list[float] = []
     whole: list[float] = []
@@ -149,9 +149,9 @@ def background(console: Console, folder: Path, tensors: Tensors, rounds: int) ->
             blocking.append(timed(save_blocking, where, tensors))
         with place(folder) as where, peak_growth() as growth:
             started = time.perf_counter()
-            resolve = pieces.copy(tensors)
+            resolve = shards.copy(tensors)
             copies.append(time.perf_counter() - started)
-            write_checkpoint(order(where), pieces, resolve, rank=0, group=None)
+            write_checkpoint(order(where), shards, resolve, rank=0, group=None)
             whole.append(time.perf_counter() - started)
         if number == 0:
             extra = growth()

@@ -14,9 +14,9 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 from toolkit.checkpoint import retention
 from toolkit.checkpoint.commit import load_checkpoint, save_checkpoint
 from toolkit.checkpoint.find import find_checkpoint, set_aside
-from toolkit.checkpoint.layout import METADATA_FILE, encode_metadata, read_metadata
-from toolkit.checkpoint.pieces import TensorPieces
+from toolkit.checkpoint.folder import METADATA_FILE, encode_metadata, read_metadata
 from toolkit.checkpoint.retention import Retention, prune_checkpoints
+from toolkit.checkpoint.save_plan import ShardWriter
 from toolkit.checkpoint.tensors import SafeReader, load_tensors
 from toolkit.errors import CheckpointError, TrainingError
 
@@ -84,7 +84,7 @@ def test_an_error_in_the_middle_leaves_nothing_committed(
         raise OSError("disk full")
 
     with monkeypatch.context() as patch:
-        patch.setattr(TensorPieces, "write", fail)
+        patch.setattr(ShardWriter, "write", fail)
         with pytest.raises(TrainingError, match=r"step2: not saved.* rank 0 on .*disk full"):
             save(tmp_path, 2)
     assert [p.name for p in tmp_path.iterdir()] == ["step1"]

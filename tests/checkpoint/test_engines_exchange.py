@@ -20,7 +20,7 @@ from tests.checkpoint.exchange import (
     stored,
 )
 from tests.workers import WorkerPool
-from toolkit.checkpoint.layout import check_files, read_metadata
+from toolkit.checkpoint.folder import check_files, read_metadata
 
 STEP = f"step{SAVED_AT}"
 ODD = ("adamw-uneven-tied-frozen-groups", "sgd-uneven-frozen-groups")

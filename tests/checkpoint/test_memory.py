@@ -11,7 +11,7 @@ import pytest
 from tests.tiny import SEQ, build, module_config, open_environment, train_steps
 from tests.workers import WorkerPool
 from toolkit.checkpoint.commit import Save, load_checkpoint, save_checkpoint, write_checkpoint
-from toolkit.checkpoint.pieces import TensorPieces
+from toolkit.checkpoint.save_plan import ShardWriter
 
 MB = 1e6
 BIG = {
@@ -62,15 +62,15 @@ def measure_save(engine: str, root: str) -> dict[str, float]:
             order = Save(
                 root=Path(root), step=2, tokens=0, engine=engine, rank_state=lambda: {}
             )  # fmt: skip
-            pieces = TensorPieces(env.cpu_group)
-            copied = pieces.copy(tensors)
-            write_checkpoint(order, pieces, copied, rank=env.rank, group=env.cpu_group)
+            shards = ShardWriter(env.cpu_group)
+            copied = shards.copy(tensors)
+            write_checkpoint(order, shards, copied, rank=env.rank, group=env.cpu_group)
 
-        pieces = TensorPieces(env.cpu_group)
-        pieces.live(tensors)
+        shards = ShardWriter(env.cpu_group)
+        shards.live(tensors)
         return {
             "state": state_bytes,
-            "shard": pieces.nbytes,
+            "shard": shards.nbytes,
             "save": peak_growth(save),
             "copy and save": peak_growth(copy_and_save),
         }

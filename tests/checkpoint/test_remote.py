@@ -17,7 +17,7 @@ from tests.tiny import module_config, open_environment
 from tests.workers import WorkerPool
 from toolkit.checkpoint.commit import load_checkpoint, save_checkpoint
 from toolkit.checkpoint.find import find_checkpoint
-from toolkit.checkpoint.layout import (
+from toolkit.checkpoint.folder import (
     METADATA_FILE,
     CheckpointMetadata,
     FileEntry,

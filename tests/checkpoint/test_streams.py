@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from toolkit.checkpoint import pieces as pieces_module
-from toolkit.checkpoint.pieces import TensorPieces
+from toolkit.checkpoint import save_plan
+from toolkit.checkpoint.save_plan import ShardWriter
 
 
 class Stream:
@@ -41,9 +41,9 @@ def stream(monkeypatch: pytest.MonkeyPatch) -> Stream:
 
 
 def test_writing_never_waits_for_training(stream: Stream, tmp_path: Path) -> None:
-    pieces = TensorPieces(None)
-    resolve = pieces.copy({f"model.{i}": torch.randn(1_000_000) for i in range(10)})
-    writer = threading.Thread(target=pieces.write, args=(tmp_path, resolve), name="checkpoint")
+    shards = ShardWriter(None)
+    resolve = shards.copy({f"model.{i}": torch.randn(1_000_000) for i in range(10)})
+    writer = threading.Thread(target=shards.write, args=(tmp_path, resolve), name="checkpoint")
     writer.start()
     writer.join()
     assert sum(file.stat().st_size for file in tmp_path.iterdir()) > 40_000_000
@@ -67,17 +67,17 @@ def test_training_waits_once_for_all_copies_of_a_device(
             return self.as_subclass(torch.Tensor)
 
     monkeypatch.setattr(
-        pieces_module, "_host_buffer", lambda source: torch.empty(source.shape, dtype=source.dtype)
+        save_plan, "_host_buffer", lambda source: torch.empty(source.shape, dtype=source.dtype)
     )
     monkeypatch.setattr(stream, "synchronize", lambda: order.append("wait"))
-    pieces = TensorPieces(None)
+    shards = ShardWriter(None)
     tensors = {f"model.{i}": torch.randn(10).as_subclass(Source) for i in range(3)}
     # Planned on plain tensors: what DCP asks of a tensor is not the question here.
-    pieces._planned({name: torch.empty(10) for name in tensors})
-    planner = pieces_module.DefaultSavePlanner()
+    shards._planned({name: torch.empty(10) for name in tensors})
+    planner = save_plan.DefaultSavePlanner()
     planner.resolve_data = lambda item: tensors[item.index.fqn]  # type: ignore[method-assign]
-    monkeypatch.setattr(pieces, "_planned", lambda _: planner)
-    resolve = pieces.copy(tensors)
+    monkeypatch.setattr(shards, "_planned", lambda _: planner)
+    resolve = shards.copy(tensors)
     assert order == ["copy", "copy", "copy", "wait"]
-    for item in pieces._plan.items:
+    for item in shards._plan.items:
         assert torch.equal(resolve(item), tensors[item.index.fqn].as_subclass(torch.Tensor))

@@ -18,7 +18,7 @@ from toolkit.checkpoint.archives import load_archive
 from toolkit.checkpoint.commit import load_rank_state, save_checkpoint
 from toolkit.checkpoint.coverage import _is_tiled
 from toolkit.checkpoint.find import find_checkpoint
-from toolkit.checkpoint.layout import METADATA_FILE, FileEntry, encode_metadata, read_metadata
+from toolkit.checkpoint.folder import METADATA_FILE, FileEntry, encode_metadata, read_metadata
 from toolkit.checkpoint.pickles import check_pickle
 from toolkit.checkpoint.tensors import iterate_tensors, load_tensors
 from toolkit.commands.verify import check_checkpoint

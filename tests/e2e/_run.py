@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 import psutil
 
-from toolkit.checkpoint.layout import saved_steps
+from toolkit.checkpoint.folder import saved_steps
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent

@@ -12,7 +12,7 @@ import torch
 
 from tests.e2e._run import Result, committed, read_json, read_lines, run
 from tests.e2e.conftest import STEPS
-from toolkit.checkpoint.layout import check_files, read_metadata
+from toolkit.checkpoint.folder import check_files, read_metadata
 
 TRAIN_FIELDS = (
     "step", "tokens", "epoch", "time", "attempt", "loss", "ppl", "lr", "grad_norm",

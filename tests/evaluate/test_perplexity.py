@@ -17,9 +17,9 @@ from toolkit.data.prepare.tokenizers.byte import ByteTokenizer
 from toolkit.errors import DataError
 from toolkit.evaluate.documents import Chunk, check_vocabulary, read_documents
 from toolkit.evaluate.perplexity import evaluate_stream, transformer_loss
-from toolkit.evaluate.sums import TokenSums, total_sums
 from toolkit.evaluate.windows import windows
 from toolkit.models.config import TransformerConfig
+from toolkit.train.eval_sums import TokenSums, total_sums
 
 LENGTH = 12
 MODEL = TransformerConfig(

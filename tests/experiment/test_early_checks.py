@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from toolkit.checkpoint.layout import METADATA_FILE, CheckpointMetadata, encode_metadata
+from toolkit.checkpoint.folder import METADATA_FILE, CheckpointMetadata, encode_metadata
 from toolkit.cli.main import run
 from toolkit.experiment.checks import check_experiment
 from toolkit.experiment.load import load_experiment

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import zstandard
 
-from toolkit.checkpoint.layout import METADATA_FILE, FileEntry, encode_metadata, read_metadata
+from toolkit.checkpoint.folder import METADATA_FILE, FileEntry, encode_metadata, read_metadata
 from toolkit.errors import CheckpointError
 from toolkit.storage.atomic import hash_file
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.hf.fidelity import random_model, their_config
 from toolkit.checkpoint.find import find_checkpoint
-from toolkit.checkpoint.layout import read_metadata
+from toolkit.checkpoint.folder import read_metadata
 from toolkit.checkpoint.tensors import iterate_tensors, load_tensors
 from toolkit.data.prepare.tokenizers.bpe import train_bpe
 from toolkit.data.prepare.tokenizers.byte import ByteTokenizer
@@ -347,7 +347,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(
     def fails(*args: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("toolkit.checkpoint.pieces.HashingStream._pass_on", fails)
+    monkeypatch.setattr("toolkit.checkpoint.save_plan.HashingStream._pass_on", fails)
     with pytest.raises(TrainingError, match=r"out: not converted, nothing is left of it: .*No spa"):
         convert_it(original, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []

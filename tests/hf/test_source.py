@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from toolkit.checkpoint.commit import save_checkpoint
-from toolkit.checkpoint.layout import read_metadata
+from toolkit.checkpoint.folder import read_metadata
 from toolkit.checkpoint.tensors import stored_types
 from toolkit.data.prepare.tokenizers.byte import ByteTokenizer
 from toolkit.errors import CheckpointError

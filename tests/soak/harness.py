@@ -15,7 +15,7 @@ from pathlib import Path
 
 from tests.e2e._run import ROOT, read_lines
 from tests.soak.processes import Family
-from toolkit.checkpoint.layout import METADATA_FILE, check_files, read_metadata, saved_steps
+from toolkit.checkpoint.folder import METADATA_FILE, check_files, read_metadata, saved_steps
 
 STEPS = 30
 INTERVAL = 2

@@ -11,6 +11,7 @@ from toolkit.storage.atomic import (
     create_json,
     fsync_tree,
     hash_file,
+    new_folder,
     open_atomic,
     remove_tree,
     write_atomic,
@@ -91,3 +92,19 @@ def test_a_full_disk_is_named(tmp_path, monkeypatch):
             write(tmp_path / "status.json", {})
         assert caught.value.filename == str(tmp_path / "status.json")
     assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("unfinished", [None, "growing"])
+def test_a_new_folder_is_there_whole_or_not_at_all(tmp_path, unfinished):
+    place = None if unfinished is None else tmp_path / unfinished
+    if place is not None:  # of a process that was killed
+        place.mkdir()
+        (place / "old").touch()
+    with pytest.raises(TypeError), new_folder(tmp_path / "a", unfinished=place) as folder:
+        (folder / "x").write_text(1)
+    assert os.listdir(tmp_path) == []
+    (tmp_path / "a").mkdir()
+    with new_folder(tmp_path / "a", unfinished=place) as folder:
+        (folder / "x").write_text("1")
+        assert os.listdir(tmp_path / "a") == []
+    assert [p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*")] == ["a", "a/x"]

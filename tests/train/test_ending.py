@@ -13,7 +13,7 @@ import pytest
 
 from tests.train.test_remote_runs import run
 from tests.workers import WorkerPool
-from toolkit.checkpoint.layout import METADATA_FILE
+from toolkit.checkpoint.folder import METADATA_FILE
 from toolkit.errors import EXIT_STOPPED
 from toolkit.metrics.streams import MetricStreams
 from toolkit.runs.manager import RunManager
@@ -175,9 +175,9 @@ def test_a_second_request_leaves_a_status(tmp_path: Path, saved: bool) -> None:
     from types import SimpleNamespace
     from typing import cast
 
+    from toolkit.launch.stopping import StopRequest
+    from toolkit.launch.watchdog import Heartbeat
     from toolkit.train.ending import listening
-    from toolkit.train.stopping import StopRequest
-    from toolkit.train.watchdog import Heartbeat
 
     manager = start_run("exp", "one", root=tmp_path)
     checkpoint = manager.folder / "checkpoints" / "step5"
@@ -204,8 +204,8 @@ def test_a_second_request_leaves_a_status(tmp_path: Path, saved: bool) -> None:
 
 def test_a_rank_ended_for_anothers_failure_is_no_stop(tmp_path: Path) -> None:
     from toolkit.errors import EXIT_FAILED
-    from toolkit.experiment.starting import RunStart
-    from toolkit.train.peers import Peers
+    from toolkit.launch.failures import Peers
+    from toolkit.launch.starting import RunStart
 
     start = RunStart()
     start.run = start_run("exp", "one", root=tmp_path)

@@ -11,7 +11,7 @@ import torch
 
 from tests.tiny import ROWS, build, global_batch, module_config, open_environment, train_steps
 from tests.workers import WorkerPool
-from toolkit.checkpoint.layout import METADATA_FILE, encode_metadata, read_metadata
+from toolkit.checkpoint.folder import METADATA_FILE, encode_metadata, read_metadata
 from toolkit.checkpoint.tensors import iterate_tensors
 from toolkit.commands.dry_run import summarize
 from toolkit.commands.explain import explain_resume
@@ -21,7 +21,7 @@ from toolkit.errors import CheckpointError, ToolkitError
 from toolkit.experiment.load import load_experiment
 from toolkit.models.lora_config import LoRAConfig
 from toolkit.optim.config import AdamWConfig, GroupOverride
-from toolkit.train.base import find_base
+from toolkit.train.adapter_base import find_base
 
 STEPS = 4
 LORA = LoRAConfig(rank=4, target_modules=("*.attention.*", "*.down"), train_also=("head.norm.*",))
@@ -41,13 +41,13 @@ def trained_under(engine: str, settings: dict[str, Any], precision: str = "fp32"
     env = open_environment(config)
     try:
         module = build(config, env)
-        before = {name: t.clone() for name, t in module.runtime.weight_shards().items()}
+        before = {name: t.clone() for name, t in module.engine.weight_shards().items()}
         history = train_steps(module, 0, STEPS)
         rows = ROWS // env.world_size
         own = slice(env.rank * rows, (env.rank + 1) * rows)
         module.train_batch({"input_ids": global_batch(STEPS)[own]})
         norms = {key: float(value) for key, value in module.network_norms().items()}
-        after = module.runtime.weight_shards()
+        after = module.engine.weight_shards()
         changed = {name for name in before if not torch.equal(before[name], after[name])}
         saved = {key for key in module.state_tensors() if key.startswith("model.")}
         return history, norms, changed, saved

@@ -9,7 +9,7 @@ import pytest
 
 from tests.s3 import BUCKET, s3_server, times
 from tests.workers import WorkerPool
-from toolkit.checkpoint.layout import saved_steps
+from toolkit.checkpoint.folder import saved_steps
 from toolkit.checkpoint.remote import saved_remote_steps
 from toolkit.errors import ToolkitError
 

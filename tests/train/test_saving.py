@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from tests.workers import WorkerPool
-from toolkit.checkpoint.pieces import TensorPieces
+from toolkit.checkpoint.save_plan import ShardWriter
 from toolkit.checkpoint.tensors import iterate_tensors
 from toolkit.errors import RunError, ToolkitError
 from toolkit.train.saving import TrainerSaver
@@ -47,8 +47,8 @@ def run(
         ],
     ).config
     seen = Troubled(trouble)
-    before = TensorPieces.write
-    TensorPieces.write = seen.write  # type: ignore[method-assign, assignment]
+    before = ShardWriter.write
+    ShardWriter.write = seen.write  # type: ignore[method-assign, assignment]
     disk_usage = shutil.disk_usage
     if trouble == "no room":
         shutil.disk_usage = lambda _: SimpleNamespace(free=1000)  # type: ignore[assignment, return-value]
@@ -58,7 +58,7 @@ def run(
     except ToolkitError as error:
         code, message = error.exit_code, str(error)
     finally:
-        TensorPieces.write = before  # type: ignore[method-assign]
+        ShardWriter.write = before  # type: ignore[method-assign]
         shutil.disk_usage = disk_usage  # type: ignore[assignment]
     folder = Path(root) / "runs" / "smoke" / name
     status = json.loads((folder / "metadata" / "status.json").read_text())
@@ -74,9 +74,9 @@ def run(
 
 
 class Troubled:
-    """`TensorPieces.write` that is slow, or fails for step 6."""
+    """`ShardWriter.write` that is slow, or fails for step 6."""
 
-    original = TensorPieces.write
+    original = ShardWriter.write
 
     def __init__(self, trouble: str) -> None:
         self.trouble = trouble
@@ -85,20 +85,20 @@ class Troubled:
 
     @property
     def write(self) -> Any:
-        def write(pieces: TensorPieces, folder: Path, resolve: Any) -> Any:
+        def write(shards: ShardWriter, folder: Path, resolve: Any) -> Any:
             self.main_thread.append(threading.current_thread() is threading.main_thread())
             self.at_once += 1
             self.most_at_once = max(self.most_at_once, self.at_once)
             try:
                 if self.trouble == "slow":
                     time.sleep(0.3)
-                is_last_rank = pieces._rank == 0 if pieces._group is None else pieces._rank == 1
+                is_last_rank = shards._rank == 0 if shards._group is None else shards._rank == 1
                 if self.trouble == "full" and is_last_rank and "step6.tmp" in str(folder):
                     raise OSError(errno.ENOSPC, "No space left on device")
                 if self.trouble == "limit" and is_last_rank and "step6.tmp" in str(folder):
                     with file_size_limit(100_000):
-                        return Troubled.original(pieces, folder, resolve)
-                return Troubled.original(pieces, folder, resolve)
+                        return Troubled.original(shards, folder, resolve)
+                return Troubled.original(shards, folder, resolve)
             finally:
                 self.at_once -= 1
 

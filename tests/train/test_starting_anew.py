@@ -10,7 +10,7 @@ import pytest
 from tests.e2e._run import content
 from tests.train.test_remote_runs import run
 from tests.workers import WorkerPool
-from toolkit.checkpoint.layout import saved_steps
+from toolkit.checkpoint.folder import saved_steps
 from toolkit.commands.explain import explain_resume
 from toolkit.train.progress import reached_step
 

@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 
 from toolkit.checkpoint.archives import load_archive
-from toolkit.checkpoint.layout import (
+from toolkit.checkpoint.folder import (
     FORMAT_VERSION,
     HF_FOLDER,
     METADATA_FILE,
@@ -38,9 +38,9 @@ from toolkit.checkpoint.layout import (
     read_metadata,
     step_folder,
 )
-from toolkit.checkpoint.pieces import Resolve, TensorPieces, WrittenPieces
-from toolkit.checkpoint.ranks import gather, run_together
+from toolkit.checkpoint.save_plan import Resolve, ShardWriter, WrittenShards
 from toolkit.checkpoint.tensors import load_tensors
+from toolkit.checkpoint.together import gather, run_together
 from toolkit.errors import CheckpointError, TrainingError
 from toolkit.storage.atomic import fsync_folder, hash_file, remove_tree, write_atomic
 from toolkit.storage.foreign import check_regular, reason_of
@@ -87,7 +87,7 @@ def save_checkpoint(
     """Commit one checkpoint at once; see `Save` and `write_checkpoint`.
 
     Args:
-        tensors: `model.*` and `optim.*`, see `EngineRuntime.state_tensors`.
+        tensors: `model.*` and `optim.*`, see `Engine.state_tensors`.
     """
     save = Save(
         root=root,
@@ -100,13 +100,13 @@ def save_checkpoint(
     )
     if rank == 0:
         root.mkdir(parents=True, exist_ok=True)
-    pieces = TensorPieces(group)
+    pieces = ShardWriter(group)
     return write_checkpoint(save, pieces, pieces.live(tensors), rank=rank, group=group)
 
 
 def write_checkpoint(
     save: Save,
-    pieces: TensorPieces,
+    pieces: ShardWriter,
     resolve: Resolve,
     *,
     rank: int,
@@ -131,11 +131,11 @@ def write_checkpoint(
             temporary.mkdir()  # not its parents: a run folder that was removed stays so
             (temporary / RANK_FOLDER).mkdir()
 
-    def write() -> WrittenPieces:
+    def write() -> WrittenShards:
         written = pieces.write(temporary / TENSORS_FOLDER, resolve)
         _save_rank_state(temporary / rank_file(rank), save.rank_state())
         files = {f"{TENSORS_FOLDER}/{name}": entry for name, entry in written.files.items()}
-        return WrittenPieces(written.results, files | _entries(temporary, [rank_file(rank)]))
+        return WrittenShards(written.results, files | _entries(temporary, [rank_file(rank)]))
 
     def commit() -> None:
         if rank != 0:

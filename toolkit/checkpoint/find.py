@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch.distributed as dist
 
-from toolkit.checkpoint.layout import (
+from toolkit.checkpoint.folder import (
     METADATA_FILE,
     TENSORS_FOLDER,
     check_files,
@@ -20,8 +20,8 @@ from toolkit.checkpoint.layout import (
     saved_steps,
     step_folder,
 )
-from toolkit.checkpoint.ranks import gather, run_together
 from toolkit.checkpoint.tensors import stored_shapes
+from toolkit.checkpoint.together import gather, run_together
 from toolkit.errors import CheckpointError
 
 log = logging.getLogger(__name__)

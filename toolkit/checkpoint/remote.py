@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch.distributed as dist
 
-from toolkit.checkpoint.layout import (
+from toolkit.checkpoint.folder import (
     INVALID_SUFFIX,
     METADATA_FILE,
     CheckpointMetadata,
@@ -24,8 +24,8 @@ from toolkit.checkpoint.layout import (
     read_metadata,
     step_of,
 )
-from toolkit.checkpoint.ranks import run_together
 from toolkit.checkpoint.retention import Retention, Saved
+from toolkit.checkpoint.together import run_together
 from toolkit.errors import CheckpointError, StorageError
 from toolkit.storage.atomic import unused_name
 from toolkit.storage.remote import RemoteFolder

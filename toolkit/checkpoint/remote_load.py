@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from toolkit.checkpoint.archives import load_archive
 from toolkit.checkpoint.commit import check_free_space, commit_folder
-from toolkit.checkpoint.layout import (
+from toolkit.checkpoint.folder import (
     METADATA_FILE,
     TENSORS_FOLDER,
     CheckpointMetadata,
@@ -27,7 +27,6 @@ from toolkit.checkpoint.layout import (
     read_metadata,
     step_folder,
 )
-from toolkit.checkpoint.ranks import run_together
 from toolkit.checkpoint.remote import (
     decode_remote_metadata,
     find_remote_checkpoint,
@@ -36,6 +35,7 @@ from toolkit.checkpoint.remote import (
     wrong_files,
 )
 from toolkit.checkpoint.tensors import SafeReader, load_tensors
+from toolkit.checkpoint.together import run_together
 from toolkit.errors import CheckpointError, TrainingError
 from toolkit.storage.foreign import reason_of
 from toolkit.storage.remote import ContentError, RemoteFolder

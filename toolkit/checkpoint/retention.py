@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from toolkit.checkpoint.layout import (
+from toolkit.checkpoint.folder import (
     METADATA_FILE,
     CheckpointMetadata,
     Kind,

@@ -14,7 +14,13 @@ from torch.distributed.checkpoint.planner import WriteItem
 from torch.distributed.checkpoint.storage import WriteResult
 
 from toolkit.checkpoint.commit import Save, write_checkpoint
-from toolkit.checkpoint.pieces import HashingFiles, Resolve, TensorPieces, WrittenPieces, no_crc32
+from toolkit.checkpoint.save_plan import (
+    HashingFiles,
+    Resolve,
+    ShardWriter,
+    WrittenShards,
+    no_crc32,
+)
 from toolkit.errors import CheckpointError
 from toolkit.threads import ThreadPool
 
@@ -36,13 +42,13 @@ def write_streamed_checkpoint(
     Raises:
         TrainingError: it cannot be written, or `tensors` raised; nothing is committed.
     """
-    pieces = _StreamedPieces(None)
+    pieces = _StreamedShards(None)
     pieces.live(dict(layout))
     return write_checkpoint(save, pieces, _in_order(tensors), rank=0, group=None)
 
 
-class _StreamedPieces(TensorPieces):
-    def write(self, folder: Path, resolve: Resolve) -> WrittenPieces:
+class _StreamedShards(ShardWriter):
+    def write(self, folder: Path, resolve: Resolve) -> WrittenShards:
         """As DCP's writer does, which keeps every tensor until the last is written."""
         files = HashingFiles(FileSystem())
         results = []
@@ -70,7 +76,7 @@ class _StreamedPieces(TensorPieces):
             if request is not None:
                 request.result()
             stream.sync()
-        return WrittenPieces(results, files.entries)
+        return WrittenShards(results, files.entries)
 
 
 def _in_order(tensors: Iterable[tuple[str, torch.Tensor]]) -> Resolve:

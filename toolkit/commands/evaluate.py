@@ -32,8 +32,8 @@ from toolkit.runs.status import read_status
 
 if TYPE_CHECKING:
     from toolkit.data.prepare.tokenizers.tokenizer import Tokenizer
-    from toolkit.evaluate.sums import LossFunction, TokenSums
     from toolkit.hf.source import ModelSource
+    from toolkit.train.eval_sums import LossFunction, TokenSums
 
 MOST_SEQUENCE_TOKENS = 2048
 """Default row of a model without a run; longer contexts are asked for."""
@@ -200,7 +200,7 @@ def _load(model: _Model, dtype: DType, device: str | None, notify: Notify) -> _L
 
 def _on_validation(model: _Model, run: _Run, settings: EvalSettings, notify: Notify) -> Evaluation:
     from toolkit.data.evaluation import EvalLoader
-    from toolkit.evaluate.sums import evaluate_sets
+    from toolkit.train.eval_sums import evaluate_sets
 
     for name in ("sequence_length", "stride", "tokenizer"):
         if getattr(settings, name) is not None:
@@ -256,7 +256,7 @@ def _on_files(
     from toolkit.data.prepare.text.sources import plan_source
     from toolkit.evaluate.documents import check_vocabulary, read_documents
     from toolkit.evaluate.perplexity import evaluate_stream
-    from toolkit.evaluate.sums import total_sums
+    from toolkit.train.eval_sums import total_sums
 
     sources = {path: FilesSourceConfig(paths=[path], text_field=settings.text_field)
                for path in files}  # fmt: skip

@@ -12,9 +12,9 @@ from toolkit.data.prepare.tools.scanning import scan_progress
 from toolkit.errors import ConfigError
 from toolkit.hf.choose import choose_family
 from toolkit.hf.export import Exported, chosen_types, export_source, first_type
-from toolkit.hf.folder import check_unused
 from toolkit.hf.model_card import render_card
 from toolkit.hf.source import ModelSource, find_source, is_tokenizer
+from toolkit.storage.atomic import check_unused
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?B)?\Z", re.IGNORECASE)
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}

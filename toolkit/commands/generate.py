@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from toolkit.checkpoint.layout import HF_FOLDER
+from toolkit.checkpoint.folder import HF_FOLDER
 from toolkit.commands.models import DType, hf_folder_of, pick_device, torch_dtype
 from toolkit.errors import DataError
 

@@ -16,13 +16,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from toolkit.checkpoint.layout import check_files, read_metadata, saved_steps, step_folder, step_of
+from toolkit.checkpoint.folder import check_files, read_metadata, saved_steps, step_folder, step_of
 from toolkit.commands.receipt import Receipt, ReplayPlan, compare
 from toolkit.commands.verify import is_step_folder
 from toolkit.config.interpolation import fill
 from toolkit.data.corpus_info import data_places, read_corpus, without_sources
 from toolkit.distributed.launcher import has_launcher, rank_of
-from toolkit.distributed.launcher_checks import check_launcher_variables
+from toolkit.distributed.ranks import check_launcher_variables
 from toolkit.errors import EXIT_DONE, ConfigError, DataError, RunError, TrainingError
 from toolkit.experiment.config import ExperimentConfig
 from toolkit.experiment.recorded import (
@@ -35,8 +35,8 @@ from toolkit.experiment.recorded import (
     read_steps,
     versions_of,
 )
-from toolkit.experiment.relaunch import relaunch
 from toolkit.experiment.run_data import find_data
+from toolkit.launch.relaunch import relaunch
 from toolkit.runs.config import RunConfig
 from toolkit.runs.files import RUN_FILES
 from toolkit.runs.registry import is_run, resolve_run_folder, run_of_checkpoint

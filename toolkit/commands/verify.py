@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-from toolkit.checkpoint.layout import (
+from toolkit.checkpoint.folder import (
     INVALID_SUFFIX,
     METADATA_FILE,
     TENSORS_FOLDER,

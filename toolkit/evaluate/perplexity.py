@@ -11,14 +11,13 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from toolkit.data.instances.base import Rows
-from toolkit.data.instances.text import target_mask
+from toolkit.data.instances.base import Rows, target_mask
 from toolkit.errors import DataError
 from toolkit.evaluate.documents import Chunk
-from toolkit.evaluate.sums import Batch, EvalSums, LossFunction, TokenSums, sum_batches
 from toolkit.evaluate.windows import Window, stack_windows, windows
 from toolkit.models.labels import shift_labels
 from toolkit.models.loss import IGNORE_INDEX
+from toolkit.train.eval_sums import Batch, EvalSums, LossFunction, TokenSums, sum_batches
 from toolkit.wording import count
 
 

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from toolkit.checkpoint.layout import METADATA_FILE
+from toolkit.checkpoint.folder import METADATA_FILE
 from toolkit.config.files import read_json_mapping
 from toolkit.config.interpolation import fill
 from toolkit.data.corpus_info import data_places

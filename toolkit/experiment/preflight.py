@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from toolkit.checkpoint.layout import METADATA_FILE, read_metadata, saved_steps, step_folder
+from toolkit.checkpoint.folder import METADATA_FILE, read_metadata, saved_steps, step_folder
 from toolkit.data.corpus_info import datasets_of, read_corpus
 from toolkit.data.prepare.text.presence import check_presence
 from toolkit.errors import BadInputError, CheckpointError, ConfigError, ErrorList
@@ -146,7 +146,7 @@ def _look(path: Path) -> "Found":
     """The newest checkpoint in `path`. What this process reads in seconds is read: a run that is
     refused because of it has not been touched yet."""
     from toolkit.checkpoint.find import find_checkpoint
-    from toolkit.checkpoint.layout import read_metadata
+    from toolkit.checkpoint.folder import read_metadata
 
     found = find_checkpoint(path, quick=True)
     if found.checkpoint is None:
@@ -176,10 +176,10 @@ def continuation_checks(
 ) -> list[Callable[[], None]]:
     """The checks of `check_continuation`, for who wants to know all that is wrong with going on
     from `start`."""
-    from toolkit.checkpoint.anywhere import metadata_of, rank_state_of, shapes_of
-    from toolkit.checkpoint.layout import rank_file
+    from toolkit.checkpoint.folder import rank_file
+    from toolkit.checkpoint.load import metadata_of, rank_state_of, shapes_of
     from toolkit.checkpoint.tensors import check_shapes
-    from toolkit.train.base import check_adapter
+    from toolkit.train.adapter_base import check_adapter
     from toolkit.train.restoring import is_inside, renamed, usable_state
 
     checkpoint, lora = start.checkpoint, config.train_module.lora
@@ -219,7 +219,7 @@ def continuation_checks(
 
 def changed_training(config: ExperimentConfig, start: "Start") -> list[str]:
     """What `change_of_training` tells of going on from `start` with this config."""
-    from toolkit.checkpoint.anywhere import shapes_of
+    from toolkit.checkpoint.load import shapes_of
     from toolkit.train.moments import change_of_training
 
     if start.weights_only:
@@ -232,7 +232,7 @@ def changed_training(config: ExperimentConfig, start: "Start") -> list[str]:
 def _weights(config: ExperimentConfig, *, is_base: bool) -> dict[str, Any]:
     """Meta tensors of the weights that a checkpoint of this model holds, by their stored names; of
     an adapter's, those of its base or its own."""
-    from toolkit.checkpoint.layout import MODEL_PREFIX
+    from toolkit.checkpoint.folder import MODEL_PREFIX
     from toolkit.models.lora import is_trained
     from toolkit.models.parameters import is_adapter
 

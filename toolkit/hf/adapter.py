@@ -3,7 +3,7 @@
 An adapter sits on one of our linear layers. A family that keeps several of them in one tensor
 (GPT-2's c_attn, Phi-3's qkv_proj) gets one adapter on that tensor's layer instead: the n parts'
 A lie below one another, (n * rank, in), and each part's B fills its own rows and its own columns
-of the fused B, (all rows, n * rank), whose rows then go where the family's layout puts those of
+of the fused B, (all rows, n * rank), whose rows then go where the family's transform puts those of
 the weights. PEFT's `rank_pattern` and `alpha_pattern` keep alpha / rank as it was.
 """
 
@@ -16,10 +16,9 @@ from torch import Tensor
 
 from toolkit.errors import CheckpointError
 from toolkit.hf.family import Family, Rule
-from toolkit.hf.folder import new_folder
 from toolkit.models.config import ModelConfig
 from toolkit.models.lora_config import LoRAConfig
-from toolkit.storage.atomic import PathLike, write_json_atomic
+from toolkit.storage.atomic import PathLike, new_output, write_json_atomic
 
 A_SUFFIX, B_SUFFIX = ".lora_A.weight", ".lora_B.weight"
 WEIGHTS_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
@@ -139,7 +138,7 @@ def _their_modules(
                 rule.theirs[0].removesuffix(".weight"),
                 torch.cat(downs),
                 _fused(rule, [(ups.get(layer), rows[layer]) for layer in layers]),
-                rule.layout.transposed,
+                rule.transform.transposed,
             )
         )
     if unused:
@@ -160,7 +159,7 @@ def _fused(rule: Rule, parts: list[tuple[Tensor | None, int]]) -> Tensor:
             block[:, column : column + up.shape[1]] = up
             column += up.shape[1]
         blocks.append(block)
-    return rule.layout.join(blocks)[0].contiguous()
+    return rule.transform.join(blocks)[0].contiguous()
 
 
 def _peft_config(
@@ -188,7 +187,7 @@ def _peft_config(
 def _write(folder: Path, weights: dict[str, Tensor], settings: dict[str, Any]) -> None:
     from safetensors.torch import save_file
 
-    with new_folder(folder) as unfinished:
+    with new_output(folder) as unfinished:
         contiguous = {name: tensor.contiguous() for name, tensor in weights.items()}
         save_file(contiguous, unfinished / WEIGHTS_FILE, metadata={"format": "pt"})
         write_json_atomic(unfinished / CONFIG_FILE, settings, sync=False)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from toolkit.checkpoint.commit import SPARE_BYTES, Save, check_free_space
-from toolkit.checkpoint.layout import MODEL_PREFIX, TENSORS_FOLDER
+from toolkit.checkpoint.folder import MODEL_PREFIX, TENSORS_FOLDER
 from toolkit.checkpoint.streaming import write_streamed_checkpoint
 from toolkit.checkpoint.tensors import iterate_tensors
 from toolkit.data.prepare.tokenizers.companions import read_json
@@ -35,12 +35,12 @@ from toolkit.hf.compare import (
     their_logits,
 )
 from toolkit.hf.export import GENERATION_FILE
-from toolkit.hf.folder import new_folder
-from toolkit.hf.imported import ImportPlan
+from toolkit.hf.import_weights import ImportPlan
 from toolkit.hf.read_config import read_hf_config
 from toolkit.hf.tokenizer_files import ConvertedTokenizer, convert_tokenizer, token_ids
 from toolkit.hf.weights import HFWeights
 from toolkit.models.config import TransformerConfig
+from toolkit.storage.atomic import new_output
 from toolkit.storage.foreign import read_bytes
 from toolkit.wording import count
 
@@ -112,7 +112,7 @@ def convert_hf(
     model = read_hf_config(source)
     weights = HFWeights(source)
     notes = list(model.notes)
-    with new_folder(out) as unfinished:
+    with new_output(out) as unfinished:
         tokenizer = _tokenizer(
             source, unfinished / TOKENIZER_FOLDER, model.family.model_type, options
         )
@@ -132,7 +132,7 @@ def convert_hf(
             known_ids=known,
             new_ids=new,
         )
-        layout = {MODEL_PREFIX + name: tensor for name, tensor in plan.layout.items()}
+        layout = {MODEL_PREFIX + name: tensor for name, tensor in plan.meta_tensors.items()}
         nbytes = sum(tensor.nbytes for tensor in layout.values())
         check_free_space(unfinished.parent, nbytes + SPARE_BYTES)
         dtypes = _dtypes(layout.values())
@@ -164,7 +164,7 @@ def convert_hf(
             model_type=model.family.model_type,
             config=config,
             tokenizer=tokenizer,
-            parameter_names=tuple(plan.layout),
+            parameter_names=tuple(plan.meta_tensors),
             dtypes=dtypes,
             nbytes=nbytes,
             difference=difference,

@@ -5,6 +5,7 @@ files have been loaded by `transformers` and gave our logits, where that is aske
 """
 
 import contextlib
+import logging
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -14,13 +15,14 @@ import torch
 from torch import Tensor
 
 from toolkit.checkpoint.commit import check_free_space
+from toolkit.checkpoint.folder import HF_FOLDER, MODEL_PREFIX, TENSORS_FOLDER
+from toolkit.checkpoint.tensors import iterate_tensors
 from toolkit.data.prepare.build.stops import SPECIAL_IDS, special_ids
 from toolkit.data.prepare.tokenizers.companions import TOKENIZER_FILE, read_json
 from toolkit.data.prepare.tokenizers.tokenizer import load_tokenizer
 from toolkit.errors import CheckpointError, DataError, ToolkitError
 from toolkit.hf.adapter import export_adapter, merged
-from toolkit.hf.choose import choose_family
-from toolkit.hf.folder import check_unused, new_folder
+from toolkit.hf.choose import choose_family, fitting_family
 from toolkit.hf.source import (
     ModelSource,
     adapter_base,
@@ -30,9 +32,12 @@ from toolkit.hf.source import (
     source_types,
 )
 from toolkit.hf.tokenizer_files import copy_tokenizer
-from toolkit.hf.weight_files import Dtypes, write_weights
+from toolkit.hf.write_weights import Dtypes, write_weights
 from toolkit.models.config import ModelConfig
-from toolkit.storage.atomic import PathLike, write_json_atomic
+from toolkit.models.lora_config import LoRAConfig
+from toolkit.storage.atomic import PathLike, check_unused, new_output, write_json_atomic
+
+log = logging.getLogger(__name__)
 
 GENERATION_FILE = "generation_config.json"
 CARD_FILE = "README.md"
@@ -100,7 +105,7 @@ def export_hf(
     dtypes = torch.float32 if dtype is None else dtype
     first = first_type(dtypes)
     items = named_tensors.items() if isinstance(named_tensors, Mapping) else named_tensors
-    with new_folder(folder) as unfinished:
+    with new_output(folder) as unfinished:
         files = write_weights(transformer, family, items, unfinished, dtypes, max_shard_bytes)
         settings: dict[str, Any] = {
             "architectures": [family.architecture],
@@ -188,6 +193,55 @@ def export_source(
         check=compare_all if not_checked is None else None,
     )
     return exported._replace(not_checked=not_checked)
+
+
+def export_checkpoint(
+    checkpoint: Path,
+    config: ModelConfig,
+    *,
+    lora: LoRAConfig | None,
+    base: Mapping[str, Any] | None,
+    origin: Mapping[str, Any] | None,
+    tokenizer_folder: Path | None,
+) -> None:
+    """Write `hf/` into a checkpoint whose tensors are there: the whole model, or what PEFT loads
+    onto an adapter's base. Where `transformers` has no class for the model, that is logged.
+
+    Args:
+        config: of the model.
+        lora: of the adapter that the checkpoint holds; None: it holds whole weights.
+        base: of an adapter, `extra["base"]` of the checkpoint.
+        origin: see `ModelSource.origin`.
+    """
+    origin = (base or {}).get("source") if lora is not None else origin
+    origin = origin or {}
+    if lora is not None and lora.train_also:
+        log.info(
+            "parameters were trained besides the adapter (train_module.lora.train_also), so %s/ is "
+            "not written; `toolkit export-hf --merge-adapter` writes the whole model",
+            HF_FOLDER,
+        )
+        return
+    family = fitting_family(config, origin.get("model_type"))
+    if family is None:
+        log.info("no transformers class has these parts; %s/ is not written", HF_FOLDER)
+        return
+    tensors = iterate_tensors(checkpoint / TENSORS_FOLDER, MODEL_PREFIX)
+    folder, generation = checkpoint / HF_FOLDER, origin.get("generation_config")
+    if lora is None:
+        export_hf(
+            config,
+            tensors,
+            folder,
+            tokenizer_folder=tokenizer_folder,
+            dtype=original_type(origin),
+            model_type=origin.get("model_type"),
+            generation=generation,
+        )
+        return
+    export_adapter(config, family, lora, tensors, folder, hf_name_of_base(base or {}))
+    if tokenizer_folder is not None:
+        add_tokenizer(folder, tokenizer_folder, generation)
 
 
 def chosen_types(source: ModelSource) -> Dtypes:
@@ -300,7 +354,7 @@ def _export_adapter(
     assert source.metadata is not None
     family = choose_family(source.config, source.origin.get("model_type"))
     not_checked = _why_not_checked(source, check)
-    with new_folder(folder) as unfinished:
+    with new_output(folder) as unfinished:
         export_adapter(
             source.config,
             family,

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from toolkit.checkpoint.find import find_checkpoint
-from toolkit.checkpoint.layout import (
+from toolkit.checkpoint.folder import (
     HF_FOLDER,
     METADATA_FILE,
     MODEL_PREFIX,
@@ -42,7 +42,7 @@ from toolkit.storage.foreign import guard, read_json
 from toolkit.storage.remote import is_url
 
 if TYPE_CHECKING:
-    from toolkit.hf.imported import ImportPlan
+    from toolkit.hf.import_weights import ImportPlan
 
 log = logging.getLogger(__name__)
 
@@ -149,7 +149,7 @@ def source_types(source: ModelSource) -> dict[str, torch.dtype]:
     the checkpoint."""
     if source.hf_folder is not None:
         plan = _import_plan(source.hf_folder)
-        return {name: tensor.dtype for name, tensor in plan.layout.items()}
+        return {name: tensor.dtype for name, tensor in plan.meta_tensors.items()}
     assert source.checkpoint is not None, "the other kinds have one"
     return stored_types(source.checkpoint / TENSORS_FOLDER, MODEL_PREFIX)
 
@@ -236,7 +236,7 @@ def filled_model(
 
 
 def _import_plan(folder: Path) -> "ImportPlan":
-    from toolkit.hf.imported import ImportPlan
+    from toolkit.hf.import_weights import ImportPlan
     from toolkit.hf.read_config import read_hf_config
     from toolkit.hf.weights import HFWeights
 

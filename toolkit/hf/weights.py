@@ -1,30 +1,41 @@
 """The weights of a folder in Hugging Face format, one tensor at a time.
 
-Each tensor is a mapping of its own range of the file: nothing is copied, and with the tensor its
-pages go too, so memory stays at the tensors that the caller keeps. A mapping of whole files would
-count all that was ever read.
+Two formats: safetensors, and what `torch.save` writes. Each tensor is a mapping of a file that is
+opened for it alone: nothing is copied, and with the tensor its pages go too, so memory stays at the
+tensors that the caller keeps. Only files from before torch 1.6 have to be loaded as a whole.
 """
 
 import json
-import mmap
 import re
+import warnings
+import zipfile
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
-from toolkit.checkpoint.ranges import read_into
 from toolkit.errors import CheckpointError
-from toolkit.hf.stored import (
-    StoredTensor,
-    load_torch_file,
-    read_safetensors_header,
-    read_torch_header,
-)
-from toolkit.storage.foreign import guard, read_bytes
+from toolkit.storage.foreign import check_regular, guard, read_bytes, reason_of
+
+FLOATS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+"""Types of weights that fp32 master weights hold exactly, by their names in safetensors."""
 
 _FORMATS = (("model", "safetensors"), ("pytorch_model", "bin"))
 """In order of preference."""
+_AGAIN = "get it again"
+
+
+class StoredTensor(NamedTuple):
+    """One tensor of a weight file."""
+
+    file: Path
+    shape: torch.Size
+    type_name: str
+    """For messages."""
+    dtype: torch.dtype | None
+    """None: none of `FLOATS`."""
 
 
 class HFWeights:
@@ -40,89 +51,64 @@ class HFWeights:
 
     def __init__(self, folder: Path | str) -> None:
         self.folder = Path(folder)
-        self.files, index = _find_files(self.folder)
-        """In the order of their names."""
+        files, index = _find_files(self.folder)
         self.tensors: dict[str, StoredTensor] = {}
         """In the order in which they lie in the files."""
-        for file in self.files:
+        self._loaded: tuple[Path, dict[str, Tensor]] | None = None
+        for file in files:
             is_safe = file.suffix == ".safetensors"
-            tensors = read_safetensors_header(file) if is_safe else read_torch_header(file)
-            for name, tensor in tensors.items():
+            for name, tensor in (_safetensors(file) if is_safe else self._torch_file(file)).items():
                 if name in self.tensors:
                     other = self.tensors[name].file.name
                     raise CheckpointError(f"{file}: holds {name}, and so does {other}")
                 self.tensors[name] = tensor
         if index is not None:
             self._check_index(*index)
-        self._loaded: tuple[Path, dict[str, Tensor]] | None = None
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all tensors."""
-        return sum(tensor.nbytes for tensor in self.tensors.values())
-
-    def read(self, name: str, out: Tensor | None = None) -> Tensor:
-        """A tensor in its own type, in `out` or memory of its own: changes do not reach the file.
-
-        Args:
-            out: contiguous CPU tensor of the same shape and type.
+    def read(self, name: str) -> Tensor:
+        """A tensor in its own type; changes do not reach the file.
 
         Raises:
-            CheckpointError: the file has become shorter.
+            CheckpointError: the file is not what it was.
         """
-        stored = self.tensors[name]
-        if stored.dtype is None:
-            raise CheckpointError(
-                f"{stored.file}: {name} is of the unknown type {stored.dtype_name}"
-            )
-        if stored.offset is None:
-            source = self._load_file(stored.file)[name]
-            return source.clone() if out is None else out.copy_(source)
-        if stored.stride is not None:
-            source = self._read_strided(name, stored, stored.stride)
-            return source if out is None else out.copy_(source)
-        if out is None and stored.nbytes and stored.offset % stored.dtype.itemsize == 0:
-            return _mapped(stored.file, stored.offset, stored.nbytes, stored.dtype, stored.shape)
-        target = torch.empty(stored.shape, dtype=stored.dtype) if out is None else out
-        self._fill(name, target, stored.file, stored.offset)
-        return target
+        file = self.tensors[name].file
+        if file.suffix != ".safetensors":
+            return self._load(file)[name].contiguous()
+        with guard(file, CheckpointError, _AGAIN), safe_open(file, "pt") as opened:
+            return opened.get_tensor(name)
 
-    def is_equal(self, one: str, other: str, *, piece_bytes: int = 16 << 20) -> bool:
-        """Whether two tensors have the same type, shape and bits; compares piece by piece."""
-        first, second = self.tensors[one], self.tensors[other]
+    def is_equal(self, one: str, other: str) -> bool:
+        """Whether two tensors have the same type, shape and bits."""
+        first, second = self.read(one), self.read(other)
         if (first.dtype, first.shape) != (second.dtype, second.shape):
             return False
-        plain = all(t.offset is not None and t.stride is None for t in (first, second))
-        if not plain:
-            pair = [self.read(name).reshape(-1).view(torch.uint8) for name in (one, other)]
-            return torch.equal(*pair)
-        for begin in range(0, first.nbytes, piece_bytes):
-            size = min(piece_bytes, first.nbytes - begin)
-            pieces = [torch.empty(size, dtype=torch.uint8) for _ in range(2)]
-            for name, stored, piece in zip((one, other), (first, second), pieces, strict=True):
-                self._fill(name, piece, stored.file, (stored.offset or 0) + begin)
-            if not torch.equal(*pieces):
-                return False
-        return True
+        return torch.equal(*(t.reshape(-1).view(torch.uint8) for t in (first, second)))
 
-    def _fill(self, name: str, target: Tensor, file: Path, offset: int) -> None:
-        with file.open("rb", buffering=0) as stream:
-            stream.seek(offset)
-            read_into(stream, target, f"{file}: {name}")
+    def _torch_file(self, file: Path) -> dict[str, StoredTensor]:
+        return {
+            name: StoredTensor(
+                file,
+                tensor.shape,
+                str(tensor.dtype).removeprefix("torch."),
+                tensor.dtype if tensor.dtype in FLOATS.values() else None,
+            )
+            for name, tensor in self._load(file).items()
+        }
 
-    def _read_strided(self, name: str, stored: StoredTensor, stride: tuple[int, ...]) -> Tensor:
-        steps = zip(stored.shape, stride, strict=True)
-        count = 1 + sum((n - 1) * step for n, step in steps) if stored.shape.numel() else 0
-        flat = torch.empty(count, dtype=stored.dtype)
-        self._fill(name, flat, stored.file, stored.offset or 0)
-        return flat.as_strided(stored.shape, stride).contiguous()
-
-    def _load_file(self, file: Path) -> dict[str, Tensor]:
-        """A file of the old format of `torch.save`; the last one is kept."""
-        if self._loaded is None or self._loaded[0] != file:
-            self._loaded = None
-            self._loaded = (file, load_torch_file(file, device="cpu"))
-        return self._loaded[1]
+    def _load(self, file: Path) -> dict[str, Tensor]:
+        """A file of `torch.save`, mapped; of the old format, the last one read is kept."""
+        if self._loaded is not None and self._loaded[0] == file:
+            return self._loaded[1]
+        self._loaded = None
+        check_regular(file, CheckpointError)
+        with guard(file, CheckpointError, _AGAIN):
+            is_mapped = zipfile.is_zipfile(file)
+        if is_mapped:
+            _check_not_compressed(file)
+        loaded = _load_torch_file(file, is_mapped=is_mapped)
+        if not is_mapped:
+            self._loaded = file, loaded
+        return loaded
 
     def _check_index(self, path: Path, places: dict[str, str]) -> None:
         for name, file in places.items():
@@ -130,31 +116,73 @@ class HFWeights:
             if stored is None or stored.file.name != file:
                 held = f"{stored.file.name} has it" if stored else "no file has it"
                 raise CheckpointError(f"{path}: {name} should be in {file}, but {held}")
-        unlisted = [name for name in self.tensors if name not in places]
+        unlisted = [f"{n} of {t.file.name}" for n, t in self.tensors.items() if n not in places]
         if unlisted:
+            raise CheckpointError(f"{path}: does not list {_first(unlisted)}")
+
+
+def _safetensors(file: Path) -> dict[str, StoredTensor]:
+    """From its header, which the library checks against the size of the file."""
+    check_regular(file, CheckpointError)
+    tensors = {}
+    with guard(file, CheckpointError, _AGAIN), safe_open(file, "pt") as opened:
+        for name in opened.offset_keys():
+            entry = opened.get_slice(name)
+            type_name, shape = entry.get_dtype(), torch.Size(entry.get_shape())
+            tensors[name] = StoredTensor(file, shape, type_name, FLOATS.get(type_name))
+    return tensors
+
+
+def _load_torch_file(file: Path, *, is_mapped: bool) -> dict[str, Tensor]:
+    """A state dict; no code of the file is run. Raises CheckpointError where it holds more."""
+    try:
+        with warnings.catch_warnings():
+            # About the pickle protocol of what is refused right after.
+            warnings.simplefilter("ignore")
+            loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=is_mapped)
+    except Exception as error:  # damaged files raise nearly anything
+        reason = _why_refused(error).split(". ")[0]
+        raise CheckpointError(f"{file}: cannot be read: {reason}; {_AGAIN}") from None
+    if not isinstance(loaded, dict):
+        raise CheckpointError(f"{file}: holds a {type(loaded).__name__}, not tensors by name")
+    for name, value in loaded.items():
+        if not isinstance(value, Tensor) or not isinstance(name, str):
             raise CheckpointError(
-                f"{path}: does not list {unlisted[0]} of {self.tensors[unlisted[0]].file.name}"
-                f"{_and_more(len(unlisted) - 1)}"
+                f"{file}: {name!r} is a {type(value).__name__}, not a tensor; a file of weights "
+                "holds tensors by name and nothing else"
             )
-
-
-def _mapped(file: Path, offset: int, nbytes: int, dtype: torch.dtype, shape: torch.Size) -> Tensor:
-    begin = offset - offset % mmap.ALLOCATIONGRANULARITY
-    with file.open("rb") as stream:
-        try:
-            memory = mmap.mmap(
-                stream.fileno(), offset - begin + nbytes, access=mmap.ACCESS_COPY, offset=begin
+        if value.layout != torch.strided:
+            raise CheckpointError(
+                f"{file}: {name} is a tensor of layout {str(value.layout).removeprefix('torch.')}; "
+                "weights must be stored dense"
             )
-        except ValueError:
-            raise CheckpointError(f"{file}: has become shorter while it was read") from None
-    # The system starts reading it now.
-    memory.madvise(mmap.MADV_WILLNEED)
-    count = nbytes // dtype.itemsize
-    return torch.frombuffer(memory, dtype=dtype, count=count, offset=offset - begin).view(shape)
+    return loaded
 
 
-def _and_more(count: int) -> str:
-    return f" (and {count} more)" if count else ""
+def _check_not_compressed(file: Path) -> None:
+    """torch would unpack a compressed record, however large it gets."""
+    with guard(file, CheckpointError, _AGAIN), zipfile.ZipFile(file) as archive:
+        for record in archive.infolist():
+            if record.compress_type or record.file_size != record.compress_size:
+                raise CheckpointError(
+                    f"{file}: its record {record.filename!r} is compressed, which torch.save never "
+                    "does; it is refused, because it could fill the memory"
+                )
+
+
+def _why_refused(error: Exception) -> str:
+    """In one line, without torch's advice to trust the file."""
+    text = str(error).strip()
+    if named := re.search(r"GLOBAL ([\w.]+)", text):
+        return f"refused: it names {named[1]}, which no checkpoint needs"
+    if text.startswith("Weights only load failed"):
+        return "refused: it holds more than tensors and plain values, or is damaged"
+    return reason_of(error)
+
+
+def _first(names: list[str], more: str = "") -> str:
+    """The first of `names`, what is said of it, and how many more there are."""
+    return f"{names[0]}{more}" + (f" (and {len(names) - 1} more)" if len(names) > 1 else "")
 
 
 def _find_files(folder: Path) -> tuple[list[Path], tuple[Path, dict[str, str]] | None]:
@@ -172,18 +200,16 @@ def _find_files(folder: Path) -> tuple[list[Path], tuple[Path, dict[str, str]] |
             places = _read_index(index)
             files = sorted(set(places.values()))
             if extra := sorted(present - set(files)):
+                listed = _first(extra, ", which lies beside it")
                 raise CheckpointError(
-                    f"{index}: does not list {extra[0]}, which lies beside it"
-                    f"{_and_more(len(extra) - 1)}; remove what is not of this model"
+                    f"{index}: does not list {listed}; remove what is not of this model"
                 )
             if missing := [name for name in files if not (folder / name).is_file()]:
-                raise CheckpointError(
-                    f"{folder / missing[0]}: missing, though {index.name} lists it"
-                    f"{_and_more(len(missing) - 1)}; get the folder again"
-                )
+                listed = _first(missing, f": missing, though {index.name} lists it")
+                raise CheckpointError(f"{folder}/{listed}; get the folder again")
             return [folder / name for name in files], (index, places)
         if present:
-            raise CheckpointError(f"{index}: missing, though there is {sorted(present)[0]}")
+            raise CheckpointError(f"{index}: missing, though there is {min(present)}")
     raise CheckpointError(
         f"{folder}: holds no weights; model.safetensors, model.safetensors.index.json with its "
         "files, or the same of pytorch_model and .bin were expected"
@@ -192,7 +218,7 @@ def _find_files(folder: Path) -> tuple[list[Path], tuple[Path, dict[str, str]] |
 
 def _read_index(path: Path) -> dict[str, str]:
     data = read_bytes(path, CheckpointError)
-    with guard(path, CheckpointError, "get it again"):
+    with guard(path, CheckpointError, _AGAIN):
         places = json.loads(data)["weight_map"]
         named = {str(name): str(file) for name, file in places.items()}
     for file in named.values():

@@ -1,7 +1,7 @@
 """Atomic and durable writes on local and network file systems.
 
-A file written here appears under its name complete or not at all: temporary name in the same
-folder, fsync, rename, fsync of the folder (POSIX rename is atomic inside one file system).
+A file or folder written here appears under its name complete or not at all: temporary name beside
+it, fsync, rename, fsync of the parent (POSIX rename is atomic inside one file system).
 """
 
 import contextlib
@@ -11,6 +11,10 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
+
+import msgspec
+
+from toolkit.errors import CheckpointError, TrainingError
 
 PathLike = str | os.PathLike[str]
 
@@ -55,15 +59,18 @@ def write_atomic(path: PathLike, data: bytes, *, sync: bool = True) -> None:
         file.write(data)
 
 
+def encode_json(obj: Any) -> bytes:
+    """Indented JSON of anything msgspec encodes, with a newline at its end."""
+    return msgspec.json.format(msgspec.json.encode(obj), indent=2) + b"\n"
+
+
 def create_json(path: PathLike, obj: Any) -> bool:
     """`write_json_atomic` that never replaces: False when `path` exists, whoever came first.
 
     Atomic on network file systems too (a hard link); where there are no links, a file opened
     exclusively, whose content comes a moment later.
     """
-    import msgspec
-
-    data = msgspec.json.format(msgspec.json.encode(obj), indent=2) + b"\n"
+    data = encode_json(obj)
     temporary = temporary_path(path)
     try:
         with temporary.open("xb") as file:
@@ -97,10 +104,7 @@ def _name_file(error: BaseException, path: PathLike) -> None:
 
 def write_json_atomic(path: PathLike, obj: Any, *, sync: bool = True) -> None:
     """`write_atomic` of `obj` as indented JSON (anything msgspec encodes)."""
-    import msgspec
-
-    data = msgspec.json.format(msgspec.json.encode(obj), indent=2)
-    write_atomic(path, data + b"\n", sync=sync)
+    write_atomic(path, encode_json(obj), sync=sync)
 
 
 def fsync_folder(folder: PathLike) -> None:
@@ -130,6 +134,63 @@ def fsync_tree(folder: PathLike) -> None:
         for name in files:
             fsync_file(os.path.join(parent, name))
         fsync_folder(parent)
+
+
+@contextlib.contextmanager
+def new_folder(folder: PathLike, *, unfinished: PathLike | None = None) -> Iterator[Path]:
+    """An empty folder to fill. When the block ends without an error it is synced and renamed to
+    `folder`, which may exist only as an empty folder; after an error nothing of it is left.
+
+    `unfinished` is where it grows, on the same file system; what a killed process left there goes.
+    Default: an unused hidden name beside `folder`.
+    """
+    place = temporary_path(folder) if unfinished is None else Path(unfinished)
+    if os.path.lexists(place):
+        remove_tree(place)
+    place.mkdir(parents=True)
+    try:
+        yield place
+        publish_folder(place, folder)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            remove_tree(place)
+        raise
+
+
+@contextlib.contextmanager
+def new_output(folder: PathLike) -> Iterator[Path]:
+    """`new_folder` for what a user asked to be written to `folder`, which may be a link.
+
+    Raises:
+        CheckpointError: `folder` is in use, or cannot be made.
+        TrainingError: a file in it cannot be written (the disk is full).
+    """
+    check_unused(folder)
+    is_made = False
+    try:
+        with new_folder(Path(folder).resolve()) as unfinished:
+            is_made = True
+            yield unfinished
+    except OSError as error:
+        if not is_made:
+            raise CheckpointError(f"{folder}: cannot be made: {error.strerror}") from None
+        raise TrainingError(
+            f"{folder}: cannot be written, nothing is left of it: {error.strerror or error}"
+        ) from error
+
+
+def check_unused(folder: PathLike) -> None:
+    """Raise CheckpointError when `folder` exists and is not an empty folder."""
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise CheckpointError(f"{folder}: already exists; remove it or choose another folder")
+
+
+def publish_folder(unfinished: PathLike, folder: PathLike) -> None:
+    """Sync `unfinished` and all in it, rename it to `folder`, and make the name durable."""
+    fsync_tree(unfinished)
+    os.rename(unfinished, folder)
+    fsync_folder(Path(folder).parent)
 
 
 def unused_name(name: str, is_taken: Callable[[str], bool]) -> str:

@@ -6,10 +6,12 @@ import functools
 import logging
 from typing import TYPE_CHECKING
 
-from toolkit.checkpoint.layout import saved_steps
+from toolkit.checkpoint.folder import saved_steps
 from toolkit.errors import RunError
+from toolkit.launch.failures import Peers
+from toolkit.launch.watchdog import Watchdog
 from toolkit.runs.files import RUN_FILES
-from toolkit.train.reasons import FAILURE
+from toolkit.runs.status import FAILURE
 
 if TYPE_CHECKING:
     from toolkit.train.trainer import Trainer
@@ -17,6 +19,24 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _BEFORE_THE_STEP = ("waiting for data", "forward and backward")
+
+
+def start_watchdog(trainer: "Trainer", peers: Peers) -> Watchdog | None:
+    """The watchdog of `trainer`, at work; None where the config wants none."""
+    timeout, stop = trainer.config.watchdog_timeout, trainer.stop_request
+    if timeout is None:
+        return None
+    watchdog = Watchdog(
+        trainer.heartbeat,
+        peers,
+        timeout=timeout,
+        has_lost_launcher=lambda: stop.has_lost_launcher,
+        on_hang=lambda message: trainer.run.set_status(
+            "failed", step=trainer.step, message=message, exit_reason="watchdog"
+        ),
+    )
+    watchdog.start()
+    return watchdog
 
 
 def is_part_of_stop(trainer: "Trainer", error: Exception, done: tuple[int, int]) -> bool:

@@ -3,7 +3,7 @@
 import difflib
 from pathlib import Path
 
-from toolkit.checkpoint.layout import saved_steps, step_folder
+from toolkit.checkpoint.folder import saved_steps, step_folder
 from toolkit.runs.files import RUN_FILES
 from toolkit.storage.remote import is_url
 

@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 import torch
 
 from toolkit.distributed.environment import TrainingEnvironment
-from toolkit.evaluate.sums import Batch, EvalSums
 from toolkit.models.lora_config import LoRAConfig
-from toolkit.train.base import BaseCheckpoint
+from toolkit.train.adapter_base import BaseCheckpoint
+from toolkit.train.eval_sums import Batch, EvalSums
 
 
 class Progress(NamedTuple):

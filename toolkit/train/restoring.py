@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from toolkit.checkpoint.anywhere import load_everything, load_weights, metadata_of, shapes_of
 from toolkit.checkpoint.find import Found, find_checkpoint, problem_of, set_aside
-from toolkit.checkpoint.layout import MODEL_PREFIX, saved_steps
-from toolkit.checkpoint.ranks import run_together
+from toolkit.checkpoint.folder import MODEL_PREFIX, saved_steps
+from toolkit.checkpoint.load import load_everything, load_weights, metadata_of, shapes_of
 from toolkit.checkpoint.remote import find_remote_checkpoint, saved_remote_steps
 from toolkit.checkpoint.remote_load import download_newest
+from toolkit.checkpoint.together import run_together
 from toolkit.errors import CheckpointError, ConfigError
 from toolkit.runs.files import RUN_FILES
 from toolkit.storage.remote import is_url
-from toolkit.train.base import check_adapter, describe_base, find_base
+from toolkit.train.adapter_base import check_adapter, describe_base, find_base
 from toolkit.train.config import NO_BASE, TrainerConfig
 from toolkit.train.load_path import no_checkpoint
 from toolkit.train.moments import change_of_training, without_new_moments

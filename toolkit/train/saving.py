@@ -12,19 +12,20 @@ import random
 import time
 from collections.abc import Callable
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 import torch
 
 from toolkit.checkpoint.commit import Save, write_checkpoint
-from toolkit.checkpoint.layout import HF_FOLDER, MODEL_PREFIX, TENSORS_FOLDER, Kind
-from toolkit.checkpoint.pieces import Resolve, TensorPieces
-from toolkit.checkpoint.tensors import iterate_tensors
+from toolkit.checkpoint.folder import Kind
+from toolkit.checkpoint.save_plan import Resolve, ShardWriter
 from toolkit.errors import RunError, ToolkitError, TrainingError
+from toolkit.launch.failures import LostPeerError
 from toolkit.runs.files import RUN_FILES
+from toolkit.storage.atomic import new_output
 from toolkit.threads import Thread
-from toolkit.train.peers import LostPeerError
 
 if TYPE_CHECKING:
     from toolkit.train.module import TrainModule
@@ -47,7 +48,7 @@ class TrainerSaver:
     def __init__(self, trainer: "Trainer", after_commit: Callable[[Path], None]) -> None:
         self._trainer = trainer
         self._after_commit = after_commit
-        self._pieces: TensorPieces | None = None
+        self._shards: ShardWriter | None = None
         self._thread: Thread | None = None
         self._error: Exception | None = None
 
@@ -61,8 +62,8 @@ class TrainerSaver:
             TrainingError: it could not be written; the checkpoints before it are as they were.
         """
         self.wait()
-        save, pieces, tensors = self._begin(kind, export_hf=export_hf)
-        self._write(save, pieces.live(tensors))
+        save, shards, tensors = self._begin(kind, export_hf=export_hf)
+        self._write(save, shards.live(tensors))
 
     def begin_save(self, *, kind: Kind = "permanent") -> None:
         """Start committing a checkpoint of the current step; return when the state is copied.
@@ -73,8 +74,8 @@ class TrainerSaver:
             RunError: another process has taken the run over; nothing is written.
         """
         self.wait()
-        save, pieces, tensors = self._begin(kind, export_hf=False)
-        resolve = pieces.copy(tensors)
+        save, shards, tensors = self._begin(kind, export_hf=False)
+        resolve = shards.copy(tensors)
 
         def work() -> None:
             try:
@@ -103,7 +104,7 @@ class TrainerSaver:
 
     def _begin(
         self, kind: Kind, *, export_hf: bool
-    ) -> tuple[Save, TensorPieces, dict[str, torch.Tensor]]:
+    ) -> tuple[Save, ShardWriter, dict[str, torch.Tensor]]:
         trainer = self._trainer
         _check_owner(trainer)
         _keep_tokenizer(trainer)
@@ -115,13 +116,13 @@ class TrainerSaver:
             state["trainer"]["skipped_in_a_row"] = flush.wait()
             return state
 
-        if self._pieces is None:
-            self._pieces = TensorPieces(environment.checkpoint_group)
+        if self._shards is None:
+            self._shards = ShardWriter(environment.checkpoint_group)
         save = Save(
             root=trainer.run.path(RUN_FILES.checkpoints),
             step=trainer.step,
             tokens=trainer.tokens,
-            engine=environment.engine.name,
+            engine=environment.layout.name,
             kind=kind,
             scores=_scores(trainer.last_eval, trainer.step),
             rank_state=rank_state,
@@ -135,16 +136,16 @@ class TrainerSaver:
             },
             export=(lambda unfinished: _export_hf(trainer, unfinished)) if export_hf else None,
         )
-        return save, self._pieces, module.state_tensors()
+        return save, self._shards, module.state_tensors()
 
     def _write(self, save: Save, resolve: Resolve) -> None:
         trainer = self._trainer
         environment = trainer.environment
-        assert self._pieces is not None, "begun"
+        assert self._shards is not None, "begun"
         started = time.monotonic()
         folder = write_checkpoint(
             save,
-            self._pieces,
+            self._shards,
             resolve,
             rank=environment.rank,
             group=environment.checkpoint_group,
@@ -174,12 +175,9 @@ def _keep_tokenizer(trainer: "Trainer") -> None:
     source, kept = trainer.train_loader.tokenizer_folder, trainer.run.path(RUN_FILES.tokenizer)
     if not trainer.environment.is_main or source is None or not source.is_dir() or kept.is_dir():
         return
-    from toolkit.hf.folder import new_folder
-    from toolkit.hf.tokenizer_files import copy_tokenizer
-
     try:
-        with new_folder(kept) as unfinished:
-            copy_tokenizer(source, unfinished)
+        with new_output(kept) as unfinished:
+            resolve_name("toolkit.hf.tokenizer_files:copy_tokenizer")(source, unfinished)
     except (OSError, ToolkitError) as error:
         log.warning("the tokenizer is not in the run folder: %s", error)
 
@@ -207,62 +205,16 @@ def _adapter(module: "TrainModule") -> dict[str, Any]:
 
 
 def _export_hf(trainer: "Trainer", unfinished: Path) -> None:
-    """Safetensors for `transformers`, read back from the tensors just written, one at a time; of an
-    adapter, what PEFT loads onto its base."""
-    from toolkit.hf.choose import fitting_family
-    from toolkit.hf.export import export_hf, original_type
-
-    module = trainer.train_module
-    folder = trainer.train_loader.tokenizer_folder
-    tokenizer = folder if folder is not None and folder.is_dir() else None
-    if module.adapter_config is not None:
-        _export_adapter(module, unfinished, tokenizer)
-        return
-    origin = module.origin or {}
-    if fitting_family(module.model_config) is None:
-        log.info("no transformers class has these parts; %s/ is not written", HF_FOLDER)
-        return
-    export_hf(
+    """`hf/` of a checkpoint, from the tensors just written."""
+    module, folder = trainer.train_module, trainer.train_loader.tokenizer_folder
+    resolve_name("toolkit.hf.export:export_checkpoint")(
+        unfinished,
         module.model_config,
-        iterate_tensors(unfinished / TENSORS_FOLDER, MODEL_PREFIX),
-        unfinished / HF_FOLDER,
-        tokenizer_folder=tokenizer,
-        dtype=original_type(origin),
-        model_type=origin.get("model_type"),
-        generation=origin.get("generation_config"),
+        lora=module.adapter_config,
+        base=None if module.base is None else msgspec.to_builtins(module.base),
+        origin=module.origin,
+        tokenizer_folder=folder if folder is not None and folder.is_dir() else None,
     )
-
-
-def _export_adapter(module: "TrainModule", unfinished: Path, tokenizer: Path | None) -> None:
-    from toolkit.hf.adapter import export_adapter
-    from toolkit.hf.choose import fitting_family
-    from toolkit.hf.export import add_tokenizer
-
-    lora, base = module.adapter_config, module.base
-    assert lora is not None, "an adapter is trained"
-    assert base is not None, "adapters are loaded with their base"
-    if lora.train_also:
-        log.info(
-            "parameters were trained besides the adapter (train_module.lora.train_also), so %s/ is "
-            "not written; `toolkit export-hf --merge-adapter` writes the whole model",
-            HF_FOLDER,
-        )
-        return
-    source = base.source or {}
-    family = fitting_family(module.model_config, source.get("model_type"))
-    if family is None:
-        log.info("no transformers class has these parts; %s/ is not written", HF_FOLDER)
-        return
-    export_adapter(
-        module.model_config,
-        family,
-        lora,
-        iterate_tensors(unfinished / TENSORS_FOLDER, MODEL_PREFIX),
-        unfinished / HF_FOLDER,
-        base.hf_name,
-    )
-    if tokenizer is not None:
-        add_tokenizer(unfinished / HF_FOLDER, tokenizer, source.get("generation_config"))
 
 
 def _rng_state() -> dict[str, Any]:

@@ -7,7 +7,6 @@ that trains, loaders that yield batches, callbacks that do the rest. It knows no
 and no file format.
 """
 
-import functools
 import logging
 import math
 import time
@@ -19,20 +18,25 @@ import torch
 from toolkit.data.evaluation import EvalLoader
 from toolkit.data.loader import TrainLoader
 from toolkit.distributed.environment import TrainingEnvironment
-from toolkit.distributed.reduce import reduce_columns
 from toolkit.errors import ConfigError, ToolkitError, TrainingError
+from toolkit.launch.failures import LostPeerError, Peers, first_line
+from toolkit.launch.stopping import stop_request_of
+from toolkit.launch.watchdog import Heartbeat
 from toolkit.metrics.recorder import MetricsRecorder
 from toolkit.metrics.streams import MetricStreams
 from toolkit.runs.manager import RunManager
+from toolkit.runs.status import FAILURE
 from toolkit.train.callbacks import Callback, build_callbacks
 from toolkit.train.config import Duration, TrainerConfig, TransformerTrainModuleConfig
-from toolkit.train.ending import close_after_failure, close_callbacks, is_part_of_stop, listening
+from toolkit.train.ending import (
+    close_after_failure,
+    close_callbacks,
+    is_part_of_stop,
+    listening,
+    start_watchdog,
+)
 from toolkit.train.module import Progress, TrainModule
-from toolkit.train.peers import LostPeerError, Peers, first_line
-from toolkit.train.reasons import FAILURE
 from toolkit.train.restoring import restore_trainer
-from toolkit.train.stopping import stop_request_of
-from toolkit.train.watchdog import Heartbeat, start_watchdog
 
 log = logging.getLogger(__name__)
 
@@ -95,7 +99,13 @@ class Trainer:
         self.data_seconds = 0.0
         self.last_eval: dict[str, Any] | None = None
         self._plan_steps()
-        self.stop_request = stop_request_of(config, run.folder, is_main=self.environment.is_main)
+        self.stop_request = stop_request_of(
+            run.folder,
+            is_main=self.environment.is_main,
+            max_wall_time=config.max_wall_time,
+            margin=config.wall_time_margin,
+            stop_file=config.stop_file,
+        )
         self.heartbeat = Heartbeat()
         self._first_step = 0
         self.callbacks = build_callbacks(config.callbacks)
@@ -311,7 +321,7 @@ class Trainer:
         self.recorder = MetricsRecorder(
             collect_interval=self.config.metrics_collect_interval,
             deliver=self._deliver,
-            reduce=functools.partial(reduce_columns, self.environment) if is_several else None,
+            reduce=self.environment.reduce_columns if is_several else None,
             sync=self.streams.sync,
             start_step=self.step if resumed else -1,
         )

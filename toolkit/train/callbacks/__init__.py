@@ -10,6 +10,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Callback", "build_callbacks"]
 
+_TOOLS = {"sample_writer": "toolkit.evaluate.sample_writer"}
+"""Callbacks that need more than training does, and where they lie."""
+
 
 def build_callbacks(config: "CallbacksConfig") -> dict[str, Callback]:
     """Enabled callbacks by name, in the order of the config's fields.
@@ -21,7 +24,7 @@ def build_callbacks(config: "CallbacksConfig") -> dict[str, Callback]:
     for name in config.__struct_fields__:
         settings = getattr(config, name)
         if settings.enabled:
-            module = importlib.import_module(f"{__name__}.{name}")
+            module = importlib.import_module(_TOOLS.get(name, f"{__name__}.{name}"))
             callbacks[name] = getattr(module, type(settings).__name__.removesuffix("Config"))(
                 settings
             )

@@ -3,7 +3,7 @@
 import logging
 from pathlib import Path
 
-from toolkit.checkpoint.layout import Kind, step_folder
+from toolkit.checkpoint.folder import Kind, step_folder
 from toolkit.checkpoint.remote import prune_remote, upload_checkpoint
 from toolkit.checkpoint.retention import Retention, prune_checkpoints
 from toolkit.errors import ToolkitError

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch.distributed as dist
 
-from toolkit.evaluate.sums import evaluate_sets
 from toolkit.train.callbacks.base import Callback
 from toolkit.train.config import LMEvaluatorConfig
+from toolkit.train.eval_sums import evaluate_sets
 
 log = logging.getLogger(__name__)
 

@@ -17,14 +17,14 @@ from toolkit.data.config import (
     StoreConfig,
     TokenFilesSourceConfig,
 )
+from toolkit.data.corpus_info import check_same_tokens
 from toolkit.data.order.resolve import ResolvedSource, resolve_mix, resolve_schedule
 from toolkit.data.prepare.build.prepare import ensure_prepared
 from toolkit.data.prepare.build.settings import settings_of
 from toolkit.data.prepare.store.cache import raw_text_cache
-from toolkit.data.prepare.store.store import localize
 from toolkit.data.prepare.tokenizers.companions import TOKENIZER_FILE
 from toolkit.data.prepare.tokenizers.tokenizer import load_tokenizer
-from toolkit.data.tokens.prepared import PreparedDataset
+from toolkit.data.tokens.prepared import PreparedDataset, localize
 from toolkit.errors import ConfigError, DataError
 from toolkit.storage.atomic import fsync_folder, fsync_tree, remove_tree
 
@@ -68,31 +68,8 @@ def ensure_mix_prepared(
                 check_text=check_text,
             )
         found.append((source, prepared))
-    check_same_tokens(found)
+    check_same_tokens({source.name: prepared for source, prepared in found})
     return found
-
-
-def check_same_tokens(found: Sequence[tuple[ResolvedSource, PreparedDataset]]) -> None:
-    """Check that an id means the same in all sources, and that documents begin and end alike.
-
-    Raises:
-        ConfigError: two sources differ; names them.
-    """
-    for source, prepared in found[1:]:
-        first, other = found[0][1].manifest, prepared.manifest
-        for what, field in (
-            ("their tokenizers", "tokenizer_fingerprint"),
-            ("their end-of-document ids", "eos_id"),
-            ("whether documents end with it (append_eos)", "append_eos"),
-            ("whether documents start with a token of their own (prepend_bos)", "prepend_bos"),
-        ):
-            one, two = getattr(first, field), getattr(other, field)
-            if one != two:
-                raise ConfigError(
-                    f"dataset.mix: {found[0][0].name} and {source.name} do not mix: {what} differ "
-                    f"({one} in {found[0][1].folder}, {two} in {prepared.folder}); prepare one of "
-                    "them again under another dataset_config"
-                )
 
 
 @contextlib.contextmanager

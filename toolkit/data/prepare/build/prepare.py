@@ -12,12 +12,14 @@ from toolkit.data.prepare.build.build import build_dataset, remove_unfinished
 from toolkit.data.prepare.build.progress import Progress
 from toolkit.data.prepare.build.settings import check_settings
 from toolkit.data.prepare.store.cache import build_lock, raw_text_cache
-from toolkit.data.prepare.store.store import localize, make_room, obtain, open_prepared, settle
+from toolkit.data.prepare.store.store import make_room, obtain, settle
 from toolkit.data.tokens.in_use import mark_used
 from toolkit.data.tokens.prepared import (
     MANIFEST_NAME,
     PreparedDataset,
     dataset_folder,
+    localize,
+    open_prepared,
 )
 from toolkit.errors import DataError
 

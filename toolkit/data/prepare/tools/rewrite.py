@@ -20,10 +20,10 @@ import filelock
 import numpy as np
 import xxhash
 
+from toolkit.data.instances.index import IndexScan
 from toolkit.data.prepare.build.split_files import SplitFiles
 from toolkit.data.prepare.store.cache import build_lock
 from toolkit.data.prepare.tools.scanning import Advance, memory_map, token_blocks
-from toolkit.data.tokens.index_scan import IndexScan
 from toolkit.data.tokens.prepared import (
     MANIFEST_NAME,
     SPLITS,

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
+from toolkit.data.instances.index import IndexScan
 from toolkit.data.prepare.tools.inspection import (
     BadIds,
     SplitReport,
@@ -14,7 +15,6 @@ from toolkit.data.prepare.tools.inspection import (
     trimmed,
 )
 from toolkit.data.prepare.tools.scanning import Advance, memory_map, token_blocks
-from toolkit.data.tokens.index_scan import IndexScan
 from toolkit.data.tokens.prepared import (
     MANIFEST_NAME,
     NUM_BLOCKS_CHECKED_AT_OPEN,

@@ -1,0 +1,1 @@
+"""Processes of a run: starting, restarting, failures, watchdog, stopping."""

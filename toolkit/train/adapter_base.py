@@ -1,0 +1,129 @@
+"""The checkpoint that a run of adapters stands on: found, compared, recorded.
+
+Checkpoints of such a run hold the adapter alone, and of its base where it was, its step and the
+hash of its `.metadata.json`, in which every file of it is hashed.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from toolkit.checkpoint.folder import CheckpointMetadata
+from toolkit.checkpoint.load import metadata_of
+from toolkit.config.secrets import mask_secrets
+from toolkit.errors import CheckpointError
+from toolkit.models.lora_config import LoRAConfig
+from toolkit.storage.foreign import guard
+from toolkit.storage.remote import is_url
+
+MERGE = "merge it first: toolkit export-hf --merge-adapter, then toolkit convert-hf"
+
+
+class BaseCheckpoint(msgspec.Struct, frozen=True, kw_only=True):
+    """What `extra["base"]` of an adapter's checkpoint says."""
+
+    path: str
+    """Its step folder, absolute, or URL."""
+    step: int
+    fingerprint: str
+    """Hash of its `.metadata.json`."""
+    source: dict[str, Any] | None = None
+    """Its own `extra["source"]`: the model of `transformers` that it once came from."""
+
+
+def describe_base(checkpoint: Path | str) -> BaseCheckpoint:
+    """The record of a base that was loaded; raises CheckpointError."""
+    metadata = metadata_of(checkpoint)
+    return BaseCheckpoint(
+        path=str(checkpoint.absolute())
+        if isinstance(checkpoint, Path)
+        else mask_secrets(checkpoint),
+        step=metadata.step,
+        fingerprint=metadata.xxh3,
+        source=metadata.extra.get("source"),
+    )
+
+
+def find_base(
+    adapter: Path | str, load_path: str | None, look: Callable[[str], Path | str | None]
+) -> Path | str:
+    """The base of the checkpoint `adapter`: in `load_path`, else where it was.
+
+    Args:
+        load_path: `trainer.load_path`, which may have moved since.
+        look: for the newest checkpoint of a path or URL; every rank calls it.
+
+    Raises:
+        CheckpointError: the checkpoint is not an adapter's, or its base is not found: another one
+            lies there, or none.
+    """
+    record = metadata_of(adapter).extra.get("base")
+    if record is None:
+        raise CheckpointError(
+            f"{adapter}: holds a whole model, no adapter: set train_module.lora back to null, or "
+            f"start a new run with --trainer.load_path={adapter}"
+        )
+    with guard(f"{adapter}: its base", CheckpointError):
+        wanted = msgspec.convert(record, BaseCheckpoint)
+    given = look(load_path) if load_path is not None else None
+    if given is not None and metadata_of(given).xxh3 == wanted.fingerprint:
+        return given
+    # The base's own run may have gone on since, or the path is relative to another folder.
+    if given is None or (load_path is not None and _is_in(wanted.path, load_path)):
+        recorded = look(wanted.path)
+        if recorded is not None and metadata_of(recorded).xxh3 == wanted.fingerprint:
+            return recorded
+    there = "holds no checkpoint" if given is None else f"holds another checkpoint ({given})"
+    raise CheckpointError(
+        f"{adapter}: its adapter belongs to step {wanted.step} of {wanted.path}, and "
+        f"{load_path or wanted.path} {there}; say where that base is: --trainer.load_path=..."
+    )
+
+
+def check_adapter(
+    checkpoint: Path | str,
+    saved: CheckpointMetadata,
+    lora: LoRAConfig | None,
+    *,
+    weights_only: bool,
+) -> None:
+    """Check that a run with this `train_module.lora` can start from `checkpoint`.
+
+    Args:
+        weights_only: it is to be a base, or the weights of a new run; else the run's own.
+
+    Raises:
+        CheckpointError: it holds an adapter where a whole model is wanted, or another adapter.
+    """
+    before, adapter = saved.extra.get("adapter"), msgspec.to_builtins(lora)
+    if before is None:
+        return
+    if weights_only:
+        raise CheckpointError(f"{checkpoint}: holds an adapter, not a whole model; {MERGE}")
+    if lora is None:
+        raise CheckpointError(
+            f"{checkpoint}: holds an adapter, not a whole model; set train_module.lora as it was "
+            f"to go on with its run, or {MERGE}"
+        )
+    changed = [
+        f"train_module.lora.{name} (was {_show(before.get(name))}, is {_show(value)})"
+        for name, value in adapter.items()
+        if _show(before.get(name)) != _show(value)
+    ]
+    if changed:
+        raise CheckpointError(
+            f"{checkpoint}: holds another adapter: {', '.join(changed)}; set it back, or start a "
+            "new run"
+        )
+
+
+def _is_in(path: str, folder: str) -> bool:
+    if is_url(path) or is_url(folder):
+        return path.startswith(f"{folder.rstrip('/')}/")
+    return Path(path).is_relative_to(Path(folder).absolute())
+
+
+def _show(value: Any) -> str:
+    return msgspec.json.encode(value).decode()  # lists and tuples alike
