@@ -334,7 +334,7 @@ def _lengths(
 
 
 def _tokenizer(model: _Model, asked: str | None) -> "Tokenizer":
-    from toolkit.data.prepare.tokenizers.hf import load_hf_tokenizer
+    from toolkit.data.prepare.tokenizers.choice import load_hf_tokenizer
     from toolkit.data.prepare.tokenizers.tokenizer import load_tokenizer
 
     if asked is not None:

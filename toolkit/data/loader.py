@@ -27,8 +27,7 @@ from toolkit.data.order.batches import (
     instances_per_batch,
 )
 from toolkit.data.order.mixture import check_limits
-from toolkit.data.prefetch import prefetch_to_device
-from toolkit.data.prefetch import read_ahead
+from toolkit.data.prefetch import prefetch_to_device, read_ahead
 from toolkit.errors import DataError
 
 CHUNK_TOKENS = 1 << 16
