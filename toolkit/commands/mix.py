@@ -4,7 +4,7 @@ from fractions import Fraction
 
 import msgspec
 
-from toolkit.data.instances.open import count_instances, ensure_plans
+from toolkit.data.instances.open import count_instances
 from toolkit.data.order.resolve import (
     RatioSegment,
     ResolvedSource,
@@ -72,19 +72,15 @@ def preview_mix(config: ExperimentConfig, *, prepare: bool) -> MixPreview:
 def _prepared(
     config: ExperimentConfig, sources: list[ResolvedSource], *, prepare: bool
 ) -> dict[str, PreparedDataset | None]:
-    from toolkit.data.prepare.build.mix import check_same_tokens, ensure_mix_prepared
+    from toolkit.data.prepare.build.mix import check_same_tokens, prepare_data
 
     found: dict[str, PreparedDataset | None] = {}
     if not prepare:
         found = {source.name: read_prepared(source.dataset) for source in sources}
         check_same_tokens([(s, there) for s in sources if (there := found[s.name]) is not None])
         return found
-    for source, prepared in ensure_mix_prepared(
-        config.dataset, store=config.store, work_dir=config.run.work_dir
-    ):
-        ensure_plans(prepared, source.dataset)
-        found[source.name] = prepared
-    return found
+    parts = prepare_data(config.data, work_dir=config.run.work_dir)
+    return {name: prepared for name, (_, prepared) in parts.items()}
 
 
 def _preview(

@@ -5,7 +5,7 @@ Nothing here needs torch, and nothing but `prepare_corpus` writes.
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from toolkit.data.config import DataConfig, DatasetConfig, MixSourceConfig, SourceConfig
 from toolkit.data.tokens.prepared import PreparedDataset, Split, dataset_folder, read_prepared
@@ -65,29 +65,11 @@ def prepare_corpus(
     Raises:
         ConfigError, DataError: text, tokenizer, mixture or existing files cannot be used.
     """
-    from toolkit.data.prepare.store.store import localize
-
-    dataset = localize(cfg.dataset, cfg.store)
-    options: dict[str, Any] = {
-        "store": cfg.store, "work_dir": work_dir, "progress": progress, "check_text": check_text,
-    }  # fmt: skip
-    if dataset.custom is not None:
+    if cfg.dataset.custom is not None:
         return _custom_info(cfg)
-    from toolkit.data.instances.open import ensure_plans
+    from toolkit.data.prepare.build.mix import prepare_data
 
-    if dataset.mix is not None:
-        from toolkit.data.prepare.build.mix import ensure_mix_prepared
-
-        parts = {
-            source.name: (source.dataset, prepared)
-            for source, prepared in ensure_mix_prepared(dataset, **options)
-        }
-    else:
-        from toolkit.data.prepare.build.prepare import ensure_prepared
-
-        parts = {"": (dataset, ensure_prepared(dataset, **options))}
-    for config, prepared in parts.values():
-        ensure_plans(prepared, config)
+    parts = prepare_data(cfg, work_dir=work_dir, progress=progress, check_text=check_text)
     return _info(cfg, parts)
 
 

@@ -23,7 +23,6 @@ from toolkit.checkpoint.folder import MODEL_PREFIX, TENSORS_FOLDER
 from toolkit.checkpoint.streaming import write_streamed_checkpoint
 from toolkit.checkpoint.tensors import iterate_tensors
 from toolkit.data.prepare.tokenizers.companions import read_json
-from toolkit.data.prepare.tools.scanning import Advance, scan_progress
 from toolkit.data.tokens.prepared import TOKENIZER_FOLDER
 from toolkit.errors import CheckpointError, ConfigError, DataError, TrainingError
 from toolkit.hf.compare import (
@@ -42,6 +41,7 @@ from toolkit.hf.weights import HFWeights
 from toolkit.models.config import TransformerConfig
 from toolkit.storage.foreign import read_bytes
 from toolkit.storage.new_folder import new_folder
+from toolkit.storage.progress import Advance, byte_progress
 from toolkit.wording import count
 
 _VERSIONED = ("torch", "transformers", "tokenizers")
@@ -145,7 +145,7 @@ def convert_hf(
             root=unfinished, step=0, tokens=0, engine="single", extra=extra, rank_state=dict
         )
         try:
-            with scan_progress("converting", nbytes) as advance:
+            with byte_progress("converting", nbytes) as advance:
                 step = write_streamed_checkpoint(save, layout, _watched(plan.tensors(), advance))
         except TrainingError as error:
             reason = error.__cause__ or error

@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from toolkit.data.prepare.tools.inspection import Inspection, Sample, SplitReport
+    from toolkit.data.prepare.tools.check import Sample, SplitReport
+    from toolkit.data.prepare.tools.inspect import Inspection
 
 BAR_WIDTH = 40
 

@@ -24,6 +24,6 @@ def merge(
     """
     from toolkit.cli.data.summary import print_summary
     from toolkit.config.paths import local_path
-    from toolkit.data.prepare.tools.merge import merge_datasets
+    from toolkit.data.prepare.tools.rewrite import merge_datasets
 
     print_summary([merge_datasets(folders, str(local_path(out, "--out")))])

@@ -36,7 +36,7 @@ def split(
     """
     from toolkit.cli.data.summary import print_summary
     from toolkit.config.paths import local_path
-    from toolkit.data.prepare.tools.split import split_parts, split_validation
+    from toolkit.data.prepare.tools.rewrite import split_parts, split_validation
     from toolkit.errors import ConfigError
 
     out = str(local_path(out, "--out"))

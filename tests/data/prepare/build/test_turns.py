@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from tests.data.prepare.build.test_instructions import encode, shown
 from tests.data.prepare.text.instructions.templates import (
     CHATML,
     EOS,
@@ -15,7 +16,6 @@ from tests.data.prepare.text.instructions.templates import (
     tokenizer,
     user,
 )
-from tests.data.tokens.test_instructions import encode, shown
 from toolkit.data.config import InstructionsConfig
 from toolkit.data.prepare.build.instructions import InstructionEncoder
 from toolkit.data.prepare.text.piece import Piece
