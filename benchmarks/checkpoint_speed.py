@@ -38,8 +38,8 @@ from rich.table import Table
 from toolkit.checkpoint.commit import Save, load_checkpoint, save_checkpoint, write_checkpoint
 from toolkit.checkpoint.find import find_checkpoint
 from toolkit.checkpoint.save_plan import ShardWriter
-from toolkit.distributed.cpu import keep_freed_memory
 from toolkit.distributed.environment import single_environment
+from toolkit.distributed.tuning import keep_freed_memory
 from toolkit.models.config import TransformerConfig
 from toolkit.storage.atomic import fsync_tree
 from toolkit.train.config import TransformerTrainModuleConfig

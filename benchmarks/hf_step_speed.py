@@ -33,7 +33,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from toolkit.distributed.cpu import keep_freed_memory
+from toolkit.distributed.tuning import keep_freed_memory
 from toolkit.hf.source import find_source, load_model
 from toolkit.models.compile import compile_model
 from toolkit.models.labels import shift_labels

@@ -30,8 +30,8 @@ from rich.table import Table
 from toolkit.data.config import BPETokenizerConfig, DatasetConfig, FilesSourceConfig
 from toolkit.data.instances.base import InstanceDataset
 from toolkit.data.instances.fixed import TokenDataset
-from toolkit.data.instances.identity import packed_plan
 from toolkit.data.instances.packed import PackedDataset
+from toolkit.data.instances.plans import packed_plan
 from toolkit.data.prepare.build.prepare import ensure_prepared
 from toolkit.data.tokens.prepared import PreparedDataset, SplitInfo
 

@@ -31,8 +31,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from toolkit.distributed.cpu import keep_freed_memory
 from toolkit.distributed.environment import single_environment
+from toolkit.distributed.tuning import keep_freed_memory
 from toolkit.models.compile import compile_model
 from toolkit.models.config import ModelConfig
 from toolkit.models.labels import shift_labels

@@ -26,7 +26,7 @@ import torch.distributed as dist
 from tests.gpu_machine import CheckFailed, Machine, NotHere, check_close, no_waiting, step
 from toolkit.checkpoint.save_plan import ShardWriter
 from toolkit.checkpoint.tensors import iterate_tensors
-from toolkit.distributed import plain
+from toolkit.distributed import torch_engine
 from toolkit.metrics.flops import device_peak_flops
 from toolkit.models import grouped, liger, masks
 from toolkit.models.attend import attend
@@ -84,9 +84,9 @@ def ddp(machine: Machine) -> str:
     try:
         batch, losses = machine.batch(), []
         for engine in ("single", "ddp"):
-            with mock.patch.object(plain, "build_accelerator", return_value=Accelerator()):
+            with mock.patch.object(torch_engine, "build_accelerator", return_value=Accelerator()):
                 if engine == "ddp":
-                    module = machine.module(machine.model(), engine=engine)
+                    module = machine.module(machine.model())
                 else:
                     with mock.patch.object(Accelerator, "prepare", lambda self, m, o: (m, o)):
                         module = machine.module(machine.model())

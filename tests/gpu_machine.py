@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from toolkit.distributed.engine import Engine
 from toolkit.distributed.environment import TrainingEnvironment, is_fast_at_bf16
+from toolkit.distributed.layout import Layout
 from toolkit.models.config import TransformerConfig
 from toolkit.models.moe_config import MoEConfig
 from toolkit.train.config import TransformerTrainModuleConfig
@@ -84,27 +84,16 @@ class Machine(NamedTuple):
         return batch
 
     def module(
-        self, config: Any, *, engine: str = "single", tokens: int = 8 * LENGTH, **settings: Any
+        self, config: Any, *, tokens: int = 8 * LENGTH, **settings: Any
     ) -> TransformerTrainModule:
         """A model of `config`, ready to be trained."""
         precision: Any = settings.pop("precision", self.precision)
-        name: Any = engine
         environment = TrainingEnvironment(
             rank=0,
             local_rank=0,
-            world_size=1,
             device=self.device,
-            engine=Engine(
-                name=name,
-                origin="check",
-                precision=precision,
-                world_size=1,
-                num_replicas=1,
-                shard_degree=1,
-            ),
+            layout=Layout(precision=precision),
             seed=0,
-            cpu_group=None,
-            metrics_group=None,
         )
         train = TransformerTrainModuleConfig(
             precision=precision, rank_microbatch_size=tokens, **settings

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import toolkit
-from toolkit.data.read_ahead import read_ahead
+from toolkit.data.prefetch import read_ahead
 from toolkit.metrics.recorder import MetricsRecorder
 from toolkit.metrics.system import SystemMonitor
 from toolkit.threads import Thread, ThreadPool

@@ -9,7 +9,8 @@ from toolkit.distributed.config import DataParallelConfig
 from toolkit.distributed.environment import TrainingEnvironment, prepare_training_environment
 from toolkit.models.config import TransformerConfig
 from toolkit.models.init import canonical_parameters
-from toolkit.optim.config import AdamWConfig, ConstantConfig
+from toolkit.optim.config import AdamWConfig
+from toolkit.optim.schedules import ConstantConfig
 from toolkit.train.config import TransformerTrainModuleConfig
 from toolkit.train.module import Progress
 from toolkit.train.transformer import TransformerTrainModule
@@ -51,9 +52,8 @@ def module_config(engine: str | None = None, **changes: Any) -> TransformerTrain
 
 
 def open_environment(config: TransformerTrainModuleConfig, seed: int = 3) -> TrainingEnvironment:
-    settings = SimpleNamespace(
-        seed=seed, train_module=config, trainer=SimpleNamespace(deterministic=False)
-    )
+    trainer = SimpleNamespace(deterministic=False, collective_timeout=1800.0)
+    settings = SimpleNamespace(seed=seed, train_module=config, trainer=trainer)
     return prepare_training_environment(settings)
 
 

@@ -127,10 +127,10 @@ def _work(pipe: Any) -> None:
 def _leave_groups() -> None:
     """The end of a rank closes its connections, which those that wait for it notice; a worker lives
     on."""
-    environment: Any = sys.modules.get("toolkit.distributed.environment")
-    if environment is not None and environment._closed_backends:
+    groups: Any = sys.modules.get("toolkit.distributed.process_groups")
+    if groups is not None and groups._closed_backends:
         gc.collect()
-        environment._closed_backends.clear()
+        groups._closed_backends.clear()
 
 
 def _restart_deepspeed_ids() -> None:

@@ -1,13 +1,15 @@
 """The one family of errors a user sees, and the exit codes of our process.
 
-Every message says what is wrong, where (a config key, a file, a flag), and what to do next, in one
-line. `cli` turns a `ToolkitError` into that line on rank 0 and the exit code of its class; any
+Every message says where (a config key, a file, a flag), what is wrong, and what to do next, in one
+line. `cli` prints a `ToolkitError` as that line on rank 0 and exits with the code of its class; any
 other exception is a defect of ours and keeps its traceback.
 """
 
 import contextlib
 import errno
 from collections.abc import Iterable, Iterator, Sequence
+
+from toolkit.wording import shortened
 
 EXIT_DONE = 0
 EXIT_FAILED = 1
@@ -17,11 +19,34 @@ EXIT_STOPPED = 75
 
 
 class ToolkitError(Exception):
-    """Base of the family: something failed in a way we can explain in one line."""
+    """Base of the family: something failed in a way we can explain in one line.
+
+    The line is `key: problem`. A caller whose user knows the key by another name (an option of a
+    command) sets `key` to that name; nobody edits the text.
+
+    Args:
+        problem: what is wrong, and what to do.
+        key: dotted path of the config value that it is about; empty where there is none.
+        about: path of the value that is refused, where that is one below `key` and `problem` begins
+            with its name; default: `key`.
+    """
 
     exit_code = EXIT_FAILED
     only_here = False
     """Set on a rank that has an error which rank 0 does not report: this rank shows it itself."""
+
+    def __init__(self, problem: str = "", *, key: str = "", about: str = "") -> None:
+        super().__init__(problem)
+        self.key = key
+        self.about = about or key
+
+    @property
+    def problem(self) -> str:
+        """The line without its key."""
+        return super().__str__()
+
+    def __str__(self) -> str:
+        return f"{shortened(self.key)}: {self.problem}" if self.key else self.problem
 
 
 class BadInputError(ToolkitError):
@@ -40,6 +65,11 @@ class SeveralErrors(ConfigError):
     def __init__(self, errors: Sequence[ToolkitError]) -> None:
         super().__init__("\n".join(str(error) for error in errors))
         self.errors = tuple(errors)
+
+    @property
+    def problem(self) -> str:
+        """A line for each of `errors`, as it is now."""
+        return "\n".join(str(error) for error in self.errors)
 
 
 class DataError(BadInputError):

@@ -141,7 +141,7 @@ def save(module: TransformerTrainModule, root: Path, step: int = SAVED_AT) -> No
     env = module.environment
     save_checkpoint(
         root, step=step, tokens=0, tensors=module.state_tensors(), rank_state={"rank": env.rank},
-        engine=env.engine.name, rank=env.rank, group=env.cpu_group,
+        engine=env.layout.name, rank=env.rank, group=env.cpu_group,
     )  # fmt: skip
 
 

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from toolkit.distributed.flat_shard import FlatShard, flat_range_boxes
+from toolkit.distributed.shards import FlatShard, flat_range_boxes
 
 
 @given(st.data())

@@ -11,7 +11,7 @@ from torch.distributed.checkpoint.filesystem import FileSystem
 
 from toolkit.checkpoint.commit import save_checkpoint
 from toolkit.checkpoint.tensors import load_tensors
-from toolkit.distributed.flat_shard import FlatShard
+from toolkit.distributed.shards import FlatShard
 from toolkit.errors import CheckpointError
 
 BIG = torch.arange(1_000_000.0).view(1000, 1000)

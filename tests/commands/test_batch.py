@@ -13,7 +13,7 @@ from toolkit import get_dataloaders, prepare_dataset, read_prepared
 from toolkit.checkpoint.commit import save_checkpoint
 from toolkit.cli import main as cli
 from toolkit.commands.batch import step_batch
-from toolkit.data.instances.text import target_mask
+from toolkit.data.instances.base import target_mask
 from toolkit.errors import ConfigError, DataError
 from toolkit.experiment.config import ExperimentConfig
 from toolkit.experiment.load import load_experiment
@@ -55,7 +55,7 @@ def save(run: Path, fingerprint: str) -> None:
 def test_the_batch_is_what_the_loader_gives_that_step(
     step: int, run: Path, config: ExperimentConfig
 ) -> None:
-    loader, _ = get_dataloaders(config.data, rank=0, world_size=1)
+    loader, _ = get_dataloaders(config.data, batch_rank=0, batch_ranks=1)
     found = step_batch(run, step, show=99)
     expected = loader.instance_indices(step - 1)
     assert [instance.instance for instance in found.instances] == expected.tolist()

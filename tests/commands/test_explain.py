@@ -49,7 +49,7 @@ def run(tmp_path: Path, config: ExperimentConfig) -> Path:
 
 
 def save(run: Path, config: ExperimentConfig, step: int) -> None:
-    loader, _ = get_dataloaders(config.data, rank=0, world_size=1)
+    loader, _ = get_dataloaders(config.data, batch_rank=0, batch_ranks=1)
     loader.batches_done = step
     save_checkpoint(
         run / "checkpoints", step=step, tokens=step * 1024, tensors=empty_weights(config.model),
@@ -87,7 +87,7 @@ def test_step_engine_data_and_versions_are_told(run: Path, config: ExperimentCon
     assert "this command launches 2 processes" in rows["engine"]
     assert rows["config"] == ["nothing changes"]
     assert [line.partition(" then")[0] for line in rows["versions"]] == ["numpy: 0.1"]
-    steps = get_dataloaders(config.data, rank=0, world_size=1)[0].steps_per_epoch
+    steps = get_dataloaders(config.data, batch_rank=0, batch_ranks=1)[0].steps_per_epoch
     assert rows["data"][0] == f"next is batch {10 % steps} (from 0) of epoch {10 // steps + 1}, " \
                               f"of {steps}"  # fmt: skip
     assert rows["goes on"] == ["from step 11 to 20"]

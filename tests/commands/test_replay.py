@@ -13,7 +13,8 @@ from toolkit.commands.receipt import BIT_FOR_BIT, compare, relative_difference
 from toolkit.commands.replay import OBSERVERS, plan_replay, replay_config
 from toolkit.data.config import FilesSourceConfig
 from toolkit.data.prepare.build.prepare import prepare_dataset
-from toolkit.distributed.engine import Engine
+from toolkit.distributed.config import DataParallelConfig
+from toolkit.distributed.layout import Layout, resolve_layout
 from toolkit.errors import ConfigError, DataError, RunError
 from toolkit.experiment.config import ExperimentConfig
 from toolkit.experiment.load import load_experiment
@@ -23,12 +24,10 @@ from toolkit.runs.manager import RunManager
 from toolkit.train.config import CallbacksConfig
 
 
-def engine(world_size: int = 1, **changes: Any) -> Engine:
-    settings: dict[str, Any] = {
-        "name": "single" if world_size == 1 else "fsdp", "origin": "", "precision": "fp32",
-        "world_size": world_size, "num_replicas": 1, "shard_degree": world_size,
-    }  # fmt: skip
-    return Engine(**(settings | changes))
+def engine(world_size: int = 1, **changes: Any) -> Layout:
+    settings: dict[str, Any] = {"name": "single" if world_size == 1 else "fsdp"}
+    config = DataParallelConfig(**(settings | changes))
+    return resolve_layout("fp32", config, {"WORLD_SIZE": str(world_size)})
 
 
 def config_in(folder: Path, *overrides: str) -> ExperimentConfig:
@@ -40,7 +39,7 @@ def config_in(folder: Path, *overrides: str) -> ExperimentConfig:
     return config.replace(dataset=dataset)
 
 
-def attempt(folder: Path, config: ExperimentConfig, engine: Engine, *, steps: range) -> None:
+def attempt(folder: Path, config: ExperimentConfig, engine: Layout, *, steps: range) -> None:
     """What one attempt leaves behind: metadata, recorded steps, a checkpoint every 5."""
     (folder / "metadata").mkdir(exist_ok=True, parents=True)
     (folder / "metrics").mkdir(exist_ok=True)
@@ -154,7 +153,7 @@ def test_a_replay_writes_nothing_but_its_own_steps(run: Path, tmp_path: Path) ->
     assert alone.dp_config is None
 
 
-def compared(run: Path, tmp_path: Path, losses: list[Any], now: Engine | None = None) -> Any:
+def compared(run: Path, tmp_path: Path, losses: list[Any], now: Layout | None = None) -> Any:
     """The receipt of steps 6 to 8 with these replayed losses."""
     plan = plan_replay(run, 3, 5)
     again = tmp_path / "again"

@@ -3,7 +3,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from toolkit.data.device import prefetch_to_device
+from toolkit.data.prefetch import prefetch_to_device
 
 
 def batches(number: int, *, pin: bool = False) -> Iterator[dict[str, torch.Tensor]]:

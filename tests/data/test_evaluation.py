@@ -19,7 +19,7 @@ def evaluation(folder: Path, *, rank: int, world_size: int, rows: int, tokens: i
     config = data_config(
         dataset, global_batch_size=64, eval_batch_size=rows * 8, eval_tokens=tokens
     )
-    return get_dataloaders(config, rank=rank, world_size=world_size)[1]["val"]
+    return get_dataloaders(config, batch_rank=rank, batch_ranks=world_size)[1]["val"]
 
 
 @pytest.mark.parametrize(("world_size", "rows"), [(1, 4), (1, 37), (2, 4), (4, 3), (4, 64)])

@@ -22,6 +22,7 @@ from toolkit.data.config import (
     PaddedInstancesConfig,
     VariableInstancesConfig,
 )
+from toolkit.distributed.layout import Layout
 from toolkit.errors import ConfigError, DataError
 
 SEQUENCE_LENGTH = 16
@@ -39,7 +40,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> DatasetConfig:
 
 def loaders(dataset: DatasetConfig, *, rank: int = 0, world_size: int = 1, **changes):
     config = data_config(dataset, **{"global_batch_size": BATCH, **changes})
-    return get_dataloaders(config, rank=rank, world_size=world_size)
+    return get_dataloaders(config, batch_rank=rank, batch_ranks=world_size)
 
 
 def first_batches(loader, number: int, start: int = 0) -> list[torch.Tensor]:
@@ -195,17 +196,16 @@ def test_an_epoch_ends_where_it_does_after_a_change_of_the_batch_size(
 
 def test_ranks_of_one_model_parallel_group_read_the_same_rows(dataset: DatasetConfig) -> None:
     config = data_config(dataset, global_batch_size=BATCH)
-    batches = [
-        next(get_dataloaders(config, rank=r, world_size=4, model_parallel_size=2)[0].iterate())
-        for r in range(4)
+    layout = Layout(dp_shard=2, tp=2, is_fsdp=True)
+    shares = [(layout.batch_rank(rank), layout.batch_ranks) for rank in range(layout.world_size)]
+    loaders_of_ranks = [
+        get_dataloaders(config, batch_rank=share, batch_ranks=number)[0] for share, number in shares
     ]
-    rows = [batch["input_ids"] for batch in batches]
+    rows = [next(loader.iterate())["input_ids"] for loader in loaders_of_ranks]
     assert torch.equal(rows[0], rows[1])
     assert torch.equal(rows[2], rows[3])
     alone = loaders(dataset)[0].global_batch(0)["input_ids"]
     assert torch.equal(torch.cat([rows[0], rows[2]]), alone)
-    with pytest.raises(ConfigError, match="4 ranks are not divisible into groups of 3"):
-        get_dataloaders(config, rank=0, world_size=4, model_parallel_size=3)
 
 
 @pytest.mark.parametrize("instances", ["packed", "padded", "fixed"])

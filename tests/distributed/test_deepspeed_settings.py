@@ -9,23 +9,20 @@ import torch
 
 from toolkit.distributed.accelerator import deepspeed_settings
 from toolkit.distributed.config import DataParallelConfig
-from toolkit.distributed.engine import resolve_engine
 from toolkit.distributed.environment import TrainingEnvironment
+from toolkit.distributed.layout import resolve_layout
 
 ROOT = Path(__file__).parents[2]
 
 
 def settings(device: str, name: Any = "zero3", **dp: Any) -> dict[str, Any]:
-    engine = resolve_engine("bf16", DataParallelConfig(name=name, **dp), {"WORLD_SIZE": "2"})
+    layout = resolve_layout("bf16", DataParallelConfig(name=name, **dp), {"WORLD_SIZE": "2"})
     environment = TrainingEnvironment(
         rank=0,
         local_rank=0,
-        world_size=2,
         device=torch.device(device),
-        engine=engine,
+        layout=layout,
         seed=0,
-        cpu_group=None,
-        metrics_group=None,
     )
     return deepspeed_settings(environment, 1.0)
 

@@ -12,10 +12,10 @@ import torch.distributed as dist
 
 from tests.tiny import module_config, open_environment
 from toolkit.commands.models import pick_device as pick_by_name
-from toolkit.distributed import devices, environment
-from toolkit.distributed.allocator import set_allocator_defaults
+from toolkit.distributed import devices, environment, process_groups
 from toolkit.distributed.devices import pick_device, unused_gpus, usable_gpus
 from toolkit.distributed.ranks import adopt_ranks
+from toolkit.distributed.tuning import set_allocator_defaults
 from toolkit.errors import ConfigError
 from toolkit.experiment.opening import resume_promise
 from toolkit.experiment.recorded import processes_here
@@ -110,15 +110,15 @@ def test_only_several_processes_bind_their_group_to_a_device(
     opened: list[Any] = []
     monkeypatch.setattr(dist, "is_initialized", lambda: False)
     monkeypatch.setattr(dist, "init_process_group", lambda *_, **given: opened.append(given))
-    monkeypatch.setattr(environment, "open_store", lambda *_: None)
+    monkeypatch.setattr(process_groups, "open_store", lambda *_: None)
     for name in ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE"):
         monkeypatch.setenv(name, "1")
     for library in ("GLOO", "NCCL"):
         monkeypatch.setenv(f"{library}_SOCKET_IFNAME", "lo")
     for world_size in (1, 2):
-        environment._init_process_group(torch.device("cuda", 0), world_size)
+        process_groups.open_process_groups(torch.device("cuda", 0), world_size)
     assert ["device_id" in given for given in opened] == [False, True]
-    assert {given["timeout"] for given in opened} == {environment.COLLECTIVE_TIMEOUT}
+    assert {given["timeout"] for given in opened} == {process_groups.COLLECTIVE_TIMEOUT}
 
 
 def test_libraries_find_the_device_of_a_process_that_sees_one(

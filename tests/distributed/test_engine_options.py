@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from tests.tiny import build, module_config, open_environment, train_steps
 from tests.workers import WorkerPool
-from toolkit.distributed.environment import COLLECTIVE_TIMEOUT
+from toolkit.distributed.process_groups import COLLECTIVE_TIMEOUT
 
 CLIP = 0.7
 
@@ -29,7 +29,7 @@ def running(engine: str, dp: dict[str, Any], read: str) -> dict[str, Any]:
     env = open_environment(config)
     try:
         module = build(config, env)
-        found = globals()[read](module.runtime) | {"timeouts": timeouts()}
+        found = globals()[read](module.engine) | {"timeouts": timeouts()}
         train_steps(module, 0, 1)
         return found | {"timeouts after a step": timeouts()}
     finally:

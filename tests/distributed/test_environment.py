@@ -1,20 +1,30 @@
 """Where a process stands, and what is refused before training begins."""
 
+import dataclasses
+import datetime
+import io
+import logging
+import os
 import socket
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from tests.tiny import module_config, open_environment
 from tests.workers import WorkerPool
 from toolkit.distributed.environment import (
+    TrainingEnvironment,
     check_shared_folder,
     prepare_training_environment,
     single_environment,
 )
+from toolkit.distributed.layout import Layout
 from toolkit.errors import ConfigError, RunError
 
 
@@ -69,9 +79,8 @@ def test_one_of_several_processes_must_not_train_alone(monkeypatch: pytest.Monke
 
 def deterministic_state() -> dict[str, bool]:
     """What `trainer.deterministic` leaves switched on."""
-    settings = SimpleNamespace(
-        seed=1, train_module=module_config(), trainer=SimpleNamespace(deterministic=True)
-    )
+    trainer = SimpleNamespace(deterministic=True, collective_timeout=77.0)
+    settings = SimpleNamespace(seed=1, train_module=module_config(), trainer=trainer)
     before = torch.utils.deterministic.fill_uninitialized_memory
     env = prepare_training_environment(settings)
     try:
@@ -101,3 +110,141 @@ def test_deterministic_mode_fills_no_memory_and_keeps_the_kernel_of_fp32(
             "cudnn attention": False,
         }
     ]
+
+
+DEGREES: list[dict[str, Any]] = [
+    {"pp": 2, "dp_replicate": 2, "dp_shard": 2, "cp": 2, "tp": 2, "ep": 4},
+    {"dp_shard": 2, "cp": 2},
+    {"dp_replicate": 2, "dp_shard": 3},
+    {"pp": 2, "tp": 2},
+]
+
+
+def meshes(degrees: dict[str, Any], rank: int) -> dict[str, Any]:
+    """Ranks of the groups and meshes that `rank` has, of ranks that only seem to be there."""
+    layout = Layout(**degrees, is_fsdp=True)
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=layout.world_size)
+    env = TrainingEnvironment(
+        rank=rank, local_rank=0, device=torch.device("cpu"), layout=layout, seed=0
+    )
+
+    def ranks(group: dist.ProcessGroup | None) -> tuple[int, ...]:
+        return (rank,) if group is None else tuple(dist.get_process_group_ranks(group))
+
+    try:
+        names = env.fsdp_mesh.mesh_dim_names or ()
+        return {
+            "fsdp": (names, ranks(env.fsdp_mesh.get_group(names[-1]))),
+            "loss": ranks(env.loss_group),
+            "weight": ranks(env.weight_group),
+            "experts": {a: ranks(env.expert_mesh.get_group(a)) for a in layout.expert_shape},
+            "axes": {axis: ranks(env.group(axis)) for axis in layout.shape},
+        }
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("degrees", DEGREES, ids=str)
+def test_groups_by_purpose_are_those_of_the_layout(
+    workers: WorkerPool, degrees: dict[str, Any]
+) -> None:
+    layout = Layout(**degrees, is_fsdp=True)
+    for rank in {0, layout.world_size // 3, layout.world_size - 1}:
+        (found,) = workers.run(1, meshes, degrees, rank)
+        assert found["loss"] == layout.ranks_along(rank, "dp_replicate", "dp_shard")
+        assert found["weight"] == layout.ranks_along(rank, "pp", "dp_shard", "cp", "tp")
+        for axis, ranks in (found["axes"] | found["experts"]).items():
+            assert ranks == layout.ranks_along(rank, axis), axis
+        names, sharing = found["fsdp"]
+        assert sharing == layout.ranks_along(rank, "dp_shard", "cp")
+        assert (len(names) == 2) == (layout.dp_replicate > 1)
+
+
+def reduced(tp: int) -> list[float]:
+    """Two ranks' sum, mean and maximum, where the ranks are replicas or share one product."""
+    env = open_environment(module_config("ddp"))
+    try:
+        layout = Layout(dp_replicate=2 // tp, tp=tp)
+        env = dataclasses.replace(env, layout=layout)
+        columns = [("a", "sum"), ("b", "mean"), ("c", "max"), ("d", "sum")]
+        mine = torch.arange(4, dtype=torch.float64) + 10 * env.rank
+        return env.reduce_columns(columns, mine).tolist()
+    finally:
+        env.close()
+
+
+def test_ranks_that_do_not_own_a_sum_add_nothing_to_it(workers: WorkerPool) -> None:
+    assert workers.run(2, reduced, 1) == [[10.0, 6.0, 12.0, 16.0]] * 2
+    assert workers.run(2, reduced, 2) == [[0.0, 6.0, 12.0, 3.0]] * 2
+
+
+def asked(**options: Any) -> tuple[float, str, list[str]]:
+    """Time-out of the groups, backend, and what this rank says on the console."""
+    trainer = SimpleNamespace(deterministic=False, collective_timeout=77.0)
+    settings = SimpleNamespace(seed=1, train_module=module_config("fsdp"), trainer=trainer)
+    env = prepare_training_environment(settings, **options)
+    try:
+        with mock.patch("sys.stderr", io.StringIO()) as console:
+            logging.getLogger("toolkit.x").info("hello")
+        groups: list[Any] = [
+            dist.group.WORLD,
+            env.cpu_group,
+            env.metrics_group,
+            env.checkpoint_group,
+        ]
+        found = {g._get_backend(torch.device("cpu")).options._timeout for g in groups}
+        assert found == {env.timeout}
+        return env.timeout.total_seconds(), dist.get_backend(), console.getvalue().splitlines()
+    finally:
+        env.close()
+        logger = logging.getLogger("toolkit")
+        logger.handlers.clear()
+        logger.propagate = True
+
+
+@pytest.mark.parametrize(
+    ("log_ranks", "spoken"),
+    [
+        ("rank0", [["hello"], []]),
+        ("local_rank0", [["hello"], ["[rank 1] hello"]]),
+        ("all", [["hello"], ["[rank 1] hello"]]),
+    ],
+)
+def test_timeout_backend_and_who_speaks_are_what_is_asked_for(
+    workers: WorkerPool, log_ranks: str, spoken: list[list[str]]
+) -> None:
+    own = {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"} if log_ranks == "local_rank0" else {}
+    ranks = workers.run(2, asked_on_a_machine, own, log_ranks)
+    assert [seconds for seconds, _, _ in ranks] == [77.0, 77.0]
+    assert [lines for _, _, lines in ranks] == spoken
+    ranks = workers.run(2, asked_with_more_time)
+    assert [(seconds, backend) for seconds, backend, _ in ranks] == [(5.0, "gloo")] * 2
+
+
+def asked_on_a_machine(variables: dict[str, str], log_ranks: Any) -> tuple[float, str, list[str]]:
+    """With `variables` each rank is alone on its machine."""
+    os.environ.update(variables)
+    return asked(log_filter_type=log_ranks)
+
+
+def asked_with_more_time() -> tuple[float, str, list[str]]:
+    return asked(timeout=datetime.timedelta(seconds=5), backend="gloo")
+
+
+def test_a_file_system_that_is_said_to_be_shared_is_not_looked_at(
+    workers: WorkerPool, tmp_path: Path
+) -> None:
+    assert workers.run(2, trusting, str(tmp_path)) == [(0, []), (1, [])]
+    assert single_environment(precision="fp32").fs_rank == 0
+
+
+def trusting(folder: str) -> tuple[int, list[str]]:
+    env = open_environment(module_config("ddp"))
+    try:
+        env = dataclasses.replace(env, shared_filesystem=True)
+        own = Path(folder) / f"host{env.rank}"
+        own.mkdir()
+        check_shared_folder(env, own)
+        return env.fs_rank, [path.name for path in own.iterdir()]
+    finally:
+        env.close()

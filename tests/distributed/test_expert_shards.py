@@ -35,7 +35,7 @@ def shards_of(
         alone = tiny_model(**moe_of(num_experts, width, changes)).build(seed=SEED)
         whole = canonical_parameters(alone)
         found = {}
-        for name, parameter in canonical_parameters(module.runtime.module).items():
+        for name, parameter in canonical_parameters(module.engine.module).items():
             sizes, offsets = compute_local_shape_and_global_offset(
                 parameter.shape, parameter.device_mesh, parameter.placements
             )
@@ -44,7 +44,7 @@ def shards_of(
                 expected = expected.narrow(dim, offset if size else 0, size)
             assert torch.equal(parameter.to_local(), expected), name
             if "experts" in name:
-                share = parameter.to_local().numel() / parameter.numel() * env.engine.shard_degree
+                share = parameter.to_local().numel() / parameter.numel() * env.layout.dp_shard
                 found[name.rpartition(".")[2]] = (parameter.placements[-1].dim, share)
         return found
     finally:

@@ -14,8 +14,9 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from tests.workers import WorkerPool
 from toolkit.distributed.accelerator import ddp_options
 from toolkit.distributed.activation_checkpointing import ActivationCheckpointingConfig
-from toolkit.distributed.engine import Engine
+from toolkit.distributed.config import DataParallelConfig
 from toolkit.distributed.environment import TrainingEnvironment
+from toolkit.distributed.layout import resolve_layout
 from toolkit.distributed.materialize import materialize
 from toolkit.models import compile as compiling
 from toolkit.models.config import TransformerConfig
@@ -32,24 +33,14 @@ def graphs(name: Any, recompute: bool) -> list[int]:
     else:
         dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=RANKS)
     torch._dynamo.reset()
-    shape = {"fsdp": (1, RANKS), "hsdp": (2, RANKS // 2)}.get(name, (RANKS, 1))
-    engine = Engine(
-        name=name,
-        origin="test",
-        precision="fp32",
-        world_size=RANKS,
-        num_replicas=shape[0],
-        shard_degree=shape[1],
-    )
+    asked = None if name == "single" else DataParallelConfig(name=name)
+    layout = resolve_layout("fp32", asked, os.environ)
     environment = TrainingEnvironment(
         rank=0,
         local_rank=0,
-        world_size=RANKS,
         device=torch.device("cpu"),
-        engine=engine,
+        layout=layout,
         seed=0,
-        cpu_group=None,
-        metrics_group=None,
     )
     count = 0
 

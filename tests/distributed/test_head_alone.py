@@ -47,7 +47,7 @@ def test_a_kernel_that_forgets_a_gradient_ends_training(monkeypatch) -> None:
     env = open_environment(config)
     try:
         module = build(config, env)
-        forward = type(module.runtime.module.head).forward
+        forward = type(module.engine.module.head).forward
 
         def forgets(head, x, labels, tied_weight, **options):
             weight, head.weight.requires_grad = head.weight, False
@@ -56,7 +56,7 @@ def test_a_kernel_that_forgets_a_gradient_ends_training(monkeypatch) -> None:
             finally:
                 weight.requires_grad = True
 
-        monkeypatch.setattr(type(module.runtime.module.head), "forward", forgets)
+        monkeypatch.setattr(type(module.engine.module.head), "forward", forgets)
         with pytest.raises(TrainingError, match=r"^head\.weight: trained, but without a gradient"):
             module.train_batch({"input_ids": global_batch(0)})
     finally:

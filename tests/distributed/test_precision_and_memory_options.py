@@ -79,7 +79,7 @@ def wrapped(
     try:
         module = build(config, env)
         records = train_steps(module, 0, 4)
-        model = module.runtime.module
+        model = module.engine.module
         names = {m: name for name, m in model.named_modules() if isinstance(m, FSDPModule)}
         states = {m._get_fsdp_state(): name for m, name in names.items()}  # type: ignore[operator]
         first = model.blocks[0]._get_fsdp_state()  # type: ignore[index, union-attr, operator]

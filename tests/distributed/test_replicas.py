@@ -26,7 +26,7 @@ def ddp_losses(as_on_gpus: bool) -> list[dict[str, float]]:
             DistributedDataParallel, "__init__", with_device_ids if as_on_gpus else make
         ):
             module = build(config, env)
-        assert bool(module.runtime.model.device_ids) == as_on_gpus
+        assert bool(module.engine.model.device_ids) == as_on_gpus
         history = train_steps(module, 0, 2)
         with torch.no_grad():
             module.logits(torch.zeros(1, 4, dtype=torch.int64))
@@ -53,7 +53,7 @@ def ddp_with_another_order_of_adding() -> tuple[list[str], list[bytes]]:
         module = build(config, env)
         with mock.patch.object(torch.nn.utils, "get_total_norm", with_one_bit_more):
             norms = [step["grad_norm"].hex() for step in train_steps(module, 0, 3)]
-        return norms, [p.detach().numpy().tobytes() for p in module.runtime.module.parameters()]
+        return norms, [p.detach().numpy().tobytes() for p in module.engine.module.parameters()]
     finally:
         env.close()
 
@@ -82,7 +82,7 @@ def hsdp_with_another_order_of_adding() -> tuple[list[str], list[bytes]]:
             for step in range(3):
                 norms.append(train_steps(module, step, step + 1)[0]["grad_norm"].hex())
         weights = [
-            p.to_local().detach().numpy().tobytes() for p in module.runtime.module.parameters()
+            p.to_local().detach().numpy().tobytes() for p in module.engine.module.parameters()
         ]
         return norms, weights
     finally:

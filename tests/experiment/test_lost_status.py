@@ -8,9 +8,9 @@ import pytest
 from toolkit.cli import main as cli
 from toolkit.commands.verify import verify_checkpoints
 from toolkit.experiment.recipes import recipe_text
+from toolkit.metrics.lines import last_record
 from toolkit.runs.files import RUN_FILES
 from toolkit.runs.manager import RunManager
-from toolkit.runs.records import read_last_step
 
 
 @pytest.mark.parametrize("content", [None, "", "[]", '{"state": 1}'])
@@ -34,12 +34,12 @@ def test_a_run_without_its_status_says_how_to_go_on(
 
 def test_a_pipe_in_the_place_of_metrics_is_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "train.jsonl")
-    assert read_last_step(tmp_path / "train.jsonl") == 0
+    assert last_record(tmp_path / "train.jsonl") == {}
 
 
 def test_the_last_step_is_found_before_damaged_lines(tmp_path: Path) -> None:
     (tmp_path / "train.jsonl").write_text('{"step": 4}\n' + "[" * 5000 + "\n" + '{"ste')
-    assert read_last_step(tmp_path / "train.jsonl") == 4
+    assert last_record(tmp_path / "train.jsonl") == {"step": 4}
 
 
 def test_a_run_without_its_config_says_what_it_needs(

@@ -62,15 +62,13 @@ def test_recipe_fits_one_and_two_ranks_and_round_trips(name: str, base: str) -> 
 
 @pytest.mark.parametrize("name", sorted(EXPECTED | FROM_A_MODEL))
 def test_weight_decay_patterns_match_parameters(name: str, base: str) -> None:
-    from toolkit.optim.groups import parameter_groups
-
     config = load(name, base)
     model = config.model.build(init_device="meta")
     parameters = dict(model.named_parameters())
-    overrides = config.train_module.optim.group_overrides
-    groups = parameter_groups(parameters, {"weight_decay": 0.1}, overrides)
+    optim = config.train_module.optim
+    groups = optim.groups(parameters)
     assert sum(len(group["params"]) for group in groups) == len(parameters)
-    assert len(groups) == 1 + len(overrides)
+    assert len(groups) == 1 + len(optim.group_overrides)
 
 
 def test_quickstart_spells_out_its_preset() -> None:

@@ -8,7 +8,8 @@ import pytest
 
 from toolkit.data.corpus_info import data_places
 from toolkit.data.tokens.prepared import MANIFEST_NAME
-from toolkit.distributed.engine import Engine, resolve_engine
+from toolkit.distributed.config import DataParallelConfig
+from toolkit.distributed.layout import Layout, resolve_layout
 from toolkit.errors import ConfigError, TrainingError
 from toolkit.experiment import run as experiment
 from toolkit.experiment.load import load_experiment
@@ -45,7 +46,7 @@ def resumed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     for name in ("WORLD_SIZE", "ACCELERATE_MIXED_PRECISION", "ACCELERATE_USE_FSDP"):
         monkeypatch.delenv(name, raising=False)
 
-    def resume(engine: Engine, *overrides: str, **environ: str) -> tuple[Any, Any]:
+    def resume(engine: Layout, *overrides: str, **environ: str) -> tuple[Any, Any]:
         (tmp_path / "metadata").mkdir()
         run = RunManager(tmp_path, experiment="a", name="b")
         experiment._log_metadata(load_experiment("smoke").config, run, engine, {})
@@ -65,9 +66,8 @@ def resumed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     return resume
 
 
-def engine(name: Any, precision: Any, **more: Any) -> Engine:
-    return Engine(name=name, origin="", precision=precision, world_size=1, num_replicas=1,
-                  shard_degree=1, **more)  # fmt: skip
+def engine(name: Any, precision: Any, **more: Any) -> Layout:
+    return resolve_layout(precision, DataParallelConfig(name=name, **more), {})
 
 
 @pytest.mark.parametrize(
@@ -92,8 +92,8 @@ def test_a_resumed_run_keeps_its_deepspeed_settings(resumed: Any) -> None:
     settings = {"zero_optimization": {"reduce_bucket_size": 1000}}
     config, stored = resumed(engine("zero2", "fp32", deepspeed_config=settings))
     module = config.train_module
-    again = resolve_engine(module.precision, module.dp_config, {})
-    assert (again.name, again.deepspeed_config) == ("zero2", settings)
+    again = resolve_layout(module.precision, module.dp_config, {})
+    assert (again.name, again.dp_config.deepspeed_config) == ("zero2", settings)
     assert stored.train_module.dp_config is None
     assert stored.train_module.precision == "auto"
 
@@ -134,3 +134,23 @@ def test_data_behind_a_variable_is_found_on_every_resume_and_stays_a_variable(
     monkeypatch.setenv("CORPUS_OF_TEST", str(started / "data"))
     absolute = find_data(loaded.stored, run_dir, is_filled=False)
     assert absolute.dataset.root == "${CORPUS_OF_TEST}/x"
+
+
+def test_who_speaks_on_the_console_is_the_config_s_to_say(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(
+        "toolkit.distributed.logging.setup_logging",
+        lambda rank, **options: said.append((rank, *options.values())),
+    )
+    for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")):
+        monkeypatch.setenv(name, value)
+    flags = ["--trainer.log_ranks=all", "--data_loader.global_batch_size=7"]
+    with pytest.raises(ConfigError, match="global_batch_size 7"):
+        experiment.train(load_experiment("smoke", flags).config)
+    assert said == [(0, 0, "all")]
+    with pytest.raises(ConfigError, match="log_ranks"):
+        load_experiment("smoke", ["--trainer.log_ranks=some"])
+    with pytest.raises(ConfigError, match="collective_timeout must be greater than 0"):
+        load_experiment("smoke", ["--trainer.collective_timeout=0"])

@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from toolkit.hf.import_weights import import_tensors
+from toolkit.hf.import_weights import ImportPlan
 from toolkit.hf.loading import quiet_transformers
 from toolkit.hf.read_config import HFModel, read_hf_config
 from toolkit.hf.weights import HFWeights
@@ -74,4 +74,4 @@ def pair(config: PreTrainedConfig, folder: Path) -> Pair:
 
 def tensors_of(read: HFModel, folder: Path) -> dict[str, Tensor]:
     """Our tensors from the weight files of `folder`."""
-    return dict(import_tensors(read.family, read.config, HFWeights(folder)))
+    return dict(ImportPlan(read.family, read.config, HFWeights(folder)).tensors())

@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from tests.hf.cases import DENSE, MOE
 from tests.hf.fidelity import Pair, pair, tensors_of, their_config
+from toolkit.hf.choose import misfits
 from toolkit.hf.export import export_hf
-from toolkit.hf.family import why_not
 from toolkit.hf.loading import quiet_transformers
 from toolkit.models.loss import IGNORE_INDEX
 
@@ -72,7 +72,7 @@ def test_gradients_are_equal(models, tmp_path):
 
 def test_model_comes_back_equal(models, tmp_path):
     family, config, _ = models.read
-    assert why_not(family, config) is None
+    assert not misfits(family, config)
     out = tmp_path / "out"
     export_hf(config, tensors_of(models.read, models.folder), out, model_type=family.model_type)
     assert_bit_equal(tensors_in(out), tensors_in(models.folder), torch.float32)

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from toolkit.errors import CheckpointError
-from toolkit.hf.import_weights import ImportPlan, import_tensors
+from toolkit.hf.import_weights import ImportPlan
 from toolkit.hf.read_config import read_hf_config
 from toolkit.hf.weights import HFWeights
 
@@ -47,7 +47,7 @@ def changed(original: Path, folder: Path, change: Any, **fields: Any) -> Path:
 
 def imported(folder: Path) -> dict[str, torch.Tensor]:
     model = read_hf_config(folder)
-    return dict(import_tensors(model.family, model.config, HFWeights(folder)))
+    return dict(ImportPlan(model.family, model.config, HFWeights(folder)).tensors())
 
 
 def test_all_tensors_come_in_their_type_with_rows_padded(original: Path) -> None:

@@ -8,8 +8,8 @@ import torch
 
 from tests.hf.fidelity import pair, their_config
 from toolkit.errors import CheckpointError
+from toolkit.hf.choose import misfits
 from toolkit.hf.families import FAMILIES
-from toolkit.hf.family import why_not
 from toolkit.hf.read_config import read_hf_config
 from toolkit.models.config import TransformerConfig
 from toolkit.models.moe_config import MoEConfig
@@ -89,7 +89,7 @@ def test_noise_of_the_original_router_is_noted(tmp_path: Path) -> None:
 )
 def test_families_that_can_hold_a_mixture(changes: dict[str, Any], fitting: list[str]) -> None:
     config = OURS.replace(**changes)
-    assert [family.model_type for family in FAMILIES if why_not(family, config) is None] == fitting
+    assert [family.model_type for family in FAMILIES if not misfits(family, config)] == fitting
 
 
 @pytest.mark.parametrize(
@@ -103,4 +103,4 @@ def test_families_that_can_hold_a_mixture(changes: dict[str, Any], fitting: list
 def test_not_every_mixture_fits(changes: dict[str, Any], fitting: list[str]) -> None:
     assert OURS.moe is not None
     config = OURS.replace(qk_norm="per_head", moe=OURS.moe.replace(**changes))
-    assert [family.model_type for family in FAMILIES if why_not(family, config) is None] == fitting
+    assert [family.model_type for family in FAMILIES if not misfits(family, config)] == fitting

@@ -9,8 +9,8 @@ from tests.hf.cases import DENSE, MOE
 from tests.hf.fidelity import their_config
 from toolkit.errors import CheckpointError
 from toolkit.hf.families import FAMILIES
+from toolkit.hf.family import Settings
 from toolkit.hf.read_config import read_hf_config
-from toolkit.hf.settings import Settings
 from toolkit.models.parameters import parameter_shapes
 from toolkit.models.rope_config import Llama3RopeConfig, YarnRopeConfig
 

@@ -39,9 +39,6 @@ def assert_reads_all(folder: Path) -> None:
     for name, tensor in TENSORS.items():
         assert torch.equal(weights.read(name), tensor)
         assert weights.read(name).dtype == tensor.dtype == weights.tensors[name].dtype
-        out = torch.empty_like(tensor)
-        assert weights.read(name, out=out) is out
-        assert torch.equal(out, tensor)
 
 
 @pytest.mark.parametrize("ending", ["safetensors", "bin"])
@@ -79,13 +76,13 @@ def test_changing_a_tensor_leaves_the_file_alone(tmp_path: Path) -> None:
     assert torch.equal(load_file(tmp_path / "model.safetensors")["a"], TENSORS["a"])
 
 
-def test_equality_is_of_bits_and_needs_no_whole_tensor(tmp_path: Path) -> None:
+def test_equality_is_of_bits(tmp_path: Path) -> None:
     a = torch.zeros(1000)
     tensors = {"a": a, "same": a.clone(), "negative": -a, "short": a[:10].clone()}
     save_file(tensors, tmp_path / "model.safetensors")
     weights = HFWeights(tmp_path)
-    assert weights.is_equal("a", "same", piece_bytes=64)
-    assert not weights.is_equal("a", "negative", piece_bytes=64)
+    assert weights.is_equal("a", "same")
+    assert not weights.is_equal("a", "negative")
     assert not weights.is_equal("a", "short")
 
 
@@ -128,6 +125,10 @@ def test_an_index_that_is_no_json_is_refused(tmp_path: Path) -> None:
         HFWeights(tmp_path)
 
 
+_DAMAGED = "cannot be read: Error while deserializing header: "
+_AGAIN = r"[^\n]*; get it again\Z"
+
+
 def damage(path: Path, kind: str) -> None:
     raw = path.read_bytes()
     length = int.from_bytes(raw[:8], "little")
@@ -150,18 +151,18 @@ def damage(path: Path, kind: str) -> None:
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        ("body", r"model.safetensors: truncated: \d+ bytes, where the header tells of \d+"),
-        ("longer", "longer than its header says"),
-        ("in header", "too few for its header"),
-        ("in length", "too few for its header"),
-        ("no json", "damaged safetensors header"),
-        ("shape", r"damaged safetensors header: a F32 \(6, 6\) at bytes"),
+        ("body", "incomplete metadata, file not fully covered"),
+        ("longer", "incomplete metadata, file not fully covered"),
+        ("in header", "invalid header length"),
+        ("in length", "header too small"),
+        ("no json", "invalid JSON in header"),
+        ("shape", "invalid shape, data type, or offset for tensor"),
     ],
 )
 def test_damaged_safetensors_are_refused(tmp_path: Path, kind: str, message: str) -> None:
     save_file(TENSORS, tmp_path / "model.safetensors")
     damage(tmp_path / "model.safetensors", kind)
-    with pytest.raises(CheckpointError, match=message):
+    with pytest.raises(CheckpointError, match=rf"model\.safetensors: {_DAMAGED}{message}{_AGAIN}"):
         HFWeights(tmp_path)
 
 
@@ -187,10 +188,8 @@ def test_a_file_that_shrinks_while_it_is_read_is_an_error(tmp_path: Path) -> Non
     save_file(TENSORS, path)
     weights = HFWeights(tmp_path)
     path.write_bytes(path.read_bytes()[:120])
-    with pytest.raises(CheckpointError, match=r"shorter|cut short"):
+    with pytest.raises(CheckpointError, match=rf"{_DAMAGED}.*{_AGAIN}"):
         weights.read("a")
-    with pytest.raises(CheckpointError, match="cut short"):
-        weights.read("a", out=torch.empty(4, 6))
 
 
 @pytest.mark.parametrize(
@@ -211,7 +210,7 @@ def test_headers_of_other_types_and_sizes_are_one_line(tmp_path: Path, entry: ob
     text = json.dumps({"a": entry}).encode()
     path = tmp_path / "model.safetensors"
     path.write_bytes(len(text).to_bytes(8, "little") + text + b"\0" * 8)
-    with pytest.raises(CheckpointError, match=r"model\.safetensors: damaged safetensors header"):
+    with pytest.raises(CheckpointError, match=rf"model\.safetensors: {_DAMAGED}.*{_AGAIN}"):
         HFWeights(tmp_path)
 
 
@@ -220,7 +219,7 @@ def test_tensors_that_overlap_are_refused(tmp_path: Path) -> None:
     text = json.dumps({"a": place, "b": place}).encode()
     path = tmp_path / "model.safetensors"
     path.write_bytes(len(text).to_bytes(8, "little") + text + b"\0" * 8)
-    with pytest.raises(CheckpointError, match=r"b F32 .* at bytes 0 to 8, where 8 to 16 were"):
+    with pytest.raises(CheckpointError, match=rf"{_DAMAGED}invalid offset for tensor `b`{_AGAIN}"):
         HFWeights(tmp_path)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from toolkit import signals
-from toolkit.distributed.launcher_checks import STORE_FILE, check_launcher_variables
+from toolkit.distributed.ranks import STORE_FILE, check_launcher_variables
 from toolkit.errors import EXIT_STOPPED, ConfigError, TrainingError
 from toolkit.launch import relaunch as module
 from toolkit.launch.relaunch import (

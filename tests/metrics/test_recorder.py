@@ -165,7 +165,7 @@ def test_error_of_a_sink_surfaces_at_flush_and_at_the_next_record():
         recorder.record(2, {"x": 1})
     with pytest.raises(TrainingError):
         recorder.close()
-    assert not recorder._thread.is_alive()
+    assert not recorder._worker.is_alive()
 
 
 def test_our_own_errors_keep_their_words():

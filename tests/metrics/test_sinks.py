@@ -11,7 +11,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
 from tensorboard.compat.proto.event_pb2 import Event
 
-from toolkit.metrics.sinks import JsonlSink, TensorBoardSink, _write_all
+from toolkit.metrics.lines import JsonlSink, Sink
+from toolkit.metrics.streams import TensorBoardSink
 
 
 def scalars(folder, tag):
@@ -92,11 +93,11 @@ def test_name_is_the_prefix_of_tags(tmp_path):
 
 
 def test_purge_step_makes_tensorboard_forget_what_comes_again(tmp_path, monkeypatch):
-    monkeypatch.setattr("toolkit.metrics.sinks.time.time", lambda: 1e9)
+    monkeypatch.setattr("toolkit.metrics.streams.time.time", lambda: 1e9)
     first = TensorBoardSink(tmp_path)
     first.write([{"step": s, "loss": 1.0} for s in range(1, 9)])
     first.close()
-    monkeypatch.setattr("toolkit.metrics.sinks.time.time", lambda: 1e9 + 1)
+    monkeypatch.setattr("toolkit.metrics.streams.time.time", lambda: 1e9 + 1)
     second = TensorBoardSink(tmp_path, purge_step=6)
     second.write([{"step": s, "loss": 2.0} for s in range(6, 10)])
     second.close()
@@ -144,9 +145,10 @@ def test_a_disk_that_takes_a_part_at_a_time_gets_all(tmp_path):
             self.written += bytes(data[:5])
             return min(5, len(data))
 
-    slow = Slow()
-    _write_all(slow, b"more than five bytes", tmp_path)
-    assert slow.written == b"more than five bytes"
+    sink = Sink(tmp_path)
+    sink._file = Slow()
+    sink._append(b"more than five bytes")
+    assert sink._file.written == b"more than five bytes"
 
 
 def test_tensorboard_does_not_make_a_removed_run_anew(tmp_path):

@@ -130,7 +130,7 @@ def test_fresh_model_predicts_nearly_uniformly(tied):
 
 
 def test_the_largest_seed_is_one_everywhere() -> None:
-    from toolkit.data.order.permutation import KeyedPermutation
+    from toolkit.data.order.stream import KeyedPermutation
     from toolkit.distributed.environment import _seed_everything
 
     seed = 2**64 - 1

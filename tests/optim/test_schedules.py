@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from toolkit.optim.config import ConstantConfig, CosineConfig, LinearConfig
+from toolkit.optim.schedules import ConstantConfig, CosineConfig, LinearConfig
 
 
 def test_cosine_warms_up_peaks_and_ends_at_alpha_f() -> None:

@@ -66,6 +66,18 @@ def test_metadata_of_earlier_attempts_stays_when_it_differs(tmp_path):
     assert read(second, RUN_FILES.command)["attempt"] == 2
 
 
+def test_metadata_is_a_mapping_of_the_files_that_are_there(tmp_path):
+    with start_run("exp", run_name="one", root=tmp_path) as run:
+        run.metadata.log(RunConfig(experiment="exp"), RUN_FILES.config)
+        run.metadata.log("# notes", "metadata/notes.txt", format="text")
+    assert run.metadata[RUN_FILES.config]["experiment"] == "exp"
+    assert run.metadata.read(RUN_FILES.config, RunConfig) == RunConfig(experiment="exp")
+    assert {RUN_FILES.status, RUN_FILES.git, RUN_FILES.command} < set(run.metadata)
+    assert len(run.metadata) == len(list(run.metadata))
+    assert RUN_FILES.model_config not in run.metadata
+    assert run.metadata.get(RUN_FILES.model_config) is None
+
+
 def test_other_ranks_read_and_never_write(tmp_path):
     main = start_run("exp", "one", root=tmp_path)
     other = start_run("exp", "one", root=tmp_path, is_main=False)

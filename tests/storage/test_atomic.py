@@ -100,9 +100,8 @@ def test_a_new_folder_is_there_whole_or_not_at_all(tmp_path, unfinished):
     if place is not None:  # of a process that was killed
         place.mkdir()
         (place / "old").touch()
-    with pytest.raises(KeyError), new_folder(tmp_path / "a", unfinished=place) as folder:
-        (folder / "x").write_text("1")
-        raise KeyError
+    with pytest.raises(TypeError), new_folder(tmp_path / "a", unfinished=place) as folder:
+        (folder / "x").write_text(1)
     assert os.listdir(tmp_path) == []
     (tmp_path / "a").mkdir()
     with new_folder(tmp_path / "a", unfinished=place) as folder:

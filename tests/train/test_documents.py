@@ -66,7 +66,7 @@ def loss_and_gradients(
 ) -> tuple[float, dict[str, torch.Tensor]]:
     loss = module.train_batch(batch)["loss"].value
     assert isinstance(loss, torch.Tensor)
-    return loss.item(), {name: g.clone() for name, g in module.runtime.gradient_shards().items()}
+    return loss.item(), {name: g.clone() for name, g in module.engine.gradient_shards().items()}
 
 
 @pytest.mark.parametrize("microbatch_rows", [1, 2, 4])

@@ -41,13 +41,13 @@ def trained_under(engine: str, settings: dict[str, Any], precision: str = "fp32"
     env = open_environment(config)
     try:
         module = build(config, env)
-        before = {name: t.clone() for name, t in module.runtime.weight_shards().items()}
+        before = {name: t.clone() for name, t in module.engine.weight_shards().items()}
         history = train_steps(module, 0, STEPS)
         rows = ROWS // env.world_size
         own = slice(env.rank * rows, (env.rank + 1) * rows)
         module.train_batch({"input_ids": global_batch(STEPS)[own]})
         norms = {key: float(value) for key, value in module.network_norms().items()}
-        after = module.runtime.weight_shards()
+        after = module.engine.weight_shards()
         changed = {name for name in before if not torch.equal(before[name], after[name])}
         saved = {key for key in module.state_tensors() if key.startswith("model.")}
         return history, norms, changed, saved

@@ -16,9 +16,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from tests.tiny import module_config, tiny_model
-from toolkit.distributed import materialize, plain
-from toolkit.distributed.engine import Engine
+from toolkit.distributed import materialize, torch_engine
 from toolkit.distributed.environment import TrainingEnvironment
+from toolkit.distributed.layout import Layout
 from toolkit.models import grouped
 from toolkit.models.moe_config import MoEConfig
 from toolkit.optim.config import AdamWConfig
@@ -57,30 +57,19 @@ class _AsIs:
 @pytest.fixture
 def on_meta(monkeypatch: pytest.MonkeyPatch) -> Any:
     """A train module whose parameters have no values."""
-    monkeypatch.setattr(plain, "build_accelerator", lambda *_: _AsIs())
+    monkeypatch.setattr(torch_engine, "build_accelerator", lambda *_: _AsIs())
     monkeypatch.setattr(materialize, "_initialize", lambda *_: None)
     # What torch does not know of the meta device.
     adam = importlib.import_module("torch.optim.adam")
     monkeypatch.setattr(adam, "_device_dtype_check_for_fused", lambda *_, **__: None)
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
-    engine = Engine(
-        name="single",
-        origin="test",
-        precision="fp32",
-        world_size=1,
-        num_replicas=1,
-        shard_degree=1,
-    )
     environment = TrainingEnvironment(
         rank=0,
         local_rank=0,
-        world_size=1,
         device=META,
-        engine=engine,
+        layout=Layout(precision="fp32"),
         seed=0,
-        cpu_group=None,
-        metrics_group=None,
     )
 
     def make(model: dict[str, Any], **config: Any) -> TransformerTrainModule:

@@ -22,7 +22,7 @@ def poisoned_step(engine: str, poison: str) -> tuple[list[float], list[str], lis
         history = train_steps(module, 0, 1)
         before = {k: _copy(v) for k, v in module.state_tensors().items()}
         bad_rank = env.rank == env.world_size - 1
-        forward = module.runtime.module.forward
+        forward = module.engine.module.forward
 
         def poisoned(*args: Any, **kwargs: Any) -> Any:
             sums = forward(*args, **kwargs)
@@ -31,9 +31,9 @@ def poisoned_step(engine: str, poison: str) -> tuple[list[float], list[str], lis
             return sums._replace(loss=sums.loss + extra if poison == "loss" else sums.loss * extra)
 
         if bad_rank:
-            module.runtime.module.forward = poisoned
+            module.engine.module.forward = poisoned
         skipped = [train_steps(module, 1, 2)[0]["skipped"]]
-        module.runtime.module.forward = forward
+        module.engine.module.forward = forward
         after = {k: _copy(v) for k, v in module.state_tensors().items()}
         changed = [k for k in before if not torch.equal(before[k], after[k])]
         history += train_steps(module, 2, 3)
@@ -70,18 +70,18 @@ def first_step_skipped(engine: str, poison: bool) -> list[dict]:
     try:
         module = build(config, env)
         if poison:
-            forward = module.runtime.module.forward
+            forward = module.engine.module.forward
 
             def poisoned(*args: Any, **kwargs: Any) -> Any:
                 sums = forward(*args, **kwargs)
                 return sums._replace(loss=sums.loss * math.nan)
 
-            module.runtime.module.forward = poisoned
+            module.engine.module.forward = poisoned
             # What a fresh momentum buffer would be made of, were it not zero.
             junk = [torch.full((1 << 16,), 1e30) for _ in range(8)]
             del junk
             assert train_steps(module, 0, 1)[0]["skipped"] == 1.0
-            module.runtime.module.forward = forward
+            module.engine.module.forward = forward
         return train_steps(module, 1, 4)
     finally:
         env.close()

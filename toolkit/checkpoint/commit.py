@@ -87,7 +87,7 @@ def save_checkpoint(
     """Commit one checkpoint at once; see `Save` and `write_checkpoint`.
 
     Args:
-        tensors: `model.*` and `optim.*`, see `EngineRuntime.state_tensors`.
+        tensors: `model.*` and `optim.*`, see `Engine.state_tensors`.
     """
     save = Save(
         root=root,

@@ -12,8 +12,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.text import Text
 
-    from toolkit.data.instances.base import DocumentPart
-    from toolkit.data.instances.text import DecodedPiece
+    from toolkit.data.instances.base import DecodedPiece, DocumentPart
 
 TARGET = ("[[", "]]")
 """Around tokens that the loss asks for, on every kind of terminal, as errors have them."""

@@ -35,8 +35,8 @@ from toolkit.cli import (
 )
 from toolkit.cli.data.app import app as data_app
 from toolkit.cli.output import has_lost_reader, open_missing_streams, outlive_readers
-from toolkit.distributed.allocator import set_allocator_defaults
 from toolkit.distributed.ranks import adopt_ranks
+from toolkit.distributed.tuning import set_allocator_defaults
 from toolkit.errors import (
     EXIT_BAD_INPUT,
     EXIT_DONE,

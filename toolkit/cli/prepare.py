@@ -23,7 +23,7 @@ def prepare(
       toolkit prepare my.json --data-root /shared/data --dataset.num_processes=32
       toolkit prepare my.json --dataset.source='{type: files, paths: [texts/]}'
     """
-    from toolkit.data.corpus_info import prepare_corpus
+    from toolkit.data.prepare.corpus import prepare_corpus
     from toolkit.data.prepare.store.store import describe_stored
     from toolkit.experiment.load import load_experiment
 

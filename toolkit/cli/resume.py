@@ -46,7 +46,7 @@ def resume(
         import os
 
         from toolkit.commands.explain import explain_resume
-        from toolkit.distributed.launcher_checks import check_launcher_variables
+        from toolkit.distributed.ranks import check_launcher_variables
         from toolkit.errors import EXIT_BAD_INPUT, EXIT_DONE
 
         check_launcher_variables()

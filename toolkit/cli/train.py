@@ -61,7 +61,7 @@ def train(
     import re
     import shlex
 
-    from toolkit.distributed.launcher_checks import check_launcher_variables
+    from toolkit.distributed.ranks import check_launcher_variables
     from toolkit.errors import ConfigError
     from toolkit.experiment.load import load_experiment
 

@@ -11,8 +11,7 @@ import msgspec
 
 from toolkit.checkpoint.folder import read_metadata, saved_steps, step_folder
 from toolkit.data.corpus import changed_data
-from toolkit.data.instances.base import DocumentPart
-from toolkit.data.instances.text import DecodedPiece
+from toolkit.data.instances.base import DecodedPiece, DocumentPart
 from toolkit.errors import ConfigError, DataError, ToolkitError
 from toolkit.experiment.config import ExperimentConfig
 from toolkit.experiment.load import load_run_config
@@ -71,7 +70,7 @@ def step_batch(run_dir: Path, step: int, *, show: int = 1) -> StepBatch:
         ConfigError: no such step.
         DataError: the run's data is not here, or is not what the run was trained on.
     """
-    from toolkit.data.instances.text import decode_pieces, target_mask
+    from toolkit.data.instances.base import decode_pieces, target_mask
 
     if show < 0:
         raise ConfigError(f"--show {show}: give a number of instances, 0 or more")

@@ -13,7 +13,7 @@ from toolkit.config import DEFAULT_ORIGIN, leaves
 from toolkit.config.secrets import mask_secrets
 from toolkit.data.corpus_info import CorpusInfo, data_places, datasets_of, read_corpus
 from toolkit.data.prepare.text.presence import check_presence
-from toolkit.distributed.engine import Engine, resolve_engine
+from toolkit.distributed.layout import Layout, resolve_layout
 from toolkit.errors import ConfigError, ErrorList
 from toolkit.experiment.checks import (
     check_corpus,
@@ -43,13 +43,13 @@ def summarize(loaded: LoadedExperiment, environ: Mapping[str, str]) -> str:
         RunError: a run of that name exists, or its folder cannot be made.
     """
     config = loaded.config
-    engine, corpus = _checked(config, environ)
+    layout, corpus = _checked(config, environ)
     rows = [
         ("model", _model(config)),
         ("data", _data(config, corpus)),
-        ("batch", _batch(config, engine)),
+        ("batch", _batch(config, layout)),
         ("duration", _duration(config, corpus)),
-        ("engine", _engine(engine)),
+        ("engine", _engine(layout)),
         ("writes", _writes(config)),
         ("note", notices(config, corpus.steps_per_epoch(config.data) if corpus else None)),
     ]
@@ -66,13 +66,13 @@ def summarize(loaded: LoadedExperiment, environ: Mapping[str, str]) -> str:
 
 def _checked(
     config: ExperimentConfig, environ: Mapping[str, str]
-) -> tuple[Engine, CorpusInfo | None]:
+) -> tuple[Layout, CorpusInfo | None]:
     """The engine, and the data as far as it is prepared; all that is wrong, at once."""
     module, found, corpus = config.train_module, ErrorList(), None
     # Without the number of processes nothing else can be told.
-    engine = resolve_engine(module.precision, module.dp_config, environ)
+    layout = resolve_layout(module.precision, module.dp_config, environ)
     with found.collecting():
-        check_experiment(config, engine.world_size)
+        check_experiment(config, layout.batch_ranks)
     sound = not found.errors
     with found.collecting():
         corpus = read_corpus(config.data)
@@ -89,7 +89,7 @@ def _checked(
             check_corpus(config, corpus)
             _check_mix(config)
     found.raise_any()
-    return engine, corpus
+    return layout, corpus
 
 
 def _check_mix(config: ExperimentConfig) -> None:
@@ -154,8 +154,8 @@ def _data(config: ExperimentConfig, corpus: CorpusInfo | None) -> list[str]:
     return lines
 
 
-def _batch(config: ExperimentConfig, engine: Engine) -> list[str]:
-    batch, ranks = config.data_loader.global_batch_size, engine.world_size
+def _batch(config: ExperimentConfig, layout: Layout) -> list[str]:
+    batch, ranks = config.data_loader.global_batch_size, layout.batch_ranks
     passes = gradient_accumulation_steps(config, ranks)
     return [
         f"{batch:,} tokens a step = {count(ranks, 'rank')} x "
@@ -185,18 +185,18 @@ def _length(config: ExperimentConfig, duration: Duration, corpus: CorpusInfo | N
     return f"{count(steps, 'step')}, {steps * batch:,} tokens{epochs}"
 
 
-def _engine(engine: Engine) -> list[str]:
-    precision: str = engine.precision
+def _engine(layout: Layout) -> list[str]:
+    precision: str = layout.precision
     if precision == "auto":
         precision = "auto: bf16 where the hardware is fast at it, else fp32"
     mesh = ""
-    if engine.name == "hsdp":
-        mesh = f", {engine.num_replicas} replicas x {engine.shard_degree} shards"
-    origin = "" if engine.origin == DEFAULT_ORIGIN else f", from {engine.origin}"
+    if layout.name == "hsdp":
+        mesh = f", {layout.dp_replicate} replicas x {layout.dp_shard} shards"
+    origin = "" if layout.origin == DEFAULT_ORIGIN else f", from {layout.origin}"
     return [
-        f"{engine.name}{mesh}, {count(engine.world_size, 'process')}{origin}",
+        f"{layout.name}{mesh}, {count(layout.world_size, 'process')}{origin}",
         f"precision {precision}",
-        *engine.notices,
+        *layout.notices,
     ]
 
 

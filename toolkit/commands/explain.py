@@ -20,9 +20,9 @@ from toolkit.checkpoint.folder import (
 from toolkit.commands.verify import check_checkpoint
 from toolkit.config.files import read_json_mapping
 from toolkit.data.corpus_info import CorpusInfo, data_places, read_corpus
-from toolkit.data.prepare.build.settings import check_settings
+from toolkit.data.prepare.corpus import check_corpus_settings
 from toolkit.data.tokens.prepared import MANIFEST_NAME
-from toolkit.distributed.engine import Engine, resolve_engine
+from toolkit.distributed.layout import Layout, resolve_layout
 from toolkit.errors import DataError, ErrorList, RunError, ToolkitError
 from toolkit.experiment.changes import config_changes
 from toolkit.experiment.checks import check_corpus, check_experiment
@@ -82,9 +82,9 @@ def explain_resume(
         where = f"pid {plan.status.pid} on {plan.status.host}"
         refused.add(RunError(f"another process is writing this run ({where}); stop it first"))
     module = plan.config.train_module
-    engine = refused.ask(lambda: resolve_engine(module.precision, module.dp_config, plan.environ))
-    if engine is not None:
-        refused.ask(lambda: check_experiment(plan.config, engine.world_size))
+    layout = refused.ask(lambda: resolve_layout(module.precision, module.dp_config, plan.environ))
+    if layout is not None:
+        refused.ask(lambda: check_experiment(plan.config, layout.batch_ranks))
     corpus = refused.ask(lambda: _corpus(plan.config))
     refused.ask(lambda: check_run_folder(plan.config.run, ""))
     start = refused.ask(lambda: _start(plan.config, folder))
@@ -109,7 +109,7 @@ def explain_resume(
         ("run", [f"{folder}: {state}, attempt {plan.status.attempt}"]),
         ("checkpoint", _checkpoint(plan, start, saved)),
         ("skipped", _skipped(folder, saved if _is_own(start, folder) else None)),
-        ("engine", _engine(plan, saved, engine)),
+        ("engine", _engine(plan, saved, layout)),
         ("optimizer", retrained),
         ("config", changes or ["nothing changes"]),
         ("versions", _versions(saved)),
@@ -141,8 +141,7 @@ def _corpus(config: ExperimentConfig) -> CorpusInfo | None:
                 "or the other"
             )
         return None
-    for dataset, prepared in corpus.parts.values():
-        check_settings(prepared, dataset)
+    check_corpus_settings(config.data, corpus)
     check_corpus(config, corpus)
     return corpus
 
@@ -172,6 +171,7 @@ def _loader(plan: ResumePlan, corpus: CorpusInfo | None) -> "TrainLoader | None"
 
     Data that is not here (it is prepared first) or was refused already takes any.
     """
+    from toolkit.data.corpus import open_corpus
     from toolkit.data.loader import get_dataloaders
 
     if corpus is None:
@@ -179,10 +179,10 @@ def _loader(plan: ResumePlan, corpus: CorpusInfo | None) -> "TrainLoader | None"
     with _quiet("toolkit.data"):
         train_loader, evaluation = get_dataloaders(
             plan.config.data,
-            rank=0,
-            world_size=1,
+            batch_rank=0,
+            batch_ranks=1,
             vocab_size=plan.config.model.vocab_size,
-            check_text=False,
+            corpus=open_corpus(plan.config.data, corpus),
         )
     check_best_metric(plan.config.trainer, evaluation)
     return train_loader
@@ -242,25 +242,25 @@ def _skipped(folder: Path, used: CheckpointMetadata | None) -> list[str]:
     ]
 
 
-def _engine(plan: ResumePlan, saved: CheckpointMetadata | None, engine: Engine | None) -> list[str]:
+def _engine(plan: ResumePlan, saved: CheckpointMetadata | None, layout: Layout | None) -> list[str]:
     recorded = f"{plan.status.engine} x {plan.status.world_size}"
     before = f"{saved.engine} x {saved.world_size}" if saved else recorded
-    if engine is None:
+    if layout is None:
         return [f"saved by {before}; what would run is refused"]
-    now = f"{engine.name} x {engine.world_size}"
-    lines = [f"saved by {before}, goes on with {now} in {engine.precision}"]
-    if saved and (saved.engine, saved.world_size) == (engine.name, engine.world_size):
-        lines = [f"{now} in {engine.precision}, as saved"]
+    now = f"{layout.name} x {layout.world_size}"
+    lines = [f"saved by {before}, goes on with {now} in {layout.precision}"]
+    if saved and (saved.engine, saved.world_size) == (layout.name, layout.world_size):
+        lines = [f"{now} in {layout.precision}, as saved"]
     precision = plan.status.other.get("precision")
-    if precision not in (None, engine.precision):
+    if precision not in (None, layout.precision):
         lines.append(f"the run's last precision was {precision}")
     if plan.processes is not None:
         lines.append(f"this command launches {count(plan.processes, 'process')}")
         if plan.processes != plan.status.world_size:
             lines.append(f"the run had {plan.status.world_size}; this machine has fewer devices")
-    if saved and saved.world_size != engine.world_size:
+    if saved and saved.world_size != layout.world_size:
         lines.append("other number of processes: random states of libraries start anew")
-    return [*lines, *engine.notices]
+    return [*lines, *layout.notices]
 
 
 def _versions(saved: CheckpointMetadata | None) -> list[str]:

@@ -13,7 +13,7 @@ from toolkit.hf.choose import choose_family
 from toolkit.hf.export import Exported, chosen_types, export_source, first_type
 from toolkit.hf.model_card import render_card
 from toolkit.hf.source import ModelSource, find_source, is_tokenizer
-from toolkit.storage.new_folder import check_unused
+from toolkit.storage.atomic import check_unused
 from toolkit.storage.progress import byte_progress
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?B)?\Z", re.IGNORECASE)

@@ -10,7 +10,8 @@ from toolkit.experiment.base import FINETUNE_FILE
 from toolkit.experiment.config import ExperimentConfig
 from toolkit.hf.convert import AS_IT_IS, Conversion, ConvertOptions, convert_hf
 from toolkit.hf.hub import fetch_model, is_hub_name, name_in_cache
-from toolkit.optim.config import AdamWConfig, CosineConfig, GroupOverride
+from toolkit.optim.config import AdamWConfig, GroupOverride
+from toolkit.optim.schedules import CosineConfig
 from toolkit.runs.config import RunConfig
 from toolkit.storage.atomic import write_atomic
 from toolkit.train.config import Duration, TrainerConfig, TransformerTrainModuleConfig

@@ -4,15 +4,14 @@ from fractions import Fraction
 
 import msgspec
 
-from toolkit.data.instances.open import count_instances
+from toolkit.data.instances.open import count_instances, ensure_plans
 from toolkit.data.order.resolve import (
     RatioSegment,
     ResolvedSource,
     resolve_mix,
     resolve_schedule,
 )
-from toolkit.data.prepare.store.store import localize
-from toolkit.data.tokens.prepared import PreparedDataset, dataset_folder, read_prepared
+from toolkit.data.tokens.prepared import PreparedDataset, dataset_folder, localize, read_prepared
 from toolkit.errors import ConfigError
 from toolkit.experiment.config import ExperimentConfig
 
@@ -72,15 +71,20 @@ def preview_mix(config: ExperimentConfig, *, prepare: bool) -> MixPreview:
 def _prepared(
     config: ExperimentConfig, sources: list[ResolvedSource], *, prepare: bool
 ) -> dict[str, PreparedDataset | None]:
-    from toolkit.data.prepare.build.mix import check_same_tokens, prepare_data
+    from toolkit.data.corpus_info import check_same_tokens
+    from toolkit.data.prepare.build.mix import ensure_mix_prepared
 
     found: dict[str, PreparedDataset | None] = {}
     if not prepare:
         found = {source.name: read_prepared(source.dataset) for source in sources}
-        check_same_tokens([(s, there) for s in sources if (there := found[s.name]) is not None])
+        check_same_tokens({name: there for name, there in found.items() if there is not None})
         return found
-    parts = prepare_data(config.data, work_dir=config.run.work_dir)
-    return {name: prepared for name, (_, prepared) in parts.items()}
+    for source, prepared in ensure_mix_prepared(
+        config.dataset, store=config.store, work_dir=config.run.work_dir
+    ):
+        ensure_plans(prepared, source.dataset)
+        found[source.name] = prepared
+    return found
 
 
 def _preview(
@@ -90,8 +94,7 @@ def _preview(
     prepared: dict[str, PreparedDataset | None],
     num_instances: dict[str, int],
 ) -> MixPreview:
-    from toolkit.data.order.limits import check_limits
-    from toolkit.data.order.mixture import MixPlan
+    from toolkit.data.order.mixture import MixPlan, check_limits
 
     # Of sources that are not known yet, the shares still are.
     limited = [s if s.name in num_instances else s._replace(max_repetitions=None) for s in sources]

@@ -17,9 +17,10 @@ from toolkit.experiment.config import ExperimentConfig
 from toolkit.experiment.recorded import config_of, engine_of, versions_of
 from toolkit.hf.model_card import OLDEST, ModelCard
 from toolkit.hf.source import ModelSource, hub_name
+from toolkit.metrics.lines import read_records
 from toolkit.runs.files import RUN_FILES
 from toolkit.runs.status import RunStatus, read_status
-from toolkit.storage.foreign import read_json, read_lines
+from toolkit.storage.foreign import read_json
 
 _COMMAND = ("train", "resume")
 
@@ -182,15 +183,11 @@ def _results(source: ModelSource) -> dict[str, str]:
 
 def _newest(path: Path, step: int) -> list[_Line]:
     """The lines of the last recorded step that is not after `step`."""
-    decoder, found = msgspec.json.Decoder(_Line), dict[str, _Line]()
-    for raw in read_lines(path, RunError):
-        with contextlib.suppress(msgspec.MsgspecError, RecursionError):
-            line = decoder.decode(raw)
-            if line.step > step:
-                continue
-            if found and line.step > next(iter(found.values())).step:
-                found = {}
-            found[line.name] = line
+    found: dict[str, _Line] = {}
+    for line in read_records(path, _Line):
+        if line.step <= step:
+            same = {name: old for name, old in found.items() if old.step == line.step}
+            found = same | {line.name: line}
     return list(found.values())
 
 

@@ -40,9 +40,9 @@ def pick_device(name: str | None) -> "torch.device":
     """
     import torch
 
-    from toolkit.distributed.cpu import tune_cpu
     from toolkit.distributed.devices import pick_device as pick_any
     from toolkit.distributed.devices import use_device
+    from toolkit.distributed.tuning import tune_cpu
 
     if name is None:
         device = pick_any(local_rank=0)

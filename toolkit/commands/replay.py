@@ -22,7 +22,7 @@ from toolkit.commands.verify import is_step_folder
 from toolkit.config.interpolation import fill
 from toolkit.data.corpus_info import data_places, read_corpus, without_sources
 from toolkit.distributed.launcher import has_launcher, rank_of
-from toolkit.distributed.launcher_checks import check_launcher_variables
+from toolkit.distributed.ranks import check_launcher_variables
 from toolkit.errors import EXIT_DONE, ConfigError, DataError, RunError, TrainingError
 from toolkit.experiment.config import ExperimentConfig
 from toolkit.experiment.recorded import (

@@ -15,10 +15,10 @@ from msgspec import inspect
 from toolkit.config.base import UNSIGNED
 from toolkit.config.paths import NOTE, path_problem
 from toolkit.config.types import (
-    FieldError,
     alternatives,
     choose_struct,
     describe,
+    expanded,
     field_types,
     is_text,
     item_type,
@@ -33,7 +33,7 @@ from toolkit.config.types import (
     unknown_field,
     value_type,
 )
-from toolkit.errors import ErrorList
+from toolkit.errors import ConfigError, ErrorList
 
 T = TypeVar("T")
 _INT64 = range(-(2**63), 2**63)
@@ -48,14 +48,14 @@ class Checked(NamedTuple):
 
     config: Any
     """The config, built without the values that do not fit; None where it needs one of them."""
-    errors: list[FieldError]
+    errors: list[ConfigError]
 
 
 def convert(data: Any, config_type: type[T]) -> T:
     """`data` (plain JSON types) as a `config_type`.
 
     Raises:
-        FieldError: naming the path, the value and what was expected; `SeveralErrors` of them where
+        ConfigError: naming the path, the value and what was expected; `SeveralErrors` of them where
             more than one is wrong.
     """
     checked = check(data, config_type)
@@ -66,6 +66,7 @@ def convert(data: Any, config_type: type[T]) -> T:
 def check(data: Any, config_type: type) -> Checked:
     """Everything in `data` that does not fit `config_type`, and what can be made of the rest."""
     walk, target = _Walk(), type_of(config_type)
+    data = expanded(data, target)
     fitting = walk.value(data, target, "")
     if not walk.errors:
         try:
@@ -85,7 +86,7 @@ class _Walk:
     then runs `__post_init__` of every struct, inner ones first; both return what is right."""
 
     def __init__(self) -> None:
-        self.errors: list[FieldError] = []
+        self.errors: list[ConfigError] = []
 
     def value(self, data: Any, target: Any, path: str) -> Any:
         """`data` without the names and values that do not fit `target`."""
@@ -134,7 +135,7 @@ class _Walk:
                 for line in str(error).partition(" - at `")[0].splitlines():
                     name = line.partition(" ")[0].partition(".")[0].rstrip(":")
                     about = join(path, name) if name in values else path
-                    self.errors.append(FieldError(path, line.replace("`", ""), about=about))
+                    self.errors.append(ConfigError(line.replace("`", ""), key=path, about=about))
                     refused.add(name)
                 if not refused & values.keys():
                     return _WRONG
@@ -185,7 +186,7 @@ class _Walk:
         return self._wrong(where, _not_one_of(data[tag_field], tags(target)))
 
     def _wrong(self, path: str, problem: str) -> Any:
-        self.errors.append(FieldError(path, problem))
+        self.errors.append(ConfigError(problem, key=path))
         return _WRONG
 
 

@@ -12,12 +12,14 @@ from typing import Any, Generic, TypeVar
 
 from toolkit.config.base import Config
 from toolkit.config.check import Checked, check
+from toolkit.config.named import is_name
 from toolkit.config.overrides import Override, parse_value
 from toolkit.config.types import (
-    FieldError,
+    CLASS,
     UnknownFieldError,
     child_type,
     choose_struct,
+    expanded,
     field_default,
     field_types,
     is_index,
@@ -29,7 +31,7 @@ from toolkit.config.types import (
     type_of,
     value_type,
 )
-from toolkit.errors import ErrorList
+from toolkit.errors import ConfigError, ErrorList
 from toolkit.wording import count
 
 DEFAULT_ORIGIN = "default"
@@ -51,7 +53,7 @@ class ConfigLayers(Generic[T]):
         Mappings merge, everything else replaces. Where a tag changes (`"type": "sgd"` over an
         adamw), values below that the new type does not know are dropped.
         """
-        self._merge(self.data, copy.deepcopy(data), self._root, "", origin)
+        self._merge(self.data, copy.deepcopy(expanded(data, self._root)), self._root, "", origin)
 
     def set(self, path: str, value: Any, origin: str) -> None:
         """Set one value (plain JSON types) at a dotted `path`; list items by index.
@@ -64,8 +66,13 @@ class ConfigLayers(Generic[T]):
             container[_list_index(name, container, path)] = value
         else:
             parent = path.rpartition(".")[0]
-            if name in {s.tag_field for s in struct_types(owner)} and value in tags(owner):
-                self._switch_tag(container, value, owner, parent)
+            value = expanded(value, child_type(owner, name, parent, container))
+            if name in {s.tag_field for s in struct_types(owner)}:
+                if CLASS in tags(owner) and is_name(value):
+                    self.set(path, CLASS, origin)
+                    path, name = join(parent, "target"), "target"
+                elif value in tags(owner):
+                    self._switch_tag(container, value, owner, parent)
             container[name] = value
         self._record(path, value, origin)
 
@@ -77,7 +84,7 @@ class ConfigLayers(Generic[T]):
             if not (paths := paths_to(self._root, override.path)):
                 raise
             meant = " or ".join(f"--{path}" for path in paths)
-            raise FieldError(error.path, f"no such field; did you mean {meant}?") from None
+            raise ConfigError(f"no such field; did you mean {meant}?", key=error.key) from None
         values = container if isinstance(container, dict) else {}
         target = child_type(owner, name, override.path.rpartition(".")[0], values)
         return parse_value(override.text, target, override.path)
@@ -105,11 +112,11 @@ class ConfigLayers(Generic[T]):
         checked = check(self.data, self.config_type)
         return checked._replace(errors=[self._located(error) for error in checked.errors])
 
-    def _located(self, error: FieldError) -> FieldError:
-        origin = self._origins.get(error.path, "")
+    def _located(self, error: ConfigError) -> ConfigError:
+        origin = self._origins.get(error.key, "")
         # A flag is in front of the user's eyes already.
         if origin and not origin.startswith("--"):
-            error.args = (f"{error} (in {origin})",)
+            error.args = (f"{error.problem} (in {origin})",)
         return error
 
     def origins(self, config: T) -> dict[str, str]:
@@ -137,7 +144,7 @@ class ConfigLayers(Generic[T]):
                     container[part] = {} if default is None else default
                 container = container[part]
             if not isinstance(container, dict | list):
-                raise FieldError(here, f"a single value; it has no field {shown(name)}")
+                raise ConfigError(f"a single value; it has no field {shown(name)}", key=here)
             owner = target
         child_type(owner, name, here, container if isinstance(container, dict) else {})
         return container, name, owner
@@ -206,4 +213,4 @@ def _list_index(part: str, items: list, path: str) -> int:
     if is_index(part) and int(part) < len(items):
         return int(part)
     have = count(len(items), "item")
-    raise FieldError(path, f"the list has {have}; give an index below that, or the whole list")
+    raise ConfigError(f"the list has {have}; give an index below that, or the whole list", key=path)

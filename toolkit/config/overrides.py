@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 from msgspec import inspect
 
 from toolkit.config.types import (
-    FieldError,
     allows_none,
     alternatives,
     choose_struct,
@@ -116,7 +115,7 @@ def parse_value(text: str, target: Any, path: str) -> Any:
     """Convert `text` to plain JSON types for the type `target` (a `msgspec.inspect` node).
 
     Raises:
-        FieldError: when `text` is not a JSON or YAML flow value.
+        ConfigError: when `text` is not a JSON or YAML flow value.
     """
     if _wants_text(target) and not text.startswith(('"', "'")):
         return None if text in ("null", "~") and allows_none(target) else text
@@ -129,7 +128,7 @@ def parse_value(text: str, target: Any, path: str) -> Any:
         node = compose(text)
         return None if node is None else _convert(node, target)
     except ValueError as error:
-        raise FieldError(path, f"{shown(text)} is not a JSON or YAML value: {error}") from None
+        raise ConfigError(f"{shown(text)} is not a JSON or YAML value: {error}", key=path) from None
 
 
 def _convert(node: Any, target: Any) -> Any:

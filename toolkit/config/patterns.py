@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from toolkit.errors import ConfigError
 
 
-def matching(where: str, pattern: str, names: Sequence[str], noun: str = "parameter") -> list[str]:
+def matching(key: str, pattern: str, names: Sequence[str], noun: str = "parameter") -> list[str]:
     """The names that `pattern` matches, in their order.
 
     Args:
-        where: path of the config value, for the message.
+        key: path of the config value, for the message.
 
     Raises:
         ConfigError: there is none; names one that looks like it.
@@ -20,5 +20,5 @@ def matching(where: str, pattern: str, names: Sequence[str], noun: str = "parame
     if not hits:
         near = difflib.get_close_matches(pattern[:100], names[:200], n=1, cutoff=0.75)
         hint = f"did you mean {near[0]}?" if near else f"names look like {', '.join(names[:3])}"
-        raise ConfigError(f"{where}: {pattern!r} matches no {noun} ({hint})")
+        raise ConfigError(f"{pattern!r} matches no {noun} ({hint})", key=key)
     return hits

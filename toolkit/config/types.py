@@ -12,27 +12,18 @@ from typing import Any
 import msgspec
 from msgspec import inspect
 
+from toolkit.config.named import is_name
 from toolkit.errors import ConfigError
-from toolkit.wording import shortened
 
 _LONGEST_SHOWN = 120
 _MOST_PATHS = 4
 
 
-class FieldError(ConfigError):
-    """A `ConfigError` that knows its dotted path, so that a layer can add its origin.
-
-    Args:
-        about: the value below `path` that is refused, where `problem` begins with its name.
-    """
-
-    def __init__(self, path: str, problem: str, *, about: str | None = None) -> None:
-        super().__init__(f"{shortened(path)}: {problem}" if path else problem)
-        self.path = path
-        self.about = about or path
+CLASS = "class"
+"""Tag of the struct that holds a class of the user's, where a union has one; see `expanded`."""
 
 
-class UnknownFieldError(FieldError):
+class UnknownFieldError(ConfigError):
     """A name that does not exist, and does not look like one of those beside it."""
 
 
@@ -129,7 +120,7 @@ def child_type(target: Any, name: str, path: str, values: dict[str, Any]) -> Any
     """Type of the item `name` inside `target`, whose present value is `values`.
 
     Raises:
-        FieldError: `target` has no such item; names the nearest one it has.
+        ConfigError: `target` has no such item; names the nearest one it has.
     """
     chosen = choose_struct(target, values)
     structs = [chosen] if chosen else struct_types(target)
@@ -148,17 +139,32 @@ def child_type(target: Any, name: str, path: str, values: dict[str, Any]) -> Any
             if item_type(target, 0)
             else f"a single value; it has no field {shown(name)}"
         )
-        raise FieldError(path, problem)
+        raise ConfigError(problem, key=path)
     return found
 
 
-def unknown_field(path: str, name: str, structs: Iterable[inspect.StructType]) -> FieldError:
+def unknown_field(path: str, name: str, structs: Iterable[inspect.StructType]) -> ConfigError:
     """`path.name: no such field; did you mean ...?`"""
     names = sorted({f.encode_name for s in structs for f in s.fields})
     near = nearest(name, names)
     if near:
-        return FieldError(join(path, name), f"no such field; did you mean {near!r}?")
-    return UnknownFieldError(join(path, name), f"no such field; known: {', '.join(names)}")
+        return ConfigError(f"no such field; did you mean {near!r}?", key=join(path, name))
+    return UnknownFieldError(f"no such field; known: {', '.join(names)}", key=join(path, name))
+
+
+def expanded(data: Any, target: Any) -> Any:
+    """`data` with `{"type": "class", "target": NAME}` for each `{"type": NAME}` whose NAME is
+    "module:Class", where the union of types takes a class of the user's."""
+    if isinstance(data, list):
+        return [expanded(item, item_type(target, index)) for index, item in enumerate(data)]
+    if not isinstance(data, dict):
+        return data
+    tag_field = next((s.tag_field for s in struct_types(target)), None) or ""
+    if CLASS in tags(target) and is_name(data.get(tag_field)):
+        data = {**data, tag_field: CLASS, "target": data[tag_field]}
+    struct = choose_struct(target, data)
+    fields = field_types(struct) if struct else {}
+    return {k: expanded(v, fields.get(k) or value_type(target)) for k, v in data.items()}
 
 
 def paths_to(target: Any, path: str) -> list[str]:

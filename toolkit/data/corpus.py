@@ -1,26 +1,35 @@
 """Everything that training data can be, behind two values.
 
 A `DataConfig` names one corpus of token files, a mixture of several, or a data set written in
-Python. `prepare_corpus` (`corpus_info.py`) makes what is missing and tells what there is;
+Python. `prepare/corpus.py` makes what is missing, `corpus_info.py` tells what there is, and
 `open_corpus` opens it: instances, and the order of batches. Nothing here needs torch.
 """
 
 import logging
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from toolkit.data.config import (
     DataConfig,
     DatasetConfig,
     VariableInstancesConfig,
 )
-from toolkit.data.corpus_info import CorpusInfo, prepare_corpus
-from toolkit.data.tokens.prepared import PreparedDataset, nothing_held_out
-
-if TYPE_CHECKING:
-    from toolkit.data.instances.base import InstanceDataset
-    from toolkit.data.order.batches import BatchOrder
-    from toolkit.data.order.mixture import MixedStream
+from toolkit.data.corpus_info import CorpusInfo, check_same_tokens, data_places, read_corpus
+from toolkit.data.instances.base import InstanceDataset
+from toolkit.data.instances.custom import (
+    UNKNOWN_LENGTH,
+    IterableInstances,
+    SequentialStream,
+    open_custom,
+)
+from toolkit.data.instances.open import ensure_plans, open_instances
+from toolkit.data.instances.variable import VariableBatches, VariableDataset, VariableOrder
+from toolkit.data.order.batches import BatchOrder, StreamBatches, first_segment
+from toolkit.data.order.mixture import MixedDataset, MixedStream
+from toolkit.data.order.resolve import resolve_mix
+from toolkit.data.order.stream import InstanceStream, ShuffledStream
+from toolkit.data.tokens.prepared import PreparedDataset, localize, nothing_held_out
+from toolkit.errors import DataError
 
 logger = logging.getLogger(__name__)
 
@@ -43,13 +52,13 @@ class Corpus:
 
     def __init__(
         self,
-        train: "InstanceDataset",
-        evaluation: "dict[str, InstanceDataset]",
-        order: "BatchOrder",
+        train: InstanceDataset,
+        evaluation: dict[str, InstanceDataset],
+        order: BatchOrder,
         *,
         vocab_size: int,
         seed: int,
-        stream: "MixedStream | None" = None,
+        stream: MixedStream | None = None,
     ) -> None:
         self.train = train
         self.evaluation = evaluation
@@ -62,7 +71,6 @@ class Corpus:
     @property
     def has_known_length(self) -> bool:
         """Whether the number of training instances is known."""
-        from toolkit.data.instances.custom import UNKNOWN_LENGTH
 
         return self.train.num_instances < UNKNOWN_LENGTH
 
@@ -78,7 +86,6 @@ class Corpus:
     def locate(self, index: int) -> tuple[str | None, int]:
         """(source of a mixture, number in it) of a training instance; (None, index) of a single
         corpus."""
-        from toolkit.data.order.mixture import MixedDataset
 
         return self.train.locate(index) if isinstance(self.train, MixedDataset) else (None, index)
 
@@ -89,13 +96,23 @@ class Corpus:
             close()
 
 
-def open_corpus(cfg: DataConfig, *, check_text: bool = True, progress: bool = True) -> Corpus:
-    """The training data of `cfg`, prepared now if it does not exist yet.
+def open_corpus(cfg: DataConfig, info: CorpusInfo | None = None) -> Corpus:
+    """The training data of `cfg`, which is there; plans of rows are made where they are missing.
+
+    Args:
+        info: what `prepare_corpus` or `read_corpus` has told of it; default: read now.
 
     Raises:
-        ConfigError, DataError: see `prepare_corpus`.
+        ConfigError, DataError: token files are missing or damaged, or do not suit the config.
     """
-    info = prepare_corpus(cfg, check_text=check_text, progress=progress)
+    info = info or read_corpus(cfg, in_use=True)
+    if info is None:
+        places = ", ".join(str(place) for place in data_places(cfg))
+        raise DataError(f"{places}: no prepared data there; make it with: toolkit prepare")
+    for config, prepared in info.parts.values():
+        ensure_plans(prepared, config)
+    if cfg.dataset.mix is not None:
+        check_same_tokens({name: prepared for name, (_, prepared) in info.parts.items()})
     seed = cfg.seed if cfg.data_loader.seed is None else cfg.data_loader.seed
     if cfg.dataset.custom is not None:
         corpus = _open_custom(cfg, seed)
@@ -109,11 +126,6 @@ def open_corpus(cfg: DataConfig, *, check_text: bool = True, progress: bool = Tr
 
 
 def _open_single(cfg: DataConfig, info: CorpusInfo, seed: int) -> Corpus:
-    from toolkit.data.instances.open import open_instances
-    from toolkit.data.instances.variable import VariableDataset, VariableOrder
-    from toolkit.data.order.batches import StreamBatches, first_segment
-    from toolkit.data.order.stream import ShuffledStream
-    from toolkit.data.order.variable_batches import VariableBatches
 
     ((config, prepared),) = info.parts.values()
     train = open_instances(prepared, "train", config)
@@ -141,12 +153,6 @@ def _open_single(cfg: DataConfig, info: CorpusInfo, seed: int) -> Corpus:
 
 
 def _open_mixture(cfg: DataConfig, info: CorpusInfo, seed: int) -> Corpus:
-    from toolkit.data.instances.open import open_instances
-    from toolkit.data.order.batches import StreamBatches, first_segment
-    from toolkit.data.order.mixture import MixedDataset, MixedStream
-    from toolkit.data.order.resolve import resolve_mix
-    from toolkit.data.prepare.store.store import localize
-
     dataset = localize(cfg.dataset, cfg.store)
     opened = {
         name: open_instances(prepared, "train", config)
@@ -169,9 +175,6 @@ def _open_mixture(cfg: DataConfig, info: CorpusInfo, seed: int) -> Corpus:
 
 
 def _open_custom(cfg: DataConfig, seed: int) -> Corpus:
-    from toolkit.data.instances.custom import IterableInstances, SequentialStream, open_custom
-    from toolkit.data.order.batches import StreamBatches, first_segment
-    from toolkit.data.order.stream import InstanceStream, ShuffledStream
 
     custom, loader = cfg.dataset.custom, cfg.data_loader
     assert custom is not None
@@ -194,9 +197,8 @@ def _open_custom(cfg: DataConfig, seed: int) -> Corpus:
 
 def _evaluation(
     parts: dict[str, tuple[DatasetConfig, PreparedDataset]],
-) -> "dict[str, InstanceDataset]":
+) -> dict[str, InstanceDataset]:
     """The validation instances of every part that has enough of them."""
-    from toolkit.data.instances.open import open_instances
 
     found = {}
     for name, (config, prepared) in parts.items():

@@ -1,14 +1,21 @@
-"""What training data there is, told from manifests in a millisecond, and made where it is missing.
+"""What training data there is, told from manifests in a millisecond; nothing here writes."""
 
-Nothing here needs torch, and nothing but `prepare_corpus` writes.
-"""
-
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 from toolkit.data.config import DataConfig, DatasetConfig, MixSourceConfig, SourceConfig
-from toolkit.data.tokens.prepared import PreparedDataset, Split, dataset_folder, read_prepared
+from toolkit.data.instances.open import count_rows
+from toolkit.data.order.resolve import limited_instances, resolve_mix
+from toolkit.data.tokens.prepared import (
+    PreparedDataset,
+    Split,
+    dataset_folder,
+    localize,
+    open_prepared,
+    read_prepared,
+)
+from toolkit.errors import ConfigError
 
 
 class CorpusInfo(NamedTuple):
@@ -50,53 +57,46 @@ class CorpusInfo(NamedTuple):
         return sum(number // max(1, tokens // length) for length, number in self.rows)
 
 
-def prepare_corpus(
-    cfg: DataConfig,
-    *,
-    work_dir: str | None = None,
-    progress: bool = True,
-    check_text: bool = True,
-) -> CorpusInfo:
-    """Make what is missing: token files of every source, and the plans of their instances.
-
-    Many processes may call this at once: one prepares, the others wait. Arguments as for
-    `ensure_prepared`.
-
-    Raises:
-        ConfigError, DataError: text, tokenizer, mixture or existing files cannot be used.
-    """
-    if cfg.dataset.custom is not None:
-        return _custom_info(cfg)
-    from toolkit.data.prepare.build.mix import prepare_data
-
-    parts = prepare_data(cfg, work_dir=work_dir, progress=progress, check_text=check_text)
-    return _info(cfg, parts)
-
-
-def read_corpus(cfg: DataConfig) -> CorpusInfo | None:
+def read_corpus(cfg: DataConfig, *, in_use: bool = False) -> CorpusInfo | None:
     """What there is already; None when token files are missing. Prepares nothing.
+
+    `in_use` marks its folders as used for as long as the result lives.
 
     Raises:
         ConfigError, DataError: what is there is damaged, or the mixture makes no sense.
     """
-    from toolkit.data.prepare.store.store import localize
-
-    dataset = localize(cfg.dataset, cfg.store)
-    if dataset.custom is not None:
-        return _custom_info(cfg)
-    if dataset.mix is not None:
-        from toolkit.data.prepare.build.mix import as_prepared
-
-        configs = {source.name: source.dataset for source in as_prepared(dataset)}
-    else:
-        configs = {"": dataset}
+    if cfg.dataset.custom is not None:
+        return custom_info(cfg)
     parts = {}
-    for name, config in configs.items():
-        prepared = read_prepared(config)
+    for name, config in _named_datasets(cfg).items():
+        prepared = open_prepared(config) if in_use else read_prepared(config)
         if prepared is None:
             return None
         parts[name] = (config, prepared)
-    return _info(cfg, parts)
+    return corpus_info(cfg, parts)
+
+
+def check_same_tokens(sources: Mapping[str, PreparedDataset]) -> None:
+    """Check that an id means the same in all sources, and that documents begin and end alike.
+
+    Raises:
+        ConfigError: two sources differ; names them.
+    """
+    (first_name, first), *others = sources.items()
+    for name, prepared in others:
+        for what, field in (
+            ("their tokenizers", "tokenizer_fingerprint"),
+            ("their end-of-document ids", "eos_id"),
+            ("whether documents end with it (append_eos)", "append_eos"),
+            ("whether documents start with a token of their own (prepend_bos)", "prepend_bos"),
+        ):
+            one, two = getattr(first.manifest, field), getattr(prepared.manifest, field)
+            if one != two:
+                raise ConfigError(
+                    f"dataset.mix: {first_name} and {name} do not mix: {what} differ "
+                    f"({one} in {first.folder}, {two} in {prepared.folder}); prepare one of "
+                    "them again under another dataset_config"
+                )
 
 
 def data_places(cfg: DataConfig) -> list[Path]:
@@ -106,16 +106,14 @@ def data_places(cfg: DataConfig) -> list[Path]:
 
 def datasets_of(cfg: DataConfig) -> list[DatasetConfig]:
     """The corpora of token files that `cfg` trains on: one, those of a mixture, or none."""
-    from toolkit.data.prepare.store.store import localize
+    return [] if cfg.dataset.custom is not None else list(_named_datasets(cfg).values())
 
+
+def _named_datasets(cfg: DataConfig) -> dict[str, DatasetConfig]:
     dataset = localize(cfg.dataset, cfg.store)
-    if dataset.custom is not None:
-        return []
     if dataset.mix is None:
-        return [dataset]
-    from toolkit.data.order.resolve import resolve_mix
-
-    return [source.dataset for source in resolve_mix(dataset)]
+        return {"": dataset}
+    return {source.name: source.dataset for source in resolve_mix(dataset)}
 
 
 ChangeSource = Callable[[SourceConfig | None], SourceConfig | None]
@@ -145,16 +143,19 @@ def _changed(
     }
 
 
-def _info(cfg: DataConfig, parts: dict[str, tuple[DatasetConfig, PreparedDataset]]) -> CorpusInfo:
-    rows = {name: _rows(config, prepared) for name, (config, prepared) in parts.items()}
+def corpus_info(
+    cfg: DataConfig, parts: dict[str, tuple[DatasetConfig, PreparedDataset]]
+) -> CorpusInfo:
+    """Of token files by the name of their source, "" where there is no mixture."""
+    rows = {
+        name: count_rows(prepared, "train", config) for name, (config, prepared) in parts.items()
+    }
     known = {name: found for name, found in rows.items() if found is not None}
     instances = {name: sum(number for _, number in found) for name, found in known.items()}
     total = None
     if len(known) == len(parts):
         total = [row for found in known.values() for row in found]
         if cfg.dataset.mix is not None:
-            from toolkit.data.order.resolve import limited_instances
-
             total = [(cfg.dataset.sequence_length, limited_instances(cfg.dataset, instances))]
     folders = [str(prepared.folder) for _, prepared in parts.values()]
     where = folders[0] if len(folders) == 1 else f"mixture of {', '.join(parts)}"
@@ -162,13 +163,8 @@ def _info(cfg: DataConfig, parts: dict[str, tuple[DatasetConfig, PreparedDataset
     return CorpusInfo(parts, total, instances, vocab_size, where)
 
 
-def _rows(config: DatasetConfig, prepared: PreparedDataset) -> list[tuple[int, int]] | None:
-    from toolkit.data.instances.open import count_rows
-
-    return count_rows(prepared, "train", config)
-
-
-def _custom_info(cfg: DataConfig) -> CorpusInfo:
+def custom_info(cfg: DataConfig) -> CorpusInfo:
+    """Of a data set written in Python."""
     from toolkit.data.instances.custom import UNKNOWN_LENGTH, open_custom
 
     assert cfg.dataset.custom is not None

@@ -1,17 +1,18 @@
 """`EvalLoader`: the validation instances, each on exactly one rank."""
 
 import functools
+import pkgutil
 from collections.abc import Iterator
 
 import numpy as np
 import torch
 
 from toolkit.data.instances.base import InstanceDataset, Rows, check_ids
-from toolkit.data.prepare.tokenizers.tokenizer import load_tokenizer
 
 Batch = dict[str, torch.Tensor]
 COUNTING_ROWS = 256
 """Instances read at once to count their bytes."""
+LOAD_TOKENIZER = "toolkit.data.prepare.tokenizers.tokenizer:load_tokenizer"
 
 
 class EvalLoader:
@@ -59,7 +60,7 @@ class EvalLoader:
         folder = self.dataset.tokenizer_folder
         if folder is None:
             return known
-        tokenizer = load_tokenizer(folder)
+        tokenizer = pkgutil.resolve_name(LOAD_TOKENIZER)(folder)
         num_bytes = num_tokens = 0
         for start in range(0, self.num_instances, COUNTING_ROWS):
             indices = np.arange(start, min(start + COUNTING_ROWS, self.num_instances))

@@ -8,6 +8,7 @@ needs the interpreter.
 
 import contextlib
 import math
+import pkgutil
 from collections.abc import Generator, Sequence
 from typing import Any, Literal
 
@@ -16,7 +17,6 @@ import torch
 
 from toolkit.data.config import DataConfig, DataLoaderConfig
 from toolkit.data.corpus import Corpus, changed_data, open_corpus
-from toolkit.data.device import prefetch_to_device
 from toolkit.data.evaluation import EvalLoader
 from toolkit.data.instances.base import Rows, check_ids
 from toolkit.data.instances.custom import UNKNOWN_LENGTH
@@ -26,9 +26,9 @@ from toolkit.data.order.batches import (
     batches_for,
     instances_per_batch,
 )
-from toolkit.data.order.limits import check_limits
-from toolkit.data.read_ahead import read_ahead
-from toolkit.errors import ConfigError, DataError
+from toolkit.data.order.mixture import check_limits
+from toolkit.data.prefetch import prefetch_to_device, read_ahead
+from toolkit.errors import DataError
 
 CHUNK_TOKENS = 1 << 16
 """Tokens of one rank read at once: small batches are read many at a time."""
@@ -41,26 +41,24 @@ Batch = dict[str, torch.Tensor]
 def get_dataloaders(
     cfg: DataConfig,
     *,
-    rank: int | None = None,
-    world_size: int | None = None,
-    model_parallel_size: int = 1,
+    batch_rank: int | None = None,
+    batch_ranks: int | None = None,
     eval_batch_tokens: int | None = None,
     vocab_size: int = 0,
     device: torch.device | None = None,
-    check_text: bool = True,
+    corpus: Corpus | None = None,
 ) -> "tuple[TrainLoader, dict[str, EvalLoader]]":
     """Loaders of the corpus in `cfg`, which is prepared now if it does not exist yet.
 
     Args:
-        rank, world_size: this process among all; default: torch.distributed's if it is initialised,
-            else 0 of 1.
-        model_parallel_size: consecutive ranks that work on the same rows (a tensor, context or
-            pipeline group).
+        batch_rank, batch_ranks: which share of each batch's rows this process reads, out of how
+            many (`TrainingEnvironment` has both); default: its rank in torch.distributed if that is
+            initialised, else 0 of 1.
         eval_batch_tokens: tokens per evaluation forward when `data_loader.eval_batch_size` is null;
             default: a rank's share of the global batch.
         vocab_size: the model's; ids of data that does not name its own vocabulary are below it.
         device: where training batches are put, ahead of time; default: the CPU.
-        check_text: see `ensure_prepared`.
+        corpus: the data of `cfg`, when it is open already.
 
     Returns:
         The training loader, and a loader for each set of validation instances: `val`, or in a
@@ -70,19 +68,16 @@ def get_dataloaders(
         ConfigError: sizes that do not divide.
         DataError: the corpus cannot be prepared, opened, or is too small.
     """
-    if rank is None or world_size is None:
+    if batch_rank is None or batch_ranks is None:
         is_distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-        rank = torch.distributed.get_rank() if is_distributed else 0
-        world_size = torch.distributed.get_world_size() if is_distributed else 1
-    if world_size % model_parallel_size:
-        raise ConfigError(
-            f"{world_size} ranks are not divisible into groups of {model_parallel_size}"
-        )
-    rank, world_size = rank // model_parallel_size, world_size // model_parallel_size
-    corpus = open_corpus(cfg, check_text=check_text)
+        batch_rank = torch.distributed.get_rank() if is_distributed else 0
+        batch_ranks = torch.distributed.get_world_size() if is_distributed else 1
+    if corpus is None:
+        prepare_corpus = pkgutil.resolve_name("toolkit.data.prepare.corpus:prepare_corpus")
+        corpus = open_corpus(cfg, prepare_corpus(cfg))
     corpus.vocab_size = corpus.vocab_size or vocab_size
     train = TrainLoader(
-        corpus, cfg.data_loader, rank=rank, world_size=world_size, device=device
+        corpus, cfg.data_loader, rank=batch_rank, world_size=batch_ranks, device=device
     )  # fmt: skip
     train.config = cfg
     batch_tokens = cfg.data_loader.eval_batch_size or eval_batch_tokens
@@ -90,9 +85,9 @@ def get_dataloaders(
         name: EvalLoader(
             dataset,
             eval_tokens=cfg.data_loader.eval_tokens,
-            batch_tokens=batch_tokens or cfg.data_loader.global_batch_size // world_size,
-            rank=rank,
-            world_size=world_size,
+            batch_tokens=batch_tokens or cfg.data_loader.global_batch_size // batch_ranks,
+            rank=batch_rank,
+            world_size=batch_ranks,
             vocab_size=corpus.vocab_size,
         )
         for name, dataset in corpus.evaluation.items()
@@ -138,7 +133,7 @@ class TrainLoader:
         self.batches_done = 0
         self.notice: str | None = None
         self.config: DataConfig | None = None
-        self._corpus = corpus
+        self.corpus = corpus
         self._shuffle = config.shuffle
         self._prefetch_factor = config.prefetch_factor
         self._rank, self._world_size = rank, world_size
@@ -191,9 +186,9 @@ class TrainLoader:
         Raises:
             ConfigError: one is repeated more; says what would work.
         """
-        if self._corpus.stream is not None:
+        if self.corpus.stream is not None:
             total = self._position(steps)
-            check_limits(self._corpus.stream, total, batch_instances=self._instances)
+            check_limits(self.corpus.stream, total, batch_instances=self._instances)
 
     def instance_indices(self, batch_number: int) -> np.ndarray:
         """Instances of the global batch, shape `(rows,)`."""
@@ -206,7 +201,7 @@ class TrainLoader:
     def counts(self, batches: int) -> dict[str, int]:
         """Instances drawn of each source of a mixture in the first `batches` batches; empty for a
         single corpus."""
-        return self._corpus.counts(self._position(batches)) if self._corpus.stream else {}
+        return self.corpus.counts(self._position(batches)) if self.corpus.stream else {}
 
     def iterate(self, start_batch: int = 0) -> Generator[Batch, None, None]:
         """This rank's rows of batch `start_batch` and all that follow, over epochs without end.
@@ -240,7 +235,7 @@ class TrainLoader:
             ConfigError: this kind of instances takes one batch size only.
         """
         now = self._identity(state["batch"], state.get("segments"))
-        changed = changed_data(state, now, seed_key=self._corpus.seed_key)
+        changed = changed_data(state, now, seed_key=self.corpus.seed_key)
         if changed:
             raise DataError(
                 f"cannot continue with the next unseen batch: changed since the checkpoint: "
@@ -260,7 +255,7 @@ class TrainLoader:
 
     def close(self) -> None:
         """End the workers of a custom data set."""
-        self._corpus.close()
+        self.corpus.close()
 
     def _identity(
         self, batch: int, segments: Sequence[Sequence[int]] | None = None
@@ -268,14 +263,14 @@ class TrainLoader:
         """What decides the batches before `batch`."""
         identity: dict[str, Any] = {
             "fingerprint": self.fingerprint,
-            "seed": self._corpus.seed,
+            "seed": self.corpus.seed,
             "shuffle": self._shuffle,
             "sequence_length": self.sequence_length,
         }
         if self._order.settings:
             identity["order"] = self._order.settings
-        if self._corpus.stream is not None:
-            identity["sources"] = self._corpus.sources(self._position(batch, segments))
+        if self.corpus.stream is not None:
+            identity["sources"] = self.corpus.sources(self._position(batch, segments))
         return identity
 
     def _position(self, batch: int, segments: Sequence[Sequence[int]] | None = None) -> int:

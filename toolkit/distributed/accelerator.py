@@ -1,7 +1,7 @@
 """The one place that builds an `Accelerator`, for every engine on GPU and on CPU.
 
 Accelerate's own environment handling refuses or mishandles FSDP2, HSDP and DeepSpeed on CPU, so the
-launcher's variables (already read by `resolve_engine`) are taken out of its sight and the state is
+launcher's variables (already read by `resolve_layout`) are taken out of its sight and the state is
 set by hand; the same path serves GPUs. A scheduler is never prepared: Accelerate would advance it
 once per process.
 """
@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 
-from toolkit.distributed.engine import Engine
-from toolkit.distributed.environment import COLLECTIVE_TIMEOUT, TrainingEnvironment
+from toolkit.distributed.environment import TrainingEnvironment
 from toolkit.distributed.launcher import DEEPSPEED_FIXED
+from toolkit.distributed.layout import Layout
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -41,7 +41,7 @@ def build_accelerator(
     `max_grad_norm` matters to DeepSpeed only, which clips inside its own step.
     """
     quiet_third_parties(environment)
-    engine = environment.engine
+    layout = environment.layout
     with without_launcher_variables():
         from accelerate import Accelerator
         from accelerate.state import AcceleratorState
@@ -50,13 +50,13 @@ def build_accelerator(
         # process-wide singleton that would keep the first engine for all of them.
         AcceleratorState._reset_state(True)
         on_cpu = environment.device.type == "cpu"
-        if engine.zero_stage:
+        if layout.zero_stage:
             return _deepspeed_accelerator(environment, max_grad_norm)
         accelerator = Accelerator(
             cpu=on_cpu, mixed_precision="no", step_scheduler_with_optimizer=False
         )
-    if engine.is_fsdp:
-        _become_fsdp(accelerator, engine)
+    if layout.is_fsdp:
+        _become_fsdp(accelerator, layout)
     return accelerator
 
 
@@ -95,9 +95,9 @@ def fsdp_mesh(environment: TrainingEnvironment) -> "DeviceMesh":
     """1-D mesh ("dp_shard") for FSDP, 2-D ("dp_replicate", "dp_shard") for HSDP."""
     from torch.distributed.device_mesh import init_device_mesh
 
-    engine, kind = environment.engine, environment.device.type
-    if engine.name == "hsdp":
-        shape = (engine.num_replicas, engine.shard_degree)
+    layout, kind = environment.layout, environment.device.type
+    if layout.name == "hsdp":
+        shape = (layout.dp_replicate, layout.dp_shard)
         return init_device_mesh(kind, shape, mesh_dim_names=("dp_replicate", "dp_shard"))
     return init_device_mesh(kind, (environment.world_size,), mesh_dim_names=("dp_shard",))
 
@@ -109,8 +109,8 @@ def deepspeed_settings(environment: TrainingEnvironment, max_grad_norm: float | 
     fp32 weights, not DeepSpeed's bf16 mode, which would make the weights bf16. Whatever numbers
     depend on is said here: DeepSpeed changes its defaults (it clips at 1.0 since 0.19.3).
     """
-    engine = environment.engine
-    asked = _without_auto(engine.deepspeed_config)
+    layout = environment.layout
+    asked = _without_auto(layout.dp_config.deepspeed_config)
     zero = _ZERO_DEFAULTS | asked.get("zero_optimization", {}) | _ZERO_OWN
     for part in ("offload_optimizer", "offload_param"):
         if zero.get(part, {}).get("device") == "cpu":
@@ -121,7 +121,7 @@ def deepspeed_settings(environment: TrainingEnvironment, max_grad_norm: float | 
         **_DEFAULTS,
         **asked,
         **{key: value for key, (value, _) in DEEPSPEED_FIXED.items()},
-        "zero_optimization": zero | {"stage": engine.zero_stage},
+        "zero_optimization": zero | {"stage": layout.zero_stage},
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "train_batch_size": environment.world_size,
@@ -132,7 +132,7 @@ def deepspeed_settings(environment: TrainingEnvironment, max_grad_norm: float | 
         "fp16": {"enabled": False},
         "bf16": {"enabled": False},
         "torch_autocast": {
-            "enabled": engine.precision == "bf16",
+            "enabled": layout.precision == "bf16",
             "dtype": "bfloat16",
             # Gather and reduce in fp32, like the other engines: autocast lowers compute only.
             "lower_precision_safe_modules": [],
@@ -181,14 +181,14 @@ def quiet_third_parties(environment: TrainingEnvironment) -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch|accelerate|deepspeed")
 
 
-def _become_fsdp(accelerator: "Accelerator", engine: Engine) -> None:
+def _become_fsdp(accelerator: "Accelerator", layout: Layout) -> None:
     from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
     # The model arrives sharded already (`materialize`): meta parameters would be mapped wrongly by
     # Accelerate's own preparation, so the plugin only tells it what it has in hands.
     plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2,
-        reshard_after_forward=engine.reshard_after_forward,
+        reshard_after_forward=layout.dp_config.reshard_after_forward,
         cpu_ram_efficient_loading=False,
     )
     accelerator.state.distributed_type = DistributedType.FSDP
@@ -223,7 +223,7 @@ def init_deepspeed(environment: TrainingEnvironment) -> None:
     os.environ.setdefault("LOCAL_RANK", str(environment.local_rank))
     backend = "gloo" if environment.device.type == "cpu" else "nccl"
     deepspeed.init_distributed(
-        backend, auto_mpi_discovery=False, verbose=False, timeout=COLLECTIVE_TIMEOUT
+        backend, auto_mpi_discovery=False, verbose=False, timeout=environment.timeout
     )
 
 

@@ -8,6 +8,8 @@ from toolkit.config import Config
 from toolkit.config.base import check_not_negative, check_positive
 
 DType = Literal["float32", "bfloat16"]
+EngineName = Literal["single", "ddp", "fsdp", "hsdp", "zero1", "zero2", "zero3"]
+LogRanks = Literal["rank0", "local_rank0", "all"]
 WrappingStrategy = Literal["blocks", "full", "fine_grained"]
 
 _FSDP_ONLY = ("reduce_dtype", "reshard_after_forward", "wrapping_strategy", "prefetch_factor")
@@ -16,7 +18,7 @@ _FSDP_ONLY = ("reduce_dtype", "reshard_after_forward", "wrapping_strategy", "pre
 class DataParallelConfig(Config, kw_only=True):
     """Which engine runs, when the launcher does not say (`torchrun`, or no launcher at all)."""
 
-    name: Literal["single", "ddp", "fsdp", "hsdp", "zero1", "zero2", "zero3"]
+    name: EngineName
     """`ddp` replicates, `fsdp` shards (FSDP2), `hsdp` shards inside groups and replicates over
     them, `zero1`/`zero2`/`zero3` are DeepSpeed's stages."""
     param_dtype: DType | None = None

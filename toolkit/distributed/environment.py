@@ -4,85 +4,158 @@ Everything that can fail because of bad input happens before this: once process 
 rank's error is every rank's time-out.
 """
 
-import contextlib
 import dataclasses
 import datetime
-import logging
+import functools
+import math
 import os
 import random
 import socket
-import sys
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+import msgspec
+import numpy as np
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from toolkit.distributed.allocator import set_allocator_defaults
-from toolkit.distributed.config import DataParallelConfig
-from toolkit.distributed.cpu import tune_cpu
+from toolkit.distributed.config import LogRanks
 from toolkit.distributed.devices import pick_device, use_device
-from toolkit.distributed.engine import Engine, Precision, offloads, resolve_engine
 from toolkit.distributed.launcher import rank_of, world_size_of
-from toolkit.distributed.launcher_checks import is_one_machine, loopback_interface
+from toolkit.distributed.layout import Layout, Precision, offloads, resolve_layout
+from toolkit.distributed.logging import setup_logging
+from toolkit.distributed.process_groups import (
+    COLLECTIVE_TIMEOUT,
+    close_process_groups,
+    open_process_groups,
+)
 from toolkit.distributed.ranks import adopt_ranks
-from toolkit.distributed.rendezvous import open_store
+from toolkit.distributed.tuning import set_allocator_defaults, tune_cpu
 from toolkit.errors import ConfigError, RunError
-
-log = logging.getLogger(__name__)
-
-COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)
-
-
-class _TrainModuleSettings(Protocol):
-    @property
-    def precision(self) -> Precision: ...
-
-    @property
-    def dp_config(self) -> DataParallelConfig | None: ...
-
-
-class _TrainerSettings(Protocol):
-    @property
-    def deterministic(self) -> bool: ...
 
 
 class EnvironmentSettings(Protocol):
-    """The part of an `ExperimentConfig` this module reads."""
+    """The part of an `ExperimentConfig` that this module reads."""
 
     @property
     def seed(self) -> int: ...
 
     @property
-    def train_module(self) -> _TrainModuleSettings: ...
+    def train_module(self) -> Any: ...  # precision, dp_config
 
     @property
-    def trainer(self) -> _TrainerSettings: ...
+    def trainer(self) -> Any: ...  # deterministic, collective_timeout
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainingEnvironment:
-    """Where this process stands: rank, device, engine, and a CPU group for small messages."""
+    """Where this process stands: rank, device, layout, and process groups by purpose."""
 
     rank: int
     local_rank: int
-    world_size: int
     device: torch.device
-    engine: Engine
+    layout: Layout
     seed: int
-    cpu_group: dist.ProcessGroup | None
+    cpu_group: dist.ProcessGroup | None = None
     """gloo group of all ranks for the main thread; None on one process."""
-    metrics_group: dist.ProcessGroup | None
+    metrics_group: dist.ProcessGroup | None = None
     """gloo group of all ranks for the metrics thread, so that the two never interleave."""
     checkpoint_group: dist.ProcessGroup | None = None
     """gloo group of all ranks for the thread that writes checkpoints."""
+    timeout: datetime.timedelta = COLLECTIVE_TIMEOUT
+    """Of every collective."""
+    shared_filesystem: bool | None = None
+    """Whether all machines see the same files; None: not known."""
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks."""
+        return self.layout.world_size
 
     @property
     def is_main(self) -> bool:
         """Whether this is rank 0."""
         return self.rank == 0
+
+    @property
+    def fs_rank(self) -> int:
+        """This process among those that surely see the same files: 0 writes what all of them
+        read."""
+        return self.rank if self.shared_filesystem else self.local_rank
+
+    @property
+    def batch_rank(self) -> int:
+        """Which of `batch_ranks` shares of a global batch this rank reads."""
+        return self.layout.batch_rank(self.rank)
+
+    @property
+    def batch_ranks(self) -> int:
+        """Shares into which the rows of a global batch are cut."""
+        return self.layout.batch_ranks
+
+    @property
+    def grad_ranks(self) -> int:
+        """Ranks over which gradients are averaged."""
+        return self.layout.grad_ranks
+
+    @property
+    def owns_loss(self) -> bool:
+        """Whether the sums over targets that this rank reports count."""
+        return self.layout.owns_loss(self.rank)
+
+    @property
+    def loss_group(self) -> dist.ProcessGroup | None:
+        """The ranks whose rows make up the global batch: counts of targets add up over them."""
+        return self.group("dp_replicate", "dp_shard")
+
+    @property
+    def weight_group(self) -> dist.ProcessGroup | None:
+        """The ranks that hold one replica of the model between them: norms add up over them."""
+        return self.group("pp", "dp_shard", "cp", "tp")
+
+    @functools.cached_property
+    def mesh(self) -> DeviceMesh:
+        """All ranks by the axes of `Layout`, without those of degree 1 (`dp_shard` stays)."""
+        sizes = {a: size for a, size in self.layout.shape.items() if size > 1 or a == "dp_shard"}
+        return init_device_mesh(
+            self.device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes)
+        )
+
+    @functools.cached_property
+    def fsdp_mesh(self) -> DeviceMesh:
+        """What FSDP2 takes: the ranks that share the weights (dp_shard x cp), and before them those
+        that replicate them."""
+        names = self.mesh.mesh_dim_names or ()
+        shard = "dp_shard"
+        if "cp" in names:
+            shard = "dp_shard_cp"
+            self.mesh["dp_shard", "cp"]._flatten(shard)
+        axes = ("dp_replicate", shard) if "dp_replicate" in names else (shard,)
+        return self.mesh if axes == names else self.mesh[axes]
+
+    @functools.cached_property
+    def expert_mesh(self) -> DeviceMesh:
+        """All ranks by the axes that experts see, `Layout.expert_shape`."""
+        shape = self.layout.expert_shape
+        return init_device_mesh(
+            self.device.type, tuple(shape.values()), mesh_dim_names=tuple(shape)
+        )
+
+    def group(self, *axes: str) -> dist.ProcessGroup | None:
+        """The ranks that differ from this one along `axes` alone; None where it has no others. All
+        ranks ask for the same groups in the same order."""
+        sizes = {axis: self.layout.shape[axis] for axis in axes}
+        several = tuple(axis for axis, size in sizes.items() if size > 1)
+        if not several:
+            return None
+        if math.prod(sizes.values()) == self.world_size:
+            return dist.group.WORLD
+        if len(several) == 1:
+            return self.mesh.get_group(several[0])
+        return self.mesh[several]._flatten().get_group()
 
     def broadcast(self, value: Any) -> Any:
         """Rank 0's picklable `value` on every rank."""
@@ -92,10 +165,39 @@ class TrainingEnvironment:
         dist.broadcast_object_list(box, src=0, group=self.cpu_group)
         return box[0]
 
+    def gather(self, value: Any) -> list[Any]:
+        """The picklable `value` of every rank, on every rank."""
+        values = [value] * self.world_size
+        if self.cpu_group is not None:
+            dist.all_gather_object(values, value, group=self.cpu_group)
+        return values
+
     def barrier(self) -> None:
         """Wait for all ranks (CPU group)."""
         if self.cpu_group is not None:
             dist.barrier(group=self.cpu_group)
+
+    def reduce_columns(
+        self, columns: Sequence[tuple[str, str]], values: torch.Tensor
+    ) -> torch.Tensor:
+        """Metrics of all ranks as one: a collective per operation, in the metrics thread on a group
+        of its own. A rank that does not own the loss adds 0 to sums.
+
+        Args:
+            columns: name and reduction of each value.
+            values: float64 on the CPU, `(len(columns),)`; the answer too.
+        """
+        for operation in ("sum", "mean", "max"):
+            index = [i for i, (_, wanted) in enumerate(columns) if wanted == operation]
+            if not index:
+                continue
+            part = values[index]
+            if operation == "sum" and not self.owns_loss:
+                part.zero_()
+            how = dist.ReduceOp.MAX if operation == "max" else dist.ReduceOp.SUM
+            dist.all_reduce(part, op=how, group=self.metrics_group)
+            values[index] = part / self.world_size if operation == "mean" else part
+        return values
 
     def close(self, *, after_error: bool = False) -> None:
         """Leave the process groups; errors of ranks that are already gone do not matter.
@@ -103,11 +205,7 @@ class TrainingEnvironment:
         `after_error`: other ranks may wait in a collective that this one will not join, and NCCL's
         would hold this process too; it ends with them open.
         """
-        _keep_backends()
-        if dist.is_initialized() and not (after_error and self.device.type == "cuda"):
-            with contextlib.suppress(RuntimeError, ValueError):
-                dist.destroy_process_group()
-        _forget_deepspeed_groups()
+        close_process_groups(leave_open=after_error and self.device.type == "cuda")
 
 
 def single_environment(
@@ -125,76 +223,75 @@ def single_environment(
         )
     where = torch.device(device) if device else pick_device(local_rank=0)
     use_device(where)
-    engine = resolve_engine(precision, None, {})
-    return TrainingEnvironment(
-        rank=0,
-        local_rank=0,
-        world_size=1,
-        device=where,
-        engine=settle_precision(engine, where),
-        seed=seed,
-        cpu_group=None,
-        metrics_group=None,
-    )
+    layout = settle_precision(resolve_layout(precision, None, {}), where)
+    return TrainingEnvironment(rank=0, local_rank=0, device=where, layout=layout, seed=seed)
 
 
 def prepare_training_environment(
-    config: EnvironmentSettings, *, environ: Mapping[str, str] | None = None
+    config: EnvironmentSettings,
+    *,
+    environ: Mapping[str, str] | None = None,
+    backend: str | None = None,
+    timeout: datetime.timedelta | None = None,
+    log_filter_type: LogRanks | None = None,
+    shared_filesystem: bool | None = None,
 ) -> TrainingEnvironment:
-    """Seed, pick the device, resolve the engine and open the process groups.
+    """Seed, pick the device, resolve the layout and open the process groups.
 
-    Collectives run on "cpu:gloo,cuda:nccl" on GPUs and on gloo elsewhere.
+    Args:
+        environ: variables of the launcher; default: this process's.
+        backend: of collectives, as torch.distributed spells it; default: `cpu:gloo,cuda:nccl` on
+            GPUs, `gloo` elsewhere.
+        timeout: of every collective; default: `config.trainer.collective_timeout`.
+        log_filter_type: set up the toolkit's logging, with these ranks on the console; default:
+            leave logging as it is.
+        shared_filesystem: whether all machines see the same files; default: looked at when a run
+            folder is opened.
 
     Raises:
-        ConfigError: when launcher and config disagree about the engine, or there are more
-            processes than accelerators.
+        ConfigError: launcher and config disagree about the engine, or there are more processes than
+            accelerators.
     """
     set_allocator_defaults()
     if environ is None:
         adopt_ranks(os.environ)
         environ = os.environ
-    engine = resolve_engine(config.train_module.precision, config.train_module.dp_config, environ)
+    layout = resolve_layout(config.train_module.precision, config.train_module.dp_config, environ)
     rank, world_size = rank_of(environ), world_size_of(environ)
     local_rank = int(environ.get("LOCAL_RANK", "0"))
+    if log_filter_type is not None:
+        setup_logging(rank, local_rank=local_rank, log_ranks=log_filter_type)
     # Not every launcher says how many processes share this machine.
     said = environ.get("LOCAL_WORLD_SIZE")
     device = pick_device(local_rank, int(said) if said else None)
+    _seed_everything(config.seed)
+    if config.trainer.deterministic:
+        _use_deterministic_algorithms()
+    if device.type == "cpu" or offloads(layout.dp_config):
+        tune_cpu(local_world_size=int(said) if said else world_size)
     if device.type == "cuda":
         # By it Accelerate and DeepSpeed choose a device. A process that sees its own GPU alone has
         # device 0 whatever its number.
         os.environ["LOCAL_RANK"] = str(device.index)
-    _seed_everything(config.seed)
-    if config.trainer.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
-        # Nothing here reads memory that it has not written: filling it would cost a pass over every
-        # new tensor.
-        memory: Any = torch.utils.deterministic
-        memory.fill_uninitialized_memory = False
-        # Its backward adds up in any order. Flash attention and the memory-efficient kernel, which
-        # fp32 needs, have a fixed one in this mode.
-        torch.backends.cuda.enable_cudnn_sdp(False)
-    if device.type == "cpu" or offloads(engine.as_config()):
-        tune_cpu(local_world_size=int(said) if said else world_size)
-    if device.type == "cuda":
-        torch.backends.cuda.matmul.allow_tf32 = engine.precision != "fp32"
-    cpu_group = metrics_group = checkpoint_group = None
-    if world_size > 1 or engine.name not in ("single", "ddp"):
-        _init_process_group(device, world_size)
-        if world_size > 1:
-            cpu_group = dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT)
-            metrics_group = dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT)
-            checkpoint_group = dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT)
+        torch.backends.cuda.matmul.allow_tf32 = layout.precision != "fp32"
+    timeout = timeout or datetime.timedelta(seconds=config.trainer.collective_timeout)
+    groups = {}
+    if world_size > 1 or layout.name not in ("single", "ddp"):
+        open_process_groups(device, world_size, backend=backend, timeout=timeout)
+    if world_size > 1:
+        groups = {
+            name: dist.new_group(backend="gloo", timeout=timeout)
+            for name in ("cpu_group", "metrics_group", "checkpoint_group")
+        }
     return TrainingEnvironment(
         rank=rank,
         local_rank=local_rank,
-        world_size=world_size,
         device=device,
-        engine=settle_precision(engine, device),
+        layout=settle_precision(layout, device),
         seed=config.seed,
-        cpu_group=cpu_group,
-        metrics_group=metrics_group,
-        checkpoint_group=checkpoint_group,
+        timeout=timeout,
+        shared_filesystem=shared_filesystem,
+        **groups,
     )
 
 
@@ -207,19 +304,16 @@ def is_fast_at_bf16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     try:
-        flags = Path("/proc/cpuinfo").read_text()
+        return "amx_bf16" in Path("/proc/cpuinfo").read_text()
     except OSError:
         return False
-    return "amx_bf16" in flags
 
 
-def settle_precision(engine: Engine, device: torch.device) -> Engine:
-    """`engine` with `auto` replaced by what this device is fast at."""
-    import msgspec
-
-    if engine.precision != "auto":
-        return engine
-    return msgspec.structs.replace(engine, precision="bf16" if is_fast_at_bf16(device) else "fp32")
+def settle_precision(layout: Layout, device: torch.device) -> Layout:
+    """`layout` with `auto` replaced by what this device is fast at."""
+    if layout.precision != "auto":
+        return layout
+    return msgspec.structs.replace(layout, precision="bf16" if is_fast_at_bf16(device) else "fp32")
 
 
 def check_shared_folder(environment: TrainingEnvironment, folder: Path) -> None:
@@ -228,17 +322,13 @@ def check_shared_folder(environment: TrainingEnvironment, folder: Path) -> None:
     Raises:
         RunError: on every rank, naming the hosts that do not see it.
     """
-    if environment.cpu_group is None:
+    if environment.cpu_group is None or environment.shared_filesystem:
         return
-    token = environment.broadcast(uuid.uuid4().hex)
-    probe = folder / f".shared-{token}"
+    probe = folder / f".shared-{environment.broadcast(uuid.uuid4().hex)}"
     if environment.is_main:
         probe.touch()
     environment.barrier()
-    seen: list[Any] = [None] * environment.world_size
-    dist.all_gather_object(
-        seen, (socket.gethostname(), probe.exists()), group=environment.cpu_group
-    )
+    seen = environment.gather((socket.gethostname(), probe.exists()))
     if environment.is_main:
         probe.unlink()  # every rank has looked: its answer is here
     environment.barrier()
@@ -250,78 +340,19 @@ def check_shared_folder(environment: TrainingEnvironment, folder: Path) -> None:
         )
 
 
-_closed_backends: list[Any] = []
-"""Of environments that were closed, until the next one is opened; see `_keep_backends`."""
-
-
-def _keep_backends() -> None:
-    """Let gloo's backends outlive their process groups.
-
-    Freed together with its group, a backend waits for its threads while this one holds Python's
-    lock; a thread that just then drops the tensor of the last collective wants that lock, and both
-    wait for ever (seen with torch 2.13). The backend's own handle frees it without the lock.
-    """
-    if not dist.is_initialized():
-        return
-    for group in list(dist.distributed_c10d._world.pg_map):
-        with contextlib.suppress(RuntimeError):
-            _closed_backends.append(group._get_backend(torch.device("cpu")))
-
-
-def _forget_deepspeed_groups() -> None:
-    """DeepSpeed keeps handles on process groups in module globals; a later environment of this
-    process must not get those that are gone."""
-    comm: Any = sys.modules.get("deepspeed.comm.comm")
-    groups: Any = sys.modules.get("deepspeed.utils.groups")
-    if comm is not None:
-        comm.cdb = None
-    if groups is not None:
-        groups._WORLD_GROUP = groups.mesh_device = None
-
-
-def set_collective_timeouts() -> None:
-    """Give all process groups of this process our time-out; torch and DeepSpeed make some (meshes,
-    sub-groups) with their own, ten minutes for NCCL."""
-    if not dist.is_initialized():
-        return
-    for group in list(dist.distributed_c10d._world.pg_map):
-        dist.distributed_c10d._set_pg_timeout(COLLECTIVE_TIMEOUT, group)
-
-
-def _init_process_group(device: torch.device, world_size: int) -> None:
-    _closed_backends.clear()
-    if dist.is_initialized():
-        if dist.get_world_size() != world_size:
-            raise ConfigError(
-                f"a process group of {dist.get_world_size()} exists, the launcher started "
-                f"{world_size}; close the environment that opened it"
-            )
-        return
-    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-    for name, value in (("MASTER_PORT", "0"), ("RANK", "0"), ("WORLD_SIZE", "1")):
-        os.environ.setdefault(name, value)
-    if is_one_machine(os.environ):
-        # Nobody on another machine needs to reach this one.
-        for library in ("GLOO", "NCCL"):
-            os.environ.setdefault(f"{library}_SOCKET_IFNAME", loopback_interface())
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    extra: dict[str, Any] = {}
-    if device.type == "cuda" and world_size > 1:
-        # Alone there is nobody to connect to; torch would open a communicator for every group.
-        extra["device_id"] = device
-    if world_size == 1:
-        # A private in-memory store: no port, so parallel runs on one machine cannot collide.
-        extra |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-    else:
-        rank = rank_of(os.environ)
-        store = open_store(rank, world_size, COLLECTIVE_TIMEOUT)
-        extra |= {"store": store, "rank": rank, "world_size": world_size}
-    dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT, **extra)
+def _use_deterministic_algorithms() -> None:
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    # Nothing here reads memory that it has not written: filling it would cost a pass over every new
+    # tensor.
+    memory: Any = torch.utils.deterministic
+    memory.fill_uninitialized_memory = False
+    # Its backward adds up in any order. Flash attention and the memory-efficient kernel, which fp32
+    # needs, have a fixed one in this mode.
+    torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def _seed_everything(seed: int) -> None:
-    import numpy as np
-
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)

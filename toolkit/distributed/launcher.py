@@ -7,16 +7,12 @@ a notice, never silence. No torch here: `--dry-run` asks too.
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
-import msgspec
-
-from toolkit.distributed.config import WrappingStrategy
+from toolkit.distributed.config import DataParallelConfig
 from toolkit.errors import ConfigError
 from toolkit.parents import is_accelerated
 from toolkit.storage.foreign import read_json
-
-EngineName = Literal["single", "ddp", "fsdp", "hsdp", "zero1", "zero2", "zero3"]
 
 _OURS_IN_DEEPSPEED = {
     "gradient_clipping": "train_module.max_grad_norm",
@@ -39,20 +35,11 @@ DEEPSPEED_FIXED: dict[str, tuple[Any, str]] = {
 """Key of DeepSpeed's JSON -> the one value that it may have here, and why."""
 
 
-class EngineChoice(msgspec.Struct, frozen=True, kw_only=True):
+class Choice(NamedTuple):
     """What one side, launcher or config, asks for."""
 
-    name: EngineName
+    config: DataParallelConfig
     origin: str
-    num_replicas: int | None = None
-    shard_degree: int | None = None
-    reduce_dtype: Literal["float32", "bfloat16"] = "float32"
-    reshard_after_forward: bool = True
-    wrapping_strategy: WrappingStrategy = "blocks"
-    prefetch_factor: int = 0
-    cpu_offload: bool = False
-    """Of FSDP and HSDP; ZeRO's is in `deepspeed_config`."""
-    deepspeed_config: dict[str, Any] = {}
     notices: tuple[str, ...] = ()
 
 
@@ -94,7 +81,7 @@ def launcher_precision(environ: Mapping[str, str]) -> Literal["bf16"] | None:
     return "bf16"
 
 
-def launcher_choice(environ: Mapping[str, str]) -> EngineChoice | None:
+def launcher_choice(environ: Mapping[str, str]) -> Choice | None:
     """The engine the launcher asks for; None where it names none.
 
     Raises:
@@ -113,12 +100,11 @@ def launcher_choice(environ: Mapping[str, str]) -> EngineChoice | None:
             "FSDP_VERSION",
         )
     common: dict[str, Any] = {
-        "origin": origin,
         "reshard_after_forward": _flag(environ, "FSDP_RESHARD_AFTER_FORWARD", default=True),
         "cpu_offload": _flag(environ, "FSDP_OFFLOAD_PARAMS"),
     }
     if not _flag(environ, "ACCELERATE_USE_PARALLELISM_CONFIG"):
-        return EngineChoice(name="fsdp", **common)
+        return Choice(DataParallelConfig(name="fsdp", **common), origin)
     for axis in ("tp", "cp", "sp"):
         if (degree := _parallel_size(environ, axis)) > 1:
             raise _refusal(
@@ -128,8 +114,9 @@ def launcher_choice(environ: Mapping[str, str]) -> EngineChoice | None:
             )
     if (replicas := _parallel_size(environ, "dp_replicate")) > 1:
         shards = _parallel_size(environ, "dp_shard")
-        return EngineChoice(name="hsdp", num_replicas=replicas, shard_degree=shards, **common)
-    return EngineChoice(name="fsdp", **common)
+        common |= {"num_replicas": replicas, "shard_degree": shards or None}
+    name: Any = "hsdp" if replicas > 1 else "fsdp"
+    return Choice(DataParallelConfig(name=name, **common), origin)
 
 
 def launcher_notices(environ: Mapping[str, str]) -> tuple[str, ...]:
@@ -202,7 +189,7 @@ def with_offload(config: Mapping[str, Any], *parts: str) -> dict[str, Any]:
     return {**config, "zero_optimization": {**added, **_section(config, "zero_optimization")}}
 
 
-def _deepspeed_choice(environ: Mapping[str, str]) -> EngineChoice:
+def _deepspeed_choice(environ: Mapping[str, str]) -> Choice:
     origin = "accelerate launch (DeepSpeed)"
     config: dict[str, Any] = {}
     file = environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
@@ -228,7 +215,7 @@ def _deepspeed_choice(environ: Mapping[str, str]) -> EngineChoice:
             "ACCELERATE_DEEPSPEED_ZERO_STAGE",
         )
     name: Any = f"zero{stage}"
-    return EngineChoice(name=name, origin=origin, deepspeed_config=config, notices=notices)
+    return Choice(DataParallelConfig(name=name, deepspeed_config=config), origin, notices)
 
 
 def _read_json(file: str, origin: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Rank-aware logging: rank 0 speaks on the console, every rank writes its own file.
+"""Rank-aware logging: some ranks speak on the console, every rank writes its own file.
 
 Errors that end a run are shown by the command line, with one line on the console; their tracebacks
 are in the files.
@@ -14,12 +14,18 @@ from rich import get_console
 
 from toolkit import signals
 from toolkit.config.secrets import mask_secrets
+from toolkit.distributed.config import LogRanks
 
 _FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+_LOGGER = logging.getLogger("toolkit")
 
 
 class _ConsoleHandler(logging.Handler):
     """Through rich's shared console, so that lines do not tear a progress bar."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__(logging.INFO)
+        self._prefix = f"[rank {rank}] " if rank else ""
 
     def emit(self, record: logging.LogRecord) -> None:
         if getattr(record, "is_only_in_files", False):
@@ -27,6 +33,7 @@ class _ConsoleHandler(logging.Handler):
         text = mask_secrets(record.getMessage())
         if record.levelno >= logging.WARNING:
             text = f"{record.levelname.lower()}: {text}"
+        text = f"{self._prefix}{text}"
         # A console that is gone takes nothing with it; SystemExit is how rich tells of a pipe.
         # rich prints again what it could not finish printing.
         with signals.holding_back(), contextlib.suppress(OSError, ValueError, SystemExit):
@@ -45,8 +52,7 @@ class _LogFile(logging.FileHandler):
     def handleError(self, record: logging.LogRecord) -> None:
         if not self._has_failed:
             self._has_failed = True
-            error = sys.exc_info()[1]
-            logging.getLogger("toolkit").warning("%s: lines are lost: %s", self.baseFilename, error)
+            _LOGGER.warning("%s: lines are lost: %s", self.baseFilename, sys.exc_info()[1])
 
     def close(self) -> None:
         with contextlib.suppress(OSError):
@@ -60,18 +66,16 @@ class _MaskingFormatter(logging.Formatter):
         return str(mask_secrets(super().format(record)))
 
 
-def setup_logging(rank: int) -> None:
-    """Console output of the toolkit's own loggers on rank 0; the others write their files only."""
-    logger = logging.getLogger("toolkit")
-    logger.setLevel(logging.INFO)
-    logger.propagate = False
-    for handler in list(logger.handlers):
-        logger.removeHandler(handler)
-    if rank == 0:
-        logger.addHandler(_ConsoleHandler(logging.INFO))
-    else:
-        # Without any handler, Python would print warnings itself.
-        logger.addHandler(logging.NullHandler())
+def setup_logging(rank: int, *, local_rank: int = 0, log_ranks: LogRanks = "rank0") -> None:
+    """Console output of the toolkit's own loggers on the ranks that `log_ranks` names (see
+    `trainer.log_ranks`); the others write their files only."""
+    _LOGGER.setLevel(logging.INFO)
+    _LOGGER.propagate = False
+    for handler in list(_LOGGER.handlers):
+        _LOGGER.removeHandler(handler)
+    speaks = {"rank0": rank == 0, "local_rank0": local_rank == 0, "all": True}[log_ranks]
+    # Without any handler, Python would print warnings itself.
+    _LOGGER.addHandler(_ConsoleHandler(rank) if speaks else logging.NullHandler())
 
 
 def add_log_file(folder: Path, rank: int) -> logging.Handler:
@@ -83,16 +87,11 @@ def add_log_file(folder: Path, rank: int) -> logging.Handler:
         folder.mkdir(exist_ok=True)
         handler: logging.Handler = _LogFile(folder / f"rank{rank}.log")
     except OSError as error:
-        logging.getLogger("toolkit").warning("no log file: %s", error)
+        _LOGGER.warning("no log file: %s", error)
         handler = logging.NullHandler()
     handler.setFormatter(_MaskingFormatter(_FORMAT))
-    logger = logging.getLogger("toolkit")
-    before = list(logger.handlers)
     # First of all: a request to stop may come in the middle of a line on the console.
-    for other in before:
-        logger.removeHandler(other)
-    for each in (handler, *before):
-        logger.addHandler(each)
+    _LOGGER.handlers.insert(0, handler)
     return handler
 
 

@@ -46,12 +46,12 @@ def materialize(
         # Blocks are compiled one by one. DDP's own splitting would cut each of them again, where
         # a bucket of gradients ends.
         torch._dynamo.config.optimize_ddp = False
-    engine = environment.engine
-    if engine.zero_stage == 3:
+    layout = environment.layout
+    if layout.zero_stage == 3:
         _partition(model, environment, specs)
         return model
-    device = torch.device("cpu") if engine.cpu_offload and engine.is_fsdp else environment.device
-    if engine.is_fsdp:
+    device = torch.device("cpu") if layout.dp_config.cpu_offload else environment.device
+    if layout.is_fsdp:
         if not specs:
             model.to(device)
         _shard(model, environment)
@@ -81,7 +81,9 @@ def local_runs(parameter: torch.Tensor) -> Iterator[tuple[torch.Tensor, int]]:
     _, offset = compute_local_shape_and_global_offset(
         parameter.shape, parameter.device_mesh, parameter.placements
     )
-    dim = next(place.dim for place in parameter.placements if isinstance(place, Shard))
+    dims = [place.dim for place in parameter.placements if type(place) is Shard]
+    assert len(dims) == 1, f"initial values of {parameter.placements} cannot be drawn yet"
+    dim = dims[0]
     inner = parameter.shape[dim + 1 :].numel()
     for index, run in enumerate(local.view(parameter.shape[:dim].numel(), -1)):
         yield run, (index * parameter.shape[dim] + offset[dim]) * inner
@@ -125,11 +127,11 @@ def _shard(model: nn.Module, environment: TrainingEnvironment) -> None:
     from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
     from torch.distributed.tensor import Shard
 
-    engine = environment.engine
+    layout, settings = environment.layout, environment.layout.dp_config
     dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
     policy = MixedPrecisionPolicy(
-        param_dtype=torch.bfloat16 if engine.precision == "bf16" else None,
-        reduce_dtype=dtypes[engine.reduce_dtype],
+        param_dtype=torch.bfloat16 if layout.precision == "bf16" else None,
+        reduce_dtype=dtypes[settings.reduce_dtype],
         output_dtype=None,
         cast_forward_inputs=False,
     )
@@ -137,18 +139,18 @@ def _shard(model: nn.Module, environment: TrainingEnvironment) -> None:
     ranks = options["mesh"]["dp_shard"].size()
     _flatten_stacks(model, ranks)
     options["shard_placement_fn"] = lambda p: Shard(sharded_dimension(p.shape, ranks) or 0)
-    if engine.cpu_offload:
+    if settings.cpu_offload:
         options["offload_policy"] = CPUOffloadPolicy(pin_memory=environment.device.type == "cuda")
     units: list[Any] = []
     blocks: Any = model.blocks
     for block in blocks:
         parts: list[Any] = [block]
-        if engine.wrapping_strategy == "fine_grained":
+        if settings.wrapping_strategy == "fine_grained":
             parts += [block.attention, block.feed_forward]
         for part in reversed(parts):  # inner ones first
-            fully_shard(part, reshard_after_forward=engine.reshard_after_forward, **options)
+            fully_shard(part, reshard_after_forward=settings.reshard_after_forward, **options)
         units += parts
-    if engine.wrapping_strategy != "blocks":
+    if settings.wrapping_strategy != "blocks":
         head: Any = model.head
         units.append(fully_shard(head, reshard_after_forward=False, **options))
     # The root holds embedding and head, which the forward needs first and last: never resharded
@@ -161,7 +163,7 @@ def _shard(model: nn.Module, environment: TrainingEnvironment) -> None:
     model.set_reshard_after_backward(True)  # type: ignore[operator]
     for unit in (*units, model):
         unit.set_force_sum_reduction_for_comms(False)
-    _prefetch(units, engine.prefetch_factor)
+    _prefetch(units, settings.prefetch_factor)
 
 
 def _prefetch(units: list[Any], number: int) -> None:

@@ -2,29 +2,30 @@
 
 from torch import nn
 
-from toolkit.distributed.environment import TrainingEnvironment, set_collective_timeouts
-from toolkit.distributed.runtime import BuildOptimizer, EngineRuntime
+from toolkit.distributed.engine import BuildOptimizer, Engine
+from toolkit.distributed.environment import TrainingEnvironment
+from toolkit.distributed.process_groups import set_collective_timeouts
 
 
-def prepare_runtime(
+def prepare_engine(
     environment: TrainingEnvironment,
     module: nn.Module,
     build_optimizer: BuildOptimizer,
     *,
     max_grad_norm: float | None,
-) -> EngineRuntime:
+) -> Engine:
     """Hand a materialised `module` and its optimizer to Accelerate.
 
     `build_optimizer` gets trainable and frozen parameters by canonical name.
     """
-    runtime: EngineRuntime
-    if environment.engine.zero_stage:
-        from toolkit.distributed.zero import ZeroRuntime
+    runtime: Engine
+    if environment.layout.zero_stage:
+        from toolkit.distributed.deepspeed_engine import DeepSpeedEngine
 
-        runtime = ZeroRuntime(environment, module, build_optimizer, max_grad_norm=max_grad_norm)
+        runtime = DeepSpeedEngine(environment, module, build_optimizer, max_grad_norm=max_grad_norm)
     else:
-        from toolkit.distributed.plain import PlainRuntime
+        from toolkit.distributed.torch_engine import TorchEngine
 
-        runtime = PlainRuntime(environment, module, build_optimizer)
-    set_collective_timeouts()
+        runtime = TorchEngine(environment, module, build_optimizer)
+    set_collective_timeouts(environment.timeout)
     return runtime

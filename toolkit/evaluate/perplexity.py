@@ -11,8 +11,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from toolkit.data.instances.base import Rows
-from toolkit.data.instances.text import target_mask
+from toolkit.data.instances.base import Rows, target_mask
 from toolkit.errors import DataError
 from toolkit.evaluate.documents import Chunk
 from toolkit.evaluate.windows import Window, stack_windows, windows

@@ -46,17 +46,13 @@ def check_agreement(
     """
     if environment.cpu_group is None:
         return
-    import torch.distributed as dist
-
     view = RankView(
         host=socket.gethostname(),
-        config=_hash(config, environment.engine),
+        config=_hash(config, environment.layout),
         train=train_loader.fingerprint,
         val=" ".join(loader.dataset.fingerprint for loader in eval_loaders.values()) or None,
     )
-    views: list[Any] = [None] * environment.world_size
-    dist.all_gather_object(views, view, group=environment.cpu_group)
-    compare(views)
+    compare(environment.gather(view))
 
 
 def compare(views: Sequence[RankView]) -> None:

@@ -5,7 +5,7 @@ A name stands here only where it means the same; what differs stays an unknown n
 
 from typing import Any
 
-from toolkit.config.types import FieldError, join, shown
+from toolkit.config.types import join, shown
 from toolkit.errors import ConfigError
 
 ALIASES: dict[str, str] = {
@@ -143,4 +143,4 @@ def without(data: dict[str, Any], path: str) -> dict[str, Any]:
 
 def _twice(theirs: str, value: Any, ours: str, other: Any) -> ConfigError:
     problem = f"{theirs} {shown(value)} and {ours} {shown(other)}: two names of one value; give one"
-    return FieldError("", problem, about=theirs)
+    return ConfigError(problem, about=theirs)

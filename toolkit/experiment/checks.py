@@ -10,7 +10,7 @@ from toolkit.data.config import BPETokenizerConfig, ByteTokenizerConfig, Tokeniz
 from toolkit.data.corpus import VAL
 from toolkit.data.corpus_info import CorpusInfo
 from toolkit.data.tokens.prepared import require_ids
-from toolkit.distributed.cpu import asked_threads
+from toolkit.distributed.tuning import asked_threads
 from toolkit.errors import ConfigError, DataError, ErrorList
 from toolkit.experiment.config import ExperimentConfig
 from toolkit.models.parameters import TrainedParameters, parameter_shapes, trained_parameters
@@ -73,6 +73,8 @@ def check_parameters(config: ExperimentConfig) -> TrainedParameters:
         names = parameter_shapes(model, module.lora)
         with found.collecting():
             module.optim.check_groups(names)
+        with found.collecting():
+            module.scheduler.check()
         parameters = trained_parameters(model, freeze=module.freeze, lora=module.lora)
     found.raise_any()
     return parameters

@@ -26,8 +26,8 @@ from toolkit.config import (
 from toolkit.config.interpolation import fill
 from toolkit.config.paths import local_path
 from toolkit.config.secrets import check_no_secrets
-from toolkit.config.types import FieldError, nearest, shown, type_of
-from toolkit.data.order.mix_files import inline_mixes
+from toolkit.config.types import nearest, shown, type_of
+from toolkit.data.order.config import inline_mixes
 from toolkit.errors import ConfigError, ErrorList, RunError
 from toolkit.experiment.aliases import ALIASES, implied, our_names, our_path, our_value, without
 from toolkit.experiment.base import longest_sequence, read_base, without_model
@@ -242,7 +242,7 @@ def _add_all(
         try:
             data = our_names(data)
             break
-        except FieldError as error:  # about a name that is given twice
+        except ConfigError as error:  # about a name that is given twice
             found.add(error)
             data = without(data, error.about)
     model, dataset = data.get("model"), data.get("dataset")
@@ -266,15 +266,16 @@ def _preset(name: Any) -> dict[str, Any]:
     """`preset`, whose refusal tells that there is no model."""
     if not isinstance(name, str):
         problem = f"expected the name of a preset, not {name!r}"
-        raise FieldError("model.preset", problem, about="model")
+        raise ConfigError(problem, key="model.preset", about="model")
     try:
         return preset(name)
     except ConfigError as error:
-        raise FieldError("", str(error), about="model") from None
+        raise ConfigError(str(error), about="model") from None
 
 
-def _no_model(name: str, write: str) -> FieldError:
-    return FieldError("model", f"expected a mapping, not {shown(name)}; for a preset give {write}")
+def _no_model(name: str, write: str) -> ConfigError:
+    problem = f"expected a mapping, not {shown(name)}; for a preset give {write}"
+    return ConfigError(problem, key="model")
 
 
 def _like_preset(name: str) -> str:

@@ -17,15 +17,15 @@ def opening_lines(
     """What is not used and why, what trains where, and what resuming will promise."""
     from toolkit.distributed.devices import device_name
 
-    engine = environment.engine
-    processes = count(engine.world_size, "process")
+    layout = environment.layout
+    processes = count(layout.world_size, "process")
     device = device_name(environment.device)
     if environment.device.type == "cpu":
         device = f"the CPU ({device})"
     lines = [
-        *engine.notices,
+        *layout.notices,
         f"training {shown_parameters(config.model)} parameters on {processes}, "
-        f"{engine.name} in {engine.precision} on {device}: {folder}",
+        f"{layout.name} in {layout.precision} on {device}: {folder}",
     ]
     promise = resume_promise(environment.device.type, deterministic=config.trainer.deterministic)
     return lines if promise is None else [*lines, promise]

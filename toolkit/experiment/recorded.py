@@ -3,7 +3,6 @@
 No torch at import: `toolkit resume --explain` asks too.
 """
 
-import contextlib
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -14,22 +13,23 @@ import msgspec
 
 from toolkit.checkpoint.folder import saved_steps, step_folder, step_of
 from toolkit.commands.verify import check_checkpoint
-from toolkit.distributed.config import DataParallelConfig
-from toolkit.distributed.engine import Engine, EngineName, Precision, offloads
+from toolkit.distributed.config import DataParallelConfig, EngineName
 from toolkit.distributed.launcher import (
     has_launcher,
     launcher_names_engine,
     launcher_precision,
     world_size_of,
 )
+from toolkit.distributed.layout import Layout, Precision, offloads
 from toolkit.errors import CheckpointError, RunError
 from toolkit.experiment.config import ExperimentConfig
 from toolkit.experiment.load import load_run_config
 from toolkit.experiment.run_data import find_data, without_gone_sources
+from toolkit.metrics.lines import read_records
 from toolkit.runs.files import RUN_FILES
 from toolkit.runs.registry import is_run, run_of_checkpoint
 from toolkit.runs.status import RunStatus, not_a_run, read_status
-from toolkit.storage.foreign import guard, read_json, read_lines
+from toolkit.storage.foreign import guard, read_json
 from toolkit.train.config import TransformerTrainModuleConfig
 
 VERSIONED = ("toolkit", "torch", "accelerate", "deepspeed", "numpy")
@@ -195,19 +195,19 @@ def processes_here(recorded: int) -> int:
     return recorded
 
 
-def describe_engine(engine: Engine, kernels: Mapping[str, str] | None = None) -> EngineRecord:
-    """`engine` on this machine, as metadata/engine.json keeps it."""
+def describe_engine(layout: Layout, kernels: Mapping[str, str] | None = None) -> EngineRecord:
+    """The engine of `layout` on this machine, as metadata/engine.json keeps it."""
     import torch
 
     from toolkit.distributed.devices import cpu_name, usable_gpus
 
     return EngineRecord(
-        name=engine.name,
-        world_size=engine.world_size,
-        precision=engine.precision,
+        name=layout.name,
+        world_size=layout.world_size,
+        precision=layout.precision,
         threads=torch.get_num_threads(),
         device=torch.cuda.get_device_name() if usable_gpus() else cpu_name(),
-        dp_config=engine.as_config(),
+        dp_config=layout.dp_config,
         kernels=dict(kernels or {}),
     )
 
@@ -227,12 +227,7 @@ def metadata_of_attempt(folder: Path, file: str, attempt: int) -> Path:
 
 def read_steps(folder: Path) -> dict[int, RecordedStep]:
     """The lines of train.jsonl by step; one that is being written is left out."""
-    decoder, record = msgspec.json.Decoder(RecordedStep), {}
-    for line in read_lines(folder / RUN_FILES.train_metrics, RunError):
-        with contextlib.suppress(msgspec.MsgspecError, RecursionError):
-            found = decoder.decode(line)
-            record[found.step] = found
-    return record
+    return {r.step: r for r in read_records(folder / RUN_FILES.train_metrics, RecordedStep)}
 
 
 def config_of(folder: Path, attempt: int) -> ExperimentConfig:

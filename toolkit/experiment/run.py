@@ -19,9 +19,9 @@ from toolkit import signals
 from toolkit.config.files import read_json_mapping
 from toolkit.config.interpolation import fill
 from toolkit.config.secrets import check_no_secrets
-from toolkit.distributed.engine import Engine, resolve_engine
 from toolkit.distributed.launcher import rank_of
-from toolkit.distributed.launcher_checks import check_launcher_variables
+from toolkit.distributed.layout import Layout, resolve_layout
+from toolkit.distributed.ranks import check_launcher_variables
 from toolkit.errors import (
     EXIT_DONE,
     EXIT_FAILED,
@@ -57,6 +57,7 @@ from toolkit.train.scores import check_best_metric
 from toolkit.wording import count
 
 if TYPE_CHECKING:
+    from toolkit.data.corpus import Corpus
     from toolkit.data.loader import TrainLoader
     from toolkit.train.trainer import TrainResult
 
@@ -110,15 +111,15 @@ def _run(
 ) -> int:
     environ = os.environ
     check_launcher_variables(environ)
-    engine = resolve_engine(config.train_module.precision, config.train_module.dp_config, environ)
+    layout = resolve_layout(config.train_module.precision, config.train_module.dp_config, environ)
     found = ErrorList()
     with found.collecting():
-        check_experiment(config, engine.world_size)
+        check_experiment(config, layout.batch_ranks)
     rank = starting.rank = rank_of(environ)
 
     from toolkit.distributed.logging import setup_logging
 
-    setup_logging(rank)
+    setup_logging(rank, local_rank=_local_rank(), log_ranks=config.trainer.log_ranks)
     run, name = None, choose_run_name()
     if rank == 0:
         before = find_predecessor(config.run, current_launch())
@@ -137,7 +138,7 @@ def _run(
                 check_data_files(config)
     found.raise_any()
     try:
-        train_loader = _prepare_data(config, rank=rank, world_size=engine.world_size)
+        train_loader = _prepare_data(config, layout, rank=rank)
     except DataError as error:
         # The other processes of this machine see the same files; other machines may not.
         error.only_here = rank > 0 and _local_rank() == 0
@@ -152,8 +153,8 @@ def _run(
         if run is not None:
             clear_notes(run.folder)
             if not run.path(RUN_FILES.config).exists():
-                _log_metadata(stored, run, engine, origins, {})
-        return _train(config, stored, run, name, origins, starting)
+                _log_metadata(stored, run, layout, origins, {})
+        return _train(config, stored, run, name, origins, starting, train_loader.corpus)
     except BaseException as error:
         # Whatever the trainer itself did not close: an error before or outside its loop.
         if run is not None and starting.reason is None:
@@ -176,7 +177,8 @@ def resume(run_dir: Path, overrides: Sequence[str] = (), *, debug: bool = False)
 
     check_launcher_variables()
     plan = plan_resume(run_dir, overrides, os.environ)
-    setup_logging(rank_of(os.environ))
+    log_ranks = plan.config.trainer.log_ranks
+    setup_logging(rank_of(os.environ), local_rank=_local_rank(), log_ranks=log_ranks)
     if plan.processes is not None:
         recorded = plan.status.world_size
         if plan.processes != recorded:
@@ -198,6 +200,7 @@ def _train(
     name: str,
     origins: Mapping[str, str],
     starting: RunStart,
+    corpus: "Corpus",
 ) -> int:
     from toolkit.data.loader import get_dataloaders
     from toolkit.distributed.environment import check_shared_folder, prepare_training_environment
@@ -219,12 +222,12 @@ def _train(
         starting.log_file = log_file
         train_dl, eval_dl = get_dataloaders(
             config.data,
-            rank=environment.rank,
-            world_size=environment.world_size,
-            eval_batch_tokens=rank_microbatch_size(config, environment.world_size),
+            batch_rank=environment.batch_rank,
+            batch_ranks=environment.batch_ranks,
+            eval_batch_tokens=rank_microbatch_size(config, environment.batch_ranks),
             vocab_size=config.model.vocab_size,
             device=environment.device,
-            check_text=False,
+            corpus=corpus,
         )
         check_agreement(config, environment, train_dl, eval_dl)
         for line in opening_lines(config, environment, run.folder):
@@ -243,7 +246,7 @@ def _train(
                 stop = trainer.stop_step
                 log.warning("%s", nothing_left(config.trainer, stop, trainer.total_steps))
         # Not before: a run that cannot be continued with this config keeps the one it has.
-        _log_metadata(stored, run, environment.engine, origins, train_module.kernels)
+        _log_metadata(stored, run, environment.layout, origins, train_module.kernels)
         until_the_end.enter_context(trainer.stop_request.listening())
         signals.settle()
         result = trainer.train()
@@ -276,9 +279,9 @@ def _train(
         until_the_end.close()
 
 
-def _prepare_data(config: ExperimentConfig, *, rank: int, world_size: int) -> "TrainLoader":
+def _prepare_data(config: ExperimentConfig, layout: Layout, *, rank: int) -> "TrainLoader":
     """Prepare the corpus (one process of each machine; the others wait) and check that it fits."""
-    from toolkit.data.corpus_info import prepare_corpus
+    from toolkit.data.prepare.corpus import prepare_corpus
 
     if rank > 0 and _local_rank() == 0:  # another machine may have the prepared data alone
         config = without_gone_sources(config)
@@ -290,14 +293,15 @@ def _prepare_data(config: ExperimentConfig, *, rank: int, world_size: int) -> "T
     )
     check_corpus(config, corpus)
     # torch comes with the loaders: bad text is reported seconds sooner without it.
+    from toolkit.data.corpus import open_corpus
     from toolkit.data.loader import get_dataloaders
 
     train_loader, evaluation = get_dataloaders(
         config.data,
-        rank=rank,
-        world_size=world_size,
+        batch_rank=layout.batch_rank(rank),
+        batch_ranks=layout.batch_ranks,
         vocab_size=config.model.vocab_size,
-        check_text=False,
+        corpus=open_corpus(config.data, corpus),
     )
     check_best_metric(config.trainer, evaluation)
     return train_loader
@@ -326,7 +330,7 @@ def _start(config: ExperimentConfig, name: str, *, is_main: bool) -> RunManager:
 def _log_metadata(
     config: ExperimentConfig,
     run: RunManager,
-    engine: Engine,
+    layout: Layout,
     origins: Mapping[str, str],
     kernels: Mapping[str, str] | None = None,
 ) -> None:
@@ -342,13 +346,13 @@ def _log_metadata(
     run.log_metadata(kept, RUN_FILES.origins)
     run.set_status(
         "running",
-        engine=engine.name,
-        world_size=engine.world_size,
+        engine=layout.name,
+        world_size=layout.world_size,
         parameters=config.model.num_parameters,
-        dp_config=msgspec.to_builtins(engine.as_config()),
-        precision=engine.precision,
+        dp_config=msgspec.to_builtins(layout.dp_config),
+        precision=layout.precision,
     )
-    run.log_metadata(describe_engine(engine, kernels), RUN_FILES.engine)
+    run.log_metadata(describe_engine(layout, kernels), RUN_FILES.engine)
 
 
 def _log_data(train_loader: "TrainLoader") -> None:

@@ -115,7 +115,7 @@ def open_run_data(config: ExperimentConfig) -> "Corpus":
             f"{places}: the run's prepared data is not there; restore it, or make it again with "
             "`toolkit prepare`"
         )
-    return open_corpus(data.replace(dataset=without_sources(data.dataset)), check_text=False)
+    return open_corpus(data.replace(dataset=without_sources(data.dataset)))
 
 
 def _has_data(config: ExperimentConfig) -> bool:

@@ -18,8 +18,7 @@ from toolkit.errors import CheckpointError
 from toolkit.hf.family import Family, Rule
 from toolkit.models.config import ModelConfig
 from toolkit.models.lora_config import LoRAConfig
-from toolkit.storage.atomic import PathLike, write_json_atomic
-from toolkit.storage.new_folder import new_folder
+from toolkit.storage.atomic import PathLike, new_output, write_json_atomic
 
 A_SUFFIX, B_SUFFIX = ".lora_A.weight", ".lora_B.weight"
 WEIGHTS_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
@@ -188,7 +187,7 @@ def _peft_config(
 def _write(folder: Path, weights: dict[str, Tensor], settings: dict[str, Any]) -> None:
     from safetensors.torch import save_file
 
-    with new_folder(folder) as unfinished:
+    with new_output(folder) as unfinished:
         contiguous = {name: tensor.contiguous() for name, tensor in weights.items()}
         save_file(contiguous, unfinished / WEIGHTS_FILE, metadata={"format": "pt"})
         write_json_atomic(unfinished / CONFIG_FILE, settings, sync=False)

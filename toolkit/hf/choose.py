@@ -1,8 +1,9 @@
 """Which class of `transformers` a model is exported as."""
 
 from toolkit.errors import CheckpointError
+from toolkit.hf.equivalence import defining_values, differences
 from toolkit.hf.families import FAMILIES
-from toolkit.hf.family import Family, misfits
+from toolkit.hf.family import Family, Settings
 from toolkit.models.config import ModelConfig, TransformerConfig
 
 _SHOWN = 4
@@ -40,6 +41,17 @@ def choose_family(config: ModelConfig, model_type: str | None = None) -> Family:
             f"the nearest, {nearest.architecture}, does not have: {', '.join(parts[:_SHOWN])}"
         )
     return family
+
+
+def misfits(family: Family, config: TransformerConfig) -> list[str]:
+    """Every part of `config` that the family cannot express, as "name value"; where its config.json
+    cannot even be read back, the reason and all parts."""
+    written = {"model_type": family.model_type, **family.write_config(config)}
+    try:
+        back = TransformerConfig(**family.read_config(Settings(written)))
+    except (CheckpointError, ValueError) as error:
+        return [str(error), *defining_values(config)]
+    return differences(config, back)
 
 
 def _nearest(config: TransformerConfig, model_type: str | None) -> tuple[Family, list[str]]:

@@ -39,8 +39,8 @@ from toolkit.hf.read_config import read_hf_config
 from toolkit.hf.tokenizer_files import ConvertedTokenizer, convert_tokenizer, token_ids
 from toolkit.hf.weights import HFWeights
 from toolkit.models.config import TransformerConfig
+from toolkit.storage.atomic import new_output
 from toolkit.storage.foreign import read_bytes
-from toolkit.storage.new_folder import new_folder
 from toolkit.storage.progress import Advance, byte_progress
 from toolkit.wording import count
 
@@ -112,7 +112,7 @@ def convert_hf(
     model = read_hf_config(source)
     weights = HFWeights(source)
     notes = list(model.notes)
-    with new_folder(out) as unfinished:
+    with new_output(out) as unfinished:
         tokenizer = _tokenizer(
             source, unfinished / TOKENIZER_FOLDER, model.family.model_type, options
         )

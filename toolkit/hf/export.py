@@ -35,8 +35,7 @@ from toolkit.hf.tokenizer_files import copy_tokenizer
 from toolkit.hf.write_weights import Dtypes, write_weights
 from toolkit.models.config import ModelConfig
 from toolkit.models.lora_config import LoRAConfig
-from toolkit.storage.atomic import PathLike, write_json_atomic
-from toolkit.storage.new_folder import check_unused, new_folder
+from toolkit.storage.atomic import PathLike, check_unused, new_output, write_json_atomic
 
 log = logging.getLogger(__name__)
 
@@ -106,7 +105,7 @@ def export_hf(
     dtypes = torch.float32 if dtype is None else dtype
     first = first_type(dtypes)
     items = named_tensors.items() if isinstance(named_tensors, Mapping) else named_tensors
-    with new_folder(folder) as unfinished:
+    with new_output(folder) as unfinished:
         files = write_weights(transformer, family, items, unfinished, dtypes, max_shard_bytes)
         settings: dict[str, Any] = {
             "architectures": [family.architecture],
@@ -355,7 +354,7 @@ def _export_adapter(
     assert source.metadata is not None
     family = choose_family(source.config, source.origin.get("model_type"))
     not_checked = _why_not_checked(source, check)
-    with new_folder(folder) as unfinished:
+    with new_output(folder) as unfinished:
         export_adapter(
             source.config,
             family,

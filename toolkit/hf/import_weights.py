@@ -1,6 +1,6 @@
 """Tensors of a Hugging Face folder as ours, one at a time.
 
-1. The family's table, run on tensors without storage, tells the shape of every tensor of theirs.
+1. The family's rules, run on tensors without storage, tell the shape of every tensor of theirs.
    Names, shapes and types of the whole folder are compared with that before a value is read: every
    tensor of theirs is used exactly once and every one of ours is filled, or it is an error.
 2. Then group after group is read, in the order in which they lie in the files, rearranged, and
@@ -14,16 +14,13 @@ import torch
 from torch import Tensor
 
 from toolkit.errors import CheckpointError
-from toolkit.hf.family import Family, Rule
-from toolkit.hf.transforms import SAME
+from toolkit.hf.family import SAME, Family, Rule
 from toolkit.hf.weights import HFWeights
 from toolkit.models.config import TransformerConfig
+from toolkit.models.parameters import parameter_shapes
 
 VOCABULARY = ("embeddings.tokens.weight", "head.weight")
 """Our tensors that have a row for each token id, and padding."""
-
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-"""Types of weights that fp32 master weights hold exactly."""
 
 _NAMED = 3
 
@@ -32,7 +29,7 @@ class ImportPlan:
     """What is read for which tensor of ours; nothing has been read yet.
 
     Args:
-        family: table of the folder's architecture.
+        family: of the folder's model.
         config: the model to fill. Its vocabulary may be larger than the folder's.
         weights: of the folder.
         source_vocab_size: rows of the folder's vocabulary; default: those of `config`.
@@ -70,16 +67,19 @@ class ImportPlan:
         self._check_names()
         position = {name: n for n, name in enumerate(weights.tensors)}
         self._rules.sort(key=lambda rule: min(position[name] for name in rule.theirs))
-        expected = self._expected()
-        self._check_shapes(expected)
+        shapes = parameter_shapes(config)
+        filled = {name for rule in self._rules for name in rule.ours}
+        if wrong := sorted(filled ^ shapes.keys()):
+            raise CheckpointError(
+                f"{_some(wrong)} on one side only of the mapping of {family.model_type}"
+            )
         self.meta_tensors: dict[str, Tensor] = {}
         """Our names, in the order of `tensors`, and tensors of their shapes and types on the meta
         device."""
         for rule in self._rules:
-            self._check_types(rule)
-            theirs = [self._empty(name) for name in rule.theirs]
-            for name, tensor in zip(rule.ours, rule.transform.to_ours(theirs), strict=True):
-                self.meta_tensors[name] = tensor.new_empty(expected[name].shape)
+            ours = [torch.empty(shapes[name], device="meta") for name in rule.ours]
+            for name, dtype in zip(rule.ours, self._check(rule, ours), strict=True):
+                self.meta_tensors[name] = torch.empty(shapes[name], dtype=dtype, device="meta")
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """`(our name, whole CPU tensor)`; memory stays at the tensors of one rule.
@@ -88,28 +88,23 @@ class ImportPlan:
             CheckpointError: a file has changed in between.
         """
         for rule in self._rules:
-            if rule.ours[0] in VOCABULARY:
-                yield rule.ours[0], self._with_all_rows(rule)
-                continue
             theirs = [self._weights.read(name) for name in rule.theirs]
             ours = rule.transform.to_ours(theirs)
             del theirs
             for name in rule.ours:
-                yield name, ours.pop(0)
+                tensor = ours.pop(0)
+                yield name, self._with_all_rows(name, tensor) if name in VOCABULARY else tensor
 
-    def _with_all_rows(self, rule: Rule) -> Tensor:
-        meta = self.meta_tensors[rule.ours[0]]
-        old, new = self._source_vocab, self._config.vocab_size
-        if len(meta) == old and not self._new_ids:
-            return self._weights.read(rule.theirs[0])
-        tensor = torch.empty(meta.shape, dtype=meta.dtype)
-        self._weights.read(rule.theirs[0], out=tensor[:old])
+    def _with_all_rows(self, name: str, rows: Tensor) -> Tensor:
+        meta = self.meta_tensors[name]
+        if len(meta) == len(rows) and not self._new_ids:
+            return rows
+        tensor = torch.zeros(meta.shape, dtype=meta.dtype)
+        tensor[: len(rows)] = rows
         if self._new_ids:
-            known = tensor[torch.tensor(self._known_ids)]
-            tensor[torch.tensor(self._new_ids)] = known.mean(dim=0, dtype=torch.float32).to(
-                tensor.dtype
-            )
-        tensor[new:] = 0
+            known = rows[torch.tensor(self._known_ids)]
+            mean = known.mean(dim=0, dtype=torch.float32)
+            tensor[torch.tensor(self._new_ids)] = mean.to(tensor.dtype)
         return tensor
 
     def _renamed_rules(self) -> list[Rule]:
@@ -124,29 +119,25 @@ class ImportPlan:
         ]
 
     def _check_names(self) -> None:
-        present = self._weights.tensors
+        present, folder = self._weights.tensors, self._weights.folder
         wanted = [name for rule in self._rules for name in rule.theirs]
         if missing := [name for name in wanted if name not in present]:
             raise CheckpointError(
-                f"{self._weights.folder}: {_some(missing)} missing; config.json asks for "
+                f"{folder}: {_some(missing)} missing; config.json asks for "
                 f"{'it' if len(missing) == 1 else 'them'}"
             )
         head = self._tied_head()
-        buffers = [re.compile(pattern) for pattern in self._family.buffers]
-        unused = [
-            name
-            for name in present.keys() - set(wanted)
-            if name != head and not any(pattern.fullmatch(name) for pattern in buffers)
-        ]
+        known = re.compile("|".join((re.escape(head), *self._family.buffers)))
+        unused = sorted(n for n in present.keys() - set(wanted) if not known.fullmatch(n))
         if unused:
             raise CheckpointError(
-                f"{self._weights.folder}: {_some(sorted(unused))} not in the mapping of "
+                f"{folder}: {_some(unused)} not in the mapping of "
                 f"{self._family.model_type} for this config.json; nothing is dropped silently"
             )
         embedding = next(r.theirs[0] for r in self._rules if r.ours == (VOCABULARY[0],))
         if head in present and not self._weights.is_equal(head, embedding):
             raise CheckpointError(
-                f"{self._weights.folder}: {head} differs from {embedding}, but config.json says "
+                f"{folder}: {head} differs from {embedding}, but config.json says "
                 "tie_word_embeddings true; set it to false to keep both"
             )
 
@@ -157,54 +148,26 @@ class ImportPlan:
         untied = self._family.rules(self._config.replace(tie_embeddings=False))
         return next((r.theirs[0] for r in untied if r.ours == (VOCABULARY[1],)), "")
 
-    def _expected(self) -> dict[str, Tensor]:
-        model = self._config.build(init_device="meta")
-        expected = {name: parameter.detach() for name, parameter in model.named_parameters()}
-        filled = [name for rule in self._rules for name in rule.ours]
-        if sorted(filled) != sorted(expected):
-            wrong = sorted(set(filled) ^ set(expected)) or sorted(filled)
-            raise CheckpointError(
-                f"{_some(wrong)} on one side only of the mapping of {self._family.model_type}"
-            )
-        return expected
-
-    def _check_shapes(self, expected: dict[str, Tensor]) -> None:
-        for rule in self._rules:
-            ours = [expected[name] for name in rule.ours]
-            if rule.ours[0] in VOCABULARY:
-                assert rule.transform is SAME, "rows of the vocabulary lie alike in all families"
-                ours = [ours[0][: self._source_vocab]]
-            for name, tensor in zip(rule.theirs, rule.transform.to_theirs(ours), strict=True):
-                stored = self._weights.tensors[name]
-                if stored.shape != tensor.shape:
-                    raise CheckpointError(
-                        f"{stored.file}: {name} has shape {tuple(stored.shape)}, but config.json "
-                        f"gives {tuple(tensor.shape)}"
-                    )
-
-    def _check_types(self, rule: Rule) -> None:
-        for name in rule.theirs:
+    def _check(self, rule: Rule, ours: list[Tensor]) -> list[torch.dtype]:
+        """Shapes and types of their tensors; returns the types of ours."""
+        if rule.ours[0] in VOCABULARY:
+            assert rule.transform is SAME, "rows of the vocabulary lie alike in all families"
+            ours = [ours[0][: self._source_vocab]]
+        theirs = []
+        for name, tensor in zip(rule.theirs, rule.transform.to_theirs(ours), strict=True):
             stored = self._weights.tensors[name]
-            if stored.dtype not in FLOATS:
+            if stored.shape != tensor.shape:
                 raise CheckpointError(
-                    f"{stored.file}: {name} is of type {stored.dtype_name}; weights must be "
+                    f"{stored.file}: {name} has shape {tuple(stored.shape)}, but config.json "
+                    f"gives {tuple(tensor.shape)}"
+                )
+            if stored.dtype is None:
+                raise CheckpointError(
+                    f"{stored.file}: {name} is of type {stored.type_name}; weights must be "
                     "F32, BF16 or F16 (dequantise the model first)"
                 )
-
-    def _empty(self, name: str) -> Tensor:
-        stored = self._weights.tensors[name]
-        return torch.empty(stored.shape, dtype=stored.dtype, device="meta")
-
-
-def import_tensors(
-    family: Family, config: TransformerConfig, weights: HFWeights
-) -> Iterator[tuple[str, Tensor]]:
-    """`(our name, whole CPU tensor in the folder's type)`, one at a time; see `ImportPlan`.
-
-    Raises:
-        CheckpointError: at once, before the first is read.
-    """
-    return ImportPlan(family, config, weights).tensors()
+            theirs.append(torch.empty_like(tensor, dtype=stored.dtype))
+        return [tensor.dtype for tensor in rule.transform.to_ours(theirs)]
 
 
 def _some(names: Sequence[str]) -> str:

@@ -10,9 +10,8 @@ import msgspec
 from toolkit.data.prepare.tokenizers.backend import check_small_files
 from toolkit.errors import CheckpointError
 from toolkit.hf.families import FAMILIES
-from toolkit.hf.family import Family
+from toolkit.hf.family import Family, Settings
 from toolkit.hf.loading import quiet_transformers
-from toolkit.hf.settings import Settings
 from toolkit.models.config import TransformerConfig
 from toolkit.models.sizes import check_sizes
 from toolkit.storage.foreign import guard, read_bytes, reason_of

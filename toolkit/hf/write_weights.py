@@ -1,18 +1,19 @@
 """A model's weights as safetensors files under the names of its family.
 
-The family's table says which tensors of theirs there are and of which of ours they are made. Run on
-tensors without storage, it also tells every shape, so files are laid out before the first weight is
-seen. Ours then come in one at a time, in any order; each is cut to the real vocabulary, converted
-and written to its place at once. Only the parts of a fused tensor (GPT-2's qkv) wait for one
-another. The library's own `save_file` wants all tensors of a file in memory at once.
+The family's rules say which tensors of theirs there are and of which of ours they are made. Run on
+tensors without storage, they also tell every shape, so files are laid out before the first weight
+is seen. Ours then come in one at a time, in any order; each is cut to the real vocabulary,
+converted and written to its place at once. Only the parts of a fused tensor (GPT-2's qkv) wait for
+one another.
+
+So the format is written here: `safetensors` itself only writes tensors that are all in memory.
 """
 
-import contextlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from pathlib import Path
-from types import TracebackType
-from typing import Self
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
@@ -20,12 +21,12 @@ from torch import Tensor
 from toolkit.errors import CheckpointError
 from toolkit.hf.family import Family, Rule
 from toolkit.hf.import_weights import VOCABULARY
-from toolkit.hf.weights import DTYPES
+from toolkit.hf.weights import FLOATS
 from toolkit.models.config import TransformerConfig
 from toolkit.models.init import canonical_name
+from toolkit.models.parameters import parameter_shapes
 from toolkit.storage.atomic import write_json_atomic
 
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _LARGEST_HALF = torch.finfo(torch.float16).max
 INDEX_FILE = "model.safetensors.index.json"
 
@@ -47,27 +48,55 @@ def write_weights(
         CheckpointError: a tensor is missing, unknown or of another shape.
     """
     rules = family.rules(config)
-    expected = {name: p.detach() for name, p in config.build(init_device="meta").named_parameters()}
+    shapes = parameter_shapes(config)
     layout: dict[str, Tensor] = {}
     for rule in rules:
-        ours = [_unpadded(s, expected[s], config).to(_dtype(dtypes, s)) for s in rule.ours]
+        meta = {
+            name: torch.empty(shapes[name], dtype=_dtype(dtypes, name), device="meta")
+            for name in rule.ours
+        }
+        ours = [_unpadded(name, tensor, config) for name, tensor in meta.items()]
         layout |= zip(rule.theirs, rule.transform.to_theirs(ours), strict=True)
     shards = _plan_shards(layout, max_shard_bytes)
-    file_of = {target: name for name, targets in shards.items() for target in targets}
     if len(shards) > 1:
         size = sum(tensor.nbytes for tensor in layout.values())
+        file_of = {target: name for name, targets in shards.items() for target in targets}
         index = {"metadata": {"total_size": size}, "weight_map": file_of}
         write_json_atomic(folder / INDEX_FILE, index, sync=False)
-    with contextlib.ExitStack() as stack:
-        files = {
-            name: stack.enter_context(SafetensorsFile(folder / name, targets))
-            for name, targets in shards.items()
-        }
-        for target, tensor in _converted(config, rules, expected, tensors):
+    with ExitStack() as stack:
+        places: dict[str, tuple[BinaryIO, int]] = {}
+        for name, targets in shards.items():
+            file = stack.enter_context((folder / name).open("wb"))
+            places |= {target: (file, at) for target, at in _begin_file(file, targets).items()}
+        for target, tensor in _converted(config, rules, shapes, tensors):
             if layout[target].dtype == torch.float16:
                 _check_range(target, tensor)
-            files[file_of[target]].write(target, tensor)
+            file, position = places[target]
+            raw = tensor.to("cpu", layout[target].dtype).contiguous().view(-1).view(torch.uint8)
+            file.seek(position)
+            file.write(raw.numpy().data)
     return [folder / name for name in shards]
+
+
+def _begin_file(file: BinaryIO, layout: Mapping[str, Tensor]) -> dict[str, int]:
+    """Write the header (8 bytes little-endian length; JSON, padded to 8 bytes: name -> dtype,
+    shape, byte range) and make room; returns where the bytes of each tensor begin.
+    https://huggingface.co/docs/safetensors"""
+    names = {dtype: name for name, dtype in FLOATS.items()}
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    begins, end = {}, 0
+    for name, tensor in layout.items():
+        begins[name], end = end, end + tensor.nbytes
+        header[name] = {
+            "dtype": names[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [begins[name], end],
+        }
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    file.write(len(text).to_bytes(8, "little") + text)
+    file.truncate(8 + len(text) + end)
+    return {name: 8 + len(text) + begin for name, begin in begins.items()}
 
 
 def _check_range(name: str, tensor: Tensor) -> None:
@@ -88,7 +117,7 @@ def _dtype(dtypes: Dtypes, name: str) -> torch.dtype:
 def _converted(
     config: TransformerConfig,
     rules: list[Rule],
-    expected: dict[str, Tensor],
+    shapes: Mapping[str, tuple[int, ...]],
     tensors: Iterable[tuple[str, Tensor]],
 ) -> Iterator[tuple[str, Tensor]]:
     """`(their name, their tensor)`, each as soon as the last of its sources has come in."""
@@ -99,10 +128,10 @@ def _converted(
         name = canonical_name(wrapped_name)
         if name not in missing:
             raise CheckpointError(f"{name}: not a parameter of this model, or given twice")
-        if tensor.shape != expected[name].shape:
+        if tensor.shape != shapes[name]:
             raise CheckpointError(
                 f"{name}: shape {tuple(tensor.shape)}, but the model config gives "
-                f"{tuple(expected[name].shape)}; export with the config it was trained with"
+                f"{shapes[name]}; export with the config it was trained with"
             )
         missing.remove(name)
         rule = rule_of[name]
@@ -112,7 +141,7 @@ def _converted(
             yield from zip(rule.theirs, theirs, strict=True)
     if missing:
         raise CheckpointError(
-            f"{sorted(missing)[0]}: missing from the weights to export "
+            f"{min(missing)}: missing from the weights to export "
             f"({len(missing)} of {len(rule_of)} are); the checkpoint is of another model"
         )
 
@@ -135,49 +164,3 @@ def _plan_shards(layout: dict[str, Tensor], max_shard_bytes: int) -> dict[str, d
         return {"model.safetensors": groups[0]}
     total = len(groups)
     return {f"model-{i:05}-of-{total:05}.safetensors": g for i, g in enumerate(groups, start=1)}
-
-
-class SafetensorsFile:
-    """Context manager; every tensor announced in `layout` is to be given to `write` once.
-
-    Args:
-        layout: name -> a tensor of that shape and type (on the meta device, say).
-    """
-
-    def __init__(self, path: Path, layout: Mapping[str, Tensor]) -> None:
-        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-        position = 0
-        self._places: dict[str, tuple[int, torch.dtype]] = {}
-        for name, tensor in layout.items():
-            end = position + tensor.nbytes
-            header[name] = {
-                "dtype": _NAMES[tensor.dtype],
-                "shape": list(tensor.shape),
-                "data_offsets": [position, end],
-            }
-            self._places[name] = (position, tensor.dtype)
-            position = end
-        text = json.dumps(header).encode()
-        text += b" " * (-len(text) % 8)
-        self._data_start = 8 + len(text)
-        self._file = path.open("wb")
-        self._file.write(len(text).to_bytes(8, "little") + text)
-        self._file.truncate(self._data_start + position)
-
-    def write(self, name: str, tensor: Tensor) -> None:
-        """Put `tensor` (any device, converted to the announced type) in its place."""
-        offset, dtype = self._places[name]
-        flat = tensor.detach().to("cpu", dtype).contiguous().view(-1).view(torch.uint8)
-        self._file.seek(self._data_start + offset)
-        self._file.write(flat.numpy().data)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._file.close()

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from toolkit import signals
-from toolkit.distributed.launcher_checks import STORE_FILE, loopback_interface
+from toolkit.distributed.ranks import STORE_FILE, loopback_interface
 from toolkit.errors import EXIT_DONE, EXIT_STOPPED, ConfigError, RunError, TrainingError
 from toolkit.runs.status import read_status
 

@@ -12,16 +12,15 @@ Every rank must record the same names in the same order at the same steps: the b
 are then alike, and so are the calls of `reduce`.
 """
 
-import queue
-import threading
+import concurrent.futures
 from collections.abc import Callable, Iterator, Mapping
-from itertools import groupby
+from concurrent.futures import Future
 from typing import Any, Literal, NamedTuple
 
 import torch
 
 from toolkit.errors import ToolkitError, TrainingError, reason_of_machine
-from toolkit.threads import Thread
+from toolkit.threads import Worker
 
 Reduction = Literal["sum", "mean", "max", "none"]
 Value = torch.Tensor | float | int | str | None
@@ -43,53 +42,26 @@ class _Record(NamedTuple):
     reductions: Mapping[str, Reduction]
 
 
-class _Copy(NamedTuple):
-    """A transfer under way: the host tensor, the groups inside it, what to wait for."""
-
-    host: torch.Tensor
-    groups: list[tuple[torch.dtype, int]]
-    event: Any
-
-
-class _Block(NamedTuple):
-    records: list[_Record]
-    copies: dict[torch.device, _Copy]
-
-
-class PendingFlush:
+class PendingFlush(NamedTuple):
     """What `begin_flush` started."""
 
-    def __init__(self, recorder: "MetricsRecorder", after: Callable[[], Any] | None) -> None:
-        self._recorder = recorder
-        self._after = after
-        self._done = threading.Event()
-        self._result: Any = None
+    recorder: "MetricsRecorder"
+    done: Future[Any]
 
     def wait(self) -> Any:
-        """Block until it is done; the result of `after`. Any thread may call it.
-
-        Raises:
-            TrainingError: when delivering failed.
-        """
-        while not self._done.wait(timeout=1.0):
-            self._recorder._check_alive()
-        self._recorder._check_error()
-        return self._result
-
-    def _finish(self, *, succeeded: bool) -> None:
-        try:
-            if succeeded and self._after is not None:
-                self._result = self._after()
-        finally:
-            self._done.set()
+        """Block until it is done; the result of `after`. Any thread may call it. Raises
+        TrainingError when delivering failed."""
+        concurrent.futures.wait([self.done])
+        self.recorder._check_error()
+        return self.done.result()
 
 
 class MetricsRecorder:
-    """See the head of this module.
+    """Collects records and delivers them in blocks.
 
-    `collect_interval` is in steps. `reduce` is None for a single rank. `sync`, if given, is called
-    by `flush` after the last delivery, to bring the sinks' files to disk. `start_step` is the last
-    step that an earlier attempt recorded: only later ones may come, in other streams that one too.
+    `collect_interval` is in steps. `reduce` is None for a single rank. `sync` is called by `flush`
+    after the last delivery, to bring files to disk. `start_step` is the last step that an earlier
+    attempt recorded: only later ones may come, in other streams that one too.
     """
 
     def __init__(
@@ -98,7 +70,7 @@ class MetricsRecorder:
         collect_interval: int,
         deliver: Deliver,
         reduce: Reduce | None = None,
-        sync: Callable[[], None] | None = None,
+        sync: Callable[[], None] = lambda: None,
         start_step: int = 0,
     ) -> None:
         self._interval = collect_interval
@@ -110,9 +82,7 @@ class MetricsRecorder:
         self._last_step: dict[str, int] = {}
         self._pending: list[_Record] = []
         self._error: BaseException | None = None
-        self._queue: queue.SimpleQueue[_Block | PendingFlush | None] = queue.SimpleQueue()
-        self._thread = Thread(target=self._work, name="metrics", daemon=True)
-        self._thread.start()
+        self._worker = Worker("metrics")
 
     def record(
         self,
@@ -126,10 +96,8 @@ class MetricsRecorder:
 
         Tensors hold one element, are detached, and must not be changed afterwards; neither must
         the mappings. Other streams' records go out with the block of the train record that
-        follows. Steps must grow in train, and not shrink in other streams.
-
-        Raises:
-            TrainingError: when delivering earlier values failed.
+        follows. Steps must grow in train, and not shrink in other streams. Raises TrainingError
+        when delivering earlier values failed.
         """
         self._check_error()
         last = self._last_step.get(stream, self._start_step)
@@ -147,22 +115,20 @@ class MetricsRecorder:
         """Block until everything recorded so far is delivered and synced to disk.
 
         All ranks must call it at the same step: the block it closes is reduced like any other.
-
-        Raises:
-            TrainingError: when delivering failed.
+        Raises TrainingError when delivering failed.
         """
         self.begin_flush().wait()
 
     def begin_flush(self, after: Callable[[], Any] | None = None) -> PendingFlush:
-        """Like `flush`, but without waiting: that is done by whoever needs it.
-
-        `after` is called in the delivering thread when everything up to here, and nothing later, is
-        delivered.
-        """
+        """`flush` without waiting. `after` is called in the delivering thread when everything up to
+        here, and nothing later, is delivered."""
         self._hand_over()
-        pending = PendingFlush(self, after)
-        self._queue.put(pending)
-        return pending
+
+        def finish() -> Any:
+            self._sync()
+            return None if after is None else after()
+
+        return PendingFlush(self, self._submit(finish))
 
     def close(self, *, flush: bool = True) -> None:
         """Flush and stop the thread.
@@ -171,19 +137,14 @@ class MetricsRecorder:
         so values that were not handed over yet are dropped and a stuck one is not awaited.
         """
         try:
-            if flush and self._thread.is_alive():
+            if flush:
                 self.flush()
         finally:
             self._pending = []
-            self._queue.put(None)
-            self._thread.join(timeout=None if flush and self._error is None else 2.0)
+            self._worker.stop(None if flush and self._error is None else 2.0)
 
     def _next_boundary(self, step: int) -> int:
         return (step // self._interval + 1) * self._interval
-
-    def _check_alive(self) -> None:
-        if not self._thread.is_alive():
-            raise TrainingError("metrics: the delivering thread is gone; see the log")
 
     def _check_error(self) -> None:
         error = self._error
@@ -201,54 +162,65 @@ class MetricsRecorder:
     def _hand_over(self) -> None:
         if self._pending:
             records, self._pending = self._pending, []
-            self._queue.put(_Block(records, _start_copies(records)))
+            read = _start_reading(records)
+            self._submit(lambda: self._deliver_block(records, read()))
 
-    def _work(self) -> None:
-        while (item := self._queue.get()) is not None:
+    def _submit(self, job: Callable[[], Any]) -> Future[Any]:
+        """Run `job` in the delivering thread; after an error nothing runs any more."""
+
+        def run() -> Any:
+            if self._error is not None:
+                return None
             try:
-                if isinstance(item, PendingFlush):
-                    if self._sync is not None and self._error is None:
-                        self._sync()
-                elif self._error is None:
-                    self._finish(item)
+                return job()
             except BaseException as error:
                 self._error = error
-            finally:
-                if isinstance(item, PendingFlush):
-                    item._finish(succeeded=self._error is None)
 
-    def _finish(self, block: _Block) -> None:
-        rows = _host_values(block)
+        return self._worker.submit(run)
+
+    def _deliver_block(self, records: list[_Record], rows: list[dict[str, Any]]) -> None:
         if self._reduce is not None:
-            _reduce_rows(block.records, rows, self._reduce)
-        pairs = zip(block.records, rows, strict=True)
-        by_stream = sorted(pairs, key=lambda pair: pair[0].stream)  # stable: steps stay in order
-        for stream, group in groupby(by_stream, key=lambda pair: pair[0].stream):
-            self._deliver(stream, [{"step": record.step} | row for record, row in group])
+            _reduce_rows(records, rows, self._reduce)
+        blocks: dict[str, list[dict[str, Any]]] = {}
+        for record, row in zip(records, rows, strict=True):
+            blocks.setdefault(record.stream, []).append({"step": record.step} | row)
+        for stream in sorted(blocks):
+            self._deliver(stream, blocks[stream])
 
 
-def _start_copies(records: list[_Record]) -> dict[torch.device, _Copy]:
-    """Start one copy per accelerator; values on the CPU are read later, by the thread."""
+@torch.no_grad()
+def _start_reading(records: list[_Record]) -> Callable[[], list[dict[str, Any]]]:
+    """Start one copy per accelerator. What it returns waits for them, and gives each record's
+    values as Python numbers, in their order."""
     found: dict[torch.device, dict[torch.dtype, list[torch.Tensor]]] = {}
     for record in records:
         for value in record.values.values():
             if isinstance(value, torch.Tensor) and not _on_host(value):
                 found.setdefault(value.device, {}).setdefault(value.dtype, []).append(value)
-    return {device: _start_copy(device, groups) for device, groups in found.items()}
-
-
-def _start_copy(device: torch.device, groups: dict[torch.dtype, list[torch.Tensor]]) -> _Copy:
-    with torch.no_grad():
+    copies = []
+    for device, by_type in found.items():
         # float64 holds every integer count up to 2^53 and every smaller float exactly.
-        parts = [
-            torch.stack([t.reshape(()) if t.dim() else t for t in tensors]).to(torch.float64)
-            for tensors in groups.values()
-        ]
-        stacked = torch.cat(parts) if len(parts) > 1 else parts[0]
-        host = _pinned(len(stacked))
-        host.copy_(stacked, non_blocking=True)
-    sizes = [(dtype, len(tensors)) for dtype, tensors in groups.items()]
-    return _Copy(host, sizes, _record_event(device))
+        parts = [torch.stack([t.reshape(()) for t in same]).double() for same in by_type.values()]
+        stacked = torch.cat(parts)
+        host = _pinned(len(stacked)).copy_(stacked, non_blocking=True)
+        copies.append((device, by_type, host, _record_event(device)))
+
+    def read() -> list[dict[str, Any]]:
+        arrived: dict[tuple[torch.device, torch.dtype], Iterator[float | int]] = {}
+        for device, by_type, host, event in copies:
+            event.synchronize()
+            for dtype, part in zip(by_type, host.split([*map(len, by_type.values())]), strict=True):
+                numbers = part if dtype.is_floating_point else part.long()
+                arrived[device, dtype] = iter(numbers.tolist())
+
+        def number(value: Value) -> Any:
+            if not isinstance(value, torch.Tensor):
+                return value
+            return value.item() if _on_host(value) else next(arrived[value.device, value.dtype])
+
+        return [{name: number(v) for name, v in record.values.items()} for record in records]
+
+    return read
 
 
 def _on_host(tensor: torch.Tensor) -> bool:
@@ -268,43 +240,18 @@ def _record_event(device: torch.device) -> Any:
     return event
 
 
-def _host_values(block: _Block) -> list[dict[str, Any]]:
-    """Each record's values as Python numbers, in their order."""
-    arrived: dict[tuple[torch.device, torch.dtype], Iterator[float | int]] = {}
-    for device, copy in block.copies.items():
-        copy.event.synchronize()
-        sizes = [size for _, size in copy.groups]
-        for (dtype, _), part in zip(copy.groups, copy.host.split(sizes), strict=True):
-            numbers = part if dtype.is_floating_point else part.long()
-            arrived[device, dtype] = iter(numbers.tolist())
-    rows = []
-    for record in block.records:
-        row: dict[str, Any] = {}
-        for name, value in record.values.items():
-            if isinstance(value, torch.Tensor):
-                if _on_host(value):
-                    value = value.item()
-                else:
-                    value = next(arrived[value.device, value.dtype])
-            row[name] = value
-        rows.append(row)
-    return rows
-
-
 def _reduce_rows(records: list[_Record], rows: list[dict[str, Any]], reduce: Reduce) -> None:
     """Replace the values that have a reduction by what one call of `reduce` makes of them."""
-    columns: list[Column] = []
-    places: list[tuple[dict[str, Any], str]] = []
-    for record, row in zip(records, rows, strict=True):
-        for name in row:
-            operation: str = record.reductions.get(name, "none")
-            if operation != "none":
-                columns.append((name, operation))
-                places.append((row, name))
-    if not columns:
+    places = [
+        (row, name, record.reductions[name])
+        for record, row in zip(records, rows, strict=True)
+        for name in row
+        if record.reductions.get(name, "none") != "none"
+    ]
+    if not places:
         return
-    before = [float(row[name]) for row, name in places]
-    after = reduce(columns, torch.tensor(before, dtype=torch.float64)).tolist()
-    for (row, name), (_, applied), value in zip(places, columns, after, strict=True):
-        keep_whole = isinstance(row[name], int) and applied != "mean"
+    values = torch.tensor([float(row[name]) for row, name, _ in places], dtype=torch.float64)
+    after = reduce([(name, operation) for _, name, operation in places], values).tolist()
+    for (row, name, operation), value in zip(places, after, strict=True):
+        keep_whole = isinstance(row[name], int) and operation != "mean"
         row[name] = int(value) if keep_whole else value

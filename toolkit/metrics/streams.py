@@ -1,14 +1,18 @@
-"""The four streams of metrics of a run: train, eval, network, system."""
+"""The four streams of metrics of a run: train, eval, network, system.
+
+Each is a file of JSON lines and a folder of TensorBoard events.
+"""
 
 import contextlib
+import io
 import logging
+import os
+import socket
 import threading
+import time
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
 
-from toolkit.metrics.repair import TrimResult, trim_jsonl
-from toolkit.metrics.sinks import JsonlSink, TensorBoardSink
+from toolkit.metrics.lines import JsonlSink, Record, Sink, TrimResult, trim_jsonl
 from toolkit.wording import count
 
 log = logging.getLogger(__name__)
@@ -24,7 +28,60 @@ EVAL_FIELDS = ("step", "tokens", "time", "name", "loss", "ppl")
 _FIELDS = {"train": TRAIN_FIELDS, "eval": EVAL_FIELDS}
 
 
-class MetricStreams:
+class TensorBoardSink(Sink):
+    """Writes event files that TensorBoard reads: one `Event` with all numbers of a record.
+
+    `purge_step`: TensorBoard forgets what earlier files of the folder hold from this step on (a
+    resumed run writes those steps again).
+    """
+
+    def __init__(self, folder: Path, *, purge_step: int | None = None) -> None:
+        super().__init__(folder)
+        self._purge_step = purge_step
+
+    def write(self, records: list[Record]) -> None:
+        """Append one event per record at its "step".
+
+        "time" (Unix seconds), if there, is the event's wall time; a text "name" is the prefix of
+        the tags; values that are not numbers are left out.
+        """
+        if not records:
+            return
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+        from tensorboard.compat.proto.summary_pb2 import Summary
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        events = []
+        if self._file is None:
+            now = time.time()
+            self._open(now)
+            events.append(Event(wall_time=now, file_version="brain.Event:2"))
+            if self._purge_step is not None:
+                start = SessionLog(status=SessionLog.START)
+                events.append(Event(wall_time=now, step=self._purge_step, session_log=start))
+        for record in records:
+            prefix = f"{record['name']}/" if isinstance(record.get("name"), str) else ""
+            values = [
+                Summary.Value(tag=prefix + key, simple_value=value)
+                for key, value in record.items()
+                if isinstance(value, int | float) and key not in ("step", "time")
+            ]
+            when = record.get("time") or time.time()
+            summary = Summary(value=values)
+            events.append(Event(step=record["step"], wall_time=when, summary=summary))
+        framed = io.BytesIO()
+        for event in events:
+            RecordWriter(framed).write(event.SerializeToString())
+        self._append(framed.getvalue())
+
+    def _open(self, now: float) -> None:
+        self._path.mkdir(exist_ok=True)  # not its parents: a run that is gone stays so
+        name = f"events.out.tfevents.{int(now):010d}.{socket.gethostname()}.{os.getpid()}"
+        unique = len(list(self._path.glob(f"{name}.*")))
+        self._file = (self._path / f"{name}.{unique}").open("xb", buffering=0)
+
+
+class MetricStreams(contextlib.AbstractContextManager["MetricStreams"]):
     """metrics/<stream>.jsonl and tb/<stream>/ of a run folder, on the main rank only.
 
     `resume_step`: training continues after this step. Lines of later steps, which will be written
@@ -42,8 +99,7 @@ class MetricStreams:
         resume_step: int | None = None,
         is_main: bool = True,
     ) -> None:
-        self._jsonl: dict[str, JsonlSink] = {}
-        self._tensorboard: dict[str, TensorBoardSink] = {}
+        self._sinks: dict[str, list[Sink]] = {s: [] for s in STREAMS}
         self._locks = {stream: threading.Lock() for stream in STREAMS}
         self._closed = False
         if not is_main:
@@ -52,39 +108,32 @@ class MetricStreams:
         if tensorboard:
             (run_folder / "tb").mkdir(parents=True, exist_ok=True)
         results: dict[str, TrimResult] = {}
-        for stream in STREAMS:
+        for stream, sinks in self._sinks.items():
             path = run_folder / "metrics" / f"{stream}.jsonl"
-            result = trim_jsonl(path, last_step=last_step)
-            results[f"{stream}.jsonl"] = result
-            self._jsonl[stream] = JsonlSink(path)
+            results[path.name] = trim_jsonl(path, last_step=last_step)
+            sinks.append(JsonlSink(path))
             if tensorboard:
                 folder = run_folder / "tb" / stream
                 again = folder.is_dir() and any(folder.iterdir())
-                self._tensorboard[stream] = TensorBoardSink(
-                    folder, purge_step=last_step + 1 if again else None
-                )
+                sinks.append(TensorBoardSink(folder, purge_step=last_step + 1 if again else None))
         if removed := _removed(results, resume_step):
             log.info("%s: removed %s", run_folder / "metrics", removed)
 
-    def write(self, stream: str, records: list[dict[str, Any]]) -> None:
+    def write(self, stream: str, records: list[Record]) -> None:
         """Append `records` (each with "step") to a stream; nothing happens on other ranks."""
-        if stream not in self._jsonl:
-            if stream not in STREAMS:
-                raise ValueError(f"no such stream: {stream!r}; there are {', '.join(STREAMS)}")
-            return
+        if stream not in STREAMS:
+            raise ValueError(f"no such stream: {stream!r}; there are {', '.join(STREAMS)}")
         fields = _FIELDS.get(stream, ("step", "time"))
         ordered = [{k: r[k] for k in fields if k in r} | r for r in records]
         with self._locks[stream]:
-            if self._closed:
-                return
-            for sink in self._sinks(stream):
+            for sink in [] if self._closed else self._sinks[stream]:
                 sink.write(ordered)
 
     def sync(self) -> None:
         """Bring everything written so far to disk."""
-        for stream in STREAMS:
+        for stream, sinks in self._sinks.items():
             with self._locks[stream]:
-                for sink in self._sinks(stream):
+                for sink in sinks:
                     sink.sync()
 
     def close(self) -> None:
@@ -94,25 +143,13 @@ class MetricStreams:
             OSError: of the first file that could not be synced; the others are closed too.
         """
         with contextlib.ExitStack() as stack:
-            for stream in STREAMS:
+            for stream, sinks in self._sinks.items():
                 with self._locks[stream]:
                     self._closed = True
-                    for sink in self._sinks(stream):
+                    for sink in sinks:
                         stack.callback(sink.close)
 
-    def _sinks(self, stream: str) -> list[JsonlSink | TensorBoardSink]:
-        both = (self._jsonl.get(stream), self._tensorboard.get(stream))
-        return [sink for sink in both if sink is not None]
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 

@@ -92,7 +92,7 @@ def adapted_layers(config: TransformerConfig, lora: LoRAConfig) -> list[str]:
         elif not hits:
             problem = f"matches no linear layer{_examples(list(shapes), pattern, linear)}"
         if problem:
-            found.add(ConfigError(f"{LORA}.target_modules: {pattern!r} {problem}"))
+            found.add(ConfigError(f"{pattern!r} {problem}", key=f"{LORA}.target_modules"))
         chosen.update(hits)
     found.raise_any()
     return [name for name in linear if name in chosen]
@@ -123,7 +123,7 @@ def trained_parameters(
         with found.collecting():
             trained.difference_update(matching(FREEZE, pattern, names))
     if not trained and not found.errors:
-        found.add(ConfigError(f"{FREEZE}: {', '.join(freeze)} leaves no parameter to train"))
+        found.add(ConfigError(f"{', '.join(freeze)} leaves no parameter to train", key=FREEZE))
     found.raise_any()
     return TrainedParameters(
         {name: ParameterInfo(shape, name in trained) for name, shape in shapes.items()}

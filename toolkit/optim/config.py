@@ -1,14 +1,44 @@
-"""Configs of optimizers and learning-rate schedules."""
+"""Configs of optimizers. No torch: settings and names are checked before there is a model."""
 
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, Literal
+import fnmatch
+import inspect
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import msgspec
 
 from toolkit.config import Config
 from toolkit.config.base import check_not_negative, check_positive
-from toolkit.config.check import FieldError, convert
+from toolkit.config.check import convert
+from toolkit.config.named import named, users_class, users_object
+from toolkit.config.patterns import matching
+from toolkit.errors import ConfigError, ErrorList
 
-if TYPE_CHECKING:
-    import torch
+_KEY = "train_module.optim"
+
+
+class OptimizerTraits(NamedTuple):
+    """What an engine must know of an optimizer. Its class says so by attributes of these names;
+    one that says nothing has none of them.
+
+    Example: `class Lion(torch.optim.Optimizer): takes_found_inf = True`.
+    """
+
+    takes_found_inf: bool = False
+    """`step` reads the tensors `optimizer.found_inf` and `optimizer.grad_scale`, as torch's fused
+    kernels do: it divides gradients by the one, and changes nothing where the other is 1. For all
+    other optimizers the engine scales gradients itself, and skips the call of `step`."""
+    needs_whole_matrices: bool = False
+    """The update mixes the rows or columns of a parameter (Muon, Shampoo), so that a rank which
+    holds a part of the parameter cannot compute it alone."""
+
+
+def traits_of(optimizer: object) -> OptimizerTraits:
+    """What `optimizer` (an object, or its class) declares. torch's fused optimizers are known."""
+    declared = {name: bool(getattr(optimizer, name, False)) for name in OptimizerTraits._fields}
+    # torch sets this on an optimizer with fused=True, for its own GradScaler.
+    declared["takes_found_inf"] |= bool(getattr(optimizer, "_step_supports_amp_scaling", False))
+    return OptimizerTraits(**declared)
 
 
 class GroupOverride(Config, kw_only=True):
@@ -22,56 +52,100 @@ class GroupOverride(Config, kw_only=True):
     """Settings to replace for these parameters, for example `{"weight_decay": 0.0}`."""
 
 
-class AdamWConfig(Config, kw_only=True, tag_field="type", tag="adamw"):
-    """AdamW (Loshchilov & Hutter 2019), torch's fused implementation."""
+class Optimizer(Config, kw_only=True):
+    """Base of the optimizers' configs."""
 
     lr: float = 3e-4
     """Peak learning rate; the schedule multiplies it."""
+    group_overrides: tuple[GroupOverride, ...] = ()
+    """Other settings by parameter name; the first matching entry wins."""
+
+    def __post_init__(self) -> None:
+        check_positive(self, *({"lr", "eps"} & set(self.__struct_fields__)))
+        check_not_negative(self, *({"momentum", "weight_decay"} & set(self.__struct_fields__)))
+        self._check_overrides()
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the optimizer is built with, and any group may have another value of."""
+        return {n: getattr(self, n) for n in self.__struct_fields__ if n != "group_overrides"}
+
+    def build(self, named_parameters: Mapping[str, Any]) -> Any:
+        """The torch optimizer over the trainable ones of `named_parameters`, in groups by
+        `group_overrides`."""
+        raise NotImplementedError
+
+    def groups(self, named_parameters: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """One group per override that applies, and one for the rest, each with all its settings.
+
+        Frozen parameters are in no group, but a pattern may match them.
+
+        Raises:
+            ConfigError: see `check_groups`.
+        """
+        self.check_groups(named_parameters)
+        patterns = [override.params for override in self.group_overrides]
+        members: list[list[Any]] = [[] for _ in range(len(patterns) + 1)]
+        for name, parameter in named_parameters.items():
+            if parameter.requires_grad:
+                hits = (i for i, p in enumerate(patterns) if _matches(name, p))
+                members[next(hits, -1)].append(parameter)
+        opts = [override.opts for override in self.group_overrides]
+        changes = [{k: tuple(v) if isinstance(v, list) else v for k, v in o.items()} for o in opts]
+        found = zip(members, [*changes, {}], strict=True)
+        return [{"params": own, **self.settings, **changed} for own, changed in found if own]
+
+    def check_groups(self, names: Iterable[str]) -> None:
+        """Check `group_overrides` against the names of the model's parameters and the settings.
+
+        Raises:
+            ConfigError: for a pattern that matches no parameter, or an unknown setting.
+        """
+        names, found = list(names), ErrorList()
+        for index, override in enumerate(self.group_overrides):
+            key = f"{_KEY}.group_overrides.{index}"
+            for pattern in override.params:
+                with found.collecting():
+                    matching(f"{key}.params", pattern, names)
+            for unknown in sorted(set(override.opts) - set(self.settings)):
+                problem = f"no setting {unknown!r}; known: {', '.join(self.settings)}"
+                found.add(ConfigError(problem, key=f"{key}.opts"))
+        found.raise_any()
+
+    def _check_overrides(self) -> None:
+        """Each override's settings must be ones that `self` could have, or `lr` 0."""
+        for index, override in enumerate(self.group_overrides):
+            opts = {k: v for k, v in override.opts.items() if (k, v) != ("lr", 0)}
+            for name in opts.keys() & set(self.__struct_fields__):
+                changed = {**self.to_dict(), "group_overrides": [], name: opts[name]}
+                try:
+                    convert(changed, type(self))
+                except ConfigError as error:
+                    raise ValueError(f"group_overrides.{index}.opts.{error}") from None
+
+
+class AdamWConfig(Optimizer, kw_only=True, tag_field="type", tag="adamw"):
+    """AdamW (Loshchilov & Hutter 2019), torch's fused implementation."""
+
     betas: tuple[float, float] = (0.9, 0.95)
     """Decay of the first and second moment."""
     eps: float = 1e-8
     """Added to the denominator for numerical stability."""
     weight_decay: float = 0.1
     """Decoupled weight decay."""
-    group_overrides: tuple[GroupOverride, ...] = ()
-    """Other settings by parameter name; the first matching entry wins."""
 
     def __post_init__(self) -> None:
-        check_positive(self, "lr", "eps")
-        check_not_negative(self, "weight_decay")
+        super().__post_init__()
         if not all(0.0 <= beta < 1.0 for beta in self.betas):
             raise ValueError(f"betas must each be in [0, 1): {list(self.betas)}")
-        _check_overrides(self, self.group_overrides)
 
-    def groups(self, named_parameters: "dict[str, torch.nn.Parameter]") -> list[dict[str, Any]]:
-        """Parameter groups by `group_overrides`, each with all its settings."""
-        from toolkit.optim.groups import parameter_groups
-
-        return parameter_groups(named_parameters, self._settings, self.group_overrides)
-
-    def check_groups(self, names: Iterable[str]) -> None:
-        """Check `group_overrides` against the names of the model's parameters."""
-        from toolkit.optim.groups import check_overrides
-
-        check_overrides(names, self._settings, self.group_overrides)
-
-    def build(self, named_parameters: "dict[str, torch.nn.Parameter]") -> "torch.optim.Optimizer":
-        """The optimizer over trainable `named_parameters`, in groups by `group_overrides`."""
-        import torch
-
-        return torch.optim.AdamW(self.groups(named_parameters), **self._settings, fused=True)
-
-    @property
-    def _settings(self) -> dict[str, Any]:
-        return {
-            "lr": self.lr,
-            "betas": tuple(self.betas),
-            "eps": self.eps,
-            "weight_decay": self.weight_decay,
-        }
+    def build(self, named_parameters: Mapping[str, Any]) -> Any:
+        return named("torch.optim:AdamW")(
+            self.groups(named_parameters), **self.settings, fused=True
+        )
 
 
-class SGDConfig(Config, kw_only=True, tag_field="type", tag="sgd"):
+class SGDConfig(Optimizer, kw_only=True, tag_field="type", tag="sgd"):
     """Stochastic gradient descent with optional momentum."""
 
     lr: float = 1e-2
@@ -80,125 +154,45 @@ class SGDConfig(Config, kw_only=True, tag_field="type", tag="sgd"):
     """Momentum factor; 0 keeps no state."""
     weight_decay: float = 0.0
     """L2 penalty added to the gradient."""
-    group_overrides: tuple[GroupOverride, ...] = ()
-    """Other settings by parameter name; the first matching entry wins."""
 
-    def __post_init__(self) -> None:
-        check_positive(self, "lr")
-        check_not_negative(self, "momentum", "weight_decay")
-        _check_overrides(self, self.group_overrides)
+    def build(self, named_parameters: Mapping[str, Any]) -> Any:
+        return named("torch.optim:SGD")(self.groups(named_parameters), **self.settings, fused=True)
 
-    def groups(self, named_parameters: "dict[str, torch.nn.Parameter]") -> list[dict[str, Any]]:
-        """Parameter groups by `group_overrides`, each with all its settings."""
-        from toolkit.optim.groups import parameter_groups
 
-        return parameter_groups(named_parameters, self._settings, self.group_overrides)
+class ClassOptimConfig(Optimizer, kw_only=True, tag_field="type", tag="class"):
+    """An optimizer of torch or your own: `type: "torch.optim:NAdam"` names its class, which is made
+    as `NAdam(groups, lr=lr, **options)`. See `OptimizerTraits` for what the class may declare."""
 
-    def check_groups(self, names: Iterable[str]) -> None:
-        """Check `group_overrides` against the names of the model's parameters."""
-        from toolkit.optim.groups import check_overrides
-
-        check_overrides(names, self._settings, self.group_overrides)
-
-    def build(self, named_parameters: "dict[str, torch.nn.Parameter]") -> "torch.optim.Optimizer":
-        """The optimizer over trainable `named_parameters`, in groups by `group_overrides`."""
-        import torch
-
-        return torch.optim.SGD(self.groups(named_parameters), **self._settings, fused=True)
+    target: str
+    """The class, as `module:Class`. Modules in the current folder are found too."""
+    options: dict[str, Any] = msgspec.field(default_factory=dict)
+    """Further arguments of the class."""
 
     @property
-    def _settings(self) -> dict[str, Any]:
-        return {
-            "lr": self.lr,
-            "momentum": self.momentum,
-            "weight_decay": self.weight_decay,
-        }
+    def settings(self) -> dict[str, Any]:
+        """The rate and the options."""
+        return {"lr": self.lr, **self.options}
+
+    def build(self, named_parameters: Mapping[str, Any]) -> Any:
+        groups = self.groups(named_parameters)
+        return users_object(self.target, groups, key=f"{_KEY}.type", **self.settings)
+
+    def check_groups(self, names: Iterable[str]) -> None:
+        """Check that there is such a class, that it takes the options, and `group_overrides`.
+
+        Raises:
+            ConfigError: otherwise.
+        """
+        found = users_class(self.target, key=f"{_KEY}.type")
+        try:
+            inspect.signature(found).bind([], **self.settings)
+        except TypeError as error:
+            raise ConfigError(f"{self.target}: {error}", key=f"{_KEY}.options") from None
+        super().check_groups(names)
 
 
-OptimConfig = AdamWConfig | SGDConfig
+OptimConfig = AdamWConfig | SGDConfig | ClassOptimConfig
 
 
-def _check_overrides(config: Config, overrides: tuple[GroupOverride, ...]) -> None:
-    """Each override's settings must be ones that `config` itself could have, or `lr` 0."""
-    for index, override in enumerate(overrides):
-        opts = {k: v for k, v in override.opts.items() if (k, v) != ("lr", 0)}
-        for name in opts.keys() & set(config.__struct_fields__):
-            try:
-                convert({"type": config.__struct_config__.tag, name: opts[name]}, type(config))
-            except FieldError as error:
-                raise ValueError(f"group_overrides.{index}.opts.{error}") from None
-
-
-class ConstantConfig(Config, kw_only=True, tag_field="type", tag="constant"):
-    """Linear warm-up, then the peak rate to the end."""
-
-    units: Literal["steps", "tokens"] = "steps"
-    """What `warmup` counts, and the argument of the schedule."""
-    warmup: int = 0
-    """Length of the linear warm-up, in `units`."""
-
-    def __post_init__(self) -> None:
-        check_not_negative(self, "warmup")
-
-    def factor(self, current: int, total: int, *, step_size: int = 1) -> float:
-        """Multiple of the peak rate at `current` of `total`; all in `units`, of which a training
-        step takes `step_size`."""
-        return _warmup_factor(current, self.warmup, step_size)
-
-
-class LinearConfig(Config, kw_only=True, tag_field="type", tag="linear"):
-    """Linear warm-up, then a straight line down to `alpha_f` of the peak."""
-
-    units: Literal["steps", "tokens"] = "steps"
-    """What `warmup` counts, and the argument of the schedule."""
-    warmup: int = 100
-    """Length of the linear warm-up, in `units`."""
-    alpha_f: float = 0.0
-    """Final rate as a fraction of the peak."""
-
-    def __post_init__(self) -> None:
-        check_not_negative(self, "warmup", "alpha_f")
-
-    def factor(self, current: int, total: int, *, step_size: int = 1) -> float:
-        """Multiple of the peak rate at `current` of `total`; all in `units`, of which a training
-        step takes `step_size`."""
-        if current < self.warmup:
-            return _warmup_factor(current, self.warmup, step_size)
-        progress = _progress(current, self.warmup, total)
-        return 1.0 - (1.0 - self.alpha_f) * progress
-
-
-class CosineConfig(Config, kw_only=True, tag_field="type", tag="cosine"):
-    """Linear warm-up, then half a cosine to `alpha_f` of the peak (Loshchilov & Hutter 2017)."""
-
-    units: Literal["steps", "tokens"] = "steps"
-    """What `warmup` counts, and the argument of the schedule."""
-    warmup: int = 100
-    """Length of the linear warm-up, in `units`."""
-    alpha_f: float = 0.1
-    """Final rate as a fraction of the peak."""
-
-    def __post_init__(self) -> None:
-        check_not_negative(self, "warmup", "alpha_f")
-
-    def factor(self, current: int, total: int, *, step_size: int = 1) -> float:
-        """Multiple of the peak rate at `current` of `total`; all in `units`, of which a training
-        step takes `step_size`."""
-        import math
-
-        if current < self.warmup:
-            return _warmup_factor(current, self.warmup, step_size)
-        progress = _progress(current, self.warmup, total)
-        return self.alpha_f + (1.0 - self.alpha_f) * 0.5 * (1.0 + math.cos(math.pi * progress))
-
-
-SchedulerConfig = ConstantConfig | LinearConfig | CosineConfig
-
-
-def _warmup_factor(current: int, warmup: int, step_size: int) -> float:
-    # The first step (current = 0) already moves; the last of the warm-up is at the peak.
-    return min(1.0, (current + step_size) / warmup) if warmup > 0 else 1.0
-
-
-def _progress(current: int, warmup: int, total: int) -> float:
-    return min(1.0, (current - warmup) / max(1, total - warmup))
+def _matches(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)

@@ -9,7 +9,7 @@ import sqlalchemy as sa
 from sqlalchemy.schema import CreateTable
 
 from toolkit.errors import RunError
-from toolkit.runs.records import RunRecord
+from toolkit.runs.status import RunRecord
 
 _BUSY_SECONDS = 3
 """How long to wait for another process's transaction in SQLite; they take milliseconds."""

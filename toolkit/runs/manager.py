@@ -1,26 +1,28 @@
 """`RunManager`: one run folder, from its lock to its last status."""
 
+import concurrent.futures
+import contextlib
 import errno
 import logging
 import os
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Literal, TypeVar
 
 import msgspec
 
 from toolkit.config import Config
 from toolkit.config.secrets import mask_secrets
 from toolkit.errors import RunError
-from toolkit.runs.background import Background
 from toolkit.runs.files import RUN_FILES
 from toolkit.runs.lock import RunLock, utc_now
 from toolkit.runs.status import RunState, RunStatus, read_status
-from toolkit.storage.atomic import write_atomic, write_json_atomic
-from toolkit.storage.foreign import read_bytes
+from toolkit.storage.atomic import encode_json, write_atomic, write_json_atomic
+from toolkit.storage.foreign import read_bytes, read_json
+from toolkit.threads import Worker
 
 log = logging.getLogger(__name__)
 
@@ -35,9 +37,73 @@ _STARTED_FROM = {
     RUN_FILES.engine,
 }  # fmt: skip
 _KNOWN = {"step", "tokens", "loss", "exit_reason", "world_size", "engine", "parameters"}
+_KEPT = (*_KNOWN - {"exit_reason"}, "created", "other")
+"""Of the status, what a new attempt begins with: `toolkit resume` relaunches by it, also after a
+crash before the new values are known."""
+
+Stored = TypeVar("Stored")
 
 
-class RunManager:
+class RunMetadata(Mapping[str, Any]):
+    """The files of metadata/, by their names in `RUN_FILES`: `run.metadata[RUN_FILES.config]`.
+
+    On ranks other than the main one `log` does nothing.
+    """
+
+    def __init__(self, folder: Path, *, attempt: Callable[[], int], is_main: bool) -> None:
+        self._folder = folder
+        self._attempt = attempt
+        self._is_main = is_main
+        self._written: set[str] = set()
+
+    def log(self, obj: Any, file: str, *, format: Literal["json", "text"] = "json") -> None:
+        """Write a config (or any JSON-like object; or a text) to one of `RUN_FILES`.
+
+        What looks like a secret is masked, except in the config, which a resume starts from and
+        which holds none (`check_no_secrets`). What an earlier attempt wrote there stays as
+        `<name>.attempt{K}.json` when it differs.
+        """
+        if not self._is_main:
+            return
+        if format == "text":
+            data = str(mask_secrets(str(obj))).encode()
+        elif isinstance(obj, Config):
+            data = obj.to_json() + b"\n"
+        else:
+            if file not in _STARTED_FROM:
+                obj = mask_secrets(msgspec.to_builtins(obj, enc_hook=str))
+            data = encode_json(obj)
+        path = self._folder / file
+        if file not in self._written and path.exists():
+            before = read_bytes(path, RunError)
+            if before == data:
+                return
+            write_atomic(
+                path.with_name(f"{path.stem}.attempt{self._attempt() - 1}{path.suffix}"), before
+            )
+        self._written.add(file)
+        write_atomic(path, data)
+
+    def read(self, file: str, type: type[Stored] = dict) -> Stored:  # type: ignore[assignment]
+        """The JSON in one of the files, as `type`. Raises FileNotFoundError, or RunError where it
+        cannot be read."""
+        return read_json(self._folder / file, RunError, type)
+
+    def __getitem__(self, file: str) -> Any:
+        try:
+            return self.read(file)
+        except FileNotFoundError:
+            raise KeyError(file) from None
+
+    def __iter__(self) -> Iterator[str]:
+        folder = self._folder / RUN_FILES.metadata
+        return (f"{RUN_FILES.metadata}/{path.name}" for path in sorted(folder.glob("*.json")))
+
+    def __len__(self) -> int:
+        return len(list(iter(self)))
+
+
+class RunManager(contextlib.AbstractContextManager["RunManager"]):
     """The folder of one run. Made by `toolkit.runs.registry.start_run`.
 
     On the main rank it holds the lock and writes metadata and status. On other ranks it is a
@@ -60,10 +126,10 @@ class RunManager:
         self.is_main = is_main
         self._lock = lock
         self._on_status = on_status
-        self._written: set[str] = set()
+        self.metadata = RunMetadata(folder, attempt=lambda: self.attempt, is_main=is_main)
         self._closed = False
         self._status_lock = threading.Lock()
-        self._background = Background(name="run-background")
+        self._background = Background("run-background")
         self._status: RunStatus | None = None
         self._has_warned = False
         self._identity: tuple[int, int] | None = None
@@ -90,31 +156,8 @@ class RunManager:
     def log_metadata(
         self, obj: Any, file: str, *, format: Literal["json", "text"] = "json"
     ) -> None:
-        """Write a config (or any JSON-like object; or a text) to one of `RUN_FILES`.
-
-        What looks like a secret is masked, except in the config, which a resume starts from and
-        which holds none (`check_no_secrets`). What an earlier attempt wrote there stays as
-        `<name>.attempt{K}.json` when it differs.
-        """
-        if not self.is_main:
-            return
-        if format == "text":
-            data = str(mask_secrets(str(obj))).encode()
-        elif isinstance(obj, Config):
-            data = obj.to_json() + b"\n"
-        else:
-            if file not in _STARTED_FROM:
-                obj = mask_secrets(msgspec.to_builtins(obj, enc_hook=str))
-            data = msgspec.json.format(msgspec.json.encode(obj), indent=2) + b"\n"
-        path = self.path(file)
-        if file not in self._written and path.exists():
-            before = read_bytes(path, RunError)
-            if before == data:
-                return
-            kept = path.with_name(f"{path.stem}.attempt{self.attempt - 1}{path.suffix}")
-            write_atomic(kept, before)
-        self._written.add(file)
-        write_atomic(path, data)
+        """`run.metadata.log`."""
+        self.metadata.log(obj, file, format=format)
 
     def set_status(
         self,
@@ -143,9 +186,8 @@ class RunManager:
             return
         self.check_owner()
         assert self._status is not None
-        changes: dict[str, Any] = {k: v for k, v in more.items() if k in _KNOWN}
+        changes = {k: v for k, v in more.items() if k in _KNOWN and v is not None}
         other = {k: v for k, v in more.items() if k not in _KNOWN}
-        changes = {k: v for k, v in changes.items() if v is not None}
         with self._status_lock:
             if self._closed and not is_last:
                 return  # another thread was about to say that it runs
@@ -198,11 +240,7 @@ class RunManager:
         )
 
     def submit(self, job: Callable[[], None], *, key: str | None = None) -> None:
-        """Run `job` in order in one background thread; `close` waits for it, `CLOSE_SECONDS` long.
-
-        For work that must neither delay nor fail the run: an error is a logged warning. A job that
-        waits is replaced by a later one of the same `key`.
-        """
+        """Run `job` in the background; see `Background`. `close` waits `CLOSE_SECONDS` for it."""
         self._background.submit(job, key=key)
 
     def wait(self) -> None:
@@ -240,15 +278,7 @@ class RunManager:
             was_closed, self._closed = self._closed, True
         return not was_closed
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         """Close; a run that nobody closed before is finished, or failed when an error came."""
         if error is None:
             self.close("finished")
@@ -258,20 +288,13 @@ class RunManager:
     def _begin_attempt(self) -> None:
         before = read_status(self.folder)
         now = utc_now()
+        kept = {} if before is None else {field: getattr(before, field) for field in _KEPT}
         self._status = RunStatus(
+            **{"created": now} | kept,
             state="running",
             experiment=self.experiment,
             name=self.name,
             attempt=before.attempt + 1 if before else 1,
-            step=before.step if before else None,
-            tokens=before.tokens if before else None,
-            loss=before.loss if before else None,
-            parameters=before.parameters if before else None,
-            # `toolkit resume` relaunches by these; a crash before the new ones are known keeps them
-            world_size=before.world_size if before else None,
-            engine=before.engine if before else None,
-            other=before.other if before else {},
-            created=before.created if before else now,
             started=now,
             updated=now,
             host=socket.gethostname(),
@@ -300,10 +323,56 @@ class RunManager:
 def _overwrite(path: Path, status: RunStatus) -> None:
     """Write over the bytes that the file has, for a disk without room for a second one."""
     room = max(_BLOCK, -(-path.stat().st_size // _BLOCK) * _BLOCK)
-    data = msgspec.json.format(msgspec.json.encode(status), indent=2) + b"\n"
+    data = encode_json(status)
     if len(data) > room:
         data = msgspec.json.encode(msgspec.structs.replace(status, message=None, other={}))
     with path.open("r+b", buffering=0) as file:
         # One call, and blanks over what was longer: a reader never sees half of it.
         file.write(data.ljust(path.stat().st_size))
         os.fsync(file.fileno())
+
+
+class Background:
+    """Runs jobs that must neither delay nor fail a run, in order in a daemon thread: an error is a
+    logged warning, and waiting has an end."""
+
+    def __init__(self, name: str) -> None:
+        self._worker = Worker(name)
+        self._jobs: list[Future[None]] = []
+        self._newest: dict[str, Future[None]] = {}
+        self._lock = threading.Lock()
+        self._is_closed = False
+
+    def submit(self, job: Callable[[], None], *, key: str | None = None) -> None:
+        """Have `job` run; a waiting one of the same `key` is dropped. Nothing runs after
+        `close`."""
+
+        def run() -> None:
+            try:
+                job()
+            except Exception as error:
+                log.warning("%s", error)
+
+        with self._lock:
+            if self._is_closed:
+                return
+            if key in self._newest:
+                self._newest[key].cancel()
+            future = self._worker.submit(run)
+            self._jobs = [other for other in self._jobs if not other.done()] + [future]
+            if key is not None:
+                self._newest[key] = future
+
+    def wait(self, seconds: float | None = None) -> bool:
+        """Wait until all is done; False: it is not, after `seconds`."""
+        return not concurrent.futures.wait(self._jobs, seconds).not_done
+
+    def close(self, seconds: float) -> bool:
+        """`wait`, drop what is left, and take no more jobs."""
+        is_done = self.wait(seconds)
+        with self._lock:
+            self._is_closed = True
+            for job in self._jobs:
+                job.cancel()
+        self._worker.stop()
+        return is_done

@@ -17,8 +17,7 @@ from toolkit.runs.environment import describe_command, describe_environment, des
 from toolkit.runs.files import RUN_FILES
 from toolkit.runs.lock import RunLock, utc_now
 from toolkit.runs.manager import RunManager
-from toolkit.runs.records import RunRecord, record_of
-from toolkit.runs.status import RunStatus, read_status
+from toolkit.runs.status import RunRecord, RunStatus, read_status, record_of
 from toolkit.storage.atomic import temporary_path
 
 log = logging.getLogger(__name__)
@@ -114,8 +113,8 @@ def check_run_folder(config: RunConfig, name: str) -> None:
 
 
 def start_run(
-    experiment: str,
-    name: str | None = None,
+    exp_name: str,
+    run_name: str | None = None,
     *,
     resume: bool = False,
     root: str | Path = "runs",
@@ -124,7 +123,8 @@ def start_run(
     is_main: bool | None = None,
     environment: dict[str, Any] | None = None,
 ) -> RunManager:
-    """Create the run folder (or reopen it with `resume`), lock it and note what was started.
+    """Create the run folder `root/exp_name/run_name` (or `save_folder`; with `resume`, reopen it),
+    lock it and note what was started.
 
     Under a launcher, call it on the main rank first, then, after a barrier, with the same names on
     the others, which get a handle that writes nothing (`is_main`; default: by the rank the launcher
@@ -137,12 +137,12 @@ def start_run(
     # A resumed run stays in the registry it was started in, wherever the command runs.
     if resume and save_folder and (_absolute(save_folder).parent.parent / _REGISTRY).exists():
         root = _absolute(save_folder).parent.parent
-    name = name or (_absolute(save_folder).name if save_folder else choose_run_name())
-    folder = _absolute(save_folder) if save_folder else _absolute(root) / experiment / name
+    name = run_name or (_absolute(save_folder).name if save_folder else choose_run_name())
+    folder = _absolute(save_folder) if save_folder else _absolute(root) / exp_name / name
     if is_main is None:
         is_main = os.environ.get("RANK", "0") == "0"
     if not is_main:
-        return RunManager(folder, experiment=experiment, name=name, is_main=False)
+        return RunManager(folder, experiment=exp_name, name=name, is_main=False)
     if resume:
         _check_is_run(folder)
     elif save_folder is None:
@@ -151,25 +151,24 @@ def start_run(
     lock = RunLock(folder)
     lock.acquire()
     try:
-        if save_folder is None and not resume:
-            _check_unused(folder, ignore_own_lock=True)
+        if save_folder is None and not resume and is_run(folder):
+            raise _exists(folder)
         run = RunManager(
             folder,
-            experiment=experiment,
+            experiment=exp_name,
             name=name,
             lock=lock,
-            on_status=_index_writer(root, registry_url),
+            on_status=_IndexWriter(root, registry_url),
         )
-        run.log_metadata(
-            describe_command() | {"attempt": run.attempt, "started": utc_now()}, RUN_FILES.command
-        )
+        started = {"attempt": run.attempt, "started": utc_now()}
+        run.metadata.log(describe_command() | started, RUN_FILES.command)
     except BaseException:
         lock.release()
         raise
     # Seconds on slow file systems and driver start-up, and nobody waits for the answer.
     extra = environment or {}
-    run.submit(lambda: run.log_metadata(describe_git(), RUN_FILES.git))
-    run.submit(lambda: run.log_metadata(describe_environment() | extra, RUN_FILES.environment))
+    run.submit(lambda: run.metadata.log(describe_git(), RUN_FILES.git))
+    run.submit(lambda: run.metadata.log(describe_environment() | extra, RUN_FILES.environment))
     return run
 
 
@@ -215,35 +214,35 @@ def _registry_url(root: str | Path, registry_url: str | None) -> str:
     return registry_url or f"sqlite:///{_absolute(root) / _REGISTRY}"
 
 
-def _index_writer(root: str | Path, registry_url: str | None) -> Any:
+class _IndexWriter:
     """The `on_status` of a run: one row of the registry follows the status."""
-    url = _registry_url(root, registry_url)
-    index: Any = None
-    warned = False
-    pause_until = 0.0
 
-    def write(folder: Path, status: RunStatus) -> None:
-        nonlocal index, warned, pause_until
-        if time.monotonic() < pause_until and status.state == "running":
+    def __init__(self, root: str | Path, registry_url: str | None) -> None:
+        self._own_root = _absolute(root) if registry_url is None else None
+        self._url = _registry_url(root, registry_url)
+        self._index: Any = None
+        self._has_warned = False
+        self._pause_until = 0.0
+
+    def __call__(self, folder: Path, status: RunStatus) -> None:
+        if time.monotonic() < self._pause_until and status.state == "running":
             return
         try:
-            if index is None:
+            if self._index is None:
                 from toolkit.runs.database import RunIndex
 
-                if registry_url is None:
-                    _absolute(root).mkdir(parents=True, exist_ok=True)
-                index = RunIndex(url)
-            index.put(RunRecord.from_status(folder, status))
+                if self._own_root is not None:
+                    self._own_root.mkdir(parents=True, exist_ok=True)
+                self._index = RunIndex(self._url)
+            self._index.put(RunRecord.from_status(folder, status))
         except Exception as error:
-            pause_until = time.monotonic() + _PAUSE_SECONDS
-            if not warned:
+            self._pause_until = time.monotonic() + _PAUSE_SECONDS
+            if not self._has_warned:
                 log.warning(
                     "run registry: not reachable, so `toolkit runs` reads folders only (%s)",
-                    str(error).splitlines()[0] if str(error) else type(error).__name__,
+                    str(error).partition("\n")[0] or type(error).__name__,
                 )
-            warned = True
-
-    return write
+            self._has_warned = True
 
 
 def _read_index(root: str | Path, registry_url: str | None) -> list[RunRecord]:
@@ -267,25 +266,27 @@ def _run_folders(root: str | Path) -> list[Path]:
 
 
 def _check_is_run(folder: Path) -> None:
+    advice = "`toolkit runs` lists the runs there are"
     if not folder.is_dir():
-        raise RunError(f"{folder}: no such run folder; `toolkit runs` lists the runs there are")
+        raise RunError(f"{folder}: no such run folder; {advice}")
     if not is_run(folder):
         raise RunError(
-            f"{folder}: not a run folder ({RUN_FILES.status} is missing or damaged); "
-            "`toolkit runs` lists the runs there are"
+            f"{folder}: not a run folder ({RUN_FILES.status} is missing or damaged); {advice}"
         )
 
 
-def _check_unused(folder: Path, *, ignore_own_lock: bool = False) -> None:
+def _exists(folder: Path) -> RunError:
+    return RunError(
+        f"{folder}: this run exists; continue it with `toolkit resume {folder}` "
+        "or choose another name (--name)"
+    )
+
+
+def _check_unused(folder: Path) -> None:
     if is_run(folder):
-        raise RunError(
-            f"{folder}: this run exists; continue it with `toolkit resume {folder}` "
-            "or choose another name (--name)"
-        )
-    if ignore_own_lock or not folder.is_dir():
-        return
+        raise _exists(folder)
     # What a start that was cut short leaves behind is no obstacle.
-    if any(
+    if folder.is_dir() and any(
         path.name not in _FOLDERS or (path.name != RUN_FILES.metadata and any(path.iterdir()))
         for path in folder.iterdir()
     ):

@@ -1,4 +1,4 @@
-"""metadata/status.json: how far a run came and how it ended."""
+"""How far a run came and how it ended: metadata/status.json, and the record of a run in lists."""
 
 from pathlib import Path
 from typing import Any, Literal
@@ -6,6 +6,7 @@ from typing import Any, Literal
 import msgspec
 
 from toolkit.errors import RunError
+from toolkit.metrics.lines import last_record
 from toolkit.runs.files import RUN_FILES
 from toolkit.runs.lock import is_locked
 from toolkit.storage.foreign import read_json
@@ -53,6 +54,32 @@ class RunStatus(msgspec.Struct, kw_only=True):
     """Whatever else was given to `set_status`."""
 
 
+class RunRecord(msgspec.Struct, kw_only=True):
+    """A line of `toolkit runs`, a row of the registry: its columns, in order."""
+
+    folder: str
+    """Absolute path, the key."""
+    experiment: str
+    name: str
+    state: str
+    """A `RunState`; in lists also "dead" (the process vanished) or "missing" (the folder did)."""
+    step: int | None = None
+    tokens: int | None = None
+    loss: float | None = None
+    created: str
+    updated: str
+    host: str
+    engine: str | None = None
+    world_size: int | None = None
+    parameters: int | None = None
+
+    @classmethod
+    def from_status(cls, folder: Path, status: RunStatus) -> "RunRecord":
+        """The record of a run whose status is known."""
+        fields = (field for field in cls.__struct_fields__ if field != "folder")
+        return cls(folder=str(folder), **{field: getattr(status, field) for field in fields})
+
+
 def read_status(folder: Path) -> RunStatus | None:
     """The status of a run folder; None when the folder is not a run."""
     try:
@@ -73,6 +100,21 @@ def not_a_run(folder: Path) -> RunError:
 
 def current_state(folder: Path, status: RunStatus) -> str:
     """`status.state`, or "dead" when it says running but no process holds the lock."""
-    if status.state == "running" and not is_locked(folder):
-        return "dead"
-    return status.state
+    return "dead" if status.state == "running" and not is_locked(folder) else status.state
+
+
+def record_of(folder: Path) -> RunRecord | None:
+    """The record of a run folder as it is now: state by its lock, progress by its newest metrics.
+    None when the folder is not a run."""
+    status = read_status(folder)
+    if status is None:
+        return None
+    record = RunRecord.from_status(folder, status)
+    record.state = current_state(folder, status)
+    newest = last_record(folder / RUN_FILES.train_metrics)
+    if newest and newest["step"] >= (record.step or 0):
+        record.step = int(newest["step"])
+        tokens, loss = newest.get("tokens"), newest.get("loss")
+        record.tokens = int(tokens) if isinstance(tokens, int | float) else record.tokens
+        record.loss = float(loss) if isinstance(loss, int | float | str) else record.loss
+    return record

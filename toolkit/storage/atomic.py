@@ -12,6 +12,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
+import msgspec
+
+from toolkit.errors import CheckpointError, TrainingError
+
 PathLike = str | os.PathLike[str]
 
 TEMPORARY_SUFFIX = ".tmp"
@@ -55,15 +59,18 @@ def write_atomic(path: PathLike, data: bytes, *, sync: bool = True) -> None:
         file.write(data)
 
 
+def encode_json(obj: Any) -> bytes:
+    """Indented JSON of anything msgspec encodes, with a newline at its end."""
+    return msgspec.json.format(msgspec.json.encode(obj), indent=2) + b"\n"
+
+
 def create_json(path: PathLike, obj: Any) -> bool:
     """`write_json_atomic` that never replaces: False when `path` exists, whoever came first.
 
     Atomic on network file systems too (a hard link); where there are no links, a file opened
     exclusively, whose content comes a moment later.
     """
-    import msgspec
-
-    data = msgspec.json.format(msgspec.json.encode(obj), indent=2) + b"\n"
+    data = encode_json(obj)
     temporary = temporary_path(path)
     try:
         with temporary.open("xb") as file:
@@ -97,10 +104,7 @@ def _name_file(error: BaseException, path: PathLike) -> None:
 
 def write_json_atomic(path: PathLike, obj: Any, *, sync: bool = True) -> None:
     """`write_atomic` of `obj` as indented JSON (anything msgspec encodes)."""
-    import msgspec
-
-    data = msgspec.json.format(msgspec.json.encode(obj), indent=2)
-    write_atomic(path, data + b"\n", sync=sync)
+    write_atomic(path, encode_json(obj), sync=sync)
 
 
 def fsync_folder(folder: PathLike) -> None:
@@ -151,6 +155,35 @@ def new_folder(folder: PathLike, *, unfinished: PathLike | None = None) -> Itera
         with contextlib.suppress(OSError):
             remove_tree(place)
         raise
+
+
+@contextlib.contextmanager
+def new_output(folder: PathLike) -> Iterator[Path]:
+    """`new_folder` for what a user asked to be written to `folder`, which may be a link.
+
+    Raises:
+        CheckpointError: `folder` is in use, or cannot be made.
+        TrainingError: a file in it cannot be written (the disk is full).
+    """
+    check_unused(folder)
+    is_made = False
+    try:
+        with new_folder(Path(folder).resolve()) as unfinished:
+            is_made = True
+            yield unfinished
+    except OSError as error:
+        if not is_made:
+            raise CheckpointError(f"{folder}: cannot be made: {error.strerror}") from None
+        raise TrainingError(
+            f"{folder}: cannot be written, nothing is left of it: {error.strerror or error}"
+        ) from error
+
+
+def check_unused(folder: PathLike) -> None:
+    """Raise CheckpointError when `folder` exists and is not an empty folder."""
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise CheckpointError(f"{folder}: already exists; remove it or choose another folder")
 
 
 def publish_folder(unfinished: PathLike, folder: PathLike) -> None:

@@ -8,9 +8,14 @@ from toolkit.config import Config
 from toolkit.config.base import check_not_negative, check_positive
 from toolkit.config.paths import LocalPath, PathOrURL
 from toolkit.config.seconds import in_seconds
-from toolkit.distributed.config import ActivationCheckpointingConfig, DataParallelConfig
+from toolkit.distributed.config import (
+    ActivationCheckpointingConfig,
+    DataParallelConfig,
+    LogRanks,
+)
 from toolkit.models.lora_config import LoRAConfig
-from toolkit.optim.config import AdamWConfig, CosineConfig, OptimConfig, SchedulerConfig
+from toolkit.optim.config import AdamWConfig, OptimConfig
+from toolkit.optim.schedules import CosineConfig, SchedulerConfig
 
 if TYPE_CHECKING:
     from toolkit.train.transformer import TransformerTrainModule
@@ -288,6 +293,11 @@ class TrainerConfig(Config, kw_only=True):
     watchdog_timeout: float | None = 1200.0
     """End the job, naming the slow rank, after this many seconds without progress (three times as
     many for the first step, evaluation, saving and other callbacks). Null: wait for ever."""
+    collective_timeout: float = 1800.0
+    """Seconds after which an exchange between ranks, for which one of them does not come, fails."""
+    log_ranks: LogRanks = "rank0"
+    """Which ranks write to the console: `rank0`; `local_rank0`, one of each machine; `all`. Every
+    rank writes its log file."""
     deterministic: bool = False
     """Bit-equal runs on the same machine: torch's deterministic algorithms (CPU runs are so
     without it)."""
@@ -296,7 +306,11 @@ class TrainerConfig(Config, kw_only=True):
 
     def __post_init__(self) -> None:
         check_positive(
-            self, "metrics_collect_interval", "cancel_check_interval", "watchdog_timeout"
+            self,
+            "metrics_collect_interval",
+            "cancel_check_interval",
+            "watchdog_timeout",
+            "collective_timeout",
         )
         if self.load_path is not None and self.load_path.startswith("file:"):
             path = f"/{self.load_path.removeprefix('file:').lstrip('/')}"

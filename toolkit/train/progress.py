@@ -4,8 +4,8 @@ from pathlib import Path
 
 from toolkit.checkpoint.folder import move_aside, step_folders
 from toolkit.errors import CheckpointError
+from toolkit.metrics.lines import last_record
 from toolkit.runs.files import RUN_FILES
-from toolkit.runs.records import read_last_step
 from toolkit.runs.status import read_status
 from toolkit.storage.atomic import unused_name
 from toolkit.train.config import TrainerConfig
@@ -20,7 +20,8 @@ def reached_step(folder: Path) -> int:
     status = read_status(folder)
     said = (status.step or 0) if status is not None else 0
     named = step_folders(folder / RUN_FILES.checkpoints).values()
-    return max(said, read_last_step(folder / RUN_FILES.train_metrics), *named, 0)
+    recorded = last_record(folder / RUN_FILES.train_metrics).get("step", 0)
+    return max(said, int(recorded), *named)
 
 
 def refusal(folder: Path, reached: int, why: str, start: str = "step 0") -> CheckpointError:

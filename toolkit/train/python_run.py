@@ -23,7 +23,7 @@ def record_config(trainer: "Trainer") -> None:
     if run.path(RUN_FILES.origins).exists() or not is_described:
         return
     assert data is not None, "just looked"
-    model, engine = msgspec.to_builtins(module.model_config), trainer.environment.engine
+    model, layout = msgspec.to_builtins(module.model_config), trainer.environment.layout
     parts: dict[str, Any] = {
         "train_module": msgspec.to_builtins(settings),
         "trainer": msgspec.to_builtins(trainer.config) | {"start_anew": False},
@@ -40,9 +40,9 @@ def record_config(trainer: "Trainer") -> None:
     run.log_metadata(parts, RUN_FILES.trainer_config)
     run.set_status(
         "running",
-        engine=engine.name,
-        world_size=engine.world_size,
+        engine=layout.name,
+        world_size=layout.world_size,
         parameters=module.num_parameters,
-        dp_config=msgspec.to_builtins(engine.as_config()),
-        precision=engine.precision,
+        dp_config=msgspec.to_builtins(layout.dp_config),
+        precision=layout.precision,
     )

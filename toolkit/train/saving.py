@@ -24,7 +24,7 @@ from toolkit.checkpoint.save_plan import Resolve, ShardWriter
 from toolkit.errors import RunError, ToolkitError, TrainingError
 from toolkit.launch.failures import LostPeerError
 from toolkit.runs.files import RUN_FILES
-from toolkit.storage.new_folder import new_folder
+from toolkit.storage.atomic import new_output
 from toolkit.threads import Thread
 
 if TYPE_CHECKING:
@@ -122,7 +122,7 @@ class TrainerSaver:
             root=trainer.run.path(RUN_FILES.checkpoints),
             step=trainer.step,
             tokens=trainer.tokens,
-            engine=environment.engine.name,
+            engine=environment.layout.name,
             kind=kind,
             scores=_scores(trainer.last_eval, trainer.step),
             rank_state=rank_state,
@@ -176,7 +176,7 @@ def _keep_tokenizer(trainer: "Trainer") -> None:
     if not trainer.environment.is_main or source is None or not source.is_dir() or kept.is_dir():
         return
     try:
-        with new_folder(kept) as unfinished:
+        with new_output(kept) as unfinished:
             resolve_name("toolkit.hf.tokenizer_files:copy_tokenizer")(source, unfinished)
     except (OSError, ToolkitError) as error:
         log.warning("the tokenizer is not in the run folder: %s", error)

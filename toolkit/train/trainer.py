@@ -7,7 +7,6 @@ that trains, loaders that yield batches, callbacks that do the rest. It knows no
 and no file format.
 """
 
-import functools
 import logging
 import math
 import time
@@ -19,7 +18,6 @@ import torch
 from toolkit.data.evaluation import EvalLoader
 from toolkit.data.loader import TrainLoader
 from toolkit.distributed.environment import TrainingEnvironment
-from toolkit.distributed.reduce import reduce_columns
 from toolkit.errors import ConfigError, ToolkitError, TrainingError
 from toolkit.launch.failures import LostPeerError, Peers, first_line
 from toolkit.launch.stopping import stop_request_of
@@ -323,7 +321,7 @@ class Trainer:
         self.recorder = MetricsRecorder(
             collect_interval=self.config.metrics_collect_interval,
             deliver=self._deliver,
-            reduce=functools.partial(reduce_columns, self.environment) if is_several else None,
+            reduce=self.environment.reduce_columns if is_several else None,
             sync=self.streams.sync,
             start_step=self.step if resumed else -1,
         )

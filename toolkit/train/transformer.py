@@ -13,10 +13,10 @@ import torch.distributed as dist
 from torch import nn
 
 from toolkit.checkpoint.folder import MODEL_PREFIX
+from toolkit.distributed.engine import Engine
 from toolkit.distributed.environment import TrainingEnvironment, single_environment
 from toolkit.distributed.materialize import materialize
-from toolkit.distributed.prepare import prepare_runtime
-from toolkit.distributed.runtime import EngineRuntime
+from toolkit.distributed.prepare import prepare_engine
 from toolkit.errors import ConfigError, TrainingError
 from toolkit.metrics.norms import layer_norms, layer_of, to_norms
 from toolkit.models.freeze import choose_trained
@@ -65,10 +65,10 @@ class TransformerTrainModule(TrainModule):
             ac_config=config.ac_config,
             compile_model=config.compile_model,
         )
-        self.runtime: EngineRuntime = prepare_runtime(
+        self.engine: Engine = prepare_engine(
             self.environment, model, config.optim.build, max_grad_norm=config.max_grad_norm
         )
-        self._peak_rates = [group["lr"] for group in self.runtime.optimizer.param_groups]
+        self._peak_rates = [group["lr"] for group in self.engine.optimizer.param_groups]
         self.max_consecutive_skipped_steps = config.max_consecutive_skipped_steps
         self._z_loss = config.z_loss_multiplier or 0.0
         self.kernels = self._kernels()
@@ -81,20 +81,20 @@ class TransformerTrainModule(TrainModule):
         # 1 where there is none: the loss is zero then, and not divided by zero.
         count = self._num_targets(batch, inputs.labels)
         num_targets = max(count, 1) if isinstance(count, int) else count.clamp(min=1)
-        factor = self.runtime.data_parallel_size / num_targets
+        factor = self.engine.data_parallel_size / num_targets
         pieces = self._microbatches(inputs)
         ce = z = None
         routers: list[RouterSums] = []
         for index, piece in enumerate(pieces):
-            with self.runtime.microbatch(is_last=index == len(pieces) - 1):
-                with self.runtime.autocast():
-                    sums = self.runtime.model(
+            with self.engine.microbatch(is_last=index == len(pieces) - 1):
+                with self.engine.autocast():
+                    sums = self.engine.model(
                         piece.input_ids,
                         piece.labels,
                         document_ids=piece.document_ids,
                         z_loss_multiplier=self._z_loss,
                     )
-                self.runtime.backward(sums.loss, factor)
+                self.engine.backward(sums.loss, factor)
             ce = sums.ce if ce is None else ce + sums.ce
             z = sums.z if z is None else z + sums.z
             if sums.router is not None:
@@ -112,9 +112,9 @@ class TransformerTrainModule(TrainModule):
 
     def optim_step(self, progress: Progress) -> dict[str, Metric]:
         factor = self._rate_factor(progress)
-        for group, peak in zip(self.runtime.optimizer.param_groups, self._peak_rates, strict=True):
+        for group, peak in zip(self.engine.optimizer.param_groups, self._peak_rates, strict=True):
             group["lr"] = peak * factor
-        outcome = self.runtime.step(self.config.max_grad_norm)
+        outcome = self.engine.step(self.config.max_grad_norm)
         return {
             "lr": Metric(self.config.optim.lr * factor),
             "grad_norm": Metric(outcome.grad_norm),
@@ -124,8 +124,8 @@ class TransformerTrainModule(TrainModule):
     @torch.no_grad()
     def eval_batch(self, batch: Batch) -> EvalSums:
         inputs = self._inputs(batch)
-        with self.runtime.autocast():
-            sums = self.runtime.model(
+        with self.engine.autocast():
+            sums = self.engine.model(
                 inputs.input_ids, inputs.labels, document_ids=inputs.document_ids
             )
         return EvalSums(sums.ce, (inputs.labels != IGNORE_INDEX).sum())
@@ -133,14 +133,14 @@ class TransformerTrainModule(TrainModule):
     @torch.no_grad()
     def logits(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Logits (batch, seq, vocab) of the current weights; every rank must call it."""
-        with self.runtime.autocast():
-            return self.runtime.model(input_ids.to(self.environment.device))
+        with self.engine.autocast():
+            return self.engine.model(input_ids.to(self.environment.device))
 
     def network_norms(self) -> dict[str, torch.Tensor]:
         norms: dict[str, torch.Tensor] = {}
         for kind, shards in (
-            ("grad_norm", self.runtime.gradient_shards()),
-            ("weight_norm", self.runtime.weight_shards()),
+            ("grad_norm", self.engine.gradient_shards()),
+            ("weight_norm", self.engine.weight_shards()),
         ):
             named = to_norms(self._square_sums(shards))
             norms |= {f"{kind}/{layer}": value for layer, value in named.items()}
@@ -171,7 +171,7 @@ class TransformerTrainModule(TrainModule):
         return self.config.lora
 
     def state_tensors(self) -> dict[str, torch.Tensor]:
-        tensors, lora = self.runtime.state_tensors(), self.config.lora
+        tensors, lora = self.engine.state_tensors(), self.config.lora
         if lora is None:
             return tensors
         return {
@@ -183,14 +183,14 @@ class TransformerTrainModule(TrainModule):
     def base_tensors(self) -> dict[str, torch.Tensor]:
         if self.config.lora is None:
             return {}
-        tensors = self.runtime.state_tensors().items()
+        tensors = self.engine.state_tensors().items()
         return {k: t for k, t in tensors if k.startswith(MODEL_PREFIX) and not is_adapter(k)}
 
     def state_filled(self) -> None:
-        self.runtime.state_filled()
+        self.engine.state_filled()
 
     def _kernels(self) -> dict[str, str]:
-        is_bf16 = self.environment.engine.precision == "bf16"
+        is_bf16 = self.environment.layout.precision == "bf16"
         names = {name for name, info in self._parameters.infos.items() if info.is_trained}
         return kernel_record(
             self._model_config.to_transformer(),
@@ -205,9 +205,9 @@ class TransformerTrainModule(TrainModule):
         """After the first backward: that it reached all that is trained. A kernel that forgets a
         gradient would leave a parameter as it is, without a word."""
         self._is_checked = True
-        if self.environment.engine.zero_stage:  # DeepSpeed has taken them away
+        if self.environment.layout.zero_stage:  # DeepSpeed has taken them away
             return
-        parameters = canonical_parameters(self.runtime.module)
+        parameters = canonical_parameters(self.engine.module)
         missing = [name for name, p in parameters.items() if p.requires_grad and p.grad is None]
         if missing:
             raise TrainingError(
@@ -226,7 +226,7 @@ class TransformerTrainModule(TrainModule):
         """Targets in the global batch."""
         if batch.get("label_mask") is None and batch.get("document_ids") is None:
             rows, length = labels.shape
-            return rows * (length - 1) * self.runtime.data_parallel_size
+            return rows * (length - 1) * self.engine.data_parallel_size
         count = (labels != IGNORE_INDEX).sum()
         if self.environment.world_size > 1:
             dist.all_reduce(count)
@@ -275,8 +275,8 @@ class TransformerTrainModule(TrainModule):
         packed = torch.stack(
             [sums.get(layer, torch.zeros(())).to(device, torch.float32) for layer in order]
         )
-        if self.runtime.shard_group is not None:
-            dist.all_reduce(packed, group=self.runtime.shard_group)
+        if self.engine.shard_group is not None:
+            dist.all_reduce(packed, group=self.engine.shard_group)
         return dict(zip(order, packed.unbind(), strict=True))
 
 

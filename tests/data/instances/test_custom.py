@@ -16,8 +16,8 @@ from tests.data.instances import custom_examples
 from toolkit import get_dataloaders, signals
 from toolkit.data.config import CustomDatasetConfig, DatasetConfig
 from toolkit.data.corpus import open_corpus
-from toolkit.data.corpus_info import prepare_corpus
 from toolkit.data.instances.custom import UNKNOWN_LENGTH, open_custom
+from toolkit.data.prepare.corpus import prepare_corpus
 from toolkit.errors import ConfigError, DataError
 
 EXAMPLES = custom_examples.__name__

@@ -16,9 +16,8 @@ from tests.data.instances.token_corpus import (
     write_documents,
 )
 from toolkit.data.instances import index as index_module
-from toolkit.data.instances.best_fit import best_fit_decreasing
-from toolkit.data.instances.identity import packed_plan
-from toolkit.data.instances.packed import PackedDataset, spreading_step
+from toolkit.data.instances.packed import PackedDataset, best_fit_decreasing, spreading_step
+from toolkit.data.instances.plans import packed_plan
 from toolkit.errors import DataError
 
 

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from toolkit.data.instances import rows
+from toolkit.data.instances import planned as rows
 
 
 @pytest.mark.parametrize("seed", range(5))

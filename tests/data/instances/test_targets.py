@@ -19,11 +19,11 @@ from toolkit.data.config import (
     VariableInstancesConfig,
 )
 from toolkit.data.corpus import open_corpus
-from toolkit.data.corpus_info import prepare_corpus
 from toolkit.data.instances import targets
+from toolkit.data.instances.base import target_mask
 from toolkit.data.instances.open import open_instances
-from toolkit.data.instances.text import target_mask
 from toolkit.data.prepare.build.prepare import ensure_prepared
+from toolkit.data.prepare.corpus import prepare_corpus
 from toolkit.errors import DataError
 
 LENGTH = 128
@@ -68,7 +68,7 @@ def test_a_process_says_it_once(tmp_path: Path, caplog: pytest.LogCaptureFixture
     assert len(said(config, caplog)) == 1
     with caplog.at_level(logging.WARNING, "toolkit.data"):
         for _ in range(2):
-            open_corpus(data_config(config), progress=False)
+            open_corpus(data_config(config))
     assert sum("no target" in r.getMessage() for r in caplog.records) == 1
 
 
@@ -88,7 +88,8 @@ def test_counts_are_those_of_the_rows_that_are_trained_on(
     sizes = [(20, 5), (300, 10), (100, 5), (130, 70)]
     config = chats(tmp_path, *sizes, instances=instances)
     prepared = ensure_prepared(config, progress=False)
-    counts = targets._counts(prepared, "train", config, evaluation=False)
+    opened = open_instances(prepared, "train", config)
+    counts = targets._counts(prepared, "train", opened, config.instances)
     rows = open_instances(prepared, "train", config)
     masks = [target_mask(rows.read(np.array([i]))).any() for i in range(rows.num_instances)]
     assert (counts.num_rows, counts.rows_without_targets) == (len(masks), masks.count(False))
@@ -115,9 +116,10 @@ def test_nothing_held_out_is_said(
     line = "none of its 8 documents was held out (dataset.validation_fraction 0.001)"
     assert line in capsys.readouterr().err
     with caplog.at_level(logging.WARNING, "toolkit.data"):
-        open_corpus(data_config(config, global_batch_size=16), progress=False)
+        open_corpus(data_config(config, global_batch_size=16))
     assert re.search(f"no evaluation: .*{re.escape(line)}", caplog.text)
     without = config.replace(validation_fraction=0.0, dataset_config="other")
     caplog.clear()
-    open_corpus(data_config(without, global_batch_size=16), progress=False)
+    ensure_prepared(without)
+    open_corpus(data_config(without, global_batch_size=16))
     assert "held out" not in caplog.text

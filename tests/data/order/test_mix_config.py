@@ -16,8 +16,7 @@ from toolkit.data.config import (
     FiltersConfig,
     VariableInstancesConfig,
 )
-from toolkit.data.order.config import MixConfig
-from toolkit.data.order.mix_files import inline_mixes, mix_names, read_mix
+from toolkit.data.order.config import MixConfig, inline_mixes, mix_names, read_mix
 from toolkit.data.order.resolve import resolve_mix, resolve_schedule
 from toolkit.data.prepare.build.mix import ensure_mix_prepared
 from toolkit.data.tokens.prepared import dataset_folder

@@ -9,8 +9,7 @@ import pytest
 from toolkit.data.config import DatasetConfig, MixConfig, MixSourceConfig, RatioChangeConfig
 from toolkit.data.instances.base import DocumentPart, Rows
 from toolkit.data.order.batches import StreamBatches, first_segment
-from toolkit.data.order.limits import check_limits
-from toolkit.data.order.mixture import MixedDataset, MixedStream
+from toolkit.data.order.mixture import MixedDataset, MixedStream, check_limits
 from toolkit.data.order.resolve import limited_instances, resolve_mix
 from toolkit.errors import ConfigError, DataError
 

@@ -2,7 +2,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from toolkit.data.order.permutation import KeyedPermutation
+from toolkit.data.order.stream import KeyedPermutation
 
 
 @settings(max_examples=60, deadline=None)

@@ -7,8 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from toolkit.data.order.schedule import ScheduledShares
-from toolkit.data.order.shares import Shares
+from toolkit.data.order.shares import ScheduledShares, Shares
 
 EXTREME = [Fraction(1), Fraction("0.0007"), Fraction("0.00031")]
 FIFTY = [Fraction(str(1 / (i + 1.37))) for i in range(50)]

@@ -12,6 +12,7 @@ An instance is one row of `sequence_length` tokens. Rows are dictionaries of arr
 Padding is a document of its own at the end of a row, with `label_mask` False.
 """
 
+import itertools
 from pathlib import Path
 from typing import Protocol
 
@@ -80,3 +81,72 @@ def check_ids(rows: Rows, indices: np.ndarray, vocab_size: int) -> None:
         f"vocabulary has {vocab_size}; the token files are damaged (`toolkit data inspect` says "
         "where): restore them, or prepare the data again"
     )
+
+
+class Decoder(Protocol):
+    """A tokenizer, as far as text is wanted."""
+
+    def decode(self, ids: np.ndarray) -> str: ...
+
+
+class DecodedPiece(msgspec.Struct, frozen=True):
+    """Consecutive tokens of one document that are all targets, or none of them."""
+
+    document: int | None
+    """Its number in the split; None: padding."""
+    is_target: bool
+    """Whether the loss counts the prediction of these tokens."""
+    num_tokens: int
+    text: str
+
+
+def target_mask(rows: Rows) -> np.ndarray:
+    """Which tokens the loss asks for, bool of the shape `(rows, seq)` of `input_ids`.
+
+    The same as `toolkit.models.labels.shift_labels`, asked from the other side: labels are
+    shifted inside a row, so nothing predicts its first token, nor the first of a document where
+    attention stays inside documents.
+    """
+    mask = np.ones(rows["input_ids"].shape, dtype=bool)
+    if "label_mask" in rows:
+        mask &= rows["label_mask"]
+    mask[:, 0] = False
+    if "document_ids" in rows:
+        documents = rows["document_ids"]
+        mask[:, 1:] &= documents[:, 1:] == documents[:, :-1]
+    return mask
+
+
+def decode_pieces(
+    tokenizer: Decoder | None,
+    ids: np.ndarray,
+    is_target: np.ndarray,
+    parts: list[DocumentPart],
+) -> list[DecodedPiece]:
+    """The text of one row; without a tokenizer, its ids.
+
+    Args:
+        ids, is_target: the row, and its row of `target_mask`; both `(seq,)`.
+        parts: its documents in order; tokens after them are padding.
+
+    A character whose bytes lie on both sides of a cut shows as U+FFFD.
+    """
+    pieces, position = [], 0
+    lengths = [(part.document, part.end - part.start) for part in parts]
+    for document, length in [*lengths, (None, len(ids) - sum(n for _, n in lengths))]:
+        if not length:
+            continue
+        stop = position + length
+        changes = np.flatnonzero(np.diff(is_target[position:stop])) + 1
+        bounds = [position, *(position + changes).tolist(), stop]
+        for begin, end in itertools.pairwise(bounds):
+            text = _text(tokenizer, ids[begin:end])
+            pieces.append(DecodedPiece(document, bool(is_target[begin]), end - begin, text))
+        position = stop
+    return pieces
+
+
+def _text(tokenizer: Decoder | None, ids: np.ndarray) -> str:
+    if tokenizer is None:
+        return " ".join(str(number) for number in ids.tolist()) + " "
+    return tokenizer.decode(ids)

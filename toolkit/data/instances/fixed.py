@@ -3,9 +3,9 @@
 import numpy as np
 
 from toolkit.data.instances.base import DocumentPart, Rows
-from toolkit.data.instances.identity import instances_fingerprint
 from toolkit.data.instances.index import DocumentIndex
-from toolkit.data.instances.paging import Pages
+from toolkit.data.instances.planned import Pages
+from toolkit.data.instances.plans import instances_fingerprint
 from toolkit.data.tokens.prepared import PreparedDataset, Split
 
 

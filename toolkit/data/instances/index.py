@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
+import xxhash
 
 from toolkit.data.instances.base import DocumentPart
 from toolkit.data.instances.plans import find_note, keep_note
-from toolkit.data.tokens.index_scan import IndexScan
 from toolkit.data.tokens.prepared import PreparedDataset, Split
 from toolkit.errors import DataError
 
@@ -134,3 +134,56 @@ def verify_once(prepared: PreparedDataset, split: Split) -> None:
         return
     DocumentIndex(prepared, split).verify()
     keep_note(prepared, name, found.encode())
+
+
+class IndexScan:
+    """The starts of documents, block after block: the first is 0, none falls back, none lies beyond
+    the tokens.
+
+    Attributes:
+        wrong: the first that does not, in words; None: all do so far.
+    """
+
+    def __init__(self, num_tokens: int) -> None:
+        self.wrong: str | None = None
+        self._num_tokens = num_tokens
+        self._last = np.uint64(0)
+        self._digest = xxhash.xxh3_128()
+
+    @property
+    def content_hash(self) -> str:
+        """xxh3_128 of all blocks."""
+        return self._digest.hexdigest()
+
+    def look(self, position: int, block: np.ndarray) -> np.ndarray:
+        """The next block, which begins with the start of document `position`.
+
+        Returns:
+            The tokens from each start to the one before it, uint64 as `block`; only of use while
+            nothing is wrong.
+        """
+        self._digest.update(block.data)
+        before = np.concatenate([[self._last], block[:-1]])
+        self._last = block[-1]
+        if self.wrong is None:
+            self.wrong = self._find(position, block, before)
+        return block - before
+
+    def _find(self, position: int, block: np.ndarray, before: np.ndarray) -> str | None:
+        falls = np.flatnonzero(block < before)
+        if position == 0 and block[0] != 0:
+            return f"document 0 starts at {block[0]:,}, not at 0"
+        if len(falls):
+            place = int(falls[0])
+            number = position + place
+            return (
+                f"document {number:,} starts at {block[place]:,}, before document {number - 1:,} "
+                f"at {before[place]:,}"
+            )
+        if int(block[-1]) > self._num_tokens:
+            place = int(np.searchsorted(block, np.uint64(self._num_tokens), "right"))
+            return (
+                f"document {position + place:,} starts at {block[place]:,}, after the "
+                f"{self._num_tokens:,} tokens"
+            )
+        return None

@@ -13,11 +13,11 @@ from toolkit.data.instances.config import (
     PaddedInstancesConfig,
     VariableInstancesConfig,
 )
+from toolkit.data.instances.plans import Plan, packed_plan, padded_plan, variable_plan
 from toolkit.data.tokens.prepared import PreparedDataset, Split
 
 if TYPE_CHECKING:
     from toolkit.data.instances.base import InstanceDataset
-    from toolkit.data.instances.plans import Plan
 
 
 def open_instances(
@@ -108,28 +108,27 @@ def ensure_plans(prepared: PreparedDataset, config: DatasetConfig) -> None:
         if prepared.has_split(split):
             plan = _plan(prepared, split, config, evaluation=evaluation)
             kind = instances_config(config, evaluation=evaluation)
-            if plan is not None and plan.header() is None:
-                open_instances(prepared, split, config, evaluation=evaluation)
-            elif isinstance(kind, FixedInstancesConfig) and kind.intra_document_masking:
+            has_mask = prepared.manifest.splits[split].mask_hash is not None
+            if has_mask or (plan is not None and plan.header() is None):
+                instances = open_instances(prepared, split, config, evaluation=evaluation)
+            if isinstance(kind, FixedInstancesConfig) and kind.intra_document_masking:
                 from toolkit.data.instances.index import verify_once
 
                 verify_once(prepared, split)
-            if prepared.manifest.splits[split].mask_hash is not None:
+            if has_mask:
                 from toolkit.data.instances.targets import check_row_targets
 
-                check_row_targets(prepared, split, config, evaluation=evaluation)
+                check_row_targets(prepared, split, instances, kind)
 
 
 def _plan(
     prepared: PreparedDataset, split: Split, config: DatasetConfig, *, evaluation: bool
-) -> "Plan | None":
-    from toolkit.data.instances import identity
-
+) -> Plan | None:
     kind, length = instances_config(config, evaluation=evaluation), config.sequence_length
     if isinstance(kind, PackedInstancesConfig):
-        return identity.packed_plan(prepared, split, length)
+        return packed_plan(prepared, split, length)
     if isinstance(kind, PaddedInstancesConfig):
-        return identity.padded_plan(prepared, split, length)
+        return padded_plan(prepared, split, length)
     if isinstance(kind, VariableInstancesConfig):
-        return identity.variable_plan(prepared, split, length, min_length=kind.min_sequence_length)
+        return variable_plan(prepared, split, length, min_length=kind.min_sequence_length)
     return None

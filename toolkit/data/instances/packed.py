@@ -5,7 +5,7 @@ How a document gets into a row:
 1. Documents are cut into pieces: one longer than `sequence_length` into full rows and a rest, any
    other is one piece (`index.py`).
 2. The lengths of all pieces are counted, and groups of pieces of one length are given to groups of
-   rows (`best_fit.py`). No document has been looked at by itself so far.
+   rows (`best_fit_decreasing`). No document has been looked at by itself so far.
 3. Pieces are gone through a second time, in file order. The n-th piece of its length takes the n-th
    place that step 2 gave to that length, and its start is written into that place of `starts.npy`.
 4. `read` finds the group of a row, from there its places and their lengths, and gathers the tokens.
@@ -14,19 +14,18 @@ Memory is bounded by the number of different lengths and a block of the index; `
 bytes a piece on disk.
 """
 
+import bisect
 import math
+from collections import deque
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from toolkit.data.instances.base import DocumentPart, Rows
-from toolkit.data.instances.best_fit import Placement, RowGroup, best_fit_decreasing
-from toolkit.data.instances.identity import packed_plan
 from toolkit.data.instances.index import DocumentIndex
-from toolkit.data.instances.planned import PlannedInstances
-from toolkit.data.instances.plans import Plan, PlanHeader, create_array
-from toolkit.data.instances.rows import gather_rows
+from toolkit.data.instances.planned import PlannedInstances, gather_rows
+from toolkit.data.instances.plans import Plan, PlanHeader, create_array, packed_plan
 from toolkit.data.tokens.prepared import PreparedDataset, Split
 
 
@@ -138,7 +137,7 @@ def _make(plan: Plan, folder: Path) -> PlanHeader:
     )
 
 
-def _tabulate(groups: list[RowGroup]) -> _Groups:
+def _tabulate(groups: "list[RowGroup]") -> _Groups:
     table = np.array([(g.first_row, g.num_rows, g.num_pieces) for g in groups], dtype=np.int64)
     first_row, num_rows, num_pieces = table.T
     return _Groups(
@@ -154,7 +153,7 @@ def _assign(
     index: DocumentIndex,
     sequence_length: int,
     counts: np.ndarray,
-    placements: list[Placement],
+    placements: "list[Placement]",
     groups: _Groups,
     out: np.ndarray,
 ) -> None:
@@ -183,3 +182,130 @@ def _assign(
             groups.first_place[group] + (row - groups.first_row[group]) * groups.num_pieces[group]
         )
         out[place + before[placement] + inside] = starts[order].astype(np.uint64)
+
+
+Runs = tuple["Runs", int, int] | None
+"""Pieces of a row so far: (what was before, length, how many of it)."""
+
+
+class Placement(NamedTuple):
+    """The next `num_rows * pieces_per_row` pieces of `length`, in rows that follow each other.
+
+    Placements are listed from the greatest length to the smallest; all of a length stand together.
+    """
+
+    length: int
+    first_row: int
+    num_rows: int
+    pieces_per_row: int
+    pieces_before: int
+    """Pieces that each of these rows held before."""
+
+
+class RowGroup(NamedTuple):
+    """Rows [first_row, first_row + num_rows), which hold pieces of the same lengths."""
+
+    first_row: int
+    num_rows: int
+    num_pieces: int
+    """Pieces in each of them."""
+    runs: Runs
+
+    def lengths(self) -> np.ndarray:
+        """Lengths of the pieces of each row, in order: int64, `(num_pieces,)`."""
+        found, runs = [], self.runs
+        while runs is not None:
+            runs, length, count = runs
+            found.append((length, count))
+        found.reverse()
+        lengths, counts = np.array(found, dtype=np.int64).reshape(-1, 2).T
+        return np.repeat(lengths, counts)
+
+
+def best_fit_decreasing(
+    counts: np.ndarray, sequence_length: int
+) -> tuple[list[Placement], list[RowGroup]]:
+    """Pack pieces into rows of `sequence_length` tokens.
+
+    Args:
+        counts: how many pieces there are of each length, `(sequence_length + 1,)`; none of 0.
+
+    Returns:
+        Where pieces go, and what rows hold in the end: all rows, in order.
+    """
+    packer = _Packer(sequence_length)
+    for length in np.flatnonzero(counts)[::-1].tolist():
+        packer.place(length, int(counts[length]))
+    return packer.placements, packer.groups()
+
+
+class _Packer:
+    def __init__(self, sequence_length: int) -> None:
+        self.placements: list[Placement] = []
+        self._sequence_length = sequence_length
+        self._num_rows = 0
+        self._full: list[RowGroup] = []
+        # Rows by their room, and the rooms there are, ascending. Of rows with the same room, the
+        # one that has had it longest comes first; best fit leaves that open.
+        self._by_room: dict[int, deque[RowGroup]] = {}
+        self._rooms: list[int] = []
+
+    def place(self, length: int, count: int) -> None:
+        while count:
+            position = bisect.bisect_left(self._rooms, length)
+            if position < len(self._rooms):
+                count -= self._fill(self._rooms[position], length, count)
+            else:
+                self._open(length, count)
+                count = 0
+
+    def groups(self) -> list[RowGroup]:
+        left = [group for groups in self._by_room.values() for group in groups]
+        return sorted([*self._full, *left], key=lambda group: group.first_row)
+
+    def _open(self, length: int, count: int) -> None:
+        """New rows for all pieces."""
+        per_row = self._sequence_length // length
+        for num_rows, pieces in ((count // per_row, per_row), (1, count % per_row)):
+            if num_rows and pieces:
+                group = RowGroup(self._num_rows, num_rows, 0, None)
+                self._num_rows += num_rows
+                self._put(group, self._sequence_length, length, pieces)
+
+    def _fill(self, room: int, length: int, count: int) -> int:
+        """Place pieces into rows of `room`; returns how many. A row that took one and still fits
+        another has now the least room of all that do, so it takes as many as it can."""
+        groups, per_row, left = self._by_room[room], room // length, count
+        while groups and left:
+            group = groups.popleft()
+            # The last row may be given fewer than fit.
+            num_rows, pieces = min(group.num_rows, left // per_row), per_row
+            if num_rows == 0:
+                num_rows, pieces = 1, left
+            if num_rows < group.num_rows:
+                rest = group._replace(
+                    first_row=group.first_row + num_rows, num_rows=group.num_rows - num_rows
+                )
+                groups.appendleft(rest)
+            self._put(group._replace(num_rows=num_rows), room, length, pieces)
+            left -= num_rows * pieces
+        if not groups:
+            del self._by_room[room]
+            del self._rooms[bisect.bisect_left(self._rooms, room)]
+        return count - left
+
+    def _put(self, group: RowGroup, room: int, length: int, pieces: int) -> None:
+        self.placements.append(
+            Placement(length, group.first_row, group.num_rows, pieces, group.num_pieces)
+        )
+        group = group._replace(
+            num_pieces=group.num_pieces + pieces, runs=(group.runs, length, pieces)
+        )
+        room -= length * pieces
+        if room == 0:
+            self._full.append(group)
+            return
+        if room not in self._by_room:
+            self._by_room[room] = deque()
+            bisect.insort(self._rooms, room)
+        self._by_room[room].append(group)

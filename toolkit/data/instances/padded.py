@@ -5,11 +5,9 @@ from pathlib import Path
 import numpy as np
 
 from toolkit.data.instances.base import DocumentPart, Rows
-from toolkit.data.instances.identity import padded_plan
 from toolkit.data.instances.index import DocumentIndex
-from toolkit.data.instances.planned import PlannedInstances
-from toolkit.data.instances.plans import Plan, PlanHeader, create_array
-from toolkit.data.instances.rows import gather_rows
+from toolkit.data.instances.planned import PlannedInstances, gather_rows
+from toolkit.data.instances.plans import Plan, PlanHeader, create_array, padded_plan
 from toolkit.data.tokens.prepared import PreparedDataset, Split
 
 

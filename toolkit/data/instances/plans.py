@@ -14,27 +14,27 @@ needs no numpy.
 
 import contextlib
 import errno
+import functools
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import msgspec
 
 from toolkit.data.tokens.prepared import PreparedDataset, Split
-from toolkit.errors import DataError
+from toolkit.errors import ConfigError, DataError
 from toolkit.storage.atomic import (
     TEMPORARY_SUFFIX,
-    fsync_folder,
-    fsync_tree,
+    new_folder,
     remove_tree,
-    temporary_path,
     write_atomic,
     write_json_atomic,
 )
 from toolkit.storage.foreign import read_bytes, read_json
+from toolkit.storage.locks import locked
 from toolkit.wording import count
 
 if TYPE_CHECKING:
@@ -44,7 +44,6 @@ logger = logging.getLogger(__name__)
 
 PLANS_FOLDER = "packing"
 HEADER_NAME = "plan.json"
-LOCK_POLL_SECONDS = 0.25
 
 _READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
 
@@ -200,7 +199,8 @@ def find_note(prepared: PreparedDataset, name: str) -> bytes | None:
 
 def _ensure(plan: Plan, folder: Path, make: Callable[[Path], PlanHeader]) -> PlanHeader:
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with _exclusive(folder):
+    waiting = functools.partial(logger.info, "waiting for another process to make %s", folder)
+    with locked(folder.with_name(f".{folder.name}.lock"), on_wait=waiting):
         header = plan.header()
         if header is None:
             started = time.monotonic()
@@ -238,18 +238,9 @@ def _make(plan: Plan, folder: Path, make: Callable[[Path], PlanHeader]) -> PlanH
     # The lock is held: what is unfinished was left by a process that was killed.
     for leftover in folder.parent.glob(f".{folder.name}.*{TEMPORARY_SUFFIX}"):
         remove_tree(leftover)
-    unfinished = temporary_path(folder)
-    unfinished.mkdir()
-    try:
+    with new_folder(folder) as unfinished:
         header = make(unfinished)
         write_json_atomic(unfinished / HEADER_NAME, header)
-        fsync_tree(unfinished)
-        os.rename(unfinished, folder)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            remove_tree(unfinished)
-        raise
-    fsync_folder(folder.parent)
     return header
 
 
@@ -275,17 +266,60 @@ def _report(plan: Plan, header: PlanHeader, seconds: float) -> None:
     )
 
 
-@contextlib.contextmanager
-def _exclusive(folder: Path) -> Iterator[None]:
-    import filelock
+INSTANCES_VERSION = 1
+"""Changes when the same settings would give other rows."""
 
-    lock = filelock.FileLock(folder.with_name(f".{folder.name}.lock"))
-    try:
-        lock.acquire(timeout=0)
-    except filelock.Timeout:
-        logger.info("waiting for another process to make %s", folder)
-        lock.acquire(poll_interval=LOCK_POLL_SECONDS)
-    try:
-        yield
-    finally:
-        lock.release()
+
+def instances_fingerprint(
+    prepared: PreparedDataset, split: Split, kind: str, **settings: int | bool
+) -> str:
+    """16 hex digits that differ where any row does.
+
+    Args:
+        settings: whatever decides, beside the tokens, what a row of this kind holds.
+    """
+    import xxhash
+
+    info = prepared.manifest.splits[split]
+    # Token files made before indexes were hashed are told apart by the number of documents.
+    index = info.index_hash or info.num_documents
+    tokens = prepared.fingerprint(split)
+    identity = (INSTANCES_VERSION, tokens, index, kind, sorted(settings.items()))
+    return xxhash.xxh3_64_hexdigest(repr(identity).encode())
+
+
+def packed_plan(prepared: PreparedDataset, split: Split, sequence_length: int) -> Plan:
+    """The plan of packed instances, made or not."""
+    fingerprint = instances_fingerprint(prepared, split, "packed", sequence_length=sequence_length)
+    return Plan(prepared, split, "packed", sequence_length, fingerprint)
+
+
+def padded_plan(prepared: PreparedDataset, split: Split, sequence_length: int) -> Plan:
+    """The plan of padded instances, made or not."""
+    fingerprint = instances_fingerprint(prepared, split, "padded", sequence_length=sequence_length)
+    return Plan(prepared, split, "padded", sequence_length, fingerprint)
+
+
+def variable_plan(
+    prepared: PreparedDataset, split: Split, sequence_length: int, *, min_length: int
+) -> Plan:
+    """The plan of variable-length instances, made or not.
+
+    Raises:
+        ConfigError: see `VariableDataset`.
+    """
+    if sequence_length.bit_count() != 1:
+        below = 1 << (sequence_length.bit_length() - 1)
+        raise ConfigError(
+            f"dataset.sequence_length {sequence_length} must be a power of two with "
+            f"dataset.instances of type variable; the nearest are {below} and {2 * below}"
+        )
+    if min_length > sequence_length:
+        raise ConfigError(
+            f"dataset.instances.min_sequence_length {min_length} is more than "
+            f"dataset.sequence_length {sequence_length}; make it smaller"
+        )
+    fingerprint = instances_fingerprint(
+        prepared, split, "variable", sequence_length=sequence_length, min_length=min_length
+    )
+    return Plan(prepared, split, "variable", sequence_length, fingerprint)

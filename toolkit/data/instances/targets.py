@@ -7,23 +7,22 @@ them, and some rows hold no target at all: they cost time and teach nothing.
 import contextlib
 import logging
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import msgspec
 import numpy as np
 
-from toolkit.data.instances.config import FixedInstancesConfig, VariableInstancesConfig
+from toolkit.data.instances.base import InstanceDataset, target_mask
+from toolkit.data.instances.config import (
+    FixedInstancesConfig,
+    InstancesConfig,
+    VariableInstancesConfig,
+)
 from toolkit.data.instances.index import DocumentIndex
 from toolkit.data.instances.plans import find_note, keep_note
-from toolkit.data.instances.text import target_mask
+from toolkit.data.tokens.prepared import PreparedDataset, Split
 from toolkit.errors import DataError
 from toolkit.storage.foreign import decode_json
 from toolkit.wording import count
-
-if TYPE_CHECKING:
-    from toolkit.data.config import DatasetConfig
-    from toolkit.data.instances.base import InstanceDataset
-    from toolkit.data.tokens.prepared import PreparedDataset, Split
 
 logger = logging.getLogger(__name__)
 
@@ -45,23 +44,17 @@ class TargetCounts(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def check_row_targets(
-    prepared: "PreparedDataset",
-    split: "Split",
-    config: "DatasetConfig",
-    *,
-    evaluation: bool = False,
+    prepared: PreparedDataset, split: Split, instances: InstanceDataset, kind: InstancesConfig
 ) -> None:
     """Say in one line how many rows have no target and how many answers are cut off their prompts.
 
     Raises:
         DataError: no row of training has a target.
     """
-    if prepared.manifest.splits[split].mask_hash is None:
-        return
-    counts = _counts(prepared, split, config, evaluation=evaluation)
+    counts = _counts(prepared, split, instances, kind)
     if not counts.num_rows:
         return
-    length, advice = config.sequence_length, "raise dataset.sequence_length, or leave them out"
+    length, advice = instances.sequence_length, "raise dataset.sequence_length, or leave them out"
     if split == "train" and counts.rows_without_targets == counts.num_rows:
         raise DataError(
             f"{prepared.folder}: none of its {count(counts.num_rows, 'row')} of {length} tokens "
@@ -87,14 +80,11 @@ def _have(number: int) -> str:
 
 
 def _counts(
-    prepared: "PreparedDataset", split: "Split", config: "DatasetConfig", *, evaluation: bool
+    prepared: PreparedDataset, split: Split, instances: InstanceDataset, kind: InstancesConfig
 ) -> TargetCounts:
-    from toolkit.data.instances.open import instances_config, open_instances
-
-    instances = open_instances(prepared, split, config, evaluation=evaluation)
-    kind = instances_config(config, evaluation=evaluation)
+    length = instances.sequence_length
     # The fingerprint of some kinds is that of the tokens alone.
-    name = f"{split}-{config.sequence_length}-{instances.fingerprint}.targets"
+    name = f"{split}-{length}-{instances.fingerprint}.targets"
     note = find_note(prepared, name)
     if note is not None:
         with contextlib.suppress(DataError):  # it is counted and written again
@@ -107,13 +97,13 @@ def _counts(
         num_rows=instances.num_instances,
         rows_without_targets=without,
         num_documents=prepared.num_documents(split),
-        cut_answers=_cut_answers(prepared, split, config.sequence_length, kind),
+        cut_answers=_cut_answers(prepared, split, length, kind),
     )
     keep_note(prepared, name, msgspec.json.encode(counts))
     return counts
 
 
-def _blocks(instances: "InstanceDataset") -> Iterator[np.ndarray]:
+def _blocks(instances: InstanceDataset) -> Iterator[np.ndarray]:
     """Numbers of instances that can be read together."""
     buckets = getattr(instances, "buckets", None)
     ranges = [(instances.sequence_length, 0, instances.num_instances)]
@@ -125,7 +115,7 @@ def _blocks(instances: "InstanceDataset") -> Iterator[np.ndarray]:
             yield np.arange(start, min(start + step, last))
 
 
-def _cut_answers(prepared: "PreparedDataset", split: "Split", length: int, kind: object) -> int:
+def _cut_answers(prepared: PreparedDataset, split: Split, length: int, kind: object) -> int:
     """Documents with a target behind the first row that holds them."""
     mask = prepared.target_mask(split)
     assert mask is not None

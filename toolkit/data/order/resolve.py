@@ -8,8 +8,7 @@ from fractions import Fraction
 from typing import Any, NamedTuple
 
 from toolkit.data.config import DatasetConfig, VariableInstancesConfig
-from toolkit.data.order.config import MixConfig, MixSourceConfig
-from toolkit.data.order.mix_files import check_nested, read_mix
+from toolkit.data.order.config import MixConfig, MixSourceConfig, check_nested, read_mix
 from toolkit.data.tokens.prepared import dataset_folder
 from toolkit.errors import ConfigError
 

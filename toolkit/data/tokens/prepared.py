@@ -19,15 +19,15 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import msgspec
 
-from toolkit.data.config import DatasetConfig
+from toolkit.data.config import DatasetConfig, StoreConfig
+from toolkit.data.tokens.in_use import UseMark, mark_used
 from toolkit.errors import ConfigError, DataError
 from toolkit.storage.foreign import guard, read_json
+from toolkit.storage.remote import is_url
 from toolkit.wording import count
 
 if TYPE_CHECKING:
     import numpy as np
-
-    from toolkit.data.tokens.in_use import UseMark
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "dataset.json"
@@ -226,6 +226,41 @@ def read_prepared(config: DatasetConfig) -> PreparedDataset | None:
         DataError: when dataset.json cannot be read or the token files do not have its sizes.
     """
     return read_folder(dataset_folder(config))
+
+
+def localize(config: DatasetConfig, store: StoreConfig) -> DatasetConfig:
+    """`config` with `root` set to the local root that `store` gives, where training reads.
+
+    Raises:
+        ConfigError: the permanent copy would be the local folder itself.
+    """
+    if store.tokenized_cache_dir is not None:
+        config = config.replace(root=store.tokenized_cache_dir)
+    if store.permanent_root is not None:
+        path = store.permanent_root.removeprefix("file://")
+        if (
+            not is_url(path)
+            and Path(path).expanduser().resolve() == Path(config.root).expanduser().resolve()
+        ):
+            raise ConfigError(
+                f"store.permanent_root and the local root of token files are the same folder, "
+                f"{path}; set store.tokenized_cache_dir to another one, or "
+                "store.permanent_root=null"
+            )
+    return config
+
+
+def open_prepared(config: DatasetConfig) -> PreparedDataset | None:
+    """`read_prepared`, marked as in use as long as the result or an array of it lives."""
+    folder = dataset_folder(config)
+    if not folder.is_dir():
+        return read_prepared(config)
+    mark = mark_used(folder)
+    # Read after the mark was set: what is whole now stays.
+    prepared = read_prepared(config)
+    if prepared is not None:
+        prepared.in_use = mark
+    return prepared
 
 
 def read_folder(folder: Path) -> PreparedDataset | None:

@@ -6,13 +6,14 @@ What is written says the same in the fields that transformers 4.57 reads: `rope_
 """
 
 import math
-from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import msgspec
 
 from toolkit.errors import CheckpointError
-from toolkit.hf.settings import Settings
+from toolkit.hf.families.parts import windows
+from toolkit.hf.family import Part, Settings
 from toolkit.models.config import TransformerConfig
 from toolkit.models.rope_config import (
     LinearRopeConfig,
@@ -34,27 +35,16 @@ def read_rope(
     settings: Settings, *, is_partial: bool = False, is_scaled: bool = True
 ) -> dict[str, Any]:
     """`rope_theta`, `rope_scaling` and `rotary_fraction` from one set of rope parameters for all
-    layers.
+    layers; raises CheckpointError for a kind of scaling, or a field of one, that we do not compute.
 
     Args:
-        settings: of the config.
         is_partial: whether the class can rotate a part of each head.
-        is_scaled: whether the class computes scaled frequencies.
-
-    Raises:
-        CheckpointError: a kind of scaling, or a field of one, that we do not compute.
+        is_scaled: whether it computes scaled frequencies.
     """
-    parameters = _checked(settings.take("rope_parameters"), settings)
-    scaling = _scaling(parameters, settings, _SCALINGS if is_scaled else {})
-    fraction = parameters.get("partial_rotary_factor")
-    fraction = 1.0 if fraction is None else _number(fraction, "partial_rotary_factor")
-    if fraction != 1.0 and not is_partial:
-        raise _not_covered("partial_rotary_factor", fraction, settings)
-    return {
-        "rope_theta": _number(parameters.get("rope_theta"), "rope_theta"),
-        "rope_scaling": scaling,
-        "rotary_fraction": fraction,
-    }
+    found = _read(settings.take("rope_parameters"), settings, is_scaled=is_scaled)
+    if found["rotary_fraction"] != 1.0 and not is_partial:
+        raise _not_covered("partial_rotary_factor", found["rotary_fraction"], settings)
+    return found
 
 
 def write_rope(config: TransformerConfig) -> dict[str, Any]:
@@ -66,36 +56,42 @@ def write_rope(config: TransformerConfig) -> dict[str, Any]:
     return {"rope_parameters": parameters, "rope_theta": config.rope_theta, **old}
 
 
-def read_rope_by_kind(settings: Settings) -> dict[str, Any]:
+ROPE = Part(read_rope, write_rope)
+
+
+def rope_by_kind(sliding_base: str = "") -> Part:
     """`rope_theta`, `rope_scaling` and `sliding_rope_theta` from two sets of rope parameters, one
     for each kind of attention. That of a kind which no layer has is not looked at.
 
-    Raises:
-        CheckpointError: a kind of scaling, or a field of one, that we do not compute.
+    `sliding_base`: what transformers 4.57 calls the base of sliding layers; "": it has none.
     """
-    both = _checked(settings.take("rope_parameters"), settings)
+    return Part(_read_by_kind, partial(_write_by_kind, sliding_base=sliding_base))
+
+
+def _read_by_kind(settings: Settings) -> dict[str, Any]:
+    both = settings.take("rope_parameters")
+    _check_mapping(both, settings)
     for name in both.keys() - set(_KINDS):
         raise _not_covered(name, both[name], settings)
     present = [name for name in _KINDS if name in settings.take("layer_types")] or _KINDS
     full, sliding = (
-        _one_of(both.get(name if name in present else present[0]), settings) for name in _KINDS
+        _read(both.get(name if name in present else present[0]), settings) for name in _KINDS
     )
-    theta, scaling = full
-    sliding_theta, sliding_scaling = sliding
-    fields = {"rope_theta": theta, "rope_scaling": scaling}
+    for found in (full, sliding):
+        if found["rotary_fraction"] != 1.0:
+            raise _not_covered("partial_rotary_factor", found["rotary_fraction"], settings)
+        if not getattr(found["rope_scaling"], "truncate", True):
+            # `transformers` overlooks this field where each kind of attention has its own.
+            raise _not_covered("truncate", False, settings)
     if sliding == full:
-        return fields
-    if sliding_scaling is not None:
+        return full
+    if sliding["rope_scaling"] is not None:
         kind = both["sliding_attention"]["rope_type"]
         raise _not_covered("sliding_attention.rope_type", kind, settings)
-    return {**fields, "sliding_rope_theta": sliding_theta}
+    return {**full, "sliding_rope_theta": sliding["rope_theta"]}
 
 
-def write_rope_by_kind(config: TransformerConfig, *, sliding_base: str = "") -> dict[str, Any]:
-    """`rope_parameters` for each kind of attention, and what transformers 4.57 has instead.
-
-    `sliding_base`: its field for the base of sliding layers; "": it has none.
-    """
+def _write_by_kind(config: TransformerConfig, *, sliding_base: str) -> dict[str, Any]:
     full = _write(config.rope_theta, config.rope_scaling)
     sliding = full
     if config.sliding_rope_theta is not None:
@@ -111,9 +107,9 @@ def write_rope_by_kind(config: TransformerConfig, *, sliding_base: str = "") -> 
 def only_newer(config: TransformerConfig, *, sliding_base: str = "") -> str | None:
     """What of the rope of sliding layers transformers 4.57 cannot say; None: nothing.
 
-    `sliding_base`: see `write_rope_by_kind`.
+    `sliding_base`: see `rope_by_kind`.
     """
-    if all(config.window_of(layer) is None for layer in range(config.num_layers)):
+    if not any(windows(config)):
         return None
     if config.sliding_rope_theta is None and config.rope_scaling is not None:
         return "rope_scaling of sliding layers"
@@ -122,49 +118,32 @@ def only_newer(config: TransformerConfig, *, sliding_base: str = "") -> str | No
     return None
 
 
-def _one_of(parameters: Any, settings: Settings) -> tuple[float, RopeScalingConfig | None]:
-    parameters = _checked(parameters, settings)
-    scaling = _scaling(parameters, settings, _SCALINGS)
-    fraction = parameters.get("partial_rotary_factor")
-    if fraction not in (None, 1.0):
-        raise _not_covered("partial_rotary_factor", fraction, settings)
-    if isinstance(scaling, YarnRopeConfig) and not scaling.truncate:
-        # `transformers` overlooks this field where each kind of attention has its own.
-        raise _not_covered("truncate", False, settings)
-    return _number(parameters.get("rope_theta"), "rope_theta"), scaling
-
-
-def _checked(parameters: Any, settings: Settings) -> dict[str, Any]:
-    if not isinstance(parameters, dict):
-        raise CheckpointError(
-            f"config.json: rope_parameters {parameters!r} is not covered by the mapping of "
-            f"{settings.model_type}"
-        )
-    return parameters
-
-
-def _scaling(
-    parameters: dict[str, Any],
-    settings: Settings,
-    scalings: Mapping[str, type[RopeScalingConfig]],
-) -> RopeScalingConfig | None:
+def _read(parameters: Any, settings: Settings, *, is_scaled: bool = True) -> dict[str, Any]:
+    _check_mapping(parameters, settings)
     kind = parameters.get("rope_type", "default")
     values = {k: v for k, v in parameters.items() if k not in _NOT_OF_SCALING and v is not None}
-    if kind == "default":
-        if values:
-            name = sorted(values)[0]
-            raise _not_covered(name, values[name], settings)
-        return None
-    if kind not in scalings:
+    scalings = _SCALINGS if is_scaled else {}
+    scaling = None
+    if kind == "default" and values:
+        name = min(values)
+        raise _not_covered(name, values[name], settings)
+    if kind != "default" and kind not in scalings:
         known = ", ".join(("default", *scalings))
         raise CheckpointError(f"{_not_covered('rope_type', kind, settings)}, which knows {known}")
-    try:
-        return msgspec.convert({"type": kind, **values}, scalings[kind])
-    except msgspec.ValidationError as error:
-        raise CheckpointError(
-            f"config.json: rope_parameters of type {kind!r} are not covered by the mapping of "
-            f"{settings.model_type}: {error}"
-        ) from None
+    if kind != "default":
+        try:
+            scaling = msgspec.convert({"type": kind, **values}, scalings[kind])
+        except msgspec.ValidationError as error:
+            raise CheckpointError(
+                f"config.json: rope_parameters of type {kind!r} are not covered by the mapping of "
+                f"{settings.model_type}: {error}"
+            ) from None
+    fraction = parameters.get("partial_rotary_factor")
+    return {
+        "rope_theta": _number(parameters.get("rope_theta"), "rope_theta"),
+        "rope_scaling": scaling,
+        "rotary_fraction": 1.0 if fraction is None else _number(fraction, "partial_rotary_factor"),
+    }
 
 
 def _write(theta: float, scaling: RopeScalingConfig | None) -> dict[str, Any]:
@@ -175,8 +154,12 @@ def _write(theta: float, scaling: RopeScalingConfig | None) -> dict[str, Any]:
         for field in msgspec.structs.fields(scaling)
         if getattr(scaling, field.name) != field.default
     }
-    kind = next(kind for kind, cls in _SCALINGS.items() if isinstance(scaling, cls))
-    return {"rope_type": kind, "rope_theta": theta, **given}
+    return {"rope_type": scaling.__struct_config__.tag, "rope_theta": theta, **given}
+
+
+def _check_mapping(parameters: Any, settings: Settings) -> None:
+    if not isinstance(parameters, dict):
+        raise settings.not_covered(f"rope_parameters {parameters!r}")
 
 
 def _number(value: Any, name: str) -> float:
@@ -187,7 +170,4 @@ def _number(value: Any, name: str) -> float:
 
 
 def _not_covered(name: str, value: Any, settings: Settings) -> CheckpointError:
-    return CheckpointError(
-        f"config.json: rope_parameters.{name} {value!r} is not covered by the mapping of "
-        f"{settings.model_type}"
-    )
+    return settings.not_covered(f"rope_parameters.{name} {value!r}")

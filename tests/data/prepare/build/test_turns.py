@@ -18,7 +18,7 @@ from tests.data.prepare.text.instructions.templates import (
 )
 from toolkit.data.config import InstructionsConfig
 from toolkit.data.prepare.build.instructions import InstructionEncoder
-from toolkit.data.prepare.text.piece import Piece
+from toolkit.data.prepare.text.reading import Piece
 from toolkit.data.prepare.tokenizers.choice import templates_hash
 from toolkit.data.prepare.tokenizers.companions import TOKENIZER_CONFIG_FILE
 from toolkit.data.prepare.tokenizers.tokenizer import Tokenizer, load_file

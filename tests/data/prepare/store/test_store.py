@@ -28,8 +28,8 @@ from tests.s3 import S3Server
 from toolkit.data.config import StoreConfig
 from toolkit.data.prepare.store import permanent
 from toolkit.data.prepare.store.cache import read_record
-from toolkit.data.prepare.store.store import describe_stored, localize, stored_at
-from toolkit.data.tokens.prepared import PreparedDataset
+from toolkit.data.prepare.store.store import describe_stored, stored_at
+from toolkit.data.tokens.prepared import PreparedDataset, localize
 from toolkit.errors import ConfigError, DataError, StorageError
 
 

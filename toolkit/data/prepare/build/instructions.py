@@ -17,7 +17,7 @@ from toolkit.data.prepare.text.instructions.checks import NO_TARGET, check_targe
 from toolkit.data.prepare.text.instructions.named import NamedTemplates
 from toolkit.data.prepare.text.instructions.rendering import RenderedRow, RowRenderer
 from toolkit.data.prepare.text.instructions.template import ChatTemplate, Span, read_chat_template
-from toolkit.data.prepare.text.piece import Piece, at_found_place
+from toolkit.data.prepare.text.reading import Piece, at_found_place
 from toolkit.data.prepare.tokenizers.tokenizer import Tokenizer
 from toolkit.data.source_config import InstructionsConfig
 from toolkit.errors import ConfigError, DataError

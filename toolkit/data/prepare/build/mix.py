@@ -1,75 +1,37 @@
-"""Token files for everything that a config names: one corpus, or every source of a mixture, made
-with one tokenizer."""
+"""Token files for every source of a mixture, made with one tokenizer."""
 
 import contextlib
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import xxhash
 
 from toolkit.data.config import (
     BPETokenizerConfig,
-    DataConfig,
     DatasetConfig,
     HFTokenizerConfig,
     StoreConfig,
     TokenFilesSourceConfig,
 )
-from toolkit.data.instances.open import ensure_plans
+from toolkit.data.corpus_info import check_same_tokens
 from toolkit.data.order.resolve import ResolvedSource, resolve_mix, resolve_schedule
 from toolkit.data.prepare.build.prepare import ensure_prepared
 from toolkit.data.prepare.build.settings import settings_of
 from toolkit.data.prepare.build.vocabulary import sample_texts
 from toolkit.data.prepare.store.cache import raw_text_cache
-from toolkit.data.prepare.store.store import localize
 from toolkit.data.prepare.text.sources import plan_source
 from toolkit.data.prepare.tokenizers.bpe import train_bpe
 from toolkit.data.prepare.tokenizers.companions import TOKENIZER_FILE
 from toolkit.data.prepare.tokenizers.tokenizer import Tokenizer, load_tokenizer
-from toolkit.data.tokens.prepared import PreparedDataset
+from toolkit.data.tokens.prepared import PreparedDataset, localize
 from toolkit.errors import ConfigError, DataError
 from toolkit.storage.atomic import new_folder
 from toolkit.storage.locks import locked
 
 TOKENIZERS_FOLDER = ".mix-tokenizers"
 """Below the root of token files: tokenizers that were trained for mixtures."""
-
-
-def prepare_data(
-    cfg: DataConfig,
-    *,
-    work_dir: str | None = None,
-    progress: bool = True,
-    check_text: bool = True,
-) -> dict[str, tuple[DatasetConfig, PreparedDataset]]:
-    """Make what is missing of `cfg`: token files of every source, and the plans of their rows.
-
-    Many processes may call this at once: one prepares, the others wait. Arguments and errors as for
-    `ensure_prepared`.
-
-    Returns:
-        Data sets by the name of their source in the mixture, or under "" where there is one corpus;
-        none of a data set written in Python.
-    """
-    if cfg.dataset.custom is not None:
-        return {}
-    dataset = localize(cfg.dataset, cfg.store)
-    options: dict[str, Any] = {
-        "store": cfg.store, "work_dir": work_dir, "progress": progress, "check_text": check_text,
-    }  # fmt: skip
-    if dataset.mix is None:
-        parts = {"": (dataset, ensure_prepared(dataset, **options))}
-    else:
-        parts = {
-            source.name: (source.dataset, prepared)
-            for source, prepared in ensure_mix_prepared(dataset, **options)
-        }
-    for config, prepared in parts.values():
-        ensure_plans(prepared, config)
-    return parts
 
 
 def ensure_mix_prepared(
@@ -108,31 +70,8 @@ def ensure_mix_prepared(
                 check_text=check_text,
             )
         found.append((source, prepared))
-    check_same_tokens(found)
+    check_same_tokens({source.name: prepared for source, prepared in found})
     return found
-
-
-def check_same_tokens(found: Sequence[tuple[ResolvedSource, PreparedDataset]]) -> None:
-    """Check that an id means the same in all sources, and that documents begin and end alike.
-
-    Raises:
-        ConfigError: two sources differ; names them.
-    """
-    for source, prepared in found[1:]:
-        first, other = found[0][1].manifest, prepared.manifest
-        for what, field in (
-            ("their tokenizers", "tokenizer_fingerprint"),
-            ("their end-of-document ids", "eos_id"),
-            ("whether documents end with it (append_eos)", "append_eos"),
-            ("whether documents start with a token of their own (prepend_bos)", "prepend_bos"),
-        ):
-            one, two = getattr(first, field), getattr(other, field)
-            if one != two:
-                raise ConfigError(
-                    f"dataset.mix: {found[0][0].name} and {source.name} do not mix: {what} differ "
-                    f"({one} in {found[0][1].folder}, {two} in {prepared.folder}); prepare one of "
-                    "them again under another dataset_config"
-                )
 
 
 @contextlib.contextmanager

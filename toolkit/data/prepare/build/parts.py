@@ -22,9 +22,8 @@ from toolkit.data.config import InstructionsConfig, TokenFilesSourceConfig
 from toolkit.data.prepare.build.encoding import Encoded, Encoder, TextEncoder, TokenEncoder
 from toolkit.data.prepare.build.instructions import InstructionEncoder
 from toolkit.data.prepare.build.split_files import HashedFile, SplitWriter, finish_all
-from toolkit.data.prepare.text.piece import Piece
 from toolkit.data.prepare.text.readers import read_shard
-from toolkit.data.prepare.text.reading import Counts, Reading
+from toolkit.data.prepare.text.reading import Counts, Piece, Reading
 from toolkit.data.prepare.text.shards import Shard
 from toolkit.data.tokens.prepared import SPLITS, Split, SplitInfo, TokenDType, token_files
 from toolkit.errors import DataError
@@ -197,7 +196,7 @@ def encode_shard(job: Job, setup: PartsSetup, encoder: Encoder) -> None:
             documents_hash=documents.close() if documents is not None else None,
             replaced_bytes=counts.replaced_bytes,
             skipped_documents=counts.skipped_documents,
-            cut_documents=getattr(counts, "cut_documents", 0),
+            cut_documents=counts.cut_documents,
             filtered_documents=counts.filtered_documents,
         )
         write_json_atomic(unfinished / _PART_NAME, part, sync=False)

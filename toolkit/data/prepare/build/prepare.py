@@ -48,7 +48,7 @@ from toolkit.data.prepare.build.settings import (
 from toolkit.data.prepare.build.vocabulary import settled_tokenizer, vocabulary_of
 from toolkit.data.prepare.build.workers import encode_shards, num_cores
 from toolkit.data.prepare.store.cache import build_lock, raw_text_cache
-from toolkit.data.prepare.store.store import localize, make_room, obtain, open_prepared, settle
+from toolkit.data.prepare.store.store import make_room, obtain, settle
 from toolkit.data.prepare.text.readers import read_shard
 from toolkit.data.prepare.text.reading import Counts, Reading
 from toolkit.data.prepare.text.shards import Plan, Shard
@@ -63,6 +63,8 @@ from toolkit.data.tokens.prepared import (
     PreparedDataset,
     SplitInfo,
     dataset_folder,
+    localize,
+    open_prepared,
     token_dtype,
 )
 from toolkit.errors import DataError

@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 import xxhash
 
-from toolkit.data.tokens.index_scan import IndexScan
+from toolkit.data.instances.index import IndexScan
 from toolkit.data.tokens.prepared import (
     MANIFEST_NAME,
     NUM_BLOCKS,

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from toolkit.data.prepare.build.instructions import InstructionEncoder, chat_template
-from toolkit.data.prepare.text.piece import Piece
+from toolkit.data.prepare.text.reading import Piece
 from toolkit.data.prepare.tokenizers.tokenizer import Tokenizer
 from toolkit.data.source_config import InstructionsConfig
 from toolkit.errors import ToolkitError

@@ -41,45 +41,16 @@ from toolkit.data.tokens.prepared import (
     Manifest,
     PreparedDataset,
     dataset_folder,
+    open_prepared,
     read_prepared,
 )
-from toolkit.errors import ConfigError, DataError, StorageError
+from toolkit.errors import DataError, StorageError
 from toolkit.storage.atomic import publish_folder, remove_tree, write_atomic
 from toolkit.storage.foreign import read_json
 from toolkit.storage.locks import locked
 from toolkit.storage.remote import is_url
 
 log = logging.getLogger(__name__)
-
-
-def localize(config: DatasetConfig, store: StoreConfig) -> DatasetConfig:
-    """`config` with `root` set to the local root that `store` gives, where training reads.
-
-    Raises:
-        ConfigError: the permanent copy would be the local folder itself.
-    """
-    if store.tokenized_cache_dir is not None:
-        config = config.replace(root=store.tokenized_cache_dir)
-    if store.permanent_root is not None:
-        path = store.permanent_root.removeprefix("file://")
-        if not is_url(path) and Path(path).expanduser().resolve() == _root(config).resolve():
-            raise ConfigError(
-                f"store.permanent_root and the local root of token files are the same folder, "
-                f"{path}; set store.tokenized_cache_dir to another one, or "
-                "store.permanent_root=null"
-            )
-    return config
-
-
-def open_prepared(config: DatasetConfig) -> PreparedDataset | None:
-    """`read_prepared`, marked as in use as long as the result or an array of it lives."""
-    folder = dataset_folder(config)
-    mark = mark_used(folder) if folder.is_dir() else None
-    # Read after the mark was set: what is whole now stays.
-    prepared = read_prepared(config)
-    if prepared is not None:
-        prepared.in_use = mark
-    return prepared
 
 
 def obtain(

@@ -7,8 +7,8 @@ import msgspec
 import numpy as np
 import xxhash
 
+from toolkit.data.instances.index import IndexScan
 from toolkit.data.prepare.build.split_files import memory_map, token_blocks
-from toolkit.data.tokens.index_scan import IndexScan
 from toolkit.data.tokens.prepared import (
     MANIFEST_NAME,
     NUM_BLOCKS_CHECKED_AT_OPEN,

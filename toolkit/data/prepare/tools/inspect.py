@@ -13,7 +13,7 @@ import msgspec
 import numpy as np
 
 from toolkit.data.prepare.build.split_files import BLOCK_TOKENS
-from toolkit.data.prepare.text.numpy_header import HEADER_BYTES, NumpyHeader, read_numpy_header
+from toolkit.data.prepare.text.token_files import HEADER_BYTES, NumpyHeader, read_numpy_header
 from toolkit.data.prepare.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from toolkit.data.prepare.tools.check import Sample, SplitCheck, SplitReport, file_size, scan_ids
 from toolkit.data.tokens.prepared import (
@@ -206,7 +206,7 @@ def _inspect_file(
     ids = np.memmap(path, dtype=dtype, mode="r", offset=first_byte, shape=(num_tokens,))
     if quick:
         # The first document alone, with its length where it ends in the first block.
-        ends = np.flatnonzero(ids[: BLOCK_TOKENS] == eos_id)
+        ends = np.flatnonzero(ids[:BLOCK_TOKENS] == eos_id)
         is_known = eos_id is None or len(ends) or num_tokens <= BLOCK_TOKENS
         length = int(ends[0]) + 1 if len(ends) else num_tokens
         shown = ids[: min(length, SAMPLE_TOKENS)].tolist()

@@ -7,10 +7,15 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from toolkit.data.config import CustomDatasetConfig, DataConfig
-from toolkit.data.corpus_info import prepare_corpus
-from toolkit.data.instances.base import DocumentPart, InstanceDataset
+from toolkit.data.instances.base import (
+    DecodedPiece,
+    DocumentPart,
+    InstanceDataset,
+    decode_pieces,
+    target_mask,
+)
 from toolkit.data.instances.open import instances_config, open_instances
-from toolkit.data.instances.text import DecodedPiece, decode_pieces, target_mask
+from toolkit.data.prepare.corpus import prepare_corpus
 from toolkit.data.tokens.prepared import Split
 from toolkit.errors import ConfigError, DataError
 

@@ -1,0 +1,68 @@
+"""Objects by name, "module:object": what configs build, and what users bring themselves.
+
+A config imports nothing of what it builds. Its `build` looks the class up by name when it is
+called, so configs stay free of torch and no import runs in a circle.
+"""
+
+import importlib
+import os
+import re
+import sys
+from typing import Any
+
+from toolkit.errors import ConfigError, ToolkitError
+
+_NAME = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
+
+
+def named(name: str) -> Any:
+    """The object called `name`, "module:object". For names of our own: a wrong one is a defect."""
+    module, _, path = name.partition(":")
+    found = importlib.import_module(module)
+    for part in path.split("."):
+        found = getattr(found, part)
+    return found
+
+
+def is_name(text: Any) -> bool:
+    """Whether `text` has the form "module:object"."""
+    return isinstance(text, str) and _NAME.fullmatch(text) is not None
+
+
+def users_class(name: str, *, key: str) -> Any:
+    """The class that a user's config names at `key`; the current folder is looked in too.
+
+    Raises:
+        ConfigError: `name` is not of the form "module:Class", there is no such module or class, or
+            importing the module fails.
+    """
+    if not is_name(name):
+        raise ConfigError(f"write it as module:Class, not {name!r}", key=key)
+    if (here := os.getcwd()) not in sys.path:
+        sys.path.insert(0, here)
+    try:
+        found = named(name)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"{name}: {error}", key=key) from None
+    except Exception as error:
+        reason = f"importing it fails: {type(error).__name__}: {error}"
+        raise ConfigError(f"{name}: {reason}", key=key) from error
+    if not callable(found):
+        raise ConfigError(f"{name}: is no class: {found!r:.80}", key=key)
+    return found
+
+
+def users_object(name: str, *arguments: Any, key: str, **options: Any) -> Any:
+    """An object of the class `name` (see `users_class`), made with the user's `options`.
+
+    Raises:
+        ConfigError: see `users_class`; or the class does not take the options.
+    """
+    found = users_class(name, key=key)
+    try:
+        return found(*arguments, **options)
+    except ToolkitError:
+        raise
+    except Exception as error:
+        problem = f"{name} cannot be made: {type(error).__name__}: {error}; check its options"
+        raise ConfigError(problem, key=key) from error

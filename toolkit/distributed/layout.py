@@ -1,0 +1,281 @@
+"""How the ranks of a run share its work: one pure function from launcher and config to `Layout`.
+
+`accelerate launch` speaks through its FSDP and DeepSpeed variables; `train_module.dp_config` speaks
+under `torchrun`. If both speak and disagree it is an error that names both. Silence means DDP on
+several processes and `single` on one. No torch here: `--dry-run` asks too.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Literal
+
+import msgspec
+
+from toolkit.distributed.config import DataParallelConfig, EngineName
+from toolkit.distributed.launcher import (
+    Choice,
+    check_deepspeed,
+    deepspeed_notices,
+    launcher_choice,
+    launcher_notices,
+    launcher_precision,
+    offloads_to_cpu,
+    with_offload,
+    world_size_of,
+)
+from toolkit.errors import ConfigError
+from toolkit.parents import is_accelerated
+
+Precision = Literal["auto", "fp32", "bf16"]
+
+DP_CONFIG = "train_module.dp_config"
+AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
+"""Of the mesh of all ranks, from the one whose ranks lie farthest apart to neighbours."""
+EXPERT_AXES = ("pp", "dp_replicate", "efsdp", "ep")
+"""Of the same ranks, as experts see them: dp_shard x cp x tp = efsdp x ep."""
+
+
+class Layout(msgspec.Struct, frozen=True, kw_only=True):
+    """What each rank holds and reads. Degrees multiply to the number of ranks, without `ep`."""
+
+    pp: int = 1
+    """Pipeline stages."""
+    dp_replicate: int = 1
+    """Copies of the weights that are trained on distinct rows."""
+    dp_shard: int = 1
+    """Ranks with distinct rows that share one copy of the weights."""
+    cp: int = 1
+    """Ranks that share the positions of a row."""
+    tp: int = 1
+    """Ranks that share each matrix product."""
+    ep: int = 1
+    """Ranks that share the experts of a layer, out of dp_shard x cp x tp."""
+    backend: Literal["torch", "deepspeed"] = "torch"
+    zero_stage: int = 0
+    """DeepSpeed's stage; 0 for torch."""
+    is_fsdp: bool = False
+    """Whether FSDP2 holds the weights, on one rank too."""
+    precision: Precision = "auto"
+    """`auto` only before the hardware is known (`--dry-run`)."""
+    origin: str = "default"
+    """Who decided: the launcher, the config, or nobody (default)."""
+    dp_config: DataParallelConfig = DataParallelConfig(name="single")
+    """The config that asks for this layout, whatever the launcher."""
+    notices: tuple[str, ...] = ()
+    """Lines to show once at the start."""
+
+    def __post_init__(self) -> None:
+        if (self.dp_shard * self.cp * self.tp) % self.ep:
+            raise ConfigError(
+                f"expert parallelism of {self.ep} does not divide dp_shard {self.dp_shard} x "
+                f"cp {self.cp} x tp {self.tp}"
+            )
+
+    @property
+    def name(self) -> EngineName:
+        """The data-parallel engine, as configs and receipts spell it."""
+        if self.zero_stage:
+            return f"zero{self.zero_stage}"  # type: ignore[return-value]
+        if self.is_fsdp:
+            return "hsdp" if self.dp_replicate > 1 else "fsdp"
+        return "ddp" if self.world_size > 1 else "single"
+
+    @property
+    def shape(self) -> dict[str, int]:
+        """Degree of each of `AXES`."""
+        return {axis: getattr(self, axis) for axis in AXES}
+
+    @property
+    def expert_shape(self) -> dict[str, int]:
+        """Degree of each of `EXPERT_AXES`."""
+        efsdp = self.dp_shard * self.cp * self.tp // self.ep
+        return dict(zip(EXPERT_AXES, (self.pp, self.dp_replicate, efsdp, self.ep), strict=True))
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks."""
+        return math.prod(self.shape.values())
+
+    @property
+    def batch_ranks(self) -> int:
+        """Shares into which the rows of a global batch are cut."""
+        return self.dp_replicate * self.dp_shard
+
+    @property
+    def grad_ranks(self) -> int:
+        """Ranks over which the engine averages gradients."""
+        return self.batch_ranks * self.cp
+
+    def batch_rank(self, rank: int) -> int:
+        """Which share of the rows `rank` reads; all ranks of a cp, tp or pp group read the same."""
+        place = self.place(rank)
+        return place["dp_replicate"] * self.dp_shard + place["dp_shard"]
+
+    def owns_loss(self, rank: int) -> bool:
+        """Whether sums over targets that `rank` reports count: of the last stage, and once for each
+        tp group. (Each cp rank has the sum over its own positions.)"""
+        place = self.place(rank)
+        return place["pp"] == self.pp - 1 and place["tp"] == 0
+
+    def place(self, rank: int, *, experts: bool = False) -> dict[str, int]:
+        """The coordinates of `rank` in the mesh of `AXES`, or of `EXPERT_AXES`."""
+        place = {}
+        for axis, size in reversed((self.expert_shape if experts else self.shape).items()):
+            rank, place[axis] = divmod(rank, size)
+        return place
+
+    def ranks_along(self, rank: int, *axes: str) -> tuple[int, ...]:
+        """The ranks that differ from `rank` along `axes` alone, itself among them."""
+        experts = not set(axes) <= set(AXES)
+        here = self.place(rank, experts=experts)
+        others = (self.place(other, experts=experts) for other in range(self.world_size))
+        return tuple(
+            other
+            for other, there in enumerate(others)
+            if all(there[axis] == here[axis] for axis in here if axis not in axes)
+        )
+
+
+def resolve_layout(
+    precision: Precision,
+    dp_config: DataParallelConfig | None,
+    environ: Mapping[str, str],
+) -> Layout:
+    """The layout for `train_module.precision` and `train_module.dp_config` under this launcher.
+
+    Raises:
+        ConfigError: launcher and config disagree, the world size does not fit, or the launcher
+            asks for something we do not run (FSDP1, fp16, tensor parallelism).
+    """
+    world_size = world_size_of(environ)
+    launched = launcher_choice(environ)
+    configured = _config_choice(dp_config)
+    if launched and configured:
+        choice = _merge(launched, configured)
+    else:
+        silence = DataParallelConfig(name="ddp" if world_size > 1 else "single")
+        choice = launched or configured or Choice(silence, "default")
+    config = choice.config
+    if config.name == "ddp" and world_size == 1:
+        config = config.replace(name="single")
+    if config.name == "single" and world_size > 1:
+        raise ConfigError(
+            f"{choice.origin} asks for the engine single, but the launcher started {world_size} "
+            "processes; use ddp, or one process"
+        )
+    replicas, shards = _mesh(choice, world_size)
+    is_fsdp, is_zero = config.name in ("fsdp", "hsdp"), config.name.startswith("zero")
+    if config.name == "hsdp" and replicas > 1:
+        config = config.replace(num_replicas=replicas, shard_degree=shards)
+    elif is_fsdp:
+        config = config.replace(name="fsdp", num_replicas=None, shard_degree=None)
+    answer, notices = _precision(precision, dp_config, choice, environ)
+    return Layout(
+        dp_replicate=replicas,
+        dp_shard=shards,
+        backend="deepspeed" if is_zero else "torch",
+        zero_stage=int(config.name[4:]) if is_zero else 0,
+        is_fsdp=is_fsdp,
+        precision=answer,
+        origin=choice.origin,
+        dp_config=config,
+        notices=(*notices, *choice.notices, *launcher_notices(environ)),
+    )
+
+
+def offloads(config: DataParallelConfig) -> bool:
+    """Whether the engine this asks for keeps state in host memory."""
+    return config.cpu_offload or offloads_to_cpu(config.deepspeed_config)
+
+
+def _config_choice(config: DataParallelConfig | None) -> Choice | None:
+    if config is None:
+        return None
+    is_zero = config.name.startswith("zero")
+    deepspeed = config.deepspeed_config
+    where = f"{DP_CONFIG}.deepspeed_config"
+    check_deepspeed(deepspeed, where)
+    stage = deepspeed.get("zero_optimization", {}).get("stage", "auto")  # an object: checked
+    if is_zero and str(stage) not in ("auto", config.name.removeprefix("zero")):
+        raise ConfigError(
+            f"{where} says stage {stage}, {DP_CONFIG}.name says {config.name}; keep one of them"
+        )
+    if is_zero and config.cpu_offload:
+        parts = ("optimizer", "param") if config.name == "zero3" else ("optimizer",)
+        deepspeed = with_offload(deepspeed, *parts)
+        config = config.replace(cpu_offload=False, deepspeed_config=deepspeed)
+    return Choice(
+        config.replace(param_dtype=None), DP_CONFIG, notices=deepspeed_notices(deepspeed, where)
+    )
+
+
+def _merge(launched: Choice, configured: Choice) -> Choice:
+    """Both name the same engine: each setting comes from the side that departs from its default
+    (launchers always state theirs); two departures that differ are an error."""
+    name, asked = launched.config.name, configured.config.name
+    if name != asked:
+        variable = f"ACCELERATE_USE_{'DEEPSPEED' if name.startswith('zero') else 'FSDP'}"
+        left = f"; or `unset {variable}`, which no `accelerate launch` of this process set"
+        raise ConfigError(
+            f"two engines asked for: {launched.origin} says {name}, {configured.origin} "
+            f"says {asked}; remove {DP_CONFIG} or launch with "
+            f"accelerate_configs/{asked}.yaml{'' if is_accelerated() else left}"
+        )
+    default = DataParallelConfig(name=name)
+    merged = {}
+    for field in DataParallelConfig.__struct_fields__:
+        theirs, ours, unset = (
+            getattr(config, field) for config in (launched.config, configured.config, default)
+        )
+        if ours not in (unset, theirs) and theirs != unset:
+            raise ConfigError(
+                f"{launched.origin} says {field} {theirs}, {DP_CONFIG}.{field} says {ours}; "
+                "keep one of them"
+            )
+        merged[field] = theirs if ours == unset else ours
+    notices = tuple(dict.fromkeys((*launched.notices, *configured.notices)))
+    return Choice(DataParallelConfig(**merged), launched.origin, notices)
+
+
+def _mesh(choice: Choice, world_size: int) -> tuple[int, int]:
+    """(dp_replicate, dp_shard) for the choice; their product is the world size."""
+    config = choice.config
+    if config.name in ("single", "ddp"):
+        return world_size, 1
+    if config.name != "hsdp":
+        return 1, world_size
+    replicas = config.num_replicas
+    if replicas is None:
+        replicas = world_size // config.shard_degree if config.shard_degree else 2
+    shards = config.shard_degree or world_size // replicas
+    if replicas < 1 or shards < 1 or replicas * shards != world_size:
+        raise ConfigError(
+            f"{choice.origin}: hsdp mesh num_replicas {replicas} x shard_degree {shards} does not "
+            f"fit {world_size} processes; their product must be the number of processes"
+        )
+    return replicas, shards
+
+
+def _precision(
+    asked: Precision,
+    dp_config: DataParallelConfig | None,
+    choice: Choice,
+    environ: Mapping[str, str],
+) -> tuple[Precision, tuple[str, ...]]:
+    alias: dict[str | None, Precision] = {None: "auto", "float32": "fp32", "bfloat16": "bf16"}
+    from_dp = alias[dp_config.param_dtype if dp_config else None]
+    if "auto" not in (asked, from_dp) and asked != from_dp:
+        raise ConfigError(
+            f"two precisions asked for: train_module.precision is {asked}, "
+            f"{DP_CONFIG}.param_dtype is {dp_config.param_dtype if dp_config else None}; keep one"
+        )
+    explicit = asked if asked != "auto" else from_dp
+    launched = launcher_precision(environ)
+    bf16 = choice.config.deepspeed_config.get("bf16")
+    if isinstance(bf16, dict) and bf16.get("enabled") is True:
+        launched = "bf16"
+    if explicit == "auto":
+        return launched or "auto", ()
+    if launched and explicit == "fp32":
+        return explicit, ("precision fp32 from the config overrides the launcher's bf16",)
+    return explicit, ()

@@ -1,0 +1,65 @@
+"""Memory and threads of this process. No torch at import: its allocator reads its variable once."""
+
+import ctypes
+import os
+import sys
+from collections.abc import Mapping, MutableMapping
+
+from toolkit.errors import ConfigError
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # glibc, malloc.h
+_KEPT_BYTES = 1 << 30
+_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
+"""The name since torch 2.9, and the older ones, which it still prefers."""
+
+
+def set_allocator_defaults(environ: MutableMapping[str, str] = os.environ) -> None:
+    """Let the allocator grow the blocks that it has instead of adding others, which fragment;
+    unless somebody has said how it works. Call it before CUDA is first used."""
+    if not any(name in environ for name in _VARIABLES):
+        environ[_VARIABLES[0]] = "expandable_segments:True"
+
+
+def tune_cpu(*, local_world_size: int = 1) -> None:
+    """This process's share of the cores, and freed memory kept for the next step.
+
+    Launchers set OMP_NUM_THREADS=1 when nobody gave a number; a run that owns the machine wants its
+    share of the cores. TOOLKIT_NUM_THREADS says otherwise.
+    """
+    import torch
+
+    cores = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
+    torch.set_num_threads(asked_threads(os.environ) or max(1, cores // local_world_size))
+    keep_freed_memory()
+
+
+def asked_threads(environ: Mapping[str, str]) -> int | None:
+    """TOOLKIT_NUM_THREADS: threads of each process's CPU operations; None when it is not set.
+
+    Raises:
+        ConfigError: it is no number, or less than 1.
+    """
+    asked = environ.get("TOOLKIT_NUM_THREADS", "")
+    if not asked:
+        return None
+    if not asked.isdecimal() or int(asked) < 1:
+        raise ConfigError(
+            f"environment variable TOOLKIT_NUM_THREADS: expected a number of threads, not {asked!r}"
+        )
+    return int(asked)
+
+
+def keep_freed_memory() -> None:
+    """Reuse the memory of freed tensors instead of giving it back to the system at once.
+
+    glibc maps every tensor of some megabytes anew, and each step pays for thousands of page faults:
+    2 to 10% of a step (docs/LOG.md). Other C libraries are left as they are.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, _KEPT_BYTES)
+        mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
