@@ -326,6 +326,20 @@ def test_workers_end_silently_with_the_process_that_was_killed(tmp_path: Path) -
     assert "Traceback" not in err
 
 
+def test_a_killed_worker_is_one_line_and_its_parts_are_kept(tmp_path: Path) -> None:
+    texts = write_texts(tmp_path / "text", [random_text(12_000, seed=i) for i in range(40)])
+    config = files_config(tmp_path / "data", texts, num_processes=2)
+    process = start(config, tmp_path / "work")
+    wait_for_parts(tmp_path / "work", 1)
+    for child in psutil.Process(process.pid).children():
+        if "spawn_main" in " ".join(child.cmdline()):
+            child.kill()
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "DataError: preparing data: a worker process ended with code -9 (-9: killed" in err
+    assert wait_for_parts(tmp_path / "work", 1)
+
+
 def test_a_script_needs_no_main_guard_and_is_not_run_by_workers(tmp_path: Path) -> None:
     texts = write_texts(tmp_path / "text", [random_text(12_000, seed=i) for i in range(6)])
     config = files_config(tmp_path / "data", texts, num_processes=2)

@@ -102,46 +102,22 @@ def ensure_prepared(
     """
     store = store or StoreConfig()
     config = localize(config, store)
+    folder, note = dataset_folder(config), printer(enabled=progress)
+    prepared = None
     try:
         prepared = open_prepared(config)
     except DataError:
         if store.permanent_root is None:
             raise
-        prepared = None  # perhaps the permanent copy can replace it
-    if prepared is None:
-        return prepare_dataset(
-            config, store=store, work_dir=work_dir, progress=progress, check_text=check_text
-        )
-    check_settings(prepared, config, check_text=check_text)
-    if check_text:
-        building = _workplaces(prepared.folder, None)[0]
-        if work_dir is not None or building.exists():
-            # Parts of a preparation that was killed before it removed them.
-            with (
-                contextlib.suppress(OSError),  # another time
-                locked(build_lock(prepared.folder), wait=False) as is_locked,
-            ):
-                if is_locked and (prepared.folder / MANIFEST_NAME).exists():
-                    _remove_unfinished(prepared.folder, work_dir)
-        settle(prepared, config, store, note=printer(enabled=progress))
-    return prepared
-
-
-def prepare_dataset(
-    config: DatasetConfig,
-    *,
-    store: StoreConfig | None = None,
-    work_dir: str | None = None,
-    progress: bool = True,
-    check_text: bool = True,
-) -> PreparedDataset:
-    """Like `ensure_prepared`, without the quick look before the lock is taken."""
-    store = store or StoreConfig()
-    config = localize(config, store)
-    folder = dataset_folder(config)
+        # Perhaps the permanent copy can replace it.
+    if prepared is not None:
+        check_settings(prepared, config, check_text=check_text)
+        if check_text:
+            _remove_left_over(folder, work_dir)
+            settle(prepared, config, store, note=note)
+        return prepared
     if store.permanent_root is None:
         _check_can_build(config, folder)
-    note = printer(enabled=progress)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         waiting = f"waiting for another process to prepare {folder}"
@@ -155,9 +131,6 @@ def prepare_dataset(
                         config, store, work_dir=work_dir, cache_dir=cache_dir, progress=progress
                     )
                 prepared.in_use = mark_used(folder)
-            else:
-                with contextlib.suppress(OSError):
-                    _remove_unfinished(folder, work_dir)
         if is_built or check_text:
             settle(prepared, config, store, note=note)
         return prepared
@@ -166,6 +139,9 @@ def prepare_dataset(
             f"{error.filename or folder}: cannot prepare data: {error.strerror or error}; finished "
             "parts are kept, run again to continue"
         ) from error
+
+
+prepare_dataset = ensure_prepared
 
 
 def write_dataset(folder: Path, manifest: Manifest, tokenizer_folder: Path | None) -> None:
@@ -190,6 +166,16 @@ def _workplaces(folder: Path, work_dir: str | None) -> tuple[Path, Path]:
         return building, building / "parts"
     place_id = xxhash.xxh3_64_hexdigest(str(folder.resolve()).encode())
     return building, Path(work_dir).expanduser() / f"prepare-{place_id}"
+
+
+def _remove_left_over(folder: Path, work_dir: str | None) -> None:
+    """Parts of a whole data set whose preparation was killed before it removed them."""
+    if work_dir is None and not _workplaces(folder, None)[0].exists():
+        return
+    suppress = contextlib.suppress(OSError)  # another time
+    with suppress, locked(build_lock(folder), wait=False) as is_locked:
+        if is_locked and (folder / MANIFEST_NAME).exists():
+            _remove_unfinished(folder, work_dir)
 
 
 def _remove_unfinished(folder: Path, work_dir: str | None) -> None:
@@ -240,7 +226,7 @@ def _build(
             eos_id=vocabulary.eos_id,
         ),
         instructions=config.instructions,
-        tokenizer_folder=tokenizer_folder and str(tokenizer_folder),
+        tokenizer_folder=None if tokenizer_folder is None else str(tokenizer_folder),
         validation_fraction=config.validation_fraction,
         dtype=token_dtype(vocabulary.size),
         vocab_size=vocabulary.size,

@@ -57,9 +57,9 @@ def encode_shards(
             yield futures[future]
         is_done = True
     except BrokenProcessPool:
-        codes = {process.exitcode for process in processes.values()} - {None}
+        codes = [code for p in processes.values() if (code := p.exitcode) is not None]
         raise DataError(
-            f"preparing data: a worker process ended with code {min(codes, default='unknown')} "
+            f"preparing data: a worker process ended with code {min(codes, default=-9)} "
             "(-9: killed, often for lack of memory); run again to continue with the finished "
             "parts, with a smaller dataset.num_processes if memory is short"
         ) from None
@@ -67,7 +67,8 @@ def encode_shards(
         if not is_done:  # what they are doing is of no use any more, and they ignore SIGTERM
             for process in list(processes.values()):
                 process.kill()
-            pool._call_queue._reader.close()  # else a job half sent is waited for (gh-94777)
+            # Else a job that is half sent is waited for (gh-94777).
+            pool._call_queue._reader.close()  # type: ignore[attr-defined]
         pool.shutdown(wait=is_done, cancel_futures=True)
 
 

@@ -156,11 +156,12 @@ def _make_room(
     needed_bytes: int = 0,
     keep: Path | None = None,
 ) -> list[Path]:
-    """One process at a time removes entries of `root` until the rest fits."""
+    """See `ensure_local_dataset_cache_cap`; one process at a time does it."""
     try:
         root.mkdir(parents=True, exist_ok=True)
         with locked(root / ".cache.lock"):
-            return _remove_oldest(root, max_cache_gb, list(entries_in(root)), needed_bytes, keep)
+            entries = list(entries_in(root))
+            return _remove_oldest(root, max_cache_gb, entries, needed_bytes, keep)
     except OSError as error:
         log.warning("%s: store.max_cache_gb has no effect: %s", root, error)
         return []
