@@ -36,7 +36,7 @@ from rich.table import Table
 from toolkit.distributed.tuning import keep_freed_memory
 from toolkit.hf.source import find_source, load_model
 from toolkit.models.compile import compile_model
-from toolkit.models.labels import shift_labels
+from toolkit.models.loss import shift_labels
 
 # Field names and values of the published configs.
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {

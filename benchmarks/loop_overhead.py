@@ -35,7 +35,7 @@ from toolkit.data.config import DataConfig, DataLoaderConfig, DatasetConfig
 from toolkit.data.loader import TrainLoader, get_dataloaders
 from toolkit.distributed.environment import single_environment
 from toolkit.models.config import TransformerConfig
-from toolkit.models.labels import shift_labels
+from toolkit.models.loss import shift_labels
 from toolkit.models.transformer import Transformer
 from toolkit.runs.registry import start_run
 from toolkit.train.config import Duration, TrainerConfig, TransformerTrainModuleConfig
@@ -159,7 +159,7 @@ def trainer(folder: Path, steps: int) -> Cost:
     run = start_run("loop_overhead", root=folder / "runs")
     config = TrainerConfig(max_duration=Duration(value=steps))
     with contextlib.redirect_stdout(open(os.devnull, "w")):
-        Trainer(config, module, loader, run=run).train()
+        Trainer(config, module, loader, run=run).fit()
     return clock.cost()
 
 

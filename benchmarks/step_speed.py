@@ -35,7 +35,7 @@ from toolkit.distributed.environment import single_environment
 from toolkit.distributed.tuning import keep_freed_memory
 from toolkit.models.compile import compile_model
 from toolkit.models.config import ModelConfig
-from toolkit.models.labels import shift_labels
+from toolkit.models.loss import shift_labels
 from toolkit.models.presets import preset
 from toolkit.models.transformer import Transformer
 from toolkit.train.config import TransformerTrainModuleConfig

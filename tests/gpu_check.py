@@ -28,8 +28,9 @@ from toolkit.checkpoint.save_plan import ShardWriter
 from toolkit.checkpoint.tensors import iterate_tensors
 from toolkit.distributed import torch_engine
 from toolkit.metrics.flops import device_peak_flops
-from toolkit.models import grouped, liger, masks
-from toolkit.models.attend import attend
+from toolkit.models import grouped, masks
+from toolkit.models import loss as loss_module
+from toolkit.models.attention import attend
 from toolkit.models.config import ModelConfig
 from toolkit.models.presets import PRESETS
 from toolkit.train.module import Progress
@@ -51,7 +52,7 @@ def no_sync(
         machine.batch(documents=documents),
     )
     # Liger waits for the number of targets; a compiled loss is ours.
-    with mock.patch.object(liger, "_liger_function", return_value=None):
+    with mock.patch.object(loss_module, "liger_function", return_value=None):
         for number in range(3):
             step(module, batch, number)
         machine.synchronize()

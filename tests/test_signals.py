@@ -243,7 +243,7 @@ sys.argv = ["/usr/bin/toolkit", "train"]
 import toolkit.cli
 print(signal.getsignal(signal.SIGINT) is not signal.default_int_handler, flush=True)
 if sys.stdin.readline() == "main\\n":
-    toolkit.cli.signals.stop_leaving()
+    toolkit.cli.stop_leaving()
     print(signal.getsignal(signal.SIGINT) is signal.default_int_handler)
 else:
     os.kill(os.getpid(), signal.SIGINT)

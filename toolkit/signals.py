@@ -19,9 +19,9 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from types import FrameType
 
+from toolkit.errors import EXIT_STOPPED
 from toolkit.parents import launcher_is_gone, orphan_check
 from toolkit.threads import Thread
 
@@ -58,6 +58,8 @@ class Receiver:
 
     patience: float | None = None
     """Seconds from a request until `give_up`; None: never."""
+    relays = False
+    """A second SIGTERM or SIGINT is asked for too, and does not end this process."""
 
     def ask(self, reason: str) -> None:
         """A request: a signal's name (in the main thread), or `LAUNCHER_GONE` (in any)."""
@@ -66,10 +68,6 @@ class Receiver:
     def acknowledge(self, reason: str) -> str | None:
         """What to tell the user at once; None: nothing."""
         return None
-
-    def force(self, number: int) -> bool:
-        """A second SIGTERM or SIGINT; whether this process must end now."""
-        return True
 
     def give_up(self, reason: str) -> int:
         """The main thread did not leave: clean up, and return the exit code."""
@@ -83,11 +81,8 @@ class Receiver:
 
 class Starting(Receiver):
     """Before the first step nothing has to be finished: the main thread leaves by `Interrupted`.
-
-    Args:
-        close: called with the reason when the main thread is stuck; the exit code.
-        doing: what the user is told.
-    """
+    `close` is called with the reason where it is stuck, and returns the exit code; the user is told
+    `doing`."""
 
     patience: float | None = _STUCK_SECONDS
 
@@ -103,9 +98,8 @@ class Starting(Receiver):
         self._has_raised = False
 
     def ask(self, reason: str) -> None:
-        """See `Receiver`. Raises Interrupted in the main thread, once."""
-        if self.reason is None:
-            self.reason = reason
+        """Raises Interrupted in the main thread, once."""
+        self.reason = self.reason or reason
         if _is_main_thread() and not self._has_raised:
             self._has_raised = True
             raise Interrupted(self.reason)
@@ -116,17 +110,14 @@ class Starting(Receiver):
         self.patience = None
 
     def acknowledge(self, reason: str) -> str | None:
-        """See `Receiver`."""
         if self._has_raised and self.reason is None:
             return None
         return f"{reason}: {self._doing}{again(reason)}"
 
     def give_up(self, reason: str) -> int:
-        """See `Receiver`."""
         return self._close(reason) if self._close is not None else exit_code(reason)
 
     def last_words(self, reason: str) -> str | None:
-        """See `Receiver`."""
         if self._close is not None:
             self._close(reason)
         return f"{reason} again: stopped now"
@@ -141,8 +132,6 @@ def again(reason: str) -> str:
 
 def exit_code(reason: str) -> int:
     """Of a process that was asked to stop before it had anything to continue."""
-    from toolkit.errors import EXIT_STOPPED
-
     number = getattr(signal, reason, None)
     return EXIT_STOPPED if number is None else 128 + int(number)
 
@@ -159,24 +148,34 @@ def listening(receiver: Receiver) -> Iterator[None]:
     global _listener
     if not _is_main_thread():
         yield
-        return
-    if _listener is not None:
+    elif _listener is not None:
         with _listener.receiving(receiver):
             yield
-        return
-    _listener = _Listener()
-    try:
-        with _listener.receiving(receiver), _listener.installed():
-            yield
-    finally:
-        _listener = None
+    else:
+        _listener = _Listener()
+        try:
+            with _listener.receiving(receiver), _listener.installed():
+                yield
+        finally:
+            _listener = None
 
 
-def holding_back() -> contextlib.AbstractContextManager[None]:
+@contextlib.contextmanager
+def holding_back() -> Iterator[None]:
     """A request does not break off what the main thread does inside the block: it comes after."""
-    if _listener is None or not _is_main_thread():
-        return contextlib.nullcontext()
-    return _listener.holding()
+    listener = _listener if _is_main_thread() else None
+    if listener is None:
+        yield
+        return
+    listener.holds += 1
+    try:
+        yield
+    finally:
+        listener.holds -= 1
+        reason = listener.held_back
+        if reason is not None and not listener.holds and listener.receivers:
+            listener.held_back = None
+            listener.receivers[-1].ask(reason)
 
 
 def await_acknowledgement() -> None:
@@ -190,24 +189,6 @@ def settle() -> None:
     for receiver in _listener.receivers if _listener is not None else ():
         if isinstance(receiver, Starting):
             receiver.settle()
-
-
-def leave_until_listening() -> None:
-    """For a program that still imports its parts: Ctrl-C is one line, not a traceback."""
-    if _is_main_thread() and Path(sys.argv[0]).name in ("toolkit", "__main__.py"):
-        signal.signal(signal.SIGINT, _leave)
-
-
-def stop_leaving() -> None:
-    """Ctrl-C is KeyboardInterrupt again."""
-    if signal.getsignal(signal.SIGINT) is _leave:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-def _leave(number: int, _frame: FrameType | None) -> None:
-    with contextlib.suppress(OSError):
-        os.write(2, b"SIGINT: stopped before anything began\n")
-    os._exit(128 + number)
 
 
 def ignore_in_worker() -> None:
@@ -242,8 +223,8 @@ class _Listener:
         self._is_stopping = threading.Event()
         self.has_acknowledged = threading.Event()
         self._forced: int | None = None
-        self._holds = 0
-        self._held_back: str | None = None
+        self.holds = 0
+        self.held_back: str | None = None
         # Of the thread alone:
         self._seen_at: float | None = None
         self._give_up_at: float | None = None
@@ -259,28 +240,27 @@ class _Listener:
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:
         here, there = socket.socketpair()
-        here.setblocking(False)
-        there.setblocking(False)
-        old_fd = signal.set_wakeup_fd(there.fileno(), warn_on_full_buffer=False)
-        before = {
-            number: signal.signal(number, self._on_signal)
-            for number in (*TERMINATING, *ASKING)
-            if number in TERMINATING or signal.getsignal(number) != signal.SIG_IGN
-        }
-        thread = Thread(target=self._watch, args=(here,), name="signals", daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-            signal.set_wakeup_fd(old_fd)
-            self._is_stopping.set()
-            with contextlib.suppress(OSError):
-                there.send(b"\0")
-            thread.join(_STUCK_SECONDS)
-            here.close()
-            there.close()
+        with here, there:
+            here.setblocking(False)
+            there.setblocking(False)
+            old_fd = signal.set_wakeup_fd(there.fileno(), warn_on_full_buffer=False)
+            before = {
+                number: signal.signal(number, self._on_signal)
+                for number in (*TERMINATING, *ASKING)
+                if number in TERMINATING or signal.getsignal(number) != signal.SIG_IGN
+            }
+            thread = Thread(target=self._watch, args=(here,), name="signals", daemon=True)
+            thread.start()
+            try:
+                yield
+            finally:
+                for number, handler in before.items():
+                    signal.signal(number, handler)
+                signal.set_wakeup_fd(old_fd)
+                self._is_stopping.set()
+                with contextlib.suppress(OSError):
+                    there.send(b"\0")
+                thread.join(_STUCK_SECONDS)
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
         if self._is_closed_terminal(number):
@@ -290,29 +270,16 @@ class _Listener:
             now = time.monotonic()
             if self._terminated_at is None:
                 self._terminated_at = now
-            elif now - self._terminated_at > REPEAT_SECONDS and receiver.force(number):
+            elif now - self._terminated_at > REPEAT_SECONDS and not receiver.relays:
                 signal.signal(number, signal.SIG_DFL)  # the thread sends it once more
                 self._forced = number
                 return
         reason = signal.Signals(number).name
-        if self.reason is None:
-            self.reason = reason
-        if self._holds:
-            self._held_back = reason
+        self.reason = self.reason or reason
+        if self.holds:
+            self.held_back = reason
             return
         receiver.ask(reason)
-
-    @contextlib.contextmanager
-    def holding(self) -> Iterator[None]:
-        self._holds += 1
-        try:
-            yield
-        finally:
-            self._holds -= 1
-            reason = self._held_back
-            if reason is not None and not self._holds and self.receivers:
-                self._held_back = None
-                self.receivers[-1].ask(reason)
 
     def _watch(self, reader: socket.socket) -> None:
         is_orphan = orphan_check()
@@ -333,26 +300,24 @@ class _Listener:
 
     def _see(self, number: int) -> None:
         if self._is_closed_terminal(number):
-            log.warning(
-                "SIGHUP: the terminal is closed; going on without it (to stop: kill %d)",
-                os.getpid(),
-            )
+            text = "SIGHUP: the terminal is closed; going on without it (to stop: kill %d)"
+            log.warning(text, os.getpid())
             return
         reason = signal.Signals(number).name
-        if self.reason is None:  # a main thread in native code has not been asked yet
-            self.reason = reason
+        self.reason = self.reason or reason  # a main thread in native code was not asked yet
         self._acknowledge(reason)
         if number not in TERMINATING:
             return
         now = time.monotonic()
         if self._seen_at is None:
             self._seen_at = now
-        elif now - self._seen_at > REPEAT_SECONDS and not self._is_relayed():
+        elif now - self._seen_at > REPEAT_SECONDS and not any(
+            r.relays for r in self.receivers[-1:]
+        ):
             self._forced = number
 
     def _lose_launcher(self) -> None:
-        if self.reason is None:
-            self.reason = LAUNCHER_GONE
+        self.reason = self.reason or LAUNCHER_GONE
         self._acknowledge(LAUNCHER_GONE)
         if not self.receivers:
             return
@@ -376,15 +341,13 @@ class _Listener:
     def _enforce(self) -> None:
         if self._forced is not None:
             self._end_now(self._forced)
-        now = time.monotonic()
-        if self._give_up_at is None or now < self._give_up_at or not self.receivers:
+        if self._give_up_at is None or time.monotonic() < self._give_up_at or not self.receivers:
             return
         receiver = self.receivers[-1]
         if receiver.patience is None:  # training has begun meanwhile, or is over
             self._give_up_at = None
             return
-        reason = self.reason or "SIGTERM"
-        code = exit_code(reason)
+        code = exit_code(reason := self.reason or "SIGTERM")
         with contextlib.suppress(BaseException):
             code = receiver.give_up(reason)
         os._exit(code)
@@ -395,8 +358,7 @@ class _Listener:
         reason = signal.Signals(number).name
 
         def speak() -> None:
-            line = self.receivers[-1].last_words(reason) if self.receivers else None
-            if line is not None:
+            if self.receivers and (line := self.receivers[-1].last_words(reason)) is not None:
                 _say(line)
 
         thread = Thread(target=speak, name="last-words", daemon=True)
@@ -406,9 +368,6 @@ class _Listener:
         os.kill(os.getpid(), number)
         time.sleep(0.2)
         os._exit(128 + number)
-
-    def _is_relayed(self) -> bool:
-        return bool(self.receivers) and type(self.receivers[-1]).force is not Receiver.force
 
     def _is_closed_terminal(self, number: int) -> bool:
         """Whether a SIGHUP tells that the terminal went, which is no reason to stop."""

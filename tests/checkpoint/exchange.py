@@ -16,7 +16,7 @@ from tests.tiny import module_config, open_environment, tiny_model, train_steps
 from toolkit.checkpoint.commit import load_checkpoint, save_checkpoint
 from toolkit.checkpoint.tensors import iterate_tensors
 from toolkit.distributed.environment import TrainingEnvironment
-from toolkit.models.moe_config import MoEConfig
+from toolkit.models.architecture import MoEConfig
 from toolkit.optim.config import AdamWConfig, GroupOverride, OptimConfig, SGDConfig
 from toolkit.train.config import TransformerTrainModuleConfig
 from toolkit.train.transformer import TransformerTrainModule

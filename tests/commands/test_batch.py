@@ -17,8 +17,7 @@ from toolkit.data.instances.base import target_mask
 from toolkit.errors import ConfigError, DataError
 from toolkit.experiment.config import ExperimentConfig
 from toolkit.experiment.load import load_experiment
-from toolkit.models.labels import shift_labels
-from toolkit.models.loss import IGNORE_INDEX
+from toolkit.models.loss import IGNORE_INDEX, shift_labels
 
 
 @pytest.fixture(scope="module")

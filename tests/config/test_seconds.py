@@ -2,7 +2,7 @@
 
 import pytest
 
-from toolkit.config.seconds import in_seconds
+from toolkit.config.base import in_seconds
 
 
 @pytest.mark.parametrize(

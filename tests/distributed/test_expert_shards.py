@@ -8,8 +8,8 @@ import torch
 from tests.tiny import build, module_config, open_environment, tiny_model
 from tests.workers import WorkerPool
 from toolkit.distributed.materialize import LARGEST_SHARE, local_runs, sharded_dimension
+from toolkit.models.architecture import MoEConfig
 from toolkit.models.init import BLOCK_SIZE, canonical_parameters
-from toolkit.models.moe_config import MoEConfig
 
 SEED = 3
 ODD = {"d_model": 31, "num_heads": 1, "num_key_value_heads": 1, "head_dim": 4}

@@ -8,7 +8,7 @@ import torch
 from tests.tiny import ROWS, SEQ, build, global_batch, module_config, open_environment
 from tests.workers import WorkerPool
 from toolkit.distributed.config import ActivationCheckpointingConfig
-from toolkit.models.moe_config import MoEConfig
+from toolkit.models.architecture import MoEConfig
 from toolkit.train.module import Progress
 
 STEPS = 4

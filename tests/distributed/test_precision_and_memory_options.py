@@ -7,7 +7,7 @@ import pytest
 from tests.tiny import ROWS, SEQ, build, module_config, open_environment, train_steps
 from tests.workers import WorkerPool
 from toolkit.distributed.config import ActivationCheckpointingConfig
-from toolkit.models.moe_config import MoEConfig
+from toolkit.models.architecture import MoEConfig
 
 
 def losses(engine: str, changes: dict[str, Any]) -> list[float]:

@@ -19,7 +19,11 @@ def main() -> int:
 
     def faulty(trainer: Trainer, batch: dict[str, Any]) -> None:
         # Only the first time: workers that are started again are sound.
-        if os.environ["RANK"] == rank and trainer.step == step and trainer.run.attempt == 1:
+        if (
+            os.environ["RANK"] == rank
+            and trainer.state.step == step
+            and trainer.state.run.attempt == 1
+        ):
             if fault == "raise":
                 raise ValueError("a fault was asked for")
             if fault == "die":

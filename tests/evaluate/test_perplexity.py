@@ -14,9 +14,8 @@ from tests.data.corpus import random_text
 from toolkit.data.config import FilesSourceConfig
 from toolkit.data.prepare.tokenizers.tokenizer import ByteTokenizer, train_bpe
 from toolkit.errors import DataError
-from toolkit.evaluate.documents import Chunk, check_vocabulary, read_documents
 from toolkit.evaluate.perplexity import evaluate_stream, transformer_loss
-from toolkit.evaluate.windows import windows
+from toolkit.evaluate.stream import Chunk, check_vocabulary, read_documents, windows
 from toolkit.models.config import TransformerConfig
 from toolkit.train.eval_sums import TokenSums, total_sums
 

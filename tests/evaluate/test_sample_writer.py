@@ -16,7 +16,7 @@ from toolkit.train.config import SampleWriterConfig
 
 def test_data_without_a_tokenizer_is_refused_before_the_first_step() -> None:
     writer = SampleWriter(SampleWriterConfig(enabled=True))
-    writer.trainer = SimpleNamespace(  # type: ignore[assignment]
+    writer.state = SimpleNamespace(  # type: ignore[assignment]
         train_loader=SimpleNamespace(tokenizer_folder=None)
     )
     with pytest.raises(
@@ -46,11 +46,12 @@ def test_the_prompt_starts_as_documents_of_the_data_do(
     writer = SampleWriter(
         SampleWriterConfig(enabled=True, prompt=prompt, max_new_tokens=1, temperature=0)
     )
-    writer.trainer = SimpleNamespace(  # type: ignore[assignment]
+    writer.state = SimpleNamespace(  # type: ignore[assignment]
         train_loader=SimpleNamespace(tokenizer_folder=tmp_path / "tokenizer", sequence_length=8),
         train_module=SimpleNamespace(logits=logits),
         stop_request=SimpleNamespace(is_agreed=False),
-        environment=SimpleNamespace(seed=0, device="cpu", broadcast=None, is_main=False),
+        environment=SimpleNamespace(seed=0, device="cpu", broadcast=None),
+        is_main=False,
     )
     writer.post_train()
     assert seen == [first]

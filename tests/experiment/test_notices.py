@@ -2,8 +2,16 @@
 
 import pytest
 
+from toolkit.experiment.config import ExperimentConfig
 from toolkit.experiment.load import load_experiment
 from toolkit.experiment.notices import notices
+from toolkit.train.timeline import steps_of
+
+
+def noticed(config: ExperimentConfig, steps_per_epoch: int) -> list[str]:
+    size = config.data_loader.global_batch_size
+    return notices(config, steps_of(size, lambda epochs: epochs * steps_per_epoch))
+
 
 WARMUP = "train_module.scheduler.warmup is "
 
@@ -38,7 +46,7 @@ WARMUP = "train_module.scheduler.warmup is "
     ],
 )  # fmt: skip
 def test_notices(flags: list[str], beginnings: list[str]) -> None:
-    found = notices(load_experiment("smoke", flags).config, steps_per_epoch=10)
+    found = noticed(load_experiment("smoke", flags).config, steps_per_epoch=10)
     assert len(found) == len(beginnings), found
     for line, beginning in zip(found, beginnings, strict=True):
         assert line.startswith(beginning)
@@ -50,6 +58,6 @@ def test_epochs_are_steps_once_the_data_is_known() -> None:
         "--trainer.max_duration={value: 2, unit: epochs}",
     ]
     config = load_experiment("smoke", flags).config
-    assert notices(config) == []
-    assert len(notices(config, steps_per_epoch=249)) == 1
-    assert notices(config, steps_per_epoch=250) == []
+    assert notices(config, steps_of(1)) == []
+    assert len(noticed(config, steps_per_epoch=249)) == 1
+    assert noticed(config, steps_per_epoch=250) == []

@@ -13,9 +13,9 @@ from tests.hf.fidelity import Pair, pair, their_config
 from toolkit.errors import CheckpointError
 from toolkit.hf.adapter import export_adapter, merged
 from toolkit.hf.export import export_hf
-from toolkit.models.freeze import choose_trained
+from toolkit.models.config import LoRAConfig
 from toolkit.models.init import canonical_parameters
-from toolkit.models.lora_config import LoRAConfig
+from toolkit.models.lora import choose_trained
 from toolkit.models.parameters import is_adapter
 from toolkit.models.transformer import Transformer
 

@@ -23,7 +23,7 @@ from toolkit.errors import (
     DataError,
     TrainingError,
 )
-from toolkit.hf import convert
+from toolkit.hf import compare, convert
 from toolkit.hf.compare import check_logits, sample_ids, their_logits
 from toolkit.hf.convert import Conversion, ConvertOptions, convert_hf
 from toolkit.hf.source import find_source, load_model
@@ -307,7 +307,7 @@ def test_logits_that_differ_leave_nothing(
     original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        convert, "their_logits", lambda folder, ids: their_logits(folder, ids) * 1.01
+        compare, "their_logits", lambda folder, ids, **_: their_logits(folder, ids) * 1.01
     )
     with pytest.raises(CheckpointError, match=r"the logits of transformers differ by .*; nothing"):
         convert_it(original, tmp_path / "out", validate=True)
@@ -328,7 +328,7 @@ def test_buffers_that_transformers_has_no_use_for_are_no_fault(tmp_path: Path) -
 def test_without_memory_it_is_not_compared_and_says_so(
     original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(convert, "has_memory_to_compare", lambda config: False)
+    monkeypatch.setattr(compare, "has_memory_to_compare", lambda config: False)
     made = convert_it(original, tmp_path / "out", validate=None)
     assert made.difference is None
     assert "not compared with transformers, for which 0.5 GB of memory" in made.notes[-1]

@@ -7,9 +7,13 @@ import pytest
 
 from toolkit.config import Config
 from toolkit.hf.equivalence import defining_values, differences
+from toolkit.models.architecture import (
+    LinearRopeConfig,
+    Llama3RopeConfig,
+    MoEConfig,
+    YarnRopeConfig,
+)
 from toolkit.models.config import TransformerConfig
-from toolkit.models.moe_config import MoEConfig
-from toolkit.models.rope_config import LinearRopeConfig, Llama3RopeConfig, YarnRopeConfig
 
 BASE = TransformerConfig(
     vocab_size=64,

@@ -6,7 +6,7 @@ import yaml
 from toolkit.commands.data_facts import data_words, hub_data_sets
 from toolkit.data.config import DatasetConfig, DiskSourceConfig, FilesSourceConfig, HubSourceConfig
 from toolkit.data.order.config import MixConfig, MixSourceConfig
-from toolkit.hf.hub import name_in_cache
+from toolkit.hf.loading import name_in_cache
 from toolkit.hf.model_card import ModelCard, render_card
 
 

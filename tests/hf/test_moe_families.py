@@ -11,8 +11,8 @@ from toolkit.errors import CheckpointError
 from toolkit.hf.choose import misfits
 from toolkit.hf.families import FAMILIES
 from toolkit.hf.read_config import read_hf_config
+from toolkit.models.architecture import MoEConfig
 from toolkit.models.config import TransformerConfig
-from toolkit.models.moe_config import MoEConfig
 
 QWEN = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 OURS = TransformerConfig(

@@ -19,12 +19,10 @@ SEED_OSS = Family(
         *SHARED,
         ROPE,
         renamed(
-            {
-                "head_dim": "head_dim",
-                "qkv_bias": "attention_bias",
-                "attention_output_bias": "attention_out_bias",
-                "feed_forward_bias": "mlp_bias",
-            }
+            head_dim="head_dim",
+            qkv_bias="attention_bias",
+            attention_output_bias="attention_out_bias",
+            feed_forward_bias="mlp_bias",
         ),
         without_effect("pretraining_tp", "residual_dropout"),
     ),

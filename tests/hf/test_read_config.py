@@ -11,8 +11,8 @@ from toolkit.errors import CheckpointError
 from toolkit.hf.families import FAMILIES
 from toolkit.hf.family import Settings
 from toolkit.hf.read_config import read_hf_config
+from toolkit.models.architecture import Llama3RopeConfig, YarnRopeConfig
 from toolkit.models.parameters import parameter_shapes
-from toolkit.models.rope_config import Llama3RopeConfig, YarnRopeConfig
 
 LLAMA = {
     "model_type": "llama",

@@ -1,16 +1,12 @@
 """Counts in the configs equal what is built; presets; bad values."""
 
-import subprocess
-import sys
-
 import msgspec
 import pytest
 
 from toolkit.errors import ConfigError
+from toolkit.models.architecture import LinearRopeConfig, MoEConfig
 from toolkit.models.config import GPTConfig, ModelConfig, TransformerConfig
-from toolkit.models.moe_config import MoEConfig
 from toolkit.models.presets import PRESETS, preset
-from toolkit.models.rope_config import LinearRopeConfig
 
 SMALL = {
     "vocab_size": 100,
@@ -163,25 +159,6 @@ def test_gpt_config_is_the_same_model_in_other_words():
     model = gpt.build(init_device="meta")
     assert model.config == same
     assert sum(p.numel() for p in model.parameters()) == gpt.num_parameters
-
-
-def test_public_names_are_imported_on_demand():
-    import toolkit
-
-    model = toolkit.GPTModel(
-        toolkit.GPTConfig(vocab_size=100, n_positions=16, n_embd=32, n_layer=1, n_head=4)
-    )
-    assert model.embeddings.positions.weight.shape == (16, 32)
-    with pytest.raises(AttributeError, match="no attribute 'GPTModle'"):
-        _ = toolkit.GPTModle
-
-
-def test_configs_import_no_torch():
-    code = (
-        "import sys, toolkit, toolkit.models.config, toolkit.models.presets;"
-        "toolkit.GPTConfig().num_parameters; assert 'torch' not in sys.modules"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @pytest.mark.parametrize(

@@ -5,10 +5,9 @@ import torch
 from torch.nn.attention.flex_attention import create_block_mask
 
 from tests.models.test_config import SMALL
-from toolkit.models import masks
+from toolkit.models import kernels, masks
 from toolkit.models.config import GPTConfig, TransformerConfig
-from toolkit.models.documents import document_positions, document_starts
-from toolkit.models.masks import attention_backend
+from toolkit.models.masks import attention_backend, document_positions, document_starts
 
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 
@@ -125,12 +124,12 @@ def test_document_ids_of_another_shape_are_an_error():
     ],
 )
 def test_the_kernel_follows_device_type_and_width(monkeypatch, device, dtype, head_dim, expected):
-    monkeypatch.setattr(masks, "find_spec", lambda name: name)
+    monkeypatch.setattr(kernels, "find_spec", lambda name: name)
     assert attention_backend(torch.device(device), dtype, head_dim) == expected
 
 
 def test_without_triton_scores_are_masked(monkeypatch):
-    monkeypatch.setattr(masks, "find_spec", lambda name: None)
+    monkeypatch.setattr(kernels, "find_spec", lambda name: None)
     assert attention_backend(torch.device("cuda"), torch.bfloat16, 64) == "sdpa"
 
 

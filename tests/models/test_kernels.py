@@ -8,12 +8,11 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import cross_entropy, linear
 
-from toolkit.models import attend, grouped, kernels, liger, masks, moe
+from toolkit.models import attention, feed_forward, grouped, kernels, loss, masks
+from toolkit.models.architecture import MoEConfig
 from toolkit.models.config import TransformerConfig
-from toolkit.models.kernel_record import kernel_record
-from toolkit.models.kernels import Hardware, SdpaForm, hardware_of, sdpa_form
+from toolkit.models.kernels import Hardware, SdpaForm, hardware_of, kernel_record, sdpa_form
 from toolkit.models.loss import IGNORE_INDEX, chunked_linear_cross_entropy
-from toolkit.models.moe_config import MoEConfig
 
 BF16, FP32, FP64 = torch.bfloat16, torch.float32, torch.float64
 CUDA = torch.device("cuda", 0)
@@ -38,7 +37,7 @@ def mock_device(monkeypatch, capability, shared=None, name="a GPU") -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *_: properties)
-    monkeypatch.setattr(masks, "find_spec", lambda name: name)
+    monkeypatch.setattr(kernels, "find_spec", lambda name: name)
 
 
 @pytest.mark.parametrize(
@@ -136,14 +135,14 @@ def test_fp32_with_grouped_queries_reaches_sdpa_without_groups_on_cuda(monkeypat
         seen.append((query.shape, key.shape, value.shape, options["enable_gqa"]))
         return torch.empty_like(query)
 
-    monkeypatch.setattr(attend, "scaled_dot_product_attention", record)
+    monkeypatch.setattr(attention, "scaled_dot_product_attention", record)
     starts = torch.zeros(2, 9, dtype=torch.int64)
     mask = masks.AttentionMask(starts, window=window, dtype=FP32, head_dim=16)
     with FakeTensorMode():
         query, key, value = heads(16, "cuda")
-        assert attend.attend(query, key, value, None).shape == query.shape
+        assert attention.attend(query, key, value, None).shape == query.shape
         mask.bias = torch.empty(mask.bias.shape, device="cuda")
-        assert attend.attend(query, key, value, mask).shape == query.shape
+        assert attention.attend(query, key, value, mask).shape == query.shape
     assert seen == [(query.shape, query.shape, query.shape, False)] * 2
 
 
@@ -158,9 +157,9 @@ def test_every_form_gives_the_same_numbers_and_gradients(monkeypatch, form, scal
         mask = masks.AttentionMask(starts, dtype=FP64, head_dim=12)
     results = []
     for _ in range(2):
-        out = attend.attend(*own, mask, scale=scale)
+        out = attention.attend(*own, mask, scale=scale)
         results.append([out, *torch.autograd.grad(out.square().sum(), own)])
-        monkeypatch.setattr(attend, "sdpa_form", lambda *_, **__: form)
+        monkeypatch.setattr(attention, "sdpa_form", lambda *_, **__: form)
     for got, expected in zip(results[1], results[0], strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-11, atol=1e-12)
 
@@ -286,7 +285,7 @@ def test_adding_up_experts_gives_each_gradient_that_is_wanted(needs):
         return (weights[..., None] * results[place].unflatten(0, (3, 2))).sum(1).square().sum()
 
     check_gradients(
-        lambda results, weights: moe._Combined.apply(results, weights, order, place).square().sum(),
+        lambda *own: feed_forward._Combined.apply(*own, order, place).square().sum(),
         theirs,
         [torch.randn(6, 4, dtype=FP64), torch.randn(3, 2, dtype=FP64)],
         needs,
@@ -318,9 +317,9 @@ def test_a_head_that_is_trained_alone_learns_beside_liger(monkeypatch, hidden_tr
         calls.append(options["reduction"])
         return _LikeLiger.apply(hidden, weight, labels)
 
-    monkeypatch.setattr(liger, "_liger_function", lambda: fused)
-    chosen = liger.loss_kernel
-    monkeypatch.setattr(liger, "loss_kernel", lambda _, **asked: chosen("cuda", **asked))
+    monkeypatch.setattr(loss, "liger_function", lambda: fused)
+    chosen = loss.loss_kernel
+    monkeypatch.setattr(loss, "loss_kernel", lambda _, **asked: chosen("cuda", **asked))
     model = TransformerConfig(
         vocab_size=48, d_model=16, num_layers=1, num_heads=2, intermediate_size=16,
         max_sequence_length=8,
@@ -343,7 +342,7 @@ def test_a_head_that_is_trained_alone_learns_beside_liger(monkeypatch, hidden_tr
 
 
 def _rotary(model, ids):
-    from toolkit.models.layer_inputs import layer_inputs
+    from toolkit.models.transformer import layer_inputs
 
     return layer_inputs(model.config, model.embeddings(ids), None, None)[0]
 
@@ -366,7 +365,7 @@ def test_the_record_names_the_kernel_of_each_part(monkeypatch):
     assert kernel_record(CONFIG, torch.device("cpu"), FP32, **options) == {
         "attention": "sdpa", MASKED: "sdpa", "experts": "loop", "loss": "chunked",
     }  # fmt: skip
-    monkeypatch.setattr(liger, "_liger_function", lambda: object())
+    monkeypatch.setattr(kernels, "liger_function", lambda: object())
     mock_device(monkeypatch, (9, 0), 232_448)
     assert kernel_record(CONFIG, CUDA, BF16, **options) == {
         "attention": "sdpa", MASKED: "flex", "experts": "grouped_mm", "loss": "liger",

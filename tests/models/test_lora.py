@@ -9,16 +9,16 @@ import torch
 from tests.tiny import SEQ, global_batch, tiny_model
 from toolkit.errors import ConfigError
 from toolkit.hf.adapter import merged
+from toolkit.models.architecture import MoEConfig
 from toolkit.models.compile import compile_model
-from toolkit.models.freeze import choose_trained
+from toolkit.models.config import LoRAConfig
 from toolkit.models.init import canonical_parameters, initialize_
-from toolkit.models.lora import is_trained
-from toolkit.models.lora_config import LoRAConfig
-from toolkit.models.moe_config import MoEConfig
+from toolkit.models.lora import choose_trained
 from toolkit.models.parameters import (
     TrainedParameters,
     flops_per_token,
     is_adapter,
+    is_trained,
     trained_parameters,
 )
 from toolkit.models.transformer import Transformer

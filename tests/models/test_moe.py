@@ -6,13 +6,12 @@ import torch.nn.functional as F
 
 from toolkit.distributed.activation_checkpointing import apply_activation_checkpointing
 from toolkit.distributed.config import ActivationCheckpointingConfig
+from toolkit.models.architecture import MoEConfig
 from toolkit.models.compile import compile_model
 from toolkit.models.config import TransformerConfig
-from toolkit.models.feed_forward import ACTIVATIONS
+from toolkit.models.feed_forward import ACTIVATIONS, MoE
 from toolkit.models.grouped import grouped_backend, grouped_linear
 from toolkit.models.loss import IGNORE_INDEX
-from toolkit.models.moe import MoE
-from toolkit.models.moe_config import MoEConfig
 from toolkit.models.transformer import Transformer
 
 EXPERTS = {
@@ -53,7 +52,7 @@ def batch(rows: int = 4, length: int = 12) -> tuple[torch.Tensor, torch.Tensor]:
 def one_token(part: MoE, token: torch.Tensor, *, normalize: bool, activation) -> torch.Tensor:
     """The definition, written down for one token."""
     probability = (part.router.weight @ token).softmax(0)
-    chosen = probability.argsort(descending=True)[: part.top_k].tolist()
+    chosen = probability.argsort(descending=True)[: part.router.top_k].tolist()
     weights = {e: probability[e] for e in chosen}
     if normalize:
         total = sum(weights.values())

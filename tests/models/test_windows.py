@@ -5,14 +5,11 @@ import torch
 from torch.nn.attention.flex_attention import create_block_mask
 
 from tests.models.test_config import SMALL
-from toolkit.models import attend as attend_module
-from toolkit.models import layer_inputs as layer_inputs_module
-from toolkit.models import masks
-from toolkit.models.attend import attend
+from toolkit.models import attention, masks, transformer
+from toolkit.models.attention import attend
 from toolkit.models.config import TransformerConfig
-from toolkit.models.documents import document_starts
-from toolkit.models.layer_inputs import layer_inputs
-from toolkit.models.masks import AttentionMask, first_keys
+from toolkit.models.masks import AttentionMask, document_starts, first_keys
+from toolkit.models.transformer import layer_inputs
 
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 
@@ -72,7 +69,7 @@ def by_definition(query, key, value, seen, scale, soft_cap):
 @pytest.mark.parametrize("soft_cap", [None, 1.5])
 @pytest.mark.parametrize("window", [None, 1, 7, SEQ + 1])
 def test_attention_and_its_gradients_are_those_of_the_definition(monkeypatch, window, soft_cap):
-    monkeypatch.setattr(attend_module, "PIECE_SIZE", 2)  # three queries at a time
+    monkeypatch.setattr(attention, "PIECE_SIZE", 2)  # three queries at a time
     starts = document_starts(numbers(9, 2, 13)).repeat(2, 1)
     starts[1] = 0
     place = torch.arange(SEQ)
@@ -144,13 +141,13 @@ def test_layers_of_a_kind_share_what_they_are_given():
 
 def test_masks_are_made_once_per_forward_and_kind(monkeypatch):
     made = []
-    original = layer_inputs_module.AttentionMask
+    original = transformer.AttentionMask
 
     def counted(*args, **settings):
         made.append(settings["window"])
         return original(*args, **settings)
 
-    monkeypatch.setattr(layer_inputs_module, "AttentionMask", counted)
+    monkeypatch.setattr(transformer, "AttentionMask", counted)
     model = build(num_layers=4, attention_pattern=("sliding", "full"))
     model(token_ids(1, SEQ))
     assert made == [WINDOW]

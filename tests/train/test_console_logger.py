@@ -28,7 +28,7 @@ def test_a_console_that_is_gone_is_one_warning(
             raise error
 
     logger: Any = ConsoleLogger(ConsoleLoggerConfig())
-    logger.trainer = SimpleNamespace(environment=SimpleNamespace(is_main=True), step=0, stop_step=9)
+    logger.state = SimpleNamespace(is_main=True, step=0, stop_step=9)
     logger._console = Gone()
     with caplog.at_level(logging.WARNING):
         for _ in range(3):

@@ -9,7 +9,7 @@ from tests.tiny import VOCAB, build, module_config
 from toolkit.distributed.environment import single_environment
 from toolkit.errors import ConfigError
 from toolkit.models.config import GPTConfig
-from toolkit.models.labels import shift_labels
+from toolkit.models.loss import shift_labels
 from toolkit.train.transformer import TransformerTrainModule
 
 PACKED = [[7, 5, 4], [16], [3, 9, 1, 2], [2, 2, 2, 2, 2]]  # lengths; the rest of a row is padding

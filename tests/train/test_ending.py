@@ -29,7 +29,7 @@ def at_step(step: int, action: Any) -> None:
     unchanged = Trainer._train_step
 
     def train_step(trainer: Trainer, batch: Any) -> None:
-        if trainer.step == step - 1:
+        if trainer.state.step == step - 1:
             Trainer._train_step = unchanged  # type: ignore[method-assign]
             action(trainer)
         unchanged(trainer, batch)
@@ -114,7 +114,7 @@ def lose_helper(folder: str, data: str, phase: str) -> tuple[int, str]:
 
     def lose(trainer: Trainer) -> None:
         if phase == "optimizer step":
-            trainer.heartbeat.beat(phase, trainer.step)
+            trainer.state.heartbeat.beat(phase, trainer.state.step)
         os.kill(os.getpid(), signal.SIGTERM)
         raise RuntimeError("a compiler was killed")
 
@@ -146,17 +146,17 @@ def test_half_an_optimizer_step_is_no_stop(workers: WorkerPool, tmp_path: Path) 
 
 
 def interrupt_start(folder: str, data: str, reason: str) -> tuple[int, str]:
-    from toolkit.experiment import run as experiment
+    from toolkit.experiment.training import Training
 
     def interrupted(*_: Any) -> int:
         os.kill(os.getpid(), signal.SIGTERM)
         raise RuntimeError("a helper died of it")
 
-    kept, experiment._train = experiment._train, interrupted  # type: ignore[assignment]
+    kept, Training.train = Training.train, interrupted  # type: ignore[method-assign]
     try:
         return run(folder, data)
     finally:
-        experiment._train = kept
+        Training.train = kept  # type: ignore[method-assign]
 
 
 def test_a_start_that_is_stopped_says_so_in_the_status(workers: WorkerPool, tmp_path: Path) -> None:
@@ -178,6 +178,7 @@ def test_a_second_request_leaves_a_status(tmp_path: Path, saved: bool) -> None:
     from toolkit.launch.stopping import StopRequest
     from toolkit.launch.watchdog import Heartbeat
     from toolkit.train.ending import listening
+    from toolkit.train.state import TrainState
 
     manager = start_run("exp", "one", root=tmp_path)
     checkpoint = manager.folder / "checkpoints" / "step5"
@@ -186,10 +187,10 @@ def test_a_second_request_leaves_a_status(tmp_path: Path, saved: bool) -> None:
         (checkpoint / METADATA_FILE).write_text("{}")
     stop, heartbeat = StopRequest(), Heartbeat()
     heartbeat.beat("forward and backward", 8)
-    trainer = SimpleNamespace(
+    state = SimpleNamespace(
         run=manager, step=8, tokens=80, tokens_per_step=10, heartbeat=heartbeat, stop_request=stop
     )
-    with listening(cast(Trainer, trainer)):
+    with listening(cast(TrainState, state)):
         line = stop.last_words("SIGINT")
     newest = "the newest checkpoint is step5" if saved else "nothing is saved yet"
     assert line == f"SIGINT again: stopped now at step 7; {newest}"

@@ -19,7 +19,7 @@ from toolkit.commands.verify import verify_checkpoints
 from toolkit.data.prepare.tokenizers.tokenizer import load_tokenizer
 from toolkit.errors import CheckpointError, ToolkitError
 from toolkit.experiment.load import load_experiment
-from toolkit.models.lora_config import LoRAConfig
+from toolkit.models.config import LoRAConfig
 from toolkit.optim.config import AdamWConfig, GroupOverride
 from toolkit.train.adapter_base import find_base
 
@@ -129,7 +129,7 @@ def bf16_recomputed(engine: str) -> Any:
 def run(root: str, name: str, flags: list[str]) -> tuple[int, str]:
     """`toolkit train smoke` with these flags, or the resume of the run `name`; the exit code, or
     the error."""
-    from toolkit.experiment.run import resume, train
+    from toolkit.commands.train import resume, train
 
     folder = Path(root) / "runs" / name
     try:

@@ -20,7 +20,7 @@ from toolkit.distributed import materialize, torch_engine
 from toolkit.distributed.environment import TrainingEnvironment
 from toolkit.distributed.layout import Layout
 from toolkit.models import grouped
-from toolkit.models.moe_config import MoEConfig
+from toolkit.models.architecture import MoEConfig
 from toolkit.optim.config import AdamWConfig
 from toolkit.train.module import Progress
 from toolkit.train.transformer import TransformerTrainModule

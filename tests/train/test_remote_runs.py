@@ -18,8 +18,8 @@ STEPS = 12
 
 def run(folder: str, data: str, *flags: str) -> tuple[int, str]:
     """A run in `folder`, in this worker; exit code and message."""
+    from toolkit.commands.train import train
     from toolkit.experiment.load import load_experiment
-    from toolkit.experiment.run import train
 
     config = load_experiment(
         "smoke",

@@ -9,7 +9,8 @@ import torch
 from toolkit.checkpoint.find import Found
 from toolkit.errors import CheckpointError, ConfigError
 from toolkit.train.config import TrainerConfig
-from toolkit.train.restoring import Start, find_start, renamed
+from toolkit.train.matching import renamed
+from toolkit.train.restoring import Start, find_start
 
 OWN, GIVEN = Path("run/checkpoints"), Path("given")
 

@@ -28,8 +28,8 @@ def run(
     root: str, name: str, trouble: str = "", checkpointer: dict[str, Any] | None = None
 ) -> dict[str, Any]:
     """A run of `STEPS` steps that saves every 3, in this worker; what came of it."""
+    from toolkit.commands.train import train
     from toolkit.experiment.load import load_experiment
-    from toolkit.experiment.run import train
 
     settings = {"interval": 3, "keep_last": None, "export_hf": False} | (checkpointer or {})
     config = load_experiment(
@@ -188,12 +188,12 @@ def test_a_writer_that_lost_the_run_leaves_the_new_owners_files(tmp_path: Path) 
     def refuse() -> None:
         raise RunError("taken over")
 
-    trainer: Any = SimpleNamespace(
+    state: Any = SimpleNamespace(
         run=SimpleNamespace(check_owner=refuse, path=tmp_path.joinpath),
         environment=SimpleNamespace(broadcast=lambda value: value),
         step=7,
     )
     for save in (TrainerSaver.save, TrainerSaver.begin_save):
         with pytest.raises(RunError, match="taken over"):
-            save(TrainerSaver(trainer, lambda _: None))
+            save(TrainerSaver(state, lambda _: None))
     assert unfinished.is_dir()

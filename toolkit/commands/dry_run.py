@@ -9,15 +9,16 @@ from typing import Any
 
 import msgspec
 
+from toolkit.commands.load import check_data_files
 from toolkit.config import DEFAULT_ORIGIN, leaves
 from toolkit.config.secrets import mask_secrets
-from toolkit.data.corpus_info import CorpusInfo, data_places, datasets_of, read_corpus
-from toolkit.data.prepare.text.presence import check_presence
+from toolkit.data.corpus_info import CorpusInfo, data_places, read_corpus
 from toolkit.distributed.layout import Layout, resolve_layout
 from toolkit.errors import ConfigError, ErrorList
 from toolkit.experiment.checks import (
     check_corpus,
     check_experiment,
+    check_load_path,
     check_parameters,
     gradient_accumulation_steps,
     rank_microbatch_size,
@@ -25,10 +26,10 @@ from toolkit.experiment.checks import (
 from toolkit.experiment.config import ExperimentConfig
 from toolkit.experiment.load import LoadedExperiment
 from toolkit.experiment.notices import notices
-from toolkit.experiment.preflight import check_load_path
 from toolkit.models.parameters import flops_per_token
 from toolkit.runs.registry import check_run_folder, is_run, resolve_run_folder
 from toolkit.train.config import Duration
+from toolkit.train.timeline import StepsOf, steps_of
 from toolkit.wording import count
 
 _LABEL_WIDTH = 12
@@ -51,7 +52,7 @@ def summarize(loaded: LoadedExperiment, environ: Mapping[str, str]) -> str:
         ("duration", _duration(config, corpus)),
         ("engine", _engine(layout)),
         ("writes", _writes(config)),
-        ("note", notices(config, corpus.steps_per_epoch(config.data) if corpus else None)),
+        ("note", notices(config, _steps_of(config, corpus))),
     ]
     title = f"dry run of {loaded.source}" + (
         f": {config.description}" if config.description else ""
@@ -77,9 +78,7 @@ def _checked(
     with found.collecting():
         corpus = read_corpus(config.data)
     with found.collecting():
-        for dataset in datasets_of(config.data):
-            with found.collecting():
-                check_presence(dataset, is_prepared=corpus is not None)
+        check_data_files(config)
     with found.collecting():
         check_run_folder(config.run, "<time>")
     with found.collecting():
@@ -174,15 +173,17 @@ def _duration(config: ExperimentConfig, corpus: CorpusInfo | None) -> list[str]:
 def _length(config: ExperimentConfig, duration: Duration, corpus: CorpusInfo | None) -> str:
     batch = config.data_loader.global_batch_size
     per_epoch = corpus.steps_per_epoch(config.data) if corpus is not None else None
-    if duration.unit == "epochs":
-        end = corpus.epoch_end(config.data, duration.value) if corpus is not None else None
-        if end is None:
-            return f"{count(duration.value, 'epoch')}; steps are known once the data is prepared"
-        steps = end
-    else:
-        steps = duration.in_steps(batch, per_epoch)
+    try:
+        steps = _steps_of(config, corpus)(duration.value, duration.unit)
+    except ValueError:
+        return f"{count(duration.value, 'epoch')}; steps are known once the data is prepared"
     epochs = f", {steps / per_epoch:.2f} epochs" if per_epoch else ""
     return f"{count(steps, 'step')}, {steps * batch:,} tokens{epochs}"
+
+
+def _steps_of(config: ExperimentConfig, corpus: CorpusInfo | None) -> StepsOf:
+    size, data = config.data_loader.global_batch_size, config.data
+    return steps_of(size, lambda epochs: corpus.epoch_end(data, epochs) if corpus else None)
 
 
 def _engine(layout: Layout) -> list[str]:

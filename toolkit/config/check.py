@@ -6,7 +6,7 @@ them: path, value, what was expected, and the nearest name.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, TypeVar
 
 import msgspec
@@ -28,6 +28,7 @@ from toolkit.config.types import (
     note_of,
     shown,
     struct_types,
+    tag_field,
     tags,
     type_of,
     unknown_field,
@@ -39,6 +40,13 @@ T = TypeVar("T")
 _INT64 = range(-(2**63), 2**63)
 _UINT64 = range(2**64)
 _ANY = inspect.AnyType()
+_KINDS: dict[type, Any] = {
+    inspect.BoolType: bool,
+    inspect.StrType: str,
+    inspect.NoneType: type(None),
+    inspect.IntType: int,
+    inspect.FloatType: (int, float),
+}
 _WRONG: Any = object()
 """Stands for a value that does not fit."""
 
@@ -73,12 +81,9 @@ def check(data: Any, config_type: type) -> Checked:
             return Checked(msgspec.convert(data, config_type), [])
         except msgspec.ValidationError:
             pass  # what is left are the checks of the structs themselves
-    if fitting is _WRONG:
-        return Checked(None, walk.errors)
-    settled = walk.settled(fitting, target, "")
-    if settled is _WRONG:
-        return Checked(None, walk.errors)
-    return Checked(msgspec.convert(settled, config_type), walk.errors)
+    settled = fitting if fitting is _WRONG else walk.settled(fitting, target, "")
+    built = None if settled is _WRONG else msgspec.convert(settled, config_type)
+    return Checked(built, walk.errors)
 
 
 class _Walk:
@@ -95,29 +100,26 @@ class _Walk:
         if isinstance(data, list) and (item_type(target, 0) is not None or _takes_any(target)):
             for option in alternatives(target):
                 if isinstance(option, inspect.TupleType) and len(data) != len(option.item_types):
-                    return self._wrong(
-                        path, f"expected {describe(target)} values, not {shown(data)}"
-                    )
-            items = [
+                    expected = f"expected {describe(target)} values, not {shown(data)}"
+                    return self._wrong(path, expected)
+            return _all_right(
                 self.value(item, item_type(target, index) or _ANY, join(path, index))
                 for index, item in enumerate(data)
-            ]
-            return _WRONG if any(item is _WRONG for item in items) else items
+            )
         problem = _problem(data, target)
         return data if problem is None else self._wrong(path, problem)
 
     def settled(self, data: Any, target: Any, path: str) -> Any:
         """`data`, whose names and types fit, without what the structs themselves refuse."""
         if isinstance(data, list):
-            items = [
+            return _all_right(
                 self.settled(item, item_type(target, index), join(path, index))
                 for index, item in enumerate(data)
-            ]
-            return _WRONG if any(item is _WRONG for item in items) else items
+            )
         if not isinstance(data, dict):
             return data
         struct = choose_struct(target, data)
-        fields = field_types(struct) if struct else {}
+        fields = field_types(struct)
         values = {
             name: self.settled(value, fields.get(name, value_type(target)), join(path, name))
             for name, value in data.items()
@@ -130,41 +132,42 @@ class _Walk:
         while required <= values.keys():
             try:
                 msgspec.convert(values, struct.cls)
+                return values
             except msgspec.ValidationError as error:
+                # A struct's own line begins with the name of the field that it is about.
                 refused = set()
                 for line in str(error).partition(" - at `")[0].splitlines():
                     name = line.partition(" ")[0].partition(".")[0].rstrip(":")
                     about = join(path, name) if name in values else path
                     self.errors.append(ConfigError(line.replace("`", ""), key=path, about=about))
                     refused.add(name)
-                if not refused & values.keys():
-                    return _WRONG
-                # The checks behind the one that failed are made without the value it is about.
-                values = {name: value for name, value in values.items() if name not in refused}
-            else:
-                return values
+            if not refused & values.keys():
+                return _WRONG
+            # The checks behind the one that failed are made without the value it is about.
+            values = {name: value for name, value in values.items() if name not in refused}
         return _WRONG
 
     def _mapping(self, data: dict[str, Any], target: Any, path: str) -> Any:
-        structs = struct_types(target)
-        if not structs:
+        if not struct_types(target):
             values = value_type(target)
             if values is None and not _takes_any(target):
                 return self._wrong(path, _mismatch(data, target))
             return self._entries(data, lambda name: values or _ANY, path)
-        struct = choose_struct(target, data)
-        if struct is None or data.get(struct.tag_field or "", struct.tag) != struct.tag:
-            return self._wrong_tag(data, target, path)
+        struct, tag = choose_struct(target, data), tag_field(target)
+        if struct is None or data.get(tag, struct.tag) != struct.tag:
+            problem = f"required, and not given; one of {listing(tags(target))}"
+            if tag in data:
+                problem = _not_one_of(data[tag], tags(target))
+            return self._wrong(join(path, tag), problem)
         fields = field_types(struct)
-        for name in data:
-            if name not in fields and is_text(name):
-                self.errors.append(unknown_field(path, name, [struct]))
-        known = {name: value for name, value in data.items() if name in fields or not is_text(name)}
+        unknown = {name for name in data if name not in fields and is_text(name)}
+        self.errors += [unknown_field(path, name, [struct]) for name in data if name in unknown]
+        known = {name: value for name, value in data.items() if name not in unknown}
         fitting = self._entries(known, fields.get, path)
         for field in struct.fields:
             if field.required and field.encode_name not in data:
-                where = join(path, field.encode_name)
-                self._wrong(where, f"required, and not given (expected {describe(field.type)})")
+                problem = f"required, and not given (expected {describe(field.type)})"
+                self._wrong(join(path, field.encode_name), problem)
         return fitting
 
     def _entries(self, data: dict[str, Any], type_of: Callable[[str], Any], path: str) -> Any:
@@ -172,22 +175,18 @@ class _Walk:
         for name, value in data.items():
             if not is_text(name):
                 self._wrong(path, f"the name {shown(name)} is not UTF-8 text")
-                continue
-            found = self.value(value, type_of(name), join(path, name))
-            if found is not _WRONG:
+            elif (found := self.value(value, type_of(name), join(path, name))) is not _WRONG:
                 fitting[name] = found
         return fitting
-
-    def _wrong_tag(self, data: dict[str, Any], target: Any, path: str) -> Any:
-        tag_field = struct_types(target)[0].tag_field or ""
-        where = join(path, tag_field)
-        if tag_field not in data:
-            return self._wrong(where, f"required, and not given; one of {listing(tags(target))}")
-        return self._wrong(where, _not_one_of(data[tag_field], tags(target)))
 
     def _wrong(self, path: str, problem: str) -> Any:
         self.errors.append(ConfigError(problem, key=path))
         return _WRONG
+
+
+def _all_right(items: Iterable[Any]) -> Any:
+    found = list(items)
+    return _WRONG if any(item is _WRONG for item in found) else found
 
 
 def _takes_any(target: Any) -> bool:
@@ -196,22 +195,19 @@ def _takes_any(target: Any) -> bool:
 
 def _problem(data: Any, target: Any) -> str | None:
     """What is wrong with a single value."""
+    kind = note_of(target, NOTE)
     if isinstance(data, str) and not is_text(data):
-        hint = "; a file of such a name is read when its folder is given"
-        return f"{shown(data)} is not UTF-8 text{hint if note_of(target, NOTE) else ''}"
+        hint = "; a file of such a name is read when its folder is given" if kind else ""
+        return f"{shown(data)} is not UTF-8 text{hint}"
     if not any(_fits(data, option) for option in alternatives(target)):
         return _mismatch(data, target)
     if isinstance(data, float) and not math.isfinite(data):
         return f"must be a finite number, not {data}"
-    if isinstance(data, int):
-        unsigned = note_of(target, UNSIGNED)
-        if data not in (_UINT64 if unsigned else _INT64):
-            span = "lie between 0 and 2^64 - 1" if unsigned else "fit in 64 bits"
-            return f"must {span}, not {shown(data)}"
-    kind = note_of(target, NOTE)
-    if kind is not None and isinstance(data, str):
-        return path_problem(data, kind)
-    return None
+    unsigned = note_of(target, UNSIGNED)
+    if isinstance(data, int) and data not in (_UINT64 if unsigned else _INT64):
+        span = "lie between 0 and 2^64 - 1" if unsigned else "fit in 64 bits"
+        return f"must {span}, not {shown(data)}"
+    return path_problem(data, kind) if kind and isinstance(data, str) else None
 
 
 def _mismatch(data: Any, target: Any) -> str:
@@ -223,7 +219,7 @@ def _mismatch(data: Any, target: Any) -> str:
     if isinstance(data, str) and describe(target) == "a list" and len(data) < 100:
         hint = f"; write [{data}]"
     elif isinstance(data, str) and data in tags(target):
-        hint = f"; write {{{struct_types(target)[0].tag_field}: {data}}}"
+        hint = f"; write {{{tag_field(target)}: {data}}}"
     return f"expected {describe(target)}, not {given}{hint}"
 
 
@@ -238,14 +234,5 @@ def _fits(data: Any, option: Any) -> bool:
         return True
     if isinstance(option, inspect.LiteralType):
         return isinstance(data, str | int) and data in option.values
-    if isinstance(option, inspect.FloatType):
-        return isinstance(data, float | int) and not isinstance(data, bool)
-    if isinstance(option, inspect.IntType):
-        return isinstance(data, int) and not isinstance(data, bool)
-    kinds: dict[type, type] = {
-        inspect.BoolType: bool,
-        inspect.StrType: str,
-        inspect.NoneType: type(None),
-    }
-    kind = kinds.get(type(option))
-    return kind is not None and isinstance(data, kind)
+    kind = _KINDS.get(type(option), ())
+    return isinstance(data, kind) and isinstance(data, bool) == (kind is bool)

@@ -1,6 +1,7 @@
-"""Reading JSON config files, with errors that point at the line and say what JSON takes."""
+"""Config files in JSON, with errors that point at the line and say what JSON takes."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -8,12 +9,18 @@ from toolkit.config.types import shown
 from toolkit.errors import ConfigError
 from toolkit.storage.foreign import nesting, read_bytes, reason_of
 
-LARGEST = 64 << 20
-"""Bytes of a config file; what is larger is something else."""
 DEEPEST = 100
 """Mappings and lists inside each other; what nests deeper is no config."""
 SCHEMA_KEY = "$schema"
 """Key by which an editor finds the JSON Schema of a file; it is no value of the config."""
+
+_TO_JSON = "import json, sys, yaml; json.dump(yaml.safe_load(sys.stdin), sys.stdout, indent=2)"
+_HINTS = {
+    r"//|/\*|#": 'a comment, which JSON does not take; take it out ("description" takes a note)',
+    r"'": 'text stands in double quotes, "like this"',
+    r"True|False|None": "JSON writes true, false and null",
+}
+"""Start of what JSON does not take -> what to do."""
 
 
 def read_json_mapping(path: Path) -> dict[str, Any]:
@@ -29,16 +36,21 @@ def read_json_mapping(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: cannot be read: No such file or directory") from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not UTF-8 text (byte {error.start})") from None
-    if path.suffix.lower() in (".yaml", ".yml", ".toml"):
-        raise ConfigError(_other_language(path))
+    if path.suffix.lower() == ".toml":
+        raise ConfigError(f"{path}: TOML is not read; write the config as JSON")
+    if path.suffix.lower() in (".yaml", ".yml"):
+        target = path.with_suffix(".json").name
+        raise ConfigError(
+            f"{path}: YAML is not read; make JSON of it: python -c '{_TO_JSON}' < {path} > "
+            f"{target}, then give {target}"
+        )
     return parse_json_mapping(text, str(path))
 
 
 def parse_json_mapping(text: str, name: str) -> dict[str, Any]:
     """The mapping in JSON `text`, without `$schema`; `name` stands for the file in messages."""
     try:
-        if nesting(text.encode("utf-8", "surrogatepass")) > DEEPEST:
-            raise ValueError(f"nested more than {DEEPEST} levels deep")
+        check_nesting(text)
         data = json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_no_constant)
     except json.JSONDecodeError as error:
         raise ConfigError(f"{name}:{_explain(text, error)}") from None
@@ -49,42 +61,30 @@ def parse_json_mapping(text: str, name: str) -> dict[str, Any]:
     return {key: value for key, value in data.items() if key != SCHEMA_KEY}
 
 
+def check_nesting(text: str) -> None:
+    """Raise ValueError where brackets stand too deep inside each other."""
+    if nesting(text.encode("utf-8", "surrogatepass")) > DEEPEST:
+        raise ValueError(f"nested more than {DEEPEST} levels deep")
+
+
 def _explain(text: str, error: json.JSONDecodeError) -> str:
     """`LINE:COLUMN: not valid JSON: ...`, with what to write instead where that is known."""
     position, here = error.pos, text[error.pos :]
     before = text[:position].rstrip()
     problem = error.msg[:1].lower() + error.msg[1:]
-    if before.endswith(",") and here.startswith(("]", "}")):
-        position = len(before) - 1
+    is_behind_comma = before.endswith(",") and here.startswith(("]", "}"))
+    if is_behind_comma or re.match(r",\s*[\]}]", here):
+        position = len(before) - 1 if is_behind_comma else position
         problem = "a comma before the closing bracket; take it out"
-    elif here.startswith(",") and here[1:].lstrip().startswith(("]", "}")):
-        problem = "a comma before the closing bracket; take it out"
-    elif here.startswith(("//", "/*", "#")):
-        problem = 'a comment, which JSON does not take; take it out ("description" takes a note)'
-    elif here.startswith("'"):
-        problem = 'text stands in double quotes, "like this"'
-    elif here.startswith(("True", "False", "None")):
-        problem = "JSON writes true, false and null"
+    elif hint := next((hint for start, hint in _HINTS.items() if re.match(start, here)), None):
+        problem = hint
     elif not text.strip():
         problem = "the file is empty"
     elif not text.lstrip().startswith(("{", "[", '"')):
-        problem = (
-            f"{problem}; a config is a mapping {{...}} in JSON, `toolkit recipes` has examples"
-        )
+        problem += "; a config is a mapping {...} in JSON, `toolkit recipes` has examples"
     line = text.count("\n", 0, position) + 1
     column = position - text.rfind("\n", 0, position)
     return f"{line}:{column}: not valid JSON: {problem}"
-
-
-def _other_language(path: Path) -> str:
-    if path.suffix.lower() == ".toml":
-        return f"{path}: TOML is not read; write the config as JSON"
-    target = path.with_suffix(".json").name
-    convert = "import json, sys, yaml; json.dump(yaml.safe_load(sys.stdin), sys.stdout, indent=2)"
-    return (
-        f"{path}: YAML is not read; make JSON of it: python -c '{convert}' < {path} > {target}, "
-        f"then give {target}"
-    )
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

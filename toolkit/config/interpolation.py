@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from toolkit.config.base import Config
 from toolkit.config.check import convert
+from toolkit.config.types import join
 from toolkit.errors import ConfigError
 
 _REFERENCE = re.compile(r"\$(?P<escape>\$?)\{(?P<name>[A-Za-z_]\w*)\}")
@@ -37,7 +38,8 @@ def fill(config: T, environ: Mapping[str, str] | None = None) -> T:
     try:
         return convert(filled, type(config))
     except ConfigError as error:
-        raise ConfigError(f"{error} (after filling in ${{...}} of the config)") from None
+        problem = f"{error.problem} (after filling in ${{...}} of the config)"
+        raise ConfigError(problem, key=error.key) from None
 
 
 def fill_text(text: str) -> str:
@@ -48,25 +50,22 @@ def fill_text(text: str) -> str:
 def _fill(value: Any, environ: Mapping[str, str], path: str) -> Any:
     if isinstance(value, dict):
         return {
-            key: inner
-            if key in _PROSE_FIELDS
-            else _fill(inner, environ, f"{path}.{key}" if path else key)
+            key: inner if key in _PROSE_FIELDS else _fill(inner, environ, join(path, key))
             for key, inner in value.items()
         }
     if isinstance(value, list):
-        return [_fill(inner, environ, f"{path}.{n}") for n, inner in enumerate(value)]
-    if not isinstance(value, str) or "${" not in value:
-        return value
+        return [_fill(inner, environ, join(path, n)) for n, inner in enumerate(value)]
 
     def content(match: re.Match[str]) -> str:
         name = match["name"]
         if match["escape"]:
             return f"${{{name}}}"
         if name not in environ:
-            raise ConfigError(
-                f"{path}: ${{{name}}}: the environment variable {name} is not set; export it, or "
-                f"write $${{{name}}} for that text itself"
+            problem = (
+                f"${{{name}}}: the environment variable {name} is not set; export it, or write "
+                f"$${{{name}}} for that text itself"
             )
+            raise ConfigError(problem, key=path)
         return environ[name]
 
-    return _REFERENCE.sub(content, value)
+    return _REFERENCE.sub(content, value) if isinstance(value, str) else value

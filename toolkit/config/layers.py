@@ -24,9 +24,10 @@ from toolkit.config.types import (
     field_types,
     is_index,
     join,
+    no_field,
     paths_to,
-    shown,
     struct_types,
+    tag_field,
     tags,
     type_of,
     value_type,
@@ -67,7 +68,7 @@ class ConfigLayers(Generic[T]):
         else:
             parent = path.rpartition(".")[0]
             value = expanded(value, child_type(owner, name, parent, container))
-            if name in {s.tag_field for s in struct_types(owner)}:
+            if name == tag_field(owner):
                 if CLASS in tags(owner) and is_name(value):
                     self.set(path, CLASS, origin)
                     path, name = join(parent, "target"), "target"
@@ -85,8 +86,7 @@ class ConfigLayers(Generic[T]):
                 raise
             meant = " or ".join(f"--{path}" for path in paths)
             raise ConfigError(f"no such field; did you mean {meant}?", key=error.key) from None
-        values = container if isinstance(container, dict) else {}
-        target = child_type(owner, name, override.path.rpartition(".")[0], values)
+        target = child_type(owner, name, override.path.rpartition(".")[0], _values(container))
         return parse_value(override.text, target, override.path)
 
     def apply(self, override: Override) -> None:
@@ -133,8 +133,7 @@ class ConfigLayers(Generic[T]):
         container: Any = self.data
         owner, here = self._root, ""
         for part in parents:
-            values = container if isinstance(container, dict) else {}
-            target = child_type(owner, part, here, values)
+            target = child_type(owner, part, here, _values(container))
             here = join(here, part)
             if isinstance(container, list):
                 container = container[_list_index(part, container, here)]
@@ -144,46 +143,38 @@ class ConfigLayers(Generic[T]):
                     container[part] = {} if default is None else default
                 container = container[part]
             if not isinstance(container, dict | list):
-                raise ConfigError(f"a single value; it has no field {shown(name)}", key=here)
+                raise no_field(here, name)
             owner = target
-        child_type(owner, name, here, container if isinstance(container, dict) else {})
+        child_type(owner, name, here, _values(container))
         return container, name, owner
 
     def _merge(self, into: dict, data: dict, target: Any, path: str, origin: str) -> None:
-        tag_field = next((s.tag_field for s in struct_types(target)), None)
-        if tag_field and data.get(tag_field) in tags(target):
-            self._switch_tag(into, data[tag_field], target, path)
-        struct = choose_struct(target, {**into, **data})
-        fields = field_types(struct) if struct else {}
+        if (tag := data.get(tag_field(target))) in tags(target):
+            self._switch_tag(into, tag, target, path)
+        fields = field_types(choose_struct(target, {**into, **data}))
         for key, value in data.items():
-            here = join(path, key)
-            below = fields.get(key) or value_type(target)
+            here, below = join(path, key), fields.get(key) or value_type(target)
             if isinstance(value, dict) and value and isinstance(into.get(key, {}), dict):
-                inside = into.setdefault(key, {})
-                self._fill_tag(inside, value, below, field_default(target, key, into))
+                inside, default = into.setdefault(key, {}), field_default(target, key, into)
+                name = tag_field(below)
+                if name and name not in value and isinstance(default, dict):
+                    # {"optim": {"lr": 1}} means the default optimizer.
+                    inside.setdefault(name, default.get(name))
                 self._merge(inside, value, below, here, origin)
             else:
                 into[key] = value
                 self._record(here, value, origin)
 
-    def _fill_tag(self, into: dict, data: dict, target: Any, default: Any) -> None:
-        # {"optim": {"lr": 1}} means the default optimizer.
-        tag_field = next((s.tag_field for s in struct_types(target)), None)
-        if tag_field and tag_field not in data and isinstance(default, dict):
-            into.setdefault(tag_field, default.get(tag_field))
-
     def _switch_tag(self, container: dict, tag: Any, target: Any, path: str) -> None:
         struct = next(s for s in struct_types(target) if s.tag == tag)
-        if container.get(struct.tag_field or "", tag) == tag:
-            return
-        for name in [n for n in container if n not in field_types(struct)]:
-            del container[name]
-            self._forget(join(path, name))
+        if container.get(tag_field(target), tag) != tag:
+            for name in [n for n in container if n not in field_types(struct)]:
+                del container[name]
+                self._forget(join(path, name))
 
     def _record(self, path: str, value: Any, origin: str) -> None:
         self._forget(path)
-        for leaf, _ in leaves(value, path):
-            self._origins[leaf] = origin
+        self._origins |= dict.fromkeys((leaf for leaf, _ in leaves(value, path)), origin)
 
     def _forget(self, path: str) -> None:
         for known in [k for k in self._origins if k == path or k.startswith(f"{path}.")]:
@@ -194,19 +185,23 @@ class ConfigLayers(Generic[T]):
             return self._origins[path]
         # A list of scalars is one leaf, of which a later layer may have set an item.
         inside = [origin for known, origin in self._origins.items() if known.startswith(f"{path}.")]
-        if inside:
-            return inside[-1]
-        parent = path.rpartition(".")[0]
-        return self._origins.get(parent, DEFAULT_ORIGIN) if parent else DEFAULT_ORIGIN
+        return inside[-1] if inside else self._origins.get(path.rpartition(".")[0], DEFAULT_ORIGIN)
 
 
 def leaves(data: Any, path: str = "") -> list[tuple[str, Any]]:
     """`(path, value)` of every leaf; empty mappings and lists of scalars count as leaves."""
+    items: Any = None
     if isinstance(data, dict) and data:
-        return [leaf for key, value in data.items() for leaf in leaves(value, join(path, key))]
-    if isinstance(data, list) and any(isinstance(item, dict) for item in data):
-        return [leaf for i, value in enumerate(data) for leaf in leaves(value, join(path, i))]
-    return [(path, data)]
+        items = data.items()
+    elif isinstance(data, list) and any(isinstance(item, dict) for item in data):
+        items = enumerate(data)
+    if items is None:
+        return [(path, data)]
+    return [leaf for name, value in items for leaf in leaves(value, join(path, name))]
+
+
+def _values(container: Any) -> dict[str, Any]:
+    return container if isinstance(container, dict) else {}
 
 
 def _list_index(part: str, items: list, path: str) -> int:

@@ -2,20 +2,23 @@
 
 VALUE is JSON or a YAML flow value, converted by the type of the field it is meant for. Scalars
 follow the YAML 1.2 core schema, so `6e-3` is a number everywhere, `no` is text, and a text field
-keeps its characters whatever they look like.
+keeps its characters whatever they look like. Of YAML, anchors, aliases and tags are refused: a
+value can then be no larger than its text, and is a tree.
 """
 
+import functools
 import re
 from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 from msgspec import inspect
 
+from toolkit.config.files import DEEPEST, check_nesting
 from toolkit.config.types import (
-    allows_none,
     alternatives,
     choose_struct,
     field_types,
+    is_null,
     item_type,
     nearest,
     paths_to,
@@ -27,8 +30,13 @@ from toolkit.wording import shortened
 
 _INT = re.compile(r"[-+]?[0-9]+(_[0-9]+)*\Z")
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?\Z")
-# Longer texts are no number that a config can hold, and Python refuses to convert them.
+_CONSTANTS = {
+    **dict.fromkeys(("true", "True", "TRUE"), True),
+    **dict.fromkeys(("false", "False", "FALSE"), False),
+    **dict.fromkeys(("null", "Null", "NULL", "~", "")),
+}
 _LONGEST_NUMBER = 400
+"""Longer texts are no number that a config can hold, and Python refuses to convert them."""
 
 
 class Override(NamedTuple):
@@ -49,13 +57,14 @@ def parse_override_args(
 ) -> list[Override]:
     """Split the command line's extra arguments into overrides.
 
-    `sections` are the top-level names that may stand without a dot (`--seed=3`); `options` are the
-    command's own long options, for the hint when one is misspelled; `root` is the type of the
-    config, for the hint when a path is cut short.
+    Args:
+        sections: the top-level names that may stand without a dot (`--seed=3`).
+        options: the command's own long options, for the hint when one is misspelled.
+        root: the type of the config, for the hint when a path is cut short.
+        found: keeps what is wrong, and the rest is returned.
 
     Raises:
-        ConfigError: for the words that are not an override; with `found` they are kept there, and
-            the others returned.
+        ConfigError: for the words that are not an override; not with `found`.
     """
     overrides, position = [], 0
     wrong = ErrorList() if found is None else found
@@ -118,32 +127,79 @@ def parse_value(text: str, target: Any, path: str) -> Any:
         ConfigError: when `text` is not a JSON or YAML flow value.
     """
     if _wants_text(target) and not text.startswith(('"', "'")):
-        return None if text in ("null", "~") and allows_none(target) else text
+        return None if text in ("null", "~") and _takes_null(target) else text
     # The common scalars need no YAML parser, whose import costs more than all the rest.
     if _INT.match(text) or _FLOAT.match(text) or text in ("true", "false", "null"):
         return plain_scalar(text, target)
-    from toolkit.config.flow import compose
-
     try:
-        node = compose(text)
+        node = _read_yaml(text, as_node=True)
         return None if node is None else _convert(node, target)
     except ValueError as error:
-        raise ConfigError(f"{shown(text)} is not a JSON or YAML value: {error}", key=path) from None
+        problem = f"{shown(text)} is not a JSON or YAML value: {error}"
+        raise ConfigError(problem, key=path) from None
+
+
+def load_yaml(text: str) -> Any:
+    """The value of YAML `text` that may come from elsewhere.
+
+    Raises:
+        ValueError: it is not YAML, or has anchors, aliases or tags.
+    """
+    return _read_yaml(text, as_node=False)
+
+
+def _read_yaml(text: str, *, as_node: bool) -> Any:
+    import yaml
+
+    check_nesting(text)
+    try:
+        return (yaml.compose if as_node else yaml.load)(text, Loader=_yaml_loader())
+    except yaml.YAMLError as error:
+        problem = getattr(error, "problem", None) or getattr(error, "reason", "cannot be read")
+        raise ValueError(problem) from None
+    except RecursionError:
+        raise ValueError(f"nested more than {DEEPEST} levels deep") from None
+
+
+@functools.cache
+def _yaml_loader() -> Any:
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            event: Any = self.peek_event()
+            if isinstance(event, yaml.AliasEvent) or event.anchor is not None:
+                name = f"{'*' if isinstance(event, yaml.AliasEvent) else '&'}{event.anchor}"
+                raise ValueError(f"anchors and aliases are not taken ({name}); write it out")
+            if getattr(event, "tag", None) is not None:
+                raise ValueError(f"tags are not taken ({event.tag}); leave it out")
+            return super().compose_node(parent, index)
+
+        def compose_mapping_node(self, anchor: Any) -> Any:
+            node = super().compose_mapping_node(anchor)
+            seen: set[str] = set()
+            for key, _ in node.value:
+                if not isinstance(key, yaml.ScalarNode):
+                    raise ValueError("a name in a mapping must be text")
+                if key.value in seen:
+                    raise ValueError(f"the key {shown(key.value)} stands twice in one mapping")
+                seen.add(key.value)
+            return node
+
+    return Loader
 
 
 def _convert(node: Any, target: Any) -> Any:
-    import yaml
-
-    if isinstance(node, yaml.ScalarNode):
+    if node.id == "scalar":
         if node.style in ("'", '"'):
             return node.value
         if _wants_text(target):
-            is_null = node.value in ("null", "~", "") and allows_none(target)
-            return None if is_null else node.value
+            is_none = node.value in ("null", "~", "") and _takes_null(target)
+            return None if is_none else node.value
         return plain_scalar(node.value, target)
-    if isinstance(node, yaml.SequenceNode):
+    if node.id == "sequence":
         return [_convert(child, item_type(target, i)) for i, child in enumerate(node.value)]
-    values = {k.value: v.value for k, v in node.value if isinstance(v, yaml.ScalarNode)}
+    values = {k.value: v.value for k, v in node.value if v.id == "scalar"}
     struct = choose_struct(target, values)
     fields = field_types(struct) if struct else {}
     other = value_type(target)
@@ -152,29 +208,26 @@ def _convert(node: Any, target: Any) -> Any:
 
 def plain_scalar(text: str, target: Any = None) -> Any:
     """A plain (unquoted) scalar by the YAML 1.2 core schema; `1e6` is whole where `target` is."""
-    if text in ("true", "True", "TRUE"):
-        return True
-    if text in ("false", "False", "FALSE"):
-        return False
-    if text in ("null", "Null", "NULL", "~", ""):
-        return None
+    if text in _CONSTANTS:
+        return _CONSTANTS[text]
     if len(text) > _LONGEST_NUMBER:
         return text
     if _INT.match(text):
         return int(text)
     if _FLOAT.match(text):
         number = float(text)
-        return int(number) if _wants_whole_number(target) and number.is_integer() else number
+        kinds = {type(option) for option in alternatives(target)}
+        wants_whole = inspect.IntType in kinds and inspect.FloatType not in kinds
+        return int(number) if wants_whole and number.is_integer() else number
     return text
 
 
-def _wants_whole_number(target: Any) -> bool:
-    kinds = {type(option) for option in alternatives(target)}
-    return inspect.IntType in kinds and inspect.FloatType not in kinds
+def _takes_null(target: Any) -> bool:
+    return any(is_null(t) or isinstance(t, inspect.AnyType) for t in alternatives(target))
 
 
 def _wants_text(target: Any) -> bool:
-    options = [t for t in alternatives(target) if not isinstance(t, inspect.NoneType)]
+    options = [t for t in alternatives(target) if not is_null(t)]
     return bool(options) and all(
         isinstance(t, inspect.StrType)
         or (isinstance(t, inspect.LiteralType) and all(isinstance(v, str) for v in t.values))

@@ -10,13 +10,15 @@ from typing import Any
 import msgspec
 
 from toolkit.config.base import Config
+from toolkit.config.types import alternatives, type_of
 
 
 def json_schema(config_type: type[Config]) -> dict[str, Any]:
     """JSON Schema (draft 2020-12) of `config_type` and of every struct it reaches."""
     schema = msgspec.json.schema(config_type)
     schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
-    types = {t.__name__: t for t in _reachable(msgspec.inspect.type_info(config_type))}
+    types: dict[str, type] = {}
+    _add_structs(type_of(config_type), types)
     for name, definition in schema.get("$defs", {}).items():
         docs = field_docs(types[name]) if name in types else {}
         for field, entry in definition.get("properties", {}).items():
@@ -34,31 +36,18 @@ def field_docs(config_type: type) -> dict[str, str]:
             continue
         body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0].body  # type: ignore[attr-defined]
         for field, doc in itertools.pairwise(body):
-            if (
-                isinstance(field, ast.AnnAssign)
-                and isinstance(field.target, ast.Name)
-                and isinstance(doc, ast.Expr)
-                and isinstance(doc.value, ast.Constant)
-                and isinstance(doc.value.value, str)
-            ):
-                docs[field.target.id] = " ".join(doc.value.value.split())
+            match field, doc:
+                case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(ast.Constant(str(text))):
+                    docs[name] = " ".join(text.split())
     return docs
 
 
-def _reachable(node: Any) -> set[type]:
-    found: set[type] = set()
-    pending = [node]
-    while pending:
-        current = pending.pop()
-        if isinstance(current, msgspec.inspect.StructType):
-            if current.cls in found:
-                continue
-            found.add(current.cls)
-            pending += [f.type for f in current.fields]
-        for attribute in ("types", "item_types"):
-            pending += getattr(current, attribute, ())
-        for attribute in ("item_type", "value_type", "key_type"):
-            child = getattr(current, attribute, None)
-            if child is not None:
-                pending.append(child)
-    return found
+def _add_structs(node: Any, found: dict[str, type]) -> None:
+    for option in alternatives(node):
+        children = [*getattr(option, "item_types", ()), getattr(option, "item_type", None)]
+        children.append(getattr(option, "value_type", None))
+        if isinstance(option, msgspec.inspect.StructType) and option.cls.__name__ not in found:
+            found[option.cls.__name__] = option.cls
+            children += [field.type for field in option.fields]
+        for child in children:
+            _add_structs(child, found)

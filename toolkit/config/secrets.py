@@ -8,9 +8,10 @@ that is masked there would be lost. So a secret in a config is refused (`check_n
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
+from toolkit.config.types import join
 from toolkit.errors import ConfigError
 
 HIDDEN = "***"
@@ -82,16 +83,15 @@ def mask_secrets(value: Any) -> Any:
         return _mask_text(value)
     if isinstance(value, Mapping):
         return {
-            mask_secrets(key): _hide(inner) if _is_secret_key(key) else mask_secrets(inner)
+            mask_secrets(key): (_hide if is_secret_name(str(key)) else mask_secrets)(inner)
             for key, inner in value.items()
         }
     if isinstance(value, list | tuple):
-        found = []
-        for number, inner in enumerate(value):
-            before = value[number - 1] if number else None
-            hides = isinstance(before, str) and _is_option(before) and isinstance(inner, str)
-            found.append(_hide(inner) if hides else mask_secrets(inner))
-        return found
+        before = (None, *value)
+        return [
+            _hide(inner) if isinstance(inner, str) and _is_option(option) else mask_secrets(inner)
+            for option, inner in zip(before, value, strict=False)
+        ]
     return value
 
 
@@ -103,18 +103,18 @@ def check_no_secrets(data: Any, path: str = "") -> None:
     """
     if isinstance(data, dict):
         for name, value in data.items():
-            below = f"{path}.{name}" if path else str(name)
+            below = join(path, name)
             is_text = isinstance(value, str) and value and not _is_reference(value)
             if is_text and is_secret_name(str(name), strict=True):
-                raise ConfigError(f"{below}: {_ADVICE}: --{below}='${{NAME}}'")
+                raise ConfigError(f"{_ADVICE}: --{below}='${{NAME}}'", key=below)
             check_no_secrets(value, below)
     elif isinstance(data, list):
         for number, value in enumerate(data):
-            check_no_secrets(value, f"{path}.{number}")
+            check_no_secrets(value, join(path, number))
     elif isinstance(data, str) and "://" in data:
         shown = _URL.sub(lambda match: _mask_url(match, strict=True, hidden="${NAME}"), data)
         if shown != data:
-            raise ConfigError(f"{path}: {_ADVICE}: --{path}='{shown}'")
+            raise ConfigError(f"{_ADVICE}: --{path}='{shown}'", key=path)
 
 
 _ADVICE = (
@@ -128,12 +128,10 @@ def _is_reference(text: str) -> bool:
     return text == HIDDEN or ("${" in text and not re.search(r"\w", _REFERENCE.sub("", text)))
 
 
-def _is_secret_key(key: Any) -> bool:
-    return isinstance(key, str) and is_secret_name(key)
-
-
-def _is_option(text: str) -> bool:
+def _is_option(text: Any) -> bool:
     """Whether the argument after `text` is its value, and a secret."""
+    if not isinstance(text, str):
+        return False
     is_name = text.startswith("-") or (text.isupper() and "_" in text)
     return is_name and "=" not in text and " " not in text and is_secret_name(text)
 
@@ -198,32 +196,32 @@ def _mask_assigned(text: str) -> str:
         first = len(text) - len(text.lstrip("-")) + option.end()
         rest = text[first:]
         return text if not rest or _is_reference(rest) else text[:first] + HIDDEN
-    parts, done = [], 0
-    for match in _SIGN.finditer(text):
-        if match.start() < done or not is_secret_name(match["name"]):
-            continue
-        is_query = text[: match.start()].endswith(("?", "&", ";"))
-        value = (_QUERY_VALUE if is_query else _VALUE).match(text, match.end())
-        if value is None or _is_reference(value[0]):
-            continue
-        if match[0].endswith(": ") and value[0] in _PROSE:
-            continue
-        if text[: match.start()].endswith("://") and _is_reference(value[0].split("@")[0]):
-            continue  # a user called `key`, whose password is named and not written
-        parts += [text[done : match.end()], HIDDEN]
-        done = value.end()
-    return "".join(parts) + text[done:]
+
+    def is_kept(match: re.Match[str], value: str) -> bool:
+        if match[0].endswith(": ") and value in _PROSE:
+            return True
+        # A user called `key`, whose password is named and not written.
+        return text[: match.start()].endswith("://") and _is_reference(value.split("@")[0])
+
+    return _mask_after(_SIGN, text, is_kept)
 
 
 def _mask_spaced(text: str) -> str:
     """`--token value` and `HF_TOKEN value`."""
+    return _mask_after(_SPACED, text, lambda match, value: value.strip(",.;") in _PROSE)
+
+
+def _mask_after(
+    names: re.Pattern[str], text: str, is_kept: Callable[[re.Match[str], str], bool]
+) -> str:
+    """`text` without the values that follow the secret ones of `names`."""
     parts, done = [], 0
-    for match in _SPACED.finditer(text):
+    for match in names.finditer(text):
         if match.start() < done or not is_secret_name(match["name"]):
             continue
-        value = _VALUE.match(text, match.end())
-        if value is None or value[0].strip(",.;") in _PROSE or _is_reference(value[0]):
-            continue
-        parts += [text[done : match.end()], HIDDEN]
-        done = value.end()
+        is_query = text[: match.start()].endswith(("?", "&", ";"))
+        value = (_QUERY_VALUE if is_query else _VALUE).match(text, match.end())
+        if value is not None and not _is_reference(value[0]) and not is_kept(match, value[0]):
+            parts += [text[done : match.end()], HIDDEN]
+            done = value.end()
     return "".join(parts) + text[done:]

@@ -1,7 +1,7 @@
 """Questions about config types, on the nodes of `msgspec.inspect`.
 
 Overrides, layers and checks all walk plain data and the types it is meant for side by side; these
-are the steps of that walk.
+are the steps of that walk. A type of None is one that is not known.
 """
 
 import difflib
@@ -15,12 +15,21 @@ from msgspec import inspect
 from toolkit.config.named import is_name
 from toolkit.errors import ConfigError
 
-_LONGEST_SHOWN = 120
-_MOST_PATHS = 4
-
-
 CLASS = "class"
 """Tag of the struct that holds a class of the user's, where a union has one; see `expanded`."""
+
+_LONGEST_SHOWN = 120
+_MOST_PATHS = 4
+_WORDS: dict[type, str] = {
+    inspect.IntType: "a whole number",
+    inspect.FloatType: "a number",
+    inspect.BoolType: "true or false",
+    inspect.StrType: "text",
+    inspect.NoneType: "null",
+    inspect.ListType: "a list",
+    inspect.VarTupleType: "a list",
+    inspect.DictType: "a mapping",
+}
 
 
 class UnknownFieldError(ConfigError):
@@ -45,22 +54,34 @@ def nearest(name: str, known: Iterable[str]) -> str | None:
 
 
 def alternatives(target: Any) -> tuple[Any, ...]:
-    """The members of a union, or the node itself; nothing for an unknown type (`None`)."""
-    members = target.types if isinstance(target, inspect.UnionType) else (target,)
-    bare = (t.type if isinstance(t, inspect.Metadata) else t for t in members)
+    """The members of a union, or the node itself."""
+    bare = (t.type if isinstance(t, inspect.Metadata) else t for t in _members(target))
     return tuple(t for t in bare if t is not None)
 
 
 def note_of(target: Any, key: str) -> Any:
     """What `msgspec.Meta(extra={key: ...})` says of `target` or a member of it; else None."""
-    members = target.types if isinstance(target, inspect.UnionType) else (target,)
-    notes = (t.extra or {} for t in members if isinstance(t, inspect.Metadata))
+    notes = (t.extra or {} for t in _members(target) if isinstance(t, inspect.Metadata))
     return next((note[key] for note in notes if key in note), None)
+
+
+def _members(target: Any) -> tuple[Any, ...]:
+    return target.types if isinstance(target, inspect.UnionType) else (target,)
 
 
 def struct_types(target: Any) -> list[inspect.StructType]:
     """The structs among the alternatives of `target`."""
     return [t for t in alternatives(target) if isinstance(t, inspect.StructType)]
+
+
+def tag_field(target: Any) -> str:
+    """The name under which a union of structs has its tag; empty for other types."""
+    return next((s.tag_field for s in struct_types(target)), None) or ""
+
+
+def tags(target: Any) -> tuple[Any, ...]:
+    """The valid tags of a union of structs."""
+    return tuple(s.tag for s in struct_types(target))
 
 
 def choose_struct(target: Any, values: dict[str, Any]) -> inspect.StructType | None:
@@ -71,13 +92,10 @@ def choose_struct(target: Any, values: dict[str, Any]) -> inspect.StructType | N
     return next((s for s in structs if values.get(s.tag_field or "") == s.tag), None)
 
 
-def tags(target: Any) -> tuple[Any, ...]:
-    """The valid tags of a union of structs."""
-    return tuple(s.tag for s in struct_types(target))
-
-
-def field_types(struct: inspect.StructType) -> dict[str, Any]:
+def field_types(struct: inspect.StructType | None) -> dict[str, Any]:
     """`field -> type` of a struct, its tag included."""
+    if struct is None:
+        return {}
     fields: dict[str, Any] = {f.encode_name: f.type for f in struct.fields}
     if struct.tag_field:
         fields[struct.tag_field] = inspect.LiteralType((struct.tag,))
@@ -94,9 +112,9 @@ def is_index(name: str) -> bool:
     return name.isascii() and name.isdigit() and len(name) < 10
 
 
-def allows_none(target: Any) -> bool:
-    """Whether null is a value of `target`."""
-    return any(isinstance(t, inspect.NoneType | inspect.AnyType) for t in alternatives(target))
+def is_null(option: Any) -> bool:
+    """Whether the type is that of null."""
+    return isinstance(option, inspect.NoneType)
 
 
 def item_type(target: Any, index: int) -> Any:
@@ -111,9 +129,8 @@ def item_type(target: Any, index: int) -> Any:
 
 def value_type(target: Any) -> Any:
     """Type of the values of a free-form mapping; None where `target` is not one."""
-    return next(
-        (t.value_type for t in alternatives(target) if isinstance(t, inspect.DictType)), None
-    )
+    mappings = (t for t in alternatives(target) if isinstance(t, inspect.DictType))
+    return next((t.value_type for t in mappings), None)
 
 
 def child_type(target: Any, name: str, path: str, values: dict[str, Any]) -> Any:
@@ -133,21 +150,22 @@ def child_type(target: Any, name: str, path: str, values: dict[str, Any]) -> Any
         raise unknown_field(path, name, structs)
     found = item_type(target, int(name)) if is_index(name) else None
     found = found or value_type(target)
+    if found is None and item_type(target, 0):
+        raise ConfigError("a list; give the index of an item", key=path)
     if found is None:
-        problem = (
-            "a list; give the index of an item"
-            if item_type(target, 0)
-            else f"a single value; it has no field {shown(name)}"
-        )
-        raise ConfigError(problem, key=path)
+        raise no_field(path, name)
     return found
+
+
+def no_field(path: str, name: str) -> ConfigError:
+    """That what is at `path` has no fields."""
+    return ConfigError(f"a single value; it has no field {shown(name)}", key=path)
 
 
 def unknown_field(path: str, name: str, structs: Iterable[inspect.StructType]) -> ConfigError:
     """`path.name: no such field; did you mean ...?`"""
     names = sorted({f.encode_name for s in structs for f in s.fields})
-    near = nearest(name, names)
-    if near:
+    if near := nearest(name, names):
         return ConfigError(f"no such field; did you mean {near!r}?", key=join(path, name))
     return UnknownFieldError(f"no such field; known: {', '.join(names)}", key=join(path, name))
 
@@ -159,11 +177,10 @@ def expanded(data: Any, target: Any) -> Any:
         return [expanded(item, item_type(target, index)) for index, item in enumerate(data)]
     if not isinstance(data, dict):
         return data
-    tag_field = next((s.tag_field for s in struct_types(target)), None) or ""
-    if CLASS in tags(target) and is_name(data.get(tag_field)):
-        data = {**data, tag_field: CLASS, "target": data[tag_field]}
-    struct = choose_struct(target, data)
-    fields = field_types(struct) if struct else {}
+    tag = tag_field(target)
+    if CLASS in tags(target) and is_name(data.get(tag)):
+        data = {**data, tag: CLASS, "target": data[tag]}
+    fields = field_types(choose_struct(target, data))
     return {k: expanded(v, fields.get(k) or value_type(target)) for k, v in data.items()}
 
 
@@ -188,29 +205,22 @@ def _paths_to(target: Any, name: str, path: str, above: tuple[type, ...]) -> lis
 
 
 def field_default(target: Any, name: str, values: dict[str, Any]) -> Any:
-    """Plain JSON types of the default of field `name`; None where there is none."""
+    """Fresh JSON types of the default of field `name`; None where there is none."""
     struct = choose_struct(target, values)
     for field in struct.fields if struct else ():
-        if field.encode_name != name:
-            continue
-        if field.default is not msgspec.NODEFAULT:
-            return plain(field.default)
-        if field.default_factory is not msgspec.NODEFAULT:
-            return plain(field.default_factory())
+        if field.encode_name == name:
+            default = field.default
+            if field.default_factory is not msgspec.NODEFAULT:
+                default = field.default_factory()
+            encoded = None if default is msgspec.NODEFAULT else msgspec.json.encode(default)
+            return None if encoded is None else msgspec.json.decode(encoded)
     return None
-
-
-def plain(value: Any) -> Any:
-    """`value` as fresh JSON types: mappings, lists and scalars."""
-    return msgspec.json.decode(msgspec.json.encode(value))
 
 
 def describe(target: Any) -> str:
     """What a user would write for `target`, in words."""
     words = [_describe_one(option) for option in alternatives(target)]
-    if "null" in words:
-        words.remove("null")
-        words.append("null")
+    words.sort(key=lambda word: word == "null")  # last
     return " or ".join(dict.fromkeys(words)) or "nothing"
 
 
@@ -219,8 +229,7 @@ def _describe_one(option: Any) -> str:
         return f"one of {listing(option.values)}"
     if isinstance(option, inspect.StructType):
         names = [f.encode_name for f in option.fields]
-        shown = ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
-        return f"a mapping with {shown}"
+        return f"a mapping with {', '.join(names[:4])}{', ...' if len(names) > 4 else ''}"
     if isinstance(option, inspect.TupleType):
         return f"a list of {len(option.item_types)}"
     return _WORDS.get(type(option), "a value")
@@ -235,15 +244,3 @@ def shown(value: Any) -> str:
 def listing(values: Iterable[Any]) -> str:
     """`a, b, c` in order of name."""
     return ", ".join(sorted(str(v) for v in values))
-
-
-_WORDS: dict[type, str] = {
-    inspect.IntType: "a whole number",
-    inspect.FloatType: "a number",
-    inspect.BoolType: "true or false",
-    inspect.StrType: "text",
-    inspect.NoneType: "null",
-    inspect.ListType: "a list",
-    inspect.VarTupleType: "a list",
-    inspect.DictType: "a mapping",
-}

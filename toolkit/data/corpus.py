@@ -14,7 +14,7 @@ from toolkit.data.config import (
     DatasetConfig,
     VariableInstancesConfig,
 )
-from toolkit.data.corpus_info import CorpusInfo, check_same_tokens, data_places, read_corpus
+from toolkit.data.corpus_info import VAL, CorpusInfo, check_same_tokens, data_places, read_corpus
 from toolkit.data.instances.base import InstanceDataset
 from toolkit.data.instances.custom import (
     UNKNOWN_LENGTH,
@@ -23,7 +23,7 @@ from toolkit.data.instances.custom import (
     open_custom,
 )
 from toolkit.data.instances.open import ensure_plans, open_instances
-from toolkit.data.instances.variable import VariableBatches, VariableDataset, VariableOrder
+from toolkit.data.instances.variable import VariableDataset, VariableOrder
 from toolkit.data.order.batches import BatchOrder, StreamBatches, first_segment
 from toolkit.data.order.mixture import MixedDataset, MixedStream
 from toolkit.data.order.resolve import resolve_mix
@@ -32,9 +32,6 @@ from toolkit.data.tokens.prepared import PreparedDataset, localize, nothing_held
 from toolkit.errors import DataError
 
 logger = logging.getLogger(__name__)
-
-VAL = "val"
-"""Name of the evaluation on the one validation split there is."""
 
 
 class Corpus:
@@ -133,7 +130,7 @@ def _open_single(cfg: DataConfig, info: CorpusInfo, seed: int) -> Corpus:
     order: BatchOrder
     if isinstance(train, VariableDataset):
         assert isinstance(config.instances, VariableInstancesConfig)
-        lengths = VariableOrder(
+        order = VariableOrder(
             train.buckets,
             global_batch_size=loader.global_batch_size,
             fingerprint=train.fingerprint,
@@ -141,8 +138,8 @@ def _open_single(cfg: DataConfig, info: CorpusInfo, seed: int) -> Corpus:
             curriculum=config.instances.curriculum,
             num_cycles=config.instances.num_cycles,
             shuffle=loader.shuffle,
+            batch_instances=_batch_instances(cfg),
         )
-        order = VariableBatches(lengths, _batch_instances(cfg))
     else:
         stream = ShuffledStream(
             train.num_instances, fingerprint=train.fingerprint, seed=seed, shuffle=loader.shuffle

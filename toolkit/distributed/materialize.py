@@ -42,7 +42,7 @@ def materialize(
     if compile_model:
         from toolkit.models.compile import compile_model as compile_parts
 
-        compile_parts(model)  # type: ignore[arg-type]
+        compile_parts(model)
         # Blocks are compiled one by one. DDP's own splitting would cut each of them again, where
         # a bucket of gradients ends.
         torch._dynamo.config.optimize_ddp = False

@@ -27,32 +27,20 @@ class Sampling(NamedTuple):
     seed: int = 0
 
     def filled(self, recommended: "Sampling") -> "Sampling":
-        """The values that count.
-
-        Raises:
-            ConfigError: one of them is out of range.
-        """
+        """The values that count; raises ConfigError for one that is out of range."""
         values = self._asdict()
         for defaults in (recommended, Sampling(temperature=0.8, top_k=50, top_p=1.0)):
             values |= {k: v for k, v in defaults._asdict().items() if values[k] is None}
-        filled = Sampling(**values)
-        for name, value, is_right in (
-            ("--max-new-tokens", filled.max_new_tokens, filled.max_new_tokens > 0),
-            ("--temperature", filled.temperature, values["temperature"] >= 0),
-            ("--top-k", filled.top_k, values["top_k"] >= 0),
-            ("--top-p", filled.top_p, 0 < values["top_p"] <= 1),
+        for name, is_right, advice in (
+            ("max_new_tokens", values["max_new_tokens"] > 0, "a number of tokens, 1 or more"),
+            ("temperature", values["temperature"] >= 0, "0 (the most likely token) or more"),
+            ("top_k", values["top_k"] >= 0, "a number of tokens, or 0 for all"),
+            ("top_p", 0 < values["top_p"] <= 1, "a sum of probabilities, above 0 and up to 1"),
         ):
             if not is_right:
-                raise ConfigError(f"{name} {value}: {_RANGES[name]}")
-        return filled
-
-
-_RANGES = {
-    "--max-new-tokens": "give a number of tokens, 1 or more",
-    "--temperature": "give 0 (the most likely token) or more",
-    "--top-k": "give a number of tokens, or 0 for all",
-    "--top-p": "give a sum of probabilities, above 0 and up to 1",
-}
+                option = name.replace("_", "-")
+                raise ConfigError(f"--{option} {values[name]}: give {advice}")
+        return Sampling(**values)
 
 
 class Continuation(Protocol):
@@ -73,13 +61,9 @@ class Continuation(Protocol):
     def __call__(
         self, ids: list[int], sampling: Sampling, stop_ids: Collection[int], on_token: OnToken
     ) -> None:
-        """Call `on_token` with each new id up to the first of `stop_ids`, which is included.
-
-        The same seed gives the same ids; the global random state is left alone.
-
-        Raises:
-            CheckpointError: the model's logits are no numbers.
-        """
+        """Call `on_token` with each new id up to the first of `stop_ids`, which is included. The
+        same seed gives the same ids; the global random state is left alone. Raises CheckpointError
+        where the model's logits are no numbers."""
 
 
 class TransformersContinuation:
@@ -87,10 +71,10 @@ class TransformersContinuation:
 
     def __init__(self, model: Any) -> None:
         self._model, self._device = model, model.device
-        text_config = self._model.config.get_text_config()
+        text_config = model.config.get_text_config()
         self.context = getattr(text_config, "max_position_embeddings", None)
         self.vocab_size = text_config.vocab_size
-        settings = self._model.generation_config
+        settings = model.generation_config
         ends = settings.eos_token_id
         ends = ends if isinstance(ends, list) else [ends]
         self.stop_ids = frozenset(end for end in ends if end is not None)
@@ -106,19 +90,14 @@ class TransformersContinuation:
         """See `Continuation`."""
         from transformers import GenerationConfig
 
-        how: dict[str, Any] = {"do_sample": bool(sampling.temperature)}
-        if sampling.temperature:
-            how |= {
-                "temperature": sampling.temperature,
-                "top_k": sampling.top_k,
-                "top_p": sampling.top_p,
-            }
+        how = {name: getattr(sampling, name) for name in ("temperature", "top_k", "top_p")}
         stops = sorted(stop_ids)
         config = GenerationConfig(
             max_new_tokens=sampling.max_new_tokens,
             eos_token_id=stops or None,
             pad_token_id=stops[0] if stops else 0,
-            **how,
+            do_sample=bool(sampling.temperature),
+            **(how if sampling.temperature else {}),
         )
         inputs = torch.tensor([ids], device=self._device)
         devices = [self._device] if self._device.type == "cuda" else []

@@ -1,10 +1,10 @@
 """Sampling text from a model: short samples, no key/value cache."""
 
 from collections.abc import Callable, Collection
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from toolkit.errors import CheckpointError, ConfigError
 
@@ -62,12 +62,16 @@ def generate(
         )
     if top_p is not None and not 0.0 < top_p <= 1.0:
         raise ConfigError(f"top_p {top_p}: give a sum of probabilities, above 0 and up to 1")
-    window = max_sequence_length or _window(model)
-    device = device or _device(model)
+    config: Any = getattr(getattr(model, "module", model), "config", None)
+    window = max_sequence_length or getattr(config, "max_sequence_length", None)
+    if window is None:
+        raise ConfigError("max_sequence_length: needed, as this model tells no longest sequence")
+    module = model if isinstance(model, nn.Module) else None
+    was_training = module is not None and module.training
+    if module is not None:
+        device = device or next(module.parameters()).device
+        module.eval()
     generator = torch.Generator().manual_seed(seed)
-    was_training = getattr(model, "training", False)
-    if isinstance(model, torch.nn.Module):
-        model.eval()
     ids = list(prompt_ids)
     ends = eos_id if isinstance(eos_id, Collection) else (eos_id,)
     try:
@@ -83,8 +87,8 @@ def generate(
                 if ids[-1] in ends:
                     break
     finally:
-        if isinstance(model, torch.nn.Module):
-            model.train(was_training)
+        if module is not None:
+            module.train(was_training)
     return ids[len(prompt_ids) :]
 
 
@@ -118,16 +122,3 @@ def _choose(
         candidates = order if candidates is None else candidates[order]
     choice = int(torch.multinomial(probabilities, 1, generator=generator))
     return choice if candidates is None else int(candidates[choice])
-
-
-def _window(model: LogitsFunction) -> int:
-    config = getattr(getattr(model, "module", model), "config", None)
-    if config is None:
-        raise ConfigError("max_sequence_length: needed, as this model tells no longest sequence")
-    return config.max_sequence_length
-
-
-def _device(model: LogitsFunction) -> torch.device:
-    if isinstance(model, torch.nn.Module):
-        return next(model.parameters()).device
-    return torch.device("cpu")

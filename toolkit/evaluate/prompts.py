@@ -22,11 +22,7 @@ class Prompt(msgspec.Struct, frozen=True, omit_defaults=True):
 
 def read_prompts(path: Path) -> list[Prompt]:
     """The prompts of a file: of .jsonl, one object a line; of other files, each line that is not
-    empty.
-
-    Raises:
-        DataError: it cannot be read, or a line holds something else.
-    """
+    empty. Raises DataError: it cannot be read, or a line holds something else."""
     try:
         lines = read_bytes(path, DataError, max_bytes=MAX_PROMPTS_BYTES).decode().splitlines()
     except FileNotFoundError:

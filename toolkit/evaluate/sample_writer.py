@@ -30,8 +30,8 @@ class SampleWriter(Callback):
         self._tokenizer_folder()
 
     def post_train(self) -> None:
-        trainer, config = self.trainer, self._config
-        if trainer.stop_request.is_agreed:
+        state, config = self.state, self._config
+        if state.stop_request.is_agreed:
             return
         tokenizer = load_tokenizer(self._tokenizer_folder())
         prompt = tokenizer.prompt_ids(config.prompt)
@@ -39,18 +39,18 @@ class SampleWriter(Callback):
             log.warning("no sample: trainer.callbacks.sample_writer.prompt is empty")
             return
         ids = generate(
-            trainer.train_module.logits,
+            state.train_module.logits,
             prompt,
             max_new_tokens=config.max_new_tokens,
             temperature=config.temperature,
             top_k=config.top_k,
-            seed=trainer.environment.seed,
+            seed=state.environment.seed,
             eos_id=stop_ids(tokenizer),
-            max_sequence_length=trainer.train_loader.sequence_length,
-            device=trainer.environment.device,
-            broadcast=trainer.environment.broadcast,
+            max_sequence_length=state.train_loader.sequence_length,
+            device=state.environment.device,
+            broadcast=state.environment.broadcast,
         )
-        if trainer.environment.is_main:
+        if state.is_main:
             with contextlib.suppress(OSError, ValueError, SystemExit):
                 console = get_console()
                 console.rule("sample", align="left")
@@ -58,7 +58,7 @@ class SampleWriter(Callback):
                 console.rule()
 
     def _tokenizer_folder(self) -> Path:
-        folder: Path | None = self.trainer.train_loader.tokenizer_folder
+        folder: Path | None = self.state.train_loader.tokenizer_folder
         if folder is None:
             raise ConfigError(
                 "trainer.callbacks.sample_writer.enabled: the training data came without a "

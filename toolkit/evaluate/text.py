@@ -4,7 +4,12 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
+from tokenizers import Tokenizer as BackendTokenizer
+
+from toolkit.data.prepare.build.stops import turn_ends
 from toolkit.data.prepare.text.instructions import template_process
+from toolkit.data.prepare.tokenizers.companions import TOKENIZER_CONFIG_FILE
+from toolkit.data.prepare.tokenizers.tokenizer import Tokenizer
 from toolkit.errors import ConfigError
 from toolkit.evaluate.continuation import Continuation, Sampling
 
@@ -28,13 +33,8 @@ class Generated(NamedTuple):
 class TextGenerator:
     """A model and its tokenizer.
 
-    Args:
-        name: of the model, for messages.
-        continuation: the model.
-        tokenizer: of `transformers`, as `toolkit.hf.loading` gives it.
-
-    Raises:
-        ConfigError: the tokenizer has ids that the model does not know.
+    `name` is the model's, for messages; `tokenizer` is of `transformers`, as `toolkit.hf.loading`
+    gives it. Raises ConfigError where it has ids that the model does not know.
     """
 
     def __init__(self, name: str, continuation: Continuation, tokenizer: Any) -> None:
@@ -52,10 +52,8 @@ class TextGenerator:
         self, prompt: str, sampling: Sampling, on_text: Callable[[str], None] | None = None
     ) -> Generated:
         """Continue `prompt`, which starts as the tokenizer starts texts; without text, from the
-        token that starts documents, or else ends them.
-
-        Args:
-            on_text: called with each new piece of text; together they are the result's.
+        token that starts documents, or else ends them. `on_text` is called with each new piece of
+        text; together they are the result's.
 
         Raises:
             ConfigError: the prompt is longer than the model's context, or empty where no token
@@ -81,7 +79,8 @@ class TextGenerator:
             ConfigError: there is no template, it refuses the conversation, or the conversation is
                 longer than the model's context.
         """
-        ids = self._ids(self._render(messages))
+        # The template has written the start token, if there is one.
+        ids = self._tokenizer(self._render(messages), add_special_tokens=False)["input_ids"]
         stop_ids = self._stop_ids | self._turn_ends
         return self._generate(ids, "the conversation", sampling, stop_ids, on_text)
 
@@ -158,24 +157,13 @@ class TextGenerator:
         backend = getattr(self._tokenizer, "backend_tokenizer", None)
         if backend is None:
             return frozenset()
-        from tokenizers import Tokenizer as BackendTokenizer
-
-        from toolkit.data.prepare.build.stops import turn_ends
-        from toolkit.data.prepare.tokenizers.companions import TOKENIZER_CONFIG_FILE
-        from toolkit.data.prepare.tokenizers.tokenizer import Tokenizer
-
-        template = self._tokenizer.chat_template
         own = Tokenizer(
             BackendTokenizer.from_str(backend.to_str()),
             self._tokenizer.eos_token,
-            {TOKENIZER_CONFIG_FILE: {"chat_template": template}},
+            {TOKENIZER_CONFIG_FILE: {"chat_template": self._tokenizer.chat_template}},
             bos_token=self._tokenizer.bos_token,
         )
         return frozenset(turn_ends(own))
-
-    def _ids(self, rendered: str) -> list[int]:
-        # The template has written the start token, if there is one.
-        return self._tokenizer(rendered, add_special_tokens=False)["input_ids"]
 
 
 class _TextStream:

@@ -3,31 +3,22 @@
 Nothing here is wrong enough to refuse; what is asked for is done, or is said not to be.
 """
 
+import contextlib
 from collections.abc import Iterator
 
 from toolkit.data.config import TokenFilesSourceConfig
+from toolkit.errors import ConfigError
 from toolkit.experiment.config import ExperimentConfig
-from toolkit.train.config import Duration
+from toolkit.train.timeline import StepsOf, Timeline
 from toolkit.wording import count
 
 
-def notices(config: ExperimentConfig, steps_per_epoch: int | None = None) -> list[str]:
-    """The lines, in the order of the config.
-
-    Args:
-        steps_per_epoch: where it is known.
-    """
-
-    def steps(duration: Duration | None) -> int | None:
-        if duration is None or (duration.unit == "epochs" and steps_per_epoch is None):
-            return None
-        return duration.in_steps(config.data_loader.global_batch_size, steps_per_epoch)
-
-    trainer = config.trainer
-    total, stop = steps(trainer.max_duration), steps(trainer.hard_stop)
+def notices(config: ExperimentConfig, steps_of: StepsOf) -> list[str]:
+    """The lines, in the order of the config."""
     lines = [*_model(config), *_data(config)]
-    if total is not None:
-        lines += [*_schedule(config, total), *_hard_stop(total, stop)]
+    with contextlib.suppress(ConfigError):  # epochs of data that is not there yet
+        timeline = Timeline.of(config.trainer, steps_of)
+        lines += [*_schedule(config, timeline.total_steps), *_hard_stop(timeline)]
     return [*lines, *_trainer(config)]
 
 
@@ -75,7 +66,8 @@ def _schedule(config: ExperimentConfig, steps: int) -> Iterator[str]:
         )
 
 
-def _hard_stop(total: int, stop: int | None) -> Iterator[str]:
+def _hard_stop(timeline: Timeline) -> Iterator[str]:
+    total, stop = timeline
     if stop is not None and stop > total:
         yield (
             f"trainer.hard_stop ({count(stop, 'step')}) does nothing: the run ends before it, "

@@ -8,7 +8,6 @@ the weights. PEFT's `rank_pattern` and `alpha_pattern` keep alpha / rank as it w
 """
 
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -16,8 +15,8 @@ from torch import Tensor
 
 from toolkit.errors import CheckpointError
 from toolkit.hf.family import Family, Rule
-from toolkit.models.config import ModelConfig
-from toolkit.models.lora_config import LoRAConfig
+from toolkit.models.config import LoRAConfig, ModelConfig
+from toolkit.models.parameters import parameter_shapes
 from toolkit.storage.atomic import PathLike, new_output, write_json_atomic
 
 A_SUFFIX, B_SUFFIX = ".lora_A.weight", ".lora_B.weight"
@@ -29,17 +28,12 @@ _PREFIX = "base_model.model."
 def merged(
     base: Iterable[tuple[str, Tensor]], adapter: Mapping[str, Tensor], lora: LoRAConfig
 ) -> Iterator[tuple[str, Tensor]]:
-    """The weights of the model that base and adapter are together, in the order of `base`.
+    """The weights of the model that base and adapter are together, (our name, whole tensor), one at
+    a time in the order of `base`: W + alpha / rank * B A in fp32 (fp64 where W is) for adapted
+    weights, the rest as it came.
 
-    Args:
-        base: (our name, whole tensor); consumed one at a time.
-        adapter: `<layer>.lora_A.weight`, `<layer>.lora_B.weight` of every adapted layer and, whole,
-            the parameters trained besides (`train_also`), which take the place of the base's.
-        lora: of the adapter.
-
-    Yields:
-        (our name, tensor): W + alpha / rank * B A in fp32 (fp64 where W is) for adapted weights,
-        the rest as it came.
+    `adapter` holds `<layer>.lora_A.weight`, `<layer>.lora_B.weight` of every adapted layer and,
+    whole, the parameters trained besides (`train_also`), which take the place of the base's.
 
     Raises:
         CheckpointError: a tensor of the adapter belongs to none of the base's, or has another
@@ -77,9 +71,8 @@ def export_adapter(
 
     Args:
         config: of the model.
-        family: of `transformers`, whose projections get the adapter.
         tensors: the adapter's, by our names, whole, on any device.
-        folder: where to; must not exist, or be empty.
+        folder: must not exist, or be empty.
         base_name: name or path of the `transformers` model that it belongs to.
         dtype: of the tensors on disk; default: float32.
 
@@ -87,24 +80,26 @@ def export_adapter(
         CheckpointError: parameters were trained besides, which an adapter cannot hold; a layer of
             the adapter has no counterpart in the family; or the folder is in use.
     """
-    folder = Path(folder)
+    from safetensors.torch import save_file
+
     own = dict(tensors.items() if isinstance(tensors, Mapping) else tensors)
-    whole = [name for name in own if not name.endswith((A_SUFFIX, B_SUFFIX))]
-    if whole:
+    if whole := [name for name in own if not name.endswith((A_SUFFIX, B_SUFFIX))]:
         raise CheckpointError(
             f"{whole[0]}: trained whole (train_module.lora.train_also), which an adapter cannot "
             "hold; export the merged model instead: toolkit export-hf --merge-adapter"
         )
     transformer = config.to_transformer()
-    parameters = transformer.build(init_device="meta").named_parameters()
-    rows = {name.removesuffix(".weight"): p.shape[0] for name, p in parameters if p.dim() == 2}
+    rows = {name: shape[0] for name, shape in parameter_shapes(transformer).items()}
     modules = _their_modules(family.rules(transformer), own, rows)
-    weights = {}
-    for module in modules:
-        for suffix, tensor in ((A_SUFFIX, module.down), (B_SUFFIX, module.up)):
-            weights[f"{_PREFIX}{module.name}{suffix}"] = tensor.to(dtype or torch.float32)
+    weights = {
+        f"{_PREFIX}{module.name}{suffix}": tensor.to(dtype or torch.float32).contiguous()
+        for module in modules
+        for suffix, tensor in ((A_SUFFIX, module.down), (B_SUFFIX, module.up))
+    }
     settings = _peft_config(modules, lora, base_name)
-    _write(folder, weights, settings)
+    with new_output(folder) as unfinished:
+        save_file(weights, unfinished / WEIGHTS_FILE, metadata={"format": "pt"})
+        write_json_atomic(unfinished / CONFIG_FILE, settings, sync=False)
 
 
 class _TheirModule(NamedTuple):
@@ -122,7 +117,7 @@ class _TheirModule(NamedTuple):
 def _their_modules(
     rules: list[Rule], own: dict[str, Tensor], rows: dict[str, int]
 ) -> list[_TheirModule]:
-    """`rows`: of the weight of each of our layers."""
+    """`rows`: of each of our weights."""
     unused = {name.removesuffix(A_SUFFIX).removesuffix(B_SUFFIX) for name in own}
     modules = []
     for rule in rules:
@@ -133,33 +128,23 @@ def _their_modules(
         unused -= set(adapted)
         downs = [_cpu(own, layer + A_SUFFIX) for layer in adapted]
         ups = {layer: _cpu(own, layer + B_SUFFIX) for layer in adapted}
-        modules.append(
-            _TheirModule(
-                rule.theirs[0].removesuffix(".weight"),
-                torch.cat(downs),
-                _fused(rule, [(ups.get(layer), rows[layer]) for layer in layers]),
-                rule.transform.transposed,
-            )
-        )
+        blocks, column, rank = [], 0, sum(up.shape[1] for up in ups.values())
+        for name, layer in zip(rule.ours, layers, strict=True):
+            block = torch.zeros(rows[name], rank)
+            if layer in ups:
+                end = column + ups[layer].shape[1]
+                block[:, column:end] = ups[layer]
+                column = end
+            blocks.append(block)
+        fused = rule.transform.join(blocks)[0]
+        name = rule.theirs[0].removesuffix(".weight")
+        modules.append(_TheirModule(name, torch.cat(downs), fused, rule.transform.transposed))
     if unused:
         raise CheckpointError(
             f"{min(unused)}: the transformers class has no linear layer for this adapter; export "
             "the merged model instead: toolkit export-hf --merge-adapter"
         )
     return modules
-
-
-def _fused(rule: Rule, parts: list[tuple[Tensor | None, int]]) -> Tensor:
-    """B of the layer that `parts`, (B, rows) each, are fused into; no B: rows of zeros."""
-    rank = sum(up.shape[1] for up, _ in parts if up is not None)
-    blocks, column = [], 0
-    for up, rows in parts:
-        block = torch.zeros(rows, rank)
-        if up is not None:
-            block[:, column : column + up.shape[1]] = up
-            column += up.shape[1]
-        blocks.append(block)
-    return rule.transform.join(blocks)[0].contiguous()
 
 
 def _peft_config(
@@ -182,15 +167,6 @@ def _peft_config(
         fan_in_fan_out=any(module.is_transposed for module in modules),
     ).to_dict()
     return {k: sorted(v) if isinstance(v, set) else v for k, v in settings.items()}
-
-
-def _write(folder: Path, weights: dict[str, Tensor], settings: dict[str, Any]) -> None:
-    from safetensors.torch import save_file
-
-    with new_output(folder) as unfinished:
-        contiguous = {name: tensor.contiguous() for name, tensor in weights.items()}
-        save_file(contiguous, unfinished / WEIGHTS_FILE, metadata={"format": "pt"})
-        write_json_atomic(unfinished / CONFIG_FILE, settings, sync=False)
 
 
 def _cpu(tensors: dict[str, Tensor], name: str) -> Tensor:

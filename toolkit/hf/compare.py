@@ -3,19 +3,16 @@
 The two are in memory one after the other, in fp32 whatever type the weights are kept in.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import psutil
 import torch
 from torch import Tensor
 
 from toolkit.data.prepare.tokenizers.auto import settle
 from toolkit.errors import CheckpointError, DataError
-from toolkit.hf.loading import (
-    load_causal_lm,
-    quiet_transformers,
-    with_adapter,
-)
+from toolkit.hf.loading import load_causal_lm, quiet_transformers, with_adapter
 from toolkit.hf.source import filled_model
 from toolkit.models.config import ModelConfig
 
@@ -31,6 +28,8 @@ def compare_with_transformers(
     tensors: Iterable[tuple[str, Tensor]],
     *,
     adapter: Path | None = None,
+    known_ids: Sequence[int] | None = None,
+    all_used: bool = True,
 ) -> float:
     """Load `folder` with `AutoModelForCausalLM` and compare with our model of `tensors`.
 
@@ -39,6 +38,8 @@ def compare_with_transformers(
         config: of our model.
         tensors: (our name, whole tensor); not asked for before `transformers` is done.
         adapter: a folder whose adapter `peft` puts onto the model of `folder`.
+        known_ids: ids that both models have; default: all of ours.
+        all_used: weights that `transformers` has no place for are an error.
 
     Returns:
         The largest difference of two logits, as a part of the largest logit.
@@ -47,8 +48,14 @@ def compare_with_transformers(
         CheckpointError: weights are missing, left over or not finite, or the logits differ.
     """
     ids, where = sample_ids(config), str(adapter or folder)
-    theirs = their_logits(folder, ids, all_used=True, adapter=adapter)
-    return check_logits(our_logits(config, tensors, ids, where), theirs, where)
+    known = None if known_ids is None else torch.tensor(known_ids)
+    if known is not None:
+        ids = known[ids % len(known)]
+    theirs = their_logits(folder, ids, all_used=all_used, adapter=adapter)
+    ours = our_logits(config, tensors, ids, where)
+    if known is not None:
+        ours, theirs = ours[..., known], theirs[..., known]
+    return check_logits(ours, theirs, where)
 
 
 def sample_ids(config: ModelConfig) -> Tensor:
@@ -64,11 +71,8 @@ def sample_ids(config: ModelConfig) -> Tensor:
 def our_logits(
     config: ModelConfig, tensors: Iterable[tuple[str, Tensor]], ids: Tensor, where: str
 ) -> Tensor:
-    """Logits `(batch, seq, vocab)` of our model in fp32.
-
-    Raises:
-        CheckpointError: a weight is nan or infinite.
-    """
+    """Logits `(batch, seq, vocab)` of our model in fp32; raises CheckpointError for a weight that
+    is nan or infinite."""
     model = filled_model(config, tensors)
     for name, weight in model.named_parameters():
         if not weight.isfinite().all():
@@ -83,15 +87,8 @@ def our_logits(
 def their_logits(
     folder: Path, ids: Tensor, *, all_used: bool = False, adapter: Path | None = None
 ) -> Tensor:
-    """Logits `(batch, seq, vocab)` by `transformers` in fp32 with plain attention.
-
-    Args:
-        all_used: weights that the model has no place for are an error.
-        adapter: folder of an adapter to put onto it.
-
-    Raises:
-        CheckpointError: it cannot load the folder, or misses weights.
-    """
+    """Logits `(batch, seq, vocab)` by `transformers` in fp32 with plain attention; see
+    `compare_with_transformers`."""
     model = load_causal_lm(folder, dtype=torch.float32, plain_attention=True, all_used=all_used)
     if adapter is not None:
         model = with_adapter(model, adapter)
@@ -100,9 +97,8 @@ def their_logits(
 
 
 def check_logits(ours: Tensor, theirs: Tensor, where: str) -> float:
-    """Check that logits `(batch, seq, vocab)` in fp32 are the same but for rounding.
-
-    Where the most likely ids differ, their logits must be as close as the tolerance: a tie.
+    """Check that logits `(batch, seq, vocab)` in fp32 are the same but for rounding. Where the most
+    likely ids differ, their logits must be as close as the tolerance: a tie.
 
     Returns:
         The largest difference, as a part of the largest logit.
@@ -126,11 +122,7 @@ def check_logits(ours: Tensor, theirs: Tensor, where: str) -> float:
 
 def check_tokenizer(folder: Path) -> None:
     """Check that `AutoTokenizer` gives our ids on text that is hard for tokenizers, and keeps the
-    chat template; see `settle`.
-
-    Raises:
-        CheckpointError: it cannot load the folder, or does otherwise.
-    """
+    chat template; raises CheckpointError. See `settle`."""
     try:
         settle(folder, where=str(folder))
     except DataError as error:
@@ -147,6 +139,4 @@ def bytes_to_compare(config: ModelConfig) -> int:
 
 def has_memory_to_compare(config: ModelConfig) -> bool:
     """Whether this machine has that much memory now."""
-    import psutil
-
     return psutil.virtual_memory().available > bytes_to_compare(config)

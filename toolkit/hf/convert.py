@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import msgspec
-import torch
 from torch import Tensor
 
 from toolkit.checkpoint.commit import SPARE_BYTES, Save, check_free_space
@@ -23,25 +22,22 @@ from toolkit.checkpoint.folder import MODEL_PREFIX, TENSORS_FOLDER
 from toolkit.checkpoint.streaming import write_streamed_checkpoint
 from toolkit.checkpoint.tensors import iterate_tensors
 from toolkit.data.prepare.tokenizers.companions import read_json
-from toolkit.data.prepare.tools.scanning import Advance, scan_progress
 from toolkit.data.tokens.prepared import TOKENIZER_FOLDER
 from toolkit.errors import CheckpointError, ConfigError, DataError, TrainingError
-from toolkit.hf.compare import (
-    bytes_to_compare,
-    check_logits,
-    has_memory_to_compare,
-    our_logits,
-    sample_ids,
-    their_logits,
-)
-from toolkit.hf.export import GENERATION_FILE
+from toolkit.hf import compare
 from toolkit.hf.import_weights import ImportPlan
 from toolkit.hf.read_config import read_hf_config
-from toolkit.hf.tokenizer_files import ConvertedTokenizer, convert_tokenizer, token_ids
+from toolkit.hf.tokenizer_files import (
+    GENERATION_FILE,
+    ConvertedTokenizer,
+    convert_tokenizer,
+    token_ids,
+)
 from toolkit.hf.weights import HFWeights
 from toolkit.models.config import TransformerConfig
 from toolkit.storage.atomic import new_output
 from toolkit.storage.foreign import read_bytes
+from toolkit.storage.progress import Advance, byte_progress
 from toolkit.wording import count
 
 _VERSIONED = ("torch", "transformers", "tokenizers")
@@ -110,62 +106,58 @@ def convert_hf(
         ToolkitError: it cannot be written; nothing is left.
     """
     model = read_hf_config(source)
-    weights = HFWeights(source)
+    weights, family, old = HFWeights(source), model.family, model.config.vocab_size
     notes = list(model.notes)
     with new_output(out) as unfinished:
-        tokenizer = _tokenizer(
-            source, unfinished / TOKENIZER_FOLDER, model.family.model_type, options
-        )
+        tokenizer_folder = unfinished / TOKENIZER_FOLDER
+        tokenizer = _tokenizer(source, tokenizer_folder, family.model_type, options)
         if tokenizer is None:
             notes.append("there is no tokenizer in it; set dataset.tokenizer before training")
-        old = model.config.vocab_size
         config = model.config.replace(vocab_size=_vocab_size(old, tokenizer, options))
-        known, new = _rows(source, unfinished / TOKENIZER_FOLDER, old)
+        known, new = _rows(source, tokenizer_folder, old)
         grown = len(new | set(range(old, config.vocab_size)))
         if grown:
             notes.append(f"{count(grown, 'row')} for new tokens: the mean of the others")
         plan = ImportPlan(
-            model.family,
-            config,
-            weights,
-            source_vocab_size=old,
-            known_ids=known,
-            new_ids=new,
+            family, config, weights, source_vocab_size=old, known_ids=known, new_ids=new
         )
         layout = {MODEL_PREFIX + name: tensor for name, tensor in plan.meta_tensors.items()}
         nbytes = sum(tensor.nbytes for tensor in layout.values())
         check_free_space(unfinished.parent, nbytes + SPARE_BYTES)
-        dtypes = _dtypes(layout.values())
+        dtypes: Counter[str] = Counter()
+        for tensor in layout.values():
+            dtypes[str(tensor.dtype).removeprefix("torch.")] += tensor.numel()
+        types = tuple(dtype for dtype, _ in dtypes.most_common())
         extra = {
             "model": msgspec.to_builtins(config),
-            "source": _origin(source, name, revision, model.family.model_type, dtypes[0]),
+            "source": _origin(source, name, revision, family.model_type, types[0]),
             "versions": {name: importlib.metadata.version(name) for name in _VERSIONED},
         }
         save = Save(
             root=unfinished, step=0, tokens=0, engine="single", extra=extra, rank_state=dict
         )
         try:
-            with scan_progress("converting", nbytes) as advance:
+            with byte_progress("converting", nbytes) as advance:
                 step = write_streamed_checkpoint(save, layout, _watched(plan.tensors(), advance))
         except TrainingError as error:
             reason = error.__cause__ or error
             raise TrainingError(f"{out}: not converted, nothing is left of it: {reason}") from error
         difference = None
-        if options.validate or (options.validate is None and has_memory_to_compare(config)):
-            difference = _compare(source, model.config, config, step, sorted(known))
+        if options.validate or (options.validate is None and compare.has_memory_to_compare(config)):
+            difference = _compare(source, config, step, sorted(known))
         elif options.validate is None:
-            needed = bytes_to_compare(config) / 1e9
+            needed = compare.bytes_to_compare(config) / 1e9
             notes.append(
                 f"not compared with transformers, for which {needed:.1f} GB of memory must be "
                 "free; --validate does so all the same"
             )
         conversion = Conversion(
             folder=out.absolute(),
-            model_type=model.family.model_type,
+            model_type=family.model_type,
             config=config,
             tokenizer=tokenizer,
             parameter_names=tuple(plan.meta_tensors),
-            dtypes=dtypes,
+            dtypes=types,
             nbytes=nbytes,
             difference=difference,
             notes=tuple(notes),
@@ -231,30 +223,15 @@ def _watched(
         advance(tensor.nbytes)
 
 
-def _compare(
-    source: Path,
-    original: TransformerConfig,
-    config: TransformerConfig,
-    step: Path,
-    known: list[int],
-) -> float:
+def _compare(source: Path, config: TransformerConfig, step: Path, known: list[int]) -> float:
     """What was written, against the original, on the ids that both know."""
-    rows = torch.tensor(known)
-    ids = rows[sample_ids(original) % len(rows)]
+    tensors = iterate_tensors(step / TENSORS_FOLDER, MODEL_PREFIX)
     try:
-        theirs = their_logits(source, ids)
-        tensors = iterate_tensors(step / TENSORS_FOLDER, MODEL_PREFIX)
-        ours = our_logits(config, tensors, ids, str(source))
-        return check_logits(ours[..., rows], theirs[..., rows], str(source))
+        return compare.compare_with_transformers(
+            source, config, tensors, known_ids=known, all_used=False
+        )
     except CheckpointError as error:
         raise CheckpointError(f"{error}; nothing was written") from None
-
-
-def _dtypes(tensors: Any) -> tuple[str, ...]:
-    sizes: Counter[str] = Counter()
-    for tensor in tensors:
-        sizes[str(tensor.dtype).removeprefix("torch.")] += tensor.numel()
-    return tuple(name for name, _ in sizes.most_common())
 
 
 def _origin(
@@ -277,12 +254,12 @@ def _origin(
 
 def _license(source: Path) -> dict[str, str]:
     """`license` and what belongs to it, from the metadata at the head of the model's own card."""
-    from toolkit.config.flow import load
+    from toolkit.config.overrides import load_yaml
 
     try:
         text = read_bytes(source / "README.md", CheckpointError).decode()
         head = re.match(r"---\s*\n(.*?)\n---", text, re.DOTALL)
-        found = load(head[1]) if head else None
+        found = load_yaml(head[1]) if head else None
     except (OSError, ValueError, CheckpointError):
         return {}
     if not isinstance(found, dict):

@@ -11,35 +11,32 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import msgspec
 import torch
 from torch import Tensor
 
 from toolkit.checkpoint.commit import check_free_space
-from toolkit.checkpoint.folder import HF_FOLDER, MODEL_PREFIX, TENSORS_FOLDER
-from toolkit.checkpoint.tensors import iterate_tensors
-from toolkit.data.prepare.build.stops import SPECIAL_IDS, special_ids
-from toolkit.data.prepare.tokenizers.companions import TOKENIZER_FILE, read_json
-from toolkit.data.prepare.tokenizers.tokenizer import load_tokenizer
-from toolkit.errors import CheckpointError, DataError, ToolkitError
+from toolkit.checkpoint.folder import HF_FOLDER
+from toolkit.data.prepare.build.stops import SPECIAL_IDS
+from toolkit.data.prepare.tokenizers.companions import read_json
+from toolkit.errors import CheckpointError, ToolkitError
+from toolkit.hf import compare
 from toolkit.hf.adapter import export_adapter, merged
 from toolkit.hf.choose import choose_family, fitting_family
 from toolkit.hf.source import (
     ModelSource,
     adapter_base,
-    hf_name_of_base,
     kept_tensors,
     source_tensors,
     source_types,
 )
-from toolkit.hf.tokenizer_files import copy_tokenizer
+from toolkit.hf.tokenizer_files import GENERATION_FILE, add_tokenizer
 from toolkit.hf.write_weights import Dtypes, write_weights
-from toolkit.models.config import ModelConfig
-from toolkit.models.lora_config import LoRAConfig
+from toolkit.models.config import LoRAConfig, ModelConfig
 from toolkit.storage.atomic import PathLike, check_unused, new_output, write_json_atomic
 
 log = logging.getLogger(__name__)
 
-GENERATION_FILE = "generation_config.json"
 CARD_FILE = "README.md"
 MAX_SHARD_BYTES = 5_000_000_000
 
@@ -81,7 +78,7 @@ def export_hf(
         config: of the model.
         named_tensors: all parameters by name (wrappers' prefixes are fine), whole, on any device;
             an iterable is consumed one tensor at a time.
-        folder: where to; must not exist, or be empty.
+        folder: must not exist, or be empty.
         tokenizer_folder: its tokenizer files are copied, and the tokens that end texts (and start
             them, where the data had such) are recorded; see `special_ids`.
         dtype: of the weights on disk, of all or of each by our name; default: float32, the type of
@@ -94,48 +91,43 @@ def export_hf(
             nothing behind.
 
     Raises:
-        CheckpointError: when no class fits, the folder is in use, or tensors are missing, unknown
-            or of another shape.
-        DataError: when `tokenizer_folder` holds no tokenizer.
+        CheckpointError: no class fits, the folder is in use, or tensors are missing, unknown or of
+            another shape.
+        DataError: `tokenizer_folder` holds no tokenizer.
     """
-    folder, transformer = Path(folder), config.to_transformer()
+    transformer = config.to_transformer()
     family = choose_family(transformer, model_type)
     check_unused(folder)
-    generation = generation_settings(tokenizer_folder, generation)
     dtypes = torch.float32 if dtype is None else dtype
     first = first_type(dtypes)
+    type_name = str(first).removeprefix("torch.")
     items = named_tensors.items() if isinstance(named_tensors, Mapping) else named_tensors
     with new_output(folder) as unfinished:
-        files = write_weights(transformer, family, items, unfinished, dtypes, max_shard_bytes)
+        ends = add_tokenizer(unfinished, tokenizer_folder, generation)
+        write_weights(transformer, family, items, unfinished, dtypes, max_shard_bytes)
         settings: dict[str, Any] = {
             "architectures": [family.architecture],
             "model_type": family.model_type,
             **family.write_config(transformer),
-            **{name: generation.get(name) for name in SPECIAL_IDS},
+            **{name: ends.get(name) for name in SPECIAL_IDS},
             # A row of the embedding would not be trained by those who fine-tune the folder.
             "pad_token_id": None,
-            "dtype": str(first).removeprefix("torch."),
+            "dtype": type_name,
             # What it was called before transformers 4.56.
-            "torch_dtype": str(first).removeprefix("torch."),
+            "torch_dtype": type_name,
         }
         write_json_atomic(unfinished / "config.json", settings, sync=False)
-        write_json_atomic(unfinished / GENERATION_FILE, generation, sync=False)
-        if tokenizer_folder is not None:
-            copy_tokenizer(tokenizer_folder, unfinished)
-        if card is not None:
-            (unfinished / CARD_FILE).write_text(card, encoding="utf-8")
+        _write_card(unfinished, card)
         if check is not None:
             check(unfinished)
-        written = Exported(
-            folder=folder,
-            architecture=family.architecture,
-            dtype=first,
-            weight_files=[file.name for file in files],
-            weight_bytes=sum(file.stat().st_size for file in files),
+        return Exported(
+            Path(folder),
+            family.architecture,
+            first,
+            *_weight_files(unfinished),
             has_tokenizer=tokenizer_folder is not None,
             only_newer=family.only_newer(transformer),
         )
-    return written
 
 
 def export_source(
@@ -152,25 +144,24 @@ def export_source(
     """`export_hf` of a run, checkpoint or folder; memory stays at a tensor or two.
 
     Args:
-        source: see `find_source`; `source._replace(tokenizer_folder=...)` gives it another
-            tokenizer.
         dtype: of the weights on disk; default: see `chosen_types`.
         merge_adapter: of an adapter, write the whole model that it makes of its base; else what
             `peft` loads onto that.
-        card: content of README.md.
-        check: load the result with `transformers` and compare its logits and its tokenizer with
-            ours; default: when there is memory for it. An adapter is put onto its base by `peft`;
-            default: when that is there too.
+        check: load the result with `transformers`, an adapter onto its base, and compare logits and
+            token ids with ours; default: when there is memory for it, and the base.
         on_tensor: called with each tensor as it is read.
 
     Raises:
         CheckpointError, DataError: see `export_hf`; or the comparison found a difference.
     """
+    not_checked = None
+    if check is False:
+        not_checked = "not asked for"
+    elif check is None and not compare.has_memory_to_compare(source.config):
+        needed = compare.bytes_to_compare(source.config) / 1e9
+        not_checked = f"it takes about {needed:.1f} GB of memory, which are not free"
     if source.lora is not None and not merge_adapter:
-        return _export_adapter(source, Path(folder), dtype, card, check)
-    from toolkit.hf import compare
-
-    not_checked = _why_not_checked(source, check)
+        return _export_adapter(source, folder, dtype, card, check, not_checked)
     dtypes = dtype or chosen_types(source)
 
     def compare_all(written: Path) -> None:
@@ -196,70 +187,48 @@ def export_source(
 
 
 def export_checkpoint(
-    checkpoint: Path,
-    config: ModelConfig,
-    *,
-    lora: LoRAConfig | None,
-    base: Mapping[str, Any] | None,
-    origin: Mapping[str, Any] | None,
-    tokenizer_folder: Path | None,
+    checkpoint: Path, extra: Mapping[str, Any], *, tokenizer_folder: Path | None
 ) -> None:
     """Write `hf/` into a checkpoint whose tensors are there: the whole model, or what PEFT loads
     onto an adapter's base. Where `transformers` has no class for the model, that is logged.
 
-    Args:
-        config: of the model.
-        lora: of the adapter that the checkpoint holds; None: it holds whole weights.
-        base: of an adapter, `extra["base"]` of the checkpoint.
-        origin: see `ModelSource.origin`.
+    `extra`: see `CheckpointMetadata`.
     """
-    origin = (base or {}).get("source") if lora is not None else origin
-    origin = origin or {}
-    if lora is not None and lora.train_also:
+    config = msgspec.convert(extra["model"], ModelConfig)
+    source = ModelSource(
+        str(checkpoint),
+        "checkpoint",
+        config,
+        checkpoint,
+        tokenizer_folder=tokenizer_folder,
+        extra=extra,
+    )
+    if source.lora is not None and source.lora.train_also:
         log.info(
             "parameters were trained besides the adapter (train_module.lora.train_also), so %s/ is "
             "not written; `toolkit export-hf --merge-adapter` writes the whole model",
             HF_FOLDER,
         )
-        return
-    family = fitting_family(config, origin.get("model_type"))
-    if family is None:
+    elif fitting_family(config, source.origin.get("model_type")) is None:
         log.info("no transformers class has these parts; %s/ is not written", HF_FOLDER)
-        return
-    tensors = iterate_tensors(checkpoint / TENSORS_FOLDER, MODEL_PREFIX)
-    folder, generation = checkpoint / HF_FOLDER, origin.get("generation_config")
-    if lora is None:
-        export_hf(
-            config,
-            tensors,
-            folder,
-            tokenizer_folder=tokenizer_folder,
-            dtype=original_type(origin),
-            model_type=origin.get("model_type"),
-            generation=generation,
-        )
-        return
-    export_adapter(config, family, lora, tensors, folder, hf_name_of_base(base or {}))
-    if tokenizer_folder is not None:
-        add_tokenizer(folder, tokenizer_folder, generation)
+    else:
+        export_source(source, checkpoint / HF_FOLDER, check=False)
 
 
 def chosen_types(source: ModelSource) -> Dtypes:
-    """The type of exported weights where none is asked for.
-
-    Weights that are not kept as fp32 were never trained here: each stays what it is. Else the type
-    that the model had when it was imported; else fp32.
-    """
+    """The type of exported weights where none is asked for: that which the model had when it was
+    imported, else fp32. Weights that are not kept as fp32 were never trained here: each stays what
+    it is."""
     types = source_types(source)
     if source.lora is None and any(kept != torch.float32 for kept in types.values()):
         return types
-    return original_type(source.origin)
+    original = getattr(torch, str(source.origin.get("dtype")), None)
+    return original if isinstance(original, torch.dtype) else torch.float32
 
 
-def original_type(origin: Mapping[str, Any]) -> torch.dtype:
-    """The type that weights had where they came from (`ModelSource.origin`); else fp32."""
-    dtype = getattr(torch, str(origin.get("dtype")), None)
-    return dtype if isinstance(dtype, torch.dtype) else torch.float32
+def first_type(dtypes: Dtypes) -> torch.dtype:
+    """The type of the first weight, which config.json names."""
+    return dtypes if isinstance(dtypes, torch.dtype) else next(iter(dtypes.values()))
 
 
 def generation_of(source: ModelSource) -> dict[str, Any] | None:
@@ -269,43 +238,15 @@ def generation_of(source: ModelSource) -> dict[str, Any] | None:
     return source.origin.get("generation_config") or None
 
 
-def generation_settings(
-    tokenizer_folder: PathLike | None, generation: Mapping[str, Any] | None
-) -> dict[str, Any]:
-    """Content of generation_config.json.
-
-    Args:
-        tokenizer_folder: the tokenizer; None: the ids stay what they were.
-        generation: that of the model that training began from; None: there was none.
-
-    Raises:
-        DataError: `tokenizer_folder` holds no tokenizer.
-    """
-    kept = dict(generation or {"_from_model_config": True})
-    if tokenizer_folder is None:
-        return kept if generation else {**kept, **dict.fromkeys(SPECIAL_IDS)}
-    folder = Path(tokenizer_folder)
-    if not (folder / TOKENIZER_FILE).is_file():
-        raise DataError(
-            f"{tokenizer_folder}: no {TOKENIZER_FILE} here; give the folder of the tokenizer, "
-            "or none to export weights alone"
-        )
-    return {**kept, **special_ids(load_tokenizer(folder), generation)}
+def _write_card(folder: Path, card: str | None) -> None:
+    if card is not None:
+        (folder / CARD_FILE).write_text(card, encoding="utf-8")
 
 
-def add_tokenizer(
-    folder: Path, tokenizer_folder: PathLike, generation: Mapping[str, Any] | None
-) -> None:
-    """Put the tokenizer into an adapter's `folder`, and a generation_config.json that ends texts as
-    the adapter was taught; see `generation_settings`."""
-    settings = generation_settings(tokenizer_folder, generation)
-    write_json_atomic(folder / GENERATION_FILE, settings, sync=False)
-    copy_tokenizer(tokenizer_folder, folder)
-
-
-def first_type(dtypes: Dtypes) -> torch.dtype:
-    """The type of the first weight, which config.json names."""
-    return dtypes if isinstance(dtypes, torch.dtype) else next(iter(dtypes.values()))
+def _weight_files(folder: Path) -> tuple[list[str], int]:
+    """Their names, and their bytes together."""
+    files = sorted(folder.glob("*.safetensors"))
+    return [file.name for file in files], sum(file.stat().st_size for file in files)
 
 
 def _watched(
@@ -322,17 +263,6 @@ def _rounded(tensors: Iterable[tuple[str, Tensor]], dtypes: Dtypes) -> Iterator[
         yield name, tensor.to(dtypes) if isinstance(dtypes, torch.dtype) else tensor
 
 
-def _why_not_checked(source: ModelSource, check: bool | None) -> str | None:
-    from toolkit.hf import compare
-
-    if check is False:
-        return "not asked for"
-    if check is None and not compare.has_memory_to_compare(source.config):
-        needed = compare.bytes_to_compare(source.config) / 1e9
-        return f"it takes about {needed:.1f} GB of memory, which are not free"
-    return None
-
-
 @contextlib.contextmanager
 def _named(written: Path, folder: PathLike) -> Iterator[None]:
     """Errors name the folder as it was asked for."""
@@ -345,38 +275,29 @@ def _named(written: Path, folder: PathLike) -> Iterator[None]:
 
 def _export_adapter(
     source: ModelSource,
-    folder: Path,
+    folder: PathLike,
     dtype: torch.dtype | None,
     card: str | None,
     check: bool | None,
+    not_checked: str | None,
 ) -> Exported:
     assert source.lora is not None
-    assert source.metadata is not None
     family = choose_family(source.config, source.origin.get("model_type"))
-    not_checked = _why_not_checked(source, check)
     with new_output(folder) as unfinished:
+        tensors = kept_tensors(source)
         export_adapter(
-            source.config,
-            family,
-            source.lora,
-            kept_tensors(source),
-            unfinished,
-            base_name=hf_name_of_base(source.metadata.extra.get("base") or {}),
-            dtype=dtype,
+            source.config, family, source.lora, tensors, unfinished, source.base_name, dtype
         )
-        weights = list(unfinished.glob("*.safetensors"))
         if source.tokenizer_folder is not None:
             add_tokenizer(unfinished, source.tokenizer_folder, generation_of(source))
-        if card is not None:
-            (unfinished / CARD_FILE).write_text(card, encoding="utf-8")
+        _write_card(unfinished, card)
         if not_checked is None:
-            not_checked = _compare_adapter(source, unfinished, folder, dtype, check)
+            not_checked = _compare_adapter(source, source.lora, unfinished, folder, dtype, check)
         return Exported(
-            folder=folder,
-            architecture=family.architecture,
-            dtype=dtype or torch.float32,
-            weight_files=[file.name for file in weights],
-            weight_bytes=sum(file.stat().st_size for file in weights),
+            Path(folder),
+            family.architecture,
+            dtype or torch.float32,
+            *_weight_files(unfinished),
             has_tokenizer=source.tokenizer_folder is not None,
             is_adapter=True,
             not_checked=not_checked,
@@ -385,19 +306,14 @@ def _export_adapter(
 
 def _compare_adapter(
     source: ModelSource,
+    lora: LoRAConfig,
     written: Path,
-    folder: Path,
+    folder: PathLike,
     dtype: torch.dtype | None,
     check: bool | None,
 ) -> str | None:
-    """Compare what `peft` makes of the base and the adapter in `written` with what both are here.
-
-    Returns:
-        Why not, where the base is not at hand and nobody insists.
-    """
-    from toolkit.hf import compare
-
-    assert source.lora is not None
+    """Compare what `peft` makes of the base and the adapter in `written` with what both are here;
+    returns why not, where the base is not at hand and nobody insists."""
     try:
         base = adapter_base(source)
         types = source_types(base)
@@ -406,16 +322,11 @@ def _compare_adapter(
         if check:
             raise
         return str(error)
+    model_type = source.origin.get("model_type")
     with _named(written, folder), tempfile.TemporaryDirectory(dir=written) as place:
-        export_hf(
-            base.config,
-            source_tensors(base),
-            place,
-            dtype=types,
-            model_type=source.origin.get("model_type"),
-        )
+        export_hf(base.config, source_tensors(base), place, dtype=types, model_type=model_type)
         adapter = dict(_rounded(kept_tensors(source), dtype or torch.float32))
-        tensors = merged(source_tensors(base), adapter, source.lora)
+        tensors = merged(source_tensors(base), adapter, lora)
         compare.compare_with_transformers(Path(place), source.config, tensors, adapter=written)
         if source.tokenizer_folder is not None:
             compare.check_tokenizer(written)

@@ -1,6 +1,7 @@
-"""Models and tokenizers as `transformers` itself loads them: from a local folder, quietly, and with
-none of the folder's own code run."""
+"""Models and tokenizers of `transformers`: fetched from the hub, and loaded from a local folder by
+`transformers` itself, quietly and with none of the folder's own code run."""
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,19 +18,61 @@ _TOKENIZER_FILES = (
     TOKENIZER_FILE, TOKENIZER_CONFIG_FILE, "vocab.json", "vocab.txt", "tokenizer.model",
     "spiece.model",
 )  # fmt: skip
+_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+_SMALL_FILES = ["*.json", "*.jinja", "*.model", "*.txt", "LICENSE*", "README.md"]
+_NOT_OF_TRANSFORMERS = ["original/*", "onnx/*", "*/*"]
+
+
+def is_hub_name(text: str) -> bool:
+    """Whether `text` can be `model` or `owner/model`, and no local path is called so."""
+    return _NAME.fullmatch(text) is not None and not Path(text).exists()
+
+
+def name_in_cache(folder: Path) -> str | None:
+    """The name on the hub of a model in the cache of `huggingface_hub`, by the folder's place
+    (`models--owner--name/snapshots/commit`); None: it lies elsewhere."""
+    for path in (folder.absolute(), folder.resolve()):
+        repository = path.parent.parent.name
+        if path.parent.name == "snapshots" and repository.startswith("models--"):
+            return repository.removeprefix("models--").replace("--", "/", 1)
+    return None
+
+
+def fetch_model(name: str, *, revision: str | None = None) -> Path:
+    """The local folder of the model `name`, downloaded now where the cache of `huggingface_hub`
+    does not hold it: configs, tokenizer, and the weights as safetensors, or else as .bin. Raises
+    CheckpointError: the hub gives none, or cannot be reached.
+
+    `revision`: branch, tag or commit; default: the main branch.
+    """
+    from huggingface_hub import snapshot_download
+
+    try:
+        for weights in ("*.safetensors", "*.bin"):
+            wanted = [*_SMALL_FILES, weights]
+            folder = snapshot_download(
+                name, revision=revision, allow_patterns=wanted, ignore_patterns=_NOT_OF_TRANSFORMERS
+            )
+            if any(Path(folder).glob(weights)):
+                break
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".: ")
+        raise CheckpointError(
+            f"{name}: no such local folder, and the hub gave no model of this name: {reason}; "
+            "if it is meant to be a run, `toolkit runs` lists the runs there are"
+        ) from None
+    return Path(folder)
 
 
 def load_causal_lm(
     folder: Path, *, dtype: "torch.dtype", plain_attention: bool = False, all_used: bool = False
 ) -> Any:
-    """The model of a folder in evaluation mode, on the CPU.
+    """The model of a folder in evaluation mode, on the CPU; raises CheckpointError where
+    `transformers` cannot load it, or weights are missing.
 
     Args:
         plain_attention: compute attention by its formula, without fused kernels.
         all_used: weights that the model has no place for are an error.
-
-    Raises:
-        CheckpointError: `transformers` cannot load it, or weights are missing.
     """
     check_small_files(folder, CheckpointError)
     with quiet_transformers():
@@ -45,25 +88,21 @@ def load_causal_lm(
                 output_loading_info=True,
             )
     model, info = loaded
-    for key, fault, counts in (
-        ("missing_keys", "misses", True),
-        ("unexpected_keys", "has no use for", all_used),
-    ):
-        names = sorted(info[key])
-        if names and counts:
+    faults = {"misses": info["missing_keys"]}
+    if all_used:
+        faults["has no use for"] = info["unexpected_keys"]
+    for fault, names in faults.items():
+        if names:
             raise CheckpointError(
-                f"{folder}: transformers {fault} {names[0]} ({len(names)} in all); get the folder "
-                "again"
+                f"{folder}: transformers {fault} {min(names)} ({len(names)} in all); "
+                "get the folder again"
             )
     return model.eval()
 
 
 def with_adapter(base: Any, folder: Path) -> Any:
-    """`base` with the adapter in `folder`, by `peft`, in evaluation mode.
-
-    Raises:
-        CheckpointError: `peft` cannot load it, or not all of it.
-    """
+    """`base` with the adapter in `folder`, by `peft`, in evaluation mode; raises CheckpointError
+    where `peft` cannot load all of it."""
     check_small_files(folder, CheckpointError)
     with quiet_transformers():
         from peft import PeftModel
@@ -75,22 +114,17 @@ def with_adapter(base: Any, folder: Path) -> Any:
 
 def load_auto_tokenizer(folder: Path) -> Any:
     """The tokenizer of a folder, with its chat template. A tokenizer.json alone decides the ids, as
-    it does for data.
-
-    Raises:
-        DataError: there is none, or `transformers` cannot load it.
-    """
+    it does for data. Raises DataError: there is none, or `transformers` cannot load it."""
     if not has_tokenizer(folder):
         raise DataError(f"{folder}: no tokenizer here; give one with --tokenizer FOLDER")
     check_small_files(folder, DataError)
-    if (folder / TOKENIZER_FILE).is_file():
+    is_fast = (folder / TOKENIZER_FILE).is_file()
+    if is_fast:
         check_tokenizer_file(folder / TOKENIZER_FILE)
     with quiet_transformers():
         from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-        kind: Any = AutoTokenizer
-        if (folder / TOKENIZER_FILE).is_file():
-            kind = PreTrainedTokenizerFast
+        kind: Any = PreTrainedTokenizerFast if is_fast else AutoTokenizer
         with guard(folder, DataError, problem="its tokenizer cannot be loaded"):
             return kind.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
 

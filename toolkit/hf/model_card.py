@@ -2,7 +2,6 @@
 
 import msgspec
 
-_TEXT_GENERATION = "text-generation"
 OLDEST = "transformers 4.57 or newer"
 """What exports are tested with."""
 
@@ -46,7 +45,7 @@ def render_card(card: ModelCard) -> str:
 
     front = ModelCardData(
         library_name="peft" if card.is_adapter else "transformers",
-        pipeline_tag=_TEXT_GENERATION,
+        pipeline_tag="text-generation",
         base_model=card.base_model,
         license=card.license,
         license_name=card.license_name,
@@ -54,64 +53,48 @@ def render_card(card: ModelCard) -> str:
         datasets=card.datasets or None,
         tags=["toolkit"],
     )
-    sections = [f"---\n{front.to_yaml()}\n---", f"# {card.title}"]
-    if card.description:
-        sections.append(card.description)
-    for heading, rows in (
-        ("Model", card.model),
-        ("Training", card.training),
-        ("Results", card.results),
-    ):
-        if rows:
-            sections += [f"## {heading}", _table(rows)]
-    if card.command:
-        sections += ["The command:", f"```bash\n{card.command}\n```"]
-    if card.versions:
-        listed = ", ".join(f"{name} {version}" for name, version in card.versions.items())
-        sections.append(f"Trained with {listed}.")
-    sections += ["## Use", f"With {card.needs}:", f"```python\n{_snippet(card)}\n```"]
-    return "\n\n".join(sections) + "\n"
+    versions = ", ".join(f"{name} {version}" for name, version in card.versions.items())
+    sections = [
+        f"---\n{front.to_yaml()}\n---",
+        f"# {card.title}",
+        card.description,
+        _table("Model", card.model),
+        _table("Training", card.training),
+        _table("Results", card.results),
+        f"The command:\n\n```bash\n{card.command}\n```" if card.command else "",
+        f"Trained with {versions}." if versions else "",
+        f"## Use\n\nWith {card.needs}:\n\n```python\n{_snippet(card)}\n```",
+    ]
+    return "\n\n".join(filter(None, sections)) + "\n"
 
 
-def _table(rows: dict[str, str]) -> str:
-    lines = ["| | |", "|---|---|"]
-    lines += [f"| {name} | {_cell(value)} |" for name, value in rows.items()]
-    return "\n".join(lines)
-
-
-def _cell(value: str) -> str:
-    return " ".join(value.split()).replace("|", "\\|")
+def _table(heading: str, rows: dict[str, str]) -> str:
+    cells = {name: " ".join(value.split()).replace("|", "\\|") for name, value in rows.items()}
+    lines = [f"## {heading}", "", "| | |", "|---|---|"]
+    return "\n".join([*lines, *(f"| {n} | {c} |" for n, c in cells.items())]) if rows else ""
 
 
 def _snippet(card: ModelCard) -> str:
     imports = "from transformers import AutoModelForCausalLM"
+    loading = "model = AutoModelForCausalLM.from_pretrained(folder)"
     if card.has_tokenizer:
         imports += ", AutoTokenizer"
-    lines = [imports]
     if card.is_adapter:
-        lines += [
-            "from peft import PeftModel",
-            "",
-            'folder = "path/to/this/folder"',
-            f"base = AutoModelForCausalLM.from_pretrained({(card.base_model or 'BASE')!r})",
-            "model = PeftModel.from_pretrained(base, folder)",
+        imports += "\nfrom peft import PeftModel"
+        base = card.base_model or "BASE"
+        loading = f"base = AutoModelForCausalLM.from_pretrained({base!r})\n"
+        loading += "model = PeftModel.from_pretrained(base, folder)"
+    lines = [imports, "", 'folder = "path/to/this/folder"', loading]
+    if not card.has_tokenizer:
+        return "\n".join(lines)
+    inputs = ['inputs = tokenizer("Once upon a time", return_tensors="pt")']
+    if card.has_chat_template:
+        inputs = [
+            'messages = [{"role": "user", "content": "Hello"}]',
+            "inputs = tokenizer.apply_chat_template(",
+            '    messages, add_generation_prompt=True, return_tensors="pt", return_dict=True',
+            ")",
         ]
-    else:
-        lines += [
-            "",
-            'folder = "path/to/this/folder"',
-            "model = AutoModelForCausalLM.from_pretrained(folder)",
-        ]
-    if card.has_tokenizer:
-        lines.append("tokenizer = AutoTokenizer.from_pretrained(folder)")
-        if card.has_chat_template:
-            lines += [
-                'messages = [{"role": "user", "content": "Hello"}]',
-                "inputs = tokenizer.apply_chat_template(",
-                '    messages, add_generation_prompt=True, return_tensors="pt", return_dict=True',
-                ")",
-            ]
-        else:
-            lines.append('inputs = tokenizer("Once upon a time", return_tensors="pt")')
-        lines.append("print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))")
+    lines += ["tokenizer = AutoTokenizer.from_pretrained(folder)", *inputs]
+    lines.append("print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))")
     return "\n".join(lines)

@@ -12,8 +12,7 @@ from toolkit.errors import CheckpointError
 from toolkit.hf.families import FAMILIES
 from toolkit.hf.family import Family, Settings
 from toolkit.hf.loading import quiet_transformers
-from toolkit.models.config import TransformerConfig
-from toolkit.models.sizes import check_sizes
+from toolkit.models.config import TransformerConfig, check_sizes
 from toolkit.storage.foreign import guard, read_bytes, reason_of
 
 NEW_FAMILY = "docs/finetuning.md#a-new-family"
@@ -73,14 +72,9 @@ def _read(raw: dict[str, Any]) -> HFModel:
     family = _family(raw)
     _refuse(raw)
     _check_sizes(raw)
-    values, meaningful, ignored = _normalised(raw, family)
-    settings = Settings(values)
-    if ignored:
-        settings.notes.append(
-            f"{', '.join(ignored)} of config.json means nothing to the class of transformers, so "
-            "it is left out"
-        )
-    with guard("config.json", CheckpointError, problem="not a model that can be built"):
+    settings, meaningful = _normalised(raw, family)
+    not_built = "not a model that can be built"
+    with guard("config.json", CheckpointError, problem=not_built):
         fields = family.read_config(settings)
     settings.check_all_taken(meaningful)
     try:
@@ -88,7 +82,7 @@ def _read(raw: dict[str, Any]) -> HFModel:
         config = TransformerConfig(**fields)
         config = msgspec.convert(msgspec.to_builtins(config), TransformerConfig)
     except (ValueError, TypeError) as error:
-        raise CheckpointError(f"config.json: not a model that can be built: {error}") from None
+        raise CheckpointError(f"config.json: {not_built}: {error}") from None
     return HFModel(family, config, tuple(settings.notes))
 
 
@@ -118,12 +112,11 @@ def _family(raw: dict[str, Any]) -> Family:
     known = {family.model_type: family for family in FAMILIES}
     if isinstance(model_type, str) and model_type in known:
         return known[model_type]
-    names = ", ".join(sorted(known))
+    names, text = ", ".join(sorted(known)), raw.get("text_config")
     if not isinstance(model_type, str):
         raise CheckpointError(
             f"config.json: model_type is missing; add the one of these that the model is: {names}"
         )
-    text = raw.get("text_config")
     if isinstance(text, dict):
         inner = text.get("model_type")
         part = f" of model_type {inner}" if isinstance(inner, str) else ""
@@ -131,8 +124,7 @@ def _family(raw: dict[str, Any]) -> Family:
             f"config.json: model_type {model_type!r} wraps a text model{part} with other inputs, "
             f"which are not supported; save its text model alone, see {TEXT_PART} (known: {names})"
         )
-    custom = "auto_map" in raw
-    code = " and its own code (auto_map), which is never run" if custom else ""
+    code = " and its own code (auto_map), which is never run" if "auto_map" in raw else ""
     raise CheckpointError(
         f"config.json: no mapping for model_type {model_type!r}{code}; known: {names}; "
         f"to add one see {NEW_FAMILY}"
@@ -151,10 +143,7 @@ def _refuse(raw: dict[str, Any]) -> None:
             )
     for name in ("is_encoder_decoder", "per_layer_config", "pruned_heads"):
         if raw.get(name):
-            raise CheckpointError(
-                f"config.json: {name} {raw[name]!r} is not covered by the mapping of "
-                f"{raw['model_type']}"
-            )
+            raise Settings(raw).not_covered(f"{name} {raw[name]!r}")
 
 
 def _check_sizes(raw: dict[str, Any]) -> None:
@@ -162,21 +151,18 @@ def _check_sizes(raw: dict[str, Any]) -> None:
     sizes: dict[str, int | None] = {}
     names: dict[str, str] = {}
     for ours, theirs in _SIZES.items():
-        for name in theirs:
-            value = raw.get(name)
-            if isinstance(value, int) and value > (sizes.get(ours) or 0):
-                sizes[ours], names[ours] = value, name
+        found = [(raw[name], name) for name in theirs if isinstance(raw.get(name), int)]
+        if found:
+            sizes[ours], names[ours] = max(found)
     try:
         check_sizes(sizes, names)
     except ValueError as error:
         raise CheckpointError(f"config.json: {error}; copy the model again") from None
 
 
-def _normalised(
-    raw: dict[str, Any], family: Family
-) -> tuple[dict[str, Any], frozenset[str], list[str]]:
-    """`(values, meaningful, ignored)`: fields as the config class of `transformers` has them, which
-    of their names may decide the logits, and what the class keeps without knowing it."""
+def _normalised(raw: dict[str, Any], family: Family) -> tuple[Settings, frozenset[str]]:
+    """Fields as the config class of `transformers` has them, with a note of what it keeps without
+    knowing it; and the names of those that may decide the logits."""
     with quiet_transformers():
         from transformers import PreTrainedConfig
         from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -194,11 +180,17 @@ def _normalised(
         meaningful = (own | _BEYOND_THE_CLASS) - _NOT_OF_THE_MODEL
         values = {name: getattr(theirs, name) for name in meaningful if hasattr(theirs, name)}
         unknown = (vars(theirs).keys() & raw.keys()) - common - own - {"model_type"} - meaningful
-        ignored = [
-            f"{name} {raw[name]}"
-            for name in sorted(unknown)
-            if isinstance(raw[name], int | float) and raw[name] is not False
-        ]
-        if "auto_map" in raw:
-            ignored.append("the model's own code (auto_map)")
-    return {"model_type": family.model_type, **values}, frozenset(meaningful), ignored
+    ignored = [
+        f"{name} {raw[name]}"
+        for name in sorted(unknown)
+        if isinstance(raw[name], int | float) and raw[name] is not False
+    ]
+    if "auto_map" in raw:
+        ignored.append("the model's own code (auto_map)")
+    settings = Settings({"model_type": family.model_type, **values})
+    if ignored:
+        settings.notes.append(
+            f"{', '.join(ignored)} of config.json means nothing to the class of transformers, so "
+            "it is left out"
+        )
+    return settings, frozenset(meaningful)

@@ -8,7 +8,8 @@ import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from types import MappingProxyType
+from typing import Any, Literal, NamedTuple
 
 import msgspec
 import torch
@@ -32,17 +33,16 @@ from toolkit.data.prepare.tokenizers.companions import TOKENIZER_CONFIG_FILE, TO
 from toolkit.data.tokens.prepared import TOKENIZER_FOLDER
 from toolkit.errors import CheckpointError, ToolkitError
 from toolkit.hf.adapter import merged
-from toolkit.models.config import ModelConfig
-from toolkit.models.lora_config import LoRAConfig
+from toolkit.hf.import_weights import ImportPlan
+from toolkit.hf.read_config import read_hf_config
+from toolkit.hf.weights import HFWeights
+from toolkit.models.config import LoRAConfig, ModelConfig
 from toolkit.models.transformer import Transformer
 from toolkit.runs.files import RUN_FILES
 from toolkit.runs.registry import is_run, run_of_checkpoint
 from toolkit.storage.atomic import PathLike
 from toolkit.storage.foreign import guard, read_json
 from toolkit.storage.remote import is_url
-
-if TYPE_CHECKING:
-    from toolkit.hf.import_weights import ImportPlan
 
 log = logging.getLogger(__name__)
 
@@ -56,42 +56,66 @@ class ModelSource(NamedTuple):
     """For messages: as it was given."""
     kind: Literal["run", "checkpoint", "hf"]
     config: ModelConfig
-    checkpoint: Path | None
+    checkpoint: Path | None = None
     """The step folder; None for `hf`."""
-    hf_folder: Path | None
+    hf_folder: Path | None = None
     """The folder of `transformers`; None for the others."""
-    tokenizer_folder: Path | None
+    tokenizer_folder: Path | None = None
     """What `load_tokenizer` reads; None where no tokenizer is known, or it is gone."""
-    metadata: CheckpointMetadata | None
+    metadata: CheckpointMetadata | None = None
     """Of `checkpoint`."""
     run: Path | None = None
     """The run folder that the checkpoint lies in."""
+    extra: Mapping[str, Any] = MappingProxyType({})
+    """Of `metadata`."""
 
     @property
     def origin(self) -> dict[str, Any]:
         """What `toolkit convert-hf` recorded of the model that the weights once came from (`name`,
         `model_type`, `dtype`); empty where there was none."""
-        extra = self.metadata.extra if self.metadata else {}
-        return extra.get("source") or (extra.get("base") or {}).get("source") or {}
+        return self.extra.get("source") or self.base.get("source") or {}
+
+    @property
+    def base(self) -> dict[str, Any]:
+        """What is recorded of the checkpoint that an adapter was trained on."""
+        return self.extra.get("base") or {}
+
+    @property
+    def hub_name(self) -> str | None:
+        """Name on the hub of the model in `origin`; None where it came from a folder, which is
+        recorded without its parents."""
+        name = str(self.origin.get("name") or "")
+        return name if "/" in name else None
+
+    @property
+    def base_name(self) -> str | None:
+        """What an adapter calls its base: of a model that was not trained since it was converted,
+        its name on the hub, else the name of its folder; of another one, where it lies in its run.
+        No place on this machine: an adapter is made to be given away."""
+        if self.base.get("source") and self.base.get("step") == 0:
+            return self.hub_name or self.origin.get("name")
+        path = Path(str(self.base.get("path") or ""))
+        parts = [*path.parts[-3:], HF_FOLDER] if (path / HF_FOLDER).is_dir() else path.parts[-3:]
+        return "/".join(parts) or None
 
     @property
     def lora(self) -> LoRAConfig | None:
         """Of the adapter that the checkpoint holds; None: it holds whole weights."""
-        adapter = self.metadata.extra.get("adapter") if self.metadata else None
+        adapter = self.extra.get("adapter")
         with guard(f"{self.where}: its adapter", CheckpointError):
             return msgspec.convert(adapter, LoRAConfig) if adapter is not None else None
 
+    @property
+    def tensors_folder(self) -> Path:
+        """Of the checkpoint."""
+        assert self.checkpoint is not None, "the other kinds have one"
+        return self.checkpoint / TENSORS_FOLDER
+
 
 def find_source(path: PathLike) -> ModelSource:
-    """The model meant by `path`.
-
-    Args:
-        path: a run folder or what `toolkit convert-hf` wrote (its newest whole checkpoint counts;
-            sizes are compared, contents are not), a step{N} folder, or a folder with the
-            config.json and weights of `transformers`.
-
-    Raises:
-        CheckpointError: it is none of these, or cannot be used.
+    """The model in `path`: a run folder or what `toolkit convert-hf` wrote (its newest whole
+    checkpoint counts; sizes are compared, contents are not), a step{N} folder, or a folder with the
+    config.json and weights of `transformers`. Raises CheckpointError for anything else.
     """
     where = str(path)
     if is_url(where):
@@ -108,7 +132,9 @@ def find_source(path: PathLike) -> ModelSource:
         find_checkpoint(folder, quick=True)
         return _of_checkpoint(where, "checkpoint", folder)
     if (folder / HF_CONFIG_FILE).is_file():
-        return _of_hf(where, folder)
+        tokenizer = folder if (folder / TOKENIZER_FILE).is_file() else None
+        config = read_hf_config(folder).config
+        return ModelSource(where, "hf", config, hf_folder=folder, tokenizer_folder=tokenizer)
     if not is_run(folder) and not any(map(saved_steps, (folder, folder / RUN_FILES.checkpoints))):
         raise CheckpointError(
             f"{where}: neither a run, a checkpoint, nor a folder with a {HF_CONFIG_FILE} of "
@@ -126,11 +152,8 @@ def find_source(path: PathLike) -> ModelSource:
 
 def source_tensors(source: ModelSource) -> Iterator[tuple[str, Tensor]]:
     """`(our name, whole CPU tensor)` of every parameter, one at a time, in the type they are kept
-    in; an adapter is merged into its base.
-
-    Raises:
-        CheckpointError: a file is damaged or missing, or an adapter's base is not what it was.
-    """
+    in; an adapter is merged into its base. Raises CheckpointError for a file that is damaged, or
+    an adapter's base that is not what it was."""
     if source.hf_folder is not None:
         return _import_plan(source.hf_folder).tensors()
     if source.lora is None:
@@ -140,8 +163,7 @@ def source_tensors(source: ModelSource) -> Iterator[tuple[str, Tensor]]:
 
 def kept_tensors(source: ModelSource) -> Iterator[tuple[str, Tensor]]:
     """`source_tensors` of a checkpoint as it is: of an adapter, the adapter's own."""
-    assert source.checkpoint is not None, "the other kinds have one"
-    return iterate_tensors(source.checkpoint / TENSORS_FOLDER, MODEL_PREFIX)
+    return iterate_tensors(source.tensors_folder, MODEL_PREFIX)
 
 
 def source_types(source: ModelSource) -> dict[str, torch.dtype]:
@@ -150,49 +172,24 @@ def source_types(source: ModelSource) -> dict[str, torch.dtype]:
     if source.hf_folder is not None:
         plan = _import_plan(source.hf_folder)
         return {name: tensor.dtype for name, tensor in plan.meta_tensors.items()}
-    assert source.checkpoint is not None, "the other kinds have one"
-    return stored_types(source.checkpoint / TENSORS_FOLDER, MODEL_PREFIX)
+    return stored_types(source.tensors_folder, MODEL_PREFIX)
 
 
 def adapter_base(source: ModelSource) -> ModelSource:
-    """The checkpoint that the adapter of `source` was trained on.
-
-    Raises:
-        CheckpointError: it is gone, or is another one now.
-    """
-    assert source.metadata is not None, "an adapter is a checkpoint"
-    recorded = source.metadata.extra.get("base") or {}
-    path = Path(str(recorded.get("path")))
+    """The checkpoint that the adapter of `source` was trained on. Raises CheckpointError: it is
+    gone, or is another one now."""
+    path = Path(str(source.base.get("path")))
     if not (path / METADATA_FILE).is_file():
         raise CheckpointError(
             f"{source.where}: an adapter, whose base {path} is not there any more; put it back, "
             "or a link to where it is now"
         )
-    if read_metadata(path).xxh3 != recorded.get("fingerprint"):
+    if read_metadata(path).xxh3 != source.base.get("fingerprint"):
         raise CheckpointError(
             f"{source.where}: an adapter, whose base {path} is another checkpoint now; put the one "
             "back that it was trained on"
         )
     return find_source(path)
-
-
-def hub_name(origin: Mapping[str, Any]) -> str | None:
-    """Name on the hub of the model in `ModelSource.origin`; None where it came from a folder, which
-    is recorded without its parents."""
-    name = str(origin.get("name") or "")
-    return name if "/" in name else None
-
-
-def hf_name_of_base(recorded: Mapping[str, Any]) -> str | None:
-    """What an adapter calls its base (`extra["base"]`): of a model that was not trained since it
-    was converted, its name on the hub, else the name of its folder; of another one, where it lies
-    in its run. No place on this machine: an adapter is made to be given away."""
-    origin = recorded.get("source")
-    if origin and recorded.get("step") == 0:
-        return hub_name(origin) or origin.get("name")
-    path = Path(str(recorded.get("path") or ""))
-    parts = [*path.parts[-3:], HF_FOLDER] if (path / HF_FOLDER).is_dir() else path.parts[-3:]
-    return "/".join(parts) or None
 
 
 def load_model(
@@ -213,21 +210,16 @@ def filled_model(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> Transformer:
-    """A model with `tensors` (our names, each once) as its weights, in evaluation mode.
-
-    Raises:
-        CheckpointError: a tensor is missing, unknown or of another shape.
-    """
+    """A model with `tensors` (our names, each once) as its weights, in evaluation mode. Raises
+    CheckpointError for one that is missing, unknown or of another shape."""
     model = config.build(init_device="meta").to(dtype).to_empty(device=device).eval()
     missing = dict(model.named_parameters())
     for name, tensor in tensors:
         parameter = missing.pop(name, None)
         if parameter is None or parameter.shape != tensor.shape:
-            reason = (
-                "not a parameter of this model"
-                if parameter is None
-                else f"shape {tuple(tensor.shape)}, the model wants {tuple(parameter.shape)}"
-            )
+            reason = "not a parameter of this model"
+            if parameter is not None:
+                reason = f"shape {tuple(tensor.shape)}, the model wants {tuple(parameter.shape)}"
             raise CheckpointError(f"{name}: {reason}; the weights are of another model")
         parameter.copy_(tensor)
     if missing:
@@ -235,21 +227,9 @@ def filled_model(
     return model
 
 
-def _import_plan(folder: Path) -> "ImportPlan":
-    from toolkit.hf.import_weights import ImportPlan
-    from toolkit.hf.read_config import read_hf_config
-    from toolkit.hf.weights import HFWeights
-
+def _import_plan(folder: Path) -> ImportPlan:
     model = read_hf_config(folder)
     return ImportPlan(model.family, model.config, HFWeights(folder))
-
-
-def _of_hf(where: str, folder: Path) -> ModelSource:
-    from toolkit.hf.read_config import read_hf_config
-
-    config = read_hf_config(folder).config
-    tokenizer = folder if (folder / TOKENIZER_FILE).is_file() else None
-    return ModelSource(where, "hf", config, None, folder, tokenizer, None)
 
 
 def _of_checkpoint(where: str, kind: Literal["run", "checkpoint"], folder: Path) -> ModelSource:
@@ -263,22 +243,15 @@ def _of_checkpoint(where: str, kind: Literal["run", "checkpoint"], folder: Path)
         raise CheckpointError(f"{folder}: its model is not known here: {error}") from None
     # Also a step folder that was given as "."
     root, run = Path(os.path.abspath(folder)).parent, run_of_checkpoint(folder)
-    return ModelSource(
-        where, kind, config, folder, None, _tokenizer_of(root, run), metadata, run=run
-    )
+    tokenizer = _tokenizer_of(root, run)
+    extra = metadata.extra
+    return ModelSource(where, kind, config, folder, None, tokenizer, metadata, run, extra)
 
 
 def _tokenizer_of(root: Path, run: Path | None) -> Path | None:
     """Beside the checkpoints (a converted model), in the run folder, or in the data of the run."""
-    for folder in (root, *([run] if run is not None else [])):
-        if is_tokenizer(folder / TOKENIZER_FOLDER):
-            return folder / TOKENIZER_FOLDER
-    if run is None:
-        return None
-    for place in _data_of(run):
-        if is_tokenizer(place / TOKENIZER_FOLDER):
-            return place / TOKENIZER_FOLDER
-    return None
+    places = [root] if run is None else [root, run, *_data_of(run)]
+    return next(filter(is_tokenizer, (place / TOKENIZER_FOLDER for place in places)), None)
 
 
 def is_tokenizer(folder: Path) -> bool:

@@ -1,10 +1,11 @@
 """The tokenizer of a Hugging Face folder, copied, and changed where that was asked for."""
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from toolkit.data.prepare.build.stops import SPECIAL_IDS, special_ids
 from toolkit.data.prepare.tokenizers.auto import make_portable, settle
 from toolkit.data.prepare.tokenizers.backend import check_size, read_backend
 from toolkit.data.prepare.tokenizers.companions import (
@@ -19,6 +20,8 @@ from toolkit.data.prepare.tokenizers.tokenizer import load_tokenizer
 from toolkit.errors import DataError
 from toolkit.hf.loading import has_tokenizer, load_auto_tokenizer
 from toolkit.storage.atomic import PathLike, write_atomic, write_json_atomic
+
+GENERATION_FILE = "generation_config.json"
 
 
 class ConvertedTokenizer(NamedTuple):
@@ -55,8 +58,7 @@ def convert_tokenizer(
         DataError: it cannot be read, exists as Python code only, or `AutoTokenizer` cannot be
             brought to give its ids.
     """
-    if source.is_file():
-        source = source.parent
+    source = _folder_of(source)
     if not has_tokenizer(source):
         return None
     try:
@@ -64,40 +66,30 @@ def convert_tokenizer(
             folder.mkdir()
             copy_tokenizer(source, folder)
         else:
-            _save_as_fast(source, folder)
-        converted = _changed(folder, add_tokens, chat_template)
+            load_auto_tokenizer(source).save_pretrained(folder)
+        if not (folder / TOKENIZER_FILE).is_file():
+            raise DataError(
+                f"{source}: its tokenizer exists only as Python code, without a {TOKENIZER_FILE}; "
+                "give another with --tokenizer"
+            )
+        new_tokens = _add_tokens(folder, add_tokens)
+        if chat_template is not None:
+            _replace_template(folder, chat_template)
+        tokenizer = load_tokenizer(folder)
+        tokenizer.chat_templates  # noqa: B018 # reads their files
+        starts = _backend(folder).encode("a").ids[:1] == [tokenizer.bos_id]
         settle(folder, where=str(source), model_type=model_type)
-        return converted
+        return ConvertedTokenizer(tokenizer.vocab_size, starts, new_tokens)
     except DataError as error:
         # `folder` is a copy that nobody knows.
         text = str(error).replace(str(folder), str(source))
         raise DataError(text if str(source) in text else f"{source}: {text}") from None
 
 
-def _changed(
-    folder: Path, add_tokens: Sequence[str], chat_template: str | None
-) -> ConvertedTokenizer:
-    new_tokens = _add_tokens(folder, add_tokens)
-    if chat_template is not None:
-        config = read_json(folder / TOKENIZER_CONFIG_FILE)
-        if config.pop("chat_template", None) is not None:
-            write_json_atomic(folder / TOKENIZER_CONFIG_FILE, config)
-        write_atomic(folder / CHAT_TEMPLATE_FILE, chat_template.encode())
-        shutil.rmtree(folder / TEMPLATES_FOLDER, ignore_errors=True)  # it is the only one now
-    tokenizer = load_tokenizer(folder)
-    tokenizer.chat_templates  # noqa: B018 # reads their files
-    starts = _backend(folder).encode("a").ids[:1] == [tokenizer.bos_id]
-    return ConvertedTokenizer(tokenizer.vocab_size, starts, new_tokens)
-
-
 def token_ids(source: Path) -> set[int]:
     """Every id that stands for a token, of the tokenizer in `source`; empty where there is none.
-
-    Raises:
-        DataError: it cannot be read.
-    """
-    if source.is_file():
-        source = source.parent
+    Raises DataError: it cannot be read."""
+    source = _folder_of(source)
     if (source / TOKENIZER_FILE).is_file():
         return set(_backend(source).get_vocab(with_added_tokens=True).values())
     return set(load_auto_tokenizer(source).get_vocab().values()) if has_tokenizer(source) else set()
@@ -114,13 +106,42 @@ def copy_tokenizer(source: PathLike, folder: Path) -> None:
     make_portable(folder)
 
 
-def _save_as_fast(source: Path, folder: Path) -> None:
-    load_auto_tokenizer(source).save_pretrained(folder)
-    if not (folder / TOKENIZER_FILE).is_file():
-        raise DataError(
-            f"{source}: its tokenizer exists only as Python code, without a {TOKENIZER_FILE}; give "
-            "another with --tokenizer"
-        )
+def add_tokenizer(
+    folder: Path, tokenizer_folder: PathLike | None, generation: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """Put the tokenizer into an exported `folder`, and a generation_config.json that ends texts as
+    training taught; returns its content.
+
+    Args:
+        tokenizer_folder: None: there is none, and the ids stay what they were.
+        generation: that of the model that training began from; None: there was none.
+
+    Raises:
+        DataError: `tokenizer_folder` holds no tokenizer.
+    """
+    settings = dict(generation or {"_from_model_config": True, **dict.fromkeys(SPECIAL_IDS)})
+    if tokenizer_folder is not None:
+        if not (Path(tokenizer_folder) / TOKENIZER_FILE).is_file():
+            raise DataError(
+                f"{tokenizer_folder}: no {TOKENIZER_FILE} here; give the folder of the tokenizer, "
+                "or none to export weights alone"
+            )
+        settings |= special_ids(load_tokenizer(tokenizer_folder), generation)
+        copy_tokenizer(tokenizer_folder, folder)
+    write_json_atomic(folder / GENERATION_FILE, settings, sync=False)
+    return settings
+
+
+def _folder_of(source: Path) -> Path:
+    return source.parent if source.is_file() else source
+
+
+def _replace_template(folder: Path, template: str) -> None:
+    config = read_json(folder / TOKENIZER_CONFIG_FILE)
+    if config.pop("chat_template", None) is not None:
+        write_json_atomic(folder / TOKENIZER_CONFIG_FILE, config)
+    write_atomic(folder / CHAT_TEMPLATE_FILE, template.encode())
+    shutil.rmtree(folder / TEMPLATES_FOLDER, ignore_errors=True)  # it is the only one now
 
 
 def _add_tokens(folder: Path, tokens: Sequence[str]) -> tuple[str, ...]:
@@ -136,15 +157,12 @@ def _add_tokens(folder: Path, tokens: Sequence[str]) -> tuple[str, ...]:
     listed = config.get("added_tokens_decoder")
     if isinstance(listed, dict):
         # Where it lists any, `transformers` believes it rather than tokenizer.json.
+        flags = dict.fromkeys(("lstrip", "normalized", "rstrip", "single_word"), False)
         for token in tokens:
-            listed[str(backend.token_to_id(token))] = _entry(token)
+            entry = {"content": token, **flags, "special": True}
+            listed[str(backend.token_to_id(token))] = entry
         write_json_atomic(folder / TOKENIZER_CONFIG_FILE, config)
     return tuple(token for token in dict.fromkeys(tokens) if token not in known)
-
-
-def _entry(token: str) -> dict[str, Any]:
-    flags = dict.fromkeys(("lstrip", "normalized", "rstrip", "single_word"), False)
-    return {"content": token, **flags, "special": True}
 
 
 def _backend(folder: Path) -> Any:

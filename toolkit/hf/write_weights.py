@@ -13,7 +13,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -41,8 +41,8 @@ def write_weights(
     folder: Path,
     dtypes: Dtypes,
     max_shard_bytes: int,
-) -> list[Path]:
-    """Write `tensors` (our names, whole) into `folder`; returns the files of weights.
+) -> None:
+    """Write `tensors` (our names, whole) into `folder`.
 
     Raises:
         CheckpointError: a tensor is missing, unknown or of another shape.
@@ -64,10 +64,10 @@ def write_weights(
         index = {"metadata": {"total_size": size}, "weight_map": file_of}
         write_json_atomic(folder / INDEX_FILE, index, sync=False)
     with ExitStack() as stack:
-        places: dict[str, tuple[BinaryIO, int]] = {}
+        places: dict[str, tuple[Any, int]] = {}
         for name, targets in shards.items():
-            file = stack.enter_context((folder / name).open("wb"))
-            places |= {target: (file, at) for target, at in _begin_file(file, targets).items()}
+            opened = stack.enter_context((folder / name).open("wb"))
+            places |= {target: (opened, at) for target, at in _begin_file(opened, targets).items()}
         for target, tensor in _converted(config, rules, shapes, tensors):
             if layout[target].dtype == torch.float16:
                 _check_range(target, tensor)
@@ -75,7 +75,6 @@ def write_weights(
             raw = tensor.to("cpu", layout[target].dtype).contiguous().view(-1).view(torch.uint8)
             file.seek(position)
             file.write(raw.numpy().data)
-    return [folder / name for name in shards]
 
 
 def _begin_file(file: BinaryIO, layout: Mapping[str, Tensor]) -> dict[str, int]:

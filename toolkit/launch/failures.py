@@ -12,6 +12,7 @@ import os
 import socket
 import time
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import psutil
@@ -90,23 +91,11 @@ class Peers:
         self._failure = self._folder / f"failure.{self.attempt}.json"
         self._hang = self._folder / f"hang.{self.attempt}.json"
 
-    def publish(
-        self,
-        *,
-        step: int = 0,
-        phase: str = "starting",
-        count: int = 0,
-        idle_seconds: float = 0.0,
-        where: str = "",
-        has_dumped: bool = False,
-    ) -> None:
-        """Tell the others where this rank is; a folder that cannot be written is no reason to
-        fail."""
-        note = RankNote(
-            rank=self.rank, attempt=self.attempt, host=socket.gethostname(), pid=os.getpid(),
-            step=step, phase=phase, count=count, idle_seconds=round(idle_seconds, 1), where=where,
-            has_dumped=has_dumped,
-        )  # fmt: skip
+    def publish(self, **place: Any) -> None:
+        """Tell the others where this rank is, in fields of `RankNote`; a folder that cannot be
+        written is no reason to fail."""
+        host, pid = socket.gethostname(), os.getpid()
+        note = RankNote(rank=self.rank, attempt=self.attempt, host=host, pid=pid, **place)
         with contextlib.suppress(OSError):
             self._folder.mkdir(exist_ok=True)
             write_json_atomic(self._folder / f"rank{self.rank}.json", note, sync=False)

@@ -29,8 +29,6 @@ SECONDS_TO_SAVE = 300
 SECONDS_TO_FOLLOW = 60.0
 """How long the others have to end by themselves when one of them was stopped on request."""
 
-_POLL_SECONDS = 0.05
-
 
 def relaunch(
     folder: Path,
@@ -40,9 +38,7 @@ def relaunch(
     verb: str = "resume",
     debug: bool = False,
 ) -> int:
-    """`toolkit VERB folder` on `processes` processes of this machine; returns the exit code.
-
-    `arguments` follow the folder, `debug` is `--debug` for them.
+    """`toolkit VERB folder arguments...` on `processes` processes of this machine; the exit code.
 
     Raises:
         RunError: they cannot be started.
@@ -73,11 +69,10 @@ def relaunch(
 
 
 class Workers(signals.Receiver):
-    """The processes of one run on this machine. Signals are passed on to them.
+    """The processes of one run on this machine, which find each other through the file `store`.
+    Signals are passed on to them."""
 
-    Args:
-        store: file through which they find each other; not there yet.
-    """
+    relays = True  # the workers end at once, and this process with them
 
     def __init__(self, command: Sequence[str], number: int, store: Path) -> None:
         self.reason: str | None = None
@@ -103,14 +98,9 @@ class Workers(signals.Receiver):
             ) from None
 
     def ask(self, reason: str) -> None:
-        """See `toolkit.signals.Receiver`."""
         if self.reason is None:
             self.reason, self._asked_at = reason, time.monotonic()
         self._end(getattr(signal, reason, signal.SIGTERM))
-
-    def force(self, number: int) -> bool:
-        """See `toolkit.signals.Receiver`: the workers end at once, and this process with them."""
-        return False
 
     def wait(self, seconds: float) -> tuple[int, int] | None:
         """Wait for all; the first that ended with another code than 0, as (rank, code).
@@ -132,7 +122,7 @@ class Workers(signals.Receiver):
                     self._end(signal.SIGTERM)
                 if now >= kill_at:
                     self._end(signal.SIGKILL)
-                time.sleep(_POLL_SECONDS)
+                time.sleep(0.05)
         finally:
             self._end(signal.SIGKILL)
         return first or self._failed()

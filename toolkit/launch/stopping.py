@@ -1,24 +1,22 @@
 """Stopping on request: signals, a file, the time limit, a launcher that died; and the agreement of
 all ranks.
 
-A signal only raises a flag; the loop ends the step in flight, commits a checkpoint and leaves.
-Launchers repeat a terminal's signal, so a second SIGTERM or SIGINT counts as "now" only after two
-seconds; it then ends the process at once, which harms no committed checkpoint. SIGUSR1, SIGUSR2
-and SIGHUP (what schedulers send ahead of time) ask and never kill. `toolkit.signals` hears them.
+A signal, which `toolkit.signals` hears, only raises a flag; the loop ends the step in flight,
+commits a checkpoint and leaves. A second one ends the process at once, which harms no committed
+checkpoint.
 """
 
 import contextlib
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import psutil
 import torch
 import torch.distributed as dist
 
 from toolkit import parents, signals
-from toolkit.config.seconds import in_seconds
+from toolkit.config.base import in_seconds
 from toolkit.runs.status import FAILURE, STOP_FILE, WALL_TIME
 from toolkit.signals import LAUNCHER_GONE
 
@@ -89,13 +87,6 @@ def attempt_started() -> float:
     return started
 
 
-class _Vote(NamedTuple):
-    """One agreement under way."""
-
-    code: torch.Tensor
-    work: dist.Work
-
-
 class StopRequest(signals.Receiver):
     """Why this rank wants to stop, if it does (any thread may ask), and what all ranks agreed.
 
@@ -111,7 +102,8 @@ class StopRequest(signals.Receiver):
         """See `last_words`."""
         self.is_agreed = False
         """Whether all ranks stop; it becomes true on all of them at the same poll."""
-        self._vote: _Vote | None = None
+        self._vote: tuple[torch.Tensor, dist.Work] | None = None
+        """The agreement under way."""
         self._wall_time = wall_time
         self._stop_file = stop_file
         self._looked_at = -_STOP_FILE_SECONDS
@@ -137,11 +129,9 @@ class StopRequest(signals.Receiver):
         return signals.listening(self)
 
     def acknowledge(self, reason: str) -> str:
-        """See `toolkit.signals.Receiver`."""
         return f"{reason}: stopping after this step{signals.again(reason)}"
 
     def last_words(self, reason: str) -> str | None:
-        """See `toolkit.signals.Receiver`."""
         return self.speak_last(reason) if self.speak_last is not None else None
 
     def poll(self, group: dist.ProcessGroup | None) -> bool:
@@ -157,14 +147,15 @@ class StopRequest(signals.Receiver):
             self.is_agreed = self.reason is not None
             return self.is_agreed
         if self._vote is not None:
-            self._vote.work.wait()
-            self._agree(int(self._vote.code.item()))
+            code, work = self._vote
+            work.wait()
+            self._agree(int(code.item()))
             self._vote = None
         if not self.is_agreed:
             code = torch.tensor(self._code())
             work = dist.all_reduce(code, op=dist.ReduceOp.MAX, group=group, async_op=True)
             assert work is not None, "this rank belongs to the group"
-            self._vote = _Vote(code, work)
+            self._vote = code, work
         return self.is_agreed
 
     @property

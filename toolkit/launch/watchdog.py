@@ -58,11 +58,8 @@ class Heartbeat:
 class Watchdog:
     """Watches the heartbeat of this rank between `start` and `stop`.
 
-    Args:
-        timeout: seconds.
-        has_lost_launcher: whether nobody is left to end this process.
-        on_hang: told what ends the job, on the one rank that reports it.
-        leave: ends the process; does not return.
+    `has_lost_launcher` says whether nobody is left to end this process; `on_hang` is told what ends
+    the job, on the one rank that reports it; `leave` ends the process.
     """
 
     def __init__(
@@ -138,7 +135,7 @@ class Watchdog:
             step=heart.step,
             phase=heart.phase,
             count=heart.count,
-            idle_seconds=idle,
+            idle_seconds=round(idle, 1),
             where=_innermost(self._main),
             has_dumped=has_dumped,
         )

@@ -1,12 +1,10 @@
 """torch.compile for a Transformer, block by block."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-
-if TYPE_CHECKING:
-    from toolkit.models.transformer import Transformer
+from torch import nn
 
 RECOMPILE_LIMIT = 64
 """Compilations of one piece of code before torch falls back to running it uncompiled: a curriculum
@@ -14,12 +12,12 @@ of a dozen lengths, each with and without gradients and documents, and in evalua
 
 
 def compile_model(
-    model: "Transformer",
+    model: nn.Module,
     *,
     fullgraph: bool = False,
     backend: str | Callable[..., Any] = "inductor",
 ) -> None:
-    """Compile every block and the piece of the loss, in place; names and parameters stay.
+    """Compile every block and the loss kernel of a Transformer, in place; parameters keep names.
 
     Each shape of batch is compiled when it first comes (kernels for fixed shapes are faster).
 
@@ -33,9 +31,12 @@ def compile_model(
     """
     allow_recompilations()
     options: dict[str, Any] = {"dynamic": False, "backend": backend}
-    for block in model.blocks:
+    parts: Any = model
+    for block in parts.blocks:
         block.compile(fullgraph=fullgraph, **options)
-    model.head.loss_kernel = torch.compile(model.head.loss_kernel, fullgraph=True, **options)
+    if parts.head is not None:
+        loss = parts.head.loss
+        loss.kernel = torch.compile(loss.kernel, fullgraph=True, **options)
 
 
 def allow_recompilations() -> None:

@@ -1,102 +1,92 @@
-"""Configs of models."""
+"""Configs of models. They import no torch; `build` makes the model."""
 
-from typing import TYPE_CHECKING, Literal
+from typing import Any
 
 from toolkit.config import Config
 from toolkit.config.base import check_positive
-from toolkit.models import counts
-from toolkit.models.gpt_config import GPTConfig
-from toolkit.models.moe_config import MoEConfig
-from toolkit.models.rope_config import RopeScalingConfig
-from toolkit.models.sizes import LARGEST, MOST_PARAMETERS, check_sizes
+from toolkit.config.named import named
+from toolkit.models import shapes
+from toolkit.models.architecture import Architecture, MoEConfig
 
-if TYPE_CHECKING:
-    from toolkit.models.transformer import Transformer
+LARGEST: dict[str, int] = {
+    "vocab_size": 1 << 31,
+    "vocab_multiple": 1 << 31,
+    "d_model": 1 << 24,
+    "num_layers": 10_000,
+    "num_heads": 1 << 20,
+    "num_key_value_heads": 1 << 20,
+    "head_dim": 1 << 20,
+    "intermediate_size": 1 << 24,
+    "num_experts": 100_000,
+    "max_sequence_length": 1 << 40,
+}
+"""By the names of our configs."""
+MOST_EXPERTS = 1_000_000
+"""Of all layers together."""
+MOST_PARAMETERS = 10**16
 
-AttentionKind = Literal["full", "sliding"]
+
+def check_sizes(sizes: dict[str, int | None], names: dict[str, str] | None = None) -> None:
+    """Raise ValueError for a size that is larger than any model's: what is made of it would fill
+    the memory before an error is found.
+
+    Args:
+        sizes: by names of `LARGEST`.
+        names: what messages call them, where that is another name.
+    """
+    for name, value in sizes.items():
+        largest = LARGEST[name]
+        if value is not None and value > largest:
+            shown = (names or {}).get(name, name)
+            size = f"{value:,}" if value < 10**18 else "of more than 18 digits"
+            raise ValueError(f"{shown} {size} is larger than any model's (at most {largest:,})")
+    experts = (sizes.get("num_experts") or 0) * (sizes.get("num_layers") or 1)
+    if experts > MOST_EXPERTS:
+        raise ValueError(
+            f"{experts:,} experts in all layers are more than any model has (at most "
+            f"{MOST_EXPERTS:,})"
+        )
 
 
-class TransformerConfig(Config, frozen=True, kw_only=True, tag_field="type", tag="transformer"):
+class _Counts:
+    """Numbers of a model config, told from the Transformer that it stands for."""
+
+    __slots__ = ()
+
+    def to_transformer(self) -> "TransformerConfig":
+        """The same model in the general vocabulary."""
+        raise NotImplementedError
+
+    @property
+    def num_parameters(self) -> int:
+        """Exact number of parameters of the built model, padding rows included."""
+        return shapes.num_parameters(self.to_transformer())
+
+    @property
+    def num_active_parameters(self) -> int:
+        """Of these, the ones that one token uses: fewer than all where there are experts."""
+        return shapes.num_active_parameters(self.to_transformer())
+
+    @property
+    def num_non_embedding_parameters(self) -> int:
+        """All but the lookup tables of token ids and positions. A head of its own is counted."""
+        return shapes.num_non_embedding_parameters(self.to_transformer())
+
+    @property
+    def shown_parameters(self) -> str:
+        """The number of parameters for a reader, with the active ones where there are fewer."""
+        total, active = self.num_parameters, self.num_active_parameters
+        return f"{total:,}" if active == total else f"{total:,} ({active:,} active)"
+
+    def flops_per_token(self, sequence_length: int) -> int:
+        """Model FLOPs to train one token; see `shapes.flops_per_token`."""
+        return shapes.flops_per_token(self.to_transformer(), sequence_length)
+
+
+class TransformerConfig(
+    _Counts, Architecture, frozen=True, kw_only=True, tag_field="type", tag="transformer"
+):
     """A decoder-only Transformer from parts."""
-
-    vocab_size: int
-    """Number of token ids; must cover the tokenizer's."""
-    vocab_multiple: int = 64
-    """Embedding rows are padded to a multiple of this; padding ids are never predicted."""
-    d_model: int
-    """Width of the residual stream."""
-    num_layers: int
-    """Number of blocks."""
-    num_heads: int
-    """Query heads."""
-    num_key_value_heads: int | None = None
-    """Key/value heads (grouped-query attention, Ainslie et al. 2023); default: num_heads."""
-    head_dim: int | None = None
-    """Width of one head; default: d_model / num_heads."""
-    intermediate_size: int
-    """Hidden width of the feed-forward."""
-    max_sequence_length: int = 2048
-    """Longest sequence; the table size of learned positions."""
-    norm: Literal["rms_norm", "layer_norm"] = "rms_norm"
-    """Kind of normalisation."""
-    norm_eps: float = 1e-5
-    """Added to the variance."""
-    norm_weight_offset: float = 0.0
-    """RMS norms multiply by this + weight, in fp32; 1 in Gemma, whose weights start at zero."""
-    norm_placement: Literal["pre", "reordered", "sandwich"] = "pre"
-    """`pre`: before attention and feed-forward; `reordered`: on their outputs (OLMo 2); `sandwich`:
-    both (Gemma 2)."""
-    parallel_residual: bool = False
-    """Attention and feed-forward read the same residual stream and add to it together (GPT-J,
-    GPT-NeoX), instead of one after the other. With `norm_placement: pre`."""
-    qk_norm: Literal["none", "full", "per_head"] = "none"
-    """Normalise queries and keys: over all heads at once (OLMo 2) or each head (Qwen 3)."""
-    positions: Literal["rope", "learned"] = "rope"
-    """Rotary (Su et al. 2021) or learned absolute positions."""
-    rope_theta: float = 10_000.0
-    """Base of the rotary frequencies."""
-    rope_scaling: RopeScalingConfig | None = None
-    """How rotary positions are stretched; null: not."""
-    rotary_fraction: float = 1.0
-    """Share of each head's channels that is rotated, the first ones (GPT-NeoX, Phi)."""
-    sliding_rope_theta: float | None = None
-    """Base of the rotary frequencies of sliding layers, which then have no `rope_scaling` (Gemma 3,
-    OLMo 3); null: they are like the others."""
-    sliding_window: int | None = None
-    """Keys that a query of a sliding layer sees: itself and those right before it; null: all."""
-    attention_pattern: tuple[AttentionKind, ...] = ("sliding",)
-    """Kind of attention layer by layer, repeated to the last. Counts with `sliding_window`."""
-    attention_scale: float | None = None
-    """Multiplies query-key products; default: 1 / sqrt(head_dim)."""
-    attention_soft_cap: float | None = None
-    """Scores become cap * tanh(score / cap) (Gemma 2); null: no cap."""
-    logit_soft_cap: float | None = None
-    """The same for the logits."""
-    embedding_scale: float = 1.0
-    """Multiplies token embeddings (Gemma: sqrt(d_model)), rounded to the compute type first."""
-    feed_forward: Literal["swiglu", "geglu", "gelu", "gelu_exact"] = "swiglu"
-    """SwiGLU or GEGLU (Shazeer 2020), or two layers with GELU: `gelu` and `geglu` by the tanh
-    approximation (GPT-2, Gemma), `gelu_exact` by the error function (GPT-NeoX)."""
-    moe: MoEConfig | None = None
-    """Experts in the place of feed-forwards; null: none."""
-    bias: bool = False
-    """Biases in linear layers and layer norms."""
-    qkv_bias: bool | None = None
-    """Biases of the query, key and value projections; default: `bias`."""
-    attention_output_bias: bool | None = None
-    """Bias of attention's output projection; default: `bias`."""
-    feed_forward_bias: bool | None = None
-    """Biases in feed-forwards; default: `bias`. Experts have none."""
-    tie_embeddings: bool = False
-    """Share the embedding with the output head."""
-    init_std: float = 0.02
-    """Standard deviation of initial weights (normal, cut at 3 std)."""
-    init_scale_residual: bool = False
-    """Divide `init_std` by sqrt(2 * num_layers) for the projections that write into the residual
-    stream (GPT-2, Radford et al. 2019)."""
-    loss_chunk_size: int = 1024
-    """Most token rows per piece of the output head and loss (at most 256 on a CPU); bounds the
-    memory of logits."""
 
     def __post_init__(self) -> None:
         check_positive(
@@ -137,99 +127,21 @@ class TransformerConfig(Config, frozen=True, kw_only=True, tag_field="type", tag
                 f"{MOST_PARAMETERS:.0e})"
             )
 
-    @property
-    def kv_heads(self) -> int:
-        """Key/value heads with the default filled in."""
-        return self.num_key_value_heads or self.num_heads
-
-    @property
-    def attention_head_dim(self) -> int:
-        """Head width with the default filled in."""
-        return self.head_dim or self.d_model // self.num_heads
-
-    @property
-    def padded_vocab_size(self) -> int:
-        """Rows of the embedding."""
-        return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
-
-    @property
-    def rotary_dim(self) -> int:
-        """Channels of a head that are rotated."""
-        return int(self.attention_head_dim * self.rotary_fraction)
-
-    @property
-    def has_qkv_bias(self) -> bool:
-        """`qkv_bias` with the default filled in."""
-        return self.bias if self.qkv_bias is None else self.qkv_bias
-
-    @property
-    def has_attention_output_bias(self) -> bool:
-        """`attention_output_bias` with the default filled in."""
-        return self.bias if self.attention_output_bias is None else self.attention_output_bias
-
-    @property
-    def has_feed_forward_bias(self) -> bool:
-        """`feed_forward_bias` with the default filled in."""
-        return self.bias if self.feed_forward_bias is None else self.feed_forward_bias
-
-    @property
-    def num_feed_forward_matrices(self) -> int:
-        """Three where one input projection gates the other, else two."""
-        return 3 if self.feed_forward in ("swiglu", "geglu") else 2
-
-    @property
-    def moe_layers(self) -> tuple[int, ...]:
-        """Layers that have experts."""
-        if self.moe is None:
-            return ()
-        dense = set(self.moe.dense_layers)
-        return tuple(n for n in range(self.num_layers) if n not in dense)
-
-    def window_of(self, layer: int) -> int | None:
-        """Keys that a query of this layer sees; None: all before it."""
-        kind = self.attention_pattern[layer % len(self.attention_pattern)]
-        return self.sliding_window if kind == "sliding" else None
-
-    @property
-    def num_parameters(self) -> int:
-        """Exact number of parameters of the built model, padding rows included."""
-        return counts.num_parameters(self)
-
-    @property
-    def num_active_parameters(self) -> int:
-        """Of these, the ones that one token uses: fewer than all where there are experts."""
-        return counts.num_active_parameters(self)
-
-    @property
-    def num_embedding_parameters(self) -> int:
-        """Parameters of the lookup tables: token ids (padding rows included) and positions."""
-        return counts.num_embedding_parameters(self)
-
-    @property
-    def num_non_embedding_parameters(self) -> int:
-        """`num_parameters` without the lookup tables. An output head of its own is counted."""
-        return self.num_parameters - self.num_embedding_parameters
-
-    def flops_per_token(self, sequence_length: int) -> int:
-        """Model FLOPs to train one token; see `counts.flops_per_token`."""
-        return counts.flops_per_token(self, sequence_length)
-
     def to_transformer(self) -> "TransformerConfig":
-        """This config itself; other model configs translate themselves into one of these."""
+        """This config itself."""
         return self
 
-    def build(self, *, init_device: str = "cpu", seed: int = 0) -> "Transformer":
-        """The model on `init_device`.
+    def build(self, *, init_device: str = "cpu", seed: int = 0) -> Any:
+        """The `Transformer` on `init_device`.
 
         "meta" leaves parameters without storage, to be sharded, materialised with `to_empty` and
         filled by `toolkit.models.init`; any other device gets its initial values here.
         """
-        from toolkit.models.transformer import Transformer
-
-        return Transformer(self, init_device=init_device, seed=seed)
+        transformer = named("toolkit.models.transformer:Transformer")
+        return transformer(self, init_device=init_device, seed=seed)
 
     def _check_experts(self, moe: MoEConfig) -> None:
-        if self.feed_forward not in ("swiglu", "geglu"):
+        if not self.is_gated:
             raise ValueError(f"moe: experts are gated; feed_forward {self.feed_forward} is not")
         wrong = [layer for layer in moe.dense_layers if not 0 <= layer < self.num_layers]
         if wrong:
@@ -238,4 +150,117 @@ class TransformerConfig(Config, frozen=True, kw_only=True, tag_field="type", tag
             )
 
 
+class GPTConfig(_Counts, Config, frozen=True, kw_only=True, tag_field="type", tag="gpt"):
+    """The GPT-2 family in its own vocabulary (field names of `transformers.GPT2Config`)."""
+
+    vocab_size: int = 50_257
+    """Number of token ids; must cover the tokenizer's."""
+    vocab_multiple: int = 64
+    """Embedding rows are padded to a multiple of this; padding ids are never predicted."""
+    n_positions: int = 1024
+    """Longest sequence: rows of the table of learned positions."""
+    n_embd: int = 768
+    """Width of the residual stream."""
+    n_layer: int = 12
+    """Number of blocks."""
+    n_head: int = 12
+    """Attention heads."""
+    n_inner: int | None = None
+    """Hidden width of the feed-forward; default: 4 * n_embd."""
+    layer_norm_epsilon: float = 1e-5
+    """Added to the variance."""
+    bias: bool = True
+    """Biases in linear layers and layer norms (GPT-2 has them)."""
+    tie_word_embeddings: bool = True
+    """Share the embedding with the output head (GPT-2 does)."""
+    initializer_range: float = 0.02
+    """Standard deviation of initial weights (normal, cut at 3 std); projections into the residual
+    stream get this / sqrt(2 * n_layer)."""
+    loss_chunk_size: int = 1024
+    """Most token rows per piece of the output head and loss (at most 256 on a CPU); bounds the
+    memory of logits."""
+
+    def __post_init__(self) -> None:
+        check_positive(
+            self, "vocab_size", "vocab_multiple", "n_positions", "n_embd", "n_layer", "n_head",
+            "n_inner", "layer_norm_epsilon", "initializer_range", "loss_chunk_size",
+        )  # fmt: skip
+        names = {
+            "vocab_size": "vocab_size", "vocab_multiple": "vocab_multiple", "d_model": "n_embd",
+            "num_layers": "n_layer", "num_heads": "n_head", "intermediate_size": "n_inner",
+            "max_sequence_length": "n_positions",
+        }  # fmt: skip
+        check_sizes({name: getattr(self, own) for name, own in names.items()}, names)
+        if self.n_embd % self.n_head:
+            raise ValueError(f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}")
+        self.to_transformer()  # whatever no model may have
+
+    def to_transformer(self) -> TransformerConfig:
+        """The same model in the general vocabulary."""
+        return TransformerConfig(
+            vocab_size=self.vocab_size,
+            vocab_multiple=self.vocab_multiple,
+            d_model=self.n_embd,
+            num_layers=self.n_layer,
+            num_heads=self.n_head,
+            intermediate_size=self.n_inner or 4 * self.n_embd,
+            max_sequence_length=self.n_positions,
+            norm="layer_norm",
+            norm_eps=self.layer_norm_epsilon,
+            positions="learned",
+            feed_forward="gelu",
+            bias=self.bias,
+            tie_embeddings=self.tie_word_embeddings,
+            init_std=self.initializer_range,
+            init_scale_residual=True,
+            loss_chunk_size=self.loss_chunk_size,
+        )
+
+    @property
+    def d_model(self) -> int:
+        """Width of the residual stream."""
+        return self.n_embd
+
+    @property
+    def num_layers(self) -> int:
+        """Number of blocks."""
+        return self.n_layer
+
+    @property
+    def max_sequence_length(self) -> int:
+        """Longest sequence."""
+        return self.n_positions
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the embedding."""
+        return self.to_transformer().padded_vocab_size
+
+    def build(self, *, init_device: str = "cpu", seed: int = 0) -> Any:
+        """The `GPTModel` on `init_device`; see `TransformerConfig.build`."""
+        gpt_model = named("toolkit.models.transformer:GPTModel")
+        return gpt_model(self, init_device=init_device, seed=seed)
+
+
 ModelConfig = TransformerConfig | GPTConfig
+
+
+class LoRAConfig(Config, kw_only=True):
+    """Low-rank adapters (Hu et al. 2021) through `peft`: W x becomes W x + (alpha / rank) B A x."""
+
+    rank: int = 16
+    """Rows of A and columns of B."""
+    alpha: float = 32.0
+    """The adapter's output is multiplied by alpha / rank."""
+    target_modules: tuple[str, ...] = ("*.attention.*", "*.feed_forward.*")
+    """Shell-style patterns over names of linear layers that get an adapter
+    (`blocks.0.attention.query`, `blocks.0.feed_forward.down`). A pattern that matches none is an
+    error."""
+    train_also: tuple[str, ...] = ()
+    """Shell-style patterns over names of parameters that are trained whole besides, for example
+    `embeddings.*` after new tokens were added."""
+
+    def __post_init__(self) -> None:
+        check_positive(self, "rank", "alpha")
+        if not self.target_modules:
+            raise ValueError("target_modules: empty; name the layers that get an adapter")

@@ -1,9 +1,11 @@
-"""From token ids to the residual stream."""
+"""The two ends of the residual stream: from token ids, and to logits or the loss."""
 
 import torch
 from torch import Tensor, nn
 
 from toolkit.models.config import TransformerConfig
+from toolkit.models.loss import LinearCrossEntropy, LossSums, soft_capped
+from toolkit.models.norms import build_norm
 
 
 class Embeddings(nn.Module):
@@ -38,3 +40,39 @@ class Embeddings(nn.Module):
         if torch.is_autocast_enabled(x.device.type):
             return x.to(torch.get_autocast_dtype(x.device.type))
         return x
+
+
+class Head(nn.Module):
+    """Final norm and output projection.
+
+    A tied head owns no weight: it is given the embedding's on each call. One Parameter object in
+    two modules would come apart when a meta model is materialised.
+    """
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.vocab_size = config.vocab_size
+        self.soft_cap = config.logit_soft_cap
+        self.norm = build_norm(config, config.d_model)
+        self.weight: nn.Parameter | None = None
+        if not config.tie_embeddings:
+            self.weight = nn.Parameter(torch.empty(config.padded_vocab_size, config.d_model))
+        self.loss = LinearCrossEntropy(config)
+
+    def forward(
+        self,
+        x: Tensor,
+        labels: Tensor | None,
+        tied_weight: Tensor | None,
+        *,
+        z_loss_multiplier: float = 0.0,
+    ) -> Tensor | LossSums:
+        """`(batch, seq, d_model)` to logits `(batch, seq, vocab_size)`, or with labels to sums."""
+        weight = tied_weight if self.weight is None else self.weight
+        assert weight is not None
+        hidden = self.norm(x)
+        if labels is not None:
+            hidden, labels = hidden.flatten(0, 1), labels.flatten()
+            return self.loss(hidden, weight, labels, z_loss_multiplier=z_loss_multiplier)
+        logits = nn.functional.linear(hidden, weight)[..., : self.vocab_size]
+        return logits if self.soft_cap is None else soft_capped(logits, self.soft_cap)

@@ -11,42 +11,33 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import grouped_mm
 
-from toolkit.models.kernels import (
-    Hardware,
-    grouped_kernel,
-    hardware_of,
-    leaves_empty_groups_undefined,
-)
+from toolkit.models import kernels
+from toolkit.models.kernels import Hardware, grouped_kernel, hardware_of
 
 
 def grouped_backend(x: Tensor, weight: Tensor) -> Literal["grouped_mm", "loop"]:
-    """How `grouped_linear` multiplies; see `grouped_kernel`."""
+    """See `grouped_kernel`."""
     return grouped_kernel(_hardware(x), dtype=x.dtype, widths=tuple(weight.shape[1:]))
 
 
 def ends_for(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    """`ends` where `grouped_linear` wants it, for several products over the same groups.
-
-    A loop on a GPU has to know the sizes of groups: this waits for them once, where each product
-    and each of its gradients would.
-    """
+    """`ends` where `grouped_linear` wants it, for several products over the same groups: a loop on
+    a GPU waits for the sizes of groups once, and not in each product and each gradient."""
     return ends.cpu() if grouped_backend(x, weight) == "loop" else ends
 
 
 def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    """`x[start:end] @ weight[g].T` for every group g.
+    """`x[start:end] @ weight[g].T` for every group g: `(rows, out)`.
 
     Args:
         x: `(rows, in)`, sorted by group.
-        weight: `(groups, out, in)`; cast to the type of `x`.
+        weight: `(groups, out, in)`; cast to the type of `x`. A group without rows has the gradient
+            zero.
         ends: `(groups,)` int32, ascending; the last one is `rows`. See `ends_for`.
-
-    Returns:
-        `(rows, out)`. The gradient of a group without rows is zero.
     """
     weight = weight.to(x.dtype)
     if grouped_backend(x, weight) == "grouped_mm":
-        if leaves_empty_groups_undefined(_hardware(x)):
+        if kernels.leaves_empty_groups_undefined(_hardware(x)):
             weight = _ZeroWithoutRows.apply(weight, ends)
         return grouped_mm(x, weight.transpose(1, 2), offs=ends)
     return _loop(x, weight, ends)

@@ -1,11 +1,16 @@
 """Which kernel computes what: pure functions of the hardware and of what is asked for.
 
 Each rule exists because a kernel fails, is wrong or is slow somewhere; its docstring says where.
+`kernel_record` puts the answers for a model into words, printed and kept with the run.
 """
 
+from functools import cache
+from importlib.util import find_spec
 from typing import Any, Literal, NamedTuple
 
 import torch
+
+from toolkit.models.config import TransformerConfig
 
 SMALLEST_FLEX_HEAD = 16
 """Flex attention's CUDA kernels take no narrower heads."""
@@ -30,14 +35,13 @@ _CONSUMER = 101_376
 
 
 class Hardware(NamedTuple):
-    """What of a device decides between kernels."""
+    """What of a device decides between kernels; None where it is not known, or not CUDA's."""
 
     type: str
     """As in `torch.device.type`."""
     capability: tuple[int, int] | None = None
-    """CUDA's; None: not CUDA, or not known."""
     shared_memory: int | None = None
-    """Bytes of one block of threads; None: not known."""
+    """Bytes of one block of threads."""
     is_rocm: bool = False
     has_triton: bool = False
 
@@ -66,6 +70,15 @@ def hardware_of(type: str, index: int | None = None, *, has_triton: bool = False
     if not isinstance(shared, int):
         shared = _SHARED_MEMORY.get(capability, _CONSUMER)
     return Hardware(type, capability, shared, torch.version.hip is not None, has_triton)
+
+
+def attention_backend(
+    device: torch.device, dtype: torch.dtype, head_dim: int
+) -> Literal["flex", "sdpa"]:
+    """How masked or soft-capped attention is computed on `device`; see `attention_kernel`."""
+    has_triton = find_spec("triton") is not None
+    hardware = hardware_of(device.type, device.index, has_triton=has_triton)
+    return attention_kernel(hardware, dtype=dtype, head_dim=head_dim)
 
 
 def attention_kernel(
@@ -111,15 +124,12 @@ def sdpa_form(
 ) -> SdpaForm:
     """The form in which one of SDPA's fused kernels takes the heads on CUDA.
 
-    Otherwise torch computes all `heads * seq * seq` scores and keeps them for backward, without a
-    word. Flash attention shares keys and values among queries, but knows neither fp32 nor a bias;
-    the memory-efficient kernel knows both, but no sharing and no odd widths. float64 has no fused
-    kernel in any form.
+    In any other form torch computes all `heads * seq * seq` scores and keeps them for backward.
+    Flash attention shares keys and values among queries, but knows neither fp32 nor a bias; the
+    memory-efficient kernel knows both, but no sharing and no odd widths; float64 has none.
     """
-    if device_type != "cuda" or dtype.itemsize > 4:
-        return SdpaForm()
     has_flash = dtype.itemsize == 2 and not has_bias and head_dim <= LARGEST_SHARED_HEAD
-    if has_flash:
+    if device_type != "cuda" or dtype.itemsize > 4 or has_flash:
         return SdpaForm()
     return SdpaForm(repeats_heads=is_grouped, padding=-head_dim % ALIGNED_HEAD)
 
@@ -135,12 +145,8 @@ def grouped_kernel(
     device and type. On a CPU torch's own grouped product is such a loop too, and as fast.
     """
     aligned = all(width * dtype.itemsize % _ALIGNMENT == 0 for width in widths)
-    is_fast = (
-        hardware.type == "cuda"
-        and not hardware.is_rocm
-        and hardware.capability is not None
-        and hardware.capability[0] in (9, 10)
-    )
+    is_fast = hardware.capability is not None and hardware.capability[0] in (9, 10)
+    is_fast = is_fast and hardware.type == "cuda" and not hardware.is_rocm
     return "grouped_mm" if is_fast and dtype == torch.bfloat16 and aligned else "loop"
 
 
@@ -171,10 +177,65 @@ def loss_kernel(
     its rows are not aligned; and gives no gradient for the weight where the hidden state needs none
     (0.8.5), so a head that is trained alone would stay as it is.
     """
-    fits = (
-        device_type == "cuda"
-        and dtype.itemsize <= 4
-        and vocab_size % 8 == 0
-        and not (has_z_loss or has_soft_cap or is_compiled or trains_head_alone)
+    fits = device_type == "cuda" and dtype.itemsize <= 4 and vocab_size % 8 == 0
+    differs = has_z_loss or has_soft_cap or is_compiled or trains_head_alone
+    return "liger" if fits and not differs else "chunked"
+
+
+@cache
+def liger_function() -> Any:
+    """Liger's fused linear cross entropy (Hsu et al. 2024); None where it is not installed."""
+    try:
+        from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+    except ImportError:
+        return None
+    return liger_fused_linear_cross_entropy
+
+
+def kernel_record(
+    config: TransformerConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    is_compiled: bool,
+    has_z_loss: bool,
+    trains_head_alone: bool = False,
+) -> dict[str, str]:
+    """Part of the model -> its kernel, for computation in `dtype`.
+
+    `trains_head_alone`: the hidden state needs no gradient.
+    """
+    head_dim, record = config.attention_head_dim, {}
+
+    def sdpa(*, has_bias: bool) -> str:
+        is_grouped = config.kv_heads != config.num_heads
+        form = sdpa_form(
+            device.type, dtype=dtype, head_dim=head_dim, is_grouped=is_grouped, has_bias=has_bias
+        )
+        return "sdpa, keys and values repeated" if form.repeats_heads else "sdpa"
+
+    masked = "scores written out"
+    if attention_backend(device, dtype, head_dim) == "flex":
+        masked = "flex"
+    elif config.attention_soft_cap is None:
+        masked = sdpa(has_bias=True)
+    if config.attention_soft_cap is None:
+        record["attention"] = sdpa(has_bias=False)
+    record["attention inside documents and windows"] = masked
+    if config.moe is not None:
+        widths = (config.moe.intermediate_size, config.d_model)
+        hardware = hardware_of(device.type, device.index)
+        record["experts"] = grouped_kernel(hardware, dtype=dtype, widths=widths)
+    loss = loss_kernel(
+        device.type,
+        dtype=dtype,
+        vocab_size=config.vocab_size,
+        has_z_loss=has_z_loss,
+        has_soft_cap=config.logit_soft_cap is not None,
+        is_compiled=is_compiled,
+        trains_head_alone=trains_head_alone,
     )
-    return "liger" if fits else "chunked"
+    if loss == "liger" and liger_function() is None:
+        loss = "chunked"
+    record["loss"] = f"{loss}, compiled" if is_compiled else loss
+    return record

@@ -1,23 +1,48 @@
-"""Low-rank adapters on a Transformer's linear layers, through `peft`.
+"""Adapters and frozen parameters: what `parameters.py` says of a config, done to its model.
 
-peft puts its own module around each adapted layer. Names stay canonical all the same
+`peft` puts a module of its own around each adapted layer. Names stay canonical all the same
 (`init.canonical_name`): the weight of `blocks.0.attention.query` keeps its name, the adapter's are
-`blocks.0.attention.query.lora_A.weight` and `....lora_B.weight`. Which layers and what else is
-trained is told without a model (`parameters.py`).
+`blocks.0.attention.query.lora_A.weight` and `....lora_B.weight`.
 """
 
-import fnmatch
 import re
 from collections.abc import Sequence
 
 from torch import nn
 
-from toolkit.models.lora_config import LoRAConfig
-from toolkit.models.parameters import is_adapter
+from toolkit.models.config import LoRAConfig
+from toolkit.models.init import canonical_parameters
+from toolkit.models.parameters import TrainedParameters, adapted_layers, trained_parameters
+from toolkit.models.transformer import Transformer
 
 
-def apply_lora(model: nn.Module, config: LoRAConfig, layers: Sequence[str]) -> None:
-    """Give the linear `layers` of `model` adapters, on the meta device; in place."""
+def choose_trained(
+    model: Transformer | nn.Module, *, freeze: Sequence[str] = (), lora: LoRAConfig | None = None
+) -> TrainedParameters:
+    """Add adapters to a model on the meta device, and freeze what is not trained; in place.
+
+    Args:
+        freeze: shell-style patterns over parameter names, the adapters' among them.
+
+    Raises:
+        ConfigError: a pattern matches nothing, or nothing is left to train.
+    """
+    assert isinstance(model, Transformer), "names are told from a Transformer's config"
+    chosen = trained_parameters(model.config, freeze=freeze, lora=lora)
+    frozen = {n for n, p in canonical_parameters(model).items() if not p.requires_grad}
+    if lora is not None:
+        _add_adapters(model, lora, adapted_layers(model.config, lora))
+    parameters = canonical_parameters(model)
+    told = {name: info.shape for name, info in chosen.infos.items()}
+    assert {name: tuple(p.shape) for name, p in parameters.items()} == told, "parameters mismatch"
+    for name in frozen:  # by the caller, who may know a model of his own better
+        chosen.infos[name] = chosen.infos[name]._replace(is_trained=False)
+    for name, parameter in parameters.items():
+        parameter.requires_grad_(chosen.infos[name].is_trained)
+    return chosen
+
+
+def _add_adapters(model: nn.Module, config: LoRAConfig, layers: Sequence[str]) -> None:
     from peft import LoraConfig, inject_adapter_in_model
 
     settings = LoraConfig(
@@ -32,9 +57,3 @@ def apply_lora(model: nn.Module, config: LoRAConfig, layers: Sequence[str]) -> N
             # Inputs come in the compute type, and autocast casts the weights: peft would widen the
             # input to the type of the master weights first, for nothing.
             module.cast_input_dtype_enabled = False  # type: ignore[assignment]
-
-
-def is_trained(name: str, config: LoRAConfig) -> bool:
-    """Whether the parameter is one that the base's checkpoint does not hold as it is: of an
-    adapter, or named by `train_also`."""
-    return is_adapter(name) or any(fnmatch.fnmatchcase(name, p) for p in config.train_also)

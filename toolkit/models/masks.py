@@ -1,32 +1,41 @@
 """Which keys a query sees: those from the first one of its document or window to itself.
 
-The query at place q of its row sees the keys from first[q] to q, and no others, where first[q] is
-the beginning of its document or, in a sliding window of w, the place q - w + 1 if that is later.
-`AttentionMask` writes that down once for all layers of a kind, in the form that the device's
-kernel wants: blocks of keys for flex attention, values added to the scores for SDPA.
+1. `document_starts` finds, once per forward, where the document of each token begins.
+2. A token's position is counted from there.
+3. The query at place q of its row sees the keys from first[q] to q, and no others, where first[q]
+   is the beginning of its document or, in a sliding window of w, q - w + 1 if that is later.
+4. `AttentionMask` writes that down once for all layers of a kind, in the form that the device's
+   kernel wants: blocks of keys for flex attention, values added to the scores for SDPA.
+
+Rows without documents and windows take none of these steps: plain causal attention is faster.
 """
 
 from collections.abc import Callable
-from importlib.util import find_spec
-from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
-from toolkit.models.kernels import attention_kernel, hardware_of
+from toolkit.models.kernels import attention_backend
 
 BLOCK_SIZE = 128
 """Queries and keys per block of flex attention, as its kernels are tuned for."""
 
 
-def attention_backend(
-    device: torch.device, dtype: torch.dtype, head_dim: int
-) -> Literal["flex", "sdpa"]:
-    """How masked or soft-capped attention is computed on `device`; see `attention_kernel`."""
-    has_triton = find_spec("triton") is not None
-    hardware = hardware_of(device.type, device.index, has_triton=has_triton)
-    return attention_kernel(hardware, dtype=dtype, head_dim=head_dim)
+def document_starts(document_ids: Tensor) -> Tensor:
+    """Place in its row where each token's document begins, `(batch, seq)` int64.
+
+    A document is a stretch of equal numbers in `document_ids`, `(batch, seq)` of integers.
+    """
+    place = torch.arange(document_ids.shape[1], device=document_ids.device)
+    is_first = torch.ones_like(document_ids, dtype=torch.bool)
+    is_first[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
+    return torch.where(is_first, place, 0).cummax(dim=1).values
+
+
+def document_positions(starts: Tensor) -> Tensor:
+    """Position of each token in its document, `(batch, seq)` int64."""
+    return torch.arange(starts.shape[1], device=starts.device) - starts
 
 
 def first_keys(starts: Tensor, window: int | None) -> Tensor:

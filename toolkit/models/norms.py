@@ -27,9 +27,9 @@ class RMSNorm(nn.Module):
         # low-precision copy of it (FSDP2) and those which cast on use (autocast) agree.
         weight = self.weight.to(x.dtype)
         if self.weight_offset:
-            weight = _widened(weight) + self.weight_offset
+            weight = widened(weight) + self.weight_offset
         if torch.compiler.is_compiling():  # fuses the plain formula
-            wide = _widened(x)
+            wide = widened(x)
             return (wide * _rms_scale(wide, self.eps) * weight).to(x.dtype)
         return _RMSNormFunction.apply(x, weight, self.eps)
 
@@ -40,7 +40,7 @@ class _RMSNormFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        wide = _widened(x)
+        wide = widened(x)
         scale = _rms_scale(wide, eps)
         ctx.save_for_backward(x, weight, scale)
         return (wide * scale * weight).to(x.dtype)
@@ -49,12 +49,12 @@ class _RMSNormFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight, scale = ctx.saved_tensors
-        grad = _widened(grad)
-        normed = _widened(x) * scale
+        grad = widened(grad)
+        normed = widened(x) * scale
         product = (grad * normed).flatten(0, -2)
         # y_i = n_i w_i with n = s x, and ds/dx_j = -s^3 x_j / width:
         # dL/dx = s (g w - n mean(g w n))
-        mean = (product @ _widened(weight)).view(scale.shape) / x.shape[-1]
+        mean = (product @ widened(weight)).view(scale.shape) / x.shape[-1]
         grad_x = (grad * weight).addcmul_(normed, mean, value=-1.0).mul_(scale)
         return grad_x.to(x.dtype), product.sum(0).to(weight.dtype), None
 
@@ -70,7 +70,7 @@ class LayerNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`(..., width)` to the same shape and type."""
-        wide = _widened(x)
+        wide = widened(x)
         weight = self.weight.to(x.dtype).to(wide.dtype)
         bias = None if self.bias is None else self.bias.to(x.dtype).to(wide.dtype)
         return nn.functional.layer_norm(wide, weight.shape, weight, bias, self.eps).to(x.dtype)
@@ -87,5 +87,6 @@ def _rms_scale(wide: Tensor, eps: float) -> Tensor:
     return torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
 
 
-def _widened(x: Tensor) -> Tensor:
+def widened(x: Tensor) -> Tensor:
+    """`x` in fp32, or wider if it is."""
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x

@@ -1,4 +1,5 @@
-"""Named model sizes, with every field that makes the architecture spelled out."""
+"""Named model sizes, with every field that makes the architecture spelled out: a stored preset
+does not change where a default does."""
 
 import difflib
 from typing import Any
@@ -45,30 +46,25 @@ _OLMO2_LIKE: dict[str, Any] = _LLAMA_LIKE | {
     "rope_theta": 500_000.0,
 }
 
+
+def _sizes(
+    vocab_size: int,
+    d_model: int,
+    num_layers: int,
+    num_heads: int,
+    intermediate_size: int,
+    max_sequence_length: int,
+    *,
+    vocab_multiple: int = 64,
+) -> dict[str, Any]:
+    return locals()
+
+
 PRESETS: dict[str, dict[str, Any]] = {
     # Small enough for two CPU cores: tied, because a vocabulary of 4,096 is a third of it.
-    "quickstart": _LLAMA_LIKE
-    | {
-        "vocab_size": 4_096,
-        "vocab_multiple": 64,
-        "d_model": 192,
-        "num_layers": 4,
-        "num_heads": 3,
-        "intermediate_size": 512,
-        "max_sequence_length": 1_024,
-        "tie_embeddings": True,
-    },
+    "quickstart": _LLAMA_LIKE | _sizes(4_096, 192, 4, 3, 512, 1_024) | {"tie_embeddings": True},
     # 7.6M parameters: the subject of benchmarks/.
-    "bench_7M": _LLAMA_LIKE
-    | {
-        "vocab_size": 8_192,
-        "vocab_multiple": 64,
-        "d_model": 256,
-        "num_layers": 4,
-        "num_heads": 4,
-        "intermediate_size": 768,
-        "max_sequence_length": 2_048,
-    },
+    "bench_7M": _LLAMA_LIKE | _sizes(8_192, 256, 4, 4, 768, 2_048),
     # Radford et al. 2019; the name counts the shared embedding once.
     "gpt2_124M": {
         "type": "gpt",
@@ -85,48 +81,15 @@ PRESETS: dict[str, dict[str, Any]] = {
         "initializer_range": 0.02,
     },
     # OLMo-core's llama2_271M shape, with GPT-2's vocabulary.
-    "llama_271M": _LLAMA_LIKE
-    | {
-        "vocab_size": 50_257,
-        "vocab_multiple": 128,
-        "d_model": 1_024,
-        "num_layers": 16,
-        "num_heads": 8,
-        "intermediate_size": 2_816,
-        "max_sequence_length": 2_048,
-    },
+    "llama_271M": _LLAMA_LIKE | _sizes(50_257, 1_024, 16, 8, 2_816, 2_048, vocab_multiple=128),
     # OLMo-core's olmo2_190M shape, with the dolma2 vocabulary (190M without embedding).
-    "olmo2_190M": _OLMO2_LIKE
-    | {
-        "vocab_size": 100_278,
-        "vocab_multiple": 128,
-        "d_model": 768,
-        "num_layers": 12,
-        "num_heads": 12,
-        "intermediate_size": 3_072,
-        "max_sequence_length": 4_096,
-    },
+    "olmo2_190M": _OLMO2_LIKE | _sizes(100_278, 768, 12, 12, 3_072, 4_096, vocab_multiple=128),
     # allenai/OLMo-2-0425-1B.
-    "olmo2_1B": _OLMO2_LIKE
-    | {
-        "vocab_size": 100_278,
-        "vocab_multiple": 128,
-        "d_model": 2_048,
-        "num_layers": 16,
-        "num_heads": 16,
-        "intermediate_size": 8_192,
-        "max_sequence_length": 4_096,
-    },
+    "olmo2_1B": _OLMO2_LIKE | _sizes(100_278, 2_048, 16, 16, 8_192, 4_096, vocab_multiple=128),
     # allenai/OLMoE-1B-7B-0924, with its losses of the router (Muennighoff et al. 2024).
     "olmoe_1B_7B": _LLAMA_LIKE
+    | _sizes(50_304, 2_048, 16, 16, 1_024, 4_096)
     | {
-        "vocab_size": 50_304,
-        "vocab_multiple": 64,
-        "d_model": 2_048,
-        "num_layers": 16,
-        "num_heads": 16,
-        "intermediate_size": 1_024,
-        "max_sequence_length": 4_096,
         "qk_norm": "full",
         "moe": {
             "num_experts": 64,
@@ -139,17 +102,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     # meta-llama/Meta-Llama-3-8B.
     "llama3_8B": _LLAMA_LIKE
-    | {
-        "vocab_size": 128_256,
-        "vocab_multiple": 64,
-        "d_model": 4_096,
-        "num_layers": 32,
-        "num_heads": 32,
-        "num_key_value_heads": 8,
-        "intermediate_size": 14_336,
-        "max_sequence_length": 8_192,
-        "rope_theta": 500_000.0,
-    },
+    | _sizes(128_256, 4_096, 32, 32, 14_336, 8_192)
+    | {"num_key_value_heads": 8, "rope_theta": 500_000.0},
 }
 
 

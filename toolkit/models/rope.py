@@ -6,7 +6,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from toolkit.models.rope_config import (
+from toolkit.models.architecture import (
     LinearRopeConfig,
     Llama3RopeConfig,
     RopeScalingConfig,

@@ -1,19 +1,113 @@
-"""The decoder-only Transformer, put together."""
+"""The decoder-only Transformer, put together.
 
-from typing import overload
+It knows nothing of parallelism, but has the places where that is put in from outside: `attend` of
+each attention, `dispatch` and `router_sums` of each MoE, `shard` of the head's loss; positions and
+document starts as arguments; and `keep_layers`, which makes a model the stage of a pipeline.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from toolkit.models.block import Block
-from toolkit.models.config import TransformerConfig
-from toolkit.models.documents import document_positions, document_starts
-from toolkit.models.embeddings import Embeddings
-from toolkit.models.head import Head
+from toolkit.models.attention import Attention
+from toolkit.models.config import GPTConfig, TransformerConfig
+from toolkit.models.embeddings import Embeddings, Head
+from toolkit.models.feed_forward import FeedForward, MoE
 from toolkit.models.init import initialize_
-from toolkit.models.layer_inputs import layer_inputs
-from toolkit.models.loss import IGNORE_INDEX, LossSums
-from toolkit.models.router_loss import RouterSums, combine_layers, router_loss
+from toolkit.models.loss import IGNORE_INDEX
+from toolkit.models.masks import AttentionMask, document_positions, document_starts
+from toolkit.models.norms import build_norm
+from toolkit.models.rope import RotaryTable, rotary_table
+from toolkit.models.router import RouterSums, combine_layers, router_loss
+
+
+class Block(nn.Module):
+    """x + f(x), for f = attention and then feed-forward; in parallel: x plus both of the same x.
+
+    Norms by `norm_placement`: f(norm(x)), norm(f(x)), or output_norm(f(norm(x))).
+    """
+
+    def __init__(self, config: TransformerConfig, layer: int) -> None:
+        super().__init__()
+        moe = config.moe if layer in config.moe_layers else None
+        self.placement = config.norm_placement
+        self.is_parallel = config.parallel_residual
+        self.attention = Attention(config)
+        self.attention_norm = build_norm(config, config.d_model)
+        self.has_experts = moe is not None
+        self.feed_forward: nn.Module
+        if moe is None:
+            bias = config.has_feed_forward_bias
+            self.feed_forward = FeedForward(config, config.intermediate_size, bias=bias)
+        else:
+            self.feed_forward = MoE(config, moe)
+        self.feed_forward_norm = build_norm(config, config.d_model)
+        if self.placement == "sandwich":
+            self.attention_output_norm = build_norm(config, config.d_model)
+            self.feed_forward_output_norm = build_norm(config, config.d_model)
+
+    def forward(
+        self,
+        x: Tensor,
+        rotary: RotaryTable | None,
+        mask: AttentionMask | None = None,
+        is_target: Tensor | None = None,
+    ) -> tuple[Tensor, RouterSums | None]:
+        """`(batch, seq, d_model)` to the same shape, and the router's sums over the tokens of
+        `is_target`, `(batch, seq)` bool; None where there is no router or None is given."""
+        normed = x if self.placement == "reordered" else self.attention_norm(x)
+        attended = self.attention(normed, rotary, mask)
+        if self.is_parallel:
+            fed, sums = self._feed(self.feed_forward_norm(x), is_target)
+            return x + (attended + fed), sums
+        if self.placement == "reordered":
+            x = x + self.attention_norm(attended)
+            fed, sums = self._feed(x, is_target)
+            return x + self.feed_forward_norm(fed), sums
+        if self.placement == "sandwich":
+            attended = self.attention_output_norm(attended)
+        x = x + attended
+        fed, sums = self._feed(self.feed_forward_norm(x), is_target)
+        if self.placement == "sandwich":
+            fed = self.feed_forward_output_norm(fed)
+        return x + fed, sums
+
+    def _feed(self, x: Tensor, is_target: Tensor | None) -> tuple[Tensor, RouterSums | None]:
+        if self.has_experts:
+            return self.feed_forward(x, is_target)
+        return self.feed_forward(x), None
+
+
+class Blocks(nn.Module):
+    """Layers by their number in the whole model, of which a stage of a pipeline has some."""
+
+    def __init__(self, blocks: Mapping[int, nn.Module]) -> None:
+        super().__init__()
+        for layer, block in blocks.items():
+            self[layer] = block
+
+    def __getitem__(self, layer: int) -> nn.Module:
+        return self.get_submodule(str(layer))
+
+    def __setitem__(self, layer: int, block: nn.Module) -> None:
+        self.add_module(str(layer), block)
+
+    def __contains__(self, layer: int) -> bool:
+        return str(layer) in self._modules
+
+    def __len__(self) -> int:
+        return len(self._modules)
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        return self.children()
+
+    @property
+    def layers(self) -> list[int]:
+        """Numbers of the layers that are here."""
+        return [int(name) for name in self._modules]
 
 
 class Transformer(nn.Module):
@@ -29,28 +123,28 @@ class Transformer(nn.Module):
         """Build on `init_device` with the initial values of `seed`; "meta": without storage."""
         super().__init__()
         self.config = config
+        self.embeddings: Embeddings | None
+        self.head: Head | None
         with torch.device("meta"):
             self.embeddings = Embeddings(config)
-            self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
+            self.blocks = Blocks({n: Block(config, n) for n in range(config.num_layers)})
             self.head = Head(config)
         if init_device != "meta":
             self.to_empty(device=init_device)
             initialize_(self, seed)
 
-    @overload
-    def forward(
-        self, input_ids: Tensor, labels: None = None, *, document_ids: Tensor | None = None
-    ) -> Tensor: ...
+    def keep_layers(self, layers: range) -> None:
+        """Make this the stage of a pipeline that has these layers; names of parameters stay.
 
-    @overload
-    def forward(
-        self,
-        input_ids: Tensor,
-        labels: Tensor,
-        *,
-        document_ids: Tensor | None = None,
-        z_loss_multiplier: float = 0.0,
-    ) -> LossSums: ...
+        The embeddings go with layer 0 and the head with the last one, which has the embeddings too
+        where they are tied: a copy of their own, whose gradients the two stages must add up.
+        """
+        is_last = self.config.num_layers - 1 in layers
+        self.blocks = Blocks({layer: self.blocks[layer] for layer in layers})
+        if 0 not in layers and not (is_last and self.config.tie_embeddings):
+            self.embeddings = None
+        if not is_last:
+            self.head = None
 
     def forward(
         self,
@@ -58,22 +152,30 @@ class Transformer(nn.Module):
         labels: Tensor | None = None,
         *,
         document_ids: Tensor | None = None,
+        positions: Tensor | None = None,
+        starts: Tensor | None = None,
         z_loss_multiplier: float = 0.0,
-    ) -> Tensor | LossSums:
+    ) -> Any:
         """Logits, or the sums of the loss.
 
         Args:
-            input_ids: `(batch, seq)` int64.
+            input_ids: `(batch, seq)` int64; in a stage without layer 0 the residual stream that the
+                stage before has returned, `(batch, seq, d_model)`.
             labels: `(batch, seq)` int64, already shifted: `labels[b, t]` is what follows
                 `input_ids[b, t]`; -100 where there is no target.
             document_ids: `(batch, seq)` of integers: attention stays inside stretches of equal
                 numbers, positions start over with each; default: each row is one document.
+            positions: `(batch or 1, seq)` int64, of each token in its document; default: told from
+                the document ids. Their length counts where the residual stream is shorter.
+            starts: `(batch or 1, seq)` int64, the place in its row where each token's document
+                begins; default: told from the document ids.
             z_loss_multiplier: weight of logsumexp(logits)^2 in the loss.
 
         Returns:
             Without labels: `(batch, seq, vocab_size)` in the compute type, no padding ids.
             With labels: `LossSums` over the target tokens (sums, not means: the caller divides by
             the number of targets of the global batch).
+            Of a stage without a head: the residual stream, and its part of `RouterSums` or None.
 
         Raises:
             ValueError: for a sequence longer than `config.max_sequence_length`, or document ids of
@@ -85,32 +187,105 @@ class Transformer(nn.Module):
                 f"sequence of {seq} tokens is longer than model.max_sequence_length "
                 f"{config.max_sequence_length}; raise that or shorten the sequences"
             )
-        starts, positions = None, None
+        # Positions that are told can be anywhere in a row of which only a part is here.
+        table_length = seq if positions is None else config.max_sequence_length
         if document_ids is not None:
-            _check_same_shape(document_ids, input_ids)
-            starts = document_starts(document_ids)
+            if document_ids.shape != input_ids.shape[:2]:
+                raise ValueError(
+                    f"document_ids have the shape {tuple(document_ids.shape)}, input_ids "
+                    f"{tuple(input_ids.shape)}; give one document number per token"
+                )
+            starts = document_starts(document_ids) if starts is None else starts
+        if positions is None and starts is not None:
             positions = document_positions(starts)
-        x = self.embeddings(input_ids, positions)
+        x = input_ids
+        if 0 in self.blocks:
+            assert self.embeddings is not None
+            x = self.embeddings(input_ids, positions)
         is_target = None if labels is None or config.moe is None else labels != IGNORE_INDEX
+        inputs = layer_inputs(
+            config, x, starts, positions, layers=self.blocks.layers, table_length=table_length
+        )
         routers: list[RouterSums] = []
-        inputs = layer_inputs(config, x, starts, positions)
         for block, (rotary, mask) in zip(self.blocks, inputs, strict=True):
             x, sums = block(x, rotary, mask, is_target)
             if sums is not None:
                 routers.append(sums)
-        tied_weight = self.embeddings.tokens.weight if config.tie_embeddings else None
-        result = self.head(x, labels, tied_weight, z_loss_multiplier=z_loss_multiplier)
-        if config.moe is not None and routers:
-            router = combine_layers(routers)
-            result = result._replace(
-                loss=result.loss + router_loss(router, config.moe), router=router.detached()
-            )
+        router = combine_layers(routers, len(config.moe_layers)) if routers else None
+        if self.head is None:
+            return x, router
+        tied = None
+        if config.tie_embeddings:
+            assert self.embeddings is not None
+            tied = self.embeddings.tokens.weight
+        result = self.head(x, labels, tied, z_loss_multiplier=z_loss_multiplier)
+        if config.moe is not None and router is not None:
+            loss = result.loss + router_loss(router, config.moe)
+            result = result._replace(loss=loss, router=router.detached())
         return result
 
 
-def _check_same_shape(document_ids: Tensor, input_ids: Tensor) -> None:
-    if document_ids.shape != input_ids.shape:
-        raise ValueError(
-            f"document_ids have the shape {tuple(document_ids.shape)}, input_ids "
-            f"{tuple(input_ids.shape)}; give one document number per token"
+class GPTModel(Transformer):
+    """`GPTModel(GPTConfig(...))`: learned positions, LayerNorm, GELU, biases, tied head."""
+
+    def __init__(self, config: GPTConfig, *, init_device: str = "cpu", seed: int = 0) -> None:
+        """Build on `init_device` with the initial values of `seed`; "meta": without storage."""
+        super().__init__(config.to_transformer(), init_device=init_device, seed=seed)
+        self.gpt_config = config
+
+
+class LayerInputs(NamedTuple):
+    """What a layer is given besides the residual stream."""
+
+    rotary: RotaryTable | None
+    """None for learned positions."""
+    mask: AttentionMask | None
+    """None where plain causal attention does."""
+
+
+def layer_inputs(
+    config: TransformerConfig,
+    x: Tensor,
+    starts: Tensor | None,
+    positions: Tensor | None,
+    *,
+    layers: Iterable[int] | None = None,
+    table_length: int | None = None,
+) -> list[LayerInputs]:
+    """Of each of `layers`, by default all; those of one kind share theirs.
+
+    Args:
+        x: embeddings `(batch, seq, d_model)`; for their shape, type and device.
+        starts, positions: of documents, `(batch, seq)`; None where each row is one document.
+        table_length: positions that there may be; default: as many as here.
+    """
+    seq = x.shape[1] if positions is None else positions.shape[1]
+
+    @cache
+    def rotary(is_local: bool) -> RotaryTable | None:
+        if config.positions != "rope":
+            return None
+        theta, scaling = config.rope_theta, config.rope_scaling
+        if is_local and config.sliding_rope_theta is not None:
+            theta, scaling = config.sliding_rope_theta, None
+        table = rotary_table(table_length or seq, config.rotary_dim, theta, x.device, scaling)
+        return table if positions is None else table.at(positions)
+
+    @cache
+    def mask(window: int | None) -> "AttentionMask | None":
+        if starts is None and window is None and config.attention_soft_cap is None:
+            return None
+        places = starts
+        if places is None:
+            places = torch.zeros(1, seq, dtype=torch.int64, device=x.device)
+        head_dim = config.attention_head_dim
+        return AttentionMask(places, window=window, dtype=x.dtype, head_dim=head_dim)
+
+    windows = map(config.window_of, range(config.num_layers) if layers is None else layers)
+    return [
+        LayerInputs(
+            rotary(window is not None and config.sliding_rope_theta is not None),
+            mask(None if window is None or window >= seq else window),
         )
+        for window in windows
+    ]

@@ -8,10 +8,9 @@ from typing import Any, NamedTuple
 import msgspec
 
 from toolkit.config import Config
-from toolkit.config.base import check_not_negative, check_positive
+from toolkit.config.base import check_not_negative, check_positive, matching
 from toolkit.config.check import convert
 from toolkit.config.named import named, users_class, users_object
-from toolkit.config.patterns import matching
 from toolkit.errors import ConfigError, ErrorList
 
 _KEY = "train_module.optim"

@@ -32,7 +32,7 @@ class Schedule(Config, kw_only=True):
         return self.after_warmup(min(1.0, (current - self.warmup) / max(1, total - self.warmup)))
 
     def after_warmup(self, progress: float) -> float:
-        """Multiple of the peak rate; `progress` goes from 0 (end of warm-up) to 1 (end of run)."""
+        """Multiple of the peak rate; `progress` goes from 0 (end of the warm-up) to 1 (the end)."""
         raise NotImplementedError
 
     def check(self) -> None:

@@ -14,7 +14,7 @@ from toolkit.checkpoint.folder import CheckpointMetadata
 from toolkit.checkpoint.load import metadata_of
 from toolkit.config.secrets import mask_secrets
 from toolkit.errors import CheckpointError
-from toolkit.models.lora_config import LoRAConfig
+from toolkit.models.config import LoRAConfig
 from toolkit.storage.foreign import guard
 from toolkit.storage.remote import is_url
 
@@ -36,10 +36,9 @@ class BaseCheckpoint(msgspec.Struct, frozen=True, kw_only=True):
 def describe_base(checkpoint: Path | str) -> BaseCheckpoint:
     """The record of a base that was loaded; raises CheckpointError."""
     metadata = metadata_of(checkpoint)
+    is_local = isinstance(checkpoint, Path)
     return BaseCheckpoint(
-        path=str(checkpoint.absolute())
-        if isinstance(checkpoint, Path)
-        else mask_secrets(checkpoint),
+        path=str(Path(checkpoint).absolute()) if is_local else mask_secrets(checkpoint),
         step=metadata.step,
         fingerprint=metadata.xxh3,
         source=metadata.extra.get("source"),
@@ -49,16 +48,9 @@ def describe_base(checkpoint: Path | str) -> BaseCheckpoint:
 def find_base(
     adapter: Path | str, load_path: str | None, look: Callable[[str], Path | str | None]
 ) -> Path | str:
-    """The base of the checkpoint `adapter`: in `load_path`, else where it was.
-
-    Args:
-        load_path: `trainer.load_path`, which may have moved since.
-        look: for the newest checkpoint of a path or URL; every rank calls it.
-
-    Raises:
-        CheckpointError: the checkpoint is not an adapter's, or its base is not found: another one
-            lies there, or none.
-    """
+    """The base of the checkpoint `adapter`: in `trainer.load_path`, which may have moved since, or
+    where it was; `look` finds the newest checkpoint of a path or URL. Raises CheckpointError where
+    `adapter` holds none, or its base is not found."""
     record = metadata_of(adapter).extra.get("base")
     if record is None:
         raise CheckpointError(
@@ -67,6 +59,7 @@ def find_base(
         )
     with guard(f"{adapter}: its base", CheckpointError):
         wanted = msgspec.convert(record, BaseCheckpoint)
+
     given = look(load_path) if load_path is not None else None
     if given is not None and metadata_of(given).xxh3 == wanted.fingerprint:
         return given
@@ -89,14 +82,9 @@ def check_adapter(
     *,
     weights_only: bool,
 ) -> None:
-    """Check that a run with this `train_module.lora` can start from `checkpoint`.
-
-    Args:
-        weights_only: it is to be a base, or the weights of a new run; else the run's own.
-
-    Raises:
-        CheckpointError: it holds an adapter where a whole model is wanted, or another adapter.
-    """
+    """Check that a run with this `train_module.lora` can start from `checkpoint`, as its own or
+    (`weights_only`) as a base or the weights of a new one. Raises CheckpointError where it holds an
+    adapter and a whole model is wanted, or another adapter."""
     before, adapter = saved.extra.get("adapter"), msgspec.to_builtins(lora)
     if before is None:
         return

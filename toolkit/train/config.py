@@ -1,24 +1,21 @@
 """Configs of the train module, the trainer and its callbacks."""
 
-from typing import TYPE_CHECKING, Any, Literal
+import inspect
+from typing import Any, Literal
 
 import msgspec
 
 from toolkit.config import Config
-from toolkit.config.base import check_not_negative, check_positive
+from toolkit.config.base import check_not_negative, check_positive, in_seconds
+from toolkit.config.named import named, users_class
 from toolkit.config.paths import LocalPath, PathOrURL
-from toolkit.config.seconds import in_seconds
-from toolkit.distributed.config import (
-    ActivationCheckpointingConfig,
-    DataParallelConfig,
-    LogRanks,
-)
-from toolkit.models.lora_config import LoRAConfig
+from toolkit.distributed.config import ActivationCheckpointingConfig, DataParallelConfig, LogRanks
+from toolkit.errors import ConfigError
+from toolkit.models.config import LoRAConfig
 from toolkit.optim.config import AdamWConfig, OptimConfig
 from toolkit.optim.schedules import CosineConfig, SchedulerConfig
 
-if TYPE_CHECKING:
-    from toolkit.train.transformer import TransformerTrainModule
+Unit = Literal["steps", "tokens", "epochs"]
 
 NO_BASE = (
     "train_module.lora trains an adapter on a model that exists: name its checkpoint with "
@@ -32,25 +29,24 @@ class Duration(Config, kw_only=True):
 
     value: int
     """How many."""
-    unit: Literal["steps", "tokens", "epochs"] = "steps"
+    unit: Unit = "steps"
     """Of what."""
 
     def __post_init__(self) -> None:
         check_positive(self, "value")
 
-    def in_steps(self, tokens_per_step: int, steps_per_epoch: int | None) -> int:
-        """The number of whole optimizer steps, rounded up for tokens.
 
-        Raises:
-            ValueError: for epochs over data whose length is not known.
-        """
-        if self.unit == "steps":
-            return self.value
-        if self.unit == "tokens":
-            return -(-self.value // tokens_per_step)
-        if steps_per_epoch is None:
-            raise ValueError("epochs need prepared data; run `toolkit prepare` first")
-        return self.value * steps_per_epoch
+def _own_class(config: Any, base: str, key: str, *arguments: Any) -> Any:
+    """The user's class `config.target`, which is derived from `base` and takes `config.options`."""
+    found = users_class(config.target, key=f"{key}.target")
+    if not (isinstance(found, type) and issubclass(found, named(base))):
+        name = base.partition(":")[2]
+        raise ConfigError(f"{config.target}: derive it from toolkit.{name}", key=f"{key}.target")
+    try:
+        inspect.signature(found).bind(*arguments, **config.options)
+    except TypeError as error:
+        raise ConfigError(f"{config.target}: {error}", key=f"{key}.options") from None
+    return found
 
 
 class TransformerTrainModuleConfig(Config, kw_only=True):
@@ -84,6 +80,11 @@ class TransformerTrainModuleConfig(Config, kw_only=True):
     taken, and keep their values; null: train the weights."""
     max_consecutive_skipped_steps: int = 10
     """Stop after this many steps in a row with a non-finite loss or gradient."""
+    target: str | None = None
+    """`module:Class` of a `TransformerTrainModule` of your own, to train in the place of it;
+    modules in the current folder are found too."""
+    options: dict[str, Any] = msgspec.field(default_factory=dict)
+    """Further arguments of that class."""
 
     def __post_init__(self) -> None:
         check_positive(
@@ -96,27 +97,36 @@ class TransformerTrainModuleConfig(Config, kw_only=True):
         if self.ac_config and self.ac_config.mode == "budget" and not self.compile_model:
             raise ValueError("ac_config.mode: budget needs compile_model: true")
 
-    def build(self, model: Any, **context: Any) -> "TransformerTrainModule":
-        """Wrap `model` (usually on the meta device); see `TransformerTrainModule`."""
-        from toolkit.train.transformer import TransformerTrainModule
+    def build(self, model: Any, **context: Any) -> Any:
+        """The `TransformerTrainModule` of `model`, which is usually on the meta device."""
+        if self.target is None:
+            return named("toolkit.train.transformer:TransformerTrainModule")(self, model, **context)
+        return self.own_class()(self, model, **context, **self.options)
 
-        return TransformerTrainModule(self, model, **context)
+    def own_class(self) -> Any:
+        """The class `target`. Raises ConfigError where it is no train module, or does not take
+        `options`."""
+        base = "toolkit.train.transformer:TransformerTrainModule"
+        return _own_class(self, base, "train_module", self, None)
 
 
-class ConsoleLoggerConfig(Config, kw_only=True):
-    """Progress bar on a terminal, plain lines elsewhere."""
+class CallbackConfig(Config, kw_only=True):
+    """Base of the callbacks' configs."""
 
     enabled: bool = True
-    """Off: nothing is printed during training."""
+    """Off: it is not called."""
+
+
+class ConsoleLoggerConfig(CallbackConfig, kw_only=True):
+    """Progress bar on a terminal, plain lines elsewhere."""
+
     interval: int = 10
     """Steps between plain lines."""
 
 
-class SpeedMonitorConfig(Config, kw_only=True):
+class SpeedMonitorConfig(CallbackConfig, kw_only=True):
     """Tokens per second, MFU, time spent waiting for data, peak memory."""
 
-    enabled: bool = True
-    """Off: these columns are absent."""
     peak_flops: float | None = None
     """Dense bf16 FLOP/s of one device, as torch counts them, for MFU. Null: by the device's name;
     where that is not known there is no MFU."""
@@ -125,29 +135,23 @@ class SpeedMonitorConfig(Config, kw_only=True):
         check_positive(self, "peak_flops")
 
 
-class GarbageCollectorConfig(Config, kw_only=True):
+class GarbageCollectorConfig(CallbackConfig, kw_only=True):
     """Collect Python garbage at fixed steps, so that ranks do not pause at different times."""
 
-    enabled: bool = True
-    """Off: Python collects when it likes."""
     interval: int = 1000
     """Steps between collections."""
 
 
-class NetworkMonitorConfig(Config, kw_only=True):
+class NetworkMonitorConfig(CallbackConfig, kw_only=True):
     """Global and per-layer gradient and weight norms into network.jsonl."""
 
-    enabled: bool = True
-    """Off: network.jsonl stays empty."""
     interval: int = 100
     """Steps between measurements."""
 
 
-class SystemMonitorConfig(Config, kw_only=True):
+class SystemMonitorConfig(CallbackConfig, kw_only=True):
     """CPU, memory, disk, network interfaces and GPU into system.jsonl, from a background thread."""
 
-    enabled: bool = True
-    """Off: system.jsonl stays empty."""
     interval_seconds: float = 10.0
     """Seconds between samples."""
 
@@ -155,11 +159,9 @@ class SystemMonitorConfig(Config, kw_only=True):
         check_positive(self, "interval_seconds")
 
 
-class LMEvaluatorConfig(Config, kw_only=True):
+class LMEvaluatorConfig(CallbackConfig, kw_only=True):
     """Loss, perplexity and bits per byte on the validation split."""
 
-    enabled: bool = True
-    """Off: no evaluation during training."""
     interval: int = 250
     """Steps between evaluations."""
     at_start: bool = False
@@ -168,11 +170,9 @@ class LMEvaluatorConfig(Config, kw_only=True):
     """Evaluate after the last step."""
 
 
-class CheckpointerConfig(Config, kw_only=True):
+class CheckpointerConfig(CallbackConfig, kw_only=True):
     """When checkpoints are written and how many stay."""
 
-    enabled: bool = True
-    """Off: nothing is saved (like `trainer.no_checkpoints`)."""
     interval: int = 1000
     """Steps between checkpoints."""
     fixed_steps: tuple[int, ...] = ()
@@ -213,7 +213,7 @@ class CheckpointerConfig(Config, kw_only=True):
             raise ValueError(f"fixed_steps must not be negative: {list(self.fixed_steps)}")
 
 
-class SampleWriterConfig(Config, kw_only=True):
+class SampleWriterConfig(CallbackConfig, kw_only=True):
     """Prints text generated by the final model."""
 
     enabled: bool = False
@@ -231,8 +231,24 @@ class SampleWriterConfig(Config, kw_only=True):
         check_not_negative(self, "max_new_tokens", "temperature", "top_k")
 
 
+class CustomCallbackConfig(CallbackConfig, kw_only=True):
+    """A callback written in Python."""
+
+    target: str
+    """Its class, `module:Class`, a `toolkit.Callback`; modules in the current folder are found
+    too."""
+    options: dict[str, Any] = msgspec.field(default_factory=dict)
+    """Arguments of the class."""
+
+    def own_class(self, name: str) -> Any:
+        """The class `target` of the callback `name`. Raises ConfigError where it is no callback, or
+        does not take `options`."""
+        base = "toolkit.train.callbacks.base:Callback"
+        return _own_class(self, base, f"trainer.callbacks.custom.{name}")
+
+
 class CallbacksConfig(Config, kw_only=True):
-    """The trainer's callbacks, called in this order. A new one is a field here and a file."""
+    """The trainer's callbacks, called in this order."""
 
     speed_monitor: SpeedMonitorConfig = SpeedMonitorConfig()
     garbage_collector: GarbageCollectorConfig = GarbageCollectorConfig()
@@ -242,8 +258,12 @@ class CallbacksConfig(Config, kw_only=True):
     checkpointer: CheckpointerConfig = CheckpointerConfig()
     sample_writer: SampleWriterConfig = SampleWriterConfig()
     console_logger: ConsoleLoggerConfig = ConsoleLoggerConfig()
+    custom: dict[str, CustomCallbackConfig] = msgspec.field(default_factory=dict)
+    """Callbacks of your own, by any name."""
 
     def __post_init__(self) -> None:
+        if taken := sorted(set(self.custom) & set(self.__struct_fields__)):
+            raise ValueError(f"custom: {taken[0]} is a callback already; choose another name")
         for name in self.__struct_fields__:
             interval = getattr(getattr(self, name), "interval", 1)
             if interval <= 0:

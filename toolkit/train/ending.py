@@ -4,7 +4,7 @@ written any more, and helpers that died with the request to stop, are its conseq
 import contextlib
 import functools
 import logging
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
 
 from toolkit.checkpoint.folder import saved_steps
 from toolkit.errors import RunError
@@ -12,71 +12,68 @@ from toolkit.launch.failures import Peers
 from toolkit.launch.watchdog import Watchdog
 from toolkit.runs.files import RUN_FILES
 from toolkit.runs.status import FAILURE
-
-if TYPE_CHECKING:
-    from toolkit.train.trainer import Trainer
+from toolkit.train.callbacks.base import Callback
+from toolkit.train.state import TrainState
 
 log = logging.getLogger(__name__)
 
 _BEFORE_THE_STEP = ("waiting for data", "forward and backward")
 
 
-def start_watchdog(trainer: "Trainer", peers: Peers) -> Watchdog | None:
-    """The watchdog of `trainer`, at work; None where the config wants none."""
-    timeout, stop = trainer.config.watchdog_timeout, trainer.stop_request
+def start_watchdog(state: TrainState, peers: Peers) -> Watchdog | None:
+    """The watchdog of this training, at work; None where the config wants none."""
+    timeout, stop = state.config.watchdog_timeout, state.stop_request
     if timeout is None:
         return None
     watchdog = Watchdog(
-        trainer.heartbeat,
+        state.heartbeat,
         peers,
         timeout=timeout,
         has_lost_launcher=lambda: stop.has_lost_launcher,
-        on_hang=lambda message: trainer.run.set_status(
-            "failed", step=trainer.step, message=message, exit_reason="watchdog"
+        on_hang=lambda message: state.run.set_status(
+            "failed", step=state.step, message=message, exit_reason="watchdog"
         ),
     )
     watchdog.start()
     return watchdog
 
 
-def is_part_of_stop(trainer: "Trainer", error: Exception, done: tuple[int, int]) -> bool:
+def is_part_of_stop(state: TrainState, error: Exception, done: tuple[int, int]) -> bool:
     """Whether `error` may be no failure but the stop that was asked for: a signal for the whole
     process group ends compilers, and what a data set started, as well.
 
     The step that it broke off is then undone; `done` are the steps and tokens before it. Not where
     other ranks wait for this one in that step, nor in the middle of the optimizer's work.
     """
-    stop = trainer.stop_request
-    if trainer.environment.world_size > 1 or stop.reason in (None, FAILURE):
+    stop, phase = state.stop_request, state.heartbeat.phase
+    if state.environment.world_size > 1 or stop.reason in (None, FAILURE):
         return False
-    phase = trainer.heartbeat.phase
     if phase == "optimizer step":
         return False
     if phase in _BEFORE_THE_STEP:
-        trainer.step, trainer.tokens = done
+        state.step, state.tokens = done
     log.warning(
         "%s: step %d is left out, since something it needed has ended too (%s: %s)",
         stop.reason, done[0] + 1, type(error).__name__, error,
     )  # fmt: skip
-    return trainer.should_stop()
+    return state.should_stop()
 
 
-def listening(trainer: "Trainer") -> contextlib.AbstractContextManager[None]:
-    """Requests go to the trainer inside the block; the one that ends it at once is noted."""
-    stop = trainer.stop_request
-    stop.speak_last = functools.partial(_break_off, trainer)
-    return stop.listening()
+def listening(state: TrainState) -> contextlib.AbstractContextManager[None]:
+    """Requests go to this training inside the block; the one that ends it at once is noted."""
+    state.stop_request.speak_last = functools.partial(_break_off, state)
+    return state.stop_request.listening()
 
 
-def _break_off(trainer: "Trainer", reason: str) -> str:
+def _break_off(state: TrainState, reason: str) -> str:
     """Say in the status where a second request ended the run; the line for the user."""
-    step, tokens = trainer.step, trainer.tokens
-    if trainer.heartbeat.phase == "forward and backward":
-        step, tokens = step - 1, tokens - trainer.tokens_per_step
-    saved = saved_steps(trainer.run.path(RUN_FILES.checkpoints))
+    step, tokens = state.step, state.tokens
+    if state.heartbeat.phase == "forward and backward":
+        step, tokens = step - 1, tokens - state.tokens_per_step
+    saved = saved_steps(state.run.path(RUN_FILES.checkpoints))
     newest = f"the newest checkpoint is step{saved[-1]}" if saved else "nothing is saved yet"
     line = f"{reason} again: stopped now at step {step}; {newest}"
-    trainer.run.break_off(
+    state.run.break_off(
         "stopped" if saved else "failed",
         step=step,
         tokens=tokens,
@@ -86,32 +83,27 @@ def _break_off(trainer: "Trainer", reason: str) -> str:
     return line
 
 
-def close_after_failure(trainer: "Trainer", message: str) -> None:
+def close_after_failure(state: TrainState, message: str) -> None:
     """Leave the run as failed; nothing raised here takes the place of the failure."""
     try:
-        if trainer.recorder is not None:
-            trainer.recorder.close(flush=False)
+        if state.recorder is not None:
+            state.recorder.close(flush=False)
     finally:
+        place = {"step": state.step, "tokens": state.tokens}
         with contextlib.suppress(RunError):
-            trainer.run.close(
-                "failed",
-                step=trainer.step,
-                tokens=trainer.tokens,
-                message=message,
-                exit_reason="error",
-            )
+            state.run.close("failed", message=message, exit_reason="error", **place)
 
 
-def close_callbacks(trainer: "Trainer") -> None:
+def close_callbacks(state: TrainState, callbacks: Mapping[str, Callback]) -> None:
     """Close what the callbacks and the metrics hold open."""
-    for callback in trainer.callbacks.values():
+    for callback in callbacks.values():
         try:
             callback.close()
         except Exception as error:
             log.warning("%s: %s: %s", type(callback).__name__, type(error).__name__, error)
-    if trainer.streams is not None:
+    if state.streams is not None:
         try:
-            trainer.streams.close()
+            state.streams.close()
         except OSError as error:
-            if trainer.run.find_removal() is None:  # which has been told
+            if state.run.find_removal() is None:  # which has been told
                 log.warning("the last metrics are not on disk: %s", error)

@@ -68,10 +68,7 @@ def sum_batches(
     should_stop: Callable[[], bool] = lambda: False,
 ) -> torch.Tensor | None:
     """Summed loss and number of targets, float64 of shape `(2,)`, on the CPU; None: asked to stop
-    between two batches.
-
-    The device is read once, after the last batch.
-    """
+    between two batches. The device is read once, after the last batch."""
     totals: torch.Tensor | None = None
     for batch in batches:
         if should_stop():
@@ -90,10 +87,7 @@ def evaluate_sets(
     reduce: Callable[[torch.Tensor], Any] = lambda totals: None,
 ) -> dict[str, TokenSums] | None:
     """Sums of every set of validation instances, and where there are several, of all as "val",
-    last; None: asked to stop between two batches.
-
-    `reduce`: adds up, in place, the sums of all ranks of one set.
-    """
+    last; None: asked to stop. `reduce` adds up, in place, the sums of all ranks of one set."""
     found: dict[str, TokenSums] = {}
     for name, loader in loaders.items():
         started = time.perf_counter()

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 
 from toolkit.distributed.environment import TrainingEnvironment
-from toolkit.models.lora_config import LoRAConfig
+from toolkit.models.config import LoRAConfig
 from toolkit.train.adapter_base import BaseCheckpoint
 from toolkit.train.eval_sums import Batch, EvalSums
 
@@ -39,6 +39,20 @@ class TrainModule(ABC):
     """Model, optimizer and loss behind the few calls that the loop makes."""
 
     environment: TrainingEnvironment
+    model_config: Any
+    """The model's own config, stored with its checkpoints; like the optimizer's."""
+    optim_config: Any
+    num_parameters: int
+    """Of the whole model, adapters among them."""
+    trained_names: frozenset[str] | None = None
+    """Canonical names of the parameters that the optimizer trains; None: not told."""
+    adapter_config: LoRAConfig | None = None
+    """The adapter that is trained in the place of the model, stored with its checkpoints."""
+    base: BaseCheckpoint | None = None
+    """Where `base_tensors` were loaded from; stored with checkpoints."""
+    origin: dict[str, Any] | None = None
+    """The model of `transformers` that the weights came from before training, as the checkpoint
+    that was loaded tells it (`extra["source"]`); goes on into checkpoints."""
     kernels: Mapping[str, str] = {}
     """Part of the model -> the kernel that computes it here; recorded with the engine."""
     max_consecutive_skipped_steps: int
@@ -75,11 +89,6 @@ class TrainModule(ABC):
     def flops_per_token(self, sequence_length: int) -> float:
         """Model FLOPs of forward and backward per token."""
 
-    @property
-    @abstractmethod
-    def num_parameters(self) -> int:
-        """Parameters of the whole model, adapters among them."""
-
     @abstractmethod
     def state_tensors(self) -> dict[str, torch.Tensor]:
         """Live weights (`model.*`) and optimizer state (`optim.*`) under canonical names: plain,
@@ -94,30 +103,3 @@ class TrainModule(ABC):
         `state_tensors` does not hold the whole model; what it holds of them is loaded after.
         Empty: it does."""
         return {}
-
-    origin: dict[str, Any] | None = None
-    """The model of `transformers` that the weights came from before training, as the checkpoint
-    that was loaded tells it (`extra["source"]`); goes on into checkpoints."""
-
-    base: BaseCheckpoint | None = None
-    """Where `base_tensors` were loaded from; stored with checkpoints."""
-
-    @property
-    def adapter_config(self) -> LoRAConfig | None:
-        """The adapter that is trained in the place of the model, stored with its checkpoints."""
-        return None
-
-    @property
-    def trained_names(self) -> frozenset[str] | None:
-        """Canonical names of the parameters that the optimizer trains; None: not told."""
-        return None
-
-    @property
-    @abstractmethod
-    def model_config(self) -> Any:
-        """The model's own config, stored with its checkpoints."""
-
-    @property
-    @abstractmethod
-    def optim_config(self) -> Any:
-        """The optimizer's own config, stored with its checkpoints."""

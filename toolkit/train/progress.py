@@ -1,13 +1,15 @@
-"""How far a run has come, and why it does not start again from step 0 by itself. No torch."""
+"""How far a run has come, and what to say where it has no checkpoint to go on from. No torch."""
 
+import difflib
 from pathlib import Path
 
-from toolkit.checkpoint.folder import move_aside, step_folders
+from toolkit.checkpoint.folder import move_aside, saved_steps, step_folder, step_folders
 from toolkit.errors import CheckpointError
 from toolkit.metrics.lines import last_record
 from toolkit.runs.files import RUN_FILES
 from toolkit.runs.status import read_status
 from toolkit.storage.atomic import unused_name
+from toolkit.storage.remote import is_url
 from toolkit.train.config import TrainerConfig
 from toolkit.wording import count
 
@@ -44,6 +46,27 @@ def nothing_left(config: TrainerConfig, last: int, total: int) -> str:
     if last >= total:
         flags.append(f"--trainer.max_duration='{{value: {2 * total}, unit: steps}}'")
     return f"nothing is left: it ends at step {last:,}; to go on, add {' '.join(flags)}"
+
+
+def no_checkpoint(load_path: str) -> str:
+    """That `trainer.load_path` holds none, why, and what to give in its place."""
+    return f"trainer.load_path {load_path}: holds no valid checkpoint{_why_nothing(load_path)}"
+
+
+def _why_nothing(load_path: str) -> str:
+    advice = "; give a run folder or a step{N} folder of one"
+    if is_url(load_path):
+        return advice
+    path = Path(load_path).expanduser()
+    if path.is_dir():
+        is_run = (path / RUN_FILES.status).is_file()
+        return f"; see `toolkit verify {path}`" if is_run else advice
+    if path.exists():
+        return f", it is a file{advice}"
+    steps = [step_folder(path.parent, step).name for step in saved_steps(path.parent)]
+    others = sorted(p.name for p in path.parent.iterdir()) if path.parent.is_dir() else []
+    near = steps or difflib.get_close_matches(path.name, others)
+    return f", there is no such folder{', but ' + ', '.join(near) if near else advice}"
 
 
 def set_run_aside(folder: Path, attempt: int) -> list[str]:

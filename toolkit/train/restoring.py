@@ -1,12 +1,11 @@
-"""The trainer's state from checkpoints: which one, and into place."""
+"""Where training starts: which checkpoint, and its state into place."""
 
 import contextlib
 import logging
 import random
-import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -16,20 +15,19 @@ from toolkit.checkpoint.load import load_everything, load_weights, metadata_of, 
 from toolkit.checkpoint.remote import find_remote_checkpoint, saved_remote_steps
 from toolkit.checkpoint.remote_load import download_newest
 from toolkit.checkpoint.together import run_together
-from toolkit.errors import CheckpointError, ConfigError
+from toolkit.errors import CheckpointError
 from toolkit.runs.files import RUN_FILES
 from toolkit.storage.remote import is_url
 from toolkit.train.adapter_base import check_adapter, describe_base, find_base
 from toolkit.train.config import NO_BASE, TrainerConfig
-from toolkit.train.load_path import no_checkpoint
-from toolkit.train.moments import change_of_training, without_new_moments
-from toolkit.train.progress import none_saved, reached_step, refusal, set_run_aside
-from toolkit.train.python_run import record_config
-
-if TYPE_CHECKING:
-    from toolkit.train.trainer import Trainer
+from toolkit.train.matching import change_of_training, renamed, without_new_moments
+from toolkit.train.progress import no_checkpoint, none_saved, reached_step, refusal, set_run_aside
+from toolkit.train.run_config import log_python_config
+from toolkit.train.state import TrainState
 
 log = logging.getLogger(__name__)
+
+FindRemote = Callable[[str], Path | str | None]
 
 
 class Start(NamedTuple):
@@ -48,24 +46,17 @@ def find_start(
     config: TrainerConfig,
     own: Path,
     find: Callable[[Path], Found] = find_checkpoint,
-    find_remote: Callable[[str], Path | str | None] = lambda url: (
-        find_remote_checkpoint(url).checkpoint
-    ),
+    find_remote: FindRemote = lambda url: find_remote_checkpoint(url).checkpoint,
     *,
     adapts: bool = False,
     reached: int = 0,
 ) -> Start | None:
     """The newest valid checkpoint in `own`, the run's folder of them; else of what the run has
-    uploaded; else of `trainer.load_path`.
-
-    Args:
-        adapts: the run trains an adapter on the model in `load_path`.
-        reached: the last step that the run tells of.
+    uploaded; else of `trainer.load_path`, on whose model a run that `adapts` trains an adapter.
 
     Raises:
-        CheckpointError: the run has trained and none of its own is whole; there is nothing in
-            `load_path`, or it names a step that is damaged; or it is not the base of the run's
-            adapter.
+        CheckpointError: the run tells of a step that it has `reached`, and no checkpoint of its own
+            is whole; `load_path` holds none, or not the base of the run's adapter.
     """
 
     def look(path: str) -> Path | str | None:
@@ -87,6 +78,20 @@ def find_start(
     return None if start is None else start._replace(rejected=rejected)
 
 
+def _find_given(config: TrainerConfig, look: FindRemote, *, adapts: bool) -> Start | None:
+    """What `trainer.load_path` and its neighbours ask for."""
+    if config.load_strategy == "never" or config.load_path is None:
+        if adapts:
+            raise CheckpointError(NO_BASE)
+        return None
+    given = look(config.load_path)
+    if given is not None:
+        return Start(given, weights_only=adapts or config.load_weights_only)
+    if config.load_strategy != "if_available" or adapts:
+        raise CheckpointError(no_checkpoint(config.load_path))
+    return None
+
+
 def reached_by(config: TrainerConfig, folder: Path) -> int:
     """`reached_step`, or of a run folder without checkpoints the last step that was uploaded; one
     rank asks."""
@@ -101,81 +106,63 @@ def first_step(start: Start | None) -> int:
     return 0 if start is None or start.weights_only else metadata_of(start.checkpoint).step
 
 
-def _find_given(
-    config: TrainerConfig, look: Callable[[str], Path | str | None], *, adapts: bool
-) -> Start | None:
-    """What `trainer.load_path` and its neighbours ask for."""
-    if config.load_strategy == "never" or config.load_path is None:
-        if adapts:
-            raise CheckpointError(NO_BASE)
-        return None
-    given = look(config.load_path)
-    if given is not None:
-        return Start(given, weights_only=adapts or config.load_weights_only)
-    if config.load_strategy != "if_available" or adapts:
-        raise CheckpointError(no_checkpoint(config.load_path))
-    return None
-
-
-def restore_trainer(trainer: "Trainer") -> Path | str | None:
-    """Load what `find_start` finds; every rank calls it.
-
-    Raises:
-        CheckpointError: see `find_start`, or it does not fit.
-        TrainingError: a remote folder cannot be reached.
-    """
-    environment, config = trainer.environment, trainer.config
-    place: Any = {"rank": environment.rank, "group": environment.cpu_group}
-
-    def find_remote(url: str) -> Path | str | None:
-        if url == config.callbacks.checkpointer.upload_to:
-            return download_newest(url, trainer.run.path(RUN_FILES.checkpoints), **place)
-        if config.load_in_place:
-            return find_remote_checkpoint(url, **place).checkpoint
-        return download_newest(url, trainer.run.path(RUN_FILES.downloads), **place)
-
-    reached = run_together(
-        lambda: reached_by(config, trainer.run.folder) if environment.is_main else 0,
-        environment.cpu_group,
-        failing=f"{trainer.run.folder}: cannot be continued",
-    )[0]
-    start = find_start(
-        config,
-        trainer.run.path(RUN_FILES.checkpoints),
-        lambda path: find_checkpoint(path, **place),
-        find_remote,
-        adapts=trainer.train_module.adapter_config is not None,
-        reached=reached,
-    )
-    is_own = start is not None and is_inside(
-        start.checkpoint, trainer.run.path(RUN_FILES.checkpoints)
-    )
-    if start is not None:
-        _load(trainer, start, mapping={} if is_own else config.load_key_mapping)
-    if is_own:
-        trainer.saved_step = trainer.step
-    if environment.is_main:
-        if reached > trainer.step and not is_own:
-            kept = set_run_aside(trainer.run.folder, trainer.run.attempt)
-            trainer.run.set_status("running", step=trainer.step, tokens=trainer.tokens)
-            log.warning("started anew; what there was is kept: %s", ", ".join(kept))
-        elif start is not None:
-            set_aside(start.rejected)
-        record_config(trainer)
-    return None if start is None else start.checkpoint
-
-
 def is_inside(checkpoint: Path | str, root: Path) -> bool:
     """Whether `checkpoint` is one of those in the folder `root`."""
     return isinstance(checkpoint, Path) and checkpoint.parent == root
 
 
-def _load(trainer: "Trainer", start: Start, *, mapping: Mapping[str, str]) -> None:
-    environment, module = trainer.environment, trainer.train_module
+def restore_training(state: TrainState) -> Path | str | None:
+    """Load what `find_start` finds, and return it; every rank calls it.
+
+    Raises:
+        CheckpointError: see `find_start`, or it does not fit.
+        TrainingError: a remote folder cannot be reached.
+    """
+    run, environment, config = state.run, state.environment, state.config
+    own = run.path(RUN_FILES.checkpoints)
+    place: Any = {"rank": environment.rank, "group": environment.cpu_group}
+
+    def find_remote(url: str) -> Path | str | None:
+        if url == config.callbacks.checkpointer.upload_to:
+            return download_newest(url, own, **place)
+        if config.load_in_place:
+            return find_remote_checkpoint(url, **place).checkpoint
+        return download_newest(url, run.path(RUN_FILES.downloads), **place)
+
+    reached = run_together(
+        lambda: reached_by(config, run.folder) if state.is_main else 0,
+        environment.cpu_group,
+        failing=f"{run.folder}: cannot be continued",
+    )[0]
+    start = find_start(
+        config,
+        own,
+        lambda path: find_checkpoint(path, **place),
+        find_remote,
+        adapts=state.train_module.adapter_config is not None,
+        reached=reached,
+    )
+    is_own = start is not None and is_inside(start.checkpoint, own)
+    if start is not None:
+        _load(state, start, mapping={} if is_own else config.load_key_mapping)
+    if is_own:
+        state.saved_step = state.step
+    if state.is_main:
+        if reached > state.step and not is_own:
+            kept = set_run_aside(run.folder, run.attempt)
+            run.set_status("running", step=state.step, tokens=state.tokens)
+            log.warning("started anew; what there was is kept: %s", ", ".join(kept))
+        elif start is not None:
+            set_aside(start.rejected)
+        log_python_config(state)
+    return None if start is None else start.checkpoint
+
+
+def _load(state: TrainState, start: Start, *, mapping: Mapping[str, str]) -> None:
+    environment, module = state.environment, state.train_module
     checkpoint, group = start.checkpoint, environment.cpu_group
-    base_weights = module.base_tensors()
-    if base_weights:
-        _load_base(trainer, start, base_weights)
+    if base_weights := module.base_tensors():
+        _load_base(state, start, base_weights)
     if not start.weights_only:
         stored = run_together(
             lambda: shapes_of(checkpoint) if environment.is_main else {},
@@ -183,16 +170,16 @@ def _load(trainer: "Trainer", start: Start, *, mapping: Mapping[str, str]) -> No
             failing=f"{checkpoint}: cannot be loaded",
         )[0]
         tensors = without_new_moments(renamed(module.state_tensors(), mapping), stored)
-        metadata, state = load_everything(
+        metadata, saved = load_everything(
             checkpoint, tensors=tensors, rank=environment.rank, group=group
         )
         if environment.is_main and module.trained_names is not None and not mapping:
             for line in change_of_training(stored, module.trained_names):
                 log.info("%s", line)
         with usable_state(checkpoint):
-            trainer.load_state_dict(state["trainer"])
+            state.load_state_dict(saved["trainer"])
             if metadata.world_size == environment.world_size:
-                _set_rng_state(state["rng"])
+                _set_rng_state(saved["rng"])
         module.origin = metadata.extra.get("source")
     elif not base_weights:
         tensors = renamed(module.state_tensors(), mapping)
@@ -200,16 +187,13 @@ def _load(trainer: "Trainer", start: Start, *, mapping: Mapping[str, str]) -> No
         load_weights(checkpoint, weights, group)
         module.origin = metadata_of(checkpoint).extra.get("source")
     module.state_filled()
-    log.info("loaded %s (step %d)", checkpoint, trainer.step)
+    log.info("loaded %s (step %d)", checkpoint, state.step)
 
 
 @contextlib.contextmanager
 def usable_state(checkpoint: Path | str) -> Iterator[None]:
-    """Around the use of a rank's state, which may be anything.
-
-    Raises:
-        CheckpointError: it is not what a trainer saves.
-    """
+    """Raises CheckpointError where the block finds that a rank's state, which may be anything, is
+    not what a trainer saves."""
     try:
         yield
     except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
@@ -218,57 +202,15 @@ def usable_state(checkpoint: Path | str) -> Iterator[None]:
         ) from error
 
 
-def _load_base(trainer: "Trainer", start: Start, weights: dict[str, torch.Tensor]) -> None:
+def _load_base(state: TrainState, start: Start, weights: dict[str, torch.Tensor]) -> None:
     """Fill what the run's own checkpoints do not hold."""
     base = start.checkpoint if start.weights_only else start.base
     assert base is not None, "adapters are loaded with their base"
-    module = trainer.train_module
+    module = state.train_module
     check_adapter(base, metadata_of(base), module.adapter_config, weights_only=True)
-    load_weights(
-        base, renamed(weights, trainer.config.load_key_mapping), trainer.environment.cpu_group
-    )
+    weights = renamed(weights, state.config.load_key_mapping)
+    load_weights(base, weights, state.environment.cpu_group)
     module.base = describe_base(base)
-
-
-def renamed(
-    tensors: dict[str, torch.Tensor], mapping: Mapping[str, str]
-) -> dict[str, torch.Tensor]:
-    """`tensors` (`model.<name>`, `optim.<name>.<key>`) under the names a checkpoint has.
-
-    Args:
-        mapping: regular expression over this model's parameter names -> replacement, in which `\\1`
-            is the first group; applied in order.
-
-    Raises:
-        ConfigError: a pattern is not a regular expression or matches no parameter, or two tensors
-            get one name.
-    """
-    result = dict(tensors)
-    for pattern, replacement in mapping.items():
-        try:
-            expression = re.compile(pattern)
-            changed = {key: _rename(key, expression, replacement) for key in result}
-        except re.error as error:
-            raise ConfigError(
-                f"trainer.load_key_mapping: {pattern!r} -> {replacement!r}: {error}"
-            ) from None
-        if all(old == new for old, new in changed.items()):
-            raise ConfigError(
-                f"trainer.load_key_mapping: {pattern!r} changes the name of no parameter"
-            )
-        if len(set(changed.values())) < len(changed):
-            raise ConfigError(f"trainer.load_key_mapping: {pattern!r} gives two tensors one name")
-        result = {changed[key]: tensor for key, tensor in result.items()}
-    return result
-
-
-def _rename(key: str, expression: re.Pattern[str], replacement: str) -> str:
-    kind, _, name = key.partition(".")
-    suffix = ""
-    if kind == "optim":
-        name, dot, slot = name.rpartition(".")
-        suffix = dot + slot
-    return f"{kind}.{expression.sub(replacement, name)}{suffix}"
 
 
 def _set_rng_state(state: dict[str, Any]) -> None:

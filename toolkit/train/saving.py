@@ -1,4 +1,4 @@
-"""Saving a trainer: at once, or in a background thread while training goes on.
+"""Saving training: at once, or in a background thread while it goes on.
 
 An asynchronous save stops training only to copy this rank's part of the state into host memory. A
 thread of each rank then writes, and the ranks commit together over a process group of their own. At
@@ -7,13 +7,12 @@ most one save is in flight; the next waits for it.
 
 import importlib.metadata
 import logging
-import math
 import random
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from pkgutil import resolve_name
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import msgspec
 import torch
@@ -21,32 +20,27 @@ import torch
 from toolkit.checkpoint.commit import Save, write_checkpoint
 from toolkit.checkpoint.folder import Kind
 from toolkit.checkpoint.save_plan import Resolve, ShardWriter
+from toolkit.config.named import named
 from toolkit.errors import RunError, ToolkitError, TrainingError
 from toolkit.launch.failures import LostPeerError
 from toolkit.runs.files import RUN_FILES
 from toolkit.storage.atomic import new_output
 from toolkit.threads import Thread
-
-if TYPE_CHECKING:
-    from toolkit.train.module import TrainModule
-    from toolkit.train.trainer import Trainer
+from toolkit.train.module import TrainModule
+from toolkit.train.scores import scores_at
+from toolkit.train.state import TrainState
 
 log = logging.getLogger(__name__)
 
 _VERSIONED = ("torch", "accelerate", "deepspeed", "numpy")
 
-_NOT_SCORES = ("step", "tokens", "time", "seconds", "num_targets")
-
 
 class TrainerSaver:
-    """Commits checkpoints of `trainer`; all ranks call its methods at the same steps.
+    """Commits checkpoints; all ranks call its methods at the same steps. `after_commit` is called
+    with each committed folder, on all ranks, in the thread that wrote it."""
 
-    Args:
-        after_commit: called with each committed folder, on all ranks, in the thread that wrote it.
-    """
-
-    def __init__(self, trainer: "Trainer", after_commit: Callable[[Path], None]) -> None:
-        self._trainer = trainer
+    def __init__(self, state: TrainState, after_commit: Callable[[Path], None]) -> None:
+        self._state = state
         self._after_commit = after_commit
         self._shards: ShardWriter | None = None
         self._thread: Thread | None = None
@@ -66,13 +60,7 @@ class TrainerSaver:
         self._write(save, shards.live(tensors))
 
     def begin_save(self, *, kind: Kind = "permanent") -> None:
-        """Start committing a checkpoint of the current step; return when the state is copied.
-
-        What goes wrong later is in `take_error`.
-
-        Raises:
-            RunError: another process has taken the run over; nothing is written.
-        """
+        """`save`, but return when the state is copied; `take_error` tells what goes wrong later."""
         self.wait()
         save, shards, tensors = self._begin(kind, export_hf=False)
         resolve = shards.copy(tensors)
@@ -105,42 +93,42 @@ class TrainerSaver:
     def _begin(
         self, kind: Kind, *, export_hf: bool
     ) -> tuple[Save, ShardWriter, dict[str, torch.Tensor]]:
-        trainer = self._trainer
-        _check_owner(trainer)
-        _keep_tokenizer(trainer)
-        environment, module = trainer.environment, trainer.train_module
-        flush = trainer.recorder.begin_flush(lambda: trainer.skipped_in_a_row)
-        state = {"trainer": trainer.state_dict(), "rng": _rng_state()}
+        state = self._state
+        _check_owner(state)
+        _keep_tokenizer(state)
+        environment, module = state.environment, state.train_module
+        flush = state.recorder.begin_flush(lambda: state.skipped_in_a_row)
+        rank_state = {"trainer": state.state_dict(), "rng": _rng_state()}
 
-        def rank_state() -> dict[str, Any]:
-            state["trainer"]["skipped_in_a_row"] = flush.wait()
-            return state
+        def flushed_rank_state() -> dict[str, Any]:
+            rank_state["trainer"]["skipped_in_a_row"] = flush.wait()
+            return rank_state
 
         if self._shards is None:
             self._shards = ShardWriter(environment.checkpoint_group)
+        extra = {
+            "model": msgspec.to_builtins(module.model_config),
+            "optim": msgspec.to_builtins(module.optim_config),
+            "data": state.train_loader.state_dict(),
+            "versions": {name: importlib.metadata.version(name) for name in _VERSIONED},
+            **({"source": module.origin} if module.origin is not None else {}),
+            **_adapter(module),
+        }
         save = Save(
-            root=trainer.run.path(RUN_FILES.checkpoints),
-            step=trainer.step,
-            tokens=trainer.tokens,
+            root=state.run.path(RUN_FILES.checkpoints),
+            step=state.step,
+            tokens=state.tokens,
             engine=environment.layout.name,
             kind=kind,
-            scores=_scores(trainer.last_eval, trainer.step),
-            rank_state=rank_state,
-            extra={
-                "model": msgspec.to_builtins(module.model_config),
-                "optim": msgspec.to_builtins(module.optim_config),
-                "data": trainer.train_loader.state_dict(),
-                "versions": {name: importlib.metadata.version(name) for name in _VERSIONED},
-                **({"source": module.origin} if module.origin is not None else {}),
-                **_adapter(module),
-            },
-            export=(lambda unfinished: _export_hf(trainer, unfinished)) if export_hf else None,
+            scores=scores_at(state.step, state.last_eval),
+            rank_state=flushed_rank_state,
+            extra=extra,
+            export=partial(_export_hf, state, extra=extra) if export_hf else None,
         )
         return save, self._shards, module.state_tensors()
 
     def _write(self, save: Save, resolve: Resolve) -> None:
-        trainer = self._trainer
-        environment = trainer.environment
+        state, environment = self._state, self._state.environment
         assert self._shards is not None, "begun"
         started = time.monotonic()
         folder = write_checkpoint(
@@ -150,51 +138,39 @@ class TrainerSaver:
             rank=environment.rank,
             group=environment.checkpoint_group,
         )
-        trainer.saved_step = save.step
-        trainer.stop_request.allow_for(time.monotonic() - started)
-        trainer.run.set_status("running", step=save.step, tokens=save.tokens)
+        state.saved_step = save.step
+        state.stop_request.allow_for(time.monotonic() - started)
+        state.run.set_status("running", step=save.step, tokens=save.tokens)
         log.info("checkpoint: %s", folder)
         self._after_commit(folder)
 
 
-def _check_owner(trainer: "Trainer") -> None:
+def _check_owner(state: TrainState) -> None:
     """A process that was suspended and lost the run must not touch what its new owner writes."""
     refusal: RunError | None = None
     try:
-        trainer.run.check_owner()
-        refusal = trainer.run.find_removal()
+        state.run.check_owner()
+        refusal = state.run.find_removal()
     except RunError as error:
         refusal = error
-    everywhere = trainer.environment.broadcast(refusal)
+    everywhere = state.environment.broadcast(refusal)
     if everywhere is not None:  # rank 0 says it
         raise refusal if refusal is not None else LostPeerError(str(everywhere))
 
 
-def _keep_tokenizer(trainer: "Trainer") -> None:
+def _keep_tokenizer(state: TrainState) -> None:
     """Copy the tokenizer into the run folder, once: data may be gone when the model is used."""
-    source, kept = trainer.train_loader.tokenizer_folder, trainer.run.path(RUN_FILES.tokenizer)
-    if not trainer.environment.is_main or source is None or not source.is_dir() or kept.is_dir():
+    source, kept = state.train_loader.tokenizer_folder, state.run.path(RUN_FILES.tokenizer)
+    if not state.is_main or source is None or not source.is_dir() or kept.is_dir():
         return
     try:
         with new_output(kept) as unfinished:
-            resolve_name("toolkit.hf.tokenizer_files:copy_tokenizer")(source, unfinished)
+            named("toolkit.hf.tokenizer_files:copy_tokenizer")(source, unfinished)
     except (OSError, ToolkitError) as error:
         log.warning("the tokenizer is not in the run folder: %s", error)
 
 
-def _scores(evaluation: dict[str, Any] | None, step: int) -> dict[str, float]:
-    """Results of an evaluation at `step` that are numbers, as "val/loss"."""
-    if evaluation is None or evaluation["step"] != step:
-        return {}
-    name = evaluation["name"]
-    return {
-        f"{name}/{key}": float(value)
-        for key, value in evaluation.items()
-        if isinstance(value, int | float) and math.isfinite(value) and key not in _NOT_SCORES
-    }
-
-
-def _adapter(module: "TrainModule") -> dict[str, Any]:
+def _adapter(module: TrainModule) -> dict[str, Any]:
     """What says that a checkpoint holds an adapter, and on which model."""
     if module.adapter_config is None:
         return {}
@@ -204,17 +180,11 @@ def _adapter(module: "TrainModule") -> dict[str, Any]:
     }
 
 
-def _export_hf(trainer: "Trainer", unfinished: Path) -> None:
+def _export_hf(state: TrainState, unfinished: Path, extra: dict[str, Any]) -> None:
     """`hf/` of a checkpoint, from the tensors just written."""
-    module, folder = trainer.train_module, trainer.train_loader.tokenizer_folder
-    resolve_name("toolkit.hf.export:export_checkpoint")(
-        unfinished,
-        module.model_config,
-        lora=module.adapter_config,
-        base=None if module.base is None else msgspec.to_builtins(module.base),
-        origin=module.origin,
-        tokenizer_folder=folder if folder is not None and folder.is_dir() else None,
-    )
+    folder = state.train_loader.tokenizer_folder
+    tokenizer = folder if folder is not None and folder.is_dir() else None
+    named("toolkit.hf.export:export_checkpoint")(unfinished, extra, tokenizer_folder=tokenizer)
 
 
 def _rng_state() -> dict[str, Any]:

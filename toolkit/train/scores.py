@@ -1,5 +1,6 @@
-"""The results of evaluations, by the names that `checkpointer.best_metric` uses."""
+"""The results of evaluations, by the names that `checkpointer.best_metric` uses ("val/loss")."""
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -9,23 +10,27 @@ from toolkit.train.config import TrainerConfig
 _WHERE = "trainer.callbacks.checkpointer"
 _TOTAL = "val"
 """All sets together, where there are several."""
+_NOT_SCORES = ("step", "tokens", "time", "seconds", "num_targets")
+
+
+def scores_at(step: int, evaluation: Mapping[str, Any] | None) -> dict[str, float]:
+    """Results of `evaluation`, if it was at `step`, that are numbers; kept with a checkpoint."""
+    if evaluation is None or evaluation["step"] != step:
+        return {}
+    return {
+        f"{evaluation['name']}/{key}": float(value)
+        for key, value in evaluation.items()
+        if isinstance(value, int | float) and math.isfinite(value) and key not in _NOT_SCORES
+    }
 
 
 def check_best_metric(config: TrainerConfig, loaders: Mapping[str, Any]) -> None:
-    """Check that the evaluations on `loaders` give what `best_metric` names.
-
-    Raises:
-        ConfigError: naming what they give.
-    """
+    """Raise ConfigError where no evaluation on `loaders` gives what `best_metric` names."""
     _check(config, {name: bool(loader.bytes_per_token) for name, loader in loaders.items()})
 
 
 def check_best_metric_early(config: TrainerConfig, sets: Iterable[str]) -> None:
-    """The same before the data is there, with all `sets` that there may be.
-
-    Raises:
-        ConfigError: naming what evaluations may give.
-    """
+    """`check_best_metric` before the data is there, with all `sets` that there may be."""
     _check(config, dict.fromkeys(sets, True))
 
 
@@ -39,20 +44,15 @@ def _check(config: TrainerConfig, knows_bytes: Mapping[str, bool]) -> None:
             f"{_WHERE}.keep_best: no evaluation runs (trainer.no_evals, or "
             "trainer.callbacks.lm_evaluator.enabled), so none is best; leave one of the two out"
         )
-    names = _score_names(knows_bytes)
+    if len(knows_bytes) > 1:
+        knows_bytes = {**knows_bytes, _TOTAL: all(knows_bytes.values())}
+    names = [
+        f"{name}/{key}"
+        for name, has_bytes in knows_bytes.items()
+        for key in ("loss", "ppl", *(["bits_per_byte"] if has_bytes else []))
+    ]
     if (checkpointer.keep_best or is_asked) and checkpointer.best_metric not in names:
         there = f"there are {', '.join(names)}" if names else "there are no validation rows"
         raise ConfigError(
             f"{_WHERE}.best_metric: no evaluation gives {checkpointer.best_metric!r}; {there}"
         )
-
-
-def _score_names(knows_bytes: Mapping[str, bool]) -> list[str]:
-    """As `train/saving.py` keeps them with a checkpoint."""
-    if len(knows_bytes) > 1:
-        knows_bytes = {**knows_bytes, _TOTAL: all(knows_bytes.values())}
-    return [
-        f"{name}/{key}"
-        for name, has_bytes in knows_bytes.items()
-        for key in ("loss", "ppl", *(["bits_per_byte"] if has_bytes else []))
-    ]

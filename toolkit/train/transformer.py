@@ -19,15 +19,12 @@ from toolkit.distributed.materialize import materialize
 from toolkit.distributed.prepare import prepare_engine
 from toolkit.errors import ConfigError, TrainingError
 from toolkit.metrics.norms import layer_norms, layer_of, to_norms
-from toolkit.models.freeze import choose_trained
 from toolkit.models.init import canonical_parameters
-from toolkit.models.kernel_record import kernel_record
-from toolkit.models.labels import shift_labels
-from toolkit.models.lora import is_trained
-from toolkit.models.lora_config import LoRAConfig
-from toolkit.models.loss import IGNORE_INDEX
-from toolkit.models.parameters import flops_per_token, is_adapter
-from toolkit.models.router_loss import RouterSums
+from toolkit.models.kernels import kernel_record
+from toolkit.models.lora import choose_trained
+from toolkit.models.loss import IGNORE_INDEX, shift_labels
+from toolkit.models.parameters import flops_per_token, is_adapter, is_trained
+from toolkit.models.router import RouterSums
 from toolkit.train.config import TransformerTrainModuleConfig
 from toolkit.train.eval_sums import Batch, EvalSums
 from toolkit.train.module import Metric, Progress, TrainModule
@@ -53,10 +50,14 @@ class TransformerTrainModule(TrainModule):
     ) -> None:
         self.config = config
         self.environment = environment or single_environment(precision=config.precision)
-        self._model_config: Any = getattr(model, "config")  # noqa: B009 (modules type it Tensor)
+        self.model_config: Any = getattr(model, "config")  # noqa: B009 (modules type it Tensor)
+        self.optim_config, self.adapter_config = config.optim, config.lora
         num_parameters = sum(p.numel() for p in model.parameters())
-        assert num_parameters == self._model_config.num_parameters, "parameter count mismatch"
+        assert num_parameters == self.model_config.num_parameters, "parameter count mismatch"
         self._parameters = choose_trained(model, freeze=config.freeze, lora=config.lora)
+        self.num_parameters = self._parameters.num_parameters
+        infos = self._parameters.infos.items()
+        self.trained_names = frozenset(name for name, info in infos if info.is_trained)
         if self.environment.is_main and (config.freeze or config.lora is not None):
             log.info("%s", self._parameters)
         materialize(
@@ -147,28 +148,8 @@ class TransformerTrainModule(TrainModule):
         return norms
 
     def flops_per_token(self, sequence_length: int) -> float:
-        model = self._model_config.to_transformer()
+        model = self.model_config.to_transformer()
         return flops_per_token(model, self._parameters, sequence_length)
-
-    @property
-    def num_parameters(self) -> int:
-        return self._parameters.num_parameters
-
-    @property
-    def trained_names(self) -> frozenset[str]:
-        return frozenset(n for n, info in self._parameters.infos.items() if info.is_trained)
-
-    @property
-    def model_config(self) -> Any:
-        return self._model_config
-
-    @property
-    def optim_config(self) -> Any:
-        return self.config.optim
-
-    @property
-    def adapter_config(self) -> LoRAConfig | None:
-        return self.config.lora
 
     def state_tensors(self) -> dict[str, torch.Tensor]:
         tensors, lora = self.engine.state_tensors(), self.config.lora
@@ -191,14 +172,13 @@ class TransformerTrainModule(TrainModule):
 
     def _kernels(self) -> dict[str, str]:
         is_bf16 = self.environment.layout.precision == "bf16"
-        names = {name for name, info in self._parameters.infos.items() if info.is_trained}
         return kernel_record(
-            self._model_config.to_transformer(),
+            self.model_config.to_transformer(),
             self.environment.device,
             torch.bfloat16 if is_bf16 else torch.float32,
             is_compiled=self.config.compile_model,
             has_z_loss=self._z_loss != 0.0,
-            trains_head_alone=names == {"head.weight"},
+            trains_head_alone=self.trained_names == {"head.weight"},
         )
 
     def _check_gradients(self) -> None:

@@ -103,7 +103,7 @@ class DecodedPiece(msgspec.Struct, frozen=True):
 def target_mask(rows: Rows) -> np.ndarray:
     """Which tokens the loss asks for, bool of the shape `(rows, seq)` of `input_ids`.
 
-    The same as `toolkit.models.labels.shift_labels`, asked from the other side: labels are
+    The same as `toolkit.models.loss.shift_labels`, asked from the other side: labels are
     shifted inside a row, so nothing predicts its first token, nor the first of a document where
     attention stays inside documents.
     """

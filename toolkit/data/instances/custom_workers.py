@@ -2,12 +2,10 @@
 
 import contextlib
 import functools
-import importlib
 import inspect
 import itertools
 import multiprocessing
 import os
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -16,6 +14,7 @@ from typing import Any, Literal
 import msgspec
 
 from toolkit import signals
+from toolkit.config.named import users_class
 from toolkit.data.config import CustomDatasetConfig
 from toolkit.errors import ConfigError, DataError, ToolkitError
 from toolkit.parents import end_with_parent
@@ -125,28 +124,8 @@ def _worker_items(numbers: Sequence[int]) -> list[Any]:
 
 
 def load_class(config: CustomDatasetConfig) -> Callable[..., Any]:
-    """Import `config.target`; the current folder is looked in too.
-
-    Raises:
-        ConfigError: there is no such module or name, or it is no class.
-    """
-    module_name, _, name = config.target.partition(":")
-    if not module_name or not name:
-        raise ConfigError(f"dataset.custom.target: write it as module:Class, not {config.target!r}")
-    here = os.getcwd()
-    if here not in sys.path:
-        sys.path.insert(0, here)
-    try:
-        found = getattr(importlib.import_module(module_name), name)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(f"dataset.custom.target {config.target}: {error}") from None
-    except Exception as error:
-        raise ConfigError(
-            f"dataset.custom.target {config.target}: importing {module_name} fails: "
-            f"{type(error).__name__}: {error}"
-        ) from error
-    if not callable(found):
-        raise ConfigError(f"dataset.custom.target {config.target}: is no class: {found!r:.80}")
+    """The class `config.target`. Raises ConfigError: there is none."""
+    found: Callable[..., Any] = users_class(config.target, key="dataset.custom.target")
     return found
 
 

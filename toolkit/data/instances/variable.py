@@ -4,7 +4,8 @@ Dataset decomposition (Pouransari et al. 2024, "Dataset Decomposition: Faster LL
 Variable Sequence Length Curriculum"): a document of n tokens becomes as many rows of
 `sequence_length` as fit, then one row for each power of two in what is left, the greatest first,
 down to `min_sequence_length`. So every row is of one document, nothing is padded, and only rests
-shorter than the shortest row are dropped. In what order rows are read: `variable_order.py`.
+shorter than the shortest row are dropped. In what order rows are read:
+`VariableOrder`.
 """
 
 import bisect
@@ -22,8 +23,6 @@ from toolkit.data.order.batches import Segment
 from toolkit.data.order.stream import KeyedPermutation
 from toolkit.data.tokens.prepared import PreparedDataset, Split
 from toolkit.errors import ConfigError, DataError
-
-__all__ = ["VariableDataset", "VariableOrder"]
 
 
 class VariableDataset(PlannedInstances):
@@ -141,8 +140,7 @@ Curriculum = Literal["natural", "grow", "shrink"]
 
 
 class VariableOrder:
-    """Which instances make up global batch n, a pure function of (fingerprint, seed, n) and the
-    settings, in constant time and memory.
+    """A `BatchOrder` of batches of one size in tokens, in constant time and memory.
 
     A batch has rows of one length, as many as `global_batch_size` tokens give. In each epoch, the
     rows of a bucket are permuted anew and cut into batches; those that do not fill a last batch are
@@ -158,9 +156,10 @@ class VariableOrder:
     Attributes:
         steps_per_epoch: whole global batches in one pass over the data.
         dropped_instances: instances that one epoch leaves out.
-        dropped_tokens: their tokens.
         settings: the curriculum, in a word or two.
     """
+
+    is_uniform = False
 
     def __init__(
         self,
@@ -172,6 +171,7 @@ class VariableOrder:
         curriculum: Curriculum = "grow",
         num_cycles: int = 8,
         shuffle: bool = True,
+        batch_instances: int = 1,
     ) -> None:
         """
         Args:
@@ -179,6 +179,7 @@ class VariableOrder:
             global_batch_size: tokens of each batch.
             shuffle: False: rows of each bucket in file order, and with `natural` the buckets one
                 after the other; every epoch the same.
+            batch_instances: rows of `dataset.sequence_length` tokens in a batch.
 
         Raises:
             ConfigError: `global_batch_size` is not a multiple of every length.
@@ -191,6 +192,7 @@ class VariableOrder:
                     f"of {bucket.length} tokens (dataset.instances of type variable); make it a "
                     "multiple of dataset.sequence_length"
                 )
+        self.segments = (Segment(0, 0, batch_instances),)
         self._buckets = list(buckets)
         self._rows = [global_batch_size // bucket.length for bucket in buckets]
         self._batches = [
@@ -204,13 +206,9 @@ class VariableOrder:
                 f"{global_batch_size}: no row length has that many tokens (rows: {have}); make it "
                 "or dataset.instances.min_sequence_length smaller, or give more text"
             )
-        dropped = [
+        self.dropped_instances = sum(
             bucket.num_instances - batches * rows
             for bucket, batches, rows in zip(buckets, self._batches, self._rows, strict=True)
-        ]
-        self.dropped_instances = sum(dropped)
-        self.dropped_tokens = sum(
-            number * bucket.length for number, bucket in zip(dropped, buckets, strict=True)
         )
         self.settings = curriculum if curriculum == "natural" else f"{curriculum} x {num_cycles}"
         self._key = f"{fingerprint}:{seed}"
@@ -269,24 +267,10 @@ class VariableOrder:
         """How many of a bucket's batches come before `cycle`."""
         return batches * cycle // self._num_cycles
 
-
-class VariableBatches:
-    """`VariableOrder` as a `BatchOrder`: its batches have one size, in tokens."""
-
-    is_uniform = False
-
-    def __init__(self, order: VariableOrder, batch_instances: int) -> None:
-        """`batch_instances`: rows of the longest length in a batch."""
-        self._order = order
-        self.segments = (Segment(0, 0, batch_instances),)
-        self.steps_per_epoch = order.steps_per_epoch
-        self.dropped_instances = order.dropped_instances
-        self.settings = order.settings
-
     def indices(self, first_batch: int, num_batches: int = 1) -> np.ndarray:
         """See `BatchOrder`; one batch at a time, as the next one's rows have another length."""
         assert num_batches == 1, "rows of several lengths are not read together"
-        return self._order.batch(first_batch)[None]
+        return self.batch(first_batch)[None]
 
     def batches_in_segment(self, first_batch: int, num_batches: int) -> int:
         """See `BatchOrder`."""
@@ -306,7 +290,7 @@ class VariableBatches:
 
     def resized(
         self, segments: Sequence[Segment], batch: int, batch_instances: int
-    ) -> "VariableBatches":
+    ) -> "VariableOrder":
         """See `BatchOrder`."""
         if [tuple(s) for s in segments] != [(0, 0, batch_instances)]:
             raise ConfigError(

@@ -5,6 +5,7 @@ from typing import Any
 from toolkit.hf.families.parts import (
     ATTENTION_BIAS,
     INIT_STD,
+    SIZES,
     WHOLE_HEADS,
     activation,
     always,
@@ -38,15 +39,13 @@ GPT2 = Family(
         required("scale_attn_by_inverse_layer_idx", False),
         required("add_cross_attention", False),
         renamed(
-            {
-                "vocab_size": "vocab_size",
-                "max_sequence_length": "n_positions",
-                "d_model": "n_embd",
-                "num_layers": "n_layer",
-                "num_heads": "n_head",
-                "norm_eps": "layer_norm_epsilon",
-                "tie_embeddings": "tie_word_embeddings",
-            }
+            vocab_size="vocab_size",
+            max_sequence_length="n_positions",
+            d_model="n_embd",
+            num_layers="n_layer",
+            num_heads="n_head",
+            norm_eps="layer_norm_epsilon",
+            tie_embeddings="tie_word_embeddings",
         ),
         Part(_read_inner_size, _write_inner_size),
         activation("activation_function", "gelu", "gelu_exact"),
@@ -88,19 +87,8 @@ GPT_NEOX = Family(
     "GPTNeoXForCausalLM",
     parts=(
         WHOLE_HEADS,
-        renamed(
-            {
-                "vocab_size": "vocab_size",
-                "d_model": "hidden_size",
-                "intermediate_size": "intermediate_size",
-                "num_layers": "num_hidden_layers",
-                "num_heads": "num_attention_heads",
-                "max_sequence_length": "max_position_embeddings",
-                "norm_eps": "layer_norm_eps",
-                "parallel_residual": "use_parallel_residual",
-                "tie_embeddings": "tie_word_embeddings",
-            }
-        ),
+        SIZES,
+        renamed(norm_eps="layer_norm_eps", parallel_residual="use_parallel_residual"),
         activation("hidden_act", "gelu", "gelu_exact"),
         ATTENTION_BIAS,
         INIT_STD,

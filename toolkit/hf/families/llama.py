@@ -14,6 +14,7 @@ from toolkit.hf.families.parts import (
     INIT_STD,
     LAYER_TYPES,
     ONE_WINDOW,
+    SIZES,
     UNUSUAL_HEAD_DIM,
     WHOLE_HEADS,
     activation,
@@ -27,25 +28,14 @@ from toolkit.hf.families.parts import (
 )
 from toolkit.hf.families.rope import ROPE, only_newer, read_rope, rope_by_kind, write_rope
 from toolkit.hf.family import Family, Part, Settings
+from toolkit.models.architecture import LinearRopeConfig
 from toolkit.models.config import TransformerConfig
-from toolkit.models.rope_config import LinearRopeConfig
 
 _INV_FREQ = (r".*\.rotary_emb\.inv_freq",)
 
 _BASE = (
-    renamed(
-        {
-            "vocab_size": "vocab_size",
-            "d_model": "hidden_size",
-            "intermediate_size": "intermediate_size",
-            "num_layers": "num_hidden_layers",
-            "num_heads": "num_attention_heads",
-            "num_key_value_heads": "num_key_value_heads",
-            "max_sequence_length": "max_position_embeddings",
-            "norm_eps": "rms_norm_eps",
-            "tie_embeddings": "tie_word_embeddings",
-        }
-    ),
+    SIZES,
+    renamed(num_key_value_heads="num_key_value_heads", norm_eps="rms_norm_eps"),
     INIT_STD,
     without_effect("attention_dropout"),
     always(norm="rms_norm", positions="rope"),
@@ -82,7 +72,7 @@ LLAMA = Family(
         *SHARED,
         ROPE,
         ATTENTION_BIAS,
-        renamed({"head_dim": "head_dim", "feed_forward_bias": "mlp_bias"}),
+        renamed(head_dim="head_dim", feed_forward_bias="mlp_bias"),
         without_effect("pretraining_tp"),
     ),
     block=PROJECTIONS | PRE_NORMS,
@@ -283,12 +273,7 @@ _GEMMA = (
     Part(_read_gemma, _write_gemma),
     HEAD_DIM,
     ATTENTION_BIAS,
-    renamed(
-        {
-            "attention_soft_cap": "attn_logit_softcapping",
-            "logit_soft_cap": "final_logit_softcapping",
-        }
-    ),
+    renamed(attention_soft_cap="attn_logit_softcapping", logit_soft_cap="final_logit_softcapping"),
     LAYER_TYPES,
     always(norm_weight_offset=1.0, norm_placement="sandwich"),
 )

@@ -5,8 +5,8 @@ from typing import Any, get_args
 
 from toolkit.errors import CheckpointError
 from toolkit.hf.family import Part, Settings
-from toolkit.models.config import AttentionKind, TransformerConfig
-from toolkit.models.moe_config import MoEConfig
+from toolkit.models.architecture import AttentionKind, MoEConfig
+from toolkit.models.config import TransformerConfig
 
 _DEFAULT_INIT_STD = 0.02
 
@@ -31,8 +31,8 @@ _FILLED_IN = {
 """Our fields with a default, and where it is filled in."""
 
 
-def renamed(names: dict[str, str]) -> Part:
-    """Fields that differ in their names alone, ours -> theirs."""
+def renamed(**names: str) -> Part:
+    """Fields that differ in their names alone: ours="theirs"."""
     return Part(
         lambda settings: {ours: settings.take(theirs) for ours, theirs in names.items()},
         lambda config: {
@@ -51,14 +51,14 @@ def without_effect(*names: str) -> Part:
     return _checked(lambda settings: settings.without_effect(*names))
 
 
+def no_dropout(*names: str) -> Part:
+    """`without_effect`, for fields whose default is not 0."""
+    return Part(without_effect(*names).read, lambda config: dict.fromkeys(names, 0.0))
+
+
 def ignored(*names: str) -> Part:
     """Fields of classes that share this config and have another head."""
     return _checked(lambda settings: [settings.take(name, None) for name in names])
-
-
-def no_dropout(*names: str) -> Part:
-    """The same, for fields whose default is not 0."""
-    return Part(without_effect(*names).read, lambda config: dict.fromkeys(names, 0.0))
 
 
 def required(name: str, *allowed: Any) -> Part:
@@ -94,6 +94,16 @@ def _check_whole_heads(settings: Settings) -> None:
         )
 
 
+SIZES = renamed(
+    vocab_size="vocab_size",
+    d_model="hidden_size",
+    intermediate_size="intermediate_size",
+    num_layers="num_hidden_layers",
+    num_heads="num_attention_heads",
+    max_sequence_length="max_position_embeddings",
+    tie_embeddings="tie_word_embeddings",
+)
+
 WHOLE_HEADS = _checked(_check_whole_heads)
 """For classes that ask for it, though their heads may have another width."""
 
@@ -111,7 +121,7 @@ ATTENTION_BIAS = Part(
 )
 """One field for all projections of attention."""
 
-HEAD_DIM = renamed({"head_dim": "head_dim"})
+HEAD_DIM = renamed(head_dim="head_dim")
 
 
 def _write_unusual_head_dim(config: TransformerConfig) -> dict[str, Any]:

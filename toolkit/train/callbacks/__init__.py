@@ -1,31 +1,31 @@
-"""Callbacks: what happens around the loop. `build_callbacks` makes those that are enabled."""
+"""Callbacks: what happens around the loop."""
 
-import importlib
-from typing import TYPE_CHECKING
-
+from toolkit.config.named import named
 from toolkit.train.callbacks.base import Callback
+from toolkit.train.config import CallbacksConfig
 
-if TYPE_CHECKING:
-    from toolkit.train.config import CallbacksConfig
+_HERE = __name__
+_CLASSES = {
+    "speed_monitor": f"{_HERE}.monitors:SpeedMonitor",
+    "garbage_collector": f"{_HERE}.monitors:GarbageCollector",
+    "network_monitor": f"{_HERE}.monitors:NetworkMonitor",
+    "system_monitor": f"{_HERE}.monitors:SystemMonitor",
+    "lm_evaluator": f"{_HERE}.lm_evaluator:LMEvaluator",
+    "checkpointer": f"{_HERE}.checkpointer:Checkpointer",
+    "sample_writer": "toolkit.evaluate.sample_writer:SampleWriter",
+    "console_logger": f"{_HERE}.console_logger:ConsoleLogger",
+}
+"""Field of `CallbacksConfig` -> the class that its config makes."""
 
-__all__ = ["Callback", "build_callbacks"]
 
-_TOOLS = {"sample_writer": "toolkit.evaluate.sample_writer"}
-"""Callbacks that need more than training does, and where they lie."""
-
-
-def build_callbacks(config: "CallbacksConfig") -> dict[str, Callback]:
-    """Enabled callbacks by name, in the order of the config's fields.
-
-    A field `lm_evaluator` of type `LMEvaluatorConfig` is built by the class named like its config
-    without "Config", in the module `toolkit.train.callbacks.lm_evaluator`.
-    """
+def build_callbacks(config: CallbacksConfig) -> dict[str, Callback]:
+    """The enabled callbacks by name, in the order of the config's fields; then the user's own."""
     callbacks: dict[str, Callback] = {}
-    for name in config.__struct_fields__:
-        settings = getattr(config, name)
+    for field, name in _CLASSES.items():
+        settings = getattr(config, field)
         if settings.enabled:
-            module = importlib.import_module(_TOOLS.get(name, f"{__name__}.{name}"))
-            callbacks[name] = getattr(module, type(settings).__name__.removesuffix("Config"))(
-                settings
-            )
+            callbacks[field] = named(name)(settings)
+    for field, own in config.custom.items():
+        if own.enabled:
+            callbacks[field] = own.own_class(field)(**own.options)
     return callbacks

@@ -1,11 +1,9 @@
 """`Callback`: hooks of the training loop."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from toolkit.train.module import Metric
-
-if TYPE_CHECKING:
-    from toolkit.train.trainer import Trainer
+from toolkit.train.state import TrainState
 
 
 class Callback:
@@ -14,7 +12,7 @@ class Callback:
     All ranks run all callbacks, so collectives are fine everywhere but in `on_metrics`.
     """
 
-    trainer: "Trainer"
+    state: TrainState
     """Set before `pre_train`."""
 
     def pre_train(self) -> None:

@@ -7,8 +7,7 @@ import time
 from typing import Any
 
 from rich import get_console
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from rich.progress import BarColumn, Progress, TextColumn
 
 from toolkit.train.callbacks.base import Callback
 from toolkit.train.config import ConsoleLoggerConfig
@@ -24,49 +23,41 @@ class ConsoleLogger(Callback):
 
     def __init__(self, config: ConsoleLoggerConfig) -> None:
         self._interval = config.interval
-        self._console: Console = get_console()
+        self._console = get_console()
         self._bar: Progress | None = None
-        self._task: TaskID | None = None
-        self._seconds_per_step: float | None = None
-        self._last_time: float | None = None
+        self._began = (0, time.time())
+        """Step and time of the start."""
         self._has_told_of_nan = False
         self._has_failed = False
 
     def pre_train(self) -> None:
-        trainer = self.trainer
-        if not trainer.environment.is_main:
+        self._began = (self.state.step, time.time())
+        if not self.state.is_main or not self._console.is_terminal:
             return
-        self._last_time = time.time()
-        if self._console.is_terminal:
-            self._bar = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(bar_width=None),
-                TextColumn("{task.completed:.0f}/{task.total:.0f}  {task.fields[values]}"),
-                console=self._console,
-                refresh_per_second=REFRESH_PER_SECOND,
-                transient=True,
-            )
-            self._task = self._bar.add_task(
-                "training", total=trainer.stop_step, completed=trainer.step, values=""
-            )
-            with contextlib.suppress(OSError, ValueError, SystemExit):
-                self._bar.start()
+        self._bar = Progress(
+            TextColumn("training"),
+            BarColumn(bar_width=None),
+            TextColumn("{task.completed:.0f}/{task.total:.0f}  {task.description}"),
+            console=self._console,
+            refresh_per_second=REFRESH_PER_SECOND,
+            transient=True,
+        )
+        self._bar.add_task("", total=self.state.stop_step, completed=self.state.step)
+        with contextlib.suppress(OSError, ValueError, SystemExit):
+            self._bar.start()
 
     def on_metrics(self, stream: str, records: list[dict[str, Any]]) -> None:
-        if not self.trainer.environment.is_main or self._has_failed:
+        if not self.state.is_main or self._has_failed or stream not in ("train", "eval"):
             return
         try:
-            self._show(stream, records)
+            if stream == "train":
+                self._on_train(records)
+            else:
+                for record in records:
+                    self._print(_eval_line(record))
         except (Exception, SystemExit) as error:  # rich leaves when nobody reads its pipe
             self._has_failed = True
             log.warning("progress is no longer shown: %s: %s", type(error).__name__, error)
-
-    def _show(self, stream: str, records: list[dict[str, Any]]) -> None:
-        if stream == "eval":
-            for record in records:
-                self._print(_eval_line(record))
-        if stream == "train":
-            self._on_train(records)
 
     def close(self) -> None:
         bar, self._bar = self._bar, None
@@ -75,17 +66,16 @@ class ConsoleLogger(Callback):
                 bar.stop()
 
     def _on_train(self, records: list[dict[str, Any]]) -> None:
-        last = records[-1]
         self._tell_of_nan(records)
-        self._update_pace(records)
-        if self._bar is not None and self._task is not None:
-            values = self._values(last)
-            self._bar.update(self._task, completed=last["step"], values=values)
+        if self._bar is not None:
+            last = records[-1]
+            [task] = self._bar.task_ids
+            self._bar.update(task, completed=last["step"], description=self._values(last))
             return
         for record in records:
             if record["step"] % self._interval == 0 or record["step"] == 1:
-                total = self.trainer.stop_step
-                self._print(f"step {record['step']}/{total}  {self._values(record)}")
+                place = f"step {record['step']}/{self.state.stop_step}"
+                self._print(f"{place}  {self._values(record)}")
 
     def _tell_of_nan(self, records: list[dict[str, Any]]) -> None:
         """Say once why a loss can be nan though nothing is wrong with the numbers."""
@@ -98,24 +88,15 @@ class ConsoleLogger(Callback):
                     record["step"],
                 )
 
-    def _update_pace(self, records: list[dict[str, Any]]) -> None:
-        """Seconds per step, averaged over about the last ten deliveries."""
-        now = records[-1]["time"]
-        if self._last_time is not None:
-            pace = (now - self._last_time) / len(records)
-            known = self._seconds_per_step
-            self._seconds_per_step = pace if known is None else 0.9 * known + 0.1 * pace
-        self._last_time = now
-
     def _values(self, record: dict[str, Any]) -> str:
         parts = [f"loss {record['loss']:.4f}", f"lr {record['lr']:.2e}"]
         if record.get("tokens_per_second"):
             parts.append(f"{_short(record['tokens_per_second'])} tok/s")
         if record.get("mfu") is not None:
             parts.append(f"MFU {100 * record['mfu']:.1f}%")
-        if self._seconds_per_step is not None:
-            left = (self.trainer.stop_step - record["step"]) * self._seconds_per_step
-            parts.append(f"ETA {_duration(left)}")
+        first, since = self._began
+        pace = (record["time"] - since) / max(1, record["step"] - first)
+        parts.append(f"ETA {_duration(pace * (self.state.stop_step - record['step']))}")
         if record.get("skipped"):
             parts.append("SKIPPED (not finite)")
         return "  ".join(parts)

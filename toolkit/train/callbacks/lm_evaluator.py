@@ -1,7 +1,6 @@
 """Loss, perplexity and bits per byte on the validation split, during training."""
 
 import logging
-import time
 from typing import Any
 
 import torch.distributed as dist
@@ -23,14 +22,14 @@ class LMEvaluator(Callback):
         self._without_targets: set[str] = set()
 
     def pre_train(self) -> None:
-        step = self.trainer.step
+        step = self.state.step
         # After a stop inside an evaluation, the checkpoint of its step comes without the result.
         is_due = step % self._config.interval == 0 if step else self._config.at_start
         if is_due:
             self.evaluate()
 
     def post_record(self) -> None:
-        if self.trainer.step % self._config.interval == 0:
+        if self.state.step % self._config.interval == 0:
             self.evaluate()
 
     def post_train(self) -> None:
@@ -38,28 +37,28 @@ class LMEvaluator(Callback):
             self.evaluate()
 
     def state_dict(self) -> dict[str, Any]:
-        return {"done_at": self._done_at, "last": self.trainer.last_eval}
+        return {"done_at": self._done_at, "last": self.state.last_eval}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._done_at = state["done_at"]
-        self.trainer.last_eval = state["last"]
+        self.state.last_eval = state["last"]
 
     def evaluate(self) -> None:
         """Evaluate the current weights once per step: every set of validation instances, and where
         there are several, their sum as "val", last."""
-        trainer = self.trainer
-        if not trainer.eval_loaders or trainer.config.no_evals or self._done_at == trainer.step:
+        state = self.state
+        if not state.eval_loaders or state.config.no_evals or self._done_at == state.step:
             return
-        group = trainer.environment.cpu_group
+        group = state.environment.cpu_group
         found = evaluate_sets(
-            trainer.eval_loaders,
-            trainer.train_module.eval_batch,
-            should_stop=trainer.should_stop,
+            state.eval_loaders,
+            state.train_module.eval_batch,
+            should_stop=state.should_stop,
             reduce=lambda totals: None if group is None else dist.all_reduce(totals, group=group),
         )
         if found is None:
             return
-        self._done_at = trainer.step
+        self._done_at = state.step
         for name, sums in found.items():
             if not sums.num_targets and name not in self._without_targets:
                 self._without_targets.add(name)
@@ -68,5 +67,4 @@ class LMEvaluator(Callback):
                     "raise data_loader.eval_tokens or dataset.sequence_length",
                     name,
                 )
-            result = {"tokens": trainer.tokens, "time": time.time(), "name": name}
-            trainer.record_eval(result | sums.numbers())
+            state.record_eval(name, sums.numbers())

@@ -31,12 +31,12 @@ def read_text(part: Range, reading: Reading, counts: Counts) -> Iterator[Piece]:
         counts.skipped_documents += 1
         return
     identity = f"{part.name}:{begin}" if part.is_rest else part.name
-    document: Piece | None = Piece(identity, _without_mark(text, begin), split=part.split)
+    whole = Piece(identity, _without_mark(text, begin), split=part.split)
     places = range((begin // PIECE_BYTES + 1) * PIECE_BYTES, part.end, PIECE_BYTES)
     if not places:
-        yield document  # which `read_shard` looks at
+        yield whole  # which `read_shard` looks at
         return
-    document = DocumentGate(reading, counts).admit(document)
+    document = DocumentGate(reading, counts).admit(whole)
     if document is None:
         return
     ends = [*(_cut(data, place - begin) for place in places), len(data)]

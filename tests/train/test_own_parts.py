@@ -1,0 +1,202 @@
+"""Callbacks and train modules of the user's own: found by name, saved, and one line where wrong."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.train.test_remote_runs import run as run_smoke
+from tests.workers import WorkerPool
+from toolkit import Callback
+from toolkit.errors import ConfigError, ToolkitError
+from toolkit.experiment.checks import check_experiment
+from toolkit.experiment.load import load_experiment
+
+MODULE = """
+from toolkit import Callback, Metric, TransformerTrainModule
+
+class Counter(Callback):
+    def __init__(self, stop_after=None):
+        self.seen, self.stop_after = 0, stop_after
+
+    def post_step(self):
+        self.seen += 1
+        if self.state.step == self.stop_after:
+            self.state.stop("enough")
+        return {"seen": Metric(self.seen)}
+
+    def post_record(self):
+        self.state.record("network", {"half": self.seen / 2})
+
+    def state_dict(self):
+        return {"seen": self.seen}
+
+    def load_state_dict(self, state):
+        self.seen = state["seen"]
+
+class Doubled(TransformerTrainModule):
+    def __init__(self, config, model, *, environment=None, factor=2.0):
+        super().__init__(config, model, environment=environment)
+        self.factor = factor
+
+    def train_batch(self, batch):
+        metrics = super().train_batch(batch)
+        return metrics | {"scaled": Metric(metrics["loss"].value * self.factor, "sum")}
+
+class NoCallback:
+    pass
+"""
+
+
+@pytest.fixture(autouse=True)
+def _own_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "own_parts.py").write_text(MODULE)
+    monkeypatch.syspath_prepend(os.fspath(tmp_path))
+
+
+def run(place: str, *flags: str) -> tuple[int, str]:
+    os.chdir(place)  # where a user's modules are found
+    return run_smoke(f"{place}/run", f"{place}/data", "--trainer.no_evals", *flags)
+
+
+def records(place: Path, stream: str = "train") -> list[dict[str, Any]]:
+    lines = (place / f"run/metrics/{stream}.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def counter(**options: Any) -> str:
+    part = {"target": "own_parts:Counter", "options": options}
+    return f"--trainer.callbacks.custom.counter={json.dumps(part)}"
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_callback_by_name_records_stops_and_is_restored(
+    workers: WorkerPool, tmp_path: Path, ranks: int
+) -> None:
+    stopped = workers.run(ranks, run, str(tmp_path), counter(stop_after=4))
+    assert stopped == [(75, "")] * ranks
+    done = len(records(tmp_path))
+    assert done < 12
+    assert workers.run(ranks, run, str(tmp_path), counter()) == [(0, "")] * ranks
+    assert [record["seen"] for record in records(tmp_path)] == list(range(1, 13))
+    halves = [r["half"] for r in records(tmp_path, "network") if "half" in r]
+    assert halves == [n / 2 for n in range(1, 13)]
+    config = json.loads((tmp_path / "run/metadata/config.json").read_text())
+    assert config["trainer"]["callbacks"]["custom"]["counter"]["target"] == "own_parts:Counter"
+
+
+def test_a_train_module_by_name_takes_the_place_of_ours(
+    workers: WorkerPool, tmp_path: Path
+) -> None:
+    flags = ("--train_module.target=own_parts:Doubled", "--train_module.options={factor: 4}")
+    assert workers.run(1, run, str(tmp_path), *flags) == [(0, "")]
+    assert all(r["scaled"] == pytest.approx(4 * r["loss"]) for r in records(tmp_path))
+
+
+CUSTOM = "trainer.callbacks.custom.mine"
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        (f"--{CUSTOM}={{target: own_parts}}", f"{CUSTOM}.target: write it as module:Class, not"),
+        (f"--{CUSTOM}={{target: 'own_parts:Gone'}}", "own_parts' has no attribute 'Gone'"),
+        (f"--{CUSTOM}={{target: 'nowhere:Gone'}}", "No module named 'nowhere'"),
+        (
+            f"--{CUSTOM}={{target: 'own_parts:NoCallback'}}",
+            f"{CUSTOM}.target: own_parts:NoCallback: derive it from toolkit.Callback",
+        ),
+        (
+            f"--{CUSTOM}={{target: 'own_parts:Counter', options: {{stop: 3}}}}",
+            f"{CUSTOM}.options: own_parts:Counter: got an unexpected keyword argument 'stop'",
+        ),
+        (
+            "--train_module.target=own_parts:Counter",
+            "train_module.target: own_parts:Counter: derive it from toolkit.TransformerTrainModule",
+        ),
+    ],
+)
+def test_a_bad_one_is_one_line_before_anything_is_prepared(flag: str, message: str) -> None:
+    config = load_experiment("smoke", [flag]).config
+    with pytest.raises(ConfigError) as error:
+        check_experiment(config, 1)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_name_of_ours_is_taken() -> None:
+    flag = "--trainer.callbacks.custom.checkpointer={target: 'own_parts:Counter'}"
+    with pytest.raises(ToolkitError, match="custom: checkpointer is a callback already"):
+        load_experiment("smoke", [flag])
+
+
+class Seen(Callback):
+    def __init__(self) -> None:
+        self.events: list[str] = []
+        self.restored: dict[str, Any] = {}
+
+    def pre_train(self) -> None:
+        self.events.append(f"begins at {self.state.step}")
+
+    def post_train(self) -> None:
+        self.events.append(f"ends at {self.state.step} of {self.state.stop_step}")
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"events": self.events}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.restored = state
+
+
+def in_python(place: str) -> list[Any]:
+    from toolkit import Trainer, get_dataloaders, prepare_training_environment, start_run
+
+    found = []
+    for steps in (3, 5):
+        flags = [f"--dataset.root={place}/data", f"--trainer.max_duration.value={steps}"]
+        config = load_experiment("smoke", flags).config
+        environment = prepare_training_environment(config)
+        run = start_run("own", "python", root=f"{place}/runs", resume=steps > 3)
+        loader, _ = get_dataloaders(config.data)
+        given, added = Seen(), Seen()
+        trainer = Trainer(
+            config.trainer,
+            config.model.build(init_device="meta"),
+            loader,
+            run=run,
+            environment=environment,
+            callbacks={"given": given},
+        )
+        trainer.restore()
+        trainer.add_callback("added", added)
+        errors = []
+        for name, callback in (("given", Seen()), ("other", object())):
+            try:
+                trainer.add_callback(name, callback)  # type: ignore[arg-type]
+            except ConfigError as error:
+                errors.append(str(error))
+        trainer.fit()
+        try:
+            trainer.add_callback("late", Seen())
+        except ConfigError as error:
+            errors.append(str(error))
+        found.append((given.events, given.restored, added.restored, errors))
+        environment.close()
+    return found
+
+
+def test_callbacks_given_in_python_are_called_and_restored(
+    workers: WorkerPool, tmp_path: Path
+) -> None:
+    ((first, second),) = workers.run(1, in_python, str(tmp_path))
+    events, restored, added, errors = first
+    assert events == ["begins at 0", "ends at 3 of 3"]
+    assert (restored, added) == ({}, {})
+    assert errors[0] == "callback given: there is one of this name; choose another name"
+    assert errors[1].startswith("callback other: derive its class from toolkit.Callback, and give")
+    assert errors[2] == "callback late: training has begun; add it before `fit`"
+    events, restored, added, _ = second
+    assert events == ["begins at 3", "ends at 5 of 5"]
+    assert restored == added == {"events": ["begins at 0", "ends at 3 of 3"]}

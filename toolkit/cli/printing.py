@@ -1,0 +1,136 @@
+"""What several verbs print: tables, JSON, and instances as text.
+
+Everything is the same on a terminal and in a pipe, colours aside.
+"""
+
+import errno
+import itertools
+from collections.abc import Collection, Sequence
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from toolkit.wording import count
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.text import Text
+
+    from toolkit.data.instances.base import DecodedPiece, DocumentPart
+    from toolkit.data.tokens.prepared import PreparedDataset
+
+TARGET = ("[[", "]]")
+"""Around tokens that the loss asks for, on every kind of terminal, as errors have them."""
+LEGEND = "[[ ]]: targets, the tokens that the loss asks for"
+DOCUMENT_COLORS = ("cyan", "magenta")
+
+
+def print_table(
+    header: Sequence[str], rows: Sequence[Sequence[str]], *, right: Collection[str] = ()
+) -> None:
+    """Print `rows` under `header`; the columns named in `right` are aligned to the right."""
+    widths = [max(len(cell) for cell in column) for column in zip(header, *rows, strict=True)]
+
+    def line(cells: Sequence[str]) -> str:
+        padded = [
+            cell.rjust(width) if name in right else cell.ljust(width)
+            for name, cell, width in zip(header, cells, widths, strict=True)
+        ]
+        return "  ".join(padded).rstrip()
+
+    typer.echo(typer.style(line(header), bold=True))
+    for row in rows:
+        typer.echo(line(row))
+
+
+def cell(value: str | float | None, digits: str = ",", unknown: str = "-") -> str:
+    """A number in `digits` (a format), text as it is, `unknown` for None."""
+    if value is None:
+        return unknown
+    return value if isinstance(value, str) else f"{value:{digits}}"
+
+
+def size_text(number: int | None) -> str:
+    """Bytes as people read them; "-" where the number is not known."""
+    if number is None:
+        return "-"
+    size = float(number)
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.3g} {unit}" if unit != "B" else f"{number} B"
+        size /= 1000
+    return f"{size:.4g} TB"
+
+
+def print_json(value: Any) -> None:
+    """Print `value` as one JSON object."""
+    import msgspec
+
+    typer.echo(msgspec.json.format(msgspec.json.encode(value)).decode())
+
+
+def prepared_text(prepared: "PreparedDataset", *, documents: bool = False) -> str:
+    """Where a data set is and what it holds, in a line."""
+    train, val = (prepared.num_documents(split) for split in ("train", "val"))
+    of_train, of_val = (
+        (f" in {count(train, 'document')}", f" in {val:,}") if documents else ("", "")
+    )
+    return (
+        f"{prepared.folder}: {count(prepared.num_tokens('train'), 'training token')}{of_train}, "
+        f"{count(prepared.num_tokens('val'), 'validation token')}{of_val}, "
+        f"vocabulary of {prepared.vocab_size:,} ({prepared.manifest.dtype})"
+    )
+
+
+def plain_console() -> "Console":
+    """A console that neither wraps nor colours text of its own accord."""
+    from rich.console import Console
+
+    class Plain(Console):
+        def on_broken_pipe(self) -> None:
+            # rich's own puts /dev/null in the pipe's place: nobody could tell any more that the
+            # reader left.
+            raise BrokenPipeError(errno.EPIPE, "nobody reads on")
+
+    return Plain(highlight=False, markup=False, emoji=False, soft_wrap=True)
+
+
+def print_pieces(
+    console: "Console", pieces: "Sequence[DecodedPiece]", documents: "Sequence[DocumentPart]"
+) -> None:
+    """Print the text of one instance; every document starts a new paragraph with its number."""
+    from rich.text import Text
+
+    ranges = {part.document: part for part in documents}
+    document: int | None = -1
+    line, colors = Text(), itertools.cycle(DOCUMENT_COLORS)
+    for piece in pieces:
+        if piece.document != document:
+            _print_indented(console, line)
+            document, line = piece.document, Text()
+            if document is None:
+                console.print(Text(f"  padding, {piece.num_tokens:,} tokens", style="dim"))
+                return
+            part = ranges[document]
+            tokens = f"{part.start:,} to {part.end - 1:,} of {part.num_tokens:,}"
+            console.print(Text(f"  document {document:,}, tokens {tokens}", style=next(colors)))
+        text = visible(piece.text)
+        if piece.is_target:
+            line.append(f"{TARGET[0]}{text}{TARGET[1]}", style="green")
+        else:
+            line.append(text, style="dim")
+    _print_indented(console, line)
+
+
+def visible(text: str) -> str:
+    """Control characters as their names: what was read from files must not steer the terminal."""
+    return "".join(
+        c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text
+    )
+
+
+def _print_indented(console: "Console", text: "Text") -> None:
+    if text:
+        for line in text.split("\n", allow_blank=True):
+            line.pad_left(4)
+            console.print(line)

@@ -1,3 +1,0 @@
-"""Moved to `template`."""
-
-from toolkit.data.prepare.text.instructions.template import NamedTemplates as NamedTemplates
