@@ -6,13 +6,15 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: help quickstart test lint bench soak clean
+.PHONY: help quickstart test checks style lint lint-check type-check bench soak clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make quickstart   install, then train a small model on this machine (minutes)"
 	@echo "make test         install with dev extras, then run the tests (GPU tests too, if there is one)"
-	@echo "make lint         ruff check, ruff format --check, mypy"
+	@echo "make style        let ruff format the code and mend what it can"
+	@echo "make lint         lint-check (ruff check, ruff format --check), then type-check (mypy)"
+	@echo "make checks       lint, then test: what has to pass before a change is proposed"
 	@echo "make bench        run every benchmark; each prints a table"
 	@echo "make soak         run the slow tests"
 	@echo "make clean        remove caches and build output (.venv, data and runs stay)"
@@ -26,9 +28,19 @@ test: .venv/.installed-dev
 		$(BIN)/python -m pytest -m gpu $(PYTEST_ARGS) || [ $$? -eq 5 ]; \
 	fi
 
-lint: .venv/.installed-dev
+checks: lint test
+
+style: .venv/.installed-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+lint: lint-check type-check
+
+lint-check: .venv/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+type-check: .venv/.installed-dev
 	$(BIN)/mypy
 
 bench: .venv/.installed

@@ -10,7 +10,7 @@ from msgspec import inspect
 
 from toolkit.config.types import alternatives, field_types, item_type, value_type
 from toolkit.experiment.config import ExperimentConfig
-from toolkit.experiment.recipes import recipe_names, recipe_text
+from toolkit.experiment.sources import recipe_names, recipe_text
 
 RECIPES = [name for name in recipe_names() if "model" in json.loads(recipe_text(name))]
 

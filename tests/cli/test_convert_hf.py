@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from toolkit.cli import main as cli
-from toolkit.commands.finetune import finetuning_lr
+from toolkit.commands.convert import finetuning_lr
 from toolkit.data.prepare.tokenizers.bpe import train_bpe
 from toolkit.experiment.load import load_experiment
 

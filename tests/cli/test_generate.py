@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from toolkit.checkpoint.commit import save_checkpoint
-from toolkit.cli import chat
+from toolkit.cli import generate as chat
 from toolkit.cli import main as cli
 from toolkit.commands.generate import open_generator
 from toolkit.data.prepare.tokenizers.byte import ByteTokenizer

@@ -117,7 +117,7 @@ def test_an_error_of_another_rank_alone_is_shown_with_its_rank(
         error.only_here = True
         raise error
 
-    monkeypatch.setattr("toolkit.experiment.load.load_experiment", fail)
+    monkeypatch.setattr("toolkit.commands.load.load_experiment", fail)
     monkeypatch.setattr(cli.socket, "gethostname", lambda: "node1")
     launched(monkeypatch, rank=8, world_size=16)
     assert cli.run(["train", "smoke"]) == 2
@@ -161,7 +161,7 @@ def test_each_error_has_its_exit_code(
     def fail(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr("toolkit.experiment.load.load_experiment", fail)
+    monkeypatch.setattr("toolkit.commands.load.load_experiment", fail)
     assert cli.run(["train", "smoke"]) == code
     assert capsys.readouterr().err.strip("\n") == line.strip("\n")
 
@@ -170,7 +170,7 @@ def test_other_exceptions_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) 
     def fail(*_: object, **__: object) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr("toolkit.experiment.load.load_experiment", fail)
+    monkeypatch.setattr("toolkit.commands.load.load_experiment", fail)
     with pytest.raises(ZeroDivisionError):
         cli.run(["train", "smoke"])
 

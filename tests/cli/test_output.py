@@ -77,7 +77,7 @@ def test_exit_0_is_for_readers_that_left_not_for_other_pipes(
     def fail(*_: object, **__: object) -> None:
         raise BrokenPipeError(errno.EPIPE, "Broken pipe")
 
-    monkeypatch.setattr("toolkit.experiment.load.load_experiment", fail)
+    monkeypatch.setattr("toolkit.commands.load.load_experiment", fail)
     with pytest.raises(BrokenPipeError):
         cli.run(["train", "smoke"])
     with broken_pipe() as pipe:
@@ -88,10 +88,10 @@ def test_exit_0_is_for_readers_that_left_not_for_other_pipes(
 def test_text_for_a_reader_that_left_ends_quietly(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    from toolkit.cli.instance_text import plain_console
+    from toolkit.cli.printing import plain_console
 
     monkeypatch.setattr(
-        "toolkit.experiment.load.load_experiment", lambda *_, **__: plain_console().print("text")
+        "toolkit.commands.load.load_experiment", lambda *_, **__: plain_console().print("text")
     )
     with broken_pipe() as pipe:
         monkeypatch.setattr(sys, "stdout", pipe)
@@ -106,7 +106,7 @@ def test_an_error_of_the_disk_is_one_line(
     def fail(*_: object, **__: object) -> None:
         raise OSError(number, os.strerror(number), "/data/runs/a")
 
-    monkeypatch.setattr("toolkit.experiment.load.load_experiment", fail)
+    monkeypatch.setattr("toolkit.commands.load.load_experiment", fail)
     assert cli.run(["train", "smoke"]) == 1
     line = capsys.readouterr().err
     assert line.startswith(f"error: /data/runs/a: {os.strerror(number)}: ")

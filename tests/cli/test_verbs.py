@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from toolkit.cli import main as cli
-from toolkit.experiment.recipes import recipe_names, recipe_text
+from toolkit.experiment.sources import recipe_names, recipe_text
 
 
 @pytest.fixture(autouse=True)

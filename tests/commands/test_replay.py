@@ -18,7 +18,8 @@ from toolkit.distributed.layout import Layout, resolve_layout
 from toolkit.errors import ConfigError, DataError, RunError
 from toolkit.experiment.config import ExperimentConfig
 from toolkit.experiment.load import load_experiment
-from toolkit.experiment.recorded import describe_engine, metadata_of_attempt
+from toolkit.experiment.recorded import metadata_of_attempt
+from toolkit.experiment.training import describe_engine
 from toolkit.runs.files import RUN_FILES
 from toolkit.runs.manager import RunManager
 from toolkit.train.config import CallbacksConfig

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from tests.docs.running import ROOT, commands, reader_folder, run_command
-from toolkit.experiment.load import describe_recipes
+from toolkit.commands.recipes import describe_recipes
 
 GUIDE = (ROOT / "docs" / "finetuning.md").read_text()
 

@@ -7,7 +7,7 @@ import pytest
 
 from toolkit.cli import main as cli
 from toolkit.commands.verify import verify_checkpoints
-from toolkit.experiment.recipes import recipe_text
+from toolkit.experiment.sources import recipe_text
 from toolkit.metrics.lines import last_record
 from toolkit.runs.files import RUN_FILES
 from toolkit.runs.manager import RunManager

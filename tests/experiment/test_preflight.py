@@ -10,7 +10,7 @@ from tests.tiny import empty_weights, tiny_model
 from toolkit.checkpoint.commit import save_checkpoint
 from toolkit.errors import CheckpointError
 from toolkit.experiment.config import ExperimentConfig
-from toolkit.experiment.preflight import check_continuation
+from toolkit.experiment.continuation import check_continuation
 from toolkit.optim.config import AdamWConfig, SGDConfig
 from toolkit.train.config import TrainerConfig, TransformerTrainModuleConfig
 

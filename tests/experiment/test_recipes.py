@@ -7,12 +7,13 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from toolkit.commands.recipes import copy_recipe, describe_recipes
 from toolkit.data.config import HFTokenizerConfig
 from toolkit.errors import ConfigError
 from toolkit.experiment.checks import check_experiment
 from toolkit.experiment.config import ExperimentConfig
-from toolkit.experiment.load import describe_recipes, load_experiment
-from toolkit.experiment.recipes import copy_recipe, recipe_names, recipe_text
+from toolkit.experiment.load import load_experiment
+from toolkit.experiment.sources import recipe_names, recipe_text
 from toolkit.models.presets import PRESETS
 from toolkit.runs.files import RUN_FILES
 

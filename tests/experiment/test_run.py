@@ -12,8 +12,9 @@ from toolkit.distributed.config import DataParallelConfig
 from toolkit.distributed.layout import Layout, resolve_layout
 from toolkit.errors import ConfigError, TrainingError
 from toolkit.experiment import run as experiment
+from toolkit.experiment.found_data import find_data
 from toolkit.experiment.load import load_experiment
-from toolkit.experiment.run_data import find_data
+from toolkit.experiment.training import Training
 from toolkit.launch import failures
 from toolkit.runs.files import RUN_FILES
 from toolkit.runs.manager import RunManager
@@ -49,13 +50,13 @@ def resumed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     def resume(engine: Layout, *overrides: str, **environ: str) -> tuple[Any, Any]:
         (tmp_path / "metadata").mkdir()
         run = RunManager(tmp_path, experiment="a", name="b")
-        experiment._log_metadata(load_experiment("smoke").config, run, engine, {})
+        Training.log_configs(load_experiment("smoke").config, run, engine, {})
         run.close("stopped")
         for name, value in environ.items():
             monkeypatch.setenv(name, value)
         seen: list[tuple[Any, Any]] = []
 
-        def train(config: Any, *, origins: Any, stored: Any) -> int:
+        def train(config: Any, *, origins: Any, stored: Any, data: Any) -> int:
             seen.append((config, stored))
             return 0
 
@@ -109,7 +110,7 @@ def test_a_password_in_a_url_is_refused_and_a_variable_is_stored_by_its_name(
     assert loaded.config.run.registry == "postgresql://me:secret-of-the-test@host/runs"
     (tmp_path / "metadata").mkdir()
     run = RunManager(tmp_path, experiment="a", name="b")
-    experiment._log_metadata(loaded.stored, run, engine("single", "fp32"), loaded.origins)
+    Training.log_configs(loaded.stored, run, engine("single", "fp32"), loaded.origins)
     for file in tmp_path.rglob("*.json"):
         assert "secret-of" not in file.read_text()
     for file in ("metadata/config.json", "metadata/origins.json"):
@@ -141,7 +142,7 @@ def test_who_speaks_on_the_console_is_the_config_s_to_say(
 ) -> None:
     said: list[tuple[Any, ...]] = []
     monkeypatch.setattr(
-        "toolkit.distributed.logging.setup_logging",
+        "toolkit.experiment.run.setup_logging",
         lambda rank, **options: said.append((rank, *options.values())),
     )
     for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")):

@@ -27,8 +27,8 @@ MIXTURE = {
 
 def run(place: str, name: str, dataset: dict[str, Any], *flags: str) -> tuple[int, str]:
     """A run in this worker, begun or resumed; exit code and message."""
+    from toolkit.commands.train import train
     from toolkit.experiment.load import load_experiment
-    from toolkit.experiment.run import train
 
     config = load_experiment(
         "smoke",

@@ -146,17 +146,17 @@ def test_half_an_optimizer_step_is_no_stop(workers: WorkerPool, tmp_path: Path) 
 
 
 def interrupt_start(folder: str, data: str, reason: str) -> tuple[int, str]:
-    from toolkit.experiment import run as experiment
+    from toolkit.experiment.training import Training
 
     def interrupted(*_: Any) -> int:
         os.kill(os.getpid(), signal.SIGTERM)
         raise RuntimeError("a helper died of it")
 
-    kept, experiment._train = experiment._train, interrupted  # type: ignore[assignment]
+    kept, Training.train = Training.train, interrupted  # type: ignore[method-assign]
     try:
         return run(folder, data)
     finally:
-        experiment._train = kept
+        Training.train = kept  # type: ignore[method-assign]
 
 
 def test_a_start_that_is_stopped_says_so_in_the_status(workers: WorkerPool, tmp_path: Path) -> None:

@@ -129,7 +129,7 @@ def bf16_recomputed(engine: str) -> Any:
 def run(root: str, name: str, flags: list[str]) -> tuple[int, str]:
     """`toolkit train smoke` with these flags, or the resume of the run `name`; the exit code, or
     the error."""
-    from toolkit.experiment.run import resume, train
+    from toolkit.commands.train import resume, train
 
     folder = Path(root) / "runs" / name
     try:

@@ -29,8 +29,8 @@ def run(
     root: str, name: str, trouble: str = "", checkpointer: dict[str, Any] | None = None
 ) -> dict[str, Any]:
     """A run of `STEPS` steps that saves every 3, in this worker; what came of it."""
+    from toolkit.commands.train import train
     from toolkit.experiment.load import load_experiment
-    from toolkit.experiment.run import train
 
     settings = {"interval": 3, "keep_last": None, "export_hf": False} | (checkpointer or {})
     config = load_experiment(

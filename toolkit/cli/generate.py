@@ -1,28 +1,27 @@
-"""`toolkit generate`."""
+"""`toolkit generate`: text, or a conversation."""
 
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from toolkit.cli.arguments import run_named
-from toolkit.cli.choices import ComputeType
+from toolkit import commands
+from toolkit.cli.options import AnyModel, ComputeType, Device, TokenizerFolder
+from toolkit.errors import ConfigError
 from toolkit.wording import count
 
 if TYPE_CHECKING:
     from toolkit.evaluate.continuation import Sampling
     from toolkit.evaluate.prompts import Prompt
-    from toolkit.evaluate.text import Generated, TextGenerator
+    from toolkit.evaluate.text import Generated, Message, TextGenerator
+
+CHAT_WORDS = "/reset starts over, /exit or Ctrl-D ends; Ctrl-C stops an answer"
 
 
 def generate(
-    source: Annotated[
-        str,
-        typer.Argument(
-            metavar="SRC", help="A run, a step{N} folder, a Hugging Face folder or hub name."
-        ),
-    ],
+    source: AnyModel,
     prompt: Annotated[
         str | None, typer.Option(help="Text to continue.", show_default="what is piped in")
     ] = None,
@@ -73,12 +72,8 @@ def generate(
     no_stream: Annotated[
         bool, typer.Option("--no-stream", help="Show the text when it is complete.")
     ] = False,
-    tokenizer: Annotated[
-        str | None, typer.Option(metavar="FOLDER", help="Tokenizer.", show_default="the model's")
-    ] = None,
-    device: Annotated[
-        str | None, typer.Option(help="cpu, cuda, cuda:1, ...", show_default="a GPU, if any")
-    ] = None,
+    tokenizer: TokenizerFolder = None,
+    device: Device = None,
     dtype: Annotated[
         ComputeType | None,
         typer.Option(help="Type of the weights.", show_default="bf16 on GPUs, else fp32"),
@@ -95,10 +90,6 @@ def generate(
       toolkit generate my-model --chat --system "Answer in one sentence."
       toolkit generate my-model --file questions.jsonl --output answers.jsonl
     """
-    from toolkit.commands.generate import open_generator
-    from toolkit.errors import ConfigError
-    from toolkit.evaluate.continuation import Sampling
-
     given = [name for name, value in (("--prompt", prompt), ("--file", file)) if value is not None]
     given += ["--chat"] if chat else []
     if len(given) > 1:
@@ -109,19 +100,16 @@ def generate(
         raise ConfigError("--output goes with --file; a single text can be piped into a file")
     if output is not None and output.exists():
         raise ConfigError(f"--output: {output}: exists; give another file name")
-    sampling = Sampling(max_new_tokens, temperature, top_k, top_p, seed)
-    sampling.filled(Sampling())  # raises for values out of range, before anything is loaded
     prompts = [] if chat else _prompts(prompt, file)
-    with open_generator(
-        run_named(source),
+    sampling = commands.generate.sampling(max_new_tokens, temperature, top_k, top_p, seed)
+    with commands.generate.open_generator(
+        source,
         tokenizer=tokenizer,
         dtype=dtype.value if dtype is not None else None,
         device=device,
         notify=lambda line: typer.echo(line, err=True),
     ) as generator:
         if chat:
-            from toolkit.cli.chat import converse
-
             converse(generator, sampling, system=system, stream=not no_stream)
         elif output is not None:
             _write(generator, prompts, sampling, output)
@@ -130,28 +118,21 @@ def generate(
 
 
 def _prompts(prompt: str | None, file: Path | None) -> "list[Prompt]":
-    import sys
-
-    from toolkit.errors import ConfigError
-    from toolkit.evaluate.prompts import Prompt, read_prompts
-
     if file is not None:
-        return read_prompts(file)
+        return commands.generate.read_prompts(file)
     if prompt is None:
         text = "" if sys.stdin.isatty() else sys.stdin.read()
         if not text.strip():
             raise ConfigError("no text to continue; give --prompt, --file or --chat, or pipe it in")
         # `echo` ends a line that the model should not have to begin anew.
         prompt = text.removesuffix("\n")
-    return [Prompt(prompt=prompt)]
+    return [commands.generate.Prompt(prompt=prompt)]
 
 
 def _show(
     generator: "TextGenerator", prompts: "Sequence[Prompt]", sampling: "Sampling", *, stream: bool
 ) -> None:
     """To the terminal with the prompts in bold; elsewhere only what was generated."""
-    import sys
-
     is_terminal = sys.stdout.isatty()
     for number, prompt in enumerate(prompts):
         if number:
@@ -176,18 +157,11 @@ def _write(
     generator: "TextGenerator", prompts: "Sequence[Prompt]", sampling: "Sampling", output: Path
 ) -> None:
     """Line by line: what is done stays when the rest is interrupted."""
-    import msgspec
-
-    from toolkit.errors import ConfigError
-    from toolkit.evaluate.prompts import completed
-
     try:
         with output.open("xb") as lines:
             for prompt in prompts:
                 done = _generate(generator, prompt, sampling, None)
-                numbers = {key: value for key, value in done._asdict().items() if key != "text"}
-                line = {**completed(prompt, done.text), **numbers}
-                lines.write(msgspec.json.encode(line) + b"\n")
+                lines.write(commands.generate.completed_line(prompt, done))
                 lines.flush()
     except OSError as error:
         raise ConfigError(f"--output: {output}: cannot be written: {error.strerror}") from None
@@ -203,3 +177,69 @@ def _generate(
     if prompt.messages is not None:
         return generator.answer(prompt.messages, sampling, on_text)
     return generator.complete(prompt.prompt or "", sampling, on_text)
+
+
+def converse(
+    generator: "TextGenerator", sampling: "Sampling", *, system: str | None, stream: bool
+) -> None:
+    """Answer line after line until /exit or the end of the input.
+
+    On a terminal it asks with "> "; elsewhere every line is a turn, and only answers are written.
+    """
+    generator.check_chat()
+    is_terminal = sys.stdin.isatty() and sys.stdout.isatty()
+    if is_terminal:
+        import readline  # noqa: F401 (gives `input` a history and keys to edit a line)
+
+        typer.echo(CHAT_WORDS, err=True)
+    start: list[Message] = [] if system is None else [{"role": "system", "content": system}]
+    messages = list(start)
+    while (line := _next_line("> " if is_terminal else "")) is not None:
+        if line == "/exit":
+            return
+        if line == "/reset":
+            messages = list(start)
+        elif line.startswith("/"):
+            typer.echo(f"{line.split()[0]}: no such command; {CHAT_WORDS}", err=True)
+        elif line:
+            messages.append({"role": "user", "content": line})
+            answer = _answer(generator, messages, sampling, stream=stream)
+            if answer is None:
+                messages.pop()
+            else:
+                messages.append({"role": "assistant", "content": answer})
+
+
+def _answer(
+    generator: "TextGenerator", messages: "list[Message]", sampling: "Sampling", *, stream: bool
+) -> str | None:
+    """The text that was shown; None where the conversation is too long for another turn."""
+    shown: list[str] = []
+
+    def show(piece: str) -> None:
+        shown.append(piece)
+        typer.echo(piece, nl=False)
+
+    on_text: Callable[[str], None] | None = show if stream else None
+    try:
+        done = generator.answer(messages, sampling, on_text)
+    except KeyboardInterrupt:
+        typer.echo()
+        return "".join(shown)
+    except ConfigError as error:
+        typer.echo(f"{error}; /reset starts over", err=True)
+        return None
+    typer.echo() if stream else typer.echo(done.text)
+    if done.stopped == "context":
+        typer.echo("the context is full; /reset starts over", err=True)
+    return done.text
+
+
+def _next_line(asking: str) -> str | None:
+    """What was typed; None at the end of the input."""
+    try:
+        return input(asking).strip()
+    except EOFError:
+        if asking:
+            typer.echo()
+        return None

@@ -18,23 +18,9 @@ from typing import Annotated, Any
 
 import typer
 
-from toolkit import signals
-from toolkit.cli import (
-    batch,
-    convert_hf,
-    evaluate,
-    export_hf,
-    generate,
-    prepare,
-    recipes,
-    resume,
-    runs,
-    schema,
-    stop_leaving,
-    train,
-    verify,
-)
-from toolkit.cli.data.app import app as data_app
+from toolkit import __version__, signals
+from toolkit.cli import data, generate, models, recipes, runs, stop_leaving, train
+from toolkit.cli.options import OVERRIDABLE
 from toolkit.cli.output import has_lost_reader, open_missing_streams, outlive_readers
 from toolkit.distributed.ranks import adopt_ranks
 from toolkit.distributed.tuning import set_allocator_defaults
@@ -77,8 +63,6 @@ _OTHER_NAMES = {
 _NO_PATHS = (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EACCES)
 """What the operating system says of a path that cannot be one, or is not ours."""
 
-_OVERRIDES = {"ignore_unknown_options": True}
-
 app = typer.Typer(
     name="toolkit",
     no_args_is_help=True,
@@ -87,19 +71,18 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
-app.command(context_settings=_OVERRIDES)(train.train)
-app.command(context_settings=_OVERRIDES)(resume.resume)
-app.command(context_settings=_OVERRIDES)(prepare.prepare)
+for _verb in (train.train, train.resume, train.prepare):
+    app.command(context_settings=OVERRIDABLE)(_verb)
 app.add_typer(recipes.app, name="recipes")
 app.add_typer(runs.app, name="runs")
-app.add_typer(data_app, name="data")
-app.command()(verify.verify)
-app.command()(batch.batch)
-app.command("convert-hf")(convert_hf.convert_hf)
-app.command("export-hf")(export_hf.export_hf)
-app.command("eval")(evaluate.evaluate)
+app.add_typer(data.app, name="data")
+app.command()(runs.verify)
+app.command()(runs.batch)
+app.command("convert-hf")(models.convert_hf)
+app.command("export-hf")(models.export_hf)
+app.command("eval")(models.evaluate)
 app.command()(generate.generate)
-app.command()(schema.schema)
+app.command()(recipes.schema)
 
 
 @app.callback()
@@ -161,8 +144,6 @@ def run(args: Sequence[str]) -> int:
     debug = "--debug" in args
     words = [word for word in args if word != "--debug"] or ["--help"]
     if words == ["--version"]:
-        from toolkit import __version__
-
         print(f"toolkit {__version__}")
         return EXIT_DONE
     if words[0] in _OTHER_NAMES:

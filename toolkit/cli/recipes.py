@@ -1,8 +1,12 @@
-"""`toolkit recipes`: list, show, copy."""
+"""`toolkit recipes` and `toolkit schema`: configs that come along, and what configs may hold."""
 
+import json
 from typing import Annotated
 
 import typer
+
+from toolkit import commands
+from toolkit.cli.printing import print_table
 
 app = typer.Typer(invoke_without_command=True, rich_markup_mode=None)
 RecipeName = Annotated[str, typer.Argument(metavar="NAME", help="Name of a recipe.")]
@@ -31,9 +35,6 @@ def list_recipes() -> None:
       toolkit recipes list
       toolkit train quickstart --dry-run
     """
-    from toolkit.cli.table import print_table
-    from toolkit.experiment.load import describe_recipes
-
     print_table(
         ["recipe", "parameters", "sequence", "needs", "what for"],
         [
@@ -44,7 +45,7 @@ def list_recipes() -> None:
                 " and ".join(recipe.needs) or "nothing",
                 recipe.description,
             ]
-            for recipe in describe_recipes()
+            for recipe in commands.recipes.describe_recipes()
         ],
         right=["parameters", "sequence"],
     )
@@ -59,9 +60,7 @@ def show(name: RecipeName) -> None:
       toolkit recipes show quickstart
       toolkit recipes show llama3_8B > my.json
     """
-    from toolkit.experiment.recipes import recipe_text
-
-    typer.echo(recipe_text(name), nl=False)
+    typer.echo(commands.recipes.recipe_text(name), nl=False)
 
 
 @app.command()
@@ -79,8 +78,16 @@ def copy(
       toolkit recipes copy quickstart
       toolkit recipes copy quickstart configs/mine.json
     """
-    from toolkit.config.paths import local_path
-    from toolkit.experiment.recipes import copy_recipe
-
-    path = copy_recipe(name, local_path(destination or ".", "DEST"))
+    path = commands.recipes.copy_recipe(name, destination or ".")
     typer.echo(f"{path}: edit it, then `toolkit train {path} --dry-run`")
+
+
+def schema() -> None:
+    """Print the JSON Schema of a config, every field described: for editors, and for reading.
+
+    \b
+    Examples:
+      toolkit schema > schema.json
+      toolkit schema | less
+    """
+    typer.echo(json.dumps(commands.recipes.experiment_schema(), indent=2))

@@ -1,10 +1,27 @@
-"""`toolkit runs`: list, reindex."""
+"""`toolkit runs`, `toolkit verify`, `toolkit batch`: looking at runs."""
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from toolkit import commands
+from toolkit.cli.options import Json
+from toolkit.cli.printing import (
+    LEGEND,
+    cell,
+    plain_console,
+    print_json,
+    print_pieces,
+    print_table,
+    size_text,
+)
+from toolkit.errors import EXIT_DONE, EXIT_FAILED, ConfigError
 from toolkit.wording import count
+
+if TYPE_CHECKING:
+    from toolkit.commands.batch import BatchInstance, StepBatch
+    from toolkit.commands.receipt import Receipt
+    from toolkit.commands.verify import CheckpointReport
 
 app = typer.Typer(invoke_without_command=True, rich_markup_mode=None)
 Root = Annotated[str, typer.Option(help="Folder of all runs (run.root).")]
@@ -29,8 +46,6 @@ def runs(context: typer.Context, root: Root = "runs", registry: Registry = None)
         return
     for option, is_given in (("--root", root != "runs"), ("--registry", registry is not None)):
         if is_given:
-            from toolkit.errors import ConfigError
-
             verb = context.invoked_subcommand
             raise ConfigError(f"{option} goes after the verb: toolkit runs {verb} {option} ...")
 
@@ -44,11 +59,7 @@ def list_(root: Root = "runs", registry: Registry = None) -> None:
       toolkit runs list
       toolkit runs list --root /shared/runs
     """
-    from toolkit.cli.table import print_table
-    from toolkit.runs.registry import list_runs
-
-    _check_root(root)
-    records = list_runs(root, registry_url=registry)
+    records = commands.runs.list_all(root, registry)
     if not records:
         typer.echo(f"no runs in {root}; start one with `toolkit train quickstart`")
         return
@@ -58,11 +69,11 @@ def list_(root: Root = "runs", registry: Registry = None) -> None:
             [
                 f"{record.experiment}/{record.name}",
                 record.state,
-                _cell(record.step),
-                _cell(record.tokens),
-                "-" if record.loss is None else f"{record.loss:.4f}",
-                _cell(record.engine),
-                _cell(record.world_size),
+                cell(record.step),
+                cell(record.tokens),
+                cell(record.loss, ".4f"),
+                cell(record.engine),
+                cell(record.world_size),
                 record.created[:16].replace("T", " "),
                 record.folder,
             ]
@@ -81,23 +92,167 @@ def reindex(root: Root = "runs", registry: Registry = None) -> None:
       toolkit runs reindex
       toolkit runs reindex --root /shared/runs --registry postgresql://host/toolkit
     """
-    from toolkit.runs.registry import reindex as rebuild
-
-    _check_root(root)
-    number = rebuild(root, registry_url=registry)
+    number = commands.runs.reindex(root, registry)
     typer.echo(f"{count(number, 'run')} in the registry of {root}")
 
 
-def _check_root(root: str) -> None:
-    """A folder that was named must be there; without one, there may be no runs yet."""
-    from toolkit.config.paths import local_path
-    from toolkit.errors import ConfigError
+def verify(
+    context: typer.Context,
+    run_dir: Annotated[
+        str,
+        typer.Argument(metavar="RUN_DIR", help="A run, a converted model, or a step{N} folder."),
+    ],
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Compare sizes only, not contents.")
+    ] = False,
+    replay: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Run N steps again and compare their losses."),
+    ] = None,
+    step: Annotated[
+        int | None,
+        typer.Option(
+            metavar="S",
+            help="With --replay: the checkpoint to start from.",
+            show_default="the newest with N recorded steps after it",
+        ),
+    ] = None,
+) -> int:
+    """Check every checkpoint of a run against its manifest; or run some of its steps again.
 
-    if root != "runs" and not local_path(root, "--root").is_dir():
-        raise ConfigError(f"--root: {root}: no such folder")
+    A replay starts from a checkpoint and computes N steps in a temporary folder, with the recorded
+    engine and number of processes (under a launcher: what that gives). On what the run had, every
+    loss must equal the recorded one bit for bit, else to rounding. The receipt is written to
+    metadata/verify-replay-step{S}.json. Several machines need TMPDIR on a shared file system.
+
+    Exit code 0: all is whole, or equal. 1: it is not.
+
+    \b
+    Examples:
+      toolkit verify runs/quickstart/first
+      toolkit verify runs/quickstart/first/checkpoints/step400 --quick
+      toolkit verify runs/quickstart/first --replay 10 --step 200
+    """
+    folder = commands.runs.folder_of(run_dir)
+    if replay is None:
+        if step is not None:
+            raise ConfigError("--step belongs to --replay N; or give the step{N} folder itself")
+        reports = commands.verify.verify_checkpoints(folder, quick=quick)
+        _print_reports(reports, str(folder), quick=quick)
+        damaged = any(report.problem and not report.is_leftover for report in reports)
+        return EXIT_FAILED if damaged else EXIT_DONE
+    if quick:
+        raise ConfigError("--quick does not go with --replay; a replay reads the whole checkpoint")
+    outcome = commands.replay.replay_steps(folder, replay, step=step, debug=bool(context.obj))
+    if isinstance(outcome, int):
+        return outcome
+    _print_receipt(outcome)
+    return EXIT_DONE if outcome.verdict == "equal" else EXIT_FAILED
 
 
-def _cell(value: str | int | None) -> str:
-    if value is None:
-        return "-"
-    return f"{value:,}" if isinstance(value, int) else value
+def _print_reports(reports: "list[CheckpointReport]", run_dir: str, *, quick: bool) -> None:
+    if not reports:
+        typer.echo(f"no checkpoints in {run_dir}")
+        return
+    whole = "OK (sizes)" if quick else "OK"
+    print_table(
+        ["checkpoint", "engine", "size", "result"],
+        [
+            [
+                report.folder.name,
+                f"{saved.engine} x {saved.world_size}" if (saved := report.metadata) else "-",
+                size_text(report.size),
+                report.problem or whole,
+            ]
+            for report in reports
+        ],
+        right=["size"],
+    )
+
+
+def _print_receipt(receipt: "Receipt") -> None:
+    steps = f"steps {receipt.first_step} to {receipt.last_step}"
+    typer.echo(
+        f"replayed {steps} from {receipt.checkpoint}: {receipt.replayed}; compared "
+        f"{receipt.comparison}"
+    )
+    for reason in receipt.reasons:
+        typer.echo(f"  not bit for bit: {reason}")
+    if receipt.first_difference is None:
+        bits = "bit for bit" if receipt.largest_difference == 0 else "to rounding"
+        typer.echo(
+            f"equal {bits}: {receipt.compared} losses, largest relative difference "
+            f"{receipt.largest_difference:.3g}"
+        )
+    else:
+        where = receipt.first_difference
+        typer.echo(
+            f"differs: step {where.step}: recorded loss {where.recorded!r}, replayed "
+            f"{where.replayed!r} (largest relative difference {receipt.largest_difference:.3g})"
+        )
+    typer.echo(f"receipt: {receipt.file}")
+
+
+def batch(
+    run_dir: Annotated[
+        str, typer.Argument(metavar="RUN_DIR", help="A run folder (see `toolkit runs`).")
+    ],
+    step: Annotated[int, typer.Option(metavar="N", help="The step, as in metrics/train.jsonl.")],
+    show: Annotated[int, typer.Option(metavar="K", help="Instances to show as text.")] = 1,
+    json: Json = False,
+) -> None:
+    """Show which documents and tokens made up the global batch of one step.
+
+    Documents and instances are numbered from 0, in the order of train.bin. A document's tokens are
+    counted from its own first. Tokens between [[ and ]] are targets: the loss asks for them (not
+    for the first of each instance, which nothing predicts, nor for what a loss mask leaves out).
+    Every document starts a new paragraph.
+
+    \b
+    Examples:
+      toolkit batch runs/quickstart/first --step 120
+      toolkit batch runs/quickstart/first --step 120 --show 4
+      toolkit batch runs/quickstart/first --step 120 --show 0 --json
+    """
+    found = commands.batch.step_batch(commands.runs.folder_of(run_dir), step, show=show)
+    if json:
+        print_json(found)
+        return
+    _print_batch(found)
+    console = plain_console()
+    if show:
+        console.print(f"\n{LEGEND}")
+    for instance in found.instances[:show]:
+        console.print()
+        console.print(f"instance {_name(instance)}", style="bold")
+        print_pieces(console, instance.text or [], instance.documents)
+
+
+def _print_batch(found: "StepBatch") -> None:
+    typer.echo(
+        f"step {found.step}: batch {found.batch + 1:,}{_place(found)}; "
+        f"{len(found.instances):,} instances, {found.num_tokens:,} tokens, "
+        f"{found.num_targets:,} targets"
+    )
+    checked = "as in the run's checkpoint" if found.is_checked else "the run has no checkpoint"
+    typer.echo(f"data {found.fingerprint} ({checked})")
+    rows = []
+    for instance in found.instances:
+        own = [_name(instance), f"{instance.num_tokens:,}", f"{instance.num_targets:,}"]
+        for part in instance.documents:
+            tokens = f"{part.start:,} to {part.end - 1:,} of {part.num_tokens:,}"
+            rows.append([*own, f"{part.document:,}", tokens])
+            own = [""] * 3
+    header = ["instance", "tokens", "targets", "document", "its tokens"]
+    print_table(header, rows, right=header[:4])
+
+
+def _place(found: "StepBatch") -> str:
+    if found.batches_per_epoch is None:
+        return ""
+    return f" of {found.batches_per_epoch:,} in epoch {found.epoch + 1}"
+
+
+def _name(instance: "BatchInstance") -> str:
+    number = f"{instance.instance:,}"
+    return f"{instance.source} {number}" if instance.source is not None else number

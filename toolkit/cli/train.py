@@ -1,19 +1,14 @@
-"""`toolkit train`."""
+"""`toolkit train`, `toolkit resume`, `toolkit prepare`."""
 
+import os
 from typing import Annotated
 
 import typer
 
-from toolkit.cli.arguments import (
-    Base,
-    Config,
-    DataRoot,
-    Overrides,
-    SequenceLength,
-    WorkDir,
-    is_rank_0,
-    split_words,
-)
+from toolkit import commands
+from toolkit.cli.options import Base, Config, DataRoot, Overrides, SequenceLength, WorkDir
+from toolkit.cli.printing import prepared_text
+from toolkit.errors import EXIT_BAD_INPUT, EXIT_DONE, ConfigError
 
 
 def train(
@@ -57,38 +52,90 @@ def train(
       accelerate launch --config_file accelerate_configs/zero3.yaml --num_processes 2 \\
           toolkit train quickstart --save-folder runs/quickstart/zero3
     """
-    import os
-    import re
-    import shlex
-
-    from toolkit.distributed.ranks import check_launcher_variables
-    from toolkit.errors import ConfigError
-    from toolkit.experiment.load import load_experiment
-
-    source, paths = split_words(config, overrides, "CONFIG")
-    if paths and re.fullmatch(r"[\w.][\w.-]*", paths[0]):
-        command = f"toolkit train {source} --name {shlex.join(paths)}"
-        raise ConfigError(
-            f"unexpected argument {paths[0]!r}; if it is the run's name, type: {command}"
-        )
-    shorthands = {
-        "name": name,
-        "sequence_length": sequence_length,
-        "data_root": data_root,
-        "save_folder": save_folder,
-        "work_dir": work_dir,
-    }
     if json and not dry_run:
         raise ConfigError("--json belongs to --dry-run; give both to print the resolved config")
-    check_launcher_variables()
-    loaded = load_experiment(source, paths, shorthands, base=base, starts=True)
-    if dry_run:
-        from toolkit.commands.dry_run import summarize
+    loaded = commands.load.load_to_train(
+        *(config, overrides, base), name=name, sequence_length=sequence_length,
+        data_root=data_root, save_folder=save_folder, work_dir=work_dir,
+    )  # fmt: skip
+    if not dry_run:
+        return commands.train.train(loaded.config, origins=loaded.origins, stored=loaded.stored)
+    summary = commands.dry_run.summarize(loaded, os.environ)
+    if _is_rank_0():
+        typer.echo(loaded.stored.to_json() if json else summary)
+    return EXIT_DONE
 
-        summary = summarize(loaded, os.environ)
-        if is_rank_0():
-            typer.echo(loaded.stored.to_json() if json else summary)
-        return 0
-    from toolkit.experiment.run import train as run_training
 
-    return run_training(loaded.config, origins=loaded.origins, stored=loaded.stored)
+def resume(
+    context: typer.Context,
+    run_dir: Annotated[
+        str,
+        typer.Argument(
+            metavar="RUN_DIR",
+            help="A run: its folder or name (see `toolkit runs`), or its newest step{N} folder.",
+        ),
+    ],
+    overrides: Overrides = None,
+    explain: Annotated[
+        bool,
+        typer.Option(
+            "--explain",
+            help="Show what would be restored, changed and refused (exit code 2); do nothing.",
+        ),
+    ] = False,
+) -> int:
+    """Continue a run from its newest valid checkpoint, as if nothing had happened.
+
+    Without a launcher the run is launched again as it was: same engine, same number of processes.
+    Under a launcher it takes what the launcher gives.
+
+    \b
+    Examples:
+      toolkit resume runs/quickstart/first
+      toolkit resume runs/quickstart/first --trainer.max_duration='{value: 800, unit: steps}'
+      toolkit resume --explain runs/quickstart/first --train_module.optim.lr=1e-3
+      accelerate launch --config_file accelerate_configs/fsdp.yaml --num_processes 2 \\
+          toolkit resume runs/quickstart/first
+    """
+    word, flags = commands.load.split_words(run_dir, overrides, "RUN_DIR")
+    folder = commands.runs.folder_of(word)
+    if not explain:
+        return commands.train.resume(folder, flags, debug=bool(context.obj))
+    explanation = commands.explain.explain_resume(folder, flags, os.environ)
+    if _is_rank_0():
+        typer.echo(str(explanation))
+    return EXIT_BAD_INPUT if explanation.refused else EXIT_DONE
+
+
+def prepare(
+    config: Config,
+    overrides: Overrides = None,
+    data_root: DataRoot = None,
+    work_dir: WorkDir = None,
+    base: Base = None,
+) -> None:
+    """Turn text into token files: read, tokenize, split, write. Of a mixture, every source.
+
+    `toolkit train` does the same by itself when the files are missing. What is there already and
+    fits the config is left alone; what was interrupted goes on where it stopped.
+
+    \b
+    Examples:
+      toolkit prepare quickstart
+      toolkit prepare my.json --data-root /shared/data --dataset.num_processes=32
+      toolkit prepare my.json --dataset.source='{type: files, paths: [texts/]}'
+    """
+    corpus, is_stored = commands.data.prepare(
+        config, overrides, base, data_root=data_root, work_dir=work_dir
+    )
+    for _, prepared in corpus.parts.values():
+        typer.echo(prepared_text(prepared))
+        if is_stored:
+            typer.echo(commands.data.describe_stored(prepared))
+    if not corpus.parts:
+        typer.echo(f"{corpus.where}: a data set written in Python; there is nothing to prepare")
+
+
+def _is_rank_0() -> bool:
+    """Whether this process speaks for all that a launcher started."""
+    return os.environ.get("RANK", "0") == "0"

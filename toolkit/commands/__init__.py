@@ -1,1 +1,35 @@
-"""What a verb does that is not training itself; one function each, called by `cli/`."""
+"""What verbs do: `commands.batch.step_batch(...)`. Modules are imported when first asked for."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__all__ = [
+    "batch", "convert", "data", "dry_run", "evaluate", "explain", "export", "generate",
+    "load", "mix",
+    "recipes", "replay", "runs", "train", "verify",
+]  # fmt: skip
+
+if TYPE_CHECKING:
+    from toolkit.commands import (
+        batch,
+        convert,
+        data,
+        dry_run,
+        evaluate,
+        explain,
+        export,
+        generate,
+        load,
+        mix,
+        recipes,
+        replay,
+        runs,
+        train,
+        verify,
+    )
+else:
+
+    def __getattr__(name: str) -> Any:
+        if name not in __all__:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return import_module(f"{__name__}.{name}")

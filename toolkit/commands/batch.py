@@ -5,23 +5,21 @@ recorded. No torch.
 """
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import msgspec
 
 from toolkit.checkpoint.folder import read_metadata, saved_steps, step_folder
-from toolkit.data.corpus import changed_data
-from toolkit.data.instances.base import DecodedPiece, DocumentPart
+from toolkit.commands.prepared import open_run_data
+from toolkit.data.corpus import Corpus, changed_data
+from toolkit.data.instances.base import DecodedPiece, DocumentPart, decode_pieces, target_mask
+from toolkit.data.order.batches import BatchOrder, Segment, StreamBatches, batches_for
+from toolkit.data.prepare.tokenizers.tokenizer import load_tokenizer
 from toolkit.errors import ConfigError, DataError, ToolkitError
 from toolkit.experiment.config import ExperimentConfig
+from toolkit.experiment.found_data import find_data
 from toolkit.experiment.load import load_run_config
-from toolkit.experiment.run_data import find_data, open_run_data
 from toolkit.runs.files import RUN_FILES
-
-if TYPE_CHECKING:
-    from toolkit.data.corpus import Corpus
-    from toolkit.data.order.batches import BatchOrder
-    from toolkit.data.prepare.tokenizers.tokenizer import Tokenizer
 
 
 class BatchInstance(msgspec.Struct, frozen=True):
@@ -70,8 +68,6 @@ def step_batch(run_dir: Path, step: int, *, show: int = 1) -> StepBatch:
         ConfigError: no such step.
         DataError: the run's data is not here, or is not what the run was trained on.
     """
-    from toolkit.data.instances.base import decode_pieces, target_mask
-
     if show < 0:
         raise ConfigError(f"--show {show}: give a number of instances, 0 or more")
     folder = run_dir.resolve()
@@ -85,7 +81,8 @@ def step_batch(run_dir: Path, step: int, *, show: int = 1) -> StepBatch:
     indices = order.indices(step - 1)[0]
     rows = corpus.train.read(indices)
     ids, targets = rows["input_ids"], target_mask(rows)
-    tokenizer = _tokenizer(corpus) if show else None
+    folder_of_tokenizer = corpus.train.tokenizer_folder if show else None
+    tokenizer = load_tokenizer(folder_of_tokenizer) if folder_of_tokenizer else None
     instances = []
     for row, index in enumerate(indices.tolist()):
         parts = corpus.train.documents(index)
@@ -122,10 +119,8 @@ def _saved_data(folder: Path) -> dict[str, Any] | None:
     return None
 
 
-def _check_data(saved: dict[str, Any], corpus: "Corpus", order: "BatchOrder", folder: Path) -> None:
+def _check_data(saved: dict[str, Any], corpus: Corpus, order: BatchOrder, folder: Path) -> None:
     """Raise DataError when the checkpoint names other data."""
-    from toolkit.data.order.batches import StreamBatches
-
     now: dict[str, Any] = {key: saved.get(key) for key in ("seed", "shuffle", "order")}
     now |= {
         "fingerprint": corpus.train.fingerprint,
@@ -141,12 +136,8 @@ def _check_data(saved: dict[str, Any], corpus: "Corpus", order: "BatchOrder", fo
         )
 
 
-def _order(
-    config: ExperimentConfig, corpus: "Corpus", saved: dict[str, Any] | None
-) -> "BatchOrder":
+def _order(config: ExperimentConfig, corpus: Corpus, saved: dict[str, Any] | None) -> BatchOrder:
     """The order of the run's batches, with every size they had."""
-    from toolkit.data.order.batches import Segment
-
     if saved is None:
         return corpus.order
     segments = [Segment(*values) for values in saved["segments"]]
@@ -154,9 +145,7 @@ def _order(
     return corpus.order.resized(segments, saved["batch"], size)
 
 
-def _check_step(config: ExperimentConfig, order: "BatchOrder", step: int) -> None:
-    from toolkit.data.order.batches import batches_for
-
+def _check_step(config: ExperimentConfig, order: BatchOrder, step: int) -> None:
     duration = config.trainer.max_duration
     last = duration.value
     if duration.unit == "epochs":
@@ -168,10 +157,3 @@ def _check_step(config: ExperimentConfig, order: "BatchOrder", step: int) -> Non
             f"--step {step}: the run has steps 1 to {last} (trainer.max_duration is "
             f"{duration.value} {duration.unit})"
         )
-
-
-def _tokenizer(corpus: "Corpus") -> "Tokenizer | None":
-    from toolkit.data.prepare.tokenizers.tokenizer import load_tokenizer
-
-    folder = corpus.train.tokenizer_folder
-    return load_tokenizer(folder) if folder is not None else None

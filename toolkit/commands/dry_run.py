@@ -9,15 +9,16 @@ from typing import Any
 
 import msgspec
 
+from toolkit.commands.load import check_data_files
 from toolkit.config import DEFAULT_ORIGIN, leaves
 from toolkit.config.secrets import mask_secrets
-from toolkit.data.corpus_info import CorpusInfo, data_places, datasets_of, read_corpus
-from toolkit.data.prepare.text.presence import check_presence
+from toolkit.data.corpus_info import CorpusInfo, data_places, read_corpus
 from toolkit.distributed.layout import Layout, resolve_layout
 from toolkit.errors import ConfigError, ErrorList
 from toolkit.experiment.checks import (
     check_corpus,
     check_experiment,
+    check_load_path,
     check_parameters,
     gradient_accumulation_steps,
     rank_microbatch_size,
@@ -25,7 +26,6 @@ from toolkit.experiment.checks import (
 from toolkit.experiment.config import ExperimentConfig
 from toolkit.experiment.load import LoadedExperiment
 from toolkit.experiment.notices import notices
-from toolkit.experiment.preflight import check_load_path
 from toolkit.models.parameters import flops_per_token
 from toolkit.runs.registry import check_run_folder, is_run, resolve_run_folder
 from toolkit.train.config import Duration
@@ -78,9 +78,7 @@ def _checked(
     with found.collecting():
         corpus = read_corpus(config.data)
     with found.collecting():
-        for dataset in datasets_of(config.data):
-            with found.collecting():
-                check_presence(dataset, is_prepared=corpus is not None)
+        check_data_files(config)
     with found.collecting():
         check_run_folder(config.run, "<time>")
     with found.collecting():

@@ -8,32 +8,40 @@
 """
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
+import torch
 
-from toolkit.commands.models import DType, hf_folder_of, pick_device, torch_dtype
+from toolkit.commands.models import DTYPES, DType, hf_folder_of, pick_device
+from toolkit.commands.prepared import open_run_data
+from toolkit.commands.runs import folder_of
 from toolkit.data.config import (
     DatasetConfig,
     FilesSourceConfig,
     FixedInstancesConfig,
     HFTokenizerConfig,
 )
+from toolkit.data.evaluation import EvalLoader
 from toolkit.data.instances.open import instances_config
+from toolkit.data.prepare.text.sources import plan_source
+from toolkit.data.prepare.tokenizers.hf import load_hf_tokenizer
+from toolkit.data.prepare.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from toolkit.data.tokens.prepared import read_prepared
 from toolkit.errors import CheckpointError, ConfigError, DataError
+from toolkit.evaluate.perplexity import causal_lm_loss, evaluate_stream, transformer_loss
+from toolkit.evaluate.stream import check_vocabulary, read_documents
 from toolkit.experiment.checks import rank_microbatch_size
 from toolkit.experiment.config import ExperimentConfig
+from toolkit.experiment.found_data import find_data
 from toolkit.experiment.load import load_run_config
-from toolkit.experiment.run_data import find_data, open_run_data
+from toolkit.hf.loading import load_causal_lm
+from toolkit.hf.source import ModelSource, find_source, load_model
 from toolkit.runs.status import read_status
-
-if TYPE_CHECKING:
-    from toolkit.data.prepare.tokenizers.tokenizer import Tokenizer
-    from toolkit.hf.source import ModelSource
-    from toolkit.train.eval_sums import LossFunction, TokenSums
+from toolkit.train.eval_sums import LossFunction, TokenSums, evaluate_sets, total_sums
 
 MOST_SEQUENCE_TOKENS = 2048
 """Default row of a model without a run; longer contexts are asked for."""
@@ -69,6 +77,16 @@ class Evaluation(msgspec.Struct, frozen=True, kw_only=True):
     scores: list[Scores]
     """Of each set; where there are several, of all together, last."""
 
+    def lines(self) -> Iterator[str]:
+        """One JSON object for each set."""
+        shared = {"source": self.source, "step": self.step, "settings": self.settings}
+        for scores in self.scores:
+            numbers = {
+                key: str(value) if isinstance(value, float) and not math.isfinite(value) else value
+                for key, value in msgspec.structs.asdict(scores).items()
+            }
+            yield msgspec.json.encode(numbers | shared).decode()
+
 
 class EvalSettings(NamedTuple):
     """What was asked for. None: the run's own, else the default named."""
@@ -92,8 +110,8 @@ def evaluate(
     where: str,
     *,
     files: Sequence[str] = (),
-    settings: EvalSettings = EvalSettings(),  # noqa: B008 (a tuple of plain values)
     notify: Notify = lambda line: None,
+    **asked: Any,
 ) -> Evaluation:
     """Loss, perplexity and bits per byte of the model `where`.
 
@@ -101,12 +119,15 @@ def evaluate(
         files: files, folders and globs, each a set of its own; none: the validation instances of
             the run.
         notify: told, in a line, what is not as one might expect.
+        asked: fields of `EvalSettings`.
 
     Raises:
         CheckpointError: `where` is no model, or is damaged.
         ConfigError: a setting does not fit, or there is nothing to evaluate on.
         DataError: files or the run's data cannot be used.
     """
+    settings = EvalSettings(**asked)
+    where = str(folder_of(where))
     model = _find(where)
     run = _run_config(model.source)
     if files:
@@ -120,7 +141,7 @@ def evaluate(
 
 class _Model(NamedTuple):
     where: str
-    source: "ModelSource | None"
+    source: ModelSource | None
     """None: of a family that we do not know."""
     hf_folder: Path | None
     reason: str = ""
@@ -139,14 +160,12 @@ class _Run(NamedTuple):
 
 
 class _Loaded(NamedTuple):
-    loss_of: "LossFunction"
+    loss_of: LossFunction
     vocab_size: int
     longest: int | None
 
 
 def _find(where: str) -> _Model:
-    from toolkit.hf.source import find_source
-
     folder = hf_folder_of(where)
     if folder is None:
         return _Model(where, find_source(where), None)
@@ -156,7 +175,7 @@ def _find(where: str) -> _Model:
         return _Model(where, None, folder, str(error))
 
 
-def _run_config(source: "ModelSource | None") -> _Run | None:
+def _run_config(source: ModelSource | None) -> _Run | None:
     """What the run of a checkpoint was evaluated with; None where there is no run."""
     if source is None or source.run is None or source.metadata is None:
         return None
@@ -170,19 +189,12 @@ def _run_config(source: "ModelSource | None") -> _Run | None:
 
 
 def _load(model: _Model, dtype: DType, device: str | None, notify: Notify) -> _Loaded:
-    import torch
-
-    from toolkit.evaluate.perplexity import causal_lm_loss, transformer_loss
-    from toolkit.hf.source import load_model
-
     place = pick_device(device)
     torch.backends.cuda.matmul.allow_tf32 = dtype != "fp32"
     if model.source is None:
-        from toolkit.hf.loading import load_causal_lm
-
         assert model.hf_folder is not None, "else there is a source"
         try:
-            theirs = load_causal_lm(model.hf_folder, dtype=torch_dtype(dtype)).to(place)
+            theirs = load_causal_lm(model.hf_folder, dtype=DTYPES[dtype]).to(place)
         except CheckpointError as error:
             raise CheckpointError(f"{model.reason}; {error}") from None
         notify(f"evaluated through transformers: {model.reason}")
@@ -191,7 +203,7 @@ def _load(model: _Model, dtype: DType, device: str | None, notify: Notify) -> _L
         return _Loaded(causal_lm_loss(theirs, place), config.vocab_size, longest)
     # As training does: fp32 weights, computed on in bf16. Weights of others are rounded once.
     is_ours = model.source.kind != "hf"
-    weights = torch_dtype("fp32" if is_ours else dtype)
+    weights = DTYPES["fp32" if is_ours else dtype]
     ours = load_model(model.source, device=place, dtype=weights)
     loss_of = transformer_loss(ours, place, autocast=is_ours and dtype == "bf16")
     config = model.source.config.to_transformer()
@@ -199,9 +211,6 @@ def _load(model: _Model, dtype: DType, device: str | None, notify: Notify) -> _L
 
 
 def _on_validation(model: _Model, run: _Run, settings: EvalSettings, notify: Notify) -> Evaluation:
-    from toolkit.data.evaluation import EvalLoader
-    from toolkit.train.eval_sums import evaluate_sets
-
     for name in ("sequence_length", "stride", "tokenizer"):
         if getattr(settings, name) is not None:
             option = f"--{name.replace('_', '-')}"
@@ -253,11 +262,6 @@ def _on_files(
     settings: EvalSettings,
     notify: Notify,
 ) -> Evaluation:
-    from toolkit.data.prepare.text.sources import plan_source
-    from toolkit.evaluate.perplexity import evaluate_stream
-    from toolkit.evaluate.stream import check_vocabulary, read_documents
-    from toolkit.train.eval_sums import total_sums
-
     sources = {path: FilesSourceConfig(paths=[path], text_field=settings.text_field)
                for path in files}  # fmt: skip
     with _option_names():
@@ -333,10 +337,7 @@ def _lengths(
     return length, stride
 
 
-def _tokenizer(model: _Model, asked: str | None) -> "Tokenizer":
-    from toolkit.data.prepare.tokenizers.hf import load_hf_tokenizer
-    from toolkit.data.prepare.tokenizers.tokenizer import load_tokenizer
-
+def _tokenizer(model: _Model, asked: str | None) -> Tokenizer:
     if asked is not None:
         return load_hf_tokenizer(HFTokenizerConfig(path=asked))
     source = model.source
@@ -365,7 +366,7 @@ def _notice_other_data(model: _Model, fingerprint: str, notify: Notify) -> None:
         notify("the run's data is not what it was when the checkpoint was saved")
 
 
-def _scores(name: str, sums: "TokenSums") -> Scores:
+def _scores(name: str, sums: TokenSums) -> Scores:
     numbers = sums.numbers()
     return Scores(
         name=name,

@@ -14,32 +14,27 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from toolkit.checkpoint.folder import (
     INVALID_SUFFIX,
     CheckpointMetadata,
+    read_metadata,
     saved_steps,
     step_folder,
 )
+from toolkit.commands.prepared import without_gone_sources
 from toolkit.commands.verify import check_checkpoint
 from toolkit.config.files import read_json_mapping
 from toolkit.data.corpus_info import CorpusInfo, data_places, read_corpus
 from toolkit.data.prepare.corpus import check_corpus_settings
-from toolkit.data.tokens.prepared import MANIFEST_NAME
 from toolkit.distributed.layout import Layout, resolve_layout
+from toolkit.distributed.ranks import check_launcher_variables
 from toolkit.errors import ConfigError, DataError, ErrorList, RunError, ToolkitError
 from toolkit.experiment.changes import config_changes
-from toolkit.experiment.checks import check_corpus, check_experiment
+from toolkit.experiment.checks import check_corpus, check_experiment, check_load_options
 from toolkit.experiment.config import ExperimentConfig
-from toolkit.experiment.preflight import (
-    changed_training,
-    check_load_options,
-    check_repetitions,
-    continuation_checks,
-)
+from toolkit.experiment.found_data import has_data, started_in
 from toolkit.experiment.recorded import ResumePlan, plan_resume, read_steps
-from toolkit.experiment.run_data import started_in
 from toolkit.runs.files import RUN_FILES
 from toolkit.runs.registry import check_run_folder
 from toolkit.runs.status import current_state
 from toolkit.train.progress import none_saved, nothing_left, reached_step, refusal
-from toolkit.train.scores import check_best_metric
 from toolkit.train.timeline import Timeline, steps_of
 from toolkit.wording import count
 
@@ -76,47 +71,33 @@ def explain_resume(
         RunError: not a run folder.
         ConfigError: its config cannot be read, or an override does not fit.
     """
+    check_launcher_variables()
     plan = plan_resume(run_dir, overrides, environ)
-    folder, refused = plan.folder, _Refusals()
+    config, folder, refused = without_gone_sources(plan.config), plan.folder, _Refusals()
     state = current_state(folder, plan.status)
     if state == "running":
         where = f"pid {plan.status.pid} on {plan.status.host}"
         refused.add(RunError(f"another process is writing this run ({where}); stop it first"))
-    module = plan.config.train_module
+    module = config.train_module
     layout = refused.ask(lambda: resolve_layout(module.precision, module.dp_config, plan.environ))
     if layout is not None:
-        refused.ask(lambda: check_experiment(plan.config, layout.batch_ranks))
-    corpus = refused.ask(lambda: _corpus(plan.config))
-    refused.ask(lambda: check_run_folder(plan.config.run, ""))
-    start = refused.ask(lambda: _start(plan.config, folder))
-    refused.ask(lambda: check_load_options(plan.config, start))
-    loader = refused.ask(lambda: _loader(plan, corpus)) if start or _is_mixed(plan) else None
-    saved, state_of_data = None, None
-    retrained: list[str] = []
-    if start is not None:
-        from toolkit.checkpoint.load import metadata_of
-
-        saved = metadata_of(start.checkpoint)
-        position: Any = loader or _AnyPosition()
-        for check in continuation_checks(plan.config, folder, start, position):
-            refused.ask(check)
-        retrained = refused.ask(lambda: changed_training(plan.config, start)) or []
-        state_of_data = None if start.weights_only else _data_state(start)
-    if loader is not None and corpus is not None:
-        refused.ask(lambda: check_repetitions(plan.config, loader))
+        refused.ask(lambda: check_experiment(config, layout.batch_ranks))
+    corpus = refused.ask(lambda: _corpus(config))
+    refused.ask(lambda: check_run_folder(config.run, ""))
+    found = _look(config, folder, corpus, refused)
     before = read_json_mapping(folder / RUN_FILES.config)
     changes = config_changes(before, plan.stored, started_in(folder / RUN_FILES.command))
     rows = [
         ("run", [f"{folder}: {state}, attempt {plan.status.attempt}"]),
-        ("checkpoint", _checkpoint(plan, start, saved)),
-        ("skipped", _skipped(folder, saved if _is_own(start, folder) else None)),
-        ("engine", _engine(plan, saved, layout)),
-        ("optimizer", retrained),
+        ("checkpoint", _checkpoint(plan, found)),
+        ("skipped", _skipped(folder, found.saved if found.is_own else None)),
+        ("engine", _engine(plan, found.saved, layout)),
+        ("optimizer", list(found.retrained)),
         ("config", changes or ["nothing changes"]),
-        ("versions", _versions(saved)),
-        ("data", _data(plan.config, corpus, state_of_data)),
-        ("goes on", _steps(plan, corpus, loader, saved, start)),
-    ]  # fmt: skip
+        ("versions", _versions(found.saved)),
+        ("data", _data(config, corpus, found.state_of_data)),
+        ("goes on", _steps(config, corpus, found)),
+    ]
     reasons = [str(error) for error in refused.errors]
     return Explanation([(label, lines) for label, lines in rows if lines], reasons)
 
@@ -151,70 +132,64 @@ def _places(config: ExperimentConfig) -> str:
     return ", ".join(str(place) for place in data_places(config.data))
 
 
-def _start(config: ExperimentConfig, folder: Path) -> "Start | None":
-    own, trainer = folder / RUN_FILES.checkpoints, config.trainer
-    upload_to = trainer.callbacks.checkpointer.upload_to
-    if not saved_steps(own) and trainer.load_path is None and upload_to is None:
-        reached = reached_step(folder)
-        if reached and not trainer.start_anew:
-            raise refusal(folder, reached, none_saved(trainer.no_checkpoints))
-        return None
-    from toolkit.train.restoring import find_start, reached_by
+class _Found(NamedTuple):
+    """What there is to go on from. Nothing, where nothing was saved or it was refused."""
 
-    with _quiet("toolkit.checkpoint"):
-        adapts = config.train_module.lora is not None
-        reached = reached_by(trainer, folder)
-        return find_start(trainer, own, adapts=adapts, reached=reached)
+    start: "Start | None" = None
+    saved: CheckpointMetadata | None = None
+    loader: "TrainLoader | None" = None
+    """None too for data that is not here: it is prepared first."""
+    retrained: Sequence[str] = ()
+    state_of_data: dict[str, Any] | None = None
+    is_own: bool = False
+    """Whether the checkpoint is the run's."""
+
+    @property
+    def step(self) -> int:
+        """How many steps are done."""
+        return self.saved.step if self.saved and self.start and not self.start.weights_only else 0
 
 
-def _loader(plan: ResumePlan, corpus: CorpusInfo | None) -> "TrainLoader | None":
-    """The loader that training would use, to ask whether the saved position means something to it.
+def _look(
+    config: ExperimentConfig, folder: Path, corpus: CorpusInfo | None, refused: _Refusals
+) -> _Found:
+    """Ask of the checkpoint and the data what training would ask before its first step."""
+    trainer, own = config.trainer, folder / RUN_FILES.checkpoints
+    start, loader = None, None
+    is_saved = saved_steps(own) or trainer.load_path or trainer.callbacks.checkpointer.upload_to
+    if not is_saved and not trainer.start_anew and (reached := reached_step(folder)):
+        refused.add(refusal(folder, reached, none_saved(trainer.no_checkpoints)))
+    if not is_saved and config.dataset.mix is None:
+        refused.ask(lambda: check_load_options(config))
+        return _Found()
+    from toolkit.experiment import continuation
+    from toolkit.experiment.training import Training
 
-    Data that is not here (it is prepared first) or was refused already takes any.
-    """
-    from toolkit.data.corpus import open_corpus
-    from toolkit.data.loader import get_dataloaders
-
-    if corpus is None:
-        return None
-    with _quiet("toolkit.data"):
-        train_loader, evaluation = get_dataloaders(
-            plan.config.data,
-            batch_rank=0,
-            batch_ranks=1,
-            vocab_size=plan.config.model.vocab_size,
-            corpus=open_corpus(plan.config.data, corpus),
+    if is_saved:
+        with _quiet("toolkit.checkpoint"):
+            start = refused.ask(lambda: continuation.start_of(config, folder))
+    refused.ask(lambda: check_load_options(config, is_found=start is not None))
+    if corpus is not None and (start is not None or config.dataset.mix is not None):
+        with _quiet("toolkit.data"):
+            training = refused.ask(lambda: Training(config, corpus, batch_rank=0, batch_ranks=1))
+        loader = training.train_loader if training is not None else None
+    found = _Found(start, loader=loader)
+    if start is not None:
+        for check in continuation.continuation_checks(config, folder, start, loader):
+            refused.ask(check)
+        found = found._replace(
+            saved=read_metadata(start.checkpoint),
+            retrained=refused.ask(lambda: continuation.changed_training(config, start)) or [],
+            state_of_data=None if start.weights_only else continuation.data_state(start),
+            is_own=continuation.is_inside(start.checkpoint, own),
         )
-    check_best_metric(plan.config.trainer, evaluation)
-    return train_loader
+    if loader is not None:
+        refused.ask(lambda: continuation.check_repetitions(config, loader))
+    return found
 
 
-def _is_mixed(plan: ResumePlan) -> bool:
-    return plan.config.dataset.mix is not None
-
-
-class _AnyPosition:
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        pass
-
-
-def _is_own(start: "Start | None", folder: Path) -> bool:
-    if start is None:
-        return False
-    from toolkit.train.restoring import is_inside
-
-    return is_inside(start.checkpoint, folder / RUN_FILES.checkpoints)
-
-
-def _data_state(start: "Start") -> dict[str, Any]:
-    from toolkit.checkpoint.load import rank_state_of
-
-    return rank_state_of(start.checkpoint, rank=0)["trainer"]["data"]
-
-
-def _checkpoint(
-    plan: ResumePlan, start: "Start | None", saved: CheckpointMetadata | None
-) -> list[str]:
+def _checkpoint(plan: ResumePlan, found: _Found) -> list[str]:
+    start, saved = found.start, found.saved
     if start is None or saved is None:
         if reached_step(plan.folder) and not plan.config.trainer.start_anew:
             return ["none that is whole"]
@@ -224,10 +199,8 @@ def _checkpoint(
     lines = [f"{start.checkpoint}: step {saved.step:,}, {count(saved.tokens, 'token')}"]
     if start.base is not None:
         lines.append(f"an adapter, on {start.base}")
-    if _is_own(start, plan.folder):
-        last = max(read_steps(plan.folder), default=0)
-        if last > saved.step:
-            lines.append(f"steps {saved.step + 1} to {last} were recorded, and are done again")
+    if found.is_own and (last := max(read_steps(plan.folder), default=0)) > saved.step:
+        lines.append(f"steps {saved.step + 1} to {last} were recorded, and are done again")
     return lines
 
 
@@ -289,8 +262,7 @@ def _data(
     batch = state["batch"] if state else 0
     next_batch = f"next is batch {batch:,} of the run, counted from 0"
     if corpus is None:
-        there = all((place / MANIFEST_NAME).is_file() for place in data_places(config.data))
-        state_now = "refused, see below" if there else "not prepared; that is done first"
+        state_now = "refused, see below" if has_data(config) else "not prepared; that is done first"
         return [next_batch, f"{_places(config)}: {state_now}"]
     size, per_epoch = config.data_loader.global_batch_size, corpus.steps_per_epoch(config.data)
     if state and state["global_batch_size"] != size:
@@ -304,27 +276,20 @@ def _data(
     return [line, corpus.where]
 
 
-def _steps(
-    plan: ResumePlan,
-    corpus: CorpusInfo | None,
-    loader: "TrainLoader | None",
-    saved: CheckpointMetadata | None,
-    start: "Start | None",
-) -> list[str]:
-    trainer, data = plan.config.trainer, plan.config.data
+def _steps(config: ExperimentConfig, corpus: CorpusInfo | None, found: _Found) -> list[str]:
+    trainer, data = config.trainer, config.data
     known = steps_of(
         data.data_loader.global_batch_size,
         lambda epochs: corpus.epoch_end(data, epochs) if corpus else None,
     )
-    done = saved.step if saved is not None and start is not None and not start.weights_only else 0
     try:
-        timeline = Timeline.of(trainer, known if loader is None else loader.steps_of)
+        timeline = Timeline.of(trainer, known if found.loader is None else found.loader.steps_of)
     except ConfigError:
         return ["to a step that is known once the data is prepared"]
     last = timeline.stop_step
-    if done >= last:
+    if found.step >= last:
         return [nothing_left(trainer, last, timeline.total_steps)]
-    return [f"from step {done + 1:,} to {last:,}"]
+    return [f"from step {found.step + 1:,} to {last:,}"]
 
 
 @contextlib.contextmanager

@@ -2,12 +2,14 @@
 
 import re
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 
 from toolkit.commands.model_facts import card_of
-from toolkit.commands.models import WeightType, torch_dtype
+from toolkit.commands.models import DTYPES, WeightType
+from toolkit.commands.runs import folder_of
+from toolkit.config.paths import local_path
 from toolkit.data.prepare.tools.scanning import scan_progress
 from toolkit.errors import ConfigError
 from toolkit.hf.choose import choose_family
@@ -20,39 +22,42 @@ _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?B)?\Z", re.IGNORECASE)
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
-class ExportOptions(NamedTuple):
-    """What was asked for."""
+def export_model(
+    where: str,
+    out: str,
+    *,
+    dtype: WeightType | Literal["auto"] = "auto",
+    max_shard_size: str = "5GB",
+    merge_adapter: bool = False,
+    tokenizer: str | None = None,
+    check: bool | None = None,
+) -> tuple[ModelSource, Exported]:
+    """Export the model `where` into the folder `out`, with a card, and a bar on a terminal.
 
-    dtype: WeightType | Literal["auto"] = "auto"
-    """auto: see `chosen_types`."""
-    max_shard_size: str = "5GB"
-    merge_adapter: bool = False
-    tokenizer: str | None = None
-    """A folder in the place of the model's own tokenizer."""
-    check: bool | None = None
-    """Load the result and compare; None: where there is memory for it."""
-
-
-def export_model(path: str, folder: Path, options: ExportOptions) -> tuple[ModelSource, Exported]:
-    """Export the model in `path` into `folder`, with a card, and a bar on a terminal.
+    Args:
+        dtype: auto: see `chosen_types`.
+        tokenizer: a folder in the place of the model's own tokenizer.
+        check: load the result and compare; None: where there is memory for it.
 
     Raises:
         ConfigError: an option makes no sense.
         CheckpointError, DataError: see `find_source` and `export_source`.
     """
-    max_shard_bytes = parse_size(options.max_shard_size, "--max-shard-size")
+    folder = local_path(out, "OUT")
+    max_shard_bytes = parse_size(max_shard_size, "--max-shard-size")
     check_unused(folder)
+    path = str(folder_of(where))
     source = find_source(path)
-    if options.merge_adapter and source.lora is None:
+    if merge_adapter and source.lora is None:
         raise ConfigError(f"--merge-adapter: {path} holds no adapter; leave the option out")
-    if options.tokenizer is not None:
-        tokenizer = Path(options.tokenizer).expanduser()
-        if not is_tokenizer(tokenizer):
-            raise ConfigError(f"--tokenizer {tokenizer}: no tokenizer.json there")
-        source = source._replace(tokenizer_folder=tokenizer)
-    dtype = None if options.dtype == "auto" else torch_dtype(options.dtype)
-    merged = source.lora is None or options.merge_adapter
-    kept = first_type(dtype or (chosen_types(source) if merged else torch.float32))
+    if tokenizer is not None:
+        other = Path(tokenizer).expanduser()
+        if not is_tokenizer(other):
+            raise ConfigError(f"--tokenizer {other}: no tokenizer.json there")
+        source = source._replace(tokenizer_folder=other)
+    kind = None if dtype == "auto" else DTYPES[dtype]
+    merged = source.lora is None or merge_adapter
+    kept = first_type(kind or (chosen_types(source) if merged else torch.float32))
     family = choose_family(source.config, source.origin.get("model_type"))
     card = card_of(
         source,
@@ -65,11 +70,11 @@ def export_model(path: str, folder: Path, options: ExportOptions) -> tuple[Model
         exported = export_source(
             source,
             folder,
-            dtype=dtype,
+            dtype=kind,
             max_shard_bytes=max_shard_bytes,
-            merge_adapter=options.merge_adapter,
+            merge_adapter=merge_adapter,
             card=render_card(card),
-            check=options.check,
+            check=check,
             on_tensor=lambda tensor: advance(4 * tensor.numel()),
         )
     return source, exported

@@ -10,19 +10,50 @@ import contextlib
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import msgspec
+import torch
 
 from toolkit.checkpoint.folder import HF_FOLDER
-from toolkit.commands.models import DType, hf_folder_of, pick_device, torch_dtype
+from toolkit.commands.models import DTYPES, DType, hf_folder_of, pick_device
+from toolkit.commands.runs import folder_of
+from toolkit.data.prepare.build.stops import stop_ids
+from toolkit.data.prepare.tokenizers.tokenizer import load_tokenizer
 from toolkit.errors import DataError
+from toolkit.evaluate.continuation import PlainContinuation, Sampling, TransformersContinuation
+from toolkit.evaluate.prompts import Prompt, completed, read_prompts
+from toolkit.evaluate.text import Generated, TextGenerator
+from toolkit.hf import loading
+from toolkit.hf.choose import hf_architecture
+from toolkit.hf.export import export_source, generation_of
+from toolkit.hf.source import ModelSource, find_source, load_model
 
-if TYPE_CHECKING:
-    import torch
-
-    from toolkit.evaluate.text import TextGenerator
-    from toolkit.hf.source import ModelSource
+__all__ = ["Prompt", "completed_line", "open_generator", "read_prompts", "sampling"]
 
 Notify = Callable[[str], None]
+
+
+def sampling(
+    max_new_tokens: int,
+    temperature: float | None,
+    top_k: int | None,
+    top_p: float | None,
+    seed: int,
+) -> Sampling:
+    """How the next token is chosen.
+
+    Raises:
+        ConfigError: a value is out of range.
+    """
+    asked = Sampling(max_new_tokens, temperature, top_k, top_p, seed)
+    asked.filled(Sampling())
+    return asked
+
+
+def completed_line(prompt: Prompt, done: Generated) -> bytes:
+    """A line of `--output`."""
+    numbers = {key: value for key, value in done._asdict().items() if key != "text"}
+    return msgspec.json.encode({**completed(prompt, done.text), **numbers}) + b"\n"
 
 
 @contextlib.contextmanager
@@ -33,7 +64,7 @@ def open_generator(
     dtype: DType | None = None,
     device: str | None = None,
     notify: Notify = lambda line: None,
-) -> "Iterator[TextGenerator]":
+) -> Iterator[TextGenerator]:
     """The model `where` and its tokenizer, until the block is left; temporary files are then gone.
 
     Args:
@@ -48,23 +79,17 @@ def open_generator(
         ConfigError: no such device, or the tokenizer does not fit the model.
         DataError: there is no tokenizer.
     """
-    from toolkit.data.prepare.build.stops import stop_ids
-    from toolkit.data.prepare.tokenizers.tokenizer import load_tokenizer
-    from toolkit.evaluate.continuation import PlainContinuation, TransformersContinuation
-    from toolkit.evaluate.text import TextGenerator
-    from toolkit.hf.choose import hf_architecture
-    from toolkit.hf.export import generation_of
-    from toolkit.hf.loading import load_auto_tokenizer, load_causal_lm, quiet_transformers
-    from toolkit.hf.source import find_source, load_model
-
+    where = str(folder_of(where))
     folder = hf_folder_of(where)
     source = None if folder is not None else find_source(where)
-    found = Path(tokenizer).expanduser() if tokenizer is not None else _tokenizer(folder, source)
+    found = folder if source is None else source.tokenizer_folder
+    if tokenizer is not None:
+        found = Path(tokenizer).expanduser()
     if found is None:
         raise DataError(f"{where}: no tokenizer here; give one with --tokenizer FOLDER")
-    loaded_tokenizer = load_auto_tokenizer(found)
+    loaded_tokenizer = loading.load_auto_tokenizer(found)
     place = pick_device(device)
-    kind = torch_dtype(dtype or ("bf16" if place.type == "cuda" else "fp32"))
+    kind = DTYPES[dtype or ("bf16" if place.type == "cuda" else "fp32")]
     if source is not None and hf_architecture(source.config) is None:
         notify(
             "no transformers class holds this model: each token computes the whole text anew, "
@@ -78,16 +103,14 @@ def open_generator(
         if source is not None:
             folder = _exported(source) or stack.enter_context(_export(source, kind))
         assert folder is not None, "found, or exported"
-        continuation = TransformersContinuation(load_causal_lm(folder, dtype=kind).to(place))
-        stack.enter_context(quiet_transformers())
+        continuation = TransformersContinuation(
+            loading.load_causal_lm(folder, dtype=kind).to(place)
+        )
+        stack.enter_context(loading.quiet_transformers())
         yield TextGenerator(where, continuation, loaded_tokenizer)
 
 
-def _tokenizer(folder: Path | None, source: "ModelSource | None") -> Path | None:
-    return folder if source is None else source.tokenizer_folder
-
-
-def _exported(source: "ModelSource") -> Path | None:
+def _exported(source: ModelSource) -> Path | None:
     """The hf/ of a checkpoint, where it holds the whole model; `find_source` has checked that its
     files are whole."""
     assert source.checkpoint is not None, "not a folder of transformers"
@@ -97,10 +120,8 @@ def _exported(source: "ModelSource") -> Path | None:
 
 
 @contextlib.contextmanager
-def _export(source: "ModelSource", dtype: "torch.dtype") -> Iterator[Path]:
+def _export(source: ModelSource, dtype: torch.dtype) -> Iterator[Path]:
     """The model as a folder of `transformers`, removed afterwards."""
-    from toolkit.hf.export import export_source
-
     with tempfile.TemporaryDirectory(prefix="toolkit-generate-") as parent:
         folder = Path(parent) / HF_FOLDER
         export_source(source, folder, dtype=dtype, merge_adapter=True, check=False)

@@ -1,16 +1,22 @@
 """What a run would take of each source of its mixture, told before it runs."""
 
+from collections.abc import Sequence
 from fractions import Fraction
+from typing import Any
 
 import msgspec
 
+from toolkit.commands.load import load
+from toolkit.data.corpus_info import check_same_tokens
 from toolkit.data.instances.open import count_instances, ensure_plans
+from toolkit.data.order.mixture import MixPlan, check_limits
 from toolkit.data.order.resolve import (
     RatioSegment,
     ResolvedSource,
     resolve_mix,
     resolve_schedule,
 )
+from toolkit.data.prepare.build.mix import ensure_mix_prepared
 from toolkit.data.tokens.prepared import PreparedDataset, dataset_folder, localize, read_prepared
 from toolkit.errors import ConfigError
 from toolkit.experiment.config import ExperimentConfig
@@ -47,6 +53,18 @@ class MixPreview(msgspec.Struct, frozen=True, kw_only=True):
     """What is wrong, in a line, where a source is repeated more than it may be."""
 
 
+def preview(
+    config: str,
+    overrides: Sequence[str] | None,
+    base: str | None,
+    *,
+    prepare: bool,
+    **shorthands: Any,
+) -> MixPreview:
+    """`preview_mix` of the experiment that the words of a command line describe."""
+    return preview_mix(load(config, overrides, base, **shorthands).config, prepare=prepare)
+
+
 def preview_mix(config: ExperimentConfig, *, prepare: bool) -> MixPreview:
     """What training with `config` takes of each source of `dataset.mix`.
 
@@ -72,13 +90,11 @@ def preview_mix(config: ExperimentConfig, *, prepare: bool) -> MixPreview:
 def _prepared(
     config: ExperimentConfig, sources: list[ResolvedSource], *, prepare: bool
 ) -> dict[str, PreparedDataset | None]:
-    from toolkit.data.corpus_info import check_same_tokens
-    from toolkit.data.prepare.build.mix import ensure_mix_prepared
-
     found: dict[str, PreparedDataset | None] = {}
     if not prepare:
         found = {source.name: read_prepared(source.dataset) for source in sources}
-        check_same_tokens({name: there for name, there in found.items() if there is not None})
+        if known := {name: there for name, there in found.items() if there is not None}:
+            check_same_tokens(known)
         return found
     for source, prepared in ensure_mix_prepared(
         config.dataset, store=config.store, work_dir=config.run.work_dir
@@ -95,8 +111,6 @@ def _preview(
     prepared: dict[str, PreparedDataset | None],
     num_instances: dict[str, int],
 ) -> MixPreview:
-    from toolkit.data.order.mixture import MixPlan, check_limits
-
     # Of sources that are not known yet, the shares still are.
     limited = [s if s.name in num_instances else s._replace(max_repetitions=None) for s in sources]
     plan = MixPlan(limited, segments, {s.name: num_instances.get(s.name, 0) for s in sources})

@@ -9,12 +9,11 @@ from typing import Any
 import msgspec
 
 from toolkit.commands.data_facts import data_words, hub_data_sets
-from toolkit.commands.receipt import describe
 from toolkit.data.prepare.tokenizers.tokenizer import load_tokenizer
 from toolkit.errors import RunError, ToolkitError
-from toolkit.experiment.base import FINETUNE_FILE
 from toolkit.experiment.config import ExperimentConfig
 from toolkit.experiment.recorded import config_of, engine_of, versions_of
+from toolkit.experiment.sources import FINETUNE_FILE
 from toolkit.hf.model_card import OLDEST, ModelCard
 from toolkit.hf.source import ModelSource
 from toolkit.metrics.lines import read_records
@@ -145,7 +144,7 @@ def _training(
         metadata.engine,
         metadata.world_size,
     ):
-        machine = f"{describe(engine)} ({engine.device})"
+        machine = f"{engine} ({engine.device})"
     rows["Engine x processes"] = machine
     return {name: value for name, value in rows.items() if value}
 

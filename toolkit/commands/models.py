@@ -1,19 +1,22 @@
-"""What `toolkit eval` and `toolkit generate` are given: a run, a checkpoint, or a model of
-`transformers`, which need not be of a family that we know."""
+"""What `toolkit eval`, `toolkit generate` and `toolkit export-hf` ask of a model on disk."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
-from toolkit.checkpoint.folder import METADATA_FILE
+import torch
+
+from toolkit.checkpoint.folder import kind_of
+from toolkit.distributed.devices import pick_device as pick_any
+from toolkit.distributed.devices import use_device
+from toolkit.distributed.tuning import tune_cpu
 from toolkit.errors import ConfigError
-
-if TYPE_CHECKING:
-    import torch
+from toolkit.hf.loading import fetch_model, is_hub_name
 
 DType = Literal["fp32", "bf16"]
 """Precisions of a computation."""
 WeightType = Literal["fp32", "bf16", "fp16"]
 """Types that weights are kept in."""
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def hf_folder_of(where: str) -> Path | None:
@@ -23,27 +26,20 @@ def hf_folder_of(where: str) -> Path | None:
     Raises:
         CheckpointError: the hub gives none.
     """
-    folder = Path(where).expanduser()
-    if folder.is_dir():
-        is_hf = (folder / "config.json").is_file() and not (folder / METADATA_FILE).is_file()
-        return folder if is_hf else None
-    from toolkit.hf.loading import fetch_model, is_hub_name
-
+    kind = kind_of(where)
+    if kind == "hf":
+        return Path(where).expanduser()
+    if kind != "missing":
+        return None
     return fetch_model(where) if is_hub_name(where) else None
 
 
-def pick_device(name: str | None) -> "torch.device":
+def pick_device(name: str | None) -> torch.device:
     """The device called `name`; default: the first GPU, else the CPU, with all of its cores.
 
     Raises:
         ConfigError: there is no such device.
     """
-    import torch
-
-    from toolkit.distributed.devices import pick_device as pick_any
-    from toolkit.distributed.devices import use_device
-    from toolkit.distributed.tuning import tune_cpu
-
     if name is None:
         device = pick_any(local_rank=0)
     else:
@@ -58,10 +54,3 @@ def pick_device(name: str | None) -> "torch.device":
     else:
         use_device(device)
     return device
-
-
-def torch_dtype(name: WeightType) -> "torch.dtype":
-    """A type as torch calls it."""
-    import torch
-
-    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]

@@ -160,8 +160,3 @@ def _computes_on_gpu() -> bool:
     from toolkit.distributed.devices import usable_gpus
 
     return usable_gpus() > 0
-
-
-def describe(engine: EngineRecord) -> str:
-    """`fsdp x 2, bf16`."""
-    return f"{engine.name} x {engine.world_size}, {engine.precision}"

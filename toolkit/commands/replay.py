@@ -18,13 +18,17 @@ from typing import Any
 
 from toolkit.checkpoint.folder import check_files, read_metadata, saved_steps, step_folder, step_of
 from toolkit.commands.receipt import Receipt, ReplayPlan, compare
+from toolkit.commands.train import train
 from toolkit.commands.verify import is_step_folder
+from toolkit.config import leaves
 from toolkit.config.interpolation import fill
 from toolkit.data.corpus_info import data_places, read_corpus, without_sources
 from toolkit.distributed.launcher import has_launcher, rank_of
+from toolkit.distributed.logging import setup_logging
 from toolkit.distributed.ranks import check_launcher_variables
 from toolkit.errors import EXIT_DONE, ConfigError, DataError, RunError, TrainingError
 from toolkit.experiment.config import ExperimentConfig
+from toolkit.experiment.found_data import find_data
 from toolkit.experiment.recorded import (
     RecordedStep,
     config_of,
@@ -35,7 +39,6 @@ from toolkit.experiment.recorded import (
     read_steps,
     versions_of,
 )
-from toolkit.experiment.run_data import find_data
 from toolkit.launch.relaunch import relaunch
 from toolkit.runs.config import RunConfig
 from toolkit.runs.files import RUN_FILES
@@ -67,8 +70,6 @@ def replay_steps(
         RunError, ConfigError, DataError, CheckpointError: it cannot be replayed.
         TrainingError: the replay did not reach its last step.
     """
-    from toolkit.distributed.logging import setup_logging
-
     check_launcher_variables()
     environ, rank = os.environ, rank_of(os.environ)
     setup_logging(rank)
@@ -82,8 +83,6 @@ def replay_steps(
         "replaying steps %d to %d of %s from %s",
         plan.step + 1, plan.step + steps, plan.folder, plan.checkpoint.name,
     )  # fmt: skip
-    from toolkit.experiment.run import train
-
     with _scratch() as root, _only_warnings():
         config = replay_config(plan, root, environ)
         # What it stores goes away with the folder; the recorded config has no secrets filled in.
@@ -212,8 +211,6 @@ def _refuse(folder: Path, steps: int, step: int | None, comparable: dict[int, in
 
 
 def _numbers_of(folder: Path, attempt: int) -> dict[str, Any]:
-    from toolkit.config import leaves
-
     values = leaves(config_of(folder, attempt).to_dict())
     return {
         path: value

@@ -14,7 +14,7 @@ from toolkit.data.config import (
     DatasetConfig,
     VariableInstancesConfig,
 )
-from toolkit.data.corpus_info import CorpusInfo, check_same_tokens, data_places, read_corpus
+from toolkit.data.corpus_info import VAL, CorpusInfo, check_same_tokens, data_places, read_corpus
 from toolkit.data.instances.base import InstanceDataset
 from toolkit.data.instances.custom import (
     UNKNOWN_LENGTH,
@@ -32,9 +32,6 @@ from toolkit.data.tokens.prepared import PreparedDataset, localize, nothing_held
 from toolkit.errors import DataError
 
 logger = logging.getLogger(__name__)
-
-VAL = "val"
-"""Name of the evaluation on the one validation split there is."""
 
 
 class Corpus:

@@ -17,6 +17,9 @@ from toolkit.data.tokens.prepared import (
 )
 from toolkit.errors import ConfigError
 
+VAL = "val"
+"""Name of the evaluation on the one validation split there is."""
+
 
 class CorpusInfo(NamedTuple):
     """What is known of training data without opening it."""

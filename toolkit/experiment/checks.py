@@ -5,22 +5,40 @@ Every error names the keys it is about and the nearest values that work.
 
 import contextlib
 import os
+from pathlib import Path
+from typing import Any
 
+import msgspec
+
+from toolkit.checkpoint.folder import METADATA_FILE, read_metadata, saved_steps, step_folder
 from toolkit.data.config import BPETokenizerConfig, ByteTokenizerConfig, TokenizerConfig
-from toolkit.data.corpus import VAL
-from toolkit.data.corpus_info import CorpusInfo
+from toolkit.data.corpus_info import VAL, CorpusInfo
+from toolkit.data.order.resolve import resolve_mix
 from toolkit.data.tokens.prepared import require_ids
 from toolkit.distributed.tuning import asked_threads
-from toolkit.errors import ConfigError, DataError, ErrorList
+from toolkit.errors import CheckpointError, ConfigError, DataError, ErrorList
 from toolkit.experiment.config import ExperimentConfig
 from toolkit.models.config import ClassModelConfig
 from toolkit.models.parameters import TrainedParameters, parameter_shapes, trained_parameters
-from toolkit.train.config import NO_BASE
+from toolkit.runs.files import RUN_FILES
+from toolkit.runs.registry import is_run
+from toolkit.storage.remote import is_url
+from toolkit.train.config import NO_BASE, TrainerConfig
+from toolkit.train.progress import no_checkpoint
 from toolkit.train.scores import check_best_metric_early
 from toolkit.wording import count
 
 BYTE_VOCAB_SIZE = 257
 """256 byte values and the end of a document."""
+
+# Fields that change how the model is computed, not what its weights mean.
+FREE_MODEL_FIELDS = frozenset(
+    {"loss_chunk_size", "init_std", "init_scale_residual", "initializer_range"}
+)
+# Longer context from the same weights: a new run may change these. Shapes are checked on loading.
+FREE_FOR_WEIGHTS = FREE_MODEL_FIELDS | {
+    "rope_theta", "rope_scaling", "sliding_rope_theta", "max_sequence_length"
+}  # fmt: skip
 
 SEQUENCE = "dataset.sequence_length"
 GLOBAL_BATCH = "data_loader.global_batch_size"
@@ -97,8 +115,6 @@ def _check_best_metric(config: ExperimentConfig) -> None:
     """Before hours of preparing; what the data has held out is looked at once it is there."""
     sets = [VAL]
     if config.dataset.mix is not None:
-        from toolkit.data.order.resolve import resolve_mix
-
         with contextlib.suppress(ConfigError):  # said where the data is looked for
             # Any of them may have nothing held out, and one that is left is no total.
             sets += [source.name for source in resolve_mix(config.dataset)]
@@ -237,3 +253,80 @@ def _around(number: int, near: int) -> list[int]:
     below = (n for n in range(start, max(0, start - _FAR), -1) if number % n == 0)
     above = (n for n in range(near + 1, min(number, near + _FAR) + 1) if number % n == 0)
     return [next(below, 1), *([n] if (n := next(above, None)) else [])]
+
+
+def check_load_path(config: ExperimentConfig, folder: Path, *, has_model: bool = True) -> None:
+    """Check what can be told without torch of `trainer.load_path`, where the run in `folder` starts
+    from there: whether a local one holds a checkpoint if it must, and of which model.
+
+    Args:
+        has_model: the model is the one that is meant.
+
+    Raises:
+        CheckpointError: it holds none, or one of another model.
+        ConfigError: see `check_load_options`.
+    """
+    trainer, adapts = config.trainer, config.train_module.lora is not None
+    path = trainer.load_path
+    if _newest(folder) or (trainer.callbacks.checkpointer.upload_to and is_run(folder)):
+        return  # the run goes on from there
+    check_load_options(config)
+    if path is None or is_url(path) or (trainer.load_strategy == "never" and not adapts):
+        return
+    place = Path(path).expanduser()
+    newest = _newest(place)
+    if newest is None:
+        if trainer.load_strategy != "if_available" or adapts:
+            raise CheckpointError(no_checkpoint(path))
+        return
+    try:
+        saved = read_metadata(newest).extra.get("model")
+    except CheckpointError:
+        if newest == place:
+            raise
+        return  # an older one may be whole
+    asked = msgspec.json.decode(msgspec.json.encode(config.model))  # lists, as stored
+    free = FREE_FOR_WEIGHTS if adapts or trainer.load_weights_only else FREE_MODEL_FIELDS
+    if isinstance(saved, dict) and has_model:
+        check_model(newest, saved, asked, free=free)
+
+
+def _newest(path: Path) -> Path | None:
+    """The newest committed checkpoint meant by `path`; its files are not looked at."""
+    if (path / METADATA_FILE).is_file():
+        return path
+    for root in (path, path / RUN_FILES.checkpoints):
+        if steps := saved_steps(root):
+            return step_folder(root, steps[-1])
+    return None
+
+
+def check_load_options(config: ExperimentConfig, *, is_found: bool = False) -> None:
+    """Check that what asks for something to be loaded says from where, unless it was found.
+
+    Raises:
+        ConfigError: training would start from fresh weights all the same.
+    """
+    trainer, defaults = config.trainer, TrainerConfig()
+    if is_found or trainer.load_path is not None:
+        return
+    for name in ("load_weights_only", "load_in_place", "load_key_mapping"):
+        if getattr(trainer, name) != getattr(defaults, name):
+            raise ConfigError(f"trainer.{name}: there is nothing to load; add trainer.load_path")
+    if trainer.load_strategy == "always":
+        raise ConfigError("trainer.load_strategy is always: add trainer.load_path")
+
+
+def check_model(
+    checkpoint: Path | str, saved: dict[str, Any], asked: dict[str, Any], *, free: frozenset[str]
+) -> None:
+    changed = [
+        f"model.{key} (was {saved[key]}, is {value})"
+        for key, value in asked.items()
+        if key in saved and saved[key] != value and key not in free
+    ]
+    if changed:
+        raise CheckpointError(
+            f"{checkpoint}: was saved from another model: {', '.join(changed)}; set it back, or "
+            "start a new run"
+        )

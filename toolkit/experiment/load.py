@@ -3,16 +3,17 @@
 1. SOURCE is a JSON file or the name of a recipe; both hold a complete config.
 2. `{"preset": NAME, ...}` in the model section becomes that preset, under the section's other
    values. The name of a mix in `dataset.mix` becomes what the mix holds.
-3. `--base FOLDER` gives model, tokenizer and weights to start from (base.py); recipes for
+3. `--base FOLDER` gives model, tokenizer and weights to start from (sources.py); recipes for
    fine-tuning have none of their own.
 4. Flags follow: the short ones (`--sequence-length`), then overrides (`--a.b.c=VALUE`) in the order
    given. `--model.preset=NAME` replaces the model section before the other flags apply. A source
-   that they give gets a name of its own (data_name.py).
+   that they give gets a name of its own (sources.py).
 """
 
 import copy
-import sys
-from collections.abc import Mapping, Sequence
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,16 +29,28 @@ from toolkit.config.paths import local_path
 from toolkit.config.secrets import check_no_secrets
 from toolkit.config.types import nearest, shown, type_of
 from toolkit.data.order.config import inline_mixes
+from toolkit.distributed.launcher import world_size_of
 from toolkit.errors import ConfigError, ErrorList, RunError
 from toolkit.experiment.aliases import ALIASES, implied, our_names, our_path, our_value, without
-from toolkit.experiment.base import longest_sequence, read_base, without_model
+from toolkit.experiment.checks import check_experiment, check_load_path
 from toolkit.experiment.config import ExperimentConfig
-from toolkit.experiment.data_name import name_own_data
-from toolkit.experiment.recipes import recipe_hint, recipe_names, recipe_text
-from toolkit.experiment.refused import add_other_errors
+from toolkit.experiment.sources import (
+    longest_sequence,
+    name_own_data,
+    read_base,
+    recipe_hint,
+    recipe_names,
+    recipe_text,
+    without_model,
+)
 from toolkit.models.presets import PRESETS, preset
 from toolkit.runs.files import RUN_FILES
-from toolkit.runs.registry import find_named, is_run
+from toolkit.runs.registry import (
+    check_run_folder,
+    find_named,
+    is_run,
+    resolve_run_folder,
+)
 
 SHORTHANDS: dict[str, str] = {
     "name": "run.name",
@@ -71,6 +84,7 @@ def load_experiment(
     *,
     base: str | None = None,
     starts: bool = False,
+    check_data: Callable[[ExperimentConfig], None] | None = None,
 ) -> LoadedExperiment:
     """Load a recipe or JSON file and apply the command line to it.
 
@@ -79,6 +93,7 @@ def load_experiment(
         base: folder of a converted model or of a run, to start from.
         starts: a run is to be started; where the config is refused, what would refuse the run is
             told too.
+        check_data: where the config is refused, checks that its data can be made, too.
 
     Raises:
         ConfigError: no such source, or a name or value that does not fit.
@@ -110,18 +125,18 @@ def load_experiment(
             found.add(ConfigError(without_model(source, data)))
         layers.data["model"] = preset("quickstart")  # for what can be told of the rest
     across = has_model or _is_refused("model", found)
-    return _loaded(layers, found, source, across=across, starts=starts)
+    return _loaded(layers, found, source, across=across, starts=starts, check_data=check_data)
 
 
 def _is_refused(path: str, found: ErrorList) -> bool:
-    return any(getattr(error, "about", "") == path for error in found.errors)
+    return any(error.about == path for error in found.errors)
 
 
 def _loaded(
     layers: ConfigLayers[ExperimentConfig],
     found: ErrorList,
     source: str,
-    **known: bool,
+    **known: Any,
 ) -> LoadedExperiment:
     stored = _resolve(layers, found, **known)
     check_no_secrets(stored.to_dict())
@@ -129,9 +144,9 @@ def _loaded(
 
 
 def _resolve(
-    layers: ConfigLayers[ExperimentConfig], found: ErrorList, **known: bool
+    layers: ConfigLayers[ExperimentConfig], found: ErrorList, **known: Any
 ) -> ExperimentConfig:
-    """The config; where that is refused, what else is wrong too: `known` for `add_other_errors`."""
+    """The config, or the errors; `known` is for `_add_other_errors`."""
     checked = layers.check()
     for error in checked.errors:
         found.add(error)
@@ -142,47 +157,54 @@ def _resolve(
         layers.data["model"], has_model = preset("quickstart"), False
         config = layers.check().config
     if config is not None:
-        add_other_errors(found, config, has_model=has_model, **known)
+        _add_other_errors(found, config, has_model=has_model, **known)
     found.raise_any()
     raise AssertionError("there is an error")
 
 
-class RecipeSummary(NamedTuple):
-    """A line about one recipe."""
+def _add_other_errors(
+    found: ErrorList,
+    config: ExperimentConfig,
+    *,
+    has_model: bool = True,
+    across: bool = True,
+    starts: bool = False,
+    check_data: Callable[[ExperimentConfig], None] | None = None,
+) -> None:
+    """Add to `found`, the reasons to refuse a config, what is wrong with the rest of it: all that
+    can be told without the values which are refused, so that a user mends everything at once.
 
-    name: str
-    description: str
-    num_parameters: int | None
-    """None: those of the model it starts from."""
-    shown_parameters: str
-    """The same for a reader, with the active ones where these are fewer."""
-    sequence_length: int
-    needs: list[str]
-    """What is not on every machine."""
-
-
-def describe_recipes() -> list[RecipeSummary]:
-    """All recipes: those that start from a model (`--base`) last, the others by size."""
-    found = [_describe_recipe(name) for name in recipe_names()]
-    return sorted(found, key=lambda recipe: (recipe.num_parameters or sys.maxsize, recipe.name))
-
-
-def _describe_recipe(name: str) -> RecipeSummary:
-    data, origin = _read_source(name)
-    has_model = "model" in data
-    layers = ConfigLayers(ExperimentConfig)
-    # Any model does: only what the recipe itself says is shown.
-    _add(layers, data if has_model else {**data, "model": {"preset": "quickstart"}}, origin)
-    config = layers.resolve()
-    needs = [] if has_model else ["--base"]
-    return RecipeSummary(
-        name,
-        config.description,
-        config.model.num_parameters if has_model else None,
-        config.model.shown_parameters if has_model else "-",
-        config.dataset.sequence_length,
-        [*needs, "download"] if config.needs_download else needs,
-    )
+    Args:
+        config: what could be built, with defaults in the place of what is refused.
+        has_model: its model is the one that is meant.
+        across: its sections belong together.
+    """
+    refused = [error.about for error in found.errors if error.about]
+    names_known = not any(a.startswith(("model", "train_module.lora")) for a in refused)
+    others = ErrorList()
+    if across:
+        with others.collecting():
+            check_experiment(
+                config, world_size_of(os.environ), has_model=has_model, has_names=names_known
+            )
+    with others.collecting():
+        filled = fill(config)
+        if check_data is not None:
+            with others.collecting():
+                check_data(filled)
+        if starts:
+            with others.collecting():
+                check_run_folder(filled.run, "<time>")
+        if starts and across:
+            with others.collecting():
+                folder = resolve_run_folder(filled.run, "<time>")
+                check_load_path(filled, folder, has_model=names_known)
+    # What is said of a value that was refused is said of its default here.
+    names = [re.escape(about.rpartition(".")[2]) for about in refused if about != "model"]
+    spoken_of = re.compile(rf"\b({'|'.join(names)})\b") if names else None
+    for other in others.errors:
+        if spoken_of is None or not spoken_of.search(str(other)):
+            found.add(other)
 
 
 def load_run_config(run_dir: Path, overrides: Sequence[str] = ()) -> LoadedExperiment:
@@ -212,7 +234,7 @@ def load_run_config(run_dir: Path, overrides: Sequence[str] = ()) -> LoadedExper
     found = ErrorList()
     with found.collecting():
         _apply_overrides(layers, overrides)
-    return _loaded(layers, found, str(run_dir), has_files=False)
+    return _loaded(layers, found, str(run_dir))
 
 
 def _read_source(source: str) -> tuple[dict[str, Any], str]:

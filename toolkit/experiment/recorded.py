@@ -12,7 +12,6 @@ from typing import NamedTuple
 import msgspec
 
 from toolkit.checkpoint.folder import saved_steps, step_folder, step_of
-from toolkit.commands.verify import check_checkpoint
 from toolkit.distributed.config import DataParallelConfig, EngineName
 from toolkit.distributed.launcher import (
     has_launcher,
@@ -20,11 +19,11 @@ from toolkit.distributed.launcher import (
     launcher_precision,
     world_size_of,
 )
-from toolkit.distributed.layout import Layout, Precision, offloads
+from toolkit.distributed.layout import Precision, offloads
 from toolkit.errors import CheckpointError, RunError
 from toolkit.experiment.config import ExperimentConfig
+from toolkit.experiment.found_data import find_data
 from toolkit.experiment.load import load_run_config
-from toolkit.experiment.run_data import find_data, without_gone_sources
 from toolkit.metrics.lines import read_records
 from toolkit.runs.files import RUN_FILES
 from toolkit.runs.registry import is_run, run_of_checkpoint
@@ -34,7 +33,6 @@ from toolkit.train.config import TransformerTrainModuleConfig
 
 VERSIONED = ("toolkit", "torch", "accelerate", "deepspeed", "numpy")
 """Libraries that compute."""
-
 
 PROCESSES_PER_CORE = 16
 """What is started on CPUs at most, to try an engine out."""
@@ -54,6 +52,10 @@ class EngineRecord(msgspec.Struct, frozen=True, kw_only=True):
     """The config that asks for this engine, whatever the launcher."""
     kernels: dict[str, str] = {}
     """Part of the model -> the kernel that computes it; empty: not recorded."""
+
+    def __str__(self) -> str:
+        """`fsdp x 2, bf16`."""
+        return f"{self.name} x {self.world_size}, {self.precision}"
 
 
 class RecordedStep(msgspec.Struct):
@@ -114,7 +116,7 @@ def plan_resume(run_dir: Path, overrides: Sequence[str], environ: Mapping[str, s
     if not any(flag.startswith("--train_module.precision") for flag in overrides):
         precision = precision_again(module, status.other.get("precision"), environ)
         module = module.replace(precision=precision)
-    config = without_gone_sources(config.replace(train_module=module))
+    config = config.replace(train_module=module)
     return ResumePlan(folder, config, stored, loaded.origins, status, processes, environ)
 
 
@@ -132,12 +134,14 @@ def _run_meant(path: Path) -> Path:
     if not path.is_dir():
         there = [f"step{other}" for other in saved_steps(path.parent)]
         raise RunError(f"{path}: no such folder; there is {', '.join(there) or 'no checkpoint'}")
-    report = check_checkpoint(path)
-    if report.problem is not None:
-        raise CheckpointError(f"{path}: cannot be continued from: {report.problem}")
+    from toolkit.checkpoint.find import problem_of
+
+    if (problem := problem_of(path)) is not None:
+        problem = problem.removeprefix(f"{path}: ").removeprefix(f"{path}/")
+        raise CheckpointError(f"{path}: cannot be continued from: {problem}")
     root = run / RUN_FILES.checkpoints
     newer = [step_folder(root, other) for other in saved_steps(root) if other > step]
-    if whole := [other.name for other in newer if check_checkpoint(other).problem is None]:
+    if whole := [other.name for other in newer if problem_of(other) is None]:
         raise RunError(
             f"{path}: its run has gone on to {whole[-1]}, which this would do again; continue with "
             f"`toolkit resume {run}`, or branch off: `toolkit train {run / RUN_FILES.config} "
@@ -193,23 +197,6 @@ def processes_here(recorded: int) -> int:
             "`torchrun --nproc-per-node=N -m toolkit resume RUN_DIR`"
         )
     return recorded
-
-
-def describe_engine(layout: Layout, kernels: Mapping[str, str] | None = None) -> EngineRecord:
-    """The engine of `layout` on this machine, as metadata/engine.json keeps it."""
-    import torch
-
-    from toolkit.distributed.devices import cpu_name, usable_gpus
-
-    return EngineRecord(
-        name=layout.name,
-        world_size=layout.world_size,
-        precision=layout.precision,
-        threads=torch.get_num_threads(),
-        device=torch.cuda.get_device_name() if usable_gpus() else cpu_name(),
-        dp_config=layout.dp_config,
-        kernels=dict(kernels or {}),
-    )
 
 
 def metadata_of_attempt(folder: Path, file: str, attempt: int) -> Path:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from toolkit.checkpoint.commit import Save, write_checkpoint
 from toolkit.checkpoint.folder import Kind, step_folder
-from toolkit.checkpoint.remote import prune_remote, upload_checkpoint
+from toolkit.checkpoint.remote import upload_checkpoint
 from toolkit.checkpoint.retention import Retention, prune_checkpoints
 from toolkit.checkpoint.save_plan import Resolve, ShardWriter
 from toolkit.errors import ToolkitError, TrainingError
@@ -207,7 +207,7 @@ class Checkpointer(Callback):
         upload_checkpoint(folder, url, rank=environment.rank, group=environment.checkpoint_group)
         self._uploaded_at = step
         if environment.is_main:
-            prune_remote(url, self._rule, newest=step)
+            prune_checkpoints(url, self._rule, newest=step)
 
     def _finish_upload(self) -> None:
         """The newest checkpoint must have arrived: this machine may be gone in a minute."""

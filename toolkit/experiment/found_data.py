@@ -1,8 +1,7 @@
-"""The prepared data of a run, found again where it is now, and opened."""
+"""The prepared data of a run, found again where it is now."""
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from toolkit.config.interpolation import fill, fill_text
 from toolkit.data.config import (
@@ -11,19 +10,16 @@ from toolkit.data.config import (
     SourceConfig,
     TokenFilesSourceConfig,
 )
-from toolkit.data.corpus_info import data_places, read_corpus, with_sources, without_sources
-from toolkit.data.prepare.text.sources import is_gone
+from toolkit.data.corpus_info import data_places, with_sources
 from toolkit.data.tokens.prepared import MANIFEST_NAME
-from toolkit.errors import DataError, RunError
+from toolkit.errors import RunError
 from toolkit.experiment.config import ExperimentConfig
 from toolkit.runs.files import RUN_FILES
 from toolkit.storage.foreign import read_json
 from toolkit.storage.remote import is_url
 
-if TYPE_CHECKING:
-    from toolkit.data.corpus import Corpus
-
 _PLACES = ("--dataset.root", "--data-root", "--store.", "--dataset=", "--store=")
+"""Flags that say where data is."""
 
 
 def find_data(
@@ -70,7 +66,7 @@ def find_data(
     dataset = with_sources(config.dataset, source_there)
     dataset = dataset.replace(root=there(dataset.root))
     recorded = config.replace(dataset=dataset, store=store)
-    return recorded if _has_data(recorded if is_filled else fill(recorded)) else config
+    return recorded if has_data(recorded if is_filled else fill(recorded)) else config
 
 
 def started_in(command: Path) -> str | None:
@@ -81,42 +77,6 @@ def started_in(command: Path) -> str | None:
         return None
 
 
-def without_gone_sources(config: ExperimentConfig) -> ExperimentConfig:
-    """`config` that takes prepared data as it is where its text is not on this machine: a run moves
-    with its prepared data alone."""
-    if not _has_data(config) and config.store.permanent_root is None:
-        return config
-    gone: list[bool] = []
-
-    def look(source: SourceConfig | None) -> SourceConfig | None:
-        gone.append(is_gone(source))
-        return source
-
-    with_sources(config.dataset, look)
-    # All of a mixture: what its own tokenizer was trained on is told by its sources together.
-    return config.replace(dataset=without_sources(config.dataset)) if any(gone) else config
-
-
-def open_run_data(config: ExperimentConfig) -> "Corpus":
-    """The data of a run as it is here, for reading: nothing is prepared or fetched.
-
-    Args:
-        config: from `find_data`.
-
-    Raises:
-        DataError: it is not here.
-    """
-    from toolkit.data.corpus import open_corpus
-
-    data = config.data.replace(store=config.store.replace(permanent_root=None))
-    if read_corpus(data) is None:
-        places = ", ".join(str(place) for place in data_places(data))
-        raise DataError(
-            f"{places}: the run's prepared data is not there; restore it, or make it again with "
-            "`toolkit prepare`"
-        )
-    return open_corpus(data.replace(dataset=without_sources(data.dataset)))
-
-
-def _has_data(config: ExperimentConfig) -> bool:
+def has_data(config: ExperimentConfig) -> bool:
+    """Whether token files are there for all that `config` names."""
     return all((place / MANIFEST_NAME).is_file() for place in data_places(config.data))

@@ -1,25 +1,66 @@
-"""`--base FOLDER`: the model that an experiment starts from, as a layer of its config."""
+"""What a config is made from beside files and flags: recipes, `--base`, and names for own data."""
 
+import os
 import re
+from collections.abc import Sequence
+from importlib import resources
+from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any
 
+import xxhash
+
 from toolkit.checkpoint.folder import METADATA_FILE
+from toolkit.config import ConfigLayers, nearest
+from toolkit.config.check import check, convert
 from toolkit.config.files import read_json_mapping
 from toolkit.config.interpolation import fill
+from toolkit.config.named import named
+from toolkit.data.config import DatasetConfig
 from toolkit.data.corpus_info import data_places
 from toolkit.data.tokens.prepared import TOKENIZER_FOLDER
-from toolkit.errors import ConfigError
+from toolkit.errors import ConfigError, ToolkitError
 from toolkit.experiment.config import ExperimentConfig
-from toolkit.experiment.recipes import recipe_names
-from toolkit.experiment.run_data import find_data
+from toolkit.experiment.found_data import find_data
 from toolkit.models.presets import PRESETS
 from toolkit.runs.files import RUN_FILES
-
-_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+from toolkit.storage.remote import is_url
 
 FINETUNE_FILE = "finetune.json"
 """The config that `toolkit convert-hf` writes beside a converted model."""
+
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_ORIGIN = "--dataset.source"
+_PATHS = ("paths", "path")
+_NAMES = ("type", "name", "config", "split")
+_LONGEST = 40
+
+
+def recipe_names() -> list[str]:
+    """Names of all recipes, sorted."""
+    names = (entry.name for entry in _folder().iterdir())
+    return sorted(name.removesuffix(".json") for name in names if name.endswith(".json"))
+
+
+def recipe_text(name: str) -> str:
+    """The JSON text of a recipe, as it stands in the package.
+
+    Raises:
+        ConfigError: there is none of that name; names the nearest.
+    """
+    if name not in recipe_names():
+        raise ConfigError(f"{name}: no such recipe; {recipe_hint(name)}")
+    return (_folder() / f"{name}.json").read_text(encoding="utf-8")
+
+
+def recipe_hint(name: str) -> str:
+    """What to suggest to someone who asked for the unknown recipe `name`."""
+    near = nearest(name, recipe_names())
+    return f"did you mean {near!r}?" if near else "recipes: " + ", ".join(recipe_names())
+
+
+def _folder() -> Traversable:
+    return resources.files("toolkit") / "recipes"
 
 
 def read_base(folder: Path) -> dict[str, Any]:
@@ -114,8 +155,6 @@ def _of_converted(data: dict[str, Any], folder: Path) -> tuple[dict[str, Any], d
 
 def _of_run(data: dict[str, Any], folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """The model of a run, and the tokenizer that its data was made with."""
-    from toolkit.config.check import convert
-
     config, dataset = find_data(fill(convert(data, ExperimentConfig)), folder), _of_dataset(data)
     prepared = [place / TOKENIZER_FOLDER for place in data_places(config.data)]
     for tokenizer in (folder / RUN_FILES.tokenizer, *prepared):
@@ -137,3 +176,61 @@ def _of_dataset(data: dict[str, Any]) -> dict[str, Any]:
         "tokenizer": dataset.get("tokenizer"),
         "prepend_bos": dataset.get("prepend_bos", False),
     }
+
+
+def name_own_data(layers: ConfigLayers[Any], before: Any, overrides: Sequence[str]) -> None:
+    """Set `dataset.dataset_name` where flags gave another source and no name.
+
+    Args:
+        before: `dataset` as it was without the flags.
+    """
+    dataset: Any = layers.data.get("dataset")
+    source = dataset.get("source") if isinstance(dataset, dict) else None
+    if not isinstance(source, dict) or any("dataset_name" in flag for flag in overrides):
+        return
+    before = before if isinstance(before, dict) else {}
+    given, named = _identity(before.get("source")), before.get("dataset_name")
+    if _identity(source) == given:
+        return
+    # A file of one's own may name the data that a flag gives.
+    if given is None and named not in (None, DatasetConfig().dataset_name):
+        return
+    layers.set("dataset.dataset_name", own_name(source, _settings(dataset)), _ORIGIN)
+
+
+def own_name(source: dict[str, Any], settings: dict[str, Any]) -> str:
+    """What `source` is called: a word of it, and a hash of all that it and `settings` say."""
+    own = sorted((name, value) for name, value in source.items() if name not in _PATHS)
+    identity = _identity(source), own, settings
+    digest = xxhash.xxh3_64_hexdigest(repr(identity).encode("utf-8", "surrogateescape"))
+    word = str(source.get("name") or next(iter(_paths(source)), "") or source.get("type", "data"))
+    word = os.path.basename(word.rstrip("/")).partition(".")[0]
+    word = re.sub(r"[^A-Za-z0-9_-]+", "-", word).strip("-")[:_LONGEST]
+    return f"{word or 'data'}-{digest[:8]}"
+
+
+def _settings(dataset: dict[str, Any]) -> dict[str, Any]:
+    """What of `dataset` decides its tokens; empty where that cannot be told, which is an error
+    soon."""
+    config = check(dataset, DatasetConfig).config
+    if config is None:
+        return {}
+    try:
+        return dict(named("toolkit.data.prepare.build.settings:settings_of")(config))
+    except (ToolkitError, OSError):
+        return {}
+
+
+def _identity(source: Any) -> tuple[Any, ...] | None:
+    if not isinstance(source, dict):
+        return None
+    paths = sorted(
+        p if is_url(p) else os.path.abspath(os.path.expanduser(p)) for p in _paths(source)
+    )
+    return (*(source.get(name) for name in _NAMES), paths)
+
+
+def _paths(source: dict[str, Any]) -> list[str]:
+    """Those that are text; what else stands there is refused when the config is resolved."""
+    found = source.get("paths") if "paths" in source else [source.get("path")]
+    return [path for path in found if isinstance(path, str)] if isinstance(found, list) else []

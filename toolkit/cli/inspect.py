@@ -4,6 +4,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from toolkit import commands
+from toolkit.cli.options import Json
+from toolkit.cli.printing import cell, print_json, print_table, visible
+from toolkit.errors import DataError
+
 if TYPE_CHECKING:
     from toolkit.data.prepare.tools.inspection import Inspection, Sample, SplitReport
 
@@ -38,7 +43,7 @@ def inspect(
         int | None,
         typer.Option(metavar="ID", help="Of a bare file: it ends documents.", show_default=False),
     ] = None,
-    json: Annotated[bool, typer.Option("--json", help="Everything as one JSON object.")] = False,
+    json: Json = False,
 ) -> None:
     """Show what token files hold, and check all of it.
 
@@ -55,16 +60,11 @@ def inspect(
       toolkit data inspect data/corpus/default --quick -n 0
       toolkit data inspect tokens.npy --dtype uint32 --vocab-size 100278 --eos-id 100257
     """
-    from toolkit.data.prepare.tools.inspect import inspect_path
-    from toolkit.errors import DataError
-
-    found = inspect_path(
+    found = commands.data.inspect_path(
         path, dtype=dtype, vocab_size=vocab_size, eos_id=eos_id, num_samples=samples, quick=quick
     )
     if json:
-        import msgspec
-
-        typer.echo(msgspec.json.format(msgspec.json.encode(found)).decode())
+        print_json(found)
     else:
         _print(found)
     if found.problems:
@@ -74,8 +74,6 @@ def inspect(
 
 
 def _print(found: "Inspection") -> None:
-    from toolkit.cli.table import print_table
-
     facts = [found.dtype]
     if found.vocab_size is not None:
         facts.append(f"vocabulary of {found.vocab_size:,}")
@@ -94,12 +92,10 @@ def _print(found: "Inspection") -> None:
         _print_lengths(split)
         for sample in split.samples:
             _print_sample(split.name, sample)
-    if found.problems:
-        typer.echo()
-        for problem in found.problems:
-            typer.echo(f"problem: {problem}")
-    else:
-        typer.echo()
+    typer.echo()
+    for problem in found.problems:
+        typer.echo(f"problem: {problem}")
+    if not found.problems:
         typer.echo(f"OK{_extent(found)}")
 
 
@@ -118,10 +114,10 @@ def _row(split: "SplitReport") -> list[str]:
     return [
         split.name,
         f"{split.num_tokens:,}",
-        "-" if split.num_documents is None else f"{split.num_documents:,}",
+        cell(split.num_documents),
         f"{targets:,}",
-        "-" if split.bytes_per_token is None else f"{split.bytes_per_token:.2f}",
-        "-" if split.largest_id is None else f"{split.largest_id:,}",
+        cell(split.bytes_per_token, ".2f"),
+        cell(split.largest_id),
         f"{split.num_bytes / 1e6:,.1f} MB" if split.num_bytes >= 1e5 else f"{split.num_bytes:,} B",
     ]
 
@@ -147,8 +143,6 @@ def _print_lengths(split: "SplitReport") -> None:
 
 
 def _print_sample(split: str, sample: "Sample") -> None:
-    from toolkit.cli.instance_text import visible
-
     typer.echo()
     if sample.num_tokens is None:
         length = "beginning"

@@ -1,14 +1,16 @@
-"""`finetune.json`: the config that `toolkit convert-hf` writes beside a converted model."""
+"""`toolkit convert-hf`: a model of the field as a checkpoint, and a config that trains it."""
 
 import fnmatch
+from collections.abc import Sequence
 from pathlib import Path
 
+from toolkit.config.paths import local_path
 from toolkit.data.config import DataLoaderConfig, DatasetConfig, HFTokenizerConfig
 from toolkit.data.tokens.prepared import TOKENIZER_FOLDER
 from toolkit.errors import CheckpointError
-from toolkit.experiment.base import FINETUNE_FILE
 from toolkit.experiment.config import ExperimentConfig
-from toolkit.hf.convert import AS_IT_IS, Conversion, ConvertOptions, convert_hf
+from toolkit.experiment.sources import FINETUNE_FILE
+from toolkit.hf.convert import Conversion, ConvertOptions, convert_hf
 from toolkit.hf.loading import fetch_model, is_hub_name, name_in_cache
 from toolkit.optim.config import AdamWConfig, GroupOverride
 from toolkit.optim.schedules import CosineConfig
@@ -24,33 +26,41 @@ _WITHOUT_DECAY = ("*norm*", "*bias", "embeddings.*")
 
 def convert_model(
     source: str,
-    out: Path,
+    out: str,
     *,
     revision: str | None = None,
-    options: ConvertOptions = AS_IT_IS,
+    validate: bool | None = None,
+    tokenizer: str | None = None,
+    vocab_size: int | None = None,
+    add_tokens: Sequence[str] = (),
+    chat_template: str | None = None,
 ) -> Conversion:
-    """What `toolkit convert-hf` does; see `convert_hf`.
+    """Convert a folder or a model of the hub; options as in `ConvertOptions`.
 
     Args:
-        source: a folder, or a name on the hub.
         revision: branch, tag or commit on the hub.
 
     Raises:
         ToolkitError: see `convert_hf`; nothing is left at `out`.
     """
-    folder = Path(source).expanduser()
+    target, folder = local_path(out, "OUT"), Path(source).expanduser()
     if is_hub_name(source):
         folder = fetch_model(source, revision=revision)
     elif revision is not None:
         raise CheckpointError(f"--revision {revision}: {source} is a local folder, not a hub name")
+    is_named = not folder.name or is_hub_name(source)
     return convert_hf(
         folder,
-        out,
-        name=source
-        if not folder.name or is_hub_name(source)
-        else name_in_cache(folder) or folder.resolve().name,
+        target,
+        name=source if is_named else name_in_cache(folder) or folder.resolve().name,
         revision=revision,
-        options=options,
+        options=ConvertOptions(
+            validate=validate,
+            tokenizer=Path(tokenizer).expanduser() if tokenizer else None,
+            vocab_size=vocab_size,
+            add_tokens=add_tokens,
+            chat_template=Path(chat_template).expanduser() if chat_template else None,
+        ),
         add=lambda conversion, unfinished: write_atomic(
             unfinished / FINETUNE_FILE, finetune_config(conversion).to_json()
         ),

@@ -1,23 +1,85 @@
-"""Instances as text on a terminal: documents, and what of them the loss counts.
+"""What several verbs print: tables, JSON, and instances as text.
 
-The marks are the same with and without colours, so that text in a pipe tells as much.
+Everything is the same on a terminal and in a pipe, colours aside.
 """
 
 import errno
 import itertools
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Collection, Sequence
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from toolkit.wording import count
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.text import Text
 
     from toolkit.data.instances.base import DecodedPiece, DocumentPart
+    from toolkit.data.tokens.prepared import PreparedDataset
 
 TARGET = ("[[", "]]")
 """Around tokens that the loss asks for, on every kind of terminal, as errors have them."""
 LEGEND = "[[ ]]: targets, the tokens that the loss asks for"
 DOCUMENT_COLORS = ("cyan", "magenta")
+
+
+def print_table(
+    header: Sequence[str], rows: Sequence[Sequence[str]], *, right: Collection[str] = ()
+) -> None:
+    """Print `rows` under `header`; the columns named in `right` are aligned to the right."""
+    widths = [max(len(cell) for cell in column) for column in zip(header, *rows, strict=True)]
+
+    def line(cells: Sequence[str]) -> str:
+        padded = [
+            cell.rjust(width) if name in right else cell.ljust(width)
+            for name, cell, width in zip(header, cells, widths, strict=True)
+        ]
+        return "  ".join(padded).rstrip()
+
+    typer.echo(typer.style(line(header), bold=True))
+    for row in rows:
+        typer.echo(line(row))
+
+
+def cell(value: str | float | None, digits: str = ",", unknown: str = "-") -> str:
+    """A number in `digits` (a format), text as it is, `unknown` for None."""
+    if value is None:
+        return unknown
+    return value if isinstance(value, str) else f"{value:{digits}}"
+
+
+def size_text(number: int | None) -> str:
+    """Bytes as people read them; "-" where the number is not known."""
+    if number is None:
+        return "-"
+    size = float(number)
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.3g} {unit}" if unit != "B" else f"{number} B"
+        size /= 1000
+    return f"{size:.4g} TB"
+
+
+def print_json(value: Any) -> None:
+    """Print `value` as one JSON object."""
+    import msgspec
+
+    typer.echo(msgspec.json.format(msgspec.json.encode(value)).decode())
+
+
+def prepared_text(prepared: "PreparedDataset", *, documents: bool = False) -> str:
+    """Where a data set is and what it holds, in a line."""
+    train, val = (prepared.num_documents(split) for split in ("train", "val"))
+    of_train, of_val = (
+        (f" in {count(train, 'document')}", f" in {val:,}") if documents else ("", "")
+    )
+    return (
+        f"{prepared.folder}: {count(prepared.num_tokens('train'), 'training token')}{of_train}, "
+        f"{count(prepared.num_tokens('val'), 'validation token')}{of_val}, "
+        f"vocabulary of {prepared.vocab_size:,} ({prepared.manifest.dtype})"
+    )
 
 
 def plain_console() -> "Console":

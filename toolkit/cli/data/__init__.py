@@ -1,1 +1,0 @@
-"""`toolkit data`: one module per verb."""

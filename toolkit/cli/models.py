@@ -1,0 +1,303 @@
+"""`toolkit convert-hf`, `toolkit export-hf`, `toolkit eval`: models in, out and measured."""
+
+import time
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from toolkit import commands
+from toolkit.cli.options import AnyModel, ComputeType, Device, TokenizerFolder, WeightType
+from toolkit.cli.printing import cell, print_table, size_text
+from toolkit.errors import ConfigError
+from toolkit.wording import count
+
+if TYPE_CHECKING:
+    from toolkit.commands.evaluate import Evaluation, Scores
+    from toolkit.hf.convert import Conversion
+    from toolkit.hf.export import Exported
+    from toolkit.hf.source import ModelSource
+
+
+def convert_hf(
+    source: Annotated[
+        str,
+        typer.Argument(metavar="SRC", help="A folder in Hugging Face format, or a hub name."),
+    ],
+    out: Annotated[str, typer.Argument(metavar="OUT", help="A folder that is new or empty.")],
+    validate: Annotated[
+        bool | None,
+        typer.Option(
+            "--validate/--no-validate",
+            help="Compare the logits of the result with those of transformers.",
+            show_default="if there is memory for it",
+        ),
+    ] = None,
+    revision: Annotated[
+        str | None, typer.Option(help="Branch, tag or commit on the hub.", show_default="main")
+    ] = None,
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PATH",
+            help="Folder of another tokenizer, for example one that has grown.",
+            show_default="the model's",
+        ),
+    ] = None,
+    vocab_size: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Number of token ids; new rows are the mean of the others.",
+            show_default="as many as model and tokenizer need",
+        ),
+    ] = None,
+    add_tokens: Annotated[
+        str | None,
+        typer.Option(metavar="A,B", help="Control tokens that the tokenizer is to have."),
+    ] = None,
+    chat_template: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE", help="Jinja file with the chat template.", show_default="the model's"
+        ),
+    ] = None,
+) -> None:
+    """Make a Hugging Face model a checkpoint to train from.
+
+    OUT holds step0 (the weights, in the types they were kept in), tokenizer, and finetune.json: a
+    complete config for which only the text is missing. Weights go from file to file tensor by
+    tensor, so memory stays small. Every tensor of SRC is used, or it is an error. OUT gets its name
+    only when all is done and, with --validate, the logits are the same.
+
+    \b
+    Examples:
+      toolkit convert-hf HuggingFaceTB/SmolLM2-135M models/smollm2
+      toolkit convert-hf downloads/Llama-3.2-1B models/llama --chat-template chatml.jinja \\
+          --add-tokens '<|im_start|>,<|im_end|>'
+      toolkit train models/smollm2/finetune.json --dataset.source='{type: files, paths: [texts/]}'
+    """
+    if vocab_size is not None and vocab_size < 1:
+        raise ConfigError(f"--vocab-size {vocab_size}: must be greater than 0")
+    begin = time.monotonic()
+    conversion = commands.convert.convert_model(
+        source,
+        out,
+        revision=revision,
+        validate=validate,
+        tokenizer=tokenizer,
+        vocab_size=vocab_size,
+        add_tokens=[word for text in (add_tokens or "").split(",") if (word := text.strip())],
+        chat_template=chat_template,
+    )
+    _print_conversion(conversion, out, time.monotonic() - begin)
+
+
+def _print_conversion(conversion: "Conversion", out: str, seconds: float) -> None:
+    config = conversion.config
+    typer.echo(
+        f"{out}: {conversion.model_type}, {config.num_parameters:,} parameters, "
+        f"{' and '.join(conversion.dtypes)}, {size_text(conversion.nbytes)}, {seconds:.1f} s"
+    )
+    for note in conversion.notes:
+        typer.echo(f"note: {note}")
+    if conversion.difference is not None:
+        typer.echo(
+            "logits equal those of transformers: largest difference "
+            f"{conversion.difference:.1e} of the largest logit, same most likely ids"
+        )
+    typer.echo(
+        f"next: toolkit train {out.rstrip('/')}/finetune.json "
+        "--dataset.source='{type: files, paths: [FOLDER_WITH_TEXTS]}'"
+    )
+
+
+def export_hf(
+    source: Annotated[
+        str,
+        typer.Argument(metavar="RUN_OR_CHECKPOINT", help="A run folder, or a step{N} folder."),
+    ],
+    out: Annotated[str, typer.Argument(metavar="OUT", help="A folder that is new or empty.")],
+    dtype: Annotated[
+        WeightType,
+        typer.Option(
+            help="Type of the weights. auto: what the model had when it was imported, else fp32."
+        ),
+    ] = WeightType.auto,
+    max_shard_size: Annotated[
+        str, typer.Option(metavar="SIZE", help="Largest file of weights.")
+    ] = "5GB",
+    merge_adapter: Annotated[
+        bool,
+        typer.Option(
+            "--merge-adapter", help="Of a LoRA run: the whole model, not the adapter alone."
+        ),
+    ] = False,
+    tokenizer: TokenizerFolder = None,
+    check: Annotated[
+        bool | None,
+        typer.Option(
+            "--check/--no-check",
+            help="Load the result with transformers and compare its logits and token ids.",
+            show_default="if there is memory for it",
+        ),
+    ] = None,
+) -> None:
+    """Write a model as a folder that AutoModelForCausalLM.from_pretrained loads.
+
+    Of a run, the newest checkpoint counts. Weights go from file to file tensor by tensor, so memory
+    stays small. The folder holds config.json, generation_config.json, safetensors, the tokenizer
+    with its chat template, and a model card (README.md) made from the run's own records. It gets
+    its name only when it has been loaded again and gave the same logits.
+
+    Of a LoRA run, the adapter is written as `peft` reads it.
+
+    \b
+    Examples:
+      toolkit export-hf runs/quickstart/first exported/first
+      toolkit export-hf runs/quickstart/first/checkpoints/step200 step200 --dtype bf16
+      toolkit export-hf runs/finetune_lora/first merged --merge-adapter --max-shard-size 2GB
+    """
+    found, exported = commands.export.export_model(
+        source,
+        out,
+        dtype=dtype.value,
+        max_shard_size=max_shard_size,
+        merge_adapter=merge_adapter,
+        tokenizer=tokenizer,
+        check=check,
+    )
+    _print_export(found, exported, out)
+
+
+def _print_export(source: "ModelSource", exported: "Exported", out: str) -> None:
+    files = count(len(exported.weight_files), "file")
+    kind = str(exported.dtype).removeprefix("torch.")
+    what = "adapter for " if exported.is_adapter else ""
+    step = f", step {source.metadata.step}" if source.metadata is not None else ""
+    typer.echo(
+        f"{out}: {what}{exported.architecture} in {kind}, "
+        f"{exported.weight_bytes / 1e6:,.1f} MB in {files} ({source.where}{step})"
+    )
+    if exported.not_checked is None:
+        loads = "peft loads it onto its base" if exported.is_adapter else "transformers loads it"
+        ids = " and token ids" if exported.has_tokenizer else ""
+        typer.echo(f"checked: {loads} and gives the same logits{ids}")
+    else:
+        typer.echo(f"not checked: {exported.not_checked}")
+    if exported.only_newer is not None:
+        typer.echo(
+            f"note: needs transformers 5: version 4 computes other logits ({exported.only_newer})"
+        )
+    if not exported.has_tokenizer:
+        typer.echo("no tokenizer is known for this model; --tokenizer FOLDER adds one")
+    if exported.is_adapter:
+        typer.echo(f'PeftModel.from_pretrained(base, "{out}") loads it')
+        return
+    typer.echo(f"next: toolkit generate {out} --prompt '...'")
+    typer.echo(f'  or: AutoModelForCausalLM.from_pretrained("{out}")')
+
+
+def evaluate(
+    source: AnyModel,
+    more: Annotated[list[str] | None, typer.Argument(hidden=True)] = None,
+    files: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PATH...",
+            help="Text to score: .txt, .jsonl (.gz, .zst), .parquet, folders of them, 'globs'.",
+            show_default="the run's validation data",
+        ),
+    ] = None,
+    text_field: Annotated[str, typer.Option(help="Key or column that holds the text.")] = "text",
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(metavar="PATH", help="Tokenizer of the text.", show_default="the model's"),
+    ] = None,
+    sequence_length: Annotated[
+        int | None,
+        typer.Option(
+            help="Tokens per row.", show_default="the run's; else the model's, at most 2048"
+        ),
+    ] = None,
+    stride: Annotated[
+        int | None,
+        typer.Option(
+            help="Tokens from the beginning of a row to that of the next. Less than the row: each "
+            "token is scored once, with more of the text before it.",
+            show_default="the whole row",
+        ),
+    ] = None,
+    batch_tokens: Annotated[
+        int | None,
+        typer.Option(
+            help="Tokens per forward; changes speed and memory only.",
+            show_default="the run's; else 8192",
+        ),
+    ] = None,
+    dtype: Annotated[
+        ComputeType | None,
+        typer.Option(help="Precision of the computation.", show_default="the run's; else fp32"),
+    ] = None,
+    device: Device = None,
+    json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
+) -> None:
+    """Measure loss, perplexity and bits per byte of a model on text.
+
+    Of a run, the newest checkpoint counts. Without --files it is scored on the run's own validation
+    data, with the numbers that metrics/eval.jsonl has for that step. With --files, documents end
+    (and start) as in the run's data, all tokens of a path are one stream of rows, and the last row
+    counts however short it is.
+
+    \b
+    Examples:
+      toolkit eval runs/quickstart/first
+      toolkit eval runs/quickstart/first/checkpoints/step200 --files book.txt --stride 128
+      toolkit eval HuggingFaceTB/SmolLM2-135M --files a.jsonl 'more/*.parquet' --json
+    """
+    if more and not files:
+        raise ConfigError(f"{more[0]}: one model at a time; texts go behind --files")
+    if batch_tokens is not None and batch_tokens < 1:
+        raise ConfigError(f"--batch-tokens {batch_tokens}: give a number of tokens, 1 or more")
+    found = commands.evaluate.evaluate(
+        source,
+        files=[*(files or ()), *(more or ())],
+        notify=lambda line: typer.echo(line, err=True),
+        sequence_length=sequence_length,
+        stride=stride,
+        batch_tokens=batch_tokens,
+        dtype=dtype.value if dtype is not None else None,
+        device=device,
+        tokenizer=tokenizer,
+        text_field=text_field,
+    )
+    if json:
+        for line in found.lines():
+            typer.echo(line)
+        return
+    _print_table(found)
+
+
+def _print_table(found: "Evaluation") -> None:
+    step = f", step {found.step}" if found.step is not None else ""
+    how = ", ".join(f"{name} {_shown(value)}" for name, value in found.settings.items())
+    typer.echo(f"{found.source}{step}: {how}")
+    header = ["data", "loss", "ppl", "bits/byte", "targets", "bytes", "seconds"]
+    print_table(header, [_row(scores) for scores in found.scores], right=header[1:])
+
+
+def _row(scores: "Scores") -> list[str]:
+    return [
+        scores.name,
+        f"{scores.loss:.4f}",
+        f"{scores.ppl:.4g}" if scores.ppl >= 1e5 else f"{scores.ppl:.3f}",
+        cell(scores.bits_per_byte, ".4f"),
+        f"{scores.num_targets:,}",
+        cell(scores.num_bytes),
+        f"{scores.seconds:.1f}",
+    ]
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return "all" if value is None else str(value)

@@ -1,0 +1,86 @@
+"""A config from the words of a command line."""
+
+import contextlib
+import re
+import shlex
+from collections.abc import Sequence
+from typing import Any
+
+from toolkit.config import is_override
+from toolkit.data.corpus_info import datasets_of, read_corpus
+from toolkit.data.prepare.text.presence import check_presence
+from toolkit.distributed.ranks import check_launcher_variables
+from toolkit.errors import BadInputError, ConfigError, ErrorList
+from toolkit.experiment.config import ExperimentConfig
+from toolkit.experiment.load import LoadedExperiment, load_experiment
+
+
+def load(
+    config: str,
+    overrides: Sequence[str] | None,
+    base: str | None = None,
+    *,
+    starts: bool = False,
+    **shorthands: Any,
+) -> LoadedExperiment:
+    """The experiment that the words of a command line describe; see `load_experiment`.
+
+    Raises:
+        ConfigError: there is no config among the words, or it is refused.
+    """
+    source, flags = split_words(config, overrides, "CONFIG")
+    return load_experiment(
+        source, flags, shorthands, base=base, starts=starts, check_data=check_data_files
+    )
+
+
+def load_to_train(
+    config: str, overrides: Sequence[str] | None, base: str | None, **shorthands: Any
+) -> LoadedExperiment:
+    """The experiment that the words of `toolkit train` describe.
+
+    Raises:
+        ConfigError: it is refused, or the launcher's variables make no sense.
+    """
+    source, flags = split_words(config, overrides, "CONFIG")
+    if flags and re.fullmatch(r"[\w.][\w.-]*", flags[0]):
+        command = f"toolkit train {source} --name {shlex.join(flags)}"
+        raise ConfigError(
+            f"unexpected argument {flags[0]!r}; if it is the run's name, type: {command}"
+        )
+    check_launcher_variables()
+    return load(source, flags, base, starts=True, **shorthands)
+
+
+def split_words(first: str, others: Sequence[str] | None, what: str) -> tuple[str, list[str]]:
+    """Part the one positional word, `what`, from the overrides that may stand on both sides of it.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    words = [first, *(others or ())]
+    position = 0
+    while position < len(words):
+        word = words[position]
+        if not is_override(word):
+            return word, [*words[:position], *words[position + 1 :]]
+        following = words[position + 1 : position + 2]
+        has_value = "=" not in word and following and not is_override(following[0])
+        position += 2 if has_value else 1
+    raise ConfigError(f"no {what} given; put it before the --PATH=VALUE overrides")
+
+
+def check_data_files(config: ExperimentConfig) -> None:
+    """Check the local files that text which is not prepared yet would come from.
+
+    Raises:
+        DataError, ConfigError: one is missing, or the mixture makes no sense.
+    """
+    corpus, found = None, ErrorList()
+    with contextlib.suppress(BadInputError):
+        corpus = read_corpus(config.data)
+    with found.collecting():
+        for dataset in datasets_of(config.data):
+            with found.collecting():
+                check_presence(dataset, is_prepared=corpus is not None)
+    found.raise_any()

@@ -1,0 +1,91 @@
+"""Recipes for readers, and the schema of configs."""
+
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from toolkit.config.files import SCHEMA_KEY
+from toolkit.config.paths import local_path
+from toolkit.config.schema import json_schema
+from toolkit.errors import ConfigError
+from toolkit.experiment.config import ExperimentConfig
+from toolkit.experiment.load import load_experiment
+from toolkit.experiment.sources import recipe_names, recipe_text
+from toolkit.models.presets import PRESETS
+
+__all__ = ["copy_recipe", "describe_recipes", "experiment_schema", "recipe_text"]
+
+
+class RecipeSummary(NamedTuple):
+    """A line about one recipe."""
+
+    name: str
+    description: str
+    num_parameters: int | None
+    """None: those of the model it starts from."""
+    shown_parameters: str
+    """The same for a reader, with the active ones where these are fewer."""
+    sequence_length: int
+    needs: list[str]
+    """What is not on every machine."""
+
+
+def describe_recipes() -> list[RecipeSummary]:
+    """All recipes: those that start from a model (`--base`) last, the others by size."""
+    found = [_describe(name) for name in recipe_names()]
+    return sorted(found, key=lambda recipe: (recipe.num_parameters or sys.maxsize, recipe.name))
+
+
+def _describe(name: str) -> RecipeSummary:
+    has_model = '"model"' in recipe_text(name)
+    # Any model does: only what the recipe itself says is shown.
+    config = load_experiment(name, [] if has_model else ["--model.preset=quickstart"]).config
+    needs = [] if has_model else ["--base"]
+    return RecipeSummary(
+        name,
+        config.description,
+        config.model.num_parameters if has_model else None,
+        config.model.shown_parameters if has_model else "-",
+        config.dataset.sequence_length,
+        [*needs, "download"] if config.needs_download else needs,
+    )
+
+
+def copy_recipe(name: str, destination: str | Path) -> Path:
+    """Write a recipe to the file `destination`, or into that folder; returns the file.
+
+    Raises:
+        ConfigError: there is no such recipe, the file exists, or it cannot be written.
+    """
+    text, path = recipe_text(name), local_path(str(destination), "DEST")
+    path = path / f"{name}.json" if path.is_dir() else path
+    try:
+        with path.open("x", encoding="utf-8") as file:
+            file.write(text)
+    except FileExistsError:
+        raise ConfigError(f"{path}: exists; give another file name") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be written: {error.strerror}") from None
+    return path
+
+
+def experiment_schema() -> dict[str, Any]:
+    """The schema of what `toolkit train` reads: `ExperimentConfig`, or with a preset as model, and
+    `$schema`, by which an editor finds this schema."""
+    schema = json_schema(ExperimentConfig)
+    properties = schema["$defs"]["ExperimentConfig"]["properties"]
+    model = properties["model"]
+    with_preset = {
+        "type": "object",
+        "description": "A named size; further fields replace the preset's.",
+        "properties": {"preset": {"enum": sorted(PRESETS)}},
+        "required": ["preset"],
+    }
+    choices = model.pop("anyOf", None)
+    model["anyOf"] = [*(choices or [{"$ref": model.pop("$ref", None)}]), with_preset]
+    model.pop("discriminator", None)
+    properties[SCHEMA_KEY] = {
+        "type": "string",
+        "description": "Where the schema of this file is, for editors.",
+    }
+    return schema

@@ -1,0 +1,43 @@
+"""Runs by name, and their list."""
+
+from pathlib import Path
+
+from toolkit.config.paths import local_path
+from toolkit.errors import ConfigError
+from toolkit.runs import registry
+from toolkit.runs.registry import RunRecord, find_named
+
+
+def folder_of(text: str) -> Path:
+    """The folder of the run that `toolkit runs` lists under this name; anything else as it is.
+
+    Raises:
+        RunError: several runs have this name.
+    """
+    return Path(find_named(text))
+
+
+def list_all(root: str, registry_url: str | None) -> list[RunRecord]:
+    """What the registry of `root` knows.
+
+    Raises:
+        ConfigError: `root` is not there.
+    """
+    _check_root(root)
+    return registry.list_runs(root, registry_url=registry_url)
+
+
+def reindex(root: str, registry_url: str | None) -> int:
+    """Rebuild the registry from the run folders; the number of runs.
+
+    Raises:
+        ConfigError: `root` is not there.
+    """
+    _check_root(root)
+    return registry.reindex(root, registry_url=registry_url)
+
+
+def _check_root(root: str) -> None:
+    """A folder that was named must be there; without one, there may be no runs yet."""
+    if root != "runs" and not local_path(root, "--root").is_dir():
+        raise ConfigError(f"--root: {root}: no such folder")

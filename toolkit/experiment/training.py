@@ -1,0 +1,284 @@
+"""The part of a run that needs torch: from its data to its last line. `run.py` comes before it."""
+
+import contextlib
+import logging
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+import msgspec
+import torch
+
+from toolkit import signals
+from toolkit.config.files import read_json_mapping
+from toolkit.data.corpus import open_corpus
+from toolkit.data.corpus_info import CorpusInfo
+from toolkit.data.loader import TrainLoader, get_dataloaders
+from toolkit.distributed.devices import cpu_name, device_name, usable_gpus
+from toolkit.distributed.environment import (
+    TrainingEnvironment,
+    check_shared_folder,
+    prepare_training_environment,
+)
+from toolkit.distributed.layout import Layout
+from toolkit.distributed.logging import add_log_file, log_failure
+from toolkit.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, RunError
+from toolkit.experiment.agreement import check_agreement
+from toolkit.experiment.changes import config_changes
+from toolkit.experiment.checks import rank_microbatch_size
+from toolkit.experiment.config import ExperimentConfig
+from toolkit.experiment.continuation import check_continuation
+from toolkit.experiment.found_data import started_in
+from toolkit.experiment.recorded import EngineRecord, metadata_of_attempt
+from toolkit.launch.failures import LostPeerError, Peers, name_rank
+from toolkit.launch.starting import RunStart, current_launch
+from toolkit.runs.config import RunConfig
+from toolkit.runs.files import RUN_FILES
+from toolkit.runs.manager import RunManager
+from toolkit.runs.registry import is_run, resolve_run_folder, start_run
+from toolkit.train.progress import nothing_left
+from toolkit.train.run_config import log_config
+from toolkit.train.scores import check_best_metric
+from toolkit.train.trainer import Trainer, TrainResult
+from toolkit.wording import count
+
+# These lines are the run's own, whichever of its files says them.
+log = logging.getLogger("toolkit.experiment.run")
+
+GENTLE_STOPS = (None, "hard_stop")
+"""Ends that are what was asked for: exit code 0."""
+
+
+class Training:
+    """An experiment whose data is open.
+
+    Raises:
+        ConfigError, DataError: the data does not suit the config.
+    """
+
+    def __init__(
+        self, config: ExperimentConfig, data: CorpusInfo, batch_rank: int, batch_ranks: int
+    ) -> None:
+        self.config = config
+        self.corpus = open_corpus(config.data, data)
+        self.train_loader, evaluation = get_dataloaders(
+            config.data,
+            batch_rank=batch_rank,
+            batch_ranks=batch_ranks,
+            vocab_size=config.model.vocab_size,
+            corpus=self.corpus,
+        )
+        check_best_metric(config.trainer, evaluation)
+
+    def check_continuation(self, folder: Path) -> None:
+        """Check that the run in `folder` can go on with this config; see `continuation.py`."""
+        check_continuation(self.config, folder, self.train_loader)
+
+    def open_run(self, name: str, *, is_main: bool, where: RunConfig | None = None) -> RunManager:
+        """Open the run folder that `where` says (default: the config's); `name` is the run's where
+        the config names none."""
+        config = where or self.config.run
+        run = start_run(
+            config.experiment,
+            config.name or (None if config.save_folder else name),
+            resume=config.save_folder is not None
+            and is_run(resolve_run_folder(config, name))
+            and is_main,
+            root=config.root,
+            save_folder=config.save_folder,
+            registry_url=config.registry,
+            is_main=is_main,
+        )
+        launch = current_launch() if is_main else None
+        run.set_status("running", launch=None if launch is None else msgspec.to_builtins(launch))
+        return run
+
+    @staticmethod
+    def log_configs(
+        config: ExperimentConfig,
+        run: RunManager,
+        layout: Layout,
+        origins: Mapping[str, str],
+        kernels: Mapping[str, str] | None = None,
+    ) -> None:
+        """Write what a start is made from into the run's metadata/ and status."""
+        log_config(run, config.to_dict(), layout, config.model.num_parameters)
+        kept = {p: o for p, o in origins.items() if o != "default" and p != "trainer.start_anew"}
+        run.metadata.log(kept, RUN_FILES.origins)
+        run.metadata.log(describe_engine(layout, kernels), RUN_FILES.engine)
+
+    def train(
+        self,
+        stored: ExperimentConfig,
+        run: RunManager | None,
+        name: str,
+        origins: Mapping[str, str],
+        starting: RunStart,
+    ) -> int:
+        """Train to the end, or to a stop; returns the exit code. All ranks call it.
+
+        Args:
+            stored: the config that the run folder keeps.
+            run: None on ranks other than 0, which follow rank 0 to where it writes.
+            name: of the run, where the config names none.
+        """
+        environment = prepare_training_environment(self.config)
+        log_file, trainer, train_dl, has_failed = None, None, None, False
+        # To the very end: a rank that ends because of another one must say so before a signal ends
+        # it.
+        until_the_end = contextlib.ExitStack()
+        try:
+            # Where rank 0 writes is where all do.
+            name, where = environment.broadcast((name, self.config.run))
+            config = self.config.replace(run=where)
+            if run is None:
+                run = self.open_run(name, is_main=False, where=where)
+            check_shared_folder(environment, run.folder)
+            log_file = add_log_file(run.path(RUN_FILES.logs), environment.rank)
+            starting.log_file = log_file
+            train_dl, eval_dl = get_dataloaders(
+                config.data,
+                batch_rank=environment.batch_rank,
+                batch_ranks=environment.batch_ranks,
+                eval_batch_tokens=rank_microbatch_size(config, environment.batch_ranks),
+                vocab_size=config.model.vocab_size,
+                device=environment.device,
+                corpus=self.corpus,
+            )
+            check_agreement(config, environment, train_dl, eval_dl)
+            _log_opening(config, environment, run.folder, train_dl)
+            model = config.model.build(init_device="meta")
+            train_module = config.train_module.build(model, environment=environment)
+            trainer = Trainer(config.trainer, train_module, train_dl, eval_dl, run=run)
+            before = read_json_mapping(run.path(RUN_FILES.config)) if environment.is_main else {}
+            trainer.restore()
+            if environment.is_main:
+                _log_changes(before, stored, run, trainer)
+            # Not before: a run that cannot be continued with this config keeps the one it has.
+            self.log_configs(stored, run, environment.layout, origins, train_module.kernels)
+            until_the_end.enter_context(trainer.state.stop_request.listening())
+            signals.settle()
+            result = trainer.fit()
+            _log_end(result, run)
+            if result.reason in GENTLE_STOPS:
+                return EXIT_DONE
+            return EXIT_FAILED if result.saved_step is None else EXIT_STOPPED
+        except BaseException as error:
+            has_failed = True
+            if isinstance(error, signals.Interrupted):
+                raise
+            signals.settle()
+            step = trainer.state.step if trainer is not None else 0
+            lost = None
+            if run is not None:
+                with contextlib.suppress(RunError):  # this host does not see the run folder
+                    peers = Peers(run, rank=environment.rank, world_size=environment.world_size)
+                    lost = peers.report(error, step=step)
+            if log_file is not None:
+                log_failure(log_file, lost or error, rank=environment.rank, step=step)
+            if lost is not None:
+                raise lost from error
+            if run is not None and not isinstance(error, LostPeerError):
+                name_rank(error, run, environment.rank, step)
+            raise
+        finally:
+            if train_dl is not None:
+                train_dl.close()
+            environment.close(after_error=has_failed)
+            until_the_end.close()
+
+
+def describe_engine(layout: Layout, kernels: Mapping[str, str] | None = None) -> EngineRecord:
+    """The engine of `layout` on this machine, as metadata/engine.json keeps it."""
+    return EngineRecord(
+        name=layout.name,
+        world_size=layout.world_size,
+        precision=layout.precision,
+        threads=torch.get_num_threads(),
+        device=torch.cuda.get_device_name() if usable_gpus() else cpu_name(),
+        dp_config=layout.dp_config,
+        kernels=dict(kernels or {}),
+    )
+
+
+def resume_promise(device_type: str, *, deterministic: bool) -> str | None:
+    """How equal a resumed run will be on a GPU; None on CPUs, where it is bit-equal anyway."""
+    if device_type == "cpu":
+        return None
+    if deterministic:
+        return "a resumed run will be bit-equal on as many GPUs of the same kind"
+    return (
+        "a resumed run will be equal to rounding: GPU kernels add up in any order; "
+        "--trainer.deterministic=true makes it bit-equal, and slower"
+    )
+
+
+def _log_opening(
+    config: ExperimentConfig,
+    environment: TrainingEnvironment,
+    folder: Path,
+    train_loader: TrainLoader,
+) -> None:
+    """What is not used and why, what trains where, what resuming promises, how much data it is."""
+    layout, device = environment.layout, device_name(environment.device)
+    kind = environment.device.type
+    lines = [
+        *layout.notices,
+        f"training {config.model.shown_parameters} parameters on "
+        f"{count(layout.world_size, 'process')}, {layout.name} in {layout.precision} on "
+        f"{f'the CPU ({device})' if kind == 'cpu' else device}: {folder}",
+        resume_promise(kind, deterministic=config.trainer.deterministic),
+    ]
+    per_epoch, dropped = train_loader.steps_per_epoch, train_loader.dropped_instances
+    if not math.isinf(per_epoch):
+        lines.append(
+            f"{count(train_loader.num_instances, 'instance')} of up to "
+            f"{count(train_loader.sequence_length, 'token')}: "
+            f"{count(int(per_epoch), 'step')} an epoch"
+            + (f", {count(dropped, 'instance')} left out" if dropped else "")
+        )
+    for line in lines:
+        if line is not None:
+            log.info("%s", line)
+
+
+def _log_changes(
+    before: dict[str, object], stored: ExperimentConfig, run: RunManager, trainer: Trainer
+) -> None:
+    command = metadata_of_attempt(run.folder, RUN_FILES.command, run.attempt - 1)
+    for change in config_changes(before, stored, started_in(command)):
+        log.info("changed since the run's last start: %s", change)
+    state = trainer.state
+    if state.step >= state.stop_step:
+        log.warning("%s", nothing_left(state.config, state.stop_step, state.total_steps))
+
+
+def _log_end(result: TrainResult, run: RunManager) -> None:
+    if result.last_eval is not None:
+        evaluation = result.last_eval
+        line = f"validation loss {evaluation['loss']:.4f}"
+        if "bits_per_byte" in evaluation:
+            line += f", {evaluation['bits_per_byte']:.4f} bits per byte"
+        log.info("%s (step %d)", line, evaluation["step"])
+    if result.reason in GENTLE_STOPS:
+        log.info("done at step %d; everything is in %s", result.step, run.folder)
+        if result.reason == "hard_stop" and result.saved_step is not None:
+            log.info("go on with: toolkit resume %s --trainer.hard_stop=null", run.folder)
+        for label, path in (
+            ("metrics", RUN_FILES.metrics),
+            ("TensorBoard", RUN_FILES.tensorboard),
+            ("checkpoints", RUN_FILES.checkpoints),
+        ):
+            log.info("  %-12s %s", label, run.path(path))
+    elif result.saved_step is None:
+        log.warning(
+            "stopped at step %d (%s); no checkpoint was saved (trainer.no_checkpoints or "
+            "trainer.callbacks.checkpointer.enabled), so nothing can be continued",
+            result.step, result.reason,
+        )  # fmt: skip
+    else:
+        lost = f", from step {result.saved_step}" if result.saved_step < result.step else ""
+        log.info(
+            "stopped at step %d (%s); continue with: toolkit resume %s%s",
+            result.step, result.reason, run.folder, lost,
+        )  # fmt: skip
