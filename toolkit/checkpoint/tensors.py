@@ -1,7 +1,7 @@
 """Tensors from torch DCP, into whatever engine holds them.
 
 Keys are canonical names ("model.blocks.0.attention.query.weight", "optim.<name>.exp_avg"), shapes
-are global. Values may be plain tensors (replicated), DTensors, or `FlatShard`s.
+are global. Values may be plain tensors (replicated), DTensors, or `LocalShard`s.
 
 DCP itself reads a stored chunk whole into new memory and copies the wanted part from there. Here
 only the chunk's description is unpickled (restricted, on the meta device), which tells where in the

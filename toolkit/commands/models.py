@@ -10,6 +10,7 @@ from toolkit.distributed.devices import pick_device as pick_any
 from toolkit.distributed.devices import use_device
 from toolkit.distributed.tuning import tune_cpu
 from toolkit.errors import ConfigError
+from toolkit.hf.loading import fetch_model, is_hub_name
 
 DType = Literal["fp32", "bf16"]
 """Precisions of a computation."""
@@ -30,8 +31,6 @@ def hf_folder_of(where: str) -> Path | None:
         return Path(where).expanduser()
     if kind != "missing":
         return None
-    from toolkit.hf.loading import fetch_model, is_hub_name
-
     return fetch_model(where) if is_hub_name(where) else None
 
 
