@@ -13,7 +13,6 @@ from toolkit.commands.models import DTYPES, WeightType
 from toolkit.commands.runs import folder_of
 from toolkit.config.paths import local_path
 from toolkit.data.config import DataLoaderConfig, DatasetConfig, HFTokenizerConfig
-from toolkit.data.prepare.tools.scanning import scan_progress
 from toolkit.data.tokens.prepared import TOKENIZER_FOLDER
 from toolkit.errors import CheckpointError, ConfigError
 from toolkit.experiment.config import ExperimentConfig
@@ -28,6 +27,7 @@ from toolkit.optim.config import AdamWConfig, GroupOverride
 from toolkit.optim.schedules import CosineConfig
 from toolkit.runs.config import RunConfig
 from toolkit.storage.atomic import check_unused, write_atomic
+from toolkit.storage.progress import byte_progress
 from toolkit.train.config import Duration, TrainerConfig, TransformerTrainModuleConfig
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?B)?\Z", re.IGNORECASE)
@@ -180,7 +180,7 @@ def export_model(
         merged=merged,
         only_newer=family.only_newer(source.config.to_transformer()),
     )
-    with scan_progress("exporting", 4 * source.config.num_parameters) as advance:
+    with byte_progress("exporting", 4 * source.config.num_parameters) as advance:
         exported = export_source(
             source,
             folder,
