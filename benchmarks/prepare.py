@@ -206,8 +206,7 @@ def run_bare(corpus: Path, output: Path) -> dict[str, Any]:
 
 def run_toolkit(corpus: Path, output: Path) -> dict[str, Any]:
     from toolkit.data.config import DatasetConfig, FilesSourceConfig, HFTokenizerConfig
-    from toolkit.data.prepare.build.prepare import prepare_dataset
-    from toolkit.data.prepare.build.progress import Progress
+    from toolkit.data.prepare.build import prepare
 
     config = DatasetConfig(
         root=str(output / "data"),
@@ -215,16 +214,16 @@ def run_toolkit(corpus: Path, output: Path) -> dict[str, Any]:
         tokenizer=HFTokenizerConfig(path=str(corpus / "tokenizer")),
     )
     found: dict[str, float] = {}
-    begin = Progress.start
+    begin = prepare.encoding
 
-    def watched(self: Progress, folder: str, jobs: Any, missing: Any) -> None:
+    def watched(where: str, jobs: Any, missing: Any, *rest: Any, **options: Any) -> Any:
         found["seconds_to_encode"] = time.perf_counter() - started
         found["share_kept"] = 1 - len(missing) / len(jobs)
-        begin(self, folder, jobs, missing)
+        return begin(where, jobs, missing, *rest, **options)
 
-    Progress.start = watched  # type: ignore[method-assign]
+    prepare.encoding = watched
     started = time.perf_counter()
-    prepared = prepare_dataset(config, progress=False)
+    prepared = prepare.prepare_dataset(config, progress=False)
     seconds = time.perf_counter() - started
     splits = prepared.manifest.splits.values()
     # Without the end-of-document tokens, which "bare" does not make.
@@ -308,7 +307,7 @@ CONTESTANTS = {
 
 def as_bytes(vocabulary: dict[str, int]) -> dict[bytes, int]:
     """Tokens as bytes; ids rise in the order of merges, so they are ranks."""
-    from toolkit.data.prepare.tokenizers.byte import byte_characters
+    from toolkit.data.prepare.tokenizers.fast_bpe import byte_characters
 
     byte_of = {character: byte for byte, character in enumerate(byte_characters())}
     return {
@@ -366,7 +365,7 @@ def read_corpus(folder: Path) -> Any:
 
 
 def train(corpus: Path, folder: Path) -> None:
-    from toolkit.data.prepare.tokenizers.bpe import train_bpe
+    from toolkit.data.prepare.tokenizers.tokenizer import train_bpe
 
     tokenizer = train_bpe(read_corpus(corpus), VOCAB_SIZE)
     assert tokenizer.vocab_size == VOCAB_SIZE, "too little text for so large a vocabulary"

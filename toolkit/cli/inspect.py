@@ -10,7 +10,8 @@ from toolkit.cli.printing import cell, print_json, print_table, visible
 from toolkit.errors import DataError
 
 if TYPE_CHECKING:
-    from toolkit.data.prepare.tools.inspection import Inspection, Sample, SplitReport
+    from toolkit.data.prepare.tools.check import Sample, SplitReport
+    from toolkit.data.prepare.tools.inspect import Inspection
 
 BAR_WIDTH = 40
 

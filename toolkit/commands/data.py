@@ -10,9 +10,8 @@ from toolkit.data.prepare.build.tokenize import tokenize_files
 from toolkit.data.prepare.corpus import prepare_corpus
 from toolkit.data.prepare.store.store import describe_stored
 from toolkit.data.prepare.tools.inspect import inspect_path
-from toolkit.data.prepare.tools.merge import merge_datasets
+from toolkit.data.prepare.tools.rewrite import merge_datasets, split_parts, split_validation
 from toolkit.data.prepare.tools.show import FoundInstances, find_instances
-from toolkit.data.prepare.tools.split import split_parts, split_validation
 from toolkit.data.tokens.prepared import PreparedDataset
 from toolkit.errors import ConfigError
 

@@ -28,7 +28,7 @@ from toolkit.data.config import (
 from toolkit.data.evaluation import EvalLoader
 from toolkit.data.instances.open import instances_config
 from toolkit.data.prepare.text.sources import plan_source
-from toolkit.data.prepare.tokenizers.hf import load_hf_tokenizer
+from toolkit.data.prepare.tokenizers.choice import load_hf_tokenizer
 from toolkit.data.prepare.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from toolkit.data.tokens.prepared import read_prepared
 from toolkit.errors import CheckpointError, ConfigError, DataError

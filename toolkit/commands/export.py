@@ -10,13 +10,13 @@ from toolkit.commands.model_facts import card_of
 from toolkit.commands.models import DTYPES, WeightType
 from toolkit.commands.runs import folder_of
 from toolkit.config.paths import local_path
-from toolkit.data.prepare.tools.scanning import scan_progress
 from toolkit.errors import ConfigError
 from toolkit.hf.choose import choose_family
 from toolkit.hf.export import Exported, chosen_types, export_source, first_type
 from toolkit.hf.model_card import render_card
 from toolkit.hf.source import ModelSource, find_source, is_tokenizer
 from toolkit.storage.atomic import check_unused
+from toolkit.storage.progress import byte_progress
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?B)?\Z", re.IGNORECASE)
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -66,7 +66,7 @@ def export_model(
         merged=merged,
         only_newer=family.only_newer(source.config.to_transformer()),
     )
-    with scan_progress("exporting", 4 * source.config.num_parameters) as advance:
+    with byte_progress("exporting", 4 * source.config.num_parameters) as advance:
         exported = export_source(
             source,
             folder,

@@ -14,7 +14,7 @@ import numpy as np
 from toolkit.data.config import FilesSourceConfig
 from toolkit.data.instances.base import Rows
 from toolkit.data.prepare.build.encoding import TextEncoder
-from toolkit.data.prepare.build.worker import batch_pieces
+from toolkit.data.prepare.build.parts import batches
 from toolkit.data.prepare.text.readers import read_shard
 from toolkit.data.prepare.text.reading import Counts, Reading
 from toolkit.data.prepare.text.sources import plan_source
@@ -54,7 +54,7 @@ def read_documents(
     bos = [] if not prepend_bos or tokenizer.bos_id is None else [tokenizer.bos_id]
     eos = [] if not append_eos or tokenizer.eos_id is None else [tokenizer.eos_id]
     for shard in plan_source(source, 0.0).shards:
-        for pieces in batch_pieces(read_shard(shard, reading, Counts())):
+        for pieces in batches(read_shard(shard, reading, Counts())):
             parts: list[np.ndarray] = []
             starts, position = [], 0
             for piece, encoded in zip(pieces, encoder.encode(pieces), strict=True):

@@ -22,7 +22,6 @@ from toolkit.checkpoint.folder import MODEL_PREFIX, TENSORS_FOLDER
 from toolkit.checkpoint.save_plan import ShardWriter
 from toolkit.checkpoint.tensors import iterate_tensors
 from toolkit.data.prepare.tokenizers.companions import read_json
-from toolkit.data.prepare.tools.scanning import Advance, scan_progress
 from toolkit.data.tokens.prepared import TOKENIZER_FOLDER
 from toolkit.errors import CheckpointError, ConfigError, DataError, TrainingError
 from toolkit.hf import compare
@@ -38,6 +37,7 @@ from toolkit.hf.weights import HFWeights
 from toolkit.models.config import TransformerConfig
 from toolkit.storage.atomic import new_output
 from toolkit.storage.foreign import read_bytes
+from toolkit.storage.progress import Advance, byte_progress
 from toolkit.wording import count
 
 _VERSIONED = ("torch", "transformers", "tokenizers")
@@ -137,7 +137,7 @@ def convert_hf(
             root=unfinished, step=0, tokens=0, engine="single", extra=extra, rank_state=dict
         )
         try:
-            with scan_progress("converting", nbytes) as advance:
+            with byte_progress("converting", nbytes) as advance:
                 shards = ShardWriter(None)
                 resolve = shards.stream(layout, _watched(plan.tensors(), advance))
                 step = write_checkpoint(save, shards, resolve, rank=0, group=None)

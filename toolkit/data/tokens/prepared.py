@@ -13,6 +13,7 @@ whole. Reading the manifest needs neither numpy nor any file but dataset.json.
 """
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -81,6 +82,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     """Bytes that were not UTF-8 and became U+FFFD."""
     skipped_documents: int
     """Documents and files without text, and files of the standard library that are not UTF-8."""
+    cut_documents: int = 0
+    """Documents that begin where one of more than 8 MB was cut."""
     filtered_documents: dict[str, int] = {}
     """Documents left out on purpose, by the reason."""
     left_out_files: dict[str, int] = {}
@@ -88,6 +91,27 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     settings: dict[str, Any]
     """The settings that decide what the files hold; see `toolkit.data.prepare.build.settings`."""
     splits: dict[str, SplitInfo]
+
+
+class StoredFile(msgspec.Struct, frozen=True):
+    """What a file of a data set must be."""
+
+    size: int
+    """Bytes."""
+    xxh3: str | None
+    """xxh3_128; None where it is not known."""
+
+
+def token_files(dtype: TokenDType, splits: Mapping[str, SplitInfo]) -> dict[str, StoredFile]:
+    """The token files of `splits`, by their names."""
+    itemsize = 2 if dtype == "uint16" else 4
+    files = {}
+    for split, info in splits.items():
+        files[f"{split}.bin"] = StoredFile(info.num_tokens * itemsize, info.content_hash)
+        files[f"{split}.idx"] = StoredFile(info.num_documents * 8, info.index_hash)
+        if info.mask_hash is not None:
+            files[f"{split}.mask"] = StoredFile(info.num_tokens, info.mask_hash)
+    return files
 
 
 class PreparedDataset:
@@ -244,12 +268,8 @@ def read_folder(folder: Path) -> PreparedDataset | None:
     manifest = read_manifest(folder)
     if manifest is None:
         return None
-    itemsize = 2 if manifest.dtype == "uint16" else 4
-    for split, info in manifest.splits.items():
-        _check_size(folder / f"{split}.bin", info.num_tokens * itemsize)
-        _check_size(folder / f"{split}.idx", info.num_documents * 8)
-        if info.mask_hash is not None:
-            _check_size(folder / f"{split}.mask", info.num_tokens)
+    for name, file in token_files(manifest.dtype, manifest.splits).items():
+        _check_size(folder / name, file.size)
     return PreparedDataset(folder, manifest)
 
 

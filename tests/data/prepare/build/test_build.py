@@ -16,12 +16,12 @@ from toolkit.data.config import (
     InstructionsConfig,
     TokenFilesSourceConfig,
 )
-from toolkit.data.prepare.build import worker
+from toolkit.data.prepare.build import parts
 from toolkit.data.prepare.build.prepare import ensure_prepared
-from toolkit.data.prepare.build.sample import sample_texts
 from toolkit.data.prepare.build.settings import settings_of
+from toolkit.data.prepare.build.vocabulary import sample_texts
 from toolkit.data.prepare.text.sources import plan_source
-from toolkit.data.prepare.tokenizers.byte import ByteTokenizer
+from toolkit.data.prepare.tokenizers.tokenizer import ByteTokenizer
 from toolkit.data.prepare.tools.inspect import inspect_path
 from toolkit.data.tokens.prepared import MANIFEST_NAME, PreparedDataset, read_prepared
 from toolkit.errors import DataError
@@ -105,22 +105,25 @@ def test_masks_follow_their_tokens(tmp_path: Path) -> None:
         assert left.split() == [w for w in left.split() if w[0] == "q"]
 
 
-def test_mask_begins_where_the_first_token_is_no_target(
+def test_documents_without_a_mask_are_targets_among_others_that_have_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Marking(worker.TextEncoder):
+    class Marking(parts.InstructionEncoder):
         def encode(self, pieces):
             return [
-                encoded._replace(is_target=np.arange(len(encoded.ids)) > 0, eos_is_target=False)
-                if piece.text.startswith("m")
-                else encoded
+                encoded._replace(eos_is_target=False)
+                if piece.row["prompt"]
+                else encoded._replace(is_target=None)
                 for piece, encoded in zip(pieces, super().encode(pieces), strict=True)
             ]
 
-    monkeypatch.setattr(worker, "TextEncoder", Marking)
-    monkeypatch.setattr(worker, "BATCH_DOCUMENTS", 1)
-    texts = write_texts(tmp_path / "text", ["ab", "mno", "c"])
-    prepared = ensure_prepared(files_config(tmp_path / "data", texts))
+    monkeypatch.setattr(parts, "InstructionEncoder", Marking)
+    monkeypatch.setattr(parts, "BATCH_DOCUMENTS", 1)
+    rows = [("", "ab"), ("m", "no"), ("", "c")]
+    lines = [json.dumps({"prompt": p, "completion": c}) + "\n" for p, c in rows]
+    (tmp_path / "a.jsonl").write_text("".join(lines))
+    config = files_config(tmp_path / "data", tmp_path / "a.jsonl")
+    prepared = ensure_prepared(config.replace(instructions=InstructionsConfig()))
     mask = prepared.target_mask("train")
     assert mask is not None
     assert mask.tolist() == [1, 1, 1, 0, 1, 1, 0, 1, 1]
@@ -176,13 +179,13 @@ def test_repair_of_one_file_keeps_the_parts_of_the_others(
         ensure_prepared(config)
     bad.write_bytes(b"fine\n" * 300_000)
     done: list[str] = []
-    original = worker.read_shard
+    original = parts.read_shard
 
     def watched(shard, reading, counts):
         done.extend(part.name for part in shard)
         return original(shard, reading, counts)
 
-    monkeypatch.setattr(worker, "read_shard", watched)
+    monkeypatch.setattr(parts, "read_shard", watched)
     prepared = ensure_prepared(config)
     assert set(done) == {"9.txt"}
     assert prepared.num_documents("train") == 5
@@ -216,13 +219,13 @@ def test_file_that_changes_while_it_is_read_is_an_error(
     texts = write_texts(tmp_path / "text", ["first", "second", "third"])
     config = files_config(tmp_path / "data", texts)
 
-    class Writing(worker.TextEncoder):
+    class Writing(parts.TextEncoder):
         def encode(self, pieces):
             (texts / "0000.txt").write_text("longer than before")
             return super().encode(pieces)
 
     with monkeypatch.context() as patch:
-        patch.setattr(worker, "TextEncoder", Writing)
+        patch.setattr(parts, "TextEncoder", Writing)
         with pytest.raises(
             DataError, match=r"0000\.txt: changed while it was being read \(5 bytes before, 18 now"
         ):

@@ -28,7 +28,7 @@ from tests.data.prepare.text.reading import read_all
 from toolkit.data.config import FilesSourceConfig, InstructionsConfig
 from toolkit.data.prepare.build.encoding import Encoded
 from toolkit.data.prepare.build.instructions import InstructionEncoder
-from toolkit.data.prepare.text.piece import Piece
+from toolkit.data.prepare.text.reading import Piece
 from toolkit.data.prepare.tokenizers.tokenizer import Tokenizer
 from toolkit.errors import DataError
 

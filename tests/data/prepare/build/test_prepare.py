@@ -8,18 +8,19 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 
 from tests.data.corpus import BYTE_EOS, files_config, random_text, write_texts
 from toolkit import read_prepared
 from toolkit.data.config import BPETokenizerConfig, DatasetConfig, HFTokenizerConfig
+from toolkit.data.prepare.build.parts import is_validation
 from toolkit.data.prepare.build.prepare import ensure_prepared, prepare_dataset
-from toolkit.data.prepare.build.worker import is_validation
 from toolkit.data.prepare.store.cache import build_lock
-from toolkit.data.prepare.tokenizers.byte import ByteTokenizer
-from toolkit.data.prepare.tokenizers.tokenizer import load_tokenizer
+from toolkit.data.prepare.tokenizers.tokenizer import ByteTokenizer, load_tokenizer
 from toolkit.data.tokens.prepared import PreparedDataset, check_vocabulary, token_dtype
 from toolkit.errors import ConfigError, DataError
+from toolkit.storage.locks import locked
 
 
 def test_files_hold_the_documents_one_after_the_other(tmp_path: Path) -> None:
@@ -254,8 +255,8 @@ def start(config: DatasetConfig, work_dir: Path | str = "") -> subprocess.Popen[
 
 def wait_for_parts(folder: Path, number: int) -> list[Path]:
     for _ in range(2000):
-        parts = sorted(folder.glob("**/*.json"))
-        parts = [part for part in parts if part.stem.isdigit()]
+        parts = sorted(folder.glob("**/part.json"))
+        parts = [part.parent for part in parts if part.parent.name.isdigit()]
         if len(parts) >= number:
             return parts
         time.sleep(0.01)
@@ -272,7 +273,7 @@ def test_killed_preparation_continues_with_its_parts(tmp_path: Path) -> None:
     process.kill()
     process.communicate()
     assert read_prepared(config) is None
-    kept[-1].with_suffix(".train.bin").write_bytes(b"torn")  # a power cut may do this
+    (kept[-1] / "train.bin").write_bytes(b"torn")  # a power cut may do this
     process = start(config, work)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
@@ -303,7 +304,7 @@ def test_parts_left_beside_a_whole_data_set_go_when_it_is_opened(
     folder = tmp_path / "data" / "corpus"
     left = Path(work) if work is not None else folder / ".default.building"
     assert any(left.iterdir())
-    with build_lock(folder / "default"):
+    with locked(build_lock(folder / "default")):
         ensure_prepared(config, work_dir=work, progress=False)
         assert any(left.iterdir())
     opening(config, work_dir=work, progress=False)
@@ -311,11 +312,45 @@ def test_parts_left_beside_a_whole_data_set_go_when_it_is_opened(
     assert work is None or not any(Path(work).iterdir())
 
 
-@pytest.mark.parametrize("said", [b"", b'{"reading": {"sou'])
-def test_a_worker_whose_parent_was_stopped_ends_silently(said: bytes) -> None:
-    command = [sys.executable, "-m", "toolkit.data.prepare.build.worker"]
-    ended = subprocess.run(command, input=said, capture_output=True, timeout=60)
-    assert (ended.returncode, ended.stdout, ended.stderr) == (0, b"", b"")
+def test_workers_end_silently_with_the_process_that_was_killed(tmp_path: Path) -> None:
+    texts = write_texts(tmp_path / "text", [random_text(12_000, seed=i) for i in range(40)])
+    config = files_config(tmp_path / "data", texts, num_processes=2)
+    process = start(config, tmp_path / "work")
+    wait_for_parts(tmp_path / "work", 1)
+    children = psutil.Process(process.pid).children(recursive=True)
+    assert len(children) >= 2
+    process.kill()
+    _, err = process.communicate(timeout=60)  # ends when no process holds its output any more
+    assert psutil.wait_procs(children, timeout=60)[1] == []
+    assert "Traceback" not in err
+
+
+def test_a_killed_worker_is_one_line_and_its_parts_are_kept(tmp_path: Path) -> None:
+    texts = write_texts(tmp_path / "text", [random_text(12_000, seed=i) for i in range(40)])
+    config = files_config(tmp_path / "data", texts, num_processes=2)
+    process = start(config, tmp_path / "work")
+    wait_for_parts(tmp_path / "work", 1)
+    for child in psutil.Process(process.pid).children():
+        if "spawn_main" in " ".join(child.cmdline()):
+            child.kill()
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "DataError: preparing data: a worker process ended with code -9 (-9: killed" in err
+    assert wait_for_parts(tmp_path / "work", 1)
+
+
+def test_a_script_needs_no_main_guard_and_is_not_run_by_workers(tmp_path: Path) -> None:
+    texts = write_texts(tmp_path / "text", [random_text(12_000, seed=i) for i in range(6)])
+    config = files_config(tmp_path / "data", texts, num_processes=2)
+    script = tmp_path / "script.py"
+    script.write_text(f"print('run')\n{PREPARE}")
+    command = [sys.executable, str(script), config.to_json().decode(), ""]
+    ended = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(Path.cwd())}
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.split()[0] == "run"
+    assert len(ended.stdout.split()) == 2
 
 
 def test_files_of_killed_workers_do_not_pile_up(tmp_path: Path) -> None:
@@ -327,9 +362,9 @@ def test_files_of_killed_workers_do_not_pile_up(tmp_path: Path) -> None:
         prepare_dataset(config, work_dir=str(work), progress=False)
     [parts] = work.glob("*/*")
     before = sorted(path.name for path in parts.iterdir())
-    left = ["000000.train.bin.4584", "000007.val.mask.12", "000000.docs.9", ".000003.json.4-ab.tmp"]
-    for name in left:
-        (parts / name).write_bytes(b"half")
+    for name in ("000000.4584", "000007.12"):
+        (parts / name).mkdir()
+        (parts / name / "train.bin").write_bytes(b"half")
     with pytest.raises(DataError, match="not UTF-8"):
         prepare_dataset(config, work_dir=str(work), progress=False)
     assert sorted(path.name for path in parts.iterdir()) == before

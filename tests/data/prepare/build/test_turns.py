@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from tests.data.prepare.build.test_instructions import encode, shown
 from tests.data.prepare.text.instructions.templates import (
     CHATML,
     EOS,
@@ -15,10 +16,9 @@ from tests.data.prepare.text.instructions.templates import (
     tokenizer,
     user,
 )
-from tests.data.tokens.test_instructions import encode, shown
 from toolkit.data.config import InstructionsConfig
 from toolkit.data.prepare.build.instructions import InstructionEncoder
-from toolkit.data.prepare.text.piece import Piece
+from toolkit.data.prepare.text.reading import Piece
 from toolkit.data.prepare.tokenizers.choice import templates_hash
 from toolkit.data.prepare.tokenizers.companions import TOKENIZER_CONFIG_FILE
 from toolkit.data.prepare.tokenizers.tokenizer import Tokenizer, load_file

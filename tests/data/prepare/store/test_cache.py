@@ -20,7 +20,7 @@ from tests.data.prepare.store.stores import (
     start_process,
 )
 from toolkit.data.config import StoreConfig
-from toolkit.data.prepare.build import build, worker
+from toolkit.data.prepare.build import parts, prepare
 from toolkit.data.prepare.store.cache import (
     build_lock,
     ensure_local_dataset_cache_cap,
@@ -28,6 +28,7 @@ from toolkit.data.prepare.store.cache import (
 )
 from toolkit.data.tokens.in_use import unused
 from toolkit.errors import DataError
+from toolkit.storage.locks import locked
 
 NAMES = ("first", "second", "third")
 
@@ -236,14 +237,14 @@ def test_a_limit_below_a_data_set_in_the_making_is_said_before_its_parts_are_joi
     small = msgspec.structs.replace(store, max_cache_gb=1e-6)
     config = corpus(tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(build, "join_parts", None)  # would fail
+        patch.setattr(prepare, "join_parts", None)  # would fail
         for _ in range(2):
             with pytest.raises(DataError, match=r"gb is 1e-06, but .*corpus/default alone takes"):
                 ensure(config, small)
     assert present(root) == list(NAMES)
     assert not (tmp_path / "store" / "corpus").exists()
     with monkeypatch.context() as patch:
-        patch.setattr(worker, "read_shard", None)  # the parts are there
+        patch.setattr(parts, "read_shard", None)  # the parts are there
         assert ensure(config, store).tokens("train").size
     assert (tmp_path / "store" / "corpus" / "default" / "dataset.json").exists()
 
@@ -305,7 +306,7 @@ def test_an_abandoned_copy_goes_and_one_that_grows_stays(
     growing.mkdir(parents=True)
     (growing / "reserved.json").write_text("1000000")
     (root / "fourth" / ".default.building").mkdir()
-    with build_lock(root / "fourth" / "default"):
+    with locked(build_lock(root / "fourth" / "default")):
         ensure_local_dataset_cache_cap(root, 1e-3)
         assert growing.exists()
         assert present(root) == []
@@ -323,7 +324,7 @@ def test_parts_left_beside_a_whole_data_set_go_before_any_data_set(
     left = root / "first" / ".default.building"
     left.mkdir()
     (left / "000000.train.bin").write_bytes(bytes(1_000_000))
-    with build_lock(root / "first" / "default"):
+    with locked(build_lock(root / "first" / "default")):
         ensure_local_dataset_cache_cap(root, 1e-4)
         assert left.exists()
         assert f"{root}/first/default (being built, or to be continued)" in caplog.text

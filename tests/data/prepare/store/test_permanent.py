@@ -24,11 +24,11 @@ from tests.data.prepare.store.stores import (
 )
 from tests.s3 import S3Server
 from toolkit.data.config import DatasetConfig, FilesSourceConfig, StoreConfig
-from toolkit.data.prepare.store import upload as uploads
+from toolkit.data.prepare.store import permanent as uploads
 from toolkit.data.prepare.store.cache import read_record
-from toolkit.data.prepare.store.permanent import StoredFile, content_fingerprint
+from toolkit.data.prepare.store.permanent import content_fingerprint
 from toolkit.data.prepare.store.store import describe_stored, stored_at
-from toolkit.data.tokens.prepared import PreparedDataset
+from toolkit.data.tokens.prepared import PreparedDataset, StoredFile
 from toolkit.errors import ConfigError, DataError, StorageError
 from toolkit.storage.remote import RemoteFolder
 

@@ -7,7 +7,7 @@ import pytest
 from tests.data.prepare.text.reading import read_all
 from toolkit.data.config import FilesSourceConfig, FiltersConfig
 from toolkit.data.prepare.text import filters, plain
-from toolkit.data.prepare.text.filters import DocumentFilter, repetition, text_windows
+from toolkit.data.prepare.text.filters import reason_to_leave_out, repetition, text_windows
 from toolkit.data.prepare.text.reading import Counts
 
 
@@ -66,13 +66,13 @@ def test_huge_text_is_measured_on_windows(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_limits_are_inclusive_and_named_by_their_setting() -> None:
-    rules = DocumentFilter(FiltersConfig(min_characters=3, max_characters=5, max_repetition=0.5))
-    assert [rules.reason(text) for text in ("éé", "ééé", "ééééé", "éééééé")] == [
+    rules = FiltersConfig(min_characters=3, max_characters=5, max_repetition=0.5)
+    assert [reason_to_leave_out(text, rules) for text in ("éé", "ééé", "ééééé", "éééééé")] == [
         "min_characters", None, None, "max_characters",
     ]  # fmt: skip
-    loose = DocumentFilter(FiltersConfig(max_repetition=0.5))
-    assert loose.reason("again and again. " * 50) == "max_repetition"
-    assert not DocumentFilter(FiltersConfig()).is_active
+    loose = FiltersConfig(max_repetition=0.5)
+    assert reason_to_leave_out("again and again. " * 50, loose) == "max_repetition"
+    assert reason_to_leave_out("", FiltersConfig()) is None
 
 
 def test_long_files_are_decided_as_a_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

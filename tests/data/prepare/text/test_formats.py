@@ -1,7 +1,6 @@
 """Compressed lines, Arrow files, data sets that `datasets` saved."""
 
 import json
-import random
 from pathlib import Path
 
 import pyarrow
@@ -13,8 +12,8 @@ import zstandard
 from tests.data.corpus import random_text
 from tests.data.prepare.text.reading import read_all, texts_of
 from toolkit.data.config import DiskSourceConfig, FilesSourceConfig, FiltersConfig
-from toolkit.data.prepare.text import cuts, jsonl, long_lines, readers, shards
-from toolkit.data.prepare.text.reading import Counts, decode
+from toolkit.data.prepare.text import cuts, readers, shards
+from toolkit.data.prepare.text.reading import Counts
 from toolkit.data.prepare.text.sources import plan_source, source_fingerprint
 from toolkit.errors import DataError
 
@@ -131,7 +130,8 @@ def test_saved_data_sets_are_read_with_their_splits(
 
 
 def test_long_documents_come_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(readers, "PIECE_CHARACTERS", 1000)
+    for module in (readers, cuts):
+        monkeypatch.setattr(module, "PIECE_CHARACTERS", 1000)
     monkeypatch.setattr(cuts, "WIDE", 200)
     texts = [random_text(100), "word " * 900, "字" * 3500, "short"]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
@@ -157,79 +157,12 @@ def test_empty_files_are_counted(tmp_path: Path) -> None:
     assert plan.num_empty == 1
 
 
-LONG_TEXTS = [
-    'words and \u00e9\u4e2d\U0001f600 with "quotes", back\\\\slashes\\n and\nlines ' * 40,
-    "\u4e2d\u6587" * 900,
-    "\U0001f600" * 900,
-    "\\" * 3001,
-    "\\ud83d" * 700,
-    "x" * 2000 + "\U0001f600\n" * 300,
-]
-
-
-@pytest.mark.parametrize("text", LONG_TEXTS)
-@pytest.mark.parametrize("ensure_ascii", [True, False])
-def test_long_lines_are_decoded_in_slices(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, ensure_ascii: bool
-) -> None:
-    for size in (100, 101, 102, 103, 107):
-        monkeypatch.setattr(long_lines, "PIECE_CHARACTERS", size)
-        monkeypatch.setattr(cuts, "NARROW", 20)
-        monkeypatch.setattr(jsonl, "LONG_BYTES", 1000)
-        row = {"before": [1, "x"], "text": text, "after": None}
-        line = json.dumps(row, ensure_ascii=ensure_ascii) + "\n"
-        (tmp_path / "a.jsonl").write_text(line * 2)
-        source = FilesSourceConfig(paths=[str(tmp_path)])
-        pieces = read_all(source, with_digests=True, filters=FiltersConfig(min_characters=2))
-        assert len(pieces) > 10
-        assert "".join(piece.text for piece in pieces) == text * 2
-        assert [p.starts for p in pieces].count(True) == 2
-        assert [p.ends for p in pieces].count(True) == 2
-        first, second = (piece for piece in pieces if piece.starts)
-        assert first.digest == second.digest == xxhash.xxh3_128_intdigest(text.encode())
-        assert first.num_bytes == len(text.encode())
-
-
-def test_defects_of_long_lines_are_replaced_slice_by_slice(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    draw = random.Random(0)
-    good = [b"some words ", "é中".encode(), "\U0001f600".encode(), b"\\ud83d\\ude00", b"\\n"]
-    bad = [b"\xff", b"\x80" * 9, b"\xf0\x9f", b"\xe4\xb8", b"\xe9"]
-    asked: list[int] = []
-
-    def counted(data: bytes, *arguments: object) -> str:
-        asked.append(len(data))
-        return decode(data, *arguments)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(long_lines, "decode", counted)
-    monkeypatch.setattr(jsonl, "decode", counted)
-    for size in (100, 101, 102, 103, 107):
-        parts = draw.choices(good, k=200) + draw.choices(good + bad, k=300)
-        content = b"".join([*parts, b"\x80" * 300])
-        (tmp_path / "a.jsonl").write_bytes(b'{"text": "' + content + b'"}\n')
-        found = []
-        for limit in (1 << 30, 1000):
-            monkeypatch.setattr(jsonl, "LONG_BYTES", limit)
-            monkeypatch.setattr(long_lines, "PIECE_CHARACTERS", size)
-            asked.clear()
-            counts = Counts()
-            source = FilesSourceConfig(paths=[str(tmp_path)], encoding_errors="replace")
-            text = "".join(piece.text for piece in read_all(source, counts))
-            found.append((text, counts.replaced_bytes))
-        assert found[0] == found[1]
-        assert found[0][1] > 300
-        assert 1 < max(asked) <= size + 2
-
-
-def test_long_lines_with_defects_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(long_lines, "PIECE_CHARACTERS", 100)
-    monkeypatch.setattr(jsonl, "LONG_BYTES", 1000)
+def test_defects_of_long_lines_are_named(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'{"text": "' + b"a" * 5000 + b'\xff"}\n')
     with pytest.raises(DataError, match=r"a\.jsonl: not UTF-8 at byte 5010"):
         texts_of(path)
-    assert "".join(texts_of(path, encoding_errors="replace")) == "a" * 5000 + "\ufffd"
+    assert texts_of(path, encoding_errors="replace") == ["a" * 5000 + "\ufffd"]
     path.write_bytes(b'{"text": "' + b"a" * 5000)
     with pytest.raises(DataError, match=r"a\.jsonl: line 1 \(byte 0\): not valid JSON"):
         texts_of(path)
@@ -242,3 +175,24 @@ def test_long_lines_with_defects_are_named(tmp_path: Path, monkeypatch: pytest.M
     assert read_all(source, counts, filters=FiltersConfig(max_repetition=0.5)) == []
     assert read_all(source, counts, filters=FiltersConfig(max_characters=4999)) == []
     assert counts.filtered_documents == {"max_repetition": 1, "max_characters": 1}
+
+
+TEXTS = [
+    'words and \u00e9\u4e2d\U0001f600 with "quotes", back\\\\slashes\\n and\nlines ' * 40,
+    "\\" * 3001,
+    "\\ud83d" * 700,
+    "x" * 2000 + "\U0001f600\n" * 300,
+]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+@pytest.mark.parametrize("ensure_ascii", [True, False])
+def test_digests_are_those_of_the_text(tmp_path: Path, text: str, ensure_ascii: bool) -> None:
+    row = {"before": [1, "x"], "text": text, "after": None}
+    (tmp_path / "a.jsonl").write_text((json.dumps(row, ensure_ascii=ensure_ascii) + "\n") * 2)
+    source = FilesSourceConfig(paths=[str(tmp_path)])
+    pieces = read_all(source, with_digests=True, filters=FiltersConfig(min_characters=2))
+    assert [piece.text for piece in pieces] == [text, text]
+    for piece in pieces:
+        assert piece.digest == xxhash.xxh3_128_intdigest(text.encode())
+        assert piece.num_bytes == len(text.encode())

@@ -77,7 +77,7 @@ def test_offsets_outside_of_a_saved_set_are_named(tmp_path: Path) -> None:
 def test_nested_columns_are_checked_and_texts_that_are_no_utf8_are_not_refused(
     tmp_path: Path,
 ) -> None:
-    from toolkit.data.prepare.text.table_checks import checked_batch
+    from toolkit.data.prepare.text.tables import checked_batch
 
     latin = pa.array([{"a": [b"caf\xe9"]}]).view(pa.struct([("a", pa.list_(pa.string()))]))
     batch = pa.record_batch({"x": latin})

@@ -10,8 +10,6 @@ import xxhash
 from tests.data.corpus import random_text
 from tests.data.prepare.text.reading import read_all
 from toolkit.data.config import FilesSourceConfig, FiltersConfig
-from toolkit.data.prepare.text import long_documents, tables
-from toolkit.data.prepare.text.piece import Piece
 from toolkit.data.prepare.text.readers import read_shard
 from toolkit.data.prepare.text.reading import Counts, Reading
 from toolkit.data.prepare.text.sources import plan_source
@@ -45,21 +43,8 @@ def test_memory_holds_one_row_however_many_there_are(tmp_path: Path, name: str, 
     assert peak < 10 * len(texts[0]) < sum(map(len, texts)) / 9
 
 
-def joined(pieces: list[Piece]) -> list[str]:
-    texts: list[str] = []
-    for piece in pieces:
-        if piece.starts:
-            texts.append("")
-        texts[-1] += piece.text
-    return texts
-
-
 @pytest.mark.parametrize("kind", ["string", "large_string", "string_view"])
-def test_long_values_are_decoded_in_slices(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
-) -> None:
-    monkeypatch.setattr(tables, "LONG_BYTES", 1000)
-    monkeypatch.setattr(long_documents, "PIECE_CHARACTERS", 101)
+def test_text_of_every_type_is_read(tmp_path: Path, kind: str) -> None:
     texts = [random_text(60), "short", None, "é中\U0001f600" * 400, "", "say " * 500]
     column = pyarrow.array(texts, getattr(pyarrow, kind)())
     name = "a.arrow" if kind == "string_view" else "a.parquet"
@@ -67,24 +52,15 @@ def test_long_values_are_decoded_in_slices(
     counts = Counts()
     pieces = read_all(source, counts, with_digests=True)
     kept = [text for text in texts if text]
-    assert joined(pieces) == kept
-    assert len(pieces) > 60
+    assert [piece.text for piece in pieces] == kept
     assert counts.skipped_documents == 2
-    assert [p.digest for p in pieces if p.starts] == [
-        xxhash.xxh3_128_intdigest(text.encode()) for text in kept
-    ]
-    assert sum(p.ends for p in pieces) == 4
+    assert [p.digest for p in pieces] == [xxhash.xxh3_128_intdigest(t.encode()) for t in kept]
     limited = read_all(source, counts, filters=FiltersConfig(max_characters=1200))
-    assert joined(limited) == ["short", texts[3]]
+    assert [piece.text for piece in limited] == ["short", texts[3]]
     assert counts.filtered_documents == {"max_characters": 2}
 
 
-@pytest.mark.parametrize("limit", [1 << 20, 1000])
-def test_foreign_bytes_are_named_or_replaced(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int
-) -> None:
-    monkeypatch.setattr(tables, "LONG_BYTES", limit)
-    monkeypatch.setattr(long_documents, "PIECE_CHARACTERS", 100)
+def test_foreign_bytes_are_named_or_replaced(tmp_path: Path) -> None:
     values = [b"fine", "é".encode() * 800 + b"\xe9 end", b"\xff"]
     column = pyarrow.array(values, pyarrow.binary()).cast(pyarrow.string(), safe=False)
     source = write(tmp_path / "a.parquet", pyarrow.table({"text": column}))
@@ -92,5 +68,9 @@ def test_foreign_bytes_are_named_or_replaced(
         read_all(source)
     lenient = FilesSourceConfig(paths=source.paths, encoding_errors="replace")
     counts = Counts()
-    assert joined(read_all(lenient, counts)) == ["fine", "é" * 800 + "\ufffd end", "\ufffd"]
+    assert [piece.text for piece in read_all(lenient, counts)] == [
+        "fine",
+        "é" * 800 + "\ufffd end",
+        "\ufffd",
+    ]
     assert counts.replaced_bytes == 2

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from tests.data.corpus import BYTE_EOS, files_config, write_texts
+from toolkit.data.prepare.build import split_files
 from toolkit.data.prepare.build.prepare import prepare_dataset
-from toolkit.data.prepare.tools import bare_file, scanning
-from toolkit.data.prepare.tools.inspect import inspect_path
-from toolkit.data.prepare.tools.inspection import Inspection
+from toolkit.data.prepare.tools import inspect
+from toolkit.data.prepare.tools.inspect import Inspection, inspect_path
 from toolkit.errors import ConfigError, DataError
 
 TEXTS = ["ab", "abcdef", "é" * 10, "x", "0123456789" * 5]
@@ -59,7 +59,7 @@ def test_counts_lengths_and_samples_are_exact(folder: Path) -> None:
 def test_blocks_give_what_the_whole_gives(folder: Path, monkeypatch) -> None:
     whole = inspect_path(folder, progress=False)
     for size in (1, 2, 3, 5, 84):
-        monkeypatch.setattr(scanning, "BLOCK_TOKENS", size)
+        monkeypatch.setattr(split_files, "BLOCK_TOKENS", size)
         assert inspect_path(folder, progress=False) == whole
 
 
@@ -133,7 +133,7 @@ def test_changed_content_is_found_quickly_too(folder: Path) -> None:
 def test_an_index_that_disagrees_is_found(
     place: int, value: int, message: str, block: int, folder: Path, monkeypatch
 ) -> None:
-    monkeypatch.setattr(scanning, "BLOCK_TOKENS", block)
+    monkeypatch.setattr(split_files, "BLOCK_TOKENS", block)
     edit(folder / "train.idx", "uint64", lambda starts: starts.__setitem__(place, value))
     found = problems(folder)
     assert found[0] == f"train.idx: {message}; the index does not belong to these tokens"
@@ -211,7 +211,7 @@ def test_a_bare_file_is_counted_by_its_eos(tmp_path: Path, monkeypatch) -> None:
     path = tmp_path / "tokens.bin"
     np.array([1, 2, 9, 3, 9, 4, 5, 6, 7], dtype=np.uint16).tofile(path)
     for block in (1, 2, 3, 100):
-        monkeypatch.setattr(scanning, "BLOCK_TOKENS", block)
+        monkeypatch.setattr(split_files, "BLOCK_TOKENS", block)
         found = bare(path, eos_id=9, vocab_size=10, num_samples=2)
         [report] = found.splits
         assert found.problems == []
@@ -225,7 +225,7 @@ def test_a_bare_file_is_counted_by_its_eos(tmp_path: Path, monkeypatch) -> None:
 def test_samples_of_a_bare_file_are_spread_and_have_their_length(
     block: int, last: int, tmp_path: Path, monkeypatch
 ) -> None:
-    monkeypatch.setattr(scanning, "BLOCK_TOKENS", block)
+    monkeypatch.setattr(split_files, "BLOCK_TOKENS", block)
     lengths = [500, 1, 3, 130, 2, 1, 40, 7, 300]
     ids = np.full(sum(lengths), 5, dtype=np.uint16)
     ids[np.cumsum(lengths) - 1] = 9
@@ -247,7 +247,7 @@ def test_samples_of_a_bare_file_are_spread_and_have_their_length(
 def test_a_quick_look_does_not_search_for_the_end_of_a_document(
     tmp_path: Path, monkeypatch
 ) -> None:
-    monkeypatch.setattr(bare_file, "BLOCK_TOKENS", 300)
+    monkeypatch.setattr(inspect, "BLOCK_TOKENS", 300)
     path = tmp_path / "tokens.bin"
     np.full(301, 5, dtype=np.uint16).tofile(path)
     [sample] = bare(path, eos_id=9, quick=True).splits[0].samples

@@ -1,9 +1,9 @@
-"""From pieces of documents to token ids, and which of them the loss asks for."""
+"""From documents, or pieces of them, to token ids, and which of them the loss asks for."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-from toolkit.data.prepare.text.piece import Piece
+from toolkit.data.prepare.text.reading import Piece
 
 if TYPE_CHECKING:
     import numpy as np
@@ -32,59 +32,49 @@ class Encoder(Protocol):
     """Encodes pieces of one kind of source."""
 
     def encode(self, pieces: Sequence[Piece]) -> list[Encoded]:
-        """The tokens of each piece, in order.
-
-        Raises:
-            DataError: a piece cannot be encoded; names it.
-        """
+        """The tokens of each piece, in order. Raises DataError, which names the piece."""
 
 
 class TextEncoder:
     """Ordinary text: what looks like a control token in it does not become one.
 
     Some tokenizers (SentencePiece's with a dummy prefix) put a space before every text. The later
-    pieces of a document are no texts of their own: they are encoded after a line feed, or a full
-    stop where line feeds are spaces, whose tokens are taken out again. Where a tokenizer joins that
-    with what follows, the piece is encoded as it is.
+    pieces of a document are therefore encoded after a line feed, or a full stop where line feeds
+    are spaces, whose tokens are taken out again; where a tokenizer joins that with what follows,
+    the piece is encoded as it is.
     """
 
     def __init__(self, tokenizer: "Tokenizer") -> None:
-        self._tokenizer = tokenizer
-        self._lead, self._lead_ids = _lead(tokenizer)
+        self._encode = tokenizer.encode_batch
+        self._lead, self._lead_ids = "", list[int]()
+        for lead in ("\n", "."):
+            lead_ids, after, alone = (
+                ids.tolist() for ids in tokenizer.encode_batch([lead, f"{lead}a", "a"])
+            )
+            if lead_ids:
+                if after != lead_ids + alone and after[: len(lead_ids)] == lead_ids:
+                    self._lead, self._lead_ids = lead, lead_ids
+                break
 
     def encode(self, pieces: Sequence[Piece]) -> list[Encoded]:
         """The tokens of each piece's text."""
-        encode, lead, lead_ids = self._tokenizer.encode_batch, self._lead, self._lead_ids
-        if not lead_ids:
-            return [Encoded(ids) for ids in encode([piece.text for piece in pieces])]
-        found = encode([p.text if p.starts else lead + p.text for p in pieces])
-        for number, piece in enumerate(pieces):
+        lead, lead_ids = self._lead, self._lead_ids
+        found = self._encode([p.text if p.starts else lead + p.text for p in pieces])
+        for number, piece in enumerate(pieces if lead_ids else ()):
             if not piece.starts:
                 ids = found[number]
                 if ids[: len(lead_ids)].tolist() == lead_ids:
                     found[number] = ids[len(lead_ids) :]
                 else:
-                    (found[number],) = encode([piece.text])
+                    (found[number],) = self._encode([piece.text])
         return [Encoded(ids) for ids in found]
 
 
-def _lead(tokenizer: "Tokenizer") -> tuple[str, list[int]]:
-    """What later pieces are encoded after, and its ids; empty where none is needed."""
-    for lead in ("\n", "."):
-        lead_ids, after, alone = (
-            ids.tolist() for ids in tokenizer.encode_batch([lead, f"{lead}a", "a"])
-        )
-        if lead_ids:
-            needed = after != lead_ids + alone and after[: len(lead_ids)] == lead_ids
-            return (lead, lead_ids) if needed else ("", [])
-    return "", []
-
-
 class TokenEncoder:
-    """Pieces that are tokens already."""
+    """Documents that are tokens already. `bos_id` and `eos_id` start and end documents, where the
+    documents may hold them."""
 
     def __init__(self, *, bos_id: int | None, eos_id: int | None) -> None:
-        """The ids that start and end documents, where the pieces may hold them."""
         self._bos_id, self._eos_id = bos_id, eos_id
 
     def encode(self, pieces: Sequence[Piece]) -> list[Encoded]:
@@ -93,7 +83,6 @@ class TokenEncoder:
         for piece in pieces:
             ids = piece.ids
             assert ids is not None
-            assert len(ids)
             found.append(
                 Encoded(
                     ids,

@@ -14,10 +14,14 @@ import numpy as np
 
 from toolkit.data.prepare.build.encoding import Encoded
 from toolkit.data.prepare.text.instructions.checks import NO_TARGET, check_targets
-from toolkit.data.prepare.text.instructions.named import NamedTemplates
 from toolkit.data.prepare.text.instructions.rendering import RenderedRow, RowRenderer
-from toolkit.data.prepare.text.instructions.template import ChatTemplate, Span, read_chat_template
-from toolkit.data.prepare.text.piece import Piece, at_found_place
+from toolkit.data.prepare.text.instructions.template import (
+    ChatTemplate,
+    NamedTemplates,
+    Span,
+    read_chat_template,
+)
+from toolkit.data.prepare.text.reading import Piece, at_found_place
 from toolkit.data.prepare.tokenizers.tokenizer import Tokenizer
 from toolkit.data.source_config import InstructionsConfig
 from toolkit.errors import ConfigError, DataError
@@ -28,11 +32,7 @@ _Tokens = tuple[np.ndarray, np.ndarray]
 
 def with_instructions_template(tokenizer: Tokenizer, config: InstructionsConfig) -> Tokenizer:
     """The tokenizer with the config's chat template, to be stored beside the tokens: generation and
-    export then use the one that was trained on.
-
-    Raises:
-        ConfigError: the template cannot be read.
-    """
+    export then use the one that was trained on. ConfigError: it cannot be read."""
     chosen = config.chat_template
     if chosen is None:
         return tokenizer
@@ -47,11 +47,7 @@ def with_instructions_template(tokenizer: Tokenizer, config: InstructionsConfig)
 
 
 def chat_template(tokenizer: Tokenizer, text: str) -> ChatTemplate:
-    """The template `text` with the control tokens of `tokenizer`.
-
-    Raises:
-        ConfigError: it is not valid Jinja.
-    """
+    """The template `text` with the control tokens of `tokenizer`. ConfigError: no valid Jinja."""
     named = {"bos_token": tokenizer.bos_token, "eos_token": tokenizer.eos_token}
     return ChatTemplate(
         text,
@@ -61,14 +57,8 @@ def chat_template(tokenizer: Tokenizer, text: str) -> ChatTemplate:
 
 
 class InstructionEncoder:
-    """Encodes pieces that are rows of instruction data.
-
-    Args:
-        append_eos: whether an end-of-document token is put after documents without one.
-
-    Raises:
-        ConfigError: the chat template cannot be read, or is no Jinja.
-    """
+    """Encodes pieces that are rows of instruction data. `append_eos`: an end-of-document token is
+    put after documents without one. ConfigError: the chat template cannot be read."""
 
     def __init__(
         self, tokenizer: Tokenizer, config: InstructionsConfig, *, append_eos: bool = True
@@ -84,11 +74,8 @@ class InstructionEncoder:
         )
 
     def encode(self, pieces: Sequence[Piece]) -> list[Encoded]:
-        """The tokens of each piece's row, in order.
-
-        Raises:
-            DataError: a row cannot be rendered, or has nothing that ends an answer; names it.
-        """
+        """The tokens of each piece's row, in order; DataError names a row that cannot be rendered,
+        or has nothing that ends an answer."""
         rendered = []
         for piece in pieces:
             assert piece.row is not None
@@ -104,16 +91,6 @@ class InstructionEncoder:
             encoded.append(found or Encoded(np.zeros(0, dtype=np.uint32), left_out=NO_TARGET))
         return encoded
 
-    def sample(self, piece: Piece) -> str:
-        """A row as errors show it: rendered, shortened, targets between `[[` and `]]`."""
-        assert piece.row is not None
-        return self._renderer.sample(piece.row, _place(piece))
-
-    def _masked(self, piece: Piece) -> int | None:
-        """The message whose answer the loss would count, did the row not say otherwise."""
-        assert piece.row is not None
-        return self._renderer.masked_answer(piece.row, _place(piece))
-
     def check(
         self,
         *,
@@ -122,16 +99,15 @@ class InstructionEncoder:
         filtered: Mapping[str, int],
         first_piece: Callable[[], Piece | None],
     ) -> None:
-        """Look at the counts of a whole data set, see `checks.check_targets`.
-
-        Raises:
-            DataError: the loss would count nothing, or everything though prompts should be left
-                out; shows `first_piece`.
-        """
+        """Raise DataError, which shows `first_piece`, when the loss would count nothing of a whole
+        data set, or everything though prompts should be left out."""
 
         def sample() -> tuple[str, int | None]:
             piece = first_piece()
-            return ("none", None) if piece is None else (self.sample(piece), self._masked(piece))
+            if piece is None or piece.row is None:
+                return "none", None
+            row, place = piece.row, _place(piece)
+            return self._renderer.sample(row, place), self._renderer.masked_answer(row, place)
 
         check_targets(
             self._config,
@@ -223,9 +199,8 @@ def _encoded(row: RenderedRow, tokens: _Tokens) -> Encoded | None:
 def target_mask(offsets: np.ndarray, targets: Iterable[Span]) -> np.ndarray:
     """Which tokens have a character in one of `targets`: bool, shape `(n,)`.
 
-    Args:
-        offsets: first character of each token and one past the last, shape `(n, 2)`. A token
-            without characters counts as the one that follows.
+    `offsets` are the first character of each token and one past the last, `(n, 2)`. A token without
+    characters counts as the one that follows.
     """
     starts = offsets[:, 0]
     ends = np.maximum(offsets[:, 1], starts + 1)

@@ -1,126 +1,165 @@
-"""Parts of token files, one after the other, become the files of a data set."""
+"""Parts, one after the other in the order of shards, become the token files of a data set.
 
+Where duplicates are left out, each part lists its documents with the xxh3_128 of their text. All
+lists are dealt into buckets by the first bits of the hash, so that equal documents meet in one
+bucket and each bucket fits into memory; sorting it shows them. The first of equals stays, whichever
+split it is in. Two different documents of one hash: below 1e-18 for 1e10 documents.
+"""
+
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from toolkit.data.prepare.build.duplicates import Duplicates
-from toolkit.data.prepare.build.parts import COPY_BYTES, Part, part_path, read_blocks
-from toolkit.data.prepare.build.split_files import SplitFiles
+from toolkit.data.prepare.build.parts import DOCUMENT, DOCUMENTS_NAME, Part, part_folder
+from toolkit.data.prepare.build.split_files import (
+    SplitFiles,
+    SplitWriter,
+    copy_documents,
+    finish_all,
+)
 from toolkit.data.tokens.prepared import SPLITS, Split, SplitInfo, TokenDType
+
+BUCKET_DOCUMENTS = 1 << 21
+MAX_BUCKETS = 1024
+_RECORD = np.dtype([("high", "<u8"), ("low", "<u8"), ("number", "<u8")])
+
+
+class Duplicates:
+    """Which documents of each part are to be left out.
+
+    Attributes:
+        count: documents to leave out.
+        text_bytes: UTF-8 bytes of their text, by split.
+    """
+
+    def __init__(self, parts_folder: Path, num_parts: int, workplace: Path) -> None:
+        """Find them. `workplace` is an empty folder for files of about 25 bytes a document."""
+        self._paths = [
+            part_folder(parts_folder, index) / DOCUMENTS_NAME for index in range(num_parts)
+        ]
+        sizes = [path.stat().st_size // DOCUMENT.itemsize for path in self._paths]
+        self._offsets = np.cumsum([0, *sizes])
+        num_documents = int(self._offsets[-1])
+        self._drop = np.zeros(0, dtype=np.uint8)
+        if num_documents:
+            # One byte a document on disk, not in memory.
+            self._drop = np.memmap(
+                workplace / "drop", dtype=np.uint8, mode="w+", shape=(num_documents,)
+            )
+            num_buckets = 1
+            while num_documents > num_buckets * BUCKET_DOCUMENTS and num_buckets < MAX_BUCKETS:
+                num_buckets *= 2
+            self._deal(workplace, num_buckets)
+            for bucket in range(num_buckets):
+                self._search(workplace / f"{bucket:04d}")
+        self.count = 0
+        self.text_bytes: dict[Split, int] = dict.fromkeys(SPLITS, 0)
+        for index in range(num_parts):
+            documents, drop = self._part(index)
+            self.count += int(drop.sum())
+            for split in SPLITS:
+                chosen = drop & (documents["is_val"] == (split == "val"))
+                self.text_bytes[split] += int(documents["num_bytes"][chosen].sum())
+
+    def of(self, index: int, split: Split) -> np.ndarray:
+        """Which documents of part `index` are left out of `split`: bool, shape
+        `(documents of the part in that split,)`."""
+        documents, drop = self._part(index)
+        return drop[documents["is_val"] == (split == "val")]
+
+    def _part(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        documents = np.fromfile(self._paths[index], dtype=DOCUMENT)
+        drop = self._drop[self._offsets[index] : self._offsets[index + 1]]
+        return documents, np.asarray(drop).astype(bool)
+
+    def _deal(self, workplace: Path, num_buckets: int) -> None:
+        waiting: list[np.ndarray] = []
+        count = 0
+        for index, path in enumerate(self._paths):
+            documents = np.fromfile(path, dtype=DOCUMENT)
+            records = np.empty(len(documents), dtype=_RECORD)
+            records["high"], records["low"] = documents["high"], documents["low"]
+            records["number"] = np.arange(self._offsets[index], self._offsets[index + 1])
+            waiting.append(records)
+            count += len(records)
+            if count >= BUCKET_DOCUMENTS or index == len(self._paths) - 1:
+                records = np.concatenate(waiting)
+                buckets = (records["high"] % np.uint64(num_buckets)).astype(np.int64)
+                order = np.argsort(buckets, kind="stable")
+                ends = np.cumsum(np.bincount(buckets, minlength=num_buckets))
+                for bucket, chosen in enumerate(np.split(order, ends[:-1])):
+                    with (workplace / f"{bucket:04d}").open("ab") as file:
+                        file.write(records[chosen].tobytes())
+                waiting, count = [], 0
+
+    def _search(self, path: Path) -> None:
+        records = np.fromfile(path, dtype=_RECORD)
+        path.unlink()
+        records = records[np.lexsort((records["number"], records["low"], records["high"]))]
+        is_again = (records["high"][1:] == records["high"][:-1]) & (
+            records["low"][1:] == records["low"][:-1]
+        )
+        self._drop[records[1:][is_again]["number"]] = 1
 
 
 def join_parts(
     parts_folder: Path,
-    parts: list[Part],
+    parts: Sequence[Part],
     output: Path,
     *,
     dtype: TokenDType,
+    has_mask: bool,
     duplicates: Duplicates | None,
 ) -> dict[str, SplitInfo]:
-    """Write `{split}.bin`, `.idx` and, where any part has one, `.mask` into `output`.
+    """Write the token files of the splits that hold at least one token into `output`, without the
+    documents that `duplicates` names."""
+    writers = [SplitWriter(output, split, dtype, has_mask=has_mask) for split in SPLITS]
+    try:
+        for writer in writers:
+            split = writer.split
+            for index, part in enumerate(parts):
+                if split not in part.splits:
+                    continue
+                files = SplitFiles(
+                    part_folder(parts_folder, index), split, dtype, part.splits[split]
+                )
+                drop = _dropped(duplicates, index, split, files.info)
 
-    The order is that of shards; documents that `duplicates` names are left out.
+                def choose(first: int, end: int, drop: np.ndarray = drop) -> np.ndarray:
+                    return -drop[first:end].astype(np.int64)
 
-    Returns:
-        Counts and hashes of the splits that hold at least one token.
-    """
-    splits: dict[str, SplitInfo] = {}
-    for split in SPLITS:
-        joined = _JoinedSplit(output, split, parts, dtype)
-        try:
-            for index in range(len(parts)):
-                drop = duplicates.of(index, split) if duplicates is not None else None
-                joined.append(parts_folder, index, drop)
-        finally:
-            joined.close()
-        info = joined.info(duplicates.text_bytes[split] if duplicates is not None else 0)
-        if info is not None:
-            splits[split] = info
-    return splits
+                copy_documents(files, [writer], choose, lambda count: None)
+                writer.text_bytes += files.info.text_bytes
+            if duplicates is not None:
+                writer.text_bytes = max(0, writer.text_bytes - duplicates.text_bytes[split])
+    finally:
+        for writer in writers:
+            writer.close()
+    return finish_all(writers)
 
 
 def joined_bytes(
-    parts_folder: Path, parts: list[Part], *, dtype: TokenDType, duplicates: Duplicates | None
+    parts_folder: Path, parts: Sequence[Part], dtype: TokenDType, duplicates: Duplicates | None
 ) -> int:
     """Bytes of the files that `join_parts` will write."""
-    total, itemsize = 0, np.dtype(dtype).itemsize
-    for split in SPLITS:
-        has_mask = any(part.splits[split].mask_hash is not None for part in parts)
-        drops_last = False
-        for index, part in enumerate(parts):
-            stats = part.splits[split]
-            num_tokens, num_documents = stats.num_tokens, stats.num_documents
-            if duplicates is not None:
-                path = part_path(parts_folder, index, f"{split}.idx")
-                drop = duplicates.of(index, split)
-                bounds, keep = _documents(path, num_tokens, drop, drops_last)
-                drops_last = not keep[-1]
-                num_tokens, num_documents = int((np.diff(bounds) * keep).sum()), int(keep[1:].sum())
-            total += num_tokens * (itemsize + has_mask) + num_documents * 8
+    total = 0
+    for index, part in enumerate(parts):
+        for split in SPLITS:
+            info = part.splits.get(split)
+            if info is None:
+                continue
+            starts = np.fromfile(part_folder(parts_folder, index) / f"{split}.idx", dtype=np.uint64)
+            keep = ~_dropped(duplicates, index, split, info)
+            num_tokens = int(np.diff(starts.astype(np.int64), append=info.num_tokens)[keep].sum())
+            a_token = np.dtype(dtype).itemsize + (info.mask_hash is not None)
+            total += num_tokens * a_token + 8 * int(keep.sum())
     return total
 
 
-class _JoinedSplit:
-    def __init__(self, output: Path, split: Split, parts: list[Part], dtype: TokenDType) -> None:
-        self._split, self._parts, self._itemsize = split, parts, np.dtype(dtype).itemsize
-        has_mask = any(part.splits[split].mask_hash is not None for part in parts)
-        self._files = SplitFiles(output, split, dtype, has_mask=has_mask)
-        self._files.text_bytes = sum(part.splits[split].text_bytes for part in parts)
-        self._drops_last = False
-
-    def append(self, folder: Path, index: int, drop: np.ndarray | None) -> None:
-        """One part; `drop`: which of the documents that start in it are left out."""
-        part = self._parts[index].splits[self._split]
-        path = part_path(folder, index, f"{self._split}.idx")
-        bounds, keep = _documents(path, part.num_tokens, drop, self._drops_last)
-        self._drops_last = not keep[-1]
-        lengths = np.diff(bounds) * keep
-        new_starts = self._files.num_tokens + np.cumsum(lengths) - lengths
-        self._files.append_starts(new_starts[1:][keep[1:]])
-        for start, end in _runs(bounds, keep):
-            self._copy(folder, index, start, end)
-
-    def close(self) -> None:
-        self._files.close()
-
-    def info(self, dropped_text_bytes: int) -> SplitInfo | None:
-        """Counts and hashes; None (and no files) when there is no token."""
-        self._files.text_bytes = max(0, self._files.text_bytes - dropped_text_bytes)
-        return self._files.finish()
-
-    def _copy(self, folder: Path, index: int, start: int, end: int) -> None:
-        tokens = part_path(folder, index, f"{self._split}.bin")
-        for data in read_blocks(tokens, start * self._itemsize, end * self._itemsize):
-            self._files.append_tokens(data)
-        if not self._files.has_mask:
-            return
-        if self._parts[index].splits[self._split].mask_hash is None:
-            for first in range(start, end, COPY_BYTES):
-                self._files.append_targets(b"\x01" * min(COPY_BYTES, end - first))
-            return
-        for data in read_blocks(part_path(folder, index, f"{self._split}.mask"), start, end):
-            self._files.append_targets(data)
-
-
-def _documents(
-    index: Path, num_tokens: int, drop: np.ndarray | None, drops_last: bool
-) -> tuple[np.ndarray, np.ndarray]:
-    """Bounds of the documents of a part, and which of them stay. What stands before its first start
-    comes first: it goes on with the last document of the parts before."""
-    starts = np.fromfile(index, dtype=np.uint64)
-    bounds = np.concatenate([[0], starts.astype(np.int64), [num_tokens]])
-    keep = np.ones(len(starts) + 1, dtype=bool)
-    keep[0] = not drops_last
-    if drop is not None:
-        keep[1:] = ~drop
-    return bounds, keep
-
-
-def _runs(bounds: np.ndarray, keep: np.ndarray) -> list[tuple[int, int]]:
-    """Ranges of tokens to copy: neighbours that are kept are one range."""
-    edges = np.flatnonzero(np.diff(np.concatenate([[False], keep, [False]]).astype(np.int8)))
-    return [
-        (int(bounds[first]), int(bounds[last]))
-        for first, last in zip(edges[::2], edges[1::2], strict=True)
-    ]
+def _dropped(
+    duplicates: Duplicates | None, index: int, split: Split, info: SplitInfo
+) -> np.ndarray:
+    if duplicates is None:
+        return np.zeros(info.num_documents, dtype=bool)
+    return duplicates.of(index, split)

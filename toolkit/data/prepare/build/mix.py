@@ -1,14 +1,12 @@
-"""Token files for every source of a mixture, made with one tokenizer: `ensure_mix_prepared`."""
+"""Token files for every source of a mixture, made with one tokenizer."""
 
 import contextlib
-import os
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
 
-import filelock
 import msgspec
+import xxhash
 
 from toolkit.data.config import (
     BPETokenizerConfig,
@@ -21,12 +19,15 @@ from toolkit.data.corpus_info import check_same_tokens
 from toolkit.data.order.resolve import ResolvedSource, resolve_mix, resolve_schedule
 from toolkit.data.prepare.build.prepare import ensure_prepared
 from toolkit.data.prepare.build.settings import settings_of
+from toolkit.data.prepare.build.vocabulary import sample_texts
 from toolkit.data.prepare.store.cache import raw_text_cache
+from toolkit.data.prepare.text.sources import plan_source
 from toolkit.data.prepare.tokenizers.companions import TOKENIZER_FILE
-from toolkit.data.prepare.tokenizers.tokenizer import load_tokenizer
+from toolkit.data.prepare.tokenizers.tokenizer import Tokenizer, load_tokenizer, train_bpe
 from toolkit.data.tokens.prepared import PreparedDataset, localize
 from toolkit.errors import ConfigError, DataError
-from toolkit.storage.atomic import fsync_folder, fsync_tree, remove_tree
+from toolkit.storage.atomic import new_folder
+from toolkit.storage.locks import locked
 
 TOKENIZERS_FOLDER = ".mix-tokenizers"
 """Below the root of token files: tokenizers that were trained for mixtures."""
@@ -132,7 +133,8 @@ def _tokenizer_folder(
         )
         for source in sources
     ]
-    return Path(config.root).expanduser() / TOKENIZERS_FOLDER / _hash(identity)
+    key = xxhash.xxh3_64_hexdigest(msgspec.json.encode(identity))
+    return Path(config.root).expanduser() / TOKENIZERS_FOLDER / key
 
 
 def _ensure_tokenizer(
@@ -142,69 +144,49 @@ def _ensure_tokenizer(
     store: StoreConfig,
 ) -> None:
     folder = _tokenizer_folder(config, sources, weights)
-    if not (folder / TOKENIZER_FILE).is_file():
-        try:
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            with filelock.FileLock(folder.with_name(f".{folder.name}.lock")):
-                if not (folder / TOKENIZER_FILE).is_file():
-                    _make_tokenizer(config, sources, weights, folder, store)
-        except OSError as error:
-            raise DataError(
-                f"{error.filename or folder}: cannot keep the mixture's tokenizer: "
-                f"{error.strerror or error}"
-            ) from error
-
-
-def _make_tokenizer(
-    config: DatasetConfig,
-    sources: Sequence[ResolvedSource],
-    weights: dict[str, Any],
-    folder: Path,
-    store: StoreConfig,
-) -> None:
-    choice = config.tokenizer
-    assert isinstance(choice, BPETokenizerConfig)
-    tokenizer = None
-    for source in sources:
-        made_before = _tokenizer_of(source, folder.name, store)
-        if made_before is not None:
-            tokenizer = load_tokenizer(made_before)
-            break
-    if tokenizer is None:
-        from toolkit.data.prepare.tokenizers.bpe import train_bpe
-
-        total = sum(weights.values())
-        sizes = {name: int(choice.sample_bytes * w / total) for name, w in weights.items()}
-        tokenizer = train_bpe(_samples(sources, sizes, store), choice.vocab_size)
-    making = folder.with_name(f".{folder.name}.making")
-    if making.exists():
-        remove_tree(making)
-    tokenizer.save(making)
-    fsync_tree(making)
-    os.rename(making, folder)
-    fsync_folder(folder.parent)
-
-
-def _tokenizer_of(source: ResolvedSource, key: str, store: StoreConfig) -> Path | None:
-    """Folder of the tokenizer `key`, from token files that were made with it (here or in the
-    permanent store): their text may be gone."""
-    as_it_is = source.dataset.replace(source=None)
+    if (folder / TOKENIZER_FILE).is_file():
+        return
     try:
-        prepared = ensure_prepared(as_it_is, store=store, progress=False, check_text=False)
-    except DataError:
-        return None  # not there; what is there and damaged is reported when it is opened
-    made_with = prepared.manifest.settings.get("tokenizer", {})
-    if Path(str(made_with.get("path", ""))).name != key:
-        return None
-    return prepared.tokenizer_folder
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with locked(folder.with_name(f".{folder.name}.lock")):
+            if not (folder / TOKENIZER_FILE).is_file():
+                tokenizer = _made_before(sources, folder.name, store)
+                if tokenizer is None:
+                    assert isinstance(config.tokenizer, BPETokenizerConfig)
+                    num_bytes = config.tokenizer.sample_bytes / sum(weights.values())
+                    sizes = {name: int(num_bytes * weight) for name, weight in weights.items()}
+                    texts = _samples(sources, sizes, store)
+                    tokenizer = train_bpe(texts, config.tokenizer.vocab_size)
+                making = folder.with_name(f".{folder.name}.making")
+                with new_folder(folder, unfinished=making) as unfinished:
+                    tokenizer.save(unfinished)
+    except OSError as error:
+        raise DataError(
+            f"{error.filename or folder}: cannot keep the mixture's tokenizer: "
+            f"{error.strerror or error}"
+        ) from error
+
+
+def _made_before(
+    sources: Sequence[ResolvedSource], key: str, store: StoreConfig
+) -> Tokenizer | None:
+    """The tokenizer `key`, from token files that were made with it (here or in the permanent
+    store): their text may be gone."""
+    for source in sources:
+        as_it_is = source.dataset.replace(source=None)
+        # What is there and damaged is reported when it is opened.
+        with contextlib.suppress(DataError):
+            prepared = ensure_prepared(as_it_is, store=store, progress=False, check_text=False)
+            made_with = prepared.manifest.settings.get("tokenizer", {})
+            folder = prepared.tokenizer_folder
+            if folder is not None and Path(str(made_with.get("path", ""))).name == key:
+                return load_tokenizer(folder)
+    return None
 
 
 def _samples(
     sources: Sequence[ResolvedSource], sizes: dict[str, int], store: StoreConfig
 ) -> Iterator[str]:
-    from toolkit.data.prepare.build.sample import sample_texts
-    from toolkit.data.prepare.text.sources import plan_source
-
     for source in sources:
         dataset = source.dataset
         assert dataset.source is not None
@@ -216,9 +198,3 @@ def _samples(
                 cache_dir=cache_dir,
             )
             yield from sample_texts(dataset, plan, sizes[source.name])
-
-
-def _hash(identity: object) -> str:
-    import xxhash
-
-    return xxhash.xxh3_64_hexdigest(msgspec.json.encode(identity))

@@ -1,232 +1,262 @@
-"""Parts of token files: what one shard of the source became, and how it is written.
+"""Parts: what one shard of the source becomes, a folder of token files of its own.
 
-    000012.train.bin   token ids            000012.train.mask  uint8, only if the loss skips some
-    000012.train.idx   uint64, starts       000012.docs        one `DOCUMENT` each, to find doubles
-    000012.json        `Part`, written last
+    000012/part.json           `Part`
+    000012/train.bin, ...      as in a data set (`split_files.py`)
+    000012/documents           one `DOCUMENT` each, where duplicates are looked for
 
-A part is complete when its .json file exists, was made for the same shard, and the hashes in it
-agree with its other files: a part that a crash left half-written is recognised and made again.
+The folder gets its name when all is written. It is not synced: a part that a power cut has harmed
+is known by the hashes in its part.json, and made again.
 """
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 import numpy as np
+import xxhash
 
-from toolkit.data.prepare.build.encoding import Encoded
-from toolkit.data.prepare.build.split_files import HashedFile
-from toolkit.data.prepare.text.piece import Piece
+from toolkit.data.config import InstructionsConfig, TokenFilesSourceConfig
+from toolkit.data.prepare.build.encoding import Encoded, Encoder, TextEncoder, TokenEncoder
+from toolkit.data.prepare.build.instructions import InstructionEncoder
+from toolkit.data.prepare.build.split_files import HashedFile, SplitWriter, finish_all
+from toolkit.data.prepare.text.readers import read_shard
+from toolkit.data.prepare.text.reading import Counts, Piece, Reading
+from toolkit.data.prepare.text.shards import Shard
+from toolkit.data.tokens.prepared import SPLITS, Split, SplitInfo, TokenDType, token_files
 from toolkit.errors import DataError
-from toolkit.storage.atomic import hash_file
+from toolkit.storage.atomic import hash_file, remove_tree, write_json_atomic
 from toolkit.storage.foreign import read_json
 
-COPY_BYTES = 4 << 20
+if TYPE_CHECKING:
+    from toolkit.data.prepare.tokenizers.tokenizer import Tokenizer
+
 DOCUMENT = np.dtype([("high", "<u8"), ("low", "<u8"), ("num_bytes", "<u8"), ("is_val", "u1")])
 """A document of a part: hash and bytes of its text, and where it went; in the shard's order."""
+DOCUMENTS_NAME = "documents"
+BATCH_CHARACTERS = 1 << 20
+BATCH_DOCUMENTS = 2048
 
-_LEFT_OVER = re.compile(r"\d+\.[a-z.]+\.\d+|\.\d+\.json\..+\.tmp")
-"""Names of files of parts while they are written: by `PartFile`, and of the .json file."""
-
-
-class PartSplit(msgspec.Struct, kw_only=True):
-    """What a part adds to one split."""
-
-    num_tokens: int = 0
-    num_documents: int = 0
-    text_bytes: int = 0
-    tokens_hash: str = ""
-    starts_hash: str = ""
-    mask_hash: str | None = None
-    """None: there is no mask, the loss asks for every token."""
+_PART_NAME = "part.json"
+_UNFINISHED = re.compile(r"\d{6}\.\d+")
 
 
-class Part(msgspec.Struct, kw_only=True):
-    """Content of a part's .json file."""
+class Part(msgspec.Struct, frozen=True, kw_only=True):
+    """Content of part.json."""
 
     key: str
     """Identifies the shard: places and content of its files."""
-    splits: dict[str, PartSplit]
+    splits: dict[str, SplitInfo]
     documents_hash: str | None = None
     replaced_bytes: int
     skipped_documents: int
+    cut_documents: int = 0
     filtered_documents: dict[str, int] = {}
 
 
-class TokenRules(msgspec.Struct, frozen=True, kw_only=True):
-    """What the ids of one preparation must look like."""
+class Job(msgspec.Struct, frozen=True):
+    """A shard and its place in the order of shards."""
 
-    dtype: str
+    index: int
+    shard: Shard
+    key: str
+    """See `Part.key`."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Rough size of what is read."""
+        return sum(part.num_bytes for part in self.shard)
+
+
+class PartsSetup(msgspec.Struct, frozen=True, kw_only=True):
+    """What all parts of one preparation have in common."""
+
+    folder: str
+    reading: Reading
+    instructions: InstructionsConfig | None
+    tokenizer_folder: str | None
+    """None: the source holds tokens, and nothing is known of their tokenizer."""
+    validation_fraction: float
+    dtype: TokenDType
     vocab_size: int
     bos_id: int | None
     """Put before each document; None: nothing is."""
     eos_id: int | None
     """Put after each document; None: nothing is."""
-    always_mask: bool = False
-    """Write a mask even where it is all ones."""
+
+    @property
+    def has_mask(self) -> bool:
+        """Whether the loss leaves out tokens."""
+        return self.instructions is not None
 
 
-def part_path(folder: str | os.PathLike[str], index: int, ending: str) -> Path:
-    """`000012.train.bin` and its like."""
-    return Path(folder) / f"{index:06d}.{ending}"
+def part_folder(parts_folder: str | Path, index: int) -> Path:
+    """Where part `index` is."""
+    return Path(parts_folder) / f"{index:06d}"
 
 
-def read_part(folder: Path, index: int) -> Part | None:
+def read_part(parts_folder: str | Path, index: int) -> Part | None:
     """The description of a part; None when there is no readable one."""
     try:
-        return read_json(part_path(folder, index, "json"), DataError, Part)
+        return read_json(part_folder(parts_folder, index) / _PART_NAME, DataError, Part)
     except (FileNotFoundError, DataError):
         return None
 
 
-def is_complete(folder: Path, index: int, key: str) -> bool:
-    """Whether the part is there, was made for the shard `key`, and is whole."""
-    part = read_part(folder, index)
-    if part is None or part.key != key:
+def is_complete(job: Job, setup: PartsSetup) -> bool:
+    """Whether the part is there, was made for the same shard, and is whole."""
+    part = read_part(setup.folder, job.index)
+    if part is None or part.key != job.key:
         return False
-    expected = {"docs": part.documents_hash}
-    for split, stats in part.splits.items():
-        expected[f"{split}.bin"] = stats.tokens_hash
-        expected[f"{split}.idx"] = stats.starts_hash
-        expected[f"{split}.mask"] = stats.mask_hash
-    return all(
-        _hash_file(part_path(folder, index, ending)) == content_hash
-        for ending, content_hash in expected.items()
-        if content_hash is not None
-    )
-
-
-def remove_left_over_files(folder: Path) -> None:
-    """Remove what killed processes were writing; no worker may be running."""
-    for path in folder.iterdir():
-        if _LEFT_OVER.fullmatch(path.name):
-            path.unlink(missing_ok=True)
-
-
-def read_blocks(path: Path, start: int = 0, end: int | None = None) -> Iterator[bytes]:
-    """Bytes `start` to `end` of a file, some megabytes at a time."""
-    with path.open("rb", buffering=0) as file:
-        file.seek(start)
-        left = COPY_BYTES if end is None else end - start
-        while left and (data := file.read(min(left, COPY_BYTES))):
-            yield data
-            if end is not None:
-                left -= len(data)
-
-
-class PartFile(HashedFile):
-    """Until `finish` it has another name, because a worker of a killed job may still be writing the
-    same part."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__(path.with_name(f"{path.name}.{os.getpid()}"), bits=64)
-        self._final = path
-
-    def finish(self, *, keep: bool) -> str:
-        """Give the file its name, or remove it; returns the hash of its content."""
-        content_hash = self.close()
-        if keep:
-            os.replace(self.path, self._final)
-        else:
-            self.path.unlink(missing_ok=True)
-        return content_hash
-
-
-class SplitWriter:
-    """Appends documents to the files of one split of a part."""
-
-    def __init__(self, folder: str, index: int, split: str, rules: TokenRules) -> None:
-        self._folder, self._index, self._split, self._rules = folder, index, split, rules
-        self._dtype = np.dtype(rules.dtype)
-        self._eos = self._one(rules.eos_id)
-        self._bos = self._one(rules.bos_id)
-        self._pending: list[np.ndarray] = []
-        self._pending_masks: list[np.ndarray | bool | None] = []
-        self._starts: list[int] = []
-        self.stats = PartSplit()
-        self._tokens, self._index_file = self._open("bin"), self._open("idx")
-        self._mask: PartFile | None = None
-        self._unmasked_tokens = 0
-        if rules.always_mask:
-            self._mask = self._open("mask")
-
-    def add(self, piece: Piece, encoded: Encoded) -> None:
-        """One piece of a document; the tokens around documents are added here."""
-        ids, stats = encoded.ids, self.stats
-        if piece.starts:
-            self._starts.append(stats.num_tokens)
-            stats.num_documents += 1
-            if self._bos is not None and not encoded.starts_with_bos:
-                self._append(self._bos, None if encoded.is_target is None else False)
-        text = piece.text
-        if text:
-            stats.text_bytes += len(text) if text.isascii() else len(text.encode())
-        self._append(ids, encoded.is_target)
-        if piece.ends and self._eos is not None and not encoded.ends_with_eos:
-            self._append(self._eos, None if encoded.eos_is_target else False)
-
-    def flush(self) -> None:
-        """Write what was added.
-
-        Raises:
-            DataError: for an id outside the vocabulary.
-        """
-        if self._pending:
-            ids = np.concatenate(self._pending)
-            largest = int(ids.max(initial=0))
-            if largest >= self._rules.vocab_size:
-                raise DataError(
-                    f"dataset.tokenizer: gave id {largest}, but has a vocabulary of "
-                    f"{self._rules.vocab_size}"
-                )
-            self._tokens.write(ids.astype(self._dtype, copy=False).tobytes())
-            self._index_file.write(np.array(self._starts, dtype=np.uint64).tobytes())
-            if self._mask is not None:
-                self._fill_mask()
-                mask = np.ones(len(ids), dtype=np.uint8)
-                start = 0
-                for part, is_target in zip(self._pending, self._pending_masks, strict=True):
-                    if is_target is not None:
-                        mask[start : start + len(part)] = is_target
-                    start += len(part)
-                self._mask.write(mask.tobytes())
-            else:
-                self._unmasked_tokens += len(ids)
-        self._pending, self._pending_masks, self._starts = [], [], []
-
-    def close(self, *, keep: bool) -> None:
-        """Give the files their names (with hashes in `stats`), or remove them."""
-        self.stats.tokens_hash = self._tokens.finish(keep=keep)
-        self.stats.starts_hash = self._index_file.finish(keep=keep)
-        if self._mask is not None:
-            self.stats.mask_hash = self._mask.finish(keep=keep)
-
-    def _append(self, ids: np.ndarray, is_target: "np.ndarray | bool | None") -> None:
-        self._pending.append(ids)
-        self.stats.num_tokens += len(ids)
-        # The first piece with a mask opens the file; all tokens before it were targets.
-        if is_target is not None and self._mask is None:
-            self._mask = self._open("mask")
-        self._pending_masks.append(is_target)
-
-    def _fill_mask(self) -> None:
-        assert self._mask is not None
-        while self._unmasked_tokens:
-            count = min(self._unmasked_tokens, COPY_BYTES)
-            self._mask.write(b"\x01" * count)
-            self._unmasked_tokens -= count
-
-    def _one(self, token_id: int | None) -> np.ndarray | None:
-        return None if token_id is None else np.array([token_id], dtype=self._dtype)
-
-    def _open(self, ending: str) -> PartFile:
-        return PartFile(part_path(self._folder, self._index, f"{self._split}.{ending}"))
-
-
-def _hash_file(path: Path) -> str | None:
+    files = token_files(setup.dtype, part.splits)
+    wanted = {name: file.xxh3 for name, file in files.items()}
+    if part.documents_hash is not None:
+        wanted[DOCUMENTS_NAME] = part.documents_hash
+    folder = part_folder(setup.folder, job.index)
     try:
-        return hash_file(path)
+        return all(hash_file(folder / name, bits=128) == xxh3 for name, xxh3 in wanted.items())
     except FileNotFoundError:
-        return None
+        return False
+
+
+def remove_unfinished_parts(parts_folder: Path) -> None:
+    """Remove what killed processes were writing."""
+    for path in parts_folder.iterdir():
+        if _UNFINISHED.fullmatch(path.name):
+            remove_tree(path)
+
+
+def is_validation(identity: str, fraction: float) -> bool:
+    """Whether a document is held out: its hash, as a number in [0, 1), is below `fraction`."""
+    # A seed of its own: the hash must tell nothing about any order of the same names.
+    position = xxhash.xxh3_64_intdigest(identity.encode("utf-8", "surrogateescape"), seed=1)
+    return position < fraction * 2**64
+
+
+def split_of(piece: Piece, validation_fraction: float) -> Split:
+    """Where a document goes."""
+    is_val = piece.split == "val" if piece.split is not None else None
+    if is_val is None:
+        is_val = is_validation(piece.identity, validation_fraction)
+    return "val" if is_val else "train"
+
+
+def make_encoder(setup: PartsSetup, tokenizer: "Tokenizer | None") -> Encoder:
+    """The encoder for the kind of documents that the source gives."""
+    if isinstance(setup.reading.source, TokenFilesSourceConfig):
+        return TokenEncoder(bos_id=setup.bos_id, eos_id=setup.eos_id)
+    assert tokenizer is not None
+    if setup.instructions is not None:
+        append_eos = setup.eos_id is not None
+        return InstructionEncoder(tokenizer, setup.instructions, append_eos=append_eos)
+    return TextEncoder(tokenizer)
+
+
+def encode_shard(job: Job, setup: PartsSetup, encoder: Encoder) -> None:
+    """Make the part of one shard.
+
+    Raises:
+        DataError: for input that cannot be read or encoded, or ids outside the vocabulary.
+    """
+    counts = Counts()
+    folder = part_folder(setup.folder, job.index)
+    # A worker of a killed job may still be writing the same part.
+    unfinished = folder.with_name(f"{folder.name}.{os.getpid()}")
+    unfinished.mkdir()
+    writers: dict[Split, SplitWriter] = {
+        split: SplitWriter(unfinished, split, setup.dtype, has_mask=setup.has_mask)
+        for split in SPLITS
+    }
+    documents = HashedFile(unfinished / DOCUMENTS_NAME) if setup.reading.with_digests else None
+    try:
+        for batch in batches(read_shard(job.shard, setup.reading, counts)):
+            taken: dict[Split, list[tuple[Piece, Encoded]]] = {split: [] for split in SPLITS}
+            records = []
+            for piece, encoded in zip(batch, encoder.encode(batch), strict=True):
+                if encoded.left_out is not None:
+                    counts.leave_out(encoded.left_out)
+                    continue
+                split = split_of(piece, setup.validation_fraction)
+                taken[split].append((piece, encoded))
+                if piece.starts:
+                    digest = divmod(piece.digest, 1 << 64)
+                    num_bytes = piece.num_bytes if piece.row is None else 0
+                    records.append((*digest, num_bytes, split == "val"))
+            for split, encoded_pieces in taken.items():
+                if encoded_pieces:
+                    _append(writers[split], encoded_pieces, setup)
+            if documents is not None:
+                documents.write(np.array(records, dtype=DOCUMENT))
+        splits = finish_all(list(writers.values()))
+        part = Part(
+            key=job.key,
+            splits=splits,
+            documents_hash=documents.close() if documents is not None else None,
+            replaced_bytes=counts.replaced_bytes,
+            skipped_documents=counts.skipped_documents,
+            cut_documents=counts.cut_documents,
+            filtered_documents=counts.filtered_documents,
+        )
+        write_json_atomic(unfinished / _PART_NAME, part, sync=False)
+        if folder.exists():
+            remove_tree(folder)
+        os.rename(unfinished, folder)
+    except BaseException:
+        for writer in writers.values():
+            writer.close()
+        remove_tree(unfinished)
+        raise
+
+
+def _append(
+    writer: SplitWriter, pieces: Sequence[tuple[Piece, Encoded]], setup: PartsSetup
+) -> None:
+    """Write pieces of documents, with the tokens that start and end documents around them."""
+    ids: list[np.ndarray] = []
+    masks: list[np.ndarray | bool] = []
+    starts, position = [], 0
+    for piece, encoded in pieces:
+        around: list[tuple[np.ndarray, np.ndarray | bool]] = [
+            (encoded.ids, True if encoded.is_target is None else encoded.is_target)
+        ]
+        if piece.starts:
+            starts.append(position)
+            if setup.bos_id is not None and not encoded.starts_with_bos:
+                around.insert(0, (np.array([setup.bos_id], np.uint32), encoded.is_target is None))
+        if piece.ends and setup.eos_id is not None and not encoded.ends_with_eos:
+            around.append((np.array([setup.eos_id], np.uint32), encoded.eos_is_target))
+        for some, is_target in around:
+            ids.append(some)
+            masks.append(is_target)
+            position += len(some)
+        text = piece.text
+        writer.text_bytes += len(text) if text.isascii() else len(text.encode())
+    all_ids = np.concatenate(ids)
+    largest = int(all_ids.max(initial=0))
+    if largest >= setup.vocab_size:
+        raise DataError(
+            f"dataset.tokenizer: gave id {largest}, but has a vocabulary of {setup.vocab_size}"
+        )
+    targets = None
+    if writer.has_mask:
+        targets = np.concatenate(
+            [np.broadcast_to(mask, len(some)) for some, mask in zip(ids, masks, strict=True)]
+        ).astype(np.uint8)
+    writer.append(all_ids, np.array(starts, dtype=np.int64), targets)
+
+
+def batches(pieces: Iterator[Piece]) -> Iterator[list[Piece]]:
+    """Lists of pieces that are worth encoding together."""
+    batch: list[Piece] = []
+    size = 0
+    for piece in pieces:
+        batch.append(piece)
+        size += len(piece.text) if piece.ids is None else len(piece.ids)
+        size += piece.num_bytes if piece.row is not None else 0
+        if size >= BATCH_CHARACTERS or len(batch) >= BATCH_DOCUMENTS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch

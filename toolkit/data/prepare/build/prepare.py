@@ -1,29 +1,78 @@
-"""Token files for a config: those that exist, or new ones (`build.py`): `ensure_prepared`."""
+"""Token files for a config: those that exist, or new ones made now.
+
+What happens to one document:
+
+1. The source is cut into shards by size (`text/sources.py`): some files, or a part of a large one.
+2. A process takes the shard and reads the document out of it (`text/readers.py`). Text that is not
+   UTF-8, a missing column or a broken line ends here, with the file and the place. So do documents
+   that a filter leaves out; they are counted.
+3. It is encoded together with its neighbours, about a megabyte at a time (`encoding.py`).
+4. A hash of its identity (relative file name, and place in the file) decides between train and val.
+5. Its ids, between the tokens that start and end documents, are appended to its shard's part of
+   that split, with its start and, where the loss skips some tokens, a mask (`parts.py`).
+6. When all parts are complete, documents that were there before are found, where asked for. The
+   others are joined in the order of shards into train.bin and val.bin (`join.py`), dataset.json is
+   written beside them, everything is synced, and the folder gets its name in one rename.
+
+A preparation that was killed continues with the parts that are complete; after a file was repaired,
+with the parts of the other files. Memory is bounded by the batch of step 3 and the longest single
+line or row, times the number of processes. The result does not depend on how many there are.
+"""
 
 import contextlib
-import functools
-from collections.abc import Iterator
+import shutil
+import time
 from pathlib import Path
 
-import filelock
+import msgspec
+import xxhash
 
-from toolkit.data.config import DatasetConfig, StoreConfig
-from toolkit.data.prepare.build.build import build_dataset, remove_unfinished
-from toolkit.data.prepare.build.progress import Progress
-from toolkit.data.prepare.build.settings import check_settings
+from toolkit.data.config import BPETokenizerConfig, DatasetConfig, StoreConfig
+from toolkit.data.prepare.build.instructions import InstructionEncoder
+from toolkit.data.prepare.build.join import Duplicates, join_parts, joined_bytes
+from toolkit.data.prepare.build.parts import (
+    Job,
+    PartsSetup,
+    is_complete,
+    make_encoder,
+    read_part,
+    remove_unfinished_parts,
+)
+from toolkit.data.prepare.build.progress import encoding, printer, summary
+from toolkit.data.prepare.build.settings import (
+    check_settings,
+    check_source,
+    not_a_dataset,
+    settings_of,
+)
+from toolkit.data.prepare.build.vocabulary import settled_tokenizer, vocabulary_of
+from toolkit.data.prepare.build.workers import encode_shards, num_cores
 from toolkit.data.prepare.store.cache import build_lock, raw_text_cache
 from toolkit.data.prepare.store.store import make_room, obtain, settle
+from toolkit.data.prepare.text.readers import read_shard
+from toolkit.data.prepare.text.reading import Counts, Reading
+from toolkit.data.prepare.text.shards import Plan, Shard
+from toolkit.data.prepare.text.sources import plan_source
+from toolkit.data.prepare.tokenizers.tokenizer import Tokenizer
 from toolkit.data.tokens.in_use import mark_used
 from toolkit.data.tokens.prepared import (
+    FORMAT_VERSION,
     MANIFEST_NAME,
+    TOKENIZER_FOLDER,
+    Manifest,
     PreparedDataset,
+    SplitInfo,
     dataset_folder,
     localize,
     open_prepared,
+    token_dtype,
 )
 from toolkit.errors import DataError
+from toolkit.storage.atomic import new_folder, remove_tree, write_json_atomic
+from toolkit.storage.locks import locked
 
-LOCK_POLL_SECONDS = 0.25
+PARTS_VERSION = 5
+"""Changes when the same settings would give other parts."""
 
 
 def ensure_prepared(
@@ -53,66 +102,53 @@ def ensure_prepared(
     """
     store = store or StoreConfig()
     config = localize(config, store)
+    folder, note = dataset_folder(config), printer(enabled=progress)
+    prepared = None
     try:
         prepared = open_prepared(config)
     except DataError:
         if store.permanent_root is None:
             raise
-        prepared = None  # perhaps the permanent copy can replace it
-    if prepared is None:
-        return prepare_dataset(
-            config, store=store, work_dir=work_dir, progress=progress, check_text=check_text
-        )
-    check_settings(prepared, config, check_text=check_text)
-    if check_text:
-        _remove_left_over(prepared.folder, work_dir)
-        settle(prepared, config, store, note=Progress(enabled=progress).note)
-    return prepared
-
-
-def prepare_dataset(
-    config: DatasetConfig,
-    *,
-    store: StoreConfig | None = None,
-    work_dir: str | None = None,
-    progress: bool = True,
-    check_text: bool = True,
-) -> PreparedDataset:
-    """Like `ensure_prepared`, without the quick look before the lock is taken."""
-    store = store or StoreConfig()
-    config = localize(config, store)
-    folder = dataset_folder(config)
+        # Perhaps the permanent copy can replace it.
+    if prepared is not None:
+        check_settings(prepared, config, check_text=check_text)
+        if check_text:
+            _remove_left_over(folder, work_dir)
+            settle(prepared, config, store, note=note)
+        return prepared
     if store.permanent_root is None:
         _check_can_build(config, folder)
-    report = Progress(enabled=progress)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with _exclusive(folder, report):
-            prepared = obtain(config, store, check_text=check_text, note=report.note)
+        waiting = f"waiting for another process to prepare {folder}"
+        with locked(build_lock(folder), on_wait=lambda: note(waiting)):
+            prepared = obtain(config, store, check_text=check_text, note=note)
             is_built = prepared is None
             if prepared is None:
                 _check_can_build(config, folder)
-                with report, raw_text_cache(config, store) as cache_dir:
-                    prepared = build_dataset(
-                        config,
-                        folder,
-                        work_dir,
-                        report,
-                        cache_dir=cache_dir,
-                        make_room=functools.partial(make_room, config, store),
+                with raw_text_cache(config, store) as cache_dir:
+                    prepared = _build(
+                        config, store, work_dir=work_dir, cache_dir=cache_dir, progress=progress
                     )
                 prepared.in_use = mark_used(folder)
-            else:
-                with contextlib.suppress(OSError):
-                    remove_unfinished(folder, work_dir)
         if is_built or check_text:
-            settle(prepared, config, store, note=report.note)
+            settle(prepared, config, store, note=note)
         return prepared
     except OSError as error:
         raise DataError(
             f"{error.filename or folder}: cannot prepare data: {error.strerror or error}; finished "
             "parts are kept, run again to continue"
         ) from error
+
+
+prepare_dataset = ensure_prepared
+
+
+def write_dataset(folder: Path, manifest: Manifest, tokenizer_folder: Path | None) -> None:
+    """Write dataset.json and the tokenizer beside token files that are written."""
+    if tokenizer_folder is not None:
+        shutil.copytree(tokenizer_folder, folder / TOKENIZER_FOLDER)
+    write_json_atomic(folder / MANIFEST_NAME, manifest, sync=False)
 
 
 def _check_can_build(config: DatasetConfig, folder: Path) -> None:
@@ -123,26 +159,195 @@ def _check_can_build(config: DatasetConfig, folder: Path) -> None:
         )
 
 
+def _workplaces(folder: Path, work_dir: str | None) -> tuple[Path, Path]:
+    """Where `folder` is put together, and where its parts are."""
+    building = folder.with_name(f".{folder.name}.building")
+    if work_dir is None:
+        return building, building / "parts"
+    place_id = xxhash.xxh3_64_hexdigest(str(folder.resolve()).encode())
+    return building, Path(work_dir).expanduser() / f"prepare-{place_id}"
+
+
 def _remove_left_over(folder: Path, work_dir: str | None) -> None:
     """Parts of a whole data set whose preparation was killed before it removed them."""
-    if work_dir is None and not folder.with_name(f".{folder.name}.building").exists():
+    if work_dir is None and not _workplaces(folder, None)[0].exists():
         return
-    suppress = contextlib.suppress(filelock.Timeout, OSError)  # another time
-    with suppress, build_lock(folder).acquire(timeout=0):
-        if (folder / MANIFEST_NAME).exists():
-            remove_unfinished(folder, work_dir)
+    suppress = contextlib.suppress(OSError)  # another time
+    with suppress, locked(build_lock(folder), wait=False) as is_locked:
+        if is_locked and (folder / MANIFEST_NAME).exists():
+            _remove_unfinished(folder, work_dir)
 
 
-@contextlib.contextmanager
-def _exclusive(folder: Path, report: Progress) -> Iterator[None]:
-    """One process at a time builds this folder; the others say once that they wait, and poll."""
-    lock = build_lock(folder)
-    try:
-        lock.acquire(timeout=0)
-    except filelock.Timeout:
-        report.note(f"waiting for another process to prepare {folder}")
-        lock.acquire(poll_interval=LOCK_POLL_SECONDS)
-    try:
-        yield
-    finally:
-        lock.release()
+def _remove_unfinished(folder: Path, work_dir: str | None) -> None:
+    """Remove what building `folder` leaves until it is complete. The lock of `folder` must be held.
+    A removal that was cut short is continued by the next one, or the next building."""
+    building, place = _workplaces(folder, work_dir)
+    # Parts are known by their hashes, the tokenizer only by its mark.
+    for mark in place.glob(f"*/{TOKENIZER_FOLDER}.done"):
+        mark.unlink()
+    for path in (place, building):
+        if path.exists():
+            shutil.rmtree(path)
+
+
+def _build(
+    config: DatasetConfig,
+    store: StoreConfig,
+    *,
+    work_dir: str | None,
+    cache_dir: str | None,
+    progress: bool,
+) -> PreparedDataset:
+    """Build the folder of `config`; nobody else may be doing so."""
+    assert config.source is not None
+    folder, note = dataset_folder(config), printer(enabled=progress)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise not_a_dataset(folder)
+    check_source(config)
+    is_rows = config.instructions is not None
+    plan = plan_source(config.source, config.validation_fraction, rows=is_rows, cache_dir=cache_dir)
+    for line in plan.notes():
+        note(line)
+    building, place = _workplaces(folder, work_dir)
+    parts_folder = place / _settings_key(config, plan)
+    parts_folder.mkdir(parents=True, exist_ok=True)
+    tokenizer_folder = None if config.tokenizer is None else parts_folder / TOKENIZER_FOLDER
+    tokenizer, checked = settled_tokenizer(config, plan, parts_folder / TOKENIZER_FOLDER, note)
+    vocabulary = vocabulary_of(config, tokenizer)
+    setup = PartsSetup(
+        folder=str(parts_folder),
+        reading=Reading(
+            source=config.source,
+            cache_dir=plan.cache_dir,
+            rows=is_rows,
+            filters=config.filters,
+            with_digests=config.deduplicate,
+            vocab_size=vocabulary.size,
+            eos_id=vocabulary.eos_id,
+        ),
+        instructions=config.instructions,
+        tokenizer_folder=None if tokenizer_folder is None else str(tokenizer_folder),
+        validation_fraction=config.validation_fraction,
+        dtype=token_dtype(vocabulary.size),
+        vocab_size=vocabulary.size,
+        bos_id=vocabulary.bos_id if config.prepend_bos else None,
+        eos_id=vocabulary.eos_id if config.append_eos else None,
+    )
+    if is_rows:
+        make_encoder(setup, tokenizer)  # a template that cannot be used ends here, in one line
+    jobs = [Job(index, shard, _shard_key(shard, plan)) for index, shard in enumerate(plan.shards)]
+    remove_unfinished_parts(parts_folder)
+    missing = [job for job in jobs if not is_complete(job, setup)]
+    started = time.monotonic()
+    with encoding(str(folder), jobs, missing, note, enabled=progress) as advance:
+        for job in encode_shards(
+            missing, setup, tokenizer, num_processes=config.num_processes or num_cores()
+        ):
+            advance(job)
+    plan.check_unchanged()
+    with new_folder(folder, unfinished=building / "output") as output:
+        splits, counts = _join(config, store, plan, setup, tokenizer, output)
+        manifest = Manifest(
+            format_version=FORMAT_VERSION,
+            dtype=setup.dtype,
+            vocab_size=vocabulary.size,
+            eos_id=vocabulary.eos_id,
+            append_eos=config.append_eos,
+            bos_id=vocabulary.bos_id,
+            prepend_bos=config.prepend_bos,
+            tokenizer_fingerprint=vocabulary.fingerprint,
+            tokenizer_checked=checked,
+            source_fingerprint=plan.fingerprint,
+            replaced_bytes=counts.replaced_bytes,
+            skipped_documents=counts.skipped_documents,
+            cut_documents=counts.cut_documents,
+            filtered_documents=counts.filtered_documents,
+            left_out_files=dict(plan.left_out_files),
+            settings=settings_of(config),
+            splits=splits,
+        )
+        write_dataset(output, manifest, tokenizer_folder)
+    _remove_unfinished(folder, work_dir)
+    prepared = PreparedDataset(folder, manifest)
+    for line in summary(prepared, time.monotonic() - started):
+        note(line)
+    return prepared
+
+
+def _join(
+    config: DatasetConfig,
+    store: StoreConfig,
+    plan: Plan,
+    setup: PartsSetup,
+    tokenizer: Tokenizer | None,
+    output: Path,
+) -> tuple[dict[str, SplitInfo], Counts]:
+    """Join all parts; their splits, and what reading had to repair and leave out."""
+    parts_folder = Path(setup.folder)
+    parts = [part for n in range(len(plan.shards)) if (part := read_part(parts_folder, n))]
+    assert len(parts) == len(plan.shards), "a part vanished while parts were joined"
+    counts = Counts()
+    counts.replaced_bytes = sum(part.replaced_bytes for part in parts)
+    counts.skipped_documents = sum(part.skipped_documents for part in parts) + plan.num_empty
+    counts.cut_documents = sum(part.cut_documents for part in parts)
+    reasons = sorted({reason for part in parts for reason in part.filtered_documents})
+    counts.filtered_documents = {
+        reason: sum(part.filtered_documents.get(reason, 0) for part in parts) for reason in reasons
+    }
+    duplicates = None
+    if config.deduplicate:
+        workplace = output.with_name("duplicates")
+        remove_tree(workplace)
+        workplace.mkdir()
+        duplicates = Duplicates(parts_folder, len(parts), workplace)
+        counts.filtered_documents["duplicate"] = duplicates.count
+    saved = [path for path in (parts_folder / TOKENIZER_FOLDER).rglob("*") if path.is_file()]
+    num_bytes = joined_bytes(parts_folder, parts, setup.dtype, duplicates)
+    make_room(config, store, num_bytes + sum(path.stat().st_size for path in saved))
+    splits = join_parts(
+        parts_folder,
+        parts,
+        output,
+        dtype=setup.dtype,
+        has_mask=setup.has_mask,
+        duplicates=duplicates,
+    )
+    if config.instructions is not None:
+        # Data whose loss asks for nothing, or for every token, was misread.
+        encoder = make_encoder(setup, tokenizer)
+        assert isinstance(encoder, InstructionEncoder)
+        encoder.check(
+            num_tokens=sum(info.num_tokens for info in splits.values()),
+            num_targets=sum(info.num_targets or 0 for info in splits.values()),
+            filtered=counts.filtered_documents,
+            first_piece=lambda: next(
+                (p for shard in plan.shards for p in read_shard(shard, setup.reading, Counts())),
+                None,
+            ),
+        )
+    if "train" not in splits:
+        why = [f"{n} by {reason}" for reason, n in counts.filtered_documents.items() if n]
+        why += [f"{counts.skipped_documents} empty"] if counts.skipped_documents else []
+        why += ["all others were held out"] if splits else []
+        raise DataError(
+            "dataset.source: gave no training text"
+            + (f" (left out: {', '.join(why)})" if why else "")
+            + "; check its paths, text field and filters, or set dataset.validation_fraction=0"
+        )
+    return splits, counts
+
+
+def _settings_key(config: DatasetConfig, plan: Plan) -> str:
+    """Identifies all that parts depend on but the text itself; a tokenizer that is trained depends
+    on all text."""
+    text = plan.fingerprint if isinstance(config.tokenizer, BPETokenizerConfig) else None
+    identity = (FORMAT_VERSION, PARTS_VERSION, settings_of(config), text)
+    return xxhash.xxh3_64_hexdigest(repr(identity).encode())
+
+
+def _shard_key(shard: Shard, plan: Plan) -> str:
+    """Identifies the text of a shard: local files by size and time of their last change, others by
+    the whole source."""
+    is_local = all(part.modified_ns for part in shard)
+    source = "" if is_local else plan.fingerprint
+    return xxhash.xxh3_64_hexdigest(msgspec.json.encode(shard) + source.encode())

@@ -1,114 +1,77 @@
-"""How `prepare` shows what it does: a bar on a terminal, a few plain lines elsewhere."""
+"""How a preparation shows what it does on standard error: a bar on a terminal, a few lines
+elsewhere."""
 
+import contextlib
 import time
-from collections.abc import Sequence
-from types import TracebackType
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Sequence
 
 from rich.console import Console
 
-from toolkit.data.prepare.build.worker import Job
+from toolkit.data.prepare.build.parts import Job
 from toolkit.data.tokens.prepared import PreparedDataset, nothing_held_out
+from toolkit.storage.progress import byte_progress
 from toolkit.wording import count
 
-if TYPE_CHECKING:
-    import rich.progress
+LINE_SECONDS = 30.0
 
-PLAIN_LINE_SECONDS = 30.0
+Note = Callable[[str], None]
+"""Shows one line."""
 
 
-class Progress:
-    """Progress of one preparation, on standard error."""
+def printer(*, enabled: bool) -> Note:
+    """Prints lines, or nothing."""
+    console = Console(stderr=True, highlight=False)
+    return lambda line: console.print(line, markup=False, soft_wrap=True) if enabled else None
 
-    def __init__(self, *, enabled: bool) -> None:
-        self._enabled = enabled
-        self._console = Console(stderr=True, highlight=False)
-        self._bar: rich.progress.Progress | None = None
-        self._started = self._last_line = time.monotonic()
-        self._done = self._total = self._finished_before = 0
 
-    def __enter__(self) -> "Progress":
-        if self._enabled and self._console.is_terminal:
-            from rich.progress import (
-                BarColumn,
-                DownloadColumn,
-                TextColumn,
-                TimeRemainingColumn,
-                TransferSpeedColumn,
-            )
-            from rich.progress import Progress as Bar
+@contextlib.contextmanager
+def encoding(
+    where: str, jobs: Sequence[Job], missing: Sequence[Job], note: Note, *, enabled: bool
+) -> Iterator[Callable[[Job], None]]:
+    """Shows how encoding goes on; yields what is called with each job that is done. Jobs that are
+    not missing were done before."""
+    total = sum(job.num_bytes for job in jobs)
+    done = before = total - sum(job.num_bytes for job in missing)
+    continued = len(jobs) - len(missing)
+    again = f", {continued} of {len(jobs)} parts were finished before" if continued else ""
+    note(f"preparing {where}: {total / 1e6:.1f} MB of text{again}")
+    started = last_line = time.monotonic()
+    has_bar = enabled and Console(stderr=True).is_terminal
+    with byte_progress("encoding", total, done=done, enabled=enabled) as advance_bar:
 
-            columns = (
-                TextColumn("{task.description}"),
-                BarColumn(),
-                DownloadColumn(),
-                TransferSpeedColumn(),
-                TimeRemainingColumn(),
-            )
-            self._bar = Bar(*columns, console=self._console, transient=True)
-            self._bar.start()
-        return self
+        def advance(job: Job) -> None:
+            nonlocal done, last_line
+            done += job.num_bytes
+            advance_bar(job.num_bytes)
+            now = time.monotonic()
+            if not has_bar and now - last_line >= LINE_SECONDS:
+                last_line = now
+                speed = (done - before) / (now - started) / 1e6
+                note(f"encoded {done / 1e6:.0f} of {total / 1e6:.0f} MB, {speed:.1f} MB/s")
 
-    def __exit__(
-        self,
-        error_type: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = None
+        yield advance
 
-    def note(self, line: str) -> None:
-        """One line of its own."""
-        if self._enabled:
-            self._console.print(line, markup=False, soft_wrap=True)
 
-    def start(self, folder: str, jobs: Sequence[Job], missing: Sequence[Job]) -> None:
-        """Encoding begins; jobs that are not missing were finished before."""
-        self._total = sum(_num_bytes(job) for job in jobs)
-        self._done = self._finished_before = self._total - sum(_num_bytes(job) for job in missing)
-        continued = len(jobs) - len(missing)
-        again = f", {continued} of {len(jobs)} parts were finished before" if continued else ""
-        self.note(f"preparing {folder}: {self._total / 1e6:.1f} MB of text{again}")
-        self._started = self._last_line = time.monotonic()
-        if self._bar is not None:
-            self._bar.add_task("encoding", total=self._total or None, completed=self._done)
-
-    def advance(self, job: Job) -> None:
-        """One more part is complete."""
-        self._done += _num_bytes(job)
-        now = time.monotonic()
-        if self._bar is not None:
-            self._bar.update(self._bar.task_ids[-1], completed=self._done)
-        elif now - self._last_line >= PLAIN_LINE_SECONDS:
-            self._last_line = now
-            speed = (self._done - self._finished_before) / (now - self._started)
-            self.note(
-                f"encoded {self._done / 1e6:.0f} of {self._total / 1e6:.0f} MB, "
-                f"{speed / 1e6:.1f} MB/s"
-            )
-
-    def finish(self, prepared: PreparedDataset) -> None:
-        """What was made."""
-        manifest = prepared.manifest
-        seconds = time.monotonic() - self._started
-        counts = ", ".join(
-            f"{split} {count(info.num_tokens, 'token')} in {count(info.num_documents, 'document')}"
-            for split, info in manifest.splits.items()
+def summary(prepared: PreparedDataset, seconds: float) -> Iterator[str]:
+    """What was made, line by line."""
+    manifest = prepared.manifest
+    counts = ", ".join(
+        f"{split} {count(info.num_tokens, 'token')} in {count(info.num_documents, 'document')}"
+        for split, info in manifest.splits.items()
+    )
+    yield f"prepared {prepared.folder}: {counts}; {seconds:.1f} s"
+    if manifest.replaced_bytes:
+        was = "was" if manifest.replaced_bytes == 1 else "were"
+        yield f"{count(manifest.replaced_bytes, 'byte')} {was} not UTF-8 and became U+FFFD"
+    if manifest.cut_documents:
+        yield (
+            f"{count(manifest.cut_documents, 'document')} made by cutting those over 8 MB; an "
+            "end-of-document token stands at each cut"
         )
-        self.note(f"prepared {prepared.folder}: {counts}; {seconds:.1f} s")
-        if manifest.replaced_bytes:
-            was = "was" if manifest.replaced_bytes == 1 else "were"
-            self.note(f"{count(manifest.replaced_bytes, 'byte')} {was} not UTF-8 and became U+FFFD")
-        left_out = {"empty": manifest.skipped_documents, **manifest.filtered_documents}
-        reasons = ", ".join(f"{reason} {number:,}" for reason, number in left_out.items() if number)
-        if reasons:
-            self.note(f"documents left out: {reasons}")
-        not_held_out = nothing_held_out(prepared)
-        if not_held_out is not None:
-            self.note(not_held_out)
-
-
-def _num_bytes(job: Job) -> int:
-    return sum(part.num_bytes for part in job.shard)
+    left_out = {"empty": manifest.skipped_documents, **manifest.filtered_documents}
+    reasons = ", ".join(f"{reason} {number:,}" for reason, number in left_out.items() if number)
+    if reasons:
+        yield f"documents left out: {reasons}"
+    not_held_out = nothing_held_out(prepared)
+    if not_held_out is not None:
+        yield not_held_out

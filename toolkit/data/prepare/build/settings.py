@@ -1,41 +1,44 @@
-"""Do the token files on disk hold what the config asks for?"""
+"""Which settings decide what token files hold, and whether those on disk were built with them."""
 
 import contextlib
 from pathlib import Path
 from typing import Any
 
 from toolkit.data.config import (
+    BPETokenizerConfig,
     DatasetConfig,
     FiltersConfig,
     InstructionsConfig,
-    SourceConfig,
+    TokenFilesSourceConfig,
 )
-from toolkit.data.tokens.prepared import PreparedDataset
+from toolkit.data.prepare.text.sources import source_fingerprint
+from toolkit.data.prepare.tokenizers.choice import templates_hash, tokenizer_files_hash
+from toolkit.data.tokens.prepared import MANIFEST_NAME, PreparedDataset
 from toolkit.errors import DataError
 from toolkit.storage.foreign import read_bytes
+
+_ELSEWHERE = ("paths", "path", "streaming", "suffixes", "max_line_bytes")
+"""Settings of a source that say where its text is, not which: folders may move."""
+_LATER_KEYS = ("context_roles", "train_keys", "mask_keys", "ignored_keys")
 
 
 def settings_of(config: DatasetConfig) -> dict[str, Any]:
     """The settings that decide what the token files hold, as stored in dataset.json.
 
-    Paths (and which endings are taken from folders) are left out: text is identified by its
-    content, so that folders may move. So are settings that came later and have their defaults:
-    data sets that were built without them stay what they are.
+    Text is identified by its content. Settings that came later are left out where they have their
+    defaults: data sets that were built without them stay what they are.
     """
     tokenizer: dict[str, Any] = {"type": "none"}
     if config.tokenizer is not None:
         tokenizer = config.tokenizer.to_dict()
-    if config.tokenizer is not None and "path" in tokenizer:
-        from toolkit.data.prepare.tokenizers.choice import templates_hash, tokenizer_files_hash
-
-        tokenizer["files_hash"] = tokenizer_files_hash(config.tokenizer)
-        if config.instructions is not None and config.instructions.chat_template is None:
-            templates = templates_hash(config.tokenizer)
-            if templates is not None:
-                tokenizer["templates_hash"] = templates
+        if "path" in tokenizer:
+            tokenizer["files_hash"] = tokenizer_files_hash(config.tokenizer)
+            if config.instructions is not None and config.instructions.chat_template is None:
+                templates = templates_hash(config.tokenizer)
+                if templates is not None:
+                    tokenizer["templates_hash"] = templates
     source = config.source.to_dict() if config.source is not None else {}
-    for name in ("paths", "path", "streaming", "suffixes", "max_line_bytes"):
-        source.pop(name, None)
+    source = {name: value for name, value in source.items() if name not in _ELSEWHERE}
     if source.get("json_files") == "rows":
         del source["json_files"]
     settings: dict[str, Any] = {
@@ -60,7 +63,7 @@ def _instructions(config: InstructionsConfig) -> dict[str, Any]:
     import xxhash
 
     defaults, settings = InstructionsConfig().to_dict(), config.to_dict()
-    for name in ("context_roles", "train_keys", "mask_keys", "ignored_keys"):
+    for name in _LATER_KEYS:
         if settings[name] == defaults[name]:
             del settings[name]
     template = config.chat_template
@@ -69,6 +72,33 @@ def _instructions(config: InstructionsConfig) -> dict[str, Any]:
             data = read_bytes(Path(template).expanduser(), DataError)
             settings["chat_template"] = f"file with hash {xxhash.xxh3_64_hexdigest(data)}"
     return settings
+
+
+def check_source(config: DatasetConfig) -> None:
+    """Raise DataError for settings that need text or rows, given for a source of tokens."""
+    if not isinstance(config.source, TokenFilesSourceConfig):
+        return
+    for name in ("filters", "instructions"):
+        if getattr(config, name) is not None:
+            raise DataError(
+                f"dataset.{name}: needs text, but dataset.source holds tokens; leave it out"
+            )
+    for name in ("vocab_size", "eos_id"):
+        if config.tokenizer is None and getattr(config.source, name) is None:
+            raise DataError(f"dataset.source.{name}: must be given where dataset.tokenizer is null")
+    if isinstance(config.tokenizer, BPETokenizerConfig):
+        raise DataError(
+            "dataset.tokenizer: bpe is trained on text, but dataset.source holds tokens; give the "
+            "tokenizer that made them, or null"
+        )
+
+
+def not_a_dataset(folder: Path) -> DataError:
+    """The error for a folder that holds something else."""
+    return DataError(
+        f"{folder}: exists, but is no prepared data set (it has no {MANIFEST_NAME}); give another "
+        "dataset.dataset_name or dataset.dataset_config"
+    )
 
 
 def check_settings(
@@ -81,9 +111,17 @@ def check_settings(
     """
     if config.source is None:
         return
-    differences = _setting_differences(prepared.manifest.settings, settings_of(config))
-    if not differences and check_text and _source_changed(prepared, config.source):
-        differences = ["the text of dataset.source has changed"]
+    differences = _differences(prepared.manifest.settings, settings_of(config))
+    if not differences and check_text:
+        try:
+            fingerprint = source_fingerprint(config.source)
+        except (DataError, OSError) as error:
+            raise DataError(
+                f"{error}; {prepared.folder} holds token files of this name, perhaps of other "
+                "text: to use them as they are, set dataset.source=null"
+            ) from None
+        if fingerprint not in (None, prepared.manifest.source_fingerprint):
+            differences = ["the text of dataset.source has changed"]
     if differences:
         raise DataError(
             f"{prepared.folder}: its token files were built with other settings "
@@ -92,19 +130,18 @@ def check_settings(
         )
 
 
-def _setting_differences(stored: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
+def _differences(stored: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
     stored, wanted = _leaves(stored, "dataset"), _leaves(wanted, "dataset")
     stored.pop("dataset.source.suffixes", None)  # stored once
     for side, other in ((stored, wanted), (wanted, stored)):
         if "dataset.tokenizer.templates_hash" not in other:  # stored since it came, or not to see
             side.pop("dataset.tokenizer.templates_hash", None)
-    stored_hash = stored.pop("dataset.tokenizer.files_hash", None)
-    wanted_hash = wanted.pop("dataset.tokenizer.files_hash", None)
-    if stored_hash and wanted_hash:
-        same = stored_hash == wanted_hash
+    hashes = [side.pop("dataset.tokenizer.files_hash", None) for side in (stored, wanted)]
+    if all(hashes):
         path = "dataset.tokenizer.path"
-        stored[path] = "the same files" if same else f"{stored[path]} ({stored_hash})"
-        wanted[path] = "the same files" if same else f"{wanted[path]} ({wanted_hash})"
+        for side, files_hash in zip((stored, wanted), hashes, strict=True):
+            is_same = hashes[0] == hashes[1]
+            side[path] = "the same files" if is_same else f"{side[path]} ({files_hash})"
     return [
         f"{name}: {stored.get(name)} there, {wanted.get(name)} now"
         for name in sorted(stored.keys() | wanted.keys())
@@ -118,16 +155,3 @@ def _leaves(data: dict[str, Any], path: str) -> dict[str, Any]:
         here = f"{path}.{name}"
         found.update(_leaves(value, here) if isinstance(value, dict) else {here: value})
     return found
-
-
-def _source_changed(prepared: PreparedDataset, source: SourceConfig) -> bool:
-    from toolkit.data.prepare.text.sources import source_fingerprint
-
-    try:
-        fingerprint = source_fingerprint(source)
-    except (DataError, OSError) as error:
-        raise DataError(
-            f"{error}; {prepared.folder} holds token files of this name, perhaps of other text: to "
-            "use them as they are, set dataset.source=null"
-        ) from None
-    return fingerprint is not None and fingerprint != prepared.manifest.source_fingerprint

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from toolkit.data.prepare.build.instructions import InstructionEncoder, chat_template
-from toolkit.data.prepare.text.piece import Piece
+from toolkit.data.prepare.text.reading import Piece
 from toolkit.data.prepare.tokenizers.tokenizer import Tokenizer
 from toolkit.data.source_config import InstructionsConfig
 from toolkit.errors import ToolkitError
@@ -26,8 +26,7 @@ def stop_ids(tokenizer: Tokenizer, generation: Mapping[str, Any] | None = None) 
     """Ids after any of which a text is complete; the first ends documents, where the tokenizer has
     such a token.
 
-    Args:
-        generation: generation_config.json of the model that training began from.
+    `generation` is generation_config.json of the model that training began from.
     """
     before = as_list((generation or {}).get("eos_token_id"))
     own = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
@@ -44,9 +43,6 @@ def special_ids(
     A text starts as the documents of the data do, else as the model's texts did before. Rows of a
     batch are filled up with the tokenizer's own token for that, else the model's, else the first
     stop token: `generate` takes it anyway, with a warning.
-
-    Args:
-        generation: see `stop_ids`.
     """
     before = {
         key: value

@@ -30,28 +30,28 @@ _PATTERN_OF = {
 """Patterns of published rank files, by their names."""
 
 _OPTION_OF = {
-    "dataset.source.paths": "PATHS",
+    **dict.fromkeys(("dataset.source", "dataset.source.paths"), "PATHS"),
     "dataset.source.text_field": "--text-field",
     "dataset.source.encoding_errors": "--encoding-errors",
-    "dataset.source": "PATHS",
-    "dataset.tokenizer": "--tokenizer",
-    "dataset.tokenizer.path": "--tokenizer",
-    "dataset.tokenizer.sample_bytes": "--tokenizer",
-    "dataset.tokenizer.type": "--tokenizer",
-    "dataset.tokenizer.vocab_size": "--tokenizer",
-    "dataset.validation_fraction": "--validation-fraction",
-    "dataset.num_processes": "--processes",
+    **{
+        f"dataset.tokenizer{name}": "--tokenizer"
+        for name in ("", ".path", ".sample_bytes", ".type", ".vocab_size")
+    },
+    **dict.fromkeys(
+        ("dataset.validation_fraction", "validation_fraction"), "--validation-fraction"
+    ),
+    **dict.fromkeys(("dataset.num_processes", "num_processes"), "--processes"),
     "dataset.deduplicate": "--deduplicate",
     "dataset.dataset_name or dataset.dataset_config": "--out",
-    "dataset.dataset_config": "--out",
-    "dataset.root": "--out",
-    "validation_fraction": "--validation-fraction",
-    "num_processes": "--processes",
+    **dict.fromkeys(("dataset.dataset_config", "dataset.root"), "--out"),
 }
 """Names of settings in messages, and what asks for them here."""
 _SETTING = re.compile(
     r"dataset\.dataset_name or dataset\.dataset_config|\bdataset\.(?!json\b)[a-z_.]*[a-z_](=\w+)?"
     r"|^(validation_fraction|num_processes)\b"
+)
+_WITH_PATTERN = (
+    "`toolkit prepare` with --dataset.tokenizer='{type: tiktoken, path: ..., pattern: ...}'"
 )
 _AS_IT_IS = "dataset.source=null"
 """A setting for those who use the data set."""
@@ -71,11 +71,7 @@ def tokenize_files(
 ) -> PreparedDataset:
     """The data set `output` of the text in `paths`; what `toolkit prepare` does with a config.
 
-    Args:
-        paths: files, folders or globs.
-        tokenizer: see `tokenizer_choice`.
-        encoding_errors: `strict` or `replace`, for bytes that are not UTF-8.
-        num_processes: default: all cores.
+    `paths` are files, folders or globs; `tokenizer`: see `tokenizer_choice`.
 
     Raises:
         ConfigError: a value cannot be used.
@@ -89,16 +85,15 @@ def tokenize_files(
     if encoding_errors not in ("strict", "replace"):
         raise ConfigError(f"--encoding-errors: {encoding_errors!r} is none of strict, replace")
     try:
-        source = FilesSourceConfig(
-            paths=list(paths),
-            text_field=text_field,
-            encoding_errors="replace" if encoding_errors == "replace" else "strict",
-        )
         config = DatasetConfig(
             root=str(folder.parent.parent),
             dataset_name=folder.parent.name,
             dataset_config=folder.name,
-            source=source,
+            source=FilesSourceConfig(
+                paths=list(paths),
+                text_field=text_field,
+                encoding_errors="replace" if encoding_errors == "replace" else "strict",
+            ),
             tokenizer=tokenizer_choice(tokenizer),
             validation_fraction=validation_fraction,
             num_processes=num_processes,
@@ -152,16 +147,14 @@ def tokenizer_choice(text: str) -> TokenizerConfig:
         if path.stem not in _PATTERN_OF:
             raise ConfigError(
                 f"--tokenizer {text}: its name tells no pattern (known: {', '.join(_PATTERN_OF)}); "
-                "use `toolkit prepare` with --dataset.tokenizer='{type: tiktoken, path: ..., "
-                "pattern: ...}'"
+                f"use {_WITH_PATTERN}"
             )
         return TiktokenTokenizerConfig(path=text, pattern=_PATTERN_OF[path.stem])
     if path.suffix == ".model":
         if path.is_file() and _is_rank_file(path):
             raise ConfigError(
                 f"--tokenizer {text}: a rank file of tiktoken, not a SentencePiece model; use "
-                "`toolkit prepare` with --dataset.tokenizer='{type: tiktoken, path: ..., "
-                "pattern: ...}'"
+                f"{_WITH_PATTERN}"
             )
         return SentencePieceTokenizerConfig(path=text)
     return HFTokenizerConfig(path=text)

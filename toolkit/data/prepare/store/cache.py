@@ -19,10 +19,10 @@ import re
 import secrets
 import shutil
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-import filelock
 import msgspec
 
 from toolkit.data.config import DatasetConfig, HubSourceConfig, StoreConfig
@@ -32,10 +32,10 @@ from toolkit.data.tokens.prepared import MANIFEST_NAME, Manifest
 from toolkit.errors import ConfigError, DataError, StorageError
 from toolkit.storage.atomic import write_json_atomic
 from toolkit.storage.foreign import read_json
+from toolkit.storage.locks import locked
 
 log = logging.getLogger(__name__)
 
-ROOT_LOCK = ".cache.lock"
 RESERVED_NAME = "reserved.json"
 _REMOVED = re.compile(r"^\..+\.removed-[0-9a-f]{8}$")
 
@@ -57,7 +57,6 @@ class Entry(NamedTuple):
 
     folder: Path
     num_bytes: int
-    last_used: float
     remove: Callable[[], str | None]
     """Removes it, or says why it has to stay."""
 
@@ -86,13 +85,7 @@ def ensure_local_dataset_cache_cap(
     Raises:
         DataError: `keep` alone is larger than the limit; nothing was removed.
     """
-    root = Path(root).expanduser()
-    with _locked(root) as is_locked:
-        if not is_locked:
-            return []
-        return _make_room(
-            root, max_cache_gb, list(_dataset_entries(root)), needed_bytes=needed_bytes, keep=keep
-        )
+    return _make_room(Path(root).expanduser(), max_cache_gb, _dataset_entries, needed_bytes, keep)
 
 
 @contextlib.contextmanager
@@ -113,27 +106,21 @@ def raw_text_cache(config: DatasetConfig, store: StoreConfig) -> Iterator[str | 
     except OSError as error:
         raise DataError(f"store.hf_cache_dir: {folder}: {error.strerror}") from None
     mark = mark_used(folder)
-    _make_room_for_raw_text(root, store.max_cache_gb)
     try:
+        if store.max_cache_gb is not None:
+            _make_room(root, store.max_cache_gb, _raw_text_entries)
         yield str(folder)
     finally:
         if mark is not None:
             mark.release()
-        _make_room_for_raw_text(root, store.max_cache_gb)
-
-
-def _make_room_for_raw_text(root: Path, max_cache_gb: float | None) -> None:
-    if max_cache_gb is None:
-        return
-    with _locked(root) as is_locked:
-        if is_locked:
-            _make_room(root, max_cache_gb, list(_raw_text_entries(root)), keep=None)
+        if store.max_cache_gb is not None:
+            _make_room(root, store.max_cache_gb, _raw_text_entries)
 
 
 def read_record(folder: Path) -> StoredRecord | None:
     """The record of the data set `folder`, if there is one that can be read."""
     try:
-        return read_json(_record_path(folder), DataError, StoredRecord)
+        return read_json(_beside(folder, "stored.json"), DataError, StoredRecord)
     except (FileNotFoundError, DataError):
         return None
 
@@ -145,61 +132,56 @@ def write_record(folder: Path, permanent_root: str, name: str, content: str) -> 
         permanent_root=permanent_root, name=name, content=content, verified_at=now
     )
     with contextlib.suppress(OSError):  # without it, the copy is verified again and never removed
-        write_json_atomic(_record_path(folder), record)
+        write_json_atomic(_beside(folder, "stored.json"), record)
 
 
 def download_folder(folder: Path) -> Path:
     """Where a copy of the data set `folder` grows."""
-    return folder.with_name(f".{folder.name}.download")
+    return _beside(folder, "download")
 
 
-def build_lock(folder: Path) -> filelock.BaseFileLock:
-    """Held by the one process that makes the data set `folder`."""
-    return filelock.FileLock(folder.with_name(f".{folder.name}.lock"))
+def build_lock(folder: Path) -> Path:
+    """Lock file of the one process that makes the data set `folder`."""
+    return _beside(folder, "lock")
 
 
-def _record_path(folder: Path) -> Path:
-    return folder.with_name(f".{folder.name}.stored.json")
-
-
-@contextlib.contextmanager
-def _locked(root: Path) -> Iterator[bool]:
-    """One process at a time makes room under `root`."""
-    lock = filelock.FileLock(root / ROOT_LOCK)
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
-    except OSError as error:
-        log.warning("%s: store.max_cache_gb has no effect: %s", root, error)
-        yield False
-        return
-    try:
-        yield True
-    finally:
-        lock.release()
+def _beside(folder: Path, ending: str) -> Path:
+    return folder.with_name(f".{folder.name}.{ending}")
 
 
 def _make_room(
     root: Path,
     max_cache_gb: float,
-    entries: list[Entry],
-    *,
+    entries_in: Callable[[Path], Iterator[Entry]],
     needed_bytes: int = 0,
-    keep: Path | None,
+    keep: Path | None = None,
+) -> list[Path]:
+    """See `ensure_local_dataset_cache_cap`; one process at a time does it."""
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with locked(root / ".cache.lock"):
+            entries = list(entries_in(root))
+            return _remove_oldest(root, max_cache_gb, entries, needed_bytes, keep)
+    except OSError as error:
+        log.warning("%s: store.max_cache_gb has no effect: %s", root, error)
+        return []
+
+
+def _remove_oldest(
+    root: Path, max_cache_gb: float, entries: list[Entry], needed_bytes: int, keep: Path | None
 ) -> list[Path]:
     limit = int(max_cache_gb * 1e9)
-    own = [entry for entry in entries if entry.folder == keep]
-    others = [entry for entry in entries if entry.folder != keep and entry.num_bytes]
-    others.sort(key=lambda entry: entry.last_used)
-    own_bytes = needed_bytes or max((entry.num_bytes for entry in own), default=0)
+    own_bytes = max((entry.num_bytes for entry in entries if entry.folder == keep), default=0)
+    own_bytes = needed_bytes or own_bytes
     if own_bytes > limit:
         raise DataError(
             f"store.max_cache_gb is {max_cache_gb:g}, but {keep or 'what is needed'} alone takes "
-            f"{_gigabytes(own_bytes)} GB; set store.max_cache_gb to more than that"
+            f"{own_bytes / 1e9:.3g} GB; set store.max_cache_gb to more than that"
         )
+    others = [entry for entry in entries if entry.folder != keep and entry.num_bytes]
     total = own_bytes + sum(entry.num_bytes for entry in others)
     removed, staying = [], []
-    for entry in others:
+    for entry in sorted(others, key=lambda entry: last_used(entry.folder)):
         if total <= limit:
             break
         reason = entry.remove()
@@ -211,17 +193,13 @@ def _make_room(
             staying.append(f"{entry.folder} ({reason})")
     if total > limit:
         log.warning(
-            "%s takes %s GB, more than store.max_cache_gb %g; not removed: %s",
+            "%s takes %.3g GB, more than store.max_cache_gb %g; not removed: %s",
             root,
-            _gigabytes(total),
+            total / 1e9,
             max_cache_gb,
             ", ".join(staying),
         )
     return removed
-
-
-def _gigabytes(num_bytes: int) -> str:
-    return f"{num_bytes / 1e9:.3g}"
 
 
 def _dataset_entries(root: Path) -> Iterator[Entry]:
@@ -229,27 +207,22 @@ def _dataset_entries(root: Path) -> Iterator[Entry]:
         below = []
         for name in names:
             path = Path(parent, name)
+            owner, _, kind = name.removeprefix(".").rpartition(".")
+            folder = Path(parent, owner)  # of something hidden beside it
             if _REMOVED.match(name):
                 shutil.rmtree(path, ignore_errors=True)
             elif name.startswith("."):
-                yield from _unfinished_entry(path)
+                if kind == "download":
+                    yield _entry(folder, path, partial(_remove_download, folder, path))
+                elif kind == "building" and not _remove_left_over(folder, path):
+                    yield _entry(folder, path, lambda: "being built, or to be continued")
             elif path.is_symlink():
                 continue
             elif (path / MANIFEST_NAME).exists():
-                yield _entry(path, path, lambda path=path: _remove_dataset(path))  # type: ignore[misc]
+                yield _entry(path, path, partial(_remove_dataset, path))
             else:
                 below.append(name)
         names[:] = below
-
-
-def _unfinished_entry(path: Path) -> Iterator[Entry]:
-    """A copy or a data set in the making, under the name of its data set."""
-    name, _, kind = path.name.removeprefix(".").rpartition(".")
-    folder = path.with_name(name)
-    if kind == "download":
-        yield _entry(folder, path, lambda: _remove_download(folder, path))
-    elif kind == "building" and not _remove_left_over(folder, path):
-        yield _entry(folder, path, lambda: "being built, or to be continued")
 
 
 def _raw_text_entries(root: Path) -> Iterator[Entry]:
@@ -257,7 +230,7 @@ def _raw_text_entries(root: Path) -> Iterator[Entry]:
         if _REMOVED.match(path.name):
             shutil.rmtree(path, ignore_errors=True)
         elif path.is_dir() and not path.is_symlink() and has_mark(path):
-            yield _entry(path, path, lambda path=path: _remove_unused(path))  # type: ignore[misc]
+            yield _entry(path, path, partial(_remove_unused, path))
 
 
 def _entry(folder: Path, path: Path, remove: Callable[[], str | None]) -> Entry:
@@ -268,7 +241,7 @@ def _entry(folder: Path, path: Path, remove: Callable[[], str | None]) -> Entry:
                 num_bytes += os.stat(os.path.join(parent, name), follow_symlinks=False).st_size
     with contextlib.suppress(OSError, ValueError):
         num_bytes = max(num_bytes, int((path / RESERVED_NAME).read_bytes()))
-    return Entry(folder, num_bytes, last_used(folder), remove)
+    return Entry(folder, num_bytes, remove)
 
 
 def _remove_dataset(folder: Path) -> str | None:
@@ -285,17 +258,11 @@ def _remove_dataset(folder: Path) -> str | None:
         return "no verified permanent copy"
     try:
         there = find_permanent(record.permanent_root, record.name)
-        is_whole = (
-            there is not None
-            and there.content == record.content
-            and there.wrong_file() is None
-            and there.wrong_block() is None
-        )
+        if there is None or there.content != record.content or there.wrong_file(sampled=True):
+            return "its permanent copy is gone or damaged"
     except (StorageError, ConfigError):
         return "its permanent copy is out of reach"
     except (DataError, FileNotFoundError):
-        is_whole = False
-    if not is_whole:
         return "its permanent copy is gone or damaged"
     return _remove_unused(folder)
 
@@ -308,14 +275,14 @@ def _remove_unused(folder: Path) -> str | None:
             doomed = _hide(folder)
         except OSError as error:
             return f"cannot be removed: {error.strerror}"
-    _record_path(folder).unlink(missing_ok=True)
+    _beside(folder, "stored.json").unlink(missing_ok=True)
     shutil.rmtree(doomed, ignore_errors=True)
     return None
 
 
 def _hide(path: Path) -> Path:
     """Give a folder that is to be removed its hidden name."""
-    doomed = path.with_name(f".{path.name}.removed-{secrets.token_hex(4)}")
+    doomed = _beside(path, f"removed-{secrets.token_hex(4)}")
     os.rename(path, doomed)
     return doomed
 
@@ -323,24 +290,16 @@ def _hide(path: Path) -> Path:
 def _remove_left_over(folder: Path, building: Path) -> bool:
     """Remove what a process that was killed after `folder` was whole has left; False: it is still
     of use."""
-    try:
-        with build_lock(folder).acquire(timeout=0):
-            if not (folder / MANIFEST_NAME).exists():
-                return False
+    with contextlib.suppress(OSError), locked(build_lock(folder), wait=False) as is_locked:
+        if is_locked and (folder / MANIFEST_NAME).exists():
             shutil.rmtree(_hide(building), ignore_errors=True)
             return True
-    except (filelock.Timeout, OSError):
-        return False
+    return False
 
 
 def _remove_download(folder: Path, path: Path) -> str | None:
-    lock = build_lock(folder)
-    try:
-        lock.acquire(timeout=0)
-    except (filelock.Timeout, OSError):
-        return "being copied"
-    try:
-        shutil.rmtree(path, ignore_errors=True)
-    finally:
-        lock.release()
-    return None
+    with contextlib.suppress(OSError), locked(build_lock(folder), wait=False) as is_locked:
+        if is_locked:
+            shutil.rmtree(path, ignore_errors=True)
+            return None
+    return "being copied"

@@ -4,20 +4,26 @@
       train.bin ... tokenizer/   as on disk (`prepared.py`)
       files.json                 `FileList`: size and hash of every file; all were read back
       dataset.json               comes last: a copy without it does not exist yet
-      uploading.json             only while a copy is being made (`upload.py`)
+      uploading.json             `Uploading`, only while a copy is being made
 
 A copy that somebody made by other means (no files.json) is taken too; its token files are checked
 against dataset.json.
+
+An upload that was cut short is continued: what is there already and reads back right stays. The
+name belongs to who began first: before each file, uploading.json and dataset.json are asked whether
+another data set has it.
 """
 
 import logging
 import os
 import shutil
+import socket
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import TypeVar
 
 import msgspec
+import xxhash
 
 from toolkit.data.tokens.prepared import (
     BLOCK_BYTES,
@@ -25,10 +31,12 @@ from toolkit.data.tokens.prepared import (
     MANIFEST_NAME,
     NUM_BLOCKS,
     NUM_BLOCKS_CHECKED_AT_OPEN,
+    SPLITS,
     TOKENIZER_FOLDER,
     Manifest,
     PreparedDataset,
-    Split,
+    StoredFile,
+    token_files,
 )
 from toolkit.errors import DataError, StorageError
 from toolkit.storage.atomic import fsync_file, hash_file
@@ -39,20 +47,13 @@ from toolkit.threads import Thread
 log = logging.getLogger(__name__)
 
 FILES_NAME = "files.json"
+UPLOADING_NAME = "uploading.json"
 PROBE_SECONDS = 30.0
 """A store that does not answer the first questions by then counts as out of reach."""
+LARGE_BYTES = 1 << 30
 
 Note = Callable[[str], None]
 Result = TypeVar("Result")
-
-
-class StoredFile(msgspec.Struct, frozen=True):
-    """One file of a copy."""
-
-    size: int
-    """Bytes."""
-    xxh3: str | None
-    """xxh3_128; None where it is not known."""
 
 
 class FileList(msgspec.Struct, frozen=True, kw_only=True):
@@ -62,6 +63,13 @@ class FileList(msgspec.Struct, frozen=True, kw_only=True):
     content: str
     """`content_fingerprint` of the data set."""
     files: dict[str, StoredFile]
+
+
+class Uploading(msgspec.Struct, frozen=True, kw_only=True):
+    """Content of uploading.json: what files.json may not say yet."""
+
+    host: str = "another machine"
+    content: str | None = None
 
 
 class PermanentCopy:
@@ -78,9 +86,7 @@ class PermanentCopy:
     def __init__(
         self, folder: RemoteFolder, raw: bytes, listed: bytes | None, sizes: dict[str, int]
     ) -> None:
-        self.folder = folder
-        self.url = folder.url
-        self.raw = raw
+        self.folder, self.url, self.raw, self._sizes = folder, folder.url, raw, sizes
         try:
             self.manifest = decode_json(raw, MANIFEST_NAME, DataError, Manifest)
             stored = None
@@ -99,35 +105,33 @@ class PermanentCopy:
         self.content = content_fingerprint(self.manifest)
         # One of another content is the leftover of an upload that something else replaced.
         self.was_read_back = stored is not None and stored.content == self.content
-        self._sizes = sizes
-        self.files = token_files(self.manifest)
         known = stored.files if stored is not None and self.was_read_back else {}
+        self.files = {
+            name: file if file.xxh3 is not None else known.get(name, file)
+            for name, file in token_files(self.manifest.dtype, self.manifest.splits).items()
+        }
         for name in sorted({*known, *sizes}):
-            if _is_tokenizer_file(name):
+            parts = PurePosixPath(name).parts
+            if len(parts) > 1 and parts[0] == TOKENIZER_FOLDER and ".." not in parts:
                 self.files[name] = known.get(name) or StoredFile(sizes[name], None)
-        for name, file in self.files.items():
-            if file.xxh3 is None and name in known:
-                self.files[name] = known[name]
 
     @property
     def num_bytes(self) -> int:
         """Bytes of all files."""
         return sum(file.size for file in self.files.values()) + len(self.raw)
 
-    def wrong_file(self) -> str | None:
-        """The first file that is missing or has another size, in words."""
+    def wrong_file(self, *, sampled: bool = False) -> str | None:
+        """The first file that is missing or has another size, in words.
+
+        `sampled`: or a token file of which a sampled block has changed, which reads a little of
+        each.
+        """
         for name, file in self.files.items():
             size = self._sizes.get(name)
             if size != file.size:
                 found = "is missing" if size is None else f"has {size} bytes, expected {file.size}"
                 return f"{self.url}/{name} {found}"
-        return None
-
-    def wrong_block(self) -> str | None:
-        """The first token file of which a sampled block has changed, in words; reads a little."""
-        import xxhash
-
-        for split, info in self.manifest.splits.items():
+        for split, info in self.manifest.splits.items() if sampled else ():
             name = f"{split}.bin"
             size = self.files[name].size
             for number in range(0, NUM_BLOCKS, NUM_BLOCKS // (NUM_BLOCKS_CHECKED_AT_OPEN - 1)):
@@ -154,9 +158,13 @@ class PermanentCopy:
             part = target.with_name(f".{target.name}.part")
             part.unlink(missing_ok=True)
             if _is_file(reuse / name, file):
-                _link(reuse / name, part)
+                try:
+                    os.link(reuse / name, part)
+                except OSError:  # a file system without links
+                    shutil.copyfile(reuse / name, part)
+                    fsync_file(part)
             else:
-                if file.size >= 1 << 30:
+                if file.size >= LARGE_BYTES:
                     note(f"copying {self.url}/{name}, {file.size / 1e9:.1f} GB")
                 try:
                     self.folder.download(name, part, size=file.size, xxh3=file.xxh3)
@@ -173,58 +181,93 @@ class PermanentCopy:
             "have the data set built and stored anew"
         )
 
+    def differs_from(self, folder: Path, content: str) -> DataError:
+        """The error for a local data set of the same name and another content."""
+        return DataError(
+            f"{folder} has content {content}, its permanent copy {self.url} has {self.content}: "
+            "delete the local folder to take the permanent one, delete the permanent one to store "
+            "the local one, or give another dataset.dataset_config"
+        )
+
 
 def content_fingerprint(manifest: Manifest) -> str:
     """Identifies the content of all splits; see `PreparedDataset.fingerprint`."""
-    import xxhash
-
     prepared = PreparedDataset("", manifest)
-    names: tuple[Split, ...] = ("train", "val")
-    splits = [(name, prepared.fingerprint(name)) for name in names if prepared.has_split(name)]
+    splits = [(name, prepared.fingerprint(name)) for name in SPLITS if prepared.has_split(name)]
     return xxhash.xxh3_64_hexdigest(repr(splits).encode())
-
-
-def permanent_folder(root: str, name: str, *, patient: bool = True) -> RemoteFolder:
-    """The folder `name` of the store; nothing is contacted but a plain path.
-
-    Args:
-        patient: keep trying for minutes when the store does not answer, as is right in the middle
-            of a long copy; else give up soon.
-
-    Raises:
-        ConfigError: the store needs a library that is not installed.
-        StorageError: `root` is a plain path without a folder there (perhaps not mounted).
-    """
-    if not is_url(root):
-        path = Path(root).expanduser().absolute()
-        if not path.is_dir():
-            raise StorageError(f"{path}: no such folder; mount it, or create it")
-        root = f"file://{path}"
-    return RemoteFolder(f"{root.rstrip('/')}/{name}", retries=Retries() if patient else Retries(2))
 
 
 def find_permanent(root: str, name: str) -> PermanentCopy | None:
     """The complete copy under `root`, if there is one.
 
     Raises:
-        ConfigError: see `permanent_folder`.
+        ConfigError: the store needs a library that is not installed.
         DataError: its dataset.json cannot be understood.
         StorageError: the store is out of reach, or has not answered in `PROBE_SECONDS`.
     """
 
     def probe() -> PermanentCopy | None:
-        return look(permanent_folder(root, name, patient=False), permanent_folder(root, name))
+        # Asked with little patience; the middle of a long copy deserves minutes of retries.
+        return _look(_folder(root, name, Retries(2)), _folder(root, name, Retries()))
 
     return _within(PROBE_SECONDS, probe, f"{root}: no answer in {PROBE_SECONDS:.0f} s")
 
 
-def look(folder: RemoteFolder, later: RemoteFolder) -> PermanentCopy | None:
-    """The complete copy in `folder`, if there is one, which is read through `later` from then on.
+def upload(prepared: PreparedDataset, root: str, name: str, *, note: Note) -> str:
+    """Make the permanent copy of `prepared` complete; returns its URL.
+
+    Every file is read back and compared with what is here, so that a data set crosses the network
+    twice, up and down; what an earlier try has stored crosses it once.
 
     Raises:
-        DataError: its dataset.json cannot be understood.
-        StorageError: the store is out of reach.
+        DataError: the files here are not what dataset.json says, or another data set has that name
+            in the store, or is about to have it; no file of it was touched.
+        StorageError: the store is out of reach, refuses, or gives back something else.
     """
+    folder = _folder(root, name, Retries())
+    content = content_fingerprint(prepared.manifest)
+    _check_name_is_free(folder, prepared.folder, content)
+    # Also the quick way to learn that nothing can be written there, before all files are read.
+    uploading = Uploading(host=socket.gethostname(), content=content)
+    folder.write(UPLOADING_NAME, msgspec.json.encode(uploading))
+    files = _hash_local(prepared)
+    sizes = folder.sizes()
+    for file_name, file in files.items():
+        if sizes.get(file_name) == file.size and _reads_back(folder, file_name, file):
+            continue
+        if file.size >= LARGE_BYTES:
+            note(f"storing {folder.url}/{file_name}, {file.size / 1e9:.1f} GB")
+        # Two that began in the same moment: the one whose uploading.json was replaced stops here.
+        _check_name_is_free(folder, prepared.folder, content)
+        folder.upload(prepared.folder / file_name, file_name)
+        if not _reads_back(folder, file_name, file):
+            raise StorageError(
+                f"{folder.url}/{file_name}: what was stored reads back differently; run again, and "
+                "check the store if it happens again"
+            )
+    there = _check_name_is_free(folder, prepared.folder, content)
+    raw = (prepared.folder / MANIFEST_NAME).read_bytes() if there is None else there.raw
+    folder.write(FILES_NAME, msgspec.json.encode(FileList(content=content, files=files)))
+    if there is None:
+        folder.write(MANIFEST_NAME, raw)
+    if folder.read(MANIFEST_NAME) != raw:
+        raise StorageError(f"{folder.url}/{MANIFEST_NAME} reads back differently; run again")
+    folder.delete([UPLOADING_NAME])
+    return folder.url
+
+
+def _folder(root: str, name: str, retries: Retries) -> RemoteFolder:
+    """The folder `name` of the store; nothing is contacted but a plain path."""
+    if not is_url(root):
+        path = Path(root).expanduser().absolute()
+        if not path.is_dir():
+            raise StorageError(f"{path}: no such folder; mount it, or create it")
+        root = f"file://{path}"
+    return RemoteFolder(f"{root.rstrip('/')}/{name}", retries=retries)
+
+
+def _look(folder: RemoteFolder, later: RemoteFolder) -> PermanentCopy | None:
+    """The complete copy in `folder`, if there is one; from then on it is read through `later`."""
     try:
         raw = folder.read(MANIFEST_NAME)
     except FileNotFoundError:
@@ -234,21 +277,53 @@ def look(folder: RemoteFolder, later: RemoteFolder) -> PermanentCopy | None:
     return PermanentCopy(later, raw, listed, sizes)
 
 
-def token_files(manifest: Manifest) -> dict[str, StoredFile]:
-    """The files that `manifest` tells of, by their names."""
-    itemsize = 2 if manifest.dtype == "uint16" else 4
-    files = {}
-    for split, info in manifest.splits.items():
-        files[f"{split}.bin"] = StoredFile(info.num_tokens * itemsize, info.content_hash)
-        files[f"{split}.idx"] = StoredFile(info.num_documents * 8, info.index_hash)
-        if info.mask_hash is not None:
-            files[f"{split}.mask"] = StoredFile(info.num_tokens, info.mask_hash)
+def _check_name_is_free(folder: RemoteFolder, local: Path, content: str) -> PermanentCopy | None:
+    """The complete copy of the same content in `folder`, if there is one; raises DataError where a
+    copy of other content is, or is being made."""
+    there = _look(folder, folder)
+    if there is not None:
+        if there.content != content:
+            raise there.differs_from(local, content)
+        return there
+    for name, kind in ((UPLOADING_NAME, Uploading), (FILES_NAME, FileList)):
+        try:
+            found = decode_json(folder.read(name), name, DataError, kind)
+        except (FileNotFoundError, DataError):
+            continue
+        if found.content not in (None, content):
+            raise DataError(
+                f"{local} has content {content}, {folder.url}/{name} says that "
+                f"{getattr(found, 'host', 'an upload')} began to store {found.content} there: give "
+                f"another dataset.dataset_config, or delete {folder.url} if nobody is storing it "
+                "any more"
+            )
+    return None
+
+
+def _hash_local(prepared: PreparedDataset) -> dict[str, StoredFile]:
+    """Every file of `prepared` but dataset.json; what is derived from them is left out."""
+    files = token_files(prepared.manifest.dtype, prepared.manifest.splits)
+    for name, file in files.items():
+        found = hash_file(prepared.folder / name, bits=128)
+        if file.xxh3 not in (None, found):
+            raise DataError(
+                f"{prepared.folder / name}: content differs from {MANIFEST_NAME} beside it; delete "
+                f"{prepared.folder} and prepare the data again"
+            )
+        files[name] = StoredFile(file.size, found)
+    tokenizer = prepared.tokenizer_folder
+    for path in sorted(tokenizer.rglob("*")) if tokenizer is not None else []:
+        if path.is_file():
+            name = path.relative_to(prepared.folder).as_posix()
+            files[name] = StoredFile(path.stat().st_size, hash_file(path, bits=128))
     return files
 
 
-def _is_tokenizer_file(name: str) -> bool:
-    parts = PurePosixPath(name).parts
-    return len(parts) > 1 and parts[0] == TOKENIZER_FOLDER and ".." not in parts
+def _reads_back(folder: RemoteFolder, name: str, file: StoredFile) -> bool:
+    try:
+        return folder.hash(name, file.size, bits=128) == file.xxh3
+    except FileNotFoundError:
+        return False
 
 
 def _is_file(path: Path, file: StoredFile) -> bool:
@@ -260,14 +335,6 @@ def _is_file(path: Path, file: StoredFile) -> bool:
         )
     except OSError:
         return False
-
-
-def _link(path: Path, new: Path) -> None:
-    try:
-        os.link(path, new)
-    except OSError:  # a file system without links
-        shutil.copyfile(path, new)
-        fsync_file(new)
 
 
 def _within(seconds: float, action: Callable[[], Result], failing: str) -> Result:

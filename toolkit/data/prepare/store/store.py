@@ -11,16 +11,14 @@ Training reads local memory maps in all cases.
 """
 
 import logging
-import os
 import shutil
 import time
 from pathlib import Path
 
-import filelock
 import xxhash
 
 from toolkit.data.config import DatasetConfig, StoreConfig
-from toolkit.data.prepare.build.settings import check_settings
+from toolkit.data.prepare.build.settings import check_settings, not_a_dataset
 from toolkit.data.prepare.store.cache import (
     RESERVED_NAME,
     StoredRecord,
@@ -34,8 +32,8 @@ from toolkit.data.prepare.store.permanent import (
     PermanentCopy,
     content_fingerprint,
     find_permanent,
+    upload,
 )
-from toolkit.data.prepare.store.upload import different_content, upload
 from toolkit.data.tokens.in_use import mark_used
 from toolkit.data.tokens.prepared import (
     MANIFEST_NAME,
@@ -47,8 +45,9 @@ from toolkit.data.tokens.prepared import (
     read_prepared,
 )
 from toolkit.errors import DataError, StorageError
-from toolkit.storage.atomic import fsync_folder, fsync_tree, remove_tree, write_atomic
+from toolkit.storage.atomic import publish_folder, remove_tree, write_atomic
 from toolkit.storage.foreign import read_json
+from toolkit.storage.locks import locked
 from toolkit.storage.remote import is_url
 
 log = logging.getLogger(__name__)
@@ -61,8 +60,9 @@ def obtain(
     holds the build lock.
 
     Raises:
-        DataError: see `fetch`; or the local copy is damaged and no permanent one replaces it.
-        StorageError: see `fetch`.
+        DataError: the permanent copy is damaged, does not fit `config`, the cache or the disk; or
+            the local copy is damaged and no permanent one replaces it.
+        StorageError: the store cannot be reached, and there is no whole local copy.
     """
     damaged = None
     try:
@@ -71,71 +71,24 @@ def obtain(
         prepared, damaged = None, error
     if prepared is not None:
         check_settings(prepared, config, check_text=check_text)
-        return prepared
-    prepared = fetch(config, store, damaged=damaged, check_text=check_text, note=note)
+    elif store.permanent_root is not None:
+        root = _permanent_root(store.permanent_root)
+        prepared = _fetch(config, store, root, damaged, check_text=check_text, note=note)
     if prepared is None and damaged is not None:
         raise damaged
     return prepared
 
 
-def fetch(
-    config: DatasetConfig,
-    store: StoreConfig,
-    *,
-    damaged: DataError | None = None,
-    check_text: bool = True,
-    note: Note,
-) -> PreparedDataset | None:
-    """Copy the permanent copy to this machine, if there is one. The caller holds the build lock.
-
-    Args:
-        config: with the local root (`localize`).
-        damaged: what is wrong with the local copy, if one is there; its good files stay.
-        check_text: see `ensure_prepared`.
-
-    Raises:
-        DataError: the permanent copy is damaged, does not fit `config`, the cache or the disk.
-        StorageError: the store cannot be reached, and there is no whole local copy.
-    """
-    if store.permanent_root is None:
-        return None
-    folder = dataset_folder(config)
-    try:
-        found = find_permanent(_permanent_root(store.permanent_root), _name(config))
-        if found is None:
-            return None
-        _check_found(found, config, damaged=damaged, check_text=check_text)
-        started = time.monotonic()
-        note(f"copying {found.url} to {folder}: {found.num_bytes / 1e6:.1f} MB")
-        mark = mark_used(folder)
-        _copy_here(found, _root(config), folder, store, note)
-    except StorageError as error:
-        if damaged is not None:
-            raise damaged from error
-        raise StorageError(
-            f"{folder}: not on this machine, and its permanent copy is out of reach: {error}; or "
-            "set store.permanent_root=null to build it here"
-        ) from error
-    write_record(folder, _permanent_root(store.permanent_root), _name(config), found.content)
-    note(f"copied {found.url} to {folder}; {time.monotonic() - started:.1f} s")
-    prepared = read_prepared(config)
-    assert prepared is not None, f"{folder} vanished after it was copied"
-    prepared.in_use = mark
-    return prepared
-
-
-def make_room(config: DatasetConfig, store: StoreConfig, num_bytes: int) -> None:
-    """Room in the cache for the data set of `config`, which is being built.
+def make_room(config: DatasetConfig, store: StoreConfig, num_bytes: int = 0) -> None:
+    """Room in the cache for the data set of `config`, which has, or will have, `num_bytes`.
 
     Raises:
         DataError: it alone is larger than the cache's limit.
     """
     if store.max_cache_gb is not None:
+        folder = dataset_folder(config)
         ensure_local_dataset_cache_cap(
-            _root(config),
-            store.max_cache_gb,
-            needed_bytes=num_bytes,
-            keep=dataset_folder(config),
+            _root(config), store.max_cache_gb, needed_bytes=num_bytes, keep=folder
         )
 
 
@@ -152,10 +105,39 @@ def settle(
             set.
         ConfigError: the store needs a library that is not installed.
     """
-    if store.max_cache_gb is not None:  # first: what cannot be kept here is not stored either
-        ensure_local_dataset_cache_cap(_root(config), store.max_cache_gb, keep=prepared.folder)
-    if store.permanent_root is not None:
-        _keep_stored(prepared, _permanent_root(store.permanent_root), _name(config), note)
+    make_room(config, store)  # first: what cannot be kept here is not stored either
+    if store.permanent_root is None:
+        return
+    root, name = _permanent_root(store.permanent_root), _name(config)
+    folder, content = prepared.folder, content_fingerprint(prepared.manifest)
+    record = stored_at(prepared)
+    known = record is not None and (record.permanent_root, record.name) == (root, name)
+    try:
+        found = find_permanent(root, name)
+    except StorageError as error:
+        log.warning(
+            "%s: its permanent copy is out of reach, the local copy is used: %s", folder, error
+        )
+        return
+    if found is not None:
+        if found.content != content:
+            raise found.differs_from(folder, content)
+        try:
+            wrong = found.wrong_file(sampled=not known)
+        except (StorageError, FileNotFoundError) as error:
+            log.warning("%s: its permanent copy cannot be checked: %s", folder, error)
+            return
+        if wrong is None and found.was_read_back and not known:
+            write_record(folder, root, name, content)
+        if wrong is None and (found.was_read_back or known):
+            return
+        if wrong is not None:
+            log.warning("%s; it is stored anew from %s", wrong, folder)
+    elif known:
+        log.warning(
+            "%s: its permanent copy in %s is gone (is it mounted?); it is stored anew", folder, root
+        )
+    _store(prepared, root, name, content, note)
 
 
 def stored_at(prepared: PreparedDataset) -> StoredRecord | None:
@@ -189,23 +171,60 @@ def _name(config: DatasetConfig) -> str:
     return f"{config.dataset_name}/{config.dataset_config}"
 
 
+def _fetch(
+    config: DatasetConfig,
+    store: StoreConfig,
+    root: str,
+    damaged: DataError | None,
+    *,
+    check_text: bool,
+    note: Note,
+) -> PreparedDataset | None:
+    """Copy the permanent copy to this machine, if there is one. `damaged`: what is wrong with the
+    local copy, if one is there; its good files stay."""
+    folder = dataset_folder(config)
+    try:
+        found = find_permanent(root, _name(config))
+        if found is None:
+            return None
+        _check_found(found, config, damaged, check_text=check_text)
+        started = time.monotonic()
+        note(f"copying {found.url} to {folder}: {found.num_bytes / 1e6:.1f} MB")
+        mark = mark_used(folder)
+        _copy_here(found, config, store, note)
+    except StorageError as error:
+        if damaged is not None:
+            raise damaged from error
+        raise StorageError(
+            f"{folder}: not on this machine, and its permanent copy is out of reach: {error}; or "
+            "set store.permanent_root=null to build it here"
+        ) from error
+    write_record(folder, root, _name(config), found.content)
+    note(f"copied {found.url} to {folder}; {time.monotonic() - started:.1f} s")
+    prepared = read_prepared(config)
+    assert prepared is not None, f"{folder} vanished after it was copied"
+    prepared.in_use = mark
+    return prepared
+
+
 def _check_found(
-    found: PermanentCopy, config: DatasetConfig, *, damaged: DataError | None, check_text: bool
+    found: PermanentCopy, config: DatasetConfig, damaged: DataError | None, *, check_text: bool
 ) -> None:
     """Everything that can be said against the copy before it is made."""
     folder = dataset_folder(config)
-    expected = {MANIFEST_NAME, TOKENIZER_FOLDER, *found.files}
     if not folder.is_dir() and folder.exists():
         raise DataError(f"{folder}: is a file; give another dataset.dataset_config")
-    strange = {path.name for path in folder.iterdir()} - expected if folder.is_dir() else set()
-    if damaged is None and strange:
-        raise DataError(
-            f"{folder}: exists, but is no prepared data set (it has no {MANIFEST_NAME}); give "
-            "another dataset.dataset_name or dataset.dataset_config"
-        )
-    own = _own_content(folder) if damaged is not None else None
-    if own is not None and own != found.content:
-        raise different_content(folder, own, found)
+    if damaged is None and folder.is_dir():
+        expected = {MANIFEST_NAME, TOKENIZER_FOLDER, *found.files}
+        if {path.name for path in folder.iterdir()} - expected:
+            raise not_a_dataset(folder)
+    if damaged is not None:
+        try:
+            own = content_fingerprint(read_json(folder / MANIFEST_NAME, DataError, Manifest))
+        except (FileNotFoundError, DataError):
+            own = found.content
+        if own != found.content:
+            raise found.differs_from(folder, own)
     try:
         check_settings(PreparedDataset(folder, found.manifest), config, check_text=check_text)
     except DataError as error:
@@ -214,36 +233,23 @@ def _check_found(
         raise found.damaged(wrong)
 
 
-def _own_content(folder: Path) -> str | None:
-    try:
-        manifest = read_json(folder / MANIFEST_NAME, DataError, Manifest)
-    except (FileNotFoundError, DataError):
-        return None
-    return content_fingerprint(manifest)
-
-
-def _copy_here(
-    found: PermanentCopy, root: Path, folder: Path, store: StoreConfig, note: Note
-) -> None:
+def _copy_here(found: PermanentCopy, config: DatasetConfig, store: StoreConfig, note: Note) -> None:
+    folder = dataset_folder(config)
     place = download_folder(folder)
     # A copy of something else, which was replaced in the store meanwhile, is of no use.
     growing = place / xxhash.xxh3_64_hexdigest(found.raw)
-    for path in place.iterdir() if place.is_dir() else []:
+    growing.mkdir(parents=True, exist_ok=True)
+    for path in place.iterdir():
         if path.is_dir() and path != growing:
             shutil.rmtree(path)
-    if store.max_cache_gb is not None:
-        growing.mkdir(parents=True, exist_ok=True)
-        # Seen by others that make room at the same time.
-        write_atomic(place / RESERVED_NAME, str(found.num_bytes).encode(), sync=False)
-        try:
-            ensure_local_dataset_cache_cap(
-                root, store.max_cache_gb, needed_bytes=found.num_bytes, keep=folder
-            )
-        except DataError:
-            shutil.rmtree(place)
-            raise
-    growing.mkdir(parents=True, exist_ok=True)
-    there = sum(found.files[name].size for name in found.files if (growing / name).exists())
+    # Seen by others that make room at the same time.
+    write_atomic(place / RESERVED_NAME, str(found.num_bytes).encode(), sync=False)
+    try:
+        make_room(config, store, found.num_bytes)
+    except DataError:
+        shutil.rmtree(place)
+        raise
+    there = sum(file.size for name, file in found.files.items() if (growing / name).exists())
     free = shutil.disk_usage(growing).free
     if found.num_bytes - there > free:
         raise DataError(
@@ -252,70 +258,25 @@ def _copy_here(
         )
     found.download(growing, reuse=folder, note=note)
     write_atomic(growing / MANIFEST_NAME, found.raw)
-    fsync_tree(growing)
     if folder.exists() and any(folder.iterdir()):
         remove_tree(folder)  # damaged; its good files are linked from the copy
-    os.rename(growing, folder)
-    fsync_folder(folder.parent)
+    publish_folder(growing, folder)
     shutil.rmtree(place)
 
 
-def _keep_stored(prepared: PreparedDataset, root: str, name: str, note: Note) -> None:
-    content = content_fingerprint(prepared.manifest)
-    record = stored_at(prepared)
-    known = record is not None and (record.permanent_root, record.name) == (root, name)
-    try:
-        found = find_permanent(root, name)
-    except StorageError as error:
-        log.warning(
-            "%s: its permanent copy is out of reach, the local copy is used: %s",
-            prepared.folder,
-            error,
-        )
-        return
-    if found is not None:
-        if found.content != content:
-            raise different_content(prepared.folder, content, found)
-        wrong = found.wrong_file()
-        if wrong is None and known:
-            return
-        try:
-            wrong = wrong or found.wrong_block()
-        except (StorageError, FileNotFoundError) as error:
-            log.warning("%s: its permanent copy cannot be checked: %s", prepared.folder, error)
-            return
-        if wrong is None and found.was_read_back:
-            write_record(prepared.folder, root, name, content)
-            return
-        if wrong is not None:
-            log.warning("%s; it is stored anew from %s", wrong, prepared.folder)
-    elif known:
-        log.warning(
-            "%s: its permanent copy in %s is gone (is it mounted?); it is stored anew",
-            prepared.folder,
-            root,
-        )
-    _store(prepared, root, name, note)
-
-
-def _store(prepared: PreparedDataset, root: str, name: str, note: Note) -> None:
+def _store(prepared: PreparedDataset, root: str, name: str, content: str, note: Note) -> None:
     folder = prepared.folder
-    lock = filelock.FileLock(folder.with_name(f".{folder.name}.upload.lock"))
     try:
-        lock.acquire(timeout=0)
-    except filelock.Timeout:
-        note(f"another process is storing {folder}")
-        return
-    except OSError as error:
-        log.warning("%s: not stored permanently: %s", folder, error)
-        return
-    try:
-        started = time.monotonic()
-        note(f"storing {folder} in {root}")
-        url = upload(prepared, root, name, note=note)
-        write_record(folder, root, name, content_fingerprint(prepared.manifest))
-        note(f"stored {folder} at {url} and read it back; {time.monotonic() - started:.1f} s")
+        with locked(folder.with_name(f".{folder.name}.upload.lock"), wait=False) as is_locked:
+            if not is_locked:
+                note(f"another process is storing {folder}")
+                return
+            started = time.monotonic()
+            note(f"storing {folder} in {root}")
+            url = upload(prepared, root, name, note=note)
+            write_record(folder, root, name, content)
+            note(f"stored {folder} at {url} and read it back; {time.monotonic() - started:.1f} s")
     except StorageError as error:
         log.warning("%s: not stored permanently, training goes on: %s", folder, error)
-    finally:
-        lock.release()
+    except OSError as error:
+        log.warning("%s: not stored permanently: %s", folder, error)

@@ -4,17 +4,12 @@ import string
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from toolkit.data.config import (
-    DiskSourceConfig,
-    FilesSourceConfig,
-    HubSourceConfig,
-    SourceConfig,
-)
+from toolkit.data.config import DiskSourceConfig, FilesSourceConfig, HubSourceConfig, SourceConfig
 from toolkit.errors import DataError
 
 
 class TextColumns:
-    """How the rows of one source become text.
+    """How the rows of one source become text; DataError for a template that cannot be used.
 
     Attributes:
         names: the columns needed.
@@ -22,7 +17,6 @@ class TextColumns:
     """
 
     def __init__(self, source: FilesSourceConfig | HubSourceConfig | DiskSourceConfig) -> None:
-        """Raises DataError for a template that cannot be used."""
         template = source.text_template
         self.is_template = template is not None
         self._option = f"dataset.source.text_{'template' if self.is_template else 'field'}"
@@ -36,9 +30,9 @@ class TextColumns:
         known = list(known)
         missing = [name for name in self.names if name not in known]
         if missing:
-            columns = ", ".join(known) or "none at all"
             raise DataError(
-                f"{self._option}: {where} has no column {missing[0]!r}; its columns: {columns}"
+                f"{self._option}: {where} has no column {missing[0]!r}; its columns: "
+                f"{', '.join(known) or 'none at all'}"
             )
 
     def check_used(self, where: str) -> None:
@@ -52,9 +46,7 @@ class TextColumns:
     def text(self, row: Mapping[str, Any], where: str) -> str:
         """The text of a row; null and NaN, which stands for it in tables of numbers, are no text.
 
-        Raises:
-            DataError: a column is missing or holds something that is not text; `where` names the
-                row.
+        Raises DataError, which names `where`, for a column that is missing or holds no text.
         """
         found = []
         for literal, name in self._parts:
@@ -63,19 +55,19 @@ class TextColumns:
                 continue
             if name not in row:
                 self.check(row, where)
-            found.append(self._value(row[name], name, where))
+            value = row[name]
+            if isinstance(value, str) or (self.is_template and isinstance(value, int)):
+                found.append(str(value))
+            elif value is None or value != value:  # NaN
+                continue
+            elif self.is_template and isinstance(value, float):
+                found.append(str(value))
+            else:
+                raise DataError(
+                    f"{self._option}: {where}: column {name!r} holds {type(value).__name__}, not "
+                    "text"
+                )
         return "".join(found)
-
-    def _value(self, value: Any, name: str, where: str) -> str:
-        if isinstance(value, str):
-            return value
-        if value is None or value != value:  # NaN
-            return ""
-        if self.is_template and isinstance(value, int | float):
-            return str(value)
-        raise DataError(
-            f"{self._option}: {where}: column {name!r} holds {type(value).__name__}, not text"
-        )
 
 
 def text_columns(source: SourceConfig) -> TextColumns | None:
@@ -89,11 +81,8 @@ def row_texts(value: Any) -> Iterator[str]:
     """Every text in a row, depth first."""
     if isinstance(value, str):
         yield value
-    elif isinstance(value, dict):
-        for inner in value.values():
-            yield from row_texts(inner)
-    elif isinstance(value, list | tuple):
-        for inner in value:
+    elif isinstance(value, dict | list | tuple):
+        for inner in value.values() if isinstance(value, dict) else value:
             yield from row_texts(inner)
 
 

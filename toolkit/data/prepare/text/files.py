@@ -9,17 +9,15 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
 
-from toolkit.data.config import (
-    FilesSourceConfig,
-    PythonStdlibSourceConfig,
-)
+from toolkit.data.config import DiskSourceConfig, FilesSourceConfig, PythonStdlibSourceConfig
 from toolkit.errors import DataError
-from toolkit.storage.foreign import guard
+from toolkit.storage.foreign import check_regular, guard
 from toolkit.wording import count
 
 SAMPLE_BYTES = 4096
 MAX_ENDINGS = 8
 """Endings named in a message."""
+_PATHS = "dataset.source.paths"
 
 
 class SourceFile(NamedTuple):
@@ -56,12 +54,42 @@ def left_out_line(left_out: Mapping[str, int]) -> str:
     )
 
 
-def list_files(source: FilesSourceConfig | PythonStdlibSourceConfig) -> Listing:
-    """The files of a local source.
+def why_missing(text: str) -> str | None:
+    """Why a path or glob leads nowhere; None: something is there. The one answer to that question
+    for preparing, for dry runs, and for runs whose sources have moved."""
+    path = Path(text).expanduser()
+    if path.exists():
+        return None
+    if not glob.has_magic(text):
+        return "no such file or folder"
+    found = any(os.path.isfile(match) for match in glob.iglob(str(path), recursive=True))
+    return None if found else "matches no file"
 
-    Raises:
-        DataError: for a path that does not exist, matches nothing, or is an empty file.
-    """
+
+def check_path(text: str) -> None:
+    """Raise DataError for a path that is not there, or an empty file."""
+    reason = why_missing(text)
+    if reason is not None:
+        raise DataError(f"{_PATHS}: {text}: {reason}")
+    path = Path(text).expanduser()
+    if path.is_file() and not path.stat().st_size:
+        raise DataError(f"{_PATHS}: {path}: the file is empty")
+
+
+def check_any_file(paths: Sequence[str], suffixes: Sequence[str]) -> None:
+    """Raise DataError where `paths`, which are there, hold no file; the first one is enough."""
+    for text in paths:
+        if next(_expand(text, suffixes, {}), None) is not None:
+            return
+    raise DataError(
+        f"{_PATHS}: {', '.join(paths) or 'empty list'}: no file to read (looked for "
+        f"{', '.join(suffixes)} in folders)"
+    )
+
+
+def list_files(source: FilesSourceConfig | PythonStdlibSourceConfig) -> Listing:
+    """The files of a local source; DataError for a path that does not exist, matches nothing, or is
+    an empty file."""
     if isinstance(source, PythonStdlibSourceConfig):
         return Listing(_stdlib_files(source.max_bytes), 0)
     listing = find_files(source.paths, source.suffixes)
@@ -74,50 +102,62 @@ def find_files(
     paths: Sequence[str], suffixes: tuple[str, ...], *, holding: str = "text"
 ) -> Listing:
     """Files, the files of folders with one of `suffixes`, and what globs match; each once.
-
-    Raises:
-        DataError: a path does not exist, matches nothing, or is a folder without such a file.
+    DataError for a path that does not exist, matches nothing, or is a folder without such a file.
     """
     found: dict[str, SourceFile] = {}
     empty: set[str] = set()
     others: dict[str, str] = {}
     for text in paths:
-        is_folder, num_here = Path(text).expanduser().is_dir(), 0
+        check_path(text)
         there: dict[str, str] = {}
+        num_here = 0
         for name, path in _expand(text, suffixes, there):
             num_here += 1
-            with guard(f"dataset.source.paths: {path}", DataError):
+            with guard(f"{_PATHS}: {path}", DataError):
                 status = path.stat()
             if status.st_size:
                 file = SourceFile(name, str(path), status.st_size, status.st_mtime_ns)
                 found.setdefault(os.path.realpath(path), file)
-            elif text == str(path):
-                raise DataError(f"dataset.source.paths: {path}: the file is empty")
             else:
                 empty.add(os.path.realpath(path))
         others |= there
-        if is_folder and not num_here:
-            raise _nothing(text, suffixes, holding, _count(there))
+        if not num_here and Path(text).expanduser().is_dir():
+            raise _nothing(text, suffixes, holding, there)
     if not found:
         raise _nothing(", ".join(paths) or "empty list", suffixes, holding, {})
     names = [file.path.lower() for file in found.values()]
     unused = tuple(end for end in suffixes if not any(n.endswith(end.lower()) for n in names))
-    left_out = {real: ending for real, ending in others.items() if real not in found}
-    return Listing(sorted(found.values()), len(empty), _count(left_out), unused)
-
-
-def _count(endings: dict[str, str]) -> dict[str, int]:
-    return dict(Counter(endings.values()))
+    left_out = Counter(ending for real, ending in others.items() if real not in found)
+    return Listing(sorted(found.values()), len(empty), dict(left_out), unused)
 
 
 def _nothing(
-    where: str, suffixes: tuple[str, ...], holding: str, others: dict[str, int]
+    where: str, suffixes: tuple[str, ...], holding: str, others: dict[str, str]
 ) -> DataError:
-    line = left_out_line(others)
+    line = left_out_line(Counter(others.values()))
     return DataError(
-        f"dataset.source.paths: {where}: no file with {holding} (looked for {', '.join(suffixes)} "
-        f"in folders){f'; {line}' if line else ''}"
+        f"{_PATHS}: {where}: no file with {holding} (looked for {', '.join(suffixes)} in folders)"
+        f"{f'; {line}' if line else ''}"
     )
+
+
+def disk_files(source: DiskSourceConfig) -> list[SourceFile]:
+    """The files of the split in a folder that `save_to_disk` wrote; DataError if there are none."""
+    folder = Path(source.path).expanduser()
+    if (folder / source.split / "state.json").is_file():
+        folder /= source.split
+    files = []
+    for path in sorted(folder.iterdir()) if folder.is_dir() else []:
+        if path.name.endswith((".arrow", ".json")):
+            with guard(path, DataError):
+                check_regular(path, DataError)
+            status = path.stat()
+            files.append(SourceFile(path.name, str(path), status.st_size, status.st_mtime_ns))
+    if not any(file.name.endswith(".arrow") for file in files):
+        raise DataError(
+            f"dataset.source.path: {source.path}: no data set that `save_to_disk` wrote"
+        )
+    return files
 
 
 def fingerprint_files(files: Sequence[SourceFile]) -> str:
@@ -154,7 +194,7 @@ def check_unchanged(path: str, num_bytes: int, modified_ns: int) -> None:
 
 
 def _expand(
-    text: str, suffixes: tuple[str, ...], others: dict[str, str]
+    text: str, suffixes: Sequence[str], others: dict[str, str]
 ) -> Iterator[tuple[str, Path]]:
     """Names and paths of files; `others` is filled with the real paths of those that are left out
     of a folder, and their endings."""
@@ -170,19 +210,13 @@ def _expand(
                     others[os.path.realpath(file)] = file.suffix.lower() or "without ending"
     elif path.is_file():
         yield path.name, path
-    elif glob.has_magic(text):
-        matches = [Path(match) for match in glob.glob(str(path), recursive=True)]
-        files = [match for match in matches if match.is_file()]
-        if not files:
-            raise DataError(f"dataset.source.paths: {text}: matches no file")
+    else:
         # Not their common folder: names would change when documents are added.
         parts = path.parts
         plain = next((i for i, part in enumerate(parts) if glob.has_magic(part)), 0)
-        base = Path(*parts[:plain])
-        for file in sorted(files):
-            yield str(file.relative_to(base)), file
-    else:
-        raise DataError(f"dataset.source.paths: {text}: no such file or folder")
+        for match in sorted(map(Path, glob.iglob(str(path), recursive=True))):
+            if match.is_file():
+                yield str(match.relative_to(Path(*parts[:plain]))), match
 
 
 def _folders(path: Path) -> Iterator[tuple[str, list[str]]]:
@@ -211,23 +245,19 @@ def _stdlib_files(max_bytes: int | None) -> list[SourceFile]:
     files = []
     for folder, subfolders, names in os.walk(root):
         subfolders[:] = [s for s in subfolders if not s.endswith("-packages") and s[:2] != "__"]
-        for name in names:
-            if name.endswith(".py"):
-                path = os.path.join(folder, name)
-                status = os.stat(path)
-                if status.st_size:
-                    relative = os.path.relpath(path, root)
-                    files.append(SourceFile(relative, path, status.st_size, status.st_mtime_ns))
+        for path in (os.path.join(folder, name) for name in names if name.endswith(".py")):
+            status = os.stat(path)
+            if status.st_size:
+                name = os.path.relpath(path, root)
+                files.append(SourceFile(name, path, status.st_size, status.st_mtime_ns))
     files.sort(key=lambda file: (xxhash.xxh3_64_intdigest(file.name.encode()), file.name))
     if not files:
         raise DataError(
             f"dataset.source: {root} holds no Python source; use a source of type files"
         )
-    if max_bytes is None:
-        return files
     total, kept = 0, []
     for file in files:
-        if total >= max_bytes:
+        if max_bytes is not None and total >= max_bytes:
             break
         kept.append(file)
         total += file.num_bytes

@@ -19,7 +19,11 @@ only windows spread evenly over them are read: memory does not grow with the doc
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from toolkit.data.config import FiltersConfig
+from toolkit.data.prepare.text.columns import row_texts
+from toolkit.data.prepare.text.reading import Counts, Piece, Reading
 
 if TYPE_CHECKING:
     import numpy as np
@@ -33,54 +37,52 @@ _MULTIPLIERS = (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB, 0xD6
                 0xFF51AFD7ED558CCD)  # fmt: skip
 
 
-class DocumentFilter:
-    """Applies a `FiltersConfig`; without one, nothing is left out."""
+class DocumentGate:
+    """Counts and leaves out whole documents by the rules of one reading; hashes the others where
+    they are compared."""
 
-    def __init__(self, config: FiltersConfig | None) -> None:
-        self._config = config or FiltersConfig()
-        self.measures_repetition = self._config.max_repetition is not None
+    def __init__(self, reading: Reading, counts: Counts) -> None:
+        self._rules = None if reading.filters == FiltersConfig() else reading.filters
+        self._with_digests, self._counts = reading.with_digests, counts
 
-    @property
-    def is_active(self) -> bool:
-        """Whether any document can be left out."""
-        return self._config != FiltersConfig()
+    def admit(self, document: Piece) -> Piece | None:
+        """The document with what is known of it as a whole; None: it is left out."""
+        text, row = document.text, document.row
+        if row is not None and (self._rules is not None or not document.num_bytes):
+            text = "\n".join(row_texts(row))
+            document = document._replace(num_bytes=len(text.encode("utf-8", "replace")))
+        if not text and row is None:
+            self._counts.skipped_documents += 1
+            return None
+        reason = None if self._rules is None else reason_to_leave_out(text, self._rules)
+        if reason is not None:
+            self._counts.leave_out(reason)
+            return None
+        if not self._with_digests:
+            return document
+        import xxhash
 
-    def reason(self, text: str) -> str | None:
-        """The rule, by its name in the config, that leaves `text` out; None: it stays."""
-        by_length = self.length_reason(len(text))
-        if by_length is not None or not self.measures_repetition:
-            return by_length
-        return self.repetition_reason(repetition(text_windows(text)))
+        data = text.encode()
+        if row is not None:
+            data = msgspec.json.encode(row, order="deterministic", enc_hook=str)
+        return document._replace(digest=xxhash.xxh3_128_intdigest(data), num_bytes=len(data))
 
-    def length_reason(self, num_characters: int) -> str | None:
-        """Like `reason`, for a length."""
-        low, high = self._config.min_characters, self._config.max_characters
-        if low is not None and num_characters < low:
-            return "min_characters"
-        if high is not None and num_characters > high:
-            return "max_characters"
-        return None
 
-    def bytes_settle_length(self, num_bytes: int) -> bool:
-        """Whether the length rules give one answer for all texts of that many UTF-8 bytes."""
-        shortest, longest = -(-num_bytes // 4), num_bytes
-        limits = (self._config.min_characters, self._config.max_characters)
-        return self.length_reason(shortest) == self.length_reason(longest) and not any(
-            limit is not None and shortest < limit <= longest for limit in limits
-        )
-
-    def repetition_reason(self, score: float) -> str | None:
-        """Like `reason`, for a score of `repetition`."""
-        limit = self._config.max_repetition
-        return "max_repetition" if limit is not None and score > limit else None
+def reason_to_leave_out(text: str, rules: FiltersConfig) -> str | None:
+    """The rule, by its name in the config, that leaves `text` out; None: it stays."""
+    if rules.min_characters is not None and len(text) < rules.min_characters:
+        return "min_characters"
+    if rules.max_characters is not None and len(text) > rules.max_characters:
+        return "max_characters"
+    limit = rules.max_repetition
+    if limit is not None and repetition(text_windows(text)) > limit:
+        return "max_repetition"
+    return None
 
 
 def repetition(windows: Iterable[bytes]) -> float:
-    """Share of n-grams that stood before, in [0, 1]; 0 for text shorter than one.
-
-    Args:
-        windows: the text, or parts spread evenly over it; `MAX_SCORED_BYTES` together, at most.
-    """
+    """Share of n-grams that stood before, in [0, 1]; 0 for text shorter than one. `windows` are the
+    text, or parts spread evenly over it."""
     import numpy as np
 
     windows = list(windows)
@@ -109,12 +111,8 @@ def text_windows(text: str) -> list[bytes]:
         if len(data) <= MAX_SCORED_BYTES:
             return [data]
     size = MAX_SCORED_BYTES // NUM_WINDOWS // 4
-    return [text[start : start + size].encode() for start in window_starts(len(text), size)]
-
-
-def window_starts(total: int, size: int) -> list[int]:
-    """Where `NUM_WINDOWS` windows of `size` begin, from the first place to the last."""
-    return [(total - size) * number // (NUM_WINDOWS - 1) for number in range(NUM_WINDOWS)]
+    starts = [(len(text) - size) * number // (NUM_WINDOWS - 1) for number in range(NUM_WINDOWS)]
+    return [text[start : start + size].encode() for start in starts]
 
 
 def _ngram_hashes(data: bytes) -> "np.ndarray":

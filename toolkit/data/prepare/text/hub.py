@@ -10,11 +10,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from toolkit.data.config import DiskSourceConfig, HubSourceConfig
 from toolkit.data.prepare.text.columns import TextColumns
-from toolkit.data.prepare.text.files import SourceFile, fingerprint_files
-from toolkit.data.prepare.text.piece import Piece
-from toolkit.data.prepare.text.reading import Counts, Reading
+from toolkit.data.prepare.text.files import disk_files, fingerprint_files
+from toolkit.data.prepare.text.reading import Counts, Piece, Reading
 from toolkit.data.prepare.text.shards import (
     MAX_SHARD_BYTES,
     MIN_SHARD_BYTES,
@@ -22,11 +23,11 @@ from toolkit.data.prepare.text.shards import (
     Plan,
     Range,
     RangeKind,
+    Shard,
 )
-from toolkit.data.prepare.text.table_checks import checked_batch
-from toolkit.data.prepare.text.tables import check_arrow_file
+from toolkit.data.prepare.text.tables import check_arrow_file, checked_batch
 from toolkit.errors import DataError
-from toolkit.storage.foreign import check_regular, guard
+from toolkit.storage.foreign import guard
 
 NUM_SAMPLED_DOCUMENTS = 8
 ASSUMED_ROW_BYTES = 2_000
@@ -35,19 +36,14 @@ ASSUMED_ROW_BYTES = 2_000
 def plan_hub(
     source: HubSourceConfig, columns: TextColumns | None, cache_dir: str | None = None
 ) -> Plan:
-    """One shard per file of a streamed data set; ranges of rows of a downloaded one.
-
-    Raises:
-        DataError: when the data set cannot be loaded or has no such column.
-    """
-    import msgspec
+    """One shard per file of a streamed data set; ranges of rows of a downloaded one. DataError when
+    it cannot be loaded or has no such column."""
     import xxhash
 
     dataset = _load_hub(source, columns, cache_dir)
     name = f"{source.name}/{source.config or ''}/{source.split}"
     if source.streaming:
-        size_hint = dataset.info.dataset_size or 0
-        number = dataset.num_shards
+        size_hint, number = dataset.info.dataset_size or 0, dataset.num_shards
         shards = [
             [_range("hub_stream", source.name, name, index, number, size_hint // number)]
             for index in range(number)
@@ -70,42 +66,13 @@ def plan_hub(
 
 
 def plan_disk(source: DiskSourceConfig, columns: TextColumns | None) -> Plan:
-    """Ranges of rows.
-
-    Raises:
-        DataError: when the folder holds no such data set, split or column.
-    """
+    """Ranges of rows; DataError when the folder holds no such data set, split or column."""
     dataset = _load_disk(source, columns)
     files = disk_files(source)
     num_bytes = sum(file.num_bytes for file in files)
     name = f"{Path(source.path).name}/{source.split}"
     shards = _row_shards("disk_rows", source.path, name, len(dataset), num_bytes)
     return Plan(shards, fingerprint_files(files), num_bytes, files=tuple(files))
-
-
-def disk_files(source: DiskSourceConfig) -> list[SourceFile]:
-    """The files of the split in the folder that `save_to_disk` wrote.
-
-    Raises:
-        DataError: there are none.
-    """
-    folder = Path(source.path).expanduser()
-    if (folder / source.split / "state.json").is_file():
-        folder /= source.split
-    names = sorted(os.listdir(folder)) if folder.is_dir() else []
-    files = []
-    for name in names:
-        if name.endswith((".arrow", ".json")):
-            path = str(folder / name)
-            with guard(path, DataError):
-                check_regular(folder / name, DataError)
-            status = (folder / name).stat()
-            files.append(SourceFile(name, path, status.st_size, status.st_mtime_ns))
-    if not any(file.name.endswith(".arrow") for file in files):
-        raise DataError(
-            f"dataset.source.path: {source.path}: no data set that `save_to_disk` wrote"
-        )
-    return files
 
 
 def read_hub(part: Range, reading: Reading, counts: Counts) -> Iterator[Piece]:
@@ -115,32 +82,26 @@ def read_hub(part: Range, reading: Reading, counts: Counts) -> Iterator[Piece]:
     columns = None if reading.rows else TextColumns(source)
     if isinstance(source, DiskSourceConfig):
         dataset = _load_disk(source, columns)
+        _check_rows(dataset, part, source)
     else:
         dataset = _load_hub(source, columns, reading.cache_dir)
     if part.kind == "hub_stream":
         rows, first = dataset.shard(num_shards=part.end, index=part.start), 0
-        prefix = f"{part.name}:{part.start}:"
+        prefix = f"{part.name}:{part.start}"
     else:
-        rows, first = dataset.select(range(part.start, part.end)), part.start
-        if isinstance(source, DiskSourceConfig):
-            _check_rows(dataset, part, source)
-        prefix = f"{part.name}:"
+        rows, first, prefix = dataset.select(range(part.start, part.end)), part.start, part.name
     with guard(part.path, DataError):
-        yield from _documents(rows, first, prefix, part, columns, counts)
-
-
-def _documents(
-    rows: Any, first: int, prefix: str, part: Range, columns: TextColumns | None, counts: Counts
-) -> Iterator[Piece]:
-    for number, row in enumerate(rows, start=first):
-        if columns is None:
-            yield Piece(f"{prefix}{number}", row=row, place=f"{part.path}: row {number}")
-            continue
-        text = columns.text(row, f"{part.path}: row {number}")
-        if not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):
-            counts.replaced_bytes += sum("\ud800" <= c <= "\udfff" for c in text)
-            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        yield Piece(f"{prefix}{number}", text)
+        for number, row in enumerate(rows, start=first):
+            identity, place = f"{prefix}:{number}", f"{part.path}: row {number}"
+            if columns is None:
+                yield Piece(identity, row=row, place=place)
+                continue
+            text = columns.text(row, place)
+            halves = 0 if text.isascii() else sum("\ud800" <= c <= "\udfff" for c in text)
+            if halves:
+                counts.replaced_bytes += halves
+                text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+            yield Piece(identity, text)
 
 
 def _check_rows(dataset: Any, part: Range, source: DiskSourceConfig) -> None:
@@ -159,13 +120,11 @@ def _check_rows(dataset: Any, part: Range, source: DiskSourceConfig) -> None:
         raise
 
 
-def _row_shards(
-    kind: RangeKind, path: str, name: str, num_rows: int, num_bytes: int
-) -> list[list[Range]]:
-    shard_bytes = min(max(num_bytes // TARGET_NUM_SHARDS, MIN_SHARD_BYTES), MAX_SHARD_BYTES)
-    rows = max(1, num_rows * shard_bytes // max(1, num_bytes))
+def _row_shards(kind: RangeKind, path: str, name: str, num_rows: int, size: int) -> list[Shard]:
+    shard_bytes = min(max(size // TARGET_NUM_SHARDS, MIN_SHARD_BYTES), MAX_SHARD_BYTES)
+    rows = max(1, num_rows * shard_bytes // max(1, size))
     return [
-        [_range(kind, path, name, first, min(first + rows, num_rows), min(shard_bytes, num_bytes))]
+        [_range(kind, path, name, first, min(first + rows, num_rows), min(shard_bytes, size))]
         for first in range(0, num_rows, rows)
     ]
 
@@ -176,19 +135,17 @@ def _range(kind: RangeKind, path: str, name: str, start: int, end: int, num_byte
 
 def _load_hub(source: HubSourceConfig, columns: TextColumns | None, cache_dir: str | None) -> Any:
     datasets = _library()
-    try:
-        with _hub_files_below(cache_dir):
-            dataset = datasets.load_dataset(
-                source.name,
-                source.config,
-                split=source.split,
-                streaming=source.streaming,
-                cache_dir=cache_dir,
-            )
-    except Exception as error:  # every builder raises its own types
-        raise DataError(
-            f"dataset.source: {source.name}: cannot be loaded: {_line(error)}"
-        ) from None
+    with (
+        guard(f"dataset.source: {source.name}", DataError, problem="cannot be loaded"),
+        _hub_files_below(cache_dir),
+    ):
+        dataset = datasets.load_dataset(
+            source.name,
+            source.config,
+            split=source.split,
+            streaming=source.streaming,
+            cache_dir=cache_dir,
+        )
     return _select(dataset, columns, source.name)
 
 
@@ -219,10 +176,8 @@ def _load_disk(source: DiskSourceConfig, columns: TextColumns | None) -> Any:
 @functools.lru_cache(maxsize=1)
 def _open_disk(path: str, split: str, _state: tuple[Any, ...]) -> Any:
     datasets = _library()
-    try:
+    with guard(f"dataset.source.path: {path}", DataError, problem="cannot be loaded"):
         dataset = datasets.load_from_disk(path)
-    except Exception as error:
-        raise DataError(f"dataset.source.path: {path}: cannot be loaded: {_line(error)}") from None
     if isinstance(dataset, dict):
         if split not in dataset:
             raise DataError(
@@ -251,7 +206,3 @@ def _library() -> Any:
     logging.getLogger("datasets").setLevel(logging.ERROR)
     datasets.disable_progress_bars()
     return datasets
-
-
-def _line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,237 +1,250 @@
-"""Lines of JSON, plain or compressed: one document a line."""
+"""JSON: an object a line (plain, .gz, .zst), or a list of objects in one file; a document each.
 
+`msgspec` decodes. What it refuses is looked at again with Python's own parser, which knows numbers
+that JSON does not have (NaN, Infinity, 1e999), and which names what is wrong with anything else.
+"""
+
+import contextlib
 import functools
 import gzip
 import io
 import json
+import re
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import IO, TYPE_CHECKING, Any
 
 import msgspec
 
 from toolkit.data.config import FilesSourceConfig
 from toolkit.data.prepare.text.columns import TextColumns
-from toolkit.data.prepare.text.json_text import (
-    TooDeepError,
-    decode_loosely,
-    repeated_key,
-    repeats_field,
-)
-from toolkit.data.prepare.text.long_documents import LONG_BYTES
-from toolkit.data.prepare.text.long_lines import TooLongError, read_line, read_long_line
-from toolkit.data.prepare.text.piece import Piece, at_found_place
-from toolkit.data.prepare.text.reading import Counts, Reading, decode
+from toolkit.data.prepare.text.reading import Counts, Piece, Reading, at_found_place, decode
 from toolkit.data.prepare.text.shards import Range
-from toolkit.data.prepare.text.table_checks import MAX_DEPTH, is_deep
 from toolkit.errors import DataError
+from toolkit.storage.foreign import nesting
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
 
-COMPRESSED_BYTES = 1 << 20
-"""Read from a compressed file at a time."""
+MAX_DEPTH = 100
+"""Levels of lists and mappings in a row; Python's own recursion ends at some hundreds."""
+BLOCK_BYTES = 1 << 20
 ZSTD_BYTES = 1 << 10
 """Given to the zstd library at a time: it gives back all that comes out at once, which is 128 KB
 for each 4 bytes at most."""
 SKIPPED_BYTES = 1 << 16
 """Read at a time of a line that belongs to the range before."""
-
-_File = BinaryIO | io.BufferedReader | gzip.GzipFile
+_MARK = b"\xef\xbb\xbf"
+_SPACE = " \t\r\n"
+_SPACED_COLON = re.compile(rb'"\s+:')
 
 
 def read_jsonl(part: Range, reading: Reading, counts: Counts) -> Iterator[Piece]:
     """The documents of the lines whose first byte lies in `part`; all lines of a compressed
-    file."""
-    lines = ObjectReader(part, reading, counts)
+    file. A line is held in memory as a whole, up to `max_line_bytes`."""
+    objects = _Objects(part, reading, counts)
+    longest = objects.source.max_line_bytes
+    end = part.end if part.kind == "jsonl" else None
     try:
         with _open(part) as file:
-            end = part.end if part.kind == "jsonl" else None
             offset = _first_line(file, part.start, part.end) if part.start else 0
             while end is None or offset < end:
-                line = read_line(file, max_bytes=lines.max_bytes)
+                line = file.readline(longest + 1)
                 if not line:
                     return
-                offset += len(line)
+                if len(line) > longest:
+                    raise DataError(
+                        f"{part.path}: the line at byte {offset} has more than {longest:,} bytes; "
+                        "cut it, or set dataset.source.max_line_bytes"
+                    )
                 if not line.isspace():
-                    yield from lines.pieces(line, offset - len(line))
-    except TooLongError:
-        raise DataError(
-            f"{part.path}: the line at byte {offset} has more than {lines.max_bytes:,} bytes; cut "
-            "it, or set dataset.source.max_line_bytes"
-        ) from None
-    except (EOFError, zlib.error, gzip.BadGzipFile, _DamagedZstd) as error:
+                    where = functools.partial(_line_at, part, offset)
+                    data = line if offset else line.removeprefix(_MARK)
+                    yield objects.document(data, offset, f"{part.name}:{offset}", where)
+                offset += len(line)
+    except (EOFError, zlib.error, gzip.BadGzipFile, _DamagedZstdError) as error:
         name = "gzip" if part.kind == "jsonl_gz" else "zstd"
         raise DataError(
             f"{part.path}: damaged {name} file: {error}; restore or unpack it anew"
         ) from None
 
 
-def _first_line(file: _File, start: int, end: int) -> int:
-    """The first place from `start` on where a line begins, and where `file` then stands; or one
-    that is not before `end`: of a line that is longer than the range, no more is read."""
-    file.seek(start - 1)
-    offset, data = start - 1, b""
-    while offset < end and not data.endswith(b"\n"):
-        data = file.readline(SKIPPED_BYTES)
-        if not data:
-            return end
-        offset += len(data)
-    return offset
+def read_json_array(part: Range, reading: Reading, counts: Counts) -> Iterator[Piece]:
+    """The documents of the objects in the list that the file of `part` holds."""
+    objects = _Objects(part, reading, counts)
+    with open(part.path, "rb") as file:
+        data = file.read().removeprefix(_MARK)
+    text = decode(data, part.path, 0, objects.source.encoding_errors, counts)
+    del data
+    decoder, number = json.JSONDecoder(), 0
+    place = _after_space(text, _after_space(text, 0) + 1)
+    while text[place : place + 1] != "]":
+        where = functools.partial(str.format, "{}: element {}", part.path, number)
+        try:
+            _, end = decoder.raw_decode(text, place)
+        except RecursionError:
+            raise _too_deep(where) from None
+        except ValueError as error:
+            raise DataError(f"{where()}: not valid JSON: {error}") from None
+        element = text[place:end].encode("utf-8", "surrogatepass")
+        yield objects.document(element, 0, f"{part.name}:{number}", where, where())
+        number += 1
+        place = _after_space(text, end)
+        if text[place : place + 1] == ",":
+            place = _after_space(text, place + 1)
+        elif text[place : place + 1] != "]":
+            raise DataError(f"{where()}: no comma or ] follows it; repair the file")
+    rest = _after_space(text, place + 1)
+    if rest < len(text):
+        raise DataError(f"{part.path}: text follows the list ({text[rest : rest + 20]!r})")
 
 
-class ObjectReader:
+def decode_json_loosely(data: bytes | str) -> Any:
+    """The value of `data`, in which a number may be NaN or infinite; ValueError if there is none.
+    RecursionError for one that is nested too deeply."""
+    try:
+        return msgspec.json.decode(data)
+    except msgspec.DecodeError:
+        return json.loads(data)
+
+
+class _Objects:
     """Makes documents of the objects of one range."""
 
     def __init__(self, part: Range, reading: Reading, counts: Counts) -> None:
-        source = reading.source
-        assert isinstance(source, FilesSourceConfig)
-        self._part, self._source = part, source
-        self.max_bytes = source.max_line_bytes
-        self._reading, self._counts = reading, counts
-        self._columns = None if reading.rows else TextColumns(source)
-        self._rows = msgspec.json.Decoder(dict[str, Any])
+        assert isinstance(reading.source, FilesSourceConfig)
+        self.source, self._part, self._counts = reading.source, part, counts
+        self._columns = None if reading.rows else TextColumns(reading.source)
         # One column is read without building the others.
-        self._field: msgspec.json.Decoder[Any] | None = None
+        self._field: str | None = None
+        self._type: Any = dict[str, Any]
         if self._columns is not None and not self._columns.is_template:
-            row_type = msgspec.defstruct(
-                "Row", [("text", str | None)], rename={"text": source.text_field}
+            self._field = reading.source.text_field
+            self._quoted = msgspec.json.encode(self._field)
+            self._type = msgspec.defstruct(
+                "Row", [("text", str | None)], rename={"text": self._field}
             )
-            self._field = msgspec.json.Decoder(row_type)
+        self._decoder = msgspec.json.Decoder(self._type)
 
-    def pieces(self, line: bytes | bytearray, offset: int) -> Iterator[Piece]:
-        """The document of `line`, which begins at byte `offset`."""
-        identity = f"{self._part.name}:{offset}"
-        if offset == 0:
-            line = line.removeprefix(b"\xef\xbb\xbf")
-        if len(line) >= LONG_BYTES and self._field is not None:
-            field = self._source.text_field
-            found = read_long_line(line, field, identity, self._reading, self._counts)
-            if found is not None:
-                yield from found
-                return
-        where = functools.partial(self._line, offset)
-        yield self.piece(line, offset, identity, f"{self._part.path}: byte {offset}", where)
-
-    def piece(
+    def document(
         self,
-        line: bytes | bytearray,
+        data: bytes,
         offset: int,
         identity: str,
-        place: str,
         where: Callable[[], str],
+        place: str | None = None,
     ) -> Piece:
-        """The document of the object in `line`.
+        """The document of the object in `data`, which begins at byte `offset` of the file.
+        DataError if it is none, or does not hold what is needed.
 
         Args:
-            offset: of `line` in the file.
-            place, where: name it in messages: of a row, and in words that take time to find.
-
-        Raises:
-            DataError: it is no object, or does not hold what is needed.
+            where: names the object in messages, in words that may take time to find.
+            place: names a row before that.
         """
+        place = place or f"{self._part.path}: byte {offset}"
         try:
-            value = self._decode(line, place, where)
+            value = self._decoder.decode(data)
+            wrong = None
+        except msgspec.ValidationError as error:
+            wrong = error
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-            errors = self._source.encoding_errors
-            text = decode(bytes(line), self._part.path, offset, errors, self._counts)
-            try:
-                value = self._decode(text.encode("utf-8", "surrogatepass"), place, where)
-            except (msgspec.DecodeError, RecursionError) as error:
-                repaired = self._repaired(text, place)
-                if repaired is None:
-                    raise self._bad_line(text, where(), error) from None
-                value = repaired
-        if isinstance(value, dict):
-            if is_deep(line):
-                raise too_deep(where())
-            return Piece(identity, row=value, num_bytes=len(line), place=place, find_place=where)
-        return Piece(identity, value)
-
-    def _decode(
-        self, line: bytes | bytearray, place: str, where: Callable[[], str]
-    ) -> str | dict[str, Any]:
-        field = self._source.text_field
-        if self._field is not None:
-            if repeats_field(line, field):
-                raise _repeats(where(), field)
-            found = decode_loosely(line, self._field)
-            if not isinstance(found, dict):
-                return found.text or ""
-            row = found
-        else:
-            row = decode_loosely(line, self._rows)
-            repeated = repeated_key(line, row) if isinstance(row, dict) else None
-            if repeated is not None:
-                raise _repeats(where(), repeated)
-        if not isinstance(row, dict):
-            raise msgspec.ValidationError(f"Expected `object`, got {type(row).__name__}")
+            value, wrong = None, None
+        if wrong is not None or value is None:
+            errors = self.source.encoding_errors
+            text = decode(data, self._part.path, offset, errors, self._counts)
+            value, data = self._loosely(text, wrong, where), text.encode("utf-8", "surrogatepass")
+        repeated = self._repeated_key(data, value)
+        if repeated is not None:
+            raise DataError(
+                f"{where()}: the key {repeated!r} stands twice in one object, and only one value "
+                "can be meant; take one out"
+            )
         if self._columns is None:
-            return row
+            if data.count(b"[") + data.count(b"{") > MAX_DEPTH and nesting(data) > MAX_DEPTH:
+                raise _too_deep(where)
+            return Piece(identity, row=value, num_bytes=len(data), place=place, find_place=where)
+        if not isinstance(value, dict):
+            return Piece(identity, value.text or "")
         try:
-            return self._columns.text(row, place)
+            return Piece(identity, self._columns.text(value, place))
         except DataError as error:
             raise at_found_place(error, place, where) from None
 
-    def _repaired(self, text: str, place: str) -> str | dict[str, Any] | None:
-        """The document of a line whose only defect are lone surrogates, where replacing them is
-        allowed."""
-        if self._source.encoding_errors == "strict":
-            return None
+    def _loosely(self, text: str, wrong: Exception | None, where: Callable[[], str]) -> Any:
+        """The object in `text`, which `msgspec` does not take as it is; `wrong` says why it has
+        another type."""
         try:
-            row = json.loads(text)
-            value = _without_surrogates(row, self._counts)
-            return value if self._columns is None else self._columns.text(value, place)
-        except (ValueError, DataError, TypeError, RecursionError):
-            return None
-
-    def _line(self, offset: int) -> str:
-        with _open(self._part) as file:
-            number, left = 1, offset
-            while left and (data := file.read(min(left, COMPRESSED_BYTES))):
-                number += data.count(b"\n")
-                left -= len(data)
-        return f"{self._part.path}: line {number} (byte {offset})"
-
-    def _bad_line(self, text: str, where: str, error: Exception) -> DataError:
-        if isinstance(error, RecursionError | TooDeepError):
-            return too_deep(where)
-        if not isinstance(error, msgspec.ValidationError):
-            if self._source.encoding_errors == "strict" and _holds_surrogate(text):
-                return DataError(
-                    f"{where}: holds half of a surrogate pair (\\ud800 to \\udfff), which is no "
+            value = json.loads(text) if wrong is None else None
+            if value is not None:
+                json.dumps(value, ensure_ascii=False).encode()
+        except RecursionError:
+            raise _too_deep(where) from None
+        except UnicodeEncodeError:
+            if self.source.encoding_errors == "strict":
+                raise DataError(
+                    f"{where()}: holds half of a surrogate pair (\\ud800 to \\udfff), which is no "
                     "character; repair it, or set dataset.source.encoding_errors=replace"
-                )
-            return DataError(f"{where}: not valid JSON: {error}")
+                ) from None
+            value = _without_surrogates(value, self._counts)
+        except ValueError as error:
+            raise DataError(f"{where()}: not valid JSON: {error}") from None
+        if isinstance(value, dict):
+            if self._field is None or _is_nan(value.get(self._field)):
+                return value
+            try:
+                return msgspec.convert(value, self._type)
+            except msgspec.ValidationError as error:
+                wrong = error
+        reason = wrong or f"Expected `object`, got {type(value).__name__}"
         if self._field is None:
-            return DataError(f"{where}: no object with columns: {error}")
-        return DataError(
-            f"{where}: no text under {self._source.text_field!r}: {error}; set "
-            "dataset.source.text_field to the key that holds it"
+            raise DataError(f"{where()}: no object with columns: {reason}")
+        raise DataError(
+            f"{where()}: no text under {self._field!r}: {reason}; set dataset.source.text_field to "
+            "the key that holds it"
         )
 
+    def _repeated_key(self, data: bytes, value: Any) -> str | None:
+        """A key that stands twice in an object of `data` whose keys are read."""
+        field = self._field
+        if field is not None:
+            if data.count(self._quoted) < 2:
+                return None
+        # A key is followed by a colon; one inside of text has a backslash before the quote.
+        elif data.count(b'":') == _num_keys(value) and not _SPACED_COLON.search(data):
+            return None
+        objects: list[list[str]] = []
+        with contextlib.suppress(RecursionError):
+            json.loads(
+                data, object_pairs_hook=lambda pairs: objects.append([key for key, _ in pairs])
+            )
+        # The outermost object is the last one.
+        for keys in objects if field is None else objects[-1:]:
+            for key, number in Counter(keys).items():
+                if number > 1 and field in (None, key):
+                    return key
+        return None
 
-def too_deep(where: str) -> DataError:
-    """The error for an object with more levels than are read."""
-    return DataError(f"{where}: nested deeper than {MAX_DEPTH} levels")
+
+def _after_space(text: str, position: int) -> int:
+    """The first place from `position` on that is no white space."""
+    while position < len(text) and text[position] in _SPACE:
+        position += 1
+    return position
 
 
-def _repeats(where: str, key: str) -> DataError:
-    return DataError(
-        f"{where}: the key {key!r} stands twice in one object, and only one value can be meant; "
-        "take one out"
-    )
+def _too_deep(where: Callable[[], str]) -> DataError:
+    return DataError(f"{where()}: nested deeper than {MAX_DEPTH} levels")
 
 
-def _holds_surrogate(text: str) -> bool:
-    """Whether this is JSON with strings that are no text."""
-    try:
-        json.dumps(json.loads(text), ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        return True
-    except (ValueError, RecursionError):
-        pass
-    return False
+def _is_nan(value: Any) -> bool:
+    return isinstance(value, float) and value != value
+
+
+def _num_keys(value: Any) -> int:
+    if isinstance(value, dict):
+        return len(value) + sum(map(_num_keys, value.values()))
+    return sum(map(_num_keys, value)) if isinstance(value, list) else 0
 
 
 def _without_surrogates(value: Any, counts: Counts) -> Any:
@@ -244,46 +257,57 @@ def _without_surrogates(value: Any, counts: Counts) -> Any:
     return value
 
 
-class _DamagedZstd(Exception):
+def _first_line(file: IO[bytes], start: int, end: int) -> int:
+    """The first place from `start` on where a line begins, and where `file` then stands; or one
+    that is not before `end`: of a line that is longer than the range, no more is read."""
+    file.seek(start - 1)
+    offset, data = start - 1, b""
+    while offset < end and not data.endswith(b"\n"):
+        data = file.readline(SKIPPED_BYTES)
+        if not data:
+            return end
+        offset += len(data)
+    return offset
+
+
+def _line_at(part: Range, offset: int) -> str:
+    with _open(part) as file:
+        number, left = 1, offset
+        while left and (data := file.read(min(left, BLOCK_BYTES))):
+            number += data.count(b"\n")
+            left -= len(data)
+    return f"{part.path}: line {number} (byte {offset})"
+
+
+def _open(part: Range) -> Any:
+    if part.kind == "jsonl_gz":
+        return gzip.open(part.path, "rb")
+    if part.kind == "jsonl_zst":
+        return io.BufferedReader(_ZstdFile(part.path), BLOCK_BYTES)
+    return open(part.path, "rb")
+
+
+class _DamagedZstdError(Exception):
     pass
 
 
 class _ZstdFile(io.RawIOBase):
-    """Decompresses a zstd file, which may have several frames; one cut short is an error."""
+    """Decompresses a zstd file, which may have several frames; one cut short is an error, which
+    the readers of `zstandard` do not notice."""
 
     def __init__(self, path: str) -> None:
-        import zstandard
-
-        self._file = open(path, "rb", buffering=0)  # noqa: SIM115
-        self._error = zstandard.ZstdError
-        # Long-distance matching may need more than the library allows by default.
-        self._context = zstandard.ZstdDecompressor(max_window_size=1 << 31)
-        self._frame: Any = None
-        self._ready = memoryview(b"")
-        self._compressed, self._place = b"", 0
+        self._file = open(path, "rb", buffering=BLOCK_BYTES)  # noqa: SIM115
+        self._blocks, self._ready = self._unpacked(), memoryview(b"")
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: "WriteableBuffer", /) -> int:
         while not self._ready:
-            if self._place == len(self._compressed):
-                self._compressed, self._place = self._file.read(COMPRESSED_BYTES), 0
-            data = self._compressed[self._place : self._place + ZSTD_BYTES]
-            self._place += len(data)
-            if not data:
-                if self._frame is not None:
-                    raise _DamagedZstd("it ends in the middle")
+            block = next(self._blocks, None)
+            if block is None:
                 return 0
-            if self._frame is None:
-                self._frame = self._context.decompressobj()
-            try:
-                self._ready = memoryview(self._frame.decompress(data))
-            except self._error as error:
-                raise _DamagedZstd(str(error)) from None
-            if self._frame.eof:
-                self._place -= len(self._frame.unused_data)
-                self._frame = None
+            self._ready = memoryview(block)
         view = memoryview(buffer).cast("B")
         count = min(len(view), len(self._ready))
         view[:count] = self._ready[:count]
@@ -294,10 +318,19 @@ class _ZstdFile(io.RawIOBase):
         self._file.close()
         super().close()
 
+    def _unpacked(self) -> Iterator[bytes]:
+        import zstandard
 
-def _open(part: Range) -> _File:
-    if part.kind == "jsonl_gz":
-        return gzip.open(part.path, "rb")
-    if part.kind == "jsonl_zst":
-        return io.BufferedReader(_ZstdFile(part.path), COMPRESSED_BYTES)
-    return open(part.path, "rb")
+        # Long-distance matching may need more than the library allows by default.
+        context = zstandard.ZstdDecompressor(max_window_size=1 << 31)
+        frame, data = None, b""
+        try:
+            while data := data or self._file.read(ZSTD_BYTES):
+                frame = frame or context.decompressobj()
+                yield frame.decompress(data)
+                data = frame.unused_data if frame.eof else b""
+                frame = None if frame.eof else frame
+        except zstandard.ZstdError as error:
+            raise _DamagedZstdError(str(error)) from None
+        if frame is not None:
+            raise _DamagedZstdError("it ends in the middle")

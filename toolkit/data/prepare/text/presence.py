@@ -1,11 +1,13 @@
-"""Are the files that a data set names there? Nothing is read, and no other machine is asked."""
+"""Are the files that a data set names there? Nothing is prepared, and no other machine is asked."""
 
 import contextlib
-import glob
-import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import msgspec
+
+from toolkit.config.files import read_json_mapping
 from toolkit.data.config import (
     BPETokenizerConfig,
     ByteTokenizerConfig,
@@ -18,11 +20,23 @@ from toolkit.data.config import (
     TokenFilesSourceConfig,
     TokenizerConfig,
 )
-from toolkit.errors import ConfigError, DataError, ErrorList
+from toolkit.data.prepare.text.files import check_any_file, check_path, disk_files, list_files
+from toolkit.data.prepare.text.instructions.shapes import shape_of
+from toolkit.data.prepare.text.instructions.template import read_chat_template
+from toolkit.data.prepare.tokenizers.companions import (
+    CHAT_TEMPLATE_FILE,
+    TEMPLATES_FOLDER,
+    TOKENIZER_CONFIG_FILE,
+    chat_templates,
+    companions_of,
+)
+from toolkit.errors import BadInputError, ConfigError, DataError, ErrorList
 
-_SOURCE = "dataset.source"
 _TOKENIZER_FILES = ("tokenizer", "vocab", "merges", "spiece", "sentencepiece")
 """How the files of all formats begin that `transformers` can load."""
+_CONVERSATIONS = ("messages", "sharegpt")
+"""Shapes that no tokenizer joins without a template."""
+_LONGEST_ROW = 1 << 20
 
 
 def check_presence(dataset: DatasetConfig, *, is_prepared: bool) -> None:
@@ -44,9 +58,7 @@ def check_presence(dataset: DatasetConfig, *, is_prepared: bool) -> None:
         with found.collecting():
             _check_template(dataset.instructions, dataset.tokenizer)
         if not found.errors and dataset.instructions is not None:
-            from toolkit.data.prepare.text.template_need import check_template_need
-
-            check_template_need(dataset)
+            _check_template_need(dataset, dataset.instructions)
     found.raise_any()
 
 
@@ -58,46 +70,17 @@ def _check_source(source: SourceConfig | None) -> None:
         if local:
             _check_paths(local, source.suffixes)
     elif isinstance(source, DiskSourceConfig):
-        from toolkit.data.prepare.text.hub import disk_files
-
         disk_files(source)
 
 
 def _check_paths(paths: Sequence[str], suffixes: Sequence[str]) -> None:
-    """Each path is there, and at least one leads to a file."""
-    endings, found, any_file = tuple(s.lower() for s in suffixes), ErrorList(), False
+    found = ErrorList()
     for text in paths:
-        path = Path(text).expanduser()
-        if path.is_dir():
-            any_file = any_file or _holds(path, endings)
-        elif path.is_file():
-            any_file = True
-            if not path.stat().st_size:
-                found.add(DataError(f"{_SOURCE}.paths: {path}: the file is empty"))
-        elif glob.has_magic(text):
-            if any(os.path.isfile(match) for match in glob.iglob(str(path), recursive=True)):
-                any_file = True
-            else:
-                found.add(DataError(f"{_SOURCE}.paths: {text}: matches no file"))
-        else:
-            found.add(DataError(f"{_SOURCE}.paths: {text}: no such file or folder"))
-    if not any_file and not found.errors:
-        named = ", ".join(paths) or "empty list"
-        looked = f"looked for {', '.join(suffixes)} in folders"
-        found.add(DataError(f"{_SOURCE}.paths: {named}: no file to read ({looked})"))
+        with found.collecting():
+            check_path(text)
+    if not found.errors:
+        check_any_file(paths, suffixes)
     found.raise_any()
-
-
-def _holds(folder: Path, endings: tuple[str, ...]) -> bool:
-    for _, _, names in os.walk(folder):
-        if any(name.lower().endswith(endings) for name in names):
-            return True
-    # Perhaps behind links, which need care.
-    from toolkit.data.prepare.text.files import find_files
-
-    with contextlib.suppress(DataError):
-        return bool(find_files([str(folder)], endings).files)
-    return False
 
 
 def _check_tokenizer(config: TokenizerConfig | None) -> None:
@@ -121,9 +104,6 @@ def _check_tokenizer(config: TokenizerConfig | None) -> None:
 def _check_template(config: InstructionsConfig | None, tokenizer: TokenizerConfig | None) -> None:
     if config is None or config.chat_template is None:
         return
-    from toolkit.data.prepare.text.instructions.template import read_chat_template
-    from toolkit.data.prepare.tokenizers.companions import chat_templates, companions_of
-
     try:
         read_chat_template(config.chat_template)
     except ConfigError:
@@ -135,3 +115,70 @@ def _check_template(config: InstructionsConfig | None, tokenizer: TokenizerConfi
         named = chat_templates(companions_of(path if path.is_dir() else path.parent))
         if config.chat_template not in named:
             raise
+
+
+def _check_template_need(dataset: DatasetConfig, config: InstructionsConfig) -> None:
+    """Rows that are conversations have a template, as far as the tokenizer's small files and the
+    first row tell it."""
+    source, tokenizer = dataset.source, dataset.tokenizer
+    if source is None or isinstance(source, TokenFilesSourceConfig):
+        return
+    if config.chat_template is not None or not _has_no_template(tokenizer):
+        return
+    shape: str | None = config.shape
+    told = f"dataset.instructions.shape is {shape}"
+    if shape == "auto":
+        if not isinstance(source, FilesSourceConfig):
+            return
+        shape, told = _shape_of_first_row(source, config)
+    if shape in _CONVERSATIONS:
+        path = getattr(tokenizer, "path", None)
+        where = "dataset.tokenizer" if path is None else f"dataset.tokenizer.path: {path}"
+        raise DataError(
+            f"{where}: the tokenizer has no chat template, and the rows are conversations ({told});"
+            " give one in dataset.instructions.chat_template (Jinja text or a file)"
+        )
+
+
+def _has_no_template(tokenizer: TokenizerConfig | None) -> bool:
+    """Whether it certainly has none."""
+    if isinstance(tokenizer, ByteTokenizerConfig | BPETokenizerConfig):
+        return True
+    if not isinstance(tokenizer, HFTokenizerConfig):
+        return False
+    path = Path(tokenizer.path).expanduser()
+    folder = path if path.is_dir() else path.parent
+    if not path.exists() or (folder / CHAT_TEMPLATE_FILE).exists():
+        return False  # the hub's are not asked for
+    if any((folder / TEMPLATES_FOLDER).glob("*.jinja")):
+        return False
+    settings = folder / TOKENIZER_CONFIG_FILE
+    try:
+        return not settings.is_file() or not read_json_mapping(settings).get("chat_template")
+    except BadInputError:
+        return False  # which is said when it is read
+
+
+def _shape_of_first_row(
+    source: FilesSourceConfig, config: InstructionsConfig
+) -> tuple[str | None, str]:
+    """The shape of the first row of a file that is quickly looked into, and where that is told."""
+    with contextlib.suppress(BadInputError, OSError, msgspec.MsgspecError):
+        for file in list_files(source).files:
+            row = _first_row(file.path)
+            if row is not None:
+                return shape_of(row, config, file.path), f"so is the first one of {file.path}"
+    return None, ""
+
+
+def _first_row(path: str) -> dict[str, Any] | None:
+    if path.lower().endswith(".parquet"):
+        import pyarrow.parquet as pq
+
+        return dict.fromkeys(pq.read_schema(path).names, "")
+    if not path.lower().endswith((".jsonl", ".ndjson")):
+        return None
+    with open(path, "rb") as file:
+        line = file.readline(_LONGEST_ROW).removeprefix(b"\xef\xbb\xbf")
+    row = msgspec.json.decode(line)
+    return row if isinstance(row, dict) else None

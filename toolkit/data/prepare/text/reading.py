@@ -1,16 +1,50 @@
-"""What all readers are given, and share: how to read, what to count, and decoding."""
+"""What all readers are given and give: how to read, what to count, and pieces of documents."""
 
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 
 from toolkit.data.config import FiltersConfig, SourceConfig
-from toolkit.data.prepare.text.piece import Piece
 from toolkit.data.prepare.text.shards import Range
 from toolkit.errors import DataError
 
-PIECE_CHARACTERS = 1 << 18
-"""Longer documents are encoded in pieces of about this size."""
+if TYPE_CHECKING:
+    import numpy as np
+
+
+class Piece(NamedTuple):
+    """A document, or a part of a long one: parts follow each other, `starts` and `ends` tell.
+
+    It holds one of: text, a row of instruction data, or token ids.
+    """
+
+    identity: str
+    """Relative file name and place in it, as numbers that only a program reads."""
+    text: str = ""
+    split: str | None = None
+    """Where the piece must go; None: decided by a hash of the identity."""
+    starts: bool = True
+    ends: bool = True
+    row: dict[str, Any] | None = None
+    """A conversation, or a prompt with its answer, as it stands in the file."""
+    ids: "np.ndarray | None" = None
+    """Token ids that came without text, end-of-document id included."""
+    num_bytes: int = 0
+    """UTF-8 bytes of the whole document: of rows, and where documents are compared."""
+    digest: int = 0
+    """Where documents are compared: xxh3_128 of the whole text, set on the first piece."""
+    place: str = ""
+    """Of rows, where they stand, in words for messages."""
+    find_place: Callable[[], str] | None = None
+    """What errors say in place of `place`, where that takes time to find: a line's number."""
+
+
+def at_found_place(error: DataError, place: str, find_place: Callable[[], str] | None) -> DataError:
+    """`error`, which names `place`, with the better words that are looked for only now."""
+    if find_place is None:
+        return error
+    return DataError(str(error).replace(place, find_place(), 1))
 
 
 class Reading(msgspec.Struct, frozen=True, kw_only=True):
@@ -32,11 +66,13 @@ class Reading(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Counts:
-    """What reading had to repair or leave out."""
+    """What reading had to repair, cut or leave out."""
 
     def __init__(self) -> None:
         self.replaced_bytes = 0
         self.skipped_documents = 0
+        self.cut_documents = 0
+        """Documents that begin where a longer one was cut, see `cuts.MAX_DOCUMENT_BYTES`."""
         self.filtered_documents: dict[str, int] = {}
 
     def leave_out(self, reason: str) -> None:
@@ -44,32 +80,26 @@ class Counts:
         self.filtered_documents[reason] = self.filtered_documents.get(reason, 0) + 1
 
 
+Reader = Callable[[Range, Reading, Counts], Iterator[Piece]]
+"""Gives the documents of a range; those of text whole, or in pieces where they were admitted."""
+
+
 def decode(data: bytes, where: str, offset: int, errors: str, counts: Counts) -> str:
     """UTF-8 to text; `offset` is the position of `data` in the file `where`.
 
-    Raises:
-        DataError: for other bytes, unless `errors` is "replace" (then they are counted).
+    Other bytes raise DataError, unless `errors` is "replace" (then they are counted).
     """
     try:
         return data.decode()
     except UnicodeDecodeError as error:
         if errors == "strict":
-            position = offset + error.start
             raise DataError(
-                f"{where}: not UTF-8 at byte {position} (0x{data[error.start]:02x}); convert the "
-                "file, or set dataset.source.encoding_errors=replace"
+                f"{where}: not UTF-8 at byte {offset + error.start} (0x{data[error.start]:02x}); "
+                "convert the file, or set dataset.source.encoding_errors=replace"
             ) from None
     text = data.decode(errors="replace")
     # A replacement character that stood in the file is no error; elsewhere in UTF-8 its three bytes
     # cannot occur.
     num_errors = text.count("\ufffd") - data.count(b"\xef\xbf\xbd")
-    counts.replaced_bytes += len(data) - (_utf8_bytes(text) - 3 * num_errors)
+    counts.replaced_bytes += len(data) - (len(text.encode()) - 3 * num_errors)
     return text
-
-
-def _utf8_bytes(text: str) -> int:
-    size = PIECE_CHARACTERS
-    return sum(len(text[start : start + size].encode()) for start in range(0, len(text), size))
-
-
-Reader = Callable[[Range, Reading, Counts], Iterator[Piece]]

@@ -37,10 +37,12 @@ class Range(msgspec.Struct, frozen=True, kw_only=True):
     """Rough size of what is read, for progress."""
     split: Literal["train", "val"] | None = None
     """Set where the split is decided by place instead of by a hash of the identity."""
-    document_start: int = 0
-    """Text: where the document begins in the file... Tokens: the byte where they begin."""
-    document_end: int = 0
-    """...and ends; a document may span several ranges. Tokens: how many the file holds."""
+    first_byte: int = 0
+    """Tokens: where they begin in the file..."""
+    num_tokens: int = 0
+    """...and how many it holds."""
+    is_rest: bool = False
+    """Text: whether the document begins where a longer one was cut."""
     file_bytes: int = 0
     """Size of a local file when it was found..."""
     modified_ns: int = 0
@@ -99,20 +101,3 @@ def group_ranges(ranges: Iterator[Range], size: int) -> list[Shard]:
         shards[-1].append(part)
         room -= part.num_bytes
     return shards
-
-
-def align(path: str, position: int, size: int) -> int:
-    """The place at or after `position` where a text may become two documents: after a line end if
-    one is near, else between two UTF-8 characters."""
-    if position <= 0 or position >= size:
-        return min(max(position, 0), size)
-    with open(path, "rb", buffering=0) as file:
-        file.seek(position - 1)
-        window = file.read(1 << 16)
-    line_end = window.find(b"\n")
-    if line_end >= 0:
-        return min(position + line_end, size)
-    offset = 1
-    while offset < min(len(window), 4) and window[offset] & 0xC0 == 0x80:
-        offset += 1
-    return min(position - 1 + offset, size)

@@ -6,7 +6,7 @@ place in it. What is prepared therefore depends on the source alone.
 """
 
 import functools
-import glob
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
@@ -21,20 +21,15 @@ from toolkit.data.config import (
     TokenFilesSourceConfig,
 )
 from toolkit.data.prepare.text.columns import TextColumns, text_columns
+from toolkit.data.prepare.text.cuts import align, documents_in
 from toolkit.data.prepare.text.files import (
     SourceFile,
+    disk_files,
     fingerprint_files,
     list_files,
+    why_missing,
 )
-from toolkit.data.prepare.text.plain import BYTE_ORDER_MARK
-from toolkit.data.prepare.text.shards import (
-    Plan,
-    Range,
-    RangeKind,
-    align,
-    group_ranges,
-    shard_bytes,
-)
+from toolkit.data.prepare.text.shards import Plan, Range, RangeKind, group_ranges, shard_bytes
 from toolkit.errors import DataError
 from toolkit.storage.remote import is_url
 
@@ -58,24 +53,19 @@ def plan_source(
     rows: bool = False,
     cache_dir: str | None = None,
 ) -> Plan:
-    """Cut the source into shards.
+    """Cut the source into shards; DataError when there is nothing to read.
 
     Args:
         rows: whole rows are read, not the text of a column.
         cache_dir: see `Reading`.
-
-    Raises:
-        DataError: when there is nothing to read.
     """
     columns = None if rows else text_columns(source)
-    if isinstance(source, HubSourceConfig):
-        from toolkit.data.prepare.text.hub import plan_hub
+    if isinstance(source, HubSourceConfig | DiskSourceConfig):
+        from toolkit.data.prepare.text import hub
 
-        return plan_hub(source, columns, cache_dir)
-    if isinstance(source, DiskSourceConfig):
-        from toolkit.data.prepare.text.hub import plan_disk
-
-        return plan_disk(source, columns)
+        if isinstance(source, DiskSourceConfig):
+            return hub.plan_disk(source, columns)
+        return hub.plan_hub(source, columns, cache_dir)
     if isinstance(source, TokenFilesSourceConfig):
         from toolkit.data.prepare.text.token_files import plan_token_files
 
@@ -86,19 +76,20 @@ def plan_source(
     size = shard_bytes(num_bytes)
     json_files = source.json_files if isinstance(source, FilesSourceConfig) else "text"
     kinds = {file.path: file_kind(file, json_files) for file in files}
-    if columns is not None and all(kind == "text" for kind in kinds.values()):
-        columns.check_used(", ".join(source.paths) if isinstance(source, FilesSourceConfig) else "")
-    tails = not rows and _holds_out_tails(list(kinds.values()), validation_fraction)
+    all_text = all(kind == "text" for kind in kinds.values())
+    if columns is not None and all_text and isinstance(source, FilesSourceConfig):
+        columns.check_used(", ".join(source.paths))
+    # Few plain-text files cannot be split by file: less than one would be held out on average. Then
+    # the last part of each is held out.
+    tails = all_text and not rows and 0 < validation_fraction * len(files) < 1
+    fraction = validation_fraction if tails else 0.0
     ranges = (
-        piece
+        part
         for file in files
-        for piece in _cut(
-            file, kinds[file.path], columns, size, validation_fraction if tails else 0.0, rows
-        )
+        for part in _cut(file, kinds[file.path], columns, size, fraction, rows)
     )
-    shards = group_ranges(ranges, size)
     return Plan(
-        shards,
+        group_ranges(ranges, size),
         fingerprint_files(files),
         num_bytes,
         listing.num_empty,
@@ -110,22 +101,17 @@ def plan_source(
 
 def source_fingerprint(source: SourceConfig) -> str | None:
     """`Plan.fingerprint` of local sources; None for those that lie on another machine, because
-    asking them would make every start depend on the network.
-
-    Raises:
-        DataError, OSError: the source cannot be read.
-    """
+    asking them would make every start depend on the network."""
     if isinstance(source, HubSourceConfig):
         return None
     if isinstance(source, DiskSourceConfig):
-        from toolkit.data.prepare.text.hub import disk_files
-
         return fingerprint_files(disk_files(source))
     if isinstance(source, TokenFilesSourceConfig):
-        from toolkit.data.prepare.text.token_files import local_token_files
+        from toolkit.data.prepare.text.token_files import local_listing
 
-        local = local_token_files(source)
-        return None if local is None else fingerprint_files(local.files)
+        if any(is_url(path) for path in source.paths):
+            return None
+        return fingerprint_files(local_listing(source).files)
     return fingerprint_files(list_files(source).files)
 
 
@@ -134,43 +120,25 @@ def is_gone(source: SourceConfig | None) -> bool:
     if isinstance(source, DiskSourceConfig):
         return not Path(source.path).expanduser().exists()
     paths = getattr(source, "paths", [])
-    return any(not is_url(path) and not _is_here(Path(path).expanduser()) for path in paths)
+    return any(why_missing(path) is not None for path in paths if not is_url(path))
 
 
-def _is_here(path: Path) -> bool:
-    return path.exists() or bool(
-        glob.has_magic(str(path)) and next(glob.iglob(str(path), recursive=True), None)
-    )
-
-
-def range_kind(name: str) -> RangeKind:
-    """How a file is read, by the ending of its name.
-
-    Raises:
-        DataError: for compressed formats that are not read.
-    """
-    lowered = name.lower()
+def file_kind(file: SourceFile, json_files: Literal["rows", "text"]) -> RangeKind:
+    """How a file is read: by the ending of its name, and of .json files by their beginning.
+    DataError for compressed formats that are not read, and .json files without rows."""
+    lowered = file.name.lower()
     for kind, endings in _ENDINGS.items():
         if lowered.endswith(endings):
             return kind
     if lowered.endswith(_COMPRESSED):
         raise DataError(
-            f"{name}: of compressed files only .jsonl.gz and .jsonl.zst are read; unpack it first"
+            f"{file.name}: of compressed files only .jsonl.gz and .jsonl.zst are read; unpack it "
+            "first"
         )
-    return "text"
-
-
-def file_kind(file: SourceFile, json_files: Literal["rows", "text"]) -> RangeKind:
-    """How a file is read: by the ending of its name, and of .json files by their beginning.
-
-    Raises:
-        DataError: see `range_kind`; or a .json file holds no rows.
-    """
-    kind = range_kind(file.name)
-    if json_files == "text" or not file.name.lower().endswith(".json"):
-        return kind
+    if json_files == "text" or not lowered.endswith(".json"):
+        return "text"
     with open(file.path, "rb") as opened:
-        head = opened.read(JSON_HEAD_BYTES).removeprefix(BYTE_ORDER_MARK).lstrip()
+        head = opened.read(JSON_HEAD_BYTES).removeprefix(b"\xef\xbb\xbf").lstrip()
     if head.startswith(b"["):
         if file.num_bytes > MAX_JSON_BYTES:
             raise DataError(
@@ -186,15 +154,6 @@ def file_kind(file: SourceFile, json_files: Literal["rows", "text"]) -> RangeKin
         f"{file.path}: neither a list of objects nor an object a line, so it has no rows; give "
         "such a file, or set dataset.source.json_files=text to read .json files as documents"
     )
-
-
-def _holds_out_tails(kinds: list[RangeKind], validation_fraction: float) -> bool:
-    """Few plain-text files cannot be split by file: less than one would be held out on average.
-    Then the last part of each is held out."""
-    return (
-        0 < validation_fraction * len(kinds) < 1
-        and all(kind == "text" for kind in kinds)
-    )  # fmt: skip
 
 
 def _cut(
@@ -222,23 +181,32 @@ def _cut(
         cut = parquet_row_groups if kind == "parquet" else arrow_batches
         for first, last, num_bytes in cut(file.path, columns, size):
             yield part(start=first, end=last, num_bytes=num_bytes)
-        return
-    if kind == "json_array":
+    elif kind == "jsonl":
+        for start in range(0, whole, size):
+            end = min(start + size, whole)
+            yield part(start=start, end=end, num_bytes=end - start)
+    elif kind == "text":
+        # One range each: no document goes on in another shard.
+        for start, end, split, is_rest in _documents(file, tail_fraction):
+            yield part(start=start, end=end, num_bytes=end - start, split=split, is_rest=is_rest)
+    else:  # No place in it can be reached without reading all before it.
         yield whole_file
-        return
-    documents: list[tuple[int, int, Literal["train", "val"] | None]] = [(0, whole, None)]
-    if kind in ("jsonl_gz", "jsonl_zst"):
-        # No place inside the stream can be reached without reading all before it.
-        size = max(size, whole)
-    elif tail_fraction:
-        place = align(file.path, int(whole * (1 - tail_fraction)), whole)
-        documents = [(0, place, "train"), (place, whole, "val")]
-    for document_start, document_end, split in documents:
-        start = document_start
-        while start < document_end:
-            end = min((start // size + 1) * size, document_end)
-            yield part(
-                start=start, end=end, num_bytes=end - start, split=split,
-                document_start=document_start, document_end=document_end,
-            )  # fmt: skip
-            start = end
+
+
+def _documents(
+    file: SourceFile, tail_fraction: float
+) -> Iterator[tuple[int, int, Literal["train", "val"] | None, bool]]:
+    """The documents of a text file: where they are, their split, whether one is the rest of one."""
+    with open(file.path, "rb", buffering=0) as opened:
+
+        def read(start: int, size: int) -> bytes:
+            return os.pread(opened.fileno(), size, start)
+
+        whole = file.num_bytes
+        sides: list[tuple[int, int, Literal["train", "val"] | None]] = [(0, whole, None)]
+        if tail_fraction:
+            place = align(read, int(whole * (1 - tail_fraction)), whole)
+            sides = [(0, place, "train"), (place, whole, "val")]
+        for first, last, split in sides:
+            for start, end in documents_in(read, first, last):
+                yield start, end, split, start > first

@@ -1,18 +1,24 @@
-"""Tables in files: parquet, and Arrow's file and stream formats (as `datasets` writes them)."""
+"""Tables in files: parquet, and Arrow's file and stream formats (as `datasets` writes them).
+
+Arrow's readers trust what a file says of itself: an offset that points beyond its buffer reads what
+else is in memory, or ends the process. So every batch is checked before a value of it is looked at.
+"""
 
 import contextlib
-import functools
-from collections.abc import Iterator
+import itertools
+from collections.abc import Callable, Iterator
 from typing import Any
+
+import pyarrow as pa
+import pyarrow.ipc
+import pyarrow.parquet
+import pyarrow.types
 
 from toolkit.data.config import FilesSourceConfig
 from toolkit.data.prepare.text.columns import TextColumns
-from toolkit.data.prepare.text.long_documents import LONG_BYTES, long_document, utf8_slices
-from toolkit.data.prepare.text.nested import Convert, conversion
-from toolkit.data.prepare.text.piece import Piece
-from toolkit.data.prepare.text.reading import Counts, Reading, decode
+from toolkit.data.prepare.text.jsonl import MAX_DEPTH, decode_json_loosely
+from toolkit.data.prepare.text.reading import Counts, Piece, Reading, decode
 from toolkit.data.prepare.text.shards import Range
-from toolkit.data.prepare.text.table_checks import check_depth, checked_batch
 from toolkit.errors import DataError
 from toolkit.storage.foreign import reason_of
 
@@ -21,93 +27,96 @@ BATCH_BYTES = 4 << 20
 """Rows are taken out of a file about so many bytes at a time, and not more than `BATCH_ROWS`."""
 READ_BYTES = 1 << 20
 """Read of each column of a parquet file at a time."""
-_TEXT_TYPES = ("string", "large_string", "string_view")
+_TEXT_TYPES = {
+    pa.string(): pa.binary(),
+    pa.large_string(): pa.large_binary(),
+    pa.string_view(): pa.binary_view(),
+}
+"""Types of text, and of the bytes that it consists of."""
 _ARROW_MAGIC = b"ARROW1"
+
+Convert = Callable[[Any, str], Any]
+"""What `as_py` gives, and the place of the row for messages, to the value as JSON has it."""
+
+
+@contextlib.contextmanager
+def _named(problem: str) -> Iterator[None]:
+    """Failures of the library become a DataError that begins with `problem`; those of the system,
+    as of a file that is gone, pass."""
+    try:
+        yield
+    except (pa.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        raise DataError(f"{problem}: {reason_of(error)}") from None
 
 
 def parquet_row_groups(
     path: str, columns: TextColumns | None, size: int
 ) -> Iterator[tuple[int, int, int]]:
-    """Runs of row groups (first, one past the last, bytes) of about `size` bytes of text.
-
-    Raises:
-        DataError: for a file that is not parquet, or lacks the columns.
-    """
+    """Runs of row groups (first, one past the last, bytes) of about `size` bytes of text; DataError
+    for a file that is not parquet, or lacks the columns."""
     file = _open_parquet(path)
-    check_depth(file.schema_arrow, path)
     _check_schema(file.schema_arrow, columns, path)
-    leaves = _leaves(file, columns)
-    first, num_bytes = 0, 0
-    for group in range(file.metadata.num_row_groups):
-        num_bytes += _group_bytes(file.metadata.row_group(group), leaves)
-        if num_bytes >= size or group == file.metadata.num_row_groups - 1:
-            yield first, group + 1, num_bytes
-            first, num_bytes = group + 1, 0
+    sizes = (_group_bytes(file, group, columns) for group in range(file.metadata.num_row_groups))
+    yield from _runs(sizes, size)
 
 
 def arrow_batches(
     path: str, columns: TextColumns | None, size: int
 ) -> Iterator[tuple[int, int, int]]:
     """Runs of record batches, like `parquet_row_groups`."""
-    first, num_bytes, number = 0, 0, -1
     with _arrow(path) as (schema, batches):
         _check_schema(schema, columns, path)
-        check_depth(schema, path)
-        for number, batch in enumerate(batches(0)):
-            # The values are checked where they are read.
-            checked_batch(batch, f"{path}: batch {number}", full=False)
-            chosen = batch.select(columns.names) if columns is not None else batch
-            num_bytes += max(1, chosen.nbytes)
-            if num_bytes >= size:
-                yield first, number + 1, num_bytes
-                first, num_bytes = number + 1, 0
-    if num_bytes:
+
+        def sizes() -> Iterator[int]:
+            for number, batch in enumerate(batches(0)):
+                # The values are checked where they are read.
+                checked_batch(batch, f"{path}: batch {number}", full=False)
+                yield max(1, (batch.select(columns.names) if columns else batch).nbytes)
+
+        yield from _runs(sizes(), size)
+
+
+def _runs(sizes: Iterator[int], size: int) -> Iterator[tuple[int, int, int]]:
+    first, num_bytes, number = 0, 0, -1
+    for number, more in enumerate(sizes):
+        num_bytes += more
+        if num_bytes >= size:
+            yield first, number + 1, num_bytes
+            first, num_bytes = number + 1, 0
+    if first <= number:
         yield first, number + 1, num_bytes
 
 
 def read_parquet(part: Range, reading: Reading, counts: Counts) -> Iterator[Piece]:
     """The documents of the row groups of `part`."""
-    import pyarrow
-
-    columns = _columns(reading)
+    rows = _Rows(part, reading, counts)
     file = _open_parquet(part.path)
     for group in range(part.start, part.end):
-        row = 0
-        try:
-            metadata = file.metadata.row_group(group)
-            some = _batch_rows(metadata.num_rows, _group_bytes(metadata, _leaves(file, columns)))
+        where, first = f"{part.path}: row group {group}", 0
+        with _named(f"{where} cannot be read"):
+            num_rows = file.metadata.row_group(group).num_rows
+            num_bytes = max(1, _group_bytes(file, group, rows.columns))
             for batch in file.iter_batches(
-                some,
+                min(max(1, BATCH_BYTES * num_rows // num_bytes), BATCH_ROWS),
                 row_groups=[group],
-                columns=columns.names if columns else None,
+                columns=rows.names,
                 use_threads=False,
             ):
-                batch = checked_batch(batch, f"{part.path}: row group {group}")
-                where = f"{part.path}: row group {group}, row"
-                prefix = f"{part.name}:{group}"
-                yield from _pieces(batch, columns, prefix, where, row, reading, counts)
-                row += batch.num_rows
-        except (pyarrow.ArrowException, OSError) as error:
-            if isinstance(error, OSError) and error.errno is not None:
-                raise
-            raise DataError(
-                f"{part.path}: row group {group} cannot be read: {reason_of(error)}"
-            ) from None
+                yield from rows.of(batch, group, where, first)
+                first += batch.num_rows
 
 
 def read_arrow(part: Range, reading: Reading, counts: Counts) -> Iterator[Piece]:
     """The documents of the record batches of `part`."""
-    columns = _columns(reading)
+    rows = _Rows(part, reading, counts)
     with _arrow(part.path) as (_, batches):
         for number, batch in enumerate(batches(part.start), part.start):
             if number >= part.end:
                 return
-            if columns is not None:
-                batch = batch.select(columns.names)
-            batch = checked_batch(batch, f"{part.path}: batch {number}")
-            where = f"{part.path}: batch {number}, row"
-            prefix = f"{part.name}:{number}"
-            yield from _pieces(batch, columns, prefix, where, 0, reading, counts)
+            chosen = batch if rows.names is None else batch.select(rows.names)
+            yield from rows.of(chosen, number, f"{part.path}: batch {number}", 0)
 
 
 def check_arrow_file(path: str) -> None:
@@ -117,76 +126,141 @@ def check_arrow_file(path: str) -> None:
             checked_batch(batch, f"{path}: batch {number}")
 
 
-def _pieces(
-    batch: Any,
-    columns: TextColumns | None,
-    prefix: str,
-    where: str,
-    first: int,
-    reading: Reading,
-    counts: Counts,
-) -> Iterator[Piece]:
-    assert isinstance(reading.source, FilesSourceConfig)
-    errors = reading.source.encoding_errors
-    names, arrays = batch.schema.names, batch.columns
-    conversions = [conversion(array.type) for array in arrays]
-    text = arrays[0] if columns is not None and not columns.is_template else None
-    # One row after the other: the batch itself may be mapped memory, Python's strings are not.
-    for index in range(batch.num_rows):
-        number = first + index
-        identity, place = f"{prefix}:{number}", f"{where} {number}"
-        if text is not None:
-            data = text[index].as_buffer()
-            if data is not None and data.size > LONG_BYTES:
-                make = functools.partial(utf8_slices, memoryview(data), place, errors)
-                yield from long_document(make, data.size, identity, reading, counts)
-                continue
-        row = {
-            name: _value(array[index], convert, place, errors, counts)
-            for name, array, convert in zip(names, arrays, conversions, strict=True)
-        }
-        if columns is None:
-            yield Piece(identity, row=row, place=place)
-        else:
-            yield Piece(identity, columns.text(row, place))
+class _Rows:
+    """Makes documents of the rows of one range."""
+
+    def __init__(self, part: Range, reading: Reading, counts: Counts) -> None:
+        assert isinstance(reading.source, FilesSourceConfig)
+        self._name, self._counts = part.name, counts
+        self._errors = reading.source.encoding_errors
+        self.columns = None if reading.rows else TextColumns(reading.source)
+        self.names = None if self.columns is None else self.columns.names
+
+    def of(self, batch: pa.RecordBatch, number: int, where: str, first: int) -> Iterator[Piece]:
+        """The documents of a batch of row group or batch `number`; `first` is its first row."""
+        checked_batch(batch, where)
+        columns = [
+            (name, array, conversion(array.type))
+            for name, array in zip(batch.schema.names, batch.columns, strict=True)
+        ]
+        # One row after the other: the batch itself may be mapped memory, Python's strings are not.
+        for index in range(batch.num_rows):
+            identity = f"{self._name}:{number}:{first + index}"
+            place = f"{where}, row {first + index}"
+            row = {
+                name: self._value(array[index], convert, place) for name, array, convert in columns
+            }
+            if self.columns is None:
+                yield Piece(identity, row=row, place=place)
+            else:
+                yield Piece(identity, self.columns.text(row, place))
+
+    def _value(self, scalar: pa.Scalar, convert: Convert | None, place: str) -> Any:
+        try:
+            value = scalar.as_py()
+            return value if convert is None else convert(value, place)
+        except UnicodeDecodeError:
+            if scalar.type in _TEXT_TYPES:
+                data = scalar.as_buffer().to_pybytes()
+                return decode(data, place, 0, self._errors, self._counts)
+            # Text inside of lists cannot be had as bytes.
+            raise DataError(f"{place}: not UTF-8; convert the file") from None
 
 
-def _value(scalar: Any, convert: Convert | None, place: str, errors: str, counts: Counts) -> Any:
+def checked_batch(batch: pa.RecordBatch, where: str, *, full: bool = True) -> pa.RecordBatch:
+    """`batch`, of which every offset, length, index and null count has been checked, or DataError.
+    Texts are checked as bytes: whether they are UTF-8 is asked where they are read.
+
+    Args:
+        full: look at values too, not at the sizes of buffers only.
+    """
+    for name, array in zip(batch.schema.names, batch.columns, strict=True):
+        try:
+            # Of the array as it is, no more than sizes: a view needs buffers that are there.
+            array.validate()
+            if full:
+                array = array.storage if isinstance(array, pa.ExtensionArray) else array
+                kind = _bytes_type(array.type)
+                (array if kind == array.type else array.view(kind)).validate(full=True)
+        except (pa.ArrowException, ValueError, RecursionError) as error:
+            raise DataError(
+                f"{where}: column {name!r} is damaged: {reason_of(error)}; restore the file"
+            ) from None
+    return batch
+
+
+def _bytes_type(kind: pa.DataType) -> pa.DataType:
+    """`kind` with bytes in the place of texts."""
+    types = pa.types
+    if types.is_struct(kind):
+        return pa.struct([field.with_type(_bytes_type(field.type)) for field in kind])
+    if types.is_map(kind):
+        return pa.map_(_bytes_type(kind.key_type), _bytes_type(kind.item_type))
+    if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
+        field = kind.value_field.with_type(_bytes_type(kind.value_type))
+        if types.is_fixed_size_list(kind):
+            return pa.list_(field, kind.list_size)
+        return pa.list_(field) if types.is_list(kind) else pa.large_list(field)
+    return _TEXT_TYPES.get(kind, kind)
+
+
+def conversion(kind: pa.DataType) -> Convert | None:
+    """From values of an Arrow type to those that the same rows have in JSON Lines: a map is read as
+    a list of pairs, and `datasets` writes objects of mixed kinds as text with the extension type
+    `arrow.json`. None: `as_py` gives them as they are."""
+    types = pa.types
+    found: Convert | None = None
+    if getattr(kind, "extension_name", None) == "arrow.json":
+        found = _from_json
+    elif types.is_map(kind):
+        inner = conversion(kind.item_type)
+        found = lambda value, place: _object(value, inner, place)  # noqa: E731
+    elif types.is_struct(kind):
+        fields = [kind.field(number) for number in range(kind.num_fields)]
+        inners = {f.name: c for f in fields if (c := conversion(f.type)) is not None}
+        if inners:
+            found = lambda value, place: (  # noqa: E731
+                value | {name: convert(value[name], place) for name, convert in inners.items()}
+            )
+    elif types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
+        item = conversion(kind.value_type)
+        if item is not None:
+            found = lambda value, place: [item(v, place) for v in value]  # noqa: E731
+    if found is None:
+        return None
+    return lambda value, place: None if value is None else found(value, place)
+
+
+def _from_json(value: Any, place: str) -> Any:
     try:
-        value = scalar.as_py()
-        return value if convert is None else convert(value, place)
-    except UnicodeDecodeError:
-        if str(scalar.type) in _TEXT_TYPES:
-            return decode(scalar.as_buffer().to_pybytes(), place, 0, errors, counts)
-        # Text inside of lists cannot be had as bytes.
-        raise DataError(f"{place}: not UTF-8; convert the file") from None
+        return decode_json_loosely(value)
+    except (ValueError, RecursionError) as error:
+        raise DataError(
+            f"{place}: a value of type arrow.json is not valid JSON: {reason_of(error)}"
+        ) from None
 
 
-def _leaves(file: Any, columns: TextColumns | None) -> list[int]:
-    names = file.metadata.schema.names
-    # A nested column has several leaves, none of which may have its name.
-    return [names.index(n) for n in (columns.names if columns else names) if n in names]
+def _object(pairs: Any, convert: Convert | None, place: str) -> dict[Any, Any]:
+    found = {}
+    for key, inner in pairs:
+        if key in found:
+            raise DataError(f"{place}: the key {key!r} stands twice in one map; repair the row")
+        found[key] = inner if convert is None else convert(inner, place)
+    return found
 
 
-def _group_bytes(metadata: Any, leaves: list[int]) -> int:
-    return sum(metadata.column(leaf).total_uncompressed_size for leaf in leaves)
-
-
-def _batch_rows(num_rows: int, num_bytes: int) -> int:
-    return min(max(1, BATCH_BYTES * num_rows // max(1, num_bytes)), BATCH_ROWS)
-
-
-def _columns(reading: Reading) -> TextColumns | None:
-    assert isinstance(reading.source, FilesSourceConfig)
-    return None if reading.rows else TextColumns(reading.source)
-
-
-def _check_schema(schema: Any, columns: TextColumns | None, path: str) -> None:
+def _check_schema(schema: pa.Schema, columns: TextColumns | None, path: str) -> None:
+    """The columns are there, and not nested deeper than `MAX_DEPTH`."""
+    level: list[Any] = list(schema.types)
+    for _ in range(MAX_DEPTH):
+        level = [kind.field(number).type for kind in level for number in range(kind.num_fields)]
+    if level:
+        raise DataError(f"{path}: its columns are nested deeper than {MAX_DEPTH} levels")
     if columns is None:
         return
     columns.check(schema.names, path)
     for name in columns.names:
-        kind = str(schema.field(name).type)
+        kind = schema.field(name).type
         if kind not in _TEXT_TYPES and not columns.is_template:
             raise DataError(
                 f"{path}: column {name!r} holds {kind}, not text; set dataset.source.text_field "
@@ -195,47 +269,29 @@ def _check_schema(schema: Any, columns: TextColumns | None, path: str) -> None:
 
 
 @contextlib.contextmanager
-def _arrow(path: str) -> Iterator[tuple[Any, Any]]:
+def _arrow(path: str) -> Iterator[tuple[pa.Schema, Callable[[int], Iterator[pa.RecordBatch]]]]:
     """Schema of an Arrow file and `batches(first)`, which gives its record batches from `first`
     on. The file is mapped into memory, so that batches are passed over without being read."""
-    import pyarrow
-    import pyarrow.ipc
+    with _named(f"{path}: damaged, or not an Arrow file"), pa.memory_map(path, "rb") as file:
+        is_file = file.read(len(_ARROW_MAGIC)) == _ARROW_MAGIC
+        file.seek(0)
+        opened = pa.ipc.open_file(file) if is_file else pa.ipc.open_stream(file)
 
-    try:
-        with pyarrow.memory_map(path, "rb") as file:
-            is_file = file.read(len(_ARROW_MAGIC)) == _ARROW_MAGIC
-            file.seek(0)
+        def batches(first: int) -> Iterator[pa.RecordBatch]:
             if is_file:
-                whole = pyarrow.ipc.open_file(file)
+                return map(opened.get_batch, range(first, opened.num_record_batches))
+            return itertools.islice(opened, first, None)
 
-                def batches(first: int) -> Iterator[Any]:
-                    return map(whole.get_batch, range(first, whole.num_record_batches))
-
-                yield whole.schema, batches
-            else:
-                stream = pyarrow.ipc.open_stream(file)
-
-                def stream_batches(first: int) -> Iterator[Any]:
-                    for number, batch in enumerate(stream):
-                        if number >= first:
-                            yield batch
-
-                yield stream.schema, stream_batches
-    except (pyarrow.ArrowException, OSError) as error:
-        if isinstance(error, OSError) and error.errno is not None:
-            raise
-        raise DataError(f"{path}: damaged, or not an Arrow file: {reason_of(error)}") from None
+        yield opened.schema, batches
 
 
-def _open_parquet(path: str) -> Any:
-    import pyarrow
-    import pyarrow.parquet
+def _open_parquet(path: str) -> pa.parquet.ParquetFile:
+    with _named(f"{path}: not a parquet file that can be read"):
+        return pa.parquet.ParquetFile(path, buffer_size=READ_BYTES)
 
-    try:
-        return pyarrow.parquet.ParquetFile(path, buffer_size=READ_BYTES)
-    except (pyarrow.ArrowException, OSError) as error:
-        if isinstance(error, OSError) and error.errno is not None:
-            raise
-        raise DataError(
-            f"{path}: not a parquet file that can be read: {reason_of(error)}"
-        ) from None
+
+def _group_bytes(file: pa.parquet.ParquetFile, group: int, columns: TextColumns | None) -> int:
+    metadata, names = file.metadata.row_group(group), file.metadata.schema.names
+    # A nested column has several leaves, none of which may have its name.
+    leaves = [names.index(n) for n in (columns.names if columns else names) if n in names]
+    return sum(metadata.column(leaf).total_uncompressed_size for leaf in leaves)

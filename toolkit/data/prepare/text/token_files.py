@@ -8,10 +8,12 @@ comparison of the whole block.
 import contextlib
 import fnmatch
 import glob
+import io
+import math
 from collections import deque
 from collections.abc import Generator, Iterator
 from concurrent.futures import Future
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -23,9 +25,7 @@ from toolkit.data.prepare.text.files import (
     find_files,
     fingerprint_files,
 )
-from toolkit.data.prepare.text.numpy_header import HEADER_BYTES, NUMPY_MAGIC, read_numpy_header
-from toolkit.data.prepare.text.piece import Piece
-from toolkit.data.prepare.text.reading import Counts, Reading
+from toolkit.data.prepare.text.reading import Counts, Piece, Reading
 from toolkit.data.prepare.text.shards import Plan, Range, group_ranges, shard_bytes
 from toolkit.errors import DataError
 from toolkit.storage.remote import RemoteFolder, is_url
@@ -35,45 +35,79 @@ BLOCK_TOKENS = 1 << 20
 BLOCKS_AHEAD = 3
 """Blocks of a remote file that are asked for before they are needed."""
 HEAD_REQUESTS = 8
+NUMPY_MAGIC = b"\x93NUMPY"
+HEADER_BYTES = 1 << 12
+"""As much of a file as holds any numpy header of an array of numbers."""
 _ASYNC_PROTOCOLS = ("s3", "s3a", "gs", "gcs", "http", "https", "abfs", "az")
 
 
-class _Data(NamedTuple):
-    """Where the numbers of one file lie."""
+class NumpyHeader(NamedTuple):
+    """What the header of a .npy file tells."""
 
     first_byte: int
-    num_tokens: int
+    """Where the numbers begin."""
+    num_values: int
+    """Of all rows, where it has several."""
+    dtype: np.dtype
+    """Little-endian."""
+
+    def disagreement(self, file_bytes: int) -> str | None:
+        """What is wrong with a file of this size, or None."""
+        size = file_bytes - self.first_byte
+        if size == self.num_values * self.dtype.itemsize:
+            return None
+        return (
+            f"its numpy header tells of {self.num_values} numbers, it holds "
+            f"{size // self.dtype.itemsize}; the file is cut short or damaged"
+        )
+
+
+def read_numpy_header(head: bytes, path: str) -> NumpyHeader | None:
+    """The header that `head`, the first `HEADER_BYTES` of the file `path`, begins with, if any;
+    DataError where its numbers do not lie one after the other in little-endian order."""
+    if not head.startswith(NUMPY_MAGIC):
+        return None
+    stream, form = io.BytesIO(head), np.lib.format
+    readers = {(1, 0): form.read_array_header_1_0, (2, 0): form.read_array_header_2_0}
+    try:
+        shape, fortran_order, dtype = readers[form.read_magic(stream)](stream)
+    except (ValueError, KeyError, SyntaxError) as error:
+        raise DataError(f"{path}: its numpy header cannot be read: {error}") from None
+    if dtype.newbyteorder("<") != dtype:
+        raise DataError(
+            f"{path}: its numpy header says {dtype.str}: the numbers are big-endian; convert the "
+            "file to little-endian"
+        )
+    if fortran_order and len(shape) > 1:
+        raise DataError(f"{path}: its numbers are stored by columns; convert it to C order")
+    return NumpyHeader(stream.tell(), math.prod(shape), dtype)
 
 
 def plan_token_files(source: TokenFilesSourceConfig) -> Plan:
-    """Ranges of tokens of all files.
-
-    Raises:
-        DataError: for files that are missing, or cannot hold numbers of the given type.
-    """
+    """Ranges of tokens of all files; DataError for those that are missing, or cannot hold numbers
+    of the given type."""
     import xxhash
 
-    local = _local_listing(source)
-    remote = _remote_files(source)
-    num_bytes = sum(file.num_bytes for file in local.files) + sum(f.num_bytes for f in remote)
+    local, remote = local_listing(source), _remote_files(source)
+    files = [*local.files, *remote]
+    num_bytes = sum(file.num_bytes for file in files)
     heads = [_local_head(file.path) for file in local.files]
     fingerprint = fingerprint_files(local.files)
     if remote:
-        heads += _remote_heads(remote)
+        remote_heads = _remote_heads(remote)
+        heads += remote_heads
         digest = xxhash.xxh3_64(fingerprint.encode())
-        for file, head in zip(remote, heads[len(local.files) :], strict=True):
+        for file, head in zip(remote, remote_heads, strict=True):
             digest.update(f"{file.name}\0{file.num_bytes}\0".encode() + head)
         fingerprint = digest.hexdigest()
     size = shard_bytes(num_bytes)
-    files = [*local.files, *remote]
     ranges = (
         part
         for file, head in zip(files, heads, strict=True)
-        for part in _cut(file, _find_data(file, head, source.dtype), source.dtype, size)
+        for part in _cut(file, head, source.dtype, size)
     )
-    shards = group_ranges(ranges, size)
     return Plan(
-        shards,
+        group_ranges(ranges, size),
         fingerprint,
         num_bytes,
         local.num_empty,
@@ -82,83 +116,60 @@ def plan_token_files(source: TokenFilesSourceConfig) -> Plan:
     )
 
 
-def local_token_files(source: TokenFilesSourceConfig) -> Listing | None:
-    """The files, when none is remote."""
-    return None if any(is_url(path) for path in source.paths) else _local_listing(source)
+def local_listing(source: TokenFilesSourceConfig) -> Listing:
+    """The files of `source` that are on this machine."""
+    paths = [path for path in source.paths if not is_url(path)]
+    if not paths and source.paths:
+        return Listing([], 0)
+    return find_files(paths, source.suffixes, holding="tokens")
 
 
 def read_tokens(part: Range, reading: Reading, counts: Counts) -> Iterator[Piece]:
     """The documents whose first token lies in `part`; those longer than a block in pieces.
-
-    Raises:
-        DataError: an id is not below `reading.vocab_size`; names the file and the position.
-    """
-    source = reading.source
-    assert isinstance(source, TokenFilesSourceConfig)
-    dtype, eos_id = np.dtype(source.dtype).newbyteorder("<"), reading.eos_id
-    start = part.start
+    DataError, with file and position, for an id that is not below `reading.vocab_size`."""
+    assert isinstance(reading.source, TokenFilesSourceConfig)
+    dtype, eos_id = np.dtype(reading.source.dtype).newbyteorder("<"), reading.eos_id
     # The token before tells whether a document begins here.
-    begins = start == 0
-    first = start if begins else start - 1
-    document: int | None = start if begins else None
+    first = max(part.start - 1, 0)
+    document: int | None = 0 if part.start == 0 else None
     with contextlib.closing(_blocks(part, dtype, first)) as blocks:
         for offset, ids in blocks:
             _check_ids(ids, offset, part, reading.vocab_size)
             ends = np.flatnonzero(ids == eos_id) + (offset + 1)
-            place = offset
+            place, block_end = offset, offset + len(ids)
             for end in ends.tolist():
                 if document == end - 1:
                     counts.skipped_documents += 1
                 elif document is not None:
-                    yield _piece(part, ids, offset, document, place, end, True, reading, dtype)
+                    found = ids[place - offset : end - offset]
+                    yield _piece(part, found, document, place, ends=True, reading=reading)
                 place = end
                 if end >= part.end:
                     return
                 document = end
-            block_end = offset + len(ids)
             if document is not None and place < block_end:
-                ends_here = block_end == part.document_end
-                yield _piece(
-                    part, ids, offset, document, place, block_end, ends_here, reading, dtype
-                )
+                found, ends_here = ids[place - offset :], block_end == part.num_tokens
+                yield _piece(part, found, document, place, ends=ends_here, reading=reading)
             elif document is None and block_end >= part.end:
-                # All of it belongs to a document of a range before.
-                return
+                return  # All of it belongs to a document of a range before.
 
 
 def _piece(
-    part: Range,
-    ids: np.ndarray,
-    offset: int,
-    document: int,
-    start: int,
-    end: int,
-    ends: bool,
-    reading: Reading,
-    dtype: np.dtype,
+    part: Range, ids: np.ndarray, document: int, start: int, *, ends: bool, reading: Reading
 ) -> Piece:
-    """Tokens `start` to `end` of the file, of the document that begins at token `document`."""
-    found = ids[start - offset : end - offset]
-    piece = Piece(f"{part.name}:{document}", starts=start == document, ends=ends, ids=found)
+    """Tokens of the document that begins at token `document`, from token `start` of the file on."""
+    piece = Piece(f"{part.name}:{document}", starts=start == document, ends=ends, ids=ids)
     if not (reading.with_digests and piece.starts):
         return piece
     import xxhash
 
     digest = xxhash.xxh3_128()
-    if ends:
-        digest.update(np.ascontiguousarray(_without_eos(found, reading.eos_id)).tobytes())
-        return piece._replace(digest=digest.intdigest())
-    with contextlib.closing(_blocks(part, dtype, start)) as blocks:
-        for _, block in blocks:
-            places = np.flatnonzero(block == reading.eos_id)
-            digest.update(block[: places[0]].tobytes() if len(places) else block.tobytes())
-            if len(places):
-                break
+    for _, block in [(start, ids)] if ends else _blocks(part, ids.dtype, start):
+        places = np.flatnonzero(block == reading.eos_id)
+        digest.update(block[: places[0]].tobytes() if len(places) else block.tobytes())
+        if len(places):
+            break
     return piece._replace(digest=digest.intdigest())
-
-
-def _without_eos(ids: np.ndarray, eos_id: int | None) -> np.ndarray:
-    return ids[:-1] if ids[-1] == eos_id else ids
 
 
 def _check_ids(ids: np.ndarray, offset: int, part: Range, vocab_size: int) -> None:
@@ -176,11 +187,10 @@ def _blocks(
     part: Range, dtype: np.dtype, first: int
 ) -> Generator[tuple[int, np.ndarray], None, None]:
     """Blocks of ids from token `first` to the end of the file, with their place."""
-    starts = range(first, part.document_end, BLOCK_TOKENS)
+    starts = range(first, part.num_tokens, BLOCK_TOKENS)
 
     def byte_range(start: int) -> tuple[int, int]:
-        end = min(start + BLOCK_TOKENS, part.document_end)
-        first_byte = part.document_start
+        end, first_byte = min(start + BLOCK_TOKENS, part.num_tokens), part.first_byte
         return first_byte + start * dtype.itemsize, first_byte + end * dtype.itemsize
 
     if part.kind == "tokens":
@@ -220,21 +230,8 @@ def _arrived(
         raise DataError(f"{part.path}: gone while it was being read") from None
 
 
-def _cut(file: SourceFile, data: _Data, dtype: str, size: int) -> Iterator[Range]:
-    itemsize = np.dtype(dtype).itemsize
-    step = max(1, size // itemsize)
-    kind: Literal["tokens", "remote_tokens"] = "remote_tokens" if is_url(file.path) else "tokens"
-    for start in range(0, data.num_tokens, step):
-        end = min(start + step, data.num_tokens)
-        yield Range(
-            kind=kind, path=file.path, name=file.name, start=start, end=end,
-            num_bytes=(end - start) * itemsize, document_start=data.first_byte,
-            document_end=data.num_tokens, file_bytes=file.num_bytes, modified_ns=file.modified_ns,
-        )  # fmt: skip
-
-
-def _find_data(file: SourceFile, head: bytes, dtype: str) -> _Data:
-    """Where the numbers begin: at once, or after a numpy header that agrees with `dtype`."""
+def _cut(file: SourceFile, head: bytes, dtype: str, size: int) -> Iterator[Range]:
+    """The ranges of one file, whose numbers begin at once, or after a numpy header that agrees."""
     itemsize = np.dtype(dtype).itemsize
     header = read_numpy_header(head, file.path)
     if header is not None and header.dtype != np.dtype(dtype):
@@ -243,16 +240,25 @@ def _find_data(file: SourceFile, head: bytes, dtype: str) -> _Data:
             f"{file.path}: its numpy header says {found.str.lstrip('<|')} ({found.name}), not "
             f"{dtype}; set dataset.source.dtype to that, or convert the file"
         )
-    size = file.num_bytes - (header.first_byte if header is not None else 0)
-    if size % itemsize:
+    first_byte = header.first_byte if header is not None else 0
+    num_tokens, rest = divmod(file.num_bytes - first_byte, itemsize)
+    if rest:
         raise DataError(
-            f"{file.path}: {size} bytes of tokens are no multiple of the {itemsize} bytes of "
-            f"{dtype}; the file is cut short, or dataset.source.dtype is wrong"
+            f"{file.path}: {file.num_bytes - first_byte} bytes of tokens are no multiple of the "
+            f"{itemsize} bytes of {dtype}; the file is cut short, or dataset.source.dtype is wrong"
         )
     wrong = header.disagreement(file.num_bytes) if header is not None else None
     if wrong is not None:
         raise DataError(f"{file.path}: {wrong}")
-    return _Data(file.num_bytes - size, size // itemsize)
+    step = max(1, size // itemsize)
+    for start in range(0, num_tokens, step):
+        end = min(start + step, num_tokens)
+        yield Range(
+            kind="remote_tokens" if is_url(file.path) else "tokens", path=file.path,
+            name=file.name, start=start, end=end, num_bytes=(end - start) * itemsize,
+            first_byte=first_byte, num_tokens=num_tokens, file_bytes=file.num_bytes,
+            modified_ns=file.modified_ns,
+        )  # fmt: skip
 
 
 def _local_head(path: str) -> bytes:
@@ -261,20 +267,22 @@ def _local_head(path: str) -> bytes:
         return head if head.startswith(NUMPY_MAGIC) else b""
 
 
-def _local_listing(source: TokenFilesSourceConfig) -> Listing:
-    paths = [path for path in source.paths if not is_url(path)]
-    if not paths and source.paths:
-        return Listing([], 0)
-    return find_files(paths, source.suffixes, holding="tokens")
+def _remote_heads(files: list[SourceFile]) -> list[bytes]:
+    def head(file: SourceFile) -> bytes:
+        folder, name = _split_url(file.path)
+        return RemoteFolder(folder).read(name, 0, min(SAMPLE_BYTES, file.num_bytes))
+
+    threads = HEAD_REQUESTS if files[0].path.startswith(_ASYNC_PROTOCOLS) else 1
+    with ThreadPool(threads) as pool:
+        return list(pool.map(head, files))
 
 
 def _remote_files(source: TokenFilesSourceConfig) -> list[SourceFile]:
     found: dict[str, SourceFile] = {}
-    for url in source.paths:
-        if is_url(url):
-            for file in _expand_url(url.rstrip("/"), source.suffixes):
-                if file.num_bytes:
-                    found.setdefault(file.path, file)
+    for url in filter(is_url, source.paths):
+        for file in _expand_url(url.rstrip("/"), source.suffixes):
+            if file.num_bytes:
+                found.setdefault(file.path, file)
     return sorted(found.values())
 
 
@@ -300,16 +308,6 @@ def _expand_url(url: str, suffixes: tuple[str, ...]) -> Iterator[SourceFile]:
         raise DataError(f"dataset.source.paths: {url}: no such file, or no token files there")
     for name in chosen:
         yield SourceFile(name, f"{base}/{name}", sizes[name])
-
-
-def _remote_heads(files: list[SourceFile]) -> list[bytes]:
-    def head(file: SourceFile) -> bytes:
-        folder, name = _split_url(file.path)
-        return RemoteFolder(folder).read(name, 0, min(SAMPLE_BYTES, file.num_bytes))
-
-    threads = HEAD_REQUESTS if files[0].path.startswith(_ASYNC_PROTOCOLS) else 1
-    with ThreadPool(threads) as pool:
-        return list(pool.map(head, files))
 
 
 def _split_url(url: str) -> tuple[str, str]:

@@ -2,11 +2,11 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-from toolkit.data.config import CustomDatasetConfig, DataConfig
+from toolkit.data.config import DataConfig
 from toolkit.data.instances.base import (
     DecodedPiece,
     DocumentPart,
@@ -14,13 +14,12 @@ from toolkit.data.instances.base import (
     decode_pieces,
     target_mask,
 )
+from toolkit.data.instances.custom import UNKNOWN_LENGTH, open_custom
 from toolkit.data.instances.open import instances_config, open_instances
 from toolkit.data.prepare.corpus import prepare_corpus
+from toolkit.data.prepare.tokenizers.tokenizer import load_tokenizer
 from toolkit.data.tokens.prepared import Split
 from toolkit.errors import ConfigError, DataError
-
-if TYPE_CHECKING:
-    from toolkit.data.prepare.tokenizers.tokenizer import Tokenizer
 
 
 class ShownInstance(NamedTuple):
@@ -49,17 +48,11 @@ class FoundInstances(NamedTuple):
     @property
     def num_instances(self) -> int | None:
         """How many there are; None where a custom data set does not say."""
-        from toolkit.data.instances.custom import UNKNOWN_LENGTH
-
         count = self.instances.num_instances
         return count if count < UNKNOWN_LENGTH else None
 
     def decoded(self, start: int, number: int) -> Iterator[ShownInstance]:
-        """Up to `number` instances from `start` on.
-
-        Raises:
-            ConfigError: there are no such instances.
-        """
+        """Up to `number` instances from `start` on; ConfigError where there are none."""
         count = self.instances.num_instances
         if number < 1:
             raise ConfigError(f"-n {number}: give a number of instances, 1 or more")
@@ -71,13 +64,19 @@ class FoundInstances(NamedTuple):
                 "dataset.sequence_length to less"
             )
         folder = self.instances.tokenizer_folder
-        tokenizer = None
-        if folder is not None:
-            from toolkit.data.prepare.tokenizers.tokenizer import load_tokenizer
-
-            tokenizer = load_tokenizer(folder)
+        tokenizer = load_tokenizer(folder) if folder is not None else None
         for instance in range(start, min(start + number, count)):
-            yield _shown(self.instances, instance, tokenizer)
+            rows = self.instances.read(np.array([instance]))
+            ids, targets = rows["input_ids"][0], target_mask(rows)[0]
+            parts = self.instances.documents(instance)
+            yield ShownInstance(
+                instance,
+                num_tokens=len(ids),
+                num_targets=int(targets.sum()),
+                num_padding=len(ids) - sum(part.end - part.start for part in parts),
+                documents=parts,
+                text=decode_pieces(tokenizer, ids, targets, parts),
+            )
 
 
 def find_instances(
@@ -87,21 +86,22 @@ def find_instances(
     source: str | None = None,
     work_dir: str | Path | None = None,
 ) -> FoundInstances:
-    """The instances of one split; token files that do not exist yet are prepared first.
-
-    Args:
-        source: which source of a mixture.
+    """The instances of one split, of one `source` of a mixture; token files that do not exist yet
+    are prepared first.
 
     Raises:
         ConfigError: no such source.
         DataError: the data cannot be used, or has no such split.
     """
-    if config.dataset.custom is not None:
-        return _custom(config.dataset.custom, split, config.dataset.sequence_length)
+    custom = config.dataset.custom
+    if custom is not None:
+        found = open_custom(custom, split, config.dataset.sequence_length)
+        if found is None:
+            raise DataError(f"dataset.custom.target {custom.target}: has no {split} split")
+        return FoundInstances(custom.target, "custom", found)
     if source is not None and config.dataset.mix is None:
         raise ConfigError(f"--source {source}: dataset.mix is null, there is one corpus; leave out")
-    work = None if work_dir is None else str(work_dir)
-    parts = prepare_corpus(config, work_dir=work).parts
+    parts = prepare_corpus(config, work_dir=None if work_dir is None else str(work_dir)).parts
     if source not in parts and config.dataset.mix is not None:
         given = "is needed for a mixture" if source is None else f"{source}: no such source"
         raise ConfigError(f"--source {given}; there are {', '.join(parts)}")
@@ -114,26 +114,3 @@ def find_instances(
     kind = instances_config(dataset, evaluation=is_val).__struct_config__.tag
     instances = open_instances(prepared, split, dataset, evaluation=is_val)
     return FoundInstances(str(prepared.folder), str(kind), instances)
-
-
-def _custom(config: CustomDatasetConfig, split: Split, sequence_length: int) -> FoundInstances:
-    from toolkit.data.instances.custom import open_custom
-
-    instances = open_custom(config, split, sequence_length)
-    if instances is None:
-        raise DataError(f"dataset.custom.target {config.target}: has no {split} split")
-    return FoundInstances(config.target, "custom", instances)
-
-
-def _shown(instances: InstanceDataset, number: int, tokenizer: "Tokenizer | None") -> ShownInstance:
-    rows = instances.read(np.array([number]))
-    ids, targets = rows["input_ids"][0], target_mask(rows)[0]
-    parts = instances.documents(number)
-    return ShownInstance(
-        number,
-        num_tokens=len(ids),
-        num_targets=int(targets.sum()),
-        num_padding=len(ids) - sum(part.end - part.start for part in parts),
-        documents=parts,
-        text=decode_pieces(tokenizer, ids, targets, parts),
-    )

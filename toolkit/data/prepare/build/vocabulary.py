@@ -1,0 +1,151 @@
+"""The tokenizer of a preparation, and what its ids are."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from toolkit.data.config import (
+    BPETokenizerConfig,
+    ByteTokenizerConfig,
+    DatasetConfig,
+    TokenFilesSourceConfig,
+)
+from toolkit.data.prepare.build.instructions import with_instructions_template
+from toolkit.data.prepare.build.parts import split_of
+from toolkit.data.prepare.text.columns import row_texts
+from toolkit.data.prepare.text.readers import read_shard
+from toolkit.data.prepare.text.reading import Counts, Reading
+from toolkit.data.prepare.text.shards import Plan
+from toolkit.data.prepare.tokenizers.auto import settle
+from toolkit.data.prepare.tokenizers.choice import build_tokenizer
+from toolkit.data.prepare.tokenizers.tokenizer import Tokenizer, load_tokenizer
+from toolkit.errors import DataError
+
+MAX_VOCAB_SIZE = 1 << 32
+"""Ids are stored in four bytes at most."""
+SAMPLE_SHARDS = 256
+
+
+class Vocabulary(NamedTuple):
+    """What is known about the ids of a data set."""
+
+    size: int
+    eos_id: int | None
+    bos_id: int | None
+    fingerprint: str
+
+
+def settled_tokenizer(
+    config: DatasetConfig, plan: Plan, folder: Path, note: Callable[[str], None]
+) -> tuple[Tokenizer | None, str | None]:
+    """The tokenizer of `config`, stored in `folder`, from where workers load it; and the release of
+    `transformers` that gives the same ids, where it was asked."""
+    choice = config.tokenizer
+    if choice is None:
+        return None, None
+    done = folder.with_name(f"{folder.name}.done")
+    if done.exists():
+        return load_tokenizer(folder), done.read_text() or None
+    if isinstance(choice, BPETokenizerConfig):
+        note(f"training a BPE tokenizer of {choice.vocab_size} ids")
+    tokenizer = build_tokenizer(choice, lambda size: sample_texts(config, plan, size))
+    if config.instructions is not None:
+        tokenizer = with_instructions_template(tokenizer, config.instructions)
+    tokenizer = tokenizer.with_bos_policy(config.prepend_bos)
+    tokenizer.save(folder)
+    checked = None
+    if not isinstance(choice, ByteTokenizerConfig | BPETokenizerConfig):
+        # Those two are made here, of parts that `transformers` takes as they are.
+        checked = settle(folder, where=f"dataset.tokenizer.path: {choice.path}")
+        tokenizer = load_tokenizer(folder)
+    done.write_text(checked or "")
+    return tokenizer, checked
+
+
+def sample_texts(config: DatasetConfig, plan: Plan, sample_bytes: int) -> Iterator[str]:
+    """Training text from shards spread over the whole source, `sample_bytes` of UTF-8 at most; from
+    each shard an equal share of what is left, the last document cut."""
+    assert config.source is not None
+    reading = Reading(
+        source=config.source,
+        rows=config.instructions is not None,
+        cache_dir=plan.cache_dir,
+        filters=config.filters,
+    )
+    number = min(len(plan.shards), SAMPLE_SHARDS)
+    left = sample_bytes
+    for turn in range(number):
+        quota = left // (number - turn)
+        if quota == 0:
+            continue
+        shard = plan.shards[turn * len(plan.shards) // number]
+        for piece in read_shard(shard, reading, Counts()):
+            if split_of(piece, config.validation_fraction) == "val":
+                continue
+            text = piece.text if piece.row is None else "\n".join(row_texts(piece.row))
+            data = text[:quota].encode("utf-8", "surrogatepass")
+            num_bytes = len(data)
+            if num_bytes > quota or len(text) > quota:
+                # A character that is cut takes the rest of the room.
+                text, num_bytes = data[:quota].decode("utf-8", "ignore"), quota
+            yield text
+            quota -= num_bytes
+            left -= num_bytes
+            if quota <= 0:
+                break
+
+
+def vocabulary_of(config: DatasetConfig, tokenizer: Tokenizer | None) -> Vocabulary:
+    """The ids that `tokenizer` gives, or that the config tells of token files.
+
+    Raises:
+        DataError: the two contradict each other, or lack a token that `config` asks for.
+    """
+    source = config.source
+    size, eos_id, bos_id, fingerprint = 0, None, None, ""
+    if tokenizer is not None:
+        size, eos_id, bos_id = tokenizer.vocab_size, tokenizer.eos_id, tokenizer.bos_id
+        fingerprint = tokenizer.fingerprint
+    if isinstance(source, TokenFilesSourceConfig):
+        size = _as_told("vocab_size", source.vocab_size, size or None) or 0
+        eos_id = _as_told("eos_id", source.eos_id, eos_id)
+        fingerprint = fingerprint or f"unknown-{size}-{eos_id}"
+        if eos_id is None:
+            raise DataError(
+                "dataset.source.eos_id: must be given, dataset.tokenizer names no end-of-document "
+                "token"
+            )
+        if size > MAX_VOCAB_SIZE:
+            raise DataError(
+                f"dataset.source.vocab_size: must be at most {MAX_VOCAB_SIZE}, not {size}"
+            )
+        if not 0 <= eos_id < size:
+            raise DataError(
+                f"dataset.source.eos_id: {eos_id} is outside the vocabulary of {size} ids"
+            )
+    for needed, token_id, kind, off in (
+        (config.append_eos, eos_id, "end", "eos_token to one of its tokens, or dataset.append_eos"),
+        (
+            config.prepend_bos,
+            bos_id,
+            "start",
+            "bos_token to one of its tokens, or dataset.prepend_bos",
+        ),
+    ):
+        if needed and token_id is None:
+            raise DataError(
+                f"dataset.tokenizer: it names no {kind}-of-document token; set "
+                f"dataset.tokenizer.{off}=false"
+            )
+    return Vocabulary(size, eos_id, bos_id, fingerprint)
+
+
+def _as_told(name: str, told: int | None, of_tokenizer: int | None) -> int | None:
+    """What the config tells of token files, which may not contradict their tokenizer."""
+    if told is None or of_tokenizer is None or told == of_tokenizer:
+        return of_tokenizer if told is None else told
+    raise DataError(
+        f"dataset.source.{name}: is {told}, but dataset.tokenizer has {of_tokenizer}; leave it "
+        "out, or, where the tokens were made by another tokenizer, set dataset.tokenizer to that "
+        "or to null"
+    )

@@ -1,0 +1,110 @@
+"""Encode shards in parallel: one worker process per core, or this process when there is little."""
+
+import contextlib
+import multiprocessing
+import os
+import sys
+import types
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+
+from toolkit import signals
+from toolkit.data.prepare.build.encoding import Encoder
+from toolkit.data.prepare.build.parts import Job, PartsSetup, encode_shard, make_encoder
+from toolkit.data.prepare.tokenizers.tokenizer import Tokenizer, load_tokenizer
+from toolkit.errors import DataError
+from toolkit.parents import end_with_parent
+
+SMALL_BYTES = 2 << 20
+"""Below this, starting processes costs more than they save."""
+
+
+def num_cores() -> int:
+    """Cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def encode_shards(
+    jobs: Sequence[Job], setup: PartsSetup, tokenizer: Tokenizer | None, *, num_processes: int
+) -> Iterator[Job]:
+    """Encode all jobs, yielding each when its part is complete, in no particular order.
+
+    Raises:
+        ToolkitError: the first one of any worker; the parts that are complete stay.
+    """
+    sizes = [job.num_bytes for job in jobs]
+    if num_processes == 1 or (sum(sizes) < SMALL_BYTES and all(sizes)):
+        encoder = make_encoder(setup, tokenizer)
+        for job in jobs:
+            encode_shard(job, setup, encoder)
+            yield job
+        return
+    num_workers = min(num_processes, len(jobs))
+    pool = ProcessPoolExecutor(
+        num_workers,
+        mp_context=multiprocessing.get_context("spawn"),
+        initializer=_start,
+        initargs=(os.getpid(), setup, num_processes // num_workers),
+    )
+    processes = pool._processes  # filled as they start
+    is_done = False
+    try:
+        with _without_main(), signals.starting_workers():
+            futures = {pool.submit(_work, job): job for job in jobs}
+        for future in as_completed(futures):
+            future.result()
+            yield futures[future]
+        is_done = True
+    except BrokenProcessPool:
+        codes = [code for p in processes.values() if (code := p.exitcode) is not None]
+        raise DataError(
+            f"preparing data: a worker process ended with code {min(codes, default=-9)} "
+            "(-9: killed, often for lack of memory); run again to continue with the finished "
+            "parts, with a smaller dataset.num_processes if memory is short"
+        ) from None
+    finally:
+        if not is_done:  # what they are doing is of no use any more, and they ignore SIGTERM
+            for process in list(processes.values()):
+                process.kill()
+            # Else a job that is half sent is waited for (gh-94777).
+            pool._call_queue._reader.close()  # type: ignore[attr-defined]
+        pool.shutdown(wait=is_done, cancel_futures=True)
+
+
+@contextlib.contextmanager
+def _without_main() -> Iterator[None]:
+    """Processes spawned inside do not import the caller's main module: a script needs no
+    `__main__` guard, and costs no import of torch."""
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = types.ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
+
+
+_setup: PartsSetup
+_encoder: Encoder
+
+
+def _start(parent: int, setup: PartsSetup, threads: int) -> None:
+    """Make this process a worker."""
+    global _setup, _encoder
+    signals.ignore_in_worker()
+    end_with_parent(parent)
+    os.environ["TOKENIZERS_PARALLELISM"] = "true" if threads > 1 else "false"
+    os.environ["RAYON_NUM_THREADS"] = str(threads)
+    folder = setup.tokenizer_folder
+    tokenizer = load_tokenizer(folder) if folder is not None else None
+    _setup, _encoder = setup, make_encoder(setup, tokenizer)
+
+
+def _work(job: Job) -> None:
+    try:
+        encode_shard(job, _setup, _encoder)
+    except OSError as error:
+        where = error.filename or _setup.folder
+        raise DataError(
+            f"{where}: cannot be written: {error.strerror}; run again to continue"
+        ) from None
