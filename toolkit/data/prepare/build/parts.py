@@ -155,11 +155,7 @@ def make_encoder(setup: PartsSetup, tokenizer: "Tokenizer | None") -> Encoder:
 
 
 def encode_shard(job: Job, setup: PartsSetup, encoder: Encoder) -> None:
-    """Make the part of one shard.
-
-    Raises:
-        DataError: for input that cannot be read or encoded, or ids outside the vocabulary.
-    """
+    """Make the part of one shard. DataError: input that cannot be read or encoded."""
     counts = Counts()
     folder = part_folder(setup.folder, job.index)
     # A worker of a killed job may still be writing the same part.

@@ -28,11 +28,8 @@ def num_cores() -> int:
 def encode_shards(
     jobs: Sequence[Job], setup: PartsSetup, tokenizer: Tokenizer | None, *, num_processes: int
 ) -> Iterator[Job]:
-    """Encode all jobs, yielding each when its part is complete, in no particular order.
-
-    Raises:
-        ToolkitError: the first one of any worker; the parts that are complete stay.
-    """
+    """Encode all jobs, yielding each when its part is complete, in no particular order. The first
+    error of any worker is raised; the parts that are complete stay."""
     sizes = [job.num_bytes for job in jobs]
     if num_processes == 1 or (sum(sizes) < SMALL_BYTES and all(sizes)):
         encoder = make_encoder(setup, tokenizer)
