@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from toolkit.data.prepare.tokenizers.byte import ByteTokenizer
+from toolkit.data.prepare.tokenizers.tokenizer import ByteTokenizer
 from toolkit.data.tokens.prepared import (
     FORMAT_VERSION,
     MANIFEST_NAME,

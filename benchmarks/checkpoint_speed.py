@@ -35,8 +35,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from toolkit.checkpoint.commit import Save, load_checkpoint, save_checkpoint, write_checkpoint
+from toolkit.checkpoint.commit import Save, save_checkpoint, write_checkpoint
 from toolkit.checkpoint.find import find_checkpoint
+from toolkit.checkpoint.load import load_checkpoint
 from toolkit.checkpoint.save_plan import ShardWriter
 from toolkit.distributed.environment import single_environment
 from toolkit.distributed.tuning import keep_freed_memory

@@ -307,7 +307,7 @@ CONTESTANTS = {
 
 def as_bytes(vocabulary: dict[str, int]) -> dict[bytes, int]:
     """Tokens as bytes; ids rise in the order of merges, so they are ranks."""
-    from toolkit.data.prepare.tokenizers.byte import byte_characters
+    from toolkit.data.prepare.tokenizers.fast_bpe import byte_characters
 
     byte_of = {character: byte for byte, character in enumerate(byte_characters())}
     return {
@@ -365,7 +365,7 @@ def read_corpus(folder: Path) -> Any:
 
 
 def train(corpus: Path, folder: Path) -> None:
-    from toolkit.data.prepare.tokenizers.bpe import train_bpe
+    from toolkit.data.prepare.tokenizers.tokenizer import train_bpe
 
     tokenizer = train_bpe(read_corpus(corpus), VOCAB_SIZE)
     assert tokenizer.vocab_size == VOCAB_SIZE, "too little text for so large a vocabulary"

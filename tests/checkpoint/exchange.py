@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import torch
 
 from tests.tiny import module_config, open_environment, tiny_model, train_steps
-from toolkit.checkpoint.commit import load_checkpoint, save_checkpoint
+from toolkit.checkpoint.commit import save_checkpoint
+from toolkit.checkpoint.load import load_checkpoint
 from toolkit.checkpoint.tensors import iterate_tensors
 from toolkit.distributed.environment import TrainingEnvironment
 from toolkit.models.architecture import MoEConfig

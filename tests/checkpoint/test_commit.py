@@ -12,9 +12,10 @@ from torch.distributed.checkpoint.format_utils import torch_save_to_dcp
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
 from toolkit.checkpoint import retention
-from toolkit.checkpoint.commit import load_checkpoint, save_checkpoint
+from toolkit.checkpoint.commit import save_checkpoint
 from toolkit.checkpoint.find import find_checkpoint, set_aside
 from toolkit.checkpoint.folder import METADATA_FILE, encode_metadata, read_metadata
+from toolkit.checkpoint.load import load_checkpoint
 from toolkit.checkpoint.retention import Retention, prune_checkpoints
 from toolkit.checkpoint.save_plan import ShardWriter
 from toolkit.checkpoint.tensors import SafeReader, load_tensors

@@ -13,9 +13,10 @@ from msgspec import structs
 
 from tests.tiny import build, module_config, open_environment, tiny_model, train_steps
 from tests.workers import WorkerPool
-from toolkit.checkpoint.commit import load_checkpoint, save_checkpoint
+from toolkit.checkpoint.commit import save_checkpoint
 from toolkit.checkpoint.find import find_checkpoint
 from toolkit.checkpoint.folder import METADATA_FILE, encode_metadata, read_metadata
+from toolkit.checkpoint.load import load_checkpoint
 from toolkit.checkpoint.tensors import iterate_tensors
 from toolkit.errors import CheckpointError
 from toolkit.hf.export import export_hf

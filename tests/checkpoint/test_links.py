@@ -7,13 +7,9 @@ import torch
 
 from tests.s3 import BUCKET
 from toolkit.checkpoint.commit import save_checkpoint
-from toolkit.checkpoint.find import find_checkpoint
-from toolkit.checkpoint.remote import (
-    find_remote_checkpoint,
-    prune_remote,
-    saved_remote_steps,
-    upload_checkpoint,
-)
+from toolkit.checkpoint.find import find_checkpoint, find_remote_checkpoint
+from toolkit.checkpoint.folder import saved_steps
+from toolkit.checkpoint.remote import upload_checkpoint
 from toolkit.checkpoint.retention import Retention, prune_checkpoints
 from toolkit.commands.verify import check_checkpoint, verify_checkpoints
 from toolkit.hf.source import find_source
@@ -128,12 +124,12 @@ def test_damaged_remote_ones_are_kept(
         upload_checkpoint(folder, url)
     damaged = RemoteFolder(f"{url}/step1")
     damaged.write("train/rank0.pt", b"cut")
-    prune_remote(url, Retention(keep_last=1), newest=3)
+    prune_checkpoints(url, Retention(keep_last=1), newest=3)
     assert RemoteFolder(url).folders() == ["step1", "step3"]
-    assert saved_remote_steps(url) == [1, 3]
+    assert saved_steps(url) == [1, 3]
     upload_checkpoint(folders[0], url)
     assert RemoteFolder(url).folders() == ["step1", "step1.invalid", "step3"]
     assert RemoteFolder(f"{url}/step1.invalid").read("train/rank0.pt") == b"cut"
     assert find_remote_checkpoint(f"{url}/step1").checkpoint == f"{url}/step1"
-    prune_remote(url, Retention(keep_last=1), newest=3)
+    prune_checkpoints(url, Retention(keep_last=1), newest=3)
     assert RemoteFolder(url).folders() == ["step1.invalid", "step3"]

@@ -10,7 +10,8 @@ import pytest
 
 from tests.tiny import SEQ, build, module_config, open_environment, train_steps
 from tests.workers import WorkerPool
-from toolkit.checkpoint.commit import Save, load_checkpoint, save_checkpoint, write_checkpoint
+from toolkit.checkpoint.commit import Save, save_checkpoint, write_checkpoint
+from toolkit.checkpoint.load import load_checkpoint
 from toolkit.checkpoint.save_plan import ShardWriter
 
 MB = 1e6

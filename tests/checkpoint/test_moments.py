@@ -7,8 +7,8 @@ import torch
 
 from tests.tiny import build, module_config, open_environment, train_steps
 from tests.workers import WorkerPool
-from toolkit.checkpoint.commit import load_checkpoint, save_checkpoint
-from toolkit.checkpoint.load import shapes_of
+from toolkit.checkpoint.commit import save_checkpoint
+from toolkit.checkpoint.load import load_checkpoint, shapes_of
 from toolkit.train.matching import change_of_training, without_new_moments
 
 BEFORE, AFTER = ("blocks.0.attention.*",), ("blocks.1.attention.*",)

@@ -11,7 +11,7 @@ from torch.distributed.checkpoint.filesystem import FileSystem
 
 from toolkit.checkpoint.commit import save_checkpoint
 from toolkit.checkpoint.tensors import load_tensors
-from toolkit.distributed.shards import FlatShard
+from toolkit.distributed.shards import LocalShard
 from toolkit.errors import CheckpointError
 
 BIG = torch.arange(1_000_000.0).view(1000, 1000)
@@ -61,7 +61,7 @@ def test_a_rank_reads_little_more_than_its_own_slice(tmp_path: Path, bytes_read:
     folder = save(tmp_path, {"big": BIG})
     part = torch.zeros(50_000)
     bytes_read.clear()
-    load_tensors(folder, {"big": FlatShard(part, shape=BIG.shape, start=333_333)}, None)
+    load_tensors(folder, {"big": LocalShard.flat(part, shape=BIG.shape, start=333_333)}, None)
     assert torch.equal(part, BIG.view(-1)[333_333:383_333])
     assert sum(bytes_read) < part.nbytes + 50_000
 

@@ -15,29 +15,23 @@ from fsspec.implementations.memory import MemoryFileSystem
 from tests.s3 import BUCKET, S3Server
 from tests.tiny import module_config, open_environment
 from tests.workers import WorkerPool
-from toolkit.checkpoint.commit import load_checkpoint, save_checkpoint
-from toolkit.checkpoint.find import find_checkpoint
+from toolkit.checkpoint.commit import save_checkpoint
+from toolkit.checkpoint.find import Found, find_checkpoint, find_remote_checkpoint, share_of
 from toolkit.checkpoint.folder import (
     METADATA_FILE,
     CheckpointMetadata,
     FileEntry,
     encode_metadata,
     read_metadata,
+    saved_steps,
 )
+from toolkit.checkpoint.load import load_checkpoint
 from toolkit.checkpoint.remote import (
-    RemoteFound,
-    find_remote_checkpoint,
-    prune_remote,
-    saved_remote_steps,
-    share_of,
-    upload_checkpoint,
-)
-from toolkit.checkpoint.remote_load import (
     download_checkpoint,
     download_newest,
-    load_remote_checkpoint,
+    upload_checkpoint,
 )
-from toolkit.checkpoint.retention import Retention
+from toolkit.checkpoint.retention import Retention, prune_checkpoints
 from toolkit.errors import CheckpointError, TrainingError
 from toolkit.storage.remote import RemoteFolder
 
@@ -74,7 +68,7 @@ def s3_root(s3: S3Server) -> str:
 
 def read_in_place(url: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     into = tensors(0.0)
-    _, state = load_remote_checkpoint(url, tensors=into, rank=0, group=None)
+    _, state = load_checkpoint(url, tensors=into, rank=0, group=None)
     return into, state
 
 
@@ -92,8 +86,8 @@ def test_a_checkpoint_comes_back_from_s3_as_it_was(
     written = [path.rpartition("step7/")[2] for method, path, _ in s3.requests if method == "PUT"]
     assert (len(written), written[-1]) == (4, METADATA_FILE)
     for place in (url, s3_root, s3_root.removesuffix("/checkpoints")):
-        assert find_remote_checkpoint(place, hashes=True) == RemoteFound(url)
-    assert saved_remote_steps(s3_root) == [7]
+        assert find_remote_checkpoint(place, hashes=True) == Found(url)
+    assert saved_steps(s3_root) == [7]
 
     copy = download_checkpoint(url, tmp_path / "there")
     assert content(copy) == content(local)
@@ -122,7 +116,7 @@ def upload_and_load(root: str, url: str) -> dict[str, Any]:
         copy = download_newest(url, Path(root) / "there", rank=rank, group=group)
         assert copy is not None
         first, second = torch.zeros(2, 3), torch.zeros(2, 3)
-        _, in_place = load_remote_checkpoint(step, tensors=sharded(first), rank=rank, group=group)
+        _, in_place = load_checkpoint(step, tensors=sharded(first), rank=rank, group=group)
         _, downloaded = load_checkpoint(copy, tensors=sharded(second), rank=rank, group=group)
         return {
             "equal": torch.equal(first, own) and torch.equal(second, own),
@@ -145,7 +139,7 @@ def test_two_ranks_share_the_work(
     assert writes[-1].endswith(f"step1/{METADATA_FILE}")
 
 
-def upload_with_failure(root: str, url: str) -> tuple[str, RemoteFound]:
+def upload_with_failure(root: str, url: str) -> tuple[str, Found]:
     env = open_environment(module_config("ddp"))
     try:
         local = save(Path(root), 1, rank=env.rank, group=env.cpu_group)
@@ -170,7 +164,7 @@ def test_one_ranks_failure_is_every_ranks_and_commits_nothing(
         assert "step1: not uploaded" in message
         assert "rank 1 on" in message
         assert "no route" in message
-        assert found == RemoteFound(None)
+        assert found == Found(None)
 
 
 class Cut(Exception):
@@ -204,10 +198,10 @@ def test_an_upload_cut_anywhere_leaves_nothing_to_be_found(
             cut_after(count, patch)
             with pytest.raises(TrainingError, match=r"step2: not uploaded.*Cut"):
                 upload_checkpoint(newer, ROOT)
-        assert saved_remote_steps(ROOT) == [1]
-        assert find_remote_checkpoint(ROOT) == RemoteFound(first)
+        assert saved_steps(ROOT) == [1]
+        assert find_remote_checkpoint(ROOT) == Found(first)
     upload_checkpoint(newer, ROOT)
-    assert saved_remote_steps(ROOT) == [1, 2]
+    assert saved_steps(ROOT) == [1, 2]
 
 
 def test_replacing_a_checkpoint_takes_its_metadata_away_first(
@@ -220,7 +214,7 @@ def test_replacing_a_checkpoint_takes_its_metadata_away_first(
             cut_after(count, patch)
             with pytest.raises(TrainingError, match=r"step1: not uploaded"):
                 upload_checkpoint(other, ROOT)
-        assert find_remote_checkpoint(ROOT) == RemoteFound(None)
+        assert find_remote_checkpoint(ROOT) == Found(None)
     url = upload_checkpoint(other, ROOT)
     assert read_in_place(url)[0]["model.a"][0, 0] == 5.0
 
@@ -240,7 +234,7 @@ def test_a_damaged_local_checkpoint_is_not_uploaded(tmp_path: Path) -> None:
     (local / "train" / "rank0.pt").write_bytes(bytes([data[0] ^ 1]) + data[1:])
     with pytest.raises(TrainingError, match=r"rank0\.pt has changed since it was saved"):
         upload_checkpoint(local, ROOT)
-    assert find_remote_checkpoint(ROOT) == RemoteFound(None)
+    assert find_remote_checkpoint(ROOT) == Found(None)
 
 
 def test_what_is_not_committed_is_not_uploaded(tmp_path: Path) -> None:
@@ -272,7 +266,7 @@ def test_a_damaged_checkpoint_is_reported_and_the_one_before_used(
     assert sorted(p.name for p in (tmp_path / "there").iterdir()) == ["step1"]
     assert ("step2" in caplog.text) is not uncommitted
     rejected = () if uncommitted else (newer,)
-    assert find_remote_checkpoint(ROOT, hashes=True) == RemoteFound(older, rejected)
+    assert find_remote_checkpoint(ROOT, hashes=True) == Found(older, rejected)
     if not uncommitted:
         with pytest.raises(CheckpointError, match="step2"):
             download_newest(newer, tmp_path / "there")
@@ -352,7 +346,7 @@ def test_a_manifest_cannot_point_outside(tmp_path: Path, name: str) -> None:
         download_checkpoint(url, tmp_path / "there")
     with pytest.raises(CheckpointError, match="manifest names a path outside it"):
         read_in_place(url)
-    assert find_remote_checkpoint(ROOT) == RemoteFound(None, (url,))
+    assert find_remote_checkpoint(ROOT) == Found(None, (url,))
     assert not (tmp_path / "there").exists()
 
 
@@ -399,7 +393,7 @@ def test_reading_in_place_moves_only_what_is_asked_for(
     url = upload_checkpoint(save(tmp_path, 1, tensors=stored), s3_root)
     s3.requests.clear()
     into = {"model.b": torch.zeros(1000, 2000)}
-    load_remote_checkpoint(url, tensors=into, rank=0, group=None)
+    load_checkpoint(url, tensors=into, rank=0, group=None)
     assert torch.equal(into["model.b"], stored["model.b"])
     ranges = [r.removeprefix("bytes=").split("-") for _, path, r in s3.requests if "distcp" in path]
     moved = sum(int(end) - int(start) + 1 for start, end in filter(lambda r: len(r) == 2, ranges))
@@ -409,18 +403,18 @@ def test_reading_in_place_moves_only_what_is_asked_for(
 def test_missing_tensors_and_other_shapes_are_named(tmp_path: Path) -> None:
     url = upload_checkpoint(save(tmp_path, 1), ROOT)
     with pytest.raises(CheckpointError, match=r"model\.a has shape \(3, 4\), the model wants"):
-        load_remote_checkpoint(url, tensors=tensors(rows=5), rank=0, group=None)
+        load_checkpoint(url, tensors=tensors(rows=5), rank=0, group=None)
     with pytest.raises(CheckpointError, match=r"has no tensor model\.b"):
-        load_remote_checkpoint(url, tensors={"model.b": torch.ones(1)}, rank=0, group=None)
+        load_checkpoint(url, tensors={"model.b": torch.ones(1)}, rank=0, group=None)
 
 
 def test_pruning_keeps_the_rule_and_removes_leftovers(tmp_path: Path) -> None:
     for step in (1, 2, 9, 10, 12):
         upload_checkpoint(save(tmp_path, step), ROOT)
     RemoteFolder(f"{ROOT}/step9").delete([METADATA_FILE])  # an upload that was cut
-    prune_remote(ROOT, Retention(keep_last=2), newest=10)
+    prune_checkpoints(ROOT, Retention(keep_last=2), newest=10)
     assert RemoteFolder(ROOT).folders() == ["step10", "step12", "step2"]
-    assert saved_remote_steps(ROOT) == [2, 10, 12]
+    assert saved_steps(ROOT) == [2, 10, 12]
 
 
 def test_a_removal_cut_anywhere_leaves_nothing_that_looks_whole(
@@ -430,11 +424,11 @@ def test_a_removal_cut_anywhere_leaves_nothing_that_looks_whole(
     for count in range(4):
         with monkeypatch.context() as patch:
             cut_after(count, patch)
-            prune_remote(ROOT, Retention(keep_last=1), newest=2)
+            prune_checkpoints(ROOT, Retention(keep_last=1), newest=2)
         assert "old checkpoints cannot be removed: deleting" in caplog.text
-        assert saved_remote_steps(ROOT) == ([1, 2] if count == 0 else [2])
-        assert find_remote_checkpoint(ROOT) == RemoteFound(urls[1])
-    prune_remote(ROOT, Retention(keep_last=1), newest=2)
+        assert saved_steps(ROOT) == ([1, 2] if count == 0 else [2])
+        assert find_remote_checkpoint(ROOT) == Found(urls[1])
+    prune_checkpoints(ROOT, Retention(keep_last=1), newest=2)
     assert RemoteFolder(ROOT).folders() == ["step2"]
 
 

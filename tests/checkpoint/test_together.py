@@ -7,7 +7,6 @@ from unittest import mock
 
 import pytest
 import torch
-from torch.distributed.checkpoint import FileSystemWriter
 
 from tests.tiny import module_config, open_environment
 from tests.workers import WorkerPool
@@ -15,6 +14,7 @@ from toolkit.checkpoint import commit, folder
 from toolkit.checkpoint.commit import save_checkpoint
 from toolkit.checkpoint.find import find_checkpoint
 from toolkit.checkpoint.folder import read_metadata
+from toolkit.checkpoint.save_plan import ShardWriter
 from toolkit.errors import TrainingError
 
 
@@ -28,7 +28,7 @@ def save(root: str, step: int, env: Any) -> None:
 def save_with_failure(root: str, where: str) -> str:
     """Step 1 is saved; step 2 fails on rank 1, or while rank 0 commits."""
     targets: dict[str, tuple[Any, str, int]] = {
-        "tensors": (FileSystemWriter, "write_data", 1),
+        "tensors": (ShardWriter, "write", 1),
         "state": (commit, "_save_rank_state", 1),
         "commit": (commit, "commit_folder", 0),
     }

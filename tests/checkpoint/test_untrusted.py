@@ -14,13 +14,13 @@ from msgspec import structs
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex
 
-from toolkit.checkpoint.archives import load_archive
-from toolkit.checkpoint.commit import load_rank_state, save_checkpoint
+from toolkit.checkpoint.commit import save_checkpoint
 from toolkit.checkpoint.coverage import _is_tiled
 from toolkit.checkpoint.find import find_checkpoint
 from toolkit.checkpoint.folder import METADATA_FILE, FileEntry, encode_metadata, read_metadata
-from toolkit.checkpoint.pickles import check_pickle
+from toolkit.checkpoint.load import load_rank_state
 from toolkit.checkpoint.tensors import iterate_tensors, load_tensors
+from toolkit.checkpoint.untrusted import Archive, check_pickle
 from toolkit.commands.verify import check_checkpoint
 from toolkit.errors import CheckpointError
 from toolkit.hf.source import find_source
@@ -231,7 +231,7 @@ def test_what_torch_saves_is_read_back() -> None:
         "c": torch.zeros(0), "d": torch.tensor(7, dtype=torch.uint8), "e": {"f": {}},
     }  # fmt: skip
     raw = archive_of(value)
-    found = load_archive(io.BytesIO(raw), len(raw))
+    found = Archive(io.BytesIO(raw), len(raw)).load()
     assert torch.equal(found["a"], value["a"])
     assert found["d"].item() == 7
     assert (found["b"], found["e"], found["c"].numel()) == (value["b"], value["e"], 0)

@@ -8,7 +8,7 @@ import torch
 
 from toolkit.cli import main as cli
 from toolkit.commands.convert import finetuning_lr
-from toolkit.data.prepare.tokenizers.bpe import train_bpe
+from toolkit.data.prepare.tokenizers.tokenizer import train_bpe
 from toolkit.experiment.load import load_experiment
 
 

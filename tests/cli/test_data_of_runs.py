@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from toolkit.cli import main as cli
-from toolkit.data.prepare.tokenizers.byte import ByteTokenizer
+from toolkit.data.prepare.tokenizers.tokenizer import ByteTokenizer
 from toolkit.experiment.load import load_experiment
 
 QUICK = [

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig
 
 from toolkit.cli import main as cli
-from toolkit.data.prepare.tokenizers.byte import ByteTokenizer
+from toolkit.data.prepare.tokenizers.tokenizer import ByteTokenizer
 
 TEXT = "".join(f"line {n}: ünd so weiter, and {n * n}\n" for n in range(20))
 SMALL: dict[str, Any] = {

@@ -13,7 +13,7 @@ from toolkit.checkpoint.commit import save_checkpoint
 from toolkit.cli import generate as chat
 from toolkit.cli import main as cli
 from toolkit.commands.generate import open_generator
-from toolkit.data.prepare.tokenizers.byte import ByteTokenizer
+from toolkit.data.prepare.tokenizers.tokenizer import ByteTokenizer
 from toolkit.errors import CheckpointError
 from toolkit.evaluate.continuation import Sampling, TransformersContinuation
 from toolkit.evaluate.text import TextGenerator

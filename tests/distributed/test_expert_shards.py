@@ -7,7 +7,8 @@ import torch
 
 from tests.tiny import build, module_config, open_environment, tiny_model
 from tests.workers import WorkerPool
-from toolkit.distributed.materialize import LARGEST_SHARE, local_runs, sharded_dimension
+from toolkit.distributed.materialize import LARGEST_SHARE, sharded_dimension
+from toolkit.distributed.shards import ShardSpec, draw_initial_values
 from toolkit.models.architecture import MoEConfig
 from toolkit.models.init import BLOCK_SIZE, canonical_parameters
 
@@ -122,8 +123,8 @@ def columns_equal_whole() -> bool:
         whole = fill_flat_(torch.empty(shape.numel()), start=0, **settings).view(shape)
         mesh = init_device_mesh("cpu", (2,))
         sharded = distribute_tensor(torch.zeros(shape), mesh, [Shard(1)])
-        for run, start in local_runs(sharded):
-            fill_flat_(run, start=start, **settings)
+        table = {"w": ShardSpec(shape)}
+        draw_initial_values({"w": sharded}, {"w": settings["spec"]}, table, SEED)
         return torch.equal(sharded.to_local(), whole.chunk(2, dim=1)[env.rank])
     finally:
         env.close()

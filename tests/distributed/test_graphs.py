@@ -13,8 +13,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from tests.workers import WorkerPool
 from toolkit.distributed.accelerator import ddp_options
-from toolkit.distributed.activation_checkpointing import ActivationCheckpointingConfig
-from toolkit.distributed.config import DataParallelConfig
+from toolkit.distributed.config import ActivationCheckpointingConfig, DataParallelConfig
 from toolkit.distributed.environment import TrainingEnvironment
 from toolkit.distributed.layout import resolve_layout
 from toolkit.distributed.materialize import materialize

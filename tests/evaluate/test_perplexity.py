@@ -12,8 +12,7 @@ from torch.nn.functional import cross_entropy
 
 from tests.data.corpus import random_text
 from toolkit.data.config import FilesSourceConfig
-from toolkit.data.prepare.tokenizers.bpe import train_bpe
-from toolkit.data.prepare.tokenizers.byte import ByteTokenizer
+from toolkit.data.prepare.tokenizers.tokenizer import ByteTokenizer, train_bpe
 from toolkit.errors import DataError
 from toolkit.evaluate.perplexity import evaluate_stream, transformer_loss
 from toolkit.evaluate.stream import Chunk, check_vocabulary, read_documents, windows

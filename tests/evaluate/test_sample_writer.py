@@ -7,9 +7,8 @@ import pytest
 import torch
 
 from toolkit.data.config import HFTokenizerConfig
-from toolkit.data.prepare.tokenizers.byte import ByteTokenizer
-from toolkit.data.prepare.tokenizers.hf import load_hf_tokenizer
-from toolkit.data.prepare.tokenizers.tokenizer import EOS_TOKEN
+from toolkit.data.prepare.tokenizers.choice import load_hf_tokenizer
+from toolkit.data.prepare.tokenizers.tokenizer import EOS_TOKEN, ByteTokenizer
 from toolkit.errors import ConfigError
 from toolkit.evaluate.sample_writer import SampleWriter
 from toolkit.train.config import SampleWriterConfig

@@ -10,7 +10,7 @@ def make_whole(folder: Path) -> dict[str, Path]:
     import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
-    from toolkit.data.prepare.tokenizers.bpe import train_bpe
+    from toolkit.data.prepare.tokenizers.tokenizer import train_bpe
 
     torch.manual_seed(0)
     config = Qwen3Config(

@@ -16,9 +16,7 @@ from tests.hf.fidelity import random_model, their_config
 from toolkit.checkpoint.find import find_checkpoint
 from toolkit.checkpoint.folder import read_metadata
 from toolkit.checkpoint.tensors import iterate_tensors, load_tensors
-from toolkit.data.prepare.tokenizers.bpe import train_bpe
-from toolkit.data.prepare.tokenizers.byte import ByteTokenizer
-from toolkit.data.prepare.tokenizers.tokenizer import load_tokenizer
+from toolkit.data.prepare.tokenizers.tokenizer import ByteTokenizer, load_tokenizer, train_bpe
 from toolkit.errors import (
     CheckpointError,
     ConfigError,

@@ -10,8 +10,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from toolkit.data.config import HFTokenizerConfig
-from toolkit.data.prepare.tokenizers.bpe import train_bpe
-from toolkit.data.prepare.tokenizers.hf import load_hf_tokenizer
+from toolkit.data.prepare.tokenizers.choice import load_hf_tokenizer
+from toolkit.data.prepare.tokenizers.tokenizer import train_bpe
 from toolkit.errors import CheckpointError, DataError
 from toolkit.hf.choose import hf_architecture
 from toolkit.hf.export import export_hf

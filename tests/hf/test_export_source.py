@@ -13,9 +13,8 @@ from safetensors.torch import load_file, save_file
 from tests.hf.fidelity import random_model, tensors_of, their_config
 from tests.hf.test_source import TINY, save
 from toolkit.data.config import HFTokenizerConfig
-from toolkit.data.prepare.tokenizers.bpe import train_bpe
-from toolkit.data.prepare.tokenizers.hf import load_hf_tokenizer
-from toolkit.data.prepare.tokenizers.tokenizer import load_tokenizer
+from toolkit.data.prepare.tokenizers.choice import load_hf_tokenizer
+from toolkit.data.prepare.tokenizers.tokenizer import load_tokenizer, train_bpe
 from toolkit.errors import CheckpointError
 from toolkit.hf import compare, export
 from toolkit.hf.export import export_hf, export_source

@@ -12,7 +12,7 @@ import torch
 from toolkit.checkpoint.commit import save_checkpoint
 from toolkit.checkpoint.folder import read_metadata
 from toolkit.checkpoint.tensors import stored_types
-from toolkit.data.prepare.tokenizers.byte import ByteTokenizer
+from toolkit.data.prepare.tokenizers.tokenizer import ByteTokenizer
 from toolkit.errors import CheckpointError
 from toolkit.hf.export import export_hf
 from toolkit.hf.source import find_source, load_model, source_tensors

@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from toolkit.distributed.activation_checkpointing import apply_activation_checkpointing
 from toolkit.distributed.config import ActivationCheckpointingConfig
+from toolkit.distributed.materialize import apply_activation_checkpointing
 from toolkit.models.architecture import MoEConfig
 from toolkit.models.compile import compile_model
 from toolkit.models.config import TransformerConfig

@@ -70,6 +70,9 @@ def test_an_optimizer_of_ones_own_is_built_in_groups_and_stored() -> None:
     }
     built = optim.build(named)
     assert [g["weight_decay"] for g in built.param_groups] == [0.0, 0.5]
+    # An argument that only a group has another value of.
+    (plain, *_) = optim.replace(options={}).build(named).param_groups
+    assert plain["weight_decay"] == 0.0
     named["head.weight"].grad = torch.tensor([2.0, -3.0])
     for other in ("embeddings.tokens.weight", "a.norm.weight"):
         named[other].grad = torch.zeros(2)

@@ -201,7 +201,7 @@ def test_a_holder_of_the_same_host_name_on_another_machine_is_watched(folder, mo
 
 
 def test_a_deleted_lock_file_does_not_let_a_second_writer_in(folder, holder):
-    (folder / RUN_FILES.lock).unlink()
+    (folder / RUN_FILES.lock).unlink(missing_ok=True)
     with pytest.raises(RunError, match=f"pid {holder.pid} on "):
         RunLock(folder).acquire()
     assert read_lock_info(folder).pid == holder.pid

@@ -58,7 +58,7 @@ class _AsIs:
 def on_meta(monkeypatch: pytest.MonkeyPatch) -> Any:
     """A train module whose parameters have no values."""
     monkeypatch.setattr(torch_engine, "build_accelerator", lambda *_: _AsIs())
-    monkeypatch.setattr(materialize, "_initialize", lambda *_: None)
+    monkeypatch.setattr(materialize, "draw_initial_values", lambda *_: None)
     # What torch does not know of the meta device.
     adam = importlib.import_module("torch.optim.adam")
     monkeypatch.setattr(adam, "_device_dtype_check_for_fused", lambda *_, **__: None)

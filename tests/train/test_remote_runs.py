@@ -10,7 +10,6 @@ import pytest
 from tests.s3 import BUCKET, s3_server, times
 from tests.workers import WorkerPool
 from toolkit.checkpoint.folder import saved_steps
-from toolkit.checkpoint.remote import saved_remote_steps
 from toolkit.errors import ToolkitError
 
 STEPS = 12
@@ -69,10 +68,10 @@ def test_a_run_whose_machine_is_gone_goes_on_elsewhere(
     stop = "--trainer.hard_stop={value: 7, unit: steps}"
     results = workers.run(ranks, run, str(folder), str(data), *flags, stop)
     assert results == [(0, "")] * ranks
-    assert saved_remote_steps(url) == saved_steps(folder / "checkpoints") == [6, 7]
+    assert saved_steps(url) == saved_steps(folder / "checkpoints") == [6, 7]
     shutil.rmtree(folder)
     assert workers.run(ranks, run, str(folder), str(data), *flags) == [(0, "")] * ranks
-    assert saved_remote_steps(url) == [9, 12]
+    assert saved_steps(url) == [9, 12]
     got, want = losses(folder), losses(expected)
     assert list(got) == list(range(8, STEPS + 1))
     assert got == pytest.approx({step: want[step] for step in got}, rel=1e-5)
@@ -132,4 +131,4 @@ def saved_remote_steps_at(url: str, environ: dict[str, str]) -> Any:
     with pytest.MonkeyPatch.context() as patch:
         for name, value in environ.items():
             patch.setenv(name, value)
-        return saved_remote_steps(url)
+        return saved_steps(url)

@@ -1,4 +1,4 @@
-"""Saving and loading one checkpoint: temp name, fsync, manifest, rename, `.metadata.json` last.
+"""Saving one checkpoint: temporary name, fsync, manifest, rename, `.metadata.json` last.
 
 1. Every rank writes into `step{N}.tmp`: its tensors (DCP) and its `train/rank{R}.pt`, hashed and
    fsynced.
@@ -21,7 +21,6 @@ import msgspec
 import torch
 import torch.distributed as dist
 
-from toolkit.checkpoint.archives import load_archive
 from toolkit.checkpoint.folder import (
     FORMAT_VERSION,
     HF_FOLDER,
@@ -39,11 +38,9 @@ from toolkit.checkpoint.folder import (
     step_folder,
 )
 from toolkit.checkpoint.save_plan import Resolve, ShardWriter, WrittenShards
-from toolkit.checkpoint.tensors import load_tensors
 from toolkit.checkpoint.together import gather, run_together
 from toolkit.errors import CheckpointError, TrainingError
 from toolkit.storage.atomic import fsync_folder, hash_file, remove_tree, write_atomic
-from toolkit.storage.foreign import check_regular, reason_of
 
 log = logging.getLogger(__name__)
 
@@ -74,39 +71,24 @@ class Save(msgspec.Struct, frozen=True, kw_only=True):
 def save_checkpoint(
     root: Path,
     *,
-    step: int,
-    tokens: int,
     tensors: dict[str, torch.Tensor],
     rank_state: dict[str, Any],
-    engine: str,
     rank: int,
     group: dist.ProcessGroup | None,
-    extra: dict[str, Any] | None = None,
-    export: Callable[[Path], None] | None = None,
+    **fields: Any,
 ) -> Path:
-    """Commit one checkpoint at once; see `Save` and `write_checkpoint`.
-
-    Args:
-        tensors: `model.*` and `optim.*`, see `Engine.state_tensors`.
-    """
-    save = Save(
-        root=root,
-        step=step,
-        tokens=tokens,
-        engine=engine,
-        extra=extra or {},
-        rank_state=lambda: rank_state,
-        export=export,
-    )
+    """Commit one checkpoint at once: `tensors` are `model.*` and `optim.*` (see
+    `Engine.state_tensors`), `fields` the others of `Save`; see `write_checkpoint`."""
     if rank == 0:
         root.mkdir(parents=True, exist_ok=True)
-    pieces = ShardWriter(group)
-    return write_checkpoint(save, pieces, pieces.live(tensors), rank=rank, group=group)
+    shards = ShardWriter(group)
+    save = Save(root=root, rank_state=lambda: rank_state, **fields)
+    return write_checkpoint(save, shards, shards.live(tensors), rank=rank, group=group)
 
 
 def write_checkpoint(
     save: Save,
-    pieces: ShardWriter,
+    shards: ShardWriter,
     resolve: Resolve,
     *,
     rank: int,
@@ -114,8 +96,7 @@ def write_checkpoint(
 ) -> Path:
     """Commit a checkpoint of all ranks of `group` (None: one process) and return its folder.
 
-    Args:
-        pieces, resolve: the tensors, from `pieces.live` or `pieces.copy`.
+    `shards` and `resolve` are the tensors, from `shards.live`, `copy` or `stream`.
 
     Raises:
         TrainingError: on every rank when one failed; nothing is committed.
@@ -132,7 +113,7 @@ def write_checkpoint(
             (temporary / RANK_FOLDER).mkdir()
 
     def write() -> WrittenShards:
-        written = pieces.write(temporary / TENSORS_FOLDER, resolve)
+        written = shards.write(temporary / TENSORS_FOLDER, resolve)
         _save_rank_state(temporary / rank_file(rank), save.rank_state())
         files = {f"{TENSORS_FOLDER}/{name}": entry for name, entry in written.files.items()}
         return WrittenShards(written.results, files | _entries(temporary, [rank_file(rank)]))
@@ -140,7 +121,7 @@ def write_checkpoint(
     def commit() -> None:
         if rank != 0:
             return
-        pieces.write_metadata(temporary / TENSORS_FOLDER, [part.results for part in written])
+        shards.write_metadata(temporary / TENSORS_FOLDER, [part.results for part in written])
         if save.export is not None:
             _try_export(save.export, temporary)
         files = {name: entry for part in written for name, entry in part.files.items()}
@@ -161,7 +142,7 @@ def write_checkpoint(
 
     failing = f"{final}: not saved, earlier checkpoints are as they were"
     try:
-        sizes = gather(pieces.nbytes, group)
+        sizes = gather(shards.nbytes, group)
         run_together(begin, group, failing=failing)
         written = run_together(write, group, failing=failing)
         run_together(commit, group, failing=failing)
@@ -172,37 +153,6 @@ def write_checkpoint(
     return final
 
 
-def load_checkpoint(
-    checkpoint: Path,
-    *,
-    tensors: dict[str, torch.Tensor],
-    rank: int,
-    group: dist.ProcessGroup | None,
-) -> tuple[CheckpointMetadata, dict[str, Any]]:
-    """Fill `tensors` in place; returns the metadata and this rank's state.
-
-    A rank that did not exist at saving gets rank 0's state (data order and counters are the same on
-    all ranks).
-    """
-    metadata = read_metadata(checkpoint)
-    load_tensors(checkpoint / TENSORS_FOLDER, tensors, group)
-    return metadata, load_rank_state(checkpoint, rank)
-
-
-def load_rank_state(checkpoint: Path, rank: int) -> dict[str, Any]:
-    """`train/rank{rank}.pt`, or rank 0's where that rank did not exist; tensors and plain values
-    only, no code is run."""
-    path = checkpoint / rank_file(rank)
-    if not path.is_file():
-        path = checkpoint / rank_file(0)
-    try:
-        size = check_regular(path, CheckpointError)
-        with path.open("rb") as file:
-            return load_archive(file, size)
-    except Exception as error:
-        raise CheckpointError(f"{path}: cannot be read: {reason_of(error)}") from error
-
-
 def check_free_space(root: Path, needed: int) -> None:
     """Make the folder `root`; raise TrainingError when its disk has fewer than `needed` bytes."""
     root.mkdir(parents=True, exist_ok=True)
@@ -211,6 +161,22 @@ def check_free_space(root: Path, needed: int) -> None:
         raise TrainingError(
             f"{needed / 1e9:.2f} GB are needed on the disk of {root}, {free / 1e9:.2f} GB are free"
         )
+
+
+def commit_folder(temporary: Path, final: Path, metadata: bytes) -> None:
+    """Give `temporary`, whose files are synced, the name `final`, and then its `.metadata.json`."""
+    for folder in [temporary, *(p for p in temporary.rglob("*") if p.is_dir())]:
+        fsync_folder(folder)
+    if os.path.lexists(final):
+        # Of a crash before the metadata, or of a stretch of training that is being repeated: then
+        # it is equal, or damaged, which nobody but the user may throw away.
+        if _is_damaged(final):
+            log.warning("damaged checkpoint renamed: %s", move_aside(final))
+        else:
+            remove_tree(final)
+    temporary.rename(final)
+    fsync_folder(final.parent)
+    write_atomic(final / METADATA_FILE, metadata)
 
 
 def _is_damaged(folder: Path) -> bool:
@@ -242,19 +208,3 @@ def _try_export(export: Callable[[Path], None], temporary: Path) -> None:
 def _entries(folder: Path, names: Iterable[str]) -> dict[str, FileEntry]:
     paths = {name: folder / name for name in names}
     return {name: FileEntry(p.stat().st_size, hash_file(p)) for name, p in paths.items()}
-
-
-def commit_folder(temporary: Path, final: Path, metadata: bytes) -> None:
-    """Give `temporary`, whose files are synced, the name `final`, and then its `.metadata.json`."""
-    for folder in [temporary, *(p for p in temporary.rglob("*") if p.is_dir())]:
-        fsync_folder(folder)
-    if os.path.lexists(final):
-        # Of a crash before the metadata, or of a stretch of training that is being repeated: then
-        # it is equal, or damaged, which nobody but the user may throw away.
-        if _is_damaged(final):
-            log.warning("damaged checkpoint renamed: %s", move_aside(final))
-        else:
-            remove_tree(final)
-    temporary.rename(final)
-    fsync_folder(final.parent)
-    write_atomic(final / METADATA_FILE, metadata)

@@ -23,10 +23,7 @@ _MOST_DIMENSIONS = 5
 
 
 def check_coverage(metadata: Metadata, sizes: Mapping[str, int]) -> None:
-    """Check every tensor in `metadata` against the files there are.
-
-    Args:
-        sizes: bytes of each file beside `.metadata`.
+    """Check every tensor in `metadata` against `sizes`, the bytes of each file beside it.
 
     Raises:
         ValueError: naming the first tensor that is not whole, or a place that belongs to none.
@@ -53,8 +50,8 @@ def check_coverage(metadata: Metadata, sizes: Mapping[str, int]) -> None:
             if place.length < numbers * entry.properties.dtype.itemsize:
                 raise ValueError(f"{name}: a chunk has fewer bytes than numbers")
             if numbers:
-                span = (place.offset, place.offset + place.length)
-                used.setdefault(place.relative_path, []).append(span)
+                end = place.offset + place.length
+                used.setdefault(place.relative_path, []).append((place.offset, end))
     if known != len(places):
         raise ValueError("names chunks that no tensor has")
     for file, spans in used.items():

@@ -7,30 +7,42 @@ checkpoints/step{N}/                after the rename
     model_and_optim/                torch DCP, canonical names and global shapes
     hf/                             safetensors for transformers (on request)
 checkpoints/step{N}.invalid/        set aside: found damaged, or of a stretch that was started anew
+
+A checkpoint is a folder (`Path`), or the URL (`str`) of one on an object store.
 """
 
 import os
 import re
 from collections.abc import Iterable
-from pathlib import Path
-from typing import Any, Literal
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal, TypeVar
 
 import msgspec
 
 from toolkit.errors import CheckpointError
+from toolkit.runs.files import RUN_FILES
+from toolkit.runs.status import read_status
 from toolkit.storage.atomic import hash_file, unused_name
 from toolkit.storage.foreign import decode_json, read_bytes
+from toolkit.storage.remote import RemoteFolder, is_url
 
 METADATA_FILE = ".metadata.json"
 TENSORS_FOLDER = "model_and_optim"
+TENSORS_METADATA = f"{TENSORS_FOLDER}/.metadata"
 MODEL_PREFIX = "model."
 """Of names of weights there; what follows is the parameter's own name."""
 RANK_FOLDER = "train"
 HF_FOLDER = "hf"
+HF_CONFIG_FILE = "config.json"
 INVALID_SUFFIX = ".invalid"
 FORMAT_VERSION = 2
 MAX_MANIFEST_BYTES = 1 << 30
 """A checkpoint of thousands of ranks has as many files."""
+
+Place = TypeVar("Place", Path, str)
+PathKind = Literal["url", "missing", "file", "checkpoint", "hf", "run", "checkpoints", "folder"]
+"""`hf`: a folder with the config.json of transformers; `checkpoints`: one with step folders in it,
+or in its checkpoints/; `folder`: any other."""
 
 Kind = Literal["permanent", "ephemeral", "fixed"]
 """Ordinary ones are kept by the rules of retention; of ephemeral ones just the newest, fixed ones
@@ -88,20 +100,51 @@ def rank_file(rank: int) -> str:
     return f"{RANK_FOLDER}/rank{rank}.pt"
 
 
-def saved_steps(root: Path) -> list[int]:
-    """Steps with a committed folder under `root`, ascending; not checked for validity."""
-    if not root.is_dir():
-        return []
-    steps = ((step_of(p.name), p) for p in root.iterdir())
-    return sorted(n for n, p in steps if n is not None and (p / METADATA_FILE).is_file())
-
-
 def step_folders(root: Path) -> dict[Path, int]:
     """Every folder called `step{N}`, the uncommitted too, and its step."""
-    if not root.is_dir():
-        return {}
-    steps = ((p, step_of(p.name)) for p in root.iterdir())
-    return {path: step for path, step in steps if step is not None}
+    paths = root.iterdir() if root.is_dir() else ()
+    return {path: step for path in paths if (step := step_of(path.name)) is not None}
+
+
+def kind_of(path: Path | str) -> PathKind:
+    """What lies at a path that a user gave. Of several things, what is named first in `PathKind`.
+
+    It is looked at, not checked: a "checkpoint" may be damaged, a "run" may hold no checkpoint.
+    """
+    if is_url(path):
+        return "url"
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        return "file" if folder.exists() else "missing"
+    if is_committed(folder):
+        return "checkpoint"
+    if (folder / HF_CONFIG_FILE).is_file():
+        return "hf"
+    if read_status(folder) is not None:
+        return "run"
+    has_steps = any(map(saved_steps, (folder, folder / RUN_FILES.checkpoints)))
+    return "checkpoints" if has_steps else "folder"
+
+
+def inside(folder: Place, name: str) -> Place:
+    """What `folder` has under `name`."""
+    return folder / name if isinstance(folder, Path) else f"{folder.rstrip('/')}/{name}"
+
+
+def is_committed(checkpoint: Path | str) -> bool:
+    """Whether it has its `.metadata.json`."""
+    if isinstance(checkpoint, Path):
+        return (checkpoint / METADATA_FILE).is_file()
+    return RemoteFolder(checkpoint).exists(METADATA_FILE)
+
+
+def saved_steps(root: Path | str) -> list[int]:
+    """Steps with committed checkpoints in a folder or at a URL, ascending; not checked for
+    validity."""
+    if isinstance(root, Path):
+        return sorted(step for path, step in step_folders(root).items() if is_committed(path))
+    found = (step for step in map(step_of, RemoteFolder(root).folders()) if step is not None)
+    return sorted(step for step in found if is_committed(inside(root, f"step{step}")))
 
 
 def move_aside(folder: Path) -> Path:
@@ -117,30 +160,35 @@ def encode_metadata(metadata: CheckpointMetadata) -> bytes:
     """Content of `.metadata.json`: indented JSON that holds its own hash."""
     blank = msgspec.structs.replace(metadata, xxh3=_NO_HASH)
     raw = msgspec.json.format(msgspec.json.encode(blank))
-    return raw.replace(_NO_HASH.encode(), _hash(raw).encode(), 1)
+    return raw.replace(_NO_HASH.encode(), hash_of(raw).encode(), 1)
 
 
-def read_metadata(checkpoint: Path) -> CheckpointMetadata:
+def read_metadata(checkpoint: Path | str) -> CheckpointMetadata:
     """The committed metadata.
 
     Raises:
-        CheckpointError: not a checkpoint, changed since it was saved, or of a newer format.
+        CheckpointError: not a checkpoint, changed since it was saved, of a newer format, or naming
+            files outside it.
+        StorageError: the store cannot be asked.
     """
+    return decode_metadata(read_raw_metadata(checkpoint), checkpoint)
+
+
+def read_raw_metadata(checkpoint: Path | str) -> bytes:
+    """`.metadata.json` as it is stored; raises CheckpointError where there is none."""
     try:
-        raw = read_bytes(checkpoint / METADATA_FILE, CheckpointError, max_bytes=MAX_MANIFEST_BYTES)
+        if isinstance(checkpoint, str):
+            return RemoteFolder(checkpoint).read(METADATA_FILE)
+        path = checkpoint / METADATA_FILE
+        return read_bytes(path, CheckpointError, max_bytes=MAX_MANIFEST_BYTES)
     except FileNotFoundError:
         raise CheckpointError(
             f"{checkpoint}: not a committed checkpoint (no {METADATA_FILE})"
         ) from None
-    return decode_metadata(raw, checkpoint)
 
 
 def decode_metadata(raw: bytes, checkpoint: Path | str) -> CheckpointMetadata:
-    """The content of `.metadata.json`; `checkpoint` is for messages.
-
-    Raises:
-        CheckpointError: changed since it was saved, or of a newer format.
-    """
+    """The content of `.metadata.json`; `checkpoint` is for messages. Raises CheckpointError."""
     where = f"{str(checkpoint).rstrip('/')}/{METADATA_FILE}"
     metadata = decode_json(raw, where, CheckpointError, CheckpointMetadata)
     for name in _MAPPINGS & metadata.extra.keys():
@@ -153,13 +201,18 @@ def decode_metadata(raw: bytes, checkpoint: Path | str) -> CheckpointMetadata:
         )
     if metadata.version > 1 or metadata.xxh3:
         blank = raw.replace(metadata.xxh3.encode(), _NO_HASH.encode(), 1)
-        if not metadata.xxh3 or _hash(blank) != metadata.xxh3:
+        if not metadata.xxh3 or hash_of(blank) != metadata.xxh3:
             raise CheckpointError(f"{checkpoint}: {METADATA_FILE} has changed since it was saved")
+    for name in metadata.files:
+        path = PurePosixPath(name)
+        is_inside = path.as_posix() == name and not path.is_absolute() and ".." not in path.parts
+        if not is_inside or "\\" in name or "\0" in name or name in (".", METADATA_FILE):
+            raise CheckpointError(f"{checkpoint}: manifest names a path outside it: {name!r}")
     return metadata
 
 
 def check_files(
-    checkpoint: Path,
+    checkpoint: Path | str,
     metadata: CheckpointMetadata,
     *,
     hashes: bool = False,
@@ -169,35 +222,52 @@ def check_files(
 
     Raises:
         CheckpointError: naming the first file that is missing, cut or changed.
+        StorageError: the store cannot be asked.
     """
+    remote = RemoteFolder(checkpoint) if isinstance(checkpoint, str) else None
+    sizes = {} if remote is None else remote.sizes()
     for name in metadata.files if only is None else only:
-        entry = metadata.files.get(name)
-        if entry is None:
-            raise CheckpointError(f"{checkpoint}: {name} is missing in its manifest")
-        path = (checkpoint / name).resolve()
-        if not path.is_relative_to(checkpoint.resolve()):
-            raise CheckpointError(f"{checkpoint}: manifest names a path outside it: {name!r}")
-        if not path.is_file():
+        entry = _entry(checkpoint, metadata, name)
+        if isinstance(checkpoint, Path):
+            path = (checkpoint / name).resolve()
+            if not path.is_relative_to(checkpoint.resolve()):
+                raise CheckpointError(f"{checkpoint}: manifest names a path outside it: {name!r}")
+            if path.is_file():
+                sizes[name] = path.stat().st_size
+        if name not in sizes:
             raise CheckpointError(f"{checkpoint}: {name} is missing")
-        if path.stat().st_size != entry.size:
+        if sizes[name] != entry.size:
             raise CheckpointError(
-                f"{checkpoint}: {name} has {path.stat().st_size} bytes, expected {entry.size}"
+                f"{checkpoint}: {name} has {sizes[name]} bytes, expected {entry.size}"
             )
-        if hashes and hash_file(path) != entry.xxh3:
-            raise CheckpointError(f"{checkpoint}: {name} has changed since it was saved")
-    if missing := missing_entry(metadata):
-        raise CheckpointError(f"{checkpoint}: {missing}")
+        if hashes:
+            found = hash_file(path) if remote is None else remote.hash(name, entry.size)
+            if found != entry.xxh3:
+                raise CheckpointError(f"{checkpoint}: {name} has changed since it was saved")
+    for name in (TENSORS_METADATA, rank_file(0)):
+        _entry(checkpoint, metadata, name)  # an empty manifest is not valid
 
 
-def missing_entry(metadata: CheckpointMetadata) -> str | None:
-    """What a manifest lacks that every checkpoint has: an empty one is not valid."""
-    for name in (f"{TENSORS_FOLDER}/.metadata", rank_file(0)):
-        if name not in metadata.files:
-            return f"{name} is missing in its manifest"
-    return None
+def read_small(url: str, metadata: CheckpointMetadata, name: str) -> bytes:
+    """A whole file of a stored checkpoint, compared with the manifest; raises CheckpointError."""
+    entry = _entry(url, metadata, name)
+    try:
+        raw = RemoteFolder(url).read(name)
+    except FileNotFoundError:
+        raise CheckpointError(f"{url}: {name} is missing") from None
+    if len(raw) != entry.size or hash_of(raw) != entry.xxh3:
+        raise CheckpointError(f"{url}: {name} has changed since it was saved")
+    return raw
 
 
-def _hash(data: bytes) -> str:
+def _entry(checkpoint: Path | str, metadata: CheckpointMetadata, name: str) -> FileEntry:
+    if name not in metadata.files:
+        raise CheckpointError(f"{checkpoint}: {name} is missing in its manifest")
+    return metadata.files[name]
+
+
+def hash_of(data: bytes) -> str:
+    """xxh3_64 as hex digits, as in manifests."""
     import xxhash
 
     return xxhash.xxh3_64_hexdigest(data)

@@ -1,4 +1,4 @@
-"""Which checkpoints stay: a pure rule over what is there, and its application to a folder."""
+"""Which checkpoints stay: a pure rule over what is there, and its application to a place."""
 
 import logging
 import shutil
@@ -10,15 +10,19 @@ from toolkit.checkpoint.folder import (
     METADATA_FILE,
     CheckpointMetadata,
     Kind,
+    Place,
     check_files,
+    inside,
+    is_committed,
     move_aside,
     read_metadata,
     saved_steps,
-    step_folder,
     step_folders,
+    step_of,
 )
-from toolkit.errors import CheckpointError
+from toolkit.errors import CheckpointError, StorageError
 from toolkit.storage.atomic import remove_tree
+from toolkit.storage.remote import RemoteFolder
 
 log = logging.getLogger(__name__)
 
@@ -65,41 +69,50 @@ class Retention(NamedTuple):
         return steps
 
 
-def prune_checkpoints(root: Path, rule: Retention, *, newest: int) -> None:
-    """Remove what `rule` does not keep of the checkpoints up to step `newest`, which was just
-    committed, and unfinished leftovers. What cannot be removed is a warning.
+def prune_checkpoints(root: Place, rule: Retention, *, newest: int) -> None:
+    """Remove what `rule` does not keep of the checkpoints in a folder or at a URL up to step
+    `newest`, which was just committed there, and unfinished leftovers. One rank calls it. What
+    cannot be removed is a warning.
 
-    Damaged ones are set aside: they neither count nor go. Folders of later steps are not touched:
+    Damaged ones neither count nor go; those in a folder are set aside. Later steps are not touched:
     nobody knows here whether they are whole.
     """
-    whole: list[Saved] = []
     try:
+        whole: list[Saved] = []
+        damaged: set[int] = set()
         for step in saved_steps(root):
-            folder = step_folder(root, step)
-            if step <= newest and (saved := _examine(folder, rule)) is not None:
-                whole.append(saved)
-        kept = rule.kept(whole)
-        doomed = [step_folder(root, saved.step) for saved in whole if saved.step not in kept]
-        doomed += [
-            folder
-            for folder, step in step_folders(root).items()
-            if step < newest and not (folder / METADATA_FILE).is_file() and not folder.is_symlink()
-        ]
-        for leftover in (*root.glob("step*.tmp"), *root.glob(".step*.tmp"), *doomed):
-            _remove(leftover)
-    except OSError as error:
+            checkpoint = inside(root, f"step{step}")
+            if step > newest:
+                continue
+            try:
+                metadata = read_metadata(checkpoint)
+                check_files(checkpoint, metadata)
+                whole.append(rule.saved(metadata))
+            except CheckpointError as error:
+                damaged.add(step)
+                if isinstance(checkpoint, Path):
+                    log.warning("%s; renamed: %s", error, move_aside(checkpoint))
+                else:
+                    log.warning("%s; it is left as it is", error)
+        _remove_others(root, rule.kept(whole) | damaged, newest)
+    except (OSError, StorageError) as error:
         log.warning("%s: old checkpoints cannot be removed: %s", root, error)
 
 
-def _examine(folder: Path, rule: Retention) -> Saved | None:
-    """What the rule needs of a committed checkpoint; None: it is damaged, and set aside now."""
-    try:
-        metadata = read_metadata(folder)
-        check_files(folder, metadata)
-    except CheckpointError as error:
-        log.warning("%s; renamed: %s", error, move_aside(folder))
-        return None
-    return rule.saved(metadata)
+def _remove_others(root: Path | str, kept: set[int], newest: int) -> None:
+    """Remove steps before `newest` that are not `kept`, and unfinished leftovers."""
+    if isinstance(root, str):
+        remote = RemoteFolder(root)
+        for name in remote.folders():
+            there = step_of(name)
+            if there is not None and there < newest and there not in kept:
+                (remote / name).remove(first=METADATA_FILE)
+        return
+    for path, step in step_folders(root).items():
+        if step < newest and step not in kept and (is_committed(path) or not path.is_symlink()):
+            _remove(path)
+    for leftover in (*root.glob("step*.tmp"), *root.glob(".step*.tmp")):
+        _remove(leftover)
 
 
 def _remove(folder: Path) -> None:

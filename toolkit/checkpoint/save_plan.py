@@ -1,13 +1,14 @@
-"""Which rank writes which piece of which tensor, and the pieces themselves, live or copied.
+"""Which rank writes which shard of which tensor, and how it is written.
 
 All ranks decide that together once, by torch DCP's rules; the answer holds as long as names and
 shapes stay. A save then needs no collective to know what to write, and an asynchronous one copies
-just the pieces of this rank, into host memory that the next save uses again.
+just the shards of this rank, into host memory that the next save uses again.
 """
 
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -15,36 +16,43 @@ from typing import Any, BinaryIO, NamedTuple
 import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemWriter
+from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 from torch.distributed.checkpoint.planner import SavePlan, WriteItem
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.serialization import get_crc32_options, set_crc32_options
 
 from toolkit.checkpoint.folder import FileEntry
+from toolkit.checkpoint.together import place_in
+from toolkit.errors import CheckpointError
+from toolkit.threads import ThreadPool
 
 Resolve = Callable[[WriteItem], torch.Tensor]
+
+_SYNC_BYTES = 32 << 20
+"""Written between two requests to the disk."""
 
 
 class WrittenShards(NamedTuple):
     """What one rank wrote."""
 
     results: list[WriteResult]
-    """Where each piece lies, for DCP's metadata."""
+    """Where each shard lies, for DCP's metadata."""
     files: dict[str, FileEntry]
     """File name -> size and hash."""
 
 
 class ShardWriter:
-    """The pieces of a state that this rank writes, over the whole of a run.
+    """The shards of a state that this rank writes, over the whole of a run.
 
     Args:
-        group: gloo group of all ranks; None: one process. Only `plan` uses it.
+        group: gloo group of all ranks; None: one process. Only planning uses it.
     """
 
     def __init__(self, group: dist.ProcessGroup | None) -> None:
         self._group = group
-        self._rank = 0 if group is None else dist.get_rank(group)
-        self._layout: list[tuple[str, torch.Size]] | None = None
+        self._rank = place_in(group)[0]
+        self._shapes: list[tuple[str, torch.Size]] | None = None
         self._plan = SavePlan([])
         self._metadata: Metadata | None = None
         self._buffers: dict[MetadataIndex, torch.Tensor] = {}
@@ -58,11 +66,11 @@ class ShardWriter:
         )
 
     def live(self, tensors: dict[str, torch.Tensor]) -> Resolve:
-        """The pieces themselves: nothing may change until they are written. All ranks call it."""
+        """The shards themselves: nothing may change until they are written. All ranks call it."""
         return self._planned(tensors).resolve_data  # type: ignore[return-value]
 
     def copy(self, tensors: dict[str, torch.Tensor]) -> Resolve:
-        """The pieces as they are now, in host memory; training may go on. All ranks call it.
+        """The shards as they are now, in host memory; training may go on. All ranks call it.
 
         The memory belongs to this object: a second `copy` overwrites the first.
         """
@@ -75,28 +83,66 @@ class ShardWriter:
                 buffer = self._buffers[item.index] = _host_buffer(source)
             buffer.copy_(source.detach(), non_blocking=True)
             devices.add(source.device)
-        _wait_for_copies(devices)
+        for device in devices:
+            if device.type != "cpu":
+                torch.get_device_module(device).current_stream(device).synchronize()
         return lambda item: self._buffers[item.index]
 
+    def stream(
+        self, shapes: Mapping[str, torch.Tensor], tensors: Iterable[tuple[str, torch.Tensor]]
+    ) -> Resolve:
+        """CPU tensors of one process that come one at a time and are never in memory together:
+        each is written when it comes, while the next is on its way.
+
+        Args:
+            shapes: key -> tensor of its shape and type, best on the meta device.
+            tensors: `(key, tensor)` in the order of `shapes`.
+        """
+        self._planned(dict(shapes))
+        coming = _one_ahead(tensors)
+
+        def next_tensor(item: WriteItem) -> torch.Tensor:
+            key, tensor = next(coming, ("nothing", torch.empty(0)))
+            size = shapes[item.index.fqn].shape
+            if key != item.index.fqn or tensor.shape != size:
+                raise CheckpointError(
+                    f"{item.index.fqn} {tuple(size)} was to come, not {key} {tuple(tensor.shape)}"
+                )
+            return tensor
+
+        return next_tensor
+
     def write(self, folder: Path, resolve: Resolve) -> WrittenShards:
-        """Write this rank's pieces into one file, hashed on the way, and fsync it."""
-        # Copying ahead would let this thread wait for the device's current stream, that is for
-        # training, every 10 MB; what a background save writes is in host memory already.
-        writer = FileSystemWriter(folder, sync_files=True, per_thread_copy_ahead=0)
-        hashed = HashingFiles(writer.fs)
-        writer.fs = hashed  # type: ignore[assignment]
-        planner = DefaultSavePlanner()
-        planner.resolve_data = resolve  # type: ignore[method-assign, assignment]
+        """Write this rank's shards into one file, hashed on the way, and fsync it.
+
+        As DCP's writer does, which keeps every tensor until the last is written, and syncs after
+        it.
+        """
+        name = f"__{self._rank}_0.distcp"
+        results = []
         folder.mkdir(exist_ok=True)
-        try:
-            with no_crc32():
-                results = writer.write_data(self._plan, planner).wait()
-        except RuntimeError:
-            # torch's archive writer, which complains of what it finds after a write that failed.
-            if hashed.error is not None:
-                raise hashed.error from None
-            raise
-        return WrittenShards(results, hashed.entries)
+        with _no_crc32(), HashingStream.open(folder / name) as stream, ThreadPool(1) as syncing:
+            request: Future[None] | None = None
+            requested = 0
+            for item in self._plan.items:
+                begin = stream.tell()
+                tensor = resolve(item).detach().cpu()
+                is_whole = tensor.untyped_storage().nbytes() == tensor.nbytes
+                try:
+                    torch.save(tensor if is_whole else tensor.clone(), stream)  # type: ignore[arg-type]
+                except RuntimeError:
+                    # torch's archive writer, which complains of what it finds after a failed write.
+                    if stream.error is not None:
+                        raise stream.error from None
+                    raise
+                info = _StorageInfo(name, begin, stream.tell() - begin)
+                results.append(WriteResult(item.index, info.length, info))
+                if stream.tell() - requested > _SYNC_BYTES and (request is None or request.done()):
+                    request, requested = syncing.submit(stream.sync_passed_on), stream.tell()
+            if request is not None:
+                request.result()
+            stream.sync()
+        return WrittenShards(results, {name: stream.entry()})
 
     def write_metadata(self, folder: Path, results: list[list[WriteResult]]) -> None:
         """DCP's `.metadata`, from what all ranks wrote; rank 0 calls it last."""
@@ -106,37 +152,27 @@ class ShardWriter:
     def _planned(self, tensors: dict[str, torch.Tensor]) -> DefaultSavePlanner:
         planner = DefaultSavePlanner()
         planner.set_up_planner(tensors, is_coordinator=self._rank == 0)
-        layout = [(name, tensor.shape) for name, tensor in tensors.items()]
-        if layout != self._layout:
+        shapes = [(name, tensor.shape) for name, tensor in tensors.items()]
+        if shapes != self._shapes:
             self._make_plan(planner)
-            self._layout, self._buffers = layout, {}
+            self._shapes, self._buffers = shapes, {}
         return planner
 
     def _make_plan(self, planner: DefaultSavePlanner) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)
             local = planner.create_local_plan()
-        plans = [local] if self._group is None else _gather(local, self._group)
-        central: list[SavePlan] = []
+        plans, central = [local], [SavePlan([])]
+        if self._group is not None:
+            plans = [local] * self._group.size() if self._rank == 0 else []
+            dist.gather_object(local, plans or None, dst=0, group=self._group)
         if self._rank == 0:
             central, self._metadata = planner.create_global_plan(plans)
-            central = FileSystemWriter("").prepare_global_plan(central)
-        own = central[0] if self._group is None else _scatter(central, self._group)
-        self._plan = planner.finish_plan(own)
-
-
-def _gather(value: Any, group: dist.ProcessGroup) -> list[Any]:
-    """Every rank's value on rank 0."""
-    rank = dist.get_rank(group)
-    values: list[Any] | None = [None] * dist.get_world_size(group) if rank == 0 else None
-    dist.gather_object(value, values, dst=0, group=group)
-    return values or []
-
-
-def _scatter(values: list[Any], group: dist.ProcessGroup) -> Any:
-    box: list[Any] = [None]
-    dist.scatter_object_list(box, values or None, src=0, group=group)
-    return box[0]
+        box = central[:1]
+        if self._group is not None:
+            scattered = central if self._rank == 0 else None
+            dist.scatter_object_list(box, scattered, src=0, group=self._group)
+        self._plan = planner.finish_plan(box[0])
 
 
 def _host_buffer(source: torch.Tensor) -> torch.Tensor:
@@ -144,14 +180,19 @@ def _host_buffer(source: torch.Tensor) -> torch.Tensor:
     return torch.empty(source.shape, dtype=source.dtype, pin_memory=pinned)
 
 
-def _wait_for_copies(devices: set[torch.device]) -> None:
-    for device in devices:
-        if device.type != "cpu":
-            torch.get_device_module(device).current_stream(device).synchronize()
+def _one_ahead(tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+    """`tensors`, each made before the last is used: the system may be reading its file already."""
+    last = None
+    for item in tensors:
+        if last is not None:
+            yield last
+        last = item
+    if last is not None:
+        yield last
 
 
 @contextmanager
-def no_crc32() -> Iterator[None]:
+def _no_crc32() -> Iterator[None]:
     """The manifest's hashes cover all files; a checksum of each record costs a third of a save."""
     before = get_crc32_options()
     set_crc32_options(False)
@@ -161,39 +202,16 @@ def no_crc32() -> Iterator[None]:
         set_crc32_options(before)
 
 
-class HashingFiles:
-    """DCP's file system, whose written files are hashed as they pass."""
-
-    def __init__(self, inner: Any) -> None:
-        self._inner = inner
-        self.entries: dict[str, FileEntry] = {}
-        self.error: OSError | None = None
-        """The first write that failed."""
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._inner, name)
-
-    @contextmanager
-    def create_stream(self, path: str | os.PathLike, mode: str) -> Iterator["HashingStream"]:
-        with open(path, mode, buffering=0) as file:
-            stream = HashingStream(file)  # type: ignore[arg-type]
-            try:
-                yield stream
-            finally:
-                self.error = self.error or stream.error
-            self.entries[Path(path).name] = stream.entry()
-
-
 _SMALL_BYTES = 64 << 10
-"""Pieces below this wait for one another."""
+"""Writes below this wait for one another."""
 _HELD_BYTES = 1 << 20
 """Bytes passed on at once."""
 
 
 class HashingStream:
-    """As much of a binary file as `torch.save` and DCP use.
+    """As much of a binary file as `torch.save` uses, hashed as it is written.
 
-    `torch.save` writes forty pieces for each tensor, all but one of them tiny: those wait for one
+    `torch.save` makes forty writes for each tensor, all but one of them tiny: those wait for one
     another, so that the system is not called for each.
     """
 
@@ -205,6 +223,14 @@ class HashingStream:
         self._held = bytearray()
         self._digest = xxhash.xxh3_64()
         self.error: OSError | None = None
+        """The first write that failed."""
+
+    @classmethod
+    @contextmanager
+    def open(cls, path: Path) -> Iterator["HashingStream"]:
+        """A stream into the new file `path`."""
+        with path.open("wb", buffering=0) as file:
+            yield cls(file)
 
     def write(self, data: Any) -> int:
         view = memoryview(data).cast("B")
@@ -221,10 +247,6 @@ class HashingStream:
     def tell(self) -> int:
         return self._size
 
-    def fileno(self) -> int:
-        self.flush()
-        return self._file.fileno()
-
     def sync(self) -> None:
         """Make all that was written durable."""
         self.flush()
@@ -239,12 +261,8 @@ class HashingStream:
             self._pass_on(memoryview(self._held))
             self._held = bytearray()
 
-    def close(self) -> None:
-        """DCP closes before the block that opened the file ends."""
-        self.flush()
-
     def entry(self) -> FileEntry:
-        self.flush()
+        """Size and hash of what was flushed."""
         return FileEntry(self._size, self._digest.hexdigest())
 
     def _pass_on(self, view: memoryview) -> None:
@@ -252,11 +270,11 @@ class HashingStream:
         try:
             while done < len(view):
                 # So little that the processor's cache still holds it when it is written.
-                piece = view[done : done + _HELD_BYTES]
-                self._digest.update(piece)
-                done += len(piece)
-                while len(piece):  # an unbuffered file may take less than it is given
-                    piece = piece[self._file.write(piece) :]
+                part = view[done : done + _HELD_BYTES]
+                self._digest.update(part)
+                done += len(part)
+                while len(part):  # an unbuffered file may take less than it is given
+                    part = part[self._file.write(part) :]
         except OSError as error:
             self.error = self.error or error
             raise

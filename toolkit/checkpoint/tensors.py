@@ -1,21 +1,26 @@
 """Tensors from torch DCP, into whatever engine holds them.
 
 Keys are canonical names ("model.blocks.0.attention.query.weight", "optim.<name>.exp_avg"), shapes
-are global. Values may be plain tensors (replicated), DTensors, or `FlatShard`s.
+are global. Values may be plain tensors (replicated), DTensors, or `LocalShard`s.
+
+DCP itself reads a stored chunk whole into new memory and copies the wanted part from there. Here
+only the chunk's description is unpickled (restricted, on the meta device), which tells where in the
+file its numbers lie, and each byte that a rank needs goes once, straight to its place. So a rank
+that holds a tenth of a tensor reads a tenth of it, and memory beyond the tensors stays small.
 """
 
-import contextlib
 import functools
 import os
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePath
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint import DefaultLoadPlanner
+from torch.distributed._shard._utils import narrow_tensor_by_index
+from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
@@ -27,15 +32,19 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
+from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
+from torch.futures import Future
 
 from toolkit.checkpoint.coverage import check_coverage
-from toolkit.checkpoint.pickles import unpickle
-from toolkit.checkpoint.ranges import RangeReader
+from toolkit.checkpoint.untrusted import Archive, unpickle
 from toolkit.errors import CheckpointError
 from toolkit.storage.atomic import hash_file
-from toolkit.storage.foreign import reason_of
+from toolkit.storage.foreign import guard, reason_of
+from toolkit.threads import ThreadPool
 
 METADATA_NAME = ".metadata"
+_READERS = 4
+_PART_BYTES = 16 << 20
 _NAMES: dict[tuple[str, str], Any] = {
     **{
         (kind.__module__, kind.__name__): kind
@@ -62,12 +71,137 @@ _NAMES: dict[tuple[str, str], Any] = {
 unpickler, and we write none."""
 
 
+class SafeReader(FileSystemReader):
+    """DCP's reader with an unpickler that builds DCP's own records and nothing else, of checkpoints
+    whose chunks make up every tensor.
+
+    Args:
+        sizes: bytes of each file in `folder`; default: as the disk tells.
+        files: DCP's view of a `folder` that is not on a disk.
+    """
+
+    def __init__(
+        self, folder: Path | str, *, sizes: Mapping[str, int] | None = None, files: Any = None
+    ) -> None:
+        super().__init__(folder)
+        if files is not None:
+            self.fs, self.path = files, folder
+        self._sizes = sizes
+        self._metadata: Metadata | None = None
+
+    def shapes(self) -> dict[str, torch.Size]:
+        """The shape of every tensor; raises CheckpointError."""
+        return {name: entry.size for name, entry in _entries(self.read_metadata(), "")}
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        if self._metadata is None:
+            self._metadata = self._read_metadata()
+        return self._metadata
+
+    def _read_metadata(self) -> Metadata:
+        path = self._get_metadata_path()
+        with guard(path, CheckpointError):
+            sizes = file_sizes(Path(self.path)) if self._sizes is None else self._sizes
+            try:
+                if METADATA_NAME not in sizes:
+                    raise ValueError("is missing")
+                with self.fs.create_stream(path, "rb") as file:
+                    metadata = unpickle(file.read(sizes[METADATA_NAME]), _NAMES)
+                if not isinstance(metadata, Metadata):
+                    raise ValueError("holds no checkpoint metadata")
+                for info in (metadata.storage_data or {}).values():
+                    if Path(info.relative_path).name != info.relative_path:
+                        raise ValueError(f"names a file outside its folder: {info.relative_path!r}")
+                check_coverage(metadata, sizes)
+            except ValueError as error:
+                raise CheckpointError(f"{path}: cannot be loaded: {error}") from None
+            metadata.storage_meta = StorageMeta(load_id=self.load_id)
+            return metadata
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        by_file: dict[str, list[ReadItem]] = {}
+        for item in plan.items:
+            by_file.setdefault(self._place(item).relative_path, []).append(item)
+        parts = [(name, part) for name, items in by_file.items() for part in self._parts(items)]
+        with ThreadPool(_READERS) as readers:
+            list(readers.map(lambda part: self._read_part(part[0], part[1], planner), parts))
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
+
+    def _place(self, item: ReadItem) -> _StorageInfo:
+        return self.storage_data[item.storage_index]
+
+    def _parts(self, items: list[ReadItem]) -> list[list[ReadItem]]:
+        """The items of one file in stored order, cut where a part has enough bytes for a thread."""
+        parts: list[list[ReadItem]] = [[]]
+        size = 0
+        for item in sorted(items, key=lambda item: self._place(item).offset):
+            if size >= _PART_BYTES:
+                parts.append([])
+                size = 0
+            parts[-1].append(item)
+            size += self._place(item).length
+        return parts
+
+    def _read_part(self, name: str, items: list[ReadItem], planner: LoadPlanner) -> None:
+        with self.fs.create_stream(self.fs.concat_path(self.path, name), "rb") as stream:
+            for item in items:
+                self._fill(stream, item, planner)
+
+    def _fill(self, stream: Any, item: ReadItem, planner: LoadPlanner) -> None:
+        place, name = self._place(item), item.storage_index.fqn
+        if item.type != LoadItemType.TENSOR:
+            raise CheckpointError(f"{name}: is no tensor")
+        archive = Archive(stream, place.length, offset=place.offset)
+        stored, begin = archive.describe_tensor()
+        wanted = narrow_tensor_by_index(stored, item.storage_offsets, item.lengths)
+        target = planner.resolve_tensor(item).detach()
+        if target.shape != wanted.shape:
+            raise CheckpointError(
+                f"{name}: its part has shape {tuple(wanted.shape)}, not {tuple(target.shape)}"
+            )
+        if not wanted.is_contiguous():  # columns of a chunk: no range of the file
+            whole = archive.load()
+            target.copy_(narrow_tensor_by_index(whole, item.storage_offsets, item.lengths))
+        else:
+            begin += int(wanted.storage_offset()) * wanted.element_size()
+            if begin + wanted.nbytes > place.length:
+                raise CheckpointError(f"{name}: its file is damaged")
+            is_direct = (
+                target.device.type == "cpu"
+                and target.dtype == wanted.dtype
+                and target.is_contiguous()
+            )
+            buffer = target if is_direct else torch.empty(wanted.shape, dtype=wanted.dtype)
+            stream.seek(place.offset + begin)
+            read_into(stream, buffer, name)
+            if not is_direct:
+                target.copy_(buffer)
+        planner.commit_tensor(item, target)
+
+
+def read_into(stream: BinaryIO, tensor: torch.Tensor, name: str) -> None:
+    """Fill a contiguous CPU `tensor` with the next bytes of `stream`.
+
+    Raises:
+        CheckpointError: `name`'s file ends before.
+    """
+    view = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+    done = 0
+    while done < len(view):
+        count = stream.readinto(view[done:])  # type: ignore[attr-defined]
+        if not count:
+            raise CheckpointError(f"{name}: its file is cut short")
+        done += count
+
+
 def load_tensors(
     folder: Path | str,
     tensors: dict[str, torch.Tensor],
     group: dist.ProcessGroup | None,
     *,
-    reader: "SafeReader | None" = None,
+    reader: SafeReader | None = None,
 ) -> None:
     """Fill `tensors` in place, each rank reading just what it holds.
 
@@ -80,7 +214,10 @@ def load_tensors(
     reader = reader or SafeReader(folder)
     check_shapes(folder, reader.shapes(), tensors)
     try:
-        _dcp_load(tensors, reader, group)
+        with warnings.catch_warnings():
+            # "torch.distributed is disabled": which is what `no_dist` asks for.
+            warnings.simplefilter("ignore", UserWarning)
+            dcp.load(tensors, storage_reader=reader, process_group=group, no_dist=group is None)
     except CheckpointException as error:
         cause = next(iter(error.failures.values()))[0]
         raise CheckpointError(f"{folder}: cannot be loaded: {reason_of(cause)}") from error
@@ -100,12 +237,8 @@ def iterate_tensors(folder: Path, prefix: str) -> Iterator[tuple[str, torch.Tens
         # `dcp.load` would go through the metadata of all tensors for each of them.
         planner = DefaultLoadPlanner()
         planner.set_up_planner(whole, Metadata({key: entry}), is_coordinator=True)
-        try:
+        with guard(f"{folder}: {key}", CheckpointError):
             reader.read_data(planner.create_local_plan(), planner).wait()
-        except CheckpointError:
-            raise
-        except Exception as error:  # damaged files raise nearly anything
-            raise CheckpointError(f"{folder}: {key}: cannot be read: {reason_of(error)}") from error
         yield key.removeprefix(prefix), whole[key]
 
 
@@ -115,80 +248,6 @@ def stored_types(folder: Path, prefix: str) -> dict[str, torch.dtype]:
     return {k.removeprefix(prefix): e.properties.dtype for k, e in _entries(metadata, prefix)}
 
 
-def _entries(metadata: Metadata, prefix: str) -> list[tuple[str, TensorStorageMetadata]]:
-    return [
-        (key, entry)
-        for key, entry in metadata.state_dict_metadata.items()
-        if key.startswith(prefix) and isinstance(entry, TensorStorageMetadata)
-    ]
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    with warnings.catch_warnings():
-        # "torch.distributed is disabled": which is what `no_dist` asks for.
-        warnings.simplefilter("ignore", UserWarning)
-        yield
-
-
-def _dcp_load(
-    tensors: dict[str, torch.Tensor], reader: "SafeReader", group: dist.ProcessGroup | None
-) -> None:
-    with _quiet():
-        dcp.load(tensors, storage_reader=reader, process_group=group, no_dist=group is None)
-
-
-class SafeReader(RangeReader):
-    """DCP's reader with an unpickler that builds DCP's own records and nothing else, of checkpoints
-    whose chunks make up every tensor.
-
-    Args:
-        sizes: bytes of each file in `folder`; default: as the disk tells.
-    """
-
-    def __init__(self, folder: Path | str, *, sizes: Mapping[str, int] | None = None) -> None:
-        super().__init__(folder)
-        self._sizes = sizes
-        self._metadata: Metadata | None = None
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        if self._metadata is None:
-            self._metadata = self._read_metadata()
-        return self._metadata
-
-    def shapes(self) -> dict[str, torch.Size]:
-        """The shape of every tensor; raises CheckpointError."""
-        return {name: entry.size for name, entry in _entries(self.read_metadata(), "")}
-
-    def _read_metadata(self) -> Metadata:
-        path = self._get_metadata_path()
-        try:
-            sizes = file_sizes(Path(self.path)) if self._sizes is None else self._sizes
-            if METADATA_NAME not in sizes:
-                raise ValueError("is missing")
-            with self.fs.create_stream(path, "rb") as file:
-                raw = file.read(sizes[METADATA_NAME])
-            metadata = unpickle(raw, _NAMES)
-            if not isinstance(metadata, Metadata):
-                raise ValueError("holds no checkpoint metadata")
-            for info in (metadata.storage_data or {}).values():
-                if Path(info.relative_path).name != info.relative_path:
-                    raise ValueError(f"names a file outside its folder: {info.relative_path!r}")
-            check_coverage(metadata, sizes)
-        except (ValueError, CheckpointError) as error:
-            raise CheckpointError(f"{path}: cannot be loaded: {error}") from None
-        except Exception as error:  # damaged pickles raise nearly anything
-            raise CheckpointError(f"{path}: cannot be read: {reason_of(error)}") from None
-        metadata.storage_meta = StorageMeta(load_id=self.load_id)
-        return metadata
-
-
-def file_sizes(folder: Path) -> dict[str, int]:
-    """Bytes of each ordinary file in `folder`."""
-    with os.scandir(folder) as entries:
-        return {e.name: e.stat().st_size for e in entries if e.is_file()}
-
-
 def stored_shapes(folder: Path) -> dict[str, torch.Size]:
     """The shape of every tensor in `folder`, all of which are whole as far as their description
     tells. What was read before and has not changed is not read again.
@@ -196,11 +255,9 @@ def stored_shapes(folder: Path) -> dict[str, torch.Size]:
     Raises:
         CheckpointError: one is not.
     """
-    try:
+    with guard(folder, CheckpointError):
         sizes = tuple(sorted(file_sizes(folder).items()))
         content = hash_file(folder / METADATA_NAME) if METADATA_NAME in dict(sizes) else ""
-    except OSError as error:
-        raise CheckpointError(f"{folder}: cannot be read: {error.strerror}") from None
     return _shapes(folder, sizes, content)
 
 
@@ -211,11 +268,24 @@ def _shapes(
     return SafeReader(folder).shapes()
 
 
+def _entries(metadata: Metadata, prefix: str) -> list[tuple[str, TensorStorageMetadata]]:
+    return [
+        (key, entry)
+        for key, entry in metadata.state_dict_metadata.items()
+        if key.startswith(prefix) and isinstance(entry, TensorStorageMetadata)
+    ]
+
+
+def file_sizes(folder: Path) -> dict[str, int]:
+    """Bytes of each ordinary file in `folder`."""
+    with os.scandir(folder) as entries:
+        return {e.name: e.stat().st_size for e in entries if e.is_file()}
+
+
 def check_shapes(
     where: Path | str, stored: Mapping[str, torch.Size], wanted: Mapping[str, Any]
 ) -> None:
-    """Check that a checkpoint that has tensors of these shapes has every one of `wanted`, which
-    have shapes.
+    """Check that a checkpoint with tensors of the shapes `stored` has every one of `wanted`.
 
     Raises:
         CheckpointError: naming the first one that is missing, or has another shape.

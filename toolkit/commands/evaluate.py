@@ -28,11 +28,12 @@ from toolkit.data.config import (
 from toolkit.data.evaluation import EvalLoader
 from toolkit.data.instances.open import instances_config
 from toolkit.data.prepare.text.sources import plan_source
-from toolkit.data.prepare.tokenizers.hf import load_hf_tokenizer
+from toolkit.data.prepare.tokenizers.choice import load_hf_tokenizer
 from toolkit.data.prepare.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from toolkit.data.tokens.prepared import read_prepared
 from toolkit.errors import CheckpointError, ConfigError, DataError
 from toolkit.evaluate.perplexity import causal_lm_loss, evaluate_stream, transformer_loss
+from toolkit.evaluate.stream import check_vocabulary, read_documents
 from toolkit.experiment.checks import rank_microbatch_size
 from toolkit.experiment.config import ExperimentConfig
 from toolkit.experiment.found_data import find_data
@@ -261,8 +262,6 @@ def _on_files(
     settings: EvalSettings,
     notify: Notify,
 ) -> Evaluation:
-    from toolkit.evaluate.stream import check_vocabulary, read_documents
-
     sources = {path: FilesSourceConfig(paths=[path], text_field=settings.text_field)
                for path in files}  # fmt: skip
     with _option_names():

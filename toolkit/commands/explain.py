@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from toolkit.checkpoint.folder import (
     INVALID_SUFFIX,
     CheckpointMetadata,
+    read_metadata,
     saved_steps,
     step_folder,
 )
@@ -177,7 +178,7 @@ def _look(
         for check in continuation.continuation_checks(config, folder, start, loader):
             refused.ask(check)
         found = found._replace(
-            saved=continuation.metadata_of(start.checkpoint),
+            saved=read_metadata(start.checkpoint),
             retrained=refused.ask(lambda: continuation.changed_training(config, start)) or [],
             state_of_data=None if start.weights_only else continuation.data_state(start),
             is_own=continuation.is_inside(start.checkpoint, own),

@@ -5,11 +5,12 @@ from typing import Literal
 
 import torch
 
-from toolkit.checkpoint.folder import METADATA_FILE
+from toolkit.checkpoint.folder import kind_of
 from toolkit.distributed.devices import pick_device as pick_any
 from toolkit.distributed.devices import use_device
 from toolkit.distributed.tuning import tune_cpu
 from toolkit.errors import ConfigError
+from toolkit.hf.loading import fetch_model, is_hub_name
 
 DType = Literal["fp32", "bf16"]
 """Precisions of a computation."""
@@ -25,12 +26,11 @@ def hf_folder_of(where: str) -> Path | None:
     Raises:
         CheckpointError: the hub gives none.
     """
-    folder = Path(where).expanduser()
-    if folder.is_dir():
-        is_hf = (folder / "config.json").is_file() and not (folder / METADATA_FILE).is_file()
-        return folder if is_hf else None
-    from toolkit.hf.loading import fetch_model, is_hub_name
-
+    kind = kind_of(where)
+    if kind == "hf":
+        return Path(where).expanduser()
+    if kind != "missing":
+        return None
     return fetch_model(where) if is_hub_name(where) else None
 
 

@@ -23,7 +23,6 @@ from toolkit.distributed.layout import Layout
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from accelerate.utils import DistributedDataParallelKwargs
-    from torch.distributed.device_mesh import DeviceMesh
 
 _OTHERS_VARIABLES = (
     *("ACCELERATE_", "FSDP_", "PARALLELISM_CONFIG_"),
@@ -89,17 +88,6 @@ def ddp_options() -> "DistributedDataParallelKwargs":
             return own  # Accelerate's leaves out what is at Accelerate's defaults
 
     return Options()
-
-
-def fsdp_mesh(environment: TrainingEnvironment) -> "DeviceMesh":
-    """1-D mesh ("dp_shard") for FSDP, 2-D ("dp_replicate", "dp_shard") for HSDP."""
-    from torch.distributed.device_mesh import init_device_mesh
-
-    layout, kind = environment.layout, environment.device.type
-    if layout.name == "hsdp":
-        shape = (layout.dp_replicate, layout.dp_shard)
-        return init_device_mesh(kind, shape, mesh_dim_names=("dp_replicate", "dp_shard"))
-    return init_device_mesh(kind, (environment.world_size,), mesh_dim_names=("dp_shard",))
 
 
 def deepspeed_settings(environment: TrainingEnvironment, max_grad_norm: float | None) -> dict:

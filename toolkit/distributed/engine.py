@@ -1,22 +1,45 @@
 """What differs between engines inside one optimizer step, behind one interface.
 
 `prepare_engine` makes one per run: a `TorchEngine`, or a `DeepSpeedEngine` for ZeRO. Per step the
-train module calls `microbatch` + `backward` for each microbatch and then `step`; checkpointing
-reads and fills `state_tensors`.
+train module calls `forward_backward` with all microbatches and then `step`; checkpointing reads and
+fills `state_tensors`.
 """
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
 from toolkit.distributed.environment import TrainingEnvironment
+from toolkit.distributed.shards import ShardSpec
+from toolkit.errors import ConfigError
+from toolkit.metrics.norms import layer_norms, layer_of
+from toolkit.models.init import canonical_parameters
+from toolkit.models.loss import LossSums
+from toolkit.models.router import RouterSums
+from toolkit.optim.config import traits_of
 
 BuildOptimizer = Callable[[dict[str, nn.Parameter]], torch.optim.Optimizer]
+
+
+class Microbatch(NamedTuple):
+    """What one forward is given, on the device, each (rows, seq)."""
+
+    input_ids: torch.Tensor
+    labels: torch.Tensor
+    document_ids: torch.Tensor | None = None
+
+    def split(self, rows: int) -> "list[Microbatch]":
+        """Microbatches of `rows` rows, the last of what is left."""
+        ids, labels = self.input_ids.split(rows), self.labels.split(rows)
+        documents = (
+            [None] * len(ids) if self.document_ids is None else self.document_ids.split(rows)
+        )
+        return [Microbatch(*parts) for parts in zip(ids, labels, documents, strict=True)]
 
 
 class StepOutcome(NamedTuple):
@@ -38,37 +61,74 @@ class Engine(ABC):
     optimizer: torch.optim.Optimizer
     """Its `param_groups` carry the learning rates."""
 
-    def __init__(self, environment: TrainingEnvironment, module: nn.Module) -> None:
+    def __init__(
+        self, environment: TrainingEnvironment, module: nn.Module, shards: Mapping[str, ShardSpec]
+    ) -> None:
         self.environment = environment
-        self.module = module
-        self.model = module
+        self.module = self.model = module
+        self.shards = shards
+        self._named: dict[str, Any] = canonical_parameters(module)
 
-    @abstractmethod
-    def microbatch(self, *, is_last: bool) -> contextlib.AbstractContextManager:
-        """Around forward and backward of one microbatch: gradients are exchanged on the last."""
+    def forward_backward(
+        self,
+        microbatches: Sequence[Microbatch],
+        factor: float | torch.Tensor,
+        *,
+        z_loss_multiplier: float = 0.0,
+    ) -> LossSums:
+        """Add the gradients of `factor` times the loss of all `microbatches`, averaged over
+        `grad_ranks`; the sums over their targets, detached.
 
-    @abstractmethod
-    def backward(self, loss: torch.Tensor, factor: float | torch.Tensor) -> None:
-        """Backward of `loss * factor`. A non-finite loss makes every gradient NaN, so that all
-        ranks see it in the global norm and skip together."""
+        A non-finite loss makes every gradient NaN, so that all ranks see it in the global norm and
+        skip together.
+        """
+        parts: list[LossSums] = []
+        for index, microbatch in enumerate(microbatches):
+            with self._exchanging(is_last=index == len(microbatches) - 1):
+                with self._autocast():
+                    sums = self.model(
+                        microbatch.input_ids,
+                        microbatch.labels,
+                        document_ids=microbatch.document_ids,
+                        z_loss_multiplier=z_loss_multiplier,
+                    )
+                self._backward(sums.loss, factor)
+            parts.append(sums._replace(loss=sums.loss.detach()))
+        self._complete_gradients()
+        return _added(parts)
+
+    @torch.no_grad()
+    def forward(self, batch: Microbatch) -> LossSums:
+        """The sums over the targets of `batch`; every rank calls it."""
+        with self._autocast():
+            return self.model(batch.input_ids, batch.labels, document_ids=batch.document_ids)
+
+    @torch.no_grad()
+    def logits(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Logits (batch, seq, vocab); every rank calls it."""
+        with self._autocast():
+            return self.model(input_ids)
 
     @abstractmethod
     def step(self, max_grad_norm: float | None) -> StepOutcome:
         """Clip, update unless the norm is not finite, and clear the gradients."""
 
+    def grad_squares(self) -> dict[str, torch.Tensor]:
+        """Sum of the squares of each layer's gradients, between `forward_backward` and `step`."""
+        return self._squares(self.gradient_shards())
+
+    def weight_squares(self) -> dict[str, torch.Tensor]:
+        """Sum of the squares of each layer's weights."""
+        return self._squares(self.weight_shards())
+
     @abstractmethod
     def gradient_shards(self) -> dict[str, torch.Tensor]:
-        """This rank's part of each gradient, between the last backward and `step`; over
-        `shard_group` the parts cover each gradient exactly once."""
+        """This rank's part of each gradient. Over `weight_group` the parts cover each gradient as
+        often as the table of shards says (`copies`), without it once."""
 
     @abstractmethod
     def weight_shards(self) -> dict[str, torch.Tensor]:
-        """This rank's part of each fp32 weight; over `shard_group` each is covered once."""
-
-    @property
-    def shard_group(self) -> dist.ProcessGroup | None:
-        """Ranks over which the shards are spread; None when this rank holds everything."""
-        return None
+        """This rank's part of each fp32 weight, covered like gradients."""
 
     @abstractmethod
     def state_tensors(self) -> dict[str, torch.Tensor]:
@@ -78,20 +138,86 @@ class Engine(ABC):
     def state_filled(self) -> None:  # noqa: B027 (most engines have no copies)
         """Called after loading: bring every derived copy in line with the filled tensors."""
 
-    @property
-    def data_parallel_size(self) -> int:
-        """Ranks whose gradients are averaged."""
-        return self.environment.world_size
+    @abstractmethod
+    def _exchanging(self, *, is_last: bool) -> contextlib.AbstractContextManager:
+        """Around forward and backward of one microbatch: gradients are exchanged on the last."""
 
-    def autocast(self) -> contextlib.AbstractContextManager:
+    @abstractmethod
+    def _backward(self, loss: torch.Tensor, factor: float | torch.Tensor) -> None: ...
+
+    def _complete_gradients(self) -> None:  # noqa: B027 (most parallelism leaves no summands)
+        """Add up the gradients of which each rank has a summand (`ShardSpec.partial_over`)."""
+
+    def _autocast(self) -> contextlib.AbstractContextManager:
         """Compute precision of a forward over fp32 weights."""
         return contextlib.nullcontext()
 
+    def _squares(self, shards: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        copies = {name: spec.copies for name, spec in self.shards.items() if spec.copies > 1}
+        sums, device = layer_norms(shards, copies), self.environment.device
+        layers = list(dict.fromkeys(map(layer_of, self.shards)))  # the same on every rank
+        packed = torch.stack(
+            [sums.get(layer, torch.zeros(())).to(device, torch.float32) for layer in layers]
+        )
+        if (group := self.environment.weight_group) is not None:
+            dist.all_reduce(packed, group=group)
+        return dict(zip(layers, packed.unbind(), strict=True))
 
-def reset_state(optimizer: torch.optim.Optimizer, parameters: list) -> None:
-    """Drop the gradients and zero the state of `parameters`, step counters included."""
-    for parameter in parameters:
-        parameter.grad = None
-        for value in optimizer.state.get(parameter, {}).values():
+
+def _added(parts: list[LossSums]) -> LossSums:
+    loss, ce, z = parts[0][:3]
+    for part in parts[1:]:
+        loss, ce, z = loss + part.loss, ce + part.ce, z + part.z
+    routers = [part.router for part in parts if part.router is not None]
+    if not routers:
+        return LossSums(loss, ce, z)
+    sums = RouterSums(*(torch.stack(values).sum(0) for values in zip(*routers, strict=True)))
+    return LossSums(loss, ce, z, sums)
+
+
+def check_whole_matrices(optimizer: torch.optim.Optimizer, *, are_cut: bool, engine: str) -> None:
+    """Refuse an optimizer that mixes the rows of a matrix, where ranks hold a part of each.
+
+    Raises:
+        ConfigError: says where it works.
+    """
+    if are_cut and traits_of(optimizer).needs_whole_matrices:
+        raise ConfigError(
+            f"train_module.optim: {type(optimizer).__name__} needs whole matrices, and {engine} "
+            "cuts them over ranks; use ddp, or another optimizer"
+        )
+
+
+def create_state(
+    optimizer: torch.optim.Optimizer, members: Sequence[Sequence[torch.Tensor]]
+) -> None:
+    """Make the state of `members` (tensors of each group) exist as it is before a first step: by a
+    step of rate zero on zero gradients, undone where that has counted.
+
+    Raises:
+        ConfigError: the optimizer keeps numbers, which checkpoints would not hold.
+    """
+    keeps_nothing_else = traits_of(optimizer).takes_found_inf  # torch's: moments and counters
+    groups, before = optimizer.param_groups, [dict(group) for group in optimizer.param_groups]
+    tensors = [tensor for own in members for tensor in own]
+    gradients = [tensor.grad for tensor in tensors]
+    for group, own in zip(groups, members, strict=True):
+        group |= {"params": list(own), "lr": 0.0}
+        if "weight_decay" in group:
+            group["weight_decay"] = 0.0
+    for tensor in tensors:
+        tensor.grad = torch.zeros_like(tensor)
+    optimizer.step()
+    for group, old in zip(groups, before, strict=True):
+        group.update(old)
+    for tensor, gradient in zip(tensors, gradients, strict=True):
+        tensor.grad = gradient
+        for key, value in optimizer.state.get(tensor, {}).items():
             if isinstance(value, torch.Tensor):
-                value.zero_()
+                if keeps_nothing_else or value.dim() == 0:
+                    value.zero_()
+            elif value is not None:
+                raise ConfigError(
+                    f"train_module.optim: {type(optimizer).__name__} keeps {key!r} as "
+                    f"{type(value).__name__}; make it a tensor, so that checkpoints hold it"
+                )

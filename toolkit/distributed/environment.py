@@ -113,8 +113,10 @@ class TrainingEnvironment:
 
     @property
     def weight_group(self) -> dist.ProcessGroup | None:
-        """The ranks that hold one replica of the model between them: norms add up over them."""
-        return self.group("pp", "dp_shard", "cp", "tp")
+        """The ranks that hold one replica of the model between them: norms add up over them. None
+        where this rank holds all of it."""
+        is_cut = self.layout.is_fsdp or self.layout.zero_stage > 0
+        return self.group("pp", "dp_shard", "cp", "tp") if is_cut else None
 
     @functools.cached_property
     def mesh(self) -> DeviceMesh:

@@ -1,31 +1,59 @@
-"""From a model on the meta device to parameters on devices: parallelism in one visible order.
+"""From a model on the meta device to an engine: parallelism in one visible order.
 
-    activation checkpointing -> compile -> shard -> storage -> initial values
+    activation checkpointing -> compile -> shard -> storage -> initial values -> optimizer
 
 Initial values depend on (seed, parameter name, shape) only, so every engine starts from the same
 numbers; each rank draws just the slices it keeps. A model that has storage keeps its values.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+import torch._functorch.config as partitioner
 from torch import nn
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import Shard
+from torch.utils.checkpoint import checkpoint
 
-from toolkit.distributed.accelerator import deepspeed_settings, fsdp_mesh, init_deepspeed
-from toolkit.distributed.activation_checkpointing import apply_activation_checkpointing
+from toolkit.distributed.accelerator import deepspeed_settings, init_deepspeed
 from toolkit.distributed.config import ActivationCheckpointingConfig
+from toolkit.distributed.deepspeed_engine import DeepSpeedEngine
+from toolkit.distributed.engine import BuildOptimizer, Engine
 from toolkit.distributed.environment import TrainingEnvironment
-from toolkit.models.init import (
-    InitSpec,
-    canonical_name,
-    canonical_parameters,
-    fill_flat_,
-    init_spec,
-)
+from toolkit.distributed.process_groups import set_collective_timeouts
+from toolkit.distributed.shards import ShardSpec, draw_initial_values, whole_specs
+from toolkit.distributed.torch_engine import TorchEngine
+from toolkit.models import compile as compiling
+from toolkit.models.init import InitSpec, canonical_parameters, init_spec
 
 LARGEST_SHARE = 1.1
 """Most that a rank may hold of stacked matrices, as a multiple of an even share."""
+
+
+def prepare_engine(
+    environment: TrainingEnvironment,
+    model: nn.Module,
+    build_optimizer: BuildOptimizer,
+    *,
+    max_grad_norm: float | None,
+    ac_config: ActivationCheckpointingConfig | None = None,
+    compile_model: bool = False,
+) -> Engine:
+    """Materialise `model` and hand it to the engine of the layout, with its optimizer.
+
+    `build_optimizer` gets trainable and frozen parameters by canonical name.
+    """
+    shards = materialize(model, environment, ac_config=ac_config, compile_model=compile_model)
+    engine: Engine
+    if environment.layout.zero_stage:
+        engine = DeepSpeedEngine(
+            environment, model, shards, build_optimizer, max_grad_norm=max_grad_norm
+        )
+    else:
+        engine = TorchEngine(environment, model, shards, build_optimizer)
+    set_collective_timeouts(environment.timeout)
+    return engine
 
 
 def materialize(
@@ -34,59 +62,58 @@ def materialize(
     *,
     ac_config: ActivationCheckpointingConfig | None = None,
     compile_model: bool = False,
-) -> nn.Module:
-    """Shard `model` for the engine, give it storage and initial values; changed in place."""
-    specs = init_spec(model) if _on_meta(model) else {}
+) -> dict[str, ShardSpec]:
+    """Shard `model` in place, give it storage and initial values; what this rank holds of each
+    parameter."""
+    is_meta = any(parameter.is_meta for parameter in model.parameters())
+    inits = init_spec(model) if is_meta else {}
+    shards = whole_specs(model)
     if ac_config is not None:
         apply_activation_checkpointing(model.blocks, ac_config)  # type: ignore[arg-type]
     if compile_model:
-        from toolkit.models.compile import compile_model as compile_parts
-
-        compile_parts(model)
+        compiling.compile_model(model)
         # Blocks are compiled one by one. DDP's own splitting would cut each of them again, where
         # a bucket of gradients ends.
         torch._dynamo.config.optimize_ddp = False
     layout = environment.layout
     if layout.zero_stage == 3:
-        _partition(model, environment, specs)
-        return model
+        _partition(model, environment, inits, shards)
+        return shards
     device = torch.device("cpu") if layout.dp_config.cpu_offload else environment.device
-    if layout.is_fsdp:
-        if not specs:
-            model.to(device)
-        _shard(model, environment)
-    if specs:
-        model.to_empty(device=device)
-        _initialize(model, specs, environment.seed)
-    else:
+    if not is_meta:
         model.to(device)
-    return model
+    if layout.is_fsdp:
+        _fully_shard(model, environment)
+    if is_meta:
+        model.to_empty(device=device)
+        draw_initial_values(canonical_parameters(model), inits, shards, environment.seed)
+    return shards
 
 
-def local_runs(parameter: torch.Tensor) -> Iterator[tuple[torch.Tensor, int]]:
-    """This rank's elements of a parameter: contiguous runs of the flattened whole, each with the
-    place where it starts there.
+def apply_activation_checkpointing(
+    blocks: nn.ModuleList, config: ActivationCheckpointingConfig
+) -> None:
+    """Recompute the chosen blocks in backward.
 
-    One run where FSDP2 shards dimension 0; else one for each index before the sharded dimension.
+    The block's `forward` is replaced instead of wrapping the module, so names in checkpoints stay
+    the same with and without. RNG state is not saved: the models draw no random numbers.
     """
-    from torch.distributed.tensor import DTensor, Shard
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+    if config.mode == "budget":
+        # Read by torch.compile when it splits each block's graph into forward and backward.
+        partitioner.activation_memory_budget = config.budget
+        return
+    interval = 1 if config.mode == "full" else config.block_interval
+    for index, block in enumerate(blocks):
+        if index % interval == 0:
+            block.forward = _checkpointed(block.forward)
 
-    if not isinstance(parameter, DTensor):
-        yield parameter.view(-1), 0
-        return
-    local: torch.Tensor = parameter.to_local()
-    if not local.numel():
-        return
-    _, offset = compute_local_shape_and_global_offset(
-        parameter.shape, parameter.device_mesh, parameter.placements
-    )
-    dims = [place.dim for place in parameter.placements if type(place) is Shard]
-    assert len(dims) == 1, f"initial values of {parameter.placements} cannot be drawn yet"
-    dim = dims[0]
-    inner = parameter.shape[dim + 1 :].numel()
-    for index, run in enumerate(local.view(parameter.shape[:dim].numel(), -1)):
-        yield run, (index * parameter.shape[dim] + offset[dim]) * inner
+
+def _checkpointed(forward: Callable[..., Any]) -> Callable[..., Any]:
+    # A function, not a partial: torch.compile finds no frame to compile in one, and runs eagerly.
+    def checkpointed(*args: Any) -> Any:
+        return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False)
+
+    return checkpointed
 
 
 def sharded_dimension(shape: torch.Size, ranks: int) -> int | None:
@@ -101,44 +128,25 @@ def sharded_dimension(shape: torch.Size, ranks: int) -> int | None:
     return next((d for d in range(1, len(shape)) if shape[d] % ranks == 0), None)
 
 
-def _flatten_stacks(model: nn.Module, ranks: int) -> None:
-    """Stacked matrices of which ranks divide no dimension become one long matrix each."""
+def _fully_shard(model: nn.Module, environment: TrainingEnvironment) -> None:
+    settings, mesh = environment.layout.dp_config, environment.fsdp_mesh
+    ranks = mesh.size(-1)
     for module in model.modules():
-        shapes: Any = {}
         for key, parameter in list(module.named_parameters(recurse=False)):
             if sharded_dimension(parameter.shape, ranks) is None:
-                shapes[key] = parameter.shape
                 flat = nn.Parameter(parameter.detach().flatten(0, 1), parameter.requires_grad)
                 setattr(module, key, flat)
-        if shapes:
-            module.flattened_from = shapes
-
-
-def flattened_shapes(model: nn.Module) -> dict[str, torch.Size]:
-    """Canonical name -> whole shape, of the parameters that `_flatten_stacks` has flattened."""
-    return {
-        canonical_name(f"{name}.{key}"): shape
-        for name, module in model.named_modules()
-        for key, shape in getattr(module, "flattened_from", {}).items()
+    is_bf16 = environment.layout.precision == "bf16"
+    options: dict[str, Any] = {
+        "mesh": mesh,
+        "mp_policy": MixedPrecisionPolicy(
+            param_dtype=torch.bfloat16 if is_bf16 else None,
+            reduce_dtype=getattr(torch, settings.reduce_dtype),
+            output_dtype=None,
+            cast_forward_inputs=False,
+        ),
+        "shard_placement_fn": lambda p: Shard(sharded_dimension(p.shape, ranks) or 0),
     }
-
-
-def _shard(model: nn.Module, environment: TrainingEnvironment) -> None:
-    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
-    from torch.distributed.tensor import Shard
-
-    layout, settings = environment.layout, environment.layout.dp_config
-    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-    policy = MixedPrecisionPolicy(
-        param_dtype=torch.bfloat16 if layout.precision == "bf16" else None,
-        reduce_dtype=dtypes[settings.reduce_dtype],
-        output_dtype=None,
-        cast_forward_inputs=False,
-    )
-    options: dict = {"mesh": fsdp_mesh(environment), "mp_policy": policy}
-    ranks = options["mesh"]["dp_shard"].size()
-    _flatten_stacks(model, ranks)
-    options["shard_placement_fn"] = lambda p: Shard(sharded_dimension(p.shape, ranks) or 0)
     if settings.cpu_offload:
         options["offload_policy"] = CPUOffloadPolicy(pin_memory=environment.device.type == "cuda")
     units: list[Any] = []
@@ -155,42 +163,25 @@ def _shard(model: nn.Module, environment: TrainingEnvironment) -> None:
         units.append(fully_shard(head, reshard_after_forward=False, **options))
     # The root holds embedding and head, which the forward needs first and last: never resharded
     # in between.
-    fully_shard(model, reshard_after_forward=False, **options)
+    root: Any = fully_shard(model, reshard_after_forward=False, **options)
     # What torch has as defaults, but may change: gradients are reduced every microbatch, as a mean
     # that the collective takes where it can.
-    model.set_requires_gradient_sync(True)  # type: ignore[operator]
-    model.set_requires_all_reduce(True)  # type: ignore[operator]
-    model.set_reshard_after_backward(True)  # type: ignore[operator]
-    for unit in (*units, model):
+    root.set_requires_gradient_sync(True)
+    root.set_requires_all_reduce(True)
+    root.set_reshard_after_backward(True)
+    for unit in (*units, root):
         unit.set_force_sum_reduction_for_comms(False)
-    _prefetch(units, settings.prefetch_factor)
-
-
-def _prefetch(units: list[Any], number: int) -> None:
-    """Let each unit, when it is computed, start to gather the next `number` of them."""
-    if not number:
-        return
-    for index, unit in enumerate(units):
-        unit.set_modules_to_forward_prefetch(units[index + 1 : index + 1 + number])
-        unit.set_modules_to_backward_prefetch(units[max(0, index - number) : index][::-1])
-
-
-def _initialize(model: nn.Module, specs: dict[str, InitSpec], seed: int) -> None:
-    for name, parameter in canonical_parameters(model).items():
-        with torch.no_grad():
-            for run, start in local_runs(parameter):
-                fill_flat_(
-                    run,
-                    name=name,
-                    numel=parameter.numel(),
-                    start=start,
-                    spec=specs[name],
-                    seed=seed,
-                )
+    ahead = settings.prefetch_factor
+    for index, unit in enumerate(units if ahead else ()):
+        unit.set_modules_to_forward_prefetch(units[index + 1 : index + 1 + ahead])
+        unit.set_modules_to_backward_prefetch(units[max(0, index - ahead) : index][::-1])
 
 
 def _partition(
-    model: nn.Module, environment: TrainingEnvironment, specs: dict[str, InitSpec]
+    model: nn.Module,
+    environment: TrainingEnvironment,
+    inits: Mapping[str, InitSpec],
+    shards: Mapping[str, ShardSpec],
 ) -> None:
     """ZeRO-3: give each module storage and values in turn, and let DeepSpeed partition it at once,
     so that no rank holds more than one module's parameters whole."""
@@ -203,26 +194,13 @@ def _partition(
     def visit(module: nn.Module) -> None:
         for child in module.children():
             visit(child)
-        own = dict(module.named_parameters(recurse=False))
-        if not own:
+        keys = {key: names[id(p)] for key, p in module.named_parameters(recurse=False)}
+        if not keys:
             return
-        if specs:
-            keys = {key: names[id(parameter)] for key, parameter in own.items()}
+        if inits:
             module.to_empty(device=environment.device, recurse=False)
-            for key, parameter in module.named_parameters(recurse=False):
-                with torch.no_grad():
-                    fill_flat_(
-                        parameter.view(-1),
-                        name=keys[key],
-                        numel=parameter.numel(),
-                        start=0,
-                        spec=specs[keys[key]],
-                        seed=environment.seed,
-                    )
+            own = {name: getattr(module, key) for key, name in keys.items()}
+            draw_initial_values(own, inits, shards, environment.seed)
         deepspeed.zero.Init(module=module, config_dict_or_path=settings, dtype=torch.float32)
 
     visit(model)
-
-
-def _on_meta(model: nn.Module) -> bool:
-    return any(parameter.is_meta for parameter in model.parameters())

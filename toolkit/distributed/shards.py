@@ -1,67 +1,184 @@
-"""`FlatShard`: a flat slice of a named tensor, saved and loaded by torch DCP as ordinary chunks."""
+"""What each rank's tensor of a parameter is: the one table that initial values, norms, partial
+gradients and checkpoints are read off.
 
-from typing import Any
+    ShardSpec    name -> the part of the whole parameter that this rank's module holds (its range of
+                 a dimension), and what its gradient is. FSDP2 shards that part further over its
+                 own ranks; its DTensors say how.
+    Box          a rectangle of the whole parameter, and where in the rank's memory it lies
+    LocalShard   a rank's memory as boxes of a named tensor, which torch DCP saves and loads
+"""
+
+import itertools
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     MetadataIndex,
     TensorProperties,
 )
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from toolkit.models.init import InitSpec, canonical_parameters, fill_flat_
 
 
-def flat_range_boxes(
-    shape: torch.Size, start: int, length: int
-) -> list[tuple[tuple[int, ...], tuple[int, ...], int]]:
+class ShardSpec(NamedTuple):
+    """What a rank's module holds of one parameter."""
+
+    shape: torch.Size
+    """Of the whole parameter, as the model defines it and checkpoints know it."""
+    dim: int | None = None
+    """The dimension of which the module holds a range; None: all of the parameter."""
+    start: int = 0
+    """Where the range begins."""
+    length: int = 0
+    """How long it is."""
+    partial_over: tuple[str, ...] = ()
+    """Axes of the layout: each of their ranks has a summand of the gradient."""
+    copies: int = 1
+    """Ranks of one replica of the model that hold the same range."""
+
+
+class Box(NamedTuple):
+    """A rectangle of a whole tensor."""
+
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+    position: int
+    """Of its first element in the flattened memory of the rank."""
+
+
+def whole_specs(model: nn.Module) -> dict[str, ShardSpec]:
+    """The table of a model that holds all of its parameters, by canonical name."""
+    return {name: ShardSpec(p.shape) for name, p in canonical_parameters(model).items()}
+
+
+def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's memory of a tensor that FSDP2 may have sharded."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def local_boxes(tensor: torch.Tensor, spec: ShardSpec) -> list[Box]:
+    """What the memory of `tensor`, a parameter or its like, is of the whole one; none where this
+    rank has nothing of it."""
+    if not local_tensor(tensor).numel():
+        return []
+    sizes, offsets = tuple(tensor.shape), (0,) * tensor.dim()
+    if isinstance(tensor, DTensor):
+        sizes, offsets = compute_local_shape_and_global_offset(
+            tensor.shape, tensor.device_mesh, tensor.placements
+        )
+    if tensor.dim() != len(spec.shape):  # stacked matrices that are stored as one long one
+        inner = tensor.shape[1:].numel()
+        assert spec.dim is None, "flattened stacks are not cut otherwise"
+        return flat_range_boxes(spec.shape, offsets[0] * inner, sizes[0] * inner)
+    if spec.dim is not None:
+        at = spec.dim
+        offsets = (*offsets[:at], offsets[at] + spec.start, *offsets[at + 1 :])
+    return [Box(tuple(offsets), tuple(sizes), 0)]
+
+
+def flat_range_boxes(shape: torch.Size, start: int, length: int) -> list[Box]:
     """Split elements [start, start + length) of a row-major tensor into boxes.
 
-    Returns (offsets, sizes, position in the slice) of each; at most 2 * (N - 1) + 1 for N
-    dimensions: the range runs up to the next row, through whole rows, and into a last one, and the
-    two partial rows split again inside their own dimensions.
+    At most 2 * (N - 1) + 1 for N dimensions: the range runs up to the next row, through whole rows,
+    and into a last one, and the two partial rows split again inside their own dimensions.
     """
     if length <= 0:
         return []
     if len(shape) == 0:
-        return [((), (), 0)]
+        return [Box((), (), 0)]
     if len(shape) == 1:
-        return [((start,), (length,), 0)]
+        return [Box((start,), (length,), 0)]
     row = shape[1:].numel()
-    boxes: list[tuple[tuple[int, ...], tuple[int, ...], int]] = []
+    boxes: list[Box] = []
     position = 0
     while position < length:
         first, inside = divmod(start + position, row)
         left = length - position
         if inside == 0 and left >= row:
-            count = left // row
+            number = left // row
             zeros = (0,) * (len(shape) - 1)
-            boxes.append(((first, *zeros), (count, *shape[1:]), position))
-            position += count * row
+            boxes.append(Box((first, *zeros), (number, *shape[1:]), position))
+            position += number * row
             continue
         take = min(left, row - inside)
         for offsets, sizes, at in flat_range_boxes(shape[1:], inside, take):
-            boxes.append(((first, *offsets), (1, *sizes), position + at))
+            boxes.append(Box((first, *offsets), (1, *sizes), position + at))
         position += take
     return boxes
 
 
-class FlatShard(torch.Tensor):
-    """Elements [start, start + local.numel()) of a row-major tensor of `shape`.
+def flat_runs(shape: torch.Size, box: Box) -> Iterator[tuple[int, int, int]]:
+    """The contiguous runs of the flattened whole of which `box` consists, each as (position in the
+    rank's memory, start in the whole, length)."""
+    cut = max((d for d in range(len(shape)) if box.sizes[d] != shape[d]), default=0)
+    inner = [math.prod(shape[d + 1 :]) for d in range(len(shape))]
+    length = math.prod(box.sizes[cut:])
+    outer = (range(o, o + s) for o, s in zip(box.offsets[:cut], box.sizes[:cut], strict=True))
+    for number, index in enumerate(itertools.product(*outer)):
+        places = (*index, *box.offsets[cut:])
+        start = sum(place * step for place, step in zip(places, inner, strict=True))
+        yield box.position + number * length, start, length
+
+
+def draw_initial_values(
+    parameters: Mapping[str, torch.Tensor],
+    inits: Mapping[str, InitSpec],
+    shards: Mapping[str, ShardSpec],
+    seed: int,
+) -> None:
+    """Fill what this rank holds of each parameter with the values of the whole one, which depend on
+    (seed, name, shape) alone."""
+    for name, parameter in parameters.items():
+        shape, memory = shards[name].shape, local_tensor(parameter.detach()).view(-1)
+        for box in local_boxes(parameter, shards[name]):
+            for position, start, length in flat_runs(shape, box):
+                fill_flat_(
+                    memory.narrow(0, position, length),
+                    name=name,
+                    numel=shape.numel(),
+                    start=start,
+                    spec=inits[name],
+                    seed=seed,
+                )
+
+
+def stored_tensor(tensor: torch.Tensor, spec: ShardSpec) -> torch.Tensor:
+    """`tensor`, a parameter or its like, as checkpoints know it: a view of the same memory."""
+    if tensor.dim() == 0 or tensor.shape == spec.shape:
+        return tensor
+    memory = local_tensor(tensor).view(-1)
+    return LocalShard(memory, shape=spec.shape, boxes=local_boxes(tensor, spec))
+
+
+class LocalShard(torch.Tensor):
+    """Boxes of a tensor of `shape` that lie one after another in `local`.
 
     A wrapper subclass, because DCP's reader insists on tensors; it takes part in no arithmetic.
     """
 
     local: torch.Tensor
-    start: int
+    boxes: list[Box]
 
     @staticmethod
-    def __new__(cls, local: torch.Tensor, *, shape: torch.Size, start: int) -> "FlatShard":
+    def __new__(cls, local: torch.Tensor, *, shape: torch.Size, boxes: list[Box]) -> "LocalShard":
         self = torch.Tensor._make_wrapper_subclass(
             cls, shape, dtype=local.dtype, device=local.device, requires_grad=False
         )
         self.local = local.detach()
-        self.start = start
+        self.boxes = boxes
         return self
+
+    @classmethod
+    def flat(cls, local: torch.Tensor, *, shape: torch.Size, start: int) -> "LocalShard":
+        """Elements [start, start + local.numel()) of the row-major tensor."""
+        return cls(local, shape=shape, boxes=flat_range_boxes(shape, start, local.numel()))
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -69,48 +186,39 @@ class FlatShard(torch.Tensor):
     ) -> Any:
         if func is torch.ops.aten.detach.default:
             return args[0]
-        raise NotImplementedError(f"FlatShard only travels to and from checkpoints, not {func}")
+        raise NotImplementedError(f"LocalShard only travels to and from checkpoints, not {func}")
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
-        end = self.start + self.local.numel()
-        return f"FlatShard({self.start}:{end} of {tuple(self.shape)})"
-
-    def _boxes(self) -> list[tuple[tuple[int, ...], tuple[int, ...], int]]:
-        return flat_range_boxes(self.shape, self.start, self.local.numel())
+        return f"LocalShard({self.boxes} of {tuple(self.shape)})"
 
     def __create_write_items__(self, fqn: str, obj: Any) -> list[WriteItem]:
         return [
             WriteItem(
-                index=MetadataIndex(fqn, torch.Size(offsets)),
+                index=MetadataIndex(fqn, chunk.offsets),
                 type=WriteItemType.SHARD,
                 tensor_data=TensorWriteData(
-                    chunk=ChunkStorageMetadata(
-                        offsets=torch.Size(offsets), sizes=torch.Size(sizes)
-                    ),
-                    properties=TensorProperties(dtype=self.dtype),
-                    size=self.shape,
+                    chunk=chunk, properties=TensorProperties(dtype=self.dtype), size=self.shape
                 ),
             )
-            for offsets, sizes, _ in self._boxes()
+            for chunk in self.__create_chunk_list__()
         ]
 
     def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
         return [
             ChunkStorageMetadata(offsets=torch.Size(offsets), sizes=torch.Size(sizes))
-            for offsets, sizes, _ in self._boxes()
+            for offsets, sizes, _ in self.boxes
         ]
 
     def __get_tensor_shard__(self, index: MetadataIndex) -> torch.Tensor:
-        for offsets, sizes, position in self._boxes():
+        for offsets, sizes, position in self.boxes:
             if index.offset is None or torch.Size(offsets) == index.offset:
-                count = torch.Size(sizes).numel()
-                return _alone(self.local.narrow(0, position, count).view(sizes))
+                return _alone(self.local.narrow(0, position, math.prod(sizes)).view(sizes))
         raise KeyError(f"{index}: no such box in {self!r}")
 
 
 def _alone(view: torch.Tensor) -> torch.Tensor:
     """The same memory as a storage of its own: `torch.save` writes whole storages, so DCP would
-    copy each piece of a larger one (measured: memory grew by all that a rank writes)."""
+    copy each part of a larger one (measured: memory grew by all that a rank writes)."""
     start = view.storage_offset() * view.element_size()
     memory = view.untyped_storage()[start : start + view.nbytes]
     return torch.empty(0, dtype=view.dtype, device=view.device).set_(memory, 0, view.shape)  # type: ignore[call-overload]

@@ -5,56 +5,63 @@ decision in the same pass, without DTensor dispatch and without a host sync.
 """
 
 import contextlib
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from toolkit.distributed.accelerator import build_accelerator, ddp_options
-from toolkit.distributed.engine import BuildOptimizer, Engine, StepOutcome, reset_state
+from toolkit.distributed.engine import (
+    BuildOptimizer,
+    Engine,
+    StepOutcome,
+    check_whole_matrices,
+    create_state,
+)
 from toolkit.distributed.environment import TrainingEnvironment
-from toolkit.distributed.materialize import flattened_shapes, local_runs
-from toolkit.distributed.shards import FlatShard
-from toolkit.models.init import canonical_parameters
+from toolkit.distributed.shards import ShardSpec, local_tensor, stored_tensor
+from toolkit.optim.config import traits_of
 
 
 class TorchEngine(Engine):
-    """`single`, `ddp`, `fsdp` and `hsdp`: torch optimizers over local tensors."""
+    """`single`, `ddp`, `fsdp` and `hsdp`."""
 
     def __init__(
         self,
         environment: TrainingEnvironment,
         module: nn.Module,
+        shards: Mapping[str, ShardSpec],
         build_optimizer: BuildOptimizer,
     ) -> None:
-        super().__init__(environment, module)
-        from torch.distributed.tensor import DTensor
-
-        self._named = canonical_parameters(module)
-        self._flattened = flattened_shapes(module)
+        super().__init__(environment, module, shards)
+        layout = environment.layout
         self._is_sharded = any(isinstance(p, DTensor) for p in self._named.values())
         self._local = {name: _as_local(p) for name, p in self._named.items()}
+        self._trainable = {name: p for name, p in self._named.items() if p.requires_grad}
         self.optimizer = build_optimizer(self._local)
-        self._accelerator = build_accelerator(environment)
+        is_cut = self._is_sharded and environment.weight_group is not None
+        check_whole_matrices(self.optimizer, are_cut=is_cut, engine=layout.name)
+        self._partial: dict[tuple[str, ...], list[str]] = {}
+        for name in self._trainable:
+            if axes := shards[name].partial_over:
+                self._partial.setdefault(axes, []).append(name)
+        self._takes_found_inf = traits_of(self.optimizer).takes_found_inf
         self.model = self._prepare()
-        self._trainable = [
-            (p, self._local[name]) for name, p in self._named.items() if p.requires_grad
-        ]
         self._optimizer_device = next(iter(self._local.values())).device
-        self._bf16 = environment.layout.precision == "bf16"
         self._rebound = not self._is_sharded
-        first: Any = next(iter(self._named.values()))
-        self._mesh = first.device_mesh if self._is_sharded else None
         # Before the first step: SGD's kernel would write its momentum there, and a skipped first
         # step would leave it unwritten.
-        self._create_optimizer_state()
+        create_state(self.optimizer, [group["params"] for group in self.optimizer.param_groups])
 
     def _prepare(self) -> nn.Module:
         own_lists = [list(group["params"]) for group in self.optimizer.param_groups]
-        self._accelerator.ddp_handler = ddp_options()
-        model, _ = self._accelerator.prepare(self.module, self.optimizer)
+        accelerator = build_accelerator(self.environment)
+        accelerator.ddp_handler = ddp_options()
+        model, _ = accelerator.prepare(self.module, self.optimizer)
         # Accelerate points the optimizer at the model's DTensors; ours are their local tensors.
         for group, own in zip(self.optimizer.param_groups, own_lists, strict=True):
             group["params"] = own
@@ -83,41 +90,48 @@ class TorchEngine(Engine):
             for parameter in trainable:
                 parameter.grad = None
 
-    def autocast(self) -> contextlib.AbstractContextManager:
-        if self._bf16 and not self._is_sharded:
+    def _autocast(self) -> contextlib.AbstractContextManager:
+        if self.environment.layout.precision == "bf16" and not self._is_sharded:
             return torch.autocast(self.environment.device.type, dtype=torch.bfloat16)
         return contextlib.nullcontext()
 
-    def microbatch(self, *, is_last: bool) -> contextlib.AbstractContextManager:
+    def _exchanging(self, *, is_last: bool) -> contextlib.AbstractContextManager:
         if isinstance(self.model, DistributedDataParallel) and not is_last:
             return self.model.no_sync()
         if self._is_sharded:
             # Reduce-scatter every microbatch (gradients stay sharded); HSDP's second reduction,
             # over the replicas, waits for the last.
-            self.module.set_is_last_backward(is_last)  # type: ignore[operator]
+            fsdp: Any = self.module
+            fsdp.set_is_last_backward(is_last)
             if self.environment.layout.dp_replicate > 1:
-                self.module.set_requires_all_reduce(is_last)  # type: ignore[operator]
+                fsdp.set_requires_all_reduce(is_last)
         return contextlib.nullcontext()
 
-    def backward(self, loss: torch.Tensor, factor: float | torch.Tensor) -> None:
+    def _backward(self, loss: torch.Tensor, factor: float | torch.Tensor) -> None:
         # The factor itself for a finite loss; 0 * inf and 0 * NaN are NaN.
         loss.backward(loss.detach() * 0.0 + factor)
 
     def step(self, max_grad_norm: float | None) -> StepOutcome:
-        self._bind_local_gradients()
-        norm = self._global_norm()
+        gradients = self.gradient_shards()
+        norm = self._global_norm(gradients)
         skipped = (norm - norm).isnan().float()  # a third of isfinite's kernels
-        optimizer: Any = self.optimizer
-        # The fused kernels divide by grad_scale and leave everything alone where found_inf is 1.
-        # Offloaded weights are stepped on the CPU, which must wait for the two.
-        optimizer.found_inf = skipped.to(self._optimizer_device)
+        scale = None
         if max_grad_norm is not None:
-            scale = ((norm + 1e-6) / max_grad_norm).clamp(min=1.0)
-            optimizer.grad_scale = scale.to(self._optimizer_device)
-        optimizer.step()
-        optimizer.found_inf = optimizer.grad_scale = None
-        for parameter, local in self._trainable:
-            parameter.grad = local.grad = None
+            scale = ((norm + 1e-6) / max_grad_norm).clamp(min=1.0).to(self._optimizer_device)
+        optimizer: Any = self.optimizer
+        if self._takes_found_inf:
+            # The kernel divides by grad_scale and leaves everything alone where found_inf is 1.
+            # Offloaded weights are stepped on the CPU, which must wait for the two.
+            optimizer.found_inf = skipped.to(self._optimizer_device)
+            optimizer.grad_scale = scale
+            optimizer.step()
+            optimizer.found_inf = optimizer.grad_scale = None
+        elif not skipped.item():  # waits for the device: such an optimizer cannot be told later
+            if scale is not None:
+                torch._foreach_div_(list(gradients.values()), scale)
+            optimizer.step()
+        for name, parameter in self._trainable.items():
+            parameter.grad = self._local[name].grad = None
         return StepOutcome(norm, skipped)
 
     def gradient_shards(self) -> dict[str, torch.Tensor]:
@@ -125,79 +139,70 @@ class TorchEngine(Engine):
         return {n: p.grad for n, p in self._local.items() if p.grad is not None}
 
     def weight_shards(self) -> dict[str, torch.Tensor]:
-        return {name: _as_local(p).detach() for name, p in self._named.items()}
-
-    @property
-    def shard_group(self) -> dist.ProcessGroup | None:
-        return self._mesh.get_group("dp_shard") if self._mesh is not None else None
+        return {name: local_tensor(p.detach()) for name, p in self._named.items()}
 
     def state_tensors(self) -> dict[str, torch.Tensor]:
         tensors: dict[str, torch.Tensor] = {}
         for name, parameter in self._named.items():
-            tensors[f"model.{name}"] = self._stored(name, parameter.detach())
+            spec = self.shards[name]
+            tensors[f"model.{name}"] = stored_tensor(parameter.detach(), spec)
             for key, value in self.optimizer.state.get(self._local[name], {}).items():
                 if isinstance(value, torch.Tensor):
-                    value = _like(value, parameter)
-                    tensors[f"optim.{name}.{key}"] = self._stored(name, value)
+                    tensors[f"optim.{name}.{key}"] = stored_tensor(_like(value, parameter), spec)
         return tensors
-
-    def _stored(self, name: str, tensor: Any) -> torch.Tensor:
-        """The tensor in the shape that checkpoints know."""
-        shape = self._flattened.get(name)
-        if shape is None or tensor.dim() == 0:
-            return tensor
-        ((local, start),) = list(local_runs(tensor)) or [(tensor.to_local().view(-1), 0)]
-        return FlatShard(local, shape=shape, start=start)
 
     def _bind_local_gradients(self) -> None:
         if not self._is_sharded:
             return
-        for parameter, local in self._trainable:
+        for name, parameter in self._trainable.items():
+            local = self._local[name]
             if not self._rebound:
                 # FSDP2 may move a shard into padded storage in the first forward.
-                local.data = _as_local(parameter).data
-            grad: Any = parameter.grad
+                local.data = local_tensor(parameter.detach())
+            grad = parameter.grad
             local.grad = None if grad is None else grad.to_local()
         self._rebound = True
 
-    def _global_norm(self) -> torch.Tensor:
-        grads = [local.grad for _, local in self._trainable if local.grad is not None]
-        grads = [grad for grad in grads if grad.numel()]
+    def _complete_gradients(self) -> None:
+        gradients = self.gradient_shards() if self._partial else {}
+        for axes, names in self._partial.items():
+            parts = [gradients[name] for name in names if name in gradients]
+            group = self.environment.group(*axes)
+            flat = torch.cat([part.flatten() for part in parts])
+            dist.all_reduce(flat, group=group)
+            sums = flat.split([part.numel() for part in parts])
+            torch._foreach_copy_(
+                parts, [new.view_as(part) for new, part in zip(sums, parts, strict=True)]
+            )
+
+    def _global_norm(self, gradients: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        own = {name: gradient for name, gradient in gradients.items() if gradient.numel()}
         if not self._is_sharded:
-            norm = torch.nn.utils.get_total_norm(grads)
-            if isinstance(self.model, DistributedDataParallel):
-                # Each rank has added up by itself, on another machine perhaps with more threads:
-                # one bit less and it would clip, and drift, otherwise than its twins.
-                dist.broadcast(norm, src=0)
-            return norm
+            norm = torch.nn.utils.get_total_norm(list(own.values()))
+            return self._as_first_replica(norm)
         device = self.environment.device
         total = torch.zeros((), device=device)
-        if grads:
-            norms = torch._foreach_norm(grads)
-            total = torch.stack(norms).square().sum().to(device)
-        dist.all_reduce(total, group=self.shard_group)
-        if self.environment.layout.dp_replicate > 1:
-            # The same between replicas, each of which has added up its shards.
-            assert self._mesh is not None, "sharded"
-            dist.broadcast(total, group=self._mesh.get_group("dp_replicate"), group_src=0)
-        return total.sqrt()
+        if own:
+            squares = torch.stack(torch._foreach_norm(list(own.values()))).square()
+            copies = [self.shards[name].copies for name in own]
+            if max(copies) > 1:
+                squares /= squares.new_tensor(copies)
+            total = squares.sum().to(device)
+        if (group := self.environment.weight_group) is not None:
+            dist.all_reduce(total, group=group)
+        return self._as_first_replica(total).sqrt()
 
-    def _create_optimizer_state(self) -> None:
-        """Make the state tensors exist, all zero, by a step of rate zero on zero gradients."""
-        rates = [group["lr"] for group in self.optimizer.param_groups]
-        for group in self.optimizer.param_groups:
-            group["lr"] = 0.0
-        for _, local in self._trainable:
-            local.grad = torch.zeros_like(local)
-        self.optimizer.step()
-        reset_state(self.optimizer, [local for _, local in self._trainable])
-        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate
+    def _as_first_replica(self, value: torch.Tensor) -> torch.Tensor:
+        """Each replica has added up by itself, on another machine perhaps with more threads: one
+        bit less and it would clip, and drift, otherwise than its twins."""
+        if (group := self.environment.group("dp_replicate")) is not None:
+            dist.broadcast(value, group=group, group_src=0)
+        return value
 
 
-def _as_local(parameter: Any) -> nn.Parameter:
-    if hasattr(parameter, "to_local"):
-        return nn.Parameter(parameter.to_local().detach(), requires_grad=parameter.requires_grad)
+def _as_local(parameter: nn.Parameter) -> nn.Parameter:
+    if isinstance(parameter, DTensor):
+        return nn.Parameter(local_tensor(parameter).detach(), requires_grad=parameter.requires_grad)
     return parameter
 
 
@@ -207,8 +212,6 @@ def _like(value: torch.Tensor, parameter: Any) -> torch.Tensor:
     Not `DTensor.from_local`, which copies a tensor to the mesh's device: under CPU offload loading
     would fill the copy.
     """
-    from torch.distributed.tensor import DTensor
-
     if not isinstance(parameter, DTensor) or value.dim() == 0:
         return value
     assert value.dtype == parameter.dtype, "the specification names the type"

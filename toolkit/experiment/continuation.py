@@ -9,7 +9,7 @@ import msgspec
 
 from toolkit.checkpoint.find import Found, find_checkpoint
 from toolkit.checkpoint.folder import MODEL_PREFIX, rank_file, read_metadata
-from toolkit.checkpoint.load import metadata_of, rank_state_of, shapes_of
+from toolkit.checkpoint.load import load_rank_state, shapes_of
 from toolkit.checkpoint.tensors import check_shapes
 from toolkit.data.loader import TrainLoader
 from toolkit.errors import CheckpointError
@@ -92,7 +92,7 @@ def continuation_checks(
     """
 
     checkpoint, lora = start.checkpoint, config.train_module.lora
-    metadata = metadata_of(checkpoint)
+    metadata = read_metadata(checkpoint)
     saved = metadata.extra
     model = msgspec.json.decode(msgspec.json.encode(config.model))  # lists, as stored
     free = FREE_FOR_WEIGHTS if start.weights_only else FREE_MODEL_FIELDS
@@ -101,7 +101,7 @@ def continuation_checks(
         # Every rank will read its own.
         for rank in range(1, min(metadata.world_size, len(metadata.files))):
             if rank_file(rank) in metadata.files:
-                rank_state_of(checkpoint, rank)
+                load_rank_state(checkpoint, rank)
         with usable_state(checkpoint):
             state = data_state(start)
             if train_loader is not None:
@@ -130,7 +130,7 @@ def continuation_checks(
 
 def data_state(start: Start) -> dict[str, Any]:
     """The position in the data that a checkpoint keeps; see `TrainLoader.state_dict`."""
-    return dict(rank_state_of(start.checkpoint, rank=0)["trainer"]["data"])
+    return dict(load_rank_state(start.checkpoint, rank=0)["trainer"]["data"])
 
 
 def changed_training(config: ExperimentConfig, start: Start) -> list[str]:

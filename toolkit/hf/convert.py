@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 import msgspec
 from torch import Tensor
 
-from toolkit.checkpoint.commit import SPARE_BYTES, Save, check_free_space
+from toolkit.checkpoint.commit import SPARE_BYTES, Save, check_free_space, write_checkpoint
 from toolkit.checkpoint.folder import MODEL_PREFIX, TENSORS_FOLDER
-from toolkit.checkpoint.streaming import write_streamed_checkpoint
+from toolkit.checkpoint.save_plan import ShardWriter
 from toolkit.checkpoint.tensors import iterate_tensors
 from toolkit.data.prepare.tokenizers.companions import read_json
 from toolkit.data.tokens.prepared import TOKENIZER_FOLDER
@@ -138,7 +138,9 @@ def convert_hf(
         )
         try:
             with byte_progress("converting", nbytes) as advance:
-                step = write_streamed_checkpoint(save, layout, _watched(plan.tensors(), advance))
+                shards = ShardWriter(None)
+                resolve = shards.stream(layout, _watched(plan.tensors(), advance))
+                step = write_checkpoint(save, shards, resolve, rank=0, group=None)
         except TrainingError as error:
             reason = error.__cause__ or error
             raise TrainingError(f"{out}: not converted, nothing is left of it: {reason}") from error

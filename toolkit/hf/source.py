@@ -17,13 +17,14 @@ from torch import Tensor
 
 from toolkit.checkpoint.find import find_checkpoint
 from toolkit.checkpoint.folder import (
+    HF_CONFIG_FILE,
     HF_FOLDER,
     METADATA_FILE,
     MODEL_PREFIX,
     TENSORS_FOLDER,
     CheckpointMetadata,
+    kind_of,
     read_metadata,
-    saved_steps,
 )
 from toolkit.checkpoint.tensors import iterate_tensors, stored_types
 from toolkit.config.interpolation import fill
@@ -39,14 +40,11 @@ from toolkit.hf.weights import HFWeights
 from toolkit.models.config import LoRAConfig, ModelConfig
 from toolkit.models.transformer import Transformer
 from toolkit.runs.files import RUN_FILES
-from toolkit.runs.registry import is_run, run_of_checkpoint
+from toolkit.runs.registry import run_of_checkpoint
 from toolkit.storage.atomic import PathLike
 from toolkit.storage.foreign import guard, read_json
-from toolkit.storage.remote import is_url
 
 log = logging.getLogger(__name__)
-
-HF_CONFIG_FILE = "config.json"
 
 
 class ModelSource(NamedTuple):
@@ -118,24 +116,24 @@ def find_source(path: PathLike) -> ModelSource:
     config.json and weights of `transformers`. Raises CheckpointError for anything else.
     """
     where = str(path)
-    if is_url(where):
+    folder, what_it_is = Path(path).expanduser(), kind_of(where)
+    if what_it_is == "url":
         raise CheckpointError(f"{where}: copy the checkpoint to a local folder and give that")
-    folder = Path(path).expanduser()
-    if not folder.is_dir():
-        what = "is a file" if folder.exists() else "no such folder"
+    if what_it_is in ("file", "missing"):
+        what = "is a file" if what_it_is == "file" else "no such folder"
         raise CheckpointError(
             f"{where}: {what}; give a run folder, a step{{N}} folder, or a folder with a "
             f"{HF_CONFIG_FILE} of transformers"
         )
-    if (folder / METADATA_FILE).is_file():
+    if what_it_is == "checkpoint":
         # Raises where it is not whole.
         find_checkpoint(folder, quick=True)
         return _of_checkpoint(where, "checkpoint", folder)
-    if (folder / HF_CONFIG_FILE).is_file():
+    if what_it_is == "hf":
         tokenizer = folder if (folder / TOKENIZER_FILE).is_file() else None
         config = read_hf_config(folder).config
         return ModelSource(where, "hf", config, hf_folder=folder, tokenizer_folder=tokenizer)
-    if not is_run(folder) and not any(map(saved_steps, (folder, folder / RUN_FILES.checkpoints))):
+    if what_it_is == "folder":
         raise CheckpointError(
             f"{where}: neither a run, a checkpoint, nor a folder with a {HF_CONFIG_FILE} of "
             "transformers; `toolkit runs` lists runs"
@@ -147,7 +145,7 @@ def find_source(path: PathLike) -> ModelSource:
         raise CheckpointError(
             f"{where}: holds no whole checkpoint; `toolkit verify {where}` lists what is there"
         )
-    return _of_checkpoint(where, "run" if is_run(folder) else "checkpoint", found)
+    return _of_checkpoint(where, "run" if what_it_is == "run" else "checkpoint", found)
 
 
 def source_tensors(source: ModelSource) -> Iterator[tuple[str, Tensor]]:

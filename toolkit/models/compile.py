@@ -19,15 +19,10 @@ def compile_model(
 ) -> None:
     """Compile every block and the loss kernel of a Transformer, in place; parameters keep names.
 
-    Each shape of batch is compiled when it first comes (kernels for fixed shapes are faster).
-
-    Blocks have one structure, so the first one's code serves them all: compile time does not grow
-    with depth. Call it after activation checkpointing and before sharding.
-
-    Args:
-        fullgraph: raise where a block does not compile as one graph. Leave it off for engines whose
-            hooks inside the block break graphs (ZeRO-3).
-        backend: as for `torch.compile`.
+    Each shape of batch is compiled when it first comes (kernels for fixed shapes are faster), and
+    the first block's code serves all: compile time does not grow with depth. Call it after
+    activation checkpointing and before sharding. `fullgraph` raises where a block does not compile
+    as one graph: not for engines whose hooks break graphs (ZeRO-3).
     """
     allow_recompilations()
     options: dict[str, Any] = {"dynamic": False, "backend": backend}

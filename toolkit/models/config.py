@@ -6,7 +6,7 @@ from toolkit.config import Config
 from toolkit.config.base import check_positive
 from toolkit.config.named import named
 from toolkit.models import shapes
-from toolkit.models.architecture import Architecture, MoEConfig
+from toolkit.models.architecture import Architecture
 
 LARGEST: dict[str, int] = {
     "vocab_size": 1 << 31,
@@ -28,11 +28,7 @@ MOST_PARAMETERS = 10**16
 
 def check_sizes(sizes: dict[str, int | None], names: dict[str, str] | None = None) -> None:
     """Raise ValueError for a size that is larger than any model's: what is made of it would fill
-    the memory before an error is found.
-
-    Args:
-        sizes: by names of `LARGEST`.
-        names: what messages call them, where that is another name.
+    the memory before an error is found. `names` are what messages call those of `LARGEST`.
     """
     for name, value in sizes.items():
         largest = LARGEST[name]
@@ -119,8 +115,13 @@ class TransformerConfig(
             raise ValueError(f"norm_weight_offset goes with norm rms_norm, not {self.norm}")
         if self.parallel_residual and self.norm_placement != "pre":
             raise ValueError("parallel_residual goes with norm_placement pre only")
-        if self.moe is not None:
-            self._check_experts(self.moe)
+        if self.moe is not None and not self.is_gated:
+            raise ValueError(f"moe: experts are gated; feed_forward {self.feed_forward} is not")
+        for layer in self.moe.dense_layers if self.moe is not None else ():
+            if not 0 <= layer < self.num_layers:
+                raise ValueError(
+                    f"moe.dense_layers: there is no layer {layer}; num_layers is {self.num_layers}"
+                )
         if self.num_parameters > MOST_PARAMETERS:
             raise ValueError(
                 f"{self.num_parameters:.1e} parameters are more than any model has (at most "
@@ -132,22 +133,19 @@ class TransformerConfig(
         return self
 
     def build(self, *, init_device: str = "cpu", seed: int = 0) -> Any:
-        """The `Transformer` on `init_device`.
-
-        "meta" leaves parameters without storage, to be sharded, materialised with `to_empty` and
-        filled by `toolkit.models.init`; any other device gets its initial values here.
-        """
+        """The `Transformer` on `init_device`, with initial values; on "meta" without storage."""
         transformer = named("toolkit.models.transformer:Transformer")
         return transformer(self, init_device=init_device, seed=seed)
 
-    def _check_experts(self, moe: MoEConfig) -> None:
-        if not self.is_gated:
-            raise ValueError(f"moe: experts are gated; feed_forward {self.feed_forward} is not")
-        wrong = [layer for layer in moe.dense_layers if not 0 <= layer < self.num_layers]
-        if wrong:
-            raise ValueError(
-                f"moe.dense_layers: there is no layer {wrong[0]}; num_layers is {self.num_layers}"
-            )
+
+_GPT_NAMES = {
+    "vocab_size": "vocab_size", "vocab_multiple": "vocab_multiple", "d_model": "n_embd",
+    "num_layers": "n_layer", "num_heads": "n_head", "intermediate_size": "n_inner",
+    "max_sequence_length": "n_positions", "norm_eps": "layer_norm_epsilon", "bias": "bias",
+    "tie_embeddings": "tie_word_embeddings", "init_std": "initializer_range",
+    "loss_chunk_size": "loss_chunk_size",
+}  # fmt: skip
+"""Our name of a field -> GPT-2's."""
 
 
 class GPTConfig(_Counts, Config, frozen=True, kw_only=True, tag_field="type", tag="gpt"):
@@ -185,35 +183,22 @@ class GPTConfig(_Counts, Config, frozen=True, kw_only=True, tag_field="type", ta
             self, "vocab_size", "vocab_multiple", "n_positions", "n_embd", "n_layer", "n_head",
             "n_inner", "layer_norm_epsilon", "initializer_range", "loss_chunk_size",
         )  # fmt: skip
-        names = {
-            "vocab_size": "vocab_size", "vocab_multiple": "vocab_multiple", "d_model": "n_embd",
-            "num_layers": "n_layer", "num_heads": "n_head", "intermediate_size": "n_inner",
-            "max_sequence_length": "n_positions",
-        }  # fmt: skip
-        check_sizes({name: getattr(self, own) for name, own in names.items()}, names)
+        sizes = {ours: getattr(self, own) for ours, own in _GPT_NAMES.items() if ours in LARGEST}
+        check_sizes(sizes, _GPT_NAMES)
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}")
         self.to_transformer()  # whatever no model may have
 
     def to_transformer(self) -> TransformerConfig:
         """The same model in the general vocabulary."""
+        values = {ours: getattr(self, own) for ours, own in _GPT_NAMES.items()}
+        values["intermediate_size"] = self.n_inner or 4 * self.n_embd
         return TransformerConfig(
-            vocab_size=self.vocab_size,
-            vocab_multiple=self.vocab_multiple,
-            d_model=self.n_embd,
-            num_layers=self.n_layer,
-            num_heads=self.n_head,
-            intermediate_size=self.n_inner or 4 * self.n_embd,
-            max_sequence_length=self.n_positions,
             norm="layer_norm",
-            norm_eps=self.layer_norm_epsilon,
             positions="learned",
             feed_forward="gelu",
-            bias=self.bias,
-            tie_embeddings=self.tie_word_embeddings,
-            init_std=self.initializer_range,
             init_scale_residual=True,
-            loss_chunk_size=self.loss_chunk_size,
+            **values,
         )
 
     @property

@@ -70,11 +70,8 @@ class Experts(nn.Module):
         self.activation = ACTIVATIONS[config.feed_forward]
 
     def forward(self, x: Tensor, ends: Tensor) -> Tensor:
-        """`(rows, d_model)`, sorted by expert, to the same shape.
-
-        Args:
-            ends: `(num_experts,)` int32: where the rows of each expert stop.
-        """
+        """`(rows, d_model)`, sorted by expert, to the same shape; `ends`, `(num_experts,)` int32,
+        says where the rows of each expert stop."""
         gate, up, down = (self._stacked(weight) for weight in (self.gate, self.up, self.down))
         ends = ends_for(x, gate, ends)
         gated = self.activation(grouped_linear(x, gate, ends))
@@ -86,11 +83,8 @@ class Experts(nn.Module):
 
 
 def dispatch(tokens: Tensor, choice: Choice, experts: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    """`(tokens, d_model)` through the experts that were chosen, added up with their weights.
-
-    Args:
-        experts: computes rows that are sorted by expert; see `Experts.forward`.
-    """
+    """`(tokens, d_model)` through the chosen of `experts` (see `Experts.forward`), added up with
+    their weights."""
     numbers, order = choice.experts.flatten().sort(stable=True)
     known = torch.arange(choice.logits.shape[-1], device=numbers.device)
     ends = torch.searchsorted(numbers, known, right=True, out_int32=True)
@@ -119,12 +113,8 @@ class MoE(nn.Module):
     def forward(
         self, x: Tensor, is_target: Tensor | None = None
     ) -> tuple[Tensor, RouterSums | None]:
-        """`(batch, seq, d_model)` to the same shape, and what the router's losses need.
-
-        Args:
-            is_target: `(batch, seq)` bool: tokens that count in the router's losses; None: these
-                are not wanted.
-        """
+        """`(batch, seq, d_model)` to the same shape, and what the router's losses need of the
+        tokens in `is_target`, `(batch, seq)` bool; None where they are not wanted."""
         tokens = x.flatten(0, 1)
         choice = self.router(tokens)
         out = self.dispatch(tokens, choice, self.experts).view_as(x)
@@ -136,11 +126,8 @@ class MoE(nn.Module):
 
 
 class _Spread(torch.autograd.Function):
-    """Each token as often as it has experts, sorted by expert.
-
-    Its gradient gathers and adds in a fixed order; that of plain indexing adds atomically, which is
-    slower and differs from run to run.
-    """
+    """Each token as often as it has experts, sorted by expert. The gradient adds in a fixed order;
+    that of indexing adds atomically, which is slower and differs from run to run."""
 
     @staticmethod
     def forward(ctx: Any, tokens: Tensor, order: Tensor, place: Tensor, top_k: int) -> Tensor:
@@ -157,10 +144,8 @@ class _Spread(torch.autograd.Function):
 
 
 class _Combined(torch.autograd.Function):
-    """Each token's results, brought back from the order of experts and added up with weights.
-
-    Keeps the results once, where indexing and multiplication would keep them in both orders.
-    """
+    """Each token's results, back from the order of experts and added up with weights. The results
+    are kept once, where indexing and multiplication would keep them in both orders."""
 
     @staticmethod
     def forward(ctx: Any, results: Tensor, weights: Tensor, order: Tensor, place: Tensor) -> Tensor:

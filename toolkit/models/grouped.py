@@ -1,7 +1,6 @@
 """One matrix product per group of rows, each group with a matrix of its own.
 
-Rows lie sorted by group; `ends[g]` is where group g stops. Which implementation computes the
-product is decided in `grouped_backend` alone.
+Rows lie sorted by group; `ends[g]` is where group g stops.
 """
 
 from typing import Any, Literal

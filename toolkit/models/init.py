@@ -73,16 +73,13 @@ def init_spec(model: nn.Module) -> dict[str, InitSpec]:
     for name, parameter in canonical_parameters(model).items():
         if name.endswith(".lora_A.weight"):
             specs[name] = InitSpec("normal", 1.0 / math.sqrt(3 * parameter.shape[1]))
-        elif name.endswith(".lora_B.weight"):
+        elif name.endswith((".lora_B.weight", ".bias")):
             specs[name] = InitSpec("zeros")
         elif name.endswith("norm.weight"):
             specs[name] = norm_weight
-        elif name.endswith(".bias"):
-            specs[name] = InitSpec("zeros")
-        elif name.endswith(_RESIDUAL_OUTPUTS):
-            specs[name] = InitSpec("normal", residual_std)
         else:
-            specs[name] = InitSpec("normal", config.init_std)
+            is_output = name.endswith(_RESIDUAL_OUTPUTS)
+            specs[name] = InitSpec("normal", residual_std if is_output else config.init_std)
     return specs
 
 
@@ -90,16 +87,8 @@ def init_spec(model: nn.Module) -> dict[str, InitSpec]:
 def fill_flat_(
     out: Tensor, *, name: str, numel: int, start: int, spec: InitSpec, seed: int
 ) -> Tensor:
-    """Write elements [start, start + len(out)) of the flattened parameter `name` into `out`.
-
-    Args:
-        out: 1-D, any device and floating type.
-        name: canonical name of the parameter.
-        numel: elements of the whole parameter.
-        start: first element, in row-major order.
-        spec: what to draw.
-        seed: of the run.
-    """
+    """Write elements [start, start + len(out)) of the flattened parameter with the canonical `name`
+    and `numel` elements into `out`, 1-D, of any device and floating type."""
     if out.dim() != 1 or start < 0 or start + out.numel() > numel:
         raise ValueError(
             f"{name}: elements {start} to {start + out.numel()} of {numel} asked for, "
@@ -123,14 +112,8 @@ def initialize_(model: nn.Module, seed: int) -> None:
     """Fill all parameters of an unsharded `model` that has storage."""
     specs = init_spec(model)
     for name, parameter in canonical_parameters(model).items():
-        fill_flat_(
-            parameter.view(-1),
-            name=name,
-            numel=parameter.numel(),
-            start=0,
-            spec=specs[name],
-            seed=seed,
-        )
+        flat, spec = parameter.view(-1), specs[name]
+        fill_flat_(flat, name=name, numel=flat.numel(), start=0, spec=spec, seed=seed)
 
 
 @functools.lru_cache(maxsize=1)  # a rank that holds columns asks for one block again and again

@@ -52,9 +52,8 @@ def first_keys(starts: Tensor, window: int | None) -> Tensor:
 
 
 class AttentionMask:
-    """Which keys each query sees, for all layers of a kind in one forward.
-
-    A plain object, as `RotaryTable` is: engines would cast or move the tensors of another.
+    """Which keys each query sees, for all layers of a kind in one forward. A plain object, as
+    `RotaryTable` is: engines would cast or move the tensors of another.
 
     Attributes:
         bias: `(batch, 1, seq, seq)`, 0 or -inf, in the type of the queries: SDPA makes the same of

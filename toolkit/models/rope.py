@@ -17,9 +17,8 @@ from toolkit.models.architecture import (
 class RotaryTable:
     """cos and sin of every angle in fp32, each `(seq, rotary_dim / 2)` or `(batch, seq, ...)`.
 
-    A plain object and not a tuple of tensors: engines that cast floating-point arguments of a
-    module to the compute type (FSDP2) would round the angles' cosines to bf16. Nothing here is a
-    buffer, so there is nothing to lose when a model is built on the meta device.
+    A plain object and not a tuple of tensors: FSDP2 would round those to the compute type, as it
+    does all arguments of a module.
     """
 
     __slots__ = ("cos", "sin")
@@ -73,22 +72,17 @@ def _scaled(
 ) -> tuple[Tensor, float]:
     """Frequencies `(rotary_dim / 2,)` in radians per token, and the factor of cosines and sines."""
     match scaling:
-        case None:
-            return frequency, 1.0
         case LinearRopeConfig():
             return frequency / scaling.factor, 1.0
         case Llama3RopeConfig():
-            return _llama3(frequency, scaling), 1.0
+            # Interpolated by how often a frequency turns in the original length.
+            turns = scaling.original_max_position_embeddings * frequency / (2 * math.pi)
+            low, high = scaling.low_freq_factor, scaling.high_freq_factor
+            kept = ((turns - low) / (high - low)).clamp(0, 1)
+            return (1 - kept) * frequency / scaling.factor + kept * frequency, 1.0
         case YarnRopeConfig():
             return _yarn(frequency, theta, scaling), _yarn_attention_factor(scaling)
-
-
-def _llama3(frequency: Tensor, scaling: Llama3RopeConfig) -> Tensor:
-    """Interpolated by how often a frequency turns in the original length."""
-    turns = scaling.original_max_position_embeddings * frequency / (2 * math.pi)
-    low, high = scaling.low_freq_factor, scaling.high_freq_factor
-    kept = ((turns - low) / (high - low)).clamp(0, 1)
-    return (1 - kept) * frequency / scaling.factor + kept * frequency
+    return frequency, 1.0
 
 
 def _yarn(frequency: Tensor, theta: float, scaling: YarnRopeConfig) -> Tensor:

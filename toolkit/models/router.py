@@ -63,13 +63,8 @@ class RouterSums(NamedTuple):
 
 
 def router_sums(logits: Tensor, experts: Tensor, is_target: Tensor) -> RouterSums:
-    """Sums of one layer, differentiable but for `load`.
-
-    Args:
-        logits: `(batch * seq, num_experts)` in fp32 or wider.
-        experts: `(batch * seq, top_k)` int64.
-        is_target: `(batch, seq)` bool.
-    """
+    """Sums of one layer over the tokens of `is_target`, `(batch, seq)` bool, differentiable but for
+    `load`. See `Choice` for the rest."""
     shape = (*is_target.shape, logits.shape[-1])
     log_total = logits.logsumexp(-1, keepdim=True)
     counted = is_target.to(logits.dtype)[..., None]

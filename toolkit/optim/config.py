@@ -66,8 +66,13 @@ class Optimizer(Config, kw_only=True):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What the optimizer is built with, and any group may have another value of."""
+        """What the optimizer is built with."""
         return {n: getattr(self, n) for n in self.__struct_fields__ if n != "group_overrides"}
+
+    @property
+    def setting_names(self) -> list[str]:
+        """What a group may have another value of."""
+        return list(self.settings)
 
     def build(self, named_parameters: Mapping[str, Any]) -> Any:
         """The torch optimizer over the trainable ones of `named_parameters`, in groups by
@@ -100,14 +105,14 @@ class Optimizer(Config, kw_only=True):
         Raises:
             ConfigError: for a pattern that matches no parameter, or an unknown setting.
         """
-        names, found = list(names), ErrorList()
+        names, known, found = list(names), self.setting_names, ErrorList()
         for index, override in enumerate(self.group_overrides):
             key = f"{_KEY}.group_overrides.{index}"
             for pattern in override.params:
                 with found.collecting():
                     matching(f"{key}.params", pattern, names)
-            for unknown in sorted(set(override.opts) - set(self.settings)):
-                problem = f"no setting {unknown!r}; known: {', '.join(self.settings)}"
+            for unknown in sorted(set(override.opts) - set(known)):
+                problem = f"no setting {unknown!r}; known: {', '.join(known)}"
                 found.add(ConfigError(problem, key=f"{key}.opts"))
         found.raise_any()
 
@@ -171,6 +176,12 @@ class ClassOptimConfig(Optimizer, kw_only=True, tag_field="type", tag="class"):
     def settings(self) -> dict[str, Any]:
         """The rate and the options."""
         return {"lr": self.lr, **self.options}
+
+    @property
+    def setting_names(self) -> list[str]:
+        """All arguments of the class but the first, which is the groups."""
+        found = users_class(self.target, key=f"{_KEY}.type")
+        return list(inspect.signature(found).parameters)[1:]
 
     def build(self, named_parameters: Mapping[str, Any]) -> Any:
         groups = self.groups(named_parameters)

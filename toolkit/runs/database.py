@@ -45,21 +45,22 @@ def check_url(url: str) -> None:
         parsed = sa.make_url(url)
         parsed.get_dialect().import_dbapi()
     except sa.exc.NoSuchModuleError:
-        raise RunError(
-            f"run.registry: no such kind of database: {parsed.drivername}; {known}"
-        ) from None
+        problem = f"no such kind of database: {parsed.drivername}; {known}"
     except (sa.exc.ArgumentError, ValueError):
-        raise RunError(f"run.registry: not the URL of a database; {known}") from None
+        problem = f"not the URL of a database; {known}"
     except ImportError as error:
-        raise RunError(
-            f"run.registry: {parsed.drivername} needs a driver that is not installed ({error}); "
+        problem = (
+            f"{parsed.drivername} needs a driver that is not installed ({error}); "
             "install it, or choose another one as in postgresql+psycopg://"
-        ) from None
-    file = parsed.database or ""
-    if parsed.get_backend_name() == "sqlite" and not file.startswith((":", "file:")):
+        )
+    else:
+        file = parsed.database or ""
         folder = Path(file).absolute().parent
-        if not folder.is_dir():
-            raise RunError(f"run.registry: {folder}: no such folder; make it, or give another one")
+        is_file = parsed.get_backend_name() == "sqlite" and not file.startswith((":", "file:"))
+        if not is_file or folder.is_dir():
+            return
+        problem = f"{folder}: no such folder; make it, or give another one"
+    raise RunError(f"run.registry: {problem}") from None
 
 
 class RunIndex:

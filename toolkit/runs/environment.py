@@ -23,28 +23,23 @@ _SECRET = re.compile(r"TOKEN|API|PRIVATE|(\b|_)KEY(\b|_)", re.IGNORECASE)
 
 def describe_command() -> dict[str, Any]:
     """Command line, folder, interpreter. What looks like a secret is masked."""
-    return {
-        "argv": mask_secrets(sys.argv),
-        "cwd": os.getcwd(),
-        "python": sys.executable,
-    }
+    return {"argv": mask_secrets(sys.argv), "cwd": os.getcwd(), "python": sys.executable}
 
 
 def describe_git(folder: Path | None = None) -> dict[str, Any]:
     """Commit, branch and whether tracked files were changed; `{"repository": None}` outside one."""
-    try:
-        answer = subprocess.run(
-            ["git", "status", "--porcelain=v2", "--branch", "--untracked-files=no"],
-            cwd=folder, capture_output=True, text=True, timeout=20, check=True,
+
+    def git(*words: str) -> str:
+        return subprocess.run(
+            ["git", *words], cwd=folder, capture_output=True, text=True, timeout=20, check=True,
             env=os.environ | {"GIT_OPTIONAL_LOCKS": "0"},
-        ).stdout  # fmt: skip
-        top = subprocess.run(
-            ["git", "rev-parse", "--show-toplevel"],
-            cwd=folder, capture_output=True, text=True, timeout=20, check=True,
         ).stdout.strip()  # fmt: skip
+
+    try:
+        lines = git("status", "--porcelain=v2", "--branch", "--untracked-files=no").splitlines()
+        top = git("rev-parse", "--show-toplevel")
     except (OSError, subprocess.SubprocessError):
         return {"repository": None}
-    lines = answer.splitlines()
     headers = dict(line[2:].split(" ", 1) for line in lines if line.startswith("# branch."))
     return {
         "repository": top,

@@ -33,7 +33,7 @@ class RunFiles(msgspec.Struct, frozen=True):
     status: str = "metadata/status.json"
     """State, step, attempt; see `RunStatus`."""
     lock: str = "metadata/lock"
-    """The operating system's lock of the one writer."""
+    """A lock of the operating system, held while a writer takes or takes over the run."""
     lock_info: str = "metadata/lock.json"
     """Host, pid and heartbeat of that writer; absent when nobody writes."""
 

@@ -1,21 +1,16 @@
 """One writer per run folder.
 
-Two things together make the lock, because neither is enough alone:
+`metadata/lock.json` says who writes: it is there while a writer is, who rewrites it every 15
+seconds. It is stale, and taken over, when the writer is a dead process of this machine (same boot,
+same process ids), or a process of another one whose heartbeat stopped for 90 seconds. Other clocks
+are not trusted: the age of a heartbeat is the difference of two modification times of the same file
+system, and while it is young, we watch whether it moves.
 
-1. `metadata/lock`: a lock of the operating system (`filelock`). It goes away with the process,
-   however that ends, so on one host it is the whole truth.
-2. `metadata/lock.json`: who holds it, rewritten every 15 seconds. It speaks across hosts, where
-   many network file systems keep locks of the first kind to themselves.
-
-A lock is stale, and taken over, when its holder is a dead process of this machine, or a process of
-another one whose heartbeat stopped for 90 seconds. Other clocks are not trusted: the age of a
-heartbeat is the difference of two modification times of the same file system, and while it is
-young, we watch whether it moves. "This machine" is the same boot and the same process ids: a
-container or a clone with our host name is another machine.
-
-Two that come at the same time: lock.json is created, not replaced, where there is none; a stale
-one is taken over by one process of a machine at a time, which then looks again whether another
-machine did the same. A writer that was suspended and taken over notices before it writes again.
+Of two that come at the same time one gets through. On one machine they take turns by a lock of the
+operating system (`metadata/lock`). Across machines, where many network file systems have no such
+locks, lock.json is created, not replaced, where there is none; who takes over a stale one looks
+again whether another machine did the same. A writer that was suspended and taken over notices
+before it writes again.
 """
 
 import atexit
@@ -27,10 +22,8 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -38,10 +31,8 @@ from toolkit.errors import RunError
 from toolkit.runs.files import RUN_FILES
 from toolkit.storage.atomic import create_json, write_json_atomic
 from toolkit.storage.foreign import read_json
+from toolkit.storage.locks import locked
 from toolkit.threads import Thread
-
-if TYPE_CHECKING:
-    import filelock
 
 log = logging.getLogger(__name__)
 
@@ -97,7 +88,7 @@ def is_locked(folder: Path, *, stale_seconds: float = STALE_SECONDS) -> bool:
     info = read_lock_info(folder)
     if info is None:
         return False
-    young = _heartbeat_age(folder) < stale_seconds
+    young = _is_young(folder, stale_seconds)
     return _is_running(info, young=young) if info.is_here else young
 
 
@@ -111,12 +102,9 @@ class RunLock:
         heartbeat_seconds: float = HEARTBEAT_SECONDS,
         stale_seconds: float = STALE_SECONDS,
     ) -> None:
-        import filelock
-
         self.folder = folder
         self.heartbeat_seconds = heartbeat_seconds
         self.stale_seconds = stale_seconds
-        self._lock = filelock.FileLock(folder / RUN_FILES.lock, thread_local=False)
         self._info_path = folder / RUN_FILES.lock_info
         self._info: LockInfo | None = None
         self._stop = threading.Event()
@@ -130,15 +118,14 @@ class RunLock:
         # A process that just woke up must not wait for its next heartbeat to learn of it.
         if not self._lost and self._info is not None:
             self._checked_at = time.time()
-            current = read_lock_info(self.folder)
-            self._lost = current is not None and current.token != self._info.token
+            other = self._find_other(self._info)
+            self._lost = other is not None and other is not self._info
         return self._lost
 
     @property
     def is_ours(self) -> bool:
         """Whether lock.json is there and names this acquisition."""
-        current = read_lock_info(self.folder)
-        return current is not None and self._info is not None and current.token == self._info.token
+        return self._info is not None and self._find_other(self._info) is None
 
     @property
     def was_suspended(self) -> bool:
@@ -154,7 +141,11 @@ class RunLock:
         """
         try:
             self._acquire()
+        except RunError:
+            self._info = None
+            raise
         except OSError as error:
+            self._info = None
             path = error.filename or self.folder / RUN_FILES.lock
             raise RunError(
                 f"{path}: {error.strerror or error}, so the run cannot be locked; move it away, or "
@@ -169,16 +160,18 @@ class RunLock:
         for name in (RUN_FILES.lock, RUN_FILES.lock_info):
             if (self.folder / name).is_dir():
                 raise IsADirectoryError(errno.EISDIR, "is a folder", str(self.folder / name))
-        takeover = self._acquire_system_lock()
-        try:
-            with takeover:
-                self._check_deleted_lock()
-                is_taken_over = self._wait_for_other_machine()
-                self._publish(is_taken_over=is_taken_over)
-        except BaseException:
-            self._info = None
-            self._lock.release()
-            raise
+        deadline = time.monotonic() + 2 * _SETTLE_SECONDS
+        while True:
+            # A child of a dead process may hold it for ever.
+            with locked(self.folder / RUN_FILES.lock, wait=False) as is_my_turn:
+                dead = self._check_holder()
+                if is_my_turn or time.monotonic() > deadline:
+                    if dead is not None:
+                        log.warning("%s: taking over the lock of %s", self.folder, dead.describe())
+                    is_taken_over = self._wait_for_other_machine()
+                    self._publish(is_taken_over=is_taken_over or not is_my_turn)
+                    return
+            time.sleep(0.05)
 
     def release(self) -> None:
         """Give the lock back; more than once is fine. A forked child releases nothing."""
@@ -189,62 +182,18 @@ class RunLock:
         self._stop.set()
         if self._thread is not None:
             self._thread.join(timeout=5)
-        current = read_lock_info(self.folder)
-        if current is not None and current.token == info.token:
+        if self._find_other(info) is None:
             with contextlib.suppress(OSError):
                 self._info_path.unlink(missing_ok=True)
-        self._lock.release()
 
-    def _acquire_system_lock(self) -> contextlib.AbstractContextManager[object]:
-        """Returns what to hold until lock.json is ours: others that take over wait for it."""
-        import filelock
-
-        deadline = time.monotonic() + _SETTLE_SECONDS
-        while True:
-            with contextlib.suppress(filelock.Timeout):
-                self._lock.acquire(timeout=0)
-                return contextlib.nullcontext()
-            info = read_lock_info(self.folder)
-            if info is not None and not info.is_here:
-                raise self._held_error(info)
-            young = _heartbeat_age(self.folder) < self.stale_seconds
-            if info is not None and _is_running(info, young=young):
-                raise self._held_error(info)
-            if time.monotonic() > deadline:
-                break
-            time.sleep(0.05)
-        if info is None:
-            raise RunError(
-                f"{self.folder}: locked by another process; wait for it, or choose another folder"
-            )
-        # The recorded holder is dead, yet its lock lives on: a child inherited it, or the file
-        # system has no locks and a marker file was left. A new file means a new lock.
-        path = self.folder / RUN_FILES.lock
-        guard = filelock.FileLock(path.with_name("lock.takeover"), thread_local=False)
-        try:
-            guard.acquire(timeout=2 * _SETTLE_SECONDS)
-        except filelock.Timeout:
-            raise self._held_error(read_lock_info(self.folder) or info) from None
-        try:
-            current = read_lock_info(self.folder)
-            if current is None or current.token != info.token:  # another one was quicker
-                raise self._held_error(current or info)
-            log.warning("%s: taking over the lock of dead %s", self.folder, info.describe())
-            path.unlink(missing_ok=True)
-            self._lock.acquire(timeout=_SETTLE_SECONDS)
-        except BaseException as error:
-            guard.release()
-            if isinstance(error, filelock.Timeout):
-                raise self._held_error(read_lock_info(self.folder) or info) from None
-            raise
-        return _released(guard)
-
-    def _check_deleted_lock(self) -> None:
-        """The system's lock is ours, but a live process of this machine may hold the one of a
-        file that somebody deleted."""
+    def _check_holder(self) -> LockInfo | None:
+        """Refuse where a process of this machine holds the lock; who it was where it is dead."""
         info = read_lock_info(self.folder)
-        if info is not None and info.is_here and _is_running(info, young=False):
+        if info is None or not info.is_here:
+            return None
+        if _is_running(info, young=_is_young(self.folder, self.stale_seconds)):
             raise self._held_error(info)
+        return info
 
     def _wait_for_other_machine(self) -> bool:
         """Return when no live process of another machine holds lock.json: whether a dead one
@@ -285,9 +234,13 @@ class RunLock:
         write_json_atomic(self._info_path, info)
         if is_taken_over:
             time.sleep(min(_SETTLE_SECONDS, self.stale_seconds))
-            current = read_lock_info(self.folder)
-            if current is None or current.token != info.token:
-                raise self._held_error(current or info)
+            if (other := self._find_other(info)) is not None:
+                raise self._held_error(other)
+
+    def _find_other(self, own: LockInfo) -> LockInfo | None:
+        """Who lock.json names instead of `own`; `own` itself where there is no such file."""
+        current = read_lock_info(self.folder)
+        return None if current is not None and current.token == own.token else current or own
 
     def _beat(self) -> None:
         while not self._stop.wait(self.heartbeat_seconds):
@@ -310,15 +263,6 @@ class RunLock:
             f"{self.folder}: another process is writing this run ({info.describe()}); "
             "wait for it, stop it, or choose another folder"
         )
-
-
-@contextlib.contextmanager
-def _released(lock: "filelock.BaseFileLock") -> Iterator[None]:
-    """Release `lock` at the end of the block."""
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 @cache
@@ -346,11 +290,12 @@ def _own_info() -> LockInfo:
     )
 
 
-def _heartbeat_age(folder: Path) -> float:
+def _is_young(folder: Path, stale_seconds: float) -> bool:
+    """Whether there was a heartbeat in the last `stale_seconds`."""
     try:
-        return time.time() - (folder / RUN_FILES.lock_info).stat().st_mtime
+        return time.time() - (folder / RUN_FILES.lock_info).stat().st_mtime < stale_seconds
     except OSError:
-        return float("inf")
+        return False
 
 
 def _is_running(info: LockInfo, *, young: bool) -> bool:

@@ -118,7 +118,7 @@ class RunManager(contextlib.AbstractContextManager["RunManager"]):
         name: str,
         lock: RunLock | None = None,
         is_main: bool = True,
-        on_status: Callable[[Path, RunStatus], None] | None = None,
+        on_status: Callable[[Path, RunStatus], None] = lambda folder, status: None,
     ) -> None:
         self.folder = folder
         self.experiment = experiment
@@ -169,13 +169,10 @@ class RunManager(contextlib.AbstractContextManager["RunManager"]):
         **more: Any,
     ) -> None:
         """Write status.json; values that are not given keep what they were, `message` does not.
+        `more` are other fields of `RunStatus`, or anything else for its `other`.
+
         Any thread may call it. A disk that does not take it is a warning: it never ends a run.
-
-        `more` may name the other fields of `RunStatus` (loss, engine, world_size, parameters,
-        exit_reason); anything else goes into its `other`.
-
-        Raises:
-            RunError: when another process has taken the run over.
+        Raises RunError when another process has taken the run over.
         """
         self._change_status(state, step=step, tokens=tokens, message=message, **more)
 
@@ -248,10 +245,8 @@ class RunManager(contextlib.AbstractContextManager["RunManager"]):
         self._background.wait()
 
     def close(self, state: RunState | None = None, **status: Any) -> None:
-        """Write the final status (see `set_status`), finish background work, give back the lock.
-
-        Without `state` the status stays as it is. More than once is fine.
-        """
+        """Write the final status (see `set_status`; without `state` it stays as it is), finish
+        background work, give back the lock. More than once is fine."""
         if not self._begin_closing():
             return
         try:
@@ -303,7 +298,7 @@ class RunManager(contextlib.AbstractContextManager["RunManager"]):
         self._write_status()
 
     def _write_status(self, *, is_last: bool = False) -> None:
-        status, on_status = self._status, self._on_status
+        status = self._status
         assert status is not None
         path = self.path(RUN_FILES.status)
         try:
@@ -312,8 +307,7 @@ class RunManager(contextlib.AbstractContextManager["RunManager"]):
             if not is_last or error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
             _overwrite(path, status)
-        if on_status is not None:
-            self.submit(lambda: on_status(self.folder, status), key="status")
+        self.submit(lambda: self._on_status(self.folder, status), key="status")
 
     def _look(self) -> tuple[int, int]:
         found = self.path(RUN_FILES.metadata).stat()

@@ -35,10 +35,8 @@ _FOLDERS = (
 
 
 def choose_run_name() -> str:
-    """A name for a run that was given none: `20260131-235959-a1b2` (UTC and four hex digits).
-
-    One rank calls this and tells the others.
-    """
+    """A name for a run that was given none: `20260131-235959-a1b2` (UTC and four hex digits). One
+    rank calls this and tells the others."""
     return f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{secrets.token_hex(2)}"
 
 
@@ -79,11 +77,10 @@ def find_named(text: str, *, root: str | Path = "runs") -> str:
     first, _, rest = text.partition("/")
     second, _, below = rest.partition("/")
     runs = list_runs(root)
-    found = [
-        os.path.join(run.folder, below)
-        for run in runs
-        if (run.experiment, run.name) == (first, second)
-    ] or [os.path.join(run.folder, rest) for run in runs if run.name == first]
+    exact = [run for run in runs if (run.experiment, run.name) == (first, second)]
+    found = [os.path.join(run.folder, below) for run in exact] or [
+        os.path.join(run.folder, rest) for run in runs if run.name == first
+    ]
     if len(found) > 1:
         raise RunError(f"{text}: several runs have this name: {', '.join(found)}; give one of them")
     return found[0].rstrip("/") if found else text
@@ -179,12 +176,12 @@ def list_runs(root: str | Path = "runs", *, registry_url: str | None = None) -> 
     "missing". A run that says running but holds no lock has state "dead".
     """
     indexed = _read_index(root, registry_url)
-    records = {record.folder: record for record in map(record_of, _run_folders(root)) if record}
+    folders = (p.parent.parent for p in _absolute(root).glob(f"*/*/{RUN_FILES.status}"))
+    records = {record.folder: record for record in map(record_of, folders) if record}
     for record in indexed:
         if record.folder not in records:
-            found = record_of(Path(record.folder))
             record.state = "missing"
-            records[record.folder] = found or record
+            records[record.folder] = record_of(Path(record.folder)) or record
     return sorted(records.values(), key=lambda record: (record.created, record.folder))
 
 
@@ -257,22 +254,11 @@ def _read_index(root: str | Path, registry_url: str | None) -> list[RunRecord]:
         return []
 
 
-def _run_folders(root: str | Path) -> list[Path]:
-    return sorted(
-        path.parent.parent
-        for path in _absolute(root).glob(f"*/*/{RUN_FILES.status}")
-        if path.is_file()
-    )
-
-
 def _check_is_run(folder: Path) -> None:
-    advice = "`toolkit runs` lists the runs there are"
-    if not folder.is_dir():
-        raise RunError(f"{folder}: no such run folder; {advice}")
     if not is_run(folder):
-        raise RunError(
-            f"{folder}: not a run folder ({RUN_FILES.status} is missing or damaged); {advice}"
-        )
+        problem = f"not a run folder ({RUN_FILES.status} is missing or damaged)"
+        problem = problem if folder.is_dir() else "no such run folder"
+        raise RunError(f"{folder}: {problem}; `toolkit runs` lists the runs there are")
 
 
 def _exists(folder: Path) -> RunError:

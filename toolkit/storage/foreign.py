@@ -82,12 +82,15 @@ def read_bytes(path: Path, kind: type[ToolkitError], *, max_bytes: int = MAX_BYT
         FileNotFoundError: there is none.
         kind: it is a folder, pipe or device, larger than `max_bytes`, or cannot be read.
     """
-    data = None
-    with guard(path, kind):
-        data = _read(path, kind, max_bytes)
-    if data is None:
-        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
-    return data
+    with guard(path, kind), contextlib.suppress(FileNotFoundError):
+        size = check_regular(path, kind)
+        if size > max_bytes:
+            raise kind(
+                f"{path}: has {size:,} bytes; such a file never needs more than {max_bytes:,}"
+            )
+        with path.open("rb") as file:
+            return file.read(size)  # a buffer of as many bytes is made first
+    raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
 
 
 def check_regular(path: Path, kind: type[ToolkitError]) -> int:
@@ -102,19 +105,6 @@ def check_regular(path: Path, kind: type[ToolkitError]) -> int:
         what = "Is a directory" if stat.S_ISDIR(status.st_mode) else "a pipe or a device, no file"
         raise kind(f"{path}: cannot be read: {what}")
     return status.st_size
-
-
-def _read(path: Path, kind: type[ToolkitError], max_bytes: int) -> bytes | None:
-    try:
-        size = check_regular(path, kind)
-        if size > max_bytes:
-            raise kind(
-                f"{path}: has {size:,} bytes; such a file never needs more than {max_bytes:,}"
-            )
-        with path.open("rb") as file:
-            return file.read(size)  # a buffer of as many bytes is made first
-    except FileNotFoundError:
-        return None
 
 
 @overload

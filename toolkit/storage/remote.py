@@ -130,10 +130,9 @@ class RemoteFolder:
 
     def exists(self, name: str) -> bool:
         """Whether there is such a file."""
-        try:
-            return bool(self._ask("asking for", name, lambda path: self._info(path)))
-        except FileNotFoundError:
-            return False
+        with contextlib.suppress(FileNotFoundError):
+            return self.size(name) >= 0
+        return False
 
     def size(self, name: str) -> int:
         """Bytes of a file. Raises FileNotFoundError."""
@@ -220,10 +219,8 @@ class RemoteFolder:
     def delete(self, names: Iterable[str]) -> None:
         """Remove these files, in this order; one that is gone already is no error."""
         for name in names:
-            try:
+            with contextlib.suppress(FileNotFoundError):
                 self._ask("deleting", name, self._filesystem.rm_file)
-            except FileNotFoundError:
-                continue
 
     def _download(self, name: str, local: Path, size: int) -> None:
         there = self.size(name)
@@ -290,18 +287,10 @@ class RemoteFolder:
             return []
 
     def _in_parallel(self, action: Callable[[int], None], items: range) -> None:
-        if len(items) <= 1 or not self._filesystem.async_impl:  # may not be safe in threads
-            for item in items:
-                action(item)
-            return
-        with ThreadPool(min(STREAMS, len(items))) as pool:
-            futures = [pool.submit(action, item) for item in items]
-            try:
-                for future in futures:
-                    future.result()
-            except BaseException:
-                pool.shutdown(wait=True, cancel_futures=True)
-                raise
+        # Others may not be safe in threads.
+        threads = STREAMS if self._filesystem.async_impl else 1
+        with ThreadPool(max(1, min(threads, len(items)))) as pool:
+            list(pool.map(action, items))
 
     def _ask(self, doing: str, name: str, action: Callable[[str], Result]) -> Result:
         """`action(path)`, tried again after errors that pass."""

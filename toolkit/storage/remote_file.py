@@ -2,7 +2,7 @@
 
 import io
 import os
-from collections import OrderedDict
+from typing import Any
 
 from toolkit.storage.remote import CHUNK, RemoteFolder
 
@@ -17,20 +17,21 @@ class RemoteFile(io.RawIOBase):
     """
 
     def __init__(self, folder: RemoteFolder, name: str) -> None:
+        from fsspec.caching import BlockCache
+
         self._folder = folder
         self._name = name
-        self._size = folder.size(name)
+        self._size = size = folder.size(name)
         self._position = 0
-        self._blocks: OrderedDict[int, bytes] = OrderedDict()
+        self._blocks: Any = BlockCache(
+            CHUNK, lambda start, end: folder.read(name, start, min(end, size)), size, KEPT_BLOCKS
+        )
 
     def readable(self) -> bool:
         return True
 
     def seekable(self) -> bool:
         return True
-
-    def tell(self) -> int:
-        return self._position
 
     def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
         start = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._size}[whence]
@@ -43,23 +44,7 @@ class RemoteFile(io.RawIOBase):
         count = max(0, min(len(view), self._size - self._position))
         if count > CHUNK:
             self._folder.read_into(self._name, self._position, view[:count])
-        else:
-            done = 0
-            while done < count:
-                number, offset = divmod(self._position + done, CHUNK)
-                piece = self._block(number)[offset : offset + count - done]
-                view[done : done + len(piece)] = piece
-                done += len(piece)
+        elif count:
+            view[:count] = self._blocks._fetch(self._position, self._position + count)
         self._position += count
         return count
-
-    def _block(self, number: int) -> bytes:
-        block = self._blocks.get(number)
-        if block is None:
-            end = min((number + 1) * CHUNK, self._size)
-            block = self._folder.read(self._name, number * CHUNK, end)
-            self._blocks[number] = block
-            if len(self._blocks) > KEPT_BLOCKS:
-                self._blocks.popitem(last=False)
-        self._blocks.move_to_end(number)
-        return block

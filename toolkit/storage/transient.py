@@ -6,16 +6,9 @@ from collections.abc import Iterator
 _PASSING_STATUS = {408, 425, 429}
 """HTTP: too slow, too early, too many; besides everything from 500 on."""
 _PASSING_NUMBERS = {
-    errno.EBUSY,
-    errno.EAGAIN,
-    errno.ETIMEDOUT,
-    errno.ECONNRESET,
-    errno.ECONNREFUSED,
-    errno.EPIPE,
-    errno.ENETUNREACH,
-    errno.EHOSTUNREACH,
-    errno.EREMOTEIO,
-}
+    errno.EBUSY, errno.EAGAIN, errno.ETIMEDOUT, errno.ECONNRESET, errno.ECONNREFUSED, errno.EPIPE,
+    errno.ENETUNREACH, errno.EHOSTUNREACH, errno.EREMOTEIO,
+}  # fmt: skip
 _PASSING_NAMES = {
     "ConnectionError",  # botocore, requests
     "ClientConnectionError",  # aiohttp
@@ -31,12 +24,8 @@ _PASSING_NAMES = {
 """Classes (or their bases) that mean a broken connection; by name, for their libraries may not be
 installed."""
 _PERMANENT = (
-    FileNotFoundError,
-    PermissionError,
-    IsADirectoryError,
-    NotADirectoryError,
-    FileExistsError,
-)
+    FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError,
+)  # fmt: skip
 
 
 def is_transient(error: BaseException) -> bool:

@@ -10,8 +10,7 @@ from typing import Any
 
 import msgspec
 
-from toolkit.checkpoint.folder import CheckpointMetadata
-from toolkit.checkpoint.load import metadata_of
+from toolkit.checkpoint.folder import CheckpointMetadata, read_metadata
 from toolkit.config.secrets import mask_secrets
 from toolkit.errors import CheckpointError
 from toolkit.models.config import LoRAConfig
@@ -35,7 +34,7 @@ class BaseCheckpoint(msgspec.Struct, frozen=True, kw_only=True):
 
 def describe_base(checkpoint: Path | str) -> BaseCheckpoint:
     """The record of a base that was loaded; raises CheckpointError."""
-    metadata = metadata_of(checkpoint)
+    metadata = read_metadata(checkpoint)
     is_local = isinstance(checkpoint, Path)
     return BaseCheckpoint(
         path=str(Path(checkpoint).absolute()) if is_local else mask_secrets(checkpoint),
@@ -51,7 +50,7 @@ def find_base(
     """The base of the checkpoint `adapter`: in `trainer.load_path`, which may have moved since, or
     where it was; `look` finds the newest checkpoint of a path or URL. Raises CheckpointError where
     `adapter` holds none, or its base is not found."""
-    record = metadata_of(adapter).extra.get("base")
+    record = read_metadata(adapter).extra.get("base")
     if record is None:
         raise CheckpointError(
             f"{adapter}: holds a whole model, no adapter: set train_module.lora back to null, or "
@@ -61,12 +60,12 @@ def find_base(
         wanted = msgspec.convert(record, BaseCheckpoint)
 
     given = look(load_path) if load_path is not None else None
-    if given is not None and metadata_of(given).xxh3 == wanted.fingerprint:
+    if given is not None and read_metadata(given).xxh3 == wanted.fingerprint:
         return given
     # The base's own run may have gone on since, or the path is relative to another folder.
     if given is None or (load_path is not None and _is_in(wanted.path, load_path)):
         recorded = look(wanted.path)
-        if recorded is not None and metadata_of(recorded).xxh3 == wanted.fingerprint:
+        if recorded is not None and read_metadata(recorded).xxh3 == wanted.fingerprint:
             return recorded
     there = "holds no checkpoint" if given is None else f"holds another checkpoint ({given})"
     raise CheckpointError(

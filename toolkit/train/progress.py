@@ -3,13 +3,12 @@
 import difflib
 from pathlib import Path
 
-from toolkit.checkpoint.folder import move_aside, saved_steps, step_folder, step_folders
+from toolkit.checkpoint.folder import kind_of, move_aside, saved_steps, step_folder, step_folders
 from toolkit.errors import CheckpointError
 from toolkit.metrics.lines import last_record
 from toolkit.runs.files import RUN_FILES
 from toolkit.runs.status import read_status
 from toolkit.storage.atomic import unused_name
-from toolkit.storage.remote import is_url
 from toolkit.train.config import TrainerConfig
 from toolkit.wording import count
 
@@ -55,14 +54,11 @@ def no_checkpoint(load_path: str) -> str:
 
 def _why_nothing(load_path: str) -> str:
     advice = "; give a run folder or a step{N} folder of one"
-    if is_url(load_path):
-        return advice
-    path = Path(load_path).expanduser()
-    if path.is_dir():
-        is_run = (path / RUN_FILES.status).is_file()
-        return f"; see `toolkit verify {path}`" if is_run else advice
-    if path.exists():
-        return f", it is a file{advice}"
+    path, kind = Path(load_path).expanduser(), kind_of(load_path)
+    if kind == "run":
+        return f"; see `toolkit verify {path}`"
+    if kind != "missing":
+        return f", it is a file{advice}" if kind == "file" else advice
     steps = [step_folder(path.parent, step).name for step in saved_steps(path.parent)]
     others = sorted(p.name for p in path.parent.iterdir()) if path.parent.is_dir() else []
     near = steps or difflib.get_close_matches(path.name, others)

@@ -9,11 +9,16 @@ from typing import Any, NamedTuple
 
 import torch
 
-from toolkit.checkpoint.find import Found, find_checkpoint, problem_of, set_aside
-from toolkit.checkpoint.folder import MODEL_PREFIX, saved_steps
-from toolkit.checkpoint.load import load_everything, load_weights, metadata_of, shapes_of
-from toolkit.checkpoint.remote import find_remote_checkpoint, saved_remote_steps
-from toolkit.checkpoint.remote_load import download_newest
+from toolkit.checkpoint.find import (
+    Found,
+    find_checkpoint,
+    find_remote_checkpoint,
+    problem_of,
+    set_aside,
+)
+from toolkit.checkpoint.folder import MODEL_PREFIX, read_metadata, saved_steps
+from toolkit.checkpoint.load import load_checkpoint, load_weights, shapes_of
+from toolkit.checkpoint.remote import download_newest
 from toolkit.checkpoint.together import run_together
 from toolkit.errors import CheckpointError
 from toolkit.runs.files import RUN_FILES
@@ -98,12 +103,12 @@ def reached_by(config: TrainerConfig, folder: Path) -> int:
     upload_to, reached = config.callbacks.checkpointer.upload_to, reached_step(folder)
     if upload_to is None or saved_steps(folder / RUN_FILES.checkpoints):
         return reached
-    return max([reached, *saved_remote_steps(upload_to)])
+    return max([reached, *saved_steps(upload_to)])
 
 
 def first_step(start: Start | None) -> int:
     """The number of steps that are done where training starts."""
-    return 0 if start is None or start.weights_only else metadata_of(start.checkpoint).step
+    return 0 if start is None or start.weights_only else read_metadata(start.checkpoint).step
 
 
 def is_inside(checkpoint: Path | str, root: Path) -> bool:
@@ -170,7 +175,7 @@ def _load(state: TrainState, start: Start, *, mapping: Mapping[str, str]) -> Non
             failing=f"{checkpoint}: cannot be loaded",
         )[0]
         tensors = without_new_moments(renamed(module.state_tensors(), mapping), stored)
-        metadata, saved = load_everything(
+        metadata, saved = load_checkpoint(
             checkpoint, tensors=tensors, rank=environment.rank, group=group
         )
         if environment.is_main and module.trained_names is not None and not mapping:
@@ -185,7 +190,7 @@ def _load(state: TrainState, start: Start, *, mapping: Mapping[str, str]) -> Non
         tensors = renamed(module.state_tensors(), mapping)
         weights = {key: t for key, t in tensors.items() if key.startswith(MODEL_PREFIX)}
         load_weights(checkpoint, weights, group)
-        module.origin = metadata_of(checkpoint).extra.get("source")
+        module.origin = read_metadata(checkpoint).extra.get("source")
     module.state_filled()
     log.info("loaded %s (step %d)", checkpoint, state.step)
 
@@ -207,7 +212,7 @@ def _load_base(state: TrainState, start: Start, weights: dict[str, torch.Tensor]
     base = start.checkpoint if start.weights_only else start.base
     assert base is not None, "adapters are loaded with their base"
     module = state.train_module
-    check_adapter(base, metadata_of(base), module.adapter_config, weights_only=True)
+    check_adapter(base, read_metadata(base), module.adapter_config, weights_only=True)
     weights = renamed(weights, state.config.load_key_mapping)
     load_weights(base, weights, state.environment.cpu_group)
     module.base = describe_base(base)

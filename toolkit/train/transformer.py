@@ -6,19 +6,18 @@ engines average gradients over ranks, so each local sum is scaled by ranks / num
 """
 
 import logging
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
 from toolkit.checkpoint.folder import MODEL_PREFIX
-from toolkit.distributed.engine import Engine
+from toolkit.distributed.engine import Microbatch
 from toolkit.distributed.environment import TrainingEnvironment, single_environment
-from toolkit.distributed.materialize import materialize
-from toolkit.distributed.prepare import prepare_engine
+from toolkit.distributed.materialize import prepare_engine
 from toolkit.errors import ConfigError, TrainingError
-from toolkit.metrics.norms import layer_norms, layer_of, to_norms
+from toolkit.metrics.norms import to_norms
 from toolkit.models.init import canonical_parameters
 from toolkit.models.kernels import kernel_record
 from toolkit.models.lora import choose_trained
@@ -60,14 +59,13 @@ class TransformerTrainModule(TrainModule):
         self.trained_names = frozenset(name for name, info in infos if info.is_trained)
         if self.environment.is_main and (config.freeze or config.lora is not None):
             log.info("%s", self._parameters)
-        materialize(
-            model,
+        self.engine = prepare_engine(
             self.environment,
+            model,
+            config.optim.build,
+            max_grad_norm=config.max_grad_norm,
             ac_config=config.ac_config,
             compile_model=config.compile_model,
-        )
-        self.engine: Engine = prepare_engine(
-            self.environment, model, config.optim.build, max_grad_norm=config.max_grad_norm
         )
         self._peak_rates = [group["lr"] for group in self.engine.optimizer.param_groups]
         self.max_consecutive_skipped_steps = config.max_consecutive_skipped_steps
@@ -82,33 +80,17 @@ class TransformerTrainModule(TrainModule):
         # 1 where there is none: the loss is zero then, and not divided by zero.
         count = self._num_targets(batch, inputs.labels)
         num_targets = max(count, 1) if isinstance(count, int) else count.clamp(min=1)
-        factor = self.engine.data_parallel_size / num_targets
-        pieces = self._microbatches(inputs)
-        ce = z = None
-        routers: list[RouterSums] = []
-        for index, piece in enumerate(pieces):
-            with self.engine.microbatch(is_last=index == len(pieces) - 1):
-                with self.engine.autocast():
-                    sums = self.engine.model(
-                        piece.input_ids,
-                        piece.labels,
-                        document_ids=piece.document_ids,
-                        z_loss_multiplier=self._z_loss,
-                    )
-                self.engine.backward(sums.loss, factor)
-            ce = sums.ce if ce is None else ce + sums.ce
-            z = sums.z if z is None else z + sums.z
-            if sums.router is not None:
-                routers.append(sums.router)
-        assert ce is not None, "a batch has at least one microbatch"
+        factor = self.environment.grad_ranks / num_targets
+        sums = self.engine.forward_backward(
+            self._microbatches(inputs), factor, z_loss_multiplier=self._z_loss
+        )
         if not self._is_checked:
             self._check_gradients()
-        metrics = {"loss": Metric(_mean(ce, count), "sum")}
+        metrics = {"loss": Metric(_mean(sums.ce, count), "sum")}
         if self._z_loss:
-            assert z is not None
-            metrics["z_loss"] = Metric(self._z_loss * _mean(z, count), "sum")
-        if routers:
-            metrics |= self._router_metrics(routers, count)
+            metrics["z_loss"] = Metric(self._z_loss * _mean(sums.z, count), "sum")
+        if sums.router is not None:
+            metrics |= self._router_metrics(sums.router, count)
         return metrics
 
     def optim_step(self, progress: Progress) -> dict[str, Metric]:
@@ -122,30 +104,26 @@ class TransformerTrainModule(TrainModule):
             "skipped": Metric(outcome.skipped),
         }
 
-    @torch.no_grad()
     def eval_batch(self, batch: Batch) -> EvalSums:
         inputs = self._inputs(batch)
-        with self.engine.autocast():
-            sums = self.engine.model(
-                inputs.input_ids, inputs.labels, document_ids=inputs.document_ids
-            )
-        return EvalSums(sums.ce, (inputs.labels != IGNORE_INDEX).sum())
+        ce = self.engine.forward(inputs).ce
+        sums = EvalSums(ce, (inputs.labels != IGNORE_INDEX).sum())
+        return sums if self.environment.owns_loss else EvalSums(*map(torch.zeros_like, sums))
 
-    @torch.no_grad()
     def logits(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Logits (batch, seq, vocab) of the current weights; every rank must call it."""
-        with self.engine.autocast():
-            return self.engine.model(input_ids.to(self.environment.device))
+        return self.engine.logits(input_ids.to(self.environment.device))
 
     def network_norms(self) -> dict[str, torch.Tensor]:
-        norms: dict[str, torch.Tensor] = {}
-        for kind, shards in (
-            ("grad_norm", self.engine.gradient_shards()),
-            ("weight_norm", self.engine.weight_shards()),
-        ):
-            named = to_norms(self._square_sums(shards))
-            norms |= {f"{kind}/{layer}": value for layer, value in named.items()}
-        return norms
+        squares = {
+            "grad_norm": self.engine.grad_squares(),
+            "weight_norm": self.engine.weight_squares(),
+        }
+        return {
+            f"{kind}/{layer}": norm
+            for kind, of_layers in squares.items()
+            for layer, norm in to_norms(of_layers).items()
+        }
 
     def flops_per_token(self, sequence_length: int) -> float:
         model = self.model_config.to_transformer()
@@ -195,31 +173,34 @@ class TransformerTrainModule(TrainModule):
                 "backward; add what is not used to train_module.freeze"
             )
 
-    def _inputs(self, batch: Batch) -> "_Inputs":
+    def _inputs(self, batch: Batch) -> Microbatch:
         device = self.environment.device
         input_ids = batch["input_ids"].to(device, non_blocking=True)
         document_ids = _on_device(batch.get("document_ids"), device)
         label_mask = _on_device(batch.get("label_mask"), device)
-        return _Inputs(input_ids, shift_labels(input_ids, label_mask, document_ids), document_ids)
+        return Microbatch(
+            input_ids, shift_labels(input_ids, label_mask, document_ids), document_ids
+        )
 
     def _num_targets(self, batch: Batch, labels: torch.Tensor) -> int | torch.Tensor:
         """Targets in the global batch."""
         if batch.get("label_mask") is None and batch.get("document_ids") is None:
             rows, length = labels.shape
-            return rows * (length - 1) * self.engine.data_parallel_size
+            return rows * (length - 1) * self.environment.batch_ranks
         count = (labels != IGNORE_INDEX).sum()
-        if self.environment.world_size > 1:
-            dist.all_reduce(count)
+        self._add_up(count)
         return count
 
-    def _router_metrics(
-        self, routers: list[RouterSums], count: int | torch.Tensor
-    ) -> dict[str, Metric]:
+    def _add_up(self, value: torch.Tensor) -> None:
+        """Over the ranks that read distinct rows, in place."""
+        if (group := self.environment.loss_group) is not None:
+            dist.all_reduce(value, group=group)
+
+    def _router_metrics(self, sums: RouterSums, count: int | torch.Tensor) -> dict[str, Metric]:
         """Losses without their multipliers, and the assignments of the busiest expert of any layer
         relative to an even share."""
-        balance, z, load = (torch.stack(parts).sum(0) for parts in zip(*routers, strict=True))
-        if self.environment.world_size > 1:
-            dist.all_reduce(load)
+        balance, z, load = sums
+        self._add_up(load)
         share = load.amax(-1) / load.sum(-1).clamp(min=1)
         return {
             "load_balancing_loss": Metric(_mean(balance, count), "sum"),
@@ -227,7 +208,7 @@ class TransformerTrainModule(TrainModule):
             "expert_load_max": Metric(share.amax() * load.shape[-1]),
         }
 
-    def _microbatches(self, inputs: "_Inputs") -> list["_Inputs"]:
+    def _microbatches(self, inputs: Microbatch) -> list[Microbatch]:
         length = inputs.input_ids.shape[1]
         if self.config.rank_microbatch_size is None:
             return [inputs]
@@ -246,19 +227,6 @@ class TransformerTrainModule(TrainModule):
             )
         return self.config.scheduler.factor(progress.step, progress.total_steps)
 
-    def _square_sums(self, shards: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Sums of squares by layer over all shards; the same layers on every rank."""
-        layers = {name: layer_of(name) for name in self._parameters.infos}
-        order = list(dict.fromkeys(layers.values()))
-        device = self.environment.device
-        sums = layer_norms(shards)
-        packed = torch.stack(
-            [sums.get(layer, torch.zeros(())).to(device, torch.float32) for layer in order]
-        )
-        if self.engine.shard_group is not None:
-            dist.all_reduce(packed, group=self.engine.shard_group)
-        return dict(zip(order, packed.unbind(), strict=True))
-
 
 def _on_device(tensor: torch.Tensor | None, device: torch.device) -> torch.Tensor | None:
     return None if tensor is None else tensor.to(device, non_blocking=True)
@@ -267,18 +235,3 @@ def _on_device(tensor: torch.Tensor | None, device: torch.device) -> torch.Tenso
 def _mean(total: torch.Tensor, count: int | torch.Tensor) -> torch.Tensor:
     """Over the targets of a batch; NaN where it has none (0 / 0)."""
     return total / count
-
-
-class _Inputs(NamedTuple):
-    """What a forward is given, on the device, each (rows, seq)."""
-
-    input_ids: torch.Tensor
-    labels: torch.Tensor
-    document_ids: torch.Tensor | None
-
-    def split(self, rows: int) -> "list[_Inputs]":
-        ids, labels = self.input_ids.split(rows), self.labels.split(rows)
-        documents = (
-            [None] * len(ids) if self.document_ids is None else self.document_ids.split(rows)
-        )
-        return [_Inputs(*piece) for piece in zip(ids, labels, documents, strict=True)]

@@ -22,9 +22,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from toolkit.data.instances.base import DocumentPart, Rows
 from toolkit.data.instances.index import DocumentIndex
-from toolkit.data.instances.planned import PlannedInstances, gather_rows
+from toolkit.data.instances.planned import PlannedInstances
 from toolkit.data.instances.plans import Plan, PlanHeader, create_array, packed_plan
 from toolkit.data.tokens.prepared import PreparedDataset, Split
 
@@ -48,29 +47,7 @@ class PackedDataset(PlannedInstances):
         self._groups = _Groups(*(plan.array(name) for name in _Groups._fields))
         self._step = spreading_step(self.num_instances)
 
-    def read(self, indices: np.ndarray) -> Rows:
-        """See `InstanceDataset`; positions that padding fills have `pad_id`'s id, the tokenizer's
-        end-of-document token or 0."""
-        starts, lengths, counts = self._pieces(np.asarray(indices))
-        self._pages.request(starts, lengths)
-        return gather_rows(
-            self._tokens,
-            self._targets,
-            starts=starts,
-            lengths=lengths,
-            pieces_per_row=counts,
-            sequence_length=self.sequence_length,
-            pad_id=self._pad_id,
-        )
-
-    def documents(self, index: int) -> list[DocumentPart]:
-        """See `InstanceDataset`."""
-        starts, lengths, _ = self._pieces(np.array([index]))
-        pieces = zip(starts.tolist(), lengths.tolist(), strict=True)
-        return [part for start, length in pieces for part in self._index.parts(start, length)]
-
     def _pieces(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Start and length of each piece of these rows, and the number of pieces of each row."""
         rows = indices * self._step % self.num_instances
         groups = self._groups
         group = np.searchsorted(groups.first_row, rows, side="right") - 1
@@ -107,10 +84,6 @@ def spreading_step(size: int) -> int:
 def _make(plan: Plan, folder: Path) -> PlanHeader:
     length, index = plan.sequence_length, DocumentIndex(plan.prepared, plan.split)
     index.verify()
-    num_documents = cut_documents = 0
-    for _, lengths in index.blocks():
-        num_documents += int(np.count_nonzero(lengths))
-        cut_documents += int(np.count_nonzero(lengths > length))
     counts = np.zeros(length + 1, dtype=np.int64)
     for _, lengths in index.windows(length):
         counts += np.bincount(lengths, minlength=length + 1)
@@ -124,17 +97,7 @@ def _make(plan: Plan, folder: Path) -> PlanHeader:
     if isinstance(starts, np.memmap):
         starts.flush()
     num_rows = sum(group.num_rows for group in row_groups)
-    return PlanHeader(
-        kind=plan.kind,
-        split=plan.split,
-        sequence_length=length,
-        fingerprint=plan.fingerprint,
-        num_instances=num_rows,
-        num_documents=num_documents,
-        num_tokens=index.num_tokens,
-        efficiency=index.num_tokens / (num_rows * length),
-        cut_documents=cut_documents,
-    )
+    return plan.describe(index.blocks(), index.num_tokens, num_rows)
 
 
 def _tabulate(groups: "list[RowGroup]") -> _Groups:

@@ -4,9 +4,8 @@ from pathlib import Path
 
 import numpy as np
 
-from toolkit.data.instances.base import DocumentPart, Rows
 from toolkit.data.instances.index import DocumentIndex
-from toolkit.data.instances.planned import PlannedInstances, gather_rows
+from toolkit.data.instances.planned import PlannedInstances
 from toolkit.data.instances.plans import Plan, PlanHeader, create_array, padded_plan
 from toolkit.data.tokens.prepared import PreparedDataset, Split
 
@@ -28,34 +27,16 @@ class PaddedDataset(PlannedInstances):
         super().__init__(plan, lambda folder: _make(plan, folder))
         self._lengths = plan.array("lengths")
 
-    def read(self, indices: np.ndarray) -> Rows:
-        """See `InstanceDataset`; padding has the id of the end-of-document token, or 0."""
+    def _pieces(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         starts = self._starts[indices].astype(np.int64)
         lengths = self._lengths[indices].astype(np.int64)
-        self._pages.request(starts, lengths)
-        return gather_rows(
-            self._tokens,
-            self._targets,
-            starts=starts,
-            lengths=lengths,
-            pieces_per_row=np.ones(len(indices), dtype=np.int64),
-            sequence_length=self.sequence_length,
-            pad_id=self._pad_id,
-        )
-
-    def documents(self, index: int) -> list[DocumentPart]:
-        """See `InstanceDataset`; all rows of a document name the same one."""
-        return self._index.parts(int(self._starts[index]), int(self._lengths[index]))
+        return starts, lengths, np.ones(len(indices), dtype=np.int64)
 
 
 def _make(plan: Plan, folder: Path) -> PlanHeader:
     length, index = plan.sequence_length, DocumentIndex(plan.prepared, plan.split)
     index.verify()
-    num_documents = cut_documents = num_rows = 0
-    for _, lengths in index.blocks():
-        num_documents += int(np.count_nonzero(lengths))
-        cut_documents += int(np.count_nonzero(lengths > length))
-        num_rows += int((-(-lengths // length)).sum())
+    num_rows = sum(int((-(-lengths // length)).sum()) for _, lengths in index.blocks())
     all_starts = create_array(folder, "starts", num_rows, np.uint64)
     all_lengths = create_array(folder, "lengths", num_rows, np.min_scalar_type(length))
     done = 0
@@ -66,14 +47,4 @@ def _make(plan: Plan, folder: Path) -> PlanHeader:
     for array in (all_starts, all_lengths):
         if isinstance(array, np.memmap):
             array.flush()
-    return PlanHeader(
-        kind=plan.kind,
-        split=plan.split,
-        sequence_length=length,
-        fingerprint=plan.fingerprint,
-        num_instances=num_rows,
-        num_documents=num_documents,
-        num_tokens=index.num_tokens,
-        efficiency=index.num_tokens / (num_rows * length),
-        cut_documents=cut_documents,
-    )
+    return plan.describe(index.blocks(), index.num_tokens, num_rows)

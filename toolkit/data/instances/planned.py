@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from toolkit.data.instances.base import Rows
+from toolkit.data.instances.base import DocumentPart, Rows
 from toolkit.data.instances.index import DocumentIndex
 from toolkit.data.instances.plans import Plan, PlanHeader, ensure_plan
 
@@ -38,6 +38,30 @@ class PlannedInstances:
         mask = prepared.target_mask(split)
         self._targets = None if mask is None else np.asarray(mask)
         self._starts = plan.array("starts")
+
+    def _pieces(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Start and length of each piece of these rows, and the number of pieces of each row."""
+        raise NotImplementedError
+
+    def read(self, indices: np.ndarray) -> Rows:
+        """See `InstanceDataset`; padding has the id of the end-of-document token, or 0."""
+        starts, lengths, counts = self._pieces(np.asarray(indices))
+        self._pages.request(starts, lengths)
+        return gather_rows(
+            self._tokens,
+            self._targets,
+            starts=starts,
+            lengths=lengths,
+            pieces_per_row=counts,
+            sequence_length=self.sequence_length,
+            pad_id=self._pad_id,
+        )
+
+    def documents(self, index: int) -> list[DocumentPart]:
+        """See `InstanceDataset`; all rows of a document name the same one."""
+        starts, lengths, _ = self._pieces(np.array([index]))
+        pieces = zip(starts.tolist(), lengths.tolist(), strict=True)
+        return [part for start, length in pieces for part in self._index.parts(start, length)]
 
 
 LONG_PIECE = 200

@@ -18,7 +18,7 @@ import functools
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
@@ -124,6 +124,26 @@ class Plan(NamedTuple):
         if (header.kind, header.fingerprint) != (self.kind, self.fingerprint):
             raise self.damaged(f"{HEADER_NAME} is of other instances")
         return header
+
+    def describe(
+        self, documents: "Iterable[tuple[np.ndarray, np.ndarray]]", num_tokens: int, num_rows: int
+    ) -> PlanHeader:
+        """The header of rows that hold all tokens of `documents`, blocks of (starts, lengths)."""
+        num_documents = cut_documents = 0
+        for _, lengths in documents:
+            num_documents += int((lengths > 0).sum())
+            cut_documents += int((lengths > self.sequence_length).sum())
+        return PlanHeader(
+            kind=self.kind,
+            split=self.split,
+            sequence_length=self.sequence_length,
+            fingerprint=self.fingerprint,
+            num_instances=num_rows,
+            num_documents=num_documents,
+            num_tokens=num_tokens,
+            efficiency=num_tokens / max(1, num_rows * self.sequence_length),
+            cut_documents=cut_documents,
+        )
 
     def array(self, name: str) -> "np.ndarray":
         """An array of the plan, a read-only memory map.

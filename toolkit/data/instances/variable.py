@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
+import msgspec
 import numpy as np
 
 from toolkit.data.instances.base import DocumentPart, Rows
@@ -85,10 +86,8 @@ def _make(plan: Plan, folder: Path, min_length: int) -> PlanHeader:
     index.verify()
     lengths_of_rows = [1 << bit for bit in range(min_length.bit_length() - 1, longest.bit_length())]
     counts = dict.fromkeys(lengths_of_rows, 0)
-    num_documents = cut_documents = dropped_tokens = dropped_documents = 0
+    dropped_tokens = dropped_documents = 0
     for _, lengths in index.blocks():
-        num_documents += int(np.count_nonzero(lengths))
-        cut_documents += int(np.count_nonzero(lengths > longest))
         dropped_tokens += int((lengths % min_length).sum())
         dropped_documents += int(np.count_nonzero((lengths > 0) & (lengths < min_length)))
         counts[longest] += int((lengths // longest).sum())
@@ -108,16 +107,11 @@ def _make(plan: Plan, folder: Path, min_length: int) -> PlanHeader:
             done += len(starts)
     if isinstance(all_starts, np.memmap):
         all_starts.flush()
-    return PlanHeader(
-        kind=plan.kind,
-        split=plan.split,
-        sequence_length=longest,
-        fingerprint=plan.fingerprint,
-        num_instances=num_rows,
-        num_documents=num_documents,
+    header = plan.describe(index.blocks(), index.num_tokens, num_rows)
+    return msgspec.structs.replace(
+        header,
         num_tokens=index.num_tokens - dropped_tokens,
         efficiency=1.0 if num_rows else 0.0,
-        cut_documents=cut_documents,
         dropped_tokens=dropped_tokens,
         dropped_documents=dropped_documents,
         buckets=tuple(buckets),

@@ -5,7 +5,7 @@ import logging
 from pathlib import Path
 
 from toolkit.checkpoint.folder import Kind, step_folder, step_of
-from toolkit.checkpoint.remote import prune_remote, upload_checkpoint
+from toolkit.checkpoint.remote import upload_checkpoint
 from toolkit.checkpoint.retention import Retention, prune_checkpoints
 from toolkit.errors import ToolkitError
 from toolkit.runs.files import RUN_FILES
@@ -149,7 +149,7 @@ class Checkpointer(Callback):
         upload_checkpoint(folder, url, rank=environment.rank, group=environment.checkpoint_group)
         self._uploaded_at = step
         if environment.is_main:
-            prune_remote(url, self._rule, newest=step)
+            prune_checkpoints(url, self._rule, newest=step)
 
     def _finish_upload(self) -> None:
         """The newest checkpoint must have arrived: this machine may be gone in a minute."""

@@ -21,7 +21,7 @@ from toolkit.data.prepare.build.prepare import ensure_prepared
 from toolkit.data.prepare.build.settings import settings_of
 from toolkit.data.prepare.build.vocabulary import sample_texts
 from toolkit.data.prepare.text.sources import plan_source
-from toolkit.data.prepare.tokenizers.byte import ByteTokenizer
+from toolkit.data.prepare.tokenizers.tokenizer import ByteTokenizer
 from toolkit.data.prepare.tools.inspect import inspect_path
 from toolkit.data.tokens.prepared import MANIFEST_NAME, PreparedDataset, read_prepared
 from toolkit.errors import DataError

@@ -7,9 +7,8 @@ from toolkit.data.config import SentencePieceTokenizerConfig
 from toolkit.data.prepare.build.encoding import TextEncoder
 from toolkit.data.prepare.text.cuts import last_cut
 from toolkit.data.prepare.text.reading import Piece
-from toolkit.data.prepare.tokenizers.byte import ByteTokenizer
-from toolkit.data.prepare.tokenizers.sentencepiece_model import load_sentencepiece
-from toolkit.data.prepare.tokenizers.tokenizer import Tokenizer
+from toolkit.data.prepare.tokenizers.converted import load_sentencepiece
+from toolkit.data.prepare.tokenizers.tokenizer import ByteTokenizer, Tokenizer
 
 WORDS = "the cat sat on a mat, and  naïve dogs\n\tread größere Bücher.\n" * 20
 

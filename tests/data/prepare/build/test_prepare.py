@@ -17,8 +17,7 @@ from toolkit.data.config import BPETokenizerConfig, DatasetConfig, HFTokenizerCo
 from toolkit.data.prepare.build.parts import is_validation
 from toolkit.data.prepare.build.prepare import ensure_prepared, prepare_dataset
 from toolkit.data.prepare.store.cache import build_lock
-from toolkit.data.prepare.tokenizers.byte import ByteTokenizer
-from toolkit.data.prepare.tokenizers.tokenizer import load_tokenizer
+from toolkit.data.prepare.tokenizers.tokenizer import ByteTokenizer, load_tokenizer
 from toolkit.data.tokens.prepared import PreparedDataset, check_vocabulary, token_dtype
 from toolkit.errors import ConfigError, DataError
 from toolkit.storage.locks import locked

@@ -6,8 +6,7 @@ import pytest
 from tokenizers import Tokenizer as BackendTokenizer
 
 from toolkit.data.prepare.build.stops import special_ids, stop_ids, turn_ends
-from toolkit.data.prepare.tokenizers.byte import ByteTokenizer
-from toolkit.data.prepare.tokenizers.tokenizer import EOS_TOKEN, Tokenizer
+from toolkit.data.prepare.tokenizers.tokenizer import EOS_TOKEN, ByteTokenizer, Tokenizer
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"

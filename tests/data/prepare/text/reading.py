@@ -3,9 +3,8 @@
 from pathlib import Path
 
 from toolkit.data.config import FilesSourceConfig, FiltersConfig, SourceConfig
-from toolkit.data.prepare.text.piece import Piece
 from toolkit.data.prepare.text.readers import read_shard
-from toolkit.data.prepare.text.reading import Counts, Reading
+from toolkit.data.prepare.text.reading import Counts, Piece, Reading
 from toolkit.data.prepare.text.sources import plan_source
 
 

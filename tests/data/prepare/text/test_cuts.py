@@ -16,9 +16,8 @@ from toolkit.data.prepare.build.prepare import prepare_dataset
 from toolkit.data.prepare.text import cuts, plain, readers, shards
 from toolkit.data.prepare.text.cuts import first_cut, last_cut
 from toolkit.data.prepare.text.reading import Counts, Piece
-from toolkit.data.prepare.tokenizers.bpe import train_bpe
-from toolkit.data.prepare.tokenizers.byte import byte_characters
-from toolkit.data.prepare.tokenizers.tokenizer import Tokenizer
+from toolkit.data.prepare.tokenizers.fast_bpe import byte_characters
+from toolkit.data.prepare.tokenizers.tokenizer import Tokenizer, train_bpe
 
 CL100K = (
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"

@@ -8,8 +8,7 @@ from tests.data.prepare.text.reading import read_all
 from tests.s3 import BUCKET
 from toolkit.data.config import TokenFilesSourceConfig
 from toolkit.data.prepare.text import shards, token_files
-from toolkit.data.prepare.text.piece import Piece
-from toolkit.data.prepare.text.reading import Counts
+from toolkit.data.prepare.text.reading import Counts, Piece
 from toolkit.data.prepare.text.sources import plan_source, source_fingerprint
 from toolkit.errors import DataError
 from toolkit.storage.remote import RemoteFolder

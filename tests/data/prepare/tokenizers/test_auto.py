@@ -15,9 +15,9 @@ from tests.data.corpus import files_config, write_texts
 from toolkit.data.config import HFTokenizerConfig
 from toolkit.data.prepare.build.prepare import ensure_prepared
 from toolkit.data.prepare.tokenizers.auto import HARD_TEXTS, difference, make_portable, settle
-from toolkit.data.prepare.tokenizers.byte import ByteTokenizer, byte_characters
-from toolkit.data.prepare.tokenizers.tiktoken_file import PATTERNS
-from toolkit.data.prepare.tokenizers.tokenizer import load_tokenizer
+from toolkit.data.prepare.tokenizers.converted import PATTERNS
+from toolkit.data.prepare.tokenizers.fast_bpe import byte_characters
+from toolkit.data.prepare.tokenizers.tokenizer import ByteTokenizer, load_tokenizer
 from toolkit.errors import DataError
 
 TEXT = "\n\nhello\n\n\nworld 650841823 2023"

@@ -10,9 +10,8 @@ from tokenizers import Tokenizer as BackendTokenizer
 
 from tests.data.corpus import random_text
 from toolkit.data.prepare.tokenizers import fast_bpe as module
-from toolkit.data.prepare.tokenizers.bpe import train_bpe
-from toolkit.data.prepare.tokenizers.byte import ByteTokenizer
 from toolkit.data.prepare.tokenizers.fast_bpe import FastBPE, fast_bpe
+from toolkit.data.prepare.tokenizers.tokenizer import ByteTokenizer, train_bpe
 
 pytest.importorskip("tiktoken")
 STDLIB = Path(sysconfig.get_paths()["stdlib"])

@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 
-from toolkit.data.prepare.tokenizers.bpe import train_bpe
-from toolkit.data.prepare.tokenizers.tokenizer import load_tokenizer
+from toolkit.data.prepare.tokenizers.tokenizer import load_tokenizer, train_bpe
 from toolkit.errors import DataError
 
 

@@ -8,11 +8,14 @@ import pytest
 from tests.data.corpus import files_config, write_texts
 from toolkit.data.config import ByteTokenizerConfig, HFTokenizerConfig
 from toolkit.data.prepare.build.prepare import prepare_dataset
-from toolkit.data.prepare.tokenizers.bpe import train_bpe
-from toolkit.data.prepare.tokenizers.byte import ByteTokenizer
-from toolkit.data.prepare.tokenizers.choice import tokenizer_files_hash
-from toolkit.data.prepare.tokenizers.hf import load_hf_tokenizer
-from toolkit.data.prepare.tokenizers.tokenizer import EOS_TOKEN, Tokenizer, load_tokenizer
+from toolkit.data.prepare.tokenizers.choice import load_hf_tokenizer, tokenizer_files_hash
+from toolkit.data.prepare.tokenizers.tokenizer import (
+    EOS_TOKEN,
+    ByteTokenizer,
+    Tokenizer,
+    load_tokenizer,
+    train_bpe,
+)
 from toolkit.data.prepare.tools.inspect import inspect_path
 from toolkit.errors import DataError
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from toolkit.data.config import SentencePieceTokenizerConfig
-from toolkit.data.prepare.tokenizers.sentencepiece_model import load_sentencepiece
+from toolkit.data.prepare.tokenizers.converted import load_sentencepiece
 from toolkit.data.prepare.tokenizers.tokenizer import load_tokenizer
 from toolkit.errors import ConfigError, DataError
 

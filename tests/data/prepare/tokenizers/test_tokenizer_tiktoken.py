@@ -6,11 +6,10 @@ import numpy as np
 import pytest
 
 from toolkit.data.config import TiktokenTokenizerConfig
-from toolkit.data.prepare.tokenizers.bpe import train_bpe
-from toolkit.data.prepare.tokenizers.byte import byte_characters
 from toolkit.data.prepare.tokenizers.choice import build_tokenizer
-from toolkit.data.prepare.tokenizers.tiktoken_file import PATTERNS, load_tiktoken, read_ranks
-from toolkit.data.prepare.tokenizers.tokenizer import EOS_TOKEN, load_tokenizer
+from toolkit.data.prepare.tokenizers.converted import PATTERNS, load_tiktoken, read_ranks
+from toolkit.data.prepare.tokenizers.fast_bpe import byte_characters
+from toolkit.data.prepare.tokenizers.tokenizer import EOS_TOKEN, load_tokenizer, train_bpe
 from toolkit.errors import ConfigError, DataError
 
 PIECES = [

@@ -14,9 +14,13 @@ import numpy as np
 
 from toolkit.data.prepare.build.encoding import Encoded
 from toolkit.data.prepare.text.instructions.checks import NO_TARGET, check_targets
-from toolkit.data.prepare.text.instructions.named import NamedTemplates
 from toolkit.data.prepare.text.instructions.rendering import RenderedRow, RowRenderer
-from toolkit.data.prepare.text.instructions.template import ChatTemplate, Span, read_chat_template
+from toolkit.data.prepare.text.instructions.template import (
+    ChatTemplate,
+    NamedTemplates,
+    Span,
+    read_chat_template,
+)
 from toolkit.data.prepare.text.reading import Piece, at_found_place
 from toolkit.data.prepare.tokenizers.tokenizer import Tokenizer
 from toolkit.data.source_config import InstructionsConfig

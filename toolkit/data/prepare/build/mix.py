@@ -22,9 +22,8 @@ from toolkit.data.prepare.build.settings import settings_of
 from toolkit.data.prepare.build.vocabulary import sample_texts
 from toolkit.data.prepare.store.cache import raw_text_cache
 from toolkit.data.prepare.text.sources import plan_source
-from toolkit.data.prepare.tokenizers.bpe import train_bpe
 from toolkit.data.prepare.tokenizers.companions import TOKENIZER_FILE
-from toolkit.data.prepare.tokenizers.tokenizer import Tokenizer, load_tokenizer
+from toolkit.data.prepare.tokenizers.tokenizer import Tokenizer, load_tokenizer, train_bpe
 from toolkit.data.tokens.prepared import PreparedDataset, localize
 from toolkit.errors import ConfigError, DataError
 from toolkit.storage.atomic import new_folder

@@ -196,11 +196,11 @@ class _Objects:
                 return msgspec.convert(value, self._type)
             except msgspec.ValidationError as error:
                 wrong = error
-        wrong = wrong or f"Expected `object`, got {type(value).__name__}"
+        reason = wrong or f"Expected `object`, got {type(value).__name__}"
         if self._field is None:
-            raise DataError(f"{where()}: no object with columns: {wrong}")
+            raise DataError(f"{where()}: no object with columns: {reason}")
         raise DataError(
-            f"{where()}: no text under {self._field!r}: {wrong}; set dataset.source.text_field to "
+            f"{where()}: no text under {self._field!r}: {reason}; set dataset.source.text_field to "
             "the key that holds it"
         )
 

@@ -1,4 +1,4 @@
-"""Plain text files: one document each, read in pieces of a megabyte when they are longer."""
+"""Plain text files: one document each, given in pieces of a megabyte when they are longer."""
 
 import itertools
 from collections.abc import Iterator
@@ -15,40 +15,34 @@ _BEFORE_CUT = 16
 
 
 def read_text(part: Range, reading: Reading, counts: Counts) -> Iterator[Piece]:
-    """The pieces of a document that lie in `part`. All ranges of a long document read all of it, so
-    that they agree on what it is."""
-    source, begin = reading.source, part.document_start
+    """The document that `part` is."""
+    source, begin = reading.source, part.start
     errors = source.encoding_errors if isinstance(source, FilesSourceConfig) else "strict"
     with open(part.path, "rb") as file:
         file.seek(begin)
-        data = file.read(part.document_end - begin)
-    is_first = part.start == begin
-    document = Piece(f"{part.name}:{begin}" if part.is_rest else part.name, split=part.split)
-    counts.cut_documents += part.is_rest and is_first
-    # Shorter ones are one piece, which `read_shard` looks at.
-    is_long = begin // PIECE_BYTES != (part.document_end - 1) // PIECE_BYTES
-    if is_long and (reading.filters is not None or reading.with_digests):
-        text = decode(data, part.path, begin, errors, Counts())
-        gate = DocumentGate(reading, counts if is_first else Counts())
-        admitted = gate.admit(document._replace(text=_without_mark(text, begin)))
-        if admitted is None:
-            return
-        document = admitted if is_first else document
-    first_place = (part.start // PIECE_BYTES + 1) * PIECE_BYTES
-    places = [part.start, *range(first_place, part.end, PIECE_BYTES), part.end]
-    for start, end in itertools.pairwise(places):
-        first, last = _cut(data, start - begin), _cut(data, end - begin)
-        try:
-            text = decode(data[first:last], part.path, begin + first, errors, counts)
-        except DataError:
-            if isinstance(source, FilesSourceConfig):
-                raise
-            # A few files of the standard library's tests are in other encodings on purpose.
-            counts.skipped_documents += 1
-            return
-        starts, ends = start == begin, end == part.document_end
-        text = _without_mark(text, start)
-        yield document._replace(text=text, starts=starts, ends=ends)
+        data = file.read(part.end - begin)
+    counts.cut_documents += part.is_rest
+    try:
+        text = decode(data, part.path, begin, errors, counts)
+    except DataError:
+        if isinstance(source, FilesSourceConfig):
+            raise
+        # A few files of the standard library's tests are in other encodings on purpose.
+        counts.skipped_documents += 1
+        return
+    identity = f"{part.name}:{begin}" if part.is_rest else part.name
+    whole = Piece(identity, _without_mark(text, begin), split=part.split)
+    places = range((begin // PIECE_BYTES + 1) * PIECE_BYTES, part.end, PIECE_BYTES)
+    if not places:
+        yield whole  # which `read_shard` looks at
+        return
+    document = DocumentGate(reading, counts).admit(whole)
+    if document is None:
+        return
+    ends = [*(_cut(data, place - begin) for place in places), len(data)]
+    for first, last in itertools.pairwise([0, *ends]):
+        text = _without_mark(data[first:last].decode(errors="replace"), begin + first)
+        yield document._replace(text=text, starts=first == 0, ends=last == len(data))
         document = document._replace(digest=0, num_bytes=0)
 
 
@@ -57,10 +51,7 @@ def _without_mark(text: str, place: int) -> str:
 
 
 def _cut(data: bytes, position: int) -> int:
-    """The place at or after byte `position` that ends one piece and begins the next. It depends on
-    the document and the position alone, so that two ranges agree on it."""
-    if position in (0, len(data)):
-        return position
+    """The place at or after byte `position` that ends one piece and begins the next."""
     first = max(position - _BEFORE_CUT, 0)
     window = data[first : first + WIDE]
     near = position - first

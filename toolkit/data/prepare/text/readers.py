@@ -61,6 +61,9 @@ def _finish(whole: Piece, gate: DocumentGate, counts: Counts) -> Iterator[Piece]
 def _cut_up(whole: Piece, counts: Counts) -> Iterator[Piece]:
     """The documents that a long one becomes."""
     data = whole.text.encode()
+    if len(data) <= MAX_DOCUMENT_BYTES:
+        yield whole
+        return
     for start, end in documents_in(lambda place, size: data[place : place + size], 0, len(data)):
         counts.cut_documents += start > 0
         identity = f"{whole.identity}:{start}" if start else whole.identity

@@ -37,10 +37,10 @@ class Range(msgspec.Struct, frozen=True, kw_only=True):
     """Rough size of what is read, for progress."""
     split: Literal["train", "val"] | None = None
     """Set where the split is decided by place instead of by a hash of the identity."""
-    document_start: int = 0
-    """Text: where the document begins in the file... Tokens: the byte where they begin."""
-    document_end: int = 0
-    """...and ends; a document may span several ranges. Tokens: how many the file holds."""
+    first_byte: int = 0
+    """Tokens: where they begin in the file..."""
+    num_tokens: int = 0
+    """...and how many it holds."""
     is_rest: bool = False
     """Text: whether the document begins where a longer one was cut."""
     file_bytes: int = 0

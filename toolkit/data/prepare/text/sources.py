@@ -182,24 +182,15 @@ def _cut(
         for first, last, num_bytes in cut(file.path, columns, size):
             yield part(start=first, end=last, num_bytes=num_bytes)
     elif kind == "jsonl":
-        for start, end in _steps(0, whole, size):
+        for start in range(0, whole, size):
+            end = min(start + size, whole)
             yield part(start=start, end=end, num_bytes=end - start)
     elif kind == "text":
-        for first, last, split, is_rest in _documents(file, tail_fraction):
-            yield part(
-                start=first, end=last, num_bytes=last - first, split=split,
-                document_start=first, document_end=last, is_rest=is_rest,
-            )  # fmt: skip
+        # One range each: no document goes on in another shard.
+        for start, end, split, is_rest in _documents(file, tail_fraction):
+            yield part(start=start, end=end, num_bytes=end - start, split=split, is_rest=is_rest)
     else:  # No place in it can be reached without reading all before it.
         yield whole_file
-
-
-def _steps(start: int, end: int, size: int) -> Iterator[tuple[int, int]]:
-    """`start` to `end` in parts that end at multiples of `size`."""
-    while start < end:
-        last = min((start // size + 1) * size, end)
-        yield start, last
-        start = last
 
 
 def _documents(

@@ -148,7 +148,7 @@ def read_tokens(part: Range, reading: Reading, counts: Counts) -> Iterator[Piece
                     return
                 document = end
             if document is not None and place < block_end:
-                found, ends_here = ids[place - offset :], block_end == part.document_end
+                found, ends_here = ids[place - offset :], block_end == part.num_tokens
                 yield _piece(part, found, document, place, ends=ends_here, reading=reading)
             elif document is None and block_end >= part.end:
                 return  # All of it belongs to a document of a range before.
@@ -187,11 +187,11 @@ def _blocks(
     part: Range, dtype: np.dtype, first: int
 ) -> Generator[tuple[int, np.ndarray], None, None]:
     """Blocks of ids from token `first` to the end of the file, with their place."""
-    starts = range(first, part.document_end, BLOCK_TOKENS)
+    starts = range(first, part.num_tokens, BLOCK_TOKENS)
 
     def byte_range(start: int) -> tuple[int, int]:
-        end = min(start + BLOCK_TOKENS, part.document_end)
-        return tuple(part.document_start + place * dtype.itemsize for place in (start, end))
+        end, first_byte = min(start + BLOCK_TOKENS, part.num_tokens), part.first_byte
+        return first_byte + start * dtype.itemsize, first_byte + end * dtype.itemsize
 
     if part.kind == "tokens":
         with open(part.path, "rb", buffering=0) as file:
@@ -256,7 +256,7 @@ def _cut(file: SourceFile, head: bytes, dtype: str, size: int) -> Iterator[Range
         yield Range(
             kind="remote_tokens" if is_url(file.path) else "tokens", path=file.path,
             name=file.name, start=start, end=end, num_bytes=(end - start) * itemsize,
-            document_start=first_byte, document_end=num_tokens, file_bytes=file.num_bytes,
+            first_byte=first_byte, num_tokens=num_tokens, file_bytes=file.num_bytes,
             modified_ns=file.modified_ns,
         )  # fmt: skip
 

@@ -16,6 +16,7 @@ import msgspec
 
 from toolkit.data.prepare.tokenizers.backend import MAX_TOKENIZER_BYTES
 from toolkit.data.prepare.tokenizers.companions import (
+    SPECIAL_TOKENS_FILE,
     TOKENIZER_CONFIG_FILE,
     TOKENIZER_FILE,
     read_json,
@@ -27,7 +28,6 @@ from toolkit.storage.foreign import decode_json, guard, read_bytes
 
 PLAIN_CLASS = "PreTrainedTokenizerFast"
 """Takes tokenizer.json as it is, in every release of `transformers`."""
-SPECIAL_TOKENS_FILE = "special_tokens_map.json"
 
 _NAMED = (
     "bos_token",

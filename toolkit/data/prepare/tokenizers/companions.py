@@ -10,9 +10,10 @@ from toolkit.storage.foreign import read_json as read_foreign_json
 
 TOKENIZER_FILE = "tokenizer.json"
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
+SPECIAL_TOKENS_FILE = "special_tokens_map.json"
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
 COMPANION_FILES = (
-    TOKENIZER_CONFIG_FILE, "special_tokens_map.json", "added_tokens.json", CHAT_TEMPLATE_FILE,
+    TOKENIZER_CONFIG_FILE, SPECIAL_TOKENS_FILE, "added_tokens.json", CHAT_TEMPLATE_FILE,
     "vocab.json", "merges.txt", "tokenizer.model",
 )  # fmt: skip
 """What may lie beside a tokenizer.json and belongs to it; see `companions`."""

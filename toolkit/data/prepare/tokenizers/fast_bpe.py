@@ -36,6 +36,13 @@ _PLAIN_MODEL = {
 }  # fmt: skip
 
 
+def byte_characters() -> list[str]:
+    """GPT-2's printable stand-in for each byte, in the order of the bytes."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = iter(range(256, 512))
+    return [chr(byte if byte in printable else next(others)) for byte in range(256)]
+
+
 class FastBPE:
     """Encodes ordinary text."""
 
@@ -96,8 +103,6 @@ def _ranks(
     model: dict[str, Any], backend: "BackendTokenizer"
 ) -> "tuple[dict[bytes, int], np.ndarray] | None":
     import numpy as np
-
-    from toolkit.data.prepare.tokenizers.byte import byte_characters
 
     vocabulary: dict[str, int] = model["vocab"]
     characters = byte_characters()

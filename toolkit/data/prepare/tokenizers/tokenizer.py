@@ -3,7 +3,7 @@
 Every tokenizer, whatever it was made from, is stored as a folder with `tokenizer.json` and
 `tokenizer_config.json`, which both `load_tokenizer` and `transformers.AutoTokenizer` read. Text is
 encoded as ordinary text: the characters `<|endoftext|>` inside a document never become the control
-token (`controls.py`). Only what a chat template has rendered is read with its control tokens.
+token (`backend.py`). Only what a chat template has rendered is read with its control tokens.
 """
 
 import copy
@@ -14,9 +14,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from toolkit.data.prepare.tokenizers.backend import read_backend
+from toolkit.data.prepare.tokenizers import backend as backends
 from toolkit.data.prepare.tokenizers.companions import (
     CHAT_TEMPLATE_FILE,
+    SPECIAL_TOKENS_FILE,
     TEMPLATES_FOLDER,
     TOKENIZER_CONFIG_FILE,
     TOKENIZER_FILE,
@@ -26,6 +27,7 @@ from toolkit.data.prepare.tokenizers.companions import (
     read_json,
     settings_of,
 )
+from toolkit.data.prepare.tokenizers.fast_bpe import FastBPE, byte_characters, fast_bpe
 from toolkit.errors import DataError
 from toolkit.storage.atomic import write_atomic, write_json_atomic
 from toolkit.storage.foreign import guard
@@ -33,8 +35,6 @@ from toolkit.storage.foreign import guard
 if TYPE_CHECKING:
     import numpy as np
     from tokenizers import Tokenizer as BackendTokenizer
-
-    from toolkit.data.prepare.tokenizers.fast_bpe import FastBPE
 
 EOS_TOKEN = "<|endoftext|>"
 """End of a document, in tokenizers made here."""
@@ -63,18 +63,17 @@ class Tokenizer:
         *,
         bos_token: str | None = None,
     ) -> None:
-        from toolkit.data.prepare.tokenizers.controls import ordinary_backend
-
         backend.no_truncation()
         backend.no_padding()
         self.eos_token, self.bos_token = eos_token, bos_token
-        self.eos_id = _control_id(backend, "eos_token", eos_token)
-        self.bos_id = _control_id(backend, "bos_token", bos_token)
+        self.eos_id = backends.control_id(backend, "eos_token", eos_token)
+        self.bos_id = backends.control_id(backend, "bos_token", bos_token)
         self._backend = backend
-        self._ordinary = ordinary_backend(backend, [t for t in (eos_token, bos_token) if t])
+        self._ordinary = backends.ordinary_backend(
+            backend, [t for t in (eos_token, bos_token) if t]
+        )
         self._files = files
-        # The largest id, not the number of entries: published vocabularies have gaps.
-        self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values(), default=0) + 1
+        self.vocab_size = backends.largest_id(backend) + 1
 
     @property
     def fingerprint(self) -> str:
@@ -98,7 +97,7 @@ class Tokenizer:
     @property
     def pad_id(self) -> int | None:
         """The token that fills up rows of a batch; None when the tokenizer names none."""
-        for name in (TOKENIZER_CONFIG_FILE, "special_tokens_map.json"):
+        for name in (TOKENIZER_CONFIG_FILE, SPECIAL_TOKENS_FILE):
             content = self._files.get(name)
             settings = read_json(content) if isinstance(content, Path) else content
             token = settings.get("pad_token") if isinstance(settings, dict) else None
@@ -112,10 +111,8 @@ class Tokenizer:
 
     @functools.cached_property
     def token_bytes(self) -> "np.ndarray":
-        """UTF-8 bytes of the text of each id; see `toolkit.data.prepare.tokenizers.token_bytes`."""
-        from toolkit.data.prepare.tokenizers.token_bytes import token_bytes
-
-        return token_bytes(self._backend)
+        """UTF-8 bytes of the text of each id; see `backend.token_bytes`."""
+        return backends.token_bytes(self._backend)
 
     @property
     def chat_templates(self) -> dict[str, str]:
@@ -245,54 +242,91 @@ class Tokenizer:
         return settings_of(self._files)
 
     @functools.cached_property
-    def _fast(self) -> "FastBPE | None":
-        from toolkit.data.prepare.tokenizers.fast_bpe import fast_bpe
-
+    def _fast(self) -> FastBPE | None:
         return fast_bpe(self._ordinary)
 
-    # Backends of their own: whether control tokens are read is a property of the whole backend, and
-    # other threads may be encoding documents.
     @functools.cached_property
     def _with_controls(self) -> "BackendTokenizer":
-        return _offsets_backend(self._backend, encode_special_tokens=False)
+        return backends.offsets_backend(self._backend, encode_special_tokens=False)
 
     @functools.cached_property
     def _without_controls(self) -> "BackendTokenizer":
-        return _offsets_backend(self._ordinary, encode_special_tokens=True)
+        return backends.offsets_backend(self._ordinary, encode_special_tokens=True)
+
+
+class ByteTokenizer(Tokenizer):
+    """Ids 0 to 255 are the bytes of UTF-8, 256 ends a document."""
+
+    def __init__(self, files: Files | None = None) -> None:
+        from tokenizers import Tokenizer as BackendTokenizer
+        from tokenizers import decoders, models, pre_tokenizers
+
+        vocabulary = {character: byte for byte, character in enumerate(byte_characters())}
+        backend = BackendTokenizer(models.BPE(vocab=vocabulary, merges=[]))
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        backend.decoder = decoders.ByteLevel()
+        backend.add_special_tokens([EOS_TOKEN])
+        own: Files = {TOKENIZER_CONFIG_FILE: {**fast_config(), BYTE_MARK: True}}
+        super().__init__(backend, EOS_TOKEN, files or own)
+
+    def encode_batch(self, texts: Sequence[str]) -> "list[np.ndarray]":
+        """Bytes of each text; uint8 arrays."""
+        import numpy as np
+
+        return [np.frombuffer(text.encode(), dtype=np.uint8) for text in texts]
+
+    def is_outgrown_by(self, backend: "BackendTokenizer") -> bool:
+        """Whether `backend` is this one with added tokens, which this kind does not have."""
+        ours, theirs = (b.get_vocab(with_added_tokens=True) for b in (self._backend, backend))
+        return ours.items() < theirs.items()
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """Byte-level BPE (Sennrich et al. 2016; GPT-2's byte alphabet and word pattern).
+
+    The same texts give the same tokenizer. Little text may give fewer than `vocab_size` ids.
+    """
+    from tokenizers import Tokenizer as BackendTokenizer
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    backend = BackendTokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[EOS_TOKEN],
+        initial_alphabet=byte_characters(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer)
+    return Tokenizer(backend, EOS_TOKEN, {TOKENIZER_CONFIG_FILE: fast_config()})
 
 
 def load_tokenizer(folder: str | os.PathLike[str]) -> Tokenizer:
     """The tokenizer that `Tokenizer.save` wrote into `folder`, or any Hugging Face folder.
-
-    Raises:
-        DataError: when there is no usable tokenizer.json.
-    """
+    DataError when there is no usable tokenizer.json."""
     return load_file(Path(folder) / TOKENIZER_FILE)
 
 
 def load_file(
     path: Path, *, eos_token: str | None = None, bos_token: str | None = None
 ) -> Tokenizer:
-    """The tokenizer of a tokenizer.json and the files beside it.
+    """The tokenizer of a tokenizer.json and the files beside it; DataError where it is missing or
+    cannot be read.
 
     Args:
         eos_token, bos_token: in place of those that tokenizer_config.json names.
-
-    Raises:
-        DataError: the file is missing or cannot be read.
     """
     files = companions_of(path.parent)
     config = read_json(path.with_name(TOKENIZER_CONFIG_FILE))
     if config.get(BYTE_MARK):
-        from toolkit.data.prepare.tokenizers.byte import ByteTokenizer
-
         plain = ByteTokenizer(files)
-        if not path.is_file() or not plain.is_outgrown_by(read_backend(path, config)):
+        if not path.is_file() or not plain.is_outgrown_by(backends.read_backend(path, config)):
             return plain
     if not path.is_file():
         raise DataError(f"{path}: no such file; a tokenizer folder needs {TOKENIZER_FILE}")
-    backend = read_backend(path, config)
-    tokens_map = read_json(path.with_name("special_tokens_map.json"))
+    backend = backends.read_backend(path, config)
+    tokens_map = read_json(path.with_name(SPECIAL_TOKENS_FILE))
     own = {
         key: _token_text(config.get(key) or tokens_map.get(key))
         for key in ("eos_token", "bos_token")
@@ -317,31 +351,5 @@ def fast_config(eos_token: str | None = EOS_TOKEN, bos_token: str | None = None)
     return config if bos_token is None else {**config, "bos_token": bos_token}
 
 
-def _control_id(backend: "BackendTokenizer", key: str, token: str | None) -> int | None:
-    if token is None:
-        return None
-    token_id = backend.token_to_id(token)
-    if token_id is None:
-        raise DataError(
-            f"dataset.tokenizer.{key}: the tokenizer has no token {token!r}; "
-            "give one of its special tokens"
-        )
-    # An entry of the vocabulary that no list of special tokens names: it keeps its id.
-    backend.add_special_tokens([token])
-    return token_id
-
-
 def _token_text(token: Any) -> str | None:
     return token.get("content") if isinstance(token, dict) else token
-
-
-def _offsets_backend(
-    backend: "BackendTokenizer", *, encode_special_tokens: bool
-) -> "BackendTokenizer":
-    from tokenizers import Tokenizer as BackendTokenizer
-
-    own = BackendTokenizer.from_str(backend.to_str())
-    # A byte-level one takes the spaces out of the offsets.
-    own.post_processor = None
-    own.encode_special_tokens = encode_special_tokens
-    return own

@@ -21,7 +21,7 @@ from toolkit.data.config import InstructionsConfig
 from toolkit.data.prepare.build.instructions import InstructionEncoder
 from toolkit.data.prepare.text.instructions.checks import check_nothing_dropped, excerpt
 from toolkit.data.prepare.text.instructions.template import ChatTemplate
-from toolkit.data.prepare.text.piece import Piece
+from toolkit.data.prepare.text.reading import Piece
 from toolkit.errors import DataError
 
 

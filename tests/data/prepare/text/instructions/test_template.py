@@ -52,7 +52,7 @@ def test_rendering_is_that_of_the_saved_tokenizer_in_transformers(
 def test_ids_of_an_ordinary_row_are_those_of_transformers(tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
-    from toolkit.data.prepare.text.piece import Piece
+    from toolkit.data.prepare.text.reading import Piece
 
     made = tokenizer(CHATML)
     made.save(tmp_path)

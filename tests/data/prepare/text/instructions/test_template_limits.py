@@ -1,7 +1,6 @@
 """A chat template is a program from elsewhere: so much time, memory and output, and no more."""
 
 import datetime
-import pickle
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -71,10 +70,8 @@ def test_the_process_of_templates_knows_no_secrets(monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("SOME_FOLDER", "shown")
     child = template_process._start()
     try:
-        template_process._send(
-            child.stdin, pickle.dumps({"conversations": [], "chat_template": ""})
-        )
-        assert template_process._receive(child.stdout) is not None
+        request = {"conversations": [], "chat_template": ""}
+        assert template_process._ask(child, request).endswith(b"\n")
         environ = Path(f"/proc/{child.pid}/environ").read_bytes()
     finally:
         child.kill()

@@ -7,8 +7,8 @@ import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from toolkit.data.prepare.text.instructions.roles import ASSISTANT
-from toolkit.data.prepare.text.instructions.shapes import Conversation, Message
+from toolkit.data.prepare.text.instructions.messages import ASSISTANT, Message
+from toolkit.data.prepare.text.instructions.shapes import Conversation
 from toolkit.data.prepare.text.instructions.template import ChatTemplate, Span
 from toolkit.data.source_config import InstructionsConfig
 from toolkit.errors import DataError
@@ -62,8 +62,9 @@ def check_nothing_dropped(messages: Sequence[Message], text: str) -> None:
                 continue
         raise dropped_text(number, message)
     for number, message in enumerate(messages):
-        for name in _called(message):
-            if name not in text:
+        calls = message.get("tool_calls")
+        for name in map(_tool_name, calls if isinstance(calls, list) else []):
+            if name is not None and name not in text:
                 raise DataError(
                     f"the chat template drops the tool call of message {number}; take a template "
                     f"that knows tools, or leave such rows out: {name!r} is missing"
@@ -116,10 +117,8 @@ def dropped_text(number: int, message: Message) -> DataError:
 
 
 def check_marks(marked: Sequence[str], conversation: Conversation, answers: Sequence[int]) -> None:
-    """Raise DataError when what a template marks does not hold the answers.
-
-    Reasoning before an answer may stand outside the marks.
-    """
+    """Raise DataError when what a template marks does not hold the answers; reasoning before one
+    may stand outside the marks."""
     squeezed = _squeeze("".join(marked))
     for answer in answers:
         content = conversation.messages[answer]["content"]
@@ -132,12 +131,8 @@ def check_marks(marked: Sequence[str], conversation: Conversation, answers: Sequ
 
 
 def has_stop(said: str, conversation: Conversation, answer: int | None) -> bool:
-    """Whether something but white space follows what message `answer` says.
-
-    Args:
-        said: the part of the rendered text that is trained on for this message.
-        answer: None: not known which one; any of them.
-    """
+    """Whether something but white space follows what message `answer` says (None: any of them) in
+    `said`, the part of the rendered text that is trained on for it."""
     said = _squeeze(said)
     numbers = conversation.answers() if answer is None else [answer]
     for number in numbers:
@@ -155,16 +150,13 @@ def check_targets(
     filtered: Mapping[str, int],
     sample: Callable[[], tuple[str, int | None]],
 ) -> None:
-    """Look at a whole data set: some of its tokens, not all and not none, must be targets.
+    """Raise DataError unless some of a data set's tokens, not all and not none, are targets.
 
     Args:
         num_tokens, num_targets: of all splits; `num_targets` None: every token is one.
         filtered: documents left out, by the reason.
         sample: gives one rendered row, and the number of an answer in it that is masked where no
             other is trained on.
-
-    Raises:
-        DataError: the mask is all 0 or all 1.
     """
     left_out = filtered.get(NO_TARGET, 0)
     if num_targets == 0 or (num_tokens == 0 and left_out):
@@ -190,16 +182,6 @@ def check_targets(
             "template, or set dataset.instructions.train_on=all; one row, targets in [[ ]]: "
             f"{sample()[0]}"
         )
-
-
-def _called(message: Message) -> list[str]:
-    names = []
-    calls = message.get("tool_calls")
-    for call in calls if isinstance(calls, list) else []:
-        name = _tool_name(call)
-        if name is not None:
-            names.append(name)
-    return names
 
 
 def _tool_name(tool: Any) -> str | None:

@@ -1,10 +1,19 @@
-"""From a row to the text of one document, and which characters of it the loss counts."""
+"""From a row to the text of one document, and which characters of it the loss counts.
+
+A template with `{% generation %}` marks says it itself. Of any other, an answer is what the
+template writes for the conversation up to it, less what it writes for the conversation before it
+with the generation prompt: what a model sees when it is its turn, and what it should say then. That
+holds only where the template never takes back what it wrote for fewer messages; where it does (as
+those that drop the reasoning of earlier turns), it is an error, not a guess.
+"""
 
 import contextlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from toolkit.data.prepare.text.columns import row_texts
 from toolkit.data.prepare.text.instructions.checks import (
+    check_marks,
     check_nothing_dropped,
     check_tools,
     dropped_text,
@@ -12,10 +21,14 @@ from toolkit.data.prepare.text.instructions.checks import (
     has_stop,
     is_ambiguous,
 )
-from toolkit.data.prepare.text.instructions.named import NamedTemplates
+from toolkit.data.prepare.text.instructions.messages import ASSISTANT
 from toolkit.data.prepare.text.instructions.shapes import Conversation, read_conversation
-from toolkit.data.prepare.text.instructions.template import ChatTemplate, Rendering, Span, texts
-from toolkit.data.prepare.text.instructions.turns import answer_spans
+from toolkit.data.prepare.text.instructions.template import (
+    ChatTemplate,
+    NamedTemplates,
+    Rendering,
+    Span,
+)
 from toolkit.data.source_config import InstructionsConfig
 from toolkit.errors import DataError
 
@@ -58,42 +71,38 @@ class RowRenderer:
     ) -> None:
         self._config, self._templates, self._append_eos = config, templates, append_eos
         self._bos_token, self._eos_token = bos_token, eos_token
+        self._counts_all = config.train_on == "all"
 
     def render(self, row: dict[str, Any], where: str) -> RenderedRow | None:
         """The text of a row; None when there is nothing in it to train on.
 
-        Raises:
-            DataError: the row has no known shape, or the template does not suit it; names the row
-                and shows what was rendered.
+        DataError where the row has no known shape, or the template does not suit it; names the row
+        and shows what was rendered.
         """
         conversation = read_conversation(row, self._config, where)
-        if not conversation.messages:
+        messages, masked = conversation.messages, conversation.masked
+        if len(masked) == len(messages):
             return None
-        answers = conversation.answers()
-        if self._config.train_on == "last_assistant":
-            answers = answers[-1:]
-        if len(conversation.masked) == len(conversation.messages):
-            return None
-        if conversation.masked and self._config.train_on == "all":
+        if masked and self._counts_all:
             raise DataError(
-                f"{where}: message {conversation.masked[0]} says that it is not trained on, and "
+                f"{where}: message {masked[0]} says that it is not trained on, and "
                 "dataset.instructions.train_on is all; set it to assistant, or take the key out"
             )
-        answers = [number for number in answers if number not in conversation.masked]
-        if not answers and self._config.train_on != "all":
+        answers = [number for number in self._wanted(conversation) if number not in masked]
+        if not answers and not self._counts_all:
             return None
         try:
             template = self._templates.choose(has_tools=bool(conversation.tools))
             if template is None:
                 return self._join(conversation)
-            rendered = template.render(conversation.messages, conversation.tools)
+            rendered = template.render(messages, conversation.tools)
         except DataError as error:
             raise DataError(f"{where}: {error}") from None
         targets: list[Span] = []
         try:
-            self._check_complete(template, conversation, rendered.text)
-            if self._config.train_on != "all":
-                targets = answer_spans(template, conversation, rendered, answers)
+            _check_complete(template, conversation, rendered.text)
+            if not self._counts_all:
+                targets = _answer_spans(template, conversation, rendered, answers)
             return self._finish(template, conversation, rendered, targets, answers)
         except DataError as error:
             targets = targets or self._likely_targets(template, conversation, rendered, answers)
@@ -101,35 +110,12 @@ class RowRenderer:
             shown = excerpt(rendered.text, targets)
             raise DataError(f"{where}: {error}; the row{legend}: {shown}") from None
 
-    def _likely_targets(
-        self,
-        template: ChatTemplate,
-        conversation: Conversation,
-        rendered: Rendering,
-        answers: list[int],
-    ) -> list[Span]:
-        """What the loss would count, to be shown with an error that came before it was known."""
-        if self._config.train_on == "all":
-            return [(0, len(rendered.text))]
-        with contextlib.suppress(DataError):
-            return answer_spans(template, conversation, rendered, answers)
-        found, position = [], 0
-        for number in answers:
-            content = conversation.messages[number]["content"].strip()
-            start = rendered.text.find(content, position)
-            if content and start >= 0:
-                position = start + len(content)
-                found.append((start, position))
-        return found
-
     def masked_answer(self, row: dict[str, Any], where: str) -> int | None:
         """An answer that is not trained on because the row says so, where none else is."""
         conversation = read_conversation(row, self._config, where)
-        answers = conversation.answers()
-        if self._config.train_on == "last_assistant":
-            answers = answers[-1:]
-        is_masked = [number in conversation.masked for number in answers]
-        return answers[-1] if answers and all(is_masked) else None
+        answers = self._wanted(conversation)
+        all_masked = all(number in conversation.masked for number in answers)
+        return answers[-1] if answers and all_masked else None
 
     def sample(self, row: dict[str, Any], where: str) -> str:
         """A row as errors show it."""
@@ -140,20 +126,31 @@ class RowRenderer:
         whole = [(0, len(found.text))]
         return excerpt(found.text, whole if found.targets is None else found.targets)
 
-    def _check_complete(
-        self, template: ChatTemplate, conversation: Conversation, text: str
-    ) -> None:
-        messages = conversation.messages
-        check_nothing_dropped(messages, text)
-        check_tools(template, conversation, text)
-        others = [template.text]
-        for message in messages:
-            others += texts([v for k, v in message.items() if k not in ("role", "content")])
-        others += texts(conversation.tools)
-        if is_ambiguous(messages, text, others):
-            number = template.dropped(messages, conversation.tools, text)
-            if number is not None:
-                raise dropped_text(number, messages[number])
+    def _wanted(self, conversation: Conversation) -> list[int]:
+        """The answers that the config asks for, were none masked."""
+        answers = conversation.answers()
+        return answers[-1:] if self._config.train_on == "last_assistant" else answers
+
+    def _likely_targets(
+        self,
+        template: ChatTemplate,
+        conversation: Conversation,
+        rendered: Rendering,
+        answers: list[int],
+    ) -> list[Span]:
+        """What the loss would count, to be shown with an error that came before it was known."""
+        if self._counts_all:
+            return [(0, len(rendered.text))]
+        with contextlib.suppress(DataError):
+            return _answer_spans(template, conversation, rendered, answers)
+        found, position = [], 0
+        for number in answers:
+            content = conversation.messages[number]["content"].strip()
+            start = rendered.text.find(content, position)
+            if content and start >= 0:
+                position = start + len(content)
+                found.append((start, position))
+        return found
 
     def _join(self, conversation: Conversation) -> RenderedRow:
         if conversation.plain is None or conversation.tools:
@@ -164,7 +161,7 @@ class RowRenderer:
             )
         prompt, completion = conversation.plain
         text = prompt + completion
-        if self._config.train_on == "all":
+        if self._counts_all:
             return RenderedRow(text, None, has_controls=False)
         targets = [(len(prompt), len(text))]
         if not self._append_eos:
@@ -189,30 +186,29 @@ class RowRenderer:
         if closing is not None and ends_with_eos:
             # White space after it would be a document of its own.
             text = text[: closing[1]]
-        all_of_it = self._config.train_on == "all"
-        if all_of_it and not self._append_eos and closing is None and answers:
-            last = answers[-1] if answers[-1] == len(conversation.messages) - 1 else None
-            if last is not None and not has_stop(text, conversation, last):
-                raise DataError(_missing_stop(_ADVICE))
-        stops = (
-            []
-            if all_of_it
-            else self._stops(template, conversation, text, targets, answers, literals)
+        bos = self._bos_token
+        row = RenderedRow(
+            text,
+            None,
+            has_controls=True,
+            literals=literals,
+            starts_with_bos=bool(bos) and text.startswith(bos or "") and 0 not in literals,
+            ends_with_eos=ends_with_eos,
         )
-        if not all_of_it and not stops:
+        if self._counts_all:
+            last = len(conversation.messages) - 1
+            is_open = not self._append_eos and closing is None and answers[-1:] == [last]
+            if is_open and not has_stop(text, conversation, last):
+                raise DataError(_missing_stop(_ADVICE))
+            return row
+        stops = self._stops(template, conversation, text, targets, answers, literals)
+        if not stops:
             raise DataError(
                 "the chat template marks nothing of the assistant's answers with {% generation %}"
             )
-        return RenderedRow(
-            text,
-            None if all_of_it else [(start, end) for start, end, _ in stops],
-            has_controls=True,
-            literals=literals,
-            eos_is_target=all_of_it or (stops[-1][1] == len(text) and not stops[-1][2]),
-            starts_with_bos=bool(self._bos_token)
-            and text.startswith(self._bos_token or "")
-            and 0 not in literals,
-            ends_with_eos=ends_with_eos,
+        return row._replace(
+            targets=[(start, end) for start, end, _ in stops],
+            eos_is_target=stops[-1][1] == len(text) and not stops[-1][2],
         )
 
     def _stops(
@@ -224,11 +220,8 @@ class RowRenderer:
         answers: list[int],
         literals: list[int],
     ) -> list[tuple[int, int, bool]]:
-        """The targets with their ends put right, and whether a control token ends each.
-
-        Raises:
-            DataError: nothing tells the model to stop at the end of one of them.
-        """
+        """The targets with their ends put right, and whether a control token ends each; DataError
+        where nothing tells the model to stop at the end of one of them."""
         found = []
         for number, (start, end) in enumerate(targets):
             end = min(end, len(text))
@@ -254,3 +247,100 @@ def _missing_stop(advice: str) -> str:
         "nothing tells the model to stop: in the text, what the loss counts of an answer is "
         f"followed by no end of turn; {advice}"
     )
+
+
+def _check_complete(template: ChatTemplate, conversation: Conversation, text: str) -> None:
+    """Every message, tool call and tool of the row reaches the rendered `text`."""
+    messages = conversation.messages
+    check_nothing_dropped(messages, text)
+    check_tools(template, conversation, text)
+    others = [template.text, *row_texts(conversation.tools)]
+    for message in messages:
+        others += row_texts([v for k, v in message.items() if k not in ("role", "content")])
+    if is_ambiguous(messages, text, others):
+        number = template.dropped(messages, conversation.tools, text)
+        if number is not None:
+            raise dropped_text(number, messages[number])
+
+
+def _answer_spans(
+    template: ChatTemplate, conversation: Conversation, rendered: Rendering, answers: list[int]
+) -> list[Span]:
+    """Where each of the messages `answers` stands, its end-of-turn token included. With marks there
+    may be several spans for a message, or none. DataError where the template writes a turn
+    differently once others follow."""
+    if template.has_marks:
+        spans = _marked_spans(template, conversation, rendered, answers)
+        check_marks([rendered.text[start:end] for start, end in spans], conversation, answers)
+        return spans
+    spans = []
+    for answer in answers:
+        span = _span(template, conversation, rendered.text, answer)
+        if span is None:
+            is_last = answer == answers[-1]
+            advice = "" if is_last else "set dataset.instructions.train_on=last_assistant, or "
+            raise DataError(
+                f"the chat template writes message {answer} (assistant) or what stands before it "
+                "differently once the answer or other messages follow, so what the model would see "
+                f"and say at that point is not in the text; {advice}give a chat_template that "
+                "leaves earlier text as it was, or marks answers with {% generation %}"
+            )
+        spans.append(span)
+    return spans
+
+
+def _marked_spans(
+    template: ChatTemplate, conversation: Conversation, rendered: Rendering, answers: list[int]
+) -> list[Span]:
+    def before(number: int) -> int:
+        """How many marks the template puts into the messages before message `number`."""
+        earlier = conversation.messages[:number]
+        if all(message["role"] != ASSISTANT for message in earlier):
+            return 0
+        return len(template.render(earlier, conversation.tools).marks)
+
+    first, masked = answers[0], set(conversation.masked) & set(conversation.answers())
+    if not any(number > first for number in masked):
+        return rendered.marks[before(first) :]
+    spans = []
+    for answer in answers:
+        spans += rendered.marks[before(answer) : before(answer + 1)]
+    return spans
+
+
+def _span(
+    template: ChatTemplate, conversation: Conversation, text: str, answer: int
+) -> Span | None:
+    """None: what the template writes for fewer messages is no beginning of `text`."""
+    messages, tools = conversation.messages, conversation.tools
+    content = messages[answer]["content"].strip()
+    try:
+        before = template.render(messages[:answer], tools, add_generation_prompt=True).text
+    except DataError:
+        # Templates may look at the first message, and there is none before this answer.
+        if answer > 0 or content not in text:
+            raise
+        before = text[: text.index(content)]
+    start = _shared(template, text, before)
+    end = len(text) if start is not None else None
+    if answer + 1 < len(messages):
+        end = _shared(template, text, template.render(messages[: answer + 1], tools).text)
+    if start is None or end is None or end < start:
+        return None
+    if not template.has_generation_prompt and content:
+        # The name of the role stands before the answer, and the model is never asked for it.
+        place = text.find(content, start, end)
+        if place >= 0 and text[start:place].strip():
+            start = place
+    return start, end
+
+
+def _shared(template: ChatTemplate, text: str, fewer: str) -> int | None:
+    """How much of `text` the rendering of fewer messages is; None: it is no beginning of it."""
+    if text.startswith(fewer):
+        return len(fewer)
+    # Some templates close the whole conversation with one more token: no part of the turn.
+    closing = template.closing_token(fewer)
+    if closing is not None and text.startswith(fewer[: closing[0]]):
+        return closing[0]
+    return None

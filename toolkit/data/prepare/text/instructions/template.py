@@ -7,16 +7,18 @@ They run as `transformers` runs them, in a sandbox and with the same helpers (`r
 
 import contextlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from toolkit.data.prepare.text.columns import row_texts
 from toolkit.data.prepare.text.instructions import template_process
-from toolkit.data.prepare.text.instructions.shapes import Message
+from toolkit.data.prepare.text.instructions.messages import Message
 from toolkit.errors import ConfigError, DataError
 from toolkit.storage.foreign import read_bytes, reason_of
 
 CONFIG_PATH = "dataset.instructions.chat_template"
+DEFAULT, TOOL_USE = "default", "tool_use"
 Span = tuple[int, int]
 """First character, and one past the last."""
 
@@ -38,14 +40,11 @@ class Rendering(NamedTuple):
 
 
 class ChatTemplate:
-    """A template, and the control tokens it may write.
+    """A template, and the control tokens it may write; ConfigError if it is not valid Jinja.
 
     Attributes:
         has_marks: whether the template itself says what is trained on.
         has_generation_prompt: whether it can write what stands before an answer.
-
-    Raises:
-        ConfigError: it is not valid Jinja.
     """
 
     def __init__(
@@ -68,11 +67,7 @@ class ChatTemplate:
         *,
         add_generation_prompt: bool = False,
     ) -> Rendering:
-        """The text of a conversation.
-
-        Raises:
-            DataError: the template refuses it.
-        """
+        """The text of a conversation; DataError where the template refuses it."""
         request = {
             "conversations": [messages],
             "tools": tools,
@@ -110,12 +105,10 @@ class ChatTemplate:
         """Where names of control tokens start in the rendered `text` that came with the row.
 
         The conversation is rendered once more with another first character in each such name: it is
-        where the two renderings differ.
-
-        Raises:
-            DataError: the template treats text with such names in another way than other text.
+        where the two renderings differ. DataError where the template treats text with such names in
+        another way than other text.
         """
-        if not any(self._controls.search(value) for value in texts([messages, tools])):
+        if not any(self._controls.search(value) for value in row_texts([messages, tools])):
             return []
         changed = self.render(self._disguised(messages), self._disguised(tools)).text
         if len(changed) == len(text):
@@ -162,42 +155,49 @@ class ChatTemplate:
         return value
 
 
-def read_chat_template(text_or_file: str) -> str:
-    """The template that the config gives: the text itself, or what the file holds.
+class NamedTemplates:
+    """A tokenizer's chat templates by name, chosen as `transformers` does: `tool_use` is for rows
+    with tools, `default` for all others. ConfigError if one of the two is not valid Jinja."""
 
-    Raises:
-        ConfigError: it is neither.
-    """
+    def __init__(self, texts: Mapping[str, str], make: Callable[[str], ChatTemplate]) -> None:
+        self._names = sorted(texts)
+        self._made = {name: make(texts[name]) for name in (DEFAULT, TOOL_USE) if name in texts}
+
+    def choose(self, *, has_tools: bool) -> ChatTemplate | None:
+        """The template for a row; None: the tokenizer has none at all. DataError: it has some, but
+        none for this row."""
+        if not self._names:
+            return None
+        found = self._made.get(TOOL_USE) if has_tools else None
+        found = found or self._made.get(DEFAULT)
+        if found is None:
+            raise DataError(
+                f"the tokenizer's chat templates are called {', '.join(self._names)}, and none is "
+                f"the {DEFAULT} one; set {CONFIG_PATH} to one of these names, to Jinja text or to "
+                "a file"
+            )
+        return found
+
+
+def read_chat_template(text_or_file: str) -> str:
+    """The template that the config gives: the text itself, or what the file holds; ConfigError if
+    it is neither."""
     if "{{" in text_or_file or "{%" in text_or_file:
         return text_or_file
     try:
-        text = read_bytes(Path(text_or_file).expanduser(), DataError).decode()
-    except (OSError, UnicodeDecodeError, ValueError, RuntimeError, DataError) as error:
-        reason = reason_of(error)
+        return read_bytes(Path(text_or_file).expanduser(), DataError).decode()
+    except (OSError, ValueError, RuntimeError, DataError) as error:
         raise ConfigError(
             f"{CONFIG_PATH}: {text_or_file!r} is no Jinja text (there is no {{{{ in it), and as a "
-            f"file it cannot be read: {reason}"
+            f"file it cannot be read: {reason_of(error)}"
         ) from None
-    return text
 
 
 def _last_letter(content: str) -> int | None:
     """Of the text outside tags, which templates look for; else of all of it."""
-    place = None
     for text in (_TAG.sub(lambda match: " " * len(match[0]), content), content):
         place = next((i for i in range(len(text) - 1, -1, -1) if text[i].isalnum()), None)
         if place is not None:
             return place
     stripped = content.rstrip()
     return len(stripped) - 1 if stripped else None
-
-
-def texts(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from texts(item)
-    elif isinstance(value, list):
-        for item in value:
-            yield from texts(item)

@@ -14,12 +14,11 @@ import json
 import os
 import pickle
 import signal
-import struct
 import subprocess
 import sys
 import threading
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from toolkit.config.secrets import is_secret_name
 
@@ -29,8 +28,6 @@ MAX_OUTPUT_BYTES = 10_000_000
 """UTF-8 bytes of one rendered text."""
 MEMORY_BYTES = 1 << 30
 """What templates may take beyond what the process has when it starts."""
-
-_SIZE = struct.Struct(">Q")
 
 
 class TemplateError(Exception):
@@ -46,13 +43,11 @@ class TemplateError(Exception):
 
 
 def render(request: dict[str, Any]) -> tuple[str, list[tuple[int, int]]]:
-    """The text and the marked parts of one conversation; any thread may call it.
+    """The text and the marked parts of one conversation; any thread may call it. TemplateError,
+    with one line, where the template fails.
 
     Args:
         request: arguments of `transformers`' `render_jinja_template`, with one conversation.
-
-    Raises:
-        TemplateError: with one line.
     """
     return _process().render(request)
 
@@ -75,25 +70,31 @@ class _TemplateProcess:
             if self._child is None or self._owner != os.getpid() or self._child.poll() is not None:
                 self._child, self._owner = _start(), os.getpid()
             child = self._child
-            assert child.stdin is not None
-            assert child.stdout is not None
             try:
-                _send(child.stdin, pickle.dumps(request))
-                reply = _receive(child.stdout)
+                reply = _ask(child, request)
             except BaseException as error:
                 # Also Ctrl-C: the answer must not be taken for that of the next row.
                 self._child = None
                 child.kill()
                 if not isinstance(error, BrokenPipeError):
                     raise
-                reply = None
-            if reply is None:
+                reply = b""
+            if not reply.endswith(b"\n"):
                 self._child = None
                 raise TemplateError(_why_it_ended(child.wait()))
         answer = json.loads(reply)
         if "error" in answer:
             raise TemplateError(answer["error"], answer["line"])
         return answer["text"], [(start, end) for start, end in answer["marks"]]
+
+
+def _ask(child: subprocess.Popen[bytes], request: dict[str, Any]) -> bytes:
+    """The line that answers; not a whole one where the process ended."""
+    assert child.stdin is not None
+    assert child.stdout is not None
+    child.stdin.write(pickle.dumps(request))
+    child.stdin.flush()
+    return child.stdout.readline()
 
 
 def _start() -> subprocess.Popen[bytes]:
@@ -117,20 +118,6 @@ def _why_it_ended(code: int) -> str:
     if code == -signal.SIGPROF:
         return f"it takes more than {RENDER_SECONDS:g} s"
     return f"the process that runs it ended with code {code} (memory is short, or it crashed)"
-
-
-def _send(pipe: IO[bytes], data: bytes) -> None:
-    pipe.write(_SIZE.pack(len(data)) + data)
-    pipe.flush()
-
-
-def _receive(pipe: IO[bytes]) -> bytes | None:
-    head = pipe.read(_SIZE.size)
-    if len(head) < _SIZE.size:
-        return None
-    (size,) = _SIZE.unpack(head)
-    data = pipe.read(size)
-    return data if len(data) == size else None
 
 
 def _answer(request: dict[str, Any]) -> dict[str, Any]:
@@ -182,8 +169,13 @@ def _serve() -> None:
 
     del jinja2
     _limit_memory()
-    while (data := _receive(stdin)) is not None:
-        _send(stdout, json.dumps(_answer(pickle.loads(data))).encode())
+    while True:
+        try:
+            request = pickle.load(stdin)
+        except EOFError:
+            return
+        stdout.write(json.dumps(_answer(request)).encode() + b"\n")
+        stdout.flush()
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from toolkit.distributed.activation_checkpointing import apply_activation_checkpointing
 from toolkit.distributed.config import ActivationCheckpointingConfig
+from toolkit.distributed.materialize import apply_activation_checkpointing
 from toolkit.models.compile import compile_model
 from toolkit.models.config import TransformerConfig
 
