@@ -12,7 +12,8 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 from tests.tiny import global_batch, module_config, open_environment, tiny_model
 from tests.workers import WorkerPool
-from toolkit.checkpoint.commit import load_checkpoint, save_checkpoint
+from toolkit.checkpoint.commit import save_checkpoint
+from toolkit.checkpoint.load import load_checkpoint
 from toolkit.checkpoint.tensors import iterate_tensors
 from toolkit.distributed.engine import Microbatch
 from toolkit.distributed.layout import Layout
