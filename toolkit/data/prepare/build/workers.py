@@ -45,14 +45,12 @@ def encode_shards(
         initargs=(os.getpid(), setup, num_processes // num_workers),
     )
     processes = pool._processes  # filled as they start
-    is_done = False
     try:
         with _without_main(), signals.starting_workers():
             futures = {pool.submit(_work, job): job for job in jobs}
         for future in as_completed(futures):
             future.result()
             yield futures[future]
-        is_done = True
     except BrokenProcessPool:
         codes = [code for p in processes.values() if (code := p.exitcode) is not None]
         raise DataError(
@@ -61,12 +59,12 @@ def encode_shards(
             "parts, with a smaller dataset.num_processes if memory is short"
         ) from None
     finally:
-        if not is_done:  # what they are doing is of no use any more, and they ignore SIGTERM
-            for process in list(processes.values()):
-                process.kill()
-            # Else a job that is half sent is waited for (gh-94777).
-            pool._call_queue._reader.close()  # type: ignore[attr-defined]
-        pool.shutdown(wait=is_done, cancel_futures=True)
+        # What they are doing is of no use any more, and they ignore SIGTERM.
+        for process in list(processes.values()):
+            process.kill()
+        # Else a job that is half sent is waited for (gh-94777).
+        pool._call_queue._reader.close()  # type: ignore[attr-defined]
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 @contextlib.contextmanager
