@@ -12,7 +12,6 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import msgspec
 import numpy as np
@@ -25,13 +24,11 @@ from toolkit.data.prepare.build.split_files import HashedFile, SplitWriter, fini
 from toolkit.data.prepare.text.readers import read_shard
 from toolkit.data.prepare.text.reading import Counts, Piece, Reading
 from toolkit.data.prepare.text.shards import Shard
+from toolkit.data.prepare.tokenizers.tokenizer import Tokenizer
 from toolkit.data.tokens.prepared import SPLITS, Split, SplitInfo, TokenDType, token_files
 from toolkit.errors import DataError
 from toolkit.storage.atomic import hash_file, remove_tree, write_json_atomic
 from toolkit.storage.foreign import read_json
-
-if TYPE_CHECKING:
-    from toolkit.data.prepare.tokenizers.tokenizer import Tokenizer
 
 DOCUMENT = np.dtype([("high", "<u8"), ("low", "<u8"), ("num_bytes", "<u8"), ("is_val", "u1")])
 """A document of a part: hash and bytes of its text, and where it went; in the shard's order."""
@@ -143,7 +140,7 @@ def split_of(piece: Piece, validation_fraction: float) -> Split:
     return "val" if is_val else "train"
 
 
-def make_encoder(setup: PartsSetup, tokenizer: "Tokenizer | None") -> Encoder:
+def make_encoder(setup: PartsSetup, tokenizer: Tokenizer | None) -> Encoder:
     """The encoder for the kind of documents that the source gives."""
     if isinstance(setup.reading.source, TokenFilesSourceConfig):
         return TokenEncoder(bos_id=setup.bos_id, eos_id=setup.eos_id)

@@ -19,6 +19,7 @@ import os
 import shutil
 import socket
 from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path, PurePosixPath
 from typing import TypeVar
 
@@ -315,21 +316,17 @@ def _reads_back(folder: RemoteFolder, name: str, file: StoredFile) -> bool:
 
 def _within(seconds: float, action: Callable[[], Result], failing: str) -> Result:
     """`action()`, or StorageError when it takes longer; it is left running then."""
-    results: list[Result] = []
-    errors: list[BaseException] = []
+    answer: Future[Result] = Future()
 
     def act() -> None:
         try:
-            results.append(action())
+            answer.set_result(action())
         except BaseException as error:
-            errors.append(error)
+            answer.set_exception(error)
 
     # Mounts of servers that are gone, and connections to nowhere, hang for many minutes.
-    thread = Thread(target=act, name="store-probe", daemon=True)
-    thread.start()
-    thread.join(seconds)
-    if errors:
-        raise errors[0]
-    if not results:
-        raise StorageError(failing)
-    return results[0]
+    Thread(target=act, name="store-probe", daemon=True).start()
+    try:
+        return answer.result(seconds)
+    except TimeoutError:
+        raise StorageError(failing) from None
