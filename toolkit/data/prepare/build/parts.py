@@ -10,6 +10,7 @@ is known by the hashes in its part.json, and made again.
 
 import os
 import re
+import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -37,7 +38,8 @@ BATCH_CHARACTERS = 1 << 20
 BATCH_DOCUMENTS = 2048
 
 _PART_NAME = "part.json"
-_UNFINISHED = re.compile(r"\d{6}\.\d+")
+_UNFINISHED = re.compile(r"\d+\.\d+|\.\d+\..+\.tmp")
+"""Parts while they are written, and while they are removed."""
 
 
 class Part(msgspec.Struct, frozen=True, kw_only=True):
@@ -122,7 +124,7 @@ def remove_unfinished_parts(parts_folder: Path) -> None:
     """Remove what killed processes were writing."""
     for path in parts_folder.iterdir():
         if _UNFINISHED.fullmatch(path.name):
-            remove_tree(path)
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def is_validation(identity: str, fraction: float) -> bool:
