@@ -4,6 +4,7 @@ import contextlib
 import multiprocessing
 import os
 import sys
+import traceback
 import types
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -13,7 +14,7 @@ from toolkit import signals
 from toolkit.data.prepare.build.encoding import Encoder
 from toolkit.data.prepare.build.parts import Job, PartsSetup, encode_shard, make_encoder
 from toolkit.data.prepare.tokenizers.tokenizer import Tokenizer, load_tokenizer
-from toolkit.errors import DataError
+from toolkit.errors import DataError, ToolkitError
 from toolkit.parents import end_with_parent
 
 SMALL_BYTES = 2 << 20
@@ -98,8 +99,12 @@ def _start(parent: int, setup: PartsSetup, threads: int) -> None:
 def _work(job: Job) -> None:
     try:
         encode_shard(job, _setup, _encoder)
+    except ToolkitError:
+        raise
     except OSError as error:
         where = error.filename or _setup.folder
         raise DataError(
             f"{where}: cannot be written: {error.strerror}; run again to continue"
         ) from None
+    except Exception:  # not every exception can be sent to another process
+        raise RuntimeError(f"a worker of prepare failed:\n{traceback.format_exc()}") from None
