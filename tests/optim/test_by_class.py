@@ -19,6 +19,9 @@ OPTIM, SCHEDULER = "train_module.optim", "train_module.scheduler"
 MODULE = """
 import torch
 
+class Still:
+    pass
+
 class SignSGD(torch.optim.Optimizer):
     needs_whole_matrices = True
 
@@ -112,6 +115,10 @@ def test_a_schedule_of_ones_own_follows_the_warm_up() -> None:
         (
             f"{SCHEDULER}={{type: 'own_optim:Root', options: {{pow: 2}}}}",
             f"{SCHEDULER}.type: own_optim:Root cannot be made: TypeError: ",
+        ),
+        (
+            f"{SCHEDULER}={{type: 'own_optim:Still'}}",
+            f"{SCHEDULER}.type: own_optim:Still: calling it with a progress fails: TypeError: ",
         ),
     ],
 )

@@ -1,6 +1,7 @@
 """Progress that cannot be shown is no reason to stop."""
 
 import logging
+import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -36,3 +37,15 @@ def test_a_console_that_is_gone_is_one_warning(
     logger.close()
     assert Gone.tries == 1
     assert caplog.text.count("progress is no longer shown") == 1
+
+
+def test_any_evaluation_is_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+    logger: Any = ConsoleLogger(ConsoleLoggerConfig())
+    logger.state = SimpleNamespace(is_main=True, step=0, stop_step=9)
+    logger._console = SimpleNamespace(is_terminal=False, file=sys.stdout)
+    ours = {"step": 2, "tokens": 8, "time": 1.0, "name": "val", "loss": 1.0, "ppl": 2.718}
+    own = {"step": 2, "tokens": 8, "time": 1.0, "name": "answers", "accuracy": 0.5, "asked": 4}
+    logger.on_metrics("eval", [ours, own])
+    assert capsys.readouterr().out == (
+        "eval at step 2: val loss 1.0000, ppl 2.72\neval at step 2: answers accuracy 0.5000\n"
+    )

@@ -30,6 +30,7 @@ class Counter(Callback):
 
     def post_record(self):
         self.state.record("network", {"half": self.seen / 2})
+        self.state.record_eval("answers", {"accuracy": self.seen / 100})
 
     def state_dict(self):
         return {"seen": self.seen}
@@ -100,6 +101,8 @@ def test_a_callback_by_name_records_stops_and_is_restored(
     assert [record["seen"] for record in records(tmp_path)] == list(range(1, 13))
     halves = [r["half"] for r in records(tmp_path, "network") if "half" in r]
     assert halves == [n / 2 for n in range(1, 13)]
+    answers = [(r["name"], r["step"], r["accuracy"]) for r in records(tmp_path, "eval")]
+    assert answers == [("answers", n, n / 100) for n in range(1, 13)]
     config = json.loads((tmp_path / "run/metadata/config.json").read_text())
     assert config["trainer"]["callbacks"]["custom"]["counter"]["target"] == "own_parts:Counter"
 

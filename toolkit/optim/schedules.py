@@ -10,6 +10,9 @@ import msgspec
 from toolkit.config import Config
 from toolkit.config.base import check_not_negative
 from toolkit.config.named import users_object
+from toolkit.errors import ConfigError
+
+_KEY = "train_module.scheduler.type"
 
 
 class Schedule(Config, kw_only=True):
@@ -89,13 +92,19 @@ class ClassScheduleConfig(Schedule, kw_only=True, tag_field="type", tag="class")
         return float(_users_schedule(self.target, msgspec.json.encode(self.options))(progress))
 
     def check(self) -> None:
-        """Raise ConfigError where there is no such class, or it does not take `options`."""
-        _users_schedule(self.target, msgspec.json.encode(self.options))
+        """Raise ConfigError where there is no such class, it does not take `options`, or what it
+        makes gives no number."""
+        schedule = _users_schedule(self.target, msgspec.json.encode(self.options))
+        try:
+            float(schedule(0.0))
+        except Exception as error:
+            problem = f"calling it with a progress fails: {type(error).__name__}: {error}"
+            raise ConfigError(f"{self.target}: {problem}", key=_KEY) from error
 
 
 @functools.cache
 def _users_schedule(target: str, options: bytes) -> Callable[[float], float]:
-    return users_object(target, key="train_module.scheduler.type", **msgspec.json.decode(options))
+    return users_object(target, key=_KEY, **msgspec.json.decode(options))
 
 
 SchedulerConfig = ConstantConfig | LinearConfig | CosineConfig | ClassScheduleConfig

@@ -55,6 +55,7 @@ class TrainState:
         self.saved_step: int | None = None
         """The newest checkpoint of this run."""
         self.last_eval: dict[str, Any] | None = None
+        """The newest result of `lm_evaluator`; other evaluations are only recorded."""
         self.last_loss: float | None = None
         self.skipped_in_a_row = 0
         self.failure: ToolkitError | None = None
@@ -90,11 +91,11 @@ class TrainState:
         values = {"tokens": self.tokens, "time": time.time(), **values}
         self.recorder.record(self.step, values, stream=stream)
 
-    def record_eval(self, name: str, values: Mapping[str, Any]) -> None:
-        """Write the result of an evaluation, the same on every rank, to eval.jsonl."""
+    def record_eval(self, name: str, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Write the result of an evaluation, the same on every rank, to eval.jsonl; the record."""
         result = {"tokens": self.tokens, "time": time.time(), "name": name, **values}
         self.recorder.record(self.step, result, stream="eval")
-        self.last_eval = {"step": self.step, **result}
+        return {"step": self.step, **result}
 
     def should_stop(self) -> bool:
         """Whether all ranks stop now; long work between steps asks too. Every rank calls it."""

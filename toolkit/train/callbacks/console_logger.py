@@ -111,8 +111,12 @@ class ConsoleLogger(Callback):
 
 
 def _eval_line(record: dict[str, Any]) -> str:
-    line = f"eval at step {record['step']}: {record['name']} loss {record['loss']:.4f}"
-    line += f", ppl {record['ppl']:.2f}"
+    line = f"eval at step {record['step']}: {record['name']} "
+    if not {"loss", "ppl"} <= record.keys():  # an evaluation of the user's own
+        rest = {k: v for k, v in record.items() if k not in ("step", "tokens", "time", "name")}
+        numbers = (f"{k} {v:.4f}" for k, v in rest.items() if isinstance(v, float))
+        return line + ", ".join(numbers)
+    line += f"loss {record['loss']:.4f}, ppl {record['ppl']:.2f}"
     if "bits_per_byte" in record:
         line += f", {record['bits_per_byte']:.4f} bits per byte"
     return line

@@ -67,4 +67,4 @@ class LMEvaluator(Callback):
                     "raise data_loader.eval_tokens or dataset.sequence_length",
                     name,
                 )
-            state.record_eval(name, sums.numbers())
+            state.last_eval = state.record_eval(name, sums.numbers())
