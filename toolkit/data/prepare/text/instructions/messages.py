@@ -27,15 +27,12 @@ ROLES = (
 )  # fmt: skip
 """Roles of messages that the chat templates of the field know."""
 SHAREGPT_ROLES = {
-    "human": "user",
-    "user": "user",
+    "human": "user", "user": "user", "system": "system", "developer": "developer",
     **dict.fromkeys(("gpt", "chatgpt", "model", "bot", "assistant", "function_call"), ASSISTANT),
-    "system": "system",
-    "developer": "developer",
     **dict.fromkeys(
         ("tool", "tool_response", "observation", "function", "function_response"), "tool"
     ),
-}
+}  # fmt: skip
 """`from` of sharegpt's turns, and the role it stands for."""
 
 _LOOKS_LIKE_MASKING = re.compile(
