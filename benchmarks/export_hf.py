@@ -101,7 +101,7 @@ def run(step: str, dtype: str, size: str) -> dict[str, float]:
 
 def measure(step: str, dtype: str, size: str) -> None:
     """Export in this process, then copy what was written."""
-    from toolkit.commands.export import parse_size
+    from toolkit.commands.convert import parse_size
 
     with tempfile.TemporaryDirectory(dir=Path(step).parent) as root:
         for out in (Path(root) / "first", Path(root) / "second"):

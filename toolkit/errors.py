@@ -7,9 +7,12 @@ other exception is a defect of ours and keeps its traceback.
 
 import contextlib
 import errno
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, TypeVar
 
 from toolkit.wording import shortened
+
+T = TypeVar("T")
 
 EXIT_DONE = 0
 EXIT_FAILED = 1
@@ -128,6 +131,12 @@ class ErrorList:
             yield
         except BadInputError as error:
             self.add(error)
+
+    def ask(self, check: Callable[..., T], *arguments: Any, **options: Any) -> T | None:
+        """The answer of `check`; None where it raises bad input, which is kept."""
+        with self.collecting():
+            return check(*arguments, **options)
+        return None
 
     def add(self, error: ToolkitError) -> None:
         """Keep `error`, or each one that it stands for; the same message once."""

@@ -11,7 +11,7 @@ import torch
 
 from tests.hf.test_source import save
 from toolkit.cli import main as cli
-from toolkit.commands.export import parse_size
+from toolkit.commands.convert import parse_size
 from toolkit.data.prepare.tokenizers.tokenizer import load_tokenizer
 from toolkit.errors import ConfigError
 from toolkit.hf.source import find_source, load_model

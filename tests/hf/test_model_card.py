@@ -3,7 +3,7 @@
 import pytest
 import yaml
 
-from toolkit.commands.data_facts import data_words, hub_data_sets
+from toolkit.commands.card import data_words, hub_data_sets
 from toolkit.data.config import DatasetConfig, DiskSourceConfig, FilesSourceConfig, HubSourceConfig
 from toolkit.data.order.config import MixConfig, MixSourceConfig
 from toolkit.hf.loading import name_in_cache

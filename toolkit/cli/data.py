@@ -64,10 +64,11 @@ def mix(
       toolkit data mix my.json --preview --dataset.mix.sources.code.ratio=0.3
       toolkit data mix my.json --trainer.max_duration='{value: 2e9, unit: tokens}'
     """
-    found = commands.mix.preview(
-        *(config, overrides, base), prepare=not preview,
+    loaded = commands.load.load(
+        *(config, overrides, base),
         data_root=data_root, sequence_length=sequence_length, work_dir=work_dir,
     )  # fmt: skip
+    found = commands.mix.preview_mix(loaded.config, prepare=not preview)
     if json:
         print_json(found)
     else:
@@ -133,10 +134,13 @@ def show(
       toolkit data show chat.json -n 3 --split val --start 100
       toolkit data show mix.json --source web --dataset.instances='{type: packed}'
     """
-    found = commands.data.show(
-        *(config, overrides, base), split=split.value, source=source,
+    loaded = commands.load.load(
+        *(config, overrides, base),
         data_root=data_root, sequence_length=sequence_length, work_dir=work_dir,
     )  # fmt: skip
+    found = commands.data.find_instances(
+        loaded.config.data, split.value, source=source, work_dir=loaded.config.run.work_dir
+    )
     console = plain_console()
     instances = "instances of unknown number,"
     if found.num_instances is not None:

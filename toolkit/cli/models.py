@@ -157,7 +157,7 @@ def export_hf(
       toolkit export-hf runs/quickstart/first/checkpoints/step200 step200 --dtype bf16
       toolkit export-hf runs/finetune_lora/first merged --merge-adapter --max-shard-size 2GB
     """
-    found, exported = commands.export.export_model(
+    found, exported = commands.convert.export_model(
         source,
         out,
         dtype=dtype.value,

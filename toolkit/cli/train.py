@@ -125,12 +125,11 @@ def prepare(
       toolkit prepare my.json --data-root /shared/data --dataset.num_processes=32
       toolkit prepare my.json --dataset.source='{type: files, paths: [texts/]}'
     """
-    corpus, is_stored = commands.data.prepare(
-        config, overrides, base, data_root=data_root, work_dir=work_dir
-    )
+    loaded = commands.load.load(config, overrides, base, data_root=data_root, work_dir=work_dir)
+    corpus = commands.data.prepare_corpus(loaded.config.data, work_dir=loaded.config.run.work_dir)
     for _, prepared in corpus.parts.values():
         typer.echo(prepared_text(prepared))
-        if is_stored:
+        if loaded.config.store.permanent_root is not None:
             typer.echo(commands.data.describe_stored(prepared))
     if not corpus.parts:
         typer.echo(f"{corpus.where}: a data set written in Python; there is nothing to prepare")

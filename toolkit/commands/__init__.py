@@ -4,7 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 __all__ = [
-    "batch", "convert", "data", "dry_run", "evaluate", "explain", "export", "generate",
+    "batch", "convert", "data", "dry_run", "evaluate", "explain", "generate",
     "load", "mix",
     "recipes", "replay", "runs", "train", "verify",
 ]  # fmt: skip
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
         dry_run,
         evaluate,
         explain,
-        export,
         generate,
         load,
         mix,

@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 
 from toolkit.checkpoint.folder import read_metadata, saved_steps, step_folder
-from toolkit.commands.prepared import open_run_data
+from toolkit.commands.train import open_run_data
 from toolkit.data.corpus import Corpus, changed_data
 from toolkit.data.instances.base import DecodedPiece, DocumentPart, decode_pieces, target_mask
 from toolkit.data.order.batches import BatchOrder, Segment, StreamBatches, batches_for

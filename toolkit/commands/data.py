@@ -1,48 +1,22 @@
 """`toolkit prepare` and `toolkit data`: token files made by hand, and looked at."""
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
-from toolkit.commands.load import load
 from toolkit.config.paths import local_path
-from toolkit.data.corpus_info import CorpusInfo
 from toolkit.data.prepare.build.tokenize import tokenize_files
 from toolkit.data.prepare.corpus import prepare_corpus
 from toolkit.data.prepare.store.store import describe_stored
 from toolkit.data.prepare.tools.inspect import inspect_path
 from toolkit.data.prepare.tools.rewrite import merge_datasets, split_parts, split_validation
-from toolkit.data.prepare.tools.show import FoundInstances, find_instances
+from toolkit.data.prepare.tools.show import find_instances
 from toolkit.data.tokens.prepared import PreparedDataset
 from toolkit.errors import ConfigError
 
-__all__ = ["describe_stored", "inspect_path", "merge", "prepare", "show", "split", "tokenize"]
-
-
-def prepare(
-    config: str, overrides: Sequence[str] | None, base: str | None, **shorthands: Any
-) -> tuple[CorpusInfo, bool]:
-    """Make the token files of a config; what there is then, and whether it is stored permanently.
-
-    Raises:
-        ConfigError, DataError, StorageError: they cannot be made.
-    """
-    loaded = load(config, overrides, base, **shorthands).config
-    corpus = prepare_corpus(loaded.data, work_dir=loaded.run.work_dir)
-    return corpus, loaded.store.permanent_root is not None
-
-
-def show(
-    config: str,
-    overrides: Sequence[str] | None,
-    base: str | None,
-    *,
-    split: Literal["train", "val"],
-    source: str | None,
-    **shorthands: Any,
-) -> FoundInstances:
-    """The instances of a config's data, prepared now if it is not there; see `find_instances`."""
-    loaded = load(config, overrides, base, **shorthands).config
-    return find_instances(loaded.data, split, source=source, work_dir=loaded.run.work_dir)
+__all__ = [
+    "describe_stored", "find_instances", "inspect_path", "merge", "prepare_corpus", "split",
+    "tokenize",
+]  # fmt: skip
 
 
 def tokenize(paths: Sequence[str], out: str, **options: Any) -> PreparedDataset:
@@ -58,11 +32,7 @@ def merge(folders: Sequence[str], out: str) -> PreparedDataset:
 def split(
     folder: str, out: str, validation_fraction: float | None, parts: int | None
 ) -> list[PreparedDataset]:
-    """Cut a prepared data set anew.
-
-    Raises:
-        ConfigError: neither or both of `validation_fraction` and `parts` are given.
-    """
+    """Cut a prepared data set anew."""
     out = str(local_path(out, "--out"))
     if validation_fraction is not None and parts is None:
         return [split_validation(folder, out, validation_fraction)]

@@ -22,6 +22,7 @@ from toolkit.experiment.checks import (
     check_parameters,
     gradient_accumulation_steps,
     rank_microbatch_size,
+    steps_of_data,
 )
 from toolkit.experiment.config import ExperimentConfig
 from toolkit.experiment.load import LoadedExperiment
@@ -29,7 +30,6 @@ from toolkit.experiment.notices import notices
 from toolkit.models.parameters import flops_per_token
 from toolkit.runs.registry import check_run_folder, is_run, resolve_run_folder
 from toolkit.train.config import Duration
-from toolkit.train.timeline import StepsOf, steps_of
 from toolkit.wording import count
 
 _LABEL_WIDTH = 12
@@ -52,7 +52,7 @@ def summarize(loaded: LoadedExperiment, environ: Mapping[str, str]) -> str:
         ("duration", _duration(config, corpus)),
         ("engine", _engine(layout)),
         ("writes", _writes(config)),
-        ("note", notices(config, _steps_of(config, corpus))),
+        ("note", notices(config, steps_of_data(config, corpus))),
     ]
     title = f"dry run of {loaded.source}" + (
         f": {config.description}" if config.description else ""
@@ -69,20 +69,15 @@ def _checked(
     config: ExperimentConfig, environ: Mapping[str, str]
 ) -> tuple[Layout, CorpusInfo | None]:
     """The engine, and the data as far as it is prepared; all that is wrong, at once."""
-    module, found, corpus = config.train_module, ErrorList(), None
+    module, found = config.train_module, ErrorList()
     # Without the number of processes nothing else can be told.
     layout = resolve_layout(module.precision, module.dp_config, environ)
-    with found.collecting():
-        check_experiment(config, layout.batch_ranks)
+    found.ask(check_experiment, config, layout.batch_ranks)
     sound = not found.errors
-    with found.collecting():
-        corpus = read_corpus(config.data)
-    with found.collecting():
-        check_data_files(config)
-    with found.collecting():
-        check_run_folder(config.run, "<time>")
-    with found.collecting():
-        check_load_path(config, resolve_run_folder(config.run, "<time>"))
+    corpus = found.ask(read_corpus, config.data)
+    found.ask(check_data_files, config)
+    found.ask(check_run_folder, config.run, "<time>")
+    found.ask(lambda: check_load_path(config, resolve_run_folder(config.run, "<time>")))
     if corpus is not None and sound:
         with found.collecting():
             check_corpus(config, corpus)
@@ -164,26 +159,20 @@ def _batch(config: ExperimentConfig, layout: Layout) -> list[str]:
 
 
 def _duration(config: ExperimentConfig, corpus: CorpusInfo | None) -> list[str]:
-    lines = [_length(config, config.trainer.max_duration, corpus)]
-    if config.trainer.hard_stop is not None:
-        lines.append(f"hard stop after {_length(config, config.trainer.hard_stop, corpus)}")
-    return lines
-
-
-def _length(config: ExperimentConfig, duration: Duration, corpus: CorpusInfo | None) -> str:
     batch = config.data_loader.global_batch_size
     per_epoch = corpus.steps_per_epoch(config.data) if corpus is not None else None
-    try:
-        steps = _steps_of(config, corpus)(duration.value, duration.unit)
-    except ValueError:
-        return f"{count(duration.value, 'epoch')}; steps are known once the data is prepared"
-    epochs = f", {steps / per_epoch:.2f} epochs" if per_epoch else ""
-    return f"{count(steps, 'step')}, {steps * batch:,} tokens{epochs}"
 
+    def length(duration: Duration) -> str:
+        try:
+            steps = steps_of_data(config, corpus)(duration.value, duration.unit)
+        except ValueError:
+            return f"{count(duration.value, 'epoch')}; steps are known once the data is prepared"
+        epochs = f", {steps / per_epoch:.2f} epochs" if per_epoch else ""
+        return f"{count(steps, 'step')}, {steps * batch:,} tokens{epochs}"
 
-def _steps_of(config: ExperimentConfig, corpus: CorpusInfo | None) -> StepsOf:
-    size, data = config.data_loader.global_batch_size, config.data
-    return steps_of(size, lambda epochs: corpus.epoch_end(data, epochs) if corpus else None)
+    stop = config.trainer.hard_stop
+    lines = [length(config.trainer.max_duration)]
+    return lines if stop is None else [*lines, f"hard stop after {length(stop)}"]
 
 
 def _engine(layout: Layout) -> list[str]:

@@ -17,8 +17,8 @@ import msgspec
 import torch
 
 from toolkit.commands.models import DTYPES, DType, hf_folder_of, pick_device
-from toolkit.commands.prepared import open_run_data
 from toolkit.commands.runs import folder_of
+from toolkit.commands.train import open_run_data
 from toolkit.data.config import (
     DatasetConfig,
     FilesSourceConfig,
@@ -48,6 +48,12 @@ MOST_SEQUENCE_TOKENS = 2048
 BATCH_TOKENS = 8192
 TOTAL = "total"
 
+_OPTIONS = {
+    ", or set dataset.source.encoding_errors=replace": "",
+    "dataset.source.paths": "--files",
+    "dataset.source.text_field": "--text-field",
+    "dataset.tokenizer.path": "--tokenizer",
+}
 Notify = Callable[[str], None]
 
 
@@ -107,11 +113,7 @@ class EvalSettings(NamedTuple):
 
 
 def evaluate(
-    where: str,
-    *,
-    files: Sequence[str] = (),
-    notify: Notify = lambda line: None,
-    **asked: Any,
+    where: str, *, files: Sequence[str] = (), notify: Notify = lambda line: None, **asked: Any
 ) -> Evaluation:
     """Loss, perplexity and bits per byte of the model `where`.
 
@@ -126,17 +128,15 @@ def evaluate(
         ConfigError: a setting does not fit, or there is nothing to evaluate on.
         DataError: files or the run's data cannot be used.
     """
-    settings = EvalSettings(**asked)
-    where = str(folder_of(where))
-    model = _find(where)
-    run = _run_config(model.source)
-    if files:
-        return _on_files(model, run, files, settings, notify)
-    if run is None:
+    model = _find(str(folder_of(where)), EvalSettings(**asked))
+    if not files and model.run is None:
         raise ConfigError(
-            f"{where}: not a run, so it has no validation data of its own; give --files PATH"
+            f"{model.where}: not a run, so it has no validation data of its own; give --files PATH"
         )
-    return _on_validation(model, run, settings, notify)
+    found, settings = _on_files(model, files, notify) if files else _on_validation(model, notify)
+    scores = [_scores(name, sums) for name, sums in found.items()]
+    step = model.source.metadata.step if model.source and model.source.metadata else None
+    return Evaluation(source=model.where, step=step, settings=settings, scores=scores)
 
 
 class _Model(NamedTuple):
@@ -144,139 +144,127 @@ class _Model(NamedTuple):
     source: ModelSource | None
     """None: of a family that we do not know."""
     hf_folder: Path | None
-    reason: str = ""
+    reason: str
     """Why `source` is None."""
-
-    @property
-    def step(self) -> int | None:
-        metadata = self.source.metadata if self.source is not None else None
-        return metadata.step if metadata is not None else None
-
-
-class _Run(NamedTuple):
-    config: ExperimentConfig
+    run: ExperimentConfig | None
+    """Of a checkpoint: the config of its run, with its data found."""
     dtype: DType
     batch_tokens: int
+    settings: EvalSettings
+
+    def load(self, notify: Notify) -> tuple[LossFunction, int, int | None]:
+        """Its loss, vocabulary and longest sequence."""
+        place = pick_device(self.settings.device)
+        torch.backends.cuda.matmul.allow_tf32 = self.dtype != "fp32"
+        if self.source is None:
+            assert self.hf_folder is not None, "else there is a source"
+            try:
+                theirs = load_causal_lm(self.hf_folder, dtype=DTYPES[self.dtype]).to(place)
+            except CheckpointError as error:
+                raise CheckpointError(f"{self.reason}; {error}") from None
+            notify(f"evaluated through transformers: {self.reason}")
+            config = theirs.config.get_text_config()
+            longest = getattr(config, "max_position_embeddings", None)
+            return causal_lm_loss(theirs, place), config.vocab_size, longest
+        # As training does: fp32 weights, computed on in bf16. Weights of others are rounded once.
+        is_ours = self.source.kind != "hf"
+        ours = load_model(
+            self.source, device=place, dtype=DTYPES["fp32" if is_ours else self.dtype]
+        )
+        loss_of = transformer_loss(ours, place, autocast=is_ours and self.dtype == "bf16")
+        transformer = self.source.config.to_transformer()
+        return loss_of, transformer.vocab_size, transformer.max_sequence_length
 
 
-class _Loaded(NamedTuple):
-    loss_of: LossFunction
-    vocab_size: int
-    longest: int | None
-
-
-def _find(where: str) -> _Model:
-    folder = hf_folder_of(where)
-    if folder is None:
-        return _Model(where, find_source(where), None)
+def _find(where: str, settings: EvalSettings) -> _Model:
+    folder, source, reason, run = hf_folder_of(where), None, "", None
+    dtype: DType = "fp32"
+    batch_tokens = BATCH_TOKENS
     try:
-        return _Model(where, find_source(folder), folder)
+        source = find_source(where if folder is None else folder)
     except CheckpointError as error:
-        return _Model(where, None, folder, str(error))
+        if folder is None:
+            raise
+        reason = str(error)
+    if source is not None and source.run is not None and source.metadata is not None:
+        run = find_data(load_run_config(source.run).config, source.run.resolve())
+        status = read_status(source.run)
+        dtype = "bf16" if status and status.other.get("precision") == "bf16" else "fp32"
+        batch_tokens = run.data_loader.eval_batch_size or rank_microbatch_size(
+            run, source.metadata.world_size
+        )
+    dtype, batch_tokens = settings.dtype or dtype, settings.batch_tokens or batch_tokens
+    return _Model(where, source, folder, reason, run, dtype, batch_tokens, settings)
 
 
-def _run_config(source: ModelSource | None) -> _Run | None:
-    """What the run of a checkpoint was evaluated with; None where there is no run."""
-    if source is None or source.run is None or source.metadata is None:
-        return None
-    config = find_data(load_run_config(source.run).config, source.run.resolve())
-    status = read_status(source.run)
-    precision = status.other.get("precision") if status is not None else None
-    batch_tokens = config.data_loader.eval_batch_size or rank_microbatch_size(
-        config, source.metadata.world_size
-    )
-    return _Run(config, "bf16" if precision == "bf16" else "fp32", batch_tokens)
+Found = tuple[dict[str, TokenSums], dict[str, Any]]
+"""Sums by the name of their set, and the settings that they were made with."""
 
 
-def _load(model: _Model, dtype: DType, device: str | None, notify: Notify) -> _Loaded:
-    place = pick_device(device)
-    torch.backends.cuda.matmul.allow_tf32 = dtype != "fp32"
-    if model.source is None:
-        assert model.hf_folder is not None, "else there is a source"
-        try:
-            theirs = load_causal_lm(model.hf_folder, dtype=DTYPES[dtype]).to(place)
-        except CheckpointError as error:
-            raise CheckpointError(f"{model.reason}; {error}") from None
-        notify(f"evaluated through transformers: {model.reason}")
-        config = theirs.config.get_text_config()
-        longest = getattr(config, "max_position_embeddings", None)
-        return _Loaded(causal_lm_loss(theirs, place), config.vocab_size, longest)
-    # As training does: fp32 weights, computed on in bf16. Weights of others are rounded once.
-    is_ours = model.source.kind != "hf"
-    weights = DTYPES["fp32" if is_ours else dtype]
-    ours = load_model(model.source, device=place, dtype=weights)
-    loss_of = transformer_loss(ours, place, autocast=is_ours and dtype == "bf16")
-    config = model.source.config.to_transformer()
-    return _Loaded(loss_of, config.vocab_size, config.max_sequence_length)
-
-
-def _on_validation(model: _Model, run: _Run, settings: EvalSettings, notify: Notify) -> Evaluation:
+def _on_validation(model: _Model, notify: Notify) -> Found:
     for name in ("sequence_length", "stride", "tokenizer"):
-        if getattr(settings, name) is not None:
+        if getattr(model.settings, name) is not None:
             option = f"--{name.replace('_', '-')}"
             raise ConfigError(
                 f"{option} goes with --files; the run's own validation data is scored as it was "
                 "during training"
             )
-    dtype = settings.dtype or run.dtype
-    batch_tokens = settings.batch_tokens or run.batch_tokens
-    corpus = open_run_data(run.config)
+    assert model.run is not None, "else there are files"
+    assert model.source is not None, "a run has one"
+    assert model.source.metadata is not None, "a checkpoint has it"
+    eval_tokens = model.run.data_loader.eval_tokens
+    corpus = open_run_data(model.run)
     try:
         if not corpus.evaluation:
             raise ConfigError(f"{model.where}: the run has no validation data; give --files PATH")
-        _notice_other_data(model, corpus.train.fingerprint, notify)
-        loaded = _load(model, dtype, settings.device, notify)
+        saved = model.source.metadata.extra.get("data") or {}
+        if saved.get("fingerprint") not in (None, corpus.train.fingerprint):
+            notify("the run's data is not what it was when the checkpoint was saved")
+        loss_of, vocab_size, _ = model.load(notify)
         loaders = {
             name: EvalLoader(
                 instances,
-                eval_tokens=run.config.data_loader.eval_tokens,
-                batch_tokens=batch_tokens,
+                eval_tokens=eval_tokens,
+                batch_tokens=model.batch_tokens,
                 rank=0,
                 world_size=1,
-                vocab_size=corpus.vocab_size or loaded.vocab_size,
+                vocab_size=corpus.vocab_size or vocab_size,
             )
             for name, instances in corpus.evaluation.items()
         }
-        found = evaluate_sets(loaders, loaded.loss_of)
+        found = evaluate_sets(loaders, loss_of)
         assert found is not None, "nothing asked to stop"
     finally:
         corpus.close()
-    return Evaluation(
-        source=model.where,
-        step=model.step,
-        settings={
-            "data": "validation",
-            "sequence_length": run.config.dataset.sequence_length,
-            "eval_tokens": run.config.data_loader.eval_tokens,
-            "batch_tokens": batch_tokens,
-            "dtype": dtype,
-        },
-        scores=[_scores(name, sums) for name, sums in found.items()],
-    )
+    return found, {
+        "data": "validation",
+        "sequence_length": model.run.dataset.sequence_length,
+        "eval_tokens": eval_tokens,
+        "batch_tokens": model.batch_tokens,
+        "dtype": model.dtype,
+    }
 
 
-def _on_files(
-    model: _Model,
-    run: _Run | None,
-    files: Sequence[str],
-    settings: EvalSettings,
-    notify: Notify,
-) -> Evaluation:
-    sources = {path: FilesSourceConfig(paths=[path], text_field=settings.text_field)
-               for path in files}  # fmt: skip
+def _on_files(model: _Model, files: Sequence[str], notify: Notify) -> Found:
+    settings, dataset = model.settings, model.run.dataset if model.run is not None else None
+    sources = {
+        path: FilesSourceConfig(paths=[path], text_field=settings.text_field) for path in files
+    }
     with _option_names():
         for source in sources.values():
             for line in plan_source(source, 0.0).notes():
                 notify(line)
-        tokenizer = _tokenizer(model, settings.tokenizer)
-    dataset = run.config.dataset if run is not None else None
-    append_eos = True if dataset is None else _appends_eos(dataset)
-    mask_documents = dataset is not None and _masks_documents(dataset)
-    dtype: DType = settings.dtype or (run.dtype if run is not None else "fp32")
-    loaded = _load(model, dtype, settings.device, notify)
-    length, stride = _lengths(settings, dataset, loaded.longest)
-    batch_tokens = settings.batch_tokens or (run.batch_tokens if run is not None else BATCH_TOKENS)
-    found = {}
+        tokenizer = _tokenizer(model)
+    append_eos, mask_documents = True, False
+    if dataset is not None:
+        is_one = dataset.mix is None and dataset.custom is None
+        prepared = read_prepared(dataset) if is_one else None
+        append_eos = prepared.manifest.append_eos if prepared is not None else dataset.append_eos
+        kind = instances_config(dataset, evaluation=True)
+        mask_documents = not isinstance(kind, FixedInstancesConfig) or kind.intra_document_masking
+    loss_of, vocab_size, longest = model.load(notify)
+    length, stride = _lengths(settings, dataset, longest)
+    found: dict[str, TokenSums] = {}
     for path, source in sources.items():
         with _option_names():
             chunks = read_documents(
@@ -284,12 +272,12 @@ def _on_files(
             )
             try:
                 found[path] = evaluate_stream(
-                    check_vocabulary(chunks, loaded.vocab_size, path),
-                    loaded.loss_of,
+                    check_vocabulary(chunks, vocab_size, path),
+                    loss_of,
                     bytes_of=tokenizer.token_bytes,
                     sequence_length=length,
                     stride=stride,
-                    batch_tokens=batch_tokens,
+                    batch_tokens=model.batch_tokens,
                     mask_documents=mask_documents,
                 )
             except DataError as error:
@@ -297,21 +285,16 @@ def _on_files(
                 raise DataError(f"{where}{error}") from None
     if len(found) > 1:
         found[TOTAL] = total_sums(found.values())
-    return Evaluation(
-        source=model.where,
-        step=model.step,
-        settings={
-            "data": "files",
-            "sequence_length": length,
-            "stride": stride,
-            "batch_tokens": batch_tokens,
-            "dtype": dtype,
-            "mask_documents": mask_documents,
-            "prepend_bos": tokenizer.adds_bos,
-            "append_eos": append_eos and tokenizer.eos_id is not None,
-        },
-        scores=[_scores(name, sums) for name, sums in found.items()],
-    )
+    return found, {
+        "data": "files",
+        "sequence_length": length,
+        "stride": stride,
+        "batch_tokens": model.batch_tokens,
+        "dtype": model.dtype,
+        "mask_documents": mask_documents,
+        "prepend_bos": tokenizer.adds_bos,
+        "append_eos": append_eos and tokenizer.eos_id is not None,
+    }
 
 
 def _lengths(
@@ -337,8 +320,8 @@ def _lengths(
     return length, stride
 
 
-def _tokenizer(model: _Model, asked: str | None) -> Tokenizer:
-    if asked is not None:
+def _tokenizer(model: _Model) -> Tokenizer:
+    if (asked := model.settings.tokenizer) is not None:
         return load_hf_tokenizer(HFTokenizerConfig(path=asked))
     source = model.source
     if source is not None and source.tokenizer_folder is not None:
@@ -347,23 +330,6 @@ def _tokenizer(model: _Model, asked: str | None) -> Tokenizer:
         with contextlib.suppress(DataError):
             return load_hf_tokenizer(HFTokenizerConfig(path=str(model.hf_folder)))
     raise DataError(f"{model.where}: no tokenizer here; give one with --tokenizer PATH")
-
-
-def _appends_eos(dataset: DatasetConfig) -> bool:
-    prepared = read_prepared(dataset) if dataset.mix is None and dataset.custom is None else None
-    return prepared.manifest.append_eos if prepared is not None else dataset.append_eos
-
-
-def _masks_documents(dataset: DatasetConfig) -> bool:
-    kind = instances_config(dataset, evaluation=True)
-    return not isinstance(kind, FixedInstancesConfig) or kind.intra_document_masking
-
-
-def _notice_other_data(model: _Model, fingerprint: str, notify: Notify) -> None:
-    metadata = model.source.metadata if model.source is not None else None
-    saved = (metadata.extra.get("data") or {}) if metadata is not None else {}
-    if saved.get("fingerprint") not in (None, fingerprint):
-        notify("the run's data is not what it was when the checkpoint was saved")
 
 
 def _scores(name: str, sums: TokenSums) -> Scores:
@@ -385,11 +351,7 @@ def _option_names() -> Iterator[None]:
     try:
         yield
     except DataError as error:
-        text = str(error).replace(", or set dataset.source.encoding_errors=replace", "")
-        for key, option in (
-            ("dataset.source.paths", "--files"),
-            ("dataset.source.text_field", "--text-field"),
-            ("dataset.tokenizer.path", "--tokenizer"),
-        ):
+        text = str(error)
+        for key, option in _OPTIONS.items():
             text = text.replace(key, option)
         raise DataError(text) from None

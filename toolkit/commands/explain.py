@@ -7,7 +7,7 @@ whose state it reads; the model is not built.
 import contextlib
 import importlib.metadata
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -18,16 +18,22 @@ from toolkit.checkpoint.folder import (
     saved_steps,
     step_folder,
 )
-from toolkit.commands.prepared import without_gone_sources
+from toolkit.commands.train import without_gone_sources
 from toolkit.commands.verify import check_checkpoint
 from toolkit.config.files import read_json_mapping
 from toolkit.data.corpus_info import CorpusInfo, data_places, read_corpus
 from toolkit.data.prepare.corpus import check_corpus_settings
 from toolkit.distributed.layout import Layout, resolve_layout
+from toolkit.distributed.logging import quieter
 from toolkit.distributed.ranks import check_launcher_variables
 from toolkit.errors import ConfigError, DataError, ErrorList, RunError, ToolkitError
 from toolkit.experiment.changes import config_changes
-from toolkit.experiment.checks import check_corpus, check_experiment, check_load_options
+from toolkit.experiment.checks import (
+    check_corpus,
+    check_experiment,
+    check_load_options,
+    steps_of_data,
+)
 from toolkit.experiment.config import ExperimentConfig
 from toolkit.experiment.found_data import has_data, started_in
 from toolkit.experiment.recorded import ResumePlan, plan_resume, read_steps
@@ -35,7 +41,7 @@ from toolkit.runs.files import RUN_FILES
 from toolkit.runs.registry import check_run_folder
 from toolkit.runs.status import current_state
 from toolkit.train.progress import none_saved, nothing_left, reached_step, refusal
-from toolkit.train.timeline import Timeline, steps_of
+from toolkit.train.timeline import Timeline
 from toolkit.wording import count
 
 if TYPE_CHECKING:
@@ -105,13 +111,12 @@ def explain_resume(
 class _Refusals(ErrorList):
     """What `resume` would stop at, whatever kind of error it is."""
 
-    def ask(self, check: Callable[[], Any]) -> Any:
-        """The answer of `check`; None where it refuses."""
+    @contextlib.contextmanager
+    def collecting(self) -> Iterator[None]:
         try:
-            return check()
+            yield
         except ToolkitError as error:
             self.add(error)
-            return None
 
 
 def _corpus(config: ExperimentConfig) -> CorpusInfo | None:
@@ -166,11 +171,11 @@ def _look(
     from toolkit.experiment.training import Training
 
     if is_saved:
-        with _quiet("toolkit.checkpoint"):
+        with quieter(logging.CRITICAL, "toolkit.checkpoint"):
             start = refused.ask(lambda: continuation.start_of(config, folder))
     refused.ask(lambda: check_load_options(config, is_found=start is not None))
     if corpus is not None and (start is not None or config.dataset.mix is not None):
-        with _quiet("toolkit.data"):
+        with quieter(logging.CRITICAL, "toolkit.data"):
             training = refused.ask(lambda: Training(config, corpus, batch_rank=0, batch_ranks=1))
         loader = training.train_loader if training is not None else None
     found = _Found(start, loader=loader)
@@ -277,11 +282,7 @@ def _data(
 
 
 def _steps(config: ExperimentConfig, corpus: CorpusInfo | None, found: _Found) -> list[str]:
-    trainer, data = config.trainer, config.data
-    known = steps_of(
-        data.data_loader.global_batch_size,
-        lambda epochs: corpus.epoch_end(data, epochs) if corpus else None,
-    )
+    trainer, known = config.trainer, steps_of_data(config, corpus)
     try:
         timeline = Timeline.of(trainer, known if found.loader is None else found.loader.steps_of)
     except ConfigError:
@@ -290,15 +291,3 @@ def _steps(config: ExperimentConfig, corpus: CorpusInfo | None, found: _Found) -
     if found.step >= last:
         return [nothing_left(trainer, last, timeline.total_steps)]
     return [f"from step {found.step + 1:,} to {last:,}"]
-
-
-@contextlib.contextmanager
-def _quiet(name: str) -> Iterator[None]:
-    """Warnings of this logger would say what the explanation says."""
-    logger = logging.getLogger(name)
-    before = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)

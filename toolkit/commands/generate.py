@@ -40,11 +40,7 @@ def sampling(
     top_p: float | None,
     seed: int,
 ) -> Sampling:
-    """How the next token is chosen.
-
-    Raises:
-        ConfigError: a value is out of range.
-    """
+    """How the next token is chosen."""
     asked = Sampling(max_new_tokens, temperature, top_k, top_p, seed)
     asked.filled(Sampling())
     return asked

@@ -23,11 +23,7 @@ def load(
     starts: bool = False,
     **shorthands: Any,
 ) -> LoadedExperiment:
-    """The experiment that the words of a command line describe; see `load_experiment`.
-
-    Raises:
-        ConfigError: there is no config among the words, or it is refused.
-    """
+    """The experiment that the words of a command line describe; see `load_experiment`."""
     source, flags = split_words(config, overrides, "CONFIG")
     return load_experiment(
         source, flags, shorthands, base=base, starts=starts, check_data=check_data_files
@@ -37,11 +33,7 @@ def load(
 def load_to_train(
     config: str, overrides: Sequence[str] | None, base: str | None, **shorthands: Any
 ) -> LoadedExperiment:
-    """The experiment that the words of `toolkit train` describe.
-
-    Raises:
-        ConfigError: it is refused, or the launcher's variables make no sense.
-    """
+    """The experiment that the words of `toolkit train` describe."""
     source, flags = split_words(config, overrides, "CONFIG")
     if flags and re.fullmatch(r"[\w.][\w.-]*", flags[0]):
         command = f"toolkit train {source} --name {shlex.join(flags)}"
@@ -53,11 +45,7 @@ def load_to_train(
 
 
 def split_words(first: str, others: Sequence[str] | None, what: str) -> tuple[str, list[str]]:
-    """Part the one positional word, `what`, from the overrides that may stand on both sides of it.
-
-    Raises:
-        ConfigError: there is none.
-    """
+    """Part the one positional word, `what`, from overrides on both sides of it."""
     words = [first, *(others or ())]
     position = 0
     while position < len(words):
@@ -71,16 +59,10 @@ def split_words(first: str, others: Sequence[str] | None, what: str) -> tuple[st
 
 
 def check_data_files(config: ExperimentConfig) -> None:
-    """Check the local files that text which is not prepared yet would come from.
-
-    Raises:
-        DataError, ConfigError: one is missing, or the mixture makes no sense.
-    """
-    corpus, found = None, ErrorList()
+    """Check the local files that text which is not prepared yet would come from."""
+    found, is_prepared = ErrorList(), False
     with contextlib.suppress(BadInputError):
-        corpus = read_corpus(config.data)
-    with found.collecting():
-        for dataset in datasets_of(config.data):
-            with found.collecting():
-                check_presence(dataset, is_prepared=corpus is not None)
+        is_prepared = read_corpus(config.data) is not None
+    for dataset in found.ask(datasets_of, config.data) or ():
+        found.ask(check_presence, dataset, is_prepared=is_prepared)
     found.raise_any()

@@ -1,22 +1,17 @@
 """What a run would take of each source of its mixture, told before it runs."""
 
-from collections.abc import Sequence
 from fractions import Fraction
-from typing import Any
 
 import msgspec
 
-from toolkit.commands.load import load
 from toolkit.data.corpus_info import check_same_tokens
-from toolkit.data.instances.open import count_instances, ensure_plans
+from toolkit.data.instances.open import count_instances
 from toolkit.data.order.mixture import MixPlan, check_limits
 from toolkit.data.order.resolve import (
-    RatioSegment,
-    ResolvedSource,
     resolve_mix,
     resolve_schedule,
 )
-from toolkit.data.prepare.build.mix import ensure_mix_prepared
+from toolkit.data.prepare.corpus import prepare_corpus
 from toolkit.data.tokens.prepared import PreparedDataset, dataset_folder, localize, read_prepared
 from toolkit.errors import ConfigError
 from toolkit.experiment.config import ExperimentConfig
@@ -53,18 +48,6 @@ class MixPreview(msgspec.Struct, frozen=True, kw_only=True):
     """What is wrong, in a line, where a source is repeated more than it may be."""
 
 
-def preview(
-    config: str,
-    overrides: Sequence[str] | None,
-    base: str | None,
-    *,
-    prepare: bool,
-    **shorthands: Any,
-) -> MixPreview:
-    """`preview_mix` of the experiment that the words of a command line describe."""
-    return preview_mix(load(config, overrides, base, **shorthands).config, prepare=prepare)
-
-
 def preview_mix(config: ExperimentConfig, *, prepare: bool) -> MixPreview:
     """What training with `config` takes of each source of `dataset.mix`.
 
@@ -76,46 +59,26 @@ def preview_mix(config: ExperimentConfig, *, prepare: bool) -> MixPreview:
         DataError, StorageError: what is there is damaged, or cannot be prepared.
     """
     dataset = localize(config.dataset, config.store)
-    sources = resolve_mix(dataset)
-    prepared = _prepared(config, sources, prepare=prepare)
+    sources, segments = resolve_mix(dataset), resolve_schedule(dataset)
+    found: dict[str, PreparedDataset] = {}
+    if prepare:
+        parts = prepare_corpus(config.data, work_dir=config.run.work_dir).parts
+        found = {name: prepared for name, (_, prepared) in parts.items()}
+    else:
+        there = {source.name: read_prepared(source.dataset) for source in sources}
+        found = {name: prepared for name, prepared in there.items() if prepared is not None}
+        if found:
+            check_same_tokens(found)
     counts = {
-        source.name: count_instances(found, "train", source.dataset)
+        source.name: number
         for source in sources
-        if (found := prepared[source.name]) is not None
+        if source.name in found
+        and (number := count_instances(found[source.name], "train", source.dataset)) is not None
     }
-    known = {name: count for name, count in counts.items() if count is not None}
-    return _preview(config, sources, resolve_schedule(dataset), prepared, known)
-
-
-def _prepared(
-    config: ExperimentConfig, sources: list[ResolvedSource], *, prepare: bool
-) -> dict[str, PreparedDataset | None]:
-    found: dict[str, PreparedDataset | None] = {}
-    if not prepare:
-        found = {source.name: read_prepared(source.dataset) for source in sources}
-        if known := {name: there for name, there in found.items() if there is not None}:
-            check_same_tokens(known)
-        return found
-    for source, prepared in ensure_mix_prepared(
-        config.dataset, store=config.store, work_dir=config.run.work_dir
-    ):
-        ensure_plans(prepared, source.dataset)
-        found[source.name] = prepared
-    return found
-
-
-def _preview(
-    config: ExperimentConfig,
-    sources: list[ResolvedSource],
-    segments: list[RatioSegment],
-    prepared: dict[str, PreparedDataset | None],
-    num_instances: dict[str, int],
-) -> MixPreview:
     # Of sources that are not known yet, the shares still are.
-    limited = [s if s.name in num_instances else s._replace(max_repetitions=None) for s in sources]
-    plan = MixPlan(limited, segments, {s.name: num_instances.get(s.name, 0) for s in sources})
-    length = plan.sequence_length
-    all_known = len(num_instances) == len(sources)
+    limited = [s if s.name in counts else s._replace(max_repetitions=None) for s in sources]
+    plan = MixPlan(limited, segments, {s.name: counts.get(s.name, 0) for s in sources})
+    length, all_known = plan.sequence_length, len(counts) == len(sources)
     total = _run_instances(config, plan.epoch_instances if all_known else None)
     taken = plan.counts(total) if total is not None else {}
     epochs = plan.epochs(total) if total is not None else {}
@@ -126,23 +89,20 @@ def _preview(
             check_limits(plan, total, batch_instances=batch)
         except ConfigError as error:
             broken = str(error)
-    rows = []
-    for source in sources:
-        name, found = source.name, prepared[source.name]
-        is_known = name in num_instances
-        rows.append(
-            SourcePreview(
-                name=name,
-                shares=tuple(float(segment.shares[name]) for segment in segments),
-                folder=str(dataset_folder(source.dataset)),
-                is_prepared=found is not None,
-                num_documents=found.num_documents("train") if found is not None else None,
-                available_tokens=plan.available[name] * length if is_known else None,
-                taken_tokens=taken[name] * length if name in taken else None,
-                repetitions=epochs[name] if is_known and name in epochs else None,
-                max_repetitions=source.max_repetitions,
-            )
+    rows = [
+        SourcePreview(
+            name=(name := source.name),
+            shares=tuple(float(segment.shares[name]) for segment in segments),
+            folder=str(dataset_folder(source.dataset)),
+            is_prepared=name in found,
+            num_documents=found[name].num_documents("train") if name in found else None,
+            available_tokens=plan.available[name] * length if name in counts else None,
+            taken_tokens=taken[name] * length if name in taken else None,
+            repetitions=epochs.get(name) if name in counts else None,
+            max_repetitions=source.max_repetitions,
         )
+        for source in sources
+    ]
     return MixPreview(
         sources=rows,
         segment_starts=tuple(segment.at_tokens for segment in segments),

@@ -21,11 +21,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 def hf_folder_of(where: str) -> Path | None:
     """The local folder of `transformers` that `where` is, or that the hub has under this name
-    (downloaded now if it is not yet); None where it is something else.
-
-    Raises:
-        CheckpointError: the hub gives none.
-    """
+    (downloaded now if it is not yet); None where it is something else."""
     kind = kind_of(where)
     if kind == "hf":
         return Path(where).expanduser()
@@ -35,11 +31,7 @@ def hf_folder_of(where: str) -> Path | None:
 
 
 def pick_device(name: str | None) -> torch.device:
-    """The device called `name`; default: the first GPU, else the CPU, with all of its cores.
-
-    Raises:
-        ConfigError: there is no such device.
-    """
+    """The device called `name`; default: the first GPU, else the CPU, with all of its cores."""
     if name is None:
         device = pick_any(local_rank=0)
     else:

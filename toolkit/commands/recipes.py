@@ -52,11 +52,7 @@ def _describe(name: str) -> RecipeSummary:
 
 
 def copy_recipe(name: str, destination: str | Path) -> Path:
-    """Write a recipe to the file `destination`, or into that folder; returns the file.
-
-    Raises:
-        ConfigError: there is no such recipe, the file exists, or it cannot be written.
-    """
+    """Write a recipe to the file `destination`, or into that folder; returns the file."""
     text, path = recipe_text(name), local_path(str(destination), "DEST")
     path = path / f"{name}.json" if path.is_dir() else path
     try:

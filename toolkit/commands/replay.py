@@ -7,12 +7,11 @@
    was, else within a tolerance. The receipt is the only thing written into the run folder.
 """
 
-import contextlib
 import functools
 import logging
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from toolkit.config import leaves
 from toolkit.config.interpolation import fill
 from toolkit.data.corpus_info import data_places, read_corpus, without_sources
 from toolkit.distributed.launcher import has_launcher, rank_of
-from toolkit.distributed.logging import setup_logging
+from toolkit.distributed.logging import quieter, setup_logging
 from toolkit.distributed.ranks import check_launcher_variables
 from toolkit.errors import EXIT_DONE, ConfigError, DataError, RunError, TrainingError
 from toolkit.experiment.config import ExperimentConfig
@@ -83,7 +82,10 @@ def replay_steps(
         "replaying steps %d to %d of %s from %s",
         plan.step + 1, plan.step + steps, plan.folder, plan.checkpoint.name,
     )  # fmt: skip
-    with _scratch() as root, _only_warnings():
+    # A folder that goes away, though other ranks may still close their log files in it. What a run
+    # says about itself would be about this folder.
+    scratch = tempfile.TemporaryDirectory(prefix="toolkit-replay-", ignore_cleanup_errors=True)
+    with scratch as root, quieter(logging.WARNING, "toolkit.experiment.run", "toolkit.train"):
         config = replay_config(plan, root, environ)
         # What it stores goes away with the folder; the recorded config has no secrets filled in.
         code = train(config, stored=config_of(plan.folder, plan.recorded[0].attempt))
@@ -95,13 +97,7 @@ def replay_steps(
 
 
 def plan_replay(run_dir: Path, steps: int, step: int | None = None) -> ReplayPlan:
-    """Read what a replay needs from the folder of a run, or of one of its checkpoints.
-
-    Raises:
-        RunError: not a run, or no checkpoint is followed by that many comparable recorded steps.
-        ConfigError: numbers out of range.
-        DataError: the run's data is not here.
-    """
+    """Read what a replay needs from the folder of a run, or of one of its checkpoints."""
     folder = run_dir.resolve()
     run = run_of_checkpoint(run_dir) if is_step_folder(run_dir) else None
     if run is not None:
@@ -224,22 +220,3 @@ def _without_observers(callbacks: CallbacksConfig) -> CallbacksConfig:
     # Nor is anything taken from there.
     silent["checkpointer"] = silent["checkpointer"].replace(upload_to=None)
     return callbacks.replace(**silent)
-
-
-def _scratch() -> "tempfile.TemporaryDirectory[str]":
-    """A folder that goes away, though other ranks may still close their log files in it."""
-    return tempfile.TemporaryDirectory(prefix="toolkit-replay-", ignore_cleanup_errors=True)
-
-
-@contextlib.contextmanager
-def _only_warnings() -> Iterator[None]:
-    """What a run says about itself would be about a folder that goes away."""
-    loggers = [logging.getLogger(f"toolkit.{name}") for name in ("experiment.run", "train")]
-    before = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.WARNING)
-    try:
-        yield
-    finally:
-        for logger, level in zip(loggers, before, strict=True):
-            logger.setLevel(level)

@@ -9,30 +9,18 @@ from toolkit.runs.registry import RunRecord, find_named
 
 
 def folder_of(text: str) -> Path:
-    """The folder of the run that `toolkit runs` lists under this name; anything else as it is.
-
-    Raises:
-        RunError: several runs have this name.
-    """
+    """The folder of the run that `toolkit runs` lists under this name; anything else as it is."""
     return Path(find_named(text))
 
 
 def list_all(root: str, registry_url: str | None) -> list[RunRecord]:
-    """What the registry of `root` knows.
-
-    Raises:
-        ConfigError: `root` is not there.
-    """
+    """What the registry of `root` knows."""
     _check_root(root)
     return registry.list_runs(root, registry_url=registry_url)
 
 
 def reindex(root: str, registry_url: str | None) -> int:
-    """Rebuild the registry from the run folders; the number of runs.
-
-    Raises:
-        ConfigError: `root` is not there.
-    """
+    """Rebuild the registry from the run folders; the number of runs."""
     _check_root(root)
     return registry.reindex(root, registry_url=registry_url)
 

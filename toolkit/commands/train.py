@@ -1,11 +1,49 @@
 """`toolkit train` and `toolkit resume`: what is missing is prepared, then the experiment runs."""
 
+import functools
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from toolkit.commands.prepared import OF_A_RUN, PREPARED
+from toolkit.commands.load import check_data_files
+from toolkit.data.config import SourceConfig
+from toolkit.data.corpus import Corpus, open_corpus
+from toolkit.data.corpus_info import (
+    CorpusInfo,
+    data_places,
+    read_corpus,
+    with_sources,
+    without_sources,
+)
+from toolkit.data.prepare.corpus import prepare_corpus
+from toolkit.data.prepare.text.sources import is_gone
+from toolkit.distributed.launcher import rank_of
+from toolkit.errors import DataError
 from toolkit.experiment import run
 from toolkit.experiment.config import ExperimentConfig
+from toolkit.experiment.found_data import has_data
+
+
+def prepare_data(config: ExperimentConfig, *, may_be_gone: bool = False) -> CorpusInfo:
+    """Make what is missing; one process of each machine does, the others wait.
+
+    Args:
+        may_be_gone: the text need not be on this machine where the prepared data is.
+    """
+    is_first = os.environ.get("LOCAL_RANK", "0") == "0"
+    # Another machine may have the prepared data alone.
+    if may_be_gone or (rank_of(os.environ) > 0 and is_first):
+        config = without_gone_sources(config)
+    work_dir = config.run.work_dir
+    return prepare_corpus(config.data, work_dir=work_dir, progress=is_first, check_text=is_first)
+
+
+PREPARED = run.DataDoor(prepare=prepare_data, check=check_data_files)
+OF_A_RUN = run.DataDoor(
+    prepare=functools.partial(prepare_data, may_be_gone=True),
+    check=lambda config: check_data_files(without_gone_sources(config)),
+)
+"""A run moves with its prepared data alone."""
 
 
 def train(
@@ -21,3 +59,34 @@ def train(
 def resume(run_dir: Path, overrides: Sequence[str] = (), *, debug: bool = False) -> int:
     """`experiment.run.resume`, with data prepared where it is missing; returns the exit code."""
     return run.resume(run_dir, overrides, debug=debug, data=OF_A_RUN)
+
+
+def without_gone_sources(config: ExperimentConfig) -> ExperimentConfig:
+    """`config` that takes prepared data as it is where its text is not on this machine."""
+    if not has_data(config) and config.store.permanent_root is None:
+        return config
+    gone: list[bool] = []
+
+    def look(source: SourceConfig | None) -> SourceConfig | None:
+        gone.append(is_gone(source))
+        return source
+
+    with_sources(config.dataset, look)
+    # All of a mixture: what its own tokenizer was trained on is told by its sources together.
+    return config.replace(dataset=without_sources(config.dataset)) if any(gone) else config
+
+
+def open_run_data(config: ExperimentConfig) -> Corpus:
+    """The data of a run as it is here, for reading: nothing is prepared or fetched.
+
+    Args:
+        config: from `find_data`.
+    """
+    data = config.data.replace(store=config.store.replace(permanent_root=None))
+    corpus = read_corpus(data, in_use=True)
+    if corpus is None:
+        raise DataError(
+            f"{', '.join(map(str, data_places(data)))}: the run's prepared data is not there; "
+            "restore it, or make it again with `toolkit prepare`"
+        )
+    return open_corpus(data, corpus)

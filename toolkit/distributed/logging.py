@@ -8,6 +8,7 @@ import contextlib
 import logging
 import socket
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from rich import get_console
@@ -100,3 +101,17 @@ def log_failure(file: logging.Handler, error: BaseException, *, rank: int, step:
     what = f"rank {rank} on {socket.gethostname()} failed at step {step}"
     name, caught = "toolkit.failure", (type(error), error, error.__traceback__)
     file.handle(logging.LogRecord(name, logging.ERROR, __file__, 0, what, None, caught))
+
+
+@contextlib.contextmanager
+def quieter(level: int, *names: str) -> Iterator[None]:
+    """Only lines from `level` on of the loggers called `names`, until the block is left."""
+    loggers = [logging.getLogger(name) for name in names]
+    before = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(level)
+    try:
+        yield
+    finally:
+        for logger, old in zip(loggers, before, strict=True):
+            logger.setLevel(old)

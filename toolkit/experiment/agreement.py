@@ -39,11 +39,7 @@ def check_agreement(
     train_loader: "TrainLoader",
     eval_loaders: "dict[str, EvalLoader]",
 ) -> None:
-    """Compare config and data of all ranks with those of rank 0; all ranks call it.
-
-    Raises:
-        ConfigError, DataError: on every rank, naming the hosts that differ.
-    """
+    """Compare config and data of all ranks with those of rank 0; all ranks call it."""
     if environment.cpu_group is None:
         return
     view = RankView(

@@ -47,27 +47,24 @@ def our_path(path: str) -> str:
 
 
 def our_value(path: str, value: Any) -> Any:
-    """What is given at `path` (ours), a value or everything below, under our names.
-
-    Raises:
-        ConfigError: one value is given under two names.
-    """
+    """What is given at `path` (ours), a value or everything below, under our names."""
     if isinstance(value, str):
         return _TYPES.get(path, {}).get(value, value)
     if path.startswith(_PATTERNS):
         return _our_patterns(value)
     if isinstance(value, dict):
         below = {key: our_value(join(path, key), inner) for key, inner in value.items()}
-        return _renamed(below, path) if path != "" else below
+        for theirs, ours in ALIASES.items():
+            if theirs.rpartition(".")[0] == ours.rpartition(".")[0] == path:
+                if ours == _BUDGET and theirs.rpartition(".")[2] in below:
+                    below.setdefault("mode", "budget")
+                _move(below, theirs, ours, path)
+        return below
     return value
 
 
 def our_names(data: dict[str, Any]) -> dict[str, Any]:
-    """A layer of a config under our names; `data` itself is left alone.
-
-    Raises:
-        ConfigError: one value is given under two names.
-    """
+    """A layer of a config under our names; `data` itself is left alone."""
     data = our_value("", data)
     for theirs, ours in ALIASES.items():
         if theirs.rpartition(".")[0] != ours.rpartition(".")[0]:
@@ -86,41 +83,24 @@ def implied(path: str, mode: Any) -> tuple[str, Any] | None:
     return None
 
 
-def _renamed(values: dict[str, Any], path: str) -> dict[str, Any]:
-    """Names that change inside one mapping."""
-    found: dict[str, Any] = {}
-    for name, value in values.items():
-        ours = ALIASES.get(join(path, name), "")
-        section, _, new = ours.rpartition(".")
-        if section != path or not ours:
-            found[name] = value
-            continue
-        if new in values and values[new] != value:
-            raise _twice(join(path, name), value, ours, values[new])
-        found[new] = value
-        if ours == _BUDGET and "mode" not in values:
-            found["mode"] = "budget"
-    return found
-
-
-def _move(data: dict[str, Any], theirs: str, ours: str) -> None:
-    """A name that changes its section; `data` is fresh."""
-    *sections, name = theirs.split(".")
+def _move(data: dict[str, Any], theirs: str, ours: str, path: str = "") -> None:
+    """Rename a value of `data`, which is fresh and lies at `path`."""
+    *sections, name = theirs.removeprefix(f"{path}.").split(".")
     container: Any = data
     for section in sections:
         container = container.get(section) if isinstance(container, dict) else None
     if not isinstance(container, dict) or name not in container:
         return
     value = container.pop(name)
-    *sections, name = ours.split(".")
+    *sections, name = ours.removeprefix(f"{path}.").split(".")
     container = data
     for section in sections:
         container = container.setdefault(section, {})
         if not isinstance(container, dict):
             return  # which `resolve` names
-    if name in container and container[name] != value:
-        raise _twice(theirs, value, ours, container[name])
-    container[name] = value
+    if container.setdefault(name, value) != value:
+        problem = f"{theirs} {shown(value)} and {ours} {shown(container[name])}"
+        raise ConfigError(f"{problem}: two names of one value; give one", about=theirs)
 
 
 def _our_patterns(value: Any) -> Any:
@@ -139,8 +119,3 @@ def without(data: dict[str, Any], path: str) -> dict[str, Any]:
     if not rest or not isinstance(data.get(name), dict):
         return {key: value for key, value in data.items() if key != name}
     return {**data, name: without(data[name], rest)}
-
-
-def _twice(theirs: str, value: Any, ours: str, other: Any) -> ConfigError:
-    problem = f"{theirs} {shown(value)} and {ours} {shown(other)}: two names of one value; give one"
-    return ConfigError(problem, about=theirs)

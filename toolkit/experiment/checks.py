@@ -11,13 +11,14 @@ from typing import Any
 import msgspec
 
 from toolkit.checkpoint.folder import METADATA_FILE, read_metadata, saved_steps, step_folder
-from toolkit.data.config import BPETokenizerConfig, ByteTokenizerConfig, TokenizerConfig
+from toolkit.data.config import BPETokenizerConfig, ByteTokenizerConfig
 from toolkit.data.corpus_info import VAL, CorpusInfo
 from toolkit.data.order.resolve import resolve_mix
 from toolkit.data.tokens.prepared import require_ids
 from toolkit.distributed.tuning import asked_threads
 from toolkit.errors import CheckpointError, ConfigError, DataError, ErrorList
 from toolkit.experiment.config import ExperimentConfig
+from toolkit.models.config import ClassModelConfig
 from toolkit.models.parameters import TrainedParameters, parameter_shapes, trained_parameters
 from toolkit.runs.files import RUN_FILES
 from toolkit.runs.registry import is_run
@@ -25,6 +26,7 @@ from toolkit.storage.remote import is_url
 from toolkit.train.config import NO_BASE, TrainerConfig
 from toolkit.train.progress import no_checkpoint
 from toolkit.train.scores import check_best_metric_early
+from toolkit.train.timeline import StepsOf, steps_of
 from toolkit.wording import count
 
 BYTE_VOCAB_SIZE = 257
@@ -42,7 +44,6 @@ FREE_FOR_WEIGHTS = FREE_MODEL_FIELDS | {
 SEQUENCE = "dataset.sequence_length"
 GLOBAL_BATCH = "data_loader.global_batch_size"
 MICROBATCH = "train_module.rank_microbatch_size"
-
 
 _FAR = 100_000
 """How far a number that works is looked for."""
@@ -63,30 +64,23 @@ def check_experiment(
             adapter on no model, or a best metric that no evaluation gives; or TOOLKIT_NUM_THREADS
             is no number.
     """
-    checks = (
-        lambda: asked_threads(os.environ),
-        *([lambda: _check_sequence(config), lambda: _check_vocabulary(config)] * has_model),
-        lambda: _check_batches(config, world_size),
-        *([lambda: check_parameters(config)] * (has_model and has_names)),
-        lambda: _check_own_classes(config),
-        lambda: _check_adapter(config),
-        lambda: _check_best_metric(config),
-    )
     found = ErrorList()
-    for check in checks:
-        with found.collecting():
-            check()
+    found.ask(asked_threads, os.environ)
+    if has_model:
+        found.ask(_check_sequence, config)
+        found.ask(_check_vocabulary, config)
+    found.ask(_check_batches, config, world_size)
+    if has_model and has_names:
+        found.ask(check_parameters, config)
+    found.ask(_check_own_classes, config)
+    found.ask(_check_adapter, config)
+    found.ask(_check_best_metric, config)
     found.raise_any()
 
 
 def check_parameters(config: ExperimentConfig) -> TrainedParameters:
     """Check the patterns of `freeze`, `lora` and `optim.group_overrides` against the model's names;
-    which parameters there are, and which of them are trained.
-
-    Raises:
-        ConfigError: a pattern matches nothing, nothing is left to train, or a setting is not the
-            optimizer's.
-    """
+    which parameters there are, and which of them are trained."""
     module, model, found = config.train_module, config.model.to_transformer(), ErrorList()
     with found.collecting():
         names = parameter_shapes(model, module.lora)
@@ -101,6 +95,8 @@ def check_parameters(config: ExperimentConfig) -> TrainedParameters:
 
 def _check_own_classes(config: ExperimentConfig) -> None:
     """Those that the config names as module:Class."""
+    if isinstance(config.model, ClassModelConfig):
+        config.model.own_class()
     if config.train_module.target is not None:
         config.train_module.own_class()
     for name, callback in config.trainer.callbacks.custom.items():
@@ -134,15 +130,10 @@ def check_corpus(config: ExperimentConfig, corpus: CorpusInfo) -> None:
             cannot be told.
         DataError: there is less than one global batch.
     """
-    trainer = config.trainer
-    limits = {"max_duration": trainer.max_duration, "hard_stop": trainer.hard_stop}
-    for name, limit in limits.items():
-        if (
-            limit is not None
-            and limit.unit == "epochs"
-            and corpus.rows is None
-            and not corpus.parts
-        ):
+    is_endless = corpus.rows is None and not corpus.parts
+    for name in ("max_duration", "hard_stop"):
+        limit = getattr(config.trainer, name)
+        if is_endless and limit is not None and limit.unit == "epochs":
             raise ConfigError(
                 f"trainer.{name}: {corpus.where} does not say how long an epoch is; use steps or "
                 "tokens, or give the class __len__"
@@ -162,6 +153,12 @@ def check_corpus(config: ExperimentConfig, corpus: CorpusInfo) -> None:
         )
 
 
+def steps_of_data(config: ExperimentConfig, corpus: CorpusInfo | None) -> StepsOf:
+    """Durations as steps, as far as manifests tell; see `toolkit.train.timeline`."""
+    size, data = config.data_loader.global_batch_size, config.data
+    return steps_of(size, lambda epochs: corpus.epoch_end(data, epochs) if corpus else None)
+
+
 def rank_microbatch_size(config: ExperimentConfig, world_size: int) -> int:
     """Tokens per forward on one rank: the configured number, or the rank's share of a batch."""
     configured = config.train_module.rank_microbatch_size
@@ -172,15 +169,6 @@ def gradient_accumulation_steps(config: ExperimentConfig, world_size: int) -> in
     """Forward and backward passes per optimizer step on one rank."""
     tokens_per_pass = rank_microbatch_size(config, world_size) * world_size
     return config.data_loader.global_batch_size // tokens_per_pass
-
-
-def known_vocab_size(tokenizer: TokenizerConfig | None) -> int | None:
-    """Number of ids of a tokenizer; None where only its files know."""
-    if isinstance(tokenizer, ByteTokenizerConfig):
-        return BYTE_VOCAB_SIZE
-    if isinstance(tokenizer, BPETokenizerConfig):
-        return tokenizer.vocab_size
-    return None
 
 
 def _check_sequence(config: ExperimentConfig) -> None:
@@ -194,8 +182,12 @@ def _check_sequence(config: ExperimentConfig) -> None:
 
 
 def _check_vocabulary(config: ExperimentConfig) -> None:
-    needed = known_vocab_size(config.dataset.tokenizer)
-    if needed is not None and needed > config.model.vocab_size:
+    tokenizer, needed = config.dataset.tokenizer, 0
+    if isinstance(tokenizer, ByteTokenizerConfig):
+        needed = BYTE_VOCAB_SIZE
+    elif isinstance(tokenizer, BPETokenizerConfig):
+        needed = tokenizer.vocab_size
+    if needed > config.model.vocab_size:
         raise ConfigError(
             f"model.vocab_size {config.model.vocab_size} is too small for dataset.tokenizer, "
             f"which has {needed} ids; set model.vocab_size to {needed} or more"
@@ -208,11 +200,10 @@ def _check_batches(config: ExperimentConfig, world_size: int) -> None:
     microbatch = rank_microbatch_size(config, world_size)
     ranks, found = count(world_size, "rank"), ErrorList()
     per_sequence = f"{SEQUENCE} {sequence}"
-    with found.collecting():
-        _check_multiple(GLOBAL_BATCH, batch, sequence * world_size, f"{per_sequence} x {ranks}")
+    unit = sequence * world_size
+    found.ask(_check_multiple, GLOBAL_BATCH, batch, unit, f"{per_sequence} x {ranks}")
     if config.train_module.rank_microbatch_size is not None:
-        with found.collecting():
-            _check_multiple(MICROBATCH, microbatch, sequence, per_sequence)
+        found.ask(_check_multiple, MICROBATCH, microbatch, sequence, per_sequence)
     if not found.errors and batch % (unit := microbatch * world_size):
         works = _around(batch // (sequence * world_size), microbatch // sequence)
         found.add(
@@ -224,8 +215,8 @@ def _check_batches(config: ExperimentConfig, world_size: int) -> None:
         )
     evaluation = config.data_loader.eval_batch_size
     if evaluation is not None:
-        with found.collecting():
-            _check_multiple("data_loader.eval_batch_size", evaluation, sequence, per_sequence)
+        key = "data_loader.eval_batch_size"
+        found.ask(_check_multiple, key, evaluation, sequence, per_sequence)
     found.raise_any()
 
 
@@ -258,10 +249,6 @@ def check_load_path(config: ExperimentConfig, folder: Path, *, has_model: bool =
 
     Args:
         has_model: the model is the one that is meant.
-
-    Raises:
-        CheckpointError: it holds none, or one of another model.
-        ConfigError: see `check_load_options`.
     """
     trainer, adapts = config.trainer, config.train_module.lora is not None
     path = trainer.load_path
@@ -299,11 +286,7 @@ def _newest(path: Path) -> Path | None:
 
 
 def check_load_options(config: ExperimentConfig, *, is_found: bool = False) -> None:
-    """Check that what asks for something to be loaded says from where, unless it was found.
-
-    Raises:
-        ConfigError: training would start from fresh weights all the same.
-    """
+    """Check that what asks for something to be loaded says from where, unless it was found."""
     trainer, defaults = config.trainer, TrainerConfig()
     if is_found or trainer.load_path is not None:
         return

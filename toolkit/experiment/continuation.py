@@ -32,14 +32,7 @@ READ_EARLY_BYTES = 16 << 30
 
 
 def check_continuation(config: ExperimentConfig, folder: Path, train_loader: TrainLoader) -> None:
-    """Check that the run in `folder`, or `trainer.load_path`, can be continued with `config`.
-
-    Raises:
-        ConfigError: a source of a mixture would be repeated more than it may be.
-        CheckpointError: another model or optimizer; or `load_path` must hold a checkpoint and does
-            not.
-        DataError: other data, or another order of it.
-    """
+    """Check that the run in `folder`, or `trainer.load_path`, can be continued with `config`."""
     start = start_of(config, folder, _look)
     check_load_options(config, is_found=start is not None)
     if start is not None:
@@ -63,13 +56,8 @@ def start_of(
 
 def check_repetitions(config: ExperimentConfig, train_loader: TrainLoader) -> None:
     """Check that the run, to its end, repeats no source of a mixture more than it may be; after
-    `continuation_checks`, which tell the loader where it goes on.
-
-    Raises:
-        ConfigError: one is repeated more.
-    """
-    timeline = Timeline.of(config.trainer, train_loader.steps_of)
-    train_loader.check_repetitions(timeline.stop_step)
+    `continuation_checks`, which tell the loader where it goes on."""
+    train_loader.check_repetitions(Timeline.of(config.trainer, train_loader.steps_of).stop_step)
 
 
 def _look(path: Path) -> Found:

@@ -98,113 +98,25 @@ def load_experiment(
     Raises:
         ConfigError: no such source, or a name or value that does not fit.
     """
-    layers, found = ConfigLayers(ExperimentConfig), ErrorList()
-    with found.collecting():
+    loading = _Loading()
+    with loading.found.collecting():
         data, origin = _read_source(source)
-    if found.errors:
-        _parse(overrides, found)  # nothing else can be told without the file
-        found.raise_any()
-    _add_all(layers, data, origin, found)
+    if loading.found.errors:
+        loading.parse(overrides)  # nothing else can be told without the file
+        loading.found.raise_any()
+    loading.add(data, origin)
     if base is not None:
-        with found.collecting():
-            _add_base(layers, local_path(find_named(base), "--base"))
-    short: dict[str, Override] = {}
-    for name, value in (shorthands or {}).items():
-        if value is not None:
-            flag = f"--{name.replace('_', '-')}={value}"
-            short[SHORTHANDS[name]] = Override(name, str(value), flag)
-            layers.set(SHORTHANDS[name], value, flag)
-    before = copy.deepcopy(layers.data.get("dataset") or {})
-    with found.collecting():
-        _apply_overrides(layers, overrides, short)
-    with found.collecting():
-        name_own_data(layers, before, overrides)
-    has_model = "model" in layers.data
+        loading.found.ask(loading.add_base, base)
+    before = copy.deepcopy(loading.layers.data.get("dataset") or {})
+    loading.apply_flags(overrides, shorthands or {})
+    loading.found.ask(name_own_data, loading.layers, before, overrides)
+    has_model = "model" in loading.layers.data
     if not has_model:
-        if not (base is not None and found.errors) and not _is_refused("model", found):
-            found.add(ConfigError(without_model(source, data)))
-        layers.data["model"] = preset("quickstart")  # for what can be told of the rest
-    across = has_model or _is_refused("model", found)
-    return _loaded(layers, found, source, across=across, starts=starts, check_data=check_data)
-
-
-def _is_refused(path: str, found: ErrorList) -> bool:
-    return any(error.about == path for error in found.errors)
-
-
-def _loaded(
-    layers: ConfigLayers[ExperimentConfig],
-    found: ErrorList,
-    source: str,
-    **known: Any,
-) -> LoadedExperiment:
-    stored = _resolve(layers, found, **known)
-    check_no_secrets(stored.to_dict())
-    return LoadedExperiment(fill(stored), layers.origins(stored), source, stored)
-
-
-def _resolve(
-    layers: ConfigLayers[ExperimentConfig], found: ErrorList, **known: Any
-) -> ExperimentConfig:
-    """The config, or the errors; `known` is for `_add_other_errors`."""
-    checked = layers.check()
-    for error in checked.errors:
-        found.add(error)
-    if not found.errors:
-        return checked.config
-    config, has_model = checked.config, not _is_refused("model", found)
-    if config is None:  # the model alone has no default
-        layers.data["model"], has_model = preset("quickstart"), False
-        config = layers.check().config
-    if config is not None:
-        _add_other_errors(found, config, has_model=has_model, **known)
-    found.raise_any()
-    raise AssertionError("there is an error")
-
-
-def _add_other_errors(
-    found: ErrorList,
-    config: ExperimentConfig,
-    *,
-    has_model: bool = True,
-    across: bool = True,
-    starts: bool = False,
-    check_data: Callable[[ExperimentConfig], None] | None = None,
-) -> None:
-    """Add to `found`, the reasons to refuse a config, what is wrong with the rest of it: all that
-    can be told without the values which are refused, so that a user mends everything at once.
-
-    Args:
-        config: what could be built, with defaults in the place of what is refused.
-        has_model: its model is the one that is meant.
-        across: its sections belong together.
-    """
-    refused = [error.about for error in found.errors if error.about]
-    names_known = not any(a.startswith(("model", "train_module.lora")) for a in refused)
-    others = ErrorList()
-    if across:
-        with others.collecting():
-            check_experiment(
-                config, world_size_of(os.environ), has_model=has_model, has_names=names_known
-            )
-    with others.collecting():
-        filled = fill(config)
-        if check_data is not None:
-            with others.collecting():
-                check_data(filled)
-        if starts:
-            with others.collecting():
-                check_run_folder(filled.run, "<time>")
-        if starts and across:
-            with others.collecting():
-                folder = resolve_run_folder(filled.run, "<time>")
-                check_load_path(filled, folder, has_model=names_known)
-    # What is said of a value that was refused is said of its default here.
-    names = [re.escape(about.rpartition(".")[2]) for about in refused if about != "model"]
-    spoken_of = re.compile(rf"\b({'|'.join(names)})\b") if names else None
-    for other in others.errors:
-        if spoken_of is None or not spoken_of.search(str(other)):
-            found.add(other)
+        if not (base is not None and loading.found.errors) and not loading.refuses("model"):
+            loading.found.add(ConfigError(without_model(source, data)))
+        loading.layers.data["model"] = preset("quickstart")  # for what can be told of the rest
+    across = has_model or loading.refuses("model")
+    return loading.loaded(source, across=across, starts=starts, check_data=check_data)
 
 
 def load_run_config(run_dir: Path, overrides: Sequence[str] = ()) -> LoadedExperiment:
@@ -229,12 +141,11 @@ def load_run_config(run_dir: Path, overrides: Sequence[str] = ()) -> LoadedExper
         raise RunError(
             f"{run_dir}: not a run folder (it has no {RUN_FILES.config}); `toolkit runs` lists runs"
         )
-    layers = ConfigLayers(ExperimentConfig)
-    _add(layers, read_json_mapping(path), RUN_ORIGIN)
-    found = ErrorList()
-    with found.collecting():
-        _apply_overrides(layers, overrides)
-    return _loaded(layers, found, str(run_dir))
+    loading = _Loading()
+    loading.add(read_json_mapping(path), RUN_ORIGIN)
+    loading.found.raise_any()
+    loading.apply_flags(overrides, {})
+    return loading.loaded(str(run_dir))
 
 
 def _read_source(source: str) -> tuple[dict[str, Any], str]:
@@ -249,38 +160,159 @@ def _read_source(source: str) -> tuple[dict[str, Any], str]:
     raise ConfigError(f"{source}: no such {kind}; {recipe_hint(path.stem)}")
 
 
-def _add(layers: ConfigLayers[ExperimentConfig], data: dict[str, Any], origin: str) -> None:
-    found = ErrorList()
-    _add_all(layers, data, origin, found)
-    found.raise_any()
+class _Loading:
+    """A config on its way: its layers so far, and what is wrong with them."""
+
+    def __init__(self) -> None:
+        self.layers, self.found = ConfigLayers(ExperimentConfig), ErrorList()
+
+    def refuses(self, path: str) -> bool:
+        """Whether an error is about the value at `path`."""
+        return any(error.about == path for error in self.found.errors)
+
+    def add(self, data: dict[str, Any], origin: str) -> None:
+        """Add what can be added of a file, recipe or base."""
+        while True:
+            try:
+                data = our_names(data)
+                break
+            except ConfigError as error:  # about a name that is given twice
+                self.found.add(error)
+                data = without(data, error.about)
+        model, dataset = data.get("model"), data.get("dataset")
+        if isinstance(model, str) or (isinstance(model, dict) and "preset" in model):
+            data = {key: value for key, value in data.items() if key != "model"}
+            with self.found.collecting():
+                if isinstance(model, str):
+                    raise _no_model(model, f'{{"preset": "{_like_preset(model)}"}}')
+                self.layers.add({"model": _preset(model["preset"])}, f"preset {model['preset']}")
+                if rest := {key: value for key, value in model.items() if key != "preset"}:
+                    data["model"] = rest
+        if isinstance(dataset, dict) and "mix" in dataset:
+            rest = {key: value for key, value in dataset.items() if key != "mix"}
+            data = {**data, "dataset": rest}
+            with self.found.collecting():
+                data["dataset"] = {**dataset, "mix": inline_mixes(dataset["mix"])}
+        self.layers.add(data, origin)
+
+    def add_base(self, name: str) -> None:
+        """Take what `--base` says in the place of the model and tokenizer there are."""
+        folder = local_path(find_named(name), "--base")
+        base = read_base(folder)
+        self.layers.data.pop("model", None)
+        dataset = self.layers.data.setdefault("dataset", {})
+        if "tokenizer" in base.get("dataset", {}):
+            dataset.pop("tokenizer", None)
+        longest, wanted = longest_sequence(base["model"]), dataset.get("sequence_length")
+        if longest is not None and wanted is not None and wanted > longest:
+            base.setdefault("dataset", {})["sequence_length"] = longest
+        self.add(base, f"--base={folder}")
+
+    def parse(self, args: Sequence[str]) -> list[Override]:
+        """The overrides among `args`."""
+        short = [name.replace("_", "-") for name in SHORTHANDS]
+        return parse_override_args(
+            args,
+            sections=[*ExperimentConfig.__struct_fields__, *(a for a in ALIASES if "." not in a)],
+            options=[*short, "base", "dry-run", "json", "debug"],
+            root=type_of(ExperimentConfig),
+            found=self.found,
+        )
+
+    def apply_flags(self, args: Sequence[str], shorthands: Mapping[str, Any]) -> None:
+        """Apply all flags that can be applied."""
+        by_path: dict[str, Override] = {}
+        for name, value in shorthands.items():
+            if value is not None:
+                path, flag = SHORTHANDS[name], f"--{name.replace('_', '-')}={value}"
+                by_path[path] = Override(name, str(value), flag)
+                self.layers.set(path, value, flag)
+        overrides, has_model = self.parse(args), True
+        for override in overrides:
+            if override.path == "model.preset":
+                has_model = False
+                with self.found.collecting():
+                    self.layers.set("model", _preset(override.text), override.flag)
+                    has_model = True
+        for override in overrides:
+            is_lost = override.path.startswith("model.") and not has_model
+            if override.path != "model.preset" and not is_lost:
+                ours = override._replace(path=our_path(override.path))
+                self.found.ask(self._apply, override, ours, by_path.setdefault(ours.path, override))
+
+    def _apply(self, override: Override, ours: Override, first: Override) -> None:
+        if first.path != override.path and first.text != override.text:
+            raise ConfigError(f"{first.flag} and {override.flag}: two names of one value; give one")
+        module = self.layers.data.get("train_module")
+        checkpointing = module.get("ac_config") if isinstance(module, dict) else None
+        mode = checkpointing.get("mode") if isinstance(checkpointing, dict) else None
+        value = self.layers.parse(ours)
+        if ours.path == "model" and isinstance(value, dict) and "preset" in value:
+            value = {**_preset(value.pop("preset")), **value}
+        elif ours.path == "model" and isinstance(value, str):
+            raise _no_model(value, f"--model.preset={_like_preset(value)}")
+        elif ours.path == "dataset.mix":
+            value = inline_mixes(value)
+        self.layers.set(ours.path, our_value(ours.path, value), ours.flag)
+        if (also := implied(override.path, mode)) is not None:
+            self.layers.set(*also, ours.flag)
+
+    def loaded(self, source: str, **known: Any) -> LoadedExperiment:
+        """The experiment, or what is wrong with it: `known` is for `_add_other_errors`."""
+        checked = self.layers.check()
+        for error in checked.errors:
+            self.found.add(error)
+        if self.found.errors:
+            config, has_model = checked.config, not self.refuses("model")
+            if config is None:  # the model alone has no default
+                self.layers.data["model"], has_model = preset("quickstart"), False
+                config = self.layers.check().config
+            if config is not None:
+                _add_other_errors(self.found, config, has_model=has_model, **known)
+            self.found.raise_any()
+        stored = checked.config
+        check_no_secrets(stored.to_dict())
+        return LoadedExperiment(fill(stored), self.layers.origins(stored), source, stored)
 
 
-def _add_all(
-    layers: ConfigLayers[ExperimentConfig], data: dict[str, Any], origin: str, found: ErrorList
+def _add_other_errors(
+    found: ErrorList,
+    config: ExperimentConfig,
+    *,
+    has_model: bool = True,
+    across: bool = True,
+    starts: bool = False,
+    check_data: Callable[[ExperimentConfig], None] | None = None,
 ) -> None:
-    """Add what can be added, and to `found` why the rest cannot."""
-    while True:
-        try:
-            data = our_names(data)
-            break
-        except ConfigError as error:  # about a name that is given twice
-            found.add(error)
-            data = without(data, error.about)
-    model, dataset = data.get("model"), data.get("dataset")
-    if isinstance(model, str) or (isinstance(model, dict) and "preset" in model):
-        data = {key: value for key, value in data.items() if key != "model"}
-        with found.collecting():
-            if isinstance(model, str):
-                raise _no_model(model, f'{{"preset": "{_like_preset(model)}"}}')
-            layers.add({"model": _preset(model["preset"])}, f"preset {model['preset']}")
-            if rest := {key: value for key, value in model.items() if key != "preset"}:
-                data["model"] = rest
-    if isinstance(dataset, dict) and "mix" in dataset:
-        rest = {key: value for key, value in dataset.items() if key != "mix"}
-        data = {**data, "dataset": rest}
-        with found.collecting():
-            data["dataset"] = {**dataset, "mix": inline_mixes(dataset["mix"])}
-    layers.add(data, origin)
+    """Add to `found`, the reasons to refuse a config, what is wrong with the rest of it: all that
+    can be told without the values which are refused, so that a user mends everything at once.
+
+    Args:
+        config: what could be built, with defaults in the place of what is refused.
+        has_model: its model is the one that is meant.
+        across: its sections belong together.
+    """
+    refused = [error.about for error in found.errors if error.about]
+    names_known = not any(a.startswith(("model", "train_module.lora")) for a in refused)
+    others = ErrorList()
+    if across:
+        ranks = world_size_of(os.environ)
+        others.ask(check_experiment, config, ranks, has_model=has_model, has_names=names_known)
+    with others.collecting():
+        filled = fill(config)
+        if check_data is not None:
+            others.ask(check_data, filled)
+        if starts:
+            others.ask(check_run_folder, filled.run, "<time>")
+        if starts and across:
+            folder = resolve_run_folder(filled.run, "<time>")
+            others.ask(check_load_path, filled, folder, has_model=names_known)
+    # What is said of a value that was refused is said of its default here.
+    names = [re.escape(about.rpartition(".")[2]) for about in refused if about != "model"]
+    spoken_of = re.compile(rf"\b({'|'.join(names)})\b") if names else None
+    for other in others.errors:
+        if spoken_of is None or not spoken_of.search(str(other)):
+            found.add(other)
 
 
 def _preset(name: Any) -> dict[str, Any]:
@@ -301,87 +333,3 @@ def _no_model(name: str, write: str) -> ConfigError:
 
 def _like_preset(name: str) -> str:
     return nearest(name, PRESETS) or "NAME"
-
-
-def _add_base(layers: ConfigLayers[ExperimentConfig], folder: Path) -> None:
-    """Take what `folder` says in the place of the model and tokenizer there are."""
-    base, origin = read_base(folder), f"--base={folder}"
-    layers.data.pop("model", None)
-    dataset = layers.data.setdefault("dataset", {})
-    if "tokenizer" in base.get("dataset", {}):
-        dataset.pop("tokenizer", None)
-    longest, wanted = longest_sequence(base["model"]), dataset.get("sequence_length")
-    if longest is not None and wanted is not None and wanted > longest:
-        base.setdefault("dataset", {})["sequence_length"] = longest
-    _add(layers, base, origin)
-
-
-def _parse(args: Sequence[str], found: ErrorList) -> list[Override]:
-    short = [name.replace("_", "-") for name in SHORTHANDS]
-    return parse_override_args(
-        args,
-        sections=[*ExperimentConfig.__struct_fields__, *(a for a in ALIASES if "." not in a)],
-        options=[*short, "base", "dry-run", "json", "debug"],
-        root=type_of(ExperimentConfig),
-        found=found,
-    )
-
-
-def _apply_overrides(
-    layers: ConfigLayers[ExperimentConfig],
-    args: Sequence[str],
-    short: Mapping[str, Override] = {},
-) -> None:
-    """Apply all that can be applied.
-
-    Args:
-        short: options in `SHORTHANDS` that were given, by the path that they stand for.
-
-    Raises:
-        ConfigError: what cannot.
-    """
-    found = ErrorList()
-    overrides = _parse(args, found)
-    for override in overrides:
-        if override.path == "model.preset":
-            with found.collecting():
-                layers.set("model", _preset(override.text), override.flag)
-    has_model = not _is_refused("model", found)
-    by_path = dict(short)
-    for override in overrides:
-        if override.path == "model.preset":
-            continue
-        if override.path.startswith("model.") and not has_model:
-            continue
-        with found.collecting():
-            ours = override._replace(path=our_path(override.path))
-            _check_same(by_path.setdefault(ours.path, override), override)
-            _apply(layers, ours, implied(override.path, _checkpointing_mode(layers)))
-    found.raise_any()
-
-
-def _apply(
-    layers: ConfigLayers[ExperimentConfig], override: Override, also: tuple[str, Any] | None
-) -> None:
-    value = layers.parse(override)
-    if override.path == "model" and isinstance(value, dict) and "preset" in value:
-        value = {**_preset(value.pop("preset")), **value}
-    elif override.path == "model" and isinstance(value, str):
-        raise _no_model(value, f"--model.preset={_like_preset(value)}")
-    elif override.path == "dataset.mix":
-        value = inline_mixes(value)
-    layers.set(override.path, our_value(override.path, value), override.flag)
-    if also is not None:
-        layers.set(*also, override.flag)
-
-
-def _check_same(first: Override, other: Override) -> None:
-    """Raise ConfigError where two flags give one value under different names."""
-    if first.path != other.path and first.text != other.text:
-        raise ConfigError(f"{first.flag} and {other.flag}: two names of one value; give one")
-
-
-def _checkpointing_mode(layers: ConfigLayers[ExperimentConfig]) -> Any:
-    module = layers.data.get("train_module")
-    given = module.get("ac_config") if isinstance(module, dict) else None
-    return given.get("mode") if isinstance(given, dict) else None

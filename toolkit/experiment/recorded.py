@@ -122,12 +122,7 @@ def plan_resume(run_dir: Path, overrides: Sequence[str], environ: Mapping[str, s
 
 def _run_meant(path: Path) -> Path:
     """The run to continue: `path`, or that of the step folder `path`, which must be its newest
-    whole checkpoint.
-
-    Raises:
-        RunError: there are newer ones, whose steps would be done again and replaced.
-        CheckpointError: it is not whole.
-    """
+    whole checkpoint."""
     step, run = step_of(path.name), run_of_checkpoint(path)
     if is_run(path) or step is None or run is None:
         return path
@@ -180,11 +175,7 @@ def precision_again(
 
 
 def processes_here(recorded: int) -> int:
-    """As many processes as were recorded, or as the machine has devices if those are fewer.
-
-    Raises:
-        RunError: far more than the machine can run.
-    """
+    """As many processes as were recorded, or as the machine has devices if those are fewer."""
     from toolkit.distributed.devices import usable_gpus
 
     if gpus := usable_gpus():
@@ -218,11 +209,7 @@ def read_steps(folder: Path) -> dict[int, RecordedStep]:
 
 
 def config_of(folder: Path, attempt: int) -> ExperimentConfig:
-    """The config of `attempt`, as it was written.
-
-    Raises:
-        RunError: it cannot be read.
-    """
+    """The config of `attempt`, as it was written."""
     path = metadata_of_attempt(folder, RUN_FILES.config, attempt)
     try:
         return read_json(path, RunError, ExperimentConfig)

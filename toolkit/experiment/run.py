@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from toolkit import signals
 from toolkit.config.interpolation import fill
 from toolkit.config.secrets import check_no_secrets
-from toolkit.data.corpus_info import CorpusInfo, data_places, read_corpus
+from toolkit.data.corpus_info import CorpusInfo, read_corpus
 from toolkit.distributed.launcher import rank_of
 from toolkit.distributed.layout import Layout, resolve_layout
 from toolkit.distributed.logging import setup_logging
@@ -40,26 +40,15 @@ log = logging.getLogger(__name__)
 class DataDoor(NamedTuple):
     """How a start comes to its data: the core opens what exists; `commands/` prepares more."""
 
-    prepare: Callable[[ExperimentConfig], CorpusInfo]
-    """What there is, made where it is missing. Every process calls it."""
+    prepare: Callable[[ExperimentConfig], CorpusInfo | None]
+    """What there is, made where it is missing; None: it is still missing. All processes call it."""
     check: Callable[[ExperimentConfig], None]
     """Raises ConfigError or DataError where text that would be prepared is not there."""
 
 
-def read_data(config: ExperimentConfig) -> CorpusInfo:
-    """The prepared data of `config`.
-
-    Raises:
-        DataError: it is not there.
-    """
-    corpus = read_corpus(config.data, in_use=True)
-    if corpus is None:
-        places = ", ".join(str(place) for place in data_places(config.data))
-        raise DataError(f"{places}: no prepared data there; make it with `toolkit prepare`")
-    return corpus
-
-
-EXISTING_DATA = DataDoor(prepare=read_data, check=lambda config: None)
+EXISTING_DATA = DataDoor(
+    prepare=lambda config: read_corpus(config.data, in_use=True), check=lambda config: None
+)
 
 
 def train(
@@ -142,12 +131,11 @@ def _run(
     environ = os.environ
     check_launcher_variables(environ)
     layout = resolve_layout(config.train_module.precision, config.train_module.dp_config, environ)
-    found = ErrorList()
-    with found.collecting():
-        check_experiment(config, layout.batch_ranks)
     rank = starting.rank = rank_of(environ)
     _log_to_console(config)
     run, name = None, choose_run_name()
+    found = ErrorList()
+    found.ask(check_experiment, config, layout.batch_ranks)
     if rank == 0:
         before = find_predecessor(config.run, current_launch())
         if before is not None:
@@ -156,13 +144,10 @@ def _run(
                 return EXIT_STOPPED
             log.info("started again by the launcher; continuing %s", before)
             config = config.replace(run=config.run.replace(save_folder=str(before)))
-        with found.collecting():
-            check_run_folder(config.run, name)
-        with found.collecting():
-            check_load_path(config, resolve_run_folder(config.run, name))
+        found.ask(check_run_folder, config.run, name)
+        found.ask(lambda: check_load_path(config, resolve_run_folder(config.run, name)))
         if found.errors:  # preparing the data, which tells the same, is not reached
-            with found.collecting():
-                data.check(config)
+            found.ask(data.check, config)
     found.raise_any()
     try:
         training = _open(config, data, layout, rank)
@@ -196,7 +181,8 @@ def _log_to_console(config: ExperimentConfig) -> None:
 
 def _open(config: ExperimentConfig, data: DataDoor, layout: Layout, rank: int) -> "Training":
     corpus = data.prepare(config)
-    check_corpus(config, corpus)
+    if corpus is not None:
+        check_corpus(config, corpus)
     # It needs torch: bad text is reported seconds sooner without it.
     from toolkit.experiment.training import Training
 

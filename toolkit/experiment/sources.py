@@ -43,11 +43,7 @@ def recipe_names() -> list[str]:
 
 
 def recipe_text(name: str) -> str:
-    """The JSON text of a recipe, as it stands in the package.
-
-    Raises:
-        ConfigError: there is none of that name; names the nearest.
-    """
+    """The JSON text of a recipe, as it stands in the package."""
     if name not in recipe_names():
         raise ConfigError(f"{name}: no such recipe; {recipe_hint(name)}")
     return (_folder() / f"{name}.json").read_text(encoding="utf-8")
@@ -68,9 +64,6 @@ def read_base(folder: Path) -> dict[str, Any]:
 
     Args:
         folder: what `toolkit convert-hf` wrote, or a run.
-
-    Raises:
-        ConfigError: it is neither.
     """
     if (folder / FINETUNE_FILE).is_file():
         model, dataset = _of_converted(read_json_mapping(folder / FINETUNE_FILE), folder)

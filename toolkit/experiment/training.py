@@ -57,7 +57,7 @@ class Training:
     """
 
     def __init__(
-        self, config: ExperimentConfig, data: CorpusInfo, batch_rank: int, batch_ranks: int
+        self, config: ExperimentConfig, data: CorpusInfo | None, batch_rank: int, batch_ranks: int
     ) -> None:
         self.config = config
         self.corpus = open_corpus(config.data, data)

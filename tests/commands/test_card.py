@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from toolkit.commands.model_facts import _command
+from toolkit.commands.card import _command
 
 
 @pytest.mark.parametrize(

@@ -2,14 +2,24 @@
 
 import contextlib
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from toolkit.commands.data_facts import data_words, hub_data_sets
+from toolkit.config.secrets import mask_secrets
+from toolkit.data.config import (
+    DatasetConfig,
+    DiskSourceConfig,
+    FilesSourceConfig,
+    HubSourceConfig,
+    MixSourceConfig,
+    SourceConfig,
+    TokenFilesSourceConfig,
+)
 from toolkit.data.prepare.tokenizers.tokenizer import load_tokenizer
+from toolkit.data.tokens.prepared import read_prepared
 from toolkit.errors import RunError, ToolkitError
 from toolkit.experiment.config import ExperimentConfig
 from toolkit.experiment.recorded import config_of, engine_of, versions_of
@@ -22,6 +32,7 @@ from toolkit.runs.status import RunStatus, read_status
 from toolkit.storage.foreign import read_json
 
 _COMMAND = ("train", "resume")
+_MOST_PATHS = 8
 
 
 class _Line(msgspec.Struct):
@@ -53,7 +64,10 @@ def card_of(
     """
     run = source.run
     status = read_status(run) if run is not None else None
-    config = _config(run, status)
+    config = None
+    if run is not None and status is not None:
+        with contextlib.suppress(ToolkitError):
+            config = config_of(run, status.attempt)
     folder = source.run or (source.checkpoint.parent if source.checkpoint else source.hf_folder)
     title = f"{status.experiment}/{status.name}" if status else (folder or Path()).resolve().name
     tokenizer = load_tokenizer(source.tokenizer_folder) if source.tokenizer_folder else None
@@ -76,14 +90,6 @@ def card_of(
         has_tokenizer=tokenizer is not None,
         has_chat_template=tokenizer is not None and tokenizer.chat_template is not None,
     )
-
-
-def _config(run: Path | None, status: RunStatus | None) -> ExperimentConfig | None:
-    if run is None or status is None:
-        return None
-    with contextlib.suppress(ToolkitError):
-        return config_of(run, status.attempt)
-    return None
 
 
 def _description(run: Path | None, config: ExperimentConfig | None) -> str:
@@ -140,10 +146,7 @@ def _training(
         rows["Adapter"] = _settings({"type": "LoRA", **msgspec.to_builtins(source.lora)})
     engine = engine_of(source.run, status.attempt) if source.run and status else None
     machine = f"{metadata.engine} x {metadata.world_size}"
-    if engine is not None and (engine.name, engine.world_size) == (
-        metadata.engine,
-        metadata.world_size,
-    ):
+    if engine is not None and f"{engine.name} x {engine.world_size}" == machine:
         machine = f"{engine} ({engine.device})"
     rows["Engine x processes"] = machine
     return {name: value for name, value in rows.items() if value}
@@ -191,15 +194,11 @@ def _newest(path: Path, step: int) -> list[_Line]:
 
 
 def _scores(line: _Line) -> str:
-    labels = {
-        "loss": line.loss,
-        "perplexity": line.ppl,
-        "bits per byte": line.bits_per_byte,
-        "accuracy": line.accuracy,
-    }
+    names = {"loss": "loss", "ppl": "perplexity", "bits_per_byte": "bits per byte"}
+    values = {name: getattr(line, name) for name in (*names, "accuracy")}
     return ", ".join(
-        f"{label} {value:.4f}" if isinstance(value, float) else f"{label} {value}"
-        for label, value in labels.items()
+        f"{names.get(name, name)} {f'{value:.4f}' if isinstance(value, float) else value}"
+        for name, value in values.items()
         if value is not None
     )
 
@@ -223,3 +222,71 @@ def _versions(source: ModelSource, status: RunStatus | None) -> dict[str, str]:
     if source.run is not None and status is not None:
         found = versions_of(source.run, status.attempt) or found
     return {name: str(version) for name, version in found.items() if version}
+
+
+def data_words(dataset: DatasetConfig) -> str:
+    """Every source in a line; of files the paths, of mixtures the shares."""
+    if dataset.custom is not None:
+        return f"`{dataset.custom.target}`"
+    name = f"{dataset.dataset_name}/{dataset.dataset_config}"
+    if dataset.mix is None:
+        source = source_of(dataset)
+        return _words(source) if source is not None else f"token files {name}"
+    sources = dataset.mix.sources
+    total = sum(source.ratio for source in sources.values())
+    parts = [f"{n} {s.ratio / total:.1%}: {_words_of_mixed(s, n)}" for n, s in sources.items()]
+    return f"a mixture of {'; '.join(parts)}"
+
+
+def hub_data_sets(dataset: DatasetConfig) -> list[str]:
+    """Names on the hub of everything that was trained on."""
+    sources = [source_of(dataset)]
+    if dataset.mix is not None:
+        sources = [part.source for part in _leaves(dataset.mix.sources)]
+    names = [source.name for source in sources if isinstance(source, HubSourceConfig)]
+    return list(dict.fromkeys(name for name in names if not Path(name).exists()))
+
+
+def source_of(dataset: DatasetConfig) -> SourceConfig | None:
+    """Where the text came from: what the config says, else what the token files remember of a data
+    set on the hub; None: it is not known."""
+    if dataset.source is not None:
+        return dataset.source
+    with contextlib.suppress(ToolkitError, msgspec.ValidationError, AttributeError):
+        prepared = read_prepared(dataset)
+        kept = prepared.manifest.settings.get("source") if prepared is not None else None
+        return msgspec.convert(kept, HubSourceConfig)
+    return None
+
+
+def _leaves(sources: dict[str, MixSourceConfig]) -> Iterator[MixSourceConfig]:
+    for source in sources.values():
+        if isinstance(source.mix, dict):
+            yield from _leaves(source.mix)
+        else:
+            yield source
+
+
+def _words_of_mixed(source: MixSourceConfig, name: str) -> str:
+    if isinstance(source.mix, dict):
+        inner = "; ".join(f"{part}: {_words_of_mixed(s, part)}" for part, s in source.mix.items())
+        return f"a mixture ({inner})"
+    if source.mix is not None:
+        return f"the mixture {source.mix}"
+    if source.source is None:
+        return f"token files {source.dataset_name or name}"
+    return _words(source.source)
+
+
+def _words(source: Any) -> str:
+    match source:
+        case HubSourceConfig():
+            config = f" ({source.config})" if source.config else ""
+            return f"{source.name}{config}, {source.split}"
+        case FilesSourceConfig() | TokenFilesSourceConfig():
+            shown = [f"`{mask_secrets(path)}`" for path in source.paths[:_MOST_PATHS]]
+            more = len(source.paths) - len(shown)
+            return ", ".join([*shown, *([f"and {more} more"] if more else [])])
+        case DiskSourceConfig():
+            return f"`{mask_secrets(source.path)}`, {source.split}"
+    return "the standard library of Python"
