@@ -79,11 +79,8 @@ def quiet_transformers() -> Iterator[None]:
 def settle(folder: Path, *, where: str, model_type: str | None = None) -> str:
     """Make a tokenizer folder one that `AutoTokenizer` reads with the ids of its tokenizer.json, by
     changing its tokenizer_config.json; returns the release of `transformers` that was asked.
-    DataError, which names `where`, if it cannot be read that way.
-
-    Args:
-        model_type: of the model that it goes with, which may decide the class.
-    """
+    DataError, which names `where`, if it cannot be read that way. The class may depend on the
+    `model_type` of the model that it goes with."""
     import transformers
 
     make_portable(folder)

@@ -299,11 +299,7 @@ def load_file(
     path: Path, *, eos_token: str | None = None, bos_token: str | None = None
 ) -> Tokenizer:
     """The tokenizer of a tokenizer.json and the files beside it; DataError where it is missing or
-    cannot be read.
-
-    Args:
-        eos_token, bos_token: in place of those that tokenizer_config.json names.
-    """
+    cannot be read. `eos_token` and `bos_token` replace those that tokenizer_config.json names."""
     files = companions_of(path.parent)
     config = read_json(path.with_name(TOKENIZER_CONFIG_FILE))
     if config.get(BYTE_MARK):

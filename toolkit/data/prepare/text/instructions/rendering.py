@@ -69,12 +69,8 @@ class _Rendered(NamedTuple):
 
 
 class RowRenderer:
-    """Renders rows by one config.
-
-    Args:
-        templates: without any, prompts and completions are joined as they are.
-        append_eos: whether an end-of-document token follows each document.
-    """
+    """Renders rows by one config; without `templates`, prompts and completions are joined as they
+    are. `append_eos` tells whether an end-of-document token follows each document."""
 
     def __init__(
         self,
@@ -90,11 +86,8 @@ class RowRenderer:
         self._counts_all = config.train_on == "all"
 
     def render(self, row: dict[str, Any], where: str) -> RenderedRow | None:
-        """The text of a row; None when there is nothing in it to train on.
-
-        DataError where the row has no known shape, or the template does not suit it; names the row
-        and shows what was rendered.
-        """
+        """The text of a row; None when there is nothing in it to train on. DataError, which shows
+        what was rendered, where the row has no known shape, or the template does not suit it."""
         conversation = read_conversation(row, self._config, where)
         messages, masked = conversation.messages, conversation.masked
         if len(masked) == len(messages):
