@@ -4,6 +4,7 @@ import ast
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +15,8 @@ from toolkit.data.prefetch import read_ahead
 from toolkit.metrics.recorder import MetricsRecorder
 from toolkit.metrics.system import SystemMonitor
 from toolkit.threads import Thread, ThreadPool
-from toolkit.train.saving import TrainerSaver
+from toolkit.train.callbacks import checkpointer
+from toolkit.train.config import CheckpointerConfig
 
 
 class FakeCuda:
@@ -81,18 +83,16 @@ def test_metrics_are_delivered_on_the_ranks_own_device(cuda: FakeCuda) -> None:
 def test_a_background_save_writes_on_the_ranks_own_device(
     cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Pieces:
-        def copy(self, tensors: Any) -> None:
-            return None
-
     seen = []
-    saver = TrainerSaver(None, lambda folder: None)  # type: ignore[arg-type]
-    monkeypatch.setattr(saver, "_begin", lambda *_, **__: (None, Pieces(), {}))
+    monkeypatch.setattr(checkpointer, "begin_save", lambda *_, **__: None)
+    saver: Any = checkpointer.Checkpointer(CheckpointerConfig())
+    saver.state = SimpleNamespace(step=1, train_module=SimpleNamespace(state_tensors=dict))
+    saver._shards = SimpleNamespace(copy=lambda tensors: None)
     monkeypatch.setattr(saver, "_write", lambda *_: seen.append(cuda.current_device()))
-    saver.begin_save()
-    saver.wait()
+    saver._save("permanent", in_background=True)
+    saver._wait()
     assert seen == [3]
-    assert saver.take_error() is None
+    assert saver._take_error() is None
 
 
 def test_data_is_read_ahead_on_the_ranks_own_device(cuda: FakeCuda) -> None:

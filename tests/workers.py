@@ -5,6 +5,7 @@ set; its return values come back as a list by rank. A hung or failed job kills t
 the next test starts clean.
 """
 
+import contextlib
 import faulthandler
 import gc
 import multiprocessing as mp
@@ -128,9 +129,26 @@ def _leave_groups() -> None:
     """The end of a rank closes its connections, which those that wait for it notice; a worker lives
     on."""
     groups: Any = sys.modules.get("toolkit.distributed.process_groups")
-    if groups is not None and groups._closed_backends:
+    if groups is None or not groups._closed_backends:
+        return
+    # What holds the groups of a job for the life of a process: the threads of a group whose peer is
+    # gone spin, and a session has hundreds of jobs.
+    import torch
+
+    if "torch.distributed.tensor" in sys.modules:
+        from torch.distributed.tensor import DTensor
+
+        torch._C._clear_DTensor_sharding_propagator_cache()
+        DTensor._op_dispatcher.sharding_propagator.propagate_op_sharding.cache.cache_clear()
+    if "deepspeed" in sys.modules:
+        from deepspeed import DeepSpeedEngine
+
         gc.collect()
-        groups._closed_backends.clear()
+        for found in [o for o in gc.get_objects() if type(o) is DeepSpeedEngine]:
+            with contextlib.suppress(AssertionError):  # it says on rank 0 that its hooks are gone
+                found.optimizer.destroy()
+    gc.collect()
+    groups._closed_backends.clear()
 
 
 def _restart_deepspeed_ids() -> None:

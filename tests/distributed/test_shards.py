@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -109,7 +110,7 @@ def cut_and_sharded(cut: int, sharded: int, folder: str) -> tuple[bool, list[Box
         mine = whole.narrow(cut, start, half).chunk(2, dim=sharded)[mesh.get_local_rank("dp_shard")]
         is_drawn = torch.equal(tensor.to_local(), mine)
         tensors = {"model.w": stored_tensor(tensor, spec)}
-        save = {"tokens": 0, "rank_state": {}, "engine": "fsdp", "rank": env.rank}
+        save: dict[str, Any] = {"tokens": 0, "rank_state": {}, "engine": "fsdp", "rank": env.rank}
         save_checkpoint(Path(folder), step=1, tensors=tensors, group=env.cpu_group, **save)
         tensor.to_local().zero_()
         load_checkpoint(Path(folder) / "step1", tensors=tensors, rank=env.rank, group=env.cpu_group)

@@ -186,6 +186,7 @@ def test_close_without_flush_starts_no_reduction(collected):
     )
     recorder.record(1, {"x": 1.0}, {"x": "sum"})
     recorder.close(flush=False)
+    recorder.close()  # a second time
     assert (calls, collected.blocks) == ([], [])
 
 

@@ -124,7 +124,7 @@ def test_a_step_of_experts_reads_nothing_back(
     on_meta: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(grouped, "grouped_backend", lambda *_: "grouped_mm")
-    monkeypatch.setattr(grouped, "leaves_empty_groups_undefined", lambda _: True)
+    monkeypatch.setattr(grouped.kernels, "leaves_empty_groups_undefined", lambda _: True)
     monkeypatch.setattr(grouped, "grouped_mm", _grouped_mm)
     experts = MoEConfig(num_experts=4, top_k=2, intermediate_size=16)
     metrics = step(on_meta({"moe": experts}), batch(masked=True))

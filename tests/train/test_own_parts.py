@@ -15,7 +15,8 @@ from toolkit.experiment.checks import check_experiment
 from toolkit.experiment.load import load_experiment
 
 MODULE = """
-from toolkit import Callback, Metric, TransformerTrainModule
+import torch
+from toolkit import Callback, Metric, Transformer, TransformerTrainModule
 
 class Counter(Callback):
     def __init__(self, stop_after=None):
@@ -44,6 +45,22 @@ class Doubled(TransformerTrainModule):
     def train_batch(self, batch):
         metrics = super().train_batch(batch)
         return metrics | {"scaled": Metric(metrics["loss"].value * self.factor, "sum")}
+
+class Capped(Transformer):
+    # the same parameters, another computation
+
+    def __init__(self, config, *, init_device="cpu", seed=0, scale=2.0):
+        super().__init__(config, init_device=init_device, seed=seed)
+        self.scale = scale
+
+    def forward(self, input_ids, labels=None, **more):
+        sums = super().forward(input_ids, labels, **more)
+        return sums._replace(loss=sums.loss * self.scale, ce=sums.ce * self.scale)
+
+class Larger(Transformer):
+    def __init__(self, config, **more):
+        super().__init__(config, **more)
+        self.extra = torch.nn.Linear(3, 3, device="meta")
 
 class NoCallback:
     pass
@@ -95,6 +112,24 @@ def test_a_train_module_by_name_takes_the_place_of_ours(
     assert all(r["scaled"] == pytest.approx(4 * r["loss"]) for r in records(tmp_path))
 
 
+def test_a_model_by_name_is_trained_stored_and_not_exported(
+    workers: WorkerPool, tmp_path: Path
+) -> None:
+    short = "--trainer.max_duration.value=3"
+    assert workers.run(1, run, str(tmp_path), short) == [(0, "")]
+    first = records(tmp_path)[0]["loss"]
+    (tmp_path / "run").rename(tmp_path / "ours")
+    flags = ("--model.type=own_parts:Capped", "--model.options={scale: 3.0}")
+    export = "--trainer.callbacks.checkpointer.export_hf=true"
+    assert workers.run(1, run, str(tmp_path), short, *flags, export) == [(0, "")]
+    assert records(tmp_path)[0]["loss"] == pytest.approx(3 * first)
+    assert not (tmp_path / "run/checkpoints/step3/hf").exists()
+    assert "no transformers class has these parts" in (tmp_path / "run/logs/rank0.log").read_text()
+    longer = "--trainer.max_duration.value=5"
+    assert workers.run(1, run, str(tmp_path), longer, *flags) == [(0, "")]
+    assert [record["step"] for record in records(tmp_path)] == [1, 2, 3, 4, 5]
+
+
 CUSTOM = "trainer.callbacks.custom.mine"
 
 
@@ -112,6 +147,7 @@ CUSTOM = "trainer.callbacks.custom.mine"
             f"--{CUSTOM}={{target: 'own_parts:Counter', options: {{stop: 3}}}}",
             f"{CUSTOM}.options: own_parts:Counter: got an unexpected keyword argument 'stop'",
         ),
+        ("--model.type=own_parts:Counter", "model.type: own_parts:Counter: derive it from toolkit"),
         (
             "--train_module.target=own_parts:Counter",
             "train_module.target: own_parts:Counter: derive it from toolkit.TransformerTrainModule",
@@ -124,6 +160,12 @@ def test_a_bad_one_is_one_line_before_anything_is_prepared(flag: str, message: s
         check_experiment(config, 1)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_model_keeps_the_parameters_of_its_parts() -> None:
+    config = load_experiment("smoke", ["--model.type=own_parts:Larger"]).config
+    with pytest.raises(ConfigError, match=r"own_parts:Larger has .* parameters, its parts"):
+        config.model.build(init_device="meta")
 
 
 def test_a_name_of_ours_is_taken() -> None:
@@ -151,7 +193,14 @@ class Seen(Callback):
 
 
 def in_python(place: str) -> list[Any]:
-    from toolkit import Trainer, get_dataloaders, prepare_training_environment, start_run
+    from toolkit import (
+        GPTConfig,
+        GPTModel,
+        Trainer,
+        get_dataloaders,
+        prepare_training_environment,
+        start_run,
+    )
 
     found = []
     for steps in (3, 5):
@@ -161,9 +210,11 @@ def in_python(place: str) -> list[Any]:
         run = start_run("own", "python", root=f"{place}/runs", resume=steps > 3)
         loader, _ = get_dataloaders(config.data)
         given, added = Seen(), Seen()
+        sizes = {"vocab_size": 300, "n_positions": loader.sequence_length, "n_embd": 32}
+        model = GPTModel(GPTConfig(**sizes, n_layer=1, n_head=4), init_device="meta")
         trainer = Trainer(
             config.trainer,
-            config.model.build(init_device="meta"),
+            model,
             loader,
             run=run,
             environment=environment,
@@ -172,7 +223,7 @@ def in_python(place: str) -> list[Any]:
         trainer.restore()
         trainer.add_callback("added", added)
         errors = []
-        for name, callback in (("given", Seen()), ("other", object())):
+        for name, callback in (("given", Seen()), ("other", object()), ("checkpointer", Seen())):
             try:
                 trainer.add_callback(name, callback)  # type: ignore[arg-type]
             except ConfigError as error:
@@ -196,7 +247,8 @@ def test_callbacks_given_in_python_are_called_and_restored(
     assert (restored, added) == ({}, {})
     assert errors[0] == "callback given: there is one of this name; choose another name"
     assert errors[1].startswith("callback other: derive its class from toolkit.Callback, and give")
-    assert errors[2] == "callback late: training has begun; add it before `fit`"
+    assert errors[2] == "callback checkpointer: there is one of this name; choose another name"
+    assert errors[3] == "callback late: training has begun; add it before `fit`"
     events, restored, added, _ = second
     assert events == ["begins at 3", "ends at 5 of 5"]
     assert restored == added == {"events": ["begins at 0", "ends at 3 of 3"]}

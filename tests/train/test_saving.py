@@ -19,7 +19,8 @@ from tests.workers import WorkerPool
 from toolkit.checkpoint.save_plan import ShardWriter
 from toolkit.checkpoint.tensors import iterate_tensors
 from toolkit.errors import RunError, ToolkitError
-from toolkit.train.saving import TrainerSaver
+from toolkit.train.callbacks.checkpointer import Checkpointer
+from toolkit.train.config import CheckpointerConfig
 
 STEPS = 12
 
@@ -193,7 +194,9 @@ def test_a_writer_that_lost_the_run_leaves_the_new_owners_files(tmp_path: Path) 
         environment=SimpleNamespace(broadcast=lambda value: value),
         step=7,
     )
-    for save in (TrainerSaver.save, TrainerSaver.begin_save):
+    saver = Checkpointer(CheckpointerConfig())
+    saver.state = state
+    for in_background in (False, True):
         with pytest.raises(RunError, match="taken over"):
-            save(TrainerSaver(state, lambda _: None))
+            saver._save("permanent", in_background=in_background)
     assert unfinished.is_dir()

@@ -74,27 +74,22 @@ def convert(data: Any, config_type: type[T]) -> T:
 def check(data: Any, config_type: type) -> Checked:
     """Everything in `data` that does not fit `config_type`, and what can be made of the rest."""
     walk, target = _Walk(), type_of(config_type)
-    data = expanded(data, target)
-    fitting = walk.value(data, target, "")
-    if not walk.errors:
-        try:
-            return Checked(msgspec.convert(data, config_type), [])
-        except msgspec.ValidationError:
-            pass  # what is left are the checks of the structs themselves
-    settled = fitting if fitting is _WRONG else walk.settled(fitting, target, "")
-    built = None if settled is _WRONG else msgspec.convert(settled, config_type)
-    return Checked(built, walk.errors)
+    fitting = walk.value(expanded(data, target), target, "")
+    built = None if fitting is _WRONG else msgspec.convert(fitting, config_type)
+    return Checked(built, walk.errors + walk.refusals)
 
 
 class _Walk:
-    """Goes through data and its types side by side. `value` compares names and types, `settled`
-    then runs `__post_init__` of every struct, inner ones first; both return what is right."""
+    """Goes through data and its types side by side."""
 
     def __init__(self) -> None:
         self.errors: list[ConfigError] = []
+        """Names and types that do not fit."""
+        self.refusals: list[ConfigError] = []
+        """What the `__post_init__` of structs refuses, inner ones first."""
 
     def value(self, data: Any, target: Any, path: str) -> Any:
-        """`data` without the names and values that do not fit `target`."""
+        """`data` without what does not fit `target`, or is refused."""
         if isinstance(data, dict):
             return self._mapping(data, target, path)
         if isinstance(data, list) and (item_type(target, 0) is not None or _takes_any(target)):
@@ -109,24 +104,6 @@ class _Walk:
         problem = _problem(data, target)
         return data if problem is None else self._wrong(path, problem)
 
-    def settled(self, data: Any, target: Any, path: str) -> Any:
-        """`data`, whose names and types fit, without what the structs themselves refuse."""
-        if isinstance(data, list):
-            return _all_right(
-                self.settled(item, item_type(target, index), join(path, index))
-                for index, item in enumerate(data)
-            )
-        if not isinstance(data, dict):
-            return data
-        struct = choose_struct(target, data)
-        fields = field_types(struct)
-        values = {
-            name: self.settled(value, fields.get(name, value_type(target)), join(path, name))
-            for name, value in data.items()
-        }
-        values = {name: value for name, value in values.items() if value is not _WRONG}
-        return values if struct is None else self._struct(values, struct, path)
-
     def _struct(self, values: dict[str, Any], struct: inspect.StructType, path: str) -> Any:
         required = {field.encode_name for field in struct.fields if field.required}
         while required <= values.keys():
@@ -139,7 +116,7 @@ class _Walk:
                 for line in str(error).partition(" - at `")[0].splitlines():
                     name = line.partition(" ")[0].partition(".")[0].rstrip(":")
                     about = join(path, name) if name in values else path
-                    self.errors.append(ConfigError(line.replace("`", ""), key=path, about=about))
+                    self.refusals.append(ConfigError(line.replace("`", ""), key=path, about=about))
                     refused.add(name)
             if not refused & values.keys():
                 return _WRONG
@@ -168,7 +145,7 @@ class _Walk:
             if field.required and field.encode_name not in data:
                 problem = f"required, and not given (expected {describe(field.type)})"
                 self._wrong(join(path, field.encode_name), problem)
-        return fitting
+        return self._struct(fitting, struct, path)
 
     def _entries(self, data: dict[str, Any], type_of: Callable[[str], Any], path: str) -> Any:
         fitting = {}

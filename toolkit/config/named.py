@@ -5,6 +5,7 @@ called, so configs stay free of torch and no import runs in a circle.
 """
 
 import importlib
+import inspect
 import os
 import re
 import sys
@@ -49,6 +50,24 @@ def users_class(name: str, *, key: str) -> Any:
         raise ConfigError(f"{name}: {reason}", key=key) from error
     if not callable(found):
         raise ConfigError(f"{name}: is no class: {found!r:.80}", key=key)
+    return found
+
+
+def users_subclass(config: Any, base: str, *arguments: Any, key: str, name: str = "target") -> Any:
+    """The user's class `config.target` (see `users_class`), which is derived from the class named
+    `base`, and takes `arguments` and `config.options`.
+
+    Raises:
+        ConfigError: otherwise; about the fields `name` and "options" at `key`.
+    """
+    found = users_class(config.target, key=f"{key}.{name}")
+    if not (isinstance(found, type) and issubclass(found, named(base))):
+        ours = base.partition(":")[2]
+        raise ConfigError(f"{config.target}: derive it from toolkit.{ours}", key=f"{key}.{name}")
+    try:
+        inspect.signature(found).bind(*arguments, **config.options)
+    except TypeError as error:
+        raise ConfigError(f"{config.target}: {error}", key=f"{key}.options") from None
     return found
 
 

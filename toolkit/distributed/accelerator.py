@@ -7,6 +7,7 @@ once per process.
 """
 
 import importlib
+import inspect
 import logging
 import os
 import warnings
@@ -15,10 +16,10 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
 from toolkit.distributed.environment import TrainingEnvironment
 from toolkit.distributed.launcher import DEEPSPEED_FIXED
-from toolkit.distributed.layout import Layout
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -35,10 +36,7 @@ _OTHERS_VARIABLES = (
 def build_accelerator(
     environment: TrainingEnvironment, *, max_grad_norm: float | None = None
 ) -> "Accelerator":
-    """The accelerator for the environment's engine.
-
-    `max_grad_norm` matters to DeepSpeed only, which clips inside its own step.
-    """
+    """The accelerator for the layout; `max_grad_norm` is for DeepSpeed, which clips by itself."""
     quiet_third_parties(environment)
     layout = environment.layout
     with without_launcher_variables():
@@ -55,16 +53,22 @@ def build_accelerator(
             cpu=on_cpu, mixed_precision="no", step_scheduler_with_optimizer=False
         )
     if layout.is_fsdp:
-        _become_fsdp(accelerator, layout)
+        from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+
+        # The model arrives sharded already (`materialize`): meta parameters would be mapped wrongly
+        # by Accelerate's own preparation, so the plugin only tells it what it has in hands.
+        accelerator.state.distributed_type = DistributedType.FSDP
+        accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
+            fsdp_version=2,
+            reshard_after_forward=layout.dp_config.reshard_after_forward,
+            cpu_ram_efficient_loading=False,
+        )
     return accelerator
 
 
 def ddp_options() -> "DistributedDataParallelKwargs":
     """What DDP is told: every option that numbers depend on, whatever torch's defaults are."""
-    import inspect
-
     from accelerate.utils import DistributedDataParallelKwargs
-    from torch.nn.parallel import DistributedDataParallel
 
     options: dict[str, Any] = {
         "dim": 0,
@@ -99,17 +103,19 @@ def deepspeed_settings(environment: TrainingEnvironment, max_grad_norm: float | 
     """
     layout = environment.layout
     asked = _without_auto(layout.dp_config.deepspeed_config)
-    zero = _ZERO_DEFAULTS | asked.get("zero_optimization", {}) | _ZERO_OWN
+    zero = _ZERO_DEFAULTS | asked.get("zero_optimization", {})
     for part in ("offload_optimizer", "offload_param"):
         if zero.get(part, {}).get("device") == "cpu":
             # Copies between pageable memory and a GPU are slow and cannot run beside anything.
             pinned = {"pin_memory": environment.device.type == "cuda"}
             zero[part] = pinned | zero[part]
+    # The norm is logged, and a step whose norm is not finite is skipped.
+    zero |= {"stage": layout.zero_stage, "compute_grad_norm": True}
     return {
-        **_DEFAULTS,
+        "communication_data_type": "fp32",
         **asked,
         **{key: value for key, (value, _) in DEEPSPEED_FIXED.items()},
-        "zero_optimization": zero | {"stage": layout.zero_stage},
+        "zero_optimization": zero,
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "train_batch_size": environment.world_size,
@@ -128,7 +134,6 @@ def deepspeed_settings(environment: TrainingEnvironment, max_grad_norm: float | 
     }
 
 
-_DEFAULTS: dict[str, Any] = {"communication_data_type": "fp32"}
 _ZERO_DEFAULTS: dict[str, Any] = {
     "contiguous_gradients": True,
     "overlap_comm": True,
@@ -144,10 +149,6 @@ _ZERO_DEFAULTS: dict[str, Any] = {
     "zero_quantized_gradients": False,
 }
 """Ours, which the user's JSON may change."""
-_ZERO_OWN: dict[str, Any] = {
-    # The norm is logged, and a step whose norm is not finite is skipped.
-    "compute_grad_norm": True,
-}
 
 
 def _without_auto(settings: dict[str, Any]) -> dict[str, Any]:
@@ -167,20 +168,6 @@ def quiet_third_parties(environment: TrainingEnvironment) -> None:
     for name in ("DeepSpeed", "deepspeed", "accelerate"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch|accelerate|deepspeed")
-
-
-def _become_fsdp(accelerator: "Accelerator", layout: Layout) -> None:
-    from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
-
-    # The model arrives sharded already (`materialize`): meta parameters would be mapped wrongly by
-    # Accelerate's own preparation, so the plugin only tells it what it has in hands.
-    plugin = FullyShardedDataParallelPlugin(
-        fsdp_version=2,
-        reshard_after_forward=layout.dp_config.reshard_after_forward,
-        cpu_ram_efficient_loading=False,
-    )
-    accelerator.state.distributed_type = DistributedType.FSDP
-    accelerator.state.fsdp_plugin = plugin
 
 
 def _deepspeed_accelerator(

@@ -192,12 +192,11 @@ def create_state(
     optimizer: torch.optim.Optimizer, members: Sequence[Sequence[torch.Tensor]]
 ) -> None:
     """Make the state of `members` (tensors of each group) exist as it is before a first step: by a
-    step of rate zero on zero gradients, undone where that has counted.
+    step of rate zero on zero gradients, after which `step` counts from zero again.
 
     Raises:
         ConfigError: the optimizer keeps numbers, which checkpoints would not hold.
     """
-    keeps_nothing_else = traits_of(optimizer).takes_found_inf  # torch's: moments and counters
     groups, before = optimizer.param_groups, [dict(group) for group in optimizer.param_groups]
     tensors = [tensor for own in members for tensor in own]
     gradients = [tensor.grad for tensor in tensors]
@@ -213,10 +212,9 @@ def create_state(
     for tensor, gradient in zip(tensors, gradients, strict=True):
         tensor.grad = gradient
         for key, value in optimizer.state.get(tensor, {}).items():
-            if isinstance(value, torch.Tensor):
-                if keeps_nothing_else or value.dim() == 0:
-                    value.zero_()
-            elif value is not None:
+            if key == "step" and isinstance(value, torch.Tensor):
+                value.zero_()
+            elif value is not None and not isinstance(value, torch.Tensor):
                 raise ConfigError(
                     f"train_module.optim: {type(optimizer).__name__} keeps {key!r} as "
                     f"{type(value).__name__}; make it a tensor, so that checkpoints hold it"

@@ -149,6 +149,15 @@ class TrainingEnvironment:
     def group(self, *axes: str) -> dist.ProcessGroup | None:
         """The ranks that differ from this one along `axes` alone; None where it has no others. All
         ranks ask for the same groups in the same order."""
+        if axes not in self._groups:
+            self._groups[axes] = self._open_group(axes)
+        return self._groups[axes]
+
+    @functools.cached_property
+    def _groups(self) -> dict[tuple[str, ...], dist.ProcessGroup | None]:
+        return {}
+
+    def _open_group(self, axes: tuple[str, ...]) -> dist.ProcessGroup | None:
         sizes = {axis: self.layout.shape[axis] for axis in axes}
         several = tuple(axis for axis, size in sizes.items() if size > 1)
         if not several:

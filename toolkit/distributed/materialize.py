@@ -102,10 +102,8 @@ def apply_activation_checkpointing(
         # Read by torch.compile when it splits each block's graph into forward and backward.
         partitioner.activation_memory_budget = config.budget
         return
-    interval = 1 if config.mode == "full" else config.block_interval
-    for index, block in enumerate(blocks):
-        if index % interval == 0:
-            block.forward = _checkpointed(block.forward)
+    for block in list(blocks)[:: 1 if config.mode == "full" else config.block_interval]:
+        block.forward = _checkpointed(block.forward)
 
 
 def _checkpointed(forward: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,1 +1,1 @@
-"""What a model can do: generation, and later perplexity and downstream tasks."""
+"""What a model can do: loss and perplexity on text, generation."""

@@ -18,6 +18,7 @@ from toolkit.data.tokens.prepared import require_ids
 from toolkit.distributed.tuning import asked_threads
 from toolkit.errors import CheckpointError, ConfigError, DataError, ErrorList
 from toolkit.experiment.config import ExperimentConfig
+from toolkit.models.config import ClassModelConfig
 from toolkit.models.parameters import TrainedParameters, parameter_shapes, trained_parameters
 from toolkit.runs.files import RUN_FILES
 from toolkit.runs.registry import is_run
@@ -94,6 +95,8 @@ def check_parameters(config: ExperimentConfig) -> TrainedParameters:
 
 def _check_own_classes(config: ExperimentConfig) -> None:
     """Those that the config names as module:Class."""
+    if isinstance(config.model, ClassModelConfig):
+        config.model.own_class()
     if config.train_module.target is not None:
         config.train_module.own_class()
     for name, callback in config.trainer.callbacks.custom.items():

@@ -4,7 +4,7 @@ from toolkit.errors import CheckpointError
 from toolkit.hf.equivalence import defining_values, differences
 from toolkit.hf.families import FAMILIES
 from toolkit.hf.family import Family, Settings
-from toolkit.models.config import ModelConfig, TransformerConfig
+from toolkit.models.config import ClassModelConfig, ModelConfig, TransformerConfig
 
 _SHOWN = 4
 
@@ -31,6 +31,10 @@ def choose_family(config: ModelConfig, model_type: str | None = None) -> Family:
     Raises:
         CheckpointError: none can; names the nearest, and the parts that it does not have.
     """
+    if isinstance(config, ClassModelConfig):
+        raise CheckpointError(
+            f"model: its class {config.target} is none of transformers, so it cannot be exported"
+        )
     transformer = config.to_transformer()
     # Sorting keeps the order of equals.
     ordered = sorted(FAMILIES, key=lambda family: family.model_type != model_type)

@@ -16,6 +16,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from toolkit.checkpoint.untrusted import Archive
 from toolkit.errors import CheckpointError
 from toolkit.storage.foreign import check_regular, guard, read_bytes, reason_of
 
@@ -161,13 +162,8 @@ def _load_torch_file(file: Path, *, is_mapped: bool) -> dict[str, Tensor]:
 
 def _check_not_compressed(file: Path) -> None:
     """torch would unpack a compressed record, however large it gets."""
-    with guard(file, CheckpointError, _AGAIN), zipfile.ZipFile(file) as archive:
-        for record in archive.infolist():
-            if record.compress_type or record.file_size != record.compress_size:
-                raise CheckpointError(
-                    f"{file}: its record {record.filename!r} is compressed, which torch.save never "
-                    "does; it is refused, because it could fill the memory"
-                )
+    with guard(file, CheckpointError, _AGAIN), file.open("rb") as stream:
+        Archive(stream, file.stat().st_size)
 
 
 def _why_refused(error: Exception) -> str:

@@ -82,6 +82,7 @@ class MetricsRecorder:
         self._last_step: dict[str, int] = {}
         self._pending: list[_Record] = []
         self._error: BaseException | None = None
+        self._is_closed = False
         self._worker = Worker("metrics")
 
     def record(
@@ -131,16 +132,16 @@ class MetricsRecorder:
         return PendingFlush(self, self._submit(finish))
 
     def close(self, *, flush: bool = True) -> None:
-        """Flush and stop the thread.
+        """Flush and stop the thread; more than once is fine.
 
         `flush=False` is for a rank that fails: other ranks may not come to a reduction any more,
         so values that were not handed over yet are dropped and a stuck one is not awaited.
         """
         try:
-            if flush:
+            if flush and not self._is_closed:
                 self.flush()
         finally:
-            self._pending = []
+            self._is_closed, self._pending = True, []
             self._worker.stop(None if flush and self._error is None else 2.0)
 
     def _next_boundary(self, step: int) -> int:

@@ -2,9 +2,12 @@
 
 from typing import Any
 
+import msgspec
+
 from toolkit.config import Config
 from toolkit.config.base import check_positive
-from toolkit.config.named import named
+from toolkit.config.named import named, users_subclass
+from toolkit.errors import ConfigError
 from toolkit.models import shapes
 from toolkit.models.architecture import Architecture
 
@@ -227,7 +230,32 @@ class GPTConfig(_Counts, Config, frozen=True, kw_only=True, tag_field="type", ta
         return gpt_model(self, init_device=init_device, seed=seed)
 
 
-ModelConfig = TransformerConfig | GPTConfig
+class ClassModelConfig(TransformerConfig, frozen=True, kw_only=True, tag_field="type", tag="class"):
+    """A model of your own: `type: "my_model:Mine"` names its class, which is derived from
+    `toolkit.Transformer` and made as `Mine(config, init_device=..., seed=..., **options)`. It
+    computes something else with the parameters of these parts."""
+
+    target: str
+    """The class, as `module:Class`. Modules in the current folder are found too."""
+    options: dict[str, Any] = msgspec.field(default_factory=dict)
+    """Further arguments of the class."""
+
+    def own_class(self) -> Any:
+        """The class. Raises ConfigError where it is none that can be made so."""
+        base = "toolkit.models.transformer:Transformer"
+        return users_subclass(self, base, self, key="model", name="type")
+
+    def build(self, *, init_device: str = "cpu", seed: int = 0) -> Any:
+        """See `TransformerConfig.build`. Raises ConfigError where it has other parameters."""
+        model = self.own_class()(self, init_device=init_device, seed=seed, **self.options)
+        number = sum(parameter.numel() for parameter in model.parameters())
+        if number != self.num_parameters:
+            problem = f"{self.target} has {number:,} parameters, its parts {self.num_parameters:,}"
+            raise ConfigError(f"{problem}; keep those of toolkit.Transformer", key="model.type")
+        return model
+
+
+ModelConfig = TransformerConfig | GPTConfig | ClassModelConfig
 
 
 class LoRAConfig(Config, kw_only=True):

@@ -94,9 +94,7 @@ def check_run_folder(config: RunConfig, name: str) -> None:
             `registry` can never be one. One that does not answer is a warning.
     """
     if config.registry is not None:
-        from toolkit.runs.database import check_url
-
-        check_url(config.registry)
+        _database().check_url(config.registry)
     folder = resolve_run_folder(config, name)
     if config.save_folder is None:
         _check_unused(folder)
@@ -193,11 +191,9 @@ def reindex(root: str | Path = "runs", *, registry_url: str | None = None) -> in
     Raises:
         RunError: when the registry cannot be written.
     """
-    from toolkit.runs.database import RunIndex
-
     found = [r for r in list_runs(root, registry_url=registry_url) if r.state != "missing"]
     try:
-        RunIndex(_registry_url(root, registry_url)).replace_all(found)
+        _database().RunIndex(_registry_url(root, registry_url)).replace_all(found)
     except Exception as error:
         raise RunError(f"run registry: cannot be rebuilt: {error}") from error
     return len(found)
@@ -209,6 +205,13 @@ def _absolute(path: str | Path) -> Path:
 
 def _registry_url(root: str | Path, registry_url: str | None) -> str:
     return registry_url or f"sqlite:///{_absolute(root) / _REGISTRY}"
+
+
+def _database() -> Any:
+    """Imported where a registry is needed: SQLAlchemy is slow to import."""
+    from toolkit.runs import database
+
+    return database
 
 
 class _IndexWriter:
@@ -226,11 +229,9 @@ class _IndexWriter:
             return
         try:
             if self._index is None:
-                from toolkit.runs.database import RunIndex
-
                 if self._own_root is not None:
                     self._own_root.mkdir(parents=True, exist_ok=True)
-                self._index = RunIndex(self._url)
+                self._index = _database().RunIndex(self._url)
             self._index.put(RunRecord.from_status(folder, status))
         except Exception as error:
             self._pause_until = time.monotonic() + _PAUSE_SECONDS
@@ -245,10 +246,8 @@ class _IndexWriter:
 def _read_index(root: str | Path, registry_url: str | None) -> list[RunRecord]:
     if registry_url is None and not (_absolute(root) / _REGISTRY).exists():
         return []
-    from toolkit.runs.database import RunIndex
-
     try:
-        return RunIndex(_registry_url(root, registry_url)).all()
+        return _database().RunIndex(_registry_url(root, registry_url)).all()
     except Exception as error:
         log.warning("run registry: not reachable, reading folders only (%s)", error)
         return []

@@ -1,16 +1,14 @@
 """Configs of the train module, the trainer and its callbacks."""
 
-import inspect
 from typing import Any, Literal
 
 import msgspec
 
 from toolkit.config import Config
 from toolkit.config.base import check_not_negative, check_positive, in_seconds
-from toolkit.config.named import named, users_class
+from toolkit.config.named import named, users_subclass
 from toolkit.config.paths import LocalPath, PathOrURL
 from toolkit.distributed.config import ActivationCheckpointingConfig, DataParallelConfig, LogRanks
-from toolkit.errors import ConfigError
 from toolkit.models.config import LoRAConfig
 from toolkit.optim.config import AdamWConfig, OptimConfig
 from toolkit.optim.schedules import CosineConfig, SchedulerConfig
@@ -34,19 +32,6 @@ class Duration(Config, kw_only=True):
 
     def __post_init__(self) -> None:
         check_positive(self, "value")
-
-
-def _own_class(config: Any, base: str, key: str, *arguments: Any) -> Any:
-    """The user's class `config.target`, which is derived from `base` and takes `config.options`."""
-    found = users_class(config.target, key=f"{key}.target")
-    if not (isinstance(found, type) and issubclass(found, named(base))):
-        name = base.partition(":")[2]
-        raise ConfigError(f"{config.target}: derive it from toolkit.{name}", key=f"{key}.target")
-    try:
-        inspect.signature(found).bind(*arguments, **config.options)
-    except TypeError as error:
-        raise ConfigError(f"{config.target}: {error}", key=f"{key}.options") from None
-    return found
 
 
 class TransformerTrainModuleConfig(Config, kw_only=True):
@@ -107,7 +92,7 @@ class TransformerTrainModuleConfig(Config, kw_only=True):
         """The class `target`. Raises ConfigError where it is no train module, or does not take
         `options`."""
         base = "toolkit.train.transformer:TransformerTrainModule"
-        return _own_class(self, base, "train_module", self, None)
+        return users_subclass(self, base, self, None, key="train_module")
 
 
 class CallbackConfig(Config, kw_only=True):
@@ -244,7 +229,7 @@ class CustomCallbackConfig(CallbackConfig, kw_only=True):
         """The class `target` of the callback `name`. Raises ConfigError where it is no callback, or
         does not take `options`."""
         base = "toolkit.train.callbacks.base:Callback"
-        return _own_class(self, base, f"trainer.callbacks.custom.{name}")
+        return users_subclass(self, base, key=f"trainer.callbacks.custom.{name}")
 
 
 class CallbacksConfig(Config, kw_only=True):

@@ -97,8 +97,9 @@ class Trainer:
         self.state = TrainState(
             config, model, train_loader, eval_loaders or {}, run, self.callbacks
         )
-        for name, callback in (build_callbacks(config.callbacks) | dict(callbacks or {})).items():
-            self.add_callback(name, callback)
+        for given in (build_callbacks(config.callbacks), callbacks or {}):
+            for name, callback in given.items():
+                self.add_callback(name, callback)
         self._restored: bool | None = None
         self._first_step = 0
         self._status_at = 0.0
@@ -160,8 +161,7 @@ class Trainer:
             state.recorder.close()
             stop.done()
         except BaseException as error:
-            peers.fail(error, step=state.step)
-            cause = state.run.find_removal() or peers.explain(error, step=state.step)
+            cause = state.run.find_removal() or peers.report(error, step=state.step)
             close_after_failure(state, first_line(cause or error))
             if cause is not None:
                 raise cause from error

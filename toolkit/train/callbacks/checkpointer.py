@@ -1,17 +1,26 @@
-"""When checkpoints are written and how many stay."""
+"""When checkpoints are written, at once or in a background thread, and how many stay.
+
+A save in the background stops training only to copy this rank's part of the state into host memory.
+A thread of each rank then writes, and the ranks commit together over a process group of their own.
+At most one save is in flight; the next waits for it.
+"""
 
 import functools
 import logging
+import time
 from pathlib import Path
 
-from toolkit.checkpoint.folder import Kind, step_folder, step_of
+from toolkit.checkpoint.commit import Save, write_checkpoint
+from toolkit.checkpoint.folder import Kind, step_folder
 from toolkit.checkpoint.remote import upload_checkpoint
 from toolkit.checkpoint.retention import Retention, prune_checkpoints
-from toolkit.errors import ToolkitError
+from toolkit.checkpoint.save_plan import Resolve, ShardWriter
+from toolkit.errors import ToolkitError, TrainingError
 from toolkit.runs.files import RUN_FILES
+from toolkit.threads import Thread
 from toolkit.train.callbacks.base import Callback
 from toolkit.train.config import CheckpointerConfig
-from toolkit.train.saving import TrainerSaver
+from toolkit.train.saving import begin_save
 from toolkit.train.scores import check_best_metric
 
 log = logging.getLogger(__name__)
@@ -40,10 +49,13 @@ class Checkpointer(Callback):
         self._uploaded_at: int | None = None
         self._is_ending = False
         """A save has failed, and the config says that this ends the run."""
+        self._thread: Thread | None = None
+        self._error: Exception | None = None
+        """Of a save in the background."""
 
     @functools.cached_property
-    def _saver(self) -> TrainerSaver:
-        return TrainerSaver(self.state, self._after_commit)
+    def _shards(self) -> ShardWriter:
+        return ShardWriter(self.state.environment.checkpoint_group)
 
     def pre_train(self) -> None:
         check_best_metric(self.state.config, self.state.eval_loaders)
@@ -55,19 +67,17 @@ class Checkpointer(Callback):
         if kind is None or self.state.is_last_step or self._is_done():
             return
         # The one before: all ranks know from here on whether it failed, and do the same.
-        self._saver.wait()
+        self._wait()
         self._report()
         if self._is_ending:
             return
         if self._config.asynchronous:
-            self._saver.begin_save(kind=kind)
-        else:
-            try:
-                self._saver.save(kind=kind)
-            except ToolkitError as error:
-                self._handle(error)
-                return
-        self._saved_at = self.state.step
+            self._save(kind, in_background=True)
+            return
+        try:
+            self._save(kind)
+        except ToolkitError as error:
+            self._handle(error)
 
     def on_stop(self) -> None:
         self._save_now()
@@ -77,7 +87,7 @@ class Checkpointer(Callback):
         if self._config.at_end:
             self._save_now(export_hf=self._config.export_hf)
         else:
-            self._saver.wait()
+            self._wait()
             self._report()
         self._finish_upload()
 
@@ -86,7 +96,7 @@ class Checkpointer(Callback):
         self._report()
 
     def close(self) -> None:
-        self._saver.wait(SECONDS_AFTER_FAILURE)
+        self._wait(SECONDS_AFTER_FAILURE)
 
     def _due(self, step: int) -> Kind | None:
         """What kind of checkpoint `step` asks for."""
@@ -99,23 +109,87 @@ class Checkpointer(Callback):
             return "ephemeral"
         return None
 
-    def _save_now(self, *, export_hf: bool = False) -> None:
-        """The last one: nothing goes on before it is there, and its failure is the run's."""
-        self._saver.wait()
-        error = self._saver.take_error()
-        if error is not None:
-            log.error("%s", error)
-            self._saved_at = None
-        if not self._is_done():
-            self._saver.save(export_hf=export_hf)
-            self._saved_at = self.state.step
-
     def _is_done(self) -> bool:
         return self.state.config.no_checkpoints or self._saved_at == self.state.step
 
+    def _save_now(self, *, export_hf: bool = False) -> None:
+        """The last one: nothing goes on before it is there, and its failure is the run's."""
+        self._wait()
+        if (error := self._take_error()) is not None:
+            log.error("%s", error)
+            self._saved_at = None
+        if not self._is_done():
+            self._save("permanent", export_hf=export_hf)
+
+    def _save(self, kind: Kind, *, in_background: bool = False, export_hf: bool = False) -> None:
+        """Commit a checkpoint of the current step; in the background, return when it is copied.
+
+        Raises:
+            RunError: another process has taken the run over; nothing is written.
+            TrainingError: it could not be written; the checkpoints before it are as they were.
+        """
+        self._wait()
+        save = begin_save(self.state, kind=kind, export_hf=export_hf)
+        tensors = self.state.train_module.state_tensors()
+        if in_background:
+            work = (save, self._shards.copy(tensors))
+            self._thread = Thread(target=self._work, args=work, name="checkpoint", daemon=True)
+            self._thread.start()
+        else:
+            self._write(save, self._shards.live(tensors))
+        self._saved_at = self.state.step
+
+    def _work(self, save: Save, resolve: Resolve) -> None:
+        try:
+            self._write(save, resolve)
+        except Exception as error:
+            self._error = error
+
+    def _write(self, save: Save, resolve: Resolve) -> None:
+        state, environment = self.state, self.state.environment
+        started = time.monotonic()
+        folder = write_checkpoint(
+            save,
+            self._shards,
+            resolve,
+            rank=environment.rank,
+            group=environment.checkpoint_group,
+        )
+        state.saved_step = save.step
+        state.stop_request.allow_for(time.monotonic() - started)
+        state.run.set_status("running", step=save.step, tokens=save.tokens)
+        log.info("checkpoint: %s", folder)
+        if self._config.upload_to is not None:
+            try:
+                self._upload(folder, save.step)
+            except ToolkitError as error:
+                if state.is_main:
+                    log.error("%s; training goes on, the next one will be tried", error)
+        if state.is_main:
+            try:
+                prune_checkpoints(folder.parent, self._rule, newest=save.step)
+            except OSError as error:
+                log.warning("older checkpoints are not removed: %s", error)
+
+    def _wait(self, timeout: float | None = None) -> None:
+        """For the save in flight, if there is one."""
+        if self._thread is not None:
+            self._thread.join(timeout)
+            if not self._thread.is_alive():
+                self._thread = None
+
+    def _take_error(self) -> ToolkitError | None:
+        """What went wrong in the background; once."""
+        error, self._error = self._error, None
+        if error is None or isinstance(error, ToolkitError):
+            return error
+        wrapped = TrainingError(f"checkpoint not saved: {type(error).__name__}: {error}")
+        wrapped.__cause__ = error
+        return wrapped
+
     def _report(self) -> None:
-        """Deal with a background save that failed, if one did."""
-        if (error := self._saver.take_error()) is not None:
+        """Deal with a save in the background that failed, if one did."""
+        if (error := self._take_error()) is not None:
             self._handle(error)
 
     def _handle(self, error: ToolkitError) -> None:
@@ -126,22 +200,6 @@ class Checkpointer(Callback):
             self.state.fail(removed)
         elif self.state.is_main:
             log.error("%s; training goes on", error)
-
-    def _after_commit(self, folder: Path) -> None:
-        """In the thread that saves, on all ranks."""
-        step = step_of(folder.name)
-        assert step is not None, "the folder of a checkpoint"
-        if self._config.upload_to is not None:
-            try:
-                self._upload(folder, step)
-            except ToolkitError as error:
-                if self.state.is_main:
-                    log.error("%s; training goes on, the next one will be tried", error)
-        if self.state.is_main:
-            try:
-                prune_checkpoints(folder.parent, self._rule, newest=step)
-            except OSError as error:
-                log.warning("older checkpoints are not removed: %s", error)
 
     def _upload(self, folder: Path, step: int) -> None:
         url, environment = self._config.upload_to, self.state.environment

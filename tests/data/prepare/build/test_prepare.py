@@ -362,7 +362,7 @@ def test_files_of_killed_workers_do_not_pile_up(tmp_path: Path) -> None:
         prepare_dataset(config, work_dir=str(work), progress=False)
     [parts] = work.glob("*/*")
     before = sorted(path.name for path in parts.iterdir())
-    for name in ("000000.4584", "000007.12"):
+    for name in ("000000.4584", "000007.12", ".000003.4-ab.tmp", ".000003.9.4-ab.tmp"):
         (parts / name).mkdir()
         (parts / name / "train.bin").write_bytes(b"half")
     with pytest.raises(DataError, match="not UTF-8"):

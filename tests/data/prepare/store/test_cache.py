@@ -20,7 +20,7 @@ from tests.data.prepare.store.stores import (
     start_process,
 )
 from toolkit.data.config import StoreConfig
-from toolkit.data.prepare.build import parts, prepare
+from toolkit.data.prepare.build import join, parts
 from toolkit.data.prepare.store.cache import (
     build_lock,
     ensure_local_dataset_cache_cap,
@@ -237,7 +237,7 @@ def test_a_limit_below_a_data_set_in_the_making_is_said_before_its_parts_are_joi
     small = msgspec.structs.replace(store, max_cache_gb=1e-6)
     config = corpus(tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(prepare, "join_parts", None)  # would fail
+        patch.setattr(join.KeptParts, "join", None)  # would fail
         for _ in range(2):
             with pytest.raises(DataError, match=r"gb is 1e-06, but .*corpus/default alone takes"):
                 ensure(config, small)

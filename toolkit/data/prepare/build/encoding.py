@@ -1,22 +1,20 @@
 """From documents, or pieces of them, to token ids, and which of them the loss asks for."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
+
+import numpy as np
 
 from toolkit.data.prepare.text.reading import Piece
-
-if TYPE_CHECKING:
-    import numpy as np
-
-    from toolkit.data.prepare.tokenizers.tokenizer import Tokenizer
+from toolkit.data.prepare.tokenizers.tokenizer import Tokenizer
 
 
 class Encoded(NamedTuple):
     """The tokens of one piece."""
 
-    ids: "np.ndarray"
+    ids: np.ndarray
     """Unsigned integers, shape `(num_tokens,)`, without the tokens that start and end documents."""
-    is_target: "np.ndarray | None" = None
+    is_target: np.ndarray | None = None
     """Which of them the loss asks for: bool of the same shape; None: all."""
     eos_is_target: bool = True
     """Whether the loss asks for the end-of-document token that follows."""
@@ -44,7 +42,7 @@ class TextEncoder:
     the piece is encoded as it is.
     """
 
-    def __init__(self, tokenizer: "Tokenizer") -> None:
+    def __init__(self, tokenizer: Tokenizer) -> None:
         self._encode = tokenizer.encode_batch
         self._lead, self._lead_ids = "", list[int]()
         for lead in ("\n", "."):

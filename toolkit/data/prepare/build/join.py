@@ -6,7 +6,7 @@ bucket and each bucket fits into memory; sorting it shows them. The first of equ
 split it is in. Two different documents of one hash: below 1e-18 for 1e10 documents.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -103,63 +103,51 @@ class Duplicates:
         self._drop[records[1:][is_again]["number"]] = 1
 
 
-def join_parts(
-    parts_folder: Path,
-    parts: Sequence[Part],
-    output: Path,
-    *,
-    dtype: TokenDType,
-    has_mask: bool,
-    duplicates: Duplicates | None,
-) -> dict[str, SplitInfo]:
-    """Write the token files of the splits that hold at least one token into `output`, without the
-    documents that `duplicates` names."""
-    writers = [SplitWriter(output, split, dtype, has_mask=has_mask) for split in SPLITS]
-    try:
-        for writer in writers:
-            split = writer.split
-            for index, part in enumerate(parts):
-                if split not in part.splits:
-                    continue
-                files = SplitFiles(
-                    part_folder(parts_folder, index), split, dtype, part.splits[split]
-                )
-                drop = _dropped(duplicates, index, split, files.info)
+class KeptParts:
+    """Parts, and what of each is kept; `duplicates`: the documents that are left out."""
 
-                def choose(first: int, end: int, drop: np.ndarray = drop) -> np.ndarray:
-                    return -drop[first:end].astype(np.int64)
+    def __init__(
+        self, folder: Path, parts: Sequence[Part], dtype: TokenDType, duplicates: Duplicates | None
+    ) -> None:
+        self._folder, self._parts, self._dtype = folder, parts, dtype
+        self._duplicates = duplicates
 
-                copy_documents(files, [writer], choose, lambda count: None)
-                writer.text_bytes += files.info.text_bytes
-            if duplicates is not None:
-                writer.text_bytes = max(0, writer.text_bytes - duplicates.text_bytes[split])
-    finally:
-        for writer in writers:
-            writer.close()
-    return finish_all(writers)
-
-
-def joined_bytes(
-    parts_folder: Path, parts: Sequence[Part], dtype: TokenDType, duplicates: Duplicates | None
-) -> int:
-    """Bytes of the files that `join_parts` will write."""
-    total = 0
-    for index, part in enumerate(parts):
+    def num_bytes(self) -> int:
+        """Bytes of the files that `join` will write."""
+        total = 0
         for split in SPLITS:
+            for files, drop in self._files(split):
+                starts = np.fromfile(files.path("idx"), dtype=np.uint64).astype(np.int64)
+                num_tokens = int(np.diff(starts, append=files.info.num_tokens)[~drop].sum())
+                a_token = np.dtype(files.dtype).itemsize + (files.info.mask_hash is not None)
+                total += num_tokens * a_token + 8 * int((~drop).sum())
+        return total
+
+    def join(self, output: Path, *, has_mask: bool) -> dict[str, SplitInfo]:
+        """Write the token files of the splits that hold at least one token into `output`."""
+        writers = [SplitWriter(output, split, self._dtype, has_mask=has_mask) for split in SPLITS]
+        try:
+            for writer in writers:
+                for files, drop in self._files(writer.split):
+
+                    def choose(first: int, end: int, drop: np.ndarray = drop) -> np.ndarray:
+                        return -drop[first:end].astype(np.int64)
+
+                    copy_documents(files, [writer], choose, lambda count: None)
+                    writer.text_bytes += files.info.text_bytes
+                if self._duplicates is not None:
+                    left = writer.text_bytes - self._duplicates.text_bytes[writer.split]
+                    writer.text_bytes = max(0, left)
+        finally:
+            for writer in writers:
+                writer.close()
+        return finish_all(writers)
+
+    def _files(self, split: Split) -> Iterator[tuple[SplitFiles, np.ndarray]]:
+        for index, part in enumerate(self._parts):
             info = part.splits.get(split)
-            if info is None:
-                continue
-            starts = np.fromfile(part_folder(parts_folder, index) / f"{split}.idx", dtype=np.uint64)
-            keep = ~_dropped(duplicates, index, split, info)
-            num_tokens = int(np.diff(starts.astype(np.int64), append=info.num_tokens)[keep].sum())
-            a_token = np.dtype(dtype).itemsize + (info.mask_hash is not None)
-            total += num_tokens * a_token + 8 * int(keep.sum())
-    return total
-
-
-def _dropped(
-    duplicates: Duplicates | None, index: int, split: Split, info: SplitInfo
-) -> np.ndarray:
-    if duplicates is None:
-        return np.zeros(info.num_documents, dtype=bool)
-    return duplicates.of(index, split)
+            if info is not None:
+                drop = np.zeros(info.num_documents, dtype=bool)
+                if self._duplicates is not None:
+                    drop = self._duplicates.of(index, split)
+                yield SplitFiles(part_folder(self._folder, index), split, self._dtype, info), drop

@@ -10,9 +10,9 @@ is known by the hashes in its part.json, and made again.
 
 import os
 import re
+import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import msgspec
 import numpy as np
@@ -25,13 +25,11 @@ from toolkit.data.prepare.build.split_files import HashedFile, SplitWriter, fini
 from toolkit.data.prepare.text.readers import read_shard
 from toolkit.data.prepare.text.reading import Counts, Piece, Reading
 from toolkit.data.prepare.text.shards import Shard
+from toolkit.data.prepare.tokenizers.tokenizer import Tokenizer
 from toolkit.data.tokens.prepared import SPLITS, Split, SplitInfo, TokenDType, token_files
 from toolkit.errors import DataError
 from toolkit.storage.atomic import hash_file, remove_tree, write_json_atomic
 from toolkit.storage.foreign import read_json
-
-if TYPE_CHECKING:
-    from toolkit.data.prepare.tokenizers.tokenizer import Tokenizer
 
 DOCUMENT = np.dtype([("high", "<u8"), ("low", "<u8"), ("num_bytes", "<u8"), ("is_val", "u1")])
 """A document of a part: hash and bytes of its text, and where it went; in the shard's order."""
@@ -40,7 +38,8 @@ BATCH_CHARACTERS = 1 << 20
 BATCH_DOCUMENTS = 2048
 
 _PART_NAME = "part.json"
-_UNFINISHED = re.compile(r"\d{6}\.\d+")
+_UNFINISHED = re.compile(r"\d+\.\d+|\.\d+\..+\.tmp")
+"""Parts while they are written, and while they are removed."""
 
 
 class Part(msgspec.Struct, frozen=True, kw_only=True):
@@ -125,7 +124,7 @@ def remove_unfinished_parts(parts_folder: Path) -> None:
     """Remove what killed processes were writing."""
     for path in parts_folder.iterdir():
         if _UNFINISHED.fullmatch(path.name):
-            remove_tree(path)
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def is_validation(identity: str, fraction: float) -> bool:
@@ -143,7 +142,7 @@ def split_of(piece: Piece, validation_fraction: float) -> Split:
     return "val" if is_val else "train"
 
 
-def make_encoder(setup: PartsSetup, tokenizer: "Tokenizer | None") -> Encoder:
+def make_encoder(setup: PartsSetup, tokenizer: Tokenizer | None) -> Encoder:
     """The encoder for the kind of documents that the source gives."""
     if isinstance(setup.reading.source, TokenFilesSourceConfig):
         return TokenEncoder(bos_id=setup.bos_id, eos_id=setup.eos_id)
@@ -155,11 +154,7 @@ def make_encoder(setup: PartsSetup, tokenizer: "Tokenizer | None") -> Encoder:
 
 
 def encode_shard(job: Job, setup: PartsSetup, encoder: Encoder) -> None:
-    """Make the part of one shard.
-
-    Raises:
-        DataError: for input that cannot be read or encoded, or ids outside the vocabulary.
-    """
+    """Make the part of one shard. DataError: input that cannot be read or encoded."""
     counts = Counts()
     folder = part_folder(setup.folder, job.index)
     # A worker of a killed job may still be writing the same part.

@@ -29,7 +29,7 @@ import xxhash
 
 from toolkit.data.config import BPETokenizerConfig, DatasetConfig, StoreConfig
 from toolkit.data.prepare.build.instructions import InstructionEncoder
-from toolkit.data.prepare.build.join import Duplicates, join_parts, joined_bytes
+from toolkit.data.prepare.build.join import Duplicates, KeptParts
 from toolkit.data.prepare.build.parts import (
     Job,
     PartsSetup,
@@ -302,16 +302,9 @@ def _join(
         duplicates = Duplicates(parts_folder, len(parts), workplace)
         counts.filtered_documents["duplicate"] = duplicates.count
     saved = [path for path in (parts_folder / TOKENIZER_FOLDER).rglob("*") if path.is_file()]
-    num_bytes = joined_bytes(parts_folder, parts, setup.dtype, duplicates)
-    make_room(config, store, num_bytes + sum(path.stat().st_size for path in saved))
-    splits = join_parts(
-        parts_folder,
-        parts,
-        output,
-        dtype=setup.dtype,
-        has_mask=setup.has_mask,
-        duplicates=duplicates,
-    )
+    kept = KeptParts(parts_folder, parts, setup.dtype, duplicates)
+    make_room(config, store, kept.num_bytes() + sum(path.stat().st_size for path in saved))
+    splits = kept.join(output, has_mask=setup.has_mask)
     if config.instructions is not None:
         # Data whose loss asks for nothing, or for every token, was misread.
         encoder = make_encoder(setup, tokenizer)

@@ -131,10 +131,8 @@ def finish_all(writers: Sequence[SplitWriter]) -> dict[str, SplitInfo]:
 def token_blocks(
     path: Path, dtype: str, *, first_byte: int = 0, num_tokens: int | None = None
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """The numbers of a file in order, as `(position of the first, block)`.
-
-    A block is valid until the next one. What is no whole number at the end is left out.
-    """
+    """The numbers of a file in order, as `(position of the first, block)`; a block is valid until
+    the next one. What is no whole number at the end is left out."""
     buffer = np.empty(BLOCK_TOKENS, dtype=dtype)
     view, itemsize = buffer.data.cast("B"), buffer.itemsize
     position = 0
@@ -165,11 +163,8 @@ def memory_map(path: Path, dtype: str) -> np.ndarray:
 def copy_documents(
     source: SplitFiles, outputs: Sequence[SplitWriter], choose: Chooser, advance: Advance
 ) -> None:
-    """Append every document of a split to the output that `choose` names, in order.
-
-    Raises:
-        DataError: the files do not hold what `source.info` says; names the first that does not.
-    """
+    """Append every document of a split to the output that `choose` names, in order. DataError names
+    the first file that does not hold what `source.info` says."""
     starts = _checked_starts(source)
     mask = memory_map(source.path("mask"), "uint8") if source.info.mask_hash is not None else None
     tokens_hash, mask_hash = xxhash.xxh3_128(), xxhash.xxh3_128()

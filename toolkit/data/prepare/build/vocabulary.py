@@ -96,11 +96,8 @@ def sample_texts(config: DatasetConfig, plan: Plan, sample_bytes: int) -> Iterat
 
 
 def vocabulary_of(config: DatasetConfig, tokenizer: Tokenizer | None) -> Vocabulary:
-    """The ids that `tokenizer` gives, or that the config tells of token files.
-
-    Raises:
-        DataError: the two contradict each other, or lack a token that `config` asks for.
-    """
+    """The ids that `tokenizer` gives, or that the config tells of token files. DataError: the two
+    contradict each other, or lack a token that `config` asks for."""
     source = config.source
     size, eos_id, bos_id, fingerprint = 0, None, None, ""
     if tokenizer is not None:

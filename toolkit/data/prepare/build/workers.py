@@ -4,6 +4,7 @@ import contextlib
 import multiprocessing
 import os
 import sys
+import traceback
 import types
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -13,7 +14,7 @@ from toolkit import signals
 from toolkit.data.prepare.build.encoding import Encoder
 from toolkit.data.prepare.build.parts import Job, PartsSetup, encode_shard, make_encoder
 from toolkit.data.prepare.tokenizers.tokenizer import Tokenizer, load_tokenizer
-from toolkit.errors import DataError
+from toolkit.errors import DataError, ToolkitError
 from toolkit.parents import end_with_parent
 
 SMALL_BYTES = 2 << 20
@@ -28,11 +29,8 @@ def num_cores() -> int:
 def encode_shards(
     jobs: Sequence[Job], setup: PartsSetup, tokenizer: Tokenizer | None, *, num_processes: int
 ) -> Iterator[Job]:
-    """Encode all jobs, yielding each when its part is complete, in no particular order.
-
-    Raises:
-        ToolkitError: the first one of any worker; the parts that are complete stay.
-    """
+    """Encode all jobs, yielding each when its part is complete, in no particular order. The first
+    error of any worker is raised; the parts that are complete stay."""
     sizes = [job.num_bytes for job in jobs]
     if num_processes == 1 or (sum(sizes) < SMALL_BYTES and all(sizes)):
         encoder = make_encoder(setup, tokenizer)
@@ -48,14 +46,12 @@ def encode_shards(
         initargs=(os.getpid(), setup, num_processes // num_workers),
     )
     processes = pool._processes  # filled as they start
-    is_done = False
     try:
         with _without_main(), signals.starting_workers():
             futures = {pool.submit(_work, job): job for job in jobs}
         for future in as_completed(futures):
             future.result()
             yield futures[future]
-        is_done = True
     except BrokenProcessPool:
         codes = [code for p in processes.values() if (code := p.exitcode) is not None]
         raise DataError(
@@ -64,12 +60,12 @@ def encode_shards(
             "parts, with a smaller dataset.num_processes if memory is short"
         ) from None
     finally:
-        if not is_done:  # what they are doing is of no use any more, and they ignore SIGTERM
-            for process in list(processes.values()):
-                process.kill()
-            # Else a job that is half sent is waited for (gh-94777).
-            pool._call_queue._reader.close()  # type: ignore[attr-defined]
-        pool.shutdown(wait=is_done, cancel_futures=True)
+        # What they are doing is of no use any more, and they ignore SIGTERM.
+        for process in list(processes.values()):
+            process.kill()
+        # Else a job that is half sent is waited for (gh-94777).
+        pool._call_queue._reader.close()  # type: ignore[attr-defined]
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 @contextlib.contextmanager
@@ -103,8 +99,12 @@ def _start(parent: int, setup: PartsSetup, threads: int) -> None:
 def _work(job: Job) -> None:
     try:
         encode_shard(job, _setup, _encoder)
+    except ToolkitError:
+        raise
     except OSError as error:
         where = error.filename or _setup.folder
         raise DataError(
             f"{where}: cannot be written: {error.strerror}; run again to continue"
         ) from None
+    except Exception:  # not every exception can be sent to another process
+        raise RuntimeError(f"a worker of prepare failed:\n{traceback.format_exc()}") from None

@@ -72,18 +72,11 @@ def ensure_local_dataset_cache_cap(
 
     Data sets that a live process uses stay, and those without a verified permanent copy that can
     be reached now. Where too little can go, one warning names what stays. Other files under `root`
-    neither count nor go.
-
-    Args:
-        max_cache_gb: limit in units of 1e9 bytes.
-        needed_bytes: size that the data set `keep` will have; 0: the size that it has.
-        keep: folder of a data set that is not removed, and has to fit.
+    neither count nor go. The data set `keep` is not removed, and has to fit: with `needed_bytes`,
+    or (0) the size that it has; DataError where it alone is too large.
 
     Returns:
         The folders that were removed.
-
-    Raises:
-        DataError: `keep` alone is larger than the limit; nothing was removed.
     """
     return _make_room(Path(root).expanduser(), max_cache_gb, _dataset_entries, needed_bytes, keep)
 

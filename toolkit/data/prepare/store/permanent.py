@@ -14,11 +14,12 @@ name belongs to who began first: before each file, uploading.json and dataset.js
 another data set has it.
 """
 
-import logging
+import contextlib
 import os
 import shutil
 import socket
 from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path, PurePosixPath
 from typing import TypeVar
 
@@ -43,8 +44,6 @@ from toolkit.storage.atomic import fsync_file, hash_file
 from toolkit.storage.foreign import decode_json
 from toolkit.storage.remote import ContentError, RemoteFolder, Retries, is_url
 from toolkit.threads import Thread
-
-log = logging.getLogger(__name__)
 
 FILES_NAME = "files.json"
 UPLOADING_NAME = "uploading.json"
@@ -121,11 +120,8 @@ class PermanentCopy:
         return sum(file.size for file in self.files.values()) + len(self.raw)
 
     def wrong_file(self, *, sampled: bool = False) -> str | None:
-        """The first file that is missing or has another size, in words.
-
-        `sampled`: or a token file of which a sampled block has changed, which reads a little of
-        each.
-        """
+        """The first file that is missing or has another size, in words; with `sampled`, also a
+        token file of which a sampled block has changed."""
         for name, file in self.files.items():
             size = self._sizes.get(name)
             if size != file.size:
@@ -142,14 +138,9 @@ class PermanentCopy:
         return None
 
     def download(self, into: Path, *, reuse: Path, note: Note) -> None:
-        """Copy all files but dataset.json to `into`; those that it holds were checked before.
-
-        Files of the folder `reuse` that are what is wanted are taken from there.
-
-        Raises:
-            DataError: a file of the copy is missing or not what was stored; names it.
-            StorageError: the store cannot be reached.
-        """
+        """Copy all files but dataset.json to `into`, from `reuse` where it has what is wanted;
+        those that `into` holds were checked before. DataError names a file that is not what was
+        stored."""
         for name, file in self.files.items():
             target = into / name
             if target.exists():
@@ -157,7 +148,10 @@ class PermanentCopy:
             target.parent.mkdir(parents=True, exist_ok=True)
             part = target.with_name(f".{target.name}.part")
             part.unlink(missing_ok=True)
-            if _is_file(reuse / name, file):
+            is_here = False
+            with contextlib.suppress(OSError):
+                is_here = file.xxh3 is not None and file.xxh3 == hash_file(reuse / name, bits=128)
+            if is_here:
                 try:
                     os.link(reuse / name, part)
                 except OSError:  # a file system without links
@@ -198,13 +192,8 @@ def content_fingerprint(manifest: Manifest) -> str:
 
 
 def find_permanent(root: str, name: str) -> PermanentCopy | None:
-    """The complete copy under `root`, if there is one.
-
-    Raises:
-        ConfigError: the store needs a library that is not installed.
-        DataError: its dataset.json cannot be understood.
-        StorageError: the store is out of reach, or has not answered in `PROBE_SECONDS`.
-    """
+    """The complete copy under `root`, if there is one. StorageError: the store is out of reach, or
+    has not answered in `PROBE_SECONDS`."""
 
     def probe() -> PermanentCopy | None:
         # Asked with little patience; the middle of a long copy deserves minutes of retries.
@@ -216,8 +205,7 @@ def find_permanent(root: str, name: str) -> PermanentCopy | None:
 def upload(prepared: PreparedDataset, root: str, name: str, *, note: Note) -> str:
     """Make the permanent copy of `prepared` complete; returns its URL.
 
-    Every file is read back and compared with what is here, so that a data set crosses the network
-    twice, up and down; what an earlier try has stored crosses it once.
+    Every file is read back and compared with what is here: a data set crosses the network twice.
 
     Raises:
         DataError: the files here are not what dataset.json says, or another data set has that name
@@ -326,34 +314,19 @@ def _reads_back(folder: RemoteFolder, name: str, file: StoredFile) -> bool:
         return False
 
 
-def _is_file(path: Path, file: StoredFile) -> bool:
-    try:
-        return (
-            file.xxh3 is not None
-            and path.stat().st_size == file.size
-            and hash_file(path, bits=128) == file.xxh3
-        )
-    except OSError:
-        return False
-
-
 def _within(seconds: float, action: Callable[[], Result], failing: str) -> Result:
     """`action()`, or StorageError when it takes longer; it is left running then."""
-    results: list[Result] = []
-    errors: list[BaseException] = []
+    answer: Future[Result] = Future()
 
     def act() -> None:
         try:
-            results.append(action())
+            answer.set_result(action())
         except BaseException as error:
-            errors.append(error)
+            answer.set_exception(error)
 
     # Mounts of servers that are gone, and connections to nowhere, hang for many minutes.
-    thread = Thread(target=act, name="store-probe", daemon=True)
-    thread.start()
-    thread.join(seconds)
-    if errors:
-        raise errors[0]
-    if not results:
-        raise StorageError(failing)
-    return results[0]
+    Thread(target=act, name="store-probe", daemon=True).start()
+    try:
+        return answer.result(seconds)
+    except TimeoutError:
+        raise StorageError(failing) from None

@@ -57,13 +57,7 @@ def obtain(
     config: DatasetConfig, store: StoreConfig, *, check_text: bool, note: Note
 ) -> PreparedDataset | None:
     """The local copy, or one made now of the permanent copy; None: there is neither. The caller
-    holds the build lock.
-
-    Raises:
-        DataError: the permanent copy is damaged, does not fit `config`, the cache or the disk; or
-            the local copy is damaged and no permanent one replaces it.
-        StorageError: the store cannot be reached, and there is no whole local copy.
-    """
+    holds the build lock. StorageError: no whole local copy, and the store is out of reach."""
     damaged = None
     try:
         prepared = open_prepared(config)
@@ -80,11 +74,8 @@ def obtain(
 
 
 def make_room(config: DatasetConfig, store: StoreConfig, num_bytes: int = 0) -> None:
-    """Room in the cache for the data set of `config`, which has, or will have, `num_bytes`.
-
-    Raises:
-        DataError: it alone is larger than the cache's limit.
-    """
+    """Make room in the cache for the data set of `config`, which will have `num_bytes` (0: which it
+    has). DataError: it alone is larger than the cache's limit."""
     if store.max_cache_gb is not None:
         folder = dataset_folder(config)
         ensure_local_dataset_cache_cap(
@@ -95,15 +86,10 @@ def make_room(config: DatasetConfig, store: StoreConfig, num_bytes: int = 0) -> 
 def settle(
     prepared: PreparedDataset, config: DatasetConfig, store: StoreConfig, *, note: Note
 ) -> None:
-    """Keep a whole local data set stored, and the cache under its limit. One process of a machine
-    calls it at the start of a run.
+    """Keep a whole local data set stored, and the cache under its limit; once a start on a machine.
 
-    A store that is out of reach, or refuses, is one warning: training goes on.
-
-    Raises:
-        DataError: the permanent copy has another content, or the cache's limit is below this data
-            set.
-        ConfigError: the store needs a library that is not installed.
+    A store that is out of reach, or refuses, is one warning: training goes on. DataError: the
+    permanent copy has another content, or the cache's limit is below this data set.
     """
     make_room(config, store)  # first: what cannot be kept here is not stored either
     if store.permanent_root is None:
@@ -141,8 +127,7 @@ def settle(
 
 
 def stored_at(prepared: PreparedDataset) -> StoredRecord | None:
-    """Where the verified permanent copy of a local data set is; None: there is none that is known
-    of."""
+    """Where the verified permanent copy of a local data set is; None: none is known."""
     record = read_record(prepared.folder)
     if record is None or record.content != content_fingerprint(prepared.manifest):
         return None

@@ -166,6 +166,10 @@ class SplitCheck:
             self._check_mask()
         return self.report
 
+    def start_of(self, document: int) -> int:
+        """Where a document begins, or (one past the last) the tokens end."""
+        return len(self.ids) if document == len(self.starts) else int(self.starts[document])
+
     def _check_size(self, ending: str, count: int, itemsize: int, what: str) -> bool:
         """Whether the file is there; a problem where its size is not as recorded."""
         size = file_size(self._files[ending])
@@ -176,16 +180,11 @@ class SplitCheck:
             self._problem(
                 ending, f"has {size:,} bytes, no multiple of the {itemsize} bytes of one number"
             )
-        there = size // itemsize
+        there, counted = size // itemsize, f"that {MANIFEST_NAME} counts"
         if size > count * itemsize:
-            self._problem(
-                ending, f"holds {there:,} {what} in place of {count:,} that {MANIFEST_NAME} counts"
-            )
+            self._problem(ending, f"holds {there:,} {what} in place of {count:,} {counted}")
         elif size < count * itemsize:
-            self._problem(
-                ending,
-                f"holds {there:,} of the {count:,} {what} that {MANIFEST_NAME} counts: cut off",
-            )
+            self._problem(ending, f"holds {there:,} of the {count:,} {what} {counted}: cut off")
         return True
 
     def _check_index(self, *, quick: bool) -> bool:
@@ -232,11 +231,9 @@ class SplitCheck:
                     first = position + int(np.argmax(is_wrong))
                 wrong += int(is_wrong.sum())
             if wrong:
-                self._problem(
-                    "bin",
-                    f"{wrong:,} of {len(starts):,} documents {what} {wanted} (first: document "
-                    f"{first:,}), though {MANIFEST_NAME} says that all do",
-                )
+                which = f"{wrong:,} of {len(starts):,} documents {what} {wanted}"
+                place = f"(first: document {first:,}), though {MANIFEST_NAME} says that all do"
+                self._problem("bin", f"{which} {place}")
 
     def _check_mask(self) -> None:
         targets = others = 0

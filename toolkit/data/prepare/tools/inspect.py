@@ -124,13 +124,8 @@ def _inspect_folder(
             report = check.run(quick=quick, advance=advance)
             found.splits.append(report)
             if check.is_readable:
-
-                def start_of(document: int, check: SplitCheck = check) -> int:
-                    is_end = document == len(check.starts)
-                    return len(check.ids) if is_end else int(check.starts[document])
-
                 report.samples = _samples(
-                    check.ids, len(check.starts), start_of, tokenizer, num_samples
+                    check.ids, len(check.starts), check.start_of, tokenizer, num_samples
                 )
     return found
 

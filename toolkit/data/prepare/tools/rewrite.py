@@ -291,8 +291,8 @@ def _has_mask(files: Sequence[SplitFiles]) -> bool:
 
 @contextlib.contextmanager
 def new_folder(output: Path, num_bytes: int) -> Iterator[Path]:
-    """A hidden folder that becomes `output` when the block ends without an error; `num_bytes` will
-    be written into it. Raises DataError where that cannot be."""
+    """A hidden folder, for `num_bytes`, that becomes `output` when the block ends without an error.
+    DataError where that cannot be."""
     building = output.with_name(f".{output.name}.building")
     try:
         _check_is_new(output)
