@@ -186,6 +186,9 @@ def test_a_mixture_counts_what_each_source_gave(
     assert targets[2] == targets[0] + targets[1]
     mean = sum(r["loss"] * r["num_targets"] for r in last[:2]) / targets[2]
     assert last[2]["loss"] == pytest.approx(mean)
+    checkpoint = tmp_path / f"mix/checkpoints/step{STEPS}/.metadata.json"
+    scores = json.loads(checkpoint.read_text())["scores"]
+    assert {f"{r['name']}/loss": r["loss"] for r in last}.items() <= scores.items()
     assert step_batch(tmp_path / "mix", 1).instances[0].source in ("a", "b")
     assert explain_resume(tmp_path / "mix", [], {}).refused == []
     assert all("bits_per_byte" in record for record in last)

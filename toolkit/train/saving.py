@@ -17,7 +17,6 @@ from toolkit.errors import RunError, ToolkitError
 from toolkit.launch.failures import LostPeerError
 from toolkit.runs.files import RUN_FILES
 from toolkit.storage.atomic import new_output
-from toolkit.train.scores import scores_at
 from toolkit.train.state import TrainState
 
 log = logging.getLogger(__name__)
@@ -59,7 +58,7 @@ def begin_save(state: TrainState, *, kind: Kind, export_hf: bool) -> Save:
         tokens=state.tokens,
         engine=state.environment.layout.name,
         kind=kind,
-        scores=scores_at(state.step, state.last_eval),
+        scores=state.scores,
         rank_state=flushed_rank_state,
         extra=extra,
         export=partial(_export_hf, state, extra=extra) if export_hf else None,

@@ -13,12 +13,11 @@ _TOTAL = "val"
 _NOT_SCORES = ("step", "tokens", "time", "seconds", "num_targets")
 
 
-def scores_at(step: int, evaluation: Mapping[str, Any] | None) -> dict[str, float]:
-    """Results of `evaluation`, if it was at `step`, that are numbers; kept with a checkpoint."""
-    if evaluation is None or evaluation["step"] != step:
-        return {}
+def scores_of(evaluations: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+    """The results that are numbers, as a checkpoint of the same step keeps them."""
     return {
         f"{evaluation['name']}/{key}": float(value)
+        for evaluation in evaluations
         for key, value in evaluation.items()
         if isinstance(value, int | float) and math.isfinite(value) and key not in _NOT_SCORES
     }

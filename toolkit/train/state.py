@@ -56,6 +56,8 @@ class TrainState:
         """The newest checkpoint of this run."""
         self.last_eval: dict[str, Any] | None = None
         """The newest result of `lm_evaluator`; other evaluations are only recorded."""
+        self.last_scores: dict[str, float] = {}
+        """Of the same evaluation, all sets of rows: "val/loss"."""
         self.last_loss: float | None = None
         self.skipped_in_a_row = 0
         self.failure: ToolkitError | None = None
@@ -84,6 +86,12 @@ class TrainState:
     def is_last_step(self) -> bool:
         """Whether no step follows the current one."""
         return self.step >= self.stop_step
+
+    @property
+    def scores(self) -> dict[str, float]:
+        """What the evaluation at the current step gave, if there was one."""
+        is_current = self.last_eval is not None and self.last_eval["step"] == self.step
+        return self.last_scores if is_current else {}
 
     def record(self, stream: str, values: Mapping[str, Any]) -> None:
         """Write `values` of the current step to a stream of metrics ("network", "system"); every

@@ -8,6 +8,7 @@ import torch.distributed as dist
 from toolkit.train.callbacks.base import Callback
 from toolkit.train.config import LMEvaluatorConfig
 from toolkit.train.eval_sums import evaluate_sets
+from toolkit.train.scores import scores_of
 
 log = logging.getLogger(__name__)
 
@@ -37,11 +38,14 @@ class LMEvaluator(Callback):
             self.evaluate()
 
     def state_dict(self) -> dict[str, Any]:
-        return {"done_at": self._done_at, "last": self.state.last_eval}
+        last, scores = self.state.last_eval, self.state.last_scores
+        return {"done_at": self._done_at, "last": last, "scores": scores}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._done_at = state["done_at"]
-        self.state.last_eval = state["last"]
+        last = self.state.last_eval = state["last"]
+        # Older checkpoints have only the result of the last set.
+        self.state.last_scores = state.get("scores") or scores_of([] if last is None else [last])
 
     def evaluate(self) -> None:
         """Evaluate the current weights once per step: every set of validation instances, and where
@@ -59,6 +63,7 @@ class LMEvaluator(Callback):
         if found is None:
             return
         self._done_at = state.step
+        results = []
         for name, sums in found.items():
             if not sums.num_targets and name not in self._without_targets:
                 self._without_targets.add(name)
@@ -67,4 +72,5 @@ class LMEvaluator(Callback):
                     "raise data_loader.eval_tokens or dataset.sequence_length",
                     name,
                 )
-            state.last_eval = state.record_eval(name, sums.numbers())
+            results.append(state.record_eval(name, sums.numbers()))
+        state.last_eval, state.last_scores = results[-1], scores_of(results)
