@@ -57,11 +57,8 @@ class ConfigLayers(Generic[T]):
         self._merge(self.data, copy.deepcopy(expanded(data, self._root)), self._root, "", origin)
 
     def set(self, path: str, value: Any, origin: str) -> None:
-        """Set one value (plain JSON types) at a dotted `path`; list items by index.
-
-        Raises:
-            ConfigError: for a path that does not exist, with the nearest known name.
-        """
+        """Set one value (plain JSON types) at a dotted `path`; list items by index. Raises
+        ConfigError for a path that does not exist, with the nearest known name."""
         container, name, owner = self._open(path)
         if isinstance(container, list):
             container[_list_index(name, container, path)] = value
@@ -78,7 +75,6 @@ class ConfigLayers(Generic[T]):
         self._record(path, value, origin)
 
     def parse(self, override: Override) -> Any:
-        """The value of a command-line override, converted by its target's type."""
         try:
             container, name, owner = self._open(override.path)
         except UnknownFieldError as error:
@@ -90,19 +86,13 @@ class ConfigLayers(Generic[T]):
         return parse_value(override.text, target, override.path)
 
     def apply(self, override: Override) -> None:
-        """Set the value of a command-line override.
-
-        Raises:
-            ConfigError: unknown path, or a value that its target cannot take.
-        """
+        """Set the value of a command-line override. Raises ConfigError: unknown path, or a value
+        that its target cannot take."""
         self.set(override.path, self.parse(override), override.flag)
 
     def resolve(self) -> T:
-        """Check names and types and return the frozen config.
-
-        Raises:
-            ConfigError: naming the path, the value, what was expected, and the layer it is from.
-        """
+        """Check names and types and return the frozen config. Raises ConfigError: naming the path,
+        the value, what was expected, and the layer it is from."""
         checked = self.check()
         ErrorList(checked.errors).raise_any()
         return checked.config

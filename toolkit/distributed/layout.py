@@ -142,11 +142,8 @@ def resolve_layout(
     environ: Mapping[str, str],
 ) -> Layout:
     """The layout for `train_module.precision` and `train_module.dp_config` under this launcher.
-
-    Raises:
-        ConfigError: launcher and config disagree, the world size does not fit, or the launcher
-            asks for something we do not run (FSDP1, fp16, tensor parallelism).
-    """
+    Raises ConfigError: launcher and config disagree, the world size does not fit, or the launcher
+    asks for something we do not run (FSDP1, fp16, tensor parallelism)."""
     world_size = world_size_of(environ)
     launched = launcher_choice(environ)
     configured = _config_choice(dp_config)
@@ -248,7 +245,7 @@ def _mesh(choice: Choice, world_size: int) -> tuple[int, int]:
     if replicas is None:
         replicas = world_size // config.shard_degree if config.shard_degree else 2
     shards = config.shard_degree or world_size // replicas
-    if replicas < 1 or shards < 1 or replicas * shards != world_size:
+    if replicas * shards != world_size:
         raise ConfigError(
             f"{choice.origin}: hsdp mesh num_replicas {replicas} x shard_degree {shards} does not "
             f"fit {world_size} processes; their product must be the number of processes"
