@@ -20,6 +20,12 @@ from multiprocessing import connection
 from typing import Any
 from unittest import mock
 
+import psutil
+
+MOST_THREADS = 40
+"""Of a worker: ZeRO-3 holds its groups for the life of a process, and the threads of a group whose
+other ranks have left spin."""
+
 
 class WorkerPool:
     """Up to `size` processes that stay alive between jobs.
@@ -74,6 +80,10 @@ class WorkerPool:
                     self.close()
                     raise RuntimeError(f"rank {rank} failed in {fn.__name__}:\n{value}")
                 results[rank] = value
+        if any(
+            psutil.Process(process.pid).num_threads() > MOST_THREADS for process, _ in self._workers
+        ):
+            self.close()
         return [results[rank] for rank in range(world_size)]
 
     def _show_stacks(self, ranks: list[int]) -> None:
@@ -131,8 +141,7 @@ def _leave_groups() -> None:
     groups: Any = sys.modules.get("toolkit.distributed.process_groups")
     if groups is None or not groups._closed_backends:
         return
-    # What holds the groups of a job for the life of a process: the threads of a group whose peer is
-    # gone spin, and a session has hundreds of jobs.
+    # What holds the groups of a job: the threads of a group whose other ranks have left spin.
     import torch
 
     if "torch.distributed.tensor" in sys.modules:

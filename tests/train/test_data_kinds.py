@@ -12,8 +12,8 @@ from tests.workers import WorkerPool
 from toolkit.commands.batch import step_batch
 from toolkit.commands.explain import explain_resume
 from toolkit.data.config import FilesSourceConfig
-from toolkit.data.prepare.build.mix import as_prepared
 from toolkit.data.prepare.build.prepare import prepare_dataset
+from toolkit.data.prepare.corpus import as_prepared
 from toolkit.data.tokens.prepared import dataset_folder
 from toolkit.errors import DataError, ToolkitError
 from toolkit.experiment.load import load_experiment

@@ -5,7 +5,6 @@ whose state it reads; the model is not built.
 """
 
 import contextlib
-import importlib.metadata
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -37,6 +36,7 @@ from toolkit.experiment.checks import (
 from toolkit.experiment.config import ExperimentConfig
 from toolkit.experiment.found_data import has_data, started_in
 from toolkit.experiment.recorded import ResumePlan, plan_resume, read_steps
+from toolkit.runs.environment import installed_version
 from toolkit.runs.files import RUN_FILES
 from toolkit.runs.registry import check_run_folder
 from toolkit.runs.status import current_state
@@ -249,16 +249,9 @@ def _versions(saved: CheckpointMetadata | None) -> list[str]:
     changed = [
         f"{name}: {version} then, {now} now"
         for name, version in then.items()
-        if version != (now := _installed(name))
+        if version != (now := installed_version(name))
     ]
     return changed or ["as when it was saved: " + ", ".join(f"{n} {v}" for n, v in then.items())]
-
-
-def _installed(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _data(

@@ -6,6 +6,7 @@ from typing import Any, Literal, NamedTuple
 import msgspec
 
 from toolkit.config.secrets import mask_secrets
+from toolkit.distributed.devices import usable_gpus
 from toolkit.experiment.config import ExperimentConfig
 from toolkit.experiment.recorded import (
     VERSIONED,
@@ -151,12 +152,6 @@ def _rounding_reasons(
         for name in VERSIONED
         if plan.versions.get(name) != versions.get(name)
     ]
-    if not plan.config.trainer.deterministic and _computes_on_gpu():
+    if not plan.config.trainer.deterministic and usable_gpus():
         reasons.append("trainer.deterministic is off, and GPU kernels sum in any order then")
     return reasons
-
-
-def _computes_on_gpu() -> bool:
-    from toolkit.distributed.devices import usable_gpus
-
-    return usable_gpus() > 0

@@ -8,17 +8,15 @@ reads its rows of a batch that the others think is another one.
 import hashlib
 import socket
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import msgspec
 
+from toolkit.data.evaluation import EvalLoader
+from toolkit.data.loader import TrainLoader
+from toolkit.distributed.environment import TrainingEnvironment
 from toolkit.errors import ConfigError, DataError
 from toolkit.experiment.config import ExperimentConfig
-
-if TYPE_CHECKING:
-    from toolkit.data.evaluation import EvalLoader
-    from toolkit.data.loader import TrainLoader
-    from toolkit.distributed.environment import TrainingEnvironment
 
 
 class RankView(msgspec.Struct, frozen=True):
@@ -35,9 +33,9 @@ class RankView(msgspec.Struct, frozen=True):
 
 def check_agreement(
     config: ExperimentConfig,
-    environment: "TrainingEnvironment",
-    train_loader: "TrainLoader",
-    eval_loaders: "dict[str, EvalLoader]",
+    environment: TrainingEnvironment,
+    train_loader: TrainLoader,
+    eval_loaders: dict[str, EvalLoader],
 ) -> None:
     """Compare config and data of all ranks with those of rank 0; all ranks call it."""
     if environment.cpu_group is None:

@@ -147,7 +147,8 @@ def new_folder(folder: PathLike, *, unfinished: PathLike | None = None) -> Itera
     place = temporary_path(folder) if unfinished is None else Path(unfinished)
     if os.path.lexists(place):
         remove_tree(place)
-    place.mkdir(parents=True)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    place.mkdir()
     try:
         yield place
         publish_folder(place, folder)

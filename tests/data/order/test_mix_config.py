@@ -18,7 +18,7 @@ from toolkit.data.config import (
 )
 from toolkit.data.order.config import MixConfig, inline_mixes, mix_names, read_mix
 from toolkit.data.order.resolve import resolve_mix, resolve_schedule
-from toolkit.data.prepare.build.mix import ensure_mix_prepared
+from toolkit.data.prepare.corpus import ensure_mix_prepared
 from toolkit.data.tokens.prepared import dataset_folder
 from toolkit.errors import ConfigError, DataError
 

@@ -9,12 +9,8 @@ from toolkit.errors import DataError
 
 
 class TextColumns:
-    """How the rows of one source become text; DataError for a template that cannot be used.
-
-    Attributes:
-        names: the columns needed.
-        is_template: whether text is made of a template.
-    """
+    """How the rows of one source become text, of the columns `names`; DataError for a template that
+    cannot be used."""
 
     def __init__(self, source: FilesSourceConfig | HubSourceConfig | DiskSourceConfig) -> None:
         template = source.text_template
@@ -45,9 +41,7 @@ class TextColumns:
 
     def text(self, row: Mapping[str, Any], where: str) -> str:
         """The text of a row; null and NaN, which stands for it in tables of numbers, are no text.
-
-        Raises DataError, which names `where`, for a column that is missing or holds no text.
-        """
+        DataError for a column that is missing or holds none."""
         found = []
         for literal, name in self._parts:
             found.append(literal)

@@ -62,8 +62,9 @@ class DocumentGate:
             return document
         import xxhash
 
-        data = text.encode()
-        if row is not None:
+        if row is None:
+            data = text.encode()
+        else:
             data = msgspec.json.encode(row, order="deterministic", enc_hook=str)
         return document._replace(digest=xxhash.xxh3_128_intdigest(data), num_bytes=len(data))
 

@@ -136,12 +136,8 @@ class _Objects:
         place: str | None = None,
     ) -> Piece:
         """The document of the object in `data`, which begins at byte `offset` of the file.
-        DataError if it is none, or does not hold what is needed.
-
-        Args:
-            where: names the object in messages, in words that may take time to find.
-            place: names a row before that.
-        """
+        DataError if it is none, or does not hold what is needed. It names `where`, which may take
+        time to find; `place` stands for it before that."""
         place = place or f"{self._part.path}: byte {offset}"
         try:
             value = self._decoder.decode(data)

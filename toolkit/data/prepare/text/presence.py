@@ -40,10 +40,8 @@ _LONGEST_ROW = 1 << 20
 
 
 def check_presence(dataset: DatasetConfig, *, is_prepared: bool) -> None:
-    """Check the local files of source, chat template and tokenizer of one corpus.
-
-    Args:
-        is_prepared: its token files are there, which need tokenizer and template no more.
+    """Check the local files of source, chat template and tokenizer of one corpus; where its token
+    files are there (`is_prepared`), those of the source alone.
 
     Raises:
         DataError: one is missing, or rows that are conversations have no chat template.

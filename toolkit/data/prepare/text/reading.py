@@ -14,10 +14,8 @@ if TYPE_CHECKING:
 
 
 class Piece(NamedTuple):
-    """A document, or a part of a long one: parts follow each other, `starts` and `ends` tell.
-
-    It holds one of: text, a row of instruction data, or token ids.
-    """
+    """A document, or a part of a long one: parts follow each other, `starts` and `ends` tell. It
+    holds one of: text, a row of instruction data, or token ids."""
 
     identity: str
     """Relative file name and place in it, as numbers that only a program reads."""
@@ -85,10 +83,8 @@ Reader = Callable[[Range, Reading, Counts], Iterator[Piece]]
 
 
 def decode(data: bytes, where: str, offset: int, errors: str, counts: Counts) -> str:
-    """UTF-8 to text; `offset` is the position of `data` in the file `where`.
-
-    Other bytes raise DataError, unless `errors` is "replace" (then they are counted).
-    """
+    """UTF-8 to text; `offset` is the position of `data` in the file `where`. Other bytes raise
+    DataError, unless `errors` is "replace" (then they are counted)."""
     try:
         return data.decode()
     except UnicodeDecodeError as error:

@@ -53,12 +53,8 @@ def plan_source(
     rows: bool = False,
     cache_dir: str | None = None,
 ) -> Plan:
-    """Cut the source into shards; DataError when there is nothing to read.
-
-    Args:
-        rows: whole rows are read, not the text of a column.
-        cache_dir: see `Reading`.
-    """
+    """Cut the source into shards; DataError when there is nothing to read. `rows` and `cache_dir`
+    are those of `Reading`."""
     columns = None if rows else text_columns(source)
     if isinstance(source, HubSourceConfig | DiskSourceConfig):
         from toolkit.data.prepare.text import hub

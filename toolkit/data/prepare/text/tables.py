@@ -169,11 +169,8 @@ class _Rows:
 
 def checked_batch(batch: pa.RecordBatch, where: str, *, full: bool = True) -> pa.RecordBatch:
     """`batch`, of which every offset, length, index and null count has been checked, or DataError.
-    Texts are checked as bytes: whether they are UTF-8 is asked where they are read.
-
-    Args:
-        full: look at values too, not at the sizes of buffers only.
-    """
+    Texts are checked as bytes: whether they are UTF-8 is asked where they are read. Without `full`,
+    only the sizes of buffers are looked at."""
     for name, array in zip(batch.schema.names, batch.columns, strict=True):
         try:
             # Of the array as it is, no more than sizes: a view needs buffers that are there.

@@ -10,6 +10,7 @@ import fnmatch
 import glob
 import io
 import math
+import os
 from collections import deque
 from collections.abc import Generator, Iterator
 from concurrent.futures import Future
@@ -186,48 +187,40 @@ def _check_ids(ids: np.ndarray, offset: int, part: Range, vocab_size: int) -> No
 def _blocks(
     part: Range, dtype: np.dtype, first: int
 ) -> Generator[tuple[int, np.ndarray], None, None]:
-    """Blocks of ids from token `first` to the end of the file, with their place."""
-    starts = range(first, part.num_tokens, BLOCK_TOKENS)
-
-    def byte_range(start: int) -> tuple[int, int]:
-        end, first_byte = min(start + BLOCK_TOKENS, part.num_tokens), part.first_byte
-        return first_byte + start * dtype.itemsize, first_byte + end * dtype.itemsize
-
-    if part.kind == "tokens":
-        with open(part.path, "rb", buffering=0) as file:
-            for start in starts:
-                begin, end = byte_range(start)
-                file.seek(begin)
-                data = file.read(end - begin)
-                if len(data) != end - begin:
-                    raise DataError(f"{part.path}: cut short while it was being read; run again")
-                yield start, np.frombuffer(data, dtype=dtype)
-        return
+    """Blocks of ids from token `first` to the end of the file, with their place; the next ones are
+    read while one is looked at."""
     folder, name = _split_url(part.path)
-    remote = RemoteFolder(folder)
-    waiting: deque[tuple[int, Future[bytes]]] = deque()
+    remote = RemoteFolder(folder) if part.kind == "remote_tokens" else None
+
+    def read(start: int) -> np.ndarray:
+        end = min(start + BLOCK_TOKENS, part.num_tokens)
+        begin, last = (part.first_byte + place * dtype.itemsize for place in (start, end))
+        try:
+            if remote is not None:
+                data = remote.read(name, begin, last)
+            else:
+                with open(part.path, "rb", buffering=0) as file:
+                    data = os.pread(file.fileno(), last - begin, begin)
+        except FileNotFoundError:
+            raise DataError(f"{part.path}: gone while it was being read") from None
+        if len(data) != last - begin:
+            raise DataError(f"{part.path}: cut short while it was being read; run again")
+        return np.frombuffer(data, dtype=dtype)
+
+    waiting: deque[tuple[int, Future[np.ndarray]]] = deque()
     with ThreadPool(1, thread_name_prefix="read-ahead") as pool:
         try:
             # What begins after the range is needed only for a document that reaches over its end.
-            for start in starts:
-                waiting.append((start, pool.submit(remote.read, name, *byte_range(start))))
+            for start in range(first, part.num_tokens, BLOCK_TOKENS):
+                waiting.append((start, pool.submit(read, start)))
                 if len(waiting) > BLOCKS_AHEAD or start >= part.end:
-                    yield _arrived(waiting, part, dtype)
-            while waiting:
-                yield _arrived(waiting, part, dtype)
+                    place, block = waiting.popleft()
+                    yield place, block.result()
+            for place, block in waiting:
+                yield place, block.result()
         finally:
             for _, future in waiting:
                 future.cancel()
-
-
-def _arrived(
-    waiting: "deque[tuple[int, Future[bytes]]]", part: Range, dtype: np.dtype
-) -> tuple[int, np.ndarray]:
-    start, future = waiting.popleft()
-    try:
-        return start, np.frombuffer(future.result(), dtype=dtype)
-    except FileNotFoundError:
-        raise DataError(f"{part.path}: gone while it was being read") from None
 
 
 def _cut(file: SourceFile, head: bytes, dtype: str, size: int) -> Iterator[Range]:

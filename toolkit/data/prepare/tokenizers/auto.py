@@ -29,15 +29,7 @@ from toolkit.storage.foreign import decode_json, guard, read_bytes
 PLAIN_CLASS = "PreTrainedTokenizerFast"
 """Takes tokenizer.json as it is, in every release of `transformers`."""
 
-_NAMED = (
-    "bos_token",
-    "eos_token",
-    "unk_token",
-    "sep_token",
-    "pad_token",
-    "cls_token",
-    "mask_token",
-)
+_NAMED = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 _MORE = ("additional_special_tokens", "extra_special_tokens")
 _RULES = (
     "auto_map", "backend", "fix_mistral_regex", "from_slow", "split_special_tokens",
@@ -85,20 +77,10 @@ def quiet_transformers() -> Iterator[None]:
 
 
 def settle(folder: Path, *, where: str, model_type: str | None = None) -> str:
-    """Make a tokenizer folder one that `AutoTokenizer` reads with the ids of its tokenizer.json;
-    see also `make_portable`.
-
-    Args:
-        folder: its tokenizer_config.json is changed where that is needed.
-        where: names it in errors.
-        model_type: of the model that it goes with, which may decide the class.
-
-    Returns:
-        The release of `transformers` that was asked.
-
-    Raises:
-        DataError: it cannot be read that way.
-    """
+    """Make a tokenizer folder one that `AutoTokenizer` reads with the ids of its tokenizer.json, by
+    changing its tokenizer_config.json; returns the release of `transformers` that was asked.
+    DataError, which names `where`, if it cannot be read that way. The class may depend on the
+    `model_type` of the model that it goes with."""
     import transformers
 
     make_portable(folder)
@@ -113,11 +95,7 @@ def settle(folder: Path, *, where: str, model_type: str | None = None) -> str:
 
 def difference(folder: Path, model_type: str | None = None) -> str | None:
     """How the tokenizer that `AutoTokenizer` makes of `folder` differs from its tokenizer.json, in
-    a line; None: it does not.
-
-    Args:
-        model_type: see `settle`; default: what a config.json in `folder` says.
-    """
+    a line; None: it does not. Without `model_type`, a config.json in `folder` says it."""
     ours = load_tokenizer(folder)
     settings: dict[str, Any] = {}
     with quiet_transformers():
@@ -141,9 +119,8 @@ def _difference(ours: Tokenizer, theirs: Any, kind: str) -> str | None:
     plain = [text for text in HARD_TEXTS if not any(name in text for name in names)]
     controls = [text for name in names[:_MOST_NAMES] for text in (f"a {name}b", f"{name}\n {name}")]
     encoded = ours.encode_offsets(controls, special_tokens=True)
-    for text, ids in zip(
-        [*plain, *controls], [*ours.encode_batch(plain), *(i for i, _ in encoded)], strict=True
-    ):
+    all_ids = [*ours.encode_batch(plain), *(ids for ids, _ in encoded)]
+    for text, ids in zip([*plain, *controls], all_ids, strict=True):
         expected = ids.tolist()
         found = theirs(text, add_special_tokens=False)["input_ids"]
         if found != expected:

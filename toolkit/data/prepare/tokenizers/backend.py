@@ -33,13 +33,9 @@ _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 
 
 def read_backend(path: Path, config: Mapping[str, Any]) -> "BackendTokenizer":
-    """The tokenizer of a tokenizer.json; DataError where it or `config` holds something else.
-
-    Args:
-        config: content of the tokenizer_config.json beside it. Tokens that only this lists
-            (`added_tokens_decoder`) are added, as `transformers` does, where they get the ids that
-            it gives them.
-    """
+    """The tokenizer of a tokenizer.json; DataError where it holds something else. Tokens that only
+    `config`, the tokenizer_config.json beside it, lists (`added_tokens_decoder`) are added, as
+    `transformers` does, where they get the ids that it gives them."""
     from tokenizers import AddedToken
     from tokenizers import Tokenizer as BackendTokenizer
 
@@ -130,11 +126,8 @@ def control_id(backend: "BackendTokenizer", key: str, token: str | None) -> int 
 
 
 def ordinary_backend(backend: "BackendTokenizer", more: Sequence[str]) -> "BackendTokenizer":
-    """What encodes documents: `backend` itself where that is safe, or a twin of it.
-
-    Args:
-        more: tokens that count as control tokens whether they are marked so or not.
-    """
+    """What encodes documents: `backend` itself where that is safe, or a twin of it. The tokens
+    `more` count as control tokens whether they are marked so or not."""
     backend.encode_special_tokens = True
     added = backend.get_added_tokens_decoder().values()
     names = sorted({token.content for token in added if token.special}.union(more))

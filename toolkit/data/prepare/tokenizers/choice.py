@@ -38,10 +38,7 @@ from toolkit.storage.foreign import guard, read_bytes, reason_of
 def build_tokenizer(
     config: TokenizerConfig, sample: Callable[[int], Iterable[str]] | None = None
 ) -> Tokenizer:
-    """Load, convert or train a tokenizer.
-
-    Args:
-        sample: gives training text of about so many bytes; only asked where one is trained.
+    """Load, convert or train a tokenizer; `sample` gives training text of about so many bytes.
 
     Raises:
         ConfigError: a library is missing, or settings do not fit together.

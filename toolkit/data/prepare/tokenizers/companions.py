@@ -77,11 +77,7 @@ def companions_of(folder: Path) -> Files:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; empty when there is no such file.
-
-    Raises:
-        DataError: the file holds something else.
-    """
+    """A JSON object; empty when there is no such file. DataError: it holds something else."""
     try:
         return read_foreign_json(path, DataError)
     except FileNotFoundError:

@@ -46,13 +46,12 @@ _CANNOT_ENCODE = "the tokenizers library fails at a text"
 class Tokenizer:
     """Text to ids and back.
 
+    DataError when `eos_token` or `bos_token` is no token of the backend.
+
     Attributes:
         eos_token, eos_id: the token that ends a document; None when the tokenizer has none.
         bos_token, bos_id: the token that starts a document; None when the tokenizer has none.
         vocab_size: every id is below this.
-
-    Raises:
-        DataError: when `eos_token` or `bos_token` is no token of the backend.
     """
 
     def __init__(
@@ -172,11 +171,7 @@ class Tokenizer:
 
     def prompt_ids(self, text: str) -> list[int]:
         """What a model continues as documents of its data do: `text`, after the start-of-document
-        token where they start with it.
-
-        Without text and start, the end-of-document token, which new documents follow; an empty
-        list where there is none.
-        """
+        token where they start with it; without both, the end-of-document token, if there is one."""
         ids = self.encode_batch([text])[0].tolist() if text else []
         if self.prepends_bos:
             return [self.bos_id, *ids]
@@ -196,29 +191,21 @@ class Tokenizer:
     def encode_offsets(
         self, texts: Sequence[str], *, special_tokens: bool
     ) -> "list[tuple[np.ndarray, np.ndarray]]":
-        """Ids of each text, and which characters each of them stands for.
+        """Ids of each text, `(n,)` uint32, and which characters each of them stands for, `(n, 2)`
+        int64: the first, and one past the last. Tokens of parts of one character share it.
 
         Args:
             special_tokens: the names of control tokens in the texts become these tokens. For text
                 that a trusted template has rendered; never for documents.
-
-        Returns:
-            For each text, ids of shape `(n,)` (uint32) and offsets of shape `(n, 2)` (int64): first
-            character, and one past the last. Tokens that hold parts of one character have the
-            same offsets.
         """
         import numpy as np
 
         backend = self._with_controls if special_tokens else self._without_controls
         with guard("dataset.tokenizer", DataError, problem=_CANNOT_ENCODE):
             encodings = backend.encode_batch(list(texts), add_special_tokens=False)
-        return [
-            (
-                np.array(encoding.ids, dtype=np.uint32),
-                np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2),
-            )
-            for encoding in encodings
-        ]
+        ids = (np.array(encoding.ids, dtype=np.uint32) for encoding in encodings)
+        offsets = (np.array(e.offsets, dtype=np.int64).reshape(-1, 2) for e in encodings)
+        return list(zip(ids, offsets, strict=True))
 
     def decode(self, ids: "Iterable[int]") -> str:
         """The text of `ids`; control tokens are shown by their names."""
@@ -312,11 +299,7 @@ def load_file(
     path: Path, *, eos_token: str | None = None, bos_token: str | None = None
 ) -> Tokenizer:
     """The tokenizer of a tokenizer.json and the files beside it; DataError where it is missing or
-    cannot be read.
-
-    Args:
-        eos_token, bos_token: in place of those that tokenizer_config.json names.
-    """
+    cannot be read. `eos_token` and `bos_token` replace those that tokenizer_config.json names."""
     files = companions_of(path.parent)
     config = read_json(path.with_name(TOKENIZER_CONFIG_FILE))
     if config.get(BYTE_MARK):

@@ -39,9 +39,8 @@ def excerpt(text: str, targets: Sequence[Span]) -> str:
 
 
 def check_nothing_dropped(messages: Sequence[Message], text: str) -> None:
-    """Raise DataError when the content of a message does not occur in the rendered text.
-
-    White space may differ. Of what the assistant says before the last message, reasoning at its
+    """Raise DataError when the content of a message does not occur in the rendered text. White
+    space may differ. Of what the assistant says before the last message, reasoning at its
     start may be gone (all up to a tag like `</think>`): many templates drop it on purpose.
     """
     squeezed: str | None = None
@@ -90,11 +89,9 @@ def check_tools(template: ChatTemplate, conversation: Conversation, text: str) -
 
 
 def is_ambiguous(messages: Sequence[Message], text: str, others: Sequence[str]) -> bool:
-    """Whether a message may occur in the rendered text only because other text holds the same.
-
-    False when all messages stand in it one after the other, and none is in `others` (what else may
-    be written: the template's own text, tools) or so short that a role or a date could hold it.
-    """
+    """Whether a message may occur in the rendered text only because other text holds the same: not
+    when all messages stand in it one after the other, and none is in `others` (the template's own
+    text, tools) or so short that a role or a date could hold it."""
     position = 0
     for message in messages:
         content = message["content"].strip()
@@ -150,14 +147,9 @@ def check_targets(
     filtered: Mapping[str, int],
     sample: Callable[[], tuple[str, int | None]],
 ) -> None:
-    """Raise DataError unless some of a data set's tokens, not all and not none, are targets.
-
-    Args:
-        num_tokens, num_targets: of all splits; `num_targets` None: every token is one.
-        filtered: documents left out, by the reason.
-        sample: gives one rendered row, and the number of an answer in it that is masked where no
-            other is trained on.
-    """
+    """Raise DataError unless some of a data set's tokens, not all and not none, are targets
+    (`num_targets` None: all are). `sample` gives one rendered row, and the number of an answer in
+    it that is masked where no other is trained on."""
     left_out = filtered.get(NO_TARGET, 0)
     if num_targets == 0 or (num_tokens == 0 and left_out):
         shown, masked = sample()

@@ -27,15 +27,12 @@ ROLES = (
 )  # fmt: skip
 """Roles of messages that the chat templates of the field know."""
 SHAREGPT_ROLES = {
-    "human": "user",
-    "user": "user",
+    "human": "user", "user": "user", "system": "system", "developer": "developer",
     **dict.fromkeys(("gpt", "chatgpt", "model", "bot", "assistant", "function_call"), ASSISTANT),
-    "system": "system",
-    "developer": "developer",
     **dict.fromkeys(
         ("tool", "tool_response", "observation", "function", "function_response"), "tool"
     ),
-}
+}  # fmt: skip
 """`from` of sharegpt's turns, and the role it stands for."""
 
 _LOOKS_LIKE_MASKING = re.compile(
@@ -106,16 +103,9 @@ def read_sharegpt_turn(turn: Any, config: InstructionsConfig, where: str) -> Tur
 def is_trained(
     turn: dict[str, Any], config: InstructionsConfig, where: str, *, is_row: bool = False
 ) -> bool | None:
-    """Whether `turn` is trained on by its own keys; None: it has none, or they are null.
-
-    Args:
-        is_row: these are the columns of a row, which speak of all its turns; what other columns
-            are called is nobody's business.
-
-    Raises:
-        DataError: a value is neither yes nor no, two keys disagree, or a key that is not in the
-            config looks as if it meant this.
-    """
+    """Whether `turn` is trained on by its own keys; None: it has none, or they are null. DataError
+    for a value that is neither yes nor no, two keys that disagree, or a key that is not in the
+    config and looks as if it meant this; but the columns of a row may have any name (`is_row`)."""
     found: dict[str, bool] = {}
     for key, value in turn.items():
         if value is None or key in config.ignored_keys:
@@ -149,10 +139,10 @@ def refuse_look_alike(key: str, where: str) -> None:
 def uniform(value: Any, where: str) -> Any:
     """A nested value of a row in one form; DataError for a number that JSON does not have.
 
-    Columnar files (Arrow, parquet, saved data sets) give every object of a column all keys that any
-    of them has: null stands for a key that is absent. They also turn whole numbers into 3.0 where
-    another row has a fraction. Here objects have no keys with null, and whole numbers no fraction.
-    The order of keys stays: a model that writes an object learns it.
+    Columnar files give every object of a column all keys that any of them has (null stands for one
+    that is absent), and turn whole numbers into 3.0 where another row has a fraction. Here objects
+    have no keys with null, and whole numbers no fraction. The order of keys stays: a model that
+    writes an object learns it.
     """
     if isinstance(value, dict):
         return {key: uniform(v, where) for key, v in value.items() if v is not None}

@@ -52,13 +52,25 @@ class RenderedRow(NamedTuple):
     ends_with_eos: bool = False
 
 
-class RowRenderer:
-    """Renders rows by one config.
+class _Rendered(NamedTuple):
+    """A conversation that a template has written."""
 
-    Args:
-        templates: without any, prompts and completions are joined as they are.
-        append_eos: whether an end-of-document token follows each document.
-    """
+    template: ChatTemplate
+    conversation: Conversation
+    text: str
+    marks: list[Span]
+    answers: list[int]
+    """The messages that the loss counts."""
+
+    def fewer(self, count: int, *, add_generation_prompt: bool = False) -> Rendering:
+        """What the template writes for the first messages alone."""
+        messages, tools = self.conversation.messages[:count], self.conversation.tools
+        return self.template.render(messages, tools, add_generation_prompt=add_generation_prompt)
+
+
+class RowRenderer:
+    """Renders rows by one config; without `templates`, prompts and completions are joined as they
+    are. `append_eos` tells whether an end-of-document token follows each document."""
 
     def __init__(
         self,
@@ -74,11 +86,8 @@ class RowRenderer:
         self._counts_all = config.train_on == "all"
 
     def render(self, row: dict[str, Any], where: str) -> RenderedRow | None:
-        """The text of a row; None when there is nothing in it to train on.
-
-        DataError where the row has no known shape, or the template does not suit it; names the row
-        and shows what was rendered.
-        """
+        """The text of a row; None when there is nothing in it to train on. DataError, which shows
+        what was rendered, where the row has no known shape, or the template does not suit it."""
         conversation = read_conversation(row, self._config, where)
         messages, masked = conversation.messages, conversation.masked
         if len(masked) == len(messages):
@@ -95,17 +104,18 @@ class RowRenderer:
             template = self._templates.choose(has_tools=bool(conversation.tools))
             if template is None:
                 return self._join(conversation)
-            rendered = template.render(messages, conversation.tools)
+            rendering = template.render(messages, conversation.tools)
         except DataError as error:
             raise DataError(f"{where}: {error}") from None
+        rendered = _Rendered(template, conversation, *rendering, answers)
         targets: list[Span] = []
         try:
-            _check_complete(template, conversation, rendered.text)
+            _check_complete(rendered)
             if not self._counts_all:
-                targets = _answer_spans(template, conversation, rendered, answers)
-            return self._finish(template, conversation, rendered, targets, answers)
+                targets = _answer_spans(rendered)
+            return self._finish(rendered, targets)
         except DataError as error:
-            targets = targets or self._likely_targets(template, conversation, rendered, answers)
+            targets = targets or self._likely_targets(rendered)
             legend = ", targets in [[ ]]" if targets else ""
             shown = excerpt(rendered.text, targets)
             raise DataError(f"{where}: {error}; the row{legend}: {shown}") from None
@@ -131,21 +141,15 @@ class RowRenderer:
         answers = conversation.answers()
         return answers[-1:] if self._config.train_on == "last_assistant" else answers
 
-    def _likely_targets(
-        self,
-        template: ChatTemplate,
-        conversation: Conversation,
-        rendered: Rendering,
-        answers: list[int],
-    ) -> list[Span]:
+    def _likely_targets(self, rendered: _Rendered) -> list[Span]:
         """What the loss would count, to be shown with an error that came before it was known."""
         if self._counts_all:
             return [(0, len(rendered.text))]
         with contextlib.suppress(DataError):
-            return _answer_spans(template, conversation, rendered, answers)
+            return _answer_spans(rendered)
         found, position = [], 0
-        for number in answers:
-            content = conversation.messages[number]["content"].strip()
+        for number in rendered.answers:
+            content = rendered.conversation.messages[number]["content"].strip()
             start = rendered.text.find(content, position)
             if content and start >= 0:
                 position = start + len(content)
@@ -171,15 +175,8 @@ class RowRenderer:
             )
         return RenderedRow(text, targets, has_controls=False)
 
-    def _finish(
-        self,
-        template: ChatTemplate,
-        conversation: Conversation,
-        rendered: Rendering,
-        targets: list[Span],
-        answers: list[int],
-    ) -> RenderedRow:
-        text = rendered.text
+    def _finish(self, rendered: _Rendered, targets: list[Span]) -> RenderedRow:
+        template, conversation, text = rendered.template, rendered.conversation, rendered.text
         literals = template.literals(conversation.messages, conversation.tools, text)
         closing = template.closing_token(text, literals)
         ends_with_eos = closing is not None and text[slice(*closing)] == self._eos_token
@@ -197,11 +194,11 @@ class RowRenderer:
         )
         if self._counts_all:
             last = len(conversation.messages) - 1
-            is_open = not self._append_eos and closing is None and answers[-1:] == [last]
+            is_open = not self._append_eos and closing is None and rendered.answers[-1:] == [last]
             if is_open and not has_stop(text, conversation, last):
                 raise DataError(_missing_stop(_ADVICE))
             return row
-        stops = self._stops(template, conversation, text, targets, answers, literals)
+        stops = self._stops(rendered._replace(text=text), targets, literals)
         if not stops:
             raise DataError(
                 "the chat template marks nothing of the assistant's answers with {% generation %}"
@@ -212,16 +209,11 @@ class RowRenderer:
         )
 
     def _stops(
-        self,
-        template: ChatTemplate,
-        conversation: Conversation,
-        text: str,
-        targets: list[Span],
-        answers: list[int],
-        literals: list[int],
+        self, rendered: _Rendered, targets: list[Span], literals: list[int]
     ) -> list[tuple[int, int, bool]]:
         """The targets with their ends put right, and whether a control token ends each; DataError
         where nothing tells the model to stop at the end of one of them."""
+        template, conversation, text, _, answers = rendered
         found = []
         for number, (start, end) in enumerate(targets):
             end = min(end, len(text))
@@ -249,8 +241,9 @@ def _missing_stop(advice: str) -> str:
     )
 
 
-def _check_complete(template: ChatTemplate, conversation: Conversation, text: str) -> None:
-    """Every message, tool call and tool of the row reaches the rendered `text`."""
+def _check_complete(rendered: _Rendered) -> None:
+    """Every message, tool call and tool of the row reaches the text."""
+    template, conversation, text = rendered.template, rendered.conversation, rendered.text
     messages = conversation.messages
     check_nothing_dropped(messages, text)
     check_tools(template, conversation, text)
@@ -263,19 +256,19 @@ def _check_complete(template: ChatTemplate, conversation: Conversation, text: st
             raise dropped_text(number, messages[number])
 
 
-def _answer_spans(
-    template: ChatTemplate, conversation: Conversation, rendered: Rendering, answers: list[int]
-) -> list[Span]:
-    """Where each of the messages `answers` stands, its end-of-turn token included. With marks there
-    may be several spans for a message, or none. DataError where the template writes a turn
-    differently once others follow."""
-    if template.has_marks:
-        spans = _marked_spans(template, conversation, rendered, answers)
-        check_marks([rendered.text[start:end] for start, end in spans], conversation, answers)
+def _answer_spans(rendered: _Rendered) -> list[Span]:
+    """Where the answers stand, their end-of-turn tokens included. With marks there may be several
+    spans for one, or none. DataError where the template writes a turn differently once others
+    follow."""
+    answers = rendered.answers
+    if rendered.template.has_marks:
+        spans = _marked_spans(rendered)
+        marked = [rendered.text[start:end] for start, end in spans]
+        check_marks(marked, rendered.conversation, answers)
         return spans
     spans = []
     for answer in answers:
-        span = _span(template, conversation, rendered.text, answer)
+        span = _span(rendered, answer)
         if span is None:
             is_last = answer == answers[-1]
             advice = "" if is_last else "set dataset.instructions.train_on=last_assistant, or "
@@ -289,33 +282,31 @@ def _answer_spans(
     return spans
 
 
-def _marked_spans(
-    template: ChatTemplate, conversation: Conversation, rendered: Rendering, answers: list[int]
-) -> list[Span]:
+def _marked_spans(rendered: _Rendered) -> list[Span]:
+    conversation = rendered.conversation
+
     def before(number: int) -> int:
         """How many marks the template puts into the messages before message `number`."""
-        earlier = conversation.messages[:number]
-        if all(message["role"] != ASSISTANT for message in earlier):
+        if all(message["role"] != ASSISTANT for message in conversation.messages[:number]):
             return 0
-        return len(template.render(earlier, conversation.tools).marks)
+        return len(rendered.fewer(number).marks)
 
-    first, masked = answers[0], set(conversation.masked) & set(conversation.answers())
+    first, masked = rendered.answers[0], set(conversation.masked) & set(conversation.answers())
     if not any(number > first for number in masked):
         return rendered.marks[before(first) :]
-    spans = []
-    for answer in answers:
-        spans += rendered.marks[before(answer) : before(answer + 1)]
-    return spans
+    return [
+        span
+        for answer in rendered.answers
+        for span in rendered.marks[before(answer) : before(answer + 1)]
+    ]
 
 
-def _span(
-    template: ChatTemplate, conversation: Conversation, text: str, answer: int
-) -> Span | None:
-    """None: what the template writes for fewer messages is no beginning of `text`."""
-    messages, tools = conversation.messages, conversation.tools
-    content = messages[answer]["content"].strip()
+def _span(rendered: _Rendered, answer: int) -> Span | None:
+    """None: what the template writes for fewer messages is no beginning of the text."""
+    template, conversation, text, _, _ = rendered
+    content = conversation.messages[answer]["content"].strip()
     try:
-        before = template.render(messages[:answer], tools, add_generation_prompt=True).text
+        before = rendered.fewer(answer, add_generation_prompt=True).text
     except DataError:
         # Templates may look at the first message, and there is none before this answer.
         if answer > 0 or content not in text:
@@ -323,8 +314,8 @@ def _span(
         before = text[: text.index(content)]
     start = _shared(template, text, before)
     end = len(text) if start is not None else None
-    if answer + 1 < len(messages):
-        end = _shared(template, text, template.render(messages[: answer + 1], tools).text)
+    if answer + 1 < len(conversation.messages):
+        end = _shared(template, text, rendered.fewer(answer + 1).text)
     if start is None or end is None or end < start:
         return None
     if not template.has_generation_prompt and content:

@@ -83,11 +83,8 @@ def shape_of(row: dict[str, Any], config: InstructionsConfig, where: str) -> Sha
 
 
 def read_conversation(row: dict[str, Any], config: InstructionsConfig, where: str) -> Conversation:
-    """The conversation of a row, with `system_prompt` put before it where it has none.
-
-    DataError, with `where` for the row, where it does not have the shape, or holds something else
-    than text.
-    """
+    """The conversation of a row, with `system_prompt` put before it where it has none. DataError
+    where it does not have the shape, or holds something else than text."""
     shape = shape_of(row, config, where)
     columns, read = _SHAPES[shape]
     for column in columns:

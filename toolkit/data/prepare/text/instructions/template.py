@@ -88,11 +88,8 @@ class ChatTemplate:
         return Rendering(text, [(start, end) for start, end in marks if start < end])
 
     def closing_token(self, text: str, literals: Sequence[int] = ()) -> Span | None:
-        """The control token that `text` ends with, white space after it aside.
-
-        Args:
-            literals: where names of control tokens start that are ordinary text.
-        """
+        """The control token that `text` ends with, white space after it aside; names that start at
+        `literals` are ordinary text."""
         end = len(text.rstrip())
         found = None
         # Names are short, and only one that reaches to the end counts.
@@ -102,9 +99,8 @@ class ChatTemplate:
         return found
 
     def literals(self, messages: list[Message], tools: list[Any] | None, text: str) -> list[int]:
-        """Where names of control tokens start in the rendered `text` that came with the row.
-
-        The conversation is rendered once more with another first character in each such name: it is
+        """Where names of control tokens start in the rendered `text` that came with the row. The
+        conversation is rendered once more with another first character in each such name: it is
         where the two renderings differ. DataError where the template treats text with such names in
         another way than other text.
         """
@@ -125,12 +121,9 @@ class ChatTemplate:
         )
 
     def dropped(self, messages: list[Message], tools: list[Any] | None, text: str) -> int | None:
-        """Number of the first message that does not reach the rendered `text`; None: there is none.
-
-        The conversation is rendered once more with a character of its own in each message: in the
-        last word, which stays where reasoning or white space goes. None too where the template
-        refuses that.
-        """
+        """Number of the first message that does not reach the rendered `text`; None: there is none,
+        or the template refuses to say. The conversation is rendered once more with a character of
+        its own in each message: in the last word, which stays where reasoning or space goes."""
         unused = (mark for mark in map(chr, _MARKS) if mark not in text)
         changed, marks = [], {}
         for number, message in enumerate(messages):

@@ -31,11 +31,7 @@ MEMORY_BYTES = 1 << 30
 
 
 class TemplateError(Exception):
-    """The template failed, or did not stay within its limits.
-
-    Attributes:
-        line: of a syntax error; None for any other.
-    """
+    """The template failed, or did not stay within its limits; `line` is that of a syntax error."""
 
     def __init__(self, reason: str, line: int | None = None) -> None:
         super().__init__(reason)
@@ -44,11 +40,8 @@ class TemplateError(Exception):
 
 def render(request: dict[str, Any]) -> tuple[str, list[tuple[int, int]]]:
     """The text and the marked parts of one conversation; any thread may call it. TemplateError,
-    with one line, where the template fails.
-
-    Args:
-        request: arguments of `transformers`' `render_jinja_template`, with one conversation.
-    """
+    with one line, where the template fails. `request` are the arguments of `transformers`'
+    `render_jinja_template`, with one conversation."""
     return _process().render(request)
 
 
