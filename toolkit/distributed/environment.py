@@ -24,8 +24,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from toolkit.distributed.config import LogRanks
 from toolkit.distributed.devices import pick_device, use_device
-from toolkit.distributed.launcher import rank_of, world_size_of
-from toolkit.distributed.layout import Layout, Precision, offloads, resolve_layout
+from toolkit.distributed.launcher import offloads, rank_of, world_size_of
+from toolkit.distributed.layout import Layout, Precision, resolve_layout
 from toolkit.distributed.logging import setup_logging
 from toolkit.distributed.process_groups import (
     COLLECTIVE_TIMEOUT,

@@ -165,18 +165,11 @@ def deepspeed_notices(config: Mapping[str, Any], where: str) -> tuple[str, ...]:
     )
 
 
-def offloads_to_cpu(config: Mapping[str, Any]) -> bool:
-    """Whether a DeepSpeed JSON keeps something in host memory."""
-    zero = _section(config, "zero_optimization")
+def offloads(config: DataParallelConfig) -> bool:
+    """Whether the engine this asks for keeps state in host memory."""
+    zero = _section(config.deepspeed_config, "zero_optimization")
     parts = ("offload_optimizer", "offload_param")
-    return any(_section(zero, part).get("device") == "cpu" for part in parts)
-
-
-def with_offload(config: Mapping[str, Any], *parts: str) -> dict[str, Any]:
-    """The DeepSpeed JSON with `parts` ("optimizer", "param") in host memory, where it does not say
-    otherwise."""
-    added = {f"offload_{part}": {"device": "cpu"} for part in parts}
-    return {**config, "zero_optimization": {**added, **_section(config, "zero_optimization")}}
+    return config.cpu_offload or any(_section(zero, part).get("device") == "cpu" for part in parts)
 
 
 def _deepspeed_choice(environ: Mapping[str, str]) -> Choice:

@@ -12,7 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -122,7 +122,7 @@ def convert_hf(
         for tensor in layout.values():
             dtypes[str(tensor.dtype).removeprefix("torch.")] += tensor.numel()
         types = tuple(dtype for dtype, _ in dtypes.most_common())
-        origin = {
+        origin: dict[str, Any] = {
             "name": name,
             "model_type": family.model_type,
             "path": str(source.resolve()),
