@@ -8,13 +8,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.config.test_overrides import SGD, Adam, Example, Stop
-from toolkit.config import ConfigLayers, Override, convert, parse_override_args
+from tests.config.test_overrides import SGD, Adam, Example, Layers, Stop
+from toolkit.config import Override, convert, parse_override_args
 from toolkit.errors import ConfigError
 
 
 def test_origins_name_default_recipe_file_and_flag() -> None:
-    layers = ConfigLayers(Example)
+    layers = Layers(Example)
     layers.add({"optim": {"lr": 0.5}, "name": "r", "note": "r"}, "recipe tiny")
     layers.add({"name": "f", "stop": {"value": 3}}, "my.json")
     flags = ["--optim.betas.0=0.5", "--duration={value: 2}"]
@@ -36,14 +36,14 @@ def test_origins_name_default_recipe_file_and_flag() -> None:
 
 def test_an_added_layer_is_not_changed_by_later_ones() -> None:
     recipe = {"optim": {"type": "adam", "betas": [0.1, 0.2]}}
-    layers = ConfigLayers(Example)
+    layers = Layers(Example)
     layers.add(recipe, "recipe")
     layers.set("optim.betas.0", 0.5, "flag")
     assert recipe == {"optim": {"type": "adam", "betas": [0.1, 0.2]}}
 
 
 def test_another_tag_drops_what_the_new_type_does_not_know() -> None:
-    layers = ConfigLayers(Example)
+    layers = Layers(Example)
     layers.add({"optim": {"type": "adam", "lr": 0.5, "betas": [0.1, 0.2]}}, "recipe")
     layers.add({"optim": {"type": "sgd", "momentum": 0.9}}, "my.json")
     config = layers.resolve()
@@ -54,7 +54,7 @@ def test_another_tag_drops_what_the_new_type_does_not_know() -> None:
 
 
 def test_mistakes_in_a_layer_name_the_layer() -> None:
-    layers = ConfigLayers(Example)
+    layers = Layers(Example)
     layers.add({"optim": {"type": "adam", "lrr": 1}}, "my.json")
     with pytest.raises(ConfigError) as error:
         layers.resolve()
@@ -62,7 +62,7 @@ def test_mistakes_in_a_layer_name_the_layer() -> None:
 
 
 def test_unknown_top_level_names_list_the_known_ones() -> None:
-    layers = ConfigLayers(Example)
+    layers = Layers(Example)
     layers.add({"zzz": 1}, "my.json")
     with pytest.raises(ConfigError) as error:
         layers.resolve()
@@ -97,7 +97,7 @@ examples = st.builds(
 def test_every_config_round_trips_through_json_and_plain_data(config: Example) -> None:
     assert msgspec.json.decode(config.to_json(), type=Example) == config
     assert convert(config.to_dict(), Example) == config
-    layers = ConfigLayers(Example)
+    layers = Layers(Example)
     layers.add(config.to_dict(), "file")
     assert layers.resolve() == config
 
@@ -109,14 +109,14 @@ plain_text = st.text(st.sampled_from(string.printable), min_size=0).filter(
 
 @given(plain_text)
 def test_a_text_field_keeps_its_characters_whatever_they_look_like(value: str) -> None:
-    layers = ConfigLayers(Example)
+    layers = Layers(Example)
     layers.apply(Override("name", value, "--name"))
     assert layers.resolve().name == value
 
 
 @given(examples)
 def test_every_value_can_be_given_as_a_flag_in_json(config: Example) -> None:
-    layers = ConfigLayers(Example)
+    layers = Layers(Example)
     for name, value in config.to_dict().items():
         layers.apply(Override(name, json.dumps(value), f"--{name}"))
     assert layers.resolve() == config

@@ -2,8 +2,8 @@
 
 import pytest
 
-from toolkit.config import Config, ConfigLayers, parse_override_args
-from toolkit.errors import ConfigError
+from toolkit.config import Config, ConfigLayers, Override, parse_override_args
+from toolkit.errors import ConfigError, ErrorList
 
 
 class Adam(Config, kw_only=True, tag_field="type", tag="adam"):
@@ -36,8 +36,18 @@ class Example(Config, kw_only=True):
 SECTIONS = Example.__struct_fields__
 
 
+class Layers(ConfigLayers[Example]):
+    def apply(self, override: Override) -> None:
+        self.set(override.path, self.parse(override), override.flag)
+
+    def resolve(self) -> Example:
+        checked = self.check()
+        ErrorList(checked.errors).raise_any()
+        return checked.config
+
+
 def resolve(*args: str) -> Example:
-    layers = ConfigLayers(Example)
+    layers = Layers(Example)
     for override in parse_override_args(args, sections=SECTIONS, options=["name", "save-folder"]):
         layers.apply(override)
     return layers.resolve()

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from toolkit.distributed.config import DataParallelConfig
-from toolkit.distributed.layout import AXES, Layout, offloads, resolve_layout
+from toolkit.distributed.launcher import offloads
+from toolkit.distributed.layout import AXES, Layout, resolve_layout
 from toolkit.errors import ConfigError
 
 CPU = {"device": "cpu"}

@@ -6,7 +6,7 @@ import msgspec
 import pytest
 
 from toolkit.config import Config
-from toolkit.hf.equivalence import defining_values, differences
+from toolkit.hf.choose import defining_values, differences
 from toolkit.models.architecture import (
     LinearRopeConfig,
     Llama3RopeConfig,

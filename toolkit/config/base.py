@@ -50,36 +50,35 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 def check_not_negative(config: Config, *names: str) -> None:
     """Raise `ValueError` for those of the fields `names` that are < 0, infinite or nan."""
 
-    def problem(value: float) -> str | None:
-        what = "not be negative" if value < 0 else "be finite"
-        return None if 0 <= value < math.inf else f"must {what}: {value}"
+    def problem(value: float) -> str:
+        return f"must {'not be negative' if value < 0 else 'be finite'}: {value}"
 
-    _check(config, names, problem)
+    _check(config, names, lambda value: 0 <= value < math.inf, problem)
 
 
 def check_positive(config: Config, *names: str) -> None:
     """Raise `ValueError` for those of the fields `names` that are not > 0, or infinite."""
 
-    def problem(value: float) -> str | None:
-        finite = " and finite" if value > 0 else ""
-        return None if 0 < value < math.inf else f"must be greater than 0{finite}, not {value}"
+    def problem(value: float) -> str:
+        return f"must be greater than 0{' and finite' if value > 0 else ''}, not {value}"
 
-    _check(config, names, problem)
+    _check(config, names, lambda value: 0 < value < math.inf, problem)
 
 
-def _check(config: Config, names: Sequence[str], problem_of: Callable[[float], str | None]) -> None:
-    values = ((name, getattr(config, name)) for name in names)
-    problems = [(name, problem_of(value)) for name, value in values if value is not None]
-    if lines := [f"{name} {problem}" for name, problem in problems if problem]:
+def _check(
+    config: Config,
+    names: Sequence[str],
+    is_right: Callable[[float], bool],
+    problem: Callable[[float], str],
+) -> None:
+    values = [(name, value) for name in names if (value := getattr(config, name)) is not None]
+    if lines := [f"{name} {problem(value)}" for name, value in values if not is_right(value)]:
         raise ValueError("\n".join(lines))
 
 
 def matching(key: str, pattern: str, names: Sequence[str]) -> list[str]:
-    """The names of parameters that a shell-style `pattern` matches, in their order.
-
-    Raises:
-        ConfigError: about `key`, where there is none; names one that looks like it.
-    """
+    """The names of parameters that a shell-style `pattern` matches, in their order. Raises
+    ConfigError: about `key`, where there is none; names one that looks like it."""
     hits = fnmatch.filter(names, pattern)
     if not hits:
         near = difflib.get_close_matches(pattern[:100], names[:200], n=1, cutoff=0.75)
@@ -89,11 +88,8 @@ def matching(key: str, pattern: str, names: Sequence[str]) -> list[str]:
 
 
 def in_seconds(value: float | str) -> float:
-    """A length of time in seconds: 90, "90s", "11h30m", "2d".
-
-    Raises:
-        ValueError: it is none, or not greater than zero.
-    """
+    """A length of time in seconds: 90, "90s", "11h30m", "2d". Raises ValueError: it is none, or not
+    greater than zero."""
     text = str(value).strip().lower()
     if _TIME.fullmatch(text):
         seconds = sum(float(amount) * _UNITS[unit] for amount, unit in _AMOUNT.findall(text))

@@ -6,7 +6,7 @@ them: path, value, what was expected, and the nearest name.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
 import msgspec
@@ -52,20 +52,14 @@ _WRONG: Any = object()
 
 
 class Checked(NamedTuple):
-    """What `check` found."""
-
     config: Any
     """The config, built without the values that do not fit; None where it needs one of them."""
     errors: list[ConfigError]
 
 
 def convert(data: Any, config_type: type[T]) -> T:
-    """`data` (plain JSON types) as a `config_type`.
-
-    Raises:
-        ConfigError: naming the path, the value and what was expected; `SeveralErrors` of them where
-            more than one is wrong.
-    """
+    """`data` (plain JSON types) as a `config_type`. Raises ConfigError: naming the path, the value
+    and what was expected; `SeveralErrors` of them where more than one is wrong."""
     checked = check(data, config_type)
     ErrorList(checked.errors).raise_any()
     return checked.config
@@ -97,10 +91,11 @@ class _Walk:
                 if isinstance(option, inspect.TupleType) and len(data) != len(option.item_types):
                     expected = f"expected {describe(target)} values, not {shown(data)}"
                     return self._wrong(path, expected)
-            return _all_right(
+            items = [
                 self.value(item, item_type(target, index) or _ANY, join(path, index))
                 for index, item in enumerate(data)
-            )
+            ]
+            return _WRONG if any(item is _WRONG for item in items) else items
         problem = _problem(data, target)
         return data if problem is None else self._wrong(path, problem)
 
@@ -159,11 +154,6 @@ class _Walk:
     def _wrong(self, path: str, problem: str) -> Any:
         self.errors.append(ConfigError(problem, key=path))
         return _WRONG
-
-
-def _all_right(items: Iterable[Any]) -> Any:
-    found = list(items)
-    return _WRONG if any(item is _WRONG for item in found) else found
 
 
 def _takes_any(target: Any) -> bool:

@@ -24,12 +24,9 @@ _HINTS = {
 
 
 def read_json_mapping(path: Path) -> dict[str, Any]:
-    """The mapping in a JSON file, without `$schema`.
-
-    Raises:
-        ConfigError: the file cannot be read, is not UTF-8 JSON (with line and column), repeats a
-            key, nests too deep, or holds something else than a mapping.
-    """
+    """The mapping in a JSON file, without `$schema`. Raises ConfigError: the file cannot be read,
+    is not UTF-8 JSON (with line and column), repeats a key, nests too deep, or holds something else
+    than a mapping."""
     try:
         text = read_bytes(path, ConfigError).decode("utf-8-sig")
     except FileNotFoundError:

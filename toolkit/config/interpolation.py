@@ -27,10 +27,7 @@ T = TypeVar("T", bound=Config)
 
 def fill(config: T, environ: Mapping[str, str] | None = None) -> T:
     """`config` with the values of the variables that its texts name; itself where they name none.
-
-    Raises:
-        ConfigError: a variable is not set, or what it holds does not fit.
-    """
+    Raises ConfigError: a variable is not set, or what it holds does not fit."""
     data = config.to_dict()
     filled = _fill(data, os.environ if environ is None else environ, "")
     if filled == data:

@@ -1,10 +1,10 @@
 """From layers of plain data (recipe, file, flags) to one typed config, with each value's origin.
 
 1. `ConfigLayers(T)` starts empty; every value is then T's default.
-2. `add(data, origin)` merges a recipe or file; `set(path, value, origin)` and `apply(override)` set
-   single values, typed by the field they are meant for.
-3. `resolve()` checks every name (with the nearest known one in the message), converts, and returns
-   the frozen config. `origins()` then tells for each leaf where its value came from.
+2. `add(data, origin)` merges a recipe or file; `set(path, value, origin)` sets a single value, for
+   an override what `parse` makes of its text by the type of its field.
+3. `check()` checks every name (with the nearest known one in the message) and makes the frozen
+   config. `origins()` then tells for each leaf where its value came from.
 """
 
 import copy
@@ -32,7 +32,7 @@ from toolkit.config.types import (
     type_of,
     value_type,
 )
-from toolkit.errors import ConfigError, ErrorList
+from toolkit.errors import ConfigError
 from toolkit.wording import count
 
 DEFAULT_ORIGIN = "default"
@@ -57,11 +57,8 @@ class ConfigLayers(Generic[T]):
         self._merge(self.data, copy.deepcopy(expanded(data, self._root)), self._root, "", origin)
 
     def set(self, path: str, value: Any, origin: str) -> None:
-        """Set one value (plain JSON types) at a dotted `path`; list items by index.
-
-        Raises:
-            ConfigError: for a path that does not exist, with the nearest known name.
-        """
+        """Set one value (plain JSON types) at a dotted `path`; list items by index. Raises
+        ConfigError for a path that does not exist, with the nearest known name."""
         container, name, owner = self._open(path)
         if isinstance(container, list):
             container[_list_index(name, container, path)] = value
@@ -78,7 +75,6 @@ class ConfigLayers(Generic[T]):
         self._record(path, value, origin)
 
     def parse(self, override: Override) -> Any:
-        """The value of a command-line override, converted by its target's type."""
         try:
             container, name, owner = self._open(override.path)
         except UnknownFieldError as error:
@@ -89,26 +85,9 @@ class ConfigLayers(Generic[T]):
         target = child_type(owner, name, override.path.rpartition(".")[0], _values(container))
         return parse_value(override.text, target, override.path)
 
-    def apply(self, override: Override) -> None:
-        """Set the value of a command-line override.
-
-        Raises:
-            ConfigError: unknown path, or a value that its target cannot take.
-        """
-        self.set(override.path, self.parse(override), override.flag)
-
-    def resolve(self) -> T:
-        """Check names and types and return the frozen config.
-
-        Raises:
-            ConfigError: naming the path, the value, what was expected, and the layer it is from.
-        """
-        checked = self.check()
-        ErrorList(checked.errors).raise_any()
-        return checked.config
-
     def check(self) -> Checked:
-        """Everything that `resolve` would refuse, each with its layer, and the config without."""
+        """The frozen config, and everything that is wrong with names, types and values, each with
+        the layer that it is from; the config is without these."""
         checked = check(self.data, self.config_type)
         return checked._replace(errors=[self._located(error) for error in checked.errors])
 

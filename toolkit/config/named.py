@@ -26,17 +26,13 @@ def named(name: str) -> Any:
 
 
 def is_name(text: Any) -> bool:
-    """Whether `text` has the form "module:object"."""
     return isinstance(text, str) and _NAME.fullmatch(text) is not None
 
 
 def users_class(name: str, *, key: str) -> Any:
-    """The class that a user's config names at `key`; the current folder is looked in too.
-
-    Raises:
-        ConfigError: `name` is not of the form "module:Class", there is no such module or class, or
-            importing the module fails.
-    """
+    """The class that a user's config names at `key`; the current folder is looked in too. Raises
+    ConfigError: `name` is not of the form "module:Class", there is no such module or class, or
+    importing the module fails."""
     if not is_name(name):
         raise ConfigError(f"write it as module:Class, not {name!r}", key=key)
     if (here := os.getcwd()) not in sys.path:
@@ -46,8 +42,8 @@ def users_class(name: str, *, key: str) -> Any:
     except (ImportError, AttributeError) as error:
         raise ConfigError(f"{name}: {error}", key=key) from None
     except Exception as error:
-        reason = f"importing it fails: {type(error).__name__}: {error}"
-        raise ConfigError(f"{name}: {reason}", key=key) from error
+        problem = f"{name}: importing it fails: {type(error).__name__}: {error}"
+        raise ConfigError(problem, key=key) from error
     if not callable(found):
         raise ConfigError(f"{name}: is no class: {found!r:.80}", key=key)
     return found
@@ -55,11 +51,8 @@ def users_class(name: str, *, key: str) -> Any:
 
 def users_subclass(config: Any, base: str, *arguments: Any, key: str, name: str = "target") -> Any:
     """The user's class `config.target` (see `users_class`), which is derived from the class named
-    `base`, and takes `arguments` and `config.options`.
-
-    Raises:
-        ConfigError: otherwise; about the fields `name` and "options" at `key`.
-    """
+    `base`, and takes `arguments` and `config.options`. Raises ConfigError otherwise, about the
+    fields `name` and "options" at `key`."""
     found = users_class(config.target, key=f"{key}.{name}")
     if not (isinstance(found, type) and issubclass(found, named(base))):
         ours = base.partition(":")[2]
@@ -72,11 +65,8 @@ def users_subclass(config: Any, base: str, *arguments: Any, key: str, name: str 
 
 
 def users_object(name: str, *arguments: Any, key: str, **options: Any) -> Any:
-    """An object of the class `name` (see `users_class`), made with the user's `options`.
-
-    Raises:
-        ConfigError: see `users_class`; or the class does not take the options.
-    """
+    """An object of the class `name` (see `users_class`), made with the user's `options`. Raises
+    ConfigError: see `users_class`; or the class does not take the options."""
     found = users_class(name, key=key)
     try:
         return found(*arguments, **options)

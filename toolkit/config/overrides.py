@@ -18,7 +18,6 @@ from toolkit.config.types import (
     alternatives,
     choose_struct,
     field_types,
-    is_null,
     item_type,
     nearest,
     paths_to,
@@ -61,10 +60,7 @@ def parse_override_args(
         sections: the top-level names that may stand without a dot (`--seed=3`).
         options: the command's own long options, for the hint when one is misspelled.
         root: the type of the config, for the hint when a path is cut short.
-        found: keeps what is wrong, and the rest is returned.
-
-    Raises:
-        ConfigError: for the words that are not an override; not with `found`.
+        found: keeps what is wrong, and the rest is returned; without it that raises ConfigError.
     """
     overrides, position = [], 0
     wrong = ErrorList() if found is None else found
@@ -121,11 +117,8 @@ def _unknown_option(
 
 
 def parse_value(text: str, target: Any, path: str) -> Any:
-    """Convert `text` to plain JSON types for the type `target` (a `msgspec.inspect` node).
-
-    Raises:
-        ConfigError: when `text` is not a JSON or YAML flow value.
-    """
+    """Convert `text` to plain JSON types for the type `target` (a `msgspec.inspect` node). Raises
+    ConfigError when `text` is not a JSON or YAML flow value."""
     if _wants_text(target) and not text.startswith(('"', "'")):
         return None if text in ("null", "~") and _takes_null(target) else text
     # The common scalars need no YAML parser, whose import costs more than all the rest.
@@ -140,11 +133,8 @@ def parse_value(text: str, target: Any, path: str) -> Any:
 
 
 def load_yaml(text: str) -> Any:
-    """The value of YAML `text` that may come from elsewhere.
-
-    Raises:
-        ValueError: it is not YAML, or has anchors, aliases or tags.
-    """
+    """The value of YAML `text` that may come from elsewhere. Raises ValueError: it is not YAML, or
+    has anchors, aliases or tags."""
     return _read_yaml(text, as_node=False)
 
 
@@ -200,9 +190,7 @@ def _convert(node: Any, target: Any) -> Any:
     if node.id == "sequence":
         return [_convert(child, item_type(target, i)) for i, child in enumerate(node.value)]
     values = {k.value: v.value for k, v in node.value if v.id == "scalar"}
-    struct = choose_struct(target, values)
-    fields = field_types(struct) if struct else {}
-    other = value_type(target)
+    fields, other = field_types(choose_struct(target, values)), value_type(target)
     return {k.value: _convert(v, fields.get(k.value, other)) for k, v in node.value}
 
 
@@ -223,11 +211,11 @@ def plain_scalar(text: str, target: Any = None) -> Any:
 
 
 def _takes_null(target: Any) -> bool:
-    return any(is_null(t) or isinstance(t, inspect.AnyType) for t in alternatives(target))
+    return any(isinstance(t, inspect.NoneType | inspect.AnyType) for t in alternatives(target))
 
 
 def _wants_text(target: Any) -> bool:
-    options = [t for t in alternatives(target) if not is_null(t)]
+    options = [t for t in alternatives(target) if not isinstance(t, inspect.NoneType)]
     return bool(options) and all(
         isinstance(t, inspect.StrType)
         or (isinstance(t, inspect.LiteralType) and all(isinstance(v, str) for v in t.values))

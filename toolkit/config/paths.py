@@ -63,15 +63,8 @@ def path_problem(text: str, kind: str) -> str | None:
 
 
 def local_path(text: str, what: str) -> Path:
-    """`text` from the command line as a path, `~` filled in.
-
-    Args:
-        what: the option or argument, for messages.
-
-    Raises:
-        ConfigError: it cannot be a local path.
-    """
-    problem = path_problem(text, "local")
-    if problem is not None:
+    """`text`, given for the option or argument `what`, as a path, `~` filled in. Raises ConfigError
+    where it cannot be a local path."""
+    if problem := path_problem(text, "local"):
         raise ConfigError(f"{what}: {problem}")
     return Path(text).expanduser()

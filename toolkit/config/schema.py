@@ -44,8 +44,8 @@ def field_docs(config_type: type) -> dict[str, str]:
 
 def _add_structs(node: Any, found: dict[str, type]) -> None:
     for option in alternatives(node):
-        children = [*getattr(option, "item_types", ()), getattr(option, "item_type", None)]
-        children.append(getattr(option, "value_type", None))
+        children = [*getattr(option, "item_types", ())]
+        children += [getattr(option, name, None) for name in ("item_type", "value_type")]
         if isinstance(option, msgspec.inspect.StructType) and option.cls.__name__ not in found:
             found[option.cls.__name__] = option.cls
             children += [field.type for field in option.fields]

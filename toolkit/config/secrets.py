@@ -60,11 +60,8 @@ _REFERENCE = re.compile(r"\$\{[A-Za-z_]\w*\}")
 
 
 def is_secret_name(name: str, *, strict: bool = False) -> bool:
-    """Whether a setting, option, variable or field of a URL of this name holds a secret.
-
-    Args:
-        strict: no names that are common words elsewhere (`key`).
-    """
+    """Whether a setting, option, variable or field of a URL of this name holds a secret; `strict`:
+    no names that are common words elsewhere (`key`)."""
     words = [word.lower() for word in _WORD.findall(name)]
     joined = "_".join(words)
     if not words or name in _FOLDERS:
@@ -97,10 +94,7 @@ def mask_secrets(value: Any) -> Any:
 
 def check_no_secrets(data: Any, path: str = "") -> None:
     """Refuse a config (plain JSON types) that holds a secret in a URL or under a name that says so.
-
-    Raises:
-        ConfigError: naming the value's path and what to write instead.
-    """
+    Raises ConfigError: naming the value's path and what to write instead."""
     if isinstance(data, dict):
         for name, value in data.items():
             below = join(path, name)
@@ -151,7 +145,8 @@ def _mask_text(text: str) -> str:
     if "://" in text:
         text = _URL.sub(lambda match: _mask_url(match, strict=False, hidden=HIDDEN), text)
     text = _mask_assigned(text)
-    text = _mask_spaced(text)
+    # `--token value` and `HF_TOKEN value`.
+    text = _mask_after(_SPACED, text, lambda match, value: value.strip(",.;") in _PROSE)
     text = _KNOWN.sub(HIDDEN, _BEARER.sub(rf"\1{HIDDEN}", text))
     for name, value in os.environ.items():
         if len(value) >= _SHORTEST_VALUE and value in text and is_secret_name(name):
@@ -160,11 +155,8 @@ def _mask_text(text: str) -> str:
 
 
 def _mask_url(match: re.Match[str], *, strict: bool, hidden: str) -> str:
-    """A URL with `hidden` for its password and for the values of secret fields of its query.
-
-    Args:
-        strict: not what may be a port and a path with an @ in it.
-    """
+    """A URL with `hidden` for its password and for the values of secret fields of its query;
+    `strict`: not for what may be a port and a path with an @ in it."""
     scheme, rest = match["scheme"], match["rest"]
     user, at, place = rest.rpartition("@")
     name, colon, password = user.partition(":")
@@ -204,11 +196,6 @@ def _mask_assigned(text: str) -> str:
         return text[: match.start()].endswith("://") and _is_reference(value.split("@")[0])
 
     return _mask_after(_SIGN, text, is_kept)
-
-
-def _mask_spaced(text: str) -> str:
-    """`--token value` and `HF_TOKEN value`."""
-    return _mask_after(_SPACED, text, lambda match, value: value.strip(",.;") in _PROSE)
 
 
 def _mask_after(

@@ -70,7 +70,6 @@ def _members(target: Any) -> tuple[Any, ...]:
 
 
 def struct_types(target: Any) -> list[inspect.StructType]:
-    """The structs among the alternatives of `target`."""
     return [t for t in alternatives(target) if isinstance(t, inspect.StructType)]
 
 
@@ -80,7 +79,6 @@ def tag_field(target: Any) -> str:
 
 
 def tags(target: Any) -> tuple[Any, ...]:
-    """The valid tags of a union of structs."""
     return tuple(s.tag for s in struct_types(target))
 
 
@@ -108,13 +106,7 @@ def is_text(value: str) -> bool:
 
 
 def is_index(name: str) -> bool:
-    """Whether `name` can be the index of a list's item."""
     return name.isascii() and name.isdigit() and len(name) < 10
-
-
-def is_null(option: Any) -> bool:
-    """Whether the type is that of null."""
-    return isinstance(option, inspect.NoneType)
 
 
 def item_type(target: Any, index: int) -> Any:
@@ -128,17 +120,13 @@ def item_type(target: Any, index: int) -> Any:
 
 
 def value_type(target: Any) -> Any:
-    """Type of the values of a free-form mapping; None where `target` is not one."""
     mappings = (t for t in alternatives(target) if isinstance(t, inspect.DictType))
     return next((t.value_type for t in mappings), None)
 
 
 def child_type(target: Any, name: str, path: str, values: dict[str, Any]) -> Any:
-    """Type of the item `name` inside `target`, whose present value is `values`.
-
-    Raises:
-        ConfigError: `target` has no such item; names the nearest one it has.
-    """
+    """Type of the item `name` inside `target`, whose present value is `values`. Raises ConfigError:
+    `target` has no such item; names the nearest one it has."""
     chosen = choose_struct(target, values)
     structs = [chosen] if chosen else struct_types(target)
     for struct in structs:
@@ -149,16 +137,14 @@ def child_type(target: Any, name: str, path: str, values: dict[str, Any]) -> Any
     if structs:
         raise unknown_field(path, name, structs)
     found = item_type(target, int(name)) if is_index(name) else None
-    found = found or value_type(target)
-    if found is None and item_type(target, 0):
+    if found := found or value_type(target):
+        return found
+    if item_type(target, 0):
         raise ConfigError("a list; give the index of an item", key=path)
-    if found is None:
-        raise no_field(path, name)
-    return found
+    raise no_field(path, name)
 
 
 def no_field(path: str, name: str) -> ConfigError:
-    """That what is at `path` has no fields."""
     return ConfigError(f"a single value; it has no field {shown(name)}", key=path)
 
 
@@ -208,12 +194,10 @@ def field_default(target: Any, name: str, values: dict[str, Any]) -> Any:
     """Fresh JSON types of the default of field `name`; None where there is none."""
     struct = choose_struct(target, values)
     for field in struct.fields if struct else ():
-        if field.encode_name == name:
-            default = field.default
-            if field.default_factory is not msgspec.NODEFAULT:
-                default = field.default_factory()
-            encoded = None if default is msgspec.NODEFAULT else msgspec.json.encode(default)
-            return None if encoded is None else msgspec.json.decode(encoded)
+        if field.encode_name == name and not field.required:
+            has_factory = field.default_factory is not msgspec.NODEFAULT
+            default = field.default_factory() if has_factory else field.default
+            return msgspec.json.decode(msgspec.json.encode(default))
     return None
 
 
@@ -242,5 +226,4 @@ def shown(value: Any) -> str:
 
 
 def listing(values: Iterable[Any]) -> str:
-    """`a, b, c` in order of name."""
     return ", ".join(sorted(str(v) for v in values))

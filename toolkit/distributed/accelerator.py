@@ -46,9 +46,9 @@ def build_accelerator(
         # One process may build several trainers (tests, notebooks); Accelerate's state is a
         # process-wide singleton that would keep the first engine for all of them.
         AcceleratorState._reset_state(True)
-        on_cpu = environment.device.type == "cpu"
         if layout.zero_stage:
             return _deepspeed_accelerator(environment, max_grad_norm)
+        on_cpu = environment.device.type == "cpu"
         accelerator = Accelerator(
             cpu=on_cpu, mixed_precision="no", step_scheduler_with_optimizer=False
         )

@@ -184,8 +184,8 @@ class DeepSpeedEngine(Engine):
         partition = parameter.ds_tensor
         start = self.environment.rank * partition.ds_numel
         length = max(0, min(partition.ds_numel, parameter.ds_numel - start))
-        own = _Slice(partition.data.view(-1), 0, start, length)
-        return self._shard(name, own, own.flat)
+        flat = partition.data.view(-1)
+        return self._shard(name, _Slice(flat, 0, start, length), flat)
 
     def _ensure_optimizer_state(self) -> None:
         """Make the moments exist before loading, where no step has made them."""

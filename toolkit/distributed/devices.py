@@ -14,9 +14,9 @@ from toolkit.wording import count
 log = logging.getLogger(__name__)
 
 
-def usable_gpus(environ: Mapping[str, str] = os.environ) -> int:
+def usable_gpus() -> int:
     """GPUs that training on this machine may use; 0 where the CPU is asked for."""
-    if _wants_cpu(environ) or not torch.cuda.is_available():
+    if _wants_cpu(os.environ) or not torch.cuda.is_available():
         return 0
     return torch.cuda.device_count()
 
@@ -24,11 +24,8 @@ def usable_gpus(environ: Mapping[str, str] = os.environ) -> int:
 def pick_device(local_rank: int, local_world_size: int | None = None) -> torch.device:
     """This process's accelerator, or the CPU.
 
-    `local_world_size`: processes on this machine, where known.
-
-    Raises:
-        ConfigError: this process has no accelerator for itself.
-    """
+    `local_world_size`: processes on this machine, where known. Raises ConfigError: this process has
+    no accelerator for itself."""
     devices = usable_gpus()
     if not devices:
         if local_rank == 0 and (reason := unused_gpus()):
@@ -63,7 +60,6 @@ def device_name(device: torch.device) -> str:
 
 
 def cpu_name() -> str:
-    """The processor's model."""
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):

@@ -35,16 +35,11 @@ class Microbatch(NamedTuple):
 
     def split(self, rows: int) -> "list[Microbatch]":
         """Microbatches of `rows` rows, the last of what is left."""
-        ids, labels = self.input_ids.split(rows), self.labels.split(rows)
-        documents = (
-            [None] * len(ids) if self.document_ids is None else self.document_ids.split(rows)
-        )
-        return [Microbatch(*parts) for parts in zip(ids, labels, documents, strict=True)]
+        given = [tensor.split(rows) for tensor in self if tensor is not None]
+        return [Microbatch(*parts) for parts in zip(*given, strict=True)]
 
 
 class StepOutcome(NamedTuple):
-    """Result of one optimizer step, on the device, the same on every rank."""
-
     grad_norm: torch.Tensor
     """Global L2 norm before clipping, 0-d."""
     skipped: torch.Tensor
@@ -118,7 +113,6 @@ class Engine(ABC):
         return self._squares(self.gradient_shards())
 
     def weight_squares(self) -> dict[str, torch.Tensor]:
-        """Sum of the squares of each layer's weights."""
         return self._squares(self.weight_shards())
 
     @abstractmethod
@@ -169,18 +163,13 @@ def _added(parts: list[LossSums]) -> LossSums:
     for part in parts[1:]:
         loss, ce, z = loss + part.loss, ce + part.ce, z + part.z
     routers = [part.router for part in parts if part.router is not None]
-    if not routers:
-        return LossSums(loss, ce, z)
-    sums = RouterSums(*(torch.stack(values).sum(0) for values in zip(*routers, strict=True)))
-    return LossSums(loss, ce, z, sums)
+    stacked = [torch.stack(values).sum(0) for values in zip(*routers, strict=True)]
+    return LossSums(loss, ce, z, RouterSums(*stacked) if routers else None)
 
 
 def check_whole_matrices(optimizer: torch.optim.Optimizer, *, are_cut: bool, engine: str) -> None:
-    """Refuse an optimizer that mixes the rows of a matrix, where ranks hold a part of each.
-
-    Raises:
-        ConfigError: says where it works.
-    """
+    """Refuse an optimizer that mixes the rows of a matrix, where ranks hold a part of each. Raises
+    ConfigError: says where it works."""
     if are_cut and traits_of(optimizer).needs_whole_matrices:
         raise ConfigError(
             f"train_module.optim: {type(optimizer).__name__} needs whole matrices, and {engine} "
@@ -192,11 +181,8 @@ def create_state(
     optimizer: torch.optim.Optimizer, members: Sequence[Sequence[torch.Tensor]]
 ) -> None:
     """Make the state of `members` (tensors of each group) exist as it is before a first step: by a
-    step of rate zero on zero gradients, after which `step` counts from zero again.
-
-    Raises:
-        ConfigError: the optimizer keeps numbers, which checkpoints would not hold.
-    """
+    step of rate zero on zero gradients, after which `step` counts from zero again. Raises
+    ConfigError: the optimizer keeps numbers, which checkpoints would not hold."""
     groups, before = optimizer.param_groups, [dict(group) for group in optimizer.param_groups]
     tensors = [tensor for own in members for tensor in own]
     gradients = [tensor.grad for tensor in tensors]

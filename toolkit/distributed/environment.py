@@ -14,7 +14,7 @@ import socket
 import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -24,8 +24,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from toolkit.distributed.config import LogRanks
 from toolkit.distributed.devices import pick_device, use_device
-from toolkit.distributed.launcher import rank_of, world_size_of
-from toolkit.distributed.layout import Layout, Precision, offloads, resolve_layout
+from toolkit.distributed.launcher import offloads, rank_of, world_size_of
+from toolkit.distributed.layout import Layout, Precision, resolve_layout
 from toolkit.distributed.logging import setup_logging
 from toolkit.distributed.process_groups import (
     COLLECTIVE_TIMEOUT,
@@ -35,19 +35,6 @@ from toolkit.distributed.process_groups import (
 from toolkit.distributed.ranks import adopt_ranks
 from toolkit.distributed.tuning import set_allocator_defaults, tune_cpu
 from toolkit.errors import ConfigError, RunError
-
-
-class EnvironmentSettings(Protocol):
-    """The part of an `ExperimentConfig` that this module reads."""
-
-    @property
-    def seed(self) -> int: ...
-
-    @property
-    def train_module(self) -> Any: ...  # precision, dp_config
-
-    @property
-    def trainer(self) -> Any: ...  # deterministic, collective_timeout
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -72,12 +59,10 @@ class TrainingEnvironment:
 
     @property
     def world_size(self) -> int:
-        """Number of ranks."""
         return self.layout.world_size
 
     @property
     def is_main(self) -> bool:
-        """Whether this is rank 0."""
         return self.rank == 0
 
     @property
@@ -85,21 +70,6 @@ class TrainingEnvironment:
         """This process among those that surely see the same files: 0 writes what all of them
         read."""
         return self.rank if self.shared_filesystem else self.local_rank
-
-    @property
-    def batch_rank(self) -> int:
-        """Which of `batch_ranks` shares of a global batch this rank reads."""
-        return self.layout.batch_rank(self.rank)
-
-    @property
-    def batch_ranks(self) -> int:
-        """Shares into which the rows of a global batch are cut."""
-        return self.layout.batch_ranks
-
-    @property
-    def grad_ranks(self) -> int:
-        """Ranks over which gradients are averaged."""
-        return self.layout.grad_ranks
 
     @property
     def owns_loss(self) -> bool:
@@ -184,7 +154,6 @@ class TrainingEnvironment:
         return values
 
     def barrier(self) -> None:
-        """Wait for all ranks (CPU group)."""
         if self.cpu_group is not None:
             dist.barrier(group=self.cpu_group)
 
@@ -192,12 +161,8 @@ class TrainingEnvironment:
         self, columns: Sequence[tuple[str, str]], values: torch.Tensor
     ) -> torch.Tensor:
         """Metrics of all ranks as one: a collective per operation, in the metrics thread on a group
-        of its own. A rank that does not own the loss adds 0 to sums.
-
-        Args:
-            columns: name and reduction of each value.
-            values: float64 on the CPU, `(len(columns),)`; the answer too.
-        """
+        of its own. A rank that does not own the loss adds 0 to sums. `columns` are name and
+        reduction of each value; `values` are float64 on the CPU, and so is the answer."""
         for operation in ("sum", "mean", "max"):
             index = [i for i, (_, wanted) in enumerate(columns) if wanted == operation]
             if not index:
@@ -211,22 +176,16 @@ class TrainingEnvironment:
         return values
 
     def close(self, *, after_error: bool = False) -> None:
-        """Leave the process groups; errors of ranks that are already gone do not matter.
-
-        `after_error`: other ranks may wait in a collective that this one will not join, and NCCL's
-        would hold this process too; it ends with them open.
-        """
+        """Leave the process groups. `after_error`: other ranks may wait in a collective that this
+        one will not join, and NCCL's would hold this process too; it ends with them open."""
         close_process_groups(leave_open=after_error and self.device.type == "cuda")
 
 
 def single_environment(
     *, seed: int = 0, device: str | None = None, precision: Precision = "auto"
 ) -> TrainingEnvironment:
-    """An environment for one process without a launcher: notebooks, tests, tools.
-
-    Raises:
-        ConfigError: a launcher started several processes; each would train alone.
-    """
+    """An environment for one process without a launcher: notebooks, tests, tools. Raises
+    ConfigError: a launcher started several processes; each would train alone."""
     if world_size_of(os.environ) > 1:
         raise ConfigError(
             f"{world_size_of(os.environ)} processes were launched, and each would train by itself; "
@@ -239,7 +198,7 @@ def single_environment(
 
 
 def prepare_training_environment(
-    config: EnvironmentSettings,
+    config: Any,
     *,
     environ: Mapping[str, str] | None = None,
     backend: str | None = None,
@@ -250,6 +209,7 @@ def prepare_training_environment(
     """Seed, pick the device, resolve the layout and open the process groups.
 
     Args:
+        config: an `ExperimentConfig`; `seed`, `train_module` and `trainer` are read.
         environ: variables of the launcher; default: this process's.
         backend: of collectives, as torch.distributed spells it; default: `cpu:gloo,cuda:nccl` on
             GPUs, `gloo` elsewhere.
@@ -259,9 +219,8 @@ def prepare_training_environment(
         shared_filesystem: whether all machines see the same files; default: looked at when a run
             folder is opened.
 
-    Raises:
-        ConfigError: launcher and config disagree about the engine, or there are more processes than
-            accelerators.
+    Raises ConfigError where launcher and config disagree about the engine, or there are more
+    processes than accelerators.
     """
     set_allocator_defaults()
     if environ is None:
@@ -328,11 +287,8 @@ def settle_precision(layout: Layout, device: torch.device) -> Layout:
 
 
 def check_shared_folder(environment: TrainingEnvironment, folder: Path) -> None:
-    """Every rank must see the run folder that rank 0 made.
-
-    Raises:
-        RunError: on every rank, naming the hosts that do not see it.
-    """
+    """Every rank must see the run folder that rank 0 made. Raises RunError: on every rank, naming
+    the hosts that do not see it."""
     if environment.cpu_group is None or environment.shared_filesystem:
         return
     probe = folder / f".shared-{environment.broadcast(uuid.uuid4().hex)}"

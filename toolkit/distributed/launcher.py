@@ -64,11 +64,8 @@ def launcher_names_engine(environ: Mapping[str, str]) -> bool:
 
 
 def launcher_precision(environ: Mapping[str, str]) -> Literal["bf16"] | None:
-    """The launcher's precision; None where it asks for none ("no" is its silence).
-
-    Raises:
-        ConfigError: one that we do not run.
-    """
+    """The launcher's precision; None where it asks for none ("no" is its silence). Raises
+    ConfigError: one that we do not run."""
     asked = environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
     if asked == "no":
         return None
@@ -82,11 +79,8 @@ def launcher_precision(environ: Mapping[str, str]) -> Literal["bf16"] | None:
 
 
 def launcher_choice(environ: Mapping[str, str]) -> Choice | None:
-    """The engine the launcher asks for; None where it names none.
-
-    Raises:
-        ConfigError: for what we do not run: FSDP1, tensor or context parallelism, NVMe offload.
-    """
+    """The engine the launcher asks for; None where it names none. Raises ConfigError for what we
+    do not run: FSDP1, tensor or context parallelism, NVMe offload."""
     if _flag(environ, "ACCELERATE_USE_DEEPSPEED"):
         return _deepspeed_choice(environ)
     if not _flag(environ, "ACCELERATE_USE_FSDP"):
@@ -134,12 +128,8 @@ def launcher_notices(environ: Mapping[str, str]) -> tuple[str, ...]:
 
 
 def check_deepspeed(config: Mapping[str, Any], where: str) -> None:
-    """Refuse what a DeepSpeed JSON may not say here.
-
-    Raises:
-        ConfigError: an optimizer or scheduler, fp16, another reduction of gradients than ours, or
-            offload to anything but the CPU.
-    """
+    """Refuse what a DeepSpeed JSON may not say here. Raises ConfigError: an optimizer or scheduler,
+    fp16, another reduction of gradients than ours, or offload to anything but the CPU."""
     for key, (value, reason) in DEEPSPEED_FIXED.items():
         if config.get(key, value) not in (value, "auto"):
             raise ConfigError(f"{where}: remove {key!r} there ({config[key]}): {reason}")
@@ -175,26 +165,21 @@ def deepspeed_notices(config: Mapping[str, Any], where: str) -> tuple[str, ...]:
     )
 
 
-def offloads_to_cpu(config: Mapping[str, Any]) -> bool:
-    """Whether a DeepSpeed JSON keeps something in host memory."""
-    zero = _section(config, "zero_optimization")
+def offloads(config: DataParallelConfig) -> bool:
+    """Whether the engine this asks for keeps state in host memory."""
+    zero = _section(config.deepspeed_config, "zero_optimization")
     parts = ("offload_optimizer", "offload_param")
-    return any(_section(zero, part).get("device") == "cpu" for part in parts)
-
-
-def with_offload(config: Mapping[str, Any], *parts: str) -> dict[str, Any]:
-    """The DeepSpeed JSON with `parts` ("optimizer", "param") in host memory, where it does not say
-    otherwise."""
-    added = {f"offload_{part}": {"device": "cpu"} for part in parts}
-    return {**config, "zero_optimization": {**added, **_section(config, "zero_optimization")}}
+    return config.cpu_offload or any(_section(zero, part).get("device") == "cpu" for part in parts)
 
 
 def _deepspeed_choice(environ: Mapping[str, str]) -> Choice:
     origin = "accelerate launch (DeepSpeed)"
-    config: dict[str, Any] = {}
     file = environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
     if file.lower() not in ("", "none"):
-        config = _read_json(file, origin)
+        try:
+            config = read_json(Path(file), ConfigError)
+        except (FileNotFoundError, ConfigError) as error:
+            raise ConfigError(f"{origin}: cannot read the DeepSpeed config: {error}") from None
     else:
         devices = {
             part: environ.get(f"ACCELERATE_DEEPSPEED_OFFLOAD_{part.upper()}_DEVICE", "none")
@@ -216,13 +201,6 @@ def _deepspeed_choice(environ: Mapping[str, str]) -> Choice:
         )
     name: Any = f"zero{stage}"
     return Choice(DataParallelConfig(name=name, deepspeed_config=config), origin, notices)
-
-
-def _read_json(file: str, origin: str) -> dict[str, Any]:
-    try:
-        return read_json(Path(file), ConfigError)
-    except (FileNotFoundError, ConfigError) as error:
-        raise ConfigError(f"{origin}: cannot read the DeepSpeed config: {error}") from None
 
 
 def _refusal(message: str, environ: Mapping[str, str], *names: str) -> ConfigError:

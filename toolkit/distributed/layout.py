@@ -19,8 +19,6 @@ from toolkit.distributed.launcher import (
     launcher_choice,
     launcher_notices,
     launcher_precision,
-    offloads_to_cpu,
-    with_offload,
     world_size_of,
 )
 from toolkit.errors import ConfigError
@@ -142,11 +140,8 @@ def resolve_layout(
     environ: Mapping[str, str],
 ) -> Layout:
     """The layout for `train_module.precision` and `train_module.dp_config` under this launcher.
-
-    Raises:
-        ConfigError: launcher and config disagree, the world size does not fit, or the launcher
-            asks for something we do not run (FSDP1, fp16, tensor parallelism).
-    """
+    Raises ConfigError: launcher and config disagree, the world size does not fit, or the launcher
+    asks for something we do not run (FSDP1, fp16, tensor parallelism)."""
     world_size = world_size_of(environ)
     launched = launcher_choice(environ)
     configured = _config_choice(dp_config)
@@ -183,11 +178,6 @@ def resolve_layout(
     )
 
 
-def offloads(config: DataParallelConfig) -> bool:
-    """Whether the engine this asks for keeps state in host memory."""
-    return config.cpu_offload or offloads_to_cpu(config.deepspeed_config)
-
-
 def _config_choice(config: DataParallelConfig | None) -> Choice | None:
     if config is None:
         return None
@@ -195,14 +185,17 @@ def _config_choice(config: DataParallelConfig | None) -> Choice | None:
     deepspeed = config.deepspeed_config
     where = f"{DP_CONFIG}.deepspeed_config"
     check_deepspeed(deepspeed, where)
-    stage = deepspeed.get("zero_optimization", {}).get("stage", "auto")  # an object: checked
+    zero = deepspeed.get("zero_optimization", {})  # an object: checked
+    stage = zero.get("stage", "auto")
     if is_zero and str(stage) not in ("auto", config.name.removeprefix("zero")):
         raise ConfigError(
             f"{where} says stage {stage}, {DP_CONFIG}.name says {config.name}; keep one of them"
         )
     if is_zero and config.cpu_offload:
         parts = ("optimizer", "param") if config.name == "zero3" else ("optimizer",)
-        deepspeed = with_offload(deepspeed, *parts)
+        # What its JSON says already stays.
+        zero = {**{f"offload_{part}": {"device": "cpu"} for part in parts}, **zero}
+        deepspeed = {**deepspeed, "zero_optimization": zero}
         config = config.replace(cpu_offload=False, deepspeed_config=deepspeed)
     return Choice(
         config.replace(param_dtype=None), DP_CONFIG, notices=deepspeed_notices(deepspeed, where)
@@ -248,7 +241,7 @@ def _mesh(choice: Choice, world_size: int) -> tuple[int, int]:
     if replicas is None:
         replicas = world_size // config.shard_degree if config.shard_degree else 2
     shards = config.shard_degree or world_size // replicas
-    if replicas < 1 or shards < 1 or replicas * shards != world_size:
+    if replicas * shards != world_size:
         raise ConfigError(
             f"{choice.origin}: hsdp mesh num_replicas {replicas} x shard_degree {shards} does not "
             f"fit {world_size} processes; their product must be the number of processes"

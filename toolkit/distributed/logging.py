@@ -106,12 +106,11 @@ def log_failure(file: logging.Handler, error: BaseException, *, rank: int, step:
 @contextlib.contextmanager
 def quieter(level: int, *names: str) -> Iterator[None]:
     """Only lines from `level` on of the loggers called `names`, until the block is left."""
-    loggers = [logging.getLogger(name) for name in names]
-    before = [logger.level for logger in loggers]
-    for logger in loggers:
+    before = {logger: logger.level for logger in map(logging.getLogger, names)}
+    for logger in before:
         logger.setLevel(level)
     try:
         yield
     finally:
-        for logger, old in zip(loggers, before, strict=True):
+        for logger, old in before.items():
             logger.setLevel(old)

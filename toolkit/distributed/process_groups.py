@@ -41,12 +41,8 @@ def open_process_groups(
     backend: str | None = None,
     timeout: datetime.timedelta = COLLECTIVE_TIMEOUT,
 ) -> None:
-    """Meet the other ranks; a group that is open already stays.
-
-    Raises:
-        ConfigError: it is of another size, or this machine cannot listen at MASTER_ADDR.
-        TrainingError: some rank did not come in time.
-    """
+    """Meet the other ranks; a group that is open already stays. Raises ConfigError where it is of
+    another size, or see `open_store`."""
     _closed_backends.clear()
     if dist.is_initialized():
         if dist.get_world_size() != world_size:
@@ -115,11 +111,8 @@ def open_store(
     rank: int, world_size: int, timeout: datetime.timedelta, environ: Mapping[str, str] = os.environ
 ) -> dist.Store:
     """The store that all ranks share. Where no launcher keeps one, all of them are here on return.
-
-    Raises:
-        ConfigError: this machine cannot listen at MASTER_ADDR:MASTER_PORT.
-        TrainingError: some did not come in time.
-    """
+    Raises ConfigError where this machine cannot listen at MASTER_ADDR:MASTER_PORT, TrainingError
+    where some did not come in time."""
     if STORE_FILE in environ:
         store: dist.Store = dist.FileStore(environ[STORE_FILE], world_size)
         store.set_timeout(timeout)
@@ -219,11 +212,7 @@ def agree_on_round(
 
     Rank 0 counts rounds. The others come with numbers of their own, which are never used again, so
     an answer cannot be one left for a predecessor. Rank 0 answers all that ever came, until all of
-    this round have heard it.
-
-    Raises:
-        RuntimeError: a rank did not come in time.
-    """
+    this round have heard it. Raises RuntimeError: a rank did not come in time."""
     if rank > 0:
         mine = store.add("toolkit/arrivals", 1)
         store.wait([f"toolkit/answer/{mine}"], timeout)

@@ -26,11 +26,8 @@ class Ranks(NamedTuple):
 
 
 def adopt_ranks(environ: MutableMapping[str, str]) -> None:
-    """Add what `torchrun` would have set and another launcher says; what is set stays.
-
-    Raises:
-        ConfigError: the processes are on several machines and nobody says where they meet.
-    """
+    """Add what `torchrun` would have set and another launcher says; what is set stays. Raises
+    ConfigError: the processes are on several machines and nobody says where they meet."""
     if "WORLD_SIZE" not in environ:
         found = next((r for r in _said(environ) if (r.world_size or 1) > 1), None)
         if found is None or found.rank is None:
@@ -132,11 +129,8 @@ _HINT = "it is from the environment, not from a config: unset it, or start with 
 
 def check_launcher_variables(environ: Mapping[str, str] = os.environ) -> None:
     """Check what `torchrun`, `accelerate launch`, `deepspeed` or a job script said about ranks.
-
-    Raises:
-        ConfigError: names the variable and its value. Every process shows it, since none knows
-            whether it is rank 0.
-    """
+    Raises ConfigError: names the variable and its value. Every process shows it, since none knows
+    whether it is rank 0."""
     try:
         _check(environ)
     except ConfigError as error:

@@ -28,8 +28,6 @@ from toolkit.optim.config import traits_of
 
 
 class TorchEngine(Engine):
-    """`single`, `ddp`, `fsdp` and `hsdp`."""
-
     def __init__(
         self,
         environment: TrainingEnvironment,
@@ -40,7 +38,12 @@ class TorchEngine(Engine):
         super().__init__(environment, module, shards)
         layout = environment.layout
         self._is_sharded = any(isinstance(p, DTensor) for p in self._named.values())
-        self._local = {name: _as_local(p) for name, p in self._named.items()}
+        self._local = {
+            name: nn.Parameter(local_tensor(p).detach(), requires_grad=p.requires_grad)
+            if isinstance(p, DTensor)
+            else p
+            for name, p in self._named.items()
+        }
         self._trainable = {name: p for name, p in self._named.items() if p.requires_grad}
         self.optimizer = build_optimizer(self._local)
         is_cut = self._is_sharded and environment.weight_group is not None
@@ -198,12 +201,6 @@ class TorchEngine(Engine):
         if (group := self.environment.group("dp_replicate")) is not None:
             dist.broadcast(value, group=group, group_src=0)
         return value
-
-
-def _as_local(parameter: nn.Parameter) -> nn.Parameter:
-    if isinstance(parameter, DTensor):
-        return nn.Parameter(local_tensor(parameter).detach(), requires_grad=parameter.requires_grad)
-    return parameter
 
 
 def _like(value: torch.Tensor, parameter: Any) -> torch.Tensor:

@@ -37,10 +37,7 @@ def tune_cpu(*, local_world_size: int = 1) -> None:
 
 def asked_threads(environ: Mapping[str, str]) -> int | None:
     """TOOLKIT_NUM_THREADS: threads of each process's CPU operations; None when it is not set.
-
-    Raises:
-        ConfigError: it is no number, or less than 1.
-    """
+    Raises ConfigError: it is no number, or less than 1."""
     asked = environ.get("TOOLKIT_NUM_THREADS", "")
     if not asked:
         return None
@@ -59,7 +56,6 @@ def keep_freed_memory() -> None:
     """
     if not sys.platform.startswith("linux"):
         return
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
+    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
         mallopt(_M_MMAP_THRESHOLD, _KEPT_BYTES)
         mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)

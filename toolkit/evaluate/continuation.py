@@ -44,19 +44,15 @@ class Sampling(NamedTuple):
 
 
 class Continuation(Protocol):
-    """A model that continues ids.
-
-    Attributes:
-        context: tokens it can see at once, prompt and answer together; None: no limit is known.
-        vocab_size: every id is below this.
-        stop_ids: tokens that end a text.
-        recommended: the sampling that the model's authors recommend.
-    """
+    """A model that continues ids."""
 
     context: int | None
+    """Tokens it can see at once, prompt and answer together; None: no limit is known."""
     vocab_size: int
     stop_ids: frozenset[int]
+    """Tokens that end a text."""
     recommended: Sampling
+    """What the model's authors recommend."""
 
     def __call__(
         self, ids: list[int], sampling: Sampling, stop_ids: Collection[int], on_token: OnToken
@@ -76,8 +72,7 @@ class TransformersContinuation:
         self.vocab_size = text_config.vocab_size
         settings = model.generation_config
         ends = settings.eos_token_id
-        ends = ends if isinstance(ends, list) else [ends]
-        self.stop_ids = frozenset(end for end in ends if end is not None)
+        self.stop_ids = frozenset(ends if isinstance(ends, list) else {ends} - {None})
         self.recommended = Sampling()
         if settings.do_sample:
             self.recommended = Sampling(
@@ -87,7 +82,6 @@ class TransformersContinuation:
     def __call__(
         self, ids: list[int], sampling: Sampling, stop_ids: Collection[int], on_token: OnToken
     ) -> None:
-        """See `Continuation`."""
         from transformers import GenerationConfig
 
         how = {name: getattr(sampling, name) for name in ("temperature", "top_k", "top_p")}
@@ -128,7 +122,6 @@ class PlainContinuation:
     def __call__(
         self, ids: list[int], sampling: Sampling, stop_ids: Collection[int], on_token: OnToken
     ) -> None:
-        """See `Continuation`."""
         assert sampling.temperature is not None, "filled"
         generate(
             self._model,

@@ -1,7 +1,7 @@
 """Sampling text from a model: short samples, no key/value cache."""
 
 from collections.abc import Callable, Collection
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -9,15 +9,9 @@ from torch import Tensor, nn
 from toolkit.errors import CheckpointError, ConfigError
 
 
-class LogitsFunction(Protocol):
-    """`(batch, seq)` ids to `(batch, seq, vocab_size)` logits: a model, or what wraps one."""
-
-    def __call__(self, input_ids: Tensor, /) -> Tensor: ...
-
-
 @torch.no_grad()
 def generate(
-    model: LogitsFunction,
+    model: Callable[[Tensor], Tensor],
     prompt_ids: list[int],
     *,
     max_new_tokens: int,
@@ -35,10 +29,11 @@ def generate(
 
     Choices are drawn on the CPU from fp32 logits and `seed`. Under engines that shard the model,
     all ranks call this together with the same arguments and a `broadcast`: logits need not be
-    bit-equal on all of them, but the number of forwards must be.
+    bit-equal on all of them, but the number of forwards must be. Raises ConfigError for an empty
+    prompt or a setting out of range, CheckpointError where the model's logits are no numbers.
 
     Args:
-        model: called with the last `max_sequence_length` ids.
+        model: the last `max_sequence_length` ids, `(batch, seq)`, to logits `(batch, seq, vocab)`.
         prompt_ids: at least one; `Tokenizer.prompt_ids` starts them as the data's documents start.
         temperature: divides the logits; 0 takes the most likely id.
         top_k: draw among this many most likely ids; None or 0: among all.
@@ -48,10 +43,6 @@ def generate(
         device: of the ids; default: that of the model's parameters.
         broadcast: gives rank 0's choice on every rank; default: one process.
         on_token: called with each new id as soon as it is chosen.
-
-    Raises:
-        ConfigError: for an empty prompt or a setting out of range.
-        CheckpointError: the model's logits are no numbers.
     """
     if not prompt_ids:
         raise ConfigError("prompt: empty; give some text, or start from the end-of-document token")

@@ -28,7 +28,8 @@ def evaluate_stream(
     batch_tokens: int,
     mask_documents: bool = False,
 ) -> TokenSums:
-    """Score every token of a stream that has a predecessor in its row.
+    """Score every token of a stream that has a predecessor in its row. Raises DataError where none
+    has one.
 
     Args:
         bytes_of: `Tokenizer.token_bytes`: where vocabulary and text agree (byte-level tokenizers),
@@ -37,9 +38,6 @@ def evaluate_stream(
         stride: see `toolkit.evaluate.stream`; default: `sequence_length`.
         batch_tokens: most tokens of a forward, at least one row. The numbers do not depend on it.
         mask_documents: attention stays inside documents, whose first tokens nothing predicts.
-
-    Raises:
-        DataError: no token has a predecessor.
     """
     started = time.perf_counter()
     num_tokens = text_bytes = all_bytes = scored_bytes = 0

@@ -23,8 +23,6 @@ from toolkit.errors import DataError
 
 
 class Chunk(NamedTuple):
-    """Consecutive tokens of a stream."""
-
     ids: np.ndarray
     """Unsigned integers, `(num_tokens,)`."""
     is_start: np.ndarray
@@ -34,8 +32,6 @@ class Chunk(NamedTuple):
 
 
 class Window(NamedTuple):
-    """One row."""
-
     ids: np.ndarray
     """`(num_tokens,)`."""
     documents: np.ndarray

@@ -20,8 +20,6 @@ _MOST_TOKENS_OF_A_CHARACTER = 8
 
 
 class Generated(NamedTuple):
-    """One continuation."""
-
     text: str
     """Without the prompt and without the token that ended it."""
     num_prompt_tokens: int
@@ -31,11 +29,8 @@ class Generated(NamedTuple):
 
 
 class TextGenerator:
-    """A model and its tokenizer.
-
-    `name` is the model's, for messages; `tokenizer` is of `transformers`, as `toolkit.hf.loading`
-    gives it. Raises ConfigError where it has ids that the model does not know.
-    """
+    """A model and its tokenizer of `transformers`. `name` is the model's, for messages. Raises
+    ConfigError where the tokenizer has ids that the model does not know."""
 
     def __init__(self, name: str, continuation: Continuation, tokenizer: Any) -> None:
         self._name, self._continue, self._tokenizer = name, continuation, tokenizer
@@ -45,20 +40,15 @@ class TextGenerator:
                 f"{name}: its tokenizer has {needed} ids, the model {continuation.vocab_size}; "
                 "give the tokenizer that the model was trained with (--tokenizer)"
             )
-        own = {tokenizer.eos_token_id} - {None}
-        self._stop_ids = continuation.stop_ids | own
+        self._stop_ids = continuation.stop_ids | ({tokenizer.eos_token_id} - {None})
 
     def complete(
         self, prompt: str, sampling: Sampling, on_text: Callable[[str], None] | None = None
     ) -> Generated:
         """Continue `prompt`, which starts as the tokenizer starts texts; without text, from the
         token that starts documents, or else ends them. `on_text` is called with each new piece of
-        text; together they are the result's.
-
-        Raises:
-            ConfigError: the prompt is longer than the model's context, or empty where no token
-                starts or ends documents.
-        """
+        text; together they are the result's. Raises ConfigError: the prompt is longer than the
+        model's context, or empty where no token starts or ends documents."""
         ids = self._tokenizer(prompt)["input_ids"] if prompt else []
         if not ids:
             starts = (self._tokenizer.bos_token_id, self._tokenizer.eos_token_id)
@@ -74,11 +64,8 @@ class TextGenerator:
         on_text: Callable[[str], None] | None = None,
     ) -> Generated:
         """The assistant's next turn of a conversation, rendered by the tokenizer's chat template.
-
-        Raises:
-            ConfigError: there is no template, it refuses the conversation, or the conversation is
-                longer than the model's context.
-        """
+        Raises ConfigError: there is no template, it refuses the conversation, or the conversation
+        is longer than the model's context."""
         # The template has written the start token, if there is one.
         ids = self._tokenizer(self._render(messages), add_special_tokens=False)["input_ids"]
         stop_ids = self._stop_ids | self._turn_ends
@@ -130,7 +117,7 @@ class TextGenerator:
                 give(stream.put(number))
 
         self._continue(ids, sampling, stop_ids, on_token)
-        give(stream.rest())
+        give(stream.new_text())
         has_ended = bool(new) and new[-1] in stop_ids
         stopped: Literal["end", "length", "context"] = "context" if is_cut else "length"
         return Generated("".join(pieces), len(ids), len(new), "end" if has_ended else stopped)
@@ -182,7 +169,7 @@ class _TextStream:
     def put(self, number: int) -> str:
         """The text that is certain now, often that of `number`."""
         self._ids.append(number)
-        text = self._new_text()
+        text = self.new_text()
         waiting = len(self._ids) - self._known
         is_whole = not text.endswith("\N{REPLACEMENT CHARACTER}")
         if not is_whole and waiting < _MOST_TOKENS_OF_A_CHARACTER:
@@ -191,11 +178,7 @@ class _TextStream:
         self._known = len(self._ids)
         return text
 
-    def rest(self) -> str:
-        """What is left at the end."""
-        return self._new_text()
-
-    def _new_text(self) -> str:
+    def new_text(self) -> str:
         before = self._decode(self._ids[: self._known])
         return self._decode(self._ids)[len(before) :]
 

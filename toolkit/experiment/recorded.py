@@ -17,9 +17,10 @@ from toolkit.distributed.launcher import (
     has_launcher,
     launcher_names_engine,
     launcher_precision,
+    offloads,
     world_size_of,
 )
-from toolkit.distributed.layout import Precision, offloads
+from toolkit.distributed.layout import Precision
 from toolkit.errors import CheckpointError, RunError
 from toolkit.experiment.config import ExperimentConfig
 from toolkit.experiment.found_data import find_data

@@ -138,9 +138,9 @@ class Training:
             starting.log_file = log_file
             train_dl, eval_dl = get_dataloaders(
                 config.data,
-                batch_rank=environment.batch_rank,
-                batch_ranks=environment.batch_ranks,
-                eval_batch_tokens=rank_microbatch_size(config, environment.batch_ranks),
+                batch_rank=environment.layout.batch_rank(environment.rank),
+                batch_ranks=environment.layout.batch_ranks,
+                eval_batch_tokens=rank_microbatch_size(config, environment.layout.batch_ranks),
                 vocab_size=config.model.vocab_size,
                 device=environment.device,
                 corpus=self.corpus,

@@ -33,12 +33,8 @@ def merged(
     weights, the rest as it came.
 
     `adapter` holds `<layer>.lora_A.weight`, `<layer>.lora_B.weight` of every adapted layer and,
-    whole, the parameters trained besides (`train_also`), which take the place of the base's.
-
-    Raises:
-        CheckpointError: a tensor of the adapter belongs to none of the base's, or has another
-            shape.
-    """
+    whole, the parameters trained besides (`train_also`), which take the place of the base's. Raises
+    CheckpointError: a tensor of the adapter belongs to none of the base's, or has another shape."""
     unused = set(adapter)
     for name, tensor in base:
         layer = name.removesuffix(".weight")
@@ -67,18 +63,15 @@ def export_adapter(
     dtype: torch.dtype | None = None,
 ) -> None:
     """Write adapter_config.json and adapter_model.safetensors, as `PeftModel.from_pretrained` reads
-    them onto the family's own model.
+    them onto the family's own model. Raises CheckpointError where parameters were trained besides,
+    which an adapter cannot hold, a layer of the adapter has no counterpart in the family, or the
+    folder is in use.
 
     Args:
-        config: of the model.
         tensors: the adapter's, by our names, whole, on any device.
         folder: must not exist, or be empty.
         base_name: name or path of the `transformers` model that it belongs to.
         dtype: of the tensors on disk; default: float32.
-
-    Raises:
-        CheckpointError: parameters were trained besides, which an adapter cannot hold; a layer of
-            the adapter has no counterpart in the family; or the folder is in use.
     """
     from safetensors.torch import save_file
 
@@ -103,8 +96,6 @@ def export_adapter(
 
 
 class _TheirModule(NamedTuple):
-    """An adapter on a linear layer of the family."""
-
     name: str
     down: Tensor
     """A, `(rank, in)`."""
@@ -117,7 +108,7 @@ class _TheirModule(NamedTuple):
 def _their_modules(
     rules: list[Rule], own: dict[str, Tensor], rows: dict[str, int]
 ) -> list[_TheirModule]:
-    """`rows`: of each of our weights."""
+    """Adapters on linear layers of the family; `rows`: of each of our weights."""
     unused = {name.removesuffix(A_SUFFIX).removesuffix(B_SUFFIX) for name in own}
     modules = []
     for rule in rules:

@@ -1,36 +1,32 @@
-"""Which class of `transformers` a model is exported as."""
+"""Which class of `transformers` a model is exported as: one whose config.json is read back as the
+same computation on the same weights."""
+
+import math
+from typing import Any
 
 from toolkit.errors import CheckpointError
-from toolkit.hf.equivalence import defining_values, differences
 from toolkit.hf.families import FAMILIES
 from toolkit.hf.family import Family, Settings
 from toolkit.models.config import ClassModelConfig, ModelConfig, TransformerConfig
 
 _SHOWN = 4
+_NO_MATTER = ("vocab_multiple", "init_std", "init_scale_residual", "loss_chunk_size")
+"""Fields that decide neither weights nor logits; all others count."""
 
 
 def hf_architecture(config: ModelConfig, model_type: str | None = None) -> str | None:
     """The `transformers` class that computes what this model computes; None where there is none.
     `model_type`: see `choose_family`."""
-    family = fitting_family(config, model_type)
-    return family.architecture if family else None
-
-
-def fitting_family(config: ModelConfig, model_type: str | None = None) -> Family | None:
-    """`choose_family`; None where there is none."""
     try:
-        return choose_family(config, model_type)
+        return choose_family(config, model_type).architecture
     except CheckpointError:
         return None
 
 
 def choose_family(config: ModelConfig, model_type: str | None = None) -> Family:
     """The family that can hold the model. Where several can, it is that of `model_type`, which the
-    weights came from, else the first.
-
-    Raises:
-        CheckpointError: none can; names the nearest, and the parts that it does not have.
-    """
+    weights came from, else the first. Raises CheckpointError: none can; names the nearest, and the
+    parts that it does not have."""
     if isinstance(config, ClassModelConfig):
         raise CheckpointError(
             f"model: its class {config.target} is none of transformers, so it cannot be exported"
@@ -57,3 +53,51 @@ def misfits(family: Family, config: TransformerConfig) -> list[str]:
     except (CheckpointError, ValueError) as error:
         return [str(error), *defining_values(config)]
     return differences(config, back)
+
+
+def defining_values(config: TransformerConfig) -> dict[str, Any]:
+    """What decides shapes and logits, with defaults filled in and layers spelled out."""
+    fields = {n: getattr(config, n) for n in config.__struct_fields__ if n not in _NO_MATTER}
+    bases = fields.pop("rope_theta"), fields.pop("sliding_rope_theta")
+    scaling = fields.pop("rope_scaling")
+    del fields["sliding_window"], fields["attention_pattern"]
+    windows = tuple(config.window_of(layer) for layer in range(config.num_layers))
+    frequencies = tuple(
+        (bases[0], scaling) if window is None or bases[1] is None else (bases[1], None)
+        for window in windows
+    )
+    has_rope = config.positions == "rope"
+    has_dense = len(config.moe_layers) < config.num_layers
+    # The terms of the training loss decide nothing here.
+    alike = {"dense_layers": (), "load_balancing_multiplier": 0.0, "router_z_loss_multiplier": 0.0}
+    return {
+        **fields,
+        "num_key_value_heads": config.kv_heads,
+        "head_dim": config.attention_head_dim,
+        "intermediate_size": config.intermediate_size if has_dense else None,
+        "rotary_fraction": config.rotary_dim if has_rope else None,
+        "rope_theta, rope_scaling or sliding_rope_theta": frequencies if has_rope else (),
+        "sliding_window or attention_pattern": windows,
+        "attention_scale": config.attention_scale or config.attention_head_dim**-0.5,
+        "bias": config.bias if config.norm == "layer_norm" else None,
+        "qkv_bias": config.has_qkv_bias,
+        "attention_output_bias": config.has_attention_output_bias,
+        "feed_forward_bias": config.has_feed_forward_bias if has_dense else None,
+        "moe": config.moe and (config.moe_layers, config.moe.replace(**alike)),
+    }
+
+
+def differences(one: TransformerConfig, other: TransformerConfig) -> list[str]:
+    """All parts of `one` in which `other` differs, as "name value"."""
+    second = defining_values(other)
+    return [
+        f"{name} {value!r}"
+        for name, value in defining_values(one).items()
+        if not _equal(value, second[name])
+    ]
+
+
+def _equal(one: Any, other: Any) -> bool:
+    if isinstance(one, float) and isinstance(other, float):
+        return math.isclose(one, other, rel_tol=1e-12)
+    return one == other

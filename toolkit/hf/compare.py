@@ -31,21 +31,15 @@ def compare_with_transformers(
     known_ids: Sequence[int] | None = None,
     all_used: bool = True,
 ) -> float:
-    """Load `folder` with `AutoModelForCausalLM` and compare with our model of `tensors`.
+    """Load `folder` with `AutoModelForCausalLM`, running none of its own code, and compare with our
+    model of `tensors`. The largest difference of two logits, as a part of the largest logit; raises
+    CheckpointError: weights are missing, left over or not finite, or the logits differ.
 
     Args:
-        folder: config.json and weights; none of its own code is run.
-        config: of our model.
         tensors: (our name, whole tensor); not asked for before `transformers` is done.
         adapter: a folder whose adapter `peft` puts onto the model of `folder`.
         known_ids: ids that both models have; default: all of ours.
         all_used: weights that `transformers` has no place for are an error.
-
-    Returns:
-        The largest difference of two logits, as a part of the largest logit.
-
-    Raises:
-        CheckpointError: weights are missing, left over or not finite, or the logits differ.
     """
     ids, where = sample_ids(config), str(adapter or folder)
     known = None if known_ids is None else torch.tensor(known_ids)
@@ -97,15 +91,9 @@ def their_logits(
 
 
 def check_logits(ours: Tensor, theirs: Tensor, where: str) -> float:
-    """Check that logits `(batch, seq, vocab)` in fp32 are the same but for rounding. Where the most
-    likely ids differ, their logits must be as close as the tolerance: a tie.
-
-    Returns:
-        The largest difference, as a part of the largest logit.
-
-    Raises:
-        CheckpointError: they differ, or are not finite.
-    """
+    """The largest difference of logits `(batch, seq, vocab)` in fp32, as a part of the largest.
+    Raises CheckpointError where it is more than rounding, or they are not finite. Where the most
+    likely ids differ, their logits must be as close as the tolerance: a tie."""
     scale = ours.abs().max().item()
     difference = (ours - theirs).abs().max().item()
     most_likely = ours.gather(-1, theirs.argmax(-1, keepdim=True)).squeeze(-1)

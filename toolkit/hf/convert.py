@@ -10,12 +10,11 @@
 import importlib.metadata
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import msgspec
-from torch import Tensor
 
 from toolkit.checkpoint.commit import SPARE_BYTES, Save, check_free_space, write_checkpoint
 from toolkit.checkpoint.folder import MODEL_PREFIX, TENSORS_FOLDER
@@ -27,6 +26,7 @@ from toolkit.errors import CheckpointError, ConfigError, DataError, TrainingErro
 from toolkit.hf import compare
 from toolkit.hf.import_weights import ImportPlan
 from toolkit.hf.read_config import read_hf_config
+from toolkit.hf.source import watched
 from toolkit.hf.tokenizer_files import (
     GENERATION_FILE,
     ConvertedTokenizer,
@@ -37,15 +37,13 @@ from toolkit.hf.weights import HFWeights
 from toolkit.models.config import TransformerConfig
 from toolkit.storage.atomic import new_output
 from toolkit.storage.foreign import read_bytes
-from toolkit.storage.progress import Advance, byte_progress
+from toolkit.storage.progress import byte_progress
 from toolkit.wording import count
 
 _VERSIONED = ("torch", "transformers", "tokenizers")
 
 
 class ConvertOptions(NamedTuple):
-    """What differs from a plain copy."""
-
     validate: bool | None = None
     """Compare logits with `transformers`; None: if there is memory for it."""
     tokenizer: Path | None = None
@@ -62,8 +60,6 @@ AS_IT_IS = ConvertOptions()
 
 
 class Conversion(NamedTuple):
-    """What was made."""
-
     folder: Path
     """Its name in the end, absolute."""
     model_type: str
@@ -98,12 +94,10 @@ def convert_hf(
         add: called with the unfinished folder when all else is in it.
         revision: recorded too.
 
-    Raises:
-        CheckpointError: the folder is no model that we know, incomplete or damaged, the logits
-            differ, or `out` is in use.
-        ConfigError: the vocabulary would become smaller.
-        DataError: its tokenizer cannot be used.
-        ToolkitError: it cannot be written; nothing is left.
+    Raises CheckpointError where the folder is no model that we know, incomplete or damaged, the
+    logits differ, or `out` is in use; ConfigError where the vocabulary would become smaller;
+    DataError where its tokenizer cannot be used; ToolkitError where it cannot be written. Nothing
+    is left then.
     """
     model = read_hf_config(source)
     weights, family, old = HFWeights(source), model.family, model.config.vocab_size
@@ -128,9 +122,19 @@ def convert_hf(
         for tensor in layout.values():
             dtypes[str(tensor.dtype).removeprefix("torch.")] += tensor.numel()
         types = tuple(dtype for dtype, _ in dtypes.most_common())
+        origin: dict[str, Any] = {
+            "name": name,
+            "model_type": family.model_type,
+            "path": str(source.resolve()),
+            "dtype": types[0],
+            **({} if revision is None else {"revision": revision}),
+            **_license(source),
+        }
+        if generation := read_json(source / GENERATION_FILE):
+            origin["generation_config"] = generation
         extra = {
             "model": msgspec.to_builtins(config),
-            "source": _origin(source, name, revision, family.model_type, types[0]),
+            "source": origin,
             "versions": {name: importlib.metadata.version(name) for name in _VERSIONED},
         }
         save = Save(
@@ -139,7 +143,9 @@ def convert_hf(
         try:
             with byte_progress("converting", nbytes) as advance:
                 shards = ShardWriter(None)
-                resolve = shards.stream(layout, _watched(plan.tensors(), advance))
+                tensors = watched(plan.tensors(), lambda tensor: advance(tensor.nbytes))
+                prefixed = ((MODEL_PREFIX + name, tensor) for name, tensor in tensors)
+                resolve = shards.stream(layout, prefixed)
                 step = write_checkpoint(save, shards, resolve, rank=0, group=None)
         except TrainingError as error:
             reason = error.__cause__ or error
@@ -217,14 +223,6 @@ def _rows(source: Path, tokenizer: Path, old: int) -> tuple[set[int], set[int]]:
     return own & everything, token_ids(tokenizer) - own
 
 
-def _watched(
-    tensors: Iterator[tuple[str, Tensor]], advance: Advance
-) -> Iterator[tuple[str, Tensor]]:
-    for name, tensor in tensors:
-        yield MODEL_PREFIX + name, tensor
-        advance(tensor.nbytes)
-
-
 def _compare(source: Path, config: TransformerConfig, step: Path, known: list[int]) -> float:
     """What was written, against the original, on the ids that both know."""
     tensors = iterate_tensors(step / TENSORS_FOLDER, MODEL_PREFIX)
@@ -234,24 +232,6 @@ def _compare(source: Path, config: TransformerConfig, step: Path, known: list[in
         )
     except CheckpointError as error:
         raise CheckpointError(f"{error}; nothing was written") from None
-
-
-def _origin(
-    source: Path, name: str, revision: str | None, model_type: str, dtype: str
-) -> dict[str, Any]:
-    origin: dict[str, Any] = {
-        "name": name,
-        "model_type": model_type,
-        "path": str(source.resolve()),
-        "dtype": dtype,
-    }
-    if revision is not None:
-        origin["revision"] = revision
-    origin |= _license(source)
-    generation = read_json(source / GENERATION_FILE)
-    if generation:
-        origin["generation_config"] = generation
-    return origin
 
 
 def _license(source: Path) -> dict[str, str]:

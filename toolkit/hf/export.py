@@ -22,13 +22,14 @@ from toolkit.data.prepare.tokenizers.companions import read_json
 from toolkit.errors import CheckpointError, ToolkitError
 from toolkit.hf import compare
 from toolkit.hf.adapter import export_adapter, merged
-from toolkit.hf.choose import choose_family, fitting_family
+from toolkit.hf.choose import choose_family, hf_architecture
 from toolkit.hf.source import (
     ModelSource,
     adapter_base,
     kept_tensors,
     source_tensors,
     source_types,
+    watched,
 )
 from toolkit.hf.tokenizer_files import GENERATION_FILE, add_tokenizer
 from toolkit.hf.write_weights import Dtypes, write_weights
@@ -42,8 +43,6 @@ MAX_SHARD_BYTES = 5_000_000_000
 
 
 class Exported(NamedTuple):
-    """What was written."""
-
     folder: Path
     architecture: str
     """Class name of `transformers`; of an adapter, of its base."""
@@ -75,7 +74,6 @@ def export_hf(
     """Write config.json, generation_config.json, safetensors weights and the tokenizer's files.
 
     Args:
-        config: of the model.
         named_tensors: all parameters by name (wrappers' prefixes are fine), whole, on any device;
             an iterable is consumed one tensor at a time.
         folder: must not exist, or be empty.
@@ -90,10 +88,8 @@ def export_hf(
         check: called with the finished folder before it gets its name; what it raises leaves
             nothing behind.
 
-    Raises:
-        CheckpointError: no class fits, the folder is in use, or tensors are missing, unknown or of
-            another shape.
-        DataError: `tokenizer_folder` holds no tokenizer.
+    Raises CheckpointError where no class fits, the folder is in use, or tensors are missing,
+    unknown or of another shape, and DataError where `tokenizer_folder` holds no tokenizer.
     """
     transformer = config.to_transformer()
     family = choose_family(transformer, model_type)
@@ -151,8 +147,7 @@ def export_source(
             token ids with ours; default: when there is memory for it, and the base.
         on_tensor: called with each tensor as it is read.
 
-    Raises:
-        CheckpointError, DataError: see `export_hf`; or the comparison found a difference.
+    Raises what `export_hf` does, and CheckpointError where the comparison finds a difference.
     """
     not_checked = None
     if check is False:
@@ -173,7 +168,7 @@ def export_source(
 
     exported = export_hf(
         source.config,
-        _watched(source_tensors(source), on_tensor),
+        watched(source_tensors(source), on_tensor),
         folder,
         tokenizer_folder=source.tokenizer_folder,
         dtype=dtypes,
@@ -195,21 +190,15 @@ def export_checkpoint(
     `extra`: see `CheckpointMetadata`.
     """
     config = msgspec.convert(extra["model"], ModelConfig)
-    source = ModelSource(
-        str(checkpoint),
-        "checkpoint",
-        config,
-        checkpoint,
-        tokenizer_folder=tokenizer_folder,
-        extra=extra,
-    )
+    source = ModelSource(str(checkpoint), "checkpoint", config, checkpoint, extra=extra)
+    source = source._replace(tokenizer_folder=tokenizer_folder)
     if source.lora is not None and source.lora.train_also:
         log.info(
             "parameters were trained besides the adapter (train_module.lora.train_also), so %s/ is "
             "not written; `toolkit export-hf --merge-adapter` writes the whole model",
             HF_FOLDER,
         )
-    elif fitting_family(config, source.origin.get("model_type")) is None:
+    elif hf_architecture(config, source.origin.get("model_type")) is None:
         log.info("no transformers class has these parts; %s/ is not written", HF_FOLDER)
     else:
         export_source(source, checkpoint / HF_FOLDER, check=False)
@@ -247,14 +236,6 @@ def _weight_files(folder: Path) -> tuple[list[str], int]:
     """Their names, and their bytes together."""
     files = sorted(folder.glob("*.safetensors"))
     return [file.name for file in files], sum(file.stat().st_size for file in files)
-
-
-def _watched(
-    tensors: Iterator[tuple[str, Tensor]], on_tensor: Callable[[Tensor], None]
-) -> Iterator[tuple[str, Tensor]]:
-    for name, tensor in tensors:
-        on_tensor(tensor)
-        yield name, tensor
 
 
 def _rounded(tensors: Iterable[tuple[str, Tensor]], dtypes: Dtypes) -> Iterator[tuple[str, Tensor]]:

@@ -21,12 +21,8 @@ Tensors = Sequence[Tensor]
 
 
 class Settings:
-    """Reads fields of a config.json and remembers which ones were: none may be overlooked.
-
-    Args:
-        values: the fields, in the form that transformers >= 5 gives them (`rope_parameters`,
-            `layer_types`).
-    """
+    """Reads fields of a config.json, in the form that transformers >= 5 gives them
+    (`rope_parameters`, `layer_types`), and remembers which ones were: none may be overlooked."""
 
     def __init__(self, values: Mapping[str, Any]) -> None:
         self._values = values
@@ -36,7 +32,6 @@ class Settings:
 
     @property
     def model_type(self) -> str:
-        """The family's name."""
         return str(self._values.get("model_type"))
 
     def take(self, name: str, default: Any = _REQUIRED) -> Any:
@@ -73,7 +68,6 @@ class Settings:
                 raise self.not_covered(f"{name} {value!r}")
 
     def not_covered(self, what: str) -> CheckpointError:
-        """The error for a value that our parts do not compute."""
         return CheckpointError(
             f"config.json: {what} is not covered by the mapping of {self.model_type}"
         )

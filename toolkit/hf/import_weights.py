@@ -26,22 +26,17 @@ _NAMED = 3
 
 
 class ImportPlan:
-    """What is read for which tensor of ours; nothing has been read yet.
+    """What is read for which tensor of ours; nothing has been read yet. Raises CheckpointError for
+    a tensor that is missing, of another shape or type than expected, or has no place in the model.
 
     Args:
-        family: of the folder's model.
         config: the model to fill. Its vocabulary may be larger than the folder's.
-        weights: of the folder.
         source_vocab_size: rows of the folder's vocabulary; default: those of `config`.
         known_ids: the rows among them that stand for tokens; default: all.
         new_ids: tokens that the folder's model does not know. Their rows, and all that the folder
             lacks, get the mean of those of `known_ids` (Hewitt 2021, "Initializing new word
             embeddings for pretrained language models"), so that no new token is more probable than
             old ones are on average.
-
-    Raises:
-        CheckpointError: a tensor is missing, of another shape or type than expected, or has no
-            place in the model.
     """
 
     def __init__(
@@ -63,7 +58,12 @@ class ImportPlan:
                 f"{weights.folder}: {len(weights.tensors)} tensors cannot fill the "
                 f"{config.num_layers} layers that config.json gives"
             )
-        self._rules = self._renamed_rules()
+        self._rules, prefix = family.rules(config), family.base_prefix
+        if not any(name.startswith(prefix) for name in weights.tensors):  # of the bare model
+            self._rules = [
+                rule._replace(theirs=tuple(name.removeprefix(prefix) for name in rule.theirs))
+                for rule in self._rules
+            ]
         self._check_names()
         position = {name: n for n, name in enumerate(weights.tensors)}
         self._rules.sort(key=lambda rule: min(position[name] for name in rule.theirs))
@@ -82,11 +82,8 @@ class ImportPlan:
                 self.meta_tensors[name] = torch.empty(shapes[name], dtype=dtype, device="meta")
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """`(our name, whole CPU tensor)`; memory stays at the tensors of one rule.
-
-        Raises:
-            CheckpointError: a file has changed in between.
-        """
+        """`(our name, whole CPU tensor)`; memory stays at the tensors of one rule. Raises
+        CheckpointError: a file has changed in between."""
         for rule in self._rules:
             theirs = [self._weights.read(name) for name in rule.theirs]
             ours = rule.transform.to_ours(theirs)
@@ -107,17 +104,6 @@ class ImportPlan:
             tensor[torch.tensor(self._new_ids)] = mean.to(tensor.dtype)
         return tensor
 
-    def _renamed_rules(self) -> list[Rule]:
-        """The family's, with the names that this folder uses."""
-        prefix = self._family.base_prefix
-        rules = self._family.rules(self._config)
-        if any(name.startswith(prefix) for name in self._weights.tensors):
-            return rules
-        return [
-            rule._replace(theirs=tuple(name.removeprefix(prefix) for name in rule.theirs))
-            for rule in rules
-        ]
-
     def _check_names(self) -> None:
         present, folder = self._weights.tensors, self._weights.folder
         wanted = [name for rule in self._rules for name in rule.theirs]
@@ -126,7 +112,10 @@ class ImportPlan:
                 f"{folder}: {_some(missing)} missing; config.json asks for "
                 f"{'it' if len(missing) == 1 else 'them'}"
             )
-        head = self._tied_head()
+        head = ""
+        if self._config.tie_embeddings:  # a file may repeat it
+            untied = self._family.rules(self._config.replace(tie_embeddings=False))
+            head = next((r.theirs[0] for r in untied if r.ours == (VOCABULARY[1],)), "")
         known = re.compile("|".join((re.escape(head), *self._family.buffers)))
         unused = sorted(n for n in present.keys() - set(wanted) if not known.fullmatch(n))
         if unused:
@@ -140,13 +129,6 @@ class ImportPlan:
                 f"{folder}: {head} differs from {embedding}, but config.json says "
                 "tie_word_embeddings true; set it to false to keep both"
             )
-
-    def _tied_head(self) -> str:
-        """Their name of the head, which a file of a tied model may repeat; "": there is none."""
-        if not self._config.tie_embeddings:
-            return ""
-        untied = self._family.rules(self._config.replace(tie_embeddings=False))
-        return next((r.theirs[0] for r in untied if r.ours == (VOCABULARY[1],)), "")
 
     def _check(self, rule: Rule, ours: list[Tensor]) -> list[torch.dtype]:
         """Shapes and types of their tensors; returns the types of ours."""

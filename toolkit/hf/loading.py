@@ -68,12 +68,8 @@ def load_causal_lm(
     folder: Path, *, dtype: "torch.dtype", plain_attention: bool = False, all_used: bool = False
 ) -> Any:
     """The model of a folder in evaluation mode, on the CPU; raises CheckpointError where
-    `transformers` cannot load it, or weights are missing.
-
-    Args:
-        plain_attention: compute attention by its formula, without fused kernels.
-        all_used: weights that the model has no place for are an error.
-    """
+    `transformers` cannot load it, or weights are missing, or with `all_used` are left over.
+    `plain_attention` computes attention by its formula, without fused kernels."""
     check_small_files(folder, CheckpointError)
     with quiet_transformers():
         from transformers import AutoModelForCausalLM
@@ -88,10 +84,8 @@ def load_causal_lm(
                 output_loading_info=True,
             )
     model, info = loaded
-    faults = {"misses": info["missing_keys"]}
-    if all_used:
-        faults["has no use for"] = info["unexpected_keys"]
-    for fault, names in faults.items():
+    unexpected = info["unexpected_keys"] if all_used else ()
+    for fault, names in (("misses", info["missing_keys"]), ("has no use for", unexpected)):
         if names:
             raise CheckpointError(
                 f"{folder}: transformers {fault} {min(names)} ({len(names)} in all); "

@@ -40,8 +40,6 @@ _SIZES = {
 
 
 class HFModel(NamedTuple):
-    """What config.json describes."""
-
     family: Family
     config: TransformerConfig
     notes: tuple[str, ...]
@@ -52,12 +50,9 @@ def read_hf_config(folder: Path) -> HFModel:
     """Read config.json of a model folder; nothing is downloaded and no code of the folder is run.
 
     The config class of `transformers` brings the spellings of all years into one form and fills in
-    its defaults, so only what that class means is read here.
-
-    Raises:
-        CheckpointError: the file is missing or damaged, no mapping knows its `model_type`, or the
-            mapping does not cover one of its fields.
-    """
+    its defaults, so only what that class means is read here. Raises CheckpointError: the file is
+    missing or damaged, no mapping knows its `model_type`, or the mapping does not cover one of its
+    fields."""
     folder = Path(folder)
     raw = _read_json(folder)
     check_small_files(folder, CheckpointError)

@@ -6,7 +6,7 @@ Whatever it is, its weights come out under our names, one whole CPU tensor at a 
 import contextlib
 import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
@@ -105,7 +105,6 @@ class ModelSource(NamedTuple):
 
     @property
     def tensors_folder(self) -> Path:
-        """Of the checkpoint."""
         assert self.checkpoint is not None, "the other kinds have one"
         return self.checkpoint / TENSORS_FOLDER
 
@@ -113,8 +112,7 @@ class ModelSource(NamedTuple):
 def find_source(path: PathLike) -> ModelSource:
     """The model in `path`: a run folder or what `toolkit convert-hf` wrote (its newest whole
     checkpoint counts; sizes are compared, contents are not), a step{N} folder, or a folder with the
-    config.json and weights of `transformers`. Raises CheckpointError for anything else.
-    """
+    config.json and weights of `transformers`. Raises CheckpointError for anything else."""
     where = str(path)
     folder, what_it_is = Path(path).expanduser(), kind_of(where)
     if what_it_is == "url":
@@ -157,6 +155,15 @@ def source_tensors(source: ModelSource) -> Iterator[tuple[str, Tensor]]:
     if source.lora is None:
         return kept_tensors(source)
     return merged(source_tensors(adapter_base(source)), dict(kept_tensors(source)), source.lora)
+
+
+def watched(
+    tensors: Iterable[tuple[str, Tensor]], on_tensor: Callable[[Tensor], None]
+) -> Iterator[tuple[str, Tensor]]:
+    """`tensors`; each is shown to `on_tensor` as it is read."""
+    for name, tensor in tensors:
+        on_tensor(tensor)
+        yield name, tensor
 
 
 def kept_tensors(source: ModelSource) -> Iterator[tuple[str, Tensor]]:
@@ -232,7 +239,8 @@ def _import_plan(folder: Path) -> ImportPlan:
 
 def _of_checkpoint(where: str, kind: Literal["run", "checkpoint"], folder: Path) -> ModelSource:
     metadata = read_metadata(folder)
-    stored = metadata.extra.get("model")
+    extra = metadata.extra
+    stored = extra.get("model")
     if stored is None:
         raise CheckpointError(f"{folder}: does not say which model it is of")
     try:
@@ -241,15 +249,10 @@ def _of_checkpoint(where: str, kind: Literal["run", "checkpoint"], folder: Path)
         raise CheckpointError(f"{folder}: its model is not known here: {error}") from None
     # Also a step folder that was given as "."
     root, run = Path(os.path.abspath(folder)).parent, run_of_checkpoint(folder)
-    tokenizer = _tokenizer_of(root, run)
-    extra = metadata.extra
-    return ModelSource(where, kind, config, folder, None, tokenizer, metadata, run, extra)
-
-
-def _tokenizer_of(root: Path, run: Path | None) -> Path | None:
-    """Beside the checkpoints (a converted model), in the run folder, or in the data of the run."""
+    # Beside the checkpoints (a converted model), in the run folder, or in the data of the run.
     places = [root] if run is None else [root, run, *_data_of(run)]
-    return next(filter(is_tokenizer, (place / TOKENIZER_FOLDER for place in places)), None)
+    tokenizer = next(filter(is_tokenizer, (place / TOKENIZER_FOLDER for place in places)), None)
+    return ModelSource(where, kind, config, folder, None, tokenizer, metadata, run, extra)
 
 
 def is_tokenizer(folder: Path) -> bool:

@@ -25,8 +25,6 @@ GENERATION_FILE = "generation_config.json"
 
 
 class ConvertedTokenizer(NamedTuple):
-    """What was written."""
-
     vocab_size: int
     """Every id is below this."""
     starts_with_bos: bool
@@ -46,19 +44,15 @@ def convert_tokenizer(
     """Make `folder` a tokenizer folder from what `source` holds; None where it holds none.
 
     Formats older than tokenizer.json become one through `transformers`. `AutoTokenizer` gives the
-    same ids of the result as its tokenizer.json does.
+    same ids of the result as its tokenizer.json does. Raises DataError where it cannot be read,
+    exists as Python code only, or `AutoTokenizer` cannot be brought to give its ids.
 
     Args:
         source: a folder, or a tokenizer.json.
         add_tokens: control tokens that it must have; each new one gets the next id.
         chat_template: Jinja text in the place of its own.
-        model_type: of the model that it belongs to.
-
-    Raises:
-        DataError: it cannot be read, exists as Python code only, or `AutoTokenizer` cannot be
-            brought to give its ids.
     """
-    source = _folder_of(source)
+    source = source.parent if source.is_file() else source
     if not has_tokenizer(source):
         return None
     try:
@@ -74,7 +68,11 @@ def convert_tokenizer(
             )
         new_tokens = _add_tokens(folder, add_tokens)
         if chat_template is not None:
-            _replace_template(folder, chat_template)
+            config = read_json(folder / TOKENIZER_CONFIG_FILE)
+            if config.pop("chat_template", None) is not None:
+                write_json_atomic(folder / TOKENIZER_CONFIG_FILE, config)
+            write_atomic(folder / CHAT_TEMPLATE_FILE, chat_template.encode())
+            shutil.rmtree(folder / TEMPLATES_FOLDER, ignore_errors=True)  # it is the only one now
         tokenizer = load_tokenizer(folder)
         tokenizer.chat_templates  # noqa: B018 # reads their files
         starts = _backend(folder).encode("a").ids[:1] == [tokenizer.bos_id]
@@ -89,7 +87,7 @@ def convert_tokenizer(
 def token_ids(source: Path) -> set[int]:
     """Every id that stands for a token, of the tokenizer in `source`; empty where there is none.
     Raises DataError: it cannot be read."""
-    source = _folder_of(source)
+    source = source.parent if source.is_file() else source
     if (source / TOKENIZER_FILE).is_file():
         return set(_backend(source).get_vocab(with_added_tokens=True).values())
     return set(load_auto_tokenizer(source).get_vocab().values()) if has_tokenizer(source) else set()
@@ -110,14 +108,11 @@ def add_tokenizer(
     folder: Path, tokenizer_folder: PathLike | None, generation: Mapping[str, Any] | None
 ) -> dict[str, Any]:
     """Put the tokenizer into an exported `folder`, and a generation_config.json that ends texts as
-    training taught; returns its content.
+    training taught; returns its content. Raises DataError: `tokenizer_folder` holds no tokenizer.
 
     Args:
         tokenizer_folder: None: there is none, and the ids stay what they were.
         generation: that of the model that training began from; None: there was none.
-
-    Raises:
-        DataError: `tokenizer_folder` holds no tokenizer.
     """
     settings = dict(generation or {"_from_model_config": True, **dict.fromkeys(SPECIAL_IDS)})
     if tokenizer_folder is not None:
@@ -130,18 +125,6 @@ def add_tokenizer(
         copy_tokenizer(tokenizer_folder, folder)
     write_json_atomic(folder / GENERATION_FILE, settings, sync=False)
     return settings
-
-
-def _folder_of(source: Path) -> Path:
-    return source.parent if source.is_file() else source
-
-
-def _replace_template(folder: Path, template: str) -> None:
-    config = read_json(folder / TOKENIZER_CONFIG_FILE)
-    if config.pop("chat_template", None) is not None:
-        write_json_atomic(folder / TOKENIZER_CONFIG_FILE, config)
-    write_atomic(folder / CHAT_TEMPLATE_FILE, template.encode())
-    shutil.rmtree(folder / TEMPLATES_FOLDER, ignore_errors=True)  # it is the only one now
 
 
 def _add_tokens(folder: Path, tokens: Sequence[str]) -> tuple[str, ...]:

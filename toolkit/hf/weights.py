@@ -29,8 +29,6 @@ _AGAIN = "get it again"
 
 
 class StoredTensor(NamedTuple):
-    """One tensor of a weight file."""
-
     file: Path
     shape: torch.Size
     type_name: str
@@ -43,12 +41,9 @@ class HFWeights:
     """All tensors of `model.safetensors`, `model-0000x-of-0000y.safetensors` with their index, or
     the same of `pytorch_model` and `.bin`; safetensors where there are both.
 
-    Every header is read, and checked against its file and the index, when this is made.
-
-    Raises:
-        CheckpointError: no weights there, a damaged or truncated file, or an index and files that
-            disagree.
-    """
+    Every header is read, and checked against its file and the index, when this is made. Raises
+    CheckpointError: no weights there, a damaged or truncated file, or an index and files that
+    disagree."""
 
     def __init__(self, folder: Path | str) -> None:
         self.folder = Path(folder)
@@ -67,11 +62,8 @@ class HFWeights:
             self._check_index(*index)
 
     def read(self, name: str) -> Tensor:
-        """A tensor in its own type; changes do not reach the file.
-
-        Raises:
-            CheckpointError: the file is not what it was.
-        """
+        """A tensor in its own type; changes do not reach the file. Raises CheckpointError: the file
+        is not what it was."""
         file = self.tensors[name].file
         if file.suffix != ".safetensors":
             return self._load(file)[name].contiguous()
@@ -103,9 +95,10 @@ class HFWeights:
         self._loaded = None
         check_regular(file, CheckpointError)
         with guard(file, CheckpointError, _AGAIN):
-            is_mapped = zipfile.is_zipfile(file)
-        if is_mapped:
-            _check_not_compressed(file)
+            if is_mapped := zipfile.is_zipfile(file):
+                # torch would unpack a compressed record, however large it gets.
+                with file.open("rb") as stream:
+                    Archive(stream, file.stat().st_size)
         loaded = _load_torch_file(file, is_mapped=is_mapped)
         if not is_mapped:
             self._loaded = file, loaded
@@ -158,12 +151,6 @@ def _load_torch_file(file: Path, *, is_mapped: bool) -> dict[str, Tensor]:
                 "weights must be stored dense"
             )
     return loaded
-
-
-def _check_not_compressed(file: Path) -> None:
-    """torch would unpack a compressed record, however large it gets."""
-    with guard(file, CheckpointError, _AGAIN), file.open("rb") as stream:
-        Archive(stream, file.stat().st_size)
 
 
 def _why_refused(error: Exception) -> str:

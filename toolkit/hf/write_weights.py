@@ -42,11 +42,8 @@ def write_weights(
     dtypes: Dtypes,
     max_shard_bytes: int,
 ) -> None:
-    """Write `tensors` (our names, whole) into `folder`.
-
-    Raises:
-        CheckpointError: a tensor is missing, unknown or of another shape.
-    """
+    """Write `tensors` (our names, whole) into `folder`. Raises CheckpointError: a tensor is
+    missing, unknown or of another shape."""
     rules = family.rules(config)
     shapes = parameter_shapes(config)
     layout: dict[str, Tensor] = {}
@@ -69,8 +66,11 @@ def write_weights(
             opened = stack.enter_context((folder / name).open("wb"))
             places |= {target: (opened, at) for target, at in _begin_file(opened, targets).items()}
         for target, tensor in _converted(config, rules, shapes, tensors):
-            if layout[target].dtype == torch.float16:
-                _check_range(target, tensor)
+            is_narrowed = layout[target].dtype == torch.float16 and tensor.dtype != torch.float16
+            if is_narrowed and (largest := tensor.abs().max().item()) > _LARGEST_HALF:
+                raise CheckpointError(
+                    f"{target}: holds {largest:.3g}, which fp16 cannot; export as bf16 or fp32"
+                )
             file, position = places[target]
             raw = tensor.to("cpu", layout[target].dtype).contiguous().view(-1).view(torch.uint8)
             file.seek(position)
@@ -96,14 +96,6 @@ def _begin_file(file: BinaryIO, layout: Mapping[str, Tensor]) -> dict[str, int]:
     file.write(len(text).to_bytes(8, "little") + text)
     file.truncate(8 + len(text) + end)
     return {name: 8 + len(text) + begin for name, begin in begins.items()}
-
-
-def _check_range(name: str, tensor: Tensor) -> None:
-    if tensor.dtype != torch.float16 and tensor.abs().max() > _LARGEST_HALF:
-        raise CheckpointError(
-            f"{name}: holds {tensor.abs().max().item():.3g}, which fp16 cannot; export as bf16 or "
-            "fp32"
-        )
 
 
 def _dtype(dtypes: Dtypes, name: str) -> torch.dtype:

@@ -195,12 +195,10 @@ class Architecture(Config, frozen=True, kw_only=True):
 
     @property
     def kv_heads(self) -> int:
-        """Key/value heads with the default filled in."""
         return self.num_key_value_heads or self.num_heads
 
     @property
     def attention_head_dim(self) -> int:
-        """Head width with the default filled in."""
         return self.head_dim or self.d_model // self.num_heads
 
     @property
@@ -215,17 +213,14 @@ class Architecture(Config, frozen=True, kw_only=True):
 
     @property
     def has_qkv_bias(self) -> bool:
-        """`qkv_bias` with the default filled in."""
         return self.bias if self.qkv_bias is None else self.qkv_bias
 
     @property
     def has_attention_output_bias(self) -> bool:
-        """`attention_output_bias` with the default filled in."""
         return self.bias if self.attention_output_bias is None else self.attention_output_bias
 
     @property
     def has_feed_forward_bias(self) -> bool:
-        """`feed_forward_bias` with the default filled in."""
         return self.bias if self.feed_forward_bias is None else self.feed_forward_bias
 
     @property
@@ -235,7 +230,6 @@ class Architecture(Config, frozen=True, kw_only=True):
 
     @property
     def moe_layers(self) -> tuple[int, ...]:
-        """Layers that have experts."""
         if self.moe is None:
             return ()
         dense = set(self.moe.dense_layers)

@@ -47,8 +47,7 @@ def attend(
         query: `(batch, heads, seq, head_dim)`; the result has this shape.
         key, value: the same with as many heads or, for grouped queries, fewer.
         mask: None where each query sees all before it in its row. Needed with a soft cap.
-        scale: multiplies the scores; default: 1 / sqrt(head_dim).
-        soft_cap: scores become soft_cap * tanh(score / soft_cap) (Gemma 2).
+        scale, soft_cap: see `Architecture`.
     """
     if mask is None:
         return _sdpa(query, key, value, None, scale)

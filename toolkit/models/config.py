@@ -132,7 +132,6 @@ class TransformerConfig(
             )
 
     def to_transformer(self) -> "TransformerConfig":
-        """This config itself."""
         return self
 
     def build(self, *, init_device: str = "cpu", seed: int = 0) -> Any:
@@ -205,24 +204,8 @@ class GPTConfig(_Counts, Config, frozen=True, kw_only=True, tag_field="type", ta
         )
 
     @property
-    def d_model(self) -> int:
-        """Width of the residual stream."""
-        return self.n_embd
-
-    @property
-    def num_layers(self) -> int:
-        """Number of blocks."""
-        return self.n_layer
-
-    @property
     def max_sequence_length(self) -> int:
-        """Longest sequence."""
         return self.n_positions
-
-    @property
-    def padded_vocab_size(self) -> int:
-        """Rows of the embedding."""
-        return self.to_transformer().padded_vocab_size
 
     def build(self, *, init_device: str = "cpu", seed: int = 0) -> Any:
         """The `GPTModel` on `init_device`; see `TransformerConfig.build`."""

@@ -20,10 +20,8 @@ class Embeddings(nn.Module):
             self.positions = nn.Embedding(config.max_sequence_length, config.d_model)
 
     def forward(self, input_ids: Tensor, positions: Tensor | None = None) -> Tensor:
-        """`(batch, seq)` ids to `(batch, seq, d_model)` in the compute type.
-
-        `positions`, `(batch, seq)`: of each token in its document; default: in its row.
-        """
+        """`(batch, seq)` ids to `(batch, seq, d_model)` in the compute type. `positions`,
+        `(batch, seq)`: of each token in its document; default: in its row."""
         x = self._compute_type(self.tokens(input_ids))
         if self.scale != 1.0:
             x = x * torch.tensor(self.scale, dtype=x.dtype).item()
@@ -43,11 +41,8 @@ class Embeddings(nn.Module):
 
 
 class Head(nn.Module):
-    """Final norm and output projection.
-
-    A tied head owns no weight: it is given the embedding's on each call. One Parameter object in
-    two modules would come apart when a meta model is materialised.
-    """
+    """Final norm and output projection. A tied head owns no weight: it is given the embedding's on
+    each call. One Parameter in two modules would come apart when a meta model is materialised."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()

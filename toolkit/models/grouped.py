@@ -15,7 +15,6 @@ from toolkit.models.kernels import Hardware, grouped_kernel, hardware_of
 
 
 def grouped_backend(x: Tensor, weight: Tensor) -> Literal["grouped_mm", "loop"]:
-    """See `grouped_kernel`."""
     return grouped_kernel(_hardware(x), dtype=x.dtype, widths=tuple(weight.shape[1:]))
 
 
@@ -28,11 +27,8 @@ def ends_for(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
 def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     """`x[start:end] @ weight[g].T` for every group g: `(rows, out)`.
 
-    Args:
-        x: `(rows, in)`, sorted by group.
-        weight: `(groups, out, in)`; cast to the type of `x`. A group without rows has the gradient
-            zero.
-        ends: `(groups,)` int32, ascending; the last one is `rows`. See `ends_for`.
+    `x` is `(rows, in)`, sorted by group; `weight` is `(groups, out, in)`, cast to the type of `x`,
+    with the gradient zero for a group without rows; `ends`, from `ends_for`, is `(groups,)` int32.
     """
     weight = weight.to(x.dtype)
     if grouped_backend(x, weight) == "grouped_mm":
@@ -94,15 +90,13 @@ def _(grad: Tensor, x: Tensor, weight: Tensor, ends: Tensor) -> tuple[Tensor, Te
     return torch.empty_like(x), torch.empty_like(weight)
 
 
-def _keep(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
-
-
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
     return *_loop_backward(grad.contiguous(), *ctx.saved_tensors), None
 
 
-_loop.register_autograd(_backward, setup_context=_keep)
+_loop.register_autograd(
+    _backward, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs)
+)
 
 
 def _occupied(ends: Tensor) -> list[tuple[int, tuple[int, int]]]:

@@ -38,8 +38,6 @@ _RESIDUAL_OUTPUTS = (
 
 
 class InitSpec(NamedTuple):
-    """What a parameter is filled with."""
-
     kind: Literal["normal", "zeros", "ones", "constant"]
     std: float = 0.0
     """Standard deviation before the cut (`normal`)."""

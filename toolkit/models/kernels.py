@@ -146,7 +146,7 @@ def grouped_kernel(
     """
     aligned = all(width * dtype.itemsize % _ALIGNMENT == 0 for width in widths)
     is_fast = hardware.capability is not None and hardware.capability[0] in (9, 10)
-    is_fast = is_fast and hardware.type == "cuda" and not hardware.is_rocm
+    is_fast = is_fast and not hardware.is_rocm
     return "grouped_mm" if is_fast and dtype == torch.bfloat16 and aligned else "loop"
 
 
@@ -201,10 +201,8 @@ def kernel_record(
     has_z_loss: bool,
     trains_head_alone: bool = False,
 ) -> dict[str, str]:
-    """Part of the model -> its kernel, for computation in `dtype`.
-
-    `trains_head_alone`: the hidden state needs no gradient.
-    """
+    """Part of the model -> its kernel, for computation in `dtype`. `trains_head_alone`: the hidden
+    state needs no gradient."""
     head_dim, record = config.attention_head_dim, {}
 
     def sdpa(*, has_bias: bool) -> str:

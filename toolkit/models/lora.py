@@ -19,14 +19,8 @@ from toolkit.models.transformer import Transformer
 def choose_trained(
     model: Transformer | nn.Module, *, freeze: Sequence[str] = (), lora: LoRAConfig | None = None
 ) -> TrainedParameters:
-    """Add adapters to a model on the meta device, and freeze what is not trained; in place.
-
-    Args:
-        freeze: shell-style patterns over parameter names, the adapters' among them.
-
-    Raises:
-        ConfigError: a pattern matches nothing, or nothing is left to train.
-    """
+    """Add adapters to a model on the meta device, and freeze what is not trained, in place; see
+    `trained_parameters`."""
     assert isinstance(model, Transformer), "names are told from a Transformer's config"
     chosen = trained_parameters(model.config, freeze=freeze, lora=lora)
     frozen = {n for n, p in canonical_parameters(model).items() if not p.requires_grad}

@@ -23,10 +23,8 @@ BLOCK_SIZE = 128
 
 
 def document_starts(document_ids: Tensor) -> Tensor:
-    """Place in its row where each token's document begins, `(batch, seq)` int64.
-
-    A document is a stretch of equal numbers in `document_ids`, `(batch, seq)` of integers.
-    """
+    """Place in its row where each token's document begins, `(batch, seq)` int64. A document is a
+    stretch of equal numbers in `document_ids`, `(batch, seq)` of integers."""
     place = torch.arange(document_ids.shape[1], device=document_ids.device)
     is_first = torch.ones_like(document_ids, dtype=torch.bool)
     is_first[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
@@ -34,17 +32,12 @@ def document_starts(document_ids: Tensor) -> Tensor:
 
 
 def document_positions(starts: Tensor) -> Tensor:
-    """Position of each token in its document, `(batch, seq)` int64."""
     return torch.arange(starts.shape[1], device=starts.device) - starts
 
 
 def first_keys(starts: Tensor, window: int | None) -> Tensor:
-    """Place of the first key that each query sees, of the shape of `starts`, int64.
-
-    Args:
-        starts: `(batch, seq)`, where the document of each token begins; 0 for whole rows.
-        window: keys that a query sees at most, itself included; None: all.
-    """
+    """Place of the first key that each query sees, `(batch, seq)` int64, from where the document of
+    each token begins. `window`: keys that a query sees at most, itself included; None: all."""
     if window is None:
         return starts
     place = torch.arange(starts.shape[1], device=starts.device)
@@ -67,10 +60,8 @@ class AttentionMask:
     def __init__(
         self, starts: Tensor, *, window: int | None = None, dtype: torch.dtype, head_dim: int
     ) -> None:
-        """From `document_starts`, or zeros, for queries of type `dtype`.
-
-        The first dimension of `starts` must be the batch, or 1 where the rows are alike.
-        """
+        """From `document_starts`, or zeros, for queries of type `dtype`; `starts` may have one row
+        where all are alike."""
         self.bias: Tensor | None = None
         self.blocks: BlockMask | None = None
         self.window = window

@@ -10,10 +10,8 @@ from toolkit.models.config import TransformerConfig
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * (weight_offset + weight) over the last dimension.
-
-    Zhang & Sennrich 2019; Gemma's has an offset of 1.
-    """
+    """x / sqrt(mean(x^2) + eps) * (weight_offset + weight) over the last dimension (Zhang &
+    Sennrich 2019; Gemma's has an offset of 1)."""
 
     def __init__(self, width: int, eps: float, *, weight_offset: float = 0.0) -> None:
         super().__init__()

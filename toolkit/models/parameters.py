@@ -7,7 +7,7 @@ No torch: a dry run and the first moments of a real one check patterns against t
 import fnmatch
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from toolkit.config.base import matching
@@ -23,8 +23,6 @@ _ADAPTER = re.compile(r"\.lora_[AB]\.weight\Z")
 
 
 class ParameterInfo(NamedTuple):
-    """One parameter before it is sharded."""
-
     shape: Shape
     is_trained: bool
 
@@ -36,12 +34,10 @@ class TrainedParameters(NamedTuple):
 
     @property
     def num_parameters(self) -> int:
-        """Of the whole model."""
         return sum(math.prod(info.shape) for info in self.infos.values())
 
     @property
     def num_trained(self) -> int:
-        """Of these, the ones that training changes."""
         return sum(math.prod(info.shape) for info in self.infos.values() if info.is_trained)
 
     def __str__(self) -> str:
@@ -51,10 +47,7 @@ class TrainedParameters(NamedTuple):
 
 def parameter_shapes(model: Architecture, lora: LoRAConfig | None = None) -> dict[str, Shape]:
     """Canonical name -> shape, in the model's order; with `lora`, its adapters beside the weights.
-
-    Raises:
-        ConfigError: see `adapted_layers`.
-    """
+    Raises ConfigError: see `adapted_layers`."""
     whole = dict(whole_model(model))
     if lora is None:
         return whole
@@ -71,12 +64,8 @@ def parameter_shapes(model: Architecture, lora: LoRAConfig | None = None) -> dic
 
 
 def adapted_layers(model: Architecture, lora: LoRAConfig) -> list[str]:
-    """Names of the linear layers that get an adapter, in the model's order.
-
-    Raises:
-        ConfigError: a pattern matches no linear layer, or stacked weights of experts, which take
-            no adapter.
-    """
+    """Names of the linear layers that get an adapter, in the model's order. Raises ConfigError: a
+    pattern matches no linear layer, or stacked weights of experts, which take no adapter."""
     shapes = dict(whole_model(model))
     linear = [name.removesuffix(".weight") for name in shapes if _is_linear(name)]
     chosen: set[str] = set()
@@ -84,14 +73,12 @@ def adapted_layers(model: Architecture, lora: LoRAConfig) -> list[str]:
     for pattern in lora.target_modules:
         hits = fnmatch.filter(linear, pattern)
         stacked = [n for n in shapes if len(shapes[n]) > 2 and fnmatch.fnmatchcase(n, pattern)]
-        problem = ""
+        problem = "" if hits else f"matches no linear layer{_examples(shapes, pattern, linear)}"
         if stacked:
             problem = (
                 f"matches {stacked[0]}, stacked weights of experts, which take no adapter; name "
                 "linear layers only, such as *.attention.*"
             )
-        elif not hits:
-            problem = f"matches no linear layer{_examples(list(shapes), pattern, linear)}"
         if problem:
             found.add(ConfigError(f"{pattern!r} {problem}", key=f"{LORA}.target_modules"))
         chosen.update(hits)
@@ -103,14 +90,8 @@ def trained_parameters(
     model: Architecture, *, freeze: Sequence[str] = (), lora: LoRAConfig | None = None
 ) -> TrainedParameters:
     """All parameters, and which of them training changes: all, or with `lora` the adapters and what
-    `train_also` names; but for those that `freeze` names.
-
-    Args:
-        freeze: shell-style patterns over parameter names, the adapters' among them.
-
-    Raises:
-        ConfigError: a pattern matches nothing, or nothing is left to train.
-    """
+    `train_also` names; but for those that `freeze` names by shell-style patterns, the adapters'
+    among them. Raises ConfigError: a pattern matches nothing, or nothing is left to train."""
     shapes = parameter_shapes(model, lora)
     names, found = list(shapes), ErrorList()
     trained = set(names)
@@ -197,7 +178,7 @@ def _is_linear(name: str) -> bool:
     )
 
 
-def _examples(names: list[str], pattern: str, linear: list[str]) -> str:
+def _examples(names: Iterable[str], pattern: str, linear: list[str]) -> str:
     for name in names:
         layer = name.rpartition(".")[0]
         if fnmatch.fnmatchcase(layer, pattern) or fnmatch.fnmatchcase(name, pattern):

@@ -108,11 +108,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def preset(name: str) -> dict[str, Any]:
-    """The fields of a model config, `type` included, as plain data for a recipe.
-
-    Raises:
-        ConfigError: for an unknown name, with the nearest known one.
-    """
+    """The fields of a model config, `type` included, as plain data for a recipe. Raises
+    ConfigError for an unknown name, with the nearest known one."""
     if name not in PRESETS:
         name = shortened(name)
         near = difflib.get_close_matches(name, PRESETS, n=1, cutoff=0.4)

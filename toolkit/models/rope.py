@@ -40,10 +40,8 @@ def rotary_table(
     device: torch.device,
     scaling: RopeScalingConfig | None = None,
 ) -> RotaryTable:
-    """Angles position * theta^(-2i / rotary_dim) for i < rotary_dim / 2, kept for reuse.
-
-    `scaling` changes the frequencies and, for YaRN, multiplies cosines and sines.
-    """
+    """Angles position * theta^(-2i / rotary_dim) for i < rotary_dim / 2, kept for reuse. `scaling`
+    changes the frequencies and, for YaRN, multiplies cosines and sines."""
     # Outside inference mode, or a table first made in evaluation could not be used in training.
     with torch.inference_mode(False), torch.autocast(device.type, enabled=False):
         channel = torch.arange(0, rotary_dim, 2, device=device, dtype=torch.float32)
@@ -54,10 +52,8 @@ def rotary_table(
 
 
 def rotate(x: Tensor, table: RotaryTable) -> Tensor:
-    """Rotate the first channels of `(batch, seq, heads, head_dim)`, as many as the table is for.
-
-    Of these rotary_dim channels, i is paired with i + rotary_dim / 2.
-    """
+    """Rotate the first channels of `(batch, seq, heads, head_dim)`, as many as the table is for: of
+    these rotary_dim channels, i is paired with i + rotary_dim / 2."""
     rotary_dim = 2 * table.cos.shape[-1]
     if rotary_dim < x.shape[-1]:
         rotated = rotate(x[..., :rotary_dim], table)

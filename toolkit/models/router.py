@@ -58,7 +58,6 @@ class RouterSums(NamedTuple):
     """How often each expert was chosen, `(num_experts,)`, or `(layers, num_experts)` of several."""
 
     def detached(self) -> "RouterSums":
-        """The same values without gradients."""
         return RouterSums(*(value.detach() for value in self))
 
 
@@ -85,5 +84,4 @@ def combine_layers(layers: Sequence[RouterSums], num_layers: int) -> RouterSums:
 
 
 def router_loss(sums: RouterSums, moe: MoEConfig) -> Tensor:
-    """What routers add to the sum of the loss, 0-d."""
     return moe.load_balancing_multiplier * sums.balance + moe.router_z_loss_multiplier * sums.z

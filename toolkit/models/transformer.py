@@ -106,7 +106,6 @@ class Blocks(nn.Module):
 
     @property
     def layers(self) -> list[int]:
-        """Numbers of the layers that are here."""
         return [int(name) for name in self._modules]
 
 
@@ -156,7 +155,8 @@ class Transformer(nn.Module):
         starts: Tensor | None = None,
         z_loss_multiplier: float = 0.0,
     ) -> Any:
-        """Logits, or the sums of the loss.
+        """Logits, or the sums of the loss. Raises ValueError for a sequence longer than
+        `config.max_sequence_length`, or document ids of another shape than the input ids.
 
         Args:
             input_ids: `(batch, seq)` int64; in a stage without layer 0 the residual stream that the
@@ -167,8 +167,7 @@ class Transformer(nn.Module):
                 numbers, positions start over with each; default: each row is one document.
             positions: `(batch or 1, seq)` int64, of each token in its document; default: told from
                 the document ids. Their length counts where the residual stream is shorter.
-            starts: `(batch or 1, seq)` int64, the place in its row where each token's document
-                begins; default: told from the document ids.
+            starts: as `document_starts` tells them from the document ids, which is the default.
             z_loss_multiplier: weight of logsumexp(logits)^2 in the loss.
 
         Returns:
@@ -176,10 +175,6 @@ class Transformer(nn.Module):
             With labels: `LossSums` over the target tokens (sums, not means: the caller divides by
             the number of targets of the global batch).
             Of a stage without a head: the residual stream, and its part of `RouterSums` or None.
-
-        Raises:
-            ValueError: for a sequence longer than `config.max_sequence_length`, or document ids of
-                another shape than the input ids.
         """
         config, seq = self.config, input_ids.shape[1]
         if seq > config.max_sequence_length:
@@ -229,7 +224,6 @@ class GPTModel(Transformer):
     """`GPTModel(GPTConfig(...))`: learned positions, LayerNorm, GELU, biases, tied head."""
 
     def __init__(self, config: GPTConfig, *, init_device: str = "cpu", seed: int = 0) -> None:
-        """Build on `init_device` with the initial values of `seed`; "meta": without storage."""
         super().__init__(config.to_transformer(), init_device=init_device, seed=seed)
         self.gpt_config = config
 

@@ -80,7 +80,7 @@ class TransformerTrainModule(TrainModule):
         # 1 where there is none: the loss is zero then, and not divided by zero.
         count = self._num_targets(batch, inputs.labels)
         num_targets = max(count, 1) if isinstance(count, int) else count.clamp(min=1)
-        factor = self.environment.grad_ranks / num_targets
+        factor = self.environment.layout.grad_ranks / num_targets
         sums = self.engine.forward_backward(
             self._microbatches(inputs), factor, z_loss_multiplier=self._z_loss
         )
@@ -186,7 +186,7 @@ class TransformerTrainModule(TrainModule):
         """Targets in the global batch."""
         if batch.get("label_mask") is None and batch.get("document_ids") is None:
             rows, length = labels.shape
-            return rows * (length - 1) * self.environment.batch_ranks
+            return rows * (length - 1) * self.environment.layout.batch_ranks
         count = (labels != IGNORE_INDEX).sum()
         self._add_up(count)
         return count

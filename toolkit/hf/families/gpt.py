@@ -16,20 +16,22 @@ from toolkit.hf.families.parts import (
     without_effect,
 )
 from toolkit.hf.families.rope import read_rope, write_rope
-from toolkit.hf.family import Family, Part, Settings, interleaved
+from toolkit.hf.family import Family, Part, interleaved
 from toolkit.models.config import TransformerConfig
 
 _QKV = ("attention.query", "attention.key", "attention.value")
 
 
-def _read_inner_size(settings: Settings) -> dict[str, Any]:
-    return {"intermediate_size": settings.take("n_inner", None) or 4 * settings.take("n_embd")}
-
-
-def _write_inner_size(config: TransformerConfig) -> dict[str, Any]:
-    is_usual = config.intermediate_size == 4 * config.d_model
-    return {"n_inner": None if is_usual else config.intermediate_size}
-
+_INNER_SIZE = Part(
+    lambda settings: {
+        "intermediate_size": settings.take("n_inner", None) or 4 * settings.take("n_embd")
+    },
+    lambda config: {
+        "n_inner": config.intermediate_size
+        if config.intermediate_size != 4 * config.d_model
+        else None
+    },
+)
 
 GPT2 = Family(
     "gpt2",
@@ -47,7 +49,7 @@ GPT2 = Family(
             norm_eps="layer_norm_epsilon",
             tie_embeddings="tie_word_embeddings",
         ),
-        Part(_read_inner_size, _write_inner_size),
+        _INNER_SIZE,
         activation("activation_function", "gelu", "gelu_exact"),
         INIT_STD,
         no_dropout("resid_pdrop", "embd_pdrop", "attn_pdrop"),

@@ -134,11 +134,6 @@ def _read_dense_layers(settings: Settings) -> list[int]:
     return dense
 
 
-def _write_dense_layers(config: TransformerConfig) -> dict[str, Any]:
-    moe = config.moe
-    return {"decoder_sparse_step": 1, "mlp_only_layers": list(moe.dense_layers)} if moe else {}
-
-
 def _read_switched_window(settings: Settings) -> dict[str, Any]:
     window = settings.take("sliding_window")
     return {"sliding_window": window if settings.take("use_sliding_window") else None}
@@ -156,7 +151,13 @@ QWEN3_MOE = Family(
         *SHARED,
         ROPE,
         experts(intermediate_size="moe_intermediate_size", dense_layers=_read_dense_layers),
-        Part(write=_write_dense_layers),
+        Part(
+            write=lambda config: (
+                {"decoder_sparse_step": 1, "mlp_only_layers": list(config.moe.dense_layers)}
+                if config.moe
+                else {}
+            )
+        ),
         UNUSUAL_HEAD_DIM,
         ATTENTION_BIAS,
         Part(_read_switched_window, _write_switched_window),

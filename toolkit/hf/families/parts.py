@@ -124,19 +124,18 @@ ATTENTION_BIAS = Part(
 HEAD_DIM = renamed(head_dim="head_dim")
 
 
-def _write_unusual_head_dim(config: TransformerConfig) -> dict[str, Any]:
-    is_usual = config.attention_head_dim * config.num_heads == config.d_model
-    return {} if is_usual else {"head_dim": config.attention_head_dim}
-
-
 UNUSUAL_HEAD_DIM = Part(
-    lambda settings: {"head_dim": settings.take("head_dim", None)}, _write_unusual_head_dim
+    lambda settings: {"head_dim": settings.take("head_dim", None)},
+    lambda config: (
+        {}
+        if config.attention_head_dim * config.num_heads == config.d_model
+        else HEAD_DIM.write(config)
+    ),
 )
 """For classes that do not define `head_dim` but use one that is there."""
 
 
 def windows(config: TransformerConfig) -> list[int | None]:
-    """The window of each layer."""
     return [config.window_of(layer) for layer in range(config.num_layers)]
 
 
@@ -192,11 +191,8 @@ def experts(
 ) -> Part:
     """Our experts. The shares of assignments in the load-balancing loss of `transformers` sum to
     the number of experts of a token, in ours to one: its coefficient counts so many times more.
-
-    Args:
-        num_experts, intermediate_size, normalize_top_k: names of their fields; None: always so.
-        dense_layers: reads which layers have none.
-    """
+    The first three are names of their fields, None: always so; `dense_layers` reads which layers
+    have none."""
 
     def read(settings: Settings) -> dict[str, Any]:
         settings.without_effect("output_router_logits")

@@ -36,11 +36,8 @@ def read_rope(
 ) -> dict[str, Any]:
     """`rope_theta`, `rope_scaling` and `rotary_fraction` from one set of rope parameters for all
     layers; raises CheckpointError for a kind of scaling, or a field of one, that we do not compute.
-
-    Args:
-        is_partial: whether the class can rotate a part of each head.
-        is_scaled: whether it computes scaled frequencies.
-    """
+    `is_partial`: the class can rotate a part of each head; `is_scaled`: it computes scaled
+    frequencies."""
     found = _read(settings.take("rope_parameters"), settings, is_scaled=is_scaled)
     if found["rotary_fraction"] != 1.0 and not is_partial:
         raise _not_covered("partial_rotary_factor", found["rotary_fraction"], settings)
@@ -105,10 +102,8 @@ def _write_by_kind(config: TransformerConfig, *, sliding_base: str) -> dict[str,
 
 
 def only_newer(config: TransformerConfig, *, sliding_base: str = "") -> str | None:
-    """What of the rope of sliding layers transformers 4.57 cannot say; None: nothing.
-
-    `sliding_base`: see `rope_by_kind`.
-    """
+    """What of the rope of sliding layers transformers 4.57 cannot say; None: nothing. See
+    `rope_by_kind`."""
     if not any(windows(config)):
         return None
     if config.sliding_rope_theta is None and config.rope_scaling is not None:
@@ -124,13 +119,14 @@ def _read(parameters: Any, settings: Settings, *, is_scaled: bool = True) -> dic
     values = {k: v for k, v in parameters.items() if k not in _NOT_OF_SCALING and v is not None}
     scalings = _SCALINGS if is_scaled else {}
     scaling = None
-    if kind == "default" and values:
-        name = min(values)
-        raise _not_covered(name, values[name], settings)
-    if kind != "default" and kind not in scalings:
+    if kind == "default":
+        if values:
+            name, value = min(values.items())
+            raise _not_covered(name, value, settings)
+    elif kind not in scalings:
         known = ", ".join(("default", *scalings))
         raise CheckpointError(f"{_not_covered('rope_type', kind, settings)}, which knows {known}")
-    if kind != "default":
+    else:
         try:
             scaling = msgspec.convert({"type": kind, **values}, scalings[kind])
         except msgspec.ValidationError as error:
