@@ -1,4 +1,6 @@
-"""Numbers and long names in sentences."""
+"""Numbers, long names and labels in what people read."""
+
+from collections.abc import Iterable, Sequence
 
 _LONGEST = 240
 
@@ -14,6 +16,15 @@ def count(number: int, noun: str) -> str:
     else:
         plural = f"{noun}s"
     return f"{number:,} {plural}"
+
+
+def labelled(rows: Iterable[tuple[str, Sequence[str]]]) -> list[str]:
+    """A line for each text of each (label, texts): the label before the first one."""
+    return [
+        f"{'' if number else label:<12}{text}"
+        for label, texts in rows
+        for number, text in enumerate(texts)
+    ]
 
 
 def shortened(text: str) -> str:

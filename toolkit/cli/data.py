@@ -1,6 +1,6 @@
 """`toolkit data`: making token files by hand, and looking at what is in them."""
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -14,7 +14,6 @@ from toolkit.cli.options import (
     Json,
     Overrides,
     SequenceLength,
-    SplitName,
     WorkDir,
 )
 from toolkit.cli.printing import (
@@ -111,7 +110,7 @@ def show(
     number: Annotated[
         int, typer.Option("-n", "--number", metavar="N", help="Instances to show.")
     ] = 3,
-    split: Annotated[SplitName, typer.Option(help="Which split.")] = SplitName.train,
+    split: Annotated[Literal["train", "val"], typer.Option(help="Which split.")] = "train",
     start: Annotated[int, typer.Option(metavar="I", help="First instance, from 0.")] = 0,
     source: Annotated[
         str | None, typer.Option(metavar="NAME", help="Which source of a mixture.")
@@ -139,14 +138,14 @@ def show(
         data_root=data_root, sequence_length=sequence_length, work_dir=work_dir,
     )  # fmt: skip
     found = commands.data.find_instances(
-        loaded.config.data, split.value, source=source, work_dir=loaded.config.run.work_dir
+        loaded.config.data, split, source=source, work_dir=loaded.config.run.work_dir
     )
     console = plain_console()
     instances = "instances of unknown number,"
     if found.num_instances is not None:
         instances = count(found.num_instances, "instance")
     console.print(
-        f"{found.where} {split.value}: {instances} of up to "
+        f"{found.where} {split}: {instances} of up to "
         f"{found.instances.sequence_length:,} tokens ({found.kind})"
     )
     console.print(LEGEND)

@@ -105,7 +105,7 @@ def generate(
     with commands.generate.open_generator(
         source,
         tokenizer=tokenizer,
-        dtype=dtype.value if dtype is not None else None,
+        dtype=dtype,
         device=device,
         notify=lambda line: typer.echo(line, err=True),
     ) as generator:
@@ -156,13 +156,12 @@ def _show(
 def _write(
     generator: "TextGenerator", prompts: "Sequence[Prompt]", sampling: "Sampling", output: Path
 ) -> None:
-    """Line by line: what is done stays when the rest is interrupted."""
     try:
         with output.open("xb") as lines:
             for prompt in prompts:
                 done = _generate(generator, prompt, sampling, None)
                 lines.write(commands.generate.completed_line(prompt, done))
-                lines.flush()
+                lines.flush()  # what is done stays when the rest is interrupted
     except OSError as error:
         raise ConfigError(f"--output: {output}: cannot be written: {error.strerror}") from None
     typer.echo(f"{output}: {count(len(prompts), 'text')}")
@@ -213,7 +212,7 @@ def converse(
 def _answer(
     generator: "TextGenerator", messages: "list[Message]", sampling: "Sampling", *, stream: bool
 ) -> str | None:
-    """The text that was shown; None where the conversation is too long for another turn."""
+    """The answer; None where the conversation is too long for another turn."""
     shown: list[str] = []
 
     def show(piece: str) -> None:
@@ -236,7 +235,6 @@ def _answer(
 
 
 def _next_line(asking: str) -> str | None:
-    """What was typed; None at the end of the input."""
     try:
         return input(asking).strip()
     except EOFError:

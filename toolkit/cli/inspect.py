@@ -88,7 +88,21 @@ def _print(found: "Inspection") -> None:
     header = [
         "split", "tokens", "documents", "targets", "bytes/token", "largest id", "size",
     ]  # fmt: skip
-    print_table(header, [_row(split) for split in found.splits], right=header[1:])
+    rows = []
+    for split in found.splits:
+        size, targets = split.num_bytes, split.num_targets
+        rows.append(
+            [
+                split.name,
+                cell(split.num_tokens),
+                cell(split.num_documents),
+                cell(split.num_tokens if targets is None else targets),
+                cell(split.bytes_per_token, ".2f"),
+                cell(split.largest_id),
+                f"{size / 1e6:,.1f} MB" if size >= 1e5 else f"{size:,} B",
+            ]
+        )
+    print_table(header, rows, right=header[1:])
     for split in found.splits:
         _print_lengths(split)
         for sample in split.samples:
@@ -108,19 +122,6 @@ def _extent(found: "Inspection") -> str:
     if is_bare and found.vocab_size is None:
         return " (size; --vocab-size N checks ids too)"
     return ""
-
-
-def _row(split: "SplitReport") -> list[str]:
-    targets = split.num_tokens if split.num_targets is None else split.num_targets
-    return [
-        split.name,
-        f"{split.num_tokens:,}",
-        cell(split.num_documents),
-        f"{targets:,}",
-        cell(split.bytes_per_token, ".2f"),
-        cell(split.largest_id),
-        f"{split.num_bytes / 1e6:,.1f} MB" if split.num_bytes >= 1e5 else f"{split.num_bytes:,} B",
-    ]
 
 
 def _print_lengths(split: "SplitReport") -> None:

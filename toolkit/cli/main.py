@@ -1,8 +1,4 @@
-"""`toolkit`: the app, and the one place that turns errors into a line and an exit code.
-
-Verb modules import nothing but typer at the top; what they call is imported when they run. So the
-help is quick, and no verb pays for another.
-"""
+"""`toolkit`: the app, and the one place that turns errors into a line and an exit code."""
 
 import contextlib
 import errno
@@ -147,7 +143,9 @@ def run(args: Sequence[str]) -> int:
         print(f"toolkit {__version__}")
         return EXIT_DONE
     if words[0] in _OTHER_NAMES:
-        return _report(_in_our_words(words), EXIT_BAD_INPUT, debug=debug)
+        command = _OTHER_NAMES[words[0]].format(shlex.join(words[1:]) or "CONFIG")
+        message = f"no such command: {words[0]}; type: {command}"
+        return _report(message, EXIT_BAD_INPUT, debug=debug)
     try:
         adopt_ranks(os.environ)
         result = app(words, prog_name="toolkit", standalone_mode=False, obj=debug)
@@ -189,11 +187,6 @@ def run(args: Sequence[str]) -> int:
     except ToolkitError as error:
         message = " ".join(str(error).split())
         return _report(message, error.exit_code, debug=debug, only_here=error.only_here)
-
-
-def _in_our_words(words: Sequence[str]) -> str:
-    rest = shlex.join(words[1:]) or "CONFIG"
-    return f"no such command: {words[0]}; type: {_OTHER_NAMES[words[0]].format(rest)}"
 
 
 def _report(message: str, code: int, *, debug: bool, only_here: bool = False) -> int:

@@ -1,21 +1,15 @@
 """`toolkit convert-hf`, `toolkit export-hf`, `toolkit eval`: models in, out and measured."""
 
 import time
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from toolkit import commands
-from toolkit.cli.options import AnyModel, ComputeType, Device, TokenizerFolder, WeightType
+from toolkit.cli.options import AnyModel, ComputeType, Device, TokenizerFolder
 from toolkit.cli.printing import cell, print_table, size_text
 from toolkit.errors import ConfigError
 from toolkit.wording import count
-
-if TYPE_CHECKING:
-    from toolkit.commands.evaluate import Evaluation, Scores
-    from toolkit.hf.convert import Conversion
-    from toolkit.hf.export import Exported
-    from toolkit.hf.source import ModelSource
 
 
 def convert_hf(
@@ -89,13 +83,9 @@ def convert_hf(
         add_tokens=[word for text in (add_tokens or "").split(",") if (word := text.strip())],
         chat_template=chat_template,
     )
-    _print_conversion(conversion, out, time.monotonic() - begin)
-
-
-def _print_conversion(conversion: "Conversion", out: str, seconds: float) -> None:
-    config = conversion.config
+    seconds = time.monotonic() - begin
     typer.echo(
-        f"{out}: {conversion.model_type}, {config.num_parameters:,} parameters, "
+        f"{out}: {conversion.model_type}, {conversion.config.num_parameters:,} parameters, "
         f"{' and '.join(conversion.dtypes)}, {size_text(conversion.nbytes)}, {seconds:.1f} s"
     )
     for note in conversion.notes:
@@ -118,11 +108,11 @@ def export_hf(
     ],
     out: Annotated[str, typer.Argument(metavar="OUT", help="A folder that is new or empty.")],
     dtype: Annotated[
-        WeightType,
+        Literal["auto", "fp32", "bf16", "fp16"],
         typer.Option(
             help="Type of the weights. auto: what the model had when it was imported, else fp32."
         ),
-    ] = WeightType.auto,
+    ] = "auto",
     max_shard_size: Annotated[
         str, typer.Option(metavar="SIZE", help="Largest file of weights.")
     ] = "5GB",
@@ -160,23 +150,19 @@ def export_hf(
     found, exported = commands.convert.export_model(
         source,
         out,
-        dtype=dtype.value,
+        dtype=dtype,
         max_shard_size=max_shard_size,
         merge_adapter=merge_adapter,
         tokenizer=tokenizer,
         check=check,
     )
-    _print_export(found, exported, out)
-
-
-def _print_export(source: "ModelSource", exported: "Exported", out: str) -> None:
     files = count(len(exported.weight_files), "file")
     kind = str(exported.dtype).removeprefix("torch.")
     what = "adapter for " if exported.is_adapter else ""
-    step = f", step {source.metadata.step}" if source.metadata is not None else ""
+    step = f", step {found.metadata.step}" if found.metadata is not None else ""
     typer.echo(
         f"{out}: {what}{exported.architecture} in {kind}, "
-        f"{exported.weight_bytes / 1e6:,.1f} MB in {files} ({source.where}{step})"
+        f"{exported.weight_bytes / 1e6:,.1f} MB in {files} ({found.where}{step})"
     )
     if exported.not_checked is None:
         loads = "peft loads it onto its base" if exported.is_adapter else "transformers loads it"
@@ -265,36 +251,31 @@ def evaluate(
         sequence_length=sequence_length,
         stride=stride,
         batch_tokens=batch_tokens,
-        dtype=dtype.value if dtype is not None else None,
+        dtype=dtype,
         device=device,
         tokenizer=tokenizer,
         text_field=text_field,
     )
     if json:
-        for line in found.lines():
-            typer.echo(line)
+        typer.echo("\n".join(found.lines()))
         return
-    _print_table(found)
-
-
-def _print_table(found: "Evaluation") -> None:
     step = f", step {found.step}" if found.step is not None else ""
     how = ", ".join(f"{name} {_shown(value)}" for name, value in found.settings.items())
     typer.echo(f"{found.source}{step}: {how}")
     header = ["data", "loss", "ppl", "bits/byte", "targets", "bytes", "seconds"]
-    print_table(header, [_row(scores) for scores in found.scores], right=header[1:])
-
-
-def _row(scores: "Scores") -> list[str]:
-    return [
-        scores.name,
-        f"{scores.loss:.4f}",
-        f"{scores.ppl:.4g}" if scores.ppl >= 1e5 else f"{scores.ppl:.3f}",
-        cell(scores.bits_per_byte, ".4f"),
-        f"{scores.num_targets:,}",
-        cell(scores.num_bytes),
-        f"{scores.seconds:.1f}",
+    rows = [
+        [
+            scores.name,
+            cell(scores.loss, ".4f"),
+            cell(scores.ppl, ".4g" if scores.ppl >= 1e5 else ".3f"),
+            cell(scores.bits_per_byte, ".4f"),
+            cell(scores.num_targets),
+            cell(scores.num_bytes),
+            cell(scores.seconds, ".1f"),
+        ]
+        for scores in found.scores
     ]
+    print_table(header, rows, right=header[1:])
 
 
 def _shown(value: object) -> str:

@@ -1,7 +1,6 @@
 """Options that several verbs share, and the words they take."""
 
-from enum import StrEnum
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -46,29 +45,7 @@ TokenizerFolder = Annotated[
 Device = Annotated[
     str | None, typer.Option(help="cpu, cuda, cuda:1, ...", show_default="a GPU if there is one")
 ]
+ComputeType = Literal["fp32", "bf16"]
 Json = Annotated[bool, typer.Option("--json", help="Everything as one JSON object.")]
 OVERRIDABLE = {"ignore_unknown_options": True}
 """Context settings of verbs that take `--PATH=VALUE`."""
-
-
-class ComputeType(StrEnum):
-    """Precisions of a computation."""
-
-    fp32 = "fp32"
-    bf16 = "bf16"
-
-
-class WeightType(StrEnum):
-    """Types of weights on disk."""
-
-    auto = "auto"
-    fp32 = "fp32"
-    bf16 = "bf16"
-    fp16 = "fp16"
-
-
-class SplitName(StrEnum):
-    """The splits of a corpus."""
-
-    train = "train"
-    val = "val"

@@ -59,7 +59,6 @@ class LastingStream(io.TextIOBase):
         self._stream = stream
 
     def write(self, text: str) -> int:
-        """Write, or drop what cannot be written."""
         try:
             self._stream.write(text)
         except UnicodeEncodeError:
@@ -70,12 +69,10 @@ class LastingStream(io.TextIOBase):
         return len(text)
 
     def writelines(self, lines: Iterable[str]) -> None:  # type: ignore[override]
-        """`write` of each."""
         for line in lines:
             self.write(line)
 
     def flush(self) -> None:
-        """Flush, or drop what cannot be written."""
         try:
             self._stream.flush()
         except (OSError, ValueError) as error:
@@ -85,11 +82,9 @@ class LastingStream(io.TextIOBase):
         """Nothing: it stands for the process's own stream."""
 
     def fileno(self) -> int:
-        """The wrapped stream's."""
         return self._stream.fileno()
 
     def isatty(self) -> bool:
-        """The wrapped stream's; a terminal that is gone is none."""
         with contextlib.suppress(OSError, ValueError):
             return self._stream.isatty()
         return False

@@ -29,7 +29,6 @@ DOCUMENT_COLORS = ("cyan", "magenta")
 def print_table(
     header: Sequence[str], rows: Sequence[Sequence[str]], *, right: Collection[str] = ()
 ) -> None:
-    """Print `rows` under `header`; the columns named in `right` are aligned to the right."""
     widths = [max(len(cell) for cell in column) for column in zip(header, *rows, strict=True)]
 
     def line(cells: Sequence[str]) -> str:
@@ -52,7 +51,6 @@ def cell(value: str | float | None, digits: str = ",", unknown: str = "-") -> st
 
 
 def size_text(number: int | None) -> str:
-    """Bytes as people read them; "-" where the number is not known."""
     if number is None:
         return "-"
     size = float(number)
@@ -64,7 +62,6 @@ def size_text(number: int | None) -> str:
 
 
 def print_json(value: Any) -> None:
-    """Print `value` as one JSON object."""
     import msgspec
 
     typer.echo(msgspec.json.format(msgspec.json.encode(value)).decode())

@@ -19,7 +19,7 @@ from toolkit.errors import EXIT_DONE, EXIT_FAILED, ConfigError
 from toolkit.wording import count
 
 if TYPE_CHECKING:
-    from toolkit.commands.batch import BatchInstance, StepBatch
+    from toolkit.commands.batch import BatchInstance
     from toolkit.commands.receipt import Receipt
     from toolkit.commands.verify import CheckpointReport
 
@@ -218,19 +218,11 @@ def batch(
     if json:
         print_json(found)
         return
-    _print_batch(found)
-    console = plain_console()
-    if show:
-        console.print(f"\n{LEGEND}")
-    for instance in found.instances[:show]:
-        console.print()
-        console.print(f"instance {_name(instance)}", style="bold")
-        print_pieces(console, instance.text or [], instance.documents)
-
-
-def _print_batch(found: "StepBatch") -> None:
+    place = ""
+    if found.batches_per_epoch is not None:
+        place = f" of {found.batches_per_epoch:,} in epoch {found.epoch + 1}"
     typer.echo(
-        f"step {found.step}: batch {found.batch + 1:,}{_place(found)}; "
+        f"step {found.step}: batch {found.batch + 1:,}{place}; "
         f"{len(found.instances):,} instances, {found.num_tokens:,} tokens, "
         f"{found.num_targets:,} targets"
     )
@@ -245,12 +237,13 @@ def _print_batch(found: "StepBatch") -> None:
             own = [""] * 3
     header = ["instance", "tokens", "targets", "document", "its tokens"]
     print_table(header, rows, right=header[:4])
-
-
-def _place(found: "StepBatch") -> str:
-    if found.batches_per_epoch is None:
-        return ""
-    return f" of {found.batches_per_epoch:,} in epoch {found.epoch + 1}"
+    console = plain_console()
+    if show:
+        console.print(f"\n{LEGEND}")
+    for instance in found.instances[:show]:
+        console.print()
+        console.print(f"instance {_name(instance)}", style="bold")
+        print_pieces(console, instance.text or [], instance.documents)
 
 
 def _name(instance: "BatchInstance") -> str:

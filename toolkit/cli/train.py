@@ -54,8 +54,8 @@ def train(
     """
     if json and not dry_run:
         raise ConfigError("--json belongs to --dry-run; give both to print the resolved config")
-    loaded = commands.load.load_to_train(
-        *(config, overrides, base), name=name, sequence_length=sequence_length,
+    loaded = commands.load.load(
+        *(config, overrides, base), starts=True, name=name, sequence_length=sequence_length,
         data_root=data_root, save_folder=save_folder, work_dir=work_dir,
     )  # fmt: skip
     if not dry_run:
@@ -136,5 +136,4 @@ def prepare(
 
 
 def _is_rank_0() -> bool:
-    """Whether this process speaks for all that a launcher started."""
     return os.environ.get("RANK", "0") == "0"

@@ -24,8 +24,6 @@ from toolkit.runs.files import RUN_FILES
 
 
 class BatchInstance(msgspec.Struct, frozen=True):
-    """One row of the batch."""
-
     instance: int
     """Its number in the training split, from 0."""
     num_tokens: int
@@ -59,16 +57,8 @@ class StepBatch(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def step_batch(run_dir: Path, step: int, *, show: int = 1) -> StepBatch:
-    """The global batch that step `step` of a run trained on, or will train on.
-
-    Args:
-        show: how many instances, from the first, are decoded.
-
-    Raises:
-        RunError: `run_dir` is not a run folder.
-        ConfigError: no such step.
-        DataError: the run's data is not here, or is not what the run was trained on.
-    """
+    """The global batch that step `step` of a run trained on, or will train on; its first `show`
+    instances are decoded."""
     if show < 0:
         raise ConfigError(f"--show {show}: give a number of instances, 0 or more")
     folder = run_dir.resolve()
@@ -108,7 +98,7 @@ def step_batch(run_dir: Path, step: int, *, show: int = 1) -> StepBatch:
 
 
 def _saved_data(folder: Path) -> dict[str, Any] | None:
-    """State of the data in the newest readable checkpoint of the run; None: there is none."""
+    """State of the data in the newest readable checkpoint of the run."""
     root = folder / RUN_FILES.checkpoints
     for step in reversed(saved_steps(root)):
         try:
@@ -121,7 +111,6 @@ def _saved_data(folder: Path) -> dict[str, Any] | None:
 
 
 def _check_data(saved: dict[str, Any], corpus: Corpus, order: BatchOrder, folder: Path) -> None:
-    """Raise DataError when the checkpoint names other data."""
     now: dict[str, Any] = {key: saved.get(key) for key in ("seed", "shuffle", "order")}
     now |= {
         "fingerprint": corpus.train.fingerprint,
@@ -138,7 +127,6 @@ def _check_data(saved: dict[str, Any], corpus: Corpus, order: BatchOrder, folder
 
 
 def _order(config: ExperimentConfig, corpus: Corpus, saved: dict[str, Any] | None) -> BatchOrder:
-    """The order of the run's batches, with every size they had."""
     if saved is None:
         return corpus.order
     segments = [Segment(*values) for values in saved["segments"]]

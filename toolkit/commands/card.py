@@ -51,17 +51,11 @@ def card_of(
     *,
     architecture: str,
     dtype: str,
-    merged: bool = True,
-    only_newer: str | None = None,
+    merged: bool,
+    only_newer: str | None,
 ) -> ModelCard:
-    """The card of what is exported from `source`.
-
-    Args:
-        architecture: class name of `transformers`.
-        only_newer: see `Family.only_newer`.
-        dtype: of the exported weights, in words.
-        merged: of an adapter: whether the whole model is exported.
-    """
+    """The card of what is exported from `source`: as the class `architecture` of `transformers`,
+    which may need a newer version (`Family.only_newer`); of an adapter alone unless `merged`."""
     run = source.run
     status = read_status(run) if run is not None else None
     config = None
@@ -204,8 +198,7 @@ def _scores(line: _Line) -> str:
 
 
 def _command(run: Path | None) -> str | None:
-    """The command line of the newest attempt, without launcher and interpreter; secrets in it were
-    masked when it was recorded."""
+    """The command line of the newest attempt, whose secrets were masked when it was recorded."""
     if run is None:
         return None
     with contextlib.suppress(FileNotFoundError, RunError, KeyError, TypeError):
@@ -225,7 +218,6 @@ def _versions(source: ModelSource, status: RunStatus | None) -> dict[str, str]:
 
 
 def data_words(dataset: DatasetConfig) -> str:
-    """Every source in a line; of files the paths, of mixtures the shares."""
     if dataset.custom is not None:
         return f"`{dataset.custom.target}`"
     name = f"{dataset.dataset_name}/{dataset.dataset_config}"
@@ -239,7 +231,6 @@ def data_words(dataset: DatasetConfig) -> str:
 
 
 def hub_data_sets(dataset: DatasetConfig) -> list[str]:
-    """Names on the hub of everything that was trained on."""
     sources = [source_of(dataset)]
     if dataset.mix is not None:
         sources = [part.source for part in _leaves(dataset.mix.sources)]
@@ -248,8 +239,7 @@ def hub_data_sets(dataset: DatasetConfig) -> list[str]:
 
 
 def source_of(dataset: DatasetConfig) -> SourceConfig | None:
-    """Where the text came from: what the config says, else what the token files remember of a data
-    set on the hub; None: it is not known."""
+    """What the config says, else what the token files remember of a data set on the hub."""
     if dataset.source is not None:
         return dataset.source
     with contextlib.suppress(ToolkitError, msgspec.ValidationError, AttributeError):

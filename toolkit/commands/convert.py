@@ -2,9 +2,8 @@
 
 import fnmatch
 import re
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -42,21 +41,12 @@ def convert_model(
     source: str,
     out: str,
     *,
-    revision: str | None = None,
-    validate: bool | None = None,
-    tokenizer: str | None = None,
-    vocab_size: int | None = None,
-    add_tokens: Sequence[str] = (),
-    chat_template: str | None = None,
+    revision: str | None,
+    tokenizer: str | None,
+    chat_template: str | None,
+    **options: Any,
 ) -> Conversion:
-    """Convert a folder or a model of the hub; options as in `ConvertOptions`.
-
-    Args:
-        revision: branch, tag or commit on the hub.
-
-    Raises:
-        ToolkitError: see `convert_hf`; nothing is left at `out`.
-    """
+    """Convert a folder or a model of the hub; options as in `ConvertOptions`."""
     target, folder = local_path(out, "OUT"), Path(source).expanduser()
     if is_hub_name(source):
         folder = fetch_model(source, revision=revision)
@@ -69,11 +59,9 @@ def convert_model(
         name=source if is_named else name_in_cache(folder) or folder.resolve().name,
         revision=revision,
         options=ConvertOptions(
-            validate=validate,
             tokenizer=Path(tokenizer).expanduser() if tokenizer else None,
-            vocab_size=vocab_size,
-            add_tokens=add_tokens,
             chat_template=Path(chat_template).expanduser() if chat_template else None,
+            **options,
         ),
         add=lambda conversion, unfinished: write_atomic(
             unfinished / FINETUNE_FILE, finetune_config(conversion).to_json()
@@ -148,14 +136,8 @@ def export_model(
 ) -> tuple[ModelSource, Exported]:
     """Export the model `where` into the folder `out`, with a card, and a bar on a terminal.
 
-    Args:
-        dtype: auto: see `chosen_types`.
-        tokenizer: a folder in the place of the model's own tokenizer.
-        check: load the result and compare; None: where there is memory for it.
-
-    Raises:
-        ConfigError: an option makes no sense.
-        CheckpointError, DataError: see `find_source` and `export_source`.
+    `dtype` auto is that of `chosen_types`. The result is loaded and compared where `check` says so,
+    or is None and there is memory for it.
     """
     folder = local_path(out, "OUT")
     max_shard_bytes = parse_size(max_shard_size, "--max-shard-size")

@@ -30,19 +30,11 @@ from toolkit.experiment.notices import notices
 from toolkit.models.parameters import flops_per_token
 from toolkit.runs.registry import check_run_folder, is_run, resolve_run_folder
 from toolkit.train.config import Duration
-from toolkit.wording import count
-
-_LABEL_WIDTH = 12
+from toolkit.wording import count, labelled
 
 
 def summarize(loaded: LoadedExperiment, environ: Mapping[str, str]) -> str:
-    """The dry run of an experiment under this launcher, as text for a terminal.
-
-    Raises:
-        ConfigError: the sections do not fit each other, the launcher, or the prepared data.
-        DataError: the prepared data is damaged, or less than one batch.
-        RunError: a run of that name exists, or its folder cannot be made.
-    """
+    """The dry run of an experiment under this launcher, as text for a terminal."""
     config = loaded.config
     layout, corpus = _checked(config, environ)
     rows = [
@@ -57,18 +49,14 @@ def summarize(loaded: LoadedExperiment, environ: Mapping[str, str]) -> str:
     title = f"dry run of {loaded.source}" + (
         f": {config.description}" if config.description else ""
     )
-    lines = [title, "", *_config_lines(loaded), ""]
-    for label, texts in rows:
-        for position, text in enumerate(texts):
-            lines.append(f"{'' if position else label:<{_LABEL_WIDTH}}{text}")
-    lines += ["", "Nothing was written. Leave out --dry-run to start."]
+    lines = [title, "", *_config_lines(loaded), "", *labelled(rows), ""]
+    lines.append("Nothing was written. Leave out --dry-run to start.")
     return str(mask_secrets("\n".join(lines)))
 
 
 def _checked(
     config: ExperimentConfig, environ: Mapping[str, str]
 ) -> tuple[Layout, CorpusInfo | None]:
-    """The engine, and the data as far as it is prepared; all that is wrong, at once."""
     module, found = config.train_module, ErrorList()
     # Without the number of processes nothing else can be told.
     layout = resolve_layout(module.precision, module.dp_config, environ)
@@ -81,19 +69,14 @@ def _checked(
     if corpus is not None and sound:
         with found.collecting():
             check_corpus(config, corpus)
-            _check_mix(config)
+            if config.dataset.mix is not None:
+                from toolkit.commands.mix import preview_mix
+
+                broken = preview_mix(config, prepare=False).broken_limit
+                if broken is not None:
+                    raise ConfigError(broken)
     found.raise_any()
     return layout, corpus
-
-
-def _check_mix(config: ExperimentConfig) -> None:
-    """Raise ConfigError when a run from the beginning would break a limit of the mixture."""
-    if config.dataset.mix is not None:
-        from toolkit.commands.mix import preview_mix
-
-        broken = preview_mix(config, prepare=False).broken_limit
-        if broken is not None:
-            raise ConfigError(broken)
 
 
 def _config_lines(loaded: LoadedExperiment) -> list[str]:

@@ -46,7 +46,6 @@ from toolkit.train.eval_sums import LossFunction, TokenSums, evaluate_sets, tota
 MOST_SEQUENCE_TOKENS = 2048
 """Default row of a model without a run; longer contexts are asked for."""
 BATCH_TOKENS = 8192
-TOTAL = "total"
 
 _OPTIONS = {
     ", or set dataset.source.encoding_errors=replace": "",
@@ -64,7 +63,7 @@ class Scores(msgspec.Struct, frozen=True, kw_only=True):
     loss: float
     """Nats per target token."""
     ppl: float
-    bits_per_byte: float | None
+    bits_per_byte: float | None = None
     """None where the text's bytes are not known."""
     num_targets: int
     num_bytes: int | None
@@ -76,7 +75,6 @@ class Evaluation(msgspec.Struct, frozen=True, kw_only=True):
     """What `evaluate` found."""
 
     source: str
-    """The model as it was given."""
     step: int | None
     """Of the checkpoint; None for a folder of `transformers`."""
     settings: dict[str, Any]
@@ -95,38 +93,27 @@ class Evaluation(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class EvalSettings(NamedTuple):
-    """What was asked for. None: the run's own, else the default named."""
+    """What was asked for. None: the run's own; else the model's longest sequence, at most
+    `MOST_SEQUENCE_TOKENS`, a stride of a whole row, `BATCH_TOKENS` and fp32."""
 
     sequence_length: int | None = None
-    """The model's longest, at most `MOST_SEQUENCE_TOKENS`."""
     stride: int | None = None
-    """Tokens between the beginnings of two rows. As long as a row."""
+    """Tokens between the beginnings of two rows."""
     batch_tokens: int | None = None
-    """`BATCH_TOKENS`."""
     dtype: DType | None = None
-    """fp32."""
     device: str | None = None
-    """The first GPU, else the CPU."""
     tokenizer: str | None = None
-    """Folder, file or hub name. The model's own."""
+    """Folder, file or hub name."""
     text_field: str = "text"
 
 
 def evaluate(
     where: str, *, files: Sequence[str] = (), notify: Notify = lambda line: None, **asked: Any
 ) -> Evaluation:
-    """Loss, perplexity and bits per byte of the model `where`.
+    """Loss, perplexity and bits per byte of the model `where`, with `asked` as in `EvalSettings`.
 
-    Args:
-        files: files, folders and globs, each a set of its own; none: the validation instances of
-            the run.
-        notify: told, in a line, what is not as one might expect.
-        asked: fields of `EvalSettings`.
-
-    Raises:
-        CheckpointError: `where` is no model, or is damaged.
-        ConfigError: a setting does not fit, or there is nothing to evaluate on.
-        DataError: files or the run's data cannot be used.
+    Each of `files` (files, folders, globs) is a set of its own; without them, the validation
+    instances of the run are scored. `notify` is told, in a line, what is not as one might expect.
     """
     model = _find(str(folder_of(where)), EvalSettings(**asked))
     if not files and model.run is None:
@@ -134,7 +121,10 @@ def evaluate(
             f"{model.where}: not a run, so it has no validation data of its own; give --files PATH"
         )
     found, settings = _on_files(model, files, notify) if files else _on_validation(model, notify)
-    scores = [_scores(name, sums) for name, sums in found.items()]
+    scores = [
+        Scores(name=name, num_bytes=round(sums.num_bytes) or None, **sums.numbers())
+        for name, sums in found.items()
+    ]
     step = model.source.metadata.step if model.source and model.source.metadata else None
     return Evaluation(source=model.where, step=step, settings=settings, scores=scores)
 
@@ -284,7 +274,7 @@ def _on_files(model: _Model, files: Sequence[str], notify: Notify) -> Found:
                 where = "" if path in str(error) else f"{path}: "
                 raise DataError(f"{where}{error}") from None
     if len(found) > 1:
-        found[TOTAL] = total_sums(found.values())
+        found["total"] = total_sums(found.values())
     return found, {
         "data": "files",
         "sequence_length": length,
@@ -330,19 +320,6 @@ def _tokenizer(model: _Model) -> Tokenizer:
         with contextlib.suppress(DataError):
             return load_hf_tokenizer(HFTokenizerConfig(path=str(model.hf_folder)))
     raise DataError(f"{model.where}: no tokenizer here; give one with --tokenizer PATH")
-
-
-def _scores(name: str, sums: TokenSums) -> Scores:
-    numbers = sums.numbers()
-    return Scores(
-        name=name,
-        loss=numbers["loss"],
-        ppl=numbers["ppl"],
-        bits_per_byte=numbers.get("bits_per_byte"),
-        num_targets=numbers["num_targets"],
-        num_bytes=round(sums.num_bytes) or None,
-        seconds=numbers["seconds"],
-    )
 
 
 @contextlib.contextmanager

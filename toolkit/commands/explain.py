@@ -42,18 +42,14 @@ from toolkit.runs.registry import check_run_folder
 from toolkit.runs.status import current_state
 from toolkit.train.progress import none_saved, nothing_left, reached_step, refusal
 from toolkit.train.timeline import Timeline
-from toolkit.wording import count
+from toolkit.wording import count, labelled
 
 if TYPE_CHECKING:
     from toolkit.data.loader import TrainLoader
     from toolkit.train.restoring import Start
 
-_LABEL_WIDTH = 12
-
 
 class Explanation(NamedTuple):
-    """What a resume would do."""
-
     rows: list[tuple[str, list[str]]]
     """(label, lines), for reading."""
     refused: list[str]
@@ -61,22 +57,13 @@ class Explanation(NamedTuple):
 
     def __str__(self) -> str:
         rows = [*self.rows, ("refused", self.refused or ["nothing: it would start"])]
-        lines = []
-        for label, (first, *more) in rows:
-            lines.append(f"{label:<{_LABEL_WIDTH}}{first}")
-            lines += [f"{'':<{_LABEL_WIDTH}}{line}" for line in more]
-        return "\n".join(lines)
+        return "\n".join(labelled(rows))
 
 
 def explain_resume(
     run_dir: Path, overrides: Sequence[str], environ: Mapping[str, str]
 ) -> Explanation:
-    """What `toolkit resume run_dir overrides` would do under this launcher.
-
-    Raises:
-        RunError: not a run folder.
-        ConfigError: its config cannot be read, or an override does not fit.
-    """
+    """What `toolkit resume run_dir overrides` would do under this launcher."""
     check_launcher_variables()
     plan = plan_resume(run_dir, overrides, environ)
     config, folder, refused = without_gone_sources(plan.config), plan.folder, _Refusals()
@@ -105,7 +92,7 @@ def explain_resume(
         ("goes on", _steps(config, corpus, found)),
     ]
     reasons = [str(error) for error in refused.errors]
-    return Explanation([(label, lines) for label, lines in rows if lines], reasons)
+    return Explanation([row for row in rows if row[1]], reasons)
 
 
 class _Refusals(ErrorList):
@@ -151,7 +138,6 @@ class _Found(NamedTuple):
 
     @property
     def step(self) -> int:
-        """How many steps are done."""
         return self.saved.step if self.saved and self.start and not self.start.weights_only else 0
 
 

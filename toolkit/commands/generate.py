@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import msgspec
-import torch
 
 from toolkit.checkpoint.folder import HF_FOLDER
 from toolkit.commands.models import DTYPES, DType, hf_folder_of, pick_device
@@ -26,7 +25,7 @@ from toolkit.evaluate.text import Generated, TextGenerator
 from toolkit.hf import loading
 from toolkit.hf.choose import hf_architecture
 from toolkit.hf.export import export_source, generation_of
-from toolkit.hf.source import ModelSource, find_source, load_model
+from toolkit.hf.source import find_source, load_model
 
 __all__ = ["Prompt", "completed_line", "open_generator", "read_prompts", "sampling"]
 
@@ -40,7 +39,6 @@ def sampling(
     top_p: float | None,
     seed: int,
 ) -> Sampling:
-    """How the next token is chosen."""
     asked = Sampling(max_new_tokens, temperature, top_k, top_p, seed)
     asked.filled(Sampling())
     return asked
@@ -61,19 +59,11 @@ def open_generator(
     device: str | None = None,
     notify: Notify = lambda line: None,
 ) -> Iterator[TextGenerator]:
-    """The model `where` and its tokenizer, until the block is left; temporary files are then gone.
+    """The model `where` (a run, a step folder, or a folder of `transformers`) and its tokenizer,
+    until the block is left; temporary files are then gone.
 
-    Args:
-        where: a run (its newest checkpoint), a step folder, or a folder of `transformers`.
-        tokenizer: its folder; default: the model's own.
-        dtype: default: bf16 on GPUs, fp32 elsewhere.
-        device: default: the first GPU, else the CPU.
-        notify: told, in a line, what is not as one might expect.
-
-    Raises:
-        CheckpointError: `where` is no model, or is damaged.
-        ConfigError: no such device, or the tokenizer does not fit the model.
-        DataError: there is no tokenizer.
+    By default it computes in bf16 on the first GPU, else in fp32. `notify` is told, in a line, what
+    is not as one might expect.
     """
     where = str(folder_of(where))
     folder = hf_folder_of(where)
@@ -97,28 +87,17 @@ def open_generator(
         return
     with contextlib.ExitStack() as stack:
         if source is not None:
-            folder = _exported(source) or stack.enter_context(_export(source, kind))
+            assert source.checkpoint is not None, "not a folder of transformers"
+            assert source.metadata is not None, "a checkpoint has it"
+            folder = source.checkpoint / HF_FOLDER
+            # Where it holds the whole model, `find_source` has checked that its files are whole.
+            if f"{HF_FOLDER}/config.json" not in source.metadata.files:
+                parent = tempfile.TemporaryDirectory(prefix="toolkit-generate-")
+                folder = Path(stack.enter_context(parent)) / HF_FOLDER
+                export_source(source, folder, dtype=kind, merge_adapter=True, check=False)
         assert folder is not None, "found, or exported"
         continuation = TransformersContinuation(
             loading.load_causal_lm(folder, dtype=kind).to(place)
         )
         stack.enter_context(loading.quiet_transformers())
         yield TextGenerator(where, continuation, loaded_tokenizer)
-
-
-def _exported(source: ModelSource) -> Path | None:
-    """The hf/ of a checkpoint, where it holds the whole model; `find_source` has checked that its
-    files are whole."""
-    assert source.checkpoint is not None, "not a folder of transformers"
-    assert source.metadata is not None, "a checkpoint has it"
-    is_there = f"{HF_FOLDER}/config.json" in source.metadata.files
-    return source.checkpoint / HF_FOLDER if is_there else None
-
-
-@contextlib.contextmanager
-def _export(source: ModelSource, dtype: torch.dtype) -> Iterator[Path]:
-    """The model as a folder of `transformers`, removed afterwards."""
-    with tempfile.TemporaryDirectory(prefix="toolkit-generate-") as parent:
-        folder = Path(parent) / HF_FOLDER
-        export_source(source, folder, dtype=dtype, merge_adapter=True, check=False)
-        yield folder

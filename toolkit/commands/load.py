@@ -25,23 +25,16 @@ def load(
 ) -> LoadedExperiment:
     """The experiment that the words of a command line describe; see `load_experiment`."""
     source, flags = split_words(config, overrides, "CONFIG")
+    if starts:
+        if flags and re.fullmatch(r"[\w.][\w.-]*", flags[0]):
+            command = f"toolkit train {source} --name {shlex.join(flags)}"
+            raise ConfigError(
+                f"unexpected argument {flags[0]!r}; if it is the run's name, type: {command}"
+            )
+        check_launcher_variables()
     return load_experiment(
         source, flags, shorthands, base=base, starts=starts, check_data=check_data_files
     )
-
-
-def load_to_train(
-    config: str, overrides: Sequence[str] | None, base: str | None, **shorthands: Any
-) -> LoadedExperiment:
-    """The experiment that the words of `toolkit train` describe."""
-    source, flags = split_words(config, overrides, "CONFIG")
-    if flags and re.fullmatch(r"[\w.][\w.-]*", flags[0]):
-        command = f"toolkit train {source} --name {shlex.join(flags)}"
-        raise ConfigError(
-            f"unexpected argument {flags[0]!r}; if it is the run's name, type: {command}"
-        )
-    check_launcher_variables()
-    return load(source, flags, base, starts=True, **shorthands)
 
 
 def split_words(first: str, others: Sequence[str] | None, what: str) -> tuple[str, list[str]]:

@@ -7,10 +7,7 @@ import msgspec
 from toolkit.data.corpus_info import check_same_tokens
 from toolkit.data.instances.open import count_instances
 from toolkit.data.order.mixture import MixPlan, check_limits
-from toolkit.data.order.resolve import (
-    resolve_mix,
-    resolve_schedule,
-)
+from toolkit.data.order.resolve import resolve_mix, resolve_schedule
 from toolkit.data.prepare.corpus import prepare_corpus
 from toolkit.data.tokens.prepared import PreparedDataset, dataset_folder, localize, read_prepared
 from toolkit.errors import ConfigError
@@ -37,8 +34,6 @@ class SourcePreview(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class MixPreview(msgspec.Struct, frozen=True, kw_only=True):
-    """The mixture over a whole run."""
-
     sources: list[SourcePreview]
     segment_starts: tuple[int, ...]
     """Tokens trained on where each segment of the schedule begins."""
@@ -49,15 +44,8 @@ class MixPreview(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def preview_mix(config: ExperimentConfig, *, prepare: bool) -> MixPreview:
-    """What training with `config` takes of each source of `dataset.mix`.
-
-    Args:
-        prepare: prepare the sources that are not there yet; else they are shown without numbers.
-
-    Raises:
-        ConfigError: there is no mixture, or it makes no sense.
-        DataError, StorageError: what is there is damaged, or cannot be prepared.
-    """
+    """What training with `config` takes of each source of `dataset.mix`. With `prepare`, sources
+    that are not there yet are prepared; else they are shown without numbers."""
     dataset = localize(config.dataset, config.store)
     sources, segments = resolve_mix(dataset), resolve_schedule(dataset)
     found: dict[str, PreparedDataset] = {}
@@ -80,10 +68,11 @@ def preview_mix(config: ExperimentConfig, *, prepare: bool) -> MixPreview:
     plan = MixPlan(limited, segments, {s.name: counts.get(s.name, 0) for s in sources})
     length, all_known = plan.sequence_length, len(counts) == len(sources)
     total = _run_instances(config, plan.epoch_instances if all_known else None)
-    taken = plan.counts(total) if total is not None else {}
-    epochs = plan.epochs(total) if total is not None else {}
+    taken: dict[str, int] = {}
+    epochs: dict[str, float] = {}
     broken = None
     if total is not None:
+        taken, epochs = plan.counts(total), plan.epochs(total)
         batch = max(1, config.data_loader.global_batch_size // length)
         try:
             check_limits(plan, total, batch_instances=batch)
@@ -112,7 +101,6 @@ def preview_mix(config: ExperimentConfig, *, prepare: bool) -> MixPreview:
 
 
 def _run_instances(config: ExperimentConfig, epoch_instances: int | None) -> int | None:
-    """Instances of the whole run: whole batches."""
     tokens = config.data_loader.global_batch_size
     batch = max(1, tokens // config.dataset.sequence_length)
     duration = config.trainer.max_duration

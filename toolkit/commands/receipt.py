@@ -50,8 +50,6 @@ class ReplayPlan(NamedTuple):
 
 
 class Difference(msgspec.Struct, frozen=True, kw_only=True):
-    """A step whose losses differ."""
-
     step: int
     recorded: float | str | None
     replayed: float | str | None
@@ -69,7 +67,6 @@ class Receipt(msgspec.Struct, frozen=True, kw_only=True):
     first_step: int
     last_step: int
     compared: int
-    """Losses compared."""
     largest_difference: float
     """Relative."""
     first_difference: Difference | None
@@ -134,7 +131,6 @@ def relative_difference(recorded: Any, replayed: Any) -> float:
 def _rounding_reasons(
     plan: ReplayPlan, engine: EngineRecord, versions: dict[str, str | None]
 ) -> list[str]:
-    """Why the replay may round otherwise than the run did."""
     before = plan.engine
     if before is None:
         return ["the run did not record its engine"]

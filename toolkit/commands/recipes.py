@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from toolkit.config.files import SCHEMA_KEY
 from toolkit.config.paths import local_path
 from toolkit.config.schema import json_schema
+from toolkit.data.config import HFTokenizerConfig, HubSourceConfig
 from toolkit.errors import ConfigError
 from toolkit.experiment.config import ExperimentConfig
 from toolkit.experiment.load import load_experiment
@@ -17,8 +18,6 @@ __all__ = ["copy_recipe", "describe_recipes", "experiment_schema", "recipe_text"
 
 
 class RecipeSummary(NamedTuple):
-    """A line about one recipe."""
-
     name: str
     description: str
     num_parameters: int | None
@@ -40,14 +39,19 @@ def _describe(name: str) -> RecipeSummary:
     has_model = '"model"' in recipe_text(name)
     # Any model does: only what the recipe itself says is shown.
     config = load_experiment(name, [] if has_model else ["--model.preset=quickstart"]).config
+    dataset = config.dataset
     needs = [] if has_model else ["--base"]
+    if isinstance(dataset.source, HubSourceConfig) or isinstance(
+        dataset.tokenizer, HFTokenizerConfig
+    ):
+        needs.append("download")
     return RecipeSummary(
         name,
         config.description,
         config.model.num_parameters if has_model else None,
         config.model.shown_parameters if has_model else "-",
-        config.dataset.sequence_length,
-        [*needs, "download"] if config.needs_download else needs,
+        dataset.sequence_length,
+        needs,
     )
 
 

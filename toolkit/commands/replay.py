@@ -17,15 +17,15 @@ from typing import Any
 
 from toolkit.checkpoint.folder import check_files, read_metadata, saved_steps, step_folder, step_of
 from toolkit.commands.receipt import Receipt, ReplayPlan, compare
-from toolkit.commands.train import train
+from toolkit.commands.train import read_run_data, train
 from toolkit.commands.verify import is_step_folder
 from toolkit.config import leaves
 from toolkit.config.interpolation import fill
-from toolkit.data.corpus_info import data_places, read_corpus, without_sources
+from toolkit.data.corpus_info import without_sources
 from toolkit.distributed.launcher import has_launcher, rank_of
 from toolkit.distributed.logging import quieter, setup_logging
 from toolkit.distributed.ranks import check_launcher_variables
-from toolkit.errors import EXIT_DONE, ConfigError, DataError, RunError, TrainingError
+from toolkit.errors import EXIT_DONE, ConfigError, RunError, TrainingError
 from toolkit.experiment.config import ExperimentConfig
 from toolkit.experiment.found_data import find_data
 from toolkit.experiment.recorded import (
@@ -61,14 +61,8 @@ _NUMERIC = ("trainer.max_duration.", "trainer.deterministic")
 def replay_steps(
     run_dir: Path, steps: int, *, step: int | None = None, debug: bool = False
 ) -> Receipt | int:
-    """Replay `steps` steps of a run from its checkpoint `step`; the receipt.
-
-    On ranks other than 0, and where other processes did the work, the exit code instead.
-
-    Raises:
-        RunError, ConfigError, DataError, CheckpointError: it cannot be replayed.
-        TrainingError: the replay did not reach its last step.
-    """
+    """Replay `steps` steps of a run from its checkpoint `step`; the receipt. On ranks other than 0,
+    and where other processes did the work, the exit code instead."""
     check_launcher_variables()
     environ, rank = os.environ, rank_of(os.environ)
     setup_logging(rank)
@@ -97,7 +91,6 @@ def replay_steps(
 
 
 def plan_replay(run_dir: Path, steps: int, step: int | None = None) -> ReplayPlan:
-    """Read what a replay needs from the folder of a run, or of one of its checkpoints."""
     folder = run_dir.resolve()
     run = run_of_checkpoint(run_dir) if is_step_folder(run_dir) else None
     if run is not None:
@@ -118,12 +111,7 @@ def plan_replay(run_dir: Path, steps: int, step: int | None = None) -> ReplayPla
     start = chosen[-1]
     attempt = record[start + 1].attempt
     config = find_data(fill(config_of(folder, attempt)), folder)
-    if read_corpus(config.data) is None:
-        places = ", ".join(str(place) for place in data_places(config.data))
-        raise DataError(
-            f"{places}: the run's prepared data is not there; restore it, "
-            "or make it again with `toolkit prepare`"
-        )
+    read_run_data(config)
     return ReplayPlan(
         folder=folder,
         checkpoint=step_folder(root, start),
@@ -154,7 +142,11 @@ def replay_config(plan: ReplayPlan, root: str, environ: Mapping[str, str]) -> Ex
     else:
         # `load_path` is the adapter's base; the adapter is found where a run has its own.
         run = run.replace(save_folder=str(Path(root) / "replay" / "steps"))
-        _link(plan.checkpoint, Path(str(run.save_folder)) / RUN_FILES.checkpoints)
+        # A damaged one would be passed over.
+        check_files(plan.checkpoint, read_metadata(plan.checkpoint), hashes=True)
+        checkpoints = Path(str(run.save_folder)) / RUN_FILES.checkpoints
+        checkpoints.mkdir(parents=True, exist_ok=True)
+        (checkpoints / plan.checkpoint.name).symlink_to(plan.checkpoint, target_is_directory=True)
     trainer = trainer.replace(
         hard_stop=Duration(value=plan.recorded[-1].step),
         no_checkpoints=True,
@@ -171,13 +163,6 @@ def replay_config(plan: ReplayPlan, root: str, environ: Mapping[str, str]) -> Ex
         train_module=module,
         trainer=trainer,
     )
-
-
-def _link(checkpoint: Path, root: Path) -> None:
-    # A damaged one would be passed over.
-    check_files(checkpoint, read_metadata(checkpoint), hashes=True)
-    root.mkdir(parents=True, exist_ok=True)
-    (root / checkpoint.name).symlink_to(checkpoint, target_is_directory=True)
 
 
 def _count_comparable(folder: Path, record: dict[int, RecordedStep], step: int) -> int:

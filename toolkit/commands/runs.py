@@ -14,18 +14,15 @@ def folder_of(text: str) -> Path:
 
 
 def list_all(root: str, registry_url: str | None) -> list[RunRecord]:
-    """What the registry of `root` knows."""
     _check_root(root)
     return registry.list_runs(root, registry_url=registry_url)
 
 
 def reindex(root: str, registry_url: str | None) -> int:
-    """Rebuild the registry from the run folders; the number of runs."""
     _check_root(root)
     return registry.reindex(root, registry_url=registry_url)
 
 
 def _check_root(root: str) -> None:
-    """A folder that was named must be there; without one, there may be no runs yet."""
     if root != "runs" and not local_path(root, "--root").is_dir():
         raise ConfigError(f"--root: {root}: no such folder")

@@ -25,11 +25,8 @@ from toolkit.experiment.found_data import has_data
 
 
 def prepare_data(config: ExperimentConfig, *, may_be_gone: bool = False) -> CorpusInfo:
-    """Make what is missing; one process of each machine does, the others wait.
-
-    Args:
-        may_be_gone: the text need not be on this machine where the prepared data is.
-    """
+    """Make what is missing; one process of each machine does, the others wait. With `may_be_gone`,
+    the text need not be on this machine where the prepared data is."""
     is_first = os.environ.get("LOCAL_RANK", "0") == "0"
     # Another machine may have the prepared data alone.
     if may_be_gone or (rank_of(os.environ) > 0 and is_first):
@@ -77,16 +74,17 @@ def without_gone_sources(config: ExperimentConfig) -> ExperimentConfig:
 
 
 def open_run_data(config: ExperimentConfig) -> Corpus:
-    """The data of a run as it is here, for reading: nothing is prepared or fetched.
+    """The data of a run (a config of `find_data`) as it is here: nothing is prepared or fetched."""
+    config = config.replace(store=config.store.replace(permanent_root=None))
+    return open_corpus(config.data, read_run_data(config, in_use=True))
 
-    Args:
-        config: from `find_data`.
-    """
-    data = config.data.replace(store=config.store.replace(permanent_root=None))
-    corpus = read_corpus(data, in_use=True)
+
+def read_run_data(config: ExperimentConfig, *, in_use: bool = False) -> CorpusInfo:
+    """What `read_corpus` tells of a run's data, which must be there."""
+    corpus = read_corpus(config.data, in_use=in_use)
     if corpus is None:
         raise DataError(
-            f"{', '.join(map(str, data_places(data)))}: the run's prepared data is not there; "
-            "restore it, or make it again with `toolkit prepare`"
+            f"{', '.join(map(str, data_places(config.data)))}: the run's prepared data is not "
+            "there; restore it, or make it again with `toolkit prepare`"
         )
-    return open_corpus(data, corpus)
+    return corpus

@@ -30,10 +30,7 @@ _STEP = re.compile(
 
 
 class CheckpointReport(NamedTuple):
-    """What is known about one folder of a run's checkpoints."""
-
     folder: Path
-    step: int
     metadata: CheckpointMetadata | None
     """None where it cannot be read, or there is none."""
     problem: str | None
@@ -51,13 +48,7 @@ class CheckpointReport(NamedTuple):
 
 def verify_checkpoints(path: Path, *, quick: bool = False) -> list[CheckpointReport]:
     """Check all checkpoints of the run in `path`, or right in it, oldest first; or `path` itself, a
-    step folder.
-
-    `quick` compares sizes only, not contents.
-
-    Raises:
-        RunError: `path` is neither.
-    """
+    step folder. `quick` compares sizes only, not contents."""
     if is_step_folder(path):
         return [check_checkpoint(path, quick=quick)]
     if is_run(path) or (path / RUN_FILES.config).is_file():
@@ -69,9 +60,11 @@ def verify_checkpoints(path: Path, *, quick: bool = False) -> list[CheckpointRep
             f"{path}: neither a run folder nor a step{{N}} folder of one; `toolkit runs` lists runs"
         )
     if not root.is_dir() and (problem := _why_no_folder(path, root)) is not None:
-        return [CheckpointReport(root, -1, None, problem, is_leftover=False)]
-    found = [p for p in (root.iterdir() if root.is_dir() else ()) if _STEP.match(p.name)]
-    return [check_checkpoint(p, quick=quick) for p in sorted(found, key=_order)]
+        return [CheckpointReport(root, None, problem, is_leftover=False)]
+    there = root.iterdir() if root.is_dir() else ()
+    steps = {path: int(match[1]) for path in there if (match := _STEP.match(path.name))}
+    in_order = sorted(steps, key=lambda path: (steps[path], path.name))
+    return [check_checkpoint(path, quick=quick) for path in in_order]
 
 
 def _why_no_folder(run: Path, root: Path) -> str | None:
@@ -88,28 +81,26 @@ def _why_no_folder(run: Path, root: Path) -> str | None:
 
 
 def is_step_folder(path: Path) -> bool:
-    """Whether `path` is, or once was, one checkpoint."""
     return path.is_dir() and bool((path / METADATA_FILE).is_file() or _STEP.match(path.name))
 
 
 def check_checkpoint(folder: Path, *, quick: bool = False) -> CheckpointReport:
-    """Compare the files in `folder` with its manifest."""
     match = _STEP.match(folder.name)
-    step, suffix = (int(match[1]), match[2]) if match else (-1, None)
+    suffix = match[2] if match else None
     if suffix == UNFINISHED_SUFFIX or folder.name.startswith("."):
         why = "unfinished: being written, or left by a crash"
-        return CheckpointReport(folder, step, None, why, is_leftover=True)
+        return CheckpointReport(folder, None, why, is_leftover=True)
     if folder.is_symlink() and not folder.exists():
         why = f"a link to {os.readlink(folder)}, which is not there"
-        return CheckpointReport(folder, step, None, why, is_leftover=suffix is not None)
+        return CheckpointReport(folder, None, why, is_leftover=suffix is not None)
     if suffix is None and not os.path.lexists(folder / METADATA_FILE):
         why = f"unfinished: a crash came between its files and its {METADATA_FILE}"
-        return CheckpointReport(folder, step, None, why, is_leftover=True)
+        return CheckpointReport(folder, None, why, is_leftover=True)
     metadata: CheckpointMetadata | None = None
     problem: str | None = None
     try:
         metadata = read_metadata(folder)
-        if match and metadata.step != step:
+        if match and metadata.step != int(match[1]):
             problem = f"{METADATA_FILE} says step {metadata.step}"
         check_files(folder, metadata, hashes=not quick)
         from toolkit.checkpoint.tensors import stored_shapes
@@ -119,12 +110,4 @@ def check_checkpoint(folder: Path, *, quick: bool = False) -> CheckpointReport:
         problem = str(error).removeprefix(f"{folder}: ").removeprefix(f"{folder}/")
     if suffix == INVALID_SUFFIX:
         problem = f"set aside: {problem or 'no damage found now'}"
-    return CheckpointReport(
-        folder, metadata.step if metadata and not match else step, metadata, problem,
-        is_leftover=suffix is not None,
-    )  # fmt: skip
-
-
-def _order(folder: Path) -> tuple[int, str]:
-    match = _STEP.match(folder.name)
-    return (int(match[1]) if match else 0, folder.name)
+    return CheckpointReport(folder, metadata, problem, is_leftover=suffix is not None)

@@ -20,15 +20,12 @@ from toolkit.experiment.config import ExperimentConfig
 
 
 class RankView(msgspec.Struct, frozen=True):
-    """What one rank is about to train."""
+    """What one rank is about to train, as hashes: of config and engine, and of the tokens."""
 
     host: str
     config: str
-    """Hash of the config and the engine, without what may differ between machines."""
     train: str
-    """Fingerprint of the training tokens."""
     val: str | None
-    """Fingerprints of the validation tokens; None where there are none."""
 
 
 def check_agreement(
@@ -50,7 +47,6 @@ def check_agreement(
 
 
 def compare(views: Sequence[RankView]) -> None:
-    """Raise the error for `views`, one of each rank, unless they agree."""
     first = views[0]
     odd = _differing(views, "config")
     if odd:
@@ -69,7 +65,7 @@ def compare(views: Sequence[RankView]) -> None:
 
 
 def _differing(views: Sequence[RankView], key: str) -> str:
-    """`rank 8 on node1, ...`: the first rank of each host that is not like rank 0."""
+    """The first rank of each host that is not like rank 0, in words."""
     hosts: dict[str, int] = {}
     for rank, view in enumerate(views):
         if getattr(view, key) != getattr(views[0], key):

@@ -47,44 +47,35 @@ def our_path(path: str) -> str:
 
 
 def our_value(path: str, value: Any) -> Any:
-    """What is given at `path` (ours), a value or everything below, under our names."""
+    """What is given at `path` (ours; "" is the whole config), under our names; a copy."""
+    value = _our_words(path, value)
+    if isinstance(value, dict):
+        for theirs, ours in ALIASES.items():
+            if not path or (theirs.startswith(f"{path}.") and ours.startswith(f"{path}.")):
+                _move(value, theirs, ours, path)
+    return value
+
+
+def _our_words(path: str, value: Any) -> Any:
     if isinstance(value, str):
         return _TYPES.get(path, {}).get(value, value)
     if path.startswith(_PATTERNS):
         return _our_patterns(value)
     if isinstance(value, dict):
-        below = {key: our_value(join(path, key), inner) for key, inner in value.items()}
-        for theirs, ours in ALIASES.items():
-            if theirs.rpartition(".")[0] == ours.rpartition(".")[0] == path:
-                if ours == _BUDGET and theirs.rpartition(".")[2] in below:
-                    below.setdefault("mode", "budget")
-                _move(below, theirs, ours, path)
-        return below
+        return {key: _our_words(join(path, key), inner) for key, inner in value.items()}
     return value
 
 
-def our_names(data: dict[str, Any]) -> dict[str, Any]:
-    """A layer of a config under our names; `data` itself is left alone."""
-    data = our_value("", data)
-    for theirs, ours in ALIASES.items():
-        if theirs.rpartition(".")[0] != ours.rpartition(".")[0]:
-            _move(data, theirs, ours)
-    return data
-
-
 def implied(path: str, mode: Any) -> tuple[str, Any] | None:
-    """A second value that a flag at `path` of OLMo-core gives with it, where ours needs one.
-
-    Args:
-        mode: of `ac_config`, as far as it is given.
-    """
+    """A second value that a flag at `path` of OLMo-core gives with it, where ours needs one; `mode`
+    is that of `ac_config`, as far as it is given."""
     if ALIASES.get(path) == _BUDGET and mode is None:
         return f"{_AC_CONFIG}.mode", "budget"
     return None
 
 
-def _move(data: dict[str, Any], theirs: str, ours: str, path: str = "") -> None:
-    """Rename a value of `data`, which is fresh and lies at `path`."""
+def _move(data: dict[str, Any], theirs: str, ours: str, path: str) -> None:
+    """Rename a value of `data`, which lies at `path`."""
     *sections, name = theirs.removeprefix(f"{path}.").split(".")
     container: Any = data
     for section in sections:
@@ -92,6 +83,8 @@ def _move(data: dict[str, Any], theirs: str, ours: str, path: str = "") -> None:
     if not isinstance(container, dict) or name not in container:
         return
     value = container.pop(name)
+    if ours == _BUDGET:
+        container.setdefault("mode", "budget")
     *sections, name = ours.removeprefix(f"{path}.").split(".")
     container = data
     for section in sections:

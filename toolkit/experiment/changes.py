@@ -18,11 +18,8 @@ _PLAIN = re.compile(r"(?!(true|false|null)\Z)[A-Za-z_][\w./-]*")
 def config_changes(
     before: dict[str, Any], config: ExperimentConfig, started_in: str | None = None
 ) -> list[str]:
-    """One line for each value that differs between the stored config and `config`.
-
-    Args:
-        started_in: the folder that paths in `before` are relative to.
-    """
+    """One line for each value that differs between the stored config `before`, whose paths are
+    relative to `started_in`, and `config`."""
     new = msgspec.json.decode(msgspec.json.encode(config))  # lists, as stored
     return _changes(before, new, "", Path(started_in) if started_in else Path.cwd())
 

@@ -54,15 +54,7 @@ def check_experiment(
 ) -> None:
     """Check that the sections of `config` fit each other on `world_size` ranks.
 
-    Args:
-        has_model: the model is the one that is meant.
-        has_names: the names of its parameters are those that are meant.
-
-    Raises:
-        ConfigError: batch sizes that do not divide, a sequence longer than the model takes, a
-            vocabulary smaller than the tokenizer's, a pattern that matches no parameter, or an
-            adapter on no model, or a best metric that no evaluation gives; or TOOLKIT_NUM_THREADS
-            is no number.
+    `has_model` and `has_names`: the model and the names of its parameters are those that are meant.
     """
     found = ErrorList()
     found.ask(asked_threads, os.environ)
@@ -94,7 +86,6 @@ def check_parameters(config: ExperimentConfig) -> TrainedParameters:
 
 
 def _check_own_classes(config: ExperimentConfig) -> None:
-    """Those that the config names as module:Class."""
     if isinstance(config.model, ClassModelConfig):
         config.model.own_class()
     if config.train_module.target is not None:
@@ -105,7 +96,7 @@ def _check_own_classes(config: ExperimentConfig) -> None:
 
 
 def _check_best_metric(config: ExperimentConfig) -> None:
-    """Before hours of preparing; what the data has held out is looked at once it is there."""
+    # Before hours of preparing; what the data has held out is looked at once it is there.
     sets = [VAL]
     if config.dataset.mix is not None:
         with contextlib.suppress(ConfigError):  # said where the data is looked for
@@ -123,13 +114,7 @@ def _check_adapter(config: ExperimentConfig) -> None:
 
 
 def check_corpus(config: ExperimentConfig, corpus: CorpusInfo) -> None:
-    """Check that `config` can train on this data, as far as manifests tell.
-
-    Raises:
-        ConfigError: the model has fewer ids than the data's tokenizer, or the length of the run
-            cannot be told.
-        DataError: there is less than one global batch.
-    """
+    """Check that `config` can train on this data, as far as manifests tell."""
     is_endless = corpus.rows is None and not corpus.parts
     for name in ("max_duration", "hard_stop"):
         limit = getattr(config.trainer, name)
@@ -245,11 +230,7 @@ def _around(number: int, near: int) -> list[int]:
 
 def check_load_path(config: ExperimentConfig, folder: Path, *, has_model: bool = True) -> None:
     """Check what can be told without torch of `trainer.load_path`, where the run in `folder` starts
-    from there: whether a local one holds a checkpoint if it must, and of which model.
-
-    Args:
-        has_model: the model is the one that is meant.
-    """
+    from there: whether a local one holds a checkpoint if it must, and of which model."""
     trainer, adapts = config.trainer, config.train_module.lora is not None
     path = trainer.load_path
     if _newest(folder) or (trainer.callbacks.checkpointer.upload_to and is_run(folder)):

@@ -6,8 +6,6 @@ from toolkit.data.config import (
     DataConfig,
     DataLoaderConfig,
     DatasetConfig,
-    HFTokenizerConfig,
-    HubSourceConfig,
     StoreConfig,
 )
 from toolkit.models.config import ModelConfig
@@ -42,15 +40,7 @@ class ExperimentConfig(Config, kw_only=True):
             raise ValueError(f"seed must lie between 0 and 2^64 - 1, not {self.seed}")
 
     @property
-    def needs_download(self) -> bool:
-        """Whether text or tokenizer come from the network when the data is not prepared yet."""
-        return isinstance(self.dataset.source, HubSourceConfig) or isinstance(
-            self.dataset.tokenizer, HFTokenizerConfig
-        )
-
-    @property
     def data(self) -> DataConfig:
-        """The part that `get_dataloaders` needs."""
         return DataConfig(
             dataset=self.dataset, data_loader=self.data_loader, store=self.store, seed=self.seed
         )

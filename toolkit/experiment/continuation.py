@@ -44,7 +44,6 @@ def check_continuation(config: ExperimentConfig, folder: Path, train_loader: Tra
 def start_of(
     config: ExperimentConfig, folder: Path, find: Callable[[Path], Found] = find_checkpoint
 ) -> Start | None:
-    """Where the run in `folder` would start from; see `find_start`."""
     return find_start(
         config.trainer,
         folder / RUN_FILES.checkpoints,
@@ -63,7 +62,6 @@ def check_repetitions(config: ExperimentConfig, train_loader: TrainLoader) -> No
 def _look(path: Path) -> Found:
     """The newest checkpoint in `path`. What this process reads in seconds is read: a run that is
     refused because of it has not been touched yet."""
-
     found = find_checkpoint(path, quick=True)
     if found.checkpoint is None:
         return found
@@ -75,10 +73,7 @@ def continuation_checks(
     config: ExperimentConfig, folder: Path, start: Start, train_loader: TrainLoader | None
 ) -> list[Callable[[], None]]:
     """The checks of going on from `start`, one by one, for who wants to know all that is wrong.
-
-    Without a `train_loader`, data that is not there yet, any position in it is right.
-    """
-
+    Without a `train_loader`, data that is not there yet, any position in it is right."""
     checkpoint, lora = start.checkpoint, config.train_module.lora
     metadata = read_metadata(checkpoint)
     saved = metadata.extra
@@ -122,7 +117,6 @@ def data_state(start: Start) -> dict[str, Any]:
 
 
 def changed_training(config: ExperimentConfig, start: Start) -> list[str]:
-    """What `change_of_training` tells of going on from `start` with this config."""
     if start.weights_only:
         return []
     infos = _parameters(config).infos
@@ -133,7 +127,6 @@ def changed_training(config: ExperimentConfig, start: Start) -> list[str]:
 def _weights(config: ExperimentConfig, *, is_base: bool) -> dict[str, Any]:
     """Meta tensors of the weights that a checkpoint of this model holds, by their stored names; of
     an adapter's, those of its base or its own."""
-
     lora = config.train_module.lora
     return {
         f"{MODEL_PREFIX}{name}": info
@@ -143,7 +136,6 @@ def _weights(config: ExperimentConfig, *, is_base: bool) -> dict[str, Any]:
 
 
 def _parameters(config: ExperimentConfig) -> TrainedParameters:
-
     module = config.train_module
     model = config.model.build(init_device="meta")
     return choose_trained(model, freeze=module.freeze, lora=module.lora)

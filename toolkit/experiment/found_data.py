@@ -31,12 +31,9 @@ def find_data(
 ) -> ExperimentConfig:
     """`config` with its prepared data found: `dataset.root` and the folders of `store` are relative
     to the folder that the run was started from. Where nothing is there, the run may have moved with
-    its data: then they are relative to the current folder.
+    its data: then they are relative to the current folder, as folders of `overrides` are.
 
-    Args:
-        overrides: flags of the command line; folders that they give are relative to the current
-            folder.
-        is_filled: whether its texts are; else they stay, and what they stand for is looked for.
+    Without `is_filled`, its texts hold `${NAME}` and stay; what they stand for is looked for.
     """
     if any(flag.startswith(_PLACES) for flag in overrides):
         return config

@@ -31,7 +31,7 @@ from toolkit.config.types import nearest, shown, type_of
 from toolkit.data.order.config import inline_mixes
 from toolkit.distributed.launcher import world_size_of
 from toolkit.errors import ConfigError, ErrorList, RunError
-from toolkit.experiment.aliases import ALIASES, implied, our_names, our_path, our_value, without
+from toolkit.experiment.aliases import ALIASES, implied, our_path, our_value, without
 from toolkit.experiment.checks import check_experiment, check_load_path
 from toolkit.experiment.config import ExperimentConfig
 from toolkit.experiment.sources import (
@@ -45,12 +45,7 @@ from toolkit.experiment.sources import (
 )
 from toolkit.models.presets import PRESETS, preset
 from toolkit.runs.files import RUN_FILES
-from toolkit.runs.registry import (
-    check_run_folder,
-    find_named,
-    is_run,
-    resolve_run_folder,
-)
+from toolkit.runs.registry import check_run_folder, find_named, is_run, resolve_run_folder
 
 SHORTHANDS: dict[str, str] = {
     "name": "run.name",
@@ -60,8 +55,6 @@ SHORTHANDS: dict[str, str] = {
     "work_dir": "run.work_dir",
 }
 """Options of the command line that stand for one config value each."""
-
-RUN_ORIGIN = "run"
 
 
 class LoadedExperiment(NamedTuple):
@@ -86,17 +79,10 @@ def load_experiment(
     starts: bool = False,
     check_data: Callable[[ExperimentConfig], None] | None = None,
 ) -> LoadedExperiment:
-    """Load a recipe or JSON file and apply the command line to it.
+    """Load a recipe or JSON file and apply the command line to it; see the top of this file.
 
-    Args:
-        shorthands: names in `SHORTHANDS` to values; None means not given.
-        base: folder of a converted model or of a run, to start from.
-        starts: a run is to be started; where the config is refused, what would refuse the run is
-            told too.
-        check_data: where the config is refused, checks that its data can be made, too.
-
-    Raises:
-        ConfigError: no such source, or a name or value that does not fit.
+    Where the config is refused, the error tells too what else is wrong: with the data, as
+    `check_data` says, and where `starts`, with the run that would be started.
     """
     loading = _Loading()
     with loading.found.collecting():
@@ -120,12 +106,7 @@ def load_experiment(
 
 
 def load_run_config(run_dir: Path, overrides: Sequence[str] = ()) -> LoadedExperiment:
-    """Load the config a run was started with and apply the command line of a resume.
-
-    Raises:
-        RunError: `run_dir` is not a run folder.
-        ConfigError: its config cannot be read, or an override does not fit.
-    """
+    """Load the config a run was started with and apply the command line of a resume."""
     path = run_dir / RUN_FILES.config
     if not path.is_file():
         if is_run(run_dir) and (run_dir / RUN_FILES.origins).is_file():
@@ -142,7 +123,7 @@ def load_run_config(run_dir: Path, overrides: Sequence[str] = ()) -> LoadedExper
             f"{run_dir}: not a run folder (it has no {RUN_FILES.config}); `toolkit runs` lists runs"
         )
     loading = _Loading()
-    loading.add(read_json_mapping(path), RUN_ORIGIN)
+    loading.add(read_json_mapping(path), "run")
     loading.found.raise_any()
     loading.apply_flags(overrides, {})
     return loading.loaded(str(run_dir))
@@ -167,14 +148,13 @@ class _Loading:
         self.layers, self.found = ConfigLayers(ExperimentConfig), ErrorList()
 
     def refuses(self, path: str) -> bool:
-        """Whether an error is about the value at `path`."""
         return any(error.about == path for error in self.found.errors)
 
     def add(self, data: dict[str, Any], origin: str) -> None:
         """Add what can be added of a file, recipe or base."""
         while True:
             try:
-                data = our_names(data)
+                data = our_value("", data)
                 break
             except ConfigError as error:  # about a name that is given twice
                 self.found.add(error)
@@ -184,7 +164,7 @@ class _Loading:
             data = {key: value for key, value in data.items() if key != "model"}
             with self.found.collecting():
                 if isinstance(model, str):
-                    raise _no_model(model, f'{{"preset": "{_like_preset(model)}"}}')
+                    raise _no_model(model, '{{"preset": "{}"}}')
                 self.layers.add({"model": _preset(model["preset"])}, f"preset {model['preset']}")
                 if rest := {key: value for key, value in model.items() if key != "preset"}:
                     data["model"] = rest
@@ -209,7 +189,6 @@ class _Loading:
         self.add(base, f"--base={folder}")
 
     def parse(self, args: Sequence[str]) -> list[Override]:
-        """The overrides among `args`."""
         short = [name.replace("_", "-") for name in SHORTHANDS]
         return parse_override_args(
             args,
@@ -220,7 +199,6 @@ class _Loading:
         )
 
     def apply_flags(self, args: Sequence[str], shorthands: Mapping[str, Any]) -> None:
-        """Apply all flags that can be applied."""
         by_path: dict[str, Override] = {}
         for name, value in shorthands.items():
             if value is not None:
@@ -250,7 +228,7 @@ class _Loading:
         if ours.path == "model" and isinstance(value, dict) and "preset" in value:
             value = {**_preset(value.pop("preset")), **value}
         elif ours.path == "model" and isinstance(value, str):
-            raise _no_model(value, f"--model.preset={_like_preset(value)}")
+            raise _no_model(value, "--model.preset={}")
         elif ours.path == "dataset.mix":
             value = inline_mixes(value)
         self.layers.set(ours.path, our_value(ours.path, value), ours.flag)
@@ -287,10 +265,7 @@ def _add_other_errors(
     """Add to `found`, the reasons to refuse a config, what is wrong with the rest of it: all that
     can be told without the values which are refused, so that a user mends everything at once.
 
-    Args:
-        config: what could be built, with defaults in the place of what is refused.
-        has_model: its model is the one that is meant.
-        across: its sections belong together.
+    `config` has defaults in the place of what is refused; `across`: its sections belong together.
     """
     refused = [error.about for error in found.errors if error.about]
     names_known = not any(a.startswith(("model", "train_module.lora")) for a in refused)
@@ -316,7 +291,6 @@ def _add_other_errors(
 
 
 def _preset(name: Any) -> dict[str, Any]:
-    """`preset`, whose refusal tells that there is no model."""
     if not isinstance(name, str):
         problem = f"expected the name of a preset, not {name!r}"
         raise ConfigError(problem, key="model.preset", about="model")
@@ -326,10 +300,7 @@ def _preset(name: Any) -> dict[str, Any]:
         raise ConfigError(str(error), about="model") from None
 
 
-def _no_model(name: str, write: str) -> ConfigError:
+def _no_model(name: str, form: str) -> ConfigError:
+    write = form.format(nearest(name, PRESETS) or "NAME")
     problem = f"expected a mapping, not {shown(name)}; for a preset give {write}"
     return ConfigError(problem, key="model")
-
-
-def _like_preset(name: str) -> str:
-    return nearest(name, PRESETS) or "NAME"

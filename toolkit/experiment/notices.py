@@ -18,7 +18,7 @@ def notices(config: ExperimentConfig, steps_of: StepsOf) -> list[str]:
     lines = [*_model(config), *_data(config)]
     with contextlib.suppress(ConfigError):  # epochs of data that is not there yet
         timeline = Timeline.of(config.trainer, steps_of)
-        lines += [*_schedule(config, timeline.total_steps), *_hard_stop(timeline)]
+        lines += _length(config, timeline)
     return [*lines, *_trainer(config)]
 
 
@@ -53,10 +53,11 @@ def _data(config: ExperimentConfig) -> Iterator[str]:
         yield "dataset.filters and dataset.instructions do nothing: the source holds ids, not text"
 
 
-def _schedule(config: ExperimentConfig, steps: int) -> Iterator[str]:
-    """Never against `hard_stop`, which only tries out the beginning of a run."""
+def _length(config: ExperimentConfig, timeline: Timeline) -> Iterator[str]:
+    steps, stop = timeline
     scheduler = config.train_module.scheduler
     in_tokens = scheduler.units == "tokens"
+    # Never against `hard_stop`, which only tries out the beginning of a run.
     total = steps * config.data_loader.global_batch_size if in_tokens else steps
     if scheduler.warmup > total:
         noun = "token" if in_tokens else "step"
@@ -64,14 +65,10 @@ def _schedule(config: ExperimentConfig, steps: int) -> Iterator[str]:
             f"train_module.scheduler.warmup is {count(scheduler.warmup, noun)} and the whole run "
             f"(trainer.max_duration) {count(total, noun)}: the rate never gets beyond the warm-up"
         )
-
-
-def _hard_stop(timeline: Timeline) -> Iterator[str]:
-    total, stop = timeline
-    if stop is not None and stop > total:
+    if stop is not None and stop > steps:
         yield (
             f"trainer.hard_stop ({count(stop, 'step')}) does nothing: the run ends before it, "
-            f"after {count(total, 'step')}"
+            f"after {count(steps, 'step')}"
         )
 
 

@@ -55,7 +55,6 @@ class EngineRecord(msgspec.Struct, frozen=True, kw_only=True):
     """Part of the model -> the kernel that computes it; empty: not recorded."""
 
     def __str__(self) -> str:
-        """`fsdp x 2, bf16`."""
         return f"{self.name} x {self.world_size}, {self.precision}"
 
 
@@ -86,12 +85,7 @@ class ResumePlan(NamedTuple):
 
 
 def plan_resume(run_dir: Path, overrides: Sequence[str], environ: Mapping[str, str]) -> ResumePlan:
-    """Which config and which processes continue the run in `run_dir`; nothing is written.
-
-    Raises:
-        RunError: not a run folder.
-        ConfigError: its config cannot be read, or an override does not fit.
-    """
+    """Which config and which processes continue the run in `run_dir`; nothing is written."""
     run_dir = _run_meant(run_dir)
     loaded = load_run_config(run_dir, overrides)
     folder = run_dir.resolve()
@@ -149,10 +143,7 @@ def _run_meant(path: Path) -> Path:
 def engine_again(
     recorded: DataParallelConfig | None, recorded_size: int | None, environ: Mapping[str, str]
 ) -> DataParallelConfig | None:
-    """The recorded engine, where the launcher is silent and it fits the number of processes.
-
-    `recorded_size`: processes it ran on.
-    """
+    """The recorded engine, where the launcher is silent and it fits the number of processes."""
     if launcher_names_engine(environ) or recorded is None:
         return None
     world_size = world_size_of(environ)

@@ -10,14 +10,14 @@ import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from toolkit import signals
 from toolkit.config.interpolation import fill
 from toolkit.config.secrets import check_no_secrets
 from toolkit.data.corpus_info import CorpusInfo, read_corpus
 from toolkit.distributed.launcher import rank_of
-from toolkit.distributed.layout import Layout, resolve_layout
+from toolkit.distributed.layout import resolve_layout
 from toolkit.distributed.logging import setup_logging
 from toolkit.distributed.ranks import check_launcher_variables
 from toolkit.errors import EXIT_STOPPED, DataError, ErrorList, RunError
@@ -30,9 +30,6 @@ from toolkit.launch.relaunch import relaunch
 from toolkit.launch.starting import RunStart, current_launch, find_predecessor, stays_stopped
 from toolkit.runs.files import RUN_FILES
 from toolkit.runs.registry import check_run_folder, choose_run_name, resolve_run_folder
-
-if TYPE_CHECKING:
-    from toolkit.experiment.training import Training
 
 log = logging.getLogger(__name__)
 
@@ -63,13 +60,8 @@ def train(
     A `save_folder` that holds a run is resumed; so is the run that earlier workers of the same
     launch began (`torchrun --max-restarts`).
 
-    Args:
-        origins: where each config value came from; stored beside the config.
-        stored: what the run folder keeps as its config, with `${NAME}` as it was written;
-            default: `config`, whose `${NAME}` are filled in here.
-
-    Raises:
-        ConfigError: a secret stands in the config.
+    The run folder keeps `origins`, and as its config `stored`, with `${NAME}` as it was written;
+    default: `config`, whose `${NAME}` are filled in here. A config with a secret is a ConfigError.
     """
     if stored is None:
         stored, config = config, fill(config)
@@ -100,9 +92,6 @@ def resume(
     Without a launcher it relaunches itself with the recorded engine and number of processes; under
     a launcher it takes what the launcher gives, and the recorded engine and precision where that
     is silent. `debug` reaches the processes it launches.
-
-    Raises:
-        RunError: not a run folder.
     """
     check_launcher_variables()
     plan = plan_resume(run_dir, overrides, os.environ)
@@ -150,7 +139,13 @@ def _run(
             found.ask(data.check, config)
     found.raise_any()
     try:
-        training = _open(config, data, layout, rank)
+        corpus = data.prepare(config)
+        if corpus is not None:
+            check_corpus(config, corpus)
+        # It needs torch: bad text is reported seconds sooner without it.
+        from toolkit.experiment.training import Training
+
+        training = Training(config, corpus, layout.batch_rank(rank), layout.batch_ranks)
     except DataError as error:
         # The other processes of this machine see the same files; other machines may not.
         error.only_here = rank > 0 and environ.get("LOCAL_RANK", "0") == "0"
@@ -177,13 +172,3 @@ def _run(
 def _log_to_console(config: ExperimentConfig) -> None:
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     setup_logging(rank_of(os.environ), local_rank=local_rank, log_ranks=config.trainer.log_ranks)
-
-
-def _open(config: ExperimentConfig, data: DataDoor, layout: Layout, rank: int) -> "Training":
-    corpus = data.prepare(config)
-    if corpus is not None:
-        check_corpus(config, corpus)
-    # It needs torch: bad text is reported seconds sooner without it.
-    from toolkit.experiment.training import Training
-
-    return Training(config, corpus, layout.batch_rank(rank), layout.batch_ranks)

@@ -37,7 +37,6 @@ _LONGEST = 40
 
 
 def recipe_names() -> list[str]:
-    """Names of all recipes, sorted."""
     names = (entry.name for entry in _folder().iterdir())
     return sorted(name.removesuffix(".json") for name in names if name.endswith(".json"))
 
@@ -50,7 +49,6 @@ def recipe_text(name: str) -> str:
 
 
 def recipe_hint(name: str) -> str:
-    """What to suggest to someone who asked for the unknown recipe `name`."""
     near = nearest(name, recipe_names())
     return f"did you mean {near!r}?" if near else "recipes: " + ", ".join(recipe_names())
 
@@ -60,11 +58,7 @@ def _folder() -> Traversable:
 
 
 def read_base(folder: Path) -> dict[str, Any]:
-    """Model, tokenizer and start of the weights in `folder`, as parts of a config.
-
-    Args:
-        folder: what `toolkit convert-hf` wrote, or a run.
-    """
+    """What a config takes from a converted model or a run: model, tokenizer, where to load."""
     if (folder / FINETUNE_FILE).is_file():
         model, dataset = _of_converted(read_json_mapping(folder / FINETUNE_FILE), folder)
     elif (folder / RUN_FILES.config).is_file():
@@ -105,7 +99,6 @@ def without_model(source: str, data: dict[str, Any]) -> str:
 
 
 def longest_sequence(model: dict[str, Any]) -> int | None:
-    """Tokens that the model of a config takes at most; None where it does not say."""
     return model.get("max_sequence_length") or model.get("n_positions")
 
 
@@ -172,11 +165,7 @@ def _of_dataset(data: dict[str, Any]) -> dict[str, Any]:
 
 
 def name_own_data(layers: ConfigLayers[Any], before: Any, overrides: Sequence[str]) -> None:
-    """Set `dataset.dataset_name` where flags gave another source and no name.
-
-    Args:
-        before: `dataset` as it was without the flags.
-    """
+    """Set `dataset.dataset_name` where flags gave a source that `before` had not, and no name."""
     dataset: Any = layers.data.get("dataset")
     source = dataset.get("source") if isinstance(dataset, dict) else None
     if not isinstance(source, dict) or any("dataset_name" in flag for flag in overrides):

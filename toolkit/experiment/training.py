@@ -50,11 +50,7 @@ GENTLE_STOPS = (None, "hard_stop")
 
 
 class Training:
-    """An experiment whose data is open.
-
-    Raises:
-        ConfigError, DataError: the data does not suit the config.
-    """
+    """An experiment whose data is open."""
 
     def __init__(
         self, config: ExperimentConfig, data: CorpusInfo | None, batch_rank: int, batch_ranks: int
@@ -115,13 +111,8 @@ class Training:
         origins: Mapping[str, str],
         starting: RunStart,
     ) -> int:
-        """Train to the end, or to a stop; returns the exit code. All ranks call it.
-
-        Args:
-            stored: the config that the run folder keeps.
-            run: None on ranks other than 0, which follow rank 0 to where it writes.
-            name: of the run, where the config names none.
-        """
+        """Train to the end, or to a stop; returns the exit code. All ranks call it; those other
+        than 0 have no `run`, and follow rank 0 to where it writes."""
         environment = prepare_training_environment(self.config)
         log_file, trainer, train_dl, has_failed = None, None, None, False
         # To the very end: a rank that ends because of another one must say so before a signal ends
@@ -202,7 +193,7 @@ def describe_engine(layout: Layout, kernels: Mapping[str, str] | None = None) ->
 
 
 def resume_promise(device_type: str, *, deterministic: bool) -> str | None:
-    """How equal a resumed run will be on a GPU; None on CPUs, where it is bit-equal anyway."""
+    """How equal a resumed run will be; None on CPUs, where it is bit-equal anyway."""
     if device_type == "cpu":
         return None
     if deterministic:
@@ -219,7 +210,6 @@ def _log_opening(
     folder: Path,
     train_loader: TrainLoader,
 ) -> None:
-    """What is not used and why, what trains where, what resuming promises, how much data it is."""
     layout, device = environment.layout, device_name(environment.device)
     kind = environment.device.type
     lines = [
@@ -264,12 +254,9 @@ def _log_end(result: TrainResult, run: RunManager) -> None:
         log.info("done at step %d; everything is in %s", result.step, run.folder)
         if result.reason == "hard_stop" and result.saved_step is not None:
             log.info("go on with: toolkit resume %s --trainer.hard_stop=null", run.folder)
-        for label, path in (
-            ("metrics", RUN_FILES.metrics),
-            ("TensorBoard", RUN_FILES.tensorboard),
-            ("checkpoints", RUN_FILES.checkpoints),
-        ):
-            log.info("  %-12s %s", label, run.path(path))
+        log.info("  %-12s %s", "metrics", run.path(RUN_FILES.metrics))
+        log.info("  %-12s %s", "TensorBoard", run.path(RUN_FILES.tensorboard))
+        log.info("  %-12s %s", "checkpoints", run.path(RUN_FILES.checkpoints))
     elif result.saved_step is None:
         log.warning(
             "stopped at step %d (%s); no checkpoint was saved (trainer.no_checkpoints or "
