@@ -31,7 +31,7 @@ from toolkit.data.config import BPETokenizerConfig, DatasetConfig, FilesSourceCo
 from toolkit.data.instances.base import InstanceDataset
 from toolkit.data.instances.fixed import TokenDataset
 from toolkit.data.instances.packed import PackedDataset
-from toolkit.data.instances.plans import packed_plan
+from toolkit.data.instances.plans import plan_of
 from toolkit.data.prepare.build.prepare import ensure_prepared
 from toolkit.data.tokens.prepared import PreparedDataset, SplitInfo
 
@@ -185,7 +185,9 @@ def plan_synthetic(folder: Path, num_documents: int, length: int) -> None:
     dataset = PackedDataset(prepared, "train", length)
     seconds = time.perf_counter() - started
     memory = psutil.Process().memory_full_info().uss - before
-    size = sum(p.stat().st_size for p in packed_plan(prepared, "train", length).folder.iterdir())
+    size = sum(
+        p.stat().st_size for p in plan_of(prepared, "train", "packed", length).folder.iterdir()
+    )
     table = Table(title=f"planning {num_documents:,} documents, {total:,} tokens")
     for column in ("seconds", "documents/s", "tokens/s", "filled", "on disk", "memory kept"):
         table.add_column(column, justify="right")

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.text import Text
 
-    from toolkit.data.instances.base import DecodedPiece, DocumentPart
+    from toolkit.data.instances.base import DocumentPart
+    from toolkit.data.prepare.tools.show import DecodedPiece
     from toolkit.data.tokens.prepared import PreparedDataset
 
 TARGET = ("[[", "]]")

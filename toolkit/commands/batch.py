@@ -12,9 +12,10 @@ import msgspec
 from toolkit.checkpoint.folder import read_metadata, saved_steps, step_folder
 from toolkit.commands.train import open_run_data
 from toolkit.data.corpus import Corpus, changed_data
-from toolkit.data.instances.base import DecodedPiece, DocumentPart, decode_pieces, target_mask
+from toolkit.data.instances.base import DocumentPart, target_mask
 from toolkit.data.order.batches import BatchOrder, Segment, StreamBatches, batches_for
 from toolkit.data.prepare.tokenizers.tokenizer import load_tokenizer
+from toolkit.data.prepare.tools.show import DecodedPiece, decode_pieces
 from toolkit.errors import ConfigError, DataError, ToolkitError
 from toolkit.experiment.config import ExperimentConfig
 from toolkit.experiment.found_data import find_data
@@ -127,7 +128,7 @@ def _check_data(saved: dict[str, Any], corpus: Corpus, order: BatchOrder, folder
         "sequence_length": corpus.train.sequence_length,
     }
     if corpus.stream is not None and isinstance(order, StreamBatches):
-        now["sources"] = corpus.sources(order.next_position(saved["batch"]))
+        now["sources"] = corpus.stream.identity(order.next_position(saved["batch"]))
     changed = changed_data(saved, now)
     if changed:
         raise DataError(

@@ -63,6 +63,6 @@ def check_data_files(config: ExperimentConfig) -> None:
     found, is_prepared = ErrorList(), False
     with contextlib.suppress(BadInputError):
         is_prepared = read_corpus(config.data) is not None
-    for dataset in found.ask(datasets_of, config.data) or ():
+    for dataset in (found.ask(datasets_of, config.data) or {}).values():
         found.ask(check_presence, dataset, is_prepared=is_prepared)
     found.raise_any()

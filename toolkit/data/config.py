@@ -1,7 +1,7 @@
-"""Configs of data: where text comes from, how it becomes tokens, how tokens become batches.
+"""Configs of data: how text becomes tokens, tokens become rows, and rows become batches.
 
-The configs of each room stand in its own `config.py`; they are named here too, as one place to
-import them from.
+Where text comes from is in `source_config.py`, mixtures are in `order/config.py`; what those hold
+can be imported from here too.
 """
 
 from typing import Any, Literal
@@ -11,15 +11,12 @@ import msgspec
 from toolkit.config import Config
 from toolkit.config.base import Seed, check_positive
 from toolkit.config.paths import LocalPath, NewName, PathOrURL
-from toolkit.data.instances.config import (
-    FixedInstancesConfig,
-    InstancesConfig,
-    PackedInstancesConfig,
-    PaddedInstancesConfig,
-    VariableInstancesConfig,
+from toolkit.data.order.config import (  # noqa: F401
+    MixConfig,
+    MixSourceConfig,
+    RatioChangeConfig,
 )
-from toolkit.data.order.config import MixConfig, MixSourceConfig, RatioChangeConfig
-from toolkit.data.source_config import (
+from toolkit.data.source_config import (  # noqa: F401
     DiskSourceConfig,
     FilesSourceConfig,
     FiltersConfig,
@@ -30,45 +27,127 @@ from toolkit.data.source_config import (
     TextSourceConfig,
     TokenFilesSourceConfig,
 )
-from toolkit.data.tokenizer_config import (
-    BPETokenizerConfig,
-    ByteTokenizerConfig,
-    HFTokenizerConfig,
-    SentencePieceTokenizerConfig,
-    TiktokenTokenizerConfig,
-    TokenizerConfig,
+
+
+class ByteTokenizerConfig(Config, kw_only=True, tag_field="type", tag="byte"):
+    """Ids 0 to 255 are bytes, 256 ends a document."""
+
+
+class BPETokenizerConfig(Config, kw_only=True, tag_field="type", tag="bpe"):
+    """Byte-level BPE trained on the corpus itself."""
+
+    vocab_size: int = 4096
+    """Size including the end-of-document token."""
+    sample_bytes: int = 20_000_000
+    """Text to train on, in bytes; bounds memory and time on large corpora."""
+
+    def __post_init__(self) -> None:
+        if self.vocab_size < 257:
+            raise ValueError(
+                f"vocab_size must be at least 257 (256 bytes + eos): {self.vocab_size}"
+            )
+        check_positive(self, "sample_bytes")
+
+
+class HFTokenizerConfig(Config, kw_only=True, tag_field="type", tag="hf"):
+    """A tokenizer in Hugging Face format."""
+
+    path: LocalPath
+    """Folder, `tokenizer.json` file, or hub name."""
+    eos_token: str | None = None
+    """Token that ends a document; default: the tokenizer's own."""
+    bos_token: str | None = None
+    """Token that starts a document where `dataset.prepend_bos` is set; default: the tokenizer's
+    own."""
+
+    @property
+    def is_local(self) -> bool:
+        """Whether `path` cannot be a name on the hub."""
+        return self.path.startswith(("/", ".", "~")) or self.path.count("/") > 1
+
+
+class TiktokenTokenizerConfig(Config, kw_only=True, tag_field="type", tag="tiktoken"):
+    """A rank file of tiktoken: lines of base64 bytes and a rank."""
+
+    path: LocalPath
+    """The file (`cl100k_base.tiktoken`, Llama 3's `tokenizer.model`, ...)."""
+    pattern: str = "gpt2"
+    """How text is cut before merging: the name of a known pattern (gpt2, cl100k_base, o200k_base,
+    llama3), or a regular expression."""
+    special_tokens: tuple[str, ...] = ("<|endoftext|>",)
+    """Control tokens; they get the ids after the last rank, in this order."""
+    eos_token: str = "<|endoftext|>"
+    """Token that ends a document; one of `special_tokens`."""
+    bos_token: str | None = None
+    """Token that starts a document where `dataset.prepend_bos` is set."""
+
+    def __post_init__(self) -> None:
+        for name in ("eos_token", "bos_token"):
+            token = getattr(self, name)
+            if token is not None and token not in self.special_tokens:
+                raise ValueError(f"{name} {token!r} is not one of special_tokens")
+
+
+class SentencePieceTokenizerConfig(Config, kw_only=True, tag_field="type", tag="sentencepiece"):
+    """A SentencePiece model: BPE or unigram."""
+
+    path: LocalPath
+    """The file (`tokenizer.model`, `spiece.model`)."""
+    eos_token: str | None = None
+    """Token that ends a document; default: the model's own (`</s>`)."""
+    bos_token: str | None = None
+    """Token that starts a document where `dataset.prepend_bos` is set; default: the model's
+    own (`<s>`)."""
+
+
+TokenizerConfig = (
+    ByteTokenizerConfig
+    | BPETokenizerConfig
+    | HFTokenizerConfig
+    | TiktokenTokenizerConfig
+    | SentencePieceTokenizerConfig
 )
 
-__all__ = [
-    "BPETokenizerConfig",
-    "ByteTokenizerConfig",
-    "CustomDatasetConfig",
-    "DataConfig",
-    "DataLoaderConfig",
-    "DatasetConfig",
-    "DiskSourceConfig",
-    "FilesSourceConfig",
-    "FiltersConfig",
-    "FixedInstancesConfig",
-    "HFTokenizerConfig",
-    "HubSourceConfig",
-    "InstancesConfig",
-    "InstructionsConfig",
-    "MixConfig",
-    "MixSourceConfig",
-    "PackedInstancesConfig",
-    "PaddedInstancesConfig",
-    "PythonStdlibSourceConfig",
-    "RatioChangeConfig",
-    "SentencePieceTokenizerConfig",
-    "SourceConfig",
-    "StoreConfig",
-    "TextSourceConfig",
-    "TiktokenTokenizerConfig",
-    "TokenFilesSourceConfig",
-    "TokenizerConfig",
-    "VariableInstancesConfig",
-]
+
+class FixedInstancesConfig(Config, kw_only=True, tag_field="type", tag="fixed"):
+    """All documents one after the other, cut every `sequence_length` tokens."""
+
+    intra_document_masking: bool = False
+    """Attention inside documents only, and no loss on the first token of a document."""
+
+
+class PackedInstancesConfig(Config, kw_only=True, tag_field="type", tag="packed"):
+    """Whole documents, as many as fit into `sequence_length` (best fit, decreasing; Ding et al.
+    2024). Longer documents are cut into full rows, and only their rest is packed. Attention stays
+    inside documents."""
+
+
+class PaddedInstancesConfig(Config, kw_only=True, tag_field="type", tag="padded"):
+    """One document each, padded to `sequence_length`; longer ones are cut into several rows."""
+
+
+class VariableInstancesConfig(Config, kw_only=True, tag_field="type", tag="variable"):
+    """Documents cut into powers of two; each batch has rows of one length (dataset decomposition,
+    Pouransari et al. 2024)."""
+
+    min_sequence_length: int = 256
+    """Shortest row, a power of two; shorter rests of documents are dropped and counted."""
+    curriculum: Literal["natural", "grow", "shrink"] = "grow"
+    """Order of lengths: at random, or from short to long (or back) in each of `num_cycles`."""
+    num_cycles: int = 8
+    """Times that lengths run from one end to the other in one epoch."""
+
+    def __post_init__(self) -> None:
+        check_positive(self, "min_sequence_length", "num_cycles")
+        if self.min_sequence_length < 2 or self.min_sequence_length.bit_count() != 1:
+            raise ValueError(
+                f"min_sequence_length must be a power of two, 2 or more: {self.min_sequence_length}"
+            )
+
+
+InstancesConfig = (
+    FixedInstancesConfig | PackedInstancesConfig | PaddedInstancesConfig | VariableInstancesConfig
+)
 
 
 class CustomDatasetConfig(Config, kw_only=True):

@@ -5,28 +5,19 @@ Python. `prepare/corpus.py` makes what is missing, `corpus_info.py` tells what t
 `open_corpus` opens it: instances, and the order of batches. Nothing here needs torch.
 """
 
+import dataclasses
 import logging
 from collections.abc import Mapping
 from typing import Any
 
-from toolkit.data.config import (
-    DataConfig,
-    DatasetConfig,
-    VariableInstancesConfig,
-)
+from toolkit.data.config import DataConfig, DatasetConfig, VariableInstancesConfig
 from toolkit.data.corpus_info import VAL, CorpusInfo, check_same_tokens, data_places, read_corpus
 from toolkit.data.instances.base import InstanceDataset
-from toolkit.data.instances.custom import (
-    UNKNOWN_LENGTH,
-    IterableInstances,
-    SequentialStream,
-    open_custom,
-)
+from toolkit.data.instances.custom import UNKNOWN_LENGTH, SequentialStream, open_custom
 from toolkit.data.instances.open import ensure_plans, open_instances
 from toolkit.data.instances.variable import VariableDataset, VariableOrder
-from toolkit.data.order.batches import BatchOrder, StreamBatches, first_segment
+from toolkit.data.order.batches import BatchOrder, Segment, StreamBatches
 from toolkit.data.order.mixture import MixedDataset, MixedStream
-from toolkit.data.order.resolve import resolve_mix
 from toolkit.data.order.stream import InstanceStream, ShuffledStream
 from toolkit.data.tokens.prepared import PreparedDataset, localize, nothing_held_out
 from toolkit.errors import DataError
@@ -34,56 +25,31 @@ from toolkit.errors import DataError
 logger = logging.getLogger(__name__)
 
 
+@dataclasses.dataclass(kw_only=True)
 class Corpus:
-    """Opened training data: instances by number, and which of them make up batch n.
+    """Opened training data: instances by number, and which of them make up batch n."""
 
-    Attributes:
-        train: the training instances.
-        evaluation: the validation instances by name; empty where there are none.
-        order: of the global batches.
-        vocab_size: every id is below this; 0 where a custom data set does not say.
-        seed: of the data order.
-        seed_key: the value of the config that gave it, for messages.
-        stream: of a mixture.
-    """
-
-    def __init__(
-        self,
-        train: InstanceDataset,
-        evaluation: dict[str, InstanceDataset],
-        order: BatchOrder,
-        *,
-        vocab_size: int,
-        seed: int,
-        stream: MixedStream | None = None,
-    ) -> None:
-        self.train = train
-        self.evaluation = evaluation
-        self.order = order
-        self.vocab_size = vocab_size
-        self.seed = seed
-        self.seed_key = "data_loader.seed"
-        self.stream = stream
+    train: InstanceDataset
+    evaluation: dict[str, InstanceDataset]
+    """The validation instances by name; empty where there are none."""
+    order: BatchOrder
+    """Of the global batches."""
+    vocab_size: int
+    """Every id is below this; 0 where a custom data set does not say."""
+    seed: int
+    """Of the data order."""
+    seed_key: str
+    """The value of the config that gave it, for messages."""
+    stream: MixedStream | None = None
+    """Of a mixture."""
 
     @property
     def has_known_length(self) -> bool:
         """Whether the number of training instances is known."""
-
         return self.train.num_instances < UNKNOWN_LENGTH
 
-    def sources(self, position: int) -> dict[str, str]:
-        """What decides the order of a mixture before a position of its stream, by source; empty
-        for a single corpus."""
-        return self.stream.identity(position) if self.stream is not None else {}
-
-    def counts(self, position: int) -> dict[str, int]:
-        """Instances of each source of a mixture before a position of its stream."""
-        return self.stream.counts(position) if self.stream is not None else {}
-
     def locate(self, index: int) -> tuple[str | None, int]:
-        """(source of a mixture, number in it) of a training instance; (None, index) of a single
-        corpus."""
-
+        """(source of a mixture, or None; number in it) of a training instance."""
         return self.train.locate(index) if isinstance(self.train, MixedDataset) else (None, index)
 
     def close(self) -> None:
@@ -108,95 +74,72 @@ def open_corpus(cfg: DataConfig, info: CorpusInfo | None = None) -> Corpus:
         raise DataError(f"{places}: no prepared data there; make it with: toolkit prepare")
     for config, prepared in info.parts.values():
         ensure_plans(prepared, config)
-    if cfg.dataset.mix is not None:
-        check_same_tokens({name: prepared for name, (_, prepared) in info.parts.items()})
-    seed = cfg.seed if cfg.data_loader.seed is None else cfg.data_loader.seed
-    if cfg.dataset.custom is not None:
-        corpus = _open_custom(cfg, seed)
-    elif cfg.dataset.mix is not None:
-        corpus = _open_mixture(cfg, info, seed)
-    else:
-        corpus = _open_single(cfg, info, seed)
-    if cfg.data_loader.seed is None:
-        corpus.seed_key = "seed, which data_loader.seed follows"
-    return corpus
-
-
-def _open_single(cfg: DataConfig, info: CorpusInfo, seed: int) -> Corpus:
-
-    ((config, prepared),) = info.parts.values()
-    train = open_instances(prepared, "train", config)
-    loader = cfg.data_loader
+    loader, length = cfg.data_loader, cfg.dataset.sequence_length
+    seed, seed_key = loader.seed, "data_loader.seed"
+    if seed is None:
+        seed, seed_key = cfg.seed, "seed, which data_loader.seed follows"
+    train: InstanceDataset
     order: BatchOrder
+    stream: InstanceStream | None = None
+    vocab_size = info.vocab_size or 0
+    if cfg.dataset.custom is not None:
+        workers: Any = {"num_workers": loader.num_workers, "worker_type": loader.worker_type}
+        custom = open_custom(cfg.dataset.custom, "train", length, **workers)
+        val = open_custom(cfg.dataset.custom, "val", length)
+        assert custom is not None
+        train, vocab_size = custom, custom.vocab_size or 0
+        evaluation: dict[str, InstanceDataset] = {} if val is None else {VAL: val}
+        if custom.is_sequential:
+            stream = SequentialStream(train.num_instances)
+    else:
+        if cfg.dataset.mix is not None:
+            check_same_tokens({name: prepared for name, (_, prepared) in info.parts.items()})
+        opened = {
+            name: open_instances(prepared, "train", config)
+            for name, (config, prepared) in info.parts.items()
+        }
+        if cfg.dataset.mix is not None:
+            dataset = localize(cfg.dataset, cfg.store)
+            train = MixedDataset(opened)
+            stream = MixedStream(dataset, opened, seed=seed, shuffle=loader.shuffle)
+            train.fingerprint = stream.fingerprint
+        else:
+            (train,) = opened.values()
+        evaluation = _evaluation({name or VAL: part for name, part in info.parts.items()})
+    batch_instances = max(1, loader.global_batch_size // length)
     if isinstance(train, VariableDataset):
-        assert isinstance(config.instances, VariableInstancesConfig)
+        kind = cfg.dataset.instances
+        assert isinstance(kind, VariableInstancesConfig)
         order = VariableOrder(
             train.buckets,
             global_batch_size=loader.global_batch_size,
             fingerprint=train.fingerprint,
             seed=seed,
-            curriculum=config.instances.curriculum,
-            num_cycles=config.instances.num_cycles,
+            curriculum=kind.curriculum,
+            num_cycles=kind.num_cycles,
             shuffle=loader.shuffle,
-            batch_instances=_batch_instances(cfg),
+            batch_instances=batch_instances,
         )
     else:
-        stream = ShuffledStream(
+        stream = stream or ShuffledStream(
             train.num_instances, fingerprint=train.fingerprint, seed=seed, shuffle=loader.shuffle
         )
-        order = StreamBatches(stream, [first_segment(_batch_instances(cfg))])
-    evaluation = _evaluation({VAL: (config, prepared)})
-    return Corpus(train, evaluation, order, vocab_size=prepared.vocab_size, seed=seed)
-
-
-def _open_mixture(cfg: DataConfig, info: CorpusInfo, seed: int) -> Corpus:
-    dataset = localize(cfg.dataset, cfg.store)
-    opened = {
-        name: open_instances(prepared, "train", config)
-        for name, (config, prepared) in info.parts.items()
-    }
-    train = MixedDataset(opened)
-    stream = MixedStream(
-        resolve_mix(dataset), opened, dataset, seed=seed, shuffle=cfg.data_loader.shuffle
-    )
-    order = StreamBatches(stream, [first_segment(_batch_instances(cfg))])
-    train.fingerprint = stream.fingerprint
+        order = StreamBatches(stream, [Segment(0, 0, batch_instances)])
     return Corpus(
-        train,
-        _evaluation(info.parts),
-        order,
-        vocab_size=info.vocab_size or 0,
+        train=train,
+        evaluation=evaluation,
+        order=order,
+        vocab_size=vocab_size,
         seed=seed,
-        stream=stream,
+        seed_key=seed_key,
+        stream=stream if isinstance(stream, MixedStream) else None,
     )
-
-
-def _open_custom(cfg: DataConfig, seed: int) -> Corpus:
-
-    custom, loader = cfg.dataset.custom, cfg.data_loader
-    assert custom is not None
-    workers: Any = {"num_workers": loader.num_workers, "worker_type": loader.worker_type}
-    length = cfg.dataset.sequence_length
-    train = open_custom(custom, "train", length, **workers)
-    assert train is not None
-    stream: InstanceStream
-    if isinstance(train, IterableInstances):
-        stream = SequentialStream(train.num_instances)
-    else:
-        stream = ShuffledStream(
-            train.num_instances, fingerprint=train.fingerprint, seed=seed, shuffle=loader.shuffle
-        )
-    order = StreamBatches(stream, [first_segment(_batch_instances(cfg))])
-    val = open_custom(custom, "val", length)
-    evaluation: dict[str, InstanceDataset] = {VAL: val} if val is not None else {}
-    return Corpus(train, evaluation, order, vocab_size=train.vocab_size or 0, seed=seed)
 
 
 def _evaluation(
     parts: dict[str, tuple[DatasetConfig, PreparedDataset]],
 ) -> dict[str, InstanceDataset]:
     """The validation instances of every part that has enough of them."""
-
     found = {}
     for name, (config, prepared) in parts.items():
         if not prepared.has_split("val"):
@@ -218,17 +161,11 @@ def _evaluation(
     return found
 
 
-def _batch_instances(cfg: DataConfig) -> int:
-    return max(1, cfg.data_loader.global_batch_size // cfg.dataset.sequence_length)
-
-
 def changed_data(
     before: Mapping[str, Any], now: Mapping[str, Any], *, seed_key: str = "data_loader.seed"
 ) -> list[str]:
-    """What of the data differs between two states of a loader, in words.
-
-    Of mixtures, what decided the batches so far is compared: ratios may change later.
-    """
+    """What of the data differs between two states of a loader, in words. Of mixtures, what decided
+    the batches so far is compared: ratios may change later."""
     keys = {
         "seed": seed_key,
         "shuffle": "data_loader.shuffle",

@@ -28,8 +28,7 @@ class CorpusInfo(NamedTuple):
     """Token files by the name of their source in the mixture, or under "" where there is one
     corpus; none of a custom data set."""
     rows: list[tuple[int, int]] | None
-    """(length in tokens, number) of the training rows of one pass; None where that is not known
-    yet."""
+    """(length in tokens, number) of the training rows of one pass; None: not known yet."""
     instances: dict[str, int]
     """Training instances of each part, where they are known."""
     vocab_size: int | None
@@ -42,18 +41,16 @@ class CorpusInfo(NamedTuple):
         return sum(prepared.num_tokens(split) for _, prepared in self.parts.values())
 
     def epoch_end(self, config: DataConfig, epochs: int) -> int | None:
-        """Number of batches of one size until `epochs` passes are done; None where that is not
-        known yet."""
+        """Number of batches of one size until `epochs` passes are done; None: not known yet."""
+        if self.rows is not None and config.dataset.mix is not None:
+            # Batches of a mixture go across passes.
+            size = config.data_loader.global_batch_size // config.dataset.sequence_length
+            return epochs * sum(number for _, number in self.rows) // size
         per_epoch = self.steps_per_epoch(config)
-        if per_epoch is None or config.dataset.mix is None:
-            return None if per_epoch is None else per_epoch * epochs
-        # Batches of a mixture go across passes.
-        assert self.rows is not None
-        size = config.data_loader.global_batch_size // config.dataset.sequence_length
-        return epochs * sum(number for _, number in self.rows) // size
+        return None if per_epoch is None else per_epoch * epochs
 
     def steps_per_epoch(self, config: DataConfig) -> int | None:
-        """Whole global batches in one pass; None where that is not known yet."""
+        """Whole global batches in one pass; None: not known yet."""
         if self.rows is None:
             return None
         tokens = config.data_loader.global_batch_size
@@ -61,9 +58,8 @@ class CorpusInfo(NamedTuple):
 
 
 def read_corpus(cfg: DataConfig, *, in_use: bool = False) -> CorpusInfo | None:
-    """What there is already; None when token files are missing. Prepares nothing.
-
-    `in_use` marks its folders as used for as long as the result lives.
+    """What there is already; None when token files are missing. `in_use` marks its folders as used
+    for as long as the result lives.
 
     Raises:
         ConfigError, DataError: what is there is damaged, or the mixture makes no sense.
@@ -71,7 +67,7 @@ def read_corpus(cfg: DataConfig, *, in_use: bool = False) -> CorpusInfo | None:
     if cfg.dataset.custom is not None:
         return custom_info(cfg)
     parts = {}
-    for name, config in _named_datasets(cfg).items():
+    for name, config in datasets_of(cfg).items():
         prepared = open_prepared(config) if in_use else read_prepared(config)
         if prepared is None:
             return None
@@ -80,11 +76,8 @@ def read_corpus(cfg: DataConfig, *, in_use: bool = False) -> CorpusInfo | None:
 
 
 def check_same_tokens(sources: Mapping[str, PreparedDataset]) -> None:
-    """Check that an id means the same in all sources, and that documents begin and end alike.
-
-    Raises:
-        ConfigError: two sources differ; names them.
-    """
+    """Raise ConfigError when an id does not mean the same in all sources, or documents do not begin
+    and end alike."""
     (first_name, first), *others = sources.items()
     for name, prepared in others:
         for what, field in (
@@ -104,15 +97,14 @@ def check_same_tokens(sources: Mapping[str, PreparedDataset]) -> None:
 
 def data_places(cfg: DataConfig) -> list[Path]:
     """Folders where the token files of `cfg` are, or will be."""
-    return [dataset_folder(dataset) for dataset in datasets_of(cfg)]
+    return [dataset_folder(dataset) for dataset in datasets_of(cfg).values()]
 
 
-def datasets_of(cfg: DataConfig) -> list[DatasetConfig]:
-    """The corpora of token files that `cfg` trains on: one, those of a mixture, or none."""
-    return [] if cfg.dataset.custom is not None else list(_named_datasets(cfg).values())
-
-
-def _named_datasets(cfg: DataConfig) -> dict[str, DatasetConfig]:
+def datasets_of(cfg: DataConfig) -> dict[str, DatasetConfig]:
+    """The corpora of token files that `cfg` trains on, by name: those of a mixture, one named "",
+    or none."""
+    if cfg.dataset.custom is not None:
+        return {}
     dataset = localize(cfg.dataset, cfg.store)
     if dataset.mix is None:
         return {"": dataset}
@@ -129,21 +121,18 @@ def without_sources(dataset: DatasetConfig) -> DatasetConfig:
 
 def with_sources(dataset: DatasetConfig, change: ChangeSource) -> DatasetConfig:
     """`dataset` with what `change` makes of every source."""
-    if dataset.mix is not None:
-        sources = _changed(dataset.mix.sources, change)
-        return dataset.replace(mix=dataset.mix.replace(sources=sources))
-    return dataset.replace(source=change(dataset.source))
 
+    def changed(sources: dict[str, MixSourceConfig]) -> dict[str, MixSourceConfig]:
+        return {
+            name: source.replace(mix=changed(source.mix))
+            if isinstance(source.mix, dict)
+            else source.replace(source=change(source.source))
+            for name, source in sources.items()
+        }
 
-def _changed(
-    sources: dict[str, MixSourceConfig], change: ChangeSource
-) -> dict[str, MixSourceConfig]:
-    return {
-        name: source.replace(mix=_changed(source.mix, change))
-        if isinstance(source.mix, dict)
-        else source.replace(source=change(source.source))
-        for name, source in sources.items()
-    }
+    if dataset.mix is None:
+        return dataset.replace(source=change(dataset.source))
+    return dataset.replace(mix=dataset.mix.replace(sources=changed(dataset.mix.sources)))
 
 
 def corpus_info(

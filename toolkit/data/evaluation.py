@@ -1,29 +1,25 @@
 """`EvalLoader`: the validation instances, each on exactly one rank."""
 
 import functools
-import pkgutil
 from collections.abc import Iterator
 
 import numpy as np
 import torch
 
+from toolkit.config.named import named
 from toolkit.data.instances.base import InstanceDataset, Rows, check_ids
 
 Batch = dict[str, torch.Tensor]
 COUNTING_ROWS = 256
 """Instances read at once to count their bytes."""
-LOAD_TOKENIZER = "toolkit.data.prepare.tokenizers.tokenizer:load_tokenizer"
 
 
 class EvalLoader:
-    """The first validation instances in file order, each one on exactly one rank.
-
-    Every rank gets the same number of batches of the same shape. Rows that fill up the last ones
-    are masked.
+    """The first validation instances in file order, each one on exactly one rank. Every rank gets
+    as many batches of the same shape; rows that fill up the last ones are masked.
 
     Attributes:
         num_instances: instances evaluated over all ranks.
-        sequence_length: tokens per instance.
         vocab_size: every id is below this; 0: not known.
         num_batches: batches of each rank.
     """
@@ -52,15 +48,11 @@ class EvalLoader:
 
     @functools.cached_property
     def bytes_per_token(self) -> float:
-        """UTF-8 bytes of text per token of the instances evaluated, which are decoded to count; 0.0
-        where the text is not known."""
-        known = self.dataset.bytes_per_token
-        if self.num_instances == self.dataset.num_instances or not known:
+        """UTF-8 bytes of text per token of the instances evaluated; 0.0: not known."""
+        known, folder = self.dataset.bytes_per_token, self.dataset.tokenizer_folder
+        if self.num_instances == self.dataset.num_instances or not known or folder is None:
             return known
-        folder = self.dataset.tokenizer_folder
-        if folder is None:
-            return known
-        tokenizer = pkgutil.resolve_name(LOAD_TOKENIZER)(folder)
+        tokenizer = named("toolkit.data.prepare.tokenizers.tokenizer:load_tokenizer")(folder)
         num_bytes = num_tokens = 0
         for start in range(0, self.num_instances, COUNTING_ROWS):
             indices = np.arange(start, min(start + COUNTING_ROWS, self.num_instances))
@@ -79,10 +71,10 @@ class EvalLoader:
         for number in range(self.num_batches):
             first = (number * self._world_size + self._rank) * self._rows
             indices = np.arange(first, min(first + self._rows, self.num_instances))
-            if len(indices):
-                rows = self._read(indices)
-            elif rows is None:
-                rows = self._read(np.array([self.num_instances - 1]))
+            if len(indices) or rows is None:
+                wanted = indices if len(indices) else np.array([self.num_instances - 1])
+                rows = self.dataset.read(wanted)
+                check_ids(rows, wanted, self.vocab_size)
             # The last row fills up what is missing: reading one for it may run a user's code.
             places = np.arange(self._rows)
             is_real = places < len(indices)
@@ -92,11 +84,6 @@ class EvalLoader:
             mask = rows.get("label_mask", np.ones(rows["input_ids"].shape, dtype=bool))
             batch = {**rows, "label_mask": mask & is_real[:, None]}
             yield {key: torch.from_numpy(value) for key, value in batch.items()}
-
-    def _read(self, indices: np.ndarray) -> Rows:
-        rows = self.dataset.read(indices)
-        check_ids(rows, indices, self.vocab_size)
-        return rows
 
 
 def real_tokens(rows: Rows) -> np.ndarray:

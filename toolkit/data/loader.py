@@ -1,20 +1,18 @@
 """Loaders: batch n of training for one rank, and the validation instances.
 
-`TrainLoader` reads several batches at once ("a chunk"): their order is computed together, their
-rows are gathered with one indexing operation, and handed over with one queue operation. A batch
-then costs a few microseconds however small it is, and the background thread that reads ahead seldom
-needs the interpreter.
+`TrainLoader` reads several small batches at once ("a chunk"): their order, rows and hand-over cost
+one operation each, so the background thread that reads ahead seldom needs the interpreter.
 """
 
 import contextlib
 import math
-import pkgutil
 from collections.abc import Generator, Sequence
 from typing import Any, Literal
 
 import numpy as np
 import torch
 
+from toolkit.config.named import named
 from toolkit.data.config import DataConfig, DataLoaderConfig
 from toolkit.data.corpus import Corpus, changed_data, open_corpus
 from toolkit.data.evaluation import EvalLoader
@@ -52,17 +50,15 @@ def get_dataloaders(
 
     Args:
         batch_rank, batch_ranks: which share of each batch's rows this process reads, out of how
-            many (`TrainingEnvironment` has both); default: its rank in torch.distributed if that is
-            initialised, else 0 of 1.
+            many; default: its rank in torch.distributed if that is initialised, else 0 of 1.
         eval_batch_tokens: tokens per evaluation forward when `data_loader.eval_batch_size` is null;
             default: a rank's share of the global batch.
-        vocab_size: the model's; ids of data that does not name its own vocabulary are below it.
+        vocab_size: the model's, for data that does not name its own vocabulary.
         device: where training batches are put, ahead of time; default: the CPU.
         corpus: the data of `cfg`, when it is open already.
 
-    Returns:
-        The training loader, and a loader for each set of validation instances: `val`, or in a
-        mixture one by the name of each source.
+    Returns the training loader, and a loader for each set of validation instances: `val`, or in a
+    mixture one by the name of each source.
 
     Raises:
         ConfigError: sizes that do not divide.
@@ -73,8 +69,7 @@ def get_dataloaders(
         batch_rank = torch.distributed.get_rank() if is_distributed else 0
         batch_ranks = torch.distributed.get_world_size() if is_distributed else 1
     if corpus is None:
-        prepare_corpus = pkgutil.resolve_name("toolkit.data.prepare.corpus:prepare_corpus")
-        corpus = open_corpus(cfg, prepare_corpus(cfg))
+        corpus = open_corpus(cfg, named("toolkit.data.prepare.corpus:prepare_corpus")(cfg))
     corpus.vocab_size = corpus.vocab_size or vocab_size
     train = TrainLoader(
         corpus, cfg.data_loader, rank=batch_rank, world_size=batch_ranks, device=device
@@ -96,18 +91,14 @@ def get_dataloaders(
 
 
 class TrainLoader:
-    """Endless training batches whose order depends on (fingerprint, seed) and the batch's number
-    alone.
-
-    Rank r gets the r-th contiguous slice of each global batch.
+    """Endless training batches. Their order depends on (fingerprint, seed) and the batch's number
+    alone; rank r gets the r-th contiguous slice of each global batch.
 
     Attributes:
         global_batch_size: tokens per optimizer step over all ranks.
         sequence_length: tokens of the longest row.
-        num_instances: instances of the training data.
         batches_done: number of the next batch; `iterate` sets it as it yields.
-        fingerprint, vocab_size, bytes_per_token: of the training data.
-        tokenizer_folder: of the tokenizer that made the tokens; None where it is not known.
+        fingerprint, vocab_size, bytes_per_token, tokenizer_folder: of the training data.
         config: what `get_dataloaders` made it from; None: something else did.
         notice: what `load_state_dict` did differently from before, for a log; None: nothing.
     """
@@ -121,8 +112,7 @@ class TrainLoader:
         world_size: int,
         device: torch.device | None = None,
     ) -> None:
-        dataset = corpus.train
-        self.dataset = dataset
+        self.dataset = dataset = corpus.train
         self.global_batch_size = config.global_batch_size
         self.sequence_length = dataset.sequence_length
         self.fingerprint = dataset.fingerprint
@@ -163,10 +153,7 @@ class TrainLoader:
 
     def steps_of(self, value: int, unit: Literal["steps", "tokens", "epochs"]) -> int:
         """Number of the step that ends a duration, counted from the beginning of the run; batches
-        may have had several sizes.
-
-        Raises:
-            ValueError: for epochs over data that does not say how much there is.
+        may have had several sizes. ValueError: epochs of data that does not say how much there is.
         """
         if unit == "steps":
             return value
@@ -181,14 +168,10 @@ class TrainLoader:
         return 0.0 if math.isinf(self.steps_per_epoch) else self._order.epochs_done(steps)
 
     def check_repetitions(self, steps: int) -> None:
-        """Check that `steps` steps of the run repeat no source of a mixture more than it may be.
-
-        Raises:
-            ConfigError: one is repeated more; says what would work.
-        """
+        """Raise ConfigError when `steps` steps repeat a source of a mixture more than it may be."""
         if self.corpus.stream is not None:
-            total = self._position(steps)
-            check_limits(self.corpus.stream, total, batch_instances=self._instances)
+            plan = self.corpus.stream.plan
+            check_limits(plan, self._position(steps), batch_instances=self._instances)
 
     def instance_indices(self, batch_number: int) -> np.ndarray:
         """Instances of the global batch, shape `(rows,)`."""
@@ -199,9 +182,9 @@ class TrainLoader:
         return _tensors(self.dataset.read(self.instance_indices(batch_number)))
 
     def counts(self, batches: int) -> dict[str, int]:
-        """Instances drawn of each source of a mixture in the first `batches` batches; empty for a
-        single corpus."""
-        return self.corpus.counts(self._position(batches)) if self.corpus.stream else {}
+        """Instances drawn of each source of a mixture in the first `batches` batches."""
+        stream = self.corpus.stream
+        return stream.plan.counts(self._position(batches)) if stream is not None else {}
 
     def iterate(self, start_batch: int = 0) -> Generator[Batch, None, None]:
         """This rank's rows of batch `start_batch` and all that follow, over epochs without end.
@@ -225,10 +208,8 @@ class TrainLoader:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Set `batches_done`; continue with `iterate(loader.batches_done)`.
-
-        With another `global_batch_size` than before, the next batch starts at the first instance
-        that was not used yet.
+        """Set `batches_done`; continue with `iterate(loader.batches_done)`. With another
+        `global_batch_size`, the next batch starts at the first instance that was not used yet.
 
         Raises:
             DataError: when the state belongs to other data or another order.
@@ -270,16 +251,15 @@ class TrainLoader:
         if self._order.settings:
             identity["order"] = self._order.settings
         if self.corpus.stream is not None:
-            identity["sources"] = self.corpus.sources(self._position(batch, segments))
+            position = self._position(batch, segments)
+            identity["sources"] = self.corpus.stream.identity(position)
         return identity
 
     def _position(self, batch: int, segments: Sequence[Sequence[int]] | None = None) -> int:
         """Of a mixture's stream, after the last instance used before `batch`."""
         assert isinstance(self._order, StreamBatches)
-        order = self._order
-        if segments is not None:
-            order = StreamBatches(order.stream, [Segment(*values) for values in segments])
-        return order.next_position(batch)
+        found = [Segment(*values) for values in segments or self._order.segments]
+        return StreamBatches(self._order.stream, found).next_position(batch)
 
     def _batches(self, start_batch: int) -> Generator[Batch, None, None]:
         chunk_batches = 1
@@ -289,11 +269,10 @@ class TrainLoader:
         chunks = self._chunks(start_batch, chunk_batches)
         if self._prefetch_factor:
             chunks = read_ahead(chunks, -(-self._prefetch_factor // chunk_batches))
-        is_pinned = self._device.type == "cuda"
         with contextlib.closing(chunks):
             for rows, num_batches in chunks:
                 tensors = _tensors(rows)
-                if is_pinned:
+                if self._device.type == "cuda":
                     tensors = {key: tensor.pin_memory() for key, tensor in tensors.items()}
                 pieces = {key: tensor.chunk(num_batches) for key, tensor in tensors.items()}
                 for number in range(num_batches):

@@ -1,6 +1,7 @@
 """Iterating in a background thread."""
 
 import atexit
+import itertools
 import queue
 import threading
 from collections.abc import Generator, Iterable, Iterator
@@ -21,12 +22,10 @@ class _Failure(NamedTuple):
 
 
 def read_ahead(items: Generator[T, None, None], depth: int) -> Generator[T, None, None]:
-    """`items`, of which a background thread keeps `depth` ready.
-
-    An error of the thread is raised where the item would have been. The thread ends when this
-    iterator is closed or collected, and with the process. It must not be inside C++ code when the
-    interpreter ends (the process would abort), so `items` may not call torch, and leaving waits
-    for the item being read.
+    """`items`, of which a background thread keeps `depth` ready; its errors are raised in their
+    place. The thread ends when this iterator is closed or collected, and with the process. It must
+    not be inside C++ code when the interpreter ends (the process would abort), so `items` may not
+    call torch, and leaving waits for the item being read.
     """
     # SimpleQueue is written in C: a hand-over costs about a microsecond when nobody waits.
     ready: queue.SimpleQueue[T | _Failure] = queue.SimpleQueue()
@@ -78,23 +77,14 @@ def prefetch_to_device(batches: Iterable[Batch], device: torch.device) -> Iterat
         yield from batches
         return
     stream = torch.cuda.Stream(device)
-    ahead: Batch | None = None
-    for batch in batches:
-        ready, ahead = ahead, _start_copy(batch, device, stream)
-        if ready is not None:
-            yield _wait(ready, device, stream)
-    if ahead is not None:
-        yield _wait(ahead, device, stream)
 
+    def copy(batch: Batch) -> Batch:
+        with torch.cuda.stream(stream):
+            return {key: tensor.to(device, non_blocking=True) for key, tensor in batch.items()}
 
-def _start_copy(batch: Batch, device: torch.device, stream: "torch.cuda.Stream") -> Batch:
-    with torch.cuda.stream(stream):
-        return {key: tensor.to(device, non_blocking=True) for key, tensor in batch.items()}
-
-
-def _wait(batch: Batch, device: torch.device, stream: "torch.cuda.Stream") -> Batch:
-    current = torch.cuda.current_stream(device)
-    current.wait_stream(stream)
-    for tensor in batch.values():
-        tensor.record_stream(current)  # its memory is not reused before training is done with it
-    return batch
+    for ready, _ in itertools.pairwise(itertools.chain(map(copy, batches), [{}])):
+        current = torch.cuda.current_stream(device)
+        current.wait_stream(stream)
+        for tensor in ready.values():
+            tensor.record_stream(current)  # its memory is not reused before training is done
+        yield ready

@@ -15,7 +15,7 @@ from toolkit.data.config import (
 from toolkit.data.instances.fixed import TokenDataset
 from toolkit.data.instances.open import count_instances, ensure_plans, open_instances
 from toolkit.data.instances.packed import PackedDataset
-from toolkit.data.instances.padded import PaddedDataset
+from toolkit.data.instances.planned import PaddedDataset
 from toolkit.data.instances.variable import VariableDataset
 from toolkit.data.tokens.prepared import PreparedDataset
 

@@ -17,7 +17,7 @@ from tests.data.instances.token_corpus import (
 )
 from toolkit.data.instances import index as index_module
 from toolkit.data.instances.packed import PackedDataset, best_fit_decreasing, spreading_step
-from toolkit.data.instances.plans import packed_plan
+from toolkit.data.instances.plans import plan_of
 from toolkit.errors import DataError
 
 
@@ -192,7 +192,7 @@ def test_processes_at_once_make_one_plan_that_is_always_the_same(tmp_path: Path)
     answers = sorted(maker.communicate()[0] for maker in makers)
     count = expected.num_instances
     assert answers == [f"{count} 0\n", f"{count} 0\n", f"{count} 1\n"]
-    folders = [packed_plan(data, "train", 64).folder for data in (alone, together)]
+    folders = [plan_of(data, "train", "packed", 64).folder for data in (alone, together)]
     files = [{path.name: path.read_bytes() for path in folder.iterdir()} for folder in folders]
     assert files[0] == files[1]
     visible = [p.name for p in folders[1].parent.iterdir() if not p.name.endswith(".lock")]
@@ -203,7 +203,7 @@ def test_a_plan_is_kept_and_what_a_killed_process_left_is_removed(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     prepared = write_documents(tmp_path, numbered_documents([3, 5, 9]))
-    folder = packed_plan(prepared, "train", 8).folder
+    folder = plan_of(prepared, "train", "packed", 8).folder
     leftover = folder.parent / f".{folder.name}.123-abc.tmp"
     leftover.mkdir(parents=True)
     with caplog.at_level("INFO"):
@@ -234,13 +234,13 @@ def test_a_damaged_index_is_found_before_a_plan_is_made_of_it(
     overwrite_index(prepared, starts)
     with pytest.raises(DataError, match=message):
         PackedDataset(prepared, "train", 4)
-    assert not packed_plan(prepared, "train", 4).folder.exists()
+    assert not plan_of(prepared, "train", "packed", 4).folder.exists()
 
 
 def test_a_damaged_plan_names_the_folder_to_delete(tmp_path: Path) -> None:
     prepared = write_documents(tmp_path, numbered_documents([5, 3, 3]))
     PackedDataset(prepared, "train", 4)
-    folder = packed_plan(prepared, "train", 4).folder
+    folder = plan_of(prepared, "train", "packed", 4).folder
     (folder / "starts.npy").write_bytes(b"nothing")
     with pytest.raises(DataError, match=r"damaged \(starts.npy: .*delete this folder"):
         PackedDataset(prepared, "train", 4)
@@ -263,5 +263,5 @@ def test_a_full_disk_is_one_clear_line_and_leaves_nothing(
     monkeypatch.setattr(os, "posix_fallocate", refuse)
     with pytest.raises(DataError, match=r"cannot write the plan of packed .*: No space left"):
         PackedDataset(prepared, "train", 4)
-    folder = packed_plan(prepared, "train", 4).folder.parent
+    folder = plan_of(prepared, "train", "packed", 4).folder.parent
     assert [p.name for p in folder.iterdir() if not p.name.endswith(".lock")] == []

@@ -4,7 +4,7 @@ import numpy as np
 
 from tests.data.instances.token_corpus import EOS, numbered_documents, write_documents
 from toolkit.data.instances.base import DocumentPart
-from toolkit.data.instances.padded import PaddedDataset
+from toolkit.data.instances.planned import PaddedDataset
 
 
 def test_each_document_has_its_rows_in_file_order(tmp_path: Path) -> None:

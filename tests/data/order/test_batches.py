@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from toolkit.data.order.batches import Segment, StreamBatches, first_segment
+from toolkit.data.order.batches import Segment, StreamBatches
 from toolkit.data.order.stream import ShuffledStream
 
 
@@ -23,7 +23,7 @@ def stream(num_instances: int = 103, *, shuffle: bool = True, seed: int = 3) -> 
 
 
 def test_epochs_are_permutations_and_drop_what_does_not_fill_a_batch() -> None:
-    order = StreamBatches(stream(103), [first_segment(10)])
+    order = StreamBatches(stream(103), [Segment(0, 0, 10)])
     assert order.steps_per_epoch == 10
     for epoch in range(3):
         seen = order.indices(epoch * 10, 10).reshape(-1)
@@ -34,7 +34,7 @@ def test_epochs_are_permutations_and_drop_what_does_not_fill_a_batch() -> None:
 
 
 def test_any_batch_directly_is_that_batch_in_turn() -> None:
-    order = StreamBatches(stream(57), [first_segment(8), Segment(5, 40, 3), Segment(9, 52, 16)])
+    order = StreamBatches(stream(57), [Segment(0, 0, 8), Segment(5, 40, 3), Segment(9, 52, 16)])
     for first in range(20):
         count = order.batches_in_segment(first, 4)
         together = order.indices(first, count)
@@ -43,7 +43,7 @@ def test_any_batch_directly_is_that_batch_in_turn() -> None:
 
 
 def test_segments_are_read_apart() -> None:
-    order = StreamBatches(stream(57), [first_segment(8), Segment(5, 40, 3)])
+    order = StreamBatches(stream(57), [Segment(0, 0, 8), Segment(5, 40, 3)])
     assert order.batches_in_segment(3, 10) == 2
     assert order.batches_in_segment(5, 10) == 10
     assert order.indices(4).shape == (1, 8)
@@ -61,7 +61,7 @@ def test_a_new_size_goes_on_with_the_next_unseen_instance(
 ) -> None:
     """Within an epoch nothing is seen twice, and all that is left out is less than one batch."""
     source = stream(num_instances, shuffle=False)
-    order, batch = StreamBatches(source, [first_segment(sizes[0])]), 0
+    order, batch = StreamBatches(source, [Segment(0, 0, sizes[0])]), 0
     seen: dict[int, list[int]] = {}
     for size, count in zip(sizes, steps, strict=False):
         unseen = order.next_position(batch)
@@ -80,7 +80,7 @@ def test_a_new_size_goes_on_with_the_next_unseen_instance(
 
 
 def test_the_end_of_an_epoch_counts_batches_of_both_sizes() -> None:
-    order = StreamBatches(stream(100), [first_segment(10)]).resized([first_segment(10)], 4, 5)
+    order = StreamBatches(stream(100), [Segment(0, 0, 10)]).resized([Segment(0, 0, 10)], 4, 5)
     assert order.segments == (Segment(0, 0, 10), Segment(4, 40, 5))
     assert order.epoch_end(1) == 4 + 12
     assert order.epoch_end(2) == 4 + 12 + 20
@@ -89,7 +89,7 @@ def test_the_end_of_an_epoch_counts_batches_of_both_sizes() -> None:
 
 
 def test_an_endless_stream_has_no_gaps_between_passes() -> None:
-    order = StreamBatches(Endless(), [first_segment(7)]).resized([first_segment(7)], 20, 9)
+    order = StreamBatches(Endless(), [Segment(0, 0, 7)]).resized([Segment(0, 0, 7)], 20, 9)
     assert order.indices(19)[0].tolist() == list(range(133, 140))
     assert order.indices(20)[0].tolist() == list(range(140, 149))
     assert order.epoch_end(3) == 20 + (300 - 140) // 9
@@ -98,12 +98,12 @@ def test_an_endless_stream_has_no_gaps_between_passes() -> None:
 
 def test_the_same_size_again_changes_nothing() -> None:
     segments = (Segment(0, 0, 10), Segment(4, 40, 5))
-    assert StreamBatches(stream(), [first_segment(5)]).resized(segments, 9, 5).segments == segments
+    assert StreamBatches(stream(), [Segment(0, 0, 5)]).resized(segments, 9, 5).segments == segments
 
 
 @pytest.mark.parametrize("num_instances", [10**9, 10**12 // 1024])
 def test_batch_a_million_is_computed_directly(num_instances: int) -> None:
-    order = StreamBatches(stream(num_instances), [first_segment(64)])
+    order = StreamBatches(stream(num_instances), [Segment(0, 0, 64)])
     batch = order.indices(1_000_000)[0]
     assert batch.shape == (64,)
     assert len(np.unique(batch)) == 64

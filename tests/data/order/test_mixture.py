@@ -8,9 +8,9 @@ import pytest
 
 from toolkit.data.config import DatasetConfig, MixConfig, MixSourceConfig, RatioChangeConfig
 from toolkit.data.instances.base import DocumentPart, Rows
-from toolkit.data.order.batches import StreamBatches, first_segment
+from toolkit.data.order.batches import Segment, StreamBatches
 from toolkit.data.order.mixture import MixedDataset, MixedStream, check_limits
-from toolkit.data.order.resolve import limited_instances, resolve_mix
+from toolkit.data.order.resolve import limited_instances
 from toolkit.errors import ConfigError, DataError
 
 SEQ = 4
@@ -51,7 +51,7 @@ def mixture(
     """Sources whose ratio is the place of their name in the alphabet, with `changes` by name."""
     config = mix_config(sizes, schedule=schedule, **changes)
     opened = {name: Numbered(size, 1000 * (ord(name) - ord("a"))) for name, size in sizes.items()}
-    stream = MixedStream(resolve_mix(config), opened, config, seed=seed, shuffle=shuffle)
+    stream = MixedStream(config, opened, seed=seed, shuffle=shuffle)
     return MixedDataset(opened), stream
 
 
@@ -86,8 +86,8 @@ def test_what_only_one_source_says_of_its_rows_is_filled_in() -> None:
 def test_each_epoch_of_a_source_is_a_permutation_of_its_own() -> None:
     dataset, stream = mixture({"a": 7, "b": 5, "c": 11})
     first = dataset.read(stream.indices(np.arange(600)))["input_ids"][:, 0]
-    assert stream.counts(600) == {"a": 100, "b": 200, "c": 300}
-    assert stream.epochs(600)["b"] == 40.0
+    assert stream.plan.counts(600) == {"a": 100, "b": 200, "c": 300}
+    assert stream.plan.epochs(600)["b"] == 40.0
     for number, size in ((0, 7), (1, 5), (2, 11)):
         mine = first[first // 1000 == number] % 1000
         epochs = [mine[i : i + size].tolist() for i in range(0, len(mine) - size + 1, size)]
@@ -143,7 +143,7 @@ def test_ratios_change_at_given_tokens() -> None:
     ids = dataset.read(stream.indices(np.arange(300)))["input_ids"][:, 0]
     assert abs((ids[:101] < 1000).sum() - 101 / 3) < 1
     assert (ids[101:] < 1000).sum() == 0
-    assert stream.counts(300)["b"] == (ids >= 1000).sum()
+    assert stream.plan.counts(300)["b"] == (ids >= 1000).sum()
 
 
 def test_fingerprint_tells_what_the_order_depends_on() -> None:
@@ -191,44 +191,44 @@ def test_an_entry_of_the_schedule_that_changes_nothing_has_no_effect() -> None:
 def test_a_corpus_that_is_in_the_mixture_twice_has_two_orders() -> None:
     config = mix_config("ab", a={"ratio": 1.0}, b={"ratio": 1.0})
     same = Numbered(50, 0)
-    stream = MixedStream(resolve_mix(config), {"a": same, "b": same}, config, seed=0, shuffle=True)
+    stream = MixedStream(config, {"a": same, "b": same}, seed=0, shuffle=True)
     found = stream.indices(np.arange(40))
     assert found[found < 50].tolist() != (found[found >= 50] - 50).tolist()
 
 
 def test_limits_are_checked_before_the_run() -> None:
     _, stream = mixture({"a": 10, "b": 1000}, a={"max_repetitions": 4.0})
-    check_limits(stream, 120)
+    check_limits(stream.plan, 120)
     with pytest.raises(ConfigError) as caught:
-        check_limits(stream, 240)
+        check_limits(stream.plan, 240)
     assert str(caught.value) == (
         "dataset.mix: a breaks its limit of 4 repetitions: the run takes 320 tokens of it, 8 times "
         "the 40 there are; lower its share from 33.3333% to 16.6666% of the mixture (its ratio "
         "times 0.4), or train on at most 484 tokens (trainer.max_duration), or raise its "
         "max_repetitions"
     )
-    check_limits(mixture({"a": 10, "b": 9}, a={"max_repetitions": 4.0, "ratio": 0.4})[1], 240)
+    check_limits(mixture({"a": 10, "b": 9}, a={"max_repetitions": 4.0, "ratio": 0.4})[1].plan, 240)
 
 
 def test_the_longest_run_that_works_is_found_behind_changes_of_ratios() -> None:
     schedule = (RatioChangeConfig(at_tokens=60 * SEQ, ratios={"a": 6.0}),)
     _, stream = mixture({"a": 10, "b": 99}, a={"max_repetitions": 5.0}, schedule=schedule)
     # 20 of the first 60, then 3 of 4.
-    end = next(t for t in range(200) if stream.counts(t + 1)["a"] > 50)
+    end = next(t for t in range(200) if stream.plan.counts(t + 1)["a"] > 50)
     assert stream.end == end
     assert abs(end - 100) <= 1
     with pytest.raises(ConfigError, match=f"train on at most {end * SEQ} tokens"):
-        check_limits(stream, 110)
-    check_limits(stream, end)
+        check_limits(stream.plan, 110)
+    check_limits(stream.plan, end)
     with pytest.raises(ConfigError, match=f"train on at most {end // 8 * 8 * SEQ} tokens"):
-        check_limits(stream, 110, batch_instances=8)
+        check_limits(stream.plan, 110, batch_instances=8)
 
 
 def test_a_source_that_stops_in_time_breaks_no_limit() -> None:
     schedule = (RatioChangeConfig(at_tokens=60 * SEQ, ratios={"a": 0.0}),)
     _, stream = mixture({"a": 10, "b": 99}, a={"max_repetitions": 2.0}, schedule=schedule)
     assert stream.end is None
-    check_limits(stream, 10**9)
+    check_limits(stream.plan, 10**9)
     _, stream = mixture({"a": 10, "b": 99}, a={"max_repetitions": 1.9}, schedule=schedule)
     assert stream.end == 58
 
@@ -247,7 +247,7 @@ def test_places_of_instances_are_found_without_reading(name: str) -> None:
 
 def test_batches_up_to_a_limit_can_be_read_at_once() -> None:
     _, stream = mixture({"a": 10, "b": 99}, a={"max_repetitions": 1.5})
-    order = StreamBatches(stream, [first_segment(4)])
+    order = StreamBatches(stream, [Segment(0, 0, 4)])
     assert stream.end == 46
     assert order.batches_in_segment(0, 64) == 11
     assert order.indices(0, 11).shape == (11, 4)

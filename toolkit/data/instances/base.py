@@ -12,7 +12,6 @@ An instance is one row of `sequence_length` tokens. Rows are dictionaries of arr
 Padding is a document of its own at the end of a row, with `label_mask` False.
 """
 
-import itertools
 from pathlib import Path
 from typing import Protocol
 
@@ -25,14 +24,12 @@ Rows = dict[str, np.ndarray]
 
 
 class DocumentPart(msgspec.Struct, frozen=True):
-    """The tokens of one document inside an instance."""
+    """Tokens [start, end) of one document, counted from its own first, inside an instance."""
 
     document: int
     """Its number in the split, from 0."""
     start: int
-    """First token, counted from the document's own first."""
     end: int
-    """One past the last."""
     num_tokens: int
     """Tokens of the whole document."""
 
@@ -40,25 +37,16 @@ class DocumentPart(msgspec.Struct, frozen=True):
 class InstanceDataset(Protocol):
     """Instances of one split of one corpus, by number. Reading them needs no torch."""
 
-    @property
-    def sequence_length(self) -> int:
-        """Tokens of the longest row."""
-
-    @property
-    def num_instances(self) -> int:
-        """Instances are numbered from 0 to this, exclusively."""
-
-    @property
-    def fingerprint(self) -> str:
-        """Identifies what every instance holds: tokens, and how they are cut into rows."""
-
-    @property
-    def bytes_per_token(self) -> float:
-        """Average UTF-8 bytes of text per token; 0.0 where that is not known."""
-
-    @property
-    def tokenizer_folder(self) -> Path | None:
-        """Folder of the tokenizer that made the tokens; None where that is not known."""
+    sequence_length: int
+    """Tokens of the longest row."""
+    num_instances: int
+    """Instances are numbered from 0 to this, exclusively."""
+    fingerprint: str
+    """Identifies what every instance holds: tokens, and how they are cut into rows."""
+    bytes_per_token: float
+    """Average UTF-8 bytes of text per token; 0.0 where that is not known."""
+    tokenizer_folder: Path | None
+    """Folder of the tokenizer that made the tokens; None where that is not known."""
 
     def read(self, indices: np.ndarray) -> Rows:
         """The instances `indices`, shape `(rows,)`, in that order. No Python per token."""
@@ -68,10 +56,8 @@ class InstanceDataset(Protocol):
 
 
 def check_ids(rows: Rows, indices: np.ndarray, vocab_size: int) -> None:
-    """Raise DataError when the instances `indices` hold an id that the vocabulary has not.
-
-    A model would stop at it too, but on a GPU without a word about where it is.
-    """
+    """Raise DataError when the instances `indices` hold an id that the vocabulary has not: a model
+    on a GPU would stop at it without a word about where it is."""
     ids = rows["input_ids"]
     if not vocab_size or not ids.size or int(ids.max()) < vocab_size:
         return
@@ -83,29 +69,9 @@ def check_ids(rows: Rows, indices: np.ndarray, vocab_size: int) -> None:
     )
 
 
-class Decoder(Protocol):
-    """A tokenizer, as far as text is wanted."""
-
-    def decode(self, ids: np.ndarray) -> str: ...
-
-
-class DecodedPiece(msgspec.Struct, frozen=True):
-    """Consecutive tokens of one document that are all targets, or none of them."""
-
-    document: int | None
-    """Its number in the split; None: padding."""
-    is_target: bool
-    """Whether the loss counts the prediction of these tokens."""
-    num_tokens: int
-    text: str
-
-
 def target_mask(rows: Rows) -> np.ndarray:
-    """Which tokens the loss asks for, bool of the shape `(rows, seq)` of `input_ids`.
-
-    The same as `toolkit.models.loss.shift_labels`, asked from the other side: labels are
-    shifted inside a row, so nothing predicts its first token, nor the first of a document where
-    attention stays inside documents.
+    """Which tokens the loss asks for, bool `(rows, seq)`; as `toolkit.models.loss.shift_labels` has
+    it: nothing predicts the first token of a row, nor of a document where attention stays inside.
     """
     mask = np.ones(rows["input_ids"].shape, dtype=bool)
     if "label_mask" in rows:
@@ -115,38 +81,3 @@ def target_mask(rows: Rows) -> np.ndarray:
         documents = rows["document_ids"]
         mask[:, 1:] &= documents[:, 1:] == documents[:, :-1]
     return mask
-
-
-def decode_pieces(
-    tokenizer: Decoder | None,
-    ids: np.ndarray,
-    is_target: np.ndarray,
-    parts: list[DocumentPart],
-) -> list[DecodedPiece]:
-    """The text of one row; without a tokenizer, its ids.
-
-    Args:
-        ids, is_target: the row, and its row of `target_mask`; both `(seq,)`.
-        parts: its documents in order; tokens after them are padding.
-
-    A character whose bytes lie on both sides of a cut shows as U+FFFD.
-    """
-    pieces, position = [], 0
-    lengths = [(part.document, part.end - part.start) for part in parts]
-    for document, length in [*lengths, (None, len(ids) - sum(n for _, n in lengths))]:
-        if not length:
-            continue
-        stop = position + length
-        changes = np.flatnonzero(np.diff(is_target[position:stop])) + 1
-        bounds = [position, *(position + changes).tolist(), stop]
-        for begin, end in itertools.pairwise(bounds):
-            text = _text(tokenizer, ids[begin:end])
-            pieces.append(DecodedPiece(document, bool(is_target[begin]), end - begin, text))
-        position = stop
-    return pieces
-
-
-def _text(tokenizer: Decoder | None, ids: np.ndarray) -> str:
-    if tokenizer is None:
-        return " ".join(str(number) for number in ids.tolist()) + " "
-    return tokenizer.decode(ids)

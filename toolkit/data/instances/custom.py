@@ -18,6 +18,7 @@ from typing import Any
 
 import msgspec
 import numpy as np
+import xxhash
 
 from toolkit.data.config import CustomDatasetConfig
 from toolkit.data.instances.base import DocumentPart, Rows
@@ -43,25 +44,20 @@ def open_custom(
     *,
     num_workers: int = 0,
     worker_type: WorkerType = "process",
-) -> "MapInstances | IterableInstances | None":
+) -> "CustomInstances | None":
     """The user's data set as instances; None for a validation split that it does not have.
-
-    Raises:
-        ConfigError: there is no such class, or it cannot be made with these arguments.
-        DataError: it is neither map-style nor iterable-style.
-    """
+    ConfigError or DataError: there is no such class, it cannot be made, or is of neither kind."""
     if split != "train" and not takes(load_class(config), "split"):
         return None
-    made = make(config, split, sequence_length)
-    name = config.target
+    made, name = make(config, split, sequence_length), config.target
     has_length = hasattr(made, "__len__")
     if split != "train" and has_length and _length(made, name) == 0:
         return None
+    reader: ItemReader | SequentialReader
     if hasattr(made, "__getitem__") and has_length:
-        return MapInstances(
-            made, config, split, sequence_length, num_workers=num_workers, worker_type=worker_type
-        )
-    if hasattr(made, "__iter__"):
+        setup = (config, split, sequence_length)
+        reader = ItemReader(made, setup, num_workers=num_workers, worker_type=worker_type)
+    elif hasattr(made, "__iter__"):
         if num_workers:
             raise ConfigError(
                 f"data_loader.num_workers {num_workers}: {name} is iterable-style, which one "
@@ -69,58 +65,27 @@ def open_custom(
             )
         if split != "train" and not has_length:
             return None
-        return IterableInstances(made, config, split, sequence_length)
-    raise DataError(
-        f"dataset.custom.target {name}: has neither __len__ and __getitem__ (map-style) nor "
-        "__iter__ (iterable-style)"
-    )
+        reader = SequentialReader(made, name)
+    else:
+        raise DataError(
+            f"dataset.custom.target {name}: has neither __len__ and __getitem__ (map-style) nor "
+            "__iter__ (iterable-style)"
+        )
+    return CustomInstances(made, config, split, sequence_length, reader)
 
 
-class _CustomInstances:
-    """What both kinds have in common."""
+class CustomInstances:
+    """The user's data set as an `InstanceDataset`; instance i is item i, of an iterable-style one
+    the i-th, passes following each other.
+
+    Attributes:
+        vocab_size: every id is below this, where the class says so.
+        is_sequential: whether it is iterable-style.
+        is_slow_to_read: rows come from the user's code, so nothing is read that was not asked for.
+    """
 
     bytes_per_token = 0.0
     is_slow_to_read = True
-    """Rows come from the user's code, so nothing is read that was not asked for."""
-    vocab_size: int | None
-    """Every id is below this, where the class says so."""
-
-    def __init__(
-        self, made: Any, config: CustomDatasetConfig, split: str, sequence_length: int
-    ) -> None:
-        self._made = made
-        self._name = config.target
-        self.sequence_length = sequence_length
-        has_length = hasattr(made, "__len__")
-        self.num_instances = _length(made, self._name) if has_length else UNKNOWN_LENGTH
-        with user_code(f"{self._name}: vocab_size or tokenizer_folder cannot be had"):
-            self.vocab_size = getattr(made, "vocab_size", None)
-            folder = getattr(made, "tokenizer_folder", None)
-        self.tokenizer_folder = Path(folder) if folder is not None else None
-        self.fingerprint = self._fingerprint(config, split)
-
-    def documents(self, index: int) -> list[DocumentPart]:
-        """An item counts as one document."""
-        return [DocumentPart(index, 0, self.sequence_length, self.sequence_length)]
-
-    def _fingerprint(self, config: CustomDatasetConfig, split: str) -> str:
-        import xxhash
-
-        with user_code(f"{self._name}: its fingerprint cannot be had"):
-            own = getattr(self._made, "fingerprint", None)
-            if callable(own):
-                own = own()
-        identity = (config.target, split, self.num_instances, self.sequence_length, own)
-        content = repr(identity).encode() + msgspec.json.encode(config.args, order="sorted")
-        return xxhash.xxh3_64_hexdigest(content)
-
-    def _rows(self, items: Sequence[Any], numbers: Sequence[int]) -> Rows:
-        named = [f"{self._name}: item {number}" for number in numbers]
-        return stack_items(items, named, self.sequence_length, self.vocab_size)
-
-
-class MapInstances(_CustomInstances):
-    """A map-style data set; instance i is item i."""
 
     def __init__(
         self,
@@ -128,53 +93,57 @@ class MapInstances(_CustomInstances):
         config: CustomDatasetConfig,
         split: str,
         sequence_length: int,
-        *,
-        num_workers: int,
-        worker_type: WorkerType,
+        reader: "ItemReader | SequentialReader",
     ) -> None:
-        super().__init__(made, config, split, sequence_length)
-        self._reader = ItemReader(
-            made,
-            (config, split, sequence_length),
-            num_workers=num_workers,
-            worker_type=worker_type,
-        )
+        self._reader, self._name = reader, config.target
+        self.sequence_length = sequence_length
+        self.is_sequential = isinstance(reader, SequentialReader)
+        has_length = hasattr(made, "__len__")
+        self.num_instances = _length(made, self._name) if has_length else UNKNOWN_LENGTH
+        with user_code(f"{self._name}: vocab_size or tokenizer_folder cannot be had"):
+            self.vocab_size: int | None = getattr(made, "vocab_size", None)
+            folder = getattr(made, "tokenizer_folder", None)
+        self.tokenizer_folder = Path(folder) if folder is not None else None
+        with user_code(f"{self._name}: its fingerprint cannot be had"):
+            own = getattr(made, "fingerprint", None)
+            own = own() if callable(own) else own
+        identity = (config.target, split, self.num_instances, sequence_length, own)
+        content = repr(identity).encode() + msgspec.json.encode(config.args, order="sorted")
+        self.fingerprint = xxhash.xxh3_64_hexdigest(content)
 
     def read(self, indices: np.ndarray) -> Rows:
-        """See `InstanceDataset`. Raises DataError for an item that cannot be made or used."""
+        """Raises DataError for an item that cannot be made or used."""
         numbers = indices.tolist()
-        return self._rows(self._reader.read(numbers), numbers)
+        named = [f"{self._name}: item {number}" for number in numbers]
+        items = self._reader.read(numbers)
+        return stack_items(items, named, self.sequence_length, self.vocab_size)
+
+    def documents(self, index: int) -> list[DocumentPart]:
+        """An item counts as one document."""
+        return [DocumentPart(index, 0, self.sequence_length, self.sequence_length)]
 
     def close(self) -> None:
         """End the workers."""
         self._reader.close()
 
 
-class IterableInstances(_CustomInstances):
-    """An iterable-style data set; instance i is the i-th item, passes following each other.
+class SequentialReader:
+    """Items of an iterable-style data set. Reading on is cheap; going back, or far ahead, iterates
+    from the start unless the class has `iterate`."""
 
-    Reading on is cheap; going back, or far ahead, iterates from the start unless the class has
-    `iterate`.
-    """
-
-    def __init__(
-        self, made: Any, config: CustomDatasetConfig, split: str, sequence_length: int
-    ) -> None:
-        super().__init__(made, config, split, sequence_length)
+    def __init__(self, made: Any, name: str) -> None:
+        self._made, self._name = made, name
         self._items: Iterator[Any] | None = None
         self._next = 0
 
-    def read(self, indices: np.ndarray) -> Rows:
-        """See `InstanceDataset`; `indices` ascend. Raises DataError for an item that cannot be
-        made or used."""
-        numbers = indices.tolist()
+    def read(self, numbers: Sequence[int]) -> list[Any]:
+        """The items `numbers`, which ascend. Raises DataError for one that cannot be made."""
         try:
-            items = [self._item(number) for number in numbers]
+            return [self._item(number) for number in numbers]
         except BaseException:
             # A generator that raised has ended.
             self._items = None
             raise
-        return self._rows(items, numbers)
 
     def close(self) -> None:
         """Nothing is held open."""
@@ -182,7 +151,9 @@ class IterableInstances(_CustomInstances):
     def _item(self, number: int) -> Any:
         if self._items is None or number < self._next:
             with user_code(f"{self._name}: iterating from item {number} on fails"):
-                self._items, self._next = self._open(number)
+                can_skip = hasattr(self._made, "iterate")
+                self._items = iter(self._made.iterate(number)) if can_skip else self._passes()
+                self._next = number if can_skip else 0
         while True:
             with user_code(f"{self._name}: item {self._next} cannot be made"):
                 item = next(self._items, _ENDED)
@@ -195,23 +166,18 @@ class IterableInstances(_CustomInstances):
             if self._next > number:
                 return item
 
-    def _open(self, start: int) -> tuple[Iterator[Any], int]:
-        if hasattr(self._made, "iterate"):
-            return iter(self._made.iterate(start)), start
-        return self._passes(), 0
-
     def _passes(self) -> Iterator[Any]:
         while True:
-            count = 0
+            item = _ENDED
             for item in self._made:
-                count += 1
                 yield item
-            if count == 0:
+            if item is _ENDED:
                 raise DataError(f"{self._name}: gave no items")
 
 
 class SequentialStream:
-    """Position p is instance p: the order of an iterable-style data set is its own."""
+    """An `InstanceStream` whose position p is instance p: the order of an iterable-style data set
+    is its own."""
 
     keeps_epochs_apart = False
     end = None
@@ -220,7 +186,6 @@ class SequentialStream:
         self.epoch_instances = epoch_instances
 
     def indices(self, positions: np.ndarray) -> np.ndarray:
-        """See `toolkit.data.order.stream.InstanceStream`."""
         return positions
 
 
@@ -236,27 +201,21 @@ _NUMBERS = {"input_ids": "iu", "label_mask": "biuf", "document_ids": "iu"}
 def stack_items(
     items: Sequence[Any], named: Sequence[str], sequence_length: int, vocab_size: int | None
 ) -> Rows:
-    """Items, called `named` in messages, as rows of one length.
-
-    Raises:
-        DataError: one is not as it should be.
-    """
-    # A mask always: ranks whose items happen to have none must agree with those whose have.
-    wanted = {"label_mask", *(key for item in items if isinstance(item, dict) for key in item)}
+    """Items, called `named` in messages, as rows of one length. DataError: one is no such item."""
     found = [
         _arrays(item, name, sequence_length, vocab_size)
         for item, name in zip(items, named, strict=True)
     ]
-    is_padded = any(len(arrays["input_ids"]) < sequence_length for arrays in found)
-    if is_padded:
+    # A mask always: ranks whose items happen to have none must agree with those whose have.
+    wanted = {"label_mask", *(key for arrays in found for key in arrays)}
+    if any(len(arrays["input_ids"]) < sequence_length for arrays in found):
         wanted.add("document_ids")
     rows: Rows = {}
     for key in ("input_ids", *sorted(wanted - {"input_ids"})):
         rows[key] = np.zeros((len(found), sequence_length), dtype=_KINDS[key])
         for row, arrays in zip(rows[key], found, strict=True):
             length = len(arrays["input_ids"])
-            default = key == "label_mask"
-            row[:length] = arrays.get(key, default)
+            row[:length] = arrays.get(key, key == "label_mask")
             if key == "document_ids" and length < sequence_length:
                 row[length:] = row[length - 1] + 1
     return rows
@@ -270,7 +229,12 @@ def _arrays(
         raise DataError(f"{name}: unknown key {unknown[0]!r}; known are {', '.join(_KINDS)}")
     if "input_ids" not in given:
         raise DataError(f"{name}: has no input_ids")
-    arrays = {key: _array(key, value, name) for key, value in given.items()}
+    arrays = {}
+    for key, value in given.items():
+        try:
+            arrays[key] = np.asarray(value)
+        except Exception as error:  # a row with holes in it, a tensor on a device, anything
+            raise DataError(f"{name}: {key} is no array of numbers: {error}") from error
     ids = arrays["input_ids"]
     if ids.ndim != 1 or not 1 <= len(ids) <= sequence_length:
         raise DataError(
@@ -288,10 +252,3 @@ def _arrays(
         limit = "unknown size" if vocab_size is None else vocab_size
         raise DataError(f"{name}: ids from {lowest} to {highest}, the vocabulary has {limit}")
     return arrays
-
-
-def _array(key: str, value: Any, name: str) -> np.ndarray:
-    try:
-        return np.asarray(value)
-    except Exception as error:  # a row with holes in it, a tensor on a device, anything
-        raise DataError(f"{name}: {key} is no array of numbers: {error}") from error

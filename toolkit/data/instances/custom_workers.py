@@ -24,13 +24,8 @@ WorkerType = Literal["process", "thread"]
 
 
 class ItemReader:
-    """Items by number, made here or by workers, which start with the first read.
-
-    Args:
-        made: the user's object.
-        setup: what it was made of; worker processes make their own.
-        num_workers: 0: no workers.
-    """
+    """Items by number, made here or by workers, which start with the first read. `made` is the
+    user's object, `setup` what it was made of: worker processes make their own."""
 
     def __init__(
         self,
@@ -56,12 +51,14 @@ class ItemReader:
         try:
             if self._worker_type == "process":
                 with signals.starting_workers():
-                    answers = self._pool.map(_worker_items, parts)
-                found = list(answers)
+                    found = self._pool.map(_worker_items, parts)
             else:
-                found = list(self._pool.map(lambda p: _items(self._made, p, self._name), parts))
+                found = self._pool.map(lambda p: _items(self._made, p, self._name), parts)
+            return list(itertools.chain.from_iterable(found))
         except BrokenProcessPool:
-            self._kill_workers()
+            for process in list(self._processes.values()):
+                process.kill()  # they do not end by the SIGTERM that the broken pool sends
+            self.close()
             if signals.asked() is not None:
                 # Whoever asked this process to stop may have ended its workers. The batch is still
                 # wanted, since other ranks train on theirs.
@@ -71,19 +68,11 @@ class ItemReader:
                 f"{self._name}: a worker process ended suddenly (often for lack of memory); try "
                 "data_loader.worker_type=thread or fewer data_loader.num_workers"
             ) from None
-        return list(itertools.chain.from_iterable(found))
 
     def close(self) -> None:
-        """End the workers."""
         if self._pool is not None:
             self._pool.shutdown(wait=False, cancel_futures=True)
             self._pool = None
-
-    def _kill_workers(self) -> None:
-        """Of a broken pool: they do not end by the SIGTERM that the pool itself sends."""
-        for process in list(self._processes.values()):
-            process.kill()
-        self.close()
 
     def _open_pool(self) -> Executor:
         if self._worker_type == "thread":
@@ -123,20 +112,14 @@ def _worker_items(numbers: Sequence[int]) -> list[Any]:
     return _items(made, numbers, name)
 
 
-def load_class(config: CustomDatasetConfig) -> Callable[..., Any]:
+def load_class(config: CustomDatasetConfig) -> Any:
     """The class `config.target`. Raises ConfigError: there is none."""
-    found: Callable[..., Any] = users_class(config.target, key="dataset.custom.target")
-    return found
+    return users_class(config.target, key="dataset.custom.target")
 
 
 def make(config: CustomDatasetConfig, split: str, sequence_length: int) -> Any:
-    """The object of the user's class for these arguments; asked for again, the same one.
-
-    It may hold all of its data, so a process makes it once for each split.
-
-    Raises:
-        ConfigError: its arguments do not fit.
-    """
+    """The object of the user's class for these arguments; asked for again, the same one: it may
+    hold all of its data. ConfigError: its arguments do not fit."""
     # The class itself is in the key: a module that is reloaded has another one.
     return _make(load_class(config), msgspec.json.encode(config), split, sequence_length)
 

@@ -10,16 +10,14 @@ from toolkit.data.tokens.prepared import PreparedDataset, Split
 
 
 class TokenDataset:
-    """Instance i is tokens [i * sequence_length, (i + 1) * sequence_length) of a split.
+    """Instance i is tokens [i * sequence_length, (i + 1) * sequence_length) of a split. An
+    `InstanceDataset`.
 
     Attributes:
         instances: memory map of shape `(num_instances, sequence_length)`; the last tokens, fewer
             than one instance, are left out.
         targets: the same of the tokens the loss asks for (uint8, 0 or 1); None: all.
         intra_document_masking: whether `read` gives `document_ids`.
-
-    Raises:
-        DataError: the token files do not agree with their manifest.
     """
 
     def __init__(
@@ -32,9 +30,7 @@ class TokenDataset:
     ) -> None:
         self.sequence_length = sequence_length
         self.intra_document_masking = intra_document_masking
-        self.fingerprint = fixed_fingerprint(
-            prepared, split, sequence_length, intra_document_masking=intra_document_masking
-        )
+        self.fingerprint = prepared.fingerprint(split)
         self.bytes_per_token = prepared.bytes_per_token(split)
         self.tokenizer_folder = prepared.tokenizer_folder
         tokens = np.asarray(prepared.tokens(split))
@@ -46,10 +42,18 @@ class TokenDataset:
         mask = prepared.target_mask(split)
         self.targets = None if mask is None else np.asarray(mask)[:used].reshape(shape)
         self._prepared, self._split = prepared, split
-        self._index = DocumentIndex(prepared, split) if intra_document_masking else None
+        self._index = None
+        if intra_document_masking:
+            self._index = DocumentIndex(prepared, split)
+            self.fingerprint = instances_fingerprint(
+                prepared,
+                split,
+                "fixed",
+                sequence_length=sequence_length,
+                intra_document_masking=True,
+            )
 
     def read(self, indices: np.ndarray) -> Rows:
-        """See `InstanceDataset`."""
         self._pages.request(np.asarray(indices) * self.sequence_length, self.sequence_length)
         rows = {"input_ids": self.instances[indices].astype(np.int64)}
         if self.targets is not None:
@@ -59,7 +63,6 @@ class TokenDataset:
         return rows
 
     def documents(self, index: int) -> list[DocumentPart]:
-        """See `InstanceDataset`."""
         found = self._index or DocumentIndex(self._prepared, self._split)
         return found.parts(index * self.sequence_length, self.sequence_length)
 
@@ -77,14 +80,3 @@ class TokenDataset:
         is_start = np.zeros((len(indices), self.sequence_length), dtype=bool)
         is_start[rows, columns.astype(np.int64)] = True
         return np.cumsum(is_start, axis=1, dtype=np.int32)
-
-
-def fixed_fingerprint(
-    prepared: PreparedDataset, split: Split, sequence_length: int, *, intra_document_masking: bool
-) -> str:
-    """What identifies the instances; without masking, it is that of the tokens alone."""
-    if not intra_document_masking:
-        return prepared.fingerprint(split)
-    return instances_fingerprint(
-        prepared, split, "fixed", sequence_length=sequence_length, intra_document_masking=True
-    )

@@ -3,6 +3,7 @@
 Nothing here holds more than a block of the file in memory.
 """
 
+import itertools
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -32,7 +33,7 @@ class DocumentIndex:
 
     Attributes:
         starts: position of each document's first token, uint64 `(num_documents,)`, a memory map.
-        num_tokens: tokens of the split, where the last document ends.
+        num_tokens: tokens of the split.
 
     Raises:
         DataError: the file is missing, has not the manifest's size, or is seen at once not to
@@ -55,7 +56,7 @@ class DocumentIndex:
             )
 
     def verify(self) -> None:
-        """Read the whole file and compare it with itself and the manifest.
+        """Read the whole file.
 
         Raises:
             DataError: starts that do not ascend, or content whose hash is not the manifest's.
@@ -77,10 +78,7 @@ class DocumentIndex:
             yield Windows(starts, np.diff(starts, append=after))
 
     def windows(self, sequence_length: int) -> Iterator[Windows]:
-        """All documents cut every `sequence_length` tokens, counted from their own start.
-
-        Each has as many whole pieces as fit, and what is left over, if anything.
-        """
+        """All documents cut every `sequence_length` tokens, counted from their own start."""
         for starts, lengths in self.blocks():
             ends = np.cumsum(-(-lengths // sequence_length))
             for first in range(0, int(ends[-1]), BLOCK_DOCUMENTS):
@@ -96,22 +94,20 @@ class DocumentIndex:
 
     def parts(self, first: int, num_tokens: int) -> list[DocumentPart]:
         """The documents that the `num_tokens` tokens from position `first` belong to, in order."""
-        last = first + num_tokens
-        found = []
         # Of documents that start at the same place, all but the last are empty.
         number = int(np.searchsorted(self.starts, np.uint64(first), side="right")) - 1
-        while number < len(self.starts) and int(self.starts[number]) < last:
-            begin = int(self.starts[number])
-            is_last = number + 1 == len(self.starts)
-            end = self.num_tokens if is_last else int(self.starts[number + 1])
-            if end > max(first, begin):
-                found.append(
-                    DocumentPart(
-                        number, max(first, begin) - begin, min(last, end) - begin, end - begin
-                    )
-                )
-            number += 1
-        return found
+        stop = int(np.searchsorted(self.starts, np.uint64(first + num_tokens), side="left"))
+        bounds = [*self.starts[number : stop + 1].tolist(), self.num_tokens]
+        return [
+            DocumentPart(
+                document,
+                max(first, begin) - begin,
+                min(first + num_tokens, end) - begin,
+                end - begin,
+            )
+            for document, (begin, end) in enumerate(itertools.pairwise(bounds), number)
+            if end > max(first, begin) and document < stop
+        ]
 
     def _error(self, what: str) -> DataError:
         return DataError(
@@ -122,11 +118,7 @@ class DocumentIndex:
 
 def verify_once(prepared: PreparedDataset, split: Split) -> None:
     """`DocumentIndex.verify` for an index that was not found good before, as a note beside the
-    plans says.
-
-    Raises:
-        DataError: see `DocumentIndex`.
-    """
+    plans says."""
     state = (prepared.folder / f"{split}.idx").stat()
     found = f"{state.st_size} {state.st_mtime_ns}"
     name = f"{split}.idx.{prepared.fingerprint(split)}.checked"
@@ -152,16 +144,12 @@ class IndexScan:
 
     @property
     def content_hash(self) -> str:
-        """xxh3_128 of all blocks."""
+        """xxh3_128."""
         return self._digest.hexdigest()
 
     def look(self, position: int, block: np.ndarray) -> np.ndarray:
-        """The next block, which begins with the start of document `position`.
-
-        Returns:
-            The tokens from each start to the one before it, uint64 as `block`; only of use while
-            nothing is wrong.
-        """
+        """The next block, which begins with the start of document `position`. Returns the tokens
+        from each start to the one before it, uint64; only of use while nothing is wrong."""
         self._digest.update(block.data)
         before = np.concatenate([[self._last], block[:-1]])
         self._last = block[-1]

@@ -3,21 +3,28 @@
 Only `open_instances` and making plans need numpy; nothing here needs torch.
 """
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from toolkit.data.config import DatasetConfig
-from toolkit.data.instances.config import (
+from toolkit.config.named import named
+from toolkit.data.config import (
+    DatasetConfig,
     FixedInstancesConfig,
     InstancesConfig,
-    PackedInstancesConfig,
-    PaddedInstancesConfig,
     VariableInstancesConfig,
 )
-from toolkit.data.instances.plans import Plan, packed_plan, padded_plan, variable_plan
-from toolkit.data.tokens.prepared import PreparedDataset, Split
+from toolkit.data.instances.plans import Plan, plan_of
+from toolkit.data.tokens.prepared import SPLITS, PreparedDataset, Split
 
 if TYPE_CHECKING:
     from toolkit.data.instances.base import InstanceDataset
+
+_CLASSES = {
+    "fixed": "toolkit.data.instances.fixed:TokenDataset",
+    "packed": "toolkit.data.instances.packed:PackedDataset",
+    "padded": "toolkit.data.instances.planned:PaddedDataset",
+    "variable": "toolkit.data.instances.variable:VariableDataset",
+}
+"""By the type of their config; they need numpy."""
 
 
 def open_instances(
@@ -32,32 +39,23 @@ def open_instances(
         ConfigError: `sequence_length` does not suit the kind of instances.
         DataError: the token files or a plan are damaged, or the plan cannot be written.
     """
-    kind, length = instances_config(config, evaluation=evaluation), config.sequence_length
-    if isinstance(kind, PackedInstancesConfig):
-        from toolkit.data.instances.packed import PackedDataset
-
-        return PackedDataset(prepared, split, length)
-    if isinstance(kind, PaddedInstancesConfig):
-        from toolkit.data.instances.padded import PaddedDataset
-
-        return PaddedDataset(prepared, split, length)
-    if isinstance(kind, VariableInstancesConfig):
-        from toolkit.data.instances.variable import VariableDataset
-
-        return VariableDataset(prepared, split, length, min_length=kind.min_sequence_length)
-    from toolkit.data.instances.fixed import TokenDataset
-
-    return TokenDataset(prepared, split, length, intra_document_masking=kind.intra_document_masking)
+    kind = instances_config(config, evaluation=evaluation)
+    options: dict[str, Any] = {}
+    if isinstance(kind, FixedInstancesConfig):
+        options["intra_document_masking"] = kind.intra_document_masking
+    elif isinstance(kind, VariableInstancesConfig):
+        options["min_length"] = kind.min_sequence_length
+    build = named(_CLASSES[_tag(kind)])
+    instances: InstanceDataset = build(prepared, split, config.sequence_length, **options)
+    return instances
 
 
 def instances_config(config: DatasetConfig, *, evaluation: bool = False) -> InstancesConfig:
     """Kind of instances of training, or of evaluation: `eval_instances`, and where that is null,
     as in training; fixed, with attention inside documents, where that is variable."""
-    if not evaluation:
-        return config.instances
-    if config.eval_instances is not None:
+    if evaluation and config.eval_instances is not None:
         return config.eval_instances
-    if isinstance(config.instances, VariableInstancesConfig):
+    if evaluation and isinstance(config.instances, VariableInstancesConfig):
         # Training rows are of one document each.
         return FixedInstancesConfig(intra_document_masking=True)
     return config.instances
@@ -67,12 +65,7 @@ def count_rows(
     prepared: PreparedDataset, split: Split, config: DatasetConfig, *, evaluation: bool = False
 ) -> list[tuple[int, int]] | None:
     """(length in tokens, number) of the instances, in about a millisecond; None: the plan that
-    tells is not made.
-
-    Raises:
-        ConfigError: `sequence_length` does not suit the kind of instances.
-        DataError: the plan is damaged.
-    """
+    tells is not made. Errors as of `open_instances`."""
     if not prepared.has_split(split):
         return []
     plan, length = _plan(prepared, split, config, evaluation=evaluation), config.sequence_length
@@ -98,37 +91,33 @@ def ensure_plans(prepared: PreparedDataset, config: DatasetConfig) -> None:
     a plan, the document index is checked where documents matter. What rows do to the targets of
     instruction data is said.
 
-    Raises:
-        ConfigError: `sequence_length` does not suit the kind of instances.
-        DataError: a document index is damaged, a plan cannot be written, or no row of training has
-            a target.
+    Errors as of `open_instances`, and DataError: no row of training has a target.
     """
-    splits: tuple[tuple[Split, bool], ...] = (("train", False), ("val", True))
-    for split, evaluation in splits:
-        if prepared.has_split(split):
-            plan = _plan(prepared, split, config, evaluation=evaluation)
-            kind = instances_config(config, evaluation=evaluation)
-            has_mask = prepared.manifest.splits[split].mask_hash is not None
-            if has_mask or (plan is not None and plan.header() is None):
-                instances = open_instances(prepared, split, config, evaluation=evaluation)
-            if isinstance(kind, FixedInstancesConfig) and kind.intra_document_masking:
-                from toolkit.data.instances.index import verify_once
-
-                verify_once(prepared, split)
-            if has_mask:
-                from toolkit.data.instances.targets import check_row_targets
-
-                check_row_targets(prepared, split, instances, kind)
+    for split in SPLITS:
+        if not prepared.has_split(split):
+            continue
+        evaluation = split == "val"
+        plan = _plan(prepared, split, config, evaluation=evaluation)
+        kind = instances_config(config, evaluation=evaluation)
+        has_mask = prepared.manifest.splits[split].mask_hash is not None
+        if has_mask or (plan is not None and plan.header() is None):
+            instances = open_instances(prepared, split, config, evaluation=evaluation)
+        if isinstance(kind, FixedInstancesConfig) and kind.intra_document_masking:
+            named("toolkit.data.instances.index:verify_once")(prepared, split)
+        if has_mask:
+            check = named("toolkit.data.instances.targets:check_row_targets")
+            check(prepared, split, instances, kind)
 
 
 def _plan(
     prepared: PreparedDataset, split: Split, config: DatasetConfig, *, evaluation: bool
 ) -> Plan | None:
-    kind, length = instances_config(config, evaluation=evaluation), config.sequence_length
-    if isinstance(kind, PackedInstancesConfig):
-        return packed_plan(prepared, split, length)
-    if isinstance(kind, PaddedInstancesConfig):
-        return padded_plan(prepared, split, length)
-    if isinstance(kind, VariableInstancesConfig):
-        return variable_plan(prepared, split, length, min_length=kind.min_sequence_length)
-    return None
+    kind = instances_config(config, evaluation=evaluation)
+    if isinstance(kind, FixedInstancesConfig):
+        return None
+    shortest = kind.min_sequence_length if isinstance(kind, VariableInstancesConfig) else None
+    return plan_of(prepared, split, _tag(kind), config.sequence_length, min_length=shortest)
+
+
+def _tag(kind: InstancesConfig) -> Any:
+    return kind.__struct_config__.tag

@@ -23,8 +23,8 @@ from typing import NamedTuple
 import numpy as np
 
 from toolkit.data.instances.index import DocumentIndex
-from toolkit.data.instances.planned import PlannedInstances
-from toolkit.data.instances.plans import Plan, PlanHeader, create_array, packed_plan
+from toolkit.data.instances.planned import PlannedInstances, create_array, describe
+from toolkit.data.instances.plans import Plan, PlanHeader, plan_of
 from toolkit.data.tokens.prepared import PreparedDataset, Split
 
 
@@ -33,18 +33,11 @@ class PackedDataset(PlannedInstances):
 
     Packing begins with the longest documents; rows are numbered so that the first ones, which
     evaluation takes, are spread evenly over all.
-
-    Attributes:
-        header: counts, and the share of positions filled.
-
-    Raises:
-        DataError: the token files or their plan are damaged, or the plan cannot be written.
     """
 
     def __init__(self, prepared: PreparedDataset, split: Split, sequence_length: int) -> None:
-        plan = packed_plan(prepared, split, sequence_length)
-        super().__init__(plan, lambda folder: _make(plan, folder))
-        self._groups = _Groups(*(plan.array(name) for name in _Groups._fields))
+        super().__init__(plan_of(prepared, split, "packed", sequence_length), _make)
+        self._groups = _Groups(*(self._array(name) for name in _Groups._fields))
         self._step = spreading_step(self.num_instances)
 
     def _pieces(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -81,35 +74,27 @@ def spreading_step(size: int) -> int:
     return step
 
 
-def _make(plan: Plan, folder: Path) -> PlanHeader:
-    length, index = plan.sequence_length, DocumentIndex(plan.prepared, plan.split)
-    index.verify()
+def _make(plan: Plan, index: DocumentIndex, folder: Path) -> PlanHeader:
+    length = plan.sequence_length
     counts = np.zeros(length + 1, dtype=np.int64)
     for _, lengths in index.windows(length):
         counts += np.bincount(lengths, minlength=length + 1)
 
     placements, row_groups = best_fit_decreasing(counts, length)
-    groups = _tabulate(row_groups)
-    for name, values in groups._asdict().items():
-        np.save(folder / f"{name}.npy", values)
-    starts = create_array(folder, "starts", int(counts.sum()), np.uint64)
-    _assign(index, length, counts, placements, groups, starts)
-    if isinstance(starts, np.memmap):
-        starts.flush()
-    num_rows = sum(group.num_rows for group in row_groups)
-    return plan.describe(index.blocks(), index.num_tokens, num_rows)
-
-
-def _tabulate(groups: "list[RowGroup]") -> _Groups:
-    table = np.array([(g.first_row, g.num_rows, g.num_pieces) for g in groups], dtype=np.int64)
+    table = np.array([group[:3] for group in row_groups], dtype=np.int64)
     first_row, num_rows, num_pieces = table.T
-    return _Groups(
+    groups = _Groups(
         first_row=first_row,
         num_pieces=num_pieces,
         first_place=np.cumsum(num_rows * num_pieces) - num_rows * num_pieces,
         first_length=np.cumsum(num_pieces) - num_pieces,
-        lengths=np.concatenate([group.lengths() for group in groups]),
+        lengths=np.concatenate([group.lengths() for group in row_groups]),
     )
+    for name, values in groups._asdict().items():
+        np.save(folder / f"{name}.npy", values)
+    starts = create_array(folder, "starts", int(counts.sum()), np.uint64)
+    _assign(index, length, counts, placements, groups, starts)
+    return describe(plan, index, int(num_rows.sum()))
 
 
 def _assign(
@@ -180,22 +165,15 @@ class RowGroup(NamedTuple):
         while runs is not None:
             runs, length, count = runs
             found.append((length, count))
-        found.reverse()
-        lengths, counts = np.array(found, dtype=np.int64).reshape(-1, 2).T
+        lengths, counts = np.array(found[::-1], dtype=np.int64).reshape(-1, 2).T
         return np.repeat(lengths, counts)
 
 
 def best_fit_decreasing(
     counts: np.ndarray, sequence_length: int
 ) -> tuple[list[Placement], list[RowGroup]]:
-    """Pack pieces into rows of `sequence_length` tokens.
-
-    Args:
-        counts: how many pieces there are of each length, `(sequence_length + 1,)`; none of 0.
-
-    Returns:
-        Where pieces go, and what rows hold in the end: all rows, in order.
-    """
+    """Pack pieces into rows of `sequence_length` tokens; `counts` are how many there are of each
+    length, `(sequence_length + 1,)`. Returns where pieces go, and what all rows hold, in order."""
     packer = _Packer(sequence_length)
     for length in np.flatnonzero(counts)[::-1].tolist():
         packer.place(length, int(counts[length]))
@@ -267,8 +245,8 @@ class _Packer:
         room -= length * pieces
         if room == 0:
             self._full.append(group)
-            return
-        if room not in self._by_room:
-            self._by_room[room] = deque()
+        elif room in self._by_room:
+            self._by_room[room].append(group)
+        else:
+            self._by_room[room] = deque([group])
             bisect.insort(self._rooms, room)
-        self._by_room[room].append(group)

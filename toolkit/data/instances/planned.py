@@ -1,50 +1,61 @@
-"""What instances that follow a plan have in common: the plan, the tokens, and their documents."""
+"""What instances that follow a plan have in common, and the simplest of them: padded ones."""
 
 import mmap
+import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from toolkit.data.instances.base import DocumentPart, Rows
 from toolkit.data.instances.index import DocumentIndex
-from toolkit.data.instances.plans import Plan, PlanHeader, ensure_plan
+from toolkit.data.instances.plans import Plan, PlanHeader, ensure_plan, plan_of
+from toolkit.data.tokens.prepared import PreparedDataset, Split
 
 
 class PlannedInstances:
-    """Base of packed, padded and variable instances.
+    """Base of packed, padded and variable instances, each an `InstanceDataset`.
 
     Attributes:
         header: counts, and the share of positions filled.
     """
 
-    def __init__(self, plan: Plan, make: Callable[[Path], PlanHeader]) -> None:
-        """`make` writes the plan's arrays into a folder, where they are not there yet.
-
-        Raises:
-            DataError: the token files or their plan are damaged, or the plan cannot be written.
-        """
+    def __init__(self, plan: Plan, make: Callable[[Plan, DocumentIndex, Path], PlanHeader]) -> None:
+        """`make` writes the plan's arrays into a folder, where they are not there yet. DataError:
+        the token files or their plan are damaged, or the plan cannot be written."""
         prepared, split = plan.prepared, plan.split
-        self.header = ensure_plan(plan, make)
+        self._plan, self._index = plan, DocumentIndex(prepared, split)
+
+        def make_checked(folder: Path) -> PlanHeader:
+            self._index.verify()
+            return make(plan, self._index, folder)
+
+        self.header = ensure_plan(plan, make_checked)
         self.sequence_length = plan.sequence_length
         self.num_instances = self.header.num_instances
         self.fingerprint = plan.fingerprint
         self.bytes_per_token = prepared.bytes_per_token(split)
         self.tokenizer_folder = prepared.tokenizer_folder
         self._pad_id = prepared.manifest.eos_id or 0
-        self._index = DocumentIndex(prepared, split)
         self._tokens = np.asarray(prepared.tokens(split))
         self._pages = Pages(self._tokens)
         mask = prepared.target_mask(split)
         self._targets = None if mask is None else np.asarray(mask)
-        self._starts = plan.array("starts")
+        self._starts = self._array("starts")
+
+    def _array(self, name: str) -> np.ndarray:
+        try:
+            return np.asarray(np.load(self._plan.folder / f"{name}.npy", mmap_mode="r"))
+        except (OSError, ValueError) as error:
+            raise self._plan.damaged(f"{name}.npy: {error}") from None
 
     def _pieces(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Start and length of each piece of these rows, and the number of pieces of each row."""
         raise NotImplementedError
 
     def read(self, indices: np.ndarray) -> Rows:
-        """See `InstanceDataset`; padding has the id of the end-of-document token, or 0."""
+        """Padding has the id of the end-of-document token, or 0."""
         starts, lengths, counts = self._pieces(np.asarray(indices))
         self._pages.request(starts, lengths)
         return gather_rows(
@@ -58,10 +69,78 @@ class PlannedInstances:
         )
 
     def documents(self, index: int) -> list[DocumentPart]:
-        """See `InstanceDataset`; all rows of a document name the same one."""
+        """All rows of a document name the same one."""
         starts, lengths, _ = self._pieces(np.array([index]))
         pieces = zip(starts.tolist(), lengths.tolist(), strict=True)
         return [part for start, length in pieces for part in self._index.parts(start, length)]
+
+
+def describe(plan: Plan, index: DocumentIndex, num_rows: int, **others: Any) -> PlanHeader:
+    """The header of rows that hold all tokens, but for what `others` say."""
+    num_documents = cut_documents = 0
+    for _, lengths in index.blocks():
+        num_documents += int((lengths > 0).sum())
+        cut_documents += int((lengths > plan.sequence_length).sum())
+    found = {
+        "num_tokens": index.num_tokens,
+        "efficiency": index.num_tokens / max(1, num_rows * plan.sequence_length),
+        **others,
+    }
+    return PlanHeader(
+        kind=plan.kind,
+        split=plan.split,
+        sequence_length=plan.sequence_length,
+        fingerprint=plan.fingerprint,
+        num_instances=num_rows,
+        num_documents=num_documents,
+        cut_documents=cut_documents,
+        **found,
+    )
+
+
+def create_array(folder: Path, name: str, shape: int, dtype: "np.dtype | type") -> np.ndarray:
+    """A new array of a plan to fill: a memory map whose place on disk is taken already (a full
+    disk is an OSError here, where it would kill the process later)."""
+    path = folder / f"{name}.npy"
+    if shape == 0:
+        np.save(path, np.empty(0, dtype))
+        return np.empty(0, dtype)
+    array = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=(shape,))
+    if hasattr(os, "posix_fallocate"):
+        with path.open("r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    return array
+
+
+class PaddedDataset(PlannedInstances):
+    """One document a row, padded, in the order of documents; for evaluation.
+
+    A document longer than `sequence_length` takes several rows that follow each other, without
+    overlap: every token is in exactly one row. What a later row predicts knows nothing of the rows
+    before it. Empty documents have no row.
+    """
+
+    def __init__(self, prepared: PreparedDataset, split: Split, sequence_length: int) -> None:
+        super().__init__(plan_of(prepared, split, "padded", sequence_length), _make_padded)
+        self._lengths = self._array("lengths")
+
+    def _pieces(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        starts = self._starts[indices].astype(np.int64)
+        lengths = self._lengths[indices].astype(np.int64)
+        return starts, lengths, np.ones(len(indices), dtype=np.int64)
+
+
+def _make_padded(plan: Plan, index: DocumentIndex, folder: Path) -> PlanHeader:
+    length = plan.sequence_length
+    num_rows = sum(int((-(-lengths // length)).sum()) for _, lengths in index.blocks())
+    all_starts = create_array(folder, "starts", num_rows, np.uint64)
+    all_lengths = create_array(folder, "lengths", num_rows, np.min_scalar_type(length))
+    done = 0
+    for starts, lengths in index.windows(length):
+        all_starts[done : done + len(starts)] = starts
+        all_lengths[done : done + len(starts)] = lengths
+        done += len(starts)
+    return describe(plan, index, num_rows)
 
 
 LONG_PIECE = 200
@@ -78,16 +157,14 @@ def gather_rows(
     sequence_length: int,
     pad_id: int,
 ) -> Rows:
-    """Rows of `sequence_length` tokens: pieces one after the other, then padding.
+    """Rows of `sequence_length` tokens: pieces one after the other, then padding. Each piece is a
+    document, and so is padding.
 
     Args:
         tokens: all ids of the split, `(num_tokens,)`.
         targets: 1 for those the loss asks for, `(num_tokens,)`; None: all.
         starts, lengths: of each piece in `tokens`, row after row: int64, `(pieces,)`.
         pieces_per_row: int64, `(rows,)`; each row has one at least.
-
-    Returns:
-        `input_ids`, `label_mask` and `document_ids`; each piece is a document, and so is padding.
     """
     num_rows = len(pieces_per_row)
     row_ends = np.cumsum(pieces_per_row)

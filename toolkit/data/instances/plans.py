@@ -8,8 +8,8 @@ Where the data set's folder cannot be written, `$XDG_CACHE_HOME/toolkit/packing/
 its place: what a plan is of stands in its name.
 
 A plan gets its name in one rename when all of it is written, and a lock lets one process make it
-while others wait. It can be deleted at any time: it is made again, and the same. Reading a header
-needs no numpy.
+while others wait. It can be deleted at any time: it is made again, and the same. Nothing here needs
+numpy.
 """
 
 import contextlib
@@ -18,9 +18,9 @@ import functools
 import logging
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import msgspec
 
@@ -37,14 +37,12 @@ from toolkit.storage.foreign import read_bytes, read_json
 from toolkit.storage.locks import locked
 from toolkit.wording import count
 
-if TYPE_CHECKING:
-    import numpy as np
-
 logger = logging.getLogger(__name__)
 
 PLANS_FOLDER = "packing"
 HEADER_NAME = "plan.json"
-
+INSTANCES_VERSION = 1
+"""Changes when the same settings would give other rows."""
 _READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 PlanKind = Literal["packed", "padded", "variable"]
@@ -98,7 +96,7 @@ class Plan(NamedTuple):
     def places(self) -> list[Path]:
         """Folders where the plan may be, the first where it should be."""
         name = f"{self.split}-{self.sequence_length}-{self.fingerprint}"
-        return [folder / name for folder in plans_folders(self.prepared)]
+        return [folder / name for folder in _plans_folders(self.prepared)]
 
     @property
     def folder(self) -> Path:
@@ -107,14 +105,9 @@ class Plan(NamedTuple):
         return next((place for place in places if place.exists()), places[0])
 
     def header(self) -> PlanHeader | None:
-        """What the plan holds; None: it is not made yet.
-
-        Raises:
-            DataError: it is there, but cannot be read or is not what its name says.
-        """
-        path = self.folder / HEADER_NAME
+        """What the plan holds; None: it is not made yet. DataError: it is damaged."""
         try:
-            header = read_json(path, DataError, PlanHeader)
+            header = read_json(self.folder / HEADER_NAME, DataError, PlanHeader)
         except FileNotFoundError:
             if self.folder.exists():
                 raise self.damaged(f"{HEADER_NAME} is missing") from None
@@ -125,179 +118,48 @@ class Plan(NamedTuple):
             raise self.damaged(f"{HEADER_NAME} is of other instances")
         return header
 
-    def describe(
-        self, documents: "Iterable[tuple[np.ndarray, np.ndarray]]", num_tokens: int, num_rows: int
-    ) -> PlanHeader:
-        """The header of rows that hold all tokens of `documents`, blocks of (starts, lengths)."""
-        num_documents = cut_documents = 0
-        for _, lengths in documents:
-            num_documents += int((lengths > 0).sum())
-            cut_documents += int((lengths > self.sequence_length).sum())
-        return PlanHeader(
-            kind=self.kind,
-            split=self.split,
-            sequence_length=self.sequence_length,
-            fingerprint=self.fingerprint,
-            num_instances=num_rows,
-            num_documents=num_documents,
-            num_tokens=num_tokens,
-            efficiency=num_tokens / max(1, num_rows * self.sequence_length),
-            cut_documents=cut_documents,
-        )
-
-    def array(self, name: str) -> "np.ndarray":
-        """An array of the plan, a read-only memory map.
-
-        Raises:
-            DataError: it is missing or damaged.
-        """
-        import numpy as np
-
-        try:
-            return np.asarray(np.load(self.folder / f"{name}.npy", mmap_mode="r"))
-        except (OSError, ValueError) as error:
-            raise self.damaged(f"{name}.npy: {error}") from None
-
     def damaged(self, what: str) -> DataError:
-        """The error that says so."""
         return DataError(
             f"{self.folder}: damaged ({what}); delete this folder, the plan is then made again"
         )
 
 
-def ensure_plan(plan: Plan, make: Callable[[Path], PlanHeader]) -> PlanHeader:
-    """The header of a plan, which is made now if there is none.
-
-    Many processes may call this at once: one makes the plan, the others wait.
-
-    Args:
-        make: writes the plan's arrays into a folder and returns its header.
+def plan_of(
+    prepared: PreparedDataset,
+    split: Split,
+    kind: PlanKind,
+    sequence_length: int,
+    *,
+    min_length: int | None = None,
+) -> Plan:
+    """The plan of instances of one kind; `min_length` is the shortest row of variable ones.
 
     Raises:
-        DataError: the document index is damaged, or the plan cannot be written.
+        ConfigError: `sequence_length` of variable ones is no power of two, or below `min_length`.
     """
-    header = plan.header()
-    if header is not None:
-        return header
-    *writable, last = plan.places
-    for place in writable:
-        try:
-            return _ensure(plan, place, make)
-        except OSError as error:
-            if error.errno not in _READ_ONLY:
-                raise _unwritten(plan, place, error) from error
-            logger.info("%s cannot be written; its plan goes to %s", place.parent, last.parent)
-    try:
-        return _ensure(plan, last, make)
-    except OSError as error:
-        raise _unwritten(plan, last, error) from error
-
-
-def plans_folders(prepared: PreparedDataset) -> list[Path]:
-    """Where what is kept beside the tokens of a data set may be: in its folder, or where that
-    cannot be written, in a cache for all of them."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    return [prepared.folder / PLANS_FOLDER, cache / "toolkit" / PLANS_FOLDER]
-
-
-def keep_note(prepared: PreparedDataset, name: str, data: bytes) -> None:
-    """Write a small file that `find_note` gives back; where that is not possible, nothing."""
-    for folder in plans_folders(prepared):
-        with contextlib.suppress(OSError):
-            folder.mkdir(parents=True, exist_ok=True)
-            write_atomic(folder / name, data)
-            return
-
-
-def find_note(prepared: PreparedDataset, name: str) -> bytes | None:
-    """What `keep_note` wrote; None: there is none."""
-    for folder in plans_folders(prepared):
-        with contextlib.suppress(OSError, DataError):
-            return read_bytes(folder / name, DataError)
-    return None
-
-
-def _ensure(plan: Plan, folder: Path, make: Callable[[Path], PlanHeader]) -> PlanHeader:
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    waiting = functools.partial(logger.info, "waiting for another process to make %s", folder)
-    with locked(folder.with_name(f".{folder.name}.lock"), on_wait=waiting):
-        header = plan.header()
-        if header is None:
-            started = time.monotonic()
-            header = _make(plan, folder, make)
-            _report(plan, header, time.monotonic() - started)
-        return header
-
-
-def _unwritten(plan: Plan, folder: Path, error: OSError) -> DataError:
-    return DataError(
-        f"{error.filename or folder}: cannot write the plan of {plan.kind} instances: "
-        f"{error.strerror or error}; make room or give write permission, or set "
-        "XDG_CACHE_HOME to a folder that can be written, and run again"
-    )
-
-
-def create_array(folder: Path, name: str, shape: int, dtype: "np.dtype | type") -> "np.ndarray":
-    """A new array of a plan to fill: a memory map whose place on disk is taken already (a full
-    disk is an OSError here, where it would kill the process later).
-    """
-    import numpy as np
-
-    path = folder / f"{name}.npy"
-    if shape == 0:
-        np.save(path, np.empty(0, dtype))
-        return np.empty(0, dtype)
-    array = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=(shape,))
-    if hasattr(os, "posix_fallocate"):
-        with path.open("r+b") as file:
-            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
-    return array
-
-
-def _make(plan: Plan, folder: Path, make: Callable[[Path], PlanHeader]) -> PlanHeader:
-    # The lock is held: what is unfinished was left by a process that was killed.
-    for leftover in folder.parent.glob(f".{folder.name}.*{TEMPORARY_SUFFIX}"):
-        remove_tree(leftover)
-    with new_folder(folder) as unfinished:
-        header = make(unfinished)
-        write_json_atomic(unfinished / HEADER_NAME, header)
-    return header
-
-
-def _report(plan: Plan, header: PlanHeader, seconds: float) -> None:
-    what = [
-        f"{count(header.num_documents, 'document')} in {count(header.num_instances, 'row')}",
-        f"{header.efficiency:.2%} of positions filled",
-        f"{count(header.cut_documents, 'document')} longer than {plan.sequence_length} cut",
-    ]
-    if header.dropped_tokens:
-        what.append(
-            f"{count(header.dropped_tokens, 'token')} dropped "
-            f"({count(header.dropped_documents, 'whole document')}), shorter than the shortest row"
-        )
-    logger.info(
-        "%s of %s as %s instances of %d tokens: %s; planned in %.1f s",
-        plan.split,
-        plan.prepared.folder,
-        plan.kind,
-        plan.sequence_length,
-        ", ".join(what),
-        seconds,
-    )
-
-
-INSTANCES_VERSION = 1
-"""Changes when the same settings would give other rows."""
+    settings = {"sequence_length": sequence_length}
+    if min_length is not None:
+        settings["min_length"] = min_length
+        if sequence_length.bit_count() != 1:
+            below = 1 << (sequence_length.bit_length() - 1)
+            raise ConfigError(
+                f"dataset.sequence_length {sequence_length} must be a power of two with "
+                f"dataset.instances of type variable; the nearest are {below} and {2 * below}"
+            )
+        if min_length > sequence_length:
+            raise ConfigError(
+                f"dataset.instances.min_sequence_length {min_length} is more than "
+                f"dataset.sequence_length {sequence_length}; make it smaller"
+            )
+    fingerprint = instances_fingerprint(prepared, split, kind, **settings)
+    return Plan(prepared, split, kind, sequence_length, fingerprint)
 
 
 def instances_fingerprint(
     prepared: PreparedDataset, split: Split, kind: str, **settings: int | bool
 ) -> str:
-    """16 hex digits that differ where any row does.
-
-    Args:
-        settings: whatever decides, beside the tokens, what a row of this kind holds.
-    """
+    """16 hex digits that differ where any row does; `settings` are whatever decides, beside the
+    tokens, what a row of this kind holds."""
     import xxhash
 
     info = prepared.manifest.splits[split]
@@ -308,38 +170,78 @@ def instances_fingerprint(
     return xxhash.xxh3_64_hexdigest(repr(identity).encode())
 
 
-def packed_plan(prepared: PreparedDataset, split: Split, sequence_length: int) -> Plan:
-    """The plan of packed instances, made or not."""
-    fingerprint = instances_fingerprint(prepared, split, "packed", sequence_length=sequence_length)
-    return Plan(prepared, split, "packed", sequence_length, fingerprint)
-
-
-def padded_plan(prepared: PreparedDataset, split: Split, sequence_length: int) -> Plan:
-    """The plan of padded instances, made or not."""
-    fingerprint = instances_fingerprint(prepared, split, "padded", sequence_length=sequence_length)
-    return Plan(prepared, split, "padded", sequence_length, fingerprint)
-
-
-def variable_plan(
-    prepared: PreparedDataset, split: Split, sequence_length: int, *, min_length: int
-) -> Plan:
-    """The plan of variable-length instances, made or not.
+def ensure_plan(plan: Plan, make: Callable[[Path], PlanHeader]) -> PlanHeader:
+    """The header of a plan, which is made now if there is none: `make` writes its arrays into a
+    folder. Of many processes that call this at once, one makes the plan and the others wait.
 
     Raises:
-        ConfigError: see `VariableDataset`.
+        DataError: the document index is damaged, or the plan cannot be written.
     """
-    if sequence_length.bit_count() != 1:
-        below = 1 << (sequence_length.bit_length() - 1)
-        raise ConfigError(
-            f"dataset.sequence_length {sequence_length} must be a power of two with "
-            f"dataset.instances of type variable; the nearest are {below} and {2 * below}"
-        )
-    if min_length > sequence_length:
-        raise ConfigError(
-            f"dataset.instances.min_sequence_length {min_length} is more than "
-            f"dataset.sequence_length {sequence_length}; make it smaller"
-        )
-    fingerprint = instances_fingerprint(
-        prepared, split, "variable", sequence_length=sequence_length, min_length=min_length
+    header, places = plan.header(), plan.places
+    if header is not None:
+        return header
+    for place in places:
+        try:
+            return _make_once(plan, place, make)
+        except OSError as error:
+            failed, where = error, error.filename or place
+            if error.errno not in _READ_ONLY or place == places[-1]:
+                break
+            logger.info("%s cannot be written; its plan goes to %s", place.parent, places[1].parent)
+    raise DataError(
+        f"{where}: cannot write the plan of {plan.kind} instances: {failed.strerror or failed}; "
+        "make room or give write permission, or set XDG_CACHE_HOME to a folder that can be "
+        "written, and run again"
+    ) from failed
+
+
+def _make_once(plan: Plan, folder: Path, make: Callable[[Path], PlanHeader]) -> PlanHeader:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    waiting = functools.partial(logger.info, "waiting for another process to make %s", folder)
+    with locked(folder.with_name(f".{folder.name}.lock"), on_wait=waiting):
+        header = plan.header()
+        if header is not None:
+            return header
+        started = time.monotonic()
+        # The lock is held: what is unfinished was left by a process that was killed.
+        for leftover in folder.parent.glob(f".{folder.name}.*{TEMPORARY_SUFFIX}"):
+            remove_tree(leftover)
+        with new_folder(folder) as unfinished:
+            header = make(unfinished)
+            write_json_atomic(unfinished / HEADER_NAME, header)
+    dropped = (
+        f", {count(header.dropped_tokens, 'token')} dropped "
+        f"({count(header.dropped_documents, 'whole document')}), shorter than the shortest row"
     )
-    return Plan(prepared, split, "variable", sequence_length, fingerprint)
+    logger.info(
+        f"{plan.split} of {plan.prepared.folder} as {plan.kind} instances of "
+        f"{plan.sequence_length} tokens: {count(header.num_documents, 'document')} in "
+        f"{count(header.num_instances, 'row')}, {header.efficiency:.2%} of positions filled, "
+        f"{count(header.cut_documents, 'document')} longer than {plan.sequence_length} cut"
+        f"{dropped if header.dropped_tokens else ''}; "
+        f"planned in {time.monotonic() - started:.1f} s"
+    )
+    return header
+
+
+def keep_note(prepared: PreparedDataset, name: str, data: bytes) -> None:
+    """Write a small file that `find_note` gives back; where that is not possible, nothing."""
+    for folder in _plans_folders(prepared):
+        with contextlib.suppress(OSError):
+            folder.mkdir(parents=True, exist_ok=True)
+            write_atomic(folder / name, data)
+            return
+
+
+def find_note(prepared: PreparedDataset, name: str) -> bytes | None:
+    """What `keep_note` wrote; None: there is none."""
+    for folder in _plans_folders(prepared):
+        with contextlib.suppress(OSError, DataError):
+            return read_bytes(folder / name, DataError)
+    return None
+
+
+def _plans_folders(prepared: PreparedDataset) -> list[Path]:
+    """In the data set's folder, or where that cannot be written, in a cache for all of them."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    return [prepared.folder / PLANS_FOLDER, cache / "toolkit" / PLANS_FOLDER]

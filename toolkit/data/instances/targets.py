@@ -11,14 +11,14 @@ from collections.abc import Iterator
 import msgspec
 import numpy as np
 
-from toolkit.data.instances.base import InstanceDataset, target_mask
-from toolkit.data.instances.config import (
+from toolkit.data.config import (
     FixedInstancesConfig,
     InstancesConfig,
     VariableInstancesConfig,
 )
+from toolkit.data.instances.base import InstanceDataset, target_mask
 from toolkit.data.instances.index import DocumentIndex
-from toolkit.data.instances.plans import find_note, keep_note
+from toolkit.data.instances.plans import Bucket, find_note, keep_note
 from toolkit.data.tokens.prepared import PreparedDataset, Split
 from toolkit.errors import DataError
 from toolkit.storage.foreign import decode_json
@@ -47,14 +47,11 @@ def check_row_targets(
     prepared: PreparedDataset, split: Split, instances: InstanceDataset, kind: InstancesConfig
 ) -> None:
     """Say in one line how many rows have no target and how many answers are cut off their prompts.
-
-    Raises:
-        DataError: no row of training has a target.
-    """
+    DataError: no row of training has a target."""
     counts = _counts(prepared, split, instances, kind)
     if not counts.num_rows:
         return
-    length, advice = instances.sequence_length, "raise dataset.sequence_length, or leave them out"
+    length = instances.sequence_length
     if split == "train" and counts.rows_without_targets == counts.num_rows:
         raise DataError(
             f"{prepared.folder}: none of its {count(counts.num_rows, 'row')} of {length} tokens "
@@ -64,19 +61,15 @@ def check_row_targets(
         line = (
             f"{split} of {prepared.folder}: {counts.rows_without_targets:,} of "
             f"{count(counts.num_rows, 'row')} of {length} tokens "
-            f"{_have(counts.rows_without_targets)} no target, and "
+            f"{'has' if counts.rows_without_targets == 1 else 'have'} no target, and "
             f"{counts.cut_answers:,} of {count(counts.num_documents, 'document')} "
-            f"{_have(counts.cut_answers)} answers in rows without their beginning, cut from "
-            f"their prompt; {advice}"
+            f"{'has' if counts.cut_answers == 1 else 'have'} answers in rows without their "
+            "beginning, cut from their prompt; raise dataset.sequence_length, or leave them out"
         )
         key = str(prepared.folder.absolute()), line
         if key not in _said:
             _said.add(key)
             logger.warning("%s", line)
-
-
-def _have(number: int) -> str:
-    return "has" if number == 1 else "have"
 
 
 def _counts(
@@ -105,14 +98,11 @@ def _counts(
 
 def _blocks(instances: InstanceDataset) -> Iterator[np.ndarray]:
     """Numbers of instances that can be read together."""
-    buckets = getattr(instances, "buckets", None)
-    ranges = [(instances.sequence_length, 0, instances.num_instances)]
-    if buckets is not None:
-        ranges = [(b.length, b.first, b.first + b.num_instances) for b in buckets]
-    for length, first, last in ranges:
-        step = max(1, BLOCK_TOKENS // length)
-        for start in range(first, last, step):
-            yield np.arange(start, min(start + step, last))
+    whole = Bucket(instances.sequence_length, 0, instances.num_instances)
+    for bucket in getattr(instances, "buckets", (whole,)):
+        step, end = max(1, BLOCK_TOKENS // bucket.length), bucket.first + bucket.num_instances
+        for start in range(bucket.first, end, step):
+            yield np.arange(start, min(start + step, end))
 
 
 def _cut_answers(prepared: PreparedDataset, split: Split, length: int, kind: object) -> int:

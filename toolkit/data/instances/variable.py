@@ -9,17 +9,17 @@ shorter than the shortest row are dropped. In what order rows are read:
 """
 
 import bisect
+import functools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
-import msgspec
 import numpy as np
 
 from toolkit.data.instances.base import DocumentPart, Rows
 from toolkit.data.instances.index import DocumentIndex
-from toolkit.data.instances.planned import PlannedInstances
-from toolkit.data.instances.plans import Bucket, Plan, PlanHeader, create_array, variable_plan
+from toolkit.data.instances.planned import PlannedInstances, create_array, describe
+from toolkit.data.instances.plans import Bucket, Plan, PlanHeader, plan_of
 from toolkit.data.order.batches import Segment
 from toolkit.data.order.stream import KeyedPermutation
 from toolkit.data.tokens.prepared import PreparedDataset, Split
@@ -33,29 +33,21 @@ class VariableDataset(PlannedInstances):
         sequence_length: tokens of the longest rows.
         buckets: those that hold instances, by length.
         header: counts; `dropped_tokens` are the rests shorter than the shortest row.
-
-    Raises:
-        ConfigError: `sequence_length` is no power of two, or less than `min_sequence_length`.
-        DataError: the token files or their plan are damaged, or the plan cannot be written.
     """
 
     def __init__(
         self, prepared: PreparedDataset, split: Split, sequence_length: int, *, min_length: int
     ) -> None:
-        plan = variable_plan(prepared, split, sequence_length, min_length=min_length)
-        super().__init__(plan, lambda folder: _make(plan, folder, min_length))
+        plan = plan_of(prepared, split, "variable", sequence_length, min_length=min_length)
+        super().__init__(plan, functools.partial(_make, min_length=min_length))
         self.buckets = self.header.buckets
         self._firsts = np.array([bucket.first for bucket in self.buckets], dtype=np.int64)
 
     def read(self, indices: np.ndarray) -> Rows:
-        """The instances `indices`, all of one bucket: rows of that bucket's length. A row is one
-        sequence, so there are no `document_ids`.
-
-        Raises:
-            ValueError: instances of several buckets, whose rows have different lengths.
-        """
+        """Rows of one bucket, of its length; ValueError: of several. Each is one sequence, so there
+        are no `document_ids`."""
         indices = np.asarray(indices)
-        length = self.buckets[self._bucket_of_all(indices)].length if len(indices) else 0
+        length = self._common_length(indices) if len(indices) else 0
         starts = self._starts[indices].astype(np.int64)
         self._pages.request(starts, length)
         positions = starts[:, None] + np.arange(length)
@@ -65,7 +57,6 @@ class VariableDataset(PlannedInstances):
         return rows
 
     def documents(self, index: int) -> list[DocumentPart]:
-        """See `InstanceDataset`."""
         length = self.buckets[self.bucket_of(index)].length
         return self._index.parts(int(self._starts[index]), length)
 
@@ -73,17 +64,18 @@ class VariableDataset(PlannedInstances):
         """Place in `buckets` of an instance's bucket."""
         return int(np.searchsorted(self._firsts, index, side="right")) - 1
 
-    def _bucket_of_all(self, indices: np.ndarray) -> int:
-        first, last = self.bucket_of(int(indices.min())), self.bucket_of(int(indices.max()))
+    def _common_length(self, indices: np.ndarray) -> int:
+        ends = int(indices.min()), int(indices.max())
+        first, last = (self.buckets[self.bucket_of(index)].length for index in ends)
         if first != last:
-            lengths = self.buckets[first].length, self.buckets[last].length
-            raise ValueError(f"instances of one length can be read together, not of {lengths}")
+            raise ValueError(
+                f"instances of one length can be read together, not of {(first, last)}"
+            )
         return first
 
 
-def _make(plan: Plan, folder: Path, min_length: int) -> PlanHeader:
-    longest, index = plan.sequence_length, DocumentIndex(plan.prepared, plan.split)
-    index.verify()
+def _make(plan: Plan, index: DocumentIndex, folder: Path, *, min_length: int) -> PlanHeader:
+    longest = plan.sequence_length
     lengths_of_rows = [1 << bit for bit in range(min_length.bit_length() - 1, longest.bit_length())]
     counts = dict.fromkeys(lengths_of_rows, 0)
     dropped_tokens = dropped_documents = 0
@@ -105,11 +97,10 @@ def _make(plan: Plan, folder: Path, min_length: int) -> PlanHeader:
         for starts in _starts_of_rows(index, bucket.length, longest):
             all_starts[done : done + len(starts)] = starts
             done += len(starts)
-    if isinstance(all_starts, np.memmap):
-        all_starts.flush()
-    header = plan.describe(index.blocks(), index.num_tokens, num_rows)
-    return msgspec.structs.replace(
-        header,
+    return describe(
+        plan,
+        index,
+        num_rows,
         num_tokens=index.num_tokens - dropped_tokens,
         efficiency=1.0 if num_rows else 0.0,
         dropped_tokens=dropped_tokens,
@@ -134,11 +125,10 @@ Curriculum = Literal["natural", "grow", "shrink"]
 
 
 class VariableOrder:
-    """A `BatchOrder` of batches of one size in tokens, in constant time and memory.
+    """A `BatchOrder` of batches of one size in tokens, each with rows of one length.
 
-    A batch has rows of one length, as many as `global_batch_size` tokens give. In each epoch, the
-    rows of a bucket are permuted anew and cut into batches; those that do not fill a last batch are
-    left out, other ones in each epoch. How batches of different lengths follow each other:
+    In each epoch, the rows of a bucket are permuted anew and cut into batches; those that do not
+    fill a last batch are left out. How batches of different lengths follow each other:
 
         natural   at random
         grow      in each of `num_cycles` cycles from the shortest to the longest
@@ -146,11 +136,6 @@ class VariableOrder:
 
     Cycles get equal shares of each bucket's batches, to within one. There are at most as many
     cycles as batches.
-
-    Attributes:
-        steps_per_epoch: whole global batches in one pass over the data.
-        dropped_instances: instances that one epoch leaves out.
-        settings: the curriculum, in a word or two.
     """
 
     is_uniform = False
@@ -167,16 +152,12 @@ class VariableOrder:
         shuffle: bool = True,
         batch_instances: int = 1,
     ) -> None:
-        """
-        Args:
-            buckets: lengths and numbers of instances (`VariableDataset.buckets`).
-            global_batch_size: tokens of each batch.
-            shuffle: False: rows of each bucket in file order, and with `natural` the buckets one
-                after the other; every epoch the same.
-            batch_instances: rows of `dataset.sequence_length` tokens in a batch.
+        """`batch_instances` are rows of `dataset.sequence_length` tokens in a batch. Without
+        `shuffle`, rows of each bucket come in file order, and with `natural` the buckets one after
+        the other; every epoch the same.
 
         Raises:
-            ConfigError: `global_batch_size` is not a multiple of every length.
+            ConfigError: `global_batch_size` (tokens) is not a multiple of every length.
             DataError: no bucket fills a batch.
         """
         for bucket in buckets:
@@ -186,7 +167,7 @@ class VariableOrder:
                     f"of {bucket.length} tokens (dataset.instances of type variable); make it a "
                     "multiple of dataset.sequence_length"
                 )
-        self.segments = (Segment(0, 0, batch_instances),)
+        self.segments: tuple[Segment, ...] = (Segment(0, 0, batch_instances),)
         self._buckets = list(buckets)
         self._rows = [global_batch_size // bucket.length for bucket in buckets]
         self._batches = [
@@ -207,6 +188,7 @@ class VariableOrder:
         self.settings = curriculum if curriculum == "natural" else f"{curriculum} x {num_cycles}"
         self._key = f"{fingerprint}:{seed}"
         self._curriculum = curriculum
+        num_cycles = 1 if curriculum == "natural" else num_cycles
         self._num_cycles = min(num_cycles, self.steps_per_epoch)
         self._shuffle = shuffle
 
@@ -228,64 +210,46 @@ class VariableOrder:
 
     def _locate(self, epoch: int, place: int) -> tuple[int, int]:
         """(bucket, number of the batch in its bucket) of the batch at `place` in an epoch."""
-        if self._curriculum == "natural":
-            if self._shuffle:
-                permutation = KeyedPermutation(self.steps_per_epoch, f"{self._key}:{epoch}")
-                place = int(permutation(np.array([place]))[0])
-            starts = [0] * len(self._buckets)
-            sizes = self._batches
-            numbers = range(len(self._buckets))
-        else:
-            # The last cycle that starts at or before `place`.
-            cycle = bisect.bisect_right(range(self._num_cycles), place, key=self._cycle_start) - 1
-            place -= self._cycle_start(cycle)
-            starts = [self._share(batches, cycle) for batches in self._batches]
-            sizes = [
-                self._share(batches, cycle + 1) - start
-                for batches, start in zip(self._batches, starts, strict=True)
-            ]
-            numbers = range(len(self._buckets))
-            if self._curriculum == "shrink":
-                numbers = numbers[::-1]
-        for number in numbers:
-            if place < sizes[number]:
-                return number, starts[number] + place
-            place -= sizes[number]
+        if self._curriculum == "natural" and self._shuffle:
+            permutation = KeyedPermutation(self.steps_per_epoch, f"{self._key}:{epoch}")
+            place = int(permutation(np.array([place]))[0])
+        # The last cycle that starts at or before `place`.
+        cycles = range(self._num_cycles)
+        cycle = bisect.bisect_right(cycles, place, key=lambda c: sum(self._before(c))) - 1
+        before, after = self._before(cycle), self._before(cycle + 1)
+        place -= sum(before)
+        numbers = range(len(self._buckets))
+        for number in reversed(numbers) if self._curriculum == "shrink" else numbers:
+            size = after[number] - before[number]
+            if place < size:
+                return number, before[number] + place
+            place -= size
         raise AssertionError("place is outside of the epoch")
 
-    def _cycle_start(self, cycle: int) -> int:
-        """Batches of an epoch before `cycle`."""
-        return sum(self._share(batches, cycle) for batches in self._batches)
-
-    def _share(self, batches: int, cycle: int) -> int:
-        """How many of a bucket's batches come before `cycle`."""
-        return batches * cycle // self._num_cycles
+    def _before(self, cycle: int) -> list[int]:
+        """How many of each bucket's batches come before `cycle`."""
+        return [batches * cycle // self._num_cycles for batches in self._batches]
 
     def indices(self, first_batch: int, num_batches: int = 1) -> np.ndarray:
-        """See `BatchOrder`; one batch at a time, as the next one's rows have another length."""
+        """One batch at a time, as the next one's rows have another length."""
         assert num_batches == 1, "rows of several lengths are not read together"
         return self.batch(first_batch)[None]
 
     def batches_in_segment(self, first_batch: int, num_batches: int) -> int:
-        """See `BatchOrder`."""
         return num_batches
 
     def epoch_end(self, epochs: int) -> int:
-        """See `BatchOrder`."""
         return epochs * self.steps_per_epoch
 
     def epoch_of(self, batch: int) -> tuple[int, int]:
-        """See `BatchOrder`."""
         return divmod(batch, self.steps_per_epoch)
 
     def epochs_done(self, batches: int) -> float:
-        """See `BatchOrder`."""
         return batches / self.steps_per_epoch
 
     def resized(
         self, segments: Sequence[Segment], batch: int, batch_instances: int
     ) -> "VariableOrder":
-        """See `BatchOrder`."""
         if [tuple(s) for s in segments] != [(0, 0, batch_instances)]:
             raise ConfigError(
                 "data_loader.global_batch_size: cannot change in the middle of a run whose "

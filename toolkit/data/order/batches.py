@@ -1,9 +1,8 @@
 """Which instances make up global batch n.
 
 A stream of instances is cut into batches of equal size. Where the size changes in the middle of a
-run, a new segment begins: its first batch starts at the next instance that the batches before it
-have not used. So the position of training is the number of a batch and a short list of segments,
-and any batch, past or future, is found in constant time.
+run, a new segment begins with the next unused instance. So the position of training is the number
+of a batch and a short list of segments, and any batch is found in constant time.
 """
 
 import itertools
@@ -28,25 +27,16 @@ class Segment(NamedTuple):
 class BatchOrder(Protocol):
     """Instances of every global batch, a pure function of (fingerprint, seed, batch number)."""
 
-    @property
-    def segments(self) -> tuple[Segment, ...]:
-        """Where the size of batches changed; at least the first one."""
-
-    @property
-    def steps_per_epoch(self) -> float:
-        """Whole global batches in one pass over the data; inf where passes are not known."""
-
-    @property
-    def is_uniform(self) -> bool:
-        """Whether all rows of all batches have the same length."""
-
-    @property
-    def dropped_instances(self) -> int:
-        """Instances that one epoch leaves out."""
-
-    @property
-    def settings(self) -> str:
-        """What else than instances, seed and sizes decides the order; "" for nothing."""
+    segments: tuple[Segment, ...]
+    """Where the size of batches changed; at least the first one."""
+    steps_per_epoch: int
+    """Whole global batches in one pass over the data."""
+    is_uniform: bool
+    """Whether all rows of all batches have the same length."""
+    dropped_instances: int
+    """Instances that one epoch leaves out."""
+    settings: str
+    """What else than instances, seed and sizes decides the order; "" for nothing."""
 
     def indices(self, first_batch: int, num_batches: int = 1) -> np.ndarray:
         """Instances of global batches [first_batch, first_batch + num_batches), of one segment.
@@ -55,8 +45,7 @@ class BatchOrder(Protocol):
         """
 
     def batches_in_segment(self, first_batch: int, num_batches: int) -> int:
-        """How many of these batches belong to the segment of the first, and can be read; at least
-        one."""
+        """How many of these batches have the size of the first and can be read; at least one."""
 
     def epoch_end(self, epochs: int) -> int:
         """Number of batches until `epochs` passes over the data are done."""
@@ -71,15 +60,11 @@ class BatchOrder(Protocol):
         self, segments: Sequence[Segment], batch: int, batch_instances: int
     ) -> "BatchOrder":
         """This order with the history `segments`, and batches of `batch_instances` from number
-        `batch` on.
-
-        Raises:
-            ConfigError: this kind of order takes one size only.
-        """
+        `batch` on. ConfigError: this kind of order takes one size only."""
 
 
 class StreamBatches:
-    """Batches cut from an `InstanceStream`."""
+    """A `BatchOrder` of batches cut from an `InstanceStream`."""
 
     is_uniform = True
     settings = ""
@@ -87,28 +72,17 @@ class StreamBatches:
     def __init__(self, stream: InstanceStream, segments: Sequence[Segment]) -> None:
         self.stream = stream
         self.segments = tuple(segments)
-
-    @property
-    def steps_per_epoch(self) -> float:
-        """See `BatchOrder`; of the last segment's batch size."""
-        return self.stream.epoch_instances // self.segments[-1].batch_instances
-
-    @property
-    def dropped_instances(self) -> int:
-        """See `BatchOrder`."""
-        if not self.stream.keeps_epochs_apart:
-            return 0
-        return self.stream.epoch_instances % self.segments[-1].batch_instances
+        # Of the last batch size.
+        self.steps_per_epoch, rest = divmod(stream.epoch_instances, segments[-1].batch_instances)
+        self.dropped_instances = rest if stream.keeps_epochs_apart else 0
 
     def indices(self, first_batch: int, num_batches: int = 1) -> np.ndarray:
-        """See `BatchOrder`."""
         size = self._segment(first_batch).batch_instances
         starts = self._starts(first_batch, num_batches)
         positions = (starts[:, None] + np.arange(size)).reshape(-1)
         return self.stream.indices(positions).reshape(num_batches, size)
 
     def batches_in_segment(self, first_batch: int, num_batches: int) -> int:
-        """See `BatchOrder`."""
         later = [s.first_batch for s in self.segments if s.first_batch > first_batch]
         count = min([num_batches, *(start - first_batch for start in later)])
         if self.stream.end is None:
@@ -123,10 +97,8 @@ class StreamBatches:
         segment = self._segment(batch)
         size, total = segment.batch_instances, self.stream.epoch_instances
         number = batch - segment.first_batch
-        if not self.stream.keeps_epochs_apart:
-            return segment.position + number * size
         epoch, whole = self._first_epoch(segment)
-        if number < whole:
+        if number < whole or not self.stream.keeps_epochs_apart:
             return segment.position + number * size
         later, place = divmod(number - whole, total // size)
         return (epoch + 1 + later) * total + place * size
@@ -138,7 +110,7 @@ class StreamBatches:
         return self.position(batch - 1) + self._segment(batch - 1).batch_instances
 
     def epochs_done(self, batches: int) -> float:
-        """See `BatchOrder`; whole numbers where no whole batch of an epoch is left."""
+        """Whole numbers where no whole batch of an epoch is left."""
         total, used = self.stream.epoch_instances, self.next_position(batches)
         if not self.stream.keeps_epochs_apart or batches == 0:
             return used / total
@@ -151,7 +123,6 @@ class StreamBatches:
         return epoch + (used - epoch * total) / end
 
     def epoch_end(self, epochs: int) -> int:
-        """See `BatchOrder`."""
         last, total = self.segments[-1], self.stream.epoch_instances
         if not self.stream.keeps_epochs_apart:
             left = epochs * total - last.position
@@ -163,14 +134,12 @@ class StreamBatches:
         return last.first_batch + whole + (epochs - first_epoch - 1) * per_epoch
 
     def epoch_of(self, batch: int) -> tuple[int, int]:
-        """See `BatchOrder`."""
         epoch, place = divmod(self.position(batch), self.stream.epoch_instances)
         return epoch, place // self._segment(batch).batch_instances
 
     def resized(
         self, segments: Sequence[Segment], batch: int, batch_instances: int
     ) -> "StreamBatches":
-        """See `BatchOrder`."""
         before = StreamBatches(self.stream, segments)
         if before.segments[-1].batch_instances == batch_instances:
             return before
@@ -187,21 +156,11 @@ class StreamBatches:
         return epoch, (self.stream.epoch_instances - used) // segment.batch_instances
 
     def _starts(self, first_batch: int, count: int) -> np.ndarray:
-        """Stream positions of the first instance of each batch."""
         return np.array([self.position(n) for n in range(first_batch, first_batch + count)])
 
 
-def first_segment(batch_instances: int) -> Segment:
-    """Batches of one size from the beginning."""
-    return Segment(0, 0, batch_instances)
-
-
 def instances_per_batch(global_batch_size: int, sequence_length: int, world_size: int) -> int:
-    """Rows of a global batch, the same number on each data-parallel rank.
-
-    Raises:
-        ConfigError: the sizes do not divide.
-    """
+    """Rows of a global batch. ConfigError: they do not divide into the data-parallel ranks."""
     unit = sequence_length * world_size
     if global_batch_size % unit:
         below = global_batch_size // unit * unit

@@ -95,67 +95,53 @@ def mix_names() -> list[str]:
     return sorted(name.removesuffix(".json") for name in names if name.endswith(".json"))
 
 
-def read_mix(name: str) -> MixConfig:
-    """The mix in the JSON file `name`, or the packaged one of that name.
-
-    Raises:
-        ConfigError: there is none, or it is no mix.
-    """
+def read_mix(name: str, outside: tuple[str, ...] | None = None) -> MixConfig:
+    """The mix in the JSON file `name`, or the packaged one of that name, inside the named mixes
+    `outside` (None: it is `dataset.mix` itself). ConfigError: there is none, it is no mix, or a
+    nested one holds itself or has a schedule."""
     try:
-        return convert(read_mix_data(name), MixConfig)
+        return convert(_read_data(name, outside), MixConfig)
     except ConfigError as error:
         raise ConfigError(f"mix {name}: {str(error).removeprefix(f'mix {name}: ')}") from None
 
 
-def read_mix_data(name: str) -> dict[str, Any]:
-    """Like `read_mix`, as plain JSON types that nobody has checked."""
-    path = local_path(name, "mix")
-    if path.is_file():
-        return read_json_mapping(path)
-    if name in mix_names():
-        text = (_folder() / f"{name}.json").read_text(encoding="utf-8")
-        return parse_json_mapping(text, f"mix {name}")
-    near = nearest(name, mix_names())
-    hint = f"did you mean {near!r}?" if near else "mixes: " + ", ".join(mix_names())
-    kind = "file" if name.endswith(".json") or "/" in name else "mix or file"
-    raise ConfigError(f"mix {name}: no such {kind}; {hint}")
-
-
 def inline_mixes(mix: Any) -> Any:
     """`dataset.mix` as it stands in a config file, with names of mixes replaced by what they
-    hold: a config that is stored with a run then means the same for ever.
-
-    What is no mix at all is left as it is, for the check of the whole config to name.
-
-    Raises:
-        ConfigError: there is no such mix, or it holds itself.
-    """
+    hold: a config that is stored with a run then means the same for ever. What is no mix at all is
+    left for the check of the whole config to name. ConfigError: as of `read_mix`."""
     if isinstance(mix, str):
-        mix = read_mix_data(mix)
-        return {**mix, "sources": _inline(mix.get("sources"), ())}
-    if isinstance(mix, dict) and "sources" in mix:
-        return {**mix, "sources": _inline(mix["sources"], ())}
-    return mix
+        mix = _read_data(mix, None)
+    elif not (isinstance(mix, dict) and "sources" in mix):
+        return mix
+    return {**mix, "sources": _inline(mix.get("sources"), ())}
 
 
-def check_nested(name: str, mix: Any, outside: tuple[str, ...]) -> None:
-    """Check that the mix `name` can stand inside the mixes `outside`.
-
-    Raises:
-        ConfigError: it is one of them, or has a schedule.
-    """
-    if file_identity(name) in map(file_identity, outside):
+def _read_data(name: str, outside: tuple[str, ...] | None) -> dict[str, Any]:
+    """`read_mix` as plain JSON types that nobody has checked."""
+    path = local_path(name, "mix")
+    if path.is_file():
+        data = read_json_mapping(path)
+    elif name in mix_names():
+        text = (_folder() / f"{name}.json").read_text(encoding="utf-8")
+        data = parse_json_mapping(text, f"mix {name}")
+    else:
+        near = nearest(name, mix_names())
+        hint = f"did you mean {near!r}?" if near else "mixes: " + ", ".join(mix_names())
+        kind = "file" if name.endswith(".json") or "/" in name else "mix or file"
+        raise ConfigError(f"mix {name}: no such {kind}; {hint}")
+    if outside is not None and _identity(name) in map(_identity, outside):
         raise ConfigError(
             f"mix {name}: holds itself ({' -> '.join([*outside, name])}); take it out of one"
         )
-    if mix:
+    if outside is not None and data.get("schedule"):
         raise ConfigError(
             f"mix {name}: has a schedule, which only dataset.mix itself can have; take it out, or "
             "write the changes into dataset.mix.schedule"
         )
+    return data
 
 
-def file_identity(name: str) -> str:
+def _identity(name: str) -> str:
     """The same for two names of one file."""
     path = local_path(name, "mix")
     return str(path.resolve()) if path.is_file() else name
@@ -166,16 +152,11 @@ def _inline(sources: Any, outside: tuple[str, ...]) -> Any:
         return sources
     found = {}
     for key, source in sources.items():
-        nested = source.get("mix") if isinstance(source, dict) else None
+        nested, chain = source.get("mix") if isinstance(source, dict) else None, outside
         if isinstance(nested, str):
-            data = read_mix_data(nested)
-            check_nested(nested, data.get("schedule"), outside)
-            inside = _inline(data.get("sources"), (*outside, nested))
-            found[key] = {**source, "mix": inside}
-        elif isinstance(nested, dict):
-            found[key] = {**source, "mix": _inline(nested, outside)}
-        else:
-            found[key] = source
+            chain = (*outside, nested)
+            nested = _read_data(nested, outside).get("sources")
+        found[key] = source if nested is None else {**source, "mix": _inline(nested, chain)}
     return found
 
 

@@ -8,7 +8,7 @@ position costs the same.
 
 import functools
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
 
@@ -20,10 +20,11 @@ from toolkit.data.instances.base import DocumentPart, InstanceDataset, Rows
 from toolkit.data.order.resolve import (
     RatioSegment,
     ResolvedSource,
+    resolve_mix,
     resolve_schedule,
     used_instances,
 )
-from toolkit.data.order.shares import ScheduledShares
+from toolkit.data.order.shares import ScheduledShares, runs
 from toolkit.data.order.stream import KeyedPermutation
 from toolkit.errors import ConfigError, DataError
 from toolkit.wording import count
@@ -31,7 +32,7 @@ from toolkit.wording import count
 
 class MixedDataset:
     """The instances of all sources under one numbering: those of the first source by name, then
-    those of the second, and so on. See `InstanceDataset`.
+    those of the second, and so on. An `InstanceDataset`.
 
     Attributes:
         names: the sources, sorted.
@@ -42,7 +43,8 @@ class MixedDataset:
     def __init__(self, datasets: Mapping[str, InstanceDataset]) -> None:
         self.names = sorted(datasets)
         self.datasets = [datasets[name] for name in self.names]
-        ends = np.cumsum([0, *(dataset.num_instances for dataset in self.datasets)])
+        sizes = [dataset.num_instances for dataset in self.datasets]
+        ends = np.cumsum([0, *sizes])
         self.first_instances = ends[:-1]
         self.num_instances = int(ends[-1])
         self.sequence_length = max(dataset.sequence_length for dataset in self.datasets)
@@ -51,25 +53,27 @@ class MixedDataset:
         self._like = {key: rows[key].dtype for rows in firsts for key in rows}
         self._is_uniform = all(rows.keys() == self._like.keys() for rows in firsts)
         self.tokenizer_folder: Path | None = self.datasets[0].tokenizer_folder
-        weights = [dataset.num_instances for dataset in self.datasets]
-        self.bytes_per_token = mean_bytes_per_token(self.datasets, weights)
+        known = [dataset.bytes_per_token for dataset in self.datasets]
+        self.bytes_per_token = 0.0
+        if self.num_instances and all(known):
+            weighted = (value * size for value, size in zip(known, sizes, strict=True))
+            self.bytes_per_token = sum(weighted) / self.num_instances
 
     def read(self, indices: np.ndarray) -> Rows:
-        """See `InstanceDataset`; what only some sources say of their rows is filled in for the
-        others: every token asked for, and one document."""
+        """What only some sources say of their rows is filled in for the others: every token asked
+        for, and one document."""
         owners = np.searchsorted(self.first_instances, indices, side="right") - 1
-        like = self._like
-        if self._is_uniform and len(np.unique(owners)) == 1:
-            owner = int(owners[0])
-            return self.datasets[owner].read(indices - self.first_instances[owner])
+        numbers = np.unique(owners).tolist()
+        if self._is_uniform and len(numbers) == 1:
+            return self.datasets[numbers[0]].read(indices - self.first_instances[numbers[0]])
         found: list[tuple[np.ndarray, Rows]] = []
-        for owner in np.unique(owners).tolist():
+        for owner in numbers:
             places = np.flatnonzero(owners == owner)
             rows = self.datasets[owner].read(indices[places] - self.first_instances[owner])
             found.append((places, rows))
         # The same keys for any rows: ranks that read from different sources must agree on them.
         mixed: Rows = {}
-        for key, dtype in like.items():
+        for key, dtype in self._like.items():
             mixed[key] = np.full((len(indices), self.sequence_length), key == "label_mask", dtype)
             for places, rows in found:
                 if key in rows:
@@ -77,7 +81,7 @@ class MixedDataset:
         return mixed
 
     def documents(self, index: int) -> list[DocumentPart]:
-        """See `InstanceDataset`; documents are numbered in their source."""
+        """Documents are numbered in their source."""
         owner, inside = self.locate(index)
         return self.datasets[self.names.index(owner)].documents(inside)
 
@@ -95,6 +99,7 @@ class MixPlan:
         available: instances of each one that are used (see `max_tokens`).
         limits: most instances that each one may give (see `max_repetitions`); None: no limit.
         segments: the shares, from each point on where they change.
+        epoch_instances: instances that are used, of all sources together.
     """
 
     def __init__(
@@ -110,27 +115,17 @@ class MixPlan:
         self.available = {
             name: used_instances(self.sources[name], num_instances[name]) for name in self.names
         }
+        self.epoch_instances = sum(self.available.values())
         self.limits: dict[str, int | None] = {}
         for name in self.names:
             most = self.sources[name].max_repetitions
             # As exact as it is written, like ratios.
             limit = None if most is None else int(Fraction(str(most)) * self.available[name])
             self.limits[name] = limit
-        self._shares = ScheduledShares(
-            [
-                (segment.at_tokens // self.sequence_length, [segment.shares[n] for n in self.names])
-                for segment in segments
-            ]
-        )
-
-    @property
-    def epoch_instances(self) -> int:
-        """Instances that are used, of all sources together."""
-        return sum(self.available.values())
-
-    def locate(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Source and its ordinal at ascending positions; see `Shares.locate`."""
-        return self._shares.locate(positions)
+        self._starts = [segment.at_tokens // self.sequence_length for segment in segments]
+        ratios = ([segment.shares[name] for name in self.names] for segment in segments)
+        self._shares = ScheduledShares(list(zip(self._starts, ratios, strict=True)))
+        self.locate = self._shares.locate
 
     def counts(self, position: int) -> dict[str, int]:
         """Instances of each source before `position`."""
@@ -139,15 +134,11 @@ class MixPlan:
     def epochs(self, position: int) -> dict[str, float]:
         """How many times each source has been seen before `position`."""
         counts = self.counts(position)
-        return {
-            name: counts[name] / available if available else 0.0
-            for name, available in self.available.items()
-        }
+        return {n: counts[n] / size if size else 0.0 for n, size in self.available.items()}
 
     def position_of(self, name: str, ordinal: int) -> int | None:
         """Where a source gives its instance `ordinal` (from 0); None: it stops before."""
-        number = self.names.index(name)
-        starts = [segment.at_tokens // self.sequence_length for segment in self.segments]
+        number, starts = self.names.index(name), self._starts
         for segment, start, end in itertools.zip_longest(self.segments, starts, starts[1:]):
             share, before = segment.shares[name], self.counts(start)[name]
             if not share or (end is not None and self.counts(end)[name] <= ordinal):
@@ -164,21 +155,19 @@ class MixPlan:
     @functools.cached_property
     def ends(self) -> dict[str, int]:
         """Where each source would break its limit; those that never do are left out."""
-        places = {
-            name: self.position_of(name, limit)
+        return {
+            name: place
             for name, limit in self.limits.items()
-            if limit is not None
+            if limit is not None and (place := self.position_of(name, limit)) is not None
         }
-        return {name: place for name, place in places.items() if place is not None}
 
 
 class MixedStream:
-    """The order of a mixture; see `InstanceStream`.
+    """The order of a mixture, an `InstanceStream`. One epoch is as many instances as are used,
+    though sources pass at their own speeds.
 
     Attributes:
         plan: the shares.
-        epoch_instances: instances of all sources that are used; one pass in size, though sources
-            pass at their own speeds.
         fingerprint: identifies the whole order but the seed.
     """
 
@@ -186,18 +175,14 @@ class MixedStream:
 
     def __init__(
         self,
-        sources: Sequence[ResolvedSource],
-        datasets: Mapping[str, InstanceDataset],
         config: DatasetConfig,
+        datasets: Mapping[str, InstanceDataset],
         *,
         seed: int,
         shuffle: bool,
     ) -> None:
-        """`sources` are those of `config.mix`, `datasets` their training instances by name.
-
-        Raises:
-            DataError: a source has not one instance.
-        """
+        """`datasets` are the training instances of the sources of `config.mix`, by name. DataError:
+        one has no instance."""
         for name, dataset in datasets.items():
             if dataset.num_instances == 0:
                 raise DataError(
@@ -206,7 +191,7 @@ class MixedStream:
                     "take it out"
                 )
         num_instances = {name: dataset.num_instances for name, dataset in datasets.items()}
-        self.plan = MixPlan(sources, resolve_schedule(config), num_instances)
+        self.plan = MixPlan(resolve_mix(config), resolve_schedule(config), num_instances)
         self.epoch_instances = self.plan.epoch_instances
         self._fingerprints = {name: datasets[name].fingerprint for name in self.plan.names}
         self._num_instances = num_instances
@@ -216,57 +201,47 @@ class MixedStream:
 
     @property
     def end(self) -> int | None:
-        """See `InstanceStream`: where the first source breaks its `max_repetitions`."""
+        """Where the first source breaks its `max_repetitions`."""
         return min(self.plan.ends.values(), default=None)
 
     def indices(self, positions: np.ndarray) -> np.ndarray:
-        """Numbers in the `MixedDataset` of the same sources; see `InstanceStream`.
-
-        Raises:
-            DataError: a source has been repeated as often as `max_repetitions` allows.
-        """
+        """Numbers in the `MixedDataset` of the same sources. DataError: one has been repeated as
+        often as its `max_repetitions` allows."""
         sources, ordinals = self.plan.locate(positions)
         found = np.empty(len(positions), dtype=np.int64)
         for source in np.unique(sources).tolist():
             places = np.flatnonzero(sources == source)
             name = self.plan.names[source]
-            self._check_limit(name, ordinals[places[-1]])
+            limit = self.plan.limits[name]
+            if limit is not None and ordinals[places[-1]] >= limit:
+                raise DataError(
+                    f"dataset.mix: {name} has been repeated as often as its max_repetitions "
+                    f"{self.plan.sources[name].max_repetitions:g} allows ({limit:,} instances); "
+                    "raise it, lower its ratio, or stop here"
+                )
             found[places] = self._instances(name, ordinals[places]) + self._first[source]
         return found
 
-    def counts(self, position: int) -> dict[str, int]:
-        """Instances of each source before `position`."""
-        return self.plan.counts(position)
-
-    def epochs(self, position: int) -> dict[str, float]:
-        """How many times each source has been seen before `position`."""
-        return self.plan.epochs(position)
-
     def identity(self, position: int | None = None) -> dict[str, str]:
         """What decides the order before `position` (None: all of it), for each source in words
-        that can be compared and shown.
-
-        Ratios that change later are left out, and so are sources that come later.
-        """
-        found = {}
+        that can be compared and shown. What comes later is left out."""
+        segments, found = self.plan.segments, {}
+        if position is not None:
+            end = max(1, position * self.plan.sequence_length)
+            segments = [segment for segment in segments if segment.at_tokens < end]
         for name in self.plan.names:
-            words = []
+            words: list[str] = []
             before: Fraction | None = None
-            for segment in self.plan.segments:
+            for segment in segments:
                 share = segment.shares[name]
-                if position is not None and segment.at_tokens >= max(
-                    1, position * self.plan.sequence_length
-                ):
-                    break
                 if share != before:
                     at = f" from token {segment.at_tokens:,}" if segment.at_tokens else ""
                     words.append(f"share {share}{at}")
                 before = share
-            if words == ["share 0"]:
-                continue
-            used, whole = self.plan.available[name], self._num_instances[name]
-            part = [f"{used:,} of {whole:,} instances"] if used < whole else []
-            found[name] = ", ".join([f"data {self._fingerprints[name]}", *part, *words])
+            if words != ["share 0"]:
+                used, whole = self.plan.available[name], self._num_instances[name]
+                part = [f"{used:,} of {whole:,} instances"] if used < whole else []
+                found[name] = ", ".join([f"data {self._fingerprints[name]}", *part, *words])
         return found
 
     def _instances(self, name: str, ordinals: np.ndarray) -> np.ndarray:
@@ -275,93 +250,47 @@ class MixedStream:
         if self._shuffle:
             # The name is part of the key: a corpus that is in the mixture twice has two orders.
             key = f"{name}:{fingerprint}:{self._seed}"
-            for epoch, inside in _runs(epochs):
+            for epoch, inside in runs(epochs):
                 places[inside] = KeyedPermutation(used, f"{key}:{epoch}")(places[inside])
         if used < self._num_instances[name]:
             # Without the seed: every run with this `max_tokens` sees the same part.
             places = KeyedPermutation(self._num_instances[name], f"part:{fingerprint}")(places)
         return places
 
-    def _check_limit(self, name: str, ordinal: int) -> None:
-        limit = self.plan.limits[name]
-        if limit is not None and ordinal >= limit:
-            raise DataError(
-                f"dataset.mix: {name} has been repeated as often as its max_repetitions "
-                f"{self.plan.sources[name].max_repetitions:g} allows ({limit:,} instances); raise "
-                "it, lower its ratio, or stop here"
-            )
-
-
-def mean_bytes_per_token(datasets: Sequence[InstanceDataset], weights: Sequence[float]) -> float:
-    """UTF-8 bytes per token of datasets of which `weights` tokens are read; 0.0 if one does not
-    know its own."""
-    values = [dataset.bytes_per_token for dataset in datasets]
-    total = sum(weights)
-    if not total or not all(values):
-        return 0.0
-    return sum(value * weight for value, weight in zip(values, weights, strict=True)) / total
-
-
-def _runs(values: np.ndarray) -> Iterator[tuple[int, slice]]:
-    """Runs of equal numbers in ascending `values`."""
-    cuts = [0, *(np.flatnonzero(np.diff(values)) + 1).tolist(), len(values)]
-    for first, end in itertools.pairwise(cuts):
-        yield int(values[first]), slice(first, end)
-
 
 def _hash(identity: object) -> str:
     return xxhash.xxh3_64_hexdigest(repr(identity).encode())
 
 
-def check_limits(
-    mixture: MixedStream | MixPlan, total_instances: int, *, batch_instances: int = 1
-) -> None:
-    """Check that the first `total_instances` instances repeat no source more than it may be.
-
-    Args:
-        batch_instances: training stops between batches of this size.
-
-    Raises:
-        ConfigError: one is repeated more; says by how much, and what would work.
-    """
-    plan = mixture.plan if isinstance(mixture, MixedStream) else mixture
+def check_limits(plan: MixPlan, total_instances: int, *, batch_instances: int = 1) -> None:
+    """Raise ConfigError when the first `total_instances` instances, in batches of
+    `batch_instances`, repeat a source more than it may be; says what would work."""
     broken = sorted((end, name) for name, end in plan.ends.items() if end < total_instances)
     if not broken:
         return
     end, name = broken[0]
     others = sorted(other for _, other in broken[1:])
-    counts = plan.counts(total_instances)
-    length, available = plan.sequence_length, plan.available[name]
     also = f" (so do {', '.join(others)})" if others else ""
+    length, available, limit = plan.sequence_length, plan.available[name], plan.limits[name]
+    taken = plan.counts(total_instances)[name]
     longest = end // batch_instances * batch_instances * length
     ways = [
-        *_ratio_that_works(plan, name, total_instances),
         f"train on at most {count(longest, 'token')} (trainer.max_duration)",
         "raise its max_repetitions",
     ]
+    # One number tells the largest share that stays within the limit.
+    if len(plan.segments) == 1 and len(plan.names) > 1 and limit is not None:
+        now, most = plan.segments[0].shares[name], Fraction(limit, total_instances)
+        way = f"lower its share from {_floor(100 * now)}% to {_floor(100 * most)}% of the mixture"
+        if "/" not in name:
+            way += f" (its ratio times {_floor(most * (1 - now) / ((1 - most) * now))})"
+        ways.insert(0, way)
     raise ConfigError(
         f"dataset.mix: {name} breaks its limit of {plan.sources[name].max_repetitions:g} "
-        f"repetitions{also}: the run takes {count(counts[name] * length, 'token')} of it, "
-        f"{_floor(Fraction(counts[name], max(1, available)))} times the {available * length:,} "
+        f"repetitions{also}: the run takes {count(taken * length, 'token')} of it, "
+        f"{_floor(Fraction(taken, max(1, available)))} times the {available * length:,} "
         f"there are; {', or '.join(ways)}"
     )
-
-
-def _ratio_that_works(plan: MixPlan, name: str, total_instances: int) -> list[str]:
-    """The largest share that stays within the limit, where one number tells it."""
-    limit = plan.limits[name]
-    assert limit is not None
-    if len(plan.segments) > 1 or len(plan.names) == 1:
-        return []
-    now, most = plan.segments[0].shares[name], Fraction(limit, total_instances)
-    words = f"lower its share from {_percent(now)} to {_percent(most)} of the mixture"
-    if "/" not in name:
-        words += f" (its ratio times {_floor(most * (1 - now) / ((1 - most) * now))})"
-    return [words]
-
-
-def _percent(share: Fraction) -> str:
-    return f"{_floor(100 * share)}%"
 
 
 def _floor(value: Fraction) -> str:

@@ -3,12 +3,12 @@
 Nothing here needs numpy or looks at data.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from fractions import Fraction
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from toolkit.data.config import DatasetConfig, VariableInstancesConfig
-from toolkit.data.order.config import MixConfig, MixSourceConfig, check_nested, read_mix
+from toolkit.data.order.config import MixConfig, MixSourceConfig, read_mix
 from toolkit.data.tokens.prepared import dataset_folder
 from toolkit.errors import ConfigError
 
@@ -16,6 +16,7 @@ SMALLEST_SHARE = Fraction(1, 1_000_000)
 """Time and memory of finding a place in the mixture grow with the inverse."""
 TAKEN_NAME = "val"
 """What the evaluation of all sources together is called in metrics."""
+_INHERITED = ("dataset_config", "filters", "deduplicate", "instructions")
 
 
 class ResolvedSource(NamedTuple):
@@ -42,51 +43,22 @@ class RatioSegment(NamedTuple):
 
 def resolve_mix(config: DatasetConfig) -> list[ResolvedSource]:
     """The corpora of `config.mix`, sorted by name. Sources whose ratio is always 0 are left out.
-
-    Raises:
-        ConfigError: a nested mix is missing, holds itself or has a schedule; two sources would
-            share a folder; a share is too small.
-    """
-    mix = _mix(config)
-    leaves = {leaf.name: leaf for leaf in _leaves(mix.sources, config, "", Fraction(1), ())}
-    segments = _segments(mix, leaves)
-    names = sorted({name for segment in segments for name, s in segment.shares.items() if s})
-    sources = [
-        ResolvedSource(
-            name,
-            segments[0].shares[name],
-            leaves[name].dataset,
-            leaves[name].source.max_repetitions,
-            leaves[name].source.max_tokens,
-        )
-        for name in names
-    ]
-    _check_folders(sources)
-    return sources
+    ConfigError: a nested mix cannot be used, two sources would share a folder, a share is too
+    small, or all sources stop."""
+    return _resolve(config)[0]
 
 
 def resolve_schedule(config: DatasetConfig) -> list[RatioSegment]:
     """The shares of the sources that `resolve_mix` gives, from each point on where they change;
-    the first begins at 0.
-
-    Raises:
-        ConfigError: as `resolve_mix`, or all sources stop.
-    """
-    mix = _mix(config)
-    names = [source.name for source in resolve_mix(config)]
-    leaves = {leaf.name: leaf for leaf in _leaves(mix.sources, config, "", Fraction(1), ())}
-    return [
-        RatioSegment(segment.at_tokens, {name: segment.shares[name] for name in names})
-        for segment in _segments(mix, leaves)
-    ]
+    the first begins at 0. Errors as there."""
+    return _resolve(config)[1]
 
 
 def used_instances(source: ResolvedSource, num_instances: int) -> int:
     """How many of a source's instances are used: about `max_tokens` of them."""
     if source.max_tokens is None:
         return num_instances
-    wanted = -(-source.max_tokens // source.dataset.sequence_length)
-    return min(num_instances, wanted)
+    return min(num_instances, -(-source.max_tokens // source.dataset.sequence_length))
 
 
 def limited_instances(config: DatasetConfig, num_instances: Mapping[str, int]) -> int:
@@ -94,17 +66,7 @@ def limited_instances(config: DatasetConfig, num_instances: Mapping[str, int]) -
     return sum(used_instances(source, num_instances[source.name]) for source in resolve_mix(config))
 
 
-class _Leaf(NamedTuple):
-    name: str
-    top: str
-    """The source of `dataset.mix` that it belongs to..."""
-    part: Fraction
-    """...and its share of that."""
-    source: MixSourceConfig
-    dataset: DatasetConfig
-
-
-def _mix(config: DatasetConfig) -> MixConfig:
+def _resolve(config: DatasetConfig) -> tuple[list[ResolvedSource], list[RatioSegment]]:
     if config.mix is None:
         raise ConfigError("dataset.mix is null: there is no mixture; give its sources")
     if isinstance(config.instances, VariableInstancesConfig):
@@ -118,24 +80,49 @@ def _mix(config: DatasetConfig) -> MixConfig:
             "sources together; give the source another name, and keep its folder with "
             f"dataset_name={TAKEN_NAME}"
         )
-    return config.mix
+    leaves = sorted(_leaves(config.mix.sources, config), key=lambda leaf: leaf.name)
+    segments = _segments(config.mix, {leaf.name: leaf.ratio for leaf in leaves}, config)
+    sources = [
+        leaf._replace(ratio=segments[0].shares[leaf.name])
+        for leaf in leaves
+        if any(segment.shares[leaf.name] for segment in segments)
+    ]
+    _check_folders(sources)
+    names = [source.name for source in sources]
+    return sources, [
+        RatioSegment(segment.at_tokens, {name: segment.shares[name] for name in names})
+        for segment in segments
+    ]
 
 
 def _leaves(
     sources: Mapping[str, MixSourceConfig],
     parent: DatasetConfig,
-    prefix: str,
-    part: Fraction,
-    outside: tuple[str, ...],
-) -> list[_Leaf]:
+    prefix: str = "",
+    part: Fraction = Fraction(1),
+    outside: tuple[str, ...] = (),
+    max_repetitions: float | None = None,
+) -> Iterator[ResolvedSource]:
+    """All corpora below `sources`; their `ratio` is their share of the source of `dataset.mix` that
+    they belong to. What an outer source says holds where an inner one says nothing else."""
     total = sum(_exact(source.ratio) for source in sources.values())
-    found = []
     for key, source in sources.items():
-        name = f"{prefix}{key}"
+        name, is_mix = f"{prefix}{key}", source.mix is not None
+        changes = {
+            field: value for field in _INHERITED if (value := getattr(source, field)) is not None
+        }
+        if not is_mix:
+            folder = source.dataset_name or key
+            changes |= {"source": source.source, "dataset_name": folder, "mix": None}
+        try:
+            dataset = parent.replace(**changes)
+        except ValueError as error:
+            kind = "mix" if is_mix else "source"
+            raise ConfigError(f"dataset.mix: {kind} {name}: {error}") from None
         own = part * _exact(source.ratio) / total if prefix else part
+        limit = max_repetitions if source.max_repetitions is None else source.max_repetitions
         if source.mix is None:
-            dataset = _dataset(name, parent, _corpus(key, source))
-            found.append(_Leaf(name, name.split("/")[0], own, source, dataset))
+            yield ResolvedSource(name, own, dataset, limit, source.max_tokens)
             continue
         if source.max_tokens is not None:
             raise ConfigError(
@@ -144,62 +131,26 @@ def _leaves(
             )
         inside, chain = source.mix, outside
         if isinstance(inside, str):
-            nested = read_mix(inside)
-            check_nested(inside, nested.schedule, outside)
-            chain, inside = (*outside, inside), nested.sources
+            chain = (*outside, inside)
+            inside = read_mix(inside, outside).sources
         else:
             try:
                 MixConfig(sources=inside)
             except ValueError as error:
                 raise ConfigError(f"dataset.mix: {name}.mix: {error}") from None
-        # What the outer source says holds inside, where its sources say nothing else.
-        inside = {
-            inner: below.replace(
-                max_repetitions=source.max_repetitions
-                if below.max_repetitions is None
-                else below.max_repetitions
-            )
-            for inner, below in inside.items()
-        }
-        dataset = _dataset(name, parent, _settings(source), is_mix=True)
-        found += _leaves(inside, dataset, f"{name}/", own, chain)
-    return found
+        yield from _leaves(inside, dataset, f"{name}/", own, chain, limit)
 
 
-def _settings(source: MixSourceConfig) -> dict[str, Any]:
-    fields = ("dataset_config", "filters", "deduplicate", "instructions")
-    given = {field: getattr(source, field) for field in fields}
-    return {field: value for field, value in given.items() if value is not None}
-
-
-def _corpus(key: str, source: MixSourceConfig) -> dict[str, Any]:
-    return {
-        **_settings(source),
-        "source": source.source,
-        "dataset_name": source.dataset_name or key,
-        "mix": None,
-    }
-
-
-def _dataset(
-    name: str, parent: DatasetConfig, changes: dict[str, Any], *, is_mix: bool = False
-) -> DatasetConfig:
-    try:
-        return parent.replace(**changes)
-    except ValueError as error:
-        kind = "mix" if is_mix else "source"
-        raise ConfigError(f"dataset.mix: {kind} {name}: {error}") from None
-
-
-def _segments(mix: MixConfig, leaves: Mapping[str, _Leaf]) -> list[RatioSegment]:
+def _segments(
+    mix: MixConfig, parts: Mapping[str, Fraction], config: DatasetConfig
+) -> list[RatioSegment]:
     ratios = {name: _exact(source.ratio) for name, source in mix.sources.items()}
-    length = next(iter(leaves.values())).dataset.sequence_length
-    segments = [RatioSegment(0, _shares(ratios, leaves, "dataset.mix.sources"))]
+    segments = [RatioSegment(0, _shares(ratios, parts, "dataset.mix.sources"))]
     for number, change in enumerate(mix.schedule):
         ratios |= {name: _exact(ratio) for name, ratio in change.ratios.items()}
-        shares = _shares(ratios, leaves, f"dataset.mix.schedule.{number}")
+        shares = _shares(ratios, parts, f"dataset.mix.schedule.{number}")
         # A change takes effect between two instances.
-        at_tokens = -(-change.at_tokens // length) * length
+        at_tokens = -(-change.at_tokens // config.sequence_length) * config.sequence_length
         if segments[-1].at_tokens == at_tokens:
             segments.pop()
         # Each segment counts anew, so one that changes nothing would change the order all the same.
@@ -209,12 +160,12 @@ def _segments(mix: MixConfig, leaves: Mapping[str, _Leaf]) -> list[RatioSegment]
 
 
 def _shares(
-    ratios: Mapping[str, Fraction], leaves: Mapping[str, _Leaf], where: str
+    ratios: Mapping[str, Fraction], parts: Mapping[str, Fraction], where: str
 ) -> dict[str, Fraction]:
     total = sum(ratios.values())
     if not total:
         raise ConfigError(f"{where}: all ratios are 0; give at least one source more")
-    shares = {name: ratios[leaf.top] / total * leaf.part for name, leaf in leaves.items()}
+    shares = {name: ratios[name.split("/")[0]] / total * part for name, part in parts.items()}
     for name, share in shares.items():
         if 0 < share < SMALLEST_SHARE:
             raise ConfigError(

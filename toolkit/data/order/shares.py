@@ -11,28 +11,10 @@ and taking the released unit of the earliest deadline at every position ("EDF") 
 keeps all windows (P-fair scheduling: Baruah, Cohen, Plaxton & Varvel 1996). EDF has to begin at the
 first position, though. What follows makes position 1e9 as cheap as position 0.
 
-Blocks. Positions are cut into blocks of B >= 1 / min p_i. If the counts at both ends of a block are
-given, EDF over the block's units, their windows cut at its ends, finds an order whenever there is
-one. By Hall's theorem for intervals there is one if no interval [a, b) of positions is the whole
-window of more than b - a units. With S <= a < b <= T for a block [S, T):
-
-    S < a, b < T   sum_i max(0, floor(p_i b) - ceil(p_i a)) <= sum_i p_i (b - a) = b - a: always.
-    a = S, b = T   sum_i c_i(T) - c_i(S) = T - S; no term is negative, because p_i (T - S) >= 1.
-    a = S, b < T   asks of the counts at S: what is not yet given can be given in time.
-    a > S, b = T   asks of the counts at T: what is given already had the room before T.
-
-Not every rounding of p_i T has the last two properties. Neither has the one to the largest
-remainders: with remainders .64 .64 .60 .56 .56 (three are rounded up) and shares of .44 for the
-last two, both have their deadline at the very next position.
-
-Counts at the ends. The counts at T are those that EDF reaches at T when it begins at
-T - W, W = max_i ceil(1 / p_i), or at 0, from counts with the first property alone. Those are easy
-to find: of the units whose windows hold positions on both sides of T - W, as many as must be are
-taken as given, in the order of their deadlines. (Some choice has the property, for EDF from
-position 0 passes here. Exchanging a chosen unit for one of an earlier deadline keeps it.) Then EDF
-meets all deadlines from T - W on, so at T the first property holds again. The second holds for
-a >= T - W because EDF has put those units there, and for a < T - W because every source has a whole
-unit in W positions, so that the sum is T - sum_i ceil(p_i a) <= T - a.
+Blocks. Positions are cut into blocks of B >= 1 / min p_i. The counts at the end T of a block are
+those that EDF reaches when it begins at T - W, W = max_i ceil(1 / p_i), from counts at which all
+deadlines can still be met. Given the counts at both ends, EDF over a block's units, their windows
+cut at its ends, finds its order. docs/mixture_order.md proves that it always does.
 
 All floors and ceilings are of integers, without rounding: p_i = numerators[i] / denominator.
 """
@@ -41,7 +23,7 @@ import functools
 import heapq
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from typing import NamedTuple
 
@@ -58,17 +40,15 @@ _INT64_ROOM = 1 << 62
 
 
 class _Block(NamedTuple):
-    """The order of one block."""
-
     sources: np.ndarray
-    """Source of each position; int32, shape `(block_size,)`."""
+    """Source of each position; int32, `(block_size,)`."""
     ordinals: np.ndarray
-    """How many instances of that source the block has before; int32, same shape."""
+    """How many instances of that source the block has before; int32, `(block_size,)`."""
     counts: np.ndarray
-    """Instances of each source before the block; int64, shape `(num_sources,)`."""
+    """Instances of each source before the block; int64, `(num_sources,)`."""
     given: np.ndarray
     """Instances of each source in the block before every `COUNTED_EVERY`-th position; int32,
-    shape `(block_size / COUNTED_EVERY, num_sources)`."""
+    `(block_size / COUNTED_EVERY, num_sources)`."""
 
 
 class Shares:
@@ -80,11 +60,8 @@ class Shares:
     """
 
     def __init__(self, ratios: Sequence[Fraction | int]) -> None:
-        """`ratios` are not negative, and not all 0; a source of ratio 0 never comes.
-
-        Raises:
-            ValueError: a share is too small to be kept in bounded memory.
-        """
+        """`ratios` are not negative, and not all 0; a source of ratio 0 never comes. ValueError:
+        a share is too small to be kept in bounded memory."""
         total = Fraction(sum(ratios))
         shares = [Fraction(ratio) / total for ratio in ratios]
         self.num_sources = len(shares)
@@ -108,13 +85,10 @@ class Shares:
         sources = np.empty(len(positions), dtype=np.int64)
         ordinals = np.empty(len(positions), dtype=np.int64)
         numbers, places = np.divmod(positions, self.block_size)
-        cuts = [0, *(np.flatnonzero(np.diff(numbers)) + 1).tolist(), len(positions)]
-        for first, end in itertools.pairwise(cuts):
-            if first == end:
-                continue
-            block, inside = self._block(int(numbers[first])), places[first:end]
-            sources[first:end] = block.sources[inside]
-            ordinals[first:end] = block.counts[sources[first:end]] + block.ordinals[inside]
+        for number, run in runs(numbers):
+            block = self._block(number)
+            sources[run] = block.sources[places[run]]
+            ordinals[run] = block.counts[sources[run]] + block.ordinals[places[run]]
         return sources, ordinals
 
     def counts(self, position: int) -> np.ndarray:
@@ -122,8 +96,7 @@ class Shares:
         number, place = divmod(position, self.block_size)
         if not place:
             return self._scatter(self._start(number))
-        block = self._block(number)
-        kept = place // COUNTED_EVERY
+        block, kept = self._block(number), place // COUNTED_EVERY
         rest = block.sources[kept * COUNTED_EVERY : place]
         return block.counts + block.given[kept] + np.bincount(rest, minlength=self.num_sources)
 
@@ -138,16 +111,12 @@ class Shares:
             np.cumsum(num_each) - num_each, num_each
         )
         sources = np.array(self._active, dtype=np.int32)[active]
-        return _Block(sources, ordinals, self._scatter(before), self._given(sources))
-
-    def _given(self, sources: np.ndarray) -> np.ndarray:
-        pieces = np.arange(len(sources)) // COUNTED_EVERY
-        num_pieces = int(pieces[-1]) + 1
-        cells = np.bincount(
-            pieces * self.num_sources + sources, minlength=num_pieces * self.num_sources
-        )
-        each = cells.astype(np.int32).reshape(num_pieces, self.num_sources)
-        return np.cumsum(each, axis=0, dtype=np.int32) - each
+        parts = np.arange(self.block_size) // COUNTED_EVERY
+        num_cells = (int(parts[-1]) + 1) * self.num_sources
+        cells = np.bincount(parts * self.num_sources + sources, minlength=num_cells)
+        each = cells.astype(np.int32).reshape(-1, self.num_sources)
+        given = np.cumsum(each, axis=0, dtype=np.int32) - each
+        return _Block(sources, ordinals, self._scatter(before), given)
 
     def _make_start(self, number: int) -> tuple[int, ...]:
         """Counts of the active sources where block `number` begins."""
@@ -178,12 +147,8 @@ class Shares:
     def _edf(
         self, before: tuple[int, ...], first: int, end: int, after: tuple[int, ...] | None = None
     ) -> np.ndarray:
-        """The (active) source of each position of [first, end), earliest deadline first.
-
-        Args:
-            before: counts at `first`.
-            after: counts at `end`, where they are given.
-        """
+        """The (active) source of each position of [first, end), earliest deadline first; `before`
+        are the counts at `first`, `after` those at `end`, where they are given."""
         num_active = len(self._numerators)
         if after is None:
             last = [-(-end * numerator // self._denominator) for numerator in self._numerators]
@@ -237,11 +202,7 @@ class Shares:
 
 
 class ScheduledShares:
-    """Like `Shares`, for ratios that change on the way.
-
-    In each segment shares are counted from its first position: at every prefix of a segment, every
-    source has had its exact share of the segment to within one instance.
-    """
+    """Like `Shares`, for ratios that change on the way: each segment counts anew."""
 
     def __init__(self, segments: Sequence[tuple[int, Sequence[Fraction]]]) -> None:
         """`segments` are (first position, ratios of all sources); the first begins at 0."""
@@ -250,21 +211,15 @@ class ScheduledShares:
         self._before = functools.lru_cache(None)(self._count_before)
 
     def locate(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """See `Shares.locate`."""
-        numbers = np.searchsorted(self.starts, positions, side="right") - 1
-        found = []
-        for number in np.unique(numbers).tolist():
-            inside = positions[numbers == number] - self.starts[number]
-            sources, ordinals = self._segments[number].locate(inside)
-            found.append((sources, ordinals + self._before(number)[sources]))
-        if len(found) == 1:
-            return found[0]
-        empty = np.empty(0, dtype=np.int64)
-        sources = np.concatenate([empty, *(part for part, _ in found)])
-        return sources, np.concatenate([empty, *(part for _, part in found)])
+        sources = np.empty(len(positions), dtype=np.int64)
+        ordinals = np.empty(len(positions), dtype=np.int64)
+        for number, run in runs(np.searchsorted(self.starts, positions, side="right") - 1):
+            inside = positions[run] - self.starts[number]
+            sources[run], ordinals[run] = self._segments[number].locate(inside)
+            ordinals[run] += self._before(number)[sources[run]]
+        return sources, ordinals
 
     def counts(self, position: int) -> np.ndarray:
-        """See `Shares.counts`."""
         number = int(np.searchsorted(self.starts, position, side="right")) - 1
         inside = position - int(self.starts[number])
         return self._before(number) + self._segments[number].counts(inside)
@@ -275,3 +230,11 @@ class ScheduledShares:
             return np.zeros(self._segments[0].num_sources, dtype=np.int64)
         length = int(self.starts[number] - self.starts[number - 1])
         return self._before(number - 1) + self._segments[number - 1].counts(length)
+
+
+def runs(values: np.ndarray) -> Iterator[tuple[int, slice]]:
+    """Runs of equal numbers in ascending `values`."""
+    cuts = [0, *(np.flatnonzero(np.diff(values)) + 1).tolist(), len(values)]
+    for first, end in itertools.pairwise(cuts):
+        if first < end:
+            yield int(values[first]), slice(first, end)

@@ -4,11 +4,8 @@ Who uses `<folder>` holds a shared `flock` on `.<name>.used`, and its time of ch
 the last use. The kernel drops the lock when the process ends, however it ends; a forked child
 holds it too, until it ends as well.
 
-Locks hold between the processes of one machine on every local file system, and between machines
-on NFS with locking and on Lustre mounted with `flock`. NFS mounted `nolock` or `local_lock=all`,
-Lustre with `localflock`, and FUSE mounts (rclone, Google Drive) know only the locks of their own
-machine: give each machine a cache folder of its own there. Where a file system refuses locks,
-everything counts as in use.
+Some network file systems know only the locks of their own machine (docs/data.md). Where a file
+system refuses locks, everything counts as in use.
 """
 
 import contextlib
@@ -23,16 +20,15 @@ class UseMark:
 
     def __init__(self, folder: Path, descriptor: int) -> None:
         self.folder = folder
-        self._descriptor: int | None = descriptor
+        self.descriptor = descriptor
 
     def release(self) -> None:
-        """The folder is not in use any more, as far as this mark goes."""
-        if self._descriptor is not None:
+        if self.descriptor >= 0:
             with contextlib.suppress(OSError):
-                os.utime(self._descriptor)
+                os.utime(self.descriptor)
             # Not unlocked: a forked child that shares the lock may still be using the folder.
-            os.close(self._descriptor)
-            self._descriptor = None
+            os.close(self.descriptor)
+            self.descriptor = -1
 
     def __del__(self) -> None:
         with contextlib.suppress(OSError, AttributeError, TypeError):
@@ -48,36 +44,28 @@ def mark_used(folder: Path) -> UseMark | None:
     None where no mark can be made (folder not writable, no locks there); nothing removes a folder
     there either.
     """
-    descriptor = None
     try:
-        descriptor = _open(folder)
-        fcntl.flock(descriptor, fcntl.LOCK_SH)
+        mark = UseMark(folder, _open(folder))
+        fcntl.flock(mark.descriptor, fcntl.LOCK_SH)
     except OSError:
-        if descriptor is not None:
-            os.close(descriptor)
         return None
     with contextlib.suppress(OSError):  # of another user
-        os.utime(descriptor)
-    return UseMark(folder, descriptor)
+        os.utime(mark.descriptor)
+    return mark
 
 
 @contextlib.contextmanager
 def unused(folder: Path) -> Iterator[bool]:
     """Whether no process uses `folder`; none begins to while the block runs."""
-    try:
-        descriptor = _open(folder)
-    except OSError:
-        yield False
-        return
-    try:
+    with contextlib.ExitStack() as stack:
         try:
+            descriptor = _open(folder)
+            stack.callback(os.close, descriptor)
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            is_unused = True
         except OSError:
-            yield False
-        else:
-            yield True
-    finally:
-        os.close(descriptor)
+            is_unused = False
+        yield is_unused
 
 
 def last_used(folder: Path) -> float:

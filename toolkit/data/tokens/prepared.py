@@ -130,83 +130,71 @@ class PreparedDataset:
 
     @property
     def tokenizer_folder(self) -> Path | None:
-        """Folder that `load_tokenizer` and `transformers.AutoTokenizer` read; None where the
-        tokens came without a tokenizer."""
+        """What `load_tokenizer` and `AutoTokenizer` read; None: the tokens came without one."""
         folder = self.folder / TOKENIZER_FOLDER
         return folder if folder.is_dir() else None
 
     def has_split(self, split: Split) -> bool:
-        """Whether the split holds at least one token."""
         return split in self.manifest.splits
 
     def num_tokens(self, split: Split) -> int:
         """Tokens of the split, 0 when it is absent."""
-        info = self.manifest.splits.get(split)
-        return info.num_tokens if info else 0
+        return self.manifest.splits[split].num_tokens if self.has_split(split) else 0
 
     def num_documents(self, split: Split) -> int:
         """Documents of the split, 0 when it is absent."""
-        info = self.manifest.splits.get(split)
-        return info.num_documents if info else 0
+        return self.manifest.splits[split].num_documents if self.has_split(split) else 0
 
     def bytes_per_token(self, split: Split) -> float:
-        """Average UTF-8 bytes of text per token id: turns loss per token into bits per byte. 0.0
-        where the tokens came without text."""
-        info = self.manifest.splits[split]
-        return info.text_bytes / info.num_tokens
+        """UTF-8 bytes of text per token id, on average; 0.0 where the tokens came without text."""
+        return self.manifest.splits[split].text_bytes / self.num_tokens(split)
 
     def fingerprint(self, split: Split) -> str:
         """Identifies the content of the split: tokens, type, tokenizer and eos policy."""
         import xxhash
 
         info, manifest = self.manifest.splits[split], self.manifest
-        identity: tuple[object, ...] = (
+        identity = (
             info.content_hash,
             info.num_tokens,
             manifest.dtype,
             manifest.tokenizer_fingerprint,
             manifest.append_eos,
+            *(["bos"] if manifest.prepend_bos else []),
+            *([] if info.mask_hash is None else [info.mask_hash]),
         )
-        if manifest.prepend_bos:
-            identity += ("bos",)
-        if info.mask_hash is not None:
-            identity += (info.mask_hash,)
         return xxhash.xxh3_64_hexdigest(repr(identity).encode())
 
     def tokens(self, split: Split) -> "np.ndarray":
-        """Token ids of the split, a read-only memory map of shape `(num_tokens,)`.
-
-        Raises:
-            DataError: when the file does not agree with the manifest (size, or sampled blocks).
-        """
-        import numpy as np
-
-        path = self.folder / f"{split}.bin"
-        info = self.manifest.splits[split]
-        _check_size(path, info.num_tokens * np.dtype(self.manifest.dtype).itemsize)
-        _check_blocks(path, info.block_hashes)
-        return self._map(path, self.manifest.dtype)
+        """Token ids of the split, a read-only memory map of shape `(num_tokens,)`. DataError: its
+        size or a sampled block is not the manifest's."""
+        tokens = self._map(f"{split}.bin", self.manifest.dtype)
+        every = NUM_BLOCKS // (NUM_BLOCKS_CHECKED_AT_OPEN - 1)
+        path, blocks = self.folder / f"{split}.bin", self.manifest.splits[split].block_hashes
+        for number, found in hash_blocks(path, every).items():
+            if blocks[number] != found:
+                raise DataError(
+                    f"{path}: content differs from {MANIFEST_NAME} beside it (sampled block "
+                    f"{number}); restore it, or delete {self.folder} and prepare the data again"
+                )
+        return tokens
 
     def document_starts(self, split: Split) -> "np.ndarray":
         """Position of each document's first token, a memory map of shape `(num_documents,)`."""
-        path = self.folder / f"{split}.idx"
-        _check_size(path, self.manifest.splits[split].num_documents * 8)
-        return self._map(path, "uint64")
+        return self._map(f"{split}.idx", "uint64")
 
     def target_mask(self, split: Split) -> "np.ndarray | None":
         """1 for each token that the loss asks for, a memory map of uint8, shape `(num_tokens,)`;
         None: it asks for all."""
-        info = self.manifest.splits[split]
-        if info.mask_hash is None:
-            return None
-        path = self.folder / f"{split}.mask"
-        _check_size(path, info.num_tokens)
-        return self._map(path, "uint8")
+        has_mask = self.manifest.splits[split].mask_hash is not None
+        return self._map(f"{split}.mask", "uint8") if has_mask else None
 
-    def _map(self, path: Path, dtype: str) -> "np.ndarray":
+    def _map(self, name: str, dtype: str) -> "np.ndarray":
         import numpy as np
 
-        array = np.memmap(path, dtype=dtype, mode="r")
+        files = token_files(self.manifest.dtype, self.manifest.splits)
+        _check_size(self.folder / name, files[name].size)
+        array = np.memmap(self.folder / name, dtype=dtype, mode="r")
         # Every view of the array keeps it, and with it the mark.
         array.in_use = self.in_use  # type: ignore[attr-defined]
         return array
@@ -218,53 +206,24 @@ def dataset_folder(config: DatasetConfig) -> Path:
 
 
 def read_prepared(config: DatasetConfig) -> PreparedDataset | None:
-    """The prepared data set of `config`, or None when there is none yet.
-
-    Reads dataset.json and the sizes of the token files, nothing else (about a millisecond).
-
-    Raises:
-        DataError: when dataset.json cannot be read or the token files do not have its sizes.
-    """
+    """The prepared data set of `config`; see `read_folder`."""
     return read_folder(dataset_folder(config))
-
-
-def localize(config: DatasetConfig, store: StoreConfig) -> DatasetConfig:
-    """`config` with `root` set to the local root that `store` gives, where training reads.
-
-    Raises:
-        ConfigError: the permanent copy would be the local folder itself.
-    """
-    if store.tokenized_cache_dir is not None:
-        config = config.replace(root=store.tokenized_cache_dir)
-    if store.permanent_root is not None:
-        path = store.permanent_root.removeprefix("file://")
-        if (
-            not is_url(path)
-            and Path(path).expanduser().resolve() == Path(config.root).expanduser().resolve()
-        ):
-            raise ConfigError(
-                f"store.permanent_root and the local root of token files are the same folder, "
-                f"{path}; set store.tokenized_cache_dir to another one, or "
-                "store.permanent_root=null"
-            )
-    return config
 
 
 def open_prepared(config: DatasetConfig) -> PreparedDataset | None:
     """`read_prepared`, marked as in use as long as the result or an array of it lives."""
     folder = dataset_folder(config)
-    if not folder.is_dir():
-        return read_prepared(config)
-    mark = mark_used(folder)
     # Read after the mark was set: what is whole now stays.
-    prepared = read_prepared(config)
+    mark = mark_used(folder) if folder.is_dir() else None
+    prepared = read_folder(folder)
     if prepared is not None:
         prepared.in_use = mark
     return prepared
 
 
 def read_folder(folder: Path) -> PreparedDataset | None:
-    """`read_prepared` of the data set in `folder`."""
+    """The prepared data set in `folder`; None: there is none yet. Reads dataset.json and the sizes
+    of the token files, in about a millisecond; DataError: they are damaged, or do not agree."""
     manifest = read_manifest(folder)
     if manifest is None:
         return None
@@ -273,12 +232,25 @@ def read_folder(folder: Path) -> PreparedDataset | None:
     return PreparedDataset(folder, manifest)
 
 
-def read_manifest(folder: Path) -> Manifest | None:
-    """dataset.json of `folder`; None when there is none.
+def localize(config: DatasetConfig, store: StoreConfig) -> DatasetConfig:
+    """`config` with `root` set to the local root that `store` gives, where training reads.
+    ConfigError: the permanent copy would be the local folder itself."""
+    if store.tokenized_cache_dir is not None:
+        config = config.replace(root=store.tokenized_cache_dir)
+    if store.permanent_root is not None:
+        path = store.permanent_root.removeprefix("file://")
+        there, here = (Path(root).expanduser().resolve() for root in (path, config.root))
+        if not is_url(path) and there == here:
+            raise ConfigError(
+                f"store.permanent_root and the local root of token files are the same folder, "
+                f"{path}; set store.tokenized_cache_dir to another one, or "
+                "store.permanent_root=null"
+            )
+    return config
 
-    Raises:
-        DataError: when it cannot be read.
-    """
+
+def read_manifest(folder: Path) -> Manifest | None:
+    """dataset.json of `folder`; None: there is none. DataError: it cannot be read."""
     path = folder / MANIFEST_NAME
     advice = f"delete {folder} and prepare the data again"
     try:
@@ -293,7 +265,7 @@ def read_manifest(folder: Path) -> Manifest | None:
     if manifest.format_version != FORMAT_VERSION:
         raise DataError(
             f"{path}: format version {manifest.format_version}, this toolkit reads "
-            f"{FORMAT_VERSION}; delete {folder} and prepare the data again"
+            f"{FORMAT_VERSION}; {advice}"
         )
     return manifest
 
@@ -355,13 +327,3 @@ def _check_size(path: Path, expected: int) -> None:
             f"{path} {found} ({MANIFEST_NAME} beside it says so); restore it, or delete "
             f"{path.parent} and prepare the data again"
         )
-
-
-def _check_blocks(path: Path, expected: list[str]) -> None:
-    every = NUM_BLOCKS // (NUM_BLOCKS_CHECKED_AT_OPEN - 1)
-    for number, found in hash_blocks(path, every).items():
-        if expected[number] != found:
-            raise DataError(
-                f"{path}: content differs from {MANIFEST_NAME} beside it (sampled block {number}); "
-                f"restore it, or delete {path.parent} and prepare the data again"
-            )

@@ -16,13 +16,12 @@ from tests.data.prepare.text.instructions.templates import (
     tokenizer,
     user,
 )
-from toolkit.data.config import InstructionsConfig
+from toolkit.data.config import HFTokenizerConfig, InstructionsConfig
 from toolkit.data.prepare.build.instructions import InstructionEncoder
 from toolkit.data.prepare.text.reading import Piece
 from toolkit.data.prepare.tokenizers.choice import templates_hash
 from toolkit.data.prepare.tokenizers.companions import TOKENIZER_CONFIG_FILE
 from toolkit.data.prepare.tokenizers.tokenizer import Tokenizer, load_file
-from toolkit.data.tokenizer_config import HFTokenizerConfig
 from toolkit.errors import ConfigError, DataError
 from toolkit.hf.tokenizer_files import copy_tokenizer
 

@@ -5,6 +5,14 @@ import contextlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from toolkit.data.config import (
+    BPETokenizerConfig,
+    ByteTokenizerConfig,
+    HFTokenizerConfig,
+    SentencePieceTokenizerConfig,
+    TiktokenTokenizerConfig,
+    TokenizerConfig,
+)
 from toolkit.data.prepare.tokenizers.backend import MAX_TOKENIZER_BYTES, check_small_files
 from toolkit.data.prepare.tokenizers.companions import (
     CHAT_TEMPLATE_FILE,
@@ -22,14 +30,6 @@ from toolkit.data.prepare.tokenizers.tokenizer import (
     fast_config,
     load_file,
     train_bpe,
-)
-from toolkit.data.tokenizer_config import (
-    BPETokenizerConfig,
-    ByteTokenizerConfig,
-    HFTokenizerConfig,
-    SentencePieceTokenizerConfig,
-    TiktokenTokenizerConfig,
-    TokenizerConfig,
 )
 from toolkit.errors import DataError
 from toolkit.storage.foreign import guard, read_bytes, reason_of

@@ -29,10 +29,10 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from toolkit.data.config import SentencePieceTokenizerConfig, TiktokenTokenizerConfig
 from toolkit.data.prepare.tokenizers.companions import TOKENIZER_CONFIG_FILE, Files
 from toolkit.data.prepare.tokenizers.fast_bpe import byte_characters
 from toolkit.data.prepare.tokenizers.tokenizer import Tokenizer, fast_config
-from toolkit.data.tokenizer_config import SentencePieceTokenizerConfig, TiktokenTokenizerConfig
 from toolkit.errors import ConfigError, DataError
 from toolkit.storage.foreign import read_bytes
 

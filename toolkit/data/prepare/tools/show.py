@@ -1,25 +1,37 @@
 """Instances of whatever a config names, to be looked at: `find_instances`."""
 
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
+import msgspec
 import numpy as np
 
 from toolkit.data.config import DataConfig
-from toolkit.data.instances.base import (
-    DecodedPiece,
-    DocumentPart,
-    InstanceDataset,
-    decode_pieces,
-    target_mask,
-)
+from toolkit.data.instances.base import DocumentPart, InstanceDataset, target_mask
 from toolkit.data.instances.custom import UNKNOWN_LENGTH, open_custom
 from toolkit.data.instances.open import instances_config, open_instances
 from toolkit.data.prepare.corpus import prepare_corpus
 from toolkit.data.prepare.tokenizers.tokenizer import load_tokenizer
 from toolkit.data.tokens.prepared import Split
 from toolkit.errors import ConfigError, DataError
+
+
+class Decoder(Protocol):
+    """A tokenizer, as far as text is wanted."""
+
+    def decode(self, ids: np.ndarray) -> str: ...
+
+
+class DecodedPiece(msgspec.Struct, frozen=True):
+    """Consecutive tokens of one document that are all targets, or none of them."""
+
+    document: int | None
+    """Its number in the split; None: padding."""
+    is_target: bool
+    num_tokens: int
+    text: str
 
 
 class ShownInstance(NamedTuple):
@@ -114,3 +126,30 @@ def find_instances(
     kind = instances_config(dataset, evaluation=is_val).__struct_config__.tag
     instances = open_instances(prepared, split, dataset, evaluation=is_val)
     return FoundInstances(str(prepared.folder), str(kind), instances)
+
+
+def decode_pieces(
+    tokenizer: Decoder | None,
+    ids: np.ndarray,
+    is_target: np.ndarray,
+    parts: list[DocumentPart],
+) -> list[DecodedPiece]:
+    """The text of one row; without a tokenizer, its ids. `ids` and `is_target` (of `target_mask`)
+    are `(seq,)`; tokens after `parts`, its documents, are padding. A character whose bytes lie on
+    both sides of a cut shows as U+FFFD."""
+    pieces, position = [], 0
+    lengths = [(part.document, part.end - part.start) for part in parts]
+    for document, length in [*lengths, (None, len(ids) - sum(n for _, n in lengths))]:
+        if not length:
+            continue
+        stop = position + length
+        changes = np.flatnonzero(np.diff(is_target[position:stop])) + 1
+        bounds = [position, *(position + changes).tolist(), stop]
+        for begin, end in itertools.pairwise(bounds):
+            if tokenizer is None:
+                text = " ".join(str(number) for number in ids[begin:end].tolist()) + " "
+            else:
+                text = tokenizer.decode(ids[begin:end])
+            pieces.append(DecodedPiece(document, bool(is_target[begin]), end - begin, text))
+        position = stop
+    return pieces
