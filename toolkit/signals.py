@@ -53,6 +53,12 @@ class Interrupted(KeyboardInterrupt):
         self.reason = reason
 
 
+def exit_code(reason: str) -> int:
+    """Of a process that was asked to stop before it had anything to continue."""
+    number = getattr(signal, reason, None)
+    return EXIT_STOPPED if number is None else 128 + int(number)
+
+
 class Receiver:
     """Answers requests."""
 
@@ -88,7 +94,7 @@ class Starting(Receiver):
 
     def __init__(
         self,
-        close: Callable[[str], int] | None = None,
+        close: Callable[[str], int] = exit_code,
         *,
         doing: str = "stopping before the first step",
     ) -> None:
@@ -115,11 +121,10 @@ class Starting(Receiver):
         return f"{reason}: {self._doing}{again(reason)}"
 
     def give_up(self, reason: str) -> int:
-        return self._close(reason) if self._close is not None else exit_code(reason)
+        return self._close(reason)
 
     def last_words(self, reason: str) -> str | None:
-        if self._close is not None:
-            self._close(reason)
+        self._close(reason)
         return f"{reason} again: stopped now"
 
 
@@ -128,12 +133,6 @@ def again(reason: str) -> str:
     if reason == "SIGINT":
         return "; Ctrl-C again to stop now"
     return "; a second one stops now" if reason == "SIGTERM" else ""
-
-
-def exit_code(reason: str) -> int:
-    """Of a process that was asked to stop before it had anything to continue."""
-    number = getattr(signal, reason, None)
-    return EXIT_STOPPED if number is None else 128 + int(number)
 
 
 def asked() -> str | None:

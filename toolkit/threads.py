@@ -40,8 +40,7 @@ class Worker:
     """Runs jobs in order in one daemon thread, for which the end of the process does not wait."""
 
     def __init__(self, name: str) -> None:
-        self._jobs: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None]
-        self._jobs = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._thread = Thread(target=self._work, name=name, daemon=True)
 
     def submit(self, job: Callable[[], Result]) -> "Future[Result]":

@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from tests.tiny import module_config, open_environment
 from tests.workers import WorkerPool
+from toolkit import signals
 from toolkit.launch.stopping import (
     FAILURE,
     STOP_FILE,
@@ -95,7 +96,7 @@ def handlers() -> Iterator[None]:
 def test_signals_ask_by_their_names(number: signal.Signals) -> None:
     signal.signal(number, signal.SIG_DFL)  # nohup has SIGHUP ignored, and that is respected
     stop = StopRequest()
-    with stop.listening():
+    with signals.listening(stop):
         os.kill(os.getpid(), number)
         os.kill(os.getpid(), number)  # a launcher repeats a terminal's
     assert stop.reason == number.name
@@ -105,7 +106,7 @@ def test_signals_ask_by_their_names(number: signal.Signals) -> None:
 def test_signals_sent_ahead_of_time_never_kill(monkeypatch: pytest.MonkeyPatch) -> None:
     """SIGUSR1, and SIGTERM minutes later: the save under way gets the scheduler's grace period."""
     stop = StopRequest()
-    with stop.listening():
+    with signals.listening(stop):
         for minute, number in enumerate((signal.SIGUSR1, signal.SIGUSR1, signal.SIGTERM)):
             monkeypatch.setattr(time, "monotonic", lambda minute=minute: 60.0 * minute)
             os.kill(os.getpid(), number)
@@ -117,7 +118,7 @@ def test_a_signal_that_is_ignored_stays_so() -> None:
     """nohup"""
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     stop = StopRequest()
-    with stop.listening():
+    with signals.listening(stop):
         os.kill(os.getpid(), signal.SIGHUP)
     assert stop.reason is None
 

@@ -25,7 +25,7 @@ from toolkit.runs.registry import is_run
 from toolkit.storage.remote import is_url
 from toolkit.train.config import NO_BASE, TrainerConfig
 from toolkit.train.progress import no_checkpoint
-from toolkit.train.scores import check_best_metric_early
+from toolkit.train.scores import check_best_metric_in
 from toolkit.train.timeline import StepsOf, steps_of
 from toolkit.wording import count
 
@@ -102,7 +102,7 @@ def _check_best_metric(config: ExperimentConfig) -> None:
         with contextlib.suppress(ConfigError):  # said where the data is looked for
             # Any of them may have nothing held out, and one that is left is no total.
             sets += [source.name for source in resolve_mix(config.dataset)]
-    check_best_metric_early(config.trainer, sets)
+    check_best_metric_in(dict.fromkeys(sets, True), config.trainer)
 
 
 def _check_adapter(config: ExperimentConfig) -> None:

@@ -147,7 +147,7 @@ class Training:
                 _log_changes(before, stored, run, trainer)
             # Not before: a run that cannot be continued with this config keeps the one it has.
             self.log_configs(stored, run, environment.layout, origins, train_module.kernels)
-            until_the_end.enter_context(trainer.state.stop_request.listening())
+            until_the_end.enter_context(signals.listening(trainer.state.stop_request))
             signals.settle()
             result = trainer.fit()
             _log_end(result, run)

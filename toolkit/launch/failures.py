@@ -230,7 +230,7 @@ def clear_notes(folder: Path) -> None:
     """Remove the notes of earlier attempts; rank 0 calls it once the run is its own."""
     for path in (folder / RUN_FILES.ranks).glob("*.json"):
         with contextlib.suppress(OSError):
-            path.unlink(missing_ok=True)
+            path.unlink()
 
 
 def _is_alive(pid: int) -> bool:

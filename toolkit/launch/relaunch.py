@@ -161,11 +161,7 @@ def worker_environment(environ: Mapping[str, str], number: int, store: Path) -> 
 
 
 def launcher_seconds(environ: Mapping[str, str]) -> int:
-    """`SECONDS_TO_SAVE`, or what the variable that torchrun reads says instead.
-
-    Raises:
-        ConfigError: that is no number.
-    """
+    """`SECONDS_TO_SAVE`, or what the variable that torchrun reads says instead."""
     text = environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SECONDS_TO_SAVE))
     if not text.isdecimal():
         raise ConfigError(f"TORCH_ELASTIC_SHUTDOWN_TIMEOUT: {text!r} is no number of seconds")

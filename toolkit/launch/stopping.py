@@ -31,14 +31,9 @@ _STOP_FILE_SECONDS = 1.0
 
 
 class WallTime:
-    """A limit on the time since this attempt was started, by a launcher or as this process.
-
-    Args:
-        limit: seconds, or text such as `11h30m`.
-        margin: how long before the limit to stop, likewise; None: twice the longest time seen
-            between two polls, at least 60.
-        started: when the attempt began, Unix seconds; default: asked from the system.
-    """
+    """A limit, in seconds or text such as `11h30m`, on the time since this attempt was `started`
+    (Unix seconds; default: asked from the system). It is up `margin` before; None: twice the
+    longest time seen between two polls, at least 60 s."""
 
     def __init__(
         self,
@@ -89,11 +84,7 @@ def attempt_started() -> float:
 
 class StopRequest(signals.Receiver):
     """Why this rank wants to stop, if it does (any thread may ask), and what all ranks agreed.
-
-    Args:
-        wall_time: the time limit.
-        stop_file: a file that asks to stop; for one rank only.
-    """
+    `stop_file`, a file that asks to stop, is for one rank only."""
 
     def __init__(self, *, wall_time: WallTime | None = None, stop_file: Path | None = None) -> None:
         self.reason: str | None = None
@@ -122,11 +113,7 @@ class StopRequest(signals.Receiver):
         """What was asked for has been done: the stop file goes, a later start must not see it."""
         if self._stop_file is not None:
             with contextlib.suppress(OSError):
-                self._stop_file.unlink(missing_ok=True)
-
-    def listening(self) -> contextlib.AbstractContextManager[None]:
-        """Handle signals inside the block; see `toolkit.signals.listening`."""
-        return signals.listening(self)
+                self._stop_file.unlink()
 
     def acknowledge(self, reason: str) -> str:
         return f"{reason}: stopping after this step{signals.again(reason)}"
@@ -135,11 +122,9 @@ class StopRequest(signals.Receiver):
         return self.speak_last(reason) if self.speak_last is not None else None
 
     def poll(self, group: dist.ProcessGroup | None) -> bool:
-        """Whether all ranks stop now.
-
-        Every rank of `group` (None: one process) calls it equally often. Nobody waits: what ranks
-        want goes round while they compute, and the answer is that of the poll before.
-        """
+        """Whether all ranks stop now. Every rank of `group` (None: one process) calls it equally
+        often. Nobody waits: what they want goes round while they compute, and the answer is that of
+        the poll before."""
         if self.is_agreed:
             return True
         self._look()
@@ -147,21 +132,19 @@ class StopRequest(signals.Receiver):
             self.is_agreed = self.reason is not None
             return self.is_agreed
         if self._vote is not None:
-            code, work = self._vote
+            vote, work = self._vote
             work.wait()
-            self._agree(int(code.item()))
             self._vote = None
+            if greatest := int(vote.item()):
+                self.is_agreed = True
+                if greatest != self._code():
+                    self.reason = _REASONS[greatest]
         if not self.is_agreed:
-            code = torch.tensor(self._code())
-            work = dist.all_reduce(code, op=dist.ReduceOp.MAX, group=group, async_op=True)
+            vote = torch.tensor(self._code())
+            work = dist.all_reduce(vote, op=dist.ReduceOp.MAX, group=group, async_op=True)
             assert work is not None, "this rank belongs to the group"
-            self._vote = code, work
+            self._vote = vote, work
         return self.is_agreed
-
-    @property
-    def has_lost_launcher(self) -> bool:
-        """Whether the launcher ended without this process."""
-        return parents.launcher_is_gone()
 
     def _look(self) -> None:
         """Reasons that nobody brings: they must be looked for."""
@@ -169,7 +152,7 @@ class StopRequest(signals.Receiver):
             self.ask(WALL_TIME)
         if self.reason is not None:
             return
-        if self.has_lost_launcher:
+        if parents.launcher_is_gone():
             self.ask(LAUNCHER_GONE)
         elif self._stop_file is not None:
             now = time.monotonic()
@@ -177,12 +160,6 @@ class StopRequest(signals.Receiver):
                 self._looked_at = now
                 if self._stop_file.exists():
                     self.ask(STOP_FILE)
-
-    def _agree(self, code: int) -> None:
-        if code:
-            self.is_agreed = True
-            if code != self._code():
-                self.reason = _REASONS[code]
 
     def _code(self) -> int:
         if self.reason is None:

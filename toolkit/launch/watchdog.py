@@ -39,8 +39,6 @@ ORPHAN_SECONDS = 60.0
 class Heartbeat:
     """Where the training thread is; written by it alone."""
 
-    __slots__ = ("count", "is_slow", "phase", "step")
-
     def __init__(self) -> None:
         self.step = 0
         self.phase = "starting"
@@ -69,7 +67,7 @@ class Watchdog:
         *,
         timeout: float,
         has_lost_launcher: Callable[[], bool] = lambda: False,
-        on_hang: Callable[[str], None] | None = None,
+        on_hang: Callable[[str], object] = lambda verdict: None,
         leave: Callable[[int], object] = os._exit,
     ) -> None:
         self._heartbeat = heartbeat
@@ -158,7 +156,10 @@ class Watchdog:
             with contextlib.suppress(OSError, ValueError):
                 sys.stderr.write(f"error: {verdict}\n")
                 sys.stderr.flush()
-            self._tell(verdict)
+            # It may hang like everything else.
+            thread = Thread(target=self._on_hang, args=(verdict,), daemon=True)
+            thread.start()
+            thread.join(timeout=5)
         else:
             time.sleep(2.0)  # its line comes before the launcher sees any rank end
         for handler in logging.getLogger("toolkit").handlers:
@@ -179,13 +180,6 @@ class Watchdog:
             if len(notes) == self._peers.world_size or time.monotonic() > deadline:
                 return notes
             time.sleep(0.1)
-
-    def _tell(self, verdict: str) -> None:
-        """`on_hang`, which may hang like everything else, in a thread of its own."""
-        if self._on_hang is not None:
-            thread = Thread(target=self._on_hang, args=(verdict,), daemon=True)
-            thread.start()
-            thread.join(timeout=5)
 
 
 def explain_hang(notes: Mapping[int, RankNote], world_size: int) -> str:

@@ -88,11 +88,8 @@ class JsonlSink(Sink):
 
 def read_records(path: Path, kind: type[T]) -> Iterator[T]:
     """The lines of a file as `kind`, in order; damaged ones, and one that is being written, are
-    left out. None where there is no file.
-
-    Raises:
-        RunError: it is a pipe or a device, or has a line without end.
-    """
+    left out. None where there is no file. Raises RunError where it is a pipe or a device, or has a
+    line without end."""
     decoder = msgspec.json.Decoder(kind)
     for line in read_lines(path, RunError):
         with contextlib.suppress(*_UNREADABLE):

@@ -9,9 +9,6 @@ import torch
 _INDEXED = re.compile(r"^(?:.*?\.)?[A-Za-z_]\w*\.\d+(?=\.|$)")
 N = TypeVar("N", torch.Tensor, float)
 
-TOTAL = "total"
-"""Name of the global norm among those of the layers."""
-
 
 def layer_of(name: str) -> str:
     """The layer of a parameter: `blocks.3.attention.q.weight` -> `blocks.3`; a parameter outside
@@ -53,4 +50,4 @@ def to_norms(squares: Mapping[str, N]) -> dict[str, N]:
     if not squares:
         return {}
     total = sum(squares.values())
-    return {TOTAL: total**0.5} | {layer: square**0.5 for layer, square in squares.items()}
+    return {"total": total**0.5} | {layer: square**0.5 for layer, square in squares.items()}

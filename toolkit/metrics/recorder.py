@@ -113,11 +113,8 @@ class MetricsRecorder:
             self._hand_over()
 
     def flush(self) -> None:
-        """Block until everything recorded so far is delivered and synced to disk.
-
-        All ranks must call it at the same step: the block it closes is reduced like any other.
-        Raises TrainingError when delivering failed.
-        """
+        """Block until everything recorded so far is delivered and synced to disk. All ranks must
+        call it at the same step: the block it closes is reduced like any other."""
         self.begin_flush().wait()
 
     def begin_flush(self, after: Callable[[], Any] | None = None) -> PendingFlush:

@@ -17,15 +17,16 @@ from toolkit.wording import count
 
 log = logging.getLogger(__name__)
 
-STREAMS = ("train", "eval", "network", "system")
-TRAIN_FIELDS = (
-    "step", "tokens", "epoch", "time", "attempt", "loss", "ppl", "lr", "grad_norm",
-    "tokens_per_second", "mfu", "data_loading_pct", "peak_memory_gb", "skipped",
-)  # fmt: skip
-"""What a line of train.jsonl starts with, in this order. `time` is in Unix seconds."""
-EVAL_FIELDS = ("step", "tokens", "time", "name", "loss", "ppl")
-"""What a line of eval.jsonl starts with."""
-_FIELDS = {"train": TRAIN_FIELDS, "eval": EVAL_FIELDS}
+STREAMS = {
+    "train": (
+        "step", "tokens", "epoch", "time", "attempt", "loss", "ppl", "lr", "grad_norm",
+        "tokens_per_second", "mfu", "data_loading_pct", "peak_memory_gb", "skipped",
+    ),
+    "eval": ("step", "tokens", "time", "name", "loss", "ppl"),
+    "network": ("step", "time"),
+    "system": ("step", "time"),
+}  # fmt: skip
+"""Stream -> what its lines start with, in this order. `time` is in Unix seconds."""
 
 
 class TensorBoardSink(Sink):
@@ -95,7 +96,6 @@ class MetricStreams(contextlib.AbstractContextManager["MetricStreams"]):
         self,
         run_folder: Path,
         *,
-        tensorboard: bool = True,
         resume_step: int | None = None,
         is_main: bool = True,
     ) -> None:
@@ -105,17 +105,15 @@ class MetricStreams(contextlib.AbstractContextManager["MetricStreams"]):
         if not is_main:
             return
         last_step = -1 if resume_step is None else resume_step
-        if tensorboard:
-            (run_folder / "tb").mkdir(parents=True, exist_ok=True)
+        (run_folder / "tb").mkdir(parents=True, exist_ok=True)
         results: dict[str, TrimResult] = {}
         for stream, sinks in self._sinks.items():
             path = run_folder / "metrics" / f"{stream}.jsonl"
             results[path.name] = trim_jsonl(path, last_step=last_step)
-            sinks.append(JsonlSink(path))
-            if tensorboard:
-                folder = run_folder / "tb" / stream
-                again = folder.is_dir() and any(folder.iterdir())
-                sinks.append(TensorBoardSink(folder, purge_step=last_step + 1 if again else None))
+            folder = run_folder / "tb" / stream
+            again = folder.is_dir() and any(folder.iterdir())
+            events = TensorBoardSink(folder, purge_step=last_step + 1 if again else None)
+            sinks += [JsonlSink(path), events]
         if removed := _removed(results, resume_step):
             log.info("%s: removed %s", run_folder / "metrics", removed)
 
@@ -123,8 +121,7 @@ class MetricStreams(contextlib.AbstractContextManager["MetricStreams"]):
         """Append `records` (each with "step") to a stream; nothing happens on other ranks."""
         if stream not in STREAMS:
             raise ValueError(f"no such stream: {stream!r}; there are {', '.join(STREAMS)}")
-        fields = _FIELDS.get(stream, ("step", "time"))
-        ordered = [{k: r[k] for k in fields if k in r} | r for r in records]
+        ordered = [{k: r[k] for k in STREAMS[stream] if k in r} | r for r in records]
         with self._locks[stream]:
             for sink in [] if self._closed else self._sinks[stream]:
                 sink.write(ordered)

@@ -35,11 +35,7 @@ runs_table = sa.Table(
 
 
 def check_url(url: str) -> None:
-    """Refuse what can never be a registry; no server is asked.
-
-    Raises:
-        RunError: no such URL, no such kind of database, no driver for it, or no such folder.
-    """
+    """Raise RunError where `url` can never be a registry; no server is asked."""
     known = "write sqlite:////absolute/path.sqlite or postgresql+psycopg://USER@HOST/NAME"
     try:
         parsed = sa.make_url(url)

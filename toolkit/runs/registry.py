@@ -65,14 +65,8 @@ def run_of_checkpoint(step: Path) -> Path | None:
 def find_named(text: str, *, root: str | Path = "runs") -> str:
     """The folder of the run that `toolkit runs` lists as `text` ("experiment/name", or the name
     alone), or what is below it ("experiment/name/checkpoints/step10"); `text` as it is where it is
-    a path that exists, or no run has this name.
-
-    Raises:
-        RunError: several runs have this name.
-    """
+    a path that exists, or no run has this name. Raises RunError where several have it."""
     if not text or "://" in text or os.path.exists(os.path.expanduser(text)):
-        return text
-    if not _absolute(root).is_dir():
         return text
     first, _, rest = text.partition("/")
     second, _, below = rest.partition("/")
@@ -170,8 +164,7 @@ def start_run(
 def list_runs(root: str | Path = "runs", *, registry_url: str | None = None) -> list[RunRecord]:
     """All runs below `root` and in its registry, oldest first.
 
-    Every record is read from the run's folder; a run only the registry knows has state
-    "missing". A run that says running but holds no lock has state "dead".
+    Every record is read from the run's folder; see `RunRecord.state`.
     """
     indexed = _read_index(root, registry_url)
     folders = (p.parent.parent for p in _absolute(root).glob(f"*/*/{RUN_FILES.status}"))
@@ -186,10 +179,8 @@ def list_runs(root: str | Path = "runs", *, registry_url: str | None = None) -> 
 def reindex(root: str | Path = "runs", *, registry_url: str | None = None) -> int:
     """Rebuild the registry from the folders; returns the number of runs in it.
 
-    Runs in folders elsewhere (`save_folder`) stay as long as their folder exists.
-
-    Raises:
-        RunError: when the registry cannot be written.
+    Runs in folders elsewhere (`save_folder`) stay as long as their folder exists. Raises RunError
+    where the registry cannot be written.
     """
     found = [r for r in list_runs(root, registry_url=registry_url) if r.state != "missing"]
     try:

@@ -6,12 +6,13 @@ import functools
 import logging
 from collections.abc import Mapping
 
+from toolkit import parents, signals
 from toolkit.checkpoint.folder import saved_steps
 from toolkit.errors import RunError
 from toolkit.launch.failures import Peers
 from toolkit.launch.watchdog import Watchdog
 from toolkit.runs.files import RUN_FILES
-from toolkit.runs.status import FAILURE
+from toolkit.runs.status import FAILURE, RunState
 from toolkit.train.callbacks.base import Callback
 from toolkit.train.state import TrainState
 
@@ -22,14 +23,14 @@ _BEFORE_THE_STEP = ("waiting for data", "forward and backward")
 
 def start_watchdog(state: TrainState, peers: Peers) -> Watchdog | None:
     """The watchdog of this training, at work; None where the config wants none."""
-    timeout, stop = state.config.watchdog_timeout, state.stop_request
+    timeout = state.config.watchdog_timeout
     if timeout is None:
         return None
     watchdog = Watchdog(
         state.heartbeat,
         peers,
         timeout=timeout,
-        has_lost_launcher=lambda: stop.has_lost_launcher,
+        has_lost_launcher=parents.launcher_is_gone,
         on_hang=lambda message: state.run.set_status(
             "failed", step=state.step, message=message, exit_reason="watchdog"
         ),
@@ -62,7 +63,7 @@ def is_part_of_stop(state: TrainState, error: Exception, done: tuple[int, int]) 
 def listening(state: TrainState) -> contextlib.AbstractContextManager[None]:
     """Requests go to this training inside the block; the one that ends it at once is noted."""
     state.stop_request.speak_last = functools.partial(_break_off, state)
-    return state.stop_request.listening()
+    return signals.listening(state.stop_request)
 
 
 def _break_off(state: TrainState, reason: str) -> str:
@@ -73,13 +74,8 @@ def _break_off(state: TrainState, reason: str) -> str:
     saved = saved_steps(state.run.path(RUN_FILES.checkpoints))
     newest = f"the newest checkpoint is step{saved[-1]}" if saved else "nothing is saved yet"
     line = f"{reason} again: stopped now at step {step}; {newest}"
-    state.run.break_off(
-        "stopped" if saved else "failed",
-        step=step,
-        tokens=tokens,
-        message=line,
-        exit_reason=reason,
-    )
+    outcome: RunState = "stopped" if saved else "failed"
+    state.run.break_off(outcome, step=step, tokens=tokens, message=line, exit_reason=reason)
     return line
 
 

@@ -19,12 +19,7 @@ def renamed(
     tensors: dict[str, torch.Tensor], mapping: Mapping[str, str]
 ) -> dict[str, torch.Tensor]:
     """`tensors` (`model.<name>`, `optim.<name>.<slot>`) under the names a checkpoint has by
-    `trainer.load_key_mapping`.
-
-    Raises:
-        ConfigError: a pattern is not a regular expression or matches no parameter, or two tensors
-            get one name.
-    """
+    `trainer.load_key_mapping`. Raises ConfigError where a pattern cannot be used."""
     result = dict(tensors)
     for pattern, replacement in mapping.items():
         try:

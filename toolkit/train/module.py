@@ -60,17 +60,13 @@ class TrainModule(ABC):
 
     @abstractmethod
     def train_batch(self, batch: Batch) -> dict[str, Metric]:
-        """Forward and backward of this rank's part of one global batch.
-
-        The metrics include "loss": of the whole global batch once reduced over ranks.
-        """
+        """Forward and backward of this rank's part of one global batch. The metrics include "loss":
+        of the whole global batch once reduced over ranks."""
 
     @abstractmethod
     def optim_step(self, progress: Progress) -> dict[str, Metric]:
-        """Update the weights from the gradients and clear them.
-
-        The metrics include "lr", "grad_norm" and "skipped" (1.0: not finite, weights untouched).
-        """
+        """Update the weights from the gradients and clear them. The metrics include "lr",
+        "grad_norm" and "skipped" (1.0: not finite, weights untouched)."""
 
     @abstractmethod
     def eval_batch(self, batch: Batch) -> EvalSums:

@@ -26,11 +26,8 @@ _VERSIONED = ("torch", "accelerate", "deepspeed", "numpy")
 
 def begin_save(state: TrainState, *, kind: Kind, export_hf: bool) -> Save:
     """A checkpoint of the current step, to be written; all ranks call it at the same steps. Metrics
-    of all steps so far are on disk before it is committed.
-
-    Raises:
-        RunError: another process has taken the run over; nothing is written.
-    """
+    of all steps so far are on disk before it is committed. Raises RunError where another process
+    has taken the run over."""
     _check_owner(state)
     _keep_tokenizer(state)
     module = state.train_module

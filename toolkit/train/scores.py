@@ -1,15 +1,14 @@
 """The results of evaluations, by the names that `checkpointer.best_metric` uses ("val/loss")."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
+from toolkit.data.corpus_info import VAL
 from toolkit.errors import ConfigError
 from toolkit.train.config import TrainerConfig
 
 _WHERE = "trainer.callbacks.checkpointer"
-_TOTAL = "val"
-"""All sets together, where there are several."""
 _NOT_SCORES = ("step", "tokens", "time", "seconds", "num_targets")
 
 
@@ -25,15 +24,12 @@ def scores_of(evaluations: Iterable[Mapping[str, Any]]) -> dict[str, float]:
 
 def check_best_metric(config: TrainerConfig, loaders: Mapping[str, Any]) -> None:
     """Raise ConfigError where no evaluation on `loaders` gives what `best_metric` names."""
-    _check(config, {name: bool(loader.bytes_per_token) for name, loader in loaders.items()})
+    known = {name: bool(loader.bytes_per_token) for name, loader in loaders.items()}
+    check_best_metric_in(known, config)
 
 
-def check_best_metric_early(config: TrainerConfig, sets: Iterable[str]) -> None:
-    """`check_best_metric` before the data is there, with all `sets` that there may be."""
-    _check(config, dict.fromkeys(sets, True))
-
-
-def _check(config: TrainerConfig, knows_bytes: Mapping[str, bool]) -> None:
+def check_best_metric_in(knows_bytes: Mapping[str, bool], config: TrainerConfig) -> None:
+    """The same by the names of the sets, and whether the bytes of their text are known."""
     checkpointer = config.callbacks.checkpointer
     is_asked = checkpointer.best_metric != type(checkpointer)().best_metric
     if config.no_checkpoints or not checkpointer.enabled:
@@ -44,7 +40,7 @@ def _check(config: TrainerConfig, knows_bytes: Mapping[str, bool]) -> None:
             "trainer.callbacks.lm_evaluator.enabled), so none is best; leave one of the two out"
         )
     if len(knows_bytes) > 1:
-        knows_bytes = {**knows_bytes, _TOTAL: all(knows_bytes.values())}
+        knows_bytes = {**knows_bytes, VAL: all(knows_bytes.values())}
     names = [
         f"{name}/{key}"
         for name, has_bytes in knows_bytes.items()

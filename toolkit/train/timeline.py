@@ -14,10 +14,7 @@ def steps_of(
     tokens_per_step: int, epoch_end: Callable[[int], int | None] = lambda epochs: None
 ) -> StepsOf:
     """For batches of one size; a `TrainLoader.steps_of` also knows of batches that had another.
-
-    Args:
-        epoch_end: number of the step that ends so many epochs; None: not known.
-    """
+    `epoch_end` gives the step that ends so many epochs, None where that is not known."""
 
     def convert(value: int, unit: Unit) -> int:
         if unit == "steps":

@@ -234,13 +234,10 @@ class Trainer:
             "time": time.time(),
             "attempt": state.run.attempt,
         }
-        for source, count in state.train_loader.counts(state.step).items():
-            values[f"instances/{source}"] = count
-        reductions: dict[str, Any] = {}
-        for name, metric in metrics.items():
-            values[name] = metric.value
-            if metric.reduction != "none":
-                reductions[name] = metric.reduction
+        counts = state.train_loader.counts(state.step).items()
+        values |= {f"instances/{source}": count for source, count in counts}
+        values |= {name: metric.value for name, metric in metrics.items()}
+        reductions: dict[str, Any] = {name: metric.reduction for name, metric in metrics.items()}
         state.recorder.record(state.step, values, reductions)
         for label, hook in self._hooks["post_record"]:
             state.heartbeat.beat(label, state.step, is_slow=True)
@@ -281,11 +278,8 @@ class Trainer:
 
     def _open_metrics(self, *, resumed: bool) -> None:
         state = self.state
-        state.streams = MetricStreams(
-            state.run.folder,
-            resume_step=state.step if resumed else None,
-            is_main=state.is_main,
-        )
+        step = state.step if resumed else None
+        state.streams = MetricStreams(state.run.folder, resume_step=step, is_main=state.is_main)
         is_several = state.environment.world_size > 1
         state.recorder = MetricsRecorder(
             collect_interval=state.config.metrics_collect_interval,

@@ -32,13 +32,8 @@ log = logging.getLogger(__name__)
 
 
 class TransformerTrainModule(TrainModule):
-    """Wraps a model (usually still on the meta device) for training.
-
-    Args:
-        config: loss, optimizer, schedule, precision, parallelism.
-        model: a `toolkit.models` Transformer; materialised here, in place.
-        environment: where this process stands; default: one process without a launcher.
-    """
+    """Wraps a Transformer of `toolkit.models`, usually still on the meta device, which is
+    materialised here, in place. Without `environment`: one process without a launcher."""
 
     def __init__(
         self,
@@ -70,14 +65,21 @@ class TransformerTrainModule(TrainModule):
         self._peak_rates = [group["lr"] for group in self.engine.optimizer.param_groups]
         self.max_consecutive_skipped_steps = config.max_consecutive_skipped_steps
         self._z_loss = config.z_loss_multiplier or 0.0
-        self.kernels = self._kernels()
+        self.kernels = kernel_record(
+            self.model_config.to_transformer(),
+            self.environment.device,
+            torch.bfloat16 if self.environment.layout.precision == "bf16" else torch.float32,
+            is_compiled=config.compile_model,
+            has_z_loss=self._z_loss != 0.0,
+            trains_head_alone=self.trained_names == {"head.weight"},
+        )
         if self.environment.is_main and self.environment.device.type != "cpu":
             log.info("kernels: %s", "; ".join(f"{k} by {v}" for k, v in self.kernels.items()))
         self._is_checked = False
 
     def train_batch(self, batch: Batch) -> dict[str, Metric]:
         inputs = self._inputs(batch)
-        # 1 where there is none: the loss is zero then, and not divided by zero.
+        # Without targets the mean is NaN; what is scaled by 1 then, not divided by 0, is zero.
         count = self._num_targets(batch, inputs.labels)
         num_targets = max(count, 1) if isinstance(count, int) else count.clamp(min=1)
         factor = self.environment.layout.grad_ranks / num_targets
@@ -86,9 +88,9 @@ class TransformerTrainModule(TrainModule):
         )
         if not self._is_checked:
             self._check_gradients()
-        metrics = {"loss": Metric(_mean(sums.ce, count), "sum")}
+        metrics = {"loss": Metric(sums.ce / count, "sum")}
         if self._z_loss:
-            metrics["z_loss"] = Metric(self._z_loss * _mean(sums.z, count), "sum")
+            metrics["z_loss"] = Metric(self._z_loss * (sums.z / count), "sum")
         if sums.router is not None:
             metrics |= self._router_metrics(sums.router, count)
         return metrics
@@ -148,17 +150,6 @@ class TransformerTrainModule(TrainModule):
     def state_filled(self) -> None:
         self.engine.state_filled()
 
-    def _kernels(self) -> dict[str, str]:
-        is_bf16 = self.environment.layout.precision == "bf16"
-        return kernel_record(
-            self.model_config.to_transformer(),
-            self.environment.device,
-            torch.bfloat16 if is_bf16 else torch.float32,
-            is_compiled=self.config.compile_model,
-            has_z_loss=self._z_loss != 0.0,
-            trains_head_alone=self.trained_names == {"head.weight"},
-        )
-
     def _check_gradients(self) -> None:
         """After the first backward: that it reached all that is trained. A kernel that forgets a
         gradient would leave a parameter as it is, without a word."""
@@ -174,17 +165,18 @@ class TransformerTrainModule(TrainModule):
             )
 
     def _inputs(self, batch: Batch) -> Microbatch:
-        device = self.environment.device
-        input_ids = batch["input_ids"].to(device, non_blocking=True)
-        document_ids = _on_device(batch.get("document_ids"), device)
-        label_mask = _on_device(batch.get("label_mask"), device)
-        return Microbatch(
-            input_ids, shift_labels(input_ids, label_mask, document_ids), document_ids
-        )
+        moved = {
+            name: batch[name].to(self.environment.device, non_blocking=True)
+            for name in ("input_ids", "document_ids", "label_mask")
+            if name in batch
+        }
+        input_ids, document_ids = moved["input_ids"], moved.get("document_ids")
+        labels = shift_labels(input_ids, moved.get("label_mask"), document_ids)
+        return Microbatch(input_ids, labels, document_ids)
 
     def _num_targets(self, batch: Batch, labels: torch.Tensor) -> int | torch.Tensor:
         """Targets in the global batch."""
-        if batch.get("label_mask") is None and batch.get("document_ids") is None:
+        if "label_mask" not in batch and "document_ids" not in batch:
             rows, length = labels.shape
             return rows * (length - 1) * self.environment.layout.batch_ranks
         count = (labels != IGNORE_INDEX).sum()
@@ -203,22 +195,21 @@ class TransformerTrainModule(TrainModule):
         self._add_up(load)
         share = load.amax(-1) / load.sum(-1).clamp(min=1)
         return {
-            "load_balancing_loss": Metric(_mean(balance, count), "sum"),
-            "router_z_loss": Metric(_mean(z, count), "sum"),
+            "load_balancing_loss": Metric(balance / count, "sum"),
+            "router_z_loss": Metric(z / count, "sum"),
             "expert_load_max": Metric(share.amax() * load.shape[-1]),
         }
 
     def _microbatches(self, inputs: Microbatch) -> list[Microbatch]:
-        length = inputs.input_ids.shape[1]
-        if self.config.rank_microbatch_size is None:
+        size, length = self.config.rank_microbatch_size, inputs.input_ids.shape[1]
+        if size is None:
             return [inputs]
-        size = self.config.rank_microbatch_size // length
-        if size < 1:
+        if size < length:
             raise ConfigError(
-                f"train_module.rank_microbatch_size {self.config.rank_microbatch_size} is smaller "
-                f"than one instance of dataset.sequence_length {length}; use a multiple of it"
+                f"train_module.rank_microbatch_size {size} is smaller than one instance of "
+                f"dataset.sequence_length {length}; use a multiple of it"
             )
-        return inputs.split(size)
+        return inputs.split(size // length)
 
     def _rate_factor(self, progress: Progress) -> float:
         if self.config.scheduler.units == "tokens":
@@ -226,12 +217,3 @@ class TransformerTrainModule(TrainModule):
                 progress.tokens, progress.total_tokens, step_size=progress.tokens_per_step
             )
         return self.config.scheduler.factor(progress.step, progress.total_steps)
-
-
-def _on_device(tensor: torch.Tensor | None, device: torch.device) -> torch.Tensor | None:
-    return None if tensor is None else tensor.to(device, non_blocking=True)
-
-
-def _mean(total: torch.Tensor, count: int | torch.Tensor) -> torch.Tensor:
-    """Over the targets of a batch; NaN where it has none (0 / 0)."""
-    return total / count

@@ -122,13 +122,7 @@ class Checkpointer(Callback):
             self._save("permanent", export_hf=export_hf)
 
     def _save(self, kind: Kind, *, in_background: bool = False, export_hf: bool = False) -> None:
-        """Commit a checkpoint of the current step; in the background, return when it is copied.
-
-        Raises:
-            RunError: another process has taken the run over; nothing is written.
-            TrainingError: it could not be written; the checkpoints before it are as they were.
-        """
-        self._wait()
+        """Commit a checkpoint of the current step; in the background, return when it is copied."""
         save = begin_save(self.state, kind=kind, export_hf=export_hf)
         tensors = self.state.train_module.state_tensors()
         if in_background:
@@ -161,7 +155,7 @@ class Checkpointer(Callback):
         log.info("checkpoint: %s", folder)
         if self._config.upload_to is not None:
             try:
-                self._upload(folder, save.step)
+                self._upload(self._config.upload_to, folder, save.step)
             except ToolkitError as error:
                 if state.is_main:
                     log.error("%s; training goes on, the next one will be tried", error)
@@ -201,9 +195,8 @@ class Checkpointer(Callback):
         elif self.state.is_main:
             log.error("%s; training goes on", error)
 
-    def _upload(self, folder: Path, step: int) -> None:
-        url, environment = self._config.upload_to, self.state.environment
-        assert url is not None, "asked for"
+    def _upload(self, url: str, folder: Path, step: int) -> None:
+        environment = self.state.environment
         upload_checkpoint(folder, url, rank=environment.rank, group=environment.checkpoint_group)
         self._uploaded_at = step
         if environment.is_main:
@@ -211,6 +204,6 @@ class Checkpointer(Callback):
 
     def _finish_upload(self) -> None:
         """The newest checkpoint must have arrived: this machine may be gone in a minute."""
-        step = self.state.saved_step
-        if self._config.upload_to is not None and step not in (None, self._uploaded_at):
-            self._upload(step_folder(self.state.run.path(RUN_FILES.checkpoints), step), step)
+        url, step = self._config.upload_to, self.state.saved_step
+        if url is not None and step not in (None, self._uploaded_at):
+            self._upload(url, step_folder(self.state.run.path(RUN_FILES.checkpoints), step), step)

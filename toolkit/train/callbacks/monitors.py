@@ -5,7 +5,6 @@ import gc
 import resource
 import sys
 import time
-from typing import Any
 
 import torch
 
@@ -84,17 +83,17 @@ class SystemMonitor(Callback):
 
     def pre_train(self) -> None:
         if self.state.is_main:
-            folder = self.state.run.folder
-            self._sampler = system.SystemMonitor(self._interval, self._write, folder)
+            self._sampler = system.SystemMonitor(
+                self._interval,
+                lambda sample: self.state.streams.write("system", [sample]),
+                self.state.run.folder,
+                current_step=lambda: self.state.step,
+            )
             self._sampler.start()
 
     def close(self) -> None:
         if self._sampler is not None:
             self._sampler.stop()
-
-    def _write(self, sample: dict[str, Any]) -> None:
-        record = {"step": self.state.step, "time": time.time(), **sample}
-        self.state.streams.write("system", [record])
 
 
 class GarbageCollector(Callback):
