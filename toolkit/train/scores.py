@@ -1,7 +1,7 @@
 """The results of evaluations, by the names that `checkpointer.best_metric` uses ("val/loss")."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from toolkit.data.corpus_info import VAL
