@@ -96,6 +96,7 @@ class MetricStreams(contextlib.AbstractContextManager["MetricStreams"]):
         self,
         run_folder: Path,
         *,
+        tensorboard: bool = True,
         resume_step: int | None = None,
         is_main: bool = True,
     ) -> None:
@@ -105,15 +106,17 @@ class MetricStreams(contextlib.AbstractContextManager["MetricStreams"]):
         if not is_main:
             return
         last_step = -1 if resume_step is None else resume_step
-        (run_folder / "tb").mkdir(parents=True, exist_ok=True)
+        if tensorboard:
+            (run_folder / "tb").mkdir(parents=True, exist_ok=True)
         results: dict[str, TrimResult] = {}
         for stream, sinks in self._sinks.items():
             path = run_folder / "metrics" / f"{stream}.jsonl"
             results[path.name] = trim_jsonl(path, last_step=last_step)
-            folder = run_folder / "tb" / stream
-            again = folder.is_dir() and any(folder.iterdir())
-            events = TensorBoardSink(folder, purge_step=last_step + 1 if again else None)
-            sinks += [JsonlSink(path), events]
+            sinks.append(JsonlSink(path))
+            if tensorboard:
+                folder = run_folder / "tb" / stream
+                again = folder.is_dir() and any(folder.iterdir())
+                sinks.append(TensorBoardSink(folder, purge_step=last_step + 1 if again else None))
         if removed := _removed(results, resume_step):
             log.info("%s: removed %s", run_folder / "metrics", removed)
 
