@@ -10,8 +10,8 @@ PLUGIN = "from tests.spreading import pytest_configure, pytest_xdist_make_schedu
 TESTS = "import pytest\n\n@pytest.mark.parametrize('n', range(6))\ndef test_one(n): pass\n"
 
 
-def run_spread(folder: Path, conftest: str) -> subprocess.CompletedProcess[str]:
-    """Two files of six tests, spread over two processes one by one as far as `--dist` goes."""
+def run_spread(folder: Path, conftest: str, dist: str) -> subprocess.CompletedProcess[str]:
+    """Two files of six tests, spread over two processes."""
     folder.joinpath("conftest.py").write_text(conftest)
     for name in ("test_a.py", "test_b.py"):
         folder.joinpath(name).write_text(TESTS)
@@ -23,7 +23,7 @@ def run_spread(folder: Path, conftest: str) -> subprocess.CompletedProcess[str]:
             "-n",
             "2",
             "--dist",
-            "load",
+            dist,
             "-p",
             "no:cacheprovider",
             ".",
@@ -39,13 +39,14 @@ def run_spread(folder: Path, conftest: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_a_file_stays_in_one_process_whatever_dist_says(tmp_path: Path) -> None:
-    result = run_spread(tmp_path, PLUGIN)
+    result = run_spread(tmp_path, PLUGIN, "load")
     assert result.returncode == 0, result.stdout
     assert "12 passed" in result.stdout
 
 
 def test_a_session_fails_where_two_processes_share_a_file(tmp_path: Path) -> None:
-    result = run_spread(tmp_path, PLUGIN.replace(", pytest_xdist_make_scheduler", ""))
+    without = PLUGIN.replace(", pytest_xdist_make_scheduler", "")
+    result = run_spread(tmp_path, without, "each")
     assert result.returncode == 1
-    assert "12 passed" in result.stdout
+    assert "24 passed" in result.stdout
     assert "ERROR test_a.py was run by several processes" in result.stdout
