@@ -49,4 +49,4 @@ def test_a_session_fails_where_two_processes_share_a_file(tmp_path: Path) -> Non
     result = run_spread(tmp_path, without, "each")
     assert result.returncode == 1
     assert "24 passed" in result.stdout
-    assert "ERROR test_a.py was run by several processes" in result.stdout
+    assert "test_a.py was run by several processes" in result.stdout
