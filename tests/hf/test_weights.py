@@ -219,7 +219,9 @@ def test_tensors_that_overlap_are_refused(tmp_path: Path) -> None:
     text = json.dumps({"a": place, "b": place}).encode()
     path = tmp_path / "model.safetensors"
     path.write_bytes(len(text).to_bytes(8, "little") + text + b"\0" * 8)
-    with pytest.raises(CheckpointError, match=rf"{_DAMAGED}invalid offset for tensor `[ab]`{_AGAIN}"):
+    with pytest.raises(
+        CheckpointError, match=rf"{_DAMAGED}invalid offset for tensor `[ab]`{_AGAIN}"
+    ):
         HFWeights(tmp_path)
 
 
