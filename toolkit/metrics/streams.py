@@ -71,8 +71,9 @@ class TensorBoardSink(Sink):
             summary = Summary(value=values)
             events.append(Event(step=record["step"], wall_time=when, summary=summary))
         framed = io.BytesIO()
+        writer = RecordWriter(framed)
         for event in events:
-            RecordWriter(framed).write(event.SerializeToString())
+            writer.write(event.SerializeToString())
         self._append(framed.getvalue())
 
     def _open(self, now: float) -> None:
