@@ -100,9 +100,14 @@ class Layout(msgspec.Struct, frozen=True, kw_only=True):
         return self.dp_replicate * self.dp_shard
 
     @property
+    def sums_gradients(self) -> bool:
+        """Whether the engine adds gradients of all ranks up, where it averages them otherwise."""
+        return max(self.pp, self.tp, self.ep) > 1
+
+    @property
     def grad_ranks(self) -> int:
         """Ranks over which the engine averages gradients."""
-        return self.batch_ranks * self.cp
+        return 1 if self.sums_gradients else self.batch_ranks * self.cp
 
     def batch_rank(self, rank: int) -> int:
         """Which share of the rows `rank` reads; all ranks of a cp, tp or pp group read the same."""
