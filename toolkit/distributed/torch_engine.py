@@ -47,7 +47,7 @@ class TorchEngine(Engine):
         self._trainable = {name: p for name, p in self._named.items() if p.requires_grad}
         self.optimizer = build_optimizer(self._local)
         is_cut = self._is_sharded and environment.weight_group is not None
-        check_whole_matrices(self.optimizer, are_cut=is_cut, engine=layout.name)
+        check_whole_matrices(self.optimizer, are_cut=is_cut, engine=layout.description)
         self._partial: dict[tuple[str, ...], list[str]] = {}
         for name in self._trainable:
             if axes := shards[name].partial_over:
