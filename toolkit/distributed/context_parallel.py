@@ -20,9 +20,9 @@ stretches of the row: the r-th from its beginning and the r-th from its end.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cache, partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -37,8 +37,7 @@ from toolkit.distributed.collectives import (
     gathered,
     reduce_scattered,
 )
-from toolkit.distributed.config import ContextParallelStyle, LoadBalance
-from toolkit.errors import ConfigError
+from toolkit.distributed.config import ContextStyle
 from toolkit.models.attention import attend
 from toolkit.models.config import TransformerConfig
 from toolkit.models.loss import IGNORE_INDEX
@@ -51,8 +50,8 @@ def apply_context_parallel(
     model: nn.Module,
     group: dist.ProcessGroup,
     *,
-    style: ContextParallelStyle = "allgather",
-    load_balance: LoadBalance = "head_tail",
+    style: ContextStyle = "allgather",
+    load_balance: Literal["head_tail", "none"] = "head_tail",
     multiple_of: int = 1,
 ) -> None:
     """Let the ranks of `group` share the positions of rows, in place.
@@ -68,20 +67,10 @@ def apply_context_parallel(
             wants them in order: it always has "none".
         multiple_of: ranks that share the positions of a rank further (tensor parallelism).
 
-    Raises ConfigError where the style cannot compute the model.
+    `check_sizes` refuses what a style cannot compute: soft caps in a ring, heads that Ulysses'
+    ranks cannot share.
     """
     assert isinstance(model, Transformer)
-    config, ranks = model.config, group.size()
-    if style == "ring" and config.attention_soft_cap is not None:
-        raise ConfigError(
-            "train_module.cp_config.style ring cannot cap attention scores "
-            "(model.attention_soft_cap); use allgather or ulysses"
-        )
-    if style == "ulysses" and config.num_heads // multiple_of % ranks:
-        raise ConfigError(
-            f"train_module.cp_config.style ulysses: {config.num_heads // multiple_of} heads on each "
-            f"rank cannot be shared by {ranks}; use allgather"
-        )
     rows = SharedRows(group, is_balanced=load_balance == "head_tail" and style != "ulysses")
     attend_shared, masks = _STYLES[style](rows)
     for module in model.modules():
@@ -90,7 +79,8 @@ def apply_context_parallel(
         if hasattr(module, "router_sums"):
             module.router_sums = summed_router_sums(group)
     model.masks = masks
-    model.forward = _Forward(model, rows, multiple_of).forward  # type: ignore[method-assign]
+    forward: Any = _Forward(model, rows, multiple_of).forward
+    model.forward = forward  # type: ignore[method-assign]
 
 
 class SharedRows:
@@ -147,7 +137,10 @@ class _Forward:
         """As `Transformer.forward`; see `apply_context_parallel`. Without labels and document ids
         a stage after the first cannot know of padding: its logits are of padded rows."""
         rows, is_first = self._rows, 0 in self._model.blocks
-        known = next((x for x in (labels, document_ids, input_ids if is_first else None) if x is not None), None)
+        known = next(
+            (x for x in (labels, document_ids, input_ids if is_first else None) if x is not None),
+            None,
+        )
         if known is None:
             length = input_ids.shape[1] * rows.ranks * self._multiple_of
             device = input_ids.device
@@ -205,9 +198,12 @@ def summed_router_sums(group: dist.ProcessGroup) -> Callable[[Tensor, Tensor, Te
 
 
 def _allgather(rows: SharedRows) -> tuple[Callable[..., Tensor], MaskMaker]:
-    def attend_whole(query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any) -> Tensor:
+    def attend_whole(
+        query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any
+    ) -> Tensor:
         assert mask is not None, "causal attention of a part of the row has a mask"
-        return attend(query, *_WholeKeys.apply(key, value, rows), mask, **options)
+        key, value = _WholeKeys.apply(key, value, rows)
+        return attend(query, key, value, mask, **options)
 
     def masks(
         config: TransformerConfig, x: Tensor, starts: Tensor | None, length: int
@@ -268,15 +264,15 @@ def _ulysses(rows: SharedRows) -> tuple[Callable[..., Tensor], MaskMaker]:
         split = [x.unflatten(1, (ranks, -1)) for x in (query, key, value)]
         sizes = [x.shape[2] for x in split]
         sent = torch.cat(split, dim=2).transpose(0, 1)
-        whole = rows.whole(_exchanged(sent, group), dim=2)
-        out = attend(*whole.split(sizes, dim=1), mask, **options)
+        query, key, value = rows.whole(_exchanged(sent, group), dim=2).split(sizes, dim=1)
+        out = attend(query, key, value, mask, **options)
         back = out.unflatten(2, (ranks, -1)).movedim(2, 0)
         return _exchanged(back, group).transpose(0, 1).flatten(1, 2)
 
     def masks(
         config: TransformerConfig, x: Tensor, starts: Tensor | None, length: int
     ) -> Callable[[int | None], AttentionMask | None]:
-        return row_masks(config, x, starts, length * ranks)
+        return row_masks(config, x, starts, length * ranks)  # as without context parallelism
 
     return attend_with_own_heads, masks
 

@@ -1,9 +1,9 @@
 """The decoder-only Transformer, put together.
 
-It knows nothing of parallelism, but has the places where that is put in from outside: `masks` of the
-model, `attend` of each attention, `dispatch` and `router_sums` of each MoE, `shard` of the head's
-loss; positions and document starts as arguments; and `keep_layers`, which makes a model the stage
-of a pipeline.
+It knows nothing of parallelism, but has the places where that is put in from outside: `attend` of
+each attention and `masks` of the model, `dispatch` and `router_sums` of each MoE, `shard` of the
+head's loss; positions and document starts as arguments; and `keep_layers`, which makes a model the
+stage of a pipeline.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -264,7 +264,7 @@ def row_masks(
     `length` tokens; `x` is for type and device, `starts` see `layer_inputs`."""
 
     @cache
-    def mask(window: int | None) -> AttentionMask | None:
+    def mask(window: int | None) -> "AttentionMask | None":
         if starts is None and window is None and config.attention_soft_cap is None:
             return None
         places = starts
