@@ -31,8 +31,8 @@ from toolkit.experiment.found_data import find_data
 from toolkit.experiment.recorded import (
     RecordedStep,
     config_of,
-    engine_again,
     engine_of,
+    parallel_again,
     precision_again,
     processes_here,
     read_steps,
@@ -128,8 +128,7 @@ def replay_config(plan: ReplayPlan, root: str, environ: Mapping[str, str]) -> Ex
     config, recorded = plan.config, plan.engine
     module = config.train_module
     if recorded is not None:
-        dp_config = engine_again(recorded.dp_config, recorded.world_size, environ)
-        module = module.replace(dp_config=dp_config)
+        module = parallel_again(module, recorded, recorded.world_size, environ)
         module = module.replace(precision=precision_again(module, recorded.precision, environ))
     trainer, run = config.trainer, RunConfig(root=root, experiment="replay", name="steps")
     if config.train_module.lora is None:

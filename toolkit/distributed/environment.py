@@ -25,7 +25,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from toolkit.distributed.config import LogRanks
 from toolkit.distributed.devices import pick_device, use_device
 from toolkit.distributed.launcher import offloads, rank_of, world_size_of
-from toolkit.distributed.layout import Layout, Precision, resolve_layout
+from toolkit.distributed.layout import Layout, Precision, layout_of, resolve_layout
 from toolkit.distributed.logging import setup_logging
 from toolkit.distributed.process_groups import (
     COLLECTIVE_TIMEOUT,
@@ -226,7 +226,7 @@ def prepare_training_environment(
     if environ is None:
         adopt_ranks(os.environ)
         environ = os.environ
-    layout = resolve_layout(config.train_module.precision, config.train_module.dp_config, environ)
+    layout = layout_of(config.train_module, environ)
     rank, world_size = rank_of(environ), world_size_of(environ)
     local_rank = int(environ.get("LOCAL_RANK", "0"))
     if log_filter_type is not None:

@@ -12,9 +12,18 @@ from typing import NamedTuple
 import msgspec
 
 from toolkit.checkpoint.folder import saved_steps, step_folder, step_of
-from toolkit.distributed.config import DataParallelConfig, EngineName
+from toolkit.distributed.config import (
+    PARALLEL_FIELDS,
+    ContextParallelConfig,
+    DataParallelConfig,
+    EngineName,
+    ExpertParallelConfig,
+    PipelineParallelConfig,
+    TensorParallelConfig,
+)
 from toolkit.distributed.launcher import (
     has_launcher,
+    launcher_axes,
     launcher_names_engine,
     launcher_precision,
     offloads,
@@ -50,12 +59,29 @@ class EngineRecord(msgspec.Struct, frozen=True, kw_only=True):
     device: str
     """Model of the GPU, else of the CPU."""
     dp_config: DataParallelConfig
-    """The config that asks for this engine, whatever the launcher."""
+    """The configs that ask for this engine, whatever the launcher; this one and the next four."""
+    tp_config: TensorParallelConfig | None = None
+    cp_config: ContextParallelConfig | None = None
+    pp_config: PipelineParallelConfig | None = None
+    ep_config: ExpertParallelConfig | None = None
     kernels: dict[str, str] = {}
     """Part of the model -> the kernel that computes it; empty: not recorded."""
 
     def __str__(self) -> str:
-        return f"{self.name} x {self.world_size}, {self.precision}"
+        configs = {name: getattr(self, name) for name in PARALLEL_FIELDS[1:]}
+        axes = [f"{n.removesuffix('_config')} {c.degree}" for n, c in configs.items() if c]
+        degrees = f" ({', '.join(axes)})" if axes else ""
+        return f"{self.name} x {self.world_size}{degrees}, {self.precision}"
+
+
+class RecordedParallelism(msgspec.Struct, frozen=True, kw_only=True):
+    """What metadata/status.json keeps of the engine."""
+
+    dp_config: DataParallelConfig | None = None
+    tp_config: TensorParallelConfig | None = None
+    cp_config: ContextParallelConfig | None = None
+    pp_config: PipelineParallelConfig | None = None
+    ep_config: ExpertParallelConfig | None = None
 
 
 class RecordedStep(msgspec.Struct):
@@ -103,11 +129,9 @@ def plan_resume(run_dir: Path, overrides: Sequence[str], environ: Mapping[str, s
     stored = find_data(loaded.stored, folder, overrides, is_filled=False)
     stored = stored.replace(run=stored.run.replace(save_folder=str(folder)))
     config = config.replace(run=config.run.replace(save_folder=str(folder)))
-    if not asked:
-        recorded = status.other.get("dp_config")
-        with guard(folder / RUN_FILES.status, RunError):
-            engine = msgspec.convert(recorded, DataParallelConfig) if recorded else None
-        module = module.replace(dp_config=engine_again(engine, status.world_size, environ))
+    with guard(folder / RUN_FILES.status, RunError):
+        recorded = msgspec.convert(status.other, RecordedParallelism)
+    module = parallel_again(module, recorded, status.world_size, environ, overrides)
     if not any(flag.startswith("--train_module.precision") for flag in overrides):
         precision = precision_again(module, status.other.get("precision"), environ)
         module = module.replace(precision=precision)
@@ -138,6 +162,25 @@ def _run_meant(path: Path) -> Path:
             f"--save-folder NEW_FOLDER --trainer.load_path={path}`"
         )
     return run
+
+
+def parallel_again(
+    module: TransformerTrainModuleConfig,
+    recorded: "RecordedParallelism | EngineRecord",
+    recorded_size: int | None,
+    environ: Mapping[str, str],
+    overrides: Sequence[str] = (),
+) -> TransformerTrainModuleConfig:
+    """`module` with the recorded engine and axes, where neither launcher nor `overrides` speak."""
+    found = {
+        "dp_config": engine_again(recorded.dp_config, recorded_size, environ),
+        **{name: getattr(recorded, name) or getattr(module, name) for name in PARALLEL_FIELDS[1:]},
+    }
+    said = launcher_axes(environ)
+    for name in PARALLEL_FIELDS:
+        if name in said or any(flag.startswith(f"--train_module.{name}") for flag in overrides):
+            del found[name]
+    return module.replace(**found)
 
 
 def engine_again(
