@@ -200,8 +200,8 @@ def _fully_shard(model: nn.Module, environment: TrainingEnvironment) -> None:
         # As a mean, which the collective takes where it can; or as a sum, where meshes of different
         # sizes would take different means. (A factor other than 1 is no way to the same: torch 2.13
         # divides by it twice in a group of one rank, and gloo has no such operation in fp32.)
-        unit.set_force_sum_reduction_for_comms(layout.cuts_models)
-        if layout.cuts_models:
+        unit.set_force_sum_reduction_for_comms(layout.sums_gradients)
+        if layout.sums_gradients:
             unit.set_gradient_divide_factor(1.0)
     ahead = settings.prefetch_factor
     for index, unit in enumerate(units if ahead else ()):
