@@ -174,11 +174,10 @@ def _fully_shard(model: nn.Module, environment: TrainingEnvironment) -> None:
                 flat = nn.Parameter(parameter.detach().flatten(0, 1), parameter.requires_grad)
                 setattr(module, key, flat)
     is_bf16 = layout.precision == "bf16"
-    is_wide = next(model.parameters()).dtype == torch.float64
     shared: dict[str, Any] = {
         "mp_policy": MixedPrecisionPolicy(
             param_dtype=torch.bfloat16 if is_bf16 else None,
-            reduce_dtype=None if is_wide else getattr(torch, settings.reduce_dtype),
+            reduce_dtype=getattr(torch, settings.reduce_dtype),
             output_dtype=None,
             cast_forward_inputs=False,
         ),
