@@ -16,7 +16,7 @@ from toolkit.models.loss import IGNORE_INDEX, shift_labels
 
 VOCAB, SEQ, ROWS = 60, 32, 2
 BOUND = 1e-12
-STYLES = ("allgather", "ulysses")
+STYLES = ("allgather", "ulysses", "ring")
 MODELS: dict[str, dict[str, Any]] = {
     "llama": {},
     "windows": {"sliding_window": 11, "attention_pattern": ("sliding", "full")},

@@ -10,7 +10,7 @@
        ulysses     each rank attends with a share of the heads over whole rows, whose queries, keys
                    and values it gets from all the others (Jacobs et al. 2023)
        ring        keys and values travel from rank to rank, and each rank adds up what its queries
-                   see of them; see `ring_attention` (Liu et al. 2023)
+                   see of them; see `ring_attention.py` (Liu et al. 2023)
 
 4. The sums of the loss that come out are of a rank's own positions. To an engine the ranks are data
    parallel: their gradients are summands of the whole one.
@@ -38,10 +38,13 @@ from toolkit.distributed.collectives import (
     reduce_scattered,
 )
 from toolkit.distributed.config import ContextStyle
-from toolkit.models.attention import attend
+from toolkit.distributed.ring_attention import ring
+from toolkit.distributed.shared_rows import SharedRows
+from toolkit.models.attention import Attention, attend
 from toolkit.models.config import TransformerConfig
+from toolkit.models.feed_forward import MoE
 from toolkit.models.loss import IGNORE_INDEX
-from toolkit.models.masks import AttentionMask, Ranges, document_starts, take
+from toolkit.models.masks import AttentionMask, document_starts, take
 from toolkit.models.router import RouterSums
 from toolkit.models.transformer import MaskMaker, Transformer, check_rows, row_masks
 
@@ -74,47 +77,13 @@ def apply_context_parallel(
     rows = SharedRows(group, is_balanced=load_balance == "head_tail" and style != "ulysses")
     attend_shared, masks = _STYLES[style](rows)
     for module in model.modules():
-        if hasattr(module, "attend"):
+        if isinstance(module, Attention):
             module.attend = attend_shared
-        if hasattr(module, "router_sums"):
+        if isinstance(module, MoE):
             module.router_sums = summed_router_sums(group)
     model.masks = masks
     forward: Any = _Forward(model, rows, multiple_of).forward
     model.forward = forward  # type: ignore[method-assign]
-
-
-class SharedRows:
-    """Which places of a row each rank of a group has."""
-
-    def __init__(self, group: dist.ProcessGroup, *, is_balanced: bool) -> None:
-        self.group = group
-        self.ranks = group.size()
-        self.rank = group.rank()
-        self.chunks = 2 if is_balanced else 1
-        """Stretches of a row per rank."""
-
-    def places(self, length: int) -> tuple[Ranges, ...]:
-        """Of each rank, for rows of `length`, which the number of stretches divides."""
-        if self.chunks == 1:
-            size = length // self.ranks
-            return tuple((range(r * size, (r + 1) * size),) for r in range(self.ranks))
-        size = length // (2 * self.ranks)
-        starts = ((r * size, (2 * self.ranks - 1 - r) * size) for r in range(self.ranks))
-        return tuple(tuple(range(at, at + size) for at in both) for both in starts)
-
-    def own(self, x: Tensor, dim: int = 1) -> Tensor:
-        """This rank's places of whole rows."""
-        return take(x, self.places(x.shape[dim])[self.rank], dim)
-
-    def whole(self, parts: Tensor, dim: int) -> Tensor:
-        """Whole rows of what all ranks have at their places: `parts`, stacked by rank; `dim` is
-        that of a part."""
-        pieces = {}
-        for part, ranges in zip(parts, self.places(parts.shape[dim + 1] * self.ranks), strict=True):
-            sizes = [len(places) for places in ranges]
-            for places, piece in zip(ranges, part.split(sizes, dim), strict=True):
-                pieces[places.start] = piece
-        return torch.cat([pieces[start] for start in sorted(pieces)], dim)
 
 
 class _Forward:
@@ -286,4 +255,5 @@ def _exchanged(x: Tensor, group: dist.ProcessGroup) -> Tensor:
 _STYLES: dict[str, Callable[[SharedRows], tuple[Callable[..., Tensor], MaskMaker]]] = {
     "allgather": _allgather,
     "ulysses": _ulysses,
+    "ring": ring,
 }
