@@ -80,7 +80,7 @@ def apply_context_parallel(
         if isinstance(module, Attention):
             module.attend = attend_shared
         if isinstance(module, MoE):
-            module.router_sums = summed_router_sums(group)
+            _share_router_losses(module, group)
     model.masks = masks
     forward: Any = _Forward(model, rows, multiple_of).forward
     model.forward = forward  # type: ignore[method-assign]
@@ -114,7 +114,7 @@ class _Forward:
             length = input_ids.shape[1] * rows.ranks * self._multiple_of
             device = input_ids.device
         else:
-            check_rows(self._model.config, known.shape, document_ids)
+            check_rows(self._model.config, known, document_ids)
             length, device = known.shape[1], known.device
         padding = -length % self._unit
         place = torch.arange(length + padding, device=device)[None]
@@ -140,30 +140,17 @@ class _Forward:
         return rows.whole(all_gather(result[None], rows.group, dim=0), dim=1)[:, :length]
 
 
-def summed_router_sums(group: dist.ProcessGroup) -> Callable[[Tensor, Tensor, Tensor], RouterSums]:
-    """A `router_sums` for ranks that have parts of each row.
+def _share_router_losses(moe: MoE, group: dist.ProcessGroup) -> None:
+    """The load-balancing loss of a row is not the sum of its parts' losses: its statistics are
+    added over the ranks first, in one small collective. Each rank then has its share of the loss
+    and the z-loss of its own tokens, which both add up, and the load of whole rows."""
+    sums_of = moe.router_sums
 
-    The load-balancing loss of a row is not the sum of its parts' losses. Its statistics are added
-    over the ranks first, in one small collective; each rank then has its share of the loss and the
-    z-loss of its own tokens, so that both add up over ranks, and the load of whole rows.
-    """
+    def router_sums(*tokens: Tensor) -> RouterSums:
+        sums = sums_of(*tokens, add=lambda statistics: all_reduce(statistics, group))
+        return sums._replace(balance=sums.balance / group.size())
 
-    def router_sums(logits: Tensor, experts: Tensor, is_target: Tensor) -> RouterSums:
-        shape = (*is_target.shape, logits.shape[-1])
-        log_total = logits.logsumexp(-1, keepdim=True)
-        counted = is_target.to(logits.dtype)[..., None]
-        probability = ((logits - log_total).exp().view(shape) * counted).sum(1)
-        chosen = torch.zeros_like(logits).scatter(-1, experts, 1.0).view(shape)
-        statistics = (probability, (chosen * counted).sum(1), counted.sum(1))
-        sizes = [part.shape[-1] for part in statistics]
-        summed = all_reduce(torch.cat(statistics, dim=-1), group).split(sizes, dim=-1)
-        probability, times, targets = summed[0], summed[1].detach(), summed[2].detach()
-        scale = shape[-1] / experts.shape[-1] / group.size()
-        balance = (times * probability / targets.clamp(min=1.0)).sum() * scale
-        z = (log_total.view(counted.shape).square() * counted).sum()
-        return RouterSums(balance, z, times.sum(0))
-
-    return router_sums
+    moe.router_sums = router_sums
 
 
 def _allgather(rows: SharedRows) -> tuple[Callable[..., Tensor], MaskMaker]:
