@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from toolkit.distributed.accelerator import deepspeed_settings, init_deepspeed
 from toolkit.distributed.config import ActivationCheckpointingConfig
+from toolkit.distributed.context_parallel import apply_context_parallel
 from toolkit.distributed.deepspeed_engine import DeepSpeedEngine
 from toolkit.distributed.engine import BuildOptimizer, Engine
 from toolkit.distributed.environment import TrainingEnvironment
@@ -74,6 +75,16 @@ def materialize(
     layout = environment.layout
     if layout.ep > 1:
         apply_expert_parallel(model, environment.expert_mesh.get_group("ep"), shards)
+    if layout.cp > 1:
+        context = layout.cp_config
+        assert context is not None
+        apply_context_parallel(
+            model,
+            environment.group("cp"),
+            style=context.style,
+            load_balance=context.load_balance,
+            multiple_of=layout.tp,
+        )
     # Rows on their way to other ranks break the graphs of blocks.
     has_breaks = layout.ep > 1
     if compile_model and has_breaks:
