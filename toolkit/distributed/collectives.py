@@ -56,6 +56,12 @@ def all_to_all_rows(
     return _AllToAllRows.apply(x, group, sent, received)
 
 
+def share_of_gradient(x: Tensor, share: float) -> Tensor:
+    """`x` itself, with `share` times its gradient: where several ranks compute the same of it and
+    gradients add up over them."""
+    return _ShareOfGradient.apply(x, share)
+
+
 class _AllGather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup, dim: int) -> Tensor:
@@ -104,6 +110,18 @@ class _AllToAllRows(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         return _exchanged(grad, ctx.group, ctx.received, ctx.sent), None, None, None
+
+
+class _ShareOfGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, share: float) -> Tensor:
+        ctx.share = share
+        return x.view_as(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad * ctx.share, None
 
 
 def _summed(x: Tensor, group: dist.ProcessGroup) -> Tensor:

@@ -106,12 +106,6 @@ class Layout(msgspec.Struct, frozen=True, kw_only=True):
         return {name: msgspec.to_builtins(getattr(self, name)) for name in PARALLEL_FIELDS}
 
     @property
-    def cuts_models(self) -> bool:
-        """Whether modules hold parts of parameters, whatever FSDP2 does: gradients are then added
-        up over ranks, not averaged."""
-        return max(self.pp, self.tp, self.ep) > 1
-
-    @property
     def shape(self) -> dict[str, int]:
         """Degree of each of `AXES`."""
         return {axis: getattr(self, axis) for axis in AXES}
@@ -133,9 +127,14 @@ class Layout(msgspec.Struct, frozen=True, kw_only=True):
         return self.dp_replicate * self.dp_shard
 
     @property
+    def sums_gradients(self) -> bool:
+        """Whether the engine adds gradients of all ranks up, where it averages them otherwise."""
+        return max(self.pp, self.tp, self.ep) > 1
+
+    @property
     def grad_ranks(self) -> int:
         """Ranks over which the engine averages gradients; 1 where it adds them up."""
-        return 1 if self.cuts_models else self.batch_ranks * self.cp
+        return 1 if self.sums_gradients else self.batch_ranks * self.cp
 
     @property
     def last_stage_rank(self) -> int:

@@ -31,13 +31,18 @@ class Stages(nn.Module):
         self.by_number = nn.ModuleDict()
         for number in pipeline.stages_of(rank):
             stage = copy.copy(model)
-            stage._modules = dict(model._modules)
+            # Submodules, and hooks: FSDP2 has some of its own for each stage.
+            dicts = {k: v.copy() for k, v in vars(model).items() if isinstance(v, dict)}
+            vars(stage).update(dicts)
             stage.keep_layers(pipeline.layers[number])
             self.by_number[str(number)] = stage
 
     def items(self) -> list[tuple[int, Any]]:
         """Number and module of each stage, in order."""
         return [(int(number), stage) for number, stage in self.by_number.items()]
+
+    def modules_in_order(self) -> list[Any]:
+        return [stage for _, stage in self.items()]
 
     def named_parameters(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True

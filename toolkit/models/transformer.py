@@ -157,8 +157,7 @@ class Transformer(nn.Module):
         starts: Tensor | None = None,
         z_loss_multiplier: float = 0.0,
     ) -> Any:
-        """Logits, or the sums of the loss. Raises ValueError for a sequence longer than
-        `config.max_sequence_length`, or document ids of another shape than the input ids.
+        """Logits, or the sums of the loss. Raises ValueError: see `check_rows`.
 
         Args:
             input_ids: `(batch, seq)` int64; in a stage without layer 0 the residual stream that the
@@ -168,7 +167,8 @@ class Transformer(nn.Module):
             document_ids: `(batch, seq)` of integers: attention stays inside stretches of equal
                 numbers, positions start over with each; default: each row is one document.
             positions: `(batch or 1, seq)` int64, of each token in its document; default: told from
-                the document ids. Their length counts where the residual stream is shorter.
+                the document ids. Their length counts where the residual stream is shorter. Who
+                tells them has checked the rows.
             starts: as `document_starts` tells them from the document ids, which is the default.
             z_loss_multiplier: weight of logsumexp(logits)^2 in the loss.
 
@@ -179,20 +179,12 @@ class Transformer(nn.Module):
             Of a stage without a head: the residual stream, and its part of `RouterSums` or None.
         """
         config, seq = self.config, input_ids.shape[1]
-        if seq > config.max_sequence_length:
-            raise ValueError(
-                f"sequence of {seq} tokens is longer than model.max_sequence_length "
-                f"{config.max_sequence_length}; raise that or shorten the sequences"
-            )
+        if positions is None:
+            check_rows(config, input_ids, document_ids)
         # Positions that are told can be anywhere in a row of which only a part is here.
         table_length = seq if positions is None else config.max_sequence_length
-        if document_ids is not None:
-            if document_ids.shape != input_ids.shape[:2]:
-                raise ValueError(
-                    f"document_ids have the shape {tuple(document_ids.shape)}, input_ids "
-                    f"{tuple(input_ids.shape)}; give one document number per token"
-                )
-            starts = document_starts(document_ids) if starts is None else starts
+        if document_ids is not None and starts is None:
+            starts = document_starts(document_ids)
         if positions is None and starts is not None:
             positions = document_positions(starts)
         x = input_ids
@@ -228,6 +220,22 @@ class GPTModel(Transformer):
     def __init__(self, config: GPTConfig, *, init_device: str = "cpu", seed: int = 0) -> None:
         super().__init__(config.to_transformer(), init_device=init_device, seed=seed)
         self.gpt_config = config
+
+
+def check_rows(config: TransformerConfig, input_ids: Tensor, document_ids: Tensor | None) -> None:
+    """Raise ValueError for a sequence longer than `config.max_sequence_length`, or document ids of
+    another shape than the input ids."""
+    seq = input_ids.shape[1]
+    if seq > config.max_sequence_length:
+        raise ValueError(
+            f"sequence of {seq} tokens is longer than model.max_sequence_length "
+            f"{config.max_sequence_length}; raise that or shorten the sequences"
+        )
+    if document_ids is not None and document_ids.shape != input_ids.shape[:2]:
+        raise ValueError(
+            f"document_ids have the shape {tuple(document_ids.shape)}, input_ids "
+            f"{tuple(input_ids.shape)}; give one document number per token"
+        )
 
 
 class LayerInputs(NamedTuple):
