@@ -142,8 +142,10 @@ class Transformer(nn.Module):
         """
         is_last = self.config.num_layers - 1 in layers
         self.blocks = Blocks({layer: self.blocks[layer] for layer in layers})
-        if 0 not in layers and not (is_last and self.config.tie_embeddings):
-            self.embeddings = None
+        if 0 not in layers:
+            assert self.embeddings is not None
+            is_tied = is_last and self.config.tie_embeddings
+            self.embeddings = self.embeddings.tied_copy() if is_tied else None
         if not is_last:
             self.head = None
 
