@@ -8,9 +8,8 @@ The folder gets its name when all is written. It is not synced: a part that a po
 is known by the hashes in its part.json, and made again.
 """
 
+import contextlib
 import os
-import re
-import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -21,7 +20,7 @@ import xxhash
 from toolkit.data.config import InstructionsConfig, TokenFilesSourceConfig
 from toolkit.data.prepare.build.encoding import Encoded, Encoder, TextEncoder, TokenEncoder
 from toolkit.data.prepare.build.instructions import InstructionEncoder
-from toolkit.data.prepare.build.split_files import HashedFile, SplitWriter, finish_all
+from toolkit.data.prepare.build.split_files import HashedFile, SplitWriter
 from toolkit.data.prepare.text.readers import read_shard
 from toolkit.data.prepare.text.reading import Counts, Piece, Reading
 from toolkit.data.prepare.text.shards import Shard
@@ -38,8 +37,6 @@ BATCH_CHARACTERS = 1 << 20
 BATCH_DOCUMENTS = 2048
 
 _PART_NAME = "part.json"
-_UNFINISHED = re.compile(r"\d+\.\d+|\.\d+\..+\.tmp")
-"""Parts while they are written, and while they are removed."""
 
 
 class Part(msgspec.Struct, frozen=True, kw_only=True):
@@ -98,10 +95,9 @@ def part_folder(parts_folder: str | Path, index: int) -> Path:
 
 def read_part(parts_folder: str | Path, index: int) -> Part | None:
     """The description of a part; None when there is no readable one."""
-    try:
+    with contextlib.suppress(FileNotFoundError, DataError):
         return read_json(part_folder(parts_folder, index) / _PART_NAME, DataError, Part)
-    except (FileNotFoundError, DataError):
-        return None
+    return None
 
 
 def is_complete(job: Job, setup: PartsSetup) -> bool:
@@ -109,8 +105,7 @@ def is_complete(job: Job, setup: PartsSetup) -> bool:
     part = read_part(setup.folder, job.index)
     if part is None or part.key != job.key:
         return False
-    files = token_files(setup.dtype, part.splits)
-    wanted = {name: file.xxh3 for name, file in files.items()}
+    wanted = {name: f.xxh3 for name, f in token_files(setup.dtype, part.splits).items()}
     if part.documents_hash is not None:
         wanted[DOCUMENTS_NAME] = part.documents_hash
     folder = part_folder(setup.folder, job.index)
@@ -118,13 +113,6 @@ def is_complete(job: Job, setup: PartsSetup) -> bool:
         return all(hash_file(folder / name, bits=128) == xxh3 for name, xxh3 in wanted.items())
     except FileNotFoundError:
         return False
-
-
-def remove_unfinished_parts(parts_folder: Path) -> None:
-    """Remove what killed processes were writing."""
-    for path in parts_folder.iterdir():
-        if _UNFINISHED.fullmatch(path.name):
-            shutil.rmtree(path, ignore_errors=True)
 
 
 def is_validation(identity: str, fraction: float) -> bool:
@@ -136,10 +124,9 @@ def is_validation(identity: str, fraction: float) -> bool:
 
 def split_of(piece: Piece, validation_fraction: float) -> Split:
     """Where a document goes."""
-    is_val = piece.split == "val" if piece.split is not None else None
-    if is_val is None:
-        is_val = is_validation(piece.identity, validation_fraction)
-    return "val" if is_val else "train"
+    if piece.split is None:
+        return "val" if is_validation(piece.identity, validation_fraction) else "train"
+    return "val" if piece.split == "val" else "train"
 
 
 def make_encoder(setup: PartsSetup, tokenizer: Tokenizer | None) -> Encoder:
@@ -153,20 +140,21 @@ def make_encoder(setup: PartsSetup, tokenizer: Tokenizer | None) -> Encoder:
     return TextEncoder(tokenizer)
 
 
-def encode_shard(job: Job, setup: PartsSetup, encoder: Encoder) -> None:
-    """Make the part of one shard. DataError: input that cannot be read or encoded."""
+def encode_shard(job: Job, setup: PartsSetup, encoder: Encoder, *, threads: int = 1) -> None:
+    """Make the part of one shard; `threads` encode at the same time. DataError: input that cannot
+    be read or encoded."""
     counts = Counts()
     folder = part_folder(setup.folder, job.index)
     # A worker of a killed job may still be writing the same part.
     unfinished = folder.with_name(f"{folder.name}.{os.getpid()}")
     unfinished.mkdir()
-    writers: dict[Split, SplitWriter] = {
-        split: SplitWriter(unfinished, split, setup.dtype, has_mask=setup.has_mask)
-        for split in SPLITS
-    }
-    documents = HashedFile(unfinished / DOCUMENTS_NAME) if setup.reading.with_digests else None
     try:
-        for batch in batches(read_shard(job.shard, setup.reading, counts)):
+        writers = {
+            split: SplitWriter(unfinished, split, setup.dtype, has_mask=setup.has_mask)
+            for split in SPLITS
+        }
+        documents = HashedFile(unfinished / DOCUMENTS_NAME) if setup.reading.with_digests else None
+        for batch in batches(read_shard(job.shard, setup.reading, counts), threads):
             taken: dict[Split, list[tuple[Piece, Encoded]]] = {split: [] for split in SPLITS}
             records = []
             for piece, encoded in zip(batch, encoder.encode(batch), strict=True):
@@ -184,11 +172,10 @@ def encode_shard(job: Job, setup: PartsSetup, encoder: Encoder) -> None:
                     _append(writers[split], encoded_pieces, setup)
             if documents is not None:
                 documents.write(np.array(records, dtype=DOCUMENT))
-        splits = finish_all(list(writers.values()))
         part = Part(
             key=job.key,
-            splits=splits,
-            documents_hash=documents.close() if documents is not None else None,
+            splits={**writers["train"].finish(), **writers["val"].finish()},
+            documents_hash=documents.content_hash if documents is not None else None,
             replaced_bytes=counts.replaced_bytes,
             skipped_documents=counts.skipped_documents,
             cut_documents=counts.cut_documents,
@@ -199,8 +186,6 @@ def encode_shard(job: Job, setup: PartsSetup, encoder: Encoder) -> None:
             remove_tree(folder)
         os.rename(unfinished, folder)
     except BaseException:
-        for writer in writers.values():
-            writer.close()
         remove_tree(unfinished)
         raise
 
@@ -212,20 +197,20 @@ def _append(
     ids: list[np.ndarray] = []
     masks: list[np.ndarray | bool] = []
     starts, position = [], 0
+    bos, eos = np.array([setup.bos_id or 0], np.uint32), np.array([setup.eos_id or 0], np.uint32)
     for piece, encoded in pieces:
-        around: list[tuple[np.ndarray, np.ndarray | bool]] = [
-            (encoded.ids, True if encoded.is_target is None else encoded.is_target)
-        ]
+        first = len(ids)
         if piece.starts:
             starts.append(position)
             if setup.bos_id is not None and not encoded.starts_with_bos:
-                around.insert(0, (np.array([setup.bos_id], np.uint32), encoded.is_target is None))
+                ids.append(bos)
+                masks.append(encoded.is_target is None)
+        ids.append(encoded.ids)
+        masks.append(True if encoded.is_target is None else encoded.is_target)
         if piece.ends and setup.eos_id is not None and not encoded.ends_with_eos:
-            around.append((np.array([setup.eos_id], np.uint32), encoded.eos_is_target))
-        for some, is_target in around:
-            ids.append(some)
-            masks.append(is_target)
-            position += len(some)
+            ids.append(eos)
+            masks.append(encoded.eos_is_target)
+        position += sum(map(len, ids[first:]))
         text = piece.text
         writer.text_bytes += len(text) if text.isascii() else len(text.encode())
     all_ids = np.concatenate(ids)
@@ -242,15 +227,15 @@ def _append(
     writer.append(all_ids, np.array(starts, dtype=np.int64), targets)
 
 
-def batches(pieces: Iterator[Piece]) -> Iterator[list[Piece]]:
-    """Lists of pieces that are worth encoding together."""
+def batches(pieces: Iterator[Piece], threads: int = 1) -> Iterator[list[Piece]]:
+    """Lists of pieces that are worth encoding together, by so many threads."""
     batch: list[Piece] = []
     size = 0
     for piece in pieces:
         batch.append(piece)
         size += len(piece.text) if piece.ids is None else len(piece.ids)
         size += piece.num_bytes if piece.row is not None else 0
-        if size >= BATCH_CHARACTERS or len(batch) >= BATCH_DOCUMENTS:
+        if size >= BATCH_CHARACTERS * threads or len(batch) >= BATCH_DOCUMENTS * threads:
             yield batch
             batch, size = [], 0
     if batch:

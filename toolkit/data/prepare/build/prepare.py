@@ -23,20 +23,20 @@ import contextlib
 import shutil
 import time
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import xxhash
 
 from toolkit.data.config import BPETokenizerConfig, DatasetConfig, StoreConfig
 from toolkit.data.prepare.build.instructions import InstructionEncoder
-from toolkit.data.prepare.build.join import Duplicates, KeptParts
+from toolkit.data.prepare.build.join import Duplicates, KeptParts, sum_counts
 from toolkit.data.prepare.build.parts import (
     Job,
     PartsSetup,
     is_complete,
     make_encoder,
     read_part,
-    remove_unfinished_parts,
 )
 from toolkit.data.prepare.build.progress import encoding, printer, summary
 from toolkit.data.prepare.build.settings import (
@@ -107,38 +107,34 @@ def ensure_prepared(
     try:
         prepared = open_prepared(config)
     except DataError:
-        if store.permanent_root is None:
+        if store.permanent_root is None:  # else perhaps the permanent copy can replace it
             raise
-        # Perhaps the permanent copy can replace it.
     if prepared is not None:
         check_settings(prepared, config, check_text=check_text)
         if check_text:
             _remove_left_over(folder, work_dir)
-            settle(prepared, config, store, note=note)
-        return prepared
-    if store.permanent_root is None:
-        _check_can_build(config, folder)
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        waiting = f"waiting for another process to prepare {folder}"
-        with locked(build_lock(folder), on_wait=lambda: note(waiting)):
-            prepared = obtain(config, store, check_text=check_text, note=note)
-            is_built = prepared is None
-            if prepared is None:
-                _check_can_build(config, folder)
-                with raw_text_cache(config, store) as cache_dir:
-                    prepared = _build(
-                        config, store, work_dir=work_dir, cache_dir=cache_dir, progress=progress
-                    )
-                prepared.in_use = mark_used(folder)
-        if is_built or check_text:
-            settle(prepared, config, store, note=note)
-        return prepared
-    except OSError as error:
-        raise DataError(
-            f"{error.filename or folder}: cannot prepare data: {error.strerror or error}; finished "
-            "parts are kept, run again to continue"
-        ) from error
+    else:
+        if store.permanent_root is None:
+            _check_can_build(config)
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            waiting = f"waiting for another process to prepare {folder}"
+            with locked(build_lock(folder), on_wait=lambda: note(waiting)):
+                prepared = obtain(config, store, check_text=check_text, note=note)
+                if prepared is None:
+                    _check_can_build(config)
+                    with raw_text_cache(config, store) as cache_dir:
+                        prepared = _build(config, store, work_dir, cache_dir, progress=progress)
+                    prepared.in_use = mark_used(folder)
+                    check_text = True
+        except OSError as error:
+            raise DataError(
+                f"{error.filename or folder}: cannot prepare data: {error.strerror or error}; "
+                "finished parts are kept, run again to continue"
+            ) from error
+    if check_text:
+        settle(prepared, config, store, note=note)
+    return prepared
 
 
 prepare_dataset = ensure_prepared
@@ -151,11 +147,12 @@ def write_dataset(folder: Path, manifest: Manifest, tokenizer_folder: Path | Non
     write_json_atomic(folder / MANIFEST_NAME, manifest, sync=False)
 
 
-def _check_can_build(config: DatasetConfig, folder: Path) -> None:
-    if config.source is None and not (folder / MANIFEST_NAME).exists():
+def _check_can_build(config: DatasetConfig) -> None:
+    if config.source is None:
         raise DataError(
-            f"{folder}: no prepared data ({MANIFEST_NAME}) there, and dataset.source is null; "
-            "set dataset.source, or dataset.root (--data-root) to where the token files are"
+            f"{dataset_folder(config)}: no prepared data ({MANIFEST_NAME}) there, and "
+            "dataset.source is null; set dataset.source, or dataset.root (--data-root) to where "
+            "the token files are"
         )
 
 
@@ -170,12 +167,11 @@ def _workplaces(folder: Path, work_dir: str | None) -> tuple[Path, Path]:
 
 def _remove_left_over(folder: Path, work_dir: str | None) -> None:
     """Parts of a whole data set whose preparation was killed before it removed them."""
-    if work_dir is None and not _workplaces(folder, None)[0].exists():
-        return
-    suppress = contextlib.suppress(OSError)  # another time
-    with suppress, locked(build_lock(folder), wait=False) as is_locked:
-        if is_locked and (folder / MANIFEST_NAME).exists():
-            _remove_unfinished(folder, work_dir)
+    if any(path.exists() for path in _workplaces(folder, work_dir)):
+        suppress = contextlib.suppress(OSError)  # another time
+        with suppress, locked(build_lock(folder), wait=False) as is_locked:
+            if is_locked and (folder / MANIFEST_NAME).exists():
+                _remove_unfinished(folder, work_dir)
 
 
 def _remove_unfinished(folder: Path, work_dir: str | None) -> None:
@@ -193,9 +189,9 @@ def _remove_unfinished(folder: Path, work_dir: str | None) -> None:
 def _build(
     config: DatasetConfig,
     store: StoreConfig,
-    *,
     work_dir: str | None,
     cache_dir: str | None,
+    *,
     progress: bool,
 ) -> PreparedDataset:
     """Build the folder of `config`; nobody else may be doing so."""
@@ -236,7 +232,8 @@ def _build(
     if is_rows:
         make_encoder(setup, tokenizer)  # a template that cannot be used ends here, in one line
     jobs = [Job(index, shard, _shard_key(shard, plan)) for index, shard in enumerate(plan.shards)]
-    remove_unfinished_parts(parts_folder)
+    for path in parts_folder.glob("*[0-9]*.*"):  # what killed processes were writing or removing
+        shutil.rmtree(path, ignore_errors=True)
     missing = [job for job in jobs if not is_complete(job, setup)]
     started = time.monotonic()
     with encoding(str(folder), jobs, missing, note, enabled=progress) as advance:
@@ -258,10 +255,7 @@ def _build(
             tokenizer_fingerprint=vocabulary.fingerprint,
             tokenizer_checked=checked,
             source_fingerprint=plan.fingerprint,
-            replaced_bytes=counts.replaced_bytes,
-            skipped_documents=counts.skipped_documents,
-            cut_documents=counts.cut_documents,
-            filtered_documents=counts.filtered_documents,
+            **counts,
             left_out_files=dict(plan.left_out_files),
             settings=settings_of(config),
             splits=splits,
@@ -281,26 +275,21 @@ def _join(
     setup: PartsSetup,
     tokenizer: Tokenizer | None,
     output: Path,
-) -> tuple[dict[str, SplitInfo], Counts]:
+) -> tuple[dict[str, SplitInfo], dict[str, Any]]:
     """Join all parts; their splits, and what reading had to repair and leave out."""
     parts_folder = Path(setup.folder)
     parts = [part for n in range(len(plan.shards)) if (part := read_part(parts_folder, n))]
     assert len(parts) == len(plan.shards), "a part vanished while parts were joined"
-    counts = Counts()
-    counts.replaced_bytes = sum(part.replaced_bytes for part in parts)
-    counts.skipped_documents = sum(part.skipped_documents for part in parts) + plan.num_empty
-    counts.cut_documents = sum(part.cut_documents for part in parts)
-    reasons = sorted({reason for part in parts for reason in part.filtered_documents})
-    counts.filtered_documents = {
-        reason: sum(part.filtered_documents.get(reason, 0) for part in parts) for reason in reasons
-    }
+    counts = sum_counts(parts)
+    counts["skipped_documents"] += plan.num_empty
+    filtered = counts["filtered_documents"]
     duplicates = None
     if config.deduplicate:
         workplace = output.with_name("duplicates")
         remove_tree(workplace)
         workplace.mkdir()
         duplicates = Duplicates(parts_folder, len(parts), workplace)
-        counts.filtered_documents["duplicate"] = duplicates.count
+        filtered["duplicate"] = duplicates.count
     saved = [path for path in (parts_folder / TOKENIZER_FOLDER).rglob("*") if path.is_file()]
     kept = KeptParts(parts_folder, parts, setup.dtype, duplicates)
     make_room(config, store, kept.num_bytes() + sum(path.stat().st_size for path in saved))
@@ -312,15 +301,16 @@ def _join(
         encoder.check(
             num_tokens=sum(info.num_tokens for info in splits.values()),
             num_targets=sum(info.num_targets or 0 for info in splits.values()),
-            filtered=counts.filtered_documents,
+            filtered=filtered,
             first_piece=lambda: next(
                 (p for shard in plan.shards for p in read_shard(shard, setup.reading, Counts())),
                 None,
             ),
         )
     if "train" not in splits:
-        why = [f"{n} by {reason}" for reason, n in counts.filtered_documents.items() if n]
-        why += [f"{counts.skipped_documents} empty"] if counts.skipped_documents else []
+        why = [f"{n} by {reason}" for reason, n in filtered.items() if n]
+        empty = counts["skipped_documents"]
+        why += [f"{empty} empty"] if empty else []
         why += ["all others were held out"] if splits else []
         raise DataError(
             "dataset.source: gave no training text"
