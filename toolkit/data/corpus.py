@@ -140,7 +140,7 @@ def _evaluation(
     parts: dict[str, tuple[DatasetConfig, PreparedDataset]],
 ) -> dict[str, InstanceDataset]:
     """The validation instances of every part that has enough of them."""
-    found = {}
+    found: dict[str, InstanceDataset] = {}
     for name, (config, prepared) in parts.items():
         if not prepared.has_split("val"):
             line = nothing_held_out(prepared)

@@ -61,13 +61,9 @@ class DocumentIndex:
         Raises:
             DataError: starts that do not ascend, or content whose hash is not the manifest's.
         """
-        scan = IndexScan(self.num_tokens)
-        for first in range(0, len(self.starts), BLOCK_DOCUMENTS):
-            scan.look(first, self.starts[first : first + BLOCK_DOCUMENTS])
-            if scan.wrong is not None:
-                raise self._error(scan.wrong)
-        if self._hash is not None and scan.content_hash != self._hash:
-            raise self._error("its content is not what dataset.json beside it says")
+        wrong = what_is_wrong(self.starts, self.num_tokens, self._hash)
+        if wrong is not None:
+            raise self._error(wrong)
 
     def blocks(self) -> Iterator[Windows]:
         """All documents, whole, in blocks; empty ones have length 0."""
@@ -128,6 +124,17 @@ def verify_once(prepared: PreparedDataset, split: Split) -> None:
     keep_note(prepared, name, found.encode())
 
 
+def what_is_wrong(starts: np.ndarray, num_tokens: int, content_hash: str | None) -> str | None:
+    """The first thing that is wrong with the starts of documents, in words. They ascend from 0 to
+    `num_tokens` and have the xxh3_128 `content_hash` (None: it is not known)."""
+    scan = IndexScan(num_tokens)
+    for first in range(0, len(starts), BLOCK_DOCUMENTS):
+        scan.look(starts[first : first + BLOCK_DOCUMENTS])
+    if scan.wrong is None and content_hash not in (None, scan.content_hash):
+        return "its content is not what dataset.json beside it says"
+    return scan.wrong
+
+
 class IndexScan:
     """The starts of documents, block after block: the first is 0, none falls back, none lies beyond
     the tokens.
@@ -138,8 +145,7 @@ class IndexScan:
 
     def __init__(self, num_tokens: int) -> None:
         self.wrong: str | None = None
-        self._num_tokens = num_tokens
-        self._last = np.uint64(0)
+        self._num_tokens, self._position, self._last = num_tokens, 0, np.uint64(0)
         self._digest = xxhash.xxh3_128()
 
     @property
@@ -147,31 +153,28 @@ class IndexScan:
         """xxh3_128."""
         return self._digest.hexdigest()
 
-    def look(self, position: int, block: np.ndarray) -> np.ndarray:
-        """The next block, which begins with the start of document `position`. Returns the tokens
-        from each start to the one before it, uint64; only of use while nothing is wrong."""
+    def look(self, block: np.ndarray) -> np.ndarray:
+        """The next block. Returns the tokens from each start to the one before it, uint64; only of
+        use while nothing is wrong."""
         self._digest.update(block.data)
         before = np.concatenate([[self._last], block[:-1]])
-        self._last = block[-1]
         if self.wrong is None:
-            self.wrong = self._find(position, block, before)
+            self.wrong = self._find(block, before)
+        self._position += len(block)
+        self._last = block[-1]
         return block - before
 
-    def _find(self, position: int, block: np.ndarray, before: np.ndarray) -> str | None:
-        falls = np.flatnonzero(block < before)
-        if position == 0 and block[0] != 0:
-            return f"document 0 starts at {block[0]:,}, not at 0"
-        if len(falls):
-            place = int(falls[0])
-            number = position + place
-            return (
-                f"document {number:,} starts at {block[place]:,}, before document {number - 1:,} "
-                f"at {before[place]:,}"
-            )
-        if int(block[-1]) > self._num_tokens:
-            place = int(np.searchsorted(block, np.uint64(self._num_tokens), "right"))
-            return (
-                f"document {position + place:,} starts at {block[place]:,}, after the "
-                f"{self._num_tokens:,} tokens"
-            )
-        return None
+    def _find(self, block: np.ndarray, before: np.ndarray) -> str | None:
+        is_wrong = (block < before) | (block > np.uint64(self._num_tokens))
+        if self._position == 0:
+            is_wrong[0] |= block[0] != 0
+        place = int(is_wrong.argmax())
+        if not is_wrong[place]:
+            return None
+        number, start = self._position + place, int(block[place])
+        if number == 0:
+            return f"document 0 starts at {start:,}, not at 0"
+        if start < before[place]:
+            last = f"document {number - 1:,} at {before[place]:,}"
+            return f"document {number:,} starts at {start:,}, before {last}"
+        return f"document {number:,} starts at {start:,}, after the {self._num_tokens:,} tokens"

@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 import xxhash
 
-from toolkit.data.instances.index import IndexScan
+from toolkit.data.instances.index import what_is_wrong
 from toolkit.data.tokens.prepared import (
     MANIFEST_NAME,
     NUM_BLOCKS,
@@ -213,14 +213,11 @@ def copy_documents(
 
 
 def _checked_starts(source: SplitFiles) -> np.ndarray:
-    scan = IndexScan(source.info.num_tokens)
-    for position, block in token_blocks(source.path("idx"), "uint64"):
-        scan.look(position, block)
-    starts = memory_map(source.path("idx"), "uint64")
-    wanted = source.info.index_hash
-    if len(starts) == 0 or scan.wrong is not None or wanted not in (None, scan.content_hash):
+    info, path = source.info, source.path("idx")
+    starts = memory_map(path, "uint64")
+    if len(starts) == 0 or what_is_wrong(starts, info.num_tokens, info.index_hash) is not None:
         raise DataError(
-            f"{source.path('idx')}: does not agree with {MANIFEST_NAME} and the tokens beside it; "
-            "restore it, or prepare the data again"
+            f"{path}: does not agree with {MANIFEST_NAME} and the tokens beside it; restore it, or "
+            "prepare the data again"
         )
     return starts

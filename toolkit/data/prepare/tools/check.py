@@ -192,7 +192,7 @@ class SplitCheck:
         info = self._info
         scan = IndexScan(info.num_tokens)
         for position, block in token_blocks(self._files["idx"], "uint64"):
-            lengths = scan.look(position, block).astype(np.int64)
+            lengths = scan.look(block).astype(np.int64)
             if scan.wrong is None:
                 self.report.count_lengths(lengths if position else lengths[1:])
         if scan.wrong is not None:
