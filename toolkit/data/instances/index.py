@@ -61,17 +61,15 @@ class DocumentIndex:
         Raises:
             DataError: starts that do not ascend, or content whose hash is not the manifest's.
         """
-        wrong = what_is_wrong(self.starts, self.num_tokens, self._hash)
+        wrong, content_hash = scan_starts(self.starts, self.num_tokens)
+        if wrong is None and self._hash not in (None, content_hash):
+            wrong = "its content is not what dataset.json beside it says"
         if wrong is not None:
             raise self._error(wrong)
 
     def blocks(self) -> Iterator[Windows]:
         """All documents, whole, in blocks; empty ones have length 0."""
-        for first in range(0, len(self.starts), BLOCK_DOCUMENTS):
-            stop = min(first + BLOCK_DOCUMENTS, len(self.starts))
-            starts = self.starts[first:stop].astype(np.int64)
-            after = int(self.starts[stop]) if stop < len(self.starts) else self.num_tokens
-            yield Windows(starts, np.diff(starts, append=after))
+        return documents_of(self.starts, self.num_tokens)
 
     def windows(self, sequence_length: int) -> Iterator[Windows]:
         """All documents cut every `sequence_length` tokens, counted from their own start."""
@@ -124,57 +122,35 @@ def verify_once(prepared: PreparedDataset, split: Split) -> None:
     keep_note(prepared, name, found.encode())
 
 
-def what_is_wrong(starts: np.ndarray, num_tokens: int, content_hash: str | None) -> str | None:
-    """The first thing that is wrong with the starts of documents, in words. They ascend from 0 to
-    `num_tokens` and have the xxh3_128 `content_hash` (None: it is not known)."""
-    scan = IndexScan(num_tokens)
+def documents_of(starts: np.ndarray, num_tokens: int) -> Iterator[Windows]:
+    """The documents that begin at `starts`, whole, in blocks; empty ones have length 0."""
     for first in range(0, len(starts), BLOCK_DOCUMENTS):
-        scan.look(starts[first : first + BLOCK_DOCUMENTS])
-    if scan.wrong is None and content_hash not in (None, scan.content_hash):
-        return "its content is not what dataset.json beside it says"
-    return scan.wrong
+        block = starts[first : first + BLOCK_DOCUMENTS + 1].astype(np.int64)
+        lengths = np.diff(block, append=num_tokens)[:BLOCK_DOCUMENTS]
+        yield Windows(block[:BLOCK_DOCUMENTS], lengths)
 
 
-class IndexScan:
-    """The starts of documents, block after block: the first is 0, none falls back, none lies beyond
-    the tokens.
-
-    Attributes:
-        wrong: the first that does not, in words; None: all do so far.
-    """
-
-    def __init__(self, num_tokens: int) -> None:
-        self.wrong: str | None = None
-        self._num_tokens, self._position, self._last = num_tokens, 0, np.uint64(0)
-        self._digest = xxhash.xxh3_128()
-
-    @property
-    def content_hash(self) -> str:
-        """xxh3_128."""
-        return self._digest.hexdigest()
-
-    def look(self, block: np.ndarray) -> np.ndarray:
-        """The next block. Returns the tokens from each start to the one before it, uint64; only of
-        use while nothing is wrong."""
-        self._digest.update(block.data)
-        before = np.concatenate([[self._last], block[:-1]])
-        if self.wrong is None:
-            self.wrong = self._find(block, before)
-        self._position += len(block)
-        self._last = block[-1]
-        return block - before
-
-    def _find(self, block: np.ndarray, before: np.ndarray) -> str | None:
-        is_wrong = (block < before) | (block > np.uint64(self._num_tokens))
-        if self._position == 0:
+def scan_starts(starts: np.ndarray, num_tokens: int) -> tuple[str | None, str]:
+    """What is wrong with the starts of documents (the first is 0, none falls back, none lies beyond
+    the tokens), in words, and their xxh3_128."""
+    wrong, last, digest = None, np.uint64(0), xxhash.xxh3_128()
+    for first in range(0, len(starts), BLOCK_DOCUMENTS):
+        block = np.asarray(starts[first : first + BLOCK_DOCUMENTS])
+        digest.update(block.data)
+        before = np.concatenate([[last], block[:-1]])
+        last = block[-1]
+        is_wrong = (block < before) | (block > np.uint64(num_tokens))
+        if first == 0:
             is_wrong[0] |= block[0] != 0
         place = int(is_wrong.argmax())
-        if not is_wrong[place]:
-            return None
-        number, start = self._position + place, int(block[place])
+        if wrong is not None or not is_wrong[place]:
+            continue
+        number, start = first + place, int(block[place])
         if number == 0:
-            return f"document 0 starts at {start:,}, not at 0"
-        if start < before[place]:
-            last = f"document {number - 1:,} at {before[place]:,}"
-            return f"document {number:,} starts at {start:,}, before {last}"
-        return f"document {number:,} starts at {start:,}, after the {self._num_tokens:,} tokens"
+            wrong = f"document 0 starts at {start:,}, not at 0"
+        elif start < before[place]:
+            there = f"document {number - 1:,} at {before[place]:,}"
+            wrong = f"document {number:,} starts at {start:,}, before {there}"
+        else:
+            wrong = f"document {number:,} starts at {start:,}, after the {num_tokens:,} tokens"
+    return wrong, digest.hexdigest()

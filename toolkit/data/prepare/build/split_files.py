@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 import xxhash
 
-from toolkit.data.instances.index import what_is_wrong
+from toolkit.data.instances.index import scan_starts
 from toolkit.data.tokens.prepared import (
     MANIFEST_NAME,
     NUM_BLOCKS,
@@ -215,7 +215,8 @@ def copy_documents(
 def _checked_starts(source: SplitFiles) -> np.ndarray:
     info, path = source.info, source.path("idx")
     starts = memory_map(path, "uint64")
-    if len(starts) == 0 or what_is_wrong(starts, info.num_tokens, info.index_hash) is not None:
+    wrong, content_hash = scan_starts(starts, info.num_tokens)
+    if len(starts) == 0 or wrong is not None or info.index_hash not in (None, content_hash):
         raise DataError(
             f"{path}: does not agree with {MANIFEST_NAME} and the tokens beside it; restore it, or "
             "prepare the data again"
