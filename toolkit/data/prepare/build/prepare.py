@@ -48,7 +48,7 @@ from toolkit.data.prepare.build.settings import (
 from toolkit.data.prepare.build.vocabulary import settled_tokenizer, vocabulary_of
 from toolkit.data.prepare.build.workers import encode_shards, num_cores
 from toolkit.data.prepare.store.cache import build_lock, raw_text_cache
-from toolkit.data.prepare.store.store import make_room, obtain, settle
+from toolkit.data.prepare.store.store import DatasetStore
 from toolkit.data.prepare.text.readers import read_shard
 from toolkit.data.prepare.text.reading import Counts, Reading
 from toolkit.data.prepare.text.shards import Plan, Shard
@@ -103,6 +103,7 @@ def ensure_prepared(
     store = store or StoreConfig()
     config = localize(config, store)
     folder, note = dataset_folder(config), printer(enabled=progress)
+    places = DatasetStore(config, store, note)
     prepared = None
     try:
         prepared = open_prepared(config)
@@ -120,11 +121,11 @@ def ensure_prepared(
             folder.parent.mkdir(parents=True, exist_ok=True)
             waiting = f"waiting for another process to prepare {folder}"
             with locked(build_lock(folder), on_wait=lambda: note(waiting)):
-                prepared = obtain(config, store, check_text=check_text, note=note)
+                prepared = places.obtain(check_text=check_text)
                 if prepared is None:
                     _check_can_build(config)
                     with raw_text_cache(config, store) as cache_dir:
-                        prepared = _build(config, store, work_dir, cache_dir, progress=progress)
+                        prepared = _build(config, places, work_dir, cache_dir, progress=progress)
                     prepared.in_use = mark_used(folder)
                     check_text = True
         except OSError as error:
@@ -133,7 +134,7 @@ def ensure_prepared(
                 "finished parts are kept, run again to continue"
             ) from error
     if check_text:
-        settle(prepared, config, store, note=note)
+        places.settle(prepared)
     return prepared
 
 
@@ -188,7 +189,7 @@ def _remove_unfinished(folder: Path, work_dir: str | None) -> None:
 
 def _build(
     config: DatasetConfig,
-    store: StoreConfig,
+    places: DatasetStore,
     work_dir: str | None,
     cache_dir: str | None,
     *,
@@ -243,7 +244,7 @@ def _build(
             advance(job)
     plan.check_unchanged()
     with new_folder(folder, unfinished=building / "output") as output:
-        splits, counts = _join(config, store, plan, setup, tokenizer, output)
+        splits, counts = _join(config, places, plan, setup, tokenizer, output)
         manifest = Manifest(
             format_version=FORMAT_VERSION,
             dtype=setup.dtype,
@@ -270,7 +271,7 @@ def _build(
 
 def _join(
     config: DatasetConfig,
-    store: StoreConfig,
+    places: DatasetStore,
     plan: Plan,
     setup: PartsSetup,
     tokenizer: Tokenizer | None,
@@ -292,7 +293,7 @@ def _join(
         filtered["duplicate"] = duplicates.count
     saved = [path for path in (parts_folder / TOKENIZER_FOLDER).rglob("*") if path.is_file()]
     kept = KeptParts(parts_folder, parts, setup.dtype, duplicates)
-    make_room(config, store, kept.num_bytes() + sum(path.stat().st_size for path in saved))
+    places.make_room(kept.num_bytes() + sum(path.stat().st_size for path in saved))
     splits = kept.join(output, has_mask=setup.has_mask)
     if config.instructions is not None:
         # Data whose loss asks for nothing, or for every token, was misread.
