@@ -64,7 +64,7 @@ def prepare_corpus(
         }
     for config, prepared in parts.values():
         ensure_plans(prepared, config)
-    return corpus_info(cfg, parts)
+    return corpus_info(cfg, parts)._replace(is_ready=True)
 
 
 def check_corpus_settings(cfg: DataConfig, info: CorpusInfo) -> None:
