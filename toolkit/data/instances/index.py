@@ -44,8 +44,6 @@ class DocumentIndex:
         self._path = prepared.folder / f"{split}.idx"
         self._hash = prepared.manifest.splits[split].index_hash
         self.num_tokens = prepared.num_tokens(split)
-        if prepared.num_documents(split) == 0:
-            raise self._error(f"names no document, but there are {self.num_tokens:,} tokens")
         self.starts = np.asarray(prepared.document_starts(split))
         if self.starts[0] != 0:
             raise self._error(f"the first document starts at {self.starts[0]}, not at 0")

@@ -33,10 +33,10 @@ from toolkit.data.prepare.build.instructions import InstructionEncoder
 from toolkit.data.prepare.build.join import Duplicates, KeptParts, sum_counts
 from toolkit.data.prepare.build.parts import (
     Job,
+    Part,
     PartsSetup,
-    is_complete,
+    complete_part,
     make_encoder,
-    read_part,
 )
 from toolkit.data.prepare.build.progress import encoding, printer, summary
 from toolkit.data.prepare.build.settings import (
@@ -45,14 +45,13 @@ from toolkit.data.prepare.build.settings import (
     not_a_dataset,
     settings_of,
 )
-from toolkit.data.prepare.build.vocabulary import settled_tokenizer, vocabulary_of
+from toolkit.data.prepare.build.vocabulary import plan_of_text, settled_tokenizer, vocabulary_of
 from toolkit.data.prepare.build.workers import encode_shards, num_cores
 from toolkit.data.prepare.store.cache import build_lock, raw_text_cache
 from toolkit.data.prepare.store.store import DatasetStore
 from toolkit.data.prepare.text.readers import read_shard
-from toolkit.data.prepare.text.reading import Counts, Reading
+from toolkit.data.prepare.text.reading import Counts
 from toolkit.data.prepare.text.shards import Plan, Shard
-from toolkit.data.prepare.text.sources import plan_source
 from toolkit.data.prepare.tokenizers.tokenizer import Tokenizer
 from toolkit.data.tokens.in_use import mark_used
 from toolkit.data.tokens.prepared import (
@@ -65,7 +64,6 @@ from toolkit.data.tokens.prepared import (
     dataset_folder,
     localize,
     open_prepared,
-    token_dtype,
 )
 from toolkit.errors import DataError
 from toolkit.storage.atomic import new_folder, remove_tree, write_json_atomic
@@ -196,55 +194,37 @@ def _build(
     progress: bool,
 ) -> PreparedDataset:
     """Build the folder of `config`; nobody else may be doing so."""
-    assert config.source is not None
     folder, note = dataset_folder(config), printer(enabled=progress)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise not_a_dataset(folder)
     check_source(config)
-    is_rows = config.instructions is not None
-    plan = plan_source(config.source, config.validation_fraction, rows=is_rows, cache_dir=cache_dir)
+    plan = plan_of_text(config, cache_dir)
     for line in plan.notes():
         note(line)
     building, place = _workplaces(folder, work_dir)
     parts_folder = place / _settings_key(config, plan)
     parts_folder.mkdir(parents=True, exist_ok=True)
-    tokenizer_folder = None if config.tokenizer is None else parts_folder / TOKENIZER_FOLDER
     tokenizer, checked = settled_tokenizer(config, plan, parts_folder / TOKENIZER_FOLDER, note)
     vocabulary = vocabulary_of(config, tokenizer)
-    setup = PartsSetup(
-        folder=str(parts_folder),
-        reading=Reading(
-            source=config.source,
-            cache_dir=plan.cache_dir,
-            rows=is_rows,
-            filters=config.filters,
-            with_digests=config.deduplicate,
-            vocab_size=vocabulary.size,
-            eos_id=vocabulary.eos_id,
-        ),
-        instructions=config.instructions,
-        tokenizer_folder=None if tokenizer_folder is None else str(tokenizer_folder),
-        validation_fraction=config.validation_fraction,
-        dtype=token_dtype(vocabulary.size),
-        vocab_size=vocabulary.size,
-        bos_id=vocabulary.bos_id if config.prepend_bos else None,
-        eos_id=vocabulary.eos_id if config.append_eos else None,
-    )
-    if is_rows:
+    setup = PartsSetup(str(parts_folder), config, vocabulary, plan.cache_dir)
+    if setup.has_mask:
         make_encoder(setup, tokenizer)  # a template that cannot be used ends here, in one line
     jobs = [Job(index, shard, _shard_key(shard, plan)) for index, shard in enumerate(plan.shards)]
     for path in parts_folder.glob("*[0-9]*.*"):  # what killed processes were writing or removing
         shutil.rmtree(path, ignore_errors=True)
-    missing = [job for job in jobs if not is_complete(job, setup)]
+    parts = [complete_part(job, setup) for job in jobs]
+    missing = [job for job, part in zip(jobs, parts, strict=True) if part is None]
     started = time.monotonic()
+    num_processes = config.num_processes or num_cores()
     with encoding(str(folder), jobs, missing, note, enabled=progress) as advance:
-        for job in encode_shards(
-            missing, setup, tokenizer, num_processes=config.num_processes or num_cores()
-        ):
+        for job, part in encode_shards(missing, setup, tokenizer, num_processes=num_processes):
+            parts[job.index] = part
             advance(job)
     plan.check_unchanged()
     with new_folder(folder, unfinished=building / "output") as output:
-        splits, counts = _join(config, places, plan, setup, tokenizer, output)
+        splits, counts = _join(
+            [part for part in parts if part], places, plan, setup, tokenizer, output
+        )
         manifest = Manifest(
             format_version=FORMAT_VERSION,
             dtype=setup.dtype,
@@ -261,7 +241,7 @@ def _build(
             settings=settings_of(config),
             splits=splits,
         )
-        write_dataset(output, manifest, tokenizer_folder)
+        write_dataset(output, manifest, setup.tokenizer_folder)
     _remove_unfinished(folder, work_dir)
     prepared = PreparedDataset(folder, manifest)
     for line in summary(prepared, time.monotonic() - started):
@@ -270,7 +250,7 @@ def _build(
 
 
 def _join(
-    config: DatasetConfig,
+    parts: list[Part],
     places: DatasetStore,
     plan: Plan,
     setup: PartsSetup,
@@ -278,9 +258,7 @@ def _join(
     output: Path,
 ) -> tuple[dict[str, SplitInfo], dict[str, Any]]:
     """Join all parts; their splits, and what reading had to repair and leave out."""
-    parts_folder = Path(setup.folder)
-    parts = [part for n in range(len(plan.shards)) if (part := read_part(parts_folder, n))]
-    assert len(parts) == len(plan.shards), "a part vanished while parts were joined"
+    config, parts_folder = setup.config, Path(setup.folder)
     counts = sum_counts(parts)
     counts["skipped_documents"] += plan.num_empty
     filtered = counts["filtered_documents"]
@@ -295,7 +273,7 @@ def _join(
     kept = KeptParts(parts_folder, parts, setup.dtype, duplicates)
     places.make_room(kept.num_bytes() + sum(path.stat().st_size for path in saved))
     splits = kept.join(output, has_mask=setup.has_mask)
-    if config.instructions is not None:
+    if setup.has_mask:
         # Data whose loss asks for nothing, or for every token, was misread.
         encoder = make_encoder(setup, tokenizer)
         assert isinstance(encoder, InstructionEncoder)

@@ -12,7 +12,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 
 from toolkit import signals
-from toolkit.data.prepare.build.parts import Job, PartsSetup, encode_shard, make_encoder
+from toolkit.data.prepare.build.parts import Job, Part, PartsSetup, encode_shard, make_encoder
 from toolkit.data.prepare.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from toolkit.errors import DataError, ToolkitError
 from toolkit.parents import end_with_parent
@@ -28,15 +28,14 @@ def num_cores() -> int:
 
 def encode_shards(
     jobs: Sequence[Job], setup: PartsSetup, tokenizer: Tokenizer | None, *, num_processes: int
-) -> Iterator[Job]:
-    """Encode all jobs, yielding each when its part is complete, in no particular order. The first
-    error of any worker is raised; the parts that are complete stay."""
+) -> Iterator[tuple[Job, Part]]:
+    """Encode all jobs, yielding each with its part when that is complete, in no particular order.
+    The first error of any worker is raised; the parts that are complete stay."""
     sizes = [job.num_bytes for job in jobs]
     if num_processes == 1 or (sum(sizes) < SMALL_BYTES and all(sizes)):
         encoder = make_encoder(setup, tokenizer)
         for job in jobs:
-            encode_shard(job, setup, encoder, threads=num_processes)
-            yield job
+            yield job, encode_shard(job, setup, encoder, threads=num_processes)
         return
     # Where there are fewer shards than processes, threads of the tokenizer use the other cores.
     num_workers = min(num_processes, len(jobs))
@@ -51,8 +50,7 @@ def encode_shards(
         with _without_main(), signals.starting_workers():
             futures = {pool.submit(_work, job): job for job in jobs}
         for future in as_completed(futures):
-            future.result()
-            yield futures[future]
+            yield futures[future], future.result()
     except BrokenProcessPool:
         codes = [code for p in processes.values() if (code := p.exitcode) is not None]
         raise DataError(
@@ -81,7 +79,7 @@ def _without_main() -> Iterator[None]:
         sys.modules["__main__"] = main
 
 
-_encode: Callable[[Job], None]
+_encode: Callable[[Job], Part]
 """Of a worker."""
 
 
@@ -97,9 +95,9 @@ def _start(parent: int, setup: PartsSetup, threads: int) -> None:
     _encode = functools.partial(encode_shard, setup=setup, encoder=encoder, threads=threads)
 
 
-def _work(job: Job) -> None:
+def _work(job: Job) -> Part:
     try:
-        _encode(job)
+        return _encode(job)
     except (ToolkitError, OSError):
         raise
     except Exception:  # not every exception can be sent to another process
