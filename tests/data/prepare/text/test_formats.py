@@ -154,7 +154,7 @@ def test_empty_files_are_counted(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("x")
     (tmp_path / "b.txt").touch()
     plan = plan_source(FilesSourceConfig(paths=[str(tmp_path)]), 0.0)
-    assert plan.num_empty == 1
+    assert plan.listing.num_empty == 1
 
 
 def test_defects_of_long_lines_are_named(tmp_path: Path) -> None:

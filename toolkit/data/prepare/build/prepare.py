@@ -206,7 +206,7 @@ def _build(
     check_source(config)
     is_rows = config.instructions is not None
     plan = plan_source(config.source, config.validation_fraction, rows=is_rows, cache_dir=cache_dir)
-    for line in plan.notes():
+    for line in plan.listing.notes():
         note(line)
     building, place = _workplaces(folder, work_dir)
     parts_folder = place / _settings_key(config, plan)
@@ -244,7 +244,7 @@ def _build(
             missing, setup, tokenizer, num_processes=config.num_processes or num_cores()
         ):
             advance(job)
-    plan.check_unchanged()
+    plan.listing.check_unchanged()
     with new_folder(folder, unfinished=building / "output") as output:
         splits, counts = _join(config, store, plan, setup, tokenizer, output)
         manifest = Manifest(
@@ -262,7 +262,7 @@ def _build(
             skipped_documents=counts.skipped_documents,
             cut_documents=counts.cut_documents,
             filtered_documents=counts.filtered_documents,
-            left_out_files=dict(plan.left_out_files),
+            left_out_files=dict(plan.listing.left_out),
             settings=settings_of(config),
             splits=splits,
         )
@@ -288,7 +288,9 @@ def _join(
     assert len(parts) == len(plan.shards), "a part vanished while parts were joined"
     counts = Counts()
     counts.replaced_bytes = sum(part.replaced_bytes for part in parts)
-    counts.skipped_documents = sum(part.skipped_documents for part in parts) + plan.num_empty
+    counts.skipped_documents = (
+        sum(part.skipped_documents for part in parts) + plan.listing.num_empty
+    )
     counts.cut_documents = sum(part.cut_documents for part in parts)
     reasons = sorted({reason for part in parts for reason in part.filtered_documents})
     counts.filtered_documents = {

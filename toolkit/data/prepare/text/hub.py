@@ -13,8 +13,8 @@ from typing import Any
 import msgspec
 
 from toolkit.data.config import DiskSourceConfig, HubSourceConfig
-from toolkit.data.prepare.text.columns import TextColumns
-from toolkit.data.prepare.text.files import disk_files, fingerprint_files
+from toolkit.data.prepare.text.columns import TextColumns, row_piece, text_columns
+from toolkit.data.prepare.text.files import fingerprint_files, list_files
 from toolkit.data.prepare.text.reading import Counts, Piece, Reading
 from toolkit.data.prepare.text.shards import (
     MAX_SHARD_BYTES,
@@ -68,18 +68,18 @@ def plan_hub(
 def plan_disk(source: DiskSourceConfig, columns: TextColumns | None) -> Plan:
     """Ranges of rows; DataError when the folder holds no such data set, split or column."""
     dataset = _load_disk(source, columns)
-    files = disk_files(source)
-    num_bytes = sum(file.num_bytes for file in files)
+    listing = list_files(source)
+    num_bytes = sum(file.num_bytes for file in listing.files)
     name = f"{Path(source.path).name}/{source.split}"
     shards = _row_shards("disk_rows", source.path, name, len(dataset), num_bytes)
-    return Plan(shards, fingerprint_files(files), num_bytes, files=tuple(files))
+    return Plan(shards, fingerprint_files(listing.files), num_bytes, listing)
 
 
 def read_hub(part: Range, reading: Reading, counts: Counts) -> Iterator[Piece]:
     """The documents of one shard of the data set."""
     source = reading.source
     assert isinstance(source, HubSourceConfig | DiskSourceConfig)
-    columns = None if reading.rows else TextColumns(source)
+    columns = text_columns(source, rows=reading.rows)
     if isinstance(source, DiskSourceConfig):
         dataset = _load_disk(source, columns)
         _check_rows(dataset, part, source)
@@ -92,16 +92,14 @@ def read_hub(part: Range, reading: Reading, counts: Counts) -> Iterator[Piece]:
         rows, first, prefix = dataset.select(range(part.start, part.end)), part.start, part.name
     with guard(part.path, DataError):
         for number, row in enumerate(rows, start=first):
-            identity, place = f"{prefix}:{number}", f"{part.path}: row {number}"
-            if columns is None:
-                yield Piece(identity, row=row, place=place)
-                continue
-            text = columns.text(row, place)
+            piece = row_piece(row, f"{prefix}:{number}", f"{part.path}: row {number}", columns)
+            text = piece.text
             halves = 0 if text.isascii() else sum("\ud800" <= c <= "\udfff" for c in text)
             if halves:
                 counts.replaced_bytes += halves
                 text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-            yield Piece(identity, text)
+                piece = piece._replace(text=text)
+            yield piece
 
 
 def _check_rows(dataset: Any, part: Range, source: DiskSourceConfig) -> None:
@@ -114,7 +112,7 @@ def _check_rows(dataset: Any, part: Range, source: DiskSourceConfig) -> None:
         for batch in table.to_batches():
             checked_batch(batch, f"{part.path}: rows {part.start} to {part.end - 1}")
     except DataError:
-        for file in disk_files(source):
+        for file in list_files(source).files:
             if file.name.endswith(".arrow"):
                 check_arrow_file(file.path)
         raise
@@ -168,7 +166,9 @@ def _hub_files_below(cache_dir: str | None) -> Iterator[None]:
 
 def _load_disk(source: DiskSourceConfig, columns: TextColumns | None) -> Any:
     # Every range of rows asks anew; the file's size and time stand for its content.
-    state = tuple((file.path, file.num_bytes, file.modified_ns) for file in disk_files(source))
+    state = tuple(
+        (file.path, file.num_bytes, file.modified_ns) for file in list_files(source).files
+    )
     dataset = _open_disk(str(Path(source.path).expanduser()), source.split, state)
     return _select(dataset, columns, source.path)
 

@@ -5,6 +5,7 @@ else is in memory, or ends the process. So every batch is checked before a value
 """
 
 import contextlib
+import functools
 import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -15,7 +16,7 @@ import pyarrow.parquet
 import pyarrow.types
 
 from toolkit.data.config import FilesSourceConfig
-from toolkit.data.prepare.text.columns import TextColumns
+from toolkit.data.prepare.text.columns import TextColumns, row_piece, text_columns
 from toolkit.data.prepare.text.jsonl import MAX_DEPTH, decode_json_loosely
 from toolkit.data.prepare.text.reading import Counts, Piece, Reading, decode
 from toolkit.data.prepare.text.shards import Range
@@ -35,9 +36,6 @@ _TEXT_TYPES = {
 """Types of text, and of the bytes that it consists of."""
 _ARROW_MAGIC = b"ARROW1"
 
-Convert = Callable[[Any, str], Any]
-"""What `as_py` gives, and the place of the row for messages, to the value as JSON has it."""
-
 
 @contextlib.contextmanager
 def _named(problem: str) -> Iterator[None]:
@@ -51,7 +49,7 @@ def _named(problem: str) -> Iterator[None]:
         raise DataError(f"{problem}: {reason_of(error)}") from None
 
 
-def parquet_row_groups(
+def parquet_ranges(
     path: str, columns: TextColumns | None, size: int
 ) -> Iterator[tuple[int, int, int]]:
     """Runs of row groups (first, one past the last, bytes) of about `size` bytes of text; DataError
@@ -62,10 +60,10 @@ def parquet_row_groups(
     yield from _runs(sizes, size)
 
 
-def arrow_batches(
+def arrow_ranges(
     path: str, columns: TextColumns | None, size: int
 ) -> Iterator[tuple[int, int, int]]:
-    """Runs of record batches, like `parquet_row_groups`."""
+    """Runs of record batches, like `parquet_ranges`."""
     with _arrow(path) as (schema, batches):
         _check_schema(schema, columns, path)
 
@@ -133,32 +131,24 @@ class _Rows:
         assert isinstance(reading.source, FilesSourceConfig)
         self._name, self._counts = part.name, counts
         self._errors = reading.source.encoding_errors
-        self.columns = None if reading.rows else TextColumns(reading.source)
+        self.columns = text_columns(reading.source, rows=reading.rows)
         self.names = None if self.columns is None else self.columns.names
 
     def of(self, batch: pa.RecordBatch, number: int, where: str, first: int) -> Iterator[Piece]:
         """The documents of a batch of row group or batch `number`; `first` is its first row."""
         checked_batch(batch, where)
-        columns = [
-            (name, array, conversion(array.type))
-            for name, array in zip(batch.schema.names, batch.columns, strict=True)
-        ]
         # One row after the other: the batch itself may be mapped memory, Python's strings are not.
         for index in range(batch.num_rows):
-            identity = f"{self._name}:{number}:{first + index}"
             place = f"{where}, row {first + index}"
             row = {
-                name: self._value(array[index], convert, place) for name, array, convert in columns
+                name: self._value(array[index], place)
+                for name, array in zip(batch.schema.names, batch.columns, strict=True)
             }
-            if self.columns is None:
-                yield Piece(identity, row=row, place=place)
-            else:
-                yield Piece(identity, self.columns.text(row, place))
+            yield row_piece(row, f"{self._name}:{number}:{first + index}", place, self.columns)
 
-    def _value(self, scalar: pa.Scalar, convert: Convert | None, place: str) -> Any:
+    def _value(self, scalar: pa.Scalar, place: str) -> Any:
         try:
-            value = scalar.as_py()
-            return value if convert is None else convert(value, place)
+            return _as_json(scalar.as_py(), scalar.type, place)
         except UnicodeDecodeError:
             if scalar.type in _TEXT_TYPES:
                 data = scalar.as_buffer().to_pybytes()
@@ -201,49 +191,41 @@ def _bytes_type(kind: pa.DataType) -> pa.DataType:
     return _TEXT_TYPES.get(kind, kind)
 
 
-def conversion(kind: pa.DataType) -> Convert | None:
-    """From values of an Arrow type to those that the same rows have in JSON Lines: a map is read as
-    a list of pairs, and `datasets` writes objects of mixed kinds as text with the extension type
-    `arrow.json`. None: `as_py` gives them as they are."""
-    types = pa.types
-    found: Convert | None = None
-    if getattr(kind, "extension_name", None) == "arrow.json":
-        found = _from_json
-    elif types.is_map(kind):
-        inner = conversion(kind.item_type)
-        found = lambda value, place: _object(value, inner, place)  # noqa: E731
-    elif types.is_struct(kind):
-        fields = [kind.field(number) for number in range(kind.num_fields)]
-        inners = {f.name: c for f in fields if (c := conversion(f.type)) is not None}
-        if inners:
-            found = lambda value, place: (  # noqa: E731
-                value | {name: convert(value[name], place) for name, convert in inners.items()}
-            )
-    elif types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
-        item = conversion(kind.value_type)
-        if item is not None:
-            found = lambda value, place: [item(v, place) for v in value]  # noqa: E731
-    if found is None:
-        return None
-    return lambda value, place: None if value is None else found(value, place)
+def _as_json(value: Any, kind: pa.DataType, place: str) -> Any:
+    """What `as_py` gives for a value of an Arrow type, as the same rows have it in JSON Lines: a
+    map is read as a list of pairs, and `datasets` writes objects of mixed kinds as text with the
+    extension type `arrow.json`."""
+    if value is None or _is_as_json(kind):
+        return value
+    if _is_json_text(kind):
+        try:
+            return decode_json_loosely(value)
+        except (ValueError, RecursionError) as error:
+            raise DataError(
+                f"{place}: a value of type arrow.json is not valid JSON: {reason_of(error)}"
+            ) from None
+    if pa.types.is_map(kind):
+        found: dict[Any, Any] = {}
+        for key, inner in value:
+            if key in found:
+                raise DataError(f"{place}: the key {key!r} stands twice in one map; repair the row")
+            found[key] = _as_json(inner, kind.item_type, place)
+        return found
+    if pa.types.is_struct(kind):
+        return {field.name: _as_json(value[field.name], field.type, place) for field in kind}
+    return [_as_json(inner, kind.value_type, place) for inner in value]
 
 
-def _from_json(value: Any, place: str) -> Any:
-    try:
-        return decode_json_loosely(value)
-    except (ValueError, RecursionError) as error:
-        raise DataError(
-            f"{place}: a value of type arrow.json is not valid JSON: {reason_of(error)}"
-        ) from None
+@functools.cache
+def _is_as_json(kind: pa.DataType) -> bool:
+    """Whether `as_py` gives all values of a type as JSON has them."""
+    if _is_json_text(kind) or pa.types.is_map(kind):
+        return False
+    return all(_is_as_json(kind.field(number).type) for number in range(kind.num_fields))
 
 
-def _object(pairs: Any, convert: Convert | None, place: str) -> dict[Any, Any]:
-    found = {}
-    for key, inner in pairs:
-        if key in found:
-            raise DataError(f"{place}: the key {key!r} stands twice in one map; repair the row")
-        found[key] = inner if convert is None else convert(inner, place)
-    return found
+def _is_json_text(kind: pa.DataType) -> bool:
+    return getattr(kind, "extension_name", None) == "arrow.json"
 
 
 def _check_schema(schema: pa.Schema, columns: TextColumns | None, path: str) -> None:
