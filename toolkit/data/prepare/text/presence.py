@@ -22,11 +22,9 @@ from toolkit.data.prepare.text.instructions.template import read_chat_template
 from toolkit.data.prepare.text.readers import read_shard
 from toolkit.data.prepare.text.reading import Counts, Reading
 from toolkit.data.prepare.text.sources import plan_source
-from toolkit.data.prepare.tokenizers.companions import chat_templates, companions_of
+from toolkit.data.prepare.tokenizers.companions import chat_templates, companions_of, has_tokenizer
 from toolkit.errors import ConfigError, DataError, ErrorList
 
-_TOKENIZER_FILES = ("tokenizer", "vocab", "merges", "spiece", "sentencepiece")
-"""How the files of all formats begin that `transformers` can load."""
 _CONVERSATIONS = ("messages", "sharegpt")
 """Shapes that no tokenizer joins without a template."""
 
@@ -61,8 +59,7 @@ def _check_tokenizer(config: TokenizerConfig | None) -> None:
         if not path.is_file():
             raise DataError(f"{where}: no such file; give the tokenizer's own file")
     elif path.is_dir():
-        names = [entry.name for entry in path.iterdir()]
-        if not any(name.startswith(_TOKENIZER_FILES) or name.endswith(".model") for name in names):
+        if not has_tokenizer(path):
             raise DataError(f"{where}: holds no tokenizer; give a folder with a tokenizer.json")
     elif not path.is_file() and config.is_local:
         raise DataError(
