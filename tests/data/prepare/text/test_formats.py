@@ -103,7 +103,7 @@ def test_saved_data_sets_are_read_with_their_splits(
 ) -> None:
     import datasets
 
-    monkeypatch.setattr("toolkit.data.prepare.text.hub.MIN_SHARD_BYTES", 500)
+    monkeypatch.setattr(shards, "MIN_SHARD_BYTES", 500)
     rows = {"text": [f"row {i} " * 5 for i in range(60)], "label": list(range(60))}
     whole = datasets.Dataset.from_dict(rows)
     whole.save_to_disk(str(tmp_path / "one"))

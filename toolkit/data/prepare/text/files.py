@@ -156,12 +156,15 @@ def _nothing(
     )
 
 
-def _disk_files(source: DiskSourceConfig) -> list[SourceFile]:
-    """The files of the split in a folder that `save_to_disk` wrote; DataError if there are none."""
+def disk_folder(source: DiskSourceConfig) -> Path:
+    """Where the files of the split lie, in a folder that `save_to_disk` wrote."""
     folder = Path(source.path).expanduser()
-    if (folder / source.split / "state.json").is_file():
-        folder /= source.split
-    files = []
+    is_split = (folder / source.split / "state.json").is_file()
+    return folder / source.split if is_split else folder
+
+
+def _disk_files(source: DiskSourceConfig) -> list[SourceFile]:
+    folder, files = disk_folder(source), []
     for path in sorted(folder.iterdir()) if folder.is_dir() else []:
         if path.name.endswith((".arrow", ".json")):
             with guard(path, DataError):
@@ -170,7 +173,8 @@ def _disk_files(source: DiskSourceConfig) -> list[SourceFile]:
             files.append(SourceFile(path.name, str(path), status.st_size, status.st_mtime_ns))
     if not any(file.name.endswith(".arrow") for file in files):
         raise DataError(
-            f"dataset.source.path: {source.path}: no data set that `save_to_disk` wrote"
+            f"dataset.source.path: {source.path}: no data set that `save_to_disk` wrote, or none "
+            f"with a split {source.split!r}"
         )
     return files
 

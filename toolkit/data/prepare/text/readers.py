@@ -1,10 +1,11 @@
 """From a shard to its documents, with every defect of the input named by file and place.
 
-Each format has one reader: `plain.py`, `jsonl.py` (lines and lists), `tables.py` (parquet, Arrow),
-`hub.py` and `token_files.py`. A reader gives the documents of a range, one at a time. What they
-have in common stands here: a text of more than 8 MB becomes several documents, documents without
-text are counted and left out, filters see whole documents, and long ones are cut into pieces for
-the encoder. So a process holds one document, or one line or row of a file, in memory.
+Each format has one reader: `plain.py`, `jsonl.py` (lines and lists), `tables.py` (parquet, Arrow,
+saved data sets), `hub.py` and `token_files.py`. A reader gives the documents of a range, one at a
+time. What they have in common stands here: a text of more than 8 MB becomes several documents,
+documents without text are counted and left out, filters see whole documents, and long ones are cut
+into pieces for the encoder. So a process holds one document, or one line or row of a file, in
+memory.
 """
 
 from collections.abc import Iterator
@@ -30,7 +31,7 @@ _READERS: dict[RangeKind, str] = {
     "json_array": "jsonl:read_json_array",
     "parquet": "tables:read_parquet",
     "arrow": "tables:read_arrow",
-    "disk_rows": "hub:read_hub",
+    "disk_rows": "tables:read_disk",
     "hub_stream": "hub:read_hub",
     "hub_rows": "hub:read_hub",
     "tokens": "token_files:read_tokens",

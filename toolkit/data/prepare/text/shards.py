@@ -78,3 +78,16 @@ def group_ranges(ranges: Iterator[Range], size: int) -> list[Shard]:
         shards[-1].append(part)
         room -= part.num_bytes
     return shards
+
+
+def row_shards(kind: RangeKind, path: str, name: str, num_rows: int, size: int) -> list[Shard]:
+    """Ranges of rows of a data set of `size` bytes, of which nobody knows where they lie."""
+    num_bytes = min(max(size // TARGET_NUM_SHARDS, MIN_SHARD_BYTES), MAX_SHARD_BYTES)
+    rows = max(1, num_rows * num_bytes // max(1, size))
+    whole = Range(
+        kind=kind, path=path, name=name, start=0, end=num_rows, num_bytes=min(num_bytes, size)
+    )
+    return [
+        [msgspec.structs.replace(whole, start=first, end=min(first + rows, num_rows))]
+        for first in range(0, num_rows, rows)
+    ]

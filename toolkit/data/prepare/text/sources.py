@@ -60,7 +60,7 @@ def plan_source(
         case HubSourceConfig():
             return named(f"{_ROOM}.hub:plan_hub")(source, columns, cache_dir)
         case DiskSourceConfig():
-            return named(f"{_ROOM}.hub:plan_disk")(source, columns)
+            return named(f"{_ROOM}.tables:plan_disk")(source, columns)
         case TokenFilesSourceConfig():
             return named(f"{_ROOM}.token_files:plan_token_files")(source)
     listing = list_files(source)

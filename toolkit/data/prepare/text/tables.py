@@ -1,4 +1,5 @@
-"""Tables in files: parquet, and Arrow's file and stream formats (as `datasets` writes them).
+"""Tables in files: parquet, Arrow's file and stream formats, and folders of those that `datasets`
+saved.
 
 Arrow's readers trust what a file says of itself: an offset that points beyond its buffer reads what
 else is in memory, or ends the process. So every batch is checked before a value of it is looked at.
@@ -8,20 +9,23 @@ import contextlib
 import functools
 import itertools
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
+import msgspec
 import pyarrow as pa
 import pyarrow.ipc
 import pyarrow.parquet
 import pyarrow.types
 
-from toolkit.data.config import FilesSourceConfig
+from toolkit.data.config import DiskSourceConfig, FilesSourceConfig
 from toolkit.data.prepare.text.columns import TextColumns, row_piece, text_columns
+from toolkit.data.prepare.text.files import disk_folder, fingerprint_files, list_files
 from toolkit.data.prepare.text.jsonl import MAX_DEPTH, decode_json_loosely
 from toolkit.data.prepare.text.reading import Counts, Piece, Reading, decode
-from toolkit.data.prepare.text.shards import Range
+from toolkit.data.prepare.text.shards import Plan, Range, row_shards
 from toolkit.errors import DataError
-from toolkit.storage.foreign import reason_of
+from toolkit.storage.foreign import read_json, reason_of
 
 BATCH_ROWS = 256
 BATCH_BYTES = 4 << 20
@@ -102,7 +106,7 @@ def read_parquet(part: Range, reading: Reading, counts: Counts) -> Iterator[Piec
                 columns=rows.names,
                 use_threads=False,
             ):
-                yield from rows.of(batch, group, where, first)
+                yield from rows.of(batch, f"{rows.name}:{group}", where, first)
                 first += batch.num_rows
 
 
@@ -113,29 +117,79 @@ def read_arrow(part: Range, reading: Reading, counts: Counts) -> Iterator[Piece]
         for number, batch in enumerate(batches(part.start), part.start):
             if number >= part.end:
                 return
-            chosen = batch if rows.names is None else batch.select(rows.names)
-            yield from rows.of(chosen, number, f"{part.path}: batch {number}", 0)
+            prefix, where = f"{rows.name}:{number}", f"{part.path}: batch {number}"
+            yield from rows.of(rows.chosen(batch), prefix, where, 0)
 
 
-def check_arrow_file(path: str) -> None:
-    """Raise DataError, which names the batch, for the first that is damaged."""
-    with _arrow(path) as (_, batches):
-        for number, batch in enumerate(batches(0)):
-            checked_batch(batch, f"{path}: batch {number}")
+def plan_disk(source: DiskSourceConfig, columns: TextColumns | None) -> Plan:
+    """Ranges of the rows of a folder that `datasets.Dataset.save_to_disk` wrote; DataError when it
+    holds no such data set, split or column."""
+    listing = list_files(source)
+    num_rows, num_bytes = 0, sum(file.num_bytes for file in listing.files)
+    for path in _saved_files(source):
+        with _arrow(path) as (schema, batches):
+            _check_schema(schema, columns, path)
+            num_rows += sum(batch.num_rows for batch in batches(0))
+    name = f"{Path(source.path).name}/{source.split}"
+    shards = row_shards("disk_rows", source.path, name, num_rows, num_bytes)
+    return Plan(shards, fingerprint_files(listing.files), num_bytes, listing)
+
+
+def read_disk(part: Range, reading: Reading, counts: Counts) -> Iterator[Piece]:
+    """The documents of the rows of `part`."""
+    assert isinstance(reading.source, DiskSourceConfig)
+    rows, first = _Rows(part, reading, counts), 0
+    for path in _saved_files(reading.source):
+        with _arrow(path) as (_, batches):
+            for number, batch in enumerate(batches(0)):
+                start, end = max(part.start - first, 0), min(part.end - first, batch.num_rows)
+                if start < end:
+                    chosen = rows.chosen(batch.slice(start, end - start))
+                    where = f"{path}: batch {number}"
+                    yield from rows.of(chosen, part.name, where, first + start)
+                first += batch.num_rows
+                if first >= part.end:
+                    return
+
+
+def _saved_files(source: DiskSourceConfig) -> list[str]:
+    """The Arrow files of a saved data set in the order of its rows."""
+    folder = disk_folder(source)
+    state = read_json(folder / "state.json", DataError, _Saved)
+    is_whole = folder == Path(source.path).expanduser()
+    if is_whole and source.split not in ("train", state.split):
+        was = f" (it was {state.split})" if state.split is not None else ""
+        raise DataError(
+            f"dataset.source.split: {source.path} is one data set, without splits{was}, and "
+            f"{source.split!r} was asked for; leave dataset.source.split out"
+        )
+    return [str(folder / file["filename"]) for file in state.data_files]
+
+
+class _Saved(msgspec.Struct):
+    """Content of state.json."""
+
+    data_files: list[dict[str, str]] = msgspec.field(name="_data_files")
+    split: str | None = msgspec.field(name="_split", default=None)
 
 
 class _Rows:
     """Makes documents of the rows of one range."""
 
     def __init__(self, part: Range, reading: Reading, counts: Counts) -> None:
-        assert isinstance(reading.source, FilesSourceConfig)
-        self._name, self._counts = part.name, counts
-        self._errors = reading.source.encoding_errors
-        self.columns = text_columns(reading.source, rows=reading.rows)
+        source = reading.source
+        assert isinstance(source, FilesSourceConfig | DiskSourceConfig)
+        self.name, self._counts = part.name, counts
+        self._errors = getattr(source, "encoding_errors", "strict")
+        self.columns = text_columns(source, rows=reading.rows)
         self.names = None if self.columns is None else self.columns.names
 
-    def of(self, batch: pa.RecordBatch, number: int, where: str, first: int) -> Iterator[Piece]:
-        """The documents of a batch of row group or batch `number`; `first` is its first row."""
+    def chosen(self, batch: pa.RecordBatch) -> pa.RecordBatch:
+        """The columns of `batch` that are read."""
+        return batch if self.names is None else batch.select(self.names)
+
+    def of(self, batch: pa.RecordBatch, prefix: str, where: str, first: int) -> Iterator[Piece]:
+        """The documents of a batch, identified by `prefix` and their rows; `first` is its first."""
         checked_batch(batch, where)
         # One row after the other: the batch itself may be mapped memory, Python's strings are not.
         for index in range(batch.num_rows):
@@ -144,7 +198,7 @@ class _Rows:
                 name: self._value(array[index], place)
                 for name, array in zip(batch.schema.names, batch.columns, strict=True)
             }
-            yield row_piece(row, f"{self._name}:{number}:{first + index}", place, self.columns)
+            yield row_piece(row, f"{prefix}:{first + index}", place, self.columns)
 
     def _value(self, scalar: pa.Scalar, place: str) -> Any:
         try:
