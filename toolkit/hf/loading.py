@@ -1,4 +1,4 @@
-"""Models and tokenizers of `transformers`: fetched from the hub, and loaded from a local folder by
+"""Models of `transformers`: fetched from the hub, and loaded from a local folder by
 `transformers` itself, quietly and with none of the folder's own code run."""
 
 import re
@@ -6,18 +6,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from toolkit.data.prepare.tokenizers.auto import quiet_transformers as quiet_transformers
-from toolkit.data.prepare.tokenizers.backend import check_small_files, check_tokenizer_file
-from toolkit.data.prepare.tokenizers.companions import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE
-from toolkit.errors import CheckpointError, DataError
+from toolkit.data.prepare.tokenizers.backend import check_small_files
+from toolkit.errors import CheckpointError
 from toolkit.storage.foreign import guard
 
 if TYPE_CHECKING:
     import torch
 
-_TOKENIZER_FILES = (
-    TOKENIZER_FILE, TOKENIZER_CONFIG_FILE, "vocab.json", "vocab.txt", "tokenizer.model",
-    "spiece.model",
-)  # fmt: skip
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _SMALL_FILES = ["*.json", "*.jinja", "*.model", "*.txt", "LICENSE*", "README.md"]
 _NOT_OF_TRANSFORMERS = ["original/*", "onnx/*", "*/*"]
@@ -104,25 +99,3 @@ def with_adapter(base: Any, folder: Path) -> Any:
         with guard(folder, CheckpointError, problem="peft cannot load it"):
             model: Any = PeftModel.from_pretrained(base, str(folder))
     return model.eval()
-
-
-def load_auto_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a folder, with its chat template. A tokenizer.json alone decides the ids, as
-    it does for data. Raises DataError: there is none, or `transformers` cannot load it."""
-    if not has_tokenizer(folder):
-        raise DataError(f"{folder}: no tokenizer here; give one with --tokenizer FOLDER")
-    check_small_files(folder, DataError)
-    is_fast = (folder / TOKENIZER_FILE).is_file()
-    if is_fast:
-        check_tokenizer_file(folder / TOKENIZER_FILE)
-    with quiet_transformers():
-        from transformers import AutoTokenizer, PreTrainedTokenizerFast
-
-        kind: Any = PreTrainedTokenizerFast if is_fast else AutoTokenizer
-        with guard(folder, DataError, problem="its tokenizer cannot be loaded"):
-            return kind.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-
-
-def has_tokenizer(folder: Path) -> bool:
-    """Whether the folder holds a file of a tokenizer, in a format of any age."""
-    return any((folder / name).is_file() for name in _TOKENIZER_FILES)

@@ -199,7 +199,7 @@ def _build(
         raise not_a_dataset(folder)
     check_source(config)
     plan = plan_of_text(config, cache_dir)
-    for line in plan.notes():
+    for line in plan.listing.notes():
         note(line)
     building, place = _workplaces(folder, work_dir)
     parts_folder = place / _settings_key(config, plan)
@@ -220,7 +220,7 @@ def _build(
         for job, part in encode_shards(missing, setup, tokenizer, num_processes=num_processes):
             parts[job.index] = part
             advance(job)
-    plan.check_unchanged()
+    plan.listing.check_unchanged()
     with new_folder(folder, unfinished=building / "output") as output:
         splits, counts = _join(
             [part for part in parts if part], places, plan, setup, tokenizer, output
@@ -237,7 +237,7 @@ def _build(
             tokenizer_checked=checked,
             source_fingerprint=plan.fingerprint,
             **counts,
-            left_out_files=dict(plan.left_out_files),
+            left_out_files=dict(plan.listing.left_out),
             settings=settings_of(config),
             splits=splits,
         )
@@ -260,7 +260,7 @@ def _join(
     """Join all parts; their splits, and what reading had to repair and leave out."""
     config, parts_folder = setup.config, Path(setup.folder)
     counts = sum_counts(parts)
-    counts["skipped_documents"] += plan.num_empty
+    counts["skipped_documents"] += plan.listing.num_empty
     filtered = counts["filtered_documents"]
     duplicates = None
     if config.deduplicate:
