@@ -176,10 +176,10 @@ _BESIDE = [
     [
         ({"num_heads": 3}, [], "model: d_model 32 is not divisible by num_heads 3"),
         ({"num_heads": "x"}, [], "model.num_heads: expected a whole number, not 'x'"),
-        ({"preset": "llama"}, [], "model preset 'llama': no such preset"),
+        ({"preset": "llama"}, [], "model.preset: 'llama': no such preset"),
         ("llama_271M", [], "model: expected a mapping, not 'llama_271M'"),
         ({}, ["--model.preset=llama", "--model.n_layer=3"],
-         "model preset 'llama': no such preset"),
+         "model.preset: 'llama': no such preset"),
         ({}, ["--model=llama_271M"], "model: expected a mapping, not 'llama_271M'"),
         ({}, ["--trainer.hard_stop=3"],
          "trainer.hard_stop: expected a mapping with value, unit or null, not 3"),

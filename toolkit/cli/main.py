@@ -19,7 +19,7 @@ from toolkit.cli import data, generate, models, recipes, runs, stop_leaving, tra
 from toolkit.cli.options import OVERRIDABLE
 from toolkit.cli.output import has_lost_reader, open_missing_streams, outlive_readers
 from toolkit.distributed.ranks import adopt_ranks
-from toolkit.distributed.tuning import set_allocator_defaults
+from toolkit.distributed.tuning import set_defaults
 from toolkit.errors import (
     EXIT_BAD_INPUT,
     EXIT_DONE,
@@ -101,10 +101,7 @@ def _toolkit(
 
 def main() -> None:
     """The console script: run the command line and exit with the code of what happened."""
-    # Read by libgomp when torch loads it. Its threads spin while they wait, by default so long that
-    # two programs with as many threads as cores slow each other down tenfold (docs/LOG.md).
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-    set_allocator_defaults()
+    set_defaults()
     args = sys.argv[1:]
     verbs = [word for word in args if not word.startswith("-") and word != "data"]
     verb = verbs[0] if verbs else ""

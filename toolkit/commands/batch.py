@@ -18,8 +18,7 @@ from toolkit.data.prepare.tokenizers.tokenizer import load_tokenizer
 from toolkit.data.prepare.tools.show import DecodedPiece, decode_pieces
 from toolkit.errors import ConfigError, DataError, ToolkitError
 from toolkit.experiment.config import ExperimentConfig
-from toolkit.experiment.found_data import find_data
-from toolkit.experiment.load import load_run_config
+from toolkit.experiment.recorded import found_config
 from toolkit.runs.files import RUN_FILES
 
 
@@ -62,7 +61,7 @@ def step_batch(run_dir: Path, step: int, *, show: int = 1) -> StepBatch:
     if show < 0:
         raise ConfigError(f"--show {show}: give a number of instances, 0 or more")
     folder = run_dir.resolve()
-    config = find_data(load_run_config(run_dir).config, folder)
+    config = found_config(folder)
     corpus = open_run_data(config)
     saved = _saved_data(folder)
     order = _order(config, corpus, saved)
