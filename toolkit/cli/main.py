@@ -16,7 +16,7 @@ import typer
 
 from toolkit import __version__, signals
 from toolkit.cli import data, generate, models, recipes, runs, stop_leaving, train
-from toolkit.cli.options import OVERRIDABLE
+from toolkit.cli.options import OVERRIDABLE, option
 from toolkit.cli.output import has_lost_reader, open_missing_streams, outlive_readers
 from toolkit.distributed.ranks import adopt_ranks
 from toolkit.distributed.tuning import set_defaults
@@ -83,10 +83,8 @@ app.command()(recipes.schema)
 
 @app.callback()
 def _toolkit(
-    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
-    debug: Annotated[
-        bool, typer.Option("--debug", help="Show tracebacks of errors. Goes anywhere.")
-    ] = False,
+    version: Annotated[bool, option("Print the version and exit.", "--version")] = False,
+    debug: Annotated[bool, option("Show tracebacks of errors. Goes anywhere.", "--debug")] = False,
 ) -> None:
     """Train language models: a typed config in, a run folder out.
 
