@@ -17,6 +17,7 @@ from toolkit.experiment.found_data import find_data
 from toolkit.metrics.lines import read_records
 from toolkit.runs.files import RUN_FILES
 from toolkit.runs.registry import is_run
+from toolkit.runs.status import not_a_run
 from toolkit.storage.foreign import read_json
 
 VERSIONED = ("toolkit", "torch", "accelerate", "deepspeed", "numpy")
@@ -83,9 +84,7 @@ def stored_config(folder: Path, attempt: int | None = None) -> dict[str, Any]:
     if path.is_file():
         return read_json_mapping(path)
     if not is_run(folder):
-        raise RunError(
-            f"{folder}: not a run folder (it has no {RUN_FILES.config}); `toolkit runs` lists runs"
-        )
+        raise not_a_run(folder)
     if has_config(folder):
         raise RunError(
             f"{path}: is missing, and without it the run cannot go on; restore it, or start a "

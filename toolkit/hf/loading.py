@@ -1,14 +1,16 @@
 """Models and tokenizers of `transformers`: fetched from the hub, and loaded from a local folder by
 `transformers` itself, quietly and with none of the folder's own code run."""
 
+import contextlib
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from toolkit.data.prepare.tokenizers.auto import quiet_transformers as quiet_transformers
 from toolkit.data.prepare.tokenizers.backend import check_small_files, check_tokenizer_file
 from toolkit.data.prepare.tokenizers.companions import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE
-from toolkit.errors import CheckpointError, DataError
+from toolkit.errors import CheckpointError, DataError, ToolkitError
 from toolkit.storage.foreign import guard
 
 if TYPE_CHECKING:
@@ -70,19 +72,17 @@ def load_causal_lm(
     """The model of a folder in evaluation mode, on the CPU; raises CheckpointError where
     `transformers` cannot load it, or weights are missing, or with `all_used` are left over.
     `plain_attention` computes attention by its formula, without fused kernels."""
-    check_small_files(folder, CheckpointError)
-    with quiet_transformers():
+    with _loading(folder, CheckpointError, "transformers cannot load it"):
         from transformers import AutoModelForCausalLM
 
-        with guard(folder, CheckpointError, problem="transformers cannot load it"):
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                folder,
-                dtype=dtype,
-                attn_implementation="eager" if plain_attention else None,
-                trust_remote_code=False,
-                local_files_only=True,
-                output_loading_info=True,
-            )
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            attn_implementation="eager" if plain_attention else None,
+            trust_remote_code=False,
+            local_files_only=True,
+            output_loading_info=True,
+        )
     model, info = loaded
     unexpected = info["unexpected_keys"] if all_used else ()
     for fault, names in (("misses", info["missing_keys"]), ("has no use for", unexpected)):
@@ -97,12 +97,10 @@ def load_causal_lm(
 def with_adapter(base: Any, folder: Path) -> Any:
     """`base` with the adapter in `folder`, by `peft`, in evaluation mode; raises CheckpointError
     where `peft` cannot load all of it."""
-    check_small_files(folder, CheckpointError)
-    with quiet_transformers():
+    with _loading(folder, CheckpointError, "peft cannot load it"):
         from peft import PeftModel
 
-        with guard(folder, CheckpointError, problem="peft cannot load it"):
-            model: Any = PeftModel.from_pretrained(base, str(folder))
+        model: Any = PeftModel.from_pretrained(base, str(folder))
     return model.eval()
 
 
@@ -111,16 +109,22 @@ def load_auto_tokenizer(folder: Path) -> Any:
     it does for data. Raises DataError: there is none, or `transformers` cannot load it."""
     if not has_tokenizer(folder):
         raise DataError(f"{folder}: no tokenizer here; give one with --tokenizer FOLDER")
-    check_small_files(folder, DataError)
-    is_fast = (folder / TOKENIZER_FILE).is_file()
-    if is_fast:
-        check_tokenizer_file(folder / TOKENIZER_FILE)
-    with quiet_transformers():
+    with _loading(folder, DataError, "its tokenizer cannot be loaded"):
         from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+        is_fast = (folder / TOKENIZER_FILE).is_file()
+        if is_fast:
+            check_tokenizer_file(folder / TOKENIZER_FILE)
         kind: Any = PreTrainedTokenizerFast if is_fast else AutoTokenizer
-        with guard(folder, DataError, problem="its tokenizer cannot be loaded"):
-            return kind.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        return kind.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+
+
+@contextlib.contextmanager
+def _loading(folder: Path, kind: type[ToolkitError], problem: str) -> Iterator[None]:
+    """Libraries read `folder` inside: quietly, and what goes wrong is `kind`."""
+    check_small_files(folder, kind)
+    with quiet_transformers(), guard(folder, kind, problem=problem):
+        yield
 
 
 def has_tokenizer(folder: Path) -> bool:
