@@ -1,4 +1,4 @@
-"""Other processes: the one that started this one, and which of them live. No torch: see `signals`."""
+"""Other processes: the one that started this one, and which of them live. No torch."""
 
 import contextlib
 import os
