@@ -268,7 +268,7 @@ def test_a_dry_run_knows_what_evaluations_give(capsys: pytest.CaptureFixture[str
     assert line.endswith(
         "no evaluation gives 'val/losss'; there are val/loss, val/ppl, val/bits_per_byte"
     )
-    check_experiment(load_experiment("smoke", [f"{flag}val/ppl"]).config, world_size=1)
+    check_experiment(load_experiment("smoke", [f"{flag}val/ppl"]).config, batch_ranks=1)
 
 
 def test_a_local_load_path_is_no_url(capsys: pytest.CaptureFixture[str]) -> None:

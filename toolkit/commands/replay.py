@@ -34,7 +34,7 @@ from toolkit.experiment.recorded import (
     read_steps,
     versions_of,
 )
-from toolkit.experiment.resuming import engine_again, precision_again, processes_here
+from toolkit.experiment.resuming import parallel_again, precision_again, processes_here
 from toolkit.launch.relaunch import relaunch
 from toolkit.runs.config import RunConfig
 from toolkit.runs.files import RUN_FILES
@@ -125,8 +125,7 @@ def replay_config(plan: ReplayPlan, root: str, environ: Mapping[str, str]) -> Ex
     config, recorded = plan.config, plan.engine
     module = config.train_module
     if recorded is not None:
-        dp_config = engine_again(recorded.dp_config, recorded.world_size, environ)
-        module = module.replace(dp_config=dp_config)
+        module = parallel_again(module, recorded, recorded.world_size, environ)
         module = module.replace(precision=precision_again(module, recorded.precision, environ))
     trainer, run = config.trainer, RunConfig(root=root, experiment="replay", name="steps")
     if config.train_module.lora is None:

@@ -15,6 +15,8 @@ from toolkit.data.config import BPETokenizerConfig, ByteTokenizerConfig
 from toolkit.data.corpus_info import VAL, CorpusInfo
 from toolkit.data.order.resolve import resolve_mix
 from toolkit.data.tokens.prepared import require_ids
+from toolkit.distributed.layout import Layout
+from toolkit.distributed.sizes import check_combination, check_sizes
 from toolkit.distributed.tuning import asked_threads
 from toolkit.errors import CheckpointError, ConfigError, DataError, ErrorList
 from toolkit.experiment.config import ExperimentConfig
@@ -51,18 +53,28 @@ _FAR = 100_000
 
 
 def check_experiment(
-    config: ExperimentConfig, world_size: int, *, has_model: bool = True, has_names: bool = True
+    config: ExperimentConfig,
+    batch_ranks: int,
+    *,
+    layout: Layout | None = None,
+    has_model: bool = True,
+    has_names: bool = True,
 ) -> None:
-    """Check that the sections of `config` fit each other on `world_size` ranks.
+    """Check that the sections of `config` fit each other, on `batch_ranks` ranks with distinct rows
+    or as `layout` has it.
 
     `has_model` and `has_names`: the model and the names of its parameters are those that are meant.
     """
+    if layout is not None:
+        batch_ranks = layout.batch_ranks
     found = ErrorList()
     found.ask(asked_threads, os.environ)
     if has_model:
         found.ask(_check_sequence, config)
         found.ask(_check_vocabulary, config)
-    found.ask(_check_batches, config, world_size)
+        if layout is not None:
+            found.ask(_check_parallelism, config, layout)
+    found.ask(_check_batches, config, batch_ranks)
     if has_model and has_names:
         found.ask(check_parameters, config)
     found.ask(_check_own_classes, config)
@@ -84,6 +96,19 @@ def check_parameters(config: ExperimentConfig) -> TrainedParameters:
         parameters = trained_parameters(model, freeze=module.freeze, lora=module.lora)
     found.raise_any()
     return parameters
+
+
+def _check_parallelism(config: ExperimentConfig, layout: Layout) -> None:
+    found, module, model = ErrorList(), config.train_module, config.model
+    found.ask(check_sizes, layout, model.to_transformer())
+    found.ask(
+        check_combination,
+        layout,
+        has_frozen=bool(module.freeze),
+        has_adapter=module.lora is not None,
+        own_model=model.target if isinstance(model, ClassModelConfig) else None,
+    )
+    found.raise_any()
 
 
 def _check_own_classes(config: ExperimentConfig) -> None:

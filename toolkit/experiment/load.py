@@ -29,6 +29,7 @@ from toolkit.config.secrets import check_no_secrets
 from toolkit.config.types import nearest, shown, type_of
 from toolkit.data.order.config import inline_mixes
 from toolkit.distributed.launcher import world_size_of
+from toolkit.distributed.layout import layout_of
 from toolkit.errors import ConfigError, ErrorList
 from toolkit.experiment.aliases import ALIASES, implied, our_path, our_value, without
 from toolkit.experiment.checks import LOADING, check_experiment, check_load_path
@@ -259,8 +260,10 @@ def _add_other_errors(
 
     others = ErrorList()
     if across:
+        layout = others.ask(layout_of, config.train_module, os.environ)
         ranks = world_size_of(os.environ)
-        others.ask(check_experiment, config, ranks, has_model=has_model, has_names=names_known)
+        options = {"layout": layout, "has_model": has_model, "has_names": names_known}
+        others.ask(check_experiment, config, ranks, **options)
     with others.collecting():
         filled = fill(config)
         if check_data is not None and is_known("dataset.source", "dataset.mix"):

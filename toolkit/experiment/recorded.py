@@ -9,7 +9,15 @@ import msgspec
 from toolkit.config.check import check
 from toolkit.config.files import read_json_mapping
 from toolkit.config.interpolation import fill
-from toolkit.distributed.config import DataParallelConfig, EngineName
+from toolkit.distributed.config import (
+    PARALLEL_FIELDS,
+    ContextParallelConfig,
+    DataParallelConfig,
+    EngineName,
+    ExpertParallelConfig,
+    PipelineParallelConfig,
+    TensorParallelConfig,
+)
 from toolkit.distributed.layout import Precision
 from toolkit.errors import ConfigError, ErrorList, RunError
 from toolkit.experiment.config import ExperimentConfig
@@ -24,7 +32,18 @@ VERSIONED = ("toolkit", "torch", "accelerate", "deepspeed", "numpy")
 """Libraries that compute."""
 
 
-class EngineRecord(msgspec.Struct, frozen=True, kw_only=True):
+class RecordedParallelism(msgspec.Struct, frozen=True, kw_only=True):
+    """The configs that ask for a run's engine, whatever the launcher: part of metadata/engine.json
+    and of metadata/status.json."""
+
+    dp_config: DataParallelConfig | None = None
+    tp_config: TensorParallelConfig | None = None
+    cp_config: ContextParallelConfig | None = None
+    pp_config: PipelineParallelConfig | None = None
+    ep_config: ExpertParallelConfig | None = None
+
+
+class EngineRecord(RecordedParallelism, frozen=True, kw_only=True):
     """Content of metadata/engine.json: what decides the rounding of an attempt's numbers."""
 
     name: EngineName
@@ -34,13 +53,14 @@ class EngineRecord(msgspec.Struct, frozen=True, kw_only=True):
     """Of each process's CPU operations."""
     device: str
     """Model of the GPU, else of the CPU."""
-    dp_config: DataParallelConfig
-    """The config that asks for this engine, whatever the launcher."""
     kernels: dict[str, str] = {}
     """Part of the model -> the kernel that computes it; empty: not recorded."""
 
     def __str__(self) -> str:
-        return f"{self.name} x {self.world_size}, {self.precision}"
+        configs = {name: getattr(self, name) for name in PARALLEL_FIELDS[1:]}
+        axes = [f"{n.removesuffix('_config')} {c.degree}" for n, c in configs.items() if c]
+        degrees = f" ({', '.join(axes)})" if axes else ""
+        return f"{self.name} x {self.world_size}{degrees}, {self.precision}"
 
 
 class RecordedStep(msgspec.Struct):

@@ -10,9 +10,10 @@ from typing import NamedTuple
 import msgspec
 
 from toolkit.checkpoint.folder import saved_steps, step_folder, step_of
-from toolkit.distributed.config import DataParallelConfig
+from toolkit.distributed.config import PARALLEL_FIELDS, DataParallelConfig
 from toolkit.distributed.launcher import (
     has_launcher,
+    launcher_axes,
     launcher_names_engine,
     launcher_precision,
     offloads,
@@ -23,6 +24,7 @@ from toolkit.errors import CheckpointError, RunError
 from toolkit.experiment.config import ExperimentConfig
 from toolkit.experiment.found_data import find_data
 from toolkit.experiment.load import load_run_config
+from toolkit.experiment.recorded import RecordedParallelism
 from toolkit.runs.files import RUN_FILES
 from toolkit.runs.registry import is_run, run_of_checkpoint
 from toolkit.runs.status import RunStatus, not_a_run, read_status
@@ -69,11 +71,9 @@ def plan_resume(run_dir: Path, overrides: Sequence[str], environ: Mapping[str, s
     stored = find_data(loaded.stored, folder, overrides, is_filled=False)
     stored = stored.replace(run=stored.run.replace(save_folder=str(folder)))
     config = config.replace(run=config.run.replace(save_folder=str(folder)))
-    if not asked:
-        recorded = status.other.get("dp_config")
-        with guard(folder / RUN_FILES.status, RunError):
-            engine = msgspec.convert(recorded, DataParallelConfig) if recorded else None
-        module = module.replace(dp_config=engine_again(engine, status.world_size, environ))
+    with guard(folder / RUN_FILES.status, RunError):
+        recorded = msgspec.convert(status.other, RecordedParallelism)
+    module = parallel_again(module, recorded, status.world_size, environ, overrides)
     if not any(flag.startswith("--train_module.precision") for flag in overrides):
         precision = precision_again(module, status.other.get("precision"), environ)
         module = module.replace(precision=precision)
@@ -104,6 +104,25 @@ def _run_meant(path: Path) -> Path:
             f"--save-folder NEW_FOLDER --trainer.load_path={path}`"
         )
     return run
+
+
+def parallel_again(
+    module: TransformerTrainModuleConfig,
+    recorded: RecordedParallelism,
+    recorded_size: int | None,
+    environ: Mapping[str, str],
+    overrides: Sequence[str] = (),
+) -> TransformerTrainModuleConfig:
+    """`module` with the recorded engine and axes, where neither launcher nor `overrides` speak."""
+    found = {
+        "dp_config": engine_again(recorded.dp_config, recorded_size, environ),
+        **{name: getattr(recorded, name) or getattr(module, name) for name in PARALLEL_FIELDS[1:]},
+    }
+    said = launcher_axes(environ)
+    for name in PARALLEL_FIELDS:
+        if name in said or any(flag.startswith(f"--train_module.{name}") for flag in overrides):
+            del found[name]
+    return module.replace(**found)
 
 
 def engine_again(

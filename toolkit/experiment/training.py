@@ -13,6 +13,7 @@ from toolkit import signals
 from toolkit.data.corpus import open_corpus
 from toolkit.data.corpus_info import CorpusInfo
 from toolkit.data.loader import TrainLoader, get_dataloaders
+from toolkit.distributed.config import PARALLEL_FIELDS
 from toolkit.distributed.devices import cpu_name, device_name, usable_gpus
 from toolkit.distributed.environment import (
     TrainingEnvironment,
@@ -186,7 +187,7 @@ def describe_engine(layout: Layout, kernels: Mapping[str, str] | None = None) ->
         precision=layout.precision,
         threads=torch.get_num_threads(),
         device=torch.cuda.get_device_name() if usable_gpus() else cpu_name(),
-        dp_config=layout.dp_config,
+        **{name: getattr(layout, name) for name in PARALLEL_FIELDS},
         kernels=dict(kernels or {}),
     )
 
@@ -214,7 +215,7 @@ def _log_opening(
     lines = [
         *layout.notices,
         f"training {config.model.shown_parameters} parameters on "
-        f"{count(layout.world_size, 'process')}, {layout.name} in {layout.precision} on "
+        f"{count(layout.world_size, 'process')}, {layout.description} in {layout.precision} on "
         f"{f'the CPU ({device})' if kind == 'cpu' else device}: {folder}",
         resume_promise(kind, deterministic=config.trainer.deterministic),
     ]

@@ -1,5 +1,7 @@
 """The two ends of the residual stream: from token ids, and to logits or the loss."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -53,6 +55,8 @@ class Head(nn.Module):
         if not config.tie_embeddings:
             self.weight = nn.Parameter(torch.empty(config.padded_vocab_size, config.d_model))
         self.loss = LinearCrossEntropy(config)
+        self.project: Callable[[Tensor, Tensor], Tensor] = nn.functional.linear
+        """Hidden states and weight to logits; who cuts the vocabulary puts another in its place."""
 
     def forward(
         self,
@@ -69,5 +73,5 @@ class Head(nn.Module):
         if labels is not None:
             hidden, labels = hidden.flatten(0, 1), labels.flatten()
             return self.loss(hidden, weight, labels, z_loss_multiplier=z_loss_multiplier)
-        logits = nn.functional.linear(hidden, weight)[..., : self.vocab_size]
+        logits = self.project(hidden, weight)[..., : self.vocab_size]
         return logits if self.soft_cap is None else soft_capped(logits, self.soft_cap)
