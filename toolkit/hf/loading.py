@@ -6,9 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from toolkit.data.prepare.tokenizers.auto import quiet_transformers as quiet_transformers
-from toolkit.data.prepare.tokenizers.backend import check_small_files
 from toolkit.errors import CheckpointError
-from toolkit.storage.foreign import guard
 
 if TYPE_CHECKING:
     import torch
@@ -65,19 +63,17 @@ def load_causal_lm(
     """The model of a folder in evaluation mode, on the CPU; raises CheckpointError where
     `transformers` cannot load it, or weights are missing, or with `all_used` are left over.
     `plain_attention` computes attention by its formula, without fused kernels."""
-    check_small_files(folder, CheckpointError)
-    with quiet_transformers():
+    with _loading(folder, CheckpointError, "transformers cannot load it"):
         from transformers import AutoModelForCausalLM
 
-        with guard(folder, CheckpointError, problem="transformers cannot load it"):
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                folder,
-                dtype=dtype,
-                attn_implementation="eager" if plain_attention else None,
-                trust_remote_code=False,
-                local_files_only=True,
-                output_loading_info=True,
-            )
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            attn_implementation="eager" if plain_attention else None,
+            trust_remote_code=False,
+            local_files_only=True,
+            output_loading_info=True,
+        )
     model, info = loaded
     unexpected = info["unexpected_keys"] if all_used else ()
     for fault, names in (("misses", info["missing_keys"]), ("has no use for", unexpected)):
@@ -92,10 +88,8 @@ def load_causal_lm(
 def with_adapter(base: Any, folder: Path) -> Any:
     """`base` with the adapter in `folder`, by `peft`, in evaluation mode; raises CheckpointError
     where `peft` cannot load all of it."""
-    check_small_files(folder, CheckpointError)
-    with quiet_transformers():
+    with _loading(folder, CheckpointError, "peft cannot load it"):
         from peft import PeftModel
 
-        with guard(folder, CheckpointError, problem="peft cannot load it"):
-            model: Any = PeftModel.from_pretrained(base, str(folder))
+        model: Any = PeftModel.from_pretrained(base, str(folder))
     return model.eval()
