@@ -21,8 +21,9 @@ from toolkit.commands.plan.pieces import Unit, states, total, unit_of
 
 MARGIN = 0.05
 """Of what torch allocates: memory that is free but in pieces of the wrong size."""
-_BUCKET = 500_000_000 * FP32
-"""Of ZeRO-2's reductions, two of them (DeepSpeed's reduce_bucket_size)."""
+_BUCKET = 500_000_000
+"""Numbers of each buffer for ZeRO's reductions (DeepSpeed's reduce_bucket_size), all of them there
+from the first step on: two in stages 1 and 2, one in stage 3."""
 _LIVE = 1_000_000_000
 """Weights that ZeRO-3 keeps gathered at most (DeepSpeed's stage3_max_live_parameters)."""
 
@@ -247,11 +248,17 @@ def _head_gradient(job: Job, stage: Stage, outside: Unit) -> float:
 
 
 def _zero_buffers(job: Job, stage: Stage, rank: int) -> float:
-    """DeepSpeed's buckets, and the weights that ZeRO-3 has gathered."""
-    stage_of_zero = job.layout.zero_stage
-    if stage_of_zero < 2:
+    """DeepSpeed's buckets, what it accumulates besides, and the weights that ZeRO-3 has gathered."""
+    zero = job.layout.zero_stage
+    if not zero:
         return 0.0
+    settings = job.layout.dp_config.deepspeed_config.get("zero_optimization", {})
+    size = settings.get("reduce_bucket_size", "auto")
+    bucket = float(FP32 * (size if isinstance(size, (int, float)) else _BUCKET))
     held = total(job, stage, rank)
-    if stage_of_zero == 2:
-        return 2.0 * min(_BUCKET, FP32 * held.trained)
-    return FP32 * min(_LIVE, held.whole) + 2.0 * min(_BUCKET, FP32 * held.trained)
+    match zero:
+        case 1:
+            return 2 * bucket + (FP32 * held.trained if job.passes > 1 else 0)
+        case 2:
+            return 2 * bucket
+    return bucket + FP32 * min(_LIVE, held.whole)
