@@ -18,18 +18,19 @@ _reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or dist.redu
 
 def gathered(x: Tensor, group: dist.ProcessGroup, dim: int) -> Tensor:
     """The `x` of all ranks one after another along `dim`; without a gradient."""
-    x = x.movedim(dim, 0).contiguous()
     out = x.new_empty(group.size() * x.shape[0], *x.shape[1:])
-    _all_gather(out, x, group=group)
-    return out.movedim(0, dim).contiguous()
+    _all_gather(out, x.contiguous(), group=group)
+    dim %= x.dim()
+    return out.unflatten(0, (group.size(), -1)).movedim(0, dim).flatten(dim, dim + 1)
 
 
 def reduce_scattered(x: Tensor, group: dist.ProcessGroup, dim: int) -> Tensor:
     """This rank's range along `dim` of the sum of `x` over all ranks; without a gradient."""
-    x = x.movedim(dim, 0).contiguous()
-    out = x.new_empty(x.shape[0] // group.size(), *x.shape[1:])
-    _reduce_scatter(out, x, group=group)
-    return out.movedim(0, dim).contiguous()
+    dim %= x.dim()
+    parts = x.unflatten(dim, (group.size(), -1)).movedim(dim, 0).contiguous()
+    out = x.new_empty(parts.shape[1:])
+    _reduce_scatter(out, parts.flatten(0, 1), group=group)
+    return out
 
 
 def all_gather(x: Tensor, group: dist.ProcessGroup, dim: int = 1) -> Tensor:
@@ -54,6 +55,12 @@ def all_to_all_rows(
     """Rows of `x` to other ranks: `sent[r]` of them to rank r, in order; back come `received[r]`
     from rank r, in the order of ranks."""
     return _AllToAllRows.apply(x, group, sent, received)
+
+
+def share_of_gradient(x: Tensor, share: float) -> Tensor:
+    """`x` itself, with `share` times its gradient: where several ranks compute the same of it and
+    gradients add up over them."""
+    return _ShareOfGradient.apply(x, share)
 
 
 class _AllGather(torch.autograd.Function):
@@ -104,6 +111,18 @@ class _AllToAllRows(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         return _exchanged(grad, ctx.group, ctx.received, ctx.sent), None, None, None
+
+
+class _ShareOfGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, share: float) -> Tensor:
+        ctx.share = share
+        return x.view_as(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad * ctx.share, None
 
 
 def _summed(x: Tensor, group: dist.ProcessGroup) -> Tensor:
