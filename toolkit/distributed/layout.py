@@ -173,6 +173,17 @@ class Layout(msgspec.Struct, frozen=True, kw_only=True):
             rank, place[axis] = divmod(rank, size)
         return place
 
+    def ranks_along(self, rank: int, *axes: str) -> tuple[int, ...]:
+        """The ranks that differ from `rank` along `axes` alone, itself among them."""
+        experts = not set(axes) <= set(AXES)
+        here = self.place(rank, experts=experts)
+        others = (self.place(other, experts=experts) for other in range(self.world_size))
+        return tuple(
+            other
+            for other, there in enumerate(others)
+            if all(there[axis] == here[axis] for axis in here if axis not in axes)
+        )
+
 
 def layout_of(train_module: Any, environ: Mapping[str, str]) -> Layout:
     """`resolve_layout` for a config of a train module."""

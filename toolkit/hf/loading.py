@@ -1,12 +1,16 @@
 """Models of `transformers`: fetched from the hub, and loaded from a local folder by
 `transformers` itself, quietly and with none of the folder's own code run."""
 
+import contextlib
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from toolkit.data.prepare.tokenizers.auto import quiet_transformers as quiet_transformers
+from toolkit.data.prepare.tokenizers.backend import check_small_files
 from toolkit.errors import CheckpointError
+from toolkit.storage.foreign import guard
 
 if TYPE_CHECKING:
     import torch
@@ -63,7 +67,7 @@ def load_causal_lm(
     """The model of a folder in evaluation mode, on the CPU; raises CheckpointError where
     `transformers` cannot load it, or weights are missing, or with `all_used` are left over.
     `plain_attention` computes attention by its formula, without fused kernels."""
-    with _loading(folder, CheckpointError, "transformers cannot load it"):
+    with _loading(folder, "transformers cannot load it"):
         from transformers import AutoModelForCausalLM
 
         loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -88,8 +92,16 @@ def load_causal_lm(
 def with_adapter(base: Any, folder: Path) -> Any:
     """`base` with the adapter in `folder`, by `peft`, in evaluation mode; raises CheckpointError
     where `peft` cannot load all of it."""
-    with _loading(folder, CheckpointError, "peft cannot load it"):
+    with _loading(folder, "peft cannot load it"):
         from peft import PeftModel
 
         model: Any = PeftModel.from_pretrained(base, str(folder))
     return model.eval()
+
+
+@contextlib.contextmanager
+def _loading(folder: Path, problem: str) -> Iterator[None]:
+    """Libraries read `folder` inside: quietly, and what goes wrong is a CheckpointError."""
+    check_small_files(folder, CheckpointError)
+    with quiet_transformers(), guard(folder, CheckpointError, problem=problem):
+        yield
