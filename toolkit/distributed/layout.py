@@ -143,6 +143,14 @@ class Layout(msgspec.Struct, frozen=True, kw_only=True):
         is_v = self.pp_config is not None and self.pp_config.schedule == "ZBVZeroBubble"
         return 0 if is_v else self.pp - 1
 
+    def own_length(self, length: int) -> int:
+        """Positions of a row of `length` that a rank has between blocks. The row is padded where
+        ranks that share its positions would have unequal numbers of them."""
+        config = self.cp_config
+        is_balanced = config is not None and config.is_balanced
+        unit = math.lcm(self.cp * (2 if is_balanced else 1), self.cp * self.tp)
+        return -(-length // unit) * unit // (self.cp * self.tp)
+
     def batch_rank(self, rank: int) -> int:
         """Which share of the rows `rank` reads; all ranks of a cp, tp or pp group read the same."""
         place = self.place(rank)

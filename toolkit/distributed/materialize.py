@@ -1,7 +1,7 @@
 """From a model on the meta device to an engine: parallelism in one visible order.
 
-    expert parallelism -> activation checkpointing -> compile -> shard -> storage -> initial values
-    -> optimizer
+    expert, tensor, context parallelism -> activation checkpointing -> compile -> shard -> storage
+    -> initial values -> optimizer
 
 Initial values depend on (seed, parameter name, shape) only, so every engine starts from the same
 numbers; each rank draws just the slices it keeps. A model that has storage keeps its values.
@@ -20,7 +20,8 @@ from torch.utils.checkpoint import checkpoint
 
 from toolkit.config.named import named
 from toolkit.distributed.accelerator import deepspeed_settings, init_deepspeed
-from toolkit.distributed.config import ActivationCheckpointingConfig
+from toolkit.distributed.config import ActivationCheckpointingConfig, ContextParallelConfig
+from toolkit.distributed.context_parallel import apply_context_parallel
 from toolkit.distributed.deepspeed_engine import DeepSpeedEngine
 from toolkit.distributed.engine import BuildOptimizer, Engine
 from toolkit.distributed.environment import TrainingEnvironment
@@ -29,10 +30,11 @@ from toolkit.distributed.pipeline import plan_pipeline
 from toolkit.distributed.process_groups import set_collective_timeouts
 from toolkit.distributed.shards import ShardSpec, draw_initial_values, whole_specs
 from toolkit.distributed.stages import Stages
+from toolkit.distributed.tensor_parallel import apply_tensor_parallel
 from toolkit.distributed.torch_engine import TorchEngine
 from toolkit.models import compile as compiling
 from toolkit.models.init import InitSpec, canonical_parameters, init_spec
-from toolkit.models.transformer import Blocks
+from toolkit.models.transformer import Blocks, Transformer
 
 LARGEST_SHARE = 1.1
 """Most that a rank may hold of stacked matrices, as a multiple of an even share."""
@@ -88,8 +90,7 @@ def materialize(
     # Rows on their way to other ranks break the graphs of blocks.
     has_breaks = layout.ep > 1
     for part in parts:
-        if layout.ep > 1:
-            apply_expert_parallel(part, environment.expert_mesh.get_group("ep"), shards)
+        _cut(part, environment, shards)
         if compile_model and has_breaks:
             compiling.compile_model(part, inside_checkpoints=True)
         if ac_config is not None:
@@ -112,6 +113,25 @@ def materialize(
         model.to_empty(device=device)
         draw_initial_values(canonical_parameters(model), inits, shards, environment.seed)
     return shards
+
+
+def _cut(model: nn.Module, environment: TrainingEnvironment, shards: dict[str, ShardSpec]) -> None:
+    """Let the ranks of each group share what is theirs to share."""
+    layout = environment.layout
+    if layout.ep > 1:
+        apply_expert_parallel(model, environment.expert_mesh.get_group("ep"), shards)
+    if (group := environment.group("tp")) is not None:
+        assert isinstance(model, Transformer)
+        apply_tensor_parallel(model, group, shards, experts_are_sharded=layout.ep > 1)
+    if (group := environment.group("cp")) is not None:
+        config = layout.cp_config or ContextParallelConfig(degree=layout.cp)
+        apply_context_parallel(
+            model,
+            group,
+            style=config.style,
+            load_balance=config.load_balance,
+            multiple_of=layout.tp,
+        )
 
 
 def apply_activation_checkpointing(blocks: Blocks, config: ActivationCheckpointingConfig) -> None:
@@ -169,11 +189,10 @@ def _fully_shard(model: nn.Module, environment: TrainingEnvironment) -> None:
                 flat = nn.Parameter(parameter.detach().flatten(0, 1), parameter.requires_grad)
                 setattr(module, key, flat)
     is_bf16 = layout.precision == "bf16"
-    is_wide = next(model.parameters()).dtype == torch.float64
     shared: dict[str, Any] = {
         "mp_policy": MixedPrecisionPolicy(
             param_dtype=torch.bfloat16 if is_bf16 else None,
-            reduce_dtype=None if is_wide else getattr(torch, settings.reduce_dtype),
+            reduce_dtype=getattr(torch, settings.reduce_dtype),
             output_dtype=None,
             cast_forward_inputs=False,
         ),

@@ -107,7 +107,7 @@ class PipelineEngine(TorchEngine):
     def logits(self, input_ids: Tensor) -> Tensor:
         parts = self._run_forward(input_ids, None, None)
         if self._has_last:
-            logits = torch.cat(parts)
+            logits = torch.cat(parts)[:, : input_ids.shape[1]].contiguous()
         else:
             shape = (*input_ids.shape, self.module.config.vocab_size)
             logits = torch.empty(shape, dtype=self._dtype, device=self.environment.device)
@@ -231,10 +231,10 @@ class PipelineEngine(TorchEngine):
         return results
 
     def _stream(self, rows: int, length: int, device: torch.device | None = None) -> Tensor:
-        """Room for the residual stream between two stages."""
-        width = self.module.config.d_model
+        """Room for the residual stream between two stages, of a rank's part of the positions."""
+        own, width = self.environment.layout.own_length(length), self.module.config.d_model
         return torch.empty(
-            rows, length, width, dtype=self._dtype, device=device or self.environment.device
+            rows, own, width, dtype=self._dtype, device=device or self.environment.device
         )
 
 

@@ -222,7 +222,7 @@ def _exchange_rows(module: nn.Module, last: nn.Module, group: dist.ProcessGroup)
 
 def _share_moe(moe: Any, cut: _Cut) -> None:
     """Every rank routes all tokens, alike, and computes some channels of every expert."""
-    group, inner, sums_of = cut.group, moe.forward, moe.router_sums
+    group, inner = cut.group, moe.forward
     cut.cut(moe.experts, "gate", 1)
     cut.cut(moe.experts, "up", 1)
     cut.cut(moe.experts, "down", 2)
@@ -231,13 +231,9 @@ def _share_moe(moe: Any, cut: _Cut) -> None:
 
     def forward(x: Tensor, is_target: Tensor | None = None) -> tuple[Tensor, RouterSums | None]:
         out, sums = inner(all_gather(x, group), is_target)
-        return reduce_scatter(out, group), sums
-
-    def router_sums(*tokens: Tensor, **options: Any) -> RouterSums:
-        return _counted_once(sums_of(*tokens, **options), cut.size)
+        return reduce_scatter(out, group), _counted_once(sums, cut.size)
 
     moe.forward = forward
-    moe.router_sums = router_sums
 
 
 def _share_moe_of_sharded_experts(moe: Any, cut: _Cut) -> None:
@@ -250,7 +246,7 @@ def _share_moe_of_sharded_experts(moe: Any, cut: _Cut) -> None:
 
     def router_sums(
         logits: Tensor, experts: Tensor, is_target: Tensor, **options: Any
-    ) -> RouterSums:
+    ) -> RouterSums | None:
         by_row = (is_target.shape[0], -1)
         logits = all_gather(logits.unflatten(0, by_row), group).flatten(0, 1)
         experts = gathered(experts.unflatten(0, by_row), group, 1).flatten(0, 1)
@@ -259,9 +255,12 @@ def _share_moe_of_sharded_experts(moe: Any, cut: _Cut) -> None:
     moe.router_sums = router_sums
 
 
-def _counted_once(sums: RouterSums, ranks: int) -> RouterSums:
+def _counted_once(sums: RouterSums | None, ranks: int) -> RouterSums | None:
     """Sums that every rank has whole: the value stays, each rank has its share of the gradient."""
-    balance, z = (share_of_gradient(value, 1.0 / ranks) for value in (sums.balance, sums.z))
+    if sums is None:
+        return None
+    # FSDP2 wants no views from what it wraps.
+    balance, z = (share_of_gradient(v, 1.0 / ranks).clone() for v in (sums.balance, sums.z))
     return RouterSums(balance, z, sums.load)
 
 

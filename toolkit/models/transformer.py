@@ -1,11 +1,12 @@
 """The decoder-only Transformer, put together.
 
 It knows nothing of parallelism, but has the places where that is put in from outside: `attend` of
-each attention, `dispatch` and `router_sums` of each MoE, `shard` of the head's loss; positions and
-document starts as arguments; and `keep_layers`, which makes a model the stage of a pipeline.
+each attention and `masks` of the model, `dispatch` and `router_sums` of each MoE, `shard` of the
+head's loss; positions and document starts as arguments; and `keep_layers`, which makes a model the
+stage of a pipeline.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -122,6 +123,7 @@ class Transformer(nn.Module):
         """Build on `init_device` with the initial values of `seed`; "meta": without storage."""
         super().__init__()
         self.config = config
+        self.masks: MaskMaker = row_masks
         self.embeddings: Embeddings | None
         self.head: Head | None
         with torch.device("meta"):
@@ -193,7 +195,13 @@ class Transformer(nn.Module):
             x = self.embeddings(input_ids, positions)
         is_target = None if labels is None or config.moe is None else labels != IGNORE_INDEX
         inputs = layer_inputs(
-            config, x, starts, positions, layers=self.blocks.layers, table_length=table_length
+            config,
+            x,
+            starts,
+            positions,
+            layers=self.blocks.layers,
+            table_length=table_length,
+            masks=self.masks,
         )
         routers: list[RouterSums] = []
         for block, (rotary, mask) in zip(self.blocks, inputs, strict=True):
@@ -243,8 +251,31 @@ class LayerInputs(NamedTuple):
 
     rotary: RotaryTable | None
     """None for learned positions."""
-    mask: AttentionMask | None
-    """None where plain causal attention does."""
+    mask: Any
+    """What its `attend` takes: an `AttentionMask`, or None where plain causal attention does."""
+
+
+MaskMaker = Callable[[TransformerConfig, Tensor, Tensor | None, int], Callable[[int | None], Any]]
+"""As `row_masks`; who splits rows puts another in its place."""
+
+
+def row_masks(
+    config: TransformerConfig, x: Tensor, starts: Tensor | None, length: int
+) -> Callable[[int | None], AttentionMask | None]:
+    """A function from a layer's window to its mask, one for all layers of a kind, over rows of
+    `length` tokens; `x` is for type and device, `starts` see `layer_inputs`."""
+
+    @cache
+    def mask(window: int | None) -> "AttentionMask | None":
+        if starts is None and window is None and config.attention_soft_cap is None:
+            return None
+        places = starts
+        if places is None:
+            places = torch.zeros(1, length, dtype=torch.int64, device=x.device)
+        head_dim = config.attention_head_dim
+        return AttentionMask(places, window=window, dtype=x.dtype, head_dim=head_dim)
+
+    return lambda window: mask(None if window is None or window >= length else window)
 
 
 def layer_inputs(
@@ -255,6 +286,7 @@ def layer_inputs(
     *,
     layers: Iterable[int] | None = None,
     table_length: int | None = None,
+    masks: MaskMaker = row_masks,
 ) -> list[LayerInputs]:
     """Of each of `layers`, by default all; those of one kind share theirs.
 
@@ -262,6 +294,7 @@ def layer_inputs(
         x: embeddings `(batch, seq, d_model)`; for their shape, type and device.
         starts, positions: of documents, `(batch, seq)`; None where each row is one document.
         table_length: positions that there may be; default: as many as here.
+        masks: what makes the masks.
     """
     seq = x.shape[1] if positions is None else positions.shape[1]
 
@@ -275,21 +308,12 @@ def layer_inputs(
         table = rotary_table(table_length or seq, config.rotary_dim, theta, x.device, scaling)
         return table if positions is None else table.at(positions)
 
-    @cache
-    def mask(window: int | None) -> "AttentionMask | None":
-        if starts is None and window is None and config.attention_soft_cap is None:
-            return None
-        places = starts
-        if places is None:
-            places = torch.zeros(1, seq, dtype=torch.int64, device=x.device)
-        head_dim = config.attention_head_dim
-        return AttentionMask(places, window=window, dtype=x.dtype, head_dim=head_dim)
-
+    mask = masks(config, x, starts, seq)
     windows = map(config.window_of, range(config.num_layers) if layers is None else layers)
     return [
         LayerInputs(
             rotary(window is not None and config.sliding_rope_theta is not None),
-            mask(None if window is None or window >= seq else window),
+            mask(window),
         )
         for window in windows
     ]
