@@ -37,7 +37,12 @@ class PipelineEngine(TorchEngine):
         shards: Mapping[str, ShardSpec],
         build_optimizer: BuildOptimizer,
     ) -> None:
-        super().__init__(environment, module, shards, build_optimizer)
+        def build_own(own: dict[str, nn.Parameter]) -> torch.optim.Optimizer:
+            # Patterns of groups may name layers of other stages; what is frozen is in no group.
+            frozen = nn.Parameter(torch.empty(0, device="meta"), requires_grad=False)
+            return build_optimizer(dict.fromkeys(shards, frozen) | own)
+
+        super().__init__(environment, module, shards, build_own)
         self._pipeline = module.pipeline
         group = environment.group("pp")
         assert group is not None, "a pipeline has several ranks"
