@@ -75,7 +75,7 @@ class PipelineEngine(TorchEngine):
         terms.factor, terms.z_loss_multiplier = factor, z_loss_multiplier
         rows, length = microbatches[0].labels.shape
         total = sum(len(microbatch.labels) for microbatch in microbatches)
-        check_microbatches(pipeline.schedule, pipeline.degree, total, rows)
+        check_microbatches(pipeline.schedule, pipeline.degree, total, rows, length=length)
         whole = _joined(microbatches, rows)
         given = {"labels": whole.labels}
         if whole.document_ids is not None:

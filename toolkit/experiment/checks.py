@@ -116,7 +116,8 @@ def _check_parallelism(config: ExperimentConfig, layout: Layout) -> None:
         microbatch = rank_microbatch_size(config, layout.batch_ranks) // length
         if rows and microbatch:  # else said of the batch
             schedule, degree = pipeline.schedule, pipeline.degree
-            found.ask(check_microbatches, schedule, degree, rows, min(rows, microbatch))
+            size = min(rows, microbatch)
+            found.ask(check_microbatches, schedule, degree, rows, size, length=length)
     found.raise_any()
 
 
