@@ -88,7 +88,8 @@ def compare(
     dtype: torch.dtype = torch.float64,
 ) -> dict[str, float]:
     """Relative errors of this rank against one process, `gradient` the worst of all tensors; and
-    how many `rows` this rank's experts had in the first MoE, how many `graphs` were compiled, and then in another step."""
+    how many `rows` this rank's experts had in the first MoE, how many `graphs` were compiled, and
+    then in another step."""
     options = dict(options)
     model = options.pop("model", {}) | {"moe": MoEConfig(**(PLAIN | moe))}
     whole = batch_of(options.pop("kind", "packed"))

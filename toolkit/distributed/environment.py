@@ -91,29 +91,30 @@ class TrainingEnvironment:
     @functools.cached_property
     def mesh(self) -> DeviceMesh:
         """All ranks by the axes of `Layout`, without those of degree 1 (`dp_shard` stays)."""
-        sizes = {a: size for a, size in self.layout.shape.items() if size > 1 or a == "dp_shard"}
-        return init_device_mesh(
-            self.device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes)
-        )
+        sizes = self.layout.shape.items()
+        return self._mesh_of({a: size for a, size in sizes if size > 1 or a == "dp_shard"})
 
     @functools.cached_property
     def fsdp_mesh(self) -> DeviceMesh:
         """What FSDP2 takes: the ranks that share the weights (dp_shard x cp), and before them those
         that replicate them."""
-        names = self.mesh.mesh_dim_names or ()
-        shard = "dp_shard"
-        if "cp" in names:
+        mesh, shard, layout = self.mesh, "dp_shard", self.layout
+        if layout.cp > 1:
             shard = "dp_shard_cp"
-            self.mesh["dp_shard", "cp"]._flatten(shard)
-        axes = ("dp_replicate", shard) if "dp_replicate" in names else (shard,)
-        return self.mesh if axes == names else self.mesh[axes]
+            shape = layout.shape | {shard: layout.dp_shard * layout.cp}
+            sizes = {axis: shape[axis] for axis in ("pp", "dp_replicate", shard, "tp")}
+            mesh = self._mesh_of({a: n for a, n in sizes.items() if n > 1})
+        axes = ("dp_replicate", shard) if layout.dp_replicate > 1 else (shard,)
+        return mesh if axes == mesh.mesh_dim_names else mesh[axes]
 
     @functools.cached_property
     def expert_mesh(self) -> DeviceMesh:
         """All ranks by the axes that experts see, `Layout.expert_shape`."""
-        shape = self.layout.expert_shape
+        return self._mesh_of(self.layout.expert_shape)
+
+    def _mesh_of(self, sizes: Mapping[str, int]) -> DeviceMesh:
         return init_device_mesh(
-            self.device.type, tuple(shape.values()), mesh_dim_names=tuple(shape)
+            self.device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes)
         )
 
     def group(self, *axes: str) -> dist.ProcessGroup | None:

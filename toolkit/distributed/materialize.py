@@ -1,7 +1,7 @@
 """From a model on the meta device to an engine: parallelism in one visible order.
 
-    expert parallelism -> activation checkpointing -> compile -> shard -> storage -> initial values
-    -> optimizer
+    expert, tensor, context parallelism -> activation checkpointing -> compile -> shard -> storage
+    -> initial values -> optimizer
 
 Initial values depend on (seed, parameter name, shape) only, so every engine starts from the same
 numbers; each rank draws just the slices it keeps. A model that has storage keeps its values.
@@ -19,7 +19,7 @@ from torch.distributed.tensor import Shard
 from torch.utils.checkpoint import checkpoint
 
 from toolkit.distributed.accelerator import deepspeed_settings, init_deepspeed
-from toolkit.distributed.config import ActivationCheckpointingConfig
+from toolkit.distributed.config import ActivationCheckpointingConfig, ContextParallelConfig
 from toolkit.distributed.context_parallel import apply_context_parallel
 from toolkit.distributed.deepspeed_engine import DeepSpeedEngine
 from toolkit.distributed.engine import BuildOptimizer, Engine
@@ -27,9 +27,11 @@ from toolkit.distributed.environment import TrainingEnvironment
 from toolkit.distributed.expert_parallel import apply_expert_parallel
 from toolkit.distributed.process_groups import set_collective_timeouts
 from toolkit.distributed.shards import ShardSpec, draw_initial_values, whole_specs
+from toolkit.distributed.tensor_parallel import apply_tensor_parallel
 from toolkit.distributed.torch_engine import TorchEngine
 from toolkit.models import compile as compiling
 from toolkit.models.init import InitSpec, canonical_parameters, init_spec
+from toolkit.models.transformer import Transformer
 
 LARGEST_SHARE = 1.1
 """Most that a rank may hold of stacked matrices, as a multiple of an even share."""
@@ -73,26 +75,17 @@ def materialize(
     inits = init_spec(model) if is_meta else {}
     shards = whole_specs(model)
     layout = environment.layout
-    if layout.ep > 1:
-        apply_expert_parallel(model, environment.expert_mesh.get_group("ep"), shards)
-    if layout.cp > 1:
-        context = layout.cp_config
-        assert context is not None
-        apply_context_parallel(
-            model,
-            environment.group("cp"),
-            style=context.style,
-            load_balance=context.load_balance,
-            multiple_of=layout.tp,
-        )
-    # Rows on their way to other ranks break the graphs of blocks.
-    has_breaks = layout.ep > 1
+    _cut(model, environment, shards)
+    # Rows, or keys of a ring, on their way to other ranks break the graphs of blocks.
+    is_ring = layout.cp_config is not None and layout.cp_config.style == "ring"
+    has_breaks = layout.ep > 1 or (layout.cp > 1 and is_ring)
     if compile_model and has_breaks:
         compiling.compile_model(model, inside_checkpoints=True)
     if ac_config is not None:
         apply_activation_checkpointing(model.blocks, ac_config)  # type: ignore[arg-type]
     if compile_model and not has_breaks:
         compiling.compile_model(model)
+    if compile_model:
         # Blocks are compiled one by one. DDP's own splitting would cut each of them again, where
         # a bucket of gradients ends.
         torch._dynamo.config.optimize_ddp = False
@@ -108,6 +101,25 @@ def materialize(
         model.to_empty(device=device)
         draw_initial_values(canonical_parameters(model), inits, shards, environment.seed)
     return shards
+
+
+def _cut(model: nn.Module, environment: TrainingEnvironment, shards: dict[str, ShardSpec]) -> None:
+    """Let the ranks of each group share what is theirs to share."""
+    layout = environment.layout
+    if layout.ep > 1:
+        apply_expert_parallel(model, environment.expert_mesh.get_group("ep"), shards)
+    if (group := environment.group("tp")) is not None:
+        assert isinstance(model, Transformer)
+        apply_tensor_parallel(model, group, shards, experts_are_sharded=layout.ep > 1)
+    if (group := environment.group("cp")) is not None:
+        config = layout.cp_config or ContextParallelConfig(degree=layout.cp)
+        apply_context_parallel(
+            model,
+            group,
+            style=config.style,
+            load_balance=config.load_balance,
+            multiple_of=layout.tp,
+        )
 
 
 def apply_activation_checkpointing(

@@ -47,7 +47,7 @@ from toolkit.models.init import canonical_parameters
 from toolkit.models.loss import IGNORE_INDEX, VocabularyShard
 from toolkit.models.masks import document_positions, document_starts
 from toolkit.models.norms import LayerNorm, widened
-from toolkit.models.router import RouterSums
+from toolkit.models.router import Choice, RouterSums
 from toolkit.models.transformer import Transformer, check_rows
 
 AXIS = "tp"
@@ -222,7 +222,7 @@ def _exchange_rows(module: nn.Module, last: nn.Module, group: dist.ProcessGroup)
 
 def _share_moe(moe: Any, cut: _Cut) -> None:
     """Every rank routes all tokens, alike, and computes some channels of every expert."""
-    group, inner, sums_of = cut.group, moe.forward, moe.router_sums
+    group, inner = cut.group, moe.forward
     cut.cut(moe.experts, "gate", 1)
     cut.cut(moe.experts, "up", 1)
     cut.cut(moe.experts, "down", 2)
@@ -231,37 +231,38 @@ def _share_moe(moe: Any, cut: _Cut) -> None:
 
     def forward(x: Tensor, is_target: Tensor | None = None) -> tuple[Tensor, RouterSums | None]:
         out, sums = inner(all_gather(x, group), is_target)
-        return reduce_scatter(out, group), sums
-
-    def router_sums(*tokens: Tensor, **options: Any) -> RouterSums:
-        return _counted_once(sums_of(*tokens, **options), cut.size)
+        return reduce_scatter(out, group), _counted_once(sums, cut.size)
 
     moe.forward = forward
-    moe.router_sums = router_sums
 
 
 def _share_moe_of_sharded_experts(moe: Any, cut: _Cut) -> None:
     """Every rank routes its own tokens; only the router's losses are of whole rows."""
-    group, sums_of = cut.group, moe.router_sums
+    group, inner = cut.group, moe.forward
     cut.leave(moe.experts)
     if moe.shared is not None:
         _share_feed_forward(moe.shared, cut)
         _exchange_rows(moe.shared, moe.shared.down, group)
 
-    def router_sums(
-        logits: Tensor, experts: Tensor, is_target: Tensor, **options: Any
-    ) -> RouterSums:
-        by_row = (is_target.shape[0], -1)
-        logits = all_gather(logits.unflatten(0, by_row), group).flatten(0, 1)
-        experts = gathered(experts.unflatten(0, by_row), group, 1).flatten(0, 1)
-        return _counted_once(sums_of(logits, experts, is_target, **options), cut.size)
+    def whole_rows(choice: Choice, rows: int) -> tuple[Tensor, Tensor]:
+        logits = all_gather(choice.logits.unflatten(0, (rows, -1)), group)
+        experts = gathered(choice.experts.unflatten(0, (rows, -1)), group, 1)
+        return logits.flatten(0, 1), experts.flatten(0, 1)
 
-    moe.router_sums = router_sums
+    def forward(x: Tensor, is_target: Tensor | None = None) -> tuple[Tensor, RouterSums | None]:
+        out, sums = inner(x, is_target)
+        return out, _counted_once(sums, cut.size)
+
+    moe.whole_rows = whole_rows
+    moe.forward = forward
 
 
-def _counted_once(sums: RouterSums, ranks: int) -> RouterSums:
+def _counted_once(sums: RouterSums | None, ranks: int) -> RouterSums | None:
     """Sums that every rank has whole: the value stays, each rank has its share of the gradient."""
-    balance, z = (share_of_gradient(value, 1.0 / ranks) for value in (sums.balance, sums.z))
+    if sums is None:
+        return None
+    # FSDP2 wants no views from what it wraps.
+    balance, z = (share_of_gradient(v, 1.0 / ranks).clone() for v in (sums.balance, sums.z))
     return RouterSums(balance, z, sums.load)
 
 
@@ -318,7 +319,7 @@ def _take_whole_rows(model: Transformer, group: dist.ProcessGroup) -> None:
         z_loss_multiplier: float = 0.0,
     ) -> Any:
         if has_first_layer and positions is None:
-            check_rows(config, input_ids, document_ids)
+            check_rows(config, input_ids.shape[:2], document_ids)
         if document_ids is not None and starts is None:
             starts = document_starts(document_ids)
         if positions is None and starts is not None:

@@ -180,7 +180,7 @@ class Transformer(nn.Module):
         """
         config, seq = self.config, input_ids.shape[1]
         if positions is None:
-            check_rows(config, input_ids, document_ids)
+            check_rows(config, input_ids.shape[:2], document_ids)
         # Positions that are told can be anywhere in a row of which only a part is here.
         table_length = seq if positions is None else config.max_sequence_length
         if document_ids is not None and starts is None:
@@ -228,19 +228,20 @@ class GPTModel(Transformer):
         self.gpt_config = config
 
 
-def check_rows(config: TransformerConfig, input_ids: Tensor, document_ids: Tensor | None) -> None:
-    """Raise ValueError for a sequence longer than `config.max_sequence_length`, or document ids of
-    another shape than the input ids."""
-    seq = input_ids.shape[1]
-    if seq > config.max_sequence_length:
+def check_rows(
+    config: TransformerConfig, shape: tuple[int, ...], document_ids: Tensor | None
+) -> None:
+    """Raise ValueError for rows, `(batch, seq)`, that the model cannot take, or document ids of
+    another shape."""
+    if shape[1] > config.max_sequence_length:
         raise ValueError(
-            f"sequence of {seq} tokens is longer than model.max_sequence_length "
+            f"sequence of {shape[1]} tokens is longer than model.max_sequence_length "
             f"{config.max_sequence_length}; raise that or shorten the sequences"
         )
-    if document_ids is not None and document_ids.shape != input_ids.shape[:2]:
+    if document_ids is not None and document_ids.shape != shape:
         raise ValueError(
             f"document_ids have the shape {tuple(document_ids.shape)}, input_ids "
-            f"{tuple(input_ids.shape)}; give one document number per token"
+            f"{tuple(shape)}; give one document number per token"
         )
 
 
