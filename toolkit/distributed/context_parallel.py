@@ -114,7 +114,7 @@ class _Forward:
             length = input_ids.shape[1] * rows.ranks * self._multiple_of
             device = input_ids.device
         else:
-            check_rows(self._model.config, known.shape, document_ids)
+            check_rows(self._model.config, known, document_ids)
             length, device = known.shape[1], known.device
         padding = -length % self._unit
         place = torch.arange(length + padding, device=device)[None]
