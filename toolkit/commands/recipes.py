@@ -83,7 +83,6 @@ def experiment_schema() -> dict[str, Any]:
     }
     choices = model.pop("anyOf", None)
     model["anyOf"] = [*(choices or [{"$ref": model.pop("$ref", None)}]), with_preset]
-    model.pop("discriminator", None)
     properties[SCHEMA_KEY] = {
         "type": "string",
         "description": "Where the schema of this file is, for editors.",

@@ -46,6 +46,7 @@ FREE_FOR_WEIGHTS = FREE_MODEL_FIELDS | {
 SEQUENCE = "dataset.sequence_length"
 GLOBAL_BATCH = "data_loader.global_batch_size"
 MICROBATCH = "train_module.rank_microbatch_size"
+LOADING = tuple(f"trainer.{n}" for n in TrainerConfig.__struct_fields__ if n.startswith("load_"))
 
 _FAR = 100_000
 """How far a number that works is looked for."""
@@ -135,7 +136,7 @@ def _check_adapter(config: ExperimentConfig) -> None:
     if config.train_module.lora is not None and (
         trainer.load_path is None or trainer.load_strategy == "never"
     ):
-        raise ConfigError(NO_BASE)
+        raise ConfigError(NO_BASE, about=("train_module.lora", *LOADING))
 
 
 def check_corpus(config: ExperimentConfig, corpus: CorpusInfo) -> None:
@@ -187,7 +188,8 @@ def _check_sequence(config: ExperimentConfig) -> None:
         key = "n_positions" if config.model.to_dict()["type"] == "gpt" else "max_sequence_length"
         raise ConfigError(
             f"{SEQUENCE} {length} is longer than model.{key} {longest}; "
-            f"use {longest} or less, or raise model.{key}"
+            f"use {longest} or less, or raise model.{key}",
+            about=(SEQUENCE, f"model.{key}"),
         )
 
 
@@ -200,7 +202,8 @@ def _check_vocabulary(config: ExperimentConfig) -> None:
     if needed > config.model.vocab_size:
         raise ConfigError(
             f"model.vocab_size {config.model.vocab_size} is too small for dataset.tokenizer, "
-            f"which has {needed} ids; set model.vocab_size to {needed} or more"
+            f"which has {needed} ids; set model.vocab_size to {needed} or more",
+            about=("dataset.tokenizer", "model.vocab_size"),
         )
 
 
@@ -220,7 +223,8 @@ def _check_batches(config: ExperimentConfig, world_size: int) -> None:
             ConfigError(
                 f"{GLOBAL_BATCH} {batch} is not divisible by {MICROBATCH} {microbatch} x {ranks} "
                 f"= {unit}; nearest that work: {GLOBAL_BATCH} {_nearest_multiples(batch, unit)}, "
-                f"or {MICROBATCH} {' or '.join(str(n * sequence) for n in works)}"
+                f"or {MICROBATCH} {' or '.join(str(n * sequence) for n in works)}",
+                about=(GLOBAL_BATCH, MICROBATCH),
             )
         )
     evaluation = config.data_loader.eval_batch_size
@@ -235,7 +239,8 @@ def _check_multiple(key: str, value: int, unit: int, meaning: str) -> None:
         product = f" = {unit}" if " x " in meaning else ""
         raise ConfigError(
             f"{key} {value} is not divisible by {meaning}{product}; "
-            f"nearest that work: {_nearest_multiples(value, unit)}"
+            f"nearest that work: {_nearest_multiples(value, unit)}",
+            about=(key, SEQUENCE),
         )
 
 
