@@ -16,7 +16,7 @@ from toolkit.models.loss import IGNORE_INDEX, shift_labels
 
 VOCAB, SEQ, ROWS = 60, 32, 2
 BOUND = 1e-12
-STYLES = ("allgather", "ulysses")
+STYLES = ("allgather", "ulysses", "ring")
 MODELS: dict[str, dict[str, Any]] = {
     "llama": {},
     "windows": {"sliding_window": 11, "attention_pattern": ("sliding", "full")},
@@ -46,17 +46,16 @@ MODELS: dict[str, dict[str, Any]] = {
         )
     },
 }
-BATCHES = ("rows", "documents", "masked", "odd")
-CASES = [
-    *((name, batch) for name in ("llama", "windows") for batch in BATCHES),
-    ("short windows", "documents"),
-    ("short windows", "rows"),
-    ("caps", "documents"),
-    ("caps", "odd"),
-    ("learned", "documents"),
-    ("learned", "odd"),
-    ("moe", "masked"),
-]
+CASES: dict[int, list[tuple[str, str]]] = {
+    2: [
+        ("llama", "rows"), ("llama", "odd"), ("windows", "masked"), ("caps", "documents"),
+        ("learned", "odd"), ("moe", "masked"),
+    ],
+    4: [
+        ("llama", "masked"), ("windows", "documents"), ("short windows", "rows"), ("caps", "odd"),
+        ("moe", "documents"),
+    ],
+}  # fmt: skip
 
 
 def build(name: str) -> Any:
@@ -113,14 +112,16 @@ def compare(styles: tuple[str, ...], cases: list[tuple[str, str]]) -> dict[tuple
             if style == "ring" and name == "caps":
                 continue
             for balance in ("head_tail", "none"):
-                if balance == "none" and (name != "windows" or style == "ulysses"):
+                if balance == "none" and ("windows" not in name or style == "ulysses"):
                     continue
                 model = build(name)
                 group: Any = dist.group.WORLD
                 options: Any = {"style": style, "load_balance": balance}
                 apply_context_parallel(model, group, **options)
                 gradients, sums = backward(model, given)
-                again, _ = backward(model, given)
+                if name == "windows":
+                    again = backward(model, given)[0].items()
+                    assert all(torch.equal(gradients[key], grad) for key, grad in again)
                 for gradient in gradients.values():
                     dist.all_reduce(gradient)
                 # Without rotations the bias of keys has a gradient of zero, and rounding is left.
@@ -144,9 +145,6 @@ def compare(styles: tuple[str, ...], cases: list[tuple[str, str]]) -> dict[tuple
                     got = model(given["input_ids"], document_ids=given.get("document_ids"))
                 assert got.shape == logits.shape
                 errors["logits"] = error(got, logits)
-                for gradient in again.values():
-                    dist.all_reduce(gradient)
-                assert all(torch.equal(again[key], gradients[key]) for key in gradients), "again"
                 found[style, name, batch, balance] = errors
     return found
 
@@ -169,8 +167,7 @@ def in_a_group(function: Any, *args: Any) -> Any:
 def test_gradients_sums_and_logits_are_those_of_one_process(
     workers: WorkerPool, ranks: int
 ) -> None:
-    cases = CASES if ranks == 2 else [c for c in CASES if c[1] != "rows"]
-    for found in workers.run(ranks, in_a_group, compare, STYLES, cases):
-        assert len(found) >= len(cases) * 2
+    for found in workers.run(ranks, in_a_group, compare, STYLES, CASES[ranks]):
+        assert len(found) >= len(CASES[ranks]) * 2
         worst = {(case, what): e for case, errors in found.items() for what, e in errors.items()}
         assert {which: e for which, e in worst.items() if not e <= BOUND} == {}

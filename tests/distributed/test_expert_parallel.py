@@ -1,23 +1,21 @@
 """Experts on several ranks compute what one process does."""
 
-import dataclasses
+import contextlib
 import functools
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
-import msgspec
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from tests.tiny import ROWS, SEQ, VOCAB, module_config, open_environment, tiny_model
 from tests.workers import WorkerPool
-from toolkit.distributed.config import ActivationCheckpointingConfig
+from toolkit.distributed import materialize
+from toolkit.distributed.config import ActivationCheckpointingConfig, ExpertParallelConfig
 from toolkit.distributed.engine import Engine, Microbatch
 from toolkit.distributed.environment import TrainingEnvironment
-from toolkit.distributed.materialize import prepare_engine
 from toolkit.distributed.shards import ShardSpec, flat_runs, local_boxes, local_tensor
 from toolkit.models import compile as compiling
 from toolkit.models.architecture import MoEConfig
@@ -50,14 +48,9 @@ def batch_of(kind: str) -> Microbatch:
     return Microbatch(inputs, labels, documents)
 
 
-@contextmanager
-def environment_of(engine: str, ep: int, dp: dict[str, Any]) -> Iterator[TrainingEnvironment]:
-    env = open_environment(module_config(engine, dp=dp), seed=SEED)
-    layout = msgspec.structs.replace(env.layout, ep=ep)
-    try:
-        yield dataclasses.replace(env, layout=layout)
-    finally:
-        env.close()
+def in_own_type(**_: Any) -> MixedPrecisionPolicy:
+    """Gradients are reduced in the type that they have."""
+    return MixedPrecisionPolicy(cast_forward_inputs=False)
 
 
 def engine_of(
@@ -67,7 +60,9 @@ def engine_of(
     **options: Any,
 ) -> Engine:
     built = tiny_model(init_std=0.1, **model).build(init_device="meta").to(dtype)
-    return prepare_engine(env, built, AdamWConfig(lr=1e-3).build, max_grad_norm=1.0, **options)
+    return materialize.prepare_engine(
+        env, built, AdamWConfig(lr=1e-3).build, max_grad_norm=1.0, **options
+    )
 
 
 def part_of(whole: torch.Tensor, held: torch.Tensor, spec: ShardSpec) -> torch.Tensor:
@@ -87,9 +82,9 @@ def compare(
     options: dict[str, Any],
     dtype: torch.dtype = torch.float64,
 ) -> dict[str, float]:
-    """Relative errors of this rank against one process, `gradient` the worst of all tensors; and
-    how many `rows` this rank's experts had in the first MoE, how many `graphs` were compiled, and
-    then in another step."""
+    """Relative errors of this rank against one process, `gradient` the worst of all tensors; how
+    many `rows` this rank's experts had in the first MoE; how many `graphs` were compiled, and
+    `more_graphs` in another step."""
     options = dict(options)
     model = options.pop("model", {}) | {"moe": MoEConfig(**(PLAIN | moe))}
     whole = batch_of(options.pop("kind", "packed"))
@@ -103,10 +98,13 @@ def compare(
         graphs += 1
         return graph
 
+    config = module_config(engine_name, dp=dp, ep_config=ExpertParallelConfig(degree=ep))
+    env = open_environment(config, seed=SEED)
     compiled = functools.partial(compiling.compile_model, backend=count_graphs)
     with (
-        environment_of(engine_name, ep, dp) as env,
+        contextlib.closing(env),
         mock.patch.object(compiling, "compile_model", compiled),
+        mock.patch.object(materialize, "MixedPrecisionPolicy", in_own_type),
     ):
         engine = engine_of(env, model, dtype, **options)
         held = canonical_parameters(engine.module)
@@ -147,7 +145,7 @@ def compare(
         errors["norm"] = relative(norm, torch.stack(squares).sum().sqrt())
         # The step has changed which tokens choose whom.
         before = graphs
-        engine.forward_backward(mine.split(share // 2), factor)
+        engine.forward_backward(mine.split(share // 2), factor, z_loss_multiplier=Z_LOSS)
         return errors | {"rows": rows[0], "graphs": before, "more_graphs": graphs - before}
 
 

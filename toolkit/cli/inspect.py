@@ -10,8 +10,7 @@ from toolkit.cli.printing import cell, print_json, print_table, visible
 from toolkit.errors import DataError
 
 if TYPE_CHECKING:
-    from toolkit.data.prepare.tools.check import Sample, SplitReport
-    from toolkit.data.prepare.tools.inspect import Inspection
+    from toolkit.data.prepare.tools.report import Inspection, Sample, SplitReport
 
 BAR_WIDTH = 40
 

@@ -241,7 +241,7 @@ def _on_files(model: _Model, files: Sequence[str], notify: Notify) -> Found:
     }
     with _option_names():
         for source in sources.values():
-            for line in plan_source(source, 0.0).notes():
+            for line in plan_source(source, 0.0).listing.notes():
                 notify(line)
         tokenizer = _tokenizer(model)
     append_eos, mask_documents = True, False

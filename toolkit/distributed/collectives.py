@@ -18,18 +18,19 @@ _reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or dist.redu
 
 def gathered(x: Tensor, group: dist.ProcessGroup, dim: int) -> Tensor:
     """The `x` of all ranks one after another along `dim`; without a gradient."""
-    x = x.movedim(dim, 0).contiguous()
     out = x.new_empty(group.size() * x.shape[0], *x.shape[1:])
-    _all_gather(out, x, group=group)
-    return out.movedim(0, dim).contiguous()
+    _all_gather(out, x.contiguous(), group=group)
+    dim %= x.dim()
+    return out.unflatten(0, (group.size(), -1)).movedim(0, dim).flatten(dim, dim + 1)
 
 
 def reduce_scattered(x: Tensor, group: dist.ProcessGroup, dim: int) -> Tensor:
     """This rank's range along `dim` of the sum of `x` over all ranks; without a gradient."""
-    x = x.movedim(dim, 0).contiguous()
-    out = x.new_empty(x.shape[0] // group.size(), *x.shape[1:])
-    _reduce_scatter(out, x, group=group)
-    return out.movedim(0, dim).contiguous()
+    dim %= x.dim()
+    parts = x.unflatten(dim, (group.size(), -1)).movedim(dim, 0).contiguous()
+    out = x.new_empty(parts.shape[1:])
+    _reduce_scatter(out, parts.flatten(0, 1), group=group)
+    return out
 
 
 def all_gather(x: Tensor, group: dist.ProcessGroup, dim: int = 1) -> Tensor:

@@ -89,10 +89,15 @@ class ContextParallelConfig(Config, kw_only=True):
     `ring`: keys and values travel from rank to rank (Liu et al. 2023)."""
     load_balance: Literal["head_tail", "none"] = "head_tail"
     """Which positions a rank has: a part from the front of the row and its mirror image from the
-    back, so that each has as many keys to look at; `none`: one stretch."""
+    back, so that each has as many keys to look at; `none`: one stretch, as `ulysses` always has."""
 
     def __post_init__(self) -> None:
         check_positive(self, "degree")
+
+    @property
+    def is_balanced(self) -> bool:
+        """Whether each rank has two stretches of a row."""
+        return self.load_balance == "head_tail" and self.style != "ulysses"
 
 
 class PipelineParallelConfig(Config, kw_only=True):

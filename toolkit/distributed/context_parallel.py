@@ -10,7 +10,7 @@
        ulysses     each rank attends with a share of the heads over whole rows, whose queries, keys
                    and values it gets from all the others (Jacobs et al. 2023)
        ring        keys and values travel from rank to rank, and each rank adds up what its queries
-                   see of them; see `ring_attention` (Liu et al. 2023)
+                   see of them; see `ring_attention.py` (Liu et al. 2023)
 
 4. The sums of the loss that come out are of a rank's own positions. To an engine the ranks are data
    parallel: their gradients are summands of the whole one.
@@ -38,11 +38,13 @@ from toolkit.distributed.collectives import (
     reduce_scattered,
 )
 from toolkit.distributed.config import ContextStyle
+from toolkit.distributed.ring_attention import ring
+from toolkit.distributed.shared_rows import SharedRows
 from toolkit.models.attention import Attention, attend
 from toolkit.models.config import TransformerConfig
 from toolkit.models.feed_forward import MoE
 from toolkit.models.loss import IGNORE_INDEX
-from toolkit.models.masks import AttentionMask, Ranges, document_starts, take
+from toolkit.models.masks import AttentionMask, document_starts, take
 from toolkit.models.router import RouterSums
 from toolkit.models.transformer import MaskMaker, Transformer, check_rows, row_masks
 
@@ -78,44 +80,10 @@ def apply_context_parallel(
         if isinstance(module, Attention):
             module.attend = attend_shared
         if isinstance(module, MoE):
-            module.router_sums = summed_router_sums(group)
+            _share_router_losses(module, group)
     model.masks = masks
     forward: Any = _Forward(model, rows, multiple_of).forward
     model.forward = forward  # type: ignore[method-assign]
-
-
-class SharedRows:
-    """Which places of a row each rank of a group has."""
-
-    def __init__(self, group: dist.ProcessGroup, *, is_balanced: bool) -> None:
-        self.group = group
-        self.ranks = group.size()
-        self.rank = group.rank()
-        self.chunks = 2 if is_balanced else 1
-        """Stretches of a row per rank."""
-
-    def places(self, length: int) -> tuple[Ranges, ...]:
-        """Of each rank, for rows of `length`, which the number of stretches divides."""
-        if self.chunks == 1:
-            size = length // self.ranks
-            return tuple((range(r * size, (r + 1) * size),) for r in range(self.ranks))
-        size = length // (2 * self.ranks)
-        starts = ((r * size, (2 * self.ranks - 1 - r) * size) for r in range(self.ranks))
-        return tuple(tuple(range(at, at + size) for at in both) for both in starts)
-
-    def own(self, x: Tensor, dim: int = 1) -> Tensor:
-        """This rank's places of whole rows."""
-        return take(x, self.places(x.shape[dim])[self.rank], dim)
-
-    def whole(self, parts: Tensor, dim: int) -> Tensor:
-        """Whole rows of what all ranks have at their places: `parts`, stacked by rank; `dim` is
-        that of a part."""
-        pieces = {}
-        for part, ranges in zip(parts, self.places(parts.shape[dim + 1] * self.ranks), strict=True):
-            sizes = [len(places) for places in ranges]
-            for places, piece in zip(ranges, part.split(sizes, dim), strict=True):
-                pieces[places.start] = piece
-        return torch.cat([pieces[start] for start in sorted(pieces)], dim)
 
 
 class _Forward:
@@ -146,7 +114,7 @@ class _Forward:
             length = input_ids.shape[1] * rows.ranks * self._multiple_of
             device = input_ids.device
         else:
-            check_rows(self._model.config, known.shape, document_ids)
+            check_rows(self._model.config, known, document_ids)
             length, device = known.shape[1], known.device
         padding = -length % self._unit
         place = torch.arange(length + padding, device=device)[None]
@@ -172,30 +140,17 @@ class _Forward:
         return rows.whole(all_gather(result[None], rows.group, dim=0), dim=1)[:, :length]
 
 
-def summed_router_sums(group: dist.ProcessGroup) -> Callable[[Tensor, Tensor, Tensor], RouterSums]:
-    """A `router_sums` for ranks that have parts of each row.
+def _share_router_losses(moe: MoE, group: dist.ProcessGroup) -> None:
+    """The load-balancing loss of a row is not the sum of its parts' losses: its statistics are
+    added over the ranks first, in one small collective. Each rank then has its share of the loss
+    and the z-loss of its own tokens, which both add up, and the load of whole rows."""
+    sums_of = moe.router_sums
 
-    The load-balancing loss of a row is not the sum of its parts' losses. Its statistics are added
-    over the ranks first, in one small collective; each rank then has its share of the loss and the
-    z-loss of its own tokens, so that both add up over ranks, and the load of whole rows.
-    """
+    def router_sums(*tokens: Tensor) -> RouterSums:
+        sums = sums_of(*tokens, add=lambda statistics: all_reduce(statistics, group))
+        return sums._replace(balance=sums.balance / group.size())
 
-    def router_sums(logits: Tensor, experts: Tensor, is_target: Tensor) -> RouterSums:
-        shape = (*is_target.shape, logits.shape[-1])
-        log_total = logits.logsumexp(-1, keepdim=True)
-        counted = is_target.to(logits.dtype)[..., None]
-        probability = ((logits - log_total).exp().view(shape) * counted).sum(1)
-        chosen = torch.zeros_like(logits).scatter(-1, experts, 1.0).view(shape)
-        statistics = (probability, (chosen * counted).sum(1), counted.sum(1))
-        sizes = [part.shape[-1] for part in statistics]
-        summed = all_reduce(torch.cat(statistics, dim=-1), group).split(sizes, dim=-1)
-        probability, times, targets = summed[0], summed[1].detach(), summed[2].detach()
-        scale = shape[-1] / experts.shape[-1] / group.size()
-        balance = (times * probability / targets.clamp(min=1.0)).sum() * scale
-        z = (log_total.view(counted.shape).square() * counted).sum()
-        return RouterSums(balance, z, times.sum(0))
-
-    return router_sums
+    moe.router_sums = router_sums
 
 
 def _allgather(rows: SharedRows) -> tuple[Callable[..., Tensor], MaskMaker]:
@@ -287,4 +242,5 @@ def _exchanged(x: Tensor, group: dist.ProcessGroup) -> Tensor:
 _STYLES: dict[str, Callable[[SharedRows], tuple[Callable[..., Tensor], MaskMaker]]] = {
     "allgather": _allgather,
     "ulysses": _ulysses,
+    "ring": ring,
 }

@@ -136,6 +136,21 @@ class Layout(msgspec.Struct, frozen=True, kw_only=True):
         """Ranks over which the engine averages gradients; 1 where it adds them up."""
         return 1 if self.sums_gradients else self.batch_ranks * self.cp
 
+    @property
+    def last_stage_rank(self) -> int:
+        """Place along `pp` of the rank that has the last stage, the first one where stages lie in a
+        V."""
+        is_v = self.pp_config is not None and self.pp_config.schedule == "ZBVZeroBubble"
+        return 0 if is_v else self.pp - 1
+
+    def own_length(self, length: int) -> int:
+        """Positions of a row of `length` that a rank has between blocks. The row is padded where
+        ranks that share its positions would have unequal numbers of them."""
+        config = self.cp_config
+        is_balanced = config is not None and config.is_balanced
+        unit = math.lcm(self.cp * (2 if is_balanced else 1), self.cp * self.tp)
+        return -(-length // unit) * unit // (self.cp * self.tp)
+
     def batch_rank(self, rank: int) -> int:
         """Which share of the rows `rank` reads; all ranks of a cp, tp or pp group read the same."""
         place = self.place(rank)
@@ -145,7 +160,7 @@ class Layout(msgspec.Struct, frozen=True, kw_only=True):
         """Whether sums over targets that `rank` reports count: of the last stage, and once for each
         tp group. (Each cp rank has the sum over its own positions.)"""
         place = self.place(rank)
-        return place["pp"] == self.pp - 1 and place["tp"] == 0
+        return place["pp"] == self.last_stage_rank and place["tp"] == 0
 
     def owns_rows(self, rank: int) -> bool:
         """Whether sums over whole rows that `rank` reports count: once for each share of rows."""
@@ -157,6 +172,17 @@ class Layout(msgspec.Struct, frozen=True, kw_only=True):
         for axis, size in reversed((self.expert_shape if experts else self.shape).items()):
             rank, place[axis] = divmod(rank, size)
         return place
+
+    def ranks_along(self, rank: int, *axes: str) -> tuple[int, ...]:
+        """The ranks that differ from `rank` along `axes` alone, itself among them."""
+        experts = not set(axes) <= set(AXES)
+        here = self.place(rank, experts=experts)
+        others = (self.place(other, experts=experts) for other in range(self.world_size))
+        return tuple(
+            other
+            for other, there in enumerate(others)
+            if all(there[axis] == here[axis] for axis in here if axis not in axes)
+        )
 
 
 def layout_of(train_module: Any, environ: Mapping[str, str]) -> Layout:

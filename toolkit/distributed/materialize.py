@@ -18,6 +18,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully
 from torch.distributed.tensor import Shard
 from torch.utils.checkpoint import checkpoint
 
+from toolkit.config.named import named
 from toolkit.distributed.accelerator import deepspeed_settings, init_deepspeed
 from toolkit.distributed.config import ActivationCheckpointingConfig, ContextParallelConfig
 from toolkit.distributed.context_parallel import apply_context_parallel
@@ -25,13 +26,15 @@ from toolkit.distributed.deepspeed_engine import DeepSpeedEngine
 from toolkit.distributed.engine import BuildOptimizer, Engine
 from toolkit.distributed.environment import TrainingEnvironment
 from toolkit.distributed.expert_parallel import apply_expert_parallel
+from toolkit.distributed.pipeline import plan_pipeline
 from toolkit.distributed.process_groups import set_collective_timeouts
 from toolkit.distributed.shards import ShardSpec, draw_initial_values, whole_specs
+from toolkit.distributed.stages import Stages
 from toolkit.distributed.tensor_parallel import apply_tensor_parallel
 from toolkit.distributed.torch_engine import TorchEngine
 from toolkit.models import compile as compiling
 from toolkit.models.init import InitSpec, canonical_parameters, init_spec
-from toolkit.models.transformer import Transformer
+from toolkit.models.transformer import Blocks, Transformer
 
 LARGEST_SHARE = 1.1
 """Most that a rank may hold of stacked matrices, as a multiple of an even share."""
@@ -50,9 +53,17 @@ def prepare_engine(
 
     `build_optimizer` gets trainable and frozen parameters by canonical name.
     """
+    layout = environment.layout
+    if layout.pp_config is not None:
+        pipeline = plan_pipeline(model.config, layout.pp_config)  # type: ignore[arg-type]
+        model = Stages(model, pipeline, layout.place(environment.rank)["pp"])  # type: ignore[arg-type]
     shards = materialize(model, environment, ac_config=ac_config, compile_model=compile_model)
     engine: Engine
-    if environment.layout.zero_stage:
+    if isinstance(model, Stages):
+        # torch's schedules take a second to import.
+        pipeline_engine = named("toolkit.distributed.pipeline_engine:PipelineEngine")
+        engine = pipeline_engine(environment, model, shards, build_optimizer)
+    elif environment.layout.zero_stage:
         engine = DeepSpeedEngine(
             environment, model, shards, build_optimizer, max_grad_norm=max_grad_norm
         )
@@ -73,17 +84,20 @@ def materialize(
     parameter."""
     is_meta = any(parameter.is_meta for parameter in model.parameters())
     inits = init_spec(model) if is_meta else {}
-    shards = whole_specs(model)
     layout = environment.layout
-    _cut(model, environment, shards)
+    shards = model.shards if isinstance(model, Stages) else whole_specs(model)
+    parts: list[Any] = model.modules_in_order() if isinstance(model, Stages) else [model]
     # Rows on their way to other ranks break the graphs of blocks.
     has_breaks = layout.ep > 1
-    if compile_model and has_breaks:
-        compiling.compile_model(model, inside_checkpoints=True)
-    if ac_config is not None:
-        apply_activation_checkpointing(model.blocks, ac_config)  # type: ignore[arg-type]
-    if compile_model and not has_breaks:
-        compiling.compile_model(model)
+    for part in parts:
+        _cut(part, environment, shards)
+        if compile_model and has_breaks:
+            compiling.compile_model(part, inside_checkpoints=True)
+        if ac_config is not None:
+            apply_activation_checkpointing(part.blocks, ac_config)
+        if compile_model and not has_breaks:
+            compiling.compile_model(part)
+    if compile_model:
         # Blocks are compiled one by one. DDP's own splitting would cut each of them again, where
         # a bucket of gradients ends.
         torch._dynamo.config.optimize_ddp = False
@@ -93,8 +107,8 @@ def materialize(
     device = torch.device("cpu") if layout.dp_config.cpu_offload else environment.device
     if not is_meta:
         model.to(device)
-    if layout.is_fsdp:
-        _fully_shard(model, environment)
+    for part in parts if layout.is_fsdp else ():
+        _fully_shard(part, environment)
     if is_meta:
         model.to_empty(device=device)
         draw_initial_values(canonical_parameters(model), inits, shards, environment.seed)
@@ -120,9 +134,7 @@ def _cut(model: nn.Module, environment: TrainingEnvironment, shards: dict[str, S
         )
 
 
-def apply_activation_checkpointing(
-    blocks: nn.ModuleList, config: ActivationCheckpointingConfig
-) -> None:
+def apply_activation_checkpointing(blocks: Blocks, config: ActivationCheckpointingConfig) -> None:
     """Recompute the chosen blocks in backward.
 
     The block's `forward` is replaced instead of wrapping the module, so names in checkpoints stay
@@ -132,7 +144,10 @@ def apply_activation_checkpointing(
         # Read by torch.compile when it splits each block's graph into forward and backward.
         partitioner.activation_memory_budget = config.budget
         return
-    for block in list(blocks)[:: 1 if config.mode == "full" else config.block_interval]:
+    interval = 1 if config.mode == "full" else config.block_interval
+    for block in (
+        b for layer, b in zip(blocks.layers, blocks, strict=True) if layer % interval == 0
+    ):
         block.forward = _checkpointed(block.forward)
 
 
@@ -174,17 +189,19 @@ def _fully_shard(model: nn.Module, environment: TrainingEnvironment) -> None:
                 flat = nn.Parameter(parameter.detach().flatten(0, 1), parameter.requires_grad)
                 setattr(module, key, flat)
     is_bf16 = layout.precision == "bf16"
-    is_wide = next(model.parameters()).dtype == torch.float64
     shared: dict[str, Any] = {
         "mp_policy": MixedPrecisionPolicy(
             param_dtype=torch.bfloat16 if is_bf16 else None,
-            reduce_dtype=None if is_wide else getattr(torch, settings.reduce_dtype),
+            reduce_dtype=getattr(torch, settings.reduce_dtype),
             output_dtype=None,
             cast_forward_inputs=False,
         ),
     }
     if settings.cpu_offload:
         shared["offload_policy"] = CPUOffloadPolicy(pin_memory=environment.device.type == "cuda")
+    reshards, pipeline = settings.reshard_after_forward, layout.pp_config
+    if pipeline is not None and pipeline.schedule == "ZBVZeroBubble":
+        reshards = False  # the second half of a backward, by itself, needs the weights in place
 
     def shard(module: Any, over: DeviceMesh, *, reshard: bool) -> Any:
         def place(parameter: nn.Parameter) -> Shard:
@@ -207,7 +224,7 @@ def _fully_shard(model: nn.Module, environment: TrainingEnvironment) -> None:
             parts.append(block.feed_forward.experts)
         for part in reversed(parts):  # inner ones first
             over = expert_mesh if part in experts else mesh
-            shard(part, over, reshard=settings.reshard_after_forward)
+            shard(part, over, reshard=reshards)
         units += parts
     if settings.wrapping_strategy != "blocks" and model.head is not None:
         units.append(shard(model.head, mesh, reshard=False))

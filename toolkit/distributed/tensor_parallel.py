@@ -47,7 +47,7 @@ from toolkit.models.init import canonical_parameters
 from toolkit.models.loss import IGNORE_INDEX, VocabularyShard
 from toolkit.models.masks import document_positions, document_starts
 from toolkit.models.norms import LayerNorm, widened
-from toolkit.models.router import Choice, RouterSums
+from toolkit.models.router import RouterSums
 from toolkit.models.transformer import Transformer, check_rows
 
 AXIS = "tp"
@@ -238,23 +238,21 @@ def _share_moe(moe: Any, cut: _Cut) -> None:
 
 def _share_moe_of_sharded_experts(moe: Any, cut: _Cut) -> None:
     """Every rank routes its own tokens; only the router's losses are of whole rows."""
-    group, inner = cut.group, moe.forward
+    group, sums_of = cut.group, moe.router_sums
     cut.leave(moe.experts)
     if moe.shared is not None:
         _share_feed_forward(moe.shared, cut)
         _exchange_rows(moe.shared, moe.shared.down, group)
 
-    def whole_rows(choice: Choice, rows: int) -> tuple[Tensor, Tensor]:
-        logits = all_gather(choice.logits.unflatten(0, (rows, -1)), group)
-        experts = gathered(choice.experts.unflatten(0, (rows, -1)), group, 1)
-        return logits.flatten(0, 1), experts.flatten(0, 1)
+    def router_sums(
+        logits: Tensor, experts: Tensor, is_target: Tensor, **options: Any
+    ) -> RouterSums | None:
+        by_row = (is_target.shape[0], -1)
+        logits = all_gather(logits.unflatten(0, by_row), group).flatten(0, 1)
+        experts = gathered(experts.unflatten(0, by_row), group, 1).flatten(0, 1)
+        return _counted_once(sums_of(logits, experts, is_target, **options), cut.size)
 
-    def forward(x: Tensor, is_target: Tensor | None = None) -> tuple[Tensor, RouterSums | None]:
-        out, sums = inner(x, is_target)
-        return out, _counted_once(sums, cut.size)
-
-    moe.whole_rows = whole_rows
-    moe.forward = forward
+    moe.router_sums = router_sums
 
 
 def _counted_once(sums: RouterSums | None, ranks: int) -> RouterSums | None:
@@ -319,7 +317,7 @@ def _take_whole_rows(model: Transformer, group: dist.ProcessGroup) -> None:
         z_loss_multiplier: float = 0.0,
     ) -> Any:
         if has_first_layer and positions is None:
-            check_rows(config, input_ids.shape[:2], document_ids)
+            check_rows(config, input_ids, document_ids)
         if document_ids is not None and starts is None:
             starts = document_starts(document_ids)
         if positions is None and starts is not None:

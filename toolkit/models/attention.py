@@ -55,7 +55,7 @@ def attend(
         return _sdpa(query, key, value, None, scale)
     if mask.blocks is not None:
         # Inside a compiled block it becomes part of the block's graph.
-        flex = flex_attention if torch.compiler.is_compiling() else _compiled_flex_attention()
+        flex = flex_attention if torch.compiler.is_compiling() else compiled_flex_attention()
         return flex(
             query,
             key,
@@ -143,7 +143,7 @@ def _capped(soft_cap: float) -> Any:
 
 
 @cache
-def _compiled_flex_attention() -> Any:
+def compiled_flex_attention() -> Any:
     """Fused; without compilation it would write out all scores."""
     allow_recompilations()
     return torch.compile(flex_attention, dynamic=False)

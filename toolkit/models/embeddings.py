@@ -1,5 +1,6 @@
 """The two ends of the residual stream: from token ids, and to logits or the loss."""
 
+import copy
 from collections.abc import Callable
 
 import torch
@@ -32,6 +33,12 @@ class Embeddings(nn.Module):
                 positions = torch.arange(input_ids.shape[1], device=input_ids.device)
             x = x + self._compute_type(self.positions(positions))
         return x
+
+    def tied_copy(self) -> "Embeddings":
+        """The token rows alone, in new memory, for a head elsewhere that is tied to them."""
+        other = copy.deepcopy(self)
+        other.positions = None
+        return other
 
     @staticmethod
     def _compute_type(x: Tensor) -> Tensor:

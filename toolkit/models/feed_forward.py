@@ -93,24 +93,17 @@ def dispatch(tokens: Tensor, choice: Choice, experts: Callable[[Tensor, Tensor],
     return _Combined.apply(results, choice.weights, order, place)
 
 
-def own_rows(choice: Choice, rows: int) -> tuple[Tensor, Tensor]:
-    """Logits and experts of the tokens of `rows` rows, row after row."""
-    return choice.logits, choice.experts
-
-
 class MoE(nn.Module):
     """Router, experts, perhaps a shared expert.
 
-    Where experts or rows lie on several ranks, `dispatch`, `router_sums` and `whole_rows` are
-    replaced from outside: by one that sends rows to the ranks of their experts, one that adds over
-    ranks, one that gathers what they chose.
+    Where experts or rows lie on several ranks, `dispatch` and `router_sums` are replaced from
+    outside: by one that sends rows to the ranks of their experts, by one that adds over ranks.
     """
 
     def __init__(self, config: TransformerConfig, moe: MoEConfig) -> None:
         super().__init__()
         self.dispatch: Callable[..., Tensor] = dispatch
         self.router_sums: Callable[..., RouterSums] = router_sums
-        self.whole_rows: Callable[[Choice, int], tuple[Tensor, Tensor]] = own_rows
         self.router = Router(config.d_model, moe)
         self.experts = Experts(config, moe)
         self.shared: nn.Module | None = None
@@ -129,7 +122,7 @@ class MoE(nn.Module):
             out = out + self.shared(x)
         if is_target is None:
             return out, None
-        return out, self.router_sums(*self.whole_rows(choice, x.shape[0]), is_target)
+        return out, self.router_sums(choice.logits, choice.experts, is_target)
 
 
 class _Spread(torch.autograd.Function):

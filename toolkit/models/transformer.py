@@ -142,8 +142,10 @@ class Transformer(nn.Module):
         """
         is_last = self.config.num_layers - 1 in layers
         self.blocks = Blocks({layer: self.blocks[layer] for layer in layers})
-        if 0 not in layers and not (is_last and self.config.tie_embeddings):
-            self.embeddings = None
+        if 0 not in layers:
+            assert self.embeddings is not None
+            is_tied = is_last and self.config.tie_embeddings
+            self.embeddings = self.embeddings.tied_copy() if is_tied else None
         if not is_last:
             self.head = None
 
@@ -180,7 +182,7 @@ class Transformer(nn.Module):
         """
         config, seq = self.config, input_ids.shape[1]
         if positions is None:
-            check_rows(config, input_ids.shape[:2], document_ids)
+            check_rows(config, input_ids, document_ids)
         # Positions that are told can be anywhere in a row of which only a part is here.
         table_length = seq if positions is None else config.max_sequence_length
         if document_ids is not None and starts is None:
@@ -228,20 +230,19 @@ class GPTModel(Transformer):
         self.gpt_config = config
 
 
-def check_rows(
-    config: TransformerConfig, shape: tuple[int, ...], document_ids: Tensor | None
-) -> None:
-    """Raise ValueError for rows, `(batch, seq)`, that the model cannot take, or document ids of
-    another shape."""
-    if shape[1] > config.max_sequence_length:
+def check_rows(config: TransformerConfig, input_ids: Tensor, document_ids: Tensor | None) -> None:
+    """Raise ValueError for a sequence longer than `config.max_sequence_length`, or document ids of
+    another shape than the input ids."""
+    seq = input_ids.shape[1]
+    if seq > config.max_sequence_length:
         raise ValueError(
-            f"sequence of {shape[1]} tokens is longer than model.max_sequence_length "
+            f"sequence of {seq} tokens is longer than model.max_sequence_length "
             f"{config.max_sequence_length}; raise that or shorten the sequences"
         )
-    if document_ids is not None and document_ids.shape != shape:
+    if document_ids is not None and document_ids.shape != input_ids.shape[:2]:
         raise ValueError(
             f"document_ids have the shape {tuple(document_ids.shape)}, input_ids "
-            f"{tuple(shape)}; give one document number per token"
+            f"{tuple(input_ids.shape)}; give one document number per token"
         )
 
 
