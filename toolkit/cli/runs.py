@@ -13,10 +13,9 @@ from toolkit.cli.printing import (
     print_json,
     print_pieces,
     print_table,
-    size_text,
 )
 from toolkit.errors import EXIT_DONE, EXIT_FAILED, ConfigError
-from toolkit.wording import count
+from toolkit.wording import count, prefixed
 
 if TYPE_CHECKING:
     from toolkit.commands.batch import BatchInstance
@@ -156,7 +155,7 @@ def _print_reports(reports: "list[CheckpointReport]", run_dir: str, *, quick: bo
             [
                 report.folder.name,
                 f"{saved.engine} x {saved.world_size}" if (saved := report.metadata) else "-",
-                size_text(report.size),
+                prefixed(report.size, "B") if report.size is not None else "-",
                 report.problem or whole,
             ]
             for report in reports

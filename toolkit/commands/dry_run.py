@@ -31,7 +31,7 @@ from toolkit.experiment.notices import notices
 from toolkit.models.parameters import flops_per_token
 from toolkit.runs.registry import check_run_folder, is_run, resolve_run_folder
 from toolkit.train.config import Duration
-from toolkit.wording import count, labelled
+from toolkit.wording import count, labelled, prefixed
 
 _PARTS = {"pp": "stages", "cp": "positions", "tp": "matrices", "ep": "experts"}
 """Axis -> what its ranks share."""
@@ -116,7 +116,7 @@ def _model(config: ExperimentConfig) -> list[str]:
     return [
         f"{model.num_parameters:,} parameters ({', '.join(parts)})",
         *trained,
-        f"{_short(flops)}FLOP a token to train",
+        f"{prefixed(flops, 'FLOP')} a token to train",
     ]
 
 
@@ -222,11 +222,3 @@ def _shown(value: Any) -> str:
     if isinstance(value, str) and value and value == value.strip():
         return value
     return msgspec.json.encode(value).decode()
-
-
-def _short(number: float) -> str:
-    for unit in ("", "k", "M", "G", "T"):
-        if number < 1000:
-            return f"{number:.3g} {unit}"
-        number /= 1000
-    return f"{number:.3g} P"
