@@ -72,17 +72,17 @@ def train_steps(
     module: TransformerTrainModule, first: int, last: int, batches: Any = global_batch
 ) -> list[dict[str, float]]:
     """Train on global batches first..last-1; metrics reduced over ranks."""
-    env = module.environment
-    rows = ROWS // env.world_size
+    env, layout = module.environment, module.environment.layout
+    rows, share = ROWS // layout.batch_ranks, layout.batch_rank(env.rank)
     history = []
     for step in range(first, last):
         batch = batches(step)
         batch = batch if isinstance(batch, dict) else {"input_ids": batch}
-        own = {k: v[env.rank * rows : (env.rank + 1) * rows] for k, v in batch.items()}
+        own = {k: v[share * rows : (share + 1) * rows] for k, v in batch.items()}
         metrics = module.train_batch(own)
         size = ROWS * SEQ
         metrics |= module.optim_step(Progress(step, step * size, 100, 100 * size, size))
-        loss = metrics["loss"].value.clone()
+        loss = metrics["loss"].value.clone() * env.owns_loss
         if env.world_size > 1:
             torch.distributed.all_reduce(loss)
         history.append(

@@ -1,5 +1,6 @@
 """What a load reads, and where it puts it."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +12,7 @@ from torch.distributed.checkpoint.filesystem import FileSystem
 
 from toolkit.checkpoint.commit import save_checkpoint
 from toolkit.checkpoint.tensors import load_tensors
-from toolkit.distributed.shards import LocalShard
+from toolkit.distributed.shards import Box, LocalShard
 from toolkit.errors import CheckpointError
 
 BIG = torch.arange(1_000_000.0).view(1000, 1000)
@@ -64,6 +65,37 @@ def test_a_rank_reads_little_more_than_its_own_slice(tmp_path: Path, bytes_read:
     load_tensors(folder, {"big": LocalShard.flat(part, shape=BIG.shape, start=333_333)}, None)
     assert torch.equal(part, BIG.view(-1)[333_333:383_333])
     assert sum(bytes_read) < part.nbytes + 50_000
+
+
+@pytest.mark.parametrize(
+    ("shape", "box", "most"),
+    [
+        # Columns: their rows are read, some at a time.
+        ((1000, 1000), Box((500, 100), (250, 300), 0), 250 * 1000),
+        # Rows of stacked matrices, which are stretches of each.
+        ((10, 100, 1000), Box((2, 50, 0), (5, 25, 1000), 0), 5 * 25 * 1000),
+        # Columns of stacked matrices: of the rows that are wanted.
+        ((10, 100, 1000), Box((2, 50, 10), (5, 25, 3), 0), 5 * 25 * 1000),
+    ],
+)
+def test_a_rectangle_takes_little_memory_and_no_rows_besides_its_own(
+    tmp_path: Path,
+    bytes_read: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+    shape: tuple[int, ...],
+    box: Box,
+    most: int,
+) -> None:
+    monkeypatch.setattr("toolkit.checkpoint.tensors._PART_BYTES", 100_000)
+    whole = BIG.view(shape)
+    folder = save(tmp_path, {"big": whole})
+    part = torch.zeros(math.prod(box.sizes))
+    bytes_read.clear()
+    load_tensors(folder, {"big": LocalShard(part, shape=whole.shape, boxes=[box])}, None)
+    place = tuple(slice(o, o + s) for o, s in zip(box.offsets, box.sizes, strict=True))
+    assert torch.equal(part.view(box.sizes), whole[place])
+    assert sum(bytes_read) < 4 * most + 50_000
+    assert max(bytes_read) <= 100_000
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64, torch.bool])

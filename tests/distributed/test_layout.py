@@ -6,9 +6,15 @@ from typing import Any
 
 import pytest
 
-from toolkit.distributed.config import DataParallelConfig
+from toolkit.distributed.config import (
+    ContextParallelConfig,
+    DataParallelConfig,
+    ExpertParallelConfig,
+    PipelineParallelConfig,
+    TensorParallelConfig,
+)
 from toolkit.distributed.launcher import offloads
-from toolkit.distributed.layout import AXES, Layout, resolve_layout
+from toolkit.distributed.layout import Layout, resolve_layout
 from toolkit.errors import ConfigError
 
 CPU = {"device": "cpu"}
@@ -108,11 +114,76 @@ def test_launcher_hsdp_and_offload_are_read() -> None:
 PARALLEL = FSDP | {"ACCELERATE_USE_PARALLELISM_CONFIG": "true"}
 
 
-@pytest.mark.parametrize("axis", ["TP", "CP", "SP"])
-def test_other_parallelism_is_refused_not_ignored(axis: str) -> None:
-    environ = PARALLEL | {f"PARALLELISM_CONFIG_{axis}_SIZE": "2"}
-    with pytest.raises(ConfigError, match=f"{axis.lower()}_size 2 is not supported"):
-        resolve(environ)
+@pytest.mark.parametrize(
+    ("variables", "degrees", "style"),
+    [
+        ({"TP_SIZE": "2"}, {"tp": 2, "dp_shard": 2}, None),
+        ({"CP_SIZE": "2"}, {"cp": 2, "dp_shard": 2}, "allgather"),
+        ({"CP_SIZE": "2", "CP_COMM_STRATEGY": "alltoall"}, {"cp": 2, "dp_shard": 2}, "ring"),
+        ({"SP_SIZE": "4", "DP_SHARD_SIZE": "1"}, {"cp": 4, "dp_shard": 1}, "ulysses"),
+        ({"TP_SIZE": "2", "DP_SHARD_SIZE": "2"}, {"tp": 2, "dp_shard": 2}, None),
+    ],
+)
+def test_launcher_says_tensor_and_context_parallelism(
+    variables: dict[str, str], degrees: dict[str, int], style: str | None
+) -> None:
+    said = {f"PARALLELISM_CONFIG_{name}": value for name, value in variables.items()}
+    layout = resolve(PARALLEL | {"WORLD_SIZE": "4"} | said)
+    assert {axis: getattr(layout, axis) for axis in degrees} == degrees
+    assert layout.world_size == 4
+    assert (None if layout.cp_config is None else layout.cp_config.style) == style
+
+
+def test_launcher_whose_axes_do_not_fit_is_refused() -> None:
+    four = PARALLEL | {"WORLD_SIZE": "4", "PARALLELISM_CONFIG_TP_SIZE": "2"}
+    with pytest.raises(ConfigError, match=r"dp_shard_size 4 does not fit the 2 ranks .*to 2"):
+        resolve(four | {"PARALLELISM_CONFIG_DP_SHARD_SIZE": "4"})
+    both = {"PARALLELISM_CONFIG_CP_SIZE": "2", "PARALLELISM_CONFIG_SP_SIZE": "2"}
+    with pytest.raises(ConfigError, match=r"cp_size 2 and parallelism_config_sp_size 2 .*keep one"):
+        resolve(PARALLEL | both)
+    tp = TensorParallelConfig(degree=4)
+    with pytest.raises(ConfigError, match=r"tp_config .*degree': 2.*degree': 4.*keep one"):
+        resolve_layout("auto", None, four, tp_config=tp)
+
+
+def test_axes_of_the_config_take_their_ranks_and_data_parallelism_the_rest() -> None:
+    tp, pp = TensorParallelConfig(degree=2), PipelineParallelConfig(degree=2)
+    axes = {"tp_config": tp, "pp_config": pp, "cp_config": ContextParallelConfig(degree=1)}
+    layout = resolve_layout("auto", None, {"WORLD_SIZE": "8"}, **axes)
+    assert (layout.name, layout.description) == ("fsdp", "fsdp, pp 2, tp 2")
+    assert (layout.pp, layout.dp_shard, layout.cp, layout.tp, layout.cp_config) == (
+        2, 2, 1, 2, None,
+    )  # fmt: skip
+    assert layout.grad_ranks == 1
+    hsdp = DataParallelConfig(name="hsdp")
+    layout = resolve_layout("auto", hsdp, {"WORLD_SIZE": "8"}, tp_config=tp)
+    assert (layout.dp_replicate, layout.dp_shard) == (2, 2)
+    zero = DataParallelConfig(name="zero2")
+    context = ContextParallelConfig(degree=2)
+    layout = resolve_layout("auto", zero, {"WORLD_SIZE": "4"}, cp_config=context)
+    assert (layout.name, layout.dp_shard, layout.cp, layout.grad_ranks) == ("zero2", 2, 2, 4)
+
+
+@pytest.mark.parametrize("name", ["single", "ddp", "zero1", "zero3"])
+@pytest.mark.parametrize("axis", ["tp", "pp", "ep"])
+def test_engines_that_do_not_cut_models_are_refused(name: Any, axis: str) -> None:
+    kind = {"tp": TensorParallelConfig, "pp": PipelineParallelConfig, "ep": ExpertParallelConfig}
+    with pytest.raises(ConfigError, match=f"{name}, which .*train_module.{axis}_config; use fsdp"):
+        resolve_layout(
+            "auto", DataParallelConfig(name=name), TWO, **{f"{axis}_config": kind[axis](degree=2)}
+        )
+
+
+def test_degrees_that_do_not_fit_the_world_name_what_does() -> None:
+    tp, cp = TensorParallelConfig(degree=2), ContextParallelConfig(degree=3)
+    with pytest.raises(
+        ConfigError, match=r"tp 2 does not divide the 1 .*start 2, or set .*to null"
+    ):
+        resolve_layout("auto", None, {}, tp_config=tp)
+    with pytest.raises(ConfigError, match=r"tp 2 x cp 3 = 6 ranks does not .* 8 .*start 6 or 12"):
+        resolve_layout("auto", None, {"WORLD_SIZE": "8"}, tp_config=tp, cp_config=cp)
+    with pytest.raises(ConfigError, match=r"ep_config.degree 4 does not divide the 6 .*use 2"):
+        resolve_layout("auto", None, {"WORLD_SIZE": "6"}, ep_config=ExpertParallelConfig(degree=4))
 
 
 def test_settings_of_both_sides_add_up() -> None:
@@ -266,19 +337,13 @@ def test_degrees_of_more_than_one_axis_as_numbers() -> None:
     assert (layout.name, layout.world_size) == ("hsdp", 48)
     assert layout.shape == {"pp": 2, "dp_replicate": 2, "dp_shard": 3, "cp": 2, "tp": 2}
     assert layout.expert_shape == {"pp": 2, "dp_replicate": 2, "efsdp": 3, "ep": 4}
-    assert (layout.batch_ranks, layout.grad_ranks) == (6, 12)
+    assert (layout.batch_ranks, layout.grad_ranks) == (6, 1)  # gradients are added up
+    assert Layout(dp_replicate=2, dp_shard=3, cp=2, is_fsdp=True).grad_ranks == 12
     # tp neighbours, then cp, dp_shard, dp_replicate, and the stages lie farthest apart.
     assert layout.place(47) == {"pp": 1, "dp_replicate": 1, "dp_shard": 2, "cp": 1, "tp": 1}
     assert layout.place(21) == {"pp": 0, "dp_replicate": 1, "dp_shard": 2, "cp": 0, "tp": 1}
-    assert layout.ranks_along(21, "tp") == (20, 21)
-    assert layout.ranks_along(21, "cp", "tp") == (20, 21, 22, 23)
-    assert layout.ranks_along(21, "dp_shard") == (13, 17, 21)
-    assert layout.ranks_along(21, "pp") == (21, 45)
-    assert layout.ranks_along(21, *AXES) == tuple(range(48))
     # Experts divide the same dp_shard x cp x tp otherwise.
     assert layout.place(21, experts=True) == {"pp": 0, "dp_replicate": 1, "efsdp": 2, "ep": 1}
-    assert layout.ranks_along(21, "ep") == (20, 21, 22, 23)
-    assert layout.ranks_along(21, "efsdp") == (13, 17, 21)
 
 
 def test_who_reads_which_rows_and_whose_sums_count() -> None:
@@ -289,7 +354,8 @@ def test_who_reads_which_rows_and_whose_sums_count() -> None:
     assert sorted(readers) == list(range(layout.batch_ranks))
     for batch_rank, ranks in readers.items():
         assert len(ranks) == 8
-        assert ranks == set(layout.ranks_along(min(ranks), "pp", "cp", "tp")), batch_rank
+        shared = {(p["dp_replicate"], p["dp_shard"]) for p in map(layout.place, ranks)}
+        assert shared == {divmod(batch_rank, layout.dp_shard)}
         # Of the ranks that read the same rows, one for each part of the positions.
         owners = [rank for rank in sorted(ranks) if layout.owns_loss(rank)]
         assert [layout.place(rank)["cp"] for rank in owners] == [0, 1]

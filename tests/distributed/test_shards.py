@@ -87,12 +87,15 @@ CUTS = [
     (0, 1),
     (1, 0),
     (2, 1),
+    # Flattened before it is sharded.
+    (0, None),
+    (1, None),
 ]
 SHAPE = torch.Size((6, 8, 4))
 NORMAL = InitSpec("normal", 0.02)
 
 
-def cut_and_sharded(cut: int, sharded: int, folder: str) -> tuple[bool, list[Box]]:
+def cut_and_sharded(cut: int, sharded: int | None, folder: str) -> tuple[bool, list[Box]]:
     """Half of a parameter on each of two pairs of ranks, sharded inside the pair: drawn, saved and
     loaded again; whether the values drawn are those of the whole."""
     env = open_environment(module_config("ddp"))
@@ -102,12 +105,15 @@ def cut_and_sharded(cut: int, sharded: int, folder: str) -> tuple[bool, list[Box
         start = mesh.get_local_rank("tp") * half
         spec = ShardSpec(SHAPE, dim=cut, start=start, length=half)
         part = torch.zeros(*SHAPE[:cut], half, *SHAPE[cut + 1 :])
-        tensor = distribute_tensor(part, mesh["dp_shard"], [Shard(sharded)])
+        part = part.flatten(0, 1) if sharded is None else part
+        tensor = distribute_tensor(part, mesh["dp_shard"], [Shard(sharded or 0)])
         draw_initial_values({"w": tensor}, {"w": NORMAL}, {"w": spec}, 3)
         whole = fill_flat_(
             torch.empty(SHAPE.numel()), name="w", numel=SHAPE.numel(), start=0, spec=NORMAL, seed=3
         ).view(SHAPE)
-        mine = whole.narrow(cut, start, half).chunk(2, dim=sharded)[mesh.get_local_rank("dp_shard")]
+        mine = whole.narrow(cut, start, half)
+        mine = mine.flatten(0, 1) if sharded is None else mine
+        mine = mine.chunk(2, dim=sharded or 0)[mesh.get_local_rank("dp_shard")]
         is_drawn = torch.equal(tensor.to_local(), mine)
         tensors = {"model.w": stored_tensor(tensor, spec)}
         save: dict[str, Any] = {"tokens": 0, "rank_state": {}, "engine": "fsdp", "rank": env.rank}
@@ -121,7 +127,7 @@ def cut_and_sharded(cut: int, sharded: int, folder: str) -> tuple[bool, list[Box
 
 @pytest.mark.parametrize(("cut", "sharded"), CUTS)
 def test_a_parameter_that_is_cut_and_sharded_is_drawn_saved_and_loaded_as_part_of_the_whole(
-    workers: WorkerPool, tmp_path: Path, cut: int, sharded: int
+    workers: WorkerPool, tmp_path: Path, cut: int, sharded: int | None
 ) -> None:
     ranks = workers.run(4, cut_and_sharded, cut, sharded, str(tmp_path))
     assert [equal for equal, _ in ranks] == [True] * 4

@@ -144,7 +144,7 @@ def test_blocks_are_those_of_create_block_mask(seq):
         return (query >= key) & (document_ids[batch, query] == document_ids[batch, key])
 
     expected = create_block_mask(sees, 5, None, seq, seq, device="cpu")
-    got = masks._block_mask(document_starts(document_ids))
+    got = masks.block_mask(document_starts(document_ids))
     for name in ("kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices"):
         assert torch.equal(getattr(got, name), getattr(expected, name)), name
         name = name.replace("kv", "q")

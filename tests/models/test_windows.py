@@ -96,7 +96,7 @@ def test_flex_attention_gives_the_same_numbers(monkeypatch, changes):
             expected = model(ids, document_ids=document_ids)
             with monkeypatch.context() as patched:
                 patched.setattr(masks, "attention_backend", lambda *_: "flex")
-                patched.setattr(masks, "_score_bias", None)
+                patched.setattr(masks, "score_bias", None)
                 got = model(ids, document_ids=document_ids)
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-4)
 
@@ -113,13 +113,13 @@ def test_blocks_are_those_of_create_block_mask(rows, window):
         return (query >= key) & (query - key < window) & same
 
     expected = create_block_mask(sees, rows, None, seq, seq, device="cpu")
-    got = masks._block_mask(first_keys(document_starts(document_ids), window))
+    got = masks.block_mask(first_keys(document_starts(document_ids), window))
     for name in ("kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices"):
         assert torch.equal(getattr(got, name), getattr(expected, name)), name
 
 
 def test_blocks_outside_the_window_are_skipped():
-    blocks = masks._block_mask(first_keys(torch.zeros(1, 4096, dtype=torch.int64), 256))
+    blocks = masks.block_mask(first_keys(torch.zeros(1, 4096, dtype=torch.int64), 256))
     # 32 blocks of queries; each sees its own and the two before it.
     assert (blocks.kv_num_blocks + blocks.full_kv_num_blocks).sum() == 32 * 3 - 3
 

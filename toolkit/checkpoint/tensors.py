@@ -12,7 +12,7 @@ that holds a tenth of a tensor reads a tenth of it, and memory beyond the tensor
 import functools
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any, BinaryIO
 
@@ -45,6 +45,7 @@ from toolkit.threads import ThreadPool
 METADATA_NAME = ".metadata"
 _READERS = 4
 _PART_BYTES = 16 << 20
+"""Read by one thread at a time, and held where it cannot go straight to its place."""
 _NAMES: dict[tuple[str, str], Any] = {
     **{
         (kind.__module__, kind.__name__): kind
@@ -161,24 +162,60 @@ class SafeReader(FileSystemReader):
             raise CheckpointError(
                 f"{name}: its part has shape {tuple(wanted.shape)}, not {tuple(target.shape)}"
             )
-        if not wanted.is_contiguous():  # columns of a chunk: no range of the file
+        if not stored.is_contiguous():
             whole = archive.load()
             target.copy_(narrow_tensor_by_index(whole, item.storage_offsets, item.lengths))
         else:
-            begin += int(wanted.storage_offset()) * wanted.element_size()
-            if begin + wanted.nbytes > place.length:
-                raise CheckpointError(f"{name}: its file is damaged")
-            is_direct = (
-                target.device.type == "cpu"
-                and target.dtype == wanted.dtype
-                and target.is_contiguous()
-            )
-            buffer = target if is_direct else torch.empty(wanted.shape, dtype=wanted.dtype)
-            stream.seek(place.offset + begin)
-            read_into(stream, buffer, name)
-            if not is_direct:
-                target.copy_(buffer)
+            file = _Numbers(stream, place, begin, name)
+            file.copy(stored, item.storage_offsets, item.lengths, target)
         planner.commit_tensor(item, target)
+
+
+class _Numbers:
+    """The numbers of one stored tensor: in its file from `begin` on, counted from its `place`."""
+
+    def __init__(self, stream: BinaryIO, place: _StorageInfo, begin: int, name: str) -> None:
+        self._stream, self._place, self._begin, self._name = stream, place, begin, name
+
+    def copy(
+        self,
+        stored: torch.Tensor,
+        offsets: Sequence[int],
+        lengths: Sequence[int],
+        target: torch.Tensor,
+    ) -> None:
+        """Fill `target` with a rectangle of `stored`, which is a description on the meta device.
+
+        It goes straight to its place where it is one stretch of the file and of memory, else by as
+        many rows as `_PART_BYTES` hold: whole ones where columns are wanted.
+        """
+        if not stored.dim():
+            return self.copy(stored[None], (0,), (1,), target[None])
+        wanted = narrow_tensor_by_index(stored, offsets, lengths)
+        is_stretch = wanted.is_contiguous()
+        is_alike = target.dtype == wanted.dtype and target.is_contiguous()
+        if is_stretch and is_alike and target.device.type == "cpu":
+            self._read(wanted, target)
+        elif stored.dim() > 2 and not is_stretch:
+            for index in range(lengths[0]):
+                self.copy(stored[offsets[0] + index], offsets[1:], lengths[1:], target[index])
+        else:
+            rows = wanted if is_stretch else stored.narrow(0, offsets[0], lengths[0])
+            step = max(1, _PART_BYTES // max(1, rows[:1].nbytes))
+            for some, into in zip(rows.split(step), target.split(step), strict=True):
+                buffer = torch.empty(some.shape, dtype=some.dtype)
+                self._read(some, buffer)
+                if not is_stretch:
+                    buffer = narrow_tensor_by_index(buffer, (0, *offsets[1:]), into.shape)
+                into.copy_(buffer)
+        return None
+
+    def _read(self, wanted: torch.Tensor, into: torch.Tensor) -> None:
+        begin = self._begin + int(wanted.storage_offset()) * wanted.element_size()
+        if begin + wanted.nbytes > self._place.length:
+            raise CheckpointError(f"{self._name}: its file is damaged")
+        self._stream.seek(self._place.offset + begin)
+        read_into(self._stream, into, self._name)
 
 
 def read_into(stream: BinaryIO, tensor: torch.Tensor, name: str) -> None:

@@ -13,7 +13,8 @@ from toolkit.commands.load import check_data_files
 from toolkit.config import DEFAULT_ORIGIN, leaves
 from toolkit.config.secrets import mask_secrets
 from toolkit.data.corpus_info import CorpusInfo, data_places, read_corpus
-from toolkit.distributed.layout import Layout, resolve_layout
+from toolkit.distributed.layout import Layout, layout_of
+from toolkit.distributed.pipeline import plan_pipeline
 from toolkit.errors import ConfigError, ErrorList
 from toolkit.experiment.checks import (
     check_corpus,
@@ -30,7 +31,13 @@ from toolkit.experiment.notices import notices
 from toolkit.models.parameters import flops_per_token
 from toolkit.runs.registry import check_run_folder, is_run, resolve_run_folder
 from toolkit.train.config import Duration
-from toolkit.wording import count, labelled
+from toolkit.wording import count, labelled, prefixed
+
+_PARTS = {"pp": "stages", "cp": "positions", "tp": "matrices", "ep": "experts"}
+"""Axis -> what its ranks share."""
+
+_RANKS_SHOWN = 16
+"""Of a table of ranks, besides the last one."""
 
 
 def summarize(loaded: LoadedExperiment, environ: Mapping[str, str]) -> str:
@@ -43,6 +50,7 @@ def summarize(loaded: LoadedExperiment, environ: Mapping[str, str]) -> str:
         ("batch", _batch(config, layout)),
         ("duration", _duration(config, corpus)),
         ("engine", _engine(layout)),
+        ("ranks", _ranks(config, layout)),
         ("writes", _writes(config)),
         ("note", notices(config, steps_of_data(config, corpus))),
     ]
@@ -59,8 +67,8 @@ def _checked(
 ) -> tuple[Layout, CorpusInfo | None]:
     module, found = config.train_module, ErrorList()
     # Without the number of processes nothing else can be told.
-    layout = resolve_layout(module.precision, module.dp_config, environ)
-    found.ask(check_experiment, config, layout.batch_ranks)
+    layout = layout_of(module, environ)
+    found.ask(check_experiment, config, layout.batch_ranks, layout=layout)
     sound = not found.errors
     corpus = found.ask(read_corpus, config.data)
     found.ask(check_data_files, config)
@@ -108,7 +116,7 @@ def _model(config: ExperimentConfig) -> list[str]:
     return [
         f"{model.num_parameters:,} parameters ({', '.join(parts)})",
         *trained,
-        f"{_short(flops)}FLOP a token to train",
+        f"{prefixed(flops, 'FLOP')} a token to train",
     ]
 
 
@@ -163,14 +171,41 @@ def _engine(layout: Layout) -> list[str]:
     if precision == "auto":
         precision = "auto: bf16 where the hardware is fast at it, else fp32"
     mesh = ""
-    if layout.name == "hsdp":
+    if layout.dp_replicate > 1 and layout.dp_shard > 1:
         mesh = f", {layout.dp_replicate} replicas x {layout.dp_shard} shards"
     origin = "" if layout.origin == DEFAULT_ORIGIN else f", from {layout.origin}"
     return [
-        f"{layout.name}{mesh}, {count(layout.world_size, 'process')}{origin}",
+        f"{layout.description}{mesh}, {count(layout.world_size, 'process')}{origin}",
         f"precision {precision}",
         *layout.notices,
     ]
+
+
+def _ranks(config: ExperimentConfig, layout: Layout) -> list[str]:
+    """A table of who does what, where ranks differ in more than their rows."""
+    pipeline = None
+    if layout.pp_config is not None:
+        pipeline = plan_pipeline(config.model.to_transformer(), layout.pp_config)
+    if max(layout.pp, layout.cp, layout.tp, layout.ep) == 1:
+        return []
+    heads = ["rank", "rows"]
+    heads += [name for axis, name in _PARTS.items() if getattr(layout, axis) > 1]
+    rows = [heads]
+    shown = [r for r in range(layout.world_size) if r < _RANKS_SHOWN or r == layout.world_size - 1]
+    for rank in shown:
+        place = layout.place(rank) | layout.place(rank, experts=True)
+        row = [f"{rank}", f"{layout.batch_rank(rank) + 1} of {layout.batch_ranks}"]
+        row += [
+            pipeline.describe(place["pp"])
+            if axis == "pp" and pipeline is not None
+            else f"{place[axis] + 1} of {getattr(layout, axis)}"
+            for axis in _PARTS
+            if getattr(layout, axis) > 1
+        ]
+        rows += [["..."] + [""] * (len(heads) - 1)] if rank > len(rows) - 1 else []
+        rows.append(row)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
 
 
 def _writes(config: ExperimentConfig) -> list[str]:
@@ -187,11 +222,3 @@ def _shown(value: Any) -> str:
     if isinstance(value, str) and value and value == value.strip():
         return value
     return msgspec.json.encode(value).decode()
-
-
-def _short(number: float) -> str:
-    for unit in ("", "k", "M", "G", "T"):
-        if number < 1000:
-            return f"{number:.3g} {unit}"
-        number /= 1000
-    return f"{number:.3g} P"

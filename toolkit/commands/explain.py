@@ -19,10 +19,9 @@ from toolkit.checkpoint.folder import (
 )
 from toolkit.commands.train import without_gone_sources
 from toolkit.commands.verify import check_checkpoint
-from toolkit.config.files import read_json_mapping
 from toolkit.data.corpus_info import CorpusInfo, data_places, read_corpus
 from toolkit.data.prepare.corpus import check_corpus_settings
-from toolkit.distributed.layout import Layout, resolve_layout
+from toolkit.distributed.layout import Layout, layout_of
 from toolkit.distributed.logging import quieter
 from toolkit.distributed.ranks import check_launcher_variables
 from toolkit.errors import ConfigError, DataError, ErrorList, RunError, ToolkitError
@@ -35,7 +34,8 @@ from toolkit.experiment.checks import (
 )
 from toolkit.experiment.config import ExperimentConfig
 from toolkit.experiment.found_data import has_data, started_in
-from toolkit.experiment.recorded import ResumePlan, plan_resume, read_steps
+from toolkit.experiment.recorded import read_steps, stored_config
+from toolkit.experiment.resuming import ResumePlan, plan_resume
 from toolkit.runs.environment import installed_version
 from toolkit.runs.files import RUN_FILES
 from toolkit.runs.registry import check_run_folder
@@ -72,14 +72,15 @@ def explain_resume(
         where = f"pid {plan.status.pid} on {plan.status.host}"
         refused.add(RunError(f"another process is writing this run ({where}); stop it first"))
     module = config.train_module
-    layout = refused.ask(lambda: resolve_layout(module.precision, module.dp_config, plan.environ))
+    layout = refused.ask(lambda: layout_of(module, plan.environ))
     if layout is not None:
-        refused.ask(lambda: check_experiment(config, layout.batch_ranks))
+        refused.ask(lambda: check_experiment(config, layout.batch_ranks, layout=layout))
     corpus = refused.ask(lambda: _corpus(config))
     refused.ask(lambda: check_run_folder(config.run, ""))
     found = _look(config, folder, corpus, refused)
-    before = read_json_mapping(folder / RUN_FILES.config)
-    changes = config_changes(before, plan.stored, started_in(folder / RUN_FILES.command))
+    changes = config_changes(
+        stored_config(folder), plan.stored, started_in(folder / RUN_FILES.command)
+    )
     rows = [
         ("run", [f"{folder}: {state}, attempt {plan.status.attempt}"]),
         ("checkpoint", _checkpoint(plan, found)),
@@ -212,9 +213,9 @@ def _engine(plan: ResumePlan, saved: CheckpointMetadata | None, layout: Layout |
     before = f"{saved.engine} x {saved.world_size}" if saved else recorded
     if layout is None:
         return [f"saved by {before}; what would run is refused"]
-    now = f"{layout.name} x {layout.world_size}"
+    now = f"{layout.description} x {layout.world_size}"
     lines = [f"saved by {before}, goes on with {now} in {layout.precision}"]
-    if saved and (saved.engine, saved.world_size) == (layout.name, layout.world_size):
+    if saved and (saved.engine, saved.world_size) == (layout.description, layout.world_size):
         lines = [f"{now} in {layout.precision}, as saved"]
     precision = plan.status.other.get("precision")
     if precision not in (None, layout.precision):

@@ -6,6 +6,7 @@ from typing import Any, Literal, NamedTuple
 import msgspec
 
 from toolkit.config.secrets import mask_secrets
+from toolkit.distributed.config import PARALLEL_FIELDS
 from toolkit.distributed.devices import usable_gpus
 from toolkit.experiment.config import ExperimentConfig
 from toolkit.experiment.recorded import (
@@ -139,8 +140,9 @@ def _rounding_reasons(
         for name, label in _DECIDING.items()
         if getattr(before, name) != getattr(engine, name)
     ]
-    if not reasons and before.dp_config != engine.dp_config:
-        reasons.append("other settings of the engine (dp_config)")
+    for name in PARALLEL_FIELDS if not reasons else ():
+        if getattr(before, name) != getattr(engine, name):
+            reasons.append(f"other settings of the engine ({name})")
     if before.kernels and before.kernels != engine.kernels:
         reasons.append("other kernels (metadata/engine.json names them)")
     reasons += [

@@ -1,4 +1,4 @@
-"""Configs of data parallelism and activation checkpointing."""
+"""Configs of parallelism and activation checkpointing."""
 
 from typing import Any, Literal
 
@@ -11,6 +11,12 @@ DType = Literal["float32", "bfloat16"]
 EngineName = Literal["single", "ddp", "fsdp", "hsdp", "zero1", "zero2", "zero3"]
 LogRanks = Literal["rank0", "local_rank0", "all"]
 WrappingStrategy = Literal["blocks", "full", "fine_grained"]
+
+ContextStyle = Literal["allgather", "ulysses", "ring"]
+PipelineSchedule = Literal["1F1B", "Interleaved1F1B", "ZBVZeroBubble"]
+
+PARALLEL_FIELDS = ("dp_config", "tp_config", "cp_config", "pp_config", "ep_config")
+"""Of the train module's config, and of what a run records of them."""
 
 _FSDP_ONLY = ("reduce_dtype", "reshard_after_forward", "wrapping_strategy", "prefetch_factor")
 
@@ -59,6 +65,79 @@ class DataParallelConfig(Config, kw_only=True):
             raise ValueError(f"cpu_offload needs fsdp, hsdp or a ZeRO stage, not {self.name}")
         if self.deepspeed_config and not self.name.startswith("zero"):
             raise ValueError(f"deepspeed_config needs zero1, zero2 or zero3, not {self.name}")
+
+
+class TensorParallelConfig(Config, kw_only=True):
+    """Share each matrix product, the vocabulary and the positions between blocks (Megatron-LM's
+    tensor and sequence parallelism, Korthikanti et al. 2022)."""
+
+    degree: int
+    """Ranks of a group: neighbours, best on one machine."""
+
+    def __post_init__(self) -> None:
+        check_positive(self, "degree")
+
+
+class ContextParallelConfig(Config, kw_only=True):
+    """Share the positions of each row: for rows that do not fit one rank."""
+
+    degree: int
+    """Ranks of a group."""
+    style: ContextStyle = "allgather"
+    """How queries reach the keys of other ranks. `allgather`: keys and values of all ranks are
+    gathered; `ulysses`: heads are exchanged for positions (DeepSpeed-Ulysses, Jacobs et al. 2023);
+    `ring`: keys and values travel from rank to rank (Liu et al. 2023)."""
+    load_balance: Literal["head_tail", "none"] = "head_tail"
+    """Which positions a rank has: a part from the front of the row and its mirror image from the
+    back, so that each has as many keys to look at; `none`: one stretch, as `ulysses` always has."""
+
+    def __post_init__(self) -> None:
+        check_positive(self, "degree")
+
+    @property
+    def is_balanced(self) -> bool:
+        """Whether each rank has two stretches of a row."""
+        return self.load_balance == "head_tail" and self.style != "ulysses"
+
+
+class PipelineParallelConfig(Config, kw_only=True):
+    """Share the layers: each rank has a stage, and microbatches pass through all of them."""
+
+    degree: int
+    """Ranks of a pipeline."""
+    schedule: PipelineSchedule = "1F1B"
+    """Order of forward and backward of the microbatches. `1F1B`: one stage a rank (Narayanan et
+    al. 2019); `Interleaved1F1B`: two a rank, and a smaller bubble (Narayanan et al. 2021);
+    `ZBVZeroBubble`: two a rank, in a V, and next to no bubble (Qi et al. 2023)."""
+    split_points: tuple[int, ...] | None = None
+    """First layer of each stage but the first; null: stages of equal cost, embeddings and head
+    counted."""
+
+    def __post_init__(self) -> None:
+        check_positive(self, "degree")
+        points = self.split_points
+        if points is not None and list(points) != sorted({p for p in points if p > 0}):
+            raise ValueError(f"split_points must rise and be positive, not {list(points)}")
+        if points is not None and self.degree > 1 and len(points) != self.stages - 1:
+            raise ValueError(
+                f"{self.schedule} on {self.degree} ranks has {self.stages} stages and so "
+                f"{self.stages - 1} split_points, not {len(points)}"
+            )
+
+    @property
+    def stages(self) -> int:
+        """Of all ranks together."""
+        return self.degree * (1 if self.schedule == "1F1B" else 2)
+
+
+class ExpertParallelConfig(Config, kw_only=True):
+    """Share the experts of each layer: tokens are sent to the ranks of their experts."""
+
+    degree: int
+    """Ranks of a group; they are taken from those that share rows and weights, not added."""
+
+    def __post_init__(self) -> None:
+        check_positive(self, "degree")
 
 
 class ActivationCheckpointingConfig(Config, kw_only=True):

@@ -90,7 +90,7 @@ class Engine(ABC):
                 self._backward(sums.loss, factor)
             parts.append(sums._replace(loss=sums.loss.detach()))
         self._complete_gradients()
-        return _added(parts)
+        return added_sums(parts)
 
     @torch.no_grad()
     def forward(self, batch: Microbatch) -> LossSums:
@@ -158,7 +158,8 @@ class Engine(ABC):
         return dict(zip(layers, packed.unbind(), strict=True))
 
 
-def _added(parts: list[LossSums]) -> LossSums:
+def added_sums(parts: Sequence[LossSums]) -> LossSums:
+    """The sums over the targets of all parts."""
     loss, ce, z = parts[0][:3]
     for part in parts[1:]:
         loss, ce, z = loss + part.loss, ce + part.ce, z + part.z

@@ -25,7 +25,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from toolkit.distributed.config import LogRanks
 from toolkit.distributed.devices import pick_device, use_device
 from toolkit.distributed.launcher import offloads, rank_of, world_size_of
-from toolkit.distributed.layout import Layout, Precision, resolve_layout
+from toolkit.distributed.layout import Layout, Precision, layout_of, resolve_layout
 from toolkit.distributed.logging import setup_logging
 from toolkit.distributed.process_groups import (
     COLLECTIVE_TIMEOUT,
@@ -33,7 +33,7 @@ from toolkit.distributed.process_groups import (
     open_process_groups,
 )
 from toolkit.distributed.ranks import adopt_ranks
-from toolkit.distributed.tuning import set_allocator_defaults, tune_cpu
+from toolkit.distributed.tuning import set_defaults, tune_cpu
 from toolkit.errors import ConfigError, RunError
 
 
@@ -66,12 +66,6 @@ class TrainingEnvironment:
         return self.rank == 0
 
     @property
-    def fs_rank(self) -> int:
-        """This process among those that surely see the same files: 0 writes what all of them
-        read."""
-        return self.rank if self.shared_filesystem else self.local_rank
-
-    @property
     def owns_loss(self) -> bool:
         """Whether the sums over targets that this rank reports count."""
         return self.layout.owns_loss(self.rank)
@@ -91,29 +85,30 @@ class TrainingEnvironment:
     @functools.cached_property
     def mesh(self) -> DeviceMesh:
         """All ranks by the axes of `Layout`, without those of degree 1 (`dp_shard` stays)."""
-        sizes = {a: size for a, size in self.layout.shape.items() if size > 1 or a == "dp_shard"}
-        return init_device_mesh(
-            self.device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes)
-        )
+        sizes = self.layout.shape.items()
+        return self._mesh_of({a: size for a, size in sizes if size > 1 or a == "dp_shard"})
 
     @functools.cached_property
     def fsdp_mesh(self) -> DeviceMesh:
         """What FSDP2 takes: the ranks that share the weights (dp_shard x cp), and before them those
         that replicate them."""
-        names = self.mesh.mesh_dim_names or ()
-        shard = "dp_shard"
-        if "cp" in names:
+        mesh, shard, layout = self.mesh, "dp_shard", self.layout
+        if layout.cp > 1:
             shard = "dp_shard_cp"
-            self.mesh["dp_shard", "cp"]._flatten(shard)
-        axes = ("dp_replicate", shard) if "dp_replicate" in names else (shard,)
-        return self.mesh if axes == names else self.mesh[axes]
+            shape = layout.shape | {shard: layout.dp_shard * layout.cp}
+            sizes = {axis: shape[axis] for axis in ("pp", "dp_replicate", shard, "tp")}
+            mesh = self._mesh_of({a: n for a, n in sizes.items() if n > 1})
+        axes = ("dp_replicate", shard) if layout.dp_replicate > 1 else (shard,)
+        return mesh if axes == mesh.mesh_dim_names else mesh[axes]
 
     @functools.cached_property
     def expert_mesh(self) -> DeviceMesh:
         """All ranks by the axes that experts see, `Layout.expert_shape`."""
-        shape = self.layout.expert_shape
+        return self._mesh_of(self.layout.expert_shape)
+
+    def _mesh_of(self, sizes: Mapping[str, int]) -> DeviceMesh:
         return init_device_mesh(
-            self.device.type, tuple(shape.values()), mesh_dim_names=tuple(shape)
+            self.device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes)
         )
 
     def group(self, *axes: str) -> dist.ProcessGroup | None:
@@ -222,11 +217,11 @@ def prepare_training_environment(
     Raises ConfigError where launcher and config disagree about the engine, or there are more
     processes than accelerators.
     """
-    set_allocator_defaults()
+    set_defaults()
     if environ is None:
         adopt_ranks(os.environ)
         environ = os.environ
-    layout = resolve_layout(config.train_module.precision, config.train_module.dp_config, environ)
+    layout = layout_of(config.train_module, environ)
     rank, world_size = rank_of(environ), world_size_of(environ)
     local_rank = int(environ.get("LOCAL_RANK", "0"))
     if log_filter_type is not None:

@@ -9,7 +9,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from toolkit.distributed.config import DataParallelConfig
+from toolkit.config import Config
+from toolkit.distributed.config import (
+    ContextParallelConfig,
+    ContextStyle,
+    DataParallelConfig,
+    TensorParallelConfig,
+)
 from toolkit.errors import ConfigError
 from toolkit.parents import is_accelerated
 from toolkit.storage.foreign import read_json
@@ -41,6 +47,8 @@ class Choice(NamedTuple):
     config: DataParallelConfig
     origin: str
     notices: tuple[str, ...] = ()
+    dp_shard: int | None = None
+    """Ranks per shard group that the launcher names."""
 
 
 def world_size_of(environ: Mapping[str, str]) -> int:
@@ -78,9 +86,36 @@ def launcher_precision(environ: Mapping[str, str]) -> Literal["bf16"] | None:
     return "bf16"
 
 
+def launcher_axes(environ: Mapping[str, str]) -> dict[str, Config]:
+    """What the launcher's ParallelismConfig says besides data parallelism: field of the train
+    module -> config. Raises ConfigError: context parallelism asked for in two ways."""
+    asked: dict[str, Config] = {}
+    if not _flag(environ, "ACCELERATE_USE_PARALLELISM_CONFIG"):
+        return asked
+    if (degree := _parallel_size(environ, "tp")) > 1:
+        asked["tp_config"] = TensorParallelConfig(degree=degree)
+    context, sequence = _parallel_size(environ, "cp"), _parallel_size(environ, "sp")
+    if context > 1 and sequence > 1:
+        raise _refusal(
+            f"accelerate launch: parallelism_config_cp_size {context} and "
+            f"parallelism_config_sp_size {sequence} both share the positions of a row; keep one",
+            environ,
+            "PARALLELISM_CONFIG_CP_SIZE",
+            "PARALLELISM_CONFIG_SP_SIZE",
+        )
+    if context > 1:
+        # Accelerate's `alltoall` is torch's ring: parts of the keys go round.
+        rotates = environ.get("PARALLELISM_CONFIG_CP_COMM_STRATEGY", "allgather")
+        style: ContextStyle = "ring" if rotates == "alltoall" else "allgather"
+        asked["cp_config"] = ContextParallelConfig(degree=context, style=style)
+    elif sequence > 1:
+        asked["cp_config"] = ContextParallelConfig(degree=sequence, style="ulysses")
+    return asked
+
+
 def launcher_choice(environ: Mapping[str, str]) -> Choice | None:
     """The engine the launcher asks for; None where it names none. Raises ConfigError for what we
-    do not run: FSDP1, tensor or context parallelism, NVMe offload."""
+    do not run: FSDP1, NVMe offload."""
     if _flag(environ, "ACCELERATE_USE_DEEPSPEED"):
         return _deepspeed_choice(environ)
     if not _flag(environ, "ACCELERATE_USE_FSDP"):
@@ -99,18 +134,12 @@ def launcher_choice(environ: Mapping[str, str]) -> Choice | None:
     }
     if not _flag(environ, "ACCELERATE_USE_PARALLELISM_CONFIG"):
         return Choice(DataParallelConfig(name="fsdp", **common), origin)
-    for axis in ("tp", "cp", "sp"):
-        if (degree := _parallel_size(environ, axis)) > 1:
-            raise _refusal(
-                f"{origin}: parallelism_config_{axis}_size {degree} is not supported; remove it",
-                environ,
-                f"PARALLELISM_CONFIG_{axis.upper()}_SIZE",
-            )
+    shards = _parallel_size(environ, "dp_shard")
     if (replicas := _parallel_size(environ, "dp_replicate")) > 1:
-        shards = _parallel_size(environ, "dp_shard")
         common |= {"num_replicas": replicas, "shard_degree": shards or None}
     name: Any = "hsdp" if replicas > 1 else "fsdp"
-    return Choice(DataParallelConfig(name=name, **common), origin)
+    config = DataParallelConfig(name=name, **common)
+    return Choice(config, origin, dp_shard=shards if shards > 1 else None)
 
 
 def launcher_notices(environ: Mapping[str, str]) -> tuple[str, ...]:

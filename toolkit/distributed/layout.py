@@ -7,15 +7,25 @@ several processes and `single` on one. No torch here: `--dry-run` asks too.
 
 import math
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 
-from toolkit.distributed.config import DataParallelConfig, EngineName
+from toolkit.config import Config
+from toolkit.distributed.config import (
+    PARALLEL_FIELDS,
+    ContextParallelConfig,
+    DataParallelConfig,
+    EngineName,
+    ExpertParallelConfig,
+    PipelineParallelConfig,
+    TensorParallelConfig,
+)
 from toolkit.distributed.launcher import (
     Choice,
     check_deepspeed,
     deepspeed_notices,
+    launcher_axes,
     launcher_choice,
     launcher_notices,
     launcher_precision,
@@ -58,7 +68,11 @@ class Layout(msgspec.Struct, frozen=True, kw_only=True):
     origin: str = "default"
     """Who decided: the launcher, the config, or nobody (default)."""
     dp_config: DataParallelConfig = DataParallelConfig(name="single")
-    """The config that asks for this layout, whatever the launcher."""
+    """The configs that ask for this layout, whatever the launcher; this one and the next four."""
+    tp_config: TensorParallelConfig | None = None
+    cp_config: ContextParallelConfig | None = None
+    pp_config: PipelineParallelConfig | None = None
+    ep_config: ExpertParallelConfig | None = None
     notices: tuple[str, ...] = ()
     """Lines to show once at the start."""
 
@@ -77,6 +91,19 @@ class Layout(msgspec.Struct, frozen=True, kw_only=True):
         if self.is_fsdp:
             return "hsdp" if self.dp_replicate > 1 else "fsdp"
         return "ddp" if self.world_size > 1 else "single"
+
+    @property
+    def description(self) -> str:
+        """The engine and the degrees of all that is not data parallelism: `fsdp, tp 2, cp 2`."""
+        axes = {axis: getattr(self, axis) for axis in ("pp", "cp", "tp", "ep")}
+        return ", ".join(
+            (self.name, *(f"{a} {degree}" for a, degree in axes.items() if degree > 1))
+        )
+
+    @property
+    def parallel_configs(self) -> dict[str, Any]:
+        """`PARALLEL_FIELDS` as plain JSON types: what asks for this layout again."""
+        return {name: msgspec.to_builtins(getattr(self, name)) for name in PARALLEL_FIELDS}
 
     @property
     def shape(self) -> dict[str, int]:
@@ -100,9 +127,29 @@ class Layout(msgspec.Struct, frozen=True, kw_only=True):
         return self.dp_replicate * self.dp_shard
 
     @property
+    def sums_gradients(self) -> bool:
+        """Whether the engine adds gradients of all ranks up, where it averages them otherwise."""
+        return max(self.pp, self.tp, self.ep) > 1
+
+    @property
     def grad_ranks(self) -> int:
-        """Ranks over which the engine averages gradients."""
-        return self.batch_ranks * self.cp
+        """Ranks over which the engine averages gradients; 1 where it adds them up."""
+        return 1 if self.sums_gradients else self.batch_ranks * self.cp
+
+    @property
+    def last_stage_rank(self) -> int:
+        """Place along `pp` of the rank that has the last stage, the first one where stages lie in a
+        V."""
+        is_v = self.pp_config is not None and self.pp_config.schedule == "ZBVZeroBubble"
+        return 0 if is_v else self.pp - 1
+
+    def own_length(self, length: int) -> int:
+        """Positions of a row of `length` that a rank has between blocks. The row is padded where
+        ranks that share its positions would have unequal numbers of them."""
+        config = self.cp_config
+        is_balanced = config is not None and config.is_balanced
+        unit = math.lcm(self.cp * (2 if is_balanced else 1), self.cp * self.tp)
+        return -(-length // unit) * unit // (self.cp * self.tp)
 
     def batch_rank(self, rank: int) -> int:
         """Which share of the rows `rank` reads; all ranks of a cp, tp or pp group read the same."""
@@ -113,7 +160,11 @@ class Layout(msgspec.Struct, frozen=True, kw_only=True):
         """Whether sums over targets that `rank` reports count: of the last stage, and once for each
         tp group. (Each cp rank has the sum over its own positions.)"""
         place = self.place(rank)
-        return place["pp"] == self.pp - 1 and place["tp"] == 0
+        return place["pp"] == self.last_stage_rank and place["tp"] == 0
+
+    def owns_rows(self, rank: int) -> bool:
+        """Whether sums over whole rows that `rank` reports count: once for each share of rows."""
+        return self.owns_loss(rank) and self.place(rank)["cp"] == 0
 
     def place(self, rank: int, *, experts: bool = False) -> dict[str, int]:
         """The coordinates of `rank` in the mesh of `AXES`, or of `EXPERT_AXES`."""
@@ -134,23 +185,41 @@ class Layout(msgspec.Struct, frozen=True, kw_only=True):
         )
 
 
+def layout_of(train_module: Any, environ: Mapping[str, str]) -> Layout:
+    """`resolve_layout` for a config of a train module."""
+    configs = {name: getattr(train_module, name, None) for name in PARALLEL_FIELDS}
+    return resolve_layout(train_module.precision, configs.pop("dp_config"), environ, **configs)
+
+
 def resolve_layout(
     precision: Precision,
     dp_config: DataParallelConfig | None,
     environ: Mapping[str, str],
+    **axes: Config | None,
 ) -> Layout:
-    """The layout for `train_module.precision` and `train_module.dp_config` under this launcher.
-    Raises ConfigError: launcher and config disagree, the world size does not fit, or the launcher
-    asks for something we do not run (FSDP1, fp16, tensor parallelism)."""
+    """The layout for `train_module.precision`, `train_module.dp_config` and the other `axes`
+    (`tp_config`, `cp_config`, `pp_config`, `ep_config`) under this launcher. Raises ConfigError:
+    launcher and config disagree, the world size does not fit, or the launcher asks for something we
+    do not run (FSDP1, fp16)."""
     world_size = world_size_of(environ)
     launched = launcher_choice(environ)
     configured = _config_choice(dp_config)
+    asked = _merged_axes(launcher_axes(environ), axes)
+    degrees = {name.removesuffix("_config"): config.degree for name, config in asked.items()}
+    cuts = [axis for axis in ("tp", "pp", "ep") if axis in degrees]
     if launched and configured:
         choice = _merge(launched, configured)
     else:
-        silence = DataParallelConfig(name="ddp" if world_size > 1 else "single")
-        choice = launched or configured or Choice(silence, "default")
+        silence: EngineName = "fsdp" if cuts else "ddp" if world_size > 1 else "single"
+        choice = launched or configured or Choice(DataParallelConfig(name=silence), "default")
     config = choice.config
+    is_fsdp, is_zero = config.name in ("fsdp", "hsdp"), config.name.startswith("zero")
+    if cuts and not is_fsdp:
+        raise ConfigError(
+            f"{choice.origin} asks for the engine {config.name}, which does not go with "
+            f"{' and '.join(f'train_module.{axis}_config' for axis in cuts)}; use fsdp or hsdp"
+        )
+    ranks = _data_ranks(degrees, world_size)
     if config.name == "ddp" and world_size == 1:
         config = config.replace(name="single")
     if config.name == "single" and world_size > 1:
@@ -158,14 +227,15 @@ def resolve_layout(
             f"{choice.origin} asks for the engine single, but the launcher started {world_size} "
             "processes; use ddp, or one process"
         )
-    replicas, shards = _mesh(choice, world_size)
-    is_fsdp, is_zero = config.name in ("fsdp", "hsdp"), config.name.startswith("zero")
+    replicas, shards = _mesh(choice, ranks)
     if config.name == "hsdp" and replicas > 1:
         config = config.replace(num_replicas=replicas, shard_degree=shards)
     elif is_fsdp:
         config = config.replace(name="fsdp", num_replicas=None, shard_degree=None)
     answer, notices = _precision(precision, dp_config, choice, environ)
+    configs: dict[str, Any] = asked
     return Layout(
+        **degrees,
         dp_replicate=replicas,
         dp_shard=shards,
         backend="deepspeed" if is_zero else "torch",
@@ -174,8 +244,54 @@ def resolve_layout(
         precision=answer,
         origin=choice.origin,
         dp_config=config,
+        **configs,
         notices=(*notices, *choice.notices, *launcher_notices(environ)),
     )
+
+
+def _merged_axes(
+    launched: Mapping[str, Config], configured: Mapping[str, Config | None]
+) -> dict[str, Any]:
+    """What launcher and config ask for besides data parallelism; degree 1 is silence."""
+    asked = dict(launched)
+    for name, config in configured.items():
+        if config is None:
+            continue
+        degree = {"degree": getattr(config, "degree")}  # noqa: B009 (each of them has one)
+        theirs = launched.get(name)
+        if theirs is not None and theirs not in (config, type(config)(**degree)):
+            raise ConfigError(
+                f"accelerate launch says {name} {theirs.to_dict()}, train_module.{name} says "
+                f"{config.to_dict()}; keep one of them"
+            )
+        asked[name] = config
+    return {name: config for name, config in asked.items() if getattr(config, "degree") > 1}  # noqa: B009
+
+
+def _data_ranks(degrees: Mapping[str, int], world_size: int) -> int:
+    """Ranks that are left for data parallelism."""
+    taken = {axis: degree for axis, degree in degrees.items() if axis != "ep"}
+    unit = math.prod(taken.values())
+    if world_size % unit:
+        product = " x ".join(f"{axis} {degree}" for axis, degree in taken.items())
+        below = world_size // unit * unit
+        works = f"{below} or {below + unit}" if below else str(unit)
+        raise ConfigError(
+            f"{product}{f' = {unit} ranks' if len(taken) > 1 else ''} does not divide the "
+            f"{world_size} that the launcher started; start {works}"
+            + ", or set "
+            + " and ".join(f"train_module.{axis}_config" for axis in taken)
+            + " to null"
+        )
+    ranks = world_size // unit
+    if "ep" in degrees and (ranks * taken.get("cp", 1) * taken.get("tp", 1)) % degrees["ep"]:
+        shared = ranks * taken.get("cp", 1) * taken.get("tp", 1)
+        raise ConfigError(
+            f"train_module.ep_config.degree {degrees['ep']} does not divide the {shared} ranks "
+            f"that share the rows of a stage; use {math.gcd(degrees['ep'], shared)}, or another "
+            "number of processes"
+        )
+    return ranks
 
 
 def _config_choice(config: DataParallelConfig | None) -> Choice | None:
@@ -227,24 +343,30 @@ def _merge(launched: Choice, configured: Choice) -> Choice:
             )
         merged[field] = theirs if ours == unset else ours
     notices = tuple(dict.fromkeys((*launched.notices, *configured.notices)))
-    return Choice(DataParallelConfig(**merged), launched.origin, notices)
+    config = DataParallelConfig(**merged)
+    return Choice(config, launched.origin, notices, launched.dp_shard)
 
 
-def _mesh(choice: Choice, world_size: int) -> tuple[int, int]:
-    """(dp_replicate, dp_shard) for the choice; their product is the world size."""
+def _mesh(choice: Choice, ranks: int) -> tuple[int, int]:
+    """(dp_replicate, dp_shard) for the choice; their product is `ranks`, all with distinct rows."""
     config = choice.config
     if config.name in ("single", "ddp"):
-        return world_size, 1
+        return ranks, 1
     if config.name != "hsdp":
-        return 1, world_size
+        if choice.dp_shard not in (None, ranks):
+            raise ConfigError(
+                f"{choice.origin}: parallelism_config_dp_shard_size {choice.dp_shard} does not fit "
+                f"the {ranks} ranks that are left for data parallelism; set it to {ranks}"
+            )
+        return 1, ranks
     replicas = config.num_replicas
     if replicas is None:
-        replicas = world_size // config.shard_degree if config.shard_degree else 2
-    shards = config.shard_degree or world_size // replicas
-    if replicas * shards != world_size:
+        replicas = ranks // config.shard_degree if config.shard_degree else 2
+    shards = config.shard_degree or ranks // replicas
+    if replicas * shards != ranks:
         raise ConfigError(
             f"{choice.origin}: hsdp mesh num_replicas {replicas} x shard_degree {shards} does not "
-            f"fit {world_size} processes; their product must be the number of processes"
+            f"fit {ranks} processes; their product must be the number of processes"
         )
     return replicas, shards
 

@@ -1,6 +1,7 @@
 """From a model on the meta device to an engine: parallelism in one visible order.
 
-    activation checkpointing -> compile -> shard -> storage -> initial values -> optimizer
+    expert, tensor, context parallelism -> activation checkpointing -> compile -> shard -> storage
+    -> initial values -> optimizer
 
 Initial values depend on (seed, parameter name, shape) only, so every engine starts from the same
 numbers; each rank draws just the slices it keeps. A model that has storage keeps its values.
@@ -12,20 +13,28 @@ from typing import Any
 import torch
 import torch._functorch.config as partitioner
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard
 from torch.utils.checkpoint import checkpoint
 
+from toolkit.config.named import named
 from toolkit.distributed.accelerator import deepspeed_settings, init_deepspeed
-from toolkit.distributed.config import ActivationCheckpointingConfig
+from toolkit.distributed.config import ActivationCheckpointingConfig, ContextParallelConfig
+from toolkit.distributed.context_parallel import apply_context_parallel
 from toolkit.distributed.deepspeed_engine import DeepSpeedEngine
 from toolkit.distributed.engine import BuildOptimizer, Engine
 from toolkit.distributed.environment import TrainingEnvironment
+from toolkit.distributed.expert_parallel import apply_expert_parallel
+from toolkit.distributed.pipeline import plan_pipeline
 from toolkit.distributed.process_groups import set_collective_timeouts
 from toolkit.distributed.shards import ShardSpec, draw_initial_values, whole_specs
+from toolkit.distributed.stages import Stages
+from toolkit.distributed.tensor_parallel import apply_tensor_parallel
 from toolkit.distributed.torch_engine import TorchEngine
 from toolkit.models import compile as compiling
 from toolkit.models.init import InitSpec, canonical_parameters, init_spec
+from toolkit.models.transformer import Blocks, Transformer
 
 LARGEST_SHARE = 1.1
 """Most that a rank may hold of stacked matrices, as a multiple of an even share."""
@@ -44,9 +53,17 @@ def prepare_engine(
 
     `build_optimizer` gets trainable and frozen parameters by canonical name.
     """
+    layout = environment.layout
+    if layout.pp_config is not None:
+        pipeline = plan_pipeline(model.config, layout.pp_config)  # type: ignore[arg-type]
+        model = Stages(model, pipeline, layout.place(environment.rank)["pp"])  # type: ignore[arg-type]
     shards = materialize(model, environment, ac_config=ac_config, compile_model=compile_model)
     engine: Engine
-    if environment.layout.zero_stage:
+    if isinstance(model, Stages):
+        # torch's schedules take a second to import.
+        pipeline_engine = named("toolkit.distributed.pipeline_engine:PipelineEngine")
+        engine = pipeline_engine(environment, model, shards, build_optimizer)
+    elif environment.layout.zero_stage:
         engine = DeepSpeedEngine(
             environment, model, shards, build_optimizer, max_grad_norm=max_grad_norm
         )
@@ -67,32 +84,58 @@ def materialize(
     parameter."""
     is_meta = any(parameter.is_meta for parameter in model.parameters())
     inits = init_spec(model) if is_meta else {}
-    shards = whole_specs(model)
-    if ac_config is not None:
-        apply_activation_checkpointing(model.blocks, ac_config)  # type: ignore[arg-type]
+    layout = environment.layout
+    shards = model.shards if isinstance(model, Stages) else whole_specs(model)
+    parts: list[Any] = model.modules_in_order() if isinstance(model, Stages) else [model]
+    # Rows, or keys of a ring, on their way to other ranks break the graphs of blocks.
+    is_ring = layout.cp_config is not None and layout.cp_config.style == "ring"
+    has_breaks = layout.ep > 1 or (layout.cp > 1 and is_ring)
+    for part in parts:
+        _cut(part, environment, shards)
+        if compile_model and has_breaks:
+            compiling.compile_model(part, inside_checkpoints=True)
+        if ac_config is not None:
+            apply_activation_checkpointing(part.blocks, ac_config)
+        if compile_model and not has_breaks:
+            compiling.compile_model(part)
     if compile_model:
-        compiling.compile_model(model)
         # Blocks are compiled one by one. DDP's own splitting would cut each of them again, where
         # a bucket of gradients ends.
         torch._dynamo.config.optimize_ddp = False
-    layout = environment.layout
     if layout.zero_stage == 3:
         _partition(model, environment, inits, shards)
         return shards
     device = torch.device("cpu") if layout.dp_config.cpu_offload else environment.device
     if not is_meta:
         model.to(device)
-    if layout.is_fsdp:
-        _fully_shard(model, environment)
+    for part in parts if layout.is_fsdp else ():
+        _fully_shard(part, environment)
     if is_meta:
         model.to_empty(device=device)
         draw_initial_values(canonical_parameters(model), inits, shards, environment.seed)
     return shards
 
 
-def apply_activation_checkpointing(
-    blocks: nn.ModuleList, config: ActivationCheckpointingConfig
-) -> None:
+def _cut(model: nn.Module, environment: TrainingEnvironment, shards: dict[str, ShardSpec]) -> None:
+    """Let the ranks of each group share what is theirs to share."""
+    layout = environment.layout
+    if layout.ep > 1:
+        apply_expert_parallel(model, environment.expert_mesh.get_group("ep"), shards)
+    if (group := environment.group("tp")) is not None:
+        assert isinstance(model, Transformer)
+        apply_tensor_parallel(model, group, shards, experts_are_sharded=layout.ep > 1)
+    if (group := environment.group("cp")) is not None:
+        config = layout.cp_config or ContextParallelConfig(degree=layout.cp)
+        apply_context_parallel(
+            model,
+            group,
+            style=config.style,
+            load_balance=config.load_balance,
+            multiple_of=layout.tp,
+        )
+
+
+def apply_activation_checkpointing(blocks: Blocks, config: ActivationCheckpointingConfig) -> None:
     """Recompute the chosen blocks in backward.
 
     The block's `forward` is replaced instead of wrapping the module, so names in checkpoints stay
@@ -102,7 +145,10 @@ def apply_activation_checkpointing(
         # Read by torch.compile when it splits each block's graph into forward and backward.
         partitioner.activation_memory_budget = config.budget
         return
-    for block in list(blocks)[:: 1 if config.mode == "full" else config.block_interval]:
+    interval = 1 if config.mode == "full" else config.block_interval
+    for block in (
+        b for layer, b in zip(blocks.layers, blocks, strict=True) if layer % interval == 0
+    ):
         block.forward = _checkpointed(block.forward)
 
 
@@ -127,48 +173,76 @@ def sharded_dimension(shape: torch.Size, ranks: int) -> int | None:
 
 
 def _fully_shard(model: nn.Module, environment: TrainingEnvironment) -> None:
-    settings, mesh = environment.layout.dp_config, environment.fsdp_mesh
-    ranks = mesh.size(-1)
+    """FSDP2 over the ranks that share the weights; experts that lie on several ranks, over those
+    that share the same ones."""
+    layout, settings = environment.layout, environment.layout.dp_config
+    blocks: Any = model.blocks
+    mesh = expert_mesh = environment.fsdp_mesh
+    experts: list[Any] = []
+    if layout.ep > 1:
+        axes = ("dp_replicate", "efsdp") if layout.dp_replicate > 1 else ("efsdp",)
+        expert_mesh = environment.expert_mesh[axes]
+        experts = [block.feed_forward.experts for block in blocks if block.has_experts]
     for module in model.modules():
+        ranks = (expert_mesh if module in experts else mesh).size(-1)
         for key, parameter in list(module.named_parameters(recurse=False)):
             if sharded_dimension(parameter.shape, ranks) is None:
                 flat = nn.Parameter(parameter.detach().flatten(0, 1), parameter.requires_grad)
                 setattr(module, key, flat)
-    is_bf16 = environment.layout.precision == "bf16"
-    options: dict[str, Any] = {
-        "mesh": mesh,
+    is_bf16 = layout.precision == "bf16"
+    shared: dict[str, Any] = {
         "mp_policy": MixedPrecisionPolicy(
             param_dtype=torch.bfloat16 if is_bf16 else None,
             reduce_dtype=getattr(torch, settings.reduce_dtype),
             output_dtype=None,
             cast_forward_inputs=False,
         ),
-        "shard_placement_fn": lambda p: Shard(sharded_dimension(p.shape, ranks) or 0),
     }
     if settings.cpu_offload:
-        options["offload_policy"] = CPUOffloadPolicy(pin_memory=environment.device.type == "cuda")
+        shared["offload_policy"] = CPUOffloadPolicy(pin_memory=environment.device.type == "cuda")
+    reshards, pipeline = settings.reshard_after_forward, layout.pp_config
+    if pipeline is not None and pipeline.schedule == "ZBVZeroBubble":
+        reshards = False  # the second half of a backward, by itself, needs the weights in place
+
+    def shard(module: Any, over: DeviceMesh, *, reshard: bool) -> Any:
+        def place(parameter: nn.Parameter) -> Shard:
+            return Shard(sharded_dimension(parameter.shape, over.size(-1)) or 0)
+
+        return fully_shard(
+            module,
+            mesh=over,
+            reshard_after_forward=reshard,
+            shard_placement_fn=place,
+            **shared,
+        )
+
     units: list[Any] = []
-    blocks: Any = model.blocks
     for block in blocks:
         parts: list[Any] = [block]
         if settings.wrapping_strategy == "fine_grained":
             parts += [block.attention, block.feed_forward]
+        if experts and block.has_experts:
+            parts.append(block.feed_forward.experts)
         for part in reversed(parts):  # inner ones first
-            fully_shard(part, reshard_after_forward=settings.reshard_after_forward, **options)
+            over = expert_mesh if part in experts else mesh
+            shard(part, over, reshard=reshards)
         units += parts
-    if settings.wrapping_strategy != "blocks":
-        head: Any = model.head
-        units.append(fully_shard(head, reshard_after_forward=False, **options))
+    if settings.wrapping_strategy != "blocks" and model.head is not None:
+        units.append(shard(model.head, mesh, reshard=False))
     # The root holds embedding and head, which the forward needs first and last: never resharded
     # in between.
-    root: Any = fully_shard(model, reshard_after_forward=False, **options)
-    # What torch has as defaults, but may change: gradients are reduced every microbatch, as a mean
-    # that the collective takes where it can.
+    root = shard(model, mesh, reshard=False)
+    # What torch has as defaults, but may change: gradients are reduced every microbatch.
     root.set_requires_gradient_sync(True)
     root.set_requires_all_reduce(True)
     root.set_reshard_after_backward(True)
     for unit in (*units, root):
-        unit.set_force_sum_reduction_for_comms(False)
+        # As a mean, which the collective takes where it can; or as a sum, where meshes of different
+        # sizes would take different means. (A factor other than 1 is no way to the same: torch 2.13
+        # divides by it twice in a group of one rank, and gloo has no such operation in fp32.)
+        unit.set_force_sum_reduction_for_comms(layout.sums_gradients)
+        if layout.sums_gradients:
+            unit.set_gradient_divide_factor(1.0)
     ahead = settings.prefetch_factor
     for index, unit in enumerate(units if ahead else ()):
         unit.set_modules_to_forward_prefetch(units[index + 1 : index + 1 + ahead])

@@ -75,12 +75,20 @@ def local_boxes(tensor: torch.Tensor, spec: ShardSpec) -> list[Box]:
         )
     if tensor.dim() != len(spec.shape):  # stacked matrices that are stored as one long one
         inner = tensor.shape[1:].numel()
-        assert spec.dim is None, "flattened stacks are not cut otherwise"
-        return flat_range_boxes(spec.shape, offsets[0] * inner, sizes[0] * inner)
-    if spec.dim is not None:
-        at = spec.dim
-        offsets = (*offsets[:at], offsets[at] + spec.start, *offsets[at + 1 :])
-    return [Box(tuple(offsets), tuple(sizes), 0)]
+        boxes = flat_range_boxes(_held_shape(spec), offsets[0] * inner, sizes[0] * inner)
+    else:
+        boxes = [Box(tuple(offsets), tuple(sizes), 0)]
+    if (at := spec.dim) is None:
+        return boxes
+    moved = ((*o[:at], o[at] + spec.start, *o[at + 1 :]) for o, _, _ in boxes)
+    return [box._replace(offsets=new) for box, new in zip(boxes, moved, strict=True)]
+
+
+def _held_shape(spec: ShardSpec) -> torch.Size:
+    """Of what the module holds."""
+    if spec.dim is None:
+        return spec.shape
+    return torch.Size((*spec.shape[: spec.dim], spec.length, *spec.shape[spec.dim + 1 :]))
 
 
 def flat_range_boxes(shape: torch.Size, start: int, length: int) -> list[Box]:

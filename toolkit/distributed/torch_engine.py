@@ -47,7 +47,7 @@ class TorchEngine(Engine):
         self._trainable = {name: p for name, p in self._named.items() if p.requires_grad}
         self.optimizer = build_optimizer(self._local)
         is_cut = self._is_sharded and environment.weight_group is not None
-        check_whole_matrices(self.optimizer, are_cut=is_cut, engine=layout.name)
+        check_whole_matrices(self.optimizer, are_cut=is_cut, engine=layout.description)
         self._partial: dict[tuple[str, ...], list[str]] = {}
         for name in self._trainable:
             if axes := shards[name].partial_over:
@@ -169,14 +169,20 @@ class TorchEngine(Engine):
     def _complete_gradients(self) -> None:
         gradients = self.gradient_shards() if self._partial else {}
         for axes, names in self._partial.items():
-            parts = [gradients[name] for name in names if name in gradients]
-            group = self.environment.group(*axes)
-            flat = torch.cat([part.flatten() for part in parts])
-            dist.all_reduce(flat, group=group)
-            sums = flat.split([part.numel() for part in parts])
-            torch._foreach_copy_(
-                parts, [new.view_as(part) for new, part in zip(sums, parts, strict=True)]
-            )
+            found = [name for name in names if name in gradients]
+            parts = [gradients[name] for name in found]
+            places = [_place_among_ranges(self.shards[name]) for name in found]
+            sizes = [part.numel() * number for part, (_, number) in zip(parts, places, strict=True)]
+            flat = parts[0].new_zeros(sum(sizes))
+            sums = [
+                room.view(number, *part.shape)[place]
+                for room, part, (place, number) in zip(
+                    flat.split(sizes), parts, places, strict=True
+                )
+            ]
+            torch._foreach_copy_(sums, parts)
+            dist.all_reduce(flat, group=self.environment.group(*axes))
+            torch._foreach_copy_(parts, sums)
 
     def _global_norm(self, gradients: Mapping[str, torch.Tensor]) -> torch.Tensor:
         own = {name: gradient for name, gradient in gradients.items() if gradient.numel()}
@@ -201,6 +207,14 @@ class TorchEngine(Engine):
         if (group := self.environment.group("dp_replicate")) is not None:
             dist.broadcast(value, group=group, group_src=0)
         return value
+
+
+def _place_among_ranges(spec: ShardSpec) -> tuple[int, int]:
+    """Which of how many ranges a rank has, of those that ranks have several copies of: a sum over
+    all ranks adds only like to like where each range has a room of its own."""
+    if spec.dim is None:
+        return 0, 1
+    return spec.start // spec.length, spec.shape[spec.dim] // spec.length
 
 
 def _like(value: torch.Tensor, parameter: Any) -> torch.Tensor:

@@ -15,6 +15,9 @@ from toolkit.data.config import BPETokenizerConfig, ByteTokenizerConfig
 from toolkit.data.corpus_info import VAL, CorpusInfo
 from toolkit.data.order.resolve import resolve_mix
 from toolkit.data.tokens.prepared import require_ids
+from toolkit.distributed.layout import Layout
+from toolkit.distributed.pipeline import check_microbatches, plan_pipeline
+from toolkit.distributed.sizes import check_combination, check_sizes
 from toolkit.distributed.tuning import asked_threads
 from toolkit.errors import CheckpointError, ConfigError, DataError, ErrorList
 from toolkit.experiment.config import ExperimentConfig
@@ -44,24 +47,35 @@ FREE_FOR_WEIGHTS = FREE_MODEL_FIELDS | {
 SEQUENCE = "dataset.sequence_length"
 GLOBAL_BATCH = "data_loader.global_batch_size"
 MICROBATCH = "train_module.rank_microbatch_size"
+LOADING = tuple(f"trainer.{n}" for n in TrainerConfig.__struct_fields__ if n.startswith("load_"))
 
 _FAR = 100_000
 """How far a number that works is looked for."""
 
 
 def check_experiment(
-    config: ExperimentConfig, world_size: int, *, has_model: bool = True, has_names: bool = True
+    config: ExperimentConfig,
+    batch_ranks: int,
+    *,
+    layout: Layout | None = None,
+    has_model: bool = True,
+    has_names: bool = True,
 ) -> None:
-    """Check that the sections of `config` fit each other on `world_size` ranks.
+    """Check that the sections of `config` fit each other, on `batch_ranks` ranks with distinct rows
+    or as `layout` has it.
 
     `has_model` and `has_names`: the model and the names of its parameters are those that are meant.
     """
+    if layout is not None:
+        batch_ranks = layout.batch_ranks
     found = ErrorList()
     found.ask(asked_threads, os.environ)
     if has_model:
         found.ask(_check_sequence, config)
         found.ask(_check_vocabulary, config)
-    found.ask(_check_batches, config, world_size)
+        if layout is not None:
+            found.ask(_check_parallelism, config, layout)
+    found.ask(_check_batches, config, batch_ranks)
     if has_model and has_names:
         found.ask(check_parameters, config)
     found.ask(_check_own_classes, config)
@@ -83,6 +97,28 @@ def check_parameters(config: ExperimentConfig) -> TrainedParameters:
         parameters = trained_parameters(model, freeze=module.freeze, lora=module.lora)
     found.raise_any()
     return parameters
+
+
+def _check_parallelism(config: ExperimentConfig, layout: Layout) -> None:
+    found, module, model = ErrorList(), config.train_module, config.model
+    found.ask(check_sizes, layout, model.to_transformer())
+    found.ask(
+        check_combination,
+        layout,
+        has_frozen=bool(module.freeze),
+        has_adapter=module.lora is not None,
+        own_model=model.target if isinstance(model, ClassModelConfig) else None,
+    )
+    if (pipeline := layout.pp_config) is not None:
+        found.ask(plan_pipeline, model.to_transformer(), pipeline)
+        length = config.dataset.sequence_length
+        rows = config.data_loader.global_batch_size // length // layout.batch_ranks
+        microbatch = rank_microbatch_size(config, layout.batch_ranks) // length
+        if rows and microbatch:  # else said of the batch
+            schedule, degree = pipeline.schedule, pipeline.degree
+            size = min(rows, microbatch)
+            found.ask(check_microbatches, schedule, degree, rows, size, length=length)
+    found.raise_any()
 
 
 def _check_own_classes(config: ExperimentConfig) -> None:
@@ -110,7 +146,7 @@ def _check_adapter(config: ExperimentConfig) -> None:
     if config.train_module.lora is not None and (
         trainer.load_path is None or trainer.load_strategy == "never"
     ):
-        raise ConfigError(NO_BASE)
+        raise ConfigError(NO_BASE, about=("train_module.lora", *LOADING))
 
 
 def check_corpus(config: ExperimentConfig, corpus: CorpusInfo) -> None:
@@ -162,7 +198,8 @@ def _check_sequence(config: ExperimentConfig) -> None:
         key = "n_positions" if config.model.to_dict()["type"] == "gpt" else "max_sequence_length"
         raise ConfigError(
             f"{SEQUENCE} {length} is longer than model.{key} {longest}; "
-            f"use {longest} or less, or raise model.{key}"
+            f"use {longest} or less, or raise model.{key}",
+            about=(SEQUENCE, f"model.{key}"),
         )
 
 
@@ -175,7 +212,8 @@ def _check_vocabulary(config: ExperimentConfig) -> None:
     if needed > config.model.vocab_size:
         raise ConfigError(
             f"model.vocab_size {config.model.vocab_size} is too small for dataset.tokenizer, "
-            f"which has {needed} ids; set model.vocab_size to {needed} or more"
+            f"which has {needed} ids; set model.vocab_size to {needed} or more",
+            about=("dataset.tokenizer", "model.vocab_size"),
         )
 
 
@@ -195,7 +233,8 @@ def _check_batches(config: ExperimentConfig, world_size: int) -> None:
             ConfigError(
                 f"{GLOBAL_BATCH} {batch} is not divisible by {MICROBATCH} {microbatch} x {ranks} "
                 f"= {unit}; nearest that work: {GLOBAL_BATCH} {_nearest_multiples(batch, unit)}, "
-                f"or {MICROBATCH} {' or '.join(str(n * sequence) for n in works)}"
+                f"or {MICROBATCH} {' or '.join(str(n * sequence) for n in works)}",
+                about=(GLOBAL_BATCH, MICROBATCH),
             )
         )
     evaluation = config.data_loader.eval_batch_size
@@ -210,7 +249,8 @@ def _check_multiple(key: str, value: int, unit: int, meaning: str) -> None:
         product = f" = {unit}" if " x " in meaning else ""
         raise ConfigError(
             f"{key} {value} is not divisible by {meaning}{product}; "
-            f"nearest that work: {_nearest_multiples(value, unit)}"
+            f"nearest that work: {_nearest_multiples(value, unit)}",
+            about=(key, SEQUENCE),
         )
 
 

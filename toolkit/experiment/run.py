@@ -17,14 +17,14 @@ from toolkit.config.interpolation import fill
 from toolkit.config.secrets import check_no_secrets
 from toolkit.data.corpus_info import CorpusInfo, read_corpus
 from toolkit.distributed.launcher import rank_of
-from toolkit.distributed.layout import resolve_layout
+from toolkit.distributed.layout import layout_of
 from toolkit.distributed.logging import setup_logging
 from toolkit.distributed.ranks import check_launcher_variables
 from toolkit.errors import EXIT_STOPPED, DataError, ErrorList, RunError
 from toolkit.experiment.checks import check_corpus, check_experiment, check_load_path
 from toolkit.experiment.config import ExperimentConfig
 from toolkit.experiment.notices import notices
-from toolkit.experiment.recorded import plan_resume
+from toolkit.experiment.resuming import plan_resume
 from toolkit.launch.failures import clear_notes, first_line
 from toolkit.launch.relaunch import relaunch
 from toolkit.launch.starting import RunStart, current_launch, find_predecessor, stays_stopped
@@ -119,12 +119,12 @@ def _run(
 ) -> int:
     environ = os.environ
     check_launcher_variables(environ)
-    layout = resolve_layout(config.train_module.precision, config.train_module.dp_config, environ)
+    layout = layout_of(config.train_module, environ)
     rank = starting.rank = rank_of(environ)
     _log_to_console(config)
     run, name = None, choose_run_name()
     found = ErrorList()
-    found.ask(check_experiment, config, layout.batch_ranks)
+    found.ask(check_experiment, config, layout.batch_ranks, layout=layout)
     if rank == 0:
         before = find_predecessor(config.run, current_launch())
         if before is not None:

@@ -1,7 +1,9 @@
 """Models of `transformers`: fetched from the hub, and loaded from a local folder by
 `transformers` itself, quietly and with none of the folder's own code run."""
 
+import contextlib
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -65,19 +67,17 @@ def load_causal_lm(
     """The model of a folder in evaluation mode, on the CPU; raises CheckpointError where
     `transformers` cannot load it, or weights are missing, or with `all_used` are left over.
     `plain_attention` computes attention by its formula, without fused kernels."""
-    check_small_files(folder, CheckpointError)
-    with quiet_transformers():
+    with _loading(folder, "transformers cannot load it"):
         from transformers import AutoModelForCausalLM
 
-        with guard(folder, CheckpointError, problem="transformers cannot load it"):
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                folder,
-                dtype=dtype,
-                attn_implementation="eager" if plain_attention else None,
-                trust_remote_code=False,
-                local_files_only=True,
-                output_loading_info=True,
-            )
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            attn_implementation="eager" if plain_attention else None,
+            trust_remote_code=False,
+            local_files_only=True,
+            output_loading_info=True,
+        )
     model, info = loaded
     unexpected = info["unexpected_keys"] if all_used else ()
     for fault, names in (("misses", info["missing_keys"]), ("has no use for", unexpected)):
@@ -92,10 +92,16 @@ def load_causal_lm(
 def with_adapter(base: Any, folder: Path) -> Any:
     """`base` with the adapter in `folder`, by `peft`, in evaluation mode; raises CheckpointError
     where `peft` cannot load all of it."""
-    check_small_files(folder, CheckpointError)
-    with quiet_transformers():
+    with _loading(folder, "peft cannot load it"):
         from peft import PeftModel
 
-        with guard(folder, CheckpointError, problem="peft cannot load it"):
-            model: Any = PeftModel.from_pretrained(base, str(folder))
+        model: Any = PeftModel.from_pretrained(base, str(folder))
     return model.eval()
+
+
+@contextlib.contextmanager
+def _loading(folder: Path, problem: str) -> Iterator[None]:
+    """Libraries read `folder` inside: quietly, and what goes wrong is a CheckpointError."""
+    check_small_files(folder, CheckpointError)
+    with quiet_transformers(), guard(folder, CheckpointError, problem=problem):
+        yield

@@ -3,8 +3,9 @@
 - No mask, no soft cap: SDPA's causal kernels.
 - A mask on CUDA: flex attention over blocks of keys, which knows soft caps too.
 - A mask elsewhere: SDPA with values added to the scores; or, as SDPA knows no soft caps, the scores
-  written out. With a window (not on CUDA) or a cap, some queries at a time with the keys that these
-  may see: a window of 256 in a row of 2048 costs a third of the whole on a CPU.
+  written out. With a window or queries of a part of the row (not on CUDA), or a cap, some queries
+  at a time with the keys that these may see: a window of 256 in a row of 2048 costs a third of the
+  whole on a CPU.
 
 `toolkit.models.kernels` says why.
 """
@@ -44,8 +45,9 @@ def attend(
     """Causal attention, inside documents and windows where there is a mask.
 
     Args:
-        query: `(batch, heads, seq, head_dim)`; the result has this shape.
-        key, value: the same with as many heads or, for grouped queries, fewer.
+        query: `(batch, heads, seq, head_dim)`; the result has this shape. `mask.queries` says which
+            places of the row these are.
+        key, value: of the whole row, with as many heads or, for grouped queries, fewer.
         mask: None where each query sees all before it in its row. Needed with a soft cap.
         scale, soft_cap: see `Architecture`.
     """
@@ -53,7 +55,7 @@ def attend(
         return _sdpa(query, key, value, None, scale)
     if mask.blocks is not None:
         # Inside a compiled block it becomes part of the block's graph.
-        flex = flex_attention if torch.compiler.is_compiling() else _compiled_flex_attention()
+        flex = flex_attention if torch.compiler.is_compiling() else compiled_flex_attention()
         return flex(
             query,
             key,
@@ -64,22 +66,26 @@ def attend(
             enable_gqa=query.shape[1] != key.shape[1],
         )
     assert mask.bias is not None
-    if soft_cap is None and (mask.window is None or query.device.type == "cuda"):
+    is_square = mask.window is None and mask.queries is None
+    if soft_cap is None and (is_square or query.device.type == "cuda"):
         # The fused kernel of CUDA wants a bias whose rows are aligned: not cut at any key.
         return _sdpa(query, key, value, mask.bias, scale)
-    seq, parts = query.shape[2], []
-    rows = max(PIECE_SIZE, -(-seq // MOST_PIECES))
-    for start in range(0, seq, rows):
-        end = min(start + rows, seq)
-        first = 0 if mask.window is None else max(0, start - mask.window + 1)
-        seen = (
-            query[:, :, start:end],
-            key[:, :, first:end],
-            value[:, :, first:end],
-            mask.bias[:, :, start:end, first:end],
-            scale,
-        )
-        parts.append(_sdpa(*seen) if soft_cap is None else _written_out(*seen, soft_cap))
+    parts, row = [], 0
+    for places in mask.queries or (range(query.shape[2]),):
+        rows = max(PIECE_SIZE, -(-len(places) // MOST_PIECES))
+        for start in range(places.start, places.stop, rows):
+            end = min(start + rows, places.stop)
+            first = 0 if mask.window is None else max(0, start - mask.window + 1)
+            own = slice(row, row + end - start)
+            seen = (
+                query[:, :, own],
+                key[:, :, first:end],
+                value[:, :, first:end],
+                mask.bias[:, :, own, first:end],
+                scale,
+            )
+            parts.append(_sdpa(*seen) if soft_cap is None else _written_out(*seen, soft_cap))
+            row = own.stop
     return torch.cat(parts, dim=2)
 
 
@@ -137,7 +143,7 @@ def _capped(soft_cap: float) -> Any:
 
 
 @cache
-def _compiled_flex_attention() -> Any:
+def compiled_flex_attention() -> Any:
     """Fused; without compilation it would write out all scores."""
     allow_recompilations()
     return torch.compile(flex_attention, dynamic=False)

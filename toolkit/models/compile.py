@@ -16,6 +16,7 @@ def compile_model(
     *,
     fullgraph: bool = False,
     backend: str | Callable[..., Any] = "inductor",
+    inside_checkpoints: bool = False,
 ) -> None:
     """Compile every block and the loss kernel of a Transformer, in place; parameters keep names.
 
@@ -23,12 +24,19 @@ def compile_model(
     the first block's code serves all: compile time does not grow with depth. Call it after
     activation checkpointing and before sharding. `fullgraph` raises where a block does not compile
     as one graph: not for engines whose hooks break graphs (ZeRO-3).
+
+    `inside_checkpoints`: call it before activation checkpointing, which then recomputes compiled
+    code. Otherwise a block that does not compile as one graph would run as it is, since torch gives
+    up on a checkpoint with a break inside.
     """
     allow_recompilations()
     options: dict[str, Any] = {"dynamic": False, "backend": backend}
     parts: Any = model
     for block in parts.blocks:
-        block.compile(fullgraph=fullgraph, **options)
+        if inside_checkpoints:
+            block.forward = torch.compile(block.forward, fullgraph=fullgraph, **options)
+        else:
+            block.compile(fullgraph=fullgraph, **options)
     if parts.head is not None:
         loss = parts.head.loss
         loss.kernel = torch.compile(loss.kernel, fullgraph=True, **options)

@@ -1,5 +1,8 @@
 """The two ends of the residual stream: from token ids, and to logits or the loss."""
 
+import copy
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -31,6 +34,12 @@ class Embeddings(nn.Module):
             x = x + self._compute_type(self.positions(positions))
         return x
 
+    def tied_copy(self) -> "Embeddings":
+        """The token rows alone, in new memory, for a head elsewhere that is tied to them."""
+        other = copy.deepcopy(self)
+        other.positions = None
+        return other
+
     @staticmethod
     def _compute_type(x: Tensor) -> Tensor:
         # Autocast leaves lookups in fp32. Casting here keeps the residual stream in the compute
@@ -53,6 +62,8 @@ class Head(nn.Module):
         if not config.tie_embeddings:
             self.weight = nn.Parameter(torch.empty(config.padded_vocab_size, config.d_model))
         self.loss = LinearCrossEntropy(config)
+        self.project: Callable[[Tensor, Tensor], Tensor] = nn.functional.linear
+        """Hidden states and weight to logits; who cuts the vocabulary puts another in its place."""
 
     def forward(
         self,
@@ -69,5 +80,5 @@ class Head(nn.Module):
         if labels is not None:
             hidden, labels = hidden.flatten(0, 1), labels.flatten()
             return self.loss(hidden, weight, labels, z_loss_multiplier=z_loss_multiplier)
-        logits = nn.functional.linear(hidden, weight)[..., : self.vocab_size]
+        logits = self.project(hidden, weight)[..., : self.vocab_size]
         return logits if self.soft_cap is None else soft_capped(logits, self.soft_cap)

@@ -21,6 +21,14 @@ from toolkit.models.kernels import attention_backend
 BLOCK_SIZE = 128
 """Queries and keys per block of flex attention, as its kernels are tuned for."""
 
+Ranges = tuple[range, ...]
+"""Places of a row, in ascending order."""
+
+
+def take(x: Tensor, ranges: Ranges, dim: int) -> Tensor:
+    """What `x` has at these places along `dim`, one range after another."""
+    return torch.cat([x.narrow(dim, part.start, len(part)) for part in ranges], dim)
+
 
 def document_starts(document_ids: Tensor) -> Tensor:
     """Place in its row where each token's document begins, `(batch, seq)` int64. A document is a
@@ -49,68 +57,104 @@ class AttentionMask:
     `RotaryTable` is: engines would cast or move the tensors of another.
 
     Attributes:
-        bias: `(batch, 1, seq, seq)`, 0 or -inf, in the type of the queries: SDPA makes the same of
-            a boolean mask, but in every layer and keeps each for backward. Or None.
+        bias: `(batch, 1, queries, seq)`, 0 or -inf, in the type of the queries: SDPA makes the same
+            of a boolean mask, but in every layer and keeps each for backward. Or None.
         blocks: for flex attention, or None.
         window: keys that a query sees at most; None: all before it in its document.
+        queries: ranges of places, ascending, where there are queries; None: all of the row.
     """
 
-    __slots__ = ("bias", "blocks", "window")
+    __slots__ = ("bias", "blocks", "queries", "window")
 
     def __init__(
-        self, starts: Tensor, *, window: int | None = None, dtype: torch.dtype, head_dim: int
+        self,
+        starts: Tensor,
+        *,
+        window: int | None = None,
+        dtype: torch.dtype,
+        head_dim: int,
+        queries: Ranges | None = None,
     ) -> None:
-        """From `document_starts`, or zeros, for queries of type `dtype`; `starts` may have one row
-        where all are alike."""
+        """From `document_starts` of the whole row, or zeros, for queries of type `dtype`; `starts`
+        may have one row where all are alike."""
         self.bias: Tensor | None = None
         self.blocks: BlockMask | None = None
         self.window = window
+        self.queries = queries
         first = first_keys(starts, window)
+        every = torch.arange(starts.shape[1], device=starts.device)
+        places = every
+        if queries is not None:
+            places, first = take(every, queries, dim=0), take(first, queries, dim=1)
         if attention_backend(starts.device, dtype, head_dim) == "flex":
-            self.blocks = _block_mask(first)
+            self.blocks = block_mask(first) if queries is None else block_mask(first, places, every)
         else:
-            self.bias = _score_bias(first, dtype)
+            self.bias = score_bias(first, dtype, places, every)
 
 
-def _score_bias(first: Tensor, dtype: torch.dtype) -> Tensor:
-    place = torch.arange(first.shape[1], device=first.device)
-    seen = (place <= place[:, None]) & (place >= first[:, :, None])
+def score_bias(first: Tensor, dtype: torch.dtype, queries: Tensor, keys: Tensor) -> Tensor:
+    """`(batch, 1, queries, keys)`: 0 where a query sees a key, -inf elsewhere. `queries` and `keys`
+    are their places, `first`, `(batch, queries)`, the first key of each query."""
+    seen = (keys <= queries[:, None]) & (keys >= first[:, :, None])
     return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(
         seen.logical_not_(), float("-inf")
     )[:, None]
 
 
-def _block_mask(first: Tensor) -> BlockMask:
-    """The mask in blocks, from the places of first keys alone.
+def block_mask(
+    first: Tensor, queries: Tensor | None = None, keys: Tensor | None = None
+) -> BlockMask:
+    """The same in blocks, from the places of first keys alone; default: all places of a row.
 
-    `create_block_mask` finds the same blocks by looking at all `seq * seq` pairs of every row, or
-    after a compilation for every length. First keys never fall along a row, so a block's first and
-    last query say what all of its queries see: together the keys from the first one's first key to
-    the last, each of them the keys from the last one's first key to the first.
+    `create_block_mask` finds the same blocks by looking at all pairs of every row, or after a
+    compilation for every length. Places ascend and first keys never fall along them, so a block's
+    first and last query say what all of its queries see: together the keys from the first one's
+    first key to the last, each of them the keys from the last one's first key to the first.
     """
-    seq = first.shape[1]
-    begin = torch.arange(0, seq, BLOCK_SIZE, device=first.device)
-    end = (begin + BLOCK_SIZE - 1).clamp(max=seq - 1)
+    function = _mask_function(first.int(), queries, keys)
+    if queries is None or keys is None:
+        queries = keys = torch.arange(first.shape[1], device=first.device)
+    begin, end, is_whole = _blocks(len(queries), first.device)
     lowest, highest = first[:, begin, None], first[:, end, None]
-    seen = (begin <= end[:, None]) & (end >= lowest)
-    # A row's incomplete last block is never full: it also has queries past the row's end.
-    is_complete = (begin + BLOCK_SIZE <= seq)[:, None]
-    full = (begin >= highest) & (end <= begin[:, None]) & is_complete
+    earliest, latest = queries[begin][:, None], queries[end][:, None]
+    begin, end, has_all_keys = _blocks(len(keys), first.device)
+    begin, end = keys[begin], keys[end]
+    seen = (begin <= latest) & (end >= lowest)
+    # A row's incomplete last block is never full: it also has queries or keys past the row's end.
+    full = (begin >= highest) & (end <= earliest) & is_whole[:, None] & has_all_keys
     return BlockMask.from_kv_blocks(
         *_ordered(seen & ~full),
         *_ordered(full),
         BLOCK_SIZE=BLOCK_SIZE,
-        mask_mod=_mask_function(first.int()),
-        seq_lengths=(seq, seq),
+        mask_mod=function,
+        seq_lengths=(len(queries), len(keys)),
     )
 
 
-def _mask_function(first: Tensor) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+def _blocks(number: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each block its first and last index, and whether it is complete."""
+    begin = torch.arange(0, number, BLOCK_SIZE, device=device)
+    end = (begin + BLOCK_SIZE - 1).clamp(max=number - 1)
+    return begin, end, begin + BLOCK_SIZE <= number
+
+
+def _mask_function(
+    first: Tensor, queries: Tensor | None, keys: Tensor | None
+) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
     # A mask of one row serves any batch, whose row numbers the kernel passes all the same.
-    if first.shape[0] == 1:
-        row = first[0]
-        return lambda batch, head, query, key: (key <= query) & (key >= row[query])
-    return lambda batch, head, query, key: (key <= query) & (key >= first[batch, query])
+    row, is_shared = first[0], first.shape[0] == 1
+    if queries is None or keys is None:
+        if is_shared:
+            return lambda batch, head, query, key: (key <= query) & (key >= row[query])
+        return lambda batch, head, query, key: (key <= query) & (key >= first[batch, query])
+    own, places = queries.int(), keys.int()
+    if is_shared:
+        return lambda batch, head, query, key: (
+            (places[key] <= own[query]) & (places[key] >= row[query])
+        )
+    return lambda batch, head, query, key: (
+        (places[key] <= own[query]) & (places[key] >= first[batch, query])
+    )
 
 
 def _ordered(blocks: Tensor) -> tuple[Tensor, Tensor]:

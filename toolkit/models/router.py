@@ -7,7 +7,7 @@ are used alike, at most num_experts / top_k (Fedus et al. 2021, equation 4, for 
 Weighted with n it adds up over instances as cross entropy does over tokens.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -61,16 +61,27 @@ class RouterSums(NamedTuple):
         return RouterSums(*(value.detach() for value in self))
 
 
-def router_sums(logits: Tensor, experts: Tensor, is_target: Tensor) -> RouterSums:
+def router_sums(
+    logits: Tensor,
+    experts: Tensor,
+    is_target: Tensor,
+    *,
+    add: Callable[[Tensor], Tensor] | None = None,
+) -> RouterSums:
     """Sums of one layer over the tokens of `is_target`, `(batch, seq)` bool, differentiable but for
-    `load`. See `Choice` for the rest."""
+    `load`. See `Choice` for the rest. `add`, where rows lie in parts: gives the sum over all parts
+    of what it is given of one, so that `balance` and `load` are of whole rows."""
     shape = (*is_target.shape, logits.shape[-1])
     log_total = logits.logsumexp(-1, keepdim=True)
     counted = is_target.to(logits.dtype)[..., None]
     probability = ((logits - log_total).exp().view(shape) * counted).sum(1)
     chosen = torch.zeros_like(logits).scatter(-1, experts, 1.0).view(shape)
-    times = (chosen * counted).sum(1)
-    targets = counted.sum(1).clamp(min=1.0)
+    times, targets = (chosen * counted).sum(1), counted.sum(1)
+    if add is not None:
+        summed = add(torch.cat((probability, times, targets), dim=-1))
+        probability, times, targets = summed.split((shape[-1], shape[-1], 1), dim=-1)
+        times, targets = times.detach(), targets.detach()
+    targets = targets.clamp(min=1.0)
     scale = shape[-1] / experts.shape[-1]
     balance = (times * probability / targets).sum() * scale
     z = (log_total.view(counted.shape).square() * counted).sum()

@@ -73,6 +73,19 @@ def flops_per_token(model: Architecture, sequence_length: int) -> int:
     return 6 * matrices + 12 * width * keys // sequence_length
 
 
+def block_flops_per_token(model: Architecture, layer: int, sequence_length: int) -> int:
+    """What one block adds to `flops_per_token`."""
+    block = _block(model, sparse=layer in model.moe_layers)
+    matrices = sum(used_weights(model, shape) for _, shape in block if len(shape) > 1)
+    keys = attended_keys(model, layer, sequence_length)
+    return 6 * matrices + 12 * model.num_heads * model.attention_head_dim * keys // sequence_length
+
+
+def head_flops_per_token(model: Architecture) -> int:
+    """What the output head adds to `flops_per_token`."""
+    return 6 * model.vocab_size * model.d_model
+
+
 def attended_keys(model: Architecture, layer: int, sequence_length: int) -> int:
     """Keys that the queries of a sequence of that length attend to in one layer, all added up."""
     window = min(model.window_of(layer) or sequence_length, sequence_length)

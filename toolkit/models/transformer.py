@@ -1,11 +1,12 @@
 """The decoder-only Transformer, put together.
 
 It knows nothing of parallelism, but has the places where that is put in from outside: `attend` of
-each attention, `dispatch` and `router_sums` of each MoE, `shard` of the head's loss; positions and
-document starts as arguments; and `keep_layers`, which makes a model the stage of a pipeline.
+each attention and `masks` of the model, `dispatch` and `router_sums` of each MoE, `shard` of the
+head's loss; positions and document starts as arguments; and `keep_layers`, which makes a model the
+stage of a pipeline.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -122,6 +123,7 @@ class Transformer(nn.Module):
         """Build on `init_device` with the initial values of `seed`; "meta": without storage."""
         super().__init__()
         self.config = config
+        self.masks: MaskMaker = row_masks
         self.embeddings: Embeddings | None
         self.head: Head | None
         with torch.device("meta"):
@@ -140,8 +142,10 @@ class Transformer(nn.Module):
         """
         is_last = self.config.num_layers - 1 in layers
         self.blocks = Blocks({layer: self.blocks[layer] for layer in layers})
-        if 0 not in layers and not (is_last and self.config.tie_embeddings):
-            self.embeddings = None
+        if 0 not in layers:
+            assert self.embeddings is not None
+            is_tied = is_last and self.config.tie_embeddings
+            self.embeddings = self.embeddings.tied_copy() if is_tied else None
         if not is_last:
             self.head = None
 
@@ -155,8 +159,7 @@ class Transformer(nn.Module):
         starts: Tensor | None = None,
         z_loss_multiplier: float = 0.0,
     ) -> Any:
-        """Logits, or the sums of the loss. Raises ValueError for a sequence longer than
-        `config.max_sequence_length`, or document ids of another shape than the input ids.
+        """Logits, or the sums of the loss. Raises ValueError: see `check_rows`.
 
         Args:
             input_ids: `(batch, seq)` int64; in a stage without layer 0 the residual stream that the
@@ -166,7 +169,8 @@ class Transformer(nn.Module):
             document_ids: `(batch, seq)` of integers: attention stays inside stretches of equal
                 numbers, positions start over with each; default: each row is one document.
             positions: `(batch or 1, seq)` int64, of each token in its document; default: told from
-                the document ids. Their length counts where the residual stream is shorter.
+                the document ids. Their length counts where the residual stream is shorter. Who
+                tells them has checked the rows.
             starts: as `document_starts` tells them from the document ids, which is the default.
             z_loss_multiplier: weight of logsumexp(logits)^2 in the loss.
 
@@ -177,20 +181,12 @@ class Transformer(nn.Module):
             Of a stage without a head: the residual stream, and its part of `RouterSums` or None.
         """
         config, seq = self.config, input_ids.shape[1]
-        if seq > config.max_sequence_length:
-            raise ValueError(
-                f"sequence of {seq} tokens is longer than model.max_sequence_length "
-                f"{config.max_sequence_length}; raise that or shorten the sequences"
-            )
+        if positions is None:
+            check_rows(config, input_ids, document_ids)
         # Positions that are told can be anywhere in a row of which only a part is here.
         table_length = seq if positions is None else config.max_sequence_length
-        if document_ids is not None:
-            if document_ids.shape != input_ids.shape[:2]:
-                raise ValueError(
-                    f"document_ids have the shape {tuple(document_ids.shape)}, input_ids "
-                    f"{tuple(input_ids.shape)}; give one document number per token"
-                )
-            starts = document_starts(document_ids) if starts is None else starts
+        if document_ids is not None and starts is None:
+            starts = document_starts(document_ids)
         if positions is None and starts is not None:
             positions = document_positions(starts)
         x = input_ids
@@ -199,7 +195,13 @@ class Transformer(nn.Module):
             x = self.embeddings(input_ids, positions)
         is_target = None if labels is None or config.moe is None else labels != IGNORE_INDEX
         inputs = layer_inputs(
-            config, x, starts, positions, layers=self.blocks.layers, table_length=table_length
+            config,
+            x,
+            starts,
+            positions,
+            layers=self.blocks.layers,
+            table_length=table_length,
+            masks=self.masks,
         )
         routers: list[RouterSums] = []
         for block, (rotary, mask) in zip(self.blocks, inputs, strict=True):
@@ -228,13 +230,52 @@ class GPTModel(Transformer):
         self.gpt_config = config
 
 
+def check_rows(config: TransformerConfig, input_ids: Tensor, document_ids: Tensor | None) -> None:
+    """Raise ValueError for a sequence longer than `config.max_sequence_length`, or document ids of
+    another shape than the input ids."""
+    seq = input_ids.shape[1]
+    if seq > config.max_sequence_length:
+        raise ValueError(
+            f"sequence of {seq} tokens is longer than model.max_sequence_length "
+            f"{config.max_sequence_length}; raise that or shorten the sequences"
+        )
+    if document_ids is not None and document_ids.shape != input_ids.shape[:2]:
+        raise ValueError(
+            f"document_ids have the shape {tuple(document_ids.shape)}, input_ids "
+            f"{tuple(input_ids.shape)}; give one document number per token"
+        )
+
+
 class LayerInputs(NamedTuple):
     """What a layer is given besides the residual stream."""
 
     rotary: RotaryTable | None
     """None for learned positions."""
-    mask: AttentionMask | None
-    """None where plain causal attention does."""
+    mask: Any
+    """What its `attend` takes: an `AttentionMask`, or None where plain causal attention does."""
+
+
+MaskMaker = Callable[[TransformerConfig, Tensor, Tensor | None, int], Callable[[int | None], Any]]
+"""As `row_masks`; who splits rows puts another in its place."""
+
+
+def row_masks(
+    config: TransformerConfig, x: Tensor, starts: Tensor | None, length: int
+) -> Callable[[int | None], AttentionMask | None]:
+    """A function from a layer's window to its mask, one for all layers of a kind, over rows of
+    `length` tokens; `x` is for type and device, `starts` see `layer_inputs`."""
+
+    @cache
+    def mask(window: int | None) -> "AttentionMask | None":
+        if starts is None and window is None and config.attention_soft_cap is None:
+            return None
+        places = starts
+        if places is None:
+            places = torch.zeros(1, length, dtype=torch.int64, device=x.device)
+        head_dim = config.attention_head_dim
+        return AttentionMask(places, window=window, dtype=x.dtype, head_dim=head_dim)
+
+    return lambda window: mask(None if window is None or window >= length else window)
 
 
 def layer_inputs(
@@ -245,6 +286,7 @@ def layer_inputs(
     *,
     layers: Iterable[int] | None = None,
     table_length: int | None = None,
+    masks: MaskMaker = row_masks,
 ) -> list[LayerInputs]:
     """Of each of `layers`, by default all; those of one kind share theirs.
 
@@ -252,6 +294,7 @@ def layer_inputs(
         x: embeddings `(batch, seq, d_model)`; for their shape, type and device.
         starts, positions: of documents, `(batch, seq)`; None where each row is one document.
         table_length: positions that there may be; default: as many as here.
+        masks: what makes the masks.
     """
     seq = x.shape[1] if positions is None else positions.shape[1]
 
@@ -265,21 +308,12 @@ def layer_inputs(
         table = rotary_table(table_length or seq, config.rotary_dim, theta, x.device, scaling)
         return table if positions is None else table.at(positions)
 
-    @cache
-    def mask(window: int | None) -> "AttentionMask | None":
-        if starts is None and window is None and config.attention_soft_cap is None:
-            return None
-        places = starts
-        if places is None:
-            places = torch.zeros(1, seq, dtype=torch.int64, device=x.device)
-        head_dim = config.attention_head_dim
-        return AttentionMask(places, window=window, dtype=x.dtype, head_dim=head_dim)
-
+    mask = masks(config, x, starts, seq)
     windows = map(config.window_of, range(config.num_layers) if layers is None else layers)
     return [
         LayerInputs(
             rotary(window is not None and config.sliding_rope_theta is not None),
-            mask(None if window is None or window >= seq else window),
+            mask(window),
         )
         for window in windows
     ]

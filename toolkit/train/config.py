@@ -8,7 +8,15 @@ from toolkit.config import Config
 from toolkit.config.base import check_not_negative, check_positive, in_seconds
 from toolkit.config.named import named, users_subclass
 from toolkit.config.paths import LocalPath, PathOrURL
-from toolkit.distributed.config import ActivationCheckpointingConfig, DataParallelConfig, LogRanks
+from toolkit.distributed.config import (
+    ActivationCheckpointingConfig,
+    ContextParallelConfig,
+    DataParallelConfig,
+    ExpertParallelConfig,
+    LogRanks,
+    PipelineParallelConfig,
+    TensorParallelConfig,
+)
 from toolkit.models.config import LoRAConfig
 from toolkit.optim.config import AdamWConfig, OptimConfig
 from toolkit.optim.schedules import CosineConfig, SchedulerConfig
@@ -53,6 +61,14 @@ class TransformerTrainModuleConfig(Config, kw_only=True):
     mixed_precision, else bf16 where the hardware is fast at it."""
     dp_config: DataParallelConfig | None = None
     """Engine for launchers that do not name one (`torchrun`)."""
+    tp_config: TensorParallelConfig | None = None
+    """Tensor parallelism; needs `fsdp` or `hsdp`. Null: off, or as the launcher says."""
+    cp_config: ContextParallelConfig | None = None
+    """Context parallelism. Null: off, or as the launcher says."""
+    pp_config: PipelineParallelConfig | None = None
+    """Pipeline parallelism; needs `fsdp` or `hsdp`. Null: off."""
+    ep_config: ExpertParallelConfig | None = None
+    """Expert parallelism of a mixture of experts; needs `fsdp` or `hsdp`. Null: off."""
     ac_config: ActivationCheckpointingConfig | None = None
     """Activation checkpointing; null: off."""
     compile_model: bool = False

@@ -28,10 +28,10 @@ def log_config(run: RunManager, config: Mapping[str, Any], layout: Layout, param
     )
     run.set_status(
         "running",
-        engine=layout.name,
+        engine=layout.description,
         world_size=layout.world_size,
         parameters=parameters,
-        dp_config=msgspec.to_builtins(layout.dp_config),
+        **layout.parallel_configs,
         precision=layout.precision,
     )
 

@@ -53,7 +53,7 @@ def begin_save(state: TrainState, *, kind: Kind, export_hf: bool) -> Save:
         root=state.run.path(RUN_FILES.checkpoints),
         step=state.step,
         tokens=state.tokens,
-        engine=state.environment.layout.name,
+        engine=state.environment.layout.description,
         kind=kind,
         scores=state.scores,
         rank_state=flushed_rank_state,

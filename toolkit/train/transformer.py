@@ -109,8 +109,13 @@ class TransformerTrainModule(TrainModule):
     def eval_batch(self, batch: Batch) -> EvalSums:
         inputs = self._inputs(batch)
         ce = self.engine.forward(inputs).ce
-        sums = EvalSums(ce, (inputs.labels != IGNORE_INDEX).sum())
-        return sums if self.environment.owns_loss else EvalSums(*map(torch.zeros_like, sums))
+        layout, rank = self.environment.layout, self.environment.rank
+        count = (inputs.labels != IGNORE_INDEX).sum()
+        # Each rank of a cp group has the loss of its own positions, and knows all labels.
+        return EvalSums(
+            ce if layout.owns_loss(rank) else torch.zeros_like(ce),
+            count if layout.owns_rows(rank) else torch.zeros_like(count),
+        )
 
     def logits(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Logits (batch, seq, vocab) of the current weights; every rank must call it."""

@@ -1,0 +1,205 @@
+"""Tensor, context, pipeline and expert parallelism, alone and together: the same loss and the same
+gradients as one process, to the rounding of float64, from the same config through the same engine.
+"""
+
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import MixedPrecisionPolicy
+
+from tests.tiny import VOCAB, module_config, open_environment
+from tests.workers import WorkerPool
+from toolkit.distributed import materialize
+from toolkit.distributed.config import (
+    ContextParallelConfig,
+    DataParallelConfig,
+    ExpertParallelConfig,
+    PipelineParallelConfig,
+    TensorParallelConfig,
+)
+from toolkit.distributed.shards import local_boxes, local_tensor
+from toolkit.models.architecture import MoEConfig
+from toolkit.models.config import TransformerConfig
+from toolkit.models.init import canonical_parameters
+from toolkit.train.module import Metric
+from toolkit.train.transformer import TransformerTrainModule
+
+ROWS, SEQ = 8, 32
+BOUND = 1e-12
+
+DENSE: dict[str, Any] = {
+    "vocab_size": VOCAB, "vocab_multiple": 64, "d_model": 32, "num_layers": 4, "num_heads": 4,
+    "num_key_value_heads": 2, "intermediate_size": 64, "max_sequence_length": SEQ, "init_std": 0.08,
+}  # fmt: skip
+MODELS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "windows": {
+        "tie_embeddings": True, "sliding_window": 12, "attention_pattern": ("sliding", "full"),
+        "norm_placement": "sandwich", "num_key_value_heads": 4,
+    },
+    "experts": {
+        "qk_norm": "full",
+        "moe": MoEConfig(
+            num_experts=4, top_k=2, intermediate_size=32, dense_layers=(0,),
+            shared_expert_intermediate_size=32,
+            load_balancing_multiplier=0.5, router_z_loss_multiplier=0.1,
+        ),
+    },
+}  # fmt: skip
+
+AXES: dict[str, dict[str, Any]] = {
+    "fsdp": {"dp_config": DataParallelConfig(name="fsdp")},
+    "hsdp": {"dp_config": DataParallelConfig(name="hsdp")},
+    "zero1": {"dp_config": DataParallelConfig(name="zero1")},
+    "zero3": {"dp_config": DataParallelConfig(name="zero3")},
+    "tp": {"tp_config": TensorParallelConfig(degree=2)},
+    "cp": {"cp_config": ContextParallelConfig(degree=2)},
+    "ulysses": {"cp_config": ContextParallelConfig(degree=2, style="ulysses")},
+    "ring": {"cp_config": ContextParallelConfig(degree=2, style="ring")},
+    "pp": {"pp_config": PipelineParallelConfig(degree=2)},
+    "interleaved": {"pp_config": PipelineParallelConfig(degree=2, schedule="Interleaved1F1B")},
+    "zbv": {"pp_config": PipelineParallelConfig(degree=2, schedule="ZBVZeroBubble")},
+    "ep": {"ep_config": ExpertParallelConfig(degree=2)},
+}
+
+
+def batch_of(kind: str) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(5)
+    batch = {"input_ids": torch.randint(0, VOCAB, (ROWS, SEQ), generator=generator)}
+    if kind != "plain":
+        cuts = torch.rand(ROWS, SEQ, generator=generator) < 0.1
+        keep = torch.rand(ROWS, SEQ, generator=generator) < torch.linspace(0.3, 1.0, ROWS)[:, None]
+        batch |= {"document_ids": cuts.cumsum(1).int(), "label_mask": keep}
+    return batch
+
+
+def whole_gradients(module: TransformerTrainModule, names: list[str]) -> dict[str, torch.Tensor]:
+    """Every gradient put together from what the ranks have of it. Asserts that copies are equal."""
+    engine, gradients = module.engine, {}
+    own = engine.gradient_shards()
+    parameters: dict[str, Any] = canonical_parameters(engine.module)
+    for name, shape in names_and_shapes(module, names):
+        total, times = torch.zeros(shape, dtype=torch.float64), torch.zeros(shape)
+        if name in own:
+            for offsets, sizes, position in local_boxes(parameters[name], engine.shards[name]):
+                place = tuple(slice(o, o + s) for o, s in zip(offsets, sizes, strict=True))
+                flat = local_tensor(own[name]).reshape(-1)
+                length = torch.Size(sizes).numel()
+                total[place] = flat[position : position + length].view(sizes).double()
+                times[place] = 1.0
+        if dist.is_initialized():
+            dist.all_reduce(total)
+            dist.all_reduce(times)
+        gradients[name] = total / times
+    return gradients
+
+
+def names_and_shapes(
+    module: TransformerTrainModule, names: list[str]
+) -> list[tuple[str, torch.Size]]:
+    whole = canonical_parameters(module.model_config.build(init_device="meta"))
+    return [(name, whole[name].shape) for name in names]
+
+
+def numbers_of(axes: tuple[str, ...], models: tuple[str, ...], kinds: tuple[str, ...]) -> Any:
+    """For each model and kind of batch: loss, evaluation, norm and gradients; two microbatches of a
+    rank where it has rows for them."""
+    fields: dict[str, Any] = {"dp_config": None}
+    for axis in axes:
+        fields |= AXES[axis]
+    answers = {}
+    config = module_config(**fields)
+    env = open_environment(config)
+    exact = mock.patch.object(materialize, "MixedPrecisionPolicy", in_float64)
+    try:
+        exact.start()
+        layout = env.layout
+        rows, share = ROWS // layout.batch_ranks, layout.batch_rank(env.rank)
+        for model in models:
+            parts = TransformerConfig(**(DENSE | MODELS[model]))
+            cut = config.replace(rank_microbatch_size=max(1, rows // 2) * SEQ, max_grad_norm=None)
+            whole = parts.build(init_device="meta").double()
+            names = list(canonical_parameters(whole))
+            module = cut.build(whole, environment=env)
+            for kind in kinds:
+                batch = {
+                    name: value[share * rows : (share + 1) * rows]
+                    for name, value in batch_of(kind).items()
+                }
+                evaluated = torch.stack(tuple(module.eval_batch(batch))).double()
+                metrics = module.train_batch(batch)
+                loss = metrics["loss"].value.detach().double() * layout.owns_loss(env.rank)
+                sums = torch.cat([evaluated, loss[None]])
+                if dist.is_initialized():
+                    dist.all_reduce(sums)
+                gradients = {} if layout.zero_stage else whole_gradients(module, names)
+                for group in module.engine.optimizer.param_groups:
+                    group["lr"] = 0.0
+                norm = module.engine.step(None).grad_norm.double()
+                load = metrics.get("expert_load_max", Metric(0.0)).value
+                answers[model, kind] = (torch.cat([sums, norm[None]]), gradients, float(load))
+        return answers
+    finally:
+        exact.stop()
+        env.close()
+
+
+def in_float64(**_: Any) -> MixedPrecisionPolicy:
+    """Gradients are reduced in their own type."""
+    return MixedPrecisionPolicy(cast_forward_inputs=False)
+
+
+@pytest.fixture(scope="module")
+def alone(workers: WorkerPool) -> Any:
+    return workers.run(1, numbers_of, (), tuple(MODELS), ("plain", "packed"))[0]
+
+
+CASES = [
+    (2, ("tp",), ("llama", "windows", "experts")),
+    (2, ("cp",), ("llama", "windows", "experts")),
+    (2, ("ulysses",), ("llama", "windows")),
+    (2, ("ring",), ("llama", "windows")),
+    (2, ("pp",), ("llama", "windows", "experts")),
+    (2, ("interleaved",), ("llama", "experts")),
+    (2, ("zbv",), ("windows", "experts")),
+    (2, ("ep",), ("experts",)),
+    (2, ("zero1", "cp"), ("llama",)),
+    (2, ("zero3", "ring"), ("llama",)),
+    (4, ("fsdp", "tp"), ("windows", "experts")),
+    (4, ("hsdp", "cp"), ("llama",)),
+    (4, ("fsdp", "pp"), ("windows",)),
+    (4, ("fsdp", "ep"), ("experts",)),
+    (4, ("tp", "cp"), ("windows", "experts")),
+    (4, ("tp", "pp"), ("windows", "experts")),
+    (4, ("tp", "ep"), ("experts",)),
+    (4, ("cp", "pp"), ("windows",)),
+    (4, ("ring", "zbv"), ("llama",)),
+    (4, ("cp", "ep"), ("experts",)),
+    (4, ("pp", "ep", "fsdp"), ("experts",)),
+    (8, ("pp", "cp", "tp", "ep"), ("experts",)),
+]
+
+
+@pytest.mark.parametrize(("ranks", "axes", "models"), CASES, ids=["-".join(c[1]) for c in CASES])
+def test_numbers_are_those_of_one_process(
+    workers: WorkerPool, alone: Any, ranks: int, axes: tuple[str, ...], models: tuple[str, ...]
+) -> None:
+    kinds = ("plain", "packed")
+    by_rank = workers.run(ranks, numbers_of, axes, models, kinds, timeout=300)
+    for key, (sums, gradients, _) in by_rank[0].items():
+        wanted_sums, wanted, wanted_load = alone[key]
+        # fp32 norms, everything else float64
+        torch.testing.assert_close(sums[:3], wanted_sums[:3], rtol=BOUND, atol=0.0, msg=str(key))
+        assert sums[3].item() == pytest.approx(wanted_sums[3].item(), rel=1e-6), key
+        assert max(rank[key][2] for rank in by_rank) == pytest.approx(wanted_load, rel=1e-6), key
+        for name, gradient in gradients.items():
+            error = (gradient - wanted[name]).norm() / wanted[name].norm()
+            assert error <= BOUND, (key, name, error.item())
+    first = by_rank[0]
+    for other in by_rank[1:]:
+        for key, (sums, gradients, _) in other.items():
+            assert torch.equal(sums, first[key][0])
+            assert all(torch.equal(g, first[key][1][n]) for n, g in gradients.items())

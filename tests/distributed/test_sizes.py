@@ -1,0 +1,80 @@
+"""Which models a layout divides, and what is said of those that it does not."""
+
+from typing import Any
+
+import pytest
+
+from toolkit.distributed.config import ContextParallelConfig, DataParallelConfig
+from toolkit.distributed.layout import Layout
+from toolkit.distributed.sizes import check_combination, check_sizes, tensor_degrees
+from toolkit.errors import ConfigError
+from toolkit.models.architecture import MoEConfig
+from toolkit.models.config import TransformerConfig
+
+
+def model(**changes: Any) -> TransformerConfig:
+    base: dict[str, Any] = {
+        "vocab_size": 250, "vocab_multiple": 64, "d_model": 48, "num_layers": 2, "num_heads": 12,
+        "num_key_value_heads": 4, "intermediate_size": 144, "max_sequence_length": 64,
+    }  # fmt: skip
+    return TransformerConfig(**(base | changes))
+
+
+MOE = MoEConfig(num_experts=6, top_k=2, intermediate_size=40)
+
+
+@pytest.mark.parametrize(
+    ("degrees", "changes", "message"),
+    [
+        ({"tp": 5}, {}, "tp 5 does not divide model.num_heads 12; use 4"),
+        ({"tp": 3}, {}, "tp 3 does not divide the padded vocabulary .* 256; use 2 or 4"),
+        ({"tp": 4}, {"intermediate_size": 98}, "model.intermediate_size 98; use 2"),
+        ({"tp": 3}, {"vocab_multiple": 192}, "num_key_value_heads 4, nor is divided by it; use 2"),
+        ({"ep": 4, "dp_shard": 4}, {"moe": MOE}, "ep 4 does not divide .*num_experts 6; use 2"),
+        ({"ep": 2, "dp_shard": 2}, {}, "the model has no experts"),
+    ],
+)
+def test_what_does_not_divide_is_named_with_what_would(
+    degrees: dict[str, int], changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        check_sizes(Layout(**degrees, is_fsdp=True), model(**changes))
+
+
+def test_heads_may_be_fewer_than_ranks() -> None:
+    few = model(num_heads=8, num_key_value_heads=2)
+    check_sizes(Layout(tp=4, is_fsdp=True), few)
+    assert tensor_degrees(few) == [1, 2, 4, 8]
+
+
+def test_experts_that_ranks_share_need_not_divide_by_tp() -> None:
+    moe = model(moe=MoEConfig(num_experts=6, top_k=2, intermediate_size=41), num_heads=8)
+    with pytest.raises(ConfigError, match=r"model.moe.intermediate_size 41"):
+        check_sizes(Layout(tp=2, is_fsdp=True), moe)
+    check_sizes(Layout(tp=2, ep=2, is_fsdp=True), moe)
+
+
+def test_styles_of_context_parallelism_have_needs_of_their_own() -> None:
+    ulysses = ContextParallelConfig(degree=3, style="ulysses")
+    with pytest.raises(ConfigError, match=r"cp 3 does not divide the 2 heads of each tp rank"):
+        check_sizes(Layout(cp=3, tp=4, cp_config=ulysses, is_fsdp=True), model(num_heads=8))
+    ring = ContextParallelConfig(degree=2, style="ring")
+    with pytest.raises(ConfigError, match=r"ring does not know model.attention_soft_cap"):
+        check_sizes(Layout(cp=2, cp_config=ring), model(attention_soft_cap=50.0))
+
+
+@pytest.mark.parametrize("axis", ["tp", "pp", "ep"])
+def test_combinations_that_do_not_work_are_refused_by_name(axis: str) -> None:
+    offload = DataParallelConfig(name="fsdp", cpu_offload=True)
+    degrees: dict[str, Any] = {axis: 2, "dp_shard": 2}
+    layout = Layout(**degrees, is_fsdp=True, dp_config=offload)
+    with pytest.raises(ConfigError, match=f"cpu_offload does not go with .*{axis}_config"):
+        check_combination(layout, has_frozen=False, has_adapter=False, own_model=None)
+    layout = Layout(**degrees, is_fsdp=True)
+    with pytest.raises(ConfigError, match=r"model.type mine:Mine does not go with"):
+        check_combination(layout, has_frozen=False, has_adapter=False, own_model="mine:Mine")
+    if axis == "tp":
+        check_combination(layout, has_frozen=True, has_adapter=True, own_model=None)
+        return
+    with pytest.raises(ConfigError, match=f"lora does not go with train_module.{axis}_config"):
+        check_combination(layout, has_frozen=True, has_adapter=True, own_model=None)

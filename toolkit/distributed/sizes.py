@@ -1,0 +1,102 @@
+"""Does a model divide as a layout wants it to? Asked before process groups exist, without torch."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from toolkit.distributed.layout import Layout
+from toolkit.errors import ConfigError, ErrorList
+from toolkit.models.config import TransformerConfig
+
+
+def check_sizes(layout: Layout, model: TransformerConfig) -> None:
+    """Check that the parts of `model` divide by the degrees of `layout`. Raises ConfigError: each
+    part that does not, with the degrees nearest to the one asked for that work."""
+    found = ErrorList()
+    for key, problem, works in _misfits(layout, model):
+        degree = getattr(layout, key)
+        nearest = _nearest(degree, works)
+        found.add(ConfigError(f"{problem}; use {nearest}", key=f"train_module.{key}_config.degree"))
+    style = None if layout.cp_config is None else layout.cp_config.style
+    if style == "ring" and model.attention_soft_cap is not None:
+        problem = "ring does not know model.attention_soft_cap; use allgather or ulysses"
+        found.add(ConfigError(problem, key="train_module.cp_config.style"))
+    if layout.ep > 1 and model.moe is None:
+        problem = "the model has no experts (model.moe is null); leave ep_config out"
+        found.add(ConfigError(problem, key="train_module.ep_config"))
+    found.raise_any()
+
+
+def check_combination(
+    layout: Layout, *, has_frozen: bool, has_adapter: bool, own_model: str | None
+) -> None:
+    """Check that what `layout` cuts goes with what else is asked for. Raises ConfigError."""
+    cuts = [axis for axis in ("tp", "pp", "ep") if getattr(layout, axis) > 1]
+    stages = [axis for axis in cuts if axis != "tp"]
+    found = ErrorList()
+
+    def refuse(axes: Sequence[str], what: str, instead: str) -> None:
+        if axes:
+            names = " and ".join(f"train_module.{axis}_config" for axis in axes)
+            found.add(ConfigError(f"{what} does not go with {names}; {instead}"))
+
+    if layout.dp_config.cpu_offload:
+        refuse(cuts, "train_module.dp_config.cpu_offload", "leave one of them out")
+    if has_adapter:
+        refuse(stages, "train_module.lora", "use fsdp, tp_config or cp_config")
+    if has_frozen:
+        refuse(stages, "train_module.freeze", "use fsdp, tp_config or cp_config")
+    if own_model is not None:
+        refuse([*cuts, *(["cp"] if layout.cp > 1 else [])], f"model.type {own_model}", "use fsdp")
+    found.raise_any()
+
+
+def tensor_degrees(model: TransformerConfig, *, experts_are_sharded: bool = False) -> list[int]:
+    """Degrees of tensor parallelism by which every part of `model` divides."""
+    return [d for d in range(1, model.num_heads + 1) if not _tensor(d, model, experts_are_sharded)]
+
+
+def _misfits(layout: Layout, model: TransformerConfig) -> Iterator[tuple[str, str, Sequence[int]]]:
+    """(axis, what does not divide, degrees that work)."""
+    has_own_experts = layout.ep > 1
+    if problem := _tensor(layout.tp, model, has_own_experts):
+        works = tensor_degrees(model, experts_are_sharded=has_own_experts)
+        yield "tp", f"tp {layout.tp} does not divide {problem}", works
+    if layout.cp_config is not None and layout.cp_config.style == "ulysses":
+        heads = model.num_heads // layout.tp
+        if heads % layout.cp:
+            works = [degree for degree in range(1, heads + 1) if heads % degree == 0]
+            each = " of each tp rank" if layout.tp > 1 else ""
+            yield "cp", f"cp {layout.cp} does not divide the {heads} heads{each} (ulysses)", works
+    if layout.ep > 1 and model.moe is not None and model.moe.num_experts % layout.ep:
+        experts = model.moe.num_experts
+        ranks = layout.dp_shard * layout.cp * layout.tp
+        works = [d for d in range(1, experts + 1) if experts % d == ranks % d == 0]
+        yield "ep", f"ep {layout.ep} does not divide model.moe.num_experts {experts}", works
+
+
+def _tensor(degree: int, model: TransformerConfig, experts_are_sharded: bool) -> str | None:
+    """The first part of `model` that tensor parallelism of `degree` does not divide."""
+    kv, moe = model.kv_heads, model.moe
+    widths: dict[str, Any] = {
+        "model.num_heads": model.num_heads,
+        "the padded vocabulary (model.vocab_multiple)": model.padded_vocab_size,
+    }
+    if moe is None or len(model.moe_layers) < model.num_layers:
+        widths["model.intermediate_size"] = model.intermediate_size
+    if moe is not None and not experts_are_sharded:
+        widths["model.moe.intermediate_size"] = moe.intermediate_size
+    if moe is not None and moe.shared_expert_intermediate_size is not None:
+        widths["model.moe.shared_expert_intermediate_size"] = moe.shared_expert_intermediate_size
+    for name, width in widths.items():
+        if width % degree:
+            return f"{name} {width}"
+    if kv % degree and degree % kv:
+        return f"model.num_key_value_heads {kv}, nor is divided by it"
+    return None
+
+
+def _nearest(wanted: int, works: Sequence[int]) -> str:
+    """The number below and the one above `wanted` in `works`."""
+    below = max((n for n in works if n < wanted), default=None)
+    above = min((n for n in works if n > wanted), default=None)
+    return " or ".join(str(n) for n in (below, above) if n is not None)
