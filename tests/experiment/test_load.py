@@ -137,6 +137,16 @@ def test_nothing_is_said_of_the_default_that_stands_for_a_wrong_value() -> None:
     assert message("smoke", flags) == "dataset.sequence_length: expected a whole number, not 'x'"
 
 
+def test_what_is_said_of_other_values_stays_whatever_words_it_has() -> None:
+    flags = ["--trainer.callbacks.checkpointer.interval=x", "--data_loader.global_batch_size=1000"]
+    with pytest.raises(SeveralErrors) as error:
+        load_experiment("smoke", flags)
+    assert [str(one).partition(":")[0].partition(" ")[0] for one in error.value.errors] == [
+        "trainer.callbacks.checkpointer.interval",
+        "data_loader.global_batch_size",
+    ]
+
+
 @pytest.mark.parametrize(
     ("base", "expected"),
     [

@@ -7,9 +7,9 @@ import typer
 
 from toolkit import commands
 from toolkit.cli.options import AnyModel, ComputeType, Device, TokenizerFolder, argument, option
-from toolkit.cli.printing import cell, print_table, size_text
+from toolkit.cli.printing import cell, print_table
 from toolkit.errors import ConfigError
-from toolkit.wording import count
+from toolkit.wording import count, prefixed
 
 
 def convert_hf(
@@ -82,7 +82,7 @@ def convert_hf(
     seconds = time.monotonic() - begin
     typer.echo(
         f"{out}: {conversion.model_type}, {conversion.config.num_parameters:,} parameters, "
-        f"{' and '.join(conversion.dtypes)}, {size_text(conversion.nbytes)}, {seconds:.1f} s"
+        f"{' and '.join(conversion.dtypes)}, {prefixed(conversion.nbytes, 'B')}, {seconds:.1f} s"
     )
     for note in conversion.notes:
         typer.echo(f"note: {note}")

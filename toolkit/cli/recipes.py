@@ -41,10 +41,10 @@ def list_recipes() -> None:
         [
             [
                 recipe.name,
-                recipe.shown_parameters,
-                str(recipe.sequence_length),
+                recipe.config.model.shown_parameters if recipe.has_model else "-",
+                str(recipe.config.dataset.sequence_length),
                 " and ".join(recipe.needs) or "nothing",
-                recipe.description,
+                recipe.config.description,
             ]
             for recipe in commands.recipes.describe_recipes()
         ],

@@ -13,10 +13,9 @@ from toolkit.cli.printing import (
     print_json,
     print_pieces,
     print_table,
-    size_text,
 )
 from toolkit.errors import EXIT_DONE, EXIT_FAILED, ConfigError
-from toolkit.wording import count
+from toolkit.wording import count, prefixed
 
 if TYPE_CHECKING:
     from toolkit.commands.batch import BatchInstance
@@ -115,6 +114,8 @@ def verify(
 ) -> int:
     """Check every checkpoint of a run against its manifest; or run some of its steps again.
 
+    A config that the run cannot be resumed with is a fault too.
+
     A replay starts from a checkpoint and computes N steps in a temporary folder, with the recorded
     engine and number of processes (under a launcher: what that gives). On what the run had, every
     loss must equal the recorded one bit for bit, else to rounding. The receipt is written to
@@ -156,7 +157,7 @@ def _print_reports(reports: "list[CheckpointReport]", run_dir: str, *, quick: bo
             [
                 report.folder.name,
                 f"{saved.engine} x {saved.world_size}" if (saved := report.metadata) else "-",
-                size_text(report.size),
+                prefixed(report.size, "B") if report.size is not None else "-",
                 report.problem or whole,
             ]
             for report in reports

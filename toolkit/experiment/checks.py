@@ -16,6 +16,7 @@ from toolkit.data.corpus_info import VAL, CorpusInfo
 from toolkit.data.order.resolve import resolve_mix
 from toolkit.data.tokens.prepared import require_ids
 from toolkit.distributed.layout import Layout
+from toolkit.distributed.pipeline import check_microbatches, plan_pipeline
 from toolkit.distributed.sizes import check_combination, check_sizes
 from toolkit.distributed.tuning import asked_threads
 from toolkit.errors import CheckpointError, ConfigError, DataError, ErrorList
@@ -108,6 +109,15 @@ def _check_parallelism(config: ExperimentConfig, layout: Layout) -> None:
         has_adapter=module.lora is not None,
         own_model=model.target if isinstance(model, ClassModelConfig) else None,
     )
+    if (pipeline := layout.pp_config) is not None:
+        found.ask(plan_pipeline, model.to_transformer(), pipeline)
+        length = config.dataset.sequence_length
+        rows = config.data_loader.global_batch_size // length // layout.batch_ranks
+        microbatch = rank_microbatch_size(config, layout.batch_ranks) // length
+        if rows and microbatch:  # else said of the batch
+            schedule, degree = pipeline.schedule, pipeline.degree
+            size = min(rows, microbatch)
+            found.ask(check_microbatches, schedule, degree, rows, size, length=length)
     found.raise_any()
 
 
