@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from toolkit import commands
-from toolkit.cli.options import Base, Config, Json, Overrides, SequenceLength
+from toolkit.cli.options import Base, Config, Json, Overrides, SequenceLength, option
 from toolkit.cli.printing import print_json
 
 
@@ -14,29 +14,21 @@ def plan(
     config: Config,
     overrides: Overrides = None,
     world_size: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N", help="Number of devices.", show_default="the fewest on which it fits"
-        ),
+        int | None, option("Number of devices.", shown="the fewest on which it fits", metavar="N")
     ] = None,
-    gpus_per_node: Annotated[int, typer.Option(metavar="N", help="Devices of one machine.")] = 8,
+    gpus_per_node: Annotated[int, option("Devices of one machine.", metavar="N")] = 8,
     device: Annotated[
-        str,
-        typer.Option(
-            help="h100, h200, b200, a100-40, a100-80, l40s, rtx4090, mi300x or cpu.",
-        ),
+        str, option("h100, h200, b200, a100-40, a100-80, l40s, rtx4090, mi300x or cpu.")
     ] = "h100",
     search: Annotated[
-        bool, typer.Option("--search", help="Compare all layouts, and name the fastest that fit.")
+        bool, option("Compare all layouts, and name the fastest that fit.", "--search")
     ] = False,
     simulate: Annotated[
         bool,
-        typer.Option(
-            "--simulate", help="Count in the real model and engine, as one rank without weights."
-        ),
+        option("Count in the real model and engine, as one rank without weights.", "--simulate"),
     ] = False,
     price_per_gpu_hour: Annotated[
-        float | None, typer.Option(metavar="X", help="Adds what a day and the run cost.")
+        float | None, option("Adds what a day and the run cost.", metavar="X")
     ] = None,
     sequence_length: SequenceLength = None,
     base: Base = None,

@@ -87,13 +87,17 @@ def fits_microbatches(schedule: PipelineSchedule, degree: int, number: int) -> b
     return number >= degree
 
 
-def check_microbatches(schedule: PipelineSchedule, degree: int, rows: int, microbatch: int) -> None:
-    """Check that `rows` rows a step of each rank, in microbatches of `microbatch` rows (the last
-    one is padded), fit the schedule. Raises ConfigError: naming the nearest size that does."""
+def check_microbatches(
+    schedule: PipelineSchedule, degree: int, rows: int, microbatch: int, *, length: int
+) -> None:
+    """Check that `rows` rows of `length` tokens a step of each rank, in microbatches of
+    `microbatch` rows (the last one is padded), fit the schedule. Raises ConfigError: naming the
+    nearest size that does and divides the rows."""
     number = -(-rows // microbatch)
     if fits_microbatches(schedule, degree, number):
         return
-    works = [m for m in range(1, rows + 1) if fits_microbatches(schedule, degree, -(-rows // m))]
+    divisors = [m for m in range(1, rows + 1) if rows % m == 0]
+    works = [m for m in divisors if fits_microbatches(schedule, degree, rows // m)]
     needs = (
         f"a multiple of {max(1, number // degree)} of them"
         if schedule == "Interleaved1F1B"
@@ -102,7 +106,7 @@ def check_microbatches(schedule: PipelineSchedule, degree: int, rows: int, micro
     advice = f"a global batch of at least {degree} rows on each data-parallel rank is needed"
     if works:
         nearest = min(works, key=lambda m: (abs(m - microbatch), -m))
-        advice = f"use {count(nearest, 'row')} a microbatch, which makes {-(-rows // nearest)}"
+        advice = f"use {nearest * length}, which makes {rows // nearest}"
     raise ConfigError(
         f"{count(rows, 'row')} a step on each rank in microbatches of {microbatch} make "
         f"{count(number, 'microbatch')}, and {schedule} on {degree} ranks needs "

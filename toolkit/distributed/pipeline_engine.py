@@ -37,7 +37,12 @@ class PipelineEngine(TorchEngine):
         shards: Mapping[str, ShardSpec],
         build_optimizer: BuildOptimizer,
     ) -> None:
-        super().__init__(environment, module, shards, build_optimizer)
+        def build_own(own: dict[str, nn.Parameter]) -> torch.optim.Optimizer:
+            # Patterns of groups may name layers of other stages; what is frozen is in no group.
+            frozen = nn.Parameter(torch.empty(0, device="meta"), requires_grad=False)
+            return build_optimizer(dict.fromkeys(shards, frozen) | own)
+
+        super().__init__(environment, module, shards, build_own)
         self._pipeline = module.pipeline
         group = environment.group("pp")
         assert group is not None, "a pipeline has several ranks"
@@ -70,7 +75,7 @@ class PipelineEngine(TorchEngine):
         terms.factor, terms.z_loss_multiplier = factor, z_loss_multiplier
         rows, length = microbatches[0].labels.shape
         total = sum(len(microbatch.labels) for microbatch in microbatches)
-        check_microbatches(pipeline.schedule, pipeline.degree, total, rows)
+        check_microbatches(pipeline.schedule, pipeline.degree, total, rows, length=length)
         whole = _joined(microbatches, rows)
         given = {"labels": whole.labels}
         if whole.document_ids is not None:

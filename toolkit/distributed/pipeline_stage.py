@@ -1,10 +1,13 @@
 """A stage of a pipeline as torch's schedules see it: activations in, activations or loss out."""
 
+import contextlib
 import dataclasses
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.pipelining import PipelineStage
 
 from toolkit.models.loss import LossSums
@@ -26,9 +29,11 @@ class StepTerms:
 
 
 class Stage(PipelineStage):
-    """`(rows, seq)` token ids or the residual stream
-    `(rows, seq, d_model)` in; the residual stream, or the loss times the factor, out. The router
-    losses of a stage enter its own backward.
+    """Token ids `(rows, seq)` or the residual stream `(rows, seq, d_model)` in; that stream,
+    or the loss times the factor, out. The router losses of a stage enter its own backward.
+
+    torch keeps what it receives of all microbatches until the next step. Here there is room only
+    from the request until it is used.
     """
 
     def __init__(self, module: Transformer, number: int, terms: StepTerms, **options: Any) -> None:
@@ -52,6 +57,58 @@ class Stage(PipelineStage):
         if routers is not None:
             terms.routers.setdefault(self.stage_index, []).append(routers)
         return output
+
+    def _prepare_forward_infra(self, *args: Any, **kwargs: Any) -> Any:
+        with self._without_memory():
+            return super()._prepare_forward_infra(*args, **kwargs)
+
+    def _prepare_backward_infra(self, *args: Any, **kwargs: Any) -> Any:
+        with self._without_memory():
+            return super()._prepare_backward_infra(*args, **kwargs)
+
+    def get_fwd_recv_ops(self, fwd_chunk_id: int) -> list[Any]:
+        self._make_room(self.args_recv_info[fwd_chunk_id])
+        return super().get_fwd_recv_ops(fwd_chunk_id)
+
+    def get_bwd_recv_ops(self, bwd_chunk_id: int) -> list[Any]:
+        self._make_room(self.grad_recv_info.get(bwd_chunk_id, ()))
+        return super().get_bwd_recv_ops(bwd_chunk_id)
+
+    def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
+        output = super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
+        _drop_memory(self.args_recv_info[fwd_chunk_id])
+        return output
+
+    def backward_one_chunk(self, bwd_chunk_id: int, *args: Any, **kwargs: Any) -> None:
+        super().backward_one_chunk(bwd_chunk_id, *args, **kwargs)
+        _drop_memory(self.grad_recv_info.get(bwd_chunk_id, ()))
+
+    def backward_weight_one_chunk(self, bwd_chunk_id: int, last_backward: bool = False) -> None:
+        super().backward_weight_one_chunk(bwd_chunk_id, last_backward)
+        # The second half of a backward calls no hooks of FSDP2, by which gradients of a lower
+        # precision add up in that of their reduction.
+        for state in fully_shard.state(self.submod)._state_ctx.all_states:  # type: ignore[attr-defined]
+            for group in state._fsdp_param_groups:
+                group.post_backward()
+
+    @contextlib.contextmanager
+    def _without_memory(self) -> Iterator[None]:
+        device, self.device = self.device, torch.device("meta")
+        try:
+            yield
+        finally:
+            self.device = device
+
+    def _make_room(self, infos: Iterable[Any]) -> None:
+        for info in infos:
+            if info.buffer is not None:
+                info.buffer = torch.empty_like(info.buffer, device=self.device)
+
+
+def _drop_memory(infos: Iterable[Any]) -> None:
+    for info in infos:
+        if info.buffer is not None:
+            info.buffer = torch.empty_like(info.buffer, device="meta")
 
 
 def _scaled(loss: Tensor, factor: float | Tensor) -> Tensor:

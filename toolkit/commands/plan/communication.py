@@ -62,8 +62,8 @@ def _fsdp(job: Job, stage: Stage) -> Iterator[Traffic]:
     """Blocks are gathered for forward and, if they were freed after it, again for backward; what is
     outside of blocks once. Gradients are reduced in every microbatch, over replicas in the last.
 
-    A pipeline frees blocks after a forward only, so that of forward and backward in turn one gathers
-    and one finds them; and it reduces at the end of the step.
+    A pipeline frees blocks after a forward only, so that of forward and backward in turn one
+    gathers and one finds them; and it reduces at the end of the step.
     """
     pipeline, passes = job.layout.pp_config, job.passes
     frees = job.layout.dp_config.reshard_after_forward

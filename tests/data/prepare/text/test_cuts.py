@@ -13,8 +13,8 @@ from tests.data.corpus import files_config
 from tests.data.prepare.text.reading import read_all
 from toolkit.data.config import FilesSourceConfig, FiltersConfig
 from toolkit.data.prepare.build.prepare import prepare_dataset
-from toolkit.data.prepare.text import cuts, plain, readers, shards
-from toolkit.data.prepare.text.cuts import first_cut, last_cut
+from toolkit.data.prepare.text import cuts, reading, sources
+from toolkit.data.prepare.text.cuts import last_cut
 from toolkit.data.prepare.text.reading import Counts, Piece
 from toolkit.data.prepare.tokenizers.fast_bpe import byte_characters
 from toolkit.data.prepare.tokenizers.tokenizer import Tokenizer, train_bpe
@@ -94,11 +94,10 @@ def test_ids_of_pieces_are_those_of_the_text(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokenizer: Tokenizer, kind: str, way: str
 ) -> None:
     text = TEXTS[kind]
-    for module in (readers, cuts):
+    for module in (reading, cuts):
         monkeypatch.setattr(module, "PIECE_CHARACTERS", 700)
-    monkeypatch.setattr(shards, "MIN_SHARD_BYTES", 1300)
-    monkeypatch.setattr(shards, "MAX_SHARD_BYTES", 1300)
-    monkeypatch.setattr(plain, "PIECE_BYTES", 700)
+    monkeypatch.setattr(sources, "MIN_SHARD_BYTES", 1300)
+    monkeypatch.setattr(sources, "MAX_SHARD_BYTES", 1300)
     if way == "files":
         pieces = read(tmp_path, "a.txt", text)
     else:
@@ -113,16 +112,16 @@ def test_ids_of_pieces_are_those_of_the_text(
 
 
 def test_places_are_single_blanks_then_line_feeds_then_points() -> None:
-    def places(text: str) -> tuple[int | None, int | None]:
-        return first_cut(text, 1), last_cut(text, 0, len(text))
+    def place(text: str) -> int | None:
+        return last_cut(text, 0, len(text))
 
-    assert places("one two three") == (3, 7)
-    assert places("one  two\u3000 three") == (None, None)
-    assert places("one\ntwo\nthree") == (4, 8)
-    assert places("one\n two\n\nthree\r\n\tfour\n/five") == (None, None)
-    assert places("中文，中文。中文") == (2, 5)
-    assert places("中文。”中文") == (None, None)
-    assert places("one\ntwo three\nfour") == (7, 7)
+    assert place("one two three") == 7
+    assert place("one  two\u3000 three") is None
+    assert place("one\ntwo\nthree") == 8
+    assert place("one\n two\n\nthree\r\n\tfour\n/five") is None
+    assert place("中文，中文。中文") == 5
+    assert place("中文。”中文") is None
+    assert place("one\ntwo three\nfour") == 7
 
 
 LONG_TEXTS = {
@@ -137,9 +136,8 @@ LONG_TEXTS = {
 def test_a_long_document_becomes_several_which_are_counted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, name: str
 ) -> None:
-    for module in (readers, cuts):
+    for module in (reading, cuts):
         monkeypatch.setattr(module, "MAX_DOCUMENT_BYTES", 1000)
-    monkeypatch.setattr(plain, "PIECE_BYTES", 400)
     text = LONG_TEXTS[kind]
     rows = [{"text": "before"}, {"text": text}, {"text": "after"}]
     if name == "a.txt":
@@ -180,7 +178,7 @@ def test_a_long_document_becomes_several_which_are_counted(
 
 
 def test_a_held_out_end_is_cut_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (readers, cuts):
+    for module in (reading, cuts):
         monkeypatch.setattr(module, "MAX_DOCUMENT_BYTES", 1000)
     (tmp_path / "a.txt").write_text(LONG_TEXTS["lines"])
     counts = Counts()
@@ -194,7 +192,7 @@ def test_a_held_out_end_is_cut_too(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_cut_documents_are_in_the_manifest_and_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for module in (readers, cuts):
+    for module in (reading, cuts):
         monkeypatch.setattr(module, "MAX_DOCUMENT_BYTES", 1000)
     (tmp_path / "a.txt").write_text(LONG_TEXTS["lines"])
     found = prepare_dataset(files_config(tmp_path / "data", tmp_path / "a.txt"))

@@ -21,7 +21,7 @@ class TextColumns:
             self._parts = _parse(template)
         self.names = list(dict.fromkeys(name for _, name in self._parts if name is not None))
 
-    def check(self, known: Iterable[str], where: str) -> None:
+    def check(self, known: Iterable[str], where: object) -> None:
         """Raise DataError when a column is not among `known`, the columns of `where`."""
         known = list(known)
         missing = [name for name in self.names if name not in known]
@@ -39,7 +39,7 @@ class TextColumns:
                 "leave it out"
             )
 
-    def text(self, row: Mapping[str, Any], where: str) -> str:
+    def text(self, row: Mapping[str, Any], where: object) -> str:
         """The text of a row; null and NaN, which stands for it in tables of numbers, are no text.
         DataError for a column that is missing or holds none."""
         found = []
@@ -50,11 +50,9 @@ class TextColumns:
             if name not in row:
                 self.check(row, where)
             value = row[name]
-            if isinstance(value, str) or (self.is_template and isinstance(value, int)):
-                found.append(str(value))
-            elif value is None or value != value:  # NaN
+            if value is None or value != value:  # NaN
                 continue
-            elif self.is_template and isinstance(value, float):
+            if isinstance(value, str | int | float if self.is_template else str):
                 found.append(str(value))
             else:
                 raise DataError(
@@ -64,9 +62,10 @@ class TextColumns:
         return "".join(found)
 
 
-def text_columns(source: SourceConfig) -> TextColumns | None:
-    """How rows of `source` become text; None for sources without rows."""
-    if isinstance(source, FilesSourceConfig | HubSourceConfig | DiskSourceConfig):
+def text_columns(source: SourceConfig, *, rows: bool) -> TextColumns | None:
+    """How rows of `source` become text; None for sources without rows, and where rows are taken as
+    they are."""
+    if not rows and isinstance(source, FilesSourceConfig | HubSourceConfig | DiskSourceConfig):
         return TextColumns(source)
     return None
 

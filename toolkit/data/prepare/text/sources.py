@@ -9,10 +9,11 @@ import functools
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import msgspec
 
+from toolkit.config.named import named
 from toolkit.data.config import (
     DiskSourceConfig,
     FilesSourceConfig,
@@ -23,16 +24,71 @@ from toolkit.data.config import (
 from toolkit.data.prepare.text.columns import TextColumns, text_columns
 from toolkit.data.prepare.text.cuts import align, documents_in
 from toolkit.data.prepare.text.files import (
+    Listing,
     SourceFile,
-    disk_files,
     fingerprint_files,
     list_files,
     why_missing,
 )
-from toolkit.data.prepare.text.shards import Plan, Range, RangeKind, group_ranges, shard_bytes
 from toolkit.errors import DataError
 from toolkit.storage.remote import is_url
 
+MIN_SHARD_BYTES = 1 << 20
+MAX_SHARD_BYTES = 32 << 20
+TARGET_NUM_SHARDS = 64
+
+RangeKind = Literal[
+    "text", "jsonl", "jsonl_gz", "jsonl_zst", "json_array", "parquet", "arrow", "disk_rows",
+    "hub_stream", "hub_rows", "tokens", "remote_tokens",
+]  # fmt: skip
+
+
+class Range(msgspec.Struct, frozen=True, kw_only=True):
+    """A part of one file (or of a data set of the `datasets` library) that one shard reads."""
+
+    kind: RangeKind
+    path: str
+    """File to open; for the hub, the name of the data set."""
+    name: str
+    """Relative name: the stable part of each document's identity."""
+    start: int
+    """First byte (text, jsonl), row group (parquet), batch (arrow), shard (hub_stream), row
+    (hub_rows, disk_rows) or token (tokens)."""
+    end: int
+    """One past the last; for hub_stream the number of shards."""
+    num_bytes: int
+    """Rough size of what is read, for progress."""
+    split: Literal["train", "val"] | None = None
+    """Set where the split is decided by place instead of by a hash of the identity."""
+    first_byte: int = 0
+    """Tokens: where they begin in the file..."""
+    num_tokens: int = 0
+    """...and how many it holds."""
+    is_rest: bool = False
+    """Text: whether the document begins where a longer one was cut."""
+    file_bytes: int = 0
+    """Size of a local file when it was found..."""
+    modified_ns: int = 0
+    """...and the time of its last change: it may not change while it is read."""
+
+
+Shard = list[Range]
+
+
+class Plan(NamedTuple):
+    """All shards of a source, in order."""
+
+    shards: list[Shard]
+    fingerprint: str
+    num_bytes: int
+    listing: Listing = Listing()
+    """The local files that it was made from."""
+    cache_dir: str | None = None
+    """See `Reading`."""
+
+
+_ROOM = "toolkit.data.prepare.text"
+"""Modules that bring libraries of their own are found by name."""
 _ENDINGS: dict[RangeKind, tuple[str, ...]] = {
     "jsonl": (".jsonl", ".ndjson"),
     "jsonl_gz": (".jsonl.gz", ".json.gz", ".ndjson.gz"),
@@ -55,17 +111,14 @@ def plan_source(
 ) -> Plan:
     """Cut the source into shards; DataError when there is nothing to read. `rows` and `cache_dir`
     are those of `Reading`."""
-    columns = None if rows else text_columns(source)
-    if isinstance(source, HubSourceConfig | DiskSourceConfig):
-        from toolkit.data.prepare.text import hub
-
-        if isinstance(source, DiskSourceConfig):
-            return hub.plan_disk(source, columns)
-        return hub.plan_hub(source, columns, cache_dir)
-    if isinstance(source, TokenFilesSourceConfig):
-        from toolkit.data.prepare.text.token_files import plan_token_files
-
-        return plan_token_files(source)
+    columns = text_columns(source, rows=rows)
+    match source:
+        case HubSourceConfig():
+            return named(f"{_ROOM}.hub:plan_hub")(source, columns, cache_dir)
+        case DiskSourceConfig():
+            return named(f"{_ROOM}.tables:plan_disk")(source, columns)
+        case TokenFilesSourceConfig():
+            return named(f"{_ROOM}.token_files:plan_token_files")(source)
     listing = list_files(source)
     files = listing.files
     num_bytes = sum(file.num_bytes for file in files)
@@ -84,30 +137,14 @@ def plan_source(
         for file in files
         for part in _cut(file, kinds[file.path], columns, size, fraction, rows)
     )
-    return Plan(
-        group_ranges(ranges, size),
-        fingerprint_files(files),
-        num_bytes,
-        listing.num_empty,
-        tuple(files),
-        left_out_files=listing.left_out,
-        unused_suffixes=listing.unused_suffixes,
-    )
+    return Plan(group_ranges(ranges, size), fingerprint_files(files), num_bytes, listing)
 
 
 def source_fingerprint(source: SourceConfig) -> str | None:
     """`Plan.fingerprint` of local sources; None for those that lie on another machine, because
     asking them would make every start depend on the network."""
-    if isinstance(source, HubSourceConfig):
+    if isinstance(source, HubSourceConfig) or any(map(is_url, getattr(source, "paths", []))):
         return None
-    if isinstance(source, DiskSourceConfig):
-        return fingerprint_files(disk_files(source))
-    if isinstance(source, TokenFilesSourceConfig):
-        from toolkit.data.prepare.text.token_files import local_listing
-
-        if any(is_url(path) for path in source.paths):
-            return None
-        return fingerprint_files(local_listing(source).files)
     return fingerprint_files(list_files(source).files)
 
 
@@ -166,43 +203,66 @@ def _cut(
             f"{file.path}: plain text has no rows for dataset.instructions; give .jsonl, .parquet "
             "or .arrow files"
         )
-    whole_file = Range(
-        kind=kind, path=file.path, name=file.name, start=0, end=whole, num_bytes=whole,
-        file_bytes=whole, modified_ns=file.modified_ns,
+    part = functools.partial(
+        Range, kind=kind, path=file.path, name=file.name, file_bytes=whole,
+        modified_ns=file.modified_ns,
     )  # fmt: skip
-    part = functools.partial(msgspec.structs.replace, whole_file)
     if kind in ("parquet", "arrow"):
-        from toolkit.data.prepare.text.tables import arrow_batches, parquet_row_groups
-
-        cut = parquet_row_groups if kind == "parquet" else arrow_batches
+        cut = named(f"{_ROOM}.tables:{kind}_ranges")
         for first, last, num_bytes in cut(file.path, columns, size):
             yield part(start=first, end=last, num_bytes=num_bytes)
-    elif kind == "jsonl":
-        for start in range(0, whole, size):
-            end = min(start + size, whole)
-            yield part(start=start, end=end, num_bytes=end - start)
     elif kind == "text":
-        # One range each: no document goes on in another shard.
-        for start, end, split, is_rest in _documents(file, tail_fraction):
-            yield part(start=start, end=end, num_bytes=end - start, split=split, is_rest=is_rest)
-    else:  # No place in it can be reached without reading all before it.
-        yield whole_file
+        with open(file.path, "rb", buffering=0) as opened:
+
+            def read(start: int, size: int) -> bytes:
+                return os.pread(opened.fileno(), size, start)
+
+            sides: list[tuple[int, int, Literal["train", "val"] | None]] = [(0, whole, None)]
+            if tail_fraction:
+                place = align(read, int(whole * (1 - tail_fraction)), whole)
+                sides = [(0, place, "train"), (place, whole, "val")]
+            # A range for each document: none goes on in another shard.
+            for first, last, split in sides:
+                for start, end in documents_in(read, first, last):
+                    yield part(
+                        start=start, end=end, num_bytes=end - start, split=split,
+                        is_rest=start > first,
+                    )  # fmt: skip
+    else:
+        # No place in a packed file can be reached without reading all before it.
+        step = size if kind == "jsonl" else whole
+        for start in range(0, whole, step):
+            end = min(start + step, whole)
+            yield part(start=start, end=end, num_bytes=end - start)
 
 
-def _documents(
-    file: SourceFile, tail_fraction: float
-) -> Iterator[tuple[int, int, Literal["train", "val"] | None, bool]]:
-    """The documents of a text file: where they are, their split, whether one is the rest of one."""
-    with open(file.path, "rb", buffering=0) as opened:
+def shard_bytes(num_bytes: int) -> int:
+    """Bytes of one shard of a source of `num_bytes`."""
+    size = num_bytes // TARGET_NUM_SHARDS // MIN_SHARD_BYTES * MIN_SHARD_BYTES
+    return min(max(size, MIN_SHARD_BYTES), MAX_SHARD_BYTES)
 
-        def read(start: int, size: int) -> bytes:
-            return os.pread(opened.fileno(), size, start)
 
-        whole = file.num_bytes
-        sides: list[tuple[int, int, Literal["train", "val"] | None]] = [(0, whole, None)]
-        if tail_fraction:
-            place = align(read, int(whole * (1 - tail_fraction)), whole)
-            sides = [(0, place, "train"), (place, whole, "val")]
-        for first, last, split in sides:
-            for start, end in documents_in(read, first, last):
-                yield start, end, split, start > first
+def group_ranges(ranges: Iterator[Range], size: int) -> list[Shard]:
+    """Neighbours together, up to `size` bytes."""
+    shards: list[Shard] = []
+    room = 0
+    for part in ranges:
+        if not shards or part.num_bytes > room:
+            shards.append([])
+            room = size
+        shards[-1].append(part)
+        room -= part.num_bytes
+    return shards
+
+
+def row_shards(kind: RangeKind, path: str, name: str, num_rows: int, size: int) -> list[Shard]:
+    """Ranges of rows of a data set of `size` bytes, of which nobody knows where they lie."""
+    num_bytes = min(max(size // TARGET_NUM_SHARDS, MIN_SHARD_BYTES), MAX_SHARD_BYTES)
+    rows = max(1, num_rows * num_bytes // max(1, size))
+    whole = Range(
+        kind=kind, path=path, name=name, start=0, end=num_rows, num_bytes=min(num_bytes, size)
+    )
+    return [
+        [msgspec.structs.replace(whole, start=first, end=min(first + rows, num_rows))]
+        for first in range(0, num_rows, rows)
+    ]
