@@ -14,6 +14,7 @@ from toolkit.config import DEFAULT_ORIGIN, leaves
 from toolkit.config.secrets import mask_secrets
 from toolkit.data.corpus_info import CorpusInfo, data_places, read_corpus
 from toolkit.distributed.layout import Layout, layout_of
+from toolkit.distributed.pipeline import plan_pipeline
 from toolkit.errors import ConfigError, ErrorList
 from toolkit.experiment.checks import (
     check_corpus,
@@ -49,7 +50,7 @@ def summarize(loaded: LoadedExperiment, environ: Mapping[str, str]) -> str:
         ("batch", _batch(config, layout)),
         ("duration", _duration(config, corpus)),
         ("engine", _engine(layout)),
-        ("ranks", _ranks(layout)),
+        ("ranks", _ranks(layout, config)),
         ("writes", _writes(config)),
         ("note", notices(config, steps_of_data(config, corpus))),
     ]
@@ -180,21 +181,25 @@ def _engine(layout: Layout) -> list[str]:
     ]
 
 
-def _ranks(layout: Layout) -> list[str]:
+def _ranks(layout: Layout, config: ExperimentConfig) -> list[str]:
     """A table of who does what, where ranks differ in more than their rows."""
     if max(layout.pp, layout.cp, layout.tp, layout.ep) == 1:
         return []
     heads = ["rank", "rows"]
     heads += [name for axis, name in _PARTS.items() if getattr(layout, axis) > 1]
     rows = [heads]
+    pipeline = None
+    if layout.pp_config is not None:
+        pipeline = plan_pipeline(config.model.to_transformer(), layout.pp_config)
     shown = [r for r in range(layout.world_size) if r < _RANKS_SHOWN or r == layout.world_size - 1]
     for rank in shown:
         place = layout.place(rank) | layout.place(rank, experts=True)
         row = [f"{rank}", f"{layout.batch_rank(rank) + 1} of {layout.batch_ranks}"]
+        row += [] if pipeline is None else [pipeline.describe(place["pp"])]
         row += [
             f"{place[axis] + 1} of {getattr(layout, axis)}"
             for axis in _PARTS
-            if getattr(layout, axis) > 1
+            if getattr(layout, axis) > 1 and axis != "pp"
         ]
         rows += [["..."] + [""] * (len(heads) - 1)] if rank > len(rows) - 1 else []
         rows.append(row)

@@ -16,6 +16,7 @@ from toolkit.data.corpus_info import VAL, CorpusInfo
 from toolkit.data.order.resolve import resolve_mix
 from toolkit.data.tokens.prepared import require_ids
 from toolkit.distributed.layout import Layout
+from toolkit.distributed.pipeline import check_microbatches
 from toolkit.distributed.sizes import check_combination, check_sizes
 from toolkit.distributed.tuning import asked_threads
 from toolkit.errors import CheckpointError, ConfigError, DataError, ErrorList
@@ -74,6 +75,14 @@ def check_experiment(
         if layout is not None:
             found.ask(_check_parallelism, config, layout)
     found.ask(_check_batches, config, batch_ranks)
+    if layout is not None and layout.pp_config is not None and not found.errors:
+        found.ask(
+            check_microbatches,
+            layout.pp_config,
+            batch=config.data_loader.global_batch_size // batch_ranks,
+            microbatch=rank_microbatch_size(config, batch_ranks),
+            unit=config.dataset.sequence_length,
+        )
     if has_model and has_names:
         found.ask(check_parameters, config)
     found.ask(_check_own_classes, config)
