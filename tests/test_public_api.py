@@ -1,6 +1,7 @@
 """`from toolkit import NAME` is the whole Python API, and what README and docs show of it."""
 
 import ast
+import os
 import re
 import subprocess
 import sys
@@ -36,6 +37,19 @@ def test_neither_the_package_nor_its_configs_import_torch() -> None:
         "toolkit.start_run; assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_what_torch_reads_when_it_is_loaded_is_set_before() -> None:
+    code = (
+        "import os, sys, toolkit; assert 'GOMP_SPINCOUNT' not in os.environ; toolkit.GPTConfig;"
+        "print(os.environ['GOMP_SPINCOUNT'], os.environ['PYTORCH_ALLOC_CONF'],"
+        "'torch' in sys.modules)"
+    )
+    environ = {k: v for k, v in os.environ.items() if k != "GOMP_SPINCOUNT" and "ALLOC" not in k}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environ, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "1000 expandable_segments:True False\n"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

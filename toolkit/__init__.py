@@ -46,6 +46,8 @@ __all__ = sorted(_MODULES)  # noqa: PLE0605
 def __getattr__(name: str) -> Any:
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    # Most names need torch, which reads what this sets when it is loaded.
+    importlib.import_module("toolkit.distributed.tuning").set_defaults()
     return getattr(importlib.import_module(_MODULES[name]), name)
 
 

@@ -30,18 +30,26 @@ class ToolkitError(Exception):
     Args:
         problem: what is wrong, and what to do.
         key: dotted path of the config value that it is about; empty where there is none.
-        about: path of the value that is refused, where that is one below `key` and `problem` begins
-            with its name; default: `key`.
+        about: path of the value that is refused, or of each that `problem` speaks of; default:
+            `key`.
     """
 
     exit_code = EXIT_FAILED
     only_here = False
     """Set on a rank that has an error which rank 0 does not report: this rank shows it itself."""
 
-    def __init__(self, problem: str = "", *, key: str = "", about: str = "") -> None:
+    def __init__(
+        self, problem: str = "", *, key: str = "", about: str | tuple[str, ...] = ()
+    ) -> None:
         super().__init__(problem)
         self.key = key
-        self.about = about or key
+        about = about or key
+        self.about = ((about,) if about else ()) if isinstance(about, str) else about
+
+    def is_about(self, *paths: str) -> bool:
+        """Whether it speaks of one of `paths`, or of a value inside or around it."""
+        pairs = [(f"{path}.", f"{about}.") for path in paths for about in self.about]
+        return any(a.startswith(b) or b.startswith(a) for a, b in pairs)
 
     @property
     def problem(self) -> str:

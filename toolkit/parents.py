@@ -1,4 +1,4 @@
-"""The process that started this one, and what to do when it is gone. No torch: see `signals`."""
+"""Other processes: the one that started this one, and which of them live. No torch."""
 
 import contextlib
 import os
@@ -71,6 +71,22 @@ def is_accelerated() -> bool:
             for word in parent.cmdline()[:4]
         )
     return False
+
+
+def is_alive(pid: int, started: float | None = None) -> bool:
+    """Whether a process of this machine runs: `pid`, which began at `started` (Unix seconds). A
+    later one may have the same number."""
+    import psutil
+
+    try:
+        process = psutil.Process(pid)
+        if process.status() == psutil.STATUS_ZOMBIE:
+            return False
+        return started is None or abs(process.create_time() - started) < 2.0
+    except psutil.NoSuchProcess:
+        return False
+    except psutil.AccessDenied:
+        return True
 
 
 def end_with_parent(parent: int) -> None:

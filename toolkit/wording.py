@@ -18,6 +18,15 @@ def count(number: int, noun: str) -> str:
     return f"{number:,} {plural}"
 
 
+def prefixed(number: float, unit: str) -> str:
+    """`999 B`, `1.23 kB`, `45.6 GB`."""
+    for prefix in ("", "k", "M", "G", "T"):
+        if number < 1000:
+            return f"{number:.3g} {prefix}{unit}"
+        number /= 1000
+    return f"{number:.3g} P{unit}"
+
+
 def labelled(rows: Iterable[tuple[str, Sequence[str]]]) -> list[str]:
     """A line for each text of each (label, texts): the label before the first one."""
     return [

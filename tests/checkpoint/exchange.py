@@ -16,6 +16,12 @@ from tests.tiny import module_config, open_environment, tiny_model, train_steps
 from toolkit.checkpoint.commit import save_checkpoint
 from toolkit.checkpoint.load import load_checkpoint
 from toolkit.checkpoint.tensors import iterate_tensors
+from toolkit.distributed.config import (
+    ContextParallelConfig,
+    ExpertParallelConfig,
+    PipelineParallelConfig,
+    TensorParallelConfig,
+)
 from toolkit.distributed.environment import TrainingEnvironment
 from toolkit.models.architecture import MoEConfig
 from toolkit.optim.config import AdamWConfig, GroupOverride, OptimConfig, SGDConfig
@@ -31,7 +37,8 @@ State = dict[str, torch.Tensor]
 
 
 class Cell(NamedTuple):
-    """An engine on some ranks; `+offload`: its state in host memory."""
+    """An engine on some ranks; `+offload`: its state in host memory; `+tp`, `+cp`, `+pp`, `+ep`:
+    groups of two that share parts of the model."""
 
     engine: str
     ranks: int
@@ -50,6 +57,26 @@ CELLS = [
     Cell("zero2+offload", 2),
     Cell("zero3+offload", 2),
 ]
+LAYOUT_CELLS = [
+    Cell("single", 1),
+    Cell("fsdp", 4),
+    Cell("hsdp+ep", 4),
+    Cell("ddp+cp", 2),
+    Cell("zero3+cp", 2),
+    Cell("fsdp+tp", 2),
+    Cell("fsdp+tp", 4),
+    Cell("fsdp+tp+ep", 4),
+    Cell("fsdp+cp+ep", 4),
+]
+"""With `EXPERTS`, which all of them can cut."""
+EXPERTS = "adamw-tied-experts"
+
+AXES: dict[str, Any] = {
+    "tp": TensorParallelConfig,
+    "cp": ContextParallelConfig,
+    "pp": PipelineParallelConfig,
+    "ep": ExpertParallelConfig,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,6 +136,16 @@ VARIANTS = {
             "init_std": 0.1,
         },
     ),
+    # A key/value head that two ranks share.
+    EXPERTS: Variant(
+        AdamWConfig(lr=1e-3),
+        model={
+            "moe": MoEConfig(num_experts=4, top_k=2, intermediate_size=6, dense_layers=(0,)),
+            "num_key_value_heads": 1,
+            "tie_embeddings": True,
+            "init_std": 0.1,
+        },
+    ),
     "adamw-experts-flattened": Variant(
         AdamWConfig(lr=1e-3),
         model={
@@ -134,8 +171,10 @@ def build_module(
 
 
 def config_of(engine: str, variant: Variant) -> TransformerTrainModuleConfig:
-    name, _, offload = engine.partition("+")
-    return module_config(name, dp={"cpu_offload": bool(offload)}, optim=variant.optim)
+    name, *options = engine.split("+")
+    axes = {f"{axis}_config": AXES[axis](degree=2) for axis in options if axis in AXES}
+    dp = {"cpu_offload": "offload" in options}
+    return module_config(name, dp=dp, optim=variant.optim, **axes)
 
 
 def save(module: TransformerTrainModule, root: Path, step: int = SAVED_AT) -> None:

@@ -10,6 +10,8 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from tests.checkpoint.exchange import (
     CELLS,
+    EXPERTS,
+    LAYOUT_CELLS,
     SAVED_AT,
     VARIANTS,
     Cell,
@@ -33,6 +35,10 @@ EVERY_ENGINE = [
 ]
 # 4 ranks: the last of them owns no row of some parameters.
 ODD_CELLS = [Cell("fsdp", 4), Cell("zero1", 2), Cell("zero3", 4)]
+
+
+# Parts of matrices, of experts, copies of several ranks.
+LAYOUTS = [Cell("ddp+cp", 2), Cell("fsdp+tp", 4), Cell("hsdp+ep", 4)]
 
 
 class Reference(NamedTuple):
@@ -89,6 +95,13 @@ def test_every_engine_continues_single_and_itself_and_single_continues_it(
     workers: WorkerPool, reference: Callable[[str], Reference], cell: Cell, tmp_path: Path
 ) -> None:
     check_both_ways(workers, cell, "adamw", reference("adamw"), tmp_path)
+
+
+@pytest.mark.parametrize("cell", LAYOUTS, ids=str)
+def test_every_layout_continues_single_and_itself_and_single_continues_it(
+    workers: WorkerPool, reference: Callable[[str], Reference], cell: Cell, tmp_path: Path
+) -> None:
+    check_both_ways(workers, cell, EXPERTS, reference(EXPERTS), tmp_path)
 
 
 @pytest.mark.parametrize("cell", ODD_CELLS, ids=str)
@@ -157,12 +170,17 @@ def _flat(nested: dict, prefix: str = "") -> State:
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_all_pairs_of_engines_and_ranks(workers: WorkerPool, variant: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("variant", "cells"),
+    [*((variant, CELLS) for variant in VARIANTS if variant != EXPERTS), (EXPERTS, LAYOUT_CELLS)],
+)
+def test_all_pairs_of_engines_layouts_and_ranks(
+    workers: WorkerPool, variant: str, cells: list[Cell], tmp_path: Path
+) -> None:
     """Every cell saves, every cell continues each of the checkpoints."""
     expected: list[list[dict[str, float]]] = []
-    folders = [tmp_path / str(cell) for cell in CELLS]
-    for cell, folder in zip(CELLS, folders, strict=True):
+    folders = [tmp_path / str(cell) for cell in cells]
+    for cell, folder in zip(cells, folders, strict=True):
         history = workers.run(cell.ranks, save_and_go_on, cell.engine, variant, str(folder))[0]
         expected.append(history)
         saved = stored(folder / STEP)
@@ -171,13 +189,13 @@ def test_all_pairs_of_engines_and_ranks(workers: WorkerPool, variant: str, tmp_p
     states = [stored(folder / STEP) for folder in folders]
     sources = [str(folder / STEP) for folder in folders]
     failures = []
-    for cell in CELLS:
+    for cell in cells:
         again = tmp_path / f"again-{cell}"
         histories = workers.run(
             cell.ranks, continue_each, cell.engine, variant, sources, str(again), timeout=600
         )[0]
         for index, (source, found, wanted) in enumerate(
-            zip(CELLS, histories, expected, strict=True)
+            zip(cells, histories, expected, strict=True)
         ):
             pair = f"{source} -> {cell}"
             if changed := differences(stored(again / str(index) / STEP), states[index]):

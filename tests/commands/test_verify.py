@@ -121,3 +121,27 @@ def test_checkpoints_that_are_gone_are_no_clean_bill(
     config = load_experiment("smoke", ["--trainer.no_checkpoints=true"]).config
     manager.log_metadata(config, "metadata/config.json")
     assert cli.run(["verify", str(tmp_path)]) == 0
+
+
+def test_a_config_that_nothing_can_be_resumed_with_is_exit_1(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, origins = run / "metadata" / "config.json", run / "metadata" / "origins.json"
+    config.write_bytes(load_experiment("smoke").config.to_json())
+    assert cli.run(["verify", str(run)]) == 0
+    broken = {
+        b"{": "config.json:1:2: not valid JSON",
+        b'{"seed": "x"}': "seed: expected a whole number, not 'x'; model: required",
+        None: "is missing, and without it the run cannot go on",
+    }
+    origins.write_bytes(b"{}")
+    capsys.readouterr()
+    for content, problem in broken.items():
+        config.unlink() if content is None else config.write_bytes(content)
+        assert cli.run(["verify", str(run)]) == 1
+        (row, *steps) = capsys.readouterr().out.splitlines()[1:]
+        assert row.split()[0] == "config.json"
+        assert problem.removeprefix("config.json") in row
+        assert [line.split()[0] for line in steps] == ["step2", "step10"]
+    origins.unlink()  # it was started from Python, of parts that no config describes
+    assert cli.run(["verify", str(run)]) == 0

@@ -13,6 +13,7 @@ import torch
 from tests.data.corpus import data_config, files_config, random_text, write_texts
 from tests.data.instances import custom_examples
 from toolkit import get_dataloaders
+from toolkit.data import corpus as corpus_module
 from toolkit.data.config import (
     CustomDatasetConfig,
     DataConfig,
@@ -22,6 +23,7 @@ from toolkit.data.config import (
     PaddedInstancesConfig,
     VariableInstancesConfig,
 )
+from toolkit.data.prepare import corpus as prepare_corpus_module
 from toolkit.distributed.layout import Layout
 from toolkit.errors import ConfigError, DataError
 
@@ -46,6 +48,19 @@ def loaders(dataset: DatasetConfig, *, rank: int = 0, world_size: int = 1, **cha
 def first_batches(loader, number: int, start: int = 0) -> list[torch.Tensor]:
     iterator = loader.iterate(start)
     return [next(iterator)["input_ids"] for _ in range(number)]
+
+
+def test_a_start_makes_plans_once_and_data_that_nobody_prepared_gets_them_when_it_is_opened(
+    dataset: DatasetConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+    for module in (prepare_corpus_module, corpus_module):
+        monkeypatch.setattr(module, "ensure_plans", lambda *_, m=module: calls.append(m.__name__))
+    config = data_config(dataset, global_batch_size=BATCH)
+    corpus_module.open_corpus(config, prepare_corpus_module.prepare_corpus(config))
+    assert calls == [prepare_corpus_module.__name__]
+    corpus_module.open_corpus(config)
+    assert calls == [prepare_corpus_module.__name__, corpus_module.__name__]
 
 
 def test_batches_are_rows_of_the_token_file(dataset: DatasetConfig) -> None:
@@ -392,7 +407,7 @@ def test_bytes_per_token_are_those_of_the_instances_evaluated(tmp_path: Path) ->
     )
     evaluation = loaders(dataset, eval_tokens=2 * SEQUENCE_LENGTH)[1]["val"]
     everything = loaders(dataset, eval_tokens=None)[1]["val"]
-    ids = evaluation.dataset.instances[:2]
+    ids = evaluation.dataset.read(np.arange(2))["input_ids"]
     assert evaluation.bytes_per_token == (ids < 256).sum() / ids.size
     assert everything.bytes_per_token == everything.dataset.bytes_per_token
     assert evaluation.bytes_per_token != everything.bytes_per_token

@@ -15,9 +15,9 @@ from toolkit.commands.models import pick_device as pick_by_name
 from toolkit.distributed import devices, environment, process_groups
 from toolkit.distributed.devices import pick_device, unused_gpus, usable_gpus
 from toolkit.distributed.ranks import adopt_ranks
-from toolkit.distributed.tuning import set_allocator_defaults
+from toolkit.distributed.tuning import set_defaults
 from toolkit.errors import ConfigError
-from toolkit.experiment.recorded import processes_here
+from toolkit.experiment.resuming import processes_here
 from toolkit.experiment.training import resume_promise
 
 PDSH = {"RANK": "11", "WORLD_SIZE": "16", "LOCAL_RANK": "3", "LOCAL_SIZE": "8"}
@@ -234,16 +234,18 @@ def test_who_hides_the_gpus_is_not_told_of_them(
     ("before", "after"),
     [
         ({}, {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}),
-        ({"PYTORCH_ALLOC_CONF": "a:1"}, {"PYTORCH_ALLOC_CONF": "a:1"}),
-        ({"PYTORCH_CUDA_ALLOC_CONF": "a:1"}, {"PYTORCH_CUDA_ALLOC_CONF": "a:1"}),
-        ({"PYTORCH_HIP_ALLOC_CONF": ""}, {"PYTORCH_HIP_ALLOC_CONF": ""}),
+        ({"PYTORCH_ALLOC_CONF": "a:1"}, {}),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "a:1"}, {}),
+        ({"PYTORCH_HIP_ALLOC_CONF": ""}, {}),
+        ({"GOMP_SPINCOUNT": "7"}, {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}),
     ],
 )
-def test_the_allocator_grows_blocks_unless_somebody_says_otherwise(
+def test_the_allocator_grows_blocks_and_threads_spin_shortly_unless_somebody_says_otherwise(
     before: dict[str, str], after: dict[str, str]
 ) -> None:
-    set_allocator_defaults(before)
-    assert before == after
+    environ = dict(before)
+    set_defaults(environ)
+    assert environ == {"GOMP_SPINCOUNT": "1000", **after, **before}
 
 
 def test_the_command_line_sets_it_before_torch_is_there() -> None:

@@ -275,16 +275,15 @@ def test_stages_that_do_not_fit_are_refused(
 
 
 @pytest.mark.parametrize(
-    ("schedule", "degree", "batch", "microbatch", "advice"),
+    ("schedule", "degree", "rows", "microbatch", "advice"),
     [
-        ("1F1B", 4, 128, 64, "2 microbatches .* needs at least 4; use 32, which makes 4"),
-        ("1F1B", 4, 48, 16, "raise data_loader.global_batch_size to 4 rows on each"),
-        ("Interleaved1F1B", 2, 80, 16, "a multiple of 2; use 32, which makes 3"),
+        ("1F1B", 4, 8, 4, "2 microbatches, .* needs at least 4; use 32, which makes 4"),
+        ("1F1B", 4, 3, 1, "a global batch of at least 4 rows on each data-parallel rank"),
+        ("Interleaved1F1B", 2, 15, 3, "a multiple of 2 of them; use 80, which makes 3"),
     ],
 )
 def test_microbatches_that_do_not_fit_are_refused(
-    schedule: Any, degree: int, batch: int, microbatch: int, advice: str
+    schedule: Any, degree: int, rows: int, microbatch: int, advice: str
 ) -> None:
-    config = PipelineParallelConfig(degree=degree, schedule=schedule)
     with pytest.raises(ConfigError, match=f"train_module.rank_microbatch_size: .*{advice}"):
-        check_microbatches(config, batch=batch, microbatch=microbatch, unit=16)
+        check_microbatches(schedule, degree, rows, microbatch, length=16)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from toolkit.data.prepare.tokenizers.auto import load_auto_tokenizer
 from toolkit.data.prepare.tokenizers.tokenizer import ByteTokenizer
 from toolkit.errors import CheckpointError, ConfigError, DataError
 from toolkit.evaluate.continuation import (
@@ -20,7 +21,7 @@ from toolkit.evaluate.continuation import (
 )
 from toolkit.evaluate.prompts import Prompt, completed, read_prompts
 from toolkit.evaluate.text import TextGenerator
-from toolkit.hf.loading import load_auto_tokenizer, load_causal_lm
+from toolkit.hf.loading import load_causal_lm
 from toolkit.models.config import TransformerConfig
 
 EOS, TURN_END = 256, 257

@@ -176,10 +176,10 @@ _BESIDE = [
     [
         ({"num_heads": 3}, [], "model: d_model 32 is not divisible by num_heads 3"),
         ({"num_heads": "x"}, [], "model.num_heads: expected a whole number, not 'x'"),
-        ({"preset": "llama"}, [], "model preset 'llama': no such preset"),
+        ({"preset": "llama"}, [], "model.preset: 'llama': no such preset"),
         ("llama_271M", [], "model: expected a mapping, not 'llama_271M'"),
         ({}, ["--model.preset=llama", "--model.n_layer=3"],
-         "model preset 'llama': no such preset"),
+         "model.preset: 'llama': no such preset"),
         ({}, ["--model=llama_271M"], "model: expected a mapping, not 'llama_271M'"),
         ({}, ["--trainer.hard_stop=3"],
          "trainer.hard_stop: expected a mapping with value, unit or null, not 3"),
@@ -268,7 +268,7 @@ def test_a_dry_run_knows_what_evaluations_give(capsys: pytest.CaptureFixture[str
     assert line.endswith(
         "no evaluation gives 'val/losss'; there are val/loss, val/ppl, val/bits_per_byte"
     )
-    check_experiment(load_experiment("smoke", [f"{flag}val/ppl"]).config, world_size=1)
+    check_experiment(load_experiment("smoke", [f"{flag}val/ppl"]).config, batch_ranks=1)
 
 
 def test_a_local_load_path_is_no_url(capsys: pytest.CaptureFixture[str]) -> None:

@@ -91,7 +91,7 @@ def test_a_file_hides_a_recipe_of_the_same_name(
         (["quickstrt"], "quickstrt: no such recipe or file; did you mean 'quickstart'?"),
         (["quickstart.json"], "quickstart.json: no such file; did you mean 'quickstart'?"),
         (["zzz"], "zzz: no such recipe or file; recipes: continue_pretraining, finetune, "),
-        (["quickstart", ["--model.preset=llama_271m"]], "model preset 'llama_271m': no such"),
+        (["quickstart", ["--model.preset=llama_271m"]], "model.preset: 'llama_271m': no such"),
         (["quickstart", ["--seed=-1"]], "seed: must lie between 0 and 2^64 - 1, not -1"),
         (["quickstart", ["--sed=1"]], "no such option: --sed; did you mean --seed?"),
         (["quickstart", ["--train_module.dp_config={name: foo}"]],
@@ -135,6 +135,16 @@ def test_an_error_across_sections_stands_beside_those_of_single_values() -> None
 def test_nothing_is_said_of_the_default_that_stands_for_a_wrong_value() -> None:
     flags = ["--dataset.sequence_length=x", "--data_loader.global_batch_size=1000"]
     assert message("smoke", flags) == "dataset.sequence_length: expected a whole number, not 'x'"
+
+
+def test_what_is_said_of_other_values_stays_whatever_words_it_has() -> None:
+    flags = ["--trainer.callbacks.checkpointer.interval=x", "--data_loader.global_batch_size=1000"]
+    with pytest.raises(SeveralErrors) as error:
+        load_experiment("smoke", flags)
+    assert [str(one).partition(":")[0].partition(" ")[0] for one in error.value.errors] == [
+        "trainer.callbacks.checkpointer.interval",
+        "data_loader.global_batch_size",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,10 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
 from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.compat.tensorflow_stub import pywrap_tensorflow
 
 from toolkit.metrics.lines import JsonlSink, Sink
-from toolkit.metrics.streams import TensorBoardSink
+from toolkit.metrics.streams import TensorBoardSink, masked_crc32c
 
 
 def scalars(folder, tag):
@@ -156,3 +157,10 @@ def test_tensorboard_does_not_make_a_removed_run_anew(tmp_path):
     with pytest.raises(FileNotFoundError):
         sink.write([{"step": 1, "loss": 1.0}])
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("size", [0, 1, 3, 4, 8, 511, 512, 513, 515, 516, 2000])
+def test_checksums_are_those_of_tensorboard(size):
+    data = np.random.default_rng(size).bytes(size)
+    expected = pywrap_tensorflow.masked_crc32c(data)
+    assert int.from_bytes(masked_crc32c(data), "little") == expected

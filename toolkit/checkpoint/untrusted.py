@@ -35,6 +35,8 @@ _GLOBAL, _LONG_PUT, _STOP = ord("c"), ord("r"), ord(".")
 _BYTES_PER_CONTAINER = 16
 _FREE_CONTAINERS = 1024
 
+_READ_WHOLE_BYTES = 64 << 10
+
 _LOCAL_HEADER = struct.Struct("<4s22xHH")
 _NOTHING = torch.empty(0, dtype=torch.uint8)
 
@@ -138,6 +140,8 @@ class Archive:
 
     def __init__(self, stream: BinaryIO, length: int, *, offset: int = 0) -> None:
         self._stream: Any = _Window(stream, offset, length)
+        if length <= _READ_WHOLE_BYTES:  # a description takes a dozen small reads
+            self._stream = io.BytesIO(self._stream.read(length))
         self._left = length
         self._places: dict[str, zipfile.ZipInfo] = {}
         for info in zipfile.ZipFile(self._stream).infolist():

@@ -15,6 +15,8 @@ from toolkit.cli.options import (
     Overrides,
     SequenceLength,
     WorkDir,
+    argument,
+    option,
 )
 from toolkit.cli.printing import (
     LEGEND,
@@ -43,9 +45,7 @@ app.command()(inspect)
 def mix(
     config: Config,
     overrides: Overrides = None,
-    preview: Annotated[
-        bool, typer.Option("--preview", help="Prepare nothing; show what is known.")
-    ] = False,
+    preview: Annotated[bool, option("Prepare nothing; show what is known.", "--preview")] = False,
     json: Json = False,
     data_root: DataRoot = None,
     sequence_length: SequenceLength = None,
@@ -107,14 +107,10 @@ def _print_sources(found: "MixPreview") -> None:
 def show(
     config: Config,
     overrides: Overrides = None,
-    number: Annotated[
-        int, typer.Option("-n", "--number", metavar="N", help="Instances to show.")
-    ] = 3,
-    split: Annotated[Literal["train", "val"], typer.Option(help="Which split.")] = "train",
-    start: Annotated[int, typer.Option(metavar="I", help="First instance, from 0.")] = 0,
-    source: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Which source of a mixture.")
-    ] = None,
+    number: Annotated[int, option("Instances to show.", "-n", "--number", metavar="N")] = 3,
+    split: Annotated[Literal["train", "val"], option("Which split.")] = "train",
+    start: Annotated[int, option("First instance, from 0.", metavar="I")] = 0,
+    source: Annotated[str | None, option("Which source of a mixture.", metavar="NAME")] = None,
     data_root: DataRoot = None,
     sequence_length: SequenceLength = None,
     work_dir: WorkDir = None,
@@ -163,36 +159,32 @@ def show(
 
 @app.command()
 def tokenize(
-    paths: Annotated[
-        list[str], typer.Argument(metavar="PATHS...", help="Text files, folders or globs.")
-    ],
-    out: Annotated[str, typer.Option(metavar="FOLDER", help="The data set to make.")],
+    paths: Annotated[list[str], argument("Text files, folders or globs.", metavar="PATHS...")],
+    out: Annotated[str, option("The data set to make.", metavar="FOLDER")],
     tokenizer: Annotated[
         str,
-        typer.Option(
-            metavar="TOKENIZER",
-            help="byte, bpe:SIZE (trained on the text), a folder, tokenizer.json, *.tiktoken, "
+        option(
+            "byte, bpe:SIZE (trained on the text), a folder, tokenizer.json, *.tiktoken, "
             "*.model, or a name on the hub.",
+            metavar="TOKENIZER",
         ),
     ] = "byte",
     text_field: Annotated[
-        str, typer.Option(metavar="NAME", help="Column or key that holds the text.")
+        str, option("Column or key that holds the text.", metavar="NAME")
     ] = "text",
     encoding_errors: Annotated[
         str,
-        typer.Option(
+        option(
+            "Bytes that are not UTF-8: strict (stop), or replace (with U+FFFD; counted).",
             metavar="HOW",
-            help="Bytes that are not UTF-8: strict (stop), or replace (with U+FFFD; counted).",
         ),
     ] = "strict",
     validation_fraction: Annotated[
-        float, typer.Option(metavar="F", help="Share of documents held out.")
+        float, option("Share of documents held out.", metavar="F")
     ] = 0.05,
-    processes: Annotated[
-        int | None, typer.Option(metavar="N", help="Processes.", show_default="all cores")
-    ] = None,
+    processes: Annotated[int | None, option("Processes.", shown="all cores", metavar="N")] = None,
     deduplicate: Annotated[
-        bool, typer.Option("--deduplicate", help="Leave out documents that were there before.")
+        bool, option("Leave out documents that were there before.", "--deduplicate")
     ] = False,
 ) -> None:
     """Turn text files into token files, without a config.
@@ -224,9 +216,9 @@ def tokenize(
 @app.command()
 def merge(
     folders: Annotated[
-        list[str], typer.Argument(metavar="FOLDERS...", help="Prepared data sets, two or more.")
+        list[str], argument("Prepared data sets, two or more.", metavar="FOLDERS...")
     ],
-    out: Annotated[str, typer.Option(metavar="FOLDER", help="The data set to make.")],
+    out: Annotated[str, option("The data set to make.", metavar="FOLDER")],
 ) -> None:
     """Join prepared data sets into one, their documents in the order of FOLDERS.
 
@@ -244,21 +236,13 @@ def merge(
 
 @app.command()
 def split(
-    folder: Annotated[str, typer.Argument(metavar="FOLDER", help="A prepared data set.")],
-    out: Annotated[
-        str, typer.Option(metavar="FOLDER", help="The data set (or folder of parts) to make.")
-    ],
+    folder: Annotated[str, argument("A prepared data set.", metavar="FOLDER")],
+    out: Annotated[str, option("The data set (or folder of parts) to make.", metavar="FOLDER")],
     validation_fraction: Annotated[
-        float | None,
-        typer.Option(
-            metavar="F", help="Hold out this share of all documents anew.", show_default=False
-        ),
+        float | None, option("Hold out this share of all documents anew.", metavar="F")
     ] = None,
     parts: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N", help="Cut into N data sets of about equal tokens.", show_default=False
-        ),
+        int | None, option("Cut into N data sets of about equal tokens.", metavar="N")
     ] = None,
 ) -> None:
     """Cut a prepared data set anew: another validation share, or several parts.

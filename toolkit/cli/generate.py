@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from toolkit import commands
-from toolkit.cli.options import AnyModel, ComputeType, Device, TokenizerFolder
+from toolkit.cli.options import AnyModel, ComputeType, Device, TokenizerFolder, option
 from toolkit.errors import ConfigError
 from toolkit.wording import count
 
@@ -22,61 +22,44 @@ CHAT_WORDS = "/reset starts over, /exit or Ctrl-D ends; Ctrl-C stops an answer"
 
 def generate(
     source: AnyModel,
-    prompt: Annotated[
-        str | None, typer.Option(help="Text to continue.", show_default="what is piped in")
-    ] = None,
+    prompt: Annotated[str | None, option("Text to continue.", shown="what is piped in")] = None,
     file: Annotated[
         Path | None,
-        typer.Option(
+        option(
+            'A text on each line; or .jsonl with {"prompt": ...} or {"messages": [...]}.',
             metavar="F",
-            help='A text on each line; or .jsonl with {"prompt": ...} or {"messages": [...]}.',
-            show_default=False,
         ),
     ] = None,
     output: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="F.jsonl", help="With --file: write the texts there.", show_default=False
-        ),
+        Path | None, option("With --file: write the texts there.", metavar="F.jsonl")
     ] = None,
-    chat: Annotated[
-        bool, typer.Option("--chat", help="Talk to the model, by its own chat template.")
-    ] = False,
-    system: Annotated[
-        str | None, typer.Option(help="With --chat: the system prompt.", show_default=False)
-    ] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Most tokens of an answer.")] = 256,
+    chat: Annotated[bool, option("Talk to the model, by its own chat template.", "--chat")] = False,
+    system: Annotated[str | None, option("With --chat: the system prompt.")] = None,
+    max_new_tokens: Annotated[int, option("Most tokens of an answer.")] = 256,
     temperature: Annotated[
         float | None,
-        typer.Option(
-            help="0 takes the most likely token; above, the higher the more varied.",
-            show_default="as the model's generation_config.json says; else 0.8",
+        option(
+            "0 takes the most likely token; above, the higher the more varied.",
+            shown="as the model's generation_config.json says; else 0.8",
         ),
     ] = None,
     top_k: Annotated[
         int | None,
-        typer.Option(
-            help="Draw among the K most likely tokens; 0: all.", show_default="likewise; else 50"
-        ),
+        option("Draw among the K most likely tokens; 0: all.", shown="likewise; else 50"),
     ] = None,
     top_p: Annotated[
         float | None,
-        typer.Option(
-            help="Draw among the likeliest tokens that together reach probability P.",
-            show_default="likewise; else 1",
+        option(
+            "Draw among the likeliest tokens that together reach probability P.",
+            shown="likewise; else 1",
         ),
     ] = None,
-    seed: Annotated[
-        int, typer.Option(help="The same seed gives the same text.", min=0, max=2**64 - 1)
-    ] = 0,
-    no_stream: Annotated[
-        bool, typer.Option("--no-stream", help="Show the text when it is complete.")
-    ] = False,
+    seed: Annotated[int, option("The same seed gives the same text.", min=0, max=2**64 - 1)] = 0,
+    no_stream: Annotated[bool, option("Show the text when it is complete.", "--no-stream")] = False,
     tokenizer: TokenizerFolder = None,
     device: Device = None,
     dtype: Annotated[
-        ComputeType | None,
-        typer.Option(help="Type of the weights.", show_default="bf16 on GPUs, else fp32"),
+        ComputeType | None, option("Type of the weights.", shown="bf16 on GPUs, else fp32")
     ] = None,
 ) -> None:
     """Continue text with a model, or chat with it.

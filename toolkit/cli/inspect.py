@@ -5,44 +5,31 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from toolkit import commands
-from toolkit.cli.options import Json
+from toolkit.cli.options import Json, argument, option
 from toolkit.cli.printing import cell, print_json, print_table, visible
 from toolkit.errors import DataError
 
 if TYPE_CHECKING:
-    from toolkit.data.prepare.tools.check import Sample, SplitReport
-    from toolkit.data.prepare.tools.inspect import Inspection
+    from toolkit.data.prepare.tools.report import Inspection, Sample, SplitReport
 
 BAR_WIDTH = 40
 
 
 def inspect(
-    path: Annotated[
-        str, typer.Argument(metavar="PATH", help="A prepared folder, or a .bin or .npy file.")
-    ],
-    samples: Annotated[
-        int, typer.Option("-n", metavar="N", help="Documents of each split to show.")
-    ] = 3,
+    path: Annotated[str, argument("A prepared folder, or a .bin or .npy file.", metavar="PATH")],
+    samples: Annotated[int, option("Documents of each split to show.", "-n", metavar="N")] = 3,
     quick: Annotated[
-        bool, typer.Option("--quick", help="Sizes, index and a few blocks, not every token.")
+        bool, option("Sizes, index and a few blocks, not every token.", "--quick")
     ] = False,
     dtype: Annotated[
         str | None,
-        typer.Option(
-            metavar="TYPE",
-            help="Of a bare file: uint8, uint16, uint32, uint64.",
-            show_default="uint16",
-        ),
+        option("Of a bare file: uint8, uint16, uint32, uint64.", shown="uint16", metavar="TYPE"),
     ] = None,
     vocab_size: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N", help="Of a bare file: every id must be below.", show_default=False
-        ),
+        int | None, option("Of a bare file: every id must be below.", metavar="N")
     ] = None,
     eos_id: Annotated[
-        int | None,
-        typer.Option(metavar="ID", help="Of a bare file: it ends documents.", show_default=False),
+        int | None, option("Of a bare file: it ends documents.", metavar="ID")
     ] = None,
     json: Json = False,
 ) -> None:

@@ -15,11 +15,11 @@ from typing import Annotated, Any
 import typer
 
 from toolkit import __version__, signals
-from toolkit.cli import data, generate, models, recipes, runs, stop_leaving, train
-from toolkit.cli.options import OVERRIDABLE
+from toolkit.cli import data, generate, models, plan, recipes, runs, stop_leaving, train
+from toolkit.cli.options import OVERRIDABLE, option
 from toolkit.cli.output import has_lost_reader, open_missing_streams, outlive_readers
 from toolkit.distributed.ranks import adopt_ranks
-from toolkit.distributed.tuning import set_allocator_defaults
+from toolkit.distributed.tuning import set_defaults
 from toolkit.errors import (
     EXIT_BAD_INPUT,
     EXIT_DONE,
@@ -36,7 +36,7 @@ EXIT_INTERRUPTED = 130
 
 _TRAINING = ("train", "resume")
 _COMPUTING = (*_TRAINING, "verify", "eval", "generate")
-_READING = ("", "runs", "recipes", "schema", "batch", "generate", "show", "inspect")
+_READING = ("", "plan", "runs", "recipes", "schema", "batch", "generate", "show", "inspect")
 """Verbs that are done when nobody reads on. The others work, whether anybody looks or not."""
 
 # Rank 0's line should be out before the launcher sees any rank end and stops the others.
@@ -69,6 +69,7 @@ app = typer.Typer(
 )
 for _verb in (train.train, train.resume, train.prepare):
     app.command(context_settings=OVERRIDABLE)(_verb)
+app.command(context_settings=OVERRIDABLE)(plan.plan)
 app.add_typer(recipes.app, name="recipes")
 app.add_typer(runs.app, name="runs")
 app.add_typer(data.app, name="data")
@@ -83,10 +84,8 @@ app.command()(recipes.schema)
 
 @app.callback()
 def _toolkit(
-    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
-    debug: Annotated[
-        bool, typer.Option("--debug", help="Show tracebacks of errors. Goes anywhere.")
-    ] = False,
+    version: Annotated[bool, option("Print the version and exit.", "--version")] = False,
+    debug: Annotated[bool, option("Show tracebacks of errors. Goes anywhere.", "--debug")] = False,
 ) -> None:
     """Train language models: a typed config in, a run folder out.
 
@@ -101,10 +100,7 @@ def _toolkit(
 
 def main() -> None:
     """The console script: run the command line and exit with the code of what happened."""
-    # Read by libgomp when torch loads it. Its threads spin while they wait, by default so long that
-    # two programs with as many threads as cores slow each other down tenfold (docs/LOG.md).
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-    set_allocator_defaults()
+    set_defaults()
     args = sys.argv[1:]
     verbs = [word for word in args if not word.startswith("-") and word != "data"]
     verb = verbs[0] if verbs else ""

@@ -6,54 +6,50 @@ from typing import Annotated, Literal
 import typer
 
 from toolkit import commands
-from toolkit.cli.options import AnyModel, ComputeType, Device, TokenizerFolder
-from toolkit.cli.printing import cell, print_table, size_text
+from toolkit.cli.options import AnyModel, ComputeType, Device, TokenizerFolder, argument, option
+from toolkit.cli.printing import cell, print_table
 from toolkit.errors import ConfigError
-from toolkit.wording import count
+from toolkit.wording import count, prefixed
 
 
 def convert_hf(
     source: Annotated[
-        str,
-        typer.Argument(metavar="SRC", help="A folder in Hugging Face format, or a hub name."),
+        str, argument("A folder in Hugging Face format, or a hub name.", metavar="SRC")
     ],
-    out: Annotated[str, typer.Argument(metavar="OUT", help="A folder that is new or empty.")],
+    out: Annotated[str, argument("A folder that is new or empty.", metavar="OUT")],
     validate: Annotated[
         bool | None,
-        typer.Option(
+        option(
+            "Compare the logits of the result with those of transformers.",
             "--validate/--no-validate",
-            help="Compare the logits of the result with those of transformers.",
-            show_default="if there is memory for it",
+            shown="if there is memory for it",
         ),
     ] = None,
     revision: Annotated[
-        str | None, typer.Option(help="Branch, tag or commit on the hub.", show_default="main")
+        str | None, option("Branch, tag or commit on the hub.", shown="main")
     ] = None,
     tokenizer: Annotated[
         str | None,
-        typer.Option(
+        option(
+            "Folder of another tokenizer, for example one that has grown.",
+            shown="the model's",
             metavar="PATH",
-            help="Folder of another tokenizer, for example one that has grown.",
-            show_default="the model's",
         ),
     ] = None,
     vocab_size: Annotated[
         int | None,
-        typer.Option(
+        option(
+            "Number of token ids; new rows are the mean of the others.",
+            shown="as many as model and tokenizer need",
             metavar="N",
-            help="Number of token ids; new rows are the mean of the others.",
-            show_default="as many as model and tokenizer need",
         ),
     ] = None,
     add_tokens: Annotated[
-        str | None,
-        typer.Option(metavar="A,B", help="Control tokens that the tokenizer is to have."),
+        str | None, option("Control tokens that the tokenizer is to have.", metavar="A,B")
     ] = None,
     chat_template: Annotated[
         str | None,
-        typer.Option(
-            metavar="FILE", help="Jinja file with the chat template.", show_default="the model's"
-        ),
+        option("Jinja file with the chat template.", shown="the model's", metavar="FILE"),
     ] = None,
 ) -> None:
     """Make a Hugging Face model a checkpoint to train from.
@@ -86,7 +82,7 @@ def convert_hf(
     seconds = time.monotonic() - begin
     typer.echo(
         f"{out}: {conversion.model_type}, {conversion.config.num_parameters:,} parameters, "
-        f"{' and '.join(conversion.dtypes)}, {size_text(conversion.nbytes)}, {seconds:.1f} s"
+        f"{' and '.join(conversion.dtypes)}, {prefixed(conversion.nbytes, 'B')}, {seconds:.1f} s"
     )
     for note in conversion.notes:
         typer.echo(f"note: {note}")
@@ -103,32 +99,24 @@ def convert_hf(
 
 def export_hf(
     source: Annotated[
-        str,
-        typer.Argument(metavar="RUN_OR_CHECKPOINT", help="A run folder, or a step{N} folder."),
+        str, argument("A run folder, or a step{N} folder.", metavar="RUN_OR_CHECKPOINT")
     ],
-    out: Annotated[str, typer.Argument(metavar="OUT", help="A folder that is new or empty.")],
+    out: Annotated[str, argument("A folder that is new or empty.", metavar="OUT")],
     dtype: Annotated[
         Literal["auto", "fp32", "bf16", "fp16"],
-        typer.Option(
-            help="Type of the weights. auto: what the model had when it was imported, else fp32."
-        ),
+        option("Type of the weights. auto: what the model had when it was imported, else fp32."),
     ] = "auto",
-    max_shard_size: Annotated[
-        str, typer.Option(metavar="SIZE", help="Largest file of weights.")
-    ] = "5GB",
+    max_shard_size: Annotated[str, option("Largest file of weights.", metavar="SIZE")] = "5GB",
     merge_adapter: Annotated[
-        bool,
-        typer.Option(
-            "--merge-adapter", help="Of a LoRA run: the whole model, not the adapter alone."
-        ),
+        bool, option("Of a LoRA run: the whole model, not the adapter alone.", "--merge-adapter")
     ] = False,
     tokenizer: TokenizerFolder = None,
     check: Annotated[
         bool | None,
-        typer.Option(
+        option(
+            "Load the result with transformers and compare its logits and token ids.",
             "--check/--no-check",
-            help="Load the result with transformers and compare its logits and token ids.",
-            show_default="if there is memory for it",
+            shown="if there is memory for it",
         ),
     ] = None,
 ) -> None:
@@ -185,47 +173,39 @@ def export_hf(
 
 def evaluate(
     source: AnyModel,
-    more: Annotated[list[str] | None, typer.Argument(hidden=True)] = None,
+    more: Annotated[list[str] | None, argument("", hidden=True)] = None,
     files: Annotated[
         list[str] | None,
-        typer.Option(
+        option(
+            "Text to score: .txt, .jsonl (.gz, .zst), .parquet, folders of them, 'globs'.",
+            shown="the run's validation data",
             metavar="PATH...",
-            help="Text to score: .txt, .jsonl (.gz, .zst), .parquet, folders of them, 'globs'.",
-            show_default="the run's validation data",
         ),
     ] = None,
-    text_field: Annotated[str, typer.Option(help="Key or column that holds the text.")] = "text",
+    text_field: Annotated[str, option("Key or column that holds the text.")] = "text",
     tokenizer: Annotated[
-        str | None,
-        typer.Option(metavar="PATH", help="Tokenizer of the text.", show_default="the model's"),
+        str | None, option("Tokenizer of the text.", shown="the model's", metavar="PATH")
     ] = None,
     sequence_length: Annotated[
-        int | None,
-        typer.Option(
-            help="Tokens per row.", show_default="the run's; else the model's, at most 2048"
-        ),
+        int | None, option("Tokens per row.", shown="the run's; else the model's, at most 2048")
     ] = None,
     stride: Annotated[
         int | None,
-        typer.Option(
-            help="Tokens from the beginning of a row to that of the next. Less than the row: each "
+        option(
+            "Tokens from the beginning of a row to that of the next. Less than the row: each "
             "token is scored once, with more of the text before it.",
-            show_default="the whole row",
+            shown="the whole row",
         ),
     ] = None,
     batch_tokens: Annotated[
         int | None,
-        typer.Option(
-            help="Tokens per forward; changes speed and memory only.",
-            show_default="the run's; else 8192",
-        ),
+        option("Tokens per forward; changes speed and memory only.", shown="the run's; else 8192"),
     ] = None,
     dtype: Annotated[
-        ComputeType | None,
-        typer.Option(help="Precision of the computation.", show_default="the run's; else fp32"),
+        ComputeType | None, option("Precision of the computation.", shown="the run's; else fp32")
     ] = None,
     device: Device = None,
-    json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
+    json: Annotated[bool, option("One JSON object a line.", "--json")] = False,
 ) -> None:
     """Measure loss, perplexity and bits per byte of a model on text.
 

@@ -1,51 +1,37 @@
 """Options that several verbs share, and the words they take."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
+
+def option(help: str, *names: str, shown: str | bool = True, **more: Any) -> Any:
+    """An option; `shown` stands for a default of None in the help."""
+    return typer.Option(*names, help=help, show_default=shown, **more)
+
+
+def argument(help: str, *, metavar: str | None = None, **more: Any) -> Any:
+    """A word without a name."""
+    return typer.Argument(help=help, metavar=metavar, **more)
+
+
 Config = Annotated[
-    str,
-    typer.Argument(metavar="CONFIG", help="A recipe (see `toolkit recipes`) or a JSON file."),
+    str, argument("A recipe (see `toolkit recipes`) or a JSON file.", metavar="CONFIG")
 ]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="--PATH=VALUE", help="Config values by path.", show_default=False),
-]
-DataRoot = Annotated[
-    str | None, typer.Option(help="Folder of tokenized data (dataset.root).", show_default=False)
-]
-WorkDir = Annotated[
-    str | None,
-    typer.Option(
-        help="Local scratch folder for preparing data (run.work_dir).", show_default=False
-    ),
-]
+Overrides = Annotated[list[str] | None, argument("Config values by path.", metavar="--PATH=VALUE")]
+DataRoot = Annotated[str | None, option("Folder of tokenized data (dataset.root).")]
+WorkDir = Annotated[str | None, option("Local scratch folder for preparing data (run.work_dir).")]
 Base = Annotated[
     str | None,
-    typer.Option(
-        metavar="FOLDER",
-        help="Start from this model: a folder of `toolkit convert-hf`, or a run.",
-        show_default=False,
-    ),
+    option("Start from this model: a folder of `toolkit convert-hf`, or a run.", metavar="FOLDER"),
 ]
-SequenceLength = Annotated[
-    int | None,
-    typer.Option(help="Tokens per instance (dataset.sequence_length).", show_default=False),
-]
+SequenceLength = Annotated[int | None, option("Tokens per instance (dataset.sequence_length).")]
 AnyModel = Annotated[
-    str,
-    typer.Argument(
-        metavar="SRC", help="A run, a step{N} folder, a Hugging Face folder or hub name."
-    ),
+    str, argument("A run, a step{N} folder, a Hugging Face folder or hub name.", metavar="SRC")
 ]
-TokenizerFolder = Annotated[
-    str | None, typer.Option(metavar="FOLDER", help="Tokenizer.", show_default="the model's")
-]
-Device = Annotated[
-    str | None, typer.Option(help="cpu, cuda, cuda:1, ...", show_default="a GPU if there is one")
-]
+TokenizerFolder = Annotated[str | None, option("Tokenizer.", shown="the model's", metavar="FOLDER")]
+Device = Annotated[str | None, option("cpu, cuda, cuda:1, ...", shown="a GPU if there is one")]
 ComputeType = Literal["fp32", "bf16"]
-Json = Annotated[bool, typer.Option("--json", help="Everything as one JSON object.")]
+Json = Annotated[bool, option("Everything as one JSON object.", "--json")]
 OVERRIDABLE = {"ignore_unknown_options": True}
 """Context settings of verbs that take `--PATH=VALUE`."""

@@ -10,8 +10,7 @@ import io
 import os
 import select
 import sys
-from collections.abc import Iterable
-from typing import Any, TextIO, cast
+from typing import Any, TextIO
 
 _GONE = (errno.EPIPE, errno.EIO, errno.EBADF, errno.ENXIO, errno.ECONNRESET, errno.ESHUTDOWN)
 """The other end will not come back. Others (a full disk) may pass: the next line is tried."""
@@ -39,8 +38,7 @@ def open_missing_streams() -> None:
 
 def outlive_readers() -> None:
     """Let writing to standard output and error never fail from here on."""
-    sys.stdout = cast(TextIO, LastingStream(sys.stdout))
-    sys.stderr = cast(TextIO, LastingStream(sys.stderr))
+    sys.stdout, sys.stderr = lasting(sys.stdout), lasting(sys.stderr)
 
 
 def has_lost_reader(stream: TextIO) -> bool:
@@ -52,53 +50,29 @@ def has_lost_reader(stream: TextIO) -> bool:
     return True
 
 
-class LastingStream(io.TextIOBase):
-    """A text stream whose writing side never fails; all else is the wrapped stream's."""
+def lasting(stream: TextIO) -> TextIO:
+    """A stream to the same file, whose writing side never fails."""
+    if not isinstance(stream, io.TextIOWrapper):
+        return stream
+    stream.flush()
+    return io.TextIOWrapper(
+        io.BufferedWriter(_LastingFile(stream.fileno(), "wb", closefd=False)),
+        stream.encoding,
+        "backslashreplace",  # letters that a terminal lacks
+        line_buffering=stream.line_buffering,
+        write_through=stream.write_through,
+    )
 
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
 
-    def write(self, text: str) -> int:
+class _LastingFile(io.FileIO):
+    def write(self, data: Any) -> int:
+        size = memoryview(data).nbytes
         try:
-            self._stream.write(text)
-        except UnicodeEncodeError:
-            encoding = self._stream.encoding or "ascii"
-            self.write(text.encode(encoding, "backslashreplace").decode(encoding))
-        except (OSError, ValueError) as error:
-            self._lose(error)
-        return len(text)
-
-    def writelines(self, lines: Iterable[str]) -> None:  # type: ignore[override]
-        for line in lines:
-            self.write(line)
-
-    def flush(self) -> None:
-        try:
-            self._stream.flush()
-        except (OSError, ValueError) as error:
-            self._lose(error)
-
-    def close(self) -> None:
-        """Nothing: it stands for the process's own stream."""
-
-    def fileno(self) -> int:
-        return self._stream.fileno()
-
-    def isatty(self) -> bool:
-        with contextlib.suppress(OSError, ValueError):
-            return self._stream.isatty()
-        return False
-
-    def __getattribute__(self, name: str) -> Any:
-        # `encoding`, `buffer` and others exist in the base class, without values.
-        if name in ("encoding", "errors", "newlines", "buffer", "name", "mode", "reconfigure"):
-            return getattr(object.__getattribute__(self, "_stream"), name)
-        return super().__getattribute__(name)
-
-    def _lose(self, error: OSError | ValueError) -> None:
-        """Buffers and other libraries that write to the descriptor must not fail either."""
-        if isinstance(error, OSError) and error.errno in _GONE:
-            with contextlib.suppress(OSError, ValueError):
-                nowhere = os.open(os.devnull, os.O_WRONLY)
-                os.dup2(nowhere, self._stream.fileno())
-                os.close(nowhere)
+            return super().write(data) or size
+        except OSError as error:
+            if error.errno in _GONE:  # nor must other libraries that write there fail
+                with contextlib.suppress(OSError):
+                    nowhere = os.open(os.devnull, os.O_WRONLY)
+                    os.dup2(nowhere, self.fileno())
+                    os.close(nowhere)
+            return size

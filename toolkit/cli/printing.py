@@ -50,17 +50,6 @@ def cell(value: str | float | None, digits: str = ",", unknown: str = "-") -> st
     return value if isinstance(value, str) else f"{value:{digits}}"
 
 
-def size_text(number: int | None) -> str:
-    if number is None:
-        return "-"
-    size = float(number)
-    for unit in ("B", "kB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.3g} {unit}" if unit != "B" else f"{number} B"
-        size /= 1000
-    return f"{size:.4g} TB"
-
-
 def print_json(value: Any) -> None:
     import msgspec
 

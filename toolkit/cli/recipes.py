@@ -6,10 +6,11 @@ from typing import Annotated
 import typer
 
 from toolkit import commands
+from toolkit.cli.options import argument
 from toolkit.cli.printing import print_table
 
 app = typer.Typer(invoke_without_command=True, rich_markup_mode=None)
-RecipeName = Annotated[str, typer.Argument(metavar="NAME", help="Name of a recipe.")]
+RecipeName = Annotated[str, argument("Name of a recipe.", metavar="NAME")]
 
 
 @app.callback()
@@ -40,10 +41,10 @@ def list_recipes() -> None:
         [
             [
                 recipe.name,
-                recipe.shown_parameters,
-                str(recipe.sequence_length),
+                recipe.config.model.shown_parameters if recipe.has_model else "-",
+                str(recipe.config.dataset.sequence_length),
                 " and ".join(recipe.needs) or "nothing",
-                recipe.description,
+                recipe.config.description,
             ]
             for recipe in commands.recipes.describe_recipes()
         ],
@@ -67,8 +68,7 @@ def show(name: RecipeName) -> None:
 def copy(
     name: RecipeName,
     destination: Annotated[
-        str | None,
-        typer.Argument(metavar="DEST", help="File or folder; default: NAME.json here."),
+        str | None, argument("File or folder; default: NAME.json here.", metavar="DEST")
     ] = None,
 ) -> None:
     """Copy a recipe, to change it.

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from toolkit import commands
-from toolkit.cli.options import Json
+from toolkit.cli.options import Json, argument, option
 from toolkit.cli.printing import (
     LEGEND,
     cell,
@@ -13,10 +13,9 @@ from toolkit.cli.printing import (
     print_json,
     print_pieces,
     print_table,
-    size_text,
 )
 from toolkit.errors import EXIT_DONE, EXIT_FAILED, ConfigError
-from toolkit.wording import count
+from toolkit.wording import count, prefixed
 
 if TYPE_CHECKING:
     from toolkit.commands.batch import BatchInstance
@@ -24,10 +23,9 @@ if TYPE_CHECKING:
     from toolkit.commands.verify import CheckpointReport
 
 app = typer.Typer(invoke_without_command=True, rich_markup_mode=None)
-Root = Annotated[str, typer.Option(help="Folder of all runs (run.root).")]
+Root = Annotated[str, option("Folder of all runs (run.root).")]
 Registry = Annotated[
-    str | None,
-    typer.Option(help="SQLAlchemy URL (run.registry).", show_default="ROOT/registry.sqlite"),
+    str | None, option("SQLAlchemy URL (run.registry).", shown="ROOT/registry.sqlite")
 ]
 
 
@@ -44,10 +42,10 @@ def runs(context: typer.Context, root: Root = "runs", registry: Registry = None)
     if context.invoked_subcommand is None:
         list_(root, registry)
         return
-    for option, is_given in (("--root", root != "runs"), ("--registry", registry is not None)):
+    for flag, is_given in (("--root", root != "runs"), ("--registry", registry is not None)):
         if is_given:
             verb = context.invoked_subcommand
-            raise ConfigError(f"{option} goes after the verb: toolkit runs {verb} {option} ...")
+            raise ConfigError(f"{flag} goes after the verb: toolkit runs {verb} {flag} ...")
 
 
 @app.command("list")
@@ -99,22 +97,18 @@ def reindex(root: Root = "runs", registry: Registry = None) -> None:
 def verify(
     context: typer.Context,
     run_dir: Annotated[
-        str,
-        typer.Argument(metavar="RUN_DIR", help="A run, a converted model, or a step{N} folder."),
+        str, argument("A run, a converted model, or a step{N} folder.", metavar="RUN_DIR")
     ],
-    quick: Annotated[
-        bool, typer.Option("--quick", help="Compare sizes only, not contents.")
-    ] = False,
+    quick: Annotated[bool, option("Compare sizes only, not contents.", "--quick")] = False,
     replay: Annotated[
-        int | None,
-        typer.Option(metavar="N", help="Run N steps again and compare their losses."),
+        int | None, option("Run N steps again and compare their losses.", metavar="N")
     ] = None,
     step: Annotated[
         int | None,
-        typer.Option(
+        option(
+            "With --replay: the checkpoint to start from.",
+            shown="the newest with N recorded steps after it",
             metavar="S",
-            help="With --replay: the checkpoint to start from.",
-            show_default="the newest with N recorded steps after it",
         ),
     ] = None,
 ) -> int:
@@ -161,7 +155,7 @@ def _print_reports(reports: "list[CheckpointReport]", run_dir: str, *, quick: bo
             [
                 report.folder.name,
                 f"{saved.engine} x {saved.world_size}" if (saved := report.metadata) else "-",
-                size_text(report.size),
+                prefixed(report.size, "B") if report.size is not None else "-",
                 report.problem or whole,
             ]
             for report in reports
@@ -194,11 +188,9 @@ def _print_receipt(receipt: "Receipt") -> None:
 
 
 def batch(
-    run_dir: Annotated[
-        str, typer.Argument(metavar="RUN_DIR", help="A run folder (see `toolkit runs`).")
-    ],
-    step: Annotated[int, typer.Option(metavar="N", help="The step, as in metrics/train.jsonl.")],
-    show: Annotated[int, typer.Option(metavar="K", help="Instances to show as text.")] = 1,
+    run_dir: Annotated[str, argument("A run folder (see `toolkit runs`).", metavar="RUN_DIR")],
+    step: Annotated[int, option("The step, as in metrics/train.jsonl.", metavar="N")],
+    show: Annotated[int, option("Instances to show as text.", metavar="K")] = 1,
     json: Json = False,
 ) -> None:
     """Show which documents and tokens made up the global batch of one step.

@@ -6,7 +6,16 @@ from typing import Annotated
 import typer
 
 from toolkit import commands
-from toolkit.cli.options import Base, Config, DataRoot, Overrides, SequenceLength, WorkDir
+from toolkit.cli.options import (
+    Base,
+    Config,
+    DataRoot,
+    Overrides,
+    SequenceLength,
+    WorkDir,
+    argument,
+    option,
+)
 from toolkit.cli.printing import prepared_text
 from toolkit.errors import EXIT_BAD_INPUT, EXIT_DONE, ConfigError
 
@@ -14,27 +23,23 @@ from toolkit.errors import EXIT_BAD_INPUT, EXIT_DONE, ConfigError
 def train(
     config: Config,
     overrides: Overrides = None,
-    name: Annotated[
-        str | None, typer.Option(help="Name of the run (run.name).", show_default="the time")
-    ] = None,
+    name: Annotated[str | None, option("Name of the run (run.name).", shown="the time")] = None,
     sequence_length: SequenceLength = None,
     data_root: DataRoot = None,
     save_folder: Annotated[
         str | None,
-        typer.Option(
-            help="The run folder itself (run.save_folder); a run in it is resumed.",
-            show_default="runs/EXPERIMENT/NAME",
+        option(
+            "The run folder itself (run.save_folder); a run in it is resumed.",
+            shown="runs/EXPERIMENT/NAME",
         ),
     ] = None,
     work_dir: WorkDir = None,
     base: Base = None,
     dry_run: Annotated[
-        bool,
-        typer.Option("--dry-run", help="Show the resolved config and what follows; do nothing."),
+        bool, option("Show the resolved config and what follows; do nothing.", "--dry-run")
     ] = False,
     json: Annotated[
-        bool,
-        typer.Option("--json", help="With --dry-run: only the config, as a file `train` reads."),
+        bool, option("With --dry-run: only the config, as a file `train` reads.", "--json")
     ] = False,
 ) -> int:
     """Train a model from a recipe or a JSON config.
@@ -70,17 +75,17 @@ def resume(
     context: typer.Context,
     run_dir: Annotated[
         str,
-        typer.Argument(
+        argument(
+            "A run: its folder or name (see `toolkit runs`), or its newest step{N} folder.",
             metavar="RUN_DIR",
-            help="A run: its folder or name (see `toolkit runs`), or its newest step{N} folder.",
         ),
     ],
     overrides: Overrides = None,
     explain: Annotated[
         bool,
-        typer.Option(
+        option(
+            "Show what would be restored, changed and refused (exit code 2); do nothing.",
             "--explain",
-            help="Show what would be restored, changed and refused (exit code 2); do nothing.",
         ),
     ] = False,
 ) -> int:

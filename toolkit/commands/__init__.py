@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 __all__ = [
     "batch", "convert", "data", "dry_run", "evaluate", "explain", "generate",
-    "load", "mix",
+    "load", "mix", "plan",
     "recipes", "replay", "runs", "train", "verify",
 ]  # fmt: skip
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         generate,
         load,
         mix,
+        plan,
         recipes,
         replay,
         runs,

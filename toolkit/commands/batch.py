@@ -13,13 +13,12 @@ from toolkit.checkpoint.folder import read_metadata, saved_steps, step_folder
 from toolkit.commands.train import open_run_data
 from toolkit.data.corpus import Corpus, changed_data
 from toolkit.data.instances.base import DocumentPart, target_mask
-from toolkit.data.order.batches import BatchOrder, Segment, StreamBatches, batches_for
+from toolkit.data.order.batches import BatchOrder, Segment, StreamBatches, steps_until
 from toolkit.data.prepare.tokenizers.tokenizer import load_tokenizer
 from toolkit.data.prepare.tools.show import DecodedPiece, decode_pieces
 from toolkit.errors import ConfigError, DataError, ToolkitError
 from toolkit.experiment.config import ExperimentConfig
-from toolkit.experiment.found_data import find_data
-from toolkit.experiment.load import load_run_config
+from toolkit.experiment.recorded import found_config
 from toolkit.runs.files import RUN_FILES
 
 
@@ -62,7 +61,7 @@ def step_batch(run_dir: Path, step: int, *, show: int = 1) -> StepBatch:
     if show < 0:
         raise ConfigError(f"--show {show}: give a number of instances, 0 or more")
     folder = run_dir.resolve()
-    config = find_data(load_run_config(run_dir).config, folder)
+    config = found_config(folder)
     corpus = open_run_data(config)
     saved = _saved_data(folder)
     order = _order(config, corpus, saved)
@@ -135,12 +134,8 @@ def _order(config: ExperimentConfig, corpus: Corpus, saved: dict[str, Any] | Non
 
 
 def _check_step(config: ExperimentConfig, order: BatchOrder, step: int) -> None:
-    duration = config.trainer.max_duration
-    last = duration.value
-    if duration.unit == "epochs":
-        last = order.epoch_end(duration.value)
-    elif duration.unit == "tokens":
-        last = batches_for(order.segments, -(-duration.value // config.dataset.sequence_length))
+    duration, length = config.trainer.max_duration, config.dataset.sequence_length
+    last = steps_until(order, duration.value, duration.unit, length)
     if not 1 <= step <= last:
         raise ConfigError(
             f"--step {step}: the run has steps 1 to {last} (trainer.max_duration is "

@@ -31,9 +31,9 @@ from toolkit.experiment.notices import notices
 from toolkit.models.parameters import flops_per_token
 from toolkit.runs.registry import check_run_folder, is_run, resolve_run_folder
 from toolkit.train.config import Duration
-from toolkit.wording import count, labelled
+from toolkit.wording import count, labelled, prefixed
 
-_PARTS = {"pp": "stage", "cp": "positions", "tp": "matrices", "ep": "experts"}
+_PARTS = {"pp": "stages", "cp": "positions", "tp": "matrices", "ep": "experts"}
 """Axis -> what its ranks share."""
 
 _RANKS_SHOWN = 16
@@ -50,7 +50,7 @@ def summarize(loaded: LoadedExperiment, environ: Mapping[str, str]) -> str:
         ("batch", _batch(config, layout)),
         ("duration", _duration(config, corpus)),
         ("engine", _engine(layout)),
-        ("ranks", _ranks(layout, config)),
+        ("ranks", _ranks(config, layout)),
         ("writes", _writes(config)),
         ("note", notices(config, steps_of_data(config, corpus))),
     ]
@@ -116,7 +116,7 @@ def _model(config: ExperimentConfig) -> list[str]:
     return [
         f"{model.num_parameters:,} parameters ({', '.join(parts)})",
         *trained,
-        f"{_short(flops)}FLOP a token to train",
+        f"{prefixed(flops, 'FLOP')} a token to train",
     ]
 
 
@@ -181,25 +181,26 @@ def _engine(layout: Layout) -> list[str]:
     ]
 
 
-def _ranks(layout: Layout, config: ExperimentConfig) -> list[str]:
+def _ranks(config: ExperimentConfig, layout: Layout) -> list[str]:
     """A table of who does what, where ranks differ in more than their rows."""
+    pipeline = None
+    if layout.pp_config is not None:
+        pipeline = plan_pipeline(config.model.to_transformer(), layout.pp_config)
     if max(layout.pp, layout.cp, layout.tp, layout.ep) == 1:
         return []
     heads = ["rank", "rows"]
     heads += [name for axis, name in _PARTS.items() if getattr(layout, axis) > 1]
     rows = [heads]
-    pipeline = None
-    if layout.pp_config is not None:
-        pipeline = plan_pipeline(config.model.to_transformer(), layout.pp_config)
     shown = [r for r in range(layout.world_size) if r < _RANKS_SHOWN or r == layout.world_size - 1]
     for rank in shown:
         place = layout.place(rank) | layout.place(rank, experts=True)
         row = [f"{rank}", f"{layout.batch_rank(rank) + 1} of {layout.batch_ranks}"]
-        row += [] if pipeline is None else [pipeline.describe(place["pp"])]
         row += [
-            f"{place[axis] + 1} of {getattr(layout, axis)}"
+            pipeline.describe(place["pp"])
+            if axis == "pp" and pipeline is not None
+            else f"{place[axis] + 1} of {getattr(layout, axis)}"
             for axis in _PARTS
-            if getattr(layout, axis) > 1 and axis != "pp"
+            if getattr(layout, axis) > 1
         ]
         rows += [["..."] + [""] * (len(heads) - 1)] if rank > len(rows) - 1 else []
         rows.append(row)
@@ -221,11 +222,3 @@ def _shown(value: Any) -> str:
     if isinstance(value, str) and value and value == value.strip():
         return value
     return msgspec.json.encode(value).decode()
-
-
-def _short(number: float) -> str:
-    for unit in ("", "k", "M", "G", "T"):
-        if number < 1000:
-            return f"{number:.3g} {unit}"
-        number /= 1000
-    return f"{number:.3g} P"

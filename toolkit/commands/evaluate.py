@@ -36,8 +36,7 @@ from toolkit.evaluate.perplexity import causal_lm_loss, evaluate_stream, transfo
 from toolkit.evaluate.stream import check_vocabulary, read_documents
 from toolkit.experiment.checks import rank_microbatch_size
 from toolkit.experiment.config import ExperimentConfig
-from toolkit.experiment.found_data import find_data
-from toolkit.experiment.load import load_run_config
+from toolkit.experiment.recorded import found_config
 from toolkit.hf.loading import load_causal_lm
 from toolkit.hf.source import ModelSource, find_source, load_model
 from toolkit.runs.status import read_status
@@ -177,7 +176,7 @@ def _find(where: str, settings: EvalSettings) -> _Model:
             raise
         reason = str(error)
     if source is not None and source.run is not None and source.metadata is not None:
-        run = find_data(load_run_config(source.run).config, source.run.resolve())
+        run = found_config(source.run)
         status = read_status(source.run)
         dtype = "bf16" if status and status.other.get("precision") == "bf16" else "fp32"
         batch_tokens = run.data_loader.eval_batch_size or rank_microbatch_size(
@@ -242,7 +241,7 @@ def _on_files(model: _Model, files: Sequence[str], notify: Notify) -> Found:
     }
     with _option_names():
         for source in sources.values():
-            for line in plan_source(source, 0.0).notes():
+            for line in plan_source(source, 0.0).listing.notes():
                 notify(line)
         tokenizer = _tokenizer(model)
     append_eos, mask_documents = True, False

@@ -19,7 +19,6 @@ from toolkit.checkpoint.folder import (
 )
 from toolkit.commands.train import without_gone_sources
 from toolkit.commands.verify import check_checkpoint
-from toolkit.config.files import read_json_mapping
 from toolkit.data.corpus_info import CorpusInfo, data_places, read_corpus
 from toolkit.data.prepare.corpus import check_corpus_settings
 from toolkit.distributed.layout import Layout, layout_of
@@ -35,7 +34,8 @@ from toolkit.experiment.checks import (
 )
 from toolkit.experiment.config import ExperimentConfig
 from toolkit.experiment.found_data import has_data, started_in
-from toolkit.experiment.recorded import ResumePlan, plan_resume, read_steps
+from toolkit.experiment.recorded import read_steps, stored_config
+from toolkit.experiment.resuming import ResumePlan, plan_resume
 from toolkit.runs.environment import installed_version
 from toolkit.runs.files import RUN_FILES
 from toolkit.runs.registry import check_run_folder
@@ -78,8 +78,9 @@ def explain_resume(
     corpus = refused.ask(lambda: _corpus(config))
     refused.ask(lambda: check_run_folder(config.run, ""))
     found = _look(config, folder, corpus, refused)
-    before = read_json_mapping(folder / RUN_FILES.config)
-    changes = config_changes(before, plan.stored, started_in(folder / RUN_FILES.command))
+    changes = config_changes(
+        stored_config(folder), plan.stored, started_in(folder / RUN_FILES.command)
+    )
     rows = [
         ("run", [f"{folder}: {state}, attempt {plan.status.attempt}"]),
         ("checkpoint", _checkpoint(plan, found)),

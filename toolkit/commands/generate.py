@@ -17,6 +17,7 @@ from toolkit.checkpoint.folder import HF_FOLDER
 from toolkit.commands.models import DTYPES, DType, hf_folder_of, pick_device
 from toolkit.commands.runs import folder_of
 from toolkit.data.prepare.build.stops import stop_ids
+from toolkit.data.prepare.tokenizers.auto import load_auto_tokenizer
 from toolkit.data.prepare.tokenizers.tokenizer import load_tokenizer
 from toolkit.errors import DataError
 from toolkit.evaluate.continuation import PlainContinuation, Sampling, TransformersContinuation
@@ -73,7 +74,7 @@ def open_generator(
         found = Path(tokenizer).expanduser()
     if found is None:
         raise DataError(f"{where}: no tokenizer here; give one with --tokenizer FOLDER")
-    loaded_tokenizer = loading.load_auto_tokenizer(found)
+    loaded_tokenizer = load_auto_tokenizer(found)
     place = pick_device(device)
     kind = DTYPES[dtype or ("bf16" if place.type == "cuda" else "fp32")]
     if source is not None and hf_architecture(source.config) is None:

@@ -1,6 +1,5 @@
 """Recipes for readers, and the schema of configs."""
 
-import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,42 +16,34 @@ from toolkit.models.presets import PRESETS
 __all__ = ["copy_recipe", "describe_recipes", "experiment_schema", "recipe_text"]
 
 
-class RecipeSummary(NamedTuple):
+class Recipe(NamedTuple):
     name: str
-    description: str
-    num_parameters: int | None
-    """None: those of the model it starts from."""
-    shown_parameters: str
-    """The same for a reader, with the active ones where these are fewer."""
-    sequence_length: int
+    config: ExperimentConfig
+    """With any model, where `--base` gives one."""
     needs: list[str]
     """What is not on every machine."""
 
+    @property
+    def has_model(self) -> bool:
+        return "--base" not in self.needs
 
-def describe_recipes() -> list[RecipeSummary]:
+
+def describe_recipes() -> list[Recipe]:
     """All recipes: those that start from a model (`--base`) last, the others by size."""
-    found = [_describe(name) for name in recipe_names()]
-    return sorted(found, key=lambda recipe: (recipe.num_parameters or sys.maxsize, recipe.name))
+
+    def order(recipe: Recipe) -> tuple[bool, int, str]:
+        return not recipe.has_model, recipe.config.model.num_parameters, recipe.name
+
+    return sorted(map(_describe, recipe_names()), key=order)
 
 
-def _describe(name: str) -> RecipeSummary:
-    has_model = '"model"' in recipe_text(name)
-    # Any model does: only what the recipe itself says is shown.
-    config = load_experiment(name, [] if has_model else ["--model.preset=quickstart"]).config
-    dataset = config.dataset
-    needs = [] if has_model else ["--base"]
-    if isinstance(dataset.source, HubSourceConfig) or isinstance(
-        dataset.tokenizer, HFTokenizerConfig
-    ):
+def _describe(name: str) -> Recipe:
+    needs = [] if '"model"' in recipe_text(name) else ["--base"]
+    config = load_experiment(name, ["--model.preset=quickstart"] if needs else []).config
+    source, tokenizer = config.dataset.source, config.dataset.tokenizer
+    if isinstance(source, HubSourceConfig) or isinstance(tokenizer, HFTokenizerConfig):
         needs.append("download")
-    return RecipeSummary(
-        name,
-        config.description,
-        config.model.num_parameters if has_model else None,
-        config.model.shown_parameters if has_model else "-",
-        dataset.sequence_length,
-        needs,
-    )
+    return Recipe(name, config, needs)
 
 
 def copy_recipe(name: str, destination: str | Path) -> Path:
@@ -83,7 +74,6 @@ def experiment_schema() -> dict[str, Any]:
     }
     choices = model.pop("anyOf", None)
     model["anyOf"] = [*(choices or [{"$ref": model.pop("$ref", None)}]), with_preset]
-    model.pop("discriminator", None)
     properties[SCHEMA_KEY] = {
         "type": "string",
         "description": "Where the schema of this file is, for editors.",

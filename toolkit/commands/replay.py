@@ -20,24 +20,21 @@ from toolkit.commands.receipt import Receipt, ReplayPlan, compare
 from toolkit.commands.train import read_run_data, train
 from toolkit.commands.verify import is_step_folder
 from toolkit.config import leaves
-from toolkit.config.interpolation import fill
 from toolkit.data.corpus_info import without_sources
 from toolkit.distributed.launcher import has_launcher, rank_of
 from toolkit.distributed.logging import quieter, setup_logging
 from toolkit.distributed.ranks import check_launcher_variables
 from toolkit.errors import EXIT_DONE, ConfigError, RunError, TrainingError
 from toolkit.experiment.config import ExperimentConfig
-from toolkit.experiment.found_data import find_data
 from toolkit.experiment.recorded import (
     RecordedStep,
     config_of,
     engine_of,
-    parallel_again,
-    precision_again,
-    processes_here,
+    found_config,
     read_steps,
     versions_of,
 )
+from toolkit.experiment.resuming import parallel_again, precision_again, processes_here
 from toolkit.launch.relaunch import relaunch
 from toolkit.runs.config import RunConfig
 from toolkit.runs.files import RUN_FILES
@@ -110,7 +107,7 @@ def plan_replay(run_dir: Path, steps: int, step: int | None = None) -> ReplayPla
         _refuse(folder, steps, step, comparable)
     start = chosen[-1]
     attempt = record[start + 1].attempt
-    config = find_data(fill(config_of(folder, attempt)), folder)
+    config = found_config(folder, attempt)
     read_run_data(config)
     return ReplayPlan(
         folder=folder,

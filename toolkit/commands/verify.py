@@ -1,6 +1,5 @@
 """Is every checkpoint of a run what was saved? Files against manifests, tensors against files."""
 
-import contextlib
 import os
 import re
 from pathlib import Path
@@ -15,12 +14,12 @@ from toolkit.checkpoint.folder import (
     read_metadata,
     saved_steps,
 )
-from toolkit.errors import CheckpointError, RunError
-from toolkit.experiment.config import ExperimentConfig
+from toolkit.errors import CheckpointError, RunError, ToolkitError
+from toolkit.experiment.recorded import config_of, has_config
 from toolkit.runs.files import RUN_FILES
 from toolkit.runs.registry import is_run
 from toolkit.runs.status import read_status
-from toolkit.storage.foreign import read_json
+from toolkit.train.config import TrainerConfig
 
 UNFINISHED_SUFFIX = ".tmp"
 
@@ -48,36 +47,49 @@ class CheckpointReport(NamedTuple):
 
 def verify_checkpoints(path: Path, *, quick: bool = False) -> list[CheckpointReport]:
     """Check all checkpoints of the run in `path`, or right in it, oldest first; or `path` itself, a
-    step folder. `quick` compares sizes only, not contents."""
+    step folder. `quick` compares sizes only, not contents. A config that the run cannot be resumed
+    with comes first."""
     if is_step_folder(path):
         return [check_checkpoint(path, quick=quick)]
-    if is_run(path) or (path / RUN_FILES.config).is_file():
+    reports: list[CheckpointReport] = []
+    trainer = TrainerConfig()
+    if is_run(path) or has_config(path):
         root = path / RUN_FILES.checkpoints
+        try:
+            trainer = config_of(path).trainer if has_config(path) else trainer
+        except ToolkitError as error:
+            file = path / RUN_FILES.config
+            reports.append(CheckpointReport(file, None, _problem(error, file), is_leftover=False))
     elif saved_steps(path):
         root = path
     else:
         raise RunError(
             f"{path}: neither a run folder nor a step{{N}} folder of one; `toolkit runs` lists runs"
         )
-    if not root.is_dir() and (problem := _why_no_folder(path, root)) is not None:
-        return [CheckpointReport(root, None, problem, is_leftover=False)]
+    if not root.is_dir() and (problem := _why_no_folder(path, root, trainer)) is not None:
+        return [*reports, CheckpointReport(root, None, problem, is_leftover=False)]
     there = root.iterdir() if root.is_dir() else ()
     steps = {path: int(match[1]) for path in there if (match := _STEP.match(path.name))}
     in_order = sorted(steps, key=lambda path: (steps[path], path.name))
-    return [check_checkpoint(path, quick=quick) for path in in_order]
+    return reports + [check_checkpoint(path, quick=quick) for path in in_order]
 
 
-def _why_no_folder(run: Path, root: Path) -> str | None:
+def _why_no_folder(run: Path, root: Path, trainer: TrainerConfig) -> str | None:
     """Why a run should have a folder of checkpoints; None: it saved none."""
     status = read_status(run)
     if status is None or not status.step:
         return None
-    with contextlib.suppress(FileNotFoundError, RunError):
-        trainer = read_json(run / RUN_FILES.config, RunError, ExperimentConfig).trainer
-        if trainer.no_checkpoints or not trainer.callbacks.checkpointer.enabled:
-            return None
+    if trainer.no_checkpoints or not trainer.callbacks.checkpointer.enabled:
+        return None
     why = f"a link to {os.readlink(root)}, which is" if root.is_symlink() else "is"
     return f"{why} not there, and the run is at step {status.step}; restore it"
+
+
+def _problem(error: Exception, path: Path) -> str:
+    """What `error` says, in a line, without the `path` that it is about."""
+    lines = str(error).splitlines()
+    short = (line.removeprefix(str(path)).removeprefix(": ").removeprefix("/") for line in lines)
+    return "; ".join(short)
 
 
 def is_step_folder(path: Path) -> bool:
@@ -107,7 +119,7 @@ def check_checkpoint(folder: Path, *, quick: bool = False) -> CheckpointReport:
 
         stored_shapes(folder / TENSORS_FOLDER)
     except (CheckpointError, OSError) as error:
-        problem = str(error).removeprefix(f"{folder}: ").removeprefix(f"{folder}/")
+        problem = _problem(error, folder)
     if suffix == INVALID_SUFFIX:
         problem = f"set aside: {problem or 'no damage found now'}"
     return CheckpointReport(folder, metadata, problem, is_leftover=suffix is not None)

@@ -13,7 +13,8 @@ from typing import Any
 
 from toolkit.errors import ConfigError, ToolkitError
 
-_NAME = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
+NAME_PATTERN = r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*"
+"""What `module:Class` looks like."""
 
 
 def named(name: str) -> Any:
@@ -26,7 +27,7 @@ def named(name: str) -> Any:
 
 
 def is_name(text: Any) -> bool:
-    return isinstance(text, str) and _NAME.fullmatch(text) is not None
+    return isinstance(text, str) and re.fullmatch(NAME_PATTERN, text) is not None
 
 
 def users_class(name: str, *, key: str) -> Any:

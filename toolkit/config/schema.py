@@ -10,7 +10,8 @@ from typing import Any
 import msgspec
 
 from toolkit.config.base import Config
-from toolkit.config.types import alternatives, type_of
+from toolkit.config.named import NAME_PATTERN
+from toolkit.config.types import CLASS, alternatives, type_of
 
 
 def json_schema(config_type: type[Config]) -> dict[str, Any]:
@@ -24,7 +25,22 @@ def json_schema(config_type: type[Config]) -> dict[str, Any]:
         for field, entry in definition.get("properties", {}).items():
             if field in docs:
                 entry["description"] = docs[field]
+            if CLASS in entry.get("discriminator", {}).get("mapping", {}):
+                del entry["discriminator"]  # it knows no names of classes
+        _allow_names(definition, types.get(name))
     return schema
+
+
+def _allow_names(definition: dict[str, Any], config_type: Any) -> None:
+    """Let the tag of a struct for a class of the user's be the class's name, as `expanded` does."""
+    config = getattr(config_type, "__struct_config__", None)
+    if config is not None and config.tag == CLASS:
+        by_name = {"type": "string", "pattern": f"^{NAME_PATTERN}$"}
+        definition["properties"][config.tag_field]["anyOf"] = [{"enum": [CLASS]}, by_name]
+        del definition["properties"][config.tag_field]["enum"]
+        definition["required"].remove("target")
+        named = {"properties": {config.tag_field: by_name}}
+        definition["anyOf"] = [named, {"required": ["target"]}]
 
 
 @functools.cache

@@ -72,8 +72,11 @@ def open_corpus(cfg: DataConfig, info: CorpusInfo | None = None) -> Corpus:
     if info is None:
         places = ", ".join(str(place) for place in data_places(cfg))
         raise DataError(f"{places}: no prepared data there; make it with: toolkit prepare")
-    for config, prepared in info.parts.values():
-        ensure_plans(prepared, config)
+    if not info.is_ready:
+        if info.parts:
+            check_same_tokens({name: prepared for name, (_, prepared) in info.parts.items()})
+        for config, prepared in info.parts.values():
+            ensure_plans(prepared, config)
     loader, length = cfg.data_loader, cfg.dataset.sequence_length
     seed, seed_key = loader.seed, "data_loader.seed"
     if seed is None:
@@ -92,8 +95,6 @@ def open_corpus(cfg: DataConfig, info: CorpusInfo | None = None) -> Corpus:
         if custom.is_sequential:
             stream = SequentialStream(train.num_instances)
     else:
-        if cfg.dataset.mix is not None:
-            check_same_tokens({name: prepared for name, (_, prepared) in info.parts.items()})
         opened = {
             name: open_instances(prepared, "train", config)
             for name, (config, prepared) in info.parts.items()
@@ -140,7 +141,7 @@ def _evaluation(
     parts: dict[str, tuple[DatasetConfig, PreparedDataset]],
 ) -> dict[str, InstanceDataset]:
     """The validation instances of every part that has enough of them."""
-    found = {}
+    found: dict[str, InstanceDataset] = {}
     for name, (config, prepared) in parts.items():
         if not prepared.has_split("val"):
             line = nothing_held_out(prepared)

@@ -35,6 +35,8 @@ class CorpusInfo(NamedTuple):
     """Every id is below this; None where a custom data set does not say."""
     where: str
     """For messages: the folder, or what stands for it."""
+    is_ready: bool = False
+    """Whether all plans of rows are made, and the sources of a mixture have the same tokens."""
 
     def num_tokens(self, split: Split) -> int:
         """Tokens of the split in all parts."""

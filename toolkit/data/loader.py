@@ -21,8 +21,8 @@ from toolkit.data.instances.custom import UNKNOWN_LENGTH
 from toolkit.data.order.batches import (
     Segment,
     StreamBatches,
-    batches_for,
     instances_per_batch,
+    steps_until,
 )
 from toolkit.data.order.mixture import check_limits
 from toolkit.data.prefetch import prefetch_to_device, read_ahead
@@ -152,16 +152,10 @@ class TrainLoader:
         return self._order.dropped_instances
 
     def steps_of(self, value: int, unit: Literal["steps", "tokens", "epochs"]) -> int:
-        """Number of the step that ends a duration, counted from the beginning of the run; batches
-        may have had several sizes. ValueError: epochs of data that does not say how much there is.
-        """
-        if unit == "steps":
-            return value
-        if unit == "tokens":
-            return batches_for(self._order.segments, -(-value // self.sequence_length))
-        if math.isinf(self.steps_per_epoch):
+        """`steps_until`. ValueError: epochs of data that does not say how much there is."""
+        if unit == "epochs" and math.isinf(self.steps_per_epoch):
             raise ValueError("the data does not say how long an epoch is; use steps or tokens")
-        return self._order.epoch_end(value)
+        return steps_until(self._order, value, unit, self.sequence_length)
 
     def epochs_done(self, steps: int) -> float:
         """Passes over the data that the first `steps` steps are; 0.0 where that is not known."""

@@ -33,7 +33,7 @@ from toolkit.distributed.process_groups import (
     open_process_groups,
 )
 from toolkit.distributed.ranks import adopt_ranks
-from toolkit.distributed.tuning import set_allocator_defaults, tune_cpu
+from toolkit.distributed.tuning import set_defaults, tune_cpu
 from toolkit.errors import ConfigError, RunError
 
 
@@ -64,12 +64,6 @@ class TrainingEnvironment:
     @property
     def is_main(self) -> bool:
         return self.rank == 0
-
-    @property
-    def fs_rank(self) -> int:
-        """This process among those that surely see the same files: 0 writes what all of them
-        read."""
-        return self.rank if self.shared_filesystem else self.local_rank
 
     @property
     def owns_loss(self) -> bool:
@@ -223,7 +217,7 @@ def prepare_training_environment(
     Raises ConfigError where launcher and config disagree about the engine, or there are more
     processes than accelerators.
     """
-    set_allocator_defaults()
+    set_defaults()
     if environ is None:
         adopt_ranks(os.environ)
         environ = os.environ

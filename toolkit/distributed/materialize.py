@@ -87,8 +87,9 @@ def materialize(
     layout = environment.layout
     shards = model.shards if isinstance(model, Stages) else whole_specs(model)
     parts: list[Any] = model.modules_in_order() if isinstance(model, Stages) else [model]
-    # Rows on their way to other ranks break the graphs of blocks.
-    has_breaks = layout.ep > 1
+    # Rows, or keys of a ring, on their way to other ranks break the graphs of blocks.
+    is_ring = layout.cp_config is not None and layout.cp_config.style == "ring"
+    has_breaks = layout.ep > 1 or (layout.cp > 1 and is_ring)
     for part in parts:
         _cut(part, environment, shards)
         if compile_model and has_breaks:

@@ -23,7 +23,9 @@ PP_CONFIG = "train_module.pp_config"
 class Pipeline(NamedTuple):
     """The stages of a model, and the ranks of a pipeline that have them."""
 
-    config: PipelineParallelConfig
+    schedule: PipelineSchedule
+    degree: int
+    """Ranks of the pipeline."""
     layers: tuple[range, ...]
     """Of each stage. The embeddings go with layer 0, the head with the last one."""
 
@@ -33,9 +35,8 @@ class Pipeline(NamedTuple):
 
     def rank_of(self, stage: int) -> int:
         """The rank of the pipeline that has this stage."""
-        turn, place = divmod(stage, self.config.degree)
-        is_back = turn == 1 and self.config.schedule == "ZBVZeroBubble"
-        return self.config.degree - 1 - place if is_back else place
+        turn, place = divmod(stage, self.degree)
+        return self.degree - 1 - place if self.schedule == "ZBVZeroBubble" and turn else place
 
     def stages_of(self, rank: int) -> tuple[int, ...]:
         """The stages that this rank of the pipeline has, in order."""
@@ -47,12 +48,12 @@ class Pipeline(NamedTuple):
         return self.rank_of(self.num_stages - 1)
 
     def describe(self, rank: int) -> str:
-        """The stages of a rank, counted from 1, and their layers: `2 of 4, layers 8-15`."""
+        """What this rank has, in a few words: `stage 1 of 4 (layers 8-15)`."""
         own = self.stages_of(rank)
         spans = [(self.layers[stage][0], self.layers[stage][-1]) for stage in own]
         layers = " and ".join(f"{a}-{b}" if a < b else f"{a}" for a, b in spans)
-        numbers = " and ".join(str(stage + 1) for stage in own)
-        return f"{numbers} of {self.num_stages}, layers {layers}"
+        numbers = " and ".join(map(str, own))
+        return f"stage{'s' * (len(own) > 1)} {numbers} of {self.num_stages} (layers {layers})"
 
 
 def plan_pipeline(model: Architecture, config: PipelineParallelConfig) -> Pipeline:
@@ -75,7 +76,7 @@ def plan_pipeline(model: Architecture, config: PipelineParallelConfig) -> Pipeli
         )
     else:
         ranges = tuple(map(range, (0, *points), (*points, layers)))
-    return Pipeline(config, ranges)
+    return Pipeline(config.schedule, config.degree, ranges)
 
 
 def fits_microbatches(schedule: PipelineSchedule, degree: int, number: int) -> bool:
@@ -87,32 +88,29 @@ def fits_microbatches(schedule: PipelineSchedule, degree: int, number: int) -> b
 
 
 def check_microbatches(
-    config: PipelineParallelConfig, *, batch: int, microbatch: int, unit: int = 1
+    schedule: PipelineSchedule, degree: int, rows: int, microbatch: int, *, length: int
 ) -> None:
-    """Check that the schedule runs with `batch` tokens of each data-parallel rank a step in
-    microbatches of `microbatch` tokens, a multiple of `unit`; the last one may be smaller. Raises
-    ConfigError: naming the nearest size that works."""
-
-    def works(size: int) -> bool:
-        return fits_microbatches(config.schedule, config.degree, -(-batch // size))
-
-    if works(microbatch):
+    """Check that `rows` rows of `length` tokens a step of each rank, in microbatches of
+    `microbatch` rows (the last one is padded), fit the schedule. Raises ConfigError: naming the
+    nearest size that does and divides the rows."""
+    number = -(-rows // microbatch)
+    if fits_microbatches(schedule, degree, number):
         return
-    number = -(-batch // microbatch)
-    needs = f"at least {config.degree}"
-    if config.schedule == "Interleaved1F1B":
-        needs = f"a multiple of {max(1, number // config.degree)}"
-    larger = range(microbatch + unit, batch + 1, unit)
-    smaller = range(microbatch - unit, 0, -unit)
-    fits = [n for sizes in (smaller, larger) if (n := next(filter(works, sizes), None))]
-    advice = f"raise data_loader.global_batch_size to {config.degree} rows on each of those ranks"
-    if fits:
-        nearest = min(fits, key=lambda size: abs(size - microbatch))
-        advice = f"use {nearest}, which makes {-(-batch // nearest)}"
+    divisors = [m for m in range(1, rows + 1) if rows % m == 0]
+    works = [m for m in divisors if fits_microbatches(schedule, degree, rows // m)]
+    needs = (
+        f"a multiple of {max(1, number // degree)} of them"
+        if schedule == "Interleaved1F1B"
+        else f"at least {degree}"
+    )
+    advice = f"a global batch of at least {degree} rows on each data-parallel rank is needed"
+    if works:
+        nearest = min(works, key=lambda m: (abs(m - microbatch), -m))
+        advice = f"use {nearest * length}, which makes {rows // nearest}"
     raise ConfigError(
-        f"{microbatch} of the {batch} tokens of a data-parallel rank make "
-        f"{count(number, 'microbatch')} a step, and {config.schedule} on {config.degree} ranks "
-        f"needs {needs}; {advice}",
+        f"{count(rows, 'row')} a step on each rank in microbatches of {microbatch} make "
+        f"{count(number, 'microbatch')}, and {schedule} on {degree} ranks needs "
+        f"{needs}; {advice}",
         key="train_module.rank_microbatch_size",
     )
 

@@ -75,9 +75,7 @@ class PipelineEngine(TorchEngine):
         terms.factor, terms.z_loss_multiplier = factor, z_loss_multiplier
         rows, length = microbatches[0].labels.shape
         total = sum(len(microbatch.labels) for microbatch in microbatches)
-        check_microbatches(
-            pipeline.config, batch=total * length, microbatch=rows * length, unit=length
-        )
+        check_microbatches(pipeline.schedule, pipeline.degree, total, rows, length=length)
         whole = _joined(microbatches, rows)
         given = {"labels": whole.labels}
         if whole.document_ids is not None:
@@ -156,8 +154,8 @@ class PipelineEngine(TorchEngine):
                 )
                 for index, stage in self.module.items()
             ]
-            self._schedules[key] = get_schedule_class(pipeline.config.schedule)(
-                stages[0] if pipeline.config.schedule == "1F1B" else stages,
+            self._schedules[key] = get_schedule_class(pipeline.schedule)(
+                stages[0] if pipeline.schedule == "1F1B" else stages,
                 n_microbatches=number,
                 loss_fn=lambda loss, labels: loss,
                 scale_grads=False,
@@ -193,7 +191,7 @@ class PipelineEngine(TorchEngine):
         """What the last stage returns for each of about as many parts as there are ranks, so that
         all of them work; nothing on ranks that do not have it."""
         pipeline, own = self._pipeline, dict(self.module.items())
-        rows = -(-len(input_ids) // pipeline.config.degree)
+        rows = -(-len(input_ids) // pipeline.degree)
         parts = input_ids.split(rows)
         given = {"labels": labels, "document_ids": document_ids}
         options = [

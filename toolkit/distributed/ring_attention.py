@@ -60,9 +60,7 @@ class RingMask:
 def ring(rows: SharedRows) -> tuple[Callable[..., Tensor], MaskMaker]:
     """What puts ring attention into a model: `attend` of attention, `masks` of the model."""
 
-    # torch.compile has no graph for messages from rank to rank: attention runs as it is, what is
-    # around it compiled.
-    @torch.compiler.disable
+    @torch.compiler.disable(reason="messages from rank to rank have no graph")
     def attend(
         query: Tensor,
         key: Tensor,
@@ -239,12 +237,17 @@ class _Sent:
         return self._received
 
 
+def _takes_flash(x: Tensor, part: Part) -> bool:
+    return x.device.type == "cpu" and part.blocks is None
+
+
 def _attended(
     query: Tensor, key: Tensor, value: Tensor, part: Part, scale: float | None
 ) -> tuple[Tensor, Tensor]:
     """Attention over the keys of `part`, and the logsumexp of its scores, -inf where a query sees
-    none: flex attention on CUDA, torch's flash attention on a CPU."""
-    if part.blocks is not None or query.device.type != "cpu":
+    none. On a CPU by torch's flash attention, on CUDA by flex attention, or written out where that
+    does not run (`attention_kernel`)."""
+    if not _takes_flash(query, part):
         return _differentiable(query, key, value, part, scale)
     key, value = _repeated(query, key, value)
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
@@ -262,7 +265,7 @@ def _gradients(
     """Of `inputs` (queries, keys, values) the share of `part`. `results` are of all keys together:
     the gradient of what came out, that itself, and the logsumexp."""
     grad, out, lse = results
-    if part.blocks is None and grad.device.type == "cpu":
+    if _takes_flash(grad, part):
         query, key, value = inputs
         heads = key.shape[1]
         key, value = _repeated(query, key, value)
@@ -308,9 +311,12 @@ def _differentiable(
         scores = scores.masked_fill(~seen, float("-inf"))
     elif part.bias is not None:
         scores = scores + part.bias
-    lse = scores.logsumexp(-1)
-    weights = (scores - lse.clamp(min=torch.finfo(lse.dtype).min)[..., None]).exp()
-    return weights.to(value.dtype) @ value, lse
+    if part.is_blind is None:
+        return scores.softmax(-1).to(value.dtype) @ value, scores.logsumexp(-1)
+    # Of nothing there is no gradient but NaN; what comes of such queries has a weight of zero.
+    scores = scores.masked_fill(part.is_blind[..., None], 0.0)
+    lse = scores.logsumexp(-1).masked_fill(part.is_blind, float("-inf"))
+    return scores.softmax(-1).to(value.dtype) @ value, lse
 
 
 def _repeated(query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:

@@ -13,9 +13,16 @@ _VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLO
 """The name since torch 2.9, and the older ones, which it still prefers."""
 
 
-def set_allocator_defaults(environ: MutableMapping[str, str] = os.environ) -> None:
-    """Let the allocator grow the blocks that it has instead of adding others, which fragment;
-    unless somebody has said how it works. Call it before CUDA is first used."""
+def set_defaults(environ: MutableMapping[str, str] = os.environ) -> None:
+    """Variables for libraries that read them once, unless somebody has set them: call it before
+    torch is imported. Later it still serves CUDA's allocator (until CUDA is first used), and all
+    processes that this one starts.
+
+    The allocator grows the blocks that it has instead of adding others, which fragment. Threads of
+    libgomp spin shortly while they wait: by default so long that two programs with as many threads
+    as cores slow each other down tenfold (docs/LOG.md).
+    """
+    environ.setdefault("GOMP_SPINCOUNT", "1000")
     if not any(name in environ for name in _VARIABLES):
         environ[_VARIABLES[0]] = "expandable_segments:True"
 

@@ -16,7 +16,7 @@ from toolkit.data.corpus_info import VAL, CorpusInfo
 from toolkit.data.order.resolve import resolve_mix
 from toolkit.data.tokens.prepared import require_ids
 from toolkit.distributed.layout import Layout
-from toolkit.distributed.pipeline import check_microbatches
+from toolkit.distributed.pipeline import check_microbatches, plan_pipeline
 from toolkit.distributed.sizes import check_combination, check_sizes
 from toolkit.distributed.tuning import asked_threads
 from toolkit.errors import CheckpointError, ConfigError, DataError, ErrorList
@@ -47,6 +47,7 @@ FREE_FOR_WEIGHTS = FREE_MODEL_FIELDS | {
 SEQUENCE = "dataset.sequence_length"
 GLOBAL_BATCH = "data_loader.global_batch_size"
 MICROBATCH = "train_module.rank_microbatch_size"
+LOADING = tuple(f"trainer.{n}" for n in TrainerConfig.__struct_fields__ if n.startswith("load_"))
 
 _FAR = 100_000
 """How far a number that works is looked for."""
@@ -75,14 +76,6 @@ def check_experiment(
         if layout is not None:
             found.ask(_check_parallelism, config, layout)
     found.ask(_check_batches, config, batch_ranks)
-    if layout is not None and layout.pp_config is not None and not found.errors:
-        found.ask(
-            check_microbatches,
-            layout.pp_config,
-            batch=config.data_loader.global_batch_size // batch_ranks,
-            microbatch=rank_microbatch_size(config, batch_ranks),
-            unit=config.dataset.sequence_length,
-        )
     if has_model and has_names:
         found.ask(check_parameters, config)
     found.ask(_check_own_classes, config)
@@ -116,6 +109,15 @@ def _check_parallelism(config: ExperimentConfig, layout: Layout) -> None:
         has_adapter=module.lora is not None,
         own_model=model.target if isinstance(model, ClassModelConfig) else None,
     )
+    if (pipeline := layout.pp_config) is not None:
+        found.ask(plan_pipeline, model.to_transformer(), pipeline)
+        length = config.dataset.sequence_length
+        rows = config.data_loader.global_batch_size // length // layout.batch_ranks
+        microbatch = rank_microbatch_size(config, layout.batch_ranks) // length
+        if rows and microbatch:  # else said of the batch
+            schedule, degree = pipeline.schedule, pipeline.degree
+            size = min(rows, microbatch)
+            found.ask(check_microbatches, schedule, degree, rows, size, length=length)
     found.raise_any()
 
 
@@ -144,7 +146,7 @@ def _check_adapter(config: ExperimentConfig) -> None:
     if config.train_module.lora is not None and (
         trainer.load_path is None or trainer.load_strategy == "never"
     ):
-        raise ConfigError(NO_BASE)
+        raise ConfigError(NO_BASE, about=("train_module.lora", *LOADING))
 
 
 def check_corpus(config: ExperimentConfig, corpus: CorpusInfo) -> None:
@@ -196,7 +198,8 @@ def _check_sequence(config: ExperimentConfig) -> None:
         key = "n_positions" if config.model.to_dict()["type"] == "gpt" else "max_sequence_length"
         raise ConfigError(
             f"{SEQUENCE} {length} is longer than model.{key} {longest}; "
-            f"use {longest} or less, or raise model.{key}"
+            f"use {longest} or less, or raise model.{key}",
+            about=(SEQUENCE, f"model.{key}"),
         )
 
 
@@ -209,7 +212,8 @@ def _check_vocabulary(config: ExperimentConfig) -> None:
     if needed > config.model.vocab_size:
         raise ConfigError(
             f"model.vocab_size {config.model.vocab_size} is too small for dataset.tokenizer, "
-            f"which has {needed} ids; set model.vocab_size to {needed} or more"
+            f"which has {needed} ids; set model.vocab_size to {needed} or more",
+            about=("dataset.tokenizer", "model.vocab_size"),
         )
 
 
@@ -229,7 +233,8 @@ def _check_batches(config: ExperimentConfig, world_size: int) -> None:
             ConfigError(
                 f"{GLOBAL_BATCH} {batch} is not divisible by {MICROBATCH} {microbatch} x {ranks} "
                 f"= {unit}; nearest that work: {GLOBAL_BATCH} {_nearest_multiples(batch, unit)}, "
-                f"or {MICROBATCH} {' or '.join(str(n * sequence) for n in works)}"
+                f"or {MICROBATCH} {' or '.join(str(n * sequence) for n in works)}",
+                about=(GLOBAL_BATCH, MICROBATCH),
             )
         )
     evaluation = config.data_loader.eval_batch_size
@@ -244,7 +249,8 @@ def _check_multiple(key: str, value: int, unit: int, meaning: str) -> None:
         product = f" = {unit}" if " x " in meaning else ""
         raise ConfigError(
             f"{key} {value} is not divisible by {meaning}{product}; "
-            f"nearest that work: {_nearest_multiples(value, unit)}"
+            f"nearest that work: {_nearest_multiples(value, unit)}",
+            about=(key, SEQUENCE),
         )
 
 

@@ -12,7 +12,6 @@
 
 import copy
 import os
-import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,10 +30,11 @@ from toolkit.config.types import nearest, shown, type_of
 from toolkit.data.order.config import inline_mixes
 from toolkit.distributed.launcher import world_size_of
 from toolkit.distributed.layout import layout_of
-from toolkit.errors import ConfigError, ErrorList, RunError
+from toolkit.errors import ConfigError, ErrorList
 from toolkit.experiment.aliases import ALIASES, implied, our_path, our_value, without
-from toolkit.experiment.checks import check_experiment, check_load_path
+from toolkit.experiment.checks import LOADING, check_experiment, check_load_path
 from toolkit.experiment.config import ExperimentConfig
+from toolkit.experiment.recorded import stored_config
 from toolkit.experiment.sources import (
     longest_sequence,
     name_own_data,
@@ -45,8 +45,7 @@ from toolkit.experiment.sources import (
     without_model,
 )
 from toolkit.models.presets import PRESETS, preset
-from toolkit.runs.files import RUN_FILES
-from toolkit.runs.registry import check_run_folder, find_named, is_run, resolve_run_folder
+from toolkit.runs.registry import check_run_folder, find_named, resolve_run_folder
 
 SHORTHANDS: dict[str, str] = {
     "name": "run.name",
@@ -108,23 +107,8 @@ def load_experiment(
 
 def load_run_config(run_dir: Path, overrides: Sequence[str] = ()) -> LoadedExperiment:
     """Load the config a run was started with and apply the command line of a resume."""
-    path = run_dir / RUN_FILES.config
-    if not path.is_file():
-        if is_run(run_dir) and (run_dir / RUN_FILES.origins).is_file():
-            raise RunError(
-                f"{path}: is missing, and without it the run cannot go on; restore it, or start a "
-                f"new run from its checkpoint with --trainer.load_path={run_dir}"
-            )
-        if is_run(run_dir):
-            raise RunError(
-                f"{run_dir}: has no {RUN_FILES.config}; it was started from Python, of parts that "
-                "no config describes: go on with the same script and start_run(..., resume=True)"
-            )
-        raise RunError(
-            f"{run_dir}: not a run folder (it has no {RUN_FILES.config}); `toolkit runs` lists runs"
-        )
     loading = _Loading()
-    loading.add(read_json_mapping(path), "run")
+    loading.add(stored_config(run_dir), "run")
     loading.found.raise_any()
     loading.apply_flags(overrides, {})
     return loading.loaded(str(run_dir))
@@ -149,7 +133,7 @@ class _Loading:
         self.layers, self.found = ConfigLayers(ExperimentConfig), ErrorList()
 
     def refuses(self, path: str) -> bool:
-        return any(error.about == path for error in self.found.errors)
+        return any(path in error.about for error in self.found.errors)
 
     def add(self, data: dict[str, Any], origin: str) -> None:
         """Add what can be added of a file, recipe or base."""
@@ -159,7 +143,7 @@ class _Loading:
                 break
             except ConfigError as error:  # about a name that is given twice
                 self.found.add(error)
-                data = without(data, error.about)
+                data = without(data, error.about[0])
         model, dataset = data.get("model"), data.get("dataset")
         if isinstance(model, str) or (isinstance(model, dict) and "preset" in model):
             data = {key: value for key, value in data.items() if key != "model"}
@@ -268,8 +252,12 @@ def _add_other_errors(
 
     `config` has defaults in the place of what is refused; `across`: its sections belong together.
     """
-    refused = [error.about for error in found.errors if error.about]
+    refused = [path for error in found.errors for path in error.about]
     names_known = not any(a.startswith(("model", "train_module.lora")) for a in refused)
+
+    def is_known(*paths: str) -> bool:
+        return not any(error.is_about(*paths) for error in found.errors)
+
     others = ErrorList()
     if across:
         layout = others.ask(layout_of, config.train_module, os.environ)
@@ -278,18 +266,15 @@ def _add_other_errors(
         others.ask(check_experiment, config, ranks, **options)
     with others.collecting():
         filled = fill(config)
-        if check_data is not None:
+        if check_data is not None and is_known("dataset.source", "dataset.mix"):
             others.ask(check_data, filled)
-        if starts:
+        if starts and is_known("run"):
             others.ask(check_run_folder, filled.run, "<time>")
-        if starts and across:
+        if starts and across and is_known("run", *LOADING):
             folder = resolve_run_folder(filled.run, "<time>")
             others.ask(check_load_path, filled, folder, has_model=names_known)
-    # What is said of a value that was refused is said of its default here.
-    names = [re.escape(about.rpartition(".")[2]) for about in refused if about != "model"]
-    spoken_of = re.compile(rf"\b({'|'.join(names)})\b") if names else None
     for other in others.errors:
-        if spoken_of is None or not spoken_of.search(str(other)):
+        if not other.is_about(*refused):  # else it is about a default that stands there
             found.add(other)
 
 
@@ -297,10 +282,7 @@ def _preset(name: Any) -> dict[str, Any]:
     if not isinstance(name, str):
         problem = f"expected the name of a preset, not {name!r}"
         raise ConfigError(problem, key="model.preset", about="model")
-    try:
-        return preset(name)
-    except ConfigError as error:
-        raise ConfigError(str(error), about="model") from None
+    return preset(name)
 
 
 def _no_model(name: str, form: str) -> ConfigError:

@@ -1,17 +1,14 @@
-"""What a run folder tells about how its steps were computed, and what a resume takes from it.
+"""What a run folder tells about how its steps were computed. No torch at import."""
 
-No torch at import: `toolkit resume --explain` asks too.
-"""
-
-import os
 import re
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import msgspec
 
-from toolkit.checkpoint.folder import saved_steps, step_folder, step_of
+from toolkit.config.check import check
+from toolkit.config.files import read_json_mapping
+from toolkit.config.interpolation import fill
 from toolkit.distributed.config import (
     PARALLEL_FIELDS,
     ContextParallelConfig,
@@ -21,34 +18,32 @@ from toolkit.distributed.config import (
     PipelineParallelConfig,
     TensorParallelConfig,
 )
-from toolkit.distributed.launcher import (
-    has_launcher,
-    launcher_axes,
-    launcher_names_engine,
-    launcher_precision,
-    offloads,
-    world_size_of,
-)
 from toolkit.distributed.layout import Precision
-from toolkit.errors import CheckpointError, RunError
+from toolkit.errors import ConfigError, ErrorList, RunError
 from toolkit.experiment.config import ExperimentConfig
 from toolkit.experiment.found_data import find_data
-from toolkit.experiment.load import load_run_config
 from toolkit.metrics.lines import read_records
 from toolkit.runs.files import RUN_FILES
-from toolkit.runs.registry import is_run, run_of_checkpoint
-from toolkit.runs.status import RunStatus, not_a_run, read_status
-from toolkit.storage.foreign import guard, read_json
-from toolkit.train.config import TransformerTrainModuleConfig
+from toolkit.runs.registry import is_run
+from toolkit.runs.status import not_a_run
+from toolkit.storage.foreign import read_json
 
 VERSIONED = ("toolkit", "torch", "accelerate", "deepspeed", "numpy")
 """Libraries that compute."""
 
-PROCESSES_PER_CORE = 16
-"""What is started on CPUs at most, to try an engine out."""
+
+class RecordedParallelism(msgspec.Struct, frozen=True, kw_only=True):
+    """The configs that ask for a run's engine, whatever the launcher: part of metadata/engine.json
+    and of metadata/status.json."""
+
+    dp_config: DataParallelConfig | None = None
+    tp_config: TensorParallelConfig | None = None
+    cp_config: ContextParallelConfig | None = None
+    pp_config: PipelineParallelConfig | None = None
+    ep_config: ExpertParallelConfig | None = None
 
 
-class EngineRecord(msgspec.Struct, frozen=True, kw_only=True):
+class EngineRecord(RecordedParallelism, frozen=True, kw_only=True):
     """Content of metadata/engine.json: what decides the rounding of an attempt's numbers."""
 
     name: EngineName
@@ -58,12 +53,6 @@ class EngineRecord(msgspec.Struct, frozen=True, kw_only=True):
     """Of each process's CPU operations."""
     device: str
     """Model of the GPU, else of the CPU."""
-    dp_config: DataParallelConfig
-    """The configs that ask for this engine, whatever the launcher; this one and the next four."""
-    tp_config: TensorParallelConfig | None = None
-    cp_config: ContextParallelConfig | None = None
-    pp_config: PipelineParallelConfig | None = None
-    ep_config: ExpertParallelConfig | None = None
     kernels: dict[str, str] = {}
     """Part of the model -> the kernel that computes it; empty: not recorded."""
 
@@ -74,16 +63,6 @@ class EngineRecord(msgspec.Struct, frozen=True, kw_only=True):
         return f"{self.name} x {self.world_size}{degrees}, {self.precision}"
 
 
-class RecordedParallelism(msgspec.Struct, frozen=True, kw_only=True):
-    """What metadata/status.json keeps of the engine."""
-
-    dp_config: DataParallelConfig | None = None
-    tp_config: TensorParallelConfig | None = None
-    cp_config: ContextParallelConfig | None = None
-    pp_config: PipelineParallelConfig | None = None
-    ep_config: ExpertParallelConfig | None = None
-
-
 class RecordedStep(msgspec.Struct):
     """What a replay needs of a line of train.jsonl."""
 
@@ -91,138 +70,6 @@ class RecordedStep(msgspec.Struct):
     loss: float | str | None = None
     """Text where it is not finite."""
     attempt: int = 1
-
-
-class ResumePlan(NamedTuple):
-    """What `toolkit resume` does with a run."""
-
-    folder: Path
-    config: ExperimentConfig
-    """What is trained: the recorded engine and precision filled in."""
-    stored: ExperimentConfig
-    """What the run folder keeps. Silence stays silence: the next launcher may say something else.
-    """
-    origins: dict[str, str]
-    status: RunStatus
-    processes: int | None
-    """Processes to launch; None: this one is a worker, or the only one."""
-    environ: Mapping[str, str]
-    """What the processes that train see."""
-
-
-def plan_resume(run_dir: Path, overrides: Sequence[str], environ: Mapping[str, str]) -> ResumePlan:
-    """Which config and which processes continue the run in `run_dir`; nothing is written."""
-    run_dir = _run_meant(run_dir)
-    loaded = load_run_config(run_dir, overrides)
-    folder = run_dir.resolve()
-    status = read_status(folder)
-    if status is None:
-        raise not_a_run(run_dir)
-    config = find_data(loaded.config, folder, overrides)
-    module = config.train_module
-    asked = any(flag.startswith("--train_module.dp_config") for flag in overrides)
-    on_one = asked and module.dp_config is not None and module.dp_config.name == "single"
-    processes = None
-    if not has_launcher(environ) and (status.world_size or 1) > 1 and not on_one:
-        processes = processes_here(status.world_size or 1)
-        environ = {**environ, "WORLD_SIZE": str(processes)}
-    stored = find_data(loaded.stored, folder, overrides, is_filled=False)
-    stored = stored.replace(run=stored.run.replace(save_folder=str(folder)))
-    config = config.replace(run=config.run.replace(save_folder=str(folder)))
-    with guard(folder / RUN_FILES.status, RunError):
-        recorded = msgspec.convert(status.other, RecordedParallelism)
-    module = parallel_again(module, recorded, status.world_size, environ, overrides)
-    if not any(flag.startswith("--train_module.precision") for flag in overrides):
-        precision = precision_again(module, status.other.get("precision"), environ)
-        module = module.replace(precision=precision)
-    config = config.replace(train_module=module)
-    return ResumePlan(folder, config, stored, loaded.origins, status, processes, environ)
-
-
-def _run_meant(path: Path) -> Path:
-    """The run to continue: `path`, or that of the step folder `path`, which must be its newest
-    whole checkpoint."""
-    step, run = step_of(path.name), run_of_checkpoint(path)
-    if is_run(path) or step is None or run is None:
-        return path
-    if not path.is_dir():
-        there = [f"step{other}" for other in saved_steps(path.parent)]
-        raise RunError(f"{path}: no such folder; there is {', '.join(there) or 'no checkpoint'}")
-    from toolkit.checkpoint.find import problem_of
-
-    if (problem := problem_of(path)) is not None:
-        problem = problem.removeprefix(f"{path}: ").removeprefix(f"{path}/")
-        raise CheckpointError(f"{path}: cannot be continued from: {problem}")
-    root = run / RUN_FILES.checkpoints
-    newer = [step_folder(root, other) for other in saved_steps(root) if other > step]
-    if whole := [other.name for other in newer if problem_of(other) is None]:
-        raise RunError(
-            f"{path}: its run has gone on to {whole[-1]}, which this would do again; continue with "
-            f"`toolkit resume {run}`, or branch off: `toolkit train {run / RUN_FILES.config} "
-            f"--save-folder NEW_FOLDER --trainer.load_path={path}`"
-        )
-    return run
-
-
-def parallel_again(
-    module: TransformerTrainModuleConfig,
-    recorded: "RecordedParallelism | EngineRecord",
-    recorded_size: int | None,
-    environ: Mapping[str, str],
-    overrides: Sequence[str] = (),
-) -> TransformerTrainModuleConfig:
-    """`module` with the recorded engine and axes, where neither launcher nor `overrides` speak."""
-    found = {
-        "dp_config": engine_again(recorded.dp_config, recorded_size, environ),
-        **{name: getattr(recorded, name) or getattr(module, name) for name in PARALLEL_FIELDS[1:]},
-    }
-    said = launcher_axes(environ)
-    for name in PARALLEL_FIELDS:
-        if name in said or any(flag.startswith(f"--train_module.{name}") for flag in overrides):
-            del found[name]
-    return module.replace(**found)
-
-
-def engine_again(
-    recorded: DataParallelConfig | None, recorded_size: int | None, environ: Mapping[str, str]
-) -> DataParallelConfig | None:
-    """The recorded engine, where the launcher is silent and it fits the number of processes."""
-    if launcher_names_engine(environ) or recorded is None:
-        return None
-    world_size = world_size_of(environ)
-    if recorded.name in ("single", "ddp"):
-        return None  # what silence means: single on one process, ddp on several
-    if world_size == 1 and recorded_size != 1 and not offloads(recorded):
-        return None  # nothing to shard over
-    if recorded.name == "hsdp" and world_size != recorded_size:
-        return msgspec.structs.replace(recorded, num_replicas=None, shard_degree=None)
-    return recorded
-
-
-def precision_again(
-    module: TransformerTrainModuleConfig, recorded: str | None, environ: Mapping[str, str]
-) -> Precision:
-    """The recorded precision, where neither config nor launcher asks for one."""
-    is_asked = module.precision != "auto" or (module.dp_config and module.dp_config.param_dtype)
-    if is_asked or launcher_precision(environ):
-        return module.precision
-    return "bf16" if recorded == "bf16" else "fp32" if recorded == "fp32" else module.precision
-
-
-def processes_here(recorded: int) -> int:
-    """As many processes as were recorded, or as the machine has devices if those are fewer."""
-    from toolkit.distributed.devices import usable_gpus
-
-    if gpus := usable_gpus():
-        return min(recorded, gpus)
-    most = PROCESSES_PER_CORE * (os.cpu_count() or 1)
-    if recorded > most:
-        raise RunError(
-            f"{RUN_FILES.status}: the run had {recorded:,} processes; this machine has "
-            f"{os.cpu_count()} cores, for at most {most}: start fewer with "
-            "`torchrun --nproc-per-node=N -m toolkit resume RUN_DIR`"
-        )
-    return recorded
 
 
 def metadata_of_attempt(folder: Path, file: str, attempt: int) -> Path:
@@ -243,13 +90,48 @@ def read_steps(folder: Path) -> dict[int, RecordedStep]:
     return {r.step: r for r in read_records(folder / RUN_FILES.train_metrics, RecordedStep)}
 
 
-def config_of(folder: Path, attempt: int) -> ExperimentConfig:
-    """The config of `attempt`, as it was written."""
-    path = metadata_of_attempt(folder, RUN_FILES.config, attempt)
-    try:
-        return read_json(path, RunError, ExperimentConfig)
-    except FileNotFoundError:
-        raise RunError(f"{path}: cannot be read: no such file") from None
+def stored_config(folder: Path, attempt: int | None = None) -> dict[str, Any]:
+    """The config that a run (or its `attempt`) was started with, as it was written: `${NAME}` and
+    relative paths as they are.
+
+    Raises:
+        RunError: there is none; tells whether it was lost, or never written.
+        ConfigError: it holds no JSON.
+    """
+    path = folder / RUN_FILES.config
+    if attempt is not None:
+        path = metadata_of_attempt(folder, RUN_FILES.config, attempt)
+    if path.is_file():
+        return read_json_mapping(path)
+    if not is_run(folder):
+        raise not_a_run(folder)
+    if has_config(folder):
+        raise RunError(
+            f"{path}: is missing, and without it the run cannot go on; restore it, or start a "
+            f"new run from its checkpoint with --trainer.load_path={folder}"
+        )
+    raise RunError(
+        f"{folder}: has no {RUN_FILES.config}; it was started from Python, of parts that "
+        "no config describes: go on with the same script and start_run(..., resume=True)"
+    )
+
+
+def has_config(folder: Path) -> bool:
+    """Whether the run in `folder` has a config, or had one that is lost."""
+    return (folder / RUN_FILES.config).is_file() or (folder / RUN_FILES.origins).is_file()
+
+
+def config_of(folder: Path, attempt: int | None = None) -> ExperimentConfig:
+    """`stored_config` as an `ExperimentConfig`. Raises ConfigError too where it is none."""
+    path = f"{folder / RUN_FILES.config}: "
+    checked = check(stored_config(folder, attempt), ExperimentConfig)
+    ErrorList(ConfigError(f"{path}{error}") for error in checked.errors).raise_any()
+    return checked.config
+
+
+def found_config(folder: Path, attempt: int | None = None) -> ExperimentConfig:
+    """`config_of`, with `${NAME}` filled in and the run's prepared data found where it is now."""
+    return find_data(fill(config_of(folder, attempt)), folder.resolve())
 
 
 def engine_of(folder: Path, attempt: int) -> EngineRecord | None:

@@ -24,7 +24,7 @@ from toolkit.errors import EXIT_STOPPED, DataError, ErrorList, RunError
 from toolkit.experiment.checks import check_corpus, check_experiment, check_load_path
 from toolkit.experiment.config import ExperimentConfig
 from toolkit.experiment.notices import notices
-from toolkit.experiment.recorded import plan_resume
+from toolkit.experiment.resuming import plan_resume
 from toolkit.launch.failures import clear_notes, first_line
 from toolkit.launch.relaunch import relaunch
 from toolkit.launch.starting import RunStart, current_launch, find_predecessor, stays_stopped

@@ -12,16 +12,14 @@ import xxhash
 
 from toolkit.checkpoint.folder import METADATA_FILE
 from toolkit.config import ConfigLayers, nearest
-from toolkit.config.check import check, convert
+from toolkit.config.check import check
 from toolkit.config.files import read_json_mapping
-from toolkit.config.interpolation import fill
 from toolkit.config.named import named
 from toolkit.data.config import DatasetConfig
 from toolkit.data.corpus_info import data_places
 from toolkit.data.tokens.prepared import TOKENIZER_FOLDER
 from toolkit.errors import ConfigError, ToolkitError
-from toolkit.experiment.config import ExperimentConfig
-from toolkit.experiment.found_data import find_data
+from toolkit.experiment.recorded import found_config, stored_config
 from toolkit.models.presets import PRESETS
 from toolkit.runs.files import RUN_FILES
 from toolkit.storage.remote import is_url
@@ -62,7 +60,7 @@ def read_base(folder: Path) -> dict[str, Any]:
     if (folder / FINETUNE_FILE).is_file():
         model, dataset = _of_converted(read_json_mapping(folder / FINETUNE_FILE), folder)
     elif (folder / RUN_FILES.config).is_file():
-        model, dataset = _of_run(read_json_mapping(folder / RUN_FILES.config), folder)
+        model, dataset = _of_run(stored_config(folder), folder)
     else:
         raise ConfigError(f"--base {folder}: {_no_base(folder)}")
     base: dict[str, Any] = {
@@ -141,7 +139,7 @@ def _of_converted(data: dict[str, Any], folder: Path) -> tuple[dict[str, Any], d
 
 def _of_run(data: dict[str, Any], folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """The model of a run, and the tokenizer that its data was made with."""
-    config, dataset = find_data(fill(convert(data, ExperimentConfig)), folder), _of_dataset(data)
+    config, dataset = found_config(folder), _of_dataset(data)
     prepared = [place / TOKENIZER_FOLDER for place in data_places(config.data)]
     for tokenizer in (folder / RUN_FILES.tokenizer, *prepared):
         if tokenizer.is_dir():

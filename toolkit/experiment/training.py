@@ -10,7 +10,6 @@ import msgspec
 import torch
 
 from toolkit import signals
-from toolkit.config.files import read_json_mapping
 from toolkit.data.corpus import open_corpus
 from toolkit.data.corpus_info import CorpusInfo
 from toolkit.data.loader import TrainLoader, get_dataloaders
@@ -30,7 +29,7 @@ from toolkit.experiment.checks import rank_microbatch_size
 from toolkit.experiment.config import ExperimentConfig
 from toolkit.experiment.continuation import check_continuation
 from toolkit.experiment.found_data import started_in
-from toolkit.experiment.recorded import EngineRecord, metadata_of_attempt
+from toolkit.experiment.recorded import EngineRecord, metadata_of_attempt, stored_config
 from toolkit.launch.failures import LostPeerError, Peers, name_rank
 from toolkit.launch.starting import RunStart, current_launch
 from toolkit.runs.config import RunConfig
@@ -142,7 +141,7 @@ class Training:
             model = config.model.build(init_device="meta")
             train_module = config.train_module.build(model, environment=environment)
             trainer = Trainer(config.trainer, train_module, train_dl, eval_dl, run=run)
-            before = read_json_mapping(run.path(RUN_FILES.config)) if environment.is_main else {}
+            before = stored_config(run.folder) if environment.is_main else {}
             trainer.restore()
             if environment.is_main:
                 _log_changes(before, stored, run, trainer)

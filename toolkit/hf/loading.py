@@ -1,23 +1,20 @@
-"""Models and tokenizers of `transformers`: fetched from the hub, and loaded from a local folder by
+"""Models of `transformers`: fetched from the hub, and loaded from a local folder by
 `transformers` itself, quietly and with none of the folder's own code run."""
 
+import contextlib
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from toolkit.data.prepare.tokenizers.auto import quiet_transformers as quiet_transformers
-from toolkit.data.prepare.tokenizers.backend import check_small_files, check_tokenizer_file
-from toolkit.data.prepare.tokenizers.companions import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE
-from toolkit.errors import CheckpointError, DataError
+from toolkit.data.prepare.tokenizers.backend import check_small_files
+from toolkit.errors import CheckpointError
 from toolkit.storage.foreign import guard
 
 if TYPE_CHECKING:
     import torch
 
-_TOKENIZER_FILES = (
-    TOKENIZER_FILE, TOKENIZER_CONFIG_FILE, "vocab.json", "vocab.txt", "tokenizer.model",
-    "spiece.model",
-)  # fmt: skip
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _SMALL_FILES = ["*.json", "*.jinja", "*.model", "*.txt", "LICENSE*", "README.md"]
 _NOT_OF_TRANSFORMERS = ["original/*", "onnx/*", "*/*"]
@@ -70,19 +67,17 @@ def load_causal_lm(
     """The model of a folder in evaluation mode, on the CPU; raises CheckpointError where
     `transformers` cannot load it, or weights are missing, or with `all_used` are left over.
     `plain_attention` computes attention by its formula, without fused kernels."""
-    check_small_files(folder, CheckpointError)
-    with quiet_transformers():
+    with _loading(folder, "transformers cannot load it"):
         from transformers import AutoModelForCausalLM
 
-        with guard(folder, CheckpointError, problem="transformers cannot load it"):
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                folder,
-                dtype=dtype,
-                attn_implementation="eager" if plain_attention else None,
-                trust_remote_code=False,
-                local_files_only=True,
-                output_loading_info=True,
-            )
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            attn_implementation="eager" if plain_attention else None,
+            trust_remote_code=False,
+            local_files_only=True,
+            output_loading_info=True,
+        )
     model, info = loaded
     unexpected = info["unexpected_keys"] if all_used else ()
     for fault, names in (("misses", info["missing_keys"]), ("has no use for", unexpected)):
@@ -97,32 +92,16 @@ def load_causal_lm(
 def with_adapter(base: Any, folder: Path) -> Any:
     """`base` with the adapter in `folder`, by `peft`, in evaluation mode; raises CheckpointError
     where `peft` cannot load all of it."""
-    check_small_files(folder, CheckpointError)
-    with quiet_transformers():
+    with _loading(folder, "peft cannot load it"):
         from peft import PeftModel
 
-        with guard(folder, CheckpointError, problem="peft cannot load it"):
-            model: Any = PeftModel.from_pretrained(base, str(folder))
+        model: Any = PeftModel.from_pretrained(base, str(folder))
     return model.eval()
 
 
-def load_auto_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a folder, with its chat template. A tokenizer.json alone decides the ids, as
-    it does for data. Raises DataError: there is none, or `transformers` cannot load it."""
-    if not has_tokenizer(folder):
-        raise DataError(f"{folder}: no tokenizer here; give one with --tokenizer FOLDER")
-    check_small_files(folder, DataError)
-    is_fast = (folder / TOKENIZER_FILE).is_file()
-    if is_fast:
-        check_tokenizer_file(folder / TOKENIZER_FILE)
-    with quiet_transformers():
-        from transformers import AutoTokenizer, PreTrainedTokenizerFast
-
-        kind: Any = PreTrainedTokenizerFast if is_fast else AutoTokenizer
-        with guard(folder, DataError, problem="its tokenizer cannot be loaded"):
-            return kind.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-
-
-def has_tokenizer(folder: Path) -> bool:
-    """Whether the folder holds a file of a tokenizer, in a format of any age."""
-    return any((folder / name).is_file() for name in _TOKENIZER_FILES)
+@contextlib.contextmanager
+def _loading(folder: Path, problem: str) -> Iterator[None]:
+    """Libraries read `folder` inside: quietly, and what goes wrong is a CheckpointError."""
+    check_small_files(folder, CheckpointError)
+    with quiet_transformers(), guard(folder, CheckpointError, problem=problem):
+        yield

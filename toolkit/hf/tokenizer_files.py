@@ -6,19 +6,19 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from toolkit.data.prepare.build.stops import SPECIAL_IDS, special_ids
-from toolkit.data.prepare.tokenizers.auto import make_portable, settle
+from toolkit.data.prepare.tokenizers.auto import load_auto_tokenizer, make_portable, settle
 from toolkit.data.prepare.tokenizers.backend import check_size, read_backend
 from toolkit.data.prepare.tokenizers.companions import (
     CHAT_TEMPLATE_FILE,
     TEMPLATES_FOLDER,
     TOKENIZER_CONFIG_FILE,
     TOKENIZER_FILE,
-    companions,
+    companions_of,
+    has_tokenizer,
     read_json,
 )
 from toolkit.data.prepare.tokenizers.tokenizer import load_tokenizer
 from toolkit.errors import DataError
-from toolkit.hf.loading import has_tokenizer, load_auto_tokenizer
 from toolkit.storage.atomic import PathLike, write_atomic, write_json_atomic
 
 GENERATION_FILE = "generation_config.json"
@@ -75,9 +75,8 @@ def convert_tokenizer(
             shutil.rmtree(folder / TEMPLATES_FOLDER, ignore_errors=True)  # it is the only one now
         tokenizer = load_tokenizer(folder)
         tokenizer.chat_templates  # noqa: B018 # reads their files
-        starts = _backend(folder).encode("a").ids[:1] == [tokenizer.bos_id]
         settle(folder, where=str(source), model_type=model_type)
-        return ConvertedTokenizer(tokenizer.vocab_size, starts, new_tokens)
+        return ConvertedTokenizer(tokenizer.vocab_size, tokenizer.adds_bos, new_tokens)
     except DataError as error:
         # `folder` is a copy that nobody knows.
         text = str(error).replace(str(folder), str(source))
@@ -96,11 +95,10 @@ def token_ids(source: Path) -> set[int]:
 def copy_tokenizer(source: PathLike, folder: Path) -> None:
     """Copy tokenizer.json and what belongs to it, the chat template among it; see also
     `make_portable`."""
-    for name in (TOKENIZER_FILE, *companions(Path(source))):
-        if (Path(source) / name).is_file():
-            (folder / name).parent.mkdir(exist_ok=True)
-            check_size(Path(source) / name, DataError)
-            shutil.copyfile(Path(source) / name, folder / name)
+    for name in (TOKENIZER_FILE, *companions_of(Path(source))):
+        (folder / name).parent.mkdir(exist_ok=True)
+        check_size(Path(source) / name, DataError)
+        shutil.copyfile(Path(source) / name, folder / name)
     make_portable(folder)
 
 

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import psutil
 
 from toolkit.config.secrets import mask_secrets
 from toolkit.errors import RunError, ToolkitError, TrainingError
+from toolkit.parents import is_alive
 from toolkit.runs.files import RUN_FILES
 from toolkit.runs.manager import RunManager
 from toolkit.runs.status import read_status
@@ -113,7 +113,7 @@ class Peers:
     def gone(self) -> list[RankNote]:
         """Ranks of this machine whose process ended."""
         here = socket.gethostname()
-        return [n for n in self.notes().values() if n.host == here and not _is_alive(n.pid)]
+        return [n for n in self.notes().values() if n.host == here and not is_alive(n.pid)]
 
     def announce_hang(self) -> None:
         """Have the other ranks that make no progress show their stacks."""
@@ -231,12 +231,3 @@ def clear_notes(folder: Path) -> None:
     for path in (folder / RUN_FILES.ranks).glob("*.json"):
         with contextlib.suppress(OSError):
             path.unlink()
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
-    except psutil.AccessDenied:
-        return True

@@ -115,16 +115,24 @@ def _counters() -> dict[str, int]:
 
 
 @contextlib.contextmanager
-def _gpu_sampler() -> Iterator[Callable[[], dict[str, float]]]:
-    """What tells of the GPUs that NVML sees: nothing on a machine without its driver."""
+def nvml_gpus() -> Iterator[tuple[Any, list[Any]]]:
+    """The module `pynvml` and its handles of the GPUs it sees: none without its driver."""
     try:
         import pynvml as nvml
 
         nvml.nvmlInit()
     except Exception:  # no library, no driver, no permission: a machine without GPUs for us
-        yield dict
+        yield None, []
         return
-    handles = [nvml.nvmlDeviceGetHandleByIndex(i) for i in range(nvml.nvmlDeviceGetCount())]
+    try:
+        yield nvml, [nvml.nvmlDeviceGetHandleByIndex(i) for i in range(nvml.nvmlDeviceGetCount())]
+    finally:
+        nvml.nvmlShutdown()
+
+
+@contextlib.contextmanager
+def _gpu_sampler() -> Iterator[Callable[[], dict[str, float]]]:
+    """What tells of the GPUs that NVML sees."""
     readers: dict[str, Callable[[Any], float]] = {
         "utilization_pct": lambda gpu: nvml.nvmlDeviceGetUtilizationRates(gpu).gpu,
         "memory_used_gb": lambda gpu: nvml.nvmlDeviceGetMemoryInfo(gpu).used / 1e9,
@@ -139,7 +147,5 @@ def _gpu_sampler() -> Iterator[Callable[[], dict[str, float]]]:
                 values[f"gpu{index}_{name}"] = readers[name](gpu)
         return values
 
-    try:
+    with nvml_gpus() as (nvml, handles):
         yield sample
-    finally:
-        nvml.nvmlShutdown()

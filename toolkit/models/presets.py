@@ -114,5 +114,5 @@ def preset(name: str) -> dict[str, Any]:
         name = shortened(name)
         near = difflib.get_close_matches(name, PRESETS, n=1, cutoff=0.4)
         hint = f"did you mean {near[0]!r}?" if near else "known presets: " + ", ".join(PRESETS)
-        raise ConfigError(f"model preset {name!r}: no such preset; {hint}")
+        raise ConfigError(f"{name!r}: no such preset; {hint}", key="model.preset", about="model")
     return dict(PRESETS[name])

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from toolkit.config.secrets import is_secret_name, mask_secrets
+from toolkit.metrics.system import nvml_gpus
 
 _LIBRARIES = ("toolkit", "torch", "accelerate", "deepspeed", "transformers", "tokenizers", "numpy")
 _VARIABLES = re.compile(
@@ -81,16 +82,8 @@ def installed_version(name: str) -> str | None:
 
 
 def _gpu_names() -> list[str]:
-    try:
-        import pynvml
-
-        pynvml.nvmlInit()
-    except Exception:  # no driver, no library: a machine without NVIDIA GPUs
-        return []
-    try:
-        handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
-        return [str(pynvml.nvmlDeviceGetName(handle)) for handle in handles]
-    except pynvml.NVMLError:
-        return []
-    finally:
-        pynvml.nvmlShutdown()
+    with nvml_gpus() as (nvml, handles):
+        try:
+            return [str(nvml.nvmlDeviceGetName(handle)) for handle in handles]
+        except nvml.NVMLError:
+            return []

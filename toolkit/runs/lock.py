@@ -28,6 +28,7 @@ from pathlib import Path
 import msgspec
 
 from toolkit.errors import RunError
+from toolkit.parents import is_alive
 from toolkit.runs.files import RUN_FILES
 from toolkit.storage.atomic import create_json, write_json_atomic
 from toolkit.storage.foreign import read_json
@@ -299,19 +300,6 @@ def _is_young(folder: Path, stale_seconds: float) -> bool:
 
 
 def _is_running(info: LockInfo, *, young: bool) -> bool:
-    """Whether the holder of a lock of this machine lives.
-
-    A process with its pid but another start is a later one, unless the heartbeat is `young`:
-    start times shift when the clock is set.
-    """
-    import psutil
-
-    try:
-        process = psutil.Process(info.pid)
-        if process.status() == psutil.STATUS_ZOMBIE:
-            return False
-        return young or abs(process.create_time() - info.process_started) < 2.0
-    except psutil.NoSuchProcess:
-        return False
-    except psutil.AccessDenied:
-        return True
+    """Whether the holder of a lock of this machine lives. While the heartbeat is `young`, its start
+    does not matter: start times shift when the clock is set."""
+    return is_alive(info.pid, None if young else info.process_started)

@@ -17,7 +17,7 @@ from toolkit.runs.environment import describe_command, describe_environment, des
 from toolkit.runs.files import RUN_FILES
 from toolkit.runs.lock import RunLock, utc_now
 from toolkit.runs.manager import RunManager
-from toolkit.runs.status import RunRecord, RunStatus, read_status, record_of
+from toolkit.runs.status import RunRecord, RunStatus, not_a_run, read_status, record_of
 from toolkit.storage.atomic import temporary_path
 
 log = logging.getLogger(__name__)
@@ -132,9 +132,9 @@ def start_run(
         is_main = os.environ.get("RANK", "0") == "0"
     if not is_main:
         return RunManager(folder, experiment=exp_name, name=name, is_main=False)
-    if resume:
-        _check_is_run(folder)
-    elif save_folder is None:
+    if resume and not is_run(folder):
+        raise not_a_run(folder)
+    if not resume and save_folder is None:
         _check_unused(folder)
     _prepare_folder(folder)
     lock = RunLock(folder)
@@ -242,13 +242,6 @@ def _read_index(root: str | Path, registry_url: str | None) -> list[RunRecord]:
     except Exception as error:
         log.warning("run registry: not reachable, reading folders only (%s)", error)
         return []
-
-
-def _check_is_run(folder: Path) -> None:
-    if not is_run(folder):
-        problem = f"not a run folder ({RUN_FILES.status} is missing or damaged)"
-        problem = problem if folder.is_dir() else "no such run folder"
-        raise RunError(f"{folder}: {problem}; `toolkit runs` lists the runs there are")
 
 
 def _exists(folder: Path) -> RunError:

@@ -91,7 +91,8 @@ def read_status(folder: Path) -> RunStatus | None:
 def not_a_run(folder: Path) -> RunError:
     """Why a command that needs a run cannot take `folder`, and what helps."""
     if not (folder / RUN_FILES.config).is_file():
-        return RunError(f"{folder}: not a run folder; `toolkit runs` lists runs")
+        problem = "not a run folder" if folder.is_dir() else "no such run folder"
+        return RunError(f"{folder}: {problem}; `toolkit runs` lists runs")
     return RunError(
         f"{folder}: its {RUN_FILES.status} is missing or damaged; go on in a new run: "
         f"toolkit train {folder / RUN_FILES.config} --name NEW_NAME --trainer.load_path={folder}"

@@ -36,8 +36,9 @@ def check_best_metric_in(knows_bytes: Mapping[str, bool], config: TrainerConfig)
         return
     if checkpointer.keep_best and (config.no_evals or not config.callbacks.lm_evaluator.enabled):
         raise ConfigError(
-            f"{_WHERE}.keep_best: no evaluation runs (trainer.no_evals, or "
-            "trainer.callbacks.lm_evaluator.enabled), so none is best; leave one of the two out"
+            "no evaluation runs (trainer.no_evals, or trainer.callbacks.lm_evaluator.enabled), so "
+            "none is best; leave one of the two out",
+            key=f"{_WHERE}.keep_best",
         )
     if len(knows_bytes) > 1:
         knows_bytes = {**knows_bytes, VAL: all(knows_bytes.values())}
@@ -48,6 +49,5 @@ def check_best_metric_in(knows_bytes: Mapping[str, bool], config: TrainerConfig)
     ]
     if (checkpointer.keep_best or is_asked) and checkpointer.best_metric not in names:
         there = f"there are {', '.join(names)}" if names else "there are no validation rows"
-        raise ConfigError(
-            f"{_WHERE}.best_metric: no evaluation gives {checkpointer.best_metric!r}; {there}"
-        )
+        problem = f"no evaluation gives {checkpointer.best_metric!r}; {there}"
+        raise ConfigError(problem, key=f"{_WHERE}.best_metric")

@@ -70,7 +70,7 @@ def test_every_token_is_in_one_row_and_what_fits_is_whole(
     assert sorted(ids[mask].tolist()) == list(range(sum(lengths)))
     assert (ids[~mask] == EOS).all()
     assert dataset.header.efficiency == pytest.approx(mask.mean())
-    assert dataset.header.cut_documents == sum(n > sequence_length for n in lengths)
+    assert dataset.header.long_documents == sum(n > sequence_length for n in lengths)
 
     starts = np.cumsum([0, *lengths])[:-1]
     seen = []

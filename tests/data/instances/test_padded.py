@@ -30,7 +30,7 @@ def test_each_document_has_its_rows_in_file_order(tmp_path: Path) -> None:
         [DocumentPart(3, 0, 4, 4)],
     ]
     assert dataset.header.efficiency == 15 / 20
-    assert dataset.header.cut_documents == 1
+    assert dataset.header.long_documents == 1
 
 
 def test_every_token_is_evaluated_once_and_masks_ride_along(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from toolkit.data.instances.planned import Pages
+from toolkit.data.instances.rows import Pages
 
 
 class Recorded:

@@ -1,13 +1,13 @@
 import numpy as np
 import pytest
 
-from toolkit.data.instances import planned as rows
+from toolkit.data.instances.rows import gather_rows
 
 
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("has_targets", [False, True])
-def test_copying_pieces_and_indexing_tokens_give_the_same_rows(
-    monkeypatch: pytest.MonkeyPatch, seed: int, has_targets: bool
+def test_rows_are_their_pieces_one_after_the_other_and_padding(
+    seed: int, has_targets: bool
 ) -> None:
     generator = np.random.default_rng(seed)
     tokens = generator.integers(0, 60_000, 500).astype(np.uint16)
@@ -15,18 +15,20 @@ def test_copying_pieces_and_indexing_tokens_give_the_same_rows(
     counts = generator.integers(1, 5, 20)
     lengths = generator.integers(0, 9, counts.sum())
     starts = generator.integers(0, 492, counts.sum())
-    found = []
-    for limit in (0, 1000):
-        monkeypatch.setattr(rows, "LONG_PIECE", limit)
-        found.append(
-            rows.gather_rows(
-                tokens, targets, starts=starts, lengths=lengths, pieces_per_row=counts,
-                sequence_length=40, pad_id=7,
-            )
-        )  # fmt: skip
-    assert list(found[0]) == ["input_ids", "label_mask", "document_ids"]
-    for copied, indexed in zip(found[0].values(), found[1].values(), strict=True):
-        assert copied.dtype == indexed.dtype
-        assert np.array_equal(copied, indexed)
-    first = tokens[starts[0] : starts[0] + lengths[0]]
-    assert np.array_equal(found[0]["input_ids"][0, : lengths[0]], first)
+    found = gather_rows(tokens, targets, (starts, lengths, counts), sequence_length=40, pad_id=7)
+    assert [(name, values.dtype) for name, values in found.items()] == [
+        ("input_ids", np.int64), ("label_mask", np.bool_), ("document_ids", np.int32)
+    ]  # fmt: skip
+    pieces = list(zip(starts.tolist(), lengths.tolist(), strict=True))
+    for row, count in enumerate(counts.tolist()):
+        own, pieces = pieces[:count], pieces[count:]
+        ids, mask, documents = [], [], []
+        for number, (start, length) in enumerate(own):
+            ids += tokens[start : start + length].tolist()
+            asked = np.ones(length) if targets is None else targets[start : start + length]
+            mask += (asked != 0).tolist()
+            documents += [number] * length
+        padding = 40 - len(ids)
+        assert found["input_ids"][row].tolist() == ids + [7] * padding
+        assert found["label_mask"][row].tolist() == mask + [False] * padding
+        assert found["document_ids"][row].tolist() == documents + [count] * padding

@@ -89,7 +89,7 @@ def test_counts_are_those_of_the_rows_that_are_trained_on(
     config = chats(tmp_path, *sizes, instances=instances)
     prepared = ensure_prepared(config, progress=False)
     opened = open_instances(prepared, "train", config)
-    counts = targets._counts(prepared, "train", opened, config.instances)
+    counts = targets._counts(prepared, "train", opened)
     rows = open_instances(prepared, "train", config)
     masks = [target_mask(rows.read(np.array([i]))).any() for i in range(rows.num_instances)]
     assert (counts.num_rows, counts.rows_without_targets) == (len(masks), masks.count(False))

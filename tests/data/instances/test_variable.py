@@ -29,7 +29,7 @@ def test_documents_are_cut_into_powers_of_two_the_greatest_first(tmp_path: Path)
         4: [[16, 17, 18, 19], [24, 25, 26, 27], [30, 31, 32, 33]],
         8: [list(range(8)), list(range(8, 16))],
     }
-    assert [dataset.bucket_of(index) for index in range(7)] == [0, 0, 1, 1, 1, 2, 2]
+    assert dataset.pieces(np.arange(7))[1].tolist() == [2, 2, 4, 4, 4, 8, 8]
     assert dataset.documents(3) == [DocumentPart(2, 0, 4, 6)]
     assert (dataset.header.dropped_tokens, dataset.header.dropped_documents) == (2, 1)
     assert dataset.header.num_tokens == 32

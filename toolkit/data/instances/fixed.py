@@ -2,23 +2,16 @@
 
 import numpy as np
 
-from toolkit.data.instances.base import DocumentPart, Rows
-from toolkit.data.instances.index import DocumentIndex
-from toolkit.data.instances.planned import Pages
+from toolkit.data.instances.base import Rows
 from toolkit.data.instances.plans import instances_fingerprint
+from toolkit.data.instances.rows import Pieces, TokenRows
 from toolkit.data.tokens.prepared import PreparedDataset, Split
 
 
-class TokenDataset:
-    """Instance i is tokens [i * sequence_length, (i + 1) * sequence_length) of a split. An
-    `InstanceDataset`.
-
-    Attributes:
-        instances: memory map of shape `(num_instances, sequence_length)`; the last tokens, fewer
-            than one instance, are left out.
-        targets: the same of the tokens the loss asks for (uint8, 0 or 1); None: all.
-        intra_document_masking: whether `read` gives `document_ids`.
-    """
+class TokenDataset(TokenRows):
+    """Instance i is tokens [i * sequence_length, (i + 1) * sequence_length) of a split; the last
+    tokens, fewer than one instance, are left out. `intra_document_masking`: whether `read` gives
+    `document_ids`."""
 
     def __init__(
         self,
@@ -28,43 +21,23 @@ class TokenDataset:
         *,
         intra_document_masking: bool = False,
     ) -> None:
-        self.sequence_length = sequence_length
-        self.intra_document_masking = intra_document_masking
-        self.fingerprint = prepared.fingerprint(split)
-        self.bytes_per_token = prepared.bytes_per_token(split)
-        self.tokenizer_folder = prepared.tokenizer_folder
-        tokens = np.asarray(prepared.tokens(split))
-        self._pages = Pages(tokens)
-        self.num_instances = len(tokens) // sequence_length
-        shape = (self.num_instances, sequence_length)
-        used = self.num_instances * sequence_length
-        self.instances = tokens[:used].reshape(shape)
-        mask = prepared.target_mask(split)
-        self.targets = None if mask is None else np.asarray(mask)[:used].reshape(shape)
-        self._prepared, self._split = prepared, split
-        self._index = None
+        fingerprint = prepared.fingerprint(split)
+        settings = {"sequence_length": sequence_length, "intra_document_masking": True}
         if intra_document_masking:
-            self._index = DocumentIndex(prepared, split)
-            self.fingerprint = instances_fingerprint(
-                prepared,
-                split,
-                "fixed",
-                sequence_length=sequence_length,
-                intra_document_masking=True,
-            )
+            fingerprint = instances_fingerprint(prepared, split, "fixed", **settings)
+        super().__init__(prepared, split, sequence_length, fingerprint)
+        self.num_instances = len(self._tokens) // sequence_length
+        self._starts = self.index.starts if intra_document_masking else None
+
+    def pieces(self, indices: np.ndarray) -> Pieces:
+        ones = np.ones(len(indices), dtype=np.int64)
+        return indices * self.sequence_length, ones * self.sequence_length, ones
 
     def read(self, indices: np.ndarray) -> Rows:
-        self._pages.request(np.asarray(indices) * self.sequence_length, self.sequence_length)
-        rows = {"input_ids": self.instances[indices].astype(np.int64)}
-        if self.targets is not None:
-            rows["label_mask"] = self.targets[indices] != 0
-        if self._index is not None:
-            rows["document_ids"] = self._document_ids(self._index.starts, np.asarray(indices))
+        rows = super().read(indices)
+        if self._starts is not None:
+            rows["document_ids"] = self._document_ids(self._starts, np.asarray(indices))
         return rows
-
-    def documents(self, index: int) -> list[DocumentPart]:
-        found = self._index or DocumentIndex(self._prepared, self._split)
-        return found.parts(index * self.sequence_length, self.sequence_length)
 
     def _document_ids(self, starts: np.ndarray, indices: np.ndarray) -> np.ndarray:
         """A row's first token is of document 0; every start of a document inside adds 1."""

@@ -44,8 +44,6 @@ class DocumentIndex:
         self._path = prepared.folder / f"{split}.idx"
         self._hash = prepared.manifest.splits[split].index_hash
         self.num_tokens = prepared.num_tokens(split)
-        if prepared.num_documents(split) == 0:
-            raise self._error(f"names no document, but there are {self.num_tokens:,} tokens")
         self.starts = np.asarray(prepared.document_starts(split))
         if self.starts[0] != 0:
             raise self._error(f"the first document starts at {self.starts[0]}, not at 0")
@@ -61,21 +59,15 @@ class DocumentIndex:
         Raises:
             DataError: starts that do not ascend, or content whose hash is not the manifest's.
         """
-        scan = IndexScan(self.num_tokens)
-        for first in range(0, len(self.starts), BLOCK_DOCUMENTS):
-            scan.look(first, self.starts[first : first + BLOCK_DOCUMENTS])
-            if scan.wrong is not None:
-                raise self._error(scan.wrong)
-        if self._hash is not None and scan.content_hash != self._hash:
-            raise self._error("its content is not what dataset.json beside it says")
+        wrong, content_hash = scan_starts(self.starts, self.num_tokens)
+        if wrong is None and self._hash not in (None, content_hash):
+            wrong = "its content is not what dataset.json beside it says"
+        if wrong is not None:
+            raise self._error(wrong)
 
     def blocks(self) -> Iterator[Windows]:
         """All documents, whole, in blocks; empty ones have length 0."""
-        for first in range(0, len(self.starts), BLOCK_DOCUMENTS):
-            stop = min(first + BLOCK_DOCUMENTS, len(self.starts))
-            starts = self.starts[first:stop].astype(np.int64)
-            after = int(self.starts[stop]) if stop < len(self.starts) else self.num_tokens
-            yield Windows(starts, np.diff(starts, append=after))
+        return documents_of(self.starts, self.num_tokens)
 
     def windows(self, sequence_length: int) -> Iterator[Windows]:
         """All documents cut every `sequence_length` tokens, counted from their own start."""
@@ -128,50 +120,35 @@ def verify_once(prepared: PreparedDataset, split: Split) -> None:
     keep_note(prepared, name, found.encode())
 
 
-class IndexScan:
-    """The starts of documents, block after block: the first is 0, none falls back, none lies beyond
-    the tokens.
+def documents_of(starts: np.ndarray, num_tokens: int) -> Iterator[Windows]:
+    """The documents that begin at `starts`, whole, in blocks; empty ones have length 0."""
+    for first in range(0, len(starts), BLOCK_DOCUMENTS):
+        block = starts[first : first + BLOCK_DOCUMENTS + 1].astype(np.int64)
+        lengths = np.diff(block, append=num_tokens)[:BLOCK_DOCUMENTS]
+        yield Windows(block[:BLOCK_DOCUMENTS], lengths)
 
-    Attributes:
-        wrong: the first that does not, in words; None: all do so far.
-    """
 
-    def __init__(self, num_tokens: int) -> None:
-        self.wrong: str | None = None
-        self._num_tokens = num_tokens
-        self._last = np.uint64(0)
-        self._digest = xxhash.xxh3_128()
-
-    @property
-    def content_hash(self) -> str:
-        """xxh3_128."""
-        return self._digest.hexdigest()
-
-    def look(self, position: int, block: np.ndarray) -> np.ndarray:
-        """The next block, which begins with the start of document `position`. Returns the tokens
-        from each start to the one before it, uint64; only of use while nothing is wrong."""
-        self._digest.update(block.data)
-        before = np.concatenate([[self._last], block[:-1]])
-        self._last = block[-1]
-        if self.wrong is None:
-            self.wrong = self._find(position, block, before)
-        return block - before
-
-    def _find(self, position: int, block: np.ndarray, before: np.ndarray) -> str | None:
-        falls = np.flatnonzero(block < before)
-        if position == 0 and block[0] != 0:
-            return f"document 0 starts at {block[0]:,}, not at 0"
-        if len(falls):
-            place = int(falls[0])
-            number = position + place
-            return (
-                f"document {number:,} starts at {block[place]:,}, before document {number - 1:,} "
-                f"at {before[place]:,}"
-            )
-        if int(block[-1]) > self._num_tokens:
-            place = int(np.searchsorted(block, np.uint64(self._num_tokens), "right"))
-            return (
-                f"document {position + place:,} starts at {block[place]:,}, after the "
-                f"{self._num_tokens:,} tokens"
-            )
-        return None
+def scan_starts(starts: np.ndarray, num_tokens: int) -> tuple[str | None, str]:
+    """What is wrong with the starts of documents (the first is 0, none falls back, none lies beyond
+    the tokens), in words, and their xxh3_128."""
+    wrong, last, digest = None, np.uint64(0), xxhash.xxh3_128()
+    for first in range(0, len(starts), BLOCK_DOCUMENTS):
+        block = np.asarray(starts[first : first + BLOCK_DOCUMENTS])
+        digest.update(block.data)
+        before = np.concatenate([[last], block[:-1]])
+        last = block[-1]
+        is_wrong = (block < before) | (block > np.uint64(num_tokens))
+        if first == 0:
+            is_wrong[0] |= block[0] != 0
+        place = int(is_wrong.argmax())
+        if wrong is not None or not is_wrong[place]:
+            continue
+        number, start = first + place, int(block[place])
+        if number == 0:
+            wrong = f"document 0 starts at {start:,}, not at 0"
+        elif start < before[place]:
+            there = f"document {number - 1:,} at {before[place]:,}"
+            wrong = f"document {number:,} starts at {start:,}, before {there}"
+        else:
+            wrong = f"document {number:,} starts at {start:,}, after the {num_tokens:,} tokens"
+    return wrong, digest.hexdigest()

@@ -12,11 +12,11 @@ from toolkit.data.config import (
     InstancesConfig,
     VariableInstancesConfig,
 )
-from toolkit.data.instances.plans import Plan, plan_of
+from toolkit.data.instances.plans import plan_of
 from toolkit.data.tokens.prepared import SPLITS, PreparedDataset, Split
 
 if TYPE_CHECKING:
-    from toolkit.data.instances.base import InstanceDataset
+    from toolkit.data.instances.rows import TokenRows
 
 _CLASSES = {
     "fixed": "toolkit.data.instances.fixed:TokenDataset",
@@ -29,7 +29,7 @@ _CLASSES = {
 
 def open_instances(
     prepared: PreparedDataset, split: Split, config: DatasetConfig, *, evaluation: bool = False
-) -> "InstanceDataset":
+) -> "TokenRows":
     """The instances of one split; their plan is made now where it is missing.
 
     Args:
@@ -45,8 +45,8 @@ def open_instances(
         options["intra_document_masking"] = kind.intra_document_masking
     elif isinstance(kind, VariableInstancesConfig):
         options["min_length"] = kind.min_sequence_length
-    build = named(_CLASSES[_tag(kind)])
-    instances: InstanceDataset = build(prepared, split, config.sequence_length, **options)
+    build = named(_CLASSES[str(kind.__struct_config__.tag)])
+    instances: TokenRows = build(prepared, split, config.sequence_length, **options)
     return instances
 
 
@@ -68,10 +68,12 @@ def count_rows(
     tells is not made. Errors as of `open_instances`."""
     if not prepared.has_split(split):
         return []
-    plan, length = _plan(prepared, split, config, evaluation=evaluation), config.sequence_length
-    if plan is None:
+    kind, length = instances_config(config, evaluation=evaluation), config.sequence_length
+    if isinstance(kind, FixedInstancesConfig):
         return [(length, prepared.num_tokens(split) // length)]
-    header = plan.header()
+    shortest = kind.min_sequence_length if isinstance(kind, VariableInstancesConfig) else None
+    tag: Any = kind.__struct_config__.tag
+    header = plan_of(prepared, split, tag, length, min_length=shortest).header()
     if header is None:
         return None
     buckets = [(bucket.length, bucket.num_instances) for bucket in header.buckets]
@@ -93,31 +95,12 @@ def ensure_plans(prepared: PreparedDataset, config: DatasetConfig) -> None:
 
     Errors as of `open_instances`, and DataError: no row of training has a target.
     """
-    for split in SPLITS:
-        if not prepared.has_split(split):
-            continue
+    for split in filter(prepared.has_split, SPLITS):
         evaluation = split == "val"
-        plan = _plan(prepared, split, config, evaluation=evaluation)
         kind = instances_config(config, evaluation=evaluation)
-        has_mask = prepared.manifest.splits[split].mask_hash is not None
-        if has_mask or (plan is not None and plan.header() is None):
-            instances = open_instances(prepared, split, config, evaluation=evaluation)
         if isinstance(kind, FixedInstancesConfig) and kind.intra_document_masking:
             named("toolkit.data.instances.index:verify_once")(prepared, split)
-        if has_mask:
+        instances = open_instances(prepared, split, config, evaluation=evaluation)
+        if prepared.manifest.splits[split].mask_hash is not None:
             check = named("toolkit.data.instances.targets:check_row_targets")
-            check(prepared, split, instances, kind)
-
-
-def _plan(
-    prepared: PreparedDataset, split: Split, config: DatasetConfig, *, evaluation: bool
-) -> Plan | None:
-    kind = instances_config(config, evaluation=evaluation)
-    if isinstance(kind, FixedInstancesConfig):
-        return None
-    shortest = kind.min_sequence_length if isinstance(kind, VariableInstancesConfig) else None
-    return plan_of(prepared, split, _tag(kind), config.sequence_length, min_length=shortest)
-
-
-def _tag(kind: InstancesConfig) -> Any:
-    return kind.__struct_config__.tag
+            check(prepared, split, instances)

@@ -25,6 +25,7 @@ import numpy as np
 from toolkit.data.instances.index import DocumentIndex
 from toolkit.data.instances.planned import PlannedInstances, create_array, describe
 from toolkit.data.instances.plans import Plan, PlanHeader, plan_of
+from toolkit.data.instances.rows import Pieces
 from toolkit.data.tokens.prepared import PreparedDataset, Split
 
 
@@ -40,7 +41,7 @@ class PackedDataset(PlannedInstances):
         self._groups = _Groups(*(self._array(name) for name in _Groups._fields))
         self._step = spreading_step(self.num_instances)
 
-    def _pieces(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def pieces(self, indices: np.ndarray) -> Pieces:
         rows = indices * self._step % self.num_instances
         groups = self._groups
         group = np.searchsorted(groups.first_row, rows, side="right") - 1

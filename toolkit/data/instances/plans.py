@@ -73,8 +73,9 @@ class PlanHeader(msgspec.Struct, frozen=True, kw_only=True):
     """Tokens in rows."""
     efficiency: float
     """Share of the rows' positions that hold tokens, not padding."""
-    cut_documents: int
-    """Documents longer than `sequence_length`, which no row could hold whole."""
+    long_documents: int | None = None
+    """Documents longer than `sequence_length`, which no row could hold whole; None: plans of older
+    releases have the number under another name."""
     dropped_tokens: int = 0
     """Tokens in no row."""
     dropped_documents: int = 0
@@ -217,7 +218,7 @@ def _make_once(plan: Plan, folder: Path, make: Callable[[Path], PlanHeader]) -> 
         f"{plan.split} of {plan.prepared.folder} as {plan.kind} instances of "
         f"{plan.sequence_length} tokens: {count(header.num_documents, 'document')} in "
         f"{count(header.num_instances, 'row')}, {header.efficiency:.2%} of positions filled, "
-        f"{count(header.cut_documents, 'document')} longer than {plan.sequence_length} cut"
+        f"{count(header.long_documents or 0, 'document')} longer than {plan.sequence_length} cut"
         f"{dropped if header.dropped_tokens else ''}; "
         f"planned in {time.monotonic() - started:.1f} s"
     )

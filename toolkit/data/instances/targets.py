@@ -11,14 +11,9 @@ from collections.abc import Iterator
 import msgspec
 import numpy as np
 
-from toolkit.data.config import (
-    FixedInstancesConfig,
-    InstancesConfig,
-    VariableInstancesConfig,
-)
-from toolkit.data.instances.base import InstanceDataset, target_mask
-from toolkit.data.instances.index import DocumentIndex
+from toolkit.data.instances.base import target_mask
 from toolkit.data.instances.plans import Bucket, find_note, keep_note
+from toolkit.data.instances.rows import TokenRows
 from toolkit.data.tokens.prepared import PreparedDataset, Split
 from toolkit.errors import DataError
 from toolkit.storage.foreign import decode_json
@@ -43,12 +38,10 @@ class TargetCounts(msgspec.Struct, frozen=True, kw_only=True):
     """Documents with targets in rows that do not hold their beginning."""
 
 
-def check_row_targets(
-    prepared: PreparedDataset, split: Split, instances: InstanceDataset, kind: InstancesConfig
-) -> None:
+def check_row_targets(prepared: PreparedDataset, split: Split, instances: TokenRows) -> None:
     """Say in one line how many rows have no target and how many answers are cut off their prompts.
     DataError: no row of training has a target."""
-    counts = _counts(prepared, split, instances, kind)
+    counts = _counts(prepared, split, instances)
     if not counts.num_rows:
         return
     length = instances.sequence_length
@@ -72,31 +65,28 @@ def check_row_targets(
             logger.warning("%s", line)
 
 
-def _counts(
-    prepared: PreparedDataset, split: Split, instances: InstanceDataset, kind: InstancesConfig
-) -> TargetCounts:
-    length = instances.sequence_length
+def _counts(prepared: PreparedDataset, split: Split, instances: TokenRows) -> TargetCounts:
     # The fingerprint of some kinds is that of the tokens alone.
-    name = f"{split}-{length}-{instances.fingerprint}.targets"
+    name = f"{split}-{instances.sequence_length}-{instances.fingerprint}.targets"
     note = find_note(prepared, name)
     if note is not None:
         with contextlib.suppress(DataError):  # it is counted and written again
             return decode_json(note, name, DataError, TargetCounts)
-    without = sum(
-        int(np.count_nonzero(~target_mask(instances.read(block)).any(axis=1)))
-        for block in _blocks(instances)
-    )
+    without, cut = 0, set[int]()
+    for block in _blocks(instances):
+        without += int(np.count_nonzero(~target_mask(instances.read(block)).any(axis=1)))
+        cut |= _cut_answers(prepared, split, instances, block)
     counts = TargetCounts(
         num_rows=instances.num_instances,
         rows_without_targets=without,
         num_documents=prepared.num_documents(split),
-        cut_answers=_cut_answers(prepared, split, length, kind),
+        cut_answers=len(cut),
     )
     keep_note(prepared, name, msgspec.json.encode(counts))
     return counts
 
 
-def _blocks(instances: InstanceDataset) -> Iterator[np.ndarray]:
+def _blocks(instances: TokenRows) -> Iterator[np.ndarray]:
     """Numbers of instances that can be read together."""
     whole = Bucket(instances.sequence_length, 0, instances.num_instances)
     for bucket in getattr(instances, "buckets", (whole,)):
@@ -105,20 +95,18 @@ def _blocks(instances: InstanceDataset) -> Iterator[np.ndarray]:
             yield np.arange(start, min(start + step, end))
 
 
-def _cut_answers(prepared: PreparedDataset, split: Split, length: int, kind: object) -> int:
-    """Documents with a target behind the first row that holds them."""
-    mask = prepared.target_mask(split)
+def _cut_answers(
+    prepared: PreparedDataset, split: Split, instances: TokenRows, block: np.ndarray
+) -> set[int]:
+    """Documents of which a row of `block` holds a target, but not the beginning."""
+    mask, index = prepared.target_mask(split), instances.index
     assert mask is not None
-    total = 0
-    for starts, lengths in DocumentIndex(prepared, split).blocks():
-        if isinstance(kind, FixedInstancesConfig):
-            first = length - starts % length
-        elif isinstance(kind, VariableInstancesConfig):
-            first = np.minimum(length, 1 << np.log2(np.maximum(lengths, 1)).astype(np.int64))
-        else:
-            first = np.full_like(lengths, length)
-        cut = np.flatnonzero(lengths > first)
-        ends = (starts + lengths)[cut].tolist()
-        for begin, end in zip((starts + first)[cut].tolist(), ends, strict=True):
-            total += bool(mask[begin:end].any())
-    return total
+    starts, lengths, _ = instances.pieces(block)
+    documents = np.searchsorted(index.starts, starts.astype(np.uint64), side="right") - 1
+    goes_on = np.flatnonzero(index.starts[documents] < starts.astype(np.uint64))
+    found = set()
+    for start, length in zip(starts[goes_on].tolist(), lengths[goes_on].tolist(), strict=True):
+        part = index.parts(start, length)[0]
+        if mask[start : start + part.end - part.start].any():
+            found.add(part.document)
+    return found

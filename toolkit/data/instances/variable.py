@@ -10,16 +10,18 @@ shorter than the shortest row are dropped. In what order rows are read:
 
 import bisect
 import functools
+import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
-from toolkit.data.instances.base import DocumentPart, Rows
+from toolkit.data.instances.base import Rows
 from toolkit.data.instances.index import DocumentIndex
-from toolkit.data.instances.planned import PlannedInstances, create_array, describe
+from toolkit.data.instances.planned import PlannedInstances, create_array, describe, fill
 from toolkit.data.instances.plans import Bucket, Plan, PlanHeader, plan_of
+from toolkit.data.instances.rows import Pieces, TokenRows
 from toolkit.data.order.batches import Segment
 from toolkit.data.order.stream import KeyedPermutation
 from toolkit.data.tokens.prepared import PreparedDataset, Split
@@ -42,36 +44,20 @@ class VariableDataset(PlannedInstances):
         super().__init__(plan, functools.partial(_make, min_length=min_length))
         self.buckets = self.header.buckets
         self._firsts = np.array([bucket.first for bucket in self.buckets], dtype=np.int64)
+        self._lengths = np.array([bucket.length for bucket in self.buckets], dtype=np.int64)
+
+    def pieces(self, indices: np.ndarray) -> Pieces:
+        lengths = self._lengths[np.searchsorted(self._firsts, indices, side="right") - 1]
+        return self._starts[indices].astype(np.int64), lengths, np.ones_like(lengths)
 
     def read(self, indices: np.ndarray) -> Rows:
         """Rows of one bucket, of its length; ValueError: of several. Each is one sequence, so there
         are no `document_ids`."""
-        indices = np.asarray(indices)
-        length = self._common_length(indices) if len(indices) else 0
-        starts = self._starts[indices].astype(np.int64)
-        self._pages.request(starts, length)
-        positions = starts[:, None] + np.arange(length)
-        rows = {"input_ids": self._tokens[positions].astype(np.int64)}
-        if self._targets is not None:
-            rows["label_mask"] = self._targets[positions] != 0
-        return rows
-
-    def documents(self, index: int) -> list[DocumentPart]:
-        length = self.buckets[self.bucket_of(index)].length
-        return self._index.parts(int(self._starts[index]), length)
-
-    def bucket_of(self, index: int) -> int:
-        """Place in `buckets` of an instance's bucket."""
-        return int(np.searchsorted(self._firsts, index, side="right")) - 1
-
-    def _common_length(self, indices: np.ndarray) -> int:
-        ends = int(indices.min()), int(indices.max())
-        first, last = (self.buckets[self.bucket_of(index)].length for index in ends)
-        if first != last:
-            raise ValueError(
-                f"instances of one length can be read together, not of {(first, last)}"
-            )
-        return first
+        _, lengths, _ = self.pieces(np.asarray(indices))
+        if len(lengths) and lengths.min() != lengths.max():
+            found = int(lengths.min()), int(lengths.max())
+            raise ValueError(f"instances of one length can be read together, not of {found}")
+        return TokenRows.read(self, indices)
 
 
 def _make(plan: Plan, index: DocumentIndex, folder: Path, *, min_length: int) -> PlanHeader:
@@ -91,12 +77,8 @@ def _make(plan: Plan, index: DocumentIndex, folder: Path, *, min_length: int) ->
         if counts[length]:
             buckets.append(Bucket(length, num_rows, counts[length]))
             num_rows += counts[length]
-    all_starts = create_array(folder, "starts", num_rows, np.uint64)
-    for bucket in buckets:
-        done = bucket.first
-        for starts in _starts_of_rows(index, bucket.length, longest):
-            all_starts[done : done + len(starts)] = starts
-            done += len(starts)
+    starts = (_starts_of_rows(index, bucket.length, longest) for bucket in buckets)
+    fill(create_array(folder, "starts", num_rows, np.uint64), itertools.chain.from_iterable(starts))
     return describe(
         plan,
         index,

@@ -7,7 +7,7 @@ of a batch and a short list of segments, and any batch is found in constant time
 
 import itertools
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 
@@ -173,11 +173,18 @@ def instances_per_batch(global_batch_size: int, sequence_length: int, world_size
     return global_batch_size // sequence_length
 
 
-def batches_for(segments: Sequence[Segment], instances: int) -> int:
-    """Number of batches until `instances` instances have been used, whatever their sizes were."""
-    last = segments[-1]
+def steps_until(
+    order: BatchOrder, value: int, unit: Literal["steps", "tokens", "epochs"], sequence_length: int
+) -> int:
+    """Number of the step that ends a duration, counted from the beginning of the run; batches may
+    have had several sizes."""
+    if unit == "steps":
+        return value
+    if unit == "epochs":
+        return order.epoch_end(value)
+    last, instances = order.segments[-1], -(-value // sequence_length)
     before = sum(
         (after.first_batch - segment.first_batch) * segment.batch_instances
-        for segment, after in itertools.pairwise(segments)
+        for segment, after in itertools.pairwise(order.segments)
     )
     return last.first_batch + max(0, -(-(instances - before) // last.batch_instances))

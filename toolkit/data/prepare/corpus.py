@@ -5,7 +5,7 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import xxhash
@@ -23,9 +23,8 @@ from toolkit.data.instances.open import ensure_plans
 from toolkit.data.order.resolve import ResolvedSource, resolve_mix, resolve_schedule
 from toolkit.data.prepare.build.prepare import ensure_prepared
 from toolkit.data.prepare.build.settings import check_settings, settings_of
-from toolkit.data.prepare.build.vocabulary import sample_texts
+from toolkit.data.prepare.build.vocabulary import plan_of_text, sample_texts
 from toolkit.data.prepare.store.cache import raw_text_cache
-from toolkit.data.prepare.text.sources import plan_source
 from toolkit.data.prepare.tokenizers.companions import TOKENIZER_FILE
 from toolkit.data.prepare.tokenizers.tokenizer import Tokenizer, load_tokenizer, train_bpe
 from toolkit.data.tokens.prepared import PreparedDataset, localize
@@ -58,13 +57,11 @@ def prepare_corpus(
     if dataset.mix is None:
         parts = {"": (dataset, ensure_prepared(dataset, **options))}
     else:
-        parts = {
-            source.name: (source.dataset, prepared)
-            for source, prepared in ensure_mix_prepared(dataset, **options)
-        }
+        found = ensure_mix_prepared(dataset, **options)
+        parts = {source.name: (source.dataset, prepared) for source, prepared in found}
     for config, prepared in parts.values():
         ensure_plans(prepared, config)
-    return corpus_info(cfg, parts)
+    return corpus_info(cfg, parts)._replace(is_ready=True)
 
 
 def check_corpus_settings(cfg: DataConfig, info: CorpusInfo) -> None:
@@ -77,12 +74,7 @@ def check_corpus_settings(cfg: DataConfig, info: CorpusInfo) -> None:
 
 
 def ensure_mix_prepared(
-    config: DatasetConfig,
-    *,
-    store: StoreConfig | None = None,
-    work_dir: str | None = None,
-    progress: bool = True,
-    check_text: bool = True,
+    config: DatasetConfig, *, store: StoreConfig | None = None, **options: Any
 ) -> list[tuple[ResolvedSource, PreparedDataset]]:
     """The prepared data sets of all sources of `config.mix`, sorted by name; those that do not
     exist yet are prepared now. Arguments as for `ensure_prepared`.
@@ -97,21 +89,13 @@ def ensure_mix_prepared(
     store = store or StoreConfig()
     config = localize(config, store)
     sources = resolve_mix(config)
-    weights = _tokenizer_weights(config, sources)
-    if weights:
-        _ensure_tokenizer(config, sources, weights, store)
-        sources = as_prepared(config)
+    tokenizer = _MixTokenizer.of(config, sources)
+    if tokenizer is not None:
+        _ensure_tokenizer(tokenizer, sources, store)
     found = []
-    for source in sources:
+    for source in as_prepared(config):
         with _named(source):
-            prepared = ensure_prepared(
-                source.dataset,
-                store=store,
-                work_dir=work_dir,
-                progress=progress,
-                check_text=check_text,
-            )
-        found.append((source, prepared))
+            found.append((source, ensure_prepared(source.dataset, store=store, **options)))
     check_same_tokens({source.name: prepared for source, prepared in found})
     return found
 
@@ -130,63 +114,55 @@ def as_prepared(config: DatasetConfig) -> list[ResolvedSource]:
     """The sources of `config.mix` as their token files are made: with the tokenizer that is trained
     for this mixture in place of `bpe`. Makes nothing."""
     sources = resolve_mix(config)
-    weights = _tokenizer_weights(config, sources)
-    if not weights:
+    tokenizer = _MixTokenizer.of(config, sources)
+    if tokenizer is None:
         return sources
-    tokenizer = HFTokenizerConfig(path=str(_tokenizer_folder(config, sources, weights)))
-    return [
-        source._replace(dataset=source.dataset.replace(tokenizer=tokenizer)) for source in sources
-    ]
+    shared = HFTokenizerConfig(path=str(tokenizer.folder))
+    return [s._replace(dataset=s.dataset.replace(tokenizer=shared)) for s in sources]
 
 
-def _tokenizer_weights(config: DatasetConfig, sources: list[ResolvedSource]) -> dict[str, Fraction]:
-    """How much of each source the mixture's own tokenizer is trained on; none where it has no
-    tokenizer of its own."""
-    if not isinstance(config.tokenizer, BPETokenizerConfig):
-        return {}
-    without_text = [
-        source.name
-        for source in sources
-        if isinstance(source.dataset.source, TokenFilesSourceConfig | None)
-    ]
-    if all(source.dataset.source is None for source in sources):
-        return {}  # token files are taken with the tokenizer they were made with
-    if without_text:
-        raise ConfigError(
-            f"dataset.tokenizer: bpe is trained on text, but {', '.join(without_text)} of "
-            "dataset.mix holds none; give the tokenizer that made its tokens, as in {type: hf, "
-            "path: DATA/tokenizer}"
-        )
-    return {
-        source.name: max(segment.shares[source.name] for segment in resolve_schedule(config))
-        for source in sources
-    }
+class _MixTokenizer(NamedTuple):
+    """The tokenizer that is trained for a mixture."""
 
+    config: BPETokenizerConfig
+    weights: dict[str, Fraction]
+    """How much of each source it is trained on."""
+    folder: Path
 
-def _tokenizer_folder(
-    config: DatasetConfig, sources: list[ResolvedSource], weights: dict[str, Fraction]
-) -> Path:
-    identity = [
-        (
-            source.name,
-            str(weights[source.name]),
-            source.dataset.dataset_name,
-            source.dataset.dataset_config,
-            settings_of(source.dataset),
-        )
-        for source in sources
-    ]
-    key = xxhash.xxh3_64_hexdigest(msgspec.json.encode(identity))
-    return Path(config.root).expanduser() / TOKENIZERS_FOLDER / key
+    @classmethod
+    def of(cls, config: DatasetConfig, sources: list[ResolvedSource]) -> "_MixTokenizer | None":
+        """None where the mixture has none of its own: another is given, or its token files are
+        taken with the tokenizer they were made with."""
+        if not isinstance(config.tokenizer, BPETokenizerConfig):
+            return None
+        if all(source.dataset.source is None for source in sources):
+            return None
+        without_text = [
+            source.name
+            for source in sources
+            if isinstance(source.dataset.source, TokenFilesSourceConfig | None)
+        ]
+        if without_text:
+            raise ConfigError(
+                f"dataset.tokenizer: bpe is trained on text, but {', '.join(without_text)} of "
+                "dataset.mix holds none; give the tokenizer that made its tokens, as in {type: hf, "
+                "path: DATA/tokenizer}"
+            )
+        segments = resolve_schedule(config)
+        weights = {s.name: max(segment.shares[s.name] for segment in segments) for s in sources}
+        identity = [
+            (name, str(weights[name]), one.dataset_name, one.dataset_config, settings_of(one))
+            for name, one in ((source.name, source.dataset) for source in sources)
+        ]
+        key = xxhash.xxh3_64_hexdigest(msgspec.json.encode(identity))
+        folder = Path(config.root).expanduser() / TOKENIZERS_FOLDER / key
+        return cls(config.tokenizer, weights, folder)
 
 
 def _ensure_tokenizer(
-    config: DatasetConfig,
-    sources: list[ResolvedSource],
-    weights: dict[str, Fraction],
-    store: StoreConfig,
+    wanted: _MixTokenizer, sources: Sequence[ResolvedSource], store: StoreConfig
 ) -> None:
-    folder = _tokenizer_folder(config, sources, weights)
+    folder = wanted.folder
     if (folder / TOKENIZER_FILE).is_file():
         return
     try:
@@ -195,11 +171,8 @@ def _ensure_tokenizer(
             if not (folder / TOKENIZER_FILE).is_file():
                 tokenizer = _made_before(sources, folder.name, store)
                 if tokenizer is None:
-                    assert isinstance(config.tokenizer, BPETokenizerConfig)
-                    num_bytes = config.tokenizer.sample_bytes / sum(weights.values())
-                    sizes = {name: int(num_bytes * weight) for name, weight in weights.items()}
-                    texts = _samples(sources, sizes, store)
-                    tokenizer = train_bpe(texts, config.tokenizer.vocab_size)
+                    texts = _samples(wanted, sources, store)
+                    tokenizer = train_bpe(texts, wanted.config.vocab_size)
                 making = folder.with_name(f".{folder.name}.making")
                 with new_folder(folder, unfinished=making) as unfinished:
                     tokenizer.save(unfinished)
@@ -228,16 +201,11 @@ def _made_before(
 
 
 def _samples(
-    sources: Sequence[ResolvedSource], sizes: dict[str, int], store: StoreConfig
+    wanted: _MixTokenizer, sources: Sequence[ResolvedSource], store: StoreConfig
 ) -> Iterator[str]:
+    num_bytes = wanted.config.sample_bytes / sum(wanted.weights.values())
     for source in sources:
         dataset = source.dataset
-        assert dataset.source is not None
         with _named(source), raw_text_cache(dataset, store) as cache_dir:
-            plan = plan_source(
-                dataset.source,
-                dataset.validation_fraction,
-                rows=dataset.instructions is not None,
-                cache_dir=cache_dir,
-            )
-            yield from sample_texts(dataset, plan, sizes[source.name])
+            plan = plan_of_text(dataset, cache_dir)
+            yield from sample_texts(dataset, plan, int(num_bytes * wanted.weights[source.name]))

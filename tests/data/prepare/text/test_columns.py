@@ -76,9 +76,7 @@ def test_rows_are_found_by_the_place_in_messages(tmp_path: Path) -> None:
     assert [piece.identity for piece in pieces] == [
         "a.jsonl:0", "a.jsonl:13", "b.parquet:0:0", "b.parquet:0:1",
     ]  # fmt: skip
-    assert pieces[1].place == f"{tmp_path}/a.jsonl: byte 13"
-    assert pieces[1].find_place is not None
-    assert pieces[1].find_place() == f"{tmp_path}/a.jsonl: line 2 (byte 13)"
+    assert str(pieces[1].place) == f"{tmp_path}/a.jsonl: line 2 (byte 13)"
     assert pieces[3].place == f"{tmp_path}/b.parquet: row group 0, row 1"
     wanted = r"text_template: /.*/a\.jsonl: line 1 \(byte 0\) has no column 'x'"
     with pytest.raises(DataError, match=wanted):

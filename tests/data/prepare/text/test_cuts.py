@@ -13,8 +13,8 @@ from tests.data.corpus import files_config
 from tests.data.prepare.text.reading import read_all
 from toolkit.data.config import FilesSourceConfig, FiltersConfig
 from toolkit.data.prepare.build.prepare import prepare_dataset
-from toolkit.data.prepare.text import cuts, plain, readers, shards
-from toolkit.data.prepare.text.cuts import first_cut, last_cut
+from toolkit.data.prepare.text import cuts, readers, shards
+from toolkit.data.prepare.text.cuts import last_cut
 from toolkit.data.prepare.text.reading import Counts, Piece
 from toolkit.data.prepare.tokenizers.fast_bpe import byte_characters
 from toolkit.data.prepare.tokenizers.tokenizer import Tokenizer, train_bpe
@@ -98,7 +98,6 @@ def test_ids_of_pieces_are_those_of_the_text(
         monkeypatch.setattr(module, "PIECE_CHARACTERS", 700)
     monkeypatch.setattr(shards, "MIN_SHARD_BYTES", 1300)
     monkeypatch.setattr(shards, "MAX_SHARD_BYTES", 1300)
-    monkeypatch.setattr(plain, "PIECE_BYTES", 700)
     if way == "files":
         pieces = read(tmp_path, "a.txt", text)
     else:
@@ -113,16 +112,16 @@ def test_ids_of_pieces_are_those_of_the_text(
 
 
 def test_places_are_single_blanks_then_line_feeds_then_points() -> None:
-    def places(text: str) -> tuple[int | None, int | None]:
-        return first_cut(text, 1), last_cut(text, 0, len(text))
+    def place(text: str) -> int | None:
+        return last_cut(text, 0, len(text))
 
-    assert places("one two three") == (3, 7)
-    assert places("one  two\u3000 three") == (None, None)
-    assert places("one\ntwo\nthree") == (4, 8)
-    assert places("one\n two\n\nthree\r\n\tfour\n/five") == (None, None)
-    assert places("中文，中文。中文") == (2, 5)
-    assert places("中文。”中文") == (None, None)
-    assert places("one\ntwo three\nfour") == (7, 7)
+    assert place("one two three") == 7
+    assert place("one  two\u3000 three") is None
+    assert place("one\ntwo\nthree") == 8
+    assert place("one\n two\n\nthree\r\n\tfour\n/five") is None
+    assert place("中文，中文。中文") == 5
+    assert place("中文。”中文") is None
+    assert place("one\ntwo three\nfour") == 7
 
 
 LONG_TEXTS = {
@@ -139,7 +138,6 @@ def test_a_long_document_becomes_several_which_are_counted(
 ) -> None:
     for module in (readers, cuts):
         monkeypatch.setattr(module, "MAX_DOCUMENT_BYTES", 1000)
-    monkeypatch.setattr(plain, "PIECE_BYTES", 400)
     text = LONG_TEXTS[kind]
     rows = [{"text": "before"}, {"text": text}, {"text": "after"}]
     if name == "a.txt":

@@ -53,11 +53,11 @@ def test_files_left_out_for_their_endings_are_counted_and_said(
     for name in ("a.md", "b.txt", "c.TXT", "deep/d.md", "deep/e.rst", "LICENSE"):
         (folder / name).write_text("some text")
     plan = plan_source(FilesSourceConfig(paths=[str(folder)]), 0.0)
-    assert [file.name for file in plan.files] == ["b.txt", "c.TXT"]
-    assert plan.left_out_files == {".md": 2, ".rst": 1, "without ending": 1}
+    assert [file.name for file in plan.listing.files] == ["b.txt", "c.TXT"]
+    assert plan.listing.left_out == {".md": 2, ".rst": 1, "without ending": 1}
     # One that another path names is not left out.
     plan = plan_source(FilesSourceConfig(paths=[str(folder), str(folder / "a.md")]), 0.0)
-    assert plan.left_out_files == {".md": 1, ".rst": 1, "without ending": 1}
+    assert plan.listing.left_out == {".md": 1, ".rst": 1, "without ending": 1}
 
     found = prepare_dataset(files_config(tmp_path / "data", folder))
     assert found.manifest.left_out_files == {".md": 2, ".rst": 1, "without ending": 1}
@@ -68,8 +68,10 @@ def test_files_left_out_for_their_endings_are_counted_and_said(
 def test_endings_that_no_file_has_are_said(tmp_path: Path) -> None:
     (tmp_path / "a.md").write_text("text")
     source = FilesSourceConfig(paths=[str(tmp_path)], suffixes=(".md", ".rst"))
-    assert plan_source(source, 0.0).notes() == ["dataset.source.suffixes: no file ends in .rst"]
-    assert plan_source(FilesSourceConfig(paths=[str(tmp_path / "a.md")]), 0.0).notes() == []
+    assert plan_source(source, 0.0).listing.notes() == [
+        "dataset.source.suffixes: no file ends in .rst"
+    ]
+    assert plan_source(FilesSourceConfig(paths=[str(tmp_path / "a.md")]), 0.0).listing.notes() == []
 
 
 def test_a_folder_that_gives_nothing_is_an_error(tmp_path: Path) -> None:

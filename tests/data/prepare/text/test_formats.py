@@ -103,7 +103,7 @@ def test_saved_data_sets_are_read_with_their_splits(
 ) -> None:
     import datasets
 
-    monkeypatch.setattr("toolkit.data.prepare.text.hub.MIN_SHARD_BYTES", 500)
+    monkeypatch.setattr(shards, "MIN_SHARD_BYTES", 500)
     rows = {"text": [f"row {i} " * 5 for i in range(60)], "label": list(range(60))}
     whole = datasets.Dataset.from_dict(rows)
     whole.save_to_disk(str(tmp_path / "one"))
@@ -154,7 +154,7 @@ def test_empty_files_are_counted(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("x")
     (tmp_path / "b.txt").touch()
     plan = plan_source(FilesSourceConfig(paths=[str(tmp_path)]), 0.0)
-    assert plan.num_empty == 1
+    assert plan.listing.num_empty == 1
 
 
 def test_defects_of_long_lines_are_named(tmp_path: Path) -> None:

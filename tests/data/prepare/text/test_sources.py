@@ -8,7 +8,7 @@ import pytest
 from tests.data.corpus import random_text, write_texts
 from tests.data.prepare.text.reading import read_all, texts_of
 from toolkit.data.config import FilesSourceConfig, HubSourceConfig, PythonStdlibSourceConfig
-from toolkit.data.prepare.text import jsonl, shards
+from toolkit.data.prepare.text import cuts, jsonl, readers, shards
 from toolkit.data.prepare.text.reading import Counts
 from toolkit.data.prepare.text.shards import Range
 from toolkit.data.prepare.text.sources import plan_source
@@ -19,8 +19,8 @@ from toolkit.errors import DataError
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("MIN_SHARD_BYTES", "MAX_SHARD_BYTES"):
         monkeypatch.setattr(shards, name, 4096)
-    monkeypatch.setattr(shards, "PIECE_BYTES", 1024)
-    monkeypatch.setattr("toolkit.data.prepare.text.plain.PIECE_BYTES", 1024)
+    for module in (readers, cuts):
+        monkeypatch.setattr(module, "PIECE_CHARACTERS", 1024)
 
 
 def test_folder_is_read_in_the_order_of_names(tmp_path: Path) -> None:

@@ -9,7 +9,8 @@ from tests.data.corpus import BYTE_EOS, files_config, write_texts
 from toolkit.data.prepare.build import split_files
 from toolkit.data.prepare.build.prepare import prepare_dataset
 from toolkit.data.prepare.tools import inspect
-from toolkit.data.prepare.tools.inspect import Inspection, inspect_path
+from toolkit.data.prepare.tools.inspect import inspect_path
+from toolkit.data.prepare.tools.report import Inspection
 from toolkit.errors import ConfigError, DataError
 
 TEXTS = ["ab", "abcdef", "é" * 10, "x", "0123456789" * 5]

@@ -1,6 +1,7 @@
 """Merging and splitting prepared data sets."""
 
 import json
+import resource
 import shutil
 import subprocess
 import sys
@@ -234,8 +235,8 @@ def test_split_holds_out_by_number_and_keeps_every_document(
 
 def test_the_hash_of_numbers_is_splitmix64_and_its_shares_are_close() -> None:
     assert _mix(np.arange(2, dtype=np.uint64)).tolist() == [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4]
-    assert abs(_hashed(0.1, 0)(0, 1_000_000).mean() - 0.1) < 0.001
-    assert np.array_equal(_hashed(0.1, 5)(0, 100), _hashed(0.1, 0)(5, 105))
+    assert abs(_hashed(0.1, 0)(slice(0, 1_000_000)).mean() - 0.1) < 0.001
+    assert np.array_equal(_hashed(0.1, 5)(slice(0, 100)), _hashed(0.1, 0)(slice(5, 105)))
 
 
 def test_split_without_held_out_documents_has_no_val(tmp_path: Path) -> None:
@@ -302,6 +303,19 @@ def test_more_parts_than_documents_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--parts must be at least 2: 1"):
         split_parts(source.folder, tmp_path / "out", 1)
     assert not (tmp_path / "out").exists()
+
+
+def test_there_may_be_more_parts_than_a_process_may_open_files(tmp_path: Path) -> None:
+    source = prepare(tmp_path, "one", ["ab"] * 60)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (40, limits[1]))
+    try:
+        parts = split_parts(source.folder, tmp_path / "out", 60, progress=False)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert [part.num_documents("train") for part in parts] == [1] * 60
+    with pytest.raises(DataError, match="its 60 training documents cannot be cut into 99999 parts"):
+        split_parts(source.folder, tmp_path / "out", 99_999, progress=False)
 
 
 def test_a_killed_merge_leaves_nothing_that_looks_whole(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from toolkit.data.prepare.text.instructions.template import (
     Span,
     read_chat_template,
 )
-from toolkit.data.prepare.text.reading import Piece, at_found_place
+from toolkit.data.prepare.text.reading import Piece
 from toolkit.data.prepare.tokenizers.tokenizer import Tokenizer
 from toolkit.data.source_config import InstructionsConfig
 from toolkit.errors import ConfigError, DataError
@@ -80,9 +80,9 @@ class InstructionEncoder:
         for piece in pieces:
             assert piece.row is not None
             try:
-                rendered.append(self._renderer.render(piece.row, _place(piece)))
+                rendered.append(self._renderer.render(piece.row))
             except DataError as error:
-                raise at_found_place(error, _place(piece), piece.find_place) from None
+                raise DataError(f"{piece.place or piece.identity}: {error}") from None
         rows = [row for row in rendered if row is not None]
         tokens = iter(self._tokenize(rows))
         encoded = []
@@ -106,8 +106,7 @@ class InstructionEncoder:
             piece = first_piece()
             if piece is None or piece.row is None:
                 return "none", None
-            row, place = piece.row, _place(piece)
-            return self._renderer.sample(row, place), self._renderer.masked_answer(row, place)
+            return self._renderer.sample(piece.row), self._renderer.masked_answer(piece.row)
 
         check_targets(
             self._config,
@@ -173,10 +172,6 @@ class InstructionEncoder:
         ((inside, _),) = encode([f"{name}a"], special_tokens=True)
         ((first, _),) = encode(["a"], special_tokens=False)
         return not np.array_equal(inside[1:], first)
-
-
-def _place(piece: Piece) -> str:
-    return piece.place or piece.identity
 
 
 def _encoded(row: RenderedRow, tokens: _Tokens) -> Encoded | None:

@@ -1,28 +1,23 @@
 """Parts, one after the other in the order of shards, become the token files of a data set.
 
 Where duplicates are left out, each part lists its documents with the xxh3_128 of their text. All
-lists are dealt into buckets by the first bits of the hash, so that equal documents meet in one
-bucket and each bucket fits into memory; sorting it shows them. The first of equals stays, whichever
-split it is in. Two different documents of one hash: below 1e-18 for 1e10 documents.
+lists are dealt into buckets by the hash, so that equal documents meet in one bucket and each bucket
+fits into memory; sorting it shows them. The first of equals stays, whichever split it is in. Two
+different documents of one hash: below 1e-18 for 1e10 documents.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from toolkit.data.prepare.build.parts import DOCUMENT, DOCUMENTS_NAME, Part, part_folder
-from toolkit.data.prepare.build.split_files import (
-    SplitFiles,
-    SplitWriter,
-    copy_documents,
-    finish_all,
-)
-from toolkit.data.tokens.prepared import SPLITS, Split, SplitInfo, TokenDType
+from toolkit.data.prepare.build.split_files import SplitFiles, SplitWriter, copy_documents
+from toolkit.data.tokens.prepared import SPLITS, Manifest, Split, SplitInfo, TokenDType
 
 BUCKET_DOCUMENTS = 1 << 21
-MAX_BUCKETS = 1024
-_RECORD = np.dtype([("high", "<u8"), ("low", "<u8"), ("number", "<u8")])
+MAX_BUCKETS = 256
 
 
 class Duplicates:
@@ -35,29 +30,27 @@ class Duplicates:
 
     def __init__(self, parts_folder: Path, num_parts: int, workplace: Path) -> None:
         """Find them. `workplace` is an empty folder for files of about 25 bytes a document."""
-        self._paths = [
-            part_folder(parts_folder, index) / DOCUMENTS_NAME for index in range(num_parts)
-        ]
+        self._paths = [part_folder(parts_folder, n) / DOCUMENTS_NAME for n in range(num_parts)]
         sizes = [path.stat().st_size // DOCUMENT.itemsize for path in self._paths]
         self._offsets = np.cumsum([0, *sizes])
-        num_documents = int(self._offsets[-1])
-        self._drop = np.zeros(0, dtype=np.uint8)
-        if num_documents:
-            # One byte a document on disk, not in memory.
-            self._drop = np.memmap(
-                workplace / "drop", dtype=np.uint8, mode="w+", shape=(num_documents,)
-            )
-            num_buckets = 1
-            while num_documents > num_buckets * BUCKET_DOCUMENTS and num_buckets < MAX_BUCKETS:
-                num_buckets *= 2
-            self._deal(workplace, num_buckets)
-            for bucket in range(num_buckets):
-                self._search(workplace / f"{bucket:04d}")
+        number = int(self._offsets[-1])
+        # One byte a document on disk, not in memory.
+        self._drop = np.memmap(workplace / "drop", dtype=bool, mode="w+", shape=max(1, number))
+        buckets = [
+            workplace / f"{bucket:04d}"
+            for bucket in range(min(MAX_BUCKETS, 1 + number // BUCKET_DOCUMENTS))
+        ]
+        for first, path in zip(self._offsets, self._paths, strict=False):
+            self._deal(int(first), path, buckets)
         self.count = 0
+        for bucket in filter(Path.exists, buckets):
+            again = _found_again(np.fromfile(bucket, dtype="<u8").reshape(-1, 3))
+            bucket.unlink()
+            self._drop[again] = True
+            self.count += len(again)
         self.text_bytes: dict[Split, int] = dict.fromkeys(SPLITS, 0)
         for index in range(num_parts):
             documents, drop = self._part(index)
-            self.count += int(drop.sum())
             for split in SPLITS:
                 chosen = drop & (documents["is_val"] == (split == "val"))
                 self.text_bytes[split] += int(documents["num_bytes"][chosen].sum())
@@ -70,37 +63,25 @@ class Duplicates:
 
     def _part(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         documents = np.fromfile(self._paths[index], dtype=DOCUMENT)
-        drop = self._drop[self._offsets[index] : self._offsets[index + 1]]
-        return documents, np.asarray(drop).astype(bool)
+        first = self._offsets[index]
+        return documents, np.asarray(self._drop[first : first + len(documents)])
 
-    def _deal(self, workplace: Path, num_buckets: int) -> None:
-        waiting: list[np.ndarray] = []
-        count = 0
-        for index, path in enumerate(self._paths):
-            documents = np.fromfile(path, dtype=DOCUMENT)
-            records = np.empty(len(documents), dtype=_RECORD)
-            records["high"], records["low"] = documents["high"], documents["low"]
-            records["number"] = np.arange(self._offsets[index], self._offsets[index + 1])
-            waiting.append(records)
-            count += len(records)
-            if count >= BUCKET_DOCUMENTS or index == len(self._paths) - 1:
-                records = np.concatenate(waiting)
-                buckets = (records["high"] % np.uint64(num_buckets)).astype(np.int64)
-                order = np.argsort(buckets, kind="stable")
-                ends = np.cumsum(np.bincount(buckets, minlength=num_buckets))
-                for bucket, chosen in enumerate(np.split(order, ends[:-1])):
-                    with (workplace / f"{bucket:04d}").open("ab") as file:
-                        file.write(records[chosen].tobytes())
-                waiting, count = [], 0
+    def _deal(self, first: int, path: Path, buckets: Sequence[Path]) -> None:
+        """Append hash and number of each document of a part to its bucket."""
+        documents = np.fromfile(path, dtype=DOCUMENT)
+        numbers = np.arange(first, first + len(documents), dtype="<u8")
+        records = np.stack([documents["high"], documents["low"], numbers], axis=1)
+        owners = documents["high"] % np.uint64(len(buckets))
+        for bucket in np.unique(owners).tolist():
+            with buckets[bucket].open("ab") as file:
+                file.write(records[owners == bucket].tobytes())
 
-    def _search(self, path: Path) -> None:
-        records = np.fromfile(path, dtype=_RECORD)
-        path.unlink()
-        records = records[np.lexsort((records["number"], records["low"], records["high"]))]
-        is_again = (records["high"][1:] == records["high"][:-1]) & (
-            records["low"][1:] == records["low"][:-1]
-        )
-        self._drop[records[1:][is_again]["number"]] = 1
+
+def _found_again(records: np.ndarray) -> np.ndarray:
+    """Numbers of the documents whose hash one of a smaller number has; `records` are hash (two
+    columns) and number."""
+    high, low, number = records[np.lexsort(records.T[::-1])].T
+    return number[1:][(high[1:] == high[:-1]) & (low[1:] == low[:-1])]
 
 
 class KeptParts:
@@ -125,23 +106,18 @@ class KeptParts:
 
     def join(self, output: Path, *, has_mask: bool) -> dict[str, SplitInfo]:
         """Write the token files of the splits that hold at least one token into `output`."""
-        writers = [SplitWriter(output, split, self._dtype, has_mask=has_mask) for split in SPLITS]
-        try:
-            for writer in writers:
-                for files, drop in self._files(writer.split):
-
-                    def choose(first: int, end: int, drop: np.ndarray = drop) -> np.ndarray:
-                        return -drop[first:end].astype(np.int64)
-
-                    copy_documents(files, [writer], choose, lambda count: None)
-                    writer.text_bytes += files.info.text_bytes
-                if self._duplicates is not None:
-                    left = writer.text_bytes - self._duplicates.text_bytes[writer.split]
-                    writer.text_bytes = max(0, left)
-        finally:
-            for writer in writers:
-                writer.close()
-        return finish_all(writers)
+        splits: dict[str, SplitInfo] = {}
+        for split in SPLITS:
+            writer = SplitWriter(output, split, self._dtype, has_mask=has_mask)
+            for files, drop in self._files(split):
+                chosen = -drop.astype(np.int64)
+                copy_documents(files, [writer], chosen.__getitem__, lambda count: None)
+                writer.text_bytes += files.info.text_bytes
+            if self._duplicates is not None:
+                left = writer.text_bytes - self._duplicates.text_bytes[split]
+                writer.text_bytes = max(0, left)
+            splits |= writer.finish()
+        return splits
 
     def _files(self, split: Split) -> Iterator[tuple[SplitFiles, np.ndarray]]:
         for index, part in enumerate(self._parts):
@@ -151,3 +127,18 @@ class KeptParts:
                 if self._duplicates is not None:
                     drop = self._duplicates.of(index, split)
                 yield SplitFiles(part_folder(self._folder, index), split, self._dtype, info), drop
+
+
+def sum_counts(found: Sequence[Part | Manifest]) -> dict[str, Any]:
+    """What reading the text of all of them had to repair, cut and leave out."""
+    names = ("replaced_bytes", "skipped_documents", "cut_documents")
+    counts: dict[str, Any] = {name: sum(getattr(one, name) for one in found) for name in names}
+    filtered = sum_each(one.filtered_documents for one in found)
+    return {**counts, "filtered_documents": filtered}
+
+
+def sum_each(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
+    """Sums by name, which are sorted."""
+    counts = list(counts)
+    names = sorted({name for found in counts for name in found})
+    return {name: sum(found.get(name, 0) for found in counts) for name in names}

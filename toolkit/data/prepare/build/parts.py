@@ -8,25 +8,33 @@ The folder gets its name when all is written. It is not synced: a part that a po
 is known by the hashes in its part.json, and made again.
 """
 
+import contextlib
 import os
-import re
-import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 import numpy as np
 import xxhash
 
-from toolkit.data.config import InstructionsConfig, TokenFilesSourceConfig
+from toolkit.data.config import DatasetConfig, TokenFilesSourceConfig
 from toolkit.data.prepare.build.encoding import Encoded, Encoder, TextEncoder, TokenEncoder
 from toolkit.data.prepare.build.instructions import InstructionEncoder
-from toolkit.data.prepare.build.split_files import HashedFile, SplitWriter, finish_all
+from toolkit.data.prepare.build.split_files import HashedFile, SplitWriter
 from toolkit.data.prepare.text.readers import read_shard
 from toolkit.data.prepare.text.reading import Counts, Piece, Reading
 from toolkit.data.prepare.text.shards import Shard
 from toolkit.data.prepare.tokenizers.tokenizer import Tokenizer
-from toolkit.data.tokens.prepared import SPLITS, Split, SplitInfo, TokenDType, token_files
+from toolkit.data.tokens.prepared import (
+    SPLITS,
+    TOKENIZER_FOLDER,
+    Split,
+    SplitInfo,
+    TokenDType,
+    token_dtype,
+    token_files,
+)
 from toolkit.errors import DataError
 from toolkit.storage.atomic import hash_file, remove_tree, write_json_atomic
 from toolkit.storage.foreign import read_json
@@ -38,8 +46,6 @@ BATCH_CHARACTERS = 1 << 20
 BATCH_DOCUMENTS = 2048
 
 _PART_NAME = "part.json"
-_UNFINISHED = re.compile(r"\d+\.\d+|\.\d+\..+\.tmp")
-"""Parts while they are written, and while they are removed."""
 
 
 class Part(msgspec.Struct, frozen=True, kw_only=True):
@@ -69,26 +75,57 @@ class Job(msgspec.Struct, frozen=True):
         return sum(part.num_bytes for part in self.shard)
 
 
-class PartsSetup(msgspec.Struct, frozen=True, kw_only=True):
+class Vocabulary(NamedTuple):
+    """What is known about the ids of a data set."""
+
+    size: int
+    eos_id: int | None
+    bos_id: int | None
+    fingerprint: str
+
+
+class PartsSetup(NamedTuple):
     """What all parts of one preparation have in common."""
 
     folder: str
-    reading: Reading
-    instructions: InstructionsConfig | None
-    tokenizer_folder: str | None
-    """None: the source holds tokens, and nothing is known of their tokenizer."""
-    validation_fraction: float
-    dtype: TokenDType
-    vocab_size: int
-    bos_id: int | None
-    """Put before each document; None: nothing is."""
-    eos_id: int | None
-    """Put after each document; None: nothing is."""
+    config: DatasetConfig
+    vocabulary: Vocabulary
+    cache_dir: str | None
+    """See `Reading`."""
+
+    @property
+    def reading(self) -> Reading:
+        return reading_of(self.config, self.cache_dir, self.vocabulary)
+
+    @property
+    def dtype(self) -> TokenDType:
+        return token_dtype(self.vocabulary.size)
+
+    @property
+    def tokenizer_folder(self) -> Path | None:
+        """None: the source holds tokens, and nothing is known of their tokenizer."""
+        return None if self.config.tokenizer is None else Path(self.folder) / TOKENIZER_FOLDER
 
     @property
     def has_mask(self) -> bool:
         """Whether the loss leaves out tokens."""
-        return self.instructions is not None
+        return self.config.instructions is not None
+
+
+def reading_of(
+    config: DatasetConfig, cache_dir: str | None, vocabulary: Vocabulary | None = None
+) -> Reading:
+    """How the documents of `config` are read; token files need to know their vocabulary."""
+    assert config.source is not None
+    return Reading(
+        source=config.source,
+        rows=config.instructions is not None,
+        cache_dir=cache_dir,
+        filters=config.filters,
+        with_digests=config.deduplicate,
+        vocab_size=0 if vocabulary is None else vocabulary.size,
+        eos_id=None if vocabulary is None else vocabulary.eos_id,
+    )
 
 
 def part_folder(parts_folder: str | Path, index: int) -> Path:
@@ -96,35 +133,19 @@ def part_folder(parts_folder: str | Path, index: int) -> Path:
     return Path(parts_folder) / f"{index:06d}"
 
 
-def read_part(parts_folder: str | Path, index: int) -> Part | None:
-    """The description of a part; None when there is no readable one."""
-    try:
-        return read_json(part_folder(parts_folder, index) / _PART_NAME, DataError, Part)
-    except (FileNotFoundError, DataError):
-        return None
-
-
-def is_complete(job: Job, setup: PartsSetup) -> bool:
-    """Whether the part is there, was made for the same shard, and is whole."""
-    part = read_part(setup.folder, job.index)
-    if part is None or part.key != job.key:
-        return False
-    files = token_files(setup.dtype, part.splits)
-    wanted = {name: file.xxh3 for name, file in files.items()}
-    if part.documents_hash is not None:
-        wanted[DOCUMENTS_NAME] = part.documents_hash
+def complete_part(job: Job, setup: PartsSetup) -> Part | None:
+    """The part, if it is there, was made for the same shard, and is whole."""
     folder = part_folder(setup.folder, job.index)
-    try:
-        return all(hash_file(folder / name, bits=128) == xxh3 for name, xxh3 in wanted.items())
-    except FileNotFoundError:
-        return False
-
-
-def remove_unfinished_parts(parts_folder: Path) -> None:
-    """Remove what killed processes were writing."""
-    for path in parts_folder.iterdir():
-        if _UNFINISHED.fullmatch(path.name):
-            shutil.rmtree(path, ignore_errors=True)
+    with contextlib.suppress(FileNotFoundError, DataError):
+        part = read_json(folder / _PART_NAME, DataError, Part)
+        wanted = {name: f.xxh3 for name, f in token_files(setup.dtype, part.splits).items()}
+        if part.documents_hash is not None:
+            wanted[DOCUMENTS_NAME] = part.documents_hash
+        if part.key == job.key and all(
+            hash_file(folder / name, bits=128) == xxh3 for name, xxh3 in wanted.items()
+        ):
+            return part
+    return None
 
 
 def is_validation(identity: str, fraction: float) -> bool:
@@ -136,44 +157,47 @@ def is_validation(identity: str, fraction: float) -> bool:
 
 def split_of(piece: Piece, validation_fraction: float) -> Split:
     """Where a document goes."""
-    is_val = piece.split == "val" if piece.split is not None else None
-    if is_val is None:
-        is_val = is_validation(piece.identity, validation_fraction)
-    return "val" if is_val else "train"
+    if piece.split is None:
+        return "val" if is_validation(piece.identity, validation_fraction) else "train"
+    return "val" if piece.split == "val" else "train"
 
 
 def make_encoder(setup: PartsSetup, tokenizer: Tokenizer | None) -> Encoder:
     """The encoder for the kind of documents that the source gives."""
-    if isinstance(setup.reading.source, TokenFilesSourceConfig):
-        return TokenEncoder(bos_id=setup.bos_id, eos_id=setup.eos_id)
+    config, vocabulary = setup.config, setup.vocabulary
+    if isinstance(config.source, TokenFilesSourceConfig):
+        return TokenEncoder(
+            bos_id=vocabulary.bos_id if config.prepend_bos else None,
+            eos_id=vocabulary.eos_id if config.append_eos else None,
+        )
     assert tokenizer is not None
-    if setup.instructions is not None:
-        append_eos = setup.eos_id is not None
-        return InstructionEncoder(tokenizer, setup.instructions, append_eos=append_eos)
+    if config.instructions is not None:
+        return InstructionEncoder(tokenizer, config.instructions, append_eos=config.append_eos)
     return TextEncoder(tokenizer)
 
 
-def encode_shard(job: Job, setup: PartsSetup, encoder: Encoder) -> None:
-    """Make the part of one shard. DataError: input that cannot be read or encoded."""
-    counts = Counts()
+def encode_shard(job: Job, setup: PartsSetup, encoder: Encoder, *, threads: int = 1) -> Part:
+    """Make the part of one shard; `threads` encode at the same time. DataError: input that cannot
+    be read or encoded."""
+    counts, reading = Counts(), setup.reading
     folder = part_folder(setup.folder, job.index)
     # A worker of a killed job may still be writing the same part.
     unfinished = folder.with_name(f"{folder.name}.{os.getpid()}")
     unfinished.mkdir()
-    writers: dict[Split, SplitWriter] = {
-        split: SplitWriter(unfinished, split, setup.dtype, has_mask=setup.has_mask)
-        for split in SPLITS
-    }
-    documents = HashedFile(unfinished / DOCUMENTS_NAME) if setup.reading.with_digests else None
     try:
-        for batch in batches(read_shard(job.shard, setup.reading, counts)):
+        writers = {
+            split: SplitWriter(unfinished, split, setup.dtype, has_mask=setup.has_mask)
+            for split in SPLITS
+        }
+        documents = HashedFile(unfinished / DOCUMENTS_NAME) if reading.with_digests else None
+        for batch in batches(read_shard(job.shard, reading, counts), threads):
             taken: dict[Split, list[tuple[Piece, Encoded]]] = {split: [] for split in SPLITS}
             records = []
             for piece, encoded in zip(batch, encoder.encode(batch), strict=True):
                 if encoded.left_out is not None:
                     counts.leave_out(encoded.left_out)
                     continue
-                split = split_of(piece, setup.validation_fraction)
+                split = split_of(piece, setup.config.validation_fraction)
                 taken[split].append((piece, encoded))
                 if piece.starts:
                     digest = divmod(piece.digest, 1 << 64)
@@ -184,11 +208,10 @@ def encode_shard(job: Job, setup: PartsSetup, encoder: Encoder) -> None:
                     _append(writers[split], encoded_pieces, setup)
             if documents is not None:
                 documents.write(np.array(records, dtype=DOCUMENT))
-        splits = finish_all(list(writers.values()))
         part = Part(
             key=job.key,
-            splits=splits,
-            documents_hash=documents.close() if documents is not None else None,
+            splits={**writers["train"].finish(), **writers["val"].finish()},
+            documents_hash=documents.content_hash if documents is not None else None,
             replaced_bytes=counts.replaced_bytes,
             skipped_documents=counts.skipped_documents,
             cut_documents=counts.cut_documents,
@@ -198,9 +221,8 @@ def encode_shard(job: Job, setup: PartsSetup, encoder: Encoder) -> None:
         if folder.exists():
             remove_tree(folder)
         os.rename(unfinished, folder)
+        return part
     except BaseException:
-        for writer in writers.values():
-            writer.close()
         remove_tree(unfinished)
         raise
 
@@ -212,27 +234,29 @@ def _append(
     ids: list[np.ndarray] = []
     masks: list[np.ndarray | bool] = []
     starts, position = [], 0
+    config, vocabulary = setup.config, setup.vocabulary
+    bos = np.array([vocabulary.bos_id] if config.prepend_bos else [], np.uint32)
+    eos = np.array([vocabulary.eos_id] if config.append_eos else [], np.uint32)
     for piece, encoded in pieces:
-        around: list[tuple[np.ndarray, np.ndarray | bool]] = [
-            (encoded.ids, True if encoded.is_target is None else encoded.is_target)
-        ]
+        first = len(ids)
         if piece.starts:
             starts.append(position)
-            if setup.bos_id is not None and not encoded.starts_with_bos:
-                around.insert(0, (np.array([setup.bos_id], np.uint32), encoded.is_target is None))
-        if piece.ends and setup.eos_id is not None and not encoded.ends_with_eos:
-            around.append((np.array([setup.eos_id], np.uint32), encoded.eos_is_target))
-        for some, is_target in around:
-            ids.append(some)
-            masks.append(is_target)
-            position += len(some)
+            if not encoded.starts_with_bos:
+                ids.append(bos)
+                masks.append(encoded.is_target is None)
+        ids.append(encoded.ids)
+        masks.append(True if encoded.is_target is None else encoded.is_target)
+        if piece.ends and not encoded.ends_with_eos:
+            ids.append(eos)
+            masks.append(encoded.eos_is_target)
+        position += sum(map(len, ids[first:]))
         text = piece.text
         writer.text_bytes += len(text) if text.isascii() else len(text.encode())
     all_ids = np.concatenate(ids)
     largest = int(all_ids.max(initial=0))
-    if largest >= setup.vocab_size:
+    if largest >= vocabulary.size:
         raise DataError(
-            f"dataset.tokenizer: gave id {largest}, but has a vocabulary of {setup.vocab_size}"
+            f"dataset.tokenizer: gave id {largest}, but has a vocabulary of {vocabulary.size}"
         )
     targets = None
     if writer.has_mask:
@@ -242,15 +266,15 @@ def _append(
     writer.append(all_ids, np.array(starts, dtype=np.int64), targets)
 
 
-def batches(pieces: Iterator[Piece]) -> Iterator[list[Piece]]:
-    """Lists of pieces that are worth encoding together."""
+def batches(pieces: Iterator[Piece], threads: int = 1) -> Iterator[list[Piece]]:
+    """Lists of pieces that are worth encoding together, by so many threads."""
     batch: list[Piece] = []
     size = 0
     for piece in pieces:
         batch.append(piece)
         size += len(piece.text) if piece.ids is None else len(piece.ids)
         size += piece.num_bytes if piece.row is not None else 0
-        if size >= BATCH_CHARACTERS or len(batch) >= BATCH_DOCUMENTS:
+        if size >= BATCH_CHARACTERS * threads or len(batch) >= BATCH_DOCUMENTS * threads:
             yield batch
             batch, size = [], 0
     if batch:

@@ -23,20 +23,20 @@ import contextlib
 import shutil
 import time
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import xxhash
 
 from toolkit.data.config import BPETokenizerConfig, DatasetConfig, StoreConfig
 from toolkit.data.prepare.build.instructions import InstructionEncoder
-from toolkit.data.prepare.build.join import Duplicates, KeptParts
+from toolkit.data.prepare.build.join import Duplicates, KeptParts, sum_counts
 from toolkit.data.prepare.build.parts import (
     Job,
+    Part,
     PartsSetup,
-    is_complete,
+    complete_part,
     make_encoder,
-    read_part,
-    remove_unfinished_parts,
 )
 from toolkit.data.prepare.build.progress import encoding, printer, summary
 from toolkit.data.prepare.build.settings import (
@@ -45,14 +45,13 @@ from toolkit.data.prepare.build.settings import (
     not_a_dataset,
     settings_of,
 )
-from toolkit.data.prepare.build.vocabulary import settled_tokenizer, vocabulary_of
+from toolkit.data.prepare.build.vocabulary import plan_of_text, settled_tokenizer, vocabulary_of
 from toolkit.data.prepare.build.workers import encode_shards, num_cores
 from toolkit.data.prepare.store.cache import build_lock, raw_text_cache
-from toolkit.data.prepare.store.store import make_room, obtain, settle
+from toolkit.data.prepare.store.store import DatasetStore
 from toolkit.data.prepare.text.readers import read_shard
-from toolkit.data.prepare.text.reading import Counts, Reading
+from toolkit.data.prepare.text.reading import Counts
 from toolkit.data.prepare.text.shards import Plan, Shard
-from toolkit.data.prepare.text.sources import plan_source
 from toolkit.data.prepare.tokenizers.tokenizer import Tokenizer
 from toolkit.data.tokens.in_use import mark_used
 from toolkit.data.tokens.prepared import (
@@ -65,7 +64,6 @@ from toolkit.data.tokens.prepared import (
     dataset_folder,
     localize,
     open_prepared,
-    token_dtype,
 )
 from toolkit.errors import DataError
 from toolkit.storage.atomic import new_folder, remove_tree, write_json_atomic
@@ -103,42 +101,39 @@ def ensure_prepared(
     store = store or StoreConfig()
     config = localize(config, store)
     folder, note = dataset_folder(config), printer(enabled=progress)
+    places = DatasetStore(config, store, note)
     prepared = None
     try:
         prepared = open_prepared(config)
     except DataError:
-        if store.permanent_root is None:
+        if store.permanent_root is None:  # else perhaps the permanent copy can replace it
             raise
-        # Perhaps the permanent copy can replace it.
     if prepared is not None:
         check_settings(prepared, config, check_text=check_text)
         if check_text:
             _remove_left_over(folder, work_dir)
-            settle(prepared, config, store, note=note)
-        return prepared
-    if store.permanent_root is None:
-        _check_can_build(config, folder)
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        waiting = f"waiting for another process to prepare {folder}"
-        with locked(build_lock(folder), on_wait=lambda: note(waiting)):
-            prepared = obtain(config, store, check_text=check_text, note=note)
-            is_built = prepared is None
-            if prepared is None:
-                _check_can_build(config, folder)
-                with raw_text_cache(config, store) as cache_dir:
-                    prepared = _build(
-                        config, store, work_dir=work_dir, cache_dir=cache_dir, progress=progress
-                    )
-                prepared.in_use = mark_used(folder)
-        if is_built or check_text:
-            settle(prepared, config, store, note=note)
-        return prepared
-    except OSError as error:
-        raise DataError(
-            f"{error.filename or folder}: cannot prepare data: {error.strerror or error}; finished "
-            "parts are kept, run again to continue"
-        ) from error
+    else:
+        if store.permanent_root is None:
+            _check_can_build(config)
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            waiting = f"waiting for another process to prepare {folder}"
+            with locked(build_lock(folder), on_wait=lambda: note(waiting)):
+                prepared = places.obtain(check_text=check_text)
+                if prepared is None:
+                    _check_can_build(config)
+                    with raw_text_cache(config, store) as cache_dir:
+                        prepared = _build(config, places, work_dir, cache_dir, progress=progress)
+                    prepared.in_use = mark_used(folder)
+                    check_text = True
+        except OSError as error:
+            raise DataError(
+                f"{error.filename or folder}: cannot prepare data: {error.strerror or error}; "
+                "finished parts are kept, run again to continue"
+            ) from error
+    if check_text:
+        places.settle(prepared)
+    return prepared
 
 
 prepare_dataset = ensure_prepared
@@ -151,11 +146,12 @@ def write_dataset(folder: Path, manifest: Manifest, tokenizer_folder: Path | Non
     write_json_atomic(folder / MANIFEST_NAME, manifest, sync=False)
 
 
-def _check_can_build(config: DatasetConfig, folder: Path) -> None:
-    if config.source is None and not (folder / MANIFEST_NAME).exists():
+def _check_can_build(config: DatasetConfig) -> None:
+    if config.source is None:
         raise DataError(
-            f"{folder}: no prepared data ({MANIFEST_NAME}) there, and dataset.source is null; "
-            "set dataset.source, or dataset.root (--data-root) to where the token files are"
+            f"{dataset_folder(config)}: no prepared data ({MANIFEST_NAME}) there, and "
+            "dataset.source is null; set dataset.source, or dataset.root (--data-root) to where "
+            "the token files are"
         )
 
 
@@ -170,12 +166,11 @@ def _workplaces(folder: Path, work_dir: str | None) -> tuple[Path, Path]:
 
 def _remove_left_over(folder: Path, work_dir: str | None) -> None:
     """Parts of a whole data set whose preparation was killed before it removed them."""
-    if work_dir is None and not _workplaces(folder, None)[0].exists():
-        return
-    suppress = contextlib.suppress(OSError)  # another time
-    with suppress, locked(build_lock(folder), wait=False) as is_locked:
-        if is_locked and (folder / MANIFEST_NAME).exists():
-            _remove_unfinished(folder, work_dir)
+    if any(path.exists() for path in _workplaces(folder, work_dir)):
+        suppress = contextlib.suppress(OSError)  # another time
+        with suppress, locked(build_lock(folder), wait=False) as is_locked:
+            if is_locked and (folder / MANIFEST_NAME).exists():
+                _remove_unfinished(folder, work_dir)
 
 
 def _remove_unfinished(folder: Path, work_dir: str | None) -> None:
@@ -192,61 +187,44 @@ def _remove_unfinished(folder: Path, work_dir: str | None) -> None:
 
 def _build(
     config: DatasetConfig,
-    store: StoreConfig,
-    *,
+    places: DatasetStore,
     work_dir: str | None,
     cache_dir: str | None,
+    *,
     progress: bool,
 ) -> PreparedDataset:
     """Build the folder of `config`; nobody else may be doing so."""
-    assert config.source is not None
     folder, note = dataset_folder(config), printer(enabled=progress)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise not_a_dataset(folder)
     check_source(config)
-    is_rows = config.instructions is not None
-    plan = plan_source(config.source, config.validation_fraction, rows=is_rows, cache_dir=cache_dir)
-    for line in plan.notes():
+    plan = plan_of_text(config, cache_dir)
+    for line in plan.listing.notes():
         note(line)
     building, place = _workplaces(folder, work_dir)
     parts_folder = place / _settings_key(config, plan)
     parts_folder.mkdir(parents=True, exist_ok=True)
-    tokenizer_folder = None if config.tokenizer is None else parts_folder / TOKENIZER_FOLDER
     tokenizer, checked = settled_tokenizer(config, plan, parts_folder / TOKENIZER_FOLDER, note)
     vocabulary = vocabulary_of(config, tokenizer)
-    setup = PartsSetup(
-        folder=str(parts_folder),
-        reading=Reading(
-            source=config.source,
-            cache_dir=plan.cache_dir,
-            rows=is_rows,
-            filters=config.filters,
-            with_digests=config.deduplicate,
-            vocab_size=vocabulary.size,
-            eos_id=vocabulary.eos_id,
-        ),
-        instructions=config.instructions,
-        tokenizer_folder=None if tokenizer_folder is None else str(tokenizer_folder),
-        validation_fraction=config.validation_fraction,
-        dtype=token_dtype(vocabulary.size),
-        vocab_size=vocabulary.size,
-        bos_id=vocabulary.bos_id if config.prepend_bos else None,
-        eos_id=vocabulary.eos_id if config.append_eos else None,
-    )
-    if is_rows:
+    setup = PartsSetup(str(parts_folder), config, vocabulary, plan.cache_dir)
+    if setup.has_mask:
         make_encoder(setup, tokenizer)  # a template that cannot be used ends here, in one line
     jobs = [Job(index, shard, _shard_key(shard, plan)) for index, shard in enumerate(plan.shards)]
-    remove_unfinished_parts(parts_folder)
-    missing = [job for job in jobs if not is_complete(job, setup)]
+    for path in parts_folder.glob("*[0-9]*.*"):  # what killed processes were writing or removing
+        shutil.rmtree(path, ignore_errors=True)
+    parts = [complete_part(job, setup) for job in jobs]
+    missing = [job for job, part in zip(jobs, parts, strict=True) if part is None]
     started = time.monotonic()
+    num_processes = config.num_processes or num_cores()
     with encoding(str(folder), jobs, missing, note, enabled=progress) as advance:
-        for job in encode_shards(
-            missing, setup, tokenizer, num_processes=config.num_processes or num_cores()
-        ):
+        for job, part in encode_shards(missing, setup, tokenizer, num_processes=num_processes):
+            parts[job.index] = part
             advance(job)
-    plan.check_unchanged()
+    plan.listing.check_unchanged()
     with new_folder(folder, unfinished=building / "output") as output:
-        splits, counts = _join(config, store, plan, setup, tokenizer, output)
+        splits, counts = _join(
+            [part for part in parts if part], places, plan, setup, tokenizer, output
+        )
         manifest = Manifest(
             format_version=FORMAT_VERSION,
             dtype=setup.dtype,
@@ -258,15 +236,12 @@ def _build(
             tokenizer_fingerprint=vocabulary.fingerprint,
             tokenizer_checked=checked,
             source_fingerprint=plan.fingerprint,
-            replaced_bytes=counts.replaced_bytes,
-            skipped_documents=counts.skipped_documents,
-            cut_documents=counts.cut_documents,
-            filtered_documents=counts.filtered_documents,
-            left_out_files=dict(plan.left_out_files),
+            **counts,
+            left_out_files=dict(plan.listing.left_out),
             settings=settings_of(config),
             splits=splits,
         )
-        write_dataset(output, manifest, tokenizer_folder)
+        write_dataset(output, manifest, setup.tokenizer_folder)
     _remove_unfinished(folder, work_dir)
     prepared = PreparedDataset(folder, manifest)
     for line in summary(prepared, time.monotonic() - started):
@@ -275,52 +250,46 @@ def _build(
 
 
 def _join(
-    config: DatasetConfig,
-    store: StoreConfig,
+    parts: list[Part],
+    places: DatasetStore,
     plan: Plan,
     setup: PartsSetup,
     tokenizer: Tokenizer | None,
     output: Path,
-) -> tuple[dict[str, SplitInfo], Counts]:
+) -> tuple[dict[str, SplitInfo], dict[str, Any]]:
     """Join all parts; their splits, and what reading had to repair and leave out."""
-    parts_folder = Path(setup.folder)
-    parts = [part for n in range(len(plan.shards)) if (part := read_part(parts_folder, n))]
-    assert len(parts) == len(plan.shards), "a part vanished while parts were joined"
-    counts = Counts()
-    counts.replaced_bytes = sum(part.replaced_bytes for part in parts)
-    counts.skipped_documents = sum(part.skipped_documents for part in parts) + plan.num_empty
-    counts.cut_documents = sum(part.cut_documents for part in parts)
-    reasons = sorted({reason for part in parts for reason in part.filtered_documents})
-    counts.filtered_documents = {
-        reason: sum(part.filtered_documents.get(reason, 0) for part in parts) for reason in reasons
-    }
+    config, parts_folder = setup.config, Path(setup.folder)
+    counts = sum_counts(parts)
+    counts["skipped_documents"] += plan.listing.num_empty
+    filtered = counts["filtered_documents"]
     duplicates = None
     if config.deduplicate:
         workplace = output.with_name("duplicates")
         remove_tree(workplace)
         workplace.mkdir()
         duplicates = Duplicates(parts_folder, len(parts), workplace)
-        counts.filtered_documents["duplicate"] = duplicates.count
+        filtered["duplicate"] = duplicates.count
     saved = [path for path in (parts_folder / TOKENIZER_FOLDER).rglob("*") if path.is_file()]
     kept = KeptParts(parts_folder, parts, setup.dtype, duplicates)
-    make_room(config, store, kept.num_bytes() + sum(path.stat().st_size for path in saved))
+    places.make_room(kept.num_bytes() + sum(path.stat().st_size for path in saved))
     splits = kept.join(output, has_mask=setup.has_mask)
-    if config.instructions is not None:
+    if setup.has_mask:
         # Data whose loss asks for nothing, or for every token, was misread.
         encoder = make_encoder(setup, tokenizer)
         assert isinstance(encoder, InstructionEncoder)
         encoder.check(
             num_tokens=sum(info.num_tokens for info in splits.values()),
             num_targets=sum(info.num_targets or 0 for info in splits.values()),
-            filtered=counts.filtered_documents,
+            filtered=filtered,
             first_piece=lambda: next(
                 (p for shard in plan.shards for p in read_shard(shard, setup.reading, Counts())),
                 None,
             ),
         )
     if "train" not in splits:
-        why = [f"{n} by {reason}" for reason, n in counts.filtered_documents.items() if n]
-        why += [f"{counts.skipped_documents} empty"] if counts.skipped_documents else []
+        why = [f"{n} by {reason}" for reason, n in filtered.items() if n]
+        empty = counts["skipped_documents"]
+        why += [f"{empty} empty"] if empty else []
         why += ["all others were held out"] if splits else []
         raise DataError(
             "dataset.source: gave no training text"

@@ -30,14 +30,14 @@ def encoding(
 ) -> Iterator[Callable[[Job], None]]:
     """Shows how encoding goes on; yields what is called with each job that is done. Jobs that are
     not missing were done before."""
-    total = sum(job.num_bytes for job in jobs)
-    done = before = total - sum(job.num_bytes for job in missing)
+    total, left = (sum(job.num_bytes for job in some) for some in (jobs, missing))
     continued = len(jobs) - len(missing)
     again = f", {continued} of {len(jobs)} parts were finished before" if continued else ""
     note(f"preparing {where}: {total / 1e6:.1f} MB of text{again}")
     started = last_line = time.monotonic()
+    done = 0
     has_bar = enabled and Console(stderr=True).is_terminal
-    with byte_progress("encoding", total, done=done, enabled=enabled) as advance_bar:
+    with byte_progress("encoding", total, done=total - left, enabled=enabled) as advance_bar:
 
         def advance(job: Job) -> None:
             nonlocal done, last_line
@@ -46,8 +46,8 @@ def encoding(
             now = time.monotonic()
             if not has_bar and now - last_line >= LINE_SECONDS:
                 last_line = now
-                speed = (done - before) / (now - started) / 1e6
-                note(f"encoded {done / 1e6:.0f} of {total / 1e6:.0f} MB, {speed:.1f} MB/s")
+                speed, so_far = done / (now - started) / 1e6, (total - left + done) / 1e6
+                note(f"encoded {so_far:.0f} of {total / 1e6:.0f} MB, {speed:.1f} MB/s")
 
         yield advance
 

@@ -4,6 +4,7 @@ import contextlib
 from pathlib import Path
 from typing import Any
 
+from toolkit.config.layers import leaves
 from toolkit.data.config import (
     BPETokenizerConfig,
     DatasetConfig,
@@ -131,7 +132,7 @@ def check_settings(
 
 
 def _differences(stored: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
-    stored, wanted = _leaves(stored, "dataset"), _leaves(wanted, "dataset")
+    stored, wanted = dict(leaves(stored, "dataset")), dict(leaves(wanted, "dataset"))
     stored.pop("dataset.source.suffixes", None)  # stored once
     for side, other in ((stored, wanted), (wanted, stored)):
         if "dataset.tokenizer.templates_hash" not in other:  # stored since it came, or not to see
@@ -147,11 +148,3 @@ def _differences(stored: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
         for name in sorted(stored.keys() | wanted.keys())
         if stored.get(name) != wanted.get(name)
     ]
-
-
-def _leaves(data: dict[str, Any], path: str) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name, value in data.items():
-        here = f"{path}.{name}"
-        found.update(_leaves(value, here) if isinstance(value, dict) else {here: value})
-    return found

@@ -5,7 +5,6 @@ with a `SplitWriter`. Whatever takes over whole splits goes through `copy_docume
 what it reads against the hashes that were taken when the files were written.
 """
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -13,7 +12,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 import xxhash
 
-from toolkit.data.instances.index import IndexScan
+from toolkit.data.instances.index import scan_starts
 from toolkit.data.tokens.prepared import (
     MANIFEST_NAME,
     NUM_BLOCKS,
@@ -28,8 +27,8 @@ from toolkit.storage.progress import Advance
 BLOCK_TOKENS = 4 << 20
 """Numbers held at once; 16 MiB of uint32."""
 
-Chooser = Callable[[int, int], np.ndarray]
-"""`(first, end)` -> for each of these documents the number of its output, -1: it is left out."""
+Chooser = Callable[[slice], np.ndarray]
+"""For each document of a slice the number of its output; -1: it is left out."""
 
 
 class SplitFiles(NamedTuple):
@@ -46,22 +45,26 @@ class SplitFiles(NamedTuple):
 
 
 class HashedFile:
-    """A file whose xxh3_128 is taken while it is written."""
+    """A file that grows by appending, and the xxh3_128 of it. It is open only while it is written:
+    there may be more of them than a process may open."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._file = path.open("wb")
         self._digest = xxhash.xxh3_128()
+        path.touch(exist_ok=False)
 
     def write(self, array: np.ndarray) -> None:
         """Append the numbers of `array`."""
-        data = np.ascontiguousarray(array).data.cast("B") if array.size else b""
-        self._digest.update(data)
-        self._file.write(data)
+        if array.size:
+            data = np.ascontiguousarray(array).data.cast("B")
+            self._digest.update(data)
+            with self.path.open("ab", buffering=0) as file:
+                while data:
+                    data = data[file.write(data) :]
 
-    def close(self) -> str:
-        """Close the file; returns the hash of its content."""
-        self._file.close()
+    @property
+    def content_hash(self) -> str:
+        """xxh3_128 of what was written."""
         return self._digest.hexdigest()
 
 
@@ -98,34 +101,25 @@ class SplitWriter:
         self.num_tokens += len(ids)
         self._num_documents += len(starts)
 
-    def close(self) -> dict[str, str]:
-        """Close the files; returns their hashes by ending."""
-        return {ending: file.close() for ending, file in self._files.items()}
-
-    def finish(self) -> SplitInfo | None:
-        """Counts and hashes; None, and no files, when there is no token."""
-        hashes = self.close()
+    def finish(self) -> dict[str, SplitInfo]:
+        """Counts and hashes under the split's name; nothing, and no files, when there is no
+        token."""
         if self.num_tokens == 0:
             for file in self._files.values():
-                os.unlink(file.path)
-            return None
+                file.path.unlink()
+            return {}
         blocks = hash_blocks(self._files["bin"].path)
-        return SplitInfo(
+        info = SplitInfo(
             num_tokens=self.num_tokens,
             num_documents=self._num_documents,
             text_bytes=self.text_bytes,
-            content_hash=hashes["bin"],
+            content_hash=self._files["bin"].content_hash,
             block_hashes=[blocks[number] for number in range(NUM_BLOCKS)],
-            index_hash=hashes["idx"],
-            mask_hash=hashes.get("mask"),
+            index_hash=self._files["idx"].content_hash,
+            mask_hash=self._files["mask"].content_hash if self.has_mask else None,
             num_targets=self._num_targets if self.has_mask else None,
         )
-
-
-def finish_all(writers: Sequence[SplitWriter]) -> dict[str, SplitInfo]:
-    """`SplitWriter.finish` of each, by split; those without a token are left out."""
-    found = {writer.split: writer.finish() for writer in writers}
-    return {split: info for split, info in found.items() if info is not None}
+        return {self.split: info}
 
 
 def token_blocks(
@@ -165,39 +159,48 @@ def copy_documents(
 ) -> None:
     """Append every document of a split to the output that `choose` names, in order. DataError names
     the first file that does not hold what `source.info` says."""
+    info, dtype = source.info, source.dtype
     starts = _checked_starts(source)
-    mask = memory_map(source.path("mask"), "uint8") if source.info.mask_hash is not None else None
+    mask = memory_map(source.path("mask"), "uint8") if info.mask_hash is not None else None
     tokens_hash, mask_hash = xxhash.xxh3_128(), xxhash.xxh3_128()
     document = 0
-    for position, block in token_blocks(source.path("bin"), source.dtype):
+    for position, block in token_blocks(source.path("bin"), dtype):
         tokens_hash.update(block.data)
         end = position + len(block)
         targets = None if mask is None else np.asarray(mask[position:end])
         if targets is not None:
             mask_hash.update(targets.data)
         # Documents that start in this block; the one before goes on in it.
-        side: Literal["left", "right"] = "right" if end == source.info.num_tokens else "left"
+        side: Literal["left", "right"] = "right" if end == info.num_tokens else "left"
         following = document + int(np.searchsorted(starts[document:], np.uint64(end), side))
         first = max(0, document - 1)
         begins = starts[first:following].astype(np.int64) - position
-        lengths = np.diff(np.maximum(begins, 0), append=len(block))
-        chosen = choose(first, following)
-        owners = None if len(outputs) == 1 and not chosen.any() else np.repeat(chosen, lengths)
-        for number, output in enumerate(outputs):
-            if owners is None:
-                output.append(block, begins[begins >= 0], targets)
+        bounds = np.append(np.maximum(begins, 0), len(block))
+        chosen = choose(slice(first, following))
+        order = np.argsort(chosen, kind="stable")
+        borders = np.flatnonzero(np.diff(chosen[order])) + 1
+        for own in np.split(order, borders):
+            output = int(chosen[own[0]])
+            if output < 0:
                 continue
-            is_own, is_chosen = owners == number, chosen == number
-            kept = lengths * is_chosen
-            new_starts = np.cumsum(kept) - kept
-            output.append(
-                block[is_own],
-                new_starts[is_chosen & (begins >= 0)],
-                targets[is_own] if targets is not None else None,
+            # What lies between the first and the last of them may be another's.
+            last = int(own[-1]) + 1
+            tokens = slice(int(bounds[own[0]]), int(bounds[last]))
+            lengths = np.diff(bounds[own[0] : last + 1])
+            is_own = chosen[own[0] : last] == output
+            taken = (
+                tokens
+                if is_own.all()
+                else tokens.start + np.flatnonzero(np.repeat(is_own, lengths))
+            )
+            kept = bounds[own + 1] - bounds[own]
+            outputs[output].append(
+                block[taken],
+                (np.cumsum(kept) - kept)[begins[own] >= 0],
+                targets[taken] if targets is not None else None,
             )
         document = following
         advance(block.nbytes)
-    info = source.info
     for ending, digest, wanted in (
         ("bin", tokens_hash, info.content_hash),
         ("mask", mask_hash, info.mask_hash),
@@ -210,14 +213,12 @@ def copy_documents(
 
 
 def _checked_starts(source: SplitFiles) -> np.ndarray:
-    scan = IndexScan(source.info.num_tokens)
-    for position, block in token_blocks(source.path("idx"), "uint64"):
-        scan.look(position, block)
-    starts = memory_map(source.path("idx"), "uint64")
-    wanted = source.info.index_hash
-    if len(starts) == 0 or scan.wrong is not None or wanted not in (None, scan.content_hash):
+    info, path = source.info, source.path("idx")
+    starts = memory_map(path, "uint64")
+    wrong, content_hash = scan_starts(starts, info.num_tokens)
+    if len(starts) == 0 or wrong is not None or info.index_hash not in (None, content_hash):
         raise DataError(
-            f"{source.path('idx')}: does not agree with {MANIFEST_NAME} and the tokens beside it; "
-            "restore it, or prepare the data again"
+            f"{path}: does not agree with {MANIFEST_NAME} and the tokens beside it; restore it, or "
+            "prepare the data again"
         )
     return starts

@@ -30,31 +30,32 @@ _PATTERN_OF = {
 """Patterns of published rank files, by their names."""
 
 _OPTION_OF = {
-    **dict.fromkeys(("dataset.source", "dataset.source.paths"), "PATHS"),
+    "dataset.source": "PATHS",
+    "dataset.source.paths": "PATHS",
     "dataset.source.text_field": "--text-field",
     "dataset.source.encoding_errors": "--encoding-errors",
-    **{
-        f"dataset.tokenizer{name}": "--tokenizer"
-        for name in ("", ".path", ".sample_bytes", ".type", ".vocab_size")
-    },
-    **dict.fromkeys(
-        ("dataset.validation_fraction", "validation_fraction"), "--validation-fraction"
-    ),
-    **dict.fromkeys(("dataset.num_processes", "num_processes"), "--processes"),
+    "dataset.tokenizer": "--tokenizer",
+    "dataset.tokenizer.path": "--tokenizer",
+    "dataset.tokenizer.sample_bytes": "--tokenizer",
+    "dataset.tokenizer.type": "--tokenizer",
+    "dataset.tokenizer.vocab_size": "--tokenizer",
+    "dataset.validation_fraction": "--validation-fraction",
+    "validation_fraction": "--validation-fraction",
+    "dataset.num_processes": "--processes",
+    "num_processes": "--processes",
     "dataset.deduplicate": "--deduplicate",
     "dataset.dataset_name or dataset.dataset_config": "--out",
-    **dict.fromkeys(("dataset.dataset_config", "dataset.root"), "--out"),
+    "dataset.dataset_config": "--out",
+    "dataset.root": "--out",
 }
 """Names of settings in messages, and what asks for them here."""
 _SETTING = re.compile(
-    r"dataset\.dataset_name or dataset\.dataset_config|\bdataset\.(?!json\b)[a-z_.]*[a-z_](=\w+)?"
-    r"|^(validation_fraction|num_processes)\b"
+    r"dataset\.dataset_name or dataset\.dataset_config"
+    r"|\bdataset\.(?!json\b|source=null)[a-z_.]*[a-z_]|^(validation_fraction|num_processes)\b"
 )
 _WITH_PATTERN = (
     "`toolkit prepare` with --dataset.tokenizer='{type: tiktoken, path: ..., pattern: ...}'"
 )
-_AS_IT_IS = "dataset.source=null"
-"""A setting for those who use the data set."""
 
 
 def tokenize_files(
@@ -109,18 +110,12 @@ def tokenize_files(
 
 def _with_options(message: str) -> str:
     """`message` with options in place of the settings that it names."""
-    others = False
-
-    def option(match: re.Match[str]) -> str:
-        nonlocal others
-        name, _, value = match.group().partition("=")
-        if match.group() == _AS_IT_IS or name not in _OPTION_OF:
-            others = others or match.group() != _AS_IT_IS
-            return match.group()
-        return f"{_OPTION_OF[name]} {value}".rstrip()
-
-    message = _SETTING.sub(option, message)
-    return f"{message} (such settings: `toolkit prepare`)" if others else message
+    named = {match.group() for match in _SETTING.finditer(message)}
+    message = _SETTING.sub(lambda match: _OPTION_OF.get(match.group(), match.group()), message)
+    message = message.replace("--encoding-errors=", "--encoding-errors ")
+    return (
+        message if named <= _OPTION_OF.keys() else f"{message} (such settings: `toolkit prepare`)"
+    )
 
 
 def tokenizer_choice(text: str) -> TokenizerConfig:

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 from toolkit.data.config import (
     BPETokenizerConfig,
@@ -11,11 +10,12 @@ from toolkit.data.config import (
     TokenFilesSourceConfig,
 )
 from toolkit.data.prepare.build.instructions import with_instructions_template
-from toolkit.data.prepare.build.parts import split_of
+from toolkit.data.prepare.build.parts import Vocabulary, reading_of, split_of
 from toolkit.data.prepare.text.columns import row_texts
 from toolkit.data.prepare.text.readers import read_shard
-from toolkit.data.prepare.text.reading import Counts, Reading
+from toolkit.data.prepare.text.reading import Counts
 from toolkit.data.prepare.text.shards import Plan
+from toolkit.data.prepare.text.sources import plan_source
 from toolkit.data.prepare.tokenizers.auto import settle
 from toolkit.data.prepare.tokenizers.choice import build_tokenizer
 from toolkit.data.prepare.tokenizers.tokenizer import Tokenizer, load_tokenizer
@@ -24,15 +24,6 @@ from toolkit.errors import DataError
 MAX_VOCAB_SIZE = 1 << 32
 """Ids are stored in four bytes at most."""
 SAMPLE_SHARDS = 256
-
-
-class Vocabulary(NamedTuple):
-    """What is known about the ids of a data set."""
-
-    size: int
-    eos_id: int | None
-    bos_id: int | None
-    fingerprint: str
 
 
 def settled_tokenizer(
@@ -62,16 +53,17 @@ def settled_tokenizer(
     return tokenizer, checked
 
 
+def plan_of_text(config: DatasetConfig, cache_dir: str | None) -> Plan:
+    """The shards of the source of `config`; DataError when there is nothing to read."""
+    assert config.source is not None
+    is_rows = config.instructions is not None
+    return plan_source(config.source, config.validation_fraction, rows=is_rows, cache_dir=cache_dir)
+
+
 def sample_texts(config: DatasetConfig, plan: Plan, sample_bytes: int) -> Iterator[str]:
     """Training text from shards spread over the whole source, `sample_bytes` of UTF-8 at most; from
     each shard an equal share of what is left, the last document cut."""
-    assert config.source is not None
-    reading = Reading(
-        source=config.source,
-        rows=config.instructions is not None,
-        cache_dir=plan.cache_dir,
-        filters=config.filters,
-    )
+    reading = reading_of(config, plan.cache_dir)
     number = min(len(plan.shards), SAMPLE_SHARDS)
     left = sample_bytes
     for turn in range(number):
@@ -120,19 +112,14 @@ def vocabulary_of(config: DatasetConfig, tokenizer: Tokenizer | None) -> Vocabul
             raise DataError(
                 f"dataset.source.eos_id: {eos_id} is outside the vocabulary of {size} ids"
             )
-    for needed, token_id, kind, off in (
-        (config.append_eos, eos_id, "end", "eos_token to one of its tokens, or dataset.append_eos"),
-        (
-            config.prepend_bos,
-            bos_id,
-            "start",
-            "bos_token to one of its tokens, or dataset.prepend_bos",
-        ),
+    for needed, token_id, name, kind, setting in (
+        (config.append_eos, eos_id, "eos_token", "end", "append_eos"),
+        (config.prepend_bos, bos_id, "bos_token", "start", "prepend_bos"),
     ):
         if needed and token_id is None:
             raise DataError(
                 f"dataset.tokenizer: it names no {kind}-of-document token; set "
-                f"dataset.tokenizer.{off}=false"
+                f"dataset.tokenizer.{name} to one of its tokens, or dataset.{setting}=false"
             )
     return Vocabulary(size, eos_id, bos_id, fingerprint)
 

@@ -1,18 +1,18 @@
 """Encode shards in parallel: one worker process per core, or this process when there is little."""
 
 import contextlib
+import functools
 import multiprocessing
 import os
 import sys
 import traceback
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 
 from toolkit import signals
-from toolkit.data.prepare.build.encoding import Encoder
-from toolkit.data.prepare.build.parts import Job, PartsSetup, encode_shard, make_encoder
+from toolkit.data.prepare.build.parts import Job, Part, PartsSetup, encode_shard, make_encoder
 from toolkit.data.prepare.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from toolkit.errors import DataError, ToolkitError
 from toolkit.parents import end_with_parent
@@ -28,16 +28,16 @@ def num_cores() -> int:
 
 def encode_shards(
     jobs: Sequence[Job], setup: PartsSetup, tokenizer: Tokenizer | None, *, num_processes: int
-) -> Iterator[Job]:
-    """Encode all jobs, yielding each when its part is complete, in no particular order. The first
-    error of any worker is raised; the parts that are complete stay."""
+) -> Iterator[tuple[Job, Part]]:
+    """Encode all jobs, yielding each with its part when that is complete, in no particular order.
+    The first error of any worker is raised; the parts that are complete stay."""
     sizes = [job.num_bytes for job in jobs]
     if num_processes == 1 or (sum(sizes) < SMALL_BYTES and all(sizes)):
         encoder = make_encoder(setup, tokenizer)
         for job in jobs:
-            encode_shard(job, setup, encoder)
-            yield job
+            yield job, encode_shard(job, setup, encoder, threads=num_processes)
         return
+    # Where there are fewer shards than processes, threads of the tokenizer use the other cores.
     num_workers = min(num_processes, len(jobs))
     pool = ProcessPoolExecutor(
         num_workers,
@@ -50,8 +50,7 @@ def encode_shards(
         with _without_main(), signals.starting_workers():
             futures = {pool.submit(_work, job): job for job in jobs}
         for future in as_completed(futures):
-            future.result()
-            yield futures[future]
+            yield futures[future], future.result()
     except BrokenProcessPool:
         codes = [code for p in processes.values() if (code := p.exitcode) is not None]
         raise DataError(
@@ -80,31 +79,26 @@ def _without_main() -> Iterator[None]:
         sys.modules["__main__"] = main
 
 
-_setup: PartsSetup
-_encoder: Encoder
+_encode: Callable[[Job], Part]
+"""Of a worker."""
 
 
 def _start(parent: int, setup: PartsSetup, threads: int) -> None:
     """Make this process a worker."""
-    global _setup, _encoder
+    global _encode
     signals.ignore_in_worker()
     end_with_parent(parent)
     os.environ["TOKENIZERS_PARALLELISM"] = "true" if threads > 1 else "false"
     os.environ["RAYON_NUM_THREADS"] = str(threads)
     folder = setup.tokenizer_folder
-    tokenizer = load_tokenizer(folder) if folder is not None else None
-    _setup, _encoder = setup, make_encoder(setup, tokenizer)
+    encoder = make_encoder(setup, None if folder is None else load_tokenizer(folder))
+    _encode = functools.partial(encode_shard, setup=setup, encoder=encoder, threads=threads)
 
 
-def _work(job: Job) -> None:
+def _work(job: Job) -> Part:
     try:
-        encode_shard(job, _setup, _encoder)
-    except ToolkitError:
+        return _encode(job)
+    except (ToolkitError, OSError):
         raise
-    except OSError as error:
-        where = error.filename or _setup.folder
-        raise DataError(
-            f"{where}: cannot be written: {error.strerror}; run again to continue"
-        ) from None
     except Exception:  # not every exception can be sent to another process
         raise RuntimeError(f"a worker of prepare failed:\n{traceback.format_exc()}") from None

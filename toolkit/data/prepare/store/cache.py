@@ -112,10 +112,9 @@ def raw_text_cache(config: DatasetConfig, store: StoreConfig) -> Iterator[str | 
 
 def read_record(folder: Path) -> StoredRecord | None:
     """The record of the data set `folder`, if there is one that can be read."""
-    try:
+    with contextlib.suppress(FileNotFoundError, DataError):
         return read_json(_beside(folder, "stored.json"), DataError, StoredRecord)
-    except (FileNotFoundError, DataError):
-        return None
+    return None
 
 
 def write_record(folder: Path, permanent_root: str, name: str, content: str) -> None:
@@ -206,8 +205,9 @@ def _dataset_entries(root: Path) -> Iterator[Entry]:
                 shutil.rmtree(path, ignore_errors=True)
             elif name.startswith("."):
                 if kind == "download":
-                    yield _entry(folder, path, partial(_remove_download, folder, path))
-                elif kind == "building" and not _remove_left_over(folder, path):
+                    yield _entry(folder, path, partial(_remove_unfinished, folder, path))
+                # Once the folder is whole, nobody goes on with it.
+                elif kind == "building" and _remove_unfinished(folder, path, only_beside=True):
                     yield _entry(folder, path, lambda: "being built, or to be continued")
             elif path.is_symlink():
                 continue
@@ -264,8 +264,9 @@ def _remove_unused(folder: Path) -> str | None:
     with unused(folder) as is_unused:
         if not is_unused:
             return "in use"
+        doomed = _beside(folder, f"removed-{secrets.token_hex(4)}")
         try:
-            doomed = _hide(folder)
+            os.rename(folder, doomed)
         except OSError as error:
             return f"cannot be removed: {error.strerror}"
     _beside(folder, "stored.json").unlink(missing_ok=True)
@@ -273,26 +274,10 @@ def _remove_unused(folder: Path) -> str | None:
     return None
 
 
-def _hide(path: Path) -> Path:
-    """Give a folder that is to be removed its hidden name."""
-    doomed = _beside(path, f"removed-{secrets.token_hex(4)}")
-    os.rename(path, doomed)
-    return doomed
-
-
-def _remove_left_over(folder: Path, building: Path) -> bool:
-    """Remove what a process that was killed after `folder` was whole has left; False: it is still
-    of use."""
+def _remove_unfinished(folder: Path, path: Path, *, only_beside: bool = False) -> str | None:
+    """Remove what making `folder` left at `path`; with `only_beside`, where `folder` is there."""
     with contextlib.suppress(OSError), locked(build_lock(folder), wait=False) as is_locked:
-        if is_locked and (folder / MANIFEST_NAME).exists():
-            shutil.rmtree(_hide(building), ignore_errors=True)
-            return True
-    return False
-
-
-def _remove_download(folder: Path, path: Path) -> str | None:
-    with contextlib.suppress(OSError), locked(build_lock(folder), wait=False) as is_locked:
-        if is_locked:
+        if is_locked and (not only_beside or (folder / MANIFEST_NAME).exists()):
             shutil.rmtree(path, ignore_errors=True)
             return None
     return "being copied"

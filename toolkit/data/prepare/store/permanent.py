@@ -19,9 +19,7 @@ import os
 import shutil
 import socket
 from collections.abc import Callable
-from concurrent.futures import Future
 from pathlib import Path, PurePosixPath
-from typing import TypeVar
 
 import msgspec
 import xxhash
@@ -43,7 +41,7 @@ from toolkit.errors import DataError, StorageError
 from toolkit.storage.atomic import fsync_file, hash_file
 from toolkit.storage.foreign import decode_json
 from toolkit.storage.remote import ContentError, RemoteFolder, Retries, is_url
-from toolkit.threads import Thread
+from toolkit.threads import Worker
 
 FILES_NAME = "files.json"
 UPLOADING_NAME = "uploading.json"
@@ -52,7 +50,6 @@ PROBE_SECONDS = 30.0
 LARGE_BYTES = 1 << 30
 
 Note = Callable[[str], None]
-Result = TypeVar("Result")
 
 
 class FileList(msgspec.Struct, frozen=True, kw_only=True):
@@ -195,11 +192,18 @@ def find_permanent(root: str, name: str) -> PermanentCopy | None:
     """The complete copy under `root`, if there is one. StorageError: the store is out of reach, or
     has not answered in `PROBE_SECONDS`."""
 
-    def probe() -> PermanentCopy | None:
+    def look() -> PermanentCopy | None:
         # Asked with little patience; the middle of a long copy deserves minutes of retries.
         return _look(_folder(root, name, Retries(2)), _folder(root, name, Retries()))
 
-    return _within(PROBE_SECONDS, probe, f"{root}: no answer in {PROBE_SECONDS:.0f} s")
+    # Mounts of servers that are gone, and connections to nowhere, hang for many minutes.
+    probe = Worker("store-probe")
+    try:
+        return probe.submit(look).result(PROBE_SECONDS)
+    except TimeoutError:
+        raise StorageError(f"{root}: no answer in {PROBE_SECONDS:.0f} s") from None
+    finally:
+        probe.stop()
 
 
 def upload(prepared: PreparedDataset, root: str, name: str, *, note: Note) -> str:
@@ -312,21 +316,3 @@ def _reads_back(folder: RemoteFolder, name: str, file: StoredFile) -> bool:
         return folder.hash(name, file.size, bits=128) == file.xxh3
     except FileNotFoundError:
         return False
-
-
-def _within(seconds: float, action: Callable[[], Result], failing: str) -> Result:
-    """`action()`, or StorageError when it takes longer; it is left running then."""
-    answer: Future[Result] = Future()
-
-    def act() -> None:
-        try:
-            answer.set_result(action())
-        except BaseException as error:
-            answer.set_exception(error)
-
-    # Mounts of servers that are gone, and connections to nowhere, hang for many minutes.
-    Thread(target=act, name="store-probe", daemon=True).start()
-    try:
-        return answer.result(seconds)
-    except TimeoutError:
-        raise StorageError(failing) from None

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from toolkit.data.config import DiskSourceConfig, FilesSourceConfig, HubSourceConfig, SourceConfig
+from toolkit.data.prepare.text.reading import Piece
 from toolkit.errors import DataError
 
 
@@ -21,7 +22,7 @@ class TextColumns:
             self._parts = _parse(template)
         self.names = list(dict.fromkeys(name for _, name in self._parts if name is not None))
 
-    def check(self, known: Iterable[str], where: str) -> None:
+    def check(self, known: Iterable[str], where: object) -> None:
         """Raise DataError when a column is not among `known`, the columns of `where`."""
         known = list(known)
         missing = [name for name in self.names if name not in known]
@@ -39,7 +40,7 @@ class TextColumns:
                 "leave it out"
             )
 
-    def text(self, row: Mapping[str, Any], where: str) -> str:
+    def text(self, row: Mapping[str, Any], where: object) -> str:
         """The text of a row; null and NaN, which stands for it in tables of numbers, are no text.
         DataError for a column that is missing or holds none."""
         found = []
@@ -50,11 +51,9 @@ class TextColumns:
             if name not in row:
                 self.check(row, where)
             value = row[name]
-            if isinstance(value, str) or (self.is_template and isinstance(value, int)):
-                found.append(str(value))
-            elif value is None or value != value:  # NaN
+            if value is None or value != value:  # NaN
                 continue
-            elif self.is_template and isinstance(value, float):
+            if isinstance(value, str | int | float if self.is_template else str):
                 found.append(str(value))
             else:
                 raise DataError(
@@ -64,11 +63,21 @@ class TextColumns:
         return "".join(found)
 
 
-def text_columns(source: SourceConfig) -> TextColumns | None:
-    """How rows of `source` become text; None for sources without rows."""
-    if isinstance(source, FilesSourceConfig | HubSourceConfig | DiskSourceConfig):
+def text_columns(source: SourceConfig, *, rows: bool) -> TextColumns | None:
+    """How rows of `source` become text; None for sources without rows, and where rows are taken as
+    they are."""
+    if not rows and isinstance(source, FilesSourceConfig | HubSourceConfig | DiskSourceConfig):
         return TextColumns(source)
     return None
+
+
+def row_piece(
+    row: dict[str, Any], identity: str, place: object, columns: TextColumns | None
+) -> Piece:
+    """What a reader gives for a row: its text, or the row itself where there are no `columns`."""
+    if columns is None:
+        return Piece(identity, row=row, place=place)
+    return Piece(identity, columns.text(row, place))
 
 
 def row_texts(value: Any) -> Iterator[str]:

@@ -49,15 +49,6 @@ def last_cut(text: str, first: int, end: int) -> int | None:
     return None
 
 
-def first_cut(text: str, start: int) -> int | None:
-    """The first good place from `start` on; None where there is none in `text`."""
-    for kind in _PLACES:
-        place = kind.search(text, start)
-        if place is not None:
-            return place.start()
-    return None
-
-
 def pieces_of(text: str) -> Iterator[tuple[int, int]]:
     """First character of each piece of a document, and one past its last."""
     start = 0

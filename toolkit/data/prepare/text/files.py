@@ -9,9 +9,17 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
 
-from toolkit.data.config import DiskSourceConfig, FilesSourceConfig, PythonStdlibSourceConfig
-from toolkit.errors import DataError
+from toolkit.data.config import (
+    DiskSourceConfig,
+    FilesSourceConfig,
+    HubSourceConfig,
+    PythonStdlibSourceConfig,
+    SourceConfig,
+    TokenFilesSourceConfig,
+)
+from toolkit.errors import DataError, ErrorList
 from toolkit.storage.foreign import check_regular, guard
+from toolkit.storage.remote import is_url
 from toolkit.wording import count
 
 SAMPLE_BYTES = 4096
@@ -32,19 +40,31 @@ class SourceFile(NamedTuple):
 class Listing(NamedTuple):
     """The files of a source that hold anything, in their order."""
 
-    files: list[SourceFile]
-    num_empty: int
+    files: Sequence[SourceFile] = ()
+    num_empty: int = 0
     """Files without a single byte; they are left out."""
     left_out: Mapping[str, int] = MappingProxyType({})
     """Files of folders that are left out because of their ending, by it."""
     unused_suffixes: tuple[str, ...] = ()
     """Endings that were asked for and that no file has."""
 
+    def notes(self) -> list[str]:
+        """What is left out before anything is read, one line each."""
+        lines = [left_out_line(self.left_out)] if self.left_out else []
+        if self.unused_suffixes:
+            lines.append(
+                f"dataset.source.suffixes: no file ends in {', '.join(self.unused_suffixes)}"
+            )
+        return lines
+
+    def check_unchanged(self) -> None:
+        """Raise DataError when a file is not the one that was found at the start."""
+        for file in self.files:
+            check_unchanged(file.path, file.num_bytes, file.modified_ns)
+
 
 def left_out_line(left_out: Mapping[str, int]) -> str:
-    """What is left out of folders, in a line; empty where nothing is."""
-    if not left_out:
-        return ""
+    """What is left out of folders, in a line."""
     total, shown = sum(left_out.values()), sorted(left_out, key=lambda e: (-left_out[e], e))
     endings = ", ".join(f"{left_out[ending]:,} {ending}" for ending in shown[:MAX_ENDINGS])
     more = f", {len(shown) - MAX_ENDINGS} more endings" if len(shown) > MAX_ENDINGS else ""
@@ -66,63 +86,59 @@ def why_missing(text: str) -> str | None:
     return None if found else "matches no file"
 
 
-def check_path(text: str) -> None:
-    """Raise DataError for a path that is not there, or an empty file."""
-    reason = why_missing(text)
-    if reason is not None:
-        raise DataError(f"{_PATHS}: {text}: {reason}")
-    path = Path(text).expanduser()
-    if path.is_file() and not path.stat().st_size:
-        raise DataError(f"{_PATHS}: {path}: the file is empty")
-
-
-def check_any_file(paths: Sequence[str], suffixes: Sequence[str]) -> None:
-    """Raise DataError where `paths`, which are there, hold no file; the first one is enough."""
-    for text in paths:
-        if next(_expand(text, suffixes, {}), None) is not None:
-            return
-    raise DataError(
-        f"{_PATHS}: {', '.join(paths) or 'empty list'}: no file to read (looked for "
-        f"{', '.join(suffixes)} in folders)"
-    )
-
-
-def list_files(source: FilesSourceConfig | PythonStdlibSourceConfig) -> Listing:
-    """The files of a local source; DataError for a path that does not exist, matches nothing, or is
-    an empty file."""
-    if isinstance(source, PythonStdlibSourceConfig):
-        return Listing(_stdlib_files(source.max_bytes), 0)
-    listing = find_files(source.paths, source.suffixes)
-    if source.suffixes == FilesSourceConfig(paths=[]).suffixes:
-        return listing._replace(unused_suffixes=())
-    return listing
+def list_files(source: SourceConfig, *, holding: str | None = None) -> Listing:
+    """The files of a source that are on this machine; DataError for what is not there, and for
+    places without a file (`holding` says in messages what was looked for)."""
+    match source:
+        case FilesSourceConfig():
+            listing = find_files(source.paths, source.suffixes, holding=holding or "with text")
+            is_default = source.suffixes == FilesSourceConfig(paths=[]).suffixes
+            return listing._replace(unused_suffixes=()) if is_default else listing
+        case TokenFilesSourceConfig():
+            local = [path for path in source.paths if not is_url(path)]
+            if source.paths and not local:
+                return Listing()
+            listing = find_files(local, source.suffixes, holding=holding or "with tokens")
+            return listing._replace(unused_suffixes=())
+        case DiskSourceConfig():
+            return Listing(_disk_files(source))
+        case PythonStdlibSourceConfig():
+            return Listing(_stdlib_files(source.max_bytes))
+        case HubSourceConfig():
+            return Listing()
 
 
 def find_files(
-    paths: Sequence[str], suffixes: tuple[str, ...], *, holding: str = "text"
+    paths: Sequence[str], suffixes: tuple[str, ...], *, holding: str = "with text"
 ) -> Listing:
     """Files, the files of folders with one of `suffixes`, and what globs match; each once.
-    DataError for a path that does not exist, matches nothing, or is a folder without such a file.
-    """
+    DataError for every path that does not exist, matches nothing, or is an empty file or a folder
+    without such a file."""
     found: dict[str, SourceFile] = {}
     empty: set[str] = set()
     others: dict[str, str] = {}
+    errors = ErrorList()
     for text in paths:
-        check_path(text)
-        there: dict[str, str] = {}
-        num_here = 0
-        for name, path in _expand(text, suffixes, there):
-            num_here += 1
-            with guard(f"{_PATHS}: {path}", DataError):
-                status = path.stat()
-            if status.st_size:
-                file = SourceFile(name, str(path), status.st_size, status.st_mtime_ns)
-                found.setdefault(os.path.realpath(path), file)
-            else:
-                empty.add(os.path.realpath(path))
-        others |= there
-        if not num_here and Path(text).expanduser().is_dir():
-            raise _nothing(text, suffixes, holding, there)
+        with errors.collecting():
+            if (reason := why_missing(text)) is not None:
+                raise DataError(f"{_PATHS}: {text}: {reason}")
+            root, there = Path(text).expanduser(), dict[str, str]()
+            here = list(_expand(root, suffixes, there))
+            for name, path in here:
+                with guard(f"{_PATHS}: {path}", DataError):
+                    status = path.stat()
+                real = os.path.realpath(path)
+                if status.st_size:
+                    file = SourceFile(name, str(path), status.st_size, status.st_mtime_ns)
+                    found.setdefault(real, file)
+                elif path == root:
+                    raise DataError(f"{_PATHS}: {path}: the file is empty")
+                else:
+                    empty.add(real)
+            others |= there
+            if not here and root.is_dir():
+                raise _nothing(text, suffixes, holding, there)
+    errors.raise_any()
     if not found:
         raise _nothing(", ".join(paths) or "empty list", suffixes, holding, {})
     names = [file.path.lower() for file in found.values()]
@@ -134,19 +150,21 @@ def find_files(
 def _nothing(
     where: str, suffixes: tuple[str, ...], holding: str, others: dict[str, str]
 ) -> DataError:
-    line = left_out_line(Counter(others.values()))
+    line = f"; {left_out_line(Counter(others.values()))}" if others else ""
     return DataError(
-        f"{_PATHS}: {where}: no file with {holding} (looked for {', '.join(suffixes)} in folders)"
-        f"{f'; {line}' if line else ''}"
+        f"{_PATHS}: {where}: no file {holding} (looked for {', '.join(suffixes)} in folders){line}"
     )
 
 
-def disk_files(source: DiskSourceConfig) -> list[SourceFile]:
-    """The files of the split in a folder that `save_to_disk` wrote; DataError if there are none."""
+def disk_folder(source: DiskSourceConfig) -> Path:
+    """Where the files of the split lie, in a folder that `save_to_disk` wrote."""
     folder = Path(source.path).expanduser()
-    if (folder / source.split / "state.json").is_file():
-        folder /= source.split
-    files = []
+    is_split = (folder / source.split / "state.json").is_file()
+    return folder / source.split if is_split else folder
+
+
+def _disk_files(source: DiskSourceConfig) -> list[SourceFile]:
+    folder, files = disk_folder(source), []
     for path in sorted(folder.iterdir()) if folder.is_dir() else []:
         if path.name.endswith((".arrow", ".json")):
             with guard(path, DataError):
@@ -155,7 +173,8 @@ def disk_files(source: DiskSourceConfig) -> list[SourceFile]:
             files.append(SourceFile(path.name, str(path), status.st_size, status.st_mtime_ns))
     if not any(file.name.endswith(".arrow") for file in files):
         raise DataError(
-            f"dataset.source.path: {source.path}: no data set that `save_to_disk` wrote"
+            f"dataset.source.path: {source.path}: no data set that `save_to_disk` wrote, or none "
+            f"with a split {source.split!r}"
         )
     return files
 
@@ -194,11 +213,10 @@ def check_unchanged(path: str, num_bytes: int, modified_ns: int) -> None:
 
 
 def _expand(
-    text: str, suffixes: Sequence[str], others: dict[str, str]
+    path: Path, suffixes: Sequence[str], others: dict[str, str]
 ) -> Iterator[tuple[str, Path]]:
     """Names and paths of files; `others` is filled with the real paths of those that are left out
     of a folder, and their endings."""
-    path = Path(text).expanduser()
     if path.is_dir():
         endings = tuple(suffix.lower() for suffix in suffixes)
         for folder, names in _folders(path):

@@ -5,21 +5,21 @@ that JSON does not have (NaN, Infinity, 1e999), and which names what is wrong wi
 """
 
 import contextlib
-import functools
 import gzip
 import io
 import json
 import re
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator
-from typing import IO, TYPE_CHECKING, Any
+from collections.abc import Iterator
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
+import zstandard
 
 from toolkit.data.config import FilesSourceConfig
-from toolkit.data.prepare.text.columns import TextColumns
-from toolkit.data.prepare.text.reading import Counts, Piece, Reading, at_found_place, decode
+from toolkit.data.prepare.text.columns import row_piece, text_columns
+from toolkit.data.prepare.text.reading import Counts, Piece, Reading, decode
 from toolkit.data.prepare.text.shards import Range
 from toolkit.errors import DataError
 from toolkit.storage.foreign import nesting
@@ -36,7 +36,7 @@ for each 4 bytes at most."""
 SKIPPED_BYTES = 1 << 16
 """Read at a time of a line that belongs to the range before."""
 _MARK = b"\xef\xbb\xbf"
-_SPACE = " \t\r\n"
+_SPACE = re.compile(r"[ \t\r\n]*")
 _SPACED_COLON = re.compile(rb'"\s+:')
 
 
@@ -59,11 +59,10 @@ def read_jsonl(part: Range, reading: Reading, counts: Counts) -> Iterator[Piece]
                         "cut it, or set dataset.source.max_line_bytes"
                     )
                 if not line.isspace():
-                    where = functools.partial(_line_at, part, offset)
                     data = line if offset else line.removeprefix(_MARK)
-                    yield objects.document(data, offset, f"{part.name}:{offset}", where)
+                    yield objects.document(data, offset, offset, _Line(part, offset))
                 offset += len(line)
-    except (EOFError, zlib.error, gzip.BadGzipFile, _DamagedZstdError) as error:
+    except (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError) as error:
         name = "gzip" if part.kind == "jsonl_gz" else "zstd"
         raise DataError(
             f"{part.path}: damaged {name} file: {error}; restore or unpack it anew"
@@ -80,21 +79,20 @@ def read_json_array(part: Range, reading: Reading, counts: Counts) -> Iterator[P
     decoder, number = json.JSONDecoder(), 0
     place = _after_space(text, _after_space(text, 0) + 1)
     while text[place : place + 1] != "]":
-        where = functools.partial(str.format, "{}: element {}", part.path, number)
+        where = f"{part.path}: element {number}"
         try:
             _, end = decoder.raw_decode(text, place)
         except RecursionError:
             raise _too_deep(where) from None
         except ValueError as error:
-            raise DataError(f"{where()}: not valid JSON: {error}") from None
-        element = text[place:end].encode("utf-8", "surrogatepass")
-        yield objects.document(element, 0, f"{part.name}:{number}", where, where())
+            raise DataError(f"{where}: not valid JSON: {error}") from None
+        yield objects.document(text[place:end].encode(), 0, number, where)
         number += 1
         place = _after_space(text, end)
         if text[place : place + 1] == ",":
             place = _after_space(text, place + 1)
         elif text[place : place + 1] != "]":
-            raise DataError(f"{where()}: no comma or ] follows it; repair the file")
+            raise DataError(f"{where}: no comma or ] follows it; repair the file")
     rest = _after_space(text, place + 1)
     if rest < len(text):
         raise DataError(f"{part.path}: text follows the list ({text[rest : rest + 20]!r})")
@@ -109,13 +107,28 @@ def decode_json_loosely(data: bytes | str) -> Any:
         return json.loads(data)
 
 
+class _Line(NamedTuple):
+    """The place of a line, whose number is counted when somebody asks for it."""
+
+    part: Range
+    offset: int
+
+    def __str__(self) -> str:
+        with _open(self.part) as file:
+            number, left = 1, self.offset
+            while left and (data := file.read(min(left, BLOCK_BYTES))):
+                number += data.count(b"\n")
+                left -= len(data)
+        return f"{self.part.path}: line {number} (byte {self.offset})"
+
+
 class _Objects:
     """Makes documents of the objects of one range."""
 
     def __init__(self, part: Range, reading: Reading, counts: Counts) -> None:
         assert isinstance(reading.source, FilesSourceConfig)
         self.source, self._part, self._counts = reading.source, part, counts
-        self._columns = None if reading.rows else TextColumns(reading.source)
+        self._columns = text_columns(reading.source, rows=reading.rows)
         # One column is read without building the others.
         self._field: str | None = None
         self._type: Any = dict[str, Any]
@@ -127,78 +140,59 @@ class _Objects:
             )
         self._decoder = msgspec.json.Decoder(self._type)
 
-    def document(
-        self,
-        data: bytes,
-        offset: int,
-        identity: str,
-        where: Callable[[], str],
-        place: str | None = None,
-    ) -> Piece:
-        """The document of the object in `data`, which begins at byte `offset` of the file.
-        DataError if it is none, or does not hold what is needed. It names `where`, which may take
-        time to find; `place` stands for it before that."""
-        place = place or f"{self._part.path}: byte {offset}"
+    def document(self, data: bytes, offset: int, number: int, place: object) -> Piece:
+        """The document of the object in `data`, which begins at byte `offset` of the file and is
+        identified by `number`. DataError, which names `place`, if it is none, or does not hold what
+        is needed."""
         try:
             value = self._decoder.decode(data)
-            wrong = None
-        except msgspec.ValidationError as error:
-            wrong = error
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-            value, wrong = None, None
-        if wrong is not None or value is None:
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
             errors = self.source.encoding_errors
             text = decode(data, self._part.path, offset, errors, self._counts)
-            value, data = self._loosely(text, wrong, where), text.encode("utf-8", "surrogatepass")
+            value, data = self._loosely(text, place), text.encode()
         repeated = self._repeated_key(data, value)
         if repeated is not None:
             raise DataError(
-                f"{where()}: the key {repeated!r} stands twice in one object, and only one value "
-                "can be meant; take one out"
+                f"{place}: the key {repeated!r} stands twice in one object, and only one value can "
+                "be meant; take one out"
             )
+        identity = f"{self._part.name}:{number}"
+        if self._field is not None:
+            return Piece(identity, value.text or "")
         if self._columns is None:
             if data.count(b"[") + data.count(b"{") > MAX_DEPTH and nesting(data) > MAX_DEPTH:
-                raise _too_deep(where)
-            return Piece(identity, row=value, num_bytes=len(data), place=place, find_place=where)
-        if not isinstance(value, dict):
-            return Piece(identity, value.text or "")
-        try:
-            return Piece(identity, self._columns.text(value, place))
-        except DataError as error:
-            raise at_found_place(error, place, where) from None
+                raise _too_deep(place)
+            return Piece(identity, row=value, num_bytes=len(data), place=place)
+        return row_piece(value, identity, place, self._columns)
 
-    def _loosely(self, text: str, wrong: Exception | None, where: Callable[[], str]) -> Any:
-        """The object in `text`, which `msgspec` does not take as it is; `wrong` says why it has
-        another type."""
+    def _loosely(self, text: str, place: object) -> Any:
+        """The object in `text`, which `msgspec` does not take as it is."""
         try:
-            value = json.loads(text) if wrong is None else None
-            if value is not None:
-                json.dumps(value, ensure_ascii=False).encode()
+            value = json.loads(text)
+            json.dumps(value, ensure_ascii=False).encode()
         except RecursionError:
-            raise _too_deep(where) from None
+            raise _too_deep(place) from None
         except UnicodeEncodeError:
             if self.source.encoding_errors == "strict":
                 raise DataError(
-                    f"{where()}: holds half of a surrogate pair (\\ud800 to \\udfff), which is no "
+                    f"{place}: holds half of a surrogate pair (\\ud800 to \\udfff), which is no "
                     "character; repair it, or set dataset.source.encoding_errors=replace"
                 ) from None
             value = _without_surrogates(value, self._counts)
         except ValueError as error:
-            raise DataError(f"{where()}: not valid JSON: {error}") from None
-        if isinstance(value, dict):
-            if self._field is None or _is_nan(value.get(self._field)):
-                return value
-            try:
-                return msgspec.convert(value, self._type)
-            except msgspec.ValidationError as error:
-                wrong = error
-        reason = wrong or f"Expected `object`, got {type(value).__name__}"
-        if self._field is None:
-            raise DataError(f"{where()}: no object with columns: {reason}")
-        raise DataError(
-            f"{where()}: no text under {self._field!r}: {reason}; set dataset.source.text_field to "
-            "the key that holds it"
-        )
+            raise DataError(f"{place}: not valid JSON: {error}") from None
+        field = self._field
+        if field is not None and isinstance(value, dict) and value.get(field) != value.get(field):
+            value[field] = None  # NaN
+        try:
+            return msgspec.convert(value, self._type)
+        except msgspec.ValidationError as reason:
+            if field is None:
+                raise DataError(f"{place}: no object with columns: {reason}") from None
+            raise DataError(
+                f"{place}: no text under {field!r}: {reason}; set dataset.source.text_field to the "
+                "key that holds it"
+            ) from None
 
     def _repeated_key(self, data: bytes, value: Any) -> str | None:
         """A key that stands twice in an object of `data` whose keys are read."""
@@ -224,17 +218,12 @@ class _Objects:
 
 def _after_space(text: str, position: int) -> int:
     """The first place from `position` on that is no white space."""
-    while position < len(text) and text[position] in _SPACE:
-        position += 1
-    return position
+    match = _SPACE.match(text, position)
+    return match.end() if match else position
 
 
-def _too_deep(where: Callable[[], str]) -> DataError:
-    return DataError(f"{where()}: nested deeper than {MAX_DEPTH} levels")
-
-
-def _is_nan(value: Any) -> bool:
-    return isinstance(value, float) and value != value
+def _too_deep(place: object) -> DataError:
+    return DataError(f"{place}: nested deeper than {MAX_DEPTH} levels")
 
 
 def _num_keys(value: Any) -> int:
@@ -266,25 +255,12 @@ def _first_line(file: IO[bytes], start: int, end: int) -> int:
     return offset
 
 
-def _line_at(part: Range, offset: int) -> str:
-    with _open(part) as file:
-        number, left = 1, offset
-        while left and (data := file.read(min(left, BLOCK_BYTES))):
-            number += data.count(b"\n")
-            left -= len(data)
-    return f"{part.path}: line {number} (byte {offset})"
-
-
 def _open(part: Range) -> Any:
     if part.kind == "jsonl_gz":
         return gzip.open(part.path, "rb")
     if part.kind == "jsonl_zst":
         return io.BufferedReader(_ZstdFile(part.path), BLOCK_BYTES)
     return open(part.path, "rb")
-
-
-class _DamagedZstdError(Exception):
-    pass
 
 
 class _ZstdFile(io.RawIOBase):
@@ -299,15 +275,11 @@ class _ZstdFile(io.RawIOBase):
         return True
 
     def readinto(self, buffer: "WriteableBuffer", /) -> int:
-        while not self._ready:
-            block = next(self._blocks, None)
-            if block is None:
-                return 0
+        while not self._ready and (block := next(self._blocks, None)) is not None:
             self._ready = memoryview(block)
         view = memoryview(buffer).cast("B")
         count = min(len(view), len(self._ready))
-        view[:count] = self._ready[:count]
-        self._ready = self._ready[count:]
+        view[:count], self._ready = self._ready[:count], self._ready[count:]
         return count
 
     def close(self) -> None:
@@ -315,18 +287,13 @@ class _ZstdFile(io.RawIOBase):
         super().close()
 
     def _unpacked(self) -> Iterator[bytes]:
-        import zstandard
-
         # Long-distance matching may need more than the library allows by default.
         context = zstandard.ZstdDecompressor(max_window_size=1 << 31)
         frame, data = None, b""
-        try:
-            while data := data or self._file.read(ZSTD_BYTES):
-                frame = frame or context.decompressobj()
-                yield frame.decompress(data)
-                data = frame.unused_data if frame.eof else b""
-                frame = None if frame.eof else frame
-        except zstandard.ZstdError as error:
-            raise _DamagedZstdError(str(error)) from None
+        while data := data or self._file.read(ZSTD_BYTES):
+            frame = frame or context.decompressobj()
+            yield frame.decompress(data)
+            data = frame.unused_data if frame.eof else b""
+            frame = None if frame.eof else frame
         if frame is not None:
-            raise _DamagedZstdError("it ends in the middle")
+            raise EOFError("it ends in the middle")

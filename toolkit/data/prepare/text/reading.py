@@ -1,5 +1,6 @@
 """What all readers are given and give: how to read, what to count, and pieces of documents."""
 
+import contextlib
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -32,17 +33,18 @@ class Piece(NamedTuple):
     """UTF-8 bytes of the whole document: of rows, and where documents are compared."""
     digest: int = 0
     """Where documents are compared: xxh3_128 of the whole text, set on the first piece."""
-    place: str = ""
-    """Of rows, where they stand, in words for messages."""
-    find_place: Callable[[], str] | None = None
-    """What errors say in place of `place`, where that takes time to find: a line's number."""
+    place: object = ""
+    """Of rows, where they stand. `str` gives the words for messages; it may take time to find
+    them."""
 
 
-def at_found_place(error: DataError, place: str, find_place: Callable[[], str] | None) -> DataError:
-    """`error`, which names `place`, with the better words that are looked for only now."""
-    if find_place is None:
-        return error
-    return DataError(str(error).replace(place, find_place(), 1))
+@contextlib.contextmanager
+def at(place: object) -> Iterator[None]:
+    """Begin the message of a DataError inside with `place`."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError(f"{place}: {error}") from None
 
 
 class Reading(msgspec.Struct, frozen=True, kw_only=True):
@@ -79,7 +81,7 @@ class Counts:
 
 
 Reader = Callable[[Range, Reading, Counts], Iterator[Piece]]
-"""Gives the documents of a range; those of text whole, or in pieces where they were admitted."""
+"""Gives the documents of a range; those of text and rows whole."""
 
 
 def decode(data: bytes, where: str, offset: int, errors: str, counts: Counts) -> str:

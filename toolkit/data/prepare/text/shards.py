@@ -1,15 +1,12 @@
 """Shards: pieces of a source that one process reads at a time, and how large they are."""
 
-from collections.abc import Iterator, Mapping
-from types import MappingProxyType
+from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
 import msgspec
 
-from toolkit.data.prepare.text.files import SourceFile, check_unchanged, left_out_line
+from toolkit.data.prepare.text.files import Listing
 
-PIECE_BYTES = 1 << 20
-"""Plain text is tokenized in pieces of this size."""
 MIN_SHARD_BYTES = 1 << 20
 MAX_SHARD_BYTES = 32 << 20
 TARGET_NUM_SHARDS = 64
@@ -58,35 +55,15 @@ class Plan(NamedTuple):
     shards: list[Shard]
     fingerprint: str
     num_bytes: int
-    num_empty: int = 0
-    """Empty files, which are left out."""
-    files: tuple[SourceFile, ...] = ()
-    """The local files it was made from."""
+    listing: Listing = Listing()
+    """The local files that it was made from."""
     cache_dir: str | None = None
     """See `Reading`."""
-    left_out_files: Mapping[str, int] = MappingProxyType({})
-    """See `Listing.left_out`."""
-    unused_suffixes: tuple[str, ...] = ()
-    """See `Listing`."""
-
-    def notes(self) -> list[str]:
-        """What is left out before anything is read, one line each."""
-        lines = [left_out_line(self.left_out_files)]
-        if self.unused_suffixes:
-            lines.append(
-                f"dataset.source.suffixes: no file ends in {', '.join(self.unused_suffixes)}"
-            )
-        return [line for line in lines if line]
-
-    def check_unchanged(self) -> None:
-        """Raise DataError when a file is not the one that was found at the start."""
-        for file in self.files:
-            check_unchanged(file.path, file.num_bytes, file.modified_ns)
 
 
 def shard_bytes(num_bytes: int) -> int:
     """Bytes of one shard of a source of `num_bytes`."""
-    size = num_bytes // TARGET_NUM_SHARDS // PIECE_BYTES * PIECE_BYTES
+    size = num_bytes // TARGET_NUM_SHARDS // MIN_SHARD_BYTES * MIN_SHARD_BYTES
     return min(max(size, MIN_SHARD_BYTES), MAX_SHARD_BYTES)
 
 
@@ -101,3 +78,16 @@ def group_ranges(ranges: Iterator[Range], size: int) -> list[Shard]:
         shards[-1].append(part)
         room -= part.num_bytes
     return shards
+
+
+def row_shards(kind: RangeKind, path: str, name: str, num_rows: int, size: int) -> list[Shard]:
+    """Ranges of rows of a data set of `size` bytes, of which nobody knows where they lie."""
+    num_bytes = min(max(size // TARGET_NUM_SHARDS, MIN_SHARD_BYTES), MAX_SHARD_BYTES)
+    rows = max(1, num_rows * num_bytes // max(1, size))
+    whole = Range(
+        kind=kind, path=path, name=name, start=0, end=num_rows, num_bytes=min(num_bytes, size)
+    )
+    return [
+        [msgspec.structs.replace(whole, start=first, end=min(first + rows, num_rows))]
+        for first in range(0, num_rows, rows)
+    ]

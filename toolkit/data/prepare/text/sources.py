@@ -11,8 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
-import msgspec
-
+from toolkit.config.named import named
 from toolkit.data.config import (
     DiskSourceConfig,
     FilesSourceConfig,
@@ -24,7 +23,6 @@ from toolkit.data.prepare.text.columns import TextColumns, text_columns
 from toolkit.data.prepare.text.cuts import align, documents_in
 from toolkit.data.prepare.text.files import (
     SourceFile,
-    disk_files,
     fingerprint_files,
     list_files,
     why_missing,
@@ -33,6 +31,8 @@ from toolkit.data.prepare.text.shards import Plan, Range, RangeKind, group_range
 from toolkit.errors import DataError
 from toolkit.storage.remote import is_url
 
+_ROOM = "toolkit.data.prepare.text"
+"""Modules that bring libraries of their own are found by name."""
 _ENDINGS: dict[RangeKind, tuple[str, ...]] = {
     "jsonl": (".jsonl", ".ndjson"),
     "jsonl_gz": (".jsonl.gz", ".json.gz", ".ndjson.gz"),
@@ -55,17 +55,14 @@ def plan_source(
 ) -> Plan:
     """Cut the source into shards; DataError when there is nothing to read. `rows` and `cache_dir`
     are those of `Reading`."""
-    columns = None if rows else text_columns(source)
-    if isinstance(source, HubSourceConfig | DiskSourceConfig):
-        from toolkit.data.prepare.text import hub
-
-        if isinstance(source, DiskSourceConfig):
-            return hub.plan_disk(source, columns)
-        return hub.plan_hub(source, columns, cache_dir)
-    if isinstance(source, TokenFilesSourceConfig):
-        from toolkit.data.prepare.text.token_files import plan_token_files
-
-        return plan_token_files(source)
+    columns = text_columns(source, rows=rows)
+    match source:
+        case HubSourceConfig():
+            return named(f"{_ROOM}.hub:plan_hub")(source, columns, cache_dir)
+        case DiskSourceConfig():
+            return named(f"{_ROOM}.tables:plan_disk")(source, columns)
+        case TokenFilesSourceConfig():
+            return named(f"{_ROOM}.token_files:plan_token_files")(source)
     listing = list_files(source)
     files = listing.files
     num_bytes = sum(file.num_bytes for file in files)
@@ -84,30 +81,14 @@ def plan_source(
         for file in files
         for part in _cut(file, kinds[file.path], columns, size, fraction, rows)
     )
-    return Plan(
-        group_ranges(ranges, size),
-        fingerprint_files(files),
-        num_bytes,
-        listing.num_empty,
-        tuple(files),
-        left_out_files=listing.left_out,
-        unused_suffixes=listing.unused_suffixes,
-    )
+    return Plan(group_ranges(ranges, size), fingerprint_files(files), num_bytes, listing)
 
 
 def source_fingerprint(source: SourceConfig) -> str | None:
     """`Plan.fingerprint` of local sources; None for those that lie on another machine, because
     asking them would make every start depend on the network."""
-    if isinstance(source, HubSourceConfig):
+    if isinstance(source, HubSourceConfig) or any(map(is_url, getattr(source, "paths", []))):
         return None
-    if isinstance(source, DiskSourceConfig):
-        return fingerprint_files(disk_files(source))
-    if isinstance(source, TokenFilesSourceConfig):
-        from toolkit.data.prepare.text.token_files import local_listing
-
-        if any(is_url(path) for path in source.paths):
-            return None
-        return fingerprint_files(local_listing(source).files)
     return fingerprint_files(list_files(source).files)
 
 
@@ -166,43 +147,34 @@ def _cut(
             f"{file.path}: plain text has no rows for dataset.instructions; give .jsonl, .parquet "
             "or .arrow files"
         )
-    whole_file = Range(
-        kind=kind, path=file.path, name=file.name, start=0, end=whole, num_bytes=whole,
-        file_bytes=whole, modified_ns=file.modified_ns,
+    part = functools.partial(
+        Range, kind=kind, path=file.path, name=file.name, file_bytes=whole,
+        modified_ns=file.modified_ns,
     )  # fmt: skip
-    part = functools.partial(msgspec.structs.replace, whole_file)
     if kind in ("parquet", "arrow"):
-        from toolkit.data.prepare.text.tables import arrow_batches, parquet_row_groups
-
-        cut = parquet_row_groups if kind == "parquet" else arrow_batches
+        cut = named(f"{_ROOM}.tables:{kind}_ranges")
         for first, last, num_bytes in cut(file.path, columns, size):
             yield part(start=first, end=last, num_bytes=num_bytes)
-    elif kind == "jsonl":
-        for start in range(0, whole, size):
-            end = min(start + size, whole)
-            yield part(start=start, end=end, num_bytes=end - start)
     elif kind == "text":
-        # One range each: no document goes on in another shard.
-        for start, end, split, is_rest in _documents(file, tail_fraction):
-            yield part(start=start, end=end, num_bytes=end - start, split=split, is_rest=is_rest)
-    else:  # No place in it can be reached without reading all before it.
-        yield whole_file
+        with open(file.path, "rb", buffering=0) as opened:
 
+            def read(start: int, size: int) -> bytes:
+                return os.pread(opened.fileno(), size, start)
 
-def _documents(
-    file: SourceFile, tail_fraction: float
-) -> Iterator[tuple[int, int, Literal["train", "val"] | None, bool]]:
-    """The documents of a text file: where they are, their split, whether one is the rest of one."""
-    with open(file.path, "rb", buffering=0) as opened:
-
-        def read(start: int, size: int) -> bytes:
-            return os.pread(opened.fileno(), size, start)
-
-        whole = file.num_bytes
-        sides: list[tuple[int, int, Literal["train", "val"] | None]] = [(0, whole, None)]
-        if tail_fraction:
-            place = align(read, int(whole * (1 - tail_fraction)), whole)
-            sides = [(0, place, "train"), (place, whole, "val")]
-        for first, last, split in sides:
-            for start, end in documents_in(read, first, last):
-                yield start, end, split, start > first
+            sides: list[tuple[int, int, Literal["train", "val"] | None]] = [(0, whole, None)]
+            if tail_fraction:
+                place = align(read, int(whole * (1 - tail_fraction)), whole)
+                sides = [(0, place, "train"), (place, whole, "val")]
+            # A range for each document: none goes on in another shard.
+            for first, last, split in sides:
+                for start, end in documents_in(read, first, last):
+                    yield part(
+                        start=start, end=end, num_bytes=end - start, split=split,
+                        is_rest=start > first,
+                    )  # fmt: skip
+    else:
+        # No place in a packed file can be reached without reading all before it.
+        step = size if kind == "jsonl" else whole
+        for start in range(0, whole, step):
+            end = min(start + step, whole)
+            yield part(start=start, end=end, num_bytes=end - start)

@@ -1,26 +1,31 @@
-"""Tables in files: parquet, and Arrow's file and stream formats (as `datasets` writes them).
+"""Tables in files: parquet, Arrow's file and stream formats, and folders of those that `datasets`
+saved.
 
 Arrow's readers trust what a file says of itself: an offset that points beyond its buffer reads what
 else is in memory, or ends the process. So every batch is checked before a value of it is looked at.
 """
 
 import contextlib
+import functools
 import itertools
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
+import msgspec
 import pyarrow as pa
 import pyarrow.ipc
 import pyarrow.parquet
 import pyarrow.types
 
-from toolkit.data.config import FilesSourceConfig
-from toolkit.data.prepare.text.columns import TextColumns
+from toolkit.data.config import DiskSourceConfig, FilesSourceConfig
+from toolkit.data.prepare.text.columns import TextColumns, row_piece, text_columns
+from toolkit.data.prepare.text.files import disk_folder, fingerprint_files, list_files
 from toolkit.data.prepare.text.jsonl import MAX_DEPTH, decode_json_loosely
 from toolkit.data.prepare.text.reading import Counts, Piece, Reading, decode
-from toolkit.data.prepare.text.shards import Range
+from toolkit.data.prepare.text.shards import Plan, Range, row_shards
 from toolkit.errors import DataError
-from toolkit.storage.foreign import reason_of
+from toolkit.storage.foreign import read_json, reason_of
 
 BATCH_ROWS = 256
 BATCH_BYTES = 4 << 20
@@ -35,9 +40,6 @@ _TEXT_TYPES = {
 """Types of text, and of the bytes that it consists of."""
 _ARROW_MAGIC = b"ARROW1"
 
-Convert = Callable[[Any, str], Any]
-"""What `as_py` gives, and the place of the row for messages, to the value as JSON has it."""
-
 
 @contextlib.contextmanager
 def _named(problem: str) -> Iterator[None]:
@@ -51,7 +53,7 @@ def _named(problem: str) -> Iterator[None]:
         raise DataError(f"{problem}: {reason_of(error)}") from None
 
 
-def parquet_row_groups(
+def parquet_ranges(
     path: str, columns: TextColumns | None, size: int
 ) -> Iterator[tuple[int, int, int]]:
     """Runs of row groups (first, one past the last, bytes) of about `size` bytes of text; DataError
@@ -62,10 +64,10 @@ def parquet_row_groups(
     yield from _runs(sizes, size)
 
 
-def arrow_batches(
+def arrow_ranges(
     path: str, columns: TextColumns | None, size: int
 ) -> Iterator[tuple[int, int, int]]:
-    """Runs of record batches, like `parquet_row_groups`."""
+    """Runs of record batches, like `parquet_ranges`."""
     with _arrow(path) as (schema, batches):
         _check_schema(schema, columns, path)
 
@@ -104,7 +106,7 @@ def read_parquet(part: Range, reading: Reading, counts: Counts) -> Iterator[Piec
                 columns=rows.names,
                 use_threads=False,
             ):
-                yield from rows.of(batch, group, where, first)
+                yield from rows.of(batch, f"{rows.name}:{group}", where, first)
                 first += batch.num_rows
 
 
@@ -115,50 +117,92 @@ def read_arrow(part: Range, reading: Reading, counts: Counts) -> Iterator[Piece]
         for number, batch in enumerate(batches(part.start), part.start):
             if number >= part.end:
                 return
-            chosen = batch if rows.names is None else batch.select(rows.names)
-            yield from rows.of(chosen, number, f"{part.path}: batch {number}", 0)
+            prefix, where = f"{rows.name}:{number}", f"{part.path}: batch {number}"
+            yield from rows.of(rows.chosen(batch), prefix, where, 0)
 
 
-def check_arrow_file(path: str) -> None:
-    """Raise DataError, which names the batch, for the first that is damaged."""
-    with _arrow(path) as (_, batches):
-        for number, batch in enumerate(batches(0)):
-            checked_batch(batch, f"{path}: batch {number}")
+def plan_disk(source: DiskSourceConfig, columns: TextColumns | None) -> Plan:
+    """Ranges of the rows of a folder that `datasets.Dataset.save_to_disk` wrote; DataError when it
+    holds no such data set, split or column."""
+    listing = list_files(source)
+    num_rows, num_bytes = 0, sum(file.num_bytes for file in listing.files)
+    for path in _saved_files(source):
+        with _arrow(path) as (schema, batches):
+            _check_schema(schema, columns, path)
+            num_rows += sum(batch.num_rows for batch in batches(0))
+    name = f"{Path(source.path).name}/{source.split}"
+    shards = row_shards("disk_rows", source.path, name, num_rows, num_bytes)
+    return Plan(shards, fingerprint_files(listing.files), num_bytes, listing)
+
+
+def read_disk(part: Range, reading: Reading, counts: Counts) -> Iterator[Piece]:
+    """The documents of the rows of `part`."""
+    assert isinstance(reading.source, DiskSourceConfig)
+    rows, first = _Rows(part, reading, counts), 0
+    for path in _saved_files(reading.source):
+        with _arrow(path) as (_, batches):
+            for number, batch in enumerate(batches(0)):
+                start, end = max(part.start - first, 0), min(part.end - first, batch.num_rows)
+                if start < end:
+                    chosen = rows.chosen(batch.slice(start, end - start))
+                    where = f"{path}: batch {number}"
+                    yield from rows.of(chosen, part.name, where, first + start)
+                first += batch.num_rows
+                if first >= part.end:
+                    return
+
+
+def _saved_files(source: DiskSourceConfig) -> list[str]:
+    """The Arrow files of a saved data set in the order of its rows."""
+    folder = disk_folder(source)
+    state = read_json(folder / "state.json", DataError, _Saved)
+    is_whole = folder == Path(source.path).expanduser()
+    if is_whole and source.split not in ("train", state.split):
+        was = f" (it was {state.split})" if state.split is not None else ""
+        raise DataError(
+            f"dataset.source.split: {source.path} is one data set, without splits{was}, and "
+            f"{source.split!r} was asked for; leave dataset.source.split out"
+        )
+    return [str(folder / file["filename"]) for file in state.data_files]
+
+
+class _Saved(msgspec.Struct):
+    """Content of state.json."""
+
+    data_files: list[dict[str, str]] = msgspec.field(name="_data_files")
+    split: str | None = msgspec.field(name="_split", default=None)
 
 
 class _Rows:
     """Makes documents of the rows of one range."""
 
     def __init__(self, part: Range, reading: Reading, counts: Counts) -> None:
-        assert isinstance(reading.source, FilesSourceConfig)
-        self._name, self._counts = part.name, counts
-        self._errors = reading.source.encoding_errors
-        self.columns = None if reading.rows else TextColumns(reading.source)
+        source = reading.source
+        assert isinstance(source, FilesSourceConfig | DiskSourceConfig)
+        self.name, self._counts = part.name, counts
+        self._errors = getattr(source, "encoding_errors", "strict")
+        self.columns = text_columns(source, rows=reading.rows)
         self.names = None if self.columns is None else self.columns.names
 
-    def of(self, batch: pa.RecordBatch, number: int, where: str, first: int) -> Iterator[Piece]:
-        """The documents of a batch of row group or batch `number`; `first` is its first row."""
+    def chosen(self, batch: pa.RecordBatch) -> pa.RecordBatch:
+        """The columns of `batch` that are read."""
+        return batch if self.names is None else batch.select(self.names)
+
+    def of(self, batch: pa.RecordBatch, prefix: str, where: str, first: int) -> Iterator[Piece]:
+        """The documents of a batch, identified by `prefix` and their rows; `first` is its first."""
         checked_batch(batch, where)
-        columns = [
-            (name, array, conversion(array.type))
-            for name, array in zip(batch.schema.names, batch.columns, strict=True)
-        ]
         # One row after the other: the batch itself may be mapped memory, Python's strings are not.
         for index in range(batch.num_rows):
-            identity = f"{self._name}:{number}:{first + index}"
             place = f"{where}, row {first + index}"
             row = {
-                name: self._value(array[index], convert, place) for name, array, convert in columns
+                name: self._value(array[index], place)
+                for name, array in zip(batch.schema.names, batch.columns, strict=True)
             }
-            if self.columns is None:
-                yield Piece(identity, row=row, place=place)
-            else:
-                yield Piece(identity, self.columns.text(row, place))
+            yield row_piece(row, f"{prefix}:{first + index}", place, self.columns)
 
-    def _value(self, scalar: pa.Scalar, convert: Convert | None, place: str) -> Any:
+    def _value(self, scalar: pa.Scalar, place: str) -> Any:
         try:
-            value = scalar.as_py()
-            return value if convert is None else convert(value, place)
+            return _as_json(scalar.as_py(), scalar.type, place)
         except UnicodeDecodeError:
             if scalar.type in _TEXT_TYPES:
                 data = scalar.as_buffer().to_pybytes()
@@ -201,49 +245,41 @@ def _bytes_type(kind: pa.DataType) -> pa.DataType:
     return _TEXT_TYPES.get(kind, kind)
 
 
-def conversion(kind: pa.DataType) -> Convert | None:
-    """From values of an Arrow type to those that the same rows have in JSON Lines: a map is read as
-    a list of pairs, and `datasets` writes objects of mixed kinds as text with the extension type
-    `arrow.json`. None: `as_py` gives them as they are."""
-    types = pa.types
-    found: Convert | None = None
-    if getattr(kind, "extension_name", None) == "arrow.json":
-        found = _from_json
-    elif types.is_map(kind):
-        inner = conversion(kind.item_type)
-        found = lambda value, place: _object(value, inner, place)  # noqa: E731
-    elif types.is_struct(kind):
-        fields = [kind.field(number) for number in range(kind.num_fields)]
-        inners = {f.name: c for f in fields if (c := conversion(f.type)) is not None}
-        if inners:
-            found = lambda value, place: (  # noqa: E731
-                value | {name: convert(value[name], place) for name, convert in inners.items()}
-            )
-    elif types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
-        item = conversion(kind.value_type)
-        if item is not None:
-            found = lambda value, place: [item(v, place) for v in value]  # noqa: E731
-    if found is None:
-        return None
-    return lambda value, place: None if value is None else found(value, place)
+def _as_json(value: Any, kind: pa.DataType, place: str) -> Any:
+    """What `as_py` gives for a value of an Arrow type, as the same rows have it in JSON Lines: a
+    map is read as a list of pairs, and `datasets` writes objects of mixed kinds as text with the
+    extension type `arrow.json`."""
+    if value is None or _is_as_json(kind):
+        return value
+    if _is_json_text(kind):
+        try:
+            return decode_json_loosely(value)
+        except (ValueError, RecursionError) as error:
+            raise DataError(
+                f"{place}: a value of type arrow.json is not valid JSON: {reason_of(error)}"
+            ) from None
+    if pa.types.is_map(kind):
+        found: dict[Any, Any] = {}
+        for key, inner in value:
+            if key in found:
+                raise DataError(f"{place}: the key {key!r} stands twice in one map; repair the row")
+            found[key] = _as_json(inner, kind.item_type, place)
+        return found
+    if pa.types.is_struct(kind):
+        return {field.name: _as_json(value[field.name], field.type, place) for field in kind}
+    return [_as_json(inner, kind.value_type, place) for inner in value]
 
 
-def _from_json(value: Any, place: str) -> Any:
-    try:
-        return decode_json_loosely(value)
-    except (ValueError, RecursionError) as error:
-        raise DataError(
-            f"{place}: a value of type arrow.json is not valid JSON: {reason_of(error)}"
-        ) from None
+@functools.cache
+def _is_as_json(kind: pa.DataType) -> bool:
+    """Whether `as_py` gives all values of a type as JSON has them."""
+    if _is_json_text(kind) or pa.types.is_map(kind):
+        return False
+    return all(_is_as_json(kind.field(number).type) for number in range(kind.num_fields))
 
 
-def _object(pairs: Any, convert: Convert | None, place: str) -> dict[Any, Any]:
-    found = {}
-    for key, inner in pairs:
-        if key in found:
-            raise DataError(f"{place}: the key {key!r} stands twice in one map; repair the row")
-        found[key] = inner if convert is None else convert(inner, place)
-    return found
+def _is_json_text(kind: pa.DataType) -> bool:
+    return getattr(kind, "extension_name", None) == "arrow.json"
 
 
 def _check_schema(schema: pa.Schema, columns: TextColumns | None, path: str) -> None:

@@ -21,10 +21,9 @@ import numpy as np
 from toolkit.data.config import TokenFilesSourceConfig
 from toolkit.data.prepare.text.files import (
     SAMPLE_BYTES,
-    Listing,
     SourceFile,
-    find_files,
     fingerprint_files,
+    list_files,
 )
 from toolkit.data.prepare.text.reading import Counts, Piece, Reading
 from toolkit.data.prepare.text.shards import Plan, Range, group_ranges, shard_bytes
@@ -89,7 +88,7 @@ def plan_token_files(source: TokenFilesSourceConfig) -> Plan:
     of the given type."""
     import xxhash
 
-    local, remote = local_listing(source), _remote_files(source)
+    local, remote = list_files(source), _remote_files(source)
     files = [*local.files, *remote]
     num_bytes = sum(file.num_bytes for file in files)
     heads = [_local_head(file.path) for file in local.files]
@@ -107,22 +106,7 @@ def plan_token_files(source: TokenFilesSourceConfig) -> Plan:
         for file, head in zip(files, heads, strict=True)
         for part in _cut(file, head, source.dtype, size)
     )
-    return Plan(
-        group_ranges(ranges, size),
-        fingerprint,
-        num_bytes,
-        local.num_empty,
-        tuple(local.files),
-        left_out_files=local.left_out,
-    )
-
-
-def local_listing(source: TokenFilesSourceConfig) -> Listing:
-    """The files of `source` that are on this machine."""
-    paths = [path for path in source.paths if not is_url(path)]
-    if not paths and source.paths:
-        return Listing([], 0)
-    return find_files(paths, source.suffixes, holding="tokens")
+    return Plan(group_ranges(ranges, size), fingerprint, num_bytes, local)
 
 
 def read_tokens(part: Range, reading: Reading, counts: Counts) -> Iterator[Piece]:

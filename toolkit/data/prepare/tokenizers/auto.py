@@ -14,11 +14,16 @@ from typing import Any
 
 import msgspec
 
-from toolkit.data.prepare.tokenizers.backend import MAX_TOKENIZER_BYTES
+from toolkit.data.prepare.tokenizers.backend import (
+    MAX_TOKENIZER_BYTES,
+    check_small_files,
+    check_tokenizer_file,
+)
 from toolkit.data.prepare.tokenizers.companions import (
     SPECIAL_TOKENS_FILE,
     TOKENIZER_CONFIG_FILE,
     TOKENIZER_FILE,
+    has_tokenizer,
     read_json,
 )
 from toolkit.data.prepare.tokenizers.tokenizer import Tokenizer, load_tokenizer
@@ -74,6 +79,26 @@ def quiet_transformers() -> Iterator[None]:
         logging.set_verbosity(level)
         if had_bars:
             logging.enable_progress_bar()
+
+
+def load_auto_tokenizer(source: Path | str) -> Any:
+    """The tokenizer of a folder, or of a name on the hub, as `transformers` has it, with its chat
+    template. A tokenizer.json alone decides the ids, as it does for data. Raises DataError: there
+    is none, or `transformers` cannot load it."""
+    is_fast, is_folder = False, isinstance(source, Path)
+    if isinstance(source, Path):
+        if not source.is_dir() or not has_tokenizer(source):
+            raise DataError(f"{source}: no tokenizer here; give one with --tokenizer FOLDER")
+        check_small_files(source, DataError)
+        is_fast = (source / TOKENIZER_FILE).is_file()
+        if is_fast:
+            check_tokenizer_file(source / TOKENIZER_FILE)
+    with quiet_transformers():
+        from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+        kind: Any = PreTrainedTokenizerFast if is_fast else AutoTokenizer
+        with guard(source, DataError, problem="its tokenizer cannot be loaded"):
+            return kind.from_pretrained(source, trust_remote_code=False, local_files_only=is_folder)
 
 
 def settle(folder: Path, *, where: str, model_type: str | None = None) -> str:

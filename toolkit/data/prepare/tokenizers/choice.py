@@ -1,7 +1,6 @@
 """The tokenizer that a config asks for: made here, converted, or in Hugging Face format (a folder,
 a tokenizer.json, or a name on the hub)."""
 
-import contextlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -13,7 +12,9 @@ from toolkit.data.config import (
     TiktokenTokenizerConfig,
     TokenizerConfig,
 )
-from toolkit.data.prepare.tokenizers.backend import MAX_TOKENIZER_BYTES, check_small_files
+from toolkit.data.prepare.text.reading import at
+from toolkit.data.prepare.tokenizers.auto import load_auto_tokenizer
+from toolkit.data.prepare.tokenizers.backend import MAX_TOKENIZER_BYTES
 from toolkit.data.prepare.tokenizers.companions import (
     CHAT_TEMPLATE_FILE,
     COMPANION_FILES,
@@ -21,7 +22,7 @@ from toolkit.data.prepare.tokenizers.companions import (
     TOKENIZER_CONFIG_FILE,
     TOKENIZER_FILE,
     Files,
-    companions,
+    companions_of,
 )
 from toolkit.data.prepare.tokenizers.converted import load_sentencepiece, load_tiktoken
 from toolkit.data.prepare.tokenizers.tokenizer import (
@@ -32,7 +33,7 @@ from toolkit.data.prepare.tokenizers.tokenizer import (
     train_bpe,
 )
 from toolkit.errors import DataError
-from toolkit.storage.foreign import guard, read_bytes, reason_of
+from toolkit.storage.foreign import guard, read_bytes
 
 
 def build_tokenizer(
@@ -62,59 +63,41 @@ def load_hf_tokenizer(config: HFTokenizerConfig) -> Tokenizer:
     """A tokenizer from a folder, a tokenizer.json file or the hub; DataError when it cannot be
     found, or exists in no form that `tokenizers` can run."""
     path = Path(config.path).expanduser()
-    file: Path | None = path / TOKENIZER_FILE if path.is_dir() else path
-    if path.is_dir() and not (path / TOKENIZER_FILE).is_file():
-        file = None
-    elif not path.exists():
-        if config.is_local:
-            raise DataError(
-                f"dataset.tokenizer.path: {config.path}: no such file or folder; "
-                "give a tokenizer.json, a folder that holds one, or a hub name"
-            )
-        file = _download(config.path)
-    if file is None:
-        return _load_with_transformers(config)
+    if not path.exists() and config.is_local:
+        raise DataError(
+            f"dataset.tokenizer.path: {config.path}: no such file or folder; "
+            "give a tokenizer.json, a folder that holds one, or a hub name"
+        )
+    folder = path if path.exists() else _download(config.path)
+    file = folder / TOKENIZER_FILE if folder.is_dir() else folder
+    if not file.is_file():
+        return _load_older(config, path if path.exists() else config.path)
     return load_file(file, eos_token=config.eos_token, bos_token=config.bos_token)
 
 
-def _download(name: str) -> Path | None:
-    """The tokenizer.json of a name on the hub; None: it has none."""
-    from huggingface_hub import hf_hub_download, snapshot_download
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+def _download(name: str) -> Path:
+    """The folder of a name on the hub, with its tokenizer.json, if it has one, and what belongs
+    to it."""
+    from huggingface_hub import snapshot_download
 
-    try:
-        file = Path(hf_hub_download(name, TOKENIZER_FILE))
-        for other in COMPANION_FILES[:4]:
-            with contextlib.suppress(EntryNotFoundError):
-                hf_hub_download(name, other)
-        # Beside the others: both lie in the folder of one revision.
-        snapshot_download(name, allow_patterns=[f"{TEMPLATES_FOLDER}/*.jinja"])
-    except Exception as error:
-        # The local kind means that the hub could not be asked, not that it has no such file.
-        if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
-            return None
-        raise DataError(
-            f"dataset.tokenizer.path: {name}: no such local folder, and the hub gave none: "
-            f"{reason_of(error)}"
-        ) from None
-    return file
+    wanted = [TOKENIZER_FILE, *COMPANION_FILES[:4], f"{TEMPLATES_FOLDER}/*.jinja"]
+    with guard(
+        f"dataset.tokenizer.path: {name}",
+        DataError,
+        problem="no such local folder, and the hub gave none",
+    ):
+        return Path(snapshot_download(name, allow_patterns=wanted))
 
 
-def _load_with_transformers(config: HFTokenizerConfig) -> Tokenizer:
-    """For folders that hold only an older format (vocab.json + merges.txt, ...)."""
-    from transformers import AutoTokenizer
-
-    path, where = Path(config.path).expanduser(), f"dataset.tokenizer.path: {config.path}"
-    if path.is_dir():
-        check_small_files(path, DataError)
-    with guard(where, DataError, problem="no tokenizer that can be loaded"):
-        name = str(path) if path.is_dir() else config.path
-        loaded = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+def _load_older(config: HFTokenizerConfig, source: Path | str) -> Tokenizer:
+    """For folders and names that hold only an older format (vocab.json + merges.txt, ...)."""
+    with at("dataset.tokenizer.path"):
+        loaded = load_auto_tokenizer(source)
     backend = getattr(loaded, "backend_tokenizer", None)
     if backend is None:
         raise DataError(
-            f"{where}: exists only as Python code, without a tokenizer.json; convert it first, or "
-            "use another tokenizer"
+            f"dataset.tokenizer.path: {config.path}: exists only as Python code, without a "
+            "tokenizer.json; convert it first, or use another tokenizer"
         )
     eos_token = config.eos_token or loaded.eos_token
     bos_token = config.bos_token or loaded.bos_token
@@ -136,15 +119,14 @@ def tokenizer_files_hash(config: TokenizerConfig) -> str | None:
     if isinstance(config, ByteTokenizerConfig | BPETokenizerConfig):
         return None
     path = Path(config.path).expanduser()
-    folder = path if path.is_dir() else path.parent
-    digest = xxhash.xxh3_64()
     file = path / TOKENIZER_FILE if path.is_dir() else path
+    settings = file.with_name(TOKENIZER_CONFIG_FILE)
     try:
-        digest.update(read_bytes(file, DataError, max_bytes=MAX_TOKENIZER_BYTES))
+        digest = xxhash.xxh3_64(read_bytes(file, DataError, max_bytes=MAX_TOKENIZER_BYTES))
     except (FileNotFoundError, DataError):
         return None
-    if isinstance(config, HFTokenizerConfig) and (folder / TOKENIZER_CONFIG_FILE).is_file():
-        digest.update(read_bytes(folder / TOKENIZER_CONFIG_FILE, DataError))
+    if isinstance(config, HFTokenizerConfig) and settings.is_file():
+        digest.update(read_bytes(settings, DataError))
     return digest.hexdigest()
 
 
@@ -156,12 +138,12 @@ def templates_hash(config: TokenizerConfig) -> str | None:
     if not isinstance(config, HFTokenizerConfig):
         return None
     path = Path(config.path).expanduser()
-    folder = path if path.is_dir() else path.parent
-    names = [name for name in companions(folder) if name.endswith(".jinja")]
-    digest = xxhash.xxh3_64()
+    files = companions_of(path if path.is_dir() else path.parent)
+    digest, names = xxhash.xxh3_64(), [name for name in files if name.endswith(".jinja")]
     try:
         for name in names:
-            digest.update(name.encode() + b"\0" + read_bytes(folder / name, DataError) + b"\0")
+            data = read_bytes(Path(str(files[name])), DataError)
+            digest.update(name.encode() + b"\0" + data + b"\0")
     except (OSError, DataError):
         return None
     return digest.hexdigest() if names else None

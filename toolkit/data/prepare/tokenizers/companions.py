@@ -20,17 +20,19 @@ COMPANION_FILES = (
 TEMPLATES_FOLDER = "additional_chat_templates"
 """Folder of chat templates with names, beside it."""
 
+_BEGINNINGS = ("tokenizer", "vocab", "merges", "spiece", "sentencepiece")
+
 Files = dict[str, Path | str | dict[str, Any]]
 """Companions of tokenizer.json by name: a file to copy, text, or what is written as JSON."""
 
 
 def chat_templates(files: Files) -> dict[str, str]:
     """See `Tokenizer.chat_templates`; of the companions `files` of a tokenizer.json."""
-    found = {}
-    for name, content in files.items():
-        path = Path(name)
-        if name == CHAT_TEMPLATE_FILE or path.parent.name == TEMPLATES_FOLDER:
-            found["default" if name == CHAT_TEMPLATE_FILE else path.stem] = _text_of(content)
+    found = {
+        "default" if name == CHAT_TEMPLATE_FILE else Path(name).stem: _text_of(content)
+        for name, content in files.items()
+        if name.endswith(".jinja")
+    }
     if found:
         return found
     template = settings_of(files).get("chat_template")
@@ -64,16 +66,17 @@ def _text_of(template: object) -> str:
         ) from None
 
 
-def companions(folder: Path) -> list[str]:
-    """Names, relative to `folder`, of the files there that belong to its tokenizer.json."""
+def companions_of(folder: Path) -> Files:
+    """The files that belong to the tokenizer.json of a folder, by their names relative to it."""
     templates = sorted((folder / TEMPLATES_FOLDER).glob("*.jinja"))
     names = [*COMPANION_FILES, *(f"{TEMPLATES_FOLDER}/{path.name}" for path in templates)]
-    return [name for name in names if (folder / name).is_file()]
+    return {name: folder / name for name in names if (folder / name).is_file()}
 
 
-def companions_of(folder: Path) -> Files:
-    """The same by name, as paths."""
-    return {name: folder / name for name in companions(folder)}
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder holds a file of a tokenizer, in any format that `transformers` can load."""
+    names = (path.name for path in folder.iterdir() if path.is_file())
+    return any(name.startswith(_BEGINNINGS) or name.endswith(".model") for name in names)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -5,48 +5,35 @@ it. Every file is read once, in blocks; all problems are found, not only the fir
 """
 
 import os
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import cast
 
 import msgspec
 import numpy as np
+import xxhash
 
-from toolkit.data.prepare.build.split_files import BLOCK_TOKENS
+from toolkit.data.instances.index import documents_of, scan_starts
+from toolkit.data.prepare.build.split_files import BLOCK_TOKENS, memory_map, token_blocks
 from toolkit.data.prepare.text.token_files import HEADER_BYTES, NumpyHeader, read_numpy_header
 from toolkit.data.prepare.tokenizers.tokenizer import Tokenizer, load_tokenizer
-from toolkit.data.prepare.tools.check import Sample, SplitCheck, SplitReport, file_size, scan_ids
+from toolkit.data.prepare.tools.report import Inspection, Sample, SplitReport
 from toolkit.data.tokens.prepared import (
     MANIFEST_NAME,
+    NUM_BLOCKS_CHECKED_AT_OPEN,
     TOKENIZER_FOLDER,
     Manifest,
-    Split,
+    SplitInfo,
+    hash_blocks,
     read_manifest,
 )
 from toolkit.errors import ConfigError, DataError
-from toolkit.storage.progress import byte_progress
+from toolkit.storage.progress import Advance, byte_progress
 
 DTYPES = ("uint8", "uint16", "uint32", "uint64")
 SAMPLE_TOKENS = 120
 """Tokens shown of a sampled document."""
-
-
-class Inspection(msgspec.Struct, kw_only=True):
-    """What was found at one path."""
-
-    path: str
-    dtype: str
-    vocab_size: int | None
-    eos_id: int | None
-    append_eos: bool | None = None
-    bos_id: int | None = None
-    prepend_bos: bool = False
-    tokenizer: str | None = None
-    """Fingerprint of the tokenizer; None for a bare file."""
-    splits: list[SplitReport]
-    problems: list[str]
-    """All that is wrong, in the order it was found; empty: the files are whole."""
-    is_quick: bool = False
+_OTHER_CONTENT = f"content differs from {MANIFEST_NAME} (hash of the whole file)"
 
 
 def inspect_path(
@@ -83,51 +70,43 @@ def inspect_path(
         if not path.exists():
             raise DataError(f"{path}: no such file or folder")
         if manifest is None or (not path.is_dir() and path.stem not in manifest.splits):
-            return _inspect_file(path, dtype, vocab_size, eos_id, num_samples, quick, progress)
+            found = _bare_inspection(path, dtype, vocab_size, eos_id)
+            found.is_quick = quick
+            with byte_progress("checking", found.splits[0].num_bytes, enabled=progress) as advance:
+                _look_into_file(path, found, num_samples, advance)
+            return found
         told = [name for name, value in given.items() if value is not None]
         if told:
             raise ConfigError(f"{', '.join(told)}: {folder / MANIFEST_NAME} tells that; leave out")
-        chosen = list(manifest.splits) if path.is_dir() else [path.stem]
-        return _inspect_folder(folder, manifest, chosen, num_samples, quick, progress)
+        found = Inspection(
+            path=str(folder),
+            dtype=manifest.dtype,
+            vocab_size=manifest.vocab_size,
+            eos_id=manifest.eos_id,
+            append_eos=manifest.append_eos,
+            bos_id=manifest.bos_id,
+            prepend_bos=manifest.prepend_bos,
+            tokenizer=manifest.tokenizer_fingerprint,
+            splits=[],
+            problems=[],
+            is_quick=quick,
+        )
+        tokenizer = _tokenizer(folder, manifest, found.problems)
+        splits = list(manifest.splits) if path.is_dir() else [path.stem]
+        size = sum(_size(folder / f"{split}.bin") or 0 for split in splits)
+        with byte_progress("checking", size, enabled=progress) as advance:
+            for split in splits:
+                check = _SplitCheck(folder, split, manifest.splits[split], found)
+                check.run(tokenizer, num_samples, advance)
+        return found
     except OSError as error:
         raise DataError(
             f"{error.filename or path}: cannot be read: {error.strerror or error}"
         ) from None
 
 
-def _inspect_folder(
-    folder: Path,
-    manifest: Manifest,
-    splits: Sequence[str],
-    num_samples: int,
-    quick: bool,
-    progress: bool,
-) -> Inspection:
-    found = Inspection(
-        path=str(folder),
-        dtype=manifest.dtype,
-        vocab_size=manifest.vocab_size,
-        eos_id=manifest.eos_id,
-        append_eos=manifest.append_eos,
-        bos_id=manifest.bos_id,
-        prepend_bos=manifest.prepend_bos,
-        tokenizer=manifest.tokenizer_fingerprint,
-        splits=[],
-        problems=[],
-        is_quick=quick,
-    )
-    tokenizer = _tokenizer(folder, manifest, found.problems)
-    size = sum(file_size(folder / f"{split}.bin") or 0 for split in splits)
-    with byte_progress("checking", size, enabled=progress) as advance:
-        for split in splits:
-            check = SplitCheck(folder, cast(Split, split), manifest, found.problems)
-            report = check.run(quick=quick, advance=advance)
-            found.splits.append(report)
-            if check.is_readable:
-                report.samples = _samples(
-                    check.ids, len(check.starts), check.start_of, tokenizer, num_samples
-                )
-    return found
+def _size(path: Path) -> int | None:
+    return path.stat().st_size if path.exists() else None
 
 
 def _tokenizer(folder: Path, manifest: Manifest, problems: list[str]) -> Tokenizer | None:
@@ -155,16 +134,171 @@ def _tokenizer(folder: Path, manifest: Manifest, problems: list[str]) -> Tokeniz
     return tokenizer
 
 
-def _inspect_file(
+class _SplitCheck:
+    """The files of one split against what dataset.json, of which `found` is told, says of them."""
+
+    def __init__(self, folder: Path, split: str, info: SplitInfo, found: Inspection) -> None:
+        self._info, self._found = info, found
+        self._files = {ending: folder / f"{split}.{ending}" for ending in ("bin", "idx", "mask")}
+        self._report = SplitReport(
+            name=split,
+            num_bytes=_size(self._files["bin"]) or 0,
+            num_tokens=info.num_tokens,
+            num_documents=info.num_documents,
+            num_targets=info.num_targets,
+            bytes_per_token=info.text_bytes / info.num_tokens if info.text_bytes else None,
+        )
+        found.splits.append(self._report)
+
+    def run(self, tokenizer: Tokenizer | None, num_samples: int, advance: Advance) -> None:
+        info, found, path = self._info, self._found, self._files["bin"]
+        ids = self._open("bin", info.num_tokens, found.dtype, "tokens")
+        starts = self._open("idx", info.num_documents, "uint64", "documents")
+        has_mask = info.mask_hash is not None
+        mask = self._open("mask", info.num_tokens, "uint8", "tokens") if has_mask else None
+        index_agrees = starts is not None and self._check_index(starts)
+        if ids is not None and found.is_quick:
+            self._check_sampled_blocks()
+        elif ids is not None:
+            scan = _IdScan(found.vocab_size)
+            content_hash = _scan(path, found.dtype, scan.look, advance)
+            self._report.largest_id = scan.largest
+            if scan.wrong is not None:
+                self._problem("bin", scan.wrong)
+            if content_hash != info.content_hash:
+                self._problem("bin", _OTHER_CONTENT)
+        if ids is not None and starts is not None and index_agrees and len(ids) == info.num_tokens:
+            self._check_document_ends(ids, starts)
+            self._report.samples = _samples(ids, starts, tokenizer, num_samples)
+        if mask is not None and not found.is_quick:
+            self._check_mask()
+
+    def _open(self, ending: str, count: int, dtype: str, what: str) -> np.ndarray | None:
+        """The numbers of a file; None: there is none. A problem where its size is not as told."""
+        path, itemsize = self._files[ending], np.dtype(dtype).itemsize
+        size = _size(path)
+        if size is None:
+            self._problem(ending, "is missing; restore it, or prepare the data again")
+            return None
+        if size % itemsize:
+            self._problem(
+                ending, f"has {size:,} bytes, no multiple of the {itemsize} bytes of one number"
+            )
+        there, counted = size // itemsize, f"that {MANIFEST_NAME} counts"
+        if size > count * itemsize:
+            self._problem(ending, f"holds {there:,} {what} in place of {count:,} {counted}")
+        elif size < count * itemsize:
+            self._problem(ending, f"holds {there:,} of the {count:,} {what} {counted}: cut off")
+        return memory_map(path, dtype)
+
+    def _check_index(self, starts: np.ndarray) -> bool:
+        """Whether the starts can be those of documents in these tokens."""
+        info = self._info
+        wrong, content_hash = scan_starts(starts, info.num_tokens)
+        if wrong is not None:
+            self._problem("idx", f"{wrong}; the index does not belong to these tokens")
+        else:
+            self._report.count_documents(starts, info.num_tokens)
+        if not self._found.is_quick and info.index_hash not in (None, content_hash):
+            self._problem("idx", _OTHER_CONTENT)
+        return wrong is None and len(starts) == info.num_documents
+
+    def _check_sampled_blocks(self) -> None:
+        expected = self._info.block_hashes
+        every = max(1, len(expected) // (NUM_BLOCKS_CHECKED_AT_OPEN * 4))
+        for number, found in hash_blocks(self._files["bin"], every).items():
+            if expected[number] != found:
+                what = f"content differs from {MANIFEST_NAME} (sampled block {number})"
+                self._problem("bin", what)
+                return
+
+    def _check_document_ends(self, ids: np.ndarray, starts: np.ndarray) -> None:
+        found = self._found
+        for is_asked, what, wanted, is_end in (
+            (found.append_eos, "do not end with eos id", found.eos_id, True),
+            (found.prepend_bos, "do not start with bos id", found.bos_id, False),
+        ):
+            wrong, first, done = 0, 0, 0
+            for begins, lengths in documents_of(starts, len(ids)) if is_asked else ():
+                places = begins + lengths - 1 if is_end else begins
+                bad = np.flatnonzero(ids[np.clip(places, 0, len(ids) - 1)] != wanted)
+                if not wrong and len(bad):
+                    first = done + int(bad[0])
+                wrong += len(bad)
+                done += len(begins)
+            if wrong:
+                which = f"{wrong:,} of {done:,} documents {what} {wanted}"
+                place = f"(first: document {first:,}), though {MANIFEST_NAME} says that all do"
+                self._problem("bin", f"{which} {place}")
+
+    def _check_mask(self) -> None:
+        counts = np.zeros(256, dtype=np.int64)
+
+        def look(_: int, block: np.ndarray) -> None:
+            counts[:] += np.bincount(block, minlength=256)
+
+        content_hash = _scan(self._files["mask"], "uint8", look)
+        targets, others = int(counts[1:].sum()), int(counts[2:].sum())
+        if others:
+            self._problem("mask", f"{others:,} of its numbers are neither 0 nor 1")
+        if targets != self._info.num_targets:
+            there = self._info.num_targets or 0
+            self._problem("mask", f"has {targets:,} targets, {MANIFEST_NAME} says {there:,}")
+        if content_hash != self._info.mask_hash:
+            self._problem("mask", _OTHER_CONTENT)
+
+    def _problem(self, ending: str, what: str) -> None:
+        self._found.problems.append(f"{self._files[ending]}: {what}")
+
+
+def _scan(
     path: Path,
-    dtype: str | None,
-    vocab_size: int | None,
-    eos_id: int | None,
-    num_samples: int,
-    quick: bool,
-    progress: bool,
+    dtype: str,
+    look: Callable[[int, np.ndarray], None],
+    advance: Advance = lambda count: None,
+    **part: int,
+) -> str:
+    """xxh3_128 of the numbers of a file (or `part` of it, see `token_blocks`); `look` is given
+    every block with its position."""
+    digest = xxhash.xxh3_128()
+    for position, block in token_blocks(path, dtype, **part):
+        digest.update(block.data)
+        look(position, block)
+        advance(block.nbytes)
+    return digest.hexdigest()
+
+
+class _IdScan:
+    """Ids, block after block: `largest`, and how many lie outside the vocabulary."""
+
+    def __init__(self, vocab_size: int | None) -> None:
+        self.largest = 0
+        self._vocab_size, self._count, self._first = vocab_size, 0, (0, 0)
+
+    def look(self, position: int, block: np.ndarray) -> None:
+        self.largest = max(self.largest, int(block.max()))
+        if self._vocab_size is not None and self.largest >= self._vocab_size:
+            outside = np.flatnonzero(block >= self._vocab_size)
+            if not self._count and len(outside):
+                self._first = position + int(outside[0]), int(block[outside[0]])
+            self._count += len(outside)
+
+    @property
+    def wrong(self) -> str | None:
+        """What is wrong with them, in words."""
+        if not self._count:
+            return None
+        place, value = self._first
+        return (
+            f"token {place:,} has id {value:,}, outside the vocabulary of {self._vocab_size:,} "
+            f"({self._count:,} such tokens)"
+        )
+
+
+def _bare_inspection(
+    path: Path, dtype: str | None, vocab_size: int | None, eos_id: int | None
 ) -> Inspection:
-    """A file of numbers without anything beside it."""
+    """A file of numbers without anything beside it, before they are looked at."""
     if dtype is not None and dtype not in DTYPES:
         raise ConfigError(f"--dtype: {dtype!r} is none of {', '.join(DTYPES)}")
     if vocab_size is not None and vocab_size < 1:
@@ -172,107 +306,74 @@ def _inspect_file(
     if eos_id is not None and (eos_id < 0 or (vocab_size is not None and eos_id >= vocab_size)):
         where = "negative" if eos_id < 0 else f"outside the vocabulary of {vocab_size:,}"
         raise ConfigError(f"--eos-id: {eos_id} is {where}")
-    problems: list[str] = []
-    size, first_byte = path.stat().st_size, 0
+    report = SplitReport(name=path.name, num_bytes=path.stat().st_size)
+    return Inspection(
+        path=str(path), dtype=dtype or "", vocab_size=vocab_size, eos_id=eos_id,
+        splits=[report], problems=[],
+    )  # fmt: skip
+
+
+def _look_into_file(path: Path, found: Inspection, num_samples: int, advance: Advance) -> None:
+    (report,), problems, eos_id = found.splits, found.problems, found.eos_id
+    size, first_byte = report.num_bytes, 0
     header = _numpy_header(path)
     if header is not None:
-        if dtype is not None and header.dtype.name != dtype:
-            problems.append(f"{path}: its numpy header says {header.dtype.name}, not {dtype}")
-        dtype, first_byte = header.dtype.name, header.first_byte
+        if found.dtype not in ("", header.dtype.name):
+            problems.append(f"{path}: its numpy header says {header.dtype.name}, not {found.dtype}")
+        found.dtype, first_byte = header.dtype.name, header.first_byte
         wrong = header.disagreement(size)
         if wrong is not None:
             problems.append(f"{path}: {wrong}")
-    dtype = dtype or "uint16"
-    item = np.dtype(dtype).itemsize
+    found.dtype = found.dtype or "uint16"
+    item = np.dtype(found.dtype).itemsize
     if (size - first_byte) % item and not problems:
         problems.append(
             f"{path}: has {size - first_byte:,} bytes of numbers, no multiple of the {item} bytes "
-            f"of a {dtype}: cut off, or --dtype is wrong"
+            f"of a {found.dtype}: cut off, or --dtype is wrong"
         )
-    num_tokens = (size - first_byte) // item
-    report = SplitReport(name=path.name, num_bytes=size, num_tokens=num_tokens)
-    found = Inspection(
-        path=str(path), dtype=dtype, vocab_size=vocab_size, eos_id=eos_id,
-        splits=[report], problems=problems, is_quick=quick,
-    )  # fmt: skip
+    report.num_tokens = num_tokens = (size - first_byte) // item
     if num_tokens == 0:
         problems.append(f"{path}: holds no tokens")
-        return found
-    ids = np.memmap(path, dtype=dtype, mode="r", offset=first_byte, shape=(num_tokens,))
-    if quick:
+        return
+    ids = np.memmap(path, dtype=found.dtype, mode="r", offset=first_byte, shape=(num_tokens,))
+    if found.is_quick:
         # The first document alone, with its length where it ends in the first block.
-        ends = np.flatnonzero(ids[:BLOCK_TOKENS] == eos_id)
+        ends = np.flatnonzero(ids[:BLOCK_TOKENS] == eos_id)[:1] + 1
         is_known = eos_id is None or len(ends) or num_tokens <= BLOCK_TOKENS
-        length = int(ends[0]) + 1 if len(ends) else num_tokens
-        shown = ids[: min(length, SAMPLE_TOKENS)].tolist()
-        sample = Sample(document=0, num_tokens=length if is_known else None, ids=shown, text=None)
-        report.samples = [sample] if num_samples else []
-        return found
-    documents = _Documents(ids, eos_id)
+        (sample,) = _samples(ids[: int(ends[0])] if len(ends) else ids, np.zeros(1), None, 1)
+        if not is_known:
+            sample = msgspec.structs.replace(sample, num_tokens=None)
+        report.samples = [sample][:num_samples]
+        return
+    scan = _IdScan(found.vocab_size)
+    # Where documents begin: memory does not grow with the file.
+    with tempfile.TemporaryFile() as starts_file:
 
-    def look(position: int, block: np.ndarray) -> None:
-        report.count_lengths(documents.look(position, block))
+        def look(position: int, block: np.ndarray) -> None:
+            scan.look(position, block)
+            ends = np.flatnonzero(block == eos_id) + position + 1
+            starts_file.write(ends[ends < num_tokens].astype(np.uint64).tobytes())
 
-    with byte_progress("checking", size, enabled=progress) as advance:
-        report.largest_id, wrong, _ = scan_ids(
-            path, dtype, vocab_size, advance,
-            first_byte=first_byte, num_tokens=num_tokens, look=look,
-        )  # fmt: skip
-    if wrong is not None:
-        problems.append(f"{path}: {wrong}")
-    number = documents.finish(report)
-    report.samples = _samples(ids, number, documents.start_of, None, num_samples)
-    return found
-
-
-class _Documents:
-    """Where the documents of a bare file begin: only how many end in each block is kept."""
-
-    def __init__(self, ids: np.ndarray, eos_id: int | None) -> None:
-        self._ids, self._eos_id = ids, eos_id
-        self._bounds, self._counts, self._start = [0], [0], 0
-
-    def look(self, position: int, block: np.ndarray) -> np.ndarray:
-        """The lengths of the documents that end in the next block."""
-        ends = np.flatnonzero(block == self._eos_id) + position + 1
-        self._bounds.append(position + len(block))
-        self._counts.append(self._counts[-1] + len(ends))
-        lengths = np.diff(ends, prepend=self._start)
-        self._start = int(ends[-1]) if len(ends) else self._start
-        return lengths
-
-    def finish(self, report: SplitReport) -> int:
-        """How many documents there are, the last of which may have no end."""
-        number = self._counts[-1]
-        if self._start < len(self._ids):
-            number += 1
-            if self._eos_id is not None:
-                report.count_lengths(np.array([len(self._ids) - self._start]))
-        report.num_documents = None if self._eos_id is None else number
-        return number
-
-    def start_of(self, document: int) -> int:
-        if document == 0:
-            return 0
-        block = int(np.searchsorted(self._counts, document - 1, side="right")) - 1
-        if block + 1 >= len(self._bounds):
-            return len(self._ids)
-        first, end = self._bounds[block : block + 2]
-        ends = np.flatnonzero(self._ids[first:end] == self._eos_id) + first + 1
-        return int(ends[document - 1 - self._counts[block]])
+        starts_file.write(bytes(8))
+        _scan(path, found.dtype, look, advance, first_byte=first_byte, num_tokens=num_tokens)
+        starts_file.flush()
+        starts = np.memmap(starts_file, dtype=np.uint64, mode="r")
+    report.largest_id = scan.largest
+    if scan.wrong is not None:
+        problems.append(f"{path}: {scan.wrong}")
+    if eos_id is not None:
+        report.num_documents = len(starts)
+        report.count_documents(starts, num_tokens)
+    report.samples = _samples(ids, starts, None, num_samples)
 
 
 def _samples(
-    ids: np.ndarray,
-    num_documents: int,
-    start_of: Callable[[int], int],
-    tokenizer: Tokenizer | None,
-    count: int,
+    ids: np.ndarray, starts: np.ndarray, tokenizer: Tokenizer | None, count: int
 ) -> list[Sample]:
     """The beginnings of documents at equal distances from the first on."""
     samples = []
-    for number in sorted({turn * num_documents // count for turn in range(count)}):
-        start, end = start_of(number), start_of(number + 1)
+    for number in sorted({turn * len(starts) // count for turn in range(count)}):
+        start, end = (int(n) for n in np.append(starts[number : number + 2], len(ids))[:2])
         part = ids[start : min(end, start + SAMPLE_TOKENS)].tolist()
         text = tokenizer.decode(part) if tokenizer is not None else None
         samples.append(Sample(document=number, num_tokens=end - start, ids=part, text=text))

@@ -15,19 +15,19 @@ import os
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import cast
+from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
 import xxhash
 
+from toolkit.data.prepare.build.join import sum_counts, sum_each
 from toolkit.data.prepare.build.prepare import write_dataset
 from toolkit.data.prepare.build.split_files import (
     Chooser,
     SplitFiles,
     SplitWriter,
     copy_documents,
-    finish_all,
     memory_map,
 )
 from toolkit.data.prepare.store.cache import build_lock
@@ -91,22 +91,15 @@ def merge_datasets(
         manifests[0],
         dtype="uint32" if is_wide else "uint16",
         source_fingerprint=xxhash.xxh3_64_hexdigest(text.encode()),
-        replaced_bytes=sum(manifest.replaced_bytes for manifest in manifests),
-        skipped_documents=sum(manifest.skipped_documents for manifest in manifests),
-        cut_documents=sum(manifest.cut_documents for manifest in manifests),
-        filtered_documents=_sums([manifest.filtered_documents for manifest in manifests]),
-        left_out_files=_sums([manifest.left_out_files for manifest in manifests]),
+        **sum_counts(manifests),
+        left_out_files=sum_each(manifest.left_out_files for manifest in manifests),
         settings={"merged": [source.folder.name for source in sources]},
     )
-    tokenizer = next((s.tokenizer_folder for s in sources if s.tokenizer_folder), None)
-    with _rewriting("merging", sources, output, merged.dtype, progress=progress) as rewriting:
-        splits: dict[str, SplitInfo] = {}
-        for split in SPLITS:
-            files = [_files(source, split) for source in sources if source.has_split(split)]
-            choosers = [_all_to_first] * len(files)
-            splits |= rewriting.copy(files, choosers, [("", split)], _has_mask(files))[""]
-        rewriting.write("", merged, splits, tokenizer)
-    return rewriting.made[0]
+    copies = []
+    for split in SPLITS:
+        files = [file for source in sources for file in _files(source, split)]
+        copies.append(_Copy(files, [_all_to_first] * len(files), [("", split)]))
+    return _rewrite("merging", sources, output, {"": merged}, copies, progress=progress)[0]
 
 
 def split_validation(
@@ -130,22 +123,19 @@ def split_validation(
     if not 0.0 <= validation_fraction < 1.0:
         raise ConfigError(f"--validation-fraction must be in [0, 1): {validation_fraction}")
     source = _open_source(folder)
-    files = [_files(source, split) for split in SPLITS if source.has_split(split)]
+    files = [file for split in SPLITS for file in _files(source, split)]
     numbers = [0, *itertools.accumulate(file.info.num_documents for file in files)]
     choosers = [_hashed(validation_fraction, number) for number in numbers[:-1]]
-    dtype = source.manifest.dtype
-    with _rewriting("splitting", [source], output, dtype, progress=progress) as rewriting:
-        outputs = [("", split) for split in SPLITS]
-        splits = rewriting.copy(files, choosers, outputs, _has_mask(files))[""]
-        if "train" not in splits:
-            raise DataError(
-                f"{source.folder}: all {count(numbers[-1], 'document')} would be held out; give a "
-                "smaller --validation-fraction"
-            )
-        settings = {"split_of": source.folder.name, "validation_fraction": validation_fraction}
-        manifest = msgspec.structs.replace(source.manifest, settings=settings)
-        rewriting.write("", manifest, splits, source.tokenizer_folder)
-    return rewriting.made[0]
+    settings = {"split_of": source.folder.name, "validation_fraction": validation_fraction}
+    manifest = msgspec.structs.replace(source.manifest, settings=settings)
+    copies = [_Copy(files, choosers, [("", split) for split in SPLITS])]
+    refusal = (
+        f"all {count(numbers[-1], 'document')} would be held out; give a smaller "
+        "--validation-fraction"
+    )
+    return _rewrite(
+        "splitting", [source], output, {"": manifest}, copies, refusal, progress=progress
+    )[0]
 
 
 def split_parts(
@@ -169,105 +159,95 @@ def split_parts(
     if num_parts < 2:
         raise ConfigError(f"--parts must be at least 2: {num_parts}")
     source = _open_source(folder)
+    number = source.num_documents("train")
+    refusal = (
+        f"its {count(number, 'training document')} cannot be cut into {num_parts} parts of about "
+        "equal tokens; give a smaller --parts"
+    )
+    if num_parts > number:
+        raise DataError(f"{source.folder}: {refusal}")
     width = len(str(num_parts - 1))
     names = [f"part-{number:0{width}d}" for number in range(num_parts)]
-    dtype = source.manifest.dtype
-    with _rewriting("splitting", [source], output, dtype, progress=progress) as rewriting:
-        parts: dict[str, dict[str, SplitInfo]] = {name: {} for name in names}
-        for split in (split for split in SPLITS if source.has_split(split)):
-            files = [_files(source, split)]
-            outputs = [(name, split) for name in names]
-            choosers = [_even(files[0], num_parts)]
-            for name, info in rewriting.copy(files, choosers, outputs, _has_mask(files)).items():
-                parts[name] |= info
-        if not all("train" in part for part in parts.values()):
-            number = count(source.num_documents("train"), "training document")
-            raise DataError(
-                f"{source.folder}: its {number} cannot be cut into {num_parts} parts of about "
-                "equal tokens; give a smaller --parts"
-            )
-        manifest = source.manifest
-        for name, part in parts.items():
-            settings = {"split_of": source.folder.name, "part": name, "parts": num_parts}
-            manifest = msgspec.structs.replace(manifest, settings=settings)
-            rewriting.write(name, manifest, part, source.tokenizer_folder)
-            # What reading the text repaired and left out is told once.
-            manifest = msgspec.structs.replace(
-                manifest, replaced_bytes=0, skipped_documents=0, cut_documents=0,
-                filtered_documents={}, left_out_files={},
-            )  # fmt: skip
-    return rewriting.made
+    manifests = {}
+    manifest = source.manifest
+    for name in names:
+        settings = {"split_of": source.folder.name, "part": name, "parts": num_parts}
+        manifests[name] = msgspec.structs.replace(manifest, settings=settings)
+        # What reading the text repaired and left out is told once.
+        manifest = msgspec.structs.replace(manifest, **sum_counts([]), left_out_files={})
+    copies = [
+        _Copy([file], [_even(file, num_parts)], [(name, split) for name in names])
+        for split in SPLITS
+        for file in _files(source, split)
+    ]
+    return _rewrite("splitting", [source], output, manifests, copies, refusal, progress=progress)
 
 
-class _Rewriting:
-    """The making of one folder, which holds one data set or several.
+class _Copy(NamedTuple):
+    """Documents of `files` go to `outputs` (a data set and a split of it), as the chooser of each
+    file says. Bytes of text are shared out by tokens."""
 
-    Attributes:
-        made: the data sets that were written, under their final names.
-    """
+    files: Sequence[SplitFiles]
+    choosers: Sequence[Chooser]
+    outputs: Sequence[tuple[str, Split]]
 
-    def __init__(self, folder: Path, output: Path, dtype: TokenDType, advance: Advance) -> None:
-        self._folder, self._output, self._dtype, self._advance = folder, output, dtype, advance
-        self.made: list[PreparedDataset] = []
-
-    def copy(
-        self,
-        sources: Sequence[SplitFiles],
-        choosers: Sequence[Chooser],
-        outputs: Sequence[tuple[str, Split]],
-        has_mask: bool,
-    ) -> dict[str, dict[str, SplitInfo]]:
-        """Copy the documents of each source to the outputs (a data set and a split of it) that its
-        chooser names. Bytes of text are shared out by tokens."""
-        with contextlib.ExitStack() as stack:
-            writers = []
-            for name, split in outputs:
-                place = self._folder / name
-                place.mkdir(exist_ok=True)
-                writers.append(SplitWriter(place, split, self._dtype, has_mask=has_mask))
-                stack.enter_context(contextlib.closing(writers[-1]))
-            for source, choose in zip(sources, choosers, strict=True):
-                copy_documents(source, writers, choose, self._advance)
-        text_bytes = sum(source.info.text_bytes for source in sources)
+    def run(self, folder: Path, dtype: TokenDType, advance: Advance) -> Iterator[dict[str, Any]]:
+        """What becomes of each output, by split."""
+        writers = []
+        for name, split in self.outputs:
+            (folder / name).mkdir(exist_ok=True)
+            has_mask = _has_mask(self.files)
+            writers.append(SplitWriter(folder / name, split, dtype, has_mask=has_mask))
+        for file, choose in zip(self.files, self.choosers, strict=True):
+            copy_documents(file, writers, choose, advance)
+        text_bytes = sum(file.info.text_bytes for file in self.files)
         num_tokens = sum(writer.num_tokens for writer in writers)
         given = taken = 0
-        found: dict[str, dict[str, SplitInfo]] = {name: {} for name, _ in outputs}
-        for (name, _), writer in zip(outputs, writers, strict=True):
+        for writer in writers:
             taken += writer.num_tokens
             writer.text_bytes = text_bytes * taken // max(1, num_tokens) - given
             given += writer.text_bytes
-            found[name] |= finish_all([writer])
-        return found
-
-    def write(
-        self, name: str, manifest: Manifest, splits: dict[str, SplitInfo], tokenizer: Path | None
-    ) -> None:
-        """Complete one data set."""
-        manifest = msgspec.structs.replace(manifest, splits=splits)
-        write_dataset(self._folder / name, manifest, tokenizer)
-        self.made.append(PreparedDataset(self._output / name, manifest))
+            yield writer.finish()
 
 
-@contextlib.contextmanager
-def _rewriting(
+def _rewrite(
     what: str,
     sources: Sequence[PreparedDataset],
     output: str | os.PathLike[str],
-    dtype: TokenDType,
+    manifests: dict[str, Manifest],
+    copies: Sequence[_Copy],
+    refusal: str = "",
     *,
     progress: bool,
-) -> Iterator[_Rewriting]:
+) -> list[PreparedDataset]:
+    """The folder `output` with a data set for each of `manifests`, by its name below the folder;
+    `refusal` is the error where one of them would have no training documents."""
     output = Path(output).expanduser()
-    files = [_files(source, split) for source in sources for split in source.manifest.splits]
+    dtype = next(iter(manifests.values())).dtype
+    files = [file for source in sources for split in SPLITS for file in _files(source, split)]
     num_tokens = sum(file.info.num_tokens for file in files)
     num_documents = sum(file.info.num_documents for file in files)
     num_bytes = num_tokens * (np.dtype(dtype).itemsize + _has_mask(files)) + num_documents * 8
     to_read = sum(file.info.num_tokens * np.dtype(file.dtype).itemsize for file in files)
+    tokenizer = next((s.tokenizer_folder for s in sources if s.tokenizer_folder), None)
+    splits: dict[str, dict[str, SplitInfo]] = {name: {} for name in manifests}
     with (
         new_folder(output, num_bytes) as folder,
         byte_progress(what, to_read, enabled=progress) as advance,
     ):
-        yield _Rewriting(folder, output, dtype, advance)
+        for copy in copies:
+            for (name, _), found in zip(
+                copy.outputs, copy.run(folder, dtype, advance), strict=True
+            ):
+                splits[name] |= found
+        if not all("train" in found for found in splits.values()):
+            raise DataError(f"{sources[0].folder}: {refusal}")
+        made = []
+        for name, manifest in manifests.items():
+            manifest = msgspec.structs.replace(manifest, splits=splits[name])
+            write_dataset(folder / name, manifest, tokenizer)
+            made.append(PreparedDataset(output / name, manifest))
+    return made
 
 
 def _open_source(folder: str | os.PathLike[str]) -> PreparedDataset:
@@ -280,9 +260,11 @@ def _open_source(folder: str | os.PathLike[str]) -> PreparedDataset:
     return found
 
 
-def _files(source: PreparedDataset, split: str) -> SplitFiles:
-    info = source.manifest.splits[split]
-    return SplitFiles(source.folder, cast(Split, split), source.manifest.dtype, info)
+def _files(source: PreparedDataset, split: Split) -> list[SplitFiles]:
+    """Of the split, where it is there."""
+    manifest = source.manifest
+    infos = [manifest.splits[split]] if source.has_split(split) else []
+    return [SplitFiles(source.folder, split, manifest.dtype, info) for info in infos]
 
 
 def _has_mask(files: Sequence[SplitFiles]) -> bool:
@@ -295,7 +277,6 @@ def new_folder(output: Path, num_bytes: int) -> Iterator[Path]:
     DataError where that cannot be."""
     building = output.with_name(f".{output.name}.building")
     try:
-        _check_is_new(output)
         output.parent.mkdir(parents=True, exist_ok=True)
         with locked(build_lock(output), wait=False) as is_locked:
             if not is_locked:
@@ -303,7 +284,8 @@ def new_folder(output: Path, num_bytes: int) -> Iterator[Path]:
                     f"{output}: another process is making it; wait until it is done, or choose "
                     "another --out"
                 )
-            _check_is_new(output)
+            if os.path.lexists(output):
+                raise DataError(f"{output}: exists already; remove it, or choose another --out")
             free = shutil.disk_usage(output.parent).free
             if num_bytes + RESERVE_BYTES > free:
                 raise DataError(
@@ -324,11 +306,6 @@ def new_folder(output: Path, num_bytes: int) -> Iterator[Path]:
         ) from error
 
 
-def _check_is_new(output: Path) -> None:
-    if os.path.lexists(output):
-        raise DataError(f"{output}: exists already; remove it, or choose another --out")
-
-
 def _check_same(sources: Sequence[PreparedDataset]) -> None:
     first = sources[0]
     for other in sources[1:]:
@@ -344,21 +321,17 @@ def _check_same(sources: Sequence[PreparedDataset]) -> None:
             )
 
 
-def _sums(counts: Sequence[dict[str, int]]) -> dict[str, int]:
-    names = sorted({name for found in counts for name in found})
-    return {name: sum(found.get(name, 0) for found in counts) for name in names}
-
-
-def _all_to_first(first: int, end: int) -> np.ndarray:
-    return np.zeros(end - first, dtype=np.int64)
+def _all_to_first(documents: slice) -> np.ndarray:
+    return np.zeros(documents.stop - documents.start, dtype=np.int64)
 
 
 def _hashed(fraction: float, offset: int) -> Chooser:
     """1 (val) where the hash of a document's number, as a number in [0, 1), is below `fraction`."""
     limit = np.uint64(min(int(fraction * 2**64), 2**64 - 1))
 
-    def choose(first: int, end: int) -> np.ndarray:
-        numbers = np.arange(offset + first, offset + end, dtype=np.uint64)
+    def choose(documents: slice) -> np.ndarray:
+        first, end = offset + documents.start, offset + documents.stop
+        numbers = np.arange(first, end, dtype=np.uint64)
         return (_mix(numbers) < limit).astype(np.int64)
 
     return choose
@@ -376,12 +349,12 @@ def _even(source: SplitFiles, num_parts: int) -> Chooser:
     """Each document goes where its middle token lies."""
     starts, num_tokens = memory_map(source.path("idx"), "uint64"), source.info.num_tokens
 
-    def choose(first: int, end: int) -> np.ndarray:
-        bounds = starts[first : end + 1].astype(np.int64)
-        if end >= len(starts):
+    limits = np.arange(1, num_parts) * num_tokens // num_parts
+
+    def choose(documents: slice) -> np.ndarray:
+        bounds = starts[documents.start : documents.stop + 1].astype(np.int64)
+        if documents.stop >= len(starts):
             bounds = np.append(bounds, num_tokens)
-        middles = (bounds[:-1] + bounds[1:]) // 2
-        limits = np.arange(1, num_parts) * num_tokens // num_parts
-        return np.searchsorted(limits, middles, side="right")
+        return np.searchsorted(limits, (bounds[:-1] + bounds[1:]) // 2, side="right")
 
     return choose

@@ -3,7 +3,7 @@
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import msgspec
 import numpy as np
@@ -13,15 +13,9 @@ from toolkit.data.instances.base import DocumentPart, InstanceDataset, target_ma
 from toolkit.data.instances.custom import UNKNOWN_LENGTH, open_custom
 from toolkit.data.instances.open import instances_config, open_instances
 from toolkit.data.prepare.corpus import prepare_corpus
-from toolkit.data.prepare.tokenizers.tokenizer import load_tokenizer
+from toolkit.data.prepare.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from toolkit.data.tokens.prepared import Split
 from toolkit.errors import ConfigError, DataError
-
-
-class Decoder(Protocol):
-    """A tokenizer, as far as text is wanted."""
-
-    def decode(self, ids: np.ndarray) -> str: ...
 
 
 class DecodedPiece(msgspec.Struct, frozen=True):
@@ -129,7 +123,7 @@ def find_instances(
 
 
 def decode_pieces(
-    tokenizer: Decoder | None,
+    tokenizer: Tokenizer | None,
     ids: np.ndarray,
     is_target: np.ndarray,
     parts: list[DocumentPart],

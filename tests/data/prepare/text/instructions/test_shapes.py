@@ -6,6 +6,7 @@ import pytest
 
 from toolkit.data.config import InstructionsConfig
 from toolkit.data.prepare.text.instructions.shapes import Conversation, read_conversation
+from toolkit.data.prepare.text.reading import at
 from toolkit.errors import DataError
 
 HI = {"role": "user", "content": "Hi"}
@@ -13,7 +14,8 @@ HELLO = {"role": "assistant", "content": "Hello"}
 
 
 def read(row: dict[str, Any], **config: Any) -> Conversation:
-    return read_conversation(row, InstructionsConfig(**config), "a.jsonl:3")
+    with at("a.jsonl:3"):
+        return read_conversation(row, InstructionsConfig(**config))
 
 
 @pytest.mark.parametrize(

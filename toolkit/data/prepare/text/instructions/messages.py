@@ -53,55 +53,55 @@ class Turn(NamedTuple):
     """What the turn's own keys say; None: nothing."""
 
 
-def read_turn(turn: Any, config: InstructionsConfig, where: str) -> Turn:
-    """A turn of a row, which `where` names in errors (DataError)."""
+def read_turn(turn: Any, config: InstructionsConfig) -> Turn:
+    """A turn of a row; DataError where it cannot be used."""
     if not isinstance(turn, dict):
-        raise DataError(f"{where}: must have role and content, but is {kind_of(turn)}")
+        raise DataError(f"must have role and content, but is {kind_of(turn)}")
     role = turn.get("role")
     if not isinstance(role, str) or not role:
         hint = "; from and value are read with shape=sharegpt" if "from" in turn else ""
-        raise DataError(f"{where}: has no role (keys: {', '.join(turn)}){hint}")
+        raise DataError(f"has no role (keys: {', '.join(turn)}){hint}")
     known = [*ROLES, *config.context_roles]
     if role not in known:
         raise DataError(
-            f"{where}: role {role!r} is not known{_hint(role, known)}; known are "
+            f"role {role!r} is not known{_hint(role, known)}; known are "
             f"{', '.join(known)}; correct it, or name a role of your template in "
             "dataset.instructions.context_roles"
         )
-    trained = is_trained(turn, config, where)
+    trained = is_trained(turn, config)
     if trained and role != ASSISTANT and config.train_on != "all":
         raise DataError(
-            f"{where}: asks to be trained on, but its role is {role!r} and "
+            f"asks to be trained on, but its role is {role!r} and "
             f"dataset.instructions.train_on is {config.train_on}; take the key out of such turns, "
             "or set train_on=all"
         )
     # Keys that say whether it is trained on are no part of what is said.
     unsaid = {*config.train_keys, *config.mask_keys} - {*config.ignored_keys}
     unsaid |= {"role", "content"}
-    others = uniform({k: v for k, v in turn.items() if k not in unsaid}, where)
+    others = uniform({k: v for k, v in turn.items() if k not in unsaid})
     content = turn.get("content")
     if content is None and not others.get("tool_calls"):
-        raise DataError(f"{where}: has no content (keys: {', '.join(['role', *others])})")
-    return Turn({"role": role, "content": _content(content, where), **others}, trained)
+        raise DataError(f"has no content (keys: {', '.join(['role', *others])})")
+    return Turn({"role": role, "content": _content(content), **others}, trained)
 
 
-def read_sharegpt_turn(turn: Any, config: InstructionsConfig, where: str) -> Turn:
+def read_sharegpt_turn(turn: Any, config: InstructionsConfig) -> Turn:
     """The same of a turn with `from` and `value`."""
     if isinstance(turn, dict) and turn.get("from") is not None:
         name = str(turn["from"])
         role = SHAREGPT_ROLES.get(name.lower())
         if role is None and name not in config.context_roles:
             raise DataError(
-                f"{where}: from {name!r} is not known{_hint(name, list(SHAREGPT_ROLES))}; known "
+                f"from {name!r} is not known{_hint(name, list(SHAREGPT_ROLES))}; known "
                 f"are {', '.join([*SHAREGPT_ROLES, *config.context_roles])}"
             )
         others = {key: value for key, value in turn.items() if key not in ("from", "value")}
         turn = {**others, "role": role or name, "content": turn.get("value")}
-    return read_turn(turn, config, where)
+    return read_turn(turn, config)
 
 
 def is_trained(
-    turn: dict[str, Any], config: InstructionsConfig, where: str, *, is_row: bool = False
+    turn: dict[str, Any], config: InstructionsConfig, *, is_row: bool = False
 ) -> bool | None:
     """Whether `turn` is trained on by its own keys; None: it has none, or they are null. DataError
     for a value that is neither yes nor no, two keys that disagree, or a key that is not in the
@@ -113,7 +113,7 @@ def is_trained(
         if key in config.train_keys or key in config.mask_keys:
             if not isinstance(value, bool | int | float) or value not in (0, 1):
                 raise DataError(
-                    f"{where}: {key} is {value!r}; a turn is trained on (1 or true) or not (0 or "
+                    f"{key} is {value!r}; a turn is trained on (1 or true) or not (0 or "
                     f"false), nothing between; correct it, or change {_OPTIONS}"
                 )
             if key in config.train_keys:
@@ -121,22 +121,22 @@ def is_trained(
             elif value:
                 found[key] = False
         elif not is_row:
-            refuse_look_alike(key, where)
+            refuse_look_alike(key)
     if len(set(found.values())) > 1:
-        raise DataError(f"{where}: {' and '.join(found)} contradict each other")
+        raise DataError(f"{' and '.join(found)} contradict each other")
     return next(iter(found.values()), None)
 
 
-def refuse_look_alike(key: str, where: str) -> None:
+def refuse_look_alike(key: str) -> None:
     """Raise DataError when the name of a key that nothing reads looks as if it masked."""
     if _LOOKS_LIKE_MASKING.search(_CAMEL.sub("_", key).lower().replace("-", "_")):
         raise DataError(
-            f"{where}: the key {key!r} may say that this is not trained on, and nothing reads it; "
+            f"the key {key!r} may say that this is not trained on, and nothing reads it; "
             f"take it out of the rows, or name it in {_OPTIONS}"
         )
 
 
-def uniform(value: Any, where: str) -> Any:
+def uniform(value: Any) -> Any:
     """A nested value of a row in one form; DataError for a number that JSON does not have.
 
     Columnar files give every object of a column all keys that any of them has (null stands for one
@@ -145,12 +145,12 @@ def uniform(value: Any, where: str) -> Any:
     writes an object learns it.
     """
     if isinstance(value, dict):
-        return {key: uniform(v, where) for key, v in value.items() if v is not None}
+        return {key: uniform(v) for key, v in value.items() if v is not None}
     if isinstance(value, list | tuple):
-        return [uniform(item, where) for item in value]
+        return [uniform(item) for item in value]
     if isinstance(value, float):
         if not math.isfinite(value):
-            raise DataError(f"{where}: holds {value}, which is no number of JSON; repair the row")
+            raise DataError(f"holds {value}, which is no number of JSON; repair the row")
         if value.is_integer() and abs(value) < _EXACT:
             return int(value)
     return value
@@ -162,11 +162,11 @@ def kind_of(value: Any) -> str:
     return names.get(type(value), type(value).__name__)
 
 
-def _content(content: Any, where: str) -> str:
+def _content(content: Any) -> str:
     if content is None or isinstance(content, str):
         return content or ""
     if not isinstance(content, list):
-        raise DataError(f"{where}: content must be text or a list of parts, not {kind_of(content)}")
+        raise DataError(f"content must be text or a list of parts, not {kind_of(content)}")
     texts = []
     for part in content:
         keys = part if isinstance(part, dict) else {"text": part}
@@ -174,12 +174,12 @@ def _content(content: Any, where: str) -> str:
         if kind != "text" or not isinstance(text, str):
             name = kind if kind != "text" else kind_of(text)
             raise DataError(
-                f"{where}: content has a part of type {name!r}; only text can be trained on, leave "
+                f"content has a part of type {name!r}; only text can be trained on, leave "
                 "such rows out"
             )
         for key, value in keys.items():
             if value is not None:
-                refuse_look_alike(key, where)
+                refuse_look_alike(key)
         texts.append(text)
     return "".join(texts)
 

@@ -85,28 +85,25 @@ class RowRenderer:
         self._bos_token, self._eos_token = bos_token, eos_token
         self._counts_all = config.train_on == "all"
 
-    def render(self, row: dict[str, Any], where: str) -> RenderedRow | None:
+    def render(self, row: dict[str, Any]) -> RenderedRow | None:
         """The text of a row; None when there is nothing in it to train on. DataError, which shows
         what was rendered, where the row has no known shape, or the template does not suit it."""
-        conversation = read_conversation(row, self._config, where)
+        conversation = read_conversation(row, self._config)
         messages, masked = conversation.messages, conversation.masked
         if len(masked) == len(messages):
             return None
         if masked and self._counts_all:
             raise DataError(
-                f"{where}: message {masked[0]} says that it is not trained on, and "
+                f"message {masked[0]} says that it is not trained on, and "
                 "dataset.instructions.train_on is all; set it to assistant, or take the key out"
             )
         answers = [number for number in self._wanted(conversation) if number not in masked]
         if not answers and not self._counts_all:
             return None
-        try:
-            template = self._templates.choose(has_tools=bool(conversation.tools))
-            if template is None:
-                return self._join(conversation)
-            rendering = template.render(messages, conversation.tools)
-        except DataError as error:
-            raise DataError(f"{where}: {error}") from None
+        template = self._templates.choose(has_tools=bool(conversation.tools))
+        if template is None:
+            return self._join(conversation)
+        rendering = template.render(messages, conversation.tools)
         rendered = _Rendered(template, conversation, *rendering, answers)
         targets: list[Span] = []
         try:
@@ -118,20 +115,20 @@ class RowRenderer:
             targets = targets or self._likely_targets(rendered)
             legend = ", targets in [[ ]]" if targets else ""
             shown = excerpt(rendered.text, targets)
-            raise DataError(f"{where}: {error}; the row{legend}: {shown}") from None
+            raise DataError(f"{error}; the row{legend}: {shown}") from None
 
-    def masked_answer(self, row: dict[str, Any], where: str) -> int | None:
+    def masked_answer(self, row: dict[str, Any]) -> int | None:
         """An answer that is not trained on because the row says so, where none else is."""
-        conversation = read_conversation(row, self._config, where)
+        conversation = read_conversation(row, self._config)
         answers = self._wanted(conversation)
         all_masked = all(number in conversation.masked for number in answers)
         return answers[-1] if answers and all_masked else None
 
-    def sample(self, row: dict[str, Any], where: str) -> str:
+    def sample(self, row: dict[str, Any]) -> str:
         """A row as errors show it."""
-        found = self.render(row, where)
+        found = self.render(row)
         if found is None:
-            messages = read_conversation(row, self._config, where).messages
+            messages = read_conversation(row, self._config).messages
             return " ".join(excerpt(f"{m['role']}: {m['content']}", []) for m in messages)
         whole = [(0, len(found.text))]
         return excerpt(found.text, whole if found.targets is None else found.targets)

@@ -26,6 +26,7 @@ from toolkit.data.prepare.text.instructions.messages import (
     read_turn,
     uniform,
 )
+from toolkit.data.prepare.text.reading import at
 from toolkit.data.source_config import InstructionsConfig
 from toolkit.errors import DataError
 
@@ -58,7 +59,7 @@ class Conversation(NamedTuple):
         ]
 
 
-def shape_of(row: dict[str, Any], config: InstructionsConfig, where: str) -> Shape:
+def shape_of(row: dict[str, Any], config: InstructionsConfig) -> Shape:
     """The shape that is asked for, or the one that the row's columns tell; DataError where they
     tell none, or several."""
     if config.shape != "auto":
@@ -72,58 +73,58 @@ def shape_of(row: dict[str, Any], config: InstructionsConfig, where: str) -> Sha
         return found[0]
     if found:
         raise DataError(
-            f"{where}: its columns fit the shapes {' and '.join(found)}; set "
+            f"its columns fit the shapes {' and '.join(found)}; set "
             "dataset.instructions.shape to one of them"
         )
     known = ", ".join(f"{shape} ({' + '.join(columns)})" for shape, (columns, _) in _SHAPES.items())
     raise DataError(
-        f"{where}: columns {', '.join(row) or 'none'} fit no shape of instruction data; known are "
+        f"columns {', '.join(row) or 'none'} fit no shape of instruction data; known are "
         f"{known}; rename the columns, or set dataset.instructions to null for plain text"
     )
 
 
-def read_conversation(row: dict[str, Any], config: InstructionsConfig, where: str) -> Conversation:
+def read_conversation(row: dict[str, Any], config: InstructionsConfig) -> Conversation:
     """The conversation of a row, with `system_prompt` put before it where it has none. DataError
     where it does not have the shape, or holds something else than text."""
-    shape = shape_of(row, config, where)
+    shape = shape_of(row, config)
     columns, read = _SHAPES[shape]
     for column in columns:
         if row.get(column) is None:
             raise DataError(
-                f"{where}: has no column {column!r}, which dataset.instructions.shape={shape} "
+                f"has no column {column!r}, which dataset.instructions.shape={shape} "
                 f"needs (there are {', '.join(row) or 'none'})"
             )
-    conversation = read(row, config, where)._replace(tools=_tools(row.get("tools"), where))
+    conversation = read(row, config)._replace(tools=_tools(row.get("tools")))
     if config.system_prompt is not None:
         conversation = _with_system_prompt(conversation, config.system_prompt)
-    if is_trained(row, config, where, is_row=True) is False:
+    if is_trained(row, config, is_row=True) is False:
         conversation = conversation._replace(masked=tuple(range(len(conversation.messages))))
     return conversation
 
 
-def _messages(row: dict[str, Any], config: InstructionsConfig, where: str) -> Conversation:
-    return _conversation(_turns(row["messages"], config, f"{where}: messages"))
+def _messages(row: dict[str, Any], config: InstructionsConfig) -> Conversation:
+    return _conversation(_turns(row, "messages", config))
 
 
-def _prompt_completion(row: dict[str, Any], config: InstructionsConfig, where: str) -> Conversation:
+def _prompt_completion(row: dict[str, Any], config: InstructionsConfig) -> Conversation:
     prompt, completion = row["prompt"], row["completion"]
     if isinstance(prompt, str) and isinstance(completion, str):
         return _single_turn(prompt, completion, (prompt, completion))
     if isinstance(prompt, list) and isinstance(completion, list):
-        context = _turns(prompt, config, f"{where}: prompt")
-        answer = _turns(completion, config, f"{where}: completion")
-        return _conversation(context + answer)._replace(num_context=len(context))
+        context = _turns(row, "prompt", config)
+        conversation = _conversation(context + _turns(row, "completion", config))
+        return conversation._replace(num_context=len(context))
     raise DataError(
-        f"{where}: prompt is {kind_of(prompt)} and completion is {kind_of(completion)}; give both "
-        "as text or both as lists of messages"
+        f"prompt is {kind_of(prompt)} and completion is {kind_of(completion)}; give both as text "
+        "or both as lists of messages"
     )
 
 
-def _alpaca(row: dict[str, Any], config: InstructionsConfig, where: str) -> Conversation:
+def _alpaca(row: dict[str, Any], config: InstructionsConfig) -> Conversation:
     texts = {name: row.get(name) or "" for name in ("instruction", "input", "output")}
     for name, text in texts.items():
         if not isinstance(text, str):
-            raise DataError(f"{where}: {name} must be text, not {kind_of(text)}")
+            raise DataError(f"{name} must be text, not {kind_of(text)}")
     instruction, given, output = texts["instruction"], texts["input"], texts["output"]
     # The form that Alpaca's own models were trained with, without its opening sentence (which may
     # be given as system_prompt).
@@ -133,14 +134,10 @@ def _alpaca(row: dict[str, Any], config: InstructionsConfig, where: str) -> Conv
     return _single_turn(prompt, output, (plain, output))
 
 
-def _sharegpt(row: dict[str, Any], config: InstructionsConfig, where: str) -> Conversation:
-    found = row["conversations"]
-    if not isinstance(found, list):
-        raise DataError(f"{where}: conversations must be a list, not {kind_of(found)}")
-    turns = [
-        read_sharegpt_turn(turn, config, f"{where}: conversations[{number}]")
-        for number, turn in enumerate(found)
-    ]
+def _sharegpt(row: dict[str, Any], config: InstructionsConfig) -> Conversation:
+    if not isinstance(row["conversations"], list):
+        raise DataError(f"conversations must be a list, not {kind_of(row['conversations'])}")
+    turns = _turns(row, "conversations", config, read=read_sharegpt_turn)
     system = row.get("system")
     if isinstance(system, str) and system and not _has_system([t.message for t in turns]):
         turns.insert(0, Turn({"role": "system", "content": system}))
@@ -149,7 +146,7 @@ def _sharegpt(row: dict[str, Any], config: InstructionsConfig, where: str) -> Co
 
 _SHAPES: dict[
     Shape,
-    tuple[tuple[str, ...], Callable[[dict[str, Any], InstructionsConfig, str], Conversation]],
+    tuple[tuple[str, ...], Callable[[dict[str, Any], InstructionsConfig], Conversation]],
 ] = {
     "messages": (("messages",), _messages),
     "prompt_completion": (("prompt", "completion"), _prompt_completion),
@@ -159,10 +156,20 @@ _SHAPES: dict[
 """The columns that each shape needs, and what reads them."""
 
 
-def _turns(found: Any, config: InstructionsConfig, where: str) -> list[Turn]:
-    if not isinstance(found, list):
-        raise DataError(f"{where}: must be a list of messages, not {kind_of(found)}")
-    return [read_turn(turn, config, f"{where}[{number}]") for number, turn in enumerate(found)]
+def _turns(
+    row: dict[str, Any],
+    column: str,
+    config: InstructionsConfig,
+    *,
+    read: Callable[[Any, InstructionsConfig], Turn] = read_turn,
+) -> list[Turn]:
+    if not isinstance(row[column], list):
+        raise DataError(f"{column}: must be a list of messages, not {kind_of(row[column])}")
+    turns = []
+    for number, turn in enumerate(row[column]):
+        with at(f"{column}[{number}]"):
+            turns.append(read(turn, config))
+    return turns
 
 
 def _conversation(turns: list[Turn]) -> Conversation:
@@ -175,17 +182,18 @@ def _single_turn(prompt: str, answer: str, plain: tuple[str, str]) -> Conversati
     return Conversation(messages, num_context=1, plain=plain)
 
 
-def _tools(found: Any, where: str) -> list[Any] | None:
+def _tools(found: Any) -> list[Any] | None:
     if isinstance(found, str) and found.strip():
         try:
             found = json.loads(found)
         except ValueError as error:
-            raise DataError(f"{where}: tools is not valid JSON: {error}") from None
+            raise DataError(f"tools is not valid JSON: {error}") from None
     if not found:
         return None
     if not isinstance(found, list):
-        raise DataError(f"{where}: tools must be a list, not {kind_of(found)}")
-    tools: list[Any] = uniform(found, f"{where}: tools")
+        raise DataError(f"tools must be a list, not {kind_of(found)}")
+    with at("tools"):
+        tools: list[Any] = uniform(found)
     return tools
 
 

@@ -1,0 +1,170 @@
+"""What a forward keeps for backward, in bytes of one microbatch on one rank.
+
+Counted from what the model's operations save (toolkit/models): a linear layer its input, a norm its
+input and statistics, attention its queries, keys, values, outputs and one number per head and
+query, a gated feed-forward its two products, the activation and what goes into the last product.
+torch.compile keeps the same but for the activation, which it computes again.
+"""
+
+from typing import NamedTuple
+
+from toolkit.commands.plan.devices import CPU
+from toolkit.commands.plan.job import FP32, Job, Parameter
+
+CPU_CHUNK_SIZE = 256
+"""As in `toolkit.models.loss`."""
+_INDEX = 8
+"""Bytes of an int64."""
+
+
+class Activations(NamedTuple):
+    """Bytes that one block, or several, keep from forward to backward."""
+
+    residual: float = 0
+    """The residual stream and what norms keep of it."""
+    attention: float = 0
+    feed_forward: float = 0
+    """Or the experts and their router."""
+    casts: float = 0
+    """Copies of weights in the compute type, where autocast makes them."""
+
+    @property
+    def total(self) -> float:
+        return sum(self)
+
+    def __add__(self, other: "Activations") -> "Activations":  # type: ignore[override]
+        return Activations(*(a + b for a, b in zip(self, other, strict=True)))
+
+    def times(self, number: float) -> "Activations":
+        return Activations(*(number * value for value in self))
+
+
+def block_activations(job: Job, *, sparse: bool) -> Activations:
+    """Of a block that is not computed again."""
+    model, size, tp = job.model, job.compute_bytes, job.layout.tp
+    tokens, chunk = job.tokens, job.chunk_tokens
+    width = model.d_model
+    # LayerNorm keeps its input in fp32, and two statistics; RMSNorm its input, and one.
+    eager_layer_norm = model.norm == "layer_norm" and not job.is_compiled
+    norm_input = FP32 if eager_layer_norm else size
+    statistics = FP32 * (2 if model.norm == "layer_norm" else 1)
+    norms = 4 if model.norm_placement == "sandwich" else 2
+    residual = chunk * norms * (width * norm_input + statistics)
+    if model.parallel_residual:  # both norms read the same stream
+        residual -= chunk * width * norm_input
+    gathered = tokens * width * size
+    # What attention and feed-forward read: the normed stream, or where norms come after, the stream
+    # itself, gathered over tp.
+    feed_forward = 0.0
+    if sparse:
+        feed_forward += _experts(job)
+    else:
+        feed_forward += gathered + tokens * -(-model.intermediate_size // tp) * size * (
+            _kept_widths(job)
+        )
+    attention = gathered + _attention(job)
+    return Activations(residual, attention, feed_forward)
+
+
+def casts(job: Job, matrices: int) -> float:
+    """Bytes of the copies of matrices that autocast makes for a forward and its backward. FSDP has
+    gathered them in the compute type."""
+    is_cast = job.precision == "bf16" and not job.layout.is_fsdp
+    return matrices * job.compute_bytes if is_cast else 0
+
+
+def block_input(job: Job) -> float:
+    """Bytes of what a block that is computed again keeps."""
+    return job.chunk_tokens * job.model.d_model * job.compute_bytes
+
+
+def _kept_widths(job: Job) -> int:
+    """Tensors of the hidden width that a feed-forward keeps."""
+    if job.model.is_gated:
+        return 3 if job.is_compiled else 4
+    return 2
+
+
+def _attention(job: Job) -> float:
+    model, size, layout = job.model, job.compute_bytes, job.layout
+    head, tokens = model.attention_head_dim, job.tokens
+    heads = model.num_heads // layout.tp
+    kv_heads = max(model.kv_heads // layout.tp, 1)
+    query, key = heads * head, kv_heads * head
+    kept = tokens * (2 * query * size + heads * FP32)
+    all_tokens = tokens
+    if layout.cp > 1 and cp_style(layout) == "allgather":
+        all_tokens = tokens * layout.cp  # keys and values of whole rows
+    kept += all_tokens * 2 * key * size
+    if model.qk_norm != "none":
+        numbers = 2 if model.qk_norm == "full" else heads + kv_heads
+        kept += tokens * ((query + key) * size + numbers * FP32)
+    return kept
+
+
+def cp_style(layout: object) -> str:
+    """How context parallelism exchanges keys and values."""
+    config = getattr(layout, "cp_config", None)
+    return "allgather" if config is None else str(config.style)
+
+
+def _experts(job: Job) -> float:
+    model, size, layout = job.model, job.compute_bytes, job.layout
+    moe = model.moe
+    assert moe is not None
+    # Under expert parallelism each tp rank sends its own part of the row.
+    tokens = job.chunk_tokens if layout.ep > 1 else job.tokens
+    inner = moe.intermediate_size if layout.ep > 1 else -(-moe.intermediate_size // layout.tp)
+    pairs = tokens * moe.top_k
+    stream = tokens * model.d_model * size
+    # Logits, their softmax and exponentials in fp32; the sum of each token.
+    router = tokens * FP32 * (3 * moe.num_experts + 1)
+    # Chosen experts and weights of each pair, and its place in both orders.
+    router += pairs * (3 * _INDEX + FP32 + (size if moe.normalize_top_k else 0))
+    rows = pairs * model.d_model * size
+    products = pairs * inner * size * _kept_widths(job)
+    kept = stream + router + 2 * rows + products
+    if layout.ep > 1:  # rows as they came, before they lie sorted by expert, are not kept
+        kept += pairs * 2 * _INDEX
+    if moe.shared_expert_intermediate_size is not None:
+        shared = -(-moe.shared_expert_intermediate_size // layout.tp)
+        kept += tokens * shared * size * _kept_widths(job)
+    return kept
+
+
+class LossMemory(NamedTuple):
+    """Bytes of the head and its loss."""
+
+    kept: float
+    """From the loss to its backward: the stream before the final norm, and the gradients that the
+    loss has computed already."""
+    working: float
+    """While the loss is computed: logits of a chunk, and what is made of them."""
+    returning: float
+    """In its backward: both gradients once more, multiplied by what comes in."""
+
+
+def loss_memory(job: Job, head: Parameter | None) -> LossMemory:
+    """`head`: the weight of the output head, tied or not; None in a stage without it."""
+    if head is None:
+        return LossMemory(0, 0, 0)
+    model, size, tp = job.model, job.compute_bytes, job.layout.tp
+    width, rows = model.d_model, job.tokens
+    columns = -(-model.padded_vocab_size // tp)
+    weight_grad = FP32 * columns * width if head.is_trained else 0
+    hidden_grad = rows * width * size
+    norm_input = job.chunk_tokens * (width * size + FP32)
+    most = min(model.loss_chunk_size, CPU_CHUNK_SIZE if job.device.name == CPU else 1 << 62)
+    num_chunks = -(-rows // most)
+    chunk = -(-rows // num_chunks)
+    is_padded = model.padded_vocab_size != model.vocab_size
+    # Logits and their gradient in the compute type; where that is not fp32 or a compiled kernel
+    # goes through them in one pass, the logits in fp32, perhaps without padding ids, and their
+    # exponentials. The gradient of the chunk before is still there.
+    numbers = size * (3 if num_chunks > 1 else 2)
+    if not (job.is_compiled and job.device.name != CPU):
+        numbers += 2 * FP32 if size < FP32 else FP32 * is_padded
+    copy = size * columns * width if job.precision == "bf16" and not job.layout.is_fsdp else 0
+    hidden = rows * width * size
+    working = hidden + chunk * columns * numbers + copy
+    return LossMemory(norm_input + hidden_grad + weight_grad, working, hidden_grad + weight_grad)

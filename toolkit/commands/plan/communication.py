@@ -1,0 +1,187 @@
+"""What a rank exchanges with others in a step, collective by collective, as the engines do it.
+
+Bytes are those of the largest tensor of the call on this rank: what a gather makes, what a
+reduce-scatter takes. `toolkit plan --simulate` counts the same in the calls themselves.
+"""
+
+from collections.abc import Iterator
+from typing import Literal, NamedTuple
+
+from toolkit.commands.plan.activations import cp_style
+from toolkit.commands.plan.job import FP32, Job, Stage
+from toolkit.commands.plan.memory import head_of
+from toolkit.commands.plan.pieces import Holding, total, unit_of
+
+Kind = Literal["all-gather", "reduce-scatter", "all-reduce", "all-to-all", "p2p"]
+
+
+class Traffic(NamedTuple):
+    """Equal collectives of one step."""
+
+    kind: Kind
+    axis: str
+    """`dp`, `dp_replicate`, `tp`, `cp`, `ep`, `efsdp` or `pp`."""
+    what: str
+    """What is exchanged, for people."""
+    calls: float
+    """In a step."""
+    bytes: float
+    """Of one call."""
+    waits: bool = True
+    """Whether computing waits for it; otherwise it runs beside."""
+
+    @property
+    def total(self) -> float:
+        return self.calls * self.bytes
+
+
+def traffic_of(job: Job, stage: Stage) -> list[Traffic]:
+    """All exchanges of a step on a rank of `stage`, but for a few numbers (norms, counts)."""
+    layout = job.layout
+    found: list[Traffic] = []
+    if layout.is_fsdp:
+        found += _fsdp(job, stage)
+    elif layout.zero_stage:
+        found += _zero(job, stage)
+    elif layout.batch_ranks * layout.cp > 1:
+        trained = FP32 * total(job, stage).trained
+        found.append(Traffic("all-reduce", "dp", "gradients", 1, trained, waits=False))
+    if layout.tp > 1:
+        found += _tensor(job, stage)
+    if layout.cp > 1:
+        found += _context(job, stage)
+    if layout.ep > 1:
+        found += _experts(job, stage)
+    if layout.pp > 1:
+        found += _pipeline(job, stage)
+    return [traffic for traffic in found if traffic.total]
+
+
+def _fsdp(job: Job, stage: Stage) -> Iterator[Traffic]:
+    """Blocks are gathered for forward and, if they were freed after it, again for backward; what is
+    outside of blocks once. Gradients are reduced in every microbatch, over replicas in the last."""
+    again = 2 if job.layout.dp_config.reshard_after_forward else 1
+    units = [(unit_of(job, g.parameters), g.number, again, "blocks") for g in job.groups(stage)]
+    units.append((unit_of(job, job.outside_of(stage)), 1, 1, "embeddings and head"))
+    for unit, number, gathers, what in units:
+        yield from _unit(job, unit.dense, number, gathers, "dp", job.shard_ranks, what)
+        ranks = job.layout.expert_shape["efsdp"]
+        yield from _unit(job, unit.experts, number, gathers, "efsdp", ranks, "experts")
+
+
+def _unit(
+    job: Job, held: Holding, number: int, gathers: int, axis: str, ranks: int, what: str
+) -> Iterator[Traffic]:
+    layout, passes = job.layout, job.passes
+    reduced = FP32 if layout.dp_config.reduce_dtype == "float32" else 2
+    if ranks > 1:
+        size = job.compute_bytes * held.gathered
+        calls = passes * number * gathers
+        yield Traffic("all-gather", axis, f"weights of {what}", calls, size, waits=False)
+        size = reduced * held.trained_gathered
+        calls = passes * number
+        yield Traffic("reduce-scatter", axis, f"gradients of {what}", calls, size, waits=False)
+    if layout.dp_replicate > 1:
+        size = reduced * held.trained_gathered / ranks
+        yield Traffic(
+            "all-reduce", "dp_replicate", f"gradients of {what}", number, size, waits=False
+        )
+
+
+def _zero(job: Job, stage: Stage) -> Iterator[Traffic]:
+    """DeepSpeed reduces whole buckets with an all-reduce in stages 1 (once a step) and 2 (each
+    microbatch), and gathers what was updated. Stage 3 gathers as FSDP does, in fp32."""
+    held, passes = total(job, stage), job.passes
+    trained, whole = FP32 * held.trained, FP32 * held.whole
+    if job.layout.zero_stage < 3:
+        reductions = 1 if job.layout.zero_stage == 1 else passes
+        yield Traffic("all-reduce", "dp", "gradients", reductions, trained, waits=False)
+        yield Traffic("all-gather", "dp", "updated weights", 1, trained)
+        return
+    yield Traffic("all-gather", "dp", "weights", 2 * passes, whole, waits=False)
+    yield Traffic("reduce-scatter", "dp", "gradients", passes, trained, waits=False)
+
+
+def _numbers(job: Job, stage: Stage, *, sparse: bool | None = None) -> tuple[int, int, int]:
+    """Blocks of a stage that are computed in a step: forward for the first time, forward again, and
+    backward; all of them, or those with experts, or those without."""
+    groups = [g for g in job.groups(stage) if sparse in (None, g.is_sparse)]
+    once = job.passes * sum(group.number for group in groups)
+    return once, job.passes * sum(group.repeated for group in groups), once
+
+
+def _tensor(job: Job, stage: Stage) -> Iterator[Traffic]:
+    """Around attention and around feed-forward: the stream is gathered before and reduce-scattered
+    behind; in backward the other way round. A block that is computed again stops before its last
+    result."""
+    layout, model = job.layout, job.model
+    stream = job.tokens * model.d_model * job.compute_bytes
+    gathers = reductions = 0
+    for sparse in (False, True):
+        around = 1 if sparse and layout.ep > 1 else 2  # experts: each rank sends its own part
+        first, again, back = _numbers(job, stage, sparse=sparse)
+        gathers += around * (first + again + back)
+        reductions += around * (first + again + back) - again
+    first, again, back = _numbers(job, stage)
+    yield Traffic("all-gather", "tp", "residual stream", gathers, stream)
+    yield Traffic("reduce-scatter", "tp", "residual stream", reductions, stream)
+    if model.qk_norm == "full":
+        statistics = job.tokens * FP32
+        calls = 2 * (first + again + back)
+        yield Traffic("all-reduce", "tp", "squares of queries and keys", calls, statistics)
+    if stage.has_embeddings:
+        yield Traffic("reduce-scatter", "tp", "embeddings", job.passes, stream)
+        yield Traffic("all-gather", "tp", "embeddings", job.passes, stream)
+    if stage.has_head:
+        yield Traffic("all-gather", "tp", "head", job.passes, stream)
+        yield Traffic("reduce-scatter", "tp", "head", job.passes, stream)
+        yield Traffic("all-reduce", "tp", "loss", 2 * job.passes, 1.5 * job.tokens * FP32)
+    partial = FP32 * total(job, stage).partial
+    yield Traffic("all-reduce", "tp", "gradients of what all ranks hold", 1, partial)
+
+
+def _context(job: Job, stage: Stage) -> Iterator[Traffic]:
+    model, layout, size = job.model, job.layout, job.compute_bytes
+    kv_heads = max(model.kv_heads // layout.tp, 1)
+    keys = 2 * kv_heads * model.attention_head_dim * size
+    first, again, back = _numbers(job, stage)
+    there = first + again
+    style = cp_style(layout)
+    if style == "allgather":
+        rows = job.tokens * layout.cp * keys
+        yield Traffic("all-gather", "cp", "keys and values", there, rows)
+        yield Traffic("reduce-scatter", "cp", "keys and values", back, rows)
+    elif style == "ulysses":
+        query = model.num_heads // layout.tp * model.attention_head_dim * size
+        heads = max(kv_heads, layout.cp) * 2 * model.attention_head_dim * size
+        own = job.tokens * (2 * query + heads)
+        yield Traffic("all-to-all", "cp", "heads", 4 * (there + back), own / 4)
+    else:
+        own = job.tokens * keys
+        yield Traffic("p2p", "cp", "keys and values", there * (layout.cp - 1), own)
+        yield Traffic("p2p", "cp", "keys, values, gradients", back * layout.cp, 2 * own)
+
+
+def _experts(job: Job, stage: Stage) -> Iterator[Traffic]:
+    """Rows to the ranks of their experts and back, forward and backward; evenly, as the router's
+    losses ask for."""
+    moe, model = job.model.moe, job.model
+    assert moe is not None
+    rows = job.chunk_tokens * moe.top_k * model.d_model * job.compute_bytes
+    first, again, back = _numbers(job, stage, sparse=True)
+    calls = 2 * (first + again + back)
+    yield Traffic("all-to-all", "ep", "tokens of experts", calls, rows)
+    counts = moe.num_experts * 8
+    yield Traffic("all-to-all", "ep", "numbers of tokens", first + again, counts)
+
+
+def _pipeline(job: Job, stage: Stage) -> Iterator[Traffic]:
+    """The residual stream to the next stage, and its gradient to the one before."""
+    stream = job.chunk_tokens * job.model.d_model * job.compute_bytes
+    ends = stage.has_embeddings + stage.has_head
+    borders = 2 * stage.chunks - ends
+    yield Traffic("p2p", "pp", "residual stream", job.passes * borders, stream, waits=False)
+    if job.model.tie_embeddings and ends:
+        head = head_of(job, stage) or job.parts.outside[0]
+        outside = unit_of(job, (head,)).all.trained_held
+        yield Traffic("all-reduce", "pp", "gradients of tied embeddings", 1, FP32 * outside)

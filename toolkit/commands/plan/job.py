@@ -1,0 +1,249 @@
+"""What is planned: one step of a config on a layout, as one rank sees it."""
+
+import itertools
+import re
+from typing import Any, NamedTuple
+
+import msgspec
+
+from toolkit.commands.plan.devices import Device
+from toolkit.distributed.config import ActivationCheckpointingConfig
+from toolkit.distributed.launcher import offloads
+from toolkit.distributed.layout import Layout
+from toolkit.models.config import TransformerConfig
+from toolkit.models.parameters import TrainedParameters, flops_per_token
+from toolkit.models.shapes import Shape, attended_keys, used_weights
+from toolkit.optim.config import AdamWConfig, ClassOptimConfig, SGDConfig
+
+_BLOCK = re.compile(r"blocks\.(\d+)\.(.+)")
+FP32 = 4
+
+_STATE = {
+    "Adadelta": 2, "Adagrad": 1, "Adam": 2, "Adamax": 2, "AdamW": 2, "ASGD": 1, "NAdam": 2,
+    "RAdam": 2, "RMSprop": 1, "SGD": 0,
+}  # fmt: skip
+"""Tensors like the weight that torch's optimizers keep, with their default options."""
+
+
+class Parameter(NamedTuple):
+    """One parameter of a block, or of what is outside of blocks."""
+
+    name: str
+    shape: Shape
+    is_trained: bool
+
+
+class Stage(NamedTuple):
+    """What one rank of a pipeline computes; the whole model where there is no pipeline."""
+
+    index: int
+    """Of its rank along pp."""
+    layers: tuple[int, ...]
+    has_embeddings: bool
+    has_head: bool
+    chunks: int = 1
+    """Stages of the schedule that lie on this rank."""
+
+
+class Group(NamedTuple):
+    """Blocks of a stage that are alike."""
+
+    parameters: tuple[Parameter, ...]
+    is_sparse: bool
+    """Whether they have experts."""
+    number: int
+    repeated: int
+    """Of `number`, those that activation checkpointing computes again."""
+
+
+class ModelParts:
+    """The parameters of a model, block by block, and what they cost; told once for all layouts."""
+
+    def __init__(
+        self, model: TransformerConfig, parameters: TrainedParameters, sequence_length: int
+    ) -> None:
+        self.parameters = parameters
+        found: dict[int, list[Parameter]] = {n: [] for n in range(model.num_layers)}
+        outside = []
+        for name, info in parameters.infos.items():
+            if (match := _BLOCK.match(name)) is not None:
+                part = Parameter(match[2], info.shape, info.is_trained)
+                found[int(match[1])].append(part)
+            else:
+                outside.append(Parameter(name, info.shape, info.is_trained))
+        kinds: dict[tuple[Parameter, ...], tuple[Parameter, ...]] = {}
+        self.blocks = {layer: kinds.setdefault(tuple(p), tuple(p)) for layer, p in found.items()}
+        """Parameters of each block, without `blocks.N.`; equal blocks are the same object."""
+        self.outside = tuple(outside)
+        """Parameters of embeddings and head, by their full names."""
+        self.sparse = frozenset(model.moe_layers)
+        self.products_of = {
+            block: float(sum(2 * used_weights(model, p.shape) for p in block if len(p.shape) > 1))
+            for block in kinds
+        }
+        width = 4 * model.num_heads * model.attention_head_dim
+        """FLOPs of one token forward in the matrix products of a block."""
+        self.products = [self.products_of[self.blocks[n]] for n in range(model.num_layers)]
+        """The same of each block in turn."""
+        self.scores = [
+            width * attended_keys(model, n, sequence_length) / sequence_length
+            for n in range(model.num_layers)
+        ]
+        """The same in attention's products of queries, keys and values."""
+        self.head = 2.0 * model.vocab_size * model.d_model
+        """The same in the output head."""
+        self.flops_per_token = float(flops_per_token(model, parameters, sequence_length))
+        """To train one token, as metrics count them."""
+        self._groups: dict[tuple[tuple[int, ...], int], list[Group]] = {}
+        self._stages: dict[Any, list[Stage]] = {}
+
+    def groups(self, layers: tuple[int, ...], interval: int) -> list[Group]:
+        """The blocks of `layers`, of which every `interval`-th is computed again; 0: none."""
+        key = layers, interval
+        if key not in self._groups:
+            again = set(layers[::interval]) if interval else set()
+            found: dict[tuple[tuple[Parameter, ...], bool], list[int]] = {}
+            for layer in layers:
+                kind = self.blocks[layer], layer in self.sparse
+                numbers = found.setdefault(kind, [0, 0])
+                numbers[0] += 1
+                numbers[1] += layer in again
+            self._groups[key] = [Group(*kind, *numbers) for kind, numbers in found.items()]
+        return self._groups[key]
+
+    def stages(self, layout: Layout) -> "list[Stage]":
+        """What each rank along pp has."""
+        key = layout.pp_config
+        if key not in self._stages:
+            self._stages[key] = _stages(self, layout)
+        return self._stages[key]
+
+
+class Job(msgspec.Struct, frozen=True, kw_only=True):
+    """A step of training, with all that decides what it costs."""
+
+    model: TransformerConfig
+    parts: ModelParts
+    layout: Layout
+    sequence_length: int
+    rows: int
+    """Rows of a microbatch on one rank."""
+    passes: int
+    """Microbatches of a step."""
+    precision: str
+    """`fp32` or `bf16`."""
+    ac_config: ActivationCheckpointingConfig | None
+    is_compiled: bool
+    state_tensors: int
+    """fp32 numbers that the optimizer keeps for each weight."""
+    device: Device
+    machine: int
+    """Devices of one machine."""
+
+    @property
+    def compute_bytes(self) -> int:
+        """Of a number in the compute type."""
+        return 2 if self.precision == "bf16" else FP32
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a microbatch on this rank: of its share of each row."""
+        return self.rows * -(-self.sequence_length // self.layout.cp)
+
+    @property
+    def chunk_tokens(self) -> int:
+        """The same of its share of the residual stream, which tensor parallelism cuts too."""
+        return -(-self.tokens // self.layout.tp)
+
+    @property
+    def batch_tokens(self) -> int:
+        """Tokens of the global batch."""
+        return self.rows * self.passes * self.sequence_length * self.layout.batch_ranks
+
+    @property
+    def shard_ranks(self) -> int:
+        """Ranks over which FSDP cuts what is no expert."""
+        return self.layout.dp_shard * self.layout.cp
+
+    @property
+    def offloads(self) -> bool:
+        return offloads(self.layout.dp_config)
+
+    def outside_of(self, stage: Stage) -> tuple[Parameter, ...]:
+        """Those outside of blocks that a stage holds: a tied head has a copy of the embeddings."""
+        ends = []
+        if stage.has_embeddings or (stage.has_head and self.model.tie_embeddings):
+            ends.append("embeddings.")
+        if stage.has_head:
+            ends.append("head.")
+        return tuple(p for p in self.parts.outside if ends and p.name.startswith(tuple(ends)))
+
+    @property
+    def stages(self) -> list[Stage]:
+        """What each rank along pp has."""
+        return self.parts.stages(self.layout)
+
+    def groups(self, stage: Stage) -> list[Group]:
+        """The blocks of a stage."""
+        config, interval = self.ac_config, 0
+        if config is not None and config.mode != "budget":
+            interval = 1 if config.mode == "full" else config.block_interval
+        return self.parts.groups(stage.layers, interval)
+
+
+def state_tensors_of(optim: Any) -> int:
+    """Tensors like the weight that the optimizer of a config keeps; two for one that is unknown."""
+    match optim:
+        case AdamWConfig():
+            return 2
+        case SGDConfig():
+            return 1 if optim.momentum else 0
+        case ClassOptimConfig():
+            return _STATE.get(optim.target.rpartition(":")[2], 2)
+    return 2
+
+
+def _stages(parts: ModelParts, layout: Layout) -> list[Stage]:
+    """The stages of each rank of the pipeline: one, two as they come, or two in a V."""
+    config, layers, last = layout.pp_config, len(parts.blocks), layout.pp - 1
+    if config is None:
+        return [Stage(0, tuple(range(layers)), has_embeddings=True, has_head=True)]
+    starts = config.split_points or _starts(parts, config.stages)
+    edges = [0, *starts, layers]
+    own_layers = [tuple(range(*pair)) for pair in itertools.pairwise(edges)]
+    if config.schedule == "1F1B":
+        return [Stage(r, own_layers[r], r == 0, r == last) for r in range(layout.pp)]
+    is_v = config.schedule == "ZBVZeroBubble"
+    found = []
+    for r in range(layout.pp):
+        second = 2 * layout.pp - 1 - r if is_v else r + layout.pp
+        both = own_layers[r] + own_layers[second]
+        found.append(Stage(r, both, r == 0, second == 2 * layout.pp - 1, chunks=2))
+    return found
+
+
+def _starts(parts: ModelParts, stages: int) -> list[int]:
+    """First layers of all stages but the first, so that the costliest stage costs least."""
+    costs = [a + b for a, b in zip(parts.products, parts.scores, strict=True)]
+    costs[-1] += parts.head
+    low, high = max(costs), sum(costs)
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (low, middle) if _fits(costs, stages, middle) else (middle, high)
+    starts, spent, left = [], 0.0, stages - 1
+    for layer, cost in enumerate(costs):
+        remaining = len(costs) - layer
+        if layer and left and (spent + cost > high * (1 + 1e-9) or remaining == left):
+            starts.append(layer)
+            spent, left = 0.0, left - 1
+        spent += cost
+    return starts
+
+
+def _fits(costs: list[float], stages: int, most: float) -> bool:
+    needed, spent = 1, 0.0
+    for cost in costs:
+        if spent + cost > most:
+            needed, spent = needed + 1, 0.0
+        spent += cost
+    return needed <= stages

@@ -1,0 +1,204 @@
+"""How many weights a rank holds, gathers and updates: every parameter cut as the engines cut it."""
+
+import functools
+import math
+from typing import NamedTuple
+
+from toolkit.commands.plan.job import FP32, Job, Parameter, Stage
+from toolkit.models.config import TransformerConfig
+from toolkit.models.shapes import Shape
+
+LARGEST_SHARE = 1.1
+"""As in `toolkit.distributed.materialize`."""
+
+
+class Holding(NamedTuple):
+    """Weights of one unit (what FSDP gathers at once), on one rank."""
+
+    whole: int = 0
+    """After tensor, expert and pipeline parallelism, before FSDP."""
+    held: int = 0
+    """Of these, kept by this rank."""
+    gathered: int = 0
+    """What a gather of the unit makes, with the padding to equal shards."""
+    trained: int = 0
+    """Of `whole`."""
+    trained_held: int = 0
+    trained_gathered: int = 0
+    matrices: int = 0
+    """Of `whole`, weights of matrix products."""
+    tensors: int = 0
+    """Trained parameters of which this rank holds something."""
+    partial: int = 0
+    """Of `trained_held`, weights of whose gradient each tp rank has a summand."""
+
+    def __add__(self, other: "Holding") -> "Holding":  # type: ignore[override]
+        return Holding(*map(int.__add__, self, other))
+
+    def times(self, number: int) -> "Holding":
+        return Holding(*(value * number for value in self))
+
+
+class Unit(NamedTuple):
+    """A block, or all that is outside of blocks."""
+
+    dense: Holding
+    experts: Holding
+    """Under expert parallelism: gathered apart, over fewer ranks."""
+
+    @property
+    def all(self) -> Holding:
+        return self.dense + self.experts
+
+
+def local_shape(name: str, shape: Shape, model: TransformerConfig, tp: int, ep: int) -> Shape:
+    """What tensor and expert parallelism leave of a parameter on one rank. `name` is the full one,
+    or that in a block."""
+    if ".experts." in name and len(shape) == 3:
+        if ep > 1:
+            return (shape[0] // ep, *shape[1:])
+        return _cut(shape, 2 if name.endswith("down") else 1, tp)
+    if tp == 1 or ".router." in name:
+        return shape
+    part, _, kind = name.rpartition(".")
+    part = part.removesuffix(".lora_A").removesuffix(".lora_B")
+    last = part.rpartition(".")[2]
+    if part in ("embeddings.tokens", "head"):
+        return _cut(shape, 0, tp)
+    if last in ("output", "down"):  # cut by columns; the bias is whole
+        cut_by_columns = kind == "weight" and not name.endswith("lora_B.weight")
+        return _cut(shape, 1, tp) if cut_by_columns else shape
+    if name.endswith("lora_A.weight"):
+        return shape
+    if last in ("key", "value") or (last == "key_norm" and model.qk_norm == "full"):
+        return (max(shape[0] // tp, model.attention_head_dim), *shape[1:])
+    if last in ("query", "gate", "up") or (last == "query_norm" and model.qk_norm == "full"):
+        return _cut(shape, 0, tp)
+    return shape
+
+
+def _cut(shape: Shape, dim: int, parts: int) -> Shape:
+    return (*shape[:dim], -(-shape[dim] // parts), *shape[dim + 1 :])
+
+
+def is_partial(name: str, local: Shape, shape: Shape, model: TransformerConfig, tp: int) -> bool:
+    """Whether each tp rank has only a summand of the gradient: of what all of them hold alike."""
+    if tp == 1 or ".experts." in name:
+        return False
+    last = name.rpartition(".")[0].rpartition(".")[2]
+    shared_heads = last in ("key", "value", "key_norm") and model.kv_heads < tp
+    return local == shape or shared_heads
+
+
+@functools.cache
+def sharded_dimension(shape: Shape, ranks: int) -> int | None:
+    """As in `toolkit.distributed.materialize`."""
+    if len(shape) < 3 or -(-shape[0] // ranks) * ranks <= LARGEST_SHARE * shape[0]:
+        return 0
+    return next((d for d in range(1, len(shape)) if shape[d] % ranks == 0), None)
+
+
+@functools.cache
+def sharded(shape: Shape, ranks: int, rank: int) -> tuple[int, int]:
+    """(elements that FSDP leaves on `rank` of `ranks`, elements of a gather)."""
+    dim = sharded_dimension(shape, ranks)
+    rows = shape[0] * shape[1] if dim is None else shape[dim]
+    inner = math.prod(shape) // rows
+    chunk = -(-rows // ranks)
+    held = max(0, min(chunk, rows - rank * chunk))
+    return held * inner, chunk * ranks * inner
+
+
+@functools.cache
+def holding(
+    parameters: tuple[Parameter, ...],
+    model: TransformerConfig,
+    *,
+    tp: int,
+    ep: int,
+    ranks: int,
+    expert_ranks: int,
+    place: tuple[int, int],
+) -> Unit:
+    """What of `parameters` a rank holds. `place`: its numbers among the FSDP ranks, and among those
+    of experts."""
+    dense, experts = Holding(), Holding()
+    for name, shape, is_trained in parameters:
+        local = local_shape(name, shape, model, tp, ep)
+        apart = ep > 1 and ".experts." in name
+        held, gathered = (
+            sharded(local, expert_ranks, place[1]) if apart else sharded(local, ranks, place[0])
+        )
+        whole = math.prod(local)
+        own = Holding(
+            whole=whole,
+            held=held,
+            gathered=gathered,
+            trained=whole if is_trained else 0,
+            trained_held=held if is_trained else 0,
+            trained_gathered=gathered if is_trained else 0,
+            matrices=whole if len(shape) > 1 and not name.startswith("embeddings.") else 0,
+            tensors=int(is_trained and held > 0),
+            partial=held if is_trained and is_partial(name, local, shape, model, tp) else 0,
+        )
+        if apart:
+            experts += own
+        else:
+            dense += own
+    return Unit(dense, experts)
+
+
+def unit_of(job: Job, parameters: tuple[Parameter, ...], rank: int = 0) -> Unit:
+    """`holding` of a block, or of what is outside of blocks, on `rank`."""
+    layout = job.layout
+    ranks = expert_ranks = 1
+    place = (0, 0)
+    if layout.is_fsdp:
+        ranks = job.shard_ranks
+        expert_ranks = ranks * layout.tp // layout.ep
+        inside = rank % (ranks * layout.tp)
+        place = (inside // layout.tp, inside // layout.ep)
+    return holding(
+        parameters,
+        job.model,
+        tp=layout.tp,
+        ep=layout.ep,
+        ranks=ranks,
+        expert_ranks=expert_ranks,
+        place=place,
+    )
+
+
+def total(job: Job, stage: Stage, rank: int = 0) -> Holding:
+    """All weights of a stage on `rank`."""
+    found = Holding()
+    for group in job.groups(stage):
+        found += unit_of(job, group.parameters, rank).all.times(group.number)
+    return found + unit_of(job, job.outside_of(stage), rank).all
+
+
+class States(NamedTuple):
+    """Bytes of weights, gradients and optimizer state that a rank keeps between microbatches."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+
+
+def states(job: Job, stage: Stage, rank: int = 0) -> States:
+    """What `rank` keeps, all in fp32. DeepSpeed has an fp32 copy of what it updates besides."""
+    held, layout = total(job, stage, rank), job.layout
+    moments = FP32 * job.state_tensors
+    steps = FP32 * held.tensors if job.state_tensors > 1 else 0  # not SGD
+    if not layout.zero_stage:
+        on_device = 0 if job.offloads else 1
+        return States(
+            FP32 * held.held * on_device,
+            FP32 * held.trained_held * on_device,
+            (moments * held.trained_held + steps) * on_device,
+        )
+    own = -(-held.trained // layout.world_size)
+    updated = 0 if job.offloads else own
+    gradients = held.trained if layout.zero_stage == 1 else updated
+    weights = held.whole if layout.zero_stage < 3 else -(-held.whole // layout.world_size)
+    return States(FP32 * (weights + updated), FP32 * gradients, moments * updated)

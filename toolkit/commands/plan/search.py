@@ -1,0 +1,179 @@
+"""All layouts of a number of ranks that the engines run, and the fastest of them that fit.
+
+What the engines refuse (docs/parallelism.md) is not proposed. Besides, tensor parallelism stays
+inside a machine, where its links are fast enough to wait for.
+"""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from toolkit.commands.plan.job import Job
+from toolkit.commands.plan.memory import fullest
+from toolkit.commands.plan.pieces import states
+from toolkit.commands.plan.plans import Plan, changed, divisors, plan_of
+from toolkit.distributed.config import (
+    ActivationCheckpointingConfig,
+    ContextParallelConfig,
+    DataParallelConfig,
+    ExpertParallelConfig,
+    PipelineParallelConfig,
+    TensorParallelConfig,
+)
+from toolkit.distributed.layout import Layout
+from toolkit.distributed.sizes import check_combination, check_sizes
+from toolkit.errors import ConfigError
+
+SHORTEST = 512
+"""Tokens of a row that a cp rank has at least: with fewer there is nothing to gain."""
+_STYLES = ("allgather", "ulysses")
+_SCHEDULES = ("1F1B", "Interleaved1F1B", "ZBVZeroBubble")
+
+
+class Limits(NamedTuple):
+    """What of the config a layout must go with."""
+
+    has_frozen: bool
+    has_adapter: bool
+    own_model: str | None
+    batch_rows: int
+    """Of the global batch."""
+
+
+class Found(NamedTuple):
+    """What a search found."""
+
+    plans: list[Plan]
+    """One for each layout that fits, the fastest first."""
+    num_layouts: int
+    """Legal ones, whether they fit or not."""
+
+
+def search(job: Job, world_size: int, limits: Limits) -> Found:
+    """The best plan of each layout that fits, with the microbatch and the activation checkpointing
+    that make it fastest."""
+    plans, number = [], 0
+    for layout in layouts(job, world_size, limits):
+        number += 1
+        if (best := _best(changed(job, layout=layout, rows=1))) is not None:
+            plans.append(best)
+    return Found(sorted(plans, key=lambda plan: plan.time.total), number)
+
+
+def layouts(job: Job, world_size: int, limits: Limits) -> Iterator[Layout]:
+    """Every layout of `world_size` ranks that nothing refuses."""
+    for layout in _candidates(job, world_size):
+        if limits.batch_rows % layout.batch_ranks:
+            continue
+        if layout.pp > 1 and not _fills(layout, limits.batch_rows // layout.batch_ranks):
+            continue
+        try:
+            check_sizes(layout, job.model)
+            check_combination(
+                layout,
+                has_frozen=limits.has_frozen,
+                has_adapter=limits.has_adapter,
+                own_model=limits.own_model,
+            )
+        except ConfigError:
+            continue
+        yield layout
+
+
+def _fills(layout: Layout, rows: int) -> bool:
+    """Whether there are as many microbatches as the schedule needs, of one row at least."""
+    return rows >= layout.pp and rows % layout.pp == 0
+
+
+def _candidates(job: Job, world_size: int) -> Iterator[Layout]:
+    model, length = job.model, job.sequence_length
+    experts = divisors(model.moe.num_experts) if model.moe is not None else [1]
+    precision: Any = job.precision
+    for tp in divisors(world_size):
+        if tp > job.machine:
+            break
+        for cp in divisors(world_size // tp):
+            if cp > 1 and length // cp < SHORTEST:
+                break
+            for pp in divisors(world_size // (tp * cp)):
+                if pp > model.num_layers:
+                    break
+                ranks = world_size // (tp * cp * pp)
+                for ep in experts:
+                    if (ranks * cp * tp) % ep or (ep > 1 and model.moe is None):
+                        continue
+                    yield from _with_data(precision, tp, cp, pp, ep, ranks, model.num_layers)
+
+
+def _with_data(
+    precision: Any, tp: int, cp: int, pp: int, ep: int, ranks: int, layers: int
+) -> Iterator[Layout]:
+    """All ways to share rows and weights among what is left, and all styles of cp and pp."""
+    tp_config = TensorParallelConfig(degree=tp) if tp > 1 else None
+    ep_config = ExpertParallelConfig(degree=ep) if ep > 1 else None
+    contexts: list[Any] = [None]
+    if cp > 1:
+        contexts = [ContextParallelConfig(degree=cp, style=style) for style in _STYLES]
+    pipelines: list[Any] = [None]
+    if pp > 1:
+        found = (PipelineParallelConfig(degree=pp, schedule=name) for name in _SCHEDULES)
+        pipelines = [config for config in found if config.stages <= layers]
+    for cp_config in contexts:
+        for pp_config in pipelines:
+            axes = {
+                "tp": tp, "cp": cp, "pp": pp, "ep": ep, "precision": precision,
+                "tp_config": tp_config, "cp_config": cp_config, "pp_config": pp_config,
+                "ep_config": ep_config,
+            }  # fmt: skip
+            if max(tp, pp, ep) == 1:
+                name: Any = "ddp" if ranks * cp > 1 else "single"
+                dp_config = DataParallelConfig(name=name)
+                yield Layout(dp_replicate=ranks, dp_config=dp_config, **axes)
+            for replicas in divisors(ranks):
+                shards = ranks // replicas
+                if (shards * cp * tp) % ep or (replicas > 1 and shards * cp == 1):
+                    continue
+                for reshards in (True, False):
+                    fsdp: Any = {"reshard_after_forward": reshards}
+                    if replicas > 1:
+                        fsdp |= {"num_replicas": replicas, "shard_degree": shards}
+                    dp_config = DataParallelConfig(name="hsdp" if replicas > 1 else "fsdp", **fsdp)
+                    yield Layout(
+                        dp_replicate=replicas, dp_shard=shards, is_fsdp=True,
+                        dp_config=dp_config, **axes,
+                    )  # fmt: skip
+
+
+def _best(job: Job) -> Plan | None:
+    """The fastest of the microbatches and ways of checkpointing that fit on one layout."""
+    limit = job.device.memory
+    kept = max(sum(states(job, stage)) for stage in job.stages)
+    if kept > limit:
+        return None
+    share, best = job.rows * job.passes, None
+    for mode in _checkpointing(job):
+        fitting = []
+        for rows in divisors(share):
+            other = changed(job, rows=rows, ac_config=mode, keeps_ac=False)
+            if other.layout.pp > 1 and (
+                other.passes < other.layout.pp or other.passes % other.layout.pp
+            ):
+                break
+            if fullest(other)[1].total > limit:
+                break
+            fitting.append(other)
+        for other in fitting[-2:]:
+            plan = plan_of(other)
+            if best is None or plan.time.total < best.time.total:
+                best = plan
+        if fitting and fitting[-1].passes == max(1, job.layout.pp):
+            break  # the largest microbatch fits: computing again has nothing to give
+    return best
+
+
+def _checkpointing(job: Job) -> list[ActivationCheckpointingConfig | None]:
+    modes: list[ActivationCheckpointingConfig | None] = [
+        None,
+        ActivationCheckpointingConfig(mode="selected_blocks"),
+        ActivationCheckpointingConfig(mode="full"),
+    ]
+    return modes if job.ac_config in modes else [job.ac_config, *modes]

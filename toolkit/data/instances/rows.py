@@ -1,0 +1,140 @@
+"""Rows of token files: which tokens each holds, and reading them without Python per token."""
+
+import functools
+import mmap
+
+import numpy as np
+
+from toolkit.data.instances.base import DocumentPart, Rows
+from toolkit.data.instances.index import DocumentIndex
+from toolkit.data.tokens.prepared import PreparedDataset, Split
+
+Pieces = tuple[np.ndarray, np.ndarray, np.ndarray]
+"""Where each piece of some rows begins in the .bin file, its tokens, and the number of pieces of
+each row; int64."""
+
+
+class TokenRows:
+    """Base of all instances of token files, each an `InstanceDataset`."""
+
+    num_instances: int
+
+    def __init__(
+        self, prepared: PreparedDataset, split: Split, sequence_length: int, fingerprint: str
+    ) -> None:
+        self._prepared, self._split = prepared, split
+        self.sequence_length, self.fingerprint = sequence_length, fingerprint
+        self.bytes_per_token = prepared.bytes_per_token(split)
+        self.tokenizer_folder = prepared.tokenizer_folder
+        self._tokens = np.asarray(prepared.tokens(split))
+        self._pages = Pages(self._tokens)
+        mask = prepared.target_mask(split)
+        self._targets = None if mask is None else np.asarray(mask)
+
+    @functools.cached_property
+    def index(self) -> DocumentIndex:
+        """Where documents start."""
+        return DocumentIndex(self._prepared, self._split)
+
+    def pieces(self, indices: np.ndarray) -> Pieces:
+        """What these instances consist of."""
+        raise NotImplementedError
+
+    def read(self, indices: np.ndarray) -> Rows:
+        """The instances `indices`, all of one length and each one piece of the file; those that
+        are put together override this."""
+        starts, lengths, _ = self.pieces(np.asarray(indices))
+        length = int(lengths[0]) if len(lengths) else 0
+        self._pages.request(starts, length)
+        rows = {"input_ids": _windows(self._tokens, length)[starts].astype(np.int64)}
+        if self._targets is not None:
+            rows["label_mask"] = _windows(self._targets, length)[starts] != 0
+        return rows
+
+    def documents(self, index: int) -> list[DocumentPart]:
+        """The documents in one instance; all rows of a document name the same one."""
+        starts, lengths, _ = self.pieces(np.array([index]))
+        pieces = zip(starts.tolist(), lengths.tolist(), strict=True)
+        return [part for start, length in pieces for part in self.index.parts(start, length)]
+
+
+def _windows(array: np.ndarray, length: int) -> np.ndarray:
+    """A view: element i is `array[i : i + length]`."""
+    return np.lib.stride_tricks.sliding_window_view(array, length)
+
+
+def gather_rows(
+    tokens: np.ndarray,
+    targets: np.ndarray | None,
+    pieces: Pieces,
+    *,
+    sequence_length: int,
+    pad_id: int,
+) -> Rows:
+    """Rows of `sequence_length` tokens: pieces one after the other, then padding. Each piece is a
+    document, and so is padding.
+
+    Args:
+        tokens: all ids of the split, `(num_tokens,)`.
+        targets: 1 for those the loss asks for, `(num_tokens,)`; None: all.
+        pieces: row after row; each row has one at least.
+    """
+    starts, lengths, counts = pieces
+    ends = np.cumsum(counts)
+    used = np.add.reduceat(lengths, ends - counts)
+    # A piece of padding, perhaps of no tokens, ends every row.
+    is_piece = np.insert(np.ones(len(lengths), dtype=bool), ends, False)
+    starts = np.insert(starts, ends, 0)
+    lengths = np.insert(lengths, ends, sequence_length - used)
+    numbers = np.arange(len(lengths), dtype=np.int32)
+    numbers -= np.repeat(numbers[ends - counts + np.arange(len(counts))], counts + 1)
+    label_mask = np.repeat(is_piece, lengths)
+    positions = np.repeat(starts - (np.cumsum(lengths) - lengths), lengths)
+    positions += np.arange(len(positions))
+    # Only padding may point beyond the end, and its ids are replaced.
+    input_ids = tokens.take(positions, mode="clip").astype(np.int64)
+    input_ids[np.flatnonzero(~label_mask)] = pad_id
+    if targets is not None:
+        label_mask &= targets.take(positions, mode="clip") != 0
+    rows = {
+        "input_ids": input_ids,
+        "label_mask": label_mask,
+        "document_ids": np.repeat(numbers, lengths),
+    }
+    return {name: values.reshape(-1, sequence_length) for name, values in rows.items()}
+
+
+SMALLEST_BYTES = 512
+"""Shorter stretches are not asked for: a request costs as much as copying them."""
+
+
+class Pages:
+    """Pages of a memory-mapped array of one dimension; of other arrays, nothing."""
+
+    def __init__(self, array: np.ndarray) -> None:
+        self._itemsize = array.itemsize
+        self._map = _map_of(array) if hasattr(mmap, "MADV_WILLNEED") else None
+        self._first = 0
+        if self._map is not None:
+            whole = np.frombuffer(self._map, dtype=np.uint8)
+            self._first = array.__array_interface__["data"][0] - whole.ctypes.data
+
+    def request(self, starts: np.ndarray, num_items: np.ndarray | int) -> None:
+        """Fetch `num_items` items from each of `starts` on, without waiting for them."""
+        if self._map is None:
+            return
+        num_bytes = np.broadcast_to(num_items, starts.shape) * self._itemsize
+        is_long = num_bytes >= SMALLEST_BYTES
+        first = self._first + starts[is_long].astype(np.int64) * self._itemsize
+        pages = first // mmap.PAGESIZE * mmap.PAGESIZE
+        sizes = first - pages + num_bytes[is_long]
+        advise, how = self._map.madvise, mmap.MADV_WILLNEED
+        for page, size in zip(pages.tolist(), sizes.tolist(), strict=True):
+            advise(how, page, size)
+
+
+def _map_of(array: np.ndarray) -> mmap.mmap | None:
+    base: object = array
+    while base is not None and not isinstance(base, mmap.mmap):
+        base = getattr(base, "_mmap", None) or getattr(base, "base", None)
+    return base
