@@ -1,4 +1,4 @@
-"""`toolkit plan`: what a layout of ranks needs and how long a step takes, before there is a machine.
+"""`toolkit plan`: what a layout needs and how long a step takes, before there is a machine.
 
 1. `job.py`: a step of the config on a layout, as one rank sees it.
 2. `pieces.py`: the weights that the rank holds; `activations.py` what a forward keeps; `memory.py`

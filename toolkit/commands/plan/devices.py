@@ -73,8 +73,8 @@ _DEVICES = (
     # NVIDIA DGX B200 data sheet: 1,440 GB HBM3e at 64 TB/s over eight, NVLink 14.4 TB/s both ways,
     # eight ConnectX-7 ports of 400 Gb/s. The driver shows 178.4 GiB.
     Device("b200", "NVIDIA B200", int(178.4 * GIB), 8.0e12, _inside(900), _between(400)),
-    # NVIDIA A100 data sheet (SXM): 40 GB at 1,555 GB/s and 80 GB at 2,039 GB/s, NVLink 600 GB/s both
-    # ways. DGX A100: eight ConnectX-6 ports of 200 Gb/s.
+    # NVIDIA A100 data sheet (SXM): 40 GB at 1,555 GB/s and 80 GB at 2,039 GB/s, NVLink 600 GB/s
+    # both ways. DGX A100: eight ConnectX-6 ports of 200 Gb/s.
     Device(
         "a100-40", "NVIDIA A100-SXM4-40GB", int(39.4 * GIB), 1.555e12, _inside(300), _between(200)
     ),
@@ -91,8 +91,8 @@ _DEVICES = (
         "rtx4090", "NVIDIA GeForce RTX 4090", int(23.5 * GIB), 1.008e12, _inside(16, 30e-6),
         _between(25 / 8, 50e-6), overhead=1 * GIB,
     ),
-    # AMD Instinct MI300X data sheet: 192 GB HBM3 at 5.3 TB/s, seven Infinity Fabric links of 64 GB/s
-    # each way. Servers have eight ports of 400 Gb/s. fp32 products take no TF32 there: 163.4.
+    # AMD Instinct MI300X data sheet: 192 GB HBM3 at 5.3 TB/s, seven Infinity Fabric links of 64
+    # GB/s each way. Servers have eight ports of 400 Gb/s. fp32 products take no TF32: 163.4.
     Device(
         "mi300x", "AMD Instinct MI300X", int(191.5 * GIB), 5.3e12, _inside(448), _between(400),
         fp32_ratio=0.125,

@@ -49,8 +49,8 @@ def describe_search(
         table.append([f"{number}", *_row(plan)])
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     lines = [
-        f"{count(found.num_layouts, 'layout')} of {world_size} x {target.device.name} for {source}; "
-        f"{len(found.plans):,} fit; the fastest:",
+        f"{source} on {world_size} x {target.device.name}: {len(found.plans):,} of "
+        f"{count(found.num_layouts, 'layout')} fit; the fastest:",
         "",
         *("  ".join(map(str.ljust, row, widths)).rstrip() for row in table),
         "",
