@@ -144,6 +144,12 @@ class LossMemory(NamedTuple):
     """In its backward: both gradients once more, multiplied by what comes in."""
 
 
+def num_loss_chunks(job: Job) -> int:
+    """Into how many chunks the loss cuts a microbatch."""
+    most = min(job.model.loss_chunk_size, CPU_CHUNK_SIZE if job.device.name == CPU else 1 << 62)
+    return -(-job.tokens // (most * job.layout.tp))
+
+
 def loss_memory(job: Job, head: Parameter | None) -> LossMemory:
     """`head`: the weight of the output head, tied or not; None in a stage without it."""
     if head is None:
@@ -154,8 +160,7 @@ def loss_memory(job: Job, head: Parameter | None) -> LossMemory:
     weight_grad = FP32 * columns * width if head.is_trained else 0
     hidden_grad = rows * width * size
     norm_input = job.chunk_tokens * (width * size + FP32)
-    most = min(model.loss_chunk_size, CPU_CHUNK_SIZE if job.device.name == CPU else 1 << 62)
-    num_chunks = -(-rows // most)
+    num_chunks = num_loss_chunks(job)
     chunk = -(-rows // num_chunks)
     is_padded = model.padded_vocab_size != model.vocab_size
     # Logits and their gradient in the compute type; where that is not fp32 or a compiled kernel

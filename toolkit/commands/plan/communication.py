@@ -7,7 +7,7 @@ reduce-scatter takes. `toolkit plan --simulate` counts the same in the calls the
 from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
-from toolkit.commands.plan.activations import cp_style
+from toolkit.commands.plan.activations import cp_style, num_loss_chunks
 from toolkit.commands.plan.job import FP32, Job, Stage
 from toolkit.commands.plan.memory import head_of
 from toolkit.commands.plan.pieces import Holding, total, unit_of
@@ -135,7 +135,9 @@ def _tensor(job: Job, stage: Stage) -> Iterator[Traffic]:
     if stage.has_head:
         yield Traffic("all-gather", "tp", "head", job.passes, stream)
         yield Traffic("reduce-scatter", "tp", "head", job.passes, stream)
-        yield Traffic("all-reduce", "tp", "loss", 2 * job.passes, 1.5 * job.tokens * FP32)
+        chunks = num_loss_chunks(job)
+        statistics = 3 * layout.tp * job.tokens * FP32 / chunks
+        yield Traffic("all-gather", "tp", "loss", chunks * job.passes, statistics)
     partial = FP32 * total(job, stage).partial
     yield Traffic("all-reduce", "tp", "gradients of what all ranks hold", 1, partial)
 
