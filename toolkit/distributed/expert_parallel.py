@@ -9,7 +9,7 @@ expert, so that those for one rank lie together. Between its sort and its sum:
 4. This rank's experts compute them, in the grouped products of one process.
 5. The results go back the way the rows came.
 
-Nothing is dropped, however unevenly tokens choose; a rank that gets no rows takes part with none.
+Nothing is dropped, however unevenly tokens choose; a rank that gets no rows computes one of zeros.
 All orders are fixed, so two runs are bit-equal. Router and shared expert stay as they are: they see
 this rank's own tokens.
 
@@ -24,6 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn.functional import pad
 
 from toolkit.distributed.collectives import all_to_all_rows
 from toolkit.distributed.shards import ShardSpec
@@ -86,8 +87,13 @@ def _computed(
     expert = expert.repeat_interleave(theirs.flatten(), output_size=arrived.shape[0])
     order = expert.argsort(stable=True)
     place = order.argsort()
-    own_ends = theirs.sum(0).cumsum(0, dtype=torch.int32)
-    results = experts(_Reordered.apply(arrived, order, place), own_ends)
+    own, own_ends = _Reordered.apply(arrived, order, place), theirs.sum(0).cumsum(0).int()
+    if len(own):
+        results = experts(own, own_ends)
+    else:
+        # Weights need a gradient all the same, which other ranks wait for, and grouped kernels of
+        # GPUs take no matrix without rows: a row of zeros leaves zeros.
+        results = experts(pad(own, (0, 0, 0, 1)), torch.ones_like(own_ends))[:0]
     results = _Reordered.apply(results, place, order)
     return all_to_all_rows(results, group, sent=received, received=sent)
 

@@ -149,7 +149,7 @@ def loss_chunks(job: Job) -> tuple[int, int]:
     rows, most = job.tokens, job.model.loss_chunk_size
     if job.device.name == CPU:
         most = min(most, CPU_CHUNK_SIZE)
-    number = -(-rows // most)
+    number = -(-rows // (most * job.layout.tp))  # a shard's chunks are as many times longer
     return number, -(-rows // number)
 
 

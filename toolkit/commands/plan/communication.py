@@ -147,7 +147,8 @@ def _tensor(job: Job, stage: Stage) -> Iterator[Traffic]:
         yield Traffic("all-gather", "tp", "head", job.passes, stream)
         yield Traffic("reduce-scatter", "tp", "head", job.passes, stream)
         chunks, rows = loss_chunks(job)
-        yield Traffic("all-reduce", "tp", "loss", 2 * chunks * job.passes, 1.5 * rows * FP32)
+        statistics = 3 * layout.tp * rows * FP32
+        yield Traffic("all-gather", "tp", "loss", chunks * job.passes, statistics)
     partial = FP32 * total(job, stage).partial
     yield Traffic("all-reduce", "tp", "gradients of what all ranks hold", 1, partial)
 
