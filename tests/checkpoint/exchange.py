@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from tests.tiny import module_config, open_environment, tiny_model, train_steps
+from tests.tiny import SEQ, module_config, open_environment, tiny_model, train_steps
 from toolkit.checkpoint.commit import save_checkpoint
 from toolkit.checkpoint.load import load_checkpoint
 from toolkit.checkpoint.tensors import iterate_tensors
@@ -67,6 +67,10 @@ LAYOUT_CELLS = [
     Cell("fsdp+tp", 4),
     Cell("fsdp+tp+ep", 4),
     Cell("fsdp+cp+ep", 4),
+    Cell("fsdp+pp", 2),
+    Cell("fsdp+pp", 4),
+    Cell("fsdp+pp+tp", 4),
+    Cell("fsdp+pp+ep", 4),
 ]
 """With `EXPERTS`, which all of them can cut."""
 EXPERTS = "adamw-tied-experts"
@@ -173,6 +177,8 @@ def build_module(
 def config_of(engine: str, variant: Variant) -> TransformerTrainModuleConfig:
     name, *options = engine.split("+")
     axes = {f"{axis}_config": AXES[axis](degree=2) for axis in options if axis in AXES}
+    if "pp" in options:  # as many microbatches as stages
+        axes["rank_microbatch_size"] = 2 * SEQ
     dp = {"cpu_offload": "offload" in options}
     return module_config(name, dp=dp, optim=variant.optim, **axes)
 

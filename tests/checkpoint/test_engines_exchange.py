@@ -37,8 +37,9 @@ EVERY_ENGINE = [
 ODD_CELLS = [Cell("fsdp", 4), Cell("zero1", 2), Cell("zero3", 4)]
 
 
-# Parts of matrices, of experts, copies of several ranks.
-LAYOUTS = [Cell("ddp+cp", 2), Cell("fsdp+tp", 4), Cell("hsdp+ep", 4)]
+# Parts of matrices and of experts, copies of several ranks, and stages, two of which have the tied
+# embeddings.
+LAYOUTS = [Cell("fsdp+tp", 4), Cell("hsdp+ep", 4), Cell("fsdp+pp+tp", 4)]
 
 
 class Reference(NamedTuple):

@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.tiny import SEQ, build, module_config, open_environment, train_steps
+from tests.checkpoint.exchange import Variant, config_of
+from tests.tiny import SEQ, build, open_environment, train_steps
 from tests.workers import WorkerPool
 from toolkit.checkpoint.commit import Save, save_checkpoint, write_checkpoint
 from toolkit.checkpoint.load import load_checkpoint
 from toolkit.checkpoint.save_plan import ShardWriter
+from toolkit.optim.config import AdamWConfig
 
 MB = 1e6
 BIG = {
@@ -45,7 +47,7 @@ def resident(field: str) -> float:
 
 def measure_save(engine: str, root: str) -> dict[str, float]:
     """Peak growth of a blocking save, and of the copy and write of a background one."""
-    config = module_config(engine)
+    config = config_of(engine, Variant(AdamWConfig(lr=1e-3)))
     env = open_environment(config)
     try:
         module = build(config, env, **BIG)
@@ -81,7 +83,7 @@ def measure_save(engine: str, root: str) -> dict[str, float]:
 
 def measure_load(engine: str, checkpoint: str) -> float:
     """Peak growth of a load into a model that has all its state already."""
-    config = module_config(engine)
+    config = config_of(engine, Variant(AdamWConfig(lr=1e-3)))
     env = open_environment(config, seed=99)
     try:
         module = build(config, env, **BIG)
@@ -114,7 +116,7 @@ def fresh() -> Iterator[Callable[[], WorkerPool]]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("engine", ["fsdp", "zero3"])
+@pytest.mark.parametrize("engine", ["fsdp", "zero3", "fsdp+tp"])
 def test_no_rank_holds_the_whole_model(
     fresh: Callable[[], WorkerPool],
     engine: str,

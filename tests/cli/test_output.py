@@ -1,6 +1,7 @@
 """Standard output that goes away takes nothing with it."""
 
 import errno
+import io
 import os
 import subprocess
 import sys
@@ -41,6 +42,14 @@ def test_a_full_disk_is_tried_again(tmp_path: Path) -> None:
         stream.write("kept\n")
         stream.flush()
     assert (tmp_path / "other").read_text() == "kept\n"
+
+
+def test_what_was_not_buffered_is_not_buffered_now(tmp_path: Path) -> None:
+    with (tmp_path / "a").open("wb", buffering=0) as file:
+        unbuffered = io.TextIOWrapper(file, write_through=True)
+        stream = lasting(unbuffered)
+        stream.write("a line\n")
+        assert (tmp_path / "a").read_bytes() == b"a line\n"
 
 
 def test_letters_that_a_terminal_lacks_are_escaped(tmp_path: Path) -> None:

@@ -130,7 +130,7 @@ def test_a_config_that_nothing_can_be_resumed_with_is_exit_1(
     config.write_bytes(load_experiment("smoke").config.to_json())
     assert cli.run(["verify", str(run)]) == 0
     broken = {
-        b"{": "config.json:1:2: not valid JSON",
+        b"{": "  1:2: not valid JSON",
         b'{"seed": "x"}': "seed: expected a whole number, not 'x'; model: required",
         None: "is missing, and without it the run cannot go on",
     }
@@ -141,7 +141,7 @@ def test_a_config_that_nothing_can_be_resumed_with_is_exit_1(
         assert cli.run(["verify", str(run)]) == 1
         (row, *steps) = capsys.readouterr().out.splitlines()[1:]
         assert row.split()[0] == "config.json"
-        assert problem.removeprefix("config.json") in row
+        assert problem in row
         assert [line.split()[0] for line in steps] == ["step2", "step10"]
     origins.unlink()  # it was started from Python, of parts that no config describes
     assert cli.run(["verify", str(run)]) == 0

@@ -180,15 +180,23 @@ CASES = [
     (4, ("cp", "ep"), ("experts",)),
     (4, ("pp", "ep", "fsdp"), ("experts",)),
     (8, ("pp", "cp", "tp", "ep"), ("experts",)),
-]
+    pytest.param(
+        16, ("interleaved", "fsdp", "cp", "tp", "ep"), ("experts",),
+        marks=[pytest.mark.slow, pytest.mark.timeout(900)],
+    ),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize(("ranks", "axes", "models"), CASES, ids=["-".join(c[1]) for c in CASES])
+@pytest.mark.parametrize(
+    ("ranks", "axes", "models"),
+    CASES,
+    ids=["-".join(getattr(case, "values", case)[1]) for case in CASES],
+)
 def test_numbers_are_those_of_one_process(
     workers: WorkerPool, alone: Any, ranks: int, axes: tuple[str, ...], models: tuple[str, ...]
 ) -> None:
     kinds = ("plain", "packed")
-    by_rank = workers.run(ranks, numbers_of, axes, models, kinds, timeout=300)
+    by_rank = workers.run(ranks, numbers_of, axes, models, kinds, timeout=800)
     for key, (sums, gradients, _) in by_rank[0].items():
         wanted_sums, wanted, wanted_load = alone[key]
         # fp32 norms, everything else float64

@@ -1,6 +1,7 @@
 """Tensor parallelism computes what one process computes, for every part that a model may have."""
 
 import copy
+from collections import Counter
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -8,6 +9,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from tests.tiny import module_config, open_environment
 from tests.workers import WorkerPool
@@ -364,40 +367,37 @@ def test_each_rank_routes_its_own_tokens_to_experts_that_are_sharded(workers: Wo
     assert max(workers.run(2, in_group, routed_by_position)) < (BOUND, "")
 
 
-def traffic(group: Any) -> dict[str, Any]:
-    """Collectives of one forward and backward in bf16: kind -> types and how many."""
+def traffic(group: Any) -> Counter[tuple[str, str]]:
+    """Collectives of one forward and backward in bf16, by kind and type."""
     config = config_of(**ARCHITECTURES["olmo2"])
     model: Any = model_of(config, dtype=torch.bfloat16)
     batch = batch_of(config)
-    whole = copy.deepcopy(model)
+    expected = copy.deepcopy(model)(*batch[:2], document_ids=batch.document_ids)
     apply_tensor_parallel(model, group, whole_specs(model))
-    seen: dict[str, list[torch.dtype]] = {}
+    seen: Counter[tuple[str, str]] = Counter()
 
-    class Counted(torch.utils._python_dispatch.TorchDispatchMode):
+    class Counting(TorchDispatchMode):
         def __torch_dispatch__(
             self, func: Any, types: Any, args: Any = (), kwargs: Any = None
         ) -> Any:
             if func.namespace == "c10d":
-                tensor = args[0]
-                while isinstance(tensor, (list, tuple)):
-                    tensor = tensor[0]
-                seen.setdefault(func._opname, []).append(tensor.dtype)
+                seen[func._opname, str(tree_leaves(args)[0].dtype)] += 1
             return func(*args, **(kwargs or {}))
 
-    with Counted():
+    with Counting():
         sums = model(*batch[:2], document_ids=batch.document_ids)
         sums.loss.backward()
-    expected = whole(*batch[:2], document_ids=batch.document_ids)
     assert sums.loss.item() == pytest.approx(expected.loss.item(), rel=2e-2)
-    return {kind: (len(dtypes), set(dtypes)) for kind, dtypes in seen.items()}
+    return seen
 
 
 def test_rows_travel_in_the_compute_type_and_no_oftener_than_they_must(workers: WorkerPool) -> None:
-    layers, halves, norms, losses = 2, 2, 2, 2
-    rows = 2 * (layers * halves + 1)  # forward and backward; the ends of the model are one half
+    layers, norms = 2, 2
+    around = 2 * layers + 1  # attention and feed-forward of each layer, and an end of the model
     expected = {
-        "_allgather_base_": (rows, {torch.bfloat16}),
-        "_reduce_scatter_base_": (rows, {torch.bfloat16}),
-        "allreduce_": (2 * layers * norms + losses, {torch.float32}),
+        ("_allgather_base_", "torch.bfloat16"): 2 * around,  # forward and backward
+        ("_reduce_scatter_base_", "torch.bfloat16"): 2 * around,
+        ("allreduce_", "torch.float32"): 2 * layers * norms,
+        ("_allgather_base_", "torch.float32"): 1,  # the loss, which is of one chunk
     }
     assert workers.run(2, in_group, traffic) == [expected] * 2

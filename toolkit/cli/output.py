@@ -55,8 +55,9 @@ def lasting(stream: TextIO) -> TextIO:
     if not isinstance(stream, io.TextIOWrapper):
         return stream
     stream.flush()
+    file: Any = _LastingFile(stream.fileno(), "wb", closefd=False)
     return io.TextIOWrapper(
-        io.BufferedWriter(_LastingFile(stream.fileno(), "wb", closefd=False)),
+        file if stream.write_through else io.BufferedWriter(file),  # of PYTHONUNBUFFERED, as it was
         stream.encoding,
         "backslashreplace",  # letters that a terminal lacks
         line_buffering=stream.line_buffering,

@@ -114,6 +114,8 @@ def verify(
 ) -> int:
     """Check every checkpoint of a run against its manifest; or run some of its steps again.
 
+    A config that the run cannot be resumed with is a fault too.
+
     A replay starts from a checkpoint and computes N steps in a temporary folder, with the recorded
     engine and number of processes (under a launcher: what that gives). On what the run had, every
     loss must equal the recorded one bit for bit, else to rounding. The receipt is written to

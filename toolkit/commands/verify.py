@@ -88,8 +88,7 @@ def _why_no_folder(run: Path, root: Path, trainer: TrainerConfig) -> str | None:
 def _problem(error: Exception, path: Path) -> str:
     """What `error` says, in a line, without the `path` that it is about."""
     lines = str(error).splitlines()
-    short = (line.removeprefix(str(path)).removeprefix(": ").removeprefix("/") for line in lines)
-    return "; ".join(short)
+    return "; ".join(line.removeprefix(str(path)).lstrip(":/ ") for line in lines)
 
 
 def is_step_folder(path: Path) -> bool:

@@ -9,7 +9,7 @@ expert, so that those for one rank lie together. Between its sort and its sum:
 4. This rank's experts compute them, in the grouped products of one process.
 5. The results go back the way the rows came.
 
-Nothing is dropped, however unevenly tokens choose; a rank that gets no rows takes part with none.
+Nothing is dropped, however unevenly tokens choose; a rank that gets no rows computes one of zeros.
 All orders are fixed, so two runs are bit-equal. Router and shared expert stay as they are: they see
 this rank's own tokens.
 
@@ -24,6 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn.functional import pad
 
 from toolkit.distributed.collectives import all_to_all_rows
 from toolkit.distributed.shards import ShardSpec
@@ -80,16 +81,27 @@ def _computed(
     ours = ends.diff(prepend=ends.new_zeros(1)).view(group.size(), -1)  # rank, its expert
     theirs = torch.empty_like(ours)  # rank, expert of this one
     dist.all_to_all_single(theirs, ours, group=group)
-    sent, received = torch.stack([ours.sum(1), theirs.sum(1)]).tolist()
+    sent, received = numbers_of_rows(ours, theirs)
     arrived = all_to_all_rows(rows, group, sent=sent, received=received)
     expert = torch.arange(ours.shape[1], device=rows.device).repeat(group.size())
     expert = expert.repeat_interleave(theirs.flatten(), output_size=arrived.shape[0])
     order = expert.argsort(stable=True)
     place = order.argsort()
-    own_ends = theirs.sum(0).cumsum(0, dtype=torch.int32)
-    results = experts(_Reordered.apply(arrived, order, place), own_ends)
+    own, own_ends = _Reordered.apply(arrived, order, place), theirs.sum(0).cumsum(0).int()
+    if len(own):
+        results = experts(own, own_ends)
+    else:
+        # Weights need a gradient all the same, which other ranks wait for, and grouped kernels of
+        # GPUs take no matrix without rows: a row of zeros leaves zeros.
+        results = experts(pad(own, (0, 0, 0, 1)), torch.ones_like(own_ends))[:0]
     results = _Reordered.apply(results, place, order)
     return all_to_all_rows(results, group, sent=received, received=sent)
+
+
+def numbers_of_rows(ours: Tensor, theirs: Tensor) -> list[list[int]]:
+    """How many rows this rank sends to each rank, and gets from it, of `(ranks, experts)`. The host
+    waits for the device."""
+    return torch.stack([ours.sum(1), theirs.sum(1)]).tolist()
 
 
 class _Reordered(torch.autograd.Function):

@@ -29,15 +29,13 @@ from toolkit.distributed.expert_parallel import apply_expert_parallel
 from toolkit.distributed.pipeline import plan_pipeline
 from toolkit.distributed.process_groups import set_collective_timeouts
 from toolkit.distributed.shards import ShardSpec, draw_initial_values, whole_specs
+from toolkit.distributed.sizes import sharded_dimension
 from toolkit.distributed.stages import Stages
 from toolkit.distributed.tensor_parallel import apply_tensor_parallel
 from toolkit.distributed.torch_engine import TorchEngine
 from toolkit.models import compile as compiling
 from toolkit.models.init import InitSpec, canonical_parameters, init_spec
 from toolkit.models.transformer import Blocks, Transformer
-
-LARGEST_SHARE = 1.1
-"""Most that a rank may hold of stacked matrices, as a multiple of an even share."""
 
 
 def prepare_engine(
@@ -158,18 +156,6 @@ def _checkpointed(forward: Callable[..., Any]) -> Callable[..., Any]:
         return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False)
 
     return checkpointed
-
-
-def sharded_dimension(shape: torch.Size, ranks: int) -> int | None:
-    """Along which dimension FSDP shards a parameter; None: along its first two, flattened.
-
-    Stacked matrices of experts go to ranks whole, as every parameter goes by rows. Where that
-    leaves some rank more than `LARGEST_SHARE` times its share (more ranks than experts: some have
-    none), it is the first dimension that ranks divide: FSDP2 shards only dimension 0 unevenly.
-    """
-    if len(shape) < 3 or -(-shape[0] // ranks) * ranks <= LARGEST_SHARE * shape[0]:
-        return 0
-    return next((d for d in range(1, len(shape)) if shape[d] % ranks == 0), None)
 
 
 def _fully_shard(model: nn.Module, environment: TrainingEnvironment) -> None:

@@ -7,6 +7,9 @@ from toolkit.distributed.layout import Layout
 from toolkit.errors import ConfigError, ErrorList
 from toolkit.models.config import TransformerConfig
 
+LARGEST_SHARE = 1.1
+"""Most that a rank may hold of stacked matrices, as a multiple of an even share."""
+
 
 def check_sizes(layout: Layout, model: TransformerConfig) -> None:
     """Check that the parts of `model` divide by the degrees of `layout`. Raises ConfigError: each
@@ -53,6 +56,18 @@ def check_combination(
 def tensor_degrees(model: TransformerConfig, *, experts_are_sharded: bool = False) -> list[int]:
     """Degrees of tensor parallelism by which every part of `model` divides."""
     return [d for d in range(1, model.num_heads + 1) if not _tensor(d, model, experts_are_sharded)]
+
+
+def sharded_dimension(shape: Sequence[int], ranks: int) -> int | None:
+    """Along which dimension FSDP shards a parameter; None: along its first two, flattened.
+
+    Stacked matrices of experts go to ranks whole, as every parameter goes by rows. Where that
+    leaves some rank more than `LARGEST_SHARE` times its share (more ranks than experts: some have
+    none), it is the first dimension that ranks divide: FSDP2 shards only dimension 0 unevenly.
+    """
+    if len(shape) < 3 or -(-shape[0] // ranks) * ranks <= LARGEST_SHARE * shape[0]:
+        return 0
+    return next((d for d in range(1, len(shape)) if shape[d] % ranks == 0), None)
 
 
 def _misfits(layout: Layout, model: TransformerConfig) -> Iterator[tuple[str, str, Sequence[int]]]:

@@ -10,7 +10,7 @@ What happens to a row on `tp` ranks, each of which is given the whole row:
    again. The feed-forward does the same with the channels of its hidden layer (Shoeybi et al.
    2019), a mixture of experts with those of every expert.
 3. The head gathers the row a last time. Each rank makes the logits of its rows of the vocabulary;
-   the maximum, the sum of exponentials and the target's logit are reduced over ranks.
+   ranks tell one another the largest one, the sum of exponentials and the target's logit.
 
 What a rank holds of each parameter, with the gradient that backward leaves there:
 
@@ -288,9 +288,8 @@ def _share_head(head: Head, cut: _Cut) -> None:
     if head.weight is not None:
         cut.cut(head, "weight", 0)
 
-    def reduce(x: Tensor, how: Literal["max", "sum"]) -> Tensor:
-        dist.all_reduce(x, op=dist.ReduceOp.MAX if how == "max" else dist.ReduceOp.SUM, group=group)
-        return x
+    def gather(x: Tensor) -> Tensor:
+        return gathered(x[None], group, 0)
 
     def project(hidden: Tensor, weight: Tensor) -> Tensor:
         # All ranks do the same with the logits: the sum of their gradients is `size` times it.
@@ -298,7 +297,8 @@ def _share_head(head: Head, cut: _Cut) -> None:
         return share_of_gradient(logits, 1.0 / size)
 
     head.norm.forward = lambda x: all_gather(normed(x), group)  # type: ignore[method-assign]
-    head.loss.shard = VocabularyShard(cut.rank * cut.config.padded_vocab_size // size, reduce)
+    first = cut.rank * cut.config.padded_vocab_size // size
+    head.loss.shard = VocabularyShard(first, size, gather)
     head.project = project
 
 

@@ -15,8 +15,7 @@ from toolkit.data.config import FilesSourceConfig
 from toolkit.data.instances.base import Rows
 from toolkit.data.prepare.build.encoding import TextEncoder
 from toolkit.data.prepare.build.parts import batches
-from toolkit.data.prepare.text.readers import read_shard
-from toolkit.data.prepare.text.reading import Counts, Reading
+from toolkit.data.prepare.text.reading import Counts, Reading, read_shard
 from toolkit.data.prepare.text.sources import plan_source
 from toolkit.data.prepare.tokenizers.tokenizer import Tokenizer
 from toolkit.errors import DataError

@@ -11,7 +11,7 @@ costs three matrix products a token (recomputing logits in backward would cost f
 """
 
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -68,8 +68,11 @@ class VocabularyShard(NamedTuple):
 
     first: int
     """Id of the first row."""
-    reduce: Callable[[Tensor, Literal["max", "sum"]], Tensor]
-    """Maximum or sum of a tensor over the ranks that have the other rows."""
+    ranks: int
+    """How many have as many rows. Chunks are so many times longer: their logits take the memory
+    that they would take with the whole vocabulary."""
+    gather: Callable[[Tensor], Tensor]
+    """The tensors of all these ranks, stacked."""
 
 
 class LinearCrossEntropy(nn.Module):
@@ -154,14 +157,18 @@ def loss_chunk(
     ids = labels[:, None].where(is_here, 0)
     # The exponentials serve both the sum and the gradient; on CPUs they are most of the work.
     peak = wide.amax(-1, keepdim=True)
-    if shard is not None:
-        peak = shard.reduce(peak, "max")
+    if shard is not None:  # a shard may have nothing but padding
+        peak = peak.clamp(min=torch.finfo(wide.dtype).min)
     exponentials = (wide - peak).exp_()
     total = exponentials.sum(-1, keepdim=True)
     target_logit = wide.gather(-1, ids)
     if shard is not None:
-        both = torch.cat((total, target_logit.where(is_here, 0.0)), dim=-1)
-        total, target_logit = shard.reduce(both, "sum").split(1, dim=-1)
+        own = torch.cat((peak, total, target_logit.where(is_here, 0.0)), dim=-1)
+        peaks, totals, targets = shard.gather(own).split(1, dim=-1)
+        highest = peaks.amax(0)
+        total = (totals * (peaks - highest).exp()).sum(0)
+        exponentials.mul_((peak - highest).exp())
+        peak, target_logit = highest, targets.sum(0)
     log_sum = total.log() + peak
     ce = (log_sum - target_logit).where(is_target, 0.0).sum()
     z = log_sum.square().where(is_target, 0.0).sum()
@@ -205,7 +212,8 @@ def chunked_linear_cross_entropy(
             padding, left out of the softmax.
         labels: `(rows,)` ids, `IGNORE_INDEX` where there is no target.
         soft_cap: the softmax is of soft_cap * tanh(logits / soft_cap); None: of the logits.
-        chunk_size: most rows per chunk (`CPU_CHUNK_SIZE` on a CPU, if that is less).
+        chunk_size: most rows per chunk (`CPU_CHUNK_SIZE` on a CPU, if that is less), times
+            `shard.ranks`.
         shard: the gradient of `hidden` is then what this shard contributes to it.
     """
     options = {
@@ -238,6 +246,9 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
         compute_weight = weight.to(hidden.dtype)
         if hidden.device.type == "cpu":
             chunk_size = min(chunk_size, CPU_CHUNK_SIZE)
+        shard: VocabularyShard | None = options["shard"]
+        if shard is not None:
+            chunk_size *= shard.ranks
         # Equal chunks, so that a compiled kernel sees one shape (two when rows do not divide).
         num_chunks = -(-hidden.shape[0] // chunk_size)
         rows = -(-hidden.shape[0] // max(1, num_chunks))

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import msgspec
 import sqlalchemy as sa
@@ -14,24 +14,17 @@ from toolkit.runs.status import RunRecord
 _BUSY_SECONDS = 3
 """How long to wait for another process's transaction in SQLite; they take milliseconds."""
 
+_TYPES: dict[type, Any] = {str: sa.String(1024), int: sa.BigInteger, float: sa.Float}
+
+
+def _column(field: msgspec.structs.FieldInfo) -> sa.Column[Any]:
+    kind, *others = get_args(field.type) or (field.type,)
+    is_key = field.name == "folder"
+    return sa.Column(field.name, _TYPES[kind], primary_key=is_key, nullable=bool(others))
+
+
 metadata = sa.MetaData()
-runs_table = sa.Table(
-    "runs",
-    metadata,
-    sa.Column("folder", sa.String(1024), primary_key=True),
-    sa.Column("experiment", sa.String(255), nullable=False),
-    sa.Column("name", sa.String(255), nullable=False),
-    sa.Column("state", sa.String(16), nullable=False),
-    sa.Column("step", sa.BigInteger),
-    sa.Column("tokens", sa.BigInteger),
-    sa.Column("loss", sa.Float),
-    sa.Column("created", sa.String(32), nullable=False),
-    sa.Column("updated", sa.String(32), nullable=False),
-    sa.Column("host", sa.String(255), nullable=False),
-    sa.Column("engine", sa.String(32)),
-    sa.Column("world_size", sa.Integer),
-    sa.Column("parameters", sa.BigInteger),
-)
+runs_table = sa.Table("runs", metadata, *map(_column, msgspec.structs.fields(RunRecord)))
 
 
 def check_url(url: str) -> None:

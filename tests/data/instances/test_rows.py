@@ -1,14 +1,17 @@
 import numpy as np
 import pytest
 
+from toolkit.data.instances import rows
 from toolkit.data.instances.rows import gather_rows
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("has_targets", [False, True])
+@pytest.mark.parametrize("long_piece", [0, 200])
 def test_rows_are_their_pieces_one_after_the_other_and_padding(
-    seed: int, has_targets: bool
+    seed: int, has_targets: bool, long_piece: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(rows, "LONG_PIECE", long_piece)  # copied piece by piece, or indexed
     generator = np.random.default_rng(seed)
     tokens = generator.integers(0, 60_000, 500).astype(np.uint16)
     targets = generator.integers(0, 2, 500).astype(np.uint8) if has_targets else None

@@ -144,6 +144,15 @@ class LossMemory(NamedTuple):
     """In its backward: both gradients once more, multiplied by what comes in."""
 
 
+def loss_chunks(job: Job) -> tuple[int, int]:
+    """Into how many chunks the rows of a microbatch are cut for the loss, and rows of each."""
+    rows, most = job.tokens, job.model.loss_chunk_size
+    if job.device.name == CPU:
+        most = min(most, CPU_CHUNK_SIZE)
+    number = -(-rows // (most * job.layout.tp))  # a shard's chunks are as many times longer
+    return number, -(-rows // number)
+
+
 def loss_memory(job: Job, head: Parameter | None) -> LossMemory:
     """`head`: the weight of the output head, tied or not; None in a stage without it."""
     if head is None:
@@ -154,9 +163,7 @@ def loss_memory(job: Job, head: Parameter | None) -> LossMemory:
     weight_grad = FP32 * columns * width if head.is_trained else 0
     hidden_grad = rows * width * size
     norm_input = job.chunk_tokens * (width * size + FP32)
-    most = min(model.loss_chunk_size, CPU_CHUNK_SIZE if job.device.name == CPU else 1 << 62)
-    num_chunks = -(-rows // most)
-    chunk = -(-rows // num_chunks)
+    num_chunks, chunk = loss_chunks(job)
     is_padded = model.padded_vocab_size != model.vocab_size
     # Logits and their gradient in the compute type; where that is not fp32 or a compiled kernel
     # goes through them in one pass, the logits in fp32, perhaps without padding ids, and their

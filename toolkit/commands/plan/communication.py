@@ -4,10 +4,11 @@ Bytes are those of the largest tensor of the call on this rank: what a gather ma
 reduce-scatter takes. `toolkit plan --simulate` counts the same in the calls themselves.
 """
 
+import math
 from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
-from toolkit.commands.plan.activations import cp_style
+from toolkit.commands.plan.activations import cp_style, loss_chunks
 from toolkit.commands.plan.job import FP32, Job, Stage
 from toolkit.commands.plan.memory import head_of
 from toolkit.commands.plan.pieces import Holding, total, unit_of
@@ -59,33 +60,42 @@ def traffic_of(job: Job, stage: Stage) -> list[Traffic]:
 
 def _fsdp(job: Job, stage: Stage) -> Iterator[Traffic]:
     """Blocks are gathered for forward and, if they were freed after it, again for backward; what is
-    outside of blocks once. Gradients are reduced in every microbatch, over replicas in the last."""
-    again = 2 if job.layout.dp_config.reshard_after_forward else 1
-    units = [(unit_of(job, g.parameters), g.number, again, "blocks") for g in job.groups(stage)]
-    units.append((unit_of(job, job.outside_of(stage)), 1, 1, "embeddings and head"))
-    for unit, number, gathers, what in units:
-        yield from _unit(job, unit.dense, number, gathers, "dp", job.shard_ranks, what)
-        ranks = job.layout.expert_shape["efsdp"]
-        yield from _unit(job, unit.experts, number, gathers, "efsdp", ranks, "experts")
+    outside of blocks once. Gradients are reduced in every microbatch, over replicas in the last.
+
+    A pipeline frees blocks after a forward only, so that of forward and backward in turn one
+    gathers and one finds them; and it reduces at the end of the step.
+    """
+    pipeline, passes = job.layout.pp_config, job.passes
+    frees = job.layout.dp_config.reshard_after_forward
+    if pipeline is None:
+        gathers, root, reductions = passes * (2 if frees else 1), passes, passes
+    else:
+        frees = frees and pipeline.schedule != "ZBVZeroBubble"
+        gathers, root, reductions = passes + 1 if frees else 1, 1, 1
+    units = [(unit_of(job, g.parameters), g.number, gathers, "blocks") for g in job.groups(stage)]
+    units.append((unit_of(job, job.outside_of(stage)), 1, root, "embeddings and head"))
+    inside = job.shard_ranks * job.layout.tp // job.layout.ep
+    for unit, number, times, what in units:
+        calls = number * times, number * reductions, number
+        yield from _unit(job, unit.dense, calls, "dp", job.shard_ranks, what)
+        yield from _unit(job, unit.experts, calls, "efsdp", inside, "experts")
 
 
 def _unit(
-    job: Job, held: Holding, number: int, gathers: int, axis: str, ranks: int, what: str
+    job: Job, held: Holding, calls: tuple[int, int, int], axis: str, ranks: int, what: str
 ) -> Iterator[Traffic]:
-    layout, passes = job.layout, job.passes
+    """Of units that are alike: `calls` gathers, reductions, and reductions over replicas."""
+    layout = job.layout
     reduced = FP32 if layout.dp_config.reduce_dtype == "float32" else 2
+    gathers, reductions, last = calls
     if ranks > 1:
         size = job.compute_bytes * held.gathered
-        calls = passes * number * gathers
-        yield Traffic("all-gather", axis, f"weights of {what}", calls, size, waits=False)
+        yield Traffic("all-gather", axis, f"weights of {what}", gathers, size, waits=False)
         size = reduced * held.trained_gathered
-        calls = passes * number
-        yield Traffic("reduce-scatter", axis, f"gradients of {what}", calls, size, waits=False)
+        yield Traffic("reduce-scatter", axis, f"gradients of {what}", reductions, size, waits=False)
     if layout.dp_replicate > 1:
         size = reduced * held.trained_gathered / ranks
-        yield Traffic(
-            "all-reduce", "dp_replicate", f"gradients of {what}", number, size, waits=False
-        )
+        yield Traffic("all-reduce", "dp_replicate", f"gradients of {what}", last, size, waits=False)
 
 
 def _zero(job: Job, stage: Stage) -> Iterator[Traffic]:
@@ -112,8 +122,7 @@ def _numbers(job: Job, stage: Stage, *, sparse: bool | None = None) -> tuple[int
 
 def _tensor(job: Job, stage: Stage) -> Iterator[Traffic]:
     """Around attention and around feed-forward: the stream is gathered before and reduce-scattered
-    behind; in backward the other way round. A block that is computed again stops before its last
-    result."""
+    behind; in backward the other way round."""
     layout, model = job.layout, job.model
     stream = job.tokens * model.d_model * job.compute_bytes
     gathers = reductions = 0
@@ -121,7 +130,9 @@ def _tensor(job: Job, stage: Stage) -> Iterator[Traffic]:
         around = 1 if sparse and layout.ep > 1 else 2  # experts: each rank sends its own part
         first, again, back = _numbers(job, stage, sparse=sparse)
         gathers += around * (first + again + back)
-        reductions += around * (first + again + back) - again
+        reductions += around * (first + again + back)
+        if around == 2 and model.norm_placement == "pre":
+            reductions -= again  # nothing behind it is kept
     first, again, back = _numbers(job, stage)
     yield Traffic("all-gather", "tp", "residual stream", gathers, stream)
     yield Traffic("reduce-scatter", "tp", "residual stream", reductions, stream)
@@ -135,7 +146,9 @@ def _tensor(job: Job, stage: Stage) -> Iterator[Traffic]:
     if stage.has_head:
         yield Traffic("all-gather", "tp", "head", job.passes, stream)
         yield Traffic("reduce-scatter", "tp", "head", job.passes, stream)
-        yield Traffic("all-reduce", "tp", "loss", 2 * job.passes, 1.5 * job.tokens * FP32)
+        chunks, rows = loss_chunks(job)
+        statistics = 3 * layout.tp * rows * FP32
+        yield Traffic("all-gather", "tp", "loss", chunks * job.passes, statistics)
     partial = FP32 * total(job, stage).partial
     yield Traffic("all-reduce", "tp", "gradients of what all ranks hold", 1, partial)
 
@@ -153,13 +166,14 @@ def _context(job: Job, stage: Stage) -> Iterator[Traffic]:
         yield Traffic("reduce-scatter", "cp", "keys and values", back, rows)
     elif style == "ulysses":
         query = model.num_heads // layout.tp * model.attention_head_dim * size
-        heads = max(kv_heads, layout.cp) * 2 * model.attention_head_dim * size
-        own = job.tokens * (2 * query + heads)
-        yield Traffic("all-to-all", "cp", "heads", 4 * (there + back), own / 4)
+        repeated = layout.cp // math.gcd(kv_heads, layout.cp)
+        own = job.tokens * (query + repeated * keys)
+        yield Traffic("all-to-all", "cp", "queries, keys, values", there + back, own)
+        yield Traffic("all-to-all", "cp", "outputs of heads", there + back, job.tokens * query)
     else:
-        own = job.tokens * keys
-        yield Traffic("p2p", "cp", "keys and values", there * (layout.cp - 1), own)
-        yield Traffic("p2p", "cp", "keys, values, gradients", back * layout.cp, 2 * own)
+        own, wide = job.tokens * keys, job.tokens * keys / size * FP32
+        yield Traffic("p2p", "cp", "keys and values", (there + back) * (layout.cp - 1), own)
+        yield Traffic("p2p", "cp", "gradients of keys and values", back * layout.cp, wide)
 
 
 def _experts(job: Job, stage: Stage) -> Iterator[Traffic]:
@@ -173,15 +187,20 @@ def _experts(job: Job, stage: Stage) -> Iterator[Traffic]:
     yield Traffic("all-to-all", "ep", "tokens of experts", calls, rows)
     counts = moe.num_experts * 8
     yield Traffic("all-to-all", "ep", "numbers of tokens", first + again, counts)
+    if job.layout.tp > 1:  # the router's losses are of whole rows
+        logits = job.tokens * moe.num_experts * FP32
+        choices = job.tokens * moe.top_k * 8
+        yield Traffic("all-gather", "tp", "logits of the router", first + again, logits)
+        yield Traffic("reduce-scatter", "tp", "logits of the router", back, logits)
+        yield Traffic("all-gather", "tp", "choices of the router", first + again, choices)
 
 
 def _pipeline(job: Job, stage: Stage) -> Iterator[Traffic]:
     """The residual stream to the next stage, and its gradient to the one before."""
     stream = job.chunk_tokens * job.model.d_model * job.compute_bytes
-    ends = stage.has_embeddings + stage.has_head
-    borders = 2 * stage.chunks - ends
-    yield Traffic("p2p", "pp", "residual stream", job.passes * borders, stream, waits=False)
-    if job.model.tie_embeddings and ends:
+    calls = job.passes * stage.borders
+    yield Traffic("p2p", "pp", "residual stream", calls, stream, waits=False)
+    if job.model.tie_embeddings and stage.has_embeddings != stage.has_head:
         head = head_of(job, stage) or job.parts.outside[0]
         outside = unit_of(job, (head,)).all.trained_held
         yield Traffic("all-reduce", "pp", "gradients of tied embeddings", 1, FP32 * outside)

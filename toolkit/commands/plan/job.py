@@ -10,6 +10,7 @@ from toolkit.commands.plan.devices import Device
 from toolkit.distributed.config import ActivationCheckpointingConfig
 from toolkit.distributed.launcher import offloads
 from toolkit.distributed.layout import Layout
+from toolkit.distributed.pipeline import plan_pipeline
 from toolkit.models.config import TransformerConfig
 from toolkit.models.parameters import TrainedParameters, flops_per_token
 from toolkit.models.shapes import Shape, attended_keys, used_weights
@@ -43,6 +44,8 @@ class Stage(NamedTuple):
     has_head: bool
     chunks: int = 1
     """Stages of the schedule that lie on this rank."""
+    borders: int = 0
+    """Stages before and behind them that lie on another rank."""
 
 
 class Group(NamedTuple):
@@ -63,6 +66,7 @@ class ModelParts:
         self, model: TransformerConfig, parameters: TrainedParameters, sequence_length: int
     ) -> None:
         self.parameters = parameters
+        self._model = model
         found: dict[int, list[Parameter]] = {n: [] for n in range(model.num_layers)}
         outside = []
         for name, info in parameters.infos.items():
@@ -101,13 +105,12 @@ class ModelParts:
         """The blocks of `layers`, of which every `interval`-th is computed again; 0: none."""
         key = layers, interval
         if key not in self._groups:
-            again = set(layers[::interval]) if interval else set()
             found: dict[tuple[tuple[Parameter, ...], bool], list[int]] = {}
             for layer in layers:
                 kind = self.blocks[layer], layer in self.sparse
                 numbers = found.setdefault(kind, [0, 0])
                 numbers[0] += 1
-                numbers[1] += layer in again
+                numbers[1] += bool(interval) and layer % interval == 0
             self._groups[key] = [Group(*kind, *numbers) for kind, numbers in found.items()]
         return self._groups[key]
 
@@ -115,7 +118,7 @@ class ModelParts:
         """What each rank along pp has."""
         key = layout.pp_config
         if key not in self._stages:
-            self._stages[key] = _stages(self, layout)
+            self._stages[key] = _stages(self._model, layout)
         return self._stages[key]
 
 
@@ -148,12 +151,12 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def tokens(self) -> int:
         """Tokens of a microbatch on this rank: of its share of each row."""
-        return self.rows * -(-self.sequence_length // self.layout.cp)
+        return self.chunk_tokens * self.layout.tp
 
     @property
     def chunk_tokens(self) -> int:
         """The same of its share of the residual stream, which tensor parallelism cuts too."""
-        return -(-self.tokens // self.layout.tp)
+        return self.rows * self.layout.own_length(self.sequence_length)
 
     @property
     def batch_tokens(self) -> int:
@@ -203,47 +206,24 @@ def state_tensors_of(optim: Any) -> int:
     return 2
 
 
-def _stages(parts: ModelParts, layout: Layout) -> list[Stage]:
-    """The stages of each rank of the pipeline: one, two as they come, or two in a V."""
-    config, layers, last = layout.pp_config, len(parts.blocks), layout.pp - 1
-    if config is None:
-        return [Stage(0, tuple(range(layers)), has_embeddings=True, has_head=True)]
-    starts = config.split_points or _starts(parts, config.stages)
-    edges = [0, *starts, layers]
-    own_layers = [tuple(range(*pair)) for pair in itertools.pairwise(edges)]
-    if config.schedule == "1F1B":
-        return [Stage(r, own_layers[r], r == 0, r == last) for r in range(layout.pp)]
-    is_v = config.schedule == "ZBVZeroBubble"
+def _stages(model: TransformerConfig, layout: Layout) -> list[Stage]:
+    if layout.pp_config is None:
+        return [Stage(0, tuple(range(model.num_layers)), has_embeddings=True, has_head=True)]
+    pipeline = plan_pipeline(model, layout.pp_config)
     found = []
-    for r in range(layout.pp):
-        second = 2 * layout.pp - 1 - r if is_v else r + layout.pp
-        both = own_layers[r] + own_layers[second]
-        found.append(Stage(r, both, r == 0, second == 2 * layout.pp - 1, chunks=2))
+    for rank in range(layout.pp):
+        own = pipeline.stages_of(rank)
+        layers = tuple(itertools.chain.from_iterable(pipeline.layers[stage] for stage in own))
+        beside = [n for stage in own for n in (stage - 1, stage + 1)]
+        others = [n for n in beside if 0 <= n < pipeline.num_stages]
+        found.append(
+            Stage(
+                rank,
+                layers,
+                has_embeddings=0 in own,
+                has_head=rank == pipeline.last_rank,
+                chunks=len(own),
+                borders=sum(pipeline.rank_of(n) != rank for n in others),
+            )
+        )
     return found
-
-
-def _starts(parts: ModelParts, stages: int) -> list[int]:
-    """First layers of all stages but the first, so that the costliest stage costs least."""
-    costs = [a + b for a, b in zip(parts.products, parts.scores, strict=True)]
-    costs[-1] += parts.head
-    low, high = max(costs), sum(costs)
-    for _ in range(40):
-        middle = (low + high) / 2
-        low, high = (low, middle) if _fits(costs, stages, middle) else (middle, high)
-    starts, spent, left = [], 0.0, stages - 1
-    for layer, cost in enumerate(costs):
-        remaining = len(costs) - layer
-        if layer and left and (spent + cost > high * (1 + 1e-9) or remaining == left):
-            starts.append(layer)
-            spent, left = 0.0, left - 1
-        spent += cost
-    return starts
-
-
-def _fits(costs: list[float], stages: int, most: float) -> bool:
-    needed, spent = 1, 0.0
-    for cost in costs:
-        if spent + cost > most:
-            needed, spent = needed + 1, 0.0
-        spent += cost
-    return needed <= stages

@@ -79,6 +79,8 @@ def memory_of(job: Job, stage: Stage, rank: int | None = None) -> Memory:
     if rank is None:
         rank = stage.index * (layout.world_size // layout.pp)
     kept = states(job, stage, rank)
+    if layout.pp > 1:  # whole gradients add up over the microbatches, and are reduced at the end
+        kept = kept._replace(gradients=FP32 * total(job, stage, rank).trained)
     block = _Blocks(job, stage, rank)
     outside = unit_of(job, job.outside_of(stage), rank)
     loss = loss_memory(job, head_of(job, stage))
@@ -91,6 +93,7 @@ def memory_of(job: Job, stage: Stage, rank: int | None = None) -> Memory:
     last = _reduction(job, outside) if job.passes > 1 else 0.0
     root = _gathered(job, outside) + last
     buckets = FP32 * total(job, stage).trained if layout.name == "ddp" and job.passes > 1 else 0.0
+    always_there = buckets + _zero_buffers(job, stage, rank) + _pipeline_buffers(job, stage)
     moments = {
         "loss": _Moment(base, loss.kept + loss.working, root, 0.0, gradients=always),
         "backward": _Moment(
@@ -117,10 +120,7 @@ def memory_of(job: Job, stage: Stage, rank: int | None = None) -> Memory:
         attention=moment.activations.attention,
         feed_forward=moment.activations.feed_forward,
         loss=moment.loss,
-        buffers=moment.buffers
-        + moment.activations.casts
-        + buckets
-        + _zero_buffers(job, stage, rank),
+        buffers=moment.buffers + moment.activations.casts + always_there,
         working=moment.working,
         moment=kind,
         margin=0.0,
@@ -173,16 +173,19 @@ class _Blocks:
 
 
 def in_flight(job: Job, stage: Stage) -> float:
-    """Microbatches whose activations of the whole stage a rank holds at once. 1F1B: as many as there
-    are stages from it to the last. Interleaved (Narayanan et al. 2021): of its chunks as many as are
-    computed forward before the first comes back. ZBV (Qi et al. 2024): as the first rank of 1F1B."""
+    """Microbatches whose activations of the whole stage a rank holds at once.
+
+    1F1B: as many as there are stages from it to the last. Interleaved (Narayanan et al. 2021): of
+    its chunks as many as are computed forward before the first comes back. ZBV (Qi et al. 2024): as
+    the first rank of 1F1B, and a part of one more, for which gradients of weights wait.
+    """
     config, layout = job.layout.pp_config, job.layout
     if config is None:
         return 1.0
     if config.schedule == "1F1B":
         return float(min(job.passes, layout.pp - stage.index))
     if config.schedule == "ZBVZeroBubble":
-        return float(min(job.passes, layout.pp))
+        return min(job.passes, layout.pp + 0.5)
     ahead = 2 * (layout.pp - stage.index - 1) + (stage.chunks - 1) * layout.pp + 1
     return min(job.passes * stage.chunks, ahead) / stage.chunks
 
@@ -221,10 +224,16 @@ def _gathered(job: Job, unit: Unit) -> float:
 
 def _block_buffers(job: Job, unit: Unit, layers: int) -> float:
     """Of a block in backward: its weights and those of the block before it, which are gathered
-    meanwhile, and its gradients."""
-    kept = not job.layout.dp_config.reshard_after_forward
+    meanwhile, and its gradients. A pipeline keeps the weights of all blocks."""
+    kept = not job.layout.dp_config.reshard_after_forward or job.layout.pp > 1
     resident = layers if kept else min(layers, 2)
     return job.compute_bytes * (resident * unit.all.gathered + unit.all.trained)
+
+
+def _pipeline_buffers(job: Job, stage: Stage) -> float:
+    """What comes in from other stages has room for every microbatch of a step."""
+    stream = job.chunk_tokens * job.model.d_model * job.compute_bytes
+    return stage.borders * job.passes * stream
 
 
 def _reduced(job: Job, unit: Unit) -> float:
@@ -251,7 +260,7 @@ def _head_gradient(job: Job, stage: Stage, outside: Unit) -> float:
 
 
 def _zero_buffers(job: Job, stage: Stage, rank: int) -> float:
-    """DeepSpeed's buckets, what it accumulates besides, and the weights that ZeRO-3 has gathered."""
+    """DeepSpeed's buckets, what it accumulates besides, and what ZeRO-3 has gathered."""
     zero = job.layout.zero_stage
     if not zero:
         return 0.0

@@ -5,11 +5,9 @@ import math
 from typing import NamedTuple
 
 from toolkit.commands.plan.job import FP32, Job, Parameter, Stage
+from toolkit.distributed.sizes import sharded_dimension
 from toolkit.models.config import TransformerConfig
 from toolkit.models.shapes import Shape
-
-LARGEST_SHARE = 1.1
-"""As in `toolkit.distributed.materialize`."""
 
 
 class Holding(NamedTuple):
@@ -88,14 +86,6 @@ def is_partial(name: str, local: Shape, shape: Shape, model: TransformerConfig, 
     last = name.rpartition(".")[0].rpartition(".")[2]
     shared_heads = last in ("key", "value", "key_norm") and model.kv_heads < tp
     return local == shape or shared_heads
-
-
-@functools.cache
-def sharded_dimension(shape: Shape, ranks: int) -> int | None:
-    """As in `toolkit.distributed.materialize`."""
-    if len(shape) < 3 or -(-shape[0] // ranks) * ranks <= LARGEST_SHARE * shape[0]:
-        return 0
-    return next((d for d in range(1, len(shape)) if shape[d] % ranks == 0), None)
 
 
 @functools.cache

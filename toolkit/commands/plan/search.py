@@ -20,6 +20,7 @@ from toolkit.distributed.config import (
     TensorParallelConfig,
 )
 from toolkit.distributed.layout import Layout
+from toolkit.distributed.pipeline import fits_microbatches
 from toolkit.distributed.sizes import check_combination, check_sizes
 from toolkit.errors import ConfigError
 
@@ -64,8 +65,8 @@ def layouts(job: Job, world_size: int, limits: Limits) -> Iterator[Layout]:
     for layout in _candidates(job, world_size):
         if limits.batch_rows % layout.batch_ranks:
             continue
-        if layout.pp > 1 and not _fills(layout, limits.batch_rows // layout.batch_ranks):
-            continue
+        if limits.batch_rows // layout.batch_ranks < layout.pp:
+            continue  # fewer microbatches than stages
         try:
             check_sizes(layout, job.model)
             check_combination(
@@ -77,11 +78,6 @@ def layouts(job: Job, world_size: int, limits: Limits) -> Iterator[Layout]:
         except ConfigError:
             continue
         yield layout
-
-
-def _fills(layout: Layout, rows: int) -> bool:
-    """Whether there are as many microbatches as the schedule needs, of one row at least."""
-    return rows >= layout.pp and rows % layout.pp == 0
 
 
 def _candidates(job: Job, world_size: int) -> Iterator[Layout]:
@@ -150,14 +146,13 @@ def _best(job: Job) -> Plan | None:
     if kept > limit:
         return None
     share, best = job.rows * job.passes, None
+    most = max((r for r in divisors(share) if _runs(changed(job, rows=r))), default=0)
     for mode in _checkpointing(job):
         fitting = []
         for rows in divisors(share):
             other = changed(job, rows=rows, ac_config=mode, keeps_ac=False)
-            if other.layout.pp > 1 and (
-                other.passes < other.layout.pp or other.passes % other.layout.pp
-            ):
-                break
+            if not _runs(other):
+                continue
             if fullest(other)[1].total > limit:
                 break
             fitting.append(other)
@@ -165,9 +160,15 @@ def _best(job: Job) -> Plan | None:
             plan = plan_of(other)
             if best is None or plan.time.total < best.time.total:
                 best = plan
-        if fitting and fitting[-1].passes == max(1, job.layout.pp):
+        if fitting and fitting[-1].rows == most:
             break  # the largest microbatch fits: computing again has nothing to give
     return best
+
+
+def _runs(job: Job) -> bool:
+    """Whether the schedule of the pipeline runs with so many microbatches."""
+    config = job.layout.pp_config
+    return config is None or fits_microbatches(config.schedule, config.degree, job.passes)
 
 
 def _checkpointing(job: Job) -> list[ActivationCheckpointingConfig | None]:

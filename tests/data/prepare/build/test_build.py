@@ -63,6 +63,24 @@ def test_settings_that_came_later_are_stored_only_when_used(tmp_path: Path) -> N
             ensure_prepared(config.replace(**change))
 
 
+@pytest.mark.parametrize(("num_processes", "batches"), [(1, [5, 3]), (4, [8])])
+def test_pieces_of_one_file_are_enough_for_all_threads(
+    num_processes: int, batches: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[int] = []
+
+    class Watched(parts.TextEncoder):
+        def encode(self, pieces):
+            found.append(len(pieces))
+            return super().encode(pieces)
+
+    monkeypatch.setattr(parts, "TextEncoder", Watched)
+    texts = write_texts(tmp_path / "text", ["some words\n" * 170_000])
+    prepared = ensure_prepared(files_config(tmp_path, texts, num_processes=num_processes))
+    assert found == batches
+    assert text_of(prepared) == ["some words\n" * 170_000]
+
+
 def test_documents_start_with_bos_on_request(tmp_path: Path) -> None:
     ByteTokenizer().save(tmp_path / "tok")
     (tmp_path / "tok/tokenizer_config.json").write_text('{"eos_token": "<|endoftext|>"}')

@@ -11,7 +11,7 @@ from toolkit.data.prepare.build import join
 from toolkit.data.prepare.build.join import Duplicates
 from toolkit.data.prepare.build.parts import DOCUMENT, DOCUMENTS_NAME, part_folder
 from toolkit.data.prepare.build.prepare import ensure_prepared
-from toolkit.data.prepare.text import cuts, readers, shards
+from toolkit.data.prepare.text import cuts, reading, sources
 
 
 def first_of_each(texts: list[str]) -> list[str]:
@@ -84,8 +84,8 @@ def test_documents_over_several_shards_are_compared_as_a_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("MIN_SHARD_BYTES", "MAX_SHARD_BYTES"):
-        monkeypatch.setattr(shards, name, 2048)
-    for module in (readers, cuts):
+        monkeypatch.setattr(sources, name, 2048)
+    for module in (reading, cuts):
         monkeypatch.setattr(module, "PIECE_CHARACTERS", 1024)
     long, other = random_text(200), random_text(200, seed=1)
     texts = [long, "short", other, long[:-1], long, "short", "\ufeff" + other, "end"]

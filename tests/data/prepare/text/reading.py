@@ -3,8 +3,7 @@
 from pathlib import Path
 
 from toolkit.data.config import FilesSourceConfig, FiltersConfig, SourceConfig
-from toolkit.data.prepare.text.readers import read_shard
-from toolkit.data.prepare.text.reading import Counts, Piece, Reading
+from toolkit.data.prepare.text.reading import Counts, Piece, Reading, read_shard
 from toolkit.data.prepare.text.sources import plan_source
 
 

@@ -13,7 +13,7 @@ from tests.data.corpus import files_config
 from tests.data.prepare.text.reading import read_all
 from toolkit.data.config import FilesSourceConfig, FiltersConfig
 from toolkit.data.prepare.build.prepare import prepare_dataset
-from toolkit.data.prepare.text import cuts, readers, shards
+from toolkit.data.prepare.text import cuts, reading, sources
 from toolkit.data.prepare.text.cuts import last_cut
 from toolkit.data.prepare.text.reading import Counts, Piece
 from toolkit.data.prepare.tokenizers.fast_bpe import byte_characters
@@ -94,10 +94,10 @@ def test_ids_of_pieces_are_those_of_the_text(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokenizer: Tokenizer, kind: str, way: str
 ) -> None:
     text = TEXTS[kind]
-    for module in (readers, cuts):
+    for module in (reading, cuts):
         monkeypatch.setattr(module, "PIECE_CHARACTERS", 700)
-    monkeypatch.setattr(shards, "MIN_SHARD_BYTES", 1300)
-    monkeypatch.setattr(shards, "MAX_SHARD_BYTES", 1300)
+    monkeypatch.setattr(sources, "MIN_SHARD_BYTES", 1300)
+    monkeypatch.setattr(sources, "MAX_SHARD_BYTES", 1300)
     if way == "files":
         pieces = read(tmp_path, "a.txt", text)
     else:
@@ -136,7 +136,7 @@ LONG_TEXTS = {
 def test_a_long_document_becomes_several_which_are_counted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, name: str
 ) -> None:
-    for module in (readers, cuts):
+    for module in (reading, cuts):
         monkeypatch.setattr(module, "MAX_DOCUMENT_BYTES", 1000)
     text = LONG_TEXTS[kind]
     rows = [{"text": "before"}, {"text": text}, {"text": "after"}]
@@ -178,7 +178,7 @@ def test_a_long_document_becomes_several_which_are_counted(
 
 
 def test_a_held_out_end_is_cut_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (readers, cuts):
+    for module in (reading, cuts):
         monkeypatch.setattr(module, "MAX_DOCUMENT_BYTES", 1000)
     (tmp_path / "a.txt").write_text(LONG_TEXTS["lines"])
     counts = Counts()
@@ -192,7 +192,7 @@ def test_a_held_out_end_is_cut_too(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_cut_documents_are_in_the_manifest_and_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for module in (readers, cuts):
+    for module in (reading, cuts):
         monkeypatch.setattr(module, "MAX_DOCUMENT_BYTES", 1000)
     (tmp_path / "a.txt").write_text(LONG_TEXTS["lines"])
     found = prepare_dataset(files_config(tmp_path / "data", tmp_path / "a.txt"))

@@ -6,7 +6,7 @@ import pytest
 
 from tests.data.prepare.text.reading import read_all
 from toolkit.data.config import FilesSourceConfig, FiltersConfig
-from toolkit.data.prepare.text import cuts, filters, readers
+from toolkit.data.prepare.text import cuts, filters, reading
 from toolkit.data.prepare.text.filters import reason_to_leave_out, repetition, text_windows
 from toolkit.data.prepare.text.reading import Counts
 
@@ -76,7 +76,7 @@ def test_limits_are_inclusive_and_named_by_their_setting() -> None:
 
 
 def test_long_files_are_decided_as_a_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (readers, cuts):
+    for module in (reading, cuts):
         monkeypatch.setattr(module, "PIECE_CHARACTERS", 1024)
     texts = {"a": "é" * 1500, "b": "é" * 1501, "c": "say it again. " * 200, "d": prose()[:2900]}
     for name, text in texts.items():

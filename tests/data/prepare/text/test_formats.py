@@ -12,7 +12,7 @@ import zstandard
 from tests.data.corpus import random_text
 from tests.data.prepare.text.reading import read_all, texts_of
 from toolkit.data.config import DiskSourceConfig, FilesSourceConfig, FiltersConfig
-from toolkit.data.prepare.text import cuts, readers, shards
+from toolkit.data.prepare.text import cuts, reading, sources
 from toolkit.data.prepare.text.reading import Counts
 from toolkit.data.prepare.text.sources import plan_source, source_fingerprint
 from toolkit.errors import DataError
@@ -68,8 +68,8 @@ def test_bad_line_of_a_zst_file_is_named(tmp_path: Path) -> None:
 def test_arrow_files_of_both_formats_are_read_in_parts(
     tmp_path: Path, stream: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shards, "MIN_SHARD_BYTES", 2000)
-    monkeypatch.setattr(shards, "MAX_SHARD_BYTES", 2000)
+    monkeypatch.setattr(sources, "MIN_SHARD_BYTES", 2000)
+    monkeypatch.setattr(sources, "MAX_SHARD_BYTES", 2000)
     batches = [[random_text(3, seed=10 * b + i) for i in range(4)] for b in range(20)]
     batches[3][1] = None
     path = write_arrow(tmp_path / "a.arrow", batches, stream=stream)
@@ -103,7 +103,7 @@ def test_saved_data_sets_are_read_with_their_splits(
 ) -> None:
     import datasets
 
-    monkeypatch.setattr(shards, "MIN_SHARD_BYTES", 500)
+    monkeypatch.setattr(sources, "MIN_SHARD_BYTES", 500)
     rows = {"text": [f"row {i} " * 5 for i in range(60)], "label": list(range(60))}
     whole = datasets.Dataset.from_dict(rows)
     whole.save_to_disk(str(tmp_path / "one"))
@@ -130,7 +130,7 @@ def test_saved_data_sets_are_read_with_their_splits(
 
 
 def test_long_documents_come_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (readers, cuts):
+    for module in (reading, cuts):
         monkeypatch.setattr(module, "PIECE_CHARACTERS", 1000)
     monkeypatch.setattr(cuts, "WIDE", 200)
     texts = [random_text(100), "word " * 900, "字" * 3500, "short"]

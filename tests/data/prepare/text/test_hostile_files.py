@@ -13,8 +13,7 @@ import zstandard
 
 from toolkit.data.config import DatasetConfig, DiskSourceConfig, FilesSourceConfig
 from toolkit.data.prepare.build.settings import settings_of
-from toolkit.data.prepare.text.readers import read_shard
-from toolkit.data.prepare.text.reading import Counts, Reading
+from toolkit.data.prepare.text.reading import Counts, Reading, read_shard
 from toolkit.data.prepare.text.sources import plan_source
 from toolkit.errors import DataError
 

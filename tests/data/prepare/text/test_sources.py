@@ -8,18 +8,17 @@ import pytest
 from tests.data.corpus import random_text, write_texts
 from tests.data.prepare.text.reading import read_all, texts_of
 from toolkit.data.config import FilesSourceConfig, HubSourceConfig, PythonStdlibSourceConfig
-from toolkit.data.prepare.text import cuts, jsonl, readers, shards
+from toolkit.data.prepare.text import cuts, jsonl, reading, sources
 from toolkit.data.prepare.text.reading import Counts
-from toolkit.data.prepare.text.shards import Range
-from toolkit.data.prepare.text.sources import plan_source
+from toolkit.data.prepare.text.sources import Range, plan_source
 from toolkit.errors import DataError
 
 
 @pytest.fixture
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("MIN_SHARD_BYTES", "MAX_SHARD_BYTES"):
-        monkeypatch.setattr(shards, name, 4096)
-    for module in (readers, cuts):
+        monkeypatch.setattr(sources, name, 4096)
+    for module in (reading, cuts):
         monkeypatch.setattr(module, "PIECE_CHARACTERS", 1024)
 
 

@@ -10,8 +10,7 @@ import xxhash
 from tests.data.corpus import random_text
 from tests.data.prepare.text.reading import read_all
 from toolkit.data.config import FilesSourceConfig, FiltersConfig
-from toolkit.data.prepare.text.readers import read_shard
-from toolkit.data.prepare.text.reading import Counts, Reading
+from toolkit.data.prepare.text.reading import Counts, Reading, read_shard
 from toolkit.data.prepare.text.sources import plan_source
 from toolkit.errors import DataError
 

@@ -7,7 +7,7 @@ import pytest
 from tests.data.prepare.text.reading import read_all
 from tests.s3 import BUCKET
 from toolkit.data.config import TokenFilesSourceConfig
-from toolkit.data.prepare.text import shards, token_files
+from toolkit.data.prepare.text import sources, token_files
 from toolkit.data.prepare.text.reading import Counts, Piece
 from toolkit.data.prepare.text.sources import plan_source, source_fingerprint
 from toolkit.errors import DataError
@@ -53,8 +53,8 @@ def read(*paths: object, dtype: str = "uint16", **options) -> list[Piece]:
 
 @pytest.fixture
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shards, "MIN_SHARD_BYTES", 700)
-    monkeypatch.setattr(shards, "MAX_SHARD_BYTES", 700)
+    monkeypatch.setattr(sources, "MIN_SHARD_BYTES", 700)
+    monkeypatch.setattr(sources, "MAX_SHARD_BYTES", 700)
     monkeypatch.setattr(token_files, "BLOCK_TOKENS", 37)
 
 

@@ -17,7 +17,6 @@ from toolkit.data.prepare.text.instructions.checks import NO_TARGET, check_targe
 from toolkit.data.prepare.text.instructions.rendering import RenderedRow, RowRenderer
 from toolkit.data.prepare.text.instructions.template import (
     ChatTemplate,
-    NamedTemplates,
     Span,
     read_chat_template,
 )
@@ -67,7 +66,8 @@ class InstructionEncoder:
         texts = with_instructions_template(tokenizer, config).chat_templates
         self._renderer = RowRenderer(
             config,
-            NamedTemplates(texts, functools.partial(chat_template, tokenizer)),
+            texts,
+            functools.partial(chat_template, tokenizer),
             bos_token=tokenizer.bos_token,
             eos_token=tokenizer.eos_token,
             append_eos=append_eos,

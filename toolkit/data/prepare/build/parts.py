@@ -22,9 +22,8 @@ from toolkit.data.config import DatasetConfig, TokenFilesSourceConfig
 from toolkit.data.prepare.build.encoding import Encoded, Encoder, TextEncoder, TokenEncoder
 from toolkit.data.prepare.build.instructions import InstructionEncoder
 from toolkit.data.prepare.build.split_files import HashedFile, SplitWriter
-from toolkit.data.prepare.text.readers import read_shard
-from toolkit.data.prepare.text.reading import Counts, Piece, Reading
-from toolkit.data.prepare.text.shards import Shard
+from toolkit.data.prepare.text.reading import Counts, Piece, Reading, read_shard
+from toolkit.data.prepare.text.sources import Shard
 from toolkit.data.prepare.tokenizers.tokenizer import Tokenizer
 from toolkit.data.tokens.prepared import (
     SPLITS,

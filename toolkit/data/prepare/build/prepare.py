@@ -3,7 +3,7 @@
 What happens to one document:
 
 1. The source is cut into shards by size (`text/sources.py`): some files, or a part of a large one.
-2. A process takes the shard and reads the document out of it (`text/readers.py`). Text that is not
+2. A process takes the shard and reads the document out of it (`text/reading.py`). Text that is not
    UTF-8, a missing column or a broken line ends here, with the file and the place. So do documents
    that a filter leaves out; they are counted.
 3. It is encoded together with its neighbours, about a megabyte at a time (`encoding.py`).
@@ -49,9 +49,8 @@ from toolkit.data.prepare.build.vocabulary import plan_of_text, settled_tokenize
 from toolkit.data.prepare.build.workers import encode_shards, num_cores
 from toolkit.data.prepare.store.cache import build_lock, raw_text_cache
 from toolkit.data.prepare.store.store import DatasetStore
-from toolkit.data.prepare.text.readers import read_shard
-from toolkit.data.prepare.text.reading import Counts
-from toolkit.data.prepare.text.shards import Plan, Shard
+from toolkit.data.prepare.text.reading import Counts, read_shard
+from toolkit.data.prepare.text.sources import Plan, Shard
 from toolkit.data.prepare.tokenizers.tokenizer import Tokenizer
 from toolkit.data.tokens.in_use import mark_used
 from toolkit.data.tokens.prepared import (

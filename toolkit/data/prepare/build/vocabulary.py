@@ -12,10 +12,8 @@ from toolkit.data.config import (
 from toolkit.data.prepare.build.instructions import with_instructions_template
 from toolkit.data.prepare.build.parts import Vocabulary, reading_of, split_of
 from toolkit.data.prepare.text.columns import row_texts
-from toolkit.data.prepare.text.readers import read_shard
-from toolkit.data.prepare.text.reading import Counts
-from toolkit.data.prepare.text.shards import Plan
-from toolkit.data.prepare.text.sources import plan_source
+from toolkit.data.prepare.text.reading import Counts, read_shard
+from toolkit.data.prepare.text.sources import Plan, plan_source
 from toolkit.data.prepare.tokenizers.auto import settle
 from toolkit.data.prepare.tokenizers.choice import build_tokenizer
 from toolkit.data.prepare.tokenizers.tokenizer import Tokenizer, load_tokenizer

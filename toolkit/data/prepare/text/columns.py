@@ -5,7 +5,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from toolkit.data.config import DiskSourceConfig, FilesSourceConfig, HubSourceConfig, SourceConfig
-from toolkit.data.prepare.text.reading import Piece
 from toolkit.errors import DataError
 
 
@@ -69,15 +68,6 @@ def text_columns(source: SourceConfig, *, rows: bool) -> TextColumns | None:
     if not rows and isinstance(source, FilesSourceConfig | HubSourceConfig | DiskSourceConfig):
         return TextColumns(source)
     return None
-
-
-def row_piece(
-    row: dict[str, Any], identity: str, place: object, columns: TextColumns | None
-) -> Piece:
-    """What a reader gives for a row: its text, or the row itself where there are no `columns`."""
-    if columns is None:
-        return Piece(identity, row=row, place=place)
-    return Piece(identity, columns.text(row, place))
 
 
 def row_texts(value: Any) -> Iterator[str]:

@@ -19,11 +19,7 @@ only windows spread evenly over them are read: memory does not grow with the doc
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-import msgspec
-
 from toolkit.data.config import FiltersConfig
-from toolkit.data.prepare.text.columns import row_texts
-from toolkit.data.prepare.text.reading import Counts, Piece, Reading
 
 if TYPE_CHECKING:
     import numpy as np
@@ -35,38 +31,6 @@ MAX_SCORED_BYTES = 4 << 20
 NUM_WINDOWS = 64
 _MULTIPLIERS = (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB, 0xD6E8FEB86659FD93,
                 0xFF51AFD7ED558CCD)  # fmt: skip
-
-
-class DocumentGate:
-    """Counts and leaves out whole documents by the rules of one reading; hashes the others where
-    they are compared."""
-
-    def __init__(self, reading: Reading, counts: Counts) -> None:
-        self._rules = None if reading.filters == FiltersConfig() else reading.filters
-        self._with_digests, self._counts = reading.with_digests, counts
-
-    def admit(self, document: Piece) -> Piece | None:
-        """The document with what is known of it as a whole; None: it is left out."""
-        text, row = document.text, document.row
-        if row is not None and (self._rules is not None or not document.num_bytes):
-            text = "\n".join(row_texts(row))
-            document = document._replace(num_bytes=len(text.encode("utf-8", "replace")))
-        if not text and row is None:
-            self._counts.skipped_documents += 1
-            return None
-        reason = None if self._rules is None else reason_to_leave_out(text, self._rules)
-        if reason is not None:
-            self._counts.leave_out(reason)
-            return None
-        if not self._with_digests:
-            return document
-        import xxhash
-
-        if row is None:
-            data = text.encode()
-        else:
-            data = msgspec.json.encode(row, order="deterministic", enc_hook=str)
-        return document._replace(digest=xxhash.xxh3_128_intdigest(data), num_bytes=len(data))
 
 
 def reason_to_leave_out(text: str, rules: FiltersConfig) -> str | None:

@@ -11,9 +11,9 @@ from typing import Any
 import msgspec
 
 from toolkit.data.config import HubSourceConfig
-from toolkit.data.prepare.text.columns import TextColumns, row_piece, text_columns
-from toolkit.data.prepare.text.reading import Counts, Piece, Reading
-from toolkit.data.prepare.text.shards import Plan, Range, row_shards
+from toolkit.data.prepare.text.columns import TextColumns, text_columns
+from toolkit.data.prepare.text.reading import Counts, Piece, Reading, row_piece
+from toolkit.data.prepare.text.sources import Plan, Range, row_shards
 from toolkit.errors import DataError
 from toolkit.storage.foreign import guard
 

@@ -18,9 +18,9 @@ import msgspec
 import zstandard
 
 from toolkit.data.config import FilesSourceConfig
-from toolkit.data.prepare.text.columns import row_piece, text_columns
-from toolkit.data.prepare.text.reading import Counts, Piece, Reading, decode
-from toolkit.data.prepare.text.shards import Range
+from toolkit.data.prepare.text.columns import text_columns
+from toolkit.data.prepare.text.reading import Counts, Piece, Reading, decode, row_piece
+from toolkit.data.prepare.text.sources import Range
 from toolkit.errors import DataError
 from toolkit.storage.foreign import nesting
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from toolkit.data.config import FilesSourceConfig
 from toolkit.data.prepare.text.reading import Counts, Piece, Reading, decode
-from toolkit.data.prepare.text.shards import Range
+from toolkit.data.prepare.text.sources import Range
 from toolkit.errors import DataError
 
 

@@ -17,12 +17,12 @@ from toolkit.data.config import (
     TokenizerConfig,
 )
 from toolkit.data.prepare.text.files import list_files
-from toolkit.data.prepare.text.instructions.shapes import shape_of
+from toolkit.data.prepare.text.instructions.conversations import shape_of
 from toolkit.data.prepare.text.instructions.template import read_chat_template
-from toolkit.data.prepare.text.readers import read_shard
-from toolkit.data.prepare.text.reading import Counts, Reading
+from toolkit.data.prepare.text.reading import Counts, Reading, read_shard
 from toolkit.data.prepare.text.sources import plan_source
-from toolkit.data.prepare.tokenizers.companions import chat_templates, companions_of, has_tokenizer
+from toolkit.data.prepare.tokenizers.choice import check_tokenizer_path
+from toolkit.data.prepare.tokenizers.companions import chat_templates, companions_of
 from toolkit.errors import ConfigError, DataError, ErrorList
 
 _CONVERSATIONS = ("messages", "sharegpt")
@@ -43,29 +43,12 @@ def check_presence(dataset: DatasetConfig, *, is_prepared: bool) -> None:
             list_files(dataset.source, holding="to read")
     if not is_prepared:
         with found.collecting():
-            _check_tokenizer(dataset.tokenizer)
+            check_tokenizer_path(dataset.tokenizer)
         with found.collecting():
             _check_template(dataset.instructions, dataset.tokenizer)
         if not found.errors and dataset.instructions is not None:
             _check_template_need(dataset, dataset.instructions)
     found.raise_any()
-
-
-def _check_tokenizer(config: TokenizerConfig | None) -> None:
-    if config is None or isinstance(config, ByteTokenizerConfig | BPETokenizerConfig):
-        return
-    path, where = Path(config.path).expanduser(), f"dataset.tokenizer.path: {config.path}"
-    if not isinstance(config, HFTokenizerConfig):
-        if not path.is_file():
-            raise DataError(f"{where}: no such file; give the tokenizer's own file")
-    elif path.is_dir():
-        if not has_tokenizer(path):
-            raise DataError(f"{where}: holds no tokenizer; give a folder with a tokenizer.json")
-    elif not path.is_file() and config.is_local:
-        raise DataError(
-            f"{where}: no such file or folder; give a tokenizer.json, a folder that holds one, or "
-            "a hub name"
-        )
 
 
 def _check_template(config: InstructionsConfig | None, tokenizer: TokenizerConfig | None) -> None:

@@ -1,4 +1,12 @@
-"""What all readers are given and give: how to read, what to count, and pieces of documents."""
+"""From a shard to its documents, with every defect of the input named by file and place.
+
+Each format has one reader: `plain.py`, `jsonl.py` (lines and lists), `tables.py` (parquet, Arrow,
+saved data sets), `hub.py` and `token_files.py`. A reader gives the documents of a range, one at a
+time. What they have in common stands here: a text of more than 8 MB becomes several documents,
+documents without text are counted and left out, filters see whole documents, and long ones are cut
+into pieces for the encoder. So a process holds one document, or one line or row of a file, in
+memory.
+"""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -6,12 +14,39 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 
+from toolkit.config.named import named
 from toolkit.data.config import FiltersConfig, SourceConfig
-from toolkit.data.prepare.text.shards import Range
+from toolkit.data.prepare.text.columns import TextColumns, row_texts
+from toolkit.data.prepare.text.cuts import (
+    MAX_DOCUMENT_BYTES,
+    PIECE_CHARACTERS,
+    documents_in,
+    pieces_of,
+)
+from toolkit.data.prepare.text.files import check_unchanged
+from toolkit.data.prepare.text.filters import reason_to_leave_out
+from toolkit.data.prepare.text.sources import Range, RangeKind, Shard
 from toolkit.errors import DataError
 
 if TYPE_CHECKING:
     import numpy as np
+
+_NO_FILTERS = FiltersConfig()
+_READERS: dict[RangeKind, str] = {
+    "text": "plain:read_text",
+    "jsonl": "jsonl:read_jsonl",
+    "jsonl_gz": "jsonl:read_jsonl",
+    "jsonl_zst": "jsonl:read_jsonl",
+    "json_array": "jsonl:read_json_array",
+    "parquet": "tables:read_parquet",
+    "arrow": "tables:read_arrow",
+    "disk_rows": "tables:read_disk",
+    "hub_stream": "hub:read_hub",
+    "hub_rows": "hub:read_hub",
+    "tokens": "token_files:read_tokens",
+    "remote_tokens": "token_files:read_tokens",
+}
+"""Found by name: each brings the libraries of its format."""
 
 
 class Piece(NamedTuple):
@@ -82,6 +117,86 @@ class Counts:
 
 Reader = Callable[[Range, Reading, Counts], Iterator[Piece]]
 """Gives the documents of a range; those of text and rows whole."""
+
+
+def read_shard(shard: Shard, reading: Reading, counts: Counts) -> Iterator[Piece]:
+    """The documents of a shard in order; DataError for input that cannot be used as the source's
+    options say."""
+    for part in shard:
+        try:
+            if part.modified_ns:
+                check_unchanged(part.path, part.file_bytes, part.modified_ns)
+            reader: Reader = named(f"toolkit.data.prepare.text.{_READERS[part.kind]}")
+            for piece in reader(part, reading, counts):
+                if piece.ids is not None:
+                    yield piece
+                    continue
+                for document in [piece] if part.kind == "text" else _cut_up(piece, counts):
+                    admitted = _admit(document, reading, counts)
+                    if admitted is not None:
+                        yield from _pieces(admitted)
+            if part.modified_ns:
+                check_unchanged(part.path, part.file_bytes, part.modified_ns)
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise DataError(f"{part.path}: cannot be read: {reason}") from None
+
+
+def _cut_up(whole: Piece, counts: Counts) -> Iterator[Piece]:
+    """The document, or those that a long one becomes."""
+    data = whole.text.encode() if 4 * len(whole.text) > MAX_DOCUMENT_BYTES else b""
+    if len(data) <= MAX_DOCUMENT_BYTES:
+        yield whole
+        return
+    for start, end in documents_in(lambda place, size: data[place : place + size], 0, len(data)):
+        counts.cut_documents += start > 0
+        identity = f"{whole.identity}:{start}" if start else whole.identity
+        yield whole._replace(identity=identity, text=data[start:end].decode())
+
+
+def _pieces(document: Piece) -> Iterator[Piece]:
+    """What the encoder gets of a document."""
+    text = document.text
+    if len(text) <= PIECE_CHARACTERS:
+        yield document
+    else:
+        for start, end in pieces_of(text):
+            yield document._replace(text=text[start:end], starts=start == 0, ends=end == len(text))
+
+
+def _admit(document: Piece, reading: Reading, counts: Counts) -> Piece | None:
+    """A whole document with what is known of it, hashed where documents are compared; None: it is
+    left out, and counted."""
+    text, row = document.text, document.row
+    rules = None if reading.filters == _NO_FILTERS else reading.filters
+    if row is not None and (rules is not None or not document.num_bytes):
+        text = "\n".join(row_texts(row))
+        document = document._replace(num_bytes=len(text.encode("utf-8", "replace")))
+    if not text and row is None:
+        counts.skipped_documents += 1
+        return None
+    reason = None if rules is None else reason_to_leave_out(text, rules)
+    if reason is not None:
+        counts.leave_out(reason)
+        return None
+    if not reading.with_digests:
+        return document
+    import xxhash
+
+    if row is None:
+        data = text.encode()
+    else:
+        data = msgspec.json.encode(row, order="deterministic", enc_hook=str)
+    return document._replace(digest=xxhash.xxh3_128_intdigest(data), num_bytes=len(data))
+
+
+def row_piece(
+    row: dict[str, Any], identity: str, place: object, columns: TextColumns | None
+) -> Piece:
+    """What a reader gives for a row: its text, or the row itself where there are no `columns`."""
+    if columns is None:
+        return Piece(identity, row=row, place=place)
+    return Piece(identity, columns.text(row, place))
 
 
 def decode(data: bytes, where: str, offset: int, errors: str, counts: Counts) -> str:

@@ -19,11 +19,11 @@ import pyarrow.parquet
 import pyarrow.types
 
 from toolkit.data.config import DiskSourceConfig, FilesSourceConfig
-from toolkit.data.prepare.text.columns import TextColumns, row_piece, text_columns
+from toolkit.data.prepare.text.columns import TextColumns, text_columns
 from toolkit.data.prepare.text.files import disk_folder, fingerprint_files, list_files
 from toolkit.data.prepare.text.jsonl import MAX_DEPTH, decode_json_loosely
-from toolkit.data.prepare.text.reading import Counts, Piece, Reading, decode
-from toolkit.data.prepare.text.shards import Plan, Range, row_shards
+from toolkit.data.prepare.text.reading import Counts, Piece, Reading, decode, row_piece
+from toolkit.data.prepare.text.sources import Plan, Range, row_shards
 from toolkit.errors import DataError
 from toolkit.storage.foreign import read_json, reason_of
 

@@ -20,13 +20,12 @@ import numpy as np
 
 from toolkit.data.config import TokenFilesSourceConfig
 from toolkit.data.prepare.text.files import (
-    SAMPLE_BYTES,
     SourceFile,
     fingerprint_files,
     list_files,
 )
 from toolkit.data.prepare.text.reading import Counts, Piece, Reading
-from toolkit.data.prepare.text.shards import Plan, Range, group_ranges, shard_bytes
+from toolkit.data.prepare.text.sources import Plan, Range, group_ranges, shard_bytes
 from toolkit.errors import DataError
 from toolkit.storage.remote import RemoteFolder, is_url
 from toolkit.threads import ThreadPool
@@ -53,12 +52,12 @@ class NumpyHeader(NamedTuple):
 
     def disagreement(self, file_bytes: int) -> str | None:
         """What is wrong with a file of this size, or None."""
-        size = file_bytes - self.first_byte
-        if size == self.num_values * self.dtype.itemsize:
+        found, rest = divmod(file_bytes - self.first_byte, self.dtype.itemsize)
+        if (found, rest) == (self.num_values, 0):
             return None
         return (
-            f"its numpy header tells of {self.num_values} numbers, it holds "
-            f"{size // self.dtype.itemsize}; the file is cut short or damaged"
+            f"its numpy header tells of {self.num_values} numbers, it holds {found}; the file is "
+            "cut short or damaged"
         )
 
 
@@ -91,22 +90,31 @@ def plan_token_files(source: TokenFilesSourceConfig) -> Plan:
     local, remote = list_files(source), _remote_files(source)
     files = [*local.files, *remote]
     num_bytes = sum(file.num_bytes for file in files)
-    heads = [_local_head(file.path) for file in local.files]
-    fingerprint = fingerprint_files(local.files)
+    fingerprint, heads = fingerprint_files(local.files), dict[str, bytes]()
     if remote:
-        remote_heads = _remote_heads(remote)
-        heads += remote_heads
+        with ThreadPool(
+            HEAD_REQUESTS if remote[0].path.startswith(_ASYNC_PROTOCOLS) else 1
+        ) as pool:
+            heads = dict(zip((file.path for file in remote), pool.map(_head, remote), strict=True))
         digest = xxhash.xxh3_64(fingerprint.encode())
-        for file, head in zip(remote, remote_heads, strict=True):
-            digest.update(f"{file.name}\0{file.num_bytes}\0".encode() + head)
+        for file in remote:
+            digest.update(f"{file.name}\0{file.num_bytes}\0".encode() + heads[file.path])
         fingerprint = digest.hexdigest()
     size = shard_bytes(num_bytes)
     ranges = (
         part
-        for file, head in zip(files, heads, strict=True)
-        for part in _cut(file, head, source.dtype, size)
+        for file in files
+        for part in _cut(file, heads.get(file.path) or _head(file), source.dtype, size)
     )
     return Plan(group_ranges(ranges, size), fingerprint, num_bytes, local)
+
+
+def _head(file: SourceFile) -> bytes:
+    if not is_url(file.path):
+        with open(file.path, "rb", buffering=0) as opened:
+            return opened.read(HEADER_BYTES)
+    folder, name = _split_url(file.path)
+    return RemoteFolder(folder).read(name, 0, min(HEADER_BYTES, file.num_bytes))
 
 
 def read_tokens(part: Range, reading: Reading, counts: Counts) -> Iterator[Piece]:
@@ -238,22 +246,6 @@ def _cut(file: SourceFile, head: bytes, dtype: str, size: int) -> Iterator[Range
         )  # fmt: skip
 
 
-def _local_head(path: str) -> bytes:
-    with open(path, "rb", buffering=0) as file:
-        head = file.read(HEADER_BYTES)
-        return head if head.startswith(NUMPY_MAGIC) else b""
-
-
-def _remote_heads(files: list[SourceFile]) -> list[bytes]:
-    def head(file: SourceFile) -> bytes:
-        folder, name = _split_url(file.path)
-        return RemoteFolder(folder).read(name, 0, min(SAMPLE_BYTES, file.num_bytes))
-
-    threads = HEAD_REQUESTS if files[0].path.startswith(_ASYNC_PROTOCOLS) else 1
-    with ThreadPool(threads) as pool:
-        return list(pool.map(head, files))
-
-
 def _remote_files(source: TokenFilesSourceConfig) -> list[SourceFile]:
     found: dict[str, SourceFile] = {}
     for url in filter(is_url, source.paths):
@@ -263,28 +255,25 @@ def _remote_files(source: TokenFilesSourceConfig) -> list[SourceFile]:
     return sorted(found.values())
 
 
-def _expand_url(url: str, suffixes: tuple[str, ...]) -> Iterator[SourceFile]:
-    parent, name = _split_url(url)
-    if not glob.has_magic(url):
-        with contextlib.suppress(FileNotFoundError):
-            yield SourceFile(name, url, RemoteFolder(parent).size(name))
-            return
-        base, pattern = url, "*"
-    else:
+def _expand_url(url: str, suffixes: tuple[str, ...]) -> list[SourceFile]:
+    """The file of a URL, those in a folder with one of `suffixes`, or those that a glob matches."""
+    base, pattern = url, "*"
+    if glob.has_magic(url):
         parts = url.split("/")
         plain = next(i for i, part in enumerate(parts) if glob.has_magic(part))
-        base, pattern = "/".join(parts[:plain]), "/".join(parts[plain:])
-        suffixes = ("",)
-    sizes = RemoteFolder(base).sizes()
+        base, pattern, suffixes = "/".join(parts[:plain]), "/".join(parts[plain:]), ("",)
+    else:
+        parent, name = _split_url(url)
+        with contextlib.suppress(FileNotFoundError):
+            return [SourceFile(name, url, RemoteFolder(parent).size(name))]
     chosen = [
-        name
-        for name in sorted(sizes)
+        SourceFile(name, f"{base}/{name}", num_bytes)
+        for name, num_bytes in RemoteFolder(base).sizes().items()
         if fnmatch.fnmatchcase(name, pattern) and name.lower().endswith(suffixes)
     ]
     if not chosen:
         raise DataError(f"dataset.source.paths: {url}: no such file, or no token files there")
-    for name in chosen:
-        yield SourceFile(name, f"{base}/{name}", sizes[name])
+    return chosen
 
 
 def _split_url(url: str) -> tuple[str, str]:

@@ -23,6 +23,7 @@ from toolkit.data.prepare.tokenizers.companions import (
     TOKENIZER_FILE,
     Files,
     companions_of,
+    has_tokenizer,
 )
 from toolkit.data.prepare.tokenizers.converted import load_sentencepiece, load_tiktoken
 from toolkit.data.prepare.tokenizers.tokenizer import (
@@ -59,15 +60,30 @@ def build_tokenizer(
             return load_hf_tokenizer(config)
 
 
+def check_tokenizer_path(config: TokenizerConfig | None) -> None:
+    """Raise DataError when the files that a tokenizer is made from are not there; the hub is not
+    asked."""
+    if config is None or isinstance(config, ByteTokenizerConfig | BPETokenizerConfig):
+        return
+    path, where = Path(config.path).expanduser(), f"dataset.tokenizer.path: {config.path}"
+    if not isinstance(config, HFTokenizerConfig):
+        if not path.is_file():
+            raise DataError(f"{where}: no such file; give the tokenizer's own file")
+    elif path.is_dir():
+        if not has_tokenizer(path):
+            raise DataError(f"{where}: holds no tokenizer; give a folder with a tokenizer.json")
+    elif not path.is_file() and config.is_local:
+        raise DataError(
+            f"{where}: no such file or folder; give a tokenizer.json, a folder that holds one, or "
+            "a hub name"
+        )
+
+
 def load_hf_tokenizer(config: HFTokenizerConfig) -> Tokenizer:
     """A tokenizer from a folder, a tokenizer.json file or the hub; DataError when it cannot be
     found, or exists in no form that `tokenizers` can run."""
+    check_tokenizer_path(config)
     path = Path(config.path).expanduser()
-    if not path.exists() and config.is_local:
-        raise DataError(
-            f"dataset.tokenizer.path: {config.path}: no such file or folder; "
-            "give a tokenizer.json, a folder that holds one, or a hub name"
-        )
     folder = path if path.exists() else _download(config.path)
     file = folder / TOKENIZER_FILE if folder.is_dir() else folder
     if not file.is_file():

@@ -7,8 +7,7 @@ import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from toolkit.data.prepare.text.instructions.messages import ASSISTANT, Message
-from toolkit.data.prepare.text.instructions.shapes import Conversation
+from toolkit.data.prepare.text.instructions.conversations import ASSISTANT, Conversation, Message
 from toolkit.data.prepare.text.instructions.template import ChatTemplate, Span
 from toolkit.data.source_config import InstructionsConfig
 from toolkit.errors import DataError

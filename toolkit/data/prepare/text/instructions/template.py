@@ -7,18 +7,17 @@ They run as `transformers` runs them, in a sandbox and with the same helpers (`r
 
 import contextlib
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from toolkit.data.prepare.text.columns import row_texts
 from toolkit.data.prepare.text.instructions import template_process
-from toolkit.data.prepare.text.instructions.messages import Message
+from toolkit.data.prepare.text.instructions.conversations import Message
 from toolkit.errors import ConfigError, DataError
 from toolkit.storage.foreign import read_bytes, reason_of
 
 CONFIG_PATH = "dataset.instructions.chat_template"
-DEFAULT, TOOL_USE = "default", "tool_use"
 Span = tuple[int, int]
 """First character, and one past the last."""
 
@@ -146,30 +145,6 @@ class ChatTemplate:
         if isinstance(value, list):
             return [self._disguised(item) for item in value]
         return value
-
-
-class NamedTemplates:
-    """A tokenizer's chat templates by name, chosen as `transformers` does: `tool_use` is for rows
-    with tools, `default` for all others. ConfigError if one of the two is not valid Jinja."""
-
-    def __init__(self, texts: Mapping[str, str], make: Callable[[str], ChatTemplate]) -> None:
-        self._names = sorted(texts)
-        self._made = {name: make(texts[name]) for name in (DEFAULT, TOOL_USE) if name in texts}
-
-    def choose(self, *, has_tools: bool) -> ChatTemplate | None:
-        """The template for a row; None: the tokenizer has none at all. DataError: it has some, but
-        none for this row."""
-        if not self._names:
-            return None
-        found = self._made.get(TOOL_USE) if has_tools else None
-        found = found or self._made.get(DEFAULT)
-        if found is None:
-            raise DataError(
-                f"the tokenizer's chat templates are called {', '.join(self._names)}, and none is "
-                f"the {DEFAULT} one; set {CONFIG_PATH} to one of these names, to Jinja text or to "
-                "a file"
-            )
-        return found
 
 
 def read_chat_template(text_or_file: str) -> str:

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from toolkit.data.config import InstructionsConfig
-from toolkit.data.prepare.text.instructions.shapes import Conversation, read_conversation
+from toolkit.data.prepare.text.instructions.conversations import Conversation, read_conversation
 from toolkit.data.prepare.text.reading import at
 from toolkit.errors import DataError
 
