@@ -81,7 +81,7 @@ def _computed(
     ours = ends.diff(prepend=ends.new_zeros(1)).view(group.size(), -1)  # rank, its expert
     theirs = torch.empty_like(ours)  # rank, expert of this one
     dist.all_to_all_single(theirs, ours, group=group)
-    sent, received = torch.stack([ours.sum(1), theirs.sum(1)]).tolist()
+    sent, received = numbers_of_rows(ours, theirs)
     arrived = all_to_all_rows(rows, group, sent=sent, received=received)
     expert = torch.arange(ours.shape[1], device=rows.device).repeat(group.size())
     expert = expert.repeat_interleave(theirs.flatten(), output_size=arrived.shape[0])
@@ -96,6 +96,12 @@ def _computed(
         results = experts(pad(own, (0, 0, 0, 1)), torch.ones_like(own_ends))[:0]
     results = _Reordered.apply(results, place, order)
     return all_to_all_rows(results, group, sent=received, received=sent)
+
+
+def numbers_of_rows(ours: Tensor, theirs: Tensor) -> list[list[int]]:
+    """How many rows this rank sends to each rank, and gets from it, of `(ranks, experts)`. The host
+    waits for the device."""
+    return torch.stack([ours.sum(1), theirs.sum(1)]).tolist()
 
 
 class _Reordered(torch.autograd.Function):

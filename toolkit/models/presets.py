@@ -46,6 +46,16 @@ _OLMO2_LIKE: dict[str, Any] = _LLAMA_LIKE | {
     "rope_theta": 500_000.0,
 }
 
+_QWEN3_LIKE: dict[str, Any] = _LLAMA_LIKE | {
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "norm_eps": 1e-6,
+    "qk_norm": "per_head",
+    "rope_theta": 1_000_000.0,
+}
+
+_TIED: dict[str, Any] = {"tie_embeddings": True}
+
 
 def _sizes(
     vocab_size: int,
@@ -86,6 +96,12 @@ PRESETS: dict[str, dict[str, Any]] = {
     "olmo2_190M": _OLMO2_LIKE | _sizes(100_278, 768, 12, 12, 3_072, 4_096, vocab_multiple=128),
     # allenai/OLMo-2-0425-1B.
     "olmo2_1B": _OLMO2_LIKE | _sizes(100_278, 2_048, 16, 16, 8_192, 4_096, vocab_multiple=128),
+    # allenai/OLMo-2-1124-7B, -13B and OLMo-2-0325-32B.
+    "olmo2_7B": _OLMO2_LIKE | _sizes(100_278, 4_096, 32, 32, 11_008, 4_096, vocab_multiple=128),
+    "olmo2_13B": _OLMO2_LIKE | _sizes(100_278, 5_120, 40, 40, 13_824, 4_096, vocab_multiple=128),
+    "olmo2_32B": _OLMO2_LIKE
+    | _sizes(100_278, 5_120, 64, 40, 27_648, 4_096, vocab_multiple=128)
+    | {"num_key_value_heads": 8},
     # allenai/OLMoE-1B-7B-0924, with its losses of the router (Muennighoff et al. 2024).
     "olmoe_1B_7B": _LLAMA_LIKE
     | _sizes(50_304, 2_048, 16, 16, 1_024, 4_096)
@@ -104,6 +120,31 @@ PRESETS: dict[str, dict[str, Any]] = {
     "llama3_8B": _LLAMA_LIKE
     | _sizes(128_256, 4_096, 32, 32, 14_336, 8_192)
     | {"num_key_value_heads": 8, "rope_theta": 500_000.0},
+    # meta-llama/Meta-Llama-3-70B.
+    "llama3_70B": _LLAMA_LIKE
+    | _sizes(128_256, 8_192, 80, 64, 28_672, 8_192)
+    | {"num_key_value_heads": 8, "rope_theta": 500_000.0},
+    # Qwen/Qwen3-0.6B-Base and so on; the smaller three share the embedding with the head.
+    "qwen3_0.6B": _QWEN3_LIKE | _sizes(151_936, 1_024, 28, 16, 3_072, 32_768) | _TIED,
+    "qwen3_1.7B": _QWEN3_LIKE | _sizes(151_936, 2_048, 28, 16, 6_144, 32_768) | _TIED,
+    "qwen3_4B": _QWEN3_LIKE | _sizes(151_936, 2_560, 36, 32, 9_728, 32_768) | _TIED,
+    "qwen3_8B": _QWEN3_LIKE | _sizes(151_936, 4_096, 36, 32, 12_288, 32_768),
+    "qwen3_14B": _QWEN3_LIKE | _sizes(151_936, 5_120, 40, 40, 17_408, 32_768),
+    "qwen3_32B": _QWEN3_LIKE | _sizes(151_936, 5_120, 64, 64, 25_600, 32_768),
+    # Qwen/Qwen3-30B-A3B-Base; the loss of the router has the weight of its config.
+    "qwen3_30B_A3B": _QWEN3_LIKE
+    | _sizes(151_936, 2_048, 48, 32, 6_144, 32_768)
+    | {
+        "num_key_value_heads": 4,
+        "moe": {
+            "num_experts": 128,
+            "top_k": 8,
+            "intermediate_size": 768,
+            "normalize_top_k": True,
+            "load_balancing_multiplier": 0.001,
+            "router_z_loss_multiplier": 0.0,
+        },
+    },
 }
 
 

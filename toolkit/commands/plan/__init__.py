@@ -25,6 +25,7 @@ from toolkit.experiment.checks import check_experiment
 from toolkit.experiment.config import ExperimentConfig
 from toolkit.experiment.load import LoadedExperiment
 from toolkit.models.config import ClassModelConfig
+from toolkit.train.config import TransformerTrainModuleConfig
 from toolkit.wording import count
 
 __all__ = ["Answer", "Plan", "plan_experiment"]
@@ -73,12 +74,14 @@ def plan_experiment(
     text = describe(loaded.config, loaded.source, plan, target)
     data: dict[str, Any] = dict(as_json(loaded.config, plan, target))
     if simulates:
-        text, data = _simulated(plan, text, data)
+        text, data = _simulated(plan, loaded.config.train_module, text, data)
     return Answer(text, data)
 
 
-def _simulated(plan: Plan, text: str, data: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    counted = named("toolkit.commands.plan.simulate:simulate")(plan)
+def _simulated(
+    plan: Plan, module: TransformerTrainModuleConfig, text: str, data: dict[str, Any]
+) -> tuple[str, dict[str, Any]]:
+    counted = named("toolkit.commands.plan.simulate:simulate")(plan, module)
     return f"{text}\n\n{counted}", data | {"simulated": counted.to_dict()}
 
 
@@ -158,7 +161,7 @@ def _search(
         ],
     }
     if simulates:
-        text, data = _simulated(best, text, data)
+        text, data = _simulated(best, module.replace(ac_config=best.job.ac_config), text, data)
     return Answer(text, data)
 
 

@@ -151,12 +151,12 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def tokens(self) -> int:
         """Tokens of a microbatch on this rank: of its share of each row."""
-        return self.rows * -(-self.sequence_length // self.layout.cp)
+        return self.chunk_tokens * self.layout.tp
 
     @property
     def chunk_tokens(self) -> int:
         """The same of its share of the residual stream, which tensor parallelism cuts too."""
-        return -(-self.tokens // self.layout.tp)
+        return self.rows * self.layout.own_length(self.sequence_length)
 
     @property
     def batch_tokens(self) -> int:

@@ -45,12 +45,13 @@ def describe_search(
         "", "layout", "engine", "rows", "checkpointing", "memory", "step", "MFU", "bubble",
     ]  # fmt: skip
     table = [head]
-    for number, plan in enumerate(found.plans[:_SHOWN], 1):
+    shown = {axes(plan.job): plan for plan in reversed(found.plans)}  # the best of each
+    for number, plan in enumerate(sorted(shown.values(), key=lambda p: p.time.total)[:_SHOWN], 1):
         table.append([f"{number}", *_row(plan)])
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     lines = [
         f"{source} on {world_size} x {target.device.name}: {len(found.plans):,} of "
-        f"{count(found.num_layouts, 'layout')} fit; the fastest:",
+        f"{count(found.num_layouts, 'layout')} fit; the fastest of each shape:",
         "",
         *("  ".join(map(str.ljust, row, widths)).rstrip() for row in table),
         "",
@@ -139,6 +140,8 @@ def _memory(plan: Plan) -> list[str]:
         ("outside of torch's allocator", memory.overhead),
     ]  # fmt: skip
     lines = [f"{value / GIB:8.2f} GiB  {name}" for name, value in parts if value]
+    if not memory.gradients:
+        lines.insert(1, f"{'':13} gradients come while activations go")
     limit = job.device.memory
     verdict = "fits" if plan.fits else "does NOT fit"
     stage = f" (pipeline rank {plan.stage.index})" if job.layout.pp > 1 else ""

@@ -10,14 +10,11 @@ from toolkit.commands.plan.devices import Link
 from toolkit.commands.plan.job import FP32, Job, Stage
 from toolkit.commands.plan.pieces import total
 
-PRODUCTS = 0.72
-"""Of the peak, in large matrix products: 700 to 720 of 989 TFLOP/s in cuBLAS on an H100 under its
-power limit."""
-ATTENTION = 0.40
-"""Of the peak, in SDPA's flash kernels: 350 to 400 of 989 (FlashAttention-2 on H100, Shah et al.
-2024, figure 5)."""
-EXPERTS = 0.55
-"""Of the peak, in grouped products of experts, which are smaller."""
+ATTENTION = 0.36
+"""Of the peak, in SDPA's flash kernels, forward and backward: 350 to 400 of 989 TFLOP/s
+(FlashAttention-2 on an H100; Shah et al. 2024, figure 5), less in backward."""
+EXPERTS = 0.8
+"""Of what one product reaches, in grouped products of experts, which are narrower."""
 MEMORY = 0.80
 """Of the bandwidth of device memory, in kernels that read and write once."""
 LINKS = 0.75
@@ -113,12 +110,12 @@ def _pass(job: Job, stage: Stage) -> _Pass:
     # Narrow products reach less of the peak: their rows and their columns.
     rows = tokens / (tokens + LARGE)
     columns = model.d_model / layout.tp / (model.d_model / layout.tp + LARGE / 4)
-    reach = rows * columns
+    reach = job.device.reach * rows * columns
     forward = repeated = attention = 0.0
     parts = job.parts
     products = scores = 0.0
     for group in job.groups(stage):
-        share = EXPERTS if group.is_sparse else PRODUCTS
+        share = EXPERTS if group.is_sparse else 1.0
         own = tokens * parts.products_of[group.parameters] / shared / (peak * share * reach)
         own += _streams(job, sparse=group.is_sparse)
         products += group.number * own
@@ -131,7 +128,7 @@ def _pass(job: Job, stage: Stage) -> _Pass:
         repeated += (1 - job.ac_config.budget) * forward
     head = 0.0
     if stage.has_head:
-        head = tokens * job.parts.head / shared / (peak * PRODUCTS * reach)
+        head = tokens * job.parts.head / shared / (peak * reach)
     # Backward has two products for each of forward's; the loss computes its gradients at once.
     return _Pass(forward + head, 2 * forward + 2 * head, repeated, attention)
 
