@@ -67,7 +67,8 @@ def apply_tensor_parallel(
     `model.forward` keeps its arguments and results: every rank gives whole rows and has the same
     sums, or logits of whole rows over the whole vocabulary. A row's length need not divide: rows
     are padded on the right inside. Between the stages of a pipeline, the residual stream has this
-    rank's 1/tp of the positions, rounded up.
+    rank's 1/tp of the positions, rounded up; without labels and documents, a stage after the first
+    cannot know of padding, and gives the logits of padded rows.
 
     The model may have adapters, frozen parameters, no embeddings, no head, or no storage yet. Its
     sizes must divide: heads, hidden widths, padded vocabulary; key/value heads divide the number of
