@@ -95,9 +95,11 @@ def materialize(
     layout = environment.layout
     shards = model.shards if isinstance(model, Stages) else whole_specs(model)
     parts: list[Any] = model.modules_in_order() if isinstance(model, Stages) else [model]
-    # Rows, or keys of a ring, on their way to other ranks break the graphs of blocks.
+    # Rows, or keys of a ring, on their way to other ranks break the graphs of blocks, and so do
+    # hooks inside of them.
     is_ring = layout.cp_config is not None and layout.cp_config.style == "ring"
-    has_breaks = layout.ep > 1 or (layout.cp > 1 and is_ring)
+    is_fine_grained = layout.dp_config.wrapping_strategy == "fine_grained"
+    has_breaks = layout.ep > 1 or (layout.cp > 1 and is_ring) or is_fine_grained
     for part in parts:
         _cut(part, environment, shards)
         if compile_model and has_breaks:
