@@ -92,8 +92,12 @@ def test_hsdp_mesh_fills_in_what_is_not_given(dp: dict, mesh: tuple[int, int]) -
 
 
 def test_mesh_that_does_not_fit_names_the_numbers() -> None:
-    with pytest.raises(ConfigError, match="num_replicas 2 x shard_degree 1 does not fit 3"):
+    with pytest.raises(
+        ConfigError, match=r"2 x shard_degree 1 does not fit 3 ranks .*s 1 and .* 3"
+    ):
         resolve({"WORLD_SIZE": "3"}, "hsdp")
+    with pytest.raises(ConfigError, match=r"num_replicas 4 x .* does not fit 6 .* 3 and .* 2,"):
+        resolve({"WORLD_SIZE": "6"}, "hsdp", num_replicas=4)
 
 
 def test_launcher_hsdp_and_offload_are_read() -> None:
@@ -146,6 +150,25 @@ def test_launcher_whose_axes_do_not_fit_is_refused() -> None:
         resolve_layout("auto", None, four, tp_config=tp)
 
 
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"TP_SIZE": "x"}, "parallelism_config_tp_size must be a whole number, 1 or more, not 'x'"),
+        ({"DP_SHARD_SIZE": "-1"}, "parallelism_config_dp_shard_size must be .*, not '-1'"),
+        ({"SP_SIZE": ""}, "parallelism_config_sp_size must be .*, not ''"),
+        ({"CP_SIZE": "2", "CP_COMM_STRATEGY": "rign"}, "cp_comm_strategy 'rign' is not known; use"),
+        ({"DP_SHARD_SIZE": "2"}, "dp_shard_size is 2, but 1 fits .*or .*distributed_type: FSDP"),
+        ({"DP_REPLICATE_SIZE": "4", "CP_SIZE": "2"}, "dp_replicate_size is 4, but 2 fits"),
+    ],
+)
+def test_what_the_launcher_says_and_is_not_done_is_refused(
+    variables: dict[str, str], message: str
+) -> None:
+    environ = {"WORLD_SIZE": "4", "ACCELERATE_USE_PARALLELISM_CONFIG": "true"}
+    with pytest.raises(ConfigError, match=message):
+        resolve(environ | {f"PARALLELISM_CONFIG_{name}": v for name, v in variables.items()})
+
+
 def test_axes_of_the_config_take_their_ranks_and_data_parallelism_the_rest() -> None:
     tp, pp = TensorParallelConfig(degree=2), PipelineParallelConfig(degree=2)
     axes = {"tp_config": tp, "pp_config": pp, "cp_config": ContextParallelConfig(degree=1)}
@@ -177,13 +200,16 @@ def test_engines_that_do_not_cut_models_are_refused(name: Any, axis: str) -> Non
 def test_degrees_that_do_not_fit_the_world_name_what_does() -> None:
     tp, cp = TensorParallelConfig(degree=2), ContextParallelConfig(degree=3)
     with pytest.raises(
-        ConfigError, match=r"tp 2 does not divide the 1 .*start 2, or set .*to null"
+        ConfigError, match=r"tp 2 does not divide the 1 process of .*start 2 .*or set .*to null"
     ):
         resolve_layout("auto", None, {}, tp_config=tp)
     with pytest.raises(ConfigError, match=r"tp 2 x cp 3 = 6 ranks does not .* 8 .*start 6 or 12"):
         resolve_layout("auto", None, {"WORLD_SIZE": "8"}, tp_config=tp, cp_config=cp)
-    with pytest.raises(ConfigError, match=r"ep_config.degree 4 does not divide the 6 .*use 2"):
+    with pytest.raises(ConfigError, match=r"ep_config.degree: 4 does not divide the 6 .*use 3"):
         resolve_layout("auto", None, {"WORLD_SIZE": "6"}, ep_config=ExpertParallelConfig(degree=4))
+    hsdp = DataParallelConfig(name="hsdp")  # each replica has all experts
+    with pytest.raises(ConfigError, match=r"ep_config.degree: 4 does not divide the 2 .*use 2"):
+        resolve_layout("auto", hsdp, {"WORLD_SIZE": "4"}, ep_config=ExpertParallelConfig(degree=4))
 
 
 def test_settings_of_both_sides_add_up() -> None:
@@ -360,6 +386,17 @@ def test_who_reads_which_rows_and_whose_sums_count() -> None:
         owners = [rank for rank in sorted(ranks) if layout.owns_loss(rank)]
         assert [layout.place(rank)["cp"] for rank in owners] == [0, 1]
         assert all(layout.place(rank)["pp"] == 1 for rank in owners)
+
+
+def test_ranks_are_told_apart_by_what_they_have() -> None:
+    assert Layout(dp_shard=4, is_fsdp=True).role(3) == ""
+    assert Layout(pp=2, dp_shard=2, tp=2, is_fsdp=True).role(5) == "stage 2 of 2, tp 2 of 2"
+    looped, in_a_v = (
+        Layout(pp=2, is_fsdp=True, pp_config=PipelineParallelConfig(degree=2, schedule=schedule))
+        for schedule in ("Interleaved1F1B", "ZBVZeroBubble")
+    )
+    assert (looped.role(0), in_a_v.role(0)) == ("stages 1 and 3 of 4", "stages 1 and 4 of 4")
+    assert (looped.owns_loss(1), in_a_v.owns_loss(1), in_a_v.owns_loss(0)) == (True, False, True)
 
 
 def test_experts_that_do_not_fit_the_ranks_are_an_error() -> None:

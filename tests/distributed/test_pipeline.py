@@ -274,6 +274,12 @@ def test_stages_that_do_not_fit_are_refused(
         layers_of(schedule, degree, points, num_layers=8)
 
 
+def test_zero_bubble_of_compiled_blocks_is_refused() -> None:
+    pipeline = PipelineParallelConfig(degree=2, schedule="ZBVZeroBubble")
+    with pytest.raises(ValueError, match="use 1F1B or Interleaved1F1B"):
+        module_config("fsdp", pp_config=pipeline, compile_model=True)
+
+
 @pytest.mark.parametrize(
     ("schedule", "degree", "rows", "microbatch", "advice"),
     [

@@ -27,6 +27,8 @@ MOE = MoEConfig(num_experts=6, top_k=2, intermediate_size=40)
     ("degrees", "changes", "message"),
     [
         ({"tp": 5}, {}, "tp 5 does not divide model.num_heads 12; use 4"),
+        ({"tp": 6, "dp_shard": 2}, {"intermediate_size": 144}, "256; use 4"),
+        ({"tp": 5, "cp": 3, "dp_shard": 2}, {"vocab_multiple": 250}, "num_heads 12; use 2"),
         ({"tp": 3}, {}, "tp 3 does not divide the padded vocabulary .* 256; use 2 or 4"),
         ({"tp": 4}, {"intermediate_size": 98}, "model.intermediate_size 98; use 2"),
         ({"tp": 3}, {"vocab_multiple": 192}, "num_key_value_heads 4, nor is divided by it; use 2"),

@@ -30,6 +30,9 @@ _OURS_IN_DEEPSPEED = {
 }
 """Keys of DeepSpeed's JSON that the config of the run decides."""
 
+_CONTEXT_STYLES: dict[str, ContextStyle] = {"allgather": "allgather", "alltoall": "ring"}
+"""Accelerate's names; its `alltoall` is torch's ring: parts of the keys go round."""
+
 DEEPSPEED_FIXED: dict[str, tuple[Any, str]] = {
     "prescale_gradients": (False, "gradients are added up in fp32 and divided afterwards"),
     "gradient_predivide_factor": (1.0, "gradients are added up in fp32 and divided afterwards"),
@@ -104,13 +107,37 @@ def launcher_axes(environ: Mapping[str, str]) -> dict[str, Config]:
             "PARALLELISM_CONFIG_SP_SIZE",
         )
     if context > 1:
-        # Accelerate's `alltoall` is torch's ring: parts of the keys go round.
-        rotates = environ.get("PARALLELISM_CONFIG_CP_COMM_STRATEGY", "allgather")
-        style: ContextStyle = "ring" if rotates == "alltoall" else "allgather"
+        name = "PARALLELISM_CONFIG_CP_COMM_STRATEGY"
+        rotates = environ.get(name, "allgather")
+        if rotates not in _CONTEXT_STYLES:
+            raise _refusal(
+                f"accelerate launch: parallelism_config_cp_comm_strategy {rotates!r} is not known; "
+                "use allgather or alltoall",
+                environ,
+                name,
+            )
+        style = _CONTEXT_STYLES[rotates]
         asked["cp_config"] = ContextParallelConfig(degree=context, style=style)
     elif sequence > 1:
         asked["cp_config"] = ContextParallelConfig(degree=sequence, style="ulysses")
     return asked
+
+
+def check_data_axes(environ: Mapping[str, str], dp_replicate: int, dp_shard: int) -> None:
+    """Check that the launcher's ParallelismConfig, if any, has the degrees of data parallelism that
+    the run will have. Raises ConfigError."""
+    if not _flag(environ, "ACCELERATE_USE_PARALLELISM_CONFIG"):
+        return
+    for axis, degree in (("dp_replicate", dp_replicate), ("dp_shard", dp_shard)):
+        said = _parallel_size(environ, axis)
+        if said not in (1, degree):
+            text = (
+                f"accelerate launch: parallelism_config_{axis}_size is {said}, but {degree} fits "
+                f"the engine and the number of processes; set it to {degree}"
+            )
+            if not launcher_names_engine(environ):
+                text += ", or to have weights sharded, distributed_type: FSDP"
+            raise _refusal(text, environ, f"PARALLELISM_CONFIG_{axis.upper()}_SIZE")
 
 
 def launcher_choice(environ: Mapping[str, str]) -> Choice | None:
@@ -136,7 +163,7 @@ def launcher_choice(environ: Mapping[str, str]) -> Choice | None:
         return Choice(DataParallelConfig(name="fsdp", **common), origin)
     shards = _parallel_size(environ, "dp_shard")
     if (replicas := _parallel_size(environ, "dp_replicate")) > 1:
-        common |= {"num_replicas": replicas, "shard_degree": shards or None}
+        common |= {"num_replicas": replicas, "shard_degree": shards}
     name: Any = "hsdp" if replicas > 1 else "fsdp"
     config = DataParallelConfig(name=name, **common)
     return Choice(config, origin, dp_shard=shards if shards > 1 else None)
@@ -255,7 +282,16 @@ def _section(config: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 
 def _parallel_size(environ: Mapping[str, str], axis: str) -> int:
-    return int(environ.get(f"PARALLELISM_CONFIG_{axis.upper()}_SIZE", "1"))
+    name = f"PARALLELISM_CONFIG_{axis.upper()}_SIZE"
+    text = environ.get(name, "1")
+    if not text.isdecimal() or int(text) < 1:
+        raise _refusal(
+            f"accelerate launch: parallelism_config_{axis}_size must be a whole number, 1 or more, "
+            f"not {text!r}",
+            environ,
+            name,
+        )
+    return int(text)
 
 
 def _flag(environ: Mapping[str, str], name: str, *, default: bool = False) -> bool:

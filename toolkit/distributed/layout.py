@@ -23,6 +23,7 @@ from toolkit.distributed.config import (
 )
 from toolkit.distributed.launcher import (
     Choice,
+    check_data_axes,
     check_deepspeed,
     deepspeed_notices,
     launcher_axes,
@@ -33,6 +34,7 @@ from toolkit.distributed.launcher import (
 )
 from toolkit.errors import ConfigError
 from toolkit.parents import is_accelerated
+from toolkit.wording import count
 
 Precision = Literal["auto", "fp32", "bf16"]
 
@@ -143,6 +145,26 @@ class Layout(msgspec.Struct, frozen=True, kw_only=True):
         is_v = self.pp_config is not None and self.pp_config.schedule == "ZBVZeroBubble"
         return 0 if is_v else self.pp - 1
 
+    def role(self, rank: int) -> str:
+        """What `rank` has of the model and the rows besides its share of the batch: `stage 2 of 4,
+        tp 1 of 2`; empty under data parallelism alone."""
+        place, parts = self.place(rank), []
+        if self.pp > 1:
+            stages, number = [place["pp"]], self.pp
+            if self.pp_config is not None and (number := self.pp_config.stages) > self.pp:
+                second = (
+                    number - 1 - stages[0] if self.last_stage_rank == 0 else self.pp + stages[0]
+                )
+                stages.append(second)
+            numbers = " and ".join(str(stage + 1) for stage in stages)
+            parts.append(f"stage{'s' * (len(stages) > 1)} {numbers} of {number}")
+        parts += [
+            f"{axis} {place[axis] + 1} of {size}"
+            for axis in ("cp", "tp")
+            if (size := self.shape[axis]) > 1
+        ]
+        return ", ".join(parts)
+
     def own_length(self, length: int) -> int:
         """Positions of a row of `length` that a rank has between blocks. The row is padded where
         ranks that share its positions would have unequal numbers of them."""
@@ -228,6 +250,8 @@ def resolve_layout(
             "processes; use ddp, or one process"
         )
     replicas, shards = _mesh(choice, ranks)
+    check_data_axes(environ, replicas, shards)
+    _check_experts(degrees, shards)
     if config.name == "hsdp" and replicas > 1:
         config = config.replace(num_replicas=replicas, shard_degree=shards)
     elif is_fsdp:
@@ -278,20 +302,28 @@ def _data_ranks(degrees: Mapping[str, int], world_size: int) -> int:
         works = f"{below} or {below + unit}" if below else str(unit)
         raise ConfigError(
             f"{product}{f' = {unit} ranks' if len(taken) > 1 else ''} does not divide the "
-            f"{world_size} that the launcher started; start {works}"
-            + ", or set "
+            f"{count(world_size, 'process')} of this run; start {works} (torchrun "
+            f"--nproc-per-node), or set "
             + " and ".join(f"train_module.{axis}_config" for axis in taken)
             + " to null"
         )
-    ranks = world_size // unit
-    if "ep" in degrees and (ranks * taken.get("cp", 1) * taken.get("tp", 1)) % degrees["ep"]:
-        shared = ranks * taken.get("cp", 1) * taken.get("tp", 1)
-        raise ConfigError(
-            f"train_module.ep_config.degree {degrees['ep']} does not divide the {shared} ranks "
-            f"that share the rows of a stage; use {math.gcd(degrees['ep'], shared)}, or another "
-            "number of processes"
-        )
-    return ranks
+    return world_size // unit
+
+
+def _check_experts(degrees: Mapping[str, int], shards: int) -> None:
+    """Check that the ranks which share one copy of a stage's weights can share its experts."""
+    degree = degrees.get("ep", 1)
+    shared = shards * degrees.get("cp", 1) * degrees.get("tp", 1)
+    if shared % degree == 0:
+        return
+    works = [d for d in range(2, shared + 1) if shared % d == 0]
+    nearest = min(works, key=lambda d: abs(d - degree), default=None)
+    raise ConfigError(
+        f"{degree} does not divide the {count(shared, 'rank')} that share the weights of a stage "
+        f"(dp_shard x cp x tp); {f'use {nearest}' if nearest else 'leave it out'}, or start "
+        "another number of processes",
+        key="train_module.ep_config.degree",
+    )
 
 
 def _config_choice(config: DataParallelConfig | None) -> Choice | None:
@@ -356,7 +388,7 @@ def _mesh(choice: Choice, ranks: int) -> tuple[int, int]:
         if choice.dp_shard not in (None, ranks):
             raise ConfigError(
                 f"{choice.origin}: parallelism_config_dp_shard_size {choice.dp_shard} does not fit "
-                f"the {ranks} ranks that are left for data parallelism; set it to {ranks}"
+                f"the {count(ranks, 'rank')} left for data parallelism; set it to {ranks}"
             )
         return 1, ranks
     replicas = config.num_replicas
@@ -364,9 +396,12 @@ def _mesh(choice: Choice, ranks: int) -> tuple[int, int]:
         replicas = ranks // config.shard_degree if config.shard_degree else 2
     shards = config.shard_degree or ranks // replicas
     if replicas * shards != ranks:
+        works = [n for n in range(1, ranks + 1) if ranks % n == 0]
+        replicas_that_work = min(works, key=lambda n: abs(n - replicas))
         raise ConfigError(
             f"{choice.origin}: hsdp mesh num_replicas {replicas} x shard_degree {shards} does not "
-            f"fit {ranks} processes; their product must be the number of processes"
+            f"fit {count(ranks, 'rank')} of data parallelism; use num_replicas "
+            f"{replicas_that_work} and shard_degree {ranks // replicas_that_work}, or fsdp"
         )
     return replicas, shards
 

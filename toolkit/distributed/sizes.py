@@ -1,5 +1,6 @@
 """Does a model divide as a layout wants it to? Asked before process groups exist, without torch."""
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -17,7 +18,10 @@ def check_sizes(layout: Layout, model: TransformerConfig) -> None:
     found = ErrorList()
     for key, problem, works in _misfits(layout, model):
         degree = getattr(layout, key)
-        nearest = _nearest(degree, works)
+        # Best one that leaves the number of processes as it is.
+        ranks = layout.world_size // (1 if key == "ep" else math.prod(_others(layout, key)))
+        fitting = [d for d in works if d > 1 and not ranks % d]
+        nearest = _nearest(degree, fitting or works)
         found.add(ConfigError(f"{problem}; use {nearest}", key=f"train_module.{key}_config.degree"))
     style = None if layout.cp_config is None else layout.cp_config.style
     if style == "ring" and model.attention_soft_cap is not None:
@@ -108,6 +112,11 @@ def _tensor(degree: int, model: TransformerConfig, experts_are_sharded: bool) ->
     if kv % degree and degree % kv:
         return f"model.num_key_value_heads {kv}, nor is divided by it"
     return None
+
+
+def _others(layout: Layout, axis: str) -> Iterator[int]:
+    """Degrees of parallelism besides `axis` that are no data parallelism."""
+    return (getattr(layout, other) for other in ("pp", "cp", "tp") if other != axis)
 
 
 def _nearest(wanted: int, works: Sequence[int]) -> str:
