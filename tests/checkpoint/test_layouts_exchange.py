@@ -8,6 +8,7 @@ further. Names differ between stages of a pipeline, but for the tied embeddings,
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
@@ -15,13 +16,14 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from tests.checkpoint.exchange import differences
 from tests.tiny import module_config, open_environment
 from tests.workers import WorkerPool
-from toolkit.checkpoint.commit import Save, write_checkpoint
+from toolkit.checkpoint.commit import Save, save_checkpoint, write_checkpoint
 from toolkit.checkpoint.folder import check_files, read_metadata
 from toolkit.checkpoint.load import load_checkpoint
 from toolkit.checkpoint.save_plan import ShardWriter
 from toolkit.checkpoint.tensors import iterate_tensors
 from toolkit.distributed.layout import AXES, Layout
 from toolkit.distributed.shards import LocalShard, ShardSpec, local_tensor, stored_tensor
+from toolkit.errors import CheckpointError
 
 LAYERS = 2
 SHAPES = {
@@ -196,3 +198,22 @@ def test_every_layout_loads_what_every_layout_has_saved(
     for ranks, names in by_size.items():
         wrong = workers.run(ranks, load_each, names, [str(c) for c in checkpoints])
         assert [line for lines in wrong for line in lines] == []
+
+
+def load_what_is_not_there(checkpoint: str) -> str:
+    env = open_environment(module_config())
+    try:
+        name = "model.head.norm.weight" if env.rank == 0 else "model.unknown"
+        tensors = {name: torch.zeros(SHAPES["head.norm.weight"])}
+        with pytest.raises(CheckpointError) as caught:
+            load_checkpoint(Path(checkpoint), tensors=tensors, rank=env.rank, group=env.cpu_group)
+        return str(caught.value)
+    finally:
+        env.close()
+
+
+def test_what_one_stage_misses_ends_all(workers: WorkerPool, tmp_path: Path) -> None:
+    state: dict[str, Any] = {"tensors": whole_state(), "rank_state": {}}
+    save_checkpoint(tmp_path, step=1, tokens=0, engine="single", rank=0, group=None, **state)
+    found = workers.run(2, load_what_is_not_there, str(tmp_path / "step1"))
+    assert all("has no tensor model.unknown" in message for message in found)

@@ -1,5 +1,6 @@
 """Rows shared by ranks: the loss, gradients and logits of one process, in float64."""
 
+import os
 from typing import Any
 
 import pytest
@@ -58,7 +59,7 @@ CASES: dict[int, list[tuple[str, str]]] = {
 }  # fmt: skip
 
 
-def build(name: str) -> Any:
+def build(name: str, **changes: Any) -> Any:
     settings: dict[str, Any] = {
         "vocab_size": VOCAB,
         "d_model": 32,
@@ -69,7 +70,7 @@ def build(name: str) -> Any:
         "max_sequence_length": SEQ,
         "init_std": 0.2,
     }
-    return TransformerConfig(**settings | MODELS[name]).build(seed=1).double()
+    return TransformerConfig(**settings | MODELS[name] | changes).build(seed=1).double()
 
 
 def inputs(batch: str) -> dict[str, torch.Tensor]:
@@ -154,8 +155,6 @@ def error(got: torch.Tensor, expected: torch.Tensor, least: float = 1e-12) -> fl
 
 
 def in_a_group(function: Any, *args: Any) -> Any:
-    import os
-
     open_process_groups(torch.device("cpu"), int(os.environ["WORLD_SIZE"]))
     try:
         return function(*args)
@@ -171,3 +170,38 @@ def test_gradients_sums_and_logits_are_those_of_one_process(
         assert len(found) >= len(CASES[ranks]) * 2
         worst = {(case, what): e for case, errors in found.items() for what, e in errors.items()}
         assert {which: e for which, e in worst.items() if not e <= BOUND} == {}
+
+
+def through_stages() -> dict[str, float]:
+    """Errors of a model in two stages, each over this rank's positions of rows that are padded."""
+    given, whole = inputs("odd"), build("windows", max_sequence_length=SEQ - 3)
+    expected, wanted = backward(whole, given)
+    with torch.no_grad():
+        logits = whole(given["input_ids"])
+    stages = []
+    for layers in (range(1), range(1, 2)):
+        stages.append(build("windows", max_sequence_length=SEQ - 3))
+        stages[-1].keep_layers(layers)
+        group: Any = dist.group.WORLD
+        apply_context_parallel(stages[-1], group)
+    others = {name: value for name, value in given.items() if name != "input_ids"}
+    stream, _ = stages[0](given["input_ids"], **others)
+    sums = stages[1](stream, **others, z_loss_multiplier=1e-2)
+    (sums.loss / (given["labels"] != IGNORE_INDEX).sum()).backward()
+    gradients: Any = [
+        (n, p.grad) for stage in stages for n, p in canonical_parameters(stage).items()
+    ]
+    loss = sums.loss.detach().clone()
+    for summed in (loss, *(gradient for _, gradient in gradients)):
+        dist.all_reduce(summed)
+    with torch.no_grad():
+        got = stages[1](stages[0](given["input_ids"])[0])
+    errors = {name: error(gradient, expected[name]) for name, gradient in gradients}
+    assert errors.keys() == expected.keys()
+    errors["logits"] = error(got[:, : logits.shape[1]], logits)
+    return errors | {"loss": error(loss, wanted.loss.detach())}
+
+
+def test_stages_of_a_pipeline_pass_on_the_positions_of_a_rank(workers: WorkerPool) -> None:
+    for errors in workers.run(2, in_a_group, through_stages):
+        assert {which: e for which, e in errors.items() if not e <= BOUND} == {}

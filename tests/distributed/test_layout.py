@@ -383,6 +383,17 @@ def test_who_reads_which_rows_and_whose_sums_count() -> None:
         assert all(layout.place(rank)["pp"] == 1 for rank in owners)
 
 
+def test_ranks_are_told_apart_by_what_they_have() -> None:
+    assert Layout(dp_shard=4, is_fsdp=True).role(3) == ""
+    assert Layout(pp=2, dp_shard=2, tp=2, is_fsdp=True).role(5) == "stage 2 of 2, tp 2 of 2"
+    looped, in_a_v = (
+        Layout(pp=2, is_fsdp=True, pp_config=PipelineParallelConfig(degree=2, schedule=schedule))
+        for schedule in ("Interleaved1F1B", "ZBVZeroBubble")
+    )
+    assert (looped.role(0), in_a_v.role(0)) == ("stages 1 and 3 of 4", "stages 1 and 4 of 4")
+    assert (looped.owns_loss(1), in_a_v.owns_loss(1), in_a_v.owns_loss(0)) == (True, False, True)
+
+
 @pytest.mark.parametrize("name", ["single", "ddp", "fsdp", "hsdp", "zero1", "zero3"])
 def test_a_layout_is_called_what_configs_call_it(name: Any) -> None:
     layout = resolve({"WORLD_SIZE": "1" if name == "single" else "4"}, name)

@@ -40,6 +40,10 @@ MODELS: dict[str, dict[str, Any]] = {
         "tie_embeddings": True, "sliding_window": 12, "attention_pattern": ("sliding", "full"),
         "norm_placement": "sandwich", "num_key_value_heads": 4,
     },
+    "one key head": {
+        "num_key_value_heads": 1, "qk_norm": "full", "positions": "learned", "bias": True,
+        "qkv_bias": False, "feed_forward": "gelu", "tie_embeddings": True,
+    },
     "experts": {
         "qk_norm": "full",
         "moe": MoEConfig(
@@ -168,7 +172,7 @@ CASES = [
     (2, ("ep",), ("experts",)),
     (2, ("zero1", "cp"), ("llama",)),
     (2, ("zero3", "ring"), ("llama",)),
-    (4, ("fsdp", "tp"), ("windows", "experts")),
+    (4, ("fsdp", "tp"), ("windows", "one key head", "experts")),
     (4, ("hsdp", "cp"), ("llama",)),
     (4, ("fsdp", "pp"), ("windows",)),
     (4, ("fsdp", "ep"), ("experts",)),

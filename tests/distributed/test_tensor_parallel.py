@@ -17,7 +17,7 @@ from tests.workers import WorkerPool
 from toolkit.distributed.config import ActivationCheckpointingConfig
 from toolkit.distributed.materialize import apply_activation_checkpointing
 from toolkit.distributed.shards import ShardSpec, draw_initial_values, whole_specs
-from toolkit.distributed.tensor_parallel import apply_tensor_parallel
+from toolkit.distributed.tensor_parallel import apply_tensor_parallel, share_of_model
 from toolkit.models.architecture import MoEConfig
 from toolkit.models.compile import compile_model
 from toolkit.models.config import LoRAConfig, TransformerConfig
@@ -206,13 +206,16 @@ def test_two_ranks_compute_what_one_does(on_two: Any, name: str) -> None:
     assert max(errors[name] for errors in on_two) < (BOUND, "")
 
 
-def on_four_ranks(group: Any) -> dict[str, tuple[float, str]]:
+def shared_heads(group: Any) -> dict[str, tuple[float, str]]:
     names = ("llama", "olmo2", "olmo2, one key head", "layer norm of all heads", "experts")
-    return architectures(group, names)
+    config = config_of(bias=True)
+    lora = LoRAConfig(rank=3, target_modules=("*.attention.*",), train_also=("*.key.*",))
+    adapted = worst(compared(config, batch_of(config), group, lora=lora))
+    return {**architectures(group, names), "adapters": adapted}
 
 
 def test_ranks_share_heads_of_keys_that_are_fewer(workers: WorkerPool) -> None:
-    for errors in workers.run(4, in_group, on_four_ranks):
+    for errors in workers.run(4, in_group, shared_heads):
         assert max(errors.values()) < (BOUND, "")
 
 
@@ -291,6 +294,9 @@ def initial_values(group: Any) -> list[str]:
         whole, model = config.build(seed=3), config.build(init_device="meta")
         shards, inits = whole_specs(model), init_spec(model)
         apply_tensor_parallel(model, group, shards)
+        own = share_of_model(config, group.size()).build(init_device="meta")
+        computed = [[tuple(p.shape) for p in m.blocks.parameters()] for m in (model, own)]
+        assert computed[0] == computed[1]
         model.to_empty(device="cpu")
         parameters = canonical_parameters(model)
         draw_initial_values(parameters, inits, shards, 3)

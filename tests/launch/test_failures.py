@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,8 +23,8 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunManager:
     return RunManager(tmp_path, experiment="a", name="b")
 
 
-def ranks(run: RunManager, world_size: int = 3) -> list[Peers]:
-    found = [Peers(run, rank=rank, world_size=world_size) for rank in range(world_size)]
+def ranks(run: RunManager, world_size: int = 3, **options: Any) -> list[Peers]:
+    found = [Peers(run, rank=rank, world_size=world_size, **options) for rank in range(world_size)]
     for peers in found:
         peers.publish()
     return found
@@ -58,6 +59,15 @@ def test_a_killed_process_is_named_by_the_lowest_rank_left(run: RunManager) -> N
     lost = [three[rank].explain(GLOO, step=8) for rank in (1, 2)]
     assert f"lost rank 0 (pid {gone.pid} on " in str(lost[0])
     assert [error.only_here for error in lost if error] == [True, False]
+
+
+def test_stages_of_a_pipeline_are_named(run: RunManager) -> None:
+    three = ranks(run, role_of=lambda rank: f"stage {rank + 1} of 3")
+    three[1].fail(ValueError("bad"), step=7)
+    lost = str(three[0].explain(GLOO, step=8))
+    assert lost.startswith("rank 0 (stage 1 of 3) on ")
+    assert "ended because rank 1 (stage 2 of 3) on " in lost
+    assert three[2].notes()[1].describe().startswith("rank 1 (stage 2 of 3) on ")
 
 
 def test_without_a_trace_the_words_of_the_collective_are_shown(run: RunManager) -> None:

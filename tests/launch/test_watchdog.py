@@ -64,6 +64,15 @@ def test_the_rank_that_others_wait_for_is_named(
     assert explain_hang({n.rank: n for n in notes}, world_size) == expected
 
 
+def test_a_stage_that_others_wait_for_is_named() -> None:
+    def role_of(rank: int) -> str:
+        return f"stage {rank + 1} of 2"
+
+    waiting = note(0, 3, 8, "forward and backward", "x.py:3 in f")
+    verdict = explain_hang({0: waiting}, 2, role_of)
+    assert verdict.startswith("rank gives no sign of life, dead or frozen: 1 (stage 2 of 2); the ")
+
+
 class Rank:
     """A watchdog that notes instead of leaving."""
 

@@ -370,6 +370,8 @@ def test_the_record_names_the_kernel_of_each_part(monkeypatch):
     assert kernel_record(CONFIG, CUDA, BF16, **options) == {
         "attention": "sdpa", MASKED: "flex", "experts": "grouped_mm", "loss": "liger",
     }  # fmt: skip
+    cut = kernel_record(CONFIG, CUDA, BF16, **options, vocabulary_is_cut=True)
+    assert cut["loss"] == "chunked"
     mock_device(monkeypatch, (8, 9), 101_376)
     wide = CONFIG.replace(head_dim=256)
     options["is_compiled"] = True

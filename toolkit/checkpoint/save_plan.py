@@ -1,8 +1,9 @@
 """Which rank writes which shard of which tensor, and how it is written.
 
 All ranks decide that together once, by torch DCP's rules; the answer holds as long as names and
-shapes stay. A save then needs no collective to know what to write, and an asynchronous one copies
-just the shards of this rank, into host memory that the next save uses again.
+shapes stay. Ranks may hold different tensors, or parts of the same ones; what several ranks have,
+one of them writes. A save then needs no collective to know what to write, and an asynchronous one
+copies just the shards of this rank, into host memory that the next save uses again.
 """
 
 import os

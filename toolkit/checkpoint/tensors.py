@@ -36,6 +36,7 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPla
 from torch.futures import Future
 
 from toolkit.checkpoint.coverage import check_coverage
+from toolkit.checkpoint.together import run_together
 from toolkit.checkpoint.untrusted import Archive, unpickle
 from toolkit.errors import CheckpointError
 from toolkit.storage.atomic import hash_file
@@ -240,16 +241,22 @@ def load_tensors(
     *,
     reader: SafeReader | None = None,
 ) -> None:
-    """Fill `tensors` in place, each rank reading just what it holds.
+    """Fill `tensors` in place, each rank reading just what it holds. Ranks may ask for different
+    tensors, as the stages of a pipeline do.
 
     Args:
         reader: of a `folder` that is not on a disk; default: `SafeReader`.
 
     Raises:
-        CheckpointError: for a missing tensor or one of another shape.
+        CheckpointError: on every rank, for a missing tensor or one of another shape on any.
     """
     reader = reader or SafeReader(folder)
-    check_shapes(folder, reader.shapes(), tensors)
+    run_together(
+        lambda: check_shapes(folder, reader.shapes(), tensors),
+        group,
+        failing=f"{folder}: cannot be loaded",
+        finds_damage=True,
+    )
     try:
         with warnings.catch_warnings():
             # "torch.distributed is disabled": which is what `no_dist` asks for.

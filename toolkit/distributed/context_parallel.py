@@ -118,7 +118,8 @@ class _Forward:
             length, device = known.shape[1], known.device
         padding = -length % self._unit
         place = torch.arange(length + padding, device=device)[None]
-        positions, starts = place.clamp(max=length - 1), None
+        longest = min(length, self._model.config.max_sequence_length)
+        positions, starts = place.clamp(max=longest - 1), None
         if document_ids is not None:
             starts = document_starts(document_ids)
             if padding:  # each token of it is a document

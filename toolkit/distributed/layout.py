@@ -139,6 +139,26 @@ class Layout(msgspec.Struct, frozen=True, kw_only=True):
         is_v = self.pp_config is not None and self.pp_config.schedule == "ZBVZeroBubble"
         return 0 if is_v else self.pp - 1
 
+    def role(self, rank: int) -> str:
+        """What `rank` has of the model and the rows besides its share of the batch: `stage 2 of 4,
+        tp 1 of 2`; empty under data parallelism alone."""
+        place, parts = self.place(rank), []
+        if self.pp > 1:
+            stages, number = [place["pp"]], self.pp
+            if self.pp_config is not None and (number := self.pp_config.stages) > self.pp:
+                second = (
+                    number - 1 - stages[0] if self.last_stage_rank == 0 else self.pp + stages[0]
+                )
+                stages.append(second)
+            numbers = " and ".join(str(stage + 1) for stage in stages)
+            parts.append(f"stage{'s' * (len(stages) > 1)} {numbers} of {number}")
+        parts += [
+            f"{axis} {place[axis] + 1} of {size}"
+            for axis in ("cp", "tp")
+            if (size := self.shape[axis]) > 1
+        ]
+        return ", ".join(parts)
+
     def own_length(self, length: int) -> int:
         """Positions of a row of `length` that a rank has between blocks. The row is padded where
         ranks that share its positions would have unequal numbers of them."""

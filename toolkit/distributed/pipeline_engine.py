@@ -8,6 +8,7 @@ Schedules are told all shapes (torch's static mode): what it would infer by runn
 uninitialised memory clears gradients. So there is one schedule for each shape of step.
 """
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -44,6 +45,8 @@ class PipelineEngine(TorchEngine):
 
         super().__init__(environment, module, shards, build_own)
         self._pipeline = module.pipeline
+        # An error comes with the schedule of all ranks, hundreds of lines of it.
+        logging.getLogger("torch.distributed.pipelining").setLevel(logging.CRITICAL)
         group = environment.group("pp")
         assert group is not None, "a pipeline has several ranks"
         self._group: dist.ProcessGroup = group

@@ -163,7 +163,12 @@ class Training:
             lost = None
             if run is not None:
                 with contextlib.suppress(RunError):  # this host does not see the run folder
-                    peers = Peers(run, rank=environment.rank, world_size=environment.world_size)
+                    peers = Peers(
+                        run,
+                        rank=environment.rank,
+                        world_size=environment.world_size,
+                        role_of=environment.layout.role,
+                    )
                     lost = peers.report(error, step=step)
             if log_file is not None:
                 log_failure(log_file, lost or error, rank=environment.rank, step=step)

@@ -11,6 +11,7 @@ import contextlib
 import os
 import socket
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,8 @@ class RankNote(msgspec.Struct, kw_only=True):
     attempt: int
     host: str
     pid: int
+    role: str = ""
+    """What the rank has of the model, where that is not all of it."""
     step: int = 0
     phase: str = "starting"
     count: int = 0
@@ -63,7 +66,8 @@ class RankNote(msgspec.Struct, kw_only=True):
     def describe(self) -> str:
         """`rank 1 on node1: step 7, LMEvaluator, at file.py:12 in f`."""
         where = f", at {self.where}" if self.where else ""
-        return f"rank {self.rank} on {self.host}: step {self.step}, {self.phase}{where}"
+        name = name_of(self.rank, self.role)
+        return f"{name} on {self.host}: step {self.step}, {self.phase}{where}"
 
 
 class Failure(msgspec.Struct, kw_only=True):
@@ -82,8 +86,17 @@ class LostPeerError(TrainingError):
 class Peers:
     """The ranks of one attempt of a run, as seen by one of them."""
 
-    def __init__(self, run: RunManager, *, rank: int, world_size: int) -> None:
+    def __init__(
+        self,
+        run: RunManager,
+        *,
+        rank: int,
+        world_size: int,
+        role_of: Callable[[int], str] = lambda rank: "",
+    ) -> None:
+        """`role_of` says what a rank has of the model, where that is not all of it."""
         self.run_folder = run.folder
+        self.role_of = role_of
         self.rank = rank
         self.world_size = world_size
         self.attempt = run.attempt
@@ -91,11 +104,16 @@ class Peers:
         self._failure = self._folder / f"failure.{self.attempt}.json"
         self._hang = self._folder / f"hang.{self.attempt}.json"
 
+    def name(self, rank: int) -> str:
+        """`rank 3`, and what it has."""
+        return name_of(rank, self.role_of(rank))
+
     def publish(self, **place: Any) -> None:
         """Tell the others where this rank is, in fields of `RankNote`; a folder that cannot be
         written is no reason to fail."""
         host, pid = socket.gethostname(), os.getpid()
-        note = RankNote(rank=self.rank, attempt=self.attempt, host=host, pid=pid, **place)
+        me: dict[str, Any] = {"rank": self.rank, "role": self.role_of(self.rank)}
+        note = RankNote(**me, attempt=self.attempt, host=host, pid=pid, **place)
         with contextlib.suppress(OSError):
             self._folder.mkdir(exist_ok=True)
             write_json_atomic(self._folder / f"rank{self.rank}.json", note, sync=False)
@@ -157,12 +175,13 @@ class Peers:
         logs, shows = self.run_folder / RUN_FILES.logs, self.rank == 0
         if failure is not None:
             cause = (
-                f"ended because rank {failure.rank} on {failure.host} failed at step "
+                f"ended because {self.name(failure.rank)} on {failure.host} failed at step "
                 f"{failure.step}: {failure.message}; its traceback is in "
                 f"{logs / f'rank{failure.rank}.log'}"
             )
         elif gone:
-            names = ", ".join(f"rank {n.rank} (pid {n.pid} on {n.host})" for n in gone)
+            roles = {n.rank: [self.role_of(n.rank), f"pid {n.pid} on {n.host}"] for n in gone}
+            names = ", ".join(name_of(r, ", ".join(filter(None, own))) for r, own in roles.items())
             shows = self.rank == min(set(range(self.world_size)) - {n.rank for n in gone})
             cause = (
                 f"lost {names}, whose process was killed; if it was not you, look for what "
@@ -173,7 +192,7 @@ class Peers:
                 f"lost the connection to another rank ({first_line(error)}); the launcher's "
                 f"report and {logs} tell what ended it"
             )
-        here = f"rank {self.rank} on {socket.gethostname()}, step {step}"
+        here = f"{self.name(self.rank)} on {socket.gethostname()}, step {step}"
         lost = LostPeerError(f"{here}: {cause}; continue with `toolkit resume {self.run_folder}`")
         lost.only_here = shows and self.rank > 0
         return lost
@@ -187,6 +206,11 @@ class Peers:
             if failure is not None or gone or time.monotonic() > deadline:
                 return failure, gone
             time.sleep(0.05)
+
+
+def name_of(rank: int, role: str) -> str:
+    """`rank 3 (stage 2 of 4)`; without a role `rank 3`."""
+    return f"rank {rank} ({role})" if role else f"rank {rank}"
 
 
 def is_lost_peer(error: BaseException) -> bool:

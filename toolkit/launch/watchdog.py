@@ -145,8 +145,9 @@ class Watchdog:
         faulthandler.dump_traceback(file=self._stacks, all_threads=True)
         self._publish(idle, has_dumped=True)
         notes = self._answers()
+        reason = explain_hang(notes, self._peers.world_size, self._peers.role_of)
         verdict = (
-            f"{explain_hang(notes, self._peers.world_size)}; no progress for {idle:.0f} s "
+            f"{reason}; no progress for {idle:.0f} s "
             f"(trainer.watchdog_timeout); stacks of all ranks: "
             f"{self._file.parent}{os.sep}rank*.log; continue with "
             f"`toolkit resume {self._peers.run_folder}`"
@@ -182,11 +183,16 @@ class Watchdog:
             time.sleep(0.1)
 
 
-def explain_hang(notes: Mapping[int, RankNote], world_size: int) -> str:
+def explain_hang(
+    notes: Mapping[int, RankNote],
+    world_size: int,
+    role_of: Callable[[int], str] = lambda rank: "",
+) -> str:
     """Who keeps whom waiting, from what the ranks that answer say of themselves."""
     silent = [rank for rank in range(world_size) if rank not in notes]
     if silent:
-        ranks = ", ".join(str(rank) for rank in silent[:8]) + (", ..." if silent[8:] else "")
+        shown = (f"{r} ({role})" if (role := role_of(r)) else f"{r}" for r in silent[:8])
+        ranks = ", ".join(shown) + (", ..." if silent[8:] else "")
         one = next(iter(notes.values()), None)
         others = f"; the others wait at step {one.step}, {one.phase}" if one else ""
         plural = "s give" if len(silent) > 1 else " gives"

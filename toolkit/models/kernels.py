@@ -168,6 +168,7 @@ def loss_kernel(
     has_soft_cap: bool,
     is_compiled: bool,
     trains_head_alone: bool,
+    is_cut: bool = False,
 ) -> Literal["liger", "chunked"]:
     """How the head's cross entropy is computed.
 
@@ -175,10 +176,11 @@ def loss_kernel(
     does the same as Liger's, without its wait for the device. Liger returns the sum of a z-loss in
     the compute type; knows no padding ids, and the product over the exact vocabulary is slow where
     its rows are not aligned; and gives no gradient for the weight where the hidden state needs none
-    (0.8.5), so a head that is trained alone would stay as it is.
+    (0.8.5), so a head that is trained alone would stay as it is. `is_cut`: several ranks have rows
+    of the vocabulary, of which Liger knows nothing.
     """
     fits = device_type == "cuda" and dtype.itemsize <= 4 and vocab_size % 8 == 0
-    differs = has_z_loss or has_soft_cap or is_compiled or trains_head_alone
+    differs = has_z_loss or has_soft_cap or is_compiled or trains_head_alone or is_cut
     return "liger" if fits and not differs else "chunked"
 
 
@@ -200,9 +202,10 @@ def kernel_record(
     is_compiled: bool,
     has_z_loss: bool,
     trains_head_alone: bool = False,
+    vocabulary_is_cut: bool = False,
 ) -> dict[str, str]:
-    """Part of the model -> its kernel, for computation in `dtype`. `trains_head_alone`: the hidden
-    state needs no gradient."""
+    """Part of the model -> its kernel, for computation in `dtype`. `config` has the sizes that one
+    rank computes with. `trains_head_alone`: the hidden state needs no gradient."""
     head_dim, record = config.attention_head_dim, {}
 
     def sdpa(*, has_bias: bool) -> str:
@@ -232,6 +235,7 @@ def kernel_record(
         has_soft_cap=config.logit_soft_cap is not None,
         is_compiled=is_compiled,
         trains_head_alone=trains_head_alone,
+        is_cut=vocabulary_is_cut,
     )
     if loss == "liger" and liger_function() is None:
         loss = "chunked"

@@ -100,8 +100,9 @@ class LinearCrossEntropy(nn.Module):
             has_soft_cap=self.soft_cap is not None,
             is_compiled=self.kernel is not loss_chunk,
             trains_head_alone=trains and not hidden.requires_grad,
+            is_cut=self.shard is not None,
         )
-        if kernel == "liger" and self.shard is None and (liger := liger_function()) is not None:
+        if kernel == "liger" and (liger := liger_function()) is not None:
             loss = liger(
                 hidden,
                 weight[: self.vocab_size],

@@ -143,7 +143,12 @@ class Trainer:
         """
         state, watchdog = self.state, None
         environment, stop = state.environment, state.stop_request
-        peers = Peers(state.run, rank=environment.rank, world_size=environment.world_size)
+        peers = Peers(
+            state.run,
+            rank=environment.rank,
+            world_size=environment.world_size,
+            role_of=environment.layout.role,
+        )
         try:
             self.restore()
             self._hooks = self._find_hooks()

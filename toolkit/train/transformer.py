@@ -16,6 +16,7 @@ from toolkit.checkpoint.folder import MODEL_PREFIX
 from toolkit.distributed.engine import Microbatch
 from toolkit.distributed.environment import TrainingEnvironment, single_environment
 from toolkit.distributed.materialize import prepare_engine
+from toolkit.distributed.tensor_parallel import share_of_model
 from toolkit.errors import ConfigError, TrainingError
 from toolkit.metrics.norms import to_norms
 from toolkit.models.init import canonical_parameters
@@ -65,13 +66,17 @@ class TransformerTrainModule(TrainModule):
         self._peak_rates = [group["lr"] for group in self.engine.optimizer.param_groups]
         self.max_consecutive_skipped_steps = config.max_consecutive_skipped_steps
         self._z_loss = config.z_loss_multiplier or 0.0
+        layout = self.environment.layout
         self.kernels = kernel_record(
-            self.model_config.to_transformer(),
+            share_of_model(
+                self.model_config.to_transformer(), layout.tp, experts_are_sharded=layout.ep > 1
+            ),
             self.environment.device,
-            torch.bfloat16 if self.environment.layout.precision == "bf16" else torch.float32,
+            torch.bfloat16 if layout.precision == "bf16" else torch.float32,
             is_compiled=config.compile_model,
             has_z_loss=self._z_loss != 0.0,
             trains_head_alone=self.trained_names == {"head.weight"},
+            vocabulary_is_cut=layout.tp > 1,
         )
         if self.environment.is_main and self.environment.device.type != "cpu":
             log.info("kernels: %s", "; ".join(f"{k} by {v}" for k, v in self.kernels.items()))
