@@ -284,6 +284,12 @@ def test_advice_fits_the_number_of_ranks() -> None:
         check_microbatches("1F1B", 4, 3, 2, length=16, batch_ranks=3)
 
 
+def test_zero_bubble_of_compiled_blocks_is_refused() -> None:
+    pipeline = PipelineParallelConfig(degree=2, schedule="ZBVZeroBubble")
+    with pytest.raises(ValueError, match="use 1F1B or Interleaved1F1B"):
+        module_config("fsdp", pp_config=pipeline, compile_model=True)
+
+
 @pytest.mark.parametrize(
     ("schedule", "degree", "rows", "microbatch", "advice"),
     [
