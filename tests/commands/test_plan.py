@@ -66,7 +66,7 @@ def test_more_shards_hold_less_and_full_checkpointing_keeps_less() -> None:
 def test_each_axis_cuts_what_it_is_for() -> None:
     one = planned("llama3_8B", 8, FSDP, "--train_module.ac_config=null")
     rows = "--train_module.rank_microbatch_size=8192"
-    for axis, part in (("tp", "feed_forward"), ("cp", "feed_forward"), ("pp", "weights")):
+    for axis in ("tp", "cp", "pp"):
         flag = f"--train_module.{axis}_config.degree=2"
         other = planned("llama3_8B", 8, FSDP, flag, rows, "--train_module.ac_config=null")
         assert other.job.layout.world_size == 8
@@ -74,8 +74,11 @@ def test_each_axis_cuts_what_it_is_for() -> None:
             # Half of the model over half of the ranks.
             assert other.memory.weights == pytest.approx(one.memory.weights, rel=0.1)
             assert other.time.bubble > 0
-        else:
-            assert getattr(other.memory, part) == pytest.approx(getattr(one.memory, part) / 2)
+        elif axis == "cp":
+            assert other.memory.feed_forward == one.memory.feed_forward / 2
+        else:  # what it reads is gathered
+            gathered = 32 * 8192 * 4096 * 2
+            assert other.memory.feed_forward == (one.memory.feed_forward + gathered) / 2
         assert axis in {traffic.axis for traffic in other.traffic}
 
 
@@ -92,7 +95,7 @@ def test_every_device_has_its_figures() -> None:
     for name, device in DEVICES.items():
         assert find_device(name.upper(), 8) is device
         assert device.flops("bf16") > 1e14
-        assert 20e9 < device.memory < 200e9
+        assert 20e9 < device.memory < 250e9
         assert device.inside.bandwidth >= device.between.bandwidth
 
 
@@ -196,8 +199,8 @@ def test_json_holds_what_the_text_says(capsys: pytest.CaptureFixture[str]) -> No
 def test_without_a_number_of_ranks_it_is_the_fewest_that_fit(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert "on 4 x h100" in said(capsys, "llama3_8B", FSDP).splitlines()[0]
-    assert "on 16 x a100-40" in said(capsys, "llama3_8B", FSDP, "--device=a100-40").splitlines()[0]
+    assert "on 2 x h100" in said(capsys, "llama3_8B", FSDP).splitlines()[0]
+    assert "on 8 x a100-40" in said(capsys, "llama3_8B", FSDP, "--device=a100-40").splitlines()[0]
 
 
 def test_length_in_epochs_waits_for_the_data(capsys: pytest.CaptureFixture[str]) -> None:
@@ -220,12 +223,12 @@ def test_length_in_epochs_waits_for_the_data(capsys: pytest.CaptureFixture[str])
             "no layout of 1 rank fits rtx4090; the nearest number that works is 8",
         ),
         (
-            ["--world-size", "11", "--search"],
-            "--world-size 11: no layout divides 11 ranks",
+            ["--world-size", "67", "--search"],
+            "--world-size 67: no layout divides 67 ranks",
         ),
         (
             ["--world-size", "8", "--train_module.tp_config.degree=16"],
-            "tp 16 does not divide the 8 that the launcher started; start 16",
+            "tp 16 does not divide the 8 processes of this run; start 16",
         ),
     ],
 )

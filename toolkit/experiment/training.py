@@ -3,13 +3,14 @@
 import contextlib
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import msgspec
 import torch
 
 from toolkit import signals
+from toolkit.config.named import named
 from toolkit.data.corpus import open_corpus
 from toolkit.data.corpus_info import CorpusInfo
 from toolkit.data.loader import TrainLoader, get_dataloaders
@@ -22,7 +23,7 @@ from toolkit.distributed.environment import (
 )
 from toolkit.distributed.layout import Layout
 from toolkit.distributed.logging import add_log_file, log_failure
-from toolkit.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, RunError
+from toolkit.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, RunError, TrainingError
 from toolkit.experiment.agreement import check_agreement
 from toolkit.experiment.changes import config_changes
 from toolkit.experiment.checks import rank_microbatch_size
@@ -138,18 +139,19 @@ class Training:
             )
             check_agreement(config, environment, train_dl, eval_dl)
             _log_opening(config, environment, run.folder, train_dl)
-            model = config.model.build(init_device="meta")
-            train_module = config.train_module.build(model, environment=environment)
-            trainer = Trainer(config.trainer, train_module, train_dl, eval_dl, run=run)
-            before = stored_config(run.folder) if environment.is_main else {}
-            trainer.restore()
-            if environment.is_main:
-                _log_changes(before, stored, run, trainer)
-            # Not before: a run that cannot be continued with this config keeps the one it has.
-            self.log_configs(stored, run, environment.layout, origins, train_module.kernels)
-            until_the_end.enter_context(signals.listening(trainer.state.stop_request))
-            signals.settle()
-            result = trainer.fit()
+            with _explaining_memory(config, environment, run.folder):
+                model = config.model.build(init_device="meta")
+                train_module = config.train_module.build(model, environment=environment)
+                trainer = Trainer(config.trainer, train_module, train_dl, eval_dl, run=run)
+                before = stored_config(run.folder) if environment.is_main else {}
+                trainer.restore()
+                if environment.is_main:
+                    _log_changes(before, stored, run, trainer)
+                # Not before: a run that cannot be continued with this config keeps the one it has.
+                self.log_configs(stored, run, environment.layout, origins, train_module.kernels)
+                until_the_end.enter_context(signals.listening(trainer.state.stop_request))
+                signals.settle()
+                result = trainer.fit()
             _log_end(result, run)
             if result.reason in GENTLE_STOPS:
                 return EXIT_DONE
@@ -182,6 +184,23 @@ class Training:
                 train_dl.close()
             environment.close(after_error=has_failed)
             until_the_end.close()
+
+
+@contextlib.contextmanager
+def _explaining_memory(
+    config: ExperimentConfig, environment: TrainingEnvironment, folder: Path
+) -> Iterator[None]:
+    """Say what the plan for this layout needs where a device has no memory left."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        device, memory = environment.device, 0
+        if device.type == "cuda":
+            memory = torch.cuda.get_device_properties(device).total_memory
+        explain = named("toolkit.commands.plan.shortage:shortage")
+        file = folder / RUN_FILES.config
+        message = explain(config, environment.layout, device_name(device), memory, file)
+        raise TrainingError(f"rank {environment.rank}: {message}") from error
 
 
 def describe_engine(layout: Layout, kernels: Mapping[str, str] | None = None) -> EngineRecord:

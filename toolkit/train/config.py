@@ -95,6 +95,12 @@ class TransformerTrainModuleConfig(Config, kw_only=True):
             "z_loss_multiplier",
             "max_consecutive_skipped_steps",
         )
+        pipeline = self.pp_config
+        if self.compile_model and pipeline and pipeline.schedule == "ZBVZeroBubble":
+            raise ValueError(
+                "compile_model does not go with pp_config.schedule ZBVZeroBubble, which needs the "
+                "backward of a block in two halves; use 1F1B or Interleaved1F1B"
+            )
         if self.ac_config and self.ac_config.mode == "budget" and not self.compile_model:
             raise ValueError("ac_config.mode: budget needs compile_model: true")
 

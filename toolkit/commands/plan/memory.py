@@ -86,8 +86,8 @@ def memory_of(job: Job, stage: Stage, rank: int | None = None) -> Memory:
     loss = loss_memory(job, head_of(job, stage))
     flying = in_flight(job, stage)
     waiting = block.kept.times(flying)
-    # Without accumulation gradients come into being while activations go.
-    always = job.passes > 1 or layout.name in ("ddp", "zero1", "zero2", "zero3")
+    # Gradients come into being while activations go, unless some are left of microbatches before.
+    always = job.passes > flying or layout.name in ("ddp", "zero1", "zero2", "zero3")
     base = waiting._replace(casts=block.kept.casts)
     # What went into a microbatch's last reduction stays until the next one's first.
     last = _reduction(job, outside) if job.passes > 1 else 0.0

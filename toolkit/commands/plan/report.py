@@ -266,8 +266,8 @@ def _flow(fields: dict[str, Any]) -> str:
 def command(source: str, plan: Plan, target: Target) -> str:
     """The command that starts it."""
     world = plan.job.layout.world_size
-    here = min(world, target.machine)
-    machines = -(-world // here)
+    here = max(n for n in range(1, target.machine + 1) if world % n == 0)
+    machines = world // here
     nodes = "" if machines == 1 else f" --nnodes={machines}"
     if machines > 1:
         nodes += " --rdzv-backend=c10d --rdzv-endpoint=HOST:29500"

@@ -15,6 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.pipelining import schedules
+from torch.distributed.pipelining.stage import InferenceMode
 
 from toolkit.commands.plan.communication import traffic_of
 from toolkit.commands.plan.counting import Counter
@@ -189,6 +191,8 @@ def _as_on_a_gpu(job: Job) -> Iterator[None]:
     """Fake tensors are on a CPU, where some things are done otherwise; and they have no values, so
     tokens spread evenly over experts."""
     chunk, numbers = loss.CPU_CHUNK_SIZE, expert_parallel.numbers_of_rows
+    schedule: Any = schedules._PipelineSchedule
+    vote = schedule._warmup_p2p
 
     def even(ours: torch.Tensor, theirs: torch.Tensor) -> list[list[int]]:
         assert job.model.moe is not None
@@ -196,13 +200,19 @@ def _as_on_a_gpu(job: Job) -> Iterator[None]:
         each = [rows // ranks + (n < rows % ranks) for n in range(ranks)]
         return [each, each]
 
+    def agree(_: Any, stages: list[Any], *others: Any) -> None:
+        for stage in stages:  # whose shapes are told: no vote of ranks is needed
+            stage._inference_mode = InferenceMode.STATIC
+
     loss.CPU_CHUNK_SIZE = job.model.loss_chunk_size
+    schedule._warmup_p2p = agree
     expert_parallel.numbers_of_rows = even
     rope.rotary_table.cache_clear()  # it would keep fake tensors
     try:
         yield
     finally:
         loss.CPU_CHUNK_SIZE, expert_parallel.numbers_of_rows = chunk, numbers
+        schedule._warmup_p2p = vote
         rope.rotary_table.cache_clear()
 
 

@@ -1,0 +1,142 @@
+"""What `toolkit plan` computes is what ranks do: bytes of states and exchanges to the byte, peaks
+within a tenth."""
+
+import json
+from typing import Any
+
+import pytest
+import torch
+
+from tests.tiny import Progress, module_config, open_environment
+from tests.workers import WorkerPool
+from toolkit.cli import main as cli
+from toolkit.commands.plan.communication import traffic_of
+from toolkit.commands.plan.counting import Counter
+from toolkit.commands.plan.devices import find_device
+from toolkit.commands.plan.job import Job, ModelParts
+from toolkit.commands.plan.memory import memory_of
+from toolkit.commands.plan.pieces import states
+from toolkit.distributed.config import (
+    ActivationCheckpointingConfig,
+    ContextParallelConfig,
+    ExpertParallelConfig,
+    PipelineParallelConfig,
+    TensorParallelConfig,
+)
+from toolkit.distributed.shards import local_tensor
+from toolkit.models.architecture import MoEConfig
+from toolkit.models.config import TransformerConfig
+from toolkit.models.parameters import trained_parameters
+
+LENGTH = 256
+TP, CP = TensorParallelConfig(degree=2), ContextParallelConfig(degree=2)
+ULYSSES, RING = CP.replace(style="ulysses"), CP.replace(style="ring")
+PP, EP = PipelineParallelConfig(degree=2), ExpertParallelConfig(degree=2)
+AC = ActivationCheckpointingConfig()
+EXPERTS = {"moe": MoEConfig(num_experts=4, top_k=2, intermediate_size=128)}
+
+CASES: dict[str, dict[str, Any]] = {
+    "single": {"ranks": 1},
+    "single, bf16, computed again": {"ranks": 1, "precision": "bf16", "ac_config": AC},
+    "ddp": {"engine": "ddp"},
+    "fsdp": {"engine": "fsdp", "model": {"qk_norm": "full", "norm_placement": "reordered"}},
+    "fsdp, bf16, one pass": {"engine": "fsdp", "precision": "bf16", "passes": 1},
+    "fsdp, kept": {"engine": "fsdp", "dp": {"reshard_after_forward": False}},
+    "tp": {"tp_config": TP, "ac_config": AC},
+    "cp": {"engine": "fsdp", "cp_config": CP},
+    "ulysses": {"engine": "ddp", "cp_config": ULYSSES},
+    "ring": {"engine": "fsdp", "cp_config": RING},
+    "ep": {"ep_config": EP, "model": EXPERTS},
+    "pp": {"pp_config": PP, "passes": 4},
+    "interleaved": {"pp_config": PP.replace(schedule="Interleaved1F1B"), "passes": 4},
+    "zbv": {"pp_config": PP.replace(schedule="ZBVZeroBubble"), "passes": 4},
+}
+
+
+def counted(case: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What one step does on this rank, and what the plan says."""
+    case = {k: v for k, v in case.items() if k != "ranks"}
+    passes, rows = case.pop("passes", 2), 2
+    model = TransformerConfig(
+        vocab_size=512, d_model=128, num_layers=4, num_heads=4, num_key_value_heads=2,
+        intermediate_size=256, max_sequence_length=LENGTH, **case.pop("model", {}),
+    )  # fmt: skip
+    config = module_config(case.pop("engine", None), rank_microbatch_size=rows * LENGTH, **case)
+    environment = open_environment(config)
+    counter = Counter()
+    try:
+        with counter:
+            module = config.build(model.build(init_device="meta"), environment=environment)
+            ids = torch.arange(rows * passes * LENGTH).view(-1, LENGTH) % 499
+            for step in range(2):  # buffers that stay come with the first
+                counter.restart()
+                module.train_batch({"input_ids": ids})
+                module.optim_step(Progress(step, 0, 100, 1000, 10))
+        optimizer = module.engine.optimizer.state.values()
+        weights = [local_tensor(p) for p in module.engine.module.parameters()]
+    finally:
+        environment.close()
+    layout, rank = environment.layout, environment.rank
+    job = Job(
+        model=model, parts=ModelParts(model, trained_parameters(model), LENGTH), layout=layout,
+        sequence_length=LENGTH, rows=rows, passes=passes, precision=layout.precision,
+        ac_config=config.ac_config, is_compiled=False, state_tensors=2,
+        device=find_device("cpu", 1), machine=8,
+    )  # fmt: skip
+    stage = job.stages[layout.place(rank)["pp"]]
+    kept = states(job, stage, rank)
+    real = {
+        "weights": sum(t.nbytes for t in weights),
+        "optimizer": sum(t.nbytes for own in optimizer for t in own.values()),
+        "peak": counter.peak,
+    }
+    planned = {
+        "weights": kept.weights,
+        "optimizer": kept.optimizer,
+        "peak": memory_of(job, stage, rank).allocated,
+    }
+    for exchange in counter.exchanges:
+        # Numbers of targets, norms and router losses are left out of plans.
+        if exchange.bytes > 1024 * exchange.calls or exchange.kind in ("p2p", "all-gather"):
+            real[exchange.kind] = real.get(exchange.kind, 0) + exchange.bytes
+    for traffic in traffic_of(job, stage):
+        if traffic.bytes > 1024 or traffic.kind in ("p2p", "all-gather"):
+            planned[traffic.kind] = planned.get(traffic.kind, 0) + traffic.total
+    return real, planned
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_ranks_hold_and_exchange_what_the_plan_says(workers: WorkerPool, name: str) -> None:
+    case = CASES[name]
+    for real, planned in workers.run(case.get("ranks", 2), counted, case):
+        assert real.pop("peak") == pytest.approx(planned.pop("peak"), rel=0.1)
+        tokens = real.pop("all-to-all", None), planned.pop("all-to-all", None)
+        if name == "ep":  # a fresh router spreads tokens unevenly
+            assert tokens[0] == pytest.approx(tokens[1], rel=0.4)
+        else:
+            assert tokens[0] == tokens[1]
+        sums = real.pop("all-reduce", 0), planned.pop("all-reduce", 0)
+        assert sums[0] == pytest.approx(sums[1], abs=64)  # the norm
+        assert real == planned
+
+
+def test_a_fake_rank_of_a_thousand_counts_the_same(capsys: pytest.CaptureFixture[str]) -> None:
+    words = [
+        "plan", "olmoe_1B_7B", "--world-size", "1024", "--model.num_layers=2", "--simulate",
+        "--train_module.pp_config.degree=2", "--train_module.ep_config.degree=8",
+        "--train_module.tp_config.degree=2", "--train_module.rank_microbatch_size=4096",
+        "--data_loader.global_batch_size=2097152", "--json",
+    ]  # fmt: skip
+    assert cli.run(words) == 0
+    found = json.loads(capsys.readouterr().out)["simulated"]
+    rows = {row["what"]: (row["counted"], row["planned"]) for row in found["rows"]}
+    assert {"weights", "all-gather, tp", "all-to-all, ep", "p2p, pp"} <= set(rows)
+    counted, planned = rows.pop("peak")
+    assert counted == pytest.approx(planned, rel=0.15)
+    for counted, planned in rows.values():
+        assert counted == pytest.approx(planned, rel=1e-3)
+
+
+def test_what_does_not_run_without_storage_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["plan", "llama_271M", "--world-size", "8", "--simulate"]) == 2
+    assert "--simulate: ddp does not run on tensors without storage" in capsys.readouterr().err
