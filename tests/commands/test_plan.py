@@ -228,7 +228,7 @@ def test_length_in_epochs_waits_for_the_data(capsys: pytest.CaptureFixture[str])
         ),
         (
             ["--world-size", "8", "--train_module.tp_config.degree=16"],
-            "tp 16 does not divide the 8 that the launcher started; start 16",
+            "tp 16 does not divide the 8 processes of this run; start 16",
         ),
     ],
 )

@@ -1,5 +1,6 @@
 """How many graphs torch.compile makes of a model: engines add none."""
 
+import functools
 import os
 from collections.abc import Callable
 from typing import Any
@@ -21,6 +22,7 @@ from toolkit.models import compile as compiling
 from toolkit.models.config import TransformerConfig
 
 RANKS = 8
+FINE_GRAINED = "fine_grained"
 
 
 def graphs(name: Any, recompute: bool) -> list[int]:
@@ -32,7 +34,10 @@ def graphs(name: Any, recompute: bool) -> list[int]:
     else:
         dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=RANKS)
     torch._dynamo.reset()
-    asked = None if name == "single" else DataParallelConfig(name=name)
+    if name == FINE_GRAINED:
+        asked = DataParallelConfig(name="fsdp", wrapping_strategy="fine_grained")
+    else:
+        asked = None if name == "single" else DataParallelConfig(name=name)
     layout = resolve_layout("fp32", asked, os.environ)
     environment = TrainingEnvironment(
         rank=0,
@@ -62,7 +67,7 @@ def graphs(name: Any, recompute: bool) -> list[int]:
     compile_model = compiling.compile_model
     try:
         with mock.patch.object(
-            compiling, "compile_model", lambda m: compile_model(m, backend=backend)
+            compiling, "compile_model", functools.partial(compile_model, backend=backend)
         ):
             materialize(
                 model,
@@ -77,7 +82,7 @@ def graphs(name: Any, recompute: bool) -> list[int]:
         counts = []
         for _ in range(2):
             for is_last in (False, True):
-                if name in ("fsdp", "hsdp"):
+                if name in ("fsdp", "hsdp", FINE_GRAINED):
                     model.set_is_last_backward(is_last)
                 called(ids, ids.roll(-1, 1)).loss.backward()
             counts.append(count)
@@ -94,3 +99,11 @@ def test_engines_compile_what_one_process_compiles_and_only_once(
     assert first == second > 0
     for engine in engines:
         assert workers.run(1, graphs, engine, recompute)[0] == [first, first], engine
+
+
+def test_checkpointed_blocks_whose_graphs_break_are_compiled(workers: WorkerPool) -> None:
+    """Torch gives up on a checkpoint with a break inside, and would compile the loss alone."""
+    alone, _ = workers.run(1, graphs, FINE_GRAINED, False)[0]
+    checkpointed = workers.run(1, graphs, FINE_GRAINED, True)[0]
+    assert checkpointed == [alone, alone]
+    assert alone > 2

@@ -274,6 +274,16 @@ def test_stages_that_do_not_fit_are_refused(
         layers_of(schedule, degree, points, num_layers=8)
 
 
+def test_advice_fits_the_number_of_ranks() -> None:
+    pipeline = PipelineParallelConfig(degree=8)
+    with pytest.raises(ConfigError, match=r"has 6 layers; use 4$"):
+        plan_pipeline(tiny_model(num_layers=6), pipeline, ranks=16)
+    with pytest.raises(ConfigError, match=r"has 6 layers; leave pp_config out$"):
+        plan_pipeline(tiny_model(num_layers=6), pipeline, ranks=7)
+    with pytest.raises(ConfigError, match=r"use data_loader.global_batch_size 384 or a multiple"):
+        check_microbatches("1F1B", 4, 3, 2, length=16, batch_ranks=3)
+
+
 def test_zero_bubble_of_compiled_blocks_is_refused() -> None:
     pipeline = PipelineParallelConfig(degree=2, schedule="ZBVZeroBubble")
     with pytest.raises(ValueError, match="use 1F1B or Interleaved1F1B"):

@@ -33,6 +33,9 @@ MOE = MoEConfig(num_experts=6, top_k=2, intermediate_size=40)
         ({"tp": 4}, {"intermediate_size": 98}, "model.intermediate_size 98; use 2"),
         ({"tp": 3}, {"vocab_multiple": 192}, "num_key_value_heads 4, nor is divided by it; use 2"),
         ({"ep": 4, "dp_shard": 4}, {"moe": MOE}, "ep 4 does not divide .*num_experts 6; use 2"),
+        ({"ep": 3, "dp_shard": 4}, {"moe": MOE}, "ep 3 does not divide the 4 ranks .*; use 2$"),
+        ({"ep": 3, "dp_shard": 1, "dp_replicate": 3}, {"moe": MOE}, "1 rank .*leave ep_config out"),
+        ({"ep": 3, "dp_shard": 2}, {}, "^train_module.ep_config: the model has no experts"),
         ({"ep": 2, "dp_shard": 2}, {}, "the model has no experts"),
     ],
 )

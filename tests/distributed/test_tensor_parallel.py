@@ -237,6 +237,21 @@ def test_rows_of_any_length(workers: WorkerPool) -> None:
         assert max(errors.values()) < (BOUND, "")
 
 
+def alone(_: Any) -> dict[str, tuple[float, str]]:
+    """In groups of one rank."""
+    groups = [dist.new_group([rank]) for rank in range(dist.get_world_size())]
+    results = {}
+    for name in ("olmo2", "gpt2", "experts"):
+        config = config_of(**ARCHITECTURES[name])
+        results[name] = worst(compared(config, batch_of(config), groups[dist.get_rank()]))
+    return results
+
+
+def test_a_group_of_one_rank(workers: WorkerPool) -> None:
+    for errors in workers.run(2, in_group, alone):
+        assert max(errors.values()) < (BOUND, "")
+
+
 def adapters(group: Any) -> dict[str, tuple[float, str]]:
     config = config_of(
         bias=True, moe=ARCHITECTURES["shared expert"]["moe"].replace(dense_layers=(0,))

@@ -37,7 +37,7 @@ class DataParallelConfig(Config, kw_only=True):
     """`hsdp` only: ranks per shard group; default: world size / num_replicas."""
     reshard_after_forward: bool = True
     """`fsdp`, `hsdp`: free gathered weights after each block's forward (less memory, one more
-    gather in backward)."""
+    gather in backward). Pipelines keep them until the end of a step."""
     wrapping_strategy: WrappingStrategy = "blocks"
     """`fsdp`, `hsdp`: what is gathered at once. `blocks`: a block, and all that is outside of
     blocks; `full`: the output head by itself too; `fine_grained`: besides, attention and

@@ -59,7 +59,8 @@ class Layout(msgspec.Struct, frozen=True, kw_only=True):
     tp: int = 1
     """Ranks that share each matrix product."""
     ep: int = 1
-    """Ranks that share the experts of a layer, out of dp_shard x cp x tp."""
+    """Ranks that share the experts of a layer, out of dp_shard x cp x tp; `check_sizes` refuses one
+    that does not divide them."""
     backend: Literal["torch", "deepspeed"] = "torch"
     zero_stage: int = 0
     """DeepSpeed's stage; 0 for torch."""
@@ -77,13 +78,6 @@ class Layout(msgspec.Struct, frozen=True, kw_only=True):
     ep_config: ExpertParallelConfig | None = None
     notices: tuple[str, ...] = ()
     """Lines to show once at the start."""
-
-    def __post_init__(self) -> None:
-        if (self.dp_shard * self.cp * self.tp) % self.ep:
-            raise ConfigError(
-                f"expert parallelism of {self.ep} does not divide dp_shard {self.dp_shard} x "
-                f"cp {self.cp} x tp {self.tp}"
-            )
 
     @property
     def name(self) -> EngineName:
@@ -251,7 +245,6 @@ def resolve_layout(
         )
     replicas, shards = _mesh(choice, ranks)
     check_data_axes(environ, replicas, shards)
-    _check_experts(degrees, shards)
     if config.name == "hsdp" and replicas > 1:
         config = config.replace(num_replicas=replicas, shard_degree=shards)
     elif is_fsdp:
@@ -308,22 +301,6 @@ def _data_ranks(degrees: Mapping[str, int], world_size: int) -> int:
             + " to null"
         )
     return world_size // unit
-
-
-def _check_experts(degrees: Mapping[str, int], shards: int) -> None:
-    """Check that the ranks which share one copy of a stage's weights can share its experts."""
-    degree = degrees.get("ep", 1)
-    shared = shards * degrees.get("cp", 1) * degrees.get("tp", 1)
-    if shared % degree == 0:
-        return
-    works = [d for d in range(2, shared + 1) if shared % d == 0]
-    nearest = min(works, key=lambda d: abs(d - degree), default=None)
-    raise ConfigError(
-        f"{degree} does not divide the {count(shared, 'rank')} that share the weights of a stage "
-        f"(dp_shard x cp x tp); {f'use {nearest}' if nearest else 'leave it out'}, or start "
-        "another number of processes",
-        key="train_module.ep_config.degree",
-    )
 
 
 def _config_choice(config: DataParallelConfig | None) -> Choice | None:

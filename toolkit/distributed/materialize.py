@@ -1,7 +1,9 @@
 """From a model on the meta device to an engine: parallelism in one visible order.
 
-    expert, tensor, context parallelism -> activation checkpointing -> compile -> shard -> storage
-    -> initial values -> optimizer
+    stages -> expert, tensor, context parallelism -> activation checkpointing -> compile -> shard
+    -> storage -> initial values -> optimizer
+
+Where exchanges between ranks break the graph of a block it is compiled before it is checkpointed.
 
 Initial values depend on (seed, parameter name, shape) only, so every engine starts from the same
 numbers; each rank draws just the slices it keeps. A model that has storage keeps its values.
@@ -60,13 +62,21 @@ def prepare_engine(
     if isinstance(model, Stages):
         # torch's schedules take a second to import.
         pipeline_engine = named("toolkit.distributed.pipeline_engine:PipelineEngine")
-        engine = pipeline_engine(environment, model, shards, build_optimizer)
+        engine = pipeline_engine(
+            environment,
+            model,
+            shards,
+            build_optimizer,
+            has_whole_backward=compile_model or ac_config is not None,
+        )
     elif environment.layout.zero_stage:
         engine = DeepSpeedEngine(
             environment, model, shards, build_optimizer, max_grad_norm=max_grad_norm
         )
     else:
         engine = TorchEngine(environment, model, shards, build_optimizer)
+    for axes in (("dp_replicate", "dp_shard"), ("dp_replicate",)):
+        environment.group(*axes)  # opened before time-outs are set
     set_collective_timeouts(environment.timeout)
     return engine
 
@@ -85,9 +95,11 @@ def materialize(
     layout = environment.layout
     shards = model.shards if isinstance(model, Stages) else whole_specs(model)
     parts: list[Any] = model.modules_in_order() if isinstance(model, Stages) else [model]
-    # Rows, or keys of a ring, on their way to other ranks break the graphs of blocks.
+    # Rows, or keys of a ring, on their way to other ranks break the graphs of blocks, and so do
+    # hooks inside of them.
     is_ring = layout.cp_config is not None and layout.cp_config.style == "ring"
-    has_breaks = layout.ep > 1 or (layout.cp > 1 and is_ring)
+    is_fine_grained = layout.dp_config.wrapping_strategy == "fine_grained"
+    has_breaks = layout.ep > 1 or (layout.cp > 1 and is_ring) or is_fine_grained
     for part in parts:
         _cut(part, environment, shards)
         if compile_model and has_breaks:
@@ -186,9 +198,9 @@ def _fully_shard(model: nn.Module, environment: TrainingEnvironment) -> None:
     }
     if settings.cpu_offload:
         shared["offload_policy"] = CPUOffloadPolicy(pin_memory=environment.device.type == "cuda")
-    reshards, pipeline = settings.reshard_after_forward, layout.pp_config
-    if pipeline is not None and pipeline.schedule == "ZBVZeroBubble":
-        reshards = False  # the second half of a backward, by itself, needs the weights in place
+    # torch's stages keep gathered weights from the first backward to the end of a step: to free
+    # them after a forward would only gather them again for the next microbatch.
+    reshards = settings.reshard_after_forward and layout.pp == 1
 
     def shard(module: Any, over: DeviceMesh, *, reshard: bool) -> Any:
         def place(parameter: nn.Parameter) -> Shard:

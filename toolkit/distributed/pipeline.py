@@ -56,15 +56,21 @@ class Pipeline(NamedTuple):
         return f"stage{'s' * (len(own) > 1)} {numbers} of {self.num_stages} (layers {layers})"
 
 
-def plan_pipeline(model: Architecture, config: PipelineParallelConfig) -> Pipeline:
+def plan_pipeline(
+    model: Architecture, config: PipelineParallelConfig, *, ranks: int = 0
+) -> Pipeline:
     """The stages of `model`. Without split points, the costliest of them is as cheap as can be.
-    Raises ConfigError: there are fewer layers than stages, or than a split point says."""
+    Raises ConfigError: there are fewer layers than stages, or than a split point says; a degree
+    that works divides `ranks`, if given."""
     layers, points = model.num_layers, config.split_points
     if config.stages > layers:
-        fits = layers // (config.stages // config.degree)
+        most = layers // (config.stages // config.degree)
+        fits = next(d for d in range(max(most, 1), 0, -1) if ranks % d == 0)
+        largest = fits if ranks else f"a degree of at most {fits}"
+        advice = f"use {largest}" if fits > 1 else "leave pp_config out"
         raise ConfigError(
             f"{config.schedule} on {config.degree} ranks has {config.stages} stages, but the model "
-            f"has {count(layers, 'layer')}; use a degree of at most {fits}",
+            f"has {count(layers, 'layer')}; {advice}",
             key=f"{PP_CONFIG}.degree",
         )
     if points is None:
@@ -88,11 +94,18 @@ def fits_microbatches(schedule: PipelineSchedule, degree: int, number: int) -> b
 
 
 def check_microbatches(
-    schedule: PipelineSchedule, degree: int, rows: int, microbatch: int, *, length: int
+    schedule: PipelineSchedule,
+    degree: int,
+    rows: int,
+    microbatch: int,
+    *,
+    length: int,
+    batch_ranks: int | None = None,
 ) -> None:
     """Check that `rows` rows of `length` tokens a step of each rank, in microbatches of
     `microbatch` rows (the last one is padded), fit the schedule. Raises ConfigError: naming the
-    nearest size that does and divides the rows."""
+    nearest size that does and divides the rows, or where none does the global batch of
+    `batch_ranks` ranks that would."""
     number = -(-rows // microbatch)
     if fits_microbatches(schedule, degree, number):
         return
@@ -104,6 +117,9 @@ def check_microbatches(
         else f"at least {degree}"
     )
     advice = f"a global batch of at least {degree} rows on each data-parallel rank is needed"
+    if batch_ranks is not None:
+        tokens = degree * microbatch * length * batch_ranks
+        advice = f"use data_loader.global_batch_size {tokens} or a multiple of it"
     if works:
         nearest = min(works, key=lambda m: (abs(m - microbatch), -m))
         advice = f"use {nearest * length}, which makes {rows // nearest}"

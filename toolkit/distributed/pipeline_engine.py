@@ -37,7 +37,12 @@ class PipelineEngine(TorchEngine):
         module: Stages,
         shards: Mapping[str, ShardSpec],
         build_optimizer: BuildOptimizer,
+        *,
+        has_whole_backward: bool = False,
     ) -> None:
+        """`has_whole_backward`: a backward in two halves would compute more, not later: blocks that
+        are recomputed or compiled run as a whole in either half."""
+
         def build_own(own: dict[str, nn.Parameter]) -> torch.optim.Optimizer:
             # Patterns of groups may name layers of other stages; what is frozen is in no group.
             frozen = nn.Parameter(torch.empty(0, device="meta"), requires_grad=False)
@@ -45,6 +50,7 @@ class PipelineEngine(TorchEngine):
 
         super().__init__(environment, module, shards, build_own)
         self._pipeline = module.pipeline
+        self._has_whole_backward = has_whole_backward
         # An error comes with the schedule of all ranks, hundreds of lines of it.
         logging.getLogger("torch.distributed.pipelining").setLevel(logging.CRITICAL)
         group = environment.group("pp")
@@ -149,6 +155,7 @@ class PipelineEngine(TorchEngine):
                     stage,
                     index,
                     self._terms,
+                    has_whole_backward=self._has_whole_backward,
                     num_stages=pipeline.num_stages,
                     device=self.environment.device,
                     input_args=stream if index else ids,
@@ -209,7 +216,7 @@ class PipelineEngine(TorchEngine):
         streams: dict[int, Tensor] = {}  # by the stage that has just made it
         for tick in range(len(parts) + pipeline.num_stages - 1):
             active = [s for s in range(pipeline.num_stages) if 0 <= tick - s < len(parts)]
-            sent: list[tuple[Any, Tensor]] = []
+            exchanges: list[dist.P2POp] = []
             received: dict[int, Tensor] = {}
             for stage in active[1 if active[0] == 0 else 0 :]:
                 source, here = pipeline.rank_of(stage - 1), pipeline.rank_of(stage)
@@ -217,11 +224,14 @@ class PipelineEngine(TorchEngine):
                     received[stage] = streams.pop(stage - 1)
                 elif source == self._rank:
                     stream = streams.pop(stage - 1)
-                    sent.append((dist.isend(stream, group=self._group, group_dst=here), stream))
+                    send = dist.P2POp(dist.isend, stream, group=self._group, group_peer=here)
+                    exchanges.append(send)
                 elif here == self._rank:
-                    stream = self._stream(*parts[tick - stage].shape)
-                    dist.recv(stream, group=self._group, group_src=source)
-                    received[stage] = stream
+                    stream = received[stage] = self._stream(*parts[tick - stage].shape)
+                    receive = dist.P2POp(dist.irecv, stream, group=self._group, group_peer=source)
+                    exchanges.append(receive)
+            for work in dist.batch_isend_irecv(exchanges) if exchanges else ():
+                work.wait()
             for stage in (s for s in active if s in own):
                 part = tick - stage
                 result = own[stage](received.get(stage, parts[part]), **options[part])
@@ -229,8 +239,6 @@ class PipelineEngine(TorchEngine):
                     results.append(result)
                 else:
                     streams[stage] = result[0].contiguous()
-            for work, _ in sent:
-                work.wait()
         return results
 
     def _stream(self, rows: int, length: int, device: torch.device | None = None) -> Tensor:
@@ -260,7 +268,7 @@ def _open_ends(environment: TrainingEnvironment, last: int) -> dist.ProcessGroup
     layout = environment.layout
     if layout.pp == 2:
         return environment.group("pp")
-    pipelines = {layout.ranks_along(rank, "pp") for rank in range(layout.world_size)}
-    ends = [[ranks[0], ranks[last]] for ranks in sorted(pipelines)]
+    step = layout.world_size // layout.pp  # between the ranks of a pipeline
+    ends = [[first, first + last * step] for first in range(step)]
     group, _ = dist.new_subgroups_by_enumeration(ends, timeout=environment.timeout)
     return group

@@ -36,8 +36,17 @@ class Stage(PipelineStage):
     from the request until it is used.
     """
 
-    def __init__(self, module: Transformer, number: int, terms: StepTerms, **options: Any) -> None:
+    def __init__(
+        self,
+        module: Transformer,
+        number: int,
+        terms: StepTerms,
+        *,
+        has_whole_backward: bool = False,
+        **options: Any,
+    ) -> None:
         super().__init__(module, number, **options)
+        self._has_whole_backward = has_whole_backward
         self._terms = terms
         self._moe: Any = module.config.moe
 
@@ -79,11 +88,20 @@ class Stage(PipelineStage):
         _drop_memory(self.args_recv_info[fwd_chunk_id])
         return output
 
-    def backward_one_chunk(self, bwd_chunk_id: int, *args: Any, **kwargs: Any) -> None:
-        super().backward_one_chunk(bwd_chunk_id, *args, **kwargs)
+    def backward_one_chunk(
+        self,
+        bwd_chunk_id: int,
+        loss: Any = None,
+        full_backward: bool = True,
+        last_backward: bool = False,
+    ) -> None:
+        is_whole = full_backward or self._has_whole_backward
+        super().backward_one_chunk(bwd_chunk_id, loss, is_whole, last_backward)
         _drop_memory(self.grad_recv_info.get(bwd_chunk_id, ()))
 
     def backward_weight_one_chunk(self, bwd_chunk_id: int, last_backward: bool = False) -> None:
+        if self._has_whole_backward:
+            return
         super().backward_weight_one_chunk(bwd_chunk_id, last_backward)
         # The second half of a backward calls no hooks of FSDP2, by which gradients of a lower
         # precision add up in that of their reduction.

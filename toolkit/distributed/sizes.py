@@ -7,6 +7,7 @@ from typing import Any
 from toolkit.distributed.layout import Layout
 from toolkit.errors import ConfigError, ErrorList
 from toolkit.models.config import TransformerConfig
+from toolkit.wording import count
 
 LARGEST_SHARE = 1.1
 """Most that a rank may hold of stacked matrices, as a multiple of an even share."""
@@ -22,7 +23,8 @@ def check_sizes(layout: Layout, model: TransformerConfig) -> None:
         ranks = layout.world_size // (1 if key == "ep" else math.prod(_others(layout, key)))
         fitting = [d for d in works if d > 1 and not ranks % d]
         nearest = _nearest(degree, fitting or works)
-        found.add(ConfigError(f"{problem}; use {nearest}", key=f"train_module.{key}_config.degree"))
+        advice = f"use {nearest}" if nearest else f"leave {key}_config out"
+        found.add(ConfigError(f"{problem}; {advice}", key=f"train_module.{key}_config.degree"))
     style = None if layout.cp_config is None else layout.cp_config.style
     if style == "ring" and model.attention_soft_cap is not None:
         problem = "ring does not know model.attention_soft_cap; use allgather or ulysses"
@@ -86,11 +88,14 @@ def _misfits(layout: Layout, model: TransformerConfig) -> Iterator[tuple[str, st
             works = [degree for degree in range(1, heads + 1) if heads % degree == 0]
             each = " of each tp rank" if layout.tp > 1 else ""
             yield "cp", f"cp {layout.cp} does not divide the {heads} heads{each} (ulysses)", works
-    if layout.ep > 1 and model.moe is not None and model.moe.num_experts % layout.ep:
-        experts = model.moe.num_experts
-        ranks = layout.dp_shard * layout.cp * layout.tp
-        works = [d for d in range(1, experts + 1) if experts % d == ranks % d == 0]
-        yield "ep", f"ep {layout.ep} does not divide model.moe.num_experts {experts}", works
+    if layout.ep > 1 and model.moe is not None:
+        experts, ranks = model.moe.num_experts, layout.dp_shard * layout.cp * layout.tp
+        works = [d for d in range(2, min(experts, ranks) + 1) if experts % d == ranks % d == 0]
+        if experts % layout.ep:
+            yield "ep", f"ep {layout.ep} does not divide model.moe.num_experts {experts}", works
+        elif ranks % layout.ep:
+            shared = f"{count(ranks, 'rank')} that share the weights of a stage"
+            yield "ep", f"ep {layout.ep} does not divide the {shared} (dp_shard x cp x tp)", works
 
 
 def _tensor(degree: int, model: TransformerConfig, experts_are_sharded: bool) -> str | None:

@@ -182,6 +182,8 @@ class TorchEngine(Engine):
             ]
             torch._foreach_copy_(sums, parts)
             dist.all_reduce(flat, group=self.environment.group(*axes))
+            if self.environment.layout.tp > 2:  # sums of more than two depend on their order
+                self._as_first_replica(flat)
             torch._foreach_copy_(parts, sums)
 
     def _global_norm(self, gradients: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -204,7 +206,8 @@ class TorchEngine(Engine):
     def _as_first_replica(self, value: torch.Tensor) -> torch.Tensor:
         """Each replica has added up by itself, on another machine perhaps with more threads: one
         bit less and it would clip, and drift, otherwise than its twins."""
-        if (group := self.environment.group("dp_replicate")) is not None:
+        axes = ("dp_replicate",) if self._is_sharded else ("dp_replicate", "cp")
+        if (group := self.environment.group(*axes)) is not None:
             dist.broadcast(value, group=group, group_src=0)
         return value
 

@@ -110,14 +110,16 @@ def _check_parallelism(config: ExperimentConfig, layout: Layout) -> None:
         own_model=model.target if isinstance(model, ClassModelConfig) else None,
     )
     if (pipeline := layout.pp_config) is not None:
-        found.ask(plan_pipeline, model.to_transformer(), pipeline)
+        ranks = layout.pp * layout.batch_ranks
+        found.ask(plan_pipeline, model.to_transformer(), pipeline, ranks=ranks)
         length = config.dataset.sequence_length
         rows = config.data_loader.global_batch_size // length // layout.batch_ranks
         microbatch = rank_microbatch_size(config, layout.batch_ranks) // length
         if rows and microbatch:  # else said of the batch
             schedule, degree = pipeline.schedule, pipeline.degree
             size = min(rows, microbatch)
-            found.ask(check_microbatches, schedule, degree, rows, size, length=length)
+            options = {"length": length, "batch_ranks": layout.batch_ranks}
+            found.ask(check_microbatches, schedule, degree, rows, size, **options)
     found.raise_any()
 
 

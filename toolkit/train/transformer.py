@@ -2,7 +2,8 @@
 
 Loss = sum of cross entropy over the targets of the GLOBAL batch / their number, whatever the
 microbatch size, the number of ranks or the engine. The number is known before the first forward;
-engines average gradients over ranks, so each local sum is scaled by ranks / number.
+each local sum is scaled by ranks / number where the engine averages gradients over ranks, and by
+1 / number where it adds them up.
 """
 
 import logging
