@@ -91,7 +91,6 @@ def layouts(job: Job, world_size: int, limits: Limits) -> Iterator[Layout]:
 def _candidates(job: Job, world_size: int) -> Iterator[Layout]:
     model, length = job.model, job.sequence_length
     experts = divisors(model.moe.num_experts) if model.moe is not None else [1]
-    precision: Any = job.precision
     for tp in divisors(world_size):
         if tp > job.machine:
             break
@@ -105,12 +104,10 @@ def _candidates(job: Job, world_size: int) -> Iterator[Layout]:
                 for ep in experts:
                     if (ranks * cp * tp) % ep or (ep > 1 and model.moe is None):
                         continue
-                    yield from _with_data(precision, tp, cp, pp, ep, ranks, model.num_layers)
+                    yield from _with_data(job, tp, cp, pp, ep, ranks)
 
 
-def _with_data(
-    precision: Any, tp: int, cp: int, pp: int, ep: int, ranks: int, layers: int
-) -> Iterator[Layout]:
+def _with_data(job: Job, tp: int, cp: int, pp: int, ep: int, ranks: int) -> Iterator[Layout]:
     """All ways to share rows and weights among what is left, and all styles of cp and pp."""
     tp_config = TensorParallelConfig(degree=tp) if tp > 1 else None
     ep_config = ExpertParallelConfig(degree=ep) if ep > 1 else None
@@ -119,12 +116,14 @@ def _with_data(
         contexts = [ContextParallelConfig(degree=cp, style=style) for style in _STYLES]
     pipelines: list[Any] = [None]
     if pp > 1:
-        found = (PipelineParallelConfig(degree=pp, schedule=name) for name in _SCHEDULES)
-        pipelines = [config for config in found if config.stages <= layers]
+        # Zero bubble halves the backward of a block, which a compiled one cannot.
+        names = _SCHEDULES[:-1] if job.is_compiled else _SCHEDULES
+        found = (PipelineParallelConfig(degree=pp, schedule=name) for name in names)
+        pipelines = [config for config in found if config.stages <= job.model.num_layers]
     for cp_config in contexts:
         for pp_config in pipelines:
-            axes = {
-                "tp": tp, "cp": cp, "pp": pp, "ep": ep, "precision": precision,
+            axes: dict[str, Any] = {
+                "tp": tp, "cp": cp, "pp": pp, "ep": ep, "precision": job.precision,
                 "tp_config": tp_config, "cp_config": cp_config, "pp_config": pp_config,
                 "ep_config": ep_config,
             }  # fmt: skip
