@@ -94,7 +94,7 @@ def _unit(
         size = reduced * held.trained_gathered
         yield Traffic("reduce-scatter", axis, f"gradients of {what}", reductions, size, waits=False)
     if layout.dp_replicate > 1:
-        size = reduced * held.trained_gathered / ranks
+        size = reduced * held.trained_gathered // ranks
         yield Traffic("all-reduce", "dp_replicate", f"gradients of {what}", last, size, waits=False)
 
 

@@ -87,7 +87,7 @@ def axes(job: Job) -> str:
 
 
 def _engine(job: Job) -> str:
-    layout, words = job.layout, [job.layout.name]
+    layout, words = job.layout, [str(job.layout.name)]
     if layout.name == "hsdp":
         words = [f"hsdp {layout.dp_replicate} x {layout.dp_shard}"]
     if layout.is_fsdp and not layout.dp_config.reshard_after_forward:
@@ -144,7 +144,7 @@ def _memory(plan: Plan) -> list[str]:
         lines.insert(1, f"{'':13} gradients come while activations go")
     limit = job.device.memory
     verdict = "fits" if plan.fits else "does NOT fit"
-    stage = f" (pipeline rank {plan.stage.index})" if job.layout.pp > 1 else ""
+    stage = f" (pipeline rank {plan.stage.place})" if job.layout.pp > 1 else ""
     lines.append(
         f"{memory.total / GIB:8.2f} GiB  of {limit / GIB:.1f}: {verdict}; the peak is in "
         f"{_MOMENTS[memory.moment]}{stage}"

@@ -17,9 +17,11 @@ from toolkit.commands.plan.step_time import least_time
 from toolkit.distributed.config import (
     ActivationCheckpointingConfig,
     ContextParallelConfig,
+    ContextStyle,
     DataParallelConfig,
     ExpertParallelConfig,
     PipelineParallelConfig,
+    PipelineSchedule,
     TensorParallelConfig,
 )
 from toolkit.distributed.layout import Layout
@@ -31,8 +33,8 @@ SHORTEST = 512
 """Tokens of a row that a cp rank has at least: with fewer there is nothing to gain."""
 SLOWER = 1.5
 """Times the fastest: what surely takes longer is not looked at further."""
-_STYLES = ("allgather", "ulysses")
-_SCHEDULES = ("1F1B", "Interleaved1F1B", "ZBVZeroBubble")
+_STYLES: tuple[ContextStyle, ...] = ("allgather", "ulysses")
+_SCHEDULES: tuple[PipelineSchedule, ...] = ("1F1B", "Interleaved1F1B", "ZBVZeroBubble")
 
 
 class Limits(NamedTuple):
@@ -149,7 +151,7 @@ def _with_data(job: Job, tp: int, cp: int, pp: int, ep: int, ranks: int) -> Iter
 def _best(job: Job, limit: float) -> Plan | None:
     """The fastest of the microbatches and ways of checkpointing that fit on one layout. None where
     nothing fits, or nothing can take less than `limit` seconds."""
-    memory = job.device.memory
+    memory = float(job.device.memory)
     if max(sum(states(job, stage)) for stage in job.stages) > memory:
         return None
     sizes = [rows for rows in divisors(job.rows * job.passes) if _runs(changed(job, rows=rows))]
