@@ -231,9 +231,12 @@ def _block_buffers(job: Job, unit: Unit, layers: int) -> float:
 
 
 def _pipeline_buffers(job: Job, stage: Stage) -> float:
-    """What comes in from other stages has room for every microbatch of a step."""
+    """What comes in from other stages has room for every microbatch of a step; what a stage has
+    sent is kept for its backward."""
+    if job.layout.pp == 1:
+        return 0.0
     stream = job.chunk_tokens * job.model.d_model * job.compute_bytes
-    return stage.borders * job.passes * stream
+    return (stage.borders * job.passes + stage.chunks * in_flight(job, stage)) * stream
 
 
 def _reduced(job: Job, unit: Unit) -> float:
