@@ -50,8 +50,8 @@ def describe_search(
         table.append([f"{number}", *_row(plan)])
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     lines = [
-        f"{source} on {world_size} x {target.device.name}: the fastest of "
-        f"{count(found.num_layouts, 'layout')} that fit, one of each shape:",
+        f"{source} on {world_size} x {target.device.name}: the fastest that fit of "
+        f"{count(found.num_layouts, 'layout')}, one of each shape:",
         "",
         *("  ".join(map(str.ljust, row, widths)).rstrip() for row in table),
         "",
