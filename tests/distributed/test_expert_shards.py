@@ -7,8 +7,8 @@ import torch
 
 from tests.tiny import build, module_config, open_environment, tiny_model
 from tests.workers import WorkerPool
-from toolkit.distributed.materialize import LARGEST_SHARE, sharded_dimension
 from toolkit.distributed.shards import ShardSpec, draw_initial_values
+from toolkit.distributed.sizes import LARGEST_SHARE, sharded_dimension
 from toolkit.models.architecture import MoEConfig
 from toolkit.models.init import BLOCK_SIZE, canonical_parameters
 

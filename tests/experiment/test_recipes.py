@@ -7,6 +7,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from toolkit.commands.plan import plan_experiment
 from toolkit.commands.recipes import copy_recipe, describe_recipes
 from toolkit.data.config import HFTokenizerConfig
 from toolkit.errors import ConfigError
@@ -19,7 +20,7 @@ from toolkit.runs.files import RUN_FILES
 
 EXPECTED = {
     "smoke", "quickstart", "gpt2_124M", "llama_271M", "olmo2_190M", "olmo2_1B", "olmoe_1B_7B",
-    "llama3_8B",
+    "llama3_8B", "olmo2_7B", "olmo2_32B", "llama3_70B", "qwen3_30B_A3B",
 }  # fmt: skip
 FROM_A_MODEL = {"finetune", "finetune_lora", "sft_chat", "continue_pretraining"}
 """Need `--base`."""
@@ -59,6 +60,20 @@ def test_recipe_fits_one_and_two_ranks_and_round_trips(name: str, base: str) -> 
     assert msgspec.json.decode(config.to_json(), type=ExperimentConfig) == config
     assert config.description
     assert config.run.experiment == name
+
+
+@pytest.mark.parametrize(
+    ("name", "ranks"),
+    [
+        ("olmo2_7B", (8, 64)), ("olmo2_32B", (64, 256)), ("llama3_70B", (256, 512)),
+        ("qwen3_30B_A3B", (64,)),
+    ],
+)  # fmt: skip
+def test_a_large_recipe_fits_the_gpus_that_it_is_for(name: str, ranks: tuple[int, ...]) -> None:
+    loaded = load_experiment(name)
+    for number in ranks:
+        found = plan_experiment(loaded, {}, world_size=number).data
+        assert found["fits"], (number, found["memory"])
 
 
 @pytest.mark.parametrize("name", sorted(EXPECTED | FROM_A_MODEL))

@@ -62,16 +62,12 @@ def _fsdp(job: Job, stage: Stage) -> Iterator[Traffic]:
     """Blocks are gathered for forward and, if they were freed after it, again for backward; what is
     outside of blocks once. Gradients are reduced in every microbatch, over replicas in the last.
 
-    A pipeline frees blocks after a forward only, so that of forward and backward in turn one
-    gathers and one finds them; and it reduces at the end of the step.
+    A pipeline keeps what it has gathered to the end of the step, and reduces there.
     """
-    pipeline, passes = job.layout.pp_config, job.passes
-    frees = job.layout.dp_config.reshard_after_forward
-    if pipeline is None:
-        gathers, root, reductions = passes * (2 if frees else 1), passes, passes
-    else:
-        frees = frees and pipeline.schedule != "ZBVZeroBubble"
-        gathers, root, reductions = passes + 1 if frees else 1, 1, 1
+    gathers = root = reductions = 1
+    if job.layout.pp == 1:
+        root = reductions = job.passes
+        gathers = job.passes * (2 if job.layout.dp_config.reshard_after_forward else 1)
     units = [(unit_of(job, g.parameters), g.number, gathers, "blocks") for g in job.groups(stage)]
     units.append((unit_of(job, job.outside_of(stage)), 1, root, "embeddings and head"))
     inside = job.shard_ranks * job.layout.tp // job.layout.ep
@@ -94,7 +90,7 @@ def _unit(
         size = reduced * held.trained_gathered
         yield Traffic("reduce-scatter", axis, f"gradients of {what}", reductions, size, waits=False)
     if layout.dp_replicate > 1:
-        size = reduced * held.trained_gathered / ranks
+        size = reduced * held.trained_gathered // ranks
         yield Traffic("all-reduce", "dp_replicate", f"gradients of {what}", last, size, waits=False)
 
 

@@ -94,7 +94,7 @@ class Counter(TorchDispatchMode):
                 self._resize(storage._cdata, storage.nbytes())
             return result
 
-        torch.UntypedStorage.resize_ = resize_  # type: ignore[method-assign]
+        torch.UntypedStorage.resize_ = resize_  # type: ignore[method-assign,assignment]
         try:
             yield
         finally:

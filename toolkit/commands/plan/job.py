@@ -37,7 +37,7 @@ class Parameter(NamedTuple):
 class Stage(NamedTuple):
     """What one rank of a pipeline computes; the whole model where there is no pipeline."""
 
-    index: int
+    place: int
     """Of its rank along pp."""
     layers: tuple[int, ...]
     has_embeddings: bool

@@ -77,7 +77,7 @@ def memory_of(job: Job, stage: Stage, rank: int | None = None) -> Memory:
     """Of `rank`, by default the first rank of the stage, which has the largest shards."""
     layout = job.layout
     if rank is None:
-        rank = stage.index * (layout.world_size // layout.pp)
+        rank = stage.place * (layout.world_size // layout.pp)
     kept = states(job, stage, rank)
     if layout.pp > 1:  # whole gradients add up over the microbatches, and are reduced at the end
         kept = kept._replace(gradients=FP32 * total(job, stage, rank).trained)
@@ -183,10 +183,10 @@ def in_flight(job: Job, stage: Stage) -> float:
     if config is None:
         return 1.0
     if config.schedule == "1F1B":
-        return float(min(job.passes, layout.pp - stage.index))
+        return float(min(job.passes, layout.pp - stage.place))
     if config.schedule == "ZBVZeroBubble":
         return min(job.passes, layout.pp + 0.5)
-    ahead = 2 * (layout.pp - stage.index - 1) + (stage.chunks - 1) * layout.pp + 1
+    ahead = 2 * (layout.pp - stage.place - 1) + (stage.chunks - 1) * layout.pp + 1
     return min(job.passes * stage.chunks, ahead) / stage.chunks
 
 
@@ -231,9 +231,12 @@ def _block_buffers(job: Job, unit: Unit, layers: int) -> float:
 
 
 def _pipeline_buffers(job: Job, stage: Stage) -> float:
-    """What comes in from other stages has room for every microbatch of a step."""
+    """What comes in from other stages has room for every microbatch of a step; what a stage has
+    sent is kept for its backward."""
+    if job.layout.pp == 1:
+        return 0.0
     stream = job.chunk_tokens * job.model.d_model * job.compute_bytes
-    return stage.borders * job.passes * stream
+    return (stage.borders * job.passes + stage.chunks * in_flight(job, stage)) * stream
 
 
 def _reduced(job: Job, unit: Unit) -> float:

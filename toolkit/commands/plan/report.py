@@ -50,8 +50,8 @@ def describe_search(
         table.append([f"{number}", *_row(plan)])
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     lines = [
-        f"{source} on {world_size} x {target.device.name}: {len(found.plans):,} of "
-        f"{count(found.num_layouts, 'layout')} fit; the fastest of each shape:",
+        f"{source} on {world_size} x {target.device.name}: the fastest that fit of "
+        f"{count(found.num_layouts, 'layout')}, one of each shape:",
         "",
         *("  ".join(map(str.ljust, row, widths)).rstrip() for row in table),
         "",
@@ -87,7 +87,7 @@ def axes(job: Job) -> str:
 
 
 def _engine(job: Job) -> str:
-    layout, words = job.layout, [job.layout.name]
+    layout, words = job.layout, [str(job.layout.name)]
     if layout.name == "hsdp":
         words = [f"hsdp {layout.dp_replicate} x {layout.dp_shard}"]
     if layout.is_fsdp and not layout.dp_config.reshard_after_forward:
@@ -144,7 +144,7 @@ def _memory(plan: Plan) -> list[str]:
         lines.insert(1, f"{'':13} gradients come while activations go")
     limit = job.device.memory
     verdict = "fits" if plan.fits else "does NOT fit"
-    stage = f" (pipeline rank {plan.stage.index})" if job.layout.pp > 1 else ""
+    stage = f" (pipeline rank {plan.stage.place})" if job.layout.pp > 1 else ""
     lines.append(
         f"{memory.total / GIB:8.2f} GiB  of {limit / GIB:.1f}: {verdict}; the peak is in "
         f"{_MOMENTS[memory.moment]}{stage}"

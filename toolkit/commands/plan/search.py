@@ -4,6 +4,8 @@ What the engines refuse (docs/parallelism.md) is not proposed. Besides, tensor p
 inside a machine, where its links are fast enough to wait for.
 """
 
+import bisect
+import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -11,12 +13,15 @@ from toolkit.commands.plan.job import Job
 from toolkit.commands.plan.memory import fullest
 from toolkit.commands.plan.pieces import states
 from toolkit.commands.plan.plans import Plan, changed, divisors, plan_of
+from toolkit.commands.plan.step_time import least_time
 from toolkit.distributed.config import (
     ActivationCheckpointingConfig,
     ContextParallelConfig,
+    ContextStyle,
     DataParallelConfig,
     ExpertParallelConfig,
     PipelineParallelConfig,
+    PipelineSchedule,
     TensorParallelConfig,
 )
 from toolkit.distributed.layout import Layout
@@ -26,8 +31,10 @@ from toolkit.errors import ConfigError
 
 SHORTEST = 512
 """Tokens of a row that a cp rank has at least: with fewer there is nothing to gain."""
-_STYLES = ("allgather", "ulysses")
-_SCHEDULES = ("1F1B", "Interleaved1F1B", "ZBVZeroBubble")
+SLOWER = 1.5
+"""Times the fastest: what surely takes longer is not looked at further."""
+_STYLES: tuple[ContextStyle, ...] = ("allgather", "ulysses")
+_SCHEDULES: tuple[PipelineSchedule, ...] = ("1F1B", "Interleaved1F1B", "ZBVZeroBubble")
 
 
 class Limits(NamedTuple):
@@ -44,19 +51,22 @@ class Found(NamedTuple):
     """What a search found."""
 
     plans: list[Plan]
-    """One for each layout that fits, the fastest first."""
+    """One for each layout that fits and is not much slower than the best, the fastest first."""
     num_layouts: int
     """Legal ones, whether they fit or not."""
 
 
 def search(job: Job, world_size: int, limits: Limits) -> Found:
     """The best plan of each layout that fits, with the microbatch and the activation checkpointing
-    that make it fastest."""
-    plans, number = [], 0
+    that make it fastest; without layouts that are slower than `SLOWER` times the best."""
+    plans: list[Plan] = []
+    number, limit = 0, math.inf
     for layout in layouts(job, world_size, limits):
         number += 1
-        if (best := _best(changed(job, layout=layout, rows=1))) is not None:
+        best = _best(changed(job, layout=layout, rows=1), limit)
+        if best is not None:
             plans.append(best)
+            limit = min(limit, SLOWER * best.time.total)
     return Found(sorted(plans, key=lambda plan: plan.time.total), number)
 
 
@@ -83,7 +93,6 @@ def layouts(job: Job, world_size: int, limits: Limits) -> Iterator[Layout]:
 def _candidates(job: Job, world_size: int) -> Iterator[Layout]:
     model, length = job.model, job.sequence_length
     experts = divisors(model.moe.num_experts) if model.moe is not None else [1]
-    precision: Any = job.precision
     for tp in divisors(world_size):
         if tp > job.machine:
             break
@@ -97,12 +106,10 @@ def _candidates(job: Job, world_size: int) -> Iterator[Layout]:
                 for ep in experts:
                     if (ranks * cp * tp) % ep or (ep > 1 and model.moe is None):
                         continue
-                    yield from _with_data(precision, tp, cp, pp, ep, ranks, model.num_layers)
+                    yield from _with_data(job, tp, cp, pp, ep, ranks)
 
 
-def _with_data(
-    precision: Any, tp: int, cp: int, pp: int, ep: int, ranks: int, layers: int
-) -> Iterator[Layout]:
+def _with_data(job: Job, tp: int, cp: int, pp: int, ep: int, ranks: int) -> Iterator[Layout]:
     """All ways to share rows and weights among what is left, and all styles of cp and pp."""
     tp_config = TensorParallelConfig(degree=tp) if tp > 1 else None
     ep_config = ExpertParallelConfig(degree=ep) if ep > 1 else None
@@ -111,12 +118,14 @@ def _with_data(
         contexts = [ContextParallelConfig(degree=cp, style=style) for style in _STYLES]
     pipelines: list[Any] = [None]
     if pp > 1:
-        found = (PipelineParallelConfig(degree=pp, schedule=name) for name in _SCHEDULES)
-        pipelines = [config for config in found if config.stages <= layers]
+        # Zero bubble halves the backward of a block, which a compiled one cannot.
+        names = _SCHEDULES[:-1] if job.is_compiled else _SCHEDULES
+        found = (PipelineParallelConfig(degree=pp, schedule=name) for name in names)
+        pipelines = [config for config in found if config.stages <= job.model.num_layers]
     for cp_config in contexts:
         for pp_config in pipelines:
-            axes = {
-                "tp": tp, "cp": cp, "pp": pp, "ep": ep, "precision": precision,
+            axes: dict[str, Any] = {
+                "tp": tp, "cp": cp, "pp": pp, "ep": ep, "precision": job.precision,
                 "tp_config": tp_config, "cp_config": cp_config, "pp_config": pp_config,
                 "ep_config": ep_config,
             }  # fmt: skip
@@ -139,28 +148,24 @@ def _with_data(
                     )  # fmt: skip
 
 
-def _best(job: Job) -> Plan | None:
-    """The fastest of the microbatches and ways of checkpointing that fit on one layout."""
-    limit = job.device.memory
-    kept = max(sum(states(job, stage)) for stage in job.stages)
-    if kept > limit:
+def _best(job: Job, limit: float) -> Plan | None:
+    """The fastest of the microbatches and ways of checkpointing that fit on one layout. None where
+    nothing fits, or nothing can take less than `limit` seconds."""
+    memory = float(job.device.memory)
+    if max(sum(states(job, stage)) for stage in job.stages) > memory:
         return None
-    share, best = job.rows * job.passes, None
-    most = max((r for r in divisors(share) if _runs(changed(job, rows=r))), default=0)
+    sizes = [rows for rows in divisors(job.rows * job.passes) if _runs(changed(job, rows=rows))]
+    if not sizes or least_time(changed(job, rows=sizes[-1], keeps_ac=False)) > limit:
+        return None
+    best: Plan | None = None
     for mode in _checkpointing(job):
-        fitting = []
-        for rows in divisors(share):
-            other = changed(job, rows=rows, ac_config=mode, keeps_ac=False)
-            if not _runs(other):
-                continue
-            if fullest(other)[1].total > limit:
-                break
-            fitting.append(other)
-        for other in fitting[-2:]:
+        jobs = [changed(job, rows=rows, ac_config=mode, keeps_ac=False) for rows in sizes]
+        number = bisect.bisect_right(jobs, memory, key=lambda own: fullest(own)[1].total)
+        for other in jobs[max(0, number - 2) : number]:
             plan = plan_of(other)
             if best is None or plan.time.total < best.time.total:
                 best = plan
-        if fitting and fitting[-1].rows == most:
+        if number == len(jobs):
             break  # the largest microbatch fits: computing again has nothing to give
     return best
 

@@ -97,7 +97,7 @@ def simulate(plan: Plan, module: TransformerTrainModuleConfig) -> Simulated:
     begin = time.monotonic()
     passes = min(plan.job.passes, max(FEW, layout.pp))
     job = msgspec.structs.replace(plan.job, passes=passes, is_compiled=False)
-    rank = plan.stage.index * (layout.world_size // layout.pp)
+    rank = plan.stage.place * (layout.world_size // layout.pp)
     with _fake_ranks(rank, layout.world_size), _as_on_a_gpu(job):
         environment = TrainingEnvironment(
             rank=rank,
@@ -116,6 +116,7 @@ def simulate(plan: Plan, module: TransformerTrainModuleConfig) -> Simulated:
         Row("peak", counter.peak, memory.allocated),
     ]
     planned: dict[tuple[str, str], float] = {}
+    key: tuple[str, str]
     for traffic in traffic_of(job, plan.stage):
         key = traffic.kind, traffic.axis
         planned[key] = planned.get(key, 0.0) + traffic.total
@@ -218,7 +219,7 @@ def _as_on_a_gpu(job: Job) -> Iterator[None]:
 
 def _open_groups(environment: TrainingEnvironment) -> dict[str, str]:
     """Name of a process group -> the axis that `toolkit plan` calls it by; all of them opened."""
-    names = {}
+    names: dict[str, str] = {}
     for group in (environment.weight_group, environment.group("dp_replicate")):
         if group is not None:
             names[group.group_name] = "all"

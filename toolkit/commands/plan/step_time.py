@@ -66,6 +66,12 @@ def step_time(job: Job) -> StepTime:
     return max((_stage_time(job, stage) for stage in job.stages), key=lambda time: time.total)
 
 
+def least_time(job: Job) -> float:
+    """Seconds below which no step comes, told from the first stage alone."""
+    time = _stage_time(job, job.stages[0])
+    return time.total - time.bubble - time.recomputing
+
+
 def model_flops(job: Job) -> float:
     """FLOPs of the model for the global batch, as `toolkit.models.parameters` counts them."""
     return job.parts.flops_per_token * job.batch_tokens
