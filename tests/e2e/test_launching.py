@@ -81,6 +81,9 @@ def test_fsdp_gives_the_losses_of_one_process(single: tuple[Path, Result], fsdp:
         pytest.param("zero2", 2, marks=pytest.mark.slow),
         pytest.param("zero3_offload", 2, marks=pytest.mark.slow),
         pytest.param("hsdp", 4, marks=pytest.mark.slow),
+        pytest.param("fsdp_tp", 4, marks=pytest.mark.slow),
+        pytest.param("fsdp_cp", 4, marks=pytest.mark.slow),
+        pytest.param("hsdp_tp", 8, marks=pytest.mark.slow),
     ],
 )
 def test_every_accelerate_config_gives_the_losses_of_one_process(
@@ -97,13 +100,15 @@ def test_every_accelerate_config_gives_the_losses_of_one_process(
     assert result.code == 0, result.output
     folder = place / "runs" / "e2e" / f"by_yaml_{engine}"
     status = read_json(folder / "metadata" / "status.json")
-    assert status["engine"] == engine.removesuffix("_offload")
+    data_parallel, _, axis = engine.removesuffix("_offload").partition("_")
+    assert status["engine"] == data_parallel + (f", {axis} 2" if axis else "")
     assert status["world_size"] == processes
     assert losses(folder) == pytest.approx(losses(single[0])[:10], rel=1e-5)
 
 
 def test_every_accelerate_config_is_tested() -> None:
     tested = {"single", "ddp", "fsdp", "hsdp", "zero1", "zero2", "zero3", "zero3_offload"}
+    tested |= {"fsdp_tp", "fsdp_cp", "hsdp_tp"}
     assert {path.stem for path in CONFIGS.glob("*.yaml")} == tested | {"multi_node_fsdp"}
     for path in (ROOT / "ds_configs").glob("*.json"):
         assert (CONFIGS / f"{path.stem}.yaml").exists()
