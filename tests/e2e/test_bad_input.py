@@ -142,7 +142,7 @@ def test_processes_that_do_not_fit_the_mesh_are_counted(here: Path) -> None:
     )
     assert result.code != 0
     assert len(result.errors) == 1
-    assert "num_replicas 2 x shard_degree 1 does not fit 3 processes" in result.errors[0]
+    assert "num_replicas 2 x shard_degree 1 does not fit 3 ranks" in result.errors[0]
     assert written(here) == {MY}
 
 
