@@ -84,12 +84,16 @@ def test_each_axis_cuts_what_it_is_for() -> None:
 
 def test_a_schedule_with_a_smaller_bubble_waits_less() -> None:
     bubbles = []
+    plain = ("--train_module.compile_model=false", "--train_module.ac_config=null")
     for schedule in ("1F1B", "Interleaved1F1B", "ZBVZeroBubble"):
         flag = f"--train_module.pp_config={{degree: 4, schedule: {schedule}}}"
-        plan = planned("llama3_8B", 8, flag, "--train_module.compile_model=false")
-        bubbles.append(plan.time.bubble)
+        bubbles.append(planned("llama3_8B", 8, flag, *plain).time.bubble)
     assert bubbles[0] > bubbles[1] > bubbles[2] > 0
     assert bubbles[1] == pytest.approx(bubbles[0] / 2)
+    zero_bubble = "--train_module.pp_config={degree: 4, schedule: ZBVZeroBubble}"
+    recomputing = planned("llama3_8B", 8, zero_bubble, plain[0]).time
+    assert recomputing.recomputing > 0
+    assert recomputing.bubble >= bubbles[0]
 
 
 def test_every_device_has_its_figures() -> None:

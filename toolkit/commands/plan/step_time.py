@@ -95,7 +95,7 @@ def _stage_time(job: Job, stage: Stage) -> StepTime:
         idle = (layout.pp - 1) * per_pass
         if config.schedule == "Interleaved1F1B":
             idle /= 2  # by the number of stages on a rank (Narayanan et al. 2021)
-        elif config.schedule == "ZBVZeroBubble":
+        elif config.schedule == "ZBVZeroBubble" and not one.again:  # else its backwards are whole
             # (p - 1) (F + B - 2 W), where attention has no gradients of weights (Qi et al. 2024).
             idle = (layout.pp - 1) * (3 * one.attention + 0.05 * per_pass)
         bubble = idle
