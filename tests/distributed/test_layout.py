@@ -140,7 +140,7 @@ def test_launcher_says_tensor_and_context_parallelism(
 
 def test_launcher_whose_axes_do_not_fit_is_refused() -> None:
     four = PARALLEL | {"WORLD_SIZE": "4", "PARALLELISM_CONFIG_TP_SIZE": "2"}
-    with pytest.raises(ConfigError, match=r"dp_shard_size 4 does not fit the 2 ranks .*to 2"):
+    with pytest.raises(ConfigError, match=r"dp_shard_size is 4, but 2 fits .*to 2"):
         resolve(four | {"PARALLELISM_CONFIG_DP_SHARD_SIZE": "4"})
     both = {"PARALLELISM_CONFIG_CP_SIZE": "2", "PARALLELISM_CONFIG_SP_SIZE": "2"}
     with pytest.raises(ConfigError, match=r"cp_size 2 and parallelism_config_sp_size 2 .*keep one"):

@@ -129,6 +129,20 @@ class PipelineParallelConfig(Config, kw_only=True):
         """Of all ranks together."""
         return self.degree * (1 if self.schedule == "1F1B" else 2)
 
+    def rank_of(self, stage: int) -> int:
+        """The rank of the pipeline that has this stage."""
+        turn, place = divmod(stage, self.degree)
+        return self.degree - 1 - place if self.schedule == "ZBVZeroBubble" and turn else place
+
+    def stages_of(self, rank: int) -> tuple[int, ...]:
+        """The stages that this rank of the pipeline has, in order."""
+        return tuple(stage for stage in range(self.stages) if self.rank_of(stage) == rank)
+
+    @property
+    def last_rank(self) -> int:
+        """The rank that has the head, and so the loss."""
+        return self.rank_of(self.stages - 1)
+
 
 class ExpertParallelConfig(Config, kw_only=True):
     """Share the experts of each layer: tokens are sent to the ranks of their experts."""

@@ -50,8 +50,6 @@ class Choice(NamedTuple):
     config: DataParallelConfig
     origin: str
     notices: tuple[str, ...] = ()
-    dp_shard: int | None = None
-    """Ranks per shard group that the launcher names."""
 
 
 def world_size_of(environ: Mapping[str, str]) -> int:
@@ -166,7 +164,7 @@ def launcher_choice(environ: Mapping[str, str]) -> Choice | None:
         common |= {"num_replicas": replicas, "shard_degree": shards}
     name: Any = "hsdp" if replicas > 1 else "fsdp"
     config = DataParallelConfig(name=name, **common)
-    return Choice(config, origin, dp_shard=shards if shards > 1 else None)
+    return Choice(config, origin)
 
 
 def launcher_notices(environ: Mapping[str, str]) -> tuple[str, ...]:

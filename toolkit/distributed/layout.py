@@ -133,25 +133,17 @@ class Layout(msgspec.Struct, frozen=True, kw_only=True):
         return 1 if self.sums_gradients else self.batch_ranks * self.cp
 
     @property
-    def last_stage_rank(self) -> int:
-        """Place along `pp` of the rank that has the last stage, the first one where stages lie in a
-        V."""
-        is_v = self.pp_config is not None and self.pp_config.schedule == "ZBVZeroBubble"
-        return 0 if is_v else self.pp - 1
+    def _pipeline(self) -> PipelineParallelConfig:
+        return self.pp_config or PipelineParallelConfig(degree=self.pp)
 
     def role(self, rank: int) -> str:
         """What `rank` has of the model and the rows besides its share of the batch: `stage 2 of 4,
         tp 1 of 2`; empty under data parallelism alone."""
         place, parts = self.place(rank), []
         if self.pp > 1:
-            stages, number = [place["pp"]], self.pp
-            if self.pp_config is not None and (number := self.pp_config.stages) > self.pp:
-                second = (
-                    number - 1 - stages[0] if self.last_stage_rank == 0 else self.pp + stages[0]
-                )
-                stages.append(second)
+            stages = self._pipeline.stages_of(place["pp"])
             numbers = " and ".join(str(stage + 1) for stage in stages)
-            parts.append(f"stage{'s' * (len(stages) > 1)} {numbers} of {number}")
+            parts.append(f"stage{'s' * (len(stages) > 1)} {numbers} of {self._pipeline.stages}")
         parts += [
             f"{axis} {place[axis] + 1} of {size}"
             for axis in ("cp", "tp")
@@ -176,7 +168,7 @@ class Layout(msgspec.Struct, frozen=True, kw_only=True):
         """Whether sums over targets that `rank` reports count: of the last stage, and once for each
         tp group. (Each cp rank has the sum over its own positions.)"""
         place = self.place(rank)
-        return place["pp"] == self.last_stage_rank and place["tp"] == 0
+        return place["pp"] == self._pipeline.last_rank and place["tp"] == 0
 
     def owns_rows(self, rank: int) -> bool:
         """Whether sums over whole rows that `rank` reports count: once for each share of rows."""
@@ -352,8 +344,7 @@ def _merge(launched: Choice, configured: Choice) -> Choice:
             )
         merged[field] = theirs if ours == unset else ours
     notices = tuple(dict.fromkeys((*launched.notices, *configured.notices)))
-    config = DataParallelConfig(**merged)
-    return Choice(config, launched.origin, notices, launched.dp_shard)
+    return Choice(DataParallelConfig(**merged), launched.origin, notices)
 
 
 def _mesh(choice: Choice, ranks: int) -> tuple[int, int]:
@@ -362,11 +353,6 @@ def _mesh(choice: Choice, ranks: int) -> tuple[int, int]:
     if config.name in ("single", "ddp"):
         return ranks, 1
     if config.name != "hsdp":
-        if choice.dp_shard not in (None, ranks):
-            raise ConfigError(
-                f"{choice.origin}: parallelism_config_dp_shard_size {choice.dp_shard} does not fit "
-                f"the {count(ranks, 'rank')} left for data parallelism; set it to {ranks}"
-            )
         return 1, ranks
     replicas = config.num_replicas
     if replicas is None:

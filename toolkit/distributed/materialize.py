@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from toolkit.config.named import named
 from toolkit.distributed.accelerator import deepspeed_settings, init_deepspeed
-from toolkit.distributed.config import ActivationCheckpointingConfig, ContextParallelConfig
+from toolkit.distributed.config import ActivationCheckpointingConfig
 from toolkit.distributed.context_parallel import apply_context_parallel
 from toolkit.distributed.deepspeed_engine import DeepSpeedEngine
 from toolkit.distributed.engine import BuildOptimizer, Engine
@@ -67,7 +67,7 @@ def prepare_engine(
             model,
             shards,
             build_optimizer,
-            has_whole_backward=compile_model or ac_config is not None,
+            recomputes=ac_config is not None,
         )
     elif environment.layout.zero_stage:
         engine = DeepSpeedEngine(
@@ -98,8 +98,7 @@ def materialize(
     # Rows, or keys of a ring, on their way to other ranks break the graphs of blocks, and so do
     # hooks inside of them.
     is_ring = layout.cp_config is not None and layout.cp_config.style == "ring"
-    is_fine_grained = layout.dp_config.wrapping_strategy == "fine_grained"
-    has_breaks = layout.ep > 1 or (layout.cp > 1 and is_ring) or is_fine_grained
+    has_breaks = layout.ep > 1 or is_ring or layout.dp_config.wrapping_strategy == "fine_grained"
     for part in parts:
         _cut(part, environment, shards)
         if compile_model and has_breaks:
@@ -135,7 +134,8 @@ def _cut(model: nn.Module, environment: TrainingEnvironment, shards: dict[str, S
         assert isinstance(model, Transformer)
         apply_tensor_parallel(model, group, shards, experts_are_sharded=layout.ep > 1)
     if (group := environment.group("cp")) is not None:
-        config = layout.cp_config or ContextParallelConfig(degree=layout.cp)
+        config = layout.cp_config
+        assert config is not None, "its style decides"
         apply_context_parallel(
             model,
             group,

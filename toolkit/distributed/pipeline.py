@@ -23,9 +23,8 @@ PP_CONFIG = "train_module.pp_config"
 class Pipeline(NamedTuple):
     """The stages of a model, and the ranks of a pipeline that have them."""
 
-    schedule: PipelineSchedule
-    degree: int
-    """Ranks of the pipeline."""
+    config: PipelineParallelConfig
+    """Says which rank has which stages."""
     layers: tuple[range, ...]
     """Of each stage. The embeddings go with layer 0, the head with the last one."""
 
@@ -34,25 +33,21 @@ class Pipeline(NamedTuple):
         return len(self.layers)
 
     def rank_of(self, stage: int) -> int:
-        """The rank of the pipeline that has this stage."""
-        turn, place = divmod(stage, self.degree)
-        return self.degree - 1 - place if self.schedule == "ZBVZeroBubble" and turn else place
+        return self.config.rank_of(stage)
 
     def stages_of(self, rank: int) -> tuple[int, ...]:
-        """The stages that this rank of the pipeline has, in order."""
-        return tuple(s for s in range(self.num_stages) if self.rank_of(s) == rank)
+        return self.config.stages_of(rank)
 
     @property
     def last_rank(self) -> int:
-        """The rank that has the head, and so the loss."""
-        return self.rank_of(self.num_stages - 1)
+        return self.config.last_rank
 
     def describe(self, rank: int) -> str:
         """What this rank has, in a few words: `stage 1 of 4 (layers 8-15)`."""
         own = self.stages_of(rank)
         spans = [(self.layers[stage][0], self.layers[stage][-1]) for stage in own]
         layers = " and ".join(f"{a}-{b}" if a < b else f"{a}" for a, b in spans)
-        numbers = " and ".join(map(str, own))
+        numbers = " and ".join(str(stage + 1) for stage in own)
         return f"stage{'s' * (len(own) > 1)} {numbers} of {self.num_stages} (layers {layers})"
 
 
@@ -82,7 +77,7 @@ def plan_pipeline(
         )
     else:
         ranges = tuple(map(range, (0, *points), (*points, layers)))
-    return Pipeline(config.schedule, config.degree, ranges)
+    return Pipeline(config, ranges)
 
 
 def fits_microbatches(schedule: PipelineSchedule, degree: int, number: int) -> bool:

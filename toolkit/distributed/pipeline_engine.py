@@ -38,10 +38,10 @@ class PipelineEngine(TorchEngine):
         shards: Mapping[str, ShardSpec],
         build_optimizer: BuildOptimizer,
         *,
-        has_whole_backward: bool = False,
+        recomputes: bool = False,
     ) -> None:
-        """`has_whole_backward`: a backward in two halves would compute more, not later: blocks that
-        are recomputed or compiled run as a whole in either half."""
+        """`recomputes`: blocks are checkpointed. Half a backward would then compute them again as
+        the other half does, so backwards are whole."""
 
         def build_own(own: dict[str, nn.Parameter]) -> torch.optim.Optimizer:
             # Patterns of groups may name layers of other stages; what is frozen is in no group.
@@ -50,7 +50,7 @@ class PipelineEngine(TorchEngine):
 
         super().__init__(environment, module, shards, build_own)
         self._pipeline = module.pipeline
-        self._has_whole_backward = has_whole_backward
+        self._recomputes = recomputes
         # An error comes with the schedule of all ranks, hundreds of lines of it.
         logging.getLogger("torch.distributed.pipelining").setLevel(logging.CRITICAL)
         group = environment.group("pp")
@@ -84,7 +84,8 @@ class PipelineEngine(TorchEngine):
         terms.factor, terms.z_loss_multiplier = factor, z_loss_multiplier
         rows, length = microbatches[0].labels.shape
         total = sum(len(microbatch.labels) for microbatch in microbatches)
-        check_microbatches(pipeline.schedule, pipeline.degree, total, rows, length=length)
+        config = pipeline.config
+        check_microbatches(config.schedule, config.degree, total, rows, length=length)
         whole = _joined(microbatches, rows)
         given = {"labels": whole.labels}
         if whole.document_ids is not None:
@@ -155,7 +156,7 @@ class PipelineEngine(TorchEngine):
                     stage,
                     index,
                     self._terms,
-                    has_whole_backward=self._has_whole_backward,
+                    has_whole_backward=self._recomputes,
                     num_stages=pipeline.num_stages,
                     device=self.environment.device,
                     input_args=stream if index else ids,
@@ -164,8 +165,9 @@ class PipelineEngine(TorchEngine):
                 )
                 for index, stage in self.module.items()
             ]
-            self._schedules[key] = get_schedule_class(pipeline.schedule)(
-                stages[0] if pipeline.schedule == "1F1B" else stages,
+            schedule = pipeline.config.schedule
+            self._schedules[key] = get_schedule_class(schedule)(
+                stages[0] if schedule == "1F1B" else stages,
                 n_microbatches=number,
                 loss_fn=lambda loss, labels: loss,
                 scale_grads=False,
@@ -201,7 +203,7 @@ class PipelineEngine(TorchEngine):
         """What the last stage returns for each of about as many parts as there are ranks, so that
         all of them work; nothing on ranks that do not have it."""
         pipeline, own = self._pipeline, dict(self.module.items())
-        rows = -(-len(input_ids) // pipeline.degree)
+        rows = -(-len(input_ids) // pipeline.config.degree)
         parts = input_ids.split(rows)
         given = {"labels": labels, "document_ids": document_ids}
         options = [

@@ -1,4 +1,4 @@
-"""Which places of a row each rank of a group has."""
+"""Rows whose positions the ranks of a group share: taking one's own, and putting all together."""
 
 import torch
 import torch.distributed as dist

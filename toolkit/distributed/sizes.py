@@ -1,4 +1,6 @@
-"""Does a model divide as a layout wants it to? Asked before process groups exist, without torch."""
+"""Refuses models that do not divide by the degrees of a layout, before process groups exist. No
+torch here.
+"""
 
 import math
 from collections.abc import Iterator, Sequence
