@@ -4,6 +4,8 @@ Backward of each is the one that its mathematics asks for: a gather's is a reduc
 other way round, a sum's is a sum, and rows that were sent away come back.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +16,8 @@ from torch.autograd.function import once_differentiable
 # Their names before torch 2.13.
 _all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+Exchange = Callable[[Tensor], Tensor]
 
 
 def gathered(x: Tensor, group: dist.ProcessGroup, dim: int) -> Tensor:
@@ -36,17 +40,22 @@ def reduce_scattered(x: Tensor, group: dist.ProcessGroup, dim: int) -> Tensor:
 def all_gather(x: Tensor, group: dist.ProcessGroup, dim: int = 1) -> Tensor:
     """The `x` of all ranks one after another along `dim`. Every rank may use all of it: its
     gradients add up over ranks."""
-    return _AllGather.apply(x, group, dim)
+    return _Linear.apply(
+        x, partial(gathered, group=group, dim=dim), partial(reduce_scattered, group=group, dim=dim)
+    )
 
 
 def reduce_scatter(x: Tensor, group: dist.ProcessGroup, dim: int = 1) -> Tensor:
     """This rank's range along `dim` of the sum of `x` over all ranks."""
-    return _ReduceScatter.apply(x, group, dim)
+    return _Linear.apply(
+        x, partial(reduce_scattered, group=group, dim=dim), partial(gathered, group=group, dim=dim)
+    )
 
 
 def all_reduce(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """The sum of `x` over all ranks. Every rank uses it: its gradients add up over ranks too."""
-    return _AllReduce.apply(x, group)
+    total = partial(_summed, group=group)
+    return _Linear.apply(x, total, total)
 
 
 def all_to_all_rows(
@@ -54,75 +63,29 @@ def all_to_all_rows(
 ) -> Tensor:
     """Rows of `x` to other ranks: `sent[r]` of them to rank r, in order; back come `received[r]`
     from rank r, in the order of ranks."""
-    return _AllToAllRows.apply(x, group, sent, received)
+    there = partial(_exchanged, group=group, sent=sent, received=received)
+    back = partial(_exchanged, group=group, sent=received, received=sent)
+    return _Linear.apply(x, there, back)
 
 
 def share_of_gradient(x: Tensor, share: float) -> Tensor:
     """`x` itself, with `share` times its gradient: where several ranks compute the same of it and
     gradients add up over them."""
-    return _ShareOfGradient.apply(x, share)
+    return _Linear.apply(x, lambda x: x.view_as(x), lambda grad: grad * share)
 
 
-class _AllGather(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup, dim: int) -> Tensor:
-        ctx.group, ctx.dim = group, dim
-        return gathered(x, group, dim)
+class _Linear(torch.autograd.Function):
+    """`compute`, a linear function over several ranks, with `adjoint` as its backward."""
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return reduce_scattered(grad, ctx.group, ctx.dim), None, None
-
-
-class _ReduceScatter(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup, dim: int) -> Tensor:
-        ctx.group, ctx.dim = group, dim
-        return reduce_scattered(x, group, dim)
+    def forward(ctx: Any, x: Tensor, compute: Exchange, adjoint: Exchange) -> Tensor:
+        ctx.adjoint = adjoint
+        return compute(x)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return gathered(grad, ctx.group, ctx.dim), None, None
-
-
-class _AllReduce(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
-        return _summed(x, group)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _summed(grad, ctx.group), None
-
-
-class _AllToAllRows(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, group: dist.ProcessGroup, sent: list[int], received: list[int]
-    ) -> Tensor:
-        ctx.group, ctx.sent, ctx.received = group, sent, received
-        return _exchanged(x, group, sent, received)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        return _exchanged(grad, ctx.group, ctx.received, ctx.sent), None, None, None
-
-
-class _ShareOfGradient(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, share: float) -> Tensor:
-        ctx.share = share
-        return x.view_as(x)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad * ctx.share, None
+        return ctx.adjoint(grad), None, None
 
 
 def _summed(x: Tensor, group: dist.ProcessGroup) -> Tensor:
