@@ -11,7 +11,7 @@ from toolkit.data.prepare.tokenizers.choice import load_hf_tokenizer
 from toolkit.data.prepare.tokenizers.tokenizer import EOS_TOKEN, ByteTokenizer
 from toolkit.errors import ConfigError
 from toolkit.evaluate.sample_writer import SampleWriter
-from toolkit.train.config import SampleWriterConfig
+from toolkit.train.callbacks.config import SampleWriterConfig
 
 
 def test_data_without_a_tokenizer_is_refused_before_the_first_step() -> None:

@@ -11,7 +11,7 @@ from toolkit.data.prepare.tokenizers.tokenizer import load_tokenizer
 from toolkit.errors import ConfigError
 from toolkit.evaluate.generate import generate
 from toolkit.train.callbacks.base import Callback
-from toolkit.train.config import SampleWriterConfig
+from toolkit.train.callbacks.config import SampleWriterConfig
 
 log = logging.getLogger(__name__)
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch.distributed as dist
 
 from toolkit.train.callbacks.base import Callback
-from toolkit.train.config import LMEvaluatorConfig
+from toolkit.train.callbacks.config import LMEvaluatorConfig
 from toolkit.train.eval_sums import evaluate_sets
 from toolkit.train.scores import scores_of
 
