@@ -9,6 +9,7 @@ from typing import Any
 from toolkit.distributed.layout import Layout
 from toolkit.errors import ConfigError, ErrorList
 from toolkit.models.config import TransformerConfig
+from toolkit.optim.base import OPTIM_KEY, Optimizer
 from toolkit.wording import count
 
 LARGEST_SHARE = 1.1
@@ -59,6 +60,19 @@ def check_combination(
     if own_model is not None:
         refuse([*cuts, *(["cp"] if layout.cp > 1 else [])], f"model.type {own_model}", "use fsdp")
     found.raise_any()
+
+
+def check_optimizer(layout: Layout, optim: Optimizer) -> None:
+    """Check that an optimizer which needs whole parameters finds them on the ranks of `layout`.
+    Raises ConfigError."""
+    traits = optim.traits()
+    are_cut = layout.is_fsdp and layout.world_size > layout.dp_replicate
+    are_cut |= layout.zero_stage > 0
+    if are_cut and (traits.needs_whole_parameters or traits.needs_whole_matrices):
+        what = "matrices" if traits.needs_whole_matrices else "parameters"
+        name = getattr(optim, "target", type(optim).__struct_config__.tag)
+        problem = f"{name} needs whole {what}, and {layout.description} cuts them over ranks"
+        raise ConfigError(f"{problem}; use ddp, or another optimizer", key=f"{OPTIM_KEY}.type")
 
 
 def tensor_degrees(model: TransformerConfig, *, experts_are_sharded: bool = False) -> list[int]:

@@ -17,7 +17,7 @@ from toolkit.data.order.resolve import resolve_mix
 from toolkit.data.tokens.prepared import require_ids
 from toolkit.distributed.layout import Layout
 from toolkit.distributed.pipeline import check_microbatches, plan_pipeline
-from toolkit.distributed.sizes import check_combination, check_sizes
+from toolkit.distributed.sizes import check_combination, check_optimizer, check_sizes
 from toolkit.distributed.tuning import asked_threads
 from toolkit.errors import CheckpointError, ConfigError, DataError, ErrorList
 from toolkit.experiment.config import ExperimentConfig
@@ -93,6 +93,9 @@ def check_parameters(config: ExperimentConfig) -> TrainedParameters:
         with found.collecting():
             module.optim.check_groups(names)
         with found.collecting():
+            has_adapter = module.lora is not None
+            module.optim.check_model(has_tied_head=model.tie_embeddings, has_adapter=has_adapter)
+        with found.collecting():
             module.scheduler.check()
         parameters = trained_parameters(model, freeze=module.freeze, lora=module.lora)
     found.raise_any()
@@ -102,6 +105,7 @@ def check_parameters(config: ExperimentConfig) -> TrainedParameters:
 def _check_parallelism(config: ExperimentConfig, layout: Layout) -> None:
     found, module, model = ErrorList(), config.train_module, config.model
     found.ask(check_sizes, layout, model.to_transformer())
+    found.ask(check_optimizer, layout, module.optim)
     found.ask(
         check_combination,
         layout,
