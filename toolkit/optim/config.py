@@ -14,6 +14,8 @@ from toolkit.config.named import named, users_class, users_object
 from toolkit.errors import ConfigError, ErrorList
 
 _KEY = "train_module.optim"
+_NOT_SETTINGS = ("group_overrides", "rolling_interval_length", "sigma_factor")
+"""What an optimizer's class is not built with."""
 
 
 class OptimizerTraits(NamedTuple):
@@ -38,6 +40,15 @@ def traits_of(optimizer: object) -> OptimizerTraits:
     # torch sets this on an optimizer with fused=True, for its own GradScaler.
     declared["takes_found_inf"] |= bool(getattr(optimizer, "_step_supports_amp_scaling", False))
     return OptimizerTraits(**declared)
+
+
+class SkipStep(NamedTuple):
+    """Which steps a skip-step optimizer leaves out."""
+
+    rolling_interval_length: int
+    """Accepted steps that are looked back on."""
+    sigma_factor: float
+    """A loss or a gradient norm so many standard deviations above their mean is a spike."""
 
 
 class GroupOverride(Config, kw_only=True):
@@ -67,7 +78,12 @@ class Optimizer(Config, kw_only=True):
     @property
     def settings(self) -> dict[str, Any]:
         """What the optimizer is built with."""
-        return {n: getattr(self, n) for n in self.__struct_fields__ if n != "group_overrides"}
+        return {n: getattr(self, n) for n in self.__struct_fields__ if n not in _NOT_SETTINGS}
+
+    @property
+    def skip_step(self) -> "SkipStep | None":
+        """How spikes are found, where steps that are one are left out; None: no such steps."""
+        return None
 
     @property
     def setting_names(self) -> list[str]:
@@ -149,6 +165,24 @@ class AdamWConfig(Optimizer, kw_only=True, tag_field="type", tag="adamw"):
         )
 
 
+class SkipStepAdamWConfig(AdamWConfig, kw_only=True, tag_field="type", tag="skip_step_adamw"):
+    """AdamW that leaves out steps whose loss or gradient norm is a spike (OLMo 2, Team OLMo 2025),
+    decided on the device."""
+
+    rolling_interval_length: int = 128
+    """Accepted steps that a step is compared with; half as many must have been."""
+    sigma_factor: float = 6.0
+    """A loss or a gradient norm so many standard deviations above their mean is a spike."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_skip_step(self)
+
+    @property
+    def skip_step(self) -> SkipStep:
+        return SkipStep(self.rolling_interval_length, self.sigma_factor)
+
+
 class SGDConfig(Optimizer, kw_only=True, tag_field="type", tag="sgd"):
     """Stochastic gradient descent with optional momentum."""
 
@@ -201,7 +235,16 @@ class ClassOptimConfig(Optimizer, kw_only=True, tag_field="type", tag="class"):
         super().check_groups(names)
 
 
-OptimConfig = AdamWConfig | SGDConfig | ClassOptimConfig
+def check_skip_step(config: Any) -> None:
+    """Check the settings of a skip-step optimizer. Raises ValueError."""
+    check_positive(config, "sigma_factor")
+    if config.rolling_interval_length < 2:
+        raise ValueError(
+            f"rolling_interval_length must be at least 2, not {config.rolling_interval_length}"
+        )
+
+
+OptimConfig = AdamWConfig | SkipStepAdamWConfig | SGDConfig | ClassOptimConfig
 
 
 def _matches(name: str, patterns: Iterable[str]) -> bool:
