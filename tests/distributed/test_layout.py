@@ -81,7 +81,9 @@ def test_what_is_left_of_a_launcher_is_told_from_what_it_says(
     with pytest.raises(ConfigError, match="or `unset ACCELERATE_USE_FSDP`, which no `accelerate"):
         resolve(FSDP, "zero2")
     monkeypatch.setattr("toolkit.distributed.launcher.is_accelerated", lambda: True)
-    with pytest.raises(ConfigError, match=r"^accelerate launch: mixed_precision fp8 .*or bf16$"):
+    with pytest.raises(
+        ConfigError, match=r"^accelerate launch: mixed_precision fp8 .*bf16 or fp16$"
+    ):
         resolve({"ACCELERATE_MIXED_PRECISION": "fp8"})
 
 

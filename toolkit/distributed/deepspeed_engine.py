@@ -25,7 +25,7 @@ from toolkit.distributed.engine import (
 from toolkit.distributed.environment import TrainingEnvironment
 from toolkit.distributed.shards import LocalShard, ShardSpec
 from toolkit.errors import ConfigError
-from toolkit.optim.config import traits_of
+from toolkit.optim.base import traits_of
 
 
 class _Slice(NamedTuple):
@@ -100,7 +100,7 @@ class DeepSpeedEngine(Engine):
         told to the optimizer's kernel."""
         if self._refuses is not None:
             self._refused = self._refuses(self._global_norm()).float()
-            [parameter, *_] = (p for group in optimizer.param_groups for p in group["params"])
+            parameter = next(p for group in optimizer.param_groups for p in group["params"])
             optimizer.found_inf, optimizer.grad_scale = self._refused.to(parameter.device), None
 
     def scale_gradients(self, factor: torch.Tensor) -> None:
