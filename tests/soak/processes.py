@@ -7,7 +7,6 @@ where several ranks are asked for; a share of the runs uses the real launcher.
 
 import atexit
 import contextlib
-import multiprocessing as mp
 import os
 import signal
 import subprocess
@@ -19,10 +18,7 @@ from pathlib import Path
 import psutil
 
 from tests.e2e._run import environ
-from tests.workers import _free_port
-
-_SERVER = mp.get_context("forkserver")
-_SERVER.set_forkserver_preload(["tests.soak.preload"])
+from tests.workers import SERVER, free_port
 
 
 class Family:
@@ -45,7 +41,7 @@ class Family:
         else:
             target = _run if ranks == 1 else _launch
             arguments = (list(words), str(log)) if ranks == 1 else (list(words), str(log), ranks)
-            self._forked = _SERVER.Process(target=target, args=arguments)
+            self._forked = SERVER.Process(target=target, args=arguments)
             self._forked.start()
             assert self._forked.pid is not None
             self._launcher = psutil.Process(self._forked.pid)
@@ -123,7 +119,7 @@ def _launch(words: list[str], log: str, ranks: int) -> None:
         "WORLD_SIZE": str(ranks),
         "LOCAL_WORLD_SIZE": str(ranks),
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(_free_port()),
+        "MASTER_PORT": str(free_port()),
     }
     workers = set()
     for rank in range(ranks):
