@@ -12,6 +12,14 @@ from toolkit.errors import ConfigError, ErrorList
 from toolkit.optim.scaling import MuPConfig, count_layers, layer_factor, mup_factor
 
 OPTIM_KEY = "train_module.optim"
+_NOT_SETTINGS = {
+    "group_overrides",
+    "layer_lr_decay",
+    "mup",
+    "rolling_interval_length",
+    "sigma_factor",
+}
+"""What an optimizer's class is not built with."""
 
 _TORCHAO = "torchao.optim.adam"
 """Its optimizers quantise blocks of 256 values, which a cut would shift."""
@@ -51,6 +59,15 @@ def traits_of(optimizer: object) -> OptimizerTraits:
     return OptimizerTraits(**declared)
 
 
+class SkipStep(NamedTuple):
+    """Which steps a skip-step optimizer leaves out."""
+
+    rolling_interval_length: int
+    """Accepted steps that are looked back on."""
+    sigma_factor: float
+    """A loss or a gradient norm so many standard deviations above their mean is a spike."""
+
+
 class GroupOverride(Config, kw_only=True):
     """Other optimizer settings for the parameters whose names match a pattern."""
 
@@ -60,10 +77,6 @@ class GroupOverride(Config, kw_only=True):
 
     opts: dict[str, float | bool | list[float]]
     """Settings to replace for these parameters, for example `{"weight_decay": 0.0}`."""
-
-
-_SHARED = {"group_overrides", "layer_lr_decay", "mup"}
-"""Fields that are no settings of the optimizer: they decide which groups it has."""
 
 
 class Optimizer(Config, kw_only=True):
@@ -100,7 +113,12 @@ class Optimizer(Config, kw_only=True):
     @property
     def settings(self) -> dict[str, Any]:
         """What the optimizer is built with."""
-        return {n: getattr(self, n) for n in self.__struct_fields__ if n not in _SHARED}
+        return {n: getattr(self, n) for n in self.__struct_fields__ if n not in _NOT_SETTINGS}
+
+    @property
+    def skip_step(self) -> SkipStep | None:
+        """How spikes are found, where steps that are one are left out; None: no such steps."""
+        return None
 
     @property
     def setting_names(self) -> list[str]:
@@ -180,7 +198,7 @@ class Optimizer(Config, kw_only=True):
         """Each override's settings must be ones that `self` could have."""
         for index, override in enumerate(self.group_overrides):
             opts = override.opts
-            for name in opts.keys() & set(self.__struct_fields__) - _SHARED:
+            for name in opts.keys() & set(self.__struct_fields__) - _NOT_SETTINGS:
                 changed = {**self.to_dict(), "group_overrides": [], name: opts[name]}
                 try:
                     convert(changed, type(self))

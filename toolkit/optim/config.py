@@ -10,7 +10,7 @@ import msgspec
 from toolkit.config.base import check_not_negative, check_positive
 from toolkit.config.named import named, users_class, users_object
 from toolkit.errors import ConfigError
-from toolkit.optim.base import OPTIM_KEY, Optimizer, OptimizerTraits, traits_of
+from toolkit.optim.base import OPTIM_KEY, Optimizer, OptimizerTraits, SkipStep, traits_of
 
 
 class AdamWConfig(Optimizer, kw_only=True, tag_field="type", tag="adamw"):
@@ -29,6 +29,24 @@ class AdamWConfig(Optimizer, kw_only=True, tag_field="type", tag="adamw"):
         return named("torch.optim:AdamW")(
             self.groups(named_parameters), **self.settings, fused=True
         )
+
+
+class SkipStepAdamWConfig(AdamWConfig, kw_only=True, tag_field="type", tag="skip_step_adamw"):
+    """AdamW that leaves out steps whose loss or gradient norm is a spike (OLMo 2, Team OLMo 2025),
+    decided on the device."""
+
+    rolling_interval_length: int = 128
+    """Accepted steps that a step is compared with; half as many must have been."""
+    sigma_factor: float = 6.0
+    """A loss or a gradient norm so many standard deviations above their mean is a spike."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_skip_step(self)
+
+    @property
+    def skip_step(self) -> SkipStep:
+        return SkipStep(self.rolling_interval_length, self.sigma_factor)
 
 
 class AdamConfig(Optimizer, kw_only=True, tag_field="type", tag="adam"):
@@ -77,6 +95,23 @@ class LionConfig(Optimizer, kw_only=True, tag_field="type", tag="lion"):
     def build(self, named_parameters: Mapping[str, Any]) -> Any:
         found = named("toolkit.optim.lion:Lion")
         return found(self.groups(named_parameters), **self.settings)
+
+
+class SkipStepLionConfig(LionConfig, kw_only=True, tag_field="type", tag="skip_step_lion"):
+    """Lion that leaves out spikes, as `skip_step_adamw` does."""
+
+    rolling_interval_length: int = 128
+    """Accepted steps that a step is compared with; half as many must have been."""
+    sigma_factor: float = 6.0
+    """A loss or a gradient norm so many standard deviations above their mean is a spike."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_skip_step(self)
+
+    @property
+    def skip_step(self) -> SkipStep:
+        return SkipStep(self.rolling_interval_length, self.sigma_factor)
 
 
 class AdafactorConfig(Optimizer, kw_only=True, tag_field="type", tag="adafactor"):
@@ -238,11 +273,22 @@ class ClassOptimConfig(Optimizer, kw_only=True, tag_field="type", tag="class"):
         super().check_groups(names)
 
 
+def check_skip_step(config: Any) -> None:
+    """Check the settings of a skip-step optimizer. Raises ValueError."""
+    check_positive(config, "sigma_factor")
+    if config.rolling_interval_length < 2:
+        raise ValueError(
+            f"rolling_interval_length must be at least 2, not {config.rolling_interval_length}"
+        )
+
+
 OptimConfig = (
     AdamWConfig
+    | SkipStepAdamWConfig
     | AdamConfig
     | SGDConfig
     | LionConfig
+    | SkipStepLionConfig
     | AdafactorConfig
     | AdamW8bitConfig
     | ScheduleFreeAdamWConfig

@@ -25,7 +25,14 @@ _STATE = {
     "RAdam": 2, "RMSprop": 1, "SGD": 0,
 }  # fmt: skip
 """Tensors like the weight that torch's optimizers keep, with their default options."""
-_OUR_STATE = {"lion": 1, "schedule_free_adamw": 3, "noop": 0, FACTORED: 0, QUANTISED: 0}
+_OUR_STATE = {
+    "lion": 1,
+    "skip_step_lion": 1,
+    "schedule_free_adamw": 3,
+    "noop": 0,
+    FACTORED: 0,
+    QUANTISED: 0,
+}
 
 
 class Parameter(NamedTuple):
@@ -150,7 +157,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def compute_bytes(self) -> int:
         """Of a number in the compute type."""
-        return 2 if self.precision == "bf16" else FP32
+        return 2 if self.precision != "fp32" else FP32
 
     @property
     def tokens(self) -> int:
