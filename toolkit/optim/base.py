@@ -21,8 +21,8 @@ _NOT_SETTINGS = {
 }
 """What an optimizer's class is not built with."""
 
-_TORCHAO = "torchao.optim.adam"
-"""Its optimizers quantise blocks of 256 values, which a cut would shift."""
+# torchao's optimizers quantise blocks of values, which a cut would shift.
+_NEED_WHOLE_PARAMETERS = {"torch.optim:Adafactor", "torchao.optim.adam:_AdamBase"}
 
 
 class OptimizerTraits(NamedTuple):
@@ -53,9 +53,9 @@ def traits_of(optimizer: object) -> OptimizerTraits:
     # torch sets this on an optimizer with fused=True, for its own GradScaler.
     declared["takes_found_inf"] |= bool(getattr(optimizer, "_step_supports_amp_scaling", False))
     kind = optimizer if isinstance(optimizer, type) else type(optimizer)
-    for module in (base.__module__ for base in kind.__mro__):
-        declared["needs_whole_matrices"] |= module == "torch.optim._muon"
-        declared["needs_whole_parameters"] |= module in ("torch.optim._adafactor", _TORCHAO)
+    known = {f"{base.__module__}:{base.__name__}" for base in kind.__mro__}
+    declared["needs_whole_matrices"] |= "torch.optim:Muon" in known
+    declared["needs_whole_parameters"] |= not known.isdisjoint(_NEED_WHOLE_PARAMETERS)
     return OptimizerTraits(**declared)
 
 
