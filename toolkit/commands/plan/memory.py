@@ -78,7 +78,7 @@ def least_memory(job: Job) -> float:
     least = 0.0
     for stage in job.stages:
         fixed = _fixed(job, stage, _first_rank(job, stage))
-        allocated = fixed.states.weights + fixed.states.gradients + fixed.states.optimizer
+        allocated = float(sum(fixed.states))
         allocated += fixed.root + fixed.reduced + fixed.buckets
         least = max(least, _with_margin(job, allocated) + job.device.overhead)
     return least
@@ -278,12 +278,13 @@ def _block_buffers(job: Job, unit: Unit, layers: int) -> float:
 
 
 def _pipeline_buffers(job: Job, stage: Stage, flying: float) -> float:
-    """What comes in from other stages has room for every microbatch of a step; what a stage has
-    sent is kept for its backward."""
+    """What a stage has sent is kept for its backward, and there is room for what comes in next.
+    Schedules of several stages a rank keep all that they send to the end of a step."""
     if job.layout.pp == 1:
         return 0.0
     stream = job.chunk_tokens * job.model.d_model * job.compute_bytes
-    return (stage.borders * job.passes + stage.chunks * flying) * stream
+    number = stage.borders + flying if stage.chunks == 1 else stage.borders * job.passes
+    return number * stream
 
 
 def _reduced(job: Job, unit: Unit) -> float:

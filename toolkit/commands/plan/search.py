@@ -25,7 +25,7 @@ from toolkit.distributed.config import (
 )
 from toolkit.distributed.layout import Layout
 from toolkit.distributed.pipeline import fits_microbatches
-from toolkit.distributed.sizes import check_combination, check_sizes
+from toolkit.distributed.sizes import Besides, check_combination, check_sizes
 from toolkit.errors import ConfigError
 
 SHORTEST = 512
@@ -39,9 +39,7 @@ _SCHEDULES: tuple[PipelineSchedule, ...] = ("1F1B", "Interleaved1F1B", "ZBVZeroB
 class Limits(NamedTuple):
     """What of the config a layout must go with."""
 
-    has_frozen: bool
-    has_adapter: bool
-    own_model: str | None
+    besides: Besides
     batch_rows: int
     """Of the global batch."""
 
@@ -78,12 +76,7 @@ def layouts(job: Job, world_size: int, limits: Limits) -> Iterator[Layout]:
             continue  # fewer microbatches than stages
         try:
             check_sizes(layout, job.model)
-            check_combination(
-                layout,
-                has_frozen=limits.has_frozen,
-                has_adapter=limits.has_adapter,
-                own_model=limits.own_model,
-            )
+            check_combination(layout, limits.besides)
         except ConfigError:
             continue
         yield layout
