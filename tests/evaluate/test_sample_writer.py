@@ -1,5 +1,6 @@
 """The sample writer needs a tokenizer, and says so before training."""
 
+import contextlib
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,7 +12,7 @@ from toolkit.data.prepare.tokenizers.choice import load_hf_tokenizer
 from toolkit.data.prepare.tokenizers.tokenizer import EOS_TOKEN, ByteTokenizer
 from toolkit.errors import ConfigError
 from toolkit.evaluate.sample_writer import SampleWriter
-from toolkit.train.config import SampleWriterConfig
+from toolkit.train.callbacks.config import SampleWriterConfig
 
 
 def test_data_without_a_tokenizer_is_refused_before_the_first_step() -> None:
@@ -48,7 +49,7 @@ def test_the_prompt_starts_as_documents_of_the_data_do(
     )
     writer.state = SimpleNamespace(  # type: ignore[assignment]
         train_loader=SimpleNamespace(tokenizer_folder=tmp_path / "tokenizer", sequence_length=8),
-        train_module=SimpleNamespace(logits=logits),
+        train_module=SimpleNamespace(logits=logits, evaluating=contextlib.nullcontext),
         stop_request=SimpleNamespace(is_agreed=False),
         environment=SimpleNamespace(seed=0, device="cpu", broadcast=None),
         is_main=False,

@@ -40,7 +40,8 @@ from toolkit.runs.config import RunConfig
 from toolkit.runs.files import RUN_FILES
 from toolkit.runs.registry import is_run, resolve_run_folder, run_of_checkpoint
 from toolkit.runs.status import not_a_run
-from toolkit.train.config import CallbacksConfig, Duration, TrainerConfig
+from toolkit.train.callbacks.config import CallbacksConfig
+from toolkit.train.config import Duration, TrainerConfig
 
 log = logging.getLogger(__name__)
 

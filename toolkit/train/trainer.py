@@ -23,7 +23,7 @@ from toolkit.metrics.recorder import MetricsRecorder
 from toolkit.metrics.streams import MetricStreams
 from toolkit.runs.manager import RunManager
 from toolkit.runs.status import FAILURE
-from toolkit.train.callbacks import Callback, build_callbacks
+from toolkit.train.callbacks.base import Callback
 from toolkit.train.config import TrainerConfig, TransformerTrainModuleConfig
 from toolkit.train.ending import (
     close_after_failure,
@@ -97,7 +97,7 @@ class Trainer:
         self.state = TrainState(
             config, model, train_loader, eval_loaders or {}, run, self.callbacks
         )
-        for given in (build_callbacks(config.callbacks), callbacks or {}):
+        for given in (config.callbacks.build(), callbacks or {}):
             for name, callback in given.items():
                 self.add_callback(name, callback)
         self._restored: bool | None = None

@@ -19,7 +19,7 @@ from toolkit.errors import ToolkitError, TrainingError
 from toolkit.runs.files import RUN_FILES
 from toolkit.threads import Thread
 from toolkit.train.callbacks.base import Callback
-from toolkit.train.config import CheckpointerConfig
+from toolkit.train.callbacks.config import CheckpointerConfig
 from toolkit.train.saving import begin_save
 from toolkit.train.scores import check_best_metric
 

@@ -10,7 +10,7 @@ from rich import get_console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from toolkit.train.callbacks.base import Callback
-from toolkit.train.config import ConsoleLoggerConfig
+from toolkit.train.callbacks.config import ConsoleLoggerConfig
 
 log = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ import torch
 from toolkit.metrics import system
 from toolkit.metrics.flops import device_peak_flops
 from toolkit.train.callbacks.base import Callback
-from toolkit.train.config import (
+from toolkit.train.callbacks.config import (
     GarbageCollectorConfig,
     NetworkMonitorConfig,
     SpeedMonitorConfig,
