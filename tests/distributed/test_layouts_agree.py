@@ -170,18 +170,23 @@ def alone(workers: WorkerPool) -> Any:
     return workers.run(1, numbers_of, (), tuple(MODELS), ("plain", "packed"))[0]
 
 
+def slow(*case: Any, timeout: float = 300) -> Any:
+    return pytest.param(*case, marks=[pytest.mark.slow, pytest.mark.timeout(timeout)])
+
+
 CASES = [
-    (2, ("tp",), ("llama", "windows", "experts")),
-    (2, ("cp",), ("llama", "windows", "experts")),
+    # Alone, where tests of the axis itself or its layout with another one say as much.
+    slow(2, ("tp",), ("llama", "windows", "experts")),
+    slow(2, ("cp",), ("llama", "windows", "experts")),
     (2, ("ulysses",), ("llama", "windows")),
-    (2, ("ring",), ("llama", "windows")),
-    (2, ("pp",), ("llama", "windows", "experts")),
-    (2, ("interleaved",), ("llama", "experts")),
-    (2, ("zbv",), ("windows", "experts")),
-    (2, ("ep",), ("experts",)),
+    slow(2, ("ring",), ("llama", "windows")),
+    slow(2, ("pp",), ("llama", "windows", "experts")),
+    slow(2, ("interleaved",), ("llama", "experts")),
+    slow(2, ("zbv",), ("windows", "experts")),
+    slow(2, ("ep",), ("experts",)),
     (2, ("zero1", "cp"), ("llama",)),
     (2, ("zero3", "ring"), ("llama",)),
-    (4, ("fsdp", "tp"), ("windows", "one key head", "experts")),
+    (4, ("fsdp", "tp"), ("one key head", "experts")),
     (4, ("hsdp", "cp"), ("llama",)),
     (4, ("hsdp", "tp"), ("one key head",)),
     (4, ("hsdp", "pp"), ("llama",)),
@@ -191,16 +196,14 @@ CASES = [
     (4, ("tp", "cp"), ("windows", "experts")),
     (4, ("tp", "pp"), ("windows", "experts")),
     (4, ("tp", "ep"), ("experts",)),
-    (4, ("cp", "pp"), ("windows",)),
+    slow(4, ("cp", "pp"), ("windows",)),  # as ring-zbv
     (4, ("ring", "zbv"), ("llama",)),
     (4, ("cp", "ep"), ("experts",)),
     (4, ("pp", "ep", "fsdp"), ("experts",)),
-    (8, ("pp", "cp", "tp", "ep"), ("experts",)),
-    pytest.param(6, ("fsdp", "pp of 3"), ("windows", "one key head"), marks=pytest.mark.slow),
-    pytest.param(
-        16, ("interleaved", "fsdp", "cp", "tp", "ep"), ("experts",),
-        marks=[pytest.mark.slow, pytest.mark.timeout(900)],
-    ),
+    # Each two of them are above.
+    slow(8, ("pp", "cp", "tp", "ep"), ("experts",), timeout=900),
+    slow(6, ("fsdp", "pp of 3"), ("windows", "one key head"), timeout=900),
+    slow(16, ("interleaved", "fsdp", "cp", "tp", "ep"), ("experts",), timeout=900),
 ]  # fmt: skip
 
 

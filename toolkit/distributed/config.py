@@ -27,8 +27,9 @@ class DataParallelConfig(Config, kw_only=True):
     name: EngineName
     """`ddp` replicates, `fsdp` shards (FSDP2), `hsdp` shards inside groups and replicates over
     them, `zero1`/`zero2`/`zero3` are DeepSpeed's stages."""
-    param_dtype: DType | None = None
-    """Compute type: an alias of `train_module.precision` (bfloat16 = bf16, float32 = fp32)."""
+    param_dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Compute type: an alias of `train_module.precision` (bfloat16 = bf16, float16 = fp16,
+    float32 = fp32)."""
     reduce_dtype: DType = "float32"
     """Type of gradient reductions under `fsdp` and `hsdp`."""
     num_replicas: int | None = None

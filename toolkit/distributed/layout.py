@@ -36,7 +36,10 @@ from toolkit.errors import ConfigError
 from toolkit.parents import is_accelerated
 from toolkit.wording import count
 
-Precision = Literal["auto", "fp32", "bf16"]
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
+PRECISION_OF: dict[str | None, Precision] = {
+    None: "auto", "float32": "fp32", "bfloat16": "bf16", "float16": "fp16"
+}  # fmt: skip
 
 DP_CONFIG = "train_module.dp_config"
 AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
@@ -381,20 +384,23 @@ def _precision(
     choice: Choice,
     environ: Mapping[str, str],
 ) -> tuple[Precision, tuple[str, ...]]:
-    alias: dict[str | None, Precision] = {None: "auto", "float32": "fp32", "bfloat16": "bf16"}
-    from_dp = alias[dp_config.param_dtype if dp_config else None]
+    from_dp = PRECISION_OF[dp_config.param_dtype if dp_config else None]
     if "auto" not in (asked, from_dp) and asked != from_dp:
         raise ConfigError(
             f"two precisions asked for: train_module.precision is {asked}, "
             f"{DP_CONFIG}.param_dtype is {dp_config.param_dtype if dp_config else None}; keep one"
         )
     explicit = asked if asked != "auto" else from_dp
-    launched = launcher_precision(environ)
+    launched: Precision | None = launcher_precision(environ)
+    if "fp16" in (explicit, launched) and choice.config.name.startswith("zero"):
+        raise ConfigError(
+            f"train_module.precision: fp16 does not go with {choice.config.name}; use ddp, fsdp or "
+            "hsdp, or bf16"
+        )
     bf16 = choice.config.deepspeed_config.get("bf16")
     if isinstance(bf16, dict) and bf16.get("enabled") is True:
         launched = "bf16"
     if explicit == "auto":
         return launched or "auto", ()
-    if launched and explicit == "fp32":
-        return explicit, ("precision fp32 from the config overrides the launcher's bf16",)
-    return explicit, ()
+    overridden = f"precision {explicit} from the config overrides the launcher's {launched}"
+    return explicit, (overridden,) if launched not in (None, explicit) else ()

@@ -168,7 +168,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def compute_bytes(self) -> int:
         """Of a number in the compute type."""
-        return 2 if self.precision == "bf16" else FP32
+        return 2 if self.precision != "fp32" else FP32
 
     @property
     def tokens(self) -> int:
