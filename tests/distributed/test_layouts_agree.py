@@ -200,9 +200,9 @@ CASES = [
     (4, ("ring", "zbv"), ("llama",)),
     (4, ("cp", "ep"), ("experts",)),
     (4, ("pp", "ep", "fsdp"), ("experts",)),
+    slow(6, ("fsdp", "pp of 3"), ("windows", "one key head")),
     # Each two of them are above.
     slow(8, ("pp", "cp", "tp", "ep"), ("experts",), timeout=900),
-    slow(6, ("fsdp", "pp of 3"), ("windows", "one key head"), timeout=900),
     slow(16, ("interleaved", "fsdp", "cp", "tp", "ep"), ("experts",), timeout=900),
 ]  # fmt: skip
 
