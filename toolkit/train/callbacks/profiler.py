@@ -1,6 +1,7 @@
 """torch.profiler over some steps of some ranks."""
 
 import logging
+import os
 from typing import Any
 
 import torch
@@ -40,6 +41,7 @@ class Profiler(Callback):
             )
         if config.ranks is not None and environment.rank not in config.ranks:
             return
+        os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # it tells of its own start and stop
         activities = [profiler.ProfilerActivity.CPU]
         if device == "cuda":
             activities.append(profiler.ProfilerActivity.CUDA)
