@@ -96,9 +96,9 @@ class ContextParallelConfig(Config, kw_only=True):
         check_positive(self, "degree")
 
     @property
-    def is_balanced(self) -> bool:
-        """Whether each rank has two stretches of a row."""
-        return self.load_balance == "head_tail" and self.style != "ulysses"
+    def stretches(self) -> int:
+        """Of a row that each rank has."""
+        return 2 if self.load_balance == "head_tail" and self.style != "ulysses" else 1
 
 
 class PipelineParallelConfig(Config, kw_only=True):

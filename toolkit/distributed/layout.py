@@ -48,6 +48,13 @@ EXPERT_AXES = ("pp", "dp_replicate", "efsdp", "ep")
 """Of the same ranks, as experts see them: dp_shard x cp x tp = efsdp x ep."""
 
 
+def padded_length(length: int, *, cp: int = 1, tp: int = 1, stretches: int = 1) -> int:
+    """Length of a row, made longer so that ranks have equal parts of it: each of `cp` ranks as many
+    equal `stretches`, and each of the `tp` ranks that share its part further as many positions."""
+    unit = math.lcm(cp * stretches, cp * tp)
+    return -(-length // unit) * unit
+
+
 class Layout(msgspec.Struct, frozen=True, kw_only=True):
     """What each rank holds and reads. Degrees multiply to the number of ranks, without `ep`."""
 
@@ -157,10 +164,9 @@ class Layout(msgspec.Struct, frozen=True, kw_only=True):
     def own_length(self, length: int) -> int:
         """Positions of a row of `length` that a rank has between blocks. The row is padded where
         ranks that share its positions would have unequal numbers of them."""
-        config = self.cp_config
-        is_balanced = config is not None and config.is_balanced
-        unit = math.lcm(self.cp * (2 if is_balanced else 1), self.cp * self.tp)
-        return -(-length // unit) * unit // (self.cp * self.tp)
+        stretches = 1 if self.cp_config is None else self.cp_config.stretches
+        whole = padded_length(length, cp=self.cp, tp=self.tp, stretches=stretches)
+        return whole // (self.cp * self.tp)
 
     def batch_rank(self, rank: int) -> int:
         """Which share of the rows `rank` reads; all ranks of a cp, tp or pp group read the same."""

@@ -1,10 +1,18 @@
 """What optimizers of our own share: the engine's decision about a step, taken on the device."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+T = TypeVar("T")
+
+
+def together(parameters: list[T], device: torch.device) -> list[list[T]]:
+    """Parameters to update in one go: on a CPU each by itself, so that it stays in the cache from
+    one operation to the next; elsewhere all, in few kernels."""
+    return [[one] for one in parameters] if device.type == "cpu" else [parameters]
 
 
 def prepare_gradients(optimizer: Any, gradients: Sequence[Tensor]) -> Tensor:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from toolkit.optim.foreach import prepare_gradients
+from toolkit.optim.foreach import prepare_gradients, together
 
 _SCALARS = ("step", "weight_sum", "lr_max", "beta1")
 
@@ -47,10 +47,10 @@ class ScheduleFreeAdamW(torch.optim.Optimizer):
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             self._make_state([p for p in params if not self.state[p]])
-            together: dict[int, list[Tensor]] = {}
+            alike: dict[int, list[Tensor]] = {}
             for p in params:
-                together.setdefault(id(self.state[p]["step"]), []).append(p)
-            for own in together.values():
+                alike.setdefault(id(self.state[p]["step"]), []).append(p)
+            for own in alike.values():
                 self._step(own, group)
 
     @torch.no_grad()
@@ -74,35 +74,49 @@ class ScheduleFreeAdamW(torch.optim.Optimizer):
             self.state[p] = {**{n: t.detach() for n, t in copies.items()}, **shared}
 
     def _step(self, params: list[Tensor], group: dict[str, Any]) -> None:
-        states = [self.state[p] for p in params]
-        x, z, squares = ([s[name] for s in states] for name in ("x", "z", "exp_avg_sq"))
-        step, weight_sum, lr_max, beta1 = (states[0][name] for name in _SCALARS)
-        update: list[Tensor] = [p.grad for p in params]  # type: ignore[misc]
-        taken = prepare_gradients(self, update)
-        beta2, rate = group["betas"][1], group["lr"] * taken
+        """Of parameters that share their 0-d tensors."""
+        step, weight_sum, lr_max, beta1 = (self.state[params[0]][name] for name in _SCALARS)
+        taken = prepare_gradients(self, [p.grad for p in params])  # type: ignore[misc]
+        rate = group["lr"] * taken
         tiny = torch.finfo(step.dtype).tiny
-
         step += taken
         torch.maximum(lr_max, rate, out=lr_max)
         weight = taken * step ** group["r"] * lr_max ** group["weight_lr_power"]
         weight_sum += weight
         beta1.fill_(group["betas"][0])
-
-        torch._foreach_mul_(squares, 1 - taken * (1 - beta2))
-        torch._foreach_addcmul_(squares, update, update, value=1 - beta2)
+        share = weight / weight_sum.clamp(min=tiny)
         # Where no step was taken yet, the correction is 0, and so are the squares.
-        roots = torch._foreach_div(squares, (1 - beta2**step).clamp(min=tiny))
-        torch._foreach_sqrt_(roots)
-        torch._foreach_add_(roots, group["eps"])
-        torch._foreach_div_(update, roots)
+        correction = (1 - group["betas"][1] ** step).clamp(min=tiny)
+        for own in together(params, step.device):
+            self._update(own, group, taken, rate, correction, share)
+
+    def _update(
+        self,
+        params: list[Tensor],
+        group: dict[str, Any],
+        taken: Tensor,
+        rate: Tensor,
+        correction: Tensor,
+        share: Tensor,
+    ) -> None:
+        states = [self.state[p] for p in params]
+        x, z, squares = ([s[name] for s in states] for name in ("x", "z", "exp_avg_sq"))
+        update: list[Tensor] = [p.grad for p in params]  # type: ignore[misc]
+        forgets = 1 - group["betas"][1]
+        torch._foreach_mul_(squares, 1 - taken * forgets)
+        torch._foreach_addcmul_(squares, update, update, value=forgets)
+        room = torch._foreach_div(squares, correction)
+        torch._foreach_sqrt_(room)
+        torch._foreach_add_(room, group["eps"])
+        torch._foreach_div_(update, room)
         if group["weight_decay"]:
             torch._foreach_add_(update, params, alpha=group["weight_decay"])
         torch._foreach_mul_(update, rate)
         torch._foreach_sub_(z, update)
-
-        difference = torch._foreach_sub(z, x)
-        torch._foreach_mul_(difference, weight / weight_sum.clamp(min=tiny))
-        torch._foreach_add_(x, difference)
+        torch._foreach_copy_(room, z)
+        torch._foreach_sub_(room, x)
+        torch._foreach_mul_(room, share)
+        torch._foreach_add_(x, room)
         for p, state in zip(params, states, strict=True):
             _interpolate_(p, state)
 
