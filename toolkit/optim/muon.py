@@ -2,7 +2,7 @@
 all other parameters.
 
     average = momentum * average + (1 - momentum) * gradient
-    direction = momentum * average + (1 - momentum) * gradient      with `nesterov`, else the average
+    direction = momentum * average + (1 - momentum) * gradient      with `nesterov`, else average
     update = U V', nearly, where direction = U S V'                 by `orthogonalized`
     weights -= lr * (scale * update + weight_decay * weights)
 
