@@ -13,7 +13,7 @@ from tests.checkpoint.exchange import differences, save, stored
 from tests.distributed.test_evaluating import evaluated, memory
 from tests.tiny import SEQ, module_config, open_environment, tiny_model, train_steps
 from tests.workers import WorkerPool
-from toolkit.checkpoint.load import load_checkpoint
+from toolkit.checkpoint.load import load_checkpoint, load_weights
 from toolkit.distributed import materialize
 from toolkit.distributed.config import PipelineParallelConfig, TensorParallelConfig
 from toolkit.distributed.environment import TrainingEnvironment
@@ -164,11 +164,27 @@ def test_steps_are_those_of_one_process_and_resume_to_the_last_bit(
                 torch.testing.assert_close(tensor, original[key], rtol=1e-9, atol=1e-12, msg=key)
 
 
-def test_checkpoints_of_schedule_free_hold_the_average(alone: Any) -> None:
-    _, expected = alone[True]
-    (history, _), (other, _) = expected["schedule_free_adamw"], expected["noop"]
-    assert history[0]["loss"] < other[0]["loss"]
-    state = stored(Path(alone[True][0]) / "schedule_free_adamw" / STEP)
+def evaluation_of(checkpoint: str) -> float:
+    """Of the weights in a checkpoint, by a module whose optimizer knows of no average."""
+    env = open_environment(module_config("single"))
+    try:
+        module = build("single", NoopConfig(), env, {}, is_exact=True)
+        tensors = module.state_tensors()
+        load_weights(
+            Path(checkpoint), {k: t for k, t in tensors.items() if k[:6] == "model."}, None
+        )
+        return evaluated(module)
+    finally:
+        env.close()
+
+
+def test_checkpoints_of_schedule_free_hold_the_average(workers: WorkerPool, alone: Any) -> None:
+    root, expected = alone[True]
+    checkpoint = Path(root) / "schedule_free_adamw" / STEP
+    history, evaluation = expected["schedule_free_adamw"]
+    assert workers.run(1, evaluation_of, str(checkpoint)) == [evaluation]
+    assert history[0]["loss"] < expected["noop"][0][0]["loss"]
+    state = stored(checkpoint)
     name = "blocks.0.attention.query.weight"
     kinds = {key.rpartition(".")[2] for key in state if key.startswith(f"optim.{name}.")}
     assert kinds == {"z", "exp_avg_sq", "step", "weight_sum", "lr_max", "beta1"}

@@ -187,6 +187,18 @@ def test_a_state_of_schedule_free_that_is_loaded_gives_the_same_weights() -> Non
     assert torch.equal(again["head.norm.weight"], optimizer.state[named["head.norm.weight"]]["x"])
 
 
+def test_weights_that_are_loaded_alone_are_where_schedule_free_starts() -> None:
+    weight = torch.nn.Parameter(torch.ones(3))
+    optimizer: Any = ScheduleFreeAdamWConfig(lr=0.0).build({"w": weight})
+    weight.grad = torch.zeros(3)
+    optimizer.step()
+    state = optimizer.state[weight]
+    state["step"].zero_()
+    state["x"].copy_(torch.tensor([5.0, 6.0, 7.0]))
+    optimizer.show(average=False)
+    assert weight.tolist() == state["z"].tolist() == [5.0, 6.0, 7.0]
+
+
 def test_moments_of_8_bits_take_a_quarter_of_the_memory_and_steps_are_close_to_adamw_s() -> None:
     pytest.importorskip("torchao")
 

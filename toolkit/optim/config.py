@@ -190,7 +190,7 @@ class AdamW8bitConfig(Optimizer, kw_only=True, tag_field="type", tag="adamw_8bit
         groups = self.groups(named_parameters)
         for group in groups:
             group.pop("block_size")
-        return named("torchao.optim:AdamW8bit")(groups, **self.settings)
+        return named("toolkit.optim.adamw_8bit:adamw_8bit")(groups, **self.settings)
 
 
 class ScheduleFreeAdamWConfig(Optimizer, kw_only=True, tag_field="type", tag="schedule_free_adamw"):
