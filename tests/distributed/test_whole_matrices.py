@@ -168,8 +168,8 @@ def test_work_is_spread_by_its_cost_and_stays_where_a_matrix_is_whole() -> None:
     assert min(loads) >= large[0].cost
 
 
-def refusal(engine: str) -> str:
-    config = module_config(engine, optim=MuonConfig(matrices=("blocks.*",)))
+def refusal(engine: str, optim: Any) -> str:
+    config = module_config(engine, optim=optim)
     env = open_environment(config)
     try:
         config.build(tiny_model().build(init_device="meta"), environment=env)
@@ -180,6 +180,8 @@ def refusal(engine: str) -> str:
     return ""
 
 
-def test_a_vector_is_no_matrix(workers: WorkerPool) -> None:
-    for message in workers.run(2, refusal, "fsdp"):
+def test_what_cannot_be_computed_is_refused(workers: WorkerPool) -> None:
+    for message in workers.run(2, refusal, "fsdp", MuonConfig(matrices=("blocks.*",))):
         assert "blocks.0.attention_norm.weight has the shape (32,), and is no matrix" in message
+    for message in workers.run(2, refusal, "zero2", OPTIMIZERS["own"]):
+        assert "Orthogonal does not say by 'is_matrix' in which ones its matrices are" in message

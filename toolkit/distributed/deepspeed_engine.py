@@ -60,6 +60,14 @@ class DeepSpeedEngine(Engine):
         self._stage = environment.layout.zero_stage
         optimizer = build_optimizer(self._named)
         check_whole_parameters(optimizer, are_cut=True, engine=environment.layout.name)
+        if traits_of(optimizer).takes_whole_matrices and not any(
+            "is_matrix" in group for group in optimizer.param_groups
+        ):
+            raise ConfigError(
+                f"train_module.optim: {environment.layout.name} makes each group one flat tensor, "
+                f"and {type(optimizer).__name__} does not say by 'is_matrix' in which ones its "
+                "matrices are; use ddp or fsdp, or let it put them into groups of their own"
+            )
         accelerator = build_accelerator(environment, max_grad_norm=max_grad_norm)
         with without_launcher_variables():
             self._engine: Any = accelerator.prepare(module, optimizer)[0]

@@ -60,7 +60,7 @@ class Unit(NamedTuple):
     """One matrix."""
 
     name: str
-    index: int
+    number: int
     """Among stacked ones."""
     shape: tuple[int, int]
 
@@ -86,19 +86,22 @@ class _Part(NamedTuple):
 
 
 class _Plan(NamedTuple):
+    """Who computes what, and what travels: lists of parts by the other rank."""
+
     units: list[Unit]
     """All, in an order that all ranks have."""
     slots: dict[tuple[int, int], list[Unit]]
-    """Those of this rank by shape."""
+    """Those that this rank owns, by shape."""
     local: list[_Part]
-    """What this rank holds of them."""
+    """What it holds of them."""
     gathers: bool
     """Whether any rank sends anything to an owner."""
     returns: bool
+    """Whether any owner sends results."""
     sent: list[list[_Part]]
-    """By rank, to whom they go; of the way to the owners. Results come back to them, and to `kept`:
-    parts that another rank has sent."""
+    """To owners."""
     received: list[list[_Part]]
+    """Of the matrices of this rank."""
     results_sent: list[list[_Part]]
     results_received: list[list[_Part]]
 
@@ -255,7 +258,7 @@ class WholeMatrices:
             if keeps not in own:
                 own[keeps] = torch.zeros(shapes[name][:-1], dtype=dtype, device=self.device)
         return {
-            unit: self.kept[unit.name][keeps].view(-1, unit.shape[0])[unit.index]
+            unit: self.kept[unit.name][keeps].view(-1, unit.shape[0])[unit.number]
             for unit in plan.units
         }
 
@@ -298,7 +301,7 @@ class WholeMatrices:
         for rank, areas in enumerate(everyone):
             for name, index, area in areas:
                 found.setdefault((name, index), {}).setdefault(area, []).append(rank)
-        places = {unit: found.get((unit.name, unit.index), {}) for unit in units}
+        places = {unit: found.get((unit.name, unit.number), {}) for unit in units}
         return self._routed(units, places, own)
 
     def _routed(
@@ -313,9 +316,8 @@ class WholeMatrices:
         }
         owners = assign_owners(units, whole, self._size)
         me = self._rank
-        plan = _Plan(
-            units, {}, [], False, False, *([[] for _ in range(self._size)] for _ in range(4))
-        )
+        ways: list[list[list[_Part]]] = [[[] for _ in range(self._size)] for _ in range(4)]
+        plan = _Plan(units, {}, [], False, False, *ways)
         gathers = returns = False
         for unit in units:
             owner = owners[unit]

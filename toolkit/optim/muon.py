@@ -100,7 +100,7 @@ class Muon(torch.optim.Optimizer):
     def _step_matrices(self, groups: list[dict[str, Any]]) -> None:
         members = [[p for p in group["params"] if p.grad is not None] for group in groups]
         params = [p for own in members for p in own]
-        values: list[Tensor] = [p.grad for p in params]  # type: ignore[misc]
+        values: list[Any] = [p.grad for p in params]
         taken = prepare_gradients(self, values)
         for group, own in zip(groups, members, strict=True):
             self._average(group, own, taken)
@@ -117,7 +117,7 @@ class Muon(torch.optim.Optimizer):
         )
         for group, own in zip(groups, members, strict=True):
             rate = group["lr"] * taken
-            update = [p.grad for p in own]
+            update: list[Any] = [p.grad for p in own]
             torch._foreach_mul_(own, 1 - rate * group["weight_decay"])
             torch._foreach_mul_(update, rate)
             torch._foreach_sub_(own, update)
@@ -128,7 +128,7 @@ class Muon(torch.optim.Optimizer):
             if not self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
         averages = [self.state[p]["momentum_buffer"] for p in params]
-        gradients = [p.grad for p in params]
+        gradients: list[Any] = [p.grad for p in params]
         momentum = group["momentum"]
         torch._foreach_mul_(averages, 1 - taken * (1 - momentum))
         torch._foreach_add_(averages, gradients, alpha=1 - momentum)
