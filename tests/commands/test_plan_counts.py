@@ -55,7 +55,6 @@ CASES: dict[str, dict[str, Any]] = {
     "interleaved": {"pp_config": PP.replace(schedule="Interleaved1F1B"), "passes": 8},
     "muon": {"engine": "fsdp", "optim": MuonConfig(), "model": EXPERTS},
     "normuon, tp": {"tp_config": TP, "optim": NorMuonConfig()},
-    "muon, ddp": {"engine": "ddp", "optim": MuonConfig()},
     "zbv": {"pp_config": PP.replace(schedule="ZBVZeroBubble"), "passes": 4},
 }
 OF_FOUR: dict[str, dict[str, Any]] = {

@@ -23,7 +23,6 @@ from toolkit.optim.config import (
     AdamConfig,
     AdamW8bitConfig,
     LionConfig,
-    MuonConfig,
     NoopConfig,
     NorMuonConfig,
     ScheduleFreeAdamWConfig,
@@ -38,8 +37,7 @@ ELEMENTWISE: dict[str, Optimizer] = {
     "lion": LionConfig(lr=1e-4, group_overrides=GROUPS),
     "schedule_free_adamw": ScheduleFreeAdamWConfig(lr=1e-3, weight_decay=0.1),
     "noop": NoopConfig(),
-    "muon": MuonConfig(lr=1e-3, layer_lr_decay=0.9, group_overrides=GROUPS),
-    "normuon": NorMuonConfig(lr=1e-3),
+    "normuon": NorMuonConfig(lr=1e-3, layer_lr_decay=0.9, group_overrides=GROUPS),
 }
 WHOLE: dict[str, Optimizer] = {"adafactor": AdafactorConfig(), "adamw_8bit": AdamW8bitConfig()}
 SAVED, LAST = 2, 4
