@@ -123,18 +123,18 @@ def test_a_search_finds_legal_layouts_the_fastest_first() -> None:
 
 
 def test_flags_of_a_plan_ask_for_its_layout(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = load_experiment("olmoe_1B_7B").config
+    loaded = load_experiment("olmoe_1B_7B")
     job = planned("olmoe_1B_7B", 1, "--train_module.rank_microbatch_size=4096").job
     for plan in search(job, 8, ANY._replace(batch_rows=256)).plans[::5]:
         monkeypatch.setenv("WORLD_SIZE", "8")
-        again = load_experiment("olmoe_1B_7B", flags(plan)).config
+        again = load_experiment("olmoe_1B_7B", flags(loaded, plan)).config
         layout = layout_of(again.train_module, {"WORLD_SIZE": "8"})
         wanted = plan.job.layout
         assert layout.shape == wanted.shape
         assert layout.parallel_configs == wanted.parallel_configs
         assert again.train_module.ac_config == plan.job.ac_config
         assert again.train_module.rank_microbatch_size == plan.job.rows * 4096
-    assert config.train_module.ac_config is None
+    assert loaded.config.train_module.ac_config is None
 
 
 def test_what_the_engines_refuse_is_not_proposed() -> None:
