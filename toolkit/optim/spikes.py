@@ -16,29 +16,31 @@ class SpikeDetector:
     def __init__(self, length: int, sigma_factor: float, *, device: torch.device) -> None:
         self._factor = sigma_factor
         self._needed = max(2, length // 2)
-        self._values = torch.zeros(2, length, device=device)
-        """Losses and norms; where `_count` has passed the end, it began anew."""
-        self._count = torch.zeros((), dtype=torch.int64, device=device)
+        self._values = torch.zeros(3, length, dtype=torch.float64, device=device)
+        """Losses, norms, and 1 where there is a step; where `_count` has passed the end, it began
+        anew."""
+        self._count = torch.zeros(1, dtype=torch.int64, device=device)
         """Accepted steps so far."""
-        self._places = torch.arange(length, device=device)
+        self._one = torch.ones((), dtype=torch.float64, device=device)
 
     def is_spike(self, loss: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:
         """Whether a step with these (0-d, on the device) is one; 0-d, bool. NaN is."""
-        filled = (self._places < self._count).to(self._values.dtype)
-        number = filled.sum()
-        mean = (self._values * filled).sum(-1) / number.clamp(min=1)
-        squares = ((self._values - mean[:, None]).square() * filled).sum(-1)
-        limit = mean + self._factor * (squares / (number - 1).clamp(min=1)).sqrt()
-        is_normal = (torch.stack((loss, norm)).to(limit.dtype) <= limit).all()
-        return ~is_normal & (number >= self._needed)
+        sums = self._values.sum(-1)
+        squares = (self._values * self._values).sum(-1)
+        number, sums, squares = sums[2], sums[:2], squares[:2]
+        mean = sums / number.clamp(min=1)
+        variance = (squares - sums * mean) / (number - 1).clamp(min=1)
+        limit = torch.add(mean, variance.clamp(min=0).sqrt(), alpha=self._factor)
+        is_normal = (torch.stack((loss, norm)) <= limit).all()
+        return (is_normal | (number < self._needed)).logical_not()
 
     def add(self, loss: torch.Tensor, norm: torch.Tensor, skipped: torch.Tensor) -> None:
         """Let a step that was not `skipped` (0-d, 0.0 or 1.0) enter the window."""
-        is_accepted = skipped == 0
-        is_here = (self._places == self._count % len(self._places)) & is_accepted
-        values = torch.stack((loss, norm)).to(self._values.dtype)
-        self._values = torch.where(is_here, values[:, None], self._values)
-        self._count = self._count + is_accepted
+        place = self._count.remainder(self._values.shape[1])
+        new = torch.stack((loss, norm, self._one)).unsqueeze(1)
+        old = self._values.index_select(1, place)
+        self._values.index_copy_(1, place, torch.where(skipped == 0, new, old))
+        self._count += skipped == 0
 
     def state_dict(self) -> dict[str, Any]:
         """A copy on the host."""
