@@ -46,6 +46,13 @@ CASES: dict[str, dict[str, Any]] = {
     "fsdp, bf16, one pass": {"engine": "fsdp", "precision": "bf16", "passes": 1},
     "fsdp, kept": {"engine": "fsdp", "dp": {"reshard_after_forward": False}},
     "tp": {"tp_config": TP, "ac_config": AC},
+    "tp, OLMo 2, bf16, kept": {
+        "engine": "fsdp",
+        "tp_config": TP,
+        "precision": "bf16",
+        "dp": {"reshard_after_forward": False},
+        "model": {"qk_norm": "full", "norm_placement": "reordered"},
+    },
     "cp": {"engine": "fsdp", "cp_config": CP},
     "ulysses": {"engine": "ddp", "cp_config": ULYSSES},
     "ring": {"engine": "fsdp", "cp_config": RING},

@@ -19,6 +19,9 @@ from toolkit.optim.config import AdamWConfig, ClassOptimConfig, SGDConfig
 _BLOCK = re.compile(r"blocks\.(\d+)\.(.+)")
 FP32 = 4
 
+_PUT_OFF = 0.65
+"""What a block holds for gradients of weights that are put off, of its activations: one gradient
+for each linear layer and norm (0.6 to 0.7 of Llama's and OLMo 2's blocks)."""
 _STATE = {
     "Adadelta": 2, "Adagrad": 1, "Adam": 2, "Adamax": 2, "AdamW": 2, "ASGD": 1, "NAdam": 2,
     "RAdam": 2, "RMSprop": 1, "SGD": 0,
@@ -233,14 +236,17 @@ def in_flight(config: PipelineParallelConfig | None, stage: Stage, passes: int) 
 
     1F1B: as many as there are stages from it to the last. Interleaved (Narayanan et al. 2021): of
     its chunks as many as are computed forward before the first comes back. ZBV (Qi et al. 2024): as
-    the first rank of 1F1B, and a part of one more, for which gradients of weights wait.
+    the first rank of 1F1B; at the end of a step, ranks towards the middle of the model put off the
+    gradients of weights, and meanwhile hold those of what their layers return besides.
     """
     if config is None:
         return 1.0
     if config.schedule == "1F1B":
         return float(min(passes, config.degree - stage.place))
     if config.schedule == "ZBVZeroBubble":
-        return min(passes, config.degree + 0.5)
+        most = min(passes, config.degree)
+        put_off = min(2 * stage.place + 1, 2 * most - 1)
+        return max(most, (2 * most - 1 + _PUT_OFF * put_off) / 2)
     ahead = 2 * (config.degree - stage.place - 1) + (stage.chunks - 1) * config.degree + 1
     return min(passes * stage.chunks, ahead) / stage.chunks
 
