@@ -11,11 +11,12 @@ import pytest
 from toolkit.cli import main as cli
 from toolkit.commands.plan import plan_experiment
 from toolkit.commands.plan.devices import DEVICES, find_device
+from toolkit.commands.plan.job import Stage, in_flight
 from toolkit.commands.plan.memory import fullest, least_memory, memory_of
 from toolkit.commands.plan.plans import Plan, Target, changed, job_of, plan_of
 from toolkit.commands.plan.report import flags
 from toolkit.commands.plan.search import Limits, layouts, search
-from toolkit.distributed.config import ActivationCheckpointingConfig
+from toolkit.distributed.config import ActivationCheckpointingConfig, PipelineParallelConfig
 from toolkit.distributed.layout import layout_of
 from toolkit.distributed.sizes import Besides, check_sizes
 from toolkit.errors import ConfigError
@@ -94,6 +95,22 @@ def test_a_schedule_with_a_smaller_bubble_waits_less() -> None:
     recomputing = planned("llama3_8B", 8, zero_bubble, plain[0]).time
     assert recomputing.recomputing > 0
     assert recomputing.bubble >= bubbles[0]
+
+
+@pytest.mark.parametrize(
+    ("degree", "place", "passes", "counted"),
+    [
+        (2, 0, 4, 2.17), (2, 1, 2, 2.35), (2, 1, 4, 2.48), (2, 1, 6, 2.48), (4, 0, 4, 2.96),
+        (4, 0, 8, 4.17), (4, 1, 8, 4.35), (4, 2, 8, 4.73), (4, 3, 8, 5.92),
+    ],
+)  # fmt: skip
+def test_a_zero_bubble_pipeline_holds_what_was_counted(
+    degree: int, place: int, passes: int, counted: float
+) -> None:
+    """Counted in torch's schedule with blocks of `olmo2_7B`, in microbatches of a whole stage."""
+    config = PipelineParallelConfig(degree=degree, schedule="ZBVZeroBubble")
+    stage = Stage(place, (0, 1), has_embeddings=False, has_head=False, chunks=2)
+    assert in_flight(config, stage, passes) == pytest.approx(counted, rel=0.1)
 
 
 def test_every_device_has_its_figures() -> None:
@@ -237,7 +254,16 @@ def test_length_in_epochs_waits_for_the_data(capsys: pytest.CaptureFixture[str])
         ),
         (
             ["--world-size", "8", "--train_module.tp_config.degree=16"],
-            "tp 16 does not divide the 8 processes of this run; start 16",
+            "tp 16 does not divide the 8 processes of this run; start 16 processes",
+        ),
+        # No number of processes would do.
+        (
+            ["--world-size", "8", "--train_module.tp_config.degree=3"],
+            "tp 3 does not divide model.num_heads 32; use 2 or 4",
+        ),
+        (
+            ["--world-size", "8", "--train_module.pp_config.degree=64"],
+            "has 64 stages, but the model has 32 layers; use 8",
         ),
         (
             ["--train_module.pp_config.degree=2", "--train_module.optim.lrr=1"],

@@ -176,7 +176,10 @@ def run(args: Sequence[str]) -> int:
         name = next((word for word in words if "~" in word), "~")
         return _report(f"{shortened(name)}: no such user here", EXIT_BAD_INPUT, debug=debug)
     except _UsageError as error:
-        return _report(error.format_message(), EXIT_BAD_INPUT, debug=debug)
+        message = error.format_message()
+        if message.startswith("No such command") and "Did you mean" not in message:
+            message += " `toolkit --help` lists them."
+        return _report(message, EXIT_BAD_INPUT, debug=debug)
     except SeveralErrors as error:
         number = f"{len(error.errors)} problems, one a line:"
         return _report("\n".join([number, *map(str, error.errors)]), error.exit_code, debug=debug)

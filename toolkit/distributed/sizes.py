@@ -102,7 +102,7 @@ def _misfits(layout: Layout, model: TransformerConfig) -> Iterator[tuple[str, st
             each = " of each tp rank" if layout.tp > 1 else ""
             yield (
                 "cp",
-                f"cp {layout.cp} does not divide {count(heads, 'head')}{each} (ulysses)",
+                f"cp {layout.cp} does not divide the {count(heads, 'head')}{each} (ulysses)",
                 works,
             )
     if layout.ep > 1 and model.moe is not None:

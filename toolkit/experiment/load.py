@@ -32,7 +32,7 @@ from toolkit.distributed.launcher import world_size_of
 from toolkit.distributed.layout import layout_of
 from toolkit.errors import ConfigError, ErrorList
 from toolkit.experiment.aliases import ALIASES, implied, our_path, our_value, without
-from toolkit.experiment.checks import LOADING, check_experiment, check_load_path
+from toolkit.experiment.checks import LOADING, check_experiment, check_load_path, layout_for
 from toolkit.experiment.config import ExperimentConfig
 from toolkit.experiment.recorded import stored_config
 from toolkit.experiment.sources import (
@@ -275,7 +275,8 @@ def _add_other_errors(
     if across:
         layout, ranks = None, 1
         if environ is not None:
-            layout = others.ask(layout_of, config.train_module, environ)
+            own = (layout_for, config) if has_model else (layout_of, config.train_module)
+            layout = others.ask(*own, environ)
             ranks = world_size_of(environ)
         options = {"layout": layout, "has_model": has_model, "has_names": names_known}
         others.ask(check_experiment, config, ranks, **options)

@@ -17,11 +17,10 @@ from toolkit.config.interpolation import fill
 from toolkit.config.secrets import check_no_secrets
 from toolkit.data.corpus_info import CorpusInfo, read_corpus
 from toolkit.distributed.launcher import rank_of
-from toolkit.distributed.layout import layout_of
 from toolkit.distributed.logging import setup_logging
 from toolkit.distributed.ranks import check_launcher_variables
 from toolkit.errors import EXIT_STOPPED, DataError, ErrorList, RunError
-from toolkit.experiment.checks import check_corpus, check_experiment, check_load_path
+from toolkit.experiment.checks import check_corpus, check_experiment, check_load_path, layout_for
 from toolkit.experiment.config import ExperimentConfig
 from toolkit.experiment.notices import notices
 from toolkit.experiment.resuming import plan_resume
@@ -119,7 +118,7 @@ def _run(
 ) -> int:
     environ = os.environ
     check_launcher_variables(environ)
-    layout = layout_of(config.train_module, environ)
+    layout = layout_for(config, environ)
     rank = starting.rank = rank_of(environ)
     _log_to_console(config)
     run, name = None, choose_run_name()

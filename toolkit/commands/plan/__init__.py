@@ -23,9 +23,9 @@ from toolkit.commands.plan.search import KEPT, Found, Limits, search
 from toolkit.config.named import named
 from toolkit.distributed.config import DataParallelConfig
 from toolkit.distributed.launcher import world_size_of
-from toolkit.distributed.layout import Layout, layout_of
+from toolkit.distributed.layout import Layout, fewest_ranks, layout_of
 from toolkit.errors import ConfigError
-from toolkit.experiment.checks import besides_layout, check_experiment
+from toolkit.experiment.checks import besides_layout, check_experiment, layout_for
 from toolkit.experiment.config import ExperimentConfig
 from toolkit.experiment.load import LoadedExperiment
 from toolkit.train.config import TransformerTrainModuleConfig
@@ -136,14 +136,12 @@ def _given(
 
 
 def _layout(config: ExperimentConfig, world_size: int, environ: Mapping[str, str]) -> Layout:
-    return layout_of(config.train_module, {**environ, "WORLD_SIZE": f"{world_size}"})
+    return layout_for(config, {**environ, "WORLD_SIZE": f"{world_size}"})
 
 
 def _sizes(config: ExperimentConfig) -> list[int]:
     """Numbers of ranks to try: one, or what the axes of the config multiply to, and doublings."""
-    module, unit = config.train_module, 1
-    for axis in (module.tp_config, module.cp_config, module.pp_config):
-        unit *= axis.degree if axis is not None else 1
+    unit = fewest_ranks(config.train_module)
     return [size for n in range(15) if (size := unit * 2**n) <= MOST_RANKS]
 
 
