@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import io
+import logging
 import os
 import shlex
 import socket
@@ -59,6 +60,10 @@ _OTHER_NAMES = {
 _NO_PATHS = (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EACCES)
 """What the operating system says of a path that cannot be one, or is not ours."""
 
+_CHATTY = ("torchao", "torch.utils._pytree")
+"""Loggers that warn of kernels for other devices and of each other when transformers or peft import
+torchao, which the toolkit does not use."""
+
 app = typer.Typer(
     name="toolkit",
     no_args_is_help=True,
@@ -101,6 +106,8 @@ def _toolkit(
 def main() -> None:
     """The console script: run the command line and exit with the code of what happened."""
     set_defaults()
+    for name in _CHATTY:
+        logging.getLogger(name).setLevel(logging.ERROR)
     args = sys.argv[1:]
     verbs = [word for word in args if not word.startswith("-") and word != "data"]
     verb = verbs[0] if verbs else ""

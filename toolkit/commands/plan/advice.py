@@ -71,6 +71,6 @@ def _layouts(job: Job) -> Iterator[tuple[Layout, list[str]]]:
 def _modes(job: Job) -> Iterator[tuple[ActivationCheckpointingConfig | None, list[str]]]:
     yield job.ac_config, []
     for mode in ("selected_blocks", "full"):
-        config = ActivationCheckpointingConfig(mode=mode)  # type: ignore[arg-type]
+        config = ActivationCheckpointingConfig(mode=mode)
         if config != job.ac_config:
             yield config, [f"{_MODULE}ac_config={{mode: {mode}}}"]
