@@ -61,8 +61,7 @@ _NO_PATHS = (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EACCES)
 """What the operating system says of a path that cannot be one, or is not ours."""
 
 _CHATTY = ("torchao", "torch.utils._pytree")
-"""Loggers that warn of kernels for other devices and of each other when transformers or peft import
-torchao, which the toolkit does not use."""
+"""Loggers that tell of kernels for other devices when transformers or peft import torchao."""
 
 app = typer.Typer(
     name="toolkit",
