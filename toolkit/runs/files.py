@@ -51,6 +51,11 @@ class RunFiles(msgspec.Struct, frozen=True):
     system_metrics: str = "metrics/system.jsonl"
     """The machine: GPU, CPU, memory, disk, network interfaces."""
 
+    samples: str = "metrics/samples.jsonl"
+    """Text generated from the model; absent where none was."""
+
+    trackers: str = "trackers"
+    """Folder: how far each tracker has been told; absent where none is enabled."""
     tensorboard: str = "tb"
     """Folder: TensorBoard event files in train/, eval/, network/, system/."""
     checkpoints: str = "checkpoints"

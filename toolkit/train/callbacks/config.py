@@ -15,6 +15,16 @@ from toolkit.config.base import check_not_negative, check_positive
 from toolkit.config.named import users_subclass
 from toolkit.config.paths import PathOrURL
 from toolkit.train.callbacks.config_base import CallbackConfig
+from toolkit.train.trackers.config import (
+    AimConfig,
+    ClearMLConfig,
+    CometConfig,
+    MLflowConfig,
+    SwanLabConfig,
+    TensorBoardConfig,
+    TrackioConfig,
+    WandBConfig,
+)
 
 
 class ConsoleLoggerConfig(CallbackConfig, kw_only=True):
@@ -171,6 +181,14 @@ class CallbacksConfig(Config, kw_only=True):
     network_monitor: NetworkMonitorConfig = NetworkMonitorConfig()
     system_monitor: SystemMonitorConfig = SystemMonitorConfig()
     lm_evaluator: LMEvaluatorConfig = LMEvaluatorConfig()
+    tensorboard: TensorBoardConfig = TensorBoardConfig()
+    wandb: WandBConfig = WandBConfig()
+    trackio: TrackioConfig = TrackioConfig()
+    mlflow: MLflowConfig = MLflowConfig()
+    comet: CometConfig = CometConfig()
+    clearml: ClearMLConfig = ClearMLConfig()
+    swanlab: SwanLabConfig = SwanLabConfig()
+    aim: AimConfig = AimConfig()
     checkpointer: CheckpointerConfig = CheckpointerConfig()
     sample_writer: SampleWriterConfig = SampleWriterConfig()
     console_logger: ConsoleLoggerConfig = ConsoleLoggerConfig()
