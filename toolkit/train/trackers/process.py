@@ -22,11 +22,13 @@ import toolkit
 from toolkit.runs.files import RUN_FILES
 from toolkit.threads import Thread
 from toolkit.train.trackers.config import TRACKERS, TrackerConfig
-from toolkit.train.trackers.sender import End, Sender, behind_message
+from toolkit.train.trackers.sender import LATER, End, Sender
 from toolkit.train.trackers.services import Outcome
 
 log = logging.getLogger(__name__)
 
+_INFO, _WARNING, _END = "info", "warning", "end"
+"""First words of the lines that the process says; after the last one it ends as it should."""
 _NICE = 10
 """Training goes first where processors are few."""
 _SECONDS_TO_DIE = 3.0
@@ -74,10 +76,8 @@ class SenderProcess:
         self._write(f"{outcome}\n".encode())
         with contextlib.suppress(OSError):
             self._pipe(self._process.stdin).close()
-        try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(self._config.flush_seconds + _SECONDS_TO_DIE)
-        except subprocess.TimeoutExpired:
-            log.warning("%s: does not end, and is killed", self._config.title)
         with contextlib.suppress(OSError):  # what a library left behind
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
@@ -90,9 +90,14 @@ class SenderProcess:
             pipe.flush()
 
     def _listen(self) -> None:
+        has_ended = False
         for line in self._pipe(self._process.stdout):
             kind, _, text = line.decode(errors="replace").rstrip().partition(" ")
-            log.log(logging.WARNING if kind == "warning" else logging.INFO, "%s", text)
+            has_ended |= kind == _END
+            if text:
+                log.log(logging.INFO if kind == _INFO else logging.WARNING, "%s", text)
+        if not has_ended:
+            log.warning("%s: its process was killed or has failed; %s", self._config.title, LATER)
 
     @staticmethod
     def _pipe(pipe: IO[bytes] | None) -> IO[bytes]:
@@ -120,16 +125,15 @@ def main() -> None:
         folder,
         config,
         attempt=job.attempt,
-        warn=lambda text: say("warning", text),
-        tell=lambda text: say("info", text),
+        warn=lambda text: say(_WARNING, text),
+        tell=lambda text: say(_INFO, text),
     )
     for target, name in ((_read_word, "word"), (_watch_parent, "parent")):
         Thread(target=target, args=(end, job.parent), name=name, daemon=True).start()
     threading.Thread(
         target=_bound, args=(end, sender, config, say), name="bound", daemon=True
     ).start()
-    if not sender.run(end):
-        say("warning", behind_message(config.title, sender.num_behind))
+    say(_END, "" if sender.run(end) else sender.behind_message())
     _die()
 
 
@@ -148,7 +152,7 @@ def _watch_parent(end: End, parent: int) -> None:
 def _bound(end: End, sender: Sender, config: TrackerConfig, say: Any) -> None:
     end.wait(threading.TIMEOUT_MAX)
     time.sleep(config.flush_seconds)
-    say("warning", behind_message(config.title, sender.num_behind))
+    say(_END, sender.behind_message())
     _die()
 
 

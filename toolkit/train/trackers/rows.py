@@ -99,7 +99,8 @@ class Rows:
         """Look for new records."""
         for stream, tail in self._tails.items():
             waiting, sent = self._waiting[stream], self.sent.get(stream, -1)
-            while len(waiting) < _MOST_WAITING:
+            # A row needs all records of its step, however many.
+            while len(waiting) < _MOST_WAITING or waiting[0]["step"] == waiting[-1]["step"]:
                 found = tail.read()
                 waiting.extend(record for record in found if record["step"] > sent)
                 if stream == TRAIN and found:

@@ -33,6 +33,8 @@ _SECONDS_FOR_FACTS = 5.0
 """How long the first rows wait for git and environment, which are looked at in the background."""
 _LONGEST_PAUSE = 60.0
 
+LATER = "what is missing is sent by the next `toolkit resume`, or by `toolkit runs send RUN_DIR`"
+
 Say = Callable[[str], None]
 
 
@@ -99,11 +101,11 @@ class Sender:
         self._path = folder / RUN_FILES.trackers / f"{config.field}.json"
         self._session: _Session | None = None
 
-    @property
-    def num_behind(self) -> int:
-        """Steps that are recorded and not sent."""
+    def behind_message(self) -> str:
+        """That steps were not sent, and what sends them."""
         recorded = last_record(self._folder / RUN_FILES.train_metrics).get("step", 0)
-        return max(0, int(recorded) - max(0, self._load().row))
+        missing = count(max(0, int(recorded) - max(0, self._load().row)), "step")
+        return f"{self._config.title}: {missing} not sent; {LATER}"
 
     def run(self, end: End) -> bool:
         """Send until the end; whether everything was sent. Errors of the service are a warning."""
@@ -210,14 +212,6 @@ class Sender:
 
     def _save(self, sent: Sent) -> None:
         write_json_atomic(self._path, sent)
-
-
-def behind_message(title: str, num_behind: int) -> str:
-    """That steps were not sent, and what sends them."""
-    return (
-        f"{title}: {count(num_behind, 'step')} not sent; the next `toolkit resume` sends them, or "
-        "`toolkit runs send RUN_DIR`"
-    )
 
 
 def _line(error: Exception) -> str:
