@@ -12,9 +12,9 @@ All variants train the same model class on the same tokens with fused AdamW and 
 - Accelerate: the bare loop with a prepared model, optimizer and DataLoader.
 - HF Trainer: `transformers.Trainer`, logging every 5 steps, no progress bar and no TensorBoard.
 
-With `--tracker wandb` (in offline mode; or trackio, mlflow), toolkit also runs with that tracker. Its
-process shares the core, but not the CPU time that is shown. Its start takes seconds of CPU, so a
-turn should have some thousand steps.
+With `--tracker wandb` (in offline mode; or trackio, mlflow), toolkit also runs with that tracker.
+Its process shares the core, but not the CPU time that is shown. Its start takes seconds of CPU, so
+a turn should have some thousand steps.
 
 A turn is a whole run of each; its first steps and what comes after the last are not counted. Time
 per step is a turn's time divided by its steps, so that work done every n steps counts too.

@@ -13,34 +13,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.train.trackers._runs import COMET, noted
 from toolkit.train.trackers.wandb_files import steps_in
 
 TIMEOUT = 120
-FAKE = """
-import json, os, time
-def note(*words):
-    with open(os.environ["FAKE_CALLS"], "a") as file:
-        file.write(json.dumps(words) + "\\n")
-mode = os.environ.get("FAKE_MODE", "")
-ExperimentConfig = dict
-class Run:
-    url = "https://fake"
-    def __init__(self, key): self.key = key
-    def get_key(self): return self.key
-    def log_parameters(self, values): print("noise")
-    def log_other(self, *words): note(*words)
-    def log_metrics(self, values, step):
-        note("row", step, values["train/loss"])
-        if mode == "hang": time.sleep(1000)
-    def log_text(self, *words, **more): pass
-    def flush(self): pass
-    def end(self): note("end")
-def start(experiment_key, **options):
-    note("start", experiment_key)
-    if mode == "down": raise ConnectionError("refused")
-    if mode == "exit": os._exit(3)
-    return Run(experiment_key)
-"""
 
 
 def train(folder: Path, configs: dict, how: str, first: int, last: int, **environ: str):
@@ -138,7 +114,7 @@ def test_mlflow_holds_each_step_once(real):
 @pytest.fixture
 def fake(tmp_path):
     """A folder with a fake of Comet's library, which writes down its calls."""
-    (tmp_path / "comet_ml.py").write_text(FAKE)
+    (tmp_path / "comet_ml.py").write_text(COMET)
     calls = tmp_path / "calls"
     calls.touch()
     paths = f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
@@ -147,10 +123,6 @@ def fake(tmp_path):
 
 def comet(**settings):
     return {"comet": {"enabled": True, "send_interval": 0.1, "flush_seconds": 30.0} | settings}
-
-
-def noted(calls, word):
-    return [c for c in map(json.loads, calls.read_text().splitlines()) if c[0] == word]
 
 
 def test_a_killed_training_leaves_no_process_and_its_resume_no_gap(fake, tmp_path):

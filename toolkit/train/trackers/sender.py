@@ -90,7 +90,7 @@ class Sender:
     """Sends the metrics of the run in `folder` to one service.
 
     attempt: of the run; once there is a later one, this sender stops, and sends nothing of what
-    that one has written. None: whichever there is.
+    that one has written. None: nobody trains the run; its last step is sent however it ended.
     """
 
     def __init__(
@@ -135,7 +135,7 @@ class Sender:
         sent = session.sent
         self._describe(session)
         # After a stop or a crash the last step may get more: it waits for the next attempt.
-        is_over = outcome in ("finished", "failed")
+        is_over = outcome in ("finished", "failed") or self._attempt is None
         while True:
             session.rows.read()
             if self._is_superseded():
