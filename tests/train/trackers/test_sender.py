@@ -3,6 +3,7 @@
 import pytest
 
 from tests.train.trackers._runs import open_run, write_steps
+from toolkit.config.secrets import mask_secrets
 from toolkit.errors import ConfigError
 from toolkit.metrics.streams import MetricStreams
 from toolkit.train.callbacks.config import CallbacksConfig
@@ -206,8 +207,9 @@ def test_missing_credentials_are_said_with_the_variable(config, environ, said, m
     if said is None:
         config.check(environ)
     else:
-        with pytest.raises(ConfigError, match=said):
+        with pytest.raises(ConfigError, match=said) as caught:
             config.check(environ)
+        assert mask_secrets(str(caught.value)) == str(caught.value)  # as it is printed
 
 
 def test_a_login_in_a_file_is_credentials(tmp_path, monkeypatch):

@@ -56,8 +56,8 @@ def test_missing_credentials_end_before_anything_is_made(
     [(code, message)] = workers.run(1, run, str(tmp_path), {"COMET_API_KEY": ""})
     assert code == 2
     assert message == (
-        "trainer.callbacks.comet: Comet has no credentials: set COMET_API_KEY, run `comet login`, "
-        "or --trainer.callbacks.comet.mode=offline"
+        "trainer.callbacks.comet: no login for Comet is found here; set COMET_API_KEY, run "
+        "`comet login`, or --trainer.callbacks.comet.mode=offline"
     )
     assert not (tmp_path / "run").exists()
 

@@ -77,7 +77,7 @@ class TrackerConfig(CallbackConfig, kw_only=True):
                 key=self.key,
             )
         if (problem := self.missing_credentials(environ)) is not None:
-            raise ConfigError(f"{self.title} has no credentials: {problem}", key=self.key)
+            raise ConfigError(f"no login for {self.title} is found here; {problem}", key=self.key)
 
     def missing_credentials(self, environ: Mapping[str, str]) -> str | None:
         """What to do about credentials that are not there; None: nothing."""
