@@ -2,7 +2,7 @@
 
 Training writes one line, what to send; at its end another, how it ended; and closes the pipe. When
 training dies, the pipe closes without the second line. Whatever a library does (hang, crash, hold
-the interpreter, leave a process behind) happens here, in a session of its own, which is killed.
+the interpreter, leave a process behind) happens in a process group of its own, which is killed.
 """
 
 import contextlib
@@ -62,7 +62,8 @@ class SenderProcess:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            start_new_session=True,
+            # Signals of a terminal do not reach it; in the same session, `nice` still counts.
+            process_group=0,
             env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
         )
         job = Job(str(folder), attempt, msgspec.to_builtins(config), os.getpid())

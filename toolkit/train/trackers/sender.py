@@ -35,7 +35,7 @@ _LONGEST_PAUSE = 60.0
 
 LATER = "what is missing is sent by the next `toolkit resume`, or by `toolkit runs send RUN_DIR`"
 
-Say = Callable[[str], None]
+Say = Callable[[str], object]
 
 
 class Sent(msgspec.Struct, kw_only=True):

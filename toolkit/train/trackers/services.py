@@ -64,7 +64,7 @@ class Opened(NamedTuple):
 class Service:
     """One run at one service. All methods may raise anything; they are then called again."""
 
-    def __init__(self, config: Any, run: TrackedRun, tell: Callable[[str], None]) -> None:
+    def __init__(self, config: Any, run: TrackedRun, tell: Callable[[str], object]) -> None:
         self.config, self.run, self.tell = config, run, tell
         self.name = config.name or run.name
         self.project = config.project or run.project
@@ -454,7 +454,7 @@ SERVICES: dict[str, type[Service]] = {
 """Name in `trainer.callbacks` -> service."""
 
 
-def open_service(config: TrackerConfig, run: TrackedRun, tell: Callable[[str], None]) -> Service:
+def open_service(config: TrackerConfig, run: TrackedRun, tell: Callable[[str], object]) -> Service:
     """The service of a config, not opened yet."""
     return SERVICES[config.field](config, run, tell)
 
