@@ -56,6 +56,11 @@ class RunFiles(msgspec.Struct, frozen=True):
 
     trackers: str = "trackers"
     """Folder: how far each tracker has been told; absent where none is enabled."""
+    spikes: str = "metrics/spikes.jsonl"
+    """One line per spike of loss or gradient norm, where `stability_monitor` is on."""
+    profiles: str = "profiles"
+    """Folder: traces of `profiler`, by rank and step."""
+
     tensorboard: str = "tb"
     """Folder: TensorBoard event files in train/, eval/, network/, system/."""
     checkpoints: str = "checkpoints"

@@ -19,7 +19,7 @@ from toolkit.train.trackers.config import (
     check_trackers,
 )
 from toolkit.train.trackers.sender import End, Sender
-from toolkit.train.trackers.services import Opened, Service
+from toolkit.train.trackers.service import Opened, Service
 
 
 class Remote:

@@ -8,7 +8,8 @@ import pytest
 
 from toolkit.train.trackers.config import TRACKERS
 from toolkit.train.trackers.rows import Row
-from toolkit.train.trackers.services import TrackedRun, flat, open_service
+from toolkit.train.trackers.service import TrackedRun, flat
+from toolkit.train.trackers.services import open_service
 
 ROWS = [
     Row(1, 5.0, {"train/loss": 2.0, "network/grad_norm/total": 1.0}, []),

@@ -14,7 +14,7 @@ from toolkit.commands import runs
 from toolkit.errors import ConfigError, RunError
 from toolkit.metrics.streams import MetricStreams
 from toolkit.train.trackers import sender
-from toolkit.train.trackers.services import Opened, Service
+from toolkit.train.trackers.service import Opened, Service
 
 ON = "--trainer.callbacks.comet={enabled: true, send_interval: 0.05, flush_seconds: 30}"
 

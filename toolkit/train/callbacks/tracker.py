@@ -6,7 +6,7 @@ from toolkit.runs.status import read_status
 from toolkit.train.callbacks.base import Callback
 from toolkit.train.trackers.config import TrackerConfig
 from toolkit.train.trackers.process import SenderProcess
-from toolkit.train.trackers.services import Outcome
+from toolkit.train.trackers.service import Outcome
 
 
 class Tracker(Callback):

@@ -23,7 +23,7 @@ from toolkit.runs.files import RUN_FILES
 from toolkit.threads import Thread
 from toolkit.train.trackers.config import TRACKERS, TrackerConfig
 from toolkit.train.trackers.sender import LATER, End, Sender
-from toolkit.train.trackers.services import Outcome
+from toolkit.train.trackers.service import Outcome
 
 log = logging.getLogger(__name__)
 

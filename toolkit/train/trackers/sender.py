@@ -25,7 +25,8 @@ from toolkit.storage.foreign import read_json
 from toolkit.storage.locks import locked
 from toolkit.train.trackers.config import TrackerConfig
 from toolkit.train.trackers.rows import FILES, Rows
-from toolkit.train.trackers.services import Outcome, Service, TrackedRun, open_service
+from toolkit.train.trackers.service import Outcome, Service, TrackedRun
+from toolkit.train.trackers.services import open_service
 from toolkit.wording import count, shortened
 
 _FACTS = {"git": RUN_FILES.git, "environment": RUN_FILES.environment, "command": RUN_FILES.command}

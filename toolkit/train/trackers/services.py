@@ -11,7 +11,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 from toolkit.train.trackers.config import (
     AimConfig,
@@ -24,66 +24,14 @@ from toolkit.train.trackers.config import (
     WandBConfig,
 )
 from toolkit.train.trackers.rows import Row
+from toolkit.train.trackers.service import Opened, Outcome, Service, TrackedRun, cells, flat
 from toolkit.train.trackers.wandb_files import last_step_in
-
-Outcome = Literal["finished", "failed", "stopped", "killed"]
 
 _LONGEST_PARAM = 5_000
 """Characters that MLflow's stores take as the value of a parameter or tag, with room to spare."""
 _MOST_METRICS, _MOST_PARAMS = 1_000, 100
 """Of one request to MLflow."""
 _NOT_IN_MLFLOW = re.compile(r"[^\w\-. :/]")
-
-
-class TrackedRun(NamedTuple):
-    """What a service is told of a run besides its metrics."""
-
-    folder: Path
-    name: str
-    project: str
-    key: str
-    """32 hexadecimal digits, chosen once for each run folder and service."""
-
-    @property
-    def scratch(self) -> Path:
-        """Where libraries keep their files."""
-        return self.folder / "trackers"
-
-
-class Opened(NamedTuple):
-    """A run at a service."""
-
-    run_id: str | None
-    """What `open` takes to continue it."""
-    last_step: int | None = None
-    """The last step that the service has (-1: none); None: it does not say."""
-    where: str | None = None
-    """Where to look at it."""
-
-
-class Service:
-    """One run at one service. All methods may raise anything; they are then called again."""
-
-    def __init__(self, config: Any, run: TrackedRun, tell: Callable[[str], object]) -> None:
-        self.config, self.run, self.tell = config, run, tell
-        self.name = config.name or run.name
-        self.project = config.project or run.project
-
-    def open(self, run_id: str | None) -> Opened:
-        """Create the run, or continue the one that was opened as `run_id`."""
-        raise NotImplementedError
-
-    def describe(self, facts: dict[str, Any]) -> None:
-        """Store config, git, environment and command; called again when they change."""
-        raise NotImplementedError
-
-    def send(self, rows: Sequence[Row], *, again: bool) -> None:
-        """Store rows, in step order; `again`: some may be there from a call that was cut off."""
-        raise NotImplementedError
-
-    def finish(self, outcome: Outcome) -> None:
-        """Deliver what the library still holds, and mark how the run ended."""
-        raise NotImplementedError
 
 
 class WandB(Service):
@@ -129,7 +77,7 @@ class WandB(Service):
         for row in rows:
             values: dict[str, Any] = dict(row.values)
             if row.samples:
-                values["samples"] = wandb.Table(columns=["prompt", "text"], data=_cells(row))
+                values["samples"] = wandb.Table(columns=["prompt", "text"], data=cells(row))
             self._run.log(values, step=row.step, commit=True)
 
     def finish(self, outcome: Outcome) -> None:
@@ -176,7 +124,7 @@ class Trackio(Service):
         for row in rows:
             values: dict[str, Any] = dict(row.values)
             if row.samples:
-                values["samples"] = trackio.Table(columns=["prompt", "text"], data=_cells(row))
+                values["samples"] = trackio.Table(columns=["prompt", "text"], data=cells(row))
             self._run.log(values, step=row.step)
 
     def finish(self, outcome: Outcome) -> None:
@@ -255,7 +203,7 @@ class MLflow(Service):
             self._client.log_batch(self._id, metrics=some)
         for row in rows:
             if row.samples:
-                text = "\n\n".join(prompt + text for prompt, text in _cells(row))
+                text = "\n\n".join(prompt + text for prompt, text in cells(row))
                 with self._samples_may_fail():
                     self._client.log_text(self._id, text, f"samples/step{row.step}.txt")
 
@@ -309,7 +257,7 @@ class Comet(Service):
     def send(self, rows: Sequence[Row], *, again: bool) -> None:
         for row in rows:
             self._run.log_metrics(row.values, step=row.step)
-            for prompt, text in _cells(row):
+            for prompt, text in cells(row):
                 self._run.log_text(prompt + text, step=row.step)
         self._run.flush()
 
@@ -354,7 +302,7 @@ class ClearML(Service):
             for name, value in row.values.items():
                 title, _, series = name.partition("/")
                 logger.report_scalar(title, series, value=value, iteration=row.step)
-            for prompt, text in _cells(row):
+            for prompt, text in cells(row):
                 logger.report_text(f"sample at step {row.step}: {prompt}{text}")
         self._task.flush()
 
@@ -367,8 +315,6 @@ class ClearML(Service):
 
 
 class SwanLab(Service):
-    """A step that is there already is left as it is."""
-
     config: SwanLabConfig
 
     def open(self, run_id: str | None) -> Opened:
@@ -396,7 +342,7 @@ class SwanLab(Service):
         for row in rows:
             values: dict[str, Any] = dict(row.values)
             if row.samples:
-                values["samples"] = [Text(text, caption=prompt) for prompt, text in _cells(row)]
+                values["samples"] = [Text(text, caption=prompt) for prompt, text in cells(row)]
             self._run.log(values, step=row.step)
 
     def finish(self, outcome: Outcome) -> None:
@@ -434,7 +380,7 @@ class Aim(Service):
         for row in rows:
             for name, value in row.values.items():
                 self._run.track(value, name=name, step=row.step)
-            for prompt, text in _cells(row):
+            for prompt, text in cells(row):
                 self._run.track(Text(prompt + text), name="samples", step=row.step)
 
     def finish(self, outcome: Outcome) -> None:
@@ -457,23 +403,6 @@ SERVICES: dict[str, type[Service]] = {
 def open_service(config: TrackerConfig, run: TrackedRun, tell: Callable[[str], object]) -> Service:
     """The service of a config, not opened yet."""
     return SERVICES[config.field](config, run, tell)
-
-
-def flat(facts: dict[str, Any], before: str = "") -> dict[str, str]:
-    """`{"a": {"b": 1}}` as `{"a.b": "1"}`; lists as JSON."""
-    found: dict[str, str] = {}
-    for name, value in facts.items():
-        if isinstance(value, dict):
-            found |= flat(value, f"{before}{name}.")
-        else:
-            text = value if isinstance(value, str) else json.dumps(value, default=str)
-            found[f"{before}{name}"] = text
-    return found
-
-
-def _cells(row: Row) -> list[list[str]]:
-    """Prompt and text of each sample."""
-    return [[sample["prompt"], sample["text"]] for sample in row.samples]
 
 
 def _parts(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
