@@ -54,6 +54,11 @@ def real(tmp_path_factory):
     (folder / "metrics" / "samples.jsonl").write_text(json.dumps(sample) + "\n")
     second = train(folder, configs, "finish", 7, 20, **environ)
     assert second.returncode == 0, second.stderr
+    (folder.parent / "mlruns").rename(place / "mlruns")
+    del configs["wandb"]
+    configs["trackio"]["folder"] = str(place / "elsewhere")
+    third = train(folder, configs, "finish", 21, 23, **environ)
+    assert third.returncode == 0, third.stderr
     return folder, second.stderr
 
 
@@ -98,8 +103,7 @@ print(json.dumps([S.get_logs("exp", "first"), S.get_run_config("exp", "first")],
 
 def test_mlflow_holds_each_step_once(real):
     folder, log = real
-    [run] = [p.parent for p in (folder.parent / "mlruns").glob("*/*/metrics")]
-    assert run.name == sent(folder, "mlflow")["run_id"]
+    [run] = [p.parent for p in (folder.parents[2] / "mlruns").glob("*/*/metrics")]
     lines = (run / "metrics" / "train" / "loss").read_text().splitlines()
     assert [int(line.split()[2]) for line in lines] == list(range(1, 21))
     evals = (run / "metrics" / "val" / "loss").read_text().splitlines()
@@ -109,6 +113,16 @@ def test_mlflow_holds_each_step_once(real):
     assert (run / "artifacts" / "samples" / "step20.txt").read_text() == "ab"
     assert "status: 3" in (run / "meta.yaml").read_text()  # FINISHED
     assert "not sent" not in log
+
+
+def test_on_a_machine_without_the_store_all_is_sent_from_the_run_folder(real):
+    folder, _ = real
+    [losses] = (folder.parent / "mlruns").glob("*/*/metrics/train/loss")
+    assert losses.parents[2].name == sent(folder, "mlflow")["run_id"]
+    steps = [int(line.split()[2]) for line in losses.read_text().splitlines()]
+    assert steps == list(range(1, 24))
+    assert (folder.parents[2] / "elsewhere" / "exp.db").stat().st_size > 0
+    assert sent(folder, "trackio")["row"] == 23
 
 
 @pytest.fixture

@@ -39,7 +39,9 @@ class Remote:
                     remote.fail_open -= 1
                     raise OSError("no route to host; token=hf_abcdefghijklmnopqrst")
                 remote.runs.append(run_id)
-                return Opened(run_id or f"id-{self.run.key[:4]}", remote.last_step)
+                return Opened(
+                    run_id or f"id-{self.run.key[:4]}", remote.last_step, "http://me:secret@host"
+                )
 
             def describe(self, facts):
                 remote.facts |= facts
@@ -106,6 +108,7 @@ def test_every_step_once_over_a_crash_and_a_resume(folder, remote):
     assert remote.runs[0] is None
     assert remote.runs[1].startswith("id-")
     assert remote.outcomes == ["killed", "finished"]
+    assert '"http://me:***@host"' in (folder / "trackers" / "wandb.json").read_text()
     run_sender(folder, attempt=None)
     assert remote.steps == list(range(1, 21))
 

@@ -154,6 +154,17 @@ def test_aim(tmp_path, calls, monkeypatch):
     assert named(calls, "Run")[-1][1]["run_hash"] == "h"
     assert len(named(calls, "run.add_tag")) == 1
 
+    class MissingRunError(RuntimeError):
+        pass
+
+    def lost(run_hash, **options):
+        if run_hash is not None:
+            raise MissingRunError
+        return run
+
+    use(monkeypatch, "aim", Run=lost, Text=str.upper)
+    assert track(tmp_path, "aim", run_id="h").last_step == -1  # all is sent to the new one
+
 
 def test_nested_facts_are_flat_texts():
     assert flat(FACTS) == FLAT

@@ -64,7 +64,8 @@ class SenderProcess:
             stderr=subprocess.DEVNULL,
             # Signals of a terminal do not reach it; in the same session, `nice` still counts.
             process_group=0,
-            env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
+            # Not the service of a `wandb` that training itself has opened.
+            env={k: v for k, v in os.environ.items() if k != "WANDB_SERVICE"},
         )
         job = Job(str(folder), attempt, msgspec.to_builtins(config), os.getpid())
         self._write(msgspec.json.encode(job) + b"\n")

@@ -165,7 +165,7 @@ class Sender:
         self._save(sent)
         service = open_service(self._config, run, self._warn)
         opened = service.open(sent.run_id)
-        sent.run_id, sent.where = opened.run_id, opened.where
+        sent.run_id, sent.where = opened.run_id, mask_secrets(opened.where)
         last = opened.last_step
         if last is not None:
             sent.sending = False
@@ -173,8 +173,8 @@ class Sender:
                 # More than was noted before a crash, or less: what a library held went with it.
                 sent.row, sent.steps = last, dict.fromkeys(FILES, last)
         self._save(sent)
-        if opened.where:
-            self._tell(f"{self._config.title}: {opened.where}")
+        if sent.where:
+            self._tell(f"{self._config.title}: {sent.where}")
         streams = self._config.streams
         return _Session(
             service, sent, lambda: Rows(self._folder, streams, sent=sent.steps, row=sent.row)

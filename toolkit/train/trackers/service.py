@@ -1,7 +1,7 @@
 """`Service`, what a sender asks of a tracking service, and what it tells it."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -76,3 +76,8 @@ def flat(facts: dict[str, Any], before: str = "") -> dict[str, str]:
 def cells(row: Row) -> list[list[str]]:
     """Prompt and text of each sample."""
     return [[sample["prompt"], sample["text"]] for sample in row.samples]
+
+
+def parts(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
+    """`items`, up to `size` at a time."""
+    return (items[first : first + size] for first in range(0, len(items), size))

@@ -4,12 +4,11 @@ All are used directly, and not through Accelerate's trackers: those need torch, 
 only sends has no use for, and cannot tell which step a service has already.
 """
 
-import contextlib
+import functools
 import importlib
 import json
 import os
-import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,21 +16,15 @@ from toolkit.train.trackers.config import (
     AimConfig,
     ClearMLConfig,
     CometConfig,
-    MLflowConfig,
     SwanLabConfig,
     TrackerConfig,
     TrackioConfig,
     WandBConfig,
 )
+from toolkit.train.trackers.mlflow_service import MLflow
 from toolkit.train.trackers.rows import Row
 from toolkit.train.trackers.service import Opened, Outcome, Service, TrackedRun, cells, flat
 from toolkit.train.trackers.wandb_files import last_step_in
-
-_LONGEST_PARAM = 5_000
-"""Characters that MLflow's stores take as the value of a parameter or tag, with room to spare."""
-_MOST_METRICS, _MOST_PARAMS = 1_000, 100
-"""Of one request to MLflow."""
-_NOT_IN_MLFLOW = re.compile(r"[^\w\-. :/]")
 
 
 class WandB(Service):
@@ -97,21 +90,19 @@ class Trackio(Service):
             os.environ["TRACKIO_DIR"] = str(Path(config.folder).expanduser().absolute())
         import trackio
 
-        def init(name: str, resume: str) -> Any:
-            return trackio.init(
-                project=self.project,
-                name=name,
-                group=config.group,
-                space_id=config.space_id,
-                resume=resume,
-                embed=False,
-                auto_log_gpu=False,
-                auto_log_cpu=False,
-            )
-
-        self._run: Any = init(run_id or self.name, "must" if run_id else "allow")
+        init = functools.partial(
+            trackio.init,
+            project=self.project,
+            group=config.group,
+            space_id=config.space_id,
+            resume="allow",  # on a machine without its database, all is sent again
+            embed=False,
+            auto_log_gpu=False,
+            auto_log_cpu=False,
+        )
+        self._run: Any = init(name=run_id or self.name)
         if run_id is None and self._run._next_step > 0:  # another run's
-            self._run = init(f"{self.name}-{self.run.key[:6]}", "allow")
+            self._run = init(name=f"{self.name}-{self.run.key[:6]}")
         return Opened(self._run.name, self._run._next_step - 1, config.space_id or config.folder)
 
     def describe(self, facts: dict[str, Any]) -> None:
@@ -129,95 +120,6 @@ class Trackio(Service):
 
     def finish(self, outcome: Outcome) -> None:
         self._run.finish()
-
-
-class MLflow(Service):
-    """Metrics have a step and a time. A store takes the same step twice, so what may be there
-    already is asked for."""
-
-    config: MLflowConfig
-
-    def open(self, run_id: str | None) -> Opened:
-        own = (self.run.folder.parent / "mlruns").as_uri()
-        uri = self.config.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or own
-        if uri.startswith("file:") or "://" not in uri:
-            os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
-        # The sender tries again itself.
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
-        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-        from mlflow import MlflowClient
-
-        self._client: Any = MlflowClient(uri)
-        if run_id is None:
-            run_id = self._find_or_create()
-        else:
-            self._client.update_run(run_id, status="RUNNING")
-        self._id = run_id
-        return Opened(run_id, None, uri)
-
-    def _find_or_create(self) -> str:
-        client, mine = self._client, f"tags.`toolkit.key` = '{self.run.key}'"
-        experiment = client.get_experiment_by_name(self.project)
-        place = experiment.experiment_id if experiment else client.create_experiment(self.project)
-        found = client.search_runs([place], mine, max_results=1)
-        if found:
-            return found[0].info.run_id
-        tags = {"toolkit.key": self.run.key} | dict.fromkeys(self.config.tags, "true")
-        if self.config.notes:
-            tags["mlflow.note.content"] = self.config.notes
-        return client.create_run(place, run_name=self.name, tags=tags).info.run_id
-
-    def describe(self, facts: dict[str, Any]) -> None:
-        from mlflow.entities import Param, RunTag
-
-        before = self._client.get_run(self._id).data.params
-        params, tags = [], []
-        for name, value in flat(facts).items():
-            name, value = _NOT_IN_MLFLOW.sub("_", name)[:250], value[:_LONGEST_PARAM]
-            if name not in before:
-                params.append(Param(name, value))
-            elif before[name] != value:  # which cannot be changed
-                tags.append(RunTag(f"now.{name}", value))
-        if commit := facts.get("git", {}).get("commit"):
-            tags.append(RunTag("mlflow.source.git.commit", commit))
-        for some in _parts(params, _MOST_PARAMS):
-            self._client.log_batch(self._id, params=some)
-        for some in _parts(tags, _MOST_PARAMS):
-            self._client.log_batch(self._id, tags=some)
-
-    def send(self, rows: Sequence[Row], *, again: bool) -> None:
-        from mlflow.entities import Metric
-
-        metrics = [
-            Metric(_NOT_IN_MLFLOW.sub("_", name), value, int(1e3 * row.time), row.step)
-            for row in rows
-            for name, value in row.values.items()
-        ]
-        if again:
-            history = self._client.get_metric_history
-            names = {metric.key for metric in metrics}
-            there = {(name, m.step) for name in names for m in history(self._id, name)}
-            metrics = [m for m in metrics if (m.key, m.step) not in there]
-        for some in _parts(metrics, _MOST_METRICS):
-            self._client.log_batch(self._id, metrics=some)
-        for row in rows:
-            if row.samples:
-                text = "\n\n".join(prompt + text for prompt, text in cells(row))
-                with self._samples_may_fail():
-                    self._client.log_text(self._id, text, f"samples/step{row.step}.txt")
-
-    @contextlib.contextmanager
-    def _samples_may_fail(self) -> Iterator[None]:
-        """Artifacts have a store of their own, which may need what is not installed here."""
-        try:
-            yield
-        except Exception as error:
-            self.tell(f"a sample is not stored: {type(error).__name__}: {error}")
-
-    def finish(self, outcome: Outcome) -> None:
-        status = {"finished": "FINISHED", "failed": "FAILED"}.get(outcome, "KILLED")
-        self._client.set_terminated(self._id, status)
 
 
 class Comet(Service):
@@ -355,22 +257,28 @@ class Aim(Service):
     config: AimConfig
 
     def open(self, run_id: str | None) -> Opened:
-        aim = importlib.import_module("aim")
-        repo = self.config.repo or str(self.run.folder.parent)
-        self._run = aim.Run(
-            run_hash=run_id,
+        repo, last_step = self.config.repo or str(self.run.folder.parent), None
+        new = functools.partial(
+            importlib.import_module("aim").Run,
             repo=repo,
             experiment=self.project,
             system_tracking_interval=None,
             log_system_params=False,
             capture_terminal_logs=False,
         )
+        try:
+            self._run = new(run_hash=run_id)
+        except Exception as error:
+            if type(error).__name__ != "MissingRunError":
+                raise
+            run_id, last_step = None, -1  # the repository stayed on another machine
+            self._run = new(run_hash=None)
         self._run.name = self.name
         if self.config.notes:
             self._run.description = self.config.notes
         for tag in self.config.tags if run_id is None else ():
             self._run.add_tag(tag)
-        return Opened(self._run.hash, None, repo)
+        return Opened(self._run.hash, last_step, repo)
 
     def describe(self, facts: dict[str, Any]) -> None:
         self._run["run"] = json.loads(json.dumps(facts, default=str))
@@ -403,7 +311,3 @@ SERVICES: dict[str, type[Service]] = {
 def open_service(config: TrackerConfig, run: TrackedRun, tell: Callable[[str], object]) -> Service:
     """The service of a config, not opened yet."""
     return SERVICES[config.field](config, run, tell)
-
-
-def _parts(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
-    return (items[first : first + size] for first in range(0, len(items), size))
