@@ -152,7 +152,10 @@ def test_a_service_that_is_down_is_one_warning_and_gets_all_later(folder, remote
     sender.send = send
     assert sender.run(end)
     assert remote.steps == list(range(1, 13))
-    assert warnings == ["W&B: OSError: no route to host; token=***; training goes on"]
+    assert warnings == [
+        "W&B: OSError: no route to host; token=***; training goes on",
+        "W&B: http://me:***@host",
+    ]
     remote.fail_open = 9
     assert not run_sender(folder)
 
