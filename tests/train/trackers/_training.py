@@ -13,13 +13,14 @@ from pathlib import Path
 
 import msgspec
 
-from tests.train.trackers._runs import open_run, write_steps
+from tests.train.trackers._runs import keep_priority, open_run, write_steps
 from toolkit.metrics.streams import MetricStreams
 from toolkit.train.trackers.config import TRACKERS
 from toolkit.train.trackers.process import SenderProcess
 
 
 def main() -> None:
+    keep_priority()
     logging.basicConfig(format="%(message)s", level=logging.INFO)
     folder, how, first, last = Path(sys.argv[1]), sys.argv[3], int(sys.argv[4]), int(sys.argv[5])
     configs = {

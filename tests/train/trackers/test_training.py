@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.train.test_remote_runs import run as run_smoke
-from tests.train.trackers._runs import COMET, noted, open_run, write_steps
+from tests.train.trackers._runs import COMET, keep_priority, noted, open_run, write_steps
 from tests.workers import WorkerPool
 from toolkit.commands import runs
 from toolkit.errors import ConfigError, RunError
@@ -20,6 +20,7 @@ ON = "--trainer.callbacks.comet={enabled: true, send_interval: 0.05, flush_secon
 
 
 def run(place: str, environ: dict[str, str], *flags: str) -> tuple[int, str]:
+    keep_priority()
     (Path(place) / "comet_ml.py").write_text(COMET)
     before, sys.path[:0] = dict(os.environ), [place]
     os.environ |= {"PYTHONPATH": place, "FAKE_CALLS": f"{place}/calls", "HOME": place} | environ

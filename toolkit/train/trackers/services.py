@@ -4,6 +4,7 @@ All are used directly, and not through Accelerate's trackers: those need torch, 
 only sends has no use for, and cannot tell which step a service has already.
 """
 
+import contextlib
 import functools
 import importlib
 import json
@@ -11,6 +12,8 @@ import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from toolkit.train.trackers.config import (
     AimConfig,
@@ -57,6 +60,7 @@ class WandB(Service):
                 x_disable_stats=True,  # the system stream has them
             ),
         )
+        _yield_processors()
         if mode != "online":
             return Opened(run_id, last_step_in(self.run.scratch / "wandb", run_id), self._run.dir)
         return Opened(run_id, self._run.starting_step - 1, self._run.url)
@@ -77,6 +81,14 @@ class WandB(Service):
         if outcome == "stopped":
             self._run.mark_preempting()
         self._run.finish(exit_code=0 if outcome == "finished" else 1)
+
+
+def _yield_processors() -> None:
+    """Give W&B's own process, which has a session of its own, the lowest weight against training
+    (`man 7 sched`, "The autogroup feature"); where sessions do not count, it inherited ours."""
+    for child in psutil.Process().children():
+        with contextlib.suppress(OSError):
+            Path(f"/proc/{child.pid}/autogroup").write_text("19")
 
 
 class Trackio(Service):
