@@ -32,6 +32,7 @@ from toolkit.experiment.notices import notices
 from toolkit.models.parameters import flops_per_token
 from toolkit.runs.registry import check_run_folder, is_run, resolve_run_folder
 from toolkit.train.config import Duration
+from toolkit.train.trackers.config import check_trackers
 from toolkit.wording import count, labelled, prefixed
 
 _PARTS = {"pp": "stages", "cp": "positions", "tp": "matrices", "ep": "experts"}
@@ -74,6 +75,7 @@ def _checked(
     corpus = found.ask(read_corpus, config.data)
     found.ask(check_data_files, config)
     found.ask(check_run_folder, config.run, "<time>")
+    found.ask(check_trackers, config.trainer.callbacks)
     found.ask(lambda: check_load_path(config, resolve_run_folder(config.run, "<time>")))
     if corpus is not None and sound:
         with found.collecting():

@@ -29,6 +29,7 @@ from toolkit.launch.relaunch import relaunch
 from toolkit.launch.starting import RunStart, current_launch, find_predecessor, stays_stopped
 from toolkit.runs.files import RUN_FILES
 from toolkit.runs.registry import check_run_folder, choose_run_name, resolve_run_folder
+from toolkit.train.trackers.config import check_trackers
 
 log = logging.getLogger(__name__)
 
@@ -133,6 +134,7 @@ def _run(
             log.info("started again by the launcher; continuing %s", before)
             config = config.replace(run=config.run.replace(save_folder=str(before)))
         found.ask(check_run_folder, config.run, name)
+        found.ask(check_trackers, config.trainer.callbacks)
         found.ask(lambda: check_load_path(config, resolve_run_folder(config.run, name)))
         if found.errors:  # preparing the data, which tells the same, is not reached
             found.ask(data.check, config)
