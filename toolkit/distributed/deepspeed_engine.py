@@ -74,7 +74,7 @@ class DeepSpeedEngine(Engine):
         self.model = self._engine
         self._zero: Any = self._engine.optimizer
         self.optimizer = self._zero.optimizer
-        self._give_whole_matrices(self._held())
+        self._give_whole_matrices()
         self._takes_found_inf = traits_of(optimizer).takes_found_inf
         self._refuses: Refuses | None = None
         self.optimizer.register_step_pre_hook(self._ask)
@@ -214,7 +214,7 @@ class DeepSpeedEngine(Engine):
         return _Slice(flat, hp.start, lp.start, lp.numel)
 
     def _held(self) -> dict[torch.Tensor, list[Held]]:
-        """What each flat tensor is made of. Every rank names all parameters of a group."""
+        # Every rank names all parameters of a group.
         zero, names = self._zero, {id(p): name for name, p in self._named.items()}
         groups = zero.fp16_groups if self._stage == 3 else zero.bit16_groups
         held: dict[torch.Tensor, list[Held]] = {}

@@ -146,12 +146,16 @@ class Engine(ABC):
             optimizer: Any = self.optimizer
             optimizer.show(average=self._shows_average)
 
-    def _give_whole_matrices(self, held: Mapping[torch.Tensor, Sequence[Held]]) -> None:
-        """Let an optimizer that asks for them compute with whole matrices; `held` as there."""
+    @abstractmethod
+    def _held(self) -> Mapping[torch.Tensor, Sequence[Held]]:
+        """What each of the optimizer's tensors is made of; see `WholeMatrices`."""
+
+    def _give_whole_matrices(self) -> None:
+        """Let an optimizer that asks for them compute with whole matrices."""
         optimizer: Any = self.optimizer
         if traits_of(optimizer).takes_whole_matrices:
             group = self.environment.group("dp_replicate", "dp_shard", "cp", "tp")
-            optimizer.whole_matrices = WholeMatrices(group, self.environment.device, held)
+            optimizer.whole_matrices = WholeMatrices(group, self.environment.device, self._held())
 
     def _kept_of_rows(self) -> dict[str, torch.Tensor]:
         """Of `state_tensors`, what an optimizer keeps for the rows of whole matrices."""

@@ -59,13 +59,7 @@ class TorchEngine(Engine):
                 self._partial.setdefault(axes, []).append(name)
         self._takes_found_inf = traits_of(self.optimizer).takes_found_inf
         self.model = self._prepare()
-        specs = {name: shards[name] for name in self._trainable}
-        self._give_whole_matrices(
-            {
-                self._local[name]: [Held(name, spec.shape, local_boxes(self._named[name], spec))]
-                for name, spec in specs.items()
-            }
-        )
+        self._give_whole_matrices()
         self._optimizer_device = next(iter(self._local.values())).device
         self._rebound = not self._is_sharded
         # Before the first step: SGD's kernel would write its momentum there, and a skipped first
@@ -187,6 +181,13 @@ class TorchEngine(Engine):
             # The root keeps what it has gathered, from a forward to the next backward.
             if isinstance(module, FSDPModule):
                 module.reshard()
+
+    def _held(self) -> dict[torch.Tensor, list[Held]]:
+        specs = {name: self.shards[name] for name in self._trainable}
+        return {
+            self._local[name]: [Held(name, spec.shape, local_boxes(self._named[name], spec))]
+            for name, spec in specs.items()
+        }
 
     def _bind_local_gradients(self) -> None:
         if not self._is_sharded:
