@@ -40,14 +40,11 @@ from toolkit.runs.registry import is_run, resolve_run_folder, start_run
 from toolkit.train.progress import nothing_left
 from toolkit.train.run_config import log_config
 from toolkit.train.scores import check_best_metric
-from toolkit.train.trainer import Trainer, TrainResult
+from toolkit.train.trainer import HARD_STOP, Trainer, TrainResult
 from toolkit.wording import count
 
 # These lines are the run's own, whichever of its files says them.
 log = logging.getLogger("toolkit.experiment.run")
-
-GENTLE_STOPS = (None, "hard_stop")
-"""Ends that are what was asked for: exit code 0."""
 
 
 class Training:
@@ -153,7 +150,7 @@ class Training:
                 signals.settle()
                 result = trainer.fit()
             _log_end(result, run)
-            if result.reason in GENTLE_STOPS:
+            if _is_gentle(result):
                 return EXIT_DONE
             return EXIT_FAILED if result.saved_step is None else EXIT_STOPPED
         except BaseException as error:
@@ -267,6 +264,11 @@ def _log_changes(
         log.warning("%s", nothing_left(state.config, state.stop_step, state.total_steps))
 
 
+def _is_gentle(result: TrainResult) -> bool:
+    """Whether it ended as was asked for: exit code 0."""
+    return result.state == "finished" or result.reason == HARD_STOP
+
+
 def _log_end(result: TrainResult, run: RunManager) -> None:
     if result.last_eval is not None:
         evaluation = result.last_eval
@@ -274,9 +276,10 @@ def _log_end(result: TrainResult, run: RunManager) -> None:
         if "bits_per_byte" in evaluation:
             line += f", {evaluation['bits_per_byte']:.4f} bits per byte"
         log.info("%s (step %d)", line, evaluation["step"])
-    if result.reason in GENTLE_STOPS:
-        log.info("done at step %d; everything is in %s", result.step, run.folder)
-        if result.reason == "hard_stop" and result.saved_step is not None:
+    if _is_gentle(result):
+        early = f" ({result.reason})" if result.state == "finished" and result.reason else ""
+        log.info("done at step %d%s; everything is in %s", result.step, early, run.folder)
+        if result.reason == HARD_STOP and result.saved_step is not None:
             log.info("go on with: toolkit resume %s --trainer.hard_stop=null", run.folder)
         log.info("  %-12s %s", "metrics", run.path(RUN_FILES.metrics))
         log.info("  %-12s %s", "TensorBoard", run.path(RUN_FILES.tensorboard))

@@ -31,11 +31,14 @@ def begin_save(state: TrainState, *, kind: Kind, export_hf: bool) -> Save:
     _check_owner(state)
     _keep_tokenizer(state)
     module = state.train_module
-    flush = state.recorder.begin_flush(lambda: state.skipped_in_a_row)
+    flush = state.recorder.begin_flush(
+        lambda: (state.skipped_in_a_row, state.callback_states(follow_metrics=True))
+    )
     rank_state = {"trainer": state.state_dict(), "rng": _rng_state()}
 
     def flushed_rank_state() -> dict[str, Any]:
-        rank_state["trainer"]["skipped_in_a_row"] = flush.wait()
+        rank_state["trainer"]["skipped_in_a_row"], states = flush.wait()
+        rank_state["trainer"]["callbacks"] |= states
         return rank_state
 
     extra = {
