@@ -183,6 +183,12 @@ class TrainerConfig(Config, kw_only=True):
         if self.load_path is not None and self.load_path.startswith("file:"):
             path = f"/{self.load_path.removeprefix('file:').lstrip('/')}"
             raise ValueError(f"load_path: a URL; write the path itself: {path}")
+        stopping = self.callbacks.early_stopping
+        if stopping.enabled and self.no_evals and not stopping.metric.startswith("train/"):
+            raise ValueError(
+                f"callbacks.early_stopping.metric: {stopping.metric} is of an evaluation, and none "
+                "runs (no_evals); leave one of the two out"
+            )
         for name in ("max_wall_time", "wall_time_margin"):
             value = getattr(self, name)
             if value is not None:
