@@ -3,8 +3,7 @@
 Each weight is read from all of them, added up in float64, and written before the next is read.
 """
 
-import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from toolkit.checkpoint.folder import (
     read_metadata,
 )
 from toolkit.checkpoint.save_plan import ShardWriter
-from toolkit.checkpoint.tensors import iterate_tensors, stored_types
+from toolkit.checkpoint.tensors import iterate_tensors, stored_shapes, stored_types
 from toolkit.errors import CheckpointError
 
 
@@ -40,13 +39,12 @@ def merge_checkpoints(checkpoints: Sequence[Path], root: Path) -> Path:
         if metadata.extra.get("base") != found[0].extra.get("base"):
             raise CheckpointError(f"{checkpoint}: its adapter has another base")
     folders = [checkpoint / TENSORS_FOLDER for checkpoint in checkpoints]
-    types = [_weight_types(folder) for folder in folders]
-    for checkpoint, own in zip(checkpoints, types, strict=True):
-        if own != types[0]:
-            name = min(own.items() ^ types[0].items())[0]
-            raise CheckpointError(f"{checkpoint}: {name} is not what it is in {checkpoints[0]}")
+    weights = [_meta_weights(folder) for folder in folders]
+    first = {name: (w.shape, w.dtype) for name, w in weights[0].items()}
+    for checkpoint, own in zip(checkpoints, weights, strict=True):
+        if {name: (w.shape, w.dtype) for name, w in own.items()} != first:
+            raise CheckpointError(f"{checkpoint}: has other weights than {checkpoints[0]}")
     last = max(found, key=lambda metadata: metadata.step)
-    shapes = {name: tensor for name, tensor in _meta(folders[0])}
     shards = ShardWriter(None)
     save = Save(
         root=root,
@@ -57,7 +55,7 @@ def merge_checkpoints(checkpoints: Sequence[Path], root: Path) -> Path:
         extra={**_kept(last), "merged": [metadata.step for metadata in found]},
     )
     root.mkdir(parents=True, exist_ok=True)
-    resolve = shards.stream(shapes, _means(folders))
+    resolve = shards.stream(weights[0], _means(folders, list(weights[0])))
     return write_checkpoint(save, shards, resolve, rank=0, group=None)
 
 
@@ -66,20 +64,21 @@ def _kept(metadata: CheckpointMetadata) -> dict[str, Any]:
     return {key: value for key, value in metadata.extra.items() if key not in ("optim", "data")}
 
 
-def _weight_types(folder: Path) -> Mapping[str, Any]:
-    return stored_types(folder, MODEL_PREFIX)
+def _meta_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """Stored name -> a weight's shape and type, sorted."""
+    shapes, types = stored_shapes(folder), stored_types(folder, "")
+    names = sorted(name for name in types if name.startswith(MODEL_PREFIX))
+    return {n: torch.empty(shapes[n], dtype=types[n], device="meta") for n in names}
 
 
-def _means(folders: Sequence[Path]) -> Iterator[tuple[str, torch.Tensor]]:
-    names = sorted(stored_types(folders[0], MODEL_PREFIX))
-    with contextlib.ExitStack() as stack:
-        streams = [iterate_tensors(folder, MODEL_PREFIX, names) for folder in folders]
-        for stream in streams:
-            stack.callback(stream.close)  # type: ignore[attr-defined]
-        for parts in zip(*streams, strict=True):
-            name, first = parts[0]
-            total = first.double() if first.is_floating_point() else first
-            for _, tensor in parts[1:] if first.is_floating_point() else ():
-                total += tensor
-            mean = total / len(parts) if first.is_floating_point() else total
-            yield MODEL_PREFIX + name, mean.to(first.dtype)
+def _means(folders: Sequence[Path], names: Sequence[str]) -> Iterator[tuple[str, torch.Tensor]]:
+    streams = [iterate_tensors(folder, "", names) for folder in folders]
+    for parts in zip(*streams, strict=True):
+        (name, first), *others = parts
+        if not first.is_floating_point():
+            yield name, first
+            continue
+        total = first.double()
+        for _, tensor in others:
+            total += tensor
+        yield name, (total / len(parts)).to(first.dtype)

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 __all__ = [
     "batch", "convert", "data", "dry_run", "evaluate", "explain", "generate",
-    "load", "mix", "plan",
+    "load", "merge", "mix", "plan",
     "recipes", "replay", "runs", "train", "verify",
 ]  # fmt: skip
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         explain,
         generate,
         load,
+        merge,
         mix,
         plan,
         recipes,

@@ -3,11 +3,12 @@
 import logging
 from pathlib import Path
 
+import torch
+
 from toolkit.checkpoint.folder import step_folder
 from toolkit.hf.choose import hf_architecture
-from toolkit.hf.convert import WEIGHT_TYPES
 from toolkit.hf.export import export_source
-from toolkit.hf.source import averaged, find_source
+from toolkit.hf.source import ModelSource, averaged, find_source
 from toolkit.runs.files import RUN_FILES
 from toolkit.storage.atomic import remove_tree
 from toolkit.threads import Thread
@@ -15,6 +16,8 @@ from toolkit.train.callbacks.base import Callback
 from toolkit.train.callbacks.config import HFConverterConfig
 
 log = logging.getLogger(__name__)
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class HFConverter(Callback):
@@ -76,3 +79,9 @@ class HFConverter(Callback):
             log.info("hf_converter: %s", folder)
         except Exception as error:  # training is worth more than an export
             log.error("hf_converter: step %d: %s: %s", step, type(error).__name__, error)
+
+    def _write(self, source: ModelSource, folder: Path) -> None:
+        if folder.exists():  # of an attempt that came this far before
+            remove_tree(folder)
+        folder.parent.mkdir(exist_ok=True)
+        export_source(source, folder, dtype=_DTYPES.get(self._config.dtype), check=False)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from toolkit.checkpoint.folder import CALLBACK_PREFIX
 from toolkit.data.evaluation import EvalLoader
 from toolkit.data.loader import TrainLoader
 from toolkit.errors import CheckpointError, ToolkitError, TrainingError
@@ -23,9 +24,6 @@ from toolkit.train.scores import scores_of
 from toolkit.train.timeline import Timeline
 
 log = logging.getLogger(__name__)
-
-CALLBACK_PREFIX = "callback."
-"""Of the names of callbacks' tensors in checkpoints; the callback's name and its own follow."""
 
 
 class TrainState:

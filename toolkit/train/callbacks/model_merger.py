@@ -19,6 +19,8 @@ from toolkit.train.saving import describe_model
 
 log = logging.getLogger(__name__)
 
+DEFAULT_CHECKPOINTS = 3
+
 
 class ModelMerger(Callback):
     """Writes merged/step{N} into the run folder after the last step: a checkpoint of weights, which
@@ -69,7 +71,7 @@ class ModelMerger(Callback):
                 log.error("model_merger: %s", error)
 
     def _merge(self) -> None:
-        run, wanted = self.state.run, self._config.last_checkpoints
+        run, wanted = self.state.run, self._config.last_checkpoints or DEFAULT_CHECKPOINTS
         root = run.path(RUN_FILES.checkpoints)
         steps = saved_steps(root)[-wanted:]
         if len(steps) < wanted:

@@ -16,9 +16,9 @@ log = logging.getLogger(__name__)
 
 
 class ConfigSaver(Callback):
-    """Adds to what every run keeps in metadata/ (config, command, commit, machine): requirements.txt
-    with every installed package, as `pip freeze`, and changes.patch, the difference of the
-    repository's tracked files from that commit. What looks like a secret is masked."""
+    """Adds to what every run keeps in metadata/ (config, command, commit, machine):
+    requirements.txt, every installed package as `pip freeze` writes them, and changes.patch, the
+    uncommitted changes of the repository's tracked files. What looks like a secret is masked."""
 
     def __init__(self, config: ConfigSaverConfig) -> None:
         self._config = config
