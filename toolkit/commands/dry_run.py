@@ -28,6 +28,7 @@ from toolkit.experiment.checks import (
 from toolkit.experiment.config import ExperimentConfig
 from toolkit.experiment.load import LoadedExperiment
 from toolkit.experiment.notices import notices
+from toolkit.models.config import ModuleConfig
 from toolkit.models.parameters import flops_per_token
 from toolkit.runs.registry import check_run_folder, is_run, resolve_run_folder
 from toolkit.train.config import Duration
@@ -104,6 +105,8 @@ def _config_lines(loaded: LoadedExperiment) -> list[str]:
 
 def _model(config: ExperimentConfig) -> list[str]:
     model = config.model
+    if isinstance(model, ModuleConfig):
+        return [f"{model.target}: a model of your own, {model.shown_parameters} parameters"]
     flops = model.flops_per_token(config.dataset.sequence_length)
     trained = []
     if config.train_module.freeze or config.train_module.lora:

@@ -16,6 +16,7 @@ from toolkit.config.named import is_name
 from toolkit.config.overrides import Override, parse_value
 from toolkit.config.types import (
     CLASS,
+    MODULE,
     UnknownFieldError,
     child_type,
     choose_struct,
@@ -26,6 +27,7 @@ from toolkit.config.types import (
     field_types,
     is_index,
     join,
+    names_class,
     no_field,
     paths_to,
     struct_types,
@@ -72,7 +74,8 @@ class ConfigLayers(Generic[T]):
             value = expanded(value, child_type(owner, name, parent, container), path)
             if name == tag_field(owner):
                 if CLASS in tags(owner) and is_name(value):
-                    self.set(path, CLASS, origin)
+                    is_module = MODULE in tags(owner) and container.get(name) == MODULE
+                    self.set(path, MODULE if is_module else CLASS, origin)
                     path, name = join(parent, "target"), "target"
                 elif value in tags(owner):
                     self._switch_tag(container, value, owner, parent)
@@ -135,7 +138,17 @@ class ConfigLayers(Generic[T]):
                 first = rest.partition(".")[0]
                 is_own = first in field_types(choose_struct(door[1], {}))
                 return f"{here}.{rest}" if is_own else f"{here}.options.{rest}", value
+        above, _, last = path.rpartition(".")
+        if last == "type" and names_class(self._type_at(above)):
+            return join(above, "target"), value
         return path, value
+
+    def _type_at(self, path: str) -> Any:
+        """The type of what a path of names leads to; None where they are no fields."""
+        target = self._root
+        for name in path.split("."):
+            target = field_types(choose_struct(target, {})).get(name) or value_type(target)
+        return target
 
     def _open(self, path: str) -> tuple[dict | list, str, Any]:
         """(container, last name, type of the container) for `path`, filling in defaults on the way.

@@ -17,6 +17,8 @@ from toolkit.errors import ConfigError
 
 CLASS = "class"
 """Tag of the struct that holds a class of the user's, where a union has one; see `expanded`."""
+MODULE = "module"
+"""The same of a class that brings its own sizes: nothing but `options` is given beside its name."""
 DOOR = "door"
 """Key under which the type of a field says that a struct takes further entries by any name,
 `{"type": "module:Class", OPTION: VALUE, ...}`, which are kept in that field as
@@ -163,6 +165,14 @@ def unknown_field(path: str, name: str, structs: Iterable[inspect.StructType]) -
     return UnknownFieldError(f"no such field; known: {known}", key=join(path, name))
 
 
+def names_class(target: Any) -> bool:
+    """Whether a struct without a tag has a `target`, a class of the user's, which may be written
+    `type` as in unions."""
+    structs = struct_types(target)
+    names = field_types(structs[0]).keys() if len(structs) == 1 else ()
+    return "target" in names and "type" not in names
+
+
 def door_of(target: Any) -> tuple[str, Any] | None:
     """The field of a struct that keeps entries of any name (see `DOOR`), and their type."""
     structs = struct_types(target)
@@ -217,7 +227,10 @@ def expanded(data: Any, target: Any, path: str = "") -> Any:
     data = _through_doors(data, target, path)
     tag = tag_field(target)
     if CLASS in tags(target) and is_name(data.get(tag)):
-        data = {**data, tag: CLASS, "target": data[tag]}
+        is_alone = MODULE in tags(target) and data.keys() <= {tag, "options"}
+        data = {**data, tag: MODULE if is_alone else CLASS, "target": data[tag]}
+    elif "type" in data and names_class(target) and "target" not in data:
+        data = {"target" if name == "type" else name: value for name, value in data.items()}
     fields = field_types(choose_struct(target, data))
     return {
         name: expanded(value, fields.get(name) or value_type(target), join(path, name))

@@ -21,12 +21,12 @@ from toolkit.distributed.sizes import check_combination, check_sizes
 from toolkit.distributed.tuning import asked_threads
 from toolkit.errors import CheckpointError, ConfigError, DataError, ErrorList
 from toolkit.experiment.config import ExperimentConfig
-from toolkit.models.config import ClassModelConfig
+from toolkit.models.config import ClassModelConfig, ModuleConfig
 from toolkit.models.parameters import TrainedParameters, parameter_shapes, trained_parameters
 from toolkit.runs.files import RUN_FILES
 from toolkit.runs.registry import is_run
 from toolkit.storage.remote import is_url
-from toolkit.train.config import NO_BASE, TrainerConfig
+from toolkit.train.config import NO_BASE, TrainerConfig, check_basic
 from toolkit.train.progress import no_checkpoint
 from toolkit.train.scores import check_best_metric_in
 from toolkit.train.timeline import StepsOf, steps_of
@@ -70,6 +70,10 @@ def check_experiment(
         batch_ranks = layout.batch_ranks
     found = ErrorList()
     found.ask(asked_threads, os.environ)
+    if isinstance(config.model, ModuleConfig):
+        has_model = False
+        if layout is not None:
+            found.ask(check_basic, config.train_module, layout.name)
     if has_model:
         found.ask(_check_sequence, config)
         found.ask(_check_vocabulary, config)
@@ -124,10 +128,17 @@ def _check_parallelism(config: ExperimentConfig, layout: Layout) -> None:
 
 
 def _check_own_classes(config: ExperimentConfig) -> None:
-    if isinstance(config.model, ClassModelConfig):
+    is_module = isinstance(config.model, ModuleConfig)
+    if isinstance(config.model, ClassModelConfig | ModuleConfig):
         config.model.own_class()
     if config.train_module.target is not None:
-        config.train_module.own_class()
+        config.train_module.own_class(any_model=is_module)
+    elif is_module:
+        raise ConfigError(
+            "model.type is a model of your own: name its train module, derived from "
+            "toolkit.BasicTrainModule",
+            key="train_module.type",
+        )
     for name, callback in config.trainer.callbacks.custom.items():
         if callback.enabled:
             callback.own_class(name)

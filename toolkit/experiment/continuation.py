@@ -20,6 +20,7 @@ from toolkit.experiment.checks import (
     check_model,
 )
 from toolkit.experiment.config import ExperimentConfig
+from toolkit.models.config import ModuleConfig
 from toolkit.models.lora import choose_trained
 from toolkit.models.parameters import TrainedParameters, is_adapter, is_trained
 from toolkit.runs.files import RUN_FILES
@@ -94,6 +95,8 @@ def continuation_checks(
         if not isinstance(saved.get("model"), dict):
             raise CheckpointError(f"{checkpoint}: does not say which model it is of")
         check_model(checkpoint, saved["model"], model, free=free)
+        if isinstance(config.model, ModuleConfig):
+            return
         own = is_inside(checkpoint, folder / RUN_FILES.checkpoints)
         mapping = {} if own else config.trainer.load_key_mapping
         wanted = _weights(config, is_base=start.weights_only)
@@ -117,7 +120,7 @@ def data_state(start: Start) -> dict[str, Any]:
 
 
 def changed_training(config: ExperimentConfig, start: Start) -> list[str]:
-    if start.weights_only:
+    if start.weights_only or isinstance(config.model, ModuleConfig):
         return []
     infos = _parameters(config).infos
     trained = {name for name, info in infos.items() if info.is_trained}

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from toolkit.data.config import TokenFilesSourceConfig
 from toolkit.errors import ConfigError
 from toolkit.experiment.config import ExperimentConfig
+from toolkit.models.config import ModuleConfig
 from toolkit.train.timeline import StepsOf, Timeline
 from toolkit.wording import count
 
@@ -23,6 +24,8 @@ def notices(config: ExperimentConfig, steps_of: StepsOf) -> list[str]:
 
 
 def _model(config: ExperimentConfig) -> Iterator[str]:
+    if isinstance(config.model, ModuleConfig):
+        return
     model = config.model.to_transformer()
     if model.positions == "learned" and (model.rope_scaling or model.sliding_rope_theta):
         yield "model.rope_scaling and model.sliding_rope_theta do nothing: positions are learned"

@@ -33,6 +33,7 @@ from toolkit.experiment.found_data import started_in
 from toolkit.experiment.recorded import EngineRecord, metadata_of_attempt, stored_config
 from toolkit.launch.failures import LostPeerError, Peers, name_rank
 from toolkit.launch.starting import RunStart, current_launch
+from toolkit.models.config import ModuleConfig
 from toolkit.runs.config import RunConfig
 from toolkit.runs.files import RUN_FILES
 from toolkit.runs.manager import RunManager
@@ -137,8 +138,10 @@ class Training:
             check_agreement(config, environment, train_dl, eval_dl)
             _log_opening(config, environment, run.folder, train_dl)
             with _explaining_memory(config, environment, run.folder):
-                model = config.model.build(init_device="meta")
+                model = config.model.build(init_device="meta", seed=config.seed)
                 train_module = config.train_module.build(model, environment=environment)
+                if isinstance(config.model, ModuleConfig):
+                    train_module.model_config = config.model
                 trainer = Trainer(config.trainer, train_module, train_dl, eval_dl, run=run)
                 before = stored_config(run.folder) if environment.is_main else {}
                 trainer.restore()

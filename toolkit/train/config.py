@@ -17,6 +17,7 @@ from toolkit.distributed.config import (
     PipelineParallelConfig,
     TensorParallelConfig,
 )
+from toolkit.errors import ConfigError
 from toolkit.models.config import LoRAConfig
 from toolkit.optim.config import AdamWConfig, OptimConfig
 from toolkit.optim.schedules import CosineConfig, SchedulerConfig
@@ -29,6 +30,8 @@ NO_BASE = (
     "--trainer.load_path=... (and leave trainer.load_strategy as it is)"
 )
 """What is wrong where `lora` is set and there is nothing to train it on."""
+ENGINES = ("single", "ddp")
+"""Of models that are no Transformers of ours."""
 
 
 class Duration(Config, kw_only=True):
@@ -83,8 +86,8 @@ class TransformerTrainModuleConfig(Config, kw_only=True):
     max_consecutive_skipped_steps: int = 10
     """Stop after this many steps in a row with a non-finite loss or gradient."""
     target: str | None = None
-    """`module:Class` of a `TransformerTrainModule` of your own, to train in the place of it;
-    modules in the current folder are found too."""
+    """`module:Class` of a `TransformerTrainModule` of your own, to train in the place of it, also
+    written `type`; modules in the current folder are found too."""
     options: dict[str, Any] = msgspec.field(default_factory=dict)
     """Further arguments of that class."""
 
@@ -109,13 +112,29 @@ class TransformerTrainModuleConfig(Config, kw_only=True):
         """The `TransformerTrainModule` of `model`, which is usually on the meta device."""
         if self.target is None:
             return named("toolkit.train.transformer:TransformerTrainModule")(self, model, **context)
-        return self.own_class()(self, model, **context, **self.options)
+        return self.own_class(any_model=True)(self, model, **context, **self.options)
 
-    def own_class(self) -> Any:
-        """The class `target`. Raises ConfigError where it is no train module, or does not take
-        `options`."""
+    def own_class(self, *, any_model: bool = False) -> Any:
+        """The class `target`. Raises ConfigError where it is no train module (of language models,
+        but for `any_model`), or does not take `options`."""
         base = "toolkit.train.transformer:TransformerTrainModule"
+        if any_model:
+            base = "toolkit.train.module:TrainModule"
         return users_subclass(self, base, self, None, key="train_module")
+
+
+def check_basic(config: TransformerTrainModuleConfig, engine: str) -> None:
+    """Raise ConfigError for an engine, or an option, that only language models have."""
+    if engine not in ENGINES:
+        raise ConfigError(
+            f"a model of your own trains with {' or '.join(ENGINES)}, not {engine}",
+            key="train_module.dp_config",
+        )
+    of_language_models = ("lora", "z_loss_multiplier", "ac_config")
+    given = [name for name in of_language_models if getattr(config, name) is not None]
+    given += ["compile_model"] if config.compile_model else []
+    if given:
+        raise ConfigError("is for language models; leave it out", key=f"train_module.{given[0]}")
 
 
 class TrainerConfig(Config, kw_only=True):

@@ -42,6 +42,8 @@ class TrainModule(ABC):
     """Model, optimizer and loss behind the few calls that the loop makes."""
 
     environment: TrainingEnvironment
+    is_language_model = True
+    """Whether checkpoints can be exported for transformers, where it has such a class."""
     model_config: Any
     """The model's own config, stored with its checkpoints; like the optimizer's."""
     optim_config: Any

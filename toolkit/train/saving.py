@@ -47,6 +47,7 @@ def begin_save(state: TrainState, *, kind: Kind, export_hf: bool) -> Save:
         "optim": msgspec.to_builtins(module.optim_config),
         "data": state.train_loader.state_dict(),
     }
+    exports = export_hf and module.is_language_model
     return Save(
         root=state.run.path(RUN_FILES.checkpoints),
         step=state.step,
@@ -56,7 +57,7 @@ def begin_save(state: TrainState, *, kind: Kind, export_hf: bool) -> Save:
         scores=state.scores,
         rank_state=flushed_rank_state,
         extra=extra,
-        export=partial(_export_hf, state, extra=extra) if export_hf else None,
+        export=partial(_export_hf, state, extra=extra) if exports else None,
     )
 
 

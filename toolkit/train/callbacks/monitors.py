@@ -38,7 +38,7 @@ class SpeedMonitor(Callback):
             peak = device_peak_flops(torch.cuda.get_device_name(environment.device))
         if peak is not None:
             flops = state.train_module.flops_per_token(state.train_loader.sequence_length)
-            self._per_token = flops / (peak * environment.world_size)
+            self._per_token = flops / (peak * environment.world_size) if flops else None
 
     def post_step(self) -> dict[str, Metric]:
         seconds = time.perf_counter() - self.state.step_started
