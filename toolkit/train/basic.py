@@ -15,14 +15,14 @@ from toolkit.config.base import matching
 from toolkit.distributed.environment import TrainingEnvironment, single_environment
 from toolkit.distributed.materialize import prepare_engine
 from toolkit.errors import ConfigError
-from toolkit.metrics.norms import to_norms
 from toolkit.models.init import canonical_parameters
 from toolkit.train.config import TransformerTrainModuleConfig, check_basic
 from toolkit.train.eval_sums import Batch, EvalSums
-from toolkit.train.module import Metric, Progress, TrainModule
+from toolkit.train.module import Metric
+from toolkit.train.stepping import EngineTrainModule
 
 
-class BasicTrainModule(TrainModule):
+class BasicTrainModule(EngineTrainModule):
     """Derive from it, and say what `forward` and `loss` are. Optimizer, schedule, clipping, skipped
     steps, accumulation, checkpoints, resuming and evaluation are there.
 
@@ -60,8 +60,7 @@ class BasicTrainModule(TrainModule):
         self.engine = prepare_engine(
             self.environment, model, config.optim.build, max_grad_norm=config.max_grad_norm
         )
-        self._peak_rates = [group["lr"] for group in self.engine.optimizer.param_groups]
-        self.max_consecutive_skipped_steps = config.max_consecutive_skipped_steps
+        self.begin_stepping()
 
     @property
     def model(self) -> nn.Module:
@@ -86,23 +85,17 @@ class BasicTrainModule(TrainModule):
         if (group := self.environment.loss_group) is not None:
             dist.all_reduce(count, group=group)
         factor = self.environment.layout.grad_ranks / count.clamp(min=1)
+        if (scaling := self._loss_scale) is not None:
+            factor = scaling.scale * factor
 
         def loss_of(part: Batch) -> torch.Tensor:
             return self.loss(self.forward(part), part)
 
         total = self.engine.accumulate(self._microbatches(batch), loss_of, factor)
-        return {"loss": Metric(total / count, "sum")}
-
-    def optim_step(self, progress: Progress) -> dict[str, Metric]:
-        factor = self._rate_factor(progress)
-        for group, peak in zip(self.engine.optimizer.param_groups, self._peak_rates, strict=True):
-            group["lr"] = peak * factor
-        outcome = self.engine.step(self.config.max_grad_norm)
-        return {
-            "lr": Metric(self.config.optim.lr * factor),
-            "grad_norm": Metric(outcome.grad_norm),
-            "skipped": Metric(outcome.skipped),
-        }
+        if scaling is not None:
+            self.engine.scale_gradients(1 / scaling.scale)
+        self._loss = total / count
+        return {"loss": Metric(self._loss, "sum")}
 
     @torch.no_grad()
     def eval_batch(self, batch: Batch) -> EvalSums:
@@ -120,26 +113,12 @@ class BasicTrainModule(TrainModule):
     def logits(self, input_ids: torch.Tensor) -> torch.Tensor:
         raise ConfigError(f"{type(self).__name__} is no language model: it writes no samples")
 
-    def network_norms(self) -> dict[str, torch.Tensor]:
-        squares = {
-            "grad_norm": self.engine.grad_squares(),
-            "weight_norm": self.engine.weight_squares(),
-        }
-        return {
-            f"{kind}/{layer}": norm
-            for kind, of_layers in squares.items()
-            for layer, norm in to_norms(of_layers).items()
-        }
-
     def flops_per_token(self, sequence_length: int) -> float:
         """Not known; a class that says it gets MFU."""
         return 0.0
 
     def state_tensors(self) -> dict[str, torch.Tensor]:
         return {**self.engine.state_tensors(), **self._buffers()}
-
-    def state_filled(self) -> None:
-        self.engine.state_filled()
 
     def _buffers(self) -> dict[str, torch.Tensor]:
         """Running statistics, as of batch norms."""
@@ -163,10 +142,3 @@ class BasicTrainModule(TrainModule):
             {key: part[number] for key, part in parts.items()}
             for number in range(-(-rows // (size // length)))
         ]
-
-    def _rate_factor(self, progress: Progress) -> float:
-        if self.config.scheduler.units == "tokens":
-            return self.config.scheduler.factor(
-                progress.tokens, progress.total_tokens, step_size=progress.tokens_per_step
-            )
-        return self.config.scheduler.factor(progress.step, progress.total_steps)

@@ -14,12 +14,12 @@ import torch.distributed as dist
 from torch import nn
 
 from toolkit.checkpoint.folder import MODEL_PREFIX
+from toolkit.distributed.devices import compute_dtype
 from toolkit.distributed.engine import Microbatch
 from toolkit.distributed.environment import TrainingEnvironment, single_environment
 from toolkit.distributed.materialize import prepare_engine
 from toolkit.distributed.tensor_parallel import share_of_model
 from toolkit.errors import ConfigError, TrainingError
-from toolkit.metrics.norms import to_norms
 from toolkit.models.init import canonical_parameters
 from toolkit.models.kernels import kernel_record
 from toolkit.models.lora import choose_trained
@@ -28,12 +28,13 @@ from toolkit.models.parameters import flops_per_token, is_adapter, is_trained
 from toolkit.models.router import RouterSums
 from toolkit.train.config import TransformerTrainModuleConfig
 from toolkit.train.eval_sums import Batch, EvalSums
-from toolkit.train.module import Metric, Progress, TrainModule
+from toolkit.train.module import Metric
+from toolkit.train.stepping import EngineTrainModule
 
 log = logging.getLogger(__name__)
 
 
-class TransformerTrainModule(TrainModule):
+class TransformerTrainModule(EngineTrainModule):
     """Wraps a Transformer of `toolkit.models`, usually still on the meta device, which is
     materialised here, in place. Without `environment`: one process without a launcher."""
 
@@ -64,8 +65,7 @@ class TransformerTrainModule(TrainModule):
             ac_config=config.ac_config,
             compile_model=config.compile_model,
         )
-        self._peak_rates = [group["lr"] for group in self.engine.optimizer.param_groups]
-        self.max_consecutive_skipped_steps = config.max_consecutive_skipped_steps
+        self.begin_stepping()
         self._z_loss = config.z_loss_multiplier or 0.0
         layout = self.environment.layout
         self.kernels = kernel_record(
@@ -73,7 +73,7 @@ class TransformerTrainModule(TrainModule):
                 self.model_config.to_transformer(), layout.tp, experts_are_sharded=layout.ep > 1
             ),
             self.environment.device,
-            torch.bfloat16 if layout.precision == "bf16" else torch.float32,
+            compute_dtype(layout.precision) or torch.float32,
             is_compiled=config.compile_model,
             has_z_loss=self._z_loss != 0.0,
             trains_head_alone=self.trained_names == {"head.weight"},
@@ -89,28 +89,22 @@ class TransformerTrainModule(TrainModule):
         count = self._num_targets(batch, inputs.labels)
         num_targets = max(count, 1) if isinstance(count, int) else count.clamp(min=1)
         factor = self.environment.layout.grad_ranks / num_targets
+        if (scaling := self._loss_scale) is not None:
+            factor = scaling.scale * factor
         sums = self.engine.forward_backward(
             self._microbatches(inputs), factor, z_loss_multiplier=self._z_loss
         )
         if not self._is_checked:
             self._check_gradients()
-        metrics = {"loss": Metric(sums.ce / count, "sum")}
+        if scaling is not None:
+            self.engine.scale_gradients(1 / scaling.scale)
+        self._loss = sums.ce / count
+        metrics = {"loss": Metric(self._loss, "sum")}
         if self._z_loss:
             metrics["z_loss"] = Metric(self._z_loss * (sums.z / count), "sum")
         if sums.router is not None:
             metrics |= self._router_metrics(sums.router, count)
         return metrics
-
-    def optim_step(self, progress: Progress) -> dict[str, Metric]:
-        factor = self._rate_factor(progress)
-        for group, peak in zip(self.engine.optimizer.param_groups, self._peak_rates, strict=True):
-            group["lr"] = peak * factor
-        outcome = self.engine.step(self.config.max_grad_norm)
-        return {
-            "lr": Metric(self.config.optim.lr * factor),
-            "grad_norm": Metric(outcome.grad_norm),
-            "skipped": Metric(outcome.skipped),
-        }
 
     def eval_batch(self, batch: Batch) -> EvalSums:
         inputs = self._inputs(batch)
@@ -126,17 +120,6 @@ class TransformerTrainModule(TrainModule):
     def logits(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Logits (batch, seq, vocab) of the current weights; every rank must call it."""
         return self.engine.logits(input_ids.to(self.environment.device))
-
-    def network_norms(self) -> dict[str, torch.Tensor]:
-        squares = {
-            "grad_norm": self.engine.grad_squares(),
-            "weight_norm": self.engine.weight_squares(),
-        }
-        return {
-            f"{kind}/{layer}": norm
-            for kind, of_layers in squares.items()
-            for layer, norm in to_norms(of_layers).items()
-        }
 
     def flops_per_token(self, sequence_length: int) -> float:
         model = self.model_config.to_transformer()
@@ -157,9 +140,6 @@ class TransformerTrainModule(TrainModule):
             return {}
         tensors = self.engine.state_tensors().items()
         return {k: t for k, t in tensors if k.startswith(MODEL_PREFIX) and not is_adapter(k)}
-
-    def state_filled(self) -> None:
-        self.engine.state_filled()
 
     def _check_gradients(self) -> None:
         """After the first backward: that it reached all that is trained. A kernel that forgets a
@@ -221,10 +201,3 @@ class TransformerTrainModule(TrainModule):
                 f"dataset.sequence_length {length}; use a multiple of it"
             )
         return inputs.split(size // length)
-
-    def _rate_factor(self, progress: Progress) -> float:
-        if self.config.scheduler.units == "tokens":
-            return self.config.scheduler.factor(
-                progress.tokens, progress.total_tokens, step_size=progress.tokens_per_step
-            )
-        return self.config.scheduler.factor(progress.step, progress.total_steps)
