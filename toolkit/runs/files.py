@@ -57,6 +57,10 @@ class RunFiles(msgspec.Struct, frozen=True):
 
     final_metrics: str = "metrics/final.json"
     """The last values of training and of every evaluation, where `metric_saver` is on."""
+    spikes: str = "metrics/spikes.jsonl"
+    """One line per spike of loss or gradient norm, where `stability_monitor` is on."""
+    profiles: str = "profiles"
+    """Folder: traces of `profiler`, by rank and step."""
 
     tensorboard: str = "tb"
     """Folder: TensorBoard event files in train/, eval/, network/, system/."""

@@ -59,6 +59,13 @@ class EngineTrainModule(TrainModule):
             for layer, norm in to_norms(of_layers).items()
         }
 
+    def shards(self) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        return self.engine.gradient_shards(), self.engine.weight_shards()
+
+    @property
+    def parameter_names(self) -> list[str]:
+        return list(self.engine.shards)
+
     def state_filled(self) -> None:
         self.engine.state_filled()
 

@@ -18,6 +18,7 @@ from toolkit.distributed.devices import compute_dtype
 from toolkit.distributed.engine import Microbatch
 from toolkit.distributed.environment import TrainingEnvironment, single_environment
 from toolkit.distributed.materialize import prepare_engine
+from toolkit.distributed.stages import Stages
 from toolkit.distributed.tensor_parallel import share_of_model
 from toolkit.errors import ConfigError, TrainingError
 from toolkit.models.init import canonical_parameters
@@ -120,6 +121,18 @@ class TransformerTrainModule(EngineTrainModule):
     def logits(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Logits (batch, seq, vocab) of the current weights; every rank must call it."""
         return self.engine.logits(input_ids.to(self.environment.device))
+
+    @property
+    def blocks(self) -> dict[str, nn.Module | None]:  # type: ignore[override]
+        module: Any = self.engine.module
+        parts = module.modules_in_order() if isinstance(module, Stages) else [module]
+        own = {
+            layer: block
+            for part in parts
+            for layer, block in zip(part.blocks.layers, part.blocks, strict=True)
+        }
+        number = self.model_config.to_transformer().num_layers
+        return {f"blocks.{layer}": own.get(layer) for layer in range(number)}
 
     def flops_per_token(self, sequence_length: int) -> float:
         model = self.model_config.to_transformer()

@@ -16,6 +16,14 @@ from toolkit.config.named import users_subclass
 from toolkit.config.paths import PathOrURL
 from toolkit.config.types import DOOR
 from toolkit.train.callbacks.config_base import CallbackConfig
+from toolkit.train.callbacks.config_monitors import (
+    GPUMemoryMonitorConfig,
+    NotifierConfig,
+    ProfilerConfig,
+    RankMonitorConfig,
+    StabilityMonitorConfig,
+    StatisticsMonitorConfig,
+)
 
 
 class ConsoleLoggerConfig(CallbackConfig, kw_only=True):
@@ -296,6 +304,10 @@ class CallbacksConfig(Config, kw_only=True):
     garbage_collector: GarbageCollectorConfig = GarbageCollectorConfig()
     network_monitor: NetworkMonitorConfig = NetworkMonitorConfig()
     system_monitor: SystemMonitorConfig = SystemMonitorConfig()
+    gpu_memory_monitor: GPUMemoryMonitorConfig = GPUMemoryMonitorConfig()
+    rank_monitor: RankMonitorConfig = RankMonitorConfig()
+    statistics_monitor: StatisticsMonitorConfig = StatisticsMonitorConfig()
+    stability_monitor: StabilityMonitorConfig = StabilityMonitorConfig()
     ema: EMAConfig = EMAConfig()
     lm_evaluator: LMEvaluatorConfig = LMEvaluatorConfig()
     early_stopping: EarlyStoppingConfig = EarlyStoppingConfig()
@@ -304,6 +316,8 @@ class CallbacksConfig(Config, kw_only=True):
     hf_converter: HFConverterConfig = HFConverterConfig()
     sample_writer: SampleWriterConfig = SampleWriterConfig()
     console_logger: ConsoleLoggerConfig = ConsoleLoggerConfig()
+    notifier: NotifierConfig = NotifierConfig()
+    profiler: ProfilerConfig = ProfilerConfig()
     config_saver: ConfigSaverConfig = ConfigSaverConfig()
     metric_saver: MetricSaverConfig = MetricSaverConfig()
     custom: Annotated[dict[str, CustomCallbackConfig], msgspec.Meta(extra={DOOR: True})] = (
