@@ -215,6 +215,29 @@ def test_a_run_that_ends_early_is_averaged_merged_and_exported(
         assert all(np.array_equal(merged[key].numpy(), expected[key]) for key in expected)
 
 
+def test_the_mean_of_the_last_steps_is_that_of_their_checkpoints(
+    workers: WorkerPool, tmp_path: Path
+) -> None:
+    flags = [
+        str(tmp_path / "run"),
+        str(tmp_path / "data"),
+        "--trainer.no_evals",
+        "--trainer.max_duration.value=8",
+        '--trainer.callbacks.model_merger={"enabled": true, "last_percent": 40}',
+        "--trainer.callbacks.checkpointer={interval: 1, keep_last: null, export_hf: false}",
+    ]
+    for stop in ("{value: 6}", "null"):
+        assert workers.run(1, run_smoke, *flags, f"--trainer.hard_stop={stop}") == [(0, "")]
+    folders = [f"checkpoints/step{step}" for step in (6, 7, 8)] + ["merged/step8"]
+    *parts, merged = (
+        dict(iterate_tensors(tmp_path / "run" / folder / "model_and_optim", "model."))
+        for folder in folders
+    )
+    for name, tensor in merged.items():
+        mean = torch.stack([part[name].double() for part in parts]).mean(0)
+        torch.testing.assert_close(tensor.double(), mean, rtol=1e-5, atol=1e-7)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
