@@ -81,7 +81,7 @@ class BasicTrainModule(EngineTrainModule):
 
     def train_batch(self, batch: Batch) -> dict[str, Metric]:
         batch = self._on_device(batch)
-        count = torch.as_tensor(self.num_examples(batch), device=self.environment.device)
+        count = self._count(batch)
         if (group := self.environment.loss_group) is not None:
             dist.all_reduce(count, group=group)
         factor = self.environment.layout.grad_ranks / count.clamp(min=1)
@@ -108,7 +108,7 @@ class BasicTrainModule(EngineTrainModule):
             zero = torch.zeros((), device=self.environment.device)
             return EvalSums(zero, zero)
         total = self.engine.evaluate(lambda: self.loss(self.forward(batch), batch))
-        return EvalSums(total, torch.as_tensor(self.num_examples(batch), device=total.device))
+        return EvalSums(total, self._count(batch))
 
     def logits(self, input_ids: torch.Tensor) -> torch.Tensor:
         raise ConfigError(f"{type(self).__name__} is no language model: it writes no samples")
@@ -123,6 +123,15 @@ class BasicTrainModule(EngineTrainModule):
     def _buffers(self) -> dict[str, torch.Tensor]:
         """Running statistics, as of batch norms."""
         return {f"model.{name}": buffer for name, buffer in self.engine.module.named_buffers()}
+
+    def _count(self, batch: Batch) -> torch.Tensor:
+        """Made on the device: a number that is copied there would be waited for."""
+        number, device = self.num_examples(batch), self.environment.device
+        return (
+            number.clone()
+            if isinstance(number, torch.Tensor)
+            else torch.full((), number, device=device)
+        )
 
     def _on_device(self, batch: Batch) -> Batch:
         device = self.environment.device
