@@ -107,8 +107,8 @@ class EMAConfig(CallbackConfig, kw_only=True):
     evaluate: Literal["also", "instead", "never"] = "also"
     """`also`: evaluations score the average too, under their names with `_ema` behind (with several
     decays `_ema_0.999`). `instead`: evaluations, samples and exports use the average (the first)
-    in the place of the weights. `never`: `toolkit export-hf --weights=ema` and
-    `toolkit eval --weights=ema` read it from checkpoints."""
+    in the place of the weights. `never`: only `toolkit export-hf --weights=ema` reads it, from
+    checkpoints."""
 
     def __post_init__(self) -> None:
         check_not_negative(self, "start_step")

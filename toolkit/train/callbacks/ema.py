@@ -56,13 +56,10 @@ class EMA(Callback):
 
     def post_step(self) -> None:
         step, config = self.state.step, self._config
-        if step <= config.start_step:
-            if step == config.start_step or self.state.is_last_step:
-                for average in self._averages.values():
-                    average.copy()
-        elif step % config.interval == 0:
-            for decay, average in zip(config.decays, self._averages.values(), strict=True):
-                average.update(1.0 - decay)
+        if step > config.start_step and step % config.interval:
+            return
+        for decay, average in zip(config.decays, self._averages.values(), strict=True):
+            average.update(1.0 - decay if step > config.start_step else 1.0)
 
     @property
     def _has_begun(self) -> bool:
