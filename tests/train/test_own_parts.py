@@ -318,6 +318,9 @@ def in_python(place: str) -> list[Any]:
         except ConfigError as error:
             errors.append(str(error))
         found.append((given.events, given.restored, added.restored, listed + errors))
+        names = list(trainer.callbacks)
+        assert names.index("lm_evaluator") < names.index("given") < names.index("added")
+        assert names.index("added") < names.index("checkpointer")
         environment.close()
     return found
 
