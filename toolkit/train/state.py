@@ -113,6 +113,12 @@ class TrainState:
         """The results recorded at the current step, by the names of the evaluations."""
         return self._evaluations if self._evaluated_at == self.step else {}
 
+    @property
+    def evaluated_weights(self) -> dict[str, Callable[[], AbstractContextManager[Any]]]:
+        """What an evaluation scores, one after the other: what is added to its name, and how the
+        model holds the weights for the time of a block. The first are the model's own."""
+        return {"": self.train_module.evaluating, **self.also_evaluated}
+
     def record(
         self, stream: str, values: Mapping[str, Any], reductions: Mapping[str, Any] | None = None
     ) -> None:

@@ -55,7 +55,7 @@ class LMEvaluator(Callback):
             return
         found: dict[str, TokenSums] = {}
         own = 0
-        for suffix, holding in {"": state.train_module.evaluating, **state.also_evaluated}.items():
+        for suffix, holding in state.evaluated_weights.items():
             with holding():
                 sums_of = self._evaluate_sets()
             if sums_of is None:
