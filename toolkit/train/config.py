@@ -134,6 +134,7 @@ def check_basic(config: TransformerTrainModuleConfig, engine: str) -> None:
     of_language_models = ("lora", "z_loss_multiplier", "ac_config")
     given = [name for name in of_language_models if getattr(config, name) is not None]
     given += ["compile_model"] if config.compile_model else []
+    given += ["optim.mup"] if config.optim.mup is not None else []
     if given:
         raise ConfigError("is for language models; leave it out", key=f"train_module.{given[0]}")
 

@@ -24,7 +24,9 @@ class EngineTrainModule(TrainModule):
     def begin_stepping(self) -> None:
         """Called once, when `config`, `environment` and `engine` are there."""
         config, device = self.config, self.environment.device
-        self._peak_rates = [group["lr"] for group in self.engine.optimizer.param_groups]
+        if self.engine.keeps_average:
+            self.averages.append(self.engine.averaged)
+        self._peak_rates = [float(group["lr"]) for group in self.engine.optimizer.param_groups]
         self.max_consecutive_skipped_steps = config.max_consecutive_skipped_steps
         self._loss = torch.zeros((), device=device)
         """This rank's summand of the last step's loss."""
@@ -36,7 +38,10 @@ class EngineTrainModule(TrainModule):
     def optim_step(self, progress: Progress) -> dict[str, Metric]:
         factor = self._rate_factor(progress)
         for group, peak in zip(self.engine.optimizer.param_groups, self._peak_rates, strict=True):
-            group["lr"] = peak * factor
+            if isinstance(group["lr"], torch.Tensor):  # a compiled step reads it
+                group["lr"].fill_(peak * factor)
+            else:
+                group["lr"] = peak * factor
         outcome = self._step()
         metrics = {
             "lr": Metric(self.config.optim.lr * factor),
