@@ -33,6 +33,7 @@ def example(folder: str, *flags: str) -> tuple[int, str]:
         CONFIG,
         [
             f"--run.save_folder={folder}",
+            f"--run.root={folder}s",
             "--train_module.precision=fp32",
             "--train_module.rank_microbatch_size=1040",
             "--trainer.max_duration.value=40",
