@@ -46,6 +46,13 @@ CASES: dict[str, dict[str, Any]] = {
     "fsdp, bf16, one pass": {"engine": "fsdp", "precision": "bf16", "passes": 1},
     "fsdp, kept": {"engine": "fsdp", "dp": {"reshard_after_forward": False}},
     "tp": {"tp_config": TP, "ac_config": AC},
+    "tp, OLMo 2, bf16, kept": {
+        "engine": "fsdp",
+        "tp_config": TP,
+        "precision": "bf16",
+        "dp": {"reshard_after_forward": False},
+        "model": {"qk_norm": "full", "norm_placement": "reordered"},
+    },
     "cp": {"engine": "fsdp", "cp_config": CP},
     "ulysses": {"engine": "ddp", "cp_config": ULYSSES},
     "ring": {"engine": "fsdp", "cp_config": RING},
@@ -165,7 +172,7 @@ def test_a_fake_rank_of_a_thousand_counts_the_same(capsys: pytest.CaptureFixture
     rows = {row["what"]: (row["counted"], row["planned"]) for row in found["rows"]}
     assert {"weights", "all-gather, tp", "all-to-all, ep", "p2p, pp"} <= set(rows)
     counted, planned = rows.pop("peak")
-    assert counted == pytest.approx(planned, rel=0.15)
+    assert counted == pytest.approx(planned, rel=0.1)
     for counted, planned in rows.values():
         assert counted == pytest.approx(planned, rel=1e-3)
 

@@ -57,6 +57,11 @@ class RunFiles(msgspec.Struct, frozen=True):
 
     final_metrics: str = "metrics/final.json"
     """The last values of training and of every evaluation, where `metric_saver` is on."""
+    samples: str = "metrics/samples.jsonl"
+    """Text generated from the model; absent where none was."""
+
+    trackers: str = "trackers"
+    """Folder: how far each tracker has been told; absent where none is enabled."""
     spikes: str = "metrics/spikes.jsonl"
     """One line per spike of loss or gradient norm, where `stability_monitor` is on."""
     profiles: str = "profiles"

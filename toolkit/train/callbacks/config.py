@@ -24,6 +24,16 @@ from toolkit.train.callbacks.config_monitors import (
     StabilityMonitorConfig,
     StatisticsMonitorConfig,
 )
+from toolkit.train.trackers.config import (
+    AimConfig,
+    ClearMLConfig,
+    CometConfig,
+    MLflowConfig,
+    SwanLabConfig,
+    TensorBoardConfig,
+    TrackioConfig,
+    WandBConfig,
+)
 
 
 class ConsoleLoggerConfig(CallbackConfig, kw_only=True):
@@ -310,6 +320,14 @@ class CallbacksConfig(Config, kw_only=True):
     stability_monitor: StabilityMonitorConfig = StabilityMonitorConfig()
     ema: EMAConfig = EMAConfig()
     lm_evaluator: LMEvaluatorConfig = LMEvaluatorConfig()
+    tensorboard: TensorBoardConfig = TensorBoardConfig()
+    wandb: WandBConfig = WandBConfig()
+    trackio: TrackioConfig = TrackioConfig()
+    mlflow: MLflowConfig = MLflowConfig()
+    comet: CometConfig = CometConfig()
+    clearml: ClearMLConfig = ClearMLConfig()
+    swanlab: SwanLabConfig = SwanLabConfig()
+    aim: AimConfig = AimConfig()
     early_stopping: EarlyStoppingConfig = EarlyStoppingConfig()
     checkpointer: CheckpointerConfig = CheckpointerConfig()
     model_merger: ModelMergerConfig = ModelMergerConfig()
