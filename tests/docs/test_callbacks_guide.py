@@ -33,7 +33,7 @@ def test_the_commands_of_both_guides_run_as_they_stand(workers: WorkerPool, tmp_
     (example,) = re.findall(r"```python\n# my_callbacks\.py\n(.*?)```", GUIDE, flags=re.DOTALL)
     (folder / "my_callbacks.py").write_text(example)
     shown = [*commands(GUIDE), *commands(OWN_MODELS)]
-    assert len(shown) == 5
+    assert len(shown) == 6
     for command in shown:
         assert workers.run(1, run_in, str(folder), command) == [0], command
     assert (folder / "averaged_weights/model.safetensors").is_file()
