@@ -33,6 +33,8 @@ class Span(NamedTuple):
     """Dotted path of the schedule."""
     length_key: str = "trainer.max_duration"
     """What decides `total`."""
+    refuses_warmup: bool = True
+    """Whether a warm-up that is longer than the run is refused, else noticed."""
 
 
 class Schedule(Config, kw_only=True):
@@ -153,7 +155,7 @@ class Schedule(Config, kw_only=True):
         """What does less than it says, in a line each."""
         total = self.t_max or span.total
         warmup = self.length_of_warmup(total)
-        if warmup > total and not self._is_given("warmup"):
+        if warmup > total and not self._is_refused(span):
             yield (
                 f"{span.key}.warmup is {self.said(warmup)} and the whole run ({span.length_key}) "
                 f"{self.said(total)}: the rate never gets beyond the warm-up"
@@ -179,7 +181,7 @@ class Schedule(Config, kw_only=True):
                 problem = f"{value:g} is not below the peak {span.peak:g}; use less"
                 yield ConfigError(problem, key=f"{key}.{name}")
         warmup = self.length_of_warmup(total)
-        if warmup > total and self._is_given("warmup"):
+        if warmup > total and self._is_refused(span):
             yield ConfigError(
                 f"{self.said(warmup)}, and the whole run ({limit}) is {self.said(total)}: it never "
                 f"gets beyond the warm-up; use {_shown(total)} or less, or warmup_fraction (to try "
@@ -230,6 +232,9 @@ class Schedule(Config, kw_only=True):
         if fraction is not None and (value is None or self._is_given(f"{name}_fraction")):
             return fraction * total if self.units == "epochs" else round(fraction * total)
         return value
+
+    def _is_refused(self, span: Span) -> bool:
+        return span.refuses_warmup and self._is_given("warmup")
 
     def _is_given(self, name: str) -> bool:
         """Whether the field has another value than the type's own, or null."""

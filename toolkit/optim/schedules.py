@@ -13,7 +13,8 @@ from toolkit.optim.curves import (
     WSDConfig,
 )
 from toolkit.optim.schedule import Schedule, Span
-from toolkit.optim.stages import ComposableConfig, SequentialConfig, WSDSConfig
+from toolkit.optim.stages import ComposableConfig, SequentialConfig
+from toolkit.optim.wsds import WSDSConfig
 
 __all__ = [
     "ClassScheduleConfig", "ComposableConfig", "ConstantConfig", "CosineConfig",

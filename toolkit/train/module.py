@@ -1,13 +1,14 @@
 """`TrainModule`: what the trainer can train."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 
 from toolkit.distributed.environment import TrainingEnvironment
 from toolkit.models.config import LoRAConfig
+from toolkit.optim.schedule import Units
 from toolkit.train.adapter_base import BaseCheckpoint
 from toolkit.train.eval_sums import Batch, EvalSums
 
@@ -25,6 +26,17 @@ class Progress(NamedTuple):
     """Tokens of the whole run."""
     tokens_per_step: int
     """Tokens of this step."""
+    epochs_done: Callable[[int], float] = float
+    """Passes over the data that so many steps are."""
+
+    def position(self, units: Units) -> tuple[float, float, float]:
+        """(done before this step, of the whole run, this step) in `units`."""
+        if units == "tokens":
+            return self.tokens, self.total_tokens, self.tokens_per_step
+        if units == "steps":
+            return self.step, self.total_steps, 1
+        done = self.epochs_done(self.step)
+        return done, self.epochs_done(self.total_steps), self.epochs_done(self.step + 1) - done
 
 
 class Metric(NamedTuple):
@@ -39,6 +51,8 @@ class TrainModule(ABC):
     """Model, optimizer and loss behind the few calls that the loop makes."""
 
     environment: TrainingEnvironment
+    progress: Progress | None = None
+    """Where training stands; the trainer sets it before `train_batch`. None: outside of it."""
     model_config: Any
     """The model's own config, stored with its checkpoints; like the optimizer's."""
     optim_config: Any

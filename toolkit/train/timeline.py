@@ -7,26 +7,8 @@ from toolkit.errors import ConfigError
 from toolkit.train.config import Duration, TrainerConfig, Unit
 
 StepsOf = Callable[[int, Unit], int]
-"""`(value, unit)` as the number of the step that ends it; ValueError: that is not known."""
-
-
-def steps_of(
-    tokens_per_step: int, epoch_end: Callable[[int], int | None] = lambda epochs: None
-) -> StepsOf:
-    """For batches of one size; a `TrainLoader.steps_of` also knows of batches that had another.
-    `epoch_end` gives the step that ends so many epochs, None where that is not known."""
-
-    def convert(value: int, unit: Unit) -> int:
-        if unit == "steps":
-            return value
-        if unit == "tokens":
-            return -(-value // tokens_per_step)
-        end = epoch_end(value)
-        if end is None:
-            raise ValueError("epochs need prepared data; run `toolkit prepare` first")
-        return end
-
-    return convert
+"""`(value, unit)` as the number of the step that ends it (`Batches.steps_of`); ValueError: that is
+not known."""
 
 
 class Timeline(NamedTuple):

@@ -29,6 +29,7 @@ from toolkit.models.router import RouterSums
 from toolkit.train.config import TransformerTrainModuleConfig
 from toolkit.train.eval_sums import Batch, EvalSums
 from toolkit.train.module import Metric, Progress, TrainModule
+from toolkit.train.scheduled import ScheduledSettings
 
 log = logging.getLogger(__name__)
 
@@ -64,9 +65,8 @@ class TransformerTrainModule(TrainModule):
             ac_config=config.ac_config,
             compile_model=config.compile_model,
         )
-        self._peak_rates = [group["lr"] for group in self.engine.optimizer.param_groups]
+        self._scheduled = ScheduledSettings(config, self.engine.optimizer)
         self.max_consecutive_skipped_steps = config.max_consecutive_skipped_steps
-        self._z_loss = config.z_loss_multiplier or 0.0
         layout = self.environment.layout
         self.kernels = kernel_record(
             share_of_model(
@@ -75,7 +75,7 @@ class TransformerTrainModule(TrainModule):
             self.environment.device,
             torch.bfloat16 if layout.precision == "bf16" else torch.float32,
             is_compiled=config.compile_model,
-            has_z_loss=self._z_loss != 0.0,
+            has_z_loss=bool(config.z_loss_multiplier),
             trains_head_alone=self.trained_names == {"head.weight"},
             vocabulary_is_cut=layout.tp > 1,
         )
@@ -89,25 +89,24 @@ class TransformerTrainModule(TrainModule):
         count = self._num_targets(batch, inputs.labels)
         num_targets = max(count, 1) if isinstance(count, int) else count.clamp(min=1)
         factor = self.environment.layout.grad_ranks / num_targets
+        z_loss = self._scheduled.z_loss(self.progress)
         sums = self.engine.forward_backward(
-            self._microbatches(inputs), factor, z_loss_multiplier=self._z_loss
+            self._microbatches(inputs), factor, z_loss_multiplier=z_loss
         )
         if not self._is_checked:
             self._check_gradients()
         metrics = {"loss": Metric(sums.ce / count, "sum")}
-        if self._z_loss:
-            metrics["z_loss"] = Metric(self._z_loss * (sums.z / count), "sum")
+        if self.config.z_loss_multiplier:
+            metrics["z_loss"] = Metric(z_loss * (sums.z / count), "sum")
         if sums.router is not None:
             metrics |= self._router_metrics(sums.router, count)
         return metrics
 
     def optim_step(self, progress: Progress) -> dict[str, Metric]:
-        factor = self._rate_factor(progress)
-        for group, peak in zip(self.engine.optimizer.param_groups, self._peak_rates, strict=True):
-            group["lr"] = peak * factor
+        scheduled = self._scheduled.apply(progress)
         outcome = self.engine.step(self.config.max_grad_norm)
         return {
-            "lr": Metric(self.config.optim.lr * factor),
+            **{name: Metric(value) for name, value in scheduled.items()},
             "grad_norm": Metric(outcome.grad_norm),
             "skipped": Metric(outcome.skipped),
         }
@@ -221,10 +220,3 @@ class TransformerTrainModule(TrainModule):
                 f"dataset.sequence_length {length}; use a multiple of it"
             )
         return inputs.split(size // length)
-
-    def _rate_factor(self, progress: Progress) -> float:
-        if self.config.scheduler.units == "tokens":
-            return self.config.scheduler.factor(
-                progress.tokens, progress.total_tokens, step_size=progress.tokens_per_step
-            )
-        return self.config.scheduler.factor(progress.step, progress.total_steps)

@@ -15,7 +15,14 @@ from typing import Any, NamedTuple
 
 from toolkit.commands.plan.devices import find_device
 from toolkit.commands.plan.job import Job
-from toolkit.commands.plan.plans import Plan, Target, as_json, job_of, plan_of
+from toolkit.commands.plan.plans import (
+    Plan,
+    Target,
+    as_json,
+    at_largest_batch,
+    job_of,
+    plan_of,
+)
 from toolkit.commands.plan.report import describe, describe_search, flags
 from toolkit.commands.plan.search import Found, Limits, search
 from toolkit.config.named import named
@@ -128,7 +135,8 @@ def _search(
 ) -> Answer:
     config = loaded.config
     job = _any_job(config, target)
-    length, batch = config.dataset.sequence_length, config.data_loader.global_batch_size
+    length = config.dataset.sequence_length
+    batch = at_largest_batch(config).data_loader.global_batch_size
     model, module = config.model, config.train_module
     limits = Limits(
         has_frozen=bool(module.freeze),
