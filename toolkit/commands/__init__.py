@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 __all__ = [
     "batch", "convert", "data", "dry_run", "evaluate", "explain", "generate",
     "load", "mix", "plan",
-    "recipes", "replay", "runs", "train", "verify",
+    "recipes", "replay", "runs", "schedule", "train", "verify",
 ]  # fmt: skip
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         recipes,
         replay,
         runs,
+        schedule,
         train,
         verify,
     )

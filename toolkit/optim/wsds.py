@@ -79,7 +79,8 @@ class WSDSConfig(Schedule, kw_only=True, tag_field="type", tag="wsds"):
         return [*super().joints(total), *found]
 
     def _decay_of(self, period: Amount) -> Amount:
-        return self._length("decay", period) or 0
+        found = self._length("decay", period)
+        return max(1, found) if found == 0 and self.decay_fraction and self.decay is None else found
 
     def _rounded(self, amount: float) -> Amount:
         return amount if self.units == "epochs" else round(amount)

@@ -1,42 +1,16 @@
 """`TrainModule`: what the trainer can train."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 
 from toolkit.distributed.environment import TrainingEnvironment
 from toolkit.models.config import LoRAConfig
-from toolkit.optim.schedule import Units
 from toolkit.train.adapter_base import BaseCheckpoint
 from toolkit.train.eval_sums import Batch, EvalSums
-
-
-class Progress(NamedTuple):
-    """Where training stands when a step begins: what schedules are functions of."""
-
-    step: int
-    """Optimizer steps done."""
-    tokens: int
-    """Tokens consumed."""
-    total_steps: int
-    """Steps of the whole run (`trainer.max_duration`)."""
-    total_tokens: int
-    """Tokens of the whole run."""
-    tokens_per_step: int
-    """Tokens of this step."""
-    epochs_done: Callable[[int], float] = float
-    """Passes over the data that so many steps are."""
-
-    def position(self, units: Units) -> tuple[float, float, float]:
-        """(done before this step, of the whole run, this step) in `units`."""
-        if units == "tokens":
-            return self.tokens, self.total_tokens, self.tokens_per_step
-        if units == "steps":
-            return self.step, self.total_steps, 1
-        done = self.epochs_done(self.step)
-        return done, self.epochs_done(self.total_steps), self.epochs_done(self.step + 1) - done
+from toolkit.train.timeline import Progress
 
 
 class Metric(NamedTuple):

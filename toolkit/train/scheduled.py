@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import torch
 
     from toolkit.train.config import TransformerTrainModuleConfig
-    from toolkit.train.module import Progress
+    from toolkit.train.timeline import Progress
 
 LR, Z_LOSS = "lr", "z_loss_multiplier"
 KEY = "train_module.schedules"
