@@ -2,9 +2,9 @@
 
 import pytest
 
+from toolkit.data.order.plan import Batches, BatchPlan, Segment
 from toolkit.errors import ConfigError
 from toolkit.train.config import Duration, TrainerConfig
-from toolkit.data.order.plan import Batches, BatchPlan, Segment
 from toolkit.train.timeline import Timeline, Unit
 
 

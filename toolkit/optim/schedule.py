@@ -194,7 +194,10 @@ class Schedule(Config, kw_only=True):
             return
         begin, length = decay
         name = "decay" if self._length("decay", total) == self.decay else "decay_fraction"
-        if self.decay_from is None and begin < warmup:
+        asked = (
+            self._is_refused(span) or self._is_given("decay") or self._is_given("decay_fraction")
+        )
+        if self.decay_from is None and begin < warmup and asked:
             left = max(0, total - warmup)
             most = left if name == "decay" else left / total
             yield ConfigError(

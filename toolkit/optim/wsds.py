@@ -11,8 +11,10 @@ class WSDSConfig(Schedule, kw_only=True, tag_field="type", tag="wsds"):
     """WSD-S (Wen et al. 2024): periods at the peak, each with a decay at its end, after which the
     next one goes on at the peak. The end of each period is a finished model."""
 
-    warmup: Amount | None = 100
+    warmup: Amount | None = None
     """Length of the linear warm-up, in `units`; part of the first period."""
+    warmup_fraction: float | None = 0.05
+    """The same as a fraction of the run; takes the place of `warmup`."""
     period_lengths: tuple[Amount, ...] = ()
     """Length of each period, in `units`; empty: `period_fractions`."""
     period_fractions: tuple[float, ...] = (0.25, 0.25, 0.5)
@@ -79,8 +81,10 @@ class WSDSConfig(Schedule, kw_only=True, tag_field="type", tag="wsds"):
         return [*super().joints(total), *found]
 
     def _decay_of(self, period: Amount) -> Amount:
-        found = self._length("decay", period)
-        return max(1, found) if found == 0 and self.decay_fraction and self.decay is None else found
+        found = self._length("decay", period) or 0
+        # A fraction of a short period is a step at least.
+        is_fraction = self.decay is None and self.decay_fraction
+        return max(1, found) if is_fraction and self.units != "epochs" else found
 
     def _rounded(self, amount: float) -> Amount:
         return amount if self.units == "epochs" else round(amount)
@@ -95,7 +99,8 @@ class WSDSConfig(Schedule, kw_only=True, tag_field="type", tag="wsds"):
                 name = "decay" if self.decay is not None else "decay_fraction"
                 yield ConfigError(
                     f"the decay of period {number} (from 0) takes {self.said(length)}, and "
-                    f"{self.said(left)} of it are there; use {self.said(left)} or less",
+                    f"{self.said(left)} of it are left; use {self.said(left)} or less, a longer "
+                    "period, or in the first one a shorter warm-up",
                     key=f"{key}.{name}",
                 )
         if (end := periods[-1][1]) < span.total and self.decay_from is None:
