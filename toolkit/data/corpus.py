@@ -12,6 +12,7 @@ from typing import Any
 
 from toolkit.data.config import DataConfig, DatasetConfig, VariableInstancesConfig
 from toolkit.data.corpus_info import (
+    NO_EPOCHS,
     VAL,
     CorpusInfo,
     check_batch_schedules,
@@ -53,12 +54,8 @@ class Corpus:
 
     def batches(self, order: BatchOrder | None = None) -> Batches:
         """Sizes, tokens and epochs of the batches of `order` (default: the corpus' own)."""
-        unknown = "the data does not say how long an epoch is; use steps or tokens"
-        return Batches(
-            order or self.order,
-            self.train.sequence_length,
-            no_epochs=None if self.has_known_length else unknown,
-        )
+        unknown = None if self.has_known_length else NO_EPOCHS
+        return Batches(order or self.order, self.train.sequence_length, no_epochs=unknown)
 
     @property
     def has_known_length(self) -> bool:

@@ -26,6 +26,7 @@ from toolkit.errors import ConfigError, ErrorList
 
 VAL = "val"
 """Name of the evaluation on the one validation split there is."""
+NO_EPOCHS = "the data does not say how long an epoch is; use steps or tokens"
 FAR = 1 << 62
 """Instances of an epoch whose length is not known."""
 
@@ -72,7 +73,11 @@ def planned_batches(config: DataConfig, epoch_instances: int | None) -> Batches:
         keeps_epochs_apart=config.dataset.mix is None,
     )
     plan = plan.continued((), 0, config.phases)
-    unknown = None if epoch_instances else "epochs need prepared data; run `toolkit prepare` first"
+    unknown = None
+    if not epoch_instances:
+        unknown = "epochs need prepared data; run `toolkit prepare` first"
+        if config.dataset.custom is not None:
+            unknown = NO_EPOCHS
     return Batches(plan, config.dataset.sequence_length, no_epochs=unknown)
 
 

@@ -142,7 +142,8 @@ def _run(
         found.ask(check_run_folder, config.run, name)
         folder = resolve_run_folder(config.run, name)
         found.ask(check_load_path, config, folder)
-        if config.trainer.load_path is None and not is_run(folder):  # else others were before
+        # Else earlier batches may have had other sizes, and the length of an epoch is not known.
+        if config.trainer.load_path is None and not is_run(folder) and not config.dataset.custom:
             found.ask(check_schedule_lengths, config, planned_batches(config.data, None), origins)
         if found.errors:  # preparing the data, which tells the same, is not reached
             found.ask(data.check, config)
