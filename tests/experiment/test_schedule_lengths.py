@@ -1,5 +1,7 @@
 """Schedules that do not fit the run are refused before anything starts; recipes can be tried."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -38,6 +40,19 @@ def test_what_does_not_fit_is_one_line(flag: str, expected: str) -> None:
         check(f"--{flag}")
     assert str(error.value).startswith(expected)
     assert "\n" not in str(error.value)
+
+
+def test_a_file_says_what_its_own_run_is(tmp_path: Path) -> None:
+    path = tmp_path / "my.json"
+    file: dict[str, Any] = {"model": {"preset": "quickstart"}, "train_module": {}, "trainer": {}}
+    file["train_module"]["scheduler"] = {"type": "linear", "warmup": 50}
+    file["trainer"]["max_duration"] = {"value": 40}
+    path.write_text(json.dumps(file))
+    loaded = load_experiment(str(path))
+    with pytest.raises(ConfigError, match=r"warmup: 50 steps, and the whole run .* is 40 steps"):
+        check_schedule_lengths(loaded.config, batches_of(loaded.config, None), loaded.origins)
+    loaded = load_experiment(str(path), ["--trainer.max_duration.value=30"])
+    check_schedule_lengths(loaded.config, batches_of(loaded.config, None), loaded.origins)
 
 
 def test_a_recipe_can_be_tried_for_some_steps() -> None:

@@ -56,8 +56,8 @@ def length_in(schedule: Schedule, total_steps: int, batches: Batches) -> Amount:
 def check_schedule_lengths(
     config: ExperimentConfig, batches: Batches, origins: Mapping[str, str]
 ) -> None:
-    """Check that every schedule fits the run. A warm-up of a recipe may be longer, so that a recipe
-    can be tried for some steps. Raises ConfigError.
+    """Check that every schedule fits the run. A warm-up that was not written for this length may be
+    longer, so that a config can be tried for some steps. Raises ConfigError.
 
     A length in epochs of data that is not prepared yet is looked at later.
     """
@@ -91,9 +91,18 @@ def _spans(
             if config.dataset.custom is not None:
                 found.add(ConfigError(str(error), key=f"{key}.units"))
             continue
-        origin = origins.get(f"{key}.warmup", DEFAULT_ORIGIN)
-        is_own = key != SCHEDULER or not origin.startswith((DEFAULT_ORIGIN, "recipe "))
-        yield setting, Span(total, setting.peak, key, refuses_warmup=is_own)
+        refuses = key != SCHEDULER or _is_asked_for(origins)
+        yield setting, Span(total, setting.peak, key, refuses_warmup=refuses)
+
+
+def _is_asked_for(origins: Mapping[str, str]) -> bool:
+    """Whether the user wrote the warm-up for this length: it is no recipe's, nor one of a file
+    whose run a flag makes shorter."""
+    warmup = origins.get(f"{SCHEDULER}.warmup", DEFAULT_ORIGIN)
+    is_shortened = origins.get("trainer.max_duration.value", "").startswith("--")
+    if warmup.startswith("--"):
+        return True
+    return not warmup.startswith((DEFAULT_ORIGIN, "recipe ")) and not is_shortened
 
 
 def _check_bound(setting: Scheduled, span: Span) -> None:
