@@ -317,6 +317,12 @@ def test_a_schedule_of_batch_sizes_is_the_sequence_of_runs_made_by_hand(
     assert explained.refused == []
     assert "from step 6 to 10" in str(explained)
     assert "instead of" not in str(explained)
+    late = ["--train_module.scheduler.decay_from=3072", "--train_module.scheduler.decay=2048"]
+    explained = explain_resume(tmp_path / "parts", ["--trainer.hard_stop=null", *late], {})
+    assert explained.refused == []
+    assert "train_module.scheduler.decay_from: null -> 3072" in str(explained)
+    [refused] = explain_resume(tmp_path / "parts", [late[0].replace("3072", "5120")], {}).refused
+    assert "so this decay never starts; use less than 5,120, or a longer run" in refused
     assert workers.run(2, run, place, "parts", dataset, schedule, *TOKENS) == [(0, "")] * 2
     parts = records(tmp_path / "parts")
     assert [r["tokens"] for r in parts] == [r["tokens"] for r in whole]

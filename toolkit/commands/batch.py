@@ -46,7 +46,7 @@ class StepBatch(msgspec.Struct, frozen=True, kw_only=True):
     batch: int
     """Number in its epoch, from 0."""
     batches_per_epoch: int | None
-    """None: the data does not say how long an epoch is."""
+    """None: the data does not say how long an epoch is, or batches have several sizes."""
     fingerprint: str
     """Of the training tokens."""
     is_checked: bool
@@ -88,12 +88,14 @@ def step_batch(run_dir: Path, step: int, *, show: int = 1) -> StepBatch:
             BatchInstance(number, ids.shape[1], int(targets[row].sum()), parts, text, source)
         )
     epoch, batch = order.epoch_of(step - 1)
-    per_epoch = order.steps_per_epoch
+    is_one_size = len({segment.batch_instances for segment in order.segments}) == 1
     return StepBatch(
         step=step,
         epoch=epoch,
         batch=batch,
-        batches_per_epoch=int(per_epoch) if corpus.has_known_length else None,
+        batches_per_epoch=order.steps_per_epoch
+        if is_one_size and corpus.has_known_length
+        else None,
         fingerprint=corpus.train.fingerprint,
         is_checked=saved is not None,
         sequence_length=ids.shape[1] // row_split,

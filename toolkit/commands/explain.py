@@ -80,7 +80,7 @@ def explain_resume(
     refused.ask(lambda: check_run_folder(config.run, ""))
     found = _look(config, folder, corpus, refused)
     batches = batches_of(config, corpus) if found.loader is None else found.loader.batches
-    refused.ask(lambda: check_schedule_lengths(config, batches, plan.origins))
+    refused.ask(lambda: check_schedule_lengths(config, batches, {}))
     changes = config_changes(
         stored_config(folder), plan.stored, started_in(folder / RUN_FILES.command)
     )

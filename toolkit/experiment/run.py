@@ -163,7 +163,8 @@ def _run(
     if rank == 0:
         training.check_continuation(resolve_run_folder(config.run, name))
         batches = training.train_loader.batches
-        check_schedule_lengths(config, batches, origins)
+        # A run that was let go on with its warm-up goes on.
+        check_schedule_lengths(config, batches, {} if is_run(folder) else origins)
         for notice in notices(config, batches, origins):
             log.warning("%s", notice)
         run = starting.run = training.open_run(name, is_main=True)
