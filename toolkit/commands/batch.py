@@ -88,14 +88,13 @@ def step_batch(run_dir: Path, step: int, *, show: int = 1) -> StepBatch:
             BatchInstance(number, ids.shape[1], int(targets[row].sum()), parts, text, source)
         )
     epoch, batch = order.epoch_of(step - 1)
-    is_one_size = len({segment.batch_instances for segment in order.segments}) == 1
+    sizes = {segment.batch_instances for segment in order.segments}
+    is_known = corpus.has_known_length and len(sizes) == 1
     return StepBatch(
         step=step,
         epoch=epoch,
         batch=batch,
-        batches_per_epoch=order.steps_per_epoch
-        if is_one_size and corpus.has_known_length
-        else None,
+        batches_per_epoch=order.steps_per_epoch if is_known else None,
         fingerprint=corpus.train.fingerprint,
         is_checked=saved is not None,
         sequence_length=ids.shape[1] // row_split,
