@@ -39,6 +39,8 @@ def test_the_points_are_what_a_run_records(
     assert plot["steps"] == [record["step"] for record in records]
     assert curves["lr"] == [record["lr"] for record in records]
     assert curves["weight_decay"] == [record["weight_decay"] for record in records]
+    for name in ("global_batch_size", "sequence_length"):
+        assert curves[name] == [record[name] for record in records]
     assert plot["total_steps"] == len(records)
     ends = [*plot["tokens"][1:], plot["total_tokens"]]
     assert ends == [record["tokens"] for record in records]

@@ -84,12 +84,8 @@ def plot_schedule(loaded: LoadedExperiment) -> SchedulePlot:
     settings = scheduled_settings(config)
     steps = _steps(config, settings, batches, total)
     curves = [Curve(s.name, [_value(s, step, total, batches) for step in steps]) for s in settings]
-    if config.data_loader.batch_size_schedule:
-        sizes = [float(batches.batch_tokens(step)) for step in steps]
-        curves.append(Curve("global_batch_size", sizes))
-    if config.data_loader.sequence_length_schedule:
-        lengths = [float(batches.row_length(step)) for step in steps]
-        curves.append(Curve("sequence_length", lengths))
+    sizes = [batches.sizes(step) for step in steps]
+    curves += [Curve(name, [float(size[name]) for size in sizes]) for name in sizes[0]]
     return SchedulePlot(
         total_steps=total,
         total_tokens=batches.tokens_done(total),

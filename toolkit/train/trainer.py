@@ -240,6 +240,7 @@ class Trainer:
             "time": time.time(),
             "attempt": state.run.attempt,
         }
+        values |= state.train_loader.batches.sizes(before.step)
         counts = state.train_loader.counts(state.step).items()
         values |= {f"instances/{source}": count for source, count in counts}
         values |= {name: metric.value for name, metric in metrics.items()}

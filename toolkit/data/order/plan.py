@@ -199,6 +199,16 @@ class Batches:
         """Tokens of a global batch."""
         return self.plan.segment(batch).batch_instances * self.sequence_length
 
+    def sizes(self, batch: int) -> dict[str, int]:
+        """Those of the batch's sizes that change during the run, by the names of their settings."""
+        segments = self.plan.segments
+        found = {}
+        if len({segment.batch_instances for segment in segments}) > 1:
+            found["global_batch_size"] = self.batch_tokens(batch)
+        if len({segment.row_split for segment in segments}) > 1:
+            found["sequence_length"] = self.row_length(batch)
+        return found
+
     def row_length(self, batch: int) -> int:
         """Tokens of a row of it; of instances of variable length, of the longest."""
         return self.sequence_length // self.plan.segment(batch).row_split
