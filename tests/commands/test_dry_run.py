@@ -46,7 +46,8 @@ def test_it_counts_the_ranks_of_the_launcher() -> None:
 
 def test_it_tells_the_batches_and_rows_of_a_schedule() -> None:
     sizes = ["--data_loader.global_batch_size=8192", "--train_module.rank_microbatch_size=1024"]
-    sizes += ["--data_loader.batch_size_schedule=[{tokens: 100000}]", "--sequence-length=128"]
+    sizes += ["--data_loader.batch_size_schedule=[{tokens: 100000}]"]
+    sizes += ["--dataset.sequence_length=128"]
     sizes += ["--data_loader.sequence_length_schedule=[{tokens: 0, sequence_length: 64}, "]
     sizes[-1] += "{tokens: 50000}]"
     shown = lines(*sizes, "--trainer.max_duration={value: 30}", environ=TWO_RANKS)

@@ -9,7 +9,7 @@ from tests.workers import WorkerPool
 from toolkit.config import convert
 from toolkit.errors import ConfigError
 from toolkit.optim.base import GroupOverride
-from toolkit.optim.config import AdamWConfig, SGDConfig
+from toolkit.optim.config import AdamW8bitConfig, AdamWConfig, SGDConfig
 from toolkit.optim.curves import ConstantConfig, CosineConfig, LinearConfig
 from toolkit.train.config import TransformerTrainModuleConfig
 from toolkit.train.scheduled import check_schedules
@@ -128,6 +128,7 @@ def losses(changes: dict[str, Any]) -> list[dict[str, float]]:
         ("weight_decay", {"optim": AdamWConfig(weight_decay=0.0)},
          "train_module.optim.weight_decay is 0, and a schedule multiplies it"),
         ("momentum", {"optim": AdamWConfig()}, "no setting that a schedule can change"),
+        ("weight_decay", {"optim": AdamW8bitConfig()}, "its step is compiled, and each value"),
     ],
 )  # fmt: skip
 def test_settings_that_cannot_follow_are_refused(

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from toolkit.errors import ConfigError, ErrorList
-from toolkit.optim.config import Optimizer
+from toolkit.optim.config import AdamW8bitConfig, Optimizer
 from toolkit.optim.schedule import Schedule
 
 if TYPE_CHECKING:
@@ -57,6 +57,9 @@ def check_schedules(config: "TransformerTrainModuleConfig") -> None:
                 near = difflib.get_close_matches(name, names, n=1)
                 hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(names)}"
                 raise ConfigError(f"no setting that a schedule can change; {hint}", key=key)
+            elif isinstance(config.optim, AdamW8bitConfig):
+                problem = "its step is compiled, and each value would be compiled anew; use adamw"
+                raise ConfigError(problem, key=key)
             elif value == 0:
                 problem = "is 0, and a schedule multiplies it; give it a value, its peak"
                 raise ConfigError(f"train_module.optim.{name} {problem}", key=key)
@@ -84,7 +87,10 @@ class ScheduledSettings:
             if name != Z_LOSS:
                 self._schedules[name] = schedule, own[name]
         self._optimizer = optimizer
-        self._peaks = [dict(_numbers(group)) for group in optimizer.param_groups]
+        self._peaks = [
+            {name: float(value) for name, value in _numbers(group)}
+            for group in optimizer.param_groups
+        ]
 
     def apply(self, progress: "Progress") -> dict[str, float]:
         """Set all values for this step; those of the optimizer's own settings, to be recorded."""
@@ -116,8 +122,12 @@ def _numbers(settings: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     for name, value in settings.items():
         if isinstance(value, tuple | list) and name != "params":
             yield from ((f"{name}.{number}", item) for number, item in enumerate(value))
-        elif isinstance(value, float | int) and not isinstance(value, bool):
+        elif (isinstance(value, float | int) and not isinstance(value, bool)) or _is_tensor(value):
             yield name, value
+
+
+def _is_tensor(value: Any) -> bool:
+    return hasattr(value, "fill_")  # without torch: dry runs check schedules too
 
 
 def _set(group: dict[str, Any], name: str, value: float) -> None:
@@ -126,5 +136,7 @@ def _set(group: dict[str, Any], name: str, value: float) -> None:
         values = list(group[name])
         values[int(number)] = value
         group[name] = tuple(values)
+    elif _is_tensor(group[name]):  # a compiled step reads it
+        group[name].fill_(value)
     else:
         group[name] = value

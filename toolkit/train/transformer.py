@@ -61,14 +61,18 @@ class TransformerTrainModule(TrainModule):
         self.trained_names = frozenset(name for name, info in infos if info.is_trained)
         if self.environment.is_main and (config.freeze or config.lora is not None):
             log.info("%s", self._parameters)
+        optim = config.optim.of_model(self.model_config.to_transformer().d_model)
         self.engine = prepare_engine(
             self.environment,
             model,
-            config.optim.build,
+            optim.build,
             max_grad_norm=config.max_grad_norm,
             ac_config=config.ac_config,
             compile_model=config.compile_model,
+            width_multiplier=1.0 if optim.mup is None else optim.mup.multiplier,
         )
+        if self.engine.keeps_average:
+            self.averages.append(self.engine.averaged)
         self._scheduled = ScheduledSettings(config, self.engine.optimizer)
         self.max_consecutive_skipped_steps = config.max_consecutive_skipped_steps
         layout = self.environment.layout
