@@ -190,14 +190,14 @@ class Schedule(Config, kw_only=True):
             )
             return
         decay = self.decay_span(total)
-        if decay is None or warmup > total:
+        if decay is None:
             return
         begin, length = decay
         name = "decay" if self._length("decay", total) == self.decay else "decay_fraction"
         asked = (
             self._is_refused(span) or self._is_given("decay") or self._is_given("decay_fraction")
         )
-        if self.decay_from is None and begin < warmup and asked:
+        if self.decay_from is None and begin < warmup <= total and asked:
             left = max(0, total - warmup)
             most = left if name == "decay" else left / total
             yield ConfigError(
