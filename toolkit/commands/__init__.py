@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 __all__ = [
     "batch", "convert", "data", "dry_run", "evaluate", "explain", "generate",
     "load", "merge", "mix", "plan",
-    "recipes", "replay", "runs", "train", "verify",
+    "recipes", "replay", "runs", "schedule", "train", "verify",
 ]  # fmt: skip
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         recipes,
         replay,
         runs,
+        schedule,
         train,
         verify,
     )

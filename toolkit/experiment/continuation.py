@@ -57,7 +57,9 @@ def start_of(
 def check_repetitions(config: ExperimentConfig, train_loader: TrainLoader) -> None:
     """Check that the run, to its end, repeats no source of a mixture more than it may be; after
     `continuation_checks`, which tell the loader where it goes on."""
-    train_loader.check_repetitions(Timeline.of(config.trainer, train_loader.steps_of).stop_step)
+    train_loader.check_repetitions(
+        Timeline.of(config.trainer, train_loader.batches.steps_of).stop_step
+    )
 
 
 def _look(path: Path) -> Found:

@@ -55,7 +55,11 @@ class TransformerTrainModuleConfig(Config, kw_only=True):
     optim: OptimConfig = AdamWConfig()
     """The optimizer."""
     scheduler: SchedulerConfig = CosineConfig()
-    """Learning-rate schedule: a pure function of step or tokens."""
+    """Learning-rate schedule: a pure function of step, tokens or epochs."""
+    schedules: dict[str, SchedulerConfig] = msgspec.field(default_factory=dict)
+    """Other settings that follow a schedule, by name: those of `optim` (`weight_decay`, `betas.0`)
+    and `z_loss_multiplier`. A schedule multiplies the setting's own value; what schedules call a
+    rate is then this setting."""
     max_grad_norm: float | None = 1.0
     """Clip the global gradient norm to this; null: never clip."""
     z_loss_multiplier: float | None = None

@@ -52,7 +52,8 @@ class TrainState:
         """The current step: the number of steps done between steps, of this one within it."""
         self.tokens = 0
         """Tokens consumed, those of the current step among them."""
-        self.tokens_per_step = train_loader.global_batch_size
+        self.tokens_per_step = train_loader.batches.batch_tokens(0)
+        """Of the current step."""
         self.step_started = 0.0
         """When the loop turned to the current step, before it waited for data (`perf_counter`)."""
         self.data_seconds = 0.0
@@ -164,8 +165,15 @@ class TrainState:
 
     def begin_step(self) -> Progress:
         """Count one step; where training stood before it."""
+        batches = self.train_loader.batches
+        self.tokens_per_step = batches.batch_tokens(self.step)
         before = Progress(
-            self.step, self.tokens, self.total_steps, self.total_tokens, self.tokens_per_step
+            self.step,
+            self.tokens,
+            self.total_steps,
+            self.total_tokens,
+            self.tokens_per_step,
+            batches.epochs_done,
         )
         self.step += 1
         self.tokens += self.tokens_per_step
@@ -174,9 +182,11 @@ class TrainState:
     def plan_steps(self) -> None:
         """Where training ends, seen from the current step: batches may have had another size
         before it."""
-        timeline = Timeline.of(self.config, self.train_loader.steps_of)
+        batches = self.train_loader.batches
+        timeline = Timeline.of(self.config, batches.steps_of)
         self.total_steps, self.stop_step = timeline.total_steps, timeline.stop_step
-        self.total_tokens = self.tokens + (self.total_steps - self.step) * self.tokens_per_step
+        left = batches.tokens_done(self.total_steps) - batches.tokens_done(self.step)
+        self.total_tokens = self.tokens + left
 
     def state_dict(self) -> dict[str, Any]:
         """Counters, data position and callbacks' state, but of those whose state follows metrics:

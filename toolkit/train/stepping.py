@@ -11,6 +11,7 @@ from toolkit.optim.loss_scale import LossScale
 from toolkit.optim.spikes import SpikeDetector
 from toolkit.train.config import TransformerTrainModuleConfig
 from toolkit.train.module import Metric, Progress, TrainModule
+from toolkit.train.scheduled import ScheduledSettings
 
 
 class EngineTrainModule(TrainModule):
@@ -26,7 +27,7 @@ class EngineTrainModule(TrainModule):
         config, device = self.config, self.environment.device
         if self.engine.keeps_average:
             self.averages.append(self.engine.averaged)
-        self._peak_rates = [float(group["lr"]) for group in self.engine.optimizer.param_groups]
+        self._scheduled = ScheduledSettings(config, self.engine.optimizer)
         self.max_consecutive_skipped_steps = config.max_consecutive_skipped_steps
         self._loss = torch.zeros((), device=device)
         """This rank's summand of the last step's loss."""
@@ -36,15 +37,10 @@ class EngineTrainModule(TrainModule):
         self._loss_scale = LossScale(device) if is_fp16 else None
 
     def optim_step(self, progress: Progress) -> dict[str, Metric]:
-        factor = self._rate_factor(progress)
-        for group, peak in zip(self.engine.optimizer.param_groups, self._peak_rates, strict=True):
-            if isinstance(group["lr"], torch.Tensor):  # a compiled step reads it
-                group["lr"].fill_(peak * factor)
-            else:
-                group["lr"] = peak * factor
+        scheduled = self._scheduled.apply(progress)
         outcome = self._step()
         metrics = {
-            "lr": Metric(self.config.optim.lr * factor),
+            **{name: Metric(value) for name, value in scheduled.items()},
             "grad_norm": Metric(outcome.grad_norm),
             "skipped": Metric(outcome.skipped),
         }
@@ -95,10 +91,3 @@ class EngineTrainModule(TrainModule):
         )
         spikes.add(loss, outcome.grad_norm, outcome.skipped)
         return outcome
-
-    def _rate_factor(self, progress: Progress) -> float:
-        if self.config.scheduler.units == "tokens":
-            return self.config.scheduler.factor(
-                progress.tokens, progress.total_tokens, step_size=progress.tokens_per_step
-            )
-        return self.config.scheduler.factor(progress.step, progress.total_steps)

@@ -238,6 +238,7 @@ class Trainer:
         state.heartbeat.beat("forward and backward", state.step, is_slow=is_first)
         for _, hook in self._hooks["pre_step"]:
             hook()
+        module.progress = before
         metrics = module.train_batch(batch)
         state.heartbeat.beat("optimizer step", state.step, is_slow=is_first)
         for _, hook in self._hooks["pre_optim_step"]:
@@ -247,10 +248,11 @@ class Trainer:
             metrics |= hook() or {}
         values: dict[str, Any] = {
             "tokens": state.tokens,
-            "epoch": state.train_loader.epochs_done(state.step),
+            "epoch": state.train_loader.batches.epochs_done(state.step),
             "time": time.time(),
             "attempt": state.run.attempt,
         }
+        values |= state.train_loader.batches.sizes(before.step)
         counts = state.train_loader.counts(state.step).items()
         values |= {f"instances/{source}": count for source, count in counts}
         values |= {name: metric.value for name, metric in metrics.items()}

@@ -69,7 +69,6 @@ class TransformerTrainModule(EngineTrainModule):
             width_multiplier=1.0 if optim.mup is None else optim.mup.multiplier,
         )
         self.begin_stepping()
-        self._z_loss = config.z_loss_multiplier or 0.0
         layout = self.environment.layout
         self.kernels = kernel_record(
             share_of_model(
@@ -78,7 +77,7 @@ class TransformerTrainModule(EngineTrainModule):
             self.environment.device,
             compute_dtype(layout.precision) or torch.float32,
             is_compiled=config.compile_model,
-            has_z_loss=self._z_loss != 0.0,
+            has_z_loss=bool(config.z_loss_multiplier),
             trains_head_alone=self.trained_names == {"head.weight"},
             vocabulary_is_cut=layout.tp > 1,
         )
@@ -92,10 +91,11 @@ class TransformerTrainModule(EngineTrainModule):
         count = self._num_targets(batch, inputs.labels)
         num_targets = max(count, 1) if isinstance(count, int) else count.clamp(min=1)
         factor = self.environment.layout.grad_ranks / num_targets
+        z_loss = self._scheduled.z_loss(self.progress)
         if (scaling := self._loss_scale) is not None:
             factor = scaling.scale * factor
         sums = self.engine.forward_backward(
-            self._microbatches(inputs), factor, z_loss_multiplier=self._z_loss
+            self._microbatches(inputs), factor, z_loss_multiplier=z_loss
         )
         if not self._is_checked:
             self._check_gradients()
@@ -103,8 +103,8 @@ class TransformerTrainModule(EngineTrainModule):
             self.engine.scale_gradients(1 / scaling.scale)
         self._loss = sums.ce / count
         metrics = {"loss": Metric(self._loss, "sum")}
-        if self._z_loss:
-            metrics["z_loss"] = Metric(self._z_loss * (sums.z / count), "sum")
+        if self.config.z_loss_multiplier:
+            metrics["z_loss"] = Metric(z_loss * (sums.z / count), "sum")
         if sums.router is not None:
             metrics |= self._router_metrics(sums.router, count)
         return metrics
