@@ -16,7 +16,7 @@ from toolkit.metrics.recorder import MetricsRecorder
 from toolkit.metrics.system import SystemMonitor
 from toolkit.threads import Thread, ThreadPool
 from toolkit.train.callbacks import checkpointer
-from toolkit.train.config import CheckpointerConfig
+from toolkit.train.callbacks.config import CheckpointerConfig
 
 
 class FakeCuda:

@@ -24,7 +24,8 @@ from toolkit.distributed.config import (
 )
 from toolkit.distributed.environment import TrainingEnvironment
 from toolkit.models.architecture import MoEConfig
-from toolkit.optim.config import AdamWConfig, GroupOverride, OptimConfig, SGDConfig
+from toolkit.optim.base import GroupOverride
+from toolkit.optim.config import AdamWConfig, OptimConfig, SGDConfig
 from toolkit.train.config import TransformerTrainModuleConfig
 from toolkit.train.transformer import TransformerTrainModule
 

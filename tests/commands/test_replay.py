@@ -22,7 +22,7 @@ from toolkit.experiment.recorded import metadata_of_attempt
 from toolkit.experiment.training import describe_engine
 from toolkit.runs.files import RUN_FILES
 from toolkit.runs.manager import RunManager
-from toolkit.train.config import CallbacksConfig
+from toolkit.train.callbacks.config import CallbacksConfig
 
 
 def engine(world_size: int = 1, **changes: Any) -> Layout:

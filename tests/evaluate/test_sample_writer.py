@@ -1,5 +1,6 @@
 """The sample writer needs a tokenizer, and says so before training."""
 
+import contextlib
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -48,7 +49,7 @@ def test_the_prompt_starts_as_documents_of_the_data_do(
     )
     writer.state = SimpleNamespace(  # type: ignore[assignment]
         train_loader=SimpleNamespace(tokenizer_folder=tmp_path / "tokenizer", sequence_length=8),
-        train_module=SimpleNamespace(logits=logits),
+        train_module=SimpleNamespace(logits=logits, evaluating=contextlib.nullcontext),
         stop_request=SimpleNamespace(is_agreed=False),
         environment=SimpleNamespace(seed=0, device="cpu", broadcast=None),
         is_main=False,

@@ -12,7 +12,8 @@ from toolkit.errors import ConfigError
 from toolkit.experiment.checks import check_parameters
 from toolkit.experiment.config import ExperimentConfig
 from toolkit.experiment.load import load_experiment
-from toolkit.optim.config import AdamWConfig, ClassOptimConfig, SGDConfig, traits_of
+from toolkit.optim.base import traits_of
+from toolkit.optim.config import AdamWConfig, ClassOptimConfig, SGDConfig
 from toolkit.optim.schedules import ClassScheduleConfig
 
 OPTIM, SCHEDULER = "train_module.optim", "train_module.scheduler"

@@ -4,7 +4,8 @@ import pytest
 
 from toolkit.errors import ConfigError
 from toolkit.experiment.load import load_experiment
-from toolkit.optim.config import AdamWConfig, GroupOverride
+from toolkit.optim.base import GroupOverride
+from toolkit.optim.config import AdamWConfig
 
 OPTIM, SCHEDULER = "train_module.optim", "train_module.scheduler"
 

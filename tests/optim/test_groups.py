@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from toolkit.errors import ConfigError
-from toolkit.optim.config import AdamWConfig, GroupOverride, SGDConfig
+from toolkit.optim.base import GroupOverride
+from toolkit.optim.config import AdamWConfig, SGDConfig
 
 
 def parameters() -> dict[str, torch.nn.Parameter]:

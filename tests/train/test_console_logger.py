@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
+from toolkit.train.callbacks.config import ConsoleLoggerConfig
 from toolkit.train.callbacks.console_logger import ConsoleLogger
-from toolkit.train.config import ConsoleLoggerConfig
 
 RECORD = {"step": 1, "time": 1.0, "loss": 2.0, "lr": 0.1}
 

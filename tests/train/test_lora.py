@@ -20,7 +20,8 @@ from toolkit.data.prepare.tokenizers.tokenizer import load_tokenizer
 from toolkit.errors import CheckpointError, ToolkitError
 from toolkit.experiment.load import load_experiment
 from toolkit.models.config import LoRAConfig
-from toolkit.optim.config import AdamWConfig, GroupOverride
+from toolkit.optim.base import GroupOverride
+from toolkit.optim.config import AdamWConfig
 from toolkit.train.adapter_base import find_base
 
 STEPS = 4

@@ -8,8 +8,8 @@ import torch
 from toolkit.models.config import GPTConfig
 from toolkit.models.presets import PRESETS
 from toolkit.train.callbacks import monitors
+from toolkit.train.callbacks.config import SpeedMonitorConfig
 from toolkit.train.callbacks.monitors import SpeedMonitor
-from toolkit.train.config import SpeedMonitorConfig
 
 
 class Clock:

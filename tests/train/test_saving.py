@@ -20,7 +20,7 @@ from toolkit.checkpoint.save_plan import ShardWriter
 from toolkit.checkpoint.tensors import iterate_tensors
 from toolkit.errors import RunError, ToolkitError
 from toolkit.train.callbacks.checkpointer import Checkpointer
-from toolkit.train.config import CheckpointerConfig
+from toolkit.train.callbacks.config import CheckpointerConfig
 
 STEPS = 12
 

@@ -22,7 +22,8 @@ from toolkit.hf.export import Exported, chosen_types, export_source, first_type
 from toolkit.hf.loading import fetch_model, is_hub_name, name_in_cache
 from toolkit.hf.model_card import render_card
 from toolkit.hf.source import ModelSource, find_source, is_tokenizer
-from toolkit.optim.config import AdamWConfig, GroupOverride
+from toolkit.optim.base import GroupOverride
+from toolkit.optim.config import AdamWConfig
 from toolkit.optim.schedules import CosineConfig
 from toolkit.runs.config import RunConfig
 from toolkit.storage.atomic import check_unused, write_atomic

@@ -21,7 +21,7 @@ from toolkit.metrics.norms import layer_norms, layer_of
 from toolkit.models.init import canonical_parameters
 from toolkit.models.loss import LossSums
 from toolkit.models.router import RouterSums
-from toolkit.optim.config import traits_of
+from toolkit.optim.base import traits_of
 
 BuildOptimizer = Callable[[dict[str, nn.Parameter]], torch.optim.Optimizer]
 
@@ -130,7 +130,8 @@ class Engine(ABC):
         shapes; saving reads them, loading fills them in place."""
 
     def state_filled(self) -> None:  # noqa: B027 (most engines have no copies)
-        """Called after loading: bring every derived copy in line with the filled tensors."""
+        """Called after the contents of `state_tensors` changed: bring what is derived of them in
+        line."""
 
     @abstractmethod
     def _exchanging(self, *, is_last: bool) -> contextlib.AbstractContextManager:

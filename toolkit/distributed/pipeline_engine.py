@@ -126,10 +126,14 @@ class PipelineEngine(TorchEngine):
 
     def step(self, max_grad_norm: float | None) -> StepOutcome:
         outcome = super().step(max_grad_norm)
-        self.state_filled()
+        self._copy_twin()
         return outcome
 
     def state_filled(self) -> None:
+        super().state_filled()
+        self._copy_twin()
+
+    def _copy_twin(self) -> None:
         if (twins := self.module.twins) is not None:
             first, last = (local_tensor(twin.detach()) for twin in twins)
             last.copy_(first)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -24,7 +25,7 @@ from toolkit.distributed.engine import (
 )
 from toolkit.distributed.environment import TrainingEnvironment
 from toolkit.distributed.shards import ShardSpec, local_tensor, stored_tensor
-from toolkit.optim.config import traits_of
+from toolkit.optim.base import traits_of
 
 
 class TorchEngine(Engine):
@@ -153,6 +154,12 @@ class TorchEngine(Engine):
                 if isinstance(value, torch.Tensor):
                     tensors[f"optim.{name}.{key}"] = stored_tensor(_like(value, parameter), spec)
         return tensors
+
+    def state_filled(self) -> None:
+        for module in self.module.modules():
+            # The root keeps what it has gathered, from a forward to the next backward.
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
     def _bind_local_gradients(self) -> None:
         if not self._is_sharded:

@@ -38,18 +38,19 @@ class SampleWriter(Callback):
         if not prompt:
             log.warning("no sample: trainer.callbacks.sample_writer.prompt is empty")
             return
-        ids = generate(
-            state.train_module.logits,
-            prompt,
-            max_new_tokens=config.max_new_tokens,
-            temperature=config.temperature,
-            top_k=config.top_k,
-            seed=state.environment.seed,
-            eos_id=stop_ids(tokenizer),
-            max_sequence_length=state.train_loader.sequence_length,
-            device=state.environment.device,
-            broadcast=state.environment.broadcast,
-        )
+        with state.train_module.evaluating():
+            ids = generate(
+                state.train_module.logits,
+                prompt,
+                max_new_tokens=config.max_new_tokens,
+                temperature=config.temperature,
+                top_k=config.top_k,
+                seed=state.environment.seed,
+                eos_id=stop_ids(tokenizer),
+                max_sequence_length=state.train_loader.sequence_length,
+                device=state.environment.device,
+                broadcast=state.environment.broadcast,
+            )
         if state.is_main:
             with contextlib.suppress(OSError, ValueError, SystemExit):
                 console = get_console()

@@ -1,7 +1,10 @@
 """`TrainModule`: what the trainer can train."""
 
+import contextlib
+import functools
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import torch
@@ -57,6 +60,7 @@ class TrainModule(ABC):
     """Part of the model -> the kernel that computes it here; recorded with the engine."""
     max_consecutive_skipped_steps: int
     """Non-finite steps in a row that end training."""
+    _is_evaluating = False
 
     @abstractmethod
     def train_batch(self, batch: Batch) -> dict[str, Metric]:
@@ -92,10 +96,33 @@ class TrainModule(ABC):
 
     @abstractmethod
     def state_filled(self) -> None:
-        """Called after `state_tensors` were filled from a checkpoint."""
+        """Called after the contents of `state_tensors` changed: a checkpoint was loaded, or weights
+        were swapped. What the engine has derived of them follows."""
 
     def base_tensors(self) -> dict[str, torch.Tensor]:
         """Weights (`model.*`) that come from `trainer.load_path` on every start, where
         `state_tensors` does not hold the whole model; what it holds of them is loaded after.
         Empty: it does."""
         return {}
+
+    @functools.cached_property
+    def averages(self) -> list[Callable[[], AbstractContextManager[Any]]]:
+        """Where averaged weights come from: functions whose context managers put them into the
+        model and take them out again. Optimizers and callbacks add theirs. One may swap the
+        contents of `state_tensors` (`model.*`) and call `state_filled`, at both ends."""
+        return []
+
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Inside, the model holds the weights that evaluations and samples use: those of
+        `averages`, of which the last added wins; without any, the weights in training. Every rank
+        enters it; nothing is trained or saved inside."""
+        if self._is_evaluating:  # an evaluation inside of another
+            yield
+            return
+        with contextlib.ExitStack() as stack:
+            self._is_evaluating = True
+            stack.callback(setattr, self, "_is_evaluating", False)
+            for average in self.averages:
+                stack.enter_context(average())
+            yield
