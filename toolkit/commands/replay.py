@@ -46,8 +46,8 @@ from toolkit.train.config import Duration, TrainerConfig
 log = logging.getLogger(__name__)
 
 OBSERVERS = (
-    "speed_monitor", "network_monitor", "system_monitor", "lm_evaluator", "checkpointer",
-    "sample_writer", "console_logger",
+    "speed_monitor", "network_monitor", "system_monitor", "lm_evaluator",
+    "downstream_evaluator", "checkpointer", "sample_writer", "console_logger",
 )  # fmt: skip
 """Callbacks that only watch and write; off in a replay."""
 

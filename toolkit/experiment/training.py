@@ -66,6 +66,9 @@ class Training:
             corpus=self.corpus,
         )
         check_best_metric(config.trainer, evaluation)
+        downstream = config.trainer.callbacks.downstream_evaluator
+        if downstream.is_wanted:
+            named("toolkit.evaluate.tasks.names:check_names")(downstream.tasks)
 
     def check_continuation(self, folder: Path) -> None:
         """Check that the run in `folder` can go on with this config; see `continuation.py`."""

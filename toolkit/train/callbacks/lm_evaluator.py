@@ -36,13 +36,12 @@ class LMEvaluator(Evaluator):
         if not state.eval_loaders:
             return False
         group = state.environment.cpu_group
-        with state.train_module.evaluating():
-            found = evaluate_sets(
-                state.eval_loaders,
-                state.train_module.eval_batch,
-                should_stop=state.should_stop,
-                reduce=lambda sums: None if group is None else dist.all_reduce(sums, group=group),
-            )
+        found = evaluate_sets(
+            state.eval_loaders,
+            state.train_module.eval_batch,
+            should_stop=state.should_stop,
+            reduce=lambda totals: None if group is None else dist.all_reduce(totals, group=group),
+        )
         if found is None:
             return False
         results = []
