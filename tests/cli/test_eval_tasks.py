@@ -22,12 +22,14 @@ def task_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tasks")
     text = folder / "text.txt"
     text.write_text("".join(f"line {n}: é and {n * n}\n" for n in range(400)), encoding="utf-8")
+    (folder / "other.txt").write_text("".join(f"{n * 7} other words, ü\n" for n in range(40)))
     write_task(folder / "squares", QUESTIONS, "acc_per_char")
     args = [
         "train", "smoke", "--save-folder", str(folder / "run"), "--data-root", str(folder / "data"),
         f"--dataset.source={{type: files, paths: ['{text}']}}", "--dataset.num_processes=1",
         "--trainer.max_duration.value=4", "--trainer.hard_stop.value=2",
-        "--trainer.callbacks.lm_evaluator.enabled=false",
+        "--data_loader.eval_tokens=600", "--trainer.callbacks.lm_evaluator.interval=2",
+        f"--dataset.eval_sets.other.source={{type: files, paths: ['{folder}/other.txt']}}",
         f"--trainer.callbacks.downstream_evaluator={{tasks: ['{folder}/squares'], interval: 2}}",
         "--trainer.callbacks.checkpointer={interval: 2, export_hf: false}",
         "--trainer.callbacks.system_monitor.enabled=false",
@@ -42,11 +44,26 @@ def lines(capsys: pytest.CaptureFixture[str], *args: str) -> list[dict[str, Any]
     return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
 
 
+def records(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics/eval.jsonl").read_text().splitlines()]
+
+
+def test_a_further_set_has_a_name_of_its_own(
+    task_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = ["other", "val", "downstream/squares"]
+    found = records(task_run / "run")
+    assert [(r["step"], r["name"]) for r in found] == [(s, n) for s in (2, 4) for n in names]
+    again = lines(capsys, str(task_run / "run"))
+    keys = ("name", "loss", "ppl", "bits_per_byte", "num_targets")
+    assert [[r[k] for k in keys] for r in again] == [[r[k] for k in keys] for r in found[3:5]]
+
+
 def test_training_records_each_step_once_and_eval_gives_the_same(
     task_run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = task_run / "run"
-    recorded = [json.loads(line) for line in (run / "metrics/eval.jsonl").read_text().splitlines()]
+    recorded = [r for r in records(run) if r["name"].startswith("downstream/")]
     assert [record["step"] for record in recorded] == [2, 4]
     for record, where in zip(recorded, [run / "checkpoints/step2", run], strict=True):
         (found,) = lines(capsys, str(where), "--tasks", str(task_run / "squares"))

@@ -96,7 +96,8 @@ LLS = [-1.0, -3.0, -2.0, -4.0, -8.0]  # of " three", " a"; "no", " ü", " maybe"
         "CE loss": (1 / 5 + 8 / 5) / 2, "CE loss v2": (1 / 6 + 8 / 6) / 2,
         "BPB": (1 / 5 + 8 / 5) / 2 / math.log(2), "BPB v2": (1 / 6 + 8 / 6) / 2 / math.log(2),
         "soft loss": (1 / (1 + math.exp(-2)) + 1 / (math.exp(6) + math.exp(4) + 1)) / 2,
-        "log soft loss": -(math.log(1 + math.exp(-2)) + math.log(math.exp(6) + math.exp(4) + 1)) / 2,
+        "log soft loss":
+            -(math.log(1 + math.exp(-2)) + math.log(math.exp(6) + math.exp(4) + 1)) / 2,
     }),
     ("acc_per_char", {  # -1/6, -3/2; -2/2, -4/2, -8/6
         "length-normalized accuracy": 1 / 2, "length-normalized accuracy v2": 1 / 2,
@@ -212,7 +213,7 @@ def test_a_task_that_cannot_be_read_is_refused_by_its_line(tmp_path: Path) -> No
         load_task(str(tmp_path), tokenizer)
     for line, message in (
         ("{}", r"requests\.jsonl:1: not the JSON that belongs there"),
-        (json.dumps({"doc_id": 0, "idx": 1, "label": 0, "request": {"context": "a", "continuation": "b"}}),
+        ('{"doc_id": 0, "idx": 1, "label": 0, "request": {"context": "a", "continuation": "b"}}',
          r"document 0 has the choices \[1\] and the label 0; they must count from 0"),
         ("", "it has no choices"),
     ):  # fmt: skip
@@ -222,7 +223,7 @@ def test_a_task_that_cannot_be_read_is_refused_by_its_line(tmp_path: Path) -> No
         with pytest.raises(DataError, match=message):
             read_task(folder, tokenizer)
     write_task(tmp_path / "odd", metric="pass_at_1")
-    with pytest.raises(DataError, match="primary_metric 'pass_at_1' cannot be computed; known are"):
+    with pytest.raises(DataError, match=r"primary_metric .* cannot be computed"):
         read_task(tmp_path / "odd", tokenizer)
 
 
@@ -236,7 +237,7 @@ def test_long_contexts_are_cut_and_said(tmp_path: Path) -> None:
     assert check_lengths(task, 10, "k") == (
         "task own: 1 of 5 rows are longer than 10 tokens; the beginning of their context is cut"
     )
-    with pytest.raises(ConfigError, match="^k: task own: a continuation has 6 tokens, and rows"):
+    with pytest.raises(ConfigError, match=r"^k: task own: a continuation has 6"):
         check_lengths(task, 5, "k")
 
 

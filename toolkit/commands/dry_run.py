@@ -133,6 +133,9 @@ def _data(config: ExperimentConfig, corpus: CorpusInfo | None) -> list[str]:
         f"{prepared.folder}: {prepared.num_tokens('train'):,} training tokens, "
         f"{prepared.num_tokens('val'):,} validation tokens"
         for _, prepared in corpus.parts.values()
+    ] + [
+        f"{prepared.folder}: {prepared.num_tokens('train'):,} tokens that are evaluated only"
+        for _, prepared in corpus.eval_parts.values()
     ]
     if config.store.permanent_root is not None:
         lines.append(f"kept in {config.store.permanent_root}")

