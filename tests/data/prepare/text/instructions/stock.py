@@ -9,7 +9,8 @@ LLAMA31 = """{{- bos_token }}
 {%- endif %}
 {{- "<|start_header_id|>system<|end_header_id|>\\n\\n" }}
 {%- if tools %}{{- "Environment: ipython\\n" }}{%- endif %}
-{{- "Cutting Knowledge Date: December 2023\\nToday Date: 26 Jul 2024\\n\\n" + system + "<|eot_id|>" }}
+{{- "Cutting Knowledge Date: December 2023\\nToday Date: 26 Jul 2024\\n\\n" }}
+{{- system + "<|eot_id|>" }}
 {%- if tools %}
     {%- if not messages %}{{- raise_exception("no first user message for the tools") }}{%- endif %}
     {%- set first = messages[0]['content'] | trim %}
@@ -71,7 +72,8 @@ QWEN3 = """{%- if tools %}
         {%- endif %}
         {{- '<|im_start|>assistant\\n' }}
         {%- if loop.index0 > ns.last and (loop.last or reasoning) %}
-            {{- '<think>\\n' + reasoning.strip('\\n') + '\\n</think>\\n\\n' + content.lstrip('\\n') }}
+            {{- '<think>\\n' + reasoning.strip('\\n') + '\\n</think>\\n\\n' }}
+            {{- content.lstrip('\\n') }}
         {%- else %}
             {{- content }}
         {%- endif %}
@@ -144,7 +146,8 @@ GPT_OSS = """{{- "<|start|>system<|message|>You are a chat model.<|end|>" }}
                 {%- endif %}
             {%- endfor %}
             {%- if message.content %}
-                {{- "<|start|>assistant<|channel|>analysis<|message|>" + message.content + "<|end|>" }}
+                {{- "<|start|>assistant<|channel|>analysis<|message|>" + message.content }}
+                {{- "<|end|>" }}
             {%- elif reasoning and not ns.final %}
                 {{- "<|start|>assistant<|channel|>analysis<|message|>" + reasoning + "<|end|>" }}
             {%- endif %}
