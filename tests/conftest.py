@@ -9,6 +9,8 @@ import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# A process that compiles does so by itself: the helpers that it would start cost more than they do.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 from tests.s3 import S3Server, s3_server
 from tests.spreading import pytest_configure, pytest_xdist_make_scheduler  # noqa: F401

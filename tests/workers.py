@@ -1,4 +1,5 @@
-"""Warm worker processes for multi-rank tests: imports are paid once per session, not per test.
+"""Warm worker processes for multi-rank tests: imports are paid once per session, not per test, nor
+per worker.
 
 A job is a module-level function called on every rank as `fn(*args)` with the launcher's variables
 set; its return values come back as a list by rank. A hung or failed job kills the pool, so that
@@ -21,6 +22,10 @@ from typing import Any
 from unittest import mock
 
 import psutil
+
+SERVER = mp.get_context("forkserver")
+"""Forks processes that have imported everything already."""
+SERVER.set_forkserver_preload(["tests.preload"])
 
 MOST_THREADS = 40
 """Of a worker: ZeRO-3 holds its groups for the life of a process, and the threads of a group whose
@@ -53,7 +58,7 @@ class WorkerPool:
             "WORLD_SIZE": str(world_size),
             "LOCAL_WORLD_SIZE": str(world_size),
             "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(_free_port()),
+            "MASTER_PORT": str(free_port()),
             "TOOLKIT_NUM_THREADS": "1",
             **(environ or {}),
         }
@@ -102,7 +107,9 @@ class WorkerPool:
         self._workers = []
 
     def _ensure(self, count: int) -> None:
-        context = mp.get_context("spawn")
+        # What is forked has the server's devices: none but the CPU.
+        is_like_all = not self._environ and os.environ.get("CUDA_VISIBLE_DEVICES") == ""
+        context: Any = SERVER if is_like_all else mp.get_context("spawn")
         while len(self._workers) < max(count, 1):
             here, there = context.Pipe()
             process = context.Process(target=_work, args=(there,), daemon=True)
@@ -117,7 +124,7 @@ def _work(pipe: Any) -> None:
 
     faulthandler.enable()
     torch.set_num_threads(1)
-    clean = dict(os.environ)
+    clean, modules = dict(os.environ), 0
     while True:
         try:
             fn, args, environ = pipe.recv()
@@ -133,6 +140,11 @@ def _work(pipe: Any) -> None:
             os.environ.clear()
             os.environ.update(clean)
             _leave_groups()
+            if len(sys.modules) > modules:
+                # Later collections pass over what was imported.
+                gc.collect()
+                gc.freeze()
+                modules = len(sys.modules)
 
 
 def _leave_groups() -> None:
@@ -171,7 +183,7 @@ def _restart_deepspeed_ids() -> None:
         register.__defaults__[0][0] = 0
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

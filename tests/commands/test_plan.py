@@ -11,18 +11,18 @@ import pytest
 from toolkit.cli import main as cli
 from toolkit.commands.plan import plan_experiment
 from toolkit.commands.plan.devices import DEVICES, find_device
-from toolkit.commands.plan.memory import memory_of
+from toolkit.commands.plan.memory import fullest, least_memory, memory_of
 from toolkit.commands.plan.plans import Plan, Target, changed, job_of, plan_of
 from toolkit.commands.plan.report import flags
 from toolkit.commands.plan.search import Limits, layouts, search
 from toolkit.distributed.config import ActivationCheckpointingConfig
 from toolkit.distributed.layout import layout_of
-from toolkit.distributed.sizes import check_sizes
+from toolkit.distributed.sizes import Besides, check_sizes
 from toolkit.errors import ConfigError
 from toolkit.experiment.load import load_experiment
 
 FSDP = "--train_module.dp_config.name=fsdp"
-ANY = Limits(has_frozen=False, has_adapter=False, own_model=None, batch_rows=64)
+ANY = Limits(Besides(), batch_rows=64)
 
 
 def planned(recipe: str, world_size: int, *overrides: str, device: str = "h100") -> Plan:
@@ -141,7 +141,7 @@ def test_what_the_engines_refuse_is_not_proposed() -> None:
     job = planned("llama3_8B", 1, "--train_module.rank_microbatch_size=8192").job
     axes = {
         axis
-        for layout in layouts(job, 16, ANY._replace(has_adapter=True))
+        for layout in layouts(job, 16, ANY._replace(besides=Besides(has_adapter=True)))
         for axis in ("tp", "cp", "pp", "ep")
         if getattr(layout, axis) > 1
     }
@@ -149,7 +149,6 @@ def test_what_the_engines_refuse_is_not_proposed() -> None:
 
 
 def test_a_microbatch_is_as_large_as_fits() -> None:
-    from toolkit.commands.plan.memory import fullest
     from toolkit.commands.plan.plans import largest_rows
 
     plan = planned(
@@ -222,7 +221,11 @@ def test_length_in_epochs_waits_for_the_data(capsys: pytest.CaptureFixture[str])
         (["--device", "h101"], "--device h101: did you mean h100? known devices: h100, h200"),
         (["--world-size", "0"], "--world-size 0: give a number from 1"),
         (["--gpus-per-node", "0"], "--gpus-per-node 0: give a number from 1"),
-        (["--price-per-gpu-hour", "-1"], "--price-per-gpu-hour -1.0: must not be negative"),
+        (
+            ["--price-per-gpu-hour", "-1"],
+            "--price-per-gpu-hour -1.0: give a number, not a negative one",
+        ),
+        (["--price-per-gpu-hour", "nan"], "--price-per-gpu-hour nan: give a number"),
         (["--world-size", "6"], "nearest that work: 491520 or 540672"),
         (
             ["--world-size", "1", "--search", "--device", "rtx4090"],
@@ -236,6 +239,19 @@ def test_length_in_epochs_waits_for_the_data(capsys: pytest.CaptureFixture[str])
             ["--world-size", "8", "--train_module.tp_config.degree=16"],
             "tp 16 does not divide the 8 processes of this run; start 16",
         ),
+        (
+            ["--train_module.pp_config.degree=2", "--train_module.optim.lrr=1"],
+            "optim.lrr: no such field",
+        ),
+        (
+            ["--world-size=8", "--train_module.pp_config.degree=2", "--train_module.optim.lrr=1"],
+            "optim.lrr: no such field",
+        ),
+        (
+            ["--world-size=64", "--train_module.pp_config.degree=64"],
+            "has 64 stages, but the model has 32 layers; use 32",
+        ),
+        (["--train_module.ep_config.degree=2"], "the model has no experts"),
     ],
 )
 def test_bad_input_is_one_line(
@@ -244,6 +260,18 @@ def test_bad_input_is_one_line(
     line = said(capsys, "llama3_8B", *words, code=2)
     assert message in line
     assert "\n" not in line
+
+
+def test_stages_left_out_need_no_more_than_those_that_are_looked_at() -> None:
+    job = planned("olmoe_1B_7B", 1, "--train_module.rank_microbatch_size=4096").job
+    modes = None, ActivationCheckpointingConfig(mode="selected_blocks")
+    for layout in layouts(job, 16, ANY):
+        for mode in modes if layout.pp > 1 else ():
+            for rows in (1, 2, 4):
+                own = changed(job, layout=layout, rows=rows, ac_config=mode, keeps_ac=False)
+                needed = fullest(own)[1].total
+                assert needed == max(memory_of(own, stage).total for stage in own.stages)
+                assert needed >= least_memory(own)
 
 
 def test_nothing_fits_at_all() -> None:

@@ -58,11 +58,14 @@ def test_single_with_several_processes_is_an_error() -> None:
         resolve(TWO, "single")
 
 
-def test_fsdp1_and_fp16_are_refused() -> None:
+def test_fsdp1_and_other_precisions_are_refused() -> None:
     with pytest.raises(ConfigError, match="only FSDP2 is supported; set fsdp_version: 2"):
         resolve(FSDP | {"FSDP_VERSION": "1"})
-    with pytest.raises(ConfigError, match="mixed_precision fp16 is not supported"):
-        resolve(TWO | {"ACCELERATE_MIXED_PRECISION": "fp16"})
+    with pytest.raises(ConfigError, match="mixed_precision fp8 is not supported"):
+        resolve(TWO | {"ACCELERATE_MIXED_PRECISION": "fp8"})
+    assert resolve(TWO | {"ACCELERATE_MIXED_PRECISION": "fp16"}).precision == "fp16"
+    with pytest.raises(ConfigError, match="fp16 does not go with zero3; use ddp, fsdp or hsdp"):
+        resolve(ZERO3 | {"ACCELERATE_MIXED_PRECISION": "fp16"})
 
 
 def test_what_is_left_of_a_launcher_is_told_from_what_it_says(
@@ -78,7 +81,9 @@ def test_what_is_left_of_a_launcher_is_told_from_what_it_says(
     with pytest.raises(ConfigError, match="or `unset ACCELERATE_USE_FSDP`, which no `accelerate"):
         resolve(FSDP, "zero2")
     monkeypatch.setattr("toolkit.distributed.launcher.is_accelerated", lambda: True)
-    with pytest.raises(ConfigError, match=r"^accelerate launch: mixed_precision fp8 .*or bf16$"):
+    with pytest.raises(
+        ConfigError, match=r"^accelerate launch: mixed_precision fp8 .*bf16 or fp16$"
+    ):
         resolve({"ACCELERATE_MIXED_PRECISION": "fp8"})
 
 

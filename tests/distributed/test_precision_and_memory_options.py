@@ -1,20 +1,28 @@
 """bf16, activation checkpointing and compile: same training, to the rounding they imply."""
 
+import functools
 from typing import Any
+from unittest import mock
 
 import pytest
 
 from tests.tiny import ROWS, SEQ, build, module_config, open_environment, train_steps
 from tests.workers import WorkerPool
 from toolkit.distributed.config import ActivationCheckpointingConfig
+from toolkit.models import compile as compiling
 from toolkit.models.architecture import MoEConfig
 
 
-def losses(engine: str, changes: dict[str, Any]) -> list[float]:
+def losses(
+    engine: str, changes: dict[str, Any], backend: str = "inductor", layers: int = 2
+) -> list[float]:
     config = module_config(engine, rank_microbatch_size=4 * SEQ, **changes)
     env = open_environment(config)
+    compiled = functools.partial(compiling.compile_model, backend=backend)
     try:
-        return [record["loss"] for record in train_steps(build(config, env), 0, 4)]
+        with mock.patch.object(compiling, "compile_model", compiled):
+            module = build(config, env, num_layers=layers)
+            return [record["loss"] for record in train_steps(module, 0, 4)]
     finally:
         env.close()
 
@@ -47,23 +55,37 @@ def test_activation_checkpointing_changes_no_loss(
     assert got == pytest.approx(exact, rel=1e-5)
 
 
+FULL = ActivationCheckpointingConfig(mode="full")
+
+
 @pytest.mark.parametrize(
-    ("engine", "ranks", "ac"),
+    ("engine", "ranks", "ac", "backend"),
     [
-        ("single", 1, None),
-        ("ddp", 2, None),
-        ("fsdp", 2, None),
-        ("fsdp", 2, ActivationCheckpointingConfig(mode="full")),
-        ("single", 1, ActivationCheckpointingConfig(mode="budget", budget=0.3)),
-        ("zero1", 2, None),
-        ("zero3", 2, None),
+        ("single", 1, None, "inductor"),
+        ("single", 1, ActivationCheckpointingConfig(mode="budget", budget=0.3), "inductor"),
+        ("fsdp", 2, FULL, "inductor"),
+        # The same graphs, whose kernels are not compiled.
+        *((engine, 2, None, "aot_eager") for engine in ("ddp", "zero1")),
+        *(
+            pytest.param(engine, 2, None, "inductor", marks=pytest.mark.slow)
+            for engine in ("ddp", "fsdp", "zero1", "zero3")
+        ),
     ],
 )
 def test_compiled_model_trains_alike(
-    workers: WorkerPool, exact: list[float], engine: str, ranks: int, ac: Any
+    workers: WorkerPool, exact: list[float], engine: str, ranks: int, ac: Any, backend: str
 ) -> None:
     changes = {"compile_model": True, "ac_config": ac}
-    got = workers.run(ranks, losses, engine, changes, timeout=280)[0]
+    got = workers.run(ranks, losses, engine, changes, backend, timeout=280)[0]
+    assert got == pytest.approx(exact, rel=1e-5)
+
+
+def test_a_block_with_the_hooks_of_zero3_is_compiled(workers: WorkerPool) -> None:
+    """Around each of which there are graphs: of one block on one rank, whose kernels stay torch's,
+    as more of them take half a minute (`slow`, above)."""
+    exact = workers.run(1, losses, "single", {}, "inductor", 1)[0]
+    changes = {"compile_model": True}
+    got = workers.run(1, losses, "zero3", changes, "eager", 1, timeout=280)[0]
     assert got == pytest.approx(exact, rel=1e-5)
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch.distributed as dist
 
 from tests.tiny import module_config, open_environment
-from tests.workers import WorkerPool, _free_port
+from tests.workers import WorkerPool, free_port
 from toolkit import signals
 from toolkit.distributed import process_groups
 from toolkit.distributed.process_groups import agree_on_round, elastic_store, open_store
@@ -121,7 +121,7 @@ def test_waiting_says_for_whom_and_a_signal_ends_it(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(process_groups, "SILENT_SECONDS", 0.0)
-    port = _free_port()
+    port = free_port()
     environ = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     write, lines = process_groups.sys.stderr.write, []
 
@@ -145,7 +145,7 @@ def test_ranks_that_come_late_meet_and_those_that_do_not_are_told(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(process_groups, "SILENT_SECONDS", 0.0)
-    environ = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(_free_port())}
+    environ = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
     stores: dict[int, Any] = {}
 
     def come(rank: int) -> None:
@@ -157,7 +157,7 @@ def test_ranks_that_come_late_meet_and_those_that_do_not_are_told(
     late.join(60)
     stores[1].set("a", "b")
     assert stores[0].get("a") == b"b"
-    port = str(_free_port())
+    port = str(free_port())
     with pytest.raises(TrainingError, match="not all processes came to 127"):
         open_store(1, 2, datetime.timedelta(0), {**environ, **MEETING, "MASTER_PORT": port})
     assert f"rank 1: waiting for rank 0 at 127.0.0.1:{port} (WORLD_SIZE=2" in (

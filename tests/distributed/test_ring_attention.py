@@ -17,17 +17,15 @@ pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without to
 SEQ, RANKS = 48, 3
 
 
-def rows_of(rank: int, *, is_balanced: bool = True) -> SharedRows:
+def rows_of(rank: int, *, stretches: int = 2) -> SharedRows:
     group: Any = SimpleNamespace(size=lambda: RANKS, rank=lambda: rank)
-    return SharedRows(group, is_balanced=is_balanced)
+    return SharedRows(group, stretches=stretches)
 
 
-@pytest.mark.parametrize("is_balanced", [True, False])
+@pytest.mark.parametrize("stretches", [2, 1])
 @pytest.mark.parametrize("window", [None, 5, 20])
 @pytest.mark.parametrize("kind", ["row", "documents"])
-def test_steps_see_each_pair_of_a_row_once(
-    kind: str, window: int | None, is_balanced: bool
-) -> None:
+def test_steps_see_each_pair_of_a_row_once(kind: str, window: int | None, stretches: int) -> None:
     starts = None if kind == "row" else starts_of(kind)
     first = first_keys(starts_of(kind), window)
     every = torch.arange(SEQ)
@@ -36,7 +34,7 @@ def test_steps_see_each_pair_of_a_row_once(
     for make in (ring_attention._stretches, ring_attention._blocks):
         found[make] = torch.zeros((), dtype=torch.int64)
         for rank in range(RANKS):
-            rows = rows_of(rank, is_balanced=is_balanced)
+            rows = rows_of(rank, stretches=stretches)
             for step in range(_last_step(rows, SEQ, window) + 1):
                 x = torch.zeros(1)
                 for part in make(rows, step, starts, SEQ, window, x):
@@ -58,8 +56,8 @@ def seen_pairs(part: Any, batch: int) -> torch.Tensor:
 
 def test_windows_end_the_ring_early() -> None:
     steps = [
-        _last_step(rows_of(0, is_balanced=is_balanced), SEQ, window)
-        for is_balanced, window in ((True, None), (False, None), (False, 17), (False, 18))
+        _last_step(rows_of(0, stretches=stretches), SEQ, window)
+        for stretches, window in ((2, None), (1, None), (1, 17), (1, 18))
     ]
     assert steps == [2, 2, 1, 2]
 
@@ -76,7 +74,7 @@ def test_shares_of_parts_add_up_to_the_gradients(
         torch.randn(2, n, SEQ // 2, 8, generator=generator, dtype=torch.float64).requires_grad_()
         for n in (4, heads, heads)
     )
-    rows: Any = SharedRows(SimpleNamespace(size=lambda: 1, rank=lambda: 0), is_balanced=True)  # type: ignore[arg-type]
+    rows: Any = SharedRows(SimpleNamespace(size=lambda: 1, rank=lambda: 0), stretches=2)  # type: ignore[arg-type]
     for starts in (None, starts_of("documents", SEQ // 2)):
         parts = ring_attention._stretches(rows, 0, starts, SEQ // 2, None, query)
         first = first_keys(starts_of("row", SEQ // 2) if starts is None else starts, None)

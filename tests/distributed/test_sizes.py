@@ -6,7 +6,7 @@ import pytest
 
 from toolkit.distributed.config import ContextParallelConfig, DataParallelConfig
 from toolkit.distributed.layout import Layout
-from toolkit.distributed.sizes import check_combination, check_sizes, tensor_degrees
+from toolkit.distributed.sizes import Besides, check_combination, check_sizes, tensor_degrees
 from toolkit.errors import ConfigError
 from toolkit.models.architecture import MoEConfig
 from toolkit.models.config import TransformerConfig
@@ -74,12 +74,12 @@ def test_combinations_that_do_not_work_are_refused_by_name(axis: str) -> None:
     degrees: dict[str, Any] = {axis: 2, "dp_shard": 2}
     layout = Layout(**degrees, is_fsdp=True, dp_config=offload)
     with pytest.raises(ConfigError, match=f"cpu_offload does not go with .*{axis}_config"):
-        check_combination(layout, has_frozen=False, has_adapter=False, own_model=None)
+        check_combination(layout, Besides())
     layout = Layout(**degrees, is_fsdp=True)
     with pytest.raises(ConfigError, match=r"model.type mine:Mine does not go with"):
-        check_combination(layout, has_frozen=False, has_adapter=False, own_model="mine:Mine")
+        check_combination(layout, Besides(own_model="mine:Mine"))
     if axis == "tp":
-        check_combination(layout, has_frozen=True, has_adapter=True, own_model=None)
+        check_combination(layout, Besides(has_frozen=True, has_adapter=True))
         return
     with pytest.raises(ConfigError, match=f"lora does not go with train_module.{axis}_config"):
-        check_combination(layout, has_frozen=True, has_adapter=True, own_model=None)
+        check_combination(layout, Besides(has_frozen=True, has_adapter=True))

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 import psutil
 
+from tests.forked import Forked
 from toolkit.checkpoint.folder import saved_steps
 
 ROOT = Path(__file__).parents[2]
@@ -57,7 +58,7 @@ def run(*command: str | Path, cwd: Path, timeout: float = 120) -> Result:
 
 
 class Process:
-    """A process under way, its output in a file."""
+    """A process under way, its output in a file. `toolkit` is forked from a warm one."""
 
     started: ClassVar[list["Process"]] = []
     """All of them; a fixture ends what a failed test left running (or frozen)."""
@@ -66,9 +67,15 @@ class Process:
         self._output = cwd.absolute() / f".output-{time.time_ns()}"
         if cwd == ROOT:
             self._output = Path(os.environ.get("TMPDIR", "/tmp")) / self._output.name
+        words = [str(word) for word in command]
+        self._popen: Any
+        if words[0] == "toolkit":
+            self._popen = Forked(words[1:], cwd=cwd, env=environ(), output=self._output)
+            Process.started.append(self)
+            return
         with self._output.open("wb") as file:
             self._popen = subprocess.Popen(
-                [str(word) for word in command],
+                words,
                 cwd=cwd,
                 env=environ(),
                 stdin=subprocess.DEVNULL,
@@ -83,12 +90,12 @@ class Process:
 
     @property
     def output(self) -> str:
-        return self._output.read_text(errors="replace")
+        return self._output.read_text(errors="replace") if self._output.exists() else ""
 
     def wait(self, timeout: float = 120) -> Result:
         try:
             code = self._popen.wait(timeout)
-        except subprocess.TimeoutExpired:
+        except (subprocess.TimeoutExpired, TimeoutError):
             output = self.output
             self.kill()
             raise AssertionError(f"no end after {timeout} s:\n{output}") from None

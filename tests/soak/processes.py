@@ -1,13 +1,11 @@
 """Training processes to be killed: forked from a warm server, or started by `torchrun`.
 
 A start from the warm server costs a tenth of a second instead of the seconds of Python's imports.
-What is forked is the command line itself (`toolkit.cli.main.run`), under a launcher of a few lines
+What is forked is the command line itself, under a launcher of a few lines
 where several ranks are asked for; a share of the runs uses the real launcher.
 """
 
-import atexit
 import contextlib
-import multiprocessing as mp
 import os
 import signal
 import subprocess
@@ -19,10 +17,8 @@ from pathlib import Path
 import psutil
 
 from tests.e2e._run import environ
-from tests.workers import _free_port
-
-_SERVER = mp.get_context("forkserver")
-_SERVER.set_forkserver_preload(["tests.soak.preload"])
+from tests.forked import run_to_the_end
+from tests.workers import SERVER, free_port
 
 
 class Family:
@@ -43,9 +39,9 @@ class Family:
                 )
             self._launcher = psutil.Process(self._real.pid)
         else:
-            target = _run if ranks == 1 else _launch
+            target = run_to_the_end if ranks == 1 else _launch
             arguments = (list(words), str(log)) if ranks == 1 else (list(words), str(log), ranks)
-            self._forked = _SERVER.Process(target=target, args=arguments)
+            self._forked = SERVER.Process(target=target, args=arguments)
             self._forked.start()
             assert self._forked.pid is not None
             self._launcher = psutil.Process(self._forked.pid)
@@ -104,33 +100,20 @@ def _lives(process: psutil.Process) -> bool:
         return False
 
 
-def _run(words: list[str], log: str) -> None:
-    """In the forked process: what `python -m toolkit` does, to the end of an interpreter."""
-    file = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-    os.dup2(file, 1)
-    os.dup2(file, 2)
-    from toolkit.cli.main import run
-
-    code = run(words)
-    threading._shutdown()  # type: ignore[attr-defined]
-    atexit._run_exitfuncs()
-    os._exit(code)
-
-
 def _launch(words: list[str], log: str, ranks: int) -> None:
     """In the forked process: start the ranks; when one fails, end the others (as torchrun does)."""
     shared = {
         "WORLD_SIZE": str(ranks),
         "LOCAL_WORLD_SIZE": str(ranks),
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(_free_port()),
+        "MASTER_PORT": str(free_port()),
     }
     workers = set()
     for rank in range(ranks):
         pid = os.fork()
         if pid == 0:
             os.environ |= shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            _run(words, log)
+            run_to_the_end(words, log)
         workers.add(pid)
     worst = 0
     while workers:

@@ -134,6 +134,11 @@ def test_ranks_that_happen_to_read_other_kinds_of_rows_agree(
 
 KINDS = ["fixed", "packed", "variable", "mixture", "instructions", "custom"]
 VOCABULARY = ["--model.vocab_size=1024"]
+WITH_MEMORY = [
+    "--train_module.precision=fp16",
+    "--train_module.optim={type: skip_step_adamw, rolling_interval_length: 4, sigma_factor: 1.5}",
+]
+"""A loss scale and a window of accepted steps, which a checkpoint keeps besides the tensors."""
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -141,12 +146,16 @@ def test_a_run_stopped_and_resumed_is_the_undisturbed_run(
     workers: WorkerPool, corpora: dict[str, Any], tmp_path: Path, kind: str
 ) -> None:
     dataset, place = corpora[kind], str(tmp_path)
-    assert workers.run(1, run, place, "whole", dataset, *VOCABULARY) == [(0, "")]
+    flags = VOCABULARY + (WITH_MEMORY if kind == "custom" else [])
+    assert workers.run(1, run, place, "whole", dataset, *flags) == [(0, "")]
     stop = "--trainer.hard_stop={value: 8, unit: steps}"
-    assert workers.run(1, run, place, "parts", dataset, stop, *VOCABULARY) == [(0, "")]
-    assert workers.run(1, run, place, "parts", dataset, *VOCABULARY) == [(0, "")]
+    assert workers.run(1, run, place, "parts", dataset, stop, *flags) == [(0, "")]
+    assert workers.run(1, run, place, "parts", dataset, *flags) == [(0, "")]
     whole, parts = records(tmp_path / "whole"), records(tmp_path / "parts")
-    assert [r["loss"] for r in parts] == [r["loss"] for r in whole]
+    for name in ("loss", "skipped", *(("loss_scale",) if kind == "custom" else ())):
+        assert [r[name] for r in parts] == [r[name] for r in whole]
+    if kind == "custom":
+        assert 0 < sum(r["skipped"] for r in whole) < STEPS / 2
     assert len(whole) == STEPS
     assert (
         records(tmp_path / "whole", "eval")[-1]["loss"]

@@ -45,7 +45,10 @@ def plan(
       toolkit plan llama3_8B --world-size 64 --train_module.tp_config.degree=2
       toolkit plan my.json --world-size 16 --device a100-80 --search --price-per-gpu-hour 2
     """
-    loaded = commands.load.load(config, overrides, base, sequence_length=sequence_length)
+    environ = commands.plan.launched(os.environ, world_size, searches=search)
+    loaded = commands.load.load(
+        config, overrides, base, environ=environ, sequence_length=sequence_length
+    )
     answer = commands.plan.plan_experiment(
         loaded,
         os.environ,

@@ -1,9 +1,10 @@
 """A config from the words of a command line."""
 
 import contextlib
+import os
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from toolkit.config import is_override
@@ -21,6 +22,7 @@ def load(
     base: str | None = None,
     *,
     starts: bool = False,
+    environ: Mapping[str, str] | None = os.environ,
     **shorthands: Any,
 ) -> LoadedExperiment:
     """The experiment that the words of a command line describe; see `load_experiment`."""
@@ -33,7 +35,13 @@ def load(
             )
         check_launcher_variables()
     return load_experiment(
-        source, flags, shorthands, base=base, starts=starts, check_data=check_data_files
+        source,
+        flags,
+        shorthands,
+        base=base,
+        starts=starts,
+        environ=environ,
+        check_data=check_data_files,
     )
 
 

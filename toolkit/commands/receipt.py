@@ -22,7 +22,7 @@ from toolkit.runs.lock import utc_now
 from toolkit.storage.atomic import write_json_atomic
 
 BIT_FOR_BIT = "bit for bit"
-TOLERANCES = {"fp32": 1e-5, "bf16": 1e-3}
+TOLERANCES = {"fp32": 1e-5, "bf16": 1e-3, "fp16": 1e-3}
 """Relative, by precision: what other orders of summation may change in a loss."""
 
 _DECIDING = {

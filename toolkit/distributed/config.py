@@ -27,8 +27,9 @@ class DataParallelConfig(Config, kw_only=True):
     name: EngineName
     """`ddp` replicates, `fsdp` shards (FSDP2), `hsdp` shards inside groups and replicates over
     them, `zero1`/`zero2`/`zero3` are DeepSpeed's stages."""
-    param_dtype: DType | None = None
-    """Compute type: an alias of `train_module.precision` (bfloat16 = bf16, float32 = fp32)."""
+    param_dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Compute type: an alias of `train_module.precision` (bfloat16 = bf16, float16 = fp16,
+    float32 = fp32)."""
     reduce_dtype: DType = "float32"
     """Type of gradient reductions under `fsdp` and `hsdp`."""
     num_replicas: int | None = None
@@ -95,9 +96,9 @@ class ContextParallelConfig(Config, kw_only=True):
         check_positive(self, "degree")
 
     @property
-    def is_balanced(self) -> bool:
-        """Whether each rank has two stretches of a row."""
-        return self.load_balance == "head_tail" and self.style != "ulysses"
+    def stretches(self) -> int:
+        """Of a row that each rank has."""
+        return 2 if self.load_balance == "head_tail" and self.style != "ulysses" else 1
 
 
 class PipelineParallelConfig(Config, kw_only=True):

@@ -37,7 +37,8 @@ from toolkit.distributed.collectives import (
     gathered,
     reduce_scattered,
 )
-from toolkit.distributed.config import ContextStyle
+from toolkit.distributed.config import ContextParallelConfig, ContextStyle
+from toolkit.distributed.layout import padded_length
 from toolkit.distributed.ring_attention import ring
 from toolkit.distributed.shared_rows import SharedRows
 from toolkit.models.attention import Attention, attend
@@ -74,7 +75,8 @@ def apply_context_parallel(
     ranks cannot share.
     """
     assert isinstance(model, Transformer)
-    rows = SharedRows(group, is_balanced=load_balance == "head_tail" and style != "ulysses")
+    config = ContextParallelConfig(degree=group.size(), style=style, load_balance=load_balance)
+    rows = SharedRows(group, stretches=config.stretches)
     attend_shared, masks = _STYLES[style](rows)
     for module in model.modules():
         if isinstance(module, Attention):
@@ -93,7 +95,6 @@ class _Forward:
         self._model, self._rows = model, rows
         self._inner = model.forward
         self._multiple_of = multiple_of
-        self._unit = math.lcm(rows.chunks * rows.ranks, rows.ranks * multiple_of)
 
     def forward(
         self,
@@ -116,8 +117,11 @@ class _Forward:
         else:
             check_rows(self._model.config, known, document_ids)
             length, device = known.shape[1], known.device
-        padding = -length % self._unit
-        place = torch.arange(length + padding, device=device)[None]
+        padded = padded_length(
+            length, cp=rows.ranks, tp=self._multiple_of, stretches=rows.stretches
+        )
+        padding = padded - length
+        place = torch.arange(padded, device=device)[None]
         longest = min(length, self._model.config.max_sequence_length)
         positions, starts = place.clamp(max=longest - 1), None
         if document_ids is not None:

@@ -17,12 +17,15 @@ from toolkit.distributed.accelerator import build_accelerator, without_launcher_
 from toolkit.distributed.engine import (
     BuildOptimizer,
     Engine,
+    Refuses,
     StepOutcome,
     check_whole_matrices,
     create_state,
 )
 from toolkit.distributed.environment import TrainingEnvironment
 from toolkit.distributed.shards import LocalShard, ShardSpec
+from toolkit.errors import ConfigError
+from toolkit.optim.base import traits_of
 
 
 class _Slice(NamedTuple):
@@ -62,6 +65,9 @@ class DeepSpeedEngine(Engine):
         self.model = self._engine
         self._zero: Any = self._engine.optimizer
         self.optimizer = self._zero.optimizer
+        self._takes_found_inf = traits_of(optimizer).takes_found_inf
+        self._refuses: Refuses | None = None
+        self.optimizer.register_step_pre_hook(self._ask)
         self._nan = torch.tensor(float("nan"), device=environment.device)
         self._one = torch.tensor(1.0, device=environment.device)
 
@@ -73,12 +79,32 @@ class DeepSpeedEngine(Engine):
         poison = torch.where(torch.isfinite(loss.detach()), self._one, self._nan)
         self._engine.backward(loss * (poison * factor), scale_wrt_gas=False)
 
-    def step(self, max_grad_norm: float | None) -> StepOutcome:
+    def step(self, max_grad_norm: float | None, refuses: Refuses | None = None) -> StepOutcome:
+        self._refuses, self._refused = refuses, torch.zeros_like(self._one)
+        if refuses is not None and not self._takes_found_inf:
+            raise ConfigError(
+                f"train_module.optim: {type(self.optimizer).__name__} cannot leave out a step "
+                f"under {self.environment.layout.name}; use ddp, fsdp or hsdp"
+            )
         self._engine.step()  # clips, and skips by itself
-        norm = self._engine.get_global_grad_norm()
+        norm = self._global_norm()
+        return StepOutcome(norm, self._one if self._zero.overflow else self._refused)
+
+    def _global_norm(self) -> torch.Tensor:
+        norm = self._zero._global_grad_norm
         norm = torch.as_tensor(norm, dtype=torch.float32, device=self.environment.device)
-        skipped = self._one if self._zero.overflow else torch.zeros_like(self._one)
-        return StepOutcome(norm.detach().clone(), skipped)
+        return norm.detach().clone()
+
+    def _ask(self, optimizer: Any, *_: Any) -> None:
+        """Before each flat group is stepped, when the norm is known: whether the step is refused,
+        told to the optimizer's kernel."""
+        if self._refuses is not None:
+            self._refused = self._refuses(self._global_norm()).float()
+            parameter = next(p for group in optimizer.param_groups for p in group["params"])
+            optimizer.found_inf, optimizer.grad_scale = self._refused.to(parameter.device), None
+
+    def scale_gradients(self, factor: torch.Tensor) -> None:
+        raise NotImplementedError("fp16 is refused under ZeRO")
 
     def gradient_shards(self) -> dict[str, torch.Tensor]:
         from deepspeed.utils import safe_get_local_grad

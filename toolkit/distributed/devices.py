@@ -14,6 +14,11 @@ from toolkit.wording import count
 log = logging.getLogger(__name__)
 
 
+def compute_dtype(precision: str) -> torch.dtype | None:
+    """In what a `precision` computes over fp32 weights; None: in their own type."""
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+
+
 def usable_gpus() -> int:
     """GPUs that training on this machine may use; 0 where the CPU is asked for."""
     if _wants_cpu(os.environ) or not torch.cuda.is_available():

@@ -25,6 +25,9 @@ from toolkit.optim.base import traits_of
 
 BuildOptimizer = Callable[[dict[str, nn.Parameter]], torch.optim.Optimizer]
 
+Refuses = Callable[[torch.Tensor], torch.Tensor]
+"""Whether a step with this gradient norm is left out: 0-d to 0-d bool, the same on every rank."""
+
 
 class Microbatch(NamedTuple):
     """What one forward is given, on the device, each (rows, seq)."""
@@ -43,7 +46,7 @@ class StepOutcome(NamedTuple):
     grad_norm: torch.Tensor
     """Global L2 norm before clipping, 0-d."""
     skipped: torch.Tensor
-    """1.0 when the step was not applied because the norm was not finite, 0-d."""
+    """1.0 when the step was not applied: the norm was not finite, or `refuses` said so; 0-d."""
 
 
 class Engine(ABC):
@@ -105,8 +108,12 @@ class Engine(ABC):
             return self.model(input_ids)
 
     @abstractmethod
-    def step(self, max_grad_norm: float | None) -> StepOutcome:
-        """Clip, update unless the norm is not finite, and clear the gradients."""
+    def step(self, max_grad_norm: float | None, refuses: Refuses | None = None) -> StepOutcome:
+        """Clip, update unless the norm is not finite or refused, and clear the gradients."""
+
+    @abstractmethod
+    def scale_gradients(self, factor: torch.Tensor) -> None:
+        """Multiply all gradients by a 0-d tensor, between `forward_backward` and `step`."""
 
     def grad_squares(self) -> dict[str, torch.Tensor]:
         """Sum of the squares of each layer's gradients, between `forward_backward` and `step`."""

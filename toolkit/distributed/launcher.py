@@ -72,19 +72,19 @@ def launcher_names_engine(environ: Mapping[str, str]) -> bool:
     return _flag(environ, "ACCELERATE_USE_DEEPSPEED") or _flag(environ, "ACCELERATE_USE_FSDP")
 
 
-def launcher_precision(environ: Mapping[str, str]) -> Literal["bf16"] | None:
+def launcher_precision(environ: Mapping[str, str]) -> Literal["bf16", "fp16"] | None:
     """The launcher's precision; None where it asks for none ("no" is its silence). Raises
     ConfigError: one that we do not run."""
     asked = environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
     if asked == "no":
         return None
-    if asked != "bf16":
-        raise _refusal(
-            f"accelerate launch: mixed_precision {asked} is not supported; use no or bf16",
-            environ,
-            "ACCELERATE_MIXED_PRECISION",
-        )
-    return "bf16"
+    if asked in ("bf16", "fp16"):
+        return asked  # type: ignore[return-value]
+    raise _refusal(
+        f"accelerate launch: mixed_precision {asked} is not supported; use no, bf16 or fp16",
+        environ,
+        "ACCELERATE_MIXED_PRECISION",
+    )
 
 
 def launcher_axes(environ: Mapping[str, str]) -> dict[str, Config]:

@@ -36,13 +36,23 @@ from toolkit.errors import ConfigError
 from toolkit.parents import is_accelerated
 from toolkit.wording import count
 
-Precision = Literal["auto", "fp32", "bf16"]
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
+PRECISION_OF: dict[str | None, Precision] = {
+    None: "auto", "float32": "fp32", "bfloat16": "bf16", "float16": "fp16"
+}  # fmt: skip
 
 DP_CONFIG = "train_module.dp_config"
 AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
 """Of the mesh of all ranks, from the one whose ranks lie farthest apart to neighbours."""
 EXPERT_AXES = ("pp", "dp_replicate", "efsdp", "ep")
 """Of the same ranks, as experts see them: dp_shard x cp x tp = efsdp x ep."""
+
+
+def padded_length(length: int, *, cp: int = 1, tp: int = 1, stretches: int = 1) -> int:
+    """Length of a row, made longer so that ranks have equal parts of it: each of `cp` ranks as many
+    equal `stretches`, and each of the `tp` ranks that share its part further as many positions."""
+    unit = math.lcm(cp * stretches, cp * tp)
+    return -(-length // unit) * unit
 
 
 class Layout(msgspec.Struct, frozen=True, kw_only=True):
@@ -154,10 +164,9 @@ class Layout(msgspec.Struct, frozen=True, kw_only=True):
     def own_length(self, length: int) -> int:
         """Positions of a row of `length` that a rank has between blocks. The row is padded where
         ranks that share its positions would have unequal numbers of them."""
-        config = self.cp_config
-        is_balanced = config is not None and config.is_balanced
-        unit = math.lcm(self.cp * (2 if is_balanced else 1), self.cp * self.tp)
-        return -(-length // unit) * unit // (self.cp * self.tp)
+        stretches = 1 if self.cp_config is None else self.cp_config.stretches
+        whole = padded_length(length, cp=self.cp, tp=self.tp, stretches=stretches)
+        return whole // (self.cp * self.tp)
 
     def batch_rank(self, rank: int) -> int:
         """Which share of the rows `rank` reads; all ranks of a cp, tp or pp group read the same."""
@@ -375,20 +384,23 @@ def _precision(
     choice: Choice,
     environ: Mapping[str, str],
 ) -> tuple[Precision, tuple[str, ...]]:
-    alias: dict[str | None, Precision] = {None: "auto", "float32": "fp32", "bfloat16": "bf16"}
-    from_dp = alias[dp_config.param_dtype if dp_config else None]
+    from_dp = PRECISION_OF[dp_config.param_dtype if dp_config else None]
     if "auto" not in (asked, from_dp) and asked != from_dp:
         raise ConfigError(
             f"two precisions asked for: train_module.precision is {asked}, "
             f"{DP_CONFIG}.param_dtype is {dp_config.param_dtype if dp_config else None}; keep one"
         )
     explicit = asked if asked != "auto" else from_dp
-    launched = launcher_precision(environ)
+    launched: Precision | None = launcher_precision(environ)
+    if "fp16" in (explicit, launched) and choice.config.name.startswith("zero"):
+        raise ConfigError(
+            f"train_module.precision: fp16 does not go with {choice.config.name}; use ddp, fsdp or "
+            "hsdp, or bf16"
+        )
     bf16 = choice.config.deepspeed_config.get("bf16")
     if isinstance(bf16, dict) and bf16.get("enabled") is True:
         launched = "bf16"
     if explicit == "auto":
         return launched or "auto", ()
-    if launched and explicit == "fp32":
-        return explicit, ("precision fp32 from the config overrides the launcher's bf16",)
-    return explicit, ()
+    overridden = f"precision {explicit} from the config overrides the launcher's {launched}"
+    return explicit, (overridden,) if launched not in (None, explicit) else ()

@@ -25,6 +25,7 @@ from toolkit.distributed.accelerator import deepspeed_settings, init_deepspeed
 from toolkit.distributed.config import ActivationCheckpointingConfig
 from toolkit.distributed.context_parallel import apply_context_parallel
 from toolkit.distributed.deepspeed_engine import DeepSpeedEngine
+from toolkit.distributed.devices import compute_dtype
 from toolkit.distributed.engine import BuildOptimizer, Engine
 from toolkit.distributed.environment import TrainingEnvironment
 from toolkit.distributed.expert_parallel import apply_expert_parallel
@@ -187,10 +188,9 @@ def _fully_shard(model: nn.Module, environment: TrainingEnvironment) -> None:
             if sharded_dimension(parameter.shape, ranks) is None:
                 flat = nn.Parameter(parameter.detach().flatten(0, 1), parameter.requires_grad)
                 setattr(module, key, flat)
-    is_bf16 = layout.precision == "bf16"
     shared: dict[str, Any] = {
         "mp_policy": MixedPrecisionPolicy(
-            param_dtype=torch.bfloat16 if is_bf16 else None,
+            param_dtype=compute_dtype(layout.precision),
             reduce_dtype=getattr(torch, settings.reduce_dtype),
             output_dtype=None,
             cast_forward_inputs=False,

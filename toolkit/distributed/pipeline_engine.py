@@ -17,7 +17,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.pipelining.schedules import get_schedule_class
 
-from toolkit.distributed.engine import BuildOptimizer, Microbatch, StepOutcome, added_sums
+from toolkit.distributed.devices import compute_dtype
+from toolkit.distributed.engine import (
+    BuildOptimizer,
+    Microbatch,
+    Refuses,
+    StepOutcome,
+    added_sums,
+)
 from toolkit.distributed.environment import TrainingEnvironment
 from toolkit.distributed.pipeline import check_microbatches
 from toolkit.distributed.pipeline_stage import Stage, StepTerms
@@ -61,7 +68,7 @@ class PipelineEngine(TorchEngine):
         self._terms = StepTerms()
         self._schedules: dict[tuple[int, int, int], Any] = {}
         weight = next(iter(self._local.values()))
-        self._dtype = torch.bfloat16 if environment.layout.precision == "bf16" else weight.dtype
+        self._dtype = compute_dtype(environment.layout.precision) or weight.dtype
         self._sum_dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
         is_tied = module.config.tie_embeddings and self._pipeline.last_rank > 0
         self._ends = _open_ends(environment, self._pipeline.last_rank) if is_tied else None
@@ -124,8 +131,8 @@ class PipelineEngine(TorchEngine):
         dist.broadcast(logits, group=self._group, group_src=self._pipeline.last_rank)
         return logits
 
-    def step(self, max_grad_norm: float | None) -> StepOutcome:
-        outcome = super().step(max_grad_norm)
+    def step(self, max_grad_norm: float | None, refuses: Refuses | None = None) -> StepOutcome:
+        outcome = super().step(max_grad_norm, refuses)
         self._copy_twin()
         return outcome
 

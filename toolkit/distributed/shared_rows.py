@@ -10,16 +10,16 @@ from toolkit.models.masks import Ranges, take
 class SharedRows:
     """Which places of a row each rank of a group has."""
 
-    def __init__(self, group: dist.ProcessGroup, *, is_balanced: bool) -> None:
+    def __init__(self, group: dist.ProcessGroup, *, stretches: int) -> None:
         self.group = group
         self.ranks = group.size()
         self.rank = group.rank()
-        self.chunks = 2 if is_balanced else 1
-        """Stretches of a row per rank."""
+        self.stretches = stretches
+        """Of a row that each rank has: 1, or 2."""
 
     def places(self, length: int) -> tuple[Ranges, ...]:
         """Of each rank, for rows of `length`, which the number of stretches divides."""
-        if self.chunks == 1:
+        if self.stretches == 1:
             size = length // self.ranks
             return tuple((range(r * size, (r + 1) * size),) for r in range(self.ranks))
         size = length // (2 * self.ranks)

@@ -4,7 +4,7 @@ torch here.
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from toolkit.distributed.layout import Layout
 from toolkit.errors import ConfigError, ErrorList
@@ -37,9 +37,16 @@ def check_sizes(layout: Layout, model: TransformerConfig) -> None:
     found.raise_any()
 
 
-def check_combination(
-    layout: Layout, *, has_frozen: bool, has_adapter: bool, own_model: str | None
-) -> None:
+class Besides(NamedTuple):
+    """What a config asks for that must go with its layout."""
+
+    has_frozen: bool = False
+    has_adapter: bool = False
+    own_model: str | None = None
+    """The class, where it is not the toolkit's."""
+
+
+def check_combination(layout: Layout, besides: Besides) -> None:
     """Check that what `layout` cuts goes with what else is asked for. Raises ConfigError."""
     cuts = [axis for axis in ("tp", "pp", "ep") if getattr(layout, axis) > 1]
     stages = [axis for axis in cuts if axis != "tp"]
@@ -52,12 +59,16 @@ def check_combination(
 
     if layout.dp_config.cpu_offload:
         refuse(cuts, "train_module.dp_config.cpu_offload", "leave one of them out")
-    if has_adapter:
+    if besides.has_adapter:
         refuse(stages, "train_module.lora", "use fsdp, tp_config or cp_config")
-    if has_frozen:
+    if besides.has_frozen:
         refuse(stages, "train_module.freeze", "use fsdp, tp_config or cp_config")
-    if own_model is not None:
-        refuse([*cuts, *(["cp"] if layout.cp > 1 else [])], f"model.type {own_model}", "use fsdp")
+    if besides.own_model is not None:
+        refuse(
+            [*cuts, *(["cp"] if layout.cp > 1 else [])],
+            f"model.type {besides.own_model}",
+            "use fsdp",
+        )
     found.raise_any()
 
 

@@ -40,6 +40,7 @@ from toolkit.distributed.collectives import (
     reduce_scatter,
     share_of_gradient,
 )
+from toolkit.distributed.layout import padded_length
 from toolkit.distributed.shards import ShardSpec
 from toolkit.models.attention import Attention
 from toolkit.models.config import TransformerConfig
@@ -352,7 +353,7 @@ def _take_whole_rows(model: Transformer, group: dist.ProcessGroup) -> None:
             length = told[0] if told else input_ids.shape[1] * size
         if positions is None:
             positions = torch.arange(length, device=input_ids.device)[None]
-        if missing := -length % size:
+        if missing := padded_length(length, tp=size) - length:
             # Tokens that nothing sees and that have no target, in a document of their own.
             positions = pad(positions, (0, missing))
             if has_first_layer:

@@ -16,9 +16,11 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from toolkit.distributed.accelerator import build_accelerator, ddp_options
+from toolkit.distributed.devices import compute_dtype
 from toolkit.distributed.engine import (
     BuildOptimizer,
     Engine,
+    Refuses,
     StepOutcome,
     check_whole_matrices,
     create_state,
@@ -95,8 +97,9 @@ class TorchEngine(Engine):
                 parameter.grad = None
 
     def _autocast(self) -> contextlib.AbstractContextManager:
-        if self.environment.layout.precision == "bf16" and not self._is_sharded:
-            return torch.autocast(self.environment.device.type, dtype=torch.bfloat16)
+        dtype = compute_dtype(self.environment.layout.precision)
+        if dtype is not None and not self._is_sharded:
+            return torch.autocast(self.environment.device.type, dtype=dtype)
         return contextlib.nullcontext()
 
     def _exchanging(self, *, is_last: bool) -> contextlib.AbstractContextManager:
@@ -115,10 +118,13 @@ class TorchEngine(Engine):
         # The factor itself for a finite loss; 0 * inf and 0 * NaN are NaN.
         loss.backward(loss.detach() * 0.0 + factor)
 
-    def step(self, max_grad_norm: float | None) -> StepOutcome:
+    def step(self, max_grad_norm: float | None, refuses: Refuses | None = None) -> StepOutcome:
         gradients = self.gradient_shards()
         norm = self._global_norm(gradients)
-        skipped = (norm - norm).isnan().float()  # a third of isfinite's kernels
+        skipped = (norm - norm).isnan()  # a third of isfinite's kernels
+        if refuses is not None:
+            skipped |= refuses(norm)
+        skipped = skipped.float()
         scale = None
         if max_grad_norm is not None:
             scale = ((norm + 1e-6) / max_grad_norm).clamp(min=1.0).to(self._optimizer_device)
@@ -137,6 +143,10 @@ class TorchEngine(Engine):
         for name, parameter in self._trainable.items():
             parameter.grad = self._local[name].grad = None
         return StepOutcome(norm, skipped)
+
+    def scale_gradients(self, factor: torch.Tensor) -> None:
+        gradients = list(self.gradient_shards().values())
+        torch._foreach_mul_(gradients, factor.to(self._optimizer_device))
 
     def gradient_shards(self) -> dict[str, torch.Tensor]:
         self._bind_local_gradients()

@@ -17,7 +17,7 @@ from toolkit.data.order.resolve import resolve_mix
 from toolkit.data.tokens.prepared import require_ids
 from toolkit.distributed.layout import Layout
 from toolkit.distributed.pipeline import check_microbatches, plan_pipeline
-from toolkit.distributed.sizes import check_combination, check_sizes
+from toolkit.distributed.sizes import Besides, check_combination, check_sizes
 from toolkit.distributed.tuning import asked_threads
 from toolkit.errors import CheckpointError, ConfigError, DataError, ErrorList
 from toolkit.experiment.config import ExperimentConfig
@@ -99,16 +99,20 @@ def check_parameters(config: ExperimentConfig) -> TrainedParameters:
     return parameters
 
 
-def _check_parallelism(config: ExperimentConfig, layout: Layout) -> None:
-    found, module, model = ErrorList(), config.train_module, config.model
-    found.ask(check_sizes, layout, model.to_transformer())
-    found.ask(
-        check_combination,
-        layout,
+def besides_layout(config: ExperimentConfig) -> Besides:
+    """What of `config` must go with what a layout cuts."""
+    module, model = config.train_module, config.model
+    return Besides(
         has_frozen=bool(module.freeze),
         has_adapter=module.lora is not None,
         own_model=model.target if isinstance(model, ClassModelConfig) else None,
     )
+
+
+def _check_parallelism(config: ExperimentConfig, layout: Layout) -> None:
+    found, model = ErrorList(), config.model
+    found.ask(check_sizes, layout, model.to_transformer())
+    found.ask(check_combination, layout, besides_layout(config))
     if (pipeline := layout.pp_config) is not None:
         ranks = layout.pp * layout.batch_ranks
         found.ask(plan_pipeline, model.to_transformer(), pipeline, ranks=ranks)

@@ -77,12 +77,14 @@ def load_experiment(
     *,
     base: str | None = None,
     starts: bool = False,
+    environ: Mapping[str, str] | None = os.environ,
     check_data: Callable[[ExperimentConfig], None] | None = None,
 ) -> LoadedExperiment:
     """Load a recipe or JSON file and apply the command line to it; see the top of this file.
 
     Where the config is refused, the error tells too what else is wrong: with the data, as
-    `check_data` says, and where `starts`, with the run that would be started.
+    `check_data` says, with the layout under a launcher's `environ` (None: not known), and where
+    `starts`, with the run that would be started.
     """
     loading = _Loading()
     with loading.found.collecting():
@@ -102,7 +104,9 @@ def load_experiment(
             loading.found.add(ConfigError(without_model(source, data)))
         loading.layers.data["model"] = preset("quickstart")  # for what can be told of the rest
     across = has_model or loading.refuses("model")
-    return loading.loaded(source, across=across, starts=starts, check_data=check_data)
+    return loading.loaded(
+        source, across=across, starts=starts, environ=environ, check_data=check_data
+    )
 
 
 def load_run_config(run_dir: Path, overrides: Sequence[str] = ()) -> LoadedExperiment:
@@ -245,6 +249,7 @@ def _add_other_errors(
     has_model: bool = True,
     across: bool = True,
     starts: bool = False,
+    environ: Mapping[str, str] | None = os.environ,
     check_data: Callable[[ExperimentConfig], None] | None = None,
 ) -> None:
     """Add to `found`, the reasons to refuse a config, what is wrong with the rest of it: all that
@@ -260,8 +265,10 @@ def _add_other_errors(
 
     others = ErrorList()
     if across:
-        layout = others.ask(layout_of, config.train_module, os.environ)
-        ranks = world_size_of(os.environ)
+        layout, ranks = None, 1
+        if environ is not None:
+            layout = others.ask(layout_of, config.train_module, environ)
+            ranks = world_size_of(environ)
         options = {"layout": layout, "has_model": has_model, "has_names": names_known}
         others.ask(check_experiment, config, ranks, **options)
     with others.collecting():

@@ -148,7 +148,8 @@ def precision_again(
     is_asked = module.precision != "auto" or (module.dp_config and module.dp_config.param_dtype)
     if is_asked or launcher_precision(environ):
         return module.precision
-    return "bf16" if recorded == "bf16" else "fp32" if recorded == "fp32" else module.precision
+    known = {"fp32", "bf16", "fp16"}
+    return recorded if recorded in known else module.precision  # type: ignore[return-value]
 
 
 def processes_here(recorded: int) -> int:

@@ -1,5 +1,6 @@
 """Peak FLOP/s of accelerators: what model FLOP utilisation is measured against."""
 
+import functools
 import re
 
 _TERA = 1e12
@@ -33,6 +34,7 @@ _SMALLER_THAN_ITS_NAME = re.compile(
 _TWO_DEVICES = re.compile(r"\bMI250X?\b", re.IGNORECASE)
 
 
+@functools.cache
 def peak_flops(device_name: str) -> float | None:
     """Dense bf16 FLOP/s of one card by the name its driver gives; None for unknown ones.
 

@@ -11,6 +11,8 @@ from toolkit.config.check import convert
 from toolkit.errors import ConfigError, ErrorList
 
 OPTIM_KEY = "train_module.optim"
+_NOT_SETTINGS = ("group_overrides", "rolling_interval_length", "sigma_factor")
+"""What an optimizer's class is not built with."""
 
 
 class OptimizerTraits(NamedTuple):
@@ -35,6 +37,15 @@ def traits_of(optimizer: object) -> OptimizerTraits:
     # torch sets this on an optimizer with fused=True, for its own GradScaler.
     declared["takes_found_inf"] |= bool(getattr(optimizer, "_step_supports_amp_scaling", False))
     return OptimizerTraits(**declared)
+
+
+class SkipStep(NamedTuple):
+    """Which steps a skip-step optimizer leaves out."""
+
+    rolling_interval_length: int
+    """Accepted steps that are looked back on."""
+    sigma_factor: float
+    """A loss or a gradient norm so many standard deviations above their mean is a spike."""
 
 
 class GroupOverride(Config, kw_only=True):
@@ -64,7 +75,12 @@ class Optimizer(Config, kw_only=True):
     @property
     def settings(self) -> dict[str, Any]:
         """What the optimizer is built with."""
-        return {n: getattr(self, n) for n in self.__struct_fields__ if n != "group_overrides"}
+        return {n: getattr(self, n) for n in self.__struct_fields__ if n not in _NOT_SETTINGS}
+
+    @property
+    def skip_step(self) -> SkipStep | None:
+        """How spikes are found, where steps that are one are left out; None: no such steps."""
+        return None
 
     @property
     def setting_names(self) -> list[str]:

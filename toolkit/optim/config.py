@@ -6,9 +6,10 @@ from typing import Any
 
 import msgspec
 
+from toolkit.config.base import check_positive
 from toolkit.config.named import named, users_class, users_object
 from toolkit.errors import ConfigError
-from toolkit.optim.base import OPTIM_KEY, Optimizer
+from toolkit.optim.base import OPTIM_KEY, Optimizer, SkipStep
 
 
 class AdamWConfig(Optimizer, kw_only=True, tag_field="type", tag="adamw"):
@@ -30,6 +31,24 @@ class AdamWConfig(Optimizer, kw_only=True, tag_field="type", tag="adamw"):
         return named("torch.optim:AdamW")(
             self.groups(named_parameters), **self.settings, fused=True
         )
+
+
+class SkipStepAdamWConfig(AdamWConfig, kw_only=True, tag_field="type", tag="skip_step_adamw"):
+    """AdamW that leaves out steps whose loss or gradient norm is a spike (OLMo 2, Team OLMo 2025),
+    decided on the device."""
+
+    rolling_interval_length: int = 128
+    """Accepted steps that a step is compared with; half as many must have been."""
+    sigma_factor: float = 6.0
+    """A loss or a gradient norm so many standard deviations above their mean is a spike."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_skip_step(self)
+
+    @property
+    def skip_step(self) -> SkipStep:
+        return SkipStep(self.rolling_interval_length, self.sigma_factor)
 
 
 class SGDConfig(Optimizer, kw_only=True, tag_field="type", tag="sgd"):
@@ -84,4 +103,13 @@ class ClassOptimConfig(Optimizer, kw_only=True, tag_field="type", tag="class"):
         super().check_groups(names)
 
 
-OptimConfig = AdamWConfig | SGDConfig | ClassOptimConfig
+def check_skip_step(config: Any) -> None:
+    """Check the settings of a skip-step optimizer. Raises ValueError."""
+    check_positive(config, "sigma_factor")
+    if config.rolling_interval_length < 2:
+        raise ValueError(
+            f"rolling_interval_length must be at least 2, not {config.rolling_interval_length}"
+        )
+
+
+OptimConfig = AdamWConfig | SkipStepAdamWConfig | SGDConfig | ClassOptimConfig

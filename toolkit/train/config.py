@@ -57,9 +57,10 @@ class TransformerTrainModuleConfig(Config, kw_only=True):
     """Clip the global gradient norm to this; null: never clip."""
     z_loss_multiplier: float | None = None
     """Adds this times mean(logsumexp(logits)^2) to the loss (PaLM, Chowdhery et al. 2022)."""
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Compute type. Master weights and optimizer state are fp32 always. `auto`: the launcher's
-    mixed_precision, else bf16 where the hardware is fast at it."""
+    mixed_precision, else bf16 where the hardware is fast at it. `fp16` scales the loss, as much as
+    gradients allow (dynamic loss scaling); not under ZeRO."""
     dp_config: DataParallelConfig | None = None
     """Engine for launchers that do not name one (`torchrun`)."""
     tp_config: TensorParallelConfig | None = None

@@ -99,6 +99,14 @@ class TrainModule(ABC):
         """Called after the contents of `state_tensors` changed: a checkpoint was loaded, or weights
         were swapped. What the engine has derived of them follows."""
 
+    def extra_state(self) -> dict[str, Any]:
+        """What else a run needs to continue, besides `state_tensors`: tensors on the host and plain
+        values, the same on every rank."""
+        return {}
+
+    def load_extra_state(self, state: dict[str, Any]) -> None:  # noqa: B027 (most keep nothing)
+        """Counterpart of `extra_state`; parts that the checkpoint lacks begin anew."""
+
     def base_tensors(self) -> dict[str, torch.Tensor]:
         """Weights (`model.*`) that come from `trainer.load_path` on every start, where
         `state_tensors` does not hold the whole model; what it holds of them is loaded after.

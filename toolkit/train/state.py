@@ -143,6 +143,7 @@ class TrainState:
             "tokens": self.tokens,
             "skipped_in_a_row": self.skipped_in_a_row,
             "data": self.train_loader.state_dict(),
+            "train_module": self.train_module.extra_state(),
             "callbacks": {name: c.state_dict() for name, c in self._callbacks.items()},
         }
 
@@ -154,6 +155,7 @@ class TrainState:
         self.step, self.tokens = state["step"], state["tokens"]
         self.plan_steps()
         self.skipped_in_a_row = state.get("skipped_in_a_row", 0)
+        self.train_module.load_extra_state(state.get("train_module", {}))
         self.saved_callbacks = state["callbacks"]
         for name in self._callbacks:
             self.load_callback(name)

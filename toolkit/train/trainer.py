@@ -319,16 +319,19 @@ class Trainer:
             return
         state.skipped_in_a_row += 1
         record["instances"] = state.train_loader.instance_indices(step - 1).tolist()
+        is_finite = math.isfinite(record["loss"]) and math.isfinite(record["grad_norm"])
         log.warning(
-            "step %d skipped: loss %s, grad_norm %s is not finite; its batch is instances %s of "
-            "the training data",
-            step, record["loss"], record["grad_norm"], record["instances"],
+            "step %d skipped: loss %s, grad_norm %s is %s; its batch is instances %s of the "
+            "training data",
+            step, record["loss"], record["grad_norm"],
+            "a spike among the last steps" if is_finite else "not finite", record["instances"],
         )  # fmt: skip
         limit = state.train_module.max_consecutive_skipped_steps
         if state.skipped_in_a_row >= limit:
             state.fail(
                 TrainingError(
-                    f"step {step}: {limit} steps in a row had a non-finite loss or gradient; lower "
+                    f"step {step}: {limit} steps in a row had "
+                    f"{'a spike of' if is_finite else 'a non-finite'} loss or gradient; lower "
                     "train_module.optim.lr, look at the data, or raise "
                     "train_module.max_consecutive_skipped_steps"
                 )

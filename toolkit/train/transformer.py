@@ -14,7 +14,8 @@ import torch.distributed as dist
 from torch import nn
 
 from toolkit.checkpoint.folder import MODEL_PREFIX
-from toolkit.distributed.engine import Microbatch
+from toolkit.distributed.devices import compute_dtype
+from toolkit.distributed.engine import Microbatch, StepOutcome
 from toolkit.distributed.environment import TrainingEnvironment, single_environment
 from toolkit.distributed.materialize import prepare_engine
 from toolkit.distributed.tensor_parallel import share_of_model
@@ -26,6 +27,8 @@ from toolkit.models.lora import choose_trained
 from toolkit.models.loss import IGNORE_INDEX, shift_labels
 from toolkit.models.parameters import flops_per_token, is_adapter, is_trained
 from toolkit.models.router import RouterSums
+from toolkit.optim.loss_scale import LossScale
+from toolkit.optim.spikes import SpikeDetector
 from toolkit.train.config import TransformerTrainModuleConfig
 from toolkit.train.eval_sums import Batch, EvalSums
 from toolkit.train.module import Metric, Progress, TrainModule
@@ -73,7 +76,7 @@ class TransformerTrainModule(TrainModule):
                 self.model_config.to_transformer(), layout.tp, experts_are_sharded=layout.ep > 1
             ),
             self.environment.device,
-            torch.bfloat16 if layout.precision == "bf16" else torch.float32,
+            compute_dtype(layout.precision) or torch.float32,
             is_compiled=config.compile_model,
             has_z_loss=self._z_loss != 0.0,
             trains_head_alone=self.trained_names == {"head.weight"},
@@ -81,6 +84,12 @@ class TransformerTrainModule(TrainModule):
         )
         if self.environment.is_main and self.environment.device.type != "cpu":
             log.info("kernels: %s", "; ".join(f"{k} by {v}" for k, v in self.kernels.items()))
+        self._loss = torch.zeros((), device=self.environment.device)
+        """This rank's summand of the last step's loss."""
+        found = config.optim.skip_step
+        self._spikes = SpikeDetector(*found, device=self.environment.device) if found else None
+        is_fp16 = layout.precision == "fp16"
+        self._loss_scale = LossScale(self.environment.device) if is_fp16 else None
         self._is_checked = False
 
     def train_batch(self, batch: Batch) -> dict[str, Metric]:
@@ -89,12 +98,17 @@ class TransformerTrainModule(TrainModule):
         count = self._num_targets(batch, inputs.labels)
         num_targets = max(count, 1) if isinstance(count, int) else count.clamp(min=1)
         factor = self.environment.layout.grad_ranks / num_targets
+        if (scaling := self._loss_scale) is not None:
+            factor = scaling.scale * factor
         sums = self.engine.forward_backward(
             self._microbatches(inputs), factor, z_loss_multiplier=self._z_loss
         )
         if not self._is_checked:
             self._check_gradients()
-        metrics = {"loss": Metric(sums.ce / count, "sum")}
+        if scaling is not None:
+            self.engine.scale_gradients(1 / scaling.scale)
+        self._loss = sums.ce / count
+        metrics = {"loss": Metric(self._loss, "sum")}
         if self._z_loss:
             metrics["z_loss"] = Metric(self._z_loss * (sums.z / count), "sum")
         if sums.router is not None:
@@ -105,12 +119,16 @@ class TransformerTrainModule(TrainModule):
         factor = self._rate_factor(progress)
         for group, peak in zip(self.engine.optimizer.param_groups, self._peak_rates, strict=True):
             group["lr"] = peak * factor
-        outcome = self.engine.step(self.config.max_grad_norm)
-        return {
+        outcome = self._step()
+        metrics = {
             "lr": Metric(self.config.optim.lr * factor),
             "grad_norm": Metric(outcome.grad_norm),
             "skipped": Metric(outcome.skipped),
         }
+        if (scaling := self._loss_scale) is not None:
+            metrics["loss_scale"] = Metric(scaling.scale)
+            scaling.update(torch.isfinite(outcome.grad_norm))
+        return metrics
 
     def eval_batch(self, batch: Batch) -> EvalSums:
         inputs = self._inputs(batch)
@@ -160,6 +178,28 @@ class TransformerTrainModule(TrainModule):
 
     def state_filled(self) -> None:
         self.engine.state_filled()
+
+    def extra_state(self) -> dict[str, Any]:
+        kept = {"spikes": self._spikes, "loss_scale": self._loss_scale}
+        return {name: part.state_dict() for name, part in kept.items() if part is not None}
+
+    def load_extra_state(self, state: dict[str, Any]) -> None:
+        for name, part in (("spikes", self._spikes), ("loss_scale", self._loss_scale)):
+            if part is not None and name in state:
+                part.load_state_dict(state[name])
+
+    def _step(self) -> StepOutcome:
+        """The engine's step, but for a spike where the optimizer leaves them out."""
+        if (spikes := self._spikes) is None:
+            return self.engine.step(self.config.max_grad_norm)
+        loss = self._loss.float() if self.environment.owns_loss else torch.zeros_like(self._loss)
+        if self.environment.world_size > 1:
+            dist.all_reduce(loss)
+        outcome = self.engine.step(
+            self.config.max_grad_norm, lambda norm: spikes.is_spike(loss, norm)
+        )
+        spikes.add(loss, outcome.grad_norm, outcome.skipped)
+        return outcome
 
     def _check_gradients(self) -> None:
         """After the first backward: that it reached all that is trained. A kernel that forgets a

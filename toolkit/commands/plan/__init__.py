@@ -10,6 +10,7 @@
 No torch but in `simulate.py`.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -19,16 +20,16 @@ from toolkit.commands.plan.plans import Plan, Target, as_json, job_of, plan_of
 from toolkit.commands.plan.report import describe, describe_search, flags
 from toolkit.commands.plan.search import Found, Limits, search
 from toolkit.config.named import named
+from toolkit.distributed.launcher import world_size_of
 from toolkit.distributed.layout import Layout, layout_of
 from toolkit.errors import ConfigError
-from toolkit.experiment.checks import check_experiment
+from toolkit.experiment.checks import besides_layout, check_experiment
 from toolkit.experiment.config import ExperimentConfig
 from toolkit.experiment.load import LoadedExperiment
-from toolkit.models.config import ClassModelConfig
 from toolkit.train.config import TransformerTrainModuleConfig
 from toolkit.wording import count
 
-__all__ = ["Answer", "Plan", "plan_experiment"]
+__all__ = ["Answer", "Plan", "launched", "plan_experiment"]
 
 MOST_RANKS = 16_384
 _FURTHER = 6
@@ -41,6 +42,23 @@ class Answer(NamedTuple):
     text: str
     data: Mapping[str, Any]
     """The same as plain data: bytes, seconds, FLOPs."""
+
+
+def launched(
+    environ: Mapping[str, str], world_size: int | None, *, searches: bool = False
+) -> Mapping[str, str] | None:
+    """The launcher's variables on `world_size` ranks, by which the config's layout is judged; None
+    where that is not known yet, or with `searches` of no meaning. Raises ConfigError: no such
+    number of ranks."""
+    _check_number("--world-size", world_size)
+    if searches or (world_size is None and world_size_of(environ) == 1):
+        return None
+    return environ if world_size is None else {**environ, "WORLD_SIZE": f"{world_size}"}
+
+
+def _check_number(option: str, value: int | None) -> None:
+    if value is not None and not 1 <= value <= MOST_RANKS:
+        raise ConfigError(f"{option} {value}: give a number from 1 to {MOST_RANKS:,}")
 
 
 def plan_experiment(
@@ -60,14 +78,12 @@ def plan_experiment(
     `machine`: devices of one machine. `price`: of one device for an hour. Raises ConfigError: an
     unknown device, or no layout of so many ranks fits; it names the nearest number that works.
     """
-    for name, value in (("--world-size", world_size), ("--gpus-per-node", machine)):
-        if value is not None and not 1 <= value <= MOST_RANKS:
-            raise ConfigError(f"{name} {value}: give a number from 1 to {MOST_RANKS:,}")
-    if price is not None and price < 0:
-        raise ConfigError(f"--price-per-gpu-hour {price}: must not be negative")
+    _check_number("--gpus-per-node", machine)
+    if price is not None and not 0 <= price < math.inf:
+        raise ConfigError(f"--price-per-gpu-hour {price}: give a number, not a negative one")
     target = Target(find_device(device, machine), machine, price)
-    if world_size is None and environ.get("WORLD_SIZE", "1") != "1":
-        world_size = int(environ["WORLD_SIZE"])
+    if launched(environ, world_size) is not None and world_size is None:
+        world_size = world_size_of(environ)
     if searches:
         return _search(loaded, target, world_size, simulates=simulates)
     plan = _given(loaded.config, target, world_size, environ)
@@ -129,13 +145,7 @@ def _search(
     config = loaded.config
     job = _any_job(config, target)
     length, batch = config.dataset.sequence_length, config.data_loader.global_batch_size
-    model, module = config.model, config.train_module
-    limits = Limits(
-        has_frozen=bool(module.freeze),
-        has_adapter=module.lora is not None,
-        own_model=model.target if isinstance(model, ClassModelConfig) else None,
-        batch_rows=max(1, batch // length),
-    )
+    limits = Limits(besides_layout(config), batch_rows=max(1, batch // length))
     sizes = [world_size] if world_size is not None else [2**n for n in range(11)]
     found, size = Found([], 0), sizes[0]
     for size in sizes:
@@ -161,7 +171,8 @@ def _search(
         ],
     }
     if simulates:
-        text, data = _simulated(best, module.replace(ac_config=best.job.ac_config), text, data)
+        module = config.train_module.replace(ac_config=best.job.ac_config)
+        text, data = _simulated(best, module, text, data)
     return Answer(text, data)
 
 

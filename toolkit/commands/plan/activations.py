@@ -69,7 +69,7 @@ def block_activations(job: Job, *, sparse: bool) -> Activations:
 def casts(job: Job, matrices: int) -> float:
     """Bytes of the copies of matrices that autocast makes for a forward and its backward. FSDP has
     gathered them in the compute type."""
-    is_cast = job.precision == "bf16" and not job.layout.is_fsdp
+    is_cast = job.precision != "fp32" and not job.layout.is_fsdp
     return matrices * job.compute_bytes if is_cast else 0
 
 
@@ -171,7 +171,7 @@ def loss_memory(job: Job, head: Parameter | None) -> LossMemory:
     numbers = size * (3 if num_chunks > 1 else 2)
     if not (job.is_compiled and job.device.name != CPU):
         numbers += 2 * FP32 if size < FP32 else FP32 * is_padded
-    copy = size * columns * width if job.precision == "bf16" and not job.layout.is_fsdp else 0
+    copy = size * columns * width if job.precision != "fp32" and not job.layout.is_fsdp else 0
     hidden = rows * width * size
     working = hidden + chunk * columns * numbers + copy
     return LossMemory(norm_input + hidden_grad + weight_grad, working, hidden_grad + weight_grad)

@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple
 from toolkit.commands.plan.activations import cp_style, loss_chunks
 from toolkit.commands.plan.job import FP32, Job, Stage
 from toolkit.commands.plan.memory import head_of
-from toolkit.commands.plan.pieces import Holding, total, unit_of
+from toolkit.commands.plan.pieces import Holding, total, unit_of, units_of
 
 Kind = Literal["all-gather", "reduce-scatter", "all-reduce", "all-to-all", "p2p"]
 
@@ -68,8 +68,10 @@ def _fsdp(job: Job, stage: Stage) -> Iterator[Traffic]:
     if job.layout.pp == 1:
         root = reductions = job.passes
         gathers = job.passes * (2 if job.layout.dp_config.reshard_after_forward else 1)
-    units = [(unit_of(job, g.parameters), g.number, gathers, "blocks") for g in job.groups(stage)]
-    units.append((unit_of(job, job.outside_of(stage)), 1, root, "embeddings and head"))
+    held = units_of(job, stage)
+    groups = zip(held.blocks, job.groups(stage), strict=True)
+    units = [(unit, group.number, gathers, "blocks") for unit, group in groups]
+    units.append((held.outside, 1, root, "embeddings and head"))
     inside = job.shard_ranks * job.layout.tp // job.layout.ep
     for unit, number, times, what in units:
         calls = number * times, number * reductions, number

@@ -47,8 +47,8 @@ class Counter(TorchDispatchMode):
         for tensor in tensors:
             if isinstance(tensor, DTensor):
                 tensor = tensor.to_local()
-            if not isinstance(tensor, torch.Tensor):
-                continue
+            if not isinstance(tensor, torch.Tensor) or tensor.device.type == "meta":
+                continue  # a fake tensor has another device
             storage = tensor.untyped_storage()
             key = storage._cdata
             if key not in self._sizes:

@@ -55,7 +55,7 @@ class Device(NamedTuple):
     def flops(self, precision: str) -> float:
         """FLOP/s of dense matrix products."""
         peak = self.peak or peak_flops(self.title) or 0.0
-        return peak if precision == "bf16" else peak * self.fp32_ratio
+        return peak if precision != "fp32" else peak * self.fp32_ratio
 
 
 def _inside(gigabytes: float, latency: float = 12e-6) -> Link:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from toolkit.commands.plan.devices import Device
-from toolkit.distributed.config import ActivationCheckpointingConfig
+from toolkit.distributed.config import ActivationCheckpointingConfig, PipelineParallelConfig
 from toolkit.distributed.launcher import offloads
 from toolkit.distributed.layout import Layout
 from toolkit.distributed.pipeline import plan_pipeline
@@ -100,6 +100,7 @@ class ModelParts:
         """To train one token, as metrics count them."""
         self._groups: dict[tuple[tuple[int, ...], int], list[Group]] = {}
         self._stages: dict[Any, list[Stage]] = {}
+        self._distinct: dict[Any, list[Stage]] = {}
 
     def groups(self, layers: tuple[int, ...], interval: int) -> list[Group]:
         """The blocks of `layers`, of which every `interval`-th is computed again; 0: none."""
@@ -120,6 +121,25 @@ class ModelParts:
         if key not in self._stages:
             self._stages[key] = _stages(self._model, layout)
         return self._stages[key]
+
+    def distinct_stages(self, layout: Layout, interval: int, passes: int) -> "list[Stage]":
+        """The first of all stages that cost the same, in order.
+
+        Of stages with the same blocks, those further behind hold no more microbatches at once.
+        """
+        key = layout.pp_config, interval, passes
+        if key not in self._distinct:
+            found: dict[Any, Stage] = {}
+            for stage in self.stages(layout):
+                alike = (
+                    tuple(self.groups(stage.layers, interval)),
+                    sum(self.scores[layer] for layer in stage.layers),
+                    stage._replace(place=0, layers=()),
+                    passes > in_flight(layout.pp_config, stage, passes),
+                )
+                found.setdefault(alike, stage)
+            self._distinct[key] = list(found.values())
+        return self._distinct[key]
 
 
 class Job(msgspec.Struct, frozen=True, kw_only=True):
@@ -142,11 +162,13 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     device: Device
     machine: int
     """Devices of one machine."""
+    known: dict[Any, Any] = msgspec.field(default_factory=dict)
+    """What has been told already of this layout, whatever the microbatch and the checkpointing."""
 
     @property
     def compute_bytes(self) -> int:
         """Of a number in the compute type."""
-        return 2 if self.precision == "bf16" else FP32
+        return 2 if self.precision != "fp32" else FP32
 
     @property
     def tokens(self) -> int:
@@ -156,7 +178,10 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def chunk_tokens(self) -> int:
         """The same of its share of the residual stream, which tensor parallelism cuts too."""
-        return self.rows * self.layout.own_length(self.sequence_length)
+        known = self.known
+        if "length" not in known:
+            known["length"] = self.layout.own_length(self.sequence_length)
+        return self.rows * known["length"]
 
     @property
     def batch_tokens(self) -> int:
@@ -186,12 +211,38 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
         """What each rank along pp has."""
         return self.parts.stages(self.layout)
 
+    @property
+    def distinct_stages(self) -> list[Stage]:
+        """`stages` without those that cost what one before them costs, or less."""
+        return self.parts.distinct_stages(self.layout, self._interval, self.passes)
+
     def groups(self, stage: Stage) -> list[Group]:
         """The blocks of a stage."""
-        config, interval = self.ac_config, 0
-        if config is not None and config.mode != "budget":
-            interval = 1 if config.mode == "full" else config.block_interval
-        return self.parts.groups(stage.layers, interval)
+        return self.parts.groups(stage.layers, self._interval)
+
+    @property
+    def _interval(self) -> int:
+        config = self.ac_config
+        if config is None or config.mode == "budget":
+            return 0
+        return 1 if config.mode == "full" else config.block_interval
+
+
+def in_flight(config: PipelineParallelConfig | None, stage: Stage, passes: int) -> float:
+    """Microbatches of `passes` whose activations of the whole stage a rank holds at once.
+
+    1F1B: as many as there are stages from it to the last. Interleaved (Narayanan et al. 2021): of
+    its chunks as many as are computed forward before the first comes back. ZBV (Qi et al. 2024): as
+    the first rank of 1F1B, and a part of one more, for which gradients of weights wait.
+    """
+    if config is None:
+        return 1.0
+    if config.schedule == "1F1B":
+        return float(min(passes, config.degree - stage.place))
+    if config.schedule == "ZBVZeroBubble":
+        return min(passes, config.degree + 0.5)
+    ahead = 2 * (config.degree - stage.place - 1) + (stage.chunks - 1) * config.degree + 1
+    return min(passes * stage.chunks, ahead) / stage.chunks
 
 
 def state_tensors_of(optim: Any) -> int:

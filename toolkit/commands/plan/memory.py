@@ -16,8 +16,8 @@ from toolkit.commands.plan.activations import (
     loss_memory,
 )
 from toolkit.commands.plan.devices import CPU
-from toolkit.commands.plan.job import FP32, Job, Parameter, Stage
-from toolkit.commands.plan.pieces import Unit, states, total, unit_of
+from toolkit.commands.plan.job import FP32, Job, Parameter, Stage, in_flight
+from toolkit.commands.plan.pieces import Holding, States, Unit, states, units_of
 
 MARGIN = 0.05
 """Of what torch allocates: memory that is free but in pieces of the wrong size."""
@@ -69,47 +69,55 @@ class Memory(NamedTuple):
 
 def fullest(job: Job) -> tuple[Stage, Memory]:
     """The stage whose first rank needs most memory."""
-    found = [(stage, memory_of(job, stage)) for stage in job.stages]
+    found = [(stage, memory_of(job, stage)) for stage in job.distinct_stages]
     return max(found, key=lambda pair: pair[1].total)
+
+
+def least_memory(job: Job) -> float:
+    """Bytes below which no microbatch and no checkpointing come on this layout."""
+    least = 0.0
+    for stage in job.stages:
+        fixed = _fixed(job, stage, _first_rank(job, stage))
+        allocated = float(sum(fixed.states))
+        allocated += fixed.root + fixed.reduced + fixed.buckets
+        least = max(least, _with_margin(job, allocated) + job.device.overhead)
+    return least
 
 
 def memory_of(job: Job, stage: Stage, rank: int | None = None) -> Memory:
     """Of `rank`, by default the first rank of the stage, which has the largest shards."""
-    layout = job.layout
-    if rank is None:
-        rank = stage.place * (layout.world_size // layout.pp)
-    kept = states(job, stage, rank)
-    if layout.pp > 1:  # whole gradients add up over the microbatches, and are reduced at the end
-        kept = kept._replace(gradients=FP32 * total(job, stage, rank).trained)
-    block = _Blocks(job, stage, rank)
-    outside = unit_of(job, job.outside_of(stage), rank)
+    fixed = _fixed(job, stage, _first_rank(job, stage) if rank is None else rank)
+    kept = fixed.states
+    block = _Blocks(job, stage, fixed)
     loss = loss_memory(job, head_of(job, stage))
-    flying = in_flight(job, stage)
+    flying = in_flight(job.layout.pp_config, stage, job.passes)
     waiting = block.kept.times(flying)
     # Gradients come into being while activations go, unless some are left of microbatches before.
-    always = job.passes > flying or layout.name in ("ddp", "zero1", "zero2", "zero3")
+    always = job.passes > flying or job.layout.name in ("ddp", "zero1", "zero2", "zero3")
     base = waiting._replace(casts=block.kept.casts)
     # What went into a microbatch's last reduction stays until the next one's first.
-    last = _reduction(job, outside) if job.passes > 1 else 0.0
-    root = _gathered(job, outside) + last
-    buckets = FP32 * total(job, stage).trained if layout.name == "ddp" and job.passes > 1 else 0.0
-    always_there = buckets + _zero_buffers(job, stage, rank) + _pipeline_buffers(job, stage)
+    last = fixed.reduction if job.passes > 1 else 0.0
+    always_there = fixed.buckets + _pipeline_buffers(job, stage, flying)
+    if job.passes > 1:
+        always_there += fixed.accumulated
     moments = {
-        "loss": _Moment(base, loss.kept + loss.working, root, 0.0, gradients=always),
+        "loss": _Moment(base, loss.kept + loss.working, fixed.root + last, 0.0, gradients=always),
         "backward": _Moment(
             base,
             0.0,
-            root - last + block.buffers + _head_gradient(job, stage, outside),
-            max(block.working, block.reduction, last),
+            fixed.root + fixed.block_buffers + fixed.head_gradient,
+            max(block.working, fixed.block_reduction, last),
             gradients=always,
         ),
         "embeddings": _Moment(
-            Activations(), 0.0, root + _reduced(job, outside), _embedding_working(job, stage),
+            Activations(), 0.0, fixed.root + last + fixed.reduced, _embedding_working(job, stage),
             gradients=True,
         ),
     }  # fmt: skip
     if loss.returning:
-        moments["head"] = _Moment(base, loss.kept + loss.returning, root, 0.0, gradients=always)
+        moments["head"] = _Moment(
+            base, loss.kept + loss.returning, fixed.root + last, 0.0, gradients=always
+        )
     name, moment = max(moments.items(), key=lambda item: item[1].bytes(kept.gradients))
     kind = "loss" if name == "head" else name
     allocated = Memory(
@@ -126,8 +134,71 @@ def memory_of(job: Job, stage: Stage, rank: int | None = None) -> Memory:
         margin=0.0,
         overhead=float(job.device.overhead),
     )
-    is_cpu = job.device.name == CPU
-    return allocated._replace(margin=0.0 if is_cpu else MARGIN * allocated.allocated)
+    own = allocated.allocated
+    return allocated._replace(margin=_with_margin(job, own) - own)
+
+
+def _with_margin(job: Job, allocated: float) -> float:
+    return allocated if job.device.name == CPU else (1 + MARGIN) * allocated
+
+
+def _first_rank(job: Job, stage: Stage) -> int:
+    if "ranks" not in job.known:
+        job.known["ranks"] = job.layout.world_size // job.layout.pp
+    return stage.place * job.known["ranks"]
+
+
+class _Fixed(NamedTuple):
+    """Bytes of a stage on one rank that microbatches and checkpointing do not change."""
+
+    states: States
+    """With the gradients that add up over microbatches."""
+    blocks: list[Unit]
+    root: float
+    """Embeddings and head, gathered."""
+    reduction: float
+    """What their reduction takes."""
+    reduced: float
+    """Their gradients, and that."""
+    head_gradient: float
+    block_buffers: float
+    block_reduction: float
+    buckets: float
+    """DeepSpeed's."""
+    accumulated: float
+    """Buffers besides where a step has several microbatches."""
+
+
+def _fixed(job: Job, stage: Stage, rank: int) -> _Fixed:
+    key = "fixed", stage.place, rank
+    if key not in job.known:
+        job.known[key] = _fixed_anew(job, stage, rank)
+    return job.known[key]
+
+
+def _fixed_anew(job: Job, stage: Stage, rank: int) -> _Fixed:
+    layout, held = job.layout, units_of(job, stage, rank)
+    kept = states(job, stage, rank)
+    if layout.pp > 1:  # whole gradients add up over the microbatches, and are reduced at the end
+        kept = kept._replace(gradients=FP32 * held.total.trained)
+    biggest = None
+    if layout.is_fsdp and held.blocks:
+        biggest = max(held.blocks, key=lambda unit: unit.all.whole)
+    buckets, accumulated = _zero_buffers(job, held.total)
+    if layout.name == "ddp":
+        accumulated = float(FP32 * held.total.trained)
+    return _Fixed(
+        kept,
+        held.blocks,
+        root=_gathered(job, held.outside),
+        reduction=_reduction(job, held.outside),
+        reduced=_reduced(job, held.outside),
+        head_gradient=_head_gradient(job, stage),
+        block_buffers=_block_buffers(job, biggest, len(stage.layers)) if biggest else 0.0,
+        block_reduction=_reduction(job, biggest) if biggest else 0.0,
+        buckets=buckets,
+        accumulated=accumulated,
+    )
 
 
 class _Moment(NamedTuple):
@@ -146,48 +217,24 @@ class _Moment(NamedTuple):
 class _Blocks:
     """What the blocks of a stage keep and need."""
 
-    def __init__(self, job: Job, stage: Stage, rank: int) -> None:
-        self.kept, self.buffers, self.reduction = Activations(), 0.0, 0.0
-        again, units = 0.0, []
-        for group in job.groups(stage):
-            whole, unit = (
-                block_activations(job, sparse=group.is_sparse),
-                unit_of(job, group.parameters, rank),
-            )
-            least = Activations(residual=block_input(job))
-            kept = whole
+    def __init__(self, job: Job, stage: Stage, fixed: _Fixed) -> None:
+        self.kept, again = Activations(), 0.0
+        groups = job.groups(stage)
+        least = Activations(residual=block_input(job))
+        for group, unit in zip(groups, fixed.blocks, strict=True):
+            whole = kept = block_activations(job, sparse=group.is_sparse)
             if group.repeated:
                 again = max(again, whole.total - least.total)
             elif job.ac_config is not None and job.ac_config.mode == "budget":
                 share = job.ac_config.budget
                 kept = whole.times(share) + least.times(1 - share)
-            self.kept += kept.times(group.number - group.repeated) + least.times(group.repeated)
+            if group.number > group.repeated:
+                self.kept += kept.times(group.number - group.repeated)
+            if group.repeated:
+                self.kept += least.times(group.repeated)
             self.kept += Activations(casts=group.number * casts(job, unit.all.matrices))
-            units.append(unit)
         # In a block that is computed again, its own activations come into being once more.
         self.working = again + _block_working(job, stage)
-        if job.layout.is_fsdp and units:
-            biggest = max(units, key=lambda unit: unit.all.whole)
-            self.buffers = _block_buffers(job, biggest, len(stage.layers))
-            self.reduction = _reduction(job, biggest)
-
-
-def in_flight(job: Job, stage: Stage) -> float:
-    """Microbatches whose activations of the whole stage a rank holds at once.
-
-    1F1B: as many as there are stages from it to the last. Interleaved (Narayanan et al. 2021): of
-    its chunks as many as are computed forward before the first comes back. ZBV (Qi et al. 2024): as
-    the first rank of 1F1B, and a part of one more, for which gradients of weights wait.
-    """
-    config, layout = job.layout.pp_config, job.layout
-    if config is None:
-        return 1.0
-    if config.schedule == "1F1B":
-        return float(min(job.passes, layout.pp - stage.place))
-    if config.schedule == "ZBVZeroBubble":
-        return min(job.passes, layout.pp + 0.5)
-    ahead = 2 * (layout.pp - stage.place - 1) + (stage.chunks - 1) * layout.pp + 1
-    return min(job.passes * stage.chunks, ahead) / stage.chunks
 
 
 def head_of(job: Job, stage: Stage) -> Parameter | None:
@@ -230,13 +277,14 @@ def _block_buffers(job: Job, unit: Unit, layers: int) -> float:
     return job.compute_bytes * (resident * unit.all.gathered + unit.all.trained)
 
 
-def _pipeline_buffers(job: Job, stage: Stage) -> float:
-    """What comes in from other stages has room for every microbatch of a step; what a stage has
-    sent is kept for its backward."""
+def _pipeline_buffers(job: Job, stage: Stage, flying: float) -> float:
+    """What a stage has sent is kept for its backward, and there is room for what comes in next.
+    Schedules of several stages a rank keep all that they send to the end of a step."""
     if job.layout.pp == 1:
         return 0.0
     stream = job.chunk_tokens * job.model.d_model * job.compute_bytes
-    return (stage.borders * job.passes + stage.chunks * in_flight(job, stage)) * stream
+    number = stage.borders + flying if stage.chunks == 1 else stage.borders * job.passes
+    return number * stream
 
 
 def _reduced(job: Job, unit: Unit) -> float:
@@ -254,7 +302,7 @@ def _reduction(job: Job, unit: Unit) -> float:
     return size * unit.all.trained_gathered
 
 
-def _head_gradient(job: Job, stage: Stage, outside: Unit) -> float:
+def _head_gradient(job: Job, stage: Stage) -> float:
     """Of the head's weight, which waits whole for the gradients of the embeddings."""
     head = head_of(job, stage)
     if head is None or not job.layout.is_fsdp or not head.is_trained:
@@ -262,18 +310,17 @@ def _head_gradient(job: Job, stage: Stage, outside: Unit) -> float:
     return job.compute_bytes * job.model.padded_vocab_size * job.model.d_model / job.layout.tp
 
 
-def _zero_buffers(job: Job, stage: Stage, rank: int) -> float:
-    """DeepSpeed's buckets, what it accumulates besides, and what ZeRO-3 has gathered."""
+def _zero_buffers(job: Job, held: Holding) -> tuple[float, float]:
+    """DeepSpeed's buckets, with what ZeRO-3 has gathered, and what it accumulates besides."""
     zero = job.layout.zero_stage
     if not zero:
-        return 0.0
+        return 0.0, 0.0
     settings = job.layout.dp_config.deepspeed_config.get("zero_optimization", {})
     size = settings.get("reduce_bucket_size", "auto")
     bucket = float(FP32 * (size if isinstance(size, (int, float)) else _BUCKET))
-    held = total(job, stage, rank)
     match zero:
         case 1:
-            return 2 * bucket + (FP32 * held.trained if job.passes > 1 else 0)
+            return 2 * bucket, float(FP32 * held.trained)
         case 2:
-            return 2 * bucket
-    return bucket + FP32 * min(_LIVE, held.whole)
+            return 2 * bucket, 0.0
+    return bucket + FP32 * min(_LIVE, held.whole), 0.0

@@ -43,10 +43,8 @@ class Unit(NamedTuple):
     dense: Holding
     experts: Holding
     """Under expert parallelism: gathered apart, over fewer ranks."""
-
-    @property
-    def all(self) -> Holding:
-        return self.dense + self.experts
+    all: Holding
+    """Both."""
 
 
 def local_shape(name: str, shape: Shape, model: TransformerConfig, tp: int, ep: int) -> Shape:
@@ -135,7 +133,7 @@ def holding(
             experts += own
         else:
             dense += own
-    return Unit(dense, experts)
+    return Unit(dense, experts, dense + experts)
 
 
 def unit_of(job: Job, parameters: tuple[Parameter, ...], rank: int = 0) -> Unit:
@@ -159,12 +157,32 @@ def unit_of(job: Job, parameters: tuple[Parameter, ...], rank: int = 0) -> Unit:
     )
 
 
+class Units(NamedTuple):
+    """All weights of a stage on one rank."""
+
+    blocks: list[Unit]
+    """One for each of `Job.groups`."""
+    outside: Unit
+    total: Holding
+
+
+def units_of(job: Job, stage: Stage, rank: int = 0) -> Units:
+    """What of a stage `rank` holds."""
+    key = "units", stage.place, rank
+    if key not in job.known:
+        groups = job.groups(stage)
+        blocks = [unit_of(job, group.parameters, rank) for group in groups]
+        outside = unit_of(job, job.outside_of(stage), rank)
+        found = outside.all
+        for group, unit in zip(groups, blocks, strict=True):
+            found += unit.all.times(group.number)
+        job.known[key] = Units(blocks, outside, found)
+    return job.known[key]
+
+
 def total(job: Job, stage: Stage, rank: int = 0) -> Holding:
     """All weights of a stage on `rank`."""
-    found = Holding()
-    for group in job.groups(stage):
-        found += unit_of(job, group.parameters, rank).all.times(group.number)
-    return found + unit_of(job, job.outside_of(stage), rank).all
+    return units_of(job, stage, rank).total
 
 
 class States(NamedTuple):

@@ -98,15 +98,17 @@ def changed(
     return msgspec.structs.replace(
         job,
         layout=new_layout,
+        known=job.known if new_layout is job.layout else {},
         rows=new_rows,
         passes=max(1, share // new_rows),
         ac_config=job.ac_config if keeps_ac else ac_config,
     )
 
 
-def plan_of(job: Job) -> Plan:
+def plan_of(job: Job, time: StepTime | None = None) -> Plan:
+    """`time`: of its step, if somebody has asked already."""
     stage, memory = fullest(job)
-    return Plan(job, stage, memory, step_time(job), traffic_of(job, stage))
+    return Plan(job, stage, memory, time or step_time(job), traffic_of(job, stage))
 
 
 def largest_rows(job: Job) -> int | None:

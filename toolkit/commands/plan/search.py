@@ -10,10 +10,9 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from toolkit.commands.plan.job import Job
-from toolkit.commands.plan.memory import fullest
-from toolkit.commands.plan.pieces import states
+from toolkit.commands.plan.memory import fullest, least_memory
 from toolkit.commands.plan.plans import Plan, changed, divisors, plan_of
-from toolkit.commands.plan.step_time import least_time
+from toolkit.commands.plan.step_time import StepTime, least_time, step_time
 from toolkit.distributed.config import (
     ActivationCheckpointingConfig,
     ContextParallelConfig,
@@ -26,7 +25,7 @@ from toolkit.distributed.config import (
 )
 from toolkit.distributed.layout import Layout
 from toolkit.distributed.pipeline import fits_microbatches
-from toolkit.distributed.sizes import check_combination, check_sizes
+from toolkit.distributed.sizes import Besides, check_combination, check_sizes
 from toolkit.errors import ConfigError
 
 SHORTEST = 512
@@ -40,9 +39,7 @@ _SCHEDULES: tuple[PipelineSchedule, ...] = ("1F1B", "Interleaved1F1B", "ZBVZeroB
 class Limits(NamedTuple):
     """What of the config a layout must go with."""
 
-    has_frozen: bool
-    has_adapter: bool
-    own_model: str | None
+    besides: Besides
     batch_rows: int
     """Of the global batch."""
 
@@ -79,12 +76,7 @@ def layouts(job: Job, world_size: int, limits: Limits) -> Iterator[Layout]:
             continue  # fewer microbatches than stages
         try:
             check_sizes(layout, job.model)
-            check_combination(
-                layout,
-                has_frozen=limits.has_frozen,
-                has_adapter=limits.has_adapter,
-                own_model=limits.own_model,
-            )
+            check_combination(layout, limits.besides)
         except ConfigError:
             continue
         yield layout
@@ -137,7 +129,7 @@ def _with_data(job: Job, tp: int, cp: int, pp: int, ep: int, ranks: int) -> Iter
                 shards = ranks // replicas
                 if (shards * cp * tp) % ep or (replicas > 1 and shards * cp == 1):
                     continue
-                for reshards in (True, False):
+                for reshards in (True, False) if pp == 1 else (True,):  # a pipeline never does
                     fsdp: Any = {"reshard_after_forward": reshards}
                     if replicas > 1:
                         fsdp |= {"num_replicas": replicas, "shard_degree": shards}
@@ -152,22 +144,22 @@ def _best(job: Job, limit: float) -> Plan | None:
     """The fastest of the microbatches and ways of checkpointing that fit on one layout. None where
     nothing fits, or nothing can take less than `limit` seconds."""
     memory = float(job.device.memory)
-    if max(sum(states(job, stage)) for stage in job.stages) > memory:
+    if least_memory(job) > memory:
         return None
     sizes = [rows for rows in divisors(job.rows * job.passes) if _runs(changed(job, rows=rows))]
     if not sizes or least_time(changed(job, rows=sizes[-1], keeps_ac=False)) > limit:
         return None
-    best: Plan | None = None
+    best: tuple[StepTime, Job] | None = None
     for mode in _checkpointing(job):
         jobs = [changed(job, rows=rows, ac_config=mode, keeps_ac=False) for rows in sizes]
         number = bisect.bisect_right(jobs, memory, key=lambda own: fullest(own)[1].total)
         for other in jobs[max(0, number - 2) : number]:
-            plan = plan_of(other)
-            if best is None or plan.time.total < best.time.total:
-                best = plan
+            time = step_time(other)
+            if best is None or time.total < best[0].total:
+                best = time, other
         if number == len(jobs):
             break  # the largest microbatch fits: computing again has nothing to give
-    return best
+    return None if best is None else plan_of(best[1], best[0])
 
 
 def _runs(job: Job) -> bool:

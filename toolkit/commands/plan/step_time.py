@@ -63,7 +63,8 @@ class _Pass(NamedTuple):
 
 def step_time(job: Job) -> StepTime:
     """Of the slowest stage."""
-    return max((_stage_time(job, stage) for stage in job.stages), key=lambda time: time.total)
+    times = (_stage_time(job, stage) for stage in job.distinct_stages)
+    return max(times, key=lambda time: time.total)
 
 
 def least_time(job: Job) -> float:
@@ -166,10 +167,13 @@ def _optimizer(job: Job, stage: Stage) -> float:
 
 def _seconds(job: Job, traffic: Traffic) -> float:
     """Of all calls, by a ring over the ranks of their axis."""
-    ranks, stride = _span(job, traffic.axis)
+    key = "link", traffic.axis
+    if key not in job.known:
+        ranks, stride = _span(job, traffic.axis)
+        job.known[key] = ranks, _link(job, ranks, stride)
+    ranks, link = job.known[key]
     if ranks == 1:
         return 0.0
-    link = _link(job, ranks, stride)
     share = {"all-reduce": 2 * (ranks - 1) / ranks, "p2p": 1.0}.get(
         traffic.kind, (ranks - 1) / ranks
     )

@@ -98,7 +98,8 @@ class ConsoleLogger(Callback):
         pace = (record["time"] - since) / max(1, record["step"] - first)
         parts.append(f"ETA {_duration(pace * (self.state.stop_step - record['step']))}")
         if record.get("skipped"):
-            parts.append("SKIPPED (not finite)")
+            is_finite = math.isfinite(record["loss"]) and math.isfinite(record["grad_norm"])
+            parts.append(f"SKIPPED ({'spike' if is_finite else 'not finite'})")
         return "  ".join(parts)
 
     def _print(self, line: str) -> None:
