@@ -113,3 +113,5 @@ def test_an_evaluator_that_is_off_needs_nothing(
     flags = ["train", "smoke", "--save-folder", str(tmp_path / "run"), "--dry-run"]
     key = "--trainer.callbacks.downstream_evaluator"
     assert cli.run([*flags, f"{key}.enabled=false", f"{key}.tasks=[no_such_task]"]) == 0
+    assert cli.run([*flags, f"{key}.tasks=[no/such_task]"]) == 2
+    assert "no/such_task: no task there" in capsys.readouterr().err

@@ -16,6 +16,7 @@ from toolkit.data.corpus_info import CorpusInfo, data_places, read_corpus
 from toolkit.distributed.layout import Layout, layout_of
 from toolkit.distributed.pipeline import plan_pipeline
 from toolkit.errors import ConfigError, ErrorList
+from toolkit.evaluate.tasks.names import check_names
 from toolkit.experiment.checks import (
     check_corpus,
     check_experiment,
@@ -73,6 +74,9 @@ def _checked(
     corpus = found.ask(read_corpus, config.data)
     found.ask(check_data_files, config)
     found.ask(check_run_folder, config.run, "<time>")
+    downstream = config.trainer.callbacks.downstream_evaluator
+    if downstream.is_wanted:
+        found.ask(check_names, downstream.tasks)
     found.ask(lambda: check_load_path(config, resolve_run_folder(config.run, "<time>")))
     if corpus is not None and sound:
         with found.collecting():

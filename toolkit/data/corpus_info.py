@@ -70,7 +70,8 @@ def read_corpus(cfg: DataConfig, *, in_use: bool = False) -> CorpusInfo | None:
     """
     if cfg.dataset.custom is not None:
         return custom_info(cfg)
-    parts, eval_parts = {}, {}
+    parts: dict[str, tuple[DatasetConfig, PreparedDataset]] = {}
+    eval_parts = dict(parts)
     for found, configs in ((parts, datasets_of(cfg)), (eval_parts, eval_sets_of(cfg))):
         for name, config in configs.items():
             prepared = open_prepared(config) if in_use else read_prepared(config)

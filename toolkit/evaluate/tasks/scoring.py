@@ -27,7 +27,7 @@ MOST_LOGITS = 1 << 28
 class Share(NamedTuple):
     """Which batches a rank computes, and whether its answers count."""
 
-    index: int = 0
+    number: int = 0
     of: int = 1
     counts: bool = True
 
@@ -64,9 +64,9 @@ def log_likelihoods(
         for start in range(0, len(batches), share.of):
             if should_stop():
                 return None
-            batch = batches[min(start + share.index, len(batches) - 1)]
+            batch = batches[min(start + share.number, len(batches) - 1)]
             sums = _sums(batch, logits(batch.ids.to(device)))
-            if share.counts and start + share.index < len(batches):
+            if share.counts and start + share.number < len(batches):
                 own.append((batch.choices, sums))
     values = torch.zeros(len(task.choices), dtype=torch.float64)
     for choices, sums in own:
@@ -113,7 +113,10 @@ def _batch(
 ) -> Batch:
     ids = torch.zeros(len(rows), length, dtype=torch.int64)
     numbers: list[int] = []
-    row, position, token, lengths = [], [], [], []
+    row: list[int] = []
+    position: list[int] = []
+    token: list[int] = []
+    lengths: list[int] = []
     for index, (own, asked) in enumerate(rows):
         ids[index, : len(own)] = torch.tensor(own)
         for number in asked:
@@ -123,7 +126,8 @@ def _batch(
             row += [index] * len(continuation)
             position += range(len(own) - len(continuation), len(own))
             token += continuation
-    return Batch(ids, numbers, *map(torch.tensor, (row, position, token)), lengths)
+    places = torch.tensor([row, position, token])
+    return Batch(ids, numbers, places[0], places[1], places[2], lengths)
 
 
 def _sums(batch: Batch, logits: Tensor) -> Tensor:

@@ -230,8 +230,9 @@ def _ids(tokenizer: Tokenizer, text: str, *, starts: bool = False) -> tuple[int,
 def _started(tokenizer: Tokenizer, ids: Iterable[int]) -> tuple[int, ...]:
     """A context as documents begin; one without text begins as a text without a prompt."""
     ids = tuple(ids)
-    if tokenizer.adds_bos and ids[:1] != (tokenizer.bos_id,):
-        ids = (tokenizer.bos_id, *ids)
-    if not ids and tokenizer.eos_id is None:
+    bos, eos = tokenizer.bos_id if tokenizer.adds_bos else None, tokenizer.eos_id
+    if bos is not None and ids[:1] != (bos,):
+        ids = (bos, *ids)
+    if not ids and eos is None:
         raise DataError("a context is empty, and the tokenizer names no token to start from")
-    return ids or (tokenizer.eos_id,)
+    return ids if eos is None else ids or (eos,)
