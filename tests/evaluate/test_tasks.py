@@ -1,10 +1,12 @@
 """Tasks with choices: metrics by hand in float64, rows, ranks and layouts, names, the package."""
 
+import contextlib
 import gzip
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -19,12 +21,14 @@ from tests.workers import WorkerPool
 from toolkit.data.prepare.tokenizers.tokenizer import ByteTokenizer, train_bpe
 from toolkit.distributed import materialize
 from toolkit.distributed.config import DataParallelConfig
+from toolkit.distributed.layout import Layout
 from toolkit.errors import ConfigError, DataError
 from toolkit.evaluate.tasks import names, scoring
 from toolkit.evaluate.tasks.metrics import task_numbers
 from toolkit.evaluate.tasks.names import check_names, load_task
-from toolkit.evaluate.tasks.scoring import Share, cut_batches, log_likelihoods
+from toolkit.evaluate.tasks.scoring import Share, log_likelihoods, plan_batches
 from toolkit.evaluate.tasks.task import Choice, Task, check_lengths, read_task
+from toolkit.train.callbacks.config import DownstreamEvaluatorConfig
 
 CPU = torch.device("cpu")
 QUESTIONS = [("one two", [" three", " a"], 0), ("yes", ["no", " ü", " maybe"], 2)]
@@ -81,7 +85,9 @@ def test_log_likelihoods_are_those_of_each_token_by_itself(
 
 def test_choices_that_continue_the_same_ids_share_a_row() -> None:
     choices = [Choice(0, n, 0, (1, 2), (3 + n,), (1, 2), (1, 2)) for n in range(4)]
-    (batch,) = cut_batches([*choices, Choice(1, 0, 0, (5,), (6, 7, 8), (1, 1), (1, 1))], 64, 1000)
+    choices.append(Choice(1, 0, 0, (5,), (6, 7, 8), (1, 1), (1, 1)))
+    (plan,) = plan_batches(choices, 64, 1000)
+    batch = plan.make(choices)
     assert batch.ids.shape == (2, 64)
     assert batch.ids[:, :4].tolist() == [[5, 6, 7, 0], [1, 2, 0, 0]]
     assert (batch.row.tolist(), batch.position.tolist()) == ([0] * 3 + [1] * 4, [0, 1, 2] + [1] * 4)
@@ -308,3 +314,56 @@ def test_a_task_of_the_package_has_its_numbers(name: str, monkeypatch: pytest.Mo
         ours = numbers[THEIRS[kind] + (" v2" if version == "v2" else "")]
         assert ours == pytest.approx(value, rel=1e-6), key
     assert scoring.MOST_LOGITS // 270 > 4096
+
+
+def test_evaluations_are_of_the_weights_for_evaluations(tmp_path: Path) -> None:
+    inside: list[bool] = []
+
+    class Module:
+        is_averaged = False
+
+        @contextlib.contextmanager
+        def evaluating(self) -> Iterator[None]:
+            self.is_averaged = True
+            yield
+            self.is_averaged = False
+
+        def logits(self, ids: Tensor) -> Tensor:
+            inside.append(self.is_averaged)
+            return bigram(ids)
+
+    ByteTokenizer().save(tmp_path / "tokenizer")
+    module, recorded = Module(), []
+    module.model_config = SimpleNamespace(vocab_size=270)  # type: ignore[attr-defined]
+    config = DownstreamEvaluatorConfig(tasks=(str(write_task(tmp_path / "own")),), interval=2)
+    evaluator = config.build()
+    evaluator.state = SimpleNamespace(
+        step=0,
+        is_main=True,
+        config=SimpleNamespace(no_evals=False),
+        train_module=module,
+        train_loader=SimpleNamespace(tokenizer_folder=tmp_path / "tokenizer", sequence_length=64),
+        environment=SimpleNamespace(
+            cpu_group=None, rank=0, device=CPU,
+            layout=Layout(precision="fp32"),
+        ),
+        should_stop=lambda: False,
+        record_eval=lambda name, numbers: recorded.append((name, numbers["num_documents"])),
+    )  # fmt: skip
+    evaluator.pre_train()
+    assert not recorded
+    evaluator.state.step = 2
+    evaluator.post_record()
+    again = config.build()
+    again.state = evaluator.state
+    again.load_state_dict(evaluator.state_dict())
+    again.pre_train()
+    again.post_train()
+    assert recorded == [("downstream/own", 2)]
+    assert inside
+    assert all(inside)
+    evaluator.state.train_loader.tokenizer_folder = None
+    with pytest.raises(
+        ConfigError, match=r"^trainer\.callbacks\.downstream_evaluator\.tasks: the tr"
+    ):
+        again.pre_train()

@@ -57,16 +57,16 @@ def log_likelihoods(
             the vocabulary is large (`MOST_LOGITS`).
         reduce: adds up, in place, the values of all ranks.
     """
-    batches = cut_batches(task.choices, context, min(batch_tokens, MOST_LOGITS // vocab_size))
+    plans = plan_batches(task.choices, context, min(batch_tokens, MOST_LOGITS // vocab_size))
     own: list[tuple[list[int], Tensor]] = []
     # A model that is compiled would be compiled again for each length.
     with torch.compiler.set_stance("force_eager"):
-        for start in range(0, len(batches), share.of):
+        for start in range(0, len(plans), share.of):
             if should_stop():
                 return None
-            batch = batches[min(start + share.number, len(batches) - 1)]
+            batch = plans[min(start + share.number, len(plans) - 1)].make(task.choices)
             sums = _sums(batch, logits(batch.ids.to(device)))
-            if share.counts and start + share.number < len(batches):
+            if share.counts and start + share.number < len(plans):
                 own.append((batch.choices, sums))
     values = torch.zeros(len(task.choices), dtype=torch.float64)
     for choices, sums in own:
@@ -91,43 +91,52 @@ class Batch(NamedTuple):
     """Tokens of each choice."""
 
 
-def cut_batches(choices: Sequence[Choice], context: int, batch_tokens: int) -> list[Batch]:
+class Plan(NamedTuple):
+    """A batch before it is made."""
+
+    rows: list[tuple[tuple[int, ...], tuple[int, ...], list[int]]]
+    """Context, what follows of it, and numbers of the choices that continue both."""
+    length: int
+    """Of its rows, padding among them."""
+    context: int
+
+    def make(self, choices: Sequence[Choice]) -> Batch:
+        """The batch; `choices` are those that it was planned for."""
+        ids = torch.zeros(len(self.rows), self.length, dtype=torch.int64)
+        numbers: list[int] = []
+        row: list[int] = []
+        position: list[int] = []
+        token: list[int] = []
+        lengths: list[int] = []
+        for index, (before, following, asked) in enumerate(self.rows):
+            own = (before + following)[-self.context :]
+            ids[index, : len(own)] = torch.tensor(own)
+            for number in asked:
+                continuation = choices[number].continuation
+                numbers.append(number)
+                lengths.append(len(continuation))
+                row += [index] * len(continuation)
+                position += range(len(own) - len(continuation), len(own))
+                token += continuation
+        places = torch.tensor([row, position, token])
+        return Batch(ids, numbers, places[0], places[1], places[2], lengths)
+
+
+def plan_batches(choices: Sequence[Choice], context: int, batch_tokens: int) -> list[Plan]:
     """All rows in batches, the longest first."""
-    rows: dict[tuple[int, ...], list[int]] = {}
+    rows: dict[tuple[tuple[int, ...], tuple[int, ...]], list[int]] = {}
     for number, choice in enumerate(choices):
-        ids = (choice.context + choice.continuation[:-1])[-context:]
-        rows.setdefault(ids, []).append(number)
-    ordered = sorted(rows.items(), key=lambda row: -len(row[0]))
-    batches, first = [], 0
+        rows.setdefault((choice.context, choice.continuation[:-1]), []).append(number)
+    ordered = sorted(rows.items(), key=lambda row: -len(row[0][0]) - len(row[0][1]))
+    plans, first = [], 0
     while first < len(ordered):
-        longest = len(ordered[first][0])
+        longest = sum(map(len, ordered[first][0]))
         length = min(-(-longest // LENGTH_MULTIPLE) * LENGTH_MULTIPLE, context)
         number = max(1, batch_tokens // length)
-        batches.append(_batch(choices, ordered[first : first + number], length))
+        some = [(*ids, numbers) for ids, numbers in ordered[first : first + number]]
+        plans.append(Plan(some, length, context))
         first += number
-    return batches
-
-
-def _batch(
-    choices: Sequence[Choice], rows: Sequence[tuple[tuple[int, ...], list[int]]], length: int
-) -> Batch:
-    ids = torch.zeros(len(rows), length, dtype=torch.int64)
-    numbers: list[int] = []
-    row: list[int] = []
-    position: list[int] = []
-    token: list[int] = []
-    lengths: list[int] = []
-    for index, (own, asked) in enumerate(rows):
-        ids[index, : len(own)] = torch.tensor(own)
-        for number in asked:
-            continuation = choices[number].continuation
-            numbers.append(number)
-            lengths.append(len(continuation))
-            row += [index] * len(continuation)
-            position += range(len(own) - len(continuation), len(own))
-            token += continuation
-    places = torch.tensor([row, position, token])
-    return Batch(ids, numbers, places[0], places[1], places[2], lengths)
+    return plans
 
 
 def _sums(batch: Batch, logits: Tensor) -> Tensor:

@@ -98,7 +98,7 @@ def read_task(folder: Path, tokenizer: Tokenizer) -> Task:
         metric = _METRICS.get(str(asked), metric)
     with guard(path, DataError):
         data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    choices = []
+    choices, contexts = [], _Contexts(tokenizer)
     for number, text in enumerate(data.splitlines(), 1):
         if not text.strip():
             continue
@@ -120,8 +120,8 @@ def read_task(folder: Path, tokenizer: Tokenizer) -> Task:
                 line.doc_id,
                 index,
                 label,
-                _ids(tokenizer, line.request.context, starts=True),
-                _ids(tokenizer, continuation),
+                contexts.started(contexts.ids(line.request.context)),
+                contexts.ids(continuation),
                 (len(continuation) - 1, len(continuation)),
                 (len(continuation[1:].encode()), len(continuation.encode())),
             )
@@ -162,12 +162,13 @@ def package_task(name: str, tokenizer: Tokenizer) -> Task:
         found = build_task(name, Ours(), model_ctx_len=1 << 40)
     if found.metric_type not in get_args(Metric):
         raise ConfigError(f"task {name}: metric {found.metric_type} cannot be computed")
+    contexts = _Contexts(tokenizer)
     choices = [
         Choice(
             int(sample["doc_id"]),
             int(sample["cont_id"]) if alone is None else alone,
             int(sample["label_id"]),
-            _started(tokenizer, sample["ctx"]),
+            contexts.started(sample["ctx"]),
             tuple(ids),
             (sample["cont_str_len_no_leading_space"], sample["cont_str_len"]),
             (sample["cont_byte_len_no_leading_space"], sample["cont_byte_len"]),
@@ -222,17 +223,23 @@ def check_lengths(task: Task, context: int, key: str) -> str | None:
     )
 
 
-def _ids(tokenizer: Tokenizer, text: str, *, starts: bool = False) -> tuple[int, ...]:
-    ids = tokenizer.encode_batch([text])[0].tolist() if text else []
-    return _started(tokenizer, ids) if starts else tuple(ids)
+class _Contexts:
+    """Texts as ids; equal contexts, of which there are as many as choices, are one tuple."""
 
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._known: dict[tuple[int, ...], tuple[int, ...]] = {}
 
-def _started(tokenizer: Tokenizer, ids: Iterable[int]) -> tuple[int, ...]:
-    """A context as documents begin; one without text begins as a text without a prompt."""
-    ids = tuple(ids)
-    bos, eos = tokenizer.bos_id if tokenizer.adds_bos else None, tokenizer.eos_id
-    if bos is not None and ids[:1] != (bos,):
-        ids = (bos, *ids)
-    if not ids and eos is None:
-        raise DataError("a context is empty, and the tokenizer names no token to start from")
-    return ids if eos is None else ids or (eos,)
+    def ids(self, text: str) -> tuple[int, ...]:
+        return tuple(self._tokenizer.encode_batch([text])[0].tolist()) if text else ()
+
+    def started(self, found: Iterable[int]) -> tuple[int, ...]:
+        """A context as documents begin; one without text begins as a text without a prompt."""
+        tokenizer, ids = self._tokenizer, tuple(found)
+        bos, eos = tokenizer.bos_id if tokenizer.adds_bos else None, tokenizer.eos_id
+        if bos is not None and ids[:1] != (bos,):
+            ids = (bos, *ids)
+        if not ids and eos is None:
+            raise DataError("a context is empty, and the tokenizer names no token to start from")
+        ids = ids if eos is None else ids or (eos,)
+        return self._known.setdefault(ids, ids)
