@@ -49,16 +49,24 @@ def prepare_engine(
     max_grad_norm: float | None,
     ac_config: ActivationCheckpointingConfig | None = None,
     compile_model: bool = False,
+    width_multiplier: float = 1.0,
 ) -> Engine:
     """Materialise `model` and hand it to the engine of the layout, with its optimizer.
 
-    `build_optimizer` gets trainable and frozen parameters by canonical name.
+    `build_optimizer` gets trainable and frozen parameters by canonical name; `width_multiplier`:
+    see `init_spec`.
     """
     layout = environment.layout
     if layout.pp_config is not None:
         pipeline = plan_pipeline(model.config, layout.pp_config)  # type: ignore[arg-type]
         model = Stages(model, pipeline, layout.place(environment.rank)["pp"])  # type: ignore[arg-type]
-    shards = materialize(model, environment, ac_config=ac_config, compile_model=compile_model)
+    shards = materialize(
+        model,
+        environment,
+        ac_config=ac_config,
+        compile_model=compile_model,
+        width_multiplier=width_multiplier,
+    )
     engine: Engine
     if isinstance(model, Stages):
         # torch's schedules take a second to import.
@@ -88,11 +96,12 @@ def materialize(
     *,
     ac_config: ActivationCheckpointingConfig | None = None,
     compile_model: bool = False,
+    width_multiplier: float = 1.0,
 ) -> dict[str, ShardSpec]:
     """Shard `model` in place, give it storage and initial values; what this rank holds of each
     parameter."""
     is_meta = any(parameter.is_meta for parameter in model.parameters())
-    inits = init_spec(model) if is_meta else {}
+    inits = init_spec(model, width_multiplier) if is_meta else {}
     layout = environment.layout
     shards = model.shards if isinstance(model, Stages) else whole_specs(model)
     parts: list[Any] = model.modules_in_order() if isinstance(model, Stages) else [model]
