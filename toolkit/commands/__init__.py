@@ -4,7 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 __all__ = [
-    "batch", "convert", "data", "dry_run", "evaluate", "explain", "generate",
+    "batch", "convert", "data", "dry_run", "evaluate", "evaluate_tasks", "explain", "generate",
     "load", "merge", "mix", "plan",
     "recipes", "replay", "runs", "schedule", "train", "verify",
 ]  # fmt: skip
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
         data,
         dry_run,
         evaluate,
+        evaluate_tasks,
         explain,
         generate,
         load,

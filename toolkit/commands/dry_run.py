@@ -16,6 +16,7 @@ from toolkit.data.corpus_info import CorpusInfo, data_places, read_corpus
 from toolkit.distributed.layout import Layout
 from toolkit.distributed.pipeline import plan_pipeline
 from toolkit.errors import ConfigError, ErrorList
+from toolkit.evaluate.tasks.names import check_names
 from toolkit.experiment.checks import (
     batches_of,
     check_corpus,
@@ -77,6 +78,9 @@ def _checked(
     found.ask(check_data_files, config)
     found.ask(check_run_folder, config.run, "<time>")
     found.ask(check_trackers, config.trainer.callbacks)
+    downstream = config.trainer.callbacks.downstream_evaluator
+    if downstream.is_wanted:
+        found.ask(check_names, downstream.tasks)
     found.ask(lambda: check_load_path(config, resolve_run_folder(config.run, "<time>")))
     if sound:
         found.ask(check_schedule_lengths, config, batches_of(config, corpus), origins)
@@ -141,6 +145,9 @@ def _data(config: ExperimentConfig, corpus: CorpusInfo | None) -> list[str]:
         f"{prepared.folder}: {prepared.num_tokens('train'):,} training tokens, "
         f"{prepared.num_tokens('val'):,} validation tokens"
         for _, prepared in corpus.parts.values()
+    ] + [
+        f"{prepared.folder}: {prepared.num_tokens('train'):,} tokens that are evaluated only"
+        for _, prepared in corpus.eval_parts.values()
     ]
     if config.store.permanent_root is not None:
         lines.append(f"kept in {config.store.permanent_root}")

@@ -27,6 +27,7 @@ from toolkit.data.order.schedule import (
 )
 from toolkit.data.source_config import (  # noqa: F401
     DiskSourceConfig,
+    EvalSetConfig,
     FilesSourceConfig,
     FiltersConfig,
     HubSourceConfig,
@@ -211,6 +212,8 @@ class DatasetConfig(Config, kw_only=True):
     )
     """How validation documents become instances; default: as in training; fixed with
     `intra_document_masking` where that is variable."""
+    eval_sets: dict[str, EvalSetConfig] = msgspec.field(default_factory=dict)
+    """Further texts that `lm_evaluator` scores, by the name that they have in eval.jsonl."""
     num_processes: int | None = None
     """Processes for `prepare`; default: all cores."""
 
@@ -224,6 +227,14 @@ class DatasetConfig(Config, kw_only=True):
             value = getattr(self, field)
             if not value or ".." in value.split("/") or value.startswith("/"):
                 raise ValueError(f"{field} must be a relative folder name, not {value!r}")
+        if self.eval_sets and self.custom is not None:
+            raise ValueError(
+                "eval_sets go with token files; a custom data set gives its validation rows itself"
+            )
+        if "val" in self.eval_sets:
+            raise ValueError(
+                "eval_sets: val is what held-out documents are called; choose another name"
+            )
         given = [name for name in ("source", "mix", "custom") if getattr(self, name) is not None]
         if len(given) > 1:
             raise ValueError(f"give one of {' and '.join(given)}, not both")

@@ -16,6 +16,7 @@ from toolkit.data.corpus_info import (
     VAL,
     CorpusInfo,
     check_batch_schedules,
+    check_eval_sets,
     check_same_tokens,
     data_places,
     read_corpus,
@@ -30,6 +31,7 @@ from toolkit.data.order.plan import Batches, Segment
 from toolkit.data.order.stream import InstanceStream, ShuffledStream
 from toolkit.data.tokens.prepared import PreparedDataset, localize, nothing_held_out
 from toolkit.errors import DataError
+from toolkit.wording import count
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +43,8 @@ class Corpus:
     train: InstanceDataset
     evaluation: dict[str, InstanceDataset]
     """The validation instances by name; empty where there are none."""
+    eval_sets: frozenset[str] = frozenset()
+    """Which of them were not held out of the training data."""
     order: BatchOrder
     """Of the global batches."""
     vocab_size: int
@@ -90,7 +94,8 @@ def open_corpus(cfg: DataConfig, info: CorpusInfo | None = None) -> Corpus:
     if not info.is_ready:
         if info.parts:
             check_same_tokens({name: prepared for name, (_, prepared) in info.parts.items()})
-        for config, prepared in info.parts.values():
+        check_eval_sets(info)
+        for config, prepared in (*info.parts.values(), *info.eval_parts.values()):
             ensure_plans(prepared, config)
     loader, length = cfg.data_loader, cfg.dataset.sequence_length
     seed, seed_key = loader.seed, "data_loader.seed"
@@ -121,7 +126,10 @@ def open_corpus(cfg: DataConfig, info: CorpusInfo | None = None) -> Corpus:
             train.fingerprint = stream.fingerprint
         else:
             (train,) = opened.values()
-        evaluation = _evaluation({name or VAL: part for name, part in info.parts.items()})
+        evaluation = {
+            **_eval_sets(info),
+            **_evaluation({name or VAL: part for name, part in info.parts.items()}),
+        }
     phases = cfg.phases
     batch_instances = phases[0].batch_instances
     if isinstance(train, VariableDataset):
@@ -145,12 +153,27 @@ def open_corpus(cfg: DataConfig, info: CorpusInfo | None = None) -> Corpus:
     return Corpus(
         train=train,
         evaluation=evaluation,
+        eval_sets=frozenset(info.eval_parts),
         order=order,
         vocab_size=vocab_size,
         seed=seed,
         seed_key=seed_key,
         stream=stream if isinstance(stream, MixedStream) else None,
     )
+
+
+def _eval_sets(info: CorpusInfo) -> dict[str, InstanceDataset]:
+    found: dict[str, InstanceDataset] = {}
+    for name, (config, prepared) in info.eval_parts.items():
+        found[name] = open_instances(prepared, "train", config)
+        if not found[name].num_instances:
+            raise DataError(
+                f"dataset.eval_sets.{name}: {prepared.folder} has "
+                f"{count(prepared.num_tokens('train'), 'token')}, less than one instance of "
+                f"dataset.sequence_length {config.sequence_length}; give it more text, or padded "
+                "instances (dataset.eval_instances)"
+            )
+    return found
 
 
 def _evaluation(

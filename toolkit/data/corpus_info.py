@@ -11,7 +11,7 @@ from toolkit.data.config import (
     SourceConfig,
     VariableInstancesConfig,
 )
-from toolkit.data.instances.open import count_rows
+from toolkit.data.instances.open import count_rows, instances_config
 from toolkit.data.order.plan import Batches, BatchPlan, Segment
 from toolkit.data.order.resolve import limited_instances, resolve_mix
 from toolkit.data.tokens.prepared import (
@@ -45,6 +45,8 @@ class CorpusInfo(NamedTuple):
     """Every id is below this; None where a custom data set does not say."""
     where: str
     """For messages: the folder, or what stands for it."""
+    eval_parts: dict[str, tuple[DatasetConfig, PreparedDataset]] = {}  # noqa: RUF012
+    """Token files of `dataset.eval_sets` by name; all documents are in their training split."""
     is_ready: bool = False
     """Whether all plans of rows are made, and the sources of a mixture have the same tokens."""
 
@@ -131,16 +133,20 @@ def read_corpus(cfg: DataConfig, *, in_use: bool = False) -> CorpusInfo | None:
     """
     if cfg.dataset.custom is not None:
         return custom_info(cfg)
-    parts = {}
-    for name, config in datasets_of(cfg).items():
-        prepared = open_prepared(config) if in_use else read_prepared(config)
-        if prepared is None:
-            return None
-        parts[name] = (config, prepared)
-    return corpus_info(cfg, parts)
+    parts: dict[str, tuple[DatasetConfig, PreparedDataset]] = {}
+    eval_parts = dict(parts)
+    for found, configs in ((parts, datasets_of(cfg)), (eval_parts, eval_sets_of(cfg))):
+        for name, config in configs.items():
+            prepared = open_prepared(config) if in_use else read_prepared(config)
+            if prepared is None:
+                return None
+            found[name] = (config, prepared)
+    return corpus_info(cfg, parts)._replace(eval_parts=eval_parts)
 
 
-def check_same_tokens(sources: Mapping[str, PreparedDataset]) -> None:
+def check_same_tokens(
+    sources: Mapping[str, PreparedDataset], *, key: str = "dataset.mix", verb: str = "mix"
+) -> None:
     """Raise ConfigError when an id does not mean the same in all sources, or documents do not begin
     and end alike."""
     (first_name, first), *others = sources.items()
@@ -154,15 +160,24 @@ def check_same_tokens(sources: Mapping[str, PreparedDataset]) -> None:
             one, two = getattr(first.manifest, field), getattr(prepared.manifest, field)
             if one != two:
                 raise ConfigError(
-                    f"dataset.mix: {first_name} and {name} do not mix: {what} differ "
+                    f"{key}: {first_name} and {name} do not {verb}: {what} differ "
                     f"({one} in {first.folder}, {two} in {prepared.folder}); prepare one of "
                     "them again under another dataset_config"
                 )
 
 
+def check_eval_sets(info: CorpusInfo) -> None:
+    """Raise ConfigError when an id of an evaluation set does not mean what it means in training."""
+    for first_name, (_, first) in [*info.parts.items()][:1]:
+        for name, (_, prepared) in info.eval_parts.items():
+            pair = {first_name or "the training data": first, name: prepared}
+            check_same_tokens(pair, key=f"dataset.eval_sets.{name}", verb="go together")
+
+
 def data_places(cfg: DataConfig) -> list[Path]:
     """Folders where the token files of `cfg` are, or will be."""
-    return [dataset_folder(dataset) for dataset in datasets_of(cfg).values()]
+    datasets = [*datasets_of(cfg).values(), *eval_sets_of(cfg).values()]
+    return [dataset_folder(dataset) for dataset in datasets]
 
 
 def datasets_of(cfg: DataConfig) -> dict[str, DatasetConfig]:
@@ -174,6 +189,43 @@ def datasets_of(cfg: DataConfig) -> dict[str, DatasetConfig]:
     if dataset.mix is None:
         return {"": dataset}
     return {source.name: source.dataset for source in resolve_mix(dataset)}
+
+
+def eval_sets_of(cfg: DataConfig) -> dict[str, DatasetConfig]:
+    """The corpora of token files that `cfg` only evaluates, by name. Each is a corpus by itself of
+    which nothing is held out, with rows as evaluations have them. ConfigError: a name or a folder
+    is that of training data, or of another set."""
+    if not cfg.dataset.eval_sets:
+        return {}
+    dataset, trained = localize(cfg.dataset, cfg.store), datasets_of(cfg)
+    folders = {dataset_folder(config): name or "training" for name, config in trained.items()}
+    found: dict[str, DatasetConfig] = {}
+    for name, one in dataset.eval_sets.items():
+        key = f"dataset.eval_sets.{name}"
+        if name in trained:
+            raise ConfigError("a source of the mixture has this name; choose another one", key=key)
+        found[name] = dataset.replace(
+            source=one.source,
+            mix=None,
+            eval_sets={},
+            dataset_name=one.dataset_name or name,
+            dataset_config=one.dataset_config or dataset.dataset_config,
+            instructions=one.instructions,
+            filters=None,
+            deduplicate=False,
+            validation_fraction=0.0,
+            instances=instances_config(dataset, evaluation=True),
+            eval_instances=None,
+        )
+        folder = dataset_folder(found[name])
+        if folder in folders:
+            raise ConfigError(
+                f"its token files would be in {folder}, like those of {folders[folder]}; give it a "
+                "dataset_name",
+                key=key,
+            )
+        folders[folder] = name
+    return found
 
 
 ChangeSource = Callable[[SourceConfig | None], SourceConfig | None]
@@ -195,6 +247,11 @@ def with_sources(dataset: DatasetConfig, change: ChangeSource) -> DatasetConfig:
             for name, source in sources.items()
         }
 
+    if dataset.eval_sets:
+        sets = {
+            name: one.replace(source=change(one.source)) for name, one in dataset.eval_sets.items()
+        }
+        dataset = dataset.replace(eval_sets=sets)
     if dataset.mix is None:
         return dataset.replace(source=change(dataset.source))
     return dataset.replace(mix=dataset.mix.replace(sources=changed(dataset.mix.sources)))

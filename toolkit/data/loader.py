@@ -54,7 +54,7 @@ def get_dataloaders(
         corpus: the data of `cfg`, when it is open already.
 
     Returns the training loader, and a loader for each set of validation instances: `val`, or in a
-    mixture one by the name of each source.
+    mixture one by the name of each source; and one for each of `dataset.eval_sets`.
 
     Raises:
         ConfigError: sizes that do not divide.
@@ -80,6 +80,7 @@ def get_dataloaders(
             rank=batch_rank,
             world_size=batch_ranks,
             vocab_size=corpus.vocab_size,
+            is_held_out=name not in corpus.eval_sets,
         )
         for name, dataset in corpus.evaluation.items()
     }

@@ -20,6 +20,11 @@ ALIASES: dict[str, str] = {
         "trainer.callbacks.checkpointer.ephemeral_interval"
     ),
     "trainer.callbacks.checkpointer.save_async": "trainer.callbacks.checkpointer.asynchronous",
+    **{
+        f"trainer.callbacks.{name}.{theirs}": f"trainer.callbacks.{name}.{ours}"
+        for name in ("lm_evaluator", "downstream_evaluator")
+        for theirs, ours in (("eval_interval", "interval"), ("eval_on_startup", "at_start"))
+    },
     "init_seed": "seed",
 }
 """Dotted path -> ours."""

@@ -191,7 +191,8 @@ def _check_best_metric(config: ExperimentConfig) -> None:
         with contextlib.suppress(ConfigError):  # said where the data is looked for
             # Any of them may have nothing held out, and one that is left is no total.
             sets += [source.name for source in resolve_mix(config.dataset)]
-    check_best_metric_in(dict.fromkeys(sets, True), config.trainer)
+    others = list(config.dataset.eval_sets)
+    check_best_metric_in(dict.fromkeys([*others, *sets], True), config.trainer, others)
 
 
 def _check_adapter(config: ExperimentConfig) -> None:

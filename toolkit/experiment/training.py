@@ -55,6 +55,7 @@ class Training:
         self, config: ExperimentConfig, data: CorpusInfo | None, batch_rank: int, batch_ranks: int
     ) -> None:
         self.config = config
+        self.data = data
         self.corpus = open_corpus(config.data, data)
         self.train_loader, evaluation = get_dataloaders(
             config.data,
@@ -64,6 +65,9 @@ class Training:
             corpus=self.corpus,
         )
         check_best_metric(config.trainer, evaluation)
+        downstream = config.trainer.callbacks.downstream_evaluator
+        if downstream.is_wanted:
+            named("toolkit.evaluate.tasks.names:check_names")(downstream.tasks)
 
     def check_continuation(self, folder: Path) -> None:
         """Check that the run in `folder` can go on with this config; see `continuation.py`."""
@@ -136,7 +140,7 @@ class Training:
                 corpus=self.corpus,
             )
             check_agreement(config, environment, train_dl, eval_dl)
-            _log_opening(config, environment, run.folder, train_dl)
+            _log_opening(config, environment, run.folder, train_dl, self.data)
             with _explaining_memory(config, environment, run.folder):
                 model = config.model.build(init_device="meta", seed=config.seed)
                 train_module = config.train_module.build(model, environment=environment)
@@ -233,6 +237,7 @@ def _log_opening(
     environment: TrainingEnvironment,
     folder: Path,
     train_loader: TrainLoader,
+    data: CorpusInfo | None,
 ) -> None:
     layout, device = environment.layout, device_name(environment.device)
     kind = environment.device.type
@@ -251,6 +256,9 @@ def _log_opening(
             f"{count(int(per_epoch), 'step')} an epoch"
             + (f", {count(dropped, 'instance')} left out" if dropped else "")
         )
+    for name, (_, prepared) in data.parts.items() if data is not None else ():
+        if (audit := prepared.manifest.audit) is not None:
+            lines += [f"{name}: {line}" if name else line for line in audit.lines()]
     for line in lines:
         if line is not None:
             log.info("%s", line)

