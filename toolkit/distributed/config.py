@@ -176,3 +176,23 @@ class ActivationCheckpointingConfig(Config, kw_only=True):
                 raise ValueError(f"{name} goes with mode: {mode}, not {self.mode}")
         if not 0.0 <= self.budget <= 1.0:
             raise ValueError(f"budget must lie between 0 and 1, not {self.budget}")
+
+
+class Float8Config(Config, kw_only=True):
+    """Matrix products of linear layers in 8 bits, through torchao; weights stay fp32."""
+
+    recipe: Literal["tensorwise", "rowwise", "mxfp8"] = "tensorwise"
+    """What numbers share a scale. `tensorwise`: a tensor (fastest; NVIDIA sm_89 and newer);
+    `rowwise`: a row (sm_90 and newer); `mxfp8`: 32 numbers of a row (sm_100 and newer)."""
+    filter: tuple[str, ...] | None = None
+    """Shell-style patterns over names of linear layers (`blocks.0.attention.query`) that are left
+    out. Null: those that are not faster in 8 bits, too small or of widths that the kernels do not
+    take; `[]`: none. The head, routers and stacked experts are never in 8 bits."""
+    fsdp_all_gather: bool = False
+    """`fsdp`, `tensorwise`: ranks gather weights in 8 bits too."""
+    emulate: bool = False
+    """Round to 8 bits and multiply in fp32: the same numbers, slowly, on any device."""
+
+    def __post_init__(self) -> None:
+        if self.fsdp_all_gather and self.recipe != "tensorwise":
+            raise ValueError(f"fsdp_all_gather needs recipe: tensorwise, not {self.recipe}")

@@ -1,7 +1,7 @@
 """From a model on the meta device to an engine: parallelism in one visible order.
 
-    stages -> expert, tensor, context parallelism -> activation checkpointing -> compile -> shard
-    -> storage -> initial values -> optimizer
+    stages -> expert, tensor, context parallelism -> float8 -> activation checkpointing -> compile
+    -> shard -> storage -> initial values -> optimizer
 
 Where exchanges between ranks break the graph of a block it is compiled before it is checkpointed.
 
@@ -22,13 +22,14 @@ from torch.utils.checkpoint import checkpoint
 
 from toolkit.config.named import named
 from toolkit.distributed.accelerator import deepspeed_settings, init_deepspeed
-from toolkit.distributed.config import ActivationCheckpointingConfig
+from toolkit.distributed.config import ActivationCheckpointingConfig, Float8Config
 from toolkit.distributed.context_parallel import apply_context_parallel
 from toolkit.distributed.deepspeed_engine import DeepSpeedEngine
 from toolkit.distributed.devices import compute_dtype
 from toolkit.distributed.engine import BuildOptimizer, Engine
 from toolkit.distributed.environment import TrainingEnvironment
 from toolkit.distributed.expert_parallel import apply_expert_parallel
+from toolkit.distributed.float8 import apply_float8, gathers_float8, scales_of
 from toolkit.distributed.pipeline import plan_pipeline
 from toolkit.distributed.process_groups import set_collective_timeouts
 from toolkit.distributed.shards import ShardSpec, draw_initial_values, whole_specs
@@ -49,6 +50,7 @@ def prepare_engine(
     max_grad_norm: float | None,
     ac_config: ActivationCheckpointingConfig | None = None,
     compile_model: bool = False,
+    float8_config: Float8Config | None = None,
 ) -> Engine:
     """Materialise `model` and hand it to the engine of the layout, with its optimizer.
 
@@ -58,7 +60,13 @@ def prepare_engine(
     if layout.pp_config is not None:
         pipeline = plan_pipeline(model.config, layout.pp_config)  # type: ignore[arg-type]
         model = Stages(model, pipeline, layout.place(environment.rank)["pp"])  # type: ignore[arg-type]
-    shards = materialize(model, environment, ac_config=ac_config, compile_model=compile_model)
+    shards = materialize(
+        model,
+        environment,
+        ac_config=ac_config,
+        compile_model=compile_model,
+        float8_config=float8_config,
+    )
     engine: Engine
     if isinstance(model, Stages):
         # torch's schedules take a second to import.
@@ -76,6 +84,8 @@ def prepare_engine(
         )
     else:
         engine = TorchEngine(environment, model, shards, build_optimizer)
+        if gathers_float8(model):
+            engine.weights_changed = scales_of(model)  # type: ignore[method-assign]
     for axes in (("dp_replicate", "dp_shard"), ("dp_replicate",)):
         environment.group(*axes)  # opened before time-outs are set
     set_collective_timeouts(environment.timeout)
@@ -88,6 +98,7 @@ def materialize(
     *,
     ac_config: ActivationCheckpointingConfig | None = None,
     compile_model: bool = False,
+    float8_config: Float8Config | None = None,
 ) -> dict[str, ShardSpec]:
     """Shard `model` in place, give it storage and initial values; what this rank holds of each
     parameter."""
@@ -102,6 +113,9 @@ def materialize(
     has_breaks = layout.ep > 1 or is_ring or layout.dp_config.wrapping_strategy == "fine_grained"
     for part in parts:
         _cut(part, environment, shards)
+        if float8_config is not None:
+            device, precision = environment.device, layout.precision
+            apply_float8(part, float8_config, device=device, precision=precision)
         if compile_model and has_breaks:
             compiling.compile_model(part, inside_checkpoints=True)
         if ac_config is not None:

@@ -65,10 +65,12 @@ class TorchEngine(Engine):
 
     def _prepare(self) -> nn.Module:
         own_lists = [list(group["params"]) for group in self.optimizer.param_groups]
+        if self._is_sharded:  # Accelerate would look for these among the model's DTensors
+            for group in self.optimizer.param_groups:
+                group["params"] = []
         accelerator = build_accelerator(self.environment)
         accelerator.ddp_handler = ddp_options()
         model, _ = accelerator.prepare(self.module, self.optimizer)
-        # Accelerate points the optimizer at the model's DTensors; ours are their local tensors.
         for group, own in zip(self.optimizer.param_groups, own_lists, strict=True):
             group["params"] = own
         if isinstance(model, DistributedDataParallel):
@@ -142,6 +144,7 @@ class TorchEngine(Engine):
             optimizer.step()
         for name, parameter in self._trainable.items():
             parameter.grad = self._local[name].grad = None
+        self.weights_changed()
         return StepOutcome(norm, skipped)
 
     def scale_gradients(self, factor: torch.Tensor) -> None:
@@ -166,6 +169,7 @@ class TorchEngine(Engine):
         return tensors
 
     def state_filled(self) -> None:
+        self.weights_changed()
         for module in self.module.modules():
             # The root keeps what it has gathered, from a forward to the next backward.
             if isinstance(module, FSDPModule):

@@ -16,6 +16,7 @@ from toolkit.data.corpus_info import VAL, CorpusInfo
 from toolkit.data.order.resolve import resolve_mix
 from toolkit.data.tokens.prepared import require_ids
 from toolkit.distributed.layout import Layout
+from toolkit.distributed.low_precision import check_float8
 from toolkit.distributed.pipeline import check_microbatches, plan_pipeline
 from toolkit.distributed.sizes import Besides, check_combination, check_sizes
 from toolkit.distributed.tuning import asked_threads
@@ -113,6 +114,11 @@ def _check_parallelism(config: ExperimentConfig, layout: Layout) -> None:
     found, model = ErrorList(), config.model
     found.ask(check_sizes, layout, model.to_transformer())
     found.ask(check_combination, layout, besides_layout(config))
+    if (float8 := config.train_module.float8_config) is not None:
+        length, adapts = config.dataset.sequence_length, config.train_module.lora is not None
+        transformer = model.to_transformer()
+        rest = {"sequence_length": length, "has_adapter": adapts}
+        found.ask(check_float8, float8, layout, transformer, **rest)
     if (pipeline := layout.pp_config) is not None:
         ranks = layout.pp * layout.batch_ranks
         found.ask(plan_pipeline, model.to_transformer(), pipeline, ranks=ranks)

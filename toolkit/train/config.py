@@ -13,6 +13,7 @@ from toolkit.distributed.config import (
     ContextParallelConfig,
     DataParallelConfig,
     ExpertParallelConfig,
+    Float8Config,
     LogRanks,
     PipelineParallelConfig,
     TensorParallelConfig,
@@ -61,6 +62,8 @@ class TransformerTrainModuleConfig(Config, kw_only=True):
     """Compute type. Master weights and optimizer state are fp32 always. `auto`: the launcher's
     mixed_precision, else bf16 where the hardware is fast at it. `fp16` scales the loss, as much as
     gradients allow (dynamic loss scaling); not under ZeRO."""
+    float8_config: Float8Config | None = None
+    """Matrix products of linear layers in 8 bits, over `precision: bf16`; null: off."""
     dp_config: DataParallelConfig | None = None
     """Engine for launchers that do not name one (`torchrun`)."""
     tp_config: TensorParallelConfig | None = None

@@ -17,6 +17,7 @@ from toolkit.checkpoint.folder import MODEL_PREFIX
 from toolkit.distributed.devices import compute_dtype
 from toolkit.distributed.engine import Microbatch, StepOutcome
 from toolkit.distributed.environment import TrainingEnvironment, single_environment
+from toolkit.distributed.low_precision import describe_float8
 from toolkit.distributed.materialize import prepare_engine
 from toolkit.distributed.tensor_parallel import share_of_model
 from toolkit.errors import ConfigError, TrainingError
@@ -66,6 +67,7 @@ class TransformerTrainModule(TrainModule):
             max_grad_norm=config.max_grad_norm,
             ac_config=config.ac_config,
             compile_model=config.compile_model,
+            float8_config=config.float8_config,
         )
         self._peak_rates = [group["lr"] for group in self.engine.optimizer.param_groups]
         self.max_consecutive_skipped_steps = config.max_consecutive_skipped_steps
@@ -82,7 +84,11 @@ class TransformerTrainModule(TrainModule):
             trains_head_alone=self.trained_names == {"head.weight"},
             vocabulary_is_cut=layout.tp > 1,
         )
-        if self.environment.is_main and self.environment.device.type != "cpu":
+        if (float8 := config.float8_config) is not None:
+            self.kernels["linear layers"] = describe_float8(
+                self.model_config.to_transformer(), float8
+            )
+        if self.environment.is_main and (float8 or self.environment.device.type != "cpu"):
             log.info("kernels: %s", "; ".join(f"{k} by {v}" for k, v in self.kernels.items()))
         self._loss = torch.zeros((), device=self.environment.device)
         """This rank's summand of the last step's loss."""
