@@ -51,6 +51,11 @@ class RunFiles(msgspec.Struct, frozen=True):
     system_metrics: str = "metrics/system.jsonl"
     """The machine: GPU, CPU, memory, disk, network interfaces."""
 
+    spikes: str = "metrics/spikes.jsonl"
+    """One line per spike of loss or gradient norm, where `stability_monitor` is on."""
+    profiles: str = "profiles"
+    """Folder: traces of `profiler`, by rank and step."""
+
     tensorboard: str = "tb"
     """Folder: TensorBoard event files in train/, eval/, network/, system/."""
     checkpoints: str = "checkpoints"

@@ -56,6 +56,9 @@ class TrainModule(ABC):
     origin: dict[str, Any] | None = None
     """The model of `transformers` that the weights came from before training, as the checkpoint
     that was loaded tells it (`extra["source"]`); goes on into checkpoints."""
+    blocks: Mapping[str, torch.nn.Module | None] = {}
+    """Modules whose outputs are worth watching, by name; None: another rank has it. The same names
+    on every rank."""
     kernels: Mapping[str, str] = {}
     """Part of the model -> the kernel that computes it here; recorded with the engine."""
     max_consecutive_skipped_steps: int
@@ -84,6 +87,16 @@ class TrainModule(ABC):
     def network_norms(self) -> dict[str, torch.Tensor]:
         """Gradient and weight norms (`grad_norm/<layer>`, `weight_norm/<layer>`, "total" for all),
         on the device; valid between `train_batch` and `optim_step`."""
+
+    def shards(self) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        """This rank's parts of gradients and of weights, by canonical name; valid between
+        `train_batch` and `optim_step`."""
+        return {}, {}
+
+    @property
+    def parameter_names(self) -> list[str]:
+        """Canonical names of all parameters, those of other ranks among them."""
+        return []
 
     @abstractmethod
     def flops_per_token(self, sequence_length: int) -> float:

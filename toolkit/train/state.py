@@ -93,11 +93,14 @@ class TrainState:
         is_current = self.last_eval is not None and self.last_eval["step"] == self.step
         return self.last_scores if is_current else {}
 
-    def record(self, stream: str, values: Mapping[str, Any]) -> None:
+    def record(
+        self, stream: str, values: Mapping[str, Any], reductions: Mapping[str, Any] | None = None
+    ) -> None:
         """Write `values` of the current step to a stream of metrics ("network", "system"); every
-        rank calls it with the same names. Tensors hold one element."""
+        rank calls it with the same names. Tensors hold one element. `reductions` as in `Metric`;
+        without one a value is the same on every rank."""
         values = {"tokens": self.tokens, "time": time.time(), **values}
-        self.recorder.record(self.step, values, stream=stream)
+        self.recorder.record(self.step, values, reductions, stream=stream)
 
     def record_eval(self, name: str, values: Mapping[str, Any]) -> dict[str, Any]:
         """Write the result of an evaluation, the same on every rank, to eval.jsonl; the record."""

@@ -19,6 +19,7 @@ from toolkit.distributed.engine import Microbatch, StepOutcome
 from toolkit.distributed.environment import TrainingEnvironment, single_environment
 from toolkit.distributed.low_precision import describe_float8
 from toolkit.distributed.materialize import prepare_engine
+from toolkit.distributed.stages import Stages
 from toolkit.distributed.tensor_parallel import share_of_model
 from toolkit.errors import ConfigError, TrainingError
 from toolkit.metrics.norms import to_norms
@@ -161,6 +162,25 @@ class TransformerTrainModule(TrainModule):
             for kind, of_layers in squares.items()
             for layer, norm in to_norms(of_layers).items()
         }
+
+    def shards(self) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        return self.engine.gradient_shards(), self.engine.weight_shards()
+
+    @property
+    def parameter_names(self) -> list[str]:
+        return list(self.engine.shards)
+
+    @property
+    def blocks(self) -> dict[str, nn.Module | None]:  # type: ignore[override]
+        module: Any = self.engine.module
+        parts = module.modules_in_order() if isinstance(module, Stages) else [module]
+        own = {
+            layer: block
+            for part in parts
+            for layer, block in zip(part.blocks.layers, part.blocks, strict=True)
+        }
+        number = self.model_config.to_transformer().num_layers
+        return {f"blocks.{layer}": own.get(layer) for layer in range(number)}
 
     def flops_per_token(self, sequence_length: int) -> float:
         model = self.model_config.to_transformer()

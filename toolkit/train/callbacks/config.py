@@ -15,6 +15,14 @@ from toolkit.config.base import check_not_negative, check_positive
 from toolkit.config.named import users_subclass
 from toolkit.config.paths import PathOrURL
 from toolkit.train.callbacks.config_base import CallbackConfig
+from toolkit.train.callbacks.config_monitors import (
+    GPUMemoryMonitorConfig,
+    NotifierConfig,
+    ProfilerConfig,
+    RankMonitorConfig,
+    StabilityMonitorConfig,
+    StatisticsMonitorConfig,
+)
 
 
 class ConsoleLoggerConfig(CallbackConfig, kw_only=True):
@@ -170,10 +178,16 @@ class CallbacksConfig(Config, kw_only=True):
     garbage_collector: GarbageCollectorConfig = GarbageCollectorConfig()
     network_monitor: NetworkMonitorConfig = NetworkMonitorConfig()
     system_monitor: SystemMonitorConfig = SystemMonitorConfig()
+    gpu_memory_monitor: GPUMemoryMonitorConfig = GPUMemoryMonitorConfig()
+    rank_monitor: RankMonitorConfig = RankMonitorConfig()
+    statistics_monitor: StatisticsMonitorConfig = StatisticsMonitorConfig()
+    stability_monitor: StabilityMonitorConfig = StabilityMonitorConfig()
     lm_evaluator: LMEvaluatorConfig = LMEvaluatorConfig()
     checkpointer: CheckpointerConfig = CheckpointerConfig()
     sample_writer: SampleWriterConfig = SampleWriterConfig()
     console_logger: ConsoleLoggerConfig = ConsoleLoggerConfig()
+    notifier: NotifierConfig = NotifierConfig()
+    profiler: ProfilerConfig = ProfilerConfig()
     custom: dict[str, CustomCallbackConfig] = msgspec.field(default_factory=dict)
     """Callbacks of your own, by any name."""
 

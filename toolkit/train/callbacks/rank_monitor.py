@@ -1,0 +1,93 @@
+"""Which rank the others wait for."""
+
+import logging
+import socket
+import statistics
+import time
+
+import torch
+import torch.distributed as dist
+
+from toolkit.train.callbacks.base import Callback
+from toolkit.train.callbacks.config_monitors import RankMonitorConfig
+from toolkit.train.module import Metric
+
+log = logging.getLogger(__name__)
+
+_WIDTH = {"cuda": 4096, "cpu": 384}
+_NOTICED_SECONDS = 1e-3
+"""Less is not worth a warning, whatever the ratio."""
+
+
+class RankMonitor(Callback):
+    """Steps take the same time on every rank, as they wait for each other. So two things are timed
+    in which they do not: waiting for data (the mean of the steps since the last measurement), and
+    the product of two fixed matrices, the best of three.
+
+    `data_seconds_max`, `data_slowest_rank`, `compute_seconds_max`, `compute_ratio` (slowest to
+    median) and `compute_slowest_rank` join the step's record.
+    """
+
+    def __init__(self, config: RankMonitorConfig) -> None:
+        self._config = config
+        self._data_seconds: list[float] = []
+        self._matrix: torch.Tensor | None = None
+
+    def post_step(self) -> dict[str, Metric] | None:
+        self._data_seconds.append(self.state.data_seconds)
+        if self.state.step % self._config.interval:
+            return None
+        own = (statistics.fmean(self._data_seconds), self._compute_seconds())
+        self._data_seconds.clear()
+        data, compute = zip(*self._of_all(own), strict=True)
+        median = statistics.median(compute)
+        values = {
+            "data_seconds_max": max(data),
+            "data_slowest_rank": data.index(max(data)),
+            "compute_seconds_max": max(compute),
+            "compute_ratio": max(compute) / median,
+            "compute_slowest_rank": compute.index(max(compute)),
+        }
+        self._warn("data", data)
+        self._warn("a fixed computation", compute)
+        return {name: Metric(value) for name, value in values.items()}
+
+    def _of_all(self, own: tuple[float, float]) -> list[tuple[float, float]]:
+        group = self.state.environment.cpu_group
+        if group is None:
+            return [own]
+        mine = torch.tensor(own, dtype=torch.float64)
+        parts = [torch.empty_like(mine) for _ in range(self.state.environment.world_size)]
+        dist.all_gather(parts, mine, group=group)
+        return [(data.item(), compute.item()) for data, compute in parts]
+
+    def _compute_seconds(self) -> float:
+        device = self.state.environment.device
+        if self._matrix is None:
+            width = _WIDTH.get(device.type, 384)
+            dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+            self._matrix = torch.ones(width, width, dtype=dtype, device=device)
+        times = []
+        for _ in range(3):
+            _wait_for(device)
+            began = time.perf_counter()
+            self._matrix @ self._matrix
+            _wait_for(device)
+            times.append(time.perf_counter() - began)
+        return min(times)
+
+    def _warn(self, what: str, seconds: tuple[float, ...]) -> None:
+        slowest, median = max(seconds), statistics.median(seconds)
+        if slowest < max(self._config.warn_ratio * median, _NOTICED_SECONDS):
+            return
+        rank = seconds.index(slowest)
+        if self.state.environment.rank == rank and len(seconds) > 1:
+            log.warning(
+                "step %d: rank %d on %s waits %.1f ms for %s, the median rank %.1f ms",
+                self.state.step, rank, socket.gethostname(), slowest * 1e3, what, median * 1e3,
+            )  # fmt: skip
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
