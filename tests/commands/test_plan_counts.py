@@ -41,6 +41,7 @@ EXPERTS = {"moe": MoEConfig(num_experts=4, top_k=2, intermediate_size=128)}
 CASES: dict[str, dict[str, Any]] = {
     "single": {"ranks": 1},
     "single, bf16, computed again": {"ranks": 1, "precision": "bf16", "ac_config": AC},
+    "single, but for some ops": {"ranks": 1, "ac_config": AC.replace(mode="selected_ops")},
     "ddp": {"engine": "ddp"},
     "fsdp": {"engine": "fsdp", "model": {"qk_norm": "full", "norm_placement": "reordered"}},
     "fsdp, bf16, one pass": {"engine": "fsdp", "precision": "bf16", "passes": 1},

@@ -13,6 +13,7 @@ LogRanks = Literal["rank0", "local_rank0", "all"]
 WrappingStrategy = Literal["blocks", "full", "fine_grained"]
 
 ContextStyle = Literal["allgather", "ulysses", "ring"]
+SavedOp = Literal["attention", "matmuls", "every_second_matmul"]
 PipelineSchedule = Literal["1F1B", "Interleaved1F1B", "ZBVZeroBubble"]
 
 PARALLEL_FIELDS = ("dp_config", "tp_config", "cp_config", "pp_config", "ep_config")
@@ -158,11 +159,15 @@ class ExpertParallelConfig(Config, kw_only=True):
 class ActivationCheckpointingConfig(Config, kw_only=True):
     """Recompute activations in backward instead of keeping them."""
 
-    mode: Literal["full", "selected_blocks", "budget"] = "full"
-    """`full`: every block; `selected_blocks`: every `block_interval`-th; `budget`: torch.compile's
-    partitioner keeps what fits `budget` (needs `compile_model`)."""
+    mode: Literal["full", "selected_blocks", "selected_ops", "budget"] = "full"
+    """`full`: every block; `selected_blocks`: every `block_interval`-th; `selected_ops`: all but
+    the results of `saved_ops`; `budget`: torch.compile's partitioner keeps what fits `budget`
+    (needs `compile_model`)."""
     block_interval: int = 2
     """`selected_blocks`: checkpoint block 0, then every this many."""
+    saved_ops: tuple[SavedOp, ...] = ("attention", "every_second_matmul")
+    """`selected_ops`: what is kept, not computed again. `attention`: its output; `matmuls`: the
+    output of each matrix product; `every_second_matmul`: of the first, third, fifth of a block."""
     budget: float = 0.5
     """`budget`: fraction of activation memory to keep, 0 (recompute all) to 1 (keep all)."""
 
@@ -171,9 +176,14 @@ class ActivationCheckpointingConfig(Config, kw_only=True):
         for name, mode, default in (
             ("block_interval", "selected_blocks", 2),
             ("budget", "budget", 0.5),
+            ("saved_ops", "selected_ops", ("attention", "every_second_matmul")),
         ):
             if self.mode != mode and getattr(self, name) != default:
                 raise ValueError(f"{name} goes with mode: {mode}, not {self.mode}")
+        if not self.saved_ops:
+            raise ValueError("saved_ops: empty; use mode: full")
+        if {"matmuls", "every_second_matmul"} <= set(self.saved_ops):
+            raise ValueError("saved_ops: matmuls and every_second_matmul exclude each other")
         if not 0.0 <= self.budget <= 1.0:
             raise ValueError(f"budget must lie between 0 and 1, not {self.budget}")
 

@@ -76,6 +76,8 @@ class TransformerTrainModuleConfig(Config, kw_only=True):
     """Expert parallelism of a mixture of experts; needs `fsdp` or `hsdp`. Null: off."""
     ac_config: ActivationCheckpointingConfig | None = None
     """Activation checkpointing; null: off."""
+    activation_offload: bool = False
+    """What blocks keep for backward waits in host memory; not for pipelines."""
     compile_model: bool = False
     """torch.compile each transformer block and the loss."""
     freeze: tuple[str, ...] = ()
@@ -108,6 +110,15 @@ class TransformerTrainModuleConfig(Config, kw_only=True):
             )
         if self.ac_config and self.ac_config.mode == "budget" and not self.compile_model:
             raise ValueError("ac_config.mode: budget needs compile_model: true")
+        selects = self.ac_config is not None and self.ac_config.mode == "selected_ops"
+        if pipeline and (selects or self.activation_offload):
+            what = "ac_config.mode: selected_ops" if selects else "activation_offload"
+            raise ValueError(f"{what} does not go with pp_config; use ac_config.mode: full")
+        if selects and self.activation_offload:
+            raise ValueError(
+                "activation_offload does not go with ac_config.mode: selected_ops, whose results "
+                "stay on the device; use mode: full, or leave ac_config out"
+            )
 
     def build(self, model: Any, **context: Any) -> Any:
         """The `TransformerTrainModule` of `model`, which is usually on the meta device."""

@@ -69,6 +69,7 @@ class TransformerTrainModule(TrainModule):
             ac_config=config.ac_config,
             compile_model=config.compile_model,
             float8_config=config.float8_config,
+            activation_offload=config.activation_offload,
         )
         self._peak_rates = [group["lr"] for group in self.engine.optimizer.param_groups]
         self.max_consecutive_skipped_steps = config.max_consecutive_skipped_steps

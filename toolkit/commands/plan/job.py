@@ -157,6 +157,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     """`fp32` or `bf16`."""
     ac_config: ActivationCheckpointingConfig | None
     is_compiled: bool
+    activation_offload: bool = False
     state_tensors: int
     """fp32 numbers that the optimizer keeps for each weight."""
     device: Device
@@ -225,7 +226,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
         config = self.ac_config
         if config is None or config.mode == "budget":
             return 0
-        return 1 if config.mode == "full" else config.block_interval
+        return config.block_interval if config.mode == "selected_blocks" else 1
 
 
 def in_flight(config: PipelineParallelConfig | None, stage: Stage, passes: int) -> float:
