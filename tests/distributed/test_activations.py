@@ -15,9 +15,12 @@ from toolkit.commands.plan.counting import Counter
 from toolkit.distributed import activations
 from toolkit.distributed.config import (
     ActivationCheckpointingConfig,
+    ExpertParallelConfig,
     PipelineParallelConfig,
 )
+from toolkit.models.architecture import MoEConfig
 
+MOE = MoEConfig(num_experts=4, top_k=2, intermediate_size=16)
 FULL = ActivationCheckpointingConfig()
 OPS = ActivationCheckpointingConfig(mode="selected_ops")
 MATMULS = OPS.replace(saved_ops=("matmuls", "attention"))
@@ -60,6 +63,7 @@ def steps_of(engine: str, kind: dict[str, Any], dp: dict[str, Any], settings: An
     [
         ("single", 1, {}, {}),
         ("single", 1, {}, {"precision": "bf16", "model": {"attention_soft_cap": 5.0}}),
+        ("single", 1, {}, {"model": {"moe": MOE}}),
         ("ddp", 2, {}, {}),
         ("fsdp", 2, {}, {"precision": "bf16"}),
         ("zero3", 2, {}, {}),
@@ -122,13 +126,14 @@ def test_bytes_are_fewer(workers: WorkerPool) -> None:
     assert found["none"][2] == 0 < found["offload, full"][2] < found["offload"][2]
 
 
-PP = PipelineParallelConfig(degree=2)
+PP, EP = PipelineParallelConfig(degree=2), ExpertParallelConfig(degree=2)
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"ac_config": OPS, "pp_config": PP}, "selected_ops does not go with pp_config; use ac"),
+        ({"ac_config": OPS, "pp_config": PP}, "selected_ops does not go with pp_config; use mode"),
+        ({"ac_config": OPS, "ep_config": EP}, "selected_ops does not go with ep_config; use mode"),
         ({"activation_offload": True, "pp_config": PP}, "offload does not go with pp_config"),
         ({"activation_offload": True, "ac_config": OPS}, "go with ac_config.mode: selected_ops"),
     ],

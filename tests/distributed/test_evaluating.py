@@ -79,8 +79,13 @@ PIPELINE = {"pp_config": PipelineParallelConfig(degree=2), "rank_microbatch_size
 
 @pytest.mark.parametrize(
     ("engine", "changes"),
-    [("ddp", {}), ("fsdp", {}), ("zero1", {}), ("zero3", {}), ("fsdp", PIPELINE)],
-    ids=["ddp", "fsdp", "zero1", "zero3", "pipeline"],
+    [
+        ("fsdp", {}),
+        pytest.param("zero1", {}, marks=pytest.mark.slow),
+        ("zero3", {}),
+        pytest.param("fsdp", PIPELINE, marks=pytest.mark.slow),
+    ],
+    ids=["fsdp", "zero1", "zero3", "pipeline"],
 )
 def test_evaluations_see_averages_and_training_does_not_notice(
     workers: WorkerPool, expected: list[float], engine: str, changes: dict[str, Any]

@@ -12,7 +12,7 @@ from toolkit.errors import ConfigError
 from toolkit.experiment.checks import check_parameters
 from toolkit.experiment.config import ExperimentConfig
 from toolkit.experiment.load import load_experiment
-from toolkit.optim.base import traits_of
+from toolkit.optim.base import OptimizerTraits, traits_of
 from toolkit.optim.config import AdamWConfig, ClassOptimConfig, SGDConfig
 from toolkit.optim.schedules import ClassScheduleConfig
 
@@ -82,7 +82,7 @@ def test_an_optimizer_of_ones_own_is_built_in_groups_and_stored() -> None:
         named[other].grad = torch.zeros(2)
     built.step()
     assert named["head.weight"].tolist() == [0.75, 1.25]
-    assert traits_of(built) == (False, True)
+    assert traits_of(built) == OptimizerTraits(needs_whole_matrices=True)
 
 
 def test_a_section_may_name_the_class_as_its_type() -> None:
@@ -140,4 +140,4 @@ def test_engines_are_told_whose_kernels_scale_and_skip() -> None:
         (ClassOptimConfig(target="torch.optim:Adam"), False),
         (ClassOptimConfig(target="torch.optim:Adam", options=fused), True),
     ]:
-        assert traits_of(config.build(named)) == (takes, False)
+        assert traits_of(config.build(named)) == OptimizerTraits(takes_found_inf=takes)

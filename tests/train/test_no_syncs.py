@@ -21,7 +21,7 @@ from toolkit.distributed.environment import TrainingEnvironment
 from toolkit.distributed.layout import Layout
 from toolkit.models import grouped
 from toolkit.models.architecture import MoEConfig
-from toolkit.optim.config import AdamWConfig
+from toolkit.optim.config import AdamWConfig, LionConfig, ScheduleFreeAdamWConfig
 from toolkit.train.module import Progress
 from toolkit.train.transformer import TransformerTrainModule
 
@@ -96,7 +96,8 @@ def step(module: TransformerTrainModule, given: dict[str, torch.Tensor]) -> dict
         metrics = module.train_batch(given)
         norms = module.network_norms()
         metrics |= module.optim_step(Progress(1, 1, 100, 100, 1))
-        sums = module.eval_batch(given)
+        with module.evaluating():
+            sums = module.eval_batch(given)
     values = [metric.value for metric in metrics.values()] + list(norms.values()) + list(sums)
     assert {value.device.type for value in values if isinstance(value, torch.Tensor)} == {"meta"}
     return metrics
@@ -110,8 +111,10 @@ def step(module: TransformerTrainModule, given: dict[str, torch.Tensor]) -> dict
         ({}, {"documents": True, "masked": True}, {}),
         ({"sliding_window": 8}, {"documents": True}, {}),
         ({}, {}, {"optim": AdamWConfig(lr=0.1), "freeze": ["embeddings.*"]}),
+        ({}, {}, {"optim": LionConfig()}),
+        ({}, {}, {"optim": ScheduleFreeAdamWConfig(weight_decay=0.1)}),
     ],
-    ids=["plain", "masked", "documents", "windows", "frozen"],
+    ids=["plain", "masked", "documents", "windows", "frozen", "lion", "schedule_free"],
 )
 def test_a_step_reads_nothing_back(on_meta: Any, model: dict, data: dict, config: dict) -> None:
     module = on_meta(model, **config)

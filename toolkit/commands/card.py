@@ -154,7 +154,9 @@ def _settings(values: Mapping[str, Any]) -> str:
             continue
         if isinstance(value, list | tuple) and all(not isinstance(v, dict) for v in value):
             words.append(f"{name} {' '.join(map(str, value))}")
-        elif not isinstance(value, list | tuple | dict):
+        elif isinstance(value, dict):
+            words.append(f"{name} {_settings(value)}")
+        elif not isinstance(value, list | tuple):
             words.append(f"{name} {value}")
     return ", ".join(word for word in words if word)
 

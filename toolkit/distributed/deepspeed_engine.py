@@ -19,7 +19,7 @@ from toolkit.distributed.engine import (
     Engine,
     Refuses,
     StepOutcome,
-    check_whole_matrices,
+    check_whole_parameters,
     create_state,
 )
 from toolkit.distributed.environment import TrainingEnvironment
@@ -58,7 +58,7 @@ class DeepSpeedEngine(Engine):
         super().__init__(environment, module, shards)
         self._stage = environment.layout.zero_stage
         optimizer = build_optimizer(self._named)
-        check_whole_matrices(optimizer, are_cut=True, engine=environment.layout.name)
+        check_whole_parameters(optimizer, are_cut=True, engine=environment.layout.name)
         accelerator = build_accelerator(environment, max_grad_norm=max_grad_norm)
         with without_launcher_variables():
             self._engine: Any = accelerator.prepare(module, optimizer)[0]
@@ -142,14 +142,17 @@ class DeepSpeedEngine(Engine):
                 continue
             if (own := self._slice(parameter)) is None:
                 continue
-            state = {f"optim.{name}.{k}": v for k, v in self.optimizer.state[own.flat].items()}
-            for key, value in ({f"model.{name}": own.flat} | state).items():
+            kept = dict(self.optimizer.state[own.flat])
+            weight = kept.pop("x") if self.keeps_average else own.flat
+            state = {f"optim.{name}.{k}": v for k, v in kept.items()}
+            for key, value in ({f"model.{name}": weight} | state).items():
                 if isinstance(value, torch.Tensor):
                     tensors[key] = value if value.dim() == 0 else self._shard(name, own, value)
         return tensors
 
     def state_filled(self) -> None:
         """Copy the fp32 slices into the parameters the forward uses, whole again on every rank."""
+        super().state_filled()
         if self._stage == 3:
             self._refresh_partitions()
             return

@@ -7,12 +7,13 @@ fills `state_tensors`.
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from toolkit.distributed.environment import TrainingEnvironment
 from toolkit.distributed.shards import ShardSpec
@@ -58,6 +59,7 @@ class Engine(ABC):
     """The bare module, with canonical parameter names."""
     optimizer: torch.optim.Optimizer
     """Its `param_groups` carry the learning rates."""
+    _shows_average = False
 
     def __init__(
         self, environment: TrainingEnvironment, module: nn.Module, shards: Mapping[str, ShardSpec]
@@ -136,9 +138,27 @@ class Engine(ABC):
         """`model.<name>` and `optim.<name>.<key>`: views into live state, canonical names, global
         shapes; saving reads them, loading fills them in place."""
 
-    def state_filled(self) -> None:  # noqa: B027 (most engines have no copies)
+    def state_filled(self) -> None:
         """Called after the contents of `state_tensors` changed: bring what is derived of them in
         line."""
+        if self.keeps_average:
+            optimizer: Any = self.optimizer
+            optimizer.show(average=self._shows_average)
+
+    @property
+    def keeps_average(self) -> bool:
+        """Whether the optimizer keeps the weights to use apart from those in training."""
+        return traits_of(self.optimizer).keeps_average
+
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Inside, the model holds what its optimizer keeps as the weights to use. All ranks enter
+        it; not left in order after an error, which ends training."""
+        self._shows_average = True
+        self.state_filled()
+        yield
+        self._shows_average = False
+        self.state_filled()
 
     def weights_changed(self) -> None:  # noqa: B027
         """Called after each step and whenever weights were filled; what is derived of weights
@@ -180,14 +200,40 @@ def added_sums(parts: Sequence[LossSums]) -> LossSums:
     return LossSums(loss, ce, z, RouterSums(*stacked) if routers else None)
 
 
-def check_whole_matrices(optimizer: torch.optim.Optimizer, *, are_cut: bool, engine: str) -> None:
-    """Refuse an optimizer that mixes the rows of a matrix, where ranks hold a part of each. Raises
-    ConfigError: says where it works."""
-    if are_cut and traits_of(optimizer).needs_whole_matrices:
+def check_whole_parameters(optimizer: torch.optim.Optimizer, *, are_cut: bool, engine: str) -> None:
+    """Refuse an optimizer that needs all of a matrix, or of any parameter, or keeps state of
+    another shape, where ranks hold a part of each. Raises ConfigError: says where it works."""
+    if not are_cut:
+        return
+    name, traits = type(optimizer).__name__, traits_of(optimizer)
+    shapes = [
+        (key, value)
+        for parameter, state in optimizer.state.items()
+        for key, value in state.items()
+        if isinstance(value, torch.Tensor) and value.dim() and value.shape != parameter.shape
+    ]
+    if traits.needs_whole_matrices or traits.needs_whole_parameters or shapes:
+        what = "matrices" if traits.needs_whole_matrices else "parameters"
+        if shapes:
+            key, value = shapes[0]
+            what = f"parameters for its {key!r} of shape {tuple(value.shape)}"
         raise ConfigError(
-            f"train_module.optim: {type(optimizer).__name__} needs whole matrices, and {engine} "
-            "cuts them over ranks; use ddp, or another optimizer"
+            f"train_module.optim: {name} needs whole {what}, and {engine} cuts them over ranks; "
+            "use ddp, or another optimizer"
         )
+
+
+def state_of(optimizer: torch.optim.Optimizer, parameter: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The tensors that `optimizer` keeps for `parameter`; of a quantised one those that it consists
+    of, but for its table."""
+    found: dict[str, torch.Tensor] = {}
+    for key, value in optimizer.state.get(parameter, {}).items():
+        if is_traceable_wrapper_subclass(value):
+            names = [n for n in value.__tensor_flatten__()[0] if n != "qmap"]
+            found |= {f"{key}_{name}": getattr(value, name) for name in names}
+        elif isinstance(value, torch.Tensor):
+            found[key] = value
+    return found
 
 
 def create_state(
@@ -200,7 +246,7 @@ def create_state(
     tensors = [tensor for own in members for tensor in own]
     gradients = [tensor.grad for tensor in tensors]
     for group, own in zip(groups, members, strict=True):
-        group |= {"params": list(own), "lr": 0.0}
+        group |= {"params": list(own), "lr": group["lr"] * 0.0}
         if "weight_decay" in group:
             group["weight_decay"] = 0.0
     for tensor in tensors:

@@ -52,10 +52,12 @@ def prepare_engine(
     compile_model: bool = False,
     float8_config: Float8Config | None = None,
     activation_offload: bool = False,
+    width_multiplier: float = 1.0,
 ) -> Engine:
     """Materialise `model` and hand it to the engine of the layout, with its optimizer.
 
-    `build_optimizer` gets trainable and frozen parameters by canonical name.
+    `build_optimizer` gets trainable and frozen parameters by canonical name; `width_multiplier`:
+    see `init_spec`.
     """
     layout = environment.layout
     if layout.pp_config is not None:
@@ -68,6 +70,7 @@ def prepare_engine(
         compile_model=compile_model,
         float8_config=float8_config,
         activation_offload=activation_offload,
+        width_multiplier=width_multiplier,
     )
     engine: Engine
     if isinstance(model, Stages):
@@ -102,11 +105,12 @@ def materialize(
     compile_model: bool = False,
     float8_config: Float8Config | None = None,
     activation_offload: bool = False,
+    width_multiplier: float = 1.0,
 ) -> dict[str, ShardSpec]:
     """Shard `model` in place, give it storage and initial values; what this rank holds of each
     parameter."""
     is_meta = any(parameter.is_meta for parameter in model.parameters())
-    inits = init_spec(model) if is_meta else {}
+    inits = init_spec(model, width_multiplier) if is_meta else {}
     layout = environment.layout
     shards = model.shards if isinstance(model, Stages) else whole_specs(model)
     parts: list[Any] = model.modules_in_order() if isinstance(model, Stages) else [model]

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from toolkit.distributed.layout import Layout
 from toolkit.errors import ConfigError, ErrorList
 from toolkit.models.config import TransformerConfig
+from toolkit.optim.base import OPTIM_KEY, Optimizer
 from toolkit.wording import count
 
 LARGEST_SHARE = 1.1
@@ -44,6 +45,7 @@ class Besides(NamedTuple):
     has_adapter: bool = False
     own_model: str | None = None
     """The class, where it is not the toolkit's."""
+    optim: Optimizer | None = None
 
 
 def check_combination(layout: Layout, besides: Besides) -> None:
@@ -69,7 +71,25 @@ def check_combination(layout: Layout, besides: Besides) -> None:
             f"model.type {besides.own_model}",
             "use fsdp",
         )
+    if besides.optim is not None:
+        found.ask(check_optimizer, layout, besides.optim)
     found.raise_any()
+
+
+def check_optimizer(layout: Layout, optim: Optimizer) -> None:
+    """Check that an optimizer which needs whole parameters finds them on the ranks of `layout`.
+    Raises ConfigError."""
+    traits = optim.traits()
+    if layout.zero_stage and getattr(optim, "state_dtype", "fp32") != "fp32":
+        problem = f"bf16 does not go with {layout.name}; use ddp, fsdp or hsdp, or fp32"
+        raise ConfigError(problem, key=f"{OPTIM_KEY}.state_dtype")
+    are_cut = layout.is_fsdp and layout.world_size > layout.dp_replicate
+    are_cut |= layout.zero_stage > 0
+    if are_cut and (traits.needs_whole_parameters or traits.needs_whole_matrices):
+        what = "matrices" if traits.needs_whole_matrices else "parameters"
+        name = getattr(optim, "target", type(optim).__struct_config__.tag)
+        problem = f"{name} needs whole {what}, and {layout.description} cuts them over ranks"
+        raise ConfigError(f"{problem}; use ddp, or another optimizer", key=f"{OPTIM_KEY}.type")
 
 
 def tensor_degrees(model: TransformerConfig, *, experts_are_sharded: bool = False) -> list[int]:

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._dtensor_spec import DTensorSpec
 from torch.nn.parallel import DistributedDataParallel
 
 from toolkit.distributed.accelerator import build_accelerator, ddp_options
@@ -22,8 +23,9 @@ from toolkit.distributed.engine import (
     Engine,
     Refuses,
     StepOutcome,
-    check_whole_matrices,
+    check_whole_parameters,
     create_state,
+    state_of,
 )
 from toolkit.distributed.environment import TrainingEnvironment
 from toolkit.distributed.shards import ShardSpec, local_tensor, stored_tensor
@@ -50,7 +52,7 @@ class TorchEngine(Engine):
         self._trainable = {name: p for name, p in self._named.items() if p.requires_grad}
         self.optimizer = build_optimizer(self._local)
         is_cut = self._is_sharded and environment.weight_group is not None
-        check_whole_matrices(self.optimizer, are_cut=is_cut, engine=layout.description)
+        check_whole_parameters(self.optimizer, are_cut=is_cut, engine=layout.description)
         self._partial: dict[tuple[str, ...], list[str]] = {}
         for name in self._trainable:
             if axes := shards[name].partial_over:
@@ -62,6 +64,7 @@ class TorchEngine(Engine):
         # Before the first step: SGD's kernel would write its momentum there, and a skipped first
         # step would leave it unwritten.
         create_state(self.optimizer, [group["params"] for group in self.optimizer.param_groups])
+        check_whole_parameters(self.optimizer, are_cut=is_cut, engine=layout.description)
 
     def _prepare(self) -> nn.Module:
         own_lists = [list(group["params"]) for group in self.optimizer.param_groups]
@@ -162,13 +165,20 @@ class TorchEngine(Engine):
         tensors: dict[str, torch.Tensor] = {}
         for name, parameter in self._named.items():
             spec = self.shards[name]
-            tensors[f"model.{name}"] = stored_tensor(parameter.detach(), spec)
-            for key, value in self.optimizer.state.get(self._local[name], {}).items():
-                if isinstance(value, torch.Tensor):
-                    tensors[f"optim.{name}.{key}"] = stored_tensor(_like(value, parameter), spec)
+            local, weight = self._local[name], parameter.detach()
+            state = state_of(self.optimizer, local)
+            if self.keeps_average and state:
+                weight = _like(state.pop("x"), parameter)
+            tensors[f"model.{name}"] = stored_tensor(weight, spec)
+            for key, value in state.items():
+                is_alike = value.shape == local.shape
+                stored = stored_tensor(_like(value, parameter), spec) if is_alike else value
+                tensors[f"optim.{name}.{key}"] = stored
         return tensors
 
     def state_filled(self) -> None:
+        self._bind_local_weights()
+        super().state_filled()
         self.weights_changed()
         for module in self.module.modules():
             # The root keeps what it has gathered, from a forward to the next backward.
@@ -178,14 +188,17 @@ class TorchEngine(Engine):
     def _bind_local_gradients(self) -> None:
         if not self._is_sharded:
             return
+        if not self._rebound:
+            self._bind_local_weights()
         for name, parameter in self._trainable.items():
-            local = self._local[name]
-            if not self._rebound:
-                # FSDP2 may move a shard into padded storage in the first forward.
-                local.data = local_tensor(parameter.detach())
             grad = parameter.grad
-            local.grad = None if grad is None else grad.to_local()
+            self._local[name].grad = None if grad is None else grad.to_local()
         self._rebound = True
+
+    def _bind_local_weights(self) -> None:
+        """FSDP2 may move a shard into padded storage in the first forward."""
+        for name, parameter in self._trainable.items() if self._is_sharded else ():
+            self._local[name].data = local_tensor(parameter.detach())
 
     def _complete_gradients(self) -> None:
         gradients = self.gradient_shards() if self._partial else {}
@@ -249,5 +262,9 @@ def _like(value: torch.Tensor, parameter: Any) -> torch.Tensor:
     """
     if not isinstance(parameter, DTensor) or value.dim() == 0:
         return value
-    assert value.dtype == parameter.dtype, "the specification names the type"
-    return DTensor(value, parameter._spec, requires_grad=False)
+    spec = parameter._spec
+    if value.dtype != parameter.dtype:  # the specification names the type
+        assert spec.tensor_meta is not None
+        meta = spec.tensor_meta._replace(dtype=value.dtype)
+        spec = DTensorSpec(spec.mesh, spec.placements, tensor_meta=meta)
+    return DTensor(value, spec, requires_grad=False)

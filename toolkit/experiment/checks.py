@@ -94,6 +94,9 @@ def check_parameters(config: ExperimentConfig) -> TrainedParameters:
         with found.collecting():
             module.optim.check_groups(names)
         with found.collecting():
+            has_adapter = module.lora is not None
+            module.optim.check_model(has_tied_head=model.tie_embeddings, has_adapter=has_adapter)
+        with found.collecting():
             module.scheduler.check()
         parameters = trained_parameters(model, freeze=module.freeze, lora=module.lora)
     found.raise_any()
@@ -107,6 +110,7 @@ def besides_layout(config: ExperimentConfig) -> Besides:
         has_frozen=bool(module.freeze),
         has_adapter=module.lora is not None,
         own_model=model.target if isinstance(model, ClassModelConfig) else None,
+        optim=module.optim,
     )
 
 

@@ -55,11 +55,12 @@ def canonical_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {canonical_name(name): parameter for name, parameter in model.named_parameters()}
 
 
-def init_spec(model: nn.Module) -> dict[str, InitSpec]:
+def init_spec(model: nn.Module, width_multiplier: float = 1.0) -> dict[str, InitSpec]:
     """Canonical parameter name -> initial values, for a `Transformer`, its blocks wrapped or not.
 
     Norm weights are one less `config.norm_weight_offset`, so that norms multiply by one; biases are
-    zero, the rest normal with `config.init_std`.
+    zero, the rest normal with `config.init_std`, which muP scales for a model `width_multiplier`
+    times as wide as its base (`width_factor`).
     """
     config = cast(TransformerConfig, model.config)
     residual_std = config.init_std
@@ -77,8 +78,18 @@ def init_spec(model: nn.Module) -> dict[str, InitSpec]:
             specs[name] = norm_weight
         else:
             is_output = name.endswith(_RESIDUAL_OUTPUTS)
-            specs[name] = InitSpec("normal", residual_std if is_output else config.init_std)
+            std = residual_std if is_output else config.init_std
+            specs[name] = InitSpec("normal", std * width_factor(name, width_multiplier))
     return specs
+
+
+def width_factor(name: str, multiplier: float) -> float:
+    """By what muP (see `toolkit.optim.scaling`) multiplies the standard deviation of the initial
+    values of the parameter `name`, of a model `multiplier` times as wide as its base."""
+    if multiplier == 1.0 or name.startswith("embeddings."):
+        return 1.0
+    is_output = name == "head.weight" or name.endswith(".router.weight")
+    return 1.0 / (multiplier if is_output else math.sqrt(multiplier))
 
 
 @torch.no_grad()

@@ -3,16 +3,27 @@ model."""
 
 import fnmatch
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Self
 
 from toolkit.config import Config
 from toolkit.config.base import check_not_negative, check_positive, matching
 from toolkit.config.check import convert
 from toolkit.errors import ConfigError, ErrorList
+from toolkit.optim.scaling import MuPConfig, count_layers, layer_factor, mup_factor
 
 OPTIM_KEY = "train_module.optim"
-_NOT_SETTINGS = ("group_overrides", "rolling_interval_length", "sigma_factor")
+_NOT_SETTINGS = {
+    "group_overrides",
+    "layer_lr_decay",
+    "mup",
+    "rolling_interval_length",
+    "state_dtype",
+    "sigma_factor",
+}
 """What an optimizer's class is not built with."""
+
+# torchao's optimizers quantise blocks of values, which a cut would shift.
+_NEED_WHOLE_PARAMETERS = {"torch.optim:Adafactor", "torchao.optim.adam:_AdamBase"}
 
 
 class OptimizerTraits(NamedTuple):
@@ -29,13 +40,23 @@ class OptimizerTraits(NamedTuple):
     needs_whole_matrices: bool = False
     """The update mixes the rows or columns of a parameter (Muon, Shampoo), so that a rank which
     holds a part of the parameter cannot compute it alone."""
+    needs_whole_parameters: bool = False
+    """The update reads all of a parameter, vectors too (a norm, factored moments), or the state has
+    another shape than the parameter."""
+    keeps_average: bool = False
+    """Training changes other weights than those to use: see `ScheduleFreeAdamW`, which shows what
+    such a class has: the latter as `state[parameter]["x"]`, and `show`."""
 
 
 def traits_of(optimizer: object) -> OptimizerTraits:
-    """What `optimizer` (an object, or its class) declares. torch's fused optimizers are known."""
+    """What `optimizer` (an object, or its class) declares. Those of torch and torchao are known."""
     declared = {name: bool(getattr(optimizer, name, False)) for name in OptimizerTraits._fields}
     # torch sets this on an optimizer with fused=True, for its own GradScaler.
     declared["takes_found_inf"] |= bool(getattr(optimizer, "_step_supports_amp_scaling", False))
+    kind = optimizer if isinstance(optimizer, type) else type(optimizer)
+    known = {f"{base.__module__}:{base.__name__}" for base in kind.__mro__}
+    declared["needs_whole_matrices"] |= "torch.optim:Muon" in known
+    declared["needs_whole_parameters"] |= not known.isdisjoint(_NEED_WHOLE_PARAMETERS)
     return OptimizerTraits(**declared)
 
 
@@ -62,14 +83,32 @@ class GroupOverride(Config, kw_only=True):
 class Optimizer(Config, kw_only=True):
     """Base of the optimizers' configs."""
 
+    scales_like_adam: ClassVar[bool] = False
+    """Steps have the size of the rate, whatever the size of gradients: what muP's rates are for."""
+
     lr: float = 3e-4
     """Peak learning rate; the schedule multiplies it."""
     group_overrides: tuple[GroupOverride, ...] = ()
     """Other settings by parameter name; the first matching entry wins."""
+    layer_lr_decay: float | None = None
+    """Multiplies the rate by this to the power of the layers from the top: of the last block once,
+    of the embeddings once more than of the first block, of the head not at all (ELECTRA, Clark et
+    al. 2020). Null: one rate for all."""
+    mup: MuPConfig | None = None
+    """Initial values and rates that keep the best rate of a narrower model; null: off."""
 
     def __post_init__(self) -> None:
-        check_positive(self, *({"lr", "eps"} & set(self.__struct_fields__)))
-        check_not_negative(self, *({"momentum", "weight_decay"} & set(self.__struct_fields__)))
+        fields = set(self.__struct_fields__)
+        check_positive(self, "layer_lr_decay")
+        if isinstance(getattr(self, "eps", None), float | int):
+            check_positive(self, "eps")
+        check_not_negative(self, *({"lr", "momentum", "weight_decay"} & fields))
+        betas = getattr(self, "betas", ())
+        if not all(0.0 <= beta < 1.0 for beta in betas):
+            raise ValueError(f"betas must each be in [0, 1): {list(betas)}")
+        if self.mup is not None and not self.scales_like_adam:
+            kind = type(self).__struct_config__.tag
+            raise ValueError(f"mup: its rates are those of Adam, not of {kind}; leave it out")
         self._check_overrides()
 
     @property
@@ -102,15 +141,39 @@ class Optimizer(Config, kw_only=True):
         """
         self.check_groups(named_parameters)
         patterns = [override.params for override in self.group_overrides]
-        members: list[list[Any]] = [[] for _ in range(len(patterns) + 1)]
+        members: dict[tuple[int, float], list[Any]] = {}
+        layers = count_layers(named_parameters)
         for name, parameter in named_parameters.items():
             if parameter.requires_grad:
                 hits = (i for i, p in enumerate(patterns) if _matches(name, p))
-                members[next(hits, -1)].append(parameter)
+                key = next(hits, len(patterns)), self._rate_factor(name, layers)
+                members.setdefault(key, []).append(parameter)
         opts = [override.opts for override in self.group_overrides]
         changes = [{k: tuple(v) if isinstance(v, list) else v for k, v in o.items()} for o in opts]
-        found = zip(members, [*changes, {}], strict=True)
-        return [{"params": own, **self.settings, **changed} for own, changed in found if own]
+        found = []
+        for (index, factor), own in sorted(members.items(), key=lambda item: item[0]):
+            group = {"params": own, **self.settings, **[*changes, {}][index]}
+            found.append(group if factor == 1.0 else group | {"lr": group["lr"] * factor})
+        return found
+
+    def of_model(self, d_model: int) -> Self:
+        """The same with what `mup` must know of the model."""
+        if self.mup is None:
+            return self
+        return self.replace(mup=self.mup.replace(width=d_model))
+
+    def traits(self) -> OptimizerTraits:
+        """Of what `build` makes, as far as its config tells."""
+        return OptimizerTraits()
+
+    def check_model(self, *, has_tied_head: bool, has_adapter: bool) -> None:
+        """Raises ConfigError where `mup` does not go with the model."""
+        if self.mup is None or not (has_tied_head or has_adapter):
+            return
+        problem = "trains adapters (train_module.lora), whose width is their rank"
+        if has_tied_head:
+            problem = "needs a head of its own; set model.tie_embeddings=false"
+        raise ConfigError(problem, key=f"{OPTIM_KEY}.mup")
 
     def check_groups(self, names: Iterable[str]) -> None:
         """Check `group_overrides` against the names of the model's parameters and the settings.
@@ -129,11 +192,14 @@ class Optimizer(Config, kw_only=True):
                 found.add(ConfigError(problem, key=f"{key}.opts"))
         found.raise_any()
 
+    def _rate_factor(self, name: str, layers: int) -> float:
+        return layer_factor(name, layers, self.layer_lr_decay) * mup_factor(name, self.mup)
+
     def _check_overrides(self) -> None:
-        """Each override's settings must be ones that `self` could have, or `lr` 0."""
+        """Each override's settings must be ones that `self` could have."""
         for index, override in enumerate(self.group_overrides):
-            opts = {k: v for k, v in override.opts.items() if (k, v) != ("lr", 0)}
-            for name in opts.keys() & set(self.__struct_fields__):
+            opts = override.opts
+            for name in opts.keys() & set(self.__struct_fields__) - _NOT_SETTINGS:
                 changed = {**self.to_dict(), "group_overrides": [], name: opts[name]}
                 try:
                     convert(changed, type(self))

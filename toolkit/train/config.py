@@ -111,9 +111,14 @@ class TransformerTrainModuleConfig(Config, kw_only=True):
         if self.ac_config and self.ac_config.mode == "budget" and not self.compile_model:
             raise ValueError("ac_config.mode: budget needs compile_model: true")
         selects = self.ac_config is not None and self.ac_config.mode == "selected_ops"
-        if pipeline and (selects or self.activation_offload):
-            what = "ac_config.mode: selected_ops" if selects else "activation_offload"
-            raise ValueError(f"{what} does not go with pp_config; use ac_config.mode: full")
+        if pipeline and self.activation_offload:
+            problem = "activation_offload does not go with pp_config"
+            raise ValueError(f"{problem}; use ac_config.mode: full")
+        if selects and (pipeline or self.ep_config):
+            # Experts that FSDP2 gathers inside of a block are gathered by other operators again.
+            other = "pp_config" if pipeline else "ep_config"
+            problem = f"ac_config.mode: selected_ops does not go with {other}"
+            raise ValueError(f"{problem}; use mode: full or selected_blocks")
         if selects and self.activation_offload:
             raise ValueError(
                 "activation_offload does not go with ac_config.mode: selected_ops, whose results "

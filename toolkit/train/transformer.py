@@ -61,17 +61,21 @@ class TransformerTrainModule(TrainModule):
         self.trained_names = frozenset(name for name, info in infos if info.is_trained)
         if self.environment.is_main and (config.freeze or config.lora is not None):
             log.info("%s", self._parameters)
+        optim = config.optim.of_model(self.model_config.to_transformer().d_model)
         self.engine = prepare_engine(
             self.environment,
             model,
-            config.optim.build,
+            optim.build,
             max_grad_norm=config.max_grad_norm,
             ac_config=config.ac_config,
             compile_model=config.compile_model,
             float8_config=config.float8_config,
             activation_offload=config.activation_offload,
+            width_multiplier=1.0 if optim.mup is None else optim.mup.multiplier,
         )
-        self._peak_rates = [group["lr"] for group in self.engine.optimizer.param_groups]
+        if self.engine.keeps_average:
+            self.averages.append(self.engine.averaged)
+        self._peak_rates = [float(group["lr"]) for group in self.engine.optimizer.param_groups]
         self.max_consecutive_skipped_steps = config.max_consecutive_skipped_steps
         self._z_loss = config.z_loss_multiplier or 0.0
         layout = self.environment.layout
@@ -126,7 +130,10 @@ class TransformerTrainModule(TrainModule):
     def optim_step(self, progress: Progress) -> dict[str, Metric]:
         factor = self._rate_factor(progress)
         for group, peak in zip(self.engine.optimizer.param_groups, self._peak_rates, strict=True):
-            group["lr"] = peak * factor
+            if isinstance(group["lr"], torch.Tensor):  # a compiled step reads it
+                group["lr"].fill_(peak * factor)
+            else:
+                group["lr"] = peak * factor
         outcome = self._step()
         metrics = {
             "lr": Metric(self.config.optim.lr * factor),

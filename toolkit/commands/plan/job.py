@@ -14,16 +14,25 @@ from toolkit.distributed.pipeline import plan_pipeline
 from toolkit.models.config import TransformerConfig
 from toolkit.models.parameters import TrainedParameters, flops_per_token
 from toolkit.models.shapes import Shape, attended_keys, used_weights
-from toolkit.optim.config import AdamWConfig, ClassOptimConfig, SGDConfig
+from toolkit.optim.config import ClassOptimConfig, SGDConfig
 
 _BLOCK = re.compile(r"blocks\.(\d+)\.(.+)")
 FP32 = 4
+FACTORED, QUANTISED = "adafactor", "adamw_8bit"
 
 _STATE = {
     "Adadelta": 2, "Adagrad": 1, "Adam": 2, "Adamax": 2, "AdamW": 2, "ASGD": 1, "NAdam": 2,
     "RAdam": 2, "RMSprop": 1, "SGD": 0,
 }  # fmt: skip
 """Tensors like the weight that torch's optimizers keep, with their default options."""
+_OUR_STATE = {
+    "lion": 1,
+    "skip_step_lion": 1,
+    "schedule_free_adamw": 3,
+    "noop": 0,
+    FACTORED: 0,
+    QUANTISED: 0,
+}
 
 
 class Parameter(NamedTuple):
@@ -158,11 +167,13 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     ac_config: ActivationCheckpointingConfig | None
     is_compiled: bool
     activation_offload: bool = False
-    state_tensors: int
+    state_tensors: float
     """fp32 numbers that the optimizer keeps for each weight."""
     device: Device
     machine: int
     """Devices of one machine."""
+    optimizer: str = ""
+    """Its type; of `FACTORED` and `QUANTISED` the state is something else than such numbers."""
     known: dict[Any, Any] = msgspec.field(default_factory=dict)
     """What has been told already of this layout, whatever the microbatch and the checkpointing."""
 
@@ -246,16 +257,21 @@ def in_flight(config: PipelineParallelConfig | None, stage: Stage, passes: int) 
     return min(passes * stage.chunks, ahead) / stage.chunks
 
 
-def state_tensors_of(optim: Any) -> int:
-    """Tensors like the weight that the optimizer of a config keeps; two for one that is unknown."""
-    match optim:
-        case AdamWConfig():
-            return 2
-        case SGDConfig():
-            return 1 if optim.momentum else 0
-        case ClassOptimConfig():
-            return _STATE.get(optim.target.rpartition(":")[2], 2)
-    return 2
+def type_of(optim: Any) -> str:
+    """What `optim.type` says."""
+    return str(type(optim).__struct_config__.tag)
+
+
+def state_tensors_of(optim: Any) -> float:
+    """fp32 numbers for each weight that the optimizer of a config keeps; two for one that is
+    unknown."""
+    if getattr(optim, "state_dtype", "fp32") == "bf16":
+        return 1.0  # two of half the size
+    if isinstance(optim, SGDConfig):
+        return 1 if optim.momentum else 0
+    if isinstance(optim, ClassOptimConfig):
+        return _STATE.get(optim.target.rpartition(":")[2], 2)
+    return _OUR_STATE.get(type_of(optim), 2)
 
 
 def _stages(model: TransformerConfig, layout: Layout) -> list[Stage]:

@@ -4,10 +4,13 @@ import functools
 import math
 from typing import NamedTuple
 
-from toolkit.commands.plan.job import FP32, Job, Parameter, Stage
+from toolkit.commands.plan.job import FACTORED, FP32, QUANTISED, Job, Parameter, Stage
 from toolkit.distributed.sizes import sharded_dimension
 from toolkit.models.config import TransformerConfig
 from toolkit.models.shapes import Shape
+
+_LEAST, _BLOCK = 4096, 256
+"""Values of the smallest parameter that `adamw_8bit` quantises, and those that share a scale."""
 
 
 class Holding(NamedTuple):
@@ -29,6 +32,12 @@ class Holding(NamedTuple):
     """Trained parameters of which this rank holds something."""
     partial: int = 0
     """Of `trained_held`, weights of whose gradient each tp rank has a summand."""
+    factored: int = 0
+    """Numbers of a second moment of `trained` that is kept by rows and columns (Adafactor)."""
+    quantised: int = 0
+    """Of `trained`, weights whose moments `adamw_8bit` quantises."""
+    quantised_tensors: int = 0
+    """Parameters of which they are."""
 
     def __add__(self, other: "Holding") -> "Holding":  # type: ignore[override]
         return Holding(*map(int.__add__, self, other))
@@ -118,6 +127,7 @@ def holding(
             sharded(local, expert_ranks, place[1]) if apart else sharded(local, ranks, place[0])
         )
         whole = math.prod(local)
+        is_quantised = is_trained and whole >= _LEAST and whole % _BLOCK == 0
         own = Holding(
             whole=whole,
             held=held,
@@ -128,12 +138,23 @@ def holding(
             matrices=whole if len(shape) > 1 and not name.startswith("embeddings.") else 0,
             tensors=int(is_trained and held > 0),
             partial=held if is_trained and is_partial(name, local, shape, model, tp) else 0,
+            factored=_factored(local) if is_trained else 0,
+            quantised=whole if is_quantised else 0,
+            quantised_tensors=int(is_quantised),
         )
         if apart:
             experts += own
         else:
             dense += own
     return Unit(dense, experts, dense + experts)
+
+
+def _factored(shape: Shape) -> int:
+    """Numbers of an average by rows and one by columns; of a vector, of each element."""
+    if len(shape) < 2:
+        return math.prod(shape)
+    *stacked, rows, columns = shape
+    return math.prod(stacked) * (rows + columns)
 
 
 def unit_of(job: Job, parameters: tuple[Parameter, ...], rank: int = 0) -> Unit:
@@ -194,10 +215,18 @@ class States(NamedTuple):
 
 
 def states(job: Job, stage: Stage, rank: int = 0) -> States:
-    """What `rank` keeps, all in fp32. DeepSpeed has an fp32 copy of what it updates besides."""
+    """What `rank` keeps, all but quantised moments in fp32. DeepSpeed has an fp32 copy of what it
+    updates besides."""
     held, layout = total(job, stage, rank), job.layout
-    moments = FP32 * job.state_tensors
-    steps = FP32 * held.tensors if job.state_tensors > 1 else 0  # not SGD
+    moments = round(FP32 * job.state_tensors)
+    counts = job.state_tensors > 1 or job.optimizer.endswith("adamw")  # not SGD, nor Lion
+    steps = FP32 * held.tensors if counts else 0
+    if job.optimizer == FACTORED:  # on whole parameters, like the next
+        steps = FP32 * (held.tensors + held.factored)
+    if job.optimizer == QUANTISED:
+        codes = 2 * (held.quantised + FP32 * (held.quantised // _BLOCK))
+        tables = 2 * FP32 * 256 * held.quantised_tensors
+        steps = FP32 * (held.tensors + 2 * (held.trained - held.quantised)) + codes + tables
     if not layout.zero_stage:
         on_device = 0 if job.offloads else 1
         return States(

@@ -7,7 +7,7 @@ import msgspec
 
 from toolkit.commands.plan.communication import Traffic, traffic_of
 from toolkit.commands.plan.devices import CPU, Device
-from toolkit.commands.plan.job import Job, ModelParts, Stage, state_tensors_of
+from toolkit.commands.plan.job import Job, ModelParts, Stage, state_tensors_of, type_of
 from toolkit.commands.plan.memory import Memory, fullest
 from toolkit.commands.plan.step_time import StepTime, model_flops, step_time
 from toolkit.distributed.config import ActivationCheckpointingConfig
@@ -81,6 +81,7 @@ def job_of(config: ExperimentConfig, layout: Layout, target: Target) -> Job:
         state_tensors=state_tensors_of(module.optim),
         device=target.device,
         machine=target.machine,
+        optimizer=type_of(module.optim),
     )
 
 

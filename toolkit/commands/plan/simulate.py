@@ -147,11 +147,12 @@ def _step(
         place = job.layout.place(environment.rank)["pp"]
         model = Stages(model, plan_pipeline(job.model, pipeline), place)  # type: ignore[arg-type]
     model.to = lambda *_: model  # type: ignore[method-assign] # fake tensors cannot be moved
+    optim = config.optim.of_model(job.model.d_model)
     counter = Counter()
     with counter:
         shards = materialize(model, environment, ac_config=config.ac_config)
         kind: Any = _Engine if pipeline is None else PipelineEngine
-        engine: Engine = kind(environment, model, shards, config.optim.build)
+        engine: Engine = kind(environment, model, shards, optim.build)
         shape = job.rows, job.sequence_length
         ids = torch.zeros(shape, dtype=torch.int64)
         microbatches = [Microbatch(ids, ids) for _ in range(job.passes)]
