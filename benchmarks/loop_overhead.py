@@ -12,12 +12,17 @@ All variants train the same model class on the same tokens with fused AdamW and 
 - Accelerate: the bare loop with a prepared model, optimizer and DataLoader.
 - HF Trainer: `transformers.Trainer`, logging every 5 steps, no progress bar and no TensorBoard.
 
+With `--tracker wandb` (in offline mode; or trackio, mlflow), toolkit also runs with that tracker.
+Its process shares the core, but not the CPU time that is shown. Its start takes seconds of CPU, so
+a turn should have some thousand steps.
+
 A turn is a whole run of each; its first steps and what comes after the last are not counted. Time
 per step is a turn's time divided by its steps, so that work done every n steps counts too.
 """
 
 import argparse
 import contextlib
+import functools
 import os
 import statistics
 import tempfile
@@ -26,6 +31,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import msgspec
 import torch
 from _synthetic import write_corpus
 from rich.console import Console
@@ -38,6 +44,7 @@ from toolkit.models.config import TransformerConfig
 from toolkit.models.loss import shift_labels
 from toolkit.models.transformer import Transformer
 from toolkit.runs.registry import start_run
+from toolkit.train.callbacks.config import CallbacksConfig
 from toolkit.train.config import Duration, TrainerConfig, TransformerTrainModuleConfig
 from toolkit.train.trainer import Trainer
 
@@ -89,6 +96,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--steps", type=int, default=500, help="steps of one turn")
     parser.add_argument("--core", type=int, help="core to stay on; default: the last one")
+    parser.add_argument("--tracker", help="a tracker, which toolkit is also run with")
     parser.add_argument("--only", help="comma-separated names of variants")
     arguments = parser.parse_args()
     if hasattr(os, "sched_setaffinity"):
@@ -101,6 +109,8 @@ def main() -> None:
         "Accelerate": accelerate,
         "HF Trainer": hf_trainer,
     }
+    if (tracker := arguments.tracker) is not None:
+        variants[f"with {tracker}"] = functools.partial(trainer, tracker=tracker)
     if arguments.only:
         variants = {name: variants[name] for name in arguments.only.split(",")}
     costs: dict[str, list[Cost]] = {name: [] for name in variants}
@@ -147,7 +157,7 @@ def bare(folder: Path, steps: int) -> Cost:
     return clock.cost()
 
 
-def trainer(folder: Path, steps: int) -> Cost:
+def trainer(folder: Path, steps: int, tracker: str | None = None) -> Cost:
     clock = Clock()
     loader = open_loader(folder)
     iterate = loader.iterate
@@ -157,7 +167,14 @@ def trainer(folder: Path, steps: int) -> Cost:
         MODEL.build(init_device="meta"), environment=environment
     )
     run = start_run("loop_overhead", root=folder / "runs")
-    config = TrainerConfig(max_duration=Duration(value=steps))
+    callbacks: dict[str, Any] = {}
+    if tracker is not None:
+        callbacks = {
+            tracker: {"enabled": True} | ({"mode": "offline"} if tracker == "wandb" else {})
+        }
+    config = TrainerConfig(
+        max_duration=Duration(value=steps), callbacks=msgspec.convert(callbacks, CallbacksConfig)
+    )
     with contextlib.redirect_stdout(open(os.devnull, "w")):
         Trainer(config, module, loader, run=run).fit()
     return clock.cost()

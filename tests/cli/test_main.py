@@ -230,3 +230,25 @@ def test_the_dry_run_round_trips(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert cli.run(["train", "again.json", "--dry-run", "--json"]) == 0
     assert capsys.readouterr().out == first
     assert json.loads(first)["trainer"]["hard_stop"] == {"value": 3, "unit": "steps"}
+
+
+def test_libraries_that_nobody_asked_for_keep_quiet() -> None:
+    code = (
+        "import logging, sys\n"
+        "from toolkit.cli.main import main\n"
+        "sys.argv = ['toolkit', '--version']\n"
+        "try:\n"
+        "    main()\n"
+        "except SystemExit as error:\n"
+        "    assert error.code == 0\n"
+        "assert not logging.getLogger('torchao').isEnabledFor(logging.WARNING)\n"
+        "assert logging.getLogger('toolkit').isEnabledFor(logging.WARNING)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_an_unknown_command_is_told_where_to_look(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["trian"]) == 2
+    assert "Did you mean 'train'?" in capsys.readouterr().err
+    assert cli.run(["xyzzy"]) == 2
+    assert "No such command 'xyzzy'. `toolkit --help` lists them." in capsys.readouterr().err

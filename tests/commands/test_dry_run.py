@@ -44,6 +44,15 @@ def test_it_counts_the_ranks_of_the_launcher() -> None:
     assert "engine ddp, 2 processes" in shown
 
 
+def test_ranks_that_share_rows_are_no_shares_of_the_batch() -> None:
+    four = TWO_RANKS | {"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "4"}
+    axes = ["--train_module.cp_config.degree=2", "--train_module.pp_config.degree=2"]
+    sizes = ["--model.num_layers=2", "--train_module.rank_microbatch_size=1024"]
+    shown = lines(*sizes, *axes, environ=four)
+    assert any("tokens a step = 1 share of 4 ranks x" in line for line in shown)
+    assert any("stage 1 of 2 (layer 0)" in line for line in shown)
+
+
 def test_it_names_the_engine_that_the_config_asks_for() -> None:
     flag = "--train_module.dp_config={name: fsdp, param_dtype: bfloat16}"
     shown = lines(flag, environ=TWO_RANKS)

@@ -11,11 +11,12 @@ import pytest
 from toolkit.cli import main as cli
 from toolkit.commands.plan import plan_experiment
 from toolkit.commands.plan.devices import DEVICES, find_device
+from toolkit.commands.plan.job import Stage, in_flight
 from toolkit.commands.plan.memory import fullest, least_memory, memory_of
 from toolkit.commands.plan.plans import Plan, Target, changed, job_of, plan_of
 from toolkit.commands.plan.report import flags
 from toolkit.commands.plan.search import Limits, layouts, search
-from toolkit.distributed.config import ActivationCheckpointingConfig
+from toolkit.distributed.config import ActivationCheckpointingConfig, PipelineParallelConfig
 from toolkit.distributed.layout import layout_of
 from toolkit.distributed.sizes import Besides, check_sizes
 from toolkit.errors import ConfigError
@@ -96,6 +97,22 @@ def test_a_schedule_with_a_smaller_bubble_waits_less() -> None:
     assert recomputing.bubble >= bubbles[0]
 
 
+@pytest.mark.parametrize(
+    ("degree", "place", "passes", "counted"),
+    [
+        (2, 0, 4, 2.17), (2, 1, 2, 2.35), (2, 1, 4, 2.48), (2, 1, 6, 2.48), (4, 0, 4, 2.96),
+        (4, 0, 8, 4.17), (4, 1, 8, 4.35), (4, 2, 8, 4.73), (4, 3, 8, 5.92),
+    ],
+)  # fmt: skip
+def test_a_zero_bubble_pipeline_holds_what_was_counted(
+    degree: int, place: int, passes: int, counted: float
+) -> None:
+    """Counted in torch's schedule with blocks of `olmo2_7B`, in microbatches of a whole stage."""
+    config = PipelineParallelConfig(degree=degree, schedule="ZBVZeroBubble")
+    stage = Stage(place, (0, 1), has_embeddings=False, has_head=False, chunks=2)
+    assert in_flight(config, stage, passes) == pytest.approx(counted, rel=0.1)
+
+
 def test_every_device_has_its_figures() -> None:
     for name, device in DEVICES.items():
         assert find_device(name.upper(), 8) is device
@@ -123,18 +140,18 @@ def test_a_search_finds_legal_layouts_the_fastest_first() -> None:
 
 
 def test_flags_of_a_plan_ask_for_its_layout(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = load_experiment("olmoe_1B_7B").config
+    loaded = load_experiment("olmoe_1B_7B")
     job = planned("olmoe_1B_7B", 1, "--train_module.rank_microbatch_size=4096").job
     for plan in search(job, 8, ANY._replace(batch_rows=256)).plans[::5]:
         monkeypatch.setenv("WORLD_SIZE", "8")
-        again = load_experiment("olmoe_1B_7B", flags(plan)).config
+        again = load_experiment("olmoe_1B_7B", flags(loaded, plan)).config
         layout = layout_of(again.train_module, {"WORLD_SIZE": "8"})
         wanted = plan.job.layout
         assert layout.shape == wanted.shape
         assert layout.parallel_configs == wanted.parallel_configs
         assert again.train_module.ac_config == plan.job.ac_config
         assert again.train_module.rank_microbatch_size == plan.job.rows * 4096
-    assert config.train_module.ac_config is None
+    assert loaded.config.train_module.ac_config is None
 
 
 def test_what_the_engines_refuse_is_not_proposed() -> None:
@@ -237,7 +254,16 @@ def test_length_in_epochs_waits_for_the_data(capsys: pytest.CaptureFixture[str])
         ),
         (
             ["--world-size", "8", "--train_module.tp_config.degree=16"],
-            "tp 16 does not divide the 8 processes of this run; start 16",
+            "tp 16 does not divide the 8 processes of this run; start 16 processes",
+        ),
+        # No number of processes would do.
+        (
+            ["--world-size", "8", "--train_module.tp_config.degree=3"],
+            "tp 3 does not divide model.num_heads 32; use 2 or 4",
+        ),
+        (
+            ["--world-size", "8", "--train_module.pp_config.degree=64"],
+            "has 64 stages, but the model has 32 layers; use 8",
         ),
         (
             ["--train_module.pp_config.degree=2", "--train_module.optim.lrr=1"],

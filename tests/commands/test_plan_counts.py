@@ -49,6 +49,13 @@ CASES: dict[str, dict[str, Any]] = {
     "fsdp, moments in bf16": {"engine": "fsdp", "optim": AdamWConfig(state_dtype="bf16")},
     "fsdp, kept": {"engine": "fsdp", "dp": {"reshard_after_forward": False}},
     "tp": {"tp_config": TP, "ac_config": AC},
+    "tp, OLMo 2, bf16, kept": {
+        "engine": "fsdp",
+        "tp_config": TP,
+        "precision": "bf16",
+        "dp": {"reshard_after_forward": False},
+        "model": {"qk_norm": "full", "norm_placement": "reordered"},
+    },
     "cp": {"engine": "fsdp", "cp_config": CP},
     "ulysses": {"engine": "ddp", "cp_config": ULYSSES},
     "ring": {"engine": "fsdp", "cp_config": RING},
@@ -99,7 +106,8 @@ def counted(case: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     job = Job(
         model=model, parts=ModelParts(model, trained_parameters(model), LENGTH), layout=layout,
         sequence_length=LENGTH, rows=rows, passes=passes, precision=layout.precision,
-        ac_config=config.ac_config, is_compiled=False, state_tensors=state_tensors_of(config.optim), optimizer=type_of(config.optim),
+        ac_config=config.ac_config, is_compiled=False, optimizer=type_of(config.optim),
+        state_tensors=state_tensors_of(config.optim),
         device=find_device("cpu", 1), machine=8,
     )  # fmt: skip
     stage = job.stages[layout.place(rank)["pp"]]
@@ -168,7 +176,7 @@ def test_a_fake_rank_of_a_thousand_counts_the_same(capsys: pytest.CaptureFixture
     rows = {row["what"]: (row["counted"], row["planned"]) for row in found["rows"]}
     assert {"weights", "all-gather, tp", "all-to-all, ep", "p2p, pp"} <= set(rows)
     counted, planned = rows.pop("peak")
-    assert counted == pytest.approx(planned, rel=0.15)
+    assert counted == pytest.approx(planned, rel=0.1)
     for counted, planned in rows.values():
         assert counted == pytest.approx(planned, rel=1e-3)
 

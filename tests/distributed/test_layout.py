@@ -145,7 +145,8 @@ def test_launcher_says_tensor_and_context_parallelism(
 
 def test_launcher_whose_axes_do_not_fit_is_refused() -> None:
     four = PARALLEL | {"WORLD_SIZE": "4", "PARALLELISM_CONFIG_TP_SIZE": "2"}
-    with pytest.raises(ConfigError, match=r"dp_shard_size is 4, but 2 fits .*to 2"):
+    flag = r"dp_shard_size is 4, but 2 fits .*to 2 \(--parallelism_config_dp_shard_size 2\)"
+    with pytest.raises(ConfigError, match=flag):
         resolve(four | {"PARALLELISM_CONFIG_DP_SHARD_SIZE": "4"})
     both = {"PARALLELISM_CONFIG_CP_SIZE": "2", "PARALLELISM_CONFIG_SP_SIZE": "2"}
     with pytest.raises(ConfigError, match=r"cp_size 2 and parallelism_config_sp_size 2 .*keep one"):
@@ -210,6 +211,30 @@ def test_degrees_that_do_not_fit_the_world_name_what_does() -> None:
         resolve_layout("auto", None, {}, tp_config=tp)
     with pytest.raises(ConfigError, match=r"tp 2 x cp 3 = 6 ranks does not .* 8 .*start 6 or 12"):
         resolve_layout("auto", None, {"WORLD_SIZE": "8"}, tp_config=tp, cp_config=cp)
+
+
+def test_an_accelerate_launch_without_an_engine_is_told_which_one_runs() -> None:
+    stages = PipelineParallelConfig(degree=2)
+    layout = resolve_layout("auto", None, TWO, pp_config=stages)
+    assert layout.name == "fsdp"
+    assert layout.notices == (
+        "accelerate launch names no engine; with train_module.pp_config it is fsdp, not ddp",
+    )
+    torchrun = {"WORLD_SIZE": "2"}
+    assert resolve_layout("auto", None, torchrun, pp_config=stages).notices == ()
+    assert resolve_layout("auto", None, FSDP, pp_config=stages).notices == ()
+    with pytest.raises(ConfigError, match=r"DeepSpeed.* asks for the engine zero3, which does not"):
+        resolve_layout("auto", None, ZERO3, pp_config=stages)
+
+
+def test_a_deepspeed_config_that_is_not_there_says_where_it_was_looked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    environ = ZERO3 | {"ACCELERATE_DEEPSPEED_CONFIG_FILE": "ds_configs/zero3.json"}
+    message = f"there is no ds_configs/zero3.json in {tmp_path}; .*--deepspeed_config_file"
+    with pytest.raises(ConfigError, match=message):
+        resolve(environ)
 
 
 def test_settings_of_both_sides_add_up() -> None:

@@ -26,7 +26,7 @@ def test_files_are_those_of_the_run_folder(tmp_path):
 
 def test_train_lines_start_with_the_promised_fields_in_order(tmp_path):
     shuffled = {"zeta": 1.0} | dict.fromkeys(reversed(STREAMS["train"]), 1)
-    with MetricStreams(tmp_path, tensorboard=False) as streams:
+    with MetricStreams(tmp_path, tensorboard=()) as streams:
         streams.write("train", [shuffled])
         streams.write("train", [{"loss": 2.0, "step": 2, "extra": 3}])
     assert list(lines(tmp_path, "train")[0]) == [*STREAMS["train"], "zeta"]
@@ -81,7 +81,7 @@ def test_unknown_stream_is_an_error_on_every_rank(tmp_path):
 
 
 def test_writing_from_many_threads_tears_no_line(tmp_path):
-    streams = MetricStreams(tmp_path, tensorboard=False)
+    streams = MetricStreams(tmp_path, tensorboard=())
 
     def work(worker):
         for step in range(50):
@@ -98,16 +98,16 @@ def test_writing_from_many_threads_tears_no_line(tmp_path):
 
 
 def test_what_is_removed_is_told_in_one_line_without_zeros(tmp_path, caplog):
-    with MetricStreams(tmp_path, tensorboard=False) as streams:
+    with MetricStreams(tmp_path, tensorboard=()) as streams:
         streams.write("train", [{"step": s} for s in range(1, 9)])
         streams.write("eval", [{"step": s} for s in (5, 6)])
         streams.write("network", [{"step": 5}])
     with (tmp_path / "metrics" / "train.jsonl").open("ab") as file:
         file.write(b'{"step":9,"v')
     with caplog.at_level("INFO", logger="toolkit.metrics.streams"):
-        MetricStreams(tmp_path, tensorboard=False, resume_step=5).close()
-        MetricStreams(tmp_path, tensorboard=False, resume_step=5).close()
-        MetricStreams(tmp_path, tensorboard=False).close()
+        MetricStreams(tmp_path, tensorboard=(), resume_step=5).close()
+        MetricStreams(tmp_path, tensorboard=(), resume_step=5).close()
+        MetricStreams(tmp_path, tensorboard=()).close()
     where = tmp_path / "metrics"
     assert caplog.messages == [
         f"{where}: removed 3 lines of train.jsonl, 1 line of eval.jsonl after step 5 "

@@ -153,8 +153,12 @@ def test_list_shows_progress_from_the_newest_metrics(tmp_path):
     record = by_name(tmp_path)["one"]
     assert (record.state, record.step, record.tokens) == ("running", 12, 1200)
     assert record.loss != record.loss
-    run.close("finished")
-    assert by_name(tmp_path)["one"].state == "finished"
+    # A rank that is lost takes metrics of the last steps with it.
+    lines = b'{"step":70,"tokens":7000,"loss":2.83}\n'
+    run.path(RUN_FILES.train_metrics).write_bytes(lines)
+    run.close("failed", step=72, tokens=7200, loss=5.5)
+    record = by_name(tmp_path)["one"]
+    assert (record.state, record.step, record.tokens, record.loss) == ("failed", 72, 7200, 2.83)
 
 
 def test_run_whose_process_died_is_shown_as_dead_and_can_be_resumed(tmp_path):

@@ -188,8 +188,9 @@ def test_a_second_request_leaves_a_status(tmp_path: Path, saved: bool) -> None:
     stop, heartbeat = StopRequest(), Heartbeat()
     heartbeat.beat("forward and backward", 8)
     state = SimpleNamespace(
-        run=manager, step=8, tokens=80, tokens_per_step=10, heartbeat=heartbeat, stop_request=stop
-    )
+        run=manager, step=8, tokens=80, tokens_per_step=10, heartbeat=heartbeat, stop_request=stop,
+        last_loss=2.5,
+    )  # fmt: skip
     with listening(cast(TrainState, state)):
         line = stop.last_words("SIGINT")
     newest = "the newest checkpoint is step5" if saved else "nothing is saved yet"
@@ -199,8 +200,25 @@ def test_a_second_request_leaves_a_status(tmp_path: Path, saved: bool) -> None:
     assert status is not None
     assert (status.state, status.exit_reason) == ("stopped" if saved else "failed", "SIGINT")
     assert (status.step, status.tokens, status.message) == (7, 70, line)
+    assert status.loss == 2.5
     assert manager._lock is not None
     manager._lock.release()  # as the end of the process would
+
+
+def test_a_failure_leaves_the_newest_loss(tmp_path: Path) -> None:
+    from types import SimpleNamespace
+    from typing import cast
+
+    from toolkit.train.ending import close_after_failure
+    from toolkit.train.state import TrainState
+
+    manager = start_run("exp", "one", root=tmp_path)
+    manager.set_status("running", step=1, loss=5.5)
+    state = SimpleNamespace(run=manager, step=72, tokens=720, recorder=None, last_loss=2.83)
+    close_after_failure(cast(TrainState, state), "lost rank 1")
+    status = read_status(manager.folder)
+    assert status is not None
+    assert (status.state, status.step, status.loss) == ("failed", 72, 2.83)
 
 
 def test_a_rank_ended_for_anothers_failure_is_no_stop(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import io
+import logging
 import os
 import shlex
 import socket
@@ -59,6 +60,9 @@ _OTHER_NAMES = {
 _NO_PATHS = (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EACCES)
 """What the operating system says of a path that cannot be one, or is not ours."""
 
+_CHATTY = ("torchao", "torch.utils._pytree")
+"""Loggers that tell of kernels for other devices when transformers or peft import torchao."""
+
 app = typer.Typer(
     name="toolkit",
     no_args_is_help=True,
@@ -101,6 +105,8 @@ def _toolkit(
 def main() -> None:
     """The console script: run the command line and exit with the code of what happened."""
     set_defaults()
+    for name in _CHATTY:
+        logging.getLogger(name).setLevel(logging.ERROR)
     args = sys.argv[1:]
     verbs = [word for word in args if not word.startswith("-") and word != "data"]
     verb = verbs[0] if verbs else ""
@@ -176,7 +182,10 @@ def run(args: Sequence[str]) -> int:
         name = next((word for word in words if "~" in word), "~")
         return _report(f"{shortened(name)}: no such user here", EXIT_BAD_INPUT, debug=debug)
     except _UsageError as error:
-        return _report(error.format_message(), EXIT_BAD_INPUT, debug=debug)
+        message = error.format_message()
+        if message.startswith("No such command") and "Did you mean" not in message:
+            message += " `toolkit --help` lists them."
+        return _report(message, EXIT_BAD_INPUT, debug=debug)
     except SeveralErrors as error:
         number = f"{len(error.errors)} problems, one a line:"
         return _report("\n".join([number, *map(str, error.errors)]), error.exit_code, debug=debug)

@@ -94,6 +94,27 @@ def reindex(root: Root = "runs", registry: Registry = None) -> None:
     typer.echo(f"{count(number, 'run')} in the registry of {root}")
 
 
+@app.command()
+def send(
+    run_dir: Annotated[str, argument("A run.", metavar="RUN_DIR")],
+    tracker: Annotated[
+        str | None,
+        option("Only this one, also where the run's config does not enable it.", metavar="NAME"),
+    ] = None,
+) -> int:
+    """Send what trackers (wandb, mlflow, ...) lack of a run that is not training.
+
+    Settings are those of the run's config. Exit code 0: all is sent. 1: it is not.
+
+    \b
+    Examples:
+      toolkit runs send runs/quickstart/first
+      toolkit runs send runs/quickstart/first --tracker wandb
+    """
+    is_sent = commands.runs.send(run_dir, tracker, lambda text: typer.echo(text, err=True))
+    return EXIT_DONE if is_sent else EXIT_FAILED
+
+
 def verify(
     context: typer.Context,
     run_dir: Annotated[

@@ -13,7 +13,7 @@ from toolkit.commands.load import check_data_files
 from toolkit.config import DEFAULT_ORIGIN, leaves
 from toolkit.config.secrets import mask_secrets
 from toolkit.data.corpus_info import CorpusInfo, data_places, read_corpus
-from toolkit.distributed.layout import Layout, layout_of
+from toolkit.distributed.layout import Layout
 from toolkit.distributed.low_precision import describe_float8
 from toolkit.distributed.pipeline import plan_pipeline
 from toolkit.errors import ConfigError, ErrorList
@@ -23,6 +23,7 @@ from toolkit.experiment.checks import (
     check_load_path,
     check_parameters,
     gradient_accumulation_steps,
+    layout_for,
     rank_microbatch_size,
     steps_of_data,
 )
@@ -32,6 +33,7 @@ from toolkit.experiment.notices import notices
 from toolkit.models.parameters import flops_per_token
 from toolkit.runs.registry import check_run_folder, is_run, resolve_run_folder
 from toolkit.train.config import Duration
+from toolkit.train.trackers.config import check_trackers
 from toolkit.wording import count, labelled, prefixed
 
 _PARTS = {"pp": "stages", "cp": "positions", "tp": "matrices", "ep": "experts"}
@@ -66,14 +68,15 @@ def summarize(loaded: LoadedExperiment, environ: Mapping[str, str]) -> str:
 def _checked(
     config: ExperimentConfig, environ: Mapping[str, str]
 ) -> tuple[Layout, CorpusInfo | None]:
-    module, found = config.train_module, ErrorList()
+    found = ErrorList()
     # Without the number of processes nothing else can be told.
-    layout = layout_of(module, environ)
+    layout = layout_for(config, environ)
     found.ask(check_experiment, config, layout.batch_ranks, layout=layout)
     sound = not found.errors
     corpus = found.ask(read_corpus, config.data)
     found.ask(check_data_files, config)
     found.ask(check_run_folder, config.run, "<time>")
+    found.ask(check_trackers, config.trainer.callbacks)
     found.ask(lambda: check_load_path(config, resolve_run_folder(config.run, "<time>")))
     if corpus is not None and sound:
         with found.collecting():
@@ -143,8 +146,11 @@ def _data(config: ExperimentConfig, corpus: CorpusInfo | None) -> list[str]:
 def _batch(config: ExperimentConfig, layout: Layout) -> list[str]:
     batch, ranks = config.data_loader.global_batch_size, layout.batch_ranks
     passes = gradient_accumulation_steps(config, ranks)
+    shares, each = count(ranks, "rank"), layout.world_size // ranks
+    if each > 1:
+        shares = f"{count(ranks, 'share')} of {count(each, 'rank')}"
     return [
-        f"{batch:,} tokens a step = {count(ranks, 'rank')} x "
+        f"{batch:,} tokens a step = {shares} x "
         f"{rank_microbatch_size(config, ranks):,} tokens x {passes} gradient accumulation",
         f"sequences of {count(config.dataset.sequence_length, 'token')}",
     ]

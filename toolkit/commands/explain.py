@@ -21,7 +21,7 @@ from toolkit.commands.train import without_gone_sources
 from toolkit.commands.verify import check_checkpoint
 from toolkit.data.corpus_info import CorpusInfo, data_places, read_corpus
 from toolkit.data.prepare.corpus import check_corpus_settings
-from toolkit.distributed.layout import Layout, layout_of
+from toolkit.distributed.layout import Layout
 from toolkit.distributed.logging import quieter
 from toolkit.distributed.ranks import check_launcher_variables
 from toolkit.errors import ConfigError, DataError, ErrorList, RunError, ToolkitError
@@ -30,6 +30,7 @@ from toolkit.experiment.checks import (
     check_corpus,
     check_experiment,
     check_load_options,
+    layout_for,
     steps_of_data,
 )
 from toolkit.experiment.config import ExperimentConfig
@@ -71,8 +72,7 @@ def explain_resume(
     if state == "running":
         where = f"pid {plan.status.pid} on {plan.status.host}"
         refused.add(RunError(f"another process is writing this run ({where}); stop it first"))
-    module = config.train_module
-    layout = refused.ask(lambda: layout_of(module, plan.environ))
+    layout = refused.ask(lambda: layout_for(config, plan.environ))
     if layout is not None:
         refused.ask(lambda: check_experiment(config, layout.batch_ranks, layout=layout))
     corpus = refused.ask(lambda: _corpus(config))

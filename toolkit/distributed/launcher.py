@@ -72,6 +72,13 @@ def launcher_names_engine(environ: Mapping[str, str]) -> bool:
     return _flag(environ, "ACCELERATE_USE_DEEPSPEED") or _flag(environ, "ACCELERATE_USE_FSDP")
 
 
+def is_silent_accelerate(environ: Mapping[str, str]) -> bool:
+    """Whether `accelerate launch` started several processes and named no engine, which is DDP under
+    the name of its own."""
+    is_its = "ACCELERATE_MIXED_PRECISION" in environ
+    return is_its and world_size_of(environ) > 1 and not launcher_names_engine(environ)
+
+
 def launcher_precision(environ: Mapping[str, str]) -> Literal["bf16", "fp16"] | None:
     """The launcher's precision; None where it asks for none ("no" is its silence). Raises
     ConfigError: one that we do not run."""
@@ -131,7 +138,8 @@ def check_data_axes(environ: Mapping[str, str], dp_replicate: int, dp_shard: int
         if said not in (1, degree):
             text = (
                 f"accelerate launch: parallelism_config_{axis}_size is {said}, but {degree} fits "
-                f"the engine and the number of processes; set it to {degree}"
+                f"the engine and the number of processes; set it to {degree} "
+                f"(--parallelism_config_{axis}_size {degree})"
             )
             if not launcher_names_engine(environ):
                 text += ", or to have weights sharded, distributed_type: FSDP"
@@ -232,7 +240,13 @@ def _deepspeed_choice(environ: Mapping[str, str]) -> Choice:
     if file.lower() not in ("", "none"):
         try:
             config = read_json(Path(file), ConfigError)
-        except (FileNotFoundError, ConfigError) as error:
+        except FileNotFoundError:
+            here = "" if Path(file).is_absolute() else f" in {Path.cwd()}"
+            raise ConfigError(
+                f"{origin}: there is no {file}{here}; give the path of the DeepSpeed config with "
+                "--deepspeed_config_file (deepspeed_config_file in the YAML)"
+            ) from None
+        except ConfigError as error:
             raise ConfigError(f"{origin}: cannot read the DeepSpeed config: {error}") from None
     else:
         devices = {

@@ -26,6 +26,7 @@ from toolkit.distributed.launcher import (
     check_data_axes,
     check_deepspeed,
     deepspeed_notices,
+    is_silent_accelerate,
     launcher_axes,
     launcher_choice,
     launcher_notices,
@@ -202,6 +203,12 @@ class Layout(msgspec.Struct, frozen=True, kw_only=True):
         )
 
 
+def fewest_ranks(train_module: Any) -> int:
+    """As many as its degrees of tp, cp and pp multiply to."""
+    configs = (getattr(train_module, f"{axis}_config", None) for axis in ("tp", "cp", "pp"))
+    return math.prod(config.degree for config in configs if config is not None)
+
+
 def layout_of(train_module: Any, environ: Mapping[str, str]) -> Layout:
     """`resolve_layout` for a config of a train module."""
     configs = {name: getattr(train_module, name, None) for name in PARALLEL_FIELDS}
@@ -251,6 +258,9 @@ def resolve_layout(
     elif is_fsdp:
         config = config.replace(name="fsdp", num_replicas=None, shard_degree=None)
     answer, notices = _precision(precision, dp_config, choice, environ)
+    if cuts and choice.origin == "default" and is_silent_accelerate(environ):
+        names = " and ".join(f"train_module.{axis}_config" for axis in cuts)
+        notices = (*notices, f"accelerate launch names no engine; with {names} it is fsdp, not ddp")
     configs: dict[str, Any] = asked
     return Layout(
         **degrees,
@@ -296,8 +306,8 @@ def _data_ranks(degrees: Mapping[str, int], world_size: int) -> int:
         works = f"{below} or {below + unit}" if below else str(unit)
         raise ConfigError(
             f"{product}{f' = {unit} ranks' if len(taken) > 1 else ''} does not divide the "
-            f"{count(world_size, 'process')} of this run; start {works} (torchrun "
-            f"--nproc-per-node), or set "
+            f"{count(world_size, 'process')} of this run; start {works} processes (torchrun "
+            "--nproc-per-node; --world-size of a plan), or set "
             + " and ".join(f"train_module.{axis}_config" for axis in taken)
             + " to null"
         )

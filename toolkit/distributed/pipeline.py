@@ -48,7 +48,8 @@ class Pipeline(NamedTuple):
         spans = [(self.layers[stage][0], self.layers[stage][-1]) for stage in own]
         layers = " and ".join(f"{a}-{b}" if a < b else f"{a}" for a, b in spans)
         numbers = " and ".join(str(stage + 1) for stage in own)
-        return f"stage{'s' * (len(own) > 1)} {numbers} of {self.num_stages} (layers {layers})"
+        noun = "layer" if layers.isdecimal() else "layers"
+        return f"stage{'s' * (len(own) > 1)} {numbers} of {self.num_stages} ({noun} {layers})"
 
 
 def plan_pipeline(

@@ -120,7 +120,11 @@ def _misfits(layout: Layout, model: TransformerConfig) -> Iterator[tuple[str, st
         if heads % layout.cp:
             works = [degree for degree in range(1, heads + 1) if heads % degree == 0]
             each = " of each tp rank" if layout.tp > 1 else ""
-            yield "cp", f"cp {layout.cp} does not divide the {heads} heads{each} (ulysses)", works
+            yield (
+                "cp",
+                f"cp {layout.cp} does not divide the {count(heads, 'head')}{each} (ulysses)",
+                works,
+            )
     if layout.ep > 1 and model.moe is not None:
         experts, ranks = model.moe.num_experts, layout.dp_shard * layout.cp * layout.tp
         works = [d for d in range(2, min(experts, ranks) + 1) if experts % d == ranks % d == 0]

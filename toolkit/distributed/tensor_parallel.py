@@ -35,20 +35,20 @@ from torch.nn.functional import embedding, linear, pad
 
 from toolkit.distributed.collectives import (
     all_gather,
-    all_reduce,
     gathered,
     reduce_scatter,
     share_of_gradient,
 )
 from toolkit.distributed.layout import padded_length
 from toolkit.distributed.shards import ShardSpec
+from toolkit.distributed.shared_norm import shared_norm
 from toolkit.models.attention import Attention
 from toolkit.models.config import TransformerConfig
 from toolkit.models.embeddings import Embeddings, Head
 from toolkit.models.init import canonical_parameters
 from toolkit.models.loss import IGNORE_INDEX, VocabularyShard
 from toolkit.models.masks import document_positions, document_starts
-from toolkit.models.norms import LayerNorm, widened
+from toolkit.models.norms import LayerNorm
 from toolkit.models.router import RouterSums
 from toolkit.models.transformer import Transformer, check_rows
 
@@ -199,27 +199,11 @@ def _share_attention(attention: Attention, cut: _Cut) -> None:
 
 def _share_norm(norm: Any, heads: int, cut: _Cut) -> None:
     """An RMSNorm or LayerNorm over the channels of all heads, whose statistics are of all ranks."""
-    width, eps, group = norm.weight.shape[0], norm.eps, cut.group
-    copies = max(1, cut.size // heads)
-    offset, is_centred = getattr(norm, "weight_offset", 0.0), isinstance(norm, LayerNorm)
+    width, copies = norm.weight.shape[0], max(1, cut.size // heads)
     cut.cut(norm, "weight", 0, heads=heads)
-    if is_centred:
+    if isinstance(norm, LayerNorm):
         cut.cut(norm, "bias", 0, heads=heads)
-
-    def mean(wide: Tensor) -> Tensor:
-        return all_reduce(wide.sum(-1, keepdim=True), group) / (width * copies)
-
-    def forward(x: Tensor) -> Tensor:
-        wide = widened(x)
-        if is_centred:
-            wide = wide - mean(wide)
-        normed = wide * torch.rsqrt(mean(wide.square()) + eps)
-        out = normed * (widened(norm.weight.to(x.dtype)) + offset)
-        if is_centred and norm.bias is not None:
-            out = out + widened(norm.bias.to(x.dtype))
-        return out.to(x.dtype)
-
-    norm.forward = forward
+    norm.forward = shared_norm(norm, cut.group, width * copies)
 
 
 def _share_feed_forward(feed_forward: Any, cut: _Cut) -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import time
 from pathlib import Path
 
 from rich import get_console
@@ -10,6 +11,8 @@ from toolkit.data.prepare.build.stops import stop_ids
 from toolkit.data.prepare.tokenizers.tokenizer import load_tokenizer
 from toolkit.errors import ConfigError
 from toolkit.evaluate.generate import generate
+from toolkit.metrics.lines import JsonlSink, trim_jsonl
+from toolkit.runs.files import RUN_FILES
 from toolkit.train.callbacks.base import Callback
 from toolkit.train.callbacks.config import SampleWriterConfig
 
@@ -52,11 +55,21 @@ class SampleWriter(Callback):
                 broadcast=state.environment.broadcast,
             )
         if state.is_main:
+            self._keep(tokenizer.decode(prompt), tokenizer.decode(ids))
             with contextlib.suppress(OSError, ValueError, SystemExit):
                 console = get_console()
                 console.rule("sample", align="left")
                 console.print(tokenizer.decode([*prompt, *ids]), markup=False, highlight=False)
                 console.rule()
+
+    def _keep(self, prompt: str, text: str) -> None:
+        """Write it to metrics/samples.jsonl, in the place of one from this step on."""
+        state = self.state
+        path = state.run.path(RUN_FILES.samples)
+        trim_jsonl(path, last_step=state.step - 1)
+        sink = JsonlSink(path)
+        sink.write([{"step": state.step, "time": time.time(), "prompt": prompt, "text": text}])
+        sink.close()
 
     def _tokenizer_folder(self) -> Path:
         folder: Path | None = self.state.train_loader.tokenizer_folder

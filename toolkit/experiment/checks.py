@@ -5,6 +5,7 @@ Every error names the keys it is about and the nearest values that work.
 
 import contextlib
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from toolkit.data.config import BPETokenizerConfig, ByteTokenizerConfig
 from toolkit.data.corpus_info import VAL, CorpusInfo
 from toolkit.data.order.resolve import resolve_mix
 from toolkit.data.tokens.prepared import require_ids
-from toolkit.distributed.layout import Layout
+from toolkit.distributed.launcher import world_size_of
+from toolkit.distributed.layout import Layout, fewest_ranks, layout_of
 from toolkit.distributed.low_precision import check_float8
 from toolkit.distributed.pipeline import check_microbatches, plan_pipeline
 from toolkit.distributed.sizes import Besides, check_combination, check_sizes
@@ -52,6 +54,25 @@ LOADING = tuple(f"trainer.{n}" for n in TrainerConfig.__struct_fields__ if n.sta
 
 _FAR = 100_000
 """How far a number that works is looked for."""
+
+
+def layout_for(config: ExperimentConfig, environ: Mapping[str, str]) -> Layout:
+    """`layout_of` its train module. Raises ConfigError: where no number of processes helps, since
+    the model does not divide by the degrees, that is what it says."""
+    module = config.train_module
+    try:
+        return layout_of(module, environ)
+    except ConfigError as error:
+        refused = error
+    fewest = {**environ, "WORLD_SIZE": f"{fewest_ranks(module)}"}
+    with contextlib.suppress(ConfigError):
+        layout = layout_of(module, fewest)
+        try:
+            others = layout.tp * layout.cp
+            _check_parallelism(config, layout, world_size_of(environ) // others)
+        except ConfigError as error:
+            refused = error
+    raise refused
 
 
 def check_experiment(
@@ -114,7 +135,8 @@ def besides_layout(config: ExperimentConfig) -> Besides:
     )
 
 
-def _check_parallelism(config: ExperimentConfig, layout: Layout) -> None:
+def _check_parallelism(config: ExperimentConfig, layout: Layout, ranks: int | None = None) -> None:
+    """`ranks`: those that stages and data parallelism share, if not as many as in `layout`."""
     found, model = ErrorList(), config.model
     found.ask(check_sizes, layout, model.to_transformer())
     found.ask(check_combination, layout, besides_layout(config))
@@ -124,7 +146,7 @@ def _check_parallelism(config: ExperimentConfig, layout: Layout) -> None:
         rest = {"sequence_length": length, "has_adapter": adapts}
         found.ask(check_float8, float8, layout, transformer, **rest)
     if (pipeline := layout.pp_config) is not None:
-        ranks = layout.pp * layout.batch_ranks
+        ranks = layout.pp * layout.batch_ranks if ranks is None else ranks
         found.ask(plan_pipeline, model.to_transformer(), pipeline, ranks=ranks)
         length = config.dataset.sequence_length
         rows = config.data_loader.global_batch_size // length // layout.batch_ranks

@@ -32,7 +32,7 @@ from toolkit.distributed.launcher import world_size_of
 from toolkit.distributed.layout import layout_of
 from toolkit.errors import ConfigError, ErrorList
 from toolkit.experiment.aliases import ALIASES, implied, our_path, our_value, without
-from toolkit.experiment.checks import LOADING, check_experiment, check_load_path
+from toolkit.experiment.checks import LOADING, check_experiment, check_load_path, layout_for
 from toolkit.experiment.config import ExperimentConfig
 from toolkit.experiment.recorded import stored_config
 from toolkit.experiment.sources import (
@@ -68,6 +68,9 @@ class LoadedExperiment(NamedTuple):
     """The recipe, file or run folder it was loaded from."""
     stored: ExperimentConfig
     """The config as it is written, which the run folder keeps: no secrets, `${NAME}` as it is."""
+    given: tuple[Override, ...] = ()
+    """What the command line said besides `source`, by our paths, in the order that it counts;
+    `base` has no path."""
 
 
 def load_experiment(
@@ -135,6 +138,7 @@ class _Loading:
 
     def __init__(self) -> None:
         self.layers, self.found = ConfigLayers(ExperimentConfig), ErrorList()
+        self.given: list[Override] = []
 
     def refuses(self, path: str) -> bool:
         return any(path in error.about for error in self.found.errors)
@@ -166,6 +170,7 @@ class _Loading:
 
     def add_base(self, name: str) -> None:
         """Take what `--base` says in the place of the model and tokenizer there are."""
+        self.given.append(Override("", name, f"--base={name}"))
         folder = local_path(find_named(name), "--base")
         base = read_base(folder)
         self.layers.data.pop("model", None)
@@ -193,8 +198,10 @@ class _Loading:
             if value is not None:
                 path, flag = SHORTHANDS[name], f"--{name.replace('_', '-')}={value}"
                 by_path[path] = Override(name, str(value), flag)
+                self.given.append(Override(path, str(value), flag))
                 self.layers.set(path, value, flag)
         overrides, has_model = self.parse(args), True
+        self.given += [own._replace(path=our_path(own.path)) for own in overrides]
         for override in overrides:
             if override.path == "model.preset":
                 has_model = False
@@ -239,7 +246,8 @@ class _Loading:
             self.found.raise_any()
         stored = checked.config
         check_no_secrets(stored.to_dict())
-        return LoadedExperiment(fill(stored), self.layers.origins(stored), source, stored)
+        origins = self.layers.origins(stored)
+        return LoadedExperiment(fill(stored), origins, source, stored, tuple(self.given))
 
 
 def _add_other_errors(
@@ -267,7 +275,8 @@ def _add_other_errors(
     if across:
         layout, ranks = None, 1
         if environ is not None:
-            layout = others.ask(layout_of, config.train_module, environ)
+            own = (layout_for, config) if has_model else (layout_of, config.train_module)
+            layout = others.ask(*own, environ)
             ranks = world_size_of(environ)
         options = {"layout": layout, "has_model": has_model, "has_names": names_known}
         others.ask(check_experiment, config, ranks, **options)

@@ -17,11 +17,10 @@ from toolkit.config.interpolation import fill
 from toolkit.config.secrets import check_no_secrets
 from toolkit.data.corpus_info import CorpusInfo, read_corpus
 from toolkit.distributed.launcher import rank_of
-from toolkit.distributed.layout import layout_of
 from toolkit.distributed.logging import setup_logging
 from toolkit.distributed.ranks import check_launcher_variables
 from toolkit.errors import EXIT_STOPPED, DataError, ErrorList, RunError
-from toolkit.experiment.checks import check_corpus, check_experiment, check_load_path
+from toolkit.experiment.checks import check_corpus, check_experiment, check_load_path, layout_for
 from toolkit.experiment.config import ExperimentConfig
 from toolkit.experiment.notices import notices
 from toolkit.experiment.resuming import plan_resume
@@ -30,6 +29,7 @@ from toolkit.launch.relaunch import relaunch
 from toolkit.launch.starting import RunStart, current_launch, find_predecessor, stays_stopped
 from toolkit.runs.files import RUN_FILES
 from toolkit.runs.registry import check_run_folder, choose_run_name, resolve_run_folder
+from toolkit.train.trackers.config import check_trackers
 
 log = logging.getLogger(__name__)
 
@@ -119,7 +119,7 @@ def _run(
 ) -> int:
     environ = os.environ
     check_launcher_variables(environ)
-    layout = layout_of(config.train_module, environ)
+    layout = layout_for(config, environ)
     rank = starting.rank = rank_of(environ)
     _log_to_console(config)
     run, name = None, choose_run_name()
@@ -134,6 +134,7 @@ def _run(
             log.info("started again by the launcher; continuing %s", before)
             config = config.replace(run=config.run.replace(save_folder=str(before)))
         found.ask(check_run_folder, config.run, name)
+        found.ask(check_trackers, config.trainer.callbacks)
         found.ask(lambda: check_load_path(config, resolve_run_folder(config.run, name)))
         if found.errors:  # preparing the data, which tells the same, is not reached
             found.ask(data.check, config)

@@ -152,7 +152,7 @@ class Training:
                 until_the_end.enter_context(signals.listening(trainer.state.stop_request))
                 signals.settle()
                 result = trainer.fit()
-            _log_end(result, run)
+            _log_end(config, result, run)
             if result.reason in GENTLE_STOPS:
                 return EXIT_DONE
             return EXIT_FAILED if result.saved_step is None else EXIT_STOPPED
@@ -267,7 +267,7 @@ def _log_changes(
         log.warning("%s", nothing_left(state.config, state.stop_step, state.total_steps))
 
 
-def _log_end(result: TrainResult, run: RunManager) -> None:
+def _log_end(config: ExperimentConfig, result: TrainResult, run: RunManager) -> None:
     if result.last_eval is not None:
         evaluation = result.last_eval
         line = f"validation loss {evaluation['loss']:.4f}"
@@ -279,7 +279,8 @@ def _log_end(result: TrainResult, run: RunManager) -> None:
         if result.reason == "hard_stop" and result.saved_step is not None:
             log.info("go on with: toolkit resume %s --trainer.hard_stop=null", run.folder)
         log.info("  %-12s %s", "metrics", run.path(RUN_FILES.metrics))
-        log.info("  %-12s %s", "TensorBoard", run.path(RUN_FILES.tensorboard))
+        if config.trainer.callbacks.tensorboard.enabled:
+            log.info("  %-12s %s", "TensorBoard", run.path(RUN_FILES.tensorboard))
         log.info("  %-12s %s", "checkpoints", run.path(RUN_FILES.checkpoints))
     elif result.saved_step is None:
         log.warning(

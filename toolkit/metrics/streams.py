@@ -11,6 +11,7 @@ import socket
 import struct
 import threading
 import time
+from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
@@ -130,6 +131,8 @@ class MetricStreams(contextlib.AbstractContextManager["MetricStreams"]):
     again, and lines torn by a crash go away; TensorBoard is told to forget the same. None: a new
     run, so whatever an attempt without a checkpoint left behind goes away.
 
+    `tensorboard`: the streams that are written to tb/ too.
+
     Any thread may write.
     """
 
@@ -137,7 +140,7 @@ class MetricStreams(contextlib.AbstractContextManager["MetricStreams"]):
         self,
         run_folder: Path,
         *,
-        tensorboard: bool = True,
+        tensorboard: Collection[str] = tuple(STREAMS),
         resume_step: int | None = None,
         is_main: bool = True,
     ) -> None:
@@ -154,7 +157,7 @@ class MetricStreams(contextlib.AbstractContextManager["MetricStreams"]):
             path = run_folder / "metrics" / f"{stream}.jsonl"
             results[path.name] = trim_jsonl(path, last_step=last_step)
             sinks.append(JsonlSink(path))
-            if tensorboard:
+            if stream in tensorboard:
                 folder = run_folder / "tb" / stream
                 again = folder.is_dir() and any(folder.iterdir())
                 sinks.append(TensorBoardSink(folder, purge_step=last_step + 1 if again else None))

@@ -51,6 +51,11 @@ class RunFiles(msgspec.Struct, frozen=True):
     system_metrics: str = "metrics/system.jsonl"
     """The machine: GPU, CPU, memory, disk, network interfaces."""
 
+    samples: str = "metrics/samples.jsonl"
+    """Text generated from the model; absent where none was."""
+
+    trackers: str = "trackers"
+    """Folder: how far each tracker has been told; absent where none is enabled."""
     spikes: str = "metrics/spikes.jsonl"
     """One line per spike of loss or gradient norm, where `stability_monitor` is on."""
     profiles: str = "profiles"

@@ -33,7 +33,7 @@ class RunStatus(msgspec.Struct, kw_only=True):
     tokens: int | None = None
     """Training tokens consumed."""
     loss: float | None = None
-    """Newest training loss."""
+    """Newest training loss that was recorded, perhaps of a step before `step`."""
     message: str | None = None
     """Why the run ended or what it waits for."""
     exit_reason: str | None = None
@@ -113,9 +113,12 @@ def record_of(folder: Path) -> RunRecord | None:
     record = RunRecord.from_status(folder, status)
     record.state = current_state(folder, status)
     newest = last_record(folder / RUN_FILES.train_metrics)
-    if newest and newest["step"] >= (record.step or 0):
-        record.step = int(newest["step"])
-        tokens, loss = newest.get("tokens"), newest.get("loss")
+    if not newest:
+        return record
+    # The status may know of later steps, whose metrics were lost, but of no later loss.
+    loss = newest.get("loss")
+    record.loss = float(loss) if isinstance(loss, int | float | str) else record.loss
+    if newest["step"] >= (record.step or 0):
+        record.step, tokens = int(newest["step"]), newest.get("tokens")
         record.tokens = int(tokens) if isinstance(tokens, int | float) else record.tokens
-        record.loss = float(loss) if isinstance(loss, int | float | str) else record.loss
     return record

@@ -75,7 +75,8 @@ def _break_off(state: TrainState, reason: str) -> str:
     newest = f"the newest checkpoint is step{saved[-1]}" if saved else "nothing is saved yet"
     line = f"{reason} again: stopped now at step {step}; {newest}"
     outcome: RunState = "stopped" if saved else "failed"
-    state.run.break_off(outcome, step=step, tokens=tokens, message=line, exit_reason=reason)
+    place = {"step": step, "tokens": tokens, "loss": state.last_loss}
+    state.run.break_off(outcome, message=line, exit_reason=reason, **place)
     return line
 
 
@@ -85,7 +86,7 @@ def close_after_failure(state: TrainState, message: str) -> None:
         if state.recorder is not None:
             state.recorder.close(flush=False)
     finally:
-        place = {"step": state.step, "tokens": state.tokens}
+        place = {"step": state.step, "tokens": state.tokens, "loss": state.last_loss}
         with contextlib.suppress(RunError):
             state.run.close("failed", message=message, exit_reason="error", **place)
 

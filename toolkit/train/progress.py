@@ -68,10 +68,10 @@ def _why_nothing(load_path: str) -> str:
 def set_run_aside(folder: Path, attempt: int) -> list[str]:
     """Give what the attempts before `attempt` recorded and saved other names; the new ones.
 
-    metrics/ and tb/ become NAME.attempt{K}, each step{N} is renamed as a damaged one is.
+    metrics/, tb/ and trackers/ become NAME.attempt{K}, each step{N} is renamed as a damaged one is.
     """
     names = []
-    for name in (RUN_FILES.metrics, RUN_FILES.tensorboard):
+    for name in (RUN_FILES.metrics, RUN_FILES.tensorboard, RUN_FILES.trackers):
         place = folder / name
         if place.is_dir() and any(place.iterdir()):
             kept = unused_name(f"{name}.attempt{attempt - 1}", lambda n: (folder / n).exists())

@@ -284,7 +284,13 @@ class Trainer:
     def _open_metrics(self, *, resumed: bool) -> None:
         state = self.state
         step = state.step if resumed else None
-        state.streams = MetricStreams(state.run.folder, resume_step=step, is_main=state.is_main)
+        tensorboard = state.config.callbacks.tensorboard
+        state.streams = MetricStreams(
+            state.run.folder,
+            tensorboard=tensorboard.streams if tensorboard.enabled else (),
+            resume_step=step,
+            is_main=state.is_main,
+        )
         is_several = state.environment.world_size > 1
         state.recorder = MetricsRecorder(
             collect_interval=state.config.metrics_collect_interval,

@@ -5,7 +5,8 @@
    puts both together at the largest moment of a step.
 3. `communication.py`: every collective; `devices.py` knows the links; `step_time.py` adds it up.
 4. `plans.py` makes a plan of it; `search.py` makes one for every layout that nothing refuses.
-5. `report.py` shows them. `simulate.py` counts the same in the real modules and engines.
+5. `report.py` shows them, and what makes one fit that does not (`advice.py`). `simulate.py` counts
+   the same in the real modules and engines.
 
 No torch but in `simulate.py`.
 """
@@ -18,12 +19,13 @@ from toolkit.commands.plan.devices import find_device
 from toolkit.commands.plan.job import Job
 from toolkit.commands.plan.plans import Plan, Target, as_json, job_of, plan_of
 from toolkit.commands.plan.report import describe, describe_search, flags
-from toolkit.commands.plan.search import Found, Limits, search
+from toolkit.commands.plan.search import KEPT, Found, Limits, search
 from toolkit.config.named import named
+from toolkit.distributed.config import DataParallelConfig
 from toolkit.distributed.launcher import world_size_of
-from toolkit.distributed.layout import Layout, layout_of
+from toolkit.distributed.layout import Layout, fewest_ranks, layout_of
 from toolkit.errors import ConfigError
-from toolkit.experiment.checks import besides_layout, check_experiment
+from toolkit.experiment.checks import besides_layout, check_experiment, layout_for
 from toolkit.experiment.config import ExperimentConfig
 from toolkit.experiment.load import LoadedExperiment
 from toolkit.train.config import TransformerTrainModuleConfig
@@ -97,6 +99,12 @@ def plan_experiment(
 def _simulated(
     plan: Plan, module: TransformerTrainModuleConfig, text: str, data: dict[str, Any]
 ) -> tuple[str, dict[str, Any]]:
+    engine = plan.job.layout.name
+    if engine == "ddp" or engine.startswith("zero"):
+        raise ConfigError(
+            f"--simulate: {engine} does not run on tensors without storage; plan for "
+            "--train_module.dp_config.name=fsdp, or leave --simulate out"
+        )
     counted = named("toolkit.commands.plan.simulate:simulate")(plan, module)
     return f"{text}\n\n{counted}", data | {"simulated": counted.to_dict()}
 
@@ -128,14 +136,12 @@ def _given(
 
 
 def _layout(config: ExperimentConfig, world_size: int, environ: Mapping[str, str]) -> Layout:
-    return layout_of(config.train_module, {**environ, "WORLD_SIZE": f"{world_size}"})
+    return layout_for(config, {**environ, "WORLD_SIZE": f"{world_size}"})
 
 
 def _sizes(config: ExperimentConfig) -> list[int]:
     """Numbers of ranks to try: one, or what the axes of the config multiply to, and doublings."""
-    module, unit = config.train_module, 1
-    for axis in (module.tp_config, module.cp_config, module.pp_config):
-        unit *= axis.degree if axis is not None else 1
+    unit = fewest_ranks(config.train_module)
     return [size for n in range(15) if (size := unit * 2**n) <= MOST_RANKS]
 
 
@@ -145,7 +151,9 @@ def _search(
     config = loaded.config
     job = _any_job(config, target)
     length, batch = config.dataset.sequence_length, config.data_loader.global_batch_size
-    limits = Limits(besides_layout(config), batch_rows=max(1, batch // length))
+    given = config.train_module.dp_config
+    settings = {} if given is None else {name: getattr(given, name) for name in KEPT}
+    limits = Limits(besides_layout(config), max(1, batch // length), settings)
     sizes = [world_size] if world_size is not None else [2**n for n in range(11)]
     found, size = Found([], 0), sizes[0]
     for size in sizes:
@@ -155,14 +163,14 @@ def _search(
     if not found.plans:
         raise _nothing_fits(job, limits, target, size, found)
     best = found.plans[0]
-    text = describe_search(config, loaded.source, found, target, size)
+    text = describe_search(loaded, found, target, size)
     data: dict[str, Any] = {
         **as_json(config, best, target),
-        "flags": flags(best),
+        "flags": flags(loaded, best),
         "num_layouts": found.num_layouts,
         "layouts": [
             {
-                "flags": flags(plan),
+                "flags": flags(loaded, plan),
                 "seconds": plan.time.total,
                 "mfu": plan.time.mfu,
                 "memory": plan.memory.total,
@@ -178,9 +186,12 @@ def _search(
 
 def _any_job(config: ExperimentConfig, target: Target) -> Job:
     """A job of the config on one rank, from which those of other layouts are made."""
+    given, single = config.train_module.dp_config, DataParallelConfig(name="single")
+    if given is not None:
+        single = single.replace(param_dtype=given.param_dtype)
     alone = config.train_module.replace(
         rank_microbatch_size=config.dataset.sequence_length,
-        dp_config=None, tp_config=None, cp_config=None, pp_config=None, ep_config=None,
+        dp_config=single, tp_config=None, cp_config=None, pp_config=None, ep_config=None,
     )  # fmt: skip
     config = config.replace(train_module=alone)
     check_experiment(config, 1)
@@ -203,6 +214,12 @@ def _nothing_fits(
         for size in {world_size * 2**n, 1 << (world_size.bit_length() + n - 1)}:
             if size <= MOST_RANKS and search(job, size, limits).plans:
                 return ConfigError(f"{problem}; the nearest number that works is {size}")
+    if not found.num_layouts:
+        larger = f"--data_loader.global_batch_size={world_size * job.sequence_length}"
+        return ConfigError(
+            f"{problem}; each rank of data parallelism needs a row: plan for "
+            f"{count(limits.batch_rows, 'rank')} or fewer, or with {larger}"
+        )
     return ConfigError(
         f"{problem}, nor one of {world_size * 2**_FURTHER}; make rows or model smaller, or plan "
         "for a device with more memory"

@@ -20,6 +20,9 @@ _BLOCK = re.compile(r"blocks\.(\d+)\.(.+)")
 FP32 = 4
 FACTORED, QUANTISED = "adafactor", "adamw_8bit"
 
+_PUT_OFF = 0.65
+"""What a block holds for gradients of weights that are put off, of its activations: one gradient
+for each linear layer and norm (0.6 to 0.7 of Llama's and OLMo 2's blocks)."""
 _STATE = {
     "Adadelta": 2, "Adagrad": 1, "Adam": 2, "Adamax": 2, "AdamW": 2, "ASGD": 1, "NAdam": 2,
     "RAdam": 2, "RMSprop": 1, "SGD": 0,
@@ -132,22 +135,21 @@ class ModelParts:
         return self._stages[key]
 
     def distinct_stages(self, layout: Layout, interval: int, passes: int) -> "list[Stage]":
-        """The first of all stages that cost the same, in order.
-
-        Of stages with the same blocks, those further behind hold no more microbatches at once.
-        """
+        """Of all stages that cost the same, the first with most microbatches at once."""
         key = layout.pp_config, interval, passes
         if key not in self._distinct:
-            found: dict[Any, Stage] = {}
+            found: dict[Any, tuple[float, Stage]] = {}
             for stage in self.stages(layout):
+                held = in_flight(layout.pp_config, stage, passes)
                 alike = (
                     tuple(self.groups(stage.layers, interval)),
                     sum(self.scores[layer] for layer in stage.layers),
                     stage._replace(place=0, layers=()),
-                    passes > in_flight(layout.pp_config, stage, passes),
+                    passes > held,
                 )
-                found.setdefault(alike, stage)
-            self._distinct[key] = list(found.values())
+                if alike not in found or held > found[alike][0]:
+                    found[alike] = held, stage
+            self._distinct[key] = [stage for _, stage in found.values()]
         return self._distinct[key]
 
 
@@ -244,17 +246,27 @@ def in_flight(config: PipelineParallelConfig | None, stage: Stage, passes: int) 
     """Microbatches of `passes` whose activations of the whole stage a rank holds at once.
 
     1F1B: as many as there are stages from it to the last. Interleaved (Narayanan et al. 2021): of
-    its chunks as many as are computed forward before the first comes back. ZBV (Qi et al. 2024): as
-    the first rank of 1F1B, and a part of one more, for which gradients of weights wait.
+    its chunks as many as are computed forward before the first comes back. ZBV: see `_in_v`.
     """
     if config is None:
         return 1.0
     if config.schedule == "1F1B":
         return float(min(passes, config.degree - stage.place))
     if config.schedule == "ZBVZeroBubble":
-        return min(passes, config.degree + 0.5)
+        return _in_v(config.degree, stage.place, passes)
     ahead = 2 * (config.degree - stage.place - 1) + (stage.chunks - 1) * config.degree + 1
     return min(passes * stage.chunks, ahead) / stage.chunks
+
+
+def _in_v(degree: int, place: int, passes: int) -> float:
+    """`in_flight` of ZBV (Qi et al. 2024) in the order that torch computes it, counted in chunks of
+    half a stage. Each holds `_PUT_OFF` more between its backward and the gradients of its weights;
+    at the end of a step, ranks put those off."""
+    steady = min(passes, 2 * degree - 1 - place) + place + 1 + _PUT_OFF
+    missing = max(2 * degree - 1 - passes, 0)  # its order is made for so many at least
+    first, second = max(degree - missing, 0), max(place - missing, 0)
+    end = first + second + _PUT_OFF * (min(place + 1, first) + second)
+    return min(max(steady, end), (1 + _PUT_OFF) * 2 * passes) / 2
 
 
 def type_of(optim: Any) -> str:

@@ -18,7 +18,7 @@ from toolkit.commands.plan.activations import (
 )
 from toolkit.commands.plan.devices import CPU
 from toolkit.commands.plan.job import FP32, Job, Parameter, Stage, in_flight
-from toolkit.commands.plan.pieces import Holding, States, Unit, states, units_of
+from toolkit.commands.plan.pieces import Holding, States, Unit, Units, states, units_of
 
 MARGIN = 0.05
 """Of what torch allocates: memory that is free but in pieces of the wrong size."""
@@ -101,8 +101,9 @@ def memory_of(job: Job, stage: Stage, rank: int | None = None) -> Memory:
     always_there = fixed.buckets + _pipeline_buffers(job, stage, flying)
     if job.passes > 1:
         always_there += fixed.accumulated
+    gathered = fixed.root + fixed.resident + last
     moments = {
-        "loss": _Moment(base, loss.kept + loss.working, fixed.root + last, 0.0, gradients=always),
+        "loss": _Moment(base, loss.kept + loss.working, gathered, 0.0, gradients=always),
         "backward": _Moment(
             base,
             0.0,
@@ -116,9 +117,7 @@ def memory_of(job: Job, stage: Stage, rank: int | None = None) -> Memory:
         ),
     }  # fmt: skip
     if loss.returning:
-        moments["head"] = _Moment(
-            base, loss.kept + loss.returning, fixed.root + last, 0.0, gradients=always
-        )
+        moments["head"] = _Moment(base, loss.kept + loss.returning, gathered, 0.0, gradients=always)
     name, moment = max(moments.items(), key=lambda item: item[1].bytes(kept.gradients))
     kind = "loss" if name == "head" else name
     allocated = Memory(
@@ -162,6 +161,8 @@ class _Fixed(NamedTuple):
     reduced: float
     """Their gradients, and that."""
     head_gradient: float
+    resident: float
+    """Weights of blocks that stay gathered from forward to backward."""
     block_buffers: float
     block_reduction: float
     buckets: float
@@ -195,7 +196,8 @@ def _fixed_anew(job: Job, stage: Stage, rank: int) -> _Fixed:
         reduction=_reduction(job, held.outside),
         reduced=_reduced(job, held.outside),
         head_gradient=_head_gradient(job, stage),
-        block_buffers=_block_buffers(job, biggest, len(stage.layers)) if biggest else 0.0,
+        resident=_resident(job, held, stage),
+        block_buffers=_block_buffers(job, biggest, held, stage) if biggest else 0.0,
         block_reduction=_reduction(job, biggest) if biggest else 0.0,
         buckets=buckets,
         accumulated=accumulated,
@@ -273,12 +275,20 @@ def _gathered(job: Job, unit: Unit) -> float:
     return job.compute_bytes * unit.all.gathered if job.layout.is_fsdp else 0.0
 
 
-def _block_buffers(job: Job, unit: Unit, layers: int) -> float:
+def _resident(job: Job, held: Units, stage: Stage) -> float:
+    """Weights of blocks that stay gathered from forward to backward. A pipeline keeps all."""
+    layout = job.layout
+    if not layout.is_fsdp or (layout.dp_config.reshard_after_forward and layout.pp == 1):
+        return 0.0
+    groups = zip(job.groups(stage), held.blocks, strict=True)
+    return job.compute_bytes * sum(group.number * unit.all.gathered for group, unit in groups)
+
+
+def _block_buffers(job: Job, unit: Unit, held: Units, stage: Stage) -> float:
     """Of a block in backward: its weights and those of the block before it, which are gathered
-    meanwhile, and its gradients. A pipeline keeps the weights of all blocks."""
-    kept = not job.layout.dp_config.reshard_after_forward or job.layout.pp > 1
-    resident = layers if kept else min(layers, 2)
-    return job.compute_bytes * (resident * unit.all.gathered + unit.all.trained)
+    meanwhile unless all are, and its gradients."""
+    two = job.compute_bytes * min(len(stage.layers), 2) * unit.all.gathered
+    return max(_resident(job, held, stage), two) + job.compute_bytes * unit.all.trained
 
 
 def _pipeline_buffers(job: Job, stage: Stage, flying: float) -> float:

@@ -4,18 +4,23 @@ import json
 import shlex
 from typing import Any
 
+from toolkit.commands.plan.advice import nearest_that_fits
 from toolkit.commands.plan.communication import Traffic
 from toolkit.commands.plan.job import Job
 from toolkit.commands.plan.plans import Plan, Target, largest_rows, length_of, model_flops
-from toolkit.commands.plan.search import Found
+from toolkit.commands.plan.search import ROOM, Found
 from toolkit.distributed.config import (
+    PARALLEL_FIELDS,
     ActivationCheckpointingConfig,
     DataParallelConfig,
 )
 from toolkit.experiment.config import ExperimentConfig
+from toolkit.experiment.load import LoadedExperiment
 from toolkit.wording import count, labelled
 
-GIB = 2**30
+GIB, MIB = 2**30, 2**20
+_DECIDED = (*PARALLEL_FIELDS, "rank_microbatch_size", "ac_config")
+"""Fields of the train module that a search chooses."""
 _SHOWN = 10
 """Rows of the table of a search."""
 _LEAST = 1e6
@@ -37,28 +42,27 @@ def describe(config: ExperimentConfig, source: str, plan: Plan, target: Target) 
     return "\n".join([*lines, *labelled(rows)])
 
 
-def describe_search(
-    config: ExperimentConfig, source: str, found: Found, target: Target, world_size: int
-) -> str:
+def describe_search(loaded: LoadedExperiment, found: Found, target: Target, world_size: int) -> str:
     """The table of the best layouts, and all about the best one."""
-    head = [
-        "", "layout", "engine", "rows", "checkpointing", "memory", "step", "MFU", "bubble",
-    ]  # fmt: skip
-    table = [head]
+    source, best = loaded.source, found.plans[0]
+    head = ["", "layout", "engine", "rows", "checkpointing", "memory", "step", "MFU"]
+    has_bubbles = any(plan.job.layout.pp > 1 for plan in found.plans)
+    table = [[*head, "bubble"] if has_bubbles else head]
     shown = {axes(plan.job): plan for plan in reversed(found.plans)}  # the best of each
     for number, plan in enumerate(sorted(shown.values(), key=lambda p: p.time.total)[:_SHOWN], 1):
-        table.append([f"{number}", *_row(plan)])
+        table.append([f"{number}", *_row(plan)][: len(table[0])])
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    room = f" in {found.share:.0%} of the memory" if found.share < 1 else ""
     lines = [
-        f"{source} on {world_size} x {target.device.name}: the fastest that fit of "
+        f"{source} on {world_size} x {target.device.name}: the fastest that fit{room} of "
         f"{count(found.num_layouts, 'layout')}, one of each shape:",
         "",
         *("  ".join(map(str.ljust, row, widths)).rstrip() for row in table),
         "",
-        describe(config, source, found.plans[0], target),
+        describe(loaded.config, source, best, target),
         "",
         "start it with",
-        command(source, found.plans[0], target),
+        command(loaded, best, target),
     ]
     return "\n".join(lines)
 
@@ -71,7 +75,7 @@ def _row(plan: Plan) -> list[str]:
         _engine(job),
         f"{job.rows} x {job.passes}",
         _checkpointing(job.ac_config),
-        f"{plan.memory.total / GIB:.1f} GiB",
+        gib(plan.memory.total, 1).strip(),
         seconds(time.total),
         mfu,
         f"{time.bubble / time.total:.0%}" if job.layout.pp > 1 else "",
@@ -90,12 +94,12 @@ def _engine(job: Job) -> str:
     layout, words = job.layout, [str(job.layout.name)]
     if layout.name == "hsdp":
         words = [f"hsdp {layout.dp_replicate} x {layout.dp_shard}"]
-    if layout.is_fsdp and not layout.dp_config.reshard_after_forward:
-        words.append("kept")
     if layout.cp_config is not None:
         words.append(layout.cp_config.style)
     if layout.pp_config is not None:
         words.append(layout.pp_config.schedule)
+    elif layout.is_fsdp and not layout.dp_config.reshard_after_forward:
+        words[-1] += ", weights kept"
     return " ".join(words)
 
 
@@ -117,9 +121,9 @@ def _model(job: Job) -> list[str]:
 
 def _layout(job: Job) -> list[str]:
     batch = f"{job.batch_tokens:,} tokens a step"
-    passes = f"{count(job.rows, 'row')} x {job.passes:,} microbatches on each rank"
+    passes = f"{count(job.rows, 'row')} x {count(job.passes, 'microbatch')} on each rank"
     return [
-        f"{axes(job)}: {_engine(job)}",
+        f"{axes(job)}: {_engine(job)}{' after forward' * _engine(job).endswith('kept')}",
         f"{batch} = {count(job.layout.batch_ranks, 'share')} of {passes}",
         f"activation checkpointing: {_checkpointing(job.ac_config)}"
         + (", what is kept waits in host memory" if job.activation_offload else ""),
@@ -128,6 +132,7 @@ def _layout(job: Job) -> list[str]:
 
 def _memory(plan: Plan) -> list[str]:
     memory, job = plan.memory, plan.job
+    is_small = memory.allocated < GIB / 10
     parts = [
         ("weights, fp32", memory.weights),
         ("gradients", memory.gradients),
@@ -142,23 +147,37 @@ def _memory(plan: Plan) -> list[str]:
         ("margin for fragmentation", memory.margin),
         ("outside of torch's allocator", memory.overhead),
     ]  # fmt: skip
-    lines = [f"{value / GIB:8.2f} GiB  {name}" for name, value in parts if value]
+    lines = [f"{gib(value, small=is_small)}  {name}" for name, value in parts if value]
     if not memory.gradients:
         lines.insert(1, f"{'':13} gradients come while activations go")
-    limit = job.device.memory
+    limit = gib(job.device.memory, 1, small=is_small).strip()
     verdict = "fits" if plan.fits else "does NOT fit"
+    if plan.fits and memory.total > ROOM * job.device.memory:
+        verdict = f"fits, but leaves less than {1 - ROOM:.0%} for what a plan does not know"
     stage = f" (pipeline rank {plan.stage.place})" if job.layout.pp > 1 else ""
     lines.append(
-        f"{memory.total / GIB:8.2f} GiB  of {limit / GIB:.1f}: {verdict}; the peak is in "
+        f"{gib(memory.total, small=is_small)}  of {limit.split()[0]}: {verdict}; the peak is in "
         f"{_MOMENTS[memory.moment]}{stage}"
     )
     rows = largest_rows(job)
-    if rows is None:
-        lines.append("not one row a microbatch fits; look for another layout with --search")
-    else:
+    if rows is not None:
         size = rows * job.sequence_length
-        lines.append(f"largest microbatch that fits: {count(rows, 'row')}, {size:,} tokens")
+        flag = "" if plan.fits else f": --train_module.rank_microbatch_size={size}"
+        lines.append(f"largest microbatch that fits: {count(rows, 'row')}, {size:,} tokens{flag}")
+        return lines
+    lines.append("not one row a microbatch fits; --search compares other layouts")
+    if (change := nearest_that_fits(job)) is not None:
+        needed, time = change.plan.memory.total, change.plan.time.total
+        told = f"{gib(needed).strip()} and {seconds(time)} a step"
+        lines.append(f"{told}: {shlex.join(change.flags)}")
     return lines
+
+
+def gib(value: float, digits: int = 2, *, small: bool | None = None) -> str:
+    """Bytes of memory in GiB, or in MiB where they are `small`; default: by themselves."""
+    is_small = value < GIB / 10 if small is None else small
+    unit, name = (MIB, "MiB") if is_small else (GIB, "GiB")
+    return f"{value / unit:{6 + digits}.{digits}f} {name}"
 
 
 _MOMENTS = {
@@ -217,11 +236,18 @@ def _length(config: ExperimentConfig, plan: Plan, target: Target) -> list[str]:
 
 
 def _days(days: float) -> str:
-    return f"{days:.1f} days" if days >= 1 else f"{days * 24:.1f} hours"
+    hours = days * 24
+    if hours < 0.1:
+        return seconds(hours * 3600)
+    return f"{days:.1f} days" if days >= 1 else f"{hours:.1f} hours"
 
 
 def seconds(value: float) -> str:
-    return f"{value:.2f} s" if value >= 1 else f"{value * 1e3:.0f} ms"
+    if value >= 1:
+        return f"{value:.2f} s"
+    if value >= 1e-3:
+        return f"{value * 1e3:.{0 if value >= 0.1 else 2}f} ms"
+    return f"{value * 1e6:.0f} us"
 
 
 def size(number: float) -> str:
@@ -233,18 +259,28 @@ def size(number: float) -> str:
     return f"{number:,.3g} TB"
 
 
-def flags(plan: Plan) -> list[str]:
-    """The overrides that ask for a plan's layout."""
-    job, module = plan.job, "--train_module."
-    found = [f"{module}dp_config={_flow(_departures(job.layout.dp_config))}"]
+def flags(loaded: LoadedExperiment, plan: Plan) -> list[str]:
+    """The options that ask for a plan's layout: those that were given for everything else, and one
+    for each part of the layout that the config has or needs."""
+    job, module = plan.job, loaded.config.train_module
+    decided = [f"train_module.{name}" for name in _DECIDED]
+    kept = [
+        override.flag
+        for override in loaded.given
+        if not any(
+            override.path == path or override.path.startswith(f"{path}.") for path in decided
+        )
+    ]
+    found = {"dp_config": _flow(_departures(job.layout.dp_config))}
     for name, value in job.layout.parallel_configs.items():
         if name != "dp_config" and value is not None:
-            own = getattr(job.layout, name)
-            found.append(f"{module}{name}={_flow(_departures(own))}")
-    found.append(f"{module}rank_microbatch_size={job.rows * job.sequence_length}")
+            found[name] = _flow(_departures(getattr(job.layout, name)))
+        elif name != "dp_config" and getattr(module, name) is not None:
+            found[name] = "null"
+    found["rank_microbatch_size"] = str(job.rows * job.sequence_length)
     ac = job.ac_config
-    found.append(f"{module}ac_config={'null' if ac is None else _flow(_departures(ac))}")
-    return found
+    found["ac_config"] = "null" if ac is None else _flow(_departures(ac))
+    return [*kept, *(f"--train_module.{name}={value}" for name, value in found.items())]
 
 
 def _departures(config: Any) -> dict[str, Any]:
@@ -266,7 +302,7 @@ def _flow(fields: dict[str, Any]) -> str:
     return "{" + inner.replace('"', "") + "}"
 
 
-def command(source: str, plan: Plan, target: Target) -> str:
+def command(loaded: LoadedExperiment, plan: Plan, target: Target) -> str:
     """The command that starts it."""
     world = plan.job.layout.world_size
     here = max(n for n in range(1, target.machine + 1) if world % n == 0)
@@ -274,5 +310,6 @@ def command(source: str, plan: Plan, target: Target) -> str:
     nodes = "" if machines == 1 else f" --nnodes={machines}"
     if machines > 1:
         nodes += " --rdzv-backend=c10d --rdzv-endpoint=HOST:29500"
-    start = f"torchrun{nodes} --nproc-per-node={here} -m toolkit train {shlex.quote(source)}"
-    return " \\\n    ".join([start, *(shlex.quote(flag) for flag in flags(plan))])
+    source = shlex.quote(loaded.source)
+    start = f"torchrun{nodes} --nproc-per-node={here} -m toolkit train {source}"
+    return " \\\n    ".join([start, *map(shlex.quote, flags(loaded, plan))])

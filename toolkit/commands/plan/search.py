@@ -1,4 +1,5 @@
-"""All layouts of a number of ranks that the engines run, and the fastest of them that fit.
+"""All layouts of a number of ranks that the engines run, and the fastest of them that fit with room
+to spare.
 
 What the engines refuse (docs/parallelism.md) is not proposed. Besides, tensor parallelism stays
 inside a machine, where its links are fast enough to wait for.
@@ -6,7 +7,7 @@ inside a machine, where its links are fast enough to wait for.
 
 import bisect
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from toolkit.commands.plan.job import Job
@@ -32,8 +33,14 @@ SHORTEST = 512
 """Tokens of a row that a cp rank has at least: with fewer there is nothing to gain."""
 SLOWER = 1.5
 """Times the fastest: what surely takes longer is not looked at further."""
+ROOM = 0.95
+"""Share of a device's memory that a layout may use by the plan, whose peaks are within a tenth."""
 _STYLES: tuple[ContextStyle, ...] = ("allgather", "ulysses")
 _SCHEDULES: tuple[PipelineSchedule, ...] = ("1F1B", "Interleaved1F1B", "ZBVZeroBubble")
+
+
+KEPT = ("param_dtype", "reduce_dtype", "wrapping_strategy", "prefetch_factor", "cpu_offload")
+"""Fields of `dp_config` that a search leaves as they are."""
 
 
 class Limits(NamedTuple):
@@ -42,6 +49,8 @@ class Limits(NamedTuple):
     besides: Besides
     batch_rows: int
     """Of the global batch."""
+    settings: Mapping[str, Any] = {}
+    """Fields of `dp_config` that every layout keeps: `KEPT`."""
 
 
 class Found(NamedTuple):
@@ -51,25 +60,33 @@ class Found(NamedTuple):
     """One for each layout that fits and is not much slower than the best, the fastest first."""
     num_layouts: int
     """Legal ones, whether they fit or not."""
+    share: float = 1.0
+    """Of a device's memory that they may use: `ROOM`, or all of it where nothing fits into that."""
 
 
 def search(job: Job, world_size: int, limits: Limits) -> Found:
     """The best plan of each layout that fits, with the microbatch and the activation checkpointing
     that make it fastest; without layouts that are slower than `SLOWER` times the best."""
+    found = _search(job, world_size, limits, ROOM)
+    return found if found.plans else _search(job, world_size, limits, 1.0)
+
+
+def _search(job: Job, world_size: int, limits: Limits, share: float) -> Found:
+    memory = share * job.device.memory
     plans: list[Plan] = []
     number, limit = 0, math.inf
     for layout in layouts(job, world_size, limits):
         number += 1
-        best = _best(changed(job, layout=layout, rows=1), limit)
+        best = _best(changed(job, layout=layout, rows=1), memory, limit)
         if best is not None:
             plans.append(best)
             limit = min(limit, SLOWER * best.time.total)
-    return Found(sorted(plans, key=lambda plan: plan.time.total), number)
+    return Found(sorted(plans, key=lambda plan: plan.time.total), number, share)
 
 
 def layouts(job: Job, world_size: int, limits: Limits) -> Iterator[Layout]:
     """Every layout of `world_size` ranks that nothing refuses."""
-    for layout in _candidates(job, world_size):
+    for layout in _candidates(job, world_size, limits.settings):
         if limits.batch_rows % layout.batch_ranks:
             continue
         if limits.batch_rows // layout.batch_ranks < layout.pp:
@@ -82,7 +99,7 @@ def layouts(job: Job, world_size: int, limits: Limits) -> Iterator[Layout]:
         yield layout
 
 
-def _candidates(job: Job, world_size: int) -> Iterator[Layout]:
+def _candidates(job: Job, world_size: int, settings: Mapping[str, Any]) -> Iterator[Layout]:
     model, length = job.model, job.sequence_length
     experts = divisors(model.moe.num_experts) if model.moe is not None else [1]
     for tp in divisors(world_size):
@@ -98,10 +115,12 @@ def _candidates(job: Job, world_size: int) -> Iterator[Layout]:
                 for ep in experts:
                     if (ranks * cp * tp) % ep or (ep > 1 and model.moe is None):
                         continue
-                    yield from _with_data(job, tp, cp, pp, ep, ranks)
+                    yield from _with_data(job, settings, tp, cp, pp, ep, ranks)
 
 
-def _with_data(job: Job, tp: int, cp: int, pp: int, ep: int, ranks: int) -> Iterator[Layout]:
+def _with_data(
+    job: Job, settings: Mapping[str, Any], tp: int, cp: int, pp: int, ep: int, ranks: int
+) -> Iterator[Layout]:
     """All ways to share rows and weights among what is left, and all styles of cp and pp."""
     tp_config = TensorParallelConfig(degree=tp) if tp > 1 else None
     ep_config = ExpertParallelConfig(degree=ep) if ep > 1 else None
@@ -121,16 +140,16 @@ def _with_data(job: Job, tp: int, cp: int, pp: int, ep: int, ranks: int) -> Iter
                 "tp_config": tp_config, "cp_config": cp_config, "pp_config": pp_config,
                 "ep_config": ep_config,
             }  # fmt: skip
-            if max(tp, pp, ep) == 1:
+            if max(tp, pp, ep) == 1 and not settings.get("cpu_offload"):
                 name: Any = "ddp" if ranks * cp > 1 else "single"
-                dp_config = DataParallelConfig(name=name)
+                dp_config = DataParallelConfig(name=name, param_dtype=settings.get("param_dtype"))
                 yield Layout(dp_replicate=ranks, dp_config=dp_config, **axes)
             for replicas in divisors(ranks):
                 shards = ranks // replicas
                 if (shards * cp * tp) % ep or (replicas > 1 and shards * cp == 1):
                     continue
                 for reshards in (True, False) if pp == 1 else (True,):  # a pipeline never does
-                    fsdp: Any = {"reshard_after_forward": reshards}
+                    fsdp: Any = {**settings, "reshard_after_forward": reshards}
                     if replicas > 1:
                         fsdp |= {"num_replicas": replicas, "shard_degree": shards}
                     dp_config = DataParallelConfig(name="hsdp" if replicas > 1 else "fsdp", **fsdp)
@@ -140,10 +159,9 @@ def _with_data(job: Job, tp: int, cp: int, pp: int, ep: int, ranks: int) -> Iter
                     )  # fmt: skip
 
 
-def _best(job: Job, limit: float) -> Plan | None:
-    """The fastest of the microbatches and ways of checkpointing that fit on one layout. None where
-    nothing fits, or nothing can take less than `limit` seconds."""
-    memory = float(job.device.memory)
+def _best(job: Job, memory: float, limit: float) -> Plan | None:
+    """The fastest of the microbatches and ways of checkpointing that fit into `memory` bytes on one
+    layout. None where nothing fits, or nothing can take less than `limit` seconds."""
     if least_memory(job) > memory:
         return None
     sizes = [rows for rows in divisors(job.rows * job.passes) if _runs(changed(job, rows=rows))]

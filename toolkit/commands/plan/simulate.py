@@ -24,7 +24,7 @@ from toolkit.commands.plan.job import Job
 from toolkit.commands.plan.memory import memory_of
 from toolkit.commands.plan.pieces import states
 from toolkit.commands.plan.plans import Plan
-from toolkit.commands.plan.report import GIB, size
+from toolkit.commands.plan.report import gib, size
 from toolkit.distributed import expert_parallel
 from toolkit.distributed.engine import Engine, Microbatch
 from toolkit.distributed.environment import TrainingEnvironment
@@ -64,7 +64,7 @@ class Simulated(NamedTuple):
         head = f"{'':32}{'counted':>14}{'arithmetic':>14}"
         lines = [head]
         for row in self.rows:
-            shown = _gib if row.what in _MEMORY else size
+            shown = _memory if row.what in _MEMORY else size
             lines.append(f"{row.what:<32}{shown(row.counted):>14}{shown(row.planned):>14}")
         title = (
             f"simulated rank {self.rank}, {self.passes} microbatches, without torch.compile, in "
@@ -79,19 +79,14 @@ class Simulated(NamedTuple):
 _MEMORY = ("weights", "optimizer state", "peak")
 
 
-def _gib(number: float) -> str:
-    return f"{number / GIB:.2f} GiB"
+def _memory(number: float) -> str:
+    return gib(number).strip()
 
 
 def simulate(plan: Plan, module: TransformerTrainModuleConfig) -> Simulated:
-    """Run the rank of `plan` that needs most memory through one step. Raises ConfigError: the
-    layout's engine does not run without storage (DDP, DeepSpeed)."""
+    """Run the rank of `plan` that needs most memory through one step. Its engine is not DDP
+    or DeepSpeed, which do not run without storage."""
     layout = plan.job.layout
-    if layout.name in ("ddp", "zero1", "zero2", "zero3"):
-        raise ConfigError(
-            f"--simulate: {layout.name} does not run on tensors without storage; leave it out, or "
-            "plan for fsdp"
-        )
     if dist.is_initialized():
         raise ConfigError("--simulate: this process already belongs to a group of ranks")
     begin = time.monotonic()

@@ -23,6 +23,16 @@ from toolkit.train.callbacks.config_monitors import (
     StabilityMonitorConfig,
     StatisticsMonitorConfig,
 )
+from toolkit.train.trackers.config import (
+    AimConfig,
+    ClearMLConfig,
+    CometConfig,
+    MLflowConfig,
+    SwanLabConfig,
+    TensorBoardConfig,
+    TrackioConfig,
+    WandBConfig,
+)
 
 
 class ConsoleLoggerConfig(CallbackConfig, kw_only=True):
@@ -183,6 +193,14 @@ class CallbacksConfig(Config, kw_only=True):
     statistics_monitor: StatisticsMonitorConfig = StatisticsMonitorConfig()
     stability_monitor: StabilityMonitorConfig = StabilityMonitorConfig()
     lm_evaluator: LMEvaluatorConfig = LMEvaluatorConfig()
+    tensorboard: TensorBoardConfig = TensorBoardConfig()
+    wandb: WandBConfig = WandBConfig()
+    trackio: TrackioConfig = TrackioConfig()
+    mlflow: MLflowConfig = MLflowConfig()
+    comet: CometConfig = CometConfig()
+    clearml: ClearMLConfig = ClearMLConfig()
+    swanlab: SwanLabConfig = SwanLabConfig()
+    aim: AimConfig = AimConfig()
     checkpointer: CheckpointerConfig = CheckpointerConfig()
     sample_writer: SampleWriterConfig = SampleWriterConfig()
     console_logger: ConsoleLoggerConfig = ConsoleLoggerConfig()

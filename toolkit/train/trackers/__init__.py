@@ -1,0 +1,1 @@
+"""Trackers: services that show metrics. One process for each sends what the run folder holds."""
