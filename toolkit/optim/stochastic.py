@@ -65,10 +65,10 @@ class StochasticAdamW(torch.optim.Optimizer):
         rate = group["lr"] * taken
         correction1, correction2 = 1 - beta1**step, (1 - beta2**step).sqrt()
         key = _mixed(state["step"].long() + self._keys[p])
-        places = (
-            t.view(-1).split(_CHUNK) for t in (p, p.grad, state["exp_avg"], state["exp_avg_sq"])
-        )
-        for number, (weight, grad, first, second) in enumerate(zip(*places, strict=True)):
+        assert p.grad is not None
+        flat = [t.view(-1) for t in (p, p.grad.contiguous(), state["exp_avg"], state["exp_avg_sq"])]
+        parts = zip(*(tensor.split(_CHUNK) for tensor in flat), strict=True)
+        for number, (weight, grad, first, second) in enumerate(parts):
             mean = first.float().lerp_(grad, (1 - beta1) * taken)
             square = second.float().lerp_(grad.square(), (1 - beta2) * taken)
             update = mean / correction1 / (square.sqrt() / correction2 + group["eps"])
