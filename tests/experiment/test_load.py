@@ -203,8 +203,7 @@ def test_a_config_without_a_model_says_how_to_give_one(tmp_path: Path) -> None:
          "checkpointer: no such field; did you mean --trainer.callbacks.checkpointer.interval?"),
         ("--x.interval=3", "x: no such field; did you mean "
          "--trainer.callbacks.checkpointer.interval or --trainer.callbacks.console_logger.interval "
-         "or --trainer.callbacks.garbage_collector.interval or "
-         "--trainer.callbacks.lm_evaluator.interval?"),
+         "or --trainer.callbacks.ema.interval or --trainer.callbacks.garbage_collector.interval?"),
     ],
 )  # fmt: skip
 def test_what_was_meant_is_named(flag: str, expected: str) -> None:

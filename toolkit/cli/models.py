@@ -111,6 +111,14 @@ def export_hf(
         bool, option("Of a LoRA run: the whole model, not the adapter alone.", "--merge-adapter")
     ] = False,
     tokenizer: TokenizerFolder = None,
+    weights: Annotated[
+        str | None,
+        option(
+            "Averages of the weights instead of them: ema, or ema/0.999 where there are several.",
+            shown="the weights",
+            metavar="NAME",
+        ),
+    ] = None,
     check: Annotated[
         bool | None,
         option(
@@ -142,6 +150,7 @@ def export_hf(
         max_shard_size=max_shard_size,
         merge_adapter=merge_adapter,
         tokenizer=tokenizer,
+        weights=weights,
         check=check,
     )
     files = count(len(exported.weight_files), "file")
@@ -169,6 +178,35 @@ def export_hf(
         return
     typer.echo(f"next: toolkit generate {out} --prompt '...'")
     typer.echo(f'  or: AutoModelForCausalLM.from_pretrained("{out}")')
+
+
+def merge(
+    run: Annotated[str, argument("A run folder.", metavar="RUN")],
+    steps: Annotated[
+        str | None, option("Steps of the checkpoints, as in 100,200,300.", metavar="STEPS")
+    ] = None,
+    last: Annotated[int | None, option("The last so many checkpoints instead.")] = None,
+    out: Annotated[
+        str | None, option("Folder for the result.", shown="merged/ of the run", metavar="FOLDER")
+    ] = None,
+) -> None:
+    """Write the mean of the weights of several checkpoints as a checkpoint of its own.
+
+    It has no optimizer state: `toolkit eval`, `toolkit export-hf` and trainer.load_path (with
+    trainer.load_weights_only) read it. Memory stays at a tensor or two of each checkpoint.
+
+    \b
+    Examples:
+      toolkit merge runs/quickstart/first --last 3
+      toolkit merge runs/quickstart/first --steps 100,150,200 --out averaged
+    """
+    try:
+        wanted = [int(step) for step in (steps or "").split(",") if step.strip()]
+    except ValueError:
+        raise ConfigError(f"--steps {steps}: give numbers with commas, as in 100,200") from None
+    folder = commands.merge.merge(run, steps=wanted, last=last, out=out)
+    typer.echo(f"{folder}: the mean")
+    typer.echo(f"next: toolkit eval {folder}")
 
 
 def evaluate(

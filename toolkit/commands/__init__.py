@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 __all__ = [
     "batch", "convert", "data", "dry_run", "evaluate", "explain", "generate",
-    "load", "mix", "plan",
-    "recipes", "replay", "runs", "train", "verify",
+    "load", "merge", "mix", "plan",
+    "recipes", "replay", "runs", "schedule", "train", "verify",
 ]  # fmt: skip
 
 if TYPE_CHECKING:
@@ -19,11 +19,13 @@ if TYPE_CHECKING:
         explain,
         generate,
         load,
+        merge,
         mix,
         plan,
         recipes,
         replay,
         runs,
+        schedule,
         train,
         verify,
     )

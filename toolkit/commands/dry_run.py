@@ -18,18 +18,19 @@ from toolkit.distributed.low_precision import describe_float8
 from toolkit.distributed.pipeline import plan_pipeline
 from toolkit.errors import ConfigError, ErrorList
 from toolkit.experiment.checks import (
+    batches_of,
     check_corpus,
     check_experiment,
     check_load_path,
     check_parameters,
     gradient_accumulation_steps,
     layout_for,
-    rank_microbatch_size,
-    steps_of_data,
 )
 from toolkit.experiment.config import ExperimentConfig
 from toolkit.experiment.load import LoadedExperiment
 from toolkit.experiment.notices import notices
+from toolkit.experiment.schedules import check_schedule_lengths
+from toolkit.models.config import ModuleConfig
 from toolkit.models.parameters import flops_per_token
 from toolkit.runs.registry import check_run_folder, is_run, resolve_run_folder
 from toolkit.train.config import Duration
@@ -46,7 +47,7 @@ _RANKS_SHOWN = 16
 def summarize(loaded: LoadedExperiment, environ: Mapping[str, str]) -> str:
     """The dry run of an experiment under this launcher, as text for a terminal."""
     config = loaded.config
-    layout, corpus = _checked(config, environ)
+    layout, corpus = _checked(config, environ, loaded.origins)
     rows = [
         ("model", _model(config)),
         ("data", _data(config, corpus)),
@@ -55,7 +56,7 @@ def summarize(loaded: LoadedExperiment, environ: Mapping[str, str]) -> str:
         ("engine", _engine(config, layout)),
         ("ranks", _ranks(config, layout)),
         ("writes", _writes(config)),
-        ("note", notices(config, steps_of_data(config, corpus))),
+        ("note", notices(config, batches_of(config, corpus), loaded.origins)),
     ]
     title = f"dry run of {loaded.source}" + (
         f": {config.description}" if config.description else ""
@@ -66,7 +67,7 @@ def summarize(loaded: LoadedExperiment, environ: Mapping[str, str]) -> str:
 
 
 def _checked(
-    config: ExperimentConfig, environ: Mapping[str, str]
+    config: ExperimentConfig, environ: Mapping[str, str], origins: Mapping[str, str]
 ) -> tuple[Layout, CorpusInfo | None]:
     found = ErrorList()
     # Without the number of processes nothing else can be told.
@@ -78,6 +79,8 @@ def _checked(
     found.ask(check_run_folder, config.run, "<time>")
     found.ask(check_trackers, config.trainer.callbacks)
     found.ask(lambda: check_load_path(config, resolve_run_folder(config.run, "<time>")))
+    if sound:
+        found.ask(check_schedule_lengths, config, batches_of(config, corpus), origins)
     if corpus is not None and sound:
         with found.collecting():
             check_corpus(config, corpus)
@@ -108,6 +111,8 @@ def _config_lines(loaded: LoadedExperiment) -> list[str]:
 
 def _model(config: ExperimentConfig) -> list[str]:
     model = config.model
+    if isinstance(model, ModuleConfig):
+        return [f"{model.target}: a model of your own, {model.shown_parameters} parameters"]
     flops = model.flops_per_token(config.dataset.sequence_length)
     trained = []
     if config.train_module.freeze or config.train_module.lora:
@@ -144,29 +149,34 @@ def _data(config: ExperimentConfig, corpus: CorpusInfo | None) -> list[str]:
 
 
 def _batch(config: ExperimentConfig, layout: Layout) -> list[str]:
-    batch, ranks = config.data_loader.global_batch_size, layout.batch_ranks
-    passes = gradient_accumulation_steps(config, ranks)
+    ranks, lines = layout.batch_ranks, []
     shares, each = count(ranks, "rank"), layout.world_size // ranks
     if each > 1:
         shares = f"{count(ranks, 'share')} of {count(each, 'rank')}"
-    return [
-        f"{batch:,} tokens a step = {shares} x "
-        f"{rank_microbatch_size(config, ranks):,} tokens x {passes} gradient accumulation",
-        f"sequences of {count(config.dataset.sequence_length, 'token')}",
-    ]
+    for start, batch in config.data_loader.batch_sizes:
+        passes = gradient_accumulation_steps(config, ranks, batch)
+        since = f", from {count(start, 'token')} on" if start else ""
+        lines.append(
+            f"{batch:,} tokens a step = {shares} x "
+            f"{batch // (ranks * passes):,} tokens x {passes} gradient accumulation{since}"
+        )
+    lengths = config.data_loader.sequence_lengths(config.dataset.sequence_length)
+    for start, length in lengths:
+        since = f", from {count(start, 'token')} on" if start else ""
+        lines.append(f"sequences of {count(length, 'token')}{since}")
+    return lines
 
 
 def _duration(config: ExperimentConfig, corpus: CorpusInfo | None) -> list[str]:
-    batch = config.data_loader.global_batch_size
-    per_epoch = corpus.steps_per_epoch(config.data) if corpus is not None else None
+    batches = batches_of(config, corpus)
 
     def length(duration: Duration) -> str:
         try:
-            steps = steps_of_data(config, corpus)(duration.value, duration.unit)
+            steps = batches.steps_of(duration.value, duration.unit)
         except ValueError:
             return f"{count(duration.value, 'epoch')}; steps are known once the data is prepared"
-        epochs = f", {steps / per_epoch:.2f} epochs" if per_epoch else ""
-        return f"{count(steps, 'step')}, {steps * batch:,} tokens{epochs}"
+        epochs = f", {batches.epochs_done(steps):.2f} epochs" if batches.knows_epochs else ""
+        return f"{count(steps, 'step')}, {batches.tokens_done(steps):,} tokens{epochs}"
 
     stop = config.trainer.hard_stop
     lines = [length(config.trainer.max_duration)]

@@ -11,13 +11,22 @@ from collections.abc import Mapping
 from typing import Any
 
 from toolkit.data.config import DataConfig, DatasetConfig, VariableInstancesConfig
-from toolkit.data.corpus_info import VAL, CorpusInfo, check_same_tokens, data_places, read_corpus
+from toolkit.data.corpus_info import (
+    NO_EPOCHS,
+    VAL,
+    CorpusInfo,
+    check_batch_schedules,
+    check_same_tokens,
+    data_places,
+    read_corpus,
+)
 from toolkit.data.instances.base import InstanceDataset
 from toolkit.data.instances.custom import UNKNOWN_LENGTH, SequentialStream, open_custom
 from toolkit.data.instances.open import ensure_plans, open_instances
 from toolkit.data.instances.variable import VariableDataset, VariableOrder
-from toolkit.data.order.batches import BatchOrder, Segment, StreamBatches
+from toolkit.data.order.batches import BatchOrder, StreamBatches
 from toolkit.data.order.mixture import MixedDataset, MixedStream
+from toolkit.data.order.plan import Batches, Segment
 from toolkit.data.order.stream import InstanceStream, ShuffledStream
 from toolkit.data.tokens.prepared import PreparedDataset, localize, nothing_held_out
 from toolkit.errors import DataError
@@ -42,6 +51,11 @@ class Corpus:
     """The value of the config that gave it, for messages."""
     stream: MixedStream | None = None
     """Of a mixture."""
+
+    def batches(self, order: BatchOrder | None = None) -> Batches:
+        """Sizes, tokens and epochs of the batches of `order` (default: the corpus' own)."""
+        unknown = None if self.has_known_length else NO_EPOCHS
+        return Batches(order or self.order, self.train.sequence_length, no_epochs=unknown)
 
     @property
     def has_known_length(self) -> bool:
@@ -68,6 +82,7 @@ def open_corpus(cfg: DataConfig, info: CorpusInfo | None = None) -> Corpus:
     Raises:
         ConfigError, DataError: token files are missing or damaged, or do not suit the config.
     """
+    check_batch_schedules(cfg)
     info = info or read_corpus(cfg, in_use=True)
     if info is None:
         places = ", ".join(str(place) for place in data_places(cfg))
@@ -107,7 +122,8 @@ def open_corpus(cfg: DataConfig, info: CorpusInfo | None = None) -> Corpus:
         else:
             (train,) = opened.values()
         evaluation = _evaluation({name or VAL: part for name, part in info.parts.items()})
-    batch_instances = max(1, loader.global_batch_size // length)
+    phases = cfg.phases
+    batch_instances = phases[0].batch_instances
     if isinstance(train, VariableDataset):
         kind = cfg.dataset.instances
         assert isinstance(kind, VariableInstancesConfig)
@@ -125,7 +141,7 @@ def open_corpus(cfg: DataConfig, info: CorpusInfo | None = None) -> Corpus:
         stream = stream or ShuffledStream(
             train.num_instances, fingerprint=train.fingerprint, seed=seed, shuffle=loader.shuffle
         )
-        order = StreamBatches(stream, [Segment(0, 0, batch_instances)])
+        order = StreamBatches(stream, [Segment(0, 0, batch_instances)]).continued((), 0, phases)
     return Corpus(
         train=train,
         evaluation=evaluation,

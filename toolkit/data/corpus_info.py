@@ -4,8 +4,15 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from toolkit.data.config import DataConfig, DatasetConfig, MixSourceConfig, SourceConfig
+from toolkit.data.config import (
+    DataConfig,
+    DatasetConfig,
+    MixSourceConfig,
+    SourceConfig,
+    VariableInstancesConfig,
+)
 from toolkit.data.instances.open import count_rows
+from toolkit.data.order.plan import Batches, BatchPlan, Segment
 from toolkit.data.order.resolve import limited_instances, resolve_mix
 from toolkit.data.tokens.prepared import (
     PreparedDataset,
@@ -15,10 +22,13 @@ from toolkit.data.tokens.prepared import (
     open_prepared,
     read_prepared,
 )
-from toolkit.errors import ConfigError
+from toolkit.errors import ConfigError, ErrorList
 
 VAL = "val"
 """Name of the evaluation on the one validation split there is."""
+NO_EPOCHS = "the data does not say how long an epoch is; use steps or tokens"
+FAR = 1 << 62
+"""Instances of an epoch whose length is not known."""
 
 
 class CorpusInfo(NamedTuple):
@@ -42,21 +52,74 @@ class CorpusInfo(NamedTuple):
         """Tokens of the split in all parts."""
         return sum(prepared.num_tokens(split) for _, prepared in self.parts.values())
 
-    def epoch_end(self, config: DataConfig, epochs: int) -> int | None:
-        """Number of batches of one size until `epochs` passes are done; None: not known yet."""
-        if self.rows is not None and config.dataset.mix is not None:
-            # Batches of a mixture go across passes.
-            size = config.data_loader.global_batch_size // config.dataset.sequence_length
-            return epochs * sum(number for _, number in self.rows) // size
-        per_epoch = self.steps_per_epoch(config)
-        return None if per_epoch is None else per_epoch * epochs
-
-    def steps_per_epoch(self, config: DataConfig) -> int | None:
-        """Whole global batches in one pass; None: not known yet."""
+    def epoch_instances(self, config: DataConfig) -> int | None:
+        """Instances of one pass; None: not known yet. Rows of variable length count as those of
+        whole batches: as many as there are batches of rows of `dataset.sequence_length`."""
         if self.rows is None:
             return None
-        tokens = config.data_loader.global_batch_size
-        return sum(number // max(1, tokens // length) for length, number in self.rows)
+        if isinstance(config.dataset.instances, VariableInstancesConfig):
+            tokens, per_batch = config.data_loader.global_batch_size, config.phases[0]
+            batches = sum(number // max(1, tokens // length) for length, number in self.rows)
+            return batches * per_batch.batch_instances
+        return sum(number for _, number in self.rows)
+
+
+def planned_batches(config: DataConfig, epoch_instances: int | None) -> Batches:
+    """The batches of a run from its beginning; `epoch_instances` as `CorpusInfo` has them."""
+    plan = BatchPlan(
+        [Segment(0, 0, 1)],
+        # Batches of a mixture go across passes.
+        epoch_instances=epoch_instances or FAR,
+        keeps_epochs_apart=config.dataset.mix is None,
+    )
+    plan = plan.continued((), 0, config.phases)
+    unknown = None
+    if not epoch_instances:
+        unknown = "epochs need prepared data; run `toolkit prepare` first"
+        if config.dataset.custom is not None:
+            unknown = NO_EPOCHS
+    return Batches(plan, config.dataset.sequence_length, no_epochs=unknown)
+
+
+def check_batch_schedules(config: DataConfig) -> None:
+    """Check that the schedules of batch size and row length suit the kind of data. Raises
+    ConfigError."""
+    loader, dataset, found = config.data_loader, config.dataset, ErrorList()
+    kind = dataset.instances.to_dict()["type"] if dataset.custom is None else "custom"
+    if loader.batch_size_schedule and kind == "variable":
+        found.add(
+            ConfigError(
+                "the order of dataset.instances of type variable is made for one batch size; leave "
+                "it out, or use instances of type fixed, packed or padded",
+                key="data_loader.batch_size_schedule",
+            )
+        )
+    if loader.sequence_length_schedule and kind != "fixed":
+        why = {
+            "variable": "rows of type variable have lengths of their own (curriculum)",
+            "custom": "a data set written in Python makes its own rows",
+        }.get(kind, f"rows of type {kind} hold whole documents, which this would cut")
+        found.add(
+            ConfigError(
+                f"{why}; leave it out, or use dataset.instances of type fixed",
+                key="data_loader.sequence_length_schedule",
+            )
+        )
+    longest = dataset.sequence_length
+    for number, (_, length) in enumerate(loader.sequence_lengths(longest)):
+        if length < 2 or longest % length:
+            index = number - (loader.sequence_length_schedule[0].tokens > 0)
+            below = next((n for n in range(min(length, longest), 1, -1) if longest % n == 0), None)
+            above = next((n for n in range(length + 1, longest + 1) if longest % n == 0), None)
+            nearest = " or ".join(str(n) for n in (below, above) if n)
+            found.add(
+                ConfigError(
+                    f"{length} does not divide dataset.sequence_length {longest}; nearest that "
+                    f"work: {nearest}",
+                    key=f"data_loader.sequence_length_schedule.{index}.sequence_length",
+                )
+            )
+    found.raise_any()
 
 
 def read_corpus(cfg: DataConfig, *, in_use: bool = False) -> CorpusInfo | None:

@@ -167,6 +167,21 @@ def stored_tensor(tensor: torch.Tensor, spec: ShardSpec) -> torch.Tensor:
     return LocalShard(memory, shape=spec.shape, boxes=local_boxes(tensor, spec))
 
 
+def memory_of(tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's memory of a tensor as checkpoints know it."""
+    return tensor.local if isinstance(tensor, LocalShard) else local_tensor(tensor)
+
+
+def twin_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """Another tensor of the same parts on the same ranks, in memory of its own, not yet filled."""
+    memory = torch.empty_like(memory_of(tensor), memory_format=torch.contiguous_format)
+    if isinstance(tensor, LocalShard):
+        return LocalShard(memory, shape=tensor.shape, boxes=tensor.boxes)
+    if isinstance(tensor, DTensor):
+        return DTensor(memory, tensor._spec, requires_grad=False)
+    return memory
+
+
 class LocalShard(torch.Tensor):
     """Boxes of a tensor of `shape` that lie one after another in `local`.
 

@@ -33,6 +33,7 @@ from toolkit.experiment.found_data import started_in
 from toolkit.experiment.recorded import EngineRecord, metadata_of_attempt, stored_config
 from toolkit.launch.failures import LostPeerError, Peers, name_rank
 from toolkit.launch.starting import RunStart, current_launch
+from toolkit.models.config import ModuleConfig
 from toolkit.runs.config import RunConfig
 from toolkit.runs.files import RUN_FILES
 from toolkit.runs.manager import RunManager
@@ -40,14 +41,11 @@ from toolkit.runs.registry import is_run, resolve_run_folder, start_run
 from toolkit.train.progress import nothing_left
 from toolkit.train.run_config import log_config
 from toolkit.train.scores import check_best_metric
-from toolkit.train.trainer import Trainer, TrainResult
+from toolkit.train.trainer import HARD_STOP, Trainer, TrainResult
 from toolkit.wording import count
 
 # These lines are the run's own, whichever of its files says them.
 log = logging.getLogger("toolkit.experiment.run")
-
-GENTLE_STOPS = (None, "hard_stop")
-"""Ends that are what was asked for: exit code 0."""
 
 
 class Training:
@@ -140,8 +138,10 @@ class Training:
             check_agreement(config, environment, train_dl, eval_dl)
             _log_opening(config, environment, run.folder, train_dl)
             with _explaining_memory(config, environment, run.folder):
-                model = config.model.build(init_device="meta")
+                model = config.model.build(init_device="meta", seed=config.seed)
                 train_module = config.train_module.build(model, environment=environment)
+                if isinstance(config.model, ModuleConfig):
+                    train_module.model_config = config.model
                 trainer = Trainer(config.trainer, train_module, train_dl, eval_dl, run=run)
                 before = stored_config(run.folder) if environment.is_main else {}
                 trainer.restore()
@@ -153,7 +153,7 @@ class Training:
                 signals.settle()
                 result = trainer.fit()
             _log_end(config, result, run)
-            if result.reason in GENTLE_STOPS:
+            if _is_gentle(result):
                 return EXIT_DONE
             return EXIT_FAILED if result.saved_step is None else EXIT_STOPPED
         except BaseException as error:
@@ -267,6 +267,11 @@ def _log_changes(
         log.warning("%s", nothing_left(state.config, state.stop_step, state.total_steps))
 
 
+def _is_gentle(result: TrainResult) -> bool:
+    """Whether it ended as was asked for: exit code 0."""
+    return result.state == "finished" or result.reason == HARD_STOP
+
+
 def _log_end(config: ExperimentConfig, result: TrainResult, run: RunManager) -> None:
     if result.last_eval is not None:
         evaluation = result.last_eval
@@ -274,9 +279,10 @@ def _log_end(config: ExperimentConfig, result: TrainResult, run: RunManager) -> 
         if "bits_per_byte" in evaluation:
             line += f", {evaluation['bits_per_byte']:.4f} bits per byte"
         log.info("%s (step %d)", line, evaluation["step"])
-    if result.reason in GENTLE_STOPS:
-        log.info("done at step %d; everything is in %s", result.step, run.folder)
-        if result.reason == "hard_stop" and result.saved_step is not None:
+    if _is_gentle(result):
+        early = f" ({result.reason})" if result.state == "finished" and result.reason else ""
+        log.info("done at step %d%s; everything is in %s", result.step, early, run.folder)
+        if result.reason == HARD_STOP and result.saved_step is not None:
             log.info("go on with: toolkit resume %s --trainer.hard_stop=null", run.folder)
         log.info("  %-12s %s", "metrics", run.path(RUN_FILES.metrics))
         if config.trainer.callbacks.tensorboard.enabled:

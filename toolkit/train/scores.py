@@ -42,8 +42,11 @@ def check_best_metric_in(knows_bytes: Mapping[str, bool], config: TrainerConfig)
         )
     if len(knows_bytes) > 1:
         knows_bytes = {**knows_bytes, VAL: all(knows_bytes.values())}
+    ema = config.callbacks.ema
+    suffixes = ["", *(ema.suffixes if ema.enabled and ema.evaluate == "also" else [])]
     names = [
-        f"{name}/{key}"
+        f"{name}{suffix}/{key}"
+        for suffix in suffixes
         for name, has_bytes in knows_bytes.items()
         for key in ("loss", "ppl", *(["bits_per_byte"] if has_bytes else []))
     ]

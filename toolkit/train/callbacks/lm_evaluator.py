@@ -7,7 +7,7 @@ import torch.distributed as dist
 
 from toolkit.train.callbacks.base import Callback
 from toolkit.train.callbacks.config import LMEvaluatorConfig
-from toolkit.train.eval_sums import evaluate_sets
+from toolkit.train.eval_sums import TokenSums, evaluate_sets
 from toolkit.train.scores import scores_of
 
 log = logging.getLogger(__name__)
@@ -53,16 +53,15 @@ class LMEvaluator(Callback):
         state = self.state
         if not state.eval_loaders or state.config.no_evals or self._done_at == state.step:
             return
-        group = state.environment.cpu_group
-        with state.train_module.evaluating():
-            found = evaluate_sets(
-                state.eval_loaders,
-                state.train_module.eval_batch,
-                should_stop=state.should_stop,
-                reduce=lambda sums: None if group is None else dist.all_reduce(sums, group=group),
-            )
-        if found is None:
-            return
+        found: dict[str, TokenSums] = {}
+        own = 0
+        for suffix, holding in state.evaluated_weights.items():
+            with holding():
+                sums_of = self._evaluate_sets()
+            if sums_of is None:
+                return
+            found |= {f"{name}{suffix}": sums for name, sums in sums_of.items()}
+            own = own or len(found)
         self._done_at = state.step
         results = []
         for name, sums in found.items():
@@ -74,4 +73,13 @@ class LMEvaluator(Callback):
                     name,
                 )
             results.append(state.record_eval(name, sums.numbers()))
-        state.last_eval, state.last_scores = results[-1], scores_of(results)
+        state.last_eval, state.last_scores = results[own - 1], scores_of(results)
+
+    def _evaluate_sets(self) -> dict[str, TokenSums] | None:
+        state, group = self.state, self.state.environment.cpu_group
+        return evaluate_sets(
+            state.eval_loaders,
+            state.train_module.eval_batch,
+            should_stop=state.should_stop,
+            reduce=lambda totals: None if group is None else dist.all_reduce(totals, group=group),
+        )
