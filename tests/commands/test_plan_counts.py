@@ -15,7 +15,7 @@ from toolkit.cli import main as cli
 from toolkit.commands.plan.communication import traffic_of
 from toolkit.commands.plan.counting import Counter
 from toolkit.commands.plan.devices import find_device
-from toolkit.commands.plan.job import Job, ModelParts
+from toolkit.commands.plan.job import Job, ModelParts, state_tensors_of, type_of
 from toolkit.commands.plan.memory import memory_of
 from toolkit.commands.plan.pieces import states
 from toolkit.distributed.config import (
@@ -30,6 +30,7 @@ from toolkit.distributed.shards import local_tensor
 from toolkit.models.architecture import MoEConfig
 from toolkit.models.config import TransformerConfig
 from toolkit.models.parameters import trained_parameters
+from toolkit.optim.config import AdamWConfig
 
 LENGTH = 256
 TP, CP = TensorParallelConfig(degree=2), ContextParallelConfig(degree=2)
@@ -41,9 +42,11 @@ EXPERTS = {"moe": MoEConfig(num_experts=4, top_k=2, intermediate_size=128)}
 CASES: dict[str, dict[str, Any]] = {
     "single": {"ranks": 1},
     "single, bf16, computed again": {"ranks": 1, "precision": "bf16", "ac_config": AC},
+    "single, but for some ops": {"ranks": 1, "ac_config": AC.replace(mode="selected_ops")},
     "ddp": {"engine": "ddp"},
     "fsdp": {"engine": "fsdp", "model": {"qk_norm": "full", "norm_placement": "reordered"}},
     "fsdp, bf16, one pass": {"engine": "fsdp", "precision": "bf16", "passes": 1},
+    "fsdp, moments in bf16": {"engine": "fsdp", "optim": AdamWConfig(state_dtype="bf16")},
     "fsdp, kept": {"engine": "fsdp", "dp": {"reshard_after_forward": False}},
     "tp": {"tp_config": TP, "ac_config": AC},
     "tp, OLMo 2, bf16, kept": {
@@ -103,7 +106,8 @@ def counted(case: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     job = Job(
         model=model, parts=ModelParts(model, trained_parameters(model), LENGTH), layout=layout,
         sequence_length=LENGTH, rows=rows, passes=passes, precision=layout.precision,
-        ac_config=config.ac_config, is_compiled=False, state_tensors=2,
+        ac_config=config.ac_config, is_compiled=False, optimizer=type_of(config.optim),
+        state_tensors=state_tensors_of(config.optim),
         device=find_device("cpu", 1), machine=8,
     )  # fmt: skip
     stage = job.stages[layout.place(rank)["pp"]]

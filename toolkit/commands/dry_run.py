@@ -14,6 +14,7 @@ from toolkit.config import DEFAULT_ORIGIN, leaves
 from toolkit.config.secrets import mask_secrets
 from toolkit.data.corpus_info import CorpusInfo, data_places, read_corpus
 from toolkit.distributed.layout import Layout
+from toolkit.distributed.low_precision import describe_float8
 from toolkit.distributed.pipeline import plan_pipeline
 from toolkit.errors import ConfigError, ErrorList
 from toolkit.evaluate.tasks.names import check_names
@@ -53,7 +54,7 @@ def summarize(loaded: LoadedExperiment, environ: Mapping[str, str]) -> str:
         ("data", _data(config, corpus)),
         ("batch", _batch(config, layout)),
         ("duration", _duration(config, corpus)),
-        ("engine", _engine(layout)),
+        ("engine", _engine(config, layout)),
         ("ranks", _ranks(config, layout)),
         ("writes", _writes(config)),
         ("note", notices(config, batches_of(config, corpus), loaded.origins)),
@@ -189,7 +190,7 @@ def _duration(config: ExperimentConfig, corpus: CorpusInfo | None) -> list[str]:
     return lines if stop is None else [*lines, f"hard stop after {length(stop)}"]
 
 
-def _engine(layout: Layout) -> list[str]:
+def _engine(config: ExperimentConfig, layout: Layout) -> list[str]:
     precision: str = layout.precision
     if precision == "auto":
         precision = "auto: bf16 where the hardware is fast at it, else fp32"
@@ -197,6 +198,8 @@ def _engine(layout: Layout) -> list[str]:
     if layout.dp_replicate > 1 and layout.dp_shard > 1:
         mesh = f", {layout.dp_replicate} replicas x {layout.dp_shard} shards"
     origin = "" if layout.origin == DEFAULT_ORIGIN else f", from {layout.origin}"
+    if (float8 := config.train_module.float8_config) is not None:
+        precision += f", {describe_float8(config.model.to_transformer(), float8)}"
     return [
         f"{layout.description}{mesh}, {count(layout.world_size, 'process')}{origin}",
         f"precision {precision}",

@@ -192,6 +192,10 @@ class Engine(ABC):
         self._shows_average = False
         self.state_filled()
 
+    def weights_changed(self) -> None:  # noqa: B027
+        """Called after each step and whenever weights were filled; what is derived of weights
+        alone is brought in line by who puts another in its place."""
+
     @abstractmethod
     def _exchanging(self, *, is_last: bool) -> contextlib.AbstractContextManager:
         """Around forward and backward of one microbatch: gradients are exchanged on the last."""

@@ -60,7 +60,9 @@ def whole_specs(model: nn.Module) -> dict[str, ShardSpec]:
 
 def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
     """This rank's memory of a tensor that FSDP2 may have sharded."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    local: Any = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    # Of a weight that is gathered in 8 bits, torchao has put the memory in a tensor of its own.
+    return local._tensor if hasattr(local, "fsdp_pre_all_gather") else local
 
 
 def local_boxes(tensor: torch.Tensor, spec: ShardSpec) -> list[Box]:

@@ -24,6 +24,7 @@ from toolkit.data.order.resolve import resolve_mix
 from toolkit.data.tokens.prepared import require_ids
 from toolkit.distributed.launcher import world_size_of
 from toolkit.distributed.layout import Layout, fewest_ranks, layout_of
+from toolkit.distributed.low_precision import check_float8
 from toolkit.distributed.pipeline import check_microbatches, plan_pipeline
 from toolkit.distributed.sizes import Besides, check_combination, check_sizes
 from toolkit.distributed.tuning import asked_threads
@@ -151,6 +152,11 @@ def _check_parallelism(config: ExperimentConfig, layout: Layout, ranks: int | No
     found, model = ErrorList(), config.model
     found.ask(check_sizes, layout, model.to_transformer())
     found.ask(check_combination, layout, besides_layout(config))
+    if (float8 := config.train_module.float8_config) is not None:
+        length, adapts = config.dataset.sequence_length, config.train_module.lora is not None
+        transformer = model.to_transformer()
+        rest = {"sequence_length": length, "has_adapter": adapts}
+        found.ask(check_float8, float8, layout, transformer, **rest)
     if (pipeline := layout.pp_config) is not None:
         ranks = layout.pp * layout.batch_ranks if ranks is None else ranks
         found.ask(plan_pipeline, model.to_transformer(), pipeline, ranks=ranks)

@@ -149,11 +149,13 @@ def _parameters(config: ExperimentConfig) -> TrainedParameters:
 def _check_optimizer_type(
     checkpoint: Path | str, saved: dict[str, Any], config: ExperimentConfig
 ) -> None:
-    asked = msgspec.to_builtins(config.train_module.optim)["type"]
-    before = saved.get("optim", {}).get("type", asked)
-    if before != asked:
-        raise CheckpointError(
-            f"{checkpoint}: holds the state of another optimizer: train_module.optim.type (was "
-            f"{before}, is {asked}); set it back, or start a new run with trainer.load_path and "
-            "trainer.load_weights_only=true"
-        )
+    optim = msgspec.to_builtins(config.train_module.optim)
+    for field, default in (("type", optim["type"]), ("state_dtype", "fp32")):
+        asked = optim.get(field, default)
+        before = saved.get("optim", {}).get(field, default)
+        if before != asked:
+            raise CheckpointError(
+                f"{checkpoint}: holds the state of another optimizer: train_module.optim.{field} "
+                f"(was {before}, is {asked}); set it back, or start a new run with "
+                "trainer.load_path and trainer.load_weights_only=true"
+            )

@@ -13,6 +13,7 @@ from toolkit.distributed.config import (
     ContextParallelConfig,
     DataParallelConfig,
     ExpertParallelConfig,
+    Float8Config,
     LogRanks,
     PipelineParallelConfig,
     TensorParallelConfig,
@@ -68,6 +69,8 @@ class TransformerTrainModuleConfig(Config, kw_only=True):
     """Compute type. Master weights and optimizer state are fp32 always. `auto`: the launcher's
     mixed_precision, else bf16 where the hardware is fast at it. `fp16` scales the loss, as much as
     gradients allow (dynamic loss scaling); not under ZeRO."""
+    float8_config: Float8Config | None = None
+    """Matrix products of linear layers in 8 bits, over `precision: bf16`; null: off."""
     dp_config: DataParallelConfig | None = None
     """Engine for launchers that do not name one (`torchrun`)."""
     tp_config: TensorParallelConfig | None = None
@@ -80,6 +83,8 @@ class TransformerTrainModuleConfig(Config, kw_only=True):
     """Expert parallelism of a mixture of experts; needs `fsdp` or `hsdp`. Null: off."""
     ac_config: ActivationCheckpointingConfig | None = None
     """Activation checkpointing; null: off."""
+    activation_offload: bool = False
+    """What blocks keep for backward waits in host memory; not for pipelines."""
     compile_model: bool = False
     """torch.compile each transformer block and the loss."""
     freeze: tuple[str, ...] = ()
@@ -112,6 +117,20 @@ class TransformerTrainModuleConfig(Config, kw_only=True):
             )
         if self.ac_config and self.ac_config.mode == "budget" and not self.compile_model:
             raise ValueError("ac_config.mode: budget needs compile_model: true")
+        selects = self.ac_config is not None and self.ac_config.mode == "selected_ops"
+        if pipeline and self.activation_offload:
+            problem = "activation_offload does not go with pp_config"
+            raise ValueError(f"{problem}; use ac_config.mode: full")
+        if selects and (pipeline or self.ep_config):
+            # Experts that FSDP2 gathers inside of a block are gathered by other operators again.
+            other = "pp_config" if pipeline else "ep_config"
+            problem = f"ac_config.mode: selected_ops does not go with {other}"
+            raise ValueError(f"{problem}; use mode: full or selected_blocks")
+        if selects and self.activation_offload:
+            raise ValueError(
+                "activation_offload does not go with ac_config.mode: selected_ops, whose results "
+                "stay on the device; use mode: full, or leave ac_config out"
+            )
 
     def build(self, model: Any, **context: Any) -> Any:
         """The `TransformerTrainModule` of `model`, which is usually on the meta device."""

@@ -17,6 +17,7 @@ from toolkit.checkpoint.folder import MODEL_PREFIX
 from toolkit.distributed.devices import compute_dtype
 from toolkit.distributed.engine import Microbatch
 from toolkit.distributed.environment import TrainingEnvironment, single_environment
+from toolkit.distributed.low_precision import describe_float8
 from toolkit.distributed.materialize import prepare_engine
 from toolkit.distributed.stages import Stages
 from toolkit.distributed.tensor_parallel import share_of_model
@@ -66,6 +67,8 @@ class TransformerTrainModule(EngineTrainModule):
             max_grad_norm=config.max_grad_norm,
             ac_config=config.ac_config,
             compile_model=config.compile_model,
+            float8_config=config.float8_config,
+            activation_offload=config.activation_offload,
             width_multiplier=1.0 if optim.mup is None else optim.mup.multiplier,
         )
         self.begin_stepping()
@@ -81,7 +84,11 @@ class TransformerTrainModule(EngineTrainModule):
             trains_head_alone=self.trained_names == {"head.weight"},
             vocabulary_is_cut=layout.tp > 1,
         )
-        if self.environment.is_main and self.environment.device.type != "cpu":
+        if (float8 := config.float8_config) is not None:
+            self.kernels["linear layers"] = describe_float8(
+                self.model_config.to_transformer(), float8
+            )
+        if self.environment.is_main and (float8 or self.environment.device.type != "cpu"):
             log.info("kernels: %s", "; ".join(f"{k} by {v}" for k, v in self.kernels.items()))
         self._is_checked = False
 

@@ -86,6 +86,7 @@ def job_of(config: ExperimentConfig, layout: Layout, target: Target) -> Job:
         precision=precision,
         ac_config=module.ac_config,
         is_compiled=module.compile_model,
+        activation_offload=module.activation_offload,
         state_tensors=state_tensors_of(module.optim),
         device=target.device,
         machine=target.machine,
