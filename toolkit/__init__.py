@@ -26,6 +26,7 @@ _PUBLIC = {
     "runs.files": ("RUN_FILES",),
     "runs.manager": ("RunManager",),
     "runs.registry": ("start_run",),
+    "train.basic": ("BasicTrainModule",),
     "train.callbacks.base": ("Callback",),
     "train.callbacks.config": ("CallbacksConfig",),
     "train.config": ("Duration", "TrainerConfig", "TransformerTrainModuleConfig"),

@@ -151,6 +151,7 @@ def test_the_family_of_origin_survives_training(tiny_run, capsys):
     config["run"] = {"save_folder": "tuned"}
     config["trainer"] |= {"load_path": "base", "load_weights_only": True}
     config["trainer"]["max_duration"]["value"] = 2
+    config["train_module"]["scheduler"]["warmup"] = 1
     config["trainer"]["callbacks"]["checkpointer"] |= {"interval": 1, "export_hf": True}
     Path("tune.json").write_text(json.dumps(config))
     assert cli.run(["train", "tune.json"]) == 0

@@ -53,6 +53,27 @@ def test_ranks_that_share_rows_are_no_shares_of_the_batch() -> None:
     assert any("stage 1 of 2 (layer 0)" in line for line in shown)
 
 
+def test_it_tells_the_batches_and_rows_of_a_schedule() -> None:
+    sizes = ["--data_loader.global_batch_size=8192", "--train_module.rank_microbatch_size=1024"]
+    sizes += ["--data_loader.batch_size_schedule=[{tokens: 100000}]"]
+    sizes += ["--dataset.sequence_length=128"]
+    sizes += ["--data_loader.sequence_length_schedule=[{tokens: 0, sequence_length: 64}, "]
+    sizes[-1] += "{tokens: 50000}]"
+    shown = lines(*sizes, "--trainer.max_duration={value: 30}", environ=TWO_RANKS)
+    start = shown.index(
+        "batch 8,192 tokens a step = 2 ranks x 1,024 tokens x 4 gradient accumulation"
+    )
+    assert shown[start + 1 : start + 5] == [
+        "16,384 tokens a step = 2 ranks x 1,024 tokens x 8 gradient accumulation, from 100,000 "
+        "tokens on",
+        "sequences of 64 tokens",
+        "sequences of 128 tokens, from 50,000 tokens on",
+        "duration 30 steps, 385,024 tokens",
+    ]
+    with pytest.raises(ConfigError, match=r"decay_from: the run .* ends after 30 steps, so this"):
+        lines("--trainer.max_duration={value: 30}", "--train_module.scheduler.decay_from=31")
+
+
 def test_it_names_the_engine_that_the_config_asks_for() -> None:
     flag = "--train_module.dp_config={name: fsdp, param_dtype: bfloat16}"
     shown = lines(flag, environ=TWO_RANKS)

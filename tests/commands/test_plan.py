@@ -225,6 +225,15 @@ def test_without_a_number_of_ranks_it_is_the_fewest_that_fit(
     assert "on 8 x a100-40" in said(capsys, "llama3_8B", FSDP, "--device=a100-40").splitlines()[0]
 
 
+def test_a_schedule_of_batch_sizes_is_planned_at_its_largest(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    flag = "--data_loader.batch_size_schedule=[{tokens: 5000}]"
+    text = said(capsys, "smoke", "--device=cpu", flag)
+    assert "2,048 tokens a step = 1 share of" in text
+    assert "20 steps, 35,840 tokens" in text
+
+
 def test_length_in_epochs_waits_for_the_data(capsys: pytest.CaptureFixture[str]) -> None:
     text = said(
         capsys, "quickstart", "--device=cpu", "--trainer.max_duration={value: 1, unit: epochs}"

@@ -30,7 +30,7 @@ from toolkit.distributed.shards import local_tensor
 from toolkit.models.architecture import MoEConfig
 from toolkit.models.config import TransformerConfig
 from toolkit.models.parameters import trained_parameters
-from toolkit.optim.config import MuonConfig, NorMuonConfig
+from toolkit.optim.config import AdamWConfig, MuonConfig, NorMuonConfig
 
 LENGTH = 256
 TP, CP = TensorParallelConfig(degree=2), ContextParallelConfig(degree=2)
@@ -42,9 +42,11 @@ EXPERTS = {"moe": MoEConfig(num_experts=4, top_k=2, intermediate_size=128)}
 CASES: dict[str, dict[str, Any]] = {
     "single": {"ranks": 1},
     "single, bf16, computed again": {"ranks": 1, "precision": "bf16", "ac_config": AC},
+    "single, but for some ops": {"ranks": 1, "ac_config": AC.replace(mode="selected_ops")},
     "ddp": {"engine": "ddp"},
     "fsdp": {"engine": "fsdp", "model": {"qk_norm": "full", "norm_placement": "reordered"}},
     "fsdp, bf16, one pass": {"engine": "fsdp", "precision": "bf16", "passes": 1},
+    "fsdp, moments in bf16": {"engine": "fsdp", "optim": AdamWConfig(state_dtype="bf16")},
     "fsdp, kept": {"engine": "fsdp", "dp": {"reshard_after_forward": False}},
     "tp": {"tp_config": TP, "ac_config": AC},
     "tp, OLMo 2, bf16, kept": {

@@ -197,9 +197,9 @@ def test_an_epoch_ends_where_it_does_after_a_change_of_the_batch_size(
     large.batches_done = 4
     small, _ = loaders(dataset, global_batch_size=BATCH // 2)
     small.load_state_dict(large.state_dict())
-    end = small.steps_of(1, "epochs")
-    assert small.epochs_done(end) == 1.0
-    assert small.epochs_done(4) == pytest.approx(4 * 8 / (4 * 8 + (end - 4) * 4))
+    end = small.batches.steps_of(1, "epochs")
+    assert small.batches.epochs_done(end) == 1.0
+    assert small.batches.epochs_done(4) == pytest.approx(4 * 8 / (4 * 8 + (end - 4) * 4))
     seen += [small.instance_indices(n) for n in range(4, end)]
     numbers = np.concatenate(seen)
     assert len(np.unique(numbers)) == len(numbers)

@@ -22,9 +22,6 @@ def test_readme_commands_run_one_after_the_other(tmp_path: Path) -> None:
     """They share a folder and build on each other, as they do for a reader."""
     assert len(COMMANDS) >= 10
     folder = reader_folder(tmp_path)
-    example = re.search(r"```python\n# my_parts\.py\n(.*?)```", README, flags=re.DOTALL)
-    assert example is not None
-    (folder / "my_parts.py").write_text(example.group(1))
     for command in COMMANDS:
         run_command(command, folder)
 
@@ -32,7 +29,7 @@ def test_readme_commands_run_one_after_the_other(tmp_path: Path) -> None:
 def test_readme_python_example_trains(tmp_path: Path) -> None:
     folder = reader_folder(tmp_path)
     code = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-    assert len(code) == 2
+    assert len(code) == 1
     result = subprocess.run(
         [sys.executable, "-c", code[0]],
         cwd=folder,

@@ -24,6 +24,8 @@ AC, SCHEDULER = "train_module.ac_config", "train_module.scheduler"
          [f"--{SCHEDULER}={{type: cosine, warmup: 7}}"]),
         ([f"--{SCHEDULER}.type=linear_with_warmup", f"--{SCHEDULER}.warmup_steps=7"],
          [f"--{SCHEDULER}.type=linear", f"--{SCHEDULER}.warmup=7"]),
+        ([f"--{SCHEDULER}={{type: power_lr, decay_steps: 3}}"],
+         [f"--{SCHEDULER}={{type: power, decay: 3}}"]),
         (["--train_module.max_sequence_length=32"], ["--dataset.sequence_length=32"]),
         (["--trainer.save_folder=x", "--trainer.callbacks.checkpointer.save_interval=3"],
          ["--run.save_folder=x", "--trainer.callbacks.checkpointer.interval=3"]),

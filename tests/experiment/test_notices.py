@@ -2,15 +2,15 @@
 
 import pytest
 
+from toolkit.data.corpus_info import planned_batches
 from toolkit.experiment.config import ExperimentConfig
 from toolkit.experiment.load import load_experiment
 from toolkit.experiment.notices import notices
-from toolkit.train.timeline import steps_of
 
 
 def noticed(config: ExperimentConfig, steps_per_epoch: int) -> list[str]:
-    size = config.data_loader.global_batch_size
-    return notices(config, steps_of(size, lambda epochs: epochs * steps_per_epoch))
+    rows = config.data_loader.global_batch_size // config.dataset.sequence_length
+    return notices(config, planned_batches(config.data, steps_per_epoch * rows or None))
 
 
 WARMUP = "train_module.scheduler.warmup is "
@@ -58,6 +58,6 @@ def test_epochs_are_steps_once_the_data_is_known() -> None:
         "--trainer.max_duration={value: 2, unit: epochs}",
     ]
     config = load_experiment("smoke", flags).config
-    assert notices(config, steps_of(1)) == []
+    assert noticed(config, steps_per_epoch=0) == []
     assert len(noticed(config, steps_per_epoch=249)) == 1
     assert noticed(config, steps_per_epoch=250) == []

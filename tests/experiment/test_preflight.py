@@ -18,6 +18,7 @@ from toolkit.train.config import TrainerConfig, TransformerTrainModuleConfig
 class Loader:
     def __init__(self) -> None:
         self.state: Any = None
+        self.batches = self
 
     def load_state_dict(self, state: Any) -> None:
         self.state = state

@@ -105,7 +105,9 @@ def test_batches_are_of_the_recorded_tokens(
 ) -> None:
     for run, batches in release["batches"].items():
         for step, batch in batches.items():
-            assert json.loads(output(capsys, "batch", run, "--step", step, "--json")) == batch
+            found = json.loads(output(capsys, "batch", run, "--step", step, "--json"))
+            # Later releases say more of a batch.
+            assert {name: found[name] for name in batch} == batch
 
 
 def test_evaluations_give_the_recorded_losses(

@@ -15,7 +15,8 @@ from toolkit.data.config import FilesSourceConfig
 from toolkit.data.prepare.build.prepare import prepare_dataset
 from toolkit.data.prepare.corpus import as_prepared
 from toolkit.data.tokens.prepared import dataset_folder
-from toolkit.errors import DataError, ToolkitError
+from toolkit.errors import ConfigError, DataError, ToolkitError
+from toolkit.experiment.checks import check_experiment
 from toolkit.experiment.load import load_experiment
 
 STEPS, BATCH, LENGTH = 12, 512, 32
@@ -284,3 +285,103 @@ def test_limits_of_a_mixture_are_checked_before_anything_is_written(
     assert code == 2
     assert "b breaks its limit of 0.01 repetitions" in message
     assert not (tmp_path / "run").exists()
+
+
+TOKENS = [f"--trainer.max_duration={{value: {10 * BATCH}, unit: tokens}}", *VOCABULARY]
+TOKENS += ["--train_module.rank_microbatch_size=128"]
+TOKENS += ["--train_module.scheduler={type: wsd, units: tokens, warmup: 1024}"]
+
+
+def test_a_schedule_of_batch_sizes_is_the_sequence_of_runs_made_by_hand(
+    workers: WorkerPool, corpora: dict[str, Any], tmp_path: Path
+) -> None:
+    """512 tokens a step for 4 steps, then 256 for 4, then 1,024 for 2."""
+    dataset, place, size = corpora["mixture"], str(tmp_path), "--data_loader.global_batch_size"
+    changes = [[4 * BATCH, BATCH // 2], [6 * BATCH, 2 * BATCH]]
+    entries = ", ".join(f"{{tokens: {t}, global_batch_size: {s}}}" for t, s in changes)
+    schedule = f"--data_loader.batch_size_schedule=[{entries}]"
+    [(code, message)] = workers.run(1, run, place, "whole", dataset, schedule, *TOKENS)
+    assert (code, message) == (0, "")
+    for batch, stop in ((BATCH, 4), (BATCH // 2, 8), (2 * BATCH, 10)):
+        flags = [f"{size}={batch}", f"--trainer.hard_stop={{value: {stop}, unit: steps}}"]
+        assert workers.run(1, run, place, "hand", dataset, *flags, *TOKENS) == [(0, "")]
+    whole, hand = records(tmp_path / "whole"), records(tmp_path / "hand")
+    same = ("step", "tokens", "epoch", "loss", "lr", "grad_norm", "instances/a", "instances/b")
+    assert [[r[key] for key in same] for r in whole] == [[r[key] for key in same] for r in hand]
+    sizes = [BATCH] * 4 + [BATCH // 2] * 4 + [2 * BATCH] * 2
+    assert [step_batch(tmp_path / "whole", n + 1).num_tokens for n in range(10)] == sizes
+    # Stopped inside, and gone on by two ranks.
+    stop = "--trainer.hard_stop={value: 5, unit: steps}"
+    assert workers.run(1, run, place, "parts", dataset, schedule, stop, *TOKENS) == [(0, "")]
+    explained = explain_resume(tmp_path / "parts", ["--trainer.hard_stop=null"], {})
+    assert explained.refused == []
+    assert "from step 6 to 10" in str(explained)
+    assert "instead of" not in str(explained)
+    late = ["--train_module.scheduler.decay_from=3072", "--train_module.scheduler.decay=2048"]
+    explained = explain_resume(tmp_path / "parts", ["--trainer.hard_stop=null", *late], {})
+    assert explained.refused == []
+    assert "train_module.scheduler.decay_from: null -> 3072" in str(explained)
+    [refused] = explain_resume(tmp_path / "parts", [late[0].replace("3072", "5120")], {}).refused
+    assert "so this decay never starts; use less than 5,120, or a longer run" in refused
+    assert workers.run(2, run, place, "parts", dataset, schedule, *TOKENS) == [(0, "")] * 2
+    parts = records(tmp_path / "parts")
+    assert [r["tokens"] for r in parts] == [r["tokens"] for r in whole]
+    assert [r["loss"] for r in parts] == pytest.approx([r["loss"] for r in whole], rel=1e-5)
+
+
+def test_shorter_rows_hold_the_same_tokens_and_are_resumed(
+    workers: WorkerPool, corpora: dict[str, Any], tmp_path: Path
+) -> None:
+    """Rows of 8 tokens for 4 steps, then of 16 for 4, then of 32."""
+    dataset, place = corpora["fixed"], str(tmp_path)
+    entries = f"{{tokens: 0, sequence_length: 8}}, {{tokens: {4 * BATCH}}}, {{tokens: {8 * BATCH}}}"
+    schedule = [f"--data_loader.sequence_length_schedule=[{entries}]", *TOKENS]
+    in_order = "--data_loader.shuffle=false"
+    assert workers.run(1, run, place, "whole", dataset, in_order, *schedule) == [(0, "")]
+    short = dataset | {"sequence_length": 8}
+    stop = "--trainer.hard_stop={value: 4, unit: steps}"
+    assert workers.run(1, run, place, "short", short, in_order, stop, *TOKENS) == [(0, "")]
+    whole = [r["loss"] for r in records(tmp_path / "whole")]
+    assert [r["loss"] for r in records(tmp_path / "short")] == whole[:4]
+    stop = "--trainer.hard_stop={value: 6, unit: steps}"
+    assert workers.run(1, run, place, "parts", dataset, in_order, stop, *schedule) == [(0, "")]
+    assert workers.run(1, run, place, "parts", dataset, in_order, *schedule) == [(0, "")]
+    assert [r["loss"] for r in records(tmp_path / "parts")] == whole
+    for step, length in ((4, 8), (5, 16), (9, 32)):
+        found = step_batch(tmp_path / "whole", step)
+        assert found.sequence_length == length
+        assert found.num_targets == BATCH // length * (length - 1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "flag", "expected"),
+    [
+        ("packed", "sequence_length_schedule=[{tokens: 0, sequence_length: 8}]",
+         "data_loader.sequence_length_schedule: rows of type packed hold whole documents"),
+        ("variable", "sequence_length_schedule=[{tokens: 0, sequence_length: 8}]",
+         "data_loader.sequence_length_schedule: rows of type variable have lengths of their own"),
+        ("custom", "sequence_length_schedule=[{tokens: 0, sequence_length: 8}]",
+         "data_loader.sequence_length_schedule: a data set written in Python makes its own rows"),
+        ("variable", "batch_size_schedule=[{tokens: 900}]",
+         "data_loader.batch_size_schedule: the order of dataset.instances of type variable"),
+        ("fixed", "sequence_length_schedule=[{tokens: 0, sequence_length: 7}]",
+         "data_loader.sequence_length_schedule.0.sequence_length: 7 does not divide "
+         "dataset.sequence_length 32; nearest that work: 4 or 8"),
+        ("fixed", "batch_size_schedule=[{tokens: 9, global_batch_size: 100}]",
+         "data_loader.batch_size_schedule.0.global_batch_size 100 is not divisible by "
+         "dataset.sequence_length 32 x 1 rank = 32; nearest that work: 96 or 128"),
+        ("fixed", "batch_size_schedule=[{tokens: 9, global_batch_size: 640}]",
+         "data_loader.batch_size_schedule.0.global_batch_size 640 is not divisible by "
+         "train_module.rank_microbatch_size 512"),
+    ],
+)  # fmt: skip
+def test_schedules_that_a_kind_of_data_cannot_follow_are_refused(
+    corpora: dict[str, Any], kind: str, flag: str, expected: str
+) -> None:
+    flags = [f"--dataset={json.dumps(corpora[kind])}", f"--data_loader.{flag}"]
+    flags += [f"--data_loader.global_batch_size={BATCH}"]
+    flags += [f"--train_module.rank_microbatch_size={BATCH}"]
+    config = load_experiment("smoke", flags).config
+    with pytest.raises(ConfigError) as error:
+        check_experiment(config, 1)
+    assert str(error.value).startswith(expected)

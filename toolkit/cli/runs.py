@@ -241,6 +241,8 @@ def batch(
         f"{len(found.instances):,} instances, {found.num_tokens:,} tokens, "
         f"{found.num_targets:,} targets"
     )
+    if found.instances and found.sequence_length < found.instances[0].num_tokens:
+        typer.echo(f"each instance is cut into rows of {count(found.sequence_length, 'token')}")
     checked = "as in the run's checkpoint" if found.is_checked else "the run has no checkpoint"
     typer.echo(f"data {found.fingerprint} ({checked})")
     rows = []

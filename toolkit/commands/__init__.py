@@ -4,9 +4,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 __all__ = [
-    "batch", "convert", "data", "dry_run", "evaluate", "explain", "generate",
-    "load", "mix", "plan",
-    "recipes", "replay", "runs", "train", "verify",
+    "batch", "convert", "data", "dry_run", "evaluate", "evaluate_tasks", "explain", "generate",
+    "load", "merge", "mix", "plan",
+    "recipes", "replay", "runs", "schedule", "train", "verify",
 ]  # fmt: skip
 
 if TYPE_CHECKING:
@@ -16,14 +16,17 @@ if TYPE_CHECKING:
         data,
         dry_run,
         evaluate,
+        evaluate_tasks,
         explain,
         generate,
         load,
+        merge,
         mix,
         plan,
         recipes,
         replay,
         runs,
+        schedule,
         train,
         verify,
     )

@@ -13,7 +13,8 @@ from toolkit.checkpoint.folder import read_metadata, saved_steps, step_folder
 from toolkit.commands.train import open_run_data
 from toolkit.data.corpus import Corpus, changed_data
 from toolkit.data.instances.base import DocumentPart, target_mask
-from toolkit.data.order.batches import BatchOrder, Segment, StreamBatches, steps_until
+from toolkit.data.order.batches import BatchOrder, StreamBatches
+from toolkit.data.order.plan import Segment
 from toolkit.data.prepare.tokenizers.tokenizer import load_tokenizer
 from toolkit.data.prepare.tools.show import DecodedPiece, decode_pieces
 from toolkit.errors import ConfigError, DataError, ToolkitError
@@ -45,11 +46,13 @@ class StepBatch(msgspec.Struct, frozen=True, kw_only=True):
     batch: int
     """Number in its epoch, from 0."""
     batches_per_epoch: int | None
-    """None: the data does not say how long an epoch is."""
+    """None: the data does not say how long an epoch is, or batches have several sizes."""
     fingerprint: str
     """Of the training tokens."""
     is_checked: bool
     """Whether a checkpoint of the run confirms the fingerprint."""
+    sequence_length: int
+    """Tokens of a row; instances are cut into rows of this length."""
     num_tokens: int
     num_targets: int
     instances: list[BatchInstance]
@@ -67,10 +70,13 @@ def step_batch(run_dir: Path, step: int, *, show: int = 1) -> StepBatch:
     order = _order(config, corpus, saved)
     if saved is not None:
         _check_data(saved, corpus, order, folder)
-    _check_step(config, order, step)
+    _check_step(config, corpus, order, step)
     indices = order.indices(step - 1)[0]
-    rows = corpus.train.read(indices)
-    ids, targets = rows["input_ids"], target_mask(rows)
+    rows, row_split = corpus.train.read(indices), order.segment(step - 1).row_split
+    ids = rows["input_ids"]
+    # Nothing predicts the first token of each of the rows that an instance is cut into.
+    cut = {key: values.reshape(len(ids) * row_split, -1) for key, values in rows.items()}
+    targets = target_mask(cut).reshape(ids.shape)
     folder_of_tokenizer = corpus.train.tokenizer_folder if show else None
     tokenizer = load_tokenizer(folder_of_tokenizer) if folder_of_tokenizer else None
     instances = []
@@ -82,14 +88,16 @@ def step_batch(run_dir: Path, step: int, *, show: int = 1) -> StepBatch:
             BatchInstance(number, ids.shape[1], int(targets[row].sum()), parts, text, source)
         )
     epoch, batch = order.epoch_of(step - 1)
-    per_epoch = order.steps_per_epoch
+    sizes = {segment.batch_instances for segment in order.segments}
+    is_known = corpus.has_known_length and len(sizes) == 1
     return StepBatch(
         step=step,
         epoch=epoch,
         batch=batch,
-        batches_per_epoch=int(per_epoch) if corpus.has_known_length else None,
+        batches_per_epoch=order.steps_per_epoch if is_known else None,
         fingerprint=corpus.train.fingerprint,
         is_checked=saved is not None,
+        sequence_length=ids.shape[1] // row_split,
         num_tokens=int(ids.size),
         num_targets=int(targets.sum()),
         instances=instances,
@@ -129,13 +137,12 @@ def _order(config: ExperimentConfig, corpus: Corpus, saved: dict[str, Any] | Non
     if saved is None:
         return corpus.order
     segments = [Segment(*values) for values in saved["segments"]]
-    size = config.data_loader.global_batch_size // corpus.train.sequence_length
-    return corpus.order.resized(segments, saved["batch"], size)
+    return corpus.order.continued(segments, saved["batch"], config.data.phases)
 
 
-def _check_step(config: ExperimentConfig, order: BatchOrder, step: int) -> None:
-    duration, length = config.trainer.max_duration, config.dataset.sequence_length
-    last = steps_until(order, duration.value, duration.unit, length)
+def _check_step(config: ExperimentConfig, corpus: Corpus, order: BatchOrder, step: int) -> None:
+    duration = config.trainer.max_duration
+    last = corpus.batches(order).steps_of(duration.value, duration.unit)
     if not 1 <= step <= last:
         raise ConfigError(
             f"--step {step}: the run has steps 1 to {last} (trainer.max_duration is "

@@ -130,7 +130,10 @@ def _training(
         rows["Sequence length"] = f"{dataset.sequence_length:,} tokens"
         rows["Batch"] = f"{config.data_loader.global_batch_size:,} tokens"
         rows["Optimizer"] = _settings(msgspec.to_builtins(module.optim))
-        rows["Schedule"] = _settings(msgspec.to_builtins(module.scheduler))
+        schedule = msgspec.to_builtins(module.scheduler)
+        if module.scheduler.decay_span(1) is None:
+            del schedule["decay_shape"]
+        rows["Schedule"] = _settings(schedule)
         rows["Clipped gradient norm"] = f"{module.max_grad_norm:g}" if module.max_grad_norm else ""
         rows["Not trained"] = ", ".join(f"`{pattern}`" for pattern in module.freeze)
         rows["Seed"] = str(config.seed)

@@ -21,7 +21,7 @@ from toolkit.hf.convert import Conversion, ConvertOptions, convert_hf
 from toolkit.hf.export import Exported, chosen_types, export_source, first_type
 from toolkit.hf.loading import fetch_model, is_hub_name, name_in_cache
 from toolkit.hf.model_card import render_card
-from toolkit.hf.source import ModelSource, find_source, is_tokenizer
+from toolkit.hf.source import ModelSource, averaged, find_source, is_tokenizer
 from toolkit.optim.base import GroupOverride
 from toolkit.optim.config import AdamWConfig
 from toolkit.optim.schedules import CosineConfig
@@ -133,6 +133,7 @@ def export_model(
     max_shard_size: str = "5GB",
     merge_adapter: bool = False,
     tokenizer: str | None = None,
+    weights: str | None = None,
     check: bool | None = None,
 ) -> tuple[ModelSource, Exported]:
     """Export the model `where` into the folder `out`, with a card, and a bar on a terminal.
@@ -145,6 +146,8 @@ def export_model(
     check_unused(folder)
     path = str(folder_of(where))
     source = find_source(path)
+    if weights is not None:
+        source = averaged(source, weights)
     if merge_adapter and source.lora is None:
         raise ConfigError(f"--merge-adapter: {path} holds no adapter; leave the option out")
     if tokenizer is not None:

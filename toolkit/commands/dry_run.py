@@ -14,21 +14,24 @@ from toolkit.config import DEFAULT_ORIGIN, leaves
 from toolkit.config.secrets import mask_secrets
 from toolkit.data.corpus_info import CorpusInfo, data_places, read_corpus
 from toolkit.distributed.layout import Layout
+from toolkit.distributed.low_precision import describe_float8
 from toolkit.distributed.pipeline import plan_pipeline
 from toolkit.errors import ConfigError, ErrorList
+from toolkit.evaluate.tasks.names import check_names
 from toolkit.experiment.checks import (
+    batches_of,
     check_corpus,
     check_experiment,
     check_load_path,
     check_parameters,
     gradient_accumulation_steps,
     layout_for,
-    rank_microbatch_size,
-    steps_of_data,
 )
 from toolkit.experiment.config import ExperimentConfig
 from toolkit.experiment.load import LoadedExperiment
 from toolkit.experiment.notices import notices
+from toolkit.experiment.schedules import check_schedule_lengths
+from toolkit.models.config import ModuleConfig
 from toolkit.models.parameters import flops_per_token
 from toolkit.runs.registry import check_run_folder, is_run, resolve_run_folder
 from toolkit.train.config import Duration
@@ -45,16 +48,16 @@ _RANKS_SHOWN = 16
 def summarize(loaded: LoadedExperiment, environ: Mapping[str, str]) -> str:
     """The dry run of an experiment under this launcher, as text for a terminal."""
     config = loaded.config
-    layout, corpus = _checked(config, environ)
+    layout, corpus = _checked(config, environ, loaded.origins)
     rows = [
         ("model", _model(config)),
         ("data", _data(config, corpus)),
         ("batch", _batch(config, layout)),
         ("duration", _duration(config, corpus)),
-        ("engine", _engine(layout)),
+        ("engine", _engine(config, layout)),
         ("ranks", _ranks(config, layout)),
         ("writes", _writes(config)),
-        ("note", notices(config, steps_of_data(config, corpus))),
+        ("note", notices(config, batches_of(config, corpus), loaded.origins)),
     ]
     title = f"dry run of {loaded.source}" + (
         f": {config.description}" if config.description else ""
@@ -65,7 +68,7 @@ def summarize(loaded: LoadedExperiment, environ: Mapping[str, str]) -> str:
 
 
 def _checked(
-    config: ExperimentConfig, environ: Mapping[str, str]
+    config: ExperimentConfig, environ: Mapping[str, str], origins: Mapping[str, str]
 ) -> tuple[Layout, CorpusInfo | None]:
     found = ErrorList()
     # Without the number of processes nothing else can be told.
@@ -76,7 +79,12 @@ def _checked(
     found.ask(check_data_files, config)
     found.ask(check_run_folder, config.run, "<time>")
     found.ask(check_trackers, config.trainer.callbacks)
+    downstream = config.trainer.callbacks.downstream_evaluator
+    if downstream.is_wanted:
+        found.ask(check_names, downstream.tasks)
     found.ask(lambda: check_load_path(config, resolve_run_folder(config.run, "<time>")))
+    if sound:
+        found.ask(check_schedule_lengths, config, batches_of(config, corpus), origins)
     if corpus is not None and sound:
         with found.collecting():
             check_corpus(config, corpus)
@@ -107,6 +115,8 @@ def _config_lines(loaded: LoadedExperiment) -> list[str]:
 
 def _model(config: ExperimentConfig) -> list[str]:
     model = config.model
+    if isinstance(model, ModuleConfig):
+        return [f"{model.target}: a model of your own, {model.shown_parameters} parameters"]
     flops = model.flops_per_token(config.dataset.sequence_length)
     trained = []
     if config.train_module.freeze or config.train_module.lora:
@@ -136,6 +146,9 @@ def _data(config: ExperimentConfig, corpus: CorpusInfo | None) -> list[str]:
         f"{prepared.folder}: {prepared.num_tokens('train'):,} training tokens, "
         f"{prepared.num_tokens('val'):,} validation tokens"
         for _, prepared in corpus.parts.values()
+    ] + [
+        f"{prepared.folder}: {prepared.num_tokens('train'):,} tokens that are evaluated only"
+        for _, prepared in corpus.eval_parts.values()
     ]
     if config.store.permanent_root is not None:
         lines.append(f"kept in {config.store.permanent_root}")
@@ -143,36 +156,41 @@ def _data(config: ExperimentConfig, corpus: CorpusInfo | None) -> list[str]:
 
 
 def _batch(config: ExperimentConfig, layout: Layout) -> list[str]:
-    batch, ranks = config.data_loader.global_batch_size, layout.batch_ranks
-    passes = gradient_accumulation_steps(config, ranks)
+    ranks, lines = layout.batch_ranks, []
     shares, each = count(ranks, "rank"), layout.world_size // ranks
     if each > 1:
         shares = f"{count(ranks, 'share')} of {count(each, 'rank')}"
-    return [
-        f"{batch:,} tokens a step = {shares} x "
-        f"{rank_microbatch_size(config, ranks):,} tokens x {passes} gradient accumulation",
-        f"sequences of {count(config.dataset.sequence_length, 'token')}",
-    ]
+    for start, batch in config.data_loader.batch_sizes:
+        passes = gradient_accumulation_steps(config, ranks, batch)
+        since = f", from {count(start, 'token')} on" if start else ""
+        lines.append(
+            f"{batch:,} tokens a step = {shares} x "
+            f"{batch // (ranks * passes):,} tokens x {passes} gradient accumulation{since}"
+        )
+    lengths = config.data_loader.sequence_lengths(config.dataset.sequence_length)
+    for start, length in lengths:
+        since = f", from {count(start, 'token')} on" if start else ""
+        lines.append(f"sequences of {count(length, 'token')}{since}")
+    return lines
 
 
 def _duration(config: ExperimentConfig, corpus: CorpusInfo | None) -> list[str]:
-    batch = config.data_loader.global_batch_size
-    per_epoch = corpus.steps_per_epoch(config.data) if corpus is not None else None
+    batches = batches_of(config, corpus)
 
     def length(duration: Duration) -> str:
         try:
-            steps = steps_of_data(config, corpus)(duration.value, duration.unit)
+            steps = batches.steps_of(duration.value, duration.unit)
         except ValueError:
             return f"{count(duration.value, 'epoch')}; steps are known once the data is prepared"
-        epochs = f", {steps / per_epoch:.2f} epochs" if per_epoch else ""
-        return f"{count(steps, 'step')}, {steps * batch:,} tokens{epochs}"
+        epochs = f", {batches.epochs_done(steps):.2f} epochs" if batches.knows_epochs else ""
+        return f"{count(steps, 'step')}, {batches.tokens_done(steps):,} tokens{epochs}"
 
     stop = config.trainer.hard_stop
     lines = [length(config.trainer.max_duration)]
     return lines if stop is None else [*lines, f"hard stop after {length(stop)}"]
 
 
-def _engine(layout: Layout) -> list[str]:
+def _engine(config: ExperimentConfig, layout: Layout) -> list[str]:
     precision: str = layout.precision
     if precision == "auto":
         precision = "auto: bf16 where the hardware is fast at it, else fp32"
@@ -180,6 +198,8 @@ def _engine(layout: Layout) -> list[str]:
     if layout.dp_replicate > 1 and layout.dp_shard > 1:
         mesh = f", {layout.dp_replicate} replicas x {layout.dp_shard} shards"
     origin = "" if layout.origin == DEFAULT_ORIGIN else f", from {layout.origin}"
+    if (float8 := config.train_module.float8_config) is not None:
+        precision += f", {describe_float8(config.model.to_transformer(), float8)}"
     return [
         f"{layout.description}{mesh}, {count(layout.world_size, 'process')}{origin}",
         f"precision {precision}",

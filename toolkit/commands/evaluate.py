@@ -114,7 +114,7 @@ def evaluate(
     Each of `files` (files, folders, globs) is a set of its own; without them, the validation
     instances of the run are scored. `notify` is told, in a line, what is not as one might expect.
     """
-    model = _find(str(folder_of(where)), EvalSettings(**asked))
+    model = find_model(str(folder_of(where)), EvalSettings(**asked))
     if not files and model.run is None:
         raise ConfigError(
             f"{model.where}: not a run, so it has no validation data of its own; give --files PATH"
@@ -128,7 +128,9 @@ def evaluate(
     return Evaluation(source=model.where, step=step, settings=settings, scores=scores)
 
 
-class _Model(NamedTuple):
+class FoundModel(NamedTuple):
+    """A model on disk, and what it would be measured with."""
+
     where: str
     source: ModelSource | None
     """None: of a family that we do not know."""
@@ -143,6 +145,15 @@ class _Model(NamedTuple):
 
     def load(self, notify: Notify) -> tuple[LossFunction, int, int | None]:
         """Its loss, vocabulary and longest sequence."""
+        loaded = self.open(notify)
+        if loaded.is_ours:
+            loss_of = transformer_loss(loaded.model, loaded.device, autocast=loaded.autocast)
+        else:
+            loss_of = causal_lm_loss(loaded.model, loaded.device)
+        return loss_of, loaded.vocab_size, loaded.longest
+
+    def open(self, notify: Notify) -> "Loaded":
+        """The model on its device."""
         place = pick_device(self.settings.device)
         torch.backends.cuda.matmul.allow_tf32 = self.dtype != "fp32"
         if self.source is None:
@@ -154,18 +165,46 @@ class _Model(NamedTuple):
             notify(f"evaluated through transformers: {self.reason}")
             config = theirs.config.get_text_config()
             longest = getattr(config, "max_position_embeddings", None)
-            return causal_lm_loss(theirs, place), config.vocab_size, longest
+            return Loaded(theirs, place, config.vocab_size, longest)
         # As training does: fp32 weights, computed on in bf16. Weights of others are rounded once.
         is_ours = self.source.kind != "hf"
         ours = load_model(
             self.source, device=place, dtype=DTYPES["fp32" if is_ours else self.dtype]
         )
-        loss_of = transformer_loss(ours, place, autocast=is_ours and self.dtype == "bf16")
         transformer = self.source.config.to_transformer()
-        return loss_of, transformer.vocab_size, transformer.max_sequence_length
+        return Loaded(
+            ours,
+            place,
+            transformer.vocab_size,
+            transformer.max_sequence_length,
+            is_ours=True,
+            autocast=is_ours and self.dtype == "bf16",
+        )
 
 
-def _find(where: str, settings: EvalSettings) -> _Model:
+class Loaded(NamedTuple):
+    """A model in evaluation mode."""
+
+    model: Any
+    device: torch.device
+    vocab_size: int
+    longest: int | None
+    """Most tokens of a row; None: not known."""
+    is_ours: bool = False
+    """Else one of `transformers`."""
+    autocast: bool = False
+    """Compute in bf16 over fp32 weights."""
+
+    def logits(self, ids: torch.Tensor) -> torch.Tensor:
+        """Ids `(rows, seq)` to logits `(rows, seq, vocab)`."""
+        if not self.is_ours:
+            return self.model(input_ids=ids, use_cache=False).logits
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.autocast):
+            return self.model(ids)
+
+
+def find_model(where: str, settings: EvalSettings) -> FoundModel:
+    """The model `where`, and the settings of its run where it has one."""
     folder, source, reason, run = hf_folder_of(where), None, "", None
     dtype: DType = "fp32"
     batch_tokens = BATCH_TOKENS
@@ -183,14 +222,14 @@ def _find(where: str, settings: EvalSettings) -> _Model:
             run, source.metadata.world_size
         )
     dtype, batch_tokens = settings.dtype or dtype, settings.batch_tokens or batch_tokens
-    return _Model(where, source, folder, reason, run, dtype, batch_tokens, settings)
+    return FoundModel(where, source, folder, reason, run, dtype, batch_tokens, settings)
 
 
 Found = tuple[dict[str, TokenSums], dict[str, Any]]
 """Sums by the name of their set, and the settings that they were made with."""
 
 
-def _on_validation(model: _Model, notify: Notify) -> Found:
+def _on_validation(model: FoundModel, notify: Notify) -> Found:
     for name in ("sequence_length", "stride", "tokenizer"):
         if getattr(model.settings, name) is not None:
             option = f"--{name.replace('_', '-')}"
@@ -218,6 +257,7 @@ def _on_validation(model: _Model, notify: Notify) -> Found:
                 rank=0,
                 world_size=1,
                 vocab_size=corpus.vocab_size or vocab_size,
+                is_held_out=name not in corpus.eval_sets,
             )
             for name, instances in corpus.evaluation.items()
         }
@@ -234,7 +274,7 @@ def _on_validation(model: _Model, notify: Notify) -> Found:
     }
 
 
-def _on_files(model: _Model, files: Sequence[str], notify: Notify) -> Found:
+def _on_files(model: FoundModel, files: Sequence[str], notify: Notify) -> Found:
     settings, dataset = model.settings, model.run.dataset if model.run is not None else None
     sources = {
         path: FilesSourceConfig(paths=[path], text_field=settings.text_field) for path in files
@@ -243,7 +283,7 @@ def _on_files(model: _Model, files: Sequence[str], notify: Notify) -> Found:
         for source in sources.values():
             for line in plan_source(source, 0.0).listing.notes():
                 notify(line)
-        tokenizer = _tokenizer(model)
+        tokenizer = tokenizer_of(model)
     append_eos, mask_documents = True, False
     if dataset is not None:
         is_one = dataset.mix is None and dataset.custom is None
@@ -252,7 +292,7 @@ def _on_files(model: _Model, files: Sequence[str], notify: Notify) -> Found:
         kind = instances_config(dataset, evaluation=True)
         mask_documents = not isinstance(kind, FixedInstancesConfig) or kind.intra_document_masking
     loss_of, vocab_size, longest = model.load(notify)
-    length, stride = _lengths(settings, dataset, longest)
+    length, stride = row_lengths(settings, dataset, longest)
     found: dict[str, TokenSums] = {}
     for path, source in sources.items():
         with _option_names():
@@ -286,7 +326,7 @@ def _on_files(model: _Model, files: Sequence[str], notify: Notify) -> Found:
     }
 
 
-def _lengths(
+def row_lengths(
     settings: EvalSettings, dataset: DatasetConfig | None, longest: int | None
 ) -> tuple[int, int]:
     """Tokens of a row, and between the beginnings of two."""
@@ -309,7 +349,8 @@ def _lengths(
     return length, stride
 
 
-def _tokenizer(model: _Model) -> Tokenizer:
+def tokenizer_of(model: FoundModel) -> Tokenizer:
+    """The one asked for, else the model's; DataError: there is none."""
     if (asked := model.settings.tokenizer) is not None:
         return load_hf_tokenizer(HFTokenizerConfig(path=asked))
     source = model.source

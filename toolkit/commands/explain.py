@@ -27,16 +27,17 @@ from toolkit.distributed.ranks import check_launcher_variables
 from toolkit.errors import ConfigError, DataError, ErrorList, RunError, ToolkitError
 from toolkit.experiment.changes import config_changes
 from toolkit.experiment.checks import (
+    batches_of,
     check_corpus,
     check_experiment,
     check_load_options,
     layout_for,
-    steps_of_data,
 )
 from toolkit.experiment.config import ExperimentConfig
 from toolkit.experiment.found_data import has_data, started_in
 from toolkit.experiment.recorded import read_steps, stored_config
 from toolkit.experiment.resuming import ResumePlan, plan_resume
+from toolkit.experiment.schedules import check_schedule_lengths
 from toolkit.runs.environment import installed_version
 from toolkit.runs.files import RUN_FILES
 from toolkit.runs.registry import check_run_folder
@@ -78,6 +79,8 @@ def explain_resume(
     corpus = refused.ask(lambda: _corpus(config))
     refused.ask(lambda: check_run_folder(config.run, ""))
     found = _look(config, folder, corpus, refused)
+    batches = batches_of(config, corpus) if found.loader is None else found.loader.batches
+    refused.ask(lambda: check_schedule_lengths(config, batches, {}))
     changes = config_changes(
         stored_config(folder), plan.stored, started_in(folder / RUN_FILES.command)
     )
@@ -89,7 +92,7 @@ def explain_resume(
         ("optimizer", list(found.retrained)),
         ("config", changes or ["nothing changes"]),
         ("versions", _versions(found.saved)),
-        ("data", _data(config, corpus, found.state_of_data)),
+        ("data", _data(config, corpus, found)),
         ("goes on", _steps(config, corpus, found)),
     ]
     reasons = [str(error) for error in refused.errors]
@@ -241,30 +244,44 @@ def _versions(saved: CheckpointMetadata | None) -> list[str]:
     return changed or ["as when it was saved: " + ", ".join(f"{n} {v}" for n, v in then.items())]
 
 
-def _data(
-    config: ExperimentConfig, corpus: CorpusInfo | None, state: dict[str, Any] | None
-) -> list[str]:
+def _data(config: ExperimentConfig, corpus: CorpusInfo | None, found: _Found) -> list[str]:
+    state = found.state_of_data
     batch = state["batch"] if state else 0
     next_batch = f"next is batch {batch:,} of the run, counted from 0"
     if corpus is None:
         state_now = "refused, see below" if has_data(config) else "not prepared; that is done first"
         return [next_batch, f"{_places(config)}: {state_now}"]
-    size, per_epoch = config.data_loader.global_batch_size, corpus.steps_per_epoch(config.data)
-    if state and state["global_batch_size"] != size:
-        before = state["global_batch_size"]
+    planned = batches_of(config, corpus)
+    before, size = _size_change(config, found)
+    if before != size:
         line = f"{next_batch}: {size:,} tokens instead of {before:,}, from the next unseen instance"
-    elif per_epoch is None or (state and len(state.get("segments", [])) > 1):
+    elif not planned.knows_epochs or (state and len(state.get("segments", [])) > 1):
         line = next_batch
     else:
+        per_epoch = planned.plan.steps_per_epoch
         epoch, place = divmod(batch, per_epoch)
         line = f"next is batch {place:,} (from 0) of epoch {epoch + 1}, of {per_epoch:,}"
     return [line, corpus.where]
 
 
+def _size_change(config: ExperimentConfig, found: _Found) -> tuple[int, int]:
+    """Tokens of the next batch as the checkpoint has planned them, and as the config asks."""
+    state, saved = found.state_of_data, found.saved
+    if state is None or saved is None:
+        return 0, 0
+    before = int(state["global_batch_size"])
+    if segments := state.get("segments"):
+        last = next(s for s in reversed(segments) if s[0] <= state["batch"])
+        before = int(last[2]) * int(state["sequence_length"])
+    sizes = config.data_loader.batch_sizes
+    return before, next(size for start, size in reversed(sizes) if start <= saved.tokens)
+
+
 def _steps(config: ExperimentConfig, corpus: CorpusInfo | None, found: _Found) -> list[str]:
-    trainer, known = config.trainer, steps_of_data(config, corpus)
+    trainer, loader = config.trainer, found.loader
+    batches = batches_of(config, corpus) if loader is None else loader.batches
     try:
-        timeline = Timeline.of(trainer, known if found.loader is None else found.loader.steps_of)
+        timeline = Timeline.of(trainer, batches.steps_of)
     except ConfigError:
         return ["to a step that is known once the data is prepared"]
     last = timeline.stop_step

@@ -4,7 +4,7 @@ from fractions import Fraction
 
 import msgspec
 
-from toolkit.data.corpus_info import check_same_tokens
+from toolkit.data.corpus_info import check_same_tokens, planned_batches
 from toolkit.data.instances.open import count_instances
 from toolkit.data.order.mixture import MixPlan, check_limits
 from toolkit.data.order.resolve import resolve_mix, resolve_schedule
@@ -12,7 +12,6 @@ from toolkit.data.prepare.corpus import prepare_corpus
 from toolkit.data.tokens.prepared import PreparedDataset, dataset_folder, localize, read_prepared
 from toolkit.errors import ConfigError
 from toolkit.experiment.config import ExperimentConfig
-from toolkit.train.timeline import steps_of
 
 
 class SourcePreview(msgspec.Struct, frozen=True, kw_only=True):
@@ -101,14 +100,10 @@ def preview_mix(config: ExperimentConfig, *, prepare: bool) -> MixPreview:
 
 
 def _run_instances(config: ExperimentConfig, epoch_instances: int | None) -> int | None:
-    tokens = config.data_loader.global_batch_size
-    batch = max(1, tokens // config.dataset.sequence_length)
-    duration = config.trainer.max_duration
-    if duration.unit == "epochs":
-        if epoch_instances is None:
-            return None
-        return duration.value * epoch_instances // batch * batch
-    return steps_of(tokens)(duration.value, duration.unit) * batch
+    batches, duration = planned_batches(config.data, epoch_instances), config.trainer.max_duration
+    if duration.unit == "epochs" and not batches.knows_epochs:
+        return None
+    return batches.plan.consumed(batches.steps_of(duration.value, duration.unit))
 
 
 def share_text(share: float) -> str:

@@ -41,15 +41,10 @@ from toolkit.runs.files import RUN_FILES
 from toolkit.runs.registry import is_run, resolve_run_folder, run_of_checkpoint
 from toolkit.runs.status import not_a_run
 from toolkit.train.callbacks.config import CallbacksConfig
+from toolkit.train.callbacks.config_base import CallbackConfig
 from toolkit.train.config import Duration, TrainerConfig
 
 log = logging.getLogger(__name__)
-
-OBSERVERS = (
-    "speed_monitor", "network_monitor", "system_monitor", "lm_evaluator", "checkpointer",
-    "sample_writer", "console_logger",
-)  # fmt: skip
-"""Callbacks that only watch and write; off in a replay."""
 
 _NOT_NUMERIC = ("run.", "description", "trainer.")
 _NUMERIC = ("trainer.max_duration.", "trainer.deterministic")
@@ -198,7 +193,9 @@ def _numbers_of(folder: Path, attempt: int) -> dict[str, Any]:
 
 
 def _without_observers(callbacks: CallbacksConfig) -> CallbacksConfig:
-    silent = {name: getattr(callbacks, name).replace(enabled=False) for name in OBSERVERS}
+    """Off is what only watches and writes: all but those of the user's own."""
+    configs = ((name, getattr(callbacks, name)) for name in callbacks.__struct_fields__)
+    silent = {n: c.replace(enabled=False) for n, c in configs if isinstance(c, CallbackConfig)}
     # Nor is anything taken from there.
     silent["checkpointer"] = silent["checkpointer"].replace(upload_to=None)
     return callbacks.replace(**silent)

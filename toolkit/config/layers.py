@@ -16,19 +16,24 @@ from toolkit.config.named import is_name
 from toolkit.config.overrides import Override, parse_value
 from toolkit.config.types import (
     CLASS,
+    MODULE,
     UnknownFieldError,
     child_type,
     choose_struct,
+    door_of,
+    doors,
     expanded,
     field_default,
     field_types,
     is_index,
     join,
+    names_class,
     no_field,
     paths_to,
     struct_types,
     tag_field,
     tags,
+    through_door,
     type_of,
     value_type,
 )
@@ -47,6 +52,7 @@ class ConfigLayers(Generic[T]):
         self.data: dict[str, Any] = {}
         self._origins: dict[str, str] = {}
         self._root = type_of(config_type)
+        self._doors = doors(self._root)
 
     def add(self, data: dict[str, Any], origin: str) -> None:
         """Merge `data` over the layers so far.
@@ -59,15 +65,17 @@ class ConfigLayers(Generic[T]):
     def set(self, path: str, value: Any, origin: str) -> None:
         """Set one value (plain JSON types) at a dotted `path`; list items by index. Raises
         ConfigError for a path that does not exist, with the nearest known name."""
+        path, value = self._through_door(path, value)
         container, name, owner = self._open(path)
         if isinstance(container, list):
             container[_list_index(name, container, path)] = value
         else:
             parent = path.rpartition(".")[0]
-            value = expanded(value, child_type(owner, name, parent, container))
+            value = expanded(value, child_type(owner, name, parent, container), path)
             if name == tag_field(owner):
                 if CLASS in tags(owner) and is_name(value):
-                    self.set(path, CLASS, origin)
+                    is_module = MODULE in tags(owner) and container.get(name) == MODULE
+                    self.set(path, MODULE if is_module else CLASS, origin)
                     path, name = join(parent, "target"), "target"
                 elif value in tags(owner):
                     self._switch_tag(container, value, owner, parent)
@@ -75,6 +83,11 @@ class ConfigLayers(Generic[T]):
         self._record(path, value, origin)
 
     def parse(self, override: Override) -> Any:
+        """What the text of `override` is as plain JSON types, for the field it is meant for."""
+        path, value = self._through_door(override.path, None, text=override.text)
+        if path != override.path and value is not None:
+            return value
+        override = override._replace(path=path)
         try:
             container, name, owner = self._open(override.path)
         except UnknownFieldError as error:
@@ -101,6 +114,41 @@ class ConfigLayers(Generic[T]):
     def origins(self, config: T) -> dict[str, str]:
         """`path -> origin` for every leaf value of the resolved `config`."""
         return {path: self._origin_of(path) for path, _ in leaves(config.to_dict())}
+
+    def _through_door(self, path: str, value: Any, *, text: str | None = None) -> tuple[str, Any]:
+        """Where a value is kept that belongs to what the user named himself (see `DOOR`), and as
+        what; instead of the value its text may be given."""
+        for around, target in self._doors.items():
+            inside = path.removeprefix(f"{around}.")
+            name, _, rest = inside.partition(".")
+            if inside == path or name in field_types(choose_struct(target, {})):
+                continue
+            door = door_of(target)
+            assert door is not None
+            here, data = join(join(around, door[0]), name), self.data
+            for part in here.split("."):
+                data = data.get(part, {}) if isinstance(data, dict) else {}
+            if rest == "type":
+                return f"{here}.target", value
+            if not rest:
+                value = value if text is None else parse_value(text, None, path)
+                if isinstance(value, dict) and "type" in value:
+                    return here, value if text is not None else through_door(value, door[1])
+            elif data:
+                first = rest.partition(".")[0]
+                is_own = first in field_types(choose_struct(door[1], {}))
+                return f"{here}.{rest}" if is_own else f"{here}.options.{rest}", value
+        above, _, last = path.rpartition(".")
+        if last == "type" and names_class(self._type_at(above)):
+            return join(above, "target"), value
+        return path, value
+
+    def _type_at(self, path: str) -> Any:
+        """The type of what a path of names leads to; None where they are no fields."""
+        target = self._root
+        for name in path.split("."):
+            target = field_types(choose_struct(target, {})).get(name) or value_type(target)
+        return target
 
     def _open(self, path: str) -> tuple[dict | list, str, Any]:
         """(container, last name, type of the container) for `path`, filling in defaults on the way.

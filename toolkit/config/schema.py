@@ -11,7 +11,7 @@ import msgspec
 
 from toolkit.config.base import Config
 from toolkit.config.named import NAME_PATTERN
-from toolkit.config.types import CLASS, alternatives, type_of
+from toolkit.config.types import CLASS, alternatives, door_of, type_of
 
 
 def json_schema(config_type: type[Config]) -> dict[str, Any]:
@@ -28,6 +28,12 @@ def json_schema(config_type: type[Config]) -> dict[str, Any]:
             if CLASS in entry.get("discriminator", {}).get("mapping", {}):
                 del entry["discriminator"]  # it knows no names of classes
         _allow_names(definition, types.get(name))
+        if name in types and door_of(type_of(types[name])) is not None:
+            definition["additionalProperties"] = {
+                "type": "object",
+                "properties": {"type": {"type": "string", "pattern": f"^{NAME_PATTERN}$"}},
+                "required": ["type"],
+            }
     return schema
 
 

@@ -17,6 +17,12 @@ from toolkit.errors import ConfigError
 
 CLASS = "class"
 """Tag of the struct that holds a class of the user's, where a union has one; see `expanded`."""
+MODULE = "module"
+"""The same of a class that brings its own sizes: nothing but `options` is given beside its name."""
+DOOR = "door"
+"""Key under which the type of a field says that a struct takes further entries by any name,
+`{"type": "module:Class", OPTION: VALUE, ...}`, which are kept in that field as
+`{"target": "module:Class", "options": {...}}`; see `expanded`."""
 
 _LONGEST_SHOWN = 120
 _MOST_PATHS = 4
@@ -153,21 +159,83 @@ def unknown_field(path: str, name: str, structs: Iterable[inspect.StructType]) -
     names = sorted({f.encode_name for s in structs for f in s.fields})
     if near := nearest(name, names):
         return ConfigError(f"no such field; did you mean {near!r}?", key=join(path, name))
-    return UnknownFieldError(f"no such field; known: {', '.join(names)}", key=join(path, name))
+    known = ", ".join(names)
+    if any(map(door_of, structs)):
+        known += '; one of your own is {"type": "module:Class"}'
+    return UnknownFieldError(f"no such field; known: {known}", key=join(path, name))
 
 
-def expanded(data: Any, target: Any) -> Any:
+def names_class(target: Any) -> bool:
+    """Whether a struct without a tag has a `target`, a class of the user's, which may be written
+    `type` as in unions."""
+    structs = struct_types(target)
+    names = field_types(structs[0]).keys() if len(structs) == 1 else ()
+    return "target" in names and "type" not in names
+
+
+def door_of(target: Any) -> tuple[str, Any] | None:
+    """The field of a struct that keeps entries of any name (see `DOOR`), and their type."""
+    structs = struct_types(target)
+    fields = structs[0].fields if len(structs) == 1 else ()
+    found = (f for f in fields if note_of(f.type, DOOR))
+    return next(((f.encode_name, value_type(f.type)) for f in found), None)
+
+
+def doors(target: Any, path: str = "") -> dict[str, Any]:
+    """Path -> type of every struct below `target` that has a door."""
+    found = {path: target} if door_of(target) else {}
+    for name, inner in field_types(choose_struct(target, {})).items():
+        found |= doors(inner, join(path, name))
+    return found
+
+
+def through_door(value: dict[str, Any], entry: Any) -> dict[str, Any]:
+    """What an entry `{"type": NAME, OPTION: VALUE, ...}` is kept as, a struct of type `entry`."""
+    rest = {name: item for name, item in value.items() if name != "type"}
+    kept = {name: rest.pop(name) for name in field_types(choose_struct(entry, {})) if name in rest}
+    kept["target"] = value["type"]
+    if rest:
+        given = kept.get("options", {})
+        kept["options"] = {**given, **rest} if isinstance(given, dict) else given
+    return kept
+
+
+def _through_doors(data: dict[str, Any], target: Any, path: str) -> dict[str, Any]:
+    if (door := door_of(target)) is None or not isinstance(data.get(door[0], {}), dict):
+        return data
+    own, known = {}, field_types(choose_struct(target, data))
+    for name, value in data.items():
+        if name not in known and isinstance(value, dict) and "type" in value:
+            if name in data.get(door[0], {}):
+                raise ConfigError(f"given twice, here and in {door[0]}", key=join(path, name))
+            own[name] = through_door(value, door[1])
+    rest = {name: value for name, value in data.items() if name not in own}
+    return {**rest, door[0]: {**rest.get(door[0], {}), **own}} if own else data
+
+
+def expanded(data: Any, target: Any, path: str = "") -> Any:
     """`data` with `{"type": "class", "target": NAME}` for each `{"type": NAME}` whose NAME is
-    "module:Class", where the union of types takes a class of the user's."""
+    "module:Class", where the union of types takes a class of the user's; and with what a user named
+    himself where it is kept. Raises ConfigError: such a name is given twice."""
     if isinstance(data, list):
-        return [expanded(item, item_type(target, index)) for index, item in enumerate(data)]
+        return [
+            expanded(item, item_type(target, index), join(path, index))
+            for index, item in enumerate(data)
+        ]
     if not isinstance(data, dict):
         return data
+    data = _through_doors(data, target, path)
     tag = tag_field(target)
     if CLASS in tags(target) and is_name(data.get(tag)):
-        data = {**data, tag: CLASS, "target": data[tag]}
+        is_alone = MODULE in tags(target) and data.keys() <= {tag, "options"}
+        data = {**data, tag: MODULE if is_alone else CLASS, "target": data[tag]}
+    elif "type" in data and names_class(target) and "target" not in data:
+        data = {"target" if name == "type" else name: value for name, value in data.items()}
     fields = field_types(choose_struct(target, data))
-    return {k: expanded(v, fields.get(k) or value_type(target)) for k, v in data.items()}
+    return {
+        name: expanded(value, fields.get(name) or value_type(target), join(path, name))
+        for name, value in data.items()
+    }
 
 
 def paths_to(target: Any, path: str) -> list[str]:

@@ -16,8 +16,18 @@ from toolkit.data.order.config import (  # noqa: F401
     MixSourceConfig,
     RatioChangeConfig,
 )
+from toolkit.data.order.plan import Phase
+from toolkit.data.order.schedule import (
+    BatchSizeChangeConfig,
+    SequenceLengthChangeConfig,
+    Values,
+    check_changes,
+    phases_of,
+    values_of,
+)
 from toolkit.data.source_config import (  # noqa: F401
     DiskSourceConfig,
+    EvalSetConfig,
     FilesSourceConfig,
     FiltersConfig,
     HubSourceConfig,
@@ -202,6 +212,8 @@ class DatasetConfig(Config, kw_only=True):
     )
     """How validation documents become instances; default: as in training; fixed with
     `intra_document_masking` where that is variable."""
+    eval_sets: dict[str, EvalSetConfig] = msgspec.field(default_factory=dict)
+    """Further texts that `lm_evaluator` scores, by the name that they have in eval.jsonl."""
     num_processes: int | None = None
     """Processes for `prepare`; default: all cores."""
 
@@ -215,6 +227,14 @@ class DatasetConfig(Config, kw_only=True):
             value = getattr(self, field)
             if not value or ".." in value.split("/") or value.startswith("/"):
                 raise ValueError(f"{field} must be a relative folder name, not {value!r}")
+        if self.eval_sets and self.custom is not None:
+            raise ValueError(
+                "eval_sets go with token files; a custom data set gives its validation rows itself"
+            )
+        if "val" in self.eval_sets:
+            raise ValueError(
+                "eval_sets: val is what held-out documents are called; choose another name"
+            )
         given = [name for name in ("source", "mix", "custom") if getattr(self, name) is not None]
         if len(given) > 1:
             raise ValueError(f"give one of {' and '.join(given)}, not both")
@@ -229,6 +249,11 @@ class DataLoaderConfig(Config, kw_only=True):
 
     global_batch_size: int = 65_536
     """Tokens per optimizer step over all ranks."""
+    batch_size_schedule: tuple[BatchSizeChangeConfig, ...] = ()
+    """Other batch sizes from given points of training on; `global_batch_size` is the first."""
+    sequence_length_schedule: tuple[SequenceLengthChangeConfig, ...] = ()
+    """Shorter rows until given points of training: instances of `dataset.sequence_length` tokens
+    are cut into equal parts. For `dataset.instances` of type fixed."""
     eval_batch_size: int | None = None
     """Tokens per evaluation forward on one rank; default: the training microbatch."""
     eval_tokens: int | None = 1_048_576
@@ -250,6 +275,33 @@ class DataLoaderConfig(Config, kw_only=True):
         for name in ("prefetch_factor", "num_workers"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative: {getattr(self, name)}")
+        lines = check_changes("batch_size_schedule", self.batch_size_schedule, "global_batch_size")
+        changes = self.sequence_length_schedule
+        lines += check_changes("sequence_length_schedule", changes, "sequence_length")
+        if lines:
+            raise ValueError("\n".join(lines))
+
+    @property
+    def batch_sizes(self) -> Values:
+        """(tokens seen, tokens per optimizer step from there on)."""
+        return values_of(self.batch_size_schedule, "global_batch_size", self.global_batch_size)
+
+    @property
+    def batch_size_keys(self) -> list[str]:
+        """What gives each of `batch_sizes`."""
+        places = [change.tokens for change in self.batch_size_schedule]
+        keys = [f"batch_size_schedule.{n}.global_batch_size" for n in range(len(places))]
+        first = [] if places[:1] == [0] else ["global_batch_size"]
+        return [f"data_loader.{key}" for key in (*first, *keys)]
+
+    def sequence_lengths(self, sequence_length: int) -> Values:
+        """(tokens seen, tokens of a row from there on), of instances of `sequence_length`."""
+        return values_of(self.sequence_length_schedule, "sequence_length", sequence_length)
+
+    def phases(self, sequence_length: int) -> list[Phase]:
+        """The sizes of batches and rows over the run, in instances of `sequence_length`."""
+        lengths = self.sequence_lengths(sequence_length)
+        return phases_of(self.batch_sizes, lengths, sequence_length)
 
 
 class StoreConfig(Config, kw_only=True):
@@ -281,3 +333,8 @@ class DataConfig(Config, kw_only=True):
     store: StoreConfig = StoreConfig()
     seed: Seed = 0
     """Seed of the data order when `data_loader.seed` is null."""
+
+    @property
+    def phases(self) -> list[Phase]:
+        """The sizes of batches and rows over the run, in instances."""
+        return self.data_loader.phases(self.dataset.sequence_length)

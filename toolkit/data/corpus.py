@@ -11,16 +11,27 @@ from collections.abc import Mapping
 from typing import Any
 
 from toolkit.data.config import DataConfig, DatasetConfig, VariableInstancesConfig
-from toolkit.data.corpus_info import VAL, CorpusInfo, check_same_tokens, data_places, read_corpus
+from toolkit.data.corpus_info import (
+    NO_EPOCHS,
+    VAL,
+    CorpusInfo,
+    check_batch_schedules,
+    check_eval_sets,
+    check_same_tokens,
+    data_places,
+    read_corpus,
+)
 from toolkit.data.instances.base import InstanceDataset
 from toolkit.data.instances.custom import UNKNOWN_LENGTH, SequentialStream, open_custom
 from toolkit.data.instances.open import ensure_plans, open_instances
 from toolkit.data.instances.variable import VariableDataset, VariableOrder
-from toolkit.data.order.batches import BatchOrder, Segment, StreamBatches
+from toolkit.data.order.batches import BatchOrder, StreamBatches
 from toolkit.data.order.mixture import MixedDataset, MixedStream
+from toolkit.data.order.plan import Batches, Segment
 from toolkit.data.order.stream import InstanceStream, ShuffledStream
 from toolkit.data.tokens.prepared import PreparedDataset, localize, nothing_held_out
 from toolkit.errors import DataError
+from toolkit.wording import count
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +43,8 @@ class Corpus:
     train: InstanceDataset
     evaluation: dict[str, InstanceDataset]
     """The validation instances by name; empty where there are none."""
+    eval_sets: frozenset[str] = frozenset()
+    """Which of them were not held out of the training data."""
     order: BatchOrder
     """Of the global batches."""
     vocab_size: int
@@ -42,6 +55,11 @@ class Corpus:
     """The value of the config that gave it, for messages."""
     stream: MixedStream | None = None
     """Of a mixture."""
+
+    def batches(self, order: BatchOrder | None = None) -> Batches:
+        """Sizes, tokens and epochs of the batches of `order` (default: the corpus' own)."""
+        unknown = None if self.has_known_length else NO_EPOCHS
+        return Batches(order or self.order, self.train.sequence_length, no_epochs=unknown)
 
     @property
     def has_known_length(self) -> bool:
@@ -68,6 +86,7 @@ def open_corpus(cfg: DataConfig, info: CorpusInfo | None = None) -> Corpus:
     Raises:
         ConfigError, DataError: token files are missing or damaged, or do not suit the config.
     """
+    check_batch_schedules(cfg)
     info = info or read_corpus(cfg, in_use=True)
     if info is None:
         places = ", ".join(str(place) for place in data_places(cfg))
@@ -75,7 +94,8 @@ def open_corpus(cfg: DataConfig, info: CorpusInfo | None = None) -> Corpus:
     if not info.is_ready:
         if info.parts:
             check_same_tokens({name: prepared for name, (_, prepared) in info.parts.items()})
-        for config, prepared in info.parts.values():
+        check_eval_sets(info)
+        for config, prepared in (*info.parts.values(), *info.eval_parts.values()):
             ensure_plans(prepared, config)
     loader, length = cfg.data_loader, cfg.dataset.sequence_length
     seed, seed_key = loader.seed, "data_loader.seed"
@@ -106,8 +126,12 @@ def open_corpus(cfg: DataConfig, info: CorpusInfo | None = None) -> Corpus:
             train.fingerprint = stream.fingerprint
         else:
             (train,) = opened.values()
-        evaluation = _evaluation({name or VAL: part for name, part in info.parts.items()})
-    batch_instances = max(1, loader.global_batch_size // length)
+        evaluation = {
+            **_eval_sets(info),
+            **_evaluation({name or VAL: part for name, part in info.parts.items()}),
+        }
+    phases = cfg.phases
+    batch_instances = phases[0].batch_instances
     if isinstance(train, VariableDataset):
         kind = cfg.dataset.instances
         assert isinstance(kind, VariableInstancesConfig)
@@ -125,16 +149,31 @@ def open_corpus(cfg: DataConfig, info: CorpusInfo | None = None) -> Corpus:
         stream = stream or ShuffledStream(
             train.num_instances, fingerprint=train.fingerprint, seed=seed, shuffle=loader.shuffle
         )
-        order = StreamBatches(stream, [Segment(0, 0, batch_instances)])
+        order = StreamBatches(stream, [Segment(0, 0, batch_instances)]).continued((), 0, phases)
     return Corpus(
         train=train,
         evaluation=evaluation,
+        eval_sets=frozenset(info.eval_parts),
         order=order,
         vocab_size=vocab_size,
         seed=seed,
         seed_key=seed_key,
         stream=stream if isinstance(stream, MixedStream) else None,
     )
+
+
+def _eval_sets(info: CorpusInfo) -> dict[str, InstanceDataset]:
+    found: dict[str, InstanceDataset] = {}
+    for name, (config, prepared) in info.eval_parts.items():
+        found[name] = open_instances(prepared, "train", config)
+        if not found[name].num_instances:
+            raise DataError(
+                f"dataset.eval_sets.{name}: {prepared.folder} has "
+                f"{count(prepared.num_tokens('train'), 'token')}, less than one instance of "
+                f"dataset.sequence_length {config.sequence_length}; give it more text, or padded "
+                "instances (dataset.eval_instances)"
+            )
+    return found
 
 
 def _evaluation(

@@ -4,8 +4,15 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from toolkit.data.config import DataConfig, DatasetConfig, MixSourceConfig, SourceConfig
-from toolkit.data.instances.open import count_rows
+from toolkit.data.config import (
+    DataConfig,
+    DatasetConfig,
+    MixSourceConfig,
+    SourceConfig,
+    VariableInstancesConfig,
+)
+from toolkit.data.instances.open import count_rows, instances_config
+from toolkit.data.order.plan import Batches, BatchPlan, Segment
 from toolkit.data.order.resolve import limited_instances, resolve_mix
 from toolkit.data.tokens.prepared import (
     PreparedDataset,
@@ -15,10 +22,13 @@ from toolkit.data.tokens.prepared import (
     open_prepared,
     read_prepared,
 )
-from toolkit.errors import ConfigError
+from toolkit.errors import ConfigError, ErrorList
 
 VAL = "val"
 """Name of the evaluation on the one validation split there is."""
+NO_EPOCHS = "the data does not say how long an epoch is; use steps or tokens"
+FAR = 1 << 62
+"""Instances of an epoch whose length is not known."""
 
 
 class CorpusInfo(NamedTuple):
@@ -35,6 +45,8 @@ class CorpusInfo(NamedTuple):
     """Every id is below this; None where a custom data set does not say."""
     where: str
     """For messages: the folder, or what stands for it."""
+    eval_parts: dict[str, tuple[DatasetConfig, PreparedDataset]] = {}  # noqa: RUF012
+    """Token files of `dataset.eval_sets` by name; all documents are in their training split."""
     is_ready: bool = False
     """Whether all plans of rows are made, and the sources of a mixture have the same tokens."""
 
@@ -42,21 +54,74 @@ class CorpusInfo(NamedTuple):
         """Tokens of the split in all parts."""
         return sum(prepared.num_tokens(split) for _, prepared in self.parts.values())
 
-    def epoch_end(self, config: DataConfig, epochs: int) -> int | None:
-        """Number of batches of one size until `epochs` passes are done; None: not known yet."""
-        if self.rows is not None and config.dataset.mix is not None:
-            # Batches of a mixture go across passes.
-            size = config.data_loader.global_batch_size // config.dataset.sequence_length
-            return epochs * sum(number for _, number in self.rows) // size
-        per_epoch = self.steps_per_epoch(config)
-        return None if per_epoch is None else per_epoch * epochs
-
-    def steps_per_epoch(self, config: DataConfig) -> int | None:
-        """Whole global batches in one pass; None: not known yet."""
+    def epoch_instances(self, config: DataConfig) -> int | None:
+        """Instances of one pass; None: not known yet. Rows of variable length count as those of
+        whole batches: as many as there are batches of rows of `dataset.sequence_length`."""
         if self.rows is None:
             return None
-        tokens = config.data_loader.global_batch_size
-        return sum(number // max(1, tokens // length) for length, number in self.rows)
+        if isinstance(config.dataset.instances, VariableInstancesConfig):
+            tokens, per_batch = config.data_loader.global_batch_size, config.phases[0]
+            batches = sum(number // max(1, tokens // length) for length, number in self.rows)
+            return batches * per_batch.batch_instances
+        return sum(number for _, number in self.rows)
+
+
+def planned_batches(config: DataConfig, epoch_instances: int | None) -> Batches:
+    """The batches of a run from its beginning; `epoch_instances` as `CorpusInfo` has them."""
+    plan = BatchPlan(
+        [Segment(0, 0, 1)],
+        # Batches of a mixture go across passes.
+        epoch_instances=epoch_instances or FAR,
+        keeps_epochs_apart=config.dataset.mix is None,
+    )
+    plan = plan.continued((), 0, config.phases)
+    unknown = None
+    if not epoch_instances:
+        unknown = "epochs need prepared data; run `toolkit prepare` first"
+        if config.dataset.custom is not None:
+            unknown = NO_EPOCHS
+    return Batches(plan, config.dataset.sequence_length, no_epochs=unknown)
+
+
+def check_batch_schedules(config: DataConfig) -> None:
+    """Check that the schedules of batch size and row length suit the kind of data. Raises
+    ConfigError."""
+    loader, dataset, found = config.data_loader, config.dataset, ErrorList()
+    kind = dataset.instances.to_dict()["type"] if dataset.custom is None else "custom"
+    if loader.batch_size_schedule and kind == "variable":
+        found.add(
+            ConfigError(
+                "the order of dataset.instances of type variable is made for one batch size; leave "
+                "it out, or use instances of type fixed, packed or padded",
+                key="data_loader.batch_size_schedule",
+            )
+        )
+    if loader.sequence_length_schedule and kind != "fixed":
+        why = {
+            "variable": "rows of type variable have lengths of their own (curriculum)",
+            "custom": "a data set written in Python makes its own rows",
+        }.get(kind, f"rows of type {kind} hold whole documents, which this would cut")
+        found.add(
+            ConfigError(
+                f"{why}; leave it out, or use dataset.instances of type fixed",
+                key="data_loader.sequence_length_schedule",
+            )
+        )
+    longest = dataset.sequence_length
+    for number, (_, length) in enumerate(loader.sequence_lengths(longest)):
+        if length < 2 or longest % length:
+            index = number - (loader.sequence_length_schedule[0].tokens > 0)
+            below = next((n for n in range(min(length, longest), 1, -1) if longest % n == 0), None)
+            above = next((n for n in range(length + 1, longest + 1) if longest % n == 0), None)
+            nearest = " or ".join(str(n) for n in (below, above) if n)
+            found.add(
+                ConfigError(
+                    f"{length} does not divide dataset.sequence_length {longest}; nearest that "
+                    f"work: {nearest}",
+                    key=f"data_loader.sequence_length_schedule.{index}.sequence_length",
+                )
+            )
+    found.raise_any()
 
 
 def read_corpus(cfg: DataConfig, *, in_use: bool = False) -> CorpusInfo | None:
@@ -68,16 +133,20 @@ def read_corpus(cfg: DataConfig, *, in_use: bool = False) -> CorpusInfo | None:
     """
     if cfg.dataset.custom is not None:
         return custom_info(cfg)
-    parts = {}
-    for name, config in datasets_of(cfg).items():
-        prepared = open_prepared(config) if in_use else read_prepared(config)
-        if prepared is None:
-            return None
-        parts[name] = (config, prepared)
-    return corpus_info(cfg, parts)
+    parts: dict[str, tuple[DatasetConfig, PreparedDataset]] = {}
+    eval_parts = dict(parts)
+    for found, configs in ((parts, datasets_of(cfg)), (eval_parts, eval_sets_of(cfg))):
+        for name, config in configs.items():
+            prepared = open_prepared(config) if in_use else read_prepared(config)
+            if prepared is None:
+                return None
+            found[name] = (config, prepared)
+    return corpus_info(cfg, parts)._replace(eval_parts=eval_parts)
 
 
-def check_same_tokens(sources: Mapping[str, PreparedDataset]) -> None:
+def check_same_tokens(
+    sources: Mapping[str, PreparedDataset], *, key: str = "dataset.mix", verb: str = "mix"
+) -> None:
     """Raise ConfigError when an id does not mean the same in all sources, or documents do not begin
     and end alike."""
     (first_name, first), *others = sources.items()
@@ -91,15 +160,24 @@ def check_same_tokens(sources: Mapping[str, PreparedDataset]) -> None:
             one, two = getattr(first.manifest, field), getattr(prepared.manifest, field)
             if one != two:
                 raise ConfigError(
-                    f"dataset.mix: {first_name} and {name} do not mix: {what} differ "
+                    f"{key}: {first_name} and {name} do not {verb}: {what} differ "
                     f"({one} in {first.folder}, {two} in {prepared.folder}); prepare one of "
                     "them again under another dataset_config"
                 )
 
 
+def check_eval_sets(info: CorpusInfo) -> None:
+    """Raise ConfigError when an id of an evaluation set does not mean what it means in training."""
+    for first_name, (_, first) in [*info.parts.items()][:1]:
+        for name, (_, prepared) in info.eval_parts.items():
+            pair = {first_name or "the training data": first, name: prepared}
+            check_same_tokens(pair, key=f"dataset.eval_sets.{name}", verb="go together")
+
+
 def data_places(cfg: DataConfig) -> list[Path]:
     """Folders where the token files of `cfg` are, or will be."""
-    return [dataset_folder(dataset) for dataset in datasets_of(cfg).values()]
+    datasets = [*datasets_of(cfg).values(), *eval_sets_of(cfg).values()]
+    return [dataset_folder(dataset) for dataset in datasets]
 
 
 def datasets_of(cfg: DataConfig) -> dict[str, DatasetConfig]:
@@ -111,6 +189,43 @@ def datasets_of(cfg: DataConfig) -> dict[str, DatasetConfig]:
     if dataset.mix is None:
         return {"": dataset}
     return {source.name: source.dataset for source in resolve_mix(dataset)}
+
+
+def eval_sets_of(cfg: DataConfig) -> dict[str, DatasetConfig]:
+    """The corpora of token files that `cfg` only evaluates, by name. Each is a corpus by itself of
+    which nothing is held out, with rows as evaluations have them. ConfigError: a name or a folder
+    is that of training data, or of another set."""
+    if not cfg.dataset.eval_sets:
+        return {}
+    dataset, trained = localize(cfg.dataset, cfg.store), datasets_of(cfg)
+    folders = {dataset_folder(config): name or "training" for name, config in trained.items()}
+    found: dict[str, DatasetConfig] = {}
+    for name, one in dataset.eval_sets.items():
+        key = f"dataset.eval_sets.{name}"
+        if name in trained:
+            raise ConfigError("a source of the mixture has this name; choose another one", key=key)
+        found[name] = dataset.replace(
+            source=one.source,
+            mix=None,
+            eval_sets={},
+            dataset_name=one.dataset_name or name,
+            dataset_config=one.dataset_config or dataset.dataset_config,
+            instructions=one.instructions,
+            filters=None,
+            deduplicate=False,
+            validation_fraction=0.0,
+            instances=instances_config(dataset, evaluation=True),
+            eval_instances=None,
+        )
+        folder = dataset_folder(found[name])
+        if folder in folders:
+            raise ConfigError(
+                f"its token files would be in {folder}, like those of {folders[folder]}; give it a "
+                "dataset_name",
+                key=key,
+            )
+        folders[folder] = name
+    return found
 
 
 ChangeSource = Callable[[SourceConfig | None], SourceConfig | None]
@@ -132,6 +247,11 @@ def with_sources(dataset: DatasetConfig, change: ChangeSource) -> DatasetConfig:
             for name, source in sources.items()
         }
 
+    if dataset.eval_sets:
+        sets = {
+            name: one.replace(source=change(one.source)) for name, one in dataset.eval_sets.items()
+        }
+        dataset = dataset.replace(eval_sets=sets)
     if dataset.mix is None:
         return dataset.replace(source=change(dataset.source))
     return dataset.replace(mix=dataset.mix.replace(sources=changed(dataset.mix.sources)))

@@ -21,6 +21,8 @@ class EvalLoader:
     Attributes:
         num_instances: instances evaluated over all ranks.
         vocab_size: every id is below this; 0: not known.
+        is_held_out: whether the instances were held out of the training data, and count in the sum
+            of all that were.
         num_batches: batches of each rank.
     """
 
@@ -33,10 +35,12 @@ class EvalLoader:
         rank: int,
         world_size: int,
         vocab_size: int,
+        is_held_out: bool = True,
     ) -> None:
         self.dataset = dataset
         self.sequence_length = dataset.sequence_length
         self.vocab_size = vocab_size
+        self.is_held_out = is_held_out
         wanted = dataset.num_instances
         if eval_tokens is not None:
             wanted = min(wanted, max(1, eval_tokens // self.sequence_length))

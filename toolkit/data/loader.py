@@ -7,7 +7,7 @@ one operation each, so the background thread that reads ahead seldom needs the i
 import contextlib
 import math
 from collections.abc import Generator, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,13 +18,9 @@ from toolkit.data.corpus import Corpus, changed_data, open_corpus
 from toolkit.data.evaluation import EvalLoader
 from toolkit.data.instances.base import Rows, check_ids
 from toolkit.data.instances.custom import UNKNOWN_LENGTH
-from toolkit.data.order.batches import (
-    Segment,
-    StreamBatches,
-    instances_per_batch,
-    steps_until,
-)
+from toolkit.data.order.batches import BatchOrder, StreamBatches, check_batch_size
 from toolkit.data.order.mixture import check_limits
+from toolkit.data.order.plan import Segment
 from toolkit.data.prefetch import prefetch_to_device, read_ahead
 from toolkit.errors import DataError
 
@@ -58,7 +54,7 @@ def get_dataloaders(
         corpus: the data of `cfg`, when it is open already.
 
     Returns the training loader, and a loader for each set of validation instances: `val`, or in a
-    mixture one by the name of each source.
+    mixture one by the name of each source; and one for each of `dataset.eval_sets`.
 
     Raises:
         ConfigError: sizes that do not divide.
@@ -84,6 +80,7 @@ def get_dataloaders(
             rank=batch_rank,
             world_size=batch_ranks,
             vocab_size=corpus.vocab_size,
+            is_held_out=name not in corpus.eval_sets,
         )
         for name, dataset in corpus.evaluation.items()
     }
@@ -95,8 +92,8 @@ class TrainLoader:
     alone; rank r gets the r-th contiguous slice of each global batch.
 
     Attributes:
-        global_batch_size: tokens per optimizer step over all ranks.
         sequence_length: tokens of the longest row.
+        batches: sizes of batches and rows, tokens and epochs, durations as steps.
         batches_done: number of the next batch; `iterate` sets it as it yields.
         fingerprint, vocab_size, bytes_per_token, tokenizer_folder: of the training data.
         config: what `get_dataloaders` made it from; None: something else did.
@@ -114,6 +111,7 @@ class TrainLoader:
     ) -> None:
         self.dataset = dataset = corpus.train
         self.global_batch_size = config.global_batch_size
+        """Tokens of a batch until a schedule changes it."""
         self.sequence_length = dataset.sequence_length
         self.fingerprint = dataset.fingerprint
         self.bytes_per_token = dataset.bytes_per_token
@@ -128,17 +126,21 @@ class TrainLoader:
         self._prefetch_factor = config.prefetch_factor
         self._rank, self._world_size = rank, world_size
         self._device = device or torch.device("cpu")
-        self._instances = instances_per_batch(
-            config.global_batch_size, dataset.sequence_length, world_size
-        )
-        if corpus.order.steps_per_epoch < 1:
+        for (_, size), key in zip(config.batch_sizes, config.batch_size_keys, strict=True):
+            check_batch_size(size, dataset.sequence_length, world_size, key)
+        self._phases = config.phases(dataset.sequence_length)
+        largest = max(segment.batch_instances for segment in corpus.order.segments)
+        if corpus.order.epoch_instances < largest:
             raise DataError(
                 f"not enough data for one batch: the training split has {self.num_instances} "
                 f"instances of dataset.sequence_length {self.sequence_length}, one batch of "
-                f"data_loader.global_batch_size {self.global_batch_size} needs {self._instances}; "
+                f"data_loader.global_batch_size {largest * self.sequence_length} needs {largest}; "
                 "make one of the two smaller, or give more text"
             )
-        self._order = corpus.order
+        self._set_order(corpus.order)
+
+    def _set_order(self, order: BatchOrder) -> None:
+        self._order, self.batches = order, self.corpus.batches(order)
 
     @property
     def steps_per_epoch(self) -> float:
@@ -151,21 +153,12 @@ class TrainLoader:
         """Instances that one epoch leaves out."""
         return self._order.dropped_instances
 
-    def steps_of(self, value: int, unit: Literal["steps", "tokens", "epochs"]) -> int:
-        """`steps_until`. ValueError: epochs of data that does not say how much there is."""
-        if unit == "epochs" and math.isinf(self.steps_per_epoch):
-            raise ValueError("the data does not say how long an epoch is; use steps or tokens")
-        return steps_until(self._order, value, unit, self.sequence_length)
-
-    def epochs_done(self, steps: int) -> float:
-        """Passes over the data that the first `steps` steps are; 0.0 where that is not known."""
-        return 0.0 if math.isinf(self.steps_per_epoch) else self._order.epochs_done(steps)
-
     def check_repetitions(self, steps: int) -> None:
         """Raise ConfigError when `steps` steps repeat a source of a mixture more than it may be."""
         if self.corpus.stream is not None:
             plan = self.corpus.stream.plan
-            check_limits(plan, self._position(steps), batch_instances=self._instances)
+            size = self._order.segment(steps).batch_instances
+            check_limits(plan, self._position(steps), batch_instances=size)
 
     def instance_indices(self, batch_number: int) -> np.ndarray:
         """Instances of the global batch, shape `(rows,)`."""
@@ -173,7 +166,8 @@ class TrainLoader:
 
     def global_batch(self, batch_number: int) -> Batch:
         """The global batch itself, all ranks' rows; see `iterate`."""
-        return _tensors(self.dataset.read(self.instance_indices(batch_number)))
+        rows = self.dataset.read(self.instance_indices(batch_number))
+        return _cut(_tensors(rows), self._order.segment(batch_number).row_split)
 
     def counts(self, batches: int) -> dict[str, int]:
         """Instances drawn of each source of a mixture in the first `batches` batches."""
@@ -218,14 +212,17 @@ class TrainLoader:
                 "starting a new run with trainer.load_path and trainer.load_weights_only=true"
             )
         first = Segment(0, 0, state["global_batch_size"] // self.sequence_length)
-        segments = [Segment(*values) for values in state.get("segments", [first])]
+        history = [Segment(*values) for values in state.get("segments", [first])]
         self.batches_done = state["batch"]
-        self._order = self._order.resized(segments, self.batches_done, self._instances)
-        if state["global_batch_size"] != self.global_batch_size:
+        planned = next(s for s in reversed(history) if s.first_batch <= self.batches_done)
+        self._set_order(self._order.continued(history, self.batches_done, self._phases))
+        segment = self._order.segment(self.batches_done)
+        if planned.batch_instances != segment.batch_instances:
+            length = self.sequence_length
             self.notice = (
-                f"data_loader.global_batch_size {state['global_batch_size']:,} -> "
-                f"{self.global_batch_size:,} tokens: batch {self.batches_done:,} starts at the "
-                f"next unseen instance, {self._order.segments[-1].position:,} of the data stream"
+                f"data_loader.global_batch_size {planned.batch_instances * length:,} -> "
+                f"{segment.batch_instances * length:,} tokens: batch {self.batches_done:,} starts "
+                f"at the next unseen instance, {segment.position:,} of the data stream"
             )
 
     def close(self) -> None:
@@ -256,27 +253,33 @@ class TrainLoader:
         return StreamBatches(self._order.stream, found).next_position(batch)
 
     def _batches(self, start_batch: int) -> Generator[Batch, None, None]:
-        chunk_batches = 1
-        if self._order.is_uniform and not getattr(self.dataset, "is_slow_to_read", False):
-            rank_tokens = self._instances // self._world_size * self.sequence_length
-            chunk_batches = max(1, CHUNK_TOKENS // rank_tokens)
-        chunks = self._chunks(start_batch, chunk_batches)
+        chunks = self._chunks(start_batch)
         if self._prefetch_factor:
-            chunks = read_ahead(chunks, -(-self._prefetch_factor // chunk_batches))
+            most = self._batches_at_once(start_batch)
+            chunks = read_ahead(chunks, -(-self._prefetch_factor // most))
         with contextlib.closing(chunks):
-            for rows, num_batches in chunks:
-                tensors = _tensors(rows)
+            for rows, num_batches, row_split in chunks:
+                tensors = _cut(_tensors(rows), row_split)
                 if self._device.type == "cuda":
                     tensors = {key: tensor.pin_memory() for key, tensor in tensors.items()}
                 pieces = {key: tensor.chunk(num_batches) for key, tensor in tensors.items()}
                 for number in range(num_batches):
                     yield {key: parts[number] for key, parts in pieces.items()}
 
-    def _chunks(self, batch: int, count: int) -> Generator[tuple[Rows, int], None, None]:
-        """This rank's rows of up to `count` batches at once, and how many batches they are."""
-        ahead = max(count, ORDERED_INSTANCES // self._instances) if self._order.is_uniform else 1
+    def _batches_at_once(self, batch: int) -> int:
+        """How many batches of the size of this one are read together."""
+        if not self._order.is_uniform or getattr(self.dataset, "is_slow_to_read", False):
+            return 1
+        instances = self._order.segment(batch).batch_instances
+        return max(1, CHUNK_TOKENS // (instances // self._world_size * self.sequence_length))
+
+    def _chunks(self, batch: int) -> Generator[tuple[Rows, int, int], None, None]:
+        """This rank's rows of some batches at once, how many batches they are, and into how many
+        each row is cut."""
         while True:
-            number = self._order.batches_in_segment(batch, ahead)
+            segment, count = self._order.segment(batch), self._batches_at_once(batch)
+            ahead = max(count, ORDERED_INSTANCES // segment.batch_instances)
+            number = self._order.batches_in_segment(batch, ahead if self._order.is_uniform else 1)
             indices = self._order.indices(batch, number)
             per_batch = indices.shape[1] // self._world_size
             mine = indices[:, self._rank * per_batch : (self._rank + 1) * per_batch]
@@ -284,9 +287,16 @@ class TrainLoader:
                 part = mine[first : first + count].reshape(-1)
                 rows = self.dataset.read(part)
                 check_ids(rows, part, self.vocab_size)
-                yield rows, len(part) // per_batch
+                yield rows, len(part) // per_batch, segment.row_split
             batch += number
 
 
 def _tensors(rows: Rows) -> Batch:
     return {key: torch.from_numpy(value) for key, value in rows.items()}
+
+
+def _cut(batch: Batch, row_split: int) -> Batch:
+    """Each row as `row_split` rows of equal length, in place."""
+    if row_split == 1:
+        return batch
+    return {key: t.reshape(len(t) * row_split, -1) for key, t in batch.items()}

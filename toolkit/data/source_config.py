@@ -4,7 +4,7 @@ from typing import Literal
 
 from toolkit.config import Config
 from toolkit.config.base import check_positive
-from toolkit.config.paths import LocalPath, PathOrURL
+from toolkit.config.paths import LocalPath, NewName, PathOrURL
 
 
 class FilesSourceConfig(Config, kw_only=True, tag_field="type", tag="files"):
@@ -104,6 +104,19 @@ SourceConfig = (
     | TokenFilesSourceConfig
     | PythonStdlibSourceConfig
 )
+
+
+class EvalSetConfig(Config, kw_only=True):
+    """Text that is evaluated and never trained on, with the tokenizer and rows of `dataset`."""
+
+    source: SourceConfig | None = None
+    """Where its text comes from; null: its token files exist already."""
+    dataset_name: NewName | None = None
+    """First folder level of its token files; default: its name in `eval_sets`."""
+    dataset_config: NewName | None = None
+    """Second folder level; default: `dataset.dataset_config`."""
+    instructions: "InstructionsConfig | None" = None
+    """For rows that are conversations; null: it is plain text, whatever is trained on."""
 
 
 class FiltersConfig(Config, kw_only=True):

@@ -13,6 +13,7 @@ LogRanks = Literal["rank0", "local_rank0", "all"]
 WrappingStrategy = Literal["blocks", "full", "fine_grained"]
 
 ContextStyle = Literal["allgather", "ulysses", "ring"]
+SavedOp = Literal["attention", "matmuls", "every_second_matmul"]
 PipelineSchedule = Literal["1F1B", "Interleaved1F1B", "ZBVZeroBubble"]
 
 PARALLEL_FIELDS = ("dp_config", "tp_config", "cp_config", "pp_config", "ep_config")
@@ -158,11 +159,15 @@ class ExpertParallelConfig(Config, kw_only=True):
 class ActivationCheckpointingConfig(Config, kw_only=True):
     """Recompute activations in backward instead of keeping them."""
 
-    mode: Literal["full", "selected_blocks", "budget"] = "full"
-    """`full`: every block; `selected_blocks`: every `block_interval`-th; `budget`: torch.compile's
-    partitioner keeps what fits `budget` (needs `compile_model`)."""
+    mode: Literal["full", "selected_blocks", "selected_ops", "budget"] = "full"
+    """`full`: every block; `selected_blocks`: every `block_interval`-th; `selected_ops`: all but
+    the results of `saved_ops`; `budget`: torch.compile's partitioner keeps what fits `budget`
+    (needs `compile_model`)."""
     block_interval: int = 2
     """`selected_blocks`: checkpoint block 0, then every this many."""
+    saved_ops: tuple[SavedOp, ...] = ("attention", "every_second_matmul")
+    """`selected_ops`: what is kept, not computed again. `attention`: its output; `matmuls`: the
+    output of each matrix product; `every_second_matmul`: of the first, third, fifth of a block."""
     budget: float = 0.5
     """`budget`: fraction of activation memory to keep, 0 (recompute all) to 1 (keep all)."""
 
@@ -171,8 +176,33 @@ class ActivationCheckpointingConfig(Config, kw_only=True):
         for name, mode, default in (
             ("block_interval", "selected_blocks", 2),
             ("budget", "budget", 0.5),
+            ("saved_ops", "selected_ops", ("attention", "every_second_matmul")),
         ):
             if self.mode != mode and getattr(self, name) != default:
                 raise ValueError(f"{name} goes with mode: {mode}, not {self.mode}")
+        if not self.saved_ops:
+            raise ValueError("saved_ops: empty; use mode: full")
+        if {"matmuls", "every_second_matmul"} <= set(self.saved_ops):
+            raise ValueError("saved_ops: matmuls and every_second_matmul exclude each other")
         if not 0.0 <= self.budget <= 1.0:
             raise ValueError(f"budget must lie between 0 and 1, not {self.budget}")
+
+
+class Float8Config(Config, kw_only=True):
+    """Matrix products of linear layers in 8 bits, through torchao; weights stay fp32."""
+
+    recipe: Literal["tensorwise", "rowwise", "mxfp8"] = "tensorwise"
+    """What numbers share a scale. `tensorwise`: a tensor (fastest; NVIDIA sm_89 and newer);
+    `rowwise`: a row (sm_90 and newer); `mxfp8`: 32 numbers of a row (sm_100 and newer)."""
+    filter: tuple[str, ...] | None = None
+    """Shell-style patterns over names of linear layers (`blocks.0.attention.query`) that are left
+    out. Null: those that are not faster in 8 bits, too small or of widths that the kernels do not
+    take; `[]`: none. The head, routers and stacked experts are never in 8 bits."""
+    fsdp_all_gather: bool = False
+    """`fsdp`, `tensorwise`: ranks gather weights in 8 bits too."""
+    emulate: bool = False
+    """Round to 8 bits and multiply in fp32: the same numbers, slowly, on any device."""
+
+    def __post_init__(self) -> None:
+        if self.fsdp_all_gather and self.recipe != "tensorwise":
+            raise ValueError(f"fsdp_all_gather needs recipe: tensorwise, not {self.recipe}")

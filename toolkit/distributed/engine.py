@@ -8,7 +8,7 @@ fills `state_tensors`.
 import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -25,6 +25,7 @@ from toolkit.models.loss import LossSums
 from toolkit.models.router import RouterSums
 from toolkit.optim.base import traits_of
 
+Part = TypeVar("Part")
 BuildOptimizer = Callable[[dict[str, nn.Parameter]], torch.optim.Optimizer]
 
 Refuses = Callable[[torch.Tensor], torch.Tensor]
@@ -97,6 +98,37 @@ class Engine(ABC):
             parts.append(sums._replace(loss=sums.loss.detach()))
         self._complete_gradients()
         return added_sums(parts)
+
+    def accumulate(
+        self,
+        parts: Sequence[Part],
+        loss_of: Callable[[Part], torch.Tensor],
+        factor: float | torch.Tensor,
+    ) -> torch.Tensor:
+        """`forward_backward` for any model: `loss_of` a part of the batch calls `self.model` and
+        gives a 0-d sum; the sum of all, detached."""
+        total = torch.zeros((), device=self.environment.device)
+        for index, part in enumerate(parts):
+            with self._exchanging(is_last=index == len(parts) - 1):
+                with self._autocast():
+                    loss = loss_of(part)
+                self._backward(loss, factor)
+            total += loss.detach()
+        self._complete_gradients()
+        return total
+
+    @torch.no_grad()
+    def evaluate(self, loss_of: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """What `loss_of` gives without gradients, of `self.model` in evaluation mode. Ranks may
+        call it unequally often."""
+        model, self.model = self.model, self.module
+        self.module.eval()
+        try:
+            with self._autocast():
+                return loss_of()
+        finally:
+            self.model = model
+            self.module.train()
 
     @torch.no_grad()
     def forward(self, batch: Microbatch) -> LossSums:
@@ -177,6 +209,10 @@ class Engine(ABC):
         yield
         self._shows_average = False
         self.state_filled()
+
+    def weights_changed(self) -> None:  # noqa: B027
+        """Called after each step and whenever weights were filled; what is derived of weights
+        alone is brought in line by who puts another in its place."""
 
     @abstractmethod
     def _exchanging(self, *, is_last: bool) -> contextlib.AbstractContextManager:

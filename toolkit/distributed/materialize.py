@@ -1,34 +1,35 @@
 """From a model on the meta device to an engine: parallelism in one visible order.
 
-    stages -> expert, tensor, context parallelism -> activation checkpointing -> compile -> shard
-    -> storage -> initial values -> optimizer
+    stages -> expert, tensor, context parallelism -> float8 -> activation checkpointing, offload
+    -> compile -> shard -> storage -> initial values -> optimizer
 
-Where exchanges between ranks break the graph of a block it is compiled before it is checkpointed.
+Where exchanges between ranks, or copies to the host, break the graph of a block it is compiled
+before it is checkpointed.
 
 Initial values depend on (seed, parameter name, shape) only, so every engine starts from the same
 numbers; each rank draws just the slices it keeps. A model that has storage keeps its values.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch._functorch.config as partitioner
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard
-from torch.utils.checkpoint import checkpoint
 
 from toolkit.config.named import named
 from toolkit.distributed.accelerator import deepspeed_settings, init_deepspeed
-from toolkit.distributed.config import ActivationCheckpointingConfig
+from toolkit.distributed.activations import apply_activation_checkpointing, apply_offload
+from toolkit.distributed.config import ActivationCheckpointingConfig, Float8Config
 from toolkit.distributed.context_parallel import apply_context_parallel
 from toolkit.distributed.deepspeed_engine import DeepSpeedEngine
 from toolkit.distributed.devices import compute_dtype
 from toolkit.distributed.engine import BuildOptimizer, Engine
 from toolkit.distributed.environment import TrainingEnvironment
 from toolkit.distributed.expert_parallel import apply_expert_parallel
+from toolkit.distributed.float8 import apply_float8, gathers_float8, scales_of
 from toolkit.distributed.pipeline import plan_pipeline
 from toolkit.distributed.process_groups import set_collective_timeouts
 from toolkit.distributed.shards import ShardSpec, draw_initial_values, whole_specs
@@ -38,7 +39,7 @@ from toolkit.distributed.tensor_parallel import apply_tensor_parallel
 from toolkit.distributed.torch_engine import TorchEngine
 from toolkit.models import compile as compiling
 from toolkit.models.init import InitSpec, canonical_parameters, init_spec
-from toolkit.models.transformer import Blocks, Transformer
+from toolkit.models.transformer import Transformer
 
 
 def prepare_engine(
@@ -49,6 +50,8 @@ def prepare_engine(
     max_grad_norm: float | None,
     ac_config: ActivationCheckpointingConfig | None = None,
     compile_model: bool = False,
+    float8_config: Float8Config | None = None,
+    activation_offload: bool = False,
     width_multiplier: float = 1.0,
 ) -> Engine:
     """Materialise `model` and hand it to the engine of the layout, with its optimizer.
@@ -65,6 +68,8 @@ def prepare_engine(
         environment,
         ac_config=ac_config,
         compile_model=compile_model,
+        float8_config=float8_config,
+        activation_offload=activation_offload,
         width_multiplier=width_multiplier,
     )
     engine: Engine
@@ -84,6 +89,8 @@ def prepare_engine(
         )
     else:
         engine = TorchEngine(environment, model, shards, build_optimizer)
+        if gathers_float8(model):
+            engine.weights_changed = scales_of(model)  # type: ignore[method-assign]
     for axes in (("dp_replicate", "dp_shard"), ("dp_replicate",)):
         environment.group(*axes)  # opened before time-outs are set
     set_collective_timeouts(environment.timeout)
@@ -96,6 +103,8 @@ def materialize(
     *,
     ac_config: ActivationCheckpointingConfig | None = None,
     compile_model: bool = False,
+    float8_config: Float8Config | None = None,
+    activation_offload: bool = False,
     width_multiplier: float = 1.0,
 ) -> dict[str, ShardSpec]:
     """Shard `model` in place, give it storage and initial values; what this rank holds of each
@@ -109,12 +118,18 @@ def materialize(
     # hooks inside of them.
     is_ring = layout.cp_config is not None and layout.cp_config.style == "ring"
     has_breaks = layout.ep > 1 or is_ring or layout.dp_config.wrapping_strategy == "fine_grained"
+    has_breaks |= activation_offload
     for part in parts:
         _cut(part, environment, shards)
+        if float8_config is not None:
+            device, precision = environment.device, layout.precision
+            apply_float8(part, float8_config, device=device, precision=precision)
         if compile_model and has_breaks:
             compiling.compile_model(part, inside_checkpoints=True)
         if ac_config is not None:
             apply_activation_checkpointing(part.blocks, ac_config)
+        if activation_offload:
+            apply_offload(part.blocks)
         if compile_model and not has_breaks:
             compiling.compile_model(part)
     if compile_model:
@@ -153,31 +168,6 @@ def _cut(model: nn.Module, environment: TrainingEnvironment, shards: dict[str, S
             load_balance=config.load_balance,
             multiple_of=layout.tp,
         )
-
-
-def apply_activation_checkpointing(blocks: Blocks, config: ActivationCheckpointingConfig) -> None:
-    """Recompute the chosen blocks in backward.
-
-    The block's `forward` is replaced instead of wrapping the module, so names in checkpoints stay
-    the same with and without. RNG state is not saved: the models draw no random numbers.
-    """
-    if config.mode == "budget":
-        # Read by torch.compile when it splits each block's graph into forward and backward.
-        partitioner.activation_memory_budget = config.budget
-        return
-    interval = 1 if config.mode == "full" else config.block_interval
-    for block in (
-        b for layer, b in zip(blocks.layers, blocks, strict=True) if layer % interval == 0
-    ):
-        block.forward = _checkpointed(block.forward)
-
-
-def _checkpointed(forward: Callable[..., Any]) -> Callable[..., Any]:
-    # A function, not a partial: torch.compile finds no frame to compile in one, and runs eagerly.
-    def checkpointed(*args: Any) -> Any:
-        return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False)
-
-    return checkpointed
 
 
 def _fully_shard(model: nn.Module, environment: TrainingEnvironment) -> None:

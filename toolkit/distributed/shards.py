@@ -60,7 +60,9 @@ def whole_specs(model: nn.Module) -> dict[str, ShardSpec]:
 
 def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
     """This rank's memory of a tensor that FSDP2 may have sharded."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    local: Any = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    # Of a weight that is gathered in 8 bits, torchao has put the memory in a tensor of its own.
+    return local._tensor if hasattr(local, "fsdp_pre_all_gather") else local
 
 
 def local_boxes(tensor: torch.Tensor, spec: ShardSpec) -> list[Box]:
@@ -163,6 +165,21 @@ def stored_tensor(tensor: torch.Tensor, spec: ShardSpec) -> torch.Tensor:
         return tensor
     memory = local_tensor(tensor).view(-1)
     return LocalShard(memory, shape=spec.shape, boxes=local_boxes(tensor, spec))
+
+
+def memory_of(tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's memory of a tensor as checkpoints know it."""
+    return tensor.local if isinstance(tensor, LocalShard) else local_tensor(tensor)
+
+
+def twin_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """Another tensor of the same parts on the same ranks, in memory of its own, not yet filled."""
+    memory = torch.empty_like(memory_of(tensor), memory_format=torch.contiguous_format)
+    if isinstance(tensor, LocalShard):
+        return LocalShard(memory, shape=tensor.shape, boxes=tensor.boxes)
+    if isinstance(tensor, DTensor):
+        return DTensor(memory, tensor._spec, requires_grad=False)
+    return memory
 
 
 class LocalShard(torch.Tensor):

@@ -80,6 +80,9 @@ def check_optimizer(layout: Layout, optim: Optimizer) -> None:
     """Check that an optimizer which needs whole parameters finds them on the ranks of `layout`.
     Raises ConfigError."""
     traits = optim.traits()
+    if layout.zero_stage and getattr(optim, "state_dtype", "fp32") != "fp32":
+        problem = f"bf16 does not go with {layout.name}; use ddp, fsdp or hsdp, or fp32"
+        raise ConfigError(problem, key=f"{OPTIM_KEY}.state_dtype")
     are_cut = layout.is_fsdp and layout.world_size > layout.dp_replicate
     are_cut |= layout.zero_stage > 0
     needs_matrices = traits.needs_whole_matrices and not traits.takes_whole_matrices

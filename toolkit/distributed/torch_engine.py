@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._dtensor_spec import DTensorSpec
 from torch.nn.parallel import DistributedDataParallel
 
 from toolkit.distributed.accelerator import build_accelerator, ddp_options
@@ -69,10 +70,12 @@ class TorchEngine(Engine):
 
     def _prepare(self) -> nn.Module:
         own_lists = [list(group["params"]) for group in self.optimizer.param_groups]
+        if self._is_sharded:  # Accelerate would look for these among the model's DTensors
+            for group in self.optimizer.param_groups:
+                group["params"] = []
         accelerator = build_accelerator(self.environment)
         accelerator.ddp_handler = ddp_options()
         model, _ = accelerator.prepare(self.module, self.optimizer)
-        # Accelerate points the optimizer at the model's DTensors; ours are their local tensors.
         for group, own in zip(self.optimizer.param_groups, own_lists, strict=True):
             group["params"] = own
         if isinstance(model, DistributedDataParallel):
@@ -146,6 +149,7 @@ class TorchEngine(Engine):
             optimizer.step()
         for name, parameter in self._trainable.items():
             parameter.grad = self._local[name].grad = None
+        self.weights_changed()
         return StepOutcome(norm, skipped)
 
     def scale_gradients(self, factor: torch.Tensor) -> None:
@@ -177,6 +181,7 @@ class TorchEngine(Engine):
     def state_filled(self) -> None:
         self._bind_local_weights()
         super().state_filled()
+        self.weights_changed()
         for module in self.module.modules():
             # The root keeps what it has gathered, from a forward to the next backward.
             if isinstance(module, FSDPModule):
@@ -266,5 +271,9 @@ def _like(value: torch.Tensor, parameter: Any) -> torch.Tensor:
     """
     if not isinstance(parameter, DTensor) or value.dim() == 0:
         return value
-    assert value.dtype == parameter.dtype, "the specification names the type"
-    return DTensor(value, parameter._spec, requires_grad=False)
+    spec = parameter._spec
+    if value.dtype != parameter.dtype:  # the specification names the type
+        assert spec.tensor_meta is not None
+        meta = spec.tensor_meta._replace(dtype=value.dtype)
+        spec = DTensorSpec(spec.mesh, spec.placements, tensor_meta=meta)
+    return DTensor(value, spec, requires_grad=False)

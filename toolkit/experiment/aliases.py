@@ -11,6 +11,7 @@ from toolkit.errors import ConfigError
 ALIASES: dict[str, str] = {
     "train_module.ac_config.activation_memory_budget": "train_module.ac_config.budget",
     "train_module.scheduler.warmup_steps": "train_module.scheduler.warmup",
+    "train_module.scheduler.decay_steps": "train_module.scheduler.decay",
     "train_module.max_sequence_length": "dataset.sequence_length",
     "trainer.save_folder": "run.save_folder",
     "trainer.work_dir": "run.work_dir",
@@ -19,6 +20,11 @@ ALIASES: dict[str, str] = {
         "trainer.callbacks.checkpointer.ephemeral_interval"
     ),
     "trainer.callbacks.checkpointer.save_async": "trainer.callbacks.checkpointer.asynchronous",
+    **{
+        f"trainer.callbacks.{name}.{theirs}": f"trainer.callbacks.{name}.{ours}"
+        for name in ("lm_evaluator", "downstream_evaluator")
+        for theirs, ours in (("eval_interval", "interval"), ("eval_on_startup", "at_start"))
+    },
     "init_seed": "seed",
 }
 """Dotted path -> ours."""
@@ -28,6 +34,10 @@ _TYPES = {
         "cos_with_warmup": "cosine",
         "linear_with_warmup": "linear",
         "constant_with_warmup": "constant",
+        "half_cos_with_warmup": "half_cosine",
+        "inv_sqrt_with_warmup": "inv_sqrt",
+        "cos_with_warmup_and_linear_decay": "cosine_linear",
+        "power_lr": "power",
     },
 }
 """Dotted path -> value -> ours."""

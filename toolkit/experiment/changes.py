@@ -1,12 +1,15 @@
 """What a resume changes in the config of its run: allowed, and shown."""
 
+import contextlib
 import re
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
+from toolkit.config import convert
 from toolkit.config.types import join
+from toolkit.errors import ConfigError
 from toolkit.experiment.config import ExperimentConfig
 
 _UNSET = "unset"
@@ -21,6 +24,9 @@ def config_changes(
     """One line for each value that differs between the stored config `before`, whose paths are
     relative to `started_in`, and `config`."""
     new = msgspec.json.decode(msgspec.json.encode(config))  # lists, as stored
+    # What a later release has added is no change.
+    with contextlib.suppress(ConfigError):
+        before = msgspec.json.decode(msgspec.json.encode(convert(before, ExperimentConfig)))
     return _changes(before, new, "", Path(started_in) if started_in else Path.cwd())
 
 

@@ -13,25 +13,32 @@ import msgspec
 
 from toolkit.checkpoint.folder import METADATA_FILE, read_metadata, saved_steps, step_folder
 from toolkit.data.config import BPETokenizerConfig, ByteTokenizerConfig
-from toolkit.data.corpus_info import VAL, CorpusInfo
+from toolkit.data.corpus_info import (
+    VAL,
+    CorpusInfo,
+    check_batch_schedules,
+    planned_batches,
+)
+from toolkit.data.order.plan import Batches
 from toolkit.data.order.resolve import resolve_mix
 from toolkit.data.tokens.prepared import require_ids
 from toolkit.distributed.launcher import world_size_of
 from toolkit.distributed.layout import Layout, fewest_ranks, layout_of
+from toolkit.distributed.low_precision import check_float8
 from toolkit.distributed.pipeline import check_microbatches, plan_pipeline
 from toolkit.distributed.sizes import Besides, check_combination, check_sizes
 from toolkit.distributed.tuning import asked_threads
 from toolkit.errors import CheckpointError, ConfigError, DataError, ErrorList
 from toolkit.experiment.config import ExperimentConfig
-from toolkit.models.config import ClassModelConfig
+from toolkit.models.config import ClassModelConfig, ModuleConfig
 from toolkit.models.parameters import TrainedParameters, parameter_shapes, trained_parameters
 from toolkit.runs.files import RUN_FILES
 from toolkit.runs.registry import is_run
 from toolkit.storage.remote import is_url
-from toolkit.train.config import NO_BASE, TrainerConfig
+from toolkit.train.config import NO_BASE, TrainerConfig, check_basic
 from toolkit.train.progress import no_checkpoint
+from toolkit.train.scheduled import check_schedules
 from toolkit.train.scores import check_best_metric_in
-from toolkit.train.timeline import StepsOf, steps_of
 from toolkit.wording import count
 
 BYTE_VOCAB_SIZE = 257
@@ -91,12 +98,17 @@ def check_experiment(
         batch_ranks = layout.batch_ranks
     found = ErrorList()
     found.ask(asked_threads, os.environ)
+    if isinstance(config.model, ModuleConfig):
+        has_model = False
+        if layout is not None:
+            found.ask(check_basic, config.train_module, layout.name)
     if has_model:
         found.ask(_check_sequence, config)
         found.ask(_check_vocabulary, config)
         if layout is not None:
             found.ask(_check_parallelism, config, layout)
     found.ask(_check_batches, config, batch_ranks)
+    found.ask(check_batch_schedules, config.data)
     if has_model and has_names:
         found.ask(check_parameters, config)
     found.ask(_check_own_classes, config)
@@ -118,6 +130,7 @@ def check_parameters(config: ExperimentConfig) -> TrainedParameters:
             module.optim.check_model(has_tied_head=model.tie_embeddings, has_adapter=has_adapter)
         with found.collecting():
             module.scheduler.check()
+        found.ask(check_schedules, module)
         parameters = trained_parameters(model, freeze=module.freeze, lora=module.lora)
     found.raise_any()
     return parameters
@@ -139,25 +152,39 @@ def _check_parallelism(config: ExperimentConfig, layout: Layout, ranks: int | No
     found, model = ErrorList(), config.model
     found.ask(check_sizes, layout, model.to_transformer())
     found.ask(check_combination, layout, besides_layout(config))
+    if (float8 := config.train_module.float8_config) is not None:
+        length, adapts = config.dataset.sequence_length, config.train_module.lora is not None
+        transformer = model.to_transformer()
+        rest = {"sequence_length": length, "has_adapter": adapts}
+        found.ask(check_float8, float8, layout, transformer, **rest)
     if (pipeline := layout.pp_config) is not None:
         ranks = layout.pp * layout.batch_ranks if ranks is None else ranks
         found.ask(plan_pipeline, model.to_transformer(), pipeline, ranks=ranks)
-        length = config.dataset.sequence_length
-        rows = config.data_loader.global_batch_size // length // layout.batch_ranks
-        microbatch = rank_microbatch_size(config, layout.batch_ranks) // length
-        if rows and microbatch:  # else said of the batch
-            schedule, degree = pipeline.schedule, pipeline.degree
-            size = min(rows, microbatch)
-            options = {"length": length, "batch_ranks": layout.batch_ranks}
-            found.ask(check_microbatches, schedule, degree, rows, size, **options)
+        for phase in config.data.phases:
+            length = config.dataset.sequence_length // phase.row_split
+            share = phase.batch_instances * phase.row_split // layout.batch_ranks
+            microbatch = config.train_module.rank_microbatch_size
+            rows = share if microbatch is None else microbatch // length
+            if share and rows:  # else said of the batch
+                schedule, degree = pipeline.schedule, pipeline.degree
+                options = {"length": length, "batch_ranks": layout.batch_ranks}
+                size = min(share, rows)
+                found.ask(check_microbatches, schedule, degree, share, size, **options)
     found.raise_any()
 
 
 def _check_own_classes(config: ExperimentConfig) -> None:
-    if isinstance(config.model, ClassModelConfig):
+    is_module = isinstance(config.model, ModuleConfig)
+    if isinstance(config.model, ClassModelConfig | ModuleConfig):
         config.model.own_class()
     if config.train_module.target is not None:
-        config.train_module.own_class()
+        config.train_module.own_class(any_model=is_module)
+    elif is_module:
+        raise ConfigError(
+            "model.type is a model of your own: name its train module, derived from "
+            "toolkit.BasicTrainModule",
+            key="train_module.type",
+        )
     for name, callback in config.trainer.callbacks.custom.items():
         if callback.enabled:
             callback.own_class(name)
@@ -170,7 +197,8 @@ def _check_best_metric(config: ExperimentConfig) -> None:
         with contextlib.suppress(ConfigError):  # said where the data is looked for
             # Any of them may have nothing held out, and one that is left is no total.
             sets += [source.name for source in resolve_mix(config.dataset)]
-    check_best_metric_in(dict.fromkeys(sets, True), config.trainer)
+    others = list(config.dataset.eval_sets)
+    check_best_metric_in(dict.fromkeys([*others, *sets], True), config.trainer, others)
 
 
 def _check_adapter(config: ExperimentConfig) -> None:
@@ -193,8 +221,10 @@ def check_corpus(config: ExperimentConfig, corpus: CorpusInfo) -> None:
             )
     if corpus.vocab_size is not None:
         require_ids(corpus.where, corpus.vocab_size, config.model.vocab_size)
-    if corpus.steps_per_epoch(config.data) == 0:
-        batch, rows = config.data_loader.global_batch_size, corpus.rows or []
+    largest = max(config.data.phases, key=lambda phase: phase.batch_instances).batch_instances
+    instances = corpus.epoch_instances(config.data)
+    if instances is not None and instances < largest:
+        batch, rows = largest * config.dataset.sequence_length, corpus.rows or []
         have = ", ".join(
             f"{count(number, 'instance')} of {length} tokens" for length, number in rows
         )
@@ -206,10 +236,10 @@ def check_corpus(config: ExperimentConfig, corpus: CorpusInfo) -> None:
         )
 
 
-def steps_of_data(config: ExperimentConfig, corpus: CorpusInfo | None) -> StepsOf:
-    """Durations as steps, as far as manifests tell; see `toolkit.train.timeline`."""
-    size, data = config.data_loader.global_batch_size, config.data
-    return steps_of(size, lambda epochs: corpus.epoch_end(data, epochs) if corpus else None)
+def batches_of(config: ExperimentConfig, corpus: CorpusInfo | None) -> Batches:
+    """The batches of a run from its beginning, as far as manifests tell."""
+    instances = corpus.epoch_instances(config.data) if corpus is not None else None
+    return planned_batches(config.data, instances)
 
 
 def rank_microbatch_size(config: ExperimentConfig, world_size: int) -> int:
@@ -218,10 +248,15 @@ def rank_microbatch_size(config: ExperimentConfig, world_size: int) -> int:
     return configured or config.data_loader.global_batch_size // world_size
 
 
-def gradient_accumulation_steps(config: ExperimentConfig, world_size: int) -> int:
-    """Forward and backward passes per optimizer step on one rank."""
-    tokens_per_pass = rank_microbatch_size(config, world_size) * world_size
-    return config.data_loader.global_batch_size // tokens_per_pass
+def gradient_accumulation_steps(
+    config: ExperimentConfig, world_size: int, batch: int | None = None
+) -> int:
+    """Forward and backward passes per optimizer step on one rank, for a global batch of `batch`
+    tokens; default: `data_loader.global_batch_size`."""
+    microbatch = config.train_module.rank_microbatch_size
+    if microbatch is None:
+        return 1
+    return (batch or config.data_loader.global_batch_size) // (microbatch * world_size)
 
 
 def _check_sequence(config: ExperimentConfig) -> None:
@@ -250,30 +285,37 @@ def _check_vocabulary(config: ExperimentConfig) -> None:
 
 
 def _check_batches(config: ExperimentConfig, world_size: int) -> None:
-    sequence = config.dataset.sequence_length
-    batch = config.data_loader.global_batch_size
-    microbatch = rank_microbatch_size(config, world_size)
-    ranks, found = count(world_size, "rank"), ErrorList()
-    per_sequence = f"{SEQUENCE} {sequence}"
-    unit = sequence * world_size
-    found.ask(_check_multiple, GLOBAL_BATCH, batch, unit, f"{per_sequence} x {ranks}")
-    if config.train_module.rank_microbatch_size is not None:
+    sequence, loader, found = config.dataset.sequence_length, config.data_loader, ErrorList()
+    microbatch = config.train_module.rank_microbatch_size
+    ranks, per_sequence = count(world_size, "rank"), f"{SEQUENCE} {sequence}"
+    sizes = list(zip(loader.batch_size_keys, loader.batch_sizes, strict=True))
+    for key, (_, batch) in sizes:
+        unit = sequence * world_size
+        found.ask(_check_multiple, key, batch, unit, f"{per_sequence} x {ranks}")
+    if microbatch is not None:
         found.ask(_check_multiple, MICROBATCH, microbatch, sequence, per_sequence)
-    if not found.errors and batch % (unit := microbatch * world_size):
-        works = _around(batch // (sequence * world_size), microbatch // sequence)
-        found.add(
-            ConfigError(
-                f"{GLOBAL_BATCH} {batch} is not divisible by {MICROBATCH} {microbatch} x {ranks} "
-                f"= {unit}; nearest that work: {GLOBAL_BATCH} {_nearest_multiples(batch, unit)}, "
-                f"or {MICROBATCH} {' or '.join(str(n * sequence) for n in works)}",
-                about=(GLOBAL_BATCH, MICROBATCH),
-            )
-        )
+        if not found.errors:
+            for key, (_, batch) in sizes:
+                found.ask(_check_accumulation, key, batch, microbatch, sequence, world_size)
     evaluation = config.data_loader.eval_batch_size
     if evaluation is not None:
         key = "data_loader.eval_batch_size"
         found.ask(_check_multiple, key, evaluation, sequence, per_sequence)
     found.raise_any()
+
+
+def _check_accumulation(
+    key: str, batch: int, microbatch: int, sequence: int, world_size: int
+) -> None:
+    unit, ranks = microbatch * world_size, count(world_size, "rank")
+    if batch % unit:
+        works = _around(batch // (sequence * world_size), microbatch // sequence)
+        raise ConfigError(
+            f"{key} {batch} is not divisible by {MICROBATCH} {microbatch} x {ranks} "
+            f"= {unit}; nearest that work: {key} {_nearest_multiples(batch, unit)}, "
+            f"or {MICROBATCH} {' or '.join(str(n * sequence) for n in works)}",
+            about=(key, MICROBATCH),
+        )
 
 
 def _check_multiple(key: str, value: int, unit: int, meaning: str) -> None:

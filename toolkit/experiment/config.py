@@ -8,7 +8,7 @@ from toolkit.data.config import (
     DatasetConfig,
     StoreConfig,
 )
-from toolkit.models.config import ModelConfig
+from toolkit.models.config import ModelConfig, ModuleConfig
 from toolkit.runs.config import RunConfig
 from toolkit.train.config import TrainerConfig, TransformerTrainModuleConfig
 
@@ -20,7 +20,7 @@ class ExperimentConfig(Config, kw_only=True):
     """What the experiment is for, in a line."""
     run: RunConfig = RunConfig()
     """Names of the run and the folders it uses."""
-    model: ModelConfig
+    model: ModelConfig | ModuleConfig
     """The architecture; `{"preset": NAME}` in a file stands for a named size."""
     dataset: DatasetConfig = DatasetConfig()
     """Where text comes from and how it becomes tokens."""

@@ -20,6 +20,7 @@ from toolkit.experiment.checks import (
     check_model,
 )
 from toolkit.experiment.config import ExperimentConfig
+from toolkit.models.config import ModuleConfig
 from toolkit.models.lora import choose_trained
 from toolkit.models.parameters import TrainedParameters, is_adapter, is_trained
 from toolkit.runs.files import RUN_FILES
@@ -56,7 +57,9 @@ def start_of(
 def check_repetitions(config: ExperimentConfig, train_loader: TrainLoader) -> None:
     """Check that the run, to its end, repeats no source of a mixture more than it may be; after
     `continuation_checks`, which tell the loader where it goes on."""
-    train_loader.check_repetitions(Timeline.of(config.trainer, train_loader.steps_of).stop_step)
+    train_loader.check_repetitions(
+        Timeline.of(config.trainer, train_loader.batches.steps_of).stop_step
+    )
 
 
 def _look(path: Path) -> Found:
@@ -94,6 +97,8 @@ def continuation_checks(
         if not isinstance(saved.get("model"), dict):
             raise CheckpointError(f"{checkpoint}: does not say which model it is of")
         check_model(checkpoint, saved["model"], model, free=free)
+        if isinstance(config.model, ModuleConfig):
+            return
         own = is_inside(checkpoint, folder / RUN_FILES.checkpoints)
         mapping = {} if own else config.trainer.load_key_mapping
         wanted = _weights(config, is_base=start.weights_only)
@@ -117,7 +122,7 @@ def data_state(start: Start) -> dict[str, Any]:
 
 
 def changed_training(config: ExperimentConfig, start: Start) -> list[str]:
-    if start.weights_only:
+    if start.weights_only or isinstance(config.model, ModuleConfig):
         return []
     infos = _parameters(config).infos
     trained = {name for name, info in infos.items() if info.is_trained}
@@ -144,11 +149,13 @@ def _parameters(config: ExperimentConfig) -> TrainedParameters:
 def _check_optimizer_type(
     checkpoint: Path | str, saved: dict[str, Any], config: ExperimentConfig
 ) -> None:
-    asked = msgspec.to_builtins(config.train_module.optim)["type"]
-    before = saved.get("optim", {}).get("type", asked)
-    if before != asked:
-        raise CheckpointError(
-            f"{checkpoint}: holds the state of another optimizer: train_module.optim.type (was "
-            f"{before}, is {asked}); set it back, or start a new run with trainer.load_path and "
-            "trainer.load_weights_only=true"
-        )
+    optim = msgspec.to_builtins(config.train_module.optim)
+    for field, default in (("type", optim["type"]), ("state_dtype", "fp32")):
+        asked = optim.get(field, default)
+        before = saved.get("optim", {}).get(field, default)
+        if before != asked:
+            raise CheckpointError(
+                f"{checkpoint}: holds the state of another optimizer: train_module.optim.{field} "
+                f"(was {before}, is {asked}); set it back, or start a new run with "
+                "trainer.load_path and trainer.load_weights_only=true"
+            )

@@ -4,25 +4,32 @@ Nothing here is wrong enough to refuse; what is asked for is done, or is said no
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 
 from toolkit.data.config import TokenFilesSourceConfig
+from toolkit.data.order.plan import Batches
 from toolkit.errors import ConfigError
 from toolkit.experiment.config import ExperimentConfig
-from toolkit.train.timeline import StepsOf, Timeline
+from toolkit.experiment.schedules import schedule_notices
+from toolkit.models.config import ModuleConfig
+from toolkit.train.timeline import Timeline
 from toolkit.wording import count
 
 
-def notices(config: ExperimentConfig, steps_of: StepsOf) -> list[str]:
-    """The lines, in the order of the config."""
-    lines = [*_model(config), *_data(config)]
+def notices(
+    config: ExperimentConfig, batches: Batches, origins: Mapping[str, str] = MappingProxyType({})
+) -> list[str]:
+    """The lines, in the order of the config; `origins` tell where its values come from."""
+    lines = [*_model(config), *_data(config), *schedule_notices(config, batches, origins)]
     with contextlib.suppress(ConfigError):  # epochs of data that is not there yet
-        timeline = Timeline.of(config.trainer, steps_of)
-        lines += _length(config, timeline)
+        lines += _length(Timeline.of(config.trainer, batches.steps_of))
     return [*lines, *_trainer(config)]
 
 
 def _model(config: ExperimentConfig) -> Iterator[str]:
+    if isinstance(config.model, ModuleConfig):
+        return
     model = config.model.to_transformer()
     if model.positions == "learned" and (model.rope_scaling or model.sliding_rope_theta):
         yield "model.rope_scaling and model.sliding_rope_theta do nothing: positions are learned"
@@ -53,18 +60,8 @@ def _data(config: ExperimentConfig) -> Iterator[str]:
         yield "dataset.filters and dataset.instructions do nothing: the source holds ids, not text"
 
 
-def _length(config: ExperimentConfig, timeline: Timeline) -> Iterator[str]:
+def _length(timeline: Timeline) -> Iterator[str]:
     steps, stop = timeline
-    scheduler = config.train_module.scheduler
-    in_tokens = scheduler.units == "tokens"
-    # Never against `hard_stop`, which only tries out the beginning of a run.
-    total = steps * config.data_loader.global_batch_size if in_tokens else steps
-    if scheduler.warmup > total:
-        noun = "token" if in_tokens else "step"
-        yield (
-            f"train_module.scheduler.warmup is {count(scheduler.warmup, noun)} and the whole run "
-            f"(trainer.max_duration) {count(total, noun)}: the rate never gets beyond the warm-up"
-        )
     if stop is not None and stop > steps:
         yield (
             f"trainer.hard_stop ({count(stop, 'step')}) does nothing: the run ends before it, "

@@ -15,7 +15,7 @@ from typing import NamedTuple
 from toolkit import signals
 from toolkit.config.interpolation import fill
 from toolkit.config.secrets import check_no_secrets
-from toolkit.data.corpus_info import CorpusInfo, read_corpus
+from toolkit.data.corpus_info import CorpusInfo, planned_batches, read_corpus
 from toolkit.distributed.launcher import rank_of
 from toolkit.distributed.logging import setup_logging
 from toolkit.distributed.ranks import check_launcher_variables
@@ -24,11 +24,17 @@ from toolkit.experiment.checks import check_corpus, check_experiment, check_load
 from toolkit.experiment.config import ExperimentConfig
 from toolkit.experiment.notices import notices
 from toolkit.experiment.resuming import plan_resume
+from toolkit.experiment.schedules import check_schedule_lengths
 from toolkit.launch.failures import clear_notes, first_line
 from toolkit.launch.relaunch import relaunch
 from toolkit.launch.starting import RunStart, current_launch, find_predecessor, stays_stopped
 from toolkit.runs.files import RUN_FILES
-from toolkit.runs.registry import check_run_folder, choose_run_name, resolve_run_folder
+from toolkit.runs.registry import (
+    check_run_folder,
+    choose_run_name,
+    is_run,
+    resolve_run_folder,
+)
 from toolkit.train.trackers.config import check_trackers
 
 log = logging.getLogger(__name__)
@@ -135,7 +141,11 @@ def _run(
             config = config.replace(run=config.run.replace(save_folder=str(before)))
         found.ask(check_run_folder, config.run, name)
         found.ask(check_trackers, config.trainer.callbacks)
-        found.ask(lambda: check_load_path(config, resolve_run_folder(config.run, name)))
+        folder = resolve_run_folder(config.run, name)
+        found.ask(check_load_path, config, folder)
+        # Else earlier batches may have had other sizes, and the length of an epoch is not known.
+        if config.trainer.load_path is None and not is_run(folder) and not config.dataset.custom:
+            found.ask(check_schedule_lengths, config, planned_batches(config.data, None), origins)
         if found.errors:  # preparing the data, which tells the same, is not reached
             found.ask(data.check, config)
     found.raise_any()
@@ -153,7 +163,10 @@ def _run(
         raise
     if rank == 0:
         training.check_continuation(resolve_run_folder(config.run, name))
-        for notice in notices(config, training.train_loader.steps_of):
+        batches = training.train_loader.batches
+        # A run that was let go on with its warm-up goes on.
+        check_schedule_lengths(config, batches, {} if is_run(folder) else origins)
+        for notice in notices(config, batches, origins):
             log.warning("%s", notice)
         run = starting.run = training.open_run(name, is_main=True)
     try:

@@ -33,6 +33,7 @@ from toolkit.experiment.found_data import started_in
 from toolkit.experiment.recorded import EngineRecord, metadata_of_attempt, stored_config
 from toolkit.launch.failures import LostPeerError, Peers, name_rank
 from toolkit.launch.starting import RunStart, current_launch
+from toolkit.models.config import ModuleConfig
 from toolkit.runs.config import RunConfig
 from toolkit.runs.files import RUN_FILES
 from toolkit.runs.manager import RunManager
@@ -40,14 +41,11 @@ from toolkit.runs.registry import is_run, resolve_run_folder, start_run
 from toolkit.train.progress import nothing_left
 from toolkit.train.run_config import log_config
 from toolkit.train.scores import check_best_metric
-from toolkit.train.trainer import Trainer, TrainResult
+from toolkit.train.trainer import HARD_STOP, Trainer, TrainResult
 from toolkit.wording import count
 
 # These lines are the run's own, whichever of its files says them.
 log = logging.getLogger("toolkit.experiment.run")
-
-GENTLE_STOPS = (None, "hard_stop")
-"""Ends that are what was asked for: exit code 0."""
 
 
 class Training:
@@ -57,6 +55,7 @@ class Training:
         self, config: ExperimentConfig, data: CorpusInfo | None, batch_rank: int, batch_ranks: int
     ) -> None:
         self.config = config
+        self.data = data
         self.corpus = open_corpus(config.data, data)
         self.train_loader, evaluation = get_dataloaders(
             config.data,
@@ -66,6 +65,9 @@ class Training:
             corpus=self.corpus,
         )
         check_best_metric(config.trainer, evaluation)
+        downstream = config.trainer.callbacks.downstream_evaluator
+        if downstream.is_wanted:
+            named("toolkit.evaluate.tasks.names:check_names")(downstream.tasks)
 
     def check_continuation(self, folder: Path) -> None:
         """Check that the run in `folder` can go on with this config; see `continuation.py`."""
@@ -138,10 +140,12 @@ class Training:
                 corpus=self.corpus,
             )
             check_agreement(config, environment, train_dl, eval_dl)
-            _log_opening(config, environment, run.folder, train_dl)
+            _log_opening(config, environment, run.folder, train_dl, self.data)
             with _explaining_memory(config, environment, run.folder):
-                model = config.model.build(init_device="meta")
+                model = config.model.build(init_device="meta", seed=config.seed)
                 train_module = config.train_module.build(model, environment=environment)
+                if isinstance(config.model, ModuleConfig):
+                    train_module.model_config = config.model
                 trainer = Trainer(config.trainer, train_module, train_dl, eval_dl, run=run)
                 before = stored_config(run.folder) if environment.is_main else {}
                 trainer.restore()
@@ -153,7 +157,7 @@ class Training:
                 signals.settle()
                 result = trainer.fit()
             _log_end(config, result, run)
-            if result.reason in GENTLE_STOPS:
+            if _is_gentle(result):
                 return EXIT_DONE
             return EXIT_FAILED if result.saved_step is None else EXIT_STOPPED
         except BaseException as error:
@@ -233,6 +237,7 @@ def _log_opening(
     environment: TrainingEnvironment,
     folder: Path,
     train_loader: TrainLoader,
+    data: CorpusInfo | None,
 ) -> None:
     layout, device = environment.layout, device_name(environment.device)
     kind = environment.device.type
@@ -251,6 +256,9 @@ def _log_opening(
             f"{count(int(per_epoch), 'step')} an epoch"
             + (f", {count(dropped, 'instance')} left out" if dropped else "")
         )
+    for name, (_, prepared) in data.parts.items() if data is not None else ():
+        if (audit := prepared.manifest.audit) is not None:
+            lines += [f"{name}: {line}" if name else line for line in audit.lines()]
     for line in lines:
         if line is not None:
             log.info("%s", line)
@@ -267,6 +275,11 @@ def _log_changes(
         log.warning("%s", nothing_left(state.config, state.stop_step, state.total_steps))
 
 
+def _is_gentle(result: TrainResult) -> bool:
+    """Whether it ended as was asked for: exit code 0."""
+    return result.state == "finished" or result.reason == HARD_STOP
+
+
 def _log_end(config: ExperimentConfig, result: TrainResult, run: RunManager) -> None:
     if result.last_eval is not None:
         evaluation = result.last_eval
@@ -274,9 +287,10 @@ def _log_end(config: ExperimentConfig, result: TrainResult, run: RunManager) -> 
         if "bits_per_byte" in evaluation:
             line += f", {evaluation['bits_per_byte']:.4f} bits per byte"
         log.info("%s (step %d)", line, evaluation["step"])
-    if result.reason in GENTLE_STOPS:
-        log.info("done at step %d; everything is in %s", result.step, run.folder)
-        if result.reason == "hard_stop" and result.saved_step is not None:
+    if _is_gentle(result):
+        early = f" ({result.reason})" if result.state == "finished" and result.reason else ""
+        log.info("done at step %d%s; everything is in %s", result.step, early, run.folder)
+        if result.reason == HARD_STOP and result.saved_step is not None:
             log.info("go on with: toolkit resume %s --trainer.hard_stop=null", run.folder)
         log.info("  %-12s %s", "metrics", run.path(RUN_FILES.metrics))
         if config.trainer.callbacks.tensorboard.enabled:

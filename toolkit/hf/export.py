@@ -182,16 +182,20 @@ def export_source(
 
 
 def export_checkpoint(
-    checkpoint: Path, extra: Mapping[str, Any], *, tokenizer_folder: Path | None
+    checkpoint: Path,
+    extra: Mapping[str, Any],
+    *,
+    tokenizer_folder: Path | None,
+    weights: str | None = None,
 ) -> None:
     """Write `hf/` into a checkpoint whose tensors are there: the whole model, or what PEFT loads
     onto an adapter's base. Where `transformers` has no class for the model, that is logged.
 
-    `extra`: see `CheckpointMetadata`.
+    `extra`: see `CheckpointMetadata`; `weights`: the averages to write, see `averaged`.
     """
     config = msgspec.convert(extra["model"], ModelConfig)
     source = ModelSource(str(checkpoint), "checkpoint", config, checkpoint, extra=extra)
-    source = source._replace(tokenizer_folder=tokenizer_folder)
+    source = source._replace(tokenizer_folder=tokenizer_folder, weights=weights)
     if source.lora is not None and source.lora.train_also:
         log.info(
             "parameters were trained besides the adapter (train_module.lora.train_also), so %s/ is "

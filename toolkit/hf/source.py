@@ -17,6 +17,7 @@ from torch import Tensor
 
 from toolkit.checkpoint.find import find_checkpoint
 from toolkit.checkpoint.folder import (
+    CALLBACK_PREFIX,
     HF_CONFIG_FILE,
     HF_FOLDER,
     METADATA_FILE,
@@ -26,7 +27,7 @@ from toolkit.checkpoint.folder import (
     kind_of,
     read_metadata,
 )
-from toolkit.checkpoint.tensors import iterate_tensors, stored_types
+from toolkit.checkpoint.tensors import iterate_tensors, stored_shapes, stored_types
 from toolkit.config.interpolation import fill
 from toolkit.data.config import DataConfig
 from toolkit.data.corpus_info import data_places
@@ -66,6 +67,8 @@ class ModelSource(NamedTuple):
     """The run folder that the checkpoint lies in."""
     extra: Mapping[str, Any] = MappingProxyType({})
     """Of `metadata`."""
+    weights: str | None = None
+    """The averages that stand in the place of trained weights; see `averaged`."""
 
     @property
     def origin(self) -> dict[str, Any]:
@@ -166,9 +169,46 @@ def watched(
         yield name, tensor
 
 
+def averaged(source: ModelSource, weights: str) -> ModelSource:
+    """`source` with the averages that the callback `weights` keeps ("ema", or where it keeps
+    several "ema/0.999") in the place of the weights that it averages. Raises CheckpointError: the
+    checkpoint has none."""
+    if source.checkpoint is None:
+        raise CheckpointError(f"{source.where}: no checkpoint, so it has no averages {weights!r}")
+    name, _, wanted = weights.partition("/")
+    known = averages_of(source.tensors_folder)
+    fitting = [w for w in known if w == weights or (not wanted and w.partition("/")[0] == name)]
+    if len(fitting) != 1:
+        there = f"there are {', '.join(known)}" if known else "it was trained without any"
+        raise CheckpointError(f"{source.where}: averages {weights!r}: {there}")
+    return source._replace(weights=fitting[0])
+
+
+def averages_of(folder: Path) -> list[str]:
+    """The averages of weights that a checkpoint has beside them: "ema/0.999"."""
+    shapes = stored_shapes(folder)
+    weights = {key.removeprefix(MODEL_PREFIX) for key in shapes if key.startswith(MODEL_PREFIX)}
+    found = set()
+    for key in shapes:
+        if key.startswith(CALLBACK_PREFIX):
+            parts = key.removeprefix(CALLBACK_PREFIX).split(".")
+            cuts = (i for i in range(1, len(parts)) if ".".join(parts[i:]) in weights)
+            if (cut := next(cuts, None)) is not None:
+                found.add("/".join(filter(None, (parts[0], ".".join(parts[1:cut])))))
+    return sorted(found)
+
+
 def kept_tensors(source: ModelSource) -> Iterator[tuple[str, Tensor]]:
     """`source_tensors` of a checkpoint as it is: of an adapter, the adapter's own."""
-    return iterate_tensors(source.tensors_folder, MODEL_PREFIX)
+    folder = source.tensors_folder
+    if source.weights is None:
+        yield from iterate_tensors(folder, MODEL_PREFIX)
+        return
+    prefix = f"{CALLBACK_PREFIX}{source.weights.replace('/', '.')}."
+    own = stored_types(folder, prefix)
+    yield from iterate_tensors(folder, prefix)
+    rest = [name for name in stored_types(folder, MODEL_PREFIX) if name not in own]
+    yield from iterate_tensors(folder, MODEL_PREFIX, rest)
 
 
 def source_types(source: ModelSource) -> dict[str, torch.dtype]:

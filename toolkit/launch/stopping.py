@@ -17,11 +17,22 @@ import torch.distributed as dist
 
 from toolkit import parents, signals
 from toolkit.config.base import in_seconds
-from toolkit.runs.status import FAILURE, STOP_FILE, WALL_TIME
+from toolkit.runs.status import FAILURE, FINISH, STOP_FILE, WALL_TIME
 from toolkit.signals import LAUNCHER_GONE
 
 _REASONS = (
-    *("", "a request", "SIGHUP", "SIGUSR1", "SIGUSR2", WALL_TIME, STOP_FILE, "SIGINT", "SIGTERM"),
+    *(
+        "",
+        FINISH,
+        "a request",
+        "SIGHUP",
+        "SIGUSR1",
+        "SIGUSR2",
+        WALL_TIME,
+        STOP_FILE,
+        "SIGINT",
+        "SIGTERM",
+    ),
     *(LAUNCHER_GONE, FAILURE),
 )
 """What ranks tell each other, by index; the greatest wins."""
@@ -104,6 +115,10 @@ class StopRequest(signals.Receiver):
         if self.reason is None or (reason == FAILURE and not self.is_agreed):
             self.reason = reason
 
+    def withdraw(self) -> None:
+        """Go on as if nobody had asked; all ranks call it, after they agreed."""
+        self.reason, self.is_agreed = None, False
+
     def allow_for(self, seconds: float) -> None:
         """A save took this long: the time limit must leave room for the last one. Any thread."""
         if self._wall_time is not None:
@@ -164,7 +179,7 @@ class StopRequest(signals.Receiver):
     def _code(self) -> int:
         if self.reason is None:
             return 0
-        return _REASONS.index(self.reason) if self.reason in _REASONS else 1
+        return _REASONS.index(self.reason if self.reason in _REASONS else "a request")
 
 
 def stop_request_of(

@@ -1,12 +1,12 @@
 """Configs of models. They import no torch; `build` makes the model."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import msgspec
 
 from toolkit.config import Config
 from toolkit.config.base import check_positive
-from toolkit.config.named import named, users_subclass
+from toolkit.config.named import named, users_object, users_subclass
 from toolkit.errors import ConfigError
 from toolkit.models import shapes
 from toolkit.models.architecture import Architecture
@@ -236,6 +236,45 @@ class ClassModelConfig(TransformerConfig, frozen=True, kw_only=True, tag_field="
             problem = f"{self.target} has {number:,} parameters, its parts {self.num_parameters:,}"
             raise ConfigError(f"{problem}; keep those of toolkit.Transformer", key="model.type")
         return model
+
+
+class ModuleConfig(Config, frozen=True, kw_only=True, tag_field="type", tag="module"):
+    """Any model of torch: `{"type": "my_model:Net", "options": {...}}`, without sizes of a
+    Transformer, names its class, which is made as `Net(**options)`. It needs a `train_module.type`
+    of your own, derived from `toolkit.BasicTrainModule`."""
+
+    target: str
+    """The class, as `module:Class`. Modules in the current folder are found too."""
+    options: dict[str, Any] = msgspec.field(default_factory=dict)
+    """Arguments of the class."""
+
+    # What nobody can know of it refuses nothing.
+    vocab_size: ClassVar[int] = LARGEST["vocab_size"]
+    max_sequence_length: ClassVar[int] = LARGEST["max_sequence_length"]
+
+    @property
+    def num_parameters(self) -> int:
+        """Number of parameters; the model is made for it."""
+        return sum(parameter.numel() for parameter in self.build().parameters())
+
+    @property
+    def shown_parameters(self) -> str:
+        """The number of parameters for a reader."""
+        return f"{self.num_parameters:,}"
+
+    def to_transformer(self) -> TransformerConfig:
+        """There is none. Raises ConfigError."""
+        raise ConfigError(f"{self.target} is no language model of ours", key="model.type")
+
+    def own_class(self) -> Any:
+        """The class. Raises ConfigError where it is none that can be made so."""
+        return users_subclass(self, "torch.nn:Module", key="model", name="type")
+
+    def build(self, *, init_device: str = "cpu", seed: int = 0) -> Any:
+        """The model on the CPU, with its own initial values, which are functions of `seed`."""
+        with named("torch.random:fork_rng")(devices=[]):
+            named("torch.random:manual_seed")(seed)
+            return users_object(self.target, key="model.type", **self.options)
 
 
 ModelConfig = TransformerConfig | GPTConfig | ClassModelConfig

@@ -63,11 +63,16 @@ def parameter_shapes(model: Architecture, lora: LoRAConfig | None = None) -> dic
     return shapes
 
 
+def linear_layers(model: Architecture) -> dict[str, Shape]:
+    """Name of each linear layer of the blocks -> `(out, in)`, in the model's order."""
+    named = whole_model(model)
+    return {name.removesuffix(".weight"): shape for name, shape in named if _is_linear(name)}
+
+
 def adapted_layers(model: Architecture, lora: LoRAConfig) -> list[str]:
     """Names of the linear layers that get an adapter, in the model's order. Raises ConfigError: a
     pattern matches no linear layer, or stacked weights of experts, which take no adapter."""
-    shapes = dict(whole_model(model))
-    linear = [name.removesuffix(".weight") for name in shapes if _is_linear(name)]
+    shapes, linear = dict(whole_model(model)), list(linear_layers(model))
     chosen: set[str] = set()
     found = ErrorList()
     for pattern in lora.target_modules:

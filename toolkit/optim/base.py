@@ -17,6 +17,7 @@ _NOT_SETTINGS = {
     "layer_lr_decay",
     "mup",
     "rolling_interval_length",
+    "state_dtype",
     "sigma_factor",
 }
 """What an optimizer's class is not built with."""

@@ -3,7 +3,7 @@
 import importlib.util
 import inspect
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -25,11 +25,16 @@ class AdamWConfig(Optimizer, kw_only=True, tag_field="type", tag="adamw"):
     """Added to the denominator for numerical stability."""
     weight_decay: float = 0.1
     """Decoupled weight decay."""
+    state_dtype: Literal["fp32", "bf16"] = "fp32"
+    """Type in which both moments are kept. `bf16`: half of the memory, rounded up or down at random
+    so that sums stay right on average; not under ZeRO."""
 
     def build(self, named_parameters: Mapping[str, Any]) -> Any:
-        return named("torch.optim:AdamW")(
-            self.groups(named_parameters), **self.settings, fused=True
-        )
+        groups = self.groups(named_parameters)
+        if self.state_dtype == "bf16":
+            own = named("toolkit.optim.stochastic:StochasticAdamW")
+            return own(groups, named_parameters, **self.settings)
+        return named("torch.optim:AdamW")(groups, **self.settings, fused=True)
 
 
 class SkipStepAdamWConfig(AdamWConfig, kw_only=True, tag_field="type", tag="skip_step_adamw"):

@@ -30,15 +30,9 @@ def describe_command() -> dict[str, Any]:
 def describe_git(folder: Path | None = None) -> dict[str, Any]:
     """Commit, branch and whether tracked files were changed; `{"repository": None}` outside one."""
 
-    def git(*words: str) -> str:
-        return subprocess.run(
-            ["git", *words], cwd=folder, capture_output=True, text=True, timeout=20, check=True,
-            env=os.environ | {"GIT_OPTIONAL_LOCKS": "0"},
-        ).stdout.strip()  # fmt: skip
-
     try:
-        lines = git("status", "--porcelain=v2", "--branch", "--untracked-files=no").splitlines()
-        top = git("rev-parse", "--show-toplevel")
+        status = _git(folder, "status", "--porcelain=v2", "--branch", "--untracked-files=no")
+        lines, top = status.splitlines(), _git(folder, "rev-parse", "--show-toplevel").strip()
     except (OSError, subprocess.SubprocessError):
         return {"repository": None}
     headers = dict(line[2:].split(" ", 1) for line in lines if line.startswith("# branch."))
@@ -48,6 +42,21 @@ def describe_git(folder: Path | None = None) -> dict[str, Any]:
         "branch": headers.get("branch.head"),
         "dirty": any(not line.startswith("#") for line in lines),
     }
+
+
+def describe_changes(folder: Path | None = None) -> str:
+    """The uncommitted changes of tracked files, as a patch; empty outside a repository."""
+    try:
+        return _git(folder, "diff", "HEAD")
+    except (OSError, subprocess.SubprocessError, UnicodeDecodeError):
+        return ""
+
+
+def _git(folder: Path | None, *words: str) -> str:
+    return subprocess.run(
+        ["git", *words], cwd=folder, capture_output=True, text=True, timeout=20, check=True,
+        env=os.environ | {"GIT_OPTIONAL_LOCKS": "0"},
+    ).stdout  # fmt: skip
 
 
 def describe_environment() -> dict[str, Any]:

@@ -17,7 +17,8 @@ RunState = Literal["running", "finished", "failed", "stopped"]
 WALL_TIME = "trainer.max_wall_time"
 STOP_FILE = "the stop file"
 FAILURE = "failure"
-"""Why a run stops, beside a signal's name."""
+FINISH = "a callback"
+"""Why a run stops, beside a signal's name. `FINISH`: it is complete, earlier than planned."""
 
 
 class RunStatus(msgspec.Struct, kw_only=True):

@@ -13,10 +13,12 @@ from toolkit.distributed.config import (
     ContextParallelConfig,
     DataParallelConfig,
     ExpertParallelConfig,
+    Float8Config,
     LogRanks,
     PipelineParallelConfig,
     TensorParallelConfig,
 )
+from toolkit.errors import ConfigError
 from toolkit.models.config import LoRAConfig
 from toolkit.optim.config import AdamWConfig, OptimConfig
 from toolkit.optim.schedules import CosineConfig, SchedulerConfig
@@ -29,6 +31,8 @@ NO_BASE = (
     "--trainer.load_path=... (and leave trainer.load_strategy as it is)"
 )
 """What is wrong where `lora` is set and there is nothing to train it on."""
+ENGINES = ("single", "ddp")
+"""Of models that are no Transformers of ours."""
 
 
 class Duration(Config, kw_only=True):
@@ -52,7 +56,11 @@ class TransformerTrainModuleConfig(Config, kw_only=True):
     optim: OptimConfig = AdamWConfig()
     """The optimizer."""
     scheduler: SchedulerConfig = CosineConfig()
-    """Learning-rate schedule: a pure function of step or tokens."""
+    """Learning-rate schedule: a pure function of step, tokens or epochs."""
+    schedules: dict[str, SchedulerConfig] = msgspec.field(default_factory=dict)
+    """Other settings that follow a schedule, by name: those of `optim` (`weight_decay`, `betas.0`)
+    and `z_loss_multiplier`. A schedule multiplies the setting's own value; what schedules call a
+    rate is then this setting."""
     max_grad_norm: float | None = 1.0
     """Clip the global gradient norm to this; null: never clip."""
     z_loss_multiplier: float | None = None
@@ -61,6 +69,8 @@ class TransformerTrainModuleConfig(Config, kw_only=True):
     """Compute type. Master weights and optimizer state are fp32 always. `auto`: the launcher's
     mixed_precision, else bf16 where the hardware is fast at it. `fp16` scales the loss, as much as
     gradients allow (dynamic loss scaling); not under ZeRO."""
+    float8_config: Float8Config | None = None
+    """Matrix products of linear layers in 8 bits, over `precision: bf16`; null: off."""
     dp_config: DataParallelConfig | None = None
     """Engine for launchers that do not name one (`torchrun`)."""
     tp_config: TensorParallelConfig | None = None
@@ -73,6 +83,8 @@ class TransformerTrainModuleConfig(Config, kw_only=True):
     """Expert parallelism of a mixture of experts; needs `fsdp` or `hsdp`. Null: off."""
     ac_config: ActivationCheckpointingConfig | None = None
     """Activation checkpointing; null: off."""
+    activation_offload: bool = False
+    """What blocks keep for backward waits in host memory; not for pipelines."""
     compile_model: bool = False
     """torch.compile each transformer block and the loss."""
     freeze: tuple[str, ...] = ()
@@ -84,8 +96,8 @@ class TransformerTrainModuleConfig(Config, kw_only=True):
     max_consecutive_skipped_steps: int = 10
     """Stop after this many steps in a row with a non-finite loss or gradient."""
     target: str | None = None
-    """`module:Class` of a `TransformerTrainModule` of your own, to train in the place of it;
-    modules in the current folder are found too."""
+    """`module:Class` of a `TransformerTrainModule` of your own, to train in the place of it, also
+    written `type`; modules in the current folder are found too."""
     options: dict[str, Any] = msgspec.field(default_factory=dict)
     """Further arguments of that class."""
 
@@ -105,18 +117,49 @@ class TransformerTrainModuleConfig(Config, kw_only=True):
             )
         if self.ac_config and self.ac_config.mode == "budget" and not self.compile_model:
             raise ValueError("ac_config.mode: budget needs compile_model: true")
+        selects = self.ac_config is not None and self.ac_config.mode == "selected_ops"
+        if pipeline and self.activation_offload:
+            problem = "activation_offload does not go with pp_config"
+            raise ValueError(f"{problem}; use ac_config.mode: full")
+        if selects and (pipeline or self.ep_config):
+            # Experts that FSDP2 gathers inside of a block are gathered by other operators again.
+            other = "pp_config" if pipeline else "ep_config"
+            problem = f"ac_config.mode: selected_ops does not go with {other}"
+            raise ValueError(f"{problem}; use mode: full or selected_blocks")
+        if selects and self.activation_offload:
+            raise ValueError(
+                "activation_offload does not go with ac_config.mode: selected_ops, whose results "
+                "stay on the device; use mode: full, or leave ac_config out"
+            )
 
     def build(self, model: Any, **context: Any) -> Any:
         """The `TransformerTrainModule` of `model`, which is usually on the meta device."""
         if self.target is None:
             return named("toolkit.train.transformer:TransformerTrainModule")(self, model, **context)
-        return self.own_class()(self, model, **context, **self.options)
+        return self.own_class(any_model=True)(self, model, **context, **self.options)
 
-    def own_class(self) -> Any:
-        """The class `target`. Raises ConfigError where it is no train module, or does not take
-        `options`."""
+    def own_class(self, *, any_model: bool = False) -> Any:
+        """The class `target`. Raises ConfigError where it is no train module (of language models,
+        but for `any_model`), or does not take `options`."""
         base = "toolkit.train.transformer:TransformerTrainModule"
+        if any_model:
+            base = "toolkit.train.module:TrainModule"
         return users_subclass(self, base, self, None, key="train_module")
+
+
+def check_basic(config: TransformerTrainModuleConfig, engine: str) -> None:
+    """Raise ConfigError for an engine, or an option, that only language models have."""
+    if engine not in ENGINES:
+        raise ConfigError(
+            f"a model of your own trains with {' or '.join(ENGINES)}, not {engine}",
+            key="train_module.dp_config",
+        )
+    of_language_models = ("lora", "z_loss_multiplier", "ac_config")
+    given = [name for name in of_language_models if getattr(config, name) is not None]
+    given += ["compile_model"] if config.compile_model else []
+    given += ["optim.mup"] if config.optim.mup is not None else []
+    if given:
+        raise ConfigError("is for language models; leave it out", key=f"train_module.{given[0]}")
 
 
 class TrainerConfig(Config, kw_only=True):
@@ -184,6 +227,19 @@ class TrainerConfig(Config, kw_only=True):
         if self.load_path is not None and self.load_path.startswith("file:"):
             path = f"/{self.load_path.removeprefix('file:').lstrip('/')}"
             raise ValueError(f"load_path: a URL; write the path itself: {path}")
+        stopping = self.callbacks.early_stopping
+        if stopping.enabled and self.no_evals and not stopping.metric.startswith("train/"):
+            raise ValueError(
+                f"callbacks.early_stopping.metric: {stopping.metric} is of an evaluation, and none "
+                "runs (no_evals); leave one of the two out"
+            )
+        merger, saver = self.callbacks.model_merger, self.callbacks.checkpointer
+        few = None if saver.keep_every or saver.fixed_steps else saver.keep_last
+        if merger.enabled and few is not None and (merger.last_checkpoints or 0) > few:
+            raise ValueError(
+                f"callbacks.model_merger.last_checkpoints {merger.last_checkpoints} is more than "
+                f"callbacks.checkpointer.keep_last {saver.keep_last} keeps; raise the latter"
+            )
         for name in ("max_wall_time", "wall_time_margin"):
             value = getattr(self, name)
             if value is not None:

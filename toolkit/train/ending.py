@@ -93,11 +93,11 @@ def close_after_failure(state: TrainState, message: str) -> None:
 
 def close_callbacks(state: TrainState, callbacks: Mapping[str, Callback]) -> None:
     """Close what the callbacks and the metrics hold open."""
-    for callback in callbacks.values():
+    for name, callback in callbacks.items():
         try:
             callback.close()
         except Exception as error:
-            log.warning("%s: %s: %s", type(callback).__name__, type(error).__name__, error)
+            log.warning("callback %s: close: %s: %s", name, type(error).__name__, error)
     if state.streams is not None:
         try:
             state.streams.close()

@@ -86,8 +86,9 @@ def evaluate_sets(
     should_stop: Callable[[], bool] = lambda: False,
     reduce: Callable[[torch.Tensor], Any] = lambda totals: None,
 ) -> dict[str, TokenSums] | None:
-    """Sums of every set of validation instances, and where there are several, of all as "val",
-    last; None: asked to stop. `reduce` adds up, in place, the sums of all ranks of one set."""
+    """Sums of every set of validation instances, and where several were held out of the training
+    data, of these together as "val", last; None: asked to stop. `reduce` adds up, in place, the
+    sums of all ranks of one set."""
     found: dict[str, TokenSums] = {}
     for name, loader in loaders.items():
         started = time.perf_counter()
@@ -98,6 +99,7 @@ def evaluate_sets(
         loss, num_targets = totals.tolist()
         num_bytes = num_targets * loader.bytes_per_token
         found[name] = TokenSums(loss, num_targets, num_bytes, time.perf_counter() - started)
-    if len(found) > 1:
-        found[VAL] = total_sums(found.values())
+    held_out = [sums for name, sums in found.items() if loaders[name].is_held_out]
+    if len(held_out) > 1:
+        found[VAL] = total_sums(held_out)
     return found

@@ -13,21 +13,7 @@ from toolkit.distributed.environment import TrainingEnvironment
 from toolkit.models.config import LoRAConfig
 from toolkit.train.adapter_base import BaseCheckpoint
 from toolkit.train.eval_sums import Batch, EvalSums
-
-
-class Progress(NamedTuple):
-    """Where training stands when a step begins: what schedules are functions of."""
-
-    step: int
-    """Optimizer steps done."""
-    tokens: int
-    """Tokens consumed."""
-    total_steps: int
-    """Steps of the whole run (`trainer.max_duration`)."""
-    total_tokens: int
-    """Tokens of the whole run."""
-    tokens_per_step: int
-    """Tokens of this step."""
+from toolkit.train.timeline import Progress
 
 
 class Metric(NamedTuple):
@@ -42,6 +28,10 @@ class TrainModule(ABC):
     """Model, optimizer and loss behind the few calls that the loop makes."""
 
     environment: TrainingEnvironment
+    is_language_model = True
+    """Whether checkpoints can be exported for transformers, where it has such a class."""
+    progress: Progress | None = None
+    """Where training stands; the trainer sets it before `train_batch`. None: outside of it."""
     model_config: Any
     """The model's own config, stored with its checkpoints; like the optimizer's."""
     optim_config: Any

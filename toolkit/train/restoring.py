@@ -175,14 +175,16 @@ def _load(state: TrainState, start: Start, *, mapping: Mapping[str, str]) -> Non
             failing=f"{checkpoint}: cannot be loaded",
         )[0]
         tensors = without_new_moments(renamed(module.state_tensors(), mapping), stored)
+        of_callbacks = {k: t for k, t in state.callback_tensors().items() if k in stored}
         metadata, saved = load_checkpoint(
-            checkpoint, tensors=tensors, rank=environment.rank, group=group
+            checkpoint, tensors=tensors | of_callbacks, rank=environment.rank, group=group
         )
         if environment.is_main and module.trained_names is not None and not mapping:
             for line in change_of_training(stored, module.trained_names):
                 log.info("%s", line)
         with usable_state(checkpoint):
             state.load_state_dict(saved["trainer"])
+            state.callbacks_filled(of_callbacks.keys())
             if metadata.world_size == environment.world_size:
                 _set_rng_state(saved["rng"])
         module.origin = metadata.extra.get("source")

@@ -17,6 +17,7 @@ from toolkit.errors import RunError, ToolkitError
 from toolkit.launch.failures import LostPeerError
 from toolkit.runs.files import RUN_FILES
 from toolkit.storage.atomic import new_output
+from toolkit.train.module import TrainModule
 from toolkit.train.state import TrainState
 
 log = logging.getLogger(__name__)
@@ -31,24 +32,22 @@ def begin_save(state: TrainState, *, kind: Kind, export_hf: bool) -> Save:
     _check_owner(state)
     _keep_tokenizer(state)
     module = state.train_module
-    flush = state.recorder.begin_flush(lambda: state.skipped_in_a_row)
+    flush = state.recorder.begin_flush(
+        lambda: (state.skipped_in_a_row, state.callback_states(follow_metrics=True))
+    )
     rank_state = {"trainer": state.state_dict(), "rng": _rng_state()}
 
     def flushed_rank_state() -> dict[str, Any]:
-        rank_state["trainer"]["skipped_in_a_row"] = flush.wait()
+        rank_state["trainer"]["skipped_in_a_row"], states = flush.wait()
+        rank_state["trainer"]["callbacks"] |= states
         return rank_state
 
     extra = {
-        "model": msgspec.to_builtins(module.model_config),
+        **describe_model(module),
         "optim": msgspec.to_builtins(module.optim_config),
         "data": state.train_loader.state_dict(),
-        "versions": {name: importlib.metadata.version(name) for name in _VERSIONED},
     }
-    if module.origin is not None:
-        extra["source"] = module.origin
-    if module.adapter_config is not None:
-        extra["adapter"] = msgspec.to_builtins(module.adapter_config)
-        extra["base"] = msgspec.to_builtins(module.base)
+    exports = export_hf and module.is_language_model
     return Save(
         root=state.run.path(RUN_FILES.checkpoints),
         step=state.step,
@@ -58,8 +57,22 @@ def begin_save(state: TrainState, *, kind: Kind, export_hf: bool) -> Save:
         scores=state.scores,
         rank_state=flushed_rank_state,
         extra=extra,
-        export=partial(_export_hf, state, extra=extra) if export_hf else None,
+        export=partial(_export_hf, state, extra=extra) if exports else None,
     )
+
+
+def describe_model(module: TrainModule) -> dict[str, Any]:
+    """What a checkpoint says of the model that its weights are of (`CheckpointMetadata.extra`)."""
+    extra = {
+        "model": msgspec.to_builtins(module.model_config),
+        "versions": {name: importlib.metadata.version(name) for name in _VERSIONED},
+    }
+    if module.origin is not None:
+        extra["source"] = module.origin
+    if module.adapter_config is not None:
+        extra["adapter"] = msgspec.to_builtins(module.adapter_config)
+        extra["base"] = msgspec.to_builtins(module.base)
+    return extra
 
 
 def _check_owner(state: TrainState) -> None:
@@ -91,7 +104,9 @@ def _export_hf(state: TrainState, unfinished: Path, extra: dict[str, Any]) -> No
     """`hf/` of a checkpoint, from the tensors just written."""
     folder = state.train_loader.tokenizer_folder
     tokenizer = folder if folder is not None and folder.is_dir() else None
-    named("toolkit.hf.export:export_checkpoint")(unfinished, extra, tokenizer_folder=tokenizer)
+    named("toolkit.hf.export:export_checkpoint")(
+        unfinished, extra, tokenizer_folder=tokenizer, weights=state.exported_weights
+    )
 
 
 def _rng_state() -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """The results of evaluations, by the names that `checkpointer.best_metric` uses ("val/loss")."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from toolkit.data.corpus_info import VAL
@@ -25,11 +25,15 @@ def scores_of(evaluations: Iterable[Mapping[str, Any]]) -> dict[str, float]:
 def check_best_metric(config: TrainerConfig, loaders: Mapping[str, Any]) -> None:
     """Raise ConfigError where no evaluation on `loaders` gives what `best_metric` names."""
     known = {name: bool(loader.bytes_per_token) for name, loader in loaders.items()}
-    check_best_metric_in(known, config)
+    others = [name for name, loader in loaders.items() if not loader.is_held_out]
+    check_best_metric_in(known, config, others)
 
 
-def check_best_metric_in(knows_bytes: Mapping[str, bool], config: TrainerConfig) -> None:
-    """The same by the names of the sets, and whether the bytes of their text are known."""
+def check_best_metric_in(
+    knows_bytes: Mapping[str, bool], config: TrainerConfig, others: Collection[str] = ()
+) -> None:
+    """The same by the names of the sets, and whether the bytes of their text are known; `others`
+    were not held out of the training data."""
     checkpointer = config.callbacks.checkpointer
     is_asked = checkpointer.best_metric != type(checkpointer)().best_metric
     if config.no_checkpoints or not checkpointer.enabled:
@@ -40,10 +44,14 @@ def check_best_metric_in(knows_bytes: Mapping[str, bool], config: TrainerConfig)
             "none is best; leave one of the two out",
             key=f"{_WHERE}.keep_best",
         )
-    if len(knows_bytes) > 1:
-        knows_bytes = {**knows_bytes, VAL: all(knows_bytes.values())}
+    held_out = [known for name, known in knows_bytes.items() if name not in others]
+    if len(held_out) > 1:
+        knows_bytes = {**knows_bytes, VAL: all(held_out)}
+    ema = config.callbacks.ema
+    suffixes = ["", *(ema.suffixes if ema.enabled and ema.evaluate == "also" else [])]
     names = [
-        f"{name}/{key}"
+        f"{name}{suffix}/{key}"
+        for suffix in suffixes
         for name, has_bytes in knows_bytes.items()
         for key in ("loss", "ppl", *(["bits_per_byte"] if has_bytes else []))
     ]

@@ -2,20 +2,25 @@
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
+import torch
+
+from toolkit.checkpoint.folder import CALLBACK_PREFIX
 from toolkit.data.evaluation import EvalLoader
 from toolkit.data.loader import TrainLoader
-from toolkit.errors import ToolkitError
+from toolkit.errors import CheckpointError, ToolkitError, TrainingError
 from toolkit.launch.stopping import stop_request_of
 from toolkit.launch.watchdog import Heartbeat
 from toolkit.metrics.recorder import MetricsRecorder
 from toolkit.metrics.streams import MetricStreams
 from toolkit.runs.manager import RunManager
-from toolkit.runs.status import FAILURE
+from toolkit.runs.status import FAILURE, FINISH
 from toolkit.train.config import TrainerConfig
 from toolkit.train.module import Progress, TrainModule
+from toolkit.train.scores import scores_of
 from toolkit.train.timeline import Timeline
 
 log = logging.getLogger(__name__)
@@ -24,8 +29,8 @@ log = logging.getLogger(__name__)
 class TrainState:
     """Counters, parts and requests of one training; the same on all ranks at the same step.
 
-    Callbacks read the counters and act through `record`, `record_eval`, `should_stop`, `stop` and
-    `fail`.
+    Callbacks read the counters and act through `record`, `record_eval`, `should_stop`, `stop`,
+    `finish` and `fail`.
     """
 
     def __init__(
@@ -47,7 +52,8 @@ class TrainState:
         """The current step: the number of steps done between steps, of this one within it."""
         self.tokens = 0
         """Tokens consumed, those of the current step among them."""
-        self.tokens_per_step = train_loader.global_batch_size
+        self.tokens_per_step = train_loader.batches.batch_tokens(0)
+        """Of the current step."""
         self.step_started = 0.0
         """When the loop turned to the current step, before it waited for data (`perf_counter`)."""
         self.data_seconds = 0.0
@@ -58,9 +64,18 @@ class TrainState:
         """The newest result of `lm_evaluator`; other evaluations are only recorded."""
         self.last_scores: dict[str, float] = {}
         """Of the same evaluation, all sets of rows: "val/loss"."""
+        self._evaluations: dict[str, dict[str, Any]] = {}
+        self._evaluated_at = -1
         self.last_loss: float | None = None
         self.skipped_in_a_row = 0
         self.failure: ToolkitError | None = None
+        self.finish_reason: str | None = None
+        """Why the run is complete before `total_steps`."""
+        self.also_evaluated: dict[str, Callable[[], AbstractContextManager[Any]]] = {}
+        """Further weights that evaluations score: what is added to the name of the evaluation
+        ("_ema"), and how the model holds them for the time of a block."""
+        self.exported_weights: str | None = None
+        """The callback whose averages exports take in the place of the weights."""
         self.recorder: MetricsRecorder = None  # type: ignore[assignment]
         """Set before `pre_train`, like `streams`."""
         self.streams: MetricStreams = None  # type: ignore[assignment]
@@ -89,9 +104,21 @@ class TrainState:
 
     @property
     def scores(self) -> dict[str, float]:
-        """What the evaluation at the current step gave, if there was one."""
+        """What evaluations at the current step gave, by names like "val/loss"."""
         is_current = self.last_eval is not None and self.last_eval["step"] == self.step
-        return self.last_scores if is_current else {}
+        scores = self.last_scores if is_current else {}
+        return {**scores, **scores_of(self.evaluations.values())}
+
+    @property
+    def evaluations(self) -> dict[str, dict[str, Any]]:
+        """The results recorded at the current step, by the names of the evaluations."""
+        return self._evaluations if self._evaluated_at == self.step else {}
+
+    @property
+    def evaluated_weights(self) -> dict[str, Callable[[], AbstractContextManager[Any]]]:
+        """What an evaluation scores, one after the other: what is added to its name, and how the
+        model holds the weights for the time of a block. The first are the model's own."""
+        return {"": self.train_module.evaluating, **self.also_evaluated}
 
     def record(
         self, stream: str, values: Mapping[str, Any], reductions: Mapping[str, Any] | None = None
@@ -106,7 +133,10 @@ class TrainState:
         """Write the result of an evaluation, the same on every rank, to eval.jsonl; the record."""
         result = {"tokens": self.tokens, "time": time.time(), "name": name, **values}
         self.recorder.record(self.step, result, stream="eval")
-        return {"step": self.step, **result}
+        record = {"step": self.step, **result}
+        self._evaluations = {**self.evaluations, name: record}
+        self._evaluated_at = self.step
+        return record
 
     def should_stop(self) -> bool:
         """Whether all ranks stop now; long work between steps asks too. Every rank calls it."""
@@ -117,6 +147,16 @@ class TrainState:
         """End training with a checkpoint once all ranks agree; any rank and thread may ask."""
         self.stop_request.ask(reason)
 
+    def finish(self, reason: str, *, is_agreed: bool = False) -> None:
+        """End the run early as complete, with all that comes after the last step. Any rank and
+        thread may ask, and training ends once all ranks agree; `is_agreed`: every rank calls it
+        between two steps, and no other step follows."""
+        self.finish_reason = reason
+        if is_agreed:
+            self.stop_step = self.step
+        else:
+            self.stop_request.ask(FINISH)
+
     def fail(self, error: ToolkitError) -> None:
         """End training with `error` once all ranks agree; any thread may call it."""
         if self.failure is None:
@@ -125,8 +165,15 @@ class TrainState:
 
     def begin_step(self) -> Progress:
         """Count one step; where training stood before it."""
+        batches = self.train_loader.batches
+        self.tokens_per_step = batches.batch_tokens(self.step)
         before = Progress(
-            self.step, self.tokens, self.total_steps, self.total_tokens, self.tokens_per_step
+            self.step,
+            self.tokens,
+            self.total_steps,
+            self.total_tokens,
+            self.tokens_per_step,
+            batches.epochs_done,
         )
         self.step += 1
         self.tokens += self.tokens_per_step
@@ -135,19 +182,22 @@ class TrainState:
     def plan_steps(self) -> None:
         """Where training ends, seen from the current step: batches may have had another size
         before it."""
-        timeline = Timeline.of(self.config, self.train_loader.steps_of)
+        batches = self.train_loader.batches
+        timeline = Timeline.of(self.config, batches.steps_of)
         self.total_steps, self.stop_step = timeline.total_steps, timeline.stop_step
-        self.total_tokens = self.tokens + (self.total_steps - self.step) * self.tokens_per_step
+        left = batches.tokens_done(self.total_steps) - batches.tokens_done(self.step)
+        self.total_tokens = self.tokens + left
 
     def state_dict(self) -> dict[str, Any]:
-        """Counters, data position and callbacks' state: plain values."""
+        """Counters, data position and callbacks' state, but of those whose state follows metrics:
+        plain values."""
         return {
             "step": self.step,
             "tokens": self.tokens,
             "skipped_in_a_row": self.skipped_in_a_row,
             "data": self.train_loader.state_dict(),
             "train_module": self.train_module.extra_state(),
-            "callbacks": {name: c.state_dict() for name, c in self._callbacks.items()},
+            "callbacks": self.callback_states(follow_metrics=False),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -166,4 +216,47 @@ class TrainState:
     def load_callback(self, name: str) -> None:
         """Give a callback what the checkpoint keeps for its name."""
         if saved := self.saved_callbacks.get(name):
-            self._callbacks[name].load_state_dict(saved)
+            try:
+                self._callbacks[name].load_state_dict(saved)
+            except ToolkitError:
+                raise
+            except Exception as error:
+                raise CheckpointError(
+                    f"callback {name}: load_state_dict of the checkpoint at step {self.step}: "
+                    f"{type(error).__name__}: {error}; under another name it starts afresh"
+                ) from error
+
+    def state_tensors(self) -> dict[str, torch.Tensor]:
+        """What a checkpoint holds of tensors: the train module's and the callbacks'."""
+        return {**self.train_module.state_tensors(), **self.callback_tensors()}
+
+    def callback_tensors(self) -> dict[str, torch.Tensor]:
+        """Callbacks' tensors under their names in checkpoints."""
+        return {
+            f"{CALLBACK_PREFIX}{name}.{key}": tensor
+            for name, callback in self._callbacks.items()
+            for key, tensor in callback.state_tensors().items()
+        }
+
+    def callbacks_filled(self, names: Collection[str]) -> None:
+        """Tell callbacks which of `callback_tensors` a checkpoint has filled."""
+        for name, callback in self._callbacks.items():
+            prefix = f"{CALLBACK_PREFIX}{name}."
+            if own := [n.removeprefix(prefix) for n in names if n.startswith(prefix)]:
+                callback.state_filled(own)
+
+    def callback_states(self, *, follow_metrics: bool) -> dict[str, Any]:
+        """The states of callbacks of one kind; see `Callback.state_follows_metrics`."""
+        callbacks = self._callbacks.items()
+        names = (name for name, c in callbacks if c.state_follows_metrics == follow_metrics)
+        return {name: self._state_of(name) for name in names}
+
+    def _state_of(self, name: str) -> dict[str, Any]:
+        try:
+            return self._callbacks[name].state_dict()
+        except ToolkitError:
+            raise
+        except Exception as error:
+            what = f"{type(error).__name__}: {error}"
+            problem = f"callback {name}: state_dict at step {self.step}: {what}"
+            raise TrainingError(problem) from error

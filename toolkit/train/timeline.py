@@ -1,32 +1,16 @@
-"""Durations (steps, tokens, epochs) as numbers of steps. No torch: dry runs ask too."""
+"""Where a run stands and ends, in steps, tokens and epochs. No torch: dry runs ask too."""
 
 from collections.abc import Callable
 from typing import NamedTuple
 
+from toolkit.data.order.plan import Batches
 from toolkit.errors import ConfigError
+from toolkit.optim.schedule import Units
 from toolkit.train.config import Duration, TrainerConfig, Unit
 
 StepsOf = Callable[[int, Unit], int]
-"""`(value, unit)` as the number of the step that ends it; ValueError: that is not known."""
-
-
-def steps_of(
-    tokens_per_step: int, epoch_end: Callable[[int], int | None] = lambda epochs: None
-) -> StepsOf:
-    """For batches of one size; a `TrainLoader.steps_of` also knows of batches that had another.
-    `epoch_end` gives the step that ends so many epochs, None where that is not known."""
-
-    def convert(value: int, unit: Unit) -> int:
-        if unit == "steps":
-            return value
-        if unit == "tokens":
-            return -(-value // tokens_per_step)
-        end = epoch_end(value)
-        if end is None:
-            raise ValueError("epochs need prepared data; run `toolkit prepare` first")
-        return end
-
-    return convert
+"""`(value, unit)` as the number of the step that ends it (`Batches.steps_of`); ValueError: that is
+not known."""
 
 
 class Timeline(NamedTuple):
@@ -56,3 +40,41 @@ class Timeline(NamedTuple):
     def stop_step(self) -> int:
         """The last step."""
         return min(self.total_steps, self.hard_stop or self.total_steps)
+
+
+class Progress(NamedTuple):
+    """Where training stands when a step begins: what schedules are functions of."""
+
+    step: int
+    """Optimizer steps done."""
+    tokens: int
+    """Tokens consumed."""
+    total_steps: int
+    """Steps of the whole run (`trainer.max_duration`)."""
+    total_tokens: int
+    """Tokens of the whole run."""
+    tokens_per_step: int
+    """Tokens of this step."""
+    epochs_done: Callable[[int], float] = float
+    """Passes over the data that so many steps are."""
+
+    @classmethod
+    def at(cls, step: int, total_steps: int, batches: Batches) -> "Progress":
+        """After `step` steps of a run of these batches."""
+        return cls(
+            step,
+            batches.tokens_done(step),
+            total_steps,
+            batches.tokens_done(total_steps),
+            batches.batch_tokens(step),
+            batches.epochs_done,
+        )
+
+    def position(self, units: Units) -> tuple[float, float, float]:
+        """(done before this step, of the whole run, this step) in `units`."""
+        if units == "tokens":
+            return self.tokens, self.total_tokens, self.tokens_per_step
+        if units == "steps":
+            return self.step, self.total_steps, 1
+        done = self.epochs_done(self.step)
+        return done, self.epochs_done(self.total_steps), self.epochs_done(self.step + 1) - done

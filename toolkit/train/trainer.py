@@ -9,7 +9,7 @@ yield batches, callbacks that do the rest. It knows no model, no engine and no f
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple, cast
 
 import torch
@@ -22,7 +22,7 @@ from toolkit.launch.failures import LostPeerError, Peers, first_line
 from toolkit.metrics.recorder import MetricsRecorder
 from toolkit.metrics.streams import MetricStreams
 from toolkit.runs.manager import RunManager
-from toolkit.runs.status import FAILURE
+from toolkit.runs.status import FAILURE, FINISH
 from toolkit.train.callbacks.base import Callback
 from toolkit.train.config import TrainerConfig, TransformerTrainModuleConfig
 from toolkit.train.ending import (
@@ -32,6 +32,7 @@ from toolkit.train.ending import (
     listening,
     start_watchdog,
 )
+from toolkit.train.hooks import Hook, by_name, find_hooks
 from toolkit.train.module import TrainModule
 from toolkit.train.restoring import restore_training
 from toolkit.train.state import TrainState
@@ -42,10 +43,11 @@ STATUS_SECONDS = 15.0
 HARD_STOP = "hard_stop"
 """Reason of a stop that the config asked for."""
 
-_LAST = ("checkpointer", "sample_writer", "console_logger")
+_LAST = (
+    "early_stopping", "checkpointer", "model_merger", "hf_converter", "sample_writer",
+    "console_logger", "metric_saver",
+)  # fmt: skip
 """Callbacks that all others come before."""
-
-Hook = Callable[..., Any]
 
 
 class TrainResult(NamedTuple):
@@ -72,7 +74,8 @@ class Trainer:
         run: from `start_run`; where everything is written.
         train_module_config, environment: for a bare model; `environment` is from
             `prepare_training_environment`.
-        callbacks: more callbacks by name, see `add_callback`.
+        callbacks: more callbacks by name, see `add_callback`; those of a list are called by their
+            classes, `StopWhenGood` is "stop_when_good".
     """
 
     def __init__(
@@ -85,7 +88,7 @@ class Trainer:
         run: RunManager,
         train_module_config: TransformerTrainModuleConfig | None = None,
         environment: TrainingEnvironment | None = None,
-        callbacks: Mapping[str, Callback] | None = None,
+        callbacks: Mapping[str, Callback] | Sequence[Callback] | None = None,
     ) -> None:
         if not isinstance(model, TrainModule):
             wrap = train_module_config or TransformerTrainModuleConfig()
@@ -97,10 +100,10 @@ class Trainer:
         self.state = TrainState(
             config, model, train_loader, eval_loaders or {}, run, self.callbacks
         )
-        for given in (config.callbacks.build(), callbacks or {}):
+        self._restored: bool | None = None
+        for given in (config.callbacks.build(), by_name(callbacks)):
             for name, callback in given.items():
                 self.add_callback(name, callback)
-        self._restored: bool | None = None
         self._first_step = 0
         self._status_at = 0.0
 
@@ -118,6 +121,9 @@ class Trainer:
             )
         if self._hooks:
             raise ConfigError(f"callback {name}: training has begun; add it before `fit`")
+        if self._restored and type(callback).state_tensors is not Callback.state_tensors:
+            problem = "has tensors in the checkpoint, which is loaded; add it before `restore`"
+            raise ConfigError(f"callback {name}: {problem}")
         if name in self.callbacks:
             raise ConfigError(f"callback {name}: there is one of this name; choose another name")
         callback.state = self.state
@@ -151,12 +157,16 @@ class Trainer:
         )
         try:
             self.restore()
-            self._hooks = self._find_hooks()
+            self._hooks = find_hooks(self.callbacks, state)
             self._open_metrics(resumed=bool(self._restored))
             watchdog = start_watchdog(state, peers)
             with listening(state):
                 self._call("pre_train")
                 reason = self._loop()
+                if stop.is_agreed and stop.reason == FINISH:
+                    stop.withdraw()
+                    reason, state.stop_step = None, state.step
+                    state.finish_reason = environment.broadcast(state.finish_reason)
                 if not stop.is_agreed:
                     self._call("post_train")  # polls too: evaluating takes time
                 if stop.is_agreed:
@@ -187,8 +197,9 @@ class Trainer:
             step=state.step,
             tokens=state.tokens,
             loss=state.last_loss,
-            exit_reason=reason or "done",
+            exit_reason=reason or state.finish_reason or "done",
         )
+        reason = reason or state.finish_reason
         return TrainResult(outcome, state.step, reason, state.saved_step, state.last_eval)
 
     def _loop(self) -> str | None:
@@ -217,7 +228,8 @@ class Trainer:
         self._raise_failure()
         if state.stop_request.is_agreed:
             return state.stop_request.reason
-        return HARD_STOP if state.stop_step < state.total_steps else None
+        is_early = state.stop_step < state.total_steps and state.finish_reason is None
+        return HARD_STOP if is_early else None
 
     def _train_step(self, batch: dict[str, torch.Tensor]) -> None:
         state, module = self.state, self.state.train_module
@@ -226,6 +238,7 @@ class Trainer:
         state.heartbeat.beat("forward and backward", state.step, is_slow=is_first)
         for _, hook in self._hooks["pre_step"]:
             hook()
+        module.progress = before
         metrics = module.train_batch(batch)
         state.heartbeat.beat("optimizer step", state.step, is_slow=is_first)
         for _, hook in self._hooks["pre_optim_step"]:
@@ -235,10 +248,11 @@ class Trainer:
             metrics |= hook() or {}
         values: dict[str, Any] = {
             "tokens": state.tokens,
-            "epoch": state.train_loader.epochs_done(state.step),
+            "epoch": state.train_loader.batches.epochs_done(state.step),
             "time": time.time(),
             "attempt": state.run.attempt,
         }
+        values |= state.train_loader.batches.sizes(before.step)
         counts = state.train_loader.counts(state.step).items()
         values |= {f"instances/{source}": count for source, count in counts}
         values |= {name: metric.value for name, metric in metrics.items()}
@@ -263,18 +277,6 @@ class Trainer:
             raise state.failure
         if stop.is_agreed:
             raise LostPeerError("another rank has failed; its message and its log say why")
-
-    def _find_hooks(self) -> dict[str, list[tuple[str, Hook]]]:
-        """Event -> the methods that callbacks give for it, with the names of their classes."""
-        return {
-            event: [
-                (type(callback).__name__, getattr(callback, event))
-                for callback in self.callbacks.values()
-                if getattr(type(callback), event) is not unchanged
-            ]
-            for event, unchanged in vars(Callback).items()
-            if not event.startswith("_")
-        }
 
     def _call(self, event: str) -> None:
         for label, hook in self._hooks[event]:

@@ -15,29 +15,28 @@ from torch import nn
 
 from toolkit.checkpoint.folder import MODEL_PREFIX
 from toolkit.distributed.devices import compute_dtype
-from toolkit.distributed.engine import Microbatch, StepOutcome
+from toolkit.distributed.engine import Microbatch
 from toolkit.distributed.environment import TrainingEnvironment, single_environment
+from toolkit.distributed.low_precision import describe_float8
 from toolkit.distributed.materialize import prepare_engine
 from toolkit.distributed.stages import Stages
 from toolkit.distributed.tensor_parallel import share_of_model
 from toolkit.errors import ConfigError, TrainingError
-from toolkit.metrics.norms import to_norms
 from toolkit.models.init import canonical_parameters
 from toolkit.models.kernels import kernel_record
 from toolkit.models.lora import choose_trained
 from toolkit.models.loss import IGNORE_INDEX, shift_labels
 from toolkit.models.parameters import flops_per_token, is_adapter, is_trained
 from toolkit.models.router import RouterSums
-from toolkit.optim.loss_scale import LossScale
-from toolkit.optim.spikes import SpikeDetector
 from toolkit.train.config import TransformerTrainModuleConfig
 from toolkit.train.eval_sums import Batch, EvalSums
-from toolkit.train.module import Metric, Progress, TrainModule
+from toolkit.train.module import Metric
+from toolkit.train.stepping import EngineTrainModule
 
 log = logging.getLogger(__name__)
 
 
-class TransformerTrainModule(TrainModule):
+class TransformerTrainModule(EngineTrainModule):
     """Wraps a Transformer of `toolkit.models`, usually still on the meta device, which is
     materialised here, in place. Without `environment`: one process without a launcher."""
 
@@ -68,13 +67,11 @@ class TransformerTrainModule(TrainModule):
             max_grad_norm=config.max_grad_norm,
             ac_config=config.ac_config,
             compile_model=config.compile_model,
+            float8_config=config.float8_config,
+            activation_offload=config.activation_offload,
             width_multiplier=1.0 if optim.mup is None else optim.mup.multiplier,
         )
-        if self.engine.keeps_average:
-            self.averages.append(self.engine.averaged)
-        self._peak_rates = [float(group["lr"]) for group in self.engine.optimizer.param_groups]
-        self.max_consecutive_skipped_steps = config.max_consecutive_skipped_steps
-        self._z_loss = config.z_loss_multiplier or 0.0
+        self.begin_stepping()
         layout = self.environment.layout
         self.kernels = kernel_record(
             share_of_model(
@@ -83,18 +80,16 @@ class TransformerTrainModule(TrainModule):
             self.environment.device,
             compute_dtype(layout.precision) or torch.float32,
             is_compiled=config.compile_model,
-            has_z_loss=self._z_loss != 0.0,
+            has_z_loss=bool(config.z_loss_multiplier),
             trains_head_alone=self.trained_names == {"head.weight"},
             vocabulary_is_cut=layout.tp > 1,
         )
-        if self.environment.is_main and self.environment.device.type != "cpu":
+        if (float8 := config.float8_config) is not None:
+            self.kernels["linear layers"] = describe_float8(
+                self.model_config.to_transformer(), float8
+            )
+        if self.environment.is_main and (float8 or self.environment.device.type != "cpu"):
             log.info("kernels: %s", "; ".join(f"{k} by {v}" for k, v in self.kernels.items()))
-        self._loss = torch.zeros((), device=self.environment.device)
-        """This rank's summand of the last step's loss."""
-        found = config.optim.skip_step
-        self._spikes = SpikeDetector(*found, device=self.environment.device) if found else None
-        is_fp16 = layout.precision == "fp16"
-        self._loss_scale = LossScale(self.environment.device) if is_fp16 else None
         self._is_checked = False
 
     def train_batch(self, batch: Batch) -> dict[str, Metric]:
@@ -103,10 +98,11 @@ class TransformerTrainModule(TrainModule):
         count = self._num_targets(batch, inputs.labels)
         num_targets = max(count, 1) if isinstance(count, int) else count.clamp(min=1)
         factor = self.environment.layout.grad_ranks / num_targets
+        z_loss = self._scheduled.z_loss(self.progress)
         if (scaling := self._loss_scale) is not None:
             factor = scaling.scale * factor
         sums = self.engine.forward_backward(
-            self._microbatches(inputs), factor, z_loss_multiplier=self._z_loss
+            self._microbatches(inputs), factor, z_loss_multiplier=z_loss
         )
         if not self._is_checked:
             self._check_gradients()
@@ -114,28 +110,10 @@ class TransformerTrainModule(TrainModule):
             self.engine.scale_gradients(1 / scaling.scale)
         self._loss = sums.ce / count
         metrics = {"loss": Metric(self._loss, "sum")}
-        if self._z_loss:
-            metrics["z_loss"] = Metric(self._z_loss * (sums.z / count), "sum")
+        if self.config.z_loss_multiplier:
+            metrics["z_loss"] = Metric(z_loss * (sums.z / count), "sum")
         if sums.router is not None:
             metrics |= self._router_metrics(sums.router, count)
-        return metrics
-
-    def optim_step(self, progress: Progress) -> dict[str, Metric]:
-        factor = self._rate_factor(progress)
-        for group, peak in zip(self.engine.optimizer.param_groups, self._peak_rates, strict=True):
-            if isinstance(group["lr"], torch.Tensor):  # a compiled step reads it
-                group["lr"].fill_(peak * factor)
-            else:
-                group["lr"] = peak * factor
-        outcome = self._step()
-        metrics = {
-            "lr": Metric(self.config.optim.lr * factor),
-            "grad_norm": Metric(outcome.grad_norm),
-            "skipped": Metric(outcome.skipped),
-        }
-        if (scaling := self._loss_scale) is not None:
-            metrics["loss_scale"] = Metric(scaling.scale)
-            scaling.update(torch.isfinite(outcome.grad_norm))
         return metrics
 
     def eval_batch(self, batch: Batch) -> EvalSums:
@@ -152,24 +130,6 @@ class TransformerTrainModule(TrainModule):
     def logits(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Logits (batch, seq, vocab) of the current weights; every rank must call it."""
         return self.engine.logits(input_ids.to(self.environment.device))
-
-    def network_norms(self) -> dict[str, torch.Tensor]:
-        squares = {
-            "grad_norm": self.engine.grad_squares(),
-            "weight_norm": self.engine.weight_squares(),
-        }
-        return {
-            f"{kind}/{layer}": norm
-            for kind, of_layers in squares.items()
-            for layer, norm in to_norms(of_layers).items()
-        }
-
-    def shards(self) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-        return self.engine.gradient_shards(), self.engine.weight_shards()
-
-    @property
-    def parameter_names(self) -> list[str]:
-        return list(self.engine.shards)
 
     @property
     def blocks(self) -> dict[str, nn.Module | None]:  # type: ignore[override]
@@ -202,31 +162,6 @@ class TransformerTrainModule(TrainModule):
             return {}
         tensors = self.engine.state_tensors().items()
         return {k: t for k, t in tensors if k.startswith(MODEL_PREFIX) and not is_adapter(k)}
-
-    def state_filled(self) -> None:
-        self.engine.state_filled()
-
-    def extra_state(self) -> dict[str, Any]:
-        kept = {"spikes": self._spikes, "loss_scale": self._loss_scale}
-        return {name: part.state_dict() for name, part in kept.items() if part is not None}
-
-    def load_extra_state(self, state: dict[str, Any]) -> None:
-        for name, part in (("spikes", self._spikes), ("loss_scale", self._loss_scale)):
-            if part is not None and name in state:
-                part.load_state_dict(state[name])
-
-    def _step(self) -> StepOutcome:
-        """The engine's step, but for a spike where the optimizer leaves them out."""
-        if (spikes := self._spikes) is None:
-            return self.engine.step(self.config.max_grad_norm)
-        loss = self._loss.float() if self.environment.owns_loss else torch.zeros_like(self._loss)
-        if self.environment.world_size > 1:
-            dist.all_reduce(loss)
-        outcome = self.engine.step(
-            self.config.max_grad_norm, lambda norm: spikes.is_spike(loss, norm)
-        )
-        spikes.add(loss, outcome.grad_norm, outcome.skipped)
-        return outcome
 
     def _check_gradients(self) -> None:
         """After the first backward: that it reached all that is trained. A kernel that forgets a
@@ -288,10 +223,3 @@ class TransformerTrainModule(TrainModule):
                 f"dataset.sequence_length {length}; use a multiple of it"
             )
         return inputs.split(size // length)
-
-    def _rate_factor(self, progress: Progress) -> float:
-        if self.config.scheduler.units == "tokens":
-            return self.config.scheduler.factor(
-                progress.tokens, progress.total_tokens, step_size=progress.tokens_per_step
-            )
-        return self.config.scheduler.factor(progress.step, progress.total_steps)

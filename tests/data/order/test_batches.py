@@ -3,7 +3,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from toolkit.data.order.batches import Segment, StreamBatches
+from toolkit.data.order.batches import StreamBatches
+from toolkit.data.order.plan import Phase, Segment
 from toolkit.data.order.stream import ShuffledStream
 
 
@@ -65,7 +66,7 @@ def test_a_new_size_goes_on_with_the_next_unseen_instance(
     seen: dict[int, list[int]] = {}
     for size, count in zip(sizes, steps, strict=False):
         unseen = order.next_position(batch)
-        order = order.resized(order.segments, batch, size)
+        order = order.continued(order.segments, batch, [Phase(0, size)])
         assert order.next_position(batch) == unseen
         start = order.position(batch)
         assert start == unseen or unseen % num_instances + size > num_instances
@@ -80,7 +81,9 @@ def test_a_new_size_goes_on_with_the_next_unseen_instance(
 
 
 def test_the_end_of_an_epoch_counts_batches_of_both_sizes() -> None:
-    order = StreamBatches(stream(100), [Segment(0, 0, 10)]).resized([Segment(0, 0, 10)], 4, 5)
+    order = StreamBatches(stream(100), [Segment(0, 0, 10)]).continued(
+        [Segment(0, 0, 10)], 4, [Phase(0, 5)]
+    )
     assert order.segments == (Segment(0, 0, 10), Segment(4, 40, 5))
     assert order.epoch_end(1) == 4 + 12
     assert order.epoch_end(2) == 4 + 12 + 20
@@ -89,7 +92,9 @@ def test_the_end_of_an_epoch_counts_batches_of_both_sizes() -> None:
 
 
 def test_an_endless_stream_has_no_gaps_between_passes() -> None:
-    order = StreamBatches(Endless(), [Segment(0, 0, 7)]).resized([Segment(0, 0, 7)], 20, 9)
+    order = StreamBatches(Endless(), [Segment(0, 0, 7)]).continued(
+        [Segment(0, 0, 7)], 20, [Phase(0, 9)]
+    )
     assert order.indices(19)[0].tolist() == list(range(133, 140))
     assert order.indices(20)[0].tolist() == list(range(140, 149))
     assert order.epoch_end(3) == 20 + (300 - 140) // 9
@@ -98,7 +103,10 @@ def test_an_endless_stream_has_no_gaps_between_passes() -> None:
 
 def test_the_same_size_again_changes_nothing() -> None:
     segments = (Segment(0, 0, 10), Segment(4, 40, 5))
-    assert StreamBatches(stream(), [Segment(0, 0, 5)]).resized(segments, 9, 5).segments == segments
+    assert (
+        StreamBatches(stream(), [Segment(0, 0, 5)]).continued(segments, 9, [Phase(0, 5)]).segments
+        == segments
+    )
 
 
 @pytest.mark.parametrize("num_instances", [10**9, 10**12 // 1024])

@@ -8,8 +8,9 @@ import pytest
 
 from toolkit.data.config import DatasetConfig, MixConfig, MixSourceConfig, RatioChangeConfig
 from toolkit.data.instances.base import DocumentPart, Rows
-from toolkit.data.order.batches import Segment, StreamBatches
+from toolkit.data.order.batches import StreamBatches
 from toolkit.data.order.mixture import MixedDataset, MixedStream, check_limits
+from toolkit.data.order.plan import Segment
 from toolkit.data.order.resolve import limited_instances
 from toolkit.errors import ConfigError, DataError
 

@@ -17,7 +17,14 @@ from typing import Any, NamedTuple
 
 from toolkit.commands.plan.devices import find_device
 from toolkit.commands.plan.job import Job
-from toolkit.commands.plan.plans import Plan, Target, as_json, job_of, plan_of
+from toolkit.commands.plan.plans import (
+    Plan,
+    Target,
+    as_json,
+    at_largest_batch,
+    job_of,
+    plan_of,
+)
 from toolkit.commands.plan.report import describe, describe_search, flags
 from toolkit.commands.plan.search import KEPT, Found, Limits, search
 from toolkit.config.named import named
@@ -150,7 +157,8 @@ def _search(
 ) -> Answer:
     config = loaded.config
     job = _any_job(config, target)
-    length, batch = config.dataset.sequence_length, config.data_loader.global_batch_size
+    length = config.dataset.sequence_length
+    batch = at_largest_batch(config).data_loader.global_batch_size
     given = config.train_module.dp_config
     settings = {} if given is None else {name: getattr(given, name) for name in KEPT}
     limits = Limits(besides_layout(config), max(1, batch // length), settings)

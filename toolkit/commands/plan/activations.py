@@ -78,6 +78,30 @@ def block_input(job: Job) -> float:
     return job.chunk_tokens * job.model.d_model * job.compute_bytes
 
 
+def saved_results(job: Job, *, sparse: bool) -> Activations:
+    """Bytes of the results that a block keeps which is computed again but for them."""
+    config, model, layout, size = job.ac_config, job.model, job.layout, job.compute_bytes
+    if config is None or config.mode != "selected_ops":
+        return Activations()
+    heads, kv_heads = model.num_heads // layout.tp, max(model.kv_heads // layout.tp, 1)
+    tokens, head = job.tokens, model.attention_head_dim
+    query, key = heads * head, kv_heads * head
+    # In the order in which a block computes them.
+    attention = [query, key, key, model.d_model]
+    inner = -(-model.intermediate_size // layout.tp)
+    feed_forward = [inner] * (2 if model.is_gated else 1) + [model.d_model]
+    if sparse:
+        feed_forward = []
+    step = {"matmuls": 1, "every_second_matmul": 2}
+    steps = [step[op] for op in config.saved_ops if op in step]
+    products = [0.0, 0.0]
+    for number, width in enumerate([*attention, *feed_forward]):
+        if steps and number % steps[0] == 0:
+            products[number >= len(attention)] += tokens * width * size
+    own = tokens * (query * size + heads * FP32) if "attention" in config.saved_ops else 0.0
+    return Activations(attention=products[0] + own, feed_forward=products[1])
+
+
 def _kept_widths(job: Job) -> int:
     """Tensors of the hidden width that a feed-forward keeps."""
     if job.model.is_gated:

@@ -178,7 +178,8 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     """`fp32` or `bf16`."""
     ac_config: ActivationCheckpointingConfig | None
     is_compiled: bool
-    state_tensors: int
+    activation_offload: bool = False
+    state_tensors: float
     """fp32 numbers that the optimizer keeps for each weight."""
     device: Device
     machine: int
@@ -248,7 +249,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
         config = self.ac_config
         if config is None or config.mode == "budget":
             return 0
-        return 1 if config.mode == "full" else config.block_interval
+        return config.block_interval if config.mode == "selected_blocks" else 1
 
 
 def in_flight(config: PipelineParallelConfig | None, stage: Stage, passes: int) -> float:
@@ -283,8 +284,11 @@ def type_of(optim: Any) -> str:
     return str(type(optim).__struct_config__.tag)
 
 
-def state_tensors_of(optim: Any) -> int:
-    """Tensors like the weight that the optimizer of a config keeps; two for one that is unknown."""
+def state_tensors_of(optim: Any) -> float:
+    """fp32 numbers for each weight that the optimizer of a config keeps; two for one that is
+    unknown."""
+    if getattr(optim, "state_dtype", "fp32") == "bf16":
+        return 1.0  # two of half the size
     if isinstance(optim, SGDConfig):
         return 1 if optim.momentum else 0
     if isinstance(optim, ClassOptimConfig):

@@ -14,6 +14,7 @@ from toolkit.commands.plan.activations import (
     block_input,
     casts,
     loss_memory,
+    saved_results,
 )
 from toolkit.commands.plan.devices import CPU
 from toolkit.commands.plan.job import FP32, Job, Parameter, Stage, in_flight
@@ -225,15 +226,18 @@ class _Blocks:
         least = Activations(residual=block_input(job))
         for group, unit in zip(groups, fixed.blocks, strict=True):
             whole = kept = block_activations(job, sparse=group.is_sparse)
+            saved = least + saved_results(job, sparse=group.is_sparse)
             if group.repeated:
-                again = max(again, whole.total - least.total)
+                again = max(again, whole.total - saved.total)
             elif job.ac_config is not None and job.ac_config.mode == "budget":
                 share = job.ac_config.budget
                 kept = whole.times(share) + least.times(1 - share)
             if group.number > group.repeated:
                 self.kept += kept.times(group.number - group.repeated)
             if group.repeated:
-                self.kept += least.times(group.repeated)
+                self.kept += saved.times(group.repeated)
+            if job.activation_offload:  # but for the block that is computed backwards
+                again, self.kept = max(again, kept.total), Activations()
             self.kept += Activations(casts=group.number * casts(job, unit.all.matrices))
         # In a block that is computed again, its own activations come into being once more.
         self.working = again + _block_working(job, stage)

@@ -255,8 +255,9 @@ def states(job: Job, stage: Stage, rank: int = 0) -> States:
     """What `rank` keeps, all but quantised moments in fp32. DeepSpeed has an fp32 copy of what it
     updates besides."""
     held, layout = total(job, stage, rank), job.layout
-    moments = FP32 * job.state_tensors
-    steps = FP32 * held.tensors if job.state_tensors > 1 else 0  # not SGD, nor Lion
+    moments = round(FP32 * job.state_tensors)
+    counts = job.state_tensors > 1 or job.optimizer.endswith("adamw")  # not SGD, nor Lion
+    steps = FP32 * held.tensors if counts else 0
     if job.optimizer == FACTORED:  # on whole parameters, like the next
         steps = FP32 * (held.tensors + held.factored)
     if job.optimizer == QUANTISED:

@@ -10,6 +10,7 @@ from toolkit.commands.plan.devices import CPU, Device
 from toolkit.commands.plan.job import Job, ModelParts, Stage, state_tensors_of, type_of
 from toolkit.commands.plan.memory import Memory, fullest
 from toolkit.commands.plan.step_time import StepTime, model_flops, step_time
+from toolkit.data.corpus_info import planned_batches
 from toolkit.distributed.config import ActivationCheckpointingConfig
 from toolkit.distributed.layout import Layout
 from toolkit.experiment.checks import (
@@ -18,7 +19,6 @@ from toolkit.experiment.checks import (
     rank_microbatch_size,
 )
 from toolkit.experiment.config import ExperimentConfig
-from toolkit.train.timeline import steps_of
 
 DAY = 86_400.0
 
@@ -59,9 +59,18 @@ class Length(NamedTuple):
     cost: float | None
 
 
+def at_largest_batch(config: ExperimentConfig) -> ExperimentConfig:
+    """`config` without its schedule of batch sizes, at the largest of them."""
+    loader = config.data_loader
+    largest = max(size for _, size in loader.batch_sizes)
+    loader = loader.replace(global_batch_size=largest, batch_size_schedule=())
+    return config.replace(data_loader=loader)
+
+
 def job_of(config: ExperimentConfig, layout: Layout, target: Target) -> Job:
-    """A step of `config` on `layout`. Raises ConfigError: patterns of `freeze` or `lora` match no
-    parameter."""
+    """A step of `config` on `layout`, the largest where batches grow. Raises ConfigError: patterns
+    of `freeze` or `lora` match no parameter."""
+    config = at_largest_batch(config)
     module, ranks = config.train_module, layout.batch_ranks
     precision: str = layout.precision
     if precision == "auto":
@@ -77,6 +86,7 @@ def job_of(config: ExperimentConfig, layout: Layout, target: Target) -> Job:
         precision=precision,
         ac_config=module.ac_config,
         is_compiled=module.compile_model,
+        activation_offload=module.activation_offload,
         state_tensors=state_tensors_of(module.optim),
         device=target.device,
         machine=target.machine,
@@ -132,16 +142,17 @@ def divisors(number: int) -> list[int]:
 
 def length_of(config: ExperimentConfig, plan: Plan, target: Target) -> Length | None:
     """None where the run's length is told in epochs of data that is not there."""
-    duration, batch = config.trainer.max_duration, config.data_loader.global_batch_size
+    duration, batches = config.trainer.max_duration, planned_batches(config.data, None)
     try:
-        steps = steps_of(batch, lambda epochs: None)(duration.value, duration.unit)
+        steps = batches.steps_of(duration.value, duration.unit)
     except ValueError:
         return None
-    days = steps * plan.time.total / DAY
+    tokens = batches.tokens_done(steps)
+    days = tokens / plan.job.batch_tokens * plan.time.total / DAY
     ranks = plan.job.layout.world_size
     per_day = None if target.price is None else target.price * 24 * ranks
     cost = None if per_day is None else per_day * days
-    return Length(steps, steps * batch, days, per_day, cost)
+    return Length(steps, tokens, days, per_day, cost)
 
 
 def as_json(config: ExperimentConfig, plan: Plan, target: Target) -> Mapping[str, object]:

@@ -108,6 +108,8 @@ def _checkpointing(config: ActivationCheckpointingConfig | None) -> str:
         return "none"
     if config.mode == "budget":
         return f"budget {config.budget:g}"
+    if config.mode == "selected_ops":
+        return "all but some ops"
     return config.mode if config.mode == "full" else f"1 of {config.block_interval} blocks"
 
 
@@ -123,7 +125,8 @@ def _layout(job: Job) -> list[str]:
     return [
         f"{axes(job)}: {_engine(job)}{' after forward' * _engine(job).endswith('kept')}",
         f"{batch} = {count(job.layout.batch_ranks, 'share')} of {passes}",
-        f"activation checkpointing: {_checkpointing(job.ac_config)}",
+        f"activation checkpointing: {_checkpointing(job.ac_config)}"
+        + (", what is kept waits in host memory" if job.activation_offload else ""),
     ]
 
 

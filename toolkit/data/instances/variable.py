@@ -22,7 +22,8 @@ from toolkit.data.instances.index import DocumentIndex
 from toolkit.data.instances.planned import PlannedInstances, create_array, describe, fill
 from toolkit.data.instances.plans import Bucket, Plan, PlanHeader, plan_of
 from toolkit.data.instances.rows import Pieces, TokenRows
-from toolkit.data.order.batches import Segment
+from toolkit.data.order.batches import BatchOrder
+from toolkit.data.order.plan import Phase, Segment
 from toolkit.data.order.stream import KeyedPermutation
 from toolkit.data.tokens.prepared import PreparedDataset, Split
 from toolkit.errors import ConfigError, DataError
@@ -106,8 +107,8 @@ def _starts_of_rows(index: DocumentIndex, length: int, longest: int) -> Iterator
 Curriculum = Literal["natural", "grow", "shrink"]
 
 
-class VariableOrder:
-    """A `BatchOrder` of batches of one size in tokens, each with rows of one length.
+class VariableOrder(BatchOrder):
+    """Batches of one size in tokens, each with rows of one length.
 
     In each epoch, the rows of a bucket are permuted anew and cut into batches; those that do not
     fill a last batch are left out. How batches of different lengths follow each other:
@@ -149,20 +150,24 @@ class VariableOrder:
                     f"of {bucket.length} tokens (dataset.instances of type variable); make it a "
                     "multiple of dataset.sequence_length"
                 )
-        self.segments: tuple[Segment, ...] = (Segment(0, 0, batch_instances),)
         self._buckets = list(buckets)
         self._rows = [global_batch_size // bucket.length for bucket in buckets]
         self._batches = [
             bucket.num_instances // rows for bucket, rows in zip(buckets, self._rows, strict=True)
         ]
-        self.steps_per_epoch = sum(self._batches)
-        if self.steps_per_epoch == 0:
+        per_epoch = sum(self._batches)
+        if per_epoch == 0:
             have = ", ".join(f"{b.num_instances:,} of {b.length}" for b in buckets) or "none"
             raise DataError(
                 f"not enough data for one batch of data_loader.global_batch_size "
                 f"{global_batch_size}: no row length has that many tokens (rows: {have}); make it "
                 "or dataset.instances.min_sequence_length smaller, or give more text"
             )
+        super().__init__(
+            [Segment(0, 0, batch_instances)],
+            epoch_instances=per_epoch * batch_instances,
+            keeps_epochs_apart=True,
+        )
         self.dropped_instances = sum(
             bucket.num_instances - batches * rows
             for bucket, batches, rows in zip(buckets, self._batches, self._rows, strict=True)
@@ -220,19 +225,13 @@ class VariableOrder:
     def batches_in_segment(self, first_batch: int, num_batches: int) -> int:
         return num_batches
 
-    def epoch_end(self, epochs: int) -> int:
-        return epochs * self.steps_per_epoch
-
-    def epoch_of(self, batch: int) -> tuple[int, int]:
-        return divmod(batch, self.steps_per_epoch)
-
     def epochs_done(self, batches: int) -> float:
         return batches / self.steps_per_epoch
 
-    def resized(
-        self, segments: Sequence[Segment], batch: int, batch_instances: int
+    def continued(
+        self, segments: Sequence[Segment], batch: int, phases: Sequence[Phase]
     ) -> "VariableOrder":
-        if [tuple(s) for s in segments] != [(0, 0, batch_instances)]:
+        if len(phases) > 1 or [*segments] != [Segment(0, 0, *phases[0][1:])]:
             raise ConfigError(
                 "data_loader.global_batch_size: cannot change in the middle of a run whose "
                 "dataset.instances are of variable length; set it back, or start a new run with "

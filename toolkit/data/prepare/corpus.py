@@ -18,7 +18,14 @@ from toolkit.data.config import (
     StoreConfig,
     TokenFilesSourceConfig,
 )
-from toolkit.data.corpus_info import CorpusInfo, check_same_tokens, corpus_info, custom_info
+from toolkit.data.corpus_info import (
+    CorpusInfo,
+    check_eval_sets,
+    check_same_tokens,
+    corpus_info,
+    custom_info,
+    eval_sets_of,
+)
 from toolkit.data.instances.open import ensure_plans
 from toolkit.data.order.resolve import ResolvedSource, resolve_mix, resolve_schedule
 from toolkit.data.prepare.build.prepare import ensure_prepared
@@ -59,9 +66,31 @@ def prepare_corpus(
     else:
         found = ensure_mix_prepared(dataset, **options)
         parts = {source.name: (source.dataset, prepared) for source, prepared in found}
-    for config, prepared in parts.values():
+    eval_parts = {
+        name: (config, ensure_prepared(config, **options))
+        for name, config in _eval_sets(cfg, parts).items()
+    }
+    for config, prepared in (*parts.values(), *eval_parts.values()):
         ensure_plans(prepared, config)
-    return corpus_info(cfg, parts)._replace(is_ready=True)
+    info = corpus_info(cfg, parts)._replace(eval_parts=eval_parts, is_ready=True)
+    check_eval_sets(info)
+    return info
+
+
+def _eval_sets(
+    cfg: DataConfig, parts: dict[str, tuple[DatasetConfig, PreparedDataset]]
+) -> dict[str, DatasetConfig]:
+    """As their token files are made: with the tokenizer of the training data where that was trained
+    on it, or is taken as it is."""
+    dataset, sets = cfg.dataset, eval_sets_of(cfg)
+    is_given = not isinstance(dataset.tokenizer, BPETokenizerConfig) and (
+        dataset.source is not None or dataset.mix is not None
+    )
+    folder = next(iter(parts.values()))[1].tokenizer_folder
+    if is_given or folder is None:
+        return sets
+    tokenizer = HFTokenizerConfig(path=str(folder))
+    return {name: config.replace(tokenizer=tokenizer) for name, config in sets.items()}
 
 
 def check_corpus_settings(cfg: DataConfig, info: CorpusInfo) -> None:
@@ -71,6 +100,8 @@ def check_corpus_settings(cfg: DataConfig, info: CorpusInfo) -> None:
     sources = {} if dataset.mix is None else {s.name: s.dataset for s in as_prepared(dataset)}
     for name, (config, prepared) in info.parts.items():
         check_settings(prepared, sources.get(name, config))
+    for name, config in _eval_sets(cfg, info.parts).items():
+        check_settings(info.eval_parts[name][1], config)
 
 
 def ensure_mix_prepared(

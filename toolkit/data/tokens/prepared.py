@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import msgspec
 
 from toolkit.data.config import DatasetConfig, StoreConfig
+from toolkit.data.tokens.audit import TargetAudit
 from toolkit.data.tokens.in_use import UseMark, mark_used
 from toolkit.errors import ConfigError, DataError
 from toolkit.storage.foreign import guard, read_json
@@ -88,6 +89,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     """Documents left out on purpose, by the reason."""
     left_out_files: dict[str, int] = {}
     """Files left out of the source's folders, by their ending."""
+    audit: TargetAudit | None = None
+    """Of instruction data: what the loss counts."""
     settings: dict[str, Any]
     """The settings that decide what the files hold; see `toolkit.data.prepare.build.settings`."""
     splits: dict[str, SplitInfo]

@@ -1,6 +1,9 @@
 """`Callback`: hooks of the training loop."""
 
+from collections.abc import Collection
 from typing import Any
+
+import torch
 
 from toolkit.train.module import Metric
 from toolkit.train.state import TrainState
@@ -9,11 +12,15 @@ from toolkit.train.state import TrainState
 class Callback:
     """Every hook does nothing by default; the trainer calls only those that a class overrides.
 
-    All ranks run all callbacks, so collectives are fine everywhere but in `on_metrics`.
+    All ranks run all callbacks, so collectives are fine everywhere but in `on_metrics` and `close`.
+    docs/callbacks.md says when each event comes, and what may be done there.
     """
 
     state: TrainState
     """Set before `pre_train`."""
+    state_follows_metrics = False
+    """Whether `state_dict` depends on what `on_metrics` was given: it is then called in the metrics
+    thread too, when all records up to the checkpoint have come, and no later ones."""
 
     def pre_train(self) -> None:
         """Before the first step, after a checkpoint was loaded."""
@@ -51,3 +58,11 @@ class Callback:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Counterpart of `state_dict`."""
+
+    def state_tensors(self) -> dict[str, torch.Tensor]:
+        """Live tensors for the checkpoint, by any names; like `TrainModule.state_tensors` each rank
+        gives its part of them, which is read and filled in place (see `twin_tensor`)."""
+        return {}
+
+    def state_filled(self, names: Collection[str]) -> None:
+        """Called after those of `state_tensors` that the checkpoint has were filled: `names`."""

@@ -124,7 +124,7 @@ class Checkpointer(Callback):
     def _save(self, kind: Kind, *, in_background: bool = False, export_hf: bool = False) -> None:
         """Commit a checkpoint of the current step; in the background, return when it is copied."""
         save = begin_save(self.state, kind=kind, export_hf=export_hf)
-        tensors = self.state.train_module.state_tensors()
+        tensors = self.state.state_tensors()
         if in_background:
             work = (save, self._shards.copy(tensors))
             self._thread = Thread(target=self._work, args=work, name="checkpoint", daemon=True)

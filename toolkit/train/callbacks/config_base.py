@@ -1,4 +1,4 @@
-"""`CallbackConfig`, the base of every callback's config."""
+"""`CallbackConfig`, the base of every callback's config, and `EvaluatorConfig`."""
 
 from typing import Any, ClassVar
 
@@ -15,6 +15,22 @@ class CallbackConfig(Config, kw_only=True):
     enabled: bool = True
     """Off: it is not called."""
 
+    @property
+    def is_wanted(self) -> bool:
+        """Whether there is anything to call."""
+        return self.enabled
+
     def build(self) -> Any:
         """The callback."""
         return named(self.implementation)(self)
+
+
+class EvaluatorConfig(CallbackConfig, kw_only=True):
+    """When an evaluation runs."""
+
+    interval: int = 250
+    """Steps between evaluations."""
+    at_start: bool = False
+    """Evaluate before the first step too."""
+    at_end: bool = True
+    """Evaluate after the last step."""

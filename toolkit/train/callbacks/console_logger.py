@@ -114,7 +114,11 @@ class ConsoleLogger(Callback):
 def _eval_line(record: dict[str, Any]) -> str:
     line = f"eval at step {record['step']}: {record['name']} "
     if not {"loss", "ppl"} <= record.keys():  # an evaluation of the user's own
-        rest = {k: v for k, v in record.items() if k not in ("step", "tokens", "time", "name")}
+        rest = {
+            k: v
+            for k, v in record.items()
+            if k not in ("step", "tokens", "time", "name", "seconds")
+        }
         numbers = (f"{k} {v:.4f}" for k, v in rest.items() if isinstance(v, float))
         return line + ", ".join(numbers)
     line += f"loss {record['loss']:.4f}, ppl {record['ppl']:.2f}"

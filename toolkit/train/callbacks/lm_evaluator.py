@@ -1,70 +1,49 @@
-"""Loss, perplexity and bits per byte on the validation split, during training."""
+"""Loss, perplexity and bits per byte of sets of validation instances, during training."""
 
 import logging
 from typing import Any
 
 import torch.distributed as dist
 
-from toolkit.train.callbacks.base import Callback
 from toolkit.train.callbacks.config import LMEvaluatorConfig
+from toolkit.train.callbacks.evaluator import Evaluator
 from toolkit.train.eval_sums import evaluate_sets
 from toolkit.train.scores import scores_of
 
 log = logging.getLogger(__name__)
 
 
-class LMEvaluator(Callback):
-    """Every validation instance once; sums over all ranks, so the number does not depend on the
-    number of ranks or the batch size."""
+class LMEvaluator(Evaluator):
+    """Every instance once; sums over all ranks, so the numbers do not depend on the number of ranks
+    or the batch size. Where several sets were held out, their sum is "val", last."""
 
     def __init__(self, config: LMEvaluatorConfig) -> None:
-        self._config = config
-        self._done_at = -1
+        super().__init__(config)
         self._without_targets: set[str] = set()
-
-    def pre_train(self) -> None:
-        step = self.state.step
-        # After a stop inside an evaluation, the checkpoint of its step comes without the result.
-        is_due = step % self._config.interval == 0 if step else self._config.at_start
-        if is_due:
-            self.evaluate()
-
-    def post_record(self) -> None:
-        if self.state.step % self._config.interval == 0:
-            self.evaluate()
-
-    def post_train(self) -> None:
-        if self._config.at_end:
-            self.evaluate()
 
     def state_dict(self) -> dict[str, Any]:
         last, scores = self.state.last_eval, self.state.last_scores
-        return {"done_at": self._done_at, "last": last, "scores": scores}
+        return {**super().state_dict(), "last": last, "scores": scores}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._done_at = state["done_at"]
+        super().load_state_dict(state)
         last = self.state.last_eval = state["last"]
         # Older checkpoints have only the result of the last set.
         self.state.last_scores = state.get("scores") or scores_of([] if last is None else [last])
 
-    def evaluate(self) -> None:
-        """Evaluate the current weights once per step: every set of validation instances, and where
-        there are several, their sum as "val", last."""
+    def find_results(self) -> dict[str, dict[str, Any]] | None:
         state = self.state
-        if not state.eval_loaders or state.config.no_evals or self._done_at == state.step:
-            return
+        if not state.eval_loaders:
+            return {}
         group = state.environment.cpu_group
-        with state.train_module.evaluating():
-            found = evaluate_sets(
-                state.eval_loaders,
-                state.train_module.eval_batch,
-                should_stop=state.should_stop,
-                reduce=lambda sums: None if group is None else dist.all_reduce(sums, group=group),
-            )
+        found = evaluate_sets(
+            state.eval_loaders,
+            state.train_module.eval_batch,
+            should_stop=state.should_stop,
+            reduce=lambda totals: None if group is None else dist.all_reduce(totals, group=group),
+        )
         if found is None:
-            return
-        self._done_at = state.step
-        results = []
+            return None
         for name, sums in found.items():
             if not sums.num_targets and name not in self._without_targets:
                 self._without_targets.add(name)
@@ -73,5 +52,8 @@ class LMEvaluator(Callback):
                     "raise data_loader.eval_tokens or dataset.sequence_length",
                     name,
                 )
-            results.append(state.record_eval(name, sums.numbers()))
-        state.last_eval, state.last_scores = results[-1], scores_of(results)
+        return {name: sums.numbers() for name, sums in found.items()}
+
+    def keep(self, results: list[dict[str, Any]], num_own: int) -> None:
+        self.state.last_eval = results[num_own - 1]
+        self.state.last_scores = scores_of(results)

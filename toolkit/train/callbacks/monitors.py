@@ -30,15 +30,15 @@ class SpeedMonitor(Callback):
 
     def __init__(self, config: SpeedMonitorConfig) -> None:
         self._peak = config.peak_flops
-        self._per_token: float | None = None
+        self._peak_flops: float | None = None
+        self._flops: dict[int, float] = {}
 
     def pre_train(self) -> None:
-        state, environment, peak = self.state, self.state.environment, self._peak
+        environment, peak = self.state.environment, self._peak
         if peak is None and environment.device.type == "cuda":
             peak = device_peak_flops(torch.cuda.get_device_name(environment.device))
         if peak is not None:
-            flops = state.train_module.flops_per_token(state.train_loader.sequence_length)
-            self._per_token = flops / (peak * environment.world_size)
+            self._peak_flops = peak * environment.world_size
 
     def post_step(self) -> dict[str, Metric]:
         seconds = time.perf_counter() - self.state.step_started
@@ -48,8 +48,12 @@ class SpeedMonitor(Callback):
             "data_loading_pct": Metric(100.0 * self.state.data_seconds / seconds, "max"),
             "peak_memory_gb": Metric(_peak_memory_gb(self.state.environment.device), "max"),
         }
-        if self._per_token is not None:
-            metrics["mfu"] = Metric(rate * self._per_token)
+        if self._peak_flops is not None:
+            length = self.state.train_loader.batches.row_length(self.state.step - 1)
+            if length not in self._flops:
+                self._flops[length] = self.state.train_module.flops_per_token(length)
+            if flops := self._flops[length]:  # 0: not known
+                metrics["mfu"] = Metric(rate * flops / self._peak_flops)
         return metrics
 
 

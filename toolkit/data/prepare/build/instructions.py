@@ -9,12 +9,13 @@ characters in a row's own text are ordinary ones.
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from toolkit.data.prepare.build.encoding import Encoded
 from toolkit.data.prepare.text.instructions.checks import NO_TARGET, check_targets
-from toolkit.data.prepare.text.instructions.rendering import RenderedRow, RowRenderer
+from toolkit.data.prepare.text.instructions.rendering import Outline, RenderedRow, RowRenderer
 from toolkit.data.prepare.text.instructions.template import (
     ChatTemplate,
     Span,
@@ -90,6 +91,15 @@ class InstructionEncoder:
             found = None if row is None else _encoded(row, next(tokens))
             encoded.append(found or Encoded(np.zeros(0, dtype=np.uint32), left_out=NO_TARGET))
         return encoded
+
+    def outline(self, row: dict[str, Any]) -> Outline:
+        """What a row with targets is made of."""
+        return self._renderer.outline(row)
+
+    def offsets(self, rendered: RenderedRow) -> np.ndarray:
+        """The characters of each token that `encode` gives for a row, `(n, 2)`."""
+        ((_, offsets),) = self._tokenize([rendered])
+        return offsets
 
     def check(
         self,

@@ -29,6 +29,7 @@ import msgspec
 import xxhash
 
 from toolkit.data.config import BPETokenizerConfig, DatasetConfig, StoreConfig
+from toolkit.data.prepare.build.audit import audit_rows
 from toolkit.data.prepare.build.instructions import InstructionEncoder
 from toolkit.data.prepare.build.join import Duplicates, KeptParts, sum_counts
 from toolkit.data.prepare.build.parts import (
@@ -206,8 +207,13 @@ def _build(
     tokenizer, checked = settled_tokenizer(config, plan, parts_folder / TOKENIZER_FOLDER, note)
     vocabulary = vocabulary_of(config, tokenizer)
     setup = PartsSetup(str(parts_folder), config, vocabulary, plan.cache_dir)
+    audit = None
     if setup.has_mask:
-        make_encoder(setup, tokenizer)  # a template that cannot be used ends here, in one line
+        encoder = make_encoder(setup, tokenizer)
+        assert isinstance(encoder, InstructionEncoder)
+        audit = audit_rows(encoder, plan.shards, setup.reading)
+        for line in audit.lines():
+            note(line)
     jobs = [Job(index, shard, _shard_key(shard, plan)) for index, shard in enumerate(plan.shards)]
     for path in parts_folder.glob("*[0-9]*.*"):  # what killed processes were writing or removing
         shutil.rmtree(path, ignore_errors=True)
@@ -237,6 +243,7 @@ def _build(
             source_fingerprint=plan.fingerprint,
             **counts,
             left_out_files=dict(plan.listing.left_out),
+            audit=audit,
             settings=settings_of(config),
             splits=splits,
         )

@@ -60,6 +60,10 @@ def summary(prepared: PreparedDataset, seconds: float) -> Iterator[str]:
         for split, info in manifest.splits.items()
     )
     yield f"prepared {prepared.folder}: {counts}; {seconds:.1f} s"
+    asked = [(info.num_targets or 0, info.num_tokens) for info in manifest.splits.values()]
+    if manifest.audit is not None:
+        targets, tokens = (sum(numbers) for numbers in zip(*asked, strict=True))
+        yield f"targets: {targets:,} of {count(tokens, 'token')}, {targets / tokens:.1%}"
     if manifest.replaced_bytes:
         was = "was" if manifest.replaced_bytes == 1 else "were"
         yield f"{count(manifest.replaced_bytes, 'byte')} {was} not UTF-8 and became U+FFFD"

@@ -87,6 +87,7 @@ def inspect_path(
             bos_id=manifest.bos_id,
             prepend_bos=manifest.prepend_bos,
             tokenizer=manifest.tokenizer_fingerprint,
+            audit=manifest.audit,
             splits=[],
             problems=[],
             is_quick=quick,

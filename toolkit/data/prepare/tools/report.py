@@ -4,6 +4,7 @@ import msgspec
 import numpy as np
 
 from toolkit.data.instances.index import documents_of
+from toolkit.data.tokens.audit import TargetAudit
 
 
 class Sample(msgspec.Struct, frozen=True, kw_only=True):
@@ -65,6 +66,8 @@ class Inspection(msgspec.Struct, kw_only=True):
     tokenizer: str | None = None
     """Fingerprint of the tokenizer; None for a bare file."""
     splits: list[SplitReport]
+    audit: TargetAudit | None = None
+    """Of instruction data: what the loss counts."""
     problems: list[str]
     """All that is wrong, in the order it was found; empty: the files are whole."""
     is_quick: bool = False

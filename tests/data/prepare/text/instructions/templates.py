@@ -60,7 +60,8 @@ EOS = "<|endoftext|>"
 BOS = "<s>"
 CONTROLS = (
     EOS, BOS, "<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>",
-    "<|eot_id|>",
+    "<|eot_id|>", "<start_of_turn>", "<end_of_turn>", "<|start|>", "<|message|>", "<|channel|>",
+    "<|end|>", "<|return|>", "<|call|>",
 )  # fmt: skip
 
 

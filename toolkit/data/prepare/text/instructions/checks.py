@@ -4,15 +4,19 @@ A sample is a rendered row with `[[` and `]]` around what the loss counts.
 """
 
 import contextlib
+import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from toolkit.data.prepare.text.columns import row_texts
 from toolkit.data.prepare.text.instructions.conversations import ASSISTANT, Conversation, Message
 from toolkit.data.prepare.text.instructions.template import ChatTemplate, Span
 from toolkit.data.source_config import InstructionsConfig
 from toolkit.errors import DataError
 from toolkit.wording import count
 
+REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
+"""Keys of a turn that hold what the assistant thinks before it answers."""
 NO_TARGET = "no target"
 """Reason in `Manifest.filtered_documents`: a row in which nothing can be trained on."""
 
@@ -54,19 +58,67 @@ def check_nothing_dropped(messages: Sequence[Message], text: str) -> None:
         wanted = _squeeze(content)
         if squeezed.count(wanted) >= counts[content]:
             continue
+        # What tools give is often written as JSON.
+        escaped = [json.dumps(content, ensure_ascii=ascii)[1:-1] for ascii in (False, True)]
+        if any(other != content and text.count(other) >= counts[content] for other in escaped):
+            continue
         if message["role"] == ASSISTANT and number < len(messages) - 1:
             answer = _squeeze(_without_reasoning(content))
             if answer and answer in squeezed:
                 continue
         raise dropped_text(number, message)
-    for number, message in enumerate(messages):
+
+
+def check_calls(template: ChatTemplate, conversation: Conversation, text: str) -> None:
+    """Raise DataError when a tool call does not reach the rendered `text`. The name of a tool
+    stands in the list of tools too: each call gets a name of its own, and all are looked for."""
+    marks: dict[str, tuple[int, str]] = {}
+    changed = []
+    for number, message in enumerate(conversation.messages):
         calls = message.get("tool_calls")
-        for name in map(_tool_name, calls if isinstance(calls, list) else []):
-            if name is not None and name not in text:
-                raise DataError(
-                    f"the chat template drops the tool call of message {number}; take a template "
-                    f"that knows tools, or leave such rows out: {name!r} is missing"
-                )
+        if isinstance(calls, list) and any(_tool_name(call) for call in calls):
+            marked = []
+            for call in calls:
+                name, mark = _tool_name(call), template.unused_mark(text, len(marks))
+                if name:
+                    marks[mark] = (number, name)
+                marked.append(_renamed(call, mark))
+            message = {**message, "tool_calls": marked}
+        changed.append(message)
+    if not marks:
+        return
+    try:
+        written = template.render(changed, conversation.tools).text
+    except DataError:  # it looks at names: they must be right
+        written = text
+        marks = {name: (number, name) for number, name in marks.values()}
+    for mark, (number, name) in marks.items():
+        if mark not in written and json.dumps(mark)[1:-1] not in written:
+            raise DataError(
+                f"the chat template drops the tool call of message {number}; take a template "
+                f"that knows tools, or leave such rows out: {name!r} is missing"
+            )
+
+
+def check_reasoning(
+    template: ChatTemplate, messages: Sequence[Message], text: str, ignored_keys: Sequence[str]
+) -> None:
+    """Raise DataError when reasoning that has a key of its own does not reach the rendered `text`.
+    Of earlier turns it may be gone where the template knows the key: it drops it on purpose."""
+    squeezed: str | None = None
+    for number, message in enumerate(messages):
+        for key in REASONING_KEYS:
+            value = message.get(key)
+            if not isinstance(value, str) or not value.strip() or key in ignored_keys:
+                continue
+            squeezed = _squeeze(text) if squeezed is None else squeezed
+            is_last = number == len(messages) - 1
+            if key in template.text and (not is_last or _squeeze(value) in squeezed):
+                continue
+            raise DataError(
+                f"the chat template drops the {key} of message {number}; take one that writes it, "
+                "take the key out of the rows, or name it in dataset.instructions.ignored_keys"
+            )
 
 
 def check_tools(template: ChatTemplate, conversation: Conversation, text: str) -> None:
@@ -113,9 +165,20 @@ def dropped_text(number: int, message: Message) -> DataError:
 
 
 def check_marks(marked: Sequence[str], conversation: Conversation, answers: Sequence[int]) -> None:
-    """Raise DataError when what a template marks does not hold the answers; reasoning before one
-    may stand outside the marks."""
+    """Raise DataError when what a template marks does not hold the answers, or holds what others
+    say; reasoning before an answer may stand outside the marks."""
     squeezed = _squeeze("".join(marked))
+    said = _squeeze("".join(row_texts([m for m in conversation.messages if _is_assistant(m)])))
+    for number, message in enumerate(conversation.messages):
+        content = _squeeze(message["content"])
+        if _is_assistant(message) or len(content) <= SHORT or content in said:
+            continue
+        if content in squeezed:
+            raise DataError(
+                f"the chat template marks message {number} ({message['role']}) as what the "
+                "assistant says; put {% generation %} and {% endgeneration %} around the "
+                "assistant's turns alone"
+            )
     for answer in answers:
         content = conversation.messages[answer]["content"]
         if _squeeze(_without_reasoning(content)) not in squeezed:
@@ -173,6 +236,20 @@ def check_targets(
             "template, or set dataset.instructions.train_on=all; one row, targets in [[ ]]: "
             f"{sample()[0]}"
         )
+
+
+def _is_assistant(message: Message) -> bool:
+    return bool(message["role"] == ASSISTANT)
+
+
+def _renamed(call: Any, mark: str) -> Any:
+    """`call` with `mark` behind the name of its tool."""
+    if not _tool_name(call):
+        return call
+    if isinstance(call.get("function"), dict):
+        inner = call["function"]
+        return {**call, "function": {**inner, "name": f"{inner['name']}{mark}"}}
+    return {**call, "name": f"{call['name']}{mark}"}
 
 
 def _tool_name(tool: Any) -> str | None:

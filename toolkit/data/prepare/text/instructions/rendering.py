@@ -13,8 +13,10 @@ from typing import Any, NamedTuple
 
 from toolkit.data.prepare.text.columns import row_texts
 from toolkit.data.prepare.text.instructions.checks import (
+    check_calls,
     check_marks,
     check_nothing_dropped,
+    check_reasoning,
     check_tools,
     dropped_text,
     excerpt,
@@ -53,6 +55,18 @@ class RenderedRow(NamedTuple):
     """Whether the loss counts the end-of-document token that follows."""
     starts_with_bos: bool = False
     ends_with_eos: bool = False
+
+
+class Outline(NamedTuple):
+    """A row and what it is made of."""
+
+    rendered: RenderedRow
+    template: str
+    """Name of the chat template; `none`: there is none."""
+    turns: list[tuple[str, Span]]
+    """Role of each message, and its characters, with what the template writes around it."""
+    sample: str
+    """As errors show it."""
 
 
 class RowRenderer:
@@ -99,18 +113,10 @@ class RowRenderer:
             return None
         if not self._names:
             return self._join(conversation)
-        template = self._made.get("tool_use") if conversation.tools else None
-        template = template or self._made.get("default")
-        if template is None:
-            raise DataError(
-                f"the tokenizer's chat templates are called {', '.join(self._names)}, and none is "
-                f"the default one; set {CONFIG_PATH} to one of these names, to Jinja text or to a "
-                "file"
-            )
-        written = _Written(template, conversation, answers)
+        written = _Written(self._made[self._choose(conversation)], conversation, answers)
         targets: list[Span] = []
         try:
-            written.check_complete()
+            written.check_complete(self._config.ignored_keys)
             if not self._counts_all:
                 targets = written.answer_spans()
             return self._finish(written, targets)
@@ -121,6 +127,31 @@ class RowRenderer:
             legend = ", targets in [[ ]]" if targets else ""
             shown = excerpt(written.text, targets)
             raise DataError(f"{error}; the row{legend}: {shown}") from None
+
+    def outline(self, row: dict[str, Any]) -> Outline:
+        """What a row that `render` gives text for is made of."""
+        rendered = self.render(row)
+        assert rendered is not None, "it has a target"
+        conversation, text = read_conversation(row, self._config), rendered.text
+        if self._names:
+            name = self._choose(conversation)
+            turns = _Written(self._made[name], conversation, []).turns()
+        else:
+            name, place = "none", len((conversation.plain or ("", ""))[0])
+            turns = [("user", (0, place)), (ASSISTANT, (place, len(text)))]
+        targets = rendered.targets or [(0, len(text))]
+        return Outline(rendered, name, turns, excerpt(text, targets))
+
+    def _choose(self, conversation: Conversation) -> str:
+        """The name of the template for a conversation."""
+        names = ("tool_use", "default") if conversation.tools else ("default",)
+        for name in names:
+            if name in self._made:
+                return name
+        raise DataError(
+            f"the tokenizer's chat templates are called {', '.join(self._names)}, and none is the "
+            f"default one; set {CONFIG_PATH} to one of these names, to Jinja text or to a file"
+        )
 
     def masked_answer(self, row: dict[str, Any]) -> int | None:
         """An answer that is not trained on because the row says so, where none else is."""
@@ -205,7 +236,10 @@ class RowRenderer:
             else:
                 answer = written.answers[number] if len(written.answers) == len(targets) else None
                 if not has_stop(said, conversation, answer):
-                    raise DataError(_missing_stop(_MARKS_ADVICE if template.has_marks else _ADVICE))
+                    advice = _MARKS_ADVICE if template.has_marks else _ADVICE
+                    if number < len(targets) - 1:  # the last may have an end of its own
+                        advice = f"set dataset.instructions.train_on=last_assistant, or {advice}"
+                    raise DataError(_missing_stop(advice))
             targets[number] = start, end
         eos_is_target = targets[-1][1] == len(text) and not is_closed
         return row._replace(targets=targets, eos_is_target=eos_is_target)
@@ -231,11 +265,13 @@ class _Written:
         self.template, self.conversation, self.answers = template, conversation, answers
         self.text, self._marks = template.render(conversation.messages, conversation.tools)
 
-    def check_complete(self) -> None:
+    def check_complete(self, ignored_keys: Sequence[str]) -> None:
         """Raise DataError unless every message, tool call and tool of the row reaches the text."""
         template, text = self.template, self.text
         messages, tools = self.conversation.messages, self.conversation.tools
         check_nothing_dropped(messages, text)
+        check_calls(template, self.conversation, text)
+        check_reasoning(template, messages, text, ignored_keys)
         check_tools(template, self.conversation, text)
         others = [template.text, *row_texts(tools)]
         for message in messages:
@@ -269,6 +305,26 @@ class _Written:
                 )
             spans.append(span)
         return spans
+
+    def turns(self) -> list[tuple[str, Span]]:
+        """Role and characters of each message. Where the template writes a turn differently once
+        others follow, it ends with its content and the token behind that."""
+        found, start = [], 0
+        messages = self.conversation.messages
+        for number, message in enumerate(messages, 1):
+            end = None
+            if number == len(messages):
+                end = len(self.text)
+            else:
+                with contextlib.suppress(DataError):
+                    end = self._shared(self._fewer(number).text)
+            if end is None or end < start:
+                content = message["content"].strip()
+                place = self.text.find(content, start)
+                end = start if place < 0 else self.template.behind_token(self.text, place, content)
+            found.append((message["role"], (start, end)))
+            start = end
+        return found
 
     def likely_spans(self) -> list[Span]:
         """The same, to be shown with an error that came before it was known."""

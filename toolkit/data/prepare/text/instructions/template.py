@@ -6,6 +6,7 @@ They run as `transformers` runs them, in a sandbox and with the same helpers (`r
 """
 
 import contextlib
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -97,6 +98,12 @@ class ChatTemplate:
                 found = match.span()
         return found
 
+    def behind_token(self, text: str, place: int, content: str) -> int:
+        """Where `content`, which stands at `place`, ends with the control token behind it."""
+        end = place + len(content)
+        following = self._controls.match(text, end + len(text[end:]) - len(text[end:].lstrip()))
+        return end if following is None else following.end()
+
     def literals(self, messages: list[Message], tools: list[Any] | None, text: str) -> list[int]:
         """Where names of control tokens start in the rendered `text` that came with the row. The
         conversation is rendered once more with another first character in each such name: it is
@@ -136,6 +143,10 @@ class ChatTemplate:
         except DataError:
             return None
         return next((number for number, mark in marks.items() if mark not in marked), None)
+
+    def unused_mark(self, text: str, number: int) -> str:
+        """A character that is not in `text`, another one for each number."""
+        return next(itertools.islice((m for m in map(chr, _MARKS) if m not in text), number, None))
 
     def _disguised(self, value: Any) -> Any:
         if isinstance(value, str):

@@ -1,0 +1,92 @@
+"""Some rows of instruction data, looked at before all of them are encoded.
+
+What is wrong with a template or with the shape of rows shows in the first few of them; a large
+source is not encoded to learn it.
+"""
+
+import itertools
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from toolkit.data.prepare.build.instructions import InstructionEncoder, target_mask
+from toolkit.data.prepare.text.instructions.checks import NO_TARGET
+from toolkit.data.prepare.text.reading import Counts, Piece, Reading, read_shard
+from toolkit.data.prepare.text.sources import Shard
+from toolkit.data.tokens.audit import Counted, TargetAudit
+from toolkit.errors import DataError
+from toolkit.wording import count
+
+NUM_ROWS = 256
+NUM_SHARDS = 16
+
+
+def audit_rows(
+    encoder: InstructionEncoder, shards: Sequence[Shard], reading: Reading
+) -> TargetAudit:
+    """Look at rows spread over `shards`. DataError: one cannot be rendered; or, where there are
+    more rows than these, the loss would count nothing of them, or all."""
+    pieces, is_all = _some_rows(shards, reading)
+    roles: dict[str, Counter[bool]] = {}
+    templates: dict[str, Counter[bool]] = {}
+    sample, without = None, 0
+    encoded = encoder.encode(pieces)
+    for piece, found in zip(pieces, encoded, strict=True):
+        if found.left_out is not None:
+            without += 1
+            continue
+        assert piece.row is not None
+        outline = encoder.outline(piece.row)
+        if sample is None:
+            sample = outline.sample
+        offsets = encoder.offsets(outline.rendered)
+        is_target = np.ones(len(found.ids), dtype=bool)
+        if found.is_target is not None:
+            is_target = found.is_target
+        for role, span in outline.turns:
+            own = is_target[target_mask(offsets, [span])]
+            roles.setdefault(role, Counter()).update(own.tolist())
+        templates.setdefault(outline.template, Counter()).update(is_target.tolist())
+    audit = TargetAudit(
+        num_rows=len(pieces),
+        without_target=without,
+        roles=_counted(roles),
+        templates=_counted(templates),
+        sample=sample,
+    )
+    if not is_all:
+        _check(encoder, audit, pieces)
+    return audit
+
+
+def _check(encoder: InstructionEncoder, audit: TargetAudit, pieces: Sequence[Piece]) -> None:
+    found = audit.templates.values()
+    try:
+        encoder.check(
+            num_tokens=sum(counted.num_tokens for counted in found),
+            num_targets=sum(counted.num_targets for counted in found),
+            filtered={NO_TARGET: audit.without_target},
+            first_piece=lambda: next(iter(pieces), None),
+        )
+    except DataError as error:
+        number = count(audit.num_rows, "row")
+        raise DataError(f"{error} (told by {number}, before the others are encoded)") from None
+
+
+def _some_rows(shards: Sequence[Shard], reading: Reading) -> tuple[list[Piece], bool]:
+    """As many rows of each of some shards, and whether these are all rows there are."""
+    number = min(len(shards), NUM_SHARDS)
+    pieces: list[Piece] = []
+    is_all = number == len(shards)
+    for turn in range(number):
+        quota = (NUM_ROWS - len(pieces)) // (number - turn)
+        rows = read_shard(shards[turn * len(shards) // number], reading, Counts())
+        own = list(itertools.islice(rows, quota + 1))
+        is_all = is_all and len(own) <= quota
+        pieces += own[:quota]
+    return pieces, is_all
+
+
+def _counted(found: Mapping[str, Counter[bool]]) -> dict[str, Counted]:
+    return {name: Counted(own.total(), own[True]) for name, own in sorted(found.items())}

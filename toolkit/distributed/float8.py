@@ -1,0 +1,111 @@
+"""Linear layers that compute in 8 bits, by torchao.
+
+Each stays an `nn.Linear` of the same name with an fp32 weight; input, weight and the gradient of
+the output are rounded to 8 bits inside forward and backward, each with scales of its own.
+"""
+
+import contextlib
+import dataclasses
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from toolkit.config.named import named
+from toolkit.distributed.config import Float8Config
+from toolkit.distributed.low_precision import FLOAT8, check_device, float8_layers
+from toolkit.errors import ConfigError
+from toolkit.models.kernels import hardware_of
+
+_MXFP8 = "torchao.prototype.moe_training.mxfp8_linear"
+
+
+def apply_float8(
+    model: nn.Module, config: Float8Config, *, device: torch.device, precision: str
+) -> None:
+    """Let the chosen linear layers of a Transformer compute in 8 bits, in place. Raises
+    ConfigError where `device` or `precision` cannot."""
+    if precision != "bf16":
+        problem = f"does not go with precision {precision}; set train_module.precision to bf16"
+        raise ConfigError(problem, key=FLOAT8)
+    check_device(config, device.type, hardware_of(device.type, device.index).capability)
+    chosen = float8_layers(model.config, config)  # type: ignore[arg-type]
+    build = _mxfp8_builder(config) if config.recipe == "mxfp8" else _float8_builder(config)
+    for name in chosen:
+        parent, _, last = name.rpartition(".")
+        owner = model.get_submodule(parent)
+        linear = owner.get_submodule(last)
+        assert type(linear) is nn.Linear, f"{name} is a {type(linear).__name__}"
+        setattr(owner, last, build(linear))
+
+
+def gathers_float8(model: nn.Module) -> bool:
+    """Whether weights of `model` are gathered in 8 bits."""
+    return any(hasattr(p, "fsdp_pre_all_gather") for p in model.parameters())
+
+
+def scales_of(model: nn.Module) -> Callable[[], None]:
+    """What brings the scales of weights that are gathered in 8 bits in line with the weights, after
+    they changed: one exchange for all of them."""
+    with _quiet():
+        precompute = named("torchao.float8:precompute_float8_dynamic_scale_for_fsdp")
+    return lambda: precompute(model)
+
+
+def _float8_builder(config: Float8Config) -> Callable[[nn.Module], nn.Module]:
+    with _quiet():
+        kind: Any = named("torchao.float8:Float8LinearConfig")
+        convert = named("torchao.float8:convert_to_float8_training")
+    settings = dataclasses.replace(
+        kind.from_recipe_name(config.recipe),
+        emulate=config.emulate,
+        enable_fsdp_float8_all_gather=config.fsdp_all_gather,
+    )
+    return lambda linear: convert(linear, config=settings)
+
+
+def _mxfp8_builder(config: Float8Config) -> Callable[[nn.Module], nn.Module]:
+    with _quiet():
+        base: Any = named(f"{_MXFP8}:MXFP8Linear")
+        preferences: Any = named(f"{_MXFP8}:KernelPreference")
+        product = named(f"{_MXFP8}:_to_mxfp8_then_scaled_mm")
+
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        # torchao's own takes the master weight as it is, and computes in its type.
+        out = product(
+            x,
+            self.weight.to(x.dtype),
+            kernel_preference=self.kernel_preference,
+            scale_calculation_mode=self.scale_calculation_mode,
+            wgrad_with_hp=self.wgrad_with_hp,
+        )
+        return out if self.bias is None else out + self.bias.to(out.dtype)
+
+    own = type("MXFP8Linear", (base,), {"forward": forward})
+
+    def build(linear: Any) -> nn.Module:
+        preference = preferences.EMULATED if config.emulate else preferences.AUTO
+        with torch.device("meta"):
+            built = own(
+                linear.in_features, linear.out_features, bias=False, kernel_preference=preference
+            )
+        built.weight, built.bias = linear.weight, linear.bias
+        return built
+
+    return build
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what torchao says, when it is imported, of kernels for other machines."""
+    loggers = [logging.getLogger(name) for name in ("torchao", "torch.utils._pytree")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

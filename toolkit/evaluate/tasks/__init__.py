@@ -1,0 +1,1 @@
+"""Tasks with choices: which continuation of a context a model finds likely."""
