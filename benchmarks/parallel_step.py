@@ -2,6 +2,7 @@
 
     python benchmarks/parallel_step.py
     python benchmarks/parallel_step.py --only tp cp-ring --rounds 9
+    python benchmarks/parallel_step.py --only fsdp ddp-muon fsdp-muon --batch 16384
     torchrun --nproc-per-node 8 benchmarks/parallel_step.py --d-model 4096 --sequence 8192
 
 Every variant trains the same model class on the same global batch, its reduction of gradients and
@@ -34,6 +35,7 @@ from toolkit.distributed.environment import TrainingEnvironment, prepare_trainin
 from toolkit.distributed.layout import resolve_layout
 from toolkit.models.architecture import MoEConfig
 from toolkit.models.config import TransformerConfig
+from toolkit.optim.config import MuonConfig
 from toolkit.train.config import TransformerTrainModuleConfig
 from toolkit.train.module import Progress
 from toolkit.train.transformer import TransformerTrainModule
@@ -61,6 +63,8 @@ def variants(ranks: int) -> dict[str, dict[str, Any]]:
         "pp-Interleaved1F1B": pipeline("Interleaved1F1B"),
         "pp-ZBVZeroBubble": pipeline("ZBVZeroBubble"),
         "ep": {"ep_config": ExpertParallelConfig(degree=ranks)},
+        "ddp-muon": {"dp_config": DataParallelConfig(name="ddp"), "optim": MuonConfig()},
+        "fsdp-muon": {"dp_config": DataParallelConfig(name="fsdp"), "optim": MuonConfig()},
     }
 
 
@@ -86,7 +90,7 @@ def measure(options: argparse.Namespace) -> None:
     for name in options.only or []:
         if name not in chosen:
             raise SystemExit(f"{name}: no such variant; there are {', '.join(chosen)}")
-    wanted = options.only or [n for n in chosen if n not in ("ep", "fsdp")]
+    wanted = options.only or [n for n in chosen if n not in ("ep", "fsdp") and "muon" not in n]
     names = ["ddp", *(name for name in wanted if name != "ddp")]
     steps = {}
     environment = open_environment(options)
@@ -126,7 +130,7 @@ class Step:
     def __init__(
         self, options: argparse.Namespace, base: TrainingEnvironment, parts: dict[str, Any]
     ) -> None:
-        axes = {name: config for name, config in parts.items() if name != "dp_config"}
+        axes = {n: config for n, config in parts.items() if n not in ("dp_config", "optim")}
         layout = resolve_layout(options.precision, parts.get("dp_config"), os.environ, **axes)
         environment = dataclasses.replace(base, layout=layout)
         rows = options.batch // options.sequence // layout.batch_ranks

@@ -30,7 +30,7 @@ from toolkit.distributed.shards import local_tensor
 from toolkit.models.architecture import MoEConfig
 from toolkit.models.config import TransformerConfig
 from toolkit.models.parameters import trained_parameters
-from toolkit.optim.config import AdamWConfig
+from toolkit.optim.config import AdamWConfig, MuonConfig, NorMuonConfig
 
 LENGTH = 256
 TP, CP = TensorParallelConfig(degree=2), ContextParallelConfig(degree=2)
@@ -62,6 +62,8 @@ CASES: dict[str, dict[str, Any]] = {
     "ep": {"ep_config": EP, "model": EXPERTS},
     "pp": {"pp_config": PP, "passes": 4},
     "interleaved": {"pp_config": PP.replace(schedule="Interleaved1F1B"), "passes": 8},
+    "muon": {"engine": "fsdp", "optim": MuonConfig(), "model": EXPERTS},
+    "normuon, tp": {"tp_config": TP, "optim": NorMuonConfig()},
     "zbv": {"pp_config": PP.replace(schedule="ZBVZeroBubble"), "passes": 4},
 }
 OF_FOUR: dict[str, dict[str, Any]] = {
@@ -98,16 +100,16 @@ def counted(case: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
                     gc.collect()  # what only cycles hold is not kept
                 between = counter.live
                 module.optim_step(Progress(step, 0, 100, 1000, 10))
-        optimizer = module.engine.optimizer.state.values()
+        optimizer = [*module.engine.optimizer.state.values(), module.engine._kept_of_rows()]
         weights = [local_tensor(p) for p in module.engine.module.parameters()]
     finally:
         environment.close()
     layout, rank = environment.layout, environment.rank
+    parts = ModelParts(model, trained_parameters(model), LENGTH, config.optim)
     job = Job(
-        model=model, parts=ModelParts(model, trained_parameters(model), LENGTH), layout=layout,
-        sequence_length=LENGTH, rows=rows, passes=passes, precision=layout.precision,
-        ac_config=config.ac_config, is_compiled=False, optimizer=type_of(config.optim),
-        state_tensors=state_tensors_of(config.optim),
+        model=model, parts=parts, layout=layout, sequence_length=LENGTH, rows=rows, passes=passes,
+        precision=layout.precision, ac_config=config.ac_config, is_compiled=False,
+        state_tensors=state_tensors_of(config.optim), optimizer=type_of(config.optim),
         device=find_device("cpu", 1), machine=8,
     )  # fmt: skip
     stage = job.stages[layout.place(rank)["pp"]]
@@ -141,7 +143,8 @@ def test_ranks_hold_and_exchange_what_the_plan_says(workers: WorkerPool, name: s
         assert real.pop("peak") == pytest.approx(planned.pop("peak"), rel=0.1)
         del real["states"], planned["states"]
         tokens = real.pop("all-to-all", None), planned.pop("all-to-all", None)
-        if name == "ep":  # a fresh router spreads tokens unevenly
+        # A fresh router spreads tokens unevenly, and large matrices are few.
+        if name == "ep" or "muon" in name:
             assert tokens[0] == pytest.approx(tokens[1], rel=0.4)
         else:
             assert tokens[0] == tokens[1]

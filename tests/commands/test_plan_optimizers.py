@@ -27,7 +27,10 @@ def nbytes(value: torch.Tensor) -> int:
 
 @pytest.mark.parametrize(
     "kind",
-    ["adam", "sgd", "lion", "skip_step_lion", "adafactor", "adamw_8bit", "schedule_free_adamw"],
+    [
+        *("adam", "sgd", "lion", "skip_step_lion", "adafactor", "adamw_8bit"),
+        *("schedule_free_adamw", "muon", "normuon"),
+    ],
 )
 def test_the_state_has_the_bytes_of_the_plan(kind: str) -> None:
     optim = convert({"type": kind}, OptimConfig)
@@ -36,8 +39,9 @@ def test_the_state_has_the_bytes_of_the_plan(kind: str) -> None:
     with mock.patch.object(torch, "compile", lambda function, **_: function):
         module = module_config(optim=optim).build(model.build(init_device="meta"))
     found = sum(nbytes(t) for own in module.engine.optimizer.state.values() for t in own.values())
+    found += sum(nbytes(t) for t in module.engine._kept_of_rows().values())
     job = Job(
-        model=model, parts=ModelParts(model, trained_parameters(model), 16), layout=Layout(),
+        model=model, parts=ModelParts(model, trained_parameters(model), 16, optim), layout=Layout(),
         sequence_length=16, rows=1, passes=1, precision="fp32", ac_config=None, is_compiled=False,
         state_tensors=state_tensors_of(optim), device=find_device("cpu", 1), machine=1,
         optimizer=type_of(optim),

@@ -24,6 +24,7 @@ from toolkit.optim.config import (
     AdamW8bitConfig,
     LionConfig,
     NoopConfig,
+    NorMuonConfig,
     ScheduleFreeAdamWConfig,
     SGDConfig,
 )
@@ -36,6 +37,7 @@ ELEMENTWISE: dict[str, Optimizer] = {
     "lion": LionConfig(lr=1e-4, group_overrides=GROUPS),
     "schedule_free_adamw": ScheduleFreeAdamWConfig(lr=1e-3, weight_decay=0.1),
     "noop": NoopConfig(),
+    "normuon": NorMuonConfig(lr=1e-3, layer_lr_decay=0.9, group_overrides=GROUPS),
 }
 WHOLE: dict[str, Optimizer] = {"adafactor": AdafactorConfig(), "adamw_8bit": AdamW8bitConfig()}
 SAVED, LAST = 2, 4

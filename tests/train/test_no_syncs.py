@@ -21,7 +21,13 @@ from toolkit.distributed.environment import TrainingEnvironment
 from toolkit.distributed.layout import Layout
 from toolkit.models import grouped
 from toolkit.models.architecture import MoEConfig
-from toolkit.optim.config import AdamWConfig, LionConfig, ScheduleFreeAdamWConfig
+from toolkit.optim.config import (
+    AdamWConfig,
+    LionConfig,
+    MuonConfig,
+    NorMuonConfig,
+    ScheduleFreeAdamWConfig,
+)
 from toolkit.train.callbacks.averages import Average
 from toolkit.train.module import Progress
 from toolkit.train.transformer import TransformerTrainModule
@@ -114,8 +120,13 @@ def step(module: TransformerTrainModule, given: dict[str, torch.Tensor]) -> dict
         ({}, {}, {"optim": AdamWConfig(lr=0.1), "freeze": ["embeddings.*"]}),
         ({}, {}, {"optim": LionConfig()}),
         ({}, {}, {"optim": ScheduleFreeAdamWConfig(weight_decay=0.1)}),
+        ({}, {}, {"optim": MuonConfig()}),
+        ({}, {}, {"optim": NorMuonConfig()}),
     ],
-    ids=["plain", "masked", "documents", "windows", "frozen", "lion", "schedule_free"],
+    ids=[
+        *("plain", "masked", "documents", "windows", "frozen"),
+        *("lion", "schedule_free", "muon", "normuon"),
+    ],
 )
 def test_a_step_reads_nothing_back(on_meta: Any, model: dict, data: dict, config: dict) -> None:
     module = on_meta(model, **config)

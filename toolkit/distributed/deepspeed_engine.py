@@ -23,7 +23,8 @@ from toolkit.distributed.engine import (
     create_state,
 )
 from toolkit.distributed.environment import TrainingEnvironment
-from toolkit.distributed.shards import LocalShard, ShardSpec
+from toolkit.distributed.shards import LocalShard, ShardSpec, flat_range_boxes
+from toolkit.distributed.whole_matrices import Held
 from toolkit.errors import ConfigError
 from toolkit.optim.base import traits_of
 
@@ -59,12 +60,21 @@ class DeepSpeedEngine(Engine):
         self._stage = environment.layout.zero_stage
         optimizer = build_optimizer(self._named)
         check_whole_parameters(optimizer, are_cut=True, engine=environment.layout.name)
+        if traits_of(optimizer).takes_whole_matrices and not any(
+            "is_matrix" in group for group in optimizer.param_groups
+        ):
+            raise ConfigError(
+                f"train_module.optim: {environment.layout.name} makes each group one flat tensor, "
+                f"and {type(optimizer).__name__} does not say by 'is_matrix' in which ones its "
+                "matrices are; use ddp or fsdp, or let it put them into groups of their own"
+            )
         accelerator = build_accelerator(environment, max_grad_norm=max_grad_norm)
         with without_launcher_variables():
             self._engine: Any = accelerator.prepare(module, optimizer)[0]
         self.model = self._engine
         self._zero: Any = self._engine.optimizer
         self.optimizer = self._zero.optimizer
+        self._give_whole_matrices()
         self._takes_found_inf = traits_of(optimizer).takes_found_inf
         self._refuses: Refuses | None = None
         self.optimizer.register_step_pre_hook(self._ask)
@@ -148,7 +158,7 @@ class DeepSpeedEngine(Engine):
             for key, value in ({f"model.{name}": weight} | state).items():
                 if isinstance(value, torch.Tensor):
                     tensors[key] = value if value.dim() == 0 else self._shard(name, own, value)
-        return tensors
+        return tensors | self._kept_of_rows()
 
     def state_filled(self) -> None:
         """Copy the fp32 slices into the parameters the forward uses, whole again on every rank."""
@@ -195,14 +205,36 @@ class DeepSpeedEngine(Engine):
             group, offset, length = self._zero.grad_position[self._zero.get_param_id(parameter)]
             start = self.environment.rank * parameter.ds_tensor.ds_numel
             length = max(0, min(length, parameter.ds_numel - start))
-            flat = self._zero.fp32_partitioned_groups_flat[group]
-            return _Slice(flat, offset, start, length) if length else None
+            return _Slice(self._flats[group], offset, start, length) if length else None
         mapping = parameter._hp_mapping
         if mapping is None:
             return None
-        flat = self._zero.single_partition_of_fp32_groups[mapping.param_group_index]
+        flat = self._flats[mapping.param_group_index]
         lp, hp = mapping.lp_fragment_address, mapping.hp_fragment_address
         return _Slice(flat, hp.start, lp.start, lp.numel)
+
+    def _held(self) -> dict[torch.Tensor, list[Held]]:
+        # Every rank names all parameters of a group.
+        zero, names = self._zero, {id(p): name for name, p in self._named.items()}
+        groups = zero.fp16_groups if self._stage == 3 else zero.bit16_groups
+        held: dict[torch.Tensor, list[Held]] = {}
+        for flat, group in zip(self._flats, groups, strict=True):
+            held[flat] = []
+            for parameter in group:
+                name, own, boxes = names[id(parameter)], self._slice(parameter), []
+                shape = self.shards[name].shape
+                if own is not None:
+                    found = flat_range_boxes(shape, own.start, own.length)
+                    boxes = [b._replace(position=b.position + own.offset) for b in found]
+                held[flat].append(Held(name, shape, boxes))
+        return held
+
+    @property
+    def _flats(self) -> list[torch.Tensor]:
+        """The fp32 tensors that the optimizer steps."""
+        if self._stage == 3:
+            return self._zero.fp32_partitioned_groups_flat
+        return self._zero.single_partition_of_fp32_groups
 
     def _shard(self, name: str, own: _Slice, flat: torch.Tensor) -> LocalShard:
         return LocalShard.flat(own.of(flat), shape=self.shards[name].shape, start=own.start)
@@ -219,15 +251,9 @@ class DeepSpeedEngine(Engine):
     def _ensure_optimizer_state(self) -> None:
         """Make the moments exist before loading, where no step has made them."""
         groups = self.optimizer.param_groups
-        if self._stage == 3:
-            flats, owners = (
-                self._zero.fp32_partitioned_groups_flat,
-                self._zero.sub_group_to_group_id,
-            )
-        else:
-            flats, owners = self._zero.single_partition_of_fp32_groups, range(len(groups))
+        owners = self._zero.sub_group_to_group_id if self._stage == 3 else range(len(groups))
         members: list[list[torch.Tensor]] = [[] for _ in groups]
-        for number, flat in enumerate(flats):
+        for number, flat in enumerate(self._flats):
             index = owners[number]
             # SGD without momentum keeps none; one group may have it and another not.
             keeps_state = groups[index].get("momentum") != 0

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from toolkit.distributed.environment import TrainingEnvironment
 from toolkit.distributed.shards import ShardSpec
+from toolkit.distributed.whole_matrices import Held, WholeMatrices
 from toolkit.errors import ConfigError
 from toolkit.metrics.norms import layer_norms, layer_of
 from toolkit.models.init import canonical_parameters
@@ -177,6 +178,23 @@ class Engine(ABC):
             optimizer: Any = self.optimizer
             optimizer.show(average=self._shows_average)
 
+    @abstractmethod
+    def _held(self) -> Mapping[torch.Tensor, Sequence[Held]]:
+        """What each of the optimizer's tensors is made of; see `WholeMatrices`."""
+
+    def _give_whole_matrices(self) -> None:
+        """Let an optimizer that asks for them compute with whole matrices."""
+        optimizer: Any = self.optimizer
+        if traits_of(optimizer).takes_whole_matrices:
+            group = self.environment.group("dp_replicate", "dp_shard", "cp", "tp")
+            optimizer.whole_matrices = WholeMatrices(group, self.environment.device, self._held())
+
+    def _kept_of_rows(self) -> dict[str, torch.Tensor]:
+        """Of `state_tensors`, what an optimizer keeps for the rows of whole matrices."""
+        matrices: WholeMatrices | None = getattr(self.optimizer, "whole_matrices", None)
+        kept = {} if matrices is None else matrices.kept
+        return {f"optim.{n}.{key}": t for n, own in kept.items() for key, t in own.items()}
+
     @property
     def keeps_average(self) -> bool:
         """Whether the optimizer keeps the weights to use apart from those in training."""
@@ -244,8 +262,9 @@ def check_whole_parameters(optimizer: torch.optim.Optimizer, *, are_cut: bool, e
         for key, value in state.items()
         if isinstance(value, torch.Tensor) and value.dim() and value.shape != parameter.shape
     ]
-    if traits.needs_whole_matrices or traits.needs_whole_parameters or shapes:
-        what = "matrices" if traits.needs_whole_matrices else "parameters"
+    needs_matrices = traits.needs_whole_matrices and not traits.takes_whole_matrices
+    if needs_matrices or traits.needs_whole_parameters or shapes:
+        what = "matrices" if needs_matrices else "parameters"
         if shapes:
             key, value = shapes[0]
             what = f"parameters for its {key!r} of shape {tuple(value.shape)}"

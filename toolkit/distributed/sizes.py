@@ -85,8 +85,9 @@ def check_optimizer(layout: Layout, optim: Optimizer) -> None:
         raise ConfigError(problem, key=f"{OPTIM_KEY}.state_dtype")
     are_cut = layout.is_fsdp and layout.world_size > layout.dp_replicate
     are_cut |= layout.zero_stage > 0
-    if are_cut and (traits.needs_whole_parameters or traits.needs_whole_matrices):
-        what = "matrices" if traits.needs_whole_matrices else "parameters"
+    needs_matrices = traits.needs_whole_matrices and not traits.takes_whole_matrices
+    if are_cut and (traits.needs_whole_parameters or needs_matrices):
+        what = "matrices" if needs_matrices else "parameters"
         name = getattr(optim, "target", type(optim).__struct_config__.tag)
         problem = f"{name} needs whole {what}, and {layout.description} cuts them over ranks"
         raise ConfigError(f"{problem}; use ddp, or another optimizer", key=f"{OPTIM_KEY}.type")

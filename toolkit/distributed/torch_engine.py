@@ -28,7 +28,8 @@ from toolkit.distributed.engine import (
     state_of,
 )
 from toolkit.distributed.environment import TrainingEnvironment
-from toolkit.distributed.shards import ShardSpec, local_tensor, stored_tensor
+from toolkit.distributed.shards import ShardSpec, local_boxes, local_tensor, stored_tensor
+from toolkit.distributed.whole_matrices import Held
 from toolkit.optim.base import traits_of
 
 
@@ -59,6 +60,7 @@ class TorchEngine(Engine):
                 self._partial.setdefault(axes, []).append(name)
         self._takes_found_inf = traits_of(self.optimizer).takes_found_inf
         self.model = self._prepare()
+        self._give_whole_matrices()
         self._optimizer_device = next(iter(self._local.values())).device
         self._rebound = not self._is_sharded
         # Before the first step: SGD's kernel would write its momentum there, and a skipped first
@@ -174,7 +176,7 @@ class TorchEngine(Engine):
                 is_alike = value.shape == local.shape
                 stored = stored_tensor(_like(value, parameter), spec) if is_alike else value
                 tensors[f"optim.{name}.{key}"] = stored
-        return tensors
+        return tensors | self._kept_of_rows()
 
     def state_filled(self) -> None:
         self._bind_local_weights()
@@ -184,6 +186,13 @@ class TorchEngine(Engine):
             # The root keeps what it has gathered, from a forward to the next backward.
             if isinstance(module, FSDPModule):
                 module.reshard()
+
+    def _held(self) -> dict[torch.Tensor, list[Held]]:
+        specs = {name: self.shards[name] for name in self._trainable}
+        return {
+            self._local[name]: [Held(name, spec.shape, local_boxes(self._named[name], spec))]
+            for name, spec in specs.items()
+        }
 
     def _bind_local_gradients(self) -> None:
         if not self._is_sharded:

@@ -40,6 +40,10 @@ class OptimizerTraits(NamedTuple):
     needs_whole_matrices: bool = False
     """The update mixes the rows or columns of a parameter (Muon, Shampoo), so that a rank which
     holds a part of the parameter cannot compute it alone."""
+    takes_whole_matrices: bool = False
+    """Of such an optimizer: it computes with matrices through `optimizer.whole_matrices`, which the
+    engine sets; see `toolkit.distributed.whole_matrices`. Any other is refused where ranks hold
+    parts."""
     needs_whole_parameters: bool = False
     """The update reads all of a parameter, vectors too (a norm, factored moments), or the state has
     another shape than the parameter."""
@@ -141,20 +145,29 @@ class Optimizer(Config, kw_only=True):
         """
         self.check_groups(named_parameters)
         patterns = [override.params for override in self.group_overrides]
-        members: dict[tuple[int, float], list[Any]] = {}
+        members: dict[tuple[int, float, str], list[Any]] = {}
         layers = count_layers(named_parameters)
         for name, parameter in named_parameters.items():
             if parameter.requires_grad:
-                hits = (i for i, p in enumerate(patterns) if _matches(name, p))
-                key = next(hits, len(patterns)), self._rate_factor(name, layers)
+                hits = (i for i, p in enumerate(patterns) if is_matched(name, p))
+                override = next(hits, len(patterns))
+                key = override, self._rate_factor(name, layers), self.part_of(name)
                 members.setdefault(key, []).append(parameter)
         opts = [override.opts for override in self.group_overrides]
         changes = [{k: tuple(v) if isinstance(v, list) else v for k, v in o.items()} for o in opts]
         found = []
-        for (index, factor), own in sorted(members.items(), key=lambda item: item[0]):
-            group = {"params": own, **self.settings, **[*changes, {}][index]}
+        for (index, factor, part), own in sorted(members.items(), key=lambda item: item[0]):
+            group = {"params": own, **self.settings_of(part), **[*changes, {}][index]}
             found.append(group if factor == 1.0 else group | {"lr": group["lr"] * factor})
         return found
+
+    def part_of(self, name: str) -> str:
+        """Which of several algorithms steps the parameter `name`, where there are several."""
+        return ""
+
+    def settings_of(self, part: str) -> dict[str, Any]:
+        """What a group of `part` has."""
+        return self.settings
 
     def of_model(self, d_model: int) -> Self:
         """The same with what `mup` must know of the model."""
@@ -207,5 +220,6 @@ class Optimizer(Config, kw_only=True):
                     raise ValueError(f"group_overrides.{index}.opts.{error}") from None
 
 
-def _matches(name: str, patterns: Iterable[str]) -> bool:
+def is_matched(name: str, patterns: Iterable[str]) -> bool:
+    """Whether one of the shell-style `patterns` matches `name`."""
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)

@@ -11,6 +11,7 @@ from toolkit.config.base import check_not_negative, check_positive
 from toolkit.config.named import named, users_class, users_object
 from toolkit.errors import ConfigError
 from toolkit.optim.base import OPTIM_KEY, Optimizer, OptimizerTraits, SkipStep, traits_of
+from toolkit.optim.muon_config import MuonConfig, NorMuonConfig
 
 
 class AdamWConfig(Optimizer, kw_only=True, tag_field="type", tag="adamw"):
@@ -298,5 +299,7 @@ OptimConfig = (
     | AdamW8bitConfig
     | ScheduleFreeAdamWConfig
     | NoopConfig
+    | MuonConfig
+    | NorMuonConfig
     | ClassOptimConfig
 )

@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
 from toolkit.commands.plan.activations import cp_style, loss_chunks
-from toolkit.commands.plan.job import FP32, Job, Stage
+from toolkit.commands.plan.devices import CPU
+from toolkit.commands.plan.job import BY_ROWS, FP32, Job, Stage
 from toolkit.commands.plan.memory import head_of
 from toolkit.commands.plan.pieces import Holding, total, unit_of, units_of
 
@@ -21,7 +22,8 @@ class Traffic(NamedTuple):
 
     kind: Kind
     axis: str
-    """`dp`, `dp_replicate`, `tp`, `cp`, `ep`, `efsdp` or `pp`."""
+    """`dp`, `dp_replicate`, `tp`, `cp`, `ep`, `efsdp`, `pp`, or `stage`: all ranks that hold the
+    weights of a stage."""
     what: str
     """What is exchanged, for people."""
     calls: float
@@ -55,6 +57,7 @@ def traffic_of(job: Job, stage: Stage) -> list[Traffic]:
         found += _experts(job, stage)
     if layout.pp > 1:
         found += _pipeline(job, stage)
+    found += _whole_matrices(job, stage)
     return [traffic for traffic in found if traffic.total]
 
 
@@ -77,6 +80,26 @@ def _fsdp(job: Job, stage: Stage) -> Iterator[Traffic]:
         calls = number * times, number * reductions, number
         yield from _unit(job, unit.dense, calls, "dp", job.shard_ranks, what)
         yield from _unit(job, unit.experts, calls, "efsdp", inside, "experts")
+
+
+def _whole_matrices(job: Job, stage: Stage) -> Iterator[Traffic]:
+    """Of Muon: directions go to the owners of matrices, updates to all that hold them. How much is
+    about the same on all ranks; the rest is as it falls out. ZeRO-1 and 2 cut few matrices."""
+    layout, held = job.layout, total(job, stage)
+    ranks = layout.dp_replicate * layout.dp_shard * layout.cp * layout.tp
+    if ranks == 1 or not held.by_muon:
+        return
+    size = FP32 if job.device.name == CPU else 2
+    cut, moved = held.cut, held.by_muon if layout.dp_replicate > 1 else held.cut
+    if layout.zero_stage:
+        cut = moved = held.by_muon // ranks if layout.zero_stage == 3 else 0
+    others = size * (ranks - 1) / ranks
+    yield Traffic(
+        "all-to-all", "stage", "Muon's directions", 1, cut // layout.dp_replicate * others
+    )
+    yield Traffic("all-to-all", "stage", "Muon's updates", 1, moved * others)
+    if job.optimizer == BY_ROWS:
+        yield Traffic("all-reduce", "stage", "averages of rows", 1, FP32 * held.rows)
 
 
 def _unit(

@@ -14,11 +14,13 @@ from toolkit.distributed.pipeline import plan_pipeline
 from toolkit.models.config import TransformerConfig
 from toolkit.models.parameters import TrainedParameters, flops_per_token
 from toolkit.models.shapes import Shape, attended_keys, used_weights
+from toolkit.optim.base import Optimizer
 from toolkit.optim.config import ClassOptimConfig, SGDConfig
+from toolkit.optim.muon_config import MATRICES
 
 _BLOCK = re.compile(r"blocks\.(\d+)\.(.+)")
 FP32 = 4
-FACTORED, QUANTISED = "adafactor", "adamw_8bit"
+FACTORED, QUANTISED, BY_ROWS = "adafactor", "adamw_8bit", "normuon"
 
 _PUT_OFF = 0.65
 """What a block holds for gradients of weights that are put off, of its activations: one gradient
@@ -44,6 +46,8 @@ class Parameter(NamedTuple):
     name: str
     shape: Shape
     is_trained: bool
+    by_muon: bool = False
+    """Whether it is of matrices that Muon steps."""
 
 
 class Stage(NamedTuple):
@@ -75,18 +79,24 @@ class ModelParts:
     """The parameters of a model, block by block, and what they cost; told once for all layouts."""
 
     def __init__(
-        self, model: TransformerConfig, parameters: TrainedParameters, sequence_length: int
+        self,
+        model: TransformerConfig,
+        parameters: TrainedParameters,
+        sequence_length: int,
+        optim: Optimizer | None = None,
     ) -> None:
+        """`optim` says which matrices are Muon's; None: none."""
         self.parameters = parameters
         self._model = model
         found: dict[int, list[Parameter]] = {n: [] for n in range(model.num_layers)}
         outside = []
         for name, info in parameters.infos.items():
+            by_muon = optim is not None and info.is_trained and optim.part_of(name) == MATRICES
             if (match := _BLOCK.match(name)) is not None:
-                part = Parameter(match[2], info.shape, info.is_trained)
+                part = Parameter(match[2], info.shape, info.is_trained, by_muon)
                 found[int(match[1])].append(part)
             else:
-                outside.append(Parameter(name, info.shape, info.is_trained))
+                outside.append(Parameter(name, info.shape, info.is_trained, by_muon))
         kinds: dict[tuple[Parameter, ...], tuple[Parameter, ...]] = {}
         self.blocks = {layer: kinds.setdefault(tuple(p), tuple(p)) for layer, p in found.items()}
         """Parameters of each block, without `blocks.N.`; equal blocks are the same object."""

@@ -4,7 +4,15 @@ import functools
 import math
 from typing import NamedTuple
 
-from toolkit.commands.plan.job import FACTORED, FP32, QUANTISED, Job, Parameter, Stage
+from toolkit.commands.plan.job import (
+    BY_ROWS,
+    FACTORED,
+    FP32,
+    QUANTISED,
+    Job,
+    Parameter,
+    Stage,
+)
 from toolkit.distributed.sizes import sharded_dimension
 from toolkit.models.config import TransformerConfig
 from toolkit.models.shapes import Shape
@@ -38,6 +46,16 @@ class Holding(NamedTuple):
     """Of `trained`, weights whose moments `adamw_8bit` quantises."""
     quantised_tensors: int = 0
     """Parameters of which they are."""
+    by_muon: int = 0
+    """Of `trained_held`, weights of matrices that Muon steps."""
+    by_muon_tensors: int = 0
+    """Of `tensors`, those."""
+    cut: int = 0
+    """Of `by_muon`, weights of matrices that lie on several ranks."""
+    rows: int = 0
+    """Of Muon's matrices, whole."""
+    iteration: int = 0
+    """Multiplications of a Newton-Schulz iteration over Muon's matrices, whole."""
 
     def __add__(self, other: "Holding") -> "Holding":  # type: ignore[override]
         return Holding(*map(int.__add__, self, other))
@@ -120,12 +138,11 @@ def holding(
     """What of `parameters` a rank holds. `place`: its numbers among the FSDP ranks, and among those
     of experts."""
     dense, experts = Holding(), Holding()
-    for name, shape, is_trained in parameters:
+    for name, shape, is_trained, by_muon in parameters:
         local = local_shape(name, shape, model, tp, ep)
         apart = ep > 1 and ".experts." in name
-        held, gathered = (
-            sharded(local, expert_ranks, place[1]) if apart else sharded(local, ranks, place[0])
-        )
+        over, rank = (expert_ranks, place[1]) if apart else (ranks, place[0])
+        held, gathered = sharded(local, over, rank)
         whole = math.prod(local)
         is_quantised = is_trained and whole >= _LEAST and whole % _BLOCK == 0
         own = Holding(
@@ -142,6 +159,14 @@ def holding(
             quantised=whole if is_quantised else 0,
             quantised_tensors=int(is_quantised),
         )
+        if by_muon:
+            own = own._replace(
+                by_muon=held,
+                by_muon_tensors=own.tensors,
+                cut=held if _is_cut(shape, local, over) else 0,
+                rows=math.prod(shape[:-1]),
+                iteration=_iteration(shape),
+            )
         if apart:
             experts += own
         else:
@@ -155,6 +180,18 @@ def _factored(shape: Shape) -> int:
         return math.prod(shape)
     *stacked, rows, columns = shape
     return math.prod(stacked) * (rows + columns)
+
+
+def _is_cut(shape: Shape, local: Shape, ranks: int) -> bool:
+    """Whether matrices lie on several ranks; stacked ones may be whole, each on one."""
+    if len(shape) == 3:
+        return local[1:] != shape[1:] or (ranks > 1 and sharded_dimension(local, ranks) != 0)
+    return local != shape or ranks > 1
+
+
+def _iteration(shape: Shape) -> int:
+    short, long = sorted(shape[-2:])
+    return math.prod(shape[:-2]) * short * short * (2 * long + short)
 
 
 def unit_of(job: Job, parameters: tuple[Parameter, ...], rank: int = 0) -> Unit:
@@ -227,15 +264,20 @@ def states(job: Job, stage: Stage, rank: int = 0) -> States:
         codes = 2 * (held.quantised + FP32 * (held.quantised // _BLOCK))
         tables = 2 * FP32 * 256 * held.quantised_tensors
         steps = FP32 * (held.tensors + 2 * (held.trained - held.quantised)) + codes + tables
+    if held.by_muon:  # a matrix has one average and no counter
+        steps -= FP32 * (held.by_muon + held.by_muon_tensors)
+    rows = FP32 * held.rows if job.optimizer == BY_ROWS else 0
     if not layout.zero_stage:
         on_device = 0 if job.offloads else 1
         return States(
             FP32 * held.held * on_device,
             FP32 * held.trained_held * on_device,
-            (moments * held.trained_held + steps) * on_device,
+            (moments * held.trained_held + steps) * on_device + rows,
         )
     own = -(-held.trained // layout.world_size)
     updated = 0 if job.offloads else own
     gradients = held.trained if layout.zero_stage == 1 else updated
     weights = held.whole if layout.zero_stage < 3 else -(-held.whole // layout.world_size)
-    return States(FP32 * (weights + updated), FP32 * gradients, moments * updated)
+    averages = 0 if job.offloads else FP32 * (held.by_muon // layout.world_size)
+    kept = moments * updated - averages + rows
+    return States(FP32 * (weights + updated), FP32 * gradients, kept)

@@ -78,7 +78,7 @@ def job_of(config: ExperimentConfig, layout: Layout, target: Target) -> Job:
     length, model = config.dataset.sequence_length, config.model.to_transformer()
     return Job(
         model=model,
-        parts=ModelParts(model, check_parameters(config), length),
+        parts=ModelParts(model, check_parameters(config), length, module.optim),
         layout=layout,
         sequence_length=length,
         rows=max(1, rank_microbatch_size(config, ranks) // length),

@@ -20,7 +20,7 @@ from torch.distributed.pipelining.stage import InferenceMode
 
 from toolkit.commands.plan.communication import traffic_of
 from toolkit.commands.plan.counting import Counter
-from toolkit.commands.plan.job import Job
+from toolkit.commands.plan.job import Job, type_of
 from toolkit.commands.plan.memory import memory_of
 from toolkit.commands.plan.pieces import states
 from toolkit.commands.plan.plans import Plan
@@ -87,6 +87,11 @@ def simulate(plan: Plan, module: TransformerTrainModuleConfig) -> Simulated:
     """Run the rank of `plan` that needs most memory through one step. Its engine is not DDP
     or DeepSpeed, which do not run without storage."""
     layout = plan.job.layout
+    if module.optim.traits().takes_whole_matrices:
+        raise ConfigError(
+            f"--simulate: ranks tell one another what they hold of the matrices of "
+            f"{type_of(module.optim)}, and one fake rank has nobody to ask; leave it out"
+        )
     if dist.is_initialized():
         raise ConfigError("--simulate: this process already belongs to a group of ranks")
     begin = time.monotonic()

@@ -23,6 +23,8 @@ HOP = 2e-6
 """Seconds that each further rank adds to a collective."""
 HOST = 25e9
 """Bytes per second between host and device (PCIe 4.0 x16), for offloaded optimizers."""
+ITERATIONS = 5
+"""Of Newton-Schulz, by Muon's default."""
 LARGE = 512
 """Rows of a matrix product at which half of its speed is reached."""
 
@@ -155,14 +157,19 @@ def _streams(job: Job, *, sparse: bool) -> float:
 
 
 def _optimizer(job: Job, stage: Stage) -> float:
-    """Weight, gradient and state are read, all but the gradient written."""
+    """Weight, gradient and state are read, all but the gradient written. Muon's matrices are spread
+    over the ranks that hold a stage."""
     held, layout = total(job, stage), job.layout
     own = held.trained_held
     if layout.zero_stage:
         own = -(-held.trained // layout.world_size)
     numbers = (3 + 2 * job.state_tensors) * own * FP32
     bandwidth = HOST if job.offloads else job.device.bandwidth * MEMORY
-    return numbers / bandwidth
+    products = 0.0
+    if held.iteration:
+        flops = 2.0 * ITERATIONS * held.iteration / (layout.world_size // layout.pp)
+        products = flops / (job.device.flops("bf16") * job.device.reach)
+    return numbers / bandwidth + products
 
 
 def _seconds(job: Job, traffic: Traffic) -> float:
@@ -200,6 +207,8 @@ def _span(job: Job, axis: str) -> tuple[int, int]:
             return layout.dp_replicate, whole
         case "pp":
             return layout.pp, layout.dp_replicate * whole
+        case "stage":
+            return layout.dp_replicate * whole, 1
     if layout.is_fsdp:
         return layout.dp_shard * layout.cp, layout.tp
     return layout.batch_ranks * layout.cp, layout.tp
