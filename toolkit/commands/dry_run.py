@@ -32,7 +32,7 @@ from toolkit.experiment.load import LoadedExperiment
 from toolkit.experiment.notices import notices
 from toolkit.experiment.schedules import check_schedule_lengths
 from toolkit.models.config import ModuleConfig
-from toolkit.models.parameters import flops_per_token
+from toolkit.models.parameters import describe_quantised, flops_per_token, quantised_layers
 from toolkit.runs.registry import check_run_folder, is_run, resolve_run_folder
 from toolkit.train.config import Duration
 from toolkit.train.trackers.config import check_trackers
@@ -122,6 +122,9 @@ def _model(config: ExperimentConfig) -> list[str]:
     if config.train_module.freeze or config.train_module.lora:
         chosen = check_parameters(config)
         trained = [str(chosen)]
+        quantised = quantised_layers(model.to_transformer(), config.train_module.lora)
+        if quantised is not None:
+            trained.append(describe_quantised(model.to_transformer(), quantised))
         flops = flops_per_token(model.to_transformer(), chosen, config.dataset.sequence_length)
     parts = [f"{model.num_non_embedding_parameters:,} without embeddings"]
     if model.num_active_parameters != model.num_parameters:

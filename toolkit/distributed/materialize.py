@@ -1,7 +1,8 @@
 """From a model on the meta device to an engine: parallelism in one visible order.
 
-    stages -> expert, tensor, context parallelism -> float8 -> activation checkpointing, offload
-    -> compile -> shard -> storage -> initial values -> optimizer
+    stages -> expert, tensor, context parallelism -> float8, or a base in few bits
+    -> activation checkpointing, offload -> compile -> shard -> storage -> initial values
+    -> optimizer
 
 Where exchanges between ranks, or copies to the host, break the graph of a block it is compiled
 before it is checkpointed.
@@ -39,6 +40,8 @@ from toolkit.distributed.tensor_parallel import apply_tensor_parallel
 from toolkit.distributed.torch_engine import TorchEngine
 from toolkit.models import compile as compiling
 from toolkit.models.init import InitSpec, canonical_parameters, init_spec
+from toolkit.models.parameters import QuantisedLayers
+from toolkit.models.quantised import quantise_layers, quantised_linears
 from toolkit.models.transformer import Transformer
 
 
@@ -52,6 +55,7 @@ def prepare_engine(
     compile_model: bool = False,
     float8_config: Float8Config | None = None,
     activation_offload: bool = False,
+    quantised: QuantisedLayers | None = None,
     width_multiplier: float = 1.0,
 ) -> Engine:
     """Materialise `model` and hand it to the engine of the layout, with its optimizer.
@@ -70,6 +74,7 @@ def prepare_engine(
         compile_model=compile_model,
         float8_config=float8_config,
         activation_offload=activation_offload,
+        quantised=quantised,
         width_multiplier=width_multiplier,
     )
     engine: Engine
@@ -105,6 +110,7 @@ def materialize(
     compile_model: bool = False,
     float8_config: Float8Config | None = None,
     activation_offload: bool = False,
+    quantised: QuantisedLayers | None = None,
     width_multiplier: float = 1.0,
 ) -> dict[str, ShardSpec]:
     """Shard `model` in place, give it storage and initial values; what this rank holds of each
@@ -124,6 +130,8 @@ def materialize(
         if float8_config is not None:
             device, precision = environment.device, layout.precision
             apply_float8(part, float8_config, device=device, precision=precision)
+        if quantised is not None:
+            quantise_layers(part, quantised)
         if compile_model and has_breaks:
             compiling.compile_model(part, inside_checkpoints=True)
         if ac_config is not None:
@@ -147,6 +155,10 @@ def materialize(
     if is_meta:
         model.to_empty(device=device)
         draw_initial_values(canonical_parameters(model), inits, shards, environment.seed)
+        for name, layer in quantised_linears(model).items():  # whole ones, one at a time
+            weight = torch.empty(layer.shape, device=device)
+            draw_initial_values({name: weight}, inits, shards, environment.seed)
+            layer.fill_(weight)
     return shards
 
 

@@ -46,6 +46,8 @@ class Besides(NamedTuple):
     own_model: str | None = None
     """The class, where it is not the toolkit's."""
     optim: Optimizer | None = None
+    quantize_base: str | None = None
+    """What an adapter's base is kept in."""
 
 
 def check_combination(layout: Layout, besides: Besides) -> None:
@@ -63,6 +65,18 @@ def check_combination(layout: Layout, besides: Besides) -> None:
         refuse(cuts, "train_module.dp_config.cpu_offload", "leave one of them out")
     if besides.has_adapter:
         refuse(stages, "train_module.lora", "use fsdp, tp_config or cp_config")
+    if besides.quantize_base is not None:
+        others = [
+            f"train_module.{axis}_config"
+            for axis in ["tp", "cp", "pp", "ep"]
+            if getattr(layout, axis) > 1
+        ]
+        if layout.name not in ("single", "ddp"):
+            others.insert(0, layout.name)
+        if others:
+            what = f"{besides.quantize_base} does not go with {' and '.join(others)}"
+            problem = f"{what}, which would cut it; use single or ddp alone, or leave it out"
+            found.add(ConfigError(problem, key="train_module.lora.quantize_base"))
     if besides.has_frozen:
         refuse(stages, "train_module.freeze", "use fsdp, tp_config or cp_config")
     if besides.own_model is not None:

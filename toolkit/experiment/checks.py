@@ -31,7 +31,12 @@ from toolkit.distributed.tuning import asked_threads
 from toolkit.errors import CheckpointError, ConfigError, DataError, ErrorList
 from toolkit.experiment.config import ExperimentConfig
 from toolkit.models.config import ClassModelConfig, ModuleConfig
-from toolkit.models.parameters import TrainedParameters, parameter_shapes, trained_parameters
+from toolkit.models.parameters import (
+    TrainedParameters,
+    parameter_shapes,
+    quantised_layers,
+    trained_parameters,
+)
 from toolkit.runs.files import RUN_FILES
 from toolkit.runs.registry import is_run
 from toolkit.storage.remote import is_url
@@ -132,6 +137,7 @@ def check_parameters(config: ExperimentConfig) -> TrainedParameters:
             module.scheduler.check()
         found.ask(check_schedules, module)
         parameters = trained_parameters(model, freeze=module.freeze, lora=module.lora)
+        quantised_layers(model, module.lora)
     found.raise_any()
     return parameters
 
@@ -144,6 +150,7 @@ def besides_layout(config: ExperimentConfig) -> Besides:
         has_adapter=module.lora is not None,
         own_model=model.target if isinstance(model, ClassModelConfig) else None,
         optim=module.optim,
+        quantize_base=module.lora.quantize_base if module.lora is not None else None,
     )
 
 

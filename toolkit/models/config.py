@@ -1,6 +1,6 @@
 """Configs of models. They import no torch; `build` makes the model."""
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import msgspec
 
@@ -294,8 +294,15 @@ class LoRAConfig(Config, kw_only=True):
     train_also: tuple[str, ...] = ()
     """Shell-style patterns over names of parameters that are trained whole besides, for example
     `embeddings.*` after new tokens were added."""
+    quantize_base: Literal["nf4", "int8"] | None = None
+    """Keep the weights of layers with an adapter in 4 bits (NF4 of QLoRA, Dettmers et al. 2023) or
+    in 8 (a scale for each row); null: fp32. For `single` and `ddp`."""
+    quantize_all: bool = False
+    """With `quantize_base`: also linear layers of blocks that have no adapter."""
 
     def __post_init__(self) -> None:
         check_positive(self, "rank", "alpha")
+        if self.quantize_all and self.quantize_base is None:
+            raise ValueError("quantize_all: needs quantize_base; set it to nf4 or int8")
         if not self.target_modules:
             raise ValueError("target_modules: empty; name the layers that get an adapter")

@@ -16,8 +16,12 @@ from toolkit.models.architecture import Architecture
 from toolkit.models.config import LoRAConfig
 from toolkit.models.shapes import Shape, attended_keys, used_weights, whole_model
 from toolkit.models.shapes import flops_per_token as flops_of_all
+from toolkit.wording import count, prefixed
 
 FREEZE, LORA = "train_module.freeze", "train_module.lora"
+QUANTIZE = f"{LORA}.quantize_base"
+BLOCK, GROUP = 64, 256
+"""Of `nf4`: weights that share a scale, and scales that share a step."""
 _BLOCK = re.compile(r"blocks\.(\d+)\.")
 _ADAPTER = re.compile(r"\.lora_[AB]\.weight\Z")
 
@@ -89,6 +93,52 @@ def adapted_layers(model: Architecture, lora: LoRAConfig) -> list[str]:
         chosen.update(hits)
     found.raise_any()
     return [name for name in linear if name in chosen]
+
+
+class QuantisedLayers(NamedTuple):
+    """Linear layers whose weights are kept in few bits."""
+
+    kind: str
+    """`nf4` or `int8`."""
+    layers: dict[str, Shape]
+    """Name -> `(out, in)`, in the model's order."""
+
+    @property
+    def bytes(self) -> int:
+        return sum(quantised_bytes(shape, self.kind) for shape in self.layers.values())
+
+
+def quantised_layers(model: Architecture, lora: LoRAConfig | None) -> QuantisedLayers | None:
+    """The layers that `quantize_base` means: those with an adapter, or all of the blocks, but for
+    what `train_also` trains; None: it is off. Raises ConfigError: none is left."""
+    if lora is None or lora.quantize_base is None:
+        return None
+    linear = linear_layers(model)
+    names = linear if lora.quantize_all else adapted_layers(model, lora)
+    chosen = {name: linear[name] for name in names if not is_trained(f"{name}.weight", lora)}
+    if not chosen:
+        problem = "every layer with an adapter is trained whole (train_also); leave it out"
+        raise ConfigError(problem, key=QUANTIZE)
+    return QuantisedLayers(lora.quantize_base, chosen)
+
+
+def quantised_bytes(shape: Shape, kind: str) -> int:
+    """Bytes that are kept of the weight of a linear layer; see `toolkit.models.quantised`."""
+    rows, columns = shape
+    if kind == "int8":
+        return rows * columns + 4 * rows
+    blocks = -(-rows * columns // BLOCK)
+    return blocks * BLOCK // 2 + blocks + 8 * -(-blocks // GROUP) + 4 * 16
+
+
+def describe_quantised(model: Architecture, quantised: QuantisedLayers) -> str:
+    """One line about what is kept in few bits."""
+    chosen, of_all = len(quantised.layers), count(len(linear_layers(model)), "layer")
+    whole = 4 * sum(math.prod(shape) for shape in quantised.layers.values())
+    return (
+        f"base in {quantised.kind}, {chosen} of {of_all}, {prefixed(quantised.bytes, 'B')} in the "
+        f"place of {prefixed(whole, 'B')}"
+    )
 
 
 def trained_parameters(

@@ -116,6 +116,11 @@ class TrainModule(ABC):
         Empty: it does."""
         return {}
 
+    def base_parts(self) -> Iterator[dict[str, torch.Tensor]]:
+        """What is loaded with `base_tensors`, in parts of which each is filled before the next is
+        asked for: where the model keeps weights in another form than they are loaded in."""
+        yield self.base_tensors()
+
     @functools.cached_property
     def averages(self) -> list[Callable[[], AbstractContextManager[Any]]]:
         """Where averaged weights come from: functions whose context managers put them into the

@@ -167,7 +167,7 @@ def _load(state: TrainState, start: Start, *, mapping: Mapping[str, str]) -> Non
     environment, module = state.environment, state.train_module
     checkpoint, group = start.checkpoint, environment.cpu_group
     if base_weights := module.base_tensors():
-        _load_base(state, start, base_weights)
+        _load_base(state, start)
     if not start.weights_only:
         stored = run_together(
             lambda: shapes_of(checkpoint) if environment.is_main else {},
@@ -209,14 +209,15 @@ def usable_state(checkpoint: Path | str) -> Iterator[None]:
         ) from error
 
 
-def _load_base(state: TrainState, start: Start, weights: dict[str, torch.Tensor]) -> None:
+def _load_base(state: TrainState, start: Start) -> None:
     """Fill what the run's own checkpoints do not hold."""
     base = start.checkpoint if start.weights_only else start.base
     assert base is not None, "adapters are loaded with their base"
     module = state.train_module
     check_adapter(base, read_metadata(base), module.adapter_config, weights_only=True)
-    weights = renamed(weights, state.config.load_key_mapping)
-    load_weights(base, weights, state.environment.cpu_group)
+    for part in module.base_parts():
+        weights = renamed(part, state.config.load_key_mapping)
+        load_weights(base, weights, state.environment.cpu_group)
     module.base = describe_base(base)
 
 

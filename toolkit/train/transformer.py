@@ -7,6 +7,8 @@ each local sum is scaled by ranks / number where the engine averages gradients o
 """
 
 import logging
+import math
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -26,7 +28,14 @@ from toolkit.models.init import canonical_parameters
 from toolkit.models.kernels import kernel_record
 from toolkit.models.lora import choose_trained
 from toolkit.models.loss import IGNORE_INDEX, shift_labels
-from toolkit.models.parameters import flops_per_token, is_adapter, is_trained
+from toolkit.models.parameters import (
+    describe_quantised,
+    flops_per_token,
+    is_adapter,
+    is_trained,
+    quantised_layers,
+)
+from toolkit.models.quantised import QuantisedLinear, quantised_linears
 from toolkit.models.router import RouterSums
 from toolkit.train.config import TransformerTrainModuleConfig
 from toolkit.train.eval_sums import Batch, EvalSums
@@ -34,6 +43,10 @@ from toolkit.train.module import Metric
 from toolkit.train.stepping import EngineTrainModule
 
 log = logging.getLogger(__name__)
+
+
+PART_BYTES = 256 << 20
+"""Of a base that is kept in few bits, the most that is there in fp32 at once, or one layer."""
 
 
 class TransformerTrainModule(EngineTrainModule):
@@ -59,6 +72,7 @@ class TransformerTrainModule(EngineTrainModule):
         self.trained_names = frozenset(name for name, info in infos if info.is_trained)
         if self.environment.is_main and (config.freeze or config.lora is not None):
             log.info("%s", self._parameters)
+        quantised = quantised_layers(self.model_config.to_transformer(), config.lora)
         optim = config.optim.of_model(self.model_config.to_transformer().d_model)
         self.engine = prepare_engine(
             self.environment,
@@ -69,6 +83,7 @@ class TransformerTrainModule(EngineTrainModule):
             compile_model=config.compile_model,
             float8_config=config.float8_config,
             activation_offload=config.activation_offload,
+            quantised=quantised,
             width_multiplier=1.0 if optim.mup is None else optim.mup.multiplier,
         )
         self.begin_stepping()
@@ -88,7 +103,12 @@ class TransformerTrainModule(EngineTrainModule):
             self.kernels["linear layers"] = describe_float8(
                 self.model_config.to_transformer(), float8
             )
-        if self.environment.is_main and (float8 or self.environment.device.type != "cpu"):
+        if quantised is not None:
+            self.kernels["linear layers"] = describe_quantised(
+                self.model_config.to_transformer(), quantised
+            )
+        is_said = float8 or quantised or self.environment.device.type != "cpu"
+        if self.environment.is_main and is_said:
             log.info("kernels: %s", "; ".join(f"{k} by {v}" for k, v in self.kernels.items()))
         self._is_checked = False
 
@@ -163,6 +183,17 @@ class TransformerTrainModule(EngineTrainModule):
         tensors = self.engine.state_tensors().items()
         return {k: t for k, t in tensors if k.startswith(MODEL_PREFIX) and not is_adapter(k)}
 
+    def base_parts(self) -> Iterator[dict[str, torch.Tensor]]:
+        yield self.base_tensors()
+        layers = quantised_linears(self.engine.module)
+        for names in _parts(layers):
+            shapes = {name: layers[name].shape for name in names}
+            device = self.environment.device
+            whole = {name: torch.empty(shape, device=device) for name, shape in shapes.items()}
+            yield {f"{MODEL_PREFIX}{name}": weight for name, weight in whole.items()}
+            for name, weight in whole.items():
+                layers[name].fill_(weight)
+
     def _check_gradients(self) -> None:
         """After the first backward: that it reached all that is trained. A kernel that forgets a
         gradient would leave a parameter as it is, without a word."""
@@ -223,3 +254,17 @@ class TransformerTrainModule(EngineTrainModule):
                 f"dataset.sequence_length {length}; use a multiple of it"
             )
         return inputs.split(size // length)
+
+
+def _parts(layers: Mapping[str, QuantisedLinear]) -> Iterator[list[str]]:
+    """Their names, of as many at once as `PART_BYTES` hold."""
+    names: list[str] = []
+    size = 0
+    for name, layer in layers.items():
+        own = 4 * math.prod(layer.shape)
+        if names and size + own > PART_BYTES:
+            yield names
+            names, size = [], 0
+        names.append(name)
+        size += own
+    yield names

@@ -12,7 +12,7 @@ from toolkit.distributed.launcher import offloads
 from toolkit.distributed.layout import Layout
 from toolkit.distributed.pipeline import plan_pipeline
 from toolkit.models.config import TransformerConfig
-from toolkit.models.parameters import TrainedParameters, flops_per_token
+from toolkit.models.parameters import QuantisedLayers, TrainedParameters, flops_per_token
 from toolkit.models.shapes import Shape, attended_keys, used_weights
 from toolkit.optim.base import Optimizer
 from toolkit.optim.config import ClassOptimConfig, SGDConfig
@@ -48,6 +48,8 @@ class Parameter(NamedTuple):
     is_trained: bool
     by_muon: bool = False
     """Whether it is of matrices that Muon steps."""
+    quantised: str | None = None
+    """What a frozen base keeps of it, where that is less."""
 
 
 class Stage(NamedTuple):
@@ -84,16 +86,20 @@ class ModelParts:
         parameters: TrainedParameters,
         sequence_length: int,
         optim: Optimizer | None = None,
+        quantised: QuantisedLayers | None = None,
     ) -> None:
         """`optim` says which matrices are Muon's; None: none."""
-        self.parameters = parameters
+        self.parameters, self.quantised = parameters, quantised
         self._model = model
         found: dict[int, list[Parameter]] = {n: [] for n in range(model.num_layers)}
         outside = []
         for name, info in parameters.infos.items():
             by_muon = optim is not None and info.is_trained and optim.part_of(name) == MATRICES
             if (match := _BLOCK.match(name)) is not None:
-                part = Parameter(match[2], info.shape, info.is_trained, by_muon)
+                few = None
+                if quantised is not None and name.removesuffix(".weight") in quantised.layers:
+                    few = quantised.kind
+                part = Parameter(match[2], info.shape, info.is_trained, by_muon, few)
                 found[int(match[1])].append(part)
             else:
                 outside.append(Parameter(name, info.shape, info.is_trained, by_muon))

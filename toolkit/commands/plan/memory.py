@@ -6,6 +6,7 @@ Moments of a step, of which the last microbatch has the largest:
 - `embeddings`: no activations are left, and the gradients of embeddings and head are reduced.
 """
 
+import math
 from typing import NamedTuple
 
 from toolkit.commands.plan.activations import (
@@ -238,9 +239,19 @@ class _Blocks:
                 self.kept += saved.times(group.repeated)
             if job.activation_offload:  # but for the block that is computed backwards
                 again, self.kept = max(again, kept.total), Activations()
-            self.kept += Activations(casts=group.number * casts(job, unit.all.matrices))
+            # What is in few bits is made anew for each product, and not kept.
+            matrices = unit.all.matrices - unit.all.few_bits
+            self.kept += Activations(casts=group.number * casts(job, matrices))
         # In a block that is computed again, its own activations come into being once more.
-        self.working = again + _block_working(job, stage)
+        self.working = again + _block_working(job, stage) + _made(job, stage)
+
+
+def _made(job: Job, stage: Stage) -> float:
+    """Bytes of the largest weight while it is made of few bits: in the compute type and twice in
+    fp32, or of whole numbers to look levels up by."""
+    every = (p for group in job.groups(stage) for p in group.parameters if p.quantised)
+    largest = max((math.prod(p.shape) for p in every), default=0)
+    return largest * (job.compute_bytes + 2 * FP32)
 
 
 def head_of(job: Job, stage: Stage) -> Parameter | None:

@@ -15,6 +15,7 @@ from toolkit.commands.plan.job import (
 )
 from toolkit.distributed.sizes import sharded_dimension
 from toolkit.models.config import TransformerConfig
+from toolkit.models.parameters import quantised_bytes
 from toolkit.models.shapes import Shape
 
 _LEAST, _BLOCK = 4096, 256
@@ -54,6 +55,10 @@ class Holding(NamedTuple):
     """Of `by_muon`, weights of matrices that lie on several ranks."""
     rows: int = 0
     """Of Muon's matrices, whole."""
+    few_bits: int = 0
+    """Of `matrices`, weights of a frozen base in 4 or 8 bits."""
+    few_bits_bytes: int = 0
+    """What those take."""
     iteration: int = 0
     """Multiplications of a Newton-Schulz iteration over Muon's matrices, whole."""
 
@@ -138,7 +143,7 @@ def holding(
     """What of `parameters` a rank holds. `place`: its numbers among the FSDP ranks, and among those
     of experts."""
     dense, experts = Holding(), Holding()
-    for name, shape, is_trained, by_muon in parameters:
+    for name, shape, is_trained, by_muon, few in parameters:
         local = local_shape(name, shape, model, tp, ep)
         apart = ep > 1 and ".experts." in name
         over, rank = (expert_ranks, place[1]) if apart else (ranks, place[0])
@@ -158,6 +163,8 @@ def holding(
             factored=_factored(local) if is_trained else 0,
             quantised=whole if is_quantised else 0,
             quantised_tensors=int(is_quantised),
+            few_bits=whole if few else 0,
+            few_bits_bytes=quantised_bytes(shape, few) if few else 0,
         )
         if by_muon:
             own = own._replace(
@@ -270,7 +277,7 @@ def states(job: Job, stage: Stage, rank: int = 0) -> States:
     if not layout.zero_stage:
         on_device = 0 if job.offloads else 1
         return States(
-            FP32 * held.held * on_device,
+            (FP32 * (held.held - held.few_bits) + held.few_bits_bytes) * on_device,
             FP32 * held.trained_held * on_device,
             (moments * held.trained_held + steps) * on_device + rows,
         )

@@ -19,6 +19,7 @@ from toolkit.experiment.checks import (
     rank_microbatch_size,
 )
 from toolkit.experiment.config import ExperimentConfig
+from toolkit.models.parameters import quantised_layers
 
 DAY = 86_400.0
 
@@ -76,9 +77,10 @@ def job_of(config: ExperimentConfig, layout: Layout, target: Target) -> Job:
     if precision == "auto":
         precision = "fp32" if target.device.name == CPU else "bf16"
     length, model = config.dataset.sequence_length, config.model.to_transformer()
+    quantised = quantised_layers(model, module.lora)
     return Job(
         model=model,
-        parts=ModelParts(model, check_parameters(config), length, module.optim),
+        parts=ModelParts(model, check_parameters(config), length, module.optim, quantised),
         layout=layout,
         sequence_length=length,
         rows=max(1, rank_microbatch_size(config, ranks) // length),

@@ -132,9 +132,11 @@ def _layout(job: Job) -> list[str]:
 
 def _memory(plan: Plan) -> list[str]:
     memory, job = plan.memory, plan.job
+    quantised = job.parts.quantised
+    few = "" if quantised is None else f", base in {quantised.kind}"
     is_small = memory.allocated < GIB / 10
     parts = [
-        ("weights, fp32", memory.weights),
+        (f"weights, fp32{few}", memory.weights),
         ("gradients", memory.gradients),
         ("optimizer state", memory.optimizer),
         ("activations: residual stream and norms", memory.residual),
