@@ -28,8 +28,9 @@ from toolkit.distributed.config import (
 from toolkit.distributed.launcher import world_size_of
 from toolkit.distributed.shards import local_tensor
 from toolkit.models.architecture import MoEConfig
-from toolkit.models.config import TransformerConfig
-from toolkit.models.parameters import trained_parameters
+from toolkit.models.config import LoRAConfig, TransformerConfig
+from toolkit.models.parameters import quantised_layers, trained_parameters
+from toolkit.models.quantised import quantised_linears
 from toolkit.optim.config import AdamWConfig, MuonConfig, NorMuonConfig
 
 LENGTH = 256
@@ -37,6 +38,7 @@ TP, CP = TensorParallelConfig(degree=2), ContextParallelConfig(degree=2)
 ULYSSES, RING = CP.replace(style="ulysses"), CP.replace(style="ring")
 PP, EP = PipelineParallelConfig(degree=2), ExpertParallelConfig(degree=2)
 AC = ActivationCheckpointingConfig()
+QLORA = LoRAConfig(rank=4, quantize_base="nf4", quantize_all=True)
 EXPERTS = {"moe": MoEConfig(num_experts=4, top_k=2, intermediate_size=128)}
 
 CASES: dict[str, dict[str, Any]] = {
@@ -44,6 +46,7 @@ CASES: dict[str, dict[str, Any]] = {
     "single, bf16, computed again": {"ranks": 1, "precision": "bf16", "ac_config": AC},
     "single, but for some ops": {"ranks": 1, "ac_config": AC.replace(mode="selected_ops")},
     "ddp": {"engine": "ddp"},
+    "single, base in nf4": {"ranks": 1, "precision": "bf16", "lora": QLORA},
     "fsdp": {"engine": "fsdp", "model": {"qk_norm": "full", "norm_placement": "reordered"}},
     "fsdp, bf16, one pass": {"engine": "fsdp", "precision": "bf16", "passes": 1},
     "fsdp, moments in bf16": {"engine": "fsdp", "optim": AdamWConfig(state_dtype="bf16")},
@@ -102,10 +105,14 @@ def counted(case: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
                 module.optim_step(Progress(step, 0, 100, 1000, 10))
         optimizer = [*module.engine.optimizer.state.values(), module.engine._kept_of_rows()]
         weights = [local_tensor(p) for p in module.engine.module.parameters()]
+        for layer in quantised_linears(module.engine.module).values():
+            weights += layer.parts
     finally:
         environment.close()
     layout, rank = environment.layout, environment.rank
-    parts = ModelParts(model, trained_parameters(model), LENGTH, config.optim)
+    lora = config.lora
+    parameters, few = trained_parameters(model, lora=lora), quantised_layers(model, lora)
+    parts = ModelParts(model, parameters, LENGTH, config.optim, few)
     job = Job(
         model=model, parts=parts, layout=layout, sequence_length=LENGTH, rows=rows, passes=passes,
         precision=layout.precision, ac_config=config.ac_config, is_compiled=False,

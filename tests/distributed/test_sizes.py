@@ -83,3 +83,21 @@ def test_combinations_that_do_not_work_are_refused_by_name(axis: str) -> None:
         return
     with pytest.raises(ConfigError, match=f"lora does not go with train_module.{axis}_config"):
         check_combination(layout, Besides(has_frozen=True, has_adapter=True))
+
+
+@pytest.mark.parametrize(
+    ("layout", "named"),
+    [
+        (
+            Layout(tp=2, is_fsdp=True),
+            "fsdp and .*tp_con",
+        ),
+        (Layout(zero_stage=3, dp_shard=2), "zero3, which"),
+        (Layout(is_fsdp=True, dp_replicate=2, dp_shard=2), "hsdp, which"),
+        (Layout(cp=2), r"train_module\.cp_config, which"),
+    ],
+)
+def test_a_base_in_few_bits_is_not_cut(layout: Layout, named: str) -> None:
+    check_combination(Layout(dp_replicate=2), Besides(has_adapter=True, quantize_base="nf4"))
+    with pytest.raises(ConfigError, match=f"quantize_base: nf4 does not go with {named}"):
+        check_combination(layout, Besides(has_adapter=True, quantize_base="nf4"))

@@ -216,8 +216,8 @@ def _load_base(state: TrainState, start: Start) -> None:
     module = state.train_module
     check_adapter(base, read_metadata(base), module.adapter_config, weights_only=True)
     for part in module.base_parts():
-        weights = renamed(part, state.config.load_key_mapping)
-        load_weights(base, weights, state.environment.cpu_group)
+        mapping, group = state.config.load_key_mapping, state.environment.cpu_group
+        load_weights(base, renamed(part, mapping), group)
     module.base = describe_base(base)
 
 

@@ -187,12 +187,14 @@ class TransformerTrainModule(EngineTrainModule):
         yield self.base_tensors()
         layers = quantised_linears(self.engine.module)
         for names in _parts(layers):
-            shapes = {name: layers[name].shape for name in names}
             device = self.environment.device
-            whole = {name: torch.empty(shape, device=device) for name, shape in shapes.items()}
-            yield {f"{MODEL_PREFIX}{name}": weight for name, weight in whole.items()}
-            for name, weight in whole.items():
-                layers[name].fill_(weight)
+            part = {
+                f"{MODEL_PREFIX}{name}": torch.empty(layers[name].shape, device=device)
+                for name in names
+            }
+            yield part
+            for name in names:  # each goes before the next part comes
+                layers[name].fill_(part.pop(f"{MODEL_PREFIX}{name}"))
 
     def _check_gradients(self) -> None:
         """After the first backward: that it reached all that is trained. A kernel that forgets a
