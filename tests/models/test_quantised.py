@@ -51,16 +51,17 @@ def reference(weight: torch.Tensor, kind: str) -> tuple[torch.Tensor, torch.Tens
     if kind == "int8":
         rows = weight.double().tolist()
         scales = [max(map(abs, row)) / 127 for row in rows]
-        values = [
+        whole = [
             [round(v / s) * s if s else 0.0 for v in row]
             for row, s in zip(rows, scales, strict=True)
         ]
         bound = torch.tensor(scales, dtype=torch.float64)[:, None].expand(weight.shape) / 2
-        return torch.tensor(values, dtype=torch.float64), bound
+        return torch.tensor(whole, dtype=torch.float64), bound
     flat = weight.flatten().tolist()
     blocks = [flat[start : start + 64] for start in range(0, len(flat), 64)]
     scales = [max(map(abs, block)) for block in blocks]
-    values, bound = [], []
+    found: list[float] = []
+    bounds: list[float] = []
     widest = max(b - a for a, b in itertools.pairwise(LEVELS)) / 2
     for number, (block, scale) in enumerate(zip(blocks, scales, strict=True)):
         first = number // 256 * 256
@@ -69,10 +70,12 @@ def reference(weight: torch.Tensor, kind: str) -> tuple[torch.Tensor, torch.Tens
         kept = least + (round((scale - least) / step) if step else 0) * step
         for value in block:
             share = value / scale if scale else 0.0
-            values.append(min(LEVELS, key=lambda level, at=share: abs(level - at)) * kept)
-            bound.append(widest * scale + step / 2)
-    shape = weight.shape
-    return (torch.tensor(x, dtype=torch.float64).view(shape) for x in (values, bound))  # type: ignore[return-value]
+            found.append(min((abs(level - share), level) for level in LEVELS)[1] * kept)
+            bounds.append(widest * scale + step / 2)
+    values, bound = (
+        torch.tensor(x, dtype=torch.float64).view(weight.shape) for x in (found, bounds)
+    )
+    return values, bound
 
 
 def test_levels_are_those_of_the_paper() -> None:
@@ -137,12 +140,17 @@ def test_gradients_are_those_of_a_model_with_the_weights_that_come_back(kind: st
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_forward_in_bf16_keeps_no_weight_for_backward(kind: str) -> None:
     linear = nn.Linear(96, 40)
-    linear.weight.requires_grad_(requires_grad=False)
+    linear.weight.requires_grad = False
     layer = QuantisedLinear(linear, kind)
     x = torch.randn(4, 96, requires_grad=True)
     kept: list[torch.Tensor] = []
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(tensor)
+        return tensor
+
     with (
-        torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t),
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
         torch.autocast("cpu", torch.bfloat16),
     ):
         out = layer(x)

@@ -21,6 +21,7 @@ from toolkit.distributed.environment import TrainingEnvironment
 from toolkit.distributed.layout import Layout
 from toolkit.models import grouped
 from toolkit.models.architecture import MoEConfig
+from toolkit.models.config import LoRAConfig
 from toolkit.optim.config import (
     AdamWConfig,
     LionConfig,
@@ -122,10 +123,12 @@ def step(module: TransformerTrainModule, given: dict[str, torch.Tensor]) -> dict
         ({}, {}, {"optim": ScheduleFreeAdamWConfig(weight_decay=0.1)}),
         ({}, {}, {"optim": MuonConfig()}),
         ({}, {}, {"optim": NorMuonConfig()}),
+        ({}, {}, {"lora": LoRAConfig(rank=4, quantize_base="nf4")}),
+        ({}, {}, {"lora": LoRAConfig(rank=4, quantize_base="int8")}),
     ],
     ids=[
         *("plain", "masked", "documents", "windows", "frozen"),
-        *("lion", "schedule_free", "muon", "normuon"),
+        *("lion", "schedule_free", "muon", "normuon", "nf4", "int8"),
     ],
 )
 def test_a_step_reads_nothing_back(on_meta: Any, model: dict, data: dict, config: dict) -> None:

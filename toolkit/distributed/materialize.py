@@ -34,7 +34,7 @@ from toolkit.distributed.float8 import apply_float8, gathers_float8, scales_of
 from toolkit.distributed.pipeline import plan_pipeline
 from toolkit.distributed.process_groups import set_collective_timeouts
 from toolkit.distributed.shards import ShardSpec, draw_initial_values, whole_specs
-from toolkit.distributed.sizes import sharded_dimension
+from toolkit.distributed.sizes import Besides, check_combination, sharded_dimension
 from toolkit.distributed.stages import Stages
 from toolkit.distributed.tensor_parallel import apply_tensor_parallel
 from toolkit.distributed.torch_engine import TorchEngine
@@ -118,6 +118,8 @@ def materialize(
     is_meta = any(parameter.is_meta for parameter in model.parameters())
     inits = init_spec(model, width_multiplier) if is_meta else {}
     layout = environment.layout
+    if quantised is not None:  # of a script, which nothing has checked yet
+        check_combination(layout, Besides(quantize_base=quantised.kind))
     shards = model.shards if isinstance(model, Stages) else whole_specs(model)
     parts: list[Any] = model.modules_in_order() if isinstance(model, Stages) else [model]
     # Rows, or keys of a ring, on their way to other ranks break the graphs of blocks, and so do

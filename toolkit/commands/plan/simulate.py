@@ -37,8 +37,6 @@ from toolkit.distributed.torch_engine import TorchEngine
 from toolkit.errors import ConfigError
 from toolkit.models import loss, rope
 from toolkit.models.lora import choose_trained
-from toolkit.models.parameters import quantised_layers
-from toolkit.models.quantised import quantised_linears
 from toolkit.train.config import TransformerTrainModuleConfig
 from toolkit.wording import labelled
 
@@ -152,20 +150,18 @@ def _step(
     optim = config.optim.of_model(job.model.d_model)
     counter = Counter()
     with counter:
-        quantised = quantised_layers(job.model, config.lora)
-        shards = materialize(model, environment, ac_config=config.ac_config, quantised=quantised)
+        shards = materialize(model, environment, ac_config=config.ac_config)
         kind: Any = _Engine if pipeline is None else PipelineEngine
         engine: Engine = kind(environment, model, shards, optim.build)
         shape = job.rows, job.sequence_length
         ids = torch.zeros(shape, dtype=torch.int64)
         microbatches = [Microbatch(ids, ids) for _ in range(job.passes)]
-        few = [part for layer in quantised_linears(model).values() for part in layer.parts]
-        counter.see(*model.parameters(), *few)
+        counter.see(*model.parameters())
         counter.restart()
         multiplier = config.z_loss_multiplier or 0.0
         engine.forward_backward(microbatches, 1.0, z_loss_multiplier=multiplier)
         engine.step(config.max_grad_norm)
-    weights = _bytes([local_tensor(p.detach()) for p in model.parameters()] + few)
+    weights = _bytes([local_tensor(p.detach()) for p in model.parameters()])
     state = engine.optimizer.state.values()
     return counter, weights, _bytes([t for own in state for t in own.values()])
 
