@@ -121,7 +121,8 @@ def factor_at(schedule: Schedule, progress: "Progress", peak: float) -> float:
 def _numbers(settings: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     for name, value in settings.items():
         if isinstance(value, tuple | list) and name != "params":
-            yield from ((f"{name}.{number}", item) for number, item in enumerate(value))
+            found = ((f"{name}.{number}", item) for number, item in enumerate(value))
+            yield from ((key, item) for key, item in found if item is not None)
         elif (isinstance(value, float | int) and not isinstance(value, bool)) or _is_tensor(value):
             yield name, value
 
