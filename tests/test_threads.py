@@ -86,7 +86,7 @@ def test_a_background_save_writes_on_the_ranks_own_device(
     seen = []
     monkeypatch.setattr(checkpointer, "begin_save", lambda *_, **__: None)
     saver: Any = checkpointer.Checkpointer(CheckpointerConfig())
-    saver.state = SimpleNamespace(step=1, train_module=SimpleNamespace(state_tensors=dict))
+    saver.state = SimpleNamespace(step=1, state_tensors=dict)
     saver._shards = SimpleNamespace(copy=lambda tensors: None)
     monkeypatch.setattr(saver, "_write", lambda *_: seen.append(cuda.current_device()))
     saver._save("permanent", in_background=True)

@@ -61,7 +61,7 @@ def test_the_card_tells_what_the_run_recorded(tiny_run, capsys):
         "| Length | 4 steps, 4,096 tokens |",
         "| Sequence length | 64 tokens |",
         "| Batch | 1,024 tokens |",
-        "| Optimizer | adamw, lr 0.01, betas 0.9 0.95, eps 1e-08, weight_decay 0.1 |",
+        "| Optimizer | adamw, lr 0.01, betas 0.9 0.95, eps 1e-08, weight_decay 0.1, state_dtype ",
         "| Schedule | cosine, units steps, warmup 5, alpha_f 0.1 |",
         f"loss {train[-1]['loss']:.4f}, perplexity {train[-1]['ppl']:.4f} |",
         f"loss {val['loss']:.4f}, perplexity {val['ppl']:.4f}, bits per byte",

@@ -342,6 +342,7 @@ def test_evaluations_are_of_the_weights_for_evaluations(tmp_path: Path) -> None:
         is_main=True,
         config=SimpleNamespace(no_evals=False),
         train_module=module,
+        evaluated_weights={"": module.evaluating},
         train_loader=SimpleNamespace(tokenizer_folder=tmp_path / "tokenizer", sequence_length=64),
         environment=SimpleNamespace(
             cpu_group=None, rank=0, device=CPU,

@@ -136,7 +136,7 @@ def test_what_is_off_is_not_imported(monkeypatch: pytest.MonkeyPatch) -> None:
         config_base, "named", lambda name: asked.append(name) or (lambda config: config)
     )
     config = CallbacksConfig()
-    enabled = [name for name in config.__struct_fields__[:-1] if getattr(config, name).enabled]
+    enabled = [name for name in config.__struct_fields__[:-1] if getattr(config, name).is_wanted]
     assert list(config.build()) == enabled
     assert 0 < len(asked) <= len(enabled)
     assert not any(".ema:" in name or "early_stopping" in name for name in asked)

@@ -33,6 +33,7 @@ class Averaged(SimpleNamespace):
 
 class Loader(list):
     bytes_per_token = 1.0
+    is_held_out = True
 
 
 def test_the_evaluator_scores_the_average_that_was_added_last() -> None:
@@ -46,6 +47,7 @@ def test_the_evaluator_scores_the_average_that_was_added_last() -> None:
         eval_loaders={"val": Loader([{}])},
         environment=SimpleNamespace(cpu_group=None),
         train_module=module,
+        evaluated_weights={"": module.evaluating},
         should_stop=lambda: False,
         record_eval=lambda name, numbers: found.update(numbers) or {"name": name, **numbers},
     )

@@ -25,8 +25,9 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from toolkit.distributed.config import LogRanks
 from toolkit.distributed.devices import pick_device, use_device
 from toolkit.distributed.launcher import offloads, rank_of, world_size_of
-from toolkit.distributed.layout import Layout, Precision, layout_of, resolve_layout
+from toolkit.distributed.layout import Layout, layout_of, resolve_layout
 from toolkit.distributed.logging import setup_logging
+from toolkit.distributed.precision import Precision
 from toolkit.distributed.process_groups import (
     COLLECTIVE_TIMEOUT,
     close_process_groups,

@@ -30,17 +30,12 @@ from toolkit.distributed.launcher import (
     launcher_axes,
     launcher_choice,
     launcher_notices,
-    launcher_precision,
     world_size_of,
 )
+from toolkit.distributed.precision import Precision, choose_precision
 from toolkit.errors import ConfigError
 from toolkit.parents import is_accelerated
 from toolkit.wording import count
-
-Precision = Literal["auto", "fp32", "bf16", "fp16"]
-PRECISION_OF: dict[str | None, Precision] = {
-    None: "auto", "float32": "fp32", "bfloat16": "bf16", "float16": "fp16"
-}  # fmt: skip
 
 DP_CONFIG = "train_module.dp_config"
 AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
@@ -257,7 +252,7 @@ def resolve_layout(
         config = config.replace(num_replicas=replicas, shard_degree=shards)
     elif is_fsdp:
         config = config.replace(name="fsdp", num_replicas=None, shard_degree=None)
-    answer, notices = _precision(precision, dp_config, choice, environ)
+    answer, notices = choose_precision(precision, dp_config, choice, environ)
     if cuts and choice.origin == "default" and is_silent_accelerate(environ):
         names = " and ".join(f"train_module.{axis}_config" for axis in cuts)
         notices = (*notices, f"accelerate launch names no engine; with {names} it is fsdp, not ddp")
@@ -386,31 +381,3 @@ def _mesh(choice: Choice, ranks: int) -> tuple[int, int]:
             f"{replicas_that_work} and shard_degree {ranks // replicas_that_work}, or fsdp"
         )
     return replicas, shards
-
-
-def _precision(
-    asked: Precision,
-    dp_config: DataParallelConfig | None,
-    choice: Choice,
-    environ: Mapping[str, str],
-) -> tuple[Precision, tuple[str, ...]]:
-    from_dp = PRECISION_OF[dp_config.param_dtype if dp_config else None]
-    if "auto" not in (asked, from_dp) and asked != from_dp:
-        raise ConfigError(
-            f"two precisions asked for: train_module.precision is {asked}, "
-            f"{DP_CONFIG}.param_dtype is {dp_config.param_dtype if dp_config else None}; keep one"
-        )
-    explicit = asked if asked != "auto" else from_dp
-    launched: Precision | None = launcher_precision(environ)
-    if "fp16" in (explicit, launched) and choice.config.name.startswith("zero"):
-        raise ConfigError(
-            f"train_module.precision: fp16 does not go with {choice.config.name}; use ddp, fsdp or "
-            "hsdp, or bf16"
-        )
-    bf16 = choice.config.deepspeed_config.get("bf16")
-    if isinstance(bf16, dict) and bf16.get("enabled") is True:
-        launched = "bf16"
-    if explicit == "auto":
-        return launched or "auto", ()
-    overridden = f"precision {explicit} from the config overrides the launcher's {launched}"
-    return explicit, (overridden,) if launched not in (None, explicit) else ()

@@ -7,7 +7,6 @@ import contextlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
@@ -30,6 +29,7 @@ from toolkit.distributed.sizes import Besides, check_combination, check_sizes
 from toolkit.distributed.tuning import asked_threads
 from toolkit.errors import CheckpointError, ConfigError, DataError, ErrorList
 from toolkit.experiment.config import ExperimentConfig
+from toolkit.experiment.same_model import check_model
 from toolkit.models.config import ClassModelConfig, ModuleConfig
 from toolkit.models.parameters import (
     TrainedParameters,
@@ -48,15 +48,6 @@ from toolkit.wording import count
 
 BYTE_VOCAB_SIZE = 257
 """256 byte values and the end of a document."""
-
-# Fields that change how the model is computed, not what its weights mean.
-FREE_MODEL_FIELDS = frozenset(
-    {"loss_chunk_size", "init_std", "init_scale_residual", "initializer_range"}
-)
-# Longer context from the same weights: a new run may change these. Shapes are checked on loading.
-FREE_FOR_WEIGHTS = FREE_MODEL_FIELDS | {
-    "rope_theta", "rope_scaling", "sliding_rope_theta", "max_sequence_length"
-}  # fmt: skip
 
 SEQUENCE = "dataset.sequence_length"
 GLOBAL_BATCH = "data_loader.global_batch_size"
@@ -372,9 +363,8 @@ def check_load_path(config: ExperimentConfig, folder: Path, *, has_model: bool =
             raise
         return  # an older one may be whole
     asked = msgspec.json.decode(msgspec.json.encode(config.model))  # lists, as stored
-    free = FREE_FOR_WEIGHTS if adapts or trainer.load_weights_only else FREE_MODEL_FIELDS
     if isinstance(saved, dict) and has_model:
-        check_model(newest, saved, asked, free=free)
+        check_model(newest, saved, asked, weights_only=adapts or trainer.load_weights_only)
 
 
 def _newest(path: Path) -> Path | None:
@@ -397,18 +387,3 @@ def check_load_options(config: ExperimentConfig, *, is_found: bool = False) -> N
             raise ConfigError(f"trainer.{name}: there is nothing to load; add trainer.load_path")
     if trainer.load_strategy == "always":
         raise ConfigError("trainer.load_strategy is always: add trainer.load_path")
-
-
-def check_model(
-    checkpoint: Path | str, saved: dict[str, Any], asked: dict[str, Any], *, free: frozenset[str]
-) -> None:
-    changed = [
-        f"model.{key} (was {saved[key]}, is {value})"
-        for key, value in asked.items()
-        if key in saved and saved[key] != value and key not in free
-    ]
-    if changed:
-        raise CheckpointError(
-            f"{checkpoint}: was saved from another model: {', '.join(changed)}; set it back, or "
-            "start a new run"
-        )

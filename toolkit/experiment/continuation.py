@@ -14,12 +14,10 @@ from toolkit.checkpoint.tensors import check_shapes
 from toolkit.data.loader import TrainLoader
 from toolkit.errors import CheckpointError
 from toolkit.experiment.checks import (
-    FREE_FOR_WEIGHTS,
-    FREE_MODEL_FIELDS,
     check_load_options,
-    check_model,
 )
 from toolkit.experiment.config import ExperimentConfig
+from toolkit.experiment.same_model import check_model
 from toolkit.models.config import ModuleConfig
 from toolkit.models.lora import choose_trained
 from toolkit.models.parameters import TrainedParameters, is_adapter, is_trained
@@ -81,7 +79,6 @@ def continuation_checks(
     metadata = read_metadata(checkpoint)
     saved = metadata.extra
     model = msgspec.json.decode(msgspec.json.encode(config.model))  # lists, as stored
-    free = FREE_FOR_WEIGHTS if start.weights_only else FREE_MODEL_FIELDS
 
     def check_data() -> None:
         # Every rank will read its own.
@@ -96,7 +93,7 @@ def continuation_checks(
     def check_weights() -> None:
         if not isinstance(saved.get("model"), dict):
             raise CheckpointError(f"{checkpoint}: does not say which model it is of")
-        check_model(checkpoint, saved["model"], model, free=free)
+        check_model(checkpoint, saved["model"], model, weights_only=start.weights_only)
         if isinstance(config.model, ModuleConfig):
             return
         own = is_inside(checkpoint, folder / RUN_FILES.checkpoints)

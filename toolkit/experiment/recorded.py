@@ -18,7 +18,7 @@ from toolkit.distributed.config import (
     PipelineParallelConfig,
     TensorParallelConfig,
 )
-from toolkit.distributed.layout import Precision
+from toolkit.distributed.precision import Precision
 from toolkit.errors import ConfigError, ErrorList, RunError
 from toolkit.experiment.config import ExperimentConfig
 from toolkit.experiment.found_data import find_data

@@ -19,7 +19,7 @@ from toolkit.distributed.launcher import (
     offloads,
     world_size_of,
 )
-from toolkit.distributed.layout import Precision
+from toolkit.distributed.precision import Precision
 from toolkit.errors import CheckpointError, RunError
 from toolkit.experiment.config import ExperimentConfig
 from toolkit.experiment.found_data import find_data

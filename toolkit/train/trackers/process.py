@@ -132,9 +132,8 @@ def main() -> None:
     )
     for target, name in ((_read_word, "word"), (_watch_parent, "parent")):
         Thread(target=target, args=(end, job.parent), name=name, daemon=True).start()
-    threading.Thread(
-        target=_bound, args=(end, sender, config, say), name="bound", daemon=True
-    ).start()
+    bound = (end, sender, config, say)
+    Thread(target=_bound, args=bound, name="bound", daemon=True).start()
     say(_END, "" if sender.run(end) else sender.behind_message())
     _die()
 
