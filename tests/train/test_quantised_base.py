@@ -17,7 +17,7 @@ from toolkit.commands.plan.counting import Counter
 from toolkit.experiment.load import load_experiment
 from toolkit.hf.source import find_source, source_tensors
 from toolkit.models.config import LoRAConfig
-from toolkit.models.parameters import quantised_bytes
+from toolkit.models.parameters import is_adapter, quantised_bytes
 from toolkit.models.quantised import quantised_linears
 from toolkit.train import transformer
 
@@ -62,8 +62,10 @@ def test_checkpoints_and_exports_are_of_the_exact_base(place: Path) -> None:
 
 
 def test_a_resumed_run_is_bit_equal_and_ddp_goes_on_alike(workers: WorkerPool, place: Path) -> None:
+    # Patterns that change no name of what is in fp32; together they change nothing.
+    mapping = {r"attention\.query\.": "attention.asked.", r"attention\.asked\.": "attention.query."}
     for name, ranks, flags in (
-        ("again", 1, []),
+        ("again", 1, [f"--trainer.load_key_mapping={json.dumps(mapping)}"]),
         ("replicas", 2, ["--train_module.dp_config.name=ddp"]),
     ):
         shutil.copytree(place / "nf4", place / name)
@@ -91,9 +93,8 @@ def test_what_cannot_be_is_refused_before_it_begins(workers: WorkerPool, place: 
     assert "base in nf4, 14 of 14 layers, 11.6 kB in the place of 81.9 kB" in text
 
 
-@pytest.mark.parametrize("kind", ["nf4", "int8"])
-def test_ddp_trains_as_one_process_does(workers: WorkerPool, kind: str) -> None:
-    lora = LoRAConfig(rank=4, quantize_base=kind)  # type: ignore[arg-type]
+def test_ddp_trains_as_one_process_does_in_int8(workers: WorkerPool) -> None:
+    lora = LoRAConfig(rank=4, quantize_base="int8")
     settings: dict[str, Any] = {"lora": lora}
     history = workers.run(1, trained_under, "single", settings)[0][0]
     for theirs, *_ in workers.run(2, trained_under, "ddp", settings):
@@ -115,6 +116,8 @@ def test_a_base_is_loaded_part_by_part(monkeypatch: pytest.MonkeyPatch, kind: st
     with Counter() as counter:
         counter.see(*(part for layer in layers.values() for part in layer.parts))
         kept = counter.live
+        names = {key.removeprefix(MODEL_PREFIX) for key in module.base_tensors()}
+        assert names == {n for n in module.parameter_names if not is_adapter(n)}
         parts = module.base_parts()
         next(parts)  # what is no linear layer
         counter.restart()

@@ -3,23 +3,22 @@ other parameters are trained than at its saving."""
 
 import re
 from collections.abc import Collection, Iterable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from toolkit.errors import ConfigError
 from toolkit.wording import count
 
+Value = TypeVar("Value")
 _OPTIM = "optim."
 _SHOWN = 3
 _KEY = "trainer.load_key_mapping"
 
 
-def renamed(
-    tensors: dict[str, torch.Tensor], mapping: Mapping[str, str]
-) -> dict[str, torch.Tensor]:
-    """`tensors` (`model.<name>`, `optim.<name>.<slot>`) under the names a checkpoint has by
-    `trainer.load_key_mapping`. Raises ConfigError where a pattern cannot be used."""
+def renamed(tensors: dict[str, Value], mapping: Mapping[str, str]) -> dict[str, Value]:
+    """`tensors` (`model.<name>`, `optim.<name>.<slot>`), or what else has their names, under the
+    names a checkpoint has by `trainer.load_key_mapping`. Raises ConfigError where a pattern cannot be used."""
     result = dict(tensors)
     for pattern, replacement in mapping.items():
         try:

@@ -117,8 +117,9 @@ class TrainModule(ABC):
         return {}
 
     def base_parts(self) -> Iterator[dict[str, torch.Tensor]]:
-        """What is loaded with `base_tensors`, in parts of which each is filled before the next is
-        asked for: where the model keeps weights in another form than they are loaded in."""
+        """`base_tensors` in parts, of which each is filled before the next is asked for. Where the
+        model keeps weights in another form than they are loaded in, these are new tensors, and
+        `base_tensors` has their like on the meta device."""
         yield self.base_tensors()
 
     @functools.cached_property

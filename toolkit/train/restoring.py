@@ -167,7 +167,7 @@ def _load(state: TrainState, start: Start, *, mapping: Mapping[str, str]) -> Non
     environment, module = state.environment, state.train_module
     checkpoint, group = start.checkpoint, environment.cpu_group
     if base_weights := module.base_tensors():
-        _load_base(state, start)
+        _load_base(state, start, base_weights)
     if not start.weights_only:
         stored = run_together(
             lambda: shapes_of(checkpoint) if environment.is_main else {},
@@ -209,15 +209,18 @@ def usable_state(checkpoint: Path | str) -> Iterator[None]:
         ) from error
 
 
-def _load_base(state: TrainState, start: Start) -> None:
+def _load_base(state: TrainState, start: Start, weights: dict[str, torch.Tensor]) -> None:
     """Fill what the run's own checkpoints do not hold."""
     base = start.checkpoint if start.weights_only else start.base
     assert base is not None, "adapters are loaded with their base"
     module = state.train_module
     check_adapter(base, read_metadata(base), module.adapter_config, weights_only=True)
+    # Of all at once: a pattern that changes no name is an error, and may change those of one part.
+    stored = renamed(dict(zip(weights, weights, strict=True)), state.config.load_key_mapping)
+    new_name = {own: new for new, own in stored.items()}
     for part in module.base_parts():
-        mapping, group = state.config.load_key_mapping, state.environment.cpu_group
-        load_weights(base, renamed(part, mapping), group)
+        # Under no name here, which would keep a part alive beside the next.
+        load_weights(base, {new_name[n]: t for n, t in part.items()}, state.environment.cpu_group)
     module.base = describe_base(base)
 
 

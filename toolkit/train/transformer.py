@@ -180,12 +180,22 @@ class TransformerTrainModule(EngineTrainModule):
     def base_tensors(self) -> dict[str, torch.Tensor]:
         if self.config.lora is None:
             return {}
+        layers = quantised_linears(self.engine.module).items()
+        few = {f"{MODEL_PREFIX}{n}": torch.empty(x.shape, device="meta") for n, x in layers}
         tensors = self.engine.state_tensors().items()
-        return {k: t for k, t in tensors if k.startswith(MODEL_PREFIX) and not is_adapter(k)}
+        return few | {
+            key: tensor
+            for key, tensor in tensors
+            if key.startswith(MODEL_PREFIX) and not is_adapter(key)
+        }
 
     def base_parts(self) -> Iterator[dict[str, torch.Tensor]]:
-        yield self.base_tensors()
         layers = quantised_linears(self.engine.module)
+        yield {
+            key: tensor
+            for key, tensor in self.base_tensors().items()
+            if key.removeprefix(MODEL_PREFIX) not in layers
+        }
         for names in _parts(layers):
             device = self.environment.device
             part = {
