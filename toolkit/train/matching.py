@@ -18,7 +18,8 @@ _KEY = "trainer.load_key_mapping"
 
 def renamed(tensors: dict[str, Value], mapping: Mapping[str, str]) -> dict[str, Value]:
     """`tensors` (`model.<name>`, `optim.<name>.<slot>`), or what else has their names, under the
-    names a checkpoint has by `trainer.load_key_mapping`. Raises ConfigError where a pattern cannot be used."""
+    names a checkpoint has by `trainer.load_key_mapping`. Raises ConfigError where a pattern
+    cannot be used."""
     result = dict(tensors)
     for pattern, replacement in mapping.items():
         try:
