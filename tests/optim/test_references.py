@@ -8,6 +8,7 @@ from unittest import mock
 import pytest
 import torch
 
+from toolkit.distributed.engine import create_state
 from toolkit.optim.base import Optimizer
 from toolkit.optim.config import (
     AdafactorConfig,
@@ -118,6 +119,16 @@ def test_steps_are_those_of_a_reference(config: Optimizer, reference: Callable) 
         torch.testing.assert_close(
             found[name], reference(p.detach(), grads, 0.3), rtol=1e-11, atol=1e-11
         )
+
+
+@pytest.mark.parametrize("power", [0.0, 2.0])
+def test_state_that_was_made_weighs_nothing(power: float) -> None:
+    optimizer = ScheduleFreeAdamWConfig(weight_lr_power=power).build(weights())
+    create_state(optimizer, [group["params"] for group in optimizer.param_groups])
+    for state in optimizer.state.values():
+        assert not state["weight_sum"]
+        assert not state["lr_max"]
+        assert torch.equal(state["x"], state["z"])
 
 
 def test_schedule_free_steps_are_those_of_its_authors() -> None:

@@ -62,6 +62,13 @@ def test_skipped_steps_do_not_enter_and_a_copy_goes_on_alike() -> None:
     assert all(torch.equal(twin.state_dict()[k], v) for k, v in found.state_dict().items())
 
 
+def test_a_step_without_targets_does_not_enter() -> None:
+    found = detector([(1.0, 1.0)] * 3)
+    before = found.state_dict()
+    found.add(torch.tensor(math.nan), torch.tensor(0.0), torch.tensor(0.0))
+    assert all(torch.equal(before[k], v) for k, v in found.state_dict().items())
+
+
 def test_a_window_of_another_length_keeps_its_newest_steps() -> None:
     values = [(float(i), float(-i)) for i in range(9)]
     shorter = SpikeDetector(4, 2.0, device=CPU)

@@ -194,7 +194,6 @@ def test_ranks_that_take_longer_are_named(caplog: pytest.LogCaptureFixture) -> N
 def test_memory_of_a_gpu_by_its_own_names(monkeypatch: pytest.MonkeyPatch) -> None:
     stats = {"active_bytes.all.peak": 3 << 30, "num_alloc_retries": 2}
     monkeypatch.setattr(torch.cuda, "memory_stats", lambda device: stats)
-    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
     monitor = GPUMemoryMonitor(GPUMemoryMonitorConfig(enabled=True, interval=2))
     environment = SimpleNamespace(device=torch.device("cuda"))
     monitor.state = SimpleNamespace(step=1, environment=environment)  # type: ignore[assignment]

@@ -181,11 +181,11 @@ class TorchEngine(Engine):
     def state_filled(self) -> None:
         self._bind_local_weights()
         super().state_filled()
-        self.weights_changed()
         for module in self.module.modules():
             # The root keeps what it has gathered, from a forward to the next backward.
             if isinstance(module, FSDPModule):
                 module.reshard()
+        self.weights_changed()  # it looks at shards
 
     def _held(self) -> dict[torch.Tensor, list[Held]]:
         specs = {name: self.shards[name] for name in self._trainable}

@@ -81,7 +81,8 @@ class ScheduleFreeAdamW(torch.optim.Optimizer):
         tiny = torch.finfo(step.dtype).tiny
         step += taken
         torch.maximum(lr_max, rate, out=lr_max)
-        weight = taken * step ** group["r"] * lr_max ** group["weight_lr_power"]
+        # The step by which state is made, of rate 0, weighs nothing, whatever the power.
+        weight = taken * (lr_max > 0) * step ** group["r"] * lr_max ** group["weight_lr_power"]
         weight_sum += weight
         beta1.fill_(group["betas"][0])
         share = weight / weight_sum.clamp(min=tiny)

@@ -35,12 +35,14 @@ class SpikeDetector:
         return (is_normal | (number < self._needed)).logical_not()
 
     def add(self, loss: torch.Tensor, norm: torch.Tensor, skipped: torch.Tensor) -> None:
-        """Let a step that was not `skipped` (0-d, 0.0 or 1.0) enter the window."""
+        """Let a step that was not `skipped` (0-d, 0.0 or 1.0) enter the window; not one without
+        targets, whose loss is NaN."""
+        is_kept = (skipped == 0) & torch.isfinite(loss)
         place = self._count.remainder(self._values.shape[1])
         new = torch.stack((loss, norm, self._one)).unsqueeze(1)
         old = self._values.index_select(1, place)
-        self._values.index_copy_(1, place, torch.where(skipped == 0, new, old))
-        self._count += skipped == 0
+        self._values.index_copy_(1, place, torch.where(is_kept, new, old))
+        self._count += is_kept
 
     def state_dict(self) -> dict[str, Any]:
         """A copy on the host."""

@@ -154,9 +154,9 @@ def check_basic(config: TransformerTrainModuleConfig, engine: str) -> None:
             f"a model of your own trains with {' or '.join(ENGINES)}, not {engine}",
             key="train_module.dp_config",
         )
-    of_language_models = ("lora", "z_loss_multiplier", "ac_config")
+    of_language_models = ("lora", "z_loss_multiplier", "ac_config", "float8_config")
     given = [name for name in of_language_models if getattr(config, name) is not None]
-    given += ["compile_model"] if config.compile_model else []
+    given += [name for name in ("compile_model", "activation_offload") if getattr(config, name)]
     given += ["optim.mup"] if config.optim.mup is not None else []
     if given:
         raise ConfigError("is for language models; leave it out", key=f"train_module.{given[0]}")

@@ -83,7 +83,7 @@ class GPUMemoryMonitorConfig(CallbackConfig, kw_only=True):
     enabled: bool = False
     """On: measured every `interval` steps."""
     interval: int = 10
-    """Steps between measurements; peaks are those since the last one."""
+    """Steps between measurements."""
 
 
 class RankMonitorConfig(CallbackConfig, kw_only=True):

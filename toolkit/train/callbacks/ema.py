@@ -5,6 +5,7 @@ from collections.abc import Collection
 
 import torch
 
+from toolkit.errors import ConfigError
 from toolkit.train.callbacks.averages import Average
 from toolkit.train.callbacks.base import Callback
 from toolkit.train.callbacks.config import EMAConfig
@@ -40,8 +41,13 @@ class EMA(Callback):
             self._found[decay] = set(own)
 
     def pre_train(self) -> None:
-        self.state_tensors()
         state, config = self.state, self._config
+        if state.train_module.averages:
+            raise ConfigError(
+                "the optimizer keeps an average of its own (schedule_free_adamw); use one of two",
+                key="trainer.callbacks.ema.enabled",
+            )
+        self.state_tensors()
         for decay, average in self._averages.items():
             found = self._found.get(decay, set()) if self._has_begun else set()
             average.copy(without=frozenset(found))

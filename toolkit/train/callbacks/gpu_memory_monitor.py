@@ -16,7 +16,7 @@ _COUNTS = {"gpu_alloc_retries": "num_alloc_retries", "gpu_ooms": "num_ooms"}
 
 
 class GPUMemoryMonitor(Callback):
-    """Peaks since the last measurement, in GiB, and how often the allocator had to empty its cache
+    """Peaks so far, in GiB, and how often the allocator had to empty its cache
     since the start: a number that grows costs time."""
 
     def __init__(self, config: GPUMemoryMonitorConfig) -> None:
@@ -27,7 +27,6 @@ class GPUMemoryMonitor(Callback):
         if device.type != "cuda" or self.state.step % self._interval:
             return None
         stats = torch.cuda.memory_stats(device)
-        torch.cuda.reset_peak_memory_stats(device)
         values = {name: stats.get(key, 0) / _GIB for name, key in _PEAKS.items()}
         values |= {name: stats.get(key, 0) for name, key in _COUNTS.items()}
         return {name: Metric(float(value), "max") for name, value in values.items()}
