@@ -3,11 +3,13 @@
 import shutil
 import subprocess
 import sys
+import tomllib
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 from tests.e2e._run import environ
 
@@ -93,3 +95,24 @@ def test_what_is_installed_works_away_from_the_repository(installed: Path, tmp_p
     yaml = ["--config_file", "zero3.yaml", "--num_processes", "2"]
     said = run([*launch, *yaml, "-m", "toolkit", "train", "mine.json", *short], tmp_path)
     assert "on 2 processes, zero3 in" in said
+
+
+def test_the_extra_all_is_every_extra_that_installs_together() -> None:
+    """Each is in it, or named beside it; what is installed here satisfies it."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    inner = [Requirement(text) for text in extras["all"]]
+    assert {requirement.name for requirement in inner} == {"toolkit"}
+    together = {extra for requirement in inner for extra in requirement.extras}
+    apart = {"dev", "all", "eval", "comet", "clearml", "swanlab", "aim"}
+    assert together | apart == set(extras)
+    assert not together & apart
+    wanted = [Requirement(text) for extra in together for text in extras[extra]]
+    pinned = dict(
+        line.split("==")
+        for line in (ROOT / "constraints.txt").read_text().splitlines()
+        if "==" in line
+    )
+    for requirement in wanted:
+        if (version := pinned.get(requirement.name)) is not None:
+            assert requirement.specifier.contains(version), requirement
