@@ -124,6 +124,15 @@ def test_a_callback_by_name_records_stops_and_is_restored(
     assert config["trainer"]["callbacks"]["custom"]["counter"]["target"] == "own_parts:Counter"
 
 
+def test_checkpoints_are_kept_by_an_evaluation_of_ones_own(
+    workers: WorkerPool, tmp_path: Path
+) -> None:
+    keep = ["keep_last=1", "keep_best=1", "best_metric=answers/accuracy"]
+    flags = [counter(), *(f"--trainer.callbacks.checkpointer.{flag}" for flag in keep)]
+    assert workers.run(1, run, str(tmp_path), *flags) == [(0, "")]
+    assert sorted(p.name for p in (tmp_path / "run/checkpoints").iterdir()) == ["step12", "step3"]
+
+
 def test_a_train_module_by_name_takes_the_place_of_ours(
     workers: WorkerPool, tmp_path: Path
 ) -> None:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import msgspec
 import torch
 
-from toolkit.commands.models import DTYPES, DType, hf_folder_of, pick_device
+from toolkit.commands.models import DTYPES, DType, WeightType, hf_folder_of, pick_device
 from toolkit.commands.runs import folder_of
 from toolkit.commands.train import open_run_data
 from toolkit.data.config import (
@@ -31,8 +31,14 @@ from toolkit.data.prepare.text.sources import plan_source
 from toolkit.data.prepare.tokenizers.choice import load_hf_tokenizer
 from toolkit.data.prepare.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from toolkit.data.tokens.prepared import read_prepared
+from toolkit.distributed.devices import compute_dtype
 from toolkit.errors import CheckpointError, ConfigError, DataError
-from toolkit.evaluate.perplexity import causal_lm_loss, evaluate_stream, transformer_loss
+from toolkit.evaluate.perplexity import (
+    causal_lm_loss,
+    computing_in,
+    evaluate_stream,
+    transformer_loss,
+)
 from toolkit.evaluate.stream import check_vocabulary, read_documents
 from toolkit.experiment.checks import rank_microbatch_size
 from toolkit.experiment.config import ExperimentConfig
@@ -139,7 +145,7 @@ class FoundModel(NamedTuple):
     """Why `source` is None."""
     run: ExperimentConfig | None
     """Of a checkpoint: the config of its run, with its data found."""
-    dtype: DType
+    dtype: WeightType
     batch_tokens: int
     settings: EvalSettings
 
@@ -147,7 +153,7 @@ class FoundModel(NamedTuple):
         """Its loss, vocabulary and longest sequence."""
         loaded = self.open(notify)
         if loaded.is_ours:
-            loss_of = transformer_loss(loaded.model, loaded.device, autocast=loaded.autocast)
+            loss_of = transformer_loss(loaded.model, loaded.device, computed_in=loaded.computed_in)
         else:
             loss_of = causal_lm_loss(loaded.model, loaded.device)
         return loss_of, loaded.vocab_size, loaded.longest
@@ -166,7 +172,8 @@ class FoundModel(NamedTuple):
             config = theirs.config.get_text_config()
             longest = getattr(config, "max_position_embeddings", None)
             return Loaded(theirs, place, config.vocab_size, longest)
-        # As training does: fp32 weights, computed on in bf16. Weights of others are rounded once.
+        # As training does: fp32 weights, computed on in the run's precision. Those of others are
+        # rounded once.
         is_ours = self.source.kind != "hf"
         ours = load_model(
             self.source, device=place, dtype=DTYPES["fp32" if is_ours else self.dtype]
@@ -178,7 +185,7 @@ class FoundModel(NamedTuple):
             transformer.vocab_size,
             transformer.max_sequence_length,
             is_ours=True,
-            autocast=is_ours and self.dtype == "bf16",
+            computed_in=compute_dtype(self.dtype) if is_ours else None,
         )
 
 
@@ -192,21 +199,21 @@ class Loaded(NamedTuple):
     """Most tokens of a row; None: not known."""
     is_ours: bool = False
     """Else one of `transformers`."""
-    autocast: bool = False
-    """Compute in bf16 over fp32 weights."""
+    computed_in: torch.dtype | None = None
+    """Over fp32 weights; None: in the type of the weights."""
 
     def logits(self, ids: torch.Tensor) -> torch.Tensor:
         """Ids `(rows, seq)` to logits `(rows, seq, vocab)`."""
         if not self.is_ours:
             return self.model(input_ids=ids, use_cache=False).logits
-        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.autocast):
+        with computing_in(self.computed_in, self.device):
             return self.model(ids)
 
 
 def find_model(where: str, settings: EvalSettings) -> FoundModel:
     """The model `where`, and the settings of its run where it has one."""
     folder, source, reason, run = hf_folder_of(where), None, "", None
-    dtype: DType = "fp32"
+    dtype: WeightType = "fp32"
     batch_tokens = BATCH_TOKENS
     try:
         source = find_source(where if folder is None else folder)
@@ -217,7 +224,8 @@ def find_model(where: str, settings: EvalSettings) -> FoundModel:
     if source is not None and source.run is not None and source.metadata is not None:
         run = found_config(source.run)
         status = read_status(source.run)
-        dtype = "bf16" if status and status.other.get("precision") == "bf16" else "fp32"
+        trained_in: Any = status.other.get("precision") if status else None
+        dtype = trained_in if trained_in in DTYPES else "fp32"
         batch_tokens = run.data_loader.eval_batch_size or rank_microbatch_size(
             run, source.metadata.world_size
         )

@@ -40,10 +40,11 @@ from toolkit.models.parameters import (
 from toolkit.runs.files import RUN_FILES
 from toolkit.runs.registry import is_run
 from toolkit.storage.remote import is_url
+from toolkit.train.callbacks.config import TWO_AVERAGES
 from toolkit.train.config import NO_BASE, TrainerConfig, check_basic
 from toolkit.train.progress import no_checkpoint
 from toolkit.train.scheduled import check_schedules
-from toolkit.train.scores import check_best_metric_in
+from toolkit.train.scores import check_metrics_in
 from toolkit.wording import count
 
 BYTE_VOCAB_SIZE = 257
@@ -109,7 +110,8 @@ def check_experiment(
         found.ask(check_parameters, config)
     found.ask(_check_own_classes, config)
     found.ask(_check_adapter, config)
-    found.ask(_check_best_metric, config)
+    found.ask(_check_metrics, config)
+    found.ask(_check_averages, config)
     found.raise_any()
 
 
@@ -188,7 +190,7 @@ def _check_own_classes(config: ExperimentConfig) -> None:
             callback.own_class(name)
 
 
-def _check_best_metric(config: ExperimentConfig) -> None:
+def _check_metrics(config: ExperimentConfig) -> None:
     # Before hours of preparing; what the data has held out is looked at once it is there.
     sets = [VAL]
     if config.dataset.mix is not None:
@@ -196,7 +198,13 @@ def _check_best_metric(config: ExperimentConfig) -> None:
             # Any of them may have nothing held out, and one that is left is no total.
             sets += [source.name for source in resolve_mix(config.dataset)]
     others = list(config.dataset.eval_sets)
-    check_best_metric_in(dict.fromkeys([*others, *sets], True), config.trainer, others)
+    check_metrics_in(dict.fromkeys([*others, *sets], True), config.trainer, others)
+
+
+def _check_averages(config: ExperimentConfig) -> None:
+    has_average = config.train_module.optim.traits().keeps_average
+    if config.trainer.callbacks.ema.enabled and has_average:
+        raise ConfigError(TWO_AVERAGES, key="trainer.callbacks.ema.enabled")
 
 
 def _check_adapter(config: ExperimentConfig) -> None:

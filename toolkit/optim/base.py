@@ -36,7 +36,8 @@ class OptimizerTraits(NamedTuple):
     takes_found_inf: bool = False
     """`step` reads the tensors `optimizer.found_inf` and `optimizer.grad_scale`, as torch's fused
     kernels do: it divides gradients by the one, and changes nothing where the other is 1. For all
-    other optimizers the engine scales gradients itself, and skips the call of `step`."""
+    other optimizers the engine scales gradients itself, and skips the call of `step`. State of
+    these begins as a step of rate zero on zero gradients leaves it, with `step` at zero."""
     needs_whole_matrices: bool = False
     """The update mixes the rows or columns of a parameter (Muon, Shampoo), so that a rank which
     holds a part of the parameter cannot compute it alone."""
@@ -65,7 +66,7 @@ def traits_of(optimizer: object) -> OptimizerTraits:
 
 
 class SkipStep(NamedTuple):
-    """Which steps a skip-step optimizer leaves out."""
+    """Which steps a skip-step optimizer leaves out: fields of its config."""
 
     rolling_interval_length: int
     """Accepted steps that are looked back on."""
@@ -103,7 +104,10 @@ class Optimizer(Config, kw_only=True):
 
     def __post_init__(self) -> None:
         fields = set(self.__struct_fields__)
-        check_positive(self, "layer_lr_decay")
+        check_positive(self, "layer_lr_decay", *({"sigma_factor"} & fields))
+        if self.skip_step is not None and self.skip_step.rolling_interval_length < 2:
+            length = self.skip_step.rolling_interval_length
+            raise ValueError(f"rolling_interval_length must be at least 2, not {length}")
         if isinstance(getattr(self, "eps", None), float | int):
             check_positive(self, "eps")
         check_not_negative(self, *({"lr", "momentum", "weight_decay"} & fields))
@@ -123,7 +127,9 @@ class Optimizer(Config, kw_only=True):
     @property
     def skip_step(self) -> SkipStep | None:
         """How spikes are found, where steps that are one are left out; None: no such steps."""
-        return None
+        fields = self.__struct_fields__
+        own = [getattr(self, name) for name in SkipStep._fields if name in fields]
+        return SkipStep(*own) if own else None
 
     @property
     def setting_names(self) -> list[str]:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 LR, Z_LOSS = "lr", "z_loss_multiplier"
 KEY = "train_module.schedules"
-_BOUNDED = ("betas.", "momentum")
+_BOUNDED = ("betas", "beta1", "beta2", "momentum")
 """Decays of averages, which must stay below 1."""
 
 
@@ -69,7 +69,13 @@ def check_schedules(config: "TransformerTrainModuleConfig") -> None:
 
 def bound_of(name: str) -> float | None:
     """What the setting must stay below; None: it has no bound."""
-    return 1.0 if name.startswith(_BOUNDED) else None
+    return 1.0 if name.partition(".")[0] in _BOUNDED else None
+
+
+def largest_of(optim: Optimizer, name: str) -> float:
+    """The largest value that a group of parameters has of a setting in `settings_of`."""
+    of_groups = (dict(_numbers(override.opts)).get(name) for override in optim.group_overrides)
+    return max([settings_of(optim)[name], *(value for value in of_groups if value is not None)])
 
 
 class ScheduledSettings:

@@ -20,7 +20,7 @@ from toolkit.runs.manager import RunManager
 from toolkit.runs.status import FAILURE, FINISH
 from toolkit.train.config import TrainerConfig
 from toolkit.train.module import Progress, TrainModule
-from toolkit.train.scores import scores_of
+from toolkit.train.scores import check_result, scores_of
 from toolkit.train.timeline import Timeline
 
 log = logging.getLogger(__name__)
@@ -71,6 +71,8 @@ class TrainState:
         self.failure: ToolkitError | None = None
         self.finish_reason: str | None = None
         """Why the run is complete before `total_steps`."""
+        self.asked_to_finish: str | None = None
+        """The same, until all ranks agree."""
         self.also_evaluated: dict[str, Callable[[], AbstractContextManager[Any]]] = {}
         """Further weights that evaluations score: what is added to the name of the evaluation
         ("_ema"), and how the model holds them for the time of a block."""
@@ -96,6 +98,12 @@ class TrainState:
     def is_main(self) -> bool:
         """Whether this is rank 0, which writes and speaks."""
         return self.environment.is_main
+
+    @property
+    def has_own_parts(self) -> bool:
+        """Whether a callback, or the train module, is the user's own."""
+        parts = (self.train_module, *self._callbacks.values())
+        return not all(type(part).__module__.startswith("toolkit.") for part in parts)
 
     @property
     def is_last_step(self) -> bool:
@@ -130,7 +138,10 @@ class TrainState:
         self.recorder.record(self.step, values, reductions, stream=stream)
 
     def record_eval(self, name: str, values: Mapping[str, Any]) -> dict[str, Any]:
-        """Write the result of an evaluation, the same on every rank, to eval.jsonl; the record."""
+        """Write the result of an evaluation, the same on every rank, to eval.jsonl; the record.
+        Raises ConfigError: a setting asks for a result that it does not have."""
+        values = {k: v.item() if isinstance(v, torch.Tensor) else v for k, v in values.items()}
+        check_result(self.config, name, values)
         result = {"tokens": self.tokens, "time": time.time(), "name": name, **values}
         self.recorder.record(self.step, result, stream="eval")
         record = {"step": self.step, **result}
@@ -149,12 +160,12 @@ class TrainState:
 
     def finish(self, reason: str, *, is_agreed: bool = False) -> None:
         """End the run early as complete, with all that comes after the last step. Any rank and
-        thread may ask, and training ends once all ranks agree; `is_agreed`: every rank calls it
-        between two steps, and no other step follows."""
-        self.finish_reason = reason
+        thread may ask, and training ends once all ranks agree, if steps are left then;
+        `is_agreed`: every rank calls it between two steps, and no other step follows."""
         if is_agreed:
-            self.stop_step = self.step
+            self.finish_reason, self.stop_step = reason, self.step
         else:
+            self.asked_to_finish = reason
             self.stop_request.ask(FINISH)
 
     def fail(self, error: ToolkitError) -> None:

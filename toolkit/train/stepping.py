@@ -38,6 +38,8 @@ class EngineTrainModule(TrainModule):
 
     def optim_step(self, progress: Progress) -> dict[str, Metric]:
         scheduled = self._scheduled.apply(progress)
+        if not progress.step:
+            self.engine.is_first_step = True
         outcome = self._step()
         metrics = {
             **{name: Metric(value) for name, value in scheduled.items()},
@@ -83,7 +85,8 @@ class EngineTrainModule(TrainModule):
         """The engine's step, but for a spike where the optimizer leaves them out."""
         if (spikes := self._spikes) is None:
             return self.engine.step(self.config.max_grad_norm)
-        loss = self._loss.float() if self.environment.owns_loss else torch.zeros_like(self._loss)
+        loss = self._loss if self.environment.owns_loss else torch.zeros_like(self._loss)
+        loss = loss.to(torch.float32, copy=True)  # which ranks add up in place
         if self.environment.world_size > 1:
             dist.all_reduce(loss)
         outcome = self.engine.step(

@@ -163,10 +163,6 @@ class Trainer:
             with listening(state):
                 self._call("pre_train")
                 reason = self._loop()
-                if stop.is_agreed and stop.reason == FINISH:
-                    stop.withdraw()
-                    reason, state.stop_step = None, state.step
-                    state.finish_reason = environment.broadcast(state.finish_reason)
                 if not stop.is_agreed:
                     self._call("post_train")  # polls too: evaluating takes time
                 if stop.is_agreed:
@@ -210,8 +206,13 @@ class Trainer:
         try:
             while state.step < state.stop_step:
                 state.step_started = time.perf_counter()
-                if state.step % interval == 0 and state.should_stop():
-                    break
+                if state.step % interval == 0:
+                    if state.should_stop():
+                        break
+                    if state.stop_request.is_complete:
+                        asked = state.environment.broadcast(state.asked_to_finish)
+                        state.finish(asked or FINISH, is_agreed=True)
+                        break
                 state.heartbeat.beat("waiting for data", state.step + 1)
                 done = state.step, state.tokens
                 waiting = time.perf_counter()

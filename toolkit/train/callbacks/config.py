@@ -6,6 +6,7 @@ callbacks are called: what measures, then what evaluates, then what saves and sh
 belong together may be a module of their own beside this one, over `config_base.py`.
 """
 
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -34,6 +35,9 @@ from toolkit.train.trackers.config import (
     TrackioConfig,
     WandBConfig,
 )
+
+DOWNSTREAM = "downstream"
+"""Before the name of a task in eval.jsonl: `downstream/arc_easy`."""
 
 
 class ConsoleLoggerConfig(CallbackConfig, kw_only=True):
@@ -114,6 +118,15 @@ class DownstreamEvaluatorConfig(EvaluatorConfig, kw_only=True):
     def is_wanted(self) -> bool:
         return self.enabled and bool(self.tasks)
 
+    @property
+    def evaluations(self) -> list[str]:
+        """What the results of each task are called; a folder is a task of its name."""
+        names = (Path(task).expanduser().resolve().name for task in self.tasks)
+        return [f"{DOWNSTREAM}/{name}" for name in names]
+
+
+TWO_AVERAGES = "the optimizer keeps an average of its own (schedule_free_adamw); use one of two"
+
 
 class EMAConfig(CallbackConfig, kw_only=True):
     """Exponential moving averages of the trained weights, kept in checkpoints."""
@@ -177,6 +190,12 @@ class EarlyStoppingConfig(CallbackConfig, kw_only=True):
         name, _, of = self.metric.rpartition("/")
         if not name or not of:
             raise ValueError(f"metric: write it like val/loss or train/loss, not {self.metric!r}")
+
+    @property
+    def of_training(self) -> str | None:
+        """The metric of training steps that it watches; None: the result of an evaluation."""
+        name = self.metric.removeprefix("train/")
+        return None if name == self.metric else name
 
 
 class CheckpointerConfig(CallbackConfig, kw_only=True):
