@@ -35,7 +35,7 @@ def check(*flags: str) -> list[str]:
          "stages: [{duration: 9, end_lr: 2}]}}}", "train_module.schedules.beta2: makes it "),
         ("train_module={optim: {type: adamw, group_overrides: [{params: ['*norm*'], opts: "
          "{betas: [0.999, 0.9]}}]}, schedules: {betas.0: {type: composable, "
-         "stages: [{duration: 9, end_lr: 0.91}]}}}", "train_module.schedules.betas.0: makes it 1.0"),
+         "stages: [{duration: 9, end_lr: 0.91}]}}}", "train_module.schedules.betas.0: makes it 1"),
         ("train_module.schedules={betas.0: {type: composable, stages: [{duration: 9, end_lr: 2}]}}",
          "train_module.schedules.betas.0: makes it "),
     ],
