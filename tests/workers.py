@@ -2,8 +2,8 @@
 per worker.
 
 A job is a module-level function called on every rank as `fn(*args)` with the launcher's variables
-set, in an empty folder; its return values come back as a list by rank. A hung or failed job kills the pool, so that
-the next test starts clean.
+set, in an empty folder; its return values come back as a list by rank. A hung or failed job kills
+the pool, so that the next test starts clean.
 """
 
 import contextlib

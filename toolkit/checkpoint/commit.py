@@ -79,6 +79,8 @@ def save_checkpoint(
 ) -> Path:
     """Commit one checkpoint at once: `tensors` are `model.*` and `optim.*` (see
     `Engine.state_tensors`), `fields` the others of `Save`; see `write_checkpoint`."""
+    if rank == 0:
+        root.mkdir(parents=True, exist_ok=True)
     shards = ShardWriter(group)
     save = Save(root=root, rank_state=lambda: rank_state, **fields)
     return write_checkpoint(save, shards, shards.live(tensors), rank=rank, group=group)
@@ -104,10 +106,10 @@ def write_checkpoint(
 
     def begin() -> None:
         if rank == 0:
-            save.root.mkdir(exist_ok=True)  # not its parents: a run folder that was removed stays so
+            save.root.parent.stat()  # FileNotFoundError for a run folder that was removed
             check_free_space(save.root, sum(sizes) + SPARE_BYTES)
             shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir()
+            temporary.mkdir()  # not its parents: a run folder that was removed stays so
             (temporary / RANK_FOLDER).mkdir()
 
     def write() -> WrittenShards:

@@ -98,7 +98,9 @@ class Sender:
         self, folder: Path, config: TrackerConfig, *, attempt: int | None, warn: Say, tell: Say
     ) -> None:
         self._folder, self._config, self._attempt = folder, config, attempt
-        self._warn, self._tell = warn, tell
+        # What libraries say goes to the console and into a log.
+        self._warn: Say = lambda text: warn(str(mask_secrets(text)))
+        self._tell: Say = lambda text: tell(str(mask_secrets(text)))
         self._path = folder / RUN_FILES.trackers / f"{config.field}.json"
         self._session: _Session | None = None
 
@@ -216,6 +218,8 @@ class Sender:
 
 
 def _line(error: Exception) -> str:
-    """An error of a library as one line without secrets."""
+    """An error of a library as one line."""
     text = " ".join(str(error).split())
-    return str(mask_secrets(shortened(f"{type(error).__name__}: {text}" if text else repr(error))))
+    # Masked whole: a secret that is cut would not look like one.
+    text = str(mask_secrets(f"{type(error).__name__}: {text}" if text else repr(error)))
+    return shortened(text)
