@@ -40,10 +40,10 @@ def _loggers_as_at_first() -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _clean_checkout() -> Iterator[None]:
-    """Tests leave no runs and no data in the folders of the checkout."""
-    checkout = Path(__file__).parents[1]
-    places = [checkout / part / name for part in (".", "examples") for name in ("runs", "data")]
+def _clean_examples() -> Iterator[None]:
+    """Tests leave no runs and no data beside the examples, from where some of them start."""
+    examples = Path(__file__).parents[1] / "examples"
+    places = [examples / name for name in ("runs", "data")]
     before = [place for place in places if place.exists()]
     yield
     assert [place for place in places if place.exists()] == before

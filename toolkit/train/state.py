@@ -61,6 +61,8 @@ class TrainState:
         """How long the current step waited for data."""
         self.saved_step: int | None = None
         """The newest checkpoint of this run."""
+        self.steps_in_use: set[int] = set()
+        """Checkpoints that somebody reads: they are not removed meanwhile."""
         self.last_eval: dict[str, Any] | None = None
         """The newest result of `lm_evaluator`; other evaluations are only recorded."""
         self.last_scores: dict[str, float] = {}

@@ -98,9 +98,7 @@ class Sender:
         self, folder: Path, config: TrackerConfig, *, attempt: int | None, warn: Say, tell: Say
     ) -> None:
         self._folder, self._config, self._attempt = folder, config, attempt
-        # What libraries say goes to the console and into a log.
-        self._warn: Say = lambda text: warn(str(mask_secrets(text)))
-        self._tell: Say = lambda text: tell(str(mask_secrets(text)))
+        self._warn, self._tell = warn, tell
         self._path = folder / RUN_FILES.trackers / f"{config.field}.json"
         self._session: _Session | None = None
 
@@ -165,7 +163,7 @@ class Sender:
             raise RunError(f"{self._folder}: is no run")
         run = TrackedRun(self._folder, status.name, status.experiment, sent.key)
         self._save(sent)
-        service = open_service(self._config, run, self._warn)
+        service = open_service(self._config, run, lambda text: self._warn(_masked(text)))
         opened = service.open(sent.run_id)
         sent.run_id, sent.where = opened.run_id, mask_secrets(opened.where)
         last = opened.last_step
@@ -221,5 +219,8 @@ def _line(error: Exception) -> str:
     """An error of a library as one line."""
     text = " ".join(str(error).split())
     # Masked whole: a secret that is cut would not look like one.
-    text = str(mask_secrets(f"{type(error).__name__}: {text}" if text else repr(error)))
-    return shortened(text)
+    return shortened(_masked(f"{type(error).__name__}: {text}" if text else repr(error)))
+
+
+def _masked(text: str) -> str:
+    return str(mask_secrets(text))
