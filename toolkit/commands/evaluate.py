@@ -44,7 +44,7 @@ from toolkit.experiment.checks import rank_microbatch_size
 from toolkit.experiment.config import ExperimentConfig
 from toolkit.experiment.recorded import found_config
 from toolkit.hf.loading import load_causal_lm
-from toolkit.hf.source import ModelSource, find_source, load_model
+from toolkit.hf.source import ModelSource, averaged, find_source, load_model
 from toolkit.runs.status import read_status
 from toolkit.train.eval_sums import LossFunction, TokenSums, evaluate_sets, total_sums
 
@@ -110,6 +110,8 @@ class EvalSettings(NamedTuple):
     tokenizer: str | None = None
     """Folder, file or hub name."""
     text_field: str = "text"
+    weights: str | None = None
+    """The averages that stand in the place of the weights: "ema"."""
 
 
 def evaluate(
@@ -126,6 +128,7 @@ def evaluate(
             f"{model.where}: not a run, so it has no validation data of its own; give --files PATH"
         )
     found, settings = _on_files(model, files, notify) if files else _on_validation(model, notify)
+    settings |= model.averages
     scores = [
         Scores(name=name, num_bytes=round(sums.num_bytes) or None, **sums.numbers())
         for name, sums in found.items()
@@ -148,6 +151,12 @@ class FoundModel(NamedTuple):
     dtype: WeightType
     batch_tokens: int
     settings: EvalSettings
+
+    @property
+    def averages(self) -> dict[str, str]:
+        """Which averages stand in the place of its weights, as a setting that is told."""
+        chosen = self.source.weights if self.source is not None else None
+        return {} if chosen is None else {"weights": chosen}
 
     def load(self, notify: Notify) -> tuple[LossFunction, int, int | None]:
         """Its loss, vocabulary and longest sequence."""
@@ -221,6 +230,10 @@ def find_model(where: str, settings: EvalSettings) -> FoundModel:
         if folder is None:
             raise
         reason = str(error)
+    if settings.weights is not None:
+        if source is None:
+            raise CheckpointError(f"--weights {settings.weights}: {reason}")
+        source = averaged(source, settings.weights)
     if source is not None and source.run is not None and source.metadata is not None:
         run = found_config(source.run)
         status = read_status(source.run)

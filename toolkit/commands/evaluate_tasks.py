@@ -81,5 +81,6 @@ def evaluate_tasks(
         "sequence_length": context,
         "batch_tokens": batch_tokens,
         "dtype": found.dtype,
+        **found.averages,
     }
     return TaskScores(source=found.where, step=step, settings=shown, scores=scores)

@@ -7,36 +7,14 @@ from typing import Any, NamedTuple
 from toolkit.config import Config
 from toolkit.config.base import check_not_negative, check_positive
 from toolkit.errors import ConfigError
-from toolkit.optim.curves import (
-    ConstantConfig,
-    CosineConfig,
-    CosineLinearConfig,
-    ExponentialConfig,
-    HalfCosineConfig,
-    InvSqrtConfig,
-    LinearConfig,
-    PowerConfig,
-    WSDConfig,
-)
+from toolkit.optim.curves import CosineConfig, CurveConfig
 from toolkit.optim.schedule import Amount, Schedule, Shape, Span, default_of, remaining
-
-StageSchedule = (
-    ConstantConfig
-    | LinearConfig
-    | CosineConfig
-    | HalfCosineConfig
-    | CosineLinearConfig
-    | InvSqrtConfig
-    | WSDConfig
-    | PowerConfig
-    | ExponentialConfig
-)
 
 
 class StageConfig(Config, kw_only=True):
     """A stage of a sequential schedule."""
 
-    scheduler: StageSchedule = CosineConfig()
+    scheduler: CurveConfig = CosineConfig()
     """The schedule of the stage. Its lengths count from where the stage begins, and the stage is
     its run. Its warm-up starts from the value that the stage before ends at."""
     until: Amount | None = None

@@ -229,9 +229,9 @@ class TrainerConfig(Config, kw_only=True):
             raise ValueError(f"load_path: a URL; write the path itself: {path}")
         merger, saver = self.callbacks.model_merger, self.callbacks.checkpointer
         few = None if saver.keep_every or saver.fixed_steps else saver.keep_last
-        if merger.enabled and few is not None and (merger.last_checkpoints or 0) > few:
+        if merger.enabled and few is not None and (merger.num_checkpoints or 0) > few:
             raise ValueError(
-                f"callbacks.model_merger.last_checkpoints {merger.last_checkpoints} is more than "
+                f"callbacks.model_merger.last_checkpoints {merger.num_checkpoints} is more than "
                 f"callbacks.checkpointer.keep_last {saver.keep_last} keeps; raise the latter"
             )
         for name in ("max_wall_time", "wall_time_margin"):

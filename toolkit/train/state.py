@@ -1,5 +1,6 @@
 """`TrainState`: where training stands. Callbacks, saving and restoring see it."""
 
+import copy
 import logging
 import time
 from collections.abc import Callable, Collection, Mapping
@@ -60,6 +61,8 @@ class TrainState:
         """How long the current step waited for data."""
         self.saved_step: int | None = None
         """The newest checkpoint of this run."""
+        self.steps_in_use: set[int] = set()
+        """Checkpoints that somebody reads: they are not removed meanwhile."""
         self.last_eval: dict[str, Any] | None = None
         """The newest result of `lm_evaluator`; other evaluations are only recorded."""
         self.last_scores: dict[str, float] = {}
@@ -133,9 +136,15 @@ class TrainState:
     ) -> None:
         """Write `values` of the current step to a stream of metrics ("network", "system"); every
         rank calls it with the same names. Tensors hold one element. `reductions` as in `Metric`;
-        without one a value is the same on every rank."""
-        values = {"tokens": self.tokens, "time": time.time(), **values}
-        self.recorder.record(self.step, values, reductions, stream=stream)
+        without one a value is the same on every rank. What is recorded before the step's own
+        record is one line."""
+        self.recorder.add(
+            self.step,
+            values,
+            reductions,
+            stream=stream,
+            shared={"tokens": self.tokens, "time": time.time()},
+        )
 
     def record_eval(self, name: str, values: Mapping[str, Any]) -> dict[str, Any]:
         """Write the result of an evaluation, the same on every rank, to eval.jsonl; the record.
@@ -207,7 +216,7 @@ class TrainState:
             "tokens": self.tokens,
             "skipped_in_a_row": self.skipped_in_a_row,
             "data": self.train_loader.state_dict(),
-            "train_module": self.train_module.extra_state(),
+            "train_module": copy.deepcopy(self.train_module.extra_state()),
             "callbacks": self.callback_states(follow_metrics=False),
         }
 
@@ -264,7 +273,8 @@ class TrainState:
 
     def _state_of(self, name: str) -> dict[str, Any]:
         try:
-            return self._callbacks[name].state_dict()
+            # A thread may write it while training goes on.
+            return copy.deepcopy(self._callbacks[name].state_dict())
         except ToolkitError:
             raise
         except Exception as error:

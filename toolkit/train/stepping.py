@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 
 from toolkit.distributed.engine import Engine, StepOutcome
+from toolkit.distributed.environment import TrainingEnvironment, single_environment
 from toolkit.metrics.norms import to_norms
 from toolkit.optim.loss_scale import LossScale
 from toolkit.optim.spikes import SpikeDetector
@@ -19,11 +20,17 @@ class EngineTrainModule(TrainModule):
     scaling. `train_batch` keeps this rank's summand of the loss in `_loss`, and scales the loss by
     `_loss_scale` where there is one."""
 
-    config: TransformerTrainModuleConfig
     engine: Engine
 
+    def __init__(
+        self, config: TransformerTrainModuleConfig, environment: TrainingEnvironment | None
+    ) -> None:
+        """Without `environment`: one process without a launcher."""
+        self.config, self.optim_config = config, config.optim
+        self.environment = environment or single_environment(precision=config.precision)
+
     def begin_stepping(self) -> None:
-        """Called once, when `config`, `environment` and `engine` are there."""
+        """Called once, when `engine` is there."""
         config, device = self.config, self.environment.device
         if self.engine.keeps_average:
             self.averages.append(self.engine.averaged)

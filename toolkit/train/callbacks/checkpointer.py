@@ -162,7 +162,9 @@ class Checkpointer(Callback):
                     log.error("%s; training goes on, the next one will be tried", error)
         if state.is_main:
             try:
-                prune_checkpoints(folder.parent, self._rule, newest=save.step)
+                prune_checkpoints(
+                    folder.parent, self._rule, newest=save.step, in_use=state.steps_in_use
+                )
             except OSError as error:
                 log.warning("older checkpoints are not removed: %s", error)
 

@@ -264,6 +264,11 @@ class ModelMergerConfig(CallbackConfig, kw_only=True):
         if self.last_checkpoints is not None and self.last_percent is not None:
             raise ValueError("last_percent does not go with last_checkpoints; give one of them")
 
+    @property
+    def num_checkpoints(self) -> int | None:
+        """Checkpoints that are averaged; None: steps are."""
+        return None if self.last_percent is not None else self.last_checkpoints or 3
+
 
 class HFConverterConfig(CallbackConfig, kw_only=True):
     """Exports checkpoints for transformers into hf/step{N} of the run folder."""
