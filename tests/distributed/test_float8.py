@@ -111,7 +111,7 @@ def test_engines_round_the_same_numbers(workers: WorkerPool, float8: Float8Confi
     for engine in ("ddp", "fsdp"):
         other = workers.run(2, first_step, engine, float8)[0]
         assert other[0] == pytest.approx(loss, rel=1e-6), engine
-        assert other[1] == pytest.approx(norm, rel=1e-4), engine
+        assert other[1] == pytest.approx(norm, rel=3e-4), engine
 
 
 def losses_with_and_without_a_swap() -> tuple[list[float], list[float]]:

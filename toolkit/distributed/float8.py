@@ -48,7 +48,9 @@ def apply_float8(
 
 def gathers_float8(model: nn.Module) -> bool:
     """Whether weights of `model` are gathered in 8 bits."""
-    return any(hasattr(p, "fsdp_pre_all_gather") for p in model.parameters())
+    # A DTensor, which parameters are once they are sharded, does not show what it wraps.
+    parts = (getattr(parameter, "_local_tensor", parameter) for parameter in model.parameters())
+    return any(hasattr(part, "fsdp_pre_all_gather") for part in parts)
 
 
 def scales_of(model: nn.Module) -> Callable[[], None]:
