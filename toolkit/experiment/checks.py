@@ -108,6 +108,8 @@ def check_experiment(
     found.ask(check_batch_schedules, config.data)
     if has_model and has_names:
         found.ask(check_parameters, config)
+    else:
+        found.ask(check_schedules, config.train_module)
     found.ask(_check_own_classes, config)
     found.ask(_check_adapter, config)
     found.ask(_check_metrics, config)
@@ -126,8 +128,6 @@ def check_parameters(config: ExperimentConfig) -> TrainedParameters:
         with found.collecting():
             has_adapter = module.lora is not None
             module.optim.check_model(has_tied_head=model.tie_embeddings, has_adapter=has_adapter)
-        with found.collecting():
-            module.scheduler.check()
         found.ask(check_schedules, module)
         parameters = trained_parameters(model, freeze=module.freeze, lora=module.lora)
         quantised_layers(model, module.lora)
@@ -144,6 +144,9 @@ def besides_layout(config: ExperimentConfig) -> Besides:
         own_model=model.target if isinstance(model, ClassModelConfig) else None,
         optim=module.optim,
         quantize_base=module.lora.quantize_base if module.lora is not None else None,
+        compiles_selected_ops=module.compile_model
+        and module.ac_config is not None
+        and module.ac_config.mode == "selected_ops",
     )
 
 
@@ -251,18 +254,18 @@ def batches_of(config: ExperimentConfig, corpus: CorpusInfo | None) -> Batches:
 def rank_microbatch_size(config: ExperimentConfig, world_size: int) -> int:
     """Tokens per forward on one rank: the configured number, or the rank's share of a batch."""
     configured = config.train_module.rank_microbatch_size
-    return configured or config.data_loader.global_batch_size // world_size
+    return configured or config.data_loader.first_batch_size // world_size
 
 
 def gradient_accumulation_steps(
     config: ExperimentConfig, world_size: int, batch: int | None = None
 ) -> int:
     """Forward and backward passes per optimizer step on one rank, for a global batch of `batch`
-    tokens; default: `data_loader.global_batch_size`."""
+    tokens; default: the first."""
     microbatch = config.train_module.rank_microbatch_size
     if microbatch is None:
         return 1
-    return (batch or config.data_loader.global_batch_size) // (microbatch * world_size)
+    return (batch or config.data_loader.first_batch_size) // (microbatch * world_size)
 
 
 def _check_sequence(config: ExperimentConfig) -> None:

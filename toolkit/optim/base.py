@@ -9,7 +9,7 @@ from toolkit.config import Config
 from toolkit.config.base import check_not_negative, check_positive, matching
 from toolkit.config.check import convert
 from toolkit.errors import ConfigError, ErrorList
-from toolkit.optim.scaling import MuPConfig, count_layers, layer_factor, mup_factor
+from toolkit.optim.scaling import BLOCK_NAMES, MuPConfig, count_layers, layer_factor, mup_factor
 
 OPTIM_KEY = "train_module.optim"
 _NOT_SETTINGS = {
@@ -195,12 +195,16 @@ class Optimizer(Config, kw_only=True):
         raise ConfigError(problem, key=f"{OPTIM_KEY}.mup")
 
     def check_groups(self, names: Iterable[str]) -> None:
-        """Check `group_overrides` against the names of the model's parameters and the settings.
+        """Check `group_overrides` against the names of the model's parameters and the settings, and
+        that there are layers for `layer_lr_decay`.
 
         Raises:
-            ConfigError: for a pattern that matches no parameter, or an unknown setting.
+            ConfigError: for a pattern that matches no parameter, an unknown setting, or no layers.
         """
         names, known, found = list(names), self.setting_names, ErrorList()
+        if self.layer_lr_decay is not None and not count_layers(names):
+            problem = f"no parameter is of a block ({BLOCK_NAMES}); leave it out"
+            found.add(ConfigError(problem, key=f"{OPTIM_KEY}.layer_lr_decay"))
         for index, override in enumerate(self.group_overrides):
             key = f"{OPTIM_KEY}.group_overrides.{index}"
             for pattern in override.params:

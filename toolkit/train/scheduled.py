@@ -34,9 +34,10 @@ def settings_of(optim: Optimizer) -> dict[str, float]:
 
 
 def check_schedules(config: "TransformerTrainModuleConfig") -> None:
-    """Check that `train_module.schedules` names settings that there are, and that are not zero.
-    Raises ConfigError."""
+    """Check the schedule of the rate, and that `train_module.schedules` names settings that there
+    are, and that are not zero. Raises ConfigError."""
     found, known = ErrorList(), settings_of(config.optim)
+    found.ask(config.scheduler.check)
     for name, schedule in config.schedules.items():
         key, value = f"{KEY}.{name}", known.get(name)
         with found.collecting():
@@ -84,7 +85,9 @@ class ScheduledSettings:
     def __init__(
         self, config: "TransformerTrainModuleConfig", optimizer: "torch.optim.Optimizer"
     ) -> None:
-        """The groups of `optimizer` have their own values, which are multiplied."""
+        """The groups of `optimizer` have their own values, which are multiplied. Raises
+        ConfigError: see `check_schedules`."""
+        check_schedules(config)
         own = {LR: config.optim.lr, **settings_of(config.optim)}
         self._z_loss = config.z_loss_multiplier or 0.0
         self._z_loss_schedule = config.schedules.get(Z_LOSS)
