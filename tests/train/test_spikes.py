@@ -6,12 +6,13 @@ from typing import Any
 import pytest
 import torch
 
-from tests.tiny import build, module_config, open_environment, train_steps
+from tests.tiny import build, global_batch, module_config, open_environment, train_steps
 from tests.workers import WorkerPool
 from toolkit.errors import ConfigError
 from toolkit.optim.config import OptimConfig, SkipStepAdamWConfig
 from toolkit.optim.loss_scale import LossScale
 from toolkit.optim.spikes import SpikeDetector
+from toolkit.train.module import Progress
 from toolkit.train.transformer import TransformerTrainModule
 
 CPU = torch.device("cpu")
@@ -124,6 +125,27 @@ def test_a_spike_leaves_weights_and_moments_alone(
     for history, expected in workers.run(ranks, run_with_spike, engine, kind):
         assert [record["skipped"] for record in history] == [0.0] * 4 + [1.0] + [0.0] * 3
         assert history[:4] + history[5:] == expected
+
+
+def recorded_loss(engine: str) -> tuple[float, float]:
+    """A rank's summand of the loss, as it is given and as it is recorded after the step."""
+    config = module_config(engine, optim=OPTIM)
+    env = open_environment(config)
+    try:
+        metric = (module := build(config, env)).train_batch({"input_ids": global_batch(env.rank)})
+        given = float(metric["loss"].value)
+        module.optim_step(Progress(0, 0, 8, 8, 1))
+        return given, float(metric["loss"].value)
+    finally:
+        env.close()
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp", "zero2"])
+def test_the_sum_that_judges_a_step_leaves_the_record_as_it_was(
+    workers: WorkerPool, engine: str
+) -> None:
+    for given, recorded in workers.run(2, recorded_loss, engine):
+        assert given == recorded
 
 
 @pytest.mark.parametrize("engine", ["zero1", "zero2", "zero3"])

@@ -104,6 +104,11 @@ class Optimizer(Config, kw_only=True):
     def __post_init__(self) -> None:
         fields = set(self.__struct_fields__)
         check_positive(self, "layer_lr_decay")
+        if self.layer_lr_decay is not None and self.layer_lr_decay > 1:
+            raise ValueError(
+                f"layer_lr_decay must be at most 1, a factor for each block below the last, not "
+                f"{self.layer_lr_decay}"
+            )
         if isinstance(getattr(self, "eps", None), float | int):
             check_positive(self, "eps")
         check_not_negative(self, *({"lr", "momentum", "weight_decay"} & fields))

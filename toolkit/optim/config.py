@@ -279,12 +279,17 @@ class ClassOptimConfig(Optimizer, kw_only=True, tag_field="type", tag="class"):
         super().check_groups(names)
 
 
+_LONGEST_WINDOW = 1_000_000
+"""Steps: the window lies on the device."""
+
+
 def check_skip_step(config: Any) -> None:
     """Check the settings of a skip-step optimizer. Raises ValueError."""
     check_positive(config, "sigma_factor")
-    if config.rolling_interval_length < 2:
+    if not 2 <= config.rolling_interval_length <= _LONGEST_WINDOW:
         raise ValueError(
-            f"rolling_interval_length must be at least 2, not {config.rolling_interval_length}"
+            f"rolling_interval_length must be 2 to {_LONGEST_WINDOW:,} steps, not "
+            f"{config.rolling_interval_length}"
         )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from toolkit.checkpoint.folder import CALLBACK_PREFIX
+from toolkit.checkpoint.plain import plain_state
 from toolkit.data.evaluation import EvalLoader
 from toolkit.data.loader import TrainLoader
 from toolkit.errors import CheckpointError, ToolkitError, TrainingError
@@ -157,9 +158,11 @@ class TrainState:
         else:
             self.stop_request.ask(FINISH)
 
-    def fail(self, error: ToolkitError) -> None:
+    def fail(self, error: Exception | str) -> None:
         """End training with `error` once all ranks agree; any thread may call it."""
         if self.failure is None:
+            if not isinstance(error, ToolkitError):
+                error = TrainingError(f"training was ended: {error}")
             self.failure = error
         self.stop_request.ask(FAILURE)
 
@@ -196,7 +199,7 @@ class TrainState:
             "tokens": self.tokens,
             "skipped_in_a_row": self.skipped_in_a_row,
             "data": self.train_loader.state_dict(),
-            "train_module": self.train_module.extra_state(),
+            "train_module": self._extra_state(),
             "callbacks": self.callback_states(follow_metrics=False),
         }
 
@@ -251,9 +254,16 @@ class TrainState:
         names = (name for name, c in callbacks if c.state_follows_metrics == follow_metrics)
         return {name: self._state_of(name) for name in names}
 
+    def _extra_state(self) -> dict[str, Any]:
+        try:
+            return plain_state(self.train_module.extra_state())
+        except TypeError as error:
+            problem = f"train module: extra_state at step {self.step}: {error}"
+            raise TrainingError(problem) from error
+
     def _state_of(self, name: str) -> dict[str, Any]:
         try:
-            return self._callbacks[name].state_dict()
+            return plain_state(self._callbacks[name].state_dict())
         except ToolkitError:
             raise
         except Exception as error:

@@ -83,7 +83,10 @@ class EngineTrainModule(TrainModule):
         """The engine's step, but for a spike where the optimizer leaves them out."""
         if (spikes := self._spikes) is None:
             return self.engine.step(self.config.max_grad_norm)
-        loss = self._loss.float() if self.environment.owns_loss else torch.zeros_like(self._loss)
+        # A copy: the sum over ranks must not enter the record, which sums up too.
+        loss = self._loss.detach().clone()
+        if not self.environment.owns_loss:
+            loss.zero_()
         if self.environment.world_size > 1:
             dist.all_reduce(loss)
         outcome = self.engine.step(
