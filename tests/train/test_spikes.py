@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.tiny import build, module_config, open_environment, train_steps
+from tests.tiny import build, global_batch, module_config, open_environment, train_steps
 from tests.workers import WorkerPool
 from toolkit.distributed.engine import StepOutcome
 from toolkit.errors import ConfigError
@@ -15,6 +15,7 @@ from toolkit.optim.config import OptimConfig, SkipStepAdamWConfig
 from toolkit.optim.loss_scale import LossScale
 from toolkit.optim.spikes import SpikeDetector
 from toolkit.train import stepping
+from toolkit.train.module import Progress
 from toolkit.train.transformer import TransformerTrainModule
 
 CPU = torch.device("cpu")
@@ -148,6 +149,27 @@ def test_ranks_add_up_a_copy_of_the_loss_in_one_type(
         assert module._loss == 3.0  # which is recorded
     assert [tensor.dtype for tensor in added] == [torch.float32] * 2
     assert added == [6.0 * owns_loss] * 2
+
+
+def recorded_loss(engine: str) -> tuple[float, float]:
+    """A rank's summand of the loss, as it is given and as it is recorded after the step."""
+    config = module_config(engine, optim=OPTIM)
+    env = open_environment(config)
+    try:
+        metric = (module := build(config, env)).train_batch({"input_ids": global_batch(env.rank)})
+        given = float(metric["loss"].value)
+        module.optim_step(Progress(0, 0, 8, 8, 1))
+        return given, float(metric["loss"].value)
+    finally:
+        env.close()
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp", "zero2"])
+def test_the_sum_that_judges_a_step_leaves_the_record_as_it_was(
+    workers: WorkerPool, engine: str
+) -> None:
+    for given, recorded in workers.run(2, recorded_loss, engine):
+        assert given == recorded
 
 
 @pytest.mark.parametrize("engine", ["zero1", "zero2", "zero3"])

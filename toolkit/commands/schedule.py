@@ -97,7 +97,7 @@ def plot_schedule(loaded: LoadedExperiment) -> SchedulePlot:
 
 def _value(setting: Scheduled, step: int, total: int, batches: Batches) -> float:
     progress = Progress.at(step, total, batches)
-    return setting.peak * factor_at(setting.schedule, progress, setting.peak)
+    return setting.peak * factor_at(setting.schedule, progress, setting.peak, setting.name)
 
 
 def _steps(

@@ -25,6 +25,9 @@ _NOT_SETTINGS = {
 # torchao's optimizers quantise blocks of values, which a cut would shift.
 _NEED_WHOLE_PARAMETERS = {"torch.optim:Adafactor", "torchao.optim.adam:_AdamBase"}
 
+_LONGEST_WINDOW = 1_000_000
+"""Steps: the window of skip-step optimizers lies on the device."""
+
 
 class OptimizerTraits(NamedTuple):
     """What an engine must know of an optimizer. Its class says so by attributes of these names;
@@ -105,9 +108,16 @@ class Optimizer(Config, kw_only=True):
     def __post_init__(self) -> None:
         fields = set(self.__struct_fields__)
         check_positive(self, "layer_lr_decay", *({"sigma_factor"} & fields))
-        if self.skip_step is not None and self.skip_step.rolling_interval_length < 2:
-            length = self.skip_step.rolling_interval_length
-            raise ValueError(f"rolling_interval_length must be at least 2, not {length}")
+        if self.layer_lr_decay is not None and self.layer_lr_decay > 1:
+            raise ValueError(
+                f"layer_lr_decay must be at most 1, a factor for each block below the last, not "
+                f"{self.layer_lr_decay}"
+            )
+        window = None if self.skip_step is None else self.skip_step.rolling_interval_length
+        if window is not None and not 2 <= window <= _LONGEST_WINDOW:
+            raise ValueError(
+                f"rolling_interval_length must be 2 to {_LONGEST_WINDOW:,} steps, not {window}"
+            )
         if isinstance(getattr(self, "eps", None), float | int):
             check_positive(self, "eps")
         check_not_negative(self, *({"lr", "momentum", "weight_decay"} & fields))

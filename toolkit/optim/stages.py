@@ -266,6 +266,14 @@ class ComposableConfig(_Stages, kw_only=True, tag_field="type", tag="composable"
                 )
                 return
             begin = end
+        end_value = self.stages[-1].end_lr or self.stages[-1].end_lr_fraction
+        if begin < span.total and not end_value and self.decay_from is None:
+            yield ConfigError(
+                f"the stages end after {self.said(begin)}, and the run ({span.length_key}) after "
+                f"{self.said(span.total)}: the rest would train at 0; add a stage of "
+                f"{self.said(span.total - begin)}, or end the run there",
+                key=f"{span.key}.stages",
+            )
 
 
 def _multiple(value: float | None, fraction: float | None, peak: float) -> float | None:

@@ -5,6 +5,7 @@ are Python numbers that the optimizer's kernels are called with: nothing waits f
 """
 
 import difflib
+import math
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -105,7 +106,7 @@ class ScheduledSettings:
         """Set all values for this step; those of the optimizer's own settings, to be recorded."""
         values = {}
         for name, (schedule, own) in self._schedules.items():
-            factor = factor_at(schedule, progress, own)
+            factor = factor_at(schedule, progress, own, name)
             for group, peaks in zip(self._optimizer.param_groups, self._peaks, strict=True):
                 if name in peaks:
                     _set(group, name, peaks[name] * factor)
@@ -118,13 +119,23 @@ class ScheduledSettings:
         """The multiplier of the z-loss in this step; None: without a schedule."""
         if self._z_loss_schedule is None or progress is None:
             return self._z_loss
-        return self._z_loss * factor_at(self._z_loss_schedule, progress, self._z_loss)
+        return self._z_loss * factor_at(self._z_loss_schedule, progress, self._z_loss, Z_LOSS)
 
 
-def factor_at(schedule: Schedule, progress: "Progress", peak: float) -> float:
-    """What a setting of value `peak` is multiplied by in this step."""
+def factor_at(schedule: Schedule, progress: "Progress", peak: float, name: str) -> float:
+    """What the setting `name`, of value `peak`, is multiplied by in this step. Raises ConfigError:
+    a schedule of the user's own raises, or gives no number of 0 or more."""
     current, total, step_size = progress.position(schedule.units)
-    return schedule.factor(current, total, step_size=step_size, peak=peak)
+    key = "train_module.scheduler" if name == LR else f"{KEY}.{name}"
+    try:
+        factor = schedule.factor(current, total, step_size=step_size, peak=peak)
+    except Exception as error:
+        what = f"{type(error).__name__}: {error}"
+        raise ConfigError(f"step {progress.step + 1}: {what}", key=key) from error
+    if not 0.0 <= factor < math.inf:
+        problem = f"step {progress.step + 1}: gives {factor!r}; a factor is a number of 0 or more"
+        raise ConfigError(problem, key=key)
+    return factor
 
 
 def _numbers(settings: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:

@@ -1,6 +1,5 @@
 """`TrainState`: where training stands. Callbacks, saving and restoring see it."""
 
-import copy
 import logging
 import time
 from collections.abc import Callable, Collection, Mapping
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 
 from toolkit.checkpoint.folder import CALLBACK_PREFIX
+from toolkit.checkpoint.plain import plain_state
 from toolkit.data.evaluation import EvalLoader
 from toolkit.data.loader import TrainLoader
 from toolkit.errors import CheckpointError, ToolkitError, TrainingError
@@ -177,9 +177,11 @@ class TrainState:
             self.asked_to_finish = reason
             self.stop_request.ask(FINISH)
 
-    def fail(self, error: ToolkitError) -> None:
+    def fail(self, error: Exception | str) -> None:
         """End training with `error` once all ranks agree; any thread may call it."""
         if self.failure is None:
+            if not isinstance(error, ToolkitError):
+                error = TrainingError(f"training was ended: {error}")
             self.failure = error
         self.stop_request.ask(FAILURE)
 
@@ -216,7 +218,7 @@ class TrainState:
             "tokens": self.tokens,
             "skipped_in_a_row": self.skipped_in_a_row,
             "data": self.train_loader.state_dict(),
-            "train_module": copy.deepcopy(self.train_module.extra_state()),
+            "train_module": self._extra_state(),
             "callbacks": self.callback_states(follow_metrics=False),
         }
 
@@ -271,10 +273,17 @@ class TrainState:
         names = (name for name, c in callbacks if c.state_follows_metrics == follow_metrics)
         return {name: self._state_of(name) for name in names}
 
+    def _extra_state(self) -> dict[str, Any]:
+        try:
+            return plain_state(self.train_module.extra_state())
+        except TypeError as error:
+            problem = f"train module: extra_state at step {self.step}: {error}"
+            raise TrainingError(problem) from error
+
     def _state_of(self, name: str) -> dict[str, Any]:
         try:
-            # A thread may write it while training goes on.
-            return copy.deepcopy(self._callbacks[name].state_dict())
+            # A copy: a thread may write it while training goes on.
+            return plain_state(self._callbacks[name].state_dict())
         except ToolkitError:
             raise
         except Exception as error:

@@ -32,7 +32,7 @@ from toolkit.train.ending import (
     listening,
     start_watchdog,
 )
-from toolkit.train.hooks import Hook, by_name, find_hooks
+from toolkit.train.hooks import Hook, add_metrics, by_name, find_hooks
 from toolkit.train.module import TrainModule
 from toolkit.train.restoring import restore_training
 from toolkit.train.state import TrainState
@@ -245,8 +245,9 @@ class Trainer:
         for _, hook in self._hooks["pre_optim_step"]:
             hook()
         metrics |= module.optim_step(before)
-        for _, hook in self._hooks["post_step"]:
-            metrics |= hook() or {}
+        for name, hook in self._hooks["post_step"]:
+            if (found := hook()) is not None:
+                add_metrics(metrics, found, name, state.step)
         values: dict[str, Any] = {
             "tokens": state.tokens,
             "epoch": state.train_loader.batches.epochs_done(state.step),
@@ -270,7 +271,8 @@ class Trainer:
             return  # saving flushes
         try:
             state.recorder.flush()
-            self._call("on_failure")
+            if stop.is_agreed or any(state.environment.gather(state.failure is not None)):
+                self._call("on_failure")
         except ToolkitError:
             if state.failure is None:  # else a consequence
                 raise

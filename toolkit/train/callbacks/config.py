@@ -16,6 +16,7 @@ from toolkit.config.base import check_not_negative, check_positive
 from toolkit.config.named import users_subclass
 from toolkit.config.paths import PathOrURL
 from toolkit.config.types import DOOR
+from toolkit.errors import ConfigError, ToolkitError
 from toolkit.train.callbacks.config_base import CallbackConfig, EvaluatorConfig
 from toolkit.train.callbacks.config_monitors import (
     GPUMemoryMonitorConfig,
@@ -344,6 +345,17 @@ class CustomCallbackConfig(CallbackConfig, kw_only=True):
         base = "toolkit.train.callbacks.base:Callback"
         return users_subclass(self, base, key=f"trainer.callbacks.{name}", name="type")
 
+    def build_as(self, name: str) -> Any:
+        """The callback. Raises ConfigError: see `own_class`, or its constructor raises."""
+        found = self.own_class(name)
+        try:
+            return found(**self.options)
+        except ToolkitError:
+            raise
+        except Exception as error:
+            problem = f"{self.target} cannot be made: {type(error).__name__}: {error}"
+            raise ConfigError(problem, key=f"trainer.callbacks.{name}") from error
+
 
 class CallbacksConfig(Config, kw_only=True):
     """The trainer's callbacks, called in this order."""
@@ -396,5 +408,5 @@ class CallbacksConfig(Config, kw_only=True):
         callbacks = {name: config.build() for name, config in fields.items() if config.is_wanted}
         for name, own in self.custom.items():
             if own.enabled:
-                callbacks[name] = own.own_class(name)(**own.options)
+                callbacks[name] = own.build_as(name)
         return callbacks
