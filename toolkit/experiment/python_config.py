@@ -44,7 +44,9 @@ def call_build_config(source: str) -> str | dict[str, Any]:
         raise ConfigError(f"{match['file']}: no such file")
     function = getattr(_import(path), name, None)
     if not callable(function):
-        raise ConfigError(f"{path}: has no function {name}; define it, or name another: FILE.py:NAME")
+        raise ConfigError(
+            f"{path}: has no function {name}; define it, or name another: FILE.py:NAME"
+        )
     result = _guarded(function, path, doing=f"{name}()")
     if isinstance(result, str):
         return result

@@ -56,7 +56,7 @@ class SdpaForm(NamedTuple):
 
 
 def widest_float(device: torch.device) -> torch.dtype:
-    """The type for sums that must not round: float64; float32 on Apple's GPUs, which have no other."""
+    """The type of sums that must not round: float64, but float32 on Apple's GPUs."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
