@@ -40,6 +40,9 @@ def users_class(name: str, *, key: str) -> Any:
         sys.path.insert(0, here)
     try:
         found = named(name)
+    except ModuleNotFoundError as error:
+        problem = f"{name}: {error}; modules are found in the current folder and in PYTHONPATH"
+        raise ConfigError(problem, key=key) from None
     except (ImportError, AttributeError) as error:
         raise ConfigError(f"{name}: {error}", key=key) from None
     except Exception as error:
