@@ -137,7 +137,9 @@ class WorkerPool:
     def _ensure(self, count: int) -> None:
         while len(self._workers) < max(count, 1):
             here, there = self._context.Pipe()
-            process = self._context.Process(target=_work, args=(there, self._folder or os.getcwd()), daemon=True)
+            process = self._context.Process(
+                target=_work, args=(there, self._folder or os.getcwd()), daemon=True
+            )
             with mock.patch.dict(os.environ, self._environ):
                 process.start()
             there.close()
