@@ -12,7 +12,7 @@ from toolkit.errors import EXIT_BAD_INPUT
 from toolkit.experiment.config import ExperimentConfig
 from toolkit.experiment.python_config import is_being_imported
 
-_VERBS = ("train", "resume", "prepare", "plan", "schedule")
+_VERBS = ("train", "resume", "prepare", "plan", "schedule", "launch")
 
 
 def main(build_config: Callable[[], ExperimentConfig | Mapping[str, Any] | str]) -> None:
@@ -32,7 +32,8 @@ def main(build_config: Callable[[], ExperimentConfig | Mapping[str, Any] | str])
     """
     if is_being_imported():
         return
-    file = inspect.getsourcefile(build_config)
+    is_function = inspect.isfunction(build_config)
+    file = inspect.getsourcefile(build_config) if is_function else None
     name = getattr(build_config, "__qualname__", "")
     if file is None or not name.isidentifier():
         print(
