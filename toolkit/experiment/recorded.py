@@ -129,7 +129,9 @@ def _look_where_it_was_started(run: Path) -> None:
         for folder in [f for f in folders if f.is_absolute() and f.is_dir()]:
             about, is_part = folder.stat(), run.resolve().parent in folder.resolve().parents
             is_own = hasattr(os, "geteuid") and about.st_uid == os.geteuid()
-            if is_own and not about.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not is_part:
+            if is_own and about.st_gid != os.getegid():  # a group of one's own is oneself
+                is_own = not about.st_mode & stat.S_IWGRP
+            if is_own and not about.st_mode & stat.S_IWOTH and not is_part:
                 look_in(str(folder))
     except (OSError, RunError, KeyError, TypeError):
         return  # a run of an older release; or nobody needs them
