@@ -16,7 +16,18 @@ from typing import Annotated, Any
 import typer
 
 from toolkit import __version__, signals
-from toolkit.cli import data, generate, models, plan, recipes, runs, schedule, stop_leaving, train
+from toolkit.cli import (
+    data,
+    doctor,
+    generate,
+    models,
+    plan,
+    recipes,
+    runs,
+    schedule,
+    stop_leaving,
+    train,
+)
 from toolkit.cli.options import OVERRIDABLE, Invocation, option
 from toolkit.cli.output import has_lost_reader, open_missing_streams, outlive_readers
 from toolkit.distributed.ranks import ENGINE, LAUNCH_FOLDER, adopt_ranks
@@ -48,6 +59,7 @@ _READING = (
     "generate",
     "show",
     "inspect",
+    "doctor",
 )
 """Verbs that are done when nobody reads on. The others work, whether anybody looks or not."""
 
@@ -97,6 +109,7 @@ app.command()(models.merge)
 app.command("eval")(models.evaluate)
 app.command()(generate.generate)
 app.command()(recipes.schema)
+app.command()(doctor.doctor)
 
 
 @app.callback()
