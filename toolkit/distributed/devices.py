@@ -33,7 +33,7 @@ def pick_device(local_rank: int, local_world_size: int | None = None) -> torch.d
     no accelerator for itself."""
     devices = usable_gpus()
     if not devices:
-        if torch.backends.mps.is_available() and not _wants_cpu(os.environ):
+        if torch.backends.mps.is_available() and not wants_cpu(os.environ):
             if (local_world_size or local_rank + 1) == 1:
                 return torch.device("mps")
             if local_rank == 0:
