@@ -4,6 +4,7 @@ import contextlib
 import json
 import logging
 import socket
+import struct
 import sys
 import threading
 import time
@@ -18,7 +19,7 @@ from toolkit.errors import ConfigError, ToolkitError, TrainingError
 from toolkit.launch import interfaces, joining, workers
 from toolkit.launch import nodes as module
 from toolkit.launch.joining import TOKEN, meet
-from toolkit.launch.messages import Common
+from toolkit.launch.messages import Common, Connection, Ended, Gone
 from toolkit.launch.nodes import Failed, Meeting, Nodes
 
 COMMON = Common(versions={"toolkit": "1"}, config={"seed": "a", "lr": "b"})
@@ -99,6 +100,31 @@ def test_machines_meet_and_hear_of_failures_and_ends(
     lost = poll(second)
     assert lost == Failed(0, socket.gethostname(), None, None)
     assert "is lost: its launcher ended, or the network did" in str(lost)
+
+
+def test_all_hear_of_a_machine_that_is_lost(nodes: Nodes) -> None:
+    """The others are connected to the head alone."""
+    three = nodes._replace(number=3)
+    machines = [Machine(three._replace(rank=rank)) for rank in (0, 1, 2)]
+    head, first, _ = (machine.met() for machine in machines)
+    machines[2].leave()
+    lost = Failed(2, socket.gethostname(), None, None)
+    assert (poll(head), poll(first)) == (lost, lost)
+    for machine in machines:
+        machine.leave()
+
+
+def test_the_last_words_of_who_was_reset_are_heard() -> None:
+    """A machine that ends with a line of ours unread resets the connection."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        connection = Connection(socket.create_connection(server.getsockname()))
+        with server.accept()[0] as other:
+            other.sendall(b'{"type":"ended","node":1,"host":"h","rank":null,"code":0}\n')
+            other.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    assert connection.receive(wait=20) == [Ended(node=1, host="h", rank=None, code=0)]
+    with pytest.raises(Gone):
+        connection.receive(wait=20)
+    connection.close()
 
 
 def test_who_says_nothing_is_lost(nodes: Nodes, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -171,6 +171,39 @@ time.sleep(600)
     assert [process.poll() for process in workers._processes] == [EXIT_STOPPED] * 2
 
 
+class Ending:
+    """A process that ends with 75 when it has been looked at `looks` times."""
+
+    def __init__(self, looks: int) -> None:
+        self.looks = looks
+        self.heard: list[int] = []
+
+    def poll(self) -> int | None:
+        self.looks -= 1
+        return EXIT_STOPPED if self.looks < 0 else None
+
+    def send_signal(self, number: int) -> None:
+        if self.looks >= 0:
+            self.heard.append(number)
+
+
+@pytest.mark.parametrize(
+    ("request_", "heard"), [("SIGUSR1", [signal.SIGUSR1]), (None, [signal.SIGTERM])]
+)
+def test_who_was_asked_to_stop_is_not_asked_again(
+    request_: str | None, heard: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A second request would end at once who still saves."""
+    monkeypatch.setattr(module, "SECONDS_TO_FOLLOW", 0.0)
+    workers = Workers([], [])
+    done, saving = Ending(looks=0), Ending(looks=8)
+    workers._processes = [done, saving]  # type: ignore[list-item]
+    if request_ is not None:
+        workers.ask(request_)
+    assert workers.wait(600) == Failed(None, "", 0, EXIT_STOPPED)
+    assert saving.heard == heard
+
+
 def test_a_signal_while_processes_start_reaches_them_all(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -83,7 +83,14 @@ class Ended(msgspec.Struct, frozen=True, kw_only=True, tag="ended"):
     code: int
 
 
-_ANY = msgspec.json.Decoder(Challenge | Hello | Go | Refused | Alive | Ended)
+class Lost(msgspec.Struct, frozen=True, kw_only=True, tag="lost"):
+    """The head lost `node`: the others, which talk to the head alone, do not see it."""
+
+    node: int
+    host: str
+
+
+_ANY = msgspec.json.Decoder(Challenge | Hello | Go | Refused | Alive | Ended | Lost)
 
 
 class Gone(Exception):
@@ -120,12 +127,14 @@ class Connection:
         while select.select([self._socket], [], [], 0.0 if found else wait)[0]:
             try:
                 received = self._socket.recv(1 << 16)
-            except OSError as error:
-                raise Gone(f"is gone ({error.strerror or error})") from None
+            except OSError as error:  # also where it left with a line of ours unread
+                received, why = b"", f"is gone ({error.strerror or error})"
+            else:
+                why = "closed the connection"
             if not received:
                 if found:  # its last words; the end is found next time
                     break
-                raise Gone("closed the connection")
+                raise Gone(why)
             *lines, self._buffer = (self._buffer + received).split(b"\n")
             if len(self._buffer) > _LONGEST:
                 raise Gone("does not speak like a launcher of toolkit")

@@ -169,7 +169,8 @@ class Workers(signals.Receiver):
                     if first is not None and first.code is None:
                         seconds = min(seconds, _SECONDS_WITHOUT_PEERS)
                     end_at, kill_at = float("inf"), min(kill_at, now + seconds)
-                    self._end(signal.SIGTERM)
+                    if self._asked_at is None:  # who still saves would end at once by a second one
+                        self._end(signal.SIGTERM)
                 if now >= kill_at:
                     self._end(signal.SIGKILL)
                 time.sleep(0.05)
