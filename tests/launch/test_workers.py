@@ -3,6 +3,7 @@
 import os
 import signal
 import stat
+import subprocess
 import sys
 import threading
 import time
@@ -52,13 +53,21 @@ def test_the_processes_get_the_command_and_a_private_folder(
     assert started == [(["x"], 2, 0o700)]
 
 
-def test_debug_reaches_the_processes() -> None:
+@pytest.mark.parametrize(("spec", "path"), [(None, ["-P"]), ("toolkit.__main__", [])])
+def test_the_processes_find_the_modules_of_their_launcher(
+    spec: str | None, path: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The current folder comes first after `python -m toolkit` alone. --debug reaches them."""
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", spec)
     words = ["train", "my.json", "--processes", "2"]
-    assert toolkit_command(words, debug=True) == [
-        *(sys.executable, "-m", "toolkit"),
-        *words,
-        "--debug",
-    ]
+    expected = [sys.executable, *path, "-m", "toolkit"]
+    assert toolkit_command(words, debug=True) == [*expected, *words, "--debug"]
+    (tmp_path / "json.py").write_text("raise ImportError('of the user')")
+    said = subprocess.run(
+        toolkit_command(["--version"]), cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert ("of the user" in said.stderr) == (spec is not None)
+    assert (said.returncode == 0) == (spec is None)
 
 
 def test_the_time_to_save_can_be_changed() -> None:

@@ -1,8 +1,8 @@
 """The machines of one run, and what their launchers tell each other while it goes. `joining.py` is
 how they find each other; `messages.py` what they say.
 
-Which process failed first, with which exit code, is told to all machines, and so is which machine is
-lost: gone, or silent for `LOST_SECONDS`.
+Which process failed first, with which exit code, is told to all machines, and so is which machine
+is lost: gone, or silent for `LOST_SECONDS`.
 """
 
 import contextlib

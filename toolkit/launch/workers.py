@@ -50,8 +50,11 @@ _RUN_NOTE = "run"
 
 
 def toolkit_command(words: Sequence[str], *, debug: bool = False) -> list[str]:
-    """`toolkit WORDS` under this Python, as a worker of this process is started."""
-    return [sys.executable, "-m", "toolkit", *words, *(["--debug"] if debug else [])]
+    """`toolkit WORDS` under this Python, as a worker of this process is started. It finds the
+    modules that this process finds: those of the current folder first only after `python -m`."""
+    is_module = getattr(sys.modules["__main__"], "__spec__", None) is not None
+    path = [] if is_module and not sys.flags.safe_path else ["-P"]
+    return [sys.executable, *path, "-m", "toolkit", *words, *(["--debug"] if debug else [])]
 
 
 def launch(
