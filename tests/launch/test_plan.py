@@ -82,7 +82,7 @@ def machine(
 
     monkeypatch.setattr(capacity, "nvml_gpus", nvml)
     monkeypatch.setattr("toolkit.distributed.devices.usable_gpus", lambda: usable)
-    monkeypatch.setattr(capacity.os, "sched_getaffinity", lambda _: {0, 1})
+    monkeypatch.setattr(capacity.os, "sched_getaffinity", lambda _: {0, 1}, raising=False)
     monkeypatch.setattr(capacity, "_free_memory", lambda: int(free))
 
 

@@ -1,5 +1,6 @@
 """The processes that a launcher starts, and what becomes of them."""
 
+import fcntl
 import os
 import signal
 import stat
@@ -44,6 +45,10 @@ def test_the_processes_get_the_command_and_a_private_folder(
             store = Path(environments[0][STORE_FILE])
             started.append((command, len(environments), stat.S_IMODE(store.parent.stat().st_mode)))
             assert not store.exists()
+            folder = os.open(store.parent, os.O_RDONLY)
+            with pytest.raises(BlockingIOError):  # as cleaners of /tmp find it
+                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.close(folder)
 
         def wait(self, seconds: float) -> None:
             assert seconds == SECONDS_TO_SAVE

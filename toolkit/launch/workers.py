@@ -8,6 +8,7 @@ several machines listens on one network interface of each (`nodes.py`).
 """
 
 import contextlib
+import fcntl
 import logging
 import os
 import signal
@@ -290,7 +291,12 @@ def _private_folder() -> Iterator[Path]:
             f"{tempfile.gettempdir()}: {error.strerror}; name another folder for temporary files "
             "in TMPDIR"
         ) from None
-    with place as name:
+    with place as name, contextlib.ExitStack() as stack:
+        # systemd-tmpfiles, which removes what nobody used for days, passes over what is locked.
+        with contextlib.suppress(OSError):
+            descriptor = os.open(name, os.O_RDONLY)
+            stack.callback(os.close, descriptor)
+            fcntl.flock(descriptor, fcntl.LOCK_SH)
         yield Path(name)
 
 
