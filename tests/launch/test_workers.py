@@ -186,15 +186,16 @@ time.sleep(600)
 
 
 class Ending:
-    """A process that ends with 75 when it has been looked at `looks` times."""
+    """A process that ends with `code` when it has been looked at `looks` times."""
 
-    def __init__(self, looks: int) -> None:
+    def __init__(self, looks: int, code: int = EXIT_STOPPED) -> None:
         self.looks = looks
+        self.code = code
         self.heard: list[int] = []
 
     def poll(self) -> int | None:
         self.looks -= 1
-        return EXIT_STOPPED if self.looks < 0 else None
+        return self.code if self.looks < 0 else None
 
     def send_signal(self, number: int) -> None:
         if self.looks >= 0:
@@ -202,19 +203,24 @@ class Ending:
 
 
 @pytest.mark.parametrize(
-    ("request_", "heard"), [("SIGUSR1", [signal.SIGUSR1]), (None, [signal.SIGTERM])]
+    ("request_", "code", "heard"),
+    [
+        ("SIGUSR1", EXIT_STOPPED, [signal.SIGUSR1]),
+        ("SIGUSR1", 1, [signal.SIGUSR1, signal.SIGTERM]),
+        (None, EXIT_STOPPED, [signal.SIGTERM]),
+    ],
 )
 def test_who_was_asked_to_stop_is_not_asked_again(
-    request_: str | None, heard: list[int], monkeypatch: pytest.MonkeyPatch
+    request_: str | None, code: int, heard: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A second request would end at once who still saves."""
+    """A second request ends at once who still saves, which is right after a failure alone."""
     monkeypatch.setattr(module, "SECONDS_TO_FOLLOW", 0.0)
     workers = Workers([], [])
-    done, saving = Ending(looks=0), Ending(looks=8)
+    done, saving = Ending(0, code), Ending(8)
     workers._processes = [done, saving]  # type: ignore[list-item]
     if request_ is not None:
         workers.ask(request_)
-    assert workers.wait(600) == Failed(None, "", 0, EXIT_STOPPED)
+    assert workers.wait(600) == Failed(None, "", 0, code)
     assert saving.heard == heard
 
 

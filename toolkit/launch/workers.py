@@ -173,7 +173,8 @@ class Workers(signals.Receiver):
                     if first is not None and first.code is None:
                         seconds = min(seconds, _SECONDS_WITHOUT_PEERS)
                     end_at, kill_at = float("inf"), min(kill_at, now + seconds)
-                    if self._asked_at is None:  # who still saves would end at once by a second one
+                    # A second one ends at once who still saves; where a rank failed, that is right.
+                    if self._asked_at is None or not _is_stop(first):
                         self._end(signal.SIGTERM)
                 if now >= kill_at:
                     self._end(signal.SIGKILL)
@@ -216,9 +217,14 @@ class Workers(signals.Receiver):
                 process.send_signal(number)
 
 
+def _is_stop(end: Failed | None) -> bool:
+    """Not a failure of a process: the others end in good order, as far as they can."""
+    return end is not None and end.code in (EXIT_STOPPED, None)
+
+
 def _seconds_to_follow(end: Failed) -> float:
     """How long the workers here have to end by themselves."""
-    if end.code in (EXIT_STOPPED, None):
+    if _is_stop(end):
         return SECONDS_TO_FOLLOW
     return 0.0 if end.node is None else _SECONDS_TO_EXPLAIN
 
