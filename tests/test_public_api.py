@@ -9,6 +9,7 @@ import sys
 import pytest
 
 import toolkit
+import toolkit.testing
 from tests.docs.running import ROOT
 
 PAGES = [
@@ -59,5 +60,9 @@ def test_pages_import_from_the_package_alone(page) -> None:
             if isinstance(node, ast.Import):
                 assert not any(alias.name.startswith("toolkit.") for alias in node.names), code
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("toolkit"):
+                names = {alias.name for alias in node.names}
+                if node.module == "toolkit.testing":
+                    assert all(hasattr(toolkit.testing, name) for name in names), code
+                    continue
                 assert node.module == "toolkit", code
-                assert {alias.name for alias in node.names} <= set(toolkit.__all__), code
+                assert names <= set(toolkit.__all__), code

@@ -35,21 +35,21 @@ class Finding(NamedTuple):
 def examine(*, folder: Path | None = None) -> list[Finding]:
     """All findings, in the order of a report; `folder` (default: the current one) is where runs
     would be written. Trains a tiny layer on the device; writes nothing that stays."""
-    checks: list[Callable[[], Iterator[Finding]]] = [
-        _versions,
-        _device,
-        _compiler,
-        lambda: _disks(folder or Path.cwd()),
-        _limits,
-        _network,
-        _extras,
-    ]
+    checks: dict[str, Callable[[], Iterator[Finding]]] = {
+        "versions": _versions,
+        "device": _device,
+        "compiler": _compiler,
+        "disks": lambda: _disks(folder or Path.cwd()),
+        "limits": _limits,
+        "network": _network,
+        "extras": _extras,
+    }
     found: list[Finding] = []
-    for check in checks:
+    for about, check in checks.items():
         try:
             found += check()
         except (ToolkitError, OSError, RuntimeError, ImportError) as error:
-            found.append(Finding("failed", check.__name__.strip("_"), " ".join(str(error).split())))
+            found.append(Finding("failed", about, " ".join(str(error).split())))
     return found
 
 
