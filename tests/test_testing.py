@@ -1,6 +1,5 @@
 """What the toolkit offers to tests of others."""
 
-import os
 import shutil
 from pathlib import Path
 
@@ -8,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from tests.e2e._run import environ
 from tests.forked import Forked
 from tests.workers import WorkerPool
 from toolkit import testing
@@ -59,7 +59,7 @@ def test_two_tiny_runs_are_the_same_training_and_a_changed_one_is_not(tmp_path: 
     words = ["train", str(tmp_path / "tiny.json"), "--train_module.scheduler.warmup=1"]
     for name, more in (("a", []), ("b", []), ("c", ["--seed=2"])):
         output = tmp_path / f"output-{name}"
-        run = Forked([*words, "--name", name, *more], cwd=tmp_path, env=os.environ, output=output)
+        run = Forked([*words, "--name", name, *more], cwd=tmp_path, env=environ(), output=output)
         assert run.wait(120) == 0, output.read_text()
     runs = tmp_path / "runs" / "tiny"
     assert_same_training(runs / "a", runs / "b")

@@ -109,7 +109,7 @@ def test_its_other_verbs_take_the_config_of_the_file(tmp_path: Path) -> None:
     assert f"{file}:build_config" in shown
     assert not (file.parent / "runs").exists()
     assert "lr: 0.01 throughout" in done(start(file, "schedule", cwd=tmp_path))
-    assert "GiB" in done(start(file, "plan", cwd=tmp_path))
+    assert f"plan of {file}:build_config" in done(start(file, "plan", cwd=tmp_path))
     assert "--dry-run" in done(start(file, "--help", cwd=tmp_path))
     code, output = start(file, "--sed=9", cwd=tmp_path)()
     assert (code, "no such option: --sed; did you mean --seed?" in output) == (2, True)
