@@ -64,6 +64,11 @@ def python(*args: str, **environ: str) -> subprocess.CompletedProcess[str]:
         ("train smoke --dry-run --train_module.optim.lrr=1",
          "train_module.optim.lrr: no such field; did you mean 'lr'?"),
         ("recipes show smok", "smok: no such recipe; did you mean 'smoke'?"),
+        ("recipes copy fdsp.yaml", "fdsp.yaml: no such recipe; did you mean 'fsdp.yaml'?"),
+        ("train smoke --processes 10000", "--processes 10000: this machine has "),
+        ("train smoke --processes 2 --engine single", "--engine asks for the engine single"),
+        ("train smoke --head h", "--head belongs to --nodes M"),
+        ("verify . --processes 2", "--processes and --engine belong to --replay N"),
         ("prepare nope.json", "nope.json: no such file; recipes: "),
     ],
 )  # fmt: skip

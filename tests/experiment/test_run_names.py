@@ -10,9 +10,9 @@ import torch
 from toolkit.checkpoint.commit import save_checkpoint
 from toolkit.cli import main as cli
 from toolkit.errors import CheckpointError, RunError
-from toolkit.experiment import resuming
 from toolkit.experiment.load import load_experiment
 from toolkit.experiment.resuming import plan_resume, processes_here
+from toolkit.launch import capacity
 from toolkit.runs.files import RUN_FILES
 from toolkit.runs.manager import RunManager
 from toolkit.runs.registry import find_named
@@ -98,7 +98,8 @@ def test_the_number_of_processes_is_bounded_by_the_machine(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(resuming.os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(capacity.os, "sched_getaffinity", lambda _: {0, 1})
+    monkeypatch.setattr(capacity, "_free_memory", lambda: 1 << 40)
     assert processes_here(32) == 32
     folder = make(tmp_path, "a", "b")
     status = msgspec.json.decode((folder / RUN_FILES.status).read_bytes())

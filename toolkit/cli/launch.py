@@ -97,9 +97,8 @@ def launch(
     """
     if not to:
         raise ConfigError(f"say where: --to {', '.join(TARGETS)}", key="--to")
-    debug = bool(context.obj)
     plan = commands.launch.submit.plan(
-        [config, *(overrides or ())], to, debug=debug, name=name, base=base,
+        [config, *(overrides or ())], to, debug=context.obj.debug, name=name, base=base,
         sequence_length=sequence_length, data_root=data_root, save_folder=save_folder,
         work_dir=work_dir,
     )  # fmt: skip

@@ -338,6 +338,11 @@ def _merge(launched: Choice, configured: Choice) -> Choice:
     (launchers always state theirs); two departures that differ are an error."""
     name, asked = launched.config.name, configured.config.name
     if name != asked:
+        if launched.origin == "--engine":
+            raise ConfigError(
+                f"two engines asked for: --engine says {name}, {configured.origin} says {asked}; "
+                "keep one of them"
+            )
         variable = f"ACCELERATE_USE_{'DEEPSPEED' if name.startswith('zero') else 'FSDP'}"
         left = f"; or `unset {variable}`, which no `accelerate launch` of this process set"
         raise ConfigError(

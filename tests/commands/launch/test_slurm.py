@@ -186,3 +186,40 @@ def test_without_slurm_it_is_one_line(
     assert error.startswith("error: no `sbatch` on this machine, so there is no Slurm here;")
     assert error.count("\n") == 1
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_run_on_two_nodes_that_is_preempted_ends_bit_equal(
+    slurm: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Real training: the batch script, `toolkit` on each node, USR1, requeue, `toolkit resume`."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    two = ("--nodes", "2", "--trainer.max_duration={value: 40, unit: steps}")
+    assert run(*SMOKE, *two, "--name", "whole") == 0
+    wait_for(lambda: state(slurm, "100") in ("COMPLETED", "FAILED"), 200)
+    assert run(*SMOKE, *two, "--name", "preempted") == 0
+    metrics = tmp_path / "runs/smoke/preempted/metrics/train.jsonl"
+    for _ in range(2):
+        before = len(metrics.read_text().splitlines()) if metrics.exists() else 0
+        wait_for(lambda: metrics.exists(), 100)
+        wait_for(lambda: len(metrics.read_text().splitlines()) > before + 5, 100)
+        (slurm / "jobs" / "101" / "usr1").touch()
+        wait_for(lambda: not (slurm / "jobs" / "101" / "usr1").exists())
+        wait_for(lambda: state(slurm, "101") != "RUNNING", 100)
+    wait_for(lambda: state(slurm, "101") in ("COMPLETED", "FAILED"), 200)
+    assert run("jobs", "logs", "preempted", "--follow") == 0, capsys.readouterr().out
+    assert (slurm / "jobs" / "101" / "restarts").read_text() == "3"
+    ends = [tmp_path / "runs" / "smoke" / name for name in ("whole", "preempted")]
+    lines = [
+        [json.loads(line) for line in (end / "metrics" / "train.jsonl").read_text().splitlines()]
+        for end in ends
+    ]
+    assert [line["loss"] for line in lines[0]] == [line["loss"] for line in lines[1]]
+    assert len(lines[0]) == 40
+    for part in ("hf/model.safetensors", "model_and_optim/__0_0.distcp"):
+        whole, other = ((end / "checkpoints" / "step40" / part).read_bytes() for end in ends)
+        assert whole == other, part

@@ -15,6 +15,7 @@ from toolkit.commands.launch.options import parse_options
 from toolkit.commands.launch.records import read_record, write_record
 from toolkit.commands.launch.target import OVER, Record, Target
 from toolkit.commands.load import check_data_files, split_words
+from toolkit.distributed.ranks import ENGINE
 from toolkit.errors import ConfigError, RunError, ToolkitError
 from toolkit.experiment.config import ExperimentConfig
 from toolkit.experiment.load import load_experiment
@@ -160,11 +161,12 @@ def _load(
 
 
 def _environ(target: Target) -> dict[str, str]:
-    """What a launcher would tell each process, as far as a config is checked against it."""
-    size = target.num_nodes * target.num_processes
-    if size == 1:
-        return {}
-    return {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(target.num_processes), "RANK": "0"}
+    """What the launcher of each machine will tell its processes, as far as layouts look at it."""
+    found: dict[str, str] = {} if target.engine is None else {ENGINE: target.engine}
+    if (size := target.num_nodes * target.num_processes) > 1:
+        local = str(target.num_processes)
+        found |= {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": local, "RANK": "0"}
+    return found
 
 
 @contextlib.contextmanager

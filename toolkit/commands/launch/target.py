@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 from toolkit.commands.launch.job import Job
 from toolkit.config import Config
 from toolkit.config.secrets import is_secret_name, mask_secrets
+from toolkit.distributed.engines import EngineName
 from toolkit.errors import ConfigError, ErrorList, ToolkitError
 
 State = Literal["pending", "running", "finished", "failed", "stopped", "unknown"]
@@ -72,8 +73,8 @@ class Target(Config, kw_only=True):
     """GPUs of each machine."""
     processes: int | None = None
     """Processes on each machine; default: one for each of `--gpus`, else one."""
-    engine: str | None = None
-    """Engine of the run, as in `toolkit train --engine`."""
+    engine: EngineName | None = None
+    """How weights are shared, as in `toolkit train --engine`."""
     env: tuple[str, ...] = ()
     """NAME=VALUE, a variable of all processes; again for more. No secrets: they go by `--secret`.
     """
