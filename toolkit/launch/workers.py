@@ -171,8 +171,9 @@ class Workers(signals.Receiver):
                 time.sleep(0.02)
             first = first or self._failed()
             if first is not None and first.code is None:
-                # What was lost does not matter to those that stopped in good order.
-                first = self._failed_here() or first
+                # What was lost does not matter to those that ended by themselves.
+                here = self._failed_here()
+                first = first if here is None or (here.code or 0) < 0 else here
             if first is None and self._meeting is not None:
                 self._meeting.tell(rank=None, code=EXIT_DONE)
         finally:

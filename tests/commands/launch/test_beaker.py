@@ -112,7 +112,7 @@ def test_what_is_made_is_what_the_dry_run_prints(
         *("--launch.num_nodes=2", "--gpus", "8", "--budget", "ai2/oe", "--cluster=ai2/jupiter"),
         *("--cluster", "ai2/ceres", "--priority", "high", "--not-preemptible", "--retries", "2"),
         *("--secret", "HF_TOKEN", "--secret", "WANDB_API_KEY=MY_KEY", "--weka", "eval:/eval"),
-        *("--data_loader.global_batch_size=8192", "--description", "a test"),
+        *("--data_loader.global_batch_size=8192", "--description=a test"),
     )
     assert run(*SMOKE, *options, "--dry-run", "--debug") == 0
     assert client.created == []

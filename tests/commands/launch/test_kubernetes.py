@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import pytest
 
@@ -38,14 +39,14 @@ class Server:
 
     def answer(self, method: str, path: str, body: Any) -> tuple[int, Any]:
         self.requests.append(f"{method} {path}")
-        place, _, query = path.partition("?")
+        place, _, query = unquote(path).partition("?")
         if self.refusal is not None:
             status, message = self.refusal
             return status, {"kind": "Status", "status": "Failure", "message": message}
         if place.endswith("/log"):
             return 200, self.logs.pop(0) if self.logs else ""
         if place.endswith("/pods"):
-            assert "labelSelector=jobset.sigs.k8s.io%2Fjobset-name%3Dfirst-run" in query
+            assert "labelSelector=jobset.sigs.k8s.io/jobset-name=first-run" in query
             return 200, {"kind": "PodList", "apiVersion": "v1", "items": self.pods}
         if method == "POST":
             name = body["metadata"]["name"]
@@ -85,7 +86,7 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
             pass
 
     httpd = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=httpd.serve_forever, daemon=True).start()
+    threading.Thread(target=httpd.serve_forever, args=(0.02,), daemon=True).start()
     config = {
         "apiVersion": "v1",
         "kind": "Config",

@@ -43,14 +43,24 @@ def test_every_option_is_documented_and_no_name_of_something_else(name: str) -> 
         ("--to slurm --cpus many", "--cpus: expected a whole number or null, not 'many'"),
         ("--to slurm --nodes 0", "--nodes: must be 1 or more, not 0"),
         ("--to slurm --time '1 day'", "--time: expected one word, not '1 day'"),
+        ("--to slurm --time 5", "--time: 5 leaves no time before --stop-before 300"),
         ("--to slurm --seeds 1,1", "--seeds: a seed stands there twice: [1, 1]"),
-        ("--to slurm --secret NO_SUCH", "--secret: NO_SUCH is not set here; export it first"),
-        ("--to slurm --env HF_TOKEN=abcdefgh", "--env: the value of HF_TOKEN looks like a secret"),
-        ("--to slurm --setup 'export A_KEY=s3cr3tt'", "--setup: holds a secret: export A_KEY=***"),
+        (
+            "--to slurm --secret NO_SUCH",
+            "NO_SUCH of --secret is not set here; export it first",
+        ),
+        (
+            "--to slurm --env HF_TOKEN=abcdefgh",
+            "--env: 'HF_TOKEN' looks like a secret; leave",
+        ),
+        (
+            "--to slurm --setup 'export A_KEY=s3cr3tt'",
+            "--setup: name secrets by --secret, not in a line of shell: export A_KEY=***",
+        ),
         ("--to local --nodes 2", "--nodes: --to local is one machine, not 2; use --to ssh"),
         ("--to ssh", "--hosts: name the machines: --hosts A,B"),
         ("--to ssh --hosts a,a", "--hosts: a machine stands there twice: a,a"),
-        ("--to ssh --hosts a --secret X", "--secret: ssh carries no secrets; keep them in a file"),
+        ("--to ssh --hosts a --secret X", "ssh carries no secrets; leave out --secret, and keep"),
         ("--to kubernetes", "--image: name an image that has the toolkit"),
         ("--to kubernetes --image x", "--save-folder: say where the containers write the run"),
         (
@@ -62,7 +72,10 @@ def test_every_option_is_documented_and_no_name_of_something_else(name: str) -> 
             "--save-folder: /weka/other: would be lost with its container (mounted are /weka/b)",
         ),
         ("--to kubernetes --image x --kind pod", "--kind: 'pod' is not one of"),
-        ("--to kubernetes --image x --secret A=b", "--secret: write NAME=SECRET/KEY, not 'A=b'"),
+        (
+            "--to kubernetes --image x --secret A=b",
+            "after --secret, write NAME=SECRET/KEY, not 'A",
+        ),
         ("--to local --model.d_modle=3", "model.d_modle: no such field"),
         ("--to local --data_loader.global_batch_size=1000", "data_loader.global_batch_size 1000"),
     ],
@@ -99,7 +112,7 @@ def test_help_shows_the_options_of_the_target(capsys: pytest.CaptureFixture[str]
     assert run("launch", "--to", "beaker", "--help") == 0
     said = capsys.readouterr().out
     assert "--weka" in said
-    assert "--partition" not in said
+    assert "--stop-before" not in said
 
 
 OWN = '''

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.commands.launch.fakes import fake_slurm, run, stub_python, wait_for
+from toolkit.commands.launch.slurm import _seconds
 
 SMOKE = ("launch", "smoke", "--to", "slurm")
 
@@ -188,6 +189,26 @@ def test_without_slurm_it_is_one_line(
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        *(("90", 5400), ("90:30", 5430), ("1:00:00", 3600), ("2-12", 216_000)),
+        *(("1-02:30", 95_400), ("1-00:00:01", 86_401), ("UNLIMITED", None), ("1:2:3:4", None)),
+    ],
+)
+def test_time_limits_as_slurm_writes_them(text: str, seconds: int | None) -> None:
+    assert _seconds(text) == seconds
+
+
+def preempt(job: Path, metrics: Path, restarts: int) -> None:
+    """Warn the script once some steps more are done, and wait for its end."""
+    before = len(metrics.read_text().splitlines()) if metrics.exists() else 0
+    wait_for(lambda: metrics.exists() and len(metrics.read_text().splitlines()) > before + 5, 100)
+    (job / "usr1").touch()
+    ended = job / "restarts"
+    wait_for(lambda: ended.exists() and ended.read_text() == str(restarts), 100)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_run_on_two_nodes_that_is_preempted_ends_bit_equal(
@@ -198,18 +219,13 @@ def test_a_run_on_two_nodes_that_is_preempted_ends_bit_equal(
 ) -> None:
     """Real training: the batch script, `toolkit` on each node, USR1, requeue, `toolkit resume`."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    two = ("--nodes", "2", "--trainer.max_duration={value: 40, unit: steps}")
+    two = ("--nodes", "2", "--trainer.max_duration={value: 150, unit: steps}")
     assert run(*SMOKE, *two, "--name", "whole") == 0
     wait_for(lambda: state(slurm, "100") in ("COMPLETED", "FAILED"), 200)
     assert run(*SMOKE, *two, "--name", "preempted") == 0
     metrics = tmp_path / "runs/smoke/preempted/metrics/train.jsonl"
-    for _ in range(2):
-        before = len(metrics.read_text().splitlines()) if metrics.exists() else 0
-        wait_for(lambda: metrics.exists(), 100)
-        wait_for(lambda: len(metrics.read_text().splitlines()) > before + 5, 100)
-        (slurm / "jobs" / "101" / "usr1").touch()
-        wait_for(lambda: not (slurm / "jobs" / "101" / "usr1").exists())
-        wait_for(lambda: state(slurm, "101") != "RUNNING", 100)
+    for restarts in (1, 2):
+        preempt(slurm / "jobs" / "101", metrics, restarts)
     wait_for(lambda: state(slurm, "101") in ("COMPLETED", "FAILED"), 200)
     assert run("jobs", "logs", "preempted", "--follow") == 0, capsys.readouterr().out
     assert (slurm / "jobs" / "101" / "restarts").read_text() == "3"
@@ -219,7 +235,7 @@ def test_a_run_on_two_nodes_that_is_preempted_ends_bit_equal(
         for end in ends
     ]
     assert [line["loss"] for line in lines[0]] == [line["loss"] for line in lines[1]]
-    assert len(lines[0]) == 40
+    assert len(lines[0]) == 150
     for part in ("hf/model.safetensors", "model_and_optim/__0_0.distcp"):
-        whole, other = ((end / "checkpoints" / "step40" / part).read_bytes() for end in ends)
+        whole, other = ((end / "checkpoints" / "step150" / part).read_bytes() for end in ends)
         assert whole == other, part

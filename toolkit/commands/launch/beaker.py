@@ -54,8 +54,6 @@ class Beaker(Containers, kw_only=True):
     """Size of /dev/shm."""
     retries: int = 0
     """How often a run that failed is started again."""
-    description: str = ""
-    """Line that Beaker shows beside the name."""
 
     follows: ClassVar[bool] = True
     mount_example: ClassVar[str] = "--weka BUCKET"
@@ -119,8 +117,8 @@ class Beaker(Containers, kw_only=True):
                 "synchronizedStartTimeout": _START_NANOSECONDS,
             }
         spec: dict[str, Any] = {"version": "v2", "tasks": [task]}
-        if self.description:
-            spec["description"] = self.description
+        if job.description:
+            spec["description"] = job.description
         if self.budget is not None:
             spec["budget"] = self.budget
         if self.retries:

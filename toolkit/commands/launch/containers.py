@@ -34,13 +34,18 @@ class Containers(Target, kw_only=True):
         """The folders of a container that outlive it."""
         raise NotImplementedError
 
-    def check_folder(self, folder: str) -> None:
-        if "://" in folder:
-            return
-        path = PurePosixPath(folder)
+    def check_folder(self, folder: str, work_dir: str | None) -> None:
         mounts = self.mounts()
-        if not any(path.is_relative_to(mount) for mount in mounts):
-            there = f"mounted are {', '.join(mounts)}" if mounts else "nothing is mounted"
+        there = f"mounted are {', '.join(mounts)}" if mounts else "nothing is mounted"
+        if "://" in folder:
+            # The run is in the work folder, and copied to the URL.
+            if self.nodes > 1 and not _is_below(work_dir or "", mounts):
+                raise ConfigError(
+                    f"with a URL as --save-folder, the machines share this folder; choose one on a "
+                    f"mount ({there}; {self.mount_example})",
+                    key="--work-dir",
+                )
+        elif not _is_below(folder, mounts):
             raise ConfigError(
                 f"{folder}: would be lost with its container ({there}); choose a folder on a mount "
                 f"({self.mount_example}) or a URL",
@@ -61,6 +66,10 @@ class Containers(Target, kw_only=True):
             f"git checkout --quiet {commit}",
             *([self.install] if self.install else []),
         )
+
+
+def _is_below(folder: str, mounts: Sequence[str]) -> bool:
+    return any(PurePosixPath(folder).is_relative_to(mount) for mount in mounts)
 
 
 def find_commit(*, allow_dirty: bool) -> tuple[str, str]:

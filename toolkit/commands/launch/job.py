@@ -28,6 +28,8 @@ class Job(NamedTuple):
     """Runs, and how each of them is started."""
 
     name: str
+    description: str
+    """What the runs are for, in a line."""
     members: tuple[Member, ...]
     nodes: int
     """Machines of one run."""

@@ -26,6 +26,7 @@ from toolkit.commands.launch.target import (
 from toolkit.errors import EXIT_BAD_INPUT
 
 _NAME = re.compile(r"[^a-z0-9]+")
+_ERRNO = re.compile(r"\[Errno \d+\] ")
 _LONGEST_NAME = 46
 """The name of a pod's host, which is longer by some characters, has 63 at most."""
 _KINDS = {
@@ -100,7 +101,7 @@ class Kubernetes(Containers, kw_only=True):
         for given in self.secret:
             _, secret = secret_pair(given)
             if "=" not in given or not all(secret.partition("/")):
-                yield "secret", f"write NAME=SECRET/KEY, not {given!r}"
+                yield "", f"after --secret, write NAME=SECRET/KEY, not {given!r}"
         for name in ("retries", "grace"):
             if getattr(self, name) < 0:
                 yield name, f"must be 0 or more, not {getattr(self, name)}"
@@ -330,8 +331,10 @@ class _explained:
         if isinstance(error, ApiException):
             raise LaunchError(f"kubernetes: {self._reason(error)}") from None
         if isinstance(error, HTTPError):
-            cause = getattr(error, "reason", None) or error
-            text = str(cause).rpartition(": ")[2]
+            cause: Any = getattr(error, "reason", None) or error
+            while cause.args and isinstance(cause.args[-1], Exception):
+                cause = cause.args[-1]
+            text = _ERRNO.sub("", str(cause)).rpartition(": ")[2]
             raise LaunchError(
                 f"kubernetes: the cluster does not answer ({text}); try `kubectl cluster-info`"
             ) from None

@@ -104,6 +104,6 @@ def _check_known(given: str, fields: dict) -> None:
     name = given.removeprefix("launch.").replace("-", "_")
     if others := [to for to in TARGETS if name in target_class(to).__struct_fields__]:
         raise ConfigError(f"--{given} is an option of --to {' and '.join(others)} alone")
-    hint = nearest(name, [*fields, *ExperimentConfig.__struct_fields__])
+    hint = nearest(name, [*fields, *_ALIASES, *ExperimentConfig.__struct_fields__])
     hint = f"did you mean --{hint.replace('_', '-')}?" if hint else "see `toolkit launch --help`"
     raise ConfigError(f"no such option: --{shortened(given)}; {hint}")

@@ -96,6 +96,9 @@ class Slurm(Target, kw_only=True):
                     "sbatch",
                     f"write an option of sbatch, as in --sbatch=--nice=100, not {line!r}",
                 )
+        limit = _seconds(self.time) if self.time is not None else None
+        if limit is not None and limit <= self.stop_before:
+            yield "time", f"{self.time} leaves no time before --stop-before {self.stop_before}"
         if self.stop_before < 10:
             yield "stop_before", f"give the run 10 seconds at least, not {self.stop_before}"
         if self.cpus is not None and self.cpus < 1:
@@ -248,6 +251,17 @@ _REQUEUE = [
     '  echo "no new checkpoint since the start: not queued again; ask for more --time" >&2',
     "fi",
 ]
+
+
+def _seconds(limit: str) -> int | None:
+    """A time limit as Slurm writes it: M, M:S, H:M:S, D-H, D-H:M or D-H:M:S; None: another word."""
+    days, dash, rest = limit.rpartition("-")
+    parts = rest.split(":")
+    if not all(part.isdecimal() for part in [*parts, days or "0"]) or len(parts) > 3:
+        return None
+    units = (3600, 60, 1) if dash or len(parts) == 3 else (60, 1)
+    seconds = sum(int(part) * unit for part, unit in zip(parts, units, strict=False))
+    return seconds + 86_400 * int(days or 0)
 
 
 def _prefix(job: Job) -> str:

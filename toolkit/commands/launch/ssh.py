@@ -40,11 +40,8 @@ class SSH(OnHosts, kw_only=True):
         if names and self.nodes not in (1, len(names)):
             yield "nodes", f"{self.nodes}, and --hosts names {len(names)}; leave --nodes out"
         if self.secret:
-            yield (
-                "secret",
-                "ssh carries no secrets; keep them in a file of each machine that "
-                "`--setup 'source FILE'` reads",
-            )
+            keep = "keep them in a file of each machine that `--setup 'source FILE'` reads"
+            yield "", f"ssh carries no secrets; leave out --secret, and {keep}"
 
     def hosts_used(self) -> list[Host]:
         options = tuple(word for text in self.ssh_option for word in shlex.split(text))

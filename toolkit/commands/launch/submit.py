@@ -74,6 +74,7 @@ def plan(words: Sequence[str], to: str, *, debug: bool = False, **known: Any) ->
     is_elsewhere = target.is_elsewhere
     job = Job(
         name=label,
+        description=config.description,
         members=tuple(members),
         nodes=target.num_nodes,
         processes=target.num_processes,
@@ -138,6 +139,11 @@ def _load(
         check_data=check_data_files if here else None,
     )
     run = loaded.config.run
+    if here and run.save_folder is not None and "://" in run.save_folder:
+        raise ConfigError(
+            f"give the folder that the machines share, and --run.mirror={run.save_folder}",
+            key="--save-folder",
+        )
     if run.save_folder is not None:
         changes: dict[str, Any] = {"save_folder": run.save_folder + suffix}
     elif here:
@@ -155,7 +161,7 @@ def _load(
     assert folder is not None
     if "\n" in folder:
         raise ConfigError("holds the end of a line", key="--save-folder")
-    target.check_folder(folder)
+    target.check_folder(folder, config.run.work_dir)
     check(config, environ, loaded.origins, elsewhere=target.is_elsewhere)
     return stored, folder
 

@@ -112,7 +112,8 @@ class Target(Config, kw_only=True):
         return dict(pair.split("=", 1) for pair in self.env)
 
     def problems(self) -> Iterator[tuple[str, str]]:
-        """(option, what is wrong with it); nothing is asked of a scheduler or network."""
+        """(option, what is wrong with it); nothing is asked of a scheduler or network. The option
+        is empty for `--secret`: a message that says `--secret: WORD` would hide the word."""
         for name in ("nodes", "gpus", "processes"):
             value = getattr(self, name)
             if value is not None and value < (0 if name == "gpus" else 1):
@@ -124,26 +125,24 @@ class Target(Config, kw_only=True):
             if not sign or not _VARIABLE.match(name):
                 yield "env", f"write NAME=VALUE, not {mask_secrets(pair)!r}"
             elif is_secret_name(name) or mask_secrets(value) != value:
-                yield (
-                    "env",
-                    f"the value of {name} looks like a secret; give its name alone, by --secret",
-                )
+                yield "env", f"{name!r} looks like a secret; leave it out, and name it by --secret"
         for given in self.secret:
             if not _VARIABLE.match(given.partition("=")[0]):
-                yield "secret", "write the NAME of a variable, and no value"
+                yield "", "after --secret, write the NAME of a variable"
         for line in self.setup:
-            if mask_secrets(line) != line:
-                yield "setup", f"holds a secret: {mask_secrets(line)}; give it by --secret"
+            if (shown := mask_secrets(line)) != line:
+                yield "setup", f"name secrets by --secret, not in a line of shell: {shown}"
 
     def check(self) -> None:
         """Raise ConfigError for options that cannot work, all of them at once."""
         found = ErrorList()
         for name, problem in self.problems():
-            found.add(ConfigError(problem, key=f"--{name.replace('_', '-')}"))
+            found.add(ConfigError(problem, key=name and f"--{name.replace('_', '-')}"))
         found.raise_any()
 
-    def check_folder(self, folder: str) -> None:
-        """Raise ConfigError where what is written to the run folder would be lost."""
+    def check_folder(self, folder: str, work_dir: str | None) -> None:
+        """Raise ConfigError where what is written to the run folder would be lost, or not seen by
+        all machines."""
 
     def code_lines(self) -> tuple[str, ...]:
         """Lines of shell that fetch the code, for targets that can. Raises ToolkitError."""
@@ -179,9 +178,9 @@ def check_secrets_here(names: Sequence[str]) -> Iterator[tuple[str, str]]:
     """Problems of secrets that travel in the environment of the process that submits."""
     for name in names:
         if "=" in name:
-            yield "secret", f"write only the name of the variable, {name.split('=')[0]}"
+            yield "", "after --secret, write only the name of the variable"
         elif name not in os.environ:
-            yield "secret", f"{name} is not set here; export it first"
+            yield "", f"{name} of --secret is not set here; export it first"
 
 
 def no_library(package: str, extra: str) -> ConfigError:
