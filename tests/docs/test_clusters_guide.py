@@ -8,8 +8,8 @@ import pytest
 
 from tests.docs.running import ROOT, commands
 from toolkit.cli import main as cli
-from toolkit.commands.launch import TARGETS, target_class
-from toolkit.commands.launch.target import Target
+from toolkit.commands.launch import TARGETS
+from toolkit.commands.launch.target import Target, target_class
 
 GUIDE = (ROOT / "docs" / "clusters.md").read_text()
 

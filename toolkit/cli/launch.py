@@ -17,7 +17,7 @@ from toolkit.cli.options import (
     option,
 )
 from toolkit.cli.printing import cell, print_table, visible
-from toolkit.commands.launch import TARGETS, target_class
+from toolkit.commands.launch import TARGETS
 from toolkit.errors import EXIT_DONE, ConfigError
 from toolkit.wording import count
 
@@ -35,7 +35,7 @@ class LaunchCommand(TyperCommand):
         return super().parse_args(ctx, args)
 
     def format_epilog(self, ctx: Any, formatter: Any) -> None:
-        from toolkit.commands.launch.target import Target
+        from toolkit.commands.launch.target import Target, target_class
         from toolkit.config.schema import field_docs
 
         shared = {field: field_docs(Target)[field] for field in Target.__struct_fields__}

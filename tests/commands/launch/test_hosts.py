@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.commands.launch.fakes import fake_ssh, run, stub_python, wait_for
+from toolkit.experiment.load import load_experiment
 
 SSH = ("launch", "smoke", "--to", "ssh", "--save-folder", "a")
 
@@ -93,6 +94,25 @@ def test_a_local_run_goes_on_alone_until_it_is_stopped(
     assert run("jobs", "stop", "smoke/a", "--now") == 0
     assert "saved on SIGTERM" in (tmp_path / "runs/smoke/a/logs/launch-0-local.log").read_text()
     assert not (tmp_path / "connections").exists()
+
+
+def test_values_are_from_where_they_were_when_it_was_launched(
+    python: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What is refused may depend on it: a recipe's warm-up may be longer than a trial run."""
+    short = ("smoke", "--trainer.max_duration={value: 3, unit: steps}", "--seed=4")
+    assert run("launch", *short, "--to", "local", "--name", "a", "--python", python) == 0
+    config = str(tmp_path / "runs/smoke/a/metadata/launch_config.json")
+    now = load_experiment(config, shorthands={"save_folder": str(tmp_path / "b")})
+    before = load_experiment("smoke", short[1:], {"name": "a", "save_folder": str(tmp_path / "b")})
+    assert now.config == before.config
+    differing = {p: o for p, o in now.origins.items() if before.origins[p] != o}
+    assert differing == {"run.name": "default"} or differing == {}
+    assert now.origins["seed"] == "--seed=4"
+    assert run("jobs", "stop", "a") == 0
+    Path(config).write_text('{"$origins": 3}')
+    assert run("train", config, "--dry-run") == 2
+    assert "$origins: Expected `object`, got `int`" in capsys.readouterr().err
 
 
 def test_a_local_run_that_ends_at_once_says_why(

@@ -1,6 +1,8 @@
 """`--to kubernetes`: the official client against a stub of the API server, on loopback."""
 
 import json
+import signal
+import subprocess
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -10,7 +12,8 @@ from urllib.parse import unquote
 
 import pytest
 
-from tests.commands.launch.fakes import run
+from tests.commands.launch.fakes import run, stub_python, wait_for, write_program
+from toolkit.experiment.load import load_experiment
 
 pytest.importorskip("kubernetes")
 yaml = pytest.importorskip("yaml")
@@ -208,6 +211,42 @@ def test_what_is_made_is_what_the_dry_run_prints(
     )
     config = json.loads(script.partition("'END_OF_CONFIG'\n")[2].partition("\nEND_OF_CONFIG")[0])
     assert config["data_loader"]["global_batch_size"] == 8192
+
+
+def test_the_script_of_a_container_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    setup = (
+        "--setup",
+        "export WHO='a b'",
+        "--env",
+        "X=it's",
+        "--nodes",
+        "2",
+        "--kind",
+        "pytorchjob",
+    )
+    assert run(*SMOKE, *setup, "--dry-run") == 0
+    replicas = yaml.safe_load(capsys.readouterr().out)["spec"]["pytorchReplicaSpecs"]
+    container = replicas["Worker"]["template"]["spec"]["containers"][0]
+    stub_python(tmp_path)
+    (tmp_path / "runs" / "First_Run" / "metadata").mkdir(parents=True)
+    write_program(tmp_path / "getent", "#!/bin/bash\n")
+    script = container["args"][0].replace("/tmp/", f"{tmp_path}/").replace("/data/", f"{tmp_path}/")
+    environ = {"PATH": f"{tmp_path}:/usr/bin:/bin", "RANK": "1", "WORLD_SIZE": "2"}
+    words = [*container["command"], script]
+    with subprocess.Popen(words, env=environ, stdout=subprocess.DEVNULL) as process:
+        wait_for((tmp_path / "ready1").exists)
+        process.send_signal(signal.SIGTERM)  # it reaches the run, not a shell
+        assert process.wait(20) == 75
+    arguments, seen = json.loads((tmp_path / "calls").read_text())
+    config, head = str(tmp_path / "First_Run.json"), arguments[-3]
+    flags = ["--processes", "1", "--nodes", "2", "--head", head, "--node-rank", "1"]
+    assert arguments == ["train", config, "--save-folder", f"{tmp_path}/runs/First_Run", *flags]
+    assert head.startswith("first-run-master-0:")
+    assert (seen["WHO"], seen["X"], seen.get("RANK")) == ("a b", "it's", None)
+    assert load_experiment(config).config.seed == 0
 
 
 def test_a_pytorchjob_instead(capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,8 +8,8 @@ import msgspec
 import pytest
 
 from tests.commands.launch.fakes import run
-from toolkit.commands.launch import TARGETS, target_class
-from toolkit.commands.launch.target import Target
+from toolkit.commands.launch import TARGETS
+from toolkit.commands.launch.target import Target, target_class
 from toolkit.config.schema import field_docs
 from toolkit.experiment.config import ExperimentConfig
 from toolkit.experiment.load import SHORTHANDS

@@ -4,36 +4,32 @@ A JobSet is the default: it restarts all machines of a run together, and leaves 
 bad alone. Both are one object, so a job is there whole or not at all.
 """
 
-import json
-import os
 import re
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from toolkit.commands.launch.containers import Containers, mount_problems, secret_pair, to_yaml
 from toolkit.commands.launch.job import Job, script_with_config
-from toolkit.commands.launch.target import (
-    OVER,
-    JobStatus,
-    LaunchError,
-    Record,
-    State,
-    Submission,
-    no_library,
+from toolkit.commands.launch.kubernetes_api import (
+    connect,
+    explained,
+    lines_of,
+    number_of,
+    pods_of,
+    why_waiting,
 )
+from toolkit.commands.launch.target import OVER, JobStatus, Record, State, Submission
 from toolkit.errors import EXIT_BAD_INPUT
 
 _NAME = re.compile(r"[^a-z0-9]+")
-_ERRNO = re.compile(r"\[Errno \d+\] ")
 _LONGEST_NAME = 46
 """The name of a pod's host, which is longer by some characters, has 63 at most."""
 _KINDS = {
-    "jobset": ("jobset.x-k8s.io", "v1alpha2", "jobsets", "jobset.sigs.k8s.io/jobset-name"),
-    "pytorchjob": ("kubeflow.org", "v1", "pytorchjobs", "training.kubeflow.org/job-name"),
+    "jobset": ("JobSet", "jobset.x-k8s.io", "v1alpha2", "jobset.sigs.k8s.io/jobset-name"),
+    "pytorchjob": ("PyTorchJob", "kubeflow.org", "v1", "training.kubeflow.org/job-name"),
 }
-"""Kind -> group, version, name of the collection, label of its pods."""
+"""`--kind` -> Kubernetes' own word, group, version, label of the pods."""
 _CONDITIONS: dict[str, State] = {
     "Completed": "finished",
     "Succeeded": "finished",
@@ -115,7 +111,7 @@ class Kubernetes(Containers, kw_only=True):
     def manifest(self, job: Job) -> dict[str, Any]:
         """The object that is made."""
         name = name_of(job)
-        group, version, _, _ = _KINDS[self.kind]
+        kind, group, version, _ = _KINDS[self.kind]
         labels = {"app.kubernetes.io/managed-by": "toolkit"}
         if self.queue is not None:
             labels["kueue.x-k8s.io/queue-name"] = self.queue
@@ -125,7 +121,7 @@ class Kubernetes(Containers, kw_only=True):
             metadata["namespace"] = self.namespace
         return {
             "apiVersion": f"{group}/{version}",
-            "kind": "JobSet" if is_jobset else "PyTorchJob",
+            "kind": kind,
             "metadata": metadata,
             "spec": self._jobset(job, name) if is_jobset else self._pytorchjob(job, name),
         }
@@ -208,28 +204,32 @@ class Kubernetes(Containers, kw_only=True):
             mounts.append({"name": f"volume-{number}", "mountPath": path})
         return volumes, mounts
 
+    def _place(self, namespace: str) -> tuple[str, str, str, str]:
+        _, group, version, _ = _KINDS[self.kind]
+        return group, version, namespace, f"{self.kind}s"
+
+    def _selector(self, record: Record) -> str:
+        return f"{_KINDS[self.kind][3]}={record.id}"
+
     def submit(self, job: Job) -> Submission:
-        api, namespace = self._connect()
-        group, version, plural, _ = _KINDS[self.kind]
+        api, namespace = connect(self.context, self.namespace)
         body = self.manifest(job)
-        with _explained(self):
-            objects = api.CustomObjectsApi()
-            objects.create_namespaced_custom_object(group, version, namespace, plural, body)
+        with explained(self.kind):
+            api.CustomObjectsApi().create_namespaced_custom_object(*self._place(namespace), body)
         return Submission((name_of(job),), {"namespace": namespace})
 
     def status(self, record: Record) -> JobStatus:
-        api, namespace = self._connect(record)
-        group, version, plural, _ = _KINDS[self.kind]
-        with _explained(self):
+        api, namespace = connect(self.context, record.details["namespace"])
+        with explained(self.kind):
             try:
                 found = api.CustomObjectsApi().get_namespaced_custom_object(
-                    group, version, namespace, plural, record.id
+                    *self._place(namespace), record.id
                 )
             except api.ApiException as error:
                 if error.status != 404:
                     raise
                 return JobStatus("stopped", "no longer in the cluster")
-            pods = self._pods(api, namespace, record)
+            pods = pods_of(api, namespace, self._selector(record))
         for condition in found.get("status", {}).get("conditions", []):
             state = _CONDITIONS.get(condition.get("type"))
             if state is not None and condition.get("status") == "True":
@@ -237,41 +237,40 @@ class Kubernetes(Containers, kw_only=True):
         phases = [pod.status.phase for pod in pods]
         if len(phases) >= record.nodes and all(phase == "Running" for phase in phases):
             return JobStatus("running", f"{len(phases)} of {record.nodes} pods")
-        waiting = next((reason for pod in pods if (reason := _waiting(pod))), "no pod yet")
+        waiting = next((reason for pod in pods if (reason := why_waiting(pod))), "no pod yet")
         running = phases.count("Running")
         return JobStatus("pending", f"{running} of {record.nodes} pods; {waiting}")
 
     def logs(self, record: Record, *, follow: bool) -> Iterator[str]:
-        api, namespace = self._connect(record)
+        api, namespace = connect(self.context, record.details["namespace"])
         seen: set[str] = set()
         while True:
-            with _explained(self):
-                pods = self._pods(api, namespace, record)
-                first = [pod for pod in pods if _number(pod) == 0 and pod.metadata.uid not in seen]
+            with explained(self.kind):
+                pods = pods_of(api, namespace, self._selector(record))
+                first = [pod for pod in pods if number_of(pod) == 0]
                 for pod in first[-1:]:
-                    if pod.status.phase == "Pending":
+                    if pod.status.phase == "Pending" or pod.metadata.uid in seen:
                         break
                     seen.add(pod.metadata.uid)
                     stream = api.CoreV1Api().read_namespaced_pod_log(
                         pod.metadata.name, namespace, follow=follow, _preload_content=False
                     )
-                    yield from _lines(stream)
+                    yield from lines_of(stream)
             if not follow or self.status(record).state in OVER:
                 return
             time.sleep(_SECONDS)
 
     def stop(self, record: Record, *, now: bool) -> str:
-        api, namespace = self._connect(record)
-        group, version, plural, _ = _KINDS[self.kind]
-        with _explained(self):
+        api, namespace = connect(self.context, record.details["namespace"])
+        with explained(self.kind):
             if now:
-                for pod in self._pods(api, namespace, record):
+                for pod in pods_of(api, namespace, self._selector(record)):
                     api.CoreV1Api().delete_namespaced_pod(
                         pod.metadata.name, namespace, grace_period_seconds=0
                     )
             try:
                 api.CustomObjectsApi().delete_namespaced_custom_object(
-                    group, version, namespace, plural, record.id, propagation_policy="Background"
+                    *self._place(namespace), record.id, propagation_policy="Background"
                 )
             except api.ApiException as error:
                 if error.status != 404:
@@ -279,79 +278,8 @@ class Kubernetes(Containers, kw_only=True):
                 return "ended before"
         return "deleted" if now else f"asked to save a checkpoint and end within {self.grace} s"
 
-    def _pods(self, api: Any, namespace: str, record: Record) -> list[Any]:
-        """Its pods, the oldest first."""
-        selector = f"{_KINDS[self.kind][3]}={record.id}"
-        found = api.CoreV1Api().list_namespaced_pod(namespace, label_selector=selector).items
-        return sorted(found, key=lambda pod: str(pod.metadata.creation_timestamp))
-
-    def _connect(self, record: Record | None = None) -> tuple[Any, str]:
-        """The client's module, ready to be used, and the namespace."""
-        try:
-            from kubernetes import client, config
-        except ImportError:
-            raise no_library("kubernetes", "kubernetes") from None
-        files = os.environ.get("KUBECONFIG") or "~/.kube/config"
-        has_file = any(Path(file).expanduser().exists() for file in files.split(os.pathsep))
-        namespace = None
-        try:
-            if has_file:
-                config.load_kube_config(files, context=self.context)
-                contexts, active = config.list_kube_config_contexts(files)
-                used = [c for c in contexts if c["name"] == self.context] or [active]
-                namespace = used[0]["context"].get("namespace")
-            else:
-                config.load_incluster_config()
-        except config.ConfigException as error:
-            problem = " ".join(str(error).split())
-            if not has_file:
-                problem = f"there is no {files}, and this is no pod of a cluster; set KUBECONFIG"
-            raise LaunchError(f"kubernetes: {problem}") from None
-        if record is not None:
-            return client, record.details["namespace"]
-        return client, self.namespace or namespace or "default"
-
 
 _FORGET = "NODE_RANK=$RANK; unset RANK WORLD_SIZE MASTER_ADDR MASTER_PORT\n"
-
-
-class _explained:
-    """Turns what the client raises into one line."""
-
-    def __init__(self, target: Kubernetes) -> None:
-        self._target = target
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
-        from kubernetes.client import ApiException
-        from urllib3.exceptions import HTTPError
-
-        if isinstance(error, ApiException):
-            raise LaunchError(f"kubernetes: {self._reason(error)}") from None
-        if isinstance(error, HTTPError):
-            cause: Any = getattr(error, "reason", None) or error
-            while cause.args and isinstance(cause.args[-1], Exception):
-                cause = cause.args[-1]
-            text = _ERRNO.sub("", str(cause)).rpartition(": ")[2]
-            raise LaunchError(
-                f"kubernetes: the cluster does not answer ({text}); try `kubectl cluster-info`"
-            ) from None
-
-    def _reason(self, error: Any) -> str:
-        try:
-            message = json.loads(error.body)["message"]
-        except (TypeError, ValueError, KeyError):
-            message = error.reason or f"status {error.status}"
-        if error.status == 404 and "could not find the requested resource" in message:
-            other = next(kind for kind in _KINDS if kind != self._target.kind)
-            return (
-                f"the cluster knows no {self._target.kind}; install it there, or try --kind {other}"
-            )
-        if error.status == 409:
-            return f"{message}; choose another --name"
-        return f"{' '.join(message.split())} (status {error.status})"
 
 
 def name_of(job: Job) -> str:
@@ -376,33 +304,3 @@ def _toleration(text: str) -> dict[str, str]:
         **found,
         **({"effect": effect} if effect else {}),
     }
-
-
-def _number(pod: Any) -> int:
-    """The number of the machine that a pod is."""
-    labels = pod.metadata.labels or {}
-    if labels.get("training.kubeflow.org/replica-type") == "worker":
-        return int(labels.get("training.kubeflow.org/replica-index", "0")) + 1
-    return int(labels.get("batch.kubernetes.io/job-completion-index", "0"))
-
-
-def _waiting(pod: Any) -> str:
-    """Why a pod does not run."""
-    for status in pod.status.container_statuses or []:
-        if status.state is not None and status.state.waiting is not None:
-            waiting = status.state.waiting
-            return f"{waiting.reason}: {waiting.message}" if waiting.message else waiting.reason
-    for condition in pod.status.conditions or []:
-        if condition.status == "False" and condition.message:
-            return condition.message
-    return ""
-
-
-def _lines(stream: Any) -> Iterator[str]:
-    """The lines of an answer that comes in parts."""
-    rest = b""
-    for part in stream.stream():
-        *lines, rest = (rest + part).split(b"\n")
-        yield from (line.decode(errors="replace") for line in lines)
-    if rest:
-        yield rest.decode(errors="replace")

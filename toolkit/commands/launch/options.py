@@ -5,8 +5,8 @@ from typing import Any
 
 import msgspec
 
-from toolkit.commands.launch import TARGETS, target_class
-from toolkit.commands.launch.target import Target
+from toolkit.commands.launch import TARGETS
+from toolkit.commands.launch.target import Target, target_class
 from toolkit.config import ConfigLayers, Override, is_override
 from toolkit.config.types import nearest
 from toolkit.errors import ConfigError, ErrorList

@@ -2,8 +2,7 @@
 
 from pathlib import Path
 
-from toolkit.commands.launch import target_class
-from toolkit.commands.launch.target import Record, Target
+from toolkit.commands.launch.target import Record, Target, target_class
 from toolkit.config.check import convert
 from toolkit.errors import RunError
 from toolkit.runs.files import RUN_FILES

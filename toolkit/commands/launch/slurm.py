@@ -167,7 +167,7 @@ class Slurm(Target, kw_only=True):
             f'newest() {{ ls "$run/{RUN_FILES.checkpoints}" 2>/dev/null | grep -E "^step[0-9]+$" |'
             " sort -V | tail -n 1; }",
             "before=$(newest)",
-            "asked=",
+            "asked= step=",
             "trap 'asked=1 interrupted=1; kill -USR1 \"$step\"' USR1",
             "# One task a node, which starts the node's processes itself.",
             f"srun --ntasks-per-node=1{cpus} --kill-on-bad-exit=0 --wait={_SECONDS_TO_FOLLOW} \\",

@@ -9,20 +9,19 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from toolkit.commands.dry_run import check
-from toolkit.commands.launch import target_class
 from toolkit.commands.launch.job import Job, Member, port_of
 from toolkit.commands.launch.options import parse_options
 from toolkit.commands.launch.records import read_record, write_record
-from toolkit.commands.launch.target import OVER, Record, Target
+from toolkit.commands.launch.target import OVER, Record, Target, target_class
 from toolkit.commands.load import check_data_files, split_words
 from toolkit.distributed.ranks import ENGINE
 from toolkit.errors import ConfigError, RunError, ToolkitError
 from toolkit.experiment.config import ExperimentConfig
-from toolkit.experiment.load import load_experiment
+from toolkit.experiment.load import load_experiment, with_origins
 from toolkit.runs.files import RUN_FILES
 from toolkit.runs.lock import is_locked, utc_now
 from toolkit.runs.registry import choose_run_name, resolve_run_folder
-from toolkit.storage.atomic import write_atomic
+from toolkit.storage.atomic import encode_json, write_atomic
 
 _ORDERS = ("status", "logs", "stop")
 
@@ -67,8 +66,9 @@ def plan(words: Sequence[str], to: str, *, debug: bool = False, **known: Any) ->
         suffix = f"-{number}" if len(array) > 1 else ""
         with _about(own):
             names = (otherwise, suffix)
-            config, folder = _load(target, source, [*flags, *own], known, names, environ)
-        members.append(Member(folder, config.to_json().decode()))
+            config, origins, folder = _load(target, source, [*flags, *own], known, names, environ)
+        text = encode_json(with_origins(config, origins)).decode().rstrip()
+        members.append(Member(folder, text))
         homes.append(_home(target, config, folder))
     label = homes[0].name.removesuffix("-1") if len(array) > 1 else homes[0].name
     is_elsewhere = target.is_elsewhere
@@ -124,10 +124,10 @@ def _load(
     known: Mapping[str, Any],
     names: tuple[str, str],
     environ: Mapping[str, str],
-) -> tuple[ExperimentConfig, str]:
-    """One run's config as it is stored, checked as `toolkit train --dry-run` does it, and its
-    folder. `names`: the run's name where it is given none, and what tells it from the other runs of
-    an array."""
+) -> tuple[ExperimentConfig, dict[str, str], str]:
+    """One run's config as it is stored, checked as `toolkit train --dry-run` does it, the origins
+    of its values, and its folder. `names`: the run's name where it is given none, and what tells it
+    from the other runs of an array."""
     here, (otherwise, suffix) = not target.is_elsewhere, names
     loaded = load_experiment(
         source,
@@ -163,7 +163,7 @@ def _load(
         raise ConfigError("holds the end of a line", key="--save-folder")
     target.check_folder(folder, config.run.work_dir)
     check(config, environ, loaded.origins, elsewhere=target.is_elsewhere)
-    return stored, folder
+    return stored, loaded.origins, folder
 
 
 def _environ(target: Target) -> dict[str, str]:

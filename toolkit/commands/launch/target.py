@@ -5,9 +5,12 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, Literal, NamedTuple
 
+from toolkit.commands.launch import TARGETS
 from toolkit.commands.launch.job import Job
 from toolkit.config import Config
+from toolkit.config.named import is_name, named, users_class
 from toolkit.config.secrets import is_secret_name, mask_secrets
+from toolkit.config.types import nearest
 from toolkit.distributed.engines import EngineName
 from toolkit.errors import ConfigError, ErrorList, ToolkitError
 
@@ -172,6 +175,21 @@ class Target(Config, kw_only=True):
     def stop(self, record: Record, *, now: bool) -> str:
         """End the job, after a checkpoint unless `now`; what was done, as a line."""
         raise NotImplementedError
+
+
+def target_class(name: str) -> type[Target]:
+    """The class of a target: one of `TARGETS`, or a user's "module:Class". Raises ConfigError:
+    there is none, or it is not derived from `Target`."""
+    if name in TARGETS:
+        return named(TARGETS[name])
+    if not is_name(name):
+        hint = nearest(name, TARGETS)
+        known = f"did you mean {hint}?" if hint else f"there are {', '.join(TARGETS)}"
+        raise ConfigError(f"no such target: {name!r}; {known}", key="--to")
+    found = users_class(name, key="--to")
+    if not (isinstance(found, type) and issubclass(found, Target)):
+        raise ConfigError(f"{name}: derive it from {__name__}.Target", key="--to")
+    return found
 
 
 def check_secrets_here(names: Sequence[str]) -> Iterator[tuple[str, str]]:
