@@ -41,6 +41,7 @@ def test_recipes_show_and_copy_give_the_file_itself(
         "fsdp.yaml: `accelerate launch --config_file fsdp.yaml -m toolkit train CONFIG`\n"
     )
     assert (tmp_path / "fsdp.yaml").read_text() == recipe_text("fsdp.yaml")
+    assert output(capsys, "recipes", "copy", "smoke.json").startswith("smoke.json: edit it")
     assert str(tmp_path / "zero2.json") in output(capsys, "recipes", "copy", "zero2.json")
 
 

@@ -28,7 +28,13 @@ from toolkit.evaluate.tasks.metrics import task_numbers
 from toolkit.evaluate.tasks.names import check_names, load_task
 from toolkit.evaluate.tasks.scoring import Share, log_likelihoods, plan_batches
 from toolkit.evaluate.tasks.task import Choice, Task, check_lengths, read_task
-from toolkit.train.callbacks.config import DownstreamEvaluatorConfig
+from toolkit.train.callbacks.config import (
+    CallbacksConfig,
+    DownstreamEvaluatorConfig,
+    EarlyStoppingConfig,
+)
+from toolkit.train.config import TrainerConfig
+from toolkit.train.scores import check_metrics_in
 
 CPU = torch.device("cpu")
 QUESTIONS = [("one two", [" three", " a"], 0), ("yes", ["no", " ü", " maybe"], 2)]
@@ -340,7 +346,7 @@ def test_evaluations_are_of_the_weights_for_evaluations(tmp_path: Path) -> None:
     evaluator.state = SimpleNamespace(
         step=0,
         is_main=True,
-        config=SimpleNamespace(no_evals=False),
+        config=TrainerConfig(),
         train_module=module,
         evaluated_weights={"": module.evaluating},
         train_loader=SimpleNamespace(tokenizer_folder=tmp_path / "tokenizer", sequence_length=64),
@@ -363,8 +369,20 @@ def test_evaluations_are_of_the_weights_for_evaluations(tmp_path: Path) -> None:
     assert recorded == [("downstream/own", 2)]
     assert inside
     assert all(inside)
+    for metric, message in [
+        ("downstream/own/acc", "there is no 'downstream/own/acc'; there are downstream/own/accur"),
+        ("downstream/own/accuracy", None),
+    ]:
+        stopping = EarlyStoppingConfig(enabled=True, metric=metric)
+        callbacks = CallbacksConfig(early_stopping=stopping, downstream_evaluator=config)
+        evaluator.state.config = TrainerConfig(callbacks=callbacks)
+        check_metrics_in({}, evaluator.state.config)
+        with pytest.raises(ConfigError, match=message) if message else contextlib.nullcontext():
+            again.pre_train()  # before the first step
     evaluator.state.train_loader.tokenizer_folder = None
     with pytest.raises(
         ConfigError, match=r"^trainer\.callbacks\.downstream_evaluator\.tasks: the tr"
     ):
         again.pre_train()
+    evaluator.state.config = TrainerConfig(no_evals=True)
+    again.pre_train()  # no task is read

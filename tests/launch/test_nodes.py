@@ -4,6 +4,7 @@ import contextlib
 import json
 import logging
 import socket
+import sys
 import threading
 import time
 from typing import Any
@@ -14,7 +15,7 @@ import pytest
 from tests.workers import free_port
 from toolkit.distributed.ranks import loopback_interface
 from toolkit.errors import ConfigError, ToolkitError, TrainingError
-from toolkit.launch import interfaces
+from toolkit.launch import interfaces, workers
 from toolkit.launch import nodes as module
 from toolkit.launch.nodes import TOKEN, Common, Failed, Meeting, Nodes, meet
 
@@ -237,6 +238,37 @@ def test_a_port_that_is_taken_is_named(nodes: Nodes) -> None:
     with socket.create_server((nodes.host, nodes.port)):
         said = Machine(nodes).refusal()
     assert said.startswith(f"node 0 cannot listen at 127.0.0.1:{nodes.port}: Address already in")
+
+
+@pytest.mark.parametrize(
+    ("code", "expected"),
+    [
+        ("sys.exit(3 if rank == '3' else time.sleep(60))", [3, 3]),
+        ("os.kill(os.getpid(), 9) if rank == '1' else time.sleep(60)",
+         ["rank 1 was killed", f"rank 1 on node 0 ({socket.gethostname()}) was killed"]),
+        ("print(os.environ['WORLD_SIZE'], os.environ['LOCAL_RANK'])", [0, 0]),
+    ],
+)  # fmt: skip
+def test_a_process_that_fails_ends_those_of_all_machines(
+    code: str, expected: list[Any], nodes: Nodes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(workers, "_SECONDS_TO_EXPLAIN", 0.0)
+    head = "import os, sys, time; rank = os.environ['RANK']\n"
+    command = [sys.executable, "-S", "-c", head + code]
+    found: dict[int, Any] = {}
+
+    def start(rank: int) -> None:
+        try:
+            found[rank] = workers.launch(command, 2, nodes=nodes._replace(rank=rank), common=COMMON)
+        except TrainingError as error:
+            found[rank] = str(error).partition(" (SIG")[0]
+
+    both = [threading.Thread(target=start, args=(rank,)) for rank in (0, 1)]
+    for thread in both:
+        thread.start()
+    for thread in both:
+        thread.join(30)
+    assert [found[0], found[1]] == expected
 
 
 NETWORK = {"eth0": ["10.0.0.5", "fd00::5"], "down0": [], "lo": ["127.0.0.1", "::1"]}

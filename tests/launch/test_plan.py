@@ -2,6 +2,7 @@
 
 import os
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -102,11 +103,23 @@ def test_cores_and_memory_bound_processes_without_gpus(monkeypatch: pytest.Monke
     machine(monkeypatch, gpus=1, usable=0)  # torch is built for CPUs
     capacity.check_processes(32, {})
     assert "has 2 cores, for at most 32 processes" in refusal(33)
-    machine(monkeypatch, free=1.1e9)
+    machine(monkeypatch, free=1.7e9)
     capacity.check_processes(4, {})
-    assert "has 1.1 GB of free memory, for at most 4 processes of 0.25 GB" in refusal(5)
+    assert "has 1.7 GB of free memory, for at most 4 processes of 0.4 GB" in refusal(5)
     machine(monkeypatch, free=0)
     capacity.check_processes(1, {})
+
+
+def test_free_memory_of_a_container_counts_what_can_be_freed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    group = {"memory.max": "1000", "memory.current": "900", "memory.stat": "file 700\nshmem 100\n"}
+    for name, text in group.items():
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(capacity, "_CONTAINER", tmp_path)
+    assert capacity._free_memory() == 700
+    (tmp_path / "memory.max").write_text("max\n")
+    assert capacity._free_memory() > 1000
 
 
 def test_free_memory_is_that_of_the_machine_at_most() -> None:

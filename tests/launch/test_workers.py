@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -120,6 +121,28 @@ sys.exit(1)
     workers = workers_of(code, tmp_path)
     assert workers.wait(0.2) == Failed(None, "", 0, 1)
     assert [process.poll() for process in workers._processes] == [1, -signal.SIGKILL]
+
+
+@pytest.mark.parametrize(
+    ("code", "expected"),
+    [
+        ("time.sleep(0.3)", None),
+        (f"time.sleep(0.3); sys.exit({EXIT_STOPPED})", EXIT_STOPPED),
+        ("time.sleep(600)", "lost"),
+    ],
+)
+def test_a_lost_machine_matters_to_those_that_cannot_end_without_it(
+    code: str, expected: int | str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lost = Failed(1, "node1", None, None)
+    meeting: Any = SimpleNamespace(poll=lambda: lost, tell=lambda **_: None, first_rank=0)
+    if expected == "lost":
+        monkeypatch.setattr(module, "SECONDS_TO_FOLLOW", 0.0)
+    workers = workers_of(code, tmp_path)
+    workers._meeting = meeting
+    failed = workers.wait(30)
+    assert failed == lost if expected == "lost" else (failed and failed.code) == expected
+    assert all(process.poll() is not None for process in workers._processes)
 
 
 def when_all_are_there(tmp_path: Path, do: Any) -> None:

@@ -50,7 +50,7 @@ def copy_recipe(name: str, destination: str | Path) -> Path:
     """Write a recipe, or one of `engine_files`, to the file `destination`, or into that folder;
     returns the file."""
     text, path = recipe_text(name), local_path(str(destination), "DEST")
-    own_name = name if name in engine_files() else f"{name}.json"
+    own_name = name if name in engine_files() else f"{name.removesuffix('.json')}.json"
     path = path / own_name if path.is_dir() else path
     try:
         with path.open("x", encoding="utf-8") as file:

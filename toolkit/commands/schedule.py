@@ -77,7 +77,6 @@ def plot_schedule(loaded: LoadedExperiment) -> SchedulePlot:
     found = ErrorList()
     found.ask(check_batch_schedules, config.data)
     found.ask(check_schedules, config.train_module)
-    found.ask(config.train_module.scheduler.check)
     found.ask(check_schedule_lengths, config, batches, loaded.origins)
     found.raise_any()
     total = Timeline.of(config.trainer, batches.steps_of).total_steps
@@ -98,7 +97,7 @@ def plot_schedule(loaded: LoadedExperiment) -> SchedulePlot:
 
 def _value(setting: Scheduled, step: int, total: int, batches: Batches) -> float:
     progress = Progress.at(step, total, batches)
-    return setting.peak * factor_at(setting.schedule, progress, setting.peak)
+    return setting.peak * factor_at(setting.schedule, progress, setting.peak, setting.name)
 
 
 def _steps(

@@ -60,7 +60,7 @@ class CorpusInfo(NamedTuple):
         if self.rows is None:
             return None
         if isinstance(config.dataset.instances, VariableInstancesConfig):
-            tokens, per_batch = config.data_loader.global_batch_size, config.phases[0]
+            tokens, per_batch = config.data_loader.first_batch_size, config.phases[0]
             batches = sum(number // max(1, tokens // length) for length, number in self.rows)
             return batches * per_batch.batch_instances
         return sum(number for _, number in self.rows)

@@ -347,8 +347,8 @@ def _merge(launched: Choice, configured: Choice) -> Choice:
         left = f"; or `unset {variable}`, which no `accelerate launch` of this process set"
         raise ConfigError(
             f"two engines asked for: {launched.origin} says {name}, {configured.origin} "
-            f"says {asked}; remove {DP_CONFIG} or launch with "
-            f"accelerate_configs/{asked}.yaml{'' if is_accelerated() else left}"
+            f"says {asked}; remove {DP_CONFIG} or launch with {asked}.yaml (`toolkit recipes copy "
+            f"{asked}.yaml`){'' if is_accelerated() else left}"
         )
     default = DataParallelConfig(name=name)
     merged = {}

@@ -40,10 +40,11 @@ from toolkit.models.parameters import (
 from toolkit.runs.files import RUN_FILES
 from toolkit.runs.registry import is_run
 from toolkit.storage.remote import is_url
+from toolkit.train.callbacks.config import TWO_AVERAGES
 from toolkit.train.config import NO_BASE, TrainerConfig, check_basic
 from toolkit.train.progress import no_checkpoint
 from toolkit.train.scheduled import check_schedules
-from toolkit.train.scores import check_best_metric_in
+from toolkit.train.scores import check_metrics_in
 from toolkit.wording import count
 
 BYTE_VOCAB_SIZE = 257
@@ -107,9 +108,12 @@ def check_experiment(
     found.ask(check_batch_schedules, config.data)
     if has_model and has_names:
         found.ask(check_parameters, config)
+    else:
+        found.ask(check_schedules, config.train_module)
     found.ask(_check_own_classes, config)
     found.ask(_check_adapter, config)
-    found.ask(_check_best_metric, config)
+    found.ask(_check_metrics, config)
+    found.ask(_check_averages, config)
     found.raise_any()
 
 
@@ -124,8 +128,6 @@ def check_parameters(config: ExperimentConfig) -> TrainedParameters:
         with found.collecting():
             has_adapter = module.lora is not None
             module.optim.check_model(has_tied_head=model.tie_embeddings, has_adapter=has_adapter)
-        with found.collecting():
-            module.scheduler.check()
         found.ask(check_schedules, module)
         parameters = trained_parameters(model, freeze=module.freeze, lora=module.lora)
         quantised_layers(model, module.lora)
@@ -142,6 +144,9 @@ def besides_layout(config: ExperimentConfig) -> Besides:
         own_model=model.target if isinstance(model, ClassModelConfig) else None,
         optim=module.optim,
         quantize_base=module.lora.quantize_base if module.lora is not None else None,
+        compiles_selected_ops=module.compile_model
+        and module.ac_config is not None
+        and module.ac_config.mode == "selected_ops",
     )
 
 
@@ -188,7 +193,7 @@ def _check_own_classes(config: ExperimentConfig) -> None:
             callback.own_class(name)
 
 
-def _check_best_metric(config: ExperimentConfig) -> None:
+def _check_metrics(config: ExperimentConfig) -> None:
     # Before hours of preparing; what the data has held out is looked at once it is there.
     sets = [VAL]
     if config.dataset.mix is not None:
@@ -196,7 +201,13 @@ def _check_best_metric(config: ExperimentConfig) -> None:
             # Any of them may have nothing held out, and one that is left is no total.
             sets += [source.name for source in resolve_mix(config.dataset)]
     others = list(config.dataset.eval_sets)
-    check_best_metric_in(dict.fromkeys([*others, *sets], True), config.trainer, others)
+    check_metrics_in(dict.fromkeys([*others, *sets], True), config.trainer, others)
+
+
+def _check_averages(config: ExperimentConfig) -> None:
+    has_average = config.train_module.optim.traits().keeps_average
+    if config.trainer.callbacks.ema.enabled and has_average:
+        raise ConfigError(TWO_AVERAGES, key="trainer.callbacks.ema.enabled")
 
 
 def _check_adapter(config: ExperimentConfig) -> None:
@@ -243,18 +254,18 @@ def batches_of(config: ExperimentConfig, corpus: CorpusInfo | None) -> Batches:
 def rank_microbatch_size(config: ExperimentConfig, world_size: int) -> int:
     """Tokens per forward on one rank: the configured number, or the rank's share of a batch."""
     configured = config.train_module.rank_microbatch_size
-    return configured or config.data_loader.global_batch_size // world_size
+    return configured or config.data_loader.first_batch_size // world_size
 
 
 def gradient_accumulation_steps(
     config: ExperimentConfig, world_size: int, batch: int | None = None
 ) -> int:
     """Forward and backward passes per optimizer step on one rank, for a global batch of `batch`
-    tokens; default: `data_loader.global_batch_size`."""
+    tokens; default: the first."""
     microbatch = config.train_module.rank_microbatch_size
     if microbatch is None:
         return 1
-    return (batch or config.data_loader.global_batch_size) // (microbatch * world_size)
+    return (batch or config.data_loader.first_batch_size) // (microbatch * world_size)
 
 
 def _check_sequence(config: ExperimentConfig) -> None:

@@ -45,12 +45,14 @@ def engine_files() -> list[str]:
 
 
 def recipe_text(name: str) -> str:
-    """The text of a recipe, or of one of `engine_files`, as it stands in the package."""
+    """The text of a recipe (NAME or NAME.json), or of one of `engine_files`, as it stands in the
+    package."""
     if name in engine_files():
         return (_folder() / "engines" / name).read_text(encoding="utf-8")
-    if name not in recipe_names():
+    own = name.removesuffix(".json")
+    if own not in recipe_names():
         raise ConfigError(f"{name}: no such recipe; {recipe_hint(name)}")
-    return (_folder() / f"{name}.json").read_text(encoding="utf-8")
+    return (_folder() / f"{own}.json").read_text(encoding="utf-8")
 
 
 def recipe_hint(name: str) -> str:

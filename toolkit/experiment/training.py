@@ -40,7 +40,7 @@ from toolkit.runs.manager import RunManager
 from toolkit.runs.registry import is_run, resolve_run_folder, start_run
 from toolkit.train.progress import nothing_left
 from toolkit.train.run_config import log_config
-from toolkit.train.scores import check_best_metric
+from toolkit.train.scores import check_metrics
 from toolkit.train.trainer import HARD_STOP, Trainer, TrainResult
 from toolkit.wording import count
 
@@ -64,7 +64,7 @@ class Training:
             vocab_size=config.model.vocab_size,
             corpus=self.corpus,
         )
-        check_best_metric(config.trainer, evaluation)
+        check_metrics(config.trainer, evaluation)
         downstream = config.trainer.callbacks.downstream_evaluator
         if downstream.is_wanted:
             named("toolkit.evaluate.tasks.names:check_names")(downstream.tasks)

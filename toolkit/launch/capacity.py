@@ -15,8 +15,10 @@ from toolkit.wording import count
 
 PROCESSES_PER_CORE = 16
 """What is started on CPUs at most, to try a layout out."""
-BYTES_PER_PROCESS = 250_000_000
+BYTES_PER_PROCESS = 400_000_000
 """Memory that a process has to itself before it has any of a model (docs/launching.md)."""
+
+_CONTAINER = Path("/sys/fs/cgroup")
 
 
 class Capacity(NamedTuple):
@@ -73,7 +75,11 @@ def _free_memory() -> int:
     """Bytes that processes can still take: of the machine, and of this container (cgroup v2)."""
     free = int(psutil.virtual_memory().available)
     with contextlib.suppress(OSError, ValueError):  # none, or "max"
-        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
-        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
+        limit = int((_CONTAINER / "memory.max").read_text())
+        used = int((_CONTAINER / "memory.current").read_text())
+        lines = (_CONTAINER / "memory.stat").read_text().splitlines()
+        parts = {name: int(size) for name, _, size in (line.partition(" ") for line in lines)}
+        # Files that are cached make room when it is needed; files in memory do not.
+        used -= parts.get("file", 0) - parts.get("shmem", 0)
         free = min(free, max(0, limit - used))
     return free

@@ -16,6 +16,8 @@ from toolkit.launch.interfaces import interface_of
 PROTOCOL = 1
 _LONGEST = 1 << 20
 """Bytes of a message."""
+_MOST = 100
+"""Messages that are read at a time, about."""
 _SHOWN = 5
 
 
@@ -91,7 +93,7 @@ class Connection:
         other.settimeout(5.0)
         other.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.challenge = ""
-        self.heard_at = time.monotonic()
+        self.opened_at = self.heard_at = time.monotonic()
         self._socket = other
         self._buffer = b""
 
@@ -129,6 +131,8 @@ class Connection:
                 raise Gone("does not speak like a launcher of toolkit") from None
             if lines:
                 self.heard_at = time.monotonic()
+            if len(found) > _MOST:
+                break
         return found
 
     def close(self) -> None:

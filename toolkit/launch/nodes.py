@@ -12,6 +12,7 @@ prove that they know it; torch's store and collectives, between the processes, k
 """
 
 import contextlib
+import hmac
 import logging
 import os
 import secrets
@@ -306,10 +307,10 @@ class _Head(_Side):
             return True
         hello = next((m for m in messages if isinstance(m, Hello)), None)
         if hello is None:
-            if is_idle := time.monotonic() - stranger.heard_at > _HELLO_SECONDS:
+            if is_idle := time.monotonic() - stranger.opened_at > _HELLO_SECONDS:
                 stranger.close()
             return is_idle
-        if hello.proof != hello.proof_for(self.token, stranger.challenge):
+        if not _equal(hello.proof, hello.proof_for(self.token, stranger.challenge)):
             with contextlib.suppress(OSError):
                 stranger.send(Refused(reason=f"{TOKEN} is not that of the head ({_host()})"))
             log.warning("%s came with another %s than this machine's", hello.host, TOKEN)
@@ -396,7 +397,7 @@ class _Member(_Side):
                 elif isinstance(message, Refused):
                     raise ConfigError(message.reason)
                 elif isinstance(message, Go):
-                    if message.proof != proof(self.token, nonce):
+                    if not _equal(message.proof, proof(self.token, nonce)):
                         raise ConfigError(
                             f"who answers at {self.where} does not know {TOKEN}: not the head of "
                             "this run, or started without it"
@@ -422,6 +423,10 @@ class _Member(_Side):
         signed = hello.proof_for(self.token, challenge.challenge)
         with contextlib.suppress(OSError):
             connection.send(msgspec.structs.replace(hello, proof=signed))
+
+
+def _equal(told: str, expected: str) -> bool:
+    return hmac.compare_digest(told.encode(), expected.encode())
 
 
 def _close(connections: Iterable[Connection]) -> None:

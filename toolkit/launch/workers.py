@@ -84,6 +84,8 @@ def launch(
         with signals.holding_back():
             workers = Workers(command, environments, meeting)
             stack.enter_context(signals.listening(workers))
+        if meeting is not None and meeting.store is not None:
+            meeting.store.close()  # it is rank 0's
         failed = workers.wait(seconds)
         folder = folder or _noted_run(place)
     if failed is None:
@@ -168,12 +170,11 @@ class Workers(signals.Receiver):
                     self._end(signal.SIGTERM)
                 if now >= kill_at:
                     self._end(signal.SIGKILL)
-                time.sleep(0.02)
+                time.sleep(0.05)
             first = first or self._failed()
             if first is not None and first.code is None:
-                # What was lost does not matter to those that ended by themselves.
-                here = self._failed_here()
-                first = first if here is None or (here.code or 0) < 0 else here
+                # What was lost does not matter where all ended by themselves.
+                first = self._ended_here(first)
             if first is None and self._meeting is not None:
                 self._meeting.tell(rank=None, code=EXIT_DONE)
         finally:
@@ -188,6 +189,11 @@ class Workers(signals.Receiver):
             self._meeting.tell(rank=here.rank, code=here.code)
             return here
         return self._meeting.poll()
+
+    def _ended_here(self, lost: Failed) -> Failed | None:
+        """How this machine's processes ended, after another machine was `lost`."""
+        here = self._failed_here()
+        return lost if here is not None and (here.code or 0) < 0 else here
 
     def _failed_here(self) -> Failed | None:
         before = self._meeting.first_rank if self._meeting is not None else 0

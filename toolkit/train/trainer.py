@@ -32,7 +32,7 @@ from toolkit.train.ending import (
     listening,
     start_watchdog,
 )
-from toolkit.train.hooks import Hook, by_name, find_hooks
+from toolkit.train.hooks import Hook, add_metrics, by_name, find_hooks
 from toolkit.train.module import TrainModule
 from toolkit.train.restoring import restore_training
 from toolkit.train.state import TrainState
@@ -163,10 +163,6 @@ class Trainer:
             with listening(state):
                 self._call("pre_train")
                 reason = self._loop()
-                if stop.is_agreed and stop.reason == FINISH:
-                    stop.withdraw()
-                    reason, state.stop_step = None, state.step
-                    state.finish_reason = environment.broadcast(state.finish_reason)
                 if not stop.is_agreed:
                     self._call("post_train")  # polls too: evaluating takes time
                 if stop.is_agreed:
@@ -210,8 +206,13 @@ class Trainer:
         try:
             while state.step < state.stop_step:
                 state.step_started = time.perf_counter()
-                if state.step % interval == 0 and state.should_stop():
-                    break
+                if state.step % interval == 0:
+                    if state.should_stop():
+                        break
+                    if state.stop_request.is_complete:
+                        asked = state.environment.broadcast(state.asked_to_finish)
+                        state.finish(asked or FINISH, is_agreed=True)
+                        break
                 state.heartbeat.beat("waiting for data", state.step + 1)
                 done = state.step, state.tokens
                 waiting = time.perf_counter()
@@ -244,8 +245,9 @@ class Trainer:
         for _, hook in self._hooks["pre_optim_step"]:
             hook()
         metrics |= module.optim_step(before)
-        for _, hook in self._hooks["post_step"]:
-            metrics |= hook() or {}
+        for name, hook in self._hooks["post_step"]:
+            if (found := hook()) is not None:
+                add_metrics(metrics, found, name, state.step)
         values: dict[str, Any] = {
             "tokens": state.tokens,
             "epoch": state.train_loader.batches.epochs_done(state.step),
@@ -269,7 +271,8 @@ class Trainer:
             return  # saving flushes
         try:
             state.recorder.flush()
-            self._call("on_failure")
+            if stop.is_agreed or any(state.environment.gather(state.failure is not None)):
+                self._call("on_failure")
         except ToolkitError:
             if state.failure is None:  # else a consequence
                 raise

@@ -83,6 +83,17 @@ def sender_of(folder, attempt=1, warnings=None):
     return Sender(folder, config, attempt=attempt, warn=say, tell=say)
 
 
+def test_what_a_library_says_is_told_without_secrets(folder, remote):
+    with open_run(folder), MetricStreams(folder, tensorboard=()) as streams:
+        write_steps(streams, 1, 2)
+    warnings = []
+    made = sender_of(folder, warnings=warnings)
+    made._path.parent.mkdir(exist_ok=True)
+    session = made._open()
+    session.service.tell("a sample is not stored: at s3://key:secret12@store/x?signature=secret45")
+    assert warnings[-1] == "a sample is not stored: at s3://key:***@store/x?signature=***"
+
+
 def run_sender(folder, outcome="finished", **options):
     end = End()
     end.come(outcome)

@@ -163,7 +163,7 @@ class Sender:
             raise RunError(f"{self._folder}: is no run")
         run = TrackedRun(self._folder, status.name, status.experiment, sent.key)
         self._save(sent)
-        service = open_service(self._config, run, self._warn)
+        service = open_service(self._config, run, lambda text: self._warn(_masked(text)))
         opened = service.open(sent.run_id)
         sent.run_id, sent.where = opened.run_id, mask_secrets(opened.where)
         last = opened.last_step
@@ -216,6 +216,11 @@ class Sender:
 
 
 def _line(error: Exception) -> str:
-    """An error of a library as one line without secrets."""
+    """An error of a library as one line."""
     text = " ".join(str(error).split())
-    return str(mask_secrets(shortened(f"{type(error).__name__}: {text}" if text else repr(error))))
+    # Masked whole: a secret that is cut would not look like one.
+    return shortened(_masked(f"{type(error).__name__}: {text}" if text else repr(error)))
+
+
+def _masked(text: str) -> str:
+    return str(mask_secrets(text))
