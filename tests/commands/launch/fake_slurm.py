@@ -85,9 +85,10 @@ def daemon(words):
         if os.path.exists(path(job, "cancel")):
             write(job, "state", "CANCELLED by 0")
             return
+        again = {"SLURM_RESTART_COUNT": str(restart)} if restart else {}
         with open(output.replace("%%", "%"), "ab") as log:
             batch = subprocess.Popen(
-                ["bash", path(job, "script")], env=environ | {"SLURM_RESTART_COUNT": str(restart)},
+                ["bash", path(job, "script")], env=environ | again,
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
             )  # fmt: skip
         write(job, "state", "RUNNING")

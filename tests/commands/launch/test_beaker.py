@@ -141,7 +141,7 @@ def test_what_is_made_is_what_the_dry_run_prints(
     assert (printed["budget"], printed["retry"]) == ("ai2/oe", {"allowedTaskRetries": 2})
     last = task["arguments"][0].splitlines()[-1]
     assert last.startswith(
-        "exec python -m toolkit train /tmp/first.json --save-folder /weka/training/first "
+        "exec python -m toolkit train /tmp/toolkit-config.json --save-folder /weka/training/first "
         '--processes 8 --nodes 2 --head "$BEAKER_LEADER_REPLICA_HOSTNAME":'
     )
     assert last.endswith(' --node-rank "$BEAKER_REPLICA_RANK" --debug')

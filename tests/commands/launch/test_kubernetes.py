@@ -205,7 +205,7 @@ def test_what_is_made_is_what_the_dry_run_prints(
     port = script.rpartition(f"--head {head}:")[2].split()[0]
     assert script.endswith(
         f"until getent hosts {head} > /dev/null; do sleep 1; done\n"
-        "exec python -m toolkit train /tmp/First_Run.json --save-folder /data/runs/First_Run "
+        "exec python -m toolkit train /tmp/toolkit-config.json --save-folder /data/runs/First_Run "
         f"--processes 8 --engine fsdp --nodes 2 --head {head}:{port} "
         '--node-rank "$JOB_COMPLETION_INDEX"\n'
     )
@@ -241,7 +241,7 @@ def test_the_script_of_a_container_runs(
         process.send_signal(signal.SIGTERM)  # it reaches the run, not a shell
         assert process.wait(20) == 75
     arguments, seen = json.loads((tmp_path / "calls").read_text())
-    config, head = str(tmp_path / "First_Run.json"), arguments[-3]
+    config, head = str(tmp_path / "toolkit-config.json"), arguments[-3]
     flags = ["--processes", "1", "--nodes", "2", "--head", head, "--node-rank", "1"]
     assert arguments == ["train", config, "--save-folder", f"{tmp_path}/runs/First_Run", *flags]
     assert head.startswith("first-run-master-0:")

@@ -83,10 +83,11 @@ def test_stop_saves_and_does_not_queue_again(
     assert len(calls(tmp_path)) == 1
     assert run("jobs", "status", "a") == 0
     assert "stopped (FAILED, exit code 75" in capsys.readouterr().out
-    # Nothing runs any more: the same run may be launched again, and is continued.
+    # Nothing runs any more: the same run may be launched again, with what this command says.
     assert run(*SMOKE, "--save-folder", "runs/smoke/a", "--python", python) == 0
-    wait_for(lambda: state(slurm, "101") == "COMPLETED")
-    assert calls(tmp_path)[-1][0][0] == "resume"
+    wait_for(lambda: len(calls(tmp_path)) == 2)
+    assert calls(tmp_path)[1][0][0] == "train"
+    assert run("jobs", "stop", "a", "--now") == 0
 
 
 def test_a_pending_job_is_cancelled_and_keeps_others_out(
@@ -140,7 +141,7 @@ def test_what_is_submitted_is_what_the_dry_run_prints(
         *(
             f"#SBATCH {line}"
             for line in (
-                *("--job-name=it's-100%", "--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=2"),
+                *("--job-name=it-s-100", "--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=2"),
                 *("--mem=500G", "--partition=gpu", "--account=me", "--qos=high"),
                 *("--time=2-00:00:00", "--constraint=a100&ib", "--exclusive", "--no-requeue"),
                 "--signal=B:USR1@120",

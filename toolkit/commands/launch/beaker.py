@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any, ClassVar, Literal
 
 from toolkit.commands.launch.containers import Containers, secret_pair, to_yaml
-from toolkit.commands.launch.job import Job, script_with_config
+from toolkit.commands.launch.job import Job, plain_name, script_with_config
 from toolkit.commands.launch.target import (
     OVER,
     JobStatus,
@@ -126,20 +126,21 @@ class Beaker(Containers, kw_only=True):
         return spec
 
     def submit(self, job: Job) -> Submission:
+        name = plain_name(job.name)
         with self._connected() as client:
             from beaker import BeakerExperimentSpec
             from beaker.exceptions import BeakerExperimentConflict
 
             spec = BeakerExperimentSpec.from_json(self.spec(job))
             try:
-                workload = client.experiment.create(spec=spec, name=job.name)
+                workload = client.experiment.create(spec=spec, name=name)
             except BeakerExperimentConflict:
-                taken = f"beaker: an experiment {job.name!r} exists; choose another --name"
+                taken = f"beaker: an experiment {name!r} exists; choose another --name"
                 raise LaunchError(taken) from None
             except BaseException:
                 # It may be there all the same: the answer comes from a second request.
-                for found in client.workload.list(name_or_description=job.name):
-                    if found.experiment.name == job.name:
+                for found in client.workload.list(name_or_description=name):
+                    if found.experiment.name == name:
                         client.workload.cancel(found)
                 raise
             return Submission((workload.experiment.id,), {}, link=client.workload.url(workload))

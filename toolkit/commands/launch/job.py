@@ -1,5 +1,6 @@
 """What is sent to a target: pure data, and the lines of shell that start it on each machine."""
 
+import re
 import shlex
 import zlib
 from collections.abc import Mapping
@@ -8,6 +9,9 @@ from typing import NamedTuple
 from toolkit.runs.files import RUN_FILES
 
 _FIRST_PORT, _PORTS = 20_000, 10_000
+_UNUSUAL = re.compile(r"[^\w.-]+", re.ASCII)
+_CONFIG_FILE = "/tmp/toolkit-config.json"
+"""In a container."""
 
 
 class Member(NamedTuple):
@@ -81,6 +85,11 @@ class Job(NamedTuple):
         return [*lines, *self.setup]
 
 
+def plain_name(name: str) -> str:
+    """`name` in letters that every scheduler takes."""
+    return _UNUSUAL.sub("-", name).strip("-.") or "run"
+
+
 def port_of(folder: str) -> int:
     """The port of machine 0 where the machines of the run in `folder` meet: always the same for
     one run, and most likely another one for another run."""
@@ -91,15 +100,14 @@ def script_with_config(job: Job, *, rank: str, head: str) -> str:
     """What a container without this machine's files runs: the config, and the command in the
     shell's place, so that signals reach it. A run folder that holds a run is continued. Names of
     machines may take a while to be known."""
-    flags = job.flags(rank=rank, head=head)
-    config = f"/tmp/{job.name}.json"
+    flags, folder = job.flags(rank=rank, head=head), shlex.quote(job.run.folder)
     lines = [
         "set -eu",
         *job.preamble(),
-        f"cat > {config} <<'END_OF_CONFIG'",
+        f"cat > {_CONFIG_FILE} <<'END_OF_CONFIG'",
         job.run.config,
         "END_OF_CONFIG",
         *([f"until getent hosts {head} > /dev/null; do sleep 1; done"] if job.nodes > 1 else []),
-        f"exec {job.start} train {config} --save-folder {shlex.quote(job.run.folder)} {flags}",
+        f"exec {job.start} train {_CONFIG_FILE} --save-folder {folder} {flags}",
     ]
     return "\n".join(lines).rstrip() + "\n"

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from toolkit.commands.launch.follow import follow_files
-from toolkit.commands.launch.job import Job
+from toolkit.commands.launch.job import Job, plain_name
 from toolkit.commands.launch.target import (
     OVER,
     JobStatus,
@@ -25,7 +25,7 @@ from toolkit.commands.launch.target import (
     Target,
     check_secrets_here,
 )
-from toolkit.errors import EXIT_STOPPED
+from toolkit.errors import EXIT_STOPPED, ConfigError
 from toolkit.runs.files import RUN_FILES
 from toolkit.storage.atomic import write_atomic
 
@@ -113,6 +113,11 @@ class Slurm(Target, kw_only=True):
             return [[f"--seed={seed}"] for seed in self.seeds]
         return [shlex.split(words) for words in self.array] or [[]]
 
+    def check_folder(self, folder: str, work_dir: str | None) -> None:
+        if '"' in folder or "\\" in folder:
+            problem = f"{folder}: sbatch takes no quotes and backslashes in the name of a log"
+            raise ConfigError(problem, key="--save-folder")
+
     def render(self, job: Job) -> str:
         return "\n".join([*self._directives(job), *self._body(job)]) + "\n"
 
@@ -121,7 +126,7 @@ class Slurm(Target, kw_only=True):
         folder = _prefix(job).replace("%", "%%") + ("%a" if several else "")
         log = f"{folder}/{RUN_FILES.logs}/slurm-{'%A_%a' if several else '%j'}.log"
         lines = [
-            f"--job-name={'-'.join(job.name.split())}",
+            f"--job-name={plain_name(job.name)}",
             f"--nodes={job.nodes}",
             "--ntasks-per-node=1",
             None if not self.gpus else f"--gpus-per-node={self.gpus}",
@@ -158,7 +163,8 @@ class Slurm(Target, kw_only=True):
             f"run={shlex.quote(_prefix(job))}"
             + ('"$SLURM_ARRAY_TASK_ID"' if len(job.members) > 1 else ""),
             f'what=(train "$run/{RUN_FILES.launch_config}" --save-folder "$run")',
-            f'[ ! -f "$run/{RUN_FILES.config}" ] || what=(resume "$run")',
+            f'[ ! -f "$run/{RUN_FILES.config}" ] || [ "${{SLURM_RESTART_COUNT:-0}}" -eq 0 ] ||'
+            ' what=(resume "$run")',
             *(
                 ['head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)']
                 if on_several
@@ -288,8 +294,9 @@ def _call(*words: str) -> str:
     _program(words[0])
     try:
         done = subprocess.run(
-            words, capture_output=True, text=True, timeout=_SECONDS, check=False, errors="replace"
-        )
+            words, capture_output=True, text=True, timeout=_SECONDS, check=False,
+            errors="replace", start_new_session=True,
+        )  # fmt: skip
     except subprocess.TimeoutExpired:
         raise LaunchError(f"{words[0]}: no answer for {_SECONDS} s; is the scheduler up?") from None
     if done.returncode == 0:

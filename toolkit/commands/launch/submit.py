@@ -8,10 +8,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from toolkit import signals
 from toolkit.commands.dry_run import check
 from toolkit.commands.launch.job import Job, Member, port_of
 from toolkit.commands.launch.options import parse_options
-from toolkit.commands.launch.records import read_record, write_record
+from toolkit.commands.launch.records import read_record, target_of, write_record
 from toolkit.commands.launch.target import OVER, Record, Target, target_class
 from toolkit.commands.load import check_data_files, split_words
 from toolkit.distributed.ranks import ENGINE
@@ -96,7 +97,8 @@ def launch(plan: Plan) -> list[Record]:
     for home, member in zip(plan.homes, plan.job.members, strict=True):
         _check_free(home, member)
     submitted = utc_now()
-    with _prepared(plan):
+    # Ctrl-C comes before or after: a job that is half told nobody finds again.
+    with signals.holding_back(), _prepared(plan):
         answer = plan.target.submit(plan.job)
         records = [
             Record(
@@ -201,8 +203,6 @@ def _check_free(home: Path, member: Member) -> None:
     record = read_record(home)
     if record is None:
         return
-    from toolkit.commands.launch.records import target_of
-
     status = target_of(record).status(record)
     if status.state not in (*OVER, "unknown"):
         raise RunError(
