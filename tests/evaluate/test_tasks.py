@@ -237,6 +237,10 @@ def test_a_task_that_cannot_be_read_is_refused_by_its_line(tmp_path: Path) -> No
     write_task(tmp_path / "odd", metric="pass_at_1")
     with pytest.raises(DataError, match=r"primary_metric .* cannot be computed"):
         read_task(tmp_path / "odd", tokenizer)
+    odd = write_task(tmp_path / "list")
+    (odd / "config.json").write_text('{"task_config": {"primary_metric": ["acc_raw"]}}')
+    with pytest.raises(DataError, match=r"primary_metric \['acc_raw'\] cannot be computed"):
+        read_task(odd, tokenizer)
 
 
 def test_long_contexts_are_cut_and_said(tmp_path: Path) -> None:

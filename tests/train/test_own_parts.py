@@ -419,6 +419,12 @@ def in_python(place: str) -> list[Any]:
         except ConfigError as error:
             errors.append(str(error))
         found.append((given.events, given.restored, added.restored, listed + errors))
+        log = run.path("logs/rank0.log").read_text()
+        assert (
+            log.count(" parameters on 1 process, ") == log.count(f"): {run.folder}\n") == len(found)
+        )
+        assert f"done at step {steps}; everything is in {run.folder}" in log
+        assert f"checkpoint: {run.folder}/checkpoints/step{steps}" in log
         names = list(trainer.callbacks)
         assert names.index("lm_evaluator") < names.index("given") < names.index("added")
         assert names.index("added") < names.index("checkpointer")

@@ -338,7 +338,10 @@ def test_what_cannot_be_is_said_in_a_line() -> None:
 def test_a_profile_of_what_is_not_there_is_refused() -> None:
     environment = SimpleNamespace(device=torch.device("cpu"), world_size=2, rank=0)
     for config, said in (
-        (ProfilerConfig(enabled=True, memory_snapshot=True), "memory_snapshot needs a CUDA device"),
+        (
+            ProfilerConfig(enabled=True, memory_snapshot=True),
+            "memory_snapshot: needs a CUDA device",
+        ),
         (ProfilerConfig(enabled=True, ranks=(0, 2)), "there is no rank 2 of 2"),
     ):
         profiler = Profiler(config)

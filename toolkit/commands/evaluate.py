@@ -181,6 +181,11 @@ class FoundModel(NamedTuple):
             config = theirs.config.get_text_config()
             longest = getattr(config, "max_position_embeddings", None)
             return Loaded(theirs, place, config.vocab_size, longest)
+        if few_bits := _few_bits(self.run):
+            notify(
+                "the weights are exact here; training, and its metrics/eval.jsonl, has "
+                f"{few_bits}, so that numbers differ a little"
+            )
         # As training does: fp32 weights, computed on in the run's precision. Those of others are
         # rounded once.
         is_ours = self.source.kind != "hf"
@@ -196,6 +201,16 @@ class FoundModel(NamedTuple):
             is_ours=True,
             computed_in=compute_dtype(self.dtype) if is_ours else None,
         )
+
+
+def _few_bits(run: ExperimentConfig | None) -> str | None:
+    """What a run computes with in few bits, and nobody else does."""
+    if run is None:
+        return None
+    lora, float8 = run.train_module.lora, run.train_module.float8_config
+    if lora is not None and lora.quantize_base is not None:
+        return f"the base in {lora.quantize_base}"
+    return None if float8 is None else f"{float8.recipe} float8"
 
 
 class Loaded(NamedTuple):

@@ -59,8 +59,15 @@ def send(run_dir: str, tracker: str | None, say: Callable[[str], object]) -> boo
     for config in chosen:
         config.check()
     senders = [Sender(folder, config, attempt=None, warn=say, tell=say) for config in chosen]
-    is_sent = [sender.run(end) for sender in senders]  # each, also after one that is down
+    is_sent = [_send(sender, end, say) for sender in senders]  # each, also after one that is down
     return all(is_sent)
+
+
+def _send(sender: Sender, end: End, say: Callable[[str], object]) -> bool:
+    if not sender.is_up_to_date:
+        return sender.run(end)
+    say(f"{sender.title}: nothing is missing, by {sender.path}")
+    return True
 
 
 def _check_root(root: str) -> None:

@@ -63,10 +63,11 @@ class SchedulePlot(msgspec.Struct, frozen=True, kw_only=True):
         total = f"{count(self.total_steps, 'step')}, {count(self.total_tokens, 'token')}"
         return "\n\n".join([total, *parts, *(f"note: {line}" for line in self.notices)])
 
-    def write_png(self, path: Path) -> None:
-        """The curves as an image. Raises ConfigError: Pillow is not installed."""
+    def write_png(self, path: Path, *, config: str) -> None:
+        """The curves of `config` as an image. Raises ConfigError: Pillow is not installed."""
+        title = f"{config}: {count(self.total_steps, 'step')}, {count(self.total_tokens, 'token')}"
         curves = {curve.name: curve.values for curve in self.curves}
-        write_atomic(path, png(self.steps, curves, axis="step"))
+        write_atomic(path, png(self.steps, curves, axis="step", title=title))
 
 
 def plot_schedule(loaded: LoadedExperiment) -> SchedulePlot:

@@ -32,10 +32,7 @@ def apply_float8(
 ) -> None:
     """Let the chosen linear layers of a Transformer compute in 8 bits, in place. Raises
     ConfigError where `device` or `precision` cannot."""
-    if precision != "bf16":
-        problem = f"does not go with precision {precision}; set train_module.precision to bf16"
-        raise ConfigError(problem, key=FLOAT8)
-    check_device(config, device.type, hardware_of(device.type, device.index).capability)
+    check_float8_on(config, device=device, precision=precision)
     chosen = float8_layers(model.config, config)  # type: ignore[arg-type]
     build = _mxfp8_builder(config) if config.recipe == "mxfp8" else _float8_builder(config)
     for name in chosen:
@@ -44,6 +41,14 @@ def apply_float8(
         linear = owner.get_submodule(last)
         assert type(linear) is nn.Linear, f"{name} is a {type(linear).__name__}"
         setattr(owner, last, build(linear))
+
+
+def check_float8_on(config: Float8Config, *, device: torch.device, precision: str) -> None:
+    """Raises ConfigError where `device` or `precision`, which is not `auto`, cannot."""
+    if precision != "bf16":
+        problem = f"does not go with precision {precision}; set train_module.precision to bf16"
+        raise ConfigError(problem, key=FLOAT8)
+    check_device(config, device.type, hardware_of(device.type, device.index).capability)
 
 
 def gathers_float8(model: nn.Module) -> bool:

@@ -114,6 +114,7 @@ def check_experiment(
     found.ask(_check_adapter, config)
     found.ask(_check_metrics, config)
     found.ask(_check_averages, config)
+    found.ask(_check_eval_names, config)
     found.raise_any()
 
 
@@ -193,13 +194,31 @@ def _check_own_classes(config: ExperimentConfig) -> None:
             callback.own_class(name)
 
 
-def _check_metrics(config: ExperimentConfig) -> None:
-    # Before hours of preparing; what the data has held out is looked at once it is there.
+def _held_out_sets(config: ExperimentConfig) -> list[str]:
     sets = [VAL]
     if config.dataset.mix is not None:
         with contextlib.suppress(ConfigError):  # said where the data is looked for
             # Any of them may have nothing held out, and one that is left is no total.
             sets += [source.name for source in resolve_mix(config.dataset)]
+    return sets
+
+
+def _check_eval_names(config: ExperimentConfig) -> None:
+    """eval.jsonl tells results apart by their names."""
+    ema, sets, found = config.trainer.callbacks.ema, config.dataset.eval_sets, ErrorList()
+    if ema.enabled and ema.evaluate == "also":
+        for name in (*_held_out_sets(config), *sets):
+            for suffix in ema.suffixes:
+                if name + suffix in sets:
+                    problem = f"the evaluation of {name} by trainer.callbacks.ema has this name"
+                    key = f"dataset.eval_sets.{name}{suffix}"
+                    found.add(ConfigError(f"{problem}; choose another one", key=key))
+    found.raise_any()
+
+
+def _check_metrics(config: ExperimentConfig) -> None:
+    # Before hours of preparing; what the data has held out is looked at once it is there.
+    sets = _held_out_sets(config)
     others = list(config.dataset.eval_sets)
     check_metrics_in(dict.fromkeys([*others, *sets], True), config.trainer, others)
 

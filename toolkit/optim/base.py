@@ -77,6 +77,15 @@ class SkipStep(NamedTuple):
     """A loss or a gradient norm so many standard deviations above their mean is a spike."""
 
 
+class Group(NamedTuple):
+    """Parameters that have the same settings."""
+
+    names: list[str]
+    settings: dict[str, Any]
+    override: int | None
+    """Which entry of `group_overrides` they are from; None: no entry matches."""
+
+
 class GroupOverride(Config, kw_only=True):
     """Other optimizer settings for the parameters whose names match a pattern."""
 
@@ -160,21 +169,28 @@ class Optimizer(Config, kw_only=True):
             ConfigError: see `check_groups`.
         """
         self.check_groups(named_parameters)
+        trained = {name: p for name, p in named_parameters.items() if p.requires_grad}
+        found = self.grouped(trained, count_layers(named_parameters))
+        return [{"params": [trained[n] for n in g.names], **g.settings} for g in found]
+
+    def grouped(self, names: Iterable[str], layers: int) -> list[Group]:
+        """The groups of the parameters `names`, all of them trained, in a model of `layers`
+        blocks."""
         patterns = [override.params for override in self.group_overrides]
-        members: dict[tuple[int, float, str], list[Any]] = {}
-        layers = count_layers(named_parameters)
-        for name, parameter in named_parameters.items():
-            if parameter.requires_grad:
-                hits = (i for i, p in enumerate(patterns) if is_matched(name, p))
-                override = next(hits, len(patterns))
-                key = override, self._rate_factor(name, layers), self.part_of(name)
-                members.setdefault(key, []).append(parameter)
+        members: dict[tuple[int, float, str], list[str]] = {}
+        for name in names:
+            hits = (i for i, p in enumerate(patterns) if is_matched(name, p))
+            override = next(hits, len(patterns))
+            key = override, self._rate_factor(name, layers), self.part_of(name)
+            members.setdefault(key, []).append(name)
         opts = [override.opts for override in self.group_overrides]
         changes = [{k: tuple(v) if isinstance(v, list) else v for k, v in o.items()} for o in opts]
         found = []
         for (index, factor, part), own in sorted(members.items(), key=lambda item: item[0]):
-            group = {"params": own, **self.settings_of(part), **[*changes, {}][index]}
-            found.append(group if factor == 1.0 else group | {"lr": group["lr"] * factor})
+            settings = {**self.settings_of(part), **[*changes, {}][index]}
+            if factor != 1.0:
+                settings["lr"] *= factor
+            found.append(Group(own, settings, index if index < len(patterns) else None))
         return found
 
     def part_of(self, name: str) -> str:

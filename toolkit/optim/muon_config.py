@@ -46,7 +46,6 @@ class MuonConfig(Optimizer, kw_only=True, tag_field="type", tag="muon"):
     """Weight decay of AdamW; null: `weight_decay`."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         check_positive(self, "ns_steps")
         if self.ns_steps > _MOST_NS_STEPS:
             raise ValueError(f"ns_steps must be at most {_MOST_NS_STEPS}, not {self.ns_steps}")
@@ -58,6 +57,7 @@ class MuonConfig(Optimizer, kw_only=True, tag_field="type", tag="muon"):
                 raise ValueError(f"{name} must not be negative: {value}")
         if self.adjust_lr == "original" and self.adamw_lr is None:
             raise ValueError("adjust_lr original: its rates are not AdamW's; give adamw_lr too")
+        super().__post_init__()  # last: what is wrong above is not wrong of an override
 
     @property
     def settings(self) -> dict[str, Any]:

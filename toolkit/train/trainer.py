@@ -10,7 +10,7 @@ import logging
 import math
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, cast
 
 import torch
 
@@ -36,31 +36,16 @@ from toolkit.train.hooks import Hook, add_metrics, by_name, find_hooks
 from toolkit.train.module import TrainModule
 from toolkit.train.restoring import restore_training
 from toolkit.train.state import TrainState
+from toolkit.train.telling import HARD_STOP, TrainResult, log_end, script_log
 
 log = logging.getLogger(__name__)
 
 STATUS_SECONDS = 15.0
-HARD_STOP = "hard_stop"
-"""Reason of a stop that the config asked for."""
-
 _LAST = (
     "early_stopping", "checkpointer", "model_merger", "hf_converter", "sample_writer",
     "console_logger", "metric_saver",
 )  # fmt: skip
 """Callbacks that all others come before."""
-
-
-class TrainResult(NamedTuple):
-    """How `Trainer.fit` ended."""
-
-    state: str
-    """"finished", "stopped", or "failed": stopped on request with nothing to resume from."""
-    step: int
-    reason: str | None
-    """Why it stopped early."""
-    saved_step: int | None
-    """Where a resume would continue; None: nothing was saved."""
-    last_eval: dict[str, Any] | None
 
 
 class Trainer:
@@ -147,6 +132,12 @@ class Trainer:
         Raises:
             TrainingError: training cannot go on, here or on another rank.
         """
+        with script_log(self.state):
+            result = self._fit()
+            log_end(self.state, result)
+        return result
+
+    def _fit(self) -> TrainResult:
         state, watchdog = self.state, None
         environment, stop = state.environment, state.stop_request
         peers = Peers(

@@ -37,6 +37,7 @@ from toolkit.models.parameters import (
 )
 from toolkit.models.quantised import QuantisedLinear, quantised_linears
 from toolkit.models.router import RouterSums
+from toolkit.optim.groups import describe_groups, group_records
 from toolkit.train.config import TransformerTrainModuleConfig
 from toolkit.train.eval_sums import Batch, EvalSums
 from toolkit.train.module import Metric
@@ -73,6 +74,11 @@ class TransformerTrainModule(EngineTrainModule):
             log.info("%s", self._parameters)
         quantised = quantised_layers(self.model_config.to_transformer(), config.lora)
         optim = config.optim.of_model(self.model_config.to_transformer().d_model)
+        shapes = {name: info.shape for name, info in infos}
+        self.optimizer_groups = group_records(optim, shapes, self.trained_names)
+        if self.environment.is_main and len(self.optimizer_groups) > 1:
+            for line in describe_groups(optim, self.optimizer_groups):
+                log.info("%s", line)
         self.engine = prepare_engine(
             self.environment,
             model,
