@@ -5,7 +5,8 @@ from pathlib import Path
 
 from tests.docs.running import ROOT, commands, run_command
 from toolkit.launch.capacity import BYTES_PER_PROCESS, PROCESSES_PER_CORE
-from toolkit.launch.nodes import DEFAULT_PORT, JOIN_SECONDS, LOST_SECONDS, TOKEN
+from toolkit.launch.joining import TOKEN
+from toolkit.launch.nodes import DEFAULT_PORT, JOIN_SECONDS, LOST_SECONDS
 from toolkit.launch.workers import SECONDS_TO_SAVE
 
 GUIDE = (ROOT / "docs" / "launching.md").read_text()

@@ -15,9 +15,11 @@ import pytest
 from tests.workers import free_port
 from toolkit.distributed.ranks import loopback_interface
 from toolkit.errors import ConfigError, ToolkitError, TrainingError
-from toolkit.launch import interfaces, workers
+from toolkit.launch import interfaces, joining, workers
 from toolkit.launch import nodes as module
-from toolkit.launch.nodes import TOKEN, Common, Failed, Meeting, Nodes, meet
+from toolkit.launch.joining import TOKEN, meet
+from toolkit.launch.messages import Common
+from toolkit.launch.nodes import Failed, Meeting, Nodes
 
 COMMON = Common(versions={"toolkit": "1"}, config={"seed": "a", "lr": "b"})
 
@@ -146,7 +148,7 @@ def test_a_rank_that_is_taken_is_refused(nodes: Nodes) -> None:
 def test_strangers_neither_end_nor_delay_the_start(
     nodes: Nodes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_HELLO_SECONDS", 0.2)
+    monkeypatch.setattr(joining, "_HELLO_SECONDS", 0.2)
     head = Machine(nodes)
     silent = knock(nodes)
     for text in (b"GET / HTTP/1.1\r\n\r\n", b"\x80\x04pickle\n", b'{"type": "hello"}\n'):
@@ -213,13 +215,15 @@ def test_machines_that_do_not_come_are_named(
     nodes: Nodes, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "toolkit")
-    monkeypatch.setattr(module, "SILENT_SECONDS", 0.0)
+    monkeypatch.setattr(joining, "SILENT_SECONDS", 0.0)
     short = nodes._replace(join_seconds=0.3)
     where = f"127.0.0.1:{nodes.port}"
-    head = Machine(short._replace(number=3))
+    three = nodes._replace(number=3)
+    head, first = (Machine(three._replace(rank=rank, join_seconds=1.0)) for rank in (0, 1))
     said = head.refusal(TrainingError)
-    assert said.startswith(f"nodes 1, 2 did not come to {where} within 0 s; start this command")
+    assert said.startswith(f"node 2 did not come to {where} within 1 s; start this command there")
     assert f"waiting for nodes 1, 2 at {where}" in caplog.text
+    assert first.refusal(TrainingError) == said
     said = Machine(short._replace(rank=1)).refusal(TrainingError)
     assert said.startswith(f"node 0 cannot be reached at {where} within 0 s (Connection refused)")
     with socket.create_server((nodes.host, nodes.port)):

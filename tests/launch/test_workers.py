@@ -16,7 +16,8 @@ from toolkit import signals
 from toolkit.distributed.ranks import LAUNCH_FOLDER, STORE_FD, STORE_FILE, check_launcher_variables
 from toolkit.errors import EXIT_STOPPED, ConfigError, TrainingError
 from toolkit.launch import workers as module
-from toolkit.launch.nodes import TOKEN, Failed
+from toolkit.launch.joining import TOKEN
+from toolkit.launch.nodes import Failed
 from toolkit.launch.workers import (
     SECONDS_TO_SAVE,
     Workers,

@@ -54,14 +54,14 @@ Processes = Annotated[
     int | None,
     option(
         "Start N processes on this machine: one for each GPU.",
-        shown="one, or what a launcher starts",
+        shown=False,
         metavar="N",
         min=1,
     ),
 ]
 Engine = Annotated[
     EngineName | None,
-    option("How weights are shared (train_module.dp_config).", shown="ddp on several processes"),
+    option("How processes share the model (train_module.dp_config).", shown=False),
 ]
 NumNodes = Annotated[
     int | None,

@@ -60,8 +60,8 @@ def train(
     """Train a model from a recipe or a JSON config.
 
     Any config value can be given by its path: --train_module.optim.lr=6e-3, with JSON or YAML
-    values. `toolkit schema` describes all of them. --processes starts the processes and --engine
-    says how they share the model; under `accelerate launch` and `torchrun` leave --processes out.
+    values. `toolkit schema` describes all of them. --processes starts several processes, which
+    run DDP or what --engine says; under `accelerate launch` and `torchrun` leave --processes out.
 
     \b
     Examples:

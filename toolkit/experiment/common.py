@@ -11,7 +11,7 @@ from toolkit.config import leaves
 from toolkit.distributed.ranks import ENGINE
 from toolkit.experiment.config import ExperimentConfig
 from toolkit.experiment.recorded import VERSIONED
-from toolkit.launch.nodes import Common
+from toolkit.launch.messages import Common
 from toolkit.runs.environment import installed_version
 
 

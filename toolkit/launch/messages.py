@@ -63,7 +63,11 @@ class Go(msgspec.Struct, frozen=True, kw_only=True, tag="go"):
 
 
 class Refused(msgspec.Struct, frozen=True, tag="refused"):
+    """The run does not start."""
+
     reason: str
+    is_late: bool = False
+    """Another machine did not come in time."""
 
 
 class Alive(msgspec.Struct, frozen=True, tag="alive"):

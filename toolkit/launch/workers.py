@@ -22,7 +22,9 @@ from typing import Any
 from toolkit import signals
 from toolkit.distributed.ranks import LAUNCH_FOLDER, STORE_FD, STORE_FILE, loopback_interface
 from toolkit.errors import EXIT_DONE, EXIT_STOPPED, ConfigError, RunError, TrainingError
-from toolkit.launch.nodes import TOKEN, Common, Failed, Meeting, Nodes, meet
+from toolkit.launch.joining import TOKEN, meet
+from toolkit.launch.messages import Common
+from toolkit.launch.nodes import Failed, Meeting, Nodes
 from toolkit.runs.status import read_status
 from toolkit.storage.atomic import write_atomic
 
