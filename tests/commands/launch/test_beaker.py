@@ -29,6 +29,7 @@ class Client:
         self.error: Exception | None = None
         self.experiment = self.workload = self.job = self
         self.options: dict[str, Any] = {}
+        self.is_interrupted = False
         self._seen = 0
 
     def create(self, *, spec: Any, name: str) -> Any:
@@ -63,6 +64,8 @@ class Client:
 
     def logs(self, job: Any, *, follow: bool) -> Iterator[Any]:
         yield from (SimpleNamespace(message=line) for line in job.lines)
+        if self.is_interrupted:
+            raise KeyboardInterrupt
 
 
 @pytest.fixture
@@ -103,6 +106,31 @@ def test_a_run_that_fails_is_the_exit_code_and_detach_does_not_wait(
     capsys.readouterr()
     assert run(*SMOKE, "--detach") == 0
     assert "step 1" not in capsys.readouterr().out
+
+
+def test_ctrl_c_leaves_the_job_alone(client: Client, capsys: pytest.CaptureFixture[str]) -> None:
+    client.is_interrupted = True
+    assert run(*SMOKE) == 130
+    assert "the job goes on; `toolkit jobs stop" in capsys.readouterr().err
+    assert client.cancelled == []
+
+
+def test_a_preempted_run_is_followed_into_its_next_job(
+    client: Client, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("toolkit.commands.launch.beaker._SECONDS", 0.0)
+    client.jobs = [("j1", [b"step 1"], 75), ("j1", [], 75), ("j2", [b"step 2"], 0)]
+    running, done = beaker.BeakerWorkloadStatus.running, beaker.BeakerWorkloadStatus.succeeded
+    statuses = iter([running] * 4)
+    monkeypatch.setattr(
+        client,
+        "_workload",
+        lambda name: SimpleNamespace(
+            experiment=SimpleNamespace(id="01EX", name=name), status=next(statuses, done).value
+        ),
+    )
+    assert run(*SMOKE) == 0
+    assert capsys.readouterr().out.splitlines()[1:] == ["step 1", "step 2"]
 
 
 def test_what_is_made_is_what_the_dry_run_prints(

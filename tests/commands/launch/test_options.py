@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import sys
 from pathlib import Path
 
 import msgspec
@@ -106,6 +107,22 @@ def test_a_variable_that_is_secret_is_named_and_not_written(
     assert "hf_abc" not in capsys.readouterr().out
     lines = ("--save-folder", "s3://${BUCKET}/a")
     assert run("launch", "smoke", "--to", "slurm", "--dry-run", *lines) == 2
+
+
+@pytest.mark.parametrize(("name", "option"), [("kubernetes", "--volume"), ("beaker", "--weka")])
+def test_a_client_that_is_not_installed_is_needed_to_submit_alone(
+    name: str,
+    option: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setitem(sys.modules, name, None)
+    words = ("launch", "smoke", "--to", name, "--image=x", option, "a:/a", "--save-folder=/a/b")
+    assert run(*words, "--dry-run") == 0
+    assert run(*words) == 2
+    assert f'pip install "toolkit[{name}]" (--dry-run works without it)' in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_help_shows_the_options_of_the_target(capsys: pytest.CaptureFixture[str]) -> None:
