@@ -301,8 +301,8 @@ def _data_ranks(degrees: Mapping[str, int], world_size: int) -> int:
         works = f"{below} or {below + unit}" if below else str(unit)
         raise ConfigError(
             f"{product}{f' = {unit} ranks' if len(taken) > 1 else ''} does not divide the "
-            f"{count(world_size, 'process')} of this run; start {works} processes (torchrun "
-            "--nproc-per-node; --world-size of a plan), or set "
+            f"{count(world_size, 'process')} of this run; start {works} processes "
+            "(--processes, or torchrun --nproc-per-node; --world-size of a plan), or set "
             + " and ".join(f"train_module.{axis}_config" for axis in taken)
             + " to null"
         )
