@@ -220,7 +220,7 @@ def _run(args: Sequence[str]) -> int:
         name = next((word for word in words if "~" in word), "~")
         return _report(f"{shortened(name)}: no such user here", EXIT_BAD_INPUT, debug=debug)
     except _UsageError as error:
-        message = error.format_message()
+        message = error.format_message().replace("Value error, ", "")  # pydantic's word
         if message.startswith("No such command") and "Did you mean" not in message:
             message += " `toolkit --help` lists them."
         return _report(message, EXIT_BAD_INPUT, debug=debug)
