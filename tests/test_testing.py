@@ -7,9 +7,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from tests.e2e._run import environ
+from tests.forked import Forked
 from tests.workers import WorkerPool
 from toolkit import testing
-from toolkit.cli.main import run
 from toolkit.errors import ConfigError
 from toolkit.testing import assert_same_training, run_distributed_test, tiny_experiment
 
@@ -57,7 +58,9 @@ def test_two_tiny_runs_are_the_same_training_and_a_changed_one_is_not(tmp_path: 
     assert config.trainer.max_duration.value == 4
     words = ["train", str(tmp_path / "tiny.json"), "--train_module.scheduler.warmup=1"]
     for name, more in (("a", []), ("b", []), ("c", ["--seed=2"])):
-        assert run([*words, "--name", name, *more]) == 0
+        output = tmp_path / f"output-{name}"
+        run = Forked([*words, "--name", name, *more], cwd=tmp_path, env=environ(), output=output)
+        assert run.wait(120) == 0, output.read_text()
     runs = tmp_path / "runs" / "tiny"
     assert_same_training(runs / "a", runs / "b")
     with pytest.raises(AssertionError, match=r"train\.jsonl: .*step=1"):

@@ -20,6 +20,7 @@ from toolkit.cli import (
     data,
     doctor,
     generate,
+    launch,
     models,
     plan,
     recipes,
@@ -76,7 +77,6 @@ _OTHER_NAMES = {
     "dry-run": "toolkit train {} --dry-run",
     "prep": "toolkit prepare {}",
     "train_single": "toolkit train {}",
-    "launch": "torchrun --nproc-per-node=gpu -m toolkit train {}",
 }
 """Verbs of OLMo-core's scripts, and the command that does the same."""
 
@@ -96,6 +96,8 @@ app = typer.Typer(
 )
 for _verb in (train.train, train.resume, train.prepare):
     app.command(context_settings=OVERRIDABLE)(_verb)
+app.command(context_settings=OVERRIDABLE, cls=launch.LaunchCommand)(launch.launch)
+app.add_typer(launch.jobs, name="jobs")
 app.command(context_settings=OVERRIDABLE)(plan.plan)
 app.command(context_settings=OVERRIDABLE)(schedule.schedule)
 app.add_typer(recipes.app, name="recipes")
@@ -221,7 +223,7 @@ def _run(args: Sequence[str]) -> int:
         name = next((word for word in words if "~" in word), "~")
         return _report(f"{shortened(name)}: no such user here", EXIT_BAD_INPUT, debug=debug)
     except _UsageError as error:
-        message = error.format_message()
+        message = error.format_message().replace("Value error, ", "")  # pydantic's word
         if message.startswith("No such command") and "Did you mean" not in message:
             message += " `toolkit --help` lists them."
         return _report(message, EXIT_BAD_INPUT, debug=debug)

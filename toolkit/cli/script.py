@@ -32,8 +32,10 @@ def main(build_config: Callable[[], ExperimentConfig | Mapping[str, Any] | str])
     """
     if is_being_imported():
         return
-    is_function = inspect.isfunction(build_config)
-    file = inspect.getsourcefile(build_config) if is_function else None
+    try:
+        file = inspect.getsourcefile(inspect.unwrap(build_config))
+    except TypeError:  # a partial, an object
+        file = None
     name = getattr(build_config, "__qualname__", "")
     if file is None or not name.isidentifier():
         print(

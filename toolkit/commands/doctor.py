@@ -38,10 +38,10 @@ def examine(*, folder: Path | None = None) -> list[Finding]:
     """All findings, in the order of a report; `folder` (default: the current one) is where runs
     would be written. Trains a tiny layer on the device; writes nothing that stays."""
     checks: dict[str, Callable[[], Iterator[Finding]]] = {
-        "libraries": _versions,
+        "versions": _versions,
         "device": _device,
         "compiler": _compiler,
-        "disk": lambda: _disks(folder or Path.cwd()),
+        "disks": lambda: _disks(folder or Path.cwd()),
         "limits": _limits,
         "network": _network,
     }

@@ -67,6 +67,14 @@ def use_device(device: torch.device) -> None:
         torch.cuda.set_device(device)
 
 
+def wait_for(device: torch.device) -> None:
+    """Until what this thread asked of `device` is done."""
+    if device.type == "mps":
+        torch.mps.synchronize()
+    elif device.type != "cpu":
+        torch.get_device_module(device).current_stream(device).synchronize()
+
+
 def device_name(device: torch.device) -> str:
     """`NVIDIA H200`, or the model of the CPU."""
     if device.type == "cuda":

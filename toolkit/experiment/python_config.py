@@ -49,12 +49,7 @@ def call_build_config(source: str) -> str | dict[str, Any]:
             f"{path}: has no function {name}; define it, or name another: FILE.py:NAME"
         )
     result = _guarded(function, path, doing=f"{name}()")
-    if isinstance(result, str):
-        if is_python_config(result):
-            raise ConfigError(
-                f"{path}: {name}() returns {result!r}; name a recipe or a JSON file, or return "
-                "what the function of the other file returns"
-            )
+    if isinstance(result, str) and not is_python_config(result):
         return result
     if isinstance(result, Config):
         return result.to_dict()
@@ -64,8 +59,8 @@ def call_build_config(source: str) -> str | dict[str, Any]:
         except (TypeError, ValueError) as error:
             raise ConfigError(f"{path}: {name}() returns what JSON cannot hold: {error}") from None
     raise ConfigError(
-        f"{path}: {name}() returns {type(result).__name__}; return a toolkit.ExperimentConfig, a "
-        "mapping, or the name of a recipe"
+        f"{path}: {name}() returns {result!r:.60}; return a toolkit.ExperimentConfig, a mapping, "
+        "or the name of a recipe or JSON file"
     )
 
 
