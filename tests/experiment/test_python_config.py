@@ -6,13 +6,15 @@ from pathlib import Path
 
 import pytest
 
+import toolkit.config.named as named
 from toolkit.errors import ConfigError
 from toolkit.experiment.load import load_experiment
 from toolkit.experiment.python_config import is_being_imported, is_python_config
 
 
 @pytest.fixture(autouse=True)
-def _imports_as_before(tmp_path: Path) -> Iterator[None]:
+def _imports_as_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(named, "_folders", [])
     path, modules = list(sys.path), set(sys.modules)
     yield
     sys.path[:] = path

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from toolkit.config.base import Config
-from toolkit.config.named import look_in, module_folders
+from toolkit.config.named import look_in
 from toolkit.errors import ConfigError, ToolkitError
 
 FUNCTION = "build_config"
@@ -70,7 +70,8 @@ def _import(path: Path) -> Any:
     if not path.stem.isidentifier():
         raise ConfigError(f"{path}: rename it to what Python can import: letters, digits and _")
     look_in(folder)
-    sys.path[:0] = [place for place in module_folders() if place not in sys.path]
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
     _loading.append(str(path))
     try:
         module = _guarded(lambda: importlib.import_module(path.stem), path, doing="importing it")
