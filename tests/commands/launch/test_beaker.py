@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from tests.commands.launch import fake_beaker
-from tests.commands.launch.fakes import run
+from tests.commands.launch.fakes import run, write_status
 
 try:
     import beaker
@@ -262,6 +262,15 @@ def test_a_job_without_a_link_is_kept(
     assert run(*SMOKE, "--detach") == 0
     assert (tmp_path / "runs/smoke/first/metadata/launch.json").is_file()
     assert client.cancelled == []
+
+
+def test_a_run_of_this_machine_is_not_taken_for_the_jobs(
+    client: Client, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_status(tmp_path / "runs/smoke/first", "finished")
+    assert run(*SMOKE) == 2
+    assert "first: is a run of this machine; choose another --name" in capsys.readouterr().err
+    assert client.created == []
 
 
 def test_stop_cancels(client: Client, capsys: pytest.CaptureFixture[str]) -> None:

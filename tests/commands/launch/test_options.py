@@ -10,8 +10,13 @@ import pytest
 
 from tests.commands.launch.fakes import run
 from toolkit.commands.launch import TARGETS
+from toolkit.commands.launch.beaker import Beaker
+from toolkit.commands.launch.job import Member
+from toolkit.commands.launch.slurm import Slurm
+from toolkit.commands.launch.submit import _module_lines
 from toolkit.commands.launch.target import Target, target_class
 from toolkit.config.schema import field_docs
+from toolkit.errors import ConfigError
 from toolkit.experiment.config import ExperimentConfig
 from toolkit.experiment.load import SHORTHANDS
 
@@ -45,6 +50,14 @@ def test_every_option_is_documented_and_no_name_of_something_else(name: str) -> 
         ("--to slurm --nodes 0", "--nodes: must be 1 or more, not 0"),
         ("--to slurm --time '1 day'", "--time: expected one word, not '1 day'"),
         ("--to slurm --time 5", "--time: 5 leaves no time before --stop-before 300"),
+        ("--to slurm --array='--seed=\"1'", "--array: '--seed=\"1': no closing quotation"),
+        ("--to slurm --port 65535 --seeds 1,2", "--port: each run of the array has its own port"),
+        ("--to slurm --python ''", "--python: is empty; name a Python, or leave it out"),
+        ("--to ssh --hosts a --ssh-option \\'", '--ssh-option: "\'": no closing quotation'),
+        (
+            "--to beaker --image x --weka b --save-folder /weka/b/../etc",
+            "--save-folder: /weka/b/../etc: write it without `..`",
+        ),
         ("--to slurm --seeds 1,1", "--seeds: a seed stands there twice: [1, 1]"),
         (
             "--to slurm --secret NO_SUCH",
@@ -90,6 +103,47 @@ def test_bad_input_is_one_line_and_nothing_is_written(
     assert error.startswith(f"error: {line}")
     assert error.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_no_time_limit_is_one(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("launch", "smoke", "--to", "slurm", "--time", "0", "--dry-run") == 0
+    assert "#SBATCH --time=0\n" in capsys.readouterr().out
+
+
+def test_jobs_of_other_folders_are_listed_by_root(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("jobs") == 0
+    assert "list those of --save-folder TOP/GROUP/NAME with --root TOP" in capsys.readouterr().out
+    (tmp_path / "own_target.py").write_text(OWN)
+    assert run("launch", "smoke", "--to", "own_target:Own", "--save-folder", "x/y/z") == 0
+    capsys.readouterr()
+    assert run("jobs", "--root", "x") == 0
+    assert "y/z" in capsys.readouterr().out
+
+
+def test_a_job_finds_the_modules_beside_the_file_of_its_config(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "sub dir").mkdir()
+    file = tmp_path / "sub dir" / "own_config.py"
+    file.touch()
+    config = Member("/a", '{"target": "own_config:Part", "of": "torch.nn:Linear"}')
+    slurm, beaker = Slurm(), Beaker(image="x")
+    added = "${PYTHONPATH:+:$PYTHONPATH}"
+    assert _module_lines(slurm, "smoke", [config]) == ()
+    for source in ("sub dir/own_config.py", f"{file}:other"):
+        line = f"export PYTHONPATH='{tmp_path}/sub dir'{added}"
+        assert _module_lines(slurm, source, [config]) == (line,)
+    assert _module_lines(beaker, str(file), [Member("/a", '{"of": "torch.nn:Linear"}')]) == ()
+    for target in (beaker, beaker.replace(git=True)):
+        with pytest.raises(ConfigError, match="own_config, which the containers do not have"):
+            _module_lines(target, str(file), [config])
+    monkeypatch.setattr(
+        "toolkit.commands.launch.submit.describe_git", lambda: {"repository": str(tmp_path)}
+    )
+    line = f"""export PYTHONPATH="$PWD"/'sub dir'{added}"""
+    assert _module_lines(beaker.replace(git=True), str(file), [config]) == (line,)
 
 
 def test_verbs_of_jobs_are_told(capsys: pytest.CaptureFixture[str]) -> None:

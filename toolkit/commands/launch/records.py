@@ -2,10 +2,11 @@
 
 from pathlib import Path
 
-from toolkit.commands.launch.target import Record, Target, target_class
+from toolkit.commands.launch.target import OVER, JobStatus, Record, Target, target_class
 from toolkit.config.check import convert
 from toolkit.errors import RunError
 from toolkit.runs.files import RUN_FILES
+from toolkit.runs.status import read_status
 from toolkit.storage.atomic import write_json_atomic
 from toolkit.storage.foreign import read_json
 
@@ -20,6 +21,21 @@ def read_record(home: Path) -> Record | None:
         return read_json(home / RUN_FILES.launch, RunError, Record)
     except (FileNotFoundError, NotADirectoryError):
         return None
+
+
+def attempt_of(folder: str) -> int:
+    """The newest attempt of the run in `folder`; 0: it has none."""
+    status = read_status(Path(folder))
+    return 0 if status is None else status.attempt
+
+
+def told_by_run(record: Record, before: int) -> JobStatus:
+    """How a job ended that its target knows no more: what its run says, if it has made an attempt
+    after `before`, the newest one at submission; else it failed."""
+    run = read_status(Path(record.folder))
+    if run is not None and run.attempt > before and run.state in OVER:
+        return JobStatus(run.state, run.message or "")
+    return JobStatus("failed", "the target knows it no more, and its run has told no end")
 
 
 def target_of(record: Record) -> Target:
