@@ -26,6 +26,12 @@ def is_python_config(source: str) -> bool:
     return _SOURCE.fullmatch(source) is not None
 
 
+def folder_of_modules(source: str) -> Path | None:
+    """The folder of the Python file that `source` names; None: it names something else."""
+    match = _SOURCE.fullmatch(source)
+    return None if match is None else Path(match["file"]).expanduser().resolve().parent
+
+
 def is_being_imported() -> bool:
     """Whether a file is being imported for its config alone."""
     return bool(_loading)

@@ -10,13 +10,8 @@ import pytest
 
 from tests.commands.launch.fakes import run
 from toolkit.commands.launch import TARGETS
-from toolkit.commands.launch.beaker import Beaker
-from toolkit.commands.launch.job import Member
-from toolkit.commands.launch.slurm import Slurm
-from toolkit.commands.launch.submit import _module_lines
 from toolkit.commands.launch.target import Target, target_class
 from toolkit.config.schema import field_docs
-from toolkit.errors import ConfigError
 from toolkit.experiment.config import ExperimentConfig
 from toolkit.experiment.load import SHORTHANDS
 
@@ -122,28 +117,59 @@ def test_jobs_of_other_folders_are_listed_by_root(
     assert "y/z" in capsys.readouterr().out
 
 
+OWN_RUN = """
+import toolkit
+
+
+class Quiet(toolkit.Callback):
+    pass
+
+
+def build_config():
+    config = toolkit.load_experiment("smoke").config.to_dict()
+    config["trainer"]["callbacks"]["own"] = {"type": "launched_run:Quiet"}
+    return config
+
+
+def plain():
+    return "smoke"
+"""
+
+
 def test_a_job_finds_the_modules_beside_the_file_of_its_config(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr("toolkit.config.named._folders", [])
+    monkeypatch.delitem(sys.modules, "launched_run", raising=False)
     (tmp_path / "sub dir").mkdir()
-    file = tmp_path / "sub dir" / "own_config.py"
-    file.touch()
-    config = Member("/a", '{"target": "own_config:Part", "of": "torch.nn:Linear"}')
-    slurm, beaker = Slurm(), Beaker(image="x")
+    file = tmp_path / "sub dir" / "launched_run.py"
+    file.write_text(OWN_RUN)
     added = "${PYTHONPATH:+:$PYTHONPATH}"
-    assert _module_lines(slurm, "smoke", [config]) == ()
-    for source in ("sub dir/own_config.py", f"{file}:other"):
-        line = f"export PYTHONPATH='{tmp_path}/sub dir'{added}"
-        assert _module_lines(slurm, source, [config]) == (line,)
-    assert _module_lines(beaker, str(file), [Member("/a", '{"of": "torch.nn:Linear"}')]) == ()
-    for target in (beaker, beaker.replace(git=True)):
-        with pytest.raises(ConfigError, match="own_config, which the containers do not have"):
-            _module_lines(target, str(file), [config])
+
+    def said(source: str, *words: str, code: int = 0) -> str:
+        assert run("launch", source, *words, "--dry-run") == code
+        captured = capsys.readouterr()
+        return captured.err if code else captured.out
+
+    for source in ("sub dir/launched_run.py", f"{file}:plain"):
+        line = f"export PYTHONPATH='{tmp_path}/sub dir'{added}\n"
+        assert line in said(source, "--to", "slurm")
+        assert line in said(source, "--to", "local")
+    there = ("--to", "beaker", "--image=x", "--weka=b", "--save-folder=/weka/b/a")
+    assert "PYTHONPATH" not in said(f"{file}:plain", *there)
+    lacking = f"names classes of {tmp_path}/sub dir/launched_run, which the containers do not have"
+    assert lacking in said(str(file), *there, code=2)
     monkeypatch.setattr(
-        "toolkit.commands.launch.submit.describe_git", lambda: {"repository": str(tmp_path)}
+        "toolkit.commands.launch.containers.find_commit", lambda allow_dirty: ("https://x/y", "1")
     )
-    line = f"""export PYTHONPATH="$PWD"/'sub dir'{added}"""
-    assert _module_lines(beaker.replace(git=True), str(file), [config]) == (line,)
+    submit = "toolkit.commands.launch.submit.describe_git"
+    monkeypatch.setattr(submit, lambda: {"repository": None})
+    assert lacking in said(str(file), *there, "--git", code=2)
+    monkeypatch.setattr(submit, lambda: {"repository": str(tmp_path)})
+    line = f"""export PYTHONPATH="$PWD"/'sub dir'{added}\n"""
+    assert line in said(str(file), *there, "--git")
+    del sys.modules["launched_run"]
 
 
 def test_verbs_of_jobs_are_told(capsys: pytest.CaptureFixture[str]) -> None:

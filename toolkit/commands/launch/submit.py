@@ -21,13 +21,13 @@ from toolkit.distributed.ranks import ENGINE
 from toolkit.errors import ConfigError, RunError, ToolkitError
 from toolkit.experiment.config import ExperimentConfig
 from toolkit.experiment.load import load_experiment, with_origins
+from toolkit.experiment.python_config import folder_of_modules
 from toolkit.runs.environment import describe_git
 from toolkit.runs.files import RUN_FILES
 from toolkit.runs.lock import is_locked, utc_now
 from toolkit.runs.registry import choose_run_name, is_run, resolve_run_folder
 from toolkit.storage.atomic import encode_json, write_atomic
 
-_PYTHON_FILE = re.compile(r"(.+\.py)(?::\w+)?")
 _MODULE = re.compile(r'"([A-Za-z_]\w*)[\w.]*:[A-Za-z_][\w.]*"', re.ASCII)
 """A class that a config names, "module:Class"."""
 _ORDERS = ("status", "logs", "stop")
@@ -182,10 +182,8 @@ def _load(
 def _module_lines(target: Target, source: str, members: Sequence[Member]) -> tuple[str, ...]:
     """Lines of shell by which a job finds the modules beside the Python file that its config is
     from. Raises ConfigError: its containers do not get them."""
-    match = _PYTHON_FILE.fullmatch(source)
-    if match is None:
+    if (folder := folder_of_modules(source)) is None:
         return ()
-    folder = Path(match[1]).expanduser().resolve().parent
     place = shlex.quote(str(folder))
     if target.is_elsewhere:
         named = {name for member in members for name in _MODULE.findall(member.config)}
