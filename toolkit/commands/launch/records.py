@@ -29,13 +29,13 @@ def attempt_of(folder: str) -> int:
     return 0 if status is None else status.attempt
 
 
-def told_by_run(record: Record, before: int) -> JobStatus:
-    """How a job ended that its target knows no more: what its run says, if it has made an attempt
-    after `before`, the newest one at submission; else it failed."""
+def told_by_run(record: Record, before: int) -> JobStatus | None:
+    """How a job ended by what its run says; None: no attempt after `before`, the newest one at
+    submission, tells an end."""
     run = read_status(Path(record.folder))
     if run is not None and run.attempt > before and run.state in OVER:
         return JobStatus(run.state, run.message or "")
-    return JobStatus("failed", "the target knows it no more, and its run has told no end")
+    return None
 
 
 def target_of(record: Record) -> Target:

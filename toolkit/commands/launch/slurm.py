@@ -6,7 +6,7 @@ the run saves a checkpoint and ends, and the script has the job queued again. Th
 continues the run with `toolkit resume`. A start that made no new checkpoint is the last one.
 """
 
-import getpass
+import os
 import re
 import shlex
 import shutil
@@ -233,7 +233,8 @@ class Slurm(Target, kw_only=True):
             return JobStatus(_STATES.get(state, "unknown"), f"{state} {reason}".strip())
         # A cluster without accounts forgets a job; its run does not.
         attempt = record.details.get("attempts", {}).get(record.id, 0)
-        return _from_accounts(record) or told_by_run(record, attempt)
+        lost = JobStatus("failed", "no longer in the queue, and its run has told no end")
+        return _from_accounts(record) or told_by_run(record, attempt) or lost
 
     def logs(self, record: Record, *, follow: bool) -> Iterator[str]:
         folder = Path(record.folder) / RUN_FILES.logs
@@ -322,7 +323,7 @@ def _from_accounts(record: Record) -> JobStatus | None:
 def _withdrawn(script: Path) -> str:
     """Cancel the jobs of `script`, which `sbatch` may have queued without saying so; a remark."""
     try:
-        mine = f"--user={getpass.getuser()}"
+        mine = f"--user={os.getuid()}"
         lines = _call("squeue", mine, "--noheader", "--format=%F|%o").splitlines()
         jobs = {
             number for number, _, file in (x.partition("|") for x in lines) if file == str(script)
