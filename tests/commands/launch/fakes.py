@@ -10,6 +10,9 @@ import pytest
 
 from toolkit import __version__
 from toolkit.cli import main as cli
+from toolkit.runs.files import RUN_FILES
+from toolkit.runs.status import RunState, RunStatus
+from toolkit.storage.atomic import write_json_atomic
 
 SLURM = ("sbatch", "srun", "squeue", "sacct", "scancel", "scontrol")
 
@@ -49,6 +52,17 @@ def wait_for(condition: Callable[[], bool], seconds: float = 30.0) -> None:
 
 def run(*words: str) -> int:
     return cli.run([*words])
+
+
+def write_status(run: Path, state: RunState, attempt: int = 1) -> None:
+    """What a run tells of itself."""
+    now = "2030-01-01T00:00:00+00:00"
+    status = RunStatus(
+        state=state, experiment="smoke", name=run.name, attempt=attempt, created=now, started=now,
+        updated=now, host="here", pid=1,
+    )  # fmt: skip
+    (run / RUN_FILES.metadata).mkdir(parents=True, exist_ok=True)
+    write_json_atomic(run / RUN_FILES.status, status)
 
 
 STUB = """\
