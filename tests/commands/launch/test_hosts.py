@@ -99,7 +99,8 @@ def test_one_machine_that_fails_withdraws_the_others(
     assert run(*SSH, "--hosts", "one,bad", "--python", python) == 2
     log = tmp_path / "a" / "logs" / "launch-1-bad.log"
     assert capsys.readouterr().err == f"error: bad: this machine has no GPU (from {log})\n"
-    assert "saved on SIGTERM" in (log.parent / "launch-0-one.log").read_text()
+    other = log.parent / "launch-0-one.log"
+    wait_for(lambda: "saved on SIGTERM" in other.read_text())
     assert list(tmp_path.glob("a/metadata/launch*")) == []
 
 
@@ -142,7 +143,8 @@ def test_a_local_run_goes_on_alone_until_it_is_stopped(
     assert run("launch", "smoke", "--to=local", "--save-folder=runs/smoke/a") == 2
     assert "has a job already" in capsys.readouterr().err
     assert run("jobs", "stop", "smoke/a", "--now") == 0
-    assert "saved on SIGTERM" in (tmp_path / "runs/smoke/a/logs/launch-0-local.log").read_text()
+    log = tmp_path / "runs/smoke/a/logs/launch-0-local.log"
+    wait_for(lambda: "saved on SIGTERM" in log.read_text())
     assert not (tmp_path / "connections").exists()
 
 
@@ -206,11 +208,15 @@ def test_a_machine_that_is_down_keeps_no_other_from_its_order(
     assert run("jobs", "stop", "a") == 2
     done = "asked to save a checkpoint and end on one"
     assert capsys.readouterr().err == f"error: {down}; {done}\n"
-    log = tmp_path / "a" / "logs" / "launch-1-one.log"
-    wait_for(lambda: "saved on SIGTERM" in log.read_text())
     record.write_text(record.read_text().replace("down,one", "mine,one"))
-    wait_for(lambda: run("jobs", "stop", "a") == 0 and "on mine" in capsys.readouterr().out)
-    wait_for(lambda: run("jobs", "stop", "a") == 0 and "ended before" in capsys.readouterr().out)
+
+    def is_told(verb: str, words: str) -> bool:
+        return run("jobs", verb, "a") == 0 and words in capsys.readouterr().out
+
+    wait_for(lambda: is_told("status", "running (on mine; 1 ended)"))
+    assert is_told("stop", "asked to save a checkpoint and end on mine\n")
+    wait_for(lambda: is_told("status", "the processes are gone"))
+    assert is_told("stop", ": ended before\n")
 
 
 @pytest.fixture
