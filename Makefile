@@ -1,12 +1,15 @@
 # Everything runs in .venv, which is made on first use. `make` alone lists the targets.
 #   PYTHON=python3.12    interpreter for .venv (3.11 or newer)
 #   PYTEST_ARGS="-k x"   more arguments for pytest
+#   CUDA=13.0 TORCH=2.13.0 PYTHON=3.12 EXTRAS=s3   of `make docker-image`, see Dockerfile
+#   IMAGE=toolkit        name of that image
 
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+IMAGE ?= toolkit
 
-.PHONY: help quickstart test checks style lint lint-check type-check bench soak clean
+.PHONY: help quickstart test checks style lint lint-check type-check bench soak docker-image clean
 .DELETE_ON_ERROR:
 
 help:
@@ -17,6 +20,7 @@ help:
 	@echo "make checks       lint, then test: what has to pass before a change is proposed"
 	@echo "make bench        run every benchmark; each prints a table"
 	@echo "make soak         run the slow tests"
+	@echo "make docker-image CUDA=13.0   build an image that trains (CUDA=cpu: without GPUs)"
 	@echo "make clean        remove caches and build output (.venv, data and runs stay)"
 
 quickstart: .venv/.installed
@@ -50,6 +54,11 @@ bench: .venv/.installed
 
 soak: .venv/.installed-dev
 	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
+
+# Only what the command line says: PYTHON is elsewhere the name of an interpreter.
+docker-image:
+	docker build -t $(IMAGE) $(foreach name,CUDA TORCH PYTHON EXTRAS,$(if \
+		$(findstring command,$(origin $(name))),--build-arg $(name)=$(patsubst python%,%,$($(name))))) .
 
 clean:
 	rm -rf build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis

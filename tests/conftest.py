@@ -15,7 +15,7 @@ os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 from tests.s3 import S3Server, s3_server
 from tests.spreading import pytest_configure, pytest_xdist_make_scheduler  # noqa: F401
-from tests.workers import WorkerPool
+from tests.workers import WorkerPool, warm_pool
 
 # A busy machine takes its time over an example.
 hypothesis.settings.register_profile("toolkit", deadline=None)
@@ -52,7 +52,7 @@ def _clean_examples() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def workers() -> Iterator[WorkerPool]:
     """Warm processes for multi-rank tests."""
-    pool = WorkerPool()
+    pool = warm_pool()
     yield pool
     pool.close()
 

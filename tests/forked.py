@@ -3,6 +3,7 @@ does, without the seconds of a start of Python."""
 
 import atexit
 import os
+import runpy
 import sys
 import threading
 import traceback
@@ -13,14 +14,20 @@ from tests.workers import SERVER
 
 
 class Forked:
-    """As `subprocess.Popen(["toolkit", *words])`, both streams in a file."""
+    """As `subprocess.Popen(["toolkit", *words])`, or `["python", file, *words]`, both streams in
+    a file."""
 
     def __init__(
-        self, words: Sequence[str], *, cwd: Path, env: Mapping[str, str], output: Path
+        self,
+        words: Sequence[str],
+        *,
+        cwd: Path,
+        env: Mapping[str, str],
+        output: Path,
+        file: Path | None = None,
     ) -> None:
-        self._process = SERVER.Process(
-            target=_in_place, args=(list(words), str(cwd), dict(env), str(output))
-        )
+        arguments = (list(words), str(cwd), dict(env), str(output), file)
+        self._process = SERVER.Process(target=_in_place, args=arguments)
         self._process.start()
         assert self._process.pid is not None
         self.pid = self._process.pid
@@ -40,24 +47,30 @@ class Forked:
             os.kill(self.pid, number)
 
 
-def _in_place(words: list[str], cwd: str, env: dict[str, str], output: str) -> None:
+def _in_place(
+    words: list[str], cwd: str, env: dict[str, str], output: str, script: Path | None
+) -> None:
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(env)
-    run_to_the_end(words, output)
+    run_to_the_end(words, output, script)
 
 
-def run_to_the_end(words: list[str], output: str) -> None:
-    """In the forked process: what `toolkit` does, to the end of an interpreter."""
+def run_to_the_end(words: list[str], output: str, script: Path | None = None) -> None:
+    """In the forked process: what `toolkit` or `script` does, to the end of an interpreter."""
     from toolkit.cli.main import main
 
     file = os.open(output, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     os.dup2(file, 1)
     os.dup2(file, 2)
-    sys.argv = ["toolkit", *words]
+    sys.argv = [str(script or "toolkit"), *words]
     code: object = 1
     try:
-        main()
+        if script is None:
+            main()
+        else:
+            sys.path.insert(0, str(script.parent))
+            runpy.run_path(str(script), run_name="__main__")
     except SystemExit as end:
         code = end.code
     except BaseException:

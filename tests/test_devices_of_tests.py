@@ -42,7 +42,7 @@ def test_only_the_tests_of_gpus_see_them(
 
 
 def test_a_pool_may_have_devices_of_its_own() -> None:
-    pool = WorkerPool(1, {"CUDA_VISIBLE_DEVICES": "7"})
+    pool = WorkerPool({"CUDA_VISIBLE_DEVICES": "7"})
     try:
         assert pool.run(1, devices) == [HIDDEN | {"CUDA_VISIBLE_DEVICES": "7"}]
     finally:

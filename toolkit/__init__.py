@@ -10,6 +10,7 @@ from typing import Any
 __version__ = "0.1.0"
 
 _PUBLIC = {
+    "cli.script": ("main",),
     "config.base": ("Config",),
     "data.config": ("DataConfig", "DataLoaderConfig", "DatasetConfig"),
     "data.evaluation": ("EvalLoader",),

@@ -10,7 +10,7 @@ import pytest
 
 from tests.checkpoint.exchange import Variant, config_of
 from tests.tiny import SEQ, build, open_environment, train_steps
-from tests.workers import WorkerPool
+from tests.workers import WorkerPool, warm_pool
 from toolkit.checkpoint.commit import Save, save_checkpoint, write_checkpoint
 from toolkit.checkpoint.load import load_checkpoint
 from toolkit.checkpoint.save_plan import ShardWriter
@@ -106,7 +106,7 @@ def fresh() -> Iterator[Callable[[], WorkerPool]]:
     def make() -> WorkerPool:
         for pool in pools:
             pool.close()
-        pools.append(WorkerPool())
+        pools.append(warm_pool())
         return pools[-1]
 
     yield make

@@ -15,7 +15,7 @@ ENGINES = ["single", "fsdp", "zero1", "zero2", "zero3"]
 
 @pytest.fixture(scope="module")
 def on_cpu() -> list[float]:
-    pool = WorkerPool(1, {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"})
+    pool = WorkerPool({"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"})
     try:
         return pool.run(1, losses, "single", {})[0]
     finally:

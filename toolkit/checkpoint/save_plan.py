@@ -25,6 +25,7 @@ from torch.serialization import get_crc32_options, set_crc32_options
 
 from toolkit.checkpoint.folder import FileEntry
 from toolkit.checkpoint.together import place_in
+from toolkit.distributed.devices import wait_for
 from toolkit.errors import CheckpointError
 from toolkit.threads import ThreadPool
 
@@ -85,8 +86,7 @@ class ShardWriter:
             buffer.copy_(source.detach(), non_blocking=True)
             devices.add(source.device)
         for device in devices:
-            if device.type != "cpu":
-                torch.get_device_module(device).current_stream(device).synchronize()
+            wait_for(device)
         return lambda item: self._buffers[item.index]
 
     def stream(

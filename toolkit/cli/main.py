@@ -18,6 +18,7 @@ import typer
 from toolkit import __version__, signals
 from toolkit.cli import (
     data,
+    doctor,
     generate,
     launch,
     models,
@@ -59,6 +60,7 @@ _READING = (
     "generate",
     "show",
     "inspect",
+    "doctor",
 )
 """Verbs that are done when nobody reads on. The others work, whether anybody looks or not."""
 
@@ -109,6 +111,7 @@ app.command()(models.merge)
 app.command("eval")(models.evaluate)
 app.command()(generate.generate)
 app.command()(recipes.schema)
+app.command()(doctor.doctor)
 
 
 @app.callback()
@@ -220,7 +223,7 @@ def _run(args: Sequence[str]) -> int:
         name = next((word for word in words if "~" in word), "~")
         return _report(f"{shortened(name)}: no such user here", EXIT_BAD_INPUT, debug=debug)
     except _UsageError as error:
-        message = error.format_message()
+        message = error.format_message().replace("Value error, ", "")  # pydantic's word
         if message.startswith("No such command") and "Did you mean" not in message:
             message += " `toolkit --help` lists them."
         return _report(message, EXIT_BAD_INPUT, debug=debug)

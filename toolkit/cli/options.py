@@ -26,7 +26,8 @@ def argument(help: str, *, metavar: str | None = None, **more: Any) -> Any:
 
 
 Config = Annotated[
-    str, argument("A recipe (see `toolkit recipes`) or a JSON file.", metavar="CONFIG")
+    str,
+    argument("A recipe (see `toolkit recipes`), a JSON file or a Python file.", metavar="CONFIG"),
 ]
 Overrides = Annotated[list[str] | None, argument("Config values by path.", metavar="--PATH=VALUE")]
 DataRoot = Annotated[str | None, option("Folder of tokenized data (dataset.root).")]

@@ -4,8 +4,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 __all__ = [
-    "batch", "convert", "data", "dry_run", "evaluate", "evaluate_tasks", "explain", "generate",
-    "launch", "launching", "load", "merge", "mix", "plan",
+    "batch", "convert", "data", "doctor", "dry_run", "evaluate", "evaluate_tasks", "explain",
+    "generate", "launch", "launching", "load", "merge", "mix", "plan",
     "recipes", "replay", "runs", "schedule", "train", "verify",
 ]  # fmt: skip
 
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
         batch,
         convert,
         data,
+        doctor,
         dry_run,
         evaluate,
         evaluate_tasks,

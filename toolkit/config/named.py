@@ -13,6 +13,8 @@ from typing import Any
 
 from toolkit.errors import ConfigError, ToolkitError
 
+_folders: list[str] = []
+
 NAME_PATTERN = r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*"
 """What `module:Class` looks like."""
 
@@ -26,20 +28,34 @@ def named(name: str) -> Any:
     return found
 
 
+def look_in(folder: str) -> None:
+    """Find modules of users in `folder` too, behind those of the current folder."""
+    if folder not in _folders:
+        _folders.append(folder)
+
+
+def module_folders() -> list[str]:
+    """Where modules of users are found, besides what Python looks in by itself."""
+    return list(dict.fromkeys([os.getcwd(), *_folders]))
+
+
 def is_name(text: Any) -> bool:
     return isinstance(text, str) and re.fullmatch(NAME_PATTERN, text) is not None
 
 
 def users_class(name: str, *, key: str) -> Any:
-    """The class that a user's config names at `key`; the current folder is looked in too. Raises
+    """The class that a user's config names at `key`; `module_folders` are looked in too. Raises
     ConfigError: `name` is not of the form "module:Class", there is no such module or class, or
     importing the module fails."""
     if not is_name(name):
         raise ConfigError(f"write it as module:Class, not {name!r}", key=key)
-    if (here := os.getcwd()) not in sys.path:
-        sys.path.insert(0, here)
+    sys.path[:0] = [folder for folder in module_folders() if folder not in sys.path]
     try:
         found = named(name)
+    except ModuleNotFoundError as error:
+        where = " and ".join(module_folders())
+        problem = f"{name}: {error}; modules are found in {where}, and where PYTHONPATH says"
+        raise ConfigError(problem, key=key) from None
     except (ImportError, AttributeError) as error:
         raise ConfigError(f"{name}: {error}", key=key) from None
     except Exception as error:

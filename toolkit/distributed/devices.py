@@ -33,6 +33,14 @@ def pick_device(local_rank: int, local_world_size: int | None = None) -> torch.d
     no accelerator for itself."""
     devices = usable_gpus()
     if not devices:
+        if torch.backends.mps.is_available() and not wants_cpu(os.environ):
+            if (local_world_size or local_rank + 1) == 1:
+                return torch.device("mps")
+            if local_rank == 0:
+                log.warning(
+                    "%d processes train on this machine's CPU: torch cannot exchange tensors "
+                    "between processes on Apple's GPU; one process uses it", local_world_size
+                )  # fmt: skip
         if local_rank == 0 and (reason := unused_gpus()):
             log.warning("%s", reason)
         return torch.device("cpu")
@@ -59,9 +67,19 @@ def use_device(device: torch.device) -> None:
         torch.cuda.set_device(device)
 
 
+def wait_for(device: torch.device) -> None:
+    """Until what this thread asked of `device` is done."""
+    if device.type == "mps":
+        torch.mps.synchronize()
+    elif device.type != "cpu":
+        torch.get_device_module(device).current_stream(device).synchronize()
+
+
 def device_name(device: torch.device) -> str:
     """`NVIDIA H200`, or the model of the CPU."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{cpu_name()} GPU" if device.type == "mps" else cpu_name()
 
 
 def cpu_name() -> str:

@@ -231,6 +231,11 @@ def prepare_training_environment(
     # Not every launcher says how many processes share this machine.
     said = environ.get("LOCAL_WORLD_SIZE")
     device = pick_device(local_rank, int(said) if said else None)
+    if device.type == "mps" and layout.name not in ("single", "ddp"):
+        raise ConfigError(
+            f"train_module.dp_config: {layout.name} does not train on Apple's GPU; take single, or "
+            "train on the CPU with ACCELERATE_USE_CPU=true"
+        )
     _seed_everything(config.seed)
     if config.trainer.deterministic:
         _use_deterministic_algorithms()

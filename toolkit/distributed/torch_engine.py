@@ -31,6 +31,7 @@ from toolkit.distributed.engine import (
 from toolkit.distributed.environment import TrainingEnvironment
 from toolkit.distributed.shards import ShardSpec, local_boxes, local_tensor, stored_tensor
 from toolkit.distributed.whole_matrices import Held
+from toolkit.models.kernels import fused_steps_are_told
 from toolkit.optim.base import traits_of
 
 
@@ -59,10 +60,11 @@ class TorchEngine(Engine):
         for name in self._trainable:
             if axes := shards[name].partial_over:
                 self._partial.setdefault(axes, []).append(name)
-        self._takes_found_inf = traits_of(self.optimizer).takes_found_inf
+        self._optimizer_device = next(iter(self._local.values())).device
+        is_told = fused_steps_are_told(self._optimizer_device)
+        self._takes_found_inf = is_told and traits_of(self.optimizer).takes_found_inf
         self.model = self._prepare()
         self._give_whole_matrices()
-        self._optimizer_device = next(iter(self._local.values())).device
         self._rebound = not self._is_sharded
         # Before the first step: SGD's kernel would write its momentum there, and a skipped first
         # step would leave it unwritten.

@@ -13,6 +13,7 @@ from torch.nn.functional import cross_entropy
 from toolkit.data.instances.base import target_mask
 from toolkit.errors import DataError
 from toolkit.evaluate.stream import Chunk, stack_windows, windows
+from toolkit.models.kernels import widest_float
 from toolkit.models.loss import IGNORE_INDEX, shift_labels
 from toolkit.train.eval_sums import Batch, EvalSums, LossFunction, TokenSums, sum_batches
 from toolkit.wording import count
@@ -98,10 +99,10 @@ def causal_lm_loss(model: Any, device: torch.device) -> LossFunction:
         assert documents is None, "transformers models have no document masks"
         logits = model(input_ids=ids, use_cache=False).logits
         losses = [
-            cross_entropy(row.float(), target, ignore_index=IGNORE_INDEX, reduction="sum").double()
+            cross_entropy(row.float(), target, ignore_index=IGNORE_INDEX, reduction="sum")
             for row, target in zip(logits, labels, strict=True)
         ]
-        return torch.stack(losses).sum()
+        return torch.stack(losses).to(widest_float(device)).sum()
 
     return _loss_function(model, device, loss_of)
 

@@ -1,6 +1,7 @@
 """From `toolkit train SOURCE --flags` to an `ExperimentConfig` that knows where each value is from.
 
-1. SOURCE is a JSON file or the name of a recipe; both hold a complete config.
+1. SOURCE is a JSON file, a Python file that makes a config (python_config.py), or the name of a
+   recipe; each holds a complete config.
 2. `{"preset": NAME, ...}` in the model section becomes that preset, under the section's other
    values. The name of a mix in `dataset.mix` becomes what the mix holds.
 3. `--base FOLDER` gives model, tokenizer and weights to start from (sources.py); recipes for
@@ -37,6 +38,7 @@ from toolkit.errors import ConfigError, ErrorList
 from toolkit.experiment.aliases import ALIASES, implied, our_path, our_value, without
 from toolkit.experiment.checks import LOADING, check_experiment, check_load_path, layout_for
 from toolkit.experiment.config import ExperimentConfig
+from toolkit.experiment.python_config import call_build_config, is_python_config
 from toolkit.experiment.recorded import stored_config
 from toolkit.experiment.sources import (
     longest_sequence,
@@ -146,6 +148,9 @@ def load_run_config(run_dir: Path, overrides: Sequence[str] = ()) -> LoadedExper
 
 
 def _read_source(source: str) -> tuple[dict[str, Any], str]:
+    if is_python_config(source):
+        made = call_build_config(source)
+        return _read_source(made) if isinstance(made, str) else (made, source)
     path = local_path(source, "CONFIG")
     if path.is_file():
         return read_json_mapping(path), source

@@ -1,6 +1,8 @@
 """What a run folder tells about how its steps were computed. No torch at import."""
 
+import os
 import re
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ import msgspec
 from toolkit.config.check import check
 from toolkit.config.files import read_json_mapping
 from toolkit.config.interpolation import fill
+from toolkit.config.named import look_in
 from toolkit.distributed.config import (
     PARALLEL_FIELDS,
     ContextParallelConfig,
@@ -102,6 +105,7 @@ def stored_config(folder: Path, attempt: int | None = None) -> dict[str, Any]:
     if attempt is not None:
         path = metadata_of_attempt(folder, RUN_FILES.config, attempt)
     if path.is_file():
+        _look_where_it_was_started(folder)
         return read_json_mapping(path)
     if not is_run(folder):
         raise not_a_run(folder)
@@ -114,6 +118,23 @@ def stored_config(folder: Path, attempt: int | None = None) -> dict[str, Any]:
         f"{folder}: has no {RUN_FILES.config}; it was started from Python, of parts that "
         "no config describes: go on with the same script and start_run(..., resume=True)"
     )
+
+
+def _look_where_it_was_started(run: Path) -> None:
+    """Find the modules of the user's own where the run found them. A run folder may come from
+    elsewhere, and modules are code: only folders of this user that nobody else can write to, and
+    that did not come with the run."""
+    try:
+        folders = map(Path, read_json(run / RUN_FILES.command, RunError)["modules"])
+        for folder in [f for f in folders if f.is_absolute() and f.is_dir()]:
+            about, is_part = folder.stat(), run.resolve().parent in folder.resolve().parents
+            is_own = hasattr(os, "geteuid") and about.st_uid == os.geteuid()
+            if is_own and about.st_gid != os.getegid():  # a group of one's own is oneself
+                is_own = not about.st_mode & stat.S_IWGRP
+            if is_own and not about.st_mode & stat.S_IWOTH and not is_part:
+                look_in(str(folder))
+    except (OSError, RunError, KeyError, TypeError):
+        return  # a run of an older release; or nobody needs them
 
 
 def has_config(folder: Path) -> bool:

@@ -246,7 +246,8 @@ def _start_reading(records: list[_Record]) -> Callable[[], list[dict[str, Any]]]
 
 
 def _on_host(tensor: torch.Tensor) -> bool:
-    return tensor.device.type == "cpu"
+    # Apple's GPUs share the memory of the host, and have neither float64 nor events to sleep for.
+    return tensor.device.type in ("cpu", "mps")
 
 
 def _pinned(size: int) -> torch.Tensor:

@@ -55,6 +55,17 @@ class SdpaForm(NamedTuple):
     """Zeros added to each head."""
 
 
+def widest_float(device: torch.device) -> torch.dtype:
+    """The type of sums that must not round: float64, but float32 on Apple's GPUs."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def fused_steps_are_told(device: torch.device) -> bool:
+    """Whether torch's fused optimizers divide by `grad_scale` and heed `found_inf`. Their kernels
+    for Apple's GPUs take both and read neither (torch 2.13, FusedAdamWKernelImpl.mm)."""
+    return device.type != "mps"
+
+
 @torch.compiler.assume_constant_result
 def hardware_of(type: str, index: int | None = None, *, has_triton: bool = False) -> Hardware:
     """The hardware of a device, as far as its driver tells."""

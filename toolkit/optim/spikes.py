@@ -4,6 +4,8 @@ from typing import Any
 
 import torch
 
+from toolkit.models.kernels import widest_float
+
 
 class SpikeDetector:
     """The losses and gradient norms of the last accepted steps.
@@ -16,12 +18,13 @@ class SpikeDetector:
     def __init__(self, length: int, sigma_factor: float, *, device: torch.device) -> None:
         self._factor = sigma_factor
         self._needed = max(2, length // 2)
-        self._values = torch.zeros(3, length, dtype=torch.float64, device=device)
+        wide = widest_float(device)
+        self._values = torch.zeros(3, length, dtype=wide, device=device)
         """Losses, norms, and 1 where there is a step; where `_count` has passed the end, it began
         anew."""
         self._count = torch.zeros(1, dtype=torch.int64, device=device)
         """Accepted steps so far."""
-        self._one = torch.ones((), dtype=torch.float64, device=device)
+        self._one = torch.ones((), dtype=wide, device=device)
 
     def is_spike(self, loss: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:
         """Whether a step with these (0-d, on the device) is one; 0-d, bool. NaN is."""

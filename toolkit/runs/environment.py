@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from toolkit.config.named import module_folders
 from toolkit.config.secrets import is_secret_name, mask_secrets
 from toolkit.metrics.system import nvml_gpus
 
@@ -23,8 +24,14 @@ _SECRET = re.compile(r"TOKEN|API|PRIVATE|(\b|_)KEY(\b|_)", re.IGNORECASE)
 
 
 def describe_command() -> dict[str, Any]:
-    """Command line, folder, interpreter. What looks like a secret is masked."""
-    return {"argv": mask_secrets(sys.argv), "cwd": os.getcwd(), "python": sys.executable}
+    """Command line, folder, interpreter, and where modules of the user's own are found. What looks
+    like a secret is masked."""
+    return {
+        "argv": mask_secrets(sys.argv),
+        "cwd": os.getcwd(),
+        "python": sys.executable,
+        "modules": module_folders(),
+    }
 
 
 def describe_git(folder: Path | None = None) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import torch
 
 from toolkit.data.corpus import VAL
 from toolkit.data.evaluation import EvalLoader
+from toolkit.models.kernels import widest_float
 
 Batch = dict[str, torch.Tensor]
 
@@ -74,9 +75,10 @@ def sum_batches(
         if should_stop():
             return None
         sums = loss_of(batch)
-        pair = torch.stack([sums.loss.double(), sums.num_targets.double()])
+        wide = widest_float(sums.loss.device)
+        pair = torch.stack([sums.loss.to(wide), sums.num_targets.to(wide)])
         totals = pair if totals is None else totals + pair
-    return torch.zeros(2, dtype=torch.float64) if totals is None else totals.cpu()
+    return torch.zeros(2, dtype=torch.float64) if totals is None else totals.cpu().double()
 
 
 def evaluate_sets(

@@ -113,4 +113,6 @@ def _rng_state() -> dict[str, Any]:
     state: dict[str, Any] = {"python": list(random.getstate()[1]), "torch": torch.get_rng_state()}
     if torch.cuda.is_initialized():  # not by a run on the CPU, whatever the machine has
         state["cuda"] = torch.cuda.get_rng_state()
+    if torch.backends.mps.is_available():
+        state["mps"] = torch.mps.get_rng_state()
     return state

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from toolkit.evaluate.tasks.task import Choice, Task
+from toolkit.models.kernels import widest_float
 
 Logits = Callable[[Tensor], Tensor]
 """Ids `(rows, seq)` to logits `(rows, seq, vocab)`; every rank calls it together."""
@@ -145,7 +146,7 @@ def _sums(batch: Batch, logits: Tensor) -> Tensor:
     row, position, token = (t.to(device) for t in (batch.row, batch.position, batch.token))
     asked = logits[row, position]
     asked = asked.double() if asked.dtype == torch.float64 else asked.float()
-    values = asked.log_softmax(-1).gather(1, token[:, None])[:, 0].double()
+    values = asked.log_softmax(-1).gather(1, token[:, None])[:, 0].to(widest_float(device))
     # Sums of fixed order: `index_add_` would add up in any.
     longest = max(batch.lengths)
     parts = [pad(part, (0, longest - len(part))) for part in values.split(batch.lengths)]

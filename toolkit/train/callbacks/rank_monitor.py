@@ -103,6 +103,10 @@ def _mark(device: torch.device) -> Any:
     if device.type == "cpu":
         return time.perf_counter()
     module = torch.get_device_module(device)
+    if device.type == "mps":  # which has one queue
+        event = module.Event(enable_timing=True)
+        event.record()
+        return event
     event = module.Event(enable_timing=True, blocking=True)
     event.record(module.current_stream(device))
     return event

@@ -1,0 +1,129 @@
+"""`toolkit doctor` on this machine, and on machines that lack something."""
+
+import json
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from toolkit.cli.main import run
+from toolkit.commands import doctor
+from toolkit.commands.doctor import Finding, describe, examine, exit_code
+from toolkit.distributed import devices
+from toolkit.errors import ConfigError
+
+
+def test_this_machine_can_train(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run(["doctor"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1] == "ready to train"
+    assert lines[0].startswith("  versions ")
+    assert any(line.startswith("  device ") and "`auto` is" in line for line in lines)
+    assert any("run folder" in line and str(tmp_path) in line for line in lines)
+    assert run(["doctor", "--json"]) == 0
+    records = json.loads(capsys.readouterr().out)
+    assert {frozenset(record) for record in records} == {frozenset(("level", "about", "text"))}
+    assert "failed" not in {record["level"] for record in records}
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_one_failure_is_the_exit_code_and_is_marked(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = [Finding("note", "limits", "few"), Finding("failed", "device", "none")]
+    monkeypatch.setattr(doctor, "examine", lambda: found)
+    assert run(["doctor"]) == 1
+    said = capsys.readouterr().out.splitlines()
+    assert said == [
+        "! limits  few",
+        "x device  none",
+        "cannot train here: see the lines with x",
+    ]
+    assert run(["doctor", "--json"]) == 1
+    assert json.loads(capsys.readouterr().out)[1]["level"] == "failed"
+    assert exit_code(found[:1]) == 0
+    assert describe(found[:1]).endswith("ready to train")
+
+
+def usage(**sizes: int) -> Any:
+    return lambda place: SimpleNamespace(**{"total": 10**12, "free": 10**12, **sizes})
+
+
+def fails(error: Exception) -> Any:
+    def raising(*_: Any, **__: Any) -> None:
+        raise error
+
+    return raising
+
+
+@pytest.mark.parametrize(
+    ("place", "name", "value", "expected"),
+    [
+        (doctor, "installed_version", lambda name: None if name == "deepspeed" else "1",
+         ("failed", "libraries", "not installed: deepspeed")),
+        (sys, "platform", "win32",
+         ("failed", "system", "Windows is not supported; use Linux under WSL 2")),
+        (devices, "unused_gpus", lambda: "1 x H is not used, this runs on the CPU: torch is old",
+         ("failed", "device", "1 x H is not used")),
+        (devices, "pick_device", fails(ConfigError("2 processes,\nno GPU")),
+         ("failed", "device", "2 processes, no GPU")),
+        (torch.nn, "Linear", fails(RuntimeError("CUDA error: out of memory")),
+         ("failed", "device", "CUDA error: out of memory")),
+        (torch, "isfinite", lambda value: torch.tensor(False),
+         ("failed", "device", "a small product is not finite")),
+        (shutil, "which", lambda name: None, ("note", "compiler", "no C++ compiler")),
+        (tempfile, "TemporaryFile", fails(PermissionError(13, "Permission denied")),
+         ("failed", "run folder", "cannot be written: Permission denied")),
+        (shutil, "disk_usage", usage(free=10**9), ("note", "run folder", "1.0 GB free")),
+        (shutil, "disk_usage", usage(total=1 << 26),
+         ("note", "shared memory", "/dev/shm: 0.07 GB; NCCL wants more (docker run --ipc=host)")),
+        (shutil, "disk_usage", fails(OSError("no such device")),
+         ("failed", "disks", "no such device")),
+        (doctor.socket, "socket", fails(OSError("no net")), ("failed", "network", "no net")),
+        (doctor, "installed_version", lambda name: None,
+         ("ok", "extras", 'not installed: pip install "toolkit[NAME]", NAME ')),
+    ],
+)  # fmt: skip
+def test_what_is_missing_is_a_line(
+    place: Any, name: str, value: Any, expected: tuple[str, str, str],
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    checks = {"system": "versions", "run folder": "disks", "shared memory": "disks"}
+    check = checks.get(expected[1], "versions" if expected[1] == "libraries" else expected[1])
+    for other in ("versions", "device", "compiler", "disks", "limits", "network", "extras"):
+        if other != check:
+            monkeypatch.setattr(doctor, f"_{other}", lambda *_: iter(()))
+    with monkeypatch.context() as patch:
+        patch.setattr(place, name, value)
+        found = examine(folder=tmp_path)
+    level, about, text = expected
+    assert [f for f in found if (f.level, f.about) == (level, about) and text in f.text], found
+
+
+def test_few_open_files_are_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
+    import resource
+
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (1024, 2048))
+    (found,) = doctor._limits()
+    assert (found.level, found.about) == ("note", "limits")
+    assert "`ulimit -n 4096`" in found.text
+
+
+def test_several_gpus_get_the_line_that_uses_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(devices, "usable_gpus", lambda: 2)
+    monkeypatch.setattr(devices, "unused_gpus", lambda: None)
+    monkeypatch.setattr(devices, "pick_device", lambda local_rank: torch.device("cpu"))
+    memory = SimpleNamespace(total_memory=80 * 2**30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: memory)
+    device, start = doctor._device()
+    assert device.text.startswith("2 GPUs, the first ")
+    assert "with 80 GiB" in device.text
+    assert start.text == "toolkit train CONFIG --processes 2"
