@@ -88,7 +88,7 @@ class OnHosts(Target, kw_only=True):
         processes: list[Process] = []
         try:
             for note in notes:
-                note.touch()
+                note.write_text("")
             for rank, host in enumerate(hosts):
                 processes.append(started(host.run(self.start(job, rank, host))))
             until = time.monotonic() + SECONDS_TO_FAIL
