@@ -331,6 +331,35 @@ def test_a_head_that_gives_up_is_told_from_one_that_is_not_there(nodes: Nodes) -
         assert "closed the connection; if node 0 is there" in member.refusal(TrainingError)
 
 
+def test_a_name_that_is_not_known_yet_is_waited_for(
+    nodes: Nodes, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "toolkit")
+    monkeypatch.setattr(joining, "SILENT_SECONDS", 0.0)
+    unknown = [socket.gaierror(-2, "Name or service not known")] * 2
+    lookup = socket.getaddrinfo
+
+    def look_up(host: str, *arguments: Any, **named: Any) -> Any:
+        if host == "node0.run" and unknown:
+            raise unknown.pop()
+        return lookup("127.0.0.1" if host == "node0.run" else host, *arguments, **named)
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    late = nodes._replace(host="node0.run")
+    said = Machine(late._replace(join_seconds=-1.0)).refusal()
+    assert said.startswith("--head node0.run: Name or service not known; give an address")
+    assert unknown
+    monkeypatch.setattr(interfaces, "is_loopback", lambda host: True)  # its name does not say so
+    head = Machine(late)
+    while unknown and head.is_alive():
+        time.sleep(0.01)
+    member = Machine(late._replace(rank=1))
+    assert (head.met().first_rank, member.met().first_rank) == (0, 2)
+    assert "waiting for an address: --head node0.run: Name or service not known" in caplog.text
+    for machine in (head, member):
+        machine.leave()
+
+
 def test_a_port_that_is_taken_is_named(nodes: Nodes) -> None:
     with socket.create_server((nodes.host, nodes.port)):
         said = Machine(nodes).refusal()

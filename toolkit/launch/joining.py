@@ -24,7 +24,7 @@ import msgspec
 
 from toolkit.distributed.ranks import is_loopback
 from toolkit.errors import ConfigError, ToolkitError, TrainingError
-from toolkit.launch.interfaces import find_interface, listen_address, listen_on
+from toolkit.launch.interfaces import NoAddress, find_interface, listen_address, listen_on
 from toolkit.launch.messages import (
     PROTOCOL,
     Alive,
@@ -99,7 +99,7 @@ class _Head(_Side):
     """Who came, but not for this run: the end of an error."""
 
     def gather(self) -> Meeting:
-        address, interface = listen_address(self.nodes.host, self.nodes.interface)
+        address, interface = self._address()
         try:
             listener = listen_on(address, self.nodes.port)
         except OSError as error:
@@ -137,6 +137,17 @@ class _Head(_Side):
         each = count(self.processes, "process")
         log.info("%s, %s on each", count(self.nodes.number, "machine"), each)
         return Meeting(self.nodes, self.processes, go, interface, peers, store)
+
+    def _address(self) -> tuple[str, str]:
+        """Where to listen. The name of a machine that has just been made may not be known yet."""
+        while True:
+            try:
+                return listen_address(self.nodes.host, self.nodes.interface)
+            except NoAddress as error:
+                if self.is_late:
+                    raise
+                self.say_once(f"waiting for an address: {error}")
+            time.sleep(_RETRY_SECONDS)
 
     def _wait(self, listener: socket.socket, joined: dict[int, tuple[Connection, Hello]]) -> None:
         """Until all others have joined. Who does not say a valid hello is let go."""

@@ -301,11 +301,13 @@ def test_the_code_of_a_repository_is_a_commit_that_others_can_fetch(
     git("commit", "-qm", "own")
     assert "no remote has the commit" in refused()
     git("push", "-q", "origin", "HEAD")
+    assert f"origin is {tmp_path}/remote, which no container reaches; push to a" in refused()
+    git("remote", "set-url", "origin", "ssh://git@example.com:2222/me/own code.git")
     assert run(*SMOKE, "--git", "--dry-run") == 0
     lines = capsys.readouterr().out.splitlines()
     found = [line.strip() for line in lines if "git " in line or line.strip().startswith("pip ")]
     assert found == [
-        f"git clone --quiet {tmp_path}/remote /tmp/code",
+        "git clone --quiet 'https://example.com/me/own code.git' /tmp/code",
         f"git checkout --quiet {git('rev-parse', 'HEAD')}",
         "pip install --no-deps -e .",
     ]

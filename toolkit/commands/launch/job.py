@@ -98,16 +98,14 @@ def port_of(folder: str) -> int:
 
 def script_with_config(job: Job, *, rank: str, head: str) -> str:
     """What a container without this machine's files runs: the config, and the command in the
-    shell's place, so that signals reach it. A run folder that holds a run is continued. Names of
-    machines may take a while to be known."""
+    shell's place, so that signals reach it. A run folder that holds a run is continued."""
     flags, folder = job.flags(rank=rank, head=head), shlex.quote(job.run.folder)
     lines = [
-        "set -eu",
+        "set -e",
         *job.preamble(),
         f"cat > {_CONFIG_FILE} <<'END_OF_CONFIG'",
         job.run.config,
         "END_OF_CONFIG",
-        *([f"until getent hosts {head} > /dev/null; do sleep 1; done"] if job.nodes > 1 else []),
         f"exec {job.start} train {_CONFIG_FILE} --save-folder {folder} {flags}",
     ]
     return "\n".join(lines).rstrip() + "\n"
