@@ -140,7 +140,9 @@ def test_a_replay_starts_the_processes_that_are_asked_for_else_as_many_as_there_
     started: list[Any] = []
 
     def launch(command: list[str], processes: int, **more: Any) -> int:
-        started.append((command[3:], processes, more["verb"], more["folder"]))
+        started.append(
+            (command[command.index("toolkit") + 1 :], processes, more["verb"], more["folder"])
+        )
         return 7
 
     monkeypatch.setattr(running, "launch", launch)
