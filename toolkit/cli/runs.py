@@ -15,6 +15,7 @@ from toolkit.cli.printing import (
     print_table,
 )
 from toolkit.errors import EXIT_DONE, EXIT_FAILED, ConfigError
+from toolkit.storage.remote import is_url
 from toolkit.wording import count, prefixed
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from toolkit.commands.verify import CheckpointReport
 
 app = typer.Typer(invoke_without_command=True, rich_markup_mode=None)
-Root = Annotated[str, option("Folder of all runs (run.root).")]
+Root = Annotated[str, option("Folder of all runs (run.root), or URL of one run or several.")]
 Registry = Annotated[
     str | None, option("SQLAlchemy URL (run.registry).", shown="ROOT/registry.sqlite")
 ]
@@ -56,6 +57,7 @@ def list_(root: Root = "runs", registry: Registry = None) -> None:
     Examples:
       toolkit runs list
       toolkit runs list --root /shared/runs
+      toolkit runs list --root s3://bucket/runs
     """
     records = commands.runs.list_all(root, registry)
     if not records:
@@ -115,6 +117,18 @@ def send(
     return EXIT_DONE if is_sent else EXIT_FAILED
 
 
+@app.command()
+def push(run_dir: Annotated[str, argument("A run.", metavar="RUN_DIR")]) -> None:
+    """Bring what the URL of a run (run.mirror) lacks there, of a run that is not training.
+
+    \b
+    Examples:
+      toolkit runs push ~/.cache/toolkit/runs/bucket-first-1a2b3c4d
+    """
+    url = commands.runs.push_run(run_dir, lambda text: typer.echo(text, err=True))
+    typer.echo(f"{url}: is up to date")
+
+
 def verify(
     context: typer.Context,
     run_dir: Annotated[
@@ -150,16 +164,16 @@ def verify(
       toolkit verify runs/quickstart/first/checkpoints/step400 --quick
       toolkit verify runs/quickstart/first --replay 10 --step 200
     """
-    folder = commands.runs.folder_of(run_dir)
     if replay is None:
         if step is not None:
             raise ConfigError("--step belongs to --replay N; or give the step{N} folder itself")
-        reports = commands.verify.verify_checkpoints(folder, quick=quick)
-        _print_reports(reports, str(folder), quick=quick)
+        reports = commands.verify.verify(run_dir, quick=quick)
+        _print_reports(reports, run_dir, quick=quick)
         damaged = any(report.problem and not report.is_leftover for report in reports)
         return EXIT_FAILED if damaged else EXIT_DONE
     if quick:
         raise ConfigError("--quick does not go with --replay; a replay reads the whole checkpoint")
+    folder = commands.runs.folder_of(run_dir)
     outcome = commands.replay.replay_steps(folder, replay, step=step, debug=bool(context.obj))
     if isinstance(outcome, int):
         return outcome
@@ -229,7 +243,9 @@ def batch(
       toolkit batch runs/quickstart/first --step 120 --show 4
       toolkit batch runs/quickstart/first --step 120 --show 0 --json
     """
-    found = commands.batch.step_batch(commands.runs.folder_of(run_dir), step, show=show)
+    folder = commands.runs.folder_of(run_dir, checkpoints=False)
+    saved_in = run_dir if is_url(run_dir) else None
+    found = commands.batch.step_batch(folder, step, show=show, saved_in=saved_in)
     if json:
         print_json(found)
         return

@@ -18,6 +18,7 @@ from toolkit.cli.options import (
 )
 from toolkit.cli.printing import prepared_text
 from toolkit.errors import EXIT_BAD_INPUT, EXIT_DONE, ConfigError
+from toolkit.storage.remote import is_url
 
 
 def train(
@@ -29,7 +30,7 @@ def train(
     save_folder: Annotated[
         str | None,
         option(
-            "The run folder itself (run.save_folder); a run in it is resumed.",
+            "The run folder itself (run.save_folder), or a URL; a run in it is resumed.",
             shown="runs/EXPERIMENT/NAME",
         ),
     ] = None,
@@ -76,11 +77,14 @@ def resume(
     run_dir: Annotated[
         str,
         argument(
-            "A run: its folder or name (see `toolkit runs`), or its newest step{N} folder.",
+            "A run: its folder, name (see `toolkit runs`) or URL, or its newest step{N} folder.",
             metavar="RUN_DIR",
         ),
     ],
     overrides: Overrides = None,
+    work_dir: Annotated[
+        str | None, option("Of a run at a URL: where it is on this machine.", metavar="FOLDER")
+    ] = None,
     explain: Annotated[
         bool,
         option(
@@ -99,11 +103,14 @@ def resume(
       toolkit resume runs/quickstart/first
       toolkit resume runs/quickstart/first --trainer.max_duration='{value: 800, unit: steps}'
       toolkit resume --explain runs/quickstart/first --train_module.optim.lr=1e-3
+      toolkit resume s3://bucket/runs/first
       accelerate launch --config_file accelerate_configs/fsdp.yaml --num_processes 2 \\
           toolkit resume runs/quickstart/first
     """
     word, flags = commands.load.split_words(run_dir, overrides, "RUN_DIR")
-    folder = commands.runs.folder_of(word)
+    folder = commands.runs.folder_of(word, work_dir)
+    if is_url(word):  # which is where it goes on, wherever it was written before
+        flags = [f"--run.mirror={commands.runs.url_of_run(word)}", *flags]
     if not explain:
         return commands.train.resume(folder, flags, debug=bool(context.obj))
     explanation = commands.explain.explain_resume(folder, flags, os.environ)

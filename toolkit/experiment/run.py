@@ -26,6 +26,7 @@ from toolkit.experiment.notices import notices
 from toolkit.experiment.resuming import plan_resume
 from toolkit.experiment.schedules import check_schedule_lengths
 from toolkit.launch.failures import clear_notes, first_line
+from toolkit.launch.mirror import Mirror
 from toolkit.launch.relaunch import relaunch
 from toolkit.launch.starting import RunStart, current_launch, find_predecessor, stays_stopped
 from toolkit.runs.files import RUN_FILES
@@ -72,6 +73,10 @@ def train(
     if stored is None:
         stored, config = config, fill(config)
     check_no_secrets(stored.to_dict())
+    if local := config.run.on_this_machine():
+        config = config.replace(run=config.run.replace(**local))
+        url = str(stored.run.save_folder)  # with `${NAME}` as it was written
+        stored = stored.replace(run=stored.run.replace(**local | {"mirror": url}))
     starting = RunStart()
     with signals.listening(starting):
         try:
@@ -83,7 +88,7 @@ def train(
             signals.settle()
             return starting.stop(starting.reason)
         finally:
-            starting.close_log()
+            starting.close()
 
 
 def resume(
@@ -139,6 +144,9 @@ def _run(
                 return EXIT_STOPPED
             log.info("started again by the launcher; continuing %s", before)
             config = config.replace(run=config.run.replace(save_folder=str(before)))
+        if config.run.mirror is not None:
+            found.raise_any()  # before anybody is asked
+            starting.mirror = _open_mirror(config, resolve_run_folder(config.run, name))
         found.ask(check_run_folder, config.run, name)
         found.ask(check_trackers, config.trainer.callbacks)
         folder = resolve_run_folder(config.run, name)
@@ -172,6 +180,8 @@ def _run(
     try:
         if run is not None:
             clear_notes(run.folder)
+            if starting.mirror is not None:
+                starting.mirror.start(run)
             if not run.path(RUN_FILES.config).exists():
                 training.log_configs(stored, run, layout, origins)
         return training.train(stored, run, name, origins, starting)
@@ -181,6 +191,18 @@ def _run(
             with contextlib.suppress(RunError):
                 run.close("failed", message=first_line(error), exit_reason="error")
         raise
+
+
+def _open_mirror(config: ExperimentConfig, folder: Path) -> Mirror:
+    saves = config.trainer.callbacks.checkpointer
+    wait = config.run.mirror_wait
+    mirror = Mirror(str(config.run.mirror), folder, saves.retention, wait_seconds=wait)
+    try:
+        mirror.open()
+    except BaseException:
+        mirror.close()
+        raise
+    return mirror
 
 
 def _log_to_console(config: ExperimentConfig) -> None:
