@@ -2,19 +2,19 @@
 
     python benchmarks/mirror_stall.py
 
-A small model trains step by step in one process with one thread. By turns nothing else happens, or
-the mirror of a run folder with growing metrics and a checkpoint of 500 MB sends it to an S3 server
-(moto) on loopback. The server is a process of its own with the lowest priority: it stands for
-another machine. The mirror's process counts: it shares the cores with training, at the priority
-that it has in a run.
+A small model trains step by step in one process with one thread, on the first core. The mirror of
+its run folder, with growing metrics and a checkpoint of 500 MB, runs at the priority that it has in
+a run, on any core; with `--share-core` on training's own, which shows the most that it can take.
+The S3 server (moto) that it sends to on loopback has another core: it stands for another machine.
 
-A turn lasts until the upload is done; the other one takes as many steps. "ratio" is the time per
-step beside the mirror over that without it. CPU time tells the same without what else runs on the
-machine.
+The mirror's process is frozen and let go on by turns of some steps, so that what else runs on the
+machine disturbs both kinds of turns alike. "ratio" is the time of a turn beside the mirror over
+that of the frozen turn which follows; the mirror's own CPU time, over that of the turns, bounds it.
 """
 
 import argparse
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -23,6 +23,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -41,8 +42,10 @@ MODEL = TransformerConfig(
     vocab_size=512, d_model=128, num_layers=2, num_heads=4, intermediate_size=352,
     max_sequence_length=64,
 )  # fmt: skip
+STEPS = 5
+"""Of a turn."""
 SERVER = """
-import os; os.nice(19)
+import os; os.sched_setaffinity(0, [max(os.sched_getaffinity(0))])
 from moto.server import ThreadedMotoServer
 server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
 server.start()
@@ -55,12 +58,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--megabytes", type=int, default=500)
+    parser.add_argument("--share-core", action="store_true")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    cores = os.sched_getaffinity(0)
     server = subprocess.Popen(
         [sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL, text=True,
     )  # fmt: skip
+    os.sched_setaffinity(0, [min(cores)])
     assert server.stdout is not None
     os.environ |= {
         "AWS_ENDPOINT_URL": f"http://127.0.0.1:{server.stdout.readline().strip()}",
@@ -70,13 +76,14 @@ def main() -> None:
     mirror_module.INTERVAL_SECONDS = 2.0
     try:
         with tempfile.TemporaryDirectory() as folder:
-            measure(Path(folder), arguments.rounds, arguments.megabytes)
+            place = [min(cores)] if arguments.share_core else list(cores)
+            measure(Path(folder), arguments.rounds, arguments.megabytes, place)
     finally:
         server.kill()
         server.wait()
 
 
-def measure(folder: Path, rounds: int, megabytes: int) -> None:
+def measure(folder: Path, rounds: int, megabytes: int, cores: list[int]) -> None:
     import boto3
 
     boto3.client("s3").create_bucket(Bucket="bucket")
@@ -86,30 +93,35 @@ def measure(folder: Path, rounds: int, megabytes: int) -> None:
         tensors={"model.a": torch.randn(megabytes << 18)}, rank_state={},
     )  # fmt: skip
     step = stepper(run.path(RUN_FILES.train_metrics))
-    train(step, 100)
-    walls, cpus, sent = [], [], []
+    train(step)
+    ratios, shares, sent = [], [], []
     for number in range(rounds):
         url = f"s3://bucket/run{number}"
         mirror = Mirror(url, run.folder, Retention(), wait_seconds=600)
         mirror.open()
         mirror.start(run)
-        there = RemoteFolder(f"{url}/checkpoints/step1")
-        started, steps, beside = time.perf_counter(), 0, (0.0, 0.0)
+        there, process = RemoteFolder(f"{url}/checkpoints/step1"), mirror._process
+        assert process is not None
+        times = psutil.Process(process.pid)
+        times.cpu_affinity(cores)
+        turns, seconds, before = 0, 0.0, sum(times.cpu_times()[:2])
         while not there.exists(".metadata.json"):
-            wall, cpu = train(step, 100)
-            steps, beside = steps + 100, (beside[0] + wall, beside[1] + cpu)
-        sent.append(megabytes / (time.perf_counter() - started))
+            beside = train(step)
+            process.send_signal(signal.SIGSTOP)
+            alone = train(step)
+            process.send_signal(signal.SIGCONT)
+            ratios.append(beside / alone)
+            turns, seconds = turns + 1, seconds + beside
+        shares.append((sum(times.cpu_times()[:2]) - before) / seconds)
+        sent.append(megabytes / seconds)
         mirror.close()
         RemoteFolder(url).remove(first="lease.json")
-        alone = train(step, steps)
-        walls.append(beside[0] / alone[0])
-        cpus.append(beside[1] / alone[1])
-        print(f"{steps} steps: wall {walls[-1]:.4f}, CPU {cpus[-1]:.4f}, {sent[-1]:.0f} MB/s")
+        print(f"{turns} turns, {seconds:.1f} s: share {shares[-1]:.3f}", flush=True)
     run.close("finished")
-    table = Table("", "median", "range")
-    for name, values in (("wall per step, ratio", walls), ("CPU per step, ratio", cpus)):
-        shown = f"{min(values):.4f} to {max(values):.4f}"
-        table.add_row(name, f"{statistics.median(values):.4f}", shown)
+    table = Table("", "median", "middle half")
+    low, median, high = statistics.quantiles(ratios, n=4)
+    table.add_row(f"ratio ({len(ratios)} turns)", f"{median:.4f}", f"{low:.4f} to {high:.4f}")
+    table.add_row("CPU of the mirror", f"{statistics.median(shares):.4f}", "")
     table.add_row("upload, MB/s", f"{statistics.median(sent):.0f}", "")
     Console().print(table)
 
@@ -132,12 +144,12 @@ def stepper(metrics: Path) -> Callable[[], None]:
     return step
 
 
-def train(step: Callable[[], None], number: int) -> tuple[float, float]:
-    """Wall and CPU seconds of so many steps."""
-    wall, cpu = time.perf_counter(), time.thread_time()
-    for _ in range(number):
+def train(step: Callable[[], None]) -> float:
+    """Seconds of a turn."""
+    started = time.perf_counter()
+    for _ in range(STEPS):
         step()
-    return time.perf_counter() - wall, time.thread_time() - cpu
+    return time.perf_counter() - started
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 the URL holds the beginning of what was."""
 
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,10 @@ from tests.s3 import BUCKET, S3Server
 from toolkit.checkpoint.commit import save_checkpoint
 from toolkit.checkpoint.folder import saved_steps
 from toolkit.checkpoint.retention import Retention
-from toolkit.errors import StorageError
+from toolkit.errors import RunError, StorageError
 from toolkit.launch import pushing, remote_run
 from toolkit.launch.pushing import Pusher, piece_name, push_all, whole_name
+from toolkit.runs.files import RUN_FILES
 from toolkit.storage.remote import RemoteFolder, Retries
 
 METRICS = "metrics/train.jsonl"
@@ -35,6 +37,8 @@ def put(folder: Path, name: str, data: bytes) -> Path:
     path = folder / name
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(data)
+    (folder / "metadata").mkdir(exist_ok=True)
+    (folder / RUN_FILES.status).touch()
     return path
 
 
@@ -44,6 +48,7 @@ def joined(remote: RemoteFolder, name: str = METRICS) -> bytes:
 
 
 def save(folder: Path, step: int) -> None:
+    put(folder, RUN_FILES.status, b"")
     save_checkpoint(
         folder / "checkpoints",
         step=step,
@@ -151,9 +156,9 @@ def test_what_the_store_has_is_not_sent_again_by_the_next_attempt(
     remote = RemoteFolder(f"s3://{BUCKET}/{tmp_path.name}/run")
     path = put(tmp_path, METRICS, bytes(100))
     put(tmp_path, "tb/train/events", b"event")
-    put(tmp_path, "metadata/old.json", b"{}")
+    old = put(tmp_path, "tb/train/old", b"event")
     Pusher(tmp_path, remote, Retention()).push_files()
-    (tmp_path / "metadata" / "old.json").unlink()
+    old.unlink()
     path.write_bytes(bytes(70) + b"other")
     seen = writes(monkeypatch)
     pusher = Pusher(tmp_path, remote, Retention())
@@ -161,7 +166,8 @@ def test_what_the_store_has_is_not_sent_again_by_the_next_attempt(
     pusher.push_files()
     assert seen == [(piece_name(METRICS, 4), 11)]
     assert joined(remote) == path.read_bytes()
-    assert {whole_name(name)[0] for name in remote.sizes()} == {METRICS, "tb/train/events"}
+    found = {whole_name(name)[0] for name in remote.sizes()}
+    assert found == {METRICS, "tb/train/events", RUN_FILES.status}
 
 
 def test_metrics_come_before_the_checkpoint_that_they_lead_to(
@@ -177,7 +183,7 @@ def test_metrics_come_before_the_checkpoint_that_they_lead_to(
     seen = writes(monkeypatch)
     push_all(Pusher(tmp_path, remote, Retention()))
     names = [name for name, _ in seen]
-    assert names[0] == METRICS
+    assert names.index(METRICS) < names.index("checkpoints/step3/train/rank0.pt")
     assert names[-3:] == [
         "checkpoints/step3/.metadata.json", "merged/step3/weights", "merged/step3/.metadata.json",
     ]  # fmt: skip
@@ -217,7 +223,18 @@ def test_what_is_removed_here_is_removed_there(remote: RemoteFolder, tmp_path: P
     path.unlink()
     note.unlink()
     pusher.push_files()
-    assert remote.sizes() == {}
+    assert remote.sizes() == {RUN_FILES.status: 0}
+
+
+def test_the_copy_of_a_folder_that_was_removed_stays(remote: RemoteFolder, tmp_path: Path) -> None:
+    put(tmp_path / "run", METRICS, b"1")
+    pusher = Pusher(tmp_path / "run", remote, Retention())
+    pusher.push_files()
+    shutil.rmtree(tmp_path / "run")
+    for push in (pusher.push_files, pusher.begin):
+        with pytest.raises(RunError, match="its copy stays as it is"):
+            push()
+    assert joined(remote) == b"1"
 
 
 def test_a_checkpoint_damaged_here_is_told_once_and_not_waited_for(

@@ -1,7 +1,10 @@
 """The run at a URL on this machine: what is fetched, what is left alone, and what is replaced."""
 
+import errno
 import json
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -11,7 +14,9 @@ import torch
 from toolkit.checkpoint.commit import save_checkpoint
 from toolkit.checkpoint.folder import saved_steps
 from toolkit.checkpoint.retention import Retention
+from toolkit.cli import main as cli
 from toolkit.errors import CheckpointError, RunError
+from toolkit.launch import remote_run
 from toolkit.launch.pushing import Pusher, push_all
 from toolkit.launch.remote_run import (
     check_not_ahead,
@@ -124,6 +129,20 @@ def test_what_was_only_fetched_follows_the_url(url: str, tmp_path: Path) -> None
         local_copy(f"{url}/checkpoints/step5")
 
 
+def test_a_url_of_something_else_is_left_alone(url: str, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    write_run(other, 1)
+    (other / RUN_FILES.status).write_bytes(msgspec.json.encode(status(1, name="another")))
+    with pytest.raises(RunError, match=r"holds another run \(e/n of .*\) than .*e/another of"):
+        take_over(url, other)
+    with pytest.raises(RunError, match="holds another run"):
+        check_not_ahead(url, other)
+    above = url.rpartition("/")[0]
+    with pytest.raises(RunError, match=r"holds other files \(run\) and no run; choose another URL"):
+        take_over(above, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
 def test_a_fetch_cut_short_is_done_again(
     url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -154,14 +173,35 @@ def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(
     assert "step4" in caplog.text
 
 
+def test_a_full_disk_is_one_line(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["resume", url, "--work-dir", str(tmp_path / "here")]
+    with monkeypatch.context() as patch:
+        full = SimpleNamespace(free=0)
+        patch.setattr(shutil, "disk_usage", lambda _: full)
+        assert cli.run(words) == 1
+    assert capsys.readouterr().err.count("GB are needed on the disk of") == 1
+
+    def refuse(path: Path, *_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(remote_run, "write_atomic", refuse)
+    assert cli.run(words) != 0
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.endswith("No space left on device: free some space there")
+
+
 def test_names_that_lead_out_of_the_folder_are_refused(tmp_path: Path) -> None:
     url = f"file://{tmp_path}/store/run"
     write_run(tmp_path / "store" / "run", 1)
     out = tmp_path / "here"
     (out / "metadata").mkdir(parents=True)
     (out / "tb").symlink_to(tmp_path)
-    with pytest.raises(RunError, match="leads out of it"):
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(RunError, match="'tb/train/events' would be written outside"):
         take_over(url, out)
+    assert set(before) <= {*tmp_path.rglob("*")}
     assert not (tmp_path / "train" / "events").exists()
 
 

@@ -1,5 +1,5 @@
-"""`kill -9` of a mirrored run at random moments: an empty machine goes on from the URL alone, and the
-run ends as if undisturbed, with all of its metrics."""
+"""`kill -9` of a mirrored run at random moments: an empty machine goes on from the URL alone, and
+the run ends as if undisturbed, with all of its metrics."""
 
 import os
 import random

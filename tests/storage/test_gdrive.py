@@ -62,12 +62,14 @@ def test_a_run_is_mirrored_to_a_drive(drive: RemoteFolder, tmp_path: Path) -> No
     lease.acquire()
     (tmp_path / "metrics").mkdir()
     (tmp_path / "metrics" / "train.jsonl").write_text("1")
+    (tmp_path / "metadata").mkdir()
+    (tmp_path / "metadata" / "status.json").write_text("{}")
     pusher = Pusher(tmp_path, drive, Retention())
     pusher.begin()
     pusher.push_files()
     assert drive.read("metrics/train.jsonl") == b"1"
     lease.release()
-    assert drive.sizes() == {"metrics/train.jsonl": 1}
+    assert drive.sizes() == {"metadata/status.json": 2, "metrics/train.jsonl": 1}
 
 
 def test_without_the_library_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -147,6 +147,16 @@ def test_errors_that_pass_are_tried_again(
     assert (memory_folder.read("x"), len(calls)) == (b"1", 3)
 
 
+def test_an_upload_that_the_store_has_forgotten_is_sent_again(
+    memory_folder: RemoteFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forgotten = FileNotFoundError("the upload does not exist")
+    forgotten.__cause__ = ClientError({"Error": {"Code": "NoSuchUpload"}}, "UploadPart")
+    calls = flaky(monkeypatch, "put_file", [forgotten])
+    memory_folder.upload(random_file(tmp_path / "a", 5), "a")
+    assert (memory_folder.size("a"), len(calls)) == (5, 2)
+
+
 def test_what_does_not_pass_is_given_up_with_one_line(
     memory_folder: RemoteFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -240,6 +240,8 @@ def _ranks(config: ExperimentConfig, layout: Layout) -> list[str]:
 def _writes(config: ExperimentConfig) -> list[str]:
     folder = resolve_run_folder(config.run, "<time>")
     lines = [f"{folder}" + (" (exists: resumed)" if is_run(folder) else "")]
+    if (url := config.run.on_this_machine().get("mirror", config.run.mirror)) is not None:
+        lines.append(f"{url}, the same (mirrored)")
     if config.dataset.source is not None or config.dataset.mix is not None:
         lines += [str(place.absolute()) for place in data_places(config.data)]
     if config.trainer.no_checkpoints or not config.trainer.callbacks.checkpointer.enabled:

@@ -61,6 +61,7 @@ class Mirror:
         self._turn = threading.Lock()
         self._closing = threading.Event()
         self._is_done = False
+        self._replaced: RunError | None = None
         self._listener = Thread(target=self._keep_process, name="mirror", daemon=True)
 
     def open(self) -> None:
@@ -88,8 +89,10 @@ class Mirror:
 
     def start(self, run: RunManager) -> None:
         """Begin to copy. The status goes first: another machine must see that there is a newer
-        attempt."""
+        attempt. Raises RunError where another process has taken the run over meanwhile."""
         self._run = run
+        if self._replaced is not None:
+            raise self._replaced
         try:
             self._remote.write(RUN_FILES.status, run.path(RUN_FILES.status).read_bytes())
         except StorageError as error:
@@ -117,7 +120,7 @@ class Mirror:
                 os.killpg(self._process.pid, signal.SIGKILL)
         if self._is_done:
             log.info("%s: has all of the run", self.url)
-        elif self._run is not None and self._run.replaced is None:
+        elif self._run is not None and self._replaced is None:
             log.error(
                 "%s: lacks the end of this run, after %.0f s (run.mirror_wait); it is whole in %s: "
                 "bring it there with `toolkit runs push %s`",
@@ -141,9 +144,8 @@ class Mirror:
             for line in process.stdout:
                 self._hear(*line.decode(errors="replace").rstrip().partition(" ")[::2])
             process.wait()
-            is_replaced = self._run is not None and self._run.replaced is not None
             is_ending = self._closing.is_set()
-            if self._is_done or is_replaced or (is_ending and not (may_die and self._run)):
+            if self._is_done or self._replaced or (is_ending and not (may_die and self._run)):
                 return
             may_die = not is_ending  # perhaps before it heard that this is the end
             log.warning(
@@ -180,9 +182,9 @@ class Mirror:
         if word == "done":
             self._is_done = True
         elif word == "lost":
-            log.error("%s", text)
+            self._replaced = RunError(text)
             if self._run is not None:
-                self._run.replaced = RunError(text)
+                self._run.replaced = self._replaced
         else:
             log.log(logging.INFO if word == "info" else logging.WARNING, "%s", text)
 

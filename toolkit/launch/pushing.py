@@ -20,9 +20,8 @@ from pathlib import Path
 from toolkit.checkpoint.folder import METADATA_FILE, is_committed, saved_steps, step_folder
 from toolkit.checkpoint.remote import set_aside_at, upload_checkpoint
 from toolkit.checkpoint.retention import Retention, prune_checkpoints
-from toolkit.errors import CheckpointError, TrainingError
+from toolkit.errors import CheckpointError, RunError, TrainingError
 from toolkit.runs.files import RUN_FILES
-from toolkit.runs.lease import is_of_lease
 from toolkit.storage.atomic import TEMPORARY_SUFFIX
 from toolkit.storage.remote import RemoteFolder
 
@@ -34,6 +33,8 @@ GROWING = (".jsonl", ".log")
 BULKY = (RUN_FILES.merged, RUN_FILES.exports, RUN_FILES.profiles)
 """Folders sent as checkpoints are: metrics do not wait for them."""
 _NOT_SENT = (RUN_FILES.checkpoints, RUN_FILES.downloads)
+_SET_ASIDE = (RUN_FILES.metrics, RUN_FILES.tensorboard, RUN_FILES.trackers)
+"""Folders that a run which starts anew gives other names."""
 _LOCAL = (RUN_FILES.lock, RUN_FILES.lock_info, RUN_FILES.copy_of, "stop")
 """The last is a request to the process that runs here (`trainer.stop_file`)."""
 _PART = ".part"
@@ -56,13 +57,12 @@ class Pusher:
         """Steps whose checkpoints are there."""
 
     def begin(self) -> None:
-        """Take away what the folder does not have (any more): of an attempt that was set aside, or
-        of steps that are trained again."""
+        """Take away what the folder does not have any more: records of an attempt that was set
+        aside, and steps that are trained again."""
         names = {name for name, _ in self._files(bulky=False)}
         there = self._remote.sizes()
         for name in list(there):
-            is_known = whole_name(name)[0] in names or is_of_lease(name)
-            if not is_known and name.partition("/")[0] not in (*_NOT_SENT, *BULKY):
+            if name.partition("/")[0] in _SET_ASIDE and whole_name(name)[0] not in names:
                 self._remote.delete([name])
                 del there[name]
         root = self._remote / RUN_FILES.checkpoints
@@ -122,7 +122,10 @@ class Pusher:
             prune_checkpoints(target.url, self._rule, newest=max(self._done))
 
     def _files(self, *, bulky: bool) -> Iterator[tuple[str, Path]]:
-        """Names and paths of what is sent, a `.metadata.json` after the files it speaks of."""
+        """Names and paths of what is sent, a `.metadata.json` after the files it speaks of. Raises
+        RunError where the folder is no run (any more): its files are not gone one by one."""
+        if not (self._folder / RUN_FILES.status).is_file():
+            raise RunError(f"{self._folder}: was removed or moved; its copy stays as it is")
         for parent, folders, files in os.walk(self._folder):
             above = Path(parent).relative_to(self._folder)
             folders[:] = sorted(

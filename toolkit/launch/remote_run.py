@@ -81,8 +81,11 @@ def check_not_ahead(url: str, folder: Path) -> None:
     there, here = _status_at(RemoteFolder(url)), read_status(folder)
     if (folder / RUN_FILES.copy_of).exists():
         raise RunError(f"{folder}: was fetched from {url}, and nobody has trained it here")
+    if there is None:
+        _check_unused(RemoteFolder(url))
     if here is None or there is None or is_same_attempt(here, there):
         return
+    _check_same_run(url, there, folder, here)
     if here.attempt <= there.attempt:
         raise RunError(
             f"{url}: the run has gone on elsewhere (attempt {there.attempt} on {there.host}); what "
@@ -97,10 +100,12 @@ def bring_up_to_date(url: str, folder: Path, *, is_writer: bool, checkpoints: bo
     there, here = _status_at(remote), read_status(folder)
     is_copy = (folder / RUN_FILES.copy_of).exists()
     if there is None:
+        _check_unused(remote)
         if here is not None and not is_copy:
             log.warning("%s: nothing is there yet; going on with %s", url, folder)
         return
     if here is not None and not is_copy:
+        _check_same_run(url, there, folder, here)
         if is_same_attempt(here, there) or here.attempt > there.attempt:
             return
         log.warning(
@@ -153,6 +158,21 @@ def run_and_step(text: str) -> tuple[str, int | None]:
     return (run, step) if step is not None and checkpoints == RUN_FILES.checkpoints else (url, None)
 
 
+def _check_unused(remote: RemoteFolder) -> None:
+    if others := [name for name in remote.names() if not is_of_lease(name)]:
+        raise RunError(
+            f"{remote}: holds other files ({', '.join(others[:3])}) and no run; choose another URL"
+        )
+
+
+def _check_same_run(url: str, there: RunStatus, folder: Path, here: RunStatus) -> None:
+    names = [f"{run.experiment}/{run.name} of {run.created}" for run in (there, here)]
+    if names[0] != names[1]:
+        raise RunError(
+            f"{url}: holds another run ({names[0]}) than {folder} ({names[1]}); choose another URL"
+        )
+
+
 def _status_at(remote: RemoteFolder) -> RunStatus | None:
     try:
         raw = remote.read(RUN_FILES.status)
@@ -171,7 +191,7 @@ def _fetch_files(remote: RemoteFolder, folder: Path, *, everything: bool) -> Non
         if everything or top not in _FOR_WRITERS:
             wanted.setdefault(whole_name(name)[0], []).append(name)
     for top in {RUN_FILES.metrics, RUN_FILES.tensorboard} | {n.partition("/")[0] for n in wanted}:
-        for path in (folder / top).rglob("*"):
+        for path in () if (folder / top).is_symlink() else (folder / top).rglob("*"):
             name = path.relative_to(folder).as_posix()
             if path.is_file() and name not in (*wanted, RUN_FILES.status, RUN_FILES.copy_of):
                 path.unlink()
@@ -183,7 +203,7 @@ def _fetch_files(remote: RemoteFolder, folder: Path, *, everything: bool) -> Non
 def _fetch_file(remote: RemoteFolder, folder: Path, name: str, pieces: list[str]) -> None:
     path = folder / name
     if not path.resolve().is_relative_to(folder.resolve()):
-        raise RunError(f"{remote}: holds a name that leads out of it: {name!r}")
+        raise RunError(f"{remote}: {name!r} would be written outside {folder}")
     path.parent.mkdir(parents=True, exist_ok=True)
     if len(pieces) == 1:
         write_atomic(path, remote.read(name), sync=False)

@@ -108,10 +108,14 @@ class Lease:
             raise FileNotFoundError(f"{self._folder}/{LEASE_FILE}")
         return True
 
+    def is_ours(self) -> bool:
+        """Whether it names this writer. Raises StorageError."""
+        holder = self._read()
+        return holder is not None and holder.token == self.info.token
+
     def release(self) -> None:
         """Give it back. Raises StorageError."""
-        holder = self._read()
-        if holder is not None and holder.token == self.info.token:
+        if self.is_ours():
             self._folder.delete([LEASE_FILE])
 
     def lost_error(self) -> RunError:

@@ -20,6 +20,13 @@ def knows_no_condition(error: BaseException) -> bool:
     return isinstance(error, TypeError | NotImplementedError)
 
 
+def is_lost_upload(error: BaseException) -> bool:
+    """Whether S3 no longer knows the parts of an upload: its end came through and its answer did
+    not, or the bucket's rules have removed them. Sent again, it works."""
+    answer = getattr(error.__cause__ or error, "response", None)
+    return isinstance(answer, dict) and answer.get("Error", {}).get("Code") == "NoSuchUpload"
+
+
 def md5_of(entry: dict[str, Any]) -> str | None:
     if "md5Hash" in entry:  # GCS
         return base64.b64decode(entry["md5Hash"]).hex()

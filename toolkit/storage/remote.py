@@ -21,6 +21,7 @@ from toolkit.errors import ConfigError, StorageError
 from toolkit.storage.atomic import fsync_file, hash_file, write_atomic
 from toolkit.storage.dialects import (
     STREAMS,
+    is_lost_upload,
     knows_no_condition,
     md5_of,
     protocols_of,
@@ -99,8 +100,8 @@ def open_filesystem(url: str) -> tuple[Any, str]:
 class RemoteFolder:
     """A folder of a store. Names are relative to it, with slashes; nothing is cached.
 
-    Every method raises StorageError (one line: what, where, what to do) when the store refuses or
-    stays out of reach; FileNotFoundError where that is an answer.
+    Every method raises StorageError (one line) when the store refuses or stays out of reach;
+    FileNotFoundError where that is an answer.
     """
 
     def __init__(self, url: str, *, retries: Retries | None = None) -> None:
@@ -120,11 +121,15 @@ class RemoteFolder:
         """Last part of the URL."""
         return self.url.rpartition("/")[2]
 
+    def names(self, *, folders: bool = False) -> list[str]:
+        """Names of all, or of the `folders`, directly in it; none where it does not exist."""
+        entries = self._listing(lambda: self._filesystem.ls(self._root, detail=True))
+        chosen = (e for e in entries if not folders or e["type"] == "directory")
+        return sorted(PurePosixPath(entry["name"]).name for entry in chosen)
+
     def folders(self) -> list[str]:
         """Names of the folders directly in it; none where it does not exist."""
-        entries = self._listing(lambda: self._filesystem.ls(self._root, detail=True))
-        folders = (entry["name"] for entry in entries if entry["type"] == "directory")
-        return sorted(PurePosixPath(folder).name for folder in folders)
+        return self.names(folders=True)
 
     def sizes(self) -> dict[str, int]:
         """Every file below it and its bytes; empty where it does not exist."""
@@ -370,9 +375,9 @@ class RemoteFolder:
                 return action(path)
             except FileNotFoundError as error:
                 # fsspec says so too of web servers that do not answer.
-                if error.__cause__ is None or not is_transient(error.__cause__):
+                failure: BaseException = error.__cause__ or error
+                if not (is_transient(failure) or is_lost_upload(failure)):
                     raise
-                failure: BaseException = error.__cause__
             except Exception as error:
                 if not is_transient(error):
                     raise StorageError(_message(doing, where, error)) from error
