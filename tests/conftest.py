@@ -3,6 +3,7 @@
 import logging
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import hypothesis
 import pytest
@@ -36,6 +37,16 @@ def _loggers_as_at_first() -> None:
     logger.propagate = True
     for handler in list(logger.handlers):
         logger.removeHandler(handler)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _clean_examples() -> Iterator[None]:
+    """Tests leave no runs and no data beside the examples, from where some of them start."""
+    examples = Path(__file__).parents[1] / "examples"
+    places = [examples / name for name in ("runs", "data")]
+    before = [place for place in places if place.exists()]
+    yield
+    assert [place for place in places if place.exists()] == before
 
 
 @pytest.fixture(scope="session")

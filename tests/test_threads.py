@@ -2,6 +2,7 @@
 
 import ast
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -102,6 +103,29 @@ def test_data_is_read_ahead_on_the_ranks_own_device(cuda: FakeCuda) -> None:
 
     reader = read_ahead(items(), 2)
     assert next(reader) == 3
+    reader.close()
+
+
+def test_as_many_are_ready_whatever_their_sizes() -> None:
+    """Of items of size 8 one is; of size 1 then four."""
+    made: list[int] = []
+
+    def items() -> Iterator[int]:
+        for size in (8, 8, *(1 for _ in range(50))):
+            made.append(size)
+            yield size
+
+    def wait_for(number: int) -> None:
+        deadline = time.monotonic() + 10
+        while len(made) < number and time.monotonic() < deadline:
+            time.sleep(0.001)
+        time.sleep(0.02)
+        assert len(made) == number
+
+    reader = read_ahead(items(), 4, size=lambda size: size)
+    for number in (2, 6, 7):
+        next(reader)
+        wait_for(number)
     reader.close()
 
 

@@ -52,7 +52,7 @@ def module_config(engine: str | None = None, **changes: Any) -> TransformerTrain
 
 
 def open_environment(config: TransformerTrainModuleConfig, seed: int = 3) -> TrainingEnvironment:
-    trainer = SimpleNamespace(deterministic=False, collective_timeout=1800.0)
+    trainer = SimpleNamespace(deterministic=False, collective_timeout=1800.0, log_ranks="rank0")
     settings = SimpleNamespace(seed=seed, train_module=config, trainer=trainer)
     return prepare_training_environment(settings)
 

@@ -2,8 +2,8 @@
 per worker.
 
 A job is a module-level function called on every rank as `fn(*args)` with the launcher's variables
-set; its return values come back as a list by rank. A hung or failed job kills the pool, so that
-the next test starts clean.
+set, in an empty folder; its return values come back as a list by rank. A hung or failed job kills
+the pool, so that the next test starts clean.
 """
 
 import contextlib
@@ -14,6 +14,7 @@ import os
 import signal
 import socket
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable
@@ -42,6 +43,8 @@ class WorkerPool:
     def __init__(self, size: int = 4, environ: dict[str, str] | None = None) -> None:
         self._size = size
         self._environ = environ or {}
+        self._folder = tempfile.TemporaryDirectory(prefix="workers-")
+        """Where jobs begin: what they write by relative names is not the checkout's."""
         self._workers: list[tuple[mp.Process, Any]] = []
 
     def run(
@@ -112,14 +115,14 @@ class WorkerPool:
         context: Any = SERVER if is_like_all else mp.get_context("spawn")
         while len(self._workers) < max(count, 1):
             here, there = context.Pipe()
-            process = context.Process(target=_work, args=(there,), daemon=True)
+            process = context.Process(target=_work, args=(there, self._folder.name), daemon=True)
             with mock.patch.dict(os.environ, self._environ):
                 process.start()
             there.close()
             self._workers.append((process, here))
 
 
-def _work(pipe: Any) -> None:
+def _work(pipe: Any, folder: str) -> None:
     import torch
 
     faulthandler.enable()
@@ -131,6 +134,7 @@ def _work(pipe: Any) -> None:
         except EOFError:
             return
         os.environ.update(environ)
+        os.chdir(folder)
         _restart_deepspeed_ids()
         try:
             pipe.send((True, fn(*args)))

@@ -7,6 +7,7 @@ other exception is a defect of ours and keeps its traceback.
 
 import contextlib
 import errno
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -122,6 +123,20 @@ def reason_of_machine(error: BaseException) -> str | None:
         return None
     where = f"{error.filename}: " if error.filename is not None else ""
     return f"{where}{error.strerror}: {_MACHINE[error.errno]}"
+
+
+@contextlib.contextmanager
+def renaming(before: str, after: str) -> Iterator[None]:
+    """Bad input of the block names settings by where the user gave them: what matches the pattern
+    `before` in a message or a key becomes `after`, as `re.sub` has it."""
+    try:
+        yield
+    except BadInputError as error:
+        for one in error.errors if isinstance(error, SeveralErrors) else (error,):
+            one.args = (re.sub(before, after, one.problem),)
+            one.key = re.sub(before, after, one.key)
+            one.about = tuple(re.sub(before, after, path) for path in one.about)
+        raise
 
 
 class ErrorList:

@@ -15,6 +15,7 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     text.write_text("".join(f"line {n}: é and {n * n}\n" for n in range(400)), encoding="utf-8")
     args = [
         "train", "smoke", "--save-folder", str(folder / "run"), "--data-root", str(folder / "data"),
+        f"--run.root={folder / 'runs'}",
         f"--dataset.source={{type: files, paths: ['{text}']}}", "--dataset.num_processes=1",
         "--data_loader.eval_tokens=600", "--trainer.max_duration.value=4",
         "--trainer.callbacks.lm_evaluator.interval=2",

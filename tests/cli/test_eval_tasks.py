@@ -27,6 +27,7 @@ def task_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     args = [
         "train", "smoke", "--save-folder", str(folder / "run"), "--data-root", str(folder / "data"),
         f"--dataset.source={{type: files, paths: ['{text}']}}", "--dataset.num_processes=1",
+        f"--run.root={folder / 'runs'}",
         "--trainer.max_duration.value=4", "--trainer.hard_stop.value=2",
         "--data_loader.eval_tokens=600", "--trainer.callbacks.lm_evaluator.interval=2",
         f"--dataset.eval_sets.other.source={{type: files, paths: ['{folder}/other.txt']}}",

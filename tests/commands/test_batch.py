@@ -125,7 +125,7 @@ def test_steps_and_data_that_are_not_the_runs_are_refused(
 def test_the_verb_shows_a_table_and_marks_what_is_no_target(
     run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert cli.run(["batch", str(run), "--step", "2"]) == 0
+    assert cli.run(["batch", str(run), "2"]) == 0
     output = capsys.readouterr().out
     lines = output.splitlines()
     assert lines[0].startswith("step 2: batch 2 of ")
@@ -143,3 +143,6 @@ def test_the_verb_shows_a_table_and_marks_what_is_no_target(
     data = json.loads(capsys.readouterr().out)
     assert data["instances"][3]["instance"] == found.instances[3].instance
     assert data["instances"][0]["text"] is None
+    for steps in ([], ["2", "--step", "3"]):
+        assert cli.run(["batch", str(run), *steps]) == 2
+    assert capsys.readouterr().err.count("which step? Give one: toolkit batch") == 2

@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from toolkit.commands.card import _command
+from toolkit.commands.card import _command, _sizes
+from toolkit.data.config import DataLoaderConfig
+from toolkit.data.order.schedule import BatchSizeChangeConfig
 
 
 @pytest.mark.parametrize(
@@ -22,3 +24,16 @@ def test_the_command_can_be_typed_again(
     (tmp_path / "metadata").mkdir()
     (tmp_path / "metadata/command.json").write_text(json.dumps({"argv": argv}))
     assert _command(tmp_path) == command
+
+
+def test_sizes_are_those_that_were_trained_on() -> None:
+    values = DataLoaderConfig(
+        global_batch_size=64,
+        batch_size_schedule=(
+            BatchSizeChangeConfig(tokens=0, global_batch_size=1024),
+            BatchSizeChangeConfig(tokens=5000),
+            BatchSizeChangeConfig(tokens=9000),
+        ),
+    )
+    assert values.first_batch_size == 1024
+    assert _sizes(values.batch_sizes, 8000) == "1,024 tokens, 2,048 tokens after 5,000 tokens"

@@ -138,6 +138,37 @@ def test_less_data_than_one_batch_is_an_error(tmp_path: Path) -> None:
 def test_a_name_that_is_taken_is_refused(tmp_path: Path) -> None:
     from toolkit.runs.registry import start_run
 
-    start_run("quickstart", "run1", root=tmp_path / "runs").close()
-    with pytest.raises(RunError, match="this run exists; continue it with `toolkit resume"):
+    start_run("quickstart", "run1", root=tmp_path / "runs").close("finished")
+    with pytest.raises(RunError, match="this run exists; continue it with"):
         lines(name="run1")
+
+
+def test_it_shows_who_is_trained_how() -> None:
+    shown = lines("--train_module.optim.type=muon", "--train_module.optim.lr=0.02")
+    start = next(n for n, line in enumerate(shown) if line.startswith("optimizer "))
+    assert shown[start : start + 2] == [
+        "optimizer 788,160 parameters in 10 tensors: lr 0.02, weight_decay 0, by AdamW "
+        "(group_overrides.0)",
+        "1,769,472 parameters in 28 tensors: lr 0.02, weight_decay 0.1, matrices",
+    ]
+    layers = ["--train_module.optim.layer_lr_decay=0.5", "--model.num_layers=12"]
+    assert "18 groups more (metadata/optimizer_groups.json of the run)" in lines(*layers)
+
+
+@pytest.mark.parametrize(
+    ("precision", "said"),
+    [("fp32", None), ("auto", "does not go with precision fp32"), ("bf16", "and a CPU has none")],
+)
+def test_it_says_what_this_machine_cannot_do(
+    precision: str, said: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("toolkit.distributed.environment.is_fast_at_bf16", lambda device: False)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    flags = ["--train_module.float8_config.filter=[]", f"--train_module.precision={precision}"]
+    if said is None:  # whatever the machine: refused
+        with pytest.raises(ConfigError, match="precision fp32"):
+            lines(*flags)
+        return
+    (line,) = [line for line in lines(*flags) if "refused on this machine" in line]
+    assert line.startswith("here refused on this machine: train_module.float8_config: ")
+    assert said in line

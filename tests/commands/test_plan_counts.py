@@ -191,6 +191,29 @@ def test_a_fake_rank_of_a_thousand_counts_the_same(capsys: pytest.CaptureFixture
         assert counted == pytest.approx(planned, rel=1e-3)
 
 
+def test_a_fake_rank_has_adapters(capsys: pytest.CaptureFixture[str]) -> None:
+    words = [
+        "plan", "llama_271M", "--world-size", "8", "--model.num_layers=1", "--simulate", "--json",
+        "--train_module.dp_config.name=fsdp", "--train_module.lora={rank: 4}",
+        "--trainer.load_path=base", "--train_module.rank_microbatch_size=1024",
+        "--data_loader.global_batch_size=16384", "--dataset.sequence_length=512",
+    ]  # fmt: skip
+    assert cli.run(words) == 0
+    found = json.loads(capsys.readouterr().out)["simulated"]
+    rows = {row["what"]: (row["counted"], row["planned"]) for row in found["rows"]}
+    counted, planned = rows.pop("peak")
+    assert counted == pytest.approx(planned, rel=0.15)
+    assert rows["weights"][0] > 0 < rows["optimizer state"][0]
+    for counted, planned in rows.values():
+        assert counted == pytest.approx(planned, rel=1e-3)
+
+
+def test_float8_is_said_to_be_counted_as_bf16(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["plan", "llama_271M", "--world-size", "8", "--train_module.float8_config={}"]
+    assert cli.run(words) == 0
+    assert "float8_config is counted as bf16" in capsys.readouterr().out
+
+
 def test_what_does_not_run_without_storage_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     words = ["plan", "llama_271M", "--world-size", "8", "--simulate"]
     for engine in ("ddp", "zero3"):

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from toolkit.cli import main as cli
-from toolkit.commands.chart import png, text
+from toolkit.commands.chart import png, text, ticks
 from toolkit.errors import ConfigError
 
 FLAGS = [
@@ -66,6 +66,21 @@ def test_a_chart_of_a_line() -> None:
     assert top[-1] != "\u2800" == top[0]
     assert bottom[0] != "\u2800" == bottom[-1]
     assert text("x", [0, 1], [2.0, 2.0], axis=("a", "b")) == "x: 2 throughout"
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "marks"),
+    [
+        (0.0, 0.003, [0, 0.0005, 0.001, 0.0015, 0.002, 0.0025, 0.003]),
+        (1, 400, [0, 100, 200, 300, 400]),
+        (1, 10, [0, 2, 4, 6, 8, 10]),
+        (0, 6656, [0, 2000, 4000, 6000, 8000]),
+        (0, 0, [0, 0.2, 0.4, 0.6, 0.8, 1]),
+        (-0.5, 1e-9, [-0.5, -0.4, -0.3, -0.2, -0.1, 0, 0.1]),
+    ],
+)
+def test_marks_of_an_axis_are_round_numbers(low: float, high: float, marks: list[float]) -> None:
+    assert ticks(low, high) == marks
 
 
 def test_an_image_without_pillow_names_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,7 +27,9 @@ PLAIN = (
     "postgresql://me:{secret}@host/db", "--run.registry=mysql+pymysql://u:p/{secret}@h:1/d",
     "s3://key:{secret}@bucket/a@b", "http://u:{secret}@[::1]:8080/", "--token {secret}",
     "HF_TOKEN {secret}", "run --hub-token {secret} --x 1", "Authorization: Bearer {secret}",
-    "at redis://:{secret}@h/0: refused",
+    "at redis://:{secret}@h/0: refused", "posted to https://hooks.slack.com/services/{secret}",
+    "https://discord.com/api/webhooks/1/{secret}", "webhook: https://intern/{secret}",
+    "--trainer.callbacks.notifier.slack=https://h:80/{secret}", "SLACK_URL='https://h/?t={secret}'",
 )  # fmt: skip
 SECRETS = st.text("abcXYZ019_-.~+/%!", min_size=9, max_size=30).map(lambda text: "qQ7" + text)
 
@@ -72,7 +74,8 @@ def test_no_value_survives_under_a_name_that_says_it_is_secret(
     data: st.DataObject, name: str, secret: str
 ) -> None:
     value = data.draw(nested(secret))
-    masked = mask_secrets(data.draw(nested({name: value, "kept": "this"})))
+    hook = {"webhook": f"https://intern/{secret}", "slack": f"https://x/a?b={secret}"}
+    masked = mask_secrets(data.draw(nested({name: value, "kept": "this", "n": hook})))
     assert secret not in json.dumps(masked)
     assert "this" in json.dumps(masked)
     assert secret not in json.dumps(mask_secrets([f"--{name.lower()}", secret]))
@@ -121,6 +124,10 @@ def test_no_field_of_the_config_has_a_name_that_would_be_refused() -> None:
         ({"c": [{"upload_to": "s3://b/p?token=X"}]},
          "c.0.upload_to: holds a secret.*'s3://b/p\\?token=\\$\\{NAME\\}'"),
         ({"args": {"api_key": "abc"}}, "args.api_key: holds a secret"),
+        ({"notifier": {"slack": "https://intern/x"}},
+         "notifier.slack: holds a secret.*--notifier.slack='\\$\\{NAME\\}'"),
+        ({"options": {"where": "https://hooks.slack.com/services/T0/B0/xyz"}},
+         "options.where: holds a secret.*'https://hooks.slack.com/\\$\\{NAME\\}'"),
     ],
 )  # fmt: skip
 def test_a_secret_in_a_config_is_refused(data: dict[str, Any], expected: str) -> None:
@@ -130,10 +137,12 @@ def test_a_secret_in_a_config_is_refused(data: dict[str, Any], expected: str) ->
 
 @pytest.mark.parametrize(
     "value",
-    ["postgresql://u:${DB}@h/db", "http://host:8080/a@b", "s3://b/p?token=${T}", "s3://b/p?a=b"],
-)
+    ["postgresql://u:${DB}@h/db", "http://host:8080/a@b", "s3://b/p?token=${T}", "s3://b/p?a=b",
+     "https://hooks.slack.com/services/${HOOK}", "s3://hooks.b/webhooks/c"],
+)  # fmt: skip
 def test_a_config_without_secrets_passes(value: str) -> None:
     check_no_secrets({"a": [{"b": value}], "args": {"key": "k", "eos_token": "</s>"}})
+    check_no_secrets({"notifier": {"webhook": "http://127.0.0.1:80", "slack": "${SLACK}"}})
 
 
 def test_what_older_versions_masked_in_a_config_is_no_secret() -> None:

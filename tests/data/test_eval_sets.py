@@ -131,3 +131,15 @@ def test_tokens_of_another_tokenizer_are_refused(tmp_path: Path) -> None:
         ConfigError, match=r"^dataset\.eval_sets\.wiki: .* do not go together: their"
     ):
         get_dataloaders(other)
+
+
+def test_errors_of_a_set_name_its_own_settings(tmp_path: Path) -> None:
+    config = config_of(tmp_path)
+    prepare_corpus(config, progress=False)
+    source(tmp_path, "wiki", "other")
+    with pytest.raises(DataError) as error:
+        prepare_corpus(config, progress=False)
+    place, text = "dataset.eval_sets.wiki", str(error.value)
+    assert f"the text of {place}.source has changed); give another {place}.dataset_config" in text
+    assert text.endswith(f"use it as it is with {place}.source=null")
+    assert text.count("dataset.") == 3

@@ -1,15 +1,18 @@
 """What blocks keep for backward: computed again but for some results, or kept on the host. Values
 stay as they are to the last bit; bytes are counted."""
 
+import contextlib
 import gc
+import weakref
 from typing import Any
 from unittest import mock
 
 import numpy as np
 import pytest
 import torch
+from torch.autograd.graph import saved_tensors_hooks
 
-from tests.tiny import SEQ, build, module_config, open_environment, train_steps
+from tests.tiny import SEQ, build, module_config, open_environment, tiny_model, train_steps
 from tests.workers import WorkerPool
 from toolkit.commands.plan.counting import Counter
 from toolkit.distributed import activations
@@ -18,6 +21,8 @@ from toolkit.distributed.config import (
     ExpertParallelConfig,
     PipelineParallelConfig,
 )
+from toolkit.distributed.environment import single_environment
+from toolkit.distributed.materialize import materialize
 from toolkit.models.architecture import MoEConfig
 
 MOE = MoEConfig(num_experts=4, top_k=2, intermediate_size=16)
@@ -35,10 +40,10 @@ KINDS: dict[str, dict[str, Any]] = {
 
 
 class Elsewhere:
-    """As `OnHost`, in memory that is not torch's: counting sees what is left on the device."""
+    """Host memory that is not torch's: counting sees what is left on the device."""
 
-    def __init__(self, tensor: torch.Tensor) -> None:
-        self.array = np.array(tensor.numpy())
+    def __init__(self, memory: torch.Tensor) -> None:
+        self.array = np.array(memory.numpy())
         self.moved.append(self.array.nbytes)
 
     moved: list[int] = []  # noqa: RUF012
@@ -80,13 +85,38 @@ def test_values_are_equal_to_the_last_bit(
             assert all(torch.equal(weights[name], others[name]) for name in weights), kind
 
 
-def bytes_kept(kinds: list[str]) -> dict[str, tuple[int, int, int]]:
-    """Of each kind: bytes kept between forward and backward, the peak, and bytes moved."""
+def distinct_bytes(module: Any, ids: torch.Tensor) -> int:
+    """Of the storages that blocks keep in a forward, without weights, integers and a norm's few."""
+    kept: dict[int, torch.Tensor] = {}
+    weights = {p.untyped_storage()._cdata for p in module.engine.module.parameters()}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.is_floating_point() and tensor.numel() >= activations.LEAST:
+            kept[tensor.untyped_storage()._cdata] = tensor
+        return tensor
+
+    with contextlib.ExitStack() as stack:
+        for block in module.engine.module.blocks:
+            hooks = saved_tensors_hooks(pack, lambda held: held)
+            forward = block.forward
+
+            def inside(*args: Any, hooks: Any = hooks, forward: Any = forward) -> Any:
+                with hooks:
+                    return forward(*args)
+
+            stack.enter_context(mock.patch.object(block, "forward", inside))
+        module.engine.model(ids, ids)
+    return sum(t.untyped_storage().nbytes() for key, t in kept.items() if key not in weights)
+
+
+def bytes_kept(kinds: list[str], rows: int, tokens: int) -> dict[str, tuple[int, int, int, int]]:
+    """Of each kind: bytes kept between forward and backward, the peak, bytes moved, and those of
+    distinct storages that blocks keep."""
     from toolkit.models.config import TransformerConfig
 
     found = {}
     for kind in kinds:
-        config = module_config(rank_microbatch_size=2 * 256, **KINDS[kind])
+        config = module_config(rank_microbatch_size=rows * tokens, **KINDS[kind])
         model = TransformerConfig(
             vocab_size=256, d_model=128, num_layers=6, num_heads=4, num_key_value_heads=2,
             intermediate_size=256, max_sequence_length=256,
@@ -96,11 +126,11 @@ def bytes_kept(kinds: list[str]) -> dict[str, tuple[int, int, int]]:
         with (
             mock.patch.object(Elsewhere, "moved", moved),
             mock.patch.object(activations, "to_host", Elsewhere),
-            mock.patch.object(activations, "from_host", lambda held: torch.tensor(held.array)),
+            mock.patch.object(activations, "from_host", lambda held, _: torch.tensor(held.array)),
             Counter() as counter,
         ):
             module = config.build(model.build(init_device="meta"), environment=env)
-            ids = torch.arange(512).view(2, 256) % 255
+            ids = torch.arange(rows * tokens).view(rows, tokens) % 255
             module.train_batch({"input_ids": ids})
             gc.collect()
             counter.restart()
@@ -110,13 +140,15 @@ def bytes_kept(kinds: list[str]) -> dict[str, tuple[int, int, int]]:
             gc.collect()
             kept = counter.live - before
             sums.loss.backward()
-            found[kind] = kept, counter.peak - before, sum(moved)
+            peak, total = counter.peak - before, sum(moved)
+            distinct = distinct_bytes(module, ids) if kind == "none" else 0
+            found[kind] = kept, peak, total, distinct
         env.close()
     return found
 
 
 def test_bytes_are_fewer(workers: WorkerPool) -> None:
-    found = workers.run(1, bytes_kept, list(KINDS))[0]
+    found = workers.run(1, bytes_kept, list(KINDS), 2, 256)[0]
     kept = {kind: numbers[0] for kind, numbers in found.items()}
     peak = {kind: numbers[1] for kind, numbers in found.items()}
     assert kept["full"] < kept["ops"] < kept["matmuls"] < kept["none"]
@@ -124,6 +156,41 @@ def test_bytes_are_fewer(workers: WorkerPool) -> None:
     assert peak["offload, full"] < peak["full"] < peak["ops"] < peak["none"]
     assert peak["offload"] < 0.5 * peak["none"]
     assert found["none"][2] == 0 < found["offload, full"][2] < found["offload"][2]
+    assert found["offload"][2] == found["none"][3]
+
+
+@pytest.mark.parametrize("tokens", [128, 256])
+def test_inputs_in_the_shape_of_a_weight_are_not_kept(workers: WorkerPool, tokens: int) -> None:
+    kept, _, moved, _ = workers.run(1, bytes_kept, ["offload"], 1, tokens)[0]["offload"]
+    assert kept < 0.05 * moved  # what the head keeps, and its copy of the weight
+
+
+def original_weights_left(offload: bool) -> int:
+    """Weights of blocks, of a model that had storage, which are still there once it is sharded."""
+    config = module_config("fsdp", activation_offload=offload)
+    env = open_environment(config)
+    try:
+        model = tiny_model().build()
+        own = [weakref.ref(parameter) for parameter in model.blocks.parameters()]
+        module = config.build(model, environment=env)
+        train_steps(module, 0, 1)
+        gc.collect()
+        return sum(found() is not None for found in own)
+    finally:
+        env.close()
+
+
+def test_whole_weights_are_let_go_once_they_are_sharded(workers: WorkerPool) -> None:
+    assert workers.run(2, original_weights_left, True) == [0, 0]
+
+
+def test_a_budget_ends_with_its_model() -> None:
+    own = ActivationCheckpointingConfig(mode="budget", budget=0.25)
+    environment = single_environment(precision="fp32")
+    materialize(tiny_model().build(init_device="meta"), environment, ac_config=own)
+    assert activations.partitioner.activation_memory_budget == 0.25
+    materialize(tiny_model().build(init_device="meta"), environment)
+    assert activations.partitioner.activation_memory_budget == 1.0
 
 
 PP, EP = PipelineParallelConfig(degree=2), ExpertParallelConfig(degree=2)

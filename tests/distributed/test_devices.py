@@ -18,7 +18,7 @@ from toolkit.distributed.ranks import adopt_ranks
 from toolkit.distributed.tuning import set_defaults
 from toolkit.errors import ConfigError
 from toolkit.experiment.resuming import processes_here
-from toolkit.experiment.training import resume_promise
+from toolkit.train.telling import resume_promise
 
 PDSH = {"RANK": "11", "WORLD_SIZE": "16", "LOCAL_RANK": "3", "LOCAL_SIZE": "8"}
 """The fourth process on the second of two machines with 8 GPUs, under DeepSpeed's launcher."""

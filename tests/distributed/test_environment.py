@@ -188,7 +188,7 @@ def test_ranks_that_do_not_own_a_sum_add_nothing_to_it(workers: WorkerPool) -> N
 
 def asked(**options: Any) -> tuple[float, str, list[str]]:
     """Time-out of the groups, backend, and what this rank says on the console."""
-    trainer = SimpleNamespace(deterministic=False, collective_timeout=77.0)
+    trainer = SimpleNamespace(deterministic=False, collective_timeout=77.0, log_ranks="rank0")
     settings = SimpleNamespace(seed=1, train_module=module_config("fsdp"), trainer=trainer)
     env = prepare_training_environment(settings, **options)
     try:

@@ -4,11 +4,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from tests.tiny import SEQ, build, module_config, open_environment, tiny_model, train_steps
 from tests.workers import WorkerPool
 from toolkit.distributed.config import DataParallelConfig, Float8Config
-from toolkit.distributed.float8 import apply_float8
+from toolkit.distributed.float8 import _float8_builder, apply_float8
 from toolkit.distributed.layout import Layout
 from toolkit.distributed.low_precision import check_device, check_float8, float8_layers
 from toolkit.errors import ConfigError
@@ -91,6 +92,81 @@ def test_training_in_8_bits_follows_bf16_and_resumes_bit_equal(
     assert kernels["linear layers"] == told
 
 
+def first_step(engine: str, recipe: Float8Config) -> tuple[float, float]:
+    config = module_config(
+        engine, precision="bf16", float8_config=recipe, rank_microbatch_size=4 * SEQ
+    )
+    env = open_environment(config)
+    try:
+        found = train_steps(build(config, env, **MODEL), 0, 1)[0]
+        return found["loss"], found["grad_norm"]
+    finally:
+        env.close()
+
+
+@pytest.mark.parametrize("float8", [EMULATED, ROWWISE, MXFP8])
+def test_engines_round_the_same_numbers(workers: WorkerPool, float8: Float8Config) -> None:
+    """A copy of the weight in bf16, whoever made it."""
+    loss, norm = workers.run(1, first_step, "single", float8)[0]
+    for engine in ("ddp", "fsdp"):
+        other = workers.run(2, first_step, engine, float8)[0]
+        assert other[0] == pytest.approx(loss, rel=1e-6), engine
+        assert other[1] == pytest.approx(norm, rel=3e-4), engine
+
+
+def losses_with_and_without_a_swap() -> tuple[list[float], list[float]]:
+    """Of three steps; the second time other weights are evaluated before the last."""
+    config = module_config(
+        "fsdp",
+        precision="bf16",
+        float8_config=EMULATED.replace(fsdp_all_gather=True),
+        dp={"reshard_after_forward": False},
+    )
+    env = open_environment(config)
+    try:
+        module = build(config, env, **MODEL)
+
+        def put(values: dict[str, torch.Tensor]) -> None:
+            for key, tensor in module.state_tensors().items():
+                local(tensor).copy_(values[key])
+            module.state_filled()
+
+        def now() -> dict[str, torch.Tensor]:
+            return {key: local(tensor).clone() for key, tensor in module.state_tensors().items()}
+
+        first = now()
+        plain = train_steps(module, 0, 3)
+        put(first)
+        swapped = train_steps(module, 0, 2)
+        trained = now()
+        put({k: 3 * t if k.startswith("model.") else t for k, t in trained.items()})
+        module.eval_batch({"input_ids": torch.arange(2 * SEQ).view(2, SEQ)})
+        put(trained)
+        swapped += train_steps(module, 2, 3)
+        return [r["loss"] for r in plain], [r["loss"] for r in swapped]
+    finally:
+        env.close()
+
+
+def test_weights_that_were_only_evaluated_leave_no_scale_behind(workers: WorkerPool) -> None:
+    plain, swapped = workers.run(2, losses_with_and_without_a_swap)[0]
+    assert plain == swapped
+
+
+@pytest.mark.parametrize("recipe", ["tensorwise", "rowwise"])
+@pytest.mark.parametrize("tokens", [1000, 1024])
+def test_kernels_take_any_number_of_tokens(recipe: Any, tokens: int) -> None:
+    """Of tensors without storage torch checks what the kernels of a GPU take, and no more."""
+    with torch.device("meta"):
+        own: Any = _float8_builder(Float8Config(recipe=recipe))(nn.Linear(32, 64, bias=False))
+        x = torch.empty(1, tokens, 32, dtype=torch.bfloat16, requires_grad=True)
+        own(x).sum().backward()
+        assert own.weight.grad.shape == (64, 32)
+        odd = torch.empty(64, 24).to(torch.float8_e4m3fn)
+        with pytest.raises(RuntimeError, match="divisible by 16"):
+            torch._scaled_mm(odd, odd.t(), torch.empty(()), torch.empty(()))
+
+
 FSDP = DataParallelConfig(name="fsdp")
 FSDP_2 = Layout(dp_shard=2, is_fsdp=True, dp_config=FSDP, precision="bf16")
 REFUSED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
@@ -98,6 +174,7 @@ REFUSED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({}, {"zero_stage": 2, "is_fsdp": False}, "does not go with zero2; use ddp, fsdp or hsdp"),
     ({}, {"precision": "fp16"}, "does not go with precision fp16; set train_module.precision to"),
     ({"fsdp_all_gather": True}, {"is_fsdp": False}, "fsdp_all_gather needs fsdp or hsdp without"),
+    ({"fsdp_all_gather": True}, {"dp_shard": 9}, "without rows of blocks.0.attention.query, which"),
     ({"recipe": "mxfp8"}, {}, "mxfp8 takes rows of a multiple of 32 tokens, not 48"),
     ({"filter": None}, {}, r"no linear layer of this model is faster in tensorwise float8"),
     ({"filter": ("*.quary",)}, {}, r"float8_config.filter: '\*.quary' matches no"),

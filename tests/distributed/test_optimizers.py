@@ -8,7 +8,9 @@ import torch
 from tests.tiny import build, module_config, open_environment, train_steps
 from tests.workers import WorkerPool
 from toolkit.errors import ConfigError
-from toolkit.optim.config import AdamWConfig
+from toolkit.optim.config import AdamWConfig, ClassOptimConfig
+from toolkit.optim.curves import ConstantConfig
+from toolkit.train.timeline import Progress
 
 
 class Loop(torch.optim.Optimizer):
@@ -143,3 +145,65 @@ def test_what_an_engine_cannot_do_for_an_optimizer_is_refused(workers: WorkerPoo
             f"train_module.optim: Whole needs whole matrices, and {engine} cuts them over ranks; "
             "use ddp, or another optimizer"
         )
+
+
+BY_CLASS = {
+    "NAdam": {},
+    "ASGD": {"lambd": 0.01},
+    "Rprop": {},
+    "Adagrad": {"initial_accumulator_value": 0.1},
+    "SGD": {"momentum": 0.9, "dampening": 0.5},
+}
+
+
+def beside_torch(engine: str) -> dict[str, list[dict[str, float]]]:
+    """Steps of torch's optimizers, of which the first is not taken. Asserts, where ranks can step
+    their parts alone, that these are those of the same class without us."""
+    found = {}
+    env = open_environment(module_config(engine))
+    try:
+        for name, options in BY_CLASS.items():
+            optim = ClassOptimConfig(target=f"torch.optim:{name}", lr=1e-2, options=options)
+            warm = ConstantConfig(warmup=3)
+            config = module_config(engine, optim=optim, scheduler=warm, max_grad_norm=None)
+            module = build(config, env)
+            module.state_tensors()  # as averages of weights ask, before the first step
+            plain = {n: torch.nn.Parameter(t.clone()) for n, t in weights_of(module).items()}
+            theirs = getattr(torch.optim, name)(plain.values(), lr=1e-2, **options)
+            change = module.engine.step
+
+            def step(*args: Any, module: Any = module, plain: Any = plain, change: Any = change):
+                if module.progress.step == 0:
+                    module.engine.scale_gradients(torch.tensor(float("nan")))
+                for n, gradient in module.engine.gradient_shards().items():
+                    plain[n].grad = gradient.clone()
+                return change(*args)
+
+            is_alone = not engine.startswith("zero")
+            if is_alone:
+                module.engine.step = step
+            found[name] = []
+            for number in range(4):
+                module.progress = Progress(number, 0, 100, 0, 1)
+                found[name] += train_steps(module, number, number + 1)
+                theirs.param_groups[0]["lr"] = 1e-2 * min(1, (number + 1) / 3)
+                if is_alone and number:
+                    theirs.step()
+                    for n, t in weights_of(module).items():
+                        assert torch.equal(t, plain[n]), (name, n, number)
+        return found
+    finally:
+        env.close()
+
+
+def weights_of(module: Any) -> dict[str, torch.Tensor]:
+    return module.engine.weight_shards()
+
+
+@pytest.mark.parametrize(("engine", "ranks"), [("single", 1), ("fsdp", 2)])
+def test_state_begins_as_the_optimizer_itself_begins_it(
+    workers: WorkerPool, engine: str, ranks: int
+) -> None:
+    for found in workers.run(ranks, beside_torch, engine):
+        for history in found.values():
+            assert [record["skipped"] for record in history] == [1.0, 0.0, 0.0, 0.0]

@@ -101,3 +101,29 @@ def test_a_base_in_few_bits_is_not_cut(layout: Layout, named: str) -> None:
     check_combination(Layout(dp_replicate=2), Besides(has_adapter=True, quantize_base="nf4"))
     with pytest.raises(ConfigError, match=f"quantize_base: nf4 does not go with {named}"):
         check_combination(layout, Besides(has_adapter=True, quantize_base="nf4"))
+
+
+@pytest.mark.parametrize(
+    ("layout", "key"),
+    [
+        (
+            Layout(cp=2, is_fsdp=True, cp_config=ContextParallelConfig(degree=2, style="ring")),
+            "cp_config.style ring",
+        ),
+        (
+            Layout(
+                dp_shard=2,
+                is_fsdp=True,
+                dp_config=DataParallelConfig(name="fsdp", wrapping_strategy="fine_grained"),
+            ),
+            "wrapping_strategy fine_grained",
+        ),
+    ],
+)
+def test_operations_are_not_selected_in_blocks_that_are_compiled_in_parts(
+    layout: Layout, key: str
+) -> None:
+    check_combination(layout, Besides())
+    check_combination(Layout(dp_shard=2, is_fsdp=True), Besides(compiles_selected_ops=True))
+    with pytest.raises(ConfigError, match=rf"ac_config.mode: selected_ops finds no .*{key}"):
+        check_combination(layout, Besides(compiles_selected_ops=True))

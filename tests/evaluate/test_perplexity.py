@@ -3,6 +3,8 @@
 import itertools
 import math
 from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,19 +13,22 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from tests.data.corpus import random_text
+from toolkit.commands import evaluate
 from toolkit.data.config import FilesSourceConfig
 from toolkit.data.prepare.tokenizers.tokenizer import ByteTokenizer, train_bpe
 from toolkit.errors import DataError
 from toolkit.evaluate.perplexity import evaluate_stream, transformer_loss
 from toolkit.evaluate.stream import Chunk, check_vocabulary, read_documents, windows
+from toolkit.experiment.load import load_experiment
 from toolkit.models.config import TransformerConfig
 from toolkit.train.eval_sums import TokenSums, total_sums
 
 LENGTH = 12
-MODEL = TransformerConfig(
+CONFIG = TransformerConfig(
     vocab_size=50, d_model=16, num_layers=2, num_heads=2, intermediate_size=24,
     max_sequence_length=LENGTH, init_std=0.3,
-).build()  # fmt: skip
+)  # fmt: skip
+MODEL = CONFIG.build()
 IDS = np.random.default_rng(0).integers(0, 50, 100).astype(np.uint32)
 STARTS = np.isin(np.arange(100), [0, 7, 8, 40, 71])
 BYTES_OF = np.arange(50, dtype=np.int32)
@@ -136,3 +141,22 @@ def test_documents_are_encoded_as_preparation_does(kind: str, tmp_path) -> None:
     assert int(tokenizer.token_bytes[ids].sum()) == num_bytes
     with pytest.raises(DataError, match=rf"a: its tokens go up to id {ids.max()}, but the model"):
         list(check_vocabulary(iter(found), int(ids.max()), "a"))
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype"), [("fp16", torch.float16), ("bf16", torch.bfloat16), ("fp32", None)]
+)
+def test_a_run_is_evaluated_in_the_precision_that_it_trained_in(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, precision: str, dtype: torch.dtype | None
+) -> None:
+    metadata = SimpleNamespace(world_size=1)
+    source = SimpleNamespace(run=tmp_path, metadata=metadata, kind="own", config=CONFIG)
+    status = SimpleNamespace(other={"precision": precision})
+    run = load_experiment("smoke", []).config
+    for name, value in {"find_source": source, "read_status": status, "found_config": run}.items():
+        monkeypatch.setattr(evaluate, name, lambda _, value=value: value)
+    monkeypatch.setattr(evaluate, "load_model", lambda *_, **__: MODEL)
+    loaded = evaluate.find_model(str(tmp_path), evaluate.EvalSettings(device="cpu")).open(print)
+    assert loaded.computed_in == dtype
+    logits = loaded.logits(torch.zeros(1, 4, dtype=torch.int64))
+    assert logits.dtype == (dtype or torch.float32)

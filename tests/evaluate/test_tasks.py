@@ -28,7 +28,13 @@ from toolkit.evaluate.tasks.metrics import task_numbers
 from toolkit.evaluate.tasks.names import check_names, load_task
 from toolkit.evaluate.tasks.scoring import Share, log_likelihoods, plan_batches
 from toolkit.evaluate.tasks.task import Choice, Task, check_lengths, read_task
-from toolkit.train.callbacks.config import DownstreamEvaluatorConfig
+from toolkit.train.callbacks.config import (
+    CallbacksConfig,
+    DownstreamEvaluatorConfig,
+    EarlyStoppingConfig,
+)
+from toolkit.train.config import TrainerConfig
+from toolkit.train.scores import check_metrics_in
 
 CPU = torch.device("cpu")
 QUESTIONS = [("one two", [" three", " a"], 0), ("yes", ["no", " ü", " maybe"], 2)]
@@ -231,6 +237,10 @@ def test_a_task_that_cannot_be_read_is_refused_by_its_line(tmp_path: Path) -> No
     write_task(tmp_path / "odd", metric="pass_at_1")
     with pytest.raises(DataError, match=r"primary_metric .* cannot be computed"):
         read_task(tmp_path / "odd", tokenizer)
+    odd = write_task(tmp_path / "list")
+    (odd / "config.json").write_text('{"task_config": {"primary_metric": ["acc_raw"]}}')
+    with pytest.raises(DataError, match=r"primary_metric \['acc_raw'\] cannot be computed"):
+        read_task(odd, tokenizer)
 
 
 def test_long_contexts_are_cut_and_said(tmp_path: Path) -> None:
@@ -340,7 +350,7 @@ def test_evaluations_are_of_the_weights_for_evaluations(tmp_path: Path) -> None:
     evaluator.state = SimpleNamespace(
         step=0,
         is_main=True,
-        config=SimpleNamespace(no_evals=False),
+        config=TrainerConfig(),
         train_module=module,
         evaluated_weights={"": module.evaluating},
         train_loader=SimpleNamespace(tokenizer_folder=tmp_path / "tokenizer", sequence_length=64),
@@ -363,8 +373,20 @@ def test_evaluations_are_of_the_weights_for_evaluations(tmp_path: Path) -> None:
     assert recorded == [("downstream/own", 2)]
     assert inside
     assert all(inside)
+    for metric, message in [
+        ("downstream/own/acc", "there is no 'downstream/own/acc'; there are downstream/own/accur"),
+        ("downstream/own/accuracy", None),
+    ]:
+        stopping = EarlyStoppingConfig(enabled=True, metric=metric)
+        callbacks = CallbacksConfig(early_stopping=stopping, downstream_evaluator=config)
+        evaluator.state.config = TrainerConfig(callbacks=callbacks)
+        check_metrics_in({}, evaluator.state.config)
+        with pytest.raises(ConfigError, match=message) if message else contextlib.nullcontext():
+            again.pre_train()  # before the first step
     evaluator.state.train_loader.tokenizer_folder = None
     with pytest.raises(
         ConfigError, match=r"^trainer\.callbacks\.downstream_evaluator\.tasks: the tr"
     ):
         again.pre_train()
+    evaluator.state.config = TrainerConfig(no_evals=True)
+    again.pre_train()  # no task is read

@@ -69,7 +69,17 @@ def test_files_patterns_and_load_path_are_checked_together(
         (["--dataset.tokenizer={type: hf, path: ./nope}"], "dataset.tokenizer.path: ./nope: no"),
         (["--dataset.tokenizer={type: hf, path: empty}"], "dataset.tokenizer.path: empty: holds"),
         (["--dataset.mix={sources: {a: {ratio: 1, source: {type: files, paths: [nope]}}}}",
-          "--dataset.source=null"], "dataset.source.paths: nope: no such file or folder"),
+          "--dataset.source=null"],
+         "dataset.mix.sources.a.source.paths: nope: no such file or folder"),
+        (["--dataset.eval_sets={x: {source: {type: files, paths: [nope]}}}"],
+         "dataset.eval_sets.x.source.paths: nope: no such file or folder"),
+        (["--dataset.eval_sets={..: {}}"], "dataset.eval_sets...: dataset_name must be a relative"),
+        (["--dataset.eval_sets={'': {}}"], "dataset.eval_sets.: dataset_name must be a relative"),
+        (["--dataset.eval_sets={x: {dataset_name: ..}}"], "dataset.eval_sets.x"),
+        (["--dataset.eval_sets={val_ema: {}}", "--trainer.callbacks.ema.enabled"],
+         "dataset.eval_sets.val_ema: the evaluation of val by trainer.callbacks.ema has this name"),
+        (["--train_module.optim.type=lion", "--train_module.optim.eps=1e-8"],
+         "train_module.optim.eps: no such field; known: betas, group_overrides, layer_lr_decay"),
     ],
 )  # fmt: skip
 def test_a_dry_run_looks_at_files(
@@ -274,3 +284,15 @@ def test_a_dry_run_knows_what_evaluations_give(capsys: pytest.CaptureFixture[str
 def test_a_local_load_path_is_no_url(capsys: pytest.CaptureFixture[str]) -> None:
     (line,) = dry_run(capsys, "--trainer.load_path=file:///abs/run")
     assert line.endswith("a URL; write the path itself: /abs/run")
+
+
+def test_what_the_device_cannot_do_is_refused_before_there_is_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    flags = ["--train_module.float8_config.filter=[]", "--train_module.precision=bf16"]
+    assert run(["train", "smoke", "--name", "first", *flags]) == 2
+    assert "try its numbers with --train_module.float8_config.emulate=true" in (
+        capsys.readouterr().err
+    )
+    assert not (tmp_path / "runs").exists()

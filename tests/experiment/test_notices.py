@@ -42,6 +42,21 @@ WARMUP = "train_module.scheduler.warmup is "
          ["trainer.callbacks.checkpointer.upload_to does nothing: no checkpoints are written"]),
         (["--dataset.source=null", "--dataset.deduplicate"],
          ["dataset.deduplicate does nothing: without dataset.source, token files are taken"]),
+        (["--train_module.optim.group_overrides=[{params: ['blocks.*'], opts: {lr: 1e-4}},"
+          " {params: ['*query*', 'head*'], opts: {lr: 0}}]"],
+         ["train_module.optim.group_overrides.1: '*query*' does nothing: all that it matches is "
+          "taken by group_overrides.0 before it"]),
+        (["--train_module.optim.group_overrides=[{params: ['*query*'], opts: {lr: 0}},"
+          " {params: ['blocks.*'], opts: {lr: 1e-4}}]"], []),
+        (["--trainer.callbacks.profiler={enabled: true, skip_first: 17}"],
+         ["trainer.callbacks.profiler does nothing: the first step that it looks at is 21, and the "
+          "run ends after 20 steps"]),
+        (["--trainer.callbacks.profiler={enabled: true, skip_first: 16}"], []),
+        (["--trainer.callbacks.profiler={skip_first: 50}"], []),
+        (["--trainer.callbacks.ema={enabled: true, start_step: 20}",
+          "--trainer.callbacks.stability_monitor.enabled"],
+         ["trainer.callbacks.stability_monitor does nothing: the first step that it looks at is 65",
+          "trainer.callbacks.ema does nothing: the first step that it looks at is 21"]),
         (["--model.sliding_rope_theta=5000"], ["model.sliding_rope_theta does nothing: no layer"]),
     ],
 )  # fmt: skip

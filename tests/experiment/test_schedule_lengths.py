@@ -31,6 +31,11 @@ def check(*flags: str) -> list[str]:
         (f"{SCHEDULER}.decay_from=30", f"{SCHEDULER}.decay_from: the run (trainer.max_duration)"),
         ("train_module.schedules={weight_decay: {type: constant, warmup: 21}}",
          "train_module.schedules.weight_decay.warmup: 21 steps, and the whole run"),
+        ("train_module={optim: {type: normuon, beta2: 0.9}, schedules: {beta2: {type: composable, "
+         "stages: [{duration: 9, end_lr: 2}]}}}", "train_module.schedules.beta2: makes it "),
+        ("train_module={optim: {type: adamw, group_overrides: [{params: ['*norm*'], opts: "
+         "{betas: [0.999, 0.9]}}]}, schedules: {betas.0: {type: composable, "
+         "stages: [{duration: 9, end_lr: 0.91}]}}}", "train_module.schedules.betas.0: makes it 1"),
         ("train_module.schedules={betas.0: {type: composable, stages: [{duration: 9, end_lr: 2}]}}",
          "train_module.schedules.betas.0: makes it "),
     ],

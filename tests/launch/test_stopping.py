@@ -15,6 +15,7 @@ from tests.workers import WorkerPool
 from toolkit import signals
 from toolkit.launch.stopping import (
     FAILURE,
+    FINISH,
     STOP_FILE,
     WALL_TIME,
     StopRequest,
@@ -37,7 +38,7 @@ def polls(asked: dict[int, str]) -> tuple[list[bool], str | None]:
                 stop.ask(asked[dist.get_rank()])
             answers.append(stop.poll(env.cpu_group))
         env.barrier()  # a collective of the same group after the votes
-        return answers, stop.reason
+        return answers, FINISH if stop.is_complete and stop.reason is None else stop.reason
     finally:
         env.close()
 
@@ -49,6 +50,7 @@ def polls(asked: dict[int, str]) -> tuple[list[bool], str | None]:
         ({0: "SIGINT", 1: "SIGTERM"}, "SIGTERM"),
         ({0: "SIGTERM", 1: FAILURE}, FAILURE),
         ({1: "something of a callback's"}, "a request"),
+        ({0: FINISH, 1: "SIGTERM"}, "SIGTERM"),
     ],
 )
 def test_all_ranks_stop_one_poll_later_for_one_reason(
@@ -61,6 +63,7 @@ def test_all_ranks_stop_one_poll_later_for_one_reason(
 
 def test_nobody_asked_nobody_stops(workers: WorkerPool) -> None:
     assert workers.run(2, polls, {}) == [([False] * 5, None)] * 2
+    assert workers.run(2, polls, {1: FINISH}) == [([False] * 5, FINISH)] * 2
 
 
 def test_one_process_stops_at_once() -> None:
@@ -68,6 +71,21 @@ def test_one_process_stops_at_once() -> None:
     assert not stop.poll(None)
     stop.ask("SIGTERM")
     stop.ask("SIGINT")
+    assert stop.poll(None)
+    assert stop.reason == "SIGTERM"
+
+
+def test_the_end_that_a_callback_asks_for_hides_no_stop() -> None:
+    stop = StopRequest()
+    stop.ask(FINISH)
+    stop.ask("SIGTERM")
+    assert stop.poll(None)
+    assert (stop.reason, stop.is_complete) == ("SIGTERM", False)
+    stop = StopRequest()
+    stop.ask(FINISH)
+    assert not stop.poll(None)  # what comes after the last step asks too, and goes on
+    assert (stop.reason, stop.is_complete) == (None, True)
+    stop.ask("SIGTERM")
     assert stop.poll(None)
     assert stop.reason == "SIGTERM"
 

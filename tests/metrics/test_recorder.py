@@ -53,6 +53,20 @@ def test_blocks_close_at_the_same_steps_after_a_resume(collected):
     recorder.close()
 
 
+def test_several_parts_make_one_record_of_a_step(collected):
+    recorder = MetricsRecorder(collect_interval=4, deliver=collected)
+    for step in (1, 2):
+        shared = {"time": float(step)}
+        recorder.add(step, {"norm": torch.tensor(2.0)}, stream="network", shared=shared)
+        recorder.add(step, {"max": 3.0}, {"max": "max"}, stream="network", shared={"time": 9.0})
+        with pytest.raises(ValueError, match=f"network: norm of step {step} was recorded before"):
+            recorder.add(step, {"norm": 1.0}, stream="network", shared=shared)
+    recorder.close()
+    assert collected.records("network") == [
+        {"step": step, "time": float(step), "norm": 2.0, "max": 3.0} for step in (1, 2)
+    ]
+
+
 def test_step_of_an_earlier_attempt_is_refused(collected):
     recorder = MetricsRecorder(collect_interval=4, deliver=collected, start_step=6)
     with pytest.raises(ValueError, match="train: step 6 was recorded before"):

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from toolkit.config import convert
+from toolkit.config.check import check
 from toolkit.errors import ConfigError
 from toolkit.models.architecture import MoEConfig
 from toolkit.models.config import TransformerConfig
@@ -232,3 +233,10 @@ def test_a_model_without_blocks_must_name_its_matrices() -> None:
 def test_settings_without_sense_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         convert({"type": "muon", **settings}, OptimConfig)
+
+
+def test_a_mistake_is_told_once_where_there_are_overrides() -> None:
+    override = {"params": ["*"], "opts": {"weight_decay": 0.0}}
+    data = {"type": "muon", "adjust_lr": "original", "group_overrides": [override]}
+    (error,) = check(data, MuonConfig).errors
+    assert str(error) == "adjust_lr original: its rates are not AdamW's; give adamw_lr too"

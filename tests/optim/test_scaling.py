@@ -109,7 +109,7 @@ def test_what_no_optimizer_works_with_is_one_line(flags: str, expected: str) -> 
 
 
 def test_mup_needs_a_head_of_its_own() -> None:
-    flags = [f"--{OPTIM}.mup={{base_width: 64}}", "--model.tie_embeddings=true"]
+    flags = [f"--{OPTIM}.type=adamw", f"--{OPTIM}.mup={{base_width: 64}}"]
     with pytest.raises(ConfigError, match=r"mup: needs a head of its own; set model.tie_embed"):
         check_parameters(load_experiment("quickstart", flags).config)
 

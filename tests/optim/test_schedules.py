@@ -165,6 +165,7 @@ def test_floors_are_rates_and_a_group_without_rate_has_none() -> None:
         ({"type": "wsd", "decay": 5, "decay_fraction": 0.2}, "decay_fraction: decay is given too"),
         ({"type": "wsd", "decay_fraction": 1.2}, "decay_fraction must lie between 0 and 1: 1.2"),
         ({"type": "linear", "warmup": 2.5}, "warmup must be a whole number of steps: 2.5"),
+        ({"type": "cosine", "alpha_f": 2}, "alpha_f must be a fraction of the peak, 0 to 1: 2"),
         ({"type": "inv_sqrt", "warmup": 0}, "warmup must be greater than 0: the curve is told"),
         ({"type": "power", "b": 0.5}, "b must be less than 0"),
         ({"type": "exponential", "lr_min": 0}, "lr_min must be greater than 0"),
@@ -193,6 +194,15 @@ def test_settings_that_make_no_schedule_are_one_line(given_: dict[str, Any], exp
          "warm-up; use 200 or less"),
         ({"type": "wsd", "warmup": 150, "decay": 100},
          "s.decay: the decay takes 100 steps, and 50 steps of the run .*; use 50 or less"),
+        ({"type": "wsd", "decay": 500},
+         "s.decay: the decay takes 500 steps, and 100 steps of the run .*; use 100 or less"),
+        ({"type": "cosine", "warmup": 300, "decay": 500}, "s.warmup: 300 steps"),
+        ({"type": "wsd", "t_max": 600}, "s.t_max: is 600 steps, .*: the decay never starts; use"),
+        ({"type": "sequential",
+          "stages": [{"until": 20, "scheduler": {"type": "constant", "decay": 50}}, {}]},
+         "s.stages.0.scheduler.decay: the decay takes 50 steps, and 20 steps .* use 20 or less"),
+        ({"type": "composable", "stages": [{"duration": 100, "end_lr": 0}]},
+         "s.stages: the stages end after 100 steps, .* would train at 0; add a stage of 100"),
         ({"type": "wsd", "warmup": 100, "decay_fraction": 0.75}, "s.decay_fraction: .* use 0.5 or"),
         ({"type": "cosine", "decay_from": 250},
          "s.decay_from: the run .* ends after 200 steps, so this decay never starts; use less than "
@@ -223,6 +233,23 @@ def test_schedules_that_do_not_fit_the_run_say_what_works(
     with pytest.raises(ConfigError, match=expected) as error:
         convert(given_, SchedulerConfig).check_length(Span(200, 0.1, "s"))  # type: ignore[arg-type]
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("kind", TYPES)
+@pytest.mark.parametrize("total", [1, 7, 20, 99])
+def test_in_a_run_that_is_too_short_no_factor_is_negative(kind: str, total: int) -> None:
+    for given_ in ({}, {"decay": 50}, {"decay": 50, "warmup": 40}):
+        if kind in ("sequential", "composable") and "warmup" in given_:
+            continue
+        made = schedule(kind, **({"decay_fraction": None} if "decay" in given_ else {}), **given_)
+        assert all(0 <= made.factor(step, total) <= 1 for step in range(total + 1))
+
+
+def test_advice_of_epochs_is_what_works() -> None:
+    made, total = schedule("constant", units="epochs", warmup=0.05), 0.042826552462526764
+    with pytest.raises(ConfigError, match=r"use 0.04282 or less"):
+        made.check_length(Span(total, 0.1, "s"))
+    schedule("constant", units="epochs", warmup=0.04282).check_length(Span(total, 0.1, "s"))
 
 
 @pytest.mark.parametrize("kind", TYPES)

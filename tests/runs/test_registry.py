@@ -65,15 +65,18 @@ def test_new_run_has_its_folders_and_metadata(tmp_path):
     with start_run("exp", root=tmp_path, environment={"engine": "ddp"}) as run:
         pass
     assert run.folder == tmp_path / "exp" / run.name
-    for name in ("metadata", "metrics", "tb", "checkpoints", "logs"):
+    for name in ("metadata", "metrics", "checkpoints", "logs"):
         assert (run.folder / name).is_dir()
+    assert not (run.folder / "tb").exists()  # it is made where TensorBoard is on
     for file in (RUN_FILES.command, RUN_FILES.git, RUN_FILES.environment, RUN_FILES.status):
         assert run.path(file).stat().st_size > 2
     assert '"engine": "ddp"' in run.path(RUN_FILES.environment).read_text()
 
 
 def test_name_that_exists_is_refused_and_names_resume(tmp_path):
-    start_run("exp", "one", root=tmp_path).close("finished")
+    run = start_run("exp", "one", root=tmp_path)
+    run.log_metadata({}, RUN_FILES.config)
+    run.close("finished")
     with pytest.raises(RunError) as error:
         start_run("exp", "one", root=tmp_path)
     folder = tmp_path / "exp" / "one"
@@ -286,3 +289,40 @@ def test_a_registry_that_may_answer_later_is_no_error(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for url in ("sqlite://", "sqlite:///r.sqlite", f"sqlite:///{tmp_path}/r.sqlite"):
         check_run_folder(RunConfig(root=str(tmp_path), registry=url), "one")
+
+
+def test_a_name_under_which_nothing_was_trained_is_free_and_keeps_its_logs(tmp_path, caplog):
+    folder = tmp_path / "exp" / "one"
+    config = RunConfig(experiment="exp", name="one", root=str(tmp_path))
+    first = start_run("exp", "one", root=tmp_path)
+    first.log_metadata({"seed": 1}, RUN_FILES.config)
+    (folder / "logs" / "rank0.log").write_text("why it failed")
+    (folder / "metrics" / "train.jsonl").touch()
+    with pytest.raises(RunError, match="this run exists"):  # it is being started now
+        check_run_folder(config, "")
+    first.close("failed", step=0, message="float8 needs another device")
+    check_run_folder(config, "")
+    with caplog.at_level(logging.INFO, "toolkit"):
+        second = start_run("exp", "one", root=tmp_path)
+    assert f"{folder}: attempt 1 trained nothing; it begins anew" in caplog.text
+    assert second.attempt == 2
+    assert not second.path(RUN_FILES.config).exists()  # it is the next one's to write
+    assert (folder / "metadata" / "config.attempt1.json").read_text() == '{\n  "seed": 1\n}\n'
+    assert (folder / "logs" / "rank0.log").read_text() == "why it failed"
+    second.close("stopped")
+    start_run("exp", "one", root=tmp_path).close("failed")
+
+
+@pytest.mark.parametrize("what", ["step", "line", "checkpoint"])
+def test_a_name_under_which_something_was_trained_is_taken(tmp_path, what):
+    run = start_run("exp", "one", root=tmp_path)
+    if what == "line":
+        run.path(RUN_FILES.train_metrics).write_text('{"step": 1}\n')
+    elif what == "checkpoint":
+        run.path("checkpoints/step5").mkdir()
+    run.close("failed", step=3 if what == "step" else None)
+    before = sorted(str(path) for path in run.folder.rglob("*"))
+    with pytest.raises(RunError, match="the script that began it and start_run") as error:
+        start_run("exp", "one", root=tmp_path)
+    assert "toolkit resume" not in str(error.value)  # which has no config to start from
+    assert sorted(str(path) for path in run.folder.rglob("*")) == before

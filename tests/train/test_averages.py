@@ -12,6 +12,8 @@ from tests.tiny import ROWS, build, global_batch, module_config, open_environmen
 from tests.train.test_remote_runs import run as run_smoke
 from tests.workers import WorkerPool
 from toolkit.checkpoint.tensors import iterate_tensors
+from toolkit.commands.evaluate import evaluate
+from toolkit.errors import CheckpointError
 
 STEPS = 3
 
@@ -138,6 +140,13 @@ def test_two_ranks_resume_averages_bit_equal_and_agree_on_an_early_end(
     suffixes = ("", "_ema_0.9", "_ema_0.5")
     assert names == [(step, f"val{suffix}") for step in (0, 6, 12) for suffix in suffixes]
     assert [r["loss"] for r in evaluations[0]] == [r["loss"] for r in evaluations[1]]
+    recorded = {r["name"]: r["loss"] for r in evaluations[0] if r["step"] == 12}
+    for given, name in ((None, "val"), ("ema/0.5", "val_ema_0.5")):
+        found = evaluate(str(tmp_path / "whole"), weights=given)
+        assert found.scores[0].loss == pytest.approx(recorded[name], rel=1e-6)
+        assert found.settings.get("weights") == given
+    with pytest.raises(CheckpointError, match=r"averages 'ema': there are ema/0\.5, ema/0\.9"):
+        evaluate(str(tmp_path / "whole"), weights="ema")
     status = json.loads((tmp_path / "early/metadata/status.json").read_text())
     assert (status["state"], status["exit_reason"]) == ("finished", "early_stopping")
     assert 4 <= status["step"] < 400

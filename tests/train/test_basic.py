@@ -130,6 +130,12 @@ def test_rows_that_fill_up_an_evaluation_do_not_count() -> None:
     [
         (["--train_module.dp_config={name: fsdp}"], "train_module.dp_config: a model of your own"),
         (["--train_module.z_loss_multiplier=0.1"], "train_module.z_loss_multiplier: is for lang"),
+        (["--train_module.float8_config={}"], "train_module.float8_config: is for language models"),
+        (["--train_module.activation_offload=true"], "train_module.activation_offload: is for lan"),
+        (
+            ["--train_module.schedules={weigth_decay: {type: linear}}"],
+            "train_module.schedules.weigth_decay: no setting that a schedule can change; did you",
+        ),
         (["--train_module.target=null"], "train_module.type: model.type is a model of your own"),
         (["--model.options={height: 3}"], "model.options: classify_images:Net: "),
         (["--model.type=classify_images:Images"], "model.type: classify_images:Images: derive it"),
@@ -157,6 +163,10 @@ def test_what_such_a_model_cannot_do_is_one_line(
 def test_options_of_language_models_are_refused_in_python_too() -> None:
     with pytest.raises(ConfigError, match=r"train_module\.lora: is for language models"):
         Regression(settings(lora=LoRAConfig()), Line())
+    with pytest.raises(ConfigError, match=r"schedules\.momentun: no setting that a schedule can"):
+        Regression(settings(schedules={"momentun": ConstantConfig()}), Line())
+    with pytest.raises(ConfigError, match=r"optim\.layer_lr_decay: no parameter is of a block"):
+        Regression(settings(optim=SGDConfig(layer_lr_decay=0.9)), Line())
     with pytest.raises(ConfigError, match="nothing is left to train"):
         Regression(settings(freeze=("*",)), Line())
     single = DataParallelConfig(name="single")

@@ -236,3 +236,22 @@ def test_a_rank_ended_for_anothers_failure_is_no_stop(tmp_path: Path) -> None:
     assert status.state == "failed"
     assert "rank 1 on" in str(status.message)
     assert str(status.message).endswith("ValueError: bad")
+
+
+def test_an_end_that_is_asked_for_after_the_last_step_leaves_nothing_out(
+    workers: WorkerPool, tmp_path: Path
+) -> None:
+    stopping = {"enabled": True, "metric": "train/loss", "min_delta": 100, "patience": 10}
+    flags = (
+        "--trainer.metrics_collect_interval=10",
+        "--trainer.callbacks.lm_evaluator={interval: 250}",
+        f"--trainer.callbacks.early_stopping={json.dumps(stopping)}",
+    )
+    folder = tmp_path / "run"
+    done = workers.run(1, run, str(folder), str(tmp_path / "data"), *flags)
+    assert done == [(0, "")]
+    status = read_status(folder)
+    assert status is not None
+    assert (status.state, status.step, status.exit_reason) == ("finished", 12, "done")
+    (line,) = (folder / "metrics/eval.jsonl").read_text().splitlines()
+    assert json.loads(line)["step"] == 12

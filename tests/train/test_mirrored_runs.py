@@ -118,7 +118,7 @@ def test_verbs_take_the_url(
     assert said("verify", url).count("OK") == 3
     assert f"step {STEPS}" not in said("verify", f"{url}/checkpoints/step9", "--quick")
     assert "smoke/run" in said("runs", "list", "--root", url.rpartition("/")[0])
-    assert said("batch", url, "--step", "5") == said("batch", str(undisturbed[0]), "--step", "5")
+    assert said("batch", url, "5") == said("batch", str(undisturbed[0]), "5")
     assert "step 12" in said("eval", url, "--json").replace('"step":', "step ")
     damaged = Path(url.removeprefix("file://")) / "checkpoints" / "step9" / "train" / "rank0.pt"
     damaged.write_bytes(damaged.read_bytes()[:-1])

@@ -82,6 +82,37 @@ class Raises(Callback):
 
     def on_metrics(self, stream, records):
         self.raise_at("on_metrics", 5)
+
+class Returns(Callback):
+    def __init__(self, value):
+        self.value = {"a set": {1}, "a number": 1.0}.get(value, value)
+
+    def post_step(self):
+        return eval(self.value) if isinstance(self.value, str) else self.value
+
+class Keeps(Callback):
+    def __init__(self, value):
+        import numpy
+        self.value = eval(value)
+
+    def state_dict(self):
+        return {"best": self.value}
+
+    def load_state_dict(self, state):
+        open("restored", "w").write(f"{state['best']} {type(state['best']).__name__}")
+
+class Ends(Callback):
+    def __init__(self, refuses=False):
+        if refuses:
+            {}["gone"]
+
+    def pre_step(self):
+        if self.state.step == 2:
+            raise SystemExit(0)
+
+class Events(Callback):
+    def on_failure(self):
+        raise ValueError("nothing has failed")
 """
 
 
@@ -122,6 +153,15 @@ def test_a_callback_by_name_records_stops_and_is_restored(
     assert answers == [("answers", n, n / 100) for n in range(1, 13)]
     config = json.loads((tmp_path / "run/metadata/config.json").read_text())
     assert config["trainer"]["callbacks"]["custom"]["counter"]["target"] == "own_parts:Counter"
+
+
+def test_checkpoints_are_kept_by_an_evaluation_of_ones_own(
+    workers: WorkerPool, tmp_path: Path
+) -> None:
+    keep = ["keep_last=1", "keep_best=1", "best_metric=answers/accuracy"]
+    flags = [counter(), *(f"--trainer.callbacks.checkpointer.{flag}" for flag in keep)]
+    assert workers.run(1, run, str(tmp_path), *flags) == [(0, "")]
+    assert sorted(p.name for p in (tmp_path / "run/checkpoints").iterdir()) == ["step12", "step3"]
 
 
 def test_a_train_module_by_name_takes_the_place_of_ours(
@@ -252,6 +292,67 @@ def test_an_exception_says_whose_it_is(
     assert (status["state"], status["message"]) == ("failed", message)
 
 
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("3", "returns int 3; return {"),
+        ("{'x': 1.0}", "'x' is float 1.0; return {"),
+        ("{'x': Metric(torch.ones(3))}", "'x' is Metric Metric(value=tensor([1., 1., 1.])"),
+        ("{5: Metric(1.0)}", "a metric is called int 5"),
+        ("{'loss': Metric(0.0)}", "there is a metric 'loss' already; choose another name"),
+        ("{'tokens': Metric(0.0)}", "there is a metric 'tokens' already; choose another name"),
+        ("{'x': Metric(10**400)}", "'x' is Metric Metric(value=1000"),
+    ],
+)
+def test_what_post_step_may_not_return_names_the_callback(
+    workers: WorkerPool, tmp_path: Path, value: str, message: str
+) -> None:
+    part = json.dumps({"type": "own_parts:Returns", "value": value})
+    ((code, found),) = workers.run(1, run, str(tmp_path), f"--trainer.callbacks.mine={part}")
+    assert code == 1
+    assert found.startswith(f"callback mine: post_step at step 1: {message}")
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("{1}", "TypeError: ['best'] is a set, which no checkpoint can hold"),
+        ("torch.ones(2) * 1j", "['best'] is a torch.complex64 tensor, which no checkpoint"),
+        ("Keeps", "['best'] is a type, which no checkpoint can hold"),
+    ],
+)
+def test_a_state_that_could_never_be_read_back_is_not_written(
+    workers: WorkerPool, tmp_path: Path, value: str, message: str
+) -> None:
+    part = json.dumps({"type": "own_parts:Keeps", "value": value})
+    short = "--trainer.max_duration.value=4"
+    ((code, found),) = workers.run(1, run, str(tmp_path), f"--trainer.callbacks.mine={part}", short)
+    assert (code, message in found) == (1, True), found
+    assert not list((tmp_path / "run/checkpoints").glob("step*/.metadata.json"))
+
+
+def test_scalars_of_numpy_are_kept_as_numbers(workers: WorkerPool, tmp_path: Path) -> None:
+    part = json.dumps({"type": "own_parts:Keeps", "value": "numpy.float64(1.5)"})
+    for steps in (3, 4):
+        flags = (f"--trainer.callbacks.mine={part}", f"--trainer.max_duration.value={steps}")
+        assert workers.run(1, run, str(tmp_path), *flags) == [(0, "")]
+    assert (tmp_path / "restored").read_text() == "1.5 float"
+
+
+def test_a_callback_ends_no_process_and_hears_of_failures_alone(
+    workers: WorkerPool, tmp_path: Path
+) -> None:
+    mine = "--trainer.callbacks.mine={{type: 'own_parts:{}'}}"
+    assert workers.run(1, run, str(tmp_path), mine.format("Events")) == [(0, "")]
+    (tmp_path / "run").rename(tmp_path / "good")
+    ended = workers.run(1, run, str(tmp_path), mine.format("Ends"))
+    assert ended == [(1, "callback mine: pre_step at step 2: SystemExit: 0")]
+    (tmp_path / "run").rename(tmp_path / "bad")
+    refuses = "--trainer.callbacks.mine={type: 'own_parts:Ends', refuses: true}"
+    ((code, message),) = workers.run(1, run, str(tmp_path), refuses)
+    assert (code, "own_parts:Ends cannot be made: KeyError: 'gone'" in message) == (2, True)
+
+
 class Seen(Callback):
     def __init__(self) -> None:
         self.events: list[str] = []
@@ -318,6 +419,12 @@ def in_python(place: str) -> list[Any]:
         except ConfigError as error:
             errors.append(str(error))
         found.append((given.events, given.restored, added.restored, listed + errors))
+        log = run.path("logs/rank0.log").read_text()
+        assert (
+            log.count(" parameters on 1 process, ") == log.count(f"): {run.folder}\n") == len(found)
+        )
+        assert f"done at step {steps}; everything is in {run.folder}" in log
+        assert f"checkpoint: {run.folder}/checkpoints/step{steps}" in log
         names = list(trainer.callbacks)
         assert names.index("lm_evaluator") < names.index("given") < names.index("added")
         assert names.index("added") < names.index("checkpointer")

@@ -13,6 +13,7 @@ from tests.train.test_lora import adapts, losses, run, tensors_of, trained_under
 from tests.workers import WorkerPool
 from toolkit.checkpoint.folder import MODEL_PREFIX
 from toolkit.commands.dry_run import summarize
+from toolkit.commands.evaluate import evaluate
 from toolkit.commands.plan.counting import Counter
 from toolkit.experiment.load import load_experiment
 from toolkit.hf.source import find_source, source_tensors
@@ -59,6 +60,16 @@ def test_checkpoints_and_exports_are_of_the_exact_base(place: Path) -> None:
         else:
             change = 8.0 * ours[f"model.{layer}.lora_B.weight"] @ down
             torch.testing.assert_close(tensor, base[name] + change)
+
+
+def test_eval_says_that_the_base_is_exact_there(place: Path) -> None:
+    said: list[str] = []
+    evaluate(str(place / "nf4"), notify=said.append)
+    (line,) = [line for line in said if "exact" in line]
+    assert line.startswith("the weights are exact here; training, and its metrics/eval.jsonl, has ")
+    assert "the base in nf4" in line
+    evaluate(str(place / "exact"), notify=said.append)
+    assert len([line for line in said if "exact" in line]) == 1
 
 
 def test_a_resumed_run_is_bit_equal_and_ddp_goes_on_alike(workers: WorkerPool, place: Path) -> None:

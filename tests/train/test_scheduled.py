@@ -11,8 +11,9 @@ from toolkit.errors import ConfigError
 from toolkit.optim.base import GroupOverride
 from toolkit.optim.config import AdamW8bitConfig, AdamWConfig, SGDConfig
 from toolkit.optim.curves import ConstantConfig, CosineConfig, LinearConfig
+from toolkit.optim.schedules import SchedulerConfig
 from toolkit.train.config import TransformerTrainModuleConfig
-from toolkit.train.scheduled import check_schedules
+from toolkit.train.scheduled import check_schedules, factor_at
 from toolkit.train.timeline import Progress
 
 STEPS, SIZE = 6, ROWS * SEQ
@@ -145,3 +146,33 @@ def test_schedules_are_configs_by_name() -> None:
     config = convert(given, TransformerTrainModuleConfig)
     assert config.to_dict()["schedules"]["betas.0"]["decay"] == 5
     check_schedules(config)
+
+
+class Odd:
+    """A schedule of a user: fine at first."""
+
+    def __init__(self, value: str) -> None:
+        self.value = value
+
+    def __call__(self, progress: float) -> float:
+        if progress < 0.5:
+            return 1.0
+        return float(self.value) if self.value != "raises" else {}["gone"]
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("nan", "step 4: gives nan; a factor is a number of 0 or more"),
+        ("-1", "step 4: gives -1.0; a factor"),
+        ("inf", "step 4: gives inf; a factor"),
+        ("raises", "step 4: KeyError: 'gone'"),
+    ],
+)
+def test_a_users_schedule_that_gives_no_rate_is_one_line(value: str, message: str) -> None:
+    given = {"type": "tests.train.test_scheduled:Odd", "options": {"value": value}}
+    schedule: Any = convert(given, SchedulerConfig)  # type: ignore[arg-type]
+    assert factor_at(schedule, progress(2), 1e-3, "lr") == 1.0
+    with pytest.raises(ConfigError) as error:
+        factor_at(schedule, progress(3), 1e-3, "lr")
+    assert str(error.value).startswith(f"train_module.scheduler: {message}")

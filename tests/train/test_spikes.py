@@ -1,17 +1,21 @@
 """Steps that are left out by selection: spikes, and fp16 gradients that overflow."""
 
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from tests.tiny import build, module_config, open_environment, train_steps
+from tests.tiny import build, global_batch, module_config, open_environment, train_steps
 from tests.workers import WorkerPool
+from toolkit.distributed.engine import StepOutcome
 from toolkit.errors import ConfigError
 from toolkit.optim.config import OptimConfig, SkipStepAdamWConfig
 from toolkit.optim.loss_scale import LossScale
 from toolkit.optim.spikes import SpikeDetector
+from toolkit.train import stepping
+from toolkit.train.module import Progress
 from toolkit.train.transformer import TransformerTrainModule
 
 CPU = torch.device("cpu")
@@ -124,6 +128,48 @@ def test_a_spike_leaves_weights_and_moments_alone(
     for history, expected in workers.run(ranks, run_with_spike, engine, kind):
         assert [record["skipped"] for record in history] == [0.0] * 4 + [1.0] + [0.0] * 3
         assert history[:4] + history[5:] == expected
+
+
+@pytest.mark.parametrize("owns_loss", [True, False])
+def test_ranks_add_up_a_copy_of_the_loss_in_one_type(
+    monkeypatch: pytest.MonkeyPatch, owns_loss: bool
+) -> None:
+    added: list[torch.Tensor] = []
+    double = lambda tensor: added.append(tensor.mul_(2).clone())  # noqa: E731
+    monkeypatch.setattr(stepping.dist, "all_reduce", double)
+    one = torch.ones(())
+    module: Any = TransformerTrainModule.__new__(TransformerTrainModule)
+    module.config = module_config(optim=OPTIM)
+    module.environment = SimpleNamespace(owns_loss=owns_loss, world_size=2)
+    module.engine = SimpleNamespace(step=lambda *_: StepOutcome(one, one))
+    module._spikes = SpikeDetector(4, 2.0, device=CPU)
+    for dtype in (torch.float32, torch.float64):
+        module._loss = torch.tensor(3.0, dtype=dtype)
+        module._step()
+        assert module._loss == 3.0  # which is recorded
+    assert [tensor.dtype for tensor in added] == [torch.float32] * 2
+    assert added == [6.0 * owns_loss] * 2
+
+
+def recorded_loss(engine: str) -> tuple[float, float]:
+    """A rank's summand of the loss, as it is given and as it is recorded after the step."""
+    config = module_config(engine, optim=OPTIM)
+    env = open_environment(config)
+    try:
+        metric = (module := build(config, env)).train_batch({"input_ids": global_batch(env.rank)})
+        given = float(metric["loss"].value)
+        module.optim_step(Progress(0, 0, 8, 8, 1))
+        return given, float(metric["loss"].value)
+    finally:
+        env.close()
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp", "zero2"])
+def test_the_sum_that_judges_a_step_leaves_the_record_as_it_was(
+    workers: WorkerPool, engine: str
+) -> None:
+    for given, recorded in workers.run(2, recorded_loss, engine):
+        assert given == recorded
 
 
 @pytest.mark.parametrize("engine", ["zero1", "zero2", "zero3"])

@@ -66,6 +66,10 @@ def test_a_run_is_watched(workers: WorkerPool, tmp_path: Path) -> None:
             assert {"gradient_max", "weight_max", "activation_rms", "activation_max"} <= kinds
         for name in ours.keys() - {"time"}:
             assert theirs[name] == pytest.approx(ours[name], rel=1e-3, abs=1e-6), name
+    steps = [line["step"] for line in lines(one / "metrics/network.jsonl")]
+    assert steps == [1, 4, 8, 10, 12]
+    first = lines(one / "metrics/network.jsonl")[0]  # of two monitors
+    assert {"gradient_max", "grad_norm"} <= {name.split("/")[0] for name in first}
     train = lines(two / "metrics/train.jsonl")
     assert all(("data_slowest_rank" in record) == (record["step"] % 4 == 0) for record in train)
     assert {record["compute_slowest_rank"] for record in train if "compute_ratio" in record} <= {
@@ -191,6 +195,40 @@ def test_ranks_that_take_longer_are_named(caplog: pytest.LogCaptureFixture) -> N
     assert "200.0 ms for data, the median rank 0.0 ms" in caplog.text
 
 
+def test_a_device_is_not_waited_for_in_the_step_it_computes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls: list[str] = []
+
+    class Event:
+        def __init__(self, **_: Any) -> None: ...
+
+        def record(self, stream: Any) -> None:
+            calls.append(f"record {stream}")
+
+        def synchronize(self) -> None:
+            calls.append("wait")
+
+        def elapsed_time(self, other: Any) -> float:
+            return 20.0
+
+    module = SimpleNamespace(Event=Event, current_stream=lambda device: "stream")
+    monkeypatch.setattr(torch, "get_device_module", lambda device: module)
+    monitor = RankMonitor(RankMonitorConfig(enabled=True, interval=3))
+    monitor._matrix = torch.ones(2, 2)
+    environment = SimpleNamespace(device=torch.device("cuda"), rank=0, cpu_group=None)
+    monitor.state = SimpleNamespace(  # type: ignore[assignment]
+        step=0, data_seconds=0.0, environment=environment
+    )
+    monitor.pre_train()
+    for step, expected in ((1, []), (2, ["record stream"] * 4), (3, ["wait"] * 3)):
+        calls.clear()
+        monitor.state.step = step
+        found = monitor.post_step() or {}
+        assert calls == expected
+    assert found["compute_seconds_max"].value == pytest.approx(0.02)
+
+
 def test_memory_of_a_gpu_by_its_own_names(monkeypatch: pytest.MonkeyPatch) -> None:
     stats = {"active_bytes.all.peak": 3 << 30, "num_alloc_retries": 2}
     monkeypatch.setattr(torch.cuda, "memory_stats", lambda device: stats)
@@ -226,7 +264,13 @@ def hook() -> Any:
 
 def notifier(folder: Path, state: str, **config: Any) -> Notifier:
     (folder / "metadata").mkdir(exist_ok=True)
-    status = {"state": state, "message": "disk full", "step": 7, "attempt": 1, "pid": 1}
+    status = {
+        "state": state,
+        "message": "disk full at s3://b/p?token=hidden",
+        "step": 7,
+        "attempt": 1,
+        "pid": 1,
+    }
     status |= dict.fromkeys(("experiment", "name", "created", "started", "updated", "host"), "x")
     (folder / "metadata/status.json").write_text(json.dumps(status))
     told = Notifier(NotifierConfig(enabled=True, **config))
@@ -253,9 +297,9 @@ def test_start_and_failure_are_told_in_every_way(tmp_path: Path, hook: Any, capl
     told.close()
     assert [path for path, _ in posted] == ["/all", "/slack?key=hidden"] * 2
     assert [body["event"] for path, body in posted if path == "/all"] == ["start", "failure"]
-    assert posted[2][1]["message"] == "failed: disk full"
+    assert posted[2][1]["message"] == "failed: disk full at s3://b/p?token=***"
     assert posted[3][1] == {"text": posted[2][1]["text"]}
-    assert "failed: disk full (step 7, loss 2.5000" in posted[2][1]["text"]
+    assert "failed: disk full at s3://b/p?token=*** (step 7, loss 2.5000" in posted[2][1]["text"]
     assert (tmp_path / "mail").read_text().count('"event"') == 2
     assert "was not sent" in caplog.text
     assert "hidden" not in caplog.text
@@ -294,7 +338,10 @@ def test_what_cannot_be_is_said_in_a_line() -> None:
 def test_a_profile_of_what_is_not_there_is_refused() -> None:
     environment = SimpleNamespace(device=torch.device("cpu"), world_size=2, rank=0)
     for config, said in (
-        (ProfilerConfig(enabled=True, memory_snapshot=True), "memory_snapshot needs a CUDA device"),
+        (
+            ProfilerConfig(enabled=True, memory_snapshot=True),
+            "memory_snapshot: needs a CUDA device",
+        ),
         (ProfilerConfig(enabled=True, ranks=(0, 2)), "there is no rank 2 of 2"),
     ):
         profiler = Profiler(config)

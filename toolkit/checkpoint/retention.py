@@ -2,7 +2,7 @@
 
 import logging
 import shutil
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -69,10 +69,12 @@ class Retention(NamedTuple):
         return steps
 
 
-def prune_checkpoints(root: Place, rule: Retention, *, newest: int) -> None:
+def prune_checkpoints(
+    root: Place, rule: Retention, *, newest: int, in_use: Collection[int] = ()
+) -> None:
     """Remove what `rule` does not keep of the checkpoints in a folder or at a URL up to step
-    `newest`, which was just committed there, and unfinished leftovers. One rank calls it. What
-    cannot be removed is a warning.
+    `newest`, which was just committed there, and unfinished leftovers; steps that are `in_use` go
+    the next time. One rank calls it. What cannot be removed is a warning.
 
     Damaged ones neither count nor go; those in a folder are set aside. Later steps are not touched:
     nobody knows here whether they are whole.
@@ -94,7 +96,7 @@ def prune_checkpoints(root: Place, rule: Retention, *, newest: int) -> None:
                     log.warning("%s; renamed: %s", error, move_aside(checkpoint))
                 else:
                     log.warning("%s; it is left as it is", error)
-        _remove_others(root, rule.kept(whole) | damaged, newest)
+        _remove_others(root, rule.kept(whole) | damaged | set(in_use), newest)
     except (OSError, StorageError) as error:
         log.warning("%s: old checkpoints cannot be removed: %s", root, error)
 

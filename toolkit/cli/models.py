@@ -6,7 +6,15 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from toolkit import commands
-from toolkit.cli.options import AnyModel, ComputeType, Device, TokenizerFolder, argument, option
+from toolkit.cli.options import (
+    AnyModel,
+    Averages,
+    ComputeType,
+    Device,
+    TokenizerFolder,
+    argument,
+    option,
+)
 from toolkit.cli.printing import cell, print_table
 from toolkit.errors import ConfigError
 from toolkit.wording import count, prefixed
@@ -115,14 +123,7 @@ def export_hf(
         bool, option("Of a LoRA run: the whole model, not the adapter alone.", "--merge-adapter")
     ] = False,
     tokenizer: TokenizerFolder = None,
-    weights: Annotated[
-        str | None,
-        option(
-            "Averages of the weights instead of them: ema, or ema/0.999 where there are several.",
-            shown="the weights",
-            metavar="NAME",
-        ),
-    ] = None,
+    weights: Averages = None,
     check: Annotated[
         bool | None,
         option(
@@ -231,6 +232,7 @@ def evaluate(
             metavar="A,B",
         ),
     ] = None,
+    weights: Averages = None,
     text_field: Annotated[str, option("Key or column that holds the text.")] = "text",
     tokenizer: Annotated[
         str | None, option("Tokenizer of the text.", shown="the model's", metavar="PATH")
@@ -267,6 +269,7 @@ def evaluate(
     \b
     Examples:
       toolkit eval runs/quickstart/first
+      toolkit eval runs/smoke/averaged --weights ema
       toolkit eval runs/quickstart/first --tasks arc_easy,hellaswag
       toolkit eval runs/quickstart/first/checkpoints/step200 --files book.txt --stride 128
       toolkit eval HuggingFaceTB/SmolLM2-135M --files a.jsonl 'more/*.parquet' --json
@@ -284,6 +287,7 @@ def evaluate(
         "device": device,
         "tokenizer": tokenizer,
         "text_field": text_field,
+        "weights": weights,
     }
     if tasks is not None:
         if files:

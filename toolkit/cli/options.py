@@ -29,6 +29,14 @@ SequenceLength = Annotated[int | None, option("Tokens per instance (dataset.sequ
 AnyModel = Annotated[
     str, argument("A run, a step{N} folder, a Hugging Face folder or hub name.", metavar="SRC")
 ]
+Averages = Annotated[
+    str | None,
+    option(
+        "Averages of the weights instead of them: ema, or ema/0.999 where there are several.",
+        shown="the weights",
+        metavar="NAME",
+    ),
+]
 TokenizerFolder = Annotated[str | None, option("Tokenizer.", shown="the model's", metavar="FOLDER")]
 Device = Annotated[str | None, option("cpu, cuda, cuda:1, ...", shown="a GPU if there is one")]
 ComputeType = Literal["fp32", "bf16"]

@@ -226,7 +226,10 @@ def _print_receipt(receipt: "Receipt") -> None:
 
 def batch(
     run_dir: Annotated[str, argument("A run folder (see `toolkit runs`).", metavar="RUN_DIR")],
-    step: Annotated[int, option("The step, as in metrics/train.jsonl.", metavar="N")],
+    step: Annotated[
+        int | None, argument("The step, as in metrics/train.jsonl.", metavar="STEP")
+    ] = None,
+    same: Annotated[int | None, option("STEP, by name.", "--step", metavar="N")] = None,
     show: Annotated[int, option("Instances to show as text.", metavar="K")] = 1,
     json: Json = False,
 ) -> None:
@@ -239,13 +242,16 @@ def batch(
 
     \b
     Examples:
-      toolkit batch runs/quickstart/first --step 120
-      toolkit batch runs/quickstart/first --step 120 --show 4
-      toolkit batch runs/quickstart/first --step 120 --show 0 --json
+      toolkit batch runs/quickstart/first 120
+      toolkit batch runs/quickstart/first 120 --show 4
+      toolkit batch runs/quickstart/first 120 --show 0 --json
     """
+    steps = {number for number in (step, same) if number is not None}
+    if len(steps) != 1:
+        raise ConfigError(f"which step? Give one: toolkit batch {run_dir} STEP")
     folder = commands.runs.folder_of(run_dir, checkpoints=False)
     saved_in = run_dir if is_url(run_dir) else None
-    found = commands.batch.step_batch(folder, step, show=show, saved_in=saved_in)
+    found = commands.batch.step_batch(folder, steps.pop(), show=show, saved_in=saved_in)
     if json:
         print_json(found)
         return

@@ -32,7 +32,7 @@ def schedule(
     """
     plot = commands.schedule.plot_schedule(commands.load.load(config, overrides, base))
     if out is not None:
-        plot.write_png(out)
+        plot.write_png(out, config=config)
     if json:
         print_json(plot)
         return

@@ -2,7 +2,7 @@
 
 import contextlib
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from toolkit.metrics.lines import read_records
 from toolkit.runs.files import RUN_FILES
 from toolkit.runs.status import RunStatus, read_status
 from toolkit.storage.foreign import read_json
+from toolkit.wording import count
 
 _COMMAND = ("train", "resume")
 _MOST_PATHS = 8
@@ -115,6 +116,14 @@ def _model(source: ModelSource, architecture: str, dtype: str) -> dict[str, str]
     }
 
 
+def _sizes(values: Sequence[tuple[int, int]], tokens: int) -> str:
+    """Of those that begin before `tokens` are trained on."""
+    begun = [(start, size) for start, size in values if start < tokens]
+    since = (f" after {count(start, 'token')}" if start else "" for start, _ in begun)
+    sizes = (count(size, "token") for _, size in begun)
+    return ", ".join(size + place for size, place in zip(sizes, since, strict=True))
+
+
 def _training(
     source: ModelSource, config: ExperimentConfig | None, status: RunStatus | None
 ) -> dict[str, str]:
@@ -127,8 +136,9 @@ def _training(
     if config is not None:
         dataset, module = config.dataset, config.train_module
         rows["Data"] = data_words(dataset)
-        rows["Sequence length"] = f"{dataset.sequence_length:,} tokens"
-        rows["Batch"] = f"{config.data_loader.global_batch_size:,} tokens"
+        lengths = config.data_loader.sequence_lengths(dataset.sequence_length)
+        rows["Sequence length"] = _sizes(lengths, metadata.tokens)
+        rows["Batch"] = _sizes(config.data_loader.batch_sizes, metadata.tokens)
         rows["Optimizer"] = _settings(msgspec.to_builtins(module.optim))
         schedule = msgspec.to_builtins(module.scheduler)
         if module.scheduler.decay_span(1) is None:

@@ -1,6 +1,7 @@
 """Line charts: as text of braille dots, and as PNG by Pillow."""
 
 import io
+import math
 from collections.abc import Iterator, Mapping, Sequence
 
 from toolkit.errors import ConfigError
@@ -12,6 +13,7 @@ _ROWS = 8
 _PANEL, _WIDTH = 240, 900
 _LEFT, _RIGHT, _TOP, _BOTTOM = 110, 30, 40, 40
 """Pixels of an image: of each panel, and around it."""
+_TITLE = 30
 
 
 def text(
@@ -33,35 +35,52 @@ def text(
     return "\n".join([name, *lines, f"{'':>{margin}}  {below}"])
 
 
-def png(xs: Sequence[float], curves: Mapping[str, Sequence[float]], *, axis: str) -> bytes:
-    """A panel for each of `curves` over `xs`. Raises ConfigError: Pillow is not installed."""
+def png(
+    xs: Sequence[float], curves: Mapping[str, Sequence[float]], *, axis: str, title: str = ""
+) -> bytes:
+    """A panel for each of `curves` over `xs`, from 0 on. Raises ConfigError: Pillow is not
+    installed."""
     try:
         from PIL import Image, ImageDraw, ImageFont
     except ImportError:
         problem = 'an image needs Pillow; install it with: pip install "toolkit[plot]"'
         raise ConfigError(problem, key="--out") from None
-    image = Image.new("RGB", (_WIDTH, _PANEL * len(curves)), "white")
+    image = Image.new("RGB", (_WIDTH, _TITLE + _PANEL * len(curves)), "white")
     draw, font = ImageDraw.Draw(image), ImageFont.load_default(13)
+    draw.text((_LEFT, 12), title, "black", ImageFont.load_default(15))
     width, height = _WIDTH - _LEFT - _RIGHT, _PANEL - _TOP - _BOTTOM
     for number, (name, ys) in enumerate(curves.items()):
-        top = number * _PANEL + _TOP
-        low, high = min(ys), max(ys)
+        top = _TITLE + number * _PANEL + _TOP
+        marks = ticks(min(0.0, *ys), max(0.0, *ys))
+        low, high = marks[0], marks[-1]
         draw.text((_LEFT, top - 26), name, "black", font)
-        for part in range(5):
-            y = top + height - height * part / 4
+        for value in marks:
+            y = top + height * (high - value) / (high - low)
             draw.line([(_LEFT, y), (_LEFT + width, y)], "#dddddd")
-            value = shown(low + (high - low) * part / 4)
-            draw.text((_LEFT - 10, y), value, "#444444", font, anchor="rm")
-            x = _LEFT + width * part / 4
+            draw.text((_LEFT - 10, y), shown(value), "#444444", font, anchor="rm")
+        span = (xs[-1] - xs[0]) or 1
+        for place in (mark for mark in ticks(xs[0], xs[-1]) if xs[0] <= mark <= xs[-1]):
+            x = _LEFT + width * (place - xs[0]) / span
             draw.line([(x, top), (x, top + height)], "#eeeeee")
-            place = f"{xs[0] + (xs[-1] - xs[0]) * part / 4:,.0f}"
-            words = f"{axis} {place}" if part == 0 else place
-            draw.text((x, top + height + 8), words, "#444444", font, anchor="ma")
-        points = [(_LEFT + width * x, top + height * (1.0 - y)) for x, y in _scaled(xs, ys)]
+            draw.text((x, top + height + 8), f"{place:,.10g}", "#444444", font, anchor="ma")
+        draw.text((_LEFT - 10, top + height + 8), axis, "#444444", font, anchor="ra")
+        points = [
+            (_LEFT + width * (x - xs[0]) / span, top + height * (high - y) / (high - low))
+            for x, y in zip(xs, ys, strict=True)
+        ]
         draw.line(points, "#1f77b4", width=2, joint="curve")
     found = io.BytesIO()
     image.save(found, "PNG")
     return found.getvalue()
+
+
+def ticks(low: float, high: float) -> list[float]:
+    """Four to eight round numbers, evenly spaced, around all between `low` and `high`."""
+    span = (high - low) or 1.0
+    unit = 10.0 ** math.floor(math.log10(span))
+    size = next(unit * part for part in (0.2, 0.25, 0.5, 1.0, 2.0) if span / (unit * part) <= 6)
+    first, last = math.floor(low / size), math.ceil((low + span) / size - 1e-9)
+    return [round(n * size, 12 - math.floor(math.log10(size))) for n in range(first, last + 1)]
 
 
 def shown(value: float) -> str:

@@ -33,6 +33,7 @@ from toolkit.experiment.notices import notices
 from toolkit.experiment.schedules import check_schedule_lengths
 from toolkit.models.config import ModuleConfig
 from toolkit.models.parameters import describe_quantised, flops_per_token, quantised_layers
+from toolkit.optim.groups import describe_groups, group_records
 from toolkit.runs.registry import check_run_folder, is_run, resolve_run_folder
 from toolkit.train.config import Duration
 from toolkit.train.trackers.config import check_trackers
@@ -51,6 +52,7 @@ def summarize(loaded: LoadedExperiment, environ: Mapping[str, str]) -> str:
     layout, corpus = _checked(config, environ, loaded.origins)
     rows = [
         ("model", _model(config)),
+        ("optimizer", _optimizer(config)),
         ("data", _data(config, corpus)),
         ("batch", _batch(config, layout)),
         ("duration", _duration(config, corpus)),
@@ -58,6 +60,7 @@ def summarize(loaded: LoadedExperiment, environ: Mapping[str, str]) -> str:
         ("ranks", _ranks(config, layout)),
         ("writes", _writes(config)),
         ("note", notices(config, batches_of(config, corpus), loaded.origins)),
+        ("here", _problems_here(config, layout)),
     ]
     title = f"dry run of {loaded.source}" + (
         f": {config.description}" if config.description else ""
@@ -134,6 +137,17 @@ def _model(config: ExperimentConfig) -> list[str]:
         *trained,
         f"{prefixed(flops, 'FLOP')} a token to train",
     ]
+
+
+def _optimizer(config: ExperimentConfig) -> list[str]:
+    model = config.model
+    if isinstance(model, ModuleConfig):
+        return []
+    optim = config.train_module.optim.of_model(model.to_transformer().d_model)
+    infos = check_parameters(config).infos
+    shapes = {name: info.shape for name, info in infos.items()}
+    trained = {name for name, info in infos.items() if info.is_trained}
+    return describe_groups(optim, group_records(optim, shapes, trained))
 
 
 def _data(config: ExperimentConfig, corpus: CorpusInfo | None) -> list[str]:
@@ -239,7 +253,10 @@ def _ranks(config: ExperimentConfig, layout: Layout) -> list[str]:
 
 def _writes(config: ExperimentConfig) -> list[str]:
     folder = resolve_run_folder(config.run, "<time>")
-    lines = [f"{folder}" + (" (exists: resumed)" if is_run(folder) else "")]
+    lines = [f"{folder}"]
+    if is_run(folder):
+        is_resumed = config.run.save_folder is not None
+        lines[0] += " (exists: resumed)" if is_resumed else " (exists: nothing was trained there)"
     if (url := config.run.on_this_machine().get("mirror", config.run.mirror)) is not None:
         lines.append(f"{url}, the same (mirrored)")
     if config.dataset.source is not None or config.dataset.mix is not None:
@@ -247,6 +264,18 @@ def _writes(config: ExperimentConfig) -> list[str]:
     if config.trainer.no_checkpoints or not config.trainer.callbacks.checkpointer.enabled:
         lines.append("no checkpoints")
     return lines
+
+
+def _problems_here(config: ExperimentConfig, layout: Layout) -> list[str]:
+    """What this machine's device cannot do: the one that will train may be another."""
+    if config.train_module.float8_config is None and not config.trainer.callbacks.profiler.enabled:
+        return []
+    # It needs torch, for which nobody else waits.
+    from toolkit.experiment.device_checks import check_device
+
+    found = ErrorList()
+    found.ask(check_device, config, layout)
+    return [f"refused on this machine: {error}" for error in found.errors]
 
 
 def _shown(value: Any) -> str:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import msgspec
 import torch
 
-from toolkit.commands.models import DTYPES, DType, hf_folder_of, pick_device
+from toolkit.commands.models import DTYPES, DType, WeightType, hf_folder_of, pick_device
 from toolkit.commands.runs import folder_of
 from toolkit.commands.train import open_run_data
 from toolkit.data.config import (
@@ -31,14 +31,20 @@ from toolkit.data.prepare.text.sources import plan_source
 from toolkit.data.prepare.tokenizers.choice import load_hf_tokenizer
 from toolkit.data.prepare.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from toolkit.data.tokens.prepared import read_prepared
+from toolkit.distributed.devices import compute_dtype
 from toolkit.errors import CheckpointError, ConfigError, DataError
-from toolkit.evaluate.perplexity import causal_lm_loss, evaluate_stream, transformer_loss
+from toolkit.evaluate.perplexity import (
+    causal_lm_loss,
+    computing_in,
+    evaluate_stream,
+    transformer_loss,
+)
 from toolkit.evaluate.stream import check_vocabulary, read_documents
 from toolkit.experiment.checks import rank_microbatch_size
 from toolkit.experiment.config import ExperimentConfig
 from toolkit.experiment.recorded import found_config
 from toolkit.hf.loading import load_causal_lm
-from toolkit.hf.source import ModelSource, find_source, load_model
+from toolkit.hf.source import ModelSource, averaged, find_source, load_model
 from toolkit.runs.status import read_status
 from toolkit.train.eval_sums import LossFunction, TokenSums, evaluate_sets, total_sums
 
@@ -104,6 +110,8 @@ class EvalSettings(NamedTuple):
     tokenizer: str | None = None
     """Folder, file or hub name."""
     text_field: str = "text"
+    weights: str | None = None
+    """The averages that stand in the place of the weights: "ema"."""
 
 
 def evaluate(
@@ -120,6 +128,7 @@ def evaluate(
             f"{model.where}: not a run, so it has no validation data of its own; give --files PATH"
         )
     found, settings = _on_files(model, files, notify) if files else _on_validation(model, notify)
+    settings |= model.averages
     scores = [
         Scores(name=name, num_bytes=round(sums.num_bytes) or None, **sums.numbers())
         for name, sums in found.items()
@@ -139,15 +148,21 @@ class FoundModel(NamedTuple):
     """Why `source` is None."""
     run: ExperimentConfig | None
     """Of a checkpoint: the config of its run, with its data found."""
-    dtype: DType
+    dtype: WeightType
     batch_tokens: int
     settings: EvalSettings
+
+    @property
+    def averages(self) -> dict[str, str]:
+        """Which averages stand in the place of its weights, as a setting that is told."""
+        chosen = self.source.weights if self.source is not None else None
+        return {} if chosen is None else {"weights": chosen}
 
     def load(self, notify: Notify) -> tuple[LossFunction, int, int | None]:
         """Its loss, vocabulary and longest sequence."""
         loaded = self.open(notify)
         if loaded.is_ours:
-            loss_of = transformer_loss(loaded.model, loaded.device, autocast=loaded.autocast)
+            loss_of = transformer_loss(loaded.model, loaded.device, computed_in=loaded.computed_in)
         else:
             loss_of = causal_lm_loss(loaded.model, loaded.device)
         return loss_of, loaded.vocab_size, loaded.longest
@@ -166,7 +181,13 @@ class FoundModel(NamedTuple):
             config = theirs.config.get_text_config()
             longest = getattr(config, "max_position_embeddings", None)
             return Loaded(theirs, place, config.vocab_size, longest)
-        # As training does: fp32 weights, computed on in bf16. Weights of others are rounded once.
+        if few_bits := _few_bits(self.run):
+            notify(
+                "the weights are exact here; training, and its metrics/eval.jsonl, has "
+                f"{few_bits}, so that numbers differ a little"
+            )
+        # As training does: fp32 weights, computed on in the run's precision. Those of others are
+        # rounded once.
         is_ours = self.source.kind != "hf"
         ours = load_model(
             self.source, device=place, dtype=DTYPES["fp32" if is_ours else self.dtype]
@@ -178,8 +199,18 @@ class FoundModel(NamedTuple):
             transformer.vocab_size,
             transformer.max_sequence_length,
             is_ours=True,
-            autocast=is_ours and self.dtype == "bf16",
+            computed_in=compute_dtype(self.dtype) if is_ours else None,
         )
+
+
+def _few_bits(run: ExperimentConfig | None) -> str | None:
+    """What a run computes with in few bits, and nobody else does."""
+    if run is None:
+        return None
+    lora, float8 = run.train_module.lora, run.train_module.float8_config
+    if lora is not None and lora.quantize_base is not None:
+        return f"the base in {lora.quantize_base}"
+    return None if float8 is None else f"{float8.recipe} float8"
 
 
 class Loaded(NamedTuple):
@@ -192,21 +223,21 @@ class Loaded(NamedTuple):
     """Most tokens of a row; None: not known."""
     is_ours: bool = False
     """Else one of `transformers`."""
-    autocast: bool = False
-    """Compute in bf16 over fp32 weights."""
+    computed_in: torch.dtype | None = None
+    """Over fp32 weights; None: in the type of the weights."""
 
     def logits(self, ids: torch.Tensor) -> torch.Tensor:
         """Ids `(rows, seq)` to logits `(rows, seq, vocab)`."""
         if not self.is_ours:
             return self.model(input_ids=ids, use_cache=False).logits
-        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.autocast):
+        with computing_in(self.computed_in, self.device):
             return self.model(ids)
 
 
 def find_model(where: str, settings: EvalSettings) -> FoundModel:
     """The model `where`, and the settings of its run where it has one."""
     folder, source, reason, run = hf_folder_of(where), None, "", None
-    dtype: DType = "fp32"
+    dtype: WeightType = "fp32"
     batch_tokens = BATCH_TOKENS
     try:
         source = find_source(where if folder is None else folder)
@@ -214,10 +245,15 @@ def find_model(where: str, settings: EvalSettings) -> FoundModel:
         if folder is None:
             raise
         reason = str(error)
+    if settings.weights is not None:
+        if source is None:
+            raise CheckpointError(f"--weights {settings.weights}: {reason}")
+        source = averaged(source, settings.weights)
     if source is not None and source.run is not None and source.metadata is not None:
         run = found_config(source.run)
         status = read_status(source.run)
-        dtype = "bf16" if status and status.other.get("precision") == "bf16" else "fp32"
+        trained_in: Any = status.other.get("precision") if status else None
+        dtype = trained_in if trained_in in DTYPES else "fp32"
         batch_tokens = run.data_loader.eval_batch_size or rank_microbatch_size(
             run, source.metadata.world_size
         )

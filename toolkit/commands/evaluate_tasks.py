@@ -16,10 +16,10 @@ from toolkit.commands.evaluate import (
 from toolkit.commands.runs import folder_of
 from toolkit.data.tokens.prepared import require_ids
 from toolkit.errors import ConfigError
-from toolkit.evaluate.downstream import STREAM_NAME, score_task
+from toolkit.evaluate.downstream import score_task
 from toolkit.evaluate.tasks.names import check_names, load_task
 from toolkit.evaluate.tasks.task import check_lengths
-from toolkit.train.callbacks.config import DownstreamEvaluatorConfig
+from toolkit.train.callbacks.config import DOWNSTREAM, DownstreamEvaluatorConfig
 
 Notify = Callable[[str], None]
 
@@ -37,7 +37,7 @@ class TaskScores(msgspec.Struct, frozen=True, kw_only=True):
     def lines(self) -> Iterator[str]:
         """One JSON object for each task."""
         for name, numbers in self.scores.items():
-            record: dict[str, Any] = {"name": f"{STREAM_NAME}/{name}"}
+            record: dict[str, Any] = {"name": f"{DOWNSTREAM}/{name}"}
             for key, value in numbers.items():
                 record[key] = value if math.isfinite(value) else str(value)
             record |= {"source": self.source, "step": self.step, "settings": self.settings}
@@ -81,5 +81,6 @@ def evaluate_tasks(
         "sequence_length": context,
         "batch_tokens": batch_tokens,
         "dtype": found.dtype,
+        **found.averages,
     }
     return TaskScores(source=found.where, step=step, settings=shown, scores=scores)

@@ -8,7 +8,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from toolkit.config import is_override
-from toolkit.data.corpus_info import datasets_of, eval_sets_of, read_corpus
+from toolkit.data.corpus_info import (
+    datasets_of,
+    eval_set_settings,
+    eval_sets_of,
+    read_corpus,
+    source_settings,
+)
 from toolkit.data.prepare.text.presence import check_presence
 from toolkit.distributed.ranks import check_launcher_variables
 from toolkit.errors import BadInputError, ConfigError, ErrorList
@@ -64,7 +70,8 @@ def check_data_files(config: ExperimentConfig) -> None:
     found, is_prepared = ErrorList(), False
     with contextlib.suppress(BadInputError):
         is_prepared = read_corpus(config.data) is not None
-    for named in (datasets_of, eval_sets_of):
-        for dataset in (found.ask(named, config.data) or {}).values():
-            found.ask(check_presence, dataset, is_prepared=is_prepared)
+    for named, settings in ((datasets_of, source_settings), (eval_sets_of, eval_set_settings)):
+        for name, dataset in (found.ask(named, config.data) or {}).items():
+            with found.collecting(), settings(name):
+                check_presence(dataset, is_prepared=is_prepared)
     found.raise_any()

@@ -66,13 +66,12 @@ def preview_mix(config: ExperimentConfig, *, prepare: bool) -> MixPreview:
     limited = [s if s.name in counts else s._replace(max_repetitions=None) for s in sources]
     plan = MixPlan(limited, segments, {s.name: counts.get(s.name, 0) for s in sources})
     length, all_known = plan.sequence_length, len(counts) == len(sources)
-    total = _run_instances(config, plan.epoch_instances if all_known else None)
+    total, batch = _run_instances(config, plan.epoch_instances if all_known else None)
     taken: dict[str, int] = {}
     epochs: dict[str, float] = {}
     broken = None
     if total is not None:
         taken, epochs = plan.counts(total), plan.epochs(total)
-        batch = max(1, config.data_loader.global_batch_size // length)
         try:
             check_limits(plan, total, batch_instances=batch)
         except ConfigError as error:
@@ -99,11 +98,13 @@ def preview_mix(config: ExperimentConfig, *, prepare: bool) -> MixPreview:
     )
 
 
-def _run_instances(config: ExperimentConfig, epoch_instances: int | None) -> int | None:
+def _run_instances(config: ExperimentConfig, epoch_instances: int | None) -> tuple[int | None, int]:
+    """Those of the whole run, and of a batch at its end."""
     batches, duration = planned_batches(config.data, epoch_instances), config.trainer.max_duration
     if duration.unit == "epochs" and not batches.knows_epochs:
-        return None
-    return batches.plan.consumed(batches.steps_of(duration.value, duration.unit))
+        return None, 1
+    steps = batches.steps_of(duration.value, duration.unit)
+    return batches.plan.consumed(steps), batches.plan.segment(steps).batch_instances
 
 
 def share_text(share: float) -> str:

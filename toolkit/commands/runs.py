@@ -47,7 +47,8 @@ def reindex(root: str, registry_url: str | None) -> int:
 def send(run_dir: str, tracker: str | None, say: Callable[[str], object]) -> bool:
     """Send what trackers lack of a run that nobody trains: `tracker`, or those its config enables.
     Whether all of it was sent."""
-    folder = folder_of(run_dir)
+    # Of a copy, nobody would find what was noted of what trackers have.
+    folder = local_path(find_named(run_dir), "RUN_DIR")
     if not is_run(folder):
         raise not_a_run(folder)
     if is_locked(folder):
@@ -72,7 +73,7 @@ def send(run_dir: str, tracker: str | None, say: Callable[[str], object]) -> boo
     for config in chosen:
         config.check()
     senders = [Sender(folder, config, attempt=None, warn=say, tell=say) for config in chosen]
-    is_sent = [sender.run(end) for sender in senders]  # each, also after one that is down
+    is_sent = [_send(sender, end, say) for sender in senders]  # each, also after one that is down
     return all(is_sent)
 
 
@@ -87,6 +88,13 @@ def push_run(run_dir: str, say: Callable[[str], object]) -> str:
         raise RunError(f"{folder}: another process is writing this run, and mirrors it")
     push(folder, url, config.trainer.callbacks.checkpointer.retention, say)
     return url
+
+
+def _send(sender: Sender, end: End, say: Callable[[str], object]) -> bool:
+    if not sender.is_up_to_date:
+        return sender.run(end)
+    say(f"{sender.title}: nothing is missing, by {sender.path}")
+    return True
 
 
 def _check_root(root: str) -> None:

@@ -63,10 +63,11 @@ class SchedulePlot(msgspec.Struct, frozen=True, kw_only=True):
         total = f"{count(self.total_steps, 'step')}, {count(self.total_tokens, 'token')}"
         return "\n\n".join([total, *parts, *(f"note: {line}" for line in self.notices)])
 
-    def write_png(self, path: Path) -> None:
-        """The curves as an image. Raises ConfigError: Pillow is not installed."""
+    def write_png(self, path: Path, *, config: str) -> None:
+        """The curves of `config` as an image. Raises ConfigError: Pillow is not installed."""
+        title = f"{config}: {count(self.total_steps, 'step')}, {count(self.total_tokens, 'token')}"
         curves = {curve.name: curve.values for curve in self.curves}
-        write_atomic(path, png(self.steps, curves, axis="step"))
+        write_atomic(path, png(self.steps, curves, axis="step", title=title))
 
 
 def plot_schedule(loaded: LoadedExperiment) -> SchedulePlot:
@@ -77,7 +78,6 @@ def plot_schedule(loaded: LoadedExperiment) -> SchedulePlot:
     found = ErrorList()
     found.ask(check_batch_schedules, config.data)
     found.ask(check_schedules, config.train_module)
-    found.ask(config.train_module.scheduler.check)
     found.ask(check_schedule_lengths, config, batches, loaded.origins)
     found.raise_any()
     total = Timeline.of(config.trainer, batches.steps_of).total_steps
@@ -98,7 +98,7 @@ def plot_schedule(loaded: LoadedExperiment) -> SchedulePlot:
 
 def _value(setting: Scheduled, step: int, total: int, batches: Batches) -> float:
     progress = Progress.at(step, total, batches)
-    return setting.peak * factor_at(setting.schedule, progress, setting.peak)
+    return setting.peak * factor_at(setting.schedule, progress, setting.peak, setting.name)
 
 
 def _steps(

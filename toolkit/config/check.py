@@ -29,6 +29,7 @@ from toolkit.config.types import (
     shown,
     struct_types,
     tag_field,
+    tag_names,
     tags,
     type_of,
     unknown_field,
@@ -127,9 +128,10 @@ class _Walk:
             return self._entries(data, lambda name: values or _ANY, path)
         struct, tag = choose_struct(target, data), tag_field(target)
         if struct is None or data.get(tag, struct.tag) != struct.tag:
-            problem = f"required, and not given; one of {listing(tags(target))}"
+            names = tag_names(target)
+            problem = f"required, and not given; one of {listing(names)}"
             if tag in data:
-                problem = _not_one_of(data[tag], tags(target))
+                problem = _not_one_of(data[tag], names)
             return self._wrong(join(path, tag), problem)
         fields = field_types(struct)
         unknown = {name for name in data if name not in fields and is_text(name)}

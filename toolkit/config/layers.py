@@ -91,7 +91,8 @@ class ConfigLayers(Generic[T]):
         try:
             container, name, owner = self._open(override.path)
         except UnknownFieldError as error:
-            if not (paths := paths_to(self._root, override.path)):
+            paths = paths_to(self._root, override.path)
+            if not paths or override.path in paths:  # a field of another type than is asked for
                 raise
             meant = " or ".join(f"--{path}" for path in paths)
             raise ConfigError(f"no such field; did you mean {meant}?", key=error.key) from None

@@ -57,6 +57,15 @@ _KNOWN = re.compile(
 _URL = re.compile(r"(?<![\w+.-])(?P<scheme>[\w+.-]++)://(?P<rest>[^\s\"']+)")
 _PORT = re.compile(r"\d{1,5}(?:/|\Z)")
 _REFERENCE = re.compile(r"\$\{[A-Za-z_]\w*\}")
+_HOOK = re.compile(
+    r"(?:[\w.-]+\.)?(?:web)?hooks?\.[^/?#]+/|[^/?#]+/(?:[^?#]+/)?webhooks?/|api\.telegram\.org/bot"
+)
+"""The beginning of a URL at which messages are posted, as of hooks.slack.com, outlook.office.com or
+discord.com: whoever knows the rest may post."""
+_HOOK_SIGN = re.compile(
+    r"(?P<before>(?:slack|webhook)(?:_?url)?[\"']?\s*[=:]\s*[\"']?)(?P<url>https?://[^\s\"'},]+)",
+    re.IGNORECASE,
+)
 
 
 def is_secret_name(name: str, *, strict: bool = False) -> bool:
@@ -73,6 +82,12 @@ def is_secret_name(name: str, *, strict: bool = False) -> bool:
     return words[-1] in ("key", "sig", "sas") and not strict
 
 
+def is_hook_name(name: str) -> bool:
+    """Whether a setting or variable of this name holds the URL of a webhook, which is a secret from
+    its path on: `webhook`, `SLACK_WEBHOOK`, `slack`."""
+    return any(word.lower() in ("slack", "webhook", "webhooks") for word in _WORD.findall(name))
+
+
 def mask_secrets(value: Any) -> Any:
     """`value` with `***` for whatever looks like a secret; mappings and lists, at any depth, are
     copied. `${NAME}` stays: it names a secret and holds none."""
@@ -80,7 +95,9 @@ def mask_secrets(value: Any) -> Any:
         return _mask_text(value)
     if isinstance(value, Mapping):
         return {
-            mask_secrets(key): (_hide if is_secret_name(str(key)) else mask_secrets)(inner)
+            mask_secrets(key): (_hide if is_secret_name(str(key)) else mask_secrets)(
+                _without_path(inner) if is_hook_name(str(key)) else inner
+            )
             for key, inner in value.items()
         }
     if isinstance(value, list | tuple):
@@ -99,7 +116,8 @@ def check_no_secrets(data: Any, path: str = "") -> None:
         for name, value in data.items():
             below = join(path, name)
             is_text = isinstance(value, str) and value and not _is_reference(value)
-            if is_text and is_secret_name(str(name), strict=True):
+            is_hook = is_text and is_hook_name(str(name)) and _without_path(value) != value
+            if is_hook or (is_text and is_secret_name(str(name), strict=True)):
                 raise ConfigError(f"{_ADVICE}: --{below}='${{NAME}}'", key=below)
             check_no_secrets(value, below)
     elif isinstance(data, list):
@@ -130,6 +148,16 @@ def _is_option(text: Any) -> bool:
     return is_name and "=" not in text and " " not in text and is_secret_name(text)
 
 
+def _without_path(value: Any) -> Any:
+    """The URL of a webhook without what is secret of it; anything else as it is."""
+    if not isinstance(value, str) or (match := _URL.fullmatch(value)) is None:
+        return value
+    host = re.split("[/?#]", match["rest"], maxsplit=1)[0]
+    path = match["rest"][len(host) + 1 :]
+    is_kept = path in ("", HIDDEN) or _REFERENCE.search(path)
+    return value if is_kept else f"{match['scheme']}://{host}/{HIDDEN}"
+
+
 def _hide(value: Any) -> Any:
     """Hide every text and number below a name that says it is a secret."""
     if isinstance(value, Mapping):
@@ -144,12 +172,15 @@ def _hide(value: Any) -> Any:
 def _mask_text(text: str) -> str:
     if "://" in text:
         text = _URL.sub(lambda match: _mask_url(match, strict=False, hidden=HIDDEN), text)
+    text = _HOOK_SIGN.sub(lambda match: match["before"] + _without_path(match["url"]), text)
     text = _mask_assigned(text)
     # `--token value` and `HF_TOKEN value`.
     text = _mask_after(_SPACED, text, lambda match, value: value.strip(",.;") in _PROSE)
     text = _KNOWN.sub(HIDDEN, _BEARER.sub(rf"\1{HIDDEN}", text))
     for name, value in os.environ.items():
-        if len(value) >= _SHORTEST_VALUE and value in text and is_secret_name(name):
+        if len(value) < _SHORTEST_VALUE or value not in text:
+            continue
+        if is_secret_name(name) or (is_hook_name(name) and _without_path(value) != value):
             text = text.replace(value, HIDDEN)
     return text
 
@@ -158,6 +189,10 @@ def _mask_url(match: re.Match[str], *, strict: bool, hidden: str) -> str:
     """A URL with `hidden` for its password and for the values of secret fields of its query;
     `strict`: not for what may be a port and a path with an @ in it."""
     scheme, rest = match["scheme"], match["rest"]
+    if scheme.startswith("http") and (hook := _HOOK.match(rest)) is not None:
+        secret = rest[hook.end() :]
+        if secret not in ("", HIDDEN) and not _REFERENCE.search(secret):
+            return f"{scheme}://{hook[0]}{hidden}"
     user, at, place = rest.rpartition("@")
     name, colon, password = user.partition(":")
     if at and "/" not in name and "?" not in name:

@@ -88,6 +88,12 @@ def tags(target: Any) -> tuple[Any, ...]:
     return tuple(s.tag for s in struct_types(target))
 
 
+def tag_names(target: Any) -> list[str]:
+    """The tags of a union as a user writes them: for a class of one's own, `module:Class`."""
+    names = [tag for tag in tags(target) if tag not in (CLASS, MODULE)]
+    return names + ["module:Class"] * (len(names) < len(tags(target)))
+
+
 def choose_struct(target: Any, values: dict[str, Any]) -> inspect.StructType | None:
     """The struct that `values` are meant for: the only one, or the one its tag names."""
     structs = struct_types(target)

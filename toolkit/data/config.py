@@ -287,6 +287,11 @@ class DataLoaderConfig(Config, kw_only=True):
         return values_of(self.batch_size_schedule, "global_batch_size", self.global_batch_size)
 
     @property
+    def first_batch_size(self) -> int:
+        """Tokens of the first optimizer step."""
+        return self.batch_sizes[0][1]
+
+    @property
     def batch_size_keys(self) -> list[str]:
         """What gives each of `batch_sizes`."""
         places = [change.tokens for change in self.batch_size_schedule]

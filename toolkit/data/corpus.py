@@ -137,7 +137,7 @@ def open_corpus(cfg: DataConfig, info: CorpusInfo | None = None) -> Corpus:
         assert isinstance(kind, VariableInstancesConfig)
         order = VariableOrder(
             train.buckets,
-            global_batch_size=loader.global_batch_size,
+            global_batch_size=loader.first_batch_size,
             fingerprint=train.fingerprint,
             seed=seed,
             curriculum=kind.curriculum,

@@ -1,6 +1,7 @@
 """What training data there is, told from manifests in a millisecond; nothing here writes."""
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,7 +23,7 @@ from toolkit.data.tokens.prepared import (
     open_prepared,
     read_prepared,
 )
-from toolkit.errors import ConfigError, ErrorList
+from toolkit.errors import ConfigError, ErrorList, renaming
 
 VAL = "val"
 """Name of the evaluation on the one validation split there is."""
@@ -60,7 +61,7 @@ class CorpusInfo(NamedTuple):
         if self.rows is None:
             return None
         if isinstance(config.dataset.instances, VariableInstancesConfig):
-            tokens, per_batch = config.data_loader.global_batch_size, config.phases[0]
+            tokens, per_batch = config.data_loader.first_batch_size, config.phases[0]
             batches = sum(number // max(1, tokens // length) for length, number in self.rows)
             return batches * per_batch.batch_instances
         return sum(number for _, number in self.rows)
@@ -202,21 +203,24 @@ def eval_sets_of(cfg: DataConfig) -> dict[str, DatasetConfig]:
     found: dict[str, DatasetConfig] = {}
     for name, one in dataset.eval_sets.items():
         key = f"dataset.eval_sets.{name}"
-        if name in trained:
+        if name and name in trained:
             raise ConfigError("a source of the mixture has this name; choose another one", key=key)
-        found[name] = dataset.replace(
-            source=one.source,
-            mix=None,
-            eval_sets={},
-            dataset_name=one.dataset_name or name,
-            dataset_config=one.dataset_config or dataset.dataset_config,
-            instructions=one.instructions,
-            filters=None,
-            deduplicate=False,
-            validation_fraction=0.0,
-            instances=instances_config(dataset, evaluation=True),
-            eval_instances=None,
-        )
+        try:
+            found[name] = dataset.replace(
+                source=one.source,
+                mix=None,
+                eval_sets={},
+                dataset_name=one.dataset_name or name,
+                dataset_config=one.dataset_config or dataset.dataset_config,
+                instructions=one.instructions,
+                filters=None,
+                deduplicate=False,
+                validation_fraction=0.0,
+                instances=instances_config(dataset, evaluation=True),
+                eval_instances=None,
+            )
+        except ValueError as error:  # a name that is no folder's
+            raise ConfigError(str(error), key=key) from None
         folder = dataset_folder(found[name])
         if folder in folders:
             raise ConfigError(
@@ -226,6 +230,19 @@ def eval_sets_of(cfg: DataConfig) -> dict[str, DatasetConfig]:
             )
         folders[folder] = name
     return found
+
+
+def source_settings(name: str) -> AbstractContextManager[None]:
+    """Errors of the block, which prepares or looks at the source `name` of a mixture by itself, say
+    where its settings are; "" is the only source."""
+    place = "dataset.mix.sources." + name.replace("/", ".mix.") if name else "dataset"
+    return renaming(r"\bdataset\.(source|dataset_name|dataset_config)\b", rf"{place}.\1")
+
+
+def eval_set_settings(name: str) -> AbstractContextManager[None]:
+    """The same of one of `dataset.eval_sets`."""
+    fields = r"\bdataset\.(source|instructions|dataset_name|dataset_config)\b"
+    return renaming(fields, rf"dataset.eval_sets.{name}.\1")
 
 
 ChangeSource = Callable[[SourceConfig | None], SourceConfig | None]

@@ -76,7 +76,7 @@ def get_dataloaders(
         name: EvalLoader(
             dataset,
             eval_tokens=cfg.data_loader.eval_tokens,
-            batch_tokens=batch_tokens or cfg.data_loader.global_batch_size // batch_ranks,
+            batch_tokens=batch_tokens or cfg.data_loader.first_batch_size // batch_ranks,
             rank=batch_rank,
             world_size=batch_ranks,
             vocab_size=corpus.vocab_size,
@@ -110,7 +110,7 @@ class TrainLoader:
         device: torch.device | None = None,
     ) -> None:
         self.dataset = dataset = corpus.train
-        self.global_batch_size = config.global_batch_size
+        self.global_batch_size = config.first_batch_size
         """Tokens of a batch until a schedule changes it."""
         self.sequence_length = dataset.sequence_length
         self.fingerprint = dataset.fingerprint
@@ -255,8 +255,7 @@ class TrainLoader:
     def _batches(self, start_batch: int) -> Generator[Batch, None, None]:
         chunks = self._chunks(start_batch)
         if self._prefetch_factor:
-            most = self._batches_at_once(start_batch)
-            chunks = read_ahead(chunks, -(-self._prefetch_factor // most))
+            chunks = read_ahead(chunks, self._prefetch_factor, size=lambda chunk: chunk[1])
         with contextlib.closing(chunks):
             for rows, num_batches, row_split in chunks:
                 tensors = _cut(_tensors(rows), row_split)

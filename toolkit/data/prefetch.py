@@ -4,7 +4,7 @@ import atexit
 import itertools
 import queue
 import threading
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -21,11 +21,13 @@ class _Failure(NamedTuple):
     error: BaseException
 
 
-def read_ahead(items: Generator[T, None, None], depth: int) -> Generator[T, None, None]:
-    """`items`, of which a background thread keeps `depth` ready; its errors are raised in their
-    place. The thread ends when this iterator is closed or collected, and with the process. It must
-    not be inside C++ code when the interpreter ends (the process would abort), so `items` may not
-    call torch, and leaving waits for the item being read.
+def read_ahead(
+    items: Generator[T, None, None], depth: int, *, size: Callable[[T], int] = lambda item: 1
+) -> Generator[T, None, None]:
+    """`items`, of which a background thread keeps so many ready that their sizes add up to `depth`;
+    its errors are raised in their place. The thread ends when this iterator is closed or collected,
+    and with the process. It must not be inside C++ code when the interpreter ends (the process
+    would abort), so `items` may not call torch, and leaving waits for the item being read.
     """
     # SimpleQueue is written in C: a hand-over costs about a microsecond when nobody waits.
     ready: queue.SimpleQueue[T | _Failure] = queue.SimpleQueue()
@@ -36,8 +38,12 @@ def read_ahead(items: Generator[T, None, None], depth: int) -> Generator[T, None
         try:
             wanted.get()
             while not closed.is_set():
-                ready.put(next(items))
-                wanted.get()
+                item = next(items)
+                ready.put(item)
+                for _ in range(size(item)):
+                    wanted.get()
+                    if closed.is_set():
+                        return
         except BaseException as error:
             ready.put(_Failure(error))
 
@@ -58,7 +64,8 @@ def read_ahead(items: Generator[T, None, None], depth: int) -> Generator[T, None
             item = ready.get()
             if isinstance(item, _Failure):
                 raise item.error
-            wanted.put(None)
+            for _ in range(size(item)):
+                wanted.put(None)
             yield item
     finally:
         # Collected after `stop` ran at exit, module globals are gone already.

@@ -112,6 +112,8 @@ class DeepSpeedEngine(Engine):
             self._refused = self._refuses(self._global_norm()).float()
             parameter = next(p for group in optimizer.param_groups for p in group["params"])
             optimizer.found_inf, optimizer.grad_scale = self._refused.to(parameter.device), None
+        if not self._takes_found_inf:
+            self._give_up_stand_ins(self._stand_ins)
 
     def scale_gradients(self, factor: torch.Tensor) -> None:
         raise NotImplementedError("fp16 is refused under ZeRO")
@@ -260,4 +262,4 @@ class DeepSpeedEngine(Engine):
             if flat.numel() and keeps_state and not self.optimizer.state.get(flat):
                 members[index].append(flat)
         if any(members):
-            create_state(self.optimizer, members)
+            self._stand_ins += create_state(self.optimizer, members)

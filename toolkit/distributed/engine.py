@@ -61,6 +61,8 @@ class Engine(ABC):
     """The bare module, with canonical parameter names."""
     optimizer: torch.optim.Optimizer
     """Its `param_groups` carry the learning rates."""
+    is_first_step = False
+    """Set before the first step of a run, not of one that continues."""
     _shows_average = False
 
     def __init__(
@@ -70,6 +72,8 @@ class Engine(ABC):
         self.module = self.model = module
         self.shards = shards
         self._named: dict[str, Any] = canonical_parameters(module)
+        self._stand_ins: list[torch.Tensor] = []
+        """Whose state is there for checkpoints to fill; no step of training has made it."""
 
     def forward_backward(
         self,
@@ -195,6 +199,13 @@ class Engine(ABC):
         kept = {} if matrices is None else matrices.kept
         return {f"optim.{n}.{key}": t for n, own in kept.items() for key, t in own.items()}
 
+    def _give_up_stand_ins(self, stepped: Sequence[torch.Tensor]) -> None:
+        """Before the first step that is taken, of those that have gradients: let the optimizer make
+        its state by itself, at the rate of that step, as it does without us."""
+        for tensor in stepped if self.is_first_step else ():
+            self.optimizer.state.pop(tensor, None)
+        self.is_first_step = False
+
     @property
     def keeps_average(self) -> bool:
         """Whether the optimizer keeps the weights to use apart from those in training."""
@@ -289,12 +300,16 @@ def state_of(optimizer: torch.optim.Optimizer, parameter: torch.Tensor) -> dict[
 
 def create_state(
     optimizer: torch.optim.Optimizer, members: Sequence[Sequence[torch.Tensor]]
-) -> None:
-    """Make the state of `members` (tensors of each group) exist as it is before a first step: by a
-    step of rate zero on zero gradients, after which `step` counts from zero again. Raises
-    ConfigError: the optimizer keeps numbers, which checkpoints would not hold."""
+) -> list[torch.Tensor]:
+    """Make the state of `members` (tensors of each group) exist before a first step, by a step of
+    rate zero on zero gradients, after which `step` counts from zero again; those that had none.
+
+    It has the right shapes, and the right values where state begins at zero. Raises ConfigError:
+    the optimizer keeps numbers, which checkpoints would not hold.
+    """
     groups, before = optimizer.param_groups, [dict(group) for group in optimizer.param_groups]
     tensors = [tensor for own in members for tensor in own]
+    without = [tensor for tensor in tensors if not optimizer.state.get(tensor)]
     gradients = [tensor.grad for tensor in tensors]
     for group, own in zip(groups, members, strict=True):
         group |= {"params": list(own), "lr": group["lr"] * 0.0}
@@ -315,3 +330,4 @@ def create_state(
                     f"train_module.optim: {type(optimizer).__name__} keeps {key!r} as "
                     f"{type(value).__name__}; make it a tensor, so that checkpoints hold it"
                 )
+    return [tensor for tensor in without if optimizer.state.get(tensor)]

@@ -26,7 +26,7 @@ from toolkit.distributed.config import LogRanks
 from toolkit.distributed.devices import pick_device, use_device
 from toolkit.distributed.launcher import offloads, rank_of, world_size_of
 from toolkit.distributed.layout import Layout, layout_of, resolve_layout
-from toolkit.distributed.logging import setup_logging
+from toolkit.distributed.logging import is_set_up, setup_logging
 from toolkit.distributed.precision import Precision
 from toolkit.distributed.process_groups import (
     COLLECTIVE_TIMEOUT,
@@ -211,7 +211,7 @@ def prepare_training_environment(
             GPUs, `gloo` elsewhere.
         timeout: of every collective; default: `config.trainer.collective_timeout`.
         log_filter_type: set up the toolkit's logging, with these ranks on the console; default:
-            leave logging as it is.
+            `config.trainer.log_ranks`, and nothing where a script has set up `logging` itself.
         shared_filesystem: whether all machines see the same files; default: looked at when a run
             folder is opened.
 
@@ -225,8 +225,9 @@ def prepare_training_environment(
     layout = layout_of(config.train_module, environ)
     rank, world_size = rank_of(environ), world_size_of(environ)
     local_rank = int(environ.get("LOCAL_RANK", "0"))
-    if log_filter_type is not None:
-        setup_logging(rank, local_rank=local_rank, log_ranks=log_filter_type)
+    if log_filter_type is not None or not is_set_up():
+        log_ranks = log_filter_type or config.trainer.log_ranks
+        setup_logging(rank, local_rank=local_rank, log_ranks=log_ranks)
     # Not every launcher says how many processes share this machine.
     said = environ.get("LOCAL_WORLD_SIZE")
     device = pick_device(local_rank, int(said) if said else None)

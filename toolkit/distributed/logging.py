@@ -96,6 +96,16 @@ def add_log_file(folder: Path, rank: int) -> logging.Handler:
     return handler
 
 
+def has_log_file() -> bool:
+    """Whether this process writes a log file of a run."""
+    return any(isinstance(handler, _LogFile) for handler in _LOGGER.handlers)
+
+
+def is_set_up() -> bool:
+    """Whether somebody has said where lines go: `setup_logging`, or a script by `logging`."""
+    return _LOGGER.hasHandlers()
+
+
 def log_failure(file: logging.Handler, error: BaseException, *, rank: int, step: int) -> None:
     """Write the traceback of `error`, which ends the run, to the log file of this rank only."""
     what = f"rank {rank} on {socket.gethostname()} failed at step {step}"

@@ -1,5 +1,6 @@
 """Which linear layers compute in 8 bits, and who cannot have that: told from configs. No torch."""
 
+from collections.abc import Sequence
 from importlib.util import find_spec
 
 from toolkit.config.base import matching
@@ -14,6 +15,8 @@ from toolkit.wording import count
 FLOAT8 = "train_module.float8_config"
 _ALIGNMENT = {"tensorwise": 16, "rowwise": 16, "mxfp8": 32}
 """Widths must be multiples of this: of what kernels take, or of the numbers of one scale."""
+KERNEL_TOKENS = 16
+"""Kernels sum over a multiple of so many tokens."""
 _NEEDED = {"tensorwise": (8, 9), "rowwise": (9, 0), "mxfp8": (10, 0)}
 """Lowest compute capability with kernels for a recipe."""
 
@@ -85,7 +88,7 @@ def check_float8(
     def refuse(what: str, instead: str) -> None:
         found.add(ConfigError(f"does not go with {what}; {instead}", key=FLOAT8))
 
-    found.ask(float8_layers, model, config)
+    chosen = found.ask(float8_layers, model, config)
     for axis in ("tp", "pp", "cp", "ep"):
         if getattr(layout, axis) > 1:
             refuse(f"train_module.{axis}_config", "use ddp, fsdp or hsdp alone")
@@ -98,6 +101,8 @@ def check_float8(
     if config.fsdp_all_gather and (not layout.is_fsdp or layout.dp_config.cpu_offload):
         what = "fsdp_all_gather needs fsdp or hsdp without cpu_offload"
         found.add(ConfigError(what, key=f"{FLOAT8}.fsdp_all_gather"))
+    elif config.fsdp_all_gather:
+        found.ask(_check_shards, model, chosen or (), layout.dp_shard)
     if config.recipe == "mxfp8" and sequence_length % _ALIGNMENT["mxfp8"]:
         what = f"mxfp8 takes rows of a multiple of 32 tokens, not {sequence_length}"
         found.add(ConfigError(what, key="dataset.sequence_length"))
@@ -105,6 +110,20 @@ def check_float8(
         what = 'needs torchao, which is not installed: pip install "toolkit[float8]"'
         found.add(ConfigError(what, key=FLOAT8))
     found.raise_any()
+
+
+def _check_shards(model: Architecture, names: Sequence[str], ranks: int) -> None:
+    """torchao asks each rank for the largest number of its rows."""
+    linear = linear_layers(model)
+    for name in names:
+        rows = linear[name][0]
+        if -(-rows // ranks) * (ranks - 1) >= rows:
+            raise ConfigError(
+                f"leaves a rank without rows of {name}, which has {rows} for "
+                f"{count(ranks, 'rank')}; name it in {FLOAT8}.filter ('*.{name.rpartition('.')[2]}'"
+                "), or leave fsdp_all_gather out",
+                key=f"{FLOAT8}.fsdp_all_gather",
+            )
 
 
 def check_device(config: Float8Config, kind: str, capability: tuple[int, int] | None) -> None:

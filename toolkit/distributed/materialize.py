@@ -22,7 +22,11 @@ from torch.distributed.tensor import Shard
 
 from toolkit.config.named import named
 from toolkit.distributed.accelerator import deepspeed_settings, init_deepspeed
-from toolkit.distributed.activations import apply_activation_checkpointing, apply_offload
+from toolkit.distributed.activations import (
+    apply_activation_checkpointing,
+    apply_offload,
+    set_memory_budget,
+)
 from toolkit.distributed.config import ActivationCheckpointingConfig, Float8Config
 from toolkit.distributed.context_parallel import apply_context_parallel
 from toolkit.distributed.deepspeed_engine import DeepSpeedEngine
@@ -34,7 +38,12 @@ from toolkit.distributed.float8 import apply_float8, gathers_float8, scales_of
 from toolkit.distributed.pipeline import plan_pipeline
 from toolkit.distributed.process_groups import set_collective_timeouts
 from toolkit.distributed.shards import ShardSpec, draw_initial_values, whole_specs
-from toolkit.distributed.sizes import Besides, check_combination, sharded_dimension
+from toolkit.distributed.sizes import (
+    Besides,
+    breaks_in_blocks,
+    check_combination,
+    sharded_dimension,
+)
 from toolkit.distributed.stages import Stages
 from toolkit.distributed.tensor_parallel import apply_tensor_parallel
 from toolkit.distributed.torch_engine import TorchEngine
@@ -118,15 +127,17 @@ def materialize(
     is_meta = any(parameter.is_meta for parameter in model.parameters())
     inits = init_spec(model, width_multiplier) if is_meta else {}
     layout = environment.layout
-    if quantised is not None:  # of a script, which nothing has checked yet
-        check_combination(layout, Besides(quantize_base=quantised.kind))
+    selects = ac_config is not None and ac_config.mode == "selected_ops"
+    # Of a script nothing has been checked yet.
+    asked = Besides(
+        quantize_base=None if quantised is None else quantised.kind,
+        compiles_selected_ops=compile_model and selects,
+    )
+    check_combination(layout, asked)
     shards = model.shards if isinstance(model, Stages) else whole_specs(model)
     parts: list[Any] = model.modules_in_order() if isinstance(model, Stages) else [model]
-    # Rows, or keys of a ring, on their way to other ranks break the graphs of blocks, and so do
-    # hooks inside of them.
-    is_ring = layout.cp_config is not None and layout.cp_config.style == "ring"
-    has_breaks = layout.ep > 1 or is_ring or layout.dp_config.wrapping_strategy == "fine_grained"
-    has_breaks |= activation_offload
+    has_breaks = activation_offload or bool(breaks_in_blocks(layout))
+    set_memory_budget(ac_config)
     for part in parts:
         _cut(part, environment, shards)
         if float8_config is not None:

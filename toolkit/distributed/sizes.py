@@ -48,6 +48,8 @@ class Besides(NamedTuple):
     optim: Optimizer | None = None
     quantize_base: str | None = None
     """What an adapter's base is kept in."""
+    compiles_selected_ops: bool = False
+    """Compiled blocks keep the results of some operations (`ac_config.mode: selected_ops`)."""
 
 
 def check_combination(layout: Layout, besides: Besides) -> None:
@@ -77,6 +79,12 @@ def check_combination(layout: Layout, besides: Besides) -> None:
             what = f"{besides.quantize_base} does not go with {' and '.join(others)}"
             problem = f"{what}, which would cut it; use single or ddp alone, or leave it out"
             found.add(ConfigError(problem, key="train_module.lora.quantize_base"))
+    if besides.compiles_selected_ops and (breaks := breaks_in_blocks(layout)):
+        problem = (
+            f"selected_ops finds no operations in blocks that are compiled in parts ({breaks}); "
+            "use mode: full, or leave train_module.compile_model out"
+        )
+        found.add(ConfigError(problem, key="train_module.ac_config.mode"))
     if besides.has_frozen:
         refuse(stages, "train_module.freeze", "use fsdp, tp_config or cp_config")
     if besides.own_model is not None:
@@ -110,6 +118,19 @@ def check_optimizer(layout: Layout, optim: Optimizer) -> None:
 def tensor_degrees(model: TransformerConfig, *, experts_are_sharded: bool = False) -> list[int]:
     """Degrees of tensor parallelism by which every part of `model` divides."""
     return [d for d in range(1, model.num_heads + 1) if not _tensor(d, model, experts_are_sharded)]
+
+
+def breaks_in_blocks(layout: Layout) -> str:
+    """What breaks the graph of a block: rows, or keys of a ring, on their way to other ranks, or
+    hooks inside of it. Empty: nothing does."""
+    is_ring = layout.cp_config is not None and layout.cp_config.style == "ring"
+    is_fine = layout.dp_config.wrapping_strategy == "fine_grained"
+    found = {
+        "train_module.ep_config": layout.ep > 1,
+        "train_module.cp_config.style ring": is_ring,
+        "train_module.dp_config.wrapping_strategy fine_grained": is_fine,
+    }
+    return ", ".join(name for name, does in found.items() if does)
 
 
 def sharded_dimension(shape: Sequence[int], ranks: int) -> int | None:

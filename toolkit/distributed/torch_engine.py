@@ -5,6 +5,7 @@ decision in the same pass, without DTensor dispatch and without a host sync.
 """
 
 import contextlib
+from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
 
@@ -65,12 +66,15 @@ class TorchEngine(Engine):
         self._rebound = not self._is_sharded
         # Before the first step: SGD's kernel would write its momentum there, and a skipped first
         # step would leave it unwritten.
-        create_state(self.optimizer, [group["params"] for group in self.optimizer.param_groups])
+        members = [group["params"] for group in self.optimizer.param_groups]
+        self._stand_ins = create_state(self.optimizer, members)
         check_whole_parameters(self.optimizer, are_cut=is_cut, engine=layout.description)
 
     def _prepare(self) -> nn.Module:
         own_lists = [list(group["params"]) for group in self.optimizer.param_groups]
+        state = self.optimizer.state
         if self._is_sharded:  # Accelerate would look for these among the model's DTensors
+            self.optimizer.state = defaultdict(dict)  # which some make at once (Adagrad)
             for group in self.optimizer.param_groups:
                 group["params"] = []
         accelerator = build_accelerator(self.environment)
@@ -78,6 +82,8 @@ class TorchEngine(Engine):
         model, _ = accelerator.prepare(self.module, self.optimizer)
         for group, own in zip(self.optimizer.param_groups, own_lists, strict=True):
             group["params"] = own
+        if self._is_sharded:
+            self.optimizer.state = state
         if isinstance(model, DistributedDataParallel):
             self._settle_buckets(model)
         return model
@@ -146,6 +152,7 @@ class TorchEngine(Engine):
         elif not skipped.item():  # waits for the device: such an optimizer cannot be told later
             if scale is not None:
                 torch._foreach_div_(list(gradients.values()), scale)
+            self._give_up_stand_ins([t for t in self._stand_ins if t.grad is not None])
             optimizer.step()
         for name, parameter in self._trainable.items():
             parameter.grad = self._local[name].grad = None

@@ -13,13 +13,11 @@ from toolkit.evaluate.tasks.metrics import task_numbers
 from toolkit.evaluate.tasks.names import KEY, check_names, load_task
 from toolkit.evaluate.tasks.scoring import Logits, Share, log_likelihoods
 from toolkit.evaluate.tasks.task import Task, check_lengths
-from toolkit.train.callbacks.config import DownstreamEvaluatorConfig
+from toolkit.train.callbacks.config import DOWNSTREAM, DownstreamEvaluatorConfig
 from toolkit.train.callbacks.evaluator import Evaluator
+from toolkit.train.scores import check_result
 
 log = logging.getLogger(__name__)
-
-STREAM_NAME = "downstream"
-"""Before the name of a task in eval.jsonl: `downstream/arc_easy`."""
 
 
 def score_task(
@@ -52,20 +50,23 @@ class DownstreamEvaluator(Evaluator):
         """Raises ConfigError or DataError where a task cannot be scored: before the first step."""
         state, names = self.state, self._config.tasks
         check_names(names)
-        folder = state.train_loader.tokenizer_folder
-        if folder is None:
-            raise ConfigError(
-                "the training data came without a tokenizer, so tasks cannot be read; leave them "
-                "out, or name the tokens' tokenizer in dataset.tokenizer",
-                key=KEY,
-            )
         if not state.config.no_evals:
+            folder = state.train_loader.tokenizer_folder
+            if folder is None:
+                raise ConfigError(
+                    "the training data came without a tokenizer, so tasks cannot be read; leave "
+                    "them out, or name the tokens' tokenizer in dataset.tokenizer",
+                    key=KEY,
+                )
             tokenizer = load_tokenizer(folder)
             self._tasks = [load_task(name, tokenizer) for name in names]
             for task in self._tasks:
                 note = check_lengths(task, state.train_loader.sequence_length, KEY)
                 if note is not None and state.is_main:
                     log.warning("%s", note)
+                results = task_numbers(task, [0.0] * len(task.choices))
+                for suffix in state.evaluated_weights:
+                    check_result(state.config, f"{DOWNSTREAM}/{task.name}{suffix}", results)
         super().pre_train()
 
     def find_results(self) -> dict[str, dict[str, float | int]] | None:
@@ -91,5 +92,5 @@ class DownstreamEvaluator(Evaluator):
             )
             if numbers is None:
                 return None
-            results[f"{STREAM_NAME}/{task.name}"] = numbers
+            results[f"{DOWNSTREAM}/{task.name}"] = numbers
         return results

@@ -70,14 +70,20 @@ def evaluate_stream(
     return TokenSums(loss, num_targets, num_bytes, time.perf_counter() - started)
 
 
+def computing_in(dtype: torch.dtype | None, device: torch.device) -> torch.autocast:
+    """A context that computes in `dtype` over fp32 weights, as training does; None: in their
+    own."""
+    return torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)
+
+
 def transformer_loss(
-    model: nn.Module, device: torch.device, *, autocast: bool = False
+    model: nn.Module, device: torch.device, *, computed_in: torch.dtype | None = None
 ) -> LossFunction:
-    """What `model`, one of `toolkit.models`, says of a batch; `autocast` computes in bf16 over its
-    fp32 weights, as training does."""
+    """What `model`, one of `toolkit.models`, says of a batch; `computed_in` as in
+    `computing_in`."""
 
     def loss_of(ids: Tensor, labels: Tensor, documents: Tensor | None) -> Tensor:
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=autocast):
+        with computing_in(computed_in, device):
             sums: Any = model(ids, labels, document_ids=documents)
         return sums.ce
 

@@ -40,10 +40,11 @@ from toolkit.models.parameters import (
 from toolkit.runs.files import RUN_FILES
 from toolkit.runs.registry import is_run
 from toolkit.storage.remote import is_url
+from toolkit.train.callbacks.config import TWO_AVERAGES
 from toolkit.train.config import NO_BASE, TrainerConfig, check_basic
 from toolkit.train.progress import no_checkpoint
 from toolkit.train.scheduled import check_schedules
-from toolkit.train.scores import check_best_metric_in
+from toolkit.train.scores import check_metrics_in
 from toolkit.wording import count
 
 BYTE_VOCAB_SIZE = 257
@@ -107,9 +108,13 @@ def check_experiment(
     found.ask(check_batch_schedules, config.data)
     if has_model and has_names:
         found.ask(check_parameters, config)
+    else:
+        found.ask(check_schedules, config.train_module)
     found.ask(_check_own_classes, config)
     found.ask(_check_adapter, config)
-    found.ask(_check_best_metric, config)
+    found.ask(_check_metrics, config)
+    found.ask(_check_averages, config)
+    found.ask(_check_eval_names, config)
     found.raise_any()
 
 
@@ -124,8 +129,6 @@ def check_parameters(config: ExperimentConfig) -> TrainedParameters:
         with found.collecting():
             has_adapter = module.lora is not None
             module.optim.check_model(has_tied_head=model.tie_embeddings, has_adapter=has_adapter)
-        with found.collecting():
-            module.scheduler.check()
         found.ask(check_schedules, module)
         parameters = trained_parameters(model, freeze=module.freeze, lora=module.lora)
         quantised_layers(model, module.lora)
@@ -142,6 +145,9 @@ def besides_layout(config: ExperimentConfig) -> Besides:
         own_model=model.target if isinstance(model, ClassModelConfig) else None,
         optim=module.optim,
         quantize_base=module.lora.quantize_base if module.lora is not None else None,
+        compiles_selected_ops=module.compile_model
+        and module.ac_config is not None
+        and module.ac_config.mode == "selected_ops",
     )
 
 
@@ -188,15 +194,39 @@ def _check_own_classes(config: ExperimentConfig) -> None:
             callback.own_class(name)
 
 
-def _check_best_metric(config: ExperimentConfig) -> None:
-    # Before hours of preparing; what the data has held out is looked at once it is there.
+def _held_out_sets(config: ExperimentConfig) -> list[str]:
     sets = [VAL]
     if config.dataset.mix is not None:
         with contextlib.suppress(ConfigError):  # said where the data is looked for
             # Any of them may have nothing held out, and one that is left is no total.
             sets += [source.name for source in resolve_mix(config.dataset)]
+    return sets
+
+
+def _check_eval_names(config: ExperimentConfig) -> None:
+    """eval.jsonl tells results apart by their names."""
+    ema, sets, found = config.trainer.callbacks.ema, config.dataset.eval_sets, ErrorList()
+    if ema.enabled and ema.evaluate == "also":
+        for name in (*_held_out_sets(config), *sets):
+            for suffix in ema.suffixes:
+                if name + suffix in sets:
+                    problem = f"the evaluation of {name} by trainer.callbacks.ema has this name"
+                    key = f"dataset.eval_sets.{name}{suffix}"
+                    found.add(ConfigError(f"{problem}; choose another one", key=key))
+    found.raise_any()
+
+
+def _check_metrics(config: ExperimentConfig) -> None:
+    # Before hours of preparing; what the data has held out is looked at once it is there.
+    sets = _held_out_sets(config)
     others = list(config.dataset.eval_sets)
-    check_best_metric_in(dict.fromkeys([*others, *sets], True), config.trainer, others)
+    check_metrics_in(dict.fromkeys([*others, *sets], True), config.trainer, others)
+
+
+def _check_averages(config: ExperimentConfig) -> None:
+    has_average = config.train_module.optim.traits().keeps_average
+    if config.trainer.callbacks.ema.enabled and has_average:
+        raise ConfigError(TWO_AVERAGES, key="trainer.callbacks.ema.enabled")
 
 
 def _check_adapter(config: ExperimentConfig) -> None:
@@ -243,18 +273,18 @@ def batches_of(config: ExperimentConfig, corpus: CorpusInfo | None) -> Batches:
 def rank_microbatch_size(config: ExperimentConfig, world_size: int) -> int:
     """Tokens per forward on one rank: the configured number, or the rank's share of a batch."""
     configured = config.train_module.rank_microbatch_size
-    return configured or config.data_loader.global_batch_size // world_size
+    return configured or config.data_loader.first_batch_size // world_size
 
 
 def gradient_accumulation_steps(
     config: ExperimentConfig, world_size: int, batch: int | None = None
 ) -> int:
     """Forward and backward passes per optimizer step on one rank, for a global batch of `batch`
-    tokens; default: `data_loader.global_batch_size`."""
+    tokens; default: the first."""
     microbatch = config.train_module.rank_microbatch_size
     if microbatch is None:
         return 1
-    return (batch or config.data_loader.global_batch_size) // (microbatch * world_size)
+    return (batch or config.data_loader.first_batch_size) // (microbatch * world_size)
 
 
 def _check_sequence(config: ExperimentConfig) -> None:

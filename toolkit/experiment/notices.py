@@ -13,6 +13,8 @@ from toolkit.errors import ConfigError
 from toolkit.experiment.config import ExperimentConfig
 from toolkit.experiment.schedules import schedule_notices
 from toolkit.models.config import ModuleConfig
+from toolkit.models.parameters import parameter_shapes
+from toolkit.optim.base import OPTIM_KEY, is_matched
 from toolkit.train.timeline import Timeline
 from toolkit.wording import count
 
@@ -21,9 +23,11 @@ def notices(
     config: ExperimentConfig, batches: Batches, origins: Mapping[str, str] = MappingProxyType({})
 ) -> list[str]:
     """The lines, in the order of the config; `origins` tell where its values come from."""
-    lines = [*_model(config), *_data(config), *schedule_notices(config, batches, origins)]
+    lines = [*_model(config), *_data(config), *_groups(config)]
+    lines += schedule_notices(config, batches, origins)
     with contextlib.suppress(ConfigError):  # epochs of data that is not there yet
-        lines += _length(Timeline.of(config.trainer, batches.steps_of))
+        timeline = Timeline.of(config.trainer, batches.steps_of)
+        lines += [*_length(timeline), *_callbacks(config, timeline.stop_step)]
     return [*lines, *_trainer(config)]
 
 
@@ -58,6 +62,53 @@ def _data(config: ExperimentConfig) -> Iterator[str]:
     is_tokens = isinstance(dataset.source, TokenFilesSourceConfig)
     if is_tokens and (dataset.filters or dataset.instructions):
         yield "dataset.filters and dataset.instructions do nothing: the source holds ids, not text"
+
+
+def _groups(config: ExperimentConfig) -> Iterator[str]:
+    """Patterns that come too late: the first entry that matches wins."""
+    if isinstance(config.model, ModuleConfig):
+        return
+    names: list[str] = []
+    with contextlib.suppress(ConfigError):  # of an adapter's patterns
+        names = list(parameter_shapes(config.model.to_transformer(), config.train_module.lora))
+    winner: dict[str, int] = {}
+    for index, override in enumerate(config.train_module.optim.group_overrides):
+        hits = {p: [n for n in names if is_matched(n, [p])] for p in override.params}
+        for pattern, own in hits.items():
+            if own and all(name in winner for name in own):
+                earlier = sorted({winner[name] for name in own})
+                yield (
+                    f"{OPTIM_KEY}.group_overrides.{index}: {pattern!r} does nothing: all that it "
+                    f"matches is taken by {' and '.join(f'group_overrides.{n}' for n in earlier)} "
+                    "before it, and the first entry wins; put this one first"
+                )
+        for name in (name for own in hits.values() for name in own):
+            winner.setdefault(name, index)
+
+
+def _callbacks(config: ExperimentConfig, steps: int) -> Iterator[str]:
+    """Those whose first moment comes after the last step."""
+    callbacks = config.trainer.callbacks
+    profiler, stability, ema = callbacks.profiler, callbacks.stability_monitor, callbacks.ema
+    first = {
+        "profiler": profiler.skip_first + profiler.wait + profiler.warmup + 1,
+        "stability_monitor": max(2, stability.window // 2) + 1,
+        "rank_monitor": callbacks.rank_monitor.interval,
+        "gpu_memory_monitor": callbacks.gpu_memory_monitor.interval,
+        "ema": ema.start_step + 1,
+    }
+    for name, evaluator in (
+        ("lm_evaluator", callbacks.lm_evaluator),
+        ("downstream_evaluator", callbacks.downstream_evaluator),
+    ):
+        if not (evaluator.at_start or evaluator.at_end):
+            first[name] = evaluator.interval
+    for name, step in first.items():
+        if getattr(callbacks, name).is_wanted and step > steps:
+            yield (
+                f"trainer.callbacks.{name} does nothing: the first step that it looks at is "
+                f"{step:,}, and the run ends after {count(steps, 'step')}"
+            )
 
 
 def _length(timeline: Timeline) -> Iterator[str]:

@@ -33,7 +33,7 @@ from toolkit.runs.files import RUN_FILES
 from toolkit.runs.registry import (
     check_run_folder,
     choose_run_name,
-    is_run,
+    has_trained,
     resolve_run_folder,
 )
 from toolkit.train.trackers.config import check_trackers
@@ -152,7 +152,8 @@ def _run(
         folder = resolve_run_folder(config.run, name)
         found.ask(check_load_path, config, folder)
         # Else earlier batches may have had other sizes, and the length of an epoch is not known.
-        if config.trainer.load_path is None and not is_run(folder) and not config.dataset.custom:
+        is_new = not has_trained(folder)
+        if config.trainer.load_path is None and is_new and not config.dataset.custom:
             found.ask(check_schedule_lengths, config, planned_batches(config.data, None), origins)
         if found.errors:  # preparing the data, which tells the same, is not reached
             found.ask(data.check, config)
@@ -162,6 +163,7 @@ def _run(
         if corpus is not None:
             check_corpus(config, corpus)
         # It needs torch: bad text is reported seconds sooner without it.
+        from toolkit.experiment.device_checks import check_device
         from toolkit.experiment.training import Training
 
         training = Training(config, corpus, layout.batch_rank(rank), layout.batch_ranks)
@@ -170,10 +172,11 @@ def _run(
         error.only_here = rank > 0 and environ.get("LOCAL_RANK", "0") == "0"
         raise
     if rank == 0:
+        check_device(config, layout)
         training.check_continuation(resolve_run_folder(config.run, name))
         batches = training.train_loader.batches
         # A run that was let go on with its warm-up goes on.
-        check_schedule_lengths(config, batches, {} if is_run(folder) else origins)
+        check_schedule_lengths(config, batches, origins if is_new else {})
         for notice in notices(config, batches, origins):
             log.warning("%s", notice)
         run = starting.run = training.open_run(name, is_main=True)

@@ -8,7 +8,7 @@ from toolkit.data.order.plan import Batches
 from toolkit.errors import ConfigError, ErrorList
 from toolkit.experiment.config import ExperimentConfig
 from toolkit.optim.schedule import Amount, Schedule, Span
-from toolkit.train.scheduled import KEY, LR, Z_LOSS, bound_of, settings_of
+from toolkit.train.scheduled import KEY, LR, Z_LOSS, bound_of, largest_of, settings_of
 from toolkit.train.timeline import Timeline
 
 SCHEDULER = "train_module.scheduler"
@@ -64,7 +64,9 @@ def check_schedule_lengths(
     found = ErrorList()
     for setting, span in _spans(config, batches, origins, found):
         found.ask(setting.schedule.check_length, span)
-        found.ask(_check_bound, setting, span)
+        if bound_of(setting.name) is not None:
+            optim = config.train_module.optim
+            found.ask(_check_bound, setting, span, largest_of(optim, setting.name))
     found.raise_any()
 
 
@@ -105,14 +107,14 @@ def _is_asked_for(origins: Mapping[str, str]) -> bool:
     return not warmup.startswith((DEFAULT_ORIGIN, "recipe ")) and not is_shortened
 
 
-def _check_bound(setting: Scheduled, span: Span) -> None:
+def _check_bound(setting: Scheduled, span: Span, largest: float) -> None:
+    """`largest`: what the schedule multiplies in the group that has most."""
     bound = bound_of(setting.name)
-    if bound is None:
-        return
+    assert bound is not None
     joints = [joint for joint in setting.schedule.joints(span.total) if joint < span.total]
     points = [*joints, *(span.total * n / _POINTS for n in range(_POINTS))]
     value, at = max(
-        (setting.peak * setting.schedule.factor(point, span.total, peak=setting.peak), point)
+        (largest * setting.schedule.factor(point, span.total, peak=setting.peak), point)
         for point in points
     )
     if value >= bound:

@@ -2,7 +2,6 @@
 
 import contextlib
 import logging
-import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -40,9 +39,9 @@ from toolkit.runs.manager import RunManager
 from toolkit.runs.registry import is_run, resolve_run_folder, start_run
 from toolkit.train.progress import nothing_left
 from toolkit.train.run_config import log_config
-from toolkit.train.scores import check_best_metric
-from toolkit.train.trainer import HARD_STOP, Trainer, TrainResult
-from toolkit.wording import count
+from toolkit.train.scores import check_metrics
+from toolkit.train.telling import log_opening
+from toolkit.train.trainer import Trainer
 
 # These lines are the run's own, whichever of its files says them.
 log = logging.getLogger("toolkit.experiment.run")
@@ -64,7 +63,7 @@ class Training:
             vocab_size=config.model.vocab_size,
             corpus=self.corpus,
         )
-        check_best_metric(config.trainer, evaluation)
+        check_metrics(config.trainer, evaluation)
         downstream = config.trainer.callbacks.downstream_evaluator
         if downstream.is_wanted:
             named("toolkit.evaluate.tasks.names:check_names")(downstream.tasks)
@@ -156,8 +155,7 @@ class Training:
                 until_the_end.enter_context(signals.listening(trainer.state.stop_request))
                 signals.settle()
                 result = trainer.fit()
-            _log_end(config, result, run)
-            if _is_gentle(result):
+            if result.is_gentle:
                 return EXIT_DONE
             return EXIT_FAILED if result.saved_step is None else EXIT_STOPPED
         except BaseException as error:
@@ -220,18 +218,6 @@ def describe_engine(layout: Layout, kernels: Mapping[str, str] | None = None) ->
     )
 
 
-def resume_promise(device_type: str, *, deterministic: bool) -> str | None:
-    """How equal a resumed run will be; None on CPUs, where it is bit-equal anyway."""
-    if device_type == "cpu":
-        return None
-    if deterministic:
-        return "a resumed run will be bit-equal on as many GPUs of the same kind"
-    return (
-        "a resumed run will be equal to rounding: GPU kernels add up in any order; "
-        "--trainer.deterministic=true makes it bit-equal, and slower"
-    )
-
-
 def _log_opening(
     config: ExperimentConfig,
     environment: TrainingEnvironment,
@@ -239,29 +225,14 @@ def _log_opening(
     train_loader: TrainLoader,
     data: CorpusInfo | None,
 ) -> None:
-    layout, device = environment.layout, device_name(environment.device)
-    kind = environment.device.type
-    lines = [
-        *layout.notices,
-        f"training {config.model.shown_parameters} parameters on "
-        f"{count(layout.world_size, 'process')}, {layout.description} in {layout.precision} on "
-        f"{f'the CPU ({device})' if kind == 'cpu' else device}: {folder}",
-        resume_promise(kind, deterministic=config.trainer.deterministic),
-    ]
-    per_epoch, dropped = train_loader.steps_per_epoch, train_loader.dropped_instances
-    if not math.isinf(per_epoch):
-        lines.append(
-            f"{count(train_loader.num_instances, 'instance')} of up to "
-            f"{count(train_loader.sequence_length, 'token')}: "
-            f"{count(int(per_epoch), 'step')} an epoch"
-            + (f", {count(dropped, 'instance')} left out" if dropped else "")
-        )
+    parameters = config.model.shown_parameters
+    log_opening(config.trainer, environment, parameters, folder, train_loader)
+    lines: list[str] = []
     for name, (_, prepared) in data.parts.items() if data is not None else ():
         if (audit := prepared.manifest.audit) is not None:
             lines += [f"{name}: {line}" if name else line for line in audit.lines()]
     for line in lines:
-        if line is not None:
-            log.info("%s", line)
+        log.info("%s", line)
 
 
 def _log_changes(
@@ -273,38 +244,3 @@ def _log_changes(
     state = trainer.state
     if state.step >= state.stop_step:
         log.warning("%s", nothing_left(state.config, state.stop_step, state.total_steps))
-
-
-def _is_gentle(result: TrainResult) -> bool:
-    """Whether it ended as was asked for: exit code 0."""
-    return result.state == "finished" or result.reason == HARD_STOP
-
-
-def _log_end(config: ExperimentConfig, result: TrainResult, run: RunManager) -> None:
-    if result.last_eval is not None:
-        evaluation = result.last_eval
-        line = f"validation loss {evaluation['loss']:.4f}"
-        if "bits_per_byte" in evaluation:
-            line += f", {evaluation['bits_per_byte']:.4f} bits per byte"
-        log.info("%s (step %d)", line, evaluation["step"])
-    if _is_gentle(result):
-        early = f" ({result.reason})" if result.state == "finished" and result.reason else ""
-        log.info("done at step %d%s; everything is in %s", result.step, early, run.folder)
-        if result.reason == HARD_STOP and result.saved_step is not None:
-            log.info("go on with: toolkit resume %s --trainer.hard_stop=null", run.folder)
-        log.info("  %-12s %s", "metrics", run.path(RUN_FILES.metrics))
-        if config.trainer.callbacks.tensorboard.enabled:
-            log.info("  %-12s %s", "TensorBoard", run.path(RUN_FILES.tensorboard))
-        log.info("  %-12s %s", "checkpoints", run.path(RUN_FILES.checkpoints))
-    elif result.saved_step is None:
-        log.warning(
-            "stopped at step %d (%s); no checkpoint was saved (trainer.no_checkpoints or "
-            "trainer.callbacks.checkpointer.enabled), so nothing can be continued",
-            result.step, result.reason,
-        )  # fmt: skip
-    else:
-        lost = f", from step {result.saved_step}" if result.saved_step < result.step else ""
-        log.info(
-            "stopped at step %d (%s); continue with: toolkit resume %s%s",
-            result.step, result.reason, run.folder, lost,
-        )  # fmt: skip

@@ -2,6 +2,7 @@
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -10,7 +11,7 @@ from toolkit.hf.choose import hf_architecture
 from toolkit.hf.export import export_source
 from toolkit.hf.source import ModelSource, averaged, find_source
 from toolkit.runs.files import RUN_FILES
-from toolkit.storage.atomic import remove_tree
+from toolkit.storage.atomic import TEMPORARY_SUFFIX, publish_folder, remove_tree
 from toolkit.threads import Thread
 from toolkit.train.callbacks.base import Callback
 from toolkit.train.callbacks.config import HFConverterConfig
@@ -29,15 +30,21 @@ class HFConverter(Callback):
         self._config = config
         self._thread: Thread | None = None
         self._saves = 0
+        """Checkpoints so far, the one in `_seen` the last of them."""
         self._seen: int | None = None
+        self._due: int | None = None
+        """To be exported."""
         self._done: int | None = None
 
-    def pre_train(self) -> None:
-        self._seen = self.state.saved_step
-
     def post_record(self) -> None:
-        if self.state.is_main and self._config.interval is not None:
-            self._look(self._config.interval)
+        if not self.state.is_main or self._config.interval is None:
+            return
+        self._look()
+        due, self._due = self._due, None
+        if due is not None and (self._thread is None or not self._thread.is_alive()):
+            self.state.steps_in_use.add(due)
+            self._thread = Thread(target=self._export, args=(due,), name="hf", daemon=True)
+            self._thread.start()
 
     def post_train(self) -> None:
         self._finish()
@@ -46,15 +53,22 @@ class HFConverter(Callback):
         if self._thread is not None:
             self._thread.join()
 
-    def _look(self, interval: int) -> None:
+    def state_dict(self) -> dict[str, Any]:
+        self._look()  # at the checkpoint before the one that is saved now
+        return {"saves": self._saves}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._saves = state.get("saves", 0)
+
+    def _look(self) -> None:
+        """Count a checkpoint that is new. That of a resumed run is: its export may have been cut
+        off."""
         saved = self.state.saved_step
-        if saved is None or saved == self._seen:
-            return
-        self._seen = saved
-        self._saves += 1
-        if self._saves % interval == 0 and (self._thread is None or not self._thread.is_alive()):
-            self._thread = Thread(target=self._export, args=(saved,), name="hf", daemon=True)
-            self._thread.start()
+        if saved is not None and saved != self._seen:
+            self._seen = saved
+            self._saves += 1
+            if self._config.interval is not None and self._saves % self._config.interval == 0:
+                self._due = saved
 
     def _finish(self) -> None:
         if self._thread is not None:
@@ -79,9 +93,13 @@ class HFConverter(Callback):
             log.info("hf_converter: %s", folder)
         except Exception as error:  # training is worth more than an export
             log.error("hf_converter: step %d: %s: %s", step, type(error).__name__, error)
+        finally:
+            self.state.steps_in_use.discard(step)
 
     def _write(self, source: ModelSource, folder: Path) -> None:
-        if folder.exists():  # of an attempt that came this far before
-            remove_tree(folder)
         folder.parent.mkdir(exist_ok=True)
-        export_source(source, folder, dtype=_DTYPES.get(self._config.dtype), check=False)
+        new = folder.with_name(f"{folder.name}{TEMPORARY_SUFFIX}")
+        remove_tree(new)
+        export_source(source, new, dtype=_DTYPES.get(self._config.dtype), check=False)
+        remove_tree(folder)  # of an attempt that came this far before
+        publish_folder(new, folder)

@@ -104,6 +104,11 @@ class StopRequest(signals.Receiver):
         """See `last_words`."""
         self.is_agreed = False
         """Whether all ranks stop; it becomes true on all of them at the same poll."""
+        self.is_complete = False
+        """Whether all ranks take the run as complete (`FINISH`); likewise. It is no stop: what
+        comes after the last step is done, and a stop is still heard."""
+        self._finishes = False
+        """Whether this rank asked for that."""
         self._vote: tuple[torch.Tensor, dist.Work] | None = None
         """The agreement under way."""
         self._wall_time = wall_time
@@ -111,13 +116,12 @@ class StopRequest(signals.Receiver):
         self._looked_at = -_STOP_FILE_SECONDS
 
     def ask(self, reason: str) -> None:
-        """Stop at the end of the step in flight; the first reason stays, but for a failure."""
-        if self.reason is None or (reason == FAILURE and not self.is_agreed):
+        """Stop at the end of the step in flight; the first reason stays, but for a failure.
+        `FINISH`: see `is_complete`."""
+        if reason == FINISH:
+            self._finishes = True
+        elif self.reason is None or (reason == FAILURE and not self.is_agreed):
             self.reason = reason
-
-    def withdraw(self) -> None:
-        """Go on as if nobody had asked; all ranks call it, after they agreed."""
-        self.reason, self.is_agreed = None, False
 
     def allow_for(self, seconds: float) -> None:
         """A save took this long: the time limit must leave room for the last one. Any thread."""
@@ -144,22 +148,27 @@ class StopRequest(signals.Receiver):
             return True
         self._look()
         if group is None:
-            self.is_agreed = self.reason is not None
+            self._agree(self._code())
             return self.is_agreed
         if self._vote is not None:
             vote, work = self._vote
             work.wait()
             self._vote = None
-            if greatest := int(vote.item()):
-                self.is_agreed = True
-                if greatest != self._code():
-                    self.reason = _REASONS[greatest]
+            self._agree(int(vote.item()))
         if not self.is_agreed:
             vote = torch.tensor(self._code())
             work = dist.all_reduce(vote, op=dist.ReduceOp.MAX, group=group, async_op=True)
             assert work is not None, "this rank belongs to the group"
             self._vote = vote, work
         return self.is_agreed
+
+    def _agree(self, greatest: int) -> None:
+        if greatest == _REASONS.index(FINISH):
+            self.is_complete = True
+        elif greatest:
+            self.is_agreed = True
+            if greatest != self._code():
+                self.reason = _REASONS[greatest]
 
     def _look(self) -> None:
         """Reasons that nobody brings: they must be looked for."""
@@ -178,7 +187,7 @@ class StopRequest(signals.Receiver):
 
     def _code(self) -> int:
         if self.reason is None:
-            return 0
+            return _REASONS.index(FINISH if self._finishes and not self.is_complete else "")
         return _REASONS.index(self.reason if self.reason in _REASONS else "a request")
 
 

@@ -112,6 +112,30 @@ class MetricsRecorder:
             self._boundary = self._next_boundary(step)
             self._hand_over()
 
+    def add(
+        self,
+        step: int,
+        values: Mapping[str, Value],
+        reductions: Mapping[str, Reduction] | None = None,
+        *,
+        stream: str,
+        shared: Mapping[str, Value],
+    ) -> None:
+        """`record`, where several parts of a program record values of one step: they join the
+        record that the step has, if it was not handed over yet. `shared` is what a record begins
+        with. Raises ValueError for a name that the record has already."""
+        same = (n for n, r in enumerate(self._pending) if (r.stream, r.step) == (stream, step))
+        if (place := next(same, None)) is None:
+            self.record(step, {**shared, **values}, reductions, stream=stream)
+            return
+        before = self._pending[place]
+        if twice := sorted(before.values.keys() & values.keys()):
+            raise ValueError(f"{stream}: {twice[0]} of step {step} was recorded before")
+        self._pending[place] = before._replace(
+            values={**before.values, **values},
+            reductions={**before.reductions, **(reductions or {})},
+        )
+
     def flush(self) -> None:
         """Block until everything recorded so far is delivered and synced to disk. All ranks must
         call it at the same step: the block it closes is reduced like any other."""

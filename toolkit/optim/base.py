@@ -9,7 +9,7 @@ from toolkit.config import Config
 from toolkit.config.base import check_not_negative, check_positive, matching
 from toolkit.config.check import convert
 from toolkit.errors import ConfigError, ErrorList
-from toolkit.optim.scaling import MuPConfig, count_layers, layer_factor, mup_factor
+from toolkit.optim.scaling import BLOCK_NAMES, MuPConfig, count_layers, layer_factor, mup_factor
 
 OPTIM_KEY = "train_module.optim"
 _NOT_SETTINGS = {
@@ -25,6 +25,9 @@ _NOT_SETTINGS = {
 # torchao's optimizers quantise blocks of values, which a cut would shift.
 _NEED_WHOLE_PARAMETERS = {"torch.optim:Adafactor", "torchao.optim.adam:_AdamBase"}
 
+_LONGEST_WINDOW = 1_000_000
+"""Steps: the window of skip-step optimizers lies on the device."""
+
 
 class OptimizerTraits(NamedTuple):
     """What an engine must know of an optimizer. Its class says so by attributes of these names;
@@ -36,7 +39,8 @@ class OptimizerTraits(NamedTuple):
     takes_found_inf: bool = False
     """`step` reads the tensors `optimizer.found_inf` and `optimizer.grad_scale`, as torch's fused
     kernels do: it divides gradients by the one, and changes nothing where the other is 1. For all
-    other optimizers the engine scales gradients itself, and skips the call of `step`."""
+    other optimizers the engine scales gradients itself, and skips the call of `step`. State of
+    these begins as a step of rate zero on zero gradients leaves it, with `step` at zero."""
     needs_whole_matrices: bool = False
     """The update mixes the rows or columns of a parameter (Muon, Shampoo), so that a rank which
     holds a part of the parameter cannot compute it alone."""
@@ -65,12 +69,21 @@ def traits_of(optimizer: object) -> OptimizerTraits:
 
 
 class SkipStep(NamedTuple):
-    """Which steps a skip-step optimizer leaves out."""
+    """Which steps a skip-step optimizer leaves out: fields of its config."""
 
     rolling_interval_length: int
     """Accepted steps that are looked back on."""
     sigma_factor: float
     """A loss or a gradient norm so many standard deviations above their mean is a spike."""
+
+
+class Group(NamedTuple):
+    """Parameters that have the same settings."""
+
+    names: list[str]
+    settings: dict[str, Any]
+    override: int | None
+    """Which entry of `group_overrides` they are from; None: no entry matches."""
 
 
 class GroupOverride(Config, kw_only=True):
@@ -103,7 +116,17 @@ class Optimizer(Config, kw_only=True):
 
     def __post_init__(self) -> None:
         fields = set(self.__struct_fields__)
-        check_positive(self, "layer_lr_decay")
+        check_positive(self, "layer_lr_decay", *({"sigma_factor"} & fields))
+        if self.layer_lr_decay is not None and self.layer_lr_decay > 1:
+            raise ValueError(
+                f"layer_lr_decay must be at most 1, a factor for each block below the last, not "
+                f"{self.layer_lr_decay}"
+            )
+        window = None if self.skip_step is None else self.skip_step.rolling_interval_length
+        if window is not None and not 2 <= window <= _LONGEST_WINDOW:
+            raise ValueError(
+                f"rolling_interval_length must be 2 to {_LONGEST_WINDOW:,} steps, not {window}"
+            )
         if isinstance(getattr(self, "eps", None), float | int):
             check_positive(self, "eps")
         check_not_negative(self, *({"lr", "momentum", "weight_decay"} & fields))
@@ -123,7 +146,9 @@ class Optimizer(Config, kw_only=True):
     @property
     def skip_step(self) -> SkipStep | None:
         """How spikes are found, where steps that are one are left out; None: no such steps."""
-        return None
+        fields = self.__struct_fields__
+        own = [getattr(self, name) for name in SkipStep._fields if name in fields]
+        return SkipStep(*own) if own else None
 
     @property
     def setting_names(self) -> list[str]:
@@ -144,21 +169,28 @@ class Optimizer(Config, kw_only=True):
             ConfigError: see `check_groups`.
         """
         self.check_groups(named_parameters)
+        trained = {name: p for name, p in named_parameters.items() if p.requires_grad}
+        found = self.grouped(trained, count_layers(named_parameters))
+        return [{"params": [trained[n] for n in g.names], **g.settings} for g in found]
+
+    def grouped(self, names: Iterable[str], layers: int) -> list[Group]:
+        """The groups of the parameters `names`, all of them trained, in a model of `layers`
+        blocks."""
         patterns = [override.params for override in self.group_overrides]
-        members: dict[tuple[int, float, str], list[Any]] = {}
-        layers = count_layers(named_parameters)
-        for name, parameter in named_parameters.items():
-            if parameter.requires_grad:
-                hits = (i for i, p in enumerate(patterns) if is_matched(name, p))
-                override = next(hits, len(patterns))
-                key = override, self._rate_factor(name, layers), self.part_of(name)
-                members.setdefault(key, []).append(parameter)
+        members: dict[tuple[int, float, str], list[str]] = {}
+        for name in names:
+            hits = (i for i, p in enumerate(patterns) if is_matched(name, p))
+            override = next(hits, len(patterns))
+            key = override, self._rate_factor(name, layers), self.part_of(name)
+            members.setdefault(key, []).append(name)
         opts = [override.opts for override in self.group_overrides]
         changes = [{k: tuple(v) if isinstance(v, list) else v for k, v in o.items()} for o in opts]
         found = []
         for (index, factor, part), own in sorted(members.items(), key=lambda item: item[0]):
-            group = {"params": own, **self.settings_of(part), **[*changes, {}][index]}
-            found.append(group if factor == 1.0 else group | {"lr": group["lr"] * factor})
+            settings = {**self.settings_of(part), **[*changes, {}][index]}
+            if factor != 1.0:
+                settings["lr"] *= factor
+            found.append(Group(own, settings, index if index < len(patterns) else None))
         return found
 
     def part_of(self, name: str) -> str:
@@ -189,12 +221,16 @@ class Optimizer(Config, kw_only=True):
         raise ConfigError(problem, key=f"{OPTIM_KEY}.mup")
 
     def check_groups(self, names: Iterable[str]) -> None:
-        """Check `group_overrides` against the names of the model's parameters and the settings.
+        """Check `group_overrides` against the names of the model's parameters and the settings, and
+        that there are layers for `layer_lr_decay`.
 
         Raises:
-            ConfigError: for a pattern that matches no parameter, or an unknown setting.
+            ConfigError: for a pattern that matches no parameter, an unknown setting, or no layers.
         """
         names, known, found = list(names), self.setting_names, ErrorList()
+        if self.layer_lr_decay is not None and not count_layers(names):
+            problem = f"no parameter is of a block ({BLOCK_NAMES}); leave it out"
+            found.add(ConfigError(problem, key=f"{OPTIM_KEY}.layer_lr_decay"))
         for index, override in enumerate(self.group_overrides):
             key = f"{OPTIM_KEY}.group_overrides.{index}"
             for pattern in override.params:

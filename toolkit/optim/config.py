@@ -10,7 +10,7 @@ import msgspec
 from toolkit.config.base import check_not_negative, check_positive
 from toolkit.config.named import named, users_class, users_object
 from toolkit.errors import ConfigError
-from toolkit.optim.base import OPTIM_KEY, Optimizer, OptimizerTraits, SkipStep, traits_of
+from toolkit.optim.base import OPTIM_KEY, Optimizer, OptimizerTraits, traits_of
 from toolkit.optim.muon_config import MuonConfig, NorMuonConfig
 
 
@@ -45,14 +45,6 @@ class SkipStepAdamWConfig(AdamWConfig, kw_only=True, tag_field="type", tag="skip
     """Accepted steps that a step is compared with; half as many must have been."""
     sigma_factor: float = 6.0
     """A loss or a gradient norm so many standard deviations above their mean is a spike."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_skip_step(self)
-
-    @property
-    def skip_step(self) -> SkipStep:
-        return SkipStep(self.rolling_interval_length, self.sigma_factor)
 
 
 class AdamConfig(Optimizer, kw_only=True, tag_field="type", tag="adam"):
@@ -110,14 +102,6 @@ class SkipStepLionConfig(LionConfig, kw_only=True, tag_field="type", tag="skip_s
     """Accepted steps that a step is compared with; half as many must have been."""
     sigma_factor: float = 6.0
     """A loss or a gradient norm so many standard deviations above their mean is a spike."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_skip_step(self)
-
-    @property
-    def skip_step(self) -> SkipStep:
-        return SkipStep(self.rolling_interval_length, self.sigma_factor)
 
 
 class AdafactorConfig(Optimizer, kw_only=True, tag_field="type", tag="adafactor"):
@@ -223,6 +207,10 @@ class ScheduleFreeAdamWConfig(Optimizer, kw_only=True, tag_field="type", tag="sc
         super().__post_init__()
         check_not_negative(self, "r", "weight_lr_power")
 
+    def traits(self) -> OptimizerTraits:
+        """It keeps an average, and takes `found_inf`."""
+        return OptimizerTraits(takes_found_inf=True, keeps_average=True)
+
     def build(self, named_parameters: Mapping[str, Any]) -> Any:
         found = named("toolkit.optim.schedule_free:ScheduleFreeAdamW")
         return found(self.groups(named_parameters), **self.settings)
@@ -277,15 +265,6 @@ class ClassOptimConfig(Optimizer, kw_only=True, tag_field="type", tag="class"):
         except TypeError as error:
             raise ConfigError(f"{self.target}: {error}", key=f"{OPTIM_KEY}.options") from None
         super().check_groups(names)
-
-
-def check_skip_step(config: Any) -> None:
-    """Check the settings of a skip-step optimizer. Raises ValueError."""
-    check_positive(config, "sigma_factor")
-    if config.rolling_interval_length < 2:
-        raise ValueError(
-            f"rolling_interval_length must be at least 2, not {config.rolling_interval_length}"
-        )
 
 
 OptimConfig = (

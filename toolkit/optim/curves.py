@@ -163,6 +163,20 @@ class ExponentialConfig(Schedule, kw_only=True, tag_field="type", tag="exponenti
             yield ConfigError(problem, key=f"{span.key}.lr_min")
 
 
+CurveConfig = (
+    ConstantConfig
+    | LinearConfig
+    | CosineConfig
+    | HalfCosineConfig
+    | CosineLinearConfig
+    | InvSqrtConfig
+    | WSDConfig
+    | PowerConfig
+    | ExponentialConfig
+)
+"""Those that a stage of another schedule may have too."""
+
+
 class ClassScheduleConfig(Schedule, kw_only=True, tag_field="type", tag="class"):
     """A schedule of your own, after the warm-up: `type: "my_module:MyClass"` names its class.
 

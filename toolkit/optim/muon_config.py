@@ -9,6 +9,7 @@ from toolkit.errors import ConfigError, ErrorList
 from toolkit.optim.base import OPTIM_KEY, Optimizer, OptimizerTraits, is_matched
 
 MATRICES, OTHERS = "matrices", "others"
+_MOST_NS_STEPS = 100
 _EXPERTS = ("*.experts.gate", "*.experts.up", "*.experts.down")
 
 
@@ -45,8 +46,9 @@ class MuonConfig(Optimizer, kw_only=True, tag_field="type", tag="muon"):
     """Weight decay of AdamW; null: `weight_decay`."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         check_positive(self, "ns_steps")
+        if self.ns_steps > _MOST_NS_STEPS:
+            raise ValueError(f"ns_steps must be at most {_MOST_NS_STEPS}, not {self.ns_steps}")
         if not 0.0 < self.momentum < 1.0:
             raise ValueError(f"momentum must be in (0, 1): {self.momentum}")
         for name in ("adamw_lr", "adamw_weight_decay"):
@@ -55,6 +57,7 @@ class MuonConfig(Optimizer, kw_only=True, tag_field="type", tag="muon"):
                 raise ValueError(f"{name} must not be negative: {value}")
         if self.adjust_lr == "original" and self.adamw_lr is None:
             raise ValueError("adjust_lr original: its rates are not AdamW's; give adamw_lr too")
+        super().__post_init__()  # last: what is wrong above is not wrong of an override
 
     @property
     def settings(self) -> dict[str, Any]:

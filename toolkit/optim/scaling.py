@@ -18,6 +18,7 @@ from collections.abc import Iterable
 from toolkit.config import Config
 from toolkit.config.base import check_positive
 
+BLOCK_NAMES = "blocks.N. in its name"
 _BLOCK = re.compile(r"(?:.*\.)?blocks\.(\d+)\.")
 
 

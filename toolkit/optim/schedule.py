@@ -73,6 +73,8 @@ class Schedule(Config, kw_only=True):
                 lines.append(f"{name}_fraction must lie between 0 and 1: {fraction}")
             if self._is_given(name) and self._is_given(f"{name}_fraction"):
                 lines.append(f"{name}_fraction: {name} is given too; set one of them to null")
+        if (alpha_f := getattr(self, "alpha_f", None)) is not None and alpha_f > 1.0:
+            lines.append(f"alpha_f must be a fraction of the peak, 0 to 1: {alpha_f}")
         if self.units != "epochs":
             for name in ("warmup", "decay", "decay_from", "t_max"):
                 value = getattr(self, name)
@@ -136,7 +138,8 @@ class Schedule(Config, kw_only=True):
         if self.decay_from is not None:
             length = max(0, total - self.decay_from) if length is None else length
             return self.decay_from, length or 1
-        return (total - length, length) if length else None
+        # A recipe's decay may be longer than a run that only tries it.
+        return (max(0, total - length), min(length, total)) if length else None
 
     def joints(self, total: Amount) -> list[Amount]:
         """Where the course changes, in `units`; for plots."""
@@ -184,7 +187,7 @@ class Schedule(Config, kw_only=True):
         if warmup > total and self._is_refused(span):
             yield ConfigError(
                 f"{self.said(warmup)}, and the whole run ({limit}) is {self.said(total)}: it never "
-                f"gets beyond the warm-up; use {_shown(total)} or less, or warmup_fraction (to try "
+                f"gets beyond the warm-up; use {_most(total)} or less, or warmup_fraction (to try "
                 "the beginning of a run, trainer.hard_stop ends it early)",
                 key=f"{key}.warmup",
             )
@@ -193,18 +196,27 @@ class Schedule(Config, kw_only=True):
         if decay is None:
             return
         begin, length = decay
-        name = "decay" if self._length("decay", total) == self.decay else "decay_fraction"
+        asked_for = self._length("decay", total)
+        name = "decay" if asked_for == self.decay else "decay_fraction"
         asked = (
             self._is_refused(span) or self._is_given("decay") or self._is_given("decay_fraction")
         )
-        if self.decay_from is None and begin < warmup <= total and asked:
-            left = max(0, total - warmup)
+        is_longer = asked_for is not None and asked_for > total
+        if self.decay_from is None and asked and (begin < warmup <= total or is_longer):
+            left = max(0, total - warmup) if warmup <= total else total
             most = left if name == "decay" else left / total
             yield ConfigError(
-                f"the decay takes {self.said(length)}, and {self.said(left)} of the run "
-                f"({limit}: {self.said(total)}) are left after the warm-up; use {_shown(most)} or "
-                "less",
+                f"the decay takes {self.said(asked_for or length)}, and {self.said(left)} of the "
+                f"run ({limit}: {self.said(total)}) are left after the warm-up; use {_most(most)} "
+                "or less",
                 key=f"{key}.{name}",
+            )
+        elif self.decay_from is None and begin >= span.total:
+            yield ConfigError(
+                f"is {self.said(total)}, and the run ({span.length_key}) ends after "
+                f"{self.said(span.total)}: the decay never starts; use {_most(span.total)}, or a "
+                "longer run",
+                key=f"{key}.t_max",
             )
         elif self.decay_from is not None and begin >= total:
             yield ConfigError(
@@ -216,7 +228,7 @@ class Schedule(Config, kw_only=True):
             yield ConfigError(
                 f"from {_shown(begin)} on the decay takes {self.said(length)}, and the run "
                 f"({limit}) ends after {self.said(total)}: it never ends; use a decay of "
-                f"{_shown(total - begin)} or less, or set {limit} to {self.said(begin + length)}",
+                f"{_most(total - begin)} or less, or set {limit} to {self.said(begin + length)}",
                 key=f"{key}.{name}",
             )
 
@@ -260,6 +272,14 @@ def default_of(config: type[Config], name: str) -> Any:
 
 def _ratio(value: float, peak: float) -> float:
     return value / peak if value and peak else 0.0
+
+
+def _most(amount: Amount) -> str:
+    """`_shown`, never more than `amount`: what "or less" is said of."""
+    if int(amount) == amount:
+        return _shown(amount)
+    digits = 3 - math.floor(math.log10(abs(amount)))
+    return f"{math.floor(amount * 10**digits) / 10**digits:.4g}"
 
 
 def _shown(amount: Amount) -> str:

@@ -7,36 +7,14 @@ from typing import Any, NamedTuple
 from toolkit.config import Config
 from toolkit.config.base import check_not_negative, check_positive
 from toolkit.errors import ConfigError
-from toolkit.optim.curves import (
-    ConstantConfig,
-    CosineConfig,
-    CosineLinearConfig,
-    ExponentialConfig,
-    HalfCosineConfig,
-    InvSqrtConfig,
-    LinearConfig,
-    PowerConfig,
-    WSDConfig,
-)
+from toolkit.optim.curves import CosineConfig, CurveConfig
 from toolkit.optim.schedule import Amount, Schedule, Shape, Span, default_of, remaining
-
-StageSchedule = (
-    ConstantConfig
-    | LinearConfig
-    | CosineConfig
-    | HalfCosineConfig
-    | CosineLinearConfig
-    | InvSqrtConfig
-    | WSDConfig
-    | PowerConfig
-    | ExponentialConfig
-)
 
 
 class StageConfig(Config, kw_only=True):
     """A stage of a sequential schedule."""
 
-    scheduler: StageSchedule = CosineConfig()
+    scheduler: CurveConfig = CosineConfig()
     """The schedule of the stage. Its lengths count from where the stage begins, and the stage is
     its run. Its warm-up starts from the value that the stage before ends at."""
     until: Amount | None = None
@@ -288,6 +266,14 @@ class ComposableConfig(_Stages, kw_only=True, tag_field="type", tag="composable"
                 )
                 return
             begin = end
+        end_value = self.stages[-1].end_lr or self.stages[-1].end_lr_fraction
+        if begin < span.total and not end_value and self.decay_from is None:
+            yield ConfigError(
+                f"the stages end after {self.said(begin)}, and the run ({span.length_key}) after "
+                f"{self.said(span.total)}: the rest would train at 0; add a stage of "
+                f"{self.said(span.total - begin)}, or end the run there",
+                key=f"{span.key}.stages",
+            )
 
 
 def _multiple(value: float | None, fraction: float | None, peak: float) -> float | None:

@@ -24,6 +24,8 @@ class RunFiles(msgspec.Struct, frozen=True):
     """`train_module` and `trainer`."""
     engine: str = "metadata/engine.json"
     """Engine, processes, precision, threads and device: what decides how numbers are rounded."""
+    optimizer_groups: str = "metadata/optimizer_groups.json"
+    """Which parameters have which settings of the optimizer, where a config says it."""
     environment: str = "metadata/environment.json"
     """Python, library versions, host, devices, launcher variables."""
     command: str = "metadata/command.json"

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from toolkit.errors import RunError
+from toolkit.metrics.lines import last_record
 from toolkit.runs.config import RunConfig
 from toolkit.runs.environment import describe_command, describe_environment, describe_git
 from toolkit.runs.files import RUN_FILES
-from toolkit.runs.lock import RunLock, utc_now
+from toolkit.runs.lock import RunLock, is_locked, utc_now
 from toolkit.runs.manager import RunManager
 from toolkit.runs.status import RunRecord, RunStatus, not_a_run, read_status, record_of
 from toolkit.storage.atomic import temporary_path
@@ -25,10 +26,22 @@ log = logging.getLogger(__name__)
 _REGISTRY = "registry.sqlite"
 _PAUSE_SECONDS = 60.0
 """How long a registry that failed is left alone; the run's end is written all the same."""
+_TRAINED = (RUN_FILES.checkpoints, RUN_FILES.merged, RUN_FILES.exports)
+"""What training leaves, besides metrics."""
+_ASKED = (
+    RUN_FILES.config,
+    RUN_FILES.origins,
+    RUN_FILES.data_config,
+    RUN_FILES.model_config,
+    RUN_FILES.trainer_config,
+    RUN_FILES.engine,
+    RUN_FILES.optimizer_groups,
+    RUN_FILES.trackers,
+)
+"""What an attempt was started with, and whom it told."""
 _FOLDERS = (
     RUN_FILES.metadata,
     RUN_FILES.metrics,
-    RUN_FILES.tensorboard,
     RUN_FILES.checkpoints,
     RUN_FILES.logs,
 )
@@ -50,6 +63,17 @@ def resolve_run_folder(config: RunConfig, name: str) -> Path:
 def is_run(folder: Path | str) -> bool:
     """Whether `folder` is the folder of a run that was started once."""
     return read_status(Path(folder)) is not None
+
+
+def has_trained(folder: Path) -> bool:
+    """Whether `folder` is the folder of a run that has trained, or is being started now. One that
+    failed or was stopped before its first step holds nothing but logs and what it was asked."""
+    status = read_status(folder)
+    if status is None:
+        return False
+    if status.state == "finished" or status.step or is_locked(folder):
+        return True
+    return _has_saved(folder)
 
 
 def run_of_checkpoint(step: Path) -> Path | None:
@@ -113,7 +137,8 @@ def start_run(
     environment: dict[str, Any] | None = None,
 ) -> RunManager:
     """Create the run folder `root/exp_name/run_name` (or `save_folder`; with `resume`, reopen it),
-    lock it and note what was started.
+    lock it and note what was started. A run of this name in which nothing was trained is taken
+    over: its logs stay, and what it was asked gets other names.
 
     Under a launcher, call it on the main rank first, then, after a barrier, with the same names on
     the others, which get a handle that writes nothing (`is_main`; default: by the rank the launcher
@@ -140,8 +165,11 @@ def start_run(
     lock = RunLock(folder)
     lock.acquire()
     try:
-        if save_folder is None and not resume and is_run(folder):
-            raise _exists(folder)
+        if save_folder is None and not resume and (before := read_status(folder)) is not None:
+            # Asked again under the lock, which is ours and says nothing now.
+            if before.state == "finished" or before.step or _has_saved(folder):
+                raise _exists(folder)
+            _set_attempt_aside(folder, before.attempt)
         run = RunManager(
             folder,
             experiment=exp_name,
@@ -245,18 +273,37 @@ def _read_index(root: str | Path, registry_url: str | None) -> list[RunRecord]:
 
 
 def _exists(folder: Path) -> RunError:
+    way = f"`toolkit resume {folder}`"
+    if not any((folder / file).exists() for file in (RUN_FILES.config, RUN_FILES.origins)):
+        way = "the script that began it and start_run(..., resume=True)"
     return RunError(
-        f"{folder}: this run exists; continue it with `toolkit resume {folder}` "
-        "or choose another name (--name)"
+        f"{folder}: this run exists; continue it with {way} or choose another name (--name)"
     )
 
 
+def _has_saved(folder: Path) -> bool:
+    is_saved = any(any((folder / name).iterdir()) for name in _TRAINED if (folder / name).is_dir())
+    return is_saved or bool(last_record(folder / RUN_FILES.train_metrics))
+
+
+def _set_attempt_aside(folder: Path, attempt: int) -> None:
+    """Nothing of the attempt counts for the next one, which is asked anew."""
+    log.info("%s: attempt %d trained nothing; it begins anew", folder, attempt)
+    for name in _ASKED:
+        path = folder / name
+        if path.exists():
+            path.rename(path.with_name(f"{path.stem}.attempt{attempt}{path.suffix}"))
+
+
 def _check_unused(folder: Path) -> None:
-    if is_run(folder):
+    if has_trained(folder):
         raise _exists(folder)
+    if is_run(folder):
+        return
     # What a start that was cut short leaves behind is no obstacle.
     if folder.is_dir() and any(
-        path.name not in _FOLDERS or (path.name != RUN_FILES.metadata and any(path.iterdir()))
+        path.name not in (*_FOLDERS, RUN_FILES.tensorboard)
+        or (path.name != RUN_FILES.metadata and any(path.iterdir()))
         for path in folder.iterdir()
     ):
         raise RunError(

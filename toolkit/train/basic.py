@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import nn
 
 from toolkit.config.base import matching
-from toolkit.distributed.environment import TrainingEnvironment, single_environment
+from toolkit.distributed.environment import TrainingEnvironment
 from toolkit.distributed.materialize import prepare_engine
 from toolkit.errors import ConfigError
 from toolkit.models.init import canonical_parameters
@@ -42,12 +42,10 @@ class BasicTrainModule(EngineTrainModule):
         *,
         environment: TrainingEnvironment | None = None,
     ) -> None:
-        self.config = config
-        self.environment = environment or single_environment(precision=config.precision)
+        super().__init__(config, environment)
         check_basic(config, self.environment.layout.name)
         kind = type(model)
         self.model_config = {"type": "module", "target": f"{kind.__module__}:{kind.__qualname__}"}
-        self.optim_config = config.optim
         parameters = canonical_parameters(model)
         for pattern in config.freeze:
             for name in matching("train_module.freeze", pattern, list(parameters)):

@@ -227,17 +227,11 @@ class TrainerConfig(Config, kw_only=True):
         if self.load_path is not None and self.load_path.startswith("file:"):
             path = f"/{self.load_path.removeprefix('file:').lstrip('/')}"
             raise ValueError(f"load_path: a URL; write the path itself: {path}")
-        stopping = self.callbacks.early_stopping
-        if stopping.enabled and self.no_evals and not stopping.metric.startswith("train/"):
-            raise ValueError(
-                f"callbacks.early_stopping.metric: {stopping.metric} is of an evaluation, and none "
-                "runs (no_evals); leave one of the two out"
-            )
         merger, saver = self.callbacks.model_merger, self.callbacks.checkpointer
         few = None if saver.keep_every or saver.fixed_steps else saver.keep_last
-        if merger.enabled and few is not None and (merger.last_checkpoints or 0) > few:
+        if merger.enabled and few is not None and (merger.num_checkpoints or 0) > few:
             raise ValueError(
-                f"callbacks.model_merger.last_checkpoints {merger.last_checkpoints} is more than "
+                f"callbacks.model_merger.last_checkpoints {merger.num_checkpoints} is more than "
                 f"callbacks.checkpointer.keep_last {saver.keep_last} keeps; raise the latter"
             )
         for name in ("max_wall_time", "wall_time_margin"):

@@ -10,6 +10,7 @@ import torch
 from toolkit.errors import ConfigError, ToolkitError, TrainingError
 from toolkit.launch.failures import first_line, is_lost_peer
 from toolkit.train.callbacks.base import Callback
+from toolkit.train.module import Metric
 from toolkit.train.state import TrainState
 
 Hook = Callable[..., Any]
@@ -62,10 +63,42 @@ def _guarded(name: str, event: str, hook: Hook, state: TrainState) -> Hook:
             return hook(*args)
         except (ToolkitError, torch.OutOfMemoryError):
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # nor does a callback end the process
             if is_lost_peer(error):
                 raise
             what = f"{type(error).__name__}: {first_line(error)}"
             raise TrainingError(f"callback {name}: {event} at step {state.step}: {what}") from error
 
     return guarded
+
+
+def add_metrics(metrics: dict[str, Metric], found: Any, name: str, step: int) -> None:
+    """Add what `post_step` of the callback `name` returned to the metrics of the step.
+
+    Raises:
+        TrainingError: it is no mapping of names to `Metric`s of one number, or a name is taken.
+    """
+    where = f"callback {name}: post_step at step {step}"
+    if not isinstance(found, Mapping):
+        raise TrainingError(f"{where}: returns {_said(found)}; {_FORM}")
+    for key, metric in found.items():
+        if not isinstance(key, str):
+            raise TrainingError(f"{where}: a metric is called {_said(key)}; {_FORM}")
+        if key in metrics or key in _COUNTERS:
+            raise TrainingError(f"{where}: there is a metric {key!r} already; choose another name")
+        value = metric.value if isinstance(metric, Metric) else None
+        is_number = isinstance(value, torch.Tensor) and value.numel() == 1
+        if not is_number and not (isinstance(value, float | int) and abs(value) < _LARGEST):
+            raise TrainingError(f"{where}: {key!r} is {_said(metric)}; {_FORM}")
+        metrics[key] = metric
+
+
+_FORM = 'return {"name": Metric(number)}, of toolkit.train.module, or nothing'
+_LARGEST = 1 << 1023
+"""What float64 holds."""
+_COUNTERS = frozenset({"step", "tokens", "epoch", "time", "attempt", "ppl", "instances"})
+"""What a line of train.jsonl holds beside metrics."""
+
+
+def _said(value: Any) -> str:
+    return f"{type(value).__name__} {value!r:.60}"

@@ -3,7 +3,7 @@
 import contextlib
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
@@ -11,6 +11,7 @@ import torch
 
 from toolkit.distributed.environment import TrainingEnvironment
 from toolkit.models.config import LoRAConfig
+from toolkit.optim.groups import GroupRecord
 from toolkit.train.adapter_base import BaseCheckpoint
 from toolkit.train.eval_sums import Batch, EvalSums
 from toolkit.train.timeline import Progress
@@ -39,6 +40,8 @@ class TrainModule(ABC):
     """Of the whole model, adapters among them."""
     trained_names: frozenset[str] | None = None
     """Canonical names of the parameters that the optimizer trains; None: not told."""
+    optimizer_groups: Sequence[GroupRecord] = ()
+    """Which parameters have which settings of the optimizer; recorded with the run."""
     adapter_config: LoRAConfig | None = None
     """The adapter that is trained in the place of the model, stored with its checkpoints."""
     base: BaseCheckpoint | None = None

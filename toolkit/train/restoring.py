@@ -160,6 +160,8 @@ def restore_training(state: TrainState) -> Path | str | None:
         elif start is not None:
             set_aside(start.rejected)
         log_python_config(state)
+        if groups := state.train_module.optimizer_groups:
+            run.metadata.log(groups, RUN_FILES.optimizer_groups)
     return None if start is None else start.checkpoint
 
 

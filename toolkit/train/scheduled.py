@@ -5,6 +5,7 @@ are Python numbers that the optimizer's kernels are called with: nothing waits f
 """
 
 import difflib
+import math
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 LR, Z_LOSS = "lr", "z_loss_multiplier"
 KEY = "train_module.schedules"
-_BOUNDED = ("betas.", "momentum")
+_BOUNDED = ("betas", "beta1", "beta2", "momentum")
 """Decays of averages, which must stay below 1."""
 
 
@@ -34,9 +35,10 @@ def settings_of(optim: Optimizer) -> dict[str, float]:
 
 
 def check_schedules(config: "TransformerTrainModuleConfig") -> None:
-    """Check that `train_module.schedules` names settings that there are, and that are not zero.
-    Raises ConfigError."""
+    """Check the schedule of the rate, and that `train_module.schedules` names settings that there
+    are, and that are not zero. Raises ConfigError."""
     found, known = ErrorList(), settings_of(config.optim)
+    found.ask(config.scheduler.check)
     for name, schedule in config.schedules.items():
         key, value = f"{KEY}.{name}", known.get(name)
         with found.collecting():
@@ -69,7 +71,13 @@ def check_schedules(config: "TransformerTrainModuleConfig") -> None:
 
 def bound_of(name: str) -> float | None:
     """What the setting must stay below; None: it has no bound."""
-    return 1.0 if name.startswith(_BOUNDED) else None
+    return 1.0 if name.partition(".")[0] in _BOUNDED else None
+
+
+def largest_of(optim: Optimizer, name: str) -> float:
+    """The largest value that a group of parameters has of a setting in `settings_of`."""
+    of_groups = (dict(_numbers(override.opts)).get(name) for override in optim.group_overrides)
+    return max([settings_of(optim)[name], *(value for value in of_groups if value is not None)])
 
 
 class ScheduledSettings:
@@ -78,7 +86,9 @@ class ScheduledSettings:
     def __init__(
         self, config: "TransformerTrainModuleConfig", optimizer: "torch.optim.Optimizer"
     ) -> None:
-        """The groups of `optimizer` have their own values, which are multiplied."""
+        """The groups of `optimizer` have their own values, which are multiplied. Raises
+        ConfigError: see `check_schedules`."""
+        check_schedules(config)
         own = {LR: config.optim.lr, **settings_of(config.optim)}
         self._z_loss = config.z_loss_multiplier or 0.0
         self._z_loss_schedule = config.schedules.get(Z_LOSS)
@@ -96,7 +106,7 @@ class ScheduledSettings:
         """Set all values for this step; those of the optimizer's own settings, to be recorded."""
         values = {}
         for name, (schedule, own) in self._schedules.items():
-            factor = factor_at(schedule, progress, own)
+            factor = factor_at(schedule, progress, own, name)
             for group, peaks in zip(self._optimizer.param_groups, self._peaks, strict=True):
                 if name in peaks:
                     _set(group, name, peaks[name] * factor)
@@ -109,13 +119,23 @@ class ScheduledSettings:
         """The multiplier of the z-loss in this step; None: without a schedule."""
         if self._z_loss_schedule is None or progress is None:
             return self._z_loss
-        return self._z_loss * factor_at(self._z_loss_schedule, progress, self._z_loss)
+        return self._z_loss * factor_at(self._z_loss_schedule, progress, self._z_loss, Z_LOSS)
 
 
-def factor_at(schedule: Schedule, progress: "Progress", peak: float) -> float:
-    """What a setting of value `peak` is multiplied by in this step."""
+def factor_at(schedule: Schedule, progress: "Progress", peak: float, name: str) -> float:
+    """What the setting `name`, of value `peak`, is multiplied by in this step. Raises ConfigError:
+    a schedule of the user's own raises, or gives no number of 0 or more."""
     current, total, step_size = progress.position(schedule.units)
-    return schedule.factor(current, total, step_size=step_size, peak=peak)
+    key = "train_module.scheduler" if name == LR else f"{KEY}.{name}"
+    try:
+        factor = schedule.factor(current, total, step_size=step_size, peak=peak)
+    except Exception as error:
+        what = f"{type(error).__name__}: {error}"
+        raise ConfigError(f"step {progress.step + 1}: {what}", key=key) from error
+    if not 0.0 <= factor < math.inf:
+        problem = f"step {progress.step + 1}: gives {factor!r}; a factor is a number of 0 or more"
+        raise ConfigError(problem, key=key)
+    return factor
 
 
 def _numbers(settings: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:

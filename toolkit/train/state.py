@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from toolkit.checkpoint.folder import CALLBACK_PREFIX
+from toolkit.checkpoint.plain import plain_state
 from toolkit.data.evaluation import EvalLoader
 from toolkit.data.loader import TrainLoader
 from toolkit.errors import CheckpointError, ToolkitError, TrainingError
@@ -20,7 +21,7 @@ from toolkit.runs.manager import RunManager
 from toolkit.runs.status import FAILURE, FINISH
 from toolkit.train.config import TrainerConfig
 from toolkit.train.module import Progress, TrainModule
-from toolkit.train.scores import scores_of
+from toolkit.train.scores import check_result, scores_of
 from toolkit.train.timeline import Timeline
 
 log = logging.getLogger(__name__)
@@ -60,6 +61,8 @@ class TrainState:
         """How long the current step waited for data."""
         self.saved_step: int | None = None
         """The newest checkpoint of this run."""
+        self.steps_in_use: set[int] = set()
+        """Checkpoints that somebody reads: they are not removed meanwhile."""
         self.last_eval: dict[str, Any] | None = None
         """The newest result of `lm_evaluator`; other evaluations are only recorded."""
         self.last_scores: dict[str, float] = {}
@@ -71,6 +74,8 @@ class TrainState:
         self.failure: ToolkitError | None = None
         self.finish_reason: str | None = None
         """Why the run is complete before `total_steps`."""
+        self.asked_to_finish: str | None = None
+        """The same, until all ranks agree."""
         self.also_evaluated: dict[str, Callable[[], AbstractContextManager[Any]]] = {}
         """Further weights that evaluations score: what is added to the name of the evaluation
         ("_ema"), and how the model holds them for the time of a block."""
@@ -96,6 +101,12 @@ class TrainState:
     def is_main(self) -> bool:
         """Whether this is rank 0, which writes and speaks."""
         return self.environment.is_main
+
+    @property
+    def has_own_parts(self) -> bool:
+        """Whether a callback, or the train module, is the user's own."""
+        parts = (self.train_module, *self._callbacks.values())
+        return not all(type(part).__module__.startswith("toolkit.") for part in parts)
 
     @property
     def is_last_step(self) -> bool:
@@ -125,12 +136,21 @@ class TrainState:
     ) -> None:
         """Write `values` of the current step to a stream of metrics ("network", "system"); every
         rank calls it with the same names. Tensors hold one element. `reductions` as in `Metric`;
-        without one a value is the same on every rank."""
-        values = {"tokens": self.tokens, "time": time.time(), **values}
-        self.recorder.record(self.step, values, reductions, stream=stream)
+        without one a value is the same on every rank. What is recorded before the step's own
+        record is one line."""
+        self.recorder.add(
+            self.step,
+            values,
+            reductions,
+            stream=stream,
+            shared={"tokens": self.tokens, "time": time.time()},
+        )
 
     def record_eval(self, name: str, values: Mapping[str, Any]) -> dict[str, Any]:
-        """Write the result of an evaluation, the same on every rank, to eval.jsonl; the record."""
+        """Write the result of an evaluation, the same on every rank, to eval.jsonl; the record.
+        Raises ConfigError: a setting asks for a result that it does not have."""
+        values = {k: v.item() if isinstance(v, torch.Tensor) else v for k, v in values.items()}
+        check_result(self.config, name, values)
         result = {"tokens": self.tokens, "time": time.time(), "name": name, **values}
         self.recorder.record(self.step, result, stream="eval")
         record = {"step": self.step, **result}
@@ -149,17 +169,19 @@ class TrainState:
 
     def finish(self, reason: str, *, is_agreed: bool = False) -> None:
         """End the run early as complete, with all that comes after the last step. Any rank and
-        thread may ask, and training ends once all ranks agree; `is_agreed`: every rank calls it
-        between two steps, and no other step follows."""
-        self.finish_reason = reason
+        thread may ask, and training ends once all ranks agree, if steps are left then;
+        `is_agreed`: every rank calls it between two steps, and no other step follows."""
         if is_agreed:
-            self.stop_step = self.step
+            self.finish_reason, self.stop_step = reason, self.step
         else:
+            self.asked_to_finish = reason
             self.stop_request.ask(FINISH)
 
-    def fail(self, error: ToolkitError) -> None:
+    def fail(self, error: Exception | str) -> None:
         """End training with `error` once all ranks agree; any thread may call it."""
         if self.failure is None:
+            if not isinstance(error, ToolkitError):
+                error = TrainingError(f"training was ended: {error}")
             self.failure = error
         self.stop_request.ask(FAILURE)
 
@@ -196,7 +218,7 @@ class TrainState:
             "tokens": self.tokens,
             "skipped_in_a_row": self.skipped_in_a_row,
             "data": self.train_loader.state_dict(),
-            "train_module": self.train_module.extra_state(),
+            "train_module": self._extra_state(),
             "callbacks": self.callback_states(follow_metrics=False),
         }
 
@@ -251,9 +273,17 @@ class TrainState:
         names = (name for name, c in callbacks if c.state_follows_metrics == follow_metrics)
         return {name: self._state_of(name) for name in names}
 
+    def _extra_state(self) -> dict[str, Any]:
+        try:
+            return plain_state(self.train_module.extra_state())
+        except TypeError as error:
+            problem = f"train module: extra_state at step {self.step}: {error}"
+            raise TrainingError(problem) from error
+
     def _state_of(self, name: str) -> dict[str, Any]:
         try:
-            return self._callbacks[name].state_dict()
+            # A copy: a thread may write it while training goes on.
+            return plain_state(self._callbacks[name].state_dict())
         except ToolkitError:
             raise
         except Exception as error:

@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 
 from toolkit.distributed.engine import Engine, StepOutcome
+from toolkit.distributed.environment import TrainingEnvironment, single_environment
 from toolkit.metrics.norms import to_norms
 from toolkit.optim.loss_scale import LossScale
 from toolkit.optim.spikes import SpikeDetector
@@ -19,11 +20,17 @@ class EngineTrainModule(TrainModule):
     scaling. `train_batch` keeps this rank's summand of the loss in `_loss`, and scales the loss by
     `_loss_scale` where there is one."""
 
-    config: TransformerTrainModuleConfig
     engine: Engine
 
+    def __init__(
+        self, config: TransformerTrainModuleConfig, environment: TrainingEnvironment | None
+    ) -> None:
+        """Without `environment`: one process without a launcher."""
+        self.config, self.optim_config = config, config.optim
+        self.environment = environment or single_environment(precision=config.precision)
+
     def begin_stepping(self) -> None:
-        """Called once, when `config`, `environment` and `engine` are there."""
+        """Called once, when `engine` is there."""
         config, device = self.config, self.environment.device
         if self.engine.keeps_average:
             self.averages.append(self.engine.averaged)
@@ -38,6 +45,8 @@ class EngineTrainModule(TrainModule):
 
     def optim_step(self, progress: Progress) -> dict[str, Metric]:
         scheduled = self._scheduled.apply(progress)
+        if not progress.step:
+            self.engine.is_first_step = True
         outcome = self._step()
         metrics = {
             **{name: Metric(value) for name, value in scheduled.items()},
@@ -83,7 +92,8 @@ class EngineTrainModule(TrainModule):
         """The engine's step, but for a spike where the optimizer leaves them out."""
         if (spikes := self._spikes) is None:
             return self.engine.step(self.config.max_grad_norm)
-        loss = self._loss.float() if self.environment.owns_loss else torch.zeros_like(self._loss)
+        loss = self._loss if self.environment.owns_loss else torch.zeros_like(self._loss)
+        loss = loss.to(torch.float32, copy=True)  # which ranks add up in place
         if self.environment.world_size > 1:
             dist.all_reduce(loss)
         outcome = self.engine.step(

@@ -10,7 +10,7 @@ import logging
 import math
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, cast
 
 import torch
 
@@ -32,35 +32,20 @@ from toolkit.train.ending import (
     listening,
     start_watchdog,
 )
-from toolkit.train.hooks import Hook, by_name, find_hooks
+from toolkit.train.hooks import Hook, add_metrics, by_name, find_hooks
 from toolkit.train.module import TrainModule
 from toolkit.train.restoring import restore_training
 from toolkit.train.state import TrainState
+from toolkit.train.telling import HARD_STOP, TrainResult, log_end, script_log
 
 log = logging.getLogger(__name__)
 
 STATUS_SECONDS = 15.0
-HARD_STOP = "hard_stop"
-"""Reason of a stop that the config asked for."""
-
 _LAST = (
     "early_stopping", "checkpointer", "model_merger", "hf_converter", "sample_writer",
     "console_logger", "metric_saver",
 )  # fmt: skip
 """Callbacks that all others come before."""
-
-
-class TrainResult(NamedTuple):
-    """How `Trainer.fit` ended."""
-
-    state: str
-    """"finished", "stopped", or "failed": stopped on request with nothing to resume from."""
-    step: int
-    reason: str | None
-    """Why it stopped early."""
-    saved_step: int | None
-    """Where a resume would continue; None: nothing was saved."""
-    last_eval: dict[str, Any] | None
 
 
 class Trainer:
@@ -147,6 +132,12 @@ class Trainer:
         Raises:
             TrainingError: training cannot go on, here or on another rank.
         """
+        with script_log(self.state):
+            result = self._fit()
+            log_end(self.state, result)
+        return result
+
+    def _fit(self) -> TrainResult:
         state, watchdog = self.state, None
         environment, stop = state.environment, state.stop_request
         peers = Peers(
@@ -163,10 +154,6 @@ class Trainer:
             with listening(state):
                 self._call("pre_train")
                 reason = self._loop()
-                if stop.is_agreed and stop.reason == FINISH:
-                    stop.withdraw()
-                    reason, state.stop_step = None, state.step
-                    state.finish_reason = environment.broadcast(state.finish_reason)
                 if not stop.is_agreed:
                     self._call("post_train")  # polls too: evaluating takes time
                 if stop.is_agreed:
@@ -210,8 +197,13 @@ class Trainer:
         try:
             while state.step < state.stop_step:
                 state.step_started = time.perf_counter()
-                if state.step % interval == 0 and state.should_stop():
-                    break
+                if state.step % interval == 0:
+                    if state.should_stop():
+                        break
+                    if state.stop_request.is_complete:
+                        asked = state.environment.broadcast(state.asked_to_finish)
+                        state.finish(asked or FINISH, is_agreed=True)
+                        break
                 state.heartbeat.beat("waiting for data", state.step + 1)
                 done = state.step, state.tokens
                 waiting = time.perf_counter()
@@ -244,8 +236,9 @@ class Trainer:
         for _, hook in self._hooks["pre_optim_step"]:
             hook()
         metrics |= module.optim_step(before)
-        for _, hook in self._hooks["post_step"]:
-            metrics |= hook() or {}
+        for name, hook in self._hooks["post_step"]:
+            if (found := hook()) is not None:
+                add_metrics(metrics, found, name, state.step)
         values: dict[str, Any] = {
             "tokens": state.tokens,
             "epoch": state.train_loader.batches.epochs_done(state.step),
@@ -269,7 +262,8 @@ class Trainer:
             return  # saving flushes
         try:
             state.recorder.flush()
-            self._call("on_failure")
+            if stop.is_agreed or any(state.environment.gather(state.failure is not None)):
+                self._call("on_failure")
         except ToolkitError:
             if state.failure is None:  # else a consequence
                 raise

@@ -18,7 +18,7 @@ from torch import nn
 from toolkit.checkpoint.folder import MODEL_PREFIX
 from toolkit.distributed.devices import compute_dtype
 from toolkit.distributed.engine import Microbatch
-from toolkit.distributed.environment import TrainingEnvironment, single_environment
+from toolkit.distributed.environment import TrainingEnvironment
 from toolkit.distributed.low_precision import describe_float8
 from toolkit.distributed.materialize import prepare_engine
 from toolkit.distributed.stages import Stages
@@ -37,6 +37,7 @@ from toolkit.models.parameters import (
 )
 from toolkit.models.quantised import QuantisedLinear, quantised_linears
 from toolkit.models.router import RouterSums
+from toolkit.optim.groups import describe_groups, group_records
 from toolkit.train.config import TransformerTrainModuleConfig
 from toolkit.train.eval_sums import Batch, EvalSums
 from toolkit.train.module import Metric
@@ -51,7 +52,7 @@ PART_BYTES = 256 << 20
 
 class TransformerTrainModule(EngineTrainModule):
     """Wraps a Transformer of `toolkit.models`, usually still on the meta device, which is
-    materialised here, in place. Without `environment`: one process without a launcher."""
+    materialised here, in place."""
 
     def __init__(
         self,
@@ -60,10 +61,9 @@ class TransformerTrainModule(EngineTrainModule):
         *,
         environment: TrainingEnvironment | None = None,
     ) -> None:
-        self.config = config
-        self.environment = environment or single_environment(precision=config.precision)
+        super().__init__(config, environment)
         self.model_config: Any = getattr(model, "config")  # noqa: B009 (modules type it Tensor)
-        self.optim_config, self.adapter_config = config.optim, config.lora
+        self.adapter_config = config.lora
         num_parameters = sum(p.numel() for p in model.parameters())
         assert num_parameters == self.model_config.num_parameters, "parameter count mismatch"
         self._parameters = choose_trained(model, freeze=config.freeze, lora=config.lora)
@@ -74,6 +74,11 @@ class TransformerTrainModule(EngineTrainModule):
             log.info("%s", self._parameters)
         quantised = quantised_layers(self.model_config.to_transformer(), config.lora)
         optim = config.optim.of_model(self.model_config.to_transformer().d_model)
+        shapes = {name: info.shape for name, info in infos}
+        self.optimizer_groups = group_records(optim, shapes, self.trained_names)
+        if self.environment.is_main and len(self.optimizer_groups) > 1:
+            for line in describe_groups(optim, self.optimizer_groups):
+                log.info("%s", line)
         self.engine = prepare_engine(
             self.environment,
             model,

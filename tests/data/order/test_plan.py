@@ -150,6 +150,16 @@ def test_schedules_in_tokens_and_doublings() -> None:
     assert batches.epochs_done(15) == 1.0
 
 
+def test_epochs_never_go_back_where_batches_get_smaller() -> None:
+    segments = [Segment(0, 0, 40), Segment(2, 80, 10), Segment(6, 120, 90)]
+    made = BatchPlan(segments, epoch_instances=100, keeps_epochs_apart=True)
+    assert [made.position(n) for n in range(8)] == [0, 40, 80, 90, 100, 110, 200, 300]
+    assert [made.epochs_done(n) for n in range(9)] == [0, 0.5, 1, 1, 1, 1.1, 1.2, 3, 4]
+    # The first two batches did not know of the change: what they were told stays.
+    before = made.with_segments(segments[:1])
+    assert [before.epochs_done(n) for n in range(3)] == [0, 0.5, 1]
+
+
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [

@@ -72,6 +72,17 @@ def test_a_record_that_comes_late_joins_the_next_row_once(tmp_path):
     write(tmp_path, "eval", {"step": 4, "name": "val", "loss": 2.0})  # an evaluation after a resume
     again = rows_of(tmp_path, sent={"train": 4, "system": 2}, row=4)
     assert [(r.step, r.values) for r in read(again, is_over=True)] == [(5, {"val/loss": 2.0})]
+    assert read(again, is_over=True) == []
+    # A longer run has step 5; a machine's samples wait for it.
+    write(tmp_path, "system", {"step": 4, "time": 9.0, "cpu_pct": 70.0})
+    again = rows_of(tmp_path, sent=again.sent, row=again.row)
+    assert read(again, is_over=True) == []
+    write(tmp_path, "train", *({"step": s, "loss": s / 10} for s in (5, 6)))
+    later = rows_of(tmp_path, sent=again.sent, row=again.row)
+    assert [(r.step, r.values) for r in read(later, is_over=True)] == [
+        (5, {"train/loss": 0.5, "system/cpu_pct": 70.0}),
+        (6, {"train/loss": 0.6}),
+    ]
 
 
 def test_steps_that_are_trained_again_are_not_rows_again(tmp_path):

@@ -83,6 +83,17 @@ def sender_of(folder, attempt=1, warnings=None):
     return Sender(folder, config, attempt=attempt, warn=say, tell=say)
 
 
+def test_what_a_library_says_is_told_without_secrets(folder, remote):
+    with open_run(folder), MetricStreams(folder, tensorboard=()) as streams:
+        write_steps(streams, 1, 2)
+    warnings = []
+    made = sender_of(folder, warnings=warnings)
+    made.path.parent.mkdir(exist_ok=True)
+    session = made._open()
+    session.service.tell("a sample is not stored: at s3://key:secret12@store/x?signature=secret45")
+    assert warnings[-1] == "a sample is not stored: at s3://key:***@store/x?signature=***"
+
+
 def run_sender(folder, outcome="finished", **options):
     end = End()
     end.come(outcome)
@@ -111,6 +122,14 @@ def test_every_step_once_over_a_crash_and_a_resume(folder, remote):
     assert '"http://me:***@host"' in (folder / "trackers" / "wandb.json").read_text()
     run_sender(folder, attempt=None)
     assert remote.steps == list(range(1, 21))
+
+
+def test_steps_that_all_were_sent_are_not_said_to_be_missing(folder, remote):
+    with open_run(folder), MetricStreams(folder, tensorboard=()) as streams:
+        write_steps(streams, 1, 12)
+    assert sender_of(folder).behind_message().startswith("W&B: 12 steps not sent; ")
+    assert run_sender(folder)
+    assert "every step is sent, but it took longer than flush" in sender_of(folder).behind_message()
 
 
 @pytest.mark.parametrize(("says", "then"), [(None, range(1, 13)), (4, range(5, 13))])

@@ -68,6 +68,7 @@ def test_a_run_can_be_sent_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
     class Fake(Service):
         def open(self, run_id: str | None) -> Opened:
+            sent.append(self.run.folder.as_uri())  # which no relative path has
             return Opened("id")
 
         def describe(self, facts: object) -> None:
@@ -91,5 +92,31 @@ def test_a_run_can_be_sent_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         runs.send(str(folder), None, print)
     with pytest.raises(ConfigError, match="did you mean 'mlflow'"):
         runs.send(str(folder), "mlfow", print)
-    assert runs.send(str(folder), "mlflow", print)
-    assert sent == [*range(1, 13), "stopped"]
+    monkeypatch.chdir(tmp_path)
+    assert runs.send("runs/exp/first", "mlflow", print)
+    assert sent == [folder.as_uri(), *range(1, 13), "stopped"]
+    said: list[str] = []
+    assert runs.send("runs/exp/first", "mlflow", said.append)
+    assert len(sent) == 14  # nothing was opened
+    assert said == [f"MLflow: nothing is missing, by {folder / 'trackers' / 'mlflow.json'}"]
+    with open_run(folder, resume=True), MetricStreams(folder, tensorboard=()) as streams:
+        write_steps(streams, 13, 13)
+    (folder / "metadata" / "config.json").unlink()
+    assert runs.send("runs/exp/first", "mlflow", said.append)
+    assert sent[14:] == [folder.as_uri(), 13, "finished"]
+
+
+def test_nobody_is_said_to_train_where_nobody_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def down(*arguments: object) -> Service:
+        raise OSError("no route")
+
+    monkeypatch.setattr(sender, "open_service", down)
+    folder = tmp_path / "runs" / "exp" / "first"
+    with open_run(folder), MetricStreams(folder, tensorboard=()) as streams:
+        write_steps(streams, 1, 2)
+    (folder / "metadata" / "config.json").unlink()
+    said: list[str] = []
+    assert not runs.send(str(folder), "mlflow", said.append)
+    assert said == ["MLflow: OSError: no route"]

@@ -30,8 +30,12 @@ _LEAST = 1e6
 def describe(config: ExperimentConfig, source: str, plan: Plan, target: Target) -> str:
     """All about one layout."""
     job = plan.job
+    float8 = config.train_module.float8_config
+    note = (
+        [] if float8 is None else ["float8_config is counted as bf16: time and peak are too high"]
+    )
     rows = [
-        ("model", _model(job)),
+        ("model", _model(job) + note),
         ("layout", _layout(job)),
         ("memory", _memory(plan)),
         ("exchanges", _traffic(plan)),

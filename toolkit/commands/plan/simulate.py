@@ -14,7 +14,7 @@ import msgspec
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.distributed.pipelining import schedules
 from torch.distributed.pipelining.stage import InferenceMode
 
@@ -136,8 +136,9 @@ def _step(
     job: Job, environment: TrainingEnvironment, config: TransformerTrainModuleConfig
 ) -> tuple[Counter, int, int]:
     """Count one step; bytes of the weights and of the optimizer's state."""
-    model: nn.Module = job.model.build(init_device="meta")
-    choose_trained(model, freeze=config.freeze, lora=config.lora)
+    with unset_fake_temporarily():  # peft moves its adapters
+        model: nn.Module = job.model.build(init_device="meta")
+        choose_trained(model, freeze=config.freeze, lora=config.lora)
     for module in model.modules():
         for key, parameter in list(module.named_parameters(recurse=False)):
             empty = torch.empty(parameter.shape, device="cpu")

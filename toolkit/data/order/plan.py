@@ -114,10 +114,17 @@ class BatchPlan:
 
     def epochs_done(self, batches: int) -> float:
         """Passes over the data that the first `batches` batches are; whole numbers where no whole
-        batch of an epoch is left."""
-        total, used = self.epoch_instances, self.next_position(batches)
+        batch of an epoch is left. Never less than before: smaller batches that still fit into an
+        epoch which larger ones have ended add nothing."""
         if not self.keeps_epochs_apart or batches == 0:
-            return used / total
+            return self.next_position(batches) / self.epoch_instances
+        starts = [segment.first_batch for segment in self.segments[1:]]
+        ends = [start for start in starts if start < batches] + [batches]
+        return max(map(self._epochs_at, ends))
+
+    def _epochs_at(self, batches: int) -> float:
+        """As the last of `batches` batches has it."""
+        total, used = self.epoch_instances, self.next_position(batches)
         segment = self.segment(batches - 1)
         epoch = (used - 1) // total
         first_epoch, whole = self._first_epoch(segment)

@@ -24,7 +24,9 @@ from toolkit.data.corpus_info import (
     check_same_tokens,
     corpus_info,
     custom_info,
+    eval_set_settings,
     eval_sets_of,
+    source_settings,
 )
 from toolkit.data.instances.open import ensure_plans
 from toolkit.data.order.resolve import ResolvedSource, resolve_mix, resolve_schedule
@@ -66,10 +68,10 @@ def prepare_corpus(
     else:
         found = ensure_mix_prepared(dataset, **options)
         parts = {source.name: (source.dataset, prepared) for source, prepared in found}
-    eval_parts = {
-        name: (config, ensure_prepared(config, **options))
-        for name, config in _eval_sets(cfg, parts).items()
-    }
+    eval_parts = {}
+    for name, config in _eval_sets(cfg, parts).items():
+        with eval_set_settings(name):
+            eval_parts[name] = (config, ensure_prepared(config, **options))
     for config, prepared in (*parts.values(), *eval_parts.values()):
         ensure_plans(prepared, config)
     info = corpus_info(cfg, parts)._replace(eval_parts=eval_parts, is_ready=True)
@@ -99,9 +101,11 @@ def check_corpus_settings(cfg: DataConfig, info: CorpusInfo) -> None:
     dataset = localize(cfg.dataset, cfg.store)
     sources = {} if dataset.mix is None else {s.name: s.dataset for s in as_prepared(dataset)}
     for name, (config, prepared) in info.parts.items():
-        check_settings(prepared, sources.get(name, config))
+        with source_settings(name):
+            check_settings(prepared, sources.get(name, config))
     for name, config in _eval_sets(cfg, info.parts).items():
-        check_settings(info.eval_parts[name][1], config)
+        with eval_set_settings(name):
+            check_settings(info.eval_parts[name][1], config)
 
 
 def ensure_mix_prepared(
@@ -135,7 +139,8 @@ def ensure_mix_prepared(
 def _named(source: ResolvedSource) -> Iterator[None]:
     """Errors say which source they are about."""
     try:
-        yield
+        with source_settings(source.name):
+            yield
     except (ConfigError, DataError) as error:
         kind = DataError if isinstance(error, DataError) else ConfigError
         raise kind(f"dataset.mix: {source.name}: {error}") from error

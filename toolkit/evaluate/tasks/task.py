@@ -90,7 +90,7 @@ def read_task(folder: Path, tokenizer: Tokenizer) -> Task:
     if (folder / "config.json").is_file():
         config = read_json(folder / "config.json", DataError).get("task_config")
         asked = config.get("primary_metric") if isinstance(config, dict) else None
-        if asked is not None and asked not in _METRICS:
+        if asked is not None and not (isinstance(asked, str) and asked in _METRICS):
             raise DataError(
                 f"{folder / 'config.json'}: primary_metric {asked!r} cannot be computed; known are "
                 f"{', '.join(_METRICS)}"

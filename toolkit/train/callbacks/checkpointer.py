@@ -21,7 +21,7 @@ from toolkit.threads import Thread
 from toolkit.train.callbacks.base import Callback
 from toolkit.train.callbacks.config import CheckpointerConfig
 from toolkit.train.saving import begin_save
-from toolkit.train.scores import check_best_metric
+from toolkit.train.scores import check_metrics
 
 log = logging.getLogger(__name__)
 
@@ -52,8 +52,9 @@ class Checkpointer(Callback):
         return ShardWriter(self.state.environment.checkpoint_group)
 
     def pre_train(self) -> None:
-        check_best_metric(self.state.config, self.state.eval_loaders)
-        self._saved_at = self.state.saved_step
+        state = self.state
+        check_metrics(state.config, state.eval_loaders, has_own_parts=state.has_own_parts)
+        self._saved_at = state.saved_step
 
     def post_record(self) -> None:
         self._report()
@@ -155,7 +156,9 @@ class Checkpointer(Callback):
                     log.error("%s; training goes on, the next one will be tried", error)
         if state.is_main:
             try:
-                prune_checkpoints(folder.parent, self._rule, newest=save.step)
+                prune_checkpoints(
+                    folder.parent, self._rule, newest=save.step, in_use=state.steps_in_use
+                )
             except OSError as error:
                 log.warning("older checkpoints are not removed: %s", error)
 

@@ -6,6 +6,7 @@ callbacks are called: what measures, then what evaluates, then what saves and sh
 belong together may be a module of their own beside this one, over `config_base.py`.
 """
 
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -16,6 +17,7 @@ from toolkit.config.base import check_not_negative, check_positive
 from toolkit.config.named import users_subclass
 from toolkit.config.paths import PathOrURL
 from toolkit.config.types import DOOR
+from toolkit.errors import ConfigError, ToolkitError
 from toolkit.train.callbacks.config_base import CallbackConfig, EvaluatorConfig
 from toolkit.train.callbacks.config_monitors import (
     GPUMemoryMonitorConfig,
@@ -35,6 +37,9 @@ from toolkit.train.trackers.config import (
     TrackioConfig,
     WandBConfig,
 )
+
+DOWNSTREAM = "downstream"
+"""Before the name of a task in eval.jsonl: `downstream/arc_easy`."""
 
 
 class ConsoleLoggerConfig(CallbackConfig, kw_only=True):
@@ -115,6 +120,15 @@ class DownstreamEvaluatorConfig(EvaluatorConfig, kw_only=True):
     def is_wanted(self) -> bool:
         return self.enabled and bool(self.tasks)
 
+    @property
+    def evaluations(self) -> list[str]:
+        """What the results of each task are called; a folder is a task of its name."""
+        names = (Path(task).expanduser().resolve().name for task in self.tasks)
+        return [f"{DOWNSTREAM}/{name}" for name in names]
+
+
+TWO_AVERAGES = "the optimizer keeps an average of its own (schedule_free_adamw); use one of two"
+
 
 class EMAConfig(CallbackConfig, kw_only=True):
     """Exponential moving averages of the trained weights, kept in checkpoints."""
@@ -178,6 +192,12 @@ class EarlyStoppingConfig(CallbackConfig, kw_only=True):
         name, _, of = self.metric.rpartition("/")
         if not name or not of:
             raise ValueError(f"metric: write it like val/loss or train/loss, not {self.metric!r}")
+
+    @property
+    def of_training(self) -> str | None:
+        """The metric of training steps that it watches; None: the result of an evaluation."""
+        name = self.metric.removeprefix("train/")
+        return None if name == self.metric else name
 
 
 class CheckpointerConfig(CallbackConfig, kw_only=True):
@@ -252,6 +272,11 @@ class ModelMergerConfig(CallbackConfig, kw_only=True):
             raise ValueError(f"last_percent {self.last_percent} is more than the whole run")
         if self.last_checkpoints is not None and self.last_percent is not None:
             raise ValueError("last_percent does not go with last_checkpoints; give one of them")
+
+    @property
+    def num_checkpoints(self) -> int | None:
+        """Checkpoints that are averaged; None: steps are."""
+        return None if self.last_percent is not None else self.last_checkpoints or 3
 
 
 class HFConverterConfig(CallbackConfig, kw_only=True):
@@ -328,6 +353,17 @@ class CustomCallbackConfig(CallbackConfig, kw_only=True):
         base = "toolkit.train.callbacks.base:Callback"
         return users_subclass(self, base, key=f"trainer.callbacks.{name}", name="type")
 
+    def build_as(self, name: str) -> Any:
+        """The callback. Raises ConfigError: see `own_class`, or its constructor raises."""
+        found = self.own_class(name)
+        try:
+            return found(**self.options)
+        except ToolkitError:
+            raise
+        except Exception as error:
+            problem = f"{self.target} cannot be made: {type(error).__name__}: {error}"
+            raise ConfigError(problem, key=f"trainer.callbacks.{name}") from error
+
 
 class CallbacksConfig(Config, kw_only=True):
     """The trainer's callbacks, called in this order."""
@@ -380,5 +416,5 @@ class CallbacksConfig(Config, kw_only=True):
         callbacks = {name: config.build() for name, config in fields.items() if config.is_wanted}
         for name, own in self.custom.items():
             if own.enabled:
-                callbacks[name] = own.own_class(name)(**own.options)
+                callbacks[name] = own.build_as(name)
         return callbacks

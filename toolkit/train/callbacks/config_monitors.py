@@ -3,6 +3,7 @@
 from typing import Literal
 
 from toolkit.config.base import check_not_negative, check_positive
+from toolkit.errors import ConfigError
 from toolkit.train.callbacks.config_base import CallbackConfig
 
 NotifierEvent = Literal["start", "end", "stop", "failure", "stall"]
@@ -40,6 +41,13 @@ class ProfilerConfig(CallbackConfig, kw_only=True):
     def __post_init__(self) -> None:
         check_positive(self, "active")
         check_not_negative(self, "skip_first", "wait", "warmup", "repeat")
+
+
+def check_profiler_device(config: ProfilerConfig, device: str) -> None:
+    """Raises ConfigError where a `device` (as in `torch.device.type`) has no snapshots."""
+    if config.enabled and config.memory_snapshot and device != "cuda":
+        problem = f"needs a CUDA device; this run is on {device}"
+        raise ConfigError(problem, key="trainer.callbacks.profiler.memory_snapshot")
 
 
 class StatisticsMonitorConfig(CallbackConfig, kw_only=True):

@@ -7,6 +7,7 @@ from typing import Any
 from toolkit.errors import ConfigError
 from toolkit.train.callbacks.base import Callback
 from toolkit.train.callbacks.config import EarlyStoppingConfig
+from toolkit.train.scores import check_metrics
 from toolkit.wording import count
 
 log = logging.getLogger(__name__)
@@ -18,48 +19,50 @@ class EarlyStopping(Callback):
     """Ends training as finished after `patience` values in a row that were not better than the best
     by more than `min_delta`. A value that is not a number is not better.
 
-    Evaluations are the same on every rank, so ranks decide alike at the same step. Metrics of
-    training arrive some steps later, in the metrics thread; ranks then agree as on any stop.
+    After an evaluation all ranks do what rank 0 decides, at the same step. Metrics of training
+    arrive some steps later, in the metrics thread; ranks then agree as on any stop.
     """
-
-    state_follows_metrics = True
 
     def __init__(self, config: EarlyStoppingConfig) -> None:
         self._config = config
-        self._name, _, self._of = config.metric.rpartition("/")
+        self._of_training = config.of_training
+        self._evaluation, _, self._result = config.metric.rpartition("/")
+        # Whose metrics change the state: an evaluation is taken in the thread that trains.
+        self.state_follows_metrics = self._of_training is not None
         self._best: float | None = None
         self._best_at = 0
         self._without = 0
         """Values in a row since the best."""
-        self._seen_at = 0
-        self._names: set[str] = set()
-        """Of evaluations that there were."""
+        self._seen_at = -1
+        self._is_missed = False
+        """It was said that the metric has not come yet."""
 
     def pre_train(self) -> None:
-        if self._is_over:
-            self._end(is_agreed=True)
+        state = self.state
+        check_metrics(state.config, state.eval_loaders, has_own_parts=state.has_own_parts)
+        self._take_evaluation()  # which was broken off by a stop, or one before the first step
+        self._end_if_over()
+
+    def post_record(self) -> None:
+        if self._take_evaluation():
+            self._end_if_over()
 
     def on_metrics(self, stream: str, records: list[dict[str, Any]]) -> None:
-        if stream != "train" or self._name != "train" or self._is_over:
+        name = self._of_training
+        if stream != "train" or name is None or self._is_over:
             return
         for record in records:
-            self._take(record["step"], self._value_in(record))
+            if name not in record:
+                self._miss(record)
+                continue
+            self._take(record["step"], float(record[name]))
             if self._is_over:
                 self._end(is_agreed=False)
                 return
 
-    def post_record(self) -> None:
-        evaluations, step = self.state.evaluations, self.state.step
-        self._names |= evaluations.keys()
-        if self._name in evaluations and step > self._seen_at and not self._is_over:
-            self._take(step, self._value_in(evaluations[self._name]))
-            if self._is_over:
-                self._end(is_agreed=True)
-
     def post_train(self) -> None:
-        if self._name != "train" and self._best is None and not self._without:
-            there = ", ".join(sorted(self._names)) or "none"
-            log.warning("%s: there was no evaluation %r (there were: %s)", _KEY, self._name, there)
+        if self.state.is_main and not self._has_seen:
+            log.warning("%s: there was no %s until the end", _KEY, self._config.metric)
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -79,11 +82,22 @@ class EarlyStopping(Callback):
     def _is_over(self) -> bool:
         return self._without >= self._config.patience
 
-    def _value_in(self, record: dict[str, Any]) -> float:
-        if self._of not in record:
-            known = ", ".join(f"{self._name}/{k}" for k, v in record.items() if _is_number(v))
-            raise ConfigError(f"there is no {self._config.metric!r}; there are {known}", key=_KEY)
-        return float(record[self._of])
+    @property
+    def _has_seen(self) -> bool:
+        return self._best is not None or self._without > 0
+
+    def _take_evaluation(self) -> bool:
+        """Take what the current step's evaluation gave, once; whether there was one."""
+        state = self.state
+        found = {} if self._of_training is not None else state.evaluations
+        if self._evaluation not in found:
+            if found:
+                self._say_missing(f"there are {', '.join(found)}")
+            return False
+        if state.step <= self._seen_at or self._is_over:
+            return False
+        self._take(state.step, float(found[self._evaluation][self._result]))
+        return True
 
     def _take(self, step: int, value: float) -> None:
         best, sign = self._best, 1.0 if self._config.mode == "min" else -1.0
@@ -95,9 +109,28 @@ class EarlyStopping(Callback):
             self._without += 1
         self._seen_at = step
 
+    def _miss(self, record: dict[str, Any]) -> None:
+        """A step without the metric, which some callbacks give now and then only."""
+        numbers = (key for key, value in record.items() if isinstance(value, int | float))
+        there = f"there are {', '.join(f'train/{key}' for key in numbers)}"
+        callbacks = self.state.config.callbacks
+        is_rare = callbacks.rank_monitor.enabled or callbacks.gpu_memory_monitor.enabled
+        if not (self._has_seen or is_rare or self.state.has_own_parts):
+            raise ConfigError(f"there is no {self._config.metric!r}; {there}", key=_KEY)
+        self._say_missing(there)
+
+    def _say_missing(self, there: str) -> None:
+        if self.state.is_main and not (self._is_missed or self._has_seen):
+            log.warning("%s: no %s yet; %s", _KEY, self._config.metric, there)
+        self._is_missed = True
+
+    def _end_if_over(self) -> None:
+        if self.state.environment.broadcast(self._is_over):
+            self._end(is_agreed=True)
+
     def _end(self, *, is_agreed: bool) -> None:
         if self.state.is_main:
-            values = count(self._without, "step" if self._name == "train" else "evaluation")
+            values = count(self._without, "evaluation" if self._of_training is None else "step")
             best = "never a number" if self._best is None else f"{self._best:.6g}"
             log.info(
                 "early_stopping: %s was not better by more than %g for %s (best: %s at step %d); "
@@ -105,7 +138,3 @@ class EarlyStopping(Callback):
                 self._config.metric, self._config.min_delta, values, best, self._best_at,
             )  # fmt: skip
         self.state.finish("early_stopping", is_agreed=is_agreed)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float)

@@ -8,7 +8,7 @@ import torch
 from toolkit.errors import ConfigError
 from toolkit.train.callbacks.averages import Average
 from toolkit.train.callbacks.base import Callback
-from toolkit.train.callbacks.config import EMAConfig
+from toolkit.train.callbacks.config import TWO_AVERAGES, EMAConfig
 
 log = logging.getLogger(__name__)
 
@@ -43,10 +43,7 @@ class EMA(Callback):
     def pre_train(self) -> None:
         state, config = self.state, self._config
         if state.train_module.averages:
-            raise ConfigError(
-                "the optimizer keeps an average of its own (schedule_free_adamw); use one of two",
-                key="trainer.callbacks.ema.enabled",
-            )
+            raise ConfigError(TWO_AVERAGES, key="trainer.callbacks.ema.enabled")
         self.state_tensors()
         for decay, average in self._averages.items():
             found = self._found.get(decay, set()) if self._has_begun else set()

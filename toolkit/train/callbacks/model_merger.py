@@ -19,8 +19,6 @@ from toolkit.train.saving import describe_model
 
 log = logging.getLogger(__name__)
 
-DEFAULT_CHECKPOINTS = 3
-
 
 class ModelMerger(Callback):
     """Writes merged/step{N} into the run folder after the last step: a checkpoint of weights, which
@@ -51,7 +49,10 @@ class ModelMerger(Callback):
 
     def post_step(self) -> None:
         percent, state = self._config.last_percent, self.state
-        if percent is None or state.step <= math.ceil(state.total_steps * (1 - percent / 100)):
+        if percent is None:
+            return
+        if state.step <= math.ceil(state.total_steps * (1 - percent / 100)):
+            self._count = 0  # what a shorter run has averaged is not of the last steps any more
             return
         self.state_tensors()
         assert self._average is not None
@@ -62,16 +63,17 @@ class ModelMerger(Callback):
             self._average.update(1 / self._count)
 
     def post_train(self) -> None:
-        if self._config.last_percent is not None:
-            self._save_average()
-        elif self.state.is_main:
-            try:
-                self._merge()
-            except ToolkitError as error:
-                log.error("model_merger: %s", error)
+        number = self._config.num_checkpoints
+        try:
+            if number is None:
+                self._save_average()
+            elif self.state.is_main:
+                self._merge(number)
+        except (ToolkitError, OSError) as error:  # training is worth more than a mean
+            log.error("model_merger: %s", error)
 
-    def _merge(self) -> None:
-        run, wanted = self.state.run, self._config.last_checkpoints or DEFAULT_CHECKPOINTS
+    def _merge(self, wanted: int) -> None:
+        run = self.state.run
         root = run.path(RUN_FILES.checkpoints)
         steps = saved_steps(root)[-wanted:]
         if len(steps) < wanted:

@@ -11,6 +11,7 @@ import urllib.request
 from functools import partial
 from typing import Any
 
+from toolkit.config.secrets import mask_secrets
 from toolkit.runs.status import read_status
 from toolkit.threads import Thread, Worker
 from toolkit.train.callbacks.base import Callback
@@ -76,7 +77,7 @@ class Notifier(Callback):
     def _tell(self, event: NotifierEvent, what: str) -> None:
         if event not in self._config.events:
             return
-        state = self.state
+        state, what = self.state, str(mask_secrets(what))
         message: dict[str, Any] = {
             "event": event,
             "run": str(state.run.folder),
@@ -124,5 +125,5 @@ def _safely(send: Any, message: dict[str, Any], text: str) -> None:
         send(message, text)
     except Exception as error:  # whatever a network or a program does is no reason to end a run
         # Not the error's own text, which may hold the URL.
-        reason = getattr(error, "reason", None) or type(error).__name__
+        reason = mask_secrets(str(getattr(error, "reason", None) or type(error).__name__))
         log.warning("the message of the event %s was not sent: %s", message["event"], reason)

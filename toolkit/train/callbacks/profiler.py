@@ -10,7 +10,7 @@ from torch import profiler
 from toolkit.errors import ConfigError
 from toolkit.runs.files import RUN_FILES
 from toolkit.train.callbacks.base import Callback
-from toolkit.train.callbacks.config_monitors import ProfilerConfig
+from toolkit.train.callbacks.config_monitors import ProfilerConfig, check_profiler_device
 
 log = logging.getLogger(__name__)
 
@@ -28,11 +28,7 @@ class Profiler(Callback):
     def pre_train(self) -> None:
         config, environment = self._config, self.state.environment
         device = environment.device.type
-        if config.memory_snapshot and device != "cuda":
-            raise ConfigError(
-                "trainer.callbacks.profiler.memory_snapshot needs a CUDA device; this run is on "
-                f"{device}"
-            )
+        check_profiler_device(config, device)
         absent = [r for r in config.ranks or () if not 0 <= r < environment.world_size]
         if absent:
             raise ConfigError(

@@ -1,9 +1,12 @@
 """Which rank the others wait for."""
 
+import itertools
 import logging
 import socket
 import statistics
 import time
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,7 +25,8 @@ _NOTICED_SECONDS = 1e-3
 class RankMonitor(Callback):
     """Steps take the same time on every rank, as they wait for each other. So two things are timed
     in which they do not: waiting for data (the mean of the steps since the last measurement), and
-    the product of two fixed matrices, the best of three.
+    the product of two fixed matrices, the best of three, on the device behind the step before the
+    one that is measured. Its processes then tell each other; the devices go on meanwhile.
 
     `data_seconds_max`, `data_slowest_rank`, `compute_seconds_max`, `compute_ratio` (slowest to
     median) and `compute_slowest_rank` join the step's record.
@@ -32,12 +36,19 @@ class RankMonitor(Callback):
         self._config = config
         self._data_seconds: list[float] = []
         self._matrix: torch.Tensor | None = None
+        self._seconds: Callable[[], float] = lambda: 0.0
+        """What the computation took; waits for the device to have come to the last step."""
+
+    def pre_train(self) -> None:
+        self._compute_before_due()
 
     def post_step(self) -> dict[str, Metric] | None:
         self._data_seconds.append(self.state.data_seconds)
         if self.state.step % self._config.interval:
+            self._compute_before_due()
             return None
-        own = (statistics.fmean(self._data_seconds), self._compute_seconds())
+        own = (statistics.fmean(self._data_seconds), self._seconds())
+        self._compute_before_due()
         self._data_seconds.clear()
         data, compute = zip(*self._of_all(own), strict=True)
         median = statistics.median(compute)
@@ -61,20 +72,19 @@ class RankMonitor(Callback):
         dist.all_gather(parts, mine, group=group)
         return [(data.item(), compute.item()) for data, compute in parts]
 
-    def _compute_seconds(self) -> float:
+    def _compute_before_due(self) -> None:
+        if (self.state.step + 1) % self._config.interval:
+            return
         device = self.state.environment.device
         if self._matrix is None:
             width = _WIDTH.get(device.type, 384)
             dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
             self._matrix = torch.ones(width, width, dtype=dtype, device=device)
-        times = []
+        marks = [_mark(device)]
         for _ in range(3):
-            _wait_for(device)
-            began = time.perf_counter()
             self._matrix @ self._matrix
-            _wait_for(device)
-            times.append(time.perf_counter() - began)
-        return min(times)
+            marks.append(_mark(device))
+        self._seconds = lambda: min(itertools.starmap(_seconds_between, itertools.pairwise(marks)))
 
     def _warn(self, what: str, seconds: tuple[float, ...]) -> None:
         slowest, median = max(seconds), statistics.median(seconds)
@@ -88,6 +98,18 @@ class RankMonitor(Callback):
             )  # fmt: skip
 
 
-def _wait_for(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def _mark(device: torch.device) -> Any:
+    """A point in time of the device, where what was asked of it so far is done."""
+    if device.type == "cpu":
+        return time.perf_counter()
+    module = torch.get_device_module(device)
+    event = module.Event(enable_timing=True, blocking=True)
+    event.record(module.current_stream(device))
+    return event
+
+
+def _seconds_between(first: Any, second: Any) -> float:
+    if isinstance(first, float):
+        return second - first
+    second.synchronize()
+    return first.elapsed_time(second) / 1e3

@@ -134,7 +134,10 @@ def main() -> None:
         Thread(target=target, args=(end, job.parent), name=name, daemon=True).start()
     bound = (end, sender, config, say)
     Thread(target=_bound, args=bound, name="bound", daemon=True).start()
-    say(_END, "" if sender.run(end) else sender.behind_message())
+    if sender.run(end):
+        say(_END, "")
+    else:
+        _say_behind(sender, say)
     _die()
 
 
@@ -153,8 +156,14 @@ def _watch_parent(end: End, parent: int) -> None:
 def _bound(end: End, sender: Sender, config: TrackerConfig, say: Any) -> None:
     end.wait(threading.TIMEOUT_MAX)
     time.sleep(config.flush_seconds)
-    say(_END, sender.behind_message())
+    _say_behind(sender, say)
     _die()
+
+
+def _say_behind(sender: Sender, say: Any) -> None:
+    if not sender.missing_steps:  # no reason to warn
+        say(_INFO, sender.behind_message())
+    say(_END, sender.behind_message() if sender.missing_steps else "")
 
 
 def _die() -> None:

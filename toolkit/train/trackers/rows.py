@@ -2,7 +2,9 @@
 
 A row holds all streams of its step. It is complete once the train stream shows a later step, since
 what belongs to a step is written before the next one; at the end all are. A record that comes after
-its row (a sample of the machine, taken while the step ended) goes into the next row.
+its row (a sample of the machine, taken while the step ended) goes into the next row; after the last
+row, samples of the machine wait for a longer run, and what else there is is a row of the step
+that would be next.
 """
 
 from collections import deque
@@ -113,10 +115,11 @@ class Rows:
         last = self._last_complete(is_over=is_over)
         steps = sorted({r["step"] for w in self._waiting.values() for r in w if r["step"] <= last})
         on_time = [step for step in steps if step > self.row][:most]
-        if not on_time:
-            if not is_over or not steps:
+        is_made_up = not on_time
+        if is_made_up:
+            if not is_over or not any(w for s, w in self._waiting.items() if s != "system"):
                 return []
-            on_time, last = [self.row + 1], max(last, self.row + 1)  # only late ones are left
+            on_time, last = [self.row + 1], max(last, self.row + 1)
         rows = {step: Row(step, 0.0, {}, []) for step in on_time}
         last = min(last, on_time[-1])
         for stream, waiting in self._waiting.items():
@@ -126,7 +129,8 @@ class Rows:
                 row = rows[step if step in rows else on_time[0]]
                 rows[row.step] = self._joined(row, stream, record)
                 self.sent[stream] = step
-        self.row = on_time[-1]
+        if not is_made_up:  # a longer run has that step
+            self.row = on_time[-1]
         return [row for row in rows.values() if row.values or row.samples]
 
     def _last_complete(self, *, is_over: bool) -> int:

@@ -6,6 +6,7 @@ where this one ended. Steps that are trained again after a crash are not sent ag
 """
 
 import contextlib
+import socket
 import threading
 import time
 import uuid
@@ -54,6 +55,9 @@ class Sent(msgspec.Struct, kw_only=True):
     """A call to the service did not return: it may have some of the rows that follow."""
     where: str | None = None
     """Where to look at it."""
+    finished_on: str | None = None
+    """The machine on which the service marked the end of the run, with all it was sent delivered.
+    """
 
 
 class End:
@@ -97,22 +101,49 @@ class Sender:
     def __init__(
         self, folder: Path, config: TrackerConfig, *, attempt: int | None, warn: Say, tell: Say
     ) -> None:
-        self._folder, self._config, self._attempt = folder, config, attempt
+        # Libraries are given places in it, some as URLs.
+        self._folder, self._config, self._attempt = folder.absolute(), config, attempt
         self._warn, self._tell = warn, tell
-        self._path = folder / RUN_FILES.trackers / f"{config.field}.json"
+        self.path = self._folder / RUN_FILES.trackers / f"{config.field}.json"
         self._session: _Session | None = None
 
+    @property
+    def title(self) -> str:
+        """What the service is called."""
+        return self._config.title
+
     def behind_message(self) -> str:
-        """That steps were not sent, and what sends them."""
+        """That steps were not sent, or that the end was not marked; and what does it."""
+        if self.missing_steps:
+            return f"{self._config.title}: {count(self.missing_steps, 'step')} not sent; {LATER}"
+        return (
+            f"{self._config.title}: every step is sent, but it took longer than flush_seconds "
+            f"({self._config.flush_seconds:g}) to end the run there; the next `toolkit resume`, or "
+            "`toolkit runs send RUN_DIR`, asks again"
+        )
+
+    @property
+    def missing_steps(self) -> int:
+        """Steps that are recorded and were not sent."""
         recorded = last_record(self._folder / RUN_FILES.train_metrics).get("step", 0)
-        missing = count(max(0, int(recorded) - max(0, self._load().row)), "step")
-        return f"{self._config.title}: {missing} not sent; {LATER}"
+        return max(0, int(recorded) - max(0, self._load().row))
+
+    @property
+    def is_up_to_date(self) -> bool:
+        """Whether the service was told from this machine all that the folder holds, and that the
+        run has ended."""
+        sent = self._load()
+        if sent.finished_on != socket.gethostname():
+            return False
+        rows = Rows(self._folder, self._config.streams, sent=sent.steps, row=sent.row)
+        rows.read()
+        return not rows.take(is_over=True) and rows.row == sent.row
 
     def run(self, end: End) -> bool:
         """Send until the end; whether everything was sent. Errors of the service are a warning."""
-        self._path.parent.mkdir(exist_ok=True)
+        self.path.parent.mkdir(exist_ok=True)
         interval, pause, has_warned = self._config.send_interval, 0.0, False
-        with locked(self._path.with_suffix(".lock")):
+        with locked(self.path.with_suffix(".lock")):
             while True:
                 is_over = end.wait(pause)
                 try:
@@ -121,7 +152,8 @@ class Sender:
                     pause = min(max(2 * pause, interval), _LONGEST_PAUSE)
                     if not has_warned:
                         has_warned = True
-                        self._warn(f"{self._config.title}: {_line(error)}; training goes on")
+                        after = "" if self._attempt is None else "; training goes on"
+                        self._warn(f"{self._config.title}: {_line(error)}{after}")
                     if is_over:
                         return False
                     continue
@@ -155,6 +187,8 @@ class Sender:
             self._save(sent)
         if outcome is not None:
             session.service.finish(outcome)
+            sent.finished_on = socket.gethostname()
+            self._save(sent)
         return True
 
     def _open(self) -> _Session:
@@ -162,8 +196,9 @@ class Sender:
         if status is None:
             raise RunError(f"{self._folder}: is no run")
         run = TrackedRun(self._folder, status.name, status.experiment, sent.key)
+        sent.finished_on = None
         self._save(sent)
-        service = open_service(self._config, run, self._warn)
+        service = open_service(self._config, run, lambda text: self._warn(_masked(text)))
         opened = service.open(sent.run_id)
         sent.run_id, sent.where = opened.run_id, mask_secrets(opened.where)
         last = opened.last_step
@@ -208,14 +243,19 @@ class Sender:
 
     def _load(self) -> Sent:
         with contextlib.suppress(FileNotFoundError):
-            return read_json(self._path, RunError, Sent)
+            return read_json(self.path, RunError, Sent)
         return Sent(key=uuid.uuid4().hex)
 
     def _save(self, sent: Sent) -> None:
-        write_json_atomic(self._path, sent)
+        write_json_atomic(self.path, sent)
 
 
 def _line(error: Exception) -> str:
-    """An error of a library as one line without secrets."""
+    """An error of a library as one line."""
     text = " ".join(str(error).split())
-    return str(mask_secrets(shortened(f"{type(error).__name__}: {text}" if text else repr(error))))
+    # Masked whole: a secret that is cut would not look like one.
+    return shortened(_masked(f"{type(error).__name__}: {text}" if text else repr(error)))
+
+
+def _masked(text: str) -> str:
+    return str(mask_secrets(text))

@@ -1,6 +1,7 @@
 """Some rows of conversations are looked at before all are encoded; what they tell is kept."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -91,21 +92,24 @@ def test_joined_prompts_have_no_template(tmp_path: Path) -> None:
     ({"messages": [user("a b"), assistant("c d")]}, EVERYTHING,
      r"would count every token of this data, prompts included"),
 ])  # fmt: skip
-def test_nothing_and_everything_are_refused_before_all_is_encoded(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, row: Any, template: str, message: str
+def test_nothing_and_everything_of_the_first_rows_is_a_warning_and_of_all_an_error(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], row: Any, template: str, message: str
 ) -> None:
-    def encoded(*_: Any, **__: Any) -> None:
-        raise AssertionError("rows are encoded")
-
-    monkeypatch.setattr(prepare, "encode_shards", encoded)
-    config = config_of(tmp_path, [row] * (audit.NUM_ROWS + 1), template)
-    with pytest.raises(DataError, match=message) as error:
-        prepare.prepare_dataset(config, progress=False)
-    assert str(error.value).endswith("(told by 256 rows, before the others are encoded)")
-    # Of a few rows, all are encoded anyway, and the error at the end knows more.
-    config = config_of(tmp_path, [row], template)
-    with pytest.raises(AssertionError, match="rows are encoded"):
-        prepare.prepare_dataset(config, progress=False)
+    # Few rows are all looked at: the error is enough.
+    with pytest.raises(DataError, match=message.replace("256 rows have", "1 row has")):
+        prepare.prepare_dataset(config_of(tmp_path, [row], template), progress=True)
+    assert "warning" not in capsys.readouterr().err
+    good = {"messages": [user("a b"), assistant("c d")]}
+    rows = [row] * (audit.NUM_ROWS + 1)
+    with pytest.raises(DataError, match=message.replace("256", "257")):
+        prepare.prepare_dataset(config_of(tmp_path, rows, template), progress=True)
+    warned = capsys.readouterr().err
+    assert re.search(message, warned)
+    assert "(told by the first 256 rows; the others are encoded all the same)" in warned
+    if template is CHATML:  # under the other all rows are alike
+        prepared = prepare.prepare_dataset(config_of(tmp_path, [*rows, good], template))
+        assert re.search(message, capsys.readouterr().err)
+        assert prepared.manifest.splits["train"].num_documents == 1
 
 
 def test_rows_are_spread_over_the_source(tmp_path: Path) -> None:

@@ -1,12 +1,12 @@
 """Some rows of instruction data, looked at before all of them are encoded.
 
-What is wrong with a template or with the shape of rows shows in the first few of them; a large
-source is not encoded to learn it.
+What is wrong with a template or with the shape of rows shows in the first few of them, minutes or
+hours before a large source is encoded.
 """
 
 import itertools
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -23,10 +23,14 @@ NUM_SHARDS = 16
 
 
 def audit_rows(
-    encoder: InstructionEncoder, shards: Sequence[Shard], reading: Reading
+    encoder: InstructionEncoder,
+    shards: Sequence[Shard],
+    reading: Reading,
+    warn: Callable[[str], object],
 ) -> TargetAudit:
-    """Look at rows spread over `shards`. DataError: one cannot be rendered; or, where there are
-    more rows than these, the loss would count nothing of them, or all."""
+    """Look at the first rows of some of `shards`. Raises DataError where one cannot be rendered.
+    Where there are more rows than these, and the loss would count nothing of them, or all, `warn`
+    is told: only all rows together are refused for that."""
     pieces, is_all = _some_rows(shards, reading)
     roles: dict[str, Counter[bool]] = {}
     templates: dict[str, Counter[bool]] = {}
@@ -55,12 +59,17 @@ def audit_rows(
         templates=_counted(templates),
         sample=sample,
     )
-    if not is_all:
-        _check(encoder, audit, pieces)
+    if not is_all and (problem := _problem(encoder, audit, pieces)) is not None:
+        number = count(audit.num_rows, "row")
+        warn(
+            f"warning: {problem} (told by the first {number}; the others are encoded all the same)"
+        )
     return audit
 
 
-def _check(encoder: InstructionEncoder, audit: TargetAudit, pieces: Sequence[Piece]) -> None:
+def _problem(
+    encoder: InstructionEncoder, audit: TargetAudit, pieces: Sequence[Piece]
+) -> str | None:
     found = audit.templates.values()
     try:
         encoder.check(
@@ -70,8 +79,8 @@ def _check(encoder: InstructionEncoder, audit: TargetAudit, pieces: Sequence[Pie
             first_piece=lambda: next(iter(pieces), None),
         )
     except DataError as error:
-        number = count(audit.num_rows, "row")
-        raise DataError(f"{error} (told by {number}, before the others are encoded)") from None
+        return str(error)
+    return None
 
 
 def _some_rows(shards: Sequence[Shard], reading: Reading) -> tuple[list[Piece], bool]:

@@ -58,6 +58,9 @@ class Part(msgspec.Struct, frozen=True, kw_only=True):
     skipped_documents: int
     cut_documents: int = 0
     filtered_documents: dict[str, int] = {}
+    has_context: bool = True
+    """Whether some token of a row is not asked for by the loss; the tokens that start and end
+    documents do not count."""
 
 
 class Job(msgspec.Struct, frozen=True):
@@ -189,6 +192,7 @@ def encode_shard(job: Job, setup: PartsSetup, encoder: Encoder, *, threads: int 
             for split in SPLITS
         }
         documents = HashedFile(unfinished / DOCUMENTS_NAME) if reading.with_digests else None
+        has_context = False
         for batch in batches(read_shard(job.shard, reading, counts), threads):
             taken: dict[Split, list[tuple[Piece, Encoded]]] = {split: [] for split in SPLITS}
             records = []
@@ -198,6 +202,7 @@ def encode_shard(job: Job, setup: PartsSetup, encoder: Encoder, *, threads: int 
                     continue
                 split = split_of(piece, setup.config.validation_fraction)
                 taken[split].append((piece, encoded))
+                has_context |= encoded.is_target is not None and not encoded.is_target.all()
                 if piece.starts:
                     digest = divmod(piece.digest, 1 << 64)
                     num_bytes = piece.num_bytes if piece.row is None else 0
@@ -215,6 +220,7 @@ def encode_shard(job: Job, setup: PartsSetup, encoder: Encoder, *, threads: int 
             skipped_documents=counts.skipped_documents,
             cut_documents=counts.cut_documents,
             filtered_documents=counts.filtered_documents,
+            has_context=bool(has_context),
         )
         write_json_atomic(unfinished / _PART_NAME, part, sync=False)
         if folder.exists():

@@ -211,7 +211,7 @@ def _build(
     if setup.has_mask:
         encoder = make_encoder(setup, tokenizer)
         assert isinstance(encoder, InstructionEncoder)
-        audit = audit_rows(encoder, plan.shards, setup.reading)
+        audit = audit_rows(encoder, plan.shards, setup.reading, note)
         for line in audit.lines():
             note(line)
     jobs = [Job(index, shard, _shard_key(shard, plan)) for index, shard in enumerate(plan.shards)]
@@ -283,9 +283,11 @@ def _join(
         # Data whose loss asks for nothing, or for every token, was misread.
         encoder = make_encoder(setup, tokenizer)
         assert isinstance(encoder, InstructionEncoder)
+        num_targets = sum(info.num_targets or 0 for info in splits.values())
+        has_context = any(part.has_context for part in parts)
         encoder.check(
-            num_tokens=sum(info.num_tokens for info in splits.values()),
-            num_targets=sum(info.num_targets or 0 for info in splits.values()),
+            num_tokens=sum(i.num_tokens for i in splits.values()) if has_context else num_targets,
+            num_targets=num_targets,
             filtered=filtered,
             first_piece=lambda: next(
                 (p for shard in plan.shards for p in read_shard(shard, setup.reading, Counts())),

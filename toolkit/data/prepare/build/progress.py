@@ -55,9 +55,12 @@ def encoding(
 def summary(prepared: PreparedDataset, seconds: float) -> Iterator[str]:
     """What was made, line by line."""
     manifest = prepared.manifest
+    # The only split may be of text that is evaluated and never trained on.
+    filled = {split: info for split, info in manifest.splits.items() if info.num_tokens}
     counts = ", ".join(
-        f"{split} {count(info.num_tokens, 'token')} in {count(info.num_documents, 'document')}"
-        for split, info in manifest.splits.items()
+        f"{f'{split} ' if len(filled) > 1 else ''}{count(info.num_tokens, 'token')} in "
+        f"{count(info.num_documents, 'document')}"
+        for split, info in (filled or manifest.splits).items()
     )
     yield f"prepared {prepared.folder}: {counts}; {seconds:.1f} s"
     asked = [(info.num_targets or 0, info.num_tokens) for info in manifest.splits.values()]
