@@ -94,7 +94,7 @@ def measure(folder: Path, rounds: int, megabytes: int, cores: list[int]) -> None
     )  # fmt: skip
     step = stepper(run.path(RUN_FILES.train_metrics))
     train(step)
-    ratios, shares, sent = [], [], []
+    beside, alone, shares, sent = [], [], [], []
     for number in range(rounds):
         url = f"s3://bucket/run{number}"
         mirror = Mirror(url, run.folder, Retention(), wait_seconds=600)
@@ -106,21 +106,23 @@ def measure(folder: Path, rounds: int, megabytes: int, cores: list[int]) -> None
         times.cpu_affinity(cores)
         turns, seconds, before = 0, 0.0, sum(times.cpu_times()[:2])
         while not there.exists(".metadata.json"):
-            beside = train(step)
+            beside.append(train(step))
             process.send_signal(signal.SIGSTOP)
-            alone = train(step)
+            alone.append(train(step))
             process.send_signal(signal.SIGCONT)
-            ratios.append(beside / alone)
-            turns, seconds = turns + 1, seconds + beside
+            turns, seconds = turns + 1, seconds + beside[-1]
         shares.append((sum(times.cpu_times()[:2]) - before) / seconds)
         sent.append(megabytes / seconds)
         mirror.close()
         RemoteFolder(url).remove(first="lease.json")
         print(f"{turns} turns, {seconds:.1f} s: share {shares[-1]:.3f}", flush=True)
     run.close("finished")
+    ratios = [one / other for one, other in zip(beside, alone, strict=True)]
     table = Table("", "median", "middle half")
     low, median, high = statistics.quantiles(ratios, n=4)
     table.add_row(f"ratio ({len(ratios)} turns)", f"{median:.4f}", f"{low:.4f} to {high:.4f}")
+    quiet = [statistics.quantiles(turns, n=4)[0] for turns in (beside, alone)]
+    table.add_row("ratio of the undisturbed quarter", f"{quiet[0] / quiet[1]:.4f}", "")
     table.add_row("CPU of the mirror", f"{statistics.median(shares):.4f}", "")
     table.add_row("upload, MB/s", f"{statistics.median(sent):.0f}", "")
     Console().print(table)

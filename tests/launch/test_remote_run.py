@@ -192,6 +192,12 @@ def test_a_full_disk_is_one_line(
     assert line.endswith("No space left on device: free some space there")
 
 
+def test_a_work_dir_that_is_a_file_is_one_line(url: str, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(RunError, match=r"cannot write there .*name another folder with --work-dir"):
+        local_copy(url, str(tmp_path / "file"))
+
+
 def test_names_that_lead_out_of_the_folder_are_refused(tmp_path: Path) -> None:
     url = f"file://{tmp_path}/store/run"
     write_run(tmp_path / "store" / "run", 1)

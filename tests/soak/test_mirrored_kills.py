@@ -32,6 +32,7 @@ class MirroredTorture:
 
     def __init__(self, folder: Path, *, seed: int) -> None:
         self._folder, self._random = folder, random.Random(seed)
+        folder.mkdir(parents=True)
         self._config = write_config(folder)
         self._store = folder / "store" / "run"
         self.url = f"file://{self._store}"

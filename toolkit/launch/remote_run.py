@@ -242,7 +242,7 @@ def _one_at_a_time(folder: Path) -> Iterator[None]:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with locked(folder.with_name(f".{folder.name}.lock")):
             yield
-    except PermissionError as error:
+    except (PermissionError, NotADirectoryError, FileExistsError) as error:
         raise RunError(
             f"{error.filename or folder}: cannot write there ({error.strerror}); name another "
             "folder with --work-dir"

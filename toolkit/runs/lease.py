@@ -77,8 +77,9 @@ class Lease:
         """
         while not self._folder.create(LEASE_FILE, encode_json(self.info)):
             holder = self._read()
-            if holder is None:
-                continue  # given back just now
+            if holder is None:  # given back just now
+                time.sleep(0.1)
+                continue
             if holder.token == self.info.token:
                 return  # an answer that was lost
             is_dead = holder.is_here and not is_running(holder, young=True)
