@@ -1,7 +1,6 @@
 """`kill -9` of a mirrored run at random moments: an empty machine goes on from the URL alone, and
 the run ends as if undisturbed, with all of its metrics."""
 
-import os
 import random
 import signal
 import time
@@ -43,11 +42,12 @@ class MirroredTorture:
         """To the end, killed up to `kills` times; how often it was."""
         for number in range(kills):
             process = self._start()
-            is_killed = self._await_moment(process)
-            os.kill(process.pid or 0, signal.SIGKILL)
+            self._await_moment(process)
+            process.kill()
             process.join()
             self.check_store()
-            if not is_killed:
+            if process.exitcode != -signal.SIGKILL:
+                assert process.exitcode == 0, self._log.read_text()[-4000:]
                 return number
         process = self._start()
         process.join()
@@ -76,8 +76,8 @@ class MirroredTorture:
         process.start()
         return process
 
-    def _await_moment(self, process) -> bool:  # type: ignore[no-untyped-def]
-        """Mostly soon after a checkpoint has come, or begun to come; False: the run ended first."""
+    def _await_moment(self, process) -> None:  # type: ignore[no-untyped-def]
+        """Mostly soon after a checkpoint has come, or begun to come."""
         before = len(list(self._store.glob("checkpoints/*/*")))
         deadline = time.monotonic() + 60
         if self._random.random() < 0.2:
@@ -90,7 +90,6 @@ class MirroredTorture:
                 time.sleep(self._random.uniform(0.0, 0.1))
                 break
             time.sleep(0.001)
-        return process.exitcode is None
 
 
 def soak(folder: Path, *, kills: int, seed: int) -> int:

@@ -33,12 +33,11 @@ def continued(url: str, machine: str, data: str) -> Any:
     return cli.run([*words, "--trainer.hard_stop=null"])
 
 
-@pytest.mark.parametrize("store", ["s3", "file"])
 def test_an_empty_machine_goes_on_from_the_url_bit_for_bit(
-    store: str, workers: WorkerPool, undisturbed: tuple[Path, Path], s3: S3Server, tmp_path: Path
+    workers: WorkerPool, undisturbed: tuple[Path, Path], s3: S3Server, tmp_path: Path
 ) -> None:
     expected, data = undisturbed
-    url = f"s3://{BUCKET}/{tmp_path.name}/run" if store == "s3" else f"file://{tmp_path}/store/run"
+    url = f"s3://{BUCKET}/{tmp_path.name}/run"
     stop = "--trainer.hard_stop={value: 7, unit: steps}"
     flags = at(tmp_path / "one", stop)
     assert workers.run(1, run, url, str(data), *flags, environ=s3.environ) == [(0, "")]
