@@ -106,6 +106,9 @@ def test_the_end_gives_up_in_time_and_says_how_to_go_on(
         mirror.close()
         assert time.monotonic() - started < 10
     assert f"`toolkit runs push {run.folder}`" in caplog.text
+    mirror._listener.join(10)
+    assert not mirror._listener.is_alive()
+    assert "started again" not in caplog.text
     run.close("finished")
     RemoteFolder(url).delete([LEASE_FILE])  # that the store did not take back
     lines: list[str] = []

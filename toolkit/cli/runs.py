@@ -15,7 +15,6 @@ from toolkit.cli.printing import (
     print_table,
 )
 from toolkit.errors import EXIT_DONE, EXIT_FAILED, ConfigError
-from toolkit.storage.remote import is_url
 from toolkit.wording import count, prefixed
 
 if TYPE_CHECKING:
@@ -250,7 +249,7 @@ def batch(
     if len(steps) != 1:
         raise ConfigError(f"which step? Give one: toolkit batch {run_dir} STEP")
     folder = commands.runs.folder_of(run_dir, checkpoints=False)
-    saved_in = run_dir if is_url(run_dir) else None
+    saved_in = commands.runs.url_of_run(run_dir)
     found = commands.batch.step_batch(folder, steps.pop(), show=show, saved_in=saved_in)
     if json:
         print_json(found)

@@ -18,7 +18,6 @@ from toolkit.cli.options import (
 )
 from toolkit.cli.printing import prepared_text
 from toolkit.errors import EXIT_BAD_INPUT, EXIT_DONE, ConfigError
-from toolkit.storage.remote import is_url
 
 
 def train(
@@ -109,8 +108,8 @@ def resume(
     """
     word, flags = commands.load.split_words(run_dir, overrides, "RUN_DIR")
     folder = commands.runs.folder_of(word, work_dir)
-    if is_url(word):  # which is where it goes on, wherever it was written before
-        flags = [f"--run.mirror={commands.runs.url_of_run(word)}", *flags]
+    if (url := commands.runs.url_of_run(word)) is not None:
+        flags = [f"--run.mirror={url}", *flags]  # wherever it was written before
     if not explain:
         return commands.train.resume(folder, flags, debug=bool(context.obj))
     explanation = commands.explain.explain_resume(folder, flags, os.environ)

@@ -27,9 +27,9 @@ def folder_of(text: str, work_dir: str | None = None, *, checkpoints: bool = Tru
     return Path(find_named(text))
 
 
-def url_of_run(text: str) -> str:
-    """The run that a URL, of it or of one of its checkpoints, leads to."""
-    return run_and_step(text)[0]
+def url_of_run(text: str) -> str | None:
+    """The run that a URL, of it or of one of its checkpoints, leads to; None for other words."""
+    return run_and_step(text)[0] if is_url(text) else None
 
 
 def list_all(root: str, registry_url: str | None) -> list[RunRecord]:

@@ -61,6 +61,7 @@ class Mirror:
         self._turn = threading.Lock()
         self._closing = threading.Event()
         self._is_done = False
+        self._has_given_up = False
         self._replaced: RunError | None = None
         self._listener = Thread(target=self._keep_process, name="mirror", daemon=True)
 
@@ -115,6 +116,7 @@ class Mirror:
         if self._listener.ident is not None:
             # A run that never began has nothing to send.
             self._listener.join(self._wait_seconds if self._run else _SECONDS_TO_DIE)
+        self._has_given_up = True
         if self._process is not None and self._process.poll() is None:
             with contextlib.suppress(OSError):
                 os.killpg(self._process.pid, signal.SIGKILL)
@@ -145,13 +147,20 @@ class Mirror:
                 self._hear(*line.decode(errors="replace").rstrip().partition(" ")[::2])
             process.wait()
             is_ending = self._closing.is_set()
-            if self._is_done or self._replaced or (is_ending and not (may_die and self._run)):
+            if (
+                self._is_done
+                or self._has_given_up
+                or self._replaced
+                or (is_ending and not (may_die and self._run))
+            ):
                 return
             may_die = not is_ending  # perhaps before it heard that this is the end
             log.warning(
                 "%s: the process that copies the run has ended; it is started again", self.url
             )
             self._closing.wait(_RESTART_SECONDS)
+            if self._has_given_up:
+                return
 
     def _start_process(self) -> subprocess.Popen[bytes]:
         source = str(Path(toolkit.__file__).parent.parent)
