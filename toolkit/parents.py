@@ -15,7 +15,7 @@ PARENT = os.getppid()
 _LAUNCHER_VARIABLES = ("WORLD_SIZE", "ACCELERATE_MIXED_PRECISION")
 _SIZES = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE", "PMI_SIZE")
 """Variables of launchers that set no WORLD_SIZE; a shell within a job has them too, for one."""
-_OF_ONE_PROCESS = ("TORCHELASTIC_RUN_ID", "TOOLKIT_STORE_FILE", "CROSS_RANK")
+_OF_ONE_PROCESS = ("TORCHELASTIC_RUN_ID", "TOOLKIT_LAUNCH_FOLDER", "CROSS_RANK")
 """Variables that launchers give to the processes of a run and nothing else."""
 _OF_JOBS = ("SLURM_PROCID", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
 _LAUNCHERS = frozenset(

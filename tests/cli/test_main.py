@@ -65,6 +65,13 @@ def python(*args: str, **environ: str) -> subprocess.CompletedProcess[str]:
         ("train smoke --dry-run --train_module.optim.lrr=1",
          "train_module.optim.lrr: no such field; did you mean 'lr'?"),
         ("recipes show smok", "smok: no such recipe; did you mean 'smoke'?"),
+        ("recipes copy fdsp.yaml", "fdsp.yaml: no such recipe; did you mean 'fsdp.yaml'?"),
+        ("train smoke --processes 10000", "--processes 10000: this machine has "),
+        ("train smoke --processes 2 --engine single", "--engine asks for the engine single"),
+        ("train smoke --processes 2 --engine fsdp --train_module.dp_config.name=zero2",
+         "two engines asked for: --engine says fsdp, train_module.dp_config says zero2"),
+        ("train smoke --head h", "--head belongs to --nodes M"),
+        ("verify . --processes 2", "--processes and --engine belong to --replay N"),
         ("prepare nope.json", "nope.json: no such file; recipes: "),
     ],
 )  # fmt: skip
@@ -123,6 +130,17 @@ def test_an_error_of_another_rank_alone_is_shown_with_its_rank(
     launched(monkeypatch, rank=8, world_size=16)
     assert cli.run(["train", "smoke"]) == 2
     assert capsys.readouterr().err == "error: [rank 8, node1] rank8.pt: damaged\n"
+
+
+def test_who_starts_processes_is_one_of_each_machine_whatever_srun_says(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
+    monkeypatch.setenv("SLURM_PROCID", "3")
+    words = ["train", "smoke", "--processes", "2", "--engine", "fsdp", "--dry-run"]
+    assert cli.run(words) == 0
+    assert "engine      fsdp, 2 processes, from --engine" in capsys.readouterr().out
+    assert not {"WORLD_SIZE", "TOOLKIT_ENGINE"} & set(os.environ)
 
 
 def test_a_rank_whose_launcher_is_not_there_is_not_silent(

@@ -20,7 +20,9 @@ def output(capsys: pytest.CaptureFixture[str], *args: str) -> str:
 
 
 def test_recipes_lists_all_with_size_and_needs(capsys: pytest.CaptureFixture[str]) -> None:
-    header, *rows = output(capsys, "recipes").splitlines()
+    header, *rows, _, files = output(capsys, "recipes").splitlines()
+    assert files.startswith("for `accelerate launch --config_file`")
+    assert "fsdp.yaml" in files
     assert header.split() == ["recipe", "parameters", "sequence", "needs", "what", "for"]
     cells = {row.split()[0]: row.split()[1:4] for row in rows}
     assert set(cells) == set(recipe_names())
@@ -34,6 +36,13 @@ def test_recipes_show_and_copy_give_the_file_itself(
     assert output(capsys, "recipes", "show", "smoke") == recipe_text("smoke")
     assert output(capsys, "recipes", "copy", "smoke", "mine.json").startswith("mine.json: edit it")
     assert (tmp_path / "mine.json").read_text() == recipe_text("smoke")
+    said = output(capsys, "recipes", "copy", "fsdp.yaml")
+    assert said == (
+        "fsdp.yaml: `accelerate launch --config_file fsdp.yaml -m toolkit train CONFIG`\n"
+    )
+    assert (tmp_path / "fsdp.yaml").read_text() == recipe_text("fsdp.yaml")
+    assert output(capsys, "recipes", "copy", "smoke.json").startswith("smoke.json: edit it")
+    assert str(tmp_path / "zero2.json") in output(capsys, "recipes", "copy", "zero2.json")
 
 
 def test_schema_describes_fields_and_presets(capsys: pytest.CaptureFixture[str]) -> None:

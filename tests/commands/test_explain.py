@@ -104,6 +104,15 @@ def test_a_launcher_decides_the_engine(run: Path, config: ExperimentConfig) -> N
     assert rows["engine"][0] == "saved by fsdp x 1, goes on with zero1 x 2 in fp32"
 
 
+def test_processes_and_engine_can_be_asked_for(
+    run: Path, config: ExperimentConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save(run, config, 10)
+    words = ["resume", "--explain", str(run), "--processes", "2", "--engine", "zero1"]
+    assert cli.run(words) == 0
+    assert "goes on with zero1 x 2 in " in capsys.readouterr().out
+
+
 def test_damaged_newer_checkpoints_are_skipped_with_the_reason(
     run: Path, config: ExperimentConfig
 ) -> None:

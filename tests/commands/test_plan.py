@@ -41,7 +41,7 @@ def test_it_needs_no_torch() -> None:
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    assert "torchrun --nproc-per-node=8 -m toolkit train llama3_8B" in result.stdout
+    assert "toolkit train llama3_8B --processes 8" in result.stdout
 
 
 def test_flops_of_a_step_are_those_of_its_tokens() -> None:

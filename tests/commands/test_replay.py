@@ -10,16 +10,19 @@ import torch
 
 from toolkit.checkpoint.commit import save_checkpoint
 from toolkit.commands.receipt import BIT_FOR_BIT, compare, relative_difference
-from toolkit.commands.replay import plan_replay, replay_config
+from toolkit.commands.replay import plan_replay, replay_config, replay_steps
 from toolkit.data.config import FilesSourceConfig
 from toolkit.data.prepare.build.prepare import prepare_dataset
 from toolkit.distributed.config import DataParallelConfig
 from toolkit.distributed.layout import Layout, resolve_layout
+from toolkit.distributed.ranks import ENGINE
 from toolkit.errors import ConfigError, DataError, RunError
+from toolkit.experiment import run as running
 from toolkit.experiment.config import ExperimentConfig
 from toolkit.experiment.load import load_experiment
 from toolkit.experiment.recorded import metadata_of_attempt
 from toolkit.experiment.training import describe_engine
+from toolkit.launch.plan import LaunchPlan
 from toolkit.runs.files import RUN_FILES
 from toolkit.runs.manager import RunManager
 from toolkit.train.callbacks.config import CallbacksConfig
@@ -129,6 +132,25 @@ def test_a_step_folder_stands_for_its_run_and_step(run: Path, tmp_path: Path) ->
     (tmp_path / "data").rename(tmp_path / "moved")
     with pytest.raises(DataError, match="prepared data is not there"):
         plan_replay(run, 1)
+
+
+def test_a_replay_starts_the_processes_that_are_asked_for_else_as_many_as_there_were(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[Any] = []
+
+    def launch(command: list[str], processes: int, **more: Any) -> int:
+        started.append((command[3:], processes, more["verb"], more["folder"]))
+        return 7
+
+    monkeypatch.setattr(running, "launch", launch)
+    words = ["verify", str(run), "--replay", "2", "--step", "15"]
+    assert replay_steps(run, 2) == 7
+    assert replay_steps(run, 2, asked=LaunchPlan(4)) == 7
+    assert started == [(words, 2, "verify", run), (words, 4, "verify", run)]
+    monkeypatch.setenv(ENGINE, "hsdp")
+    with pytest.raises(ConfigError, match="hsdp mesh num_replicas 2 x shard_degree 1 does not fit"):
+        replay_steps(run, 2, asked=LaunchPlan(3))
 
 
 def test_a_replay_writes_nothing_but_its_own_steps(run: Path, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from toolkit.distributed.ranks import adopt_ranks
 from toolkit.distributed.tuning import set_defaults
 from toolkit.errors import ConfigError
 from toolkit.experiment.resuming import processes_here
+from toolkit.launch import capacity
 from toolkit.train.telling import resume_promise
 
 PDSH = {"RANK": "11", "WORLD_SIZE": "16", "LOCAL_RANK": "3", "LOCAL_SIZE": "8"}
@@ -142,6 +143,7 @@ def test_a_device_that_is_named_becomes_the_current_one(
 
 def test_a_run_on_the_cpu_counts_no_gpus(gpus: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     gpus(2)
+    monkeypatch.setattr(capacity, "_may_have_gpus", lambda _: usable_gpus() > 0)
     assert (usable_gpus(), processes_here(4)) == (2, 2)
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     assert (usable_gpus(), processes_here(4)) == (0, 4)

@@ -15,6 +15,7 @@ from toolkit.distributed.config import (
 )
 from toolkit.distributed.launcher import offloads
 from toolkit.distributed.layout import Layout, resolve_layout
+from toolkit.distributed.ranks import ENGINE
 from toolkit.errors import ConfigError
 
 CPU = {"device": "cpu"}
@@ -231,10 +232,35 @@ def test_a_deepspeed_config_that_is_not_there_says_where_it_was_looked_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    environ = ZERO3 | {"ACCELERATE_DEEPSPEED_CONFIG_FILE": "ds_configs/zero3.json"}
-    message = f"there is no ds_configs/zero3.json in {tmp_path}; .*--deepspeed_config_file"
+    environ = ZERO3 | {"ACCELERATE_DEEPSPEED_CONFIG_FILE": "ds_configs/mine.json"}
+    message = f"there is no ds_configs/mine.json in {tmp_path}; .*--deepspeed_config_file"
     with pytest.raises(ConfigError, match=message):
         resolve(environ)
+
+
+def test_the_deepspeed_configs_that_come_along_are_found_from_any_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    environ = ZERO3 | {"ACCELERATE_DEEPSPEED_CONFIG_FILE": "ds_configs/zero3_offload.json"}
+    assert offloads(resolve(environ).dp_config)
+    own = tmp_path / "ds_configs" / "zero3_offload.json"
+    own.parent.mkdir()
+    own.write_text('{"zero_optimization": {"stage": 3}}')
+    assert not offloads(resolve(environ).dp_config)
+
+
+def test_engine_is_a_launchers_word() -> None:
+    two = {"WORLD_SIZE": "2", ENGINE: "fsdp"}
+    layout = resolve(two, "fsdp", cpu_offload=True)
+    assert (layout.name, layout.origin, layout.dp_config.cpu_offload) == ("fsdp", "--engine", True)
+    with pytest.raises(ConfigError, match=r"--engine says fsdp, train_module\.dp_config says ddp"):
+        resolve(two, "ddp")
+    with pytest.raises(ConfigError, match=r"launch \(DeepSpeed\) says zero3, --engine says fsdp"):
+        resolve(ZERO3 | {ENGINE: "fsdp"})
+    assert resolve(ZERO3 | {ENGINE: "zero3"}).zero_stage == 3
+    with pytest.raises(ConfigError, match="TOOLKIT_ENGINE='fdsp' in the environment is no engine"):
+        resolve({ENGINE: "fdsp"})
 
 
 def test_settings_of_both_sides_add_up() -> None:

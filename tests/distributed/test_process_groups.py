@@ -19,6 +19,8 @@ from toolkit import signals
 from toolkit.distributed import process_groups
 from toolkit.distributed.process_groups import agree_on_round, elastic_store, open_store
 from toolkit.distributed.ranks import (
+    LAUNCH_FOLDER,
+    STORE_FD,
     STORE_FILE,
     check_launcher_variables,
     is_one_machine,
@@ -163,6 +165,25 @@ def test_ranks_that_come_late_meet_and_those_that_do_not_are_told(
     assert f"rank 1: waiting for rank 0 at 127.0.0.1:{port} (WORLD_SIZE=2" in (
         capsys.readouterr().err
     )
+
+
+def test_rank_0_keeps_the_store_on_the_socket_of_its_launcher() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as launcher:
+        where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(launcher.getsockname()[1])}
+        own = where | {STORE_FD: str(launcher.fileno()), LAUNCH_FOLDER: "/x"}
+        before = listening(psutil.Process())
+        stores: dict[int, Any] = {}
+
+        def come() -> None:
+            stores[0] = open_store(0, 2, TIMEOUT, own)
+
+        first = threading.Thread(target=come)
+        first.start()
+        second = open_store(1, 2, TIMEOUT, where)
+        first.join(20)
+        second.set("a", "b")
+        assert stores[0].get("a") == b"b"
+        assert listening(psutil.Process()) == before
 
 
 def test_a_port_that_is_taken_is_named() -> None:

@@ -130,7 +130,8 @@ def test_two_engines_asked_for_are_both_named(place: Path) -> None:
     assert result.code != 0
     assert result.errors == [
         "error: two engines asked for: accelerate launch (FSDP) says fsdp, train_module.dp_config "
-        "says zero2; remove train_module.dp_config or launch with accelerate_configs/zero2.yaml"
+        "says zero2; remove train_module.dp_config or launch with zero2.yaml (`toolkit recipes "
+        "copy zero2.yaml`)"
     ]
 
 

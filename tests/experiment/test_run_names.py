@@ -1,7 +1,9 @@
 """How a run is named on the command line, and which checkpoint of it is continued from."""
 
 import shutil
+import sys
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -9,10 +11,13 @@ import torch
 
 from toolkit.checkpoint.commit import save_checkpoint
 from toolkit.cli import main as cli
-from toolkit.errors import CheckpointError, RunError
-from toolkit.experiment import resuming
+from toolkit.distributed.ranks import ENGINE
+from toolkit.errors import CheckpointError, ConfigError, RunError
+from toolkit.experiment import run as running
 from toolkit.experiment.load import load_experiment
 from toolkit.experiment.resuming import plan_resume, processes_here
+from toolkit.launch import capacity
+from toolkit.launch.plan import LaunchPlan
 from toolkit.runs.files import RUN_FILES
 from toolkit.runs.manager import RunManager
 from toolkit.runs.registry import find_named
@@ -94,11 +99,26 @@ def test_a_step_folder_is_its_run_where_nothing_newer_is_whole(tmp_path: Path) -
         plan_resume(step10, (), {})
 
 
+def test_a_resume_starts_what_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[Any] = []
+    monkeypatch.setattr(running, "launch", lambda *a, **more: started.append((*a, more["folder"])))
+    monkeypatch.setattr(capacity, "_free_memory", lambda: 1 << 40)
+    folder = make(tmp_path, "a", "b")
+    for number in (2, 4):
+        running.resume(folder, ["--seed=3"], asked=LaunchPlan(number), debug=True)
+    command = [sys.executable, *("-m", "toolkit", "resume"), str(folder), "--seed=3", "--debug"]
+    assert started == [(command, 2, folder), (command, 4, folder)]
+    monkeypatch.setenv(ENGINE, "single")
+    with pytest.raises(ConfigError, match="--engine asks for the engine single, but the launcher"):
+        running.resume(folder, asked=LaunchPlan(2))
+
+
 def test_the_number_of_processes_is_bounded_by_the_machine(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(resuming.os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(capacity.os, "sched_getaffinity", lambda _: {0, 1})
+    monkeypatch.setattr(capacity, "_free_memory", lambda: 1 << 40)
     assert processes_here(32) == 32
     folder = make(tmp_path, "a", "b")
     status = msgspec.json.decode((folder / RUN_FILES.status).read_bytes())

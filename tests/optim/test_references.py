@@ -222,9 +222,13 @@ def test_moments_of_8_bits_take_a_quarter_of_the_memory_and_steps_are_close_to_a
             optimizer.step()
         return weight.detach(), optimizer.state[weight]
 
-    with mock.patch.object(torch, "compile", lambda function, **_: function):
+    with (
+        mock.patch.object(torch, "compile", lambda function, **_: function),
+        mock.patch("toolkit.optim.adamw_8bit.log.info") as said,
+    ):
         found, state = train(AdamW8bitConfig(lr=1e-2), 8192)
         small, whole = train(AdamW8bitConfig(lr=1e-2), 2048)
+    assert "the first step compiles" in said.call_args.args[0]  # minutes, else in silence
     expected, moments = train(AdamWConfig(lr=1e-2), 8192)
     assert state["exp_avg"].codes.dtype == torch.uint8
     assert state["exp_avg"].scale.numel() == 8192 // 256

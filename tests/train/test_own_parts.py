@@ -423,6 +423,9 @@ def in_python(place: str) -> list[Any]:
         assert (
             log.count(" parameters on 1 process, ") == log.count(f"): {run.folder}\n") == len(found)
         )
+        (group,) = json.loads(run.path("metadata/optimizer_groups.json").read_text())
+        assert group["num_parameters"] == trainer.state.train_module.num_parameters
+        assert group["override"] is None
         assert f"done at step {steps}; everything is in {run.folder}" in log
         assert f"checkpoint: {run.folder}/checkpoints/step{steps}" in log
         names = list(trainer.callbacks)

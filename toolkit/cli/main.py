@@ -17,9 +17,9 @@ import typer
 
 from toolkit import __version__, signals
 from toolkit.cli import data, generate, models, plan, recipes, runs, schedule, stop_leaving, train
-from toolkit.cli.options import OVERRIDABLE, option
+from toolkit.cli.options import OVERRIDABLE, Invocation, option
 from toolkit.cli.output import has_lost_reader, open_missing_streams, outlive_readers
-from toolkit.distributed.ranks import adopt_ranks
+from toolkit.distributed.ranks import ENGINE, LAUNCH_FOLDER, adopt_ranks
 from toolkit.distributed.tuning import set_defaults
 from toolkit.errors import (
     EXIT_BAD_INPUT,
@@ -109,8 +109,7 @@ def _toolkit(
     \b
     Examples:
       toolkit train quickstart
-      accelerate launch --config_file accelerate_configs/fsdp.yaml --num_processes 2 \\
-          toolkit train quickstart --train_module.optim.lr=2e-3
+      toolkit train quickstart --processes 2 --engine fsdp --train_module.optim.lr=2e-3
       toolkit train my.json --dry-run
     """
 
@@ -142,7 +141,7 @@ def main() -> None:
 def _wait_for_kernels() -> None:
     """Have an error of a CUDA kernel point to the line that launched it. Before torch is there."""
     mode = os.environ.setdefault("CUDA_LAUNCH_BLOCKING", "1")
-    if os.environ.get("RANK", "0") == "0" and "TOOLKIT_STORE_FILE" not in os.environ:
+    if os.environ.get("RANK", "0") == "0" and LAUNCH_FOLDER not in os.environ:
         typer.echo(
             f"--debug: CUDA_LAUNCH_BLOCKING={mode} in every process"
             + (": GPU kernels run one at a time, which is slow" if mode == "1" else ""),
@@ -152,6 +151,16 @@ def _wait_for_kernels() -> None:
 
 def run(args: Sequence[str]) -> int:
     """Run one command line and return its exit code; every error ends here."""
+    engine = os.environ.get(ENGINE)
+    try:
+        return _run(args)
+    finally:  # `--engine` of this command line is not that of the next one
+        os.environ.pop(ENGINE, None)
+        if engine is not None:
+            os.environ[ENGINE] = engine
+
+
+def _run(args: Sequence[str]) -> int:
     debug = "--debug" in args
     words = [word for word in args if word != "--debug"] or ["--help"]
     if words == ["--version"]:
@@ -162,8 +171,12 @@ def run(args: Sequence[str]) -> int:
         message = f"no such command: {words[0]}; type: {command}"
         return _report(message, EXIT_BAD_INPUT, debug=debug)
     try:
-        adopt_ranks(os.environ)
-        result = app(words, prog_name="toolkit", standalone_mode=False, obj=debug)
+        # Who starts processes itself is one process of each machine, whatever `srun` says.
+        if not any(word.partition("=")[0] == "--processes" for word in words):
+            adopt_ranks(os.environ)
+        result = app(
+            words, prog_name="toolkit", standalone_mode=False, obj=Invocation(tuple(words), debug)
+        )
         sys.stdout.flush()
         asked = signals.asked()
         if result == EXIT_INTERRUPTED and asked is not None:  # typer's word for all of them

@@ -1,8 +1,18 @@
 """Options that several verbs share, and the words they take."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import typer
+
+from toolkit.distributed.engines import EngineName
+
+
+class Invocation(NamedTuple):
+    """What every verb finds in `context.obj`."""
+
+    words: tuple[str, ...]
+    """The command line without --debug."""
+    debug: bool
 
 
 def option(help: str, *names: str, shown: str | bool = True, **more: Any) -> Any:
@@ -40,6 +50,48 @@ Averages = Annotated[
 TokenizerFolder = Annotated[str | None, option("Tokenizer.", shown="the model's", metavar="FOLDER")]
 Device = Annotated[str | None, option("cpu, cuda, cuda:1, ...", shown="a GPU if there is one")]
 ComputeType = Literal["fp32", "bf16"]
+Processes = Annotated[
+    int | None,
+    option(
+        "Start N processes on this machine: one for each GPU.",
+        shown=False,
+        metavar="N",
+        min=1,
+    ),
+]
+Engine = Annotated[
+    EngineName | None,
+    option("How processes share the model (train_module.dp_config).", shown=False),
+]
+NumNodes = Annotated[
+    int | None,
+    option(
+        "Machines of the run; give the same command on each, with --node-rank.",
+        "--nodes",
+        shown="this one alone",
+        metavar="M",
+        min=1,
+    ),
+]
+NodeRank = Annotated[
+    int | None, option("Number of this machine; 0 is the head.", shown=False, metavar="R", min=0)
+]
+Head = Annotated[
+    str | None,
+    option("Where node 0 listens. Default port: 29500.", shown=False, metavar="HOST[:PORT]"),
+]
+Interface = Annotated[
+    str | None,
+    option(
+        "Network interface of this machine to listen on.",
+        shown="the one that has, or reaches, HOST",
+        metavar="NAME",
+    ),
+]
+JoinTimeout = Annotated[
+    str | None,
+    option("How long machines wait for each other.", shown="10m", metavar="TIME"),
+]
 Json = Annotated[bool, option("Everything as one JSON object.", "--json")]
 OVERRIDABLE = {"ignore_unknown_options": True}
 """Context settings of verbs that take `--PATH=VALUE`."""

@@ -10,7 +10,9 @@ from toolkit.cli.options import argument
 from toolkit.cli.printing import print_table
 
 app = typer.Typer(invoke_without_command=True, rich_markup_mode=None)
-RecipeName = Annotated[str, argument("Name of a recipe.", metavar="NAME")]
+RecipeName = Annotated[
+    str, argument("A recipe, or a file of a launcher such as fsdp.yaml.", metavar="NAME")
+]
 
 
 @app.callback()
@@ -50,16 +52,21 @@ def list_recipes() -> None:
         ],
         right=["parameters", "sequence"],
     )
+    typer.echo(
+        f"\nfor `accelerate launch --config_file`, with `toolkit recipes copy NAME`: "
+        f"{', '.join(commands.recipes.engine_files())}"
+    )
 
 
 @app.command()
 def show(name: RecipeName) -> None:
-    """Print a recipe's JSON.
+    """Print a recipe, or a file of a launcher.
 
     \b
     Examples:
       toolkit recipes show quickstart
       toolkit recipes show llama3_8B > my.json
+      toolkit recipes show fsdp.yaml
     """
     typer.echo(commands.recipes.recipe_text(name), nl=False)
 
@@ -68,7 +75,7 @@ def show(name: RecipeName) -> None:
 def copy(
     name: RecipeName,
     destination: Annotated[
-        str | None, argument("File or folder; default: NAME.json here.", metavar="DEST")
+        str | None, argument("File or folder; default: its own name, here.", metavar="DEST")
     ] = None,
 ) -> None:
     """Copy a recipe, to change it.
@@ -77,9 +84,15 @@ def copy(
     Examples:
       toolkit recipes copy quickstart
       toolkit recipes copy quickstart configs/mine.json
+      toolkit recipes copy fsdp.yaml
     """
     path = commands.recipes.copy_recipe(name, destination or ".")
-    typer.echo(f"{path}: edit it, then `toolkit train {path} --dry-run`")
+    then = f"edit it, then `toolkit train {path} --dry-run`"
+    if name in commands.recipes.engine_files():
+        then = f"`accelerate launch --config_file {path} -m toolkit train CONFIG`"
+        if name.endswith(".json"):
+            then = f"name it in a YAML of ZeRO: `deepspeed_config_file: {path.resolve()}`"
+    typer.echo(f"{path}: {then}")
 
 
 def schema() -> None:

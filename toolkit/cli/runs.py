@@ -5,7 +5,18 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from toolkit import commands
-from toolkit.cli.options import Json, argument, option
+from toolkit.cli.options import (
+    Engine,
+    Head,
+    Interface,
+    JoinTimeout,
+    Json,
+    NodeRank,
+    NumNodes,
+    Processes,
+    argument,
+    option,
+)
 from toolkit.cli.printing import (
     LEGEND,
     cell,
@@ -145,15 +156,23 @@ def verify(
             metavar="S",
         ),
     ] = None,
+    processes: Processes = None,
+    engine: Engine = None,
+    nodes: NumNodes = None,
+    node_rank: NodeRank = None,
+    head: Head = None,
+    interface: Interface = None,
+    join_timeout: JoinTimeout = None,
 ) -> int:
     """Check every checkpoint of a run against its manifest; or run some of its steps again.
 
     A config that the run cannot be resumed with is a fault too.
 
     A replay starts from a checkpoint and computes N steps in a temporary folder, with the recorded
-    engine and number of processes (under a launcher: what that gives). On what the run had, every
-    loss must equal the recorded one bit for bit, else to rounding. The receipt is written to
-    metadata/verify-replay-step{S}.json. Several machines need TMPDIR on a shared file system.
+    engine and number of processes (or those asked for, or what a launcher gives). On what the run
+    had, every loss must equal the recorded one bit for bit, else to rounding. The receipt is
+    written to metadata/verify-replay-step{S}.json. Several machines need TMPDIR on a shared file
+    system.
 
     Exit code 0: all is whole, or equal. 1: it is not.
 
@@ -163,7 +182,12 @@ def verify(
       toolkit verify runs/quickstart/first/checkpoints/step400 --quick
       toolkit verify runs/quickstart/first --replay 10 --step 200
     """
+    asked = commands.launching.planned(
+        engine, processes, nodes, node_rank, head, interface, join_timeout
+    )
     if replay is None:
+        if asked is not None or engine is not None:
+            raise ConfigError("--processes and --engine belong to --replay N")
         if step is not None:
             raise ConfigError("--step belongs to --replay N; or give the step{N} folder itself")
         reports = commands.verify.verify(run_dir, quick=quick)
@@ -173,7 +197,9 @@ def verify(
     if quick:
         raise ConfigError("--quick does not go with --replay; a replay reads the whole checkpoint")
     folder = commands.runs.folder_of(run_dir)
-    outcome = commands.replay.replay_steps(folder, replay, step=step, debug=bool(context.obj))
+    outcome = commands.replay.replay_steps(
+        folder, replay, step=step, asked=asked, debug=context.obj.debug
+    )
     if isinstance(outcome, int):
         return outcome
     _print_receipt(outcome)

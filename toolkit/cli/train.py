@@ -10,7 +10,14 @@ from toolkit.cli.options import (
     Base,
     Config,
     DataRoot,
+    Engine,
+    Head,
+    Interface,
+    JoinTimeout,
+    NodeRank,
+    NumNodes,
     Overrides,
+    Processes,
     SequenceLength,
     WorkDir,
     argument,
@@ -21,6 +28,7 @@ from toolkit.errors import EXIT_BAD_INPUT, EXIT_DONE, ConfigError
 
 
 def train(
+    context: typer.Context,
     config: Config,
     overrides: Overrides = None,
     name: Annotated[str | None, option("Name of the run (run.name).", shown="the time")] = None,
@@ -35,6 +43,13 @@ def train(
     ] = None,
     work_dir: WorkDir = None,
     base: Base = None,
+    processes: Processes = None,
+    engine: Engine = None,
+    nodes: NumNodes = None,
+    node_rank: NodeRank = None,
+    head: Head = None,
+    interface: Interface = None,
+    join_timeout: JoinTimeout = None,
     dry_run: Annotated[
         bool, option("Show the resolved config and what follows; do nothing.", "--dry-run")
     ] = False,
@@ -45,27 +60,35 @@ def train(
     """Train a model from a recipe or a JSON config.
 
     Any config value can be given by its path: --train_module.optim.lr=6e-3, with JSON or YAML
-    values. `toolkit schema` describes all of them. The launcher decides the engine: one process,
-    `accelerate launch --config_file accelerate_configs/X.yaml`, or `torchrun` with
-    --train_module.dp_config.
+    values. `toolkit schema` describes all of them. --processes starts several processes, which
+    run DDP or what --engine says; under `accelerate launch` and `torchrun` leave --processes out.
 
     \b
     Examples:
       toolkit train quickstart --name first --trainer.hard_stop='{value: 20, unit: steps}'
       toolkit train finetune_lora --base models/smollm --name first
       toolkit train my.json --sequence-length 512 --train_module.optim.lr=6e-3 --dry-run
-      accelerate launch --config_file accelerate_configs/zero3.yaml --num_processes 2 \\
-          toolkit train quickstart --save-folder runs/quickstart/zero3
+      toolkit train quickstart --processes 2 --engine zero3 --save-folder runs/quickstart/zero3
+      toolkit train my.json --processes 8 --nodes 2 --node-rank 1 --head node0 --interface eth0
+      accelerate launch -m toolkit train my.json
     """
     if json and not dry_run:
         raise ConfigError("--json belongs to --dry-run; give both to print the resolved config")
+    asked = commands.launching.planned(
+        engine, processes, nodes, node_rank, head, interface, join_timeout
+    )
     loaded = commands.load.load(
         *(config, overrides, base), starts=True, name=name, sequence_length=sequence_length,
         data_root=data_root, save_folder=save_folder, work_dir=work_dir,
     )  # fmt: skip
+    if not dry_run and asked is not None and asked.starts_workers:
+        return commands.train.start_workers(
+            loaded.config, asked, context.obj.words, debug=context.obj.debug
+        )
     if not dry_run:
         return commands.train.train(loaded.config, origins=loaded.origins, stored=loaded.stored)
-    summary = commands.dry_run.summarize(loaded, os.environ)
+    environ = os.environ if asked is None else asked.environ(os.environ)
+    summary = commands.dry_run.summarize(loaded, environ)
     if _is_rank_0():
         typer.echo(loaded.stored.to_json() if json else summary)
     return EXIT_DONE
@@ -84,6 +107,13 @@ def resume(
     work_dir: Annotated[
         str | None, option("Of a run at a URL: where it is on this machine.", metavar="FOLDER")
     ] = None,
+    processes: Processes = None,
+    engine: Engine = None,
+    nodes: NumNodes = None,
+    node_rank: NodeRank = None,
+    head: Head = None,
+    interface: Interface = None,
+    join_timeout: JoinTimeout = None,
     explain: Annotated[
         bool,
         option(
@@ -94,25 +124,28 @@ def resume(
 ) -> int:
     """Continue a run from its newest valid checkpoint, as if nothing had happened.
 
-    Without a launcher the run is launched again as it was: same engine, same number of processes.
-    Under a launcher it takes what the launcher gives.
+    Without a launcher the run is launched again as it was, on the same engine and number of
+    processes; --engine and --processes ask for others. Under a launcher it takes what that gives.
 
     \b
     Examples:
       toolkit resume runs/quickstart/first
       toolkit resume runs/quickstart/first --trainer.max_duration='{value: 800, unit: steps}'
       toolkit resume --explain runs/quickstart/first --train_module.optim.lr=1e-3
+      toolkit resume runs/quickstart/first --processes 2 --engine fsdp
       toolkit resume s3://bucket/runs/first
-      accelerate launch --config_file accelerate_configs/fsdp.yaml --num_processes 2 \\
-          toolkit resume runs/quickstart/first
     """
+    asked = commands.launching.planned(
+        engine, processes, nodes, node_rank, head, interface, join_timeout
+    )
     word, flags = commands.load.split_words(run_dir, overrides, "RUN_DIR")
     folder = commands.runs.folder_of(word, work_dir)
     if (url := commands.runs.url_of_run(word)) is not None:
         flags = [f"--run.mirror={url}", *flags]  # wherever it was written before
     if not explain:
-        return commands.train.resume(folder, flags, debug=bool(context.obj))
-    explanation = commands.explain.explain_resume(folder, flags, os.environ)
+        return commands.train.resume(folder, flags, asked=asked, debug=context.obj.debug)
+    environ = os.environ if asked is None else asked.environ(os.environ)
+    explanation = commands.explain.explain_resume(folder, flags, environ)
     if _is_rank_0():
         typer.echo(str(explanation))
     return EXIT_BAD_INPUT if explanation.refused else EXIT_DONE

@@ -10,10 +10,10 @@ from toolkit.data.config import HFTokenizerConfig, HubSourceConfig
 from toolkit.errors import ConfigError
 from toolkit.experiment.config import ExperimentConfig
 from toolkit.experiment.load import load_experiment
-from toolkit.experiment.sources import recipe_names, recipe_text
+from toolkit.experiment.sources import engine_files, recipe_names, recipe_text
 from toolkit.models.presets import PRESETS
 
-__all__ = ["copy_recipe", "describe_recipes", "experiment_schema", "recipe_text"]
+__all__ = ["copy_recipe", "describe_recipes", "engine_files", "experiment_schema", "recipe_text"]
 
 
 class Recipe(NamedTuple):
@@ -47,9 +47,11 @@ def _describe(name: str) -> Recipe:
 
 
 def copy_recipe(name: str, destination: str | Path) -> Path:
-    """Write a recipe to the file `destination`, or into that folder; returns the file."""
+    """Write a recipe, or one of `engine_files`, to the file `destination`, or into that folder;
+    returns the file."""
     text, path = recipe_text(name), local_path(str(destination), "DEST")
-    path = path / f"{name}.json" if path.is_dir() else path
+    own_name = name if name in engine_files() else f"{name.removesuffix('.json')}.json"
+    path = path / own_name if path.is_dir() else path
     try:
         with path.open("x", encoding="utf-8") as file:
             file.write(text)

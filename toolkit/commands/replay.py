@@ -35,7 +35,9 @@ from toolkit.experiment.recorded import (
     versions_of,
 )
 from toolkit.experiment.resuming import parallel_again, precision_again, processes_here
-from toolkit.launch.relaunch import relaunch
+from toolkit.experiment.run import start_workers
+from toolkit.launch.plan import LaunchPlan
+from toolkit.launch.workers import toolkit_command
 from toolkit.runs.config import RunConfig
 from toolkit.runs.files import RUN_FILES
 from toolkit.runs.registry import is_run, resolve_run_folder, run_of_checkpoint
@@ -52,19 +54,32 @@ _NUMERIC = ("trainer.max_duration.", "trainer.deterministic")
 
 
 def replay_steps(
-    run_dir: Path, steps: int, *, step: int | None = None, debug: bool = False
+    run_dir: Path,
+    steps: int,
+    *,
+    step: int | None = None,
+    asked: LaunchPlan | None = None,
+    debug: bool = False,
 ) -> Receipt | int:
-    """Replay `steps` steps of a run from its checkpoint `step`; the receipt. On ranks other than 0,
-    and where other processes did the work, the exit code instead."""
+    """Replay `steps` steps of a run from its checkpoint `step`, on the processes that are `asked`
+    for, else on as many as the run had; the receipt. On ranks other than 0, and where other
+    processes did the work, the exit code instead."""
     check_launcher_variables()
     environ, rank = os.environ, rank_of(os.environ)
     setup_logging(rank)
     plan = plan_replay(run_dir, steps, step)
     size = plan.engine.world_size if plan.engine else 1
-    if not has_launcher(environ) and size > 1:
-        words = ["--replay", str(steps), "--step", str(plan.step)]
-        processes = processes_here(size)
-        return relaunch(plan.folder, words, processes, verb="verify", debug=debug)
+    if asked is None and not has_launcher(environ) and size > 1:
+        asked = LaunchPlan(processes_here(size))
+        log.info("relaunching with %d processes", asked.processes)
+    if asked is not None and asked.starts_workers:
+        words = ["verify", str(plan.folder), "--replay", str(steps), "--step", str(plan.step)]
+        command = toolkit_command(words, debug=debug)
+        config = plan.config
+        if plan.engine is not None:
+            module = parallel_again(config.train_module, plan.engine, size, asked.environ(environ))
+            config = config.replace(train_module=module)
+        return start_workers(config, asked, command, verb="verify", folder=plan.folder)
     log.info(
         "replaying steps %d to %d of %s from %s",
         plan.step + 1, plan.step + steps, plan.folder, plan.checkpoint.name,

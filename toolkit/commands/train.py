@@ -22,6 +22,8 @@ from toolkit.errors import DataError
 from toolkit.experiment import run
 from toolkit.experiment.config import ExperimentConfig
 from toolkit.experiment.found_data import has_data
+from toolkit.launch.plan import LaunchPlan
+from toolkit.launch.workers import toolkit_command
 
 
 def prepare_data(config: ExperimentConfig, *, may_be_gone: bool = False) -> CorpusInfo:
@@ -53,9 +55,23 @@ def train(
     return run.train(config, origins=origins, stored=stored, data=PREPARED)
 
 
-def resume(run_dir: Path, overrides: Sequence[str] = (), *, debug: bool = False) -> int:
+def start_workers(
+    config: ExperimentConfig, asked: LaunchPlan, words: Sequence[str], *, debug: bool = False
+) -> int:
+    """Run `toolkit WORDS`, which trains `config`, as the processes that are asked for; returns the
+    exit code."""
+    return run.start_workers(config, asked, toolkit_command(words, debug=debug))
+
+
+def resume(
+    run_dir: Path,
+    overrides: Sequence[str] = (),
+    *,
+    asked: LaunchPlan | None = None,
+    debug: bool = False,
+) -> int:
     """`experiment.run.resume`, with data prepared where it is missing; returns the exit code."""
-    return run.resume(run_dir, overrides, debug=debug, data=OF_A_RUN)
+    return run.resume(run_dir, overrides, asked=asked, debug=debug, data=OF_A_RUN)
 
 
 def without_gone_sources(config: ExperimentConfig) -> ExperimentConfig:

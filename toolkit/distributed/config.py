@@ -6,9 +6,9 @@ import msgspec
 
 from toolkit.config import Config
 from toolkit.config.base import check_not_negative, check_positive
+from toolkit.distributed.engines import EngineName
 
 DType = Literal["float32", "bfloat16"]
-EngineName = Literal["single", "ddp", "fsdp", "hsdp", "zero1", "zero2", "zero3"]
 LogRanks = Literal["rank0", "local_rank0", "all"]
 WrappingStrategy = Literal["blocks", "full", "fine_grained"]
 

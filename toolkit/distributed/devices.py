@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from toolkit.distributed.ranks import has_own_gpu
+from toolkit.distributed.ranks import has_own_gpu, wants_cpu
 from toolkit.errors import ConfigError
 from toolkit.wording import count
 
@@ -21,7 +21,7 @@ def compute_dtype(precision: str) -> torch.dtype | None:
 
 def usable_gpus() -> int:
     """GPUs that training on this machine may use; 0 where the CPU is asked for."""
-    if _wants_cpu(os.environ) or not torch.cuda.is_available():
+    if wants_cpu(os.environ) or not torch.cuda.is_available():
         return 0
     return torch.cuda.device_count()
 
@@ -79,7 +79,7 @@ def cpu_name() -> str:
 def unused_gpus(environ: Mapping[str, str] = os.environ) -> str | None:
     """Why GPUs that NVIDIA's driver sees are not used and what helps; None where there are none,
     or nobody wants them."""
-    if _wants_cpu(environ) or environ.get("CUDA_VISIBLE_DEVICES", "0") in ("", "-1"):
+    if wants_cpu(environ) or environ.get("CUDA_VISIBLE_DEVICES", "0") in ("", "-1"):
         return None
     found = _driver()
     if found is None:
@@ -97,10 +97,6 @@ def unused_gpus(environ: Mapping[str, str] = os.environ) -> str | None:
             f"knows CUDA {version}; {_install(cuda, instead='update the driver, or ')}"
         )
     return f"{what}: torch {torch.__version__} cannot use CUDA: {_cuda_error()}"
-
-
-def _wants_cpu(environ: Mapping[str, str]) -> bool:
-    return environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1", "yes")
 
 
 def _driver() -> tuple[str, str, tuple[int, int]] | None:

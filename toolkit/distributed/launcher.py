@@ -7,7 +7,7 @@ a notice, never silence. No torch here: `--dry-run` asks too.
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 from toolkit.config import Config
 from toolkit.distributed.config import (
@@ -16,6 +16,8 @@ from toolkit.distributed.config import (
     DataParallelConfig,
     TensorParallelConfig,
 )
+from toolkit.distributed.engines import EngineName
+from toolkit.distributed.ranks import ENGINE
 from toolkit.errors import ConfigError
 from toolkit.parents import is_accelerated
 from toolkit.storage.foreign import read_json
@@ -44,6 +46,11 @@ DEEPSPEED_FIXED: dict[str, tuple[Any, str]] = {
 """Key of DeepSpeed's JSON -> the one value that it may have here, and why."""
 
 
+ENGINE_FILES = Path(__file__).parents[1] / "recipes" / "engines"
+"""YAMLs of `accelerate launch`, and the DeepSpeed JSONs that they name."""
+DEEPSPEED_FOLDER = "ds_configs"
+
+
 class Choice(NamedTuple):
     """What one side, launcher or config, asks for."""
 
@@ -63,13 +70,14 @@ def rank_of(environ: Mapping[str, str]) -> int:
 
 
 def has_launcher(environ: Mapping[str, str]) -> bool:
-    """Whether `accelerate launch` or `torchrun` started this process."""
+    """Whether a launcher (`accelerate launch`, `torchrun`, `--processes`) started this process."""
     return "WORLD_SIZE" in environ or "ACCELERATE_MIXED_PRECISION" in environ
 
 
 def launcher_names_engine(environ: Mapping[str, str]) -> bool:
     """Whether the launcher itself asks for an engine (FSDP or DeepSpeed variables)."""
-    return _flag(environ, "ACCELERATE_USE_DEEPSPEED") or _flag(environ, "ACCELERATE_USE_FSDP")
+    names = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP")
+    return ENGINE in environ or any(_flag(environ, name) for name in names)
 
 
 def is_silent_accelerate(environ: Mapping[str, str]) -> bool:
@@ -147,8 +155,27 @@ def check_data_axes(environ: Mapping[str, str], dp_replicate: int, dp_shard: int
 
 
 def launcher_choice(environ: Mapping[str, str]) -> Choice | None:
-    """The engine the launcher asks for; None where it names none. Raises ConfigError for what we
-    do not run: FSDP1, NVMe offload."""
+    """The engine that `--engine` or the launcher asks for; None where neither does. Raises
+    ConfigError: they ask for two; or for what we do not run, FSDP1 or NVMe offload."""
+    theirs = _accelerate_choice(environ)
+    asked = environ.get(ENGINE)
+    if asked is None:
+        return theirs
+    if asked not in get_args(EngineName):
+        raise ConfigError(
+            f"{ENGINE}={asked!r} in the environment is no engine; unset it, or give --engine: "
+            + ", ".join(get_args(EngineName))
+        )
+    if theirs is not None and theirs.config.name != asked:
+        raise ConfigError(
+            f"two engines asked for: {theirs.origin} says {theirs.config.name}, --engine says "
+            f"{asked}; leave out --engine, or launch without a YAML"
+        )
+    name: Any = asked
+    return theirs or Choice(DataParallelConfig(name=name), "--engine")
+
+
+def _accelerate_choice(environ: Mapping[str, str]) -> Choice | None:
     if _flag(environ, "ACCELERATE_USE_DEEPSPEED"):
         return _deepspeed_choice(environ)
     if not _flag(environ, "ACCELERATE_USE_FSDP"):
@@ -239,7 +266,7 @@ def _deepspeed_choice(environ: Mapping[str, str]) -> Choice:
     file = environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
     if file.lower() not in ("", "none"):
         try:
-            config = read_json(Path(file), ConfigError)
+            config = read_json(_deepspeed_file(file), ConfigError)
         except FileNotFoundError:
             here = "" if Path(file).is_absolute() else f" in {Path.cwd()}"
             raise ConfigError(
@@ -269,6 +296,16 @@ def _deepspeed_choice(environ: Mapping[str, str]) -> Choice:
         )
     name: Any = f"zero{stage}"
     return Choice(DataParallelConfig(name=name, deepspeed_config=config), origin, notices)
+
+
+def _deepspeed_file(name: str) -> Path:
+    """Where the DeepSpeed JSON of a YAML is: relative to the current folder; for those that come
+    along, which their YAMLs call ds_configs/NAME.json, anywhere."""
+    path = Path(name)
+    if path.parent == Path(DEEPSPEED_FOLDER) and not path.exists():
+        shipped = ENGINE_FILES / path.name
+        return shipped if shipped.is_file() else path
+    return path
 
 
 def _refusal(message: str, environ: Mapping[str, str], *names: str) -> ConfigError:

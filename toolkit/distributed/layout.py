@@ -301,8 +301,8 @@ def _data_ranks(degrees: Mapping[str, int], world_size: int) -> int:
         works = f"{below} or {below + unit}" if below else str(unit)
         raise ConfigError(
             f"{product}{f' = {unit} ranks' if len(taken) > 1 else ''} does not divide the "
-            f"{count(world_size, 'process')} of this run; start {works} processes (torchrun "
-            "--nproc-per-node; --world-size of a plan), or set "
+            f"{count(world_size, 'process')} of this run; start {works} processes "
+            "(--processes, or torchrun --nproc-per-node; --world-size of a plan), or set "
             + " and ".join(f"train_module.{axis}_config" for axis in taken)
             + " to null"
         )
@@ -338,12 +338,17 @@ def _merge(launched: Choice, configured: Choice) -> Choice:
     (launchers always state theirs); two departures that differ are an error."""
     name, asked = launched.config.name, configured.config.name
     if name != asked:
+        if launched.origin == "--engine":
+            raise ConfigError(
+                f"two engines asked for: --engine says {name}, {configured.origin} says {asked}; "
+                "keep one of them"
+            )
         variable = f"ACCELERATE_USE_{'DEEPSPEED' if name.startswith('zero') else 'FSDP'}"
         left = f"; or `unset {variable}`, which no `accelerate launch` of this process set"
         raise ConfigError(
             f"two engines asked for: {launched.origin} says {name}, {configured.origin} "
-            f"says {asked}; remove {DP_CONFIG} or launch with "
-            f"accelerate_configs/{asked}.yaml{'' if is_accelerated() else left}"
+            f"says {asked}; remove {DP_CONFIG} or launch with {asked}.yaml (`toolkit recipes copy "
+            f"{asked}.yaml`){'' if is_accelerated() else left}"
         )
     default = DataParallelConfig(name=name)
     merged = {}

@@ -1,6 +1,7 @@
 """Where the ranks of a run meet, and how their process groups open and close.
 
-    `toolkit resume`'s own processes    a file in a private folder
+    `toolkit train --processes`         a file in a private folder
+    `toolkit train --nodes`             a store that rank 0 opens on a socket of its launcher
     `torchrun`, `accelerate launch`     the store of their agent
     RANK, WORLD_SIZE, MASTER_*          a store that rank 0 opens at MASTER_ADDR:MASTER_PORT
 
@@ -20,7 +21,14 @@ import torch
 import torch.distributed as dist
 
 from toolkit.distributed.launcher import rank_of
-from toolkit.distributed.ranks import STORE_FILE, is_loopback, is_one_machine, loopback_interface
+from toolkit.distributed.ranks import (
+    LAUNCH_FOLDER,
+    STORE_FD,
+    STORE_FILE,
+    is_loopback,
+    is_one_machine,
+    loopback_interface,
+)
 from toolkit.errors import ConfigError, TrainingError
 from toolkit.wording import count
 
@@ -121,7 +129,9 @@ def open_store(
         return elastic
     host, port = environ["MASTER_ADDR"], int(environ["MASTER_PORT"])
     started = time.monotonic()
-    why = f"WORLD_SIZE={world_size} from the environment; unset it to train on one process"
+    why = f" (WORLD_SIZE={world_size} from the environment; unset it to train on one process)"
+    if LAUNCH_FOLDER in environ:
+        why = ""
 
     def wait(condition: Callable[[], bool], words: Callable[[], str]) -> None:
         has_spoken = False
@@ -129,17 +139,17 @@ def open_store(
             seconds = time.monotonic() - started
             if seconds > SILENT_SECONDS and not has_spoken:
                 has_spoken = True
-                sys.stderr.write(f"{words()} ({why})\n" if words() else "")
+                sys.stderr.write(f"{words()}{why}\n" if words() else "")
                 sys.stderr.flush()
             if seconds > timeout.total_seconds():
                 raise TrainingError(
                     f"not all processes came to {host}:{port} within "
-                    f"{timeout.total_seconds():.0f} s ({why})"
+                    f"{timeout.total_seconds():.0f} s{why}"
                 )
             time.sleep(0.05)
 
     if rank == 0:
-        store = _serve(host, port, world_size, timeout)
+        store = _serve(host, port, world_size, timeout, environ)
     else:
         wait(
             lambda: _answers(host, port),
@@ -159,11 +169,20 @@ def open_store(
     return store
 
 
-def _serve(host: str, port: int, world_size: int, timeout: datetime.timedelta) -> dist.TCPStore:
-    """The store, in this process. By itself torch listens on all addresses; for a loopback address
-    it is given a socket that only this machine reaches."""
+def _serve(
+    host: str,
+    port: int,
+    world_size: int,
+    timeout: datetime.timedelta,
+    environ: Mapping[str, str],
+) -> dist.TCPStore:
+    """The store, in this process. By itself torch listens on all addresses; it is given the socket
+    of our launcher, or for a loopback address one that only this machine reaches."""
     options: dict[str, Any] = {"is_master": True, "timeout": timeout, "wait_for_workers": False}
     try:
+        if STORE_FD in environ:
+            options |= {"master_listen_fd": os.dup(int(environ[STORE_FD])), "use_libuv": True}
+            return dist.TCPStore(host, port, world_size, **options)
         if not is_loopback(host):
             return dist.TCPStore(host, port, world_size, **options)
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]

@@ -121,8 +121,14 @@ def _number(environ: Mapping[str, str], name: str) -> int | None:
     return int(text) if text.isascii() and text.isdecimal() else None
 
 
+ENGINE = "TOOLKIT_ENGINE"
+"""Variable of `--engine`."""
+LAUNCH_FOLDER = "TOOLKIT_LAUNCH_FOLDER"
+"""Variable of processes that `toolkit` itself started: a private folder of their launcher."""
 STORE_FILE = "TOOLKIT_STORE_FILE"
-"""Variable of `toolkit resume`'s processes: the file through which they find each other."""
+"""Variable of such processes on one machine: the file through which they find each other."""
+STORE_FD = "TOOLKIT_STORE_FD"
+"""Variable of rank 0 of such processes on several machines: the socket of its store, inherited."""
 
 _HINT = "it is from the environment, not from a config: unset it, or start with a launcher"
 
@@ -169,6 +175,11 @@ def _check(environ: Mapping[str, str]) -> None:
         port = _checked_number(environ, "MASTER_PORT")
         if port is not None and not 0 < port < 65536:
             raise ConfigError(f"MASTER_PORT={port}: ports are 1 to 65535; {_HINT}")
+
+
+def wants_cpu(environ: Mapping[str, str]) -> bool:
+    """Whether the CPU of a machine with GPUs is asked for."""
+    return environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1", "yes")
 
 
 def is_one_machine(environ: Mapping[str, str]) -> bool:

@@ -16,6 +16,7 @@ from toolkit.data.evaluation import EvalLoader
 from toolkit.data.loader import TrainLoader
 from toolkit.distributed.environment import TrainingEnvironment
 from toolkit.errors import ConfigError, DataError
+from toolkit.experiment.common import common_content
 from toolkit.experiment.config import ExperimentConfig
 
 
@@ -74,9 +75,5 @@ def _differing(views: Sequence[RankView], key: str) -> str:
 
 
 def _hash(config: ExperimentConfig, engine: Any) -> str:
-    content = config.to_dict()
-    # Folders, and text that is known by its tokens, may differ.
-    for name in ("description", "run", "dataset", "store"):
-        del content[name]
-    shared = {**content, "sequence_length": config.dataset.sequence_length, "engine": engine}
+    shared = {**common_content(config), "engine": engine}
     return hashlib.sha256(msgspec.json.encode(shared, order="sorted")).hexdigest()

@@ -2,7 +2,6 @@
 asks too.
 """
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -20,19 +19,18 @@ from toolkit.distributed.launcher import (
     world_size_of,
 )
 from toolkit.distributed.precision import Precision
+from toolkit.distributed.ranks import ENGINE
 from toolkit.errors import CheckpointError, RunError
 from toolkit.experiment.config import ExperimentConfig
 from toolkit.experiment.found_data import find_data
 from toolkit.experiment.load import load_run_config
 from toolkit.experiment.recorded import RecordedParallelism
+from toolkit.launch.capacity import capacity_here
 from toolkit.runs.files import RUN_FILES
 from toolkit.runs.registry import is_run, run_of_checkpoint
 from toolkit.runs.status import RunStatus, not_a_run, read_status
 from toolkit.storage.foreign import guard
 from toolkit.train.config import TransformerTrainModuleConfig
-
-PROCESSES_PER_CORE = 16
-"""What is started on CPUs at most, to try an engine out."""
 
 
 class ResumePlan(NamedTuple):
@@ -129,7 +127,9 @@ def engine_again(
     recorded: DataParallelConfig | None, recorded_size: int | None, environ: Mapping[str, str]
 ) -> DataParallelConfig | None:
     """The recorded engine, where the launcher is silent and it fits the number of processes."""
-    if launcher_names_engine(environ) or recorded is None:
+    if recorded is None:
+        return None
+    if launcher_names_engine(environ) and environ.get(ENGINE) != recorded.name:
         return None
     world_size = world_size_of(environ)
     if recorded.name in ("single", "ddp"):
@@ -153,16 +153,11 @@ def precision_again(
 
 
 def processes_here(recorded: int) -> int:
-    """As many processes as were recorded, or as the machine has devices if those are fewer."""
-    from toolkit.distributed.devices import usable_gpus
-
-    if gpus := usable_gpus():
-        return min(recorded, gpus)
-    most = PROCESSES_PER_CORE * (os.cpu_count() or 1)
-    if recorded > most:
+    """As many processes as were recorded, or as the machine has GPUs if those are fewer."""
+    capacity = capacity_here()
+    if recorded > capacity.most and not capacity.gpus:
         raise RunError(
             f"{RUN_FILES.status}: the run had {recorded:,} processes; this machine has "
-            f"{os.cpu_count()} cores, for at most {most}: start fewer with "
-            "`torchrun --nproc-per-node=N -m toolkit resume RUN_DIR`"
+            f"{capacity.why}: start fewer with `toolkit resume RUN_DIR --processes N`"
         )
-    return recorded
+    return min(recorded, capacity.most)

@@ -21,14 +21,17 @@ from toolkit.distributed.logging import setup_logging
 from toolkit.distributed.ranks import check_launcher_variables
 from toolkit.errors import EXIT_STOPPED, DataError, ErrorList, RunError
 from toolkit.experiment.checks import check_corpus, check_experiment, check_load_path, layout_for
+from toolkit.experiment.common import common_of
 from toolkit.experiment.config import ExperimentConfig
 from toolkit.experiment.notices import notices
 from toolkit.experiment.resuming import plan_resume
 from toolkit.experiment.schedules import check_schedule_lengths
+from toolkit.launch.capacity import check_processes
 from toolkit.launch.failures import clear_notes, first_line
 from toolkit.launch.mirror import Mirror
-from toolkit.launch.relaunch import relaunch
+from toolkit.launch.plan import LaunchPlan
 from toolkit.launch.starting import RunStart, current_launch, find_predecessor, stays_stopped
+from toolkit.launch.workers import launch, note_run, toolkit_command
 from toolkit.runs.files import RUN_FILES
 from toolkit.runs.registry import (
     check_run_folder,
@@ -91,28 +94,55 @@ def train(
             starting.close()
 
 
+def start_workers(
+    config: ExperimentConfig,
+    plan: LaunchPlan,
+    command: Sequence[str],
+    *,
+    verb: str = "train",
+    folder: Path | None = None,
+) -> int:
+    """Run `command`, which is `toolkit VERB` of `config`, as the processes of `plan`; returns the
+    exit code. `folder` is the run's, where it is known. Raises ConfigError before anything starts:
+    this machine cannot hold so many, or engine and config do not fit."""
+    check_processes(plan.processes)
+    layout_for(config, plan.environ(os.environ))
+    _log_to_console(config)
+    common = common_of(config) if plan.nodes is not None else None
+    return launch(
+        command, plan.processes, verb=verb, folder=folder, nodes=plan.nodes, common=common
+    )
+
+
 def resume(
     run_dir: Path,
     overrides: Sequence[str] = (),
     *,
+    asked: LaunchPlan | None = None,
     debug: bool = False,
     data: DataDoor = EXISTING_DATA,
 ) -> int:
     """Continue the run in `run_dir`; returns the exit code.
 
-    Without a launcher it relaunches itself with the recorded engine and number of processes; under
-    a launcher it takes what the launcher gives, and the recorded engine and precision where that
-    is silent. `debug` reaches the processes it launches.
+    It starts the processes that are `asked` for. Else, without a launcher, it relaunches itself
+    with the recorded engine and number of processes; under a launcher it takes what the launcher
+    gives. The recorded engine and precision count where nobody asks for others. `debug` reaches the
+    processes it launches.
     """
     check_launcher_variables()
-    plan = plan_resume(run_dir, overrides, os.environ)
+    environ = os.environ if asked is None else asked.environ(os.environ)
+    plan = plan_resume(run_dir, overrides, environ)
     _log_to_console(plan.config)
+    command = toolkit_command(["resume", str(plan.folder), *overrides], debug=debug)
+    if asked is not None and asked.starts_workers:
+        return start_workers(plan.config, asked, command, verb="resume", folder=plan.folder)
     if plan.processes is not None:
         recorded = plan.status.world_size
         if plan.processes != recorded:
             text = "the run had %d processes; this machine has %d devices"
             log.warning(text, recorded, plan.processes)
-        return relaunch(plan.folder, overrides, plan.processes, debug=debug)
+        log.info("relaunching with %d processes", plan.processes)
+        return launch(command, plan.processes, verb="resume", folder=plan.folder)
     if "***" in (plan.config.run.registry or ""):
         log.warning(
             "run.registry: its password was not stored; to update it, put the password into an "
@@ -180,6 +210,7 @@ def _run(
         for notice in notices(config, batches, origins):
             log.warning("%s", notice)
         run = starting.run = training.open_run(name, is_main=True)
+        note_run(run.folder)
     try:
         if run is not None:
             clear_notes(run.folder)

@@ -39,15 +39,24 @@ def recipe_names() -> list[str]:
     return sorted(name.removesuffix(".json") for name in names if name.endswith(".json"))
 
 
+def engine_files() -> list[str]:
+    """YAMLs of `accelerate launch`, and JSONs of DeepSpeed."""
+    return sorted(entry.name for entry in (_folder() / "engines").iterdir())
+
+
 def recipe_text(name: str) -> str:
-    """The JSON text of a recipe, as it stands in the package."""
-    if name not in recipe_names():
+    """The text of a recipe (NAME or NAME.json), or of one of `engine_files`, as it stands in the
+    package."""
+    if name in engine_files():
+        return (_folder() / "engines" / name).read_text(encoding="utf-8")
+    own = name.removesuffix(".json")
+    if own not in recipe_names():
         raise ConfigError(f"{name}: no such recipe; {recipe_hint(name)}")
-    return (_folder() / f"{name}.json").read_text(encoding="utf-8")
+    return (_folder() / f"{own}.json").read_text(encoding="utf-8")
 
 
 def recipe_hint(name: str) -> str:
-    near = nearest(name, recipe_names())
+    near = nearest(name, [*recipe_names(), *(engine_files() if "." in name else ())])
     return f"did you mean {near!r}?" if near else "recipes: " + ", ".join(recipe_names())
 
 

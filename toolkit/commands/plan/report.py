@@ -309,13 +309,13 @@ def _flow(fields: dict[str, Any]) -> str:
 
 
 def command(loaded: LoadedExperiment, plan: Plan, target: Target) -> str:
-    """The command that starts it."""
+    """The command that starts it, on each of its machines."""
     world = plan.job.layout.world_size
     here = max(n for n in range(1, target.machine + 1) if world % n == 0)
     machines = world // here
-    nodes = "" if machines == 1 else f" --nnodes={machines}"
+    start = f"toolkit train {shlex.quote(loaded.source)}"
+    if world > 1:
+        start += f" --processes {here}"
     if machines > 1:
-        nodes += " --rdzv-backend=c10d --rdzv-endpoint=HOST:29500"
-    source = shlex.quote(loaded.source)
-    start = f"torchrun{nodes} --nproc-per-node={here} -m toolkit train {source}"
+        start += f" --nodes {machines} --head HOST --node-rank R"
     return " \\\n    ".join([start, *map(shlex.quote, flags(loaded, plan))])
