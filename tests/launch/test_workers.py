@@ -162,8 +162,8 @@ open(place + '/' + rank, 'w')
 time.sleep(600)
 """
     workers = workers_of(code, tmp_path)
-    when_all_are_there(tmp_path, lambda: os.kill(os.getpid(), signal.SIGUSR1))
     with signals.listening(workers):
+        when_all_are_there(tmp_path, lambda: os.kill(os.getpid(), signal.SIGUSR1))
         failed = workers.wait(30)
     assert failed is not None
     assert failed.code == EXIT_STOPPED

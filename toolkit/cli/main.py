@@ -16,7 +16,18 @@ from typing import Annotated, Any
 import typer
 
 from toolkit import __version__, signals
-from toolkit.cli import data, generate, models, plan, recipes, runs, schedule, stop_leaving, train
+from toolkit.cli import (
+    data,
+    generate,
+    launch,
+    models,
+    plan,
+    recipes,
+    runs,
+    schedule,
+    stop_leaving,
+    train,
+)
 from toolkit.cli.options import OVERRIDABLE, Invocation, option
 from toolkit.cli.output import has_lost_reader, open_missing_streams, outlive_readers
 from toolkit.distributed.ranks import ENGINE, LAUNCH_FOLDER, adopt_ranks
@@ -64,7 +75,6 @@ _OTHER_NAMES = {
     "dry-run": "toolkit train {} --dry-run",
     "prep": "toolkit prepare {}",
     "train_single": "toolkit train {}",
-    "launch": "torchrun --nproc-per-node=gpu -m toolkit train {}",
 }
 """Verbs of OLMo-core's scripts, and the command that does the same."""
 
@@ -84,6 +94,8 @@ app = typer.Typer(
 )
 for _verb in (train.train, train.resume, train.prepare):
     app.command(context_settings=OVERRIDABLE)(_verb)
+app.command(context_settings=OVERRIDABLE, cls=launch.LaunchCommand)(launch.launch)
+app.add_typer(launch.jobs, name="jobs")
 app.command(context_settings=OVERRIDABLE)(plan.plan)
 app.command(context_settings=OVERRIDABLE)(schedule.schedule)
 app.add_typer(recipes.app, name="recipes")
@@ -208,7 +220,7 @@ def _run(args: Sequence[str]) -> int:
         name = next((word for word in words if "~" in word), "~")
         return _report(f"{shortened(name)}: no such user here", EXIT_BAD_INPUT, debug=debug)
     except _UsageError as error:
-        message = error.format_message()
+        message = error.format_message().replace("Value error, ", "")  # pydantic's word
         if message.startswith("No such command") and "Did you mean" not in message:
             message += " `toolkit --help` lists them."
         return _report(message, EXIT_BAD_INPUT, debug=debug)

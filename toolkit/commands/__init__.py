@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 __all__ = [
     "batch", "convert", "data", "dry_run", "evaluate", "evaluate_tasks", "explain", "generate",
-    "launching", "load", "merge", "mix", "plan",
+    "launch", "launching", "load", "merge", "mix", "plan",
     "recipes", "replay", "runs", "schedule", "train", "verify",
 ]  # fmt: skip
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         evaluate_tasks,
         explain,
         generate,
+        launch,
         launching,
         load,
         merge,

@@ -49,7 +49,7 @@ _RANKS_SHOWN = 16
 def summarize(loaded: LoadedExperiment, environ: Mapping[str, str]) -> str:
     """The dry run of an experiment under this launcher, as text for a terminal."""
     config = loaded.config
-    layout, corpus = _checked(config, environ, loaded.origins)
+    layout, corpus = check(config, environ, loaded.origins)
     rows = [
         ("model", _model(config)),
         ("optimizer", _optimizer(config)),
@@ -70,22 +70,31 @@ def summarize(loaded: LoadedExperiment, environ: Mapping[str, str]) -> str:
     return str(mask_secrets("\n".join(lines)))
 
 
-def _checked(
-    config: ExperimentConfig, environ: Mapping[str, str], origins: Mapping[str, str]
+def check(
+    config: ExperimentConfig,
+    environ: Mapping[str, str],
+    origins: Mapping[str, str],
+    *,
+    elsewhere: bool = False,
 ) -> tuple[Layout, CorpusInfo | None]:
+    """Check all that can be told before a start; the layout and, where it is prepared, the data.
+    `elsewhere`: the run is for other machines, so no file of this one is looked at. Raises
+    ConfigError or another error of bad input."""
     found = ErrorList()
     # Without the number of processes nothing else can be told.
     layout = layout_for(config, environ)
     found.ask(check_experiment, config, layout.batch_ranks, layout=layout)
     sound = not found.errors
-    corpus = found.ask(read_corpus, config.data)
-    found.ask(check_data_files, config)
-    found.ask(check_run_folder, config.run, "<time>")
+    corpus = None
+    if not elsewhere:
+        corpus = found.ask(read_corpus, config.data)
+        found.ask(check_data_files, config)
+        found.ask(check_run_folder, config.run, "<time>")
+        found.ask(lambda: check_load_path(config, resolve_run_folder(config.run, "<time>")))
     found.ask(check_trackers, config.trainer.callbacks)
     downstream = config.trainer.callbacks.downstream_evaluator
     if downstream.is_wanted:
         found.ask(check_names, downstream.tasks)
-    found.ask(lambda: check_load_path(config, resolve_run_folder(config.run, "<time>")))
     if sound:
         found.ask(check_schedule_lengths, config, batches_of(config, corpus), origins)
     if corpus is not None and sound:

@@ -8,6 +8,7 @@
 """
 
 import copy
+from collections.abc import Mapping
 from typing import Any, Generic, TypeVar
 
 from toolkit.config.base import Config
@@ -104,6 +105,11 @@ class ConfigLayers(Generic[T]):
         the layer that it is from; the config is without these."""
         checked = check(self.data, self.config_type)
         return checked._replace(errors=[self._located(error) for error in checked.errors])
+
+    def rename_origins(self, origins: Mapping[str, str]) -> None:
+        """Let every value so far be from where `origins` says, by path, or else be a default."""
+        for path in self._origins:
+            self._origins[path] = origins.get(path, DEFAULT_ORIGIN)
 
     def _located(self, error: ConfigError) -> ConfigError:
         origin = self._origins.get(error.key, "")

@@ -16,7 +16,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import msgspec
+
 from toolkit.config import (
+    DEFAULT_ORIGIN,
     ConfigLayers,
     Override,
     parse_json_mapping,
@@ -57,6 +60,11 @@ SHORTHANDS: dict[str, str] = {
 """Options of the command line that stand for one config value each."""
 
 
+ORIGINS_KEY = "$origins"
+"""In a file that was made of a loaded experiment (`with_origins`): path -> origin, as if its values
+were loaded from there now."""
+
+
 class LoadedExperiment(NamedTuple):
     """A resolved config with the origin of each leaf value."""
 
@@ -95,7 +103,10 @@ def load_experiment(
     if loading.found.errors:
         loading.parse(overrides)  # nothing else can be told without the file
         loading.found.raise_any()
+    written = data.pop(ORIGINS_KEY, None)
     loading.add(data, origin)
+    if written is not None:
+        loading.layers.rename_origins(_checked_origins(written, source))
     if base is not None:
         loading.found.ask(loading.add_base, base)
     before = copy.deepcopy(loading.layers.data.get("dataset") or {})
@@ -110,6 +121,19 @@ def load_experiment(
     return loading.loaded(
         source, across=across, starts=starts, environ=environ, check_data=check_data
     )
+
+
+def with_origins(stored: ExperimentConfig, origins: Mapping[str, str]) -> dict[str, Any]:
+    """The content of a file that loads as `stored`, each value with its origin."""
+    kept = {path: origin for path, origin in origins.items() if origin != DEFAULT_ORIGIN}
+    return {ORIGINS_KEY: kept, **stored.to_dict()}
+
+
+def _checked_origins(written: Any, source: str) -> dict[str, str]:
+    try:
+        return msgspec.convert(written, dict[str, str])
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"{source}: {ORIGINS_KEY}: {error}") from None
 
 
 def load_run_config(run_dir: Path, overrides: Sequence[str] = ()) -> LoadedExperiment:

@@ -1,0 +1,55 @@
+"""`metadata/launch.json`: where the newest job of a run is."""
+
+from pathlib import Path
+
+from toolkit.commands.launch.target import Record, Target, target_class
+from toolkit.config.check import convert
+from toolkit.errors import RunError
+from toolkit.runs.files import RUN_FILES
+from toolkit.storage.atomic import write_json_atomic
+from toolkit.storage.foreign import read_json
+
+
+def write_record(home: Path, record: Record) -> None:
+    write_json_atomic(home / RUN_FILES.launch, record)
+
+
+def read_record(home: Path) -> Record | None:
+    """The newest job of a run; None: it has none."""
+    try:
+        return read_json(home / RUN_FILES.launch, RunError, Record)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
+def target_of(record: Record) -> Target:
+    """The target that has the job, with the options it was submitted with."""
+    return convert(record.options, target_class(record.target))
+
+
+def home_of(run: str, *, root: str = "runs") -> Path:
+    """The folder that remembers the job of a run: given itself, or by the run's name, or by
+    experiment/name. Raises RunError: there is none."""
+    path = Path(run).expanduser()
+    if (path / RUN_FILES.launch).is_file():
+        return path
+    parts = run.strip("/").split("/")
+    if len(parts) <= 2 and all(part not in ("", ".", "..") for part in parts):
+        pattern = run.strip("/") if len(parts) == 2 else f"*/{parts[0]}"
+        found = sorted(p.parent.parent for p in Path(root).glob(f"{pattern}/{RUN_FILES.launch}"))
+        if len(found) == 1:
+            return found[0]
+        if found:
+            names = ", ".join(map(str, found))
+            raise RunError(f"{run}: several runs have this name: {names}; give one of them")
+    if not path.is_dir():
+        raise RunError(f"{run}: no such run here; `toolkit jobs` lists those that were launched")
+    raise RunError(
+        f"{run}: was not started by `toolkit launch`, or not from here ({RUN_FILES.launch} is "
+        "missing)"
+    )
+
+
+def launched(root: str = "runs") -> list[Path]:
+    """The folders of all runs below `root` that have a job, in the order of their names."""
+    return sorted(path.parent.parent for path in Path(root).glob(f"*/*/{RUN_FILES.launch}"))
