@@ -305,7 +305,7 @@ def check_shared_folder(environment: TrainingEnvironment, folder: Path) -> None:
     if blind:
         raise RunError(
             f"{folder}: not visible on {', '.join(blind)}; a run on several machines needs a "
-            "shared file system: give --save-folder on one"
+            "shared file system: give --save-folder on one (of a run at a URL, --work-dir)"
         )
 
 

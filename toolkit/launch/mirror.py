@@ -1,0 +1,219 @@
+"""The mirror of a run: a process beside training that copies the run folder to a URL.
+
+Training writes its folder and knows nothing of the URL. The process reads the folder, like a
+tracker's does: it takes neither the interpreter nor, where processors are few, the processor from
+training, and nobody waits for it before the end of the run. It also keeps the lease alive.
+"""
+
+import contextlib
+import logging
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+
+import toolkit
+from toolkit.checkpoint.retention import Retention
+from toolkit.errors import RunError, StorageError
+from toolkit.launch.copying import Job
+from toolkit.launch.pushing import Pusher, push_all
+from toolkit.launch.remote_run import check_not_ahead, take_over
+from toolkit.runs.files import RUN_FILES
+from toolkit.runs.lease import Lease
+from toolkit.runs.manager import RunManager
+from toolkit.storage.remote import RemoteFolder, Retries
+from toolkit.storage.transient import is_transient
+from toolkit.threads import Thread, Worker
+
+log = logging.getLogger(__name__)
+
+INTERVAL_SECONDS = 10.0
+"""Between two looks at the folder. A look and what it sends may take twice as long again before
+metrics are later than `LAG_SECONDS`."""
+LAG_SECONDS = 30
+PROBE_SECONDS = 60.0
+"""A store that does not answer the first questions by then counts as out of reach."""
+_RESTART_SECONDS = 10.0
+_SECONDS_TO_DIE = 3.0
+_SECONDS_TO_RELEASE = 5.0
+_START = (
+    "import sys; sys.path.append(sys.argv.pop(1)); from toolkit.launch.copying import main; main()"
+)
+
+
+class Mirror:
+    """Training's end, on the rank that writes the run: `open`, `start`, `close`."""
+
+    def __init__(self, url: str, folder: Path, rule: Retention, *, wait_seconds: float) -> None:
+        self.url = url
+        self._folder, self._rule, self._wait_seconds = folder, rule, wait_seconds
+        self._remote = RemoteFolder(url)
+        self._lease = Lease(RemoteFolder(url, retries=Retries(2)))
+        self._has_lease = False
+        self._run: RunManager | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+        self._turn = threading.Lock()
+        self._closing = threading.Event()
+        self._is_done = False
+        self._has_given_up = False
+        self._replaced: RunError | None = None
+        self._listener = Thread(target=self._keep_process, name="mirror", daemon=True)
+
+    def open(self) -> None:
+        """Take the lease, and bring the folder up to date.
+
+        Raises:
+            RunError: the store refuses, or another process writes the run.
+            StorageError: the store is out of reach.
+        """
+        probe = Worker("mirror-probe")
+        try:
+            probe.submit(self._lease.probe).result(PROBE_SECONDS)
+            self._lease.acquire()
+            self._has_lease = True
+        except TimeoutError:
+            raise StorageError(f"{self.url}: no answer in {PROBE_SECONDS:.0f} s") from None
+        except StorageError as error:
+            if error.__cause__ is not None and is_transient(error.__cause__):
+                raise
+            raise RunError(f"run.mirror: {error}; nothing was started") from error
+        finally:
+            probe.stop()
+        self._listener.start()
+        take_over(self.url, self._folder)
+
+    def start(self, run: RunManager) -> None:
+        """Begin to copy. The status goes first: another machine must see that there is a newer
+        attempt. Raises RunError where another process has taken the run over meanwhile."""
+        self._run = run
+        if self._replaced is not None:
+            raise self._replaced
+        try:
+            self._remote.write(RUN_FILES.status, run.path(RUN_FILES.status).read_bytes())
+        except StorageError as error:
+            log.warning("%s; training goes on, and it is tried again", error)
+        log.info(
+            "mirrored to %s: metrics at most %d s late, and before the checkpoint they lead to; "
+            "the run itself is in %s",
+            self.url, LAG_SECONDS, run.folder,
+        )  # fmt: skip
+        self._say("push")
+
+    def close(self) -> None:
+        """Wait until everything is there, for a bounded time, and give the lease back."""
+        if self._closing.is_set():
+            return
+        with self._turn:
+            self._closing.set()
+            self._say("end")
+        started = time.monotonic()
+        if self._listener.ident is not None:
+            # A run that never began has nothing to send.
+            self._listener.join(self._wait_seconds if self._run else _SECONDS_TO_DIE)
+        self._has_given_up = True
+        if self._process is not None and self._process.poll() is None:
+            with contextlib.suppress(OSError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+        if self._is_done:
+            log.info("%s: has all of the run", self.url)
+        elif self._run is not None and self._replaced is None:
+            log.error(
+                "%s: lacks the end of this run, after %.0f s (run.mirror_wait); it is whole in %s: "
+                "bring it there with `toolkit runs push %s`",
+                self.url, time.monotonic() - started, self._folder, self._folder,
+            )  # fmt: skip
+        if self._has_lease:
+            releasing = Worker("mirror-release")
+            with contextlib.suppress(StorageError, TimeoutError):
+                releasing.submit(self._lease.release).result(_SECONDS_TO_RELEASE)
+            releasing.stop()
+
+    def _keep_process(self) -> None:
+        """Start the process, listen to it, and start it again where it dies by itself."""
+        may_die = True
+        while True:
+            with self._turn:
+                process = self._start_process()
+                if self._closing.is_set():
+                    self._say("end")
+            assert process.stdout is not None
+            for line in process.stdout:
+                self._hear(*line.decode(errors="replace").rstrip().partition(" ")[::2])
+            process.wait()
+            is_ending = self._closing.is_set()
+            if (
+                self._is_done
+                or self._has_given_up
+                or self._replaced
+                or (is_ending and not (may_die and self._run))
+            ):
+                return
+            may_die = not is_ending  # perhaps before it heard that this is the end
+            log.warning(
+                "%s: the process that copies the run has ended; it is started again", self.url
+            )
+            self._closing.wait(_RESTART_SECONDS)
+            if self._has_given_up:
+                return
+
+    def _start_process(self) -> subprocess.Popen[bytes]:
+        source = str(Path(toolkit.__file__).parent.parent)
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", "-c", _START, source],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            process_group=0,
+        )
+        job = Job(
+            str(self._folder), self.url, self._lease.info, tuple(self._rule), os.getpid(),
+            INTERVAL_SECONDS, self._lease.heartbeat_seconds,
+        )  # fmt: skip
+        self._say(msgspec.json.encode(job).decode())
+        if self._run is not None:
+            self._say("push")
+        return self._process
+
+    def _say(self, text: str) -> None:
+        process = self._process
+        if process is not None and process.stdin is not None:
+            with contextlib.suppress(OSError, ValueError):
+                process.stdin.write(f"{text}\n".encode())
+                process.stdin.flush()
+
+    def _hear(self, word: str, text: str) -> None:
+        if word == "done":
+            self._is_done = True
+        elif word == "lost":
+            self._replaced = RunError(text)
+            if self._run is not None:
+                self._run.replaced = self._replaced
+        else:
+            log.log(logging.INFO if word == "info" else logging.WARNING, "%s", text)
+
+
+def push(folder: Path, url: str, rule: Retention, say: Callable[[str], object]) -> None:
+    """Bring a run that nobody trains to `url`, at once.
+
+    Raises:
+        RunError: another process writes there, or the run went on elsewhere.
+        StorageError, TrainingError: the store is out of reach, or refuses.
+    """
+    remote = RemoteFolder(url)
+    lease = Lease(remote)
+    lease.probe()
+    lease.acquire()
+    try:
+        check_not_ahead(url, folder)
+        pusher = Pusher(folder, remote, rule)
+        pusher.begin()
+        push_all(pusher, say=say)
+    finally:
+        with contextlib.suppress(StorageError):
+            lease.release()
