@@ -19,6 +19,7 @@ from toolkit.errors import CheckpointError, RunError
 from toolkit.launch import remote_run
 from toolkit.launch.pushing import Pusher, push_all
 from toolkit.launch.remote_run import (
+    bring_up_to_date,
     check_not_ahead,
     local_copy,
     run_and_step,
@@ -27,6 +28,7 @@ from toolkit.launch.remote_run import (
 )
 from toolkit.runs.config import RunConfig, folder_of_url
 from toolkit.runs.files import RUN_FILES
+from toolkit.runs.lock import RunLock
 from toolkit.runs.status import RunStatus, read_status
 from toolkit.storage.remote import RemoteFolder
 
@@ -58,11 +60,15 @@ def write_run(folder: Path, attempt: int, *steps: int, host: str = "a", metrics:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(data)
     for step in steps:
-        save_checkpoint(
-            folder / "checkpoints", step=step, tokens=step, rank_state={}, engine="single",
-            tensors={"model.a": torch.full((2,), float(step * 10 + attempt))}, rank=0, group=None,
-        )  # fmt: skip
+        save(folder, step, attempt)
     return folder
+
+
+def save(folder: Path, step: int, attempt: int) -> None:
+    save_checkpoint(
+        folder / "checkpoints", step=step, tokens=step, rank_state={}, engine="single",
+        tensors={"model.a": torch.full((2,), float(step * 10 + attempt))}, rank=0, group=None,
+    )  # fmt: skip
 
 
 def push(folder: Path, url: str) -> None:
@@ -106,9 +112,13 @@ def test_who_is_ahead_is_kept(
     assert (there.attempt, there.host) == ((attempt, host) if stays else (2, "a"))
     assert saved_steps(folder / "checkpoints") == ([4, 5] if stays else [4])
     assert (folder / "metrics" / "eval.jsonl").exists() is stays
+    aside = tmp_path / "here.replaced"
     if stays:
         check_not_ahead(url, folder)
+        assert not aside.exists()
         return
+    assert (aside / "metrics" / "eval.jsonl").read_text() == "later"
+    assert saved_steps(aside / "checkpoints") == [4, 5]
     saved = json.loads((folder / "checkpoints" / "step4" / ".metadata.json").read_text())
     own = json.loads((tmp_path / "writer" / "checkpoints/step4/.metadata.json").read_text())
     assert saved["xxh3"] == own["xxh3"]
@@ -127,6 +137,65 @@ def test_what_was_only_fetched_follows_the_url(url: str, tmp_path: Path) -> None
     assert (step.name, step.parent.parent) == ("step2", folder)
     with pytest.raises(CheckpointError, match=r"step5.*not a committed checkpoint"):
         local_copy(f"{url}/checkpoints/step5")
+
+
+def test_a_folder_that_is_still_trained_in_is_not_set_aside(url: str, tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "here", 1, 4)
+    lock = RunLock(folder)
+    lock.acquire()
+    with pytest.raises(RunError, match=r"another process still trains it in .*--work-dir"):
+        take_over(url, folder)
+    assert saved_steps(folder / "checkpoints") == [4]
+    lock.release()
+
+
+def test_nothing_is_removed_that_was_not_fetched(url: str, tmp_path: Path) -> None:
+    folder = tmp_path / "project"
+    mine = [folder / name for name in ("logs/mine.txt", "metrics/mine.txt", "tb/x", "notes.md")]
+    for path in mine:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    save(folder, 1, attempt=1)
+    RemoteFolder(url).write("metrics/more.jsonl", b"{}")
+    for fetch in (False, True):
+        bring_up_to_date(url, folder, is_writer=fetch)
+        RemoteFolder(url).delete(["metrics/more.jsonl"])
+        assert (folder / "metrics/more.jsonl").exists() is not fetch
+    assert all(path.exists() for path in mine)
+    assert saved_steps(folder / "checkpoints") == [4]
+    assert (folder / "checkpoints" / "step1.invalid").is_dir()
+
+
+@pytest.mark.parametrize("name", ["../other/x", "metrics/../../x", "/x", "metrics//x", "./x"])
+def test_names_that_are_none_of_a_run_are_refused_before_anything_is_touched(
+    name: str, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    versions = RemoteFolder.versions
+
+    def more(self: RemoteFolder) -> dict[str, tuple[int, str]]:
+        return versions(self) | {name: (1, "v"), "metadata/": (0, "v"), "": (0, "v")}
+
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "mine").touch()
+    monkeypatch.setattr(RemoteFolder, "versions", more)
+    with pytest.raises(RunError, match=f"'{name}' is no name of a file of a run"):
+        take_over(url, tmp_path / "here")
+    assert not (tmp_path / "here").exists()
+    assert (tmp_path / "other" / "mine").exists()
+
+
+def test_what_is_here_already_is_not_fetched_again(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = local_copy(url)
+    with monkeypatch.context() as patch:
+        patch.setattr(remote_run, "_fetch_file", None)
+        patch.setattr(remote_run, "download_newest", None)
+        assert local_copy(url) == folder
+    (folder / RUN_FILES.train_metrics).unlink()
+    shutil.rmtree(local_copy(url) / "checkpoints")
+    assert (folder / RUN_FILES.train_metrics).exists()
+    assert saved_steps(local_copy(url) / "checkpoints") == [4]
 
 
 def test_a_url_of_something_else_is_left_alone(url: str, tmp_path: Path) -> None:

@@ -4,18 +4,24 @@ The URL is the run, and the folder here is its copy, with one exception: the mac
 run is ahead of the URL until the mirror has caught up. Which of the two it is, the status tells:
 
 - the folder has a later attempt than the URL, or the same one: it is the writer's, and stays;
-- the URL has another attempt: the run went on elsewhere, and the folder is replaced;
+- the URL has another attempt: the run went on elsewhere, and the folder is set aside;
 - the folder was only ever fetched (`metadata/copy_of.json`): it is fetched again.
 
-`copy_of.json` comes first and status.json last, so that a fetch cut short is done again.
+Nothing is removed but what was fetched before, which `copy_of.json` lists. It comes first and
+status.json last, so that a fetch cut short is done again.
 """
 
 import contextlib
+import hashlib
 import logging
-from collections.abc import Iterator
+import os
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
+import msgspec
+
 from toolkit.checkpoint.folder import (
+    move_aside,
     read_raw_metadata,
     saved_steps,
     step_folder,
@@ -27,9 +33,10 @@ from toolkit.launch.pushing import BULKY, PIECE, piece_name, whole_name
 from toolkit.runs.config import folder_of_url
 from toolkit.runs.files import RUN_FILES
 from toolkit.runs.lease import is_leased, is_of_lease
+from toolkit.runs.lock import is_locked
 from toolkit.runs.status import RunRecord, RunStatus, read_status
-from toolkit.storage.atomic import remove_tree, write_atomic, write_json_atomic
-from toolkit.storage.foreign import decode_json
+from toolkit.storage.atomic import remove_tree, unused_name, write_atomic, write_json_atomic
+from toolkit.storage.foreign import decode_json, read_json
 from toolkit.storage.locks import locked
 from toolkit.storage.remote import RemoteFolder
 
@@ -37,6 +44,23 @@ log = logging.getLogger(__name__)
 
 _FOR_WRITERS = (RUN_FILES.tensorboard, RUN_FILES.logs, RUN_FILES.trackers)
 """Folders that nobody reads from a copy."""
+
+
+class Copy(msgspec.Struct, frozen=True, kw_only=True):
+    """Content of metadata/copy_of.json: what was fetched, or begun to be."""
+
+    url: str = ""
+    files: list[str] = []
+    steps: list[int] = []
+    state: str | None = None
+    """Of the URL, when all of it was here."""
+
+    def is_whole(self, folder: Path) -> bool:
+        """Whether everything is still there."""
+        root = folder / RUN_FILES.checkpoints
+        return {*self.steps} <= {*saved_steps(root)} and all(
+            (folder / name).exists() for name in self.files
+        )
 
 
 def local_copy(text: str, work_dir: str | None = None, *, checkpoints: bool = True) -> Path:
@@ -108,16 +132,31 @@ def bring_up_to_date(url: str, folder: Path, *, is_writer: bool, checkpoints: bo
         _check_same_run(url, there, folder, here)
         if is_same_attempt(here, there) or here.attempt > there.attempt:
             return
-        log.warning(
-            "%s: has gone on elsewhere (attempt %d on %s), so %s is replaced",
-            url, there.attempt, there.host, folder,
-        )  # fmt: skip
-    (folder / RUN_FILES.metadata).mkdir(parents=True, exist_ok=True)
-    write_json_atomic(folder / RUN_FILES.copy_of, {"url": url})
-    _fetch_files(remote, folder, everything=is_writer)
+        _set_aside(url, there, folder)
+    copy, versions = _read_copy(folder), remote.versions()
+    state = _state_of(versions, is_writer=is_writer, checkpoints=checkpoints)
+    if state is not None and state == copy.state and copy.is_whole(folder):
+        return
+    wanted = _wanted(remote, versions, everything=is_writer)
+    log.info("%s: fetching the run into %s", url, folder)
+    root = folder / RUN_FILES.checkpoints
+    there_steps = set(saved_steps(f"{url}/{root.name}")) if checkpoints else set()
     if checkpoints:
-        _fetch_checkpoints(f"{url}/{RUN_FILES.checkpoints}", folder / RUN_FILES.checkpoints)
+        _make_room(f"{url}/{root.name}", root, there_steps, remove=is_copy)
+    (folder / RUN_FILES.metadata).mkdir(parents=True, exist_ok=True)
+    names = sorted({*copy.files, *wanted})
+    write_json_atomic(folder / RUN_FILES.copy_of, Copy(url=url, files=names))
+    for name in {*copy.files} - {*wanted}:
+        _path_in(remote, folder, name).unlink(missing_ok=True)
+    for name, pieces in wanted.items():
+        _fetch_file(remote, folder, name, pieces)
+    if there_steps:
+        root.mkdir(parents=True, exist_ok=True)
+        download_newest(f"{url}/{root.name}", root)
     _fetch_file(remote, folder, RUN_FILES.status, [RUN_FILES.status])
+    steps = sorted(there_steps & set(saved_steps(root)))
+    copy = Copy(url=url, files=sorted(wanted), steps=steps, state=state)
+    write_json_atomic(folder / RUN_FILES.copy_of, copy)
 
 
 def is_same_attempt(one: RunStatus, other: RunStatus) -> bool:
@@ -181,29 +220,70 @@ def _status_at(remote: RemoteFolder) -> RunStatus | None:
     return decode_json(raw, f"{remote}/{RUN_FILES.status}", RunError, RunStatus)
 
 
-def _fetch_files(remote: RemoteFolder, folder: Path, *, everything: bool) -> None:
-    """All but the status and checkpoints; what the URL does not have goes."""
+def _set_aside(url: str, there: RunStatus, folder: Path) -> None:
+    """Give the folder of an attempt that went no further another name."""
+    gone = f"{url}: has gone on elsewhere (attempt {there.attempt} on {there.host})"
+    if is_locked(folder):
+        raise RunError(
+            f"{gone}, and another process still trains it in {folder}; stop that one, or fetch the "
+            "run into another folder with --work-dir"
+        )
+    folder = folder.resolve()
+    name = unused_name(f"{folder.name}.replaced", lambda n: os.path.lexists(folder.with_name(n)))
+    try:
+        aside = folder.rename(folder.with_name(name))
+    except OSError as error:
+        raise RunError(
+            f"{gone}, and {folder} cannot be renamed ({error.strerror}); fetch the run into "
+            "another folder with --work-dir"
+        ) from None
+    log.warning("%s; what was in %s is kept as %s", gone, folder, aside)
+
+
+def _read_copy(folder: Path) -> Copy:
+    try:
+        return read_json(folder / RUN_FILES.copy_of, RunError, Copy)
+    except (FileNotFoundError, RunError):
+        return Copy()
+
+
+def _state_of(versions: Mapping[str, tuple[int, str]], **how: bool) -> str | None:
+    """What tells one state of the URL, and what was fetched of it, from another; None where the
+    store tells no versions."""
+    files = sorted((name, about) for name, about in versions.items() if not is_of_lease(name))
+    if not all(version for _, (_, version) in files):
+        return None
+    return hashlib.md5(repr((files, how)).encode(), usedforsecurity=False).hexdigest()
+
+
+def _wanted(
+    remote: RemoteFolder, names: Iterable[str], *, everything: bool
+) -> dict[str, list[str]]:
+    """Files to fetch, and the pieces of each: all but the status and checkpoints."""
     wanted: dict[str, list[str]] = {}
-    for name in remote.sizes():
-        top = name.partition("/")[0]
+    for name in names:
+        if not name or name.endswith("/"):
+            continue  # some tools make folders so
+        if {"", ".", ".."} & {*name.split("/")}:
+            raise RunError(f"{remote}: {name!r} is no name of a file of a run; remove it there")
+        top, whole = name.partition("/")[0], whole_name(name)[0]
         if is_of_lease(name) or top in (RUN_FILES.checkpoints, *BULKY):
             continue
-        if everything or top not in _FOR_WRITERS:
-            wanted.setdefault(whole_name(name)[0], []).append(name)
-    for top in {RUN_FILES.metrics, RUN_FILES.tensorboard} | {n.partition("/")[0] for n in wanted}:
-        for path in () if (folder / top).is_symlink() else (folder / top).rglob("*"):
-            name = path.relative_to(folder).as_posix()
-            if path.is_file() and name not in (*wanted, RUN_FILES.status, RUN_FILES.copy_of):
-                path.unlink()
-    for name, pieces in wanted.items():
-        if name != RUN_FILES.status:
-            _fetch_file(remote, folder, name, pieces)
+        is_wanted = everything or top not in _FOR_WRITERS
+        if is_wanted and whole not in (RUN_FILES.status, RUN_FILES.copy_of):
+            wanted.setdefault(whole, []).append(name)
+    return wanted
 
 
-def _fetch_file(remote: RemoteFolder, folder: Path, name: str, pieces: list[str]) -> None:
+def _path_in(remote: RemoteFolder, folder: Path, name: str) -> Path:
     path = folder / name
     if not path.resolve().is_relative_to(folder.resolve()):
         raise RunError(f"{remote}: {name!r} would be written outside {folder}")
+    return path
+
+
+def _fetch_file(remote: RemoteFolder, folder: Path, name: str, pieces: list[str]) -> None:
+    path = _path_in(remote, folder, name)
     path.parent.mkdir(parents=True, exist_ok=True)
     if len(pieces) == 1:
         write_atomic(path, remote.read(name), sync=False)
@@ -218,15 +298,14 @@ def _fetch_file(remote: RemoteFolder, folder: Path, name: str, pieces: list[str]
     unfinished.replace(path)
 
 
-def _fetch_checkpoints(url: str, root: Path) -> None:
-    """The newest whole one; those here that are not there, or other ones, go."""
-    there = set(saved_steps(url))
+def _make_room(url: str, root: Path, there: set[int], *, remove: bool) -> None:
+    """Steps here that are not there, or other ones, go: those of a copy for good."""
     for step in saved_steps(root):
         if step not in there or _is_another(f"{url}/step{step}", step_folder(root, step)):
-            remove_tree(step_folder(root, step))
-    if there:
-        root.mkdir(parents=True, exist_ok=True)
-        download_newest(url, root)
+            if remove:
+                remove_tree(step_folder(root, step))
+            else:
+                log.warning("no step of the run: %s", move_aside(step_folder(root, step)))
 
 
 def _is_another(url: str, folder: Path) -> bool:
