@@ -1,8 +1,11 @@
 """The process beside training: what it brings to a store that fails, and what it says."""
 
+import signal
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -11,13 +14,16 @@ import s3fs
 
 from tests.launch.test_pushing import save
 from tests.s3 import BUCKET, S3Server, times
+from toolkit import signals
 from toolkit.checkpoint.folder import saved_steps
 from toolkit.checkpoint.retention import Retention
+from toolkit.distributed.ranks import LAUNCH_FOLDER
 from toolkit.errors import RunError, StorageError
 from toolkit.launch import mirror as module
-from toolkit.launch.mirror import Mirror, push
+from toolkit.launch.mirror import Mirror, push, seconds_left
+from toolkit.launch.pushing import Pusher
 from toolkit.runs.files import RUN_FILES
-from toolkit.runs.lease import LEASE_FILE
+from toolkit.runs.lease import LEASE_FILE, Lease
 from toolkit.runs.lock import own_info
 from toolkit.runs.manager import RunManager
 from toolkit.runs.registry import start_run
@@ -116,6 +122,82 @@ def test_the_end_gives_up_in_time_and_says_how_to_go_on(
     assert lines == ["checkpoints: step1"]
     assert saved_steps(f"{url}/checkpoints") == [1]
     assert not RemoteFolder(url).exists(LEASE_FILE)
+
+
+def test_who_was_asked_to_stop_gives_up_before_its_launcher_kills(
+    url: str,
+    run: RunManager,
+    s3: S3Server,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    mirror = opened(url, run, seconds=1e6)
+    monkeypatch.setattr(module, "_SECONDS_TO_RELEASE", 0.2)
+    asked = iter([None, 10.0, *[1e6] * 9])
+    monkeypatch.setattr(signals, "seconds_since_asked", lambda: next(asked))
+    with s3.failing(lambda method, path: "503"):
+        mirror.close()
+    assert next(asked) == 1e6
+    assert f"`toolkit runs push {run.folder}`" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("variables", "left"),
+    [
+        ({}, 285.0),
+        ({"TORCHELASTIC_RUN_ID": "x"}, 15.0),
+        ({"TORCHELASTIC_RUN_ID": "x", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "100"}, 85.0),
+        ({LAUNCH_FOLDER: "/tmp/x", "TORCHELASTIC_RUN_ID": "x"}, 285.0),
+        ({"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "4"}, 0.0),
+    ],
+)
+def test_the_wait_is_shorter_than_what_the_launcher_gives(
+    variables: dict[str, str], left: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert seconds_left(600, variables) == 600
+    monkeypatch.setattr(signals, "seconds_since_asked", lambda: 5.0)
+    assert seconds_left(600, variables) == left
+
+
+def test_signals_for_a_whole_job_leave_the_process_alone(url: str, run: RunManager) -> None:
+    mirror = opened(url, run)
+    process = mirror._process
+    assert process is not None
+    for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        process.send_signal(number)
+    write(run, "1")
+    run.close("finished")
+    mirror.close()
+    assert mirror._process is process
+    assert has(url, "1")()
+
+
+def test_a_push_keeps_its_lease_and_ends_where_it_loses_it(
+    url: str, run: RunManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run.close("finished")
+    save(run.folder, 1)
+    beat, begin = Lease.beat, Pusher.begin
+    answers: list[bool] = []
+    is_lost = threading.Event()
+
+    def lost_at_the_second(self: Lease) -> bool:
+        answers.append(beat(self) and not answers)
+        if len(answers) == 2:
+            is_lost.set()
+        return answers[-1]
+
+    def slow(self: Pusher) -> None:
+        assert is_lost.wait(60)
+        begin(self)
+
+    monkeypatch.setattr(module, "Lease", partial(Lease, heartbeat_seconds=0.05))
+    monkeypatch.setattr(Lease, "beat", lost_at_the_second)
+    monkeypatch.setattr(Pusher, "begin", slow)
+    with pytest.raises(RunError, match="another process took this run over"):
+        push(run.folder, url, Retention(), lambda text: None)
+    assert answers == [True, False]
+    assert saved_steps(f"{url}/checkpoints") == []
 
 
 def test_a_run_that_was_taken_over_must_end(url: str, run: RunManager) -> None:

@@ -170,6 +170,70 @@ def test_what_the_store_has_is_not_sent_again_by_the_next_attempt(
     assert found == {METRICS, "tb/train/events", RUN_FILES.status}
 
 
+@pytest.mark.parametrize("size", [PIECE // 2, 3 * PIECE])
+def test_a_file_that_grows_while_it_is_sent_is_there_as_it_was(
+    remote: RemoteFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
+    path = put(tmp_path, "tb/train/events", bytes(size))
+    pipe, put_file = MemoryFileSystem.pipe_file, MemoryFileSystem.put_file
+
+    def growing(original: Any) -> Any:
+        def send(*args: Any, **how: Any) -> Any:
+            with path.open("ab") as file:
+                file.write(b"more")
+            return original(*args, **how)
+
+        return send
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MemoryFileSystem, "pipe_file", growing(pipe))
+        patch.setattr(MemoryFileSystem, "put_file", growing(put_file))
+        pusher = Pusher(tmp_path, remote, Retention())
+        assert pusher.push_files() is None
+    assert remote.read("tb/train/events").startswith(bytes(size))
+    pusher.push_files()
+    assert remote.read("tb/train/events") == path.read_bytes()
+
+
+def test_a_file_that_cannot_be_sent_keeps_nothing_else_back(
+    remote: RemoteFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(tmp_path, "a/refused", b"1")
+    put(tmp_path, "z/sent", b"1")
+    put(tmp_path, METRICS, b"1")
+    save(tmp_path, 3)
+    write = RemoteFolder.write
+
+    def refuse(self: RemoteFolder, name: str, data: bytes) -> None:
+        if name in refused:
+            raise StorageError(f"{name}: not allowed")
+        write(self, name, data)
+
+    monkeypatch.setattr(RemoteFolder, "write", refuse)
+    refused = {"a/refused"}
+    pusher = Pusher(tmp_path, remote, Retention())
+    with pytest.raises(StorageError, match="a/refused: not allowed"):
+        push_all(pusher)
+    assert remote.read("z/sent") == b"1"
+    assert saved_steps(f"{remote}/checkpoints") == [3]
+    refused = {METRICS}
+    put(tmp_path, METRICS, b"12")
+    save(tmp_path, 4)
+    with pytest.raises(StorageError, match=METRICS):
+        push_all(pusher)
+    assert saved_steps(f"{remote}/checkpoints") == [3]
+
+
+def test_metrics_do_not_wait_for_logs_of_many_ranks(
+    remote: RemoteFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("logs/rank0.log", "a/x", "trackers/x", METRICS, "tb/train/events"):
+        put(tmp_path, name, b"1")
+    seen = writes(monkeypatch)
+    Pusher(tmp_path, remote, Retention()).push_files()
+    assert [name for name, _ in seen][:2] == [METRICS, RUN_FILES.status]
+
+
 def test_metrics_come_before_the_checkpoint_that_they_lead_to(
     remote: RemoteFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,8 +2,6 @@
 
 import threading
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import msgspec
 import pytest
@@ -11,6 +9,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from tests.s3 import BUCKET, S3Server
 from toolkit.errors import RunError
+from toolkit.runs import lease as module
 from toolkit.runs.lease import LEASE_FILE, Lease, is_leased, read_lease
 from toolkit.runs.lock import LockInfo, own_info
 from toolkit.storage.remote import RemoteFolder, Retries
@@ -35,21 +34,6 @@ def elsewhere() -> LockInfo:
     return msgspec.structs.replace(own_info(), host="other", machine="another boot")
 
 
-@contextmanager
-def beating(holder: Lease) -> Iterator[None]:
-    end = threading.Event()
-
-    def beat() -> None:
-        while not end.wait(holder.heartbeat_seconds):
-            holder.beat()
-
-    thread = threading.Thread(target=beat)
-    thread.start()
-    yield
-    end.set()
-    thread.join()
-
-
 @pytest.mark.parametrize("store", ["memory", "file", "s3"])
 def test_the_first_gets_it_and_gives_it_back(
     store: str, folder: RemoteFolder, s3: S3Server, tmp_path: str
@@ -61,8 +45,11 @@ def test_the_first_gets_it_and_gives_it_back(
     first.acquire()
     assert [*place.sizes()] == [LEASE_FILE]
     assert is_leased(place)
-    with beating(first), pytest.raises(RunError, match=r"another process .*on other since"):
-        lease(place).acquire()
+    with (
+        first.kept(pytest.fail, pytest.fail),
+        pytest.raises(RunError, match=r"another process .*on other since"),
+    ):
+        lease(place, stale_seconds=600.0).acquire()  # ends at the first beat
     assert first.beat()
     first.release()
     assert not is_leased(place)
@@ -86,6 +73,32 @@ def test_a_holder_without_a_heartbeat_loses_it_and_learns_of_that(folder: Remote
     assert "another process took this run over" in str(first.lost_error())
     first.release()
     assert read_lease(folder) is not None
+
+
+def test_who_keeps_it_learns_that_it_is_lost_or_was_removed(folder: RemoteFolder) -> None:
+    holder = lease(folder)
+    holder.acquire()
+    lost, gone = threading.Event(), threading.Event()
+    with holder.kept(lost.set, gone.set):
+        folder.delete([LEASE_FILE])
+        assert gone.wait(60)
+        folder.write(LEASE_FILE, msgspec.json.encode(elsewhere()))
+        assert lost.wait(60)
+
+
+def test_after_a_suspension_the_store_is_asked(
+    folder: RemoteFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(module, "now", lambda: clock[0])
+    holder = lease(folder, heartbeat_seconds=15.0)
+    holder.acquire()
+    assert holder.check()
+    folder.write(LEASE_FILE, msgspec.json.encode(elsewhere()))
+    clock[0] = 30.0
+    assert holder.check()
+    clock[0] = 31.0
+    assert not holder.check()
 
 
 def test_a_dead_process_of_this_machine_is_not_waited_for(folder: RemoteFolder) -> None:

@@ -1,9 +1,13 @@
 """Runs at a URL: the machine goes away, and another one goes on from the URL alone, bit for bit."""
 
+import os
+import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
+import torch.distributed as dist
 
 from tests.checkpoint.exchange import differences, stored
 from tests.s3 import BUCKET, S3Server, times
@@ -11,6 +15,8 @@ from tests.train.test_remote_runs import STEPS, losses, run
 from tests.workers import WorkerPool
 from toolkit.checkpoint.folder import saved_steps
 from toolkit.cli import main as cli
+from toolkit.distributed import environment
+from toolkit.launch.mirror import Mirror
 from toolkit.launch.remote_run import local_copy
 from toolkit.runs.config import folder_of_url
 
@@ -58,13 +64,39 @@ def test_an_empty_machine_goes_on_from_the_url_bit_for_bit(
     assert losses(first) == losses(expected)
 
 
+def run_watched(marker: str, *words: str) -> tuple[int, str, bool]:
+    """`run` beside a slow mirror; and whether all of it had been sent when this rank went on."""
+    close = Mirror.close
+
+    def slow(self: Mirror, **how: Any) -> None:
+        if not self._closing.is_set():
+            assert dist.is_initialized()
+            time.sleep(1.0)
+        close(self, **how)
+        Path(marker).touch()
+
+    with mock.patch.object(Mirror, "close", slow):
+        if os.environ["RANK"] == "0":
+            return *run(*words), Path(marker).exists()
+        closed: list[bool] = []
+        leave = environment.close_process_groups
+
+        def note(**how: Any) -> None:
+            closed.append(Path(marker).exists())
+            leave(**how)
+
+        with mock.patch.object(environment, "close_process_groups", note):
+            return *run(*words), closed[0]
+
+
 def test_two_ranks_share_a_mirrored_run(
     workers: WorkerPool, undisturbed: tuple[Path, Path], tmp_path: Path
 ) -> None:
     url = f"file://{tmp_path}/store/run"
     flags = at(tmp_path / "one")
-    results = workers.run(2, run, url, str(undisturbed[1]), *flags)
-    assert results == [(0, "")] * 2
+    marker = str(tmp_path / "mirrored")
+    results = workers.run(2, run_watched, marker, url, str(undisturbed[1]), *flags)
+    assert results == [(0, "", True)] * 2
     copy = local_copy(url, str(tmp_path / "two"))
     assert losses(copy) == pytest.approx(losses(undisturbed[0]), rel=1e-5)
 

@@ -20,6 +20,7 @@ from typing import IO, Any
 
 import msgspec
 
+from toolkit import signals
 from toolkit.checkpoint.retention import Retention
 from toolkit.errors import ToolkitError
 from toolkit.launch.pushing import Pusher, push_all
@@ -49,8 +50,7 @@ class Job(msgspec.Struct, frozen=True):
 
 def main() -> None:
     """The process: copies until training ends, and then what is left."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)  # training is asked to stop, and tells us when it has
+    signals.ignore_in_worker()  # training is asked to stop, and tells us when it has
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     job = msgspec.json.decode(sys.stdin.buffer.readline(), type=Job)
@@ -71,10 +71,11 @@ class _Copying:
         self._turn = threading.Lock()
         self._push, self._end = threading.Event(), threading.Event()
         remote = RemoteFolder(job.url, retries=Retries(3, 0.5, 5.0))
-        self._pusher = Pusher(Path(job.folder), remote, Retention(*job.rule))
+        self._pusher = Pusher(
+            Path(job.folder), remote, Retention(*job.rule), check=self._check_lease
+        )
         self._lease = Lease(remote, info=job.lease, heartbeat_seconds=job.heartbeat)
         self._has_begun = False
-        self._beaten_at = 0.0
         self._checkpoints = Worker("checkpoints")
         self._sending: Future[None] | None = None
 
@@ -85,9 +86,13 @@ class _Copying:
 
     def run(self) -> None:
         logging.getLogger("toolkit").addHandler(_Telling(self._tell))
-        for target in (self._read_words, self._watch_parent, self._beat):
+        for target in (self._read_words, self._watch_parent):
             Thread(target=target, name=target.__name__, daemon=True).start()
-        self._push.wait()
+        with self._lease.kept(self._lose, self._start_again):
+            self._push.wait()
+            self._copy()
+
+    def _copy(self) -> None:
         pause, has_warned = 0.0, False
         while True:
             is_over = self._end.wait(pause)
@@ -119,7 +124,7 @@ class _Copying:
             self._pusher.begin()
             self._has_begun = True
         steps = self._pusher.committed()
-        self._pusher.push_files()
+        failed = self._pusher.push_files()
         if self._sending is not None and (is_over or self._sending.done()):
             sending, self._sending = self._sending, None
             sending.result()
@@ -127,36 +132,27 @@ class _Copying:
             push_all(self._pusher)
         elif self._sending is None:
             self._sending = self._checkpoints.submit(lambda: self._send_bulk(steps))
+        if failed is not None:
+            raise failed
 
     def _check_lease(self) -> None:
-        """Send nothing after a time out of reach, or suspended, before we know that the lease is
-        still ours."""
-        if time.time() - self._beaten_at > 2 * self._lease.heartbeat_seconds:
-            if not self._lease.is_ours():
-                self._lose()
-            self._beaten_at = time.time()
+        """Send nothing before we know that the lease is still ours."""
+        if not self._lease.check():
+            self._lose()
 
     def _lose(self) -> None:
         self._tell("lost", str(self._lease.lost_error()))
         os._exit(0)
 
     def _send_bulk(self, steps: list[int]) -> None:
-        self._check_lease()
         self._pusher.push_checkpoints(steps)
-        self._pusher.push_files(bulky=True)
+        failed = self._pusher.push_files(bulky=True)
+        if failed is not None:
+            raise failed
 
-    def _beat(self) -> None:
-        while True:
-            time.sleep(self._lease.heartbeat_seconds)
-            try:
-                if not self._lease.beat():
-                    self._lose()
-                self._beaten_at = time.time()
-            except FileNotFoundError:
-                self._tell("warning", f"{self._job.url}: was removed; all of it is sent again")
-                os._exit(0)
-            except ToolkitError:
-                pass  # who copies says so
+    def _start_again(self) -> None:
+        self._tell("warning", f"{self._job.url}: was removed; all of it is sent again")
+        os._exit(0)
 
     def _read_words(self) -> None:
         for word in iter(sys.stdin.buffer.readline, b""):

@@ -7,23 +7,27 @@ training, and nobody waits for it before the end of the run. It also keeps the l
 
 import contextlib
 import logging
+import math
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import msgspec
 
 import toolkit
+from toolkit import signals
 from toolkit.checkpoint.retention import Retention
+from toolkit.distributed.ranks import LAUNCH_FOLDER
 from toolkit.errors import RunError, StorageError
 from toolkit.launch.copying import Job
 from toolkit.launch.pushing import Pusher, push_all
 from toolkit.launch.remote_run import check_not_ahead, take_over
+from toolkit.launch.workers import launcher_seconds
 from toolkit.runs.files import RUN_FILES
 from toolkit.runs.lease import Lease
 from toolkit.runs.manager import RunManager
@@ -41,6 +45,11 @@ PROBE_SECONDS = 60.0
 """A store that does not answer the first questions by then counts as out of reach."""
 _RESTART_SECONDS = 10.0
 _SECONDS_TO_DIE = 3.0
+_TICK_SECONDS = 0.2
+_TORCHRUN_SECONDS = 30.0
+"""After a signal, by default."""
+_SECONDS_TO_SAY = 10.0
+"""Before a launcher kills: to close, and to say that something is missing."""
 _SECONDS_TO_RELEASE = 5.0
 _START = (
     "import sys; sys.path.append(sys.argv.pop(1)); from toolkit.launch.copying import main; main()"
@@ -105,8 +114,9 @@ class Mirror:
         )  # fmt: skip
         self._say("push")
 
-    def close(self) -> None:
-        """Wait until everything is there, for a bounded time, and give the lease back."""
+    def close(self, *, within: float = math.inf) -> None:
+        """Wait until everything is there, for at most `within` and the configured seconds, and give
+        the lease back. Who was asked to stop waits no longer than the launcher does."""
         if self._closing.is_set():
             return
         with self._turn:
@@ -115,7 +125,11 @@ class Mirror:
         started = time.monotonic()
         if self._listener.ident is not None:
             # A run that never began has nothing to send.
-            self._listener.join(self._wait_seconds if self._run else _SECONDS_TO_DIE)
+            until = started + min(within, self._wait_seconds if self._run else _SECONDS_TO_DIE)
+            while self._listener.is_alive() and (left := until - time.monotonic()) > 0:
+                if (left := seconds_left(left)) <= 0:
+                    break
+                self._listener.join(min(left, _TICK_SECONDS))
         self._has_given_up = True
         if self._process is not None and self._process.poll() is None:
             with contextlib.suppress(OSError):
@@ -164,13 +178,14 @@ class Mirror:
 
     def _start_process(self) -> subprocess.Popen[bytes]:
         source = str(Path(toolkit.__file__).parent.parent)
-        self._process = subprocess.Popen(
-            [sys.executable, "-P", "-c", _START, source],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            process_group=0,
-        )
+        with signals.starting_workers():  # the end's signals may come before it ignores them
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-c", _START, source],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                process_group=0,
+            )
         job = Job(
             str(self._folder), self.url, self._lease.info, tuple(self._rule), os.getpid(),
             INTERVAL_SECONDS, self._lease.heartbeat_seconds,
@@ -198,6 +213,18 @@ class Mirror:
             log.log(logging.INFO if word == "info" else logging.WARNING, "%s", text)
 
 
+def seconds_left(seconds: float, environ: Mapping[str, str] = os.environ) -> float:
+    """How much of so many seconds this process has, as it may have been asked to stop: its launcher
+    kills it some time after that, and before that it has to say what is missing."""
+    asked = signals.seconds_since_asked()
+    if asked is None:
+        return seconds
+    grace = float(launcher_seconds(environ))
+    if LAUNCH_FOLDER not in environ and "TORCHELASTIC_RUN_ID" in environ:
+        grace = float(environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", _TORCHRUN_SECONDS))
+    return max(0.0, min(seconds, grace - min(_SECONDS_TO_SAY, grace / 2) - asked))
+
+
 def push(folder: Path, url: str, rule: Retention, say: Callable[[str], object]) -> None:
     """Bring a run that nobody trains to `url`, at once.
 
@@ -209,11 +236,18 @@ def push(folder: Path, url: str, rule: Retention, say: Callable[[str], object]) 
     lease = Lease(remote)
     lease.probe()
     lease.acquire()
+    lost = threading.Event()
+
+    def check() -> None:
+        if lost.is_set() or not lease.check():
+            raise lease.lost_error()
+
     try:
-        check_not_ahead(url, folder)
-        pusher = Pusher(folder, remote, rule)
-        pusher.begin()
-        push_all(pusher, say=say)
+        with lease.kept(lost.set, lambda: None):
+            check_not_ahead(url, folder)
+            pusher = Pusher(folder, remote, rule, check=check)
+            pusher.begin()
+            push_all(pusher, say=say)
     finally:
         with contextlib.suppress(StorageError):
             lease.release()

@@ -10,7 +10,6 @@ as at a resume, is noticed by its hash. The committed checkpoints are listed bef
 sent, and sent after them.
 """
 
-import contextlib
 import hashlib
 import logging
 import os
@@ -20,19 +19,24 @@ from pathlib import Path
 from toolkit.checkpoint.folder import METADATA_FILE, is_committed, saved_steps, step_folder
 from toolkit.checkpoint.remote import set_aside_at, upload_checkpoint
 from toolkit.checkpoint.retention import Retention, prune_checkpoints
-from toolkit.errors import CheckpointError, RunError, TrainingError
+from toolkit.errors import CheckpointError, RunError, StorageError, TrainingError
 from toolkit.runs.files import RUN_FILES
 from toolkit.storage.atomic import TEMPORARY_SUFFIX
 from toolkit.storage.remote import RemoteFolder
+from toolkit.storage.transient import is_transient
 
 log = logging.getLogger(__name__)
 
 PIECE = 1 << 20
 """Bytes of a piece of a file that grows."""
+_LARGE = 64 << 20
+"""Bytes of a file that is not read into memory; those that may grow are smaller."""
 GROWING = (".jsonl", ".log")
 BULKY = (RUN_FILES.merged, RUN_FILES.exports, RUN_FILES.profiles)
 """Folders sent as checkpoints are: metrics do not wait for them."""
 _NOT_SENT = (RUN_FILES.checkpoints, RUN_FILES.downloads)
+_FIRST = (RUN_FILES.metrics, RUN_FILES.metadata)
+"""Folders sent before others, of which there may be many files, and that checkpoints need."""
 _SET_ASIDE = (RUN_FILES.metrics, RUN_FILES.tensorboard, RUN_FILES.trackers)
 """Folders that a run which starts anew gives other names."""
 _LOCAL = (RUN_FILES.lock, RUN_FILES.lock_info, RUN_FILES.copy_of, "stop")
@@ -43,8 +47,17 @@ _PART = ".part"
 class Pusher:
     """Brings the run in `folder` to `remote`; `rule` says which checkpoints stay there."""
 
-    def __init__(self, folder: Path, remote: RemoteFolder, rule: Retention) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        remote: RemoteFolder,
+        rule: Retention,
+        *,
+        check: Callable[[], object] = lambda: None,
+    ) -> None:
         self._folder, self._remote, self._rule = folder, remote, rule
+        self._check = check
+        """Raises where this process may write there no more."""
         self._sent: dict[str, tuple[int, int]] = {}
         """Name -> size and time of last change, of what is there."""
         self._pieces: dict[str, list[tuple[int, str]]] = {}
@@ -88,13 +101,27 @@ class Pusher:
         root = self._folder / RUN_FILES.checkpoints
         return [step for step in reversed(saved_steps(root)) if step not in self._done]
 
-    def push_files(self, *, bulky: bool = False) -> None:
-        """Send what has changed of the folder, without checkpoints; `bulky`: of `BULKY` alone."""
+    def push_files(self, *, bulky: bool = False) -> Exception | None:
+        """Send what has changed of the folder, without checkpoints; `bulky`: of `BULKY` alone.
+
+        Returns why one of them was not sent, of which checkpoints are none the worse. Raises
+        StorageError or OSError where the store is out of reach, or a file that they need was not.
+        """
         files = dict(self._files(bulky=bulky))
-        for name, path in files.items():
-            if bulky == _is_bulky(name):
-                with contextlib.suppress(FileNotFoundError):  # renamed or removed just now
-                    self._push_file(name, path)
+        failed: Exception | None = None
+        for name, path in sorted(files.items(), key=lambda item: _place(item[0])):
+            if bulky != _is_bulky(name):
+                continue
+            self._check()
+            try:
+                self._push_file(name, path)
+            except FileNotFoundError:
+                pass  # renamed or removed just now
+            except (StorageError, OSError) as error:
+                is_down = error.__cause__ is not None and is_transient(error.__cause__)
+                if is_down or _place(name) < len(_FIRST):
+                    raise
+                failed = failed or error
         gone = [n for n in list(self._sent) if n not in files and bulky == _is_bulky(n)]
         for name in gone:
             if name in self._pieces:
@@ -103,11 +130,13 @@ class Pusher:
             else:
                 self._remote.delete([name])
             del self._sent[name]
+        return failed
 
     def push_checkpoints(self, steps: list[int]) -> None:
         """Send these, and then remove what the rule does not keep."""
         root, target = self._folder / RUN_FILES.checkpoints, self._remote / RUN_FILES.checkpoints
         for step in steps:
+            self._check()
             try:
                 upload_checkpoint(step_folder(root, step), target.url)
             except TrainingError as error:
@@ -147,10 +176,11 @@ class Pusher:
             return
         if name.endswith(GROWING):
             self._push_pieces(name, path, about.st_size)
-        elif about.st_size > PIECE:
+        elif _is_bulky(name) or about.st_size > _LARGE:
             self._remote.upload(path, name)
         else:
-            self._write(name, path.read_bytes())
+            with path.open("rb") as file:  # which may have grown by now, as events do
+                self._write(name, file.read(about.st_size))
         self._sent[name] = state
 
     def _push_pieces(self, name: str, path: Path, size: int) -> None:
@@ -205,11 +235,19 @@ def whole_name(name: str) -> tuple[str, int]:
 def push_all(pusher: Pusher, *, say: Callable[[str], object] = lambda text: None) -> None:
     """Send everything that is not there, in order."""
     steps = pusher.committed()
-    pusher.push_files()
+    failed = pusher.push_files()
     if steps:
         say(f"checkpoints: {', '.join(f'step{step}' for step in steps)}")
     pusher.push_checkpoints(steps)
-    pusher.push_files(bulky=True)
+    failed = pusher.push_files(bulky=True) or failed
+    if failed is not None:
+        raise failed
+
+
+def _place(name: str) -> int:
+    """Where a file stands in the order."""
+    top = name.partition("/")[0]
+    return _FIRST.index(top) if top in _FIRST else len(_FIRST)
 
 
 def _is_bulky(name: str) -> bool:

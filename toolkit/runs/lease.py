@@ -11,12 +11,15 @@ each looks again after a moment, and with every heartbeat.
 """
 
 import contextlib
+import functools
 import logging
+import threading
 import time
+from collections.abc import Callable, Iterator
 
 import msgspec
 
-from toolkit.errors import RunError, StorageError
+from toolkit.errors import RunError, StorageError, ToolkitError
 from toolkit.runs.lock import (
     HEARTBEAT_SECONDS,
     STALE_SECONDS,
@@ -27,8 +30,14 @@ from toolkit.runs.lock import (
 )
 from toolkit.storage.atomic import encode_json
 from toolkit.storage.remote import RemoteFolder
+from toolkit.threads import Thread
 
 log = logging.getLogger(__name__)
+
+now: Callable[[], float] = functools.partial(
+    time.clock_gettime, getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
+)
+"""Seconds that nobody sets; where the system can, the time of a suspension counts."""
 
 LEASE_FILE = "lease.json"
 _PROBE = "probe-"
@@ -53,6 +62,8 @@ class Lease:
     ) -> None:
         self.info = info or own_info()
         self.heartbeat_seconds = heartbeat_seconds
+        self.beaten_at = float("-inf")
+        """By `now`."""
         self._folder = folder
         self._stale_seconds = stale_seconds
         self._settle_seconds = settle_seconds
@@ -107,6 +118,40 @@ class Lease:
         self._folder.write(LEASE_FILE, encode_json(self.info))
         if holder is None:
             raise FileNotFoundError(f"{self._folder}/{LEASE_FILE}")
+        return True
+
+    @contextlib.contextmanager
+    def kept(self, on_lost: Callable[[], object], on_gone: Callable[[], object]) -> Iterator[None]:
+        """Beat inside the block, in a thread. `on_lost`: another one has taken over; `on_gone`: it
+        had been removed, perhaps with all of the folder. A store out of reach is asked again."""
+        ended = threading.Event()
+
+        def beat() -> None:
+            while not ended.wait(self.heartbeat_seconds):
+                try:
+                    if not self.beat():
+                        on_lost()
+                        return
+                    self.beaten_at = now()
+                except FileNotFoundError:
+                    on_gone()
+                except ToolkitError:
+                    pass  # who writes says so
+
+        thread = Thread(target=beat, name="lease", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join(_SETTLE_SECONDS)
+
+    def check(self) -> bool:
+        """Whether it is ours: asked of the store after a time out of reach, or suspended."""
+        if now() - self.beaten_at > 2 * self.heartbeat_seconds:
+            if not self.is_ours():
+                return False
+            self.beaten_at = now()
         return True
 
     def is_ours(self) -> bool:
