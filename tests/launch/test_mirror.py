@@ -1,11 +1,13 @@
 """The process beside training: what it brings to a store that fails, and what it says."""
 
+import os
 import signal
 import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
 from functools import partial
+from io import BytesIO
 from pathlib import Path
 
 import psutil
@@ -20,6 +22,7 @@ from toolkit.checkpoint.retention import Retention
 from toolkit.distributed.ranks import LAUNCH_FOLDER
 from toolkit.errors import RunError, StorageError
 from toolkit.launch import mirror as module
+from toolkit.launch.copying import Job, _Copying
 from toolkit.launch.mirror import Mirror, push, seconds_left
 from toolkit.launch.pushing import Pusher
 from toolkit.runs.files import RUN_FILES
@@ -198,6 +201,36 @@ def test_a_push_keeps_its_lease_and_ends_where_it_loses_it(
         push(run.folder, url, Retention(), lambda text: None)
     assert answers == [True, False]
     assert saved_steps(f"{url}/checkpoints") == []
+
+
+def test_a_process_that_cannot_run_says_why(
+    url: str, run: RunManager, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(module, "_START", "import no_such_library")
+    monkeypatch.setattr(module, "_RESTART_SECONDS", 0.01)
+    mirror = opened(url, run)
+    wait_for(lambda: caplog.text.count("has ended (ModuleNotFoundError: No module named") == 2)
+    monkeypatch.setattr(module, "_START", "")
+    mirror.close()
+
+
+def test_the_newest_checkpoint_is_looked_for_after_each(run: RunManager, tmp_path: Path) -> None:
+    url = f"file://{tmp_path}/store"
+    lease = Lease(RemoteFolder(url))
+    lease.acquire()
+    job = Job(str(run.folder), url, lease.info, tuple(Retention(None)), os.getpid(), 1.0, 15.0)
+    copying = _Copying(job, BytesIO())
+    there = []
+    for step in (1, 2, 3, None, None):
+        if step is not None:
+            save(run.folder, step)
+        if step == 1:
+            continue
+        copying._look(is_over=False)
+        assert copying._sending is not None
+        copying._sending.result(60)
+        there.append(saved_steps(f"{url}/checkpoints"))
+    assert there == [[2], [2, 3], [1, 2, 3], [1, 2, 3]]
 
 
 def test_a_run_that_was_taken_over_must_end(url: str, run: RunManager) -> None:

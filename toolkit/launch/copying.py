@@ -131,7 +131,8 @@ class _Copying:
         if is_over:
             push_all(self._pusher)
         elif self._sending is None:
-            self._sending = self._checkpoints.submit(lambda: self._send_bulk(steps))
+            # One: by the next look there may be a newer one.
+            self._sending = self._checkpoints.submit(lambda: self._send_bulk(steps[:1]))
         if failed is not None:
             raise failed
 

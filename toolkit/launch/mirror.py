@@ -12,6 +12,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -44,6 +45,7 @@ LAG_SECONDS = 30
 PROBE_SECONDS = 60.0
 """A store that does not answer the first questions by then counts as out of reach."""
 _RESTART_SECONDS = 10.0
+_LONGEST_PAUSE = 300.0
 _SECONDS_TO_DIE = 3.0
 _TICK_SECONDS = 0.2
 _TORCHRUN_SECONDS = 30.0
@@ -67,6 +69,7 @@ class Mirror:
         self._has_lease = False
         self._run: RunManager | None = None
         self._process: subprocess.Popen[bytes] | None = None
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115
         self._turn = threading.Lock()
         self._closing = threading.Event()
         self._is_done = False
@@ -150,8 +153,9 @@ class Mirror:
 
     def _keep_process(self) -> None:
         """Start the process, listen to it, and start it again where it dies by itself."""
-        may_die = True
+        may_die, pause = True, _RESTART_SECONDS
         while True:
+            started = time.monotonic()
             with self._turn:
                 process = self._start_process()
                 if self._closing.is_set():
@@ -169,12 +173,21 @@ class Mirror:
             ):
                 return
             may_die = not is_ending  # perhaps before it heard that this is the end
-            log.warning(
-                "%s: the process that copies the run has ended; it is started again", self.url
-            )
-            self._closing.wait(_RESTART_SECONDS)
+            text = "%s: the process that copies the run has ended (%s); it is started again"
+            log.warning(text, self.url, self._last_error() or f"code {process.returncode}")
+            has_worked = time.monotonic() - started > _LONGEST_PAUSE
+            pause = _RESTART_SECONDS if has_worked else pause
+            self._closing.wait(pause)
+            pause = min(2 * pause, _LONGEST_PAUSE)
             if self._has_given_up:
                 return
+
+    def _last_error(self) -> str:
+        """The last line that the process said as it died."""
+        self._errors.seek(max(0, self._errors.seek(0, os.SEEK_END) - 1000))
+        lines = self._errors.read().decode(errors="replace").split("\n")
+        self._errors.truncate(0)
+        return next((line.strip() for line in reversed(lines) if line.strip()), "")
 
     def _start_process(self) -> subprocess.Popen[bytes]:
         source = str(Path(toolkit.__file__).parent.parent)
@@ -183,7 +196,7 @@ class Mirror:
                 [sys.executable, "-P", "-c", _START, source],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
+                stderr=self._errors,
                 process_group=0,
             )
         job = Job(
