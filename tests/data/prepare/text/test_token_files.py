@@ -14,6 +14,7 @@ from tests.s3 import BUCKET
 from toolkit.data.config import DatasetConfig, TokenFilesSourceConfig
 from toolkit.data.prepare.build.prepare import ensure_prepared
 from toolkit.data.prepare.text import sources, token_files
+from toolkit.data.prepare.text.files import SourceFile
 from toolkit.data.prepare.text.reading import Counts, Piece, Reading, read_shard
 from toolkit.data.prepare.text.sources import plan_source, source_fingerprint
 from toolkit.errors import DataError, StorageError
@@ -290,3 +291,18 @@ def test_a_server_without_ranges_is_one_line(web: str, tmp_path: Path) -> None:
     Files.ranges = False
     with pytest.raises(StorageError, match=r"a\.bin: .*sends no ranges of files; download"):
         ensure_prepared(web_config(tmp_path, f"{web}/a.bin"), progress=False)
+
+
+def test_files_of_a_store_are_asked_for_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    together = threading.Barrier(2)
+
+    def expand(url: str, *_: object) -> list[SourceFile]:
+        together.wait(60)
+        return [SourceFile(url, url, 1, version="v")]
+
+    monkeypatch.setattr(token_files, "_expand_url", expand)
+    source = TokenFilesSourceConfig(paths=["https://host/b", "https://host/a/"])
+    assert [file.path for file in token_files._remote_files(source)] == [
+        "https://host/a",
+        "https://host/b",
+    ]

@@ -9,6 +9,7 @@ import contextlib
 import fnmatch
 import glob
 import io
+import itertools
 import logging
 import math
 import os
@@ -102,9 +103,7 @@ def plan_token_files(source: TokenFilesSourceConfig) -> Plan:
     num_bytes = sum(file.num_bytes for file in files)
     heads = dict[str, bytes]()
     if remote:
-        with ThreadPool(
-            HEAD_REQUESTS if remote[0].path.startswith(_ASYNC_PROTOCOLS) else 1
-        ) as pool:
+        with _pool_for([file.path for file in remote]) as pool:
             heads = dict(zip((file.path for file in remote), pool.map(_head, remote), strict=True))
     fingerprint = _fingerprint(local.files, remote)
     size = shard_bytes(num_bytes)
@@ -286,12 +285,21 @@ def _cut(file: SourceFile, head: bytes, dtype: str, size: int) -> Iterator[Range
 def _remote_files(
     source: TokenFilesSourceConfig, retries: Retries | None = None
 ) -> list[SourceFile]:
+    urls = [path.rstrip("/") for path in source.paths if is_url(path)]
+    if not urls:
+        return []
+    with _pool_for(urls) as pool:
+        files = list(pool.map(lambda url: _expand_url(url, source.suffixes, retries), urls))
     found: dict[str, SourceFile] = {}
-    for url in filter(is_url, source.paths):
-        for file in _expand_url(url.rstrip("/"), source.suffixes, retries):
-            if file.num_bytes:
-                found.setdefault(file.path, file)
+    for file in itertools.chain.from_iterable(files):
+        if file.num_bytes:
+            found.setdefault(file.path, file)
     return sorted(found.values())
+
+
+def _pool_for(urls: Sequence[str]) -> ThreadPool:
+    """For questions to stores: several at a time where the libraries of all of them can."""
+    return ThreadPool(HEAD_REQUESTS if all(u.startswith(_ASYNC_PROTOCOLS) for u in urls) else 1)
 
 
 def _expand_url(url: str, suffixes: tuple[str, ...], retries: Retries | None) -> list[SourceFile]:
