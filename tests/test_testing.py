@@ -1,5 +1,6 @@
 """What the toolkit offers to tests of others."""
 
+import os
 import shutil
 from pathlib import Path
 
@@ -76,3 +77,11 @@ def test_sections_are_laid_over_the_tiny_config(tmp_path: Path) -> None:
     assert (type(config.train_module.optim).__name__, config.seed) == ("LionConfig", 7)
     with pytest.raises(ConfigError, match="optim"):
         tiny_experiment(tmp_path, train_module={"optim": {"type": "lions"}})
+
+
+def test_ranks_that_make_a_tiny_experiment_at_once_read_it_whole(tmp_path: Path) -> None:
+    """Files are replaced, never written in place."""
+    tiny_experiment(tmp_path)
+    with (tmp_path / "tiny.json").open() as before:
+        tiny_experiment(tmp_path)
+        assert os.fstat(before.fileno()).st_ino != (tmp_path / "tiny.json").stat().st_ino

@@ -37,6 +37,7 @@ from toolkit.experiment.load import load_experiment
 from toolkit.experiment.sources import recipe_text
 from toolkit.metrics.lines import read_records
 from toolkit.runs.files import RUN_FILES
+from toolkit.storage.atomic import write_atomic
 
 MOST_THREADS = 40
 """Of a worker: ZeRO-3 holds its groups for the life of a process, and the threads of a group whose
@@ -286,7 +287,7 @@ def tiny_experiment(folder: Path | str, **sections: Any) -> ExperimentConfig:
     text, file = folder / "tiny.txt", folder / "tiny.json"
     if not text.exists():
         lines = (f"{n} and {n} is {2 * n}; {n} times {n} is {n * n}.\n" for n in range(3000))
-        text.write_text("".join(lines))
+        write_atomic(text, "".join(lines).encode(), sync=False)
     source = {"type": "files", "paths": [str(text)]}
     own = {
         "run": {"root": str(folder / "runs"), "experiment": "tiny"},
@@ -295,7 +296,8 @@ def tiny_experiment(folder: Path | str, **sections: Any) -> ExperimentConfig:
     data = json.loads(recipe_text("smoke"))
     for layer in (own, sections):
         _lay_over(data, layer)
-    file.write_text(json.dumps(data, indent=2))
+    # Whole: ranks may call this at once.
+    write_atomic(file, json.dumps(data, indent=2).encode(), sync=False)
     return load_experiment(str(file), environ=None).config
 
 

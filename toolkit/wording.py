@@ -39,3 +39,11 @@ def labelled(rows: Iterable[tuple[str, Sequence[str]]]) -> list[str]:
 def shortened(text: str) -> str:
     """`text` as it is, cut where it is too long for a line."""
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
+
+
+def visible(text: str, *, kept: str = "") -> str:
+    """Control characters as their names, but for those `kept`: what comes from elsewhere must not
+    steer the terminal, nor write lines of its own."""
+    return "".join(
+        c if c.isprintable() or c in kept else c.encode("unicode_escape").decode() for c in text
+    )

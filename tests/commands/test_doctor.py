@@ -88,7 +88,7 @@ def fails(error: Exception) -> Any:
         (shutil, "disk_usage", fails(OSError("no such device")),
          ("failed", "disks", "no such device")),
         (doctor.socket, "socket", fails(OSError("no net")), ("failed", "network", "no net")),
-        (doctor.importlib.util, "find_spec", lambda name: None,
+        (doctor, "installed_version", lambda name: None,
          ("ok", "extras", 'not installed: pip install "toolkit[NAME]", NAME ')),
     ],
 )  # fmt: skip

@@ -6,13 +6,15 @@ from pathlib import Path
 
 import pytest
 
+import toolkit.config.named as named
 from toolkit.errors import ConfigError
 from toolkit.experiment.load import load_experiment
 from toolkit.experiment.python_config import is_being_imported, is_python_config
 
 
 @pytest.fixture(autouse=True)
-def _imports_as_before(tmp_path: Path) -> Iterator[None]:
+def _imports_as_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(named, "_folders", [])
     path, modules = list(sys.path), set(sys.modules)
     yield
     sys.path[:] = path
@@ -120,3 +122,38 @@ def test_what_names_a_python_file() -> None:
     assert not any(
         map(is_python_config, ("a.json", "smoke", "a.py:", "a.py:1", "a.pyc", ".py:x y"))
     )
+
+
+def test_what_the_code_prints_and_where_it_goes_is_its_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code = (
+        "import os\nprint('imported')\ndef build_config():\n"
+        "    print('built'); os.mkdir('gone'); os.chdir('gone'); os.rmdir(os.getcwd())\n"
+        "    return 'smoke'\n"
+    )
+    load_experiment(write(tmp_path, code))
+    assert Path.cwd() == tmp_path
+    assert capsys.readouterr() == ("", "imported\nbuilt\n")
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("raise GeneratorExit('out')", "GeneratorExit: out"),
+        ("raise Rude()", "Rude: it cannot say what"),
+        ("return Rude()", "returns an object of <class 'my_config.Rude'>; return a toolkit"),
+        ("d = {}; e = d\n    for n in range(100000): e['a'] = {}; e = e['a']\n    return d",
+         "build_config() returns what JSON cannot hold"),
+    ],
+)  # fmt: skip
+def test_rude_code_is_a_line(tmp_path: Path, body: str, message: str) -> None:
+    rude = (
+        "class Rude(Exception):\n    def __str__(self): raise ValueError\n    __repr__ = __str__\n"
+    )
+    source = write(tmp_path, f"{rude}def build_config():\n    {body}\n")
+    with pytest.raises(ConfigError) as error:
+        load_experiment(source)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)

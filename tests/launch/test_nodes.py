@@ -1,14 +1,18 @@
 """How the launchers of several machines meet, what they refuse, and what they tell each other."""
 
 import contextlib
+import fcntl
 import json
 import logging
+import resource
 import socket
+import struct
 import sys
 import threading
 import time
 from typing import Any
 
+import msgspec
 import psutil
 import pytest
 
@@ -18,7 +22,7 @@ from toolkit.errors import ConfigError, ToolkitError, TrainingError
 from toolkit.launch import interfaces, joining, workers
 from toolkit.launch import nodes as module
 from toolkit.launch.joining import TOKEN, meet
-from toolkit.launch.messages import Common
+from toolkit.launch.messages import Common, Connection, Ended, Gone, Hello, ready
 from toolkit.launch.nodes import Failed, Meeting, Nodes
 
 COMMON = Common(versions={"toolkit": "1"}, config={"seed": "a", "lr": "b"})
@@ -42,13 +46,13 @@ class Machine(threading.Thread):
             self.error = error
 
     def met(self) -> Meeting:
-        self.join(20)
+        self.join(60)
         assert self.error is None, self.error
         assert self.meeting is not None
         return self.meeting
 
     def refusal(self, kind: type[ToolkitError] = ConfigError) -> str:
-        self.join(20)
+        self.join(60)
         assert isinstance(self.error, kind), self.error
         return str(self.error)
 
@@ -58,12 +62,12 @@ class Machine(threading.Thread):
 
 @pytest.fixture
 def nodes() -> Nodes:
-    return Nodes(2, 0, "127.0.0.1", free_port(), join_seconds=15)
+    return Nodes(2, 0, "127.0.0.1", free_port(), join_seconds=50)
 
 
 def poll(meeting: Meeting) -> Failed | None:
     """The first that is told within a while."""
-    for _ in range(200):
+    for _ in range(3000):
         if (failed := meeting.poll()) is not None:
             return failed
         time.sleep(0.01)
@@ -99,6 +103,31 @@ def test_machines_meet_and_hear_of_failures_and_ends(
     lost = poll(second)
     assert lost == Failed(0, socket.gethostname(), None, None)
     assert "is lost: its launcher ended, or the network did" in str(lost)
+
+
+def test_all_hear_of_a_machine_that_is_lost(nodes: Nodes) -> None:
+    """The others are connected to the head alone."""
+    three = nodes._replace(number=3)
+    machines = [Machine(three._replace(rank=rank)) for rank in (0, 1, 2)]
+    head, first, _ = (machine.met() for machine in machines)
+    machines[2].leave()
+    lost = Failed(2, socket.gethostname(), None, None)
+    assert (poll(head), poll(first)) == (lost, lost)
+    for machine in machines:
+        machine.leave()
+
+
+def test_the_last_words_of_who_was_reset_are_heard() -> None:
+    """A machine that ends with a line of ours unread resets the connection."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        connection = Connection(socket.create_connection(server.getsockname()))
+        with server.accept()[0] as other:
+            other.sendall(b'{"type":"ended","node":1,"host":"h","rank":null,"code":0}\n')
+            other.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    assert connection.receive(wait=20) == [Ended(node=1, host="h", rank=None, code=0)]
+    with pytest.raises(Gone):
+        connection.receive(wait=20)
+    connection.close()
 
 
 def test_who_says_nothing_is_lost(nodes: Nodes, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,20 +174,79 @@ def test_a_rank_that_is_taken_is_refused(nodes: Nodes) -> None:
     assert all("is taken" in machine.refusal() for machine in machines)
 
 
+def say_hello(nodes: Nodes, run: str = "", host: str = "h") -> Any:
+    """A connection of node 1's to the head, over which nothing more is said."""
+    connection = knock(nodes)
+    connection.makefile().readline()
+    hello = Hello(
+        node=1, host=host, nodes=nodes.number, processes=2, nonce="",
+        common=Common(COMMON.versions, COMMON.config, run),
+    )  # fmt: skip
+    connection.sendall(msgspec.json.encode(hello) + b"\n")
+    return connection
+
+
+def test_a_machine_that_comes_again_takes_the_place_of_one_that_is_gone(
+    nodes: Nodes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was reset: nobody closed its connection."""
+    monkeypatch.setattr(joining, "_ANSWER_SECONDS", 0.1)
+    three = nodes._replace(number=3)
+    machines = [Machine(three)]
+    with say_hello(three) as gone:
+        machines.append(Machine(three._replace(rank=1)))
+        while gone.recv(4096):  # until the head lets it go
+            pass
+    machines.append(Machine(three._replace(rank=2)))
+    assert [machine.met().first_rank for machine in machines] == [0, 2, 4]
+    for machine in machines:
+        machine.leave()
+
+
+def test_a_machine_of_another_run_is_let_go(nodes: Nodes, caplog: pytest.LogCaptureFixture) -> None:
+    head = Machine(nodes, common=Common(COMMON.versions, COMMON.config, "e/one"))
+    with say_hello(nodes, host="a\n\x1b[2J") as other:
+        assert b'"refused"' in other.recv(4096)
+    said = Machine(nodes._replace(rank=1), common=Common({}, {}, "e/two")).refusal()
+    assert f"({socket.gethostname()}) starts the run e/one, not e/two; give all" in said
+    assert "a\\n\\x1b[2J came for another run" in caplog.text
+    other = Machine(nodes._replace(rank=1), common=Common(COMMON.versions, COMMON.config, "e/one"))
+    assert other.met().first_rank == 2
+    assert head.met().first_rank == 0
+    for machine in (head, other):
+        machine.leave()
+
+
+def test_more_than_1024_descriptors_are_no_limit() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < 2048:
+        pytest.skip("the system allows no more")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 2048), hard))
+    try:
+        here, there = socket.socketpair()
+        with here, there, socket.socket(fileno=fcntl.fcntl(here, fcntl.F_DUPFD, 1500)) as high:
+            assert ready([high], 0.0) == []
+            there.send(b"x")
+            assert ready([high], 20.0) == [high]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
 def test_strangers_neither_end_nor_delay_the_start(
     nodes: Nodes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(joining, "_HELLO_SECONDS", 0.2)
     head = Machine(nodes)
-    silent = knock(nodes)
     for text in (b"GET / HTTP/1.1\r\n\r\n", b"\x80\x04pickle\n", b'{"type": "hello"}\n'):
         with knock(nodes) as stranger:
             stranger.sendall(text)
     with knock(nodes) as stranger, contextlib.suppress(OSError):
         stranger.sendall(b"x" * (3 << 20))
+    silent = knock(nodes)
+    monkeypatch.setattr(joining, "_HELLO_SECONDS", 0.2)
     assert silent.recv(4096).startswith(b'{"type":"challenge"')
     assert silent.recv(4096) == b""  # it was let go
     silent.close()
+    monkeypatch.undo()  # it would hold for the real one too
     other = Machine(nodes._replace(rank=1))
     assert other.met().first_rank == 2
     assert head.met().first_rank == 0
@@ -168,7 +256,7 @@ def test_strangers_neither_end_nor_delay_the_start(
 
 def knock(nodes: Nodes) -> socket.socket:
     """A connection to the head that does not know what to say."""
-    for _ in range(200):
+    for _ in range(3000):
         with contextlib.suppress(ConnectionRefusedError):
             return socket.create_connection((nodes.host, nodes.port), 5)
         time.sleep(0.01)
@@ -183,10 +271,10 @@ def test_the_secret_is_asked_of_both_sides(
     def side(rank: int, token: str) -> Machine:
         monkeypatch.setenv(TOKEN, token)
         made = sides[rank] = Machine(nodes._replace(rank=rank))
-        time.sleep(0.1)  # it has read the variable
         return made
 
     head = side(0, "secret")
+    knock(nodes).close()  # it listens, so it has read the variable
     for wrong in ("", "guess"):
         assert side(1, wrong).refusal().startswith(f"{TOKEN} is not that of the head")
     assert side(1, "secret").met().first_rank == 2
@@ -218,12 +306,17 @@ def test_machines_that_do_not_come_are_named(
     monkeypatch.setattr(joining, "SILENT_SECONDS", 0.0)
     short = nodes._replace(join_seconds=0.3)
     where = f"127.0.0.1:{nodes.port}"
-    three = nodes._replace(number=3)
-    head, first = (Machine(three._replace(rank=rank, join_seconds=1.0)) for rank in (0, 1))
-    said = head.refusal(TrainingError)
-    assert said.startswith(f"node 2 did not come to {where} within 1 s; start this command there")
+    three = nodes._replace(number=3, join_seconds=7)
+    has_heard, hear = threading.Event(), joining._Head._hear
+    with monkeypatch.context() as patch:
+        late = property(lambda side: side.nodes.rank == 0 and has_heard.is_set())
+        patch.setattr(joining._Side, "is_late", late)
+        patch.setattr(joining._Head, "_hear", lambda *a: hear(*a) and not has_heard.set())
+        head, first = (Machine(three._replace(rank=rank)) for rank in (0, 1))
+        said = head.refusal(TrainingError)
+        assert first.refusal(TrainingError) == said
+    assert said.startswith(f"node 2 did not come to {where} within 7 s; start this command there")
     assert f"waiting for nodes 1, 2 at {where}" in caplog.text
-    assert first.refusal(TrainingError) == said
     said = Machine(short._replace(rank=1)).refusal(TrainingError)
     assert said.startswith(f"node 0 cannot be reached at {where} within 0 s (Connection refused)")
     with socket.create_server((nodes.host, nodes.port)):
@@ -236,6 +329,35 @@ def test_a_head_that_gives_up_is_told_from_one_that_is_not_there(nodes: Nodes) -
         member = Machine(nodes._replace(rank=1))
         server.accept()[0].close()
         assert "closed the connection; if node 0 is there" in member.refusal(TrainingError)
+
+
+def test_a_name_that_is_not_known_yet_is_waited_for(
+    nodes: Nodes, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "toolkit")
+    monkeypatch.setattr(joining, "SILENT_SECONDS", 0.0)
+    unknown = [socket.gaierror(-2, "Name or service not known")] * 2
+    lookup = socket.getaddrinfo
+
+    def look_up(host: str, *arguments: Any, **named: Any) -> Any:
+        if host == "node0.run" and unknown:
+            raise unknown.pop()
+        return lookup("127.0.0.1" if host == "node0.run" else host, *arguments, **named)
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    late = nodes._replace(host="node0.run")
+    said = Machine(late._replace(join_seconds=-1.0)).refusal()
+    assert said.startswith("--head node0.run: Name or service not known; give an address")
+    assert unknown
+    monkeypatch.setattr(interfaces, "is_loopback", lambda host: True)  # its name does not say so
+    head = Machine(late)
+    while unknown and head.is_alive():
+        time.sleep(0.01)
+    member = Machine(late._replace(rank=1))
+    assert (head.met().first_rank, member.met().first_rank) == (0, 2)
+    assert "waiting for an address: --head node0.run: Name or service not known" in caplog.text
+    for machine in (head, member):
+        machine.leave()
 
 
 def test_a_port_that_is_taken_is_named(nodes: Nodes) -> None:

@@ -54,6 +54,8 @@ def test_heads_have_ports(head: str, expected: tuple[str, int]) -> None:
         ({"processes": 2, "nodes": 2, "node_rank": 0}, "--nodes 2 needs --head HOST"),
         (TWO | {"node_rank": 2}, "--node-rank 2 with --nodes 2: give 0 to 1"),
         (TWO | {"head": "h:0"}, "--head h:0: give HOST or HOST:PORT"),
+        (TWO | {"head": ".."}, "--head ..: .. is no name or address of a machine"),
+        (TWO | {"head": f"{'x' * 64}:80"}, f"--head {'x' * 64}:80: {'x' * 64} is no name"),
         (TWO | {"head": "h:http"}, "--head h:http: give HOST or HOST:PORT"),
         (TWO | {"head": ":80"}, "--head :80: give HOST or HOST:PORT"),
         (TWO | {"join_timeout": "soon"}, "--join-timeout: 'soon' is no length of time"),
@@ -80,7 +82,7 @@ def machine(
 
     monkeypatch.setattr(capacity, "nvml_gpus", nvml)
     monkeypatch.setattr("toolkit.distributed.devices.usable_gpus", lambda: usable)
-    monkeypatch.setattr(capacity.os, "sched_getaffinity", lambda _: {0, 1})
+    monkeypatch.setattr(capacity.os, "sched_getaffinity", lambda _: {0, 1}, raising=False)
     monkeypatch.setattr(capacity, "_free_memory", lambda: int(free))
 
 

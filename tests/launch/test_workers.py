@@ -1,8 +1,10 @@
 """The processes that a launcher starts, and what becomes of them."""
 
+import fcntl
 import os
 import signal
 import stat
+import subprocess
 import sys
 import threading
 import time
@@ -43,6 +45,10 @@ def test_the_processes_get_the_command_and_a_private_folder(
             store = Path(environments[0][STORE_FILE])
             started.append((command, len(environments), stat.S_IMODE(store.parent.stat().st_mode)))
             assert not store.exists()
+            folder = os.open(store.parent, os.O_RDONLY)
+            with pytest.raises(BlockingIOError):  # as cleaners of /tmp find it
+                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.close(folder)
 
         def wait(self, seconds: float) -> None:
             assert seconds == SECONDS_TO_SAVE
@@ -52,13 +58,21 @@ def test_the_processes_get_the_command_and_a_private_folder(
     assert started == [(["x"], 2, 0o700)]
 
 
-def test_debug_reaches_the_processes() -> None:
+@pytest.mark.parametrize(("spec", "path"), [(None, ["-P"]), ("toolkit.__main__", [])])
+def test_the_processes_find_the_modules_of_their_launcher(
+    spec: str | None, path: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The current folder comes first after `python -m toolkit` alone. --debug reaches them."""
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", spec)
     words = ["train", "my.json", "--processes", "2"]
-    assert toolkit_command(words, debug=True) == [
-        *(sys.executable, "-m", "toolkit"),
-        *words,
-        "--debug",
-    ]
+    expected = [sys.executable, *path, "-m", "toolkit"]
+    assert toolkit_command(words, debug=True) == [*expected, *words, "--debug"]
+    (tmp_path / "json.py").write_text("raise ImportError('of the user')")
+    said = subprocess.run(
+        toolkit_command(["--version"]), cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert ("of the user" in said.stderr) == (spec is not None)
+    assert (said.returncode == 0) == (spec is None)
 
 
 def test_the_time_to_save_can_be_changed() -> None:
@@ -169,6 +183,45 @@ time.sleep(600)
     assert failed.code == EXIT_STOPPED
     assert workers.reason == "SIGUSR1"
     assert [process.poll() for process in workers._processes] == [EXIT_STOPPED] * 2
+
+
+class Ending:
+    """A process that ends with `code` when it has been looked at `looks` times."""
+
+    def __init__(self, looks: int, code: int = EXIT_STOPPED) -> None:
+        self.looks = looks
+        self.code = code
+        self.heard: list[int] = []
+
+    def poll(self) -> int | None:
+        self.looks -= 1
+        return self.code if self.looks < 0 else None
+
+    def send_signal(self, number: int) -> None:
+        if self.looks >= 0:
+            self.heard.append(number)
+
+
+@pytest.mark.parametrize(
+    ("request_", "code", "heard"),
+    [
+        ("SIGUSR1", EXIT_STOPPED, [signal.SIGUSR1]),
+        ("SIGUSR1", 1, [signal.SIGUSR1, signal.SIGTERM]),
+        (None, EXIT_STOPPED, [signal.SIGTERM]),
+    ],
+)
+def test_who_was_asked_to_stop_is_not_asked_again(
+    request_: str | None, code: int, heard: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A second request ends at once who still saves, which is right after a failure alone."""
+    monkeypatch.setattr(module, "SECONDS_TO_FOLLOW", 0.0)
+    workers = Workers([], [])
+    done, saving = Ending(0, code), Ending(8)
+    workers._processes = [done, saving]  # type: ignore[list-item]
+    if request_ is not None:
+        workers.ask(request_)
+    assert workers.wait(600) == Failed(None, "", 0, code)
+    assert saving.heard == heard
 
 
 def test_a_signal_while_processes_start_reaches_them_all(

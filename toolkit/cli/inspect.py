@@ -6,8 +6,9 @@ import typer
 
 from toolkit import commands
 from toolkit.cli.options import Json, argument, option
-from toolkit.cli.printing import cell, print_json, print_table, visible
+from toolkit.cli.printing import cell, print_json, print_table
 from toolkit.errors import DataError
+from toolkit.wording import visible
 
 if TYPE_CHECKING:
     from toolkit.data.prepare.tools.report import Inspection, Sample, SplitReport
@@ -142,5 +143,5 @@ def _print_sample(split: str, sample: "Sample") -> None:
         length = f"{sample.num_tokens:,} tokens{cut}"
     typer.echo(f"{split}, document {sample.document:,} ({length}):")
     text = sample.text if sample.text is not None else " ".join(map(str, sample.ids))
-    for line in visible(text).split("\n"):
+    for line in visible(text, kept="\n\t").split("\n"):
         typer.echo(f"    {line}")

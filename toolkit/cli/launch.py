@@ -134,7 +134,8 @@ def list_jobs(
     context: typer.Context,
     root: Annotated[str, option("Folder of all runs (run.root).")] = "runs",
 ) -> None:
-    """Look after jobs of `toolkit launch`: list them, show logs, stop them.
+    """Look after jobs of `toolkit launch`: list them, show logs, stop them. Listed are those of
+    runs ROOT/GROUP/NAME.
 
     \b
     Examples:
@@ -146,7 +147,10 @@ def list_jobs(
         return
     reports = commands.launch.jobs.list_all(root)
     if not reports:
-        typer.echo(f"no jobs in {root}; submit one with `toolkit launch CONFIG --to TARGET`")
+        typer.echo(
+            f"no jobs in {root}; submit one with `toolkit launch CONFIG --to TARGET`, or list "
+            "those of --save-folder TOP/GROUP/NAME with --root TOP"
+        )
         return
     rows = [
         [

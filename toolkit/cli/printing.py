@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from toolkit.wording import count
+from toolkit.wording import count, visible
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -101,19 +101,12 @@ def print_pieces(
             part = ranges[document]
             tokens = f"{part.start:,} to {part.end - 1:,} of {part.num_tokens:,}"
             console.print(Text(f"  document {document:,}, tokens {tokens}", style=next(colors)))
-        text = visible(piece.text)
+        text = visible(piece.text, kept="\n\t")
         if piece.is_target:
             line.append(f"{TARGET[0]}{text}{TARGET[1]}", style="green")
         else:
             line.append(text, style="dim")
     _print_indented(console, line)
-
-
-def visible(text: str) -> str:
-    """Control characters as their names: what was read from files must not steer the terminal."""
-    return "".join(
-        c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text
-    )
 
 
 def _print_indented(console: "Console", text: "Text") -> None:

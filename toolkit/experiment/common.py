@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -24,11 +25,14 @@ def common_content(config: ExperimentConfig) -> dict[str, Any]:
 
 
 def common_of(config: ExperimentConfig) -> Common:
-    """Versions of libraries, and hashes of the config's values by path."""
+    """Versions of libraries, hashes of the config's values by path, and the name of the run."""
     versions = {name: installed_version(name) for name in VERSIONED}
     values = dict(leaves(common_content(config))) | {"--engine": os.environ.get(ENGINE)}
     encoded = {path: msgspec.json.encode(value, order="sorted") for path, value in values.items()}
+    run = config.run
+    names = [run.experiment, *([] if run.name is None else [run.name])]
     return Common(
+        run="/".join(names) if run.save_folder is None else Path(run.save_folder).name,
         versions=versions | {"toolkit": toolkit.__version__},
         config={path: hashlib.sha256(text).hexdigest()[:16] for path, text in encoded.items()},
     )

@@ -1,8 +1,10 @@
 """Configs written in Python: FILE.py whose `build_config()` returns one (`FILE.py:NAME` for another
 function). No torch at import."""
 
+import contextlib
 import importlib
 import json
+import os
 import re
 import sys
 import traceback
@@ -11,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from toolkit.config.base import Config
-from toolkit.config.named import look_in, module_folders
+from toolkit.config.named import look_in
 from toolkit.errors import ConfigError, ToolkitError
 
 FUNCTION = "build_config"
@@ -24,6 +26,12 @@ _loading: list[str] = []
 def is_python_config(source: str) -> bool:
     """Whether `source` names a Python file."""
     return _SOURCE.fullmatch(source) is not None
+
+
+def folder_of_modules(source: str) -> Path | None:
+    """The folder of the Python file that `source` names; None: it names something else."""
+    match = _SOURCE.fullmatch(source)
+    return None if match is None else Path(match["file"]).expanduser().resolve().parent
 
 
 def is_being_imported() -> bool:
@@ -56,10 +64,11 @@ def call_build_config(source: str) -> str | dict[str, Any]:
     if isinstance(result, Mapping):
         try:
             return json.loads(json.dumps(result, default=_plain))
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, RecursionError) as error:
             raise ConfigError(f"{path}: {name}() returns what JSON cannot hold: {error}") from None
+    said = repr(result) if isinstance(result, str | None) else f"an object of {type(result)}"
     raise ConfigError(
-        f"{path}: {name}() returns {result!r:.60}; return a toolkit.ExperimentConfig, a mapping, "
+        f"{path}: {name}() returns {said:.60}; return a toolkit.ExperimentConfig, a mapping, "
         "or the name of a recipe or JSON file"
     )
 
@@ -70,7 +79,8 @@ def _import(path: Path) -> Any:
     if not path.stem.isidentifier():
         raise ConfigError(f"{path}: rename it to what Python can import: letters, digits and _")
     look_in(folder)
-    sys.path[:0] = [place for place in module_folders() if place not in sys.path]
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
     _loading.append(str(path))
     try:
         module = _guarded(lambda: importlib.import_module(path.stem), path, doing="importing it")
@@ -83,15 +93,25 @@ def _import(path: Path) -> Any:
 
 
 def _guarded(call: Callable[[], Any], path: Path, *, doing: str) -> Any:
+    """What the user's code gives. What it prints is no part of our output, and the current folder
+    stays the one that relative paths of a config count from."""
+    here = os.getcwd()
     try:
-        return call()
-    except ToolkitError:
+        with contextlib.redirect_stdout(sys.stderr):
+            return call()
+    except (ToolkitError, KeyboardInterrupt):
         raise
-    except (Exception, SystemExit) as error:
+    except BaseException as error:  # nor does it end this process
         lines = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)]
         where = f", line {lines[-1].lineno}" if lines else ""
-        problem = f"{path}{where}: {doing} fails: {type(error).__name__}: {error}"
+        try:
+            said = str(error)
+        except Exception:  # its own
+            said = "it cannot say what"
+        problem = f"{path}{where}: {doing} fails: {type(error).__name__}: {said}"
         raise ConfigError(problem) from error
+    finally:
+        os.chdir(here)
 
 
 def _plain(value: Any) -> Any:

@@ -10,6 +10,10 @@ from toolkit.errors import ConfigError
 _FAMILIES = (socket.AF_INET, socket.AF_INET6)
 
 
+class NoAddress(ConfigError):
+    """Nobody knows an address of this name, perhaps not yet."""
+
+
 def find_interface(name: str) -> str:
     """An address of the interface. Raises ConfigError: there is none of that name."""
     found = _addresses()
@@ -32,13 +36,14 @@ def interface_of(address: str) -> str:
 
 def listen_address(host: str, interface: str | None) -> tuple[str, str]:
     """The address at which the head listens, and the name of its interface: `interface`, or the one
-    that has an address of `host`. Raises ConfigError: this machine has none."""
+    that has an address of `host`. Raises ConfigError: this machine has none; NoAddress: nobody has.
+    """
     if interface is not None:
         return find_interface(interface), interface
     try:
         found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
     except OSError as error:
-        raise ConfigError(
+        raise NoAddress(
             f"--head {host}: {error.strerror}; give an address of this machine, node 0, or "
             f"--interface NAME: {_all()}"
         ) from None

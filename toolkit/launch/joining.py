@@ -15,7 +15,6 @@ import hmac
 import logging
 import os
 import secrets
-import select
 import socket
 import time
 from collections.abc import Iterable, Iterator
@@ -25,9 +24,10 @@ import msgspec
 
 from toolkit.distributed.ranks import is_loopback
 from toolkit.errors import ConfigError, ToolkitError, TrainingError
-from toolkit.launch.interfaces import find_interface, listen_address, listen_on
+from toolkit.launch.interfaces import NoAddress, find_interface, listen_address, listen_on
 from toolkit.launch.messages import (
     PROTOCOL,
+    Alive,
     Challenge,
     Common,
     Connection,
@@ -37,9 +37,10 @@ from toolkit.launch.messages import (
     Refused,
     difference,
     proof,
+    ready,
 )
 from toolkit.launch.nodes import Meeting, Nodes, host_name
-from toolkit.wording import count
+from toolkit.wording import count, shortened, visible
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +51,8 @@ TOKEN = "TOOLKIT_JOIN_TOKEN"
 
 _HELLO_SECONDS = 10.0
 """How long who connects has to say who it is."""
+_ANSWER_SECONDS = 10.0
+"""How long who has joined has to answer whether it is still there."""
 _RETRY_SECONDS = 0.3
 _MOST_STRANGERS = 64
 """Connections at a time that have not said who they are."""
@@ -92,8 +95,11 @@ class _Side:
 
 
 class _Head(_Side):
+    _other = ""
+    """Who came, but not for this run: the end of an error."""
+
     def gather(self) -> Meeting:
-        address, interface = listen_address(self.nodes.host, self.nodes.interface)
+        address, interface = self._address()
         try:
             listener = listen_on(address, self.nodes.port)
         except OSError as error:
@@ -132,6 +138,17 @@ class _Head(_Side):
         log.info("%s, %s on each", count(self.nodes.number, "machine"), each)
         return Meeting(self.nodes, self.processes, go, interface, peers, store)
 
+    def _address(self) -> tuple[str, str]:
+        """Where to listen. The name of a machine that has just been made may not be known yet."""
+        while True:
+            try:
+                return listen_address(self.nodes.host, self.nodes.interface)
+            except NoAddress as error:
+                if self.is_late:
+                    raise
+                self.say_once(f"waiting for an address: {error}")
+            time.sleep(_RETRY_SECONDS)
+
     def _wait(self, listener: socket.socket, joined: dict[int, tuple[Connection, Hello]]) -> None:
         """Until all others have joined. Who does not say a valid hello is let go."""
         strangers: list[Connection] = []
@@ -147,10 +164,10 @@ class _Head(_Side):
                         f"node{plural} {names} did not come to {self.where} within "
                         f"{self.nodes.join_seconds:.0f} s; start this command there too, with "
                         "--node-rank and the same --head, and see that the port is open"
+                        f"{self._other}"
                     )
                 sources: list[Any] = [listener, *strangers, *(c for c, _ in joined.values())]
-                ready, _, _ = select.select(sources, [], [], 0.2)
-                if listener in ready and len(strangers) < _MOST_STRANGERS:
+                if listener in ready(sources, 0.2) and len(strangers) < _MOST_STRANGERS:
                     with contextlib.suppress(OSError):
                         strangers.append(self._greet(listener))
                 for stranger in list(strangers):
@@ -182,16 +199,28 @@ class _Head(_Side):
             if is_idle := time.monotonic() - stranger.opened_at > _HELLO_SECONDS:
                 stranger.close()
             return is_idle
-        if not _equal(hello.proof, hello.proof_for(self.token, stranger.challenge)):
-            with contextlib.suppress(OSError):
-                stranger.send(Refused(reason=f"{TOKEN} is not that of the head ({host_name()})"))
+        is_known = _equal(hello.proof, hello.proof_for(self.token, stranger.challenge))
+        hello = msgspec.structs.replace(hello, host=visible(hello.host))
+        if not is_known:
             log.warning("%s came with another %s than this machine's", hello.host, TOKEN)
-            stranger.close()
+            _refuse(stranger, f"{TOKEN} is not that of the head ({host_name()})")
             return True
+        if hello.common.run != self.common.run:
+            theirs = visible(shortened(hello.common.run))
+            log.warning("%s came for another run, %s", hello.host, theirs)
+            self._other = f"; {hello.host} came for another run, {theirs}"
+            reason = (
+                f"the head at {self.where} ({host_name()}) starts the run {self.common.run}, not "
+                f"{theirs}; give all machines of a run the same name, each run a port of its own"
+            )
+            _refuse(stranger, reason)
+            return True
+        if hello.node in joined and not _answers(joined[hello.node][0]):
+            log.warning("node %d (%s) is gone, and comes again", hello.node, hello.host)
+            joined.pop(hello.node)[0].close()
         if (problem := self._problem(hello, joined)) is not None:
-            with contextlib.suppress(OSError):
-                stranger.send(Refused(reason=problem))
-            stranger.close()
+            problem = visible(problem)
+            _refuse(stranger, problem)
             raise ConfigError(problem)
         joined[hello.node] = stranger, hello
         return True
@@ -268,15 +297,19 @@ class _Member(_Side):
                     self._say_hello(connection, message, nonce)
                     # From here on the head decides how long is too long, and says so.
                     self.started = time.monotonic() + _HELLO_SECONDS
+                elif isinstance(message, Alive):
+                    with contextlib.suppress(OSError):
+                        connection.send(Alive())
                 elif isinstance(message, Refused):
-                    raise (TrainingError if message.is_late else ConfigError)(message.reason)
+                    kind = TrainingError if message.is_late else ConfigError
+                    raise kind(visible(message.reason))
                 elif isinstance(message, Go):
                     if not _equal(message.proof, proof(self.token, nonce)):
                         raise ConfigError(
                             f"who answers at {self.where} does not know {TOKEN}: not the head of "
                             "this run, or started without it"
                         )
-                    return message
+                    return msgspec.structs.replace(message, host=visible(message.host))
             self.say_once("waiting for the other machines")
             if self.is_late:
                 raise TrainingError(
@@ -301,6 +334,21 @@ class _Member(_Side):
 
 def _equal(told: str, expected: str) -> bool:
     return hmac.compare_digest(told.encode(), expected.encode())
+
+
+def _answers(connection: Connection) -> bool:
+    """Whether a machine that has joined is still there: who was reset closes nothing."""
+    try:
+        connection.send(Alive())
+        return bool(connection.receive(wait=_ANSWER_SECONDS))
+    except (OSError, Gone):
+        return False
+
+
+def _refuse(connection: Connection, reason: str) -> None:
+    with contextlib.suppress(OSError):
+        connection.send(Refused(reason=reason))
+    connection.close()
 
 
 def _close(connections: Iterable[Connection]) -> None:

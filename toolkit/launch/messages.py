@@ -4,9 +4,10 @@ the fields and types below and nothing else."""
 import contextlib
 import hashlib
 import hmac
-import select
+import selectors
 import socket
 import time
+from collections.abc import Iterable
 from typing import Any
 
 import msgspec
@@ -27,6 +28,8 @@ class Common(msgspec.Struct, frozen=True):
     versions: dict[str, str | None] = {}
     config: dict[str, str] = {}
     """By path."""
+    run: str = ""
+    """Its name. Machines of another run have only mistaken the head."""
 
 
 class Challenge(msgspec.Struct, frozen=True, tag="challenge"):
@@ -83,7 +86,14 @@ class Ended(msgspec.Struct, frozen=True, kw_only=True, tag="ended"):
     code: int
 
 
-_ANY = msgspec.json.Decoder(Challenge | Hello | Go | Refused | Alive | Ended)
+class Lost(msgspec.Struct, frozen=True, kw_only=True, tag="lost"):
+    """The head lost `node`: the others, which talk to the head alone, do not see it."""
+
+    node: int
+    host: str
+
+
+_ANY = msgspec.json.Decoder(Challenge | Hello | Go | Refused | Alive | Ended | Lost)
 
 
 class Gone(Exception):
@@ -117,15 +127,17 @@ class Connection:
         """The messages that came, perhaps none; waits up to `wait` seconds for some. Raises
         Gone."""
         found: list[Any] = []
-        while select.select([self._socket], [], [], 0.0 if found else wait)[0]:
+        while ready([self._socket], 0.0 if found else wait):
             try:
                 received = self._socket.recv(1 << 16)
-            except OSError as error:
-                raise Gone(f"is gone ({error.strerror or error})") from None
+            except OSError as error:  # also where it left with a line of ours unread
+                received, why = b"", f"is gone ({error.strerror or error})"
+            else:
+                why = "closed the connection"
             if not received:
                 if found:  # its last words; the end is found next time
                     break
-                raise Gone("closed the connection")
+                raise Gone(why)
             *lines, self._buffer = (self._buffer + received).split(b"\n")
             if len(self._buffer) > _LONGEST:
                 raise Gone("does not speak like a launcher of toolkit")
@@ -142,6 +154,14 @@ class Connection:
     def close(self) -> None:
         with contextlib.suppress(OSError):
             self._socket.close()
+
+
+def ready(sources: Iterable[Any], seconds: float) -> list[Any]:
+    """Those of `sources` that have something to read; waits up to `seconds` for one."""
+    with selectors.DefaultSelector() as selector:  # `select` takes no descriptor above 1023
+        for source in sources:
+            selector.register(source, selectors.EVENT_READ)
+        return [key.fileobj for key, _ in selector.select(seconds)]
 
 
 def proof(token: str, text: str) -> str:

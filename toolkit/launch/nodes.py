@@ -1,8 +1,8 @@
 """The machines of one run, and what their launchers tell each other while it goes. `joining.py` is
 how they find each other; `messages.py` what they say.
 
-Which process failed first, with which exit code, is told to all machines. One that says nothing for
-`LOST_SECONDS` is lost.
+Which process failed first, with which exit code, is told to all machines, and so is which machine
+is lost: gone, or silent for `LOST_SECONDS`.
 """
 
 import contextlib
@@ -10,7 +10,7 @@ import socket
 import time
 from typing import Any, NamedTuple
 
-from toolkit.launch.messages import Alive, Connection, Ended, Go, Gone
+from toolkit.launch.messages import Alive, Connection, Ended, Go, Gone, Lost
 
 DEFAULT_PORT = 29500
 JOIN_SECONDS = 600.0
@@ -111,22 +111,29 @@ class Meeting:
             try:
                 messages = connection.receive()
             except Gone:
-                self._ended.add(node)
-                return Failed(node, host, None, None)
-            for end in messages:
-                if not isinstance(end, Ended):
-                    continue
-                if end.node == node:
+                return self._lose(node, host)
+            for message in messages:
+                if isinstance(message, Ended) and message.node == node:
                     self._ended.add(node)
-                if end.code != 0:
-                    for other in self._peers:
-                        if other != node:
-                            self._send(other, end)
-                    return Failed(end.node, end.host, end.rank, end.code)
+                if isinstance(message, Lost):
+                    return Failed(message.node, message.host, None, None)
+                if isinstance(message, Ended) and message.code != 0:
+                    self._pass_on(message, node)
+                    return Failed(message.node, message.host, message.rank, message.code)
             if now - connection.heard_at > LOST_SECONDS:
-                self._ended.add(node)
-                return Failed(node, host, None, None)
+                return self._lose(node, host)
         return None
+
+    def _lose(self, node: int, host: str) -> Failed:
+        self._ended.add(node)
+        self._pass_on(Lost(node=node, host=host), node)
+        return Failed(node, host, None, None)
+
+    def _pass_on(self, message: Any, source: int) -> None:
+        """The others on the other machines know only what the head tells them."""
+        for node in self._peers:
+            if node != source:
+                self._send(node, message)
 
     def close(self) -> None:
         for connection, _ in self._peers.values():

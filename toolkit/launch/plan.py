@@ -90,4 +90,8 @@ def _host_and_port(text: str) -> tuple[str, int]:
     number = int(port) if port.isascii() and port.isdecimal() else 0
     if not host or (separator and not 0 < number < 65536):
         raise ConfigError(f"--head {text}: give HOST or HOST:PORT, with a port of 1 to 65535")
+    try:
+        host.encode("idna")  # as every lookup does
+    except UnicodeError:
+        raise ConfigError(f"--head {text}: {host} is no name or address of a machine") from None
     return host, number or DEFAULT_PORT

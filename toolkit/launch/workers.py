@@ -8,6 +8,7 @@ several machines listens on one network interface of each (`nodes.py`).
 """
 
 import contextlib
+import fcntl
 import logging
 import os
 import signal
@@ -50,8 +51,11 @@ _RUN_NOTE = "run"
 
 
 def toolkit_command(words: Sequence[str], *, debug: bool = False) -> list[str]:
-    """`toolkit WORDS` under this Python, as a worker of this process is started."""
-    return [sys.executable, "-m", "toolkit", *words, *(["--debug"] if debug else [])]
+    """`toolkit WORDS` under this Python, as a worker of this process is started. It finds the
+    modules that this process finds: those of the current folder first only after `python -m`."""
+    is_module = getattr(sys.modules["__main__"], "__spec__", None) is not None
+    path = [] if is_module and not sys.flags.safe_path else ["-P"]
+    return [sys.executable, *path, "-m", "toolkit", *words, *(["--debug"] if debug else [])]
 
 
 def launch(
@@ -169,7 +173,9 @@ class Workers(signals.Receiver):
                     if first is not None and first.code is None:
                         seconds = min(seconds, _SECONDS_WITHOUT_PEERS)
                     end_at, kill_at = float("inf"), min(kill_at, now + seconds)
-                    self._end(signal.SIGTERM)
+                    # A second one ends at once who still saves; where a rank failed, that is right.
+                    if self._asked_at is None or not _is_stop(first):
+                        self._end(signal.SIGTERM)
                 if now >= kill_at:
                     self._end(signal.SIGKILL)
                 time.sleep(0.05)
@@ -211,9 +217,14 @@ class Workers(signals.Receiver):
                 process.send_signal(number)
 
 
+def _is_stop(end: Failed | None) -> bool:
+    """Not a failure of a process: the others end in good order, as far as they can."""
+    return end is not None and end.code in (EXIT_STOPPED, None)
+
+
 def _seconds_to_follow(end: Failed) -> float:
     """How long the workers here have to end by themselves."""
-    if end.code in (EXIT_STOPPED, None):
+    if _is_stop(end):
         return SECONDS_TO_FOLLOW
     return 0.0 if end.node is None else _SECONDS_TO_EXPLAIN
 
@@ -286,7 +297,12 @@ def _private_folder() -> Iterator[Path]:
             f"{tempfile.gettempdir()}: {error.strerror}; name another folder for temporary files "
             "in TMPDIR"
         ) from None
-    with place as name:
+    with place as name, contextlib.ExitStack() as stack:
+        # systemd-tmpfiles, which removes what nobody used for days, passes over what is locked.
+        with contextlib.suppress(OSError):
+            descriptor = os.open(name, os.O_RDONLY)
+            stack.callback(os.close, descriptor)
+            fcntl.flock(descriptor, fcntl.LOCK_SH)
         yield Path(name)
 
 

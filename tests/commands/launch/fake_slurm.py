@@ -1,7 +1,8 @@
 """A Slurm of one machine: `sbatch`, `srun`, `squeue`, `sacct`, `scancel` and `scontrol`, by the
 name it is called. Nodes are processes; state lies in the folder FAKE_SLURM.
 
-Files there: `refuse` (why sbatch refuses), `hold` (jobs stay pending). `jobs/ID/usr1` is what Slurm
+Files there: `refuse` (why sbatch refuses), `hold` (jobs stay pending), `no_requeue` (scontrol
+refuses), `no_accounts` (sacct has none). `jobs/ID/usr1` is what Slurm
 does before a preemption or the time limit: SIGUSR1 to the batch script alone.
 """
 
@@ -58,6 +59,7 @@ def sbatch(words):
     for job in jobs:
         os.makedirs(path(job), exist_ok=True)
         write(job, "script", script)
+        write(job, "command", words[1])
         write(job, "state", "PENDING")
         subprocess.Popen(
             [sys.executable, "-S", "-E", __file__, job, given.get("nodes", "1"), given["output"]],
@@ -140,6 +142,12 @@ def option(words, name):
 
 
 def squeue(words):
+    if not any(word.startswith("--jobs=") for word in words):
+        assert words[1:] == ["--noheader", "--format=%F|%o"], words
+        for job in os.listdir(os.path.join(PLACE, "jobs")):
+            if read(job, "state") in ("PENDING", "RUNNING"):
+                print(f"{job.partition('_')[0]}|{read(job, 'command')}")
+        return
     job = option(words, "jobs")
     state = read(job, "state")
     if state not in ("PENDING", "RUNNING"):
@@ -148,6 +156,8 @@ def squeue(words):
 
 
 def sacct(words):
+    if os.path.exists(os.path.join(PLACE, "no_accounts")):
+        fail("Slurm accounting storage is disabled")
     job = option(words, "jobs")
     print(f"{read(job, 'state')}|{read(job, 'code', '0')}:0|00:01:00")
 
@@ -161,6 +171,8 @@ def scancel(words):
 
 def scontrol(words):
     if words[0] == "requeue":
+        if os.path.exists(os.path.join(PLACE, "no_requeue")):
+            fail("scontrol: error: Requested operation is presently disabled")
         write(words[1], "requeue", "")
         return
     assert words[:2] == ["show", "hostnames"], words

@@ -10,6 +10,9 @@ import pytest
 
 from toolkit import __version__
 from toolkit.cli import main as cli
+from toolkit.runs.files import RUN_FILES
+from toolkit.runs.status import RunState, RunStatus
+from toolkit.storage.atomic import write_json_atomic
 
 SLURM = ("sbatch", "srun", "squeue", "sacct", "scancel", "scontrol")
 
@@ -51,6 +54,17 @@ def run(*words: str) -> int:
     return cli.run([*words])
 
 
+def write_status(run: Path, state: RunState, attempt: int = 1) -> None:
+    """What a run tells of itself."""
+    now = "2030-01-01T00:00:00+00:00"
+    status = RunStatus(
+        state=state, experiment="smoke", name=run.name, attempt=attempt, created=now, started=now,
+        updated=now, host="here", pid=1,
+    )  # fmt: skip
+    (run / RUN_FILES.metadata).mkdir(parents=True, exist_ok=True)
+    write_json_atomic(run / RUN_FILES.status, status)
+
+
 STUB = """\
 #!{python} -SE
 # In the place of `python`: what it was called with, and a run that takes a signal.
@@ -59,11 +73,13 @@ host = os.environ.get("FAKE_HOST", "")
 if sys.argv[1] == "-c":
     print("{version}", "3.0" if host == "other" else "2.0")
     sys.exit()
-if host == "bad":
-    sys.exit("error: this machine has no GPU")
 words = sys.argv[3:]
 run = words[1] if words[0] == "resume" else words[words.index("--save-folder") + 1]
 rank = words[words.index("--node-rank") + 1] if "--node-rank" in words else "0"
+if host == "bad":
+    while rank == "1" and not os.path.exists(os.path.join({place!r}, "ready0")):
+        time.sleep(0.02)
+    sys.exit("error: this machine has no GPU")
 with open(os.path.join({place!r}, "calls"), "a") as file:
     file.write(json.dumps([words, dict(os.environ)]) + "\\n")
 
@@ -97,7 +113,8 @@ def stub_python(place: Path) -> Path:
 
 
 def fake_ssh(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An `ssh` to this machine. `down` does not answer, and `private` has folders of its own."""
+    """An `ssh` to this machine. `down` does not answer, `private` has folders of its own, and the
+    answer to a start is lost by `mute`, by `gone` with every later one."""
     (place / "bin").mkdir()
     write_program(
         place / "bin" / "ssh",
@@ -111,7 +128,13 @@ def fake_ssh(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
           exit 255
         fi
         [ "$FAKE_HOST" != private ] || exec bash -s < <(sed 's#{place}#/nowhere#')
-        exec bash -c "$3"
+        [ "$FAKE_HOST" = mute -o "$FAKE_HOST" = gone ] || exec bash -c "$3"
+        [ ! -e {place}/cut ] || exit 255
+        script=$(cat)
+        if [[ "$script" != *nohup* ]]; then exec bash -c "$script"; fi
+        bash -c "$script" > /dev/null
+        [ "$FAKE_HOST" = mute ] || touch {place}/cut
+        exit 255
         """,
     )
     monkeypatch.setenv("PATH", f"{place / 'bin'}:/usr/bin:/bin")

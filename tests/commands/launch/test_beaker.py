@@ -1,18 +1,24 @@
-"""`--to beaker`: its client stands in at its class."""
+"""`--to beaker`: its client stands in at its class, and without beaker-py its other classes too."""
 
 import contextlib
 import subprocess
+import sys
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import yaml
 
-from tests.commands.launch.fakes import run
+from tests.commands.launch import fake_beaker
+from tests.commands.launch.fakes import run, write_status
 
-beaker = pytest.importorskip("beaker")
-yaml = pytest.importorskip("yaml")
+try:
+    import beaker
+except ImportError:
+    beaker = fake_beaker.module()
 
 WEKA = ("--weka", "training", "--save-folder", "/weka/training/first", "--image", "me/toolkit")
 SMOKE = ("launch", "smoke", "--to", "beaker", *WEKA)
@@ -26,15 +32,24 @@ class Client:
         self.cancelled: list[Any] = []
         self.jobs = [("j1", [b"step 1\n", b"step 2\n"], 0)]
         self.status = beaker.BeakerWorkloadStatus.succeeded
-        self.error: Exception | None = None
+        self.error: BaseException | None = None
+        self.is_made_all_the_same = False
+        self.there = [("01OLD", "first"), ("01OTHER", "first-2")]
+        """(id, name) of one's own experiments in the workspace."""
         self.experiment = self.workload = self.job = self
+        self.user = SimpleNamespace(get=lambda: "me")
+        self.workspace = SimpleNamespace(get=lambda: "ai2/mine")
+        self.is_deaf = self.is_deaf_afterwards = False
         self.options: dict[str, Any] = {}
         self.is_interrupted = False
         self._seen = 0
 
     def create(self, *, spec: Any, name: str) -> Any:
         self.created.append((name, spec))
+        if self.error is None or self.is_made_all_the_same:
+            self.there.append(("01EX", name))
         if self.error is not None:
+            self.is_deaf = self.is_deaf_afterwards
             raise self.error
         return self._workload(name)
 
@@ -47,11 +62,19 @@ class Client:
         assert identity == "01EX"
         return self._workload("first")
 
-    def list(self, name_or_description: str) -> list[Any]:
-        return [self._workload("first-2"), self._workload(name_or_description)]
+    def list(
+        self, *, author: str, workspace: str, created_after: datetime, name_or_description: str
+    ) -> Iterator[Any]:
+        assert (author, workspace) == ("me", "ai2/mine")
+        assert created_after < datetime.now(UTC)
+        if self.is_deaf:
+            raise beaker.exceptions.RequestException("no route")
+        for identity, name in self.there:
+            if name_or_description in name:
+                yield SimpleNamespace(experiment=SimpleNamespace(id=identity, name=name))
 
     def cancel(self, workload: Any) -> None:
-        self.cancelled.append(workload.experiment.name)
+        self.cancelled.append(workload.experiment.id)
 
     def url(self, workload: Any) -> str:
         return f"https://beaker.org/ex/{workload.experiment.id}"
@@ -78,6 +101,8 @@ def client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Client:
         found.options = options
         yield found
 
+    monkeypatch.setitem(sys.modules, "beaker", beaker)
+    monkeypatch.setitem(sys.modules, "beaker.exceptions", beaker.exceptions)
     monkeypatch.setattr(beaker.Beaker, "from_env", from_env)
     monkeypatch.chdir(tmp_path)
     return found
@@ -175,45 +200,83 @@ def test_what_is_made_is_what_the_dry_run_prints(
     assert last.endswith(' --node-rank "$BEAKER_REPLICA_RANK" --debug')
 
 
+REFUSED = beaker.exceptions.BeakerPermissionsError("no rights in ai2/other")
+NOT_FOUND = beaker.exceptions.BeakerWorkloadNotFound("01EX")
+LOST = beaker.exceptions.BeakerServerUnavailableError("connection lost")
+
+
 @pytest.mark.parametrize(
-    ("error", "line", "withdrawn"),
+    ("error", "is_made", "line"),
     [
         (
             beaker.exceptions.BeakerExperimentConflict("first"),
+            False,
             "beaker: an experiment 'first' exists; choose another --name",
-            [],
         ),
+        (REFUSED, False, "beaker: BeakerPermissionsError: no rights in ai2/other"),
+        (LOST, False, "beaker: BeakerServerUnavailableError: connection lost"),
+        (LOST, True, "beaker: BeakerServerUnavailableError: connection lost"),
+        (NOT_FOUND, True, "beaker: BeakerWorkloadNotFound: 01EX"),
         (
-            beaker.exceptions.BeakerPermissionsError("no rights in ai2/other"),
-            "beaker: BeakerPermissionsError: no rights in ai2/other",
-            ["first"],
-        ),
-        (
-            beaker.exceptions.BeakerServerUnavailableError("connection lost"),
-            "beaker: BeakerServerUnavailableError: connection lost",
-            ["first"],
+            beaker.exceptions.RequestException("read timed out"),
+            True,
+            "beaker: does not answer: read timed out",
         ),
     ],
 )
 def test_what_beaker_refuses_is_one_line_and_leaves_nothing(
     error: Exception,
+    is_made: bool,
     line: str,
-    withdrawn: list[str],
     client: Client,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    client.error = error
+    """Experiments of the same name that were there before are let alone."""
+    client.error, client.is_made_all_the_same = error, is_made
     assert run(*SMOKE) == 2
     assert capsys.readouterr().err == f"error: {line}\n"
-    assert client.cancelled == withdrawn
+    assert client.cancelled == (["01EX"] if is_made else [])
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_refusal_cancels_nothing_even_where_another_terminal_was_faster(client: Client) -> None:
+    client.error, client.is_made_all_the_same = REFUSED, True
+    assert run(*SMOKE) == 2
+    assert client.cancelled == []
+
+
+def test_what_cannot_be_looked_for_is_told(
+    client: Client, capsys: pytest.CaptureFixture[str]
+) -> None:
+    client.error, client.is_deaf_afterwards = LOST, True
+    assert run(*SMOKE) == 2
+    error = capsys.readouterr().err
+    assert "beaker: no route; an experiment 'first' may have been made all the same" in error
+
+
+def test_a_job_without_a_link_is_kept(
+    client: Client, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(client, "url", lambda workload: 1 / 0)
+    assert run(*SMOKE, "--detach") == 0
+    assert (tmp_path / "runs/smoke/first/metadata/launch.json").is_file()
+    assert client.cancelled == []
+
+
+def test_a_run_of_this_machine_is_not_taken_for_the_jobs(
+    client: Client, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_status(tmp_path / "runs/smoke/first", "finished")
+    assert run(*SMOKE) == 2
+    assert "first: is a run of this machine; choose another --name" in capsys.readouterr().err
+    assert client.created == []
 
 
 def test_stop_cancels(client: Client, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(*SMOKE, "--detach") == 0
     assert run("jobs", "stop", "first") == 0
-    assert client.cancelled == ["first"]
+    assert client.cancelled == ["01EX"]
 
 
 def git(*words: str) -> str:
@@ -238,11 +301,13 @@ def test_the_code_of_a_repository_is_a_commit_that_others_can_fetch(
     git("commit", "-qm", "own")
     assert "no remote has the commit" in refused()
     git("push", "-q", "origin", "HEAD")
+    assert f"origin is {tmp_path}/remote, which no container reaches; push to a" in refused()
+    git("remote", "set-url", "origin", "ssh://git@example.com:2222/me/own code.git")
     assert run(*SMOKE, "--git", "--dry-run") == 0
     lines = capsys.readouterr().out.splitlines()
     found = [line.strip() for line in lines if "git " in line or line.strip().startswith("pip ")]
     assert found == [
-        f"git clone --quiet {tmp_path}/remote /tmp/code",
+        "git clone --quiet 'https://example.com/me/own code.git' /tmp/code",
         f"git checkout --quiet {git('rev-parse', 'HEAD')}",
         "pip install --no-deps -e .",
     ]

@@ -1,6 +1,7 @@
 """`--to kubernetes`: the official client against a stub of the API server, on loopback."""
 
 import json
+import re
 import signal
 import subprocess
 import threading
@@ -12,7 +13,7 @@ from urllib.parse import unquote
 
 import pytest
 
-from tests.commands.launch.fakes import run, stub_python, wait_for, write_program
+from tests.commands.launch.fakes import run, stub_python, wait_for
 from toolkit.experiment.load import load_experiment
 
 pytest.importorskip("kubernetes")
@@ -39,6 +40,10 @@ class Server:
         self.requests: list[str] = []
         self.refusal: tuple[int, str] | None = None
         self.logs: list[str] = []
+        """With an X at the end the connection is lost there."""
+        self.lost: tuple[str, ...] = ()
+        """Methods whose requests are done, and get no answer."""
+        self.made_by: dict[str, str] = {}
 
     def answer(self, method: str, path: str, body: Any) -> tuple[int, Any]:
         self.requests.append(f"{method} {path}")
@@ -56,12 +61,16 @@ class Server:
             if f"{place}/{name}" in self.objects:
                 return 409, {"message": f'jobsets "{name}" already exists'}
             self.objects[f"{place}/{name}"] = body
+            self.made_by[f"{place}/{name}"] = query.partition("fieldManager=")[2]
             return 201, body
         if place not in self.objects:
             return 404, {"message": f"{place} not found"}
         if method == "DELETE":
+            assert not body or body["preconditions"] == {"uid": place}
             return 200, self.objects.pop(place)
-        return 200, self.objects[place]
+        found, managers = self.objects[place], [{"manager": self.made_by.get(place)}]
+        metadata = {**found.get("metadata", {}), "uid": place, "managedFields": managers}
+        return 200, {**found, "metadata": metadata}
 
 
 @pytest.fixture
@@ -75,11 +84,14 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
             status, found = state.answer(
                 self.command, self.path, json.loads(data) if data else None
             )
+            if self.command in state.lost:
+                return
             content = found.encode() if isinstance(found, str) else json.dumps(found).encode()
+            size, content = len(content), content.removesuffix(b"X")
             kind = "text/plain" if isinstance(found, str) else "application/json"
             self.send_response(status)
             self.send_header("Content-Type", kind)
-            self.send_header("Content-Length", str(len(content)))
+            self.send_header("Content-Length", str(size))
             self.end_headers()
             self.wfile.write(content)
 
@@ -116,6 +128,10 @@ def pod(number: int, phase: str, **status: Any) -> dict[str, Any]:
     }
 
 
+def at(second: int) -> str:
+    return f"2026-01-01T00:00:{second:02}.000000000Z"
+
+
 def test_a_job_is_made_watched_and_deleted(
     server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -137,7 +153,7 @@ def test_a_job_is_made_watched_and_deleted(
     assert run("jobs", "status", "First_Run") == 0
     assert "on 2 machines: running (2 of 2 pods)" in capsys.readouterr().out
 
-    server.logs = ["step 1\nstep 2\n"]
+    server.logs = [f"{at(1)} step 1\n{at(2)} step 2\n"]
     done = {"type": "Completed", "status": "True", "message": "jobset completed successfully"}
     server.objects[f"{JOBSETS}/first-run"]["status"] = {"conditions": [done]}
     assert run("jobs", "logs", "First_Run", "--follow") == 0
@@ -200,11 +216,11 @@ def test_what_is_made_is_what_the_dry_run_prints(
         {"key": "team", "operator": "Equal", "value": "a", "effect": "NoSchedule"},
     ]
     script = container["args"][0]
-    assert script.splitlines()[:2] == ["set -eu", "export NCCL_DEBUG=INFO"]
+    assert script.splitlines()[:2] == ["set -e", "export NCCL_DEBUG=INFO"]
     head = "first-run-node-0-0.first-run"
     port = script.rpartition(f"--head {head}:")[2].split()[0]
     assert script.endswith(
-        f"until getent hosts {head} > /dev/null; do sleep 1; done\n"
+        "\nEND_OF_CONFIG\n"
         "exec python -m toolkit train /tmp/toolkit-config.json --save-folder /data/runs/First_Run "
         f"--processes 8 --engine fsdp --nodes 2 --head {head}:{port} "
         '--node-rank "$JOB_COMPLETION_INDEX"\n'
@@ -213,13 +229,23 @@ def test_what_is_made_is_what_the_dry_run_prints(
     assert config["data_loader"]["global_batch_size"] == 8192
 
 
+def expanded(text: str) -> str:
+    """What Kubernetes makes of an argument: `$(NAME)` is the container's variable, and stays where
+    it has none of that name."""
+    return re.sub(
+        r"\$\$|\$\(([^)]*)\)",
+        lambda found: "$" if found[0] == "$$" else {"printf y": "z"}.get(found[1], found[0]),
+        text,
+    )
+
+
 def test_the_script_of_a_container_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
     setup = (
         "--setup",
-        "export WHO='a b'",
+        "export WHO='a b'$PS1_OF_NOBODY PID=$$ SAID=x$(printf y)$$$PS1_OF_NOBODY",
         "--env",
         "X=it's",
         "--nodes",
@@ -232,8 +258,11 @@ def test_the_script_of_a_container_runs(
     container = replicas["Worker"]["template"]["spec"]["containers"][0]
     stub_python(tmp_path)
     (tmp_path / "runs" / "First_Run" / "metadata").mkdir(parents=True)
-    write_program(tmp_path / "getent", "#!/bin/bash\n")
-    script = container["args"][0].replace("/tmp/", f"{tmp_path}/").replace("/data/", f"{tmp_path}/")
+    script = (
+        expanded(container["args"][0])
+        .replace("/tmp/", f"{tmp_path}/")
+        .replace("/data/", f"{tmp_path}/")
+    )
     environ = {"PATH": f"{tmp_path}:/usr/bin:/bin", "RANK": "1", "WORLD_SIZE": "2"}
     words = [*container["command"], script]
     with subprocess.Popen(words, env=environ, stdout=subprocess.DEVNULL) as process:
@@ -246,6 +275,7 @@ def test_the_script_of_a_container_runs(
     assert arguments == ["train", config, "--save-folder", f"{tmp_path}/runs/First_Run", *flags]
     assert head.startswith("first-run-master-0:")
     assert (seen["WHO"], seen["X"], seen.get("RANK")) == ("a b", "it's", None)
+    assert (seen["PID"], seen["SAID"]) == (str(process.pid), f"xy{process.pid}")
     assert load_experiment(config).config.seed == 0
 
 
@@ -253,7 +283,9 @@ def test_a_pytorchjob_instead(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(*SMOKE, "--kind", "pytorchjob", "--nodes=2", "--processes=2", "--dry-run") == 0
     text = capsys.readouterr().out
     assert "&id" not in text
-    replicas = yaml.safe_load(text)["spec"]["pytorchReplicaSpecs"]
+    spec = yaml.safe_load(text)["spec"]
+    assert spec["runPolicy"]["backoffLimit"] == 7  # of both machines, three times
+    replicas = spec["pytorchReplicaSpecs"]
     assert {name: replica["replicas"] for name, replica in replicas.items()} == {
         "Master": 1,
         "Worker": 1,
@@ -312,8 +344,88 @@ def test_a_job_that_nobody_could_find_again_is_withdrawn(
     monkeypatch.setattr("toolkit.commands.launch.submit.write_record", full)
     assert run(*SMOKE) == 2
     assert capsys.readouterr().err == "error: launch.json: No space left on device\n"
-    assert [line.split()[0] for line in server.requests] == ["POST", "GET", "DELETE"]
+    assert [line.split()[0] for line in server.requests] == ["POST", "DELETE", "GET"]
     assert server.objects == {}
+
+
+NO_ANSWER = "Remote end closed connection without response"
+
+
+@pytest.mark.parametrize(
+    ("lost", "other", "line"),
+    [
+        (
+            ("POST",),
+            False,
+            f"the cluster does not answer ({NO_ANSWER}); try `kubectl cluster-info`",
+        ),
+        (("POST",), True, "the cluster does not answer"),
+        (
+            ("POST", "GET"),
+            True,
+            f"no answer ({NO_ANSWER}), and first-run may be there all the same; look with "
+            "`kubectl get jobsets.jobset.x-k8s.io first-run -n team`",
+        ),
+    ],
+)
+def test_a_job_whose_answer_is_lost_is_withdrawn_and_no_other(
+    lost: tuple[str, ...],
+    other: bool,
+    line: str,
+    server: Server,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    server.lost = lost
+    if other:
+        server.objects[f"{JOBSETS}/first-run"] = {}
+    assert run(*SMOKE) == 2
+    assert capsys.readouterr().err.startswith(f"error: kubernetes: {line}")
+    assert list(server.objects) == ([f"{JOBSETS}/first-run"] if other else [])
+    assert not (tmp_path / "runs").exists()
+
+
+def test_no_pod_is_ended_before_what_would_make_another(
+    server: Server, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(*SMOKE) == 0
+    server.pods = [pod(0, "Running")]
+    server.requests.clear()
+    assert run("jobs", "stop", "First_Run", "--now") == 0
+    deleted = [r.split("/")[-1].split("?")[0] for r in server.requests if r.startswith("DELETE")]
+    assert deleted == ["first-run", "p0"]  # the pod was gone already
+
+
+def test_a_log_that_breaks_off_goes_on(
+    server: Server, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By a lost connection, in the middle of a line, and by a container that starts again."""
+    monkeypatch.setattr("toolkit.commands.launch.kubernetes._SECONDS", 0.0)
+    assert run(*SMOKE) == 0
+    server.pods = [pod(0, "Running")]
+    lines = [f"{at(second)} step {second}\n" for second in range(9)]
+    server.logs = [
+        f"{''.join(lines[:3])}X",
+        f"{''.join(lines[:5])}{lines[5][:-3]}",
+        "".join(lines[4:6]),
+        "".join(lines[6:8]),
+        "".join(lines[7:])[:-1],
+    ]
+    capsys.readouterr()
+    answer = server.answer
+
+    def completed(method: str, path: str, body: Any) -> tuple[int, Any]:
+        if len(server.logs) == 1:
+            done = {"type": "Completed", "status": "True"}
+            server.objects[f"{JOBSETS}/first-run"]["status"] = {"conditions": [done]}
+        return answer(method, path, body)
+
+    monkeypatch.setattr(server, "answer", completed)
+    assert run("jobs", "logs", "First_Run", "--follow") == 0
+    assert capsys.readouterr().out == "".join(f"step {second}\n" for second in range(9))
+    asked = [r for r in server.requests if "/log?" in r]
+    assert ["follow=true" in request for request in asked] == [True] * 4 + [False]
+    assert ["sinceSeconds=" in request for request in asked[2:]] == [True] * 3
 
 
 def test_a_cluster_that_does_not_answer(

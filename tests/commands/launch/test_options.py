@@ -45,6 +45,14 @@ def test_every_option_is_documented_and_no_name_of_something_else(name: str) -> 
         ("--to slurm --nodes 0", "--nodes: must be 1 or more, not 0"),
         ("--to slurm --time '1 day'", "--time: expected one word, not '1 day'"),
         ("--to slurm --time 5", "--time: 5 leaves no time before --stop-before 300"),
+        ("--to slurm --array='--seed=\"1'", "--array: '--seed=\"1': no closing quotation"),
+        ("--to slurm --port 65535 --seeds 1,2", "--port: each run of the array has its own port"),
+        ("--to slurm --python ''", "--python: is empty; name a Python, or leave it out"),
+        ("--to ssh --hosts a --ssh-option \\'", '--ssh-option: "\'": no closing quotation'),
+        (
+            "--to beaker --image x --weka b --save-folder /weka/b/../etc",
+            "--save-folder: /weka/b/../etc: write it without `..`",
+        ),
         ("--to slurm --seeds 1,1", "--seeds: a seed stands there twice: [1, 1]"),
         (
             "--to slurm --secret NO_SUCH",
@@ -90,6 +98,78 @@ def test_bad_input_is_one_line_and_nothing_is_written(
     assert error.startswith(f"error: {line}")
     assert error.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_no_time_limit_is_one(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("launch", "smoke", "--to", "slurm", "--time", "0", "--dry-run") == 0
+    assert "#SBATCH --time=0\n" in capsys.readouterr().out
+
+
+def test_jobs_of_other_folders_are_listed_by_root(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("jobs") == 0
+    assert "list those of --save-folder TOP/GROUP/NAME with --root TOP" in capsys.readouterr().out
+    (tmp_path / "own_target.py").write_text(OWN)
+    assert run("launch", "smoke", "--to", "own_target:Own", "--save-folder", "x/y/z") == 0
+    capsys.readouterr()
+    assert run("jobs", "--root", "x") == 0
+    assert "y/z" in capsys.readouterr().out
+
+
+OWN_RUN = """
+import toolkit
+
+
+class Quiet(toolkit.Callback):
+    pass
+
+
+def build_config():
+    config = toolkit.load_experiment("smoke").config.to_dict()
+    config["trainer"]["callbacks"]["own"] = {"type": "launched_run:Quiet"}
+    return config
+
+
+def plain():
+    return "smoke"
+"""
+
+
+def test_a_job_finds_the_modules_beside_the_file_of_its_config(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr("toolkit.config.named._folders", [])
+    monkeypatch.delitem(sys.modules, "launched_run", raising=False)
+    (tmp_path / "sub dir").mkdir()
+    file = tmp_path / "sub dir" / "launched_run.py"
+    file.write_text(OWN_RUN)
+    added = "${PYTHONPATH:+:$PYTHONPATH}"
+
+    def said(source: str, *words: str, code: int = 0) -> str:
+        assert run("launch", source, *words, "--dry-run") == code
+        captured = capsys.readouterr()
+        return captured.err if code else captured.out
+
+    for source in ("sub dir/launched_run.py", f"{file}:plain"):
+        line = f"export PYTHONPATH='{tmp_path}/sub dir'{added}\n"
+        assert line in said(source, "--to", "slurm")
+        assert line in said(source, "--to", "local")
+    there = ("--to", "beaker", "--image=x", "--weka=b", "--save-folder=/weka/b/a")
+    assert "PYTHONPATH" not in said(f"{file}:plain", *there)
+    lacking = f"names classes of {tmp_path}/sub dir/launched_run, which the containers do not have"
+    assert lacking in said(str(file), *there, code=2)
+    monkeypatch.setattr(
+        "toolkit.commands.launch.containers.find_commit", lambda allow_dirty: ("https://x/y", "1")
+    )
+    submit = "toolkit.commands.launch.submit.describe_git"
+    monkeypatch.setattr(submit, lambda: {"repository": None})
+    assert lacking in said(str(file), *there, "--git", code=2)
+    monkeypatch.setattr(submit, lambda: {"repository": str(tmp_path)})
+    line = f"""export PYTHONPATH="$PWD"/'sub dir'{added}\n"""
+    assert line in said(str(file), *there, "--git")
+    del sys.modules["launched_run"]
 
 
 def test_verbs_of_jobs_are_told(capsys: pytest.CaptureFixture[str]) -> None:

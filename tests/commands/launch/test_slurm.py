@@ -1,12 +1,16 @@
 """`--to slurm` against a fake Slurm, which runs the script with Slurm's variables."""
 
 import json
+import re
+import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.commands.launch.fakes import fake_slurm, run, stub_python, wait_for
-from toolkit.commands.launch.slurm import _seconds
+from tests.commands.launch.fakes import fake_slurm, run, stub_python, wait_for, write_status
+from toolkit.commands.launch.slurm import Slurm, _seconds
+from toolkit.commands.launch.target import LaunchError
 
 SMOKE = ("launch", "smoke", "--to", "slurm")
 
@@ -30,7 +34,7 @@ def test_a_job_that_is_preempted_is_queued_again_and_resumed(
 ) -> None:
     python = str(stub_python(tmp_path))
     words = ("--nodes", "2", "--processes", "2", "--name", "a", "--python", python, "--debug")
-    assert run(*SMOKE, *words, "--env", "A=b c", "--setup", "export B=$A") == 0
+    assert run(*SMOKE, *words, "--env", "A=b c", "--setup", "export B=$A$NOT_SET") == 0
     folder = tmp_path / "runs" / "smoke" / "a"
     assert f"slurm 100: {folder}\n" in capsys.readouterr().out
     wait_for(lambda: all((tmp_path / f"ready{node}").exists() for node in "01"))
@@ -70,6 +74,22 @@ def test_a_start_without_a_new_checkpoint_is_the_last_one(
     assert "no new checkpoint since the start: not queued again" in capsys.readouterr().out
 
 
+def test_a_requeue_that_slurm_refuses_is_told_as_that(
+    slurm: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (slurm / "no_requeue").touch()
+    assert run(*SMOKE, "--name", "a", "--python", str(stub_python(tmp_path))) == 0
+    wait_for((tmp_path / "ready0").exists)
+    (slurm / "jobs" / "100" / "usr1").touch()
+    wait_for(lambda: state(slurm) == "FAILED")
+    capsys.readouterr()
+    assert run("jobs", "logs", "a") == 0
+    said = capsys.readouterr().out
+    assert "operation is presently disabled" in said
+    assert f"does not queue the job again; toolkit launch --save-folder {tmp_path}/runs" in said
+    assert "no new checkpoint" not in said
+
+
 def test_stop_saves_and_does_not_queue_again(
     slurm: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -104,6 +124,129 @@ def test_a_pending_job_is_cancelled_and_keeps_others_out(
     capsys.readouterr()
     assert run("jobs", "status", "a") == 0
     assert ": stopped (CANCELLED by 0" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("leave_out", ["", "sacct"])
+def test_without_accounts_the_run_says_how_it_ended(
+    leave_out: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    slurm = fake_slurm(tmp_path, monkeypatch, leave_out=leave_out)
+    for name in ("no_accounts", "hold"):
+        (slurm / name).touch()
+    folder = tmp_path / "runs" / "smoke" / "a"
+
+    def ends_in_the_queue(job: str) -> None:
+        assert run(*SMOKE, "--save-folder", str(folder)) == 0
+        assert run("jobs", "stop", "a") == 0
+        wait_for(lambda: state(slurm, job).startswith("CANCELLED"))
+
+    ends_in_the_queue("100")
+    assert run("jobs", "logs", "a", "--follow") == 1
+    write_status(folder, "stopped", attempt=1)
+    assert run("jobs", "logs", "a", "--follow") == 75
+    write_status(folder, "finished", attempt=2)
+    assert run("jobs", "logs", "a", "--follow") == 0
+    write_status(folder, "running", attempt=3)
+    assert run("jobs", "logs", "a", "--follow") == 1
+    write_status(folder, "stopped", attempt=3)
+    ends_in_the_queue("101")
+    assert run("jobs", "logs", "a", "--follow") == 1  # that end was of the job before
+
+
+def test_a_job_whose_state_is_not_known_keeps_others_out(
+    slurm: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (slurm / "hold").touch()
+    assert run(*SMOKE, "--save-folder", "a") == 0
+    monkeypatch.setattr("toolkit.commands.launch.slurm._STATES", {})
+    assert run(*SMOKE, "--save-folder", "a") == 2
+    assert "has a job already, slurm 100 (unknown)" in capsys.readouterr().err
+    assert run("jobs", "stop", "a", "--now") == 0
+
+
+@pytest.mark.parametrize("is_reached", [True, False])
+def test_a_job_that_is_queued_without_an_answer_is_cancelled(
+    is_reached: bool,
+    slurm: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (slurm / "hold").touch()
+    assert run(*SMOKE, "--name", "other") == 0
+    capsys.readouterr()
+    if not is_reached:
+        (tmp_path / "bin" / "squeue").unlink()
+    call = subprocess.run
+
+    def call_without_answer(words: Any, **options: Any) -> Any:
+        done = call(words, **options)
+        if words[0] == "sbatch":
+            raise subprocess.TimeoutExpired(words, 60)
+        return done
+
+    monkeypatch.setattr(subprocess, "run", call_without_answer)
+    assert run(*SMOKE, "--name", "a") == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: sbatch: no answer for 60 s; is the scheduler up?; ")
+    assert not (tmp_path / "runs/smoke/a").exists()
+    if is_reached:
+        assert error.endswith("; job 101, which it had queued, is cancelled\n")
+        wait_for(lambda: state(slurm, "101").startswith("CANCELLED"))
+        assert state(slurm, "100") == "PENDING"
+    else:
+        assert "if it queued the job all the same, `squeue --me` shows it" in error
+        (slurm / "jobs" / "101" / "cancel").touch()
+    (slurm / "jobs" / "100" / "cancel").touch()
+
+
+def test_runs_of_an_array_meet_at_ports_of_their_own(slurm: Path, tmp_path: Path) -> None:
+    words = ("--nodes", "2", "--name", "a", "--seeds", "1,2")
+    assert run(*SMOKE, *words, "--python", str(stub_python(tmp_path))) == 0
+    folders = [tmp_path / "runs" / "smoke" / f"a-{number}" for number in (1, 2)]
+    logs = [folders[i] / "logs" / f"slurm-100_{i + 1}.log" for i in (0, 1)]
+    wait_for(lambda: all(x.exists() and x.read_text().count("train ") == 2 for x in logs))
+    heads: dict[str, set[str]] = {}
+    for called, _ in calls(tmp_path):
+        run_folder = called[called.index("--save-folder") + 1]
+        heads.setdefault(run_folder, set()).add(called[called.index("--head") + 1])
+    (first,), (second,) = (heads[str(folder)] for folder in folders)
+    assert int(second.partition(":")[2]) == int(first.partition(":")[2]) + 1
+    assert run("jobs", "stop", "a-1", "a-2", "--now") == 0
+
+
+def test_what_is_refused_leaves_the_folders_of_others(
+    slurm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = tmp_path / "logs" / "b" / "metadata"
+
+    def refuse(self: Slurm, job: object) -> None:
+        other.mkdir(parents=True)  # as a second launch does meanwhile
+        raise LaunchError("no")
+
+    monkeypatch.setattr(Slurm, "submit", refuse)
+    assert run(*SMOKE, "--save-folder", "logs/a") == 2
+    assert other.is_dir()
+    assert not (tmp_path / "logs" / "a").exists()
+
+
+def test_a_damaged_record_hides_no_other_job(
+    slurm: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (slurm / "hold").touch()
+    for name in ("a", "b"):
+        assert run(*SMOKE, "--name", name) == 0
+    record = tmp_path / "runs/smoke/a/metadata/launch.json"
+    whole = record.read_text()
+    record.write_text("{")
+    capsys.readouterr()
+    assert run("jobs") == 0
+    said = capsys.readouterr().out
+    assert re.search(r"smoke/a +- +- +unknown", said)
+    assert re.search(r"smoke/b +slurm +101 +pending", said)
+    record.write_text(whole)
+    assert run("jobs", "stop", "a", "b") == 0
 
 
 def test_an_array_is_several_runs(slurm: Path, tmp_path: Path) -> None:

@@ -2,7 +2,8 @@
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from datetime import UTC, datetime, timedelta
 from typing import Any, ClassVar, Literal
 
 from toolkit.commands.launch.containers import Containers, secret_pair, to_yaml
@@ -132,18 +133,42 @@ class Beaker(Containers, kw_only=True):
             from beaker.exceptions import BeakerExperimentConflict
 
             spec = BeakerExperimentSpec.from_json(self.spec(job))
+            before = self._own(client, name).keys()
             try:
                 workload = client.experiment.create(spec=spec, name=name)
             except BeakerExperimentConflict:
                 taken = f"beaker: an experiment {name!r} exists; choose another --name"
                 raise LaunchError(taken) from None
-            except BaseException:
-                # It may be there all the same: the answer comes from a second request.
-                for found in client.workload.list(name_or_description=name):
-                    if found.experiment.name == name:
-                        client.workload.cancel(found)
+            except BaseException as error:
+                if not _is_refusal(error):
+                    self._withdraw(client, name, before)
                 raise
-            return Submission((workload.experiment.id,), {}, link=client.workload.url(workload))
+            link = ""
+            with contextlib.suppress(Exception):  # it runs, whether a browser finds it or not
+                link = client.workload.url(workload)
+            return Submission((workload.experiment.id,), {}, link=link)
+
+    def _own(self, client: Any, name: str) -> dict[str, Any]:
+        """One's own experiments of this name and workspace, those of the last day, by their id."""
+        found = client.workload.list(
+            author=client.user.get(),
+            workspace=client.workspace.get(),
+            created_after=datetime.now(UTC) - timedelta(days=1),
+            name_or_description=name,
+        )
+        return {w.experiment.id: w for w in found if w.experiment.name == name}
+
+    def _withdraw(self, client: Any, name: str, before: Collection[str]) -> None:
+        """Cancel what was made although the answer was lost: what was not there before."""
+        try:
+            for identity, workload in self._own(client, name).items():
+                if identity not in before:
+                    client.workload.cancel(workload)
+        except Exception as error:
+            raise LaunchError(
+                f"beaker: {_one_line(error)}; an experiment {name!r} may have been made all the "
+                "same: look for it on Beaker, and cancel it there"
+            ) from None
 
     def status(self, record: Record) -> JobStatus:
         with self._connected() as client:
@@ -198,6 +223,18 @@ class Beaker(Containers, kw_only=True):
         except (BeakerError, RpcError) as error:
             name = type(error).__name__
             raise LaunchError(f"beaker: {name}: {_one_line(error)}") from None
+
+
+def _is_refusal(error: BaseException) -> bool:
+    """Whether Beaker has answered that it makes nothing."""
+    from beaker.exceptions import BeakerError, BeakerNotFoundError, BeakerServerError, HTTPError
+
+    if isinstance(error, HTTPError):
+        return error.response is not None and error.response.status_code < 500
+    # Not found: `create` makes it, then asks for it.
+    return isinstance(error, BeakerError) and not isinstance(
+        error, BeakerServerError | BeakerNotFoundError
+    )
 
 
 def _one_line(error: object) -> str:

@@ -1,6 +1,7 @@
 """What the targets that run containers share: mounts, secrets by name, code from git."""
 
 import re
+import shlex
 import subprocess
 from collections.abc import Iterator, Sequence
 from pathlib import PurePosixPath
@@ -11,7 +12,11 @@ from toolkit.config.secrets import mask_secrets
 from toolkit.errors import ConfigError
 from toolkit.runs.environment import describe_git
 
-_SSH_ADDRESS = re.compile(r"(?:ssh://)?git@([\w.-]+)[:/](.+)")
+_SSH_ADDRESSES = (
+    re.compile(r"ssh://(?:[^@/]+@)?([\w.-]+)(?::\d+)?/(.+)"),
+    re.compile(r"[^@/:]+@([\w.-]+):(.+)"),
+)
+"""URL, and `git@HOST:PATH`."""
 CODE_FOLDER = "/tmp/code"
 
 
@@ -61,7 +66,7 @@ class Containers(Target, kw_only=True):
             return ()
         url, commit = find_commit(allow_dirty=self.allow_dirty)
         return (
-            f"git clone --quiet {url} {CODE_FOLDER}",
+            f"git clone --quiet {shlex.quote(url)} {CODE_FOLDER}",
             f"cd {CODE_FOLDER}",
             f"git checkout --quiet {commit}",
             *([self.install] if self.install else []),
@@ -90,8 +95,14 @@ def find_commit(*, allow_dirty: bool) -> tuple[str, str]:
     if remote is None:
         raise LaunchError(f"--git: no remote has the commit {commit[:10]}; push it first")
     url = _git("remote", "get-url", remote).strip()
-    if match := _SSH_ADDRESS.fullmatch(url):
-        url = f"https://{match[1]}/{match[2]}"
+    for address in _SSH_ADDRESSES:
+        if match := address.fullmatch(url):
+            url = f"https://{match[1]}/{match[2].lstrip('/')}"
+    if not url.startswith(("https://", "http://", "git://")):
+        raise LaunchError(
+            f"--git: {remote} is {mask_secrets(url)}, which no container reaches; push to a remote "
+            "with an https or ssh address"
+        )
     if mask_secrets(url) != url:
         raise LaunchError(f"--git: the address of {remote} holds a secret: {mask_secrets(url)}")
     return url, commit

@@ -5,6 +5,7 @@ All of it is one bash script per call, read from standard input, so nothing is q
 
 import subprocess
 from collections.abc import Sequence
+from datetime import datetime
 from typing import NamedTuple
 
 from toolkit.commands.launch.target import LaunchError
@@ -12,6 +13,10 @@ from toolkit.commands.launch.target import LaunchError
 SECONDS = 60.0
 """How long one call may take."""
 _SSH_FAILED = 255
+_BEGAN = "%a %b %d %H:%M:%S %Y"
+"""How `ps` writes when a process began."""
+_SECONDS_CLOCK = 2.0
+"""How far apart two readings of one start may be."""
 
 
 class Host(NamedTuple):
@@ -64,14 +69,20 @@ class Process(NamedTuple):
     began: str
 
 
-def start_script(words: str, log: str) -> str:
+def start_script(words: str, log: str, note: str) -> str:
     """A script that starts the command `words` (shell) in a session of its own, its output added to
-    the file `log`, and prints pid and start. The process outlives the connection."""
+    the file `log`, and prints pid and start. The process outlives the connection.
+
+    The file `note` is there already, and gets pid and start too, for who does not hear what is
+    printed. Without it nothing starts: whoever asked has given up.
+    """
     return (
-        f"setsid nohup {words} >> {log} 2>&1 < /dev/null &\n"
+        f'[ -e {note} ] || {{ echo "too late: withdrawn" >&2; exit 1; }}\n'
+        # Some systems have no `setsid`, and start the command without it.
+        f"$(command -v setsid) nohup {words} >> {log} 2>&1 < /dev/null &\n"
         "pid=$!\n"
         "sleep 0.1\n"
-        'echo "$pid $(LC_ALL=C ps -o lstart= -p "$pid")"\n'
+        f'echo "$pid $(LC_ALL=C ps -o lstart= -p "$pid")" | tee {note}\n'
     )
 
 
@@ -83,17 +94,30 @@ def started(said: str) -> Process:
 
 def is_running(host: Host, process: Process) -> bool:
     """Whether the process, and no later one, runs. Raises LaunchError: nobody can say."""
-    said = host.run(f"LC_ALL=C ps -o stat=,lstart= -p {process.pid} || true")
+    said = host.run(f"LC_ALL=C ps -o stat= -o lstart= -p {process.pid} || true")
     state, _, began = said.strip().partition(" ")
-    return bool(state) and state[0] != "Z" and " ".join(began.split()) == process.began
+    return bool(state) and state[0] != "Z" and _is_same(" ".join(began.split()), process.began)
 
 
-def ask_to_end(host: Host, process: Process, *, now: bool) -> None:
-    """SIGTERM, by which a run saves and ends; `now`: a second one, by which it ends at once."""
+def _is_same(began: str, before: str) -> bool:
+    """Whether two starts that `ps` told are one. It counts from when the machine booted, and that
+    moves with the clock when the clock is set."""
+    try:
+        one, other = (datetime.strptime(text, _BEGAN) for text in (began, before))
+    except ValueError:
+        return began == before
+    return abs((one - other).total_seconds()) <= _SECONDS_CLOCK
+
+
+def ask_to_end(host: Host, process: Process, *, now: bool) -> bool:
+    """SIGTERM, by which a run saves and ends; `now`: a second one, by which it ends at once.
+    Whether there was somebody to ask."""
     pid = process.pid
     again = f"for i in {{1..30}}; do kill -0 {pid} || exit 0; sleep 0.1; done; kill -TERM {pid}"
-    if is_running(host, process):
-        host.run(f"exec 2> /dev/null; kill -TERM {pid}; {again if now else 'true'}; true")
+    if not is_running(host, process):
+        return False
+    host.run(f"exec 2> /dev/null; kill -TERM {pid}; {again if now else 'true'}; true")
+    return True
 
 
 def first_words(names: Sequence[str]) -> str:

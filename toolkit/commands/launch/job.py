@@ -61,17 +61,17 @@ class Job(NamedTuple):
         """The words of shell that begin every command: Python and the package."""
         return f"{shlex.quote(self.python)} -m toolkit"
 
-    def flags(self, *, rank: str | None = None, head: str = "") -> str:
+    def flags(self, *, rank: str | None = None, head: str = "", port: str | None = None) -> str:
         """The flags that make `toolkit train` and `toolkit resume` the launcher of the processes of
-        one machine. `rank` (None: left out) and `head` are words of shell: the number of the
-        machine, and the address of machine 0."""
+        one machine. `rank` (None: left out), `head` and `port` are words of shell: the number of
+        the machine, the address of machine 0, and its port if that is not the job's."""
         words = []
         if self.processes > 1 or self.nodes > 1 or self.engine is not None:
             words.append(f"--processes {self.processes}")
         if self.engine is not None:
             words.append(f"--engine {shlex.quote(self.engine)}")
         if self.nodes > 1:
-            words.append(f"--nodes {self.nodes} --head {head}:{self.port}")
+            words.append(f"--nodes {self.nodes} --head {head}:{port or self.port}")
             if self.interface is not None:
                 words.append(f"--interface {shlex.quote(self.interface)}")
             if rank is not None:
@@ -98,16 +98,14 @@ def port_of(folder: str) -> int:
 
 def script_with_config(job: Job, *, rank: str, head: str) -> str:
     """What a container without this machine's files runs: the config, and the command in the
-    shell's place, so that signals reach it. A run folder that holds a run is continued. Names of
-    machines may take a while to be known."""
+    shell's place, so that signals reach it. A run folder that holds a run is continued."""
     flags, folder = job.flags(rank=rank, head=head), shlex.quote(job.run.folder)
     lines = [
-        "set -eu",
+        "set -e",
         *job.preamble(),
         f"cat > {_CONFIG_FILE} <<'END_OF_CONFIG'",
         job.run.config,
         "END_OF_CONFIG",
-        *([f"until getent hosts {head} > /dev/null; do sleep 1; done"] if job.nodes > 1 else []),
         f"exec {job.start} train {_CONFIG_FILE} --save-folder {folder} {flags}",
     ]
     return "\n".join(lines).rstrip() + "\n"

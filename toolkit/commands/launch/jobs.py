@@ -30,11 +30,14 @@ def report(run: str) -> JobReport:
 
 
 def list_all(root: str) -> list[JobReport]:
-    """All jobs of runs below `root`; a target that does not answer gives "unknown"."""
+    """All jobs of runs below `root`; a target that does not answer, or a damaged record,
+    gives "unknown"."""
     reports = []
     for home in launched(root):
-        record = _record(home)
+        # What stands in the list where launch.json is damaged.
+        record = Record(target="-", options={}, id="-", folder=str(home), submitted="", details={})
         try:
+            record = _record(home)
             status = target_of(record).status(record)
         except ToolkitError as error:
             status = JobStatus("unknown", str(error))
@@ -58,7 +61,7 @@ def stop(run: str, *, now: bool) -> str:
 def exit_code(run: str) -> int:
     """The exit code of a command that watched a job until its end."""
     record = _record(home_of(run))
-    return _CODES.get(target_of(record).status(record).state, EXIT_DONE)
+    return _CODES.get(target_of(record).status(record).state, EXIT_FAILED)
 
 
 def _record(home: Path) -> Record:

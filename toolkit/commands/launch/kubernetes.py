@@ -5,6 +5,7 @@ bad alone. Both are one object, so a job is there whole or not at all.
 """
 
 import re
+import secrets
 import time
 from collections.abc import Iterator
 from typing import Any, ClassVar, Literal
@@ -12,12 +13,15 @@ from typing import Any, ClassVar, Literal
 from toolkit.commands.launch.containers import Containers, mount_problems, secret_pair, to_yaml
 from toolkit.commands.launch.job import Job, script_with_config
 from toolkit.commands.launch.kubernetes_api import (
+    Logs,
+    answer_in_time,
     connect,
     explained,
-    lines_of,
+    if_there,
     number_of,
     pods_of,
     why_waiting,
+    withdraw,
 )
 from toolkit.commands.launch.target import OVER, JobStatus, Record, State, Submission
 from toolkit.errors import EXIT_BAD_INPUT
@@ -151,12 +155,15 @@ class Kubernetes(Containers, kw_only=True):
         # The operator's RANK is the number of the pod; no rank is told to the launcher.
         rank = '"$NODE_RANK"'
         pod = self._pod(job, rank=rank, head=f"{name}-master-0", first=_FORGET)
+        # Exit codes below 128 are final with `ExitCode`, a failed training too.
         restart = "OnFailure" if self.retries else "Never"
         replica = {"restartPolicy": restart, "template": {"spec": pod}}
         replicas = {"Master": {"replicas": 1, **replica}}
         if job.nodes > 1:
             replicas["Worker"] = {"replicas": job.nodes - 1, **replica}
-        policy = {"backoffLimit": self.retries, "cleanPodPolicy": "None"}
+        # Restarts of all pods count, and the job ends when they are as many as this.
+        limit = self.retries * job.nodes + 1 if self.retries else 0
+        policy = {"backoffLimit": limit, "cleanPodPolicy": "None"}
         return {"runPolicy": policy, "pytorchReplicaSpecs": replicas}
 
     def _pod(self, job: Job, *, rank: str, head: str, first: str = "") -> dict[str, Any]:
@@ -168,7 +175,7 @@ class Kubernetes(Containers, kw_only=True):
             "name": "pytorch",
             "image": self.image,
             "command": ["bash", "-c"],
-            "args": [first + script_with_config(job, rank=rank, head=head)],
+            "args": [_escaped(first + script_with_config(job, rank=rank, head=head))],
         }
         if self.secret:
             container["env"] = [_from_secret(given) for given in self.secret]
@@ -213,21 +220,20 @@ class Kubernetes(Containers, kw_only=True):
 
     def submit(self, job: Job) -> Submission:
         api, namespace = connect(self.context, self.namespace)
-        body = self.manifest(job)
-        with explained(self.kind):
-            api.CustomObjectsApi().create_namespaced_custom_object(*self._place(namespace), body)
+        objects, place, body = api.CustomObjectsApi(), self._place(namespace), self.manifest(job)
+        mark = f"toolkit-{secrets.token_hex(8)}"
+        with explained(self.kind), withdraw(objects, place, name_of(job), mark):
+            objects.create_namespaced_custom_object(
+                *place, body, field_manager=mark, **answer_in_time
+            )
         return Submission((name_of(job),), {"namespace": namespace})
 
     def status(self, record: Record) -> JobStatus:
         api, namespace = connect(self.context, record.details["namespace"])
         with explained(self.kind):
-            try:
-                found = api.CustomObjectsApi().get_namespaced_custom_object(
-                    *self._place(namespace), record.id
-                )
-            except api.ApiException as error:
-                if error.status != 404:
-                    raise
+            get = api.CustomObjectsApi().get_namespaced_custom_object
+            found = if_there(get, *self._place(namespace), record.id)
+            if found is None:
                 return JobStatus("stopped", "no longer in the cluster")
             pods = pods_of(api, namespace, self._selector(record))
         for condition in found.get("status", {}).get("conditions", []):
@@ -243,43 +249,43 @@ class Kubernetes(Containers, kw_only=True):
 
     def logs(self, record: Record, *, follow: bool) -> Iterator[str]:
         api, namespace = connect(self.context, record.details["namespace"])
-        seen: set[str] = set()
+        logs = Logs(api, namespace)
         while True:
+            is_last = not follow or self.status(record).state in OVER
             with explained(self.kind):
                 pods = pods_of(api, namespace, self._selector(record))
                 first = [pod for pod in pods if number_of(pod) == 0]
                 for pod in first[-1:]:
-                    if pod.status.phase == "Pending" or pod.metadata.uid in seen:
-                        break
-                    seen.add(pod.metadata.uid)
-                    stream = api.CoreV1Api().read_namespaced_pod_log(
-                        pod.metadata.name, namespace, follow=follow, _preload_content=False
-                    )
-                    yield from lines_of(stream)
-            if not follow or self.status(record).state in OVER:
+                    if pod.status.phase != "Pending":
+                        yield from logs.new_lines(pod, follow=not is_last)
+            if is_last:
                 return
             time.sleep(_SECONDS)
 
     def stop(self, record: Record, *, now: bool) -> str:
         api, namespace = connect(self.context, record.details["namespace"])
         with explained(self.kind):
-            if now:
-                for pod in pods_of(api, namespace, self._selector(record)):
-                    api.CoreV1Api().delete_namespaced_pod(
-                        pod.metadata.name, namespace, grace_period_seconds=0
-                    )
-            try:
-                api.CustomObjectsApi().delete_namespaced_custom_object(
-                    *self._place(namespace), record.id, propagation_policy="Background"
-                )
-            except api.ApiException as error:
-                if error.status != 404:
-                    raise
-                return "ended before"
+            # Before its pods: it would make others.
+            delete = api.CustomObjectsApi().delete_namespaced_custom_object
+            place = self._place(namespace)
+            found = if_there(delete, *place, record.id, propagation_policy="Background")
+            for pod in pods_of(api, namespace, self._selector(record)) if now else []:
+                end = api.CoreV1Api().delete_namespaced_pod
+                if_there(end, pod.metadata.name, namespace, grace_period_seconds=0)
+        if found is None:
+            return "ended before"
         return "deleted" if now else f"asked to save a checkpoint and end within {self.grace} s"
 
 
+_REFERENCE = re.compile(r"\$+\(|\$\$+")
+"""What Kubernetes would put something else for, before a shell sees it."""
 _FORGET = "NODE_RANK=$RANK; unset RANK WORLD_SIZE MASTER_ADDR MASTER_PORT\n"
+
+
+def _escaped(script: str) -> str:
+    """`script` such that a container gets it as it is. To Kubernetes `$$` means `$`, and `$(NAME)`
+    a variable."""
+    return _REFERENCE.sub(lambda found: found[0].replace("$", "$$"), script)
 
 
 def name_of(job: Job) -> str:

@@ -3,13 +3,18 @@
 import json
 import os
 import re
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from toolkit.commands.launch.target import LaunchError, no_library
 
+answer_in_time: dict[str, Any] = {"_request_timeout": 60.0}
+"""For requests after which something is there or not."""
+_SECONDS_BEFORE = 60
+"""How much of a log is read again, when its stream is opened again."""
 _ERRNO = re.compile(r"\[Errno \d+\] ")
 
 
@@ -50,13 +55,16 @@ def explained(kind: str) -> Iterator[None]:
     except ApiException as error:
         raise LaunchError(f"kubernetes: {_reason(error, kind)}") from None
     except HTTPError as error:
-        cause: Any = getattr(error, "reason", None) or error
-        while cause.args and isinstance(cause.args[-1], Exception):
-            cause = cause.args[-1]
-        text = _ERRNO.sub("", str(cause)).rpartition(": ")[2]
         raise LaunchError(
-            f"kubernetes: the cluster does not answer ({text}); try `kubectl cluster-info`"
+            f"kubernetes: the cluster does not answer ({_cause(error)}); try `kubectl cluster-info`"
         ) from None
+
+
+def _cause(error: Any) -> str:
+    cause: Any = getattr(error, "reason", None) or error
+    while cause.args and isinstance(cause.args[-1], Exception):
+        cause = cause.args[-1]
+    return _ERRNO.sub("", str(cause)).rpartition(": ")[2]
 
 
 def _reason(error: Any, kind: str) -> str:
@@ -70,6 +78,49 @@ def _reason(error: Any, kind: str) -> str:
     if error.status == 409:
         return f"{message}; choose another --name"
     return f"{' '.join(message.split())} (status {error.status})"
+
+
+def if_there(call: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
+    """What `call` returns; None: the cluster has no such thing."""
+    from kubernetes.client import ApiException
+
+    try:
+        return call(*arguments, **named)
+    except ApiException as error:
+        if error.status != 404:
+            raise
+        return None
+
+
+@contextmanager
+def withdraw(
+    objects: Any, place: tuple[str, str, str, str], name: str, mark: str
+) -> Iterator[None]:
+    """Where the answer to the block's request is lost, delete the object that it may have made, and
+    no other's: `mark` was its field manager."""
+    from kubernetes.client import V1DeleteOptions, V1Preconditions
+    from urllib3.exceptions import HTTPError, MaxRetryError
+
+    try:
+        yield
+    except MaxRetryError:
+        raise  # no connection: nothing was sent
+    except HTTPError as lost:
+        try:
+            made = if_there(objects.get_namespaced_custom_object, *place, name, **answer_in_time)
+            metadata = made["metadata"] if made is not None else {}
+            managers = [entry.get("manager") for entry in metadata.get("managedFields", [])]
+            if mark in managers:
+                only = V1DeleteOptions(preconditions=V1Preconditions(uid=metadata["uid"]))
+                delete = objects.delete_namespaced_custom_object
+                if_there(delete, *place, name, body=only, **answer_in_time)
+        except Exception:
+            group, _, namespace, plural = place
+            raise LaunchError(
+                f"kubernetes: no answer ({_cause(lost)}), and {name} may be there all the same; "
+                f"look with `kubectl get {plural}.{group} {name} -n {namespace}`"
+            ) from None
+        raise
 
 
 def pods_of(api: Any, namespace: str, selector: str) -> list[Any]:
@@ -98,11 +149,50 @@ def why_waiting(pod: Any) -> str:
     return ""
 
 
-def lines_of(stream: Any) -> Iterator[str]:
-    """The lines of an answer that comes in parts."""
+class Logs:
+    """Logs of pods, in pieces: a load balancer or the API server may end a stream while the pod
+    goes on, and a container that is started again in its pod begins another one."""
+
+    def __init__(self, api: Any, namespace: str) -> None:
+        self._api = api
+        self._namespace = namespace
+        self._last: dict[str, tuple[str, float]] = {}
+        """By pod: the time of the last line there, and when it came here."""
+
+    def new_lines(self, pod: Any, *, follow: bool) -> Iterator[str]:
+        """The lines that were not shown yet; with `follow` until the stream ends in any way."""
+        from kubernetes.client import ApiException
+        from urllib3.exceptions import HTTPError
+
+        name, uid = pod.metadata.name, pod.metadata.uid
+        shown = ""
+        options: dict[str, Any] = {"timestamps": True}
+        if uid in self._last:
+            shown, came = self._last[uid]
+            options["since_seconds"] = int(time.monotonic() - came) + _SECONDS_BEFORE
+        try:
+            stream = self._api.CoreV1Api().read_namespaced_pod_log(
+                name, self._namespace, follow=follow, _preload_content=False, **options
+            )
+            for line in _lines_of(stream, also_rest=not follow):
+                stamp, _, text = line.partition(" ")
+                if stamp > shown:
+                    self._last[uid] = stamp, time.monotonic()
+                    yield text
+        except HTTPError:
+            if not follow:
+                raise
+        except ApiException as error:
+            # Its container is just made, or the pod is gone.
+            if not follow or error.status not in (400, 404):
+                raise
+
+
+def _lines_of(stream: Any, *, also_rest: bool) -> Iterator[str]:
+    """The lines of an answer that comes in parts; `also_rest`: the last one may have no end."""
     rest = b""
     for part in stream.stream():
         *lines, rest = (rest + part).split(b"\n")
         yield from (line.decode(errors="replace") for line in lines)
-    if rest:
+    if rest and also_rest:
         yield rest.decode(errors="replace")

@@ -1,11 +1,13 @@
 """What the targets `local` and `ssh` share: a script in the run folder, a process per machine."""
 
 import contextlib
+import functools
 import os
 import shlex
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from toolkit.commands.launch.follow import follow_files
 from toolkit.commands.launch.hosts import (
@@ -25,6 +27,10 @@ from toolkit.storage.atomic import write_atomic
 
 SECONDS_TO_FAIL = 2.0
 """How long a job must live to count as started."""
+_SECONDS = 0.1
+"""Between two looks whether it lives."""
+
+T = TypeVar("T")
 
 
 class OnHosts(Target, kw_only=True):
@@ -43,14 +49,19 @@ class OnHosts(Target, kw_only=True):
         run = job.run
         flags = job.flags(rank='"$1"', head=shlex.quote(self.head()))
         what = f"train {shlex.quote(run.config_file)} --save-folder {shlex.quote(run.folder)}"
-        lines = ["#!/bin/bash", "# Arguments: the number of the machine.", "set -u"]
+        lines = ["#!/bin/bash", "# Arguments: the number of the machine."]
         return "\n".join([*lines, *job.preamble(), f"exec {job.start} {what} {flags}".rstrip(), ""])
 
     def start(self, job: Job, rank: int, host: Host) -> str:
         """The script that starts machine `rank`'s process."""
         file = f"{job.run.folder}/{RUN_FILES.launch_script}"
         words = f"bash {shlex.quote(file)} {rank}"
-        return start_script(words, shlex.quote(self.log(job.run.folder, rank, host)))
+        log, note = self.log(job.run.folder, rank, host), self.note(job.run.folder, rank)
+        return start_script(words, shlex.quote(log), shlex.quote(str(note)))
+
+    def note(self, folder: str, rank: int) -> Path:
+        """Where machine `rank` notes its process, while the job is submitted."""
+        return Path(folder) / RUN_FILES.metadata / f"launch-{rank}.pid"
 
     def log(self, folder: str, rank: int, host: Host) -> str:
         """The log of machine `rank`."""
@@ -73,17 +84,29 @@ class OnHosts(Target, kw_only=True):
         write_atomic(folder / RUN_FILES.launch_script, self.script(job).encode())
         status = read_status(folder)
         before = status.attempt if status is not None else 0
+        notes = [self.note(job.run.folder, rank) for rank in range(len(hosts))]
         processes: list[Process] = []
         try:
+            for note in notes:
+                note.write_text("")
             for rank, host in enumerate(hosts):
                 processes.append(started(host.run(self.start(job, rank, host))))
-            time.sleep(SECONDS_TO_FAIL)
-            self._check_alive(job, hosts, processes)
-        except BaseException:
-            for host, process in zip(hosts, processes, strict=False):
-                with contextlib.suppress(LaunchError):
-                    ask_to_end(host, process, now=True)
+            until = time.monotonic() + SECONDS_TO_FAIL
+            while True:
+                is_last = time.monotonic() >= until
+                self._check_alive(job, hosts, processes)
+                if is_last:
+                    break
+                time.sleep(_SECONDS)
+        except BaseException as error:
+            lost = _withdraw(hosts, notes)
+            if lost and isinstance(error, LaunchError):
+                what = f"what was started on {first_words(lost)}"
+                raise LaunchError(f"{error}; {what} cannot be ended from here: see there") from None
             raise
+        finally:
+            for note in notes:
+                note.unlink(missing_ok=True)
         names = [
             f"{process.pid}@{host.label}" for host, process in zip(hosts, processes, strict=True)
         ]
@@ -105,14 +128,16 @@ class OnHosts(Target, kw_only=True):
     def status(self, record: Record) -> JobStatus:
         processes = [Process(*pair) for pair in record.details["processes"]]
         pairs = list(zip(self.hosts_used(), processes, strict=True))
-        alive = [host.label for host, process in pairs if is_running(host, process)]
-        if alive:
-            lacking = len(pairs) - len(alive)
+        answers, errors = _ask_each(pairs, is_running)
+        if alive := [host.label for host, is_alive in answers if is_alive]:
+            lacking = len(answers) - len(alive)
             detail = f"on {first_words(alive)}" + (f"; {lacking} ended" if lacking else "")
-            return JobStatus("running", detail)
+            return JobStatus("running", "; ".join([detail, *map(str, errors.values())]))
         run = read_status(Path(record.folder))
         if run is not None and run.attempt > record.details["attempt"] and run.state in OVER:
             return JobStatus(run.state, run.message or "")
+        if errors:
+            raise next(iter(errors.values()))
         logs = (Path(self.log(record.folder, r, host)) for r, (host, _) in enumerate(pairs))
         reasons = [reason for log in logs if (reason := last_error(log)) is not None]
         return JobStatus("failed", reasons[0] if reasons else "the processes are gone")
@@ -125,9 +150,42 @@ class OnHosts(Target, kw_only=True):
         yield from follow_files(lambda: files, is_over)
 
     def stop(self, record: Record, *, now: bool) -> str:
-        for host, pair in zip(self.hosts_used(), record.details["processes"], strict=True):
-            ask_to_end(host, Process(*pair), now=now)
-        return "ended" if now else "asked to save a checkpoint and end"
+        processes = (Process(*pair) for pair in record.details["processes"])
+        pairs = list(zip(self.hosts_used(), processes, strict=True))
+        answers, errors = _ask_each(pairs, functools.partial(ask_to_end, now=now))
+        asked = [host.label for host, is_asked in answers if is_asked]
+        done = "ended" if now else "asked to save a checkpoint and end"
+        if errors:
+            others = f"; {done} on {first_words(asked)}" if asked else ""
+            raise LaunchError("; ".join(map(str, errors.values())) + others)
+        if not asked:
+            return "ended before"
+        return done if len(asked) == len(pairs) else f"{done} on {first_words(asked)}"
+
+
+def _ask_each(
+    pairs: Sequence[tuple[Host, Process]], ask: Callable[[Host, Process], T]
+) -> tuple[list[tuple[Host, T]], dict[str, LaunchError]]:
+    """What each machine answers, and by name why others do not. All are asked, whoever is down."""
+    answers, errors = [], {}
+    for host, process in pairs:
+        try:
+            answers.append((host, ask(host, process)))
+        except LaunchError as error:
+            errors[host.label] = error
+    return answers, errors
+
+
+def _withdraw(hosts: Sequence[Host], notes: Sequence[Path]) -> list[str]:
+    """End what has been started, as the machines' notes tell; the machines that cannot be asked."""
+    said: list[tuple[Host, str]] = []
+    for host, note in zip(hosts, notes, strict=True):
+        with contextlib.suppress(OSError):
+            said.append((host, note.read_text()))
+            note.unlink()  # who comes now starts nothing
+    begun = [(host, started(text)) for host, text in said if text.strip()]
+    _, errors = _ask_each(begun, functools.partial(ask_to_end, now=True))
+    return list(errors)
 
 
 def last_error(log: Path) -> str | None:

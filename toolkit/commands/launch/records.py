@@ -2,10 +2,11 @@
 
 from pathlib import Path
 
-from toolkit.commands.launch.target import Record, Target, target_class
+from toolkit.commands.launch.target import OVER, JobStatus, Record, Target, target_class
 from toolkit.config.check import convert
 from toolkit.errors import RunError
 from toolkit.runs.files import RUN_FILES
+from toolkit.runs.status import read_status
 from toolkit.storage.atomic import write_json_atomic
 from toolkit.storage.foreign import read_json
 
@@ -20,6 +21,21 @@ def read_record(home: Path) -> Record | None:
         return read_json(home / RUN_FILES.launch, RunError, Record)
     except (FileNotFoundError, NotADirectoryError):
         return None
+
+
+def attempt_of(folder: str) -> int:
+    """The newest attempt of the run in `folder`; 0: it has none."""
+    status = read_status(Path(folder))
+    return 0 if status is None else status.attempt
+
+
+def told_by_run(record: Record, before: int) -> JobStatus | None:
+    """How a job ended by what its run says; None: no attempt after `before`, the newest one at
+    submission, tells an end."""
+    run = read_status(Path(record.folder))
+    if run is not None and run.attempt > before and run.state in OVER:
+        return JobStatus(run.state, run.message or "")
+    return None
 
 
 def target_of(record: Record) -> Target:

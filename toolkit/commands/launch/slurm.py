@@ -6,15 +6,18 @@ the run saves a checkpoint and ends, and the script has the job queued again. Th
 continues the run with `toolkit resume`. A start that made no new checkpoint is the last one.
 """
 
+import os
 import re
 import shlex
 import shutil
 import subprocess
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from toolkit.commands.launch.follow import follow_files
 from toolkit.commands.launch.job import Job, plain_name
+from toolkit.commands.launch.records import attempt_of, told_by_run
 from toolkit.commands.launch.target import (
     OVER,
     JobStatus,
@@ -24,6 +27,7 @@ from toolkit.commands.launch.target import (
     Submission,
     Target,
     check_secrets_here,
+    quote_problems,
 )
 from toolkit.errors import EXIT_STOPPED, ConfigError
 from toolkit.runs.files import RUN_FILES
@@ -50,6 +54,10 @@ _SECONDS = 60
 _SECONDS_TO_FOLLOW = 300
 """How long the other nodes have to end by themselves when one of them has ended."""
 _REFUSED = re.compile(r"sbatch: (?:error: )?(?:Batch job submission failed: )?")
+
+
+class _NoAnswer(LaunchError):
+    """A program of Slurm may have done what it was told, and does not say."""
 
 
 class Slurm(Target, kw_only=True):
@@ -97,7 +105,7 @@ class Slurm(Target, kw_only=True):
                     f"write an option of sbatch, as in --sbatch=--nice=100, not {line!r}",
                 )
         limit = _seconds(self.time) if self.time is not None else None
-        if limit is not None and limit <= self.stop_before:
+        if limit and limit <= self.stop_before:  # 0: no limit
             yield "time", f"{self.time} leaves no time before --stop-before {self.stop_before}"
         if self.stop_before < 10:
             yield "stop_before", f"give the run 10 seconds at least, not {self.stop_before}"
@@ -107,6 +115,13 @@ class Slurm(Target, kw_only=True):
             yield "seeds", "and --array; put --seed=N into each --array"
         if len(set(self.seeds)) < len(self.seeds):
             yield "seeds", f"a seed stands there twice: {list(self.seeds)}"
+        for words in self.array:
+            yield from quote_problems("array", words)
+        if self.port is not None and self.port + len(self.array or self.seeds) > 65536:
+            yield (
+                "port",
+                f"each run of the array has its own port, from {self.port} on; choose less",
+            )
 
     def members(self) -> Sequence[Sequence[str]]:
         if self.seeds:
@@ -155,13 +170,15 @@ class Slurm(Target, kw_only=True):
         # A task is no rank, whatever Slurm's variables say.
         task = 'unset SLURM_STEP_NUM_TASKS; exec "$@"'
         cpus = "" if self._cpus(job) is None else f" --cpus-per-task={self._cpus(job)}"
-        flags = job.flags(head='"$head"')
+        several = len(job.members) > 1
+        # Several runs may have the same machine 0.
+        port = f"$(({job.port} + SLURM_ARRAY_TASK_ID - 1))" if several else None
+        flags = job.flags(head='"$head"', port=port)
         return [
             "# What `toolkit launch` submitted; a change here changes nothing.",
-            "set -u",
             *job.preamble(),
-            f"run={shlex.quote(_prefix(job))}"
-            + ('"$SLURM_ARRAY_TASK_ID"' if len(job.members) > 1 else ""),
+            "set -u",  # what a site's own files do is not ours
+            f"run={shlex.quote(_prefix(job))}" + ('"$SLURM_ARRAY_TASK_ID"' if several else ""),
             f'what=(train "$run/{RUN_FILES.launch_config}" --save-folder "$run")',
             f'[ ! -f "$run/{RUN_FILES.config}" ] || [ "${{SLURM_RESTART_COUNT:-0}}" -eq 0 ] ||'
             ' what=(resume "$run")',
@@ -189,13 +206,18 @@ class Slurm(Target, kw_only=True):
         _program("sbatch")
         script = Path(job.members[0].folder) / RUN_FILES.launch_script
         write_atomic(script, self.render(job).encode())
-        said = _call("sbatch", "--parsable", str(script))
-        number, _, cluster = said.strip().splitlines()[-1].partition(";")
-        if not number.isdecimal():
-            raise LaunchError(f"sbatch answers {said.strip()!r}, which is no number of a job")
+        attempts = [attempt_of(member.folder) for member in job.members]
+        try:
+            said = _call("sbatch", "--parsable", str(script))
+            number, _, cluster = said.strip().rpartition("\n")[2].partition(";")
+            if not number.isdecimal():
+                raise _NoAnswer(f"sbatch answers {said.strip()!r}, which is no number of a job")
+        except _NoAnswer as error:
+            raise LaunchError(f"{error}{_withdrawn(script)}") from None
         several = len(job.members) > 1
         ids = [f"{number}_{i}" if several else number for i in range(1, len(job.members) + 1)]
-        return Submission(tuple(ids), {"cluster": cluster} if cluster else {})
+        details: dict[str, Any] = {"attempts": dict(zip(ids, attempts, strict=True))}
+        return Submission(tuple(ids), details | ({"cluster": cluster} if cluster else {}))
 
     def status(self, record: Record) -> JobStatus:
         where = _cluster(record)
@@ -209,16 +231,10 @@ class Slurm(Target, kw_only=True):
         if line := said.strip():
             state, _, reason = line.splitlines()[0].partition("|")
             return JobStatus(_STATES.get(state, "unknown"), f"{state} {reason}".strip())
-        if shutil.which("sacct") is None:
-            return JobStatus("unknown", "no longer in the queue")
-        options = ("--noheader", "--parsable2", "--allocations", "--format=State,ExitCode,Elapsed")
-        said = _call("sacct", *where, *options, f"--jobs={record.id}").strip()
-        if not said:
-            return JobStatus("unknown", "no longer in the queue, and not in the accounts")
-        state, code, elapsed = said.splitlines()[-1].split("|")
-        detail = f"{state}, exit code {code.partition(':')[0]}, after {elapsed}"
-        stopped = code.partition(":")[0] == str(EXIT_STOPPED)
-        return JobStatus("stopped" if stopped else _STATES.get(state.split()[0], "unknown"), detail)
+        # A cluster without accounts forgets a job; its run does not.
+        attempt = record.details.get("attempts", {}).get(record.id, 0)
+        lost = JobStatus("failed", "no longer in the queue, and its run has told no end")
+        return _from_accounts(record) or told_by_run(record, attempt) or lost
 
     def logs(self, record: Record, *, follow: bool) -> Iterator[str]:
         folder = Path(record.folder) / RUN_FILES.logs
@@ -251,10 +267,13 @@ _WAIT = [
 
 _REQUEUE = [
     f'if [ -n "$asked" ] && [ "$code" -eq {EXIT_STOPPED} ]; then',
-    '  if [ "$(newest)" != "$before" ]; then',
-    '    scontrol requeue "$SLURM_JOB_ID" && exit 0',
+    '  if [ "$(newest)" = "$before" ]; then',
+    '    echo "no new checkpoint since the start: not queued again; ask for more --time" >&2',
+    '  elif scontrol requeue "$SLURM_JOB_ID"; then',
+    "    exit 0",
+    "  else",
+    '    echo "Slurm does not queue the job again; toolkit launch --save-folder $run goes on" >&2',
     "  fi",
-    '  echo "no new checkpoint since the start: not queued again; ask for more --time" >&2',
     "fi",
 ]
 
@@ -281,6 +300,41 @@ def _cluster(record: Record) -> list[str]:
     return [f"--clusters={cluster}"] if cluster else []
 
 
+def _from_accounts(record: Record) -> JobStatus | None:
+    """What `sacct` says of a job that ended; None: it says nothing, or there are no accounts."""
+    if shutil.which("sacct") is None:
+        return None
+    options = ("--noheader", "--parsable2", "--allocations", "--format=State,ExitCode,Elapsed")
+    try:
+        said = _call("sacct", *_cluster(record), *options, f"--jobs={record.id}").strip()
+    except LaunchError as error:
+        if "disabled" not in str(error):
+            raise
+        return None
+    if not said:
+        return None
+    state, code, elapsed = said.rpartition("\n")[2].split("|")
+    code = code.partition(":")[0]
+    found = "stopped" if code == str(EXIT_STOPPED) else _STATES.get(state.split()[0])
+    detail = f"{state}, exit code {code}, after {elapsed}"
+    return None if found is None else JobStatus(found, detail)
+
+
+def _withdrawn(script: Path) -> str:
+    """Cancel the jobs of `script`, which `sbatch` may have queued without saying so; a remark."""
+    try:
+        mine = f"--user={os.getuid()}"
+        lines = _call("squeue", mine, "--noheader", "--format=%F|%o").splitlines()
+        jobs = {
+            number for number, _, file in (x.partition("|") for x in lines) if file == str(script)
+        }
+        for number in jobs:
+            _call("scancel", number)
+    except LaunchError:
+        return "; if it queued the job all the same, `squeue --me` shows it and `scancel` ends it"
+    return f"; job {', '.join(sorted(jobs))}, which it had queued, is cancelled" if jobs else ""
+
+
 def _program(name: str) -> None:
     if shutil.which(name) is None:
         raise LaunchError(
@@ -298,7 +352,7 @@ def _call(*words: str) -> str:
             errors="replace", start_new_session=True,
         )  # fmt: skip
     except subprocess.TimeoutExpired:
-        raise LaunchError(f"{words[0]}: no answer for {_SECONDS} s; is the scheduler up?") from None
+        raise _NoAnswer(f"{words[0]}: no answer for {_SECONDS} s; is the scheduler up?") from None
     if done.returncode == 0:
         return done.stdout
     lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]

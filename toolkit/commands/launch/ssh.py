@@ -10,7 +10,7 @@ import toolkit
 from toolkit.commands.launch.hosts import Host
 from toolkit.commands.launch.job import Job
 from toolkit.commands.launch.on_hosts import OnHosts
-from toolkit.commands.launch.target import LaunchError
+from toolkit.commands.launch.target import LaunchError, quote_problems
 from toolkit.runs.files import RUN_FILES
 
 _VERSIONS = (
@@ -30,6 +30,11 @@ class SSH(OnHosts, kw_only=True):
 
     def problems(self) -> Iterator[tuple[str, str]]:
         yield from super().problems()
+        if quotes := [
+            found for text in self.ssh_option for found in quote_problems("ssh_option", text)
+        ]:
+            yield from quotes
+            return
         names = [host.name for host in self.hosts_used()]
         if not names:
             yield "hosts", "name the machines: --hosts A,B"

@@ -2,6 +2,8 @@
 
 import contextlib
 import os
+import re
+import shlex
 import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,11 +21,15 @@ from toolkit.distributed.ranks import ENGINE
 from toolkit.errors import ConfigError, RunError, ToolkitError
 from toolkit.experiment.config import ExperimentConfig
 from toolkit.experiment.load import load_experiment, with_origins
+from toolkit.experiment.python_config import folder_of_modules
+from toolkit.runs.environment import describe_git
 from toolkit.runs.files import RUN_FILES
 from toolkit.runs.lock import is_locked, utc_now
-from toolkit.runs.registry import choose_run_name, resolve_run_folder
+from toolkit.runs.registry import choose_run_name, is_run, resolve_run_folder
 from toolkit.storage.atomic import encode_json, write_atomic
 
+_MODULE = re.compile(r'"([A-Za-z_]\w*)[\w.]*:[A-Za-z_][\w.]*"', re.ASCII)
+"""A class that a config names, "module:Class"."""
 _ORDERS = ("status", "logs", "stop")
 
 
@@ -82,7 +88,7 @@ def plan(words: Sequence[str], to: str, *, debug: bool = False, **known: Any) ->
         engine=target.engine,
         interface=target.interface,
         environment=target.environment,
-        setup=(*target.setup, *target.code_lines()),
+        setup=(*target.setup, *target.code_lines(), *_module_lines(target, source, members)),
         python=target.python or ("python" if is_elsewhere else sys.executable),
         workdir=getattr(target, "workdir", None) if is_elsewhere else os.getcwd(),
         port=target.port or port_of(members[0].folder),
@@ -94,8 +100,10 @@ def plan(words: Sequence[str], to: str, *, debug: bool = False, **known: Any) ->
 def launch(plan: Plan) -> list[Record]:
     """Submit the job; a record for each of its runs, which is kept with it. Raises ToolkitError:
     the target refuses, and nothing of the job is left there or here."""
-    for home, member in zip(plan.homes, plan.job.members, strict=True):
-        _check_free(home, member)
+    for home in plan.homes:
+        if plan.target.is_elsewhere and is_run(home):
+            raise RunError(f"{home}: is a run of this machine; choose another --name for the job")
+        _check_free(home)
     submitted = utc_now()
     # Ctrl-C comes before or after: a job that is half told nobody finds again.
     with signals.holding_back(), _prepared(plan):
@@ -163,9 +171,33 @@ def _load(
     assert folder is not None
     if "\n" in folder:
         raise ConfigError("holds the end of a line", key="--save-folder")
+    for key, value in (("--save-folder", folder), ("--work-dir", config.run.work_dir)):
+        if target.is_elsewhere and ".." in (value or "").split("/"):
+            raise ConfigError(f"{value}: write it without `..`", key=key)
     target.check_folder(folder, config.run.work_dir)
     check(config, environ, loaded.origins, elsewhere=target.is_elsewhere)
     return stored, loaded.origins, folder
+
+
+def _module_lines(target: Target, source: str, members: Sequence[Member]) -> tuple[str, ...]:
+    """Lines of shell by which a job finds the modules beside the Python file that its config is
+    from. Raises ConfigError: its containers do not get them."""
+    if (folder := folder_of_modules(source)) is None:
+        return ()
+    place = shlex.quote(str(folder))
+    if target.is_elsewhere:
+        named = {name for member in members for name in _MODULE.findall(member.config)}
+        own = sorted(n for n in named if (folder / n).is_dir() or (folder / f"{n}.py").is_file())
+        if not own:
+            return ()
+        repository = describe_git()["repository"] if getattr(target, "git", False) else None
+        if repository is None or not folder.is_relative_to(repository):
+            raise ConfigError(
+                f"names classes of {folder / own[0]}, which the containers do not have; bring it "
+                "there with --git, or install it in the image and name a config in JSON"
+            )
+        place = f'"$PWD"/{shlex.quote(str(folder.relative_to(repository)))}'
+    return (f"export PYTHONPATH={place}${{PYTHONPATH:+:$PYTHONPATH}}",)
 
 
 def _environ(target: Target) -> dict[str, str]:
@@ -196,7 +228,7 @@ def _home(target: Target, config: ExperimentConfig, folder: str) -> Path:
     return resolve_run_folder(config.run.replace(save_folder=None), name)
 
 
-def _check_free(home: Path, member: Member) -> None:
+def _check_free(home: Path) -> None:
     """Raise RunError where the run has a writer, or a job that is not over."""
     if is_locked(home):
         raise RunError(f"{home}: another process is writing this run; stop it first")
@@ -204,7 +236,7 @@ def _check_free(home: Path, member: Member) -> None:
     if record is None:
         return
     status = target_of(record).status(record)
-    if status.state not in (*OVER, "unknown"):
+    if status.state not in OVER:
         raise RunError(
             f"{home}: has a job already, {record.target} {record.id} ({status.state}); "
             f"`toolkit jobs stop {home}` ends it"
@@ -233,10 +265,11 @@ def _prepared(plan: Plan) -> Iterator[None]:
         for path, data in before.items():
             with contextlib.suppress(OSError):
                 path.unlink(missing_ok=True) if data is None else path.write_bytes(data)
+        logs = [home / RUN_FILES.logs for home in plan.homes]
         if not _has_log(plan, error):
             for folder in reversed(made):
                 with contextlib.suppress(OSError):
-                    shutil.rmtree(folder) if folder.name == "logs" else folder.rmdir()
+                    shutil.rmtree(folder) if folder in logs else folder.rmdir()
         if isinstance(error, OSError):
             raise RunError(f"{error.filename or plan.homes[0]}: {error.strerror}") from None
         raise

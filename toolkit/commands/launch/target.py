@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -121,6 +122,8 @@ class Target(Config, kw_only=True):
             value = getattr(self, name)
             if value is not None and value < (0 if name == "gpus" else 1):
                 yield name, f"must be {0 if name == 'gpus' else 1} or more, not {value}"
+        if self.python == "":
+            yield "python", "is empty; name a Python, or leave it out"
         if self.port is not None and not 0 < self.port < 65536:
             yield "port", f"ports are 1 to 65535, not {self.port}"
         for pair in self.env:
@@ -199,6 +202,14 @@ def check_secrets_here(names: Sequence[str]) -> Iterator[tuple[str, str]]:
             yield "", "after --secret, write only the name of the variable"
         elif name not in os.environ:
             yield "", f"{name} of --secret is not set here; export it first"
+
+
+def quote_problems(name: str, words: str) -> Iterator[tuple[str, str]]:
+    """Problems of an option that holds words of shell."""
+    try:
+        shlex.split(words)
+    except ValueError as error:
+        yield name, f"{words!r}: {str(error).lower()}"
 
 
 def no_library(package: str, extra: str) -> ConfigError:

@@ -1,6 +1,7 @@
 import io
 import random
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -152,4 +153,18 @@ def test_without_the_library_the_extra_is_named(tmp_path: Path, monkeypatch) -> 
     (tmp_path / "m.model").write_bytes(b"x")
     monkeypatch.setitem(sys.modules, "sentencepiece", None)
     with pytest.raises(ConfigError, match=r"install toolkit\[sentencepiece\]"):
+        load_sentencepiece(SentencePieceTokenizerConfig(path=str(tmp_path / "m.model")))
+
+
+def test_a_library_newer_than_its_protobuf_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Stub(types.ModuleType):
+        @property
+        def sentencepiece_model_pb2(self) -> None:
+            raise RuntimeError("gencode 7, runtime 6")
+
+    (tmp_path / "m.model").write_bytes(b"")
+    monkeypatch.setitem(sys.modules, "sentencepiece", Stub("sentencepiece"))
+    with pytest.raises(ConfigError, match="gencode 7, runtime 6; install a protobuf"):
         load_sentencepiece(SentencePieceTokenizerConfig(path=str(tmp_path / "m.model")))

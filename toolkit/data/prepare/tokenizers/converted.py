@@ -215,6 +215,11 @@ def _read_model(path: Path) -> Any:
             "dataset.tokenizer: type sentencepiece needs the sentencepiece library; install "
             "toolkit[sentencepiece] (pip install sentencepiece protobuf)"
         ) from None
+    except Exception as error:  # its protobuf is newer than the installed one
+        raise ConfigError(
+            f"dataset.tokenizer: type sentencepiece: importing the library fails: {error}; "
+            "install a protobuf that goes with it (pip install -U sentencepiece protobuf)"
+        ) from None
     # The module makes its classes when it is imported, unseen by type checkers.
     proto = getattr(sentencepiece_model_pb2, "ModelProto")()  # noqa: B009
     try:
