@@ -140,6 +140,13 @@ def asked() -> str | None:
     return _listener.reason if _listener is not None else None
 
 
+def seconds_since_asked() -> float | None:
+    """Since the first request to stop; None: there was none, or nobody listens."""
+    if _listener is None or _listener.asked_at is None:
+        return None
+    return time.monotonic() - _listener.asked_at
+
+
 @contextlib.contextmanager
 def listening(receiver: Receiver) -> Iterator[None]:
     """Requests go to `receiver` inside the block. In another thread than the main one nothing
@@ -215,6 +222,7 @@ class _Listener:
 
     def __init__(self) -> None:
         self.reason: str | None = None
+        self.asked_at: float | None = None
         self.receivers: list[Receiver] = []
         self._terminated_at: float | None = None
         self._has_spoken = False
@@ -274,11 +282,15 @@ class _Listener:
                 self._forced = number
                 return
         reason = signal.Signals(number).name
-        self.reason = self.reason or reason
+        self._note(reason)
         if self.holds:
             self.held_back = reason
             return
         receiver.ask(reason)
+
+    def _note(self, reason: str) -> None:
+        if self.reason is None:
+            self.reason, self.asked_at = reason, time.monotonic()
 
     def _watch(self, reader: socket.socket) -> None:
         is_orphan = orphan_check()
@@ -303,7 +315,7 @@ class _Listener:
             log.warning(text, os.getpid())
             return
         reason = signal.Signals(number).name
-        self.reason = self.reason or reason  # a main thread in native code was not asked yet
+        self._note(reason)  # a main thread in native code was not asked yet
         self._acknowledge(reason)
         if number not in TERMINATING:
             return
@@ -316,7 +328,7 @@ class _Listener:
             self._forced = number
 
     def _lose_launcher(self) -> None:
-        self.reason = self.reason or LAUNCHER_GONE
+        self._note(LAUNCHER_GONE)
         self._acknowledge(LAUNCHER_GONE)
         if not self.receivers:
             return

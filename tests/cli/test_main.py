@@ -54,8 +54,9 @@ def python(*args: str, **environ: str) -> subprocess.CompletedProcess[str]:
         ("convert-hf ~nouser/x out", "~nouser/x: no such user here"),
         ("export-hf " + "a" * 300 + " out", "a" * 240 + "...: File name too long"),
         ("resume " + "a" * 300, "a" * 240 + "...: File name too long"),
-        ("train smoke --save-folder s3://b/run", "run.save_folder: 's3://b/run' is a URL, and this "
-         "must be on this machine; "),
+        ("train smoke --save-folder s3:/b/run", "run.save_folder: 's3:/b/run': a URL begins with "
+         "s3://"),
+        ("train smoke --run.mirror runs", "run: mirror: 'runs' is no URL; a folder is file:///its"),
         ("train smoke --base " + "a" * 300,
          "--base: the name aaaaaaaaaaaaaaaaaaaa... has 300 bytes"),
         ("generate x --seed=18446744073709551616", "Invalid value for '--seed': "),

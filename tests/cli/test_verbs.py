@@ -97,7 +97,6 @@ def test_prepare_makes_token_files(capsys: pytest.CaptureFixture[str], tmp_path:
         ["data", "tokenize", "texts", "--out", "s3://bucket/out"],
         ["data", "merge", "a", "b", "--out", "s3://bucket/out"],
         ["data", "split", "a", "--parts", "2", "--out", "az://bucket/out"],
-        ["runs", "list", "--root", "s3://bucket/runs"],
     ],
     ids=lambda words: words[1],
 )

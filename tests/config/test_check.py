@@ -77,7 +77,7 @@ def test_text_that_is_none_is_refused_wherever_it_stands(text: str) -> None:
 
 @pytest.mark.parametrize(
     "place",
-    ["run.root", "run.save_folder", "run.work_dir", "dataset.root", "store.tokenized_cache_dir",
+    ["run.root", "run.work_dir", "dataset.root", "store.tokenized_cache_dir",
      "store.hf_cache_dir", "trainer.stop_file", "dataset.source.paths", "dataset.tokenizer.path"],
 )  # fmt: skip
 @pytest.mark.parametrize("url", ["s3://b/run", "http://x/y", "gs:/b"])

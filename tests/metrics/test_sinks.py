@@ -12,6 +12,7 @@ from tensorboard.backend.event_processing.event_file_loader import RawEventFileL
 from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.tensorflow_stub import pywrap_tensorflow
 
+from toolkit.metrics import streams
 from toolkit.metrics.lines import JsonlSink, Sink
 from toolkit.metrics.streams import TensorBoardSink, masked_crc32c
 
@@ -74,6 +75,18 @@ def test_tensorboard_reads_every_number(tmp_path):
     accumulator.Reload()
     assert set(accumulator.Tags()["scalars"]) == {"loss", "tokens"}
     assert accumulator.Scalars("loss")[0].wall_time == 1e9 + 1
+
+
+def test_a_long_file_of_events_is_followed_by_another(tmp_path, monkeypatch):
+    monkeypatch.setattr(streams, "MAX_EVENT_BYTES", 200)
+    sink = TensorBoardSink(tmp_path, purge_step=1)
+    for step in range(1, 21):
+        sink.write([{"step": step, "loss": float(step)}])
+    sink.close()
+    sizes = [path.stat().st_size for path in tmp_path.iterdir()]
+    assert len(sizes) > 3
+    assert max(sizes) < 300
+    assert scalars(tmp_path, "loss") == [(step, float(step)) for step in range(1, 21)]
 
 
 def test_all_numbers_of_a_step_are_one_event(tmp_path):

@@ -15,9 +15,10 @@ from fsspec.implementations.memory import MemoryFileSystem
 from tests.s3 import BUCKET, S3Server, times
 from tests.workers import WorkerPool
 from toolkit.errors import ConfigError, StorageError
-from toolkit.storage import remote
+from toolkit.storage import dialects
 from toolkit.storage.atomic import hash_file
-from toolkit.storage.remote import CHUNK, PART, ContentError, RemoteFolder, Retries, is_url
+from toolkit.storage.dialects import PART
+from toolkit.storage.remote import CHUNK, ContentError, RemoteFolder, Retries, is_url
 from toolkit.storage.remote_file import RemoteFile
 from toolkit.storage.transient import is_transient
 
@@ -146,6 +147,16 @@ def test_errors_that_pass_are_tried_again(
     assert (memory_folder.read("x"), len(calls)) == (b"1", 3)
 
 
+def test_an_upload_that_the_store_has_forgotten_is_sent_again(
+    memory_folder: RemoteFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forgotten = FileNotFoundError("the upload does not exist")
+    forgotten.__cause__ = ClientError({"Error": {"Code": "NoSuchUpload"}}, "UploadPart")
+    calls = flaky(monkeypatch, "put_file", [forgotten])
+    memory_folder.upload(random_file(tmp_path / "a", 5), "a")
+    assert (memory_folder.size("a"), len(calls)) == (5, 2)
+
+
 def test_what_does_not_pass_is_given_up_with_one_line(
     memory_folder: RemoteFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -270,6 +281,6 @@ def test_memory_does_not_grow_with_the_file(
 
 def test_the_largest_object_of_s3_fits_into_its_parts() -> None:
     s3 = type("Fake", (), {"protocol": ("s3", "s3a")})()
-    options = remote._upload_options(s3, 5 * 2**40)
+    options = dialects.upload_options(s3, 5 * 2**40)
     assert -(-5 * 2**40 // options["chunksize"]) <= 10_000
-    assert remote._upload_options(s3, 1) == {"chunksize": PART, "max_concurrency": 4}
+    assert dialects.upload_options(s3, 1) == {"chunksize": PART, "max_concurrency": 4}

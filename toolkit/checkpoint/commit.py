@@ -24,23 +24,21 @@ import torch.distributed as dist
 from toolkit.checkpoint.folder import (
     FORMAT_VERSION,
     HF_FOLDER,
-    METADATA_FILE,
     RANK_FOLDER,
     TENSORS_FOLDER,
     CheckpointMetadata,
     FileEntry,
     Kind,
-    check_files,
+    check_free_space,
+    commit_folder,
     encode_metadata,
-    move_aside,
     rank_file,
-    read_metadata,
     step_folder,
 )
 from toolkit.checkpoint.save_plan import Resolve, ShardWriter, WrittenShards
 from toolkit.checkpoint.together import gather, run_together
-from toolkit.errors import CheckpointError, TrainingError
-from toolkit.storage.atomic import fsync_folder, hash_file, remove_tree, write_atomic
+from toolkit.errors import TrainingError
+from toolkit.storage.atomic import hash_file
 
 log = logging.getLogger(__name__)
 
@@ -151,42 +149,6 @@ def write_checkpoint(
             shutil.rmtree(temporary, ignore_errors=True)
         raise
     return final
-
-
-def check_free_space(root: Path, needed: int) -> None:
-    """Make the folder `root`; raise TrainingError when its disk has fewer than `needed` bytes."""
-    root.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(root).free
-    if free < needed:
-        raise TrainingError(
-            f"{needed / 1e9:.2f} GB are needed on the disk of {root}, {free / 1e9:.2f} GB are free"
-        )
-
-
-def commit_folder(temporary: Path, final: Path, metadata: bytes) -> None:
-    """Give `temporary`, whose files are synced, the name `final`, and then its `.metadata.json`."""
-    for folder in [temporary, *(p for p in temporary.rglob("*") if p.is_dir())]:
-        fsync_folder(folder)
-    if os.path.lexists(final):
-        # Of a crash before the metadata, or of a stretch of training that is being repeated: then
-        # it is equal, or damaged, which nobody but the user may throw away.
-        if _is_damaged(final):
-            log.warning("damaged checkpoint renamed: %s", move_aside(final))
-        else:
-            remove_tree(final)
-    temporary.rename(final)
-    fsync_folder(final.parent)
-    write_atomic(final / METADATA_FILE, metadata)
-
-
-def _is_damaged(folder: Path) -> bool:
-    try:
-        if (folder / METADATA_FILE).is_file():
-            check_files(folder, read_metadata(folder), hashes=True)
-    except (CheckpointError, OSError):
-        return True
-    # Where a link leads may be out of reach for the moment.
-    return folder.is_symlink()
 
 
 def _save_rank_state(path: Path, state: dict[str, Any]) -> None:

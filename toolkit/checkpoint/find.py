@@ -6,9 +6,7 @@ All ranks look together: each checks a share of the files, so that hashing takes
 import logging
 from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
-from typing import Generic, NamedTuple
-
-import torch.distributed as dist
+from typing import TYPE_CHECKING, Generic, NamedTuple
 
 from toolkit.checkpoint.folder import (
     CheckpointMetadata,
@@ -21,9 +19,11 @@ from toolkit.checkpoint.folder import (
     read_metadata,
     saved_steps,
 )
-from toolkit.checkpoint.load import shapes_of
 from toolkit.checkpoint.together import place_in, run_together
 from toolkit.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import torch.distributed as dist
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ def find_checkpoint(
     path: Path,
     *,
     rank: int = 0,
-    group: dist.ProcessGroup | None = None,
+    group: "dist.ProcessGroup | None" = None,
     quick: bool = False,
     report: bool = True,
 ) -> Found[Path]:
@@ -68,7 +68,7 @@ def find_remote_checkpoint(
     url: str,
     *,
     rank: int = 0,
-    group: dist.ProcessGroup | None = None,
+    group: "dist.ProcessGroup | None" = None,
     hashes: bool = False,
     skip: Collection[str] = (),
 ) -> Found[str]:
@@ -132,7 +132,7 @@ def _newest(
     path: Place,
     problem: Callable[[Place], str | None],
     rank: int,
-    group: dist.ProcessGroup | None,
+    group: "dist.ProcessGroup | None",
     *,
     report: bool,
     skip: Collection[Place] = (),
@@ -170,6 +170,8 @@ def _problem(checkpoint: Path | str, place: tuple[int, int], *, hashes: bool) ->
             if isinstance(checkpoint, Path):
                 check_files(checkpoint, metadata, hashes=True, only=[rank_file(0)])
         if place[0] == 0:
+            from toolkit.checkpoint.load import shapes_of  # torch
+
             shapes_of(checkpoint)
     except (CheckpointError, OSError) as error:
         return str(error)

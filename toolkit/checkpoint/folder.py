@@ -11,20 +11,24 @@ checkpoints/step{N}.invalid/        set aside: found damaged, or of a stretch th
 A checkpoint is a folder (`Path`), or the URL (`str`) of one on an object store.
 """
 
+import logging
 import os
 import re
+import shutil
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, TypeVar
 
 import msgspec
 
-from toolkit.errors import CheckpointError
+from toolkit.errors import CheckpointError, TrainingError
 from toolkit.runs.files import RUN_FILES
 from toolkit.runs.status import read_status
-from toolkit.storage.atomic import hash_file, unused_name
+from toolkit.storage.atomic import fsync_folder, hash_file, remove_tree, unused_name, write_atomic
 from toolkit.storage.foreign import decode_json, read_bytes
 from toolkit.storage.remote import RemoteFolder, is_url
+
+log = logging.getLogger(__name__)
 
 METADATA_FILE = ".metadata.json"
 TENSORS_FOLDER = "model_and_optim"
@@ -250,6 +254,32 @@ def check_files(
         _entry(checkpoint, metadata, name)  # an empty manifest is not valid
 
 
+def check_free_space(root: Path, needed: int) -> None:
+    """Make the folder `root`; raise TrainingError when its disk has fewer than `needed` bytes."""
+    root.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(root).free
+    if free < needed:
+        raise TrainingError(
+            f"{needed / 1e9:.2f} GB are needed on the disk of {root}, {free / 1e9:.2f} GB are free"
+        )
+
+
+def commit_folder(temporary: Path, final: Path, metadata: bytes) -> None:
+    """Give `temporary`, whose files are synced, the name `final`, and then its `.metadata.json`."""
+    for folder in [temporary, *(p for p in temporary.rglob("*") if p.is_dir())]:
+        fsync_folder(folder)
+    if os.path.lexists(final):
+        # Of a crash before the metadata, or of a stretch of training that is being repeated: then
+        # it is equal, or damaged, which nobody but the user may throw away.
+        if _is_damaged(final):
+            log.warning("damaged checkpoint renamed: %s", move_aside(final))
+        else:
+            remove_tree(final)
+    temporary.rename(final)
+    fsync_folder(final.parent)
+    write_atomic(final / METADATA_FILE, metadata)
+
+
 def read_small(url: str, metadata: CheckpointMetadata, name: str) -> bytes:
     """A whole file of a stored checkpoint, compared with the manifest; raises CheckpointError."""
     entry = _entry(url, metadata, name)
@@ -273,3 +303,13 @@ def hash_of(data: bytes) -> str:
     import xxhash
 
     return xxhash.xxh3_64_hexdigest(data)
+
+
+def _is_damaged(folder: Path) -> bool:
+    try:
+        if (folder / METADATA_FILE).is_file():
+            check_files(folder, read_metadata(folder), hashes=True)
+    except (CheckpointError, OSError):
+        return True
+    # Where a link leads may be out of reach for the moment.
+    return folder.is_symlink()

@@ -11,16 +11,16 @@ ordinary local checkpoint.
 import logging
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch.distributed as dist
-
-from toolkit.checkpoint.commit import check_free_space, commit_folder
 from toolkit.checkpoint.find import find_remote_checkpoint, share_of
 from toolkit.checkpoint.folder import (
     INVALID_SUFFIX,
     METADATA_FILE,
     CheckpointMetadata,
     check_files,
+    check_free_space,
+    commit_folder,
     decode_metadata,
     is_committed,
     read_metadata,
@@ -32,11 +32,14 @@ from toolkit.errors import CheckpointError, StorageError, TrainingError
 from toolkit.storage.atomic import unused_name
 from toolkit.storage.remote import RemoteFolder
 
+if TYPE_CHECKING:
+    import torch.distributed as dist
+
 log = logging.getLogger(__name__)
 
 
 def upload_checkpoint(
-    local: Path, url: str, *, rank: int = 0, group: dist.ProcessGroup | None = None
+    local: Path, url: str, *, rank: int = 0, group: "dist.ProcessGroup | None" = None
 ) -> str:
     """Copy the committed checkpoint `local` to `url/step{N}`, whose URL is returned.
 
@@ -93,7 +96,7 @@ def upload_checkpoint(
 
 
 def download_newest(
-    url: str, local_root: Path, *, rank: int = 0, group: dist.ProcessGroup | None = None
+    url: str, local_root: Path, *, rank: int = 0, group: "dist.ProcessGroup | None" = None
 ) -> Path | None:
     """The newest checkpoint of `url` that is whole once it is here, in `local_root/step{N}`; None
     where there is none. Every rank of `group` calls it; damaged ones are reported and skipped.
@@ -118,7 +121,7 @@ def download_newest(
 
 
 def download_checkpoint(
-    url: str, local_root: Path, *, rank: int = 0, group: dist.ProcessGroup | None = None
+    url: str, local_root: Path, *, rank: int = 0, group: "dist.ProcessGroup | None" = None
 ) -> Path:
     """Copy the step folder `url` to `local_root/step{N}`, committed like a saved one.
 
@@ -167,6 +170,13 @@ def download_checkpoint(
             shutil.rmtree(temporary, ignore_errors=True)
         raise
     return final
+
+
+def set_aside_at(url: str, step: int) -> str:
+    """Rename `url/step{step}` so that it counts no more; says so in a line."""
+    root = RemoteFolder(url)
+    folder = root / f"step{step}"
+    return f"{folder}: no step of this run (any more); it is kept as {_move_aside(root, folder)}"
 
 
 def _move_aside(root: RemoteFolder, folder: RemoteFolder) -> RemoteFolder:

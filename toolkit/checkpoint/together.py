@@ -1,26 +1,34 @@
-"""Steps that succeed or fail on all ranks: one rank's error is never the others' time-out."""
+"""Steps that succeed or fail on all ranks: one rank's error is never the others' time-out. No torch
+without a group."""
 
 import socket
 from collections.abc import Callable
-from typing import Any, TypeVar
-
-import torch.distributed as dist
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from toolkit.errors import CheckpointError, ToolkitError, TrainingError
 from toolkit.storage.remote import ContentError
 
+if TYPE_CHECKING:
+    import torch.distributed as dist
+
 Result = TypeVar("Result")
 
 
-def place_in(group: dist.ProcessGroup | None) -> tuple[int, int]:
+def place_in(group: "dist.ProcessGroup | None") -> tuple[int, int]:
     """Rank and number of ranks; `group` None: one process."""
-    return (0, 1) if group is None else (dist.get_rank(group), group.size())
+    if group is None:
+        return 0, 1
+    import torch.distributed as dist
+
+    return dist.get_rank(group), group.size()
 
 
-def gather(value: Any, group: dist.ProcessGroup | None) -> list[Any]:
+def gather(value: Any, group: "dist.ProcessGroup | None") -> list[Any]:
     """Every rank's picklable `value`, by rank."""
     if group is None:
         return [value]
+    import torch.distributed as dist
+
     values: list[Any] = [None] * group.size()
     dist.all_gather_object(values, value, group=group)
     return values
@@ -28,7 +36,7 @@ def gather(value: Any, group: dist.ProcessGroup | None) -> list[Any]:
 
 def run_together(
     action: Callable[[], Result],
-    group: dist.ProcessGroup | None,
+    group: "dist.ProcessGroup | None",
     *,
     failing: str,
     finds_damage: bool = False,
@@ -62,7 +70,7 @@ def run_together(
 
 
 def ask_rank_0(
-    action: Callable[[], Result], group: dist.ProcessGroup | None, *, failing: str
+    action: Callable[[], Result], group: "dist.ProcessGroup | None", *, failing: str
 ) -> Result:
     """What `action` gives on rank 0, on every rank; errors as with `finds_damage`."""
     is_first = place_in(group)[0] == 0

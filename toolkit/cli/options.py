@@ -31,7 +31,7 @@ Config = Annotated[
 ]
 Overrides = Annotated[list[str] | None, argument("Config values by path.", metavar="--PATH=VALUE")]
 DataRoot = Annotated[str | None, option("Folder of tokenized data (dataset.root).")]
-WorkDir = Annotated[str | None, option("Local scratch folder for preparing data (run.work_dir).")]
+WorkDir = Annotated[str | None, option("Local folder for unfinished data, and for a run at a URL.")]
 Base = Annotated[
     str | None,
     option("Start from this model: a folder of `toolkit convert-hf`, or a run.", metavar="FOLDER"),

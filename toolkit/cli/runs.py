@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from toolkit.commands.verify import CheckpointReport
 
 app = typer.Typer(invoke_without_command=True, rich_markup_mode=None)
-Root = Annotated[str, option("Folder of all runs (run.root).")]
+Root = Annotated[str, option("Folder of all runs (run.root), or URL of one run or several.")]
 Registry = Annotated[
     str | None, option("SQLAlchemy URL (run.registry).", shown="ROOT/registry.sqlite")
 ]
@@ -67,6 +67,7 @@ def list_(root: Root = "runs", registry: Registry = None) -> None:
     Examples:
       toolkit runs list
       toolkit runs list --root /shared/runs
+      toolkit runs list --root s3://bucket/runs
     """
     records = commands.runs.list_all(root, registry)
     if not records:
@@ -126,6 +127,18 @@ def send(
     return EXIT_DONE if is_sent else EXIT_FAILED
 
 
+@app.command()
+def push(run_dir: Annotated[str, argument("A run.", metavar="RUN_DIR")]) -> None:
+    """Bring what the URL of a run (run.mirror) lacks there, of a run that is not training.
+
+    \b
+    Examples:
+      toolkit runs push ~/.cache/toolkit/runs/bucket-first-1a2b3c4d
+    """
+    url = commands.runs.push_run(run_dir, lambda text: typer.echo(text, err=True))
+    typer.echo(f"{url}: is up to date")
+
+
 def verify(
     context: typer.Context,
     run_dir: Annotated[
@@ -169,7 +182,6 @@ def verify(
       toolkit verify runs/quickstart/first/checkpoints/step400 --quick
       toolkit verify runs/quickstart/first --replay 10 --step 200
     """
-    folder = commands.runs.folder_of(run_dir)
     asked = commands.launching.planned(
         engine, processes, nodes, node_rank, head, interface, join_timeout
     )
@@ -178,12 +190,13 @@ def verify(
             raise ConfigError("--processes and --engine belong to --replay N")
         if step is not None:
             raise ConfigError("--step belongs to --replay N; or give the step{N} folder itself")
-        reports = commands.verify.verify_checkpoints(folder, quick=quick)
-        _print_reports(reports, str(folder), quick=quick)
+        reports = commands.verify.verify(run_dir, quick=quick)
+        _print_reports(reports, run_dir, quick=quick)
         damaged = any(report.problem and not report.is_leftover for report in reports)
         return EXIT_FAILED if damaged else EXIT_DONE
     if quick:
         raise ConfigError("--quick does not go with --replay; a replay reads the whole checkpoint")
+    folder = commands.runs.folder_of(run_dir)
     outcome = commands.replay.replay_steps(
         folder, replay, step=step, asked=asked, debug=context.obj.debug
     )
@@ -261,7 +274,9 @@ def batch(
     steps = {number for number in (step, same) if number is not None}
     if len(steps) != 1:
         raise ConfigError(f"which step? Give one: toolkit batch {run_dir} STEP")
-    found = commands.batch.step_batch(commands.runs.folder_of(run_dir), steps.pop(), show=show)
+    folder = commands.runs.folder_of(run_dir, checkpoints=False)
+    saved_in = commands.runs.url_of_run(run_dir)
+    found = commands.batch.step_batch(folder, steps.pop(), show=show, saved_in=saved_in)
     if json:
         print_json(found)
         return

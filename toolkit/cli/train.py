@@ -37,7 +37,7 @@ def train(
     save_folder: Annotated[
         str | None,
         option(
-            "The run folder itself (run.save_folder); a run in it is resumed.",
+            "The run folder itself (run.save_folder), or a URL; a run in it is resumed.",
             shown="runs/EXPERIMENT/NAME",
         ),
     ] = None,
@@ -99,11 +99,14 @@ def resume(
     run_dir: Annotated[
         str,
         argument(
-            "A run: its folder or name (see `toolkit runs`), or its newest step{N} folder.",
+            "A run: its folder, name (see `toolkit runs`) or URL, or its newest step{N} folder.",
             metavar="RUN_DIR",
         ),
     ],
     overrides: Overrides = None,
+    work_dir: Annotated[
+        str | None, option("Of a run at a URL: where it is on this machine.", metavar="FOLDER")
+    ] = None,
     processes: Processes = None,
     engine: Engine = None,
     nodes: NumNodes = None,
@@ -130,12 +133,15 @@ def resume(
       toolkit resume runs/quickstart/first --trainer.max_duration='{value: 800, unit: steps}'
       toolkit resume --explain runs/quickstart/first --train_module.optim.lr=1e-3
       toolkit resume runs/quickstart/first --processes 2 --engine fsdp
+      toolkit resume s3://bucket/runs/first
     """
     asked = commands.launching.planned(
         engine, processes, nodes, node_rank, head, interface, join_timeout
     )
     word, flags = commands.load.split_words(run_dir, overrides, "RUN_DIR")
-    folder = commands.runs.folder_of(word)
+    folder = commands.runs.folder_of(word, work_dir)
+    if (url := commands.runs.url_of_run(word)) is not None:
+        flags = [f"--run.mirror={url}", *flags]  # wherever it was written before
     if not explain:
         return commands.train.resume(folder, flags, asked=asked, debug=context.obj.debug)
     environ = os.environ if asked is None else asked.environ(os.environ)

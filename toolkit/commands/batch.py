@@ -58,15 +58,17 @@ class StepBatch(msgspec.Struct, frozen=True, kw_only=True):
     instances: list[BatchInstance]
 
 
-def step_batch(run_dir: Path, step: int, *, show: int = 1) -> StepBatch:
+def step_batch(
+    run_dir: Path, step: int, *, show: int = 1, saved_in: str | None = None
+) -> StepBatch:
     """The global batch that step `step` of a run trained on, or will train on; its first `show`
-    instances are decoded."""
+    instances are decoded. `saved_in`: URL of the run, whose checkpoints are there."""
     if show < 0:
         raise ConfigError(f"--show {show}: give a number of instances, 0 or more")
     folder = run_dir.resolve()
     config = found_config(folder)
     corpus = open_run_data(config)
-    saved = _saved_data(folder)
+    saved = _saved_data(folder if saved_in is None else saved_in)
     order = _order(config, corpus, saved)
     if saved is not None:
         _check_data(saved, corpus, order, folder)
@@ -104,12 +106,14 @@ def step_batch(run_dir: Path, step: int, *, show: int = 1) -> StepBatch:
     )
 
 
-def _saved_data(folder: Path) -> dict[str, Any] | None:
+def _saved_data(run: Path | str) -> dict[str, Any] | None:
     """State of the data in the newest readable checkpoint of the run."""
-    root = folder / RUN_FILES.checkpoints
+    root = f"{run}/{RUN_FILES.checkpoints}" if isinstance(run, str) else run / RUN_FILES.checkpoints
     for step in reversed(saved_steps(root)):
         try:
-            extra: dict[str, Any] = read_metadata(step_folder(root, step)).extra
+            extra: dict[str, Any] = read_metadata(
+                f"{root}/step{step}" if isinstance(root, str) else step_folder(root, step)
+            ).extra
         except ToolkitError:
             continue
         if "data" in extra:

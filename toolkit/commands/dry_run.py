@@ -266,6 +266,8 @@ def _writes(config: ExperimentConfig) -> list[str]:
     if is_run(folder):
         is_resumed = config.run.save_folder is not None
         lines[0] += " (exists: resumed)" if is_resumed else " (exists: nothing was trained there)"
+    if (url := config.run.on_this_machine().get("mirror", config.run.mirror)) is not None:
+        lines.append(f"{url}, the same (mirrored)")
     if config.dataset.source is not None or config.dataset.mix is not None:
         lines += [str(place.absolute()) for place in data_places(config.data)]
     if config.trainer.no_checkpoints or not config.trainer.callbacks.checkpointer.enabled:

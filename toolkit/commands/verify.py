@@ -11,14 +11,18 @@ from toolkit.checkpoint.folder import (
     TENSORS_FOLDER,
     CheckpointMetadata,
     check_files,
+    is_committed,
     read_metadata,
     saved_steps,
 )
+from toolkit.commands.runs import folder_of
 from toolkit.errors import CheckpointError, RunError, ToolkitError
 from toolkit.experiment.recorded import config_of, has_config
+from toolkit.launch.remote_run import is_at
 from toolkit.runs.files import RUN_FILES
 from toolkit.runs.registry import is_run
 from toolkit.runs.status import read_status
+from toolkit.storage.remote import is_url
 from toolkit.train.config import TrainerConfig
 
 UNFINISHED_SUFFIX = ".tmp"
@@ -43,6 +47,32 @@ class CheckpointReport(NamedTuple):
         if self.metadata is None:
             return None
         return sum(entry.size for entry in self.metadata.files.values())
+
+
+def verify(text: str, *, quick: bool = False) -> list[CheckpointReport]:
+    """`verify_checkpoints` of the run called `text`; or of one at a URL, whose files are read where
+    they are."""
+    if not is_url(text):
+        return verify_checkpoints(folder_of(text), quick=quick)
+    url, root = text.rstrip("/"), f"{text.rstrip('/')}/{RUN_FILES.checkpoints}"
+    if is_committed(url):
+        return [_check_stored(url, quick=quick)]
+    if not is_at(url):
+        raise RunError(f"{url}: neither a run nor a checkpoint of one is there")
+    return [_check_stored(f"{root}/step{step}", quick=quick) for step in saved_steps(root)]
+
+
+def _check_stored(url: str, *, quick: bool) -> CheckpointReport:
+    from toolkit.checkpoint.load import shapes_of
+
+    metadata, problem = None, None
+    try:
+        metadata = read_metadata(url)
+        check_files(url, metadata, hashes=not quick)
+        shapes_of(url)
+    except CheckpointError as error:
+        problem = str(error).removeprefix(url).lstrip(":/ ")
+    return CheckpointReport(Path(url), metadata, problem, is_leftover=False)
 
 
 def verify_checkpoints(path: Path, *, quick: bool = False) -> list[CheckpointReport]:

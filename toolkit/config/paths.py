@@ -30,8 +30,7 @@ LONGEST_PATH = 4095
 # "s3:/bucket" is what joining and normalising paths makes of "s3://bucket".
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/+(.*)", re.DOTALL)
 _STORES = (
-    "token files are kept on other machines by store.permanent_root, and checkpoints by "
-    "trainer.callbacks.checkpointer.upload_to"
+    "token files are kept on other machines by store.permanent_root, and runs by run.save_folder"
 )
 
 

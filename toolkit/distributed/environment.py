@@ -149,6 +149,12 @@ class TrainingEnvironment:
             dist.all_gather_object(values, value, group=self.cpu_group)
         return values
 
+    def wait_for_main(self, seconds: float) -> None:
+        """Until all ranks are here, for at most so long. Raises RuntimeError: they are not."""
+        if self.cpu_group is not None:
+            wait = datetime.timedelta(seconds=seconds)
+            dist.monitored_barrier(group=self.cpu_group, timeout=wait)
+
     def barrier(self) -> None:
         if self.cpu_group is not None:
             dist.barrier(group=self.cpu_group)
@@ -305,7 +311,7 @@ def check_shared_folder(environment: TrainingEnvironment, folder: Path) -> None:
     if blind:
         raise RunError(
             f"{folder}: not visible on {', '.join(blind)}; a run on several machines needs a "
-            "shared file system: give --save-folder on one"
+            "shared file system: give --save-folder on one (of a run at a URL, --work-dir)"
         )
 
 

@@ -28,6 +28,7 @@ from toolkit.experiment.resuming import plan_resume
 from toolkit.experiment.schedules import check_schedule_lengths
 from toolkit.launch.capacity import check_processes
 from toolkit.launch.failures import clear_notes, first_line
+from toolkit.launch.mirror import Mirror
 from toolkit.launch.plan import LaunchPlan
 from toolkit.launch.starting import RunStart, current_launch, find_predecessor, stays_stopped
 from toolkit.launch.workers import launch, note_run, toolkit_command
@@ -75,6 +76,10 @@ def train(
     if stored is None:
         stored, config = config, fill(config)
     check_no_secrets(stored.to_dict())
+    if local := config.run.on_this_machine():
+        config = config.replace(run=config.run.replace(**local))
+        url = str(stored.run.save_folder)  # with `${NAME}` as it was written
+        stored = stored.replace(run=stored.run.replace(**local | {"mirror": url}))
     starting = RunStart()
     with signals.listening(starting):
         try:
@@ -86,7 +91,7 @@ def train(
             signals.settle()
             return starting.stop(starting.reason)
         finally:
-            starting.close_log()
+            starting.close()
 
 
 def start_workers(
@@ -169,6 +174,9 @@ def _run(
                 return EXIT_STOPPED
             log.info("started again by the launcher; continuing %s", before)
             config = config.replace(run=config.run.replace(save_folder=str(before)))
+        if config.run.mirror is not None:
+            found.raise_any()  # before anybody is asked
+            starting.mirror = _open_mirror(config, resolve_run_folder(config.run, name))
         found.ask(check_run_folder, config.run, name)
         found.ask(check_trackers, config.trainer.callbacks)
         folder = resolve_run_folder(config.run, name)
@@ -206,6 +214,8 @@ def _run(
     try:
         if run is not None:
             clear_notes(run.folder)
+            if starting.mirror is not None:
+                starting.mirror.start(run)
             if not run.path(RUN_FILES.config).exists():
                 training.log_configs(stored, run, layout, origins)
         return training.train(stored, run, name, origins, starting)
@@ -215,6 +225,18 @@ def _run(
             with contextlib.suppress(RunError):
                 run.close("failed", message=first_line(error), exit_reason="error")
         raise
+
+
+def _open_mirror(config: ExperimentConfig, folder: Path) -> Mirror:
+    saves = config.trainer.callbacks.checkpointer
+    wait = config.run.mirror_wait
+    mirror = Mirror(str(config.run.mirror), folder, saves.retention, wait_seconds=wait)
+    try:
+        mirror.open()
+    except BaseException:
+        mirror.close()
+        raise
+    return mirror
 
 
 def _log_to_console(config: ExperimentConfig) -> None:

@@ -31,6 +31,7 @@ from toolkit.experiment.continuation import check_continuation
 from toolkit.experiment.found_data import started_in
 from toolkit.experiment.recorded import EngineRecord, metadata_of_attempt, stored_config
 from toolkit.launch.failures import LostPeerError, Peers, name_rank
+from toolkit.launch.mirror import Mirror, seconds_left
 from toolkit.launch.starting import RunStart, current_launch
 from toolkit.models.config import ModuleConfig
 from toolkit.runs.config import RunConfig
@@ -45,6 +46,9 @@ from toolkit.train.trainer import Trainer
 
 # These lines are the run's own, whichever of its files says them.
 log = logging.getLogger("toolkit.experiment.run")
+
+_SECONDS_TO_CLOSE = 30.0
+"""How long rank 0 needs at most, after its wait for the mirror, to be where the others are."""
 
 
 class Training:
@@ -155,6 +159,8 @@ class Training:
                 until_the_end.enter_context(signals.listening(trainer.state.stop_request))
                 signals.settle()
                 result = trainer.fit()
+            if where.mirror is not None:
+                _wait_for_mirror(environment, starting.mirror, where.mirror_wait)
             if result.is_gentle:
                 return EXIT_DONE
             return EXIT_FAILED if result.saved_step is None else EXIT_STOPPED
@@ -186,6 +192,19 @@ class Training:
                 train_dl.close()
             environment.close(after_error=has_failed)
             until_the_end.close()
+
+
+def _wait_for_mirror(
+    environment: TrainingEnvironment, mirror: Mirror | None, seconds: float
+) -> None:
+    """Rank 0, which has the mirror, waits for it, and the others for rank 0: launchers end the
+    ranks that are left soon after the first one is gone."""
+    with contextlib.suppress(RuntimeError):  # of a rank that is gone
+        seconds = min(environment.gather(seconds_left(seconds)))
+    if mirror is not None:
+        mirror.close(within=seconds)
+    with contextlib.suppress(RuntimeError):
+        environment.wait_for_main(seconds + _SECONDS_TO_CLOSE)
 
 
 @contextlib.contextmanager

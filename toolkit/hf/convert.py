@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from toolkit.checkpoint.commit import SPARE_BYTES, Save, check_free_space, write_checkpoint
-from toolkit.checkpoint.folder import MODEL_PREFIX, TENSORS_FOLDER
+from toolkit.checkpoint.commit import SPARE_BYTES, Save, write_checkpoint
+from toolkit.checkpoint.folder import MODEL_PREFIX, TENSORS_FOLDER, check_free_space
 from toolkit.checkpoint.save_plan import ShardWriter
 from toolkit.checkpoint.tensors import iterate_tensors
 from toolkit.data.prepare.tokenizers.companions import read_json

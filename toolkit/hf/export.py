@@ -15,8 +15,7 @@ import msgspec
 import torch
 from torch import Tensor
 
-from toolkit.checkpoint.commit import check_free_space
-from toolkit.checkpoint.folder import HF_FOLDER
+from toolkit.checkpoint.folder import HF_FOLDER, check_free_space
 from toolkit.data.prepare.build.stops import SPECIAL_IDS
 from toolkit.data.prepare.tokenizers.companions import read_json
 from toolkit.errors import CheckpointError, ToolkitError

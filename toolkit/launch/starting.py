@@ -20,6 +20,7 @@ import psutil
 from toolkit import signals
 from toolkit.errors import EXIT_FAILED, EXIT_STOPPED, RunError
 from toolkit.launch.failures import Peers
+from toolkit.launch.mirror import Mirror
 from toolkit.runs.config import RunConfig
 from toolkit.runs.manager import RunManager
 from toolkit.runs.registry import resolve_run_folder
@@ -110,9 +111,12 @@ class RunStart(signals.Starting):
         self.run: RunManager | None = None
         self.rank = 0
         self.log_file: logging.Handler | None = None
+        self.mirror: Mirror | None = None
 
-    def close_log(self) -> None:
-        """The last lines have been said."""
+    def close(self) -> None:
+        """Everything has been written, and the last lines said."""
+        if self.mirror is not None:
+            self.mirror.close()
         if self.log_file is not None:
             logging.getLogger("toolkit").removeHandler(self.log_file)
             self.log_file.close()

@@ -33,6 +33,9 @@ STREAMS = {
 """Stream -> what its lines start with, in this order. `time` is in Unix seconds."""
 
 
+MAX_EVENT_BYTES = 4 << 20
+"""A file of events that is as long is followed by another one. TensorBoard reads all of a folder;
+who copies them need not copy all of them again."""
 _PIECE = 512
 """Bytes that one look into a table of checksums serves."""
 
@@ -56,6 +59,9 @@ class TensorBoardSink(Sink):
         """
         if not records:
             return
+        if self._file is not None and self._file.tell() >= MAX_EVENT_BYTES:
+            self.close()
+            self._file, self._purge_step = None, None
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog
         from tensorboard.compat.proto.summary_pb2 import Summary
 

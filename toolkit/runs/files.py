@@ -48,6 +48,8 @@ class RunFiles(msgspec.Struct, frozen=True):
     """A lock of the operating system, held while a writer takes or takes over the run."""
     lock_info: str = "metadata/lock.json"
     """Host, pid and heartbeat of that writer; absent when nobody writes."""
+    copy_of: str = "metadata/copy_of.json"
+    """The URL that this folder was fetched from; gone when a writer has begun here."""
 
     ranks: str = "metadata/ranks"
     """Folder: where each rank runs, and why the first one failed."""

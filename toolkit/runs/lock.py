@@ -76,6 +76,11 @@ def utc_now() -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
+def heartbeat_now() -> str:
+    """`utc_now` with milliseconds: every heartbeat differs from the one before."""
+    return f"{utc_now()[:-1]}.{time.time_ns() % 10**9 // 10**6:03d}Z"
+
+
 def read_lock_info(folder: Path) -> LockInfo | None:
     """Who holds, or last held without releasing, the lock of a run folder; None: nobody."""
     try:
@@ -90,7 +95,7 @@ def is_locked(folder: Path, *, stale_seconds: float = STALE_SECONDS) -> bool:
     if info is None:
         return False
     young = _is_young(folder, stale_seconds)
-    return _is_running(info, young=young) if info.is_here else young
+    return is_running(info, young=young) if info.is_here else young
 
 
 class RunLock:
@@ -192,7 +197,7 @@ class RunLock:
         info = read_lock_info(self.folder)
         if info is None or not info.is_here:
             return None
-        if _is_running(info, young=_is_young(self.folder, self.stale_seconds)):
+        if is_running(info, young=_is_young(self.folder, self.stale_seconds)):
             raise self._held_error(info)
         return info
 
@@ -223,7 +228,7 @@ class RunLock:
 
     def _publish(self, *, is_taken_over: bool) -> None:
         """Write lock.json; of two machines that come at the same time, one gets through."""
-        info = self._info = _own_info()
+        info = self._info = own_info()
         self._checked_at = time.time()
         if read_lock_info(self.folder) is None:
             if create_json(self._info_path, info):
@@ -253,7 +258,7 @@ class RunLock:
                     "%s: the lock was taken over; this process must not write there", self.folder
                 )
                 return
-            info.heartbeat = f"{utc_now()[:-1]}.{time.time_ns() % 10**9 // 10**6:03d}Z"
+            info.heartbeat = heartbeat_now()
             try:
                 write_json_atomic(self._info_path, info, sync=False)
             except OSError as error:
@@ -276,7 +281,8 @@ def _machine() -> str:
         return ""
 
 
-def _own_info() -> LockInfo:
+def own_info() -> LockInfo:
+    """Of this process, with a new token."""
     import psutil
 
     now = utc_now()
@@ -299,7 +305,7 @@ def _is_young(folder: Path, stale_seconds: float) -> bool:
         return False
 
 
-def _is_running(info: LockInfo, *, young: bool) -> bool:
+def is_running(info: LockInfo, *, young: bool) -> bool:
     """Whether the holder of a lock of this machine lives. While the heartbeat is `young`, its start
     does not matter: start times shift when the clock is set."""
     return is_alive(info.pid, None if young else info.process_started)

@@ -133,6 +133,8 @@ class RunManager(contextlib.AbstractContextManager["RunManager"]):
         self._status: RunStatus | None = None
         self._has_warned = False
         self._identity: tuple[int, int] | None = None
+        self.replaced: RunError | None = None
+        """Set by whoever learns that the run goes on elsewhere: `find_removal` returns it."""
         if is_main:
             self._begin_attempt()
             self._identity = self._look()
@@ -219,6 +221,8 @@ class RunManager(contextlib.AbstractContextManager["RunManager"]):
     def find_removal(self) -> RunError | None:
         """The error to end with where the run folder was removed, moved or replaced; None: it is
         there. Asked before anything is made anew in it."""
+        if self.replaced is not None:
+            return self.replaced
         if self._identity is None:
             return None
         try:

@@ -55,8 +55,8 @@ def choose_run_name() -> str:
 
 def resolve_run_folder(config: RunConfig, name: str) -> Path:
     """The run folder of `config`, absolute. `name` counts only where the config gives none."""
-    if config.save_folder is not None:
-        return _absolute(config.save_folder)
+    if config.folder is not None:
+        return _absolute(config.folder)
     return _absolute(config.root) / config.experiment / (config.name or name)
 
 

@@ -19,6 +19,15 @@ from typing import Any, Literal, NamedTuple, TypeVar
 
 from toolkit.errors import ConfigError, StorageError
 from toolkit.storage.atomic import fsync_file, hash_file, write_atomic
+from toolkit.storage.dialects import (
+    STREAMS,
+    is_lost_upload,
+    knows_no_condition,
+    md5_of,
+    protocols_of,
+    upload_options,
+    version_of,
+)
 from toolkit.storage.transient import is_transient, reason_of
 from toolkit.threads import ThreadPool
 
@@ -26,13 +35,6 @@ log = logging.getLogger(__name__)
 
 CHUNK = 4 << 20
 """Bytes of one ranged read."""
-PART = 5 << 20
-"""Bytes of one part of an upload, at least; S3 takes no smaller ones."""
-STREAMS = 4
-"""Requests in flight for one file, where the library can."""
-MAX_PARTS = 9_000
-"""S3 takes 10,000 parts a file at most."""
-
 Result = TypeVar("Result")
 
 
@@ -40,7 +42,10 @@ class ContentError(StorageError):
     """A stored file is not what was stored: cut or changed."""
 
 
-_EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
+_EXTRAS = {
+    "s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "gdrive": "gdrive", "http": "http",
+    "https": "http",
+}  # fmt: skip
 _ENDPOINTS = ("FSSPEC_S3_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
 
 
@@ -95,14 +100,14 @@ def open_filesystem(url: str) -> tuple[Any, str]:
 class RemoteFolder:
     """A folder of a store. Names are relative to it, with slashes; nothing is cached.
 
-    Every method raises StorageError (one line: what, where, what to do) when the store refuses or
-    stays out of reach; FileNotFoundError where that is an answer.
+    Every method raises StorageError (one line) when the store refuses or stays out of reach;
+    FileNotFoundError where that is an answer.
     """
 
     def __init__(self, url: str, *, retries: Retries | None = None) -> None:
         self.url = url.rstrip("/")
         self._filesystem, self._root = open_filesystem(self.url)
-        self._is_local = "file" in _protocols(self._filesystem)
+        self._is_local = "file" in protocols_of(self._filesystem)
         self._retries = retries or Retries()
 
     def __truediv__(self, name: str) -> "RemoteFolder":
@@ -116,17 +121,29 @@ class RemoteFolder:
         """Last part of the URL."""
         return self.url.rpartition("/")[2]
 
+    def names(self, *, folders: bool = False) -> list[str]:
+        """Names of all, or of the `folders`, directly in it; none where it does not exist."""
+        entries = self._listing(lambda: self._filesystem.ls(self._root, detail=True))
+        chosen = (e for e in entries if not folders or e["type"] == "directory")
+        return sorted(PurePosixPath(entry["name"]).name for entry in chosen)
+
     def folders(self) -> list[str]:
         """Names of the folders directly in it; none where it does not exist."""
-        entries = self._listing(lambda: self._filesystem.ls(self._root, detail=True))
-        folders = (entry["name"] for entry in entries if entry["type"] == "directory")
-        return sorted(PurePosixPath(folder).name for folder in folders)
+        return self.names(folders=True)
 
     def sizes(self) -> dict[str, int]:
         """Every file below it and its bytes; empty where it does not exist."""
-        found = self._listing(lambda: self._filesystem.find(self._root, detail=True).values())
-        prefix = len(self._filesystem._strip_protocol(self._root)) + 1
-        return {entry["name"][prefix:]: int(entry["size"]) for entry in found}
+        return {name: int(info["size"]) for name, info in self._files().items()}
+
+    def versions(self) -> dict[str, tuple[int, str]]:
+        """`version` of every file below it."""
+        return {n: (int(info["size"]), version_of(info)) for n, info in self._files().items()}
+
+    def hashes(self) -> dict[str, str]:
+        """MD5 (hex digits) of the files below it that the store itself has hashed: those written by
+        one request, on S3 and GCS."""
+        found = {name: md5_of(info) for name, info in self._files().items()}
+        return {name: md5 for name, md5 in found.items() if md5 is not None}
 
     def exists(self, name: str) -> bool:
         """Whether there is such a file."""
@@ -138,12 +155,26 @@ class RemoteFolder:
         """Bytes of a file. Raises FileNotFoundError."""
         return int(self._ask("asking for", name, lambda path: self._info(path)["size"]))
 
+    def version(self, name: str) -> tuple[int, str]:
+        """Bytes of a file, and what the store says to tell its content from another (ETag,
+        generation, time); empty where it says nothing. Raises FileNotFoundError."""
+
+        def ask(path: str) -> tuple[int, str]:
+            info = self._info(path)
+            if info.get("size") is None:
+                raise OSError("the server tells no size; download the file first")
+            return int(info["size"]), version_of(info)
+
+        return self._ask("asking for", name, ask)
+
     def read(self, name: str, start: int | None = None, end: int | None = None) -> bytes:
         """Content of a file, or bytes `start` to `end` of it. Raises FileNotFoundError."""
 
         def get(path: str) -> bytes:
             data = self._filesystem.cat_file(path, start=start, end=end)
             if start is not None and end is not None and len(data) != end - start:
+                if len(data) > end - start:
+                    raise OSError("the server sends no ranges of files; download the file first")
                 raise ConnectionError(f"got {len(data)} of {end - start} bytes")
             return data
 
@@ -171,12 +202,50 @@ class RemoteFolder:
         with self._no_place_for(name):
             self._ask("writing", name, put)
 
+    def create(self, name: str, data: bytes) -> bool:
+        """`write` under a name that is free; False: it is taken.
+
+        One request on stores that can (S3, GCS), where of two at the same moment one gets it. On
+        others both may be told True, and the later content stays.
+        """
+
+        def put(path: str) -> bool:
+            try:
+                if self._is_local:
+                    Path(path).parent.mkdir(parents=True, exist_ok=True)
+                self._filesystem.pipe_file(path, data, mode="create")
+            except FileExistsError:
+                return False
+            except Exception as error:
+                if not knows_no_condition(error):
+                    raise
+                if self.exists(name):
+                    return False
+                self._filesystem.pipe_file(path, data)
+            return True
+
+        with self._no_place_for(name):
+            return self._ask("writing", name, put)
+
+    def modified(self, name: str) -> float | None:
+        """When a file was last written, in seconds of the store's own clock; None where the store
+        does not tell. Raises FileNotFoundError."""
+
+        def ask(path: str) -> float | None:
+            try:
+                self._filesystem.invalidate_cache()
+                return float(self._filesystem.modified(path).timestamp())
+            except (NotImplementedError, KeyError, AttributeError):
+                return None
+
+        return self._ask("asking for", name, ask)
+
     def upload(self, local: Path, name: str) -> None:
         """Copy the file `local` here, in parts; its size is checked afterwards."""
         size = local.stat().st_size
 
         def put(path: str) -> None:
-            options = _upload_options(self._filesystem, size)
+            options = upload_options(self._filesystem, size)
             self._filesystem.put_file(str(local), path, **options)
             if self._is_local:
                 fsync_file(path)
@@ -276,6 +345,11 @@ class RemoteFolder:
             raise FileNotFoundError(path)
         return info
 
+    def _files(self) -> dict[str, dict[str, Any]]:
+        found = self._listing(lambda: self._filesystem.find(self._root, detail=True).values())
+        prefix = len(self._filesystem._strip_protocol(self._root)) + 1
+        return {entry["name"][prefix:]: entry for entry in found}
+
     def _listing(self, action: Callable[[], Iterable[dict[str, Any]]]) -> list[dict[str, Any]]:
         def fresh(_: str) -> list[dict[str, Any]]:
             self._filesystem.invalidate_cache()
@@ -299,8 +373,11 @@ class RemoteFolder:
         for attempt in range(self._retries.attempts):
             try:
                 return action(path)
-            except FileNotFoundError:
-                raise
+            except FileNotFoundError as error:
+                # fsspec says so too of web servers that do not answer.
+                failure: BaseException = error.__cause__ or error
+                if not (is_transient(failure) or is_lost_upload(failure)):
+                    raise
             except Exception as error:
                 if not is_transient(error):
                     raise StorageError(_message(doing, where, error)) from error
@@ -320,19 +397,3 @@ def _message(doing: str, where: str, error: Exception) -> str:
     if isinstance(error, PermissionError) or "Credentials" in type(error).__name__:
         return f"{doing} {where}: not allowed: {reason}; check credentials and permissions"
     return f"{doing} {where}: {reason}"
-
-
-def _upload_options(filesystem: Any, size: int) -> dict[str, int]:
-    """Part size and parallel parts, under the names that the library of this store has for them."""
-    protocols = _protocols(filesystem)
-    part = max(PART, -(-size // MAX_PARTS))
-    if protocols & {"s3", "s3a"}:
-        return {"chunksize": part, "max_concurrency": min(STREAMS, max(1, STREAMS * PART // part))}
-    if protocols & {"gs", "gcs"}:
-        return {"chunksize": -(-part >> 18) << 18}  # whole units of 256 KiB
-    return {}
-
-
-def _protocols(filesystem: Any) -> set[str]:
-    protocol = filesystem.protocol
-    return {protocol} if isinstance(protocol, str) else set(protocol)

@@ -13,7 +13,7 @@ from pathlib import Path
 from toolkit.checkpoint.commit import Save, write_checkpoint
 from toolkit.checkpoint.folder import Kind, step_folder
 from toolkit.checkpoint.remote import upload_checkpoint
-from toolkit.checkpoint.retention import Retention, prune_checkpoints
+from toolkit.checkpoint.retention import prune_checkpoints
 from toolkit.checkpoint.save_plan import Resolve, ShardWriter
 from toolkit.errors import ToolkitError, TrainingError
 from toolkit.runs.files import RUN_FILES
@@ -38,13 +38,7 @@ class Checkpointer(Callback):
 
     def __init__(self, config: CheckpointerConfig) -> None:
         self._config = config
-        self._rule = Retention(
-            config.keep_last,
-            config.keep_every,
-            config.keep_best,
-            config.best_metric,
-            config.best_mode,
-        )
+        self._rule = config.retention
         self._saved_at: int | None = None
         self._uploaded_at: int | None = None
         self._is_ending = False

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
+from toolkit.checkpoint.retention import Retention
 from toolkit.config import Config
 from toolkit.config.base import check_not_negative, check_positive
 from toolkit.config.named import users_subclass
@@ -242,6 +243,13 @@ class CheckpointerConfig(CallbackConfig, kw_only=True):
         check_positive(self, "keep_last", "keep_every", "keep_best", "ephemeral_interval")
         if any(step < 0 for step in self.fixed_steps):
             raise ValueError(f"fixed_steps must not be negative: {list(self.fixed_steps)}")
+
+    @property
+    def retention(self) -> Retention:
+        """Which checkpoints stay."""
+        return Retention(
+            self.keep_last, self.keep_every, self.keep_best, self.best_metric, self.best_mode
+        )
 
 
 class ModelMergerConfig(CallbackConfig, kw_only=True):

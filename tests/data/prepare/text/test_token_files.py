@@ -1,16 +1,23 @@
+import http.server
+import threading
 import uuid
+import zlib
+from collections.abc import Iterator
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
 
 from tests.data.prepare.text.reading import read_all
 from tests.s3 import BUCKET
-from toolkit.data.config import TokenFilesSourceConfig
+from toolkit.data.config import DatasetConfig, TokenFilesSourceConfig
+from toolkit.data.prepare.build.prepare import ensure_prepared
 from toolkit.data.prepare.text import sources, token_files
-from toolkit.data.prepare.text.reading import Counts, Piece
+from toolkit.data.prepare.text.files import SourceFile
+from toolkit.data.prepare.text.reading import Counts, Piece, Reading, read_shard
 from toolkit.data.prepare.text.sources import plan_source, source_fingerprint
-from toolkit.errors import DataError
+from toolkit.errors import DataError, StorageError
 from toolkit.storage.remote import RemoteFolder
 
 EOS = 50
@@ -180,7 +187,7 @@ def test_remote_files_are_read_by_ranges(
             read(f"{url}/other")
         source = TokenFilesSourceConfig(paths=[url])
         fingerprint = plan_source(source, 0.0).fingerprint
-        assert source_fingerprint(source) is None
+        assert source_fingerprint(source) == fingerprint
         store.write("part-0.npy", second.tobytes() + first.tobytes()[4000:])
         assert plan_source(source, 0.0).fingerprint != fingerprint
     finally:
@@ -191,3 +198,111 @@ def test_local_fingerprint_is_that_of_the_plan(tmp_path: Path) -> None:
     ids(100).tofile(tmp_path / "a.bin")
     source = TokenFilesSourceConfig(paths=[str(tmp_path)])
     assert source_fingerprint(source) == plan_source(source, 0.0).fingerprint
+
+
+class Files(http.server.BaseHTTPRequestHandler):
+    """Files of `content`, in ranges like a real server's, or whole where `ranges` is off."""
+
+    content: ClassVar[dict[str, bytes]] = {}
+    ranges: ClassVar[bool] = True
+    sent: ClassVar[list[int]] = []
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        data = self.content.get(self.path)
+        if data is None:
+            self.send_error(404)
+            return
+        asked = self.headers.get("Range", "")
+        part = slice(None)
+        if asked and self.ranges:
+            first, last = asked.removeprefix("bytes=").split("-")
+            part = slice(int(first), int(last) + 1)
+        body = data[part]
+        self.send_response(206 if part != slice(None) else 200)
+        self.send_header("Content-Length", str(len(body)))
+        self.send_header("ETag", f'"{zlib.crc32(data)}"')
+        self.end_headers()
+        if self.command == "GET":
+            self.sent.append(len(body))
+            self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def web(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    for name, value in (("content", {}), ("ranges", True), ("sent", [])):
+        monkeypatch.setattr(Files, name, value)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Files)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+def web_config(tmp_path: Path, *urls: str) -> DatasetConfig:
+    return DatasetConfig(
+        root=str(tmp_path / "data"), dataset_name="web", dataset_config="a", tokenizer=None,
+        source=TokenFilesSourceConfig(paths=list(urls), vocab_size=60_000, eos_id=0),
+    )  # fmt: skip
+
+
+def test_files_of_a_web_server_are_fetched_once_and_a_change_is_noticed(
+    web: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tokens = ids(3000, 1)
+    Files.content["/a.bin"] = tokens.tobytes()
+    config = web_config(tmp_path, f"{web}/a.bin")
+    prepared = ensure_prepared(config, progress=False)
+    assert sum(info.num_tokens for info in prepared.manifest.splits.values()) >= len(tokens)
+    fetched = sum(Files.sent)
+    assert fetched < 3 * len(Files.content["/a.bin"])
+    ensure_prepared(config, progress=False)
+    assert sum(Files.sent) == fetched
+    Files.content["/a.bin"] = ids(3000, 2).tobytes()
+    with pytest.raises(DataError, match=r"the text of dataset\.source has changed"):
+        ensure_prepared(config, progress=False)
+    del Files.content["/a.bin"]
+    with pytest.raises(DataError, match=r"a\.bin: no such file, or no token files there; .*holds"):
+        ensure_prepared(config, progress=False)
+    unreachable = web_config(tmp_path, "http://127.0.0.1:9/a.bin")
+    ensure_prepared(unreachable, progress=False)
+    assert "not asked whether they have changed: " in caplog.text
+
+
+def test_a_file_that_changes_while_it_is_read_is_an_error(web: str) -> None:
+    Files.content["/a.bin"] = ids(3000, 1).tobytes()
+    plan = plan_source(TokenFilesSourceConfig(paths=[f"{web}/a.bin"]), 0.0)
+    Files.content["/a.bin"] = ids(3000, 2).tobytes()
+    reading = Reading(
+        source=TokenFilesSourceConfig(paths=[f"{web}/a.bin"]), rows=False, filters=None,
+        with_digests=False, vocab_size=EOS + 1, eos_id=EOS,
+    )  # fmt: skip
+    with pytest.raises(DataError, match=r"a\.bin: changed while it was being read"):
+        list(read_shard(plan.shards[0], reading, Counts()))
+
+
+def test_a_server_without_ranges_is_one_line(web: str, tmp_path: Path) -> None:
+    Files.content["/a.bin"] = ids(9000, 1).tobytes()
+    Files.ranges = False
+    with pytest.raises(StorageError, match=r"a\.bin: .*sends no ranges of files; download"):
+        ensure_prepared(web_config(tmp_path, f"{web}/a.bin"), progress=False)
+
+
+def test_files_of_a_store_are_asked_for_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    together = threading.Barrier(2)
+
+    def expand(url: str, *_: object) -> list[SourceFile]:
+        together.wait(60)
+        return [SourceFile(url, url, 1, version="v")]
+
+    monkeypatch.setattr(token_files, "_expand_url", expand)
+    source = TokenFilesSourceConfig(paths=["https://host/b", "https://host/a/"])
+    assert [file.path for file in token_files._remote_files(source)] == [
+        "https://host/a",
+        "https://host/b",
+    ]

@@ -12,7 +12,7 @@ from toolkit.data.config import (
     InstructionsConfig,
     TokenFilesSourceConfig,
 )
-from toolkit.data.prepare.text.sources import source_fingerprint
+from toolkit.data.prepare.text.sources import REMOTE_MARK, source_fingerprint
 from toolkit.data.prepare.tokenizers.choice import templates_hash, tokenizer_files_hash
 from toolkit.data.tokens.prepared import MANIFEST_NAME, PreparedDataset
 from toolkit.errors import DataError
@@ -121,7 +121,9 @@ def check_settings(
                 f"{error}; {prepared.folder} holds token files of this name, perhaps of other "
                 "text: to use them as they are, set dataset.source=null"
             ) from None
-        if fingerprint not in (None, prepared.manifest.source_fingerprint):
+        stored = prepared.manifest.source_fingerprint
+        is_older = not stored.endswith(REMOTE_MARK) and str(fingerprint).endswith(REMOTE_MARK)
+        if fingerprint not in (None, stored) and not is_older:
             differences = ["the text of dataset.source has changed"]
     if differences:
         raise DataError(

@@ -19,7 +19,7 @@ from toolkit.data.config import (
 )
 from toolkit.errors import DataError, ErrorList
 from toolkit.storage.foreign import check_regular, guard
-from toolkit.storage.remote import is_url
+from toolkit.storage.remote import RemoteFolder, is_url
 from toolkit.wording import count
 
 SAMPLE_BYTES = 4096
@@ -35,6 +35,8 @@ class SourceFile(NamedTuple):
     path: str
     num_bytes: int
     modified_ns: int = 0
+    version: str = ""
+    """Of one on another machine; see `RemoteFolder.version`."""
 
 
 class Listing(NamedTuple):
@@ -184,7 +186,7 @@ def fingerprint_files(files: Sequence[SourceFile]) -> str:
     import xxhash
 
     digest = xxhash.xxh3_64()
-    for name, path, num_bytes, _ in files:
+    for name, path, num_bytes, *_ in files:
         digest.update(f"{name}\0{num_bytes}\0".encode("utf-8", "surrogateescape"))
         with open(path, "rb", buffering=0) as file:
             if num_bytes <= SAMPLE_BYTES:
@@ -209,6 +211,20 @@ def check_unchanged(path: str, num_bytes: int, modified_ns: int) -> None:
             f"{path}: changed while it was being read ({num_bytes} bytes before, "
             f"{status.st_size} now); run again when nothing writes to it: finished parts of other "
             "files are kept"
+        )
+
+
+def check_version(url: str, num_bytes: int, version: str) -> None:
+    """`check_unchanged` of a file on another machine."""
+    folder, _, name = url.rpartition("/")
+    try:
+        found = RemoteFolder(folder).version(name)
+    except FileNotFoundError:
+        found = None
+    if found != (num_bytes, version):
+        raise DataError(
+            f"{url}: {'changed' if found else 'gone'} while it was being read; run again when "
+            "nothing writes to it"
         )
 
 

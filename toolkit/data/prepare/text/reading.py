@@ -23,7 +23,7 @@ from toolkit.data.prepare.text.cuts import (
     documents_in,
     pieces_of,
 )
-from toolkit.data.prepare.text.files import check_unchanged
+from toolkit.data.prepare.text.files import check_unchanged, check_version
 from toolkit.data.prepare.text.filters import reason_to_leave_out
 from toolkit.data.prepare.text.sources import Range, RangeKind, Shard
 from toolkit.errors import DataError
@@ -137,6 +137,8 @@ def read_shard(shard: Shard, reading: Reading, counts: Counts) -> Iterator[Piece
                         yield from _pieces(admitted)
             if part.modified_ns:
                 check_unchanged(part.path, part.file_bytes, part.modified_ns)
+            if part.version:
+                check_version(part.path, part.file_bytes, part.version)
         except OSError as error:
             reason = error.strerror or str(error)
             raise DataError(f"{part.path}: cannot be read: {reason}") from None

@@ -70,6 +70,8 @@ class Range(msgspec.Struct, frozen=True, kw_only=True):
     """Size of a local file when it was found..."""
     modified_ns: int = 0
     """...and the time of its last change: it may not change while it is read."""
+    version: str = ""
+    """The same of one on another machine, where its server tells."""
 
 
 Shard = list[Range]
@@ -87,6 +89,8 @@ class Plan(NamedTuple):
     """See `Reading`."""
 
 
+REMOTE_MARK = "-remote"
+"""Ends the fingerprint of files on other machines: earlier releases had another one for them."""
 _ROOM = "toolkit.data.prepare.text"
 """Modules that bring libraries of their own are found by name."""
 _ENDINGS: dict[RangeKind, tuple[str, ...]] = {
@@ -141,9 +145,13 @@ def plan_source(
 
 
 def source_fingerprint(source: SourceConfig) -> str | None:
-    """`Plan.fingerprint` of local sources; None for those that lie on another machine, because
-    asking them would make every start depend on the network."""
-    if isinstance(source, HubSourceConfig) or any(map(is_url, getattr(source, "paths", []))):
+    """`Plan.fingerprint` of a source; None for the hub, and for files on other machines that do not
+    answer at once: no start may depend on the network."""
+    if isinstance(source, HubSourceConfig):
+        return None
+    if any(map(is_url, getattr(source, "paths", []))):
+        if isinstance(source, TokenFilesSourceConfig):
+            return named(f"{_ROOM}.token_files:fingerprint_if_reached")(source)
         return None
     return fingerprint_files(list_files(source).files)
 

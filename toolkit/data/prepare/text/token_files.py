@@ -9,10 +9,12 @@ import contextlib
 import fnmatch
 import glob
 import io
+import itertools
+import logging
 import math
 import os
 from collections import deque
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future
 from typing import NamedTuple
 
@@ -25,10 +27,18 @@ from toolkit.data.prepare.text.files import (
     list_files,
 )
 from toolkit.data.prepare.text.reading import Counts, Piece, Reading
-from toolkit.data.prepare.text.sources import Plan, Range, group_ranges, shard_bytes
-from toolkit.errors import DataError
-from toolkit.storage.remote import RemoteFolder, is_url
-from toolkit.threads import ThreadPool
+from toolkit.data.prepare.text.sources import (
+    REMOTE_MARK,
+    Plan,
+    Range,
+    group_ranges,
+    shard_bytes,
+)
+from toolkit.errors import DataError, StorageError
+from toolkit.storage.remote import RemoteFolder, Retries, is_url
+from toolkit.threads import ThreadPool, Worker
+
+log = logging.getLogger(__name__)
 
 BLOCK_TOKENS = 1 << 20
 BLOCKS_AHEAD = 3
@@ -37,6 +47,8 @@ HEAD_REQUESTS = 8
 NUMPY_MAGIC = b"\x93NUMPY"
 HEADER_BYTES = 1 << 12
 """As much of a file as holds any numpy header of an array of numbers."""
+PROBE_SECONDS = 20.0
+"""Other machines that do not tell by then whether files have changed are not waited for."""
 _ASYNC_PROTOCOLS = ("s3", "s3a", "gs", "gcs", "http", "https", "abfs", "az")
 
 
@@ -85,21 +97,15 @@ def read_numpy_header(head: bytes, path: str) -> NumpyHeader | None:
 def plan_token_files(source: TokenFilesSourceConfig) -> Plan:
     """Ranges of tokens of all files; DataError for those that are missing, or cannot hold numbers
     of the given type."""
-    import xxhash
 
     local, remote = list_files(source), _remote_files(source)
     files = [*local.files, *remote]
     num_bytes = sum(file.num_bytes for file in files)
-    fingerprint, heads = fingerprint_files(local.files), dict[str, bytes]()
+    heads = dict[str, bytes]()
     if remote:
-        with ThreadPool(
-            HEAD_REQUESTS if remote[0].path.startswith(_ASYNC_PROTOCOLS) else 1
-        ) as pool:
+        with _pool_for([file.path for file in remote]) as pool:
             heads = dict(zip((file.path for file in remote), pool.map(_head, remote), strict=True))
-        digest = xxhash.xxh3_64(fingerprint.encode())
-        for file in remote:
-            digest.update(f"{file.name}\0{file.num_bytes}\0".encode() + heads[file.path])
-        fingerprint = digest.hexdigest()
+    fingerprint = _fingerprint(local.files, remote)
     size = shard_bytes(num_bytes)
     ranges = (
         part
@@ -107,6 +113,36 @@ def plan_token_files(source: TokenFilesSourceConfig) -> Plan:
         for part in _cut(file, heads.get(file.path) or _head(file), source.dtype, size)
     )
     return Plan(group_ranges(ranges, size), fingerprint, num_bytes, local)
+
+
+def fingerprint_if_reached(source: TokenFilesSourceConfig) -> str | None:
+    """`Plan.fingerprint`; None, after a warning, where other machines do not answer at once."""
+    probe = Worker("token-files-probe")
+    try:
+        local = list_files(source).files
+        remote = probe.submit(lambda: _remote_files(source, Retries(1))).result(PROBE_SECONDS)
+        return _fingerprint(local, remote)
+    except (StorageError, TimeoutError) as error:
+        reason = str(error) or f"no answer in {PROBE_SECONDS:.0f} s"
+        log.warning("dataset.source.paths: not asked whether they have changed: %s", reason)
+        return None
+    finally:
+        probe.stop()
+
+
+def _fingerprint(local: Sequence[SourceFile], remote: Sequence[SourceFile]) -> str:
+    """Of remote files, names, sizes and versions as their stores tell them; where one tells no
+    version, its beginning."""
+    fingerprint = fingerprint_files(local)
+    if not remote:
+        return fingerprint
+    import xxhash
+
+    digest = xxhash.xxh3_64(fingerprint.encode())
+    for file in remote:
+        digest.update(f"{file.name}\0{file.num_bytes}\0".encode())
+        digest.update(file.version.encode() or _head(file))
+    return f"{digest.hexdigest()}{REMOTE_MARK}"
 
 
 def _head(file: SourceFile) -> bytes:
@@ -242,20 +278,31 @@ def _cut(file: SourceFile, head: bytes, dtype: str, size: int) -> Iterator[Range
             kind="remote_tokens" if is_url(file.path) else "tokens", path=file.path,
             name=file.name, start=start, end=end, num_bytes=(end - start) * itemsize,
             first_byte=first_byte, num_tokens=num_tokens, file_bytes=file.num_bytes,
-            modified_ns=file.modified_ns,
+            modified_ns=file.modified_ns, version=file.version,
         )  # fmt: skip
 
 
-def _remote_files(source: TokenFilesSourceConfig) -> list[SourceFile]:
+def _remote_files(
+    source: TokenFilesSourceConfig, retries: Retries | None = None
+) -> list[SourceFile]:
+    urls = [path.rstrip("/") for path in source.paths if is_url(path)]
+    if not urls:
+        return []
+    with _pool_for(urls) as pool:
+        files = list(pool.map(lambda url: _expand_url(url, source.suffixes, retries), urls))
     found: dict[str, SourceFile] = {}
-    for url in filter(is_url, source.paths):
-        for file in _expand_url(url.rstrip("/"), source.suffixes):
-            if file.num_bytes:
-                found.setdefault(file.path, file)
+    for file in itertools.chain.from_iterable(files):
+        if file.num_bytes:
+            found.setdefault(file.path, file)
     return sorted(found.values())
 
 
-def _expand_url(url: str, suffixes: tuple[str, ...]) -> list[SourceFile]:
+def _pool_for(urls: Sequence[str]) -> ThreadPool:
+    """For questions to stores: several at a time where the libraries of all of them can."""
+    return ThreadPool(HEAD_REQUESTS if all(u.startswith(_ASYNC_PROTOCOLS) for u in urls) else 1)
+
+
+def _expand_url(url: str, suffixes: tuple[str, ...], retries: Retries | None) -> list[SourceFile]:
     """The file of a URL, those in a folder with one of `suffixes`, or those that a glob matches."""
     base, pattern = url, "*"
     if glob.has_magic(url):
@@ -265,10 +312,11 @@ def _expand_url(url: str, suffixes: tuple[str, ...]) -> list[SourceFile]:
     else:
         parent, name = _split_url(url)
         with contextlib.suppress(FileNotFoundError):
-            return [SourceFile(name, url, RemoteFolder(parent).size(name))]
+            num_bytes, version = RemoteFolder(parent, retries=retries).version(name)
+            return [SourceFile(name, url, num_bytes, version=version)]
     chosen = [
-        SourceFile(name, f"{base}/{name}", num_bytes)
-        for name, num_bytes in RemoteFolder(base).sizes().items()
+        SourceFile(name, f"{base}/{name}", num_bytes, version=version)
+        for name, (num_bytes, version) in RemoteFolder(base, retries=retries).versions().items()
         if fnmatch.fnmatchcase(name, pattern) and name.lower().endswith(suffixes)
     ]
     if not chosen:
