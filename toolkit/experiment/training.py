@@ -262,4 +262,5 @@ def _log_changes(
         log.info("changed since the run's last start: %s", change)
     state = trainer.state
     if state.step >= state.stop_step:
-        log.warning("%s", nothing_left(state.config, state.stop_step, state.total_steps))
+        said = nothing_left(state.config, state.stop_step, state.total_steps, state.step)
+        log.warning("%s", said)

@@ -39,12 +39,17 @@ def none_saved(no_checkpoints: bool) -> str:
     return "trainer.no_checkpoints is true" if no_checkpoints else "it was never saved"
 
 
-def nothing_left(config: TrainerConfig, last: int, total: int) -> str:
-    """That a run is at its end, step `last` of `total`, and the flags that continue it."""
+def nothing_left(config: TrainerConfig, last: int, total: int, reached: int) -> str:
+    """That a run at step `reached` is at or past its end, step `last` of `total`, and the flags
+    that continue it."""
     flags = ["--trainer.hard_stop=null"] if config.hard_stop is not None else []
-    if last >= total:
-        flags.append(f"--trainer.max_duration='{{value: {2 * total}, unit: steps}}'")
-    return f"nothing is left: it ends at step {last:,}; to go on, add {' '.join(flags)}"
+    if max(last, reached) >= total:
+        longer = 2 * max(total, reached)
+        flags.append(f"--trainer.max_duration='{{value: {longer}, unit: steps}}'")
+    end = f"it ends at step {last:,}"
+    if reached > last:
+        end += f" and has done {count(reached, 'step')} already, so no step is trained"
+    return f"nothing is left: {end}; to go on, add {' '.join(flags)}"
 
 
 def no_checkpoint(load_path: str) -> str:
