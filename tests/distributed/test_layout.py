@@ -55,7 +55,9 @@ def test_two_engines_are_an_error_that_names_both(environ: dict[str, str], name:
 
 
 def test_single_with_several_processes_is_an_error() -> None:
-    with pytest.raises(ConfigError, match="asks for the engine single, but the launcher started 2"):
+    with pytest.raises(
+        ConfigError, match="asks for the engine single, which is one process, not 2"
+    ):
         resolve(TWO, "single")
 
 

@@ -109,7 +109,7 @@ def test_a_resume_starts_what_is_asked_for(tmp_path: Path, monkeypatch: pytest.M
     command = [sys.executable, *("-m", "toolkit", "resume"), str(folder), "--seed=3", "--debug"]
     assert started == [(command, 2, folder), (command, 4, folder)]
     monkeypatch.setenv(ENGINE, "single")
-    with pytest.raises(ConfigError, match="--engine asks for the engine single, but the launcher"):
+    with pytest.raises(ConfigError, match="--engine asks for the engine single, which is one p"):
         running.resume(folder, asked=LaunchPlan(2))
 
 
@@ -131,16 +131,22 @@ def test_the_number_of_processes_is_bounded_by_the_machine(
 
 
 @pytest.mark.parametrize(
-    ("hard_stop", "last", "expected"),
+    ("hard_stop", "last", "reached", "expected"),
     [
-        (10, 10, "--trainer.hard_stop=null"),
-        (20, 20, "--trainer.hard_stop=null --trainer.max_duration='{value: 40, unit: steps}'"),
-        (None, 20, "--trainer.max_duration='{value: 40, unit: steps}'"),
+        (10, 10, 10, "--trainer.hard_stop=null"),
+        (20, 20, 20, "--trainer.hard_stop=null --trainer.max_duration='{value: 40, unit: steps}'"),
+        (None, 20, 20, "--trainer.max_duration='{value: 40, unit: steps}'"),
+        (None, 20, 102, "--trainer.max_duration='{value: 204, unit: steps}'"),
+        (10, 10, 15, "--trainer.hard_stop=null"),
+        (10, 10, 20, "--trainer.hard_stop=null --trainer.max_duration='{value: 40, unit: steps}'"),
     ],
 )
 def test_the_end_names_the_flags_that_go_on(
-    hard_stop: int | None, last: int, expected: str
+    hard_stop: int | None, last: int, reached: int, expected: str
 ) -> None:
     stop = Duration(value=hard_stop) if hard_stop is not None else None
     config = TrainerConfig(max_duration=Duration(value=20), hard_stop=stop)
-    assert nothing_left(config, last, 20).endswith(f"to go on, add {expected}")
+    said = nothing_left(config, last, 20, reached)
+    assert said.endswith(f"to go on, add {expected}")
+    past = f"and has done {reached} steps already, so no step is trained"
+    assert (past in said) == (reached > last)

@@ -243,8 +243,8 @@ def resolve_layout(
         config = config.replace(name="single")
     if config.name == "single" and world_size > 1:
         raise ConfigError(
-            f"{choice.origin} asks for the engine single, but the launcher started {world_size} "
-            "processes; use ddp, or one process"
+            f"{choice.origin} asks for the engine single, which is one process, not {world_size}; "
+            "use ddp, or start one process"
         )
     replicas, shards = _mesh(choice, ranks)
     check_data_axes(environ, replicas, shards)
