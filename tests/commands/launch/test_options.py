@@ -44,6 +44,8 @@ def test_every_option_is_documented_and_no_name_of_something_else(name: str) -> 
         ("--to slurm --cpus many", "--cpus: expected a whole number or null, not 'many'"),
         ("--to slurm --nodes 0", "--nodes: must be 1 or more, not 0"),
         ("--to slurm --time '1 day'", "--time: expected one word, not '1 day'"),
+        ("--to slurm --time 25x", "--time: no time limit of Slurm: '25x'; write M, M:S, H:M:S, D-"),
+        ("--to slurm --time 1:2:3:4", "--time: no time limit of Slurm: '1:2:3:4'; write M, M:S, H"),
         ("--to slurm --time 5", "--time: 5 leaves no time before --stop-before 300"),
         ("--to slurm --array='--seed=\"1'", "--array: '--seed=\"1': no closing quotation"),
         ("--to slurm --port 65535 --seeds 1,2", "--port: each run of the array has its own port"),

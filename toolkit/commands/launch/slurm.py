@@ -50,6 +50,7 @@ _STATES: dict[str, State] = {
 }  # fmt: skip
 """What `squeue` and `sacct` call it -> what we do."""
 
+_ENDLESS = ("UNLIMITED", "INFINITE")
 _SECONDS = 60
 _SECONDS_TO_FOLLOW = 300
 """How long the other nodes have to end by themselves when one of them has ended."""
@@ -105,6 +106,17 @@ class Slurm(Target, kw_only=True):
                     f"write an option of sbatch, as in --sbatch=--nice=100, not {line!r}",
                 )
         limit = _seconds(self.time) if self.time is not None else None
+        if (
+            self.time
+            and self.time.split() == [self.time]
+            and limit is None
+            and self.time.upper() not in _ENDLESS
+        ):
+            yield (
+                "time",
+                f"no time limit of Slurm: {self.time!r}; write M, M:S, H:M:S, D-H, D-H:M or "
+                "D-H:M:S, or UNLIMITED",
+            )
         if limit and limit <= self.stop_before:  # 0: no limit
             yield "time", f"{self.time} leaves no time before --stop-before {self.stop_before}"
         if self.stop_before < 10:
