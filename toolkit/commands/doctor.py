@@ -86,7 +86,7 @@ def _device() -> Iterator[Finding]:
         what = f"{count(gpus, 'GPU')}, the first {name} with {memory:.0f} GiB"
     else:
         kind = "Apple's GPU" if device.type == "mps" else "the CPU"
-        what = f"{kind} ({name}, {torch.get_num_threads()} threads)"
+        what = f"{kind} ({name}, {count(torch.get_num_threads(), 'thread')})"
     started = time.perf_counter()
     layer = torch.nn.Linear(64, 64, device=device)
     loss = layer(torch.ones(8, 64, device=device)).square().mean()
@@ -160,7 +160,7 @@ def _extras() -> Iterator[Finding]:
     here = [name for name in names if None not in map(installed_version, needs[name])]
     yield Finding("ok", "extras", ", ".join(here) or "none")
     if missing := [name for name in names if name not in here]:
-        text = f'not installed: pip install "toolkit[NAME]", NAME {", ".join(missing)}'
+        text = f'not installed: {", ".join(missing)} (pip install "toolkit[{missing[0]}]")'
         yield Finding("ok", "extras", text)
 
 
