@@ -9,6 +9,7 @@ from tests.workers import WorkerPool
 from toolkit.distributed.environment import prepare_training_environment
 from toolkit.errors import ConfigError, DataError
 from toolkit.experiment.agreement import RankView, _hash, check_agreement, compare
+from toolkit.experiment.common import common_of
 from toolkit.experiment.load import load_experiment
 
 SAME = RankView(host="node0", config="c", train="t", val="v")
@@ -64,3 +65,10 @@ def test_every_rank_learns_of_a_difference(workers: WorkerPool) -> None:
     messages = workers.run(2, _check, ["a", "b"])
     assert messages[0] == messages[1]
     assert "the training tokens differ between machines: rank 1 on" in messages[0]
+
+
+def test_machines_tell_numbers_as_they_are_and_texts_as_hashes() -> None:
+    told = common_of(load_experiment("smoke", ["--seed=7", "--description=s3cret"]).config).config
+    assert told["seed"] == "7"
+    assert told["trainer.max_duration.unit"].startswith("#")
+    assert not any("smoke" in value for value in told.values())

@@ -154,7 +154,7 @@ def refused(nodes: Nodes, processes: int = 2, **changed: Any) -> list[str]:
     [
         ({"versions": {"toolkit": "2"}}, "has toolkit 2, node 0 (HOST) has toolkit 1; install"),
         ({"config": {"seed": "a", "lr": "c", "x": "y"}},
-         "has another config than node 0 (HOST): lr, x; start all machines with the same"),
+         "has another config than node 0 (HOST): lr (c, b), x (y, nothing); start all"),
         ({"processes": 4}, "was started with --processes 4, node 0 (HOST) with --processes 2"),
     ],
 )  # fmt: skip
@@ -436,7 +436,8 @@ def test_the_head_listens_on_one_interface(
         ("node0", "eth9", "--interface eth9: this machine has none of that name; it has eth0"),
         ("node0", "down0", "--interface down0: it has no address; there is eth0 (10.0.0.5), lo"),
         ("debian", None, "--head debian is 127.0.1.1 on this machine, which no other one reaches"),
-        ("node7", None, "--head node7 is 10.0.0.7, no address of this machine, which is node 0"),
+        ("node7", None, "--head node7, 10.0.0.7, is no address of this machine, which is node 0"),
+        ("10.0.0.7", None, "--head 10.0.0.7 is no address of this machine, which is node 0; give"),
         ("nowhere", None, "--head nowhere: Name or service not known; give an address"),
     ],
 )

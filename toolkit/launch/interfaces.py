@@ -57,8 +57,9 @@ def listen_address(host: str, interface: str | None) -> tuple[str, str]:
             f"--head {host} is {(own or addresses)[0]} on this machine, which no other one "
             f"reaches; give --interface NAME: {_all()}"
         )
+    which = host if host == addresses[0] else f"{host}, {addresses[0]},"
     raise ConfigError(
-        f"--head {host} is {addresses[0]}, no address of this machine, which is node 0; give the "
+        f"--head {which} is no address of this machine, which is node 0; give the "
         f"--node-rank of this machine, or if it is the head, --interface NAME: {_all()}"
     )
 

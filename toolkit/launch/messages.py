@@ -22,12 +22,16 @@ _MOST = 100
 _SHOWN = 5
 
 
+HASH = "#"
+"""Begins a value of `Common.config` that is a hash."""
+
+
 class Common(msgspec.Struct, frozen=True):
-    """What all machines must have alike: name -> value, or a hash of it."""
+    """What all machines must have alike: name -> value."""
 
     versions: dict[str, str | None] = {}
     config: dict[str, str] = {}
-    """By path."""
+    """By path; texts as hashes."""
     run: str = ""
     """Its name. Machines of another run have only mistaken the head."""
 
@@ -178,12 +182,21 @@ def difference(who: str, theirs: Common, me: str, ours: Common) -> str | None:
             f"{ours.versions.get(name)}; install the same on all machines"
         )
     if odd := _unlike(theirs.config, ours.config):
-        names = ", ".join(odd[:_SHOWN]) + (", ..." if odd[_SHOWN:] else "")
+        shown = [_both(name, theirs.config, ours.config) for name in odd[:_SHOWN]]
+        names = ", ".join(shown) + (", ..." if odd[_SHOWN:] else "")
         return (
             f"{who} has another config than {me}: {names}; start all machines with the same "
             "config file and flags"
         )
     return None
+
+
+def _both(name: str, theirs: dict[str, str], ours: dict[str, str]) -> str:
+    """A name with the values of both sides, where they are not hashes."""
+    values = [side.get(name, "nothing") for side in (theirs, ours)]
+    return (
+        name if any(value.startswith(HASH) for value in values) else f"{name} ({', '.join(values)})"
+    )
 
 
 def _unlike(theirs: dict[str, Any], ours: dict[str, Any]) -> list[str]:
