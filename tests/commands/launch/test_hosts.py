@@ -10,7 +10,15 @@ from pathlib import Path
 
 import pytest
 
-from tests.commands.launch.fakes import fake_ssh, run, stub_python, wait_for, write_program
+from tests.commands.launch.fakes import (
+    fake_ssh,
+    run,
+    stub_python,
+    wait_for,
+    write_program,
+    write_status,
+)
+from toolkit.commands.launch import local
 from toolkit.commands.launch.hosts import (
     Host,
     Process,
@@ -21,6 +29,7 @@ from toolkit.commands.launch.hosts import (
 )
 from toolkit.commands.launch.target import LaunchError
 from toolkit.experiment.load import load_experiment
+from toolkit.launch.capacity import Capacity
 
 SSH = ("launch", "smoke", "--to", "ssh", "--save-folder", "a")
 HERE = Host("")
@@ -142,6 +151,11 @@ def test_a_local_run_goes_on_alone_until_it_is_stopped(
     assert "@local  running" in capsys.readouterr().out
     assert run("launch", "smoke", "--to=local", "--save-folder=runs/smoke/a") == 2
     assert "has a job already" in capsys.readouterr().err
+    write_status(tmp_path / "runs/smoke/a", "finished")
+    assert run("jobs", "status", "smoke/a") == 0
+    assert "(on local; its run has finished, the rest ends soon)" in capsys.readouterr().out
+    assert run("jobs", "stop", "smoke/a") == 0
+    assert "its run has finished, there is nobody to ask (--now" in capsys.readouterr().out
     assert run("jobs", "stop", "smoke/a", "--now") == 0
     log = tmp_path / "runs/smoke/a/logs/launch-0-local.log"
     wait_for(lambda: "saved on SIGTERM" in log.read_text())
@@ -174,6 +188,19 @@ def test_a_local_run_that_ends_at_once_says_why(
     monkeypatch.setenv("FAKE_HOST", "bad")
     assert run("launch", "smoke", "--to", "local", "--name", "a", "--python", python) == 2
     assert capsys.readouterr().err.startswith("error: local: this machine has no GPU (from ")
+
+
+@pytest.mark.parametrize(("gpus", "has"), [(0, "no GPU"), (1, "1 GPU")])
+def test_more_gpus_than_this_machine_has_are_refused_before_anything_starts(
+    gpus: int, has: str, python: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setattr(local, "capacity_here", lambda environ: Capacity(4, "", gpus))
+    words = ("launch", "smoke", "--to", "local", "--name", "a", "--python", python)
+    assert run(*words, "--gpus", "2") == 2
+    assert f"--gpus: this machine has {has} to use, not 2; processes" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+    assert not (tmp_path / "calls").exists()
 
 
 def test_without_ssh_it_is_one_line(

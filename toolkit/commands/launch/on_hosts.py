@@ -20,6 +20,7 @@ from toolkit.commands.launch.hosts import (
     started,
 )
 from toolkit.commands.launch.job import Job
+from toolkit.commands.launch.records import attempt_of, told_by_run
 from toolkit.commands.launch.target import OVER, JobStatus, LaunchError, Record, Submission, Target
 from toolkit.runs.files import RUN_FILES
 from toolkit.runs.status import read_status
@@ -82,8 +83,7 @@ class OnHosts(Target, kw_only=True):
         hosts, folder = self.hosts_used(), Path(job.run.folder)
         self.probe(job, hosts)
         write_atomic(folder / RUN_FILES.launch_script, self.script(job).encode())
-        status = read_status(folder)
-        before = status.attempt if status is not None else 0
+        before = attempt_of(job.run.folder)
         notes = [self.note(job.run.folder, rank) for rank in range(len(hosts))]
         processes: list[Process] = []
         try:
@@ -129,13 +129,15 @@ class OnHosts(Target, kw_only=True):
         processes = [Process(*pair) for pair in record.details["processes"]]
         pairs = list(zip(self.hosts_used(), processes, strict=True))
         answers, errors = _ask_each(pairs, is_running)
+        told = told_by_run(record, record.details["attempt"])
         if alive := [host.label for host, is_alive in answers if is_alive]:
             lacking = len(answers) - len(alive)
             detail = f"on {first_words(alive)}" + (f"; {lacking} ended" if lacking else "")
+            if told is not None:
+                detail += f"; its run has {told.state}, the rest ends soon"
             return JobStatus("running", "; ".join([detail, *map(str, errors.values())]))
-        run = read_status(Path(record.folder))
-        if run is not None and run.attempt > record.details["attempt"] and run.state in OVER:
-            return JobStatus(run.state, run.message or "")
+        if told is not None:
+            return told
         if errors:
             raise next(iter(errors.values()))
         logs = (Path(self.log(record.folder, r, host)) for r, (host, _) in enumerate(pairs))
@@ -150,6 +152,9 @@ class OnHosts(Target, kw_only=True):
         yield from follow_files(lambda: files, is_over)
 
     def stop(self, record: Record, *, now: bool) -> str:
+        told = told_by_run(record, record.details["attempt"])
+        if told is not None and told.state == "finished" and not now:
+            return "its run has finished, there is nobody to ask (--now ends what is left of it)"
         processes = (Process(*pair) for pair in record.details["processes"])
         pairs = list(zip(self.hosts_used(), processes, strict=True))
         answers, errors = _ask_each(pairs, functools.partial(ask_to_end, now=now))
