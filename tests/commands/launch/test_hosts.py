@@ -182,12 +182,25 @@ def test_values_are_from_where_they_were_when_it_was_launched(
 
 
 @pytest.mark.usefixtures("patience")
-def test_a_local_run_that_ends_at_once_says_why(
-    python: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.mark.parametrize(
+    ("setup", "message"),
+    [
+        ("", "this machine has no GPU"),
+        ("exit 3", "exit status 3 before the run began"),
+        ("exec false", "it ended at once, without a word"),
+        ("echo some; exit 3", "exit status 3 before the run began (from {log})"),
+    ],
+)
+def test_a_local_run_that_ends_at_once_says_why_and_leaves_what_it_names(
+    setup: str, message: str, python: str, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
     monkeypatch.setenv("FAKE_HOST", "bad")
-    assert run("launch", "smoke", "--to", "local", "--name", "a", "--python", python) == 2
-    assert capsys.readouterr().err.startswith("error: local: this machine has no GPU (from ")
+    words = ("launch", "smoke", "--to", "local", "--name", "a", "--python", python)
+    assert run(*words, *(("--setup", setup) if setup else ())) == 2
+    log = tmp_path / "runs/smoke/a/logs/launch-0-local.log"
+    assert capsys.readouterr().err == f"error: local: {message.format(log=log)}\n"
+    assert (tmp_path / "runs").exists() == log.exists() == ("{log}" in message)
 
 
 @pytest.mark.parametrize(("gpus", "has"), [(0, "no GPU"), (1, "1 GPU")])

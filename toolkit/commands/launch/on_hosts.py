@@ -28,6 +28,8 @@ from toolkit.storage.atomic import write_atomic
 
 SECONDS_TO_FAIL = 2.0
 """How long a job must live to count as started."""
+_TELL_STATUS = """trap 'echo "error: exit status $? before the run began" >&2' EXIT"""
+"""Of a line of --setup that ends the script, or a Python that is not there."""
 _SECONDS = 0.1
 """Between two looks whether it lives."""
 
@@ -50,7 +52,7 @@ class OnHosts(Target, kw_only=True):
         run = job.run
         flags = job.flags(rank='"$1"', head=shlex.quote(self.head()))
         what = f"train {shlex.quote(run.config_file)} --save-folder {shlex.quote(run.folder)}"
-        lines = ["#!/bin/bash", "# Arguments: the number of the machine."]
+        lines = ["#!/bin/bash", "# Arguments: the number of the machine.", _TELL_STATUS]
         return "\n".join([*lines, *job.preamble(), f"exec {job.start} {what} {flags}".rstrip(), ""])
 
     def start(self, job: Job, rank: int, host: Host) -> str:
@@ -122,8 +124,10 @@ class OnHosts(Target, kw_only=True):
             status = read_status(Path(job.run.folder))
             if reason is None and status is not None and status.state == "finished":
                 continue
-            reason = reason or "it ended at once, without a word"
-            raise LaunchError(f"{host.label}: {reason.removeprefix('error: ')} (from {log})")
+            reason = (reason or "it ended at once, without a word").removeprefix("error: ")
+            # A log that says no more than this line goes with the rest of the job.
+            is_all = len(hosts) == 1 and _says_only(log, reason)
+            raise LaunchError(f"{host.label}: {reason}" + ("" if is_all else f" (from {log})"))
 
     def status(self, record: Record) -> JobStatus:
         processes = [Process(*pair) for pair in record.details["processes"]]
@@ -191,6 +195,17 @@ def _withdraw(hosts: Sequence[Host], notes: Sequence[Path]) -> list[str]:
     begun = [(host, started(text)) for host, text in said if text.strip()]
     _, errors = _ask_each(begun, functools.partial(ask_to_end, now=True))
     return list(errors)
+
+
+def _says_only(log: Path, reason: str) -> bool:
+    """Whether a log holds nothing, or `reason` alone."""
+    try:
+        return log.stat().st_size < 4096 and log.read_text(errors="replace").strip() in (
+            "",
+            f"error: {reason}",
+        )
+    except OSError:
+        return True
 
 
 def last_error(log: Path) -> str | None:
