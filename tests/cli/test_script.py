@@ -194,3 +194,19 @@ def test_a_run_of_two_processes_is_started_again_by_its_file(tmp_path: Path) -> 
     result = run(*words, cwd=here, timeout=240)
     assert result.code == 0, result.output
     assert [(file.parent / f"marks{rank}").read_text().split()[-1] for rank in "01"] == ["3", "3"]
+
+
+@pytest.mark.parametrize(
+    ("word", "hint"), [("trian", "did you mean train? "), ("eval", ""), ("first", "")]
+)
+def test_a_word_that_is_no_verb_names_those_that_are(
+    word: str, hint: str, called: list[Any],
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setattr(sys, "argv", ["my.py", word, "runs/smoke/first"])
+    with pytest.raises(SystemExit, match="2"):
+        toolkit.main(build_config)
+    verbs = "train, resume, prepare, plan, schedule, launch"
+    said = f"error: unexpected argument {word!r}; {hint}{HERE.name} takes {verbs}, or flags alone"
+    assert capsys.readouterr().err.startswith(said)
+    assert called == []
