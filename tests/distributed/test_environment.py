@@ -31,6 +31,7 @@ from toolkit.errors import ConfigError, RunError
 def look(folder: str, is_shared: bool) -> tuple[str, list[str]]:
     """What checking says where rank 1 sees `folder`, or another one of its own."""
     env = open_environment(module_config("ddp"))
+    os.environ["GROUP_RANK"] = str(env.rank)
     try:
         own = Path(folder) / ("run" if is_shared else f"host{env.rank}")
         own.mkdir(exist_ok=True)
@@ -40,12 +41,14 @@ def look(folder: str, is_shared: bool) -> tuple[str, list[str]]:
             return str(error), [path.name for path in own.iterdir()]
         return "", [path.name for path in own.iterdir()]
     finally:
+        del os.environ["GROUP_RANK"]
         env.close()
 
 
 def test_machines_without_a_shared_folder_are_refused(workers: WorkerPool, tmp_path: Path) -> None:
     for message, left in workers.run(2, look, str(tmp_path), False):
-        assert f"not visible on {socket.gethostname()}; a run on several machines needs" in message
+        blind = f"node 1 ({socket.gethostname()})"
+        assert f"not visible on {blind}; a run on several machines needs" in message
         assert "--save-folder" in message
         assert left == []
 

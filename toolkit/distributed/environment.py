@@ -303,11 +303,12 @@ def check_shared_folder(environment: TrainingEnvironment, folder: Path) -> None:
     if environment.is_main:
         probe.touch()
     environment.barrier()
-    seen = environment.gather((socket.gethostname(), probe.exists()))
+    node, host = os.environ.get("GROUP_RANK"), socket.gethostname()  # not each launcher counts them
+    seen = environment.gather((f"node {node} ({host})" if node else host, probe.exists()))
     if environment.is_main:
         probe.unlink()  # every rank has looked: its answer is here
     environment.barrier()
-    blind = sorted({host for host, sees in seen if not sees})
+    blind = sorted({machine for machine, sees in seen if not sees})
     if blind:
         raise RunError(
             f"{folder}: not visible on {', '.join(blind)}; a run on several machines needs a "

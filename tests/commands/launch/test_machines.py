@@ -189,7 +189,7 @@ def test_private_folders_are_refused(machines: Machines, tmp_path: Path) -> None
     ends = machines.end()
     assert all(code != 0 for code, _ in ends)
     said = "\n".join(output for _, output in ends)
-    assert "own/run: not visible on machine-b; a run on several machines needs a shared" in said
+    assert "own/run: not visible on node 1 (machine-b); a run on several machines needs a s" in said
 
 
 def fake_ssh(machines: Machines, private: Path | None = None) -> None:
