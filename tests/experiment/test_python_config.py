@@ -157,3 +157,10 @@ def test_rude_code_is_a_line(tmp_path: Path, body: str, message: str) -> None:
         load_experiment(source)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.filterwarnings("error")
+def test_an_async_function_is_a_line_and_no_warning(tmp_path: Path) -> None:
+    source = write(tmp_path, "async def build_config():\n    return 'smoke'\n")
+    with pytest.raises(ConfigError, match="is async; define it without `async`"):
+        load_experiment(source)

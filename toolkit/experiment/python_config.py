@@ -3,6 +3,7 @@ function). No torch at import."""
 
 import contextlib
 import importlib
+import inspect
 import json
 import os
 import re
@@ -66,6 +67,9 @@ def call_build_config(source: str) -> str | dict[str, Any]:
             return json.loads(json.dumps(result, default=_plain))
         except (TypeError, ValueError, RecursionError) as error:
             raise ConfigError(f"{path}: {name}() returns what JSON cannot hold: {error}") from None
+    if inspect.iscoroutine(result):
+        result.close()  # or Python warns that nobody awaited it
+        raise ConfigError(f"{path}: {name}() is async; define it without `async`")
     said = repr(result) if isinstance(result, str | None) else f"an object of {type(result)}"
     raise ConfigError(
         f"{path}: {name}() returns {said:.60}; return a toolkit.ExperimentConfig, a mapping, "
