@@ -56,6 +56,8 @@ def test_every_option_is_documented_and_no_name_of_something_else(name: str) -> 
             "--save-folder: /weka/b/../etc: write it without `..`",
         ),
         ("--to slurm --seeds 1,1", "--seeds: a seed stands there twice: [1, 1]"),
+        ("--to slurm --nodes %s", "--nodes: "),
+        ("--to slurm --secret 'a b'", "after --secret, write the NAME of a variable"),
         (
             "--to slurm --secret NO_SUCH",
             "NO_SUCH of --secret is not set here; export it first",

@@ -60,8 +60,8 @@ def parse_options(words: list[str], target: type[Target]) -> tuple[Target, list[
                 _items(Override(name, text, flag), fields[name], layers, found)
             )
             continue
-        value = found.ask(layers.parse, Override(name, text, flag))
-        found.ask(layers.set, name, value, flag)
+        with found.collecting():
+            layers.set(name, layers.parse(Override(name, text, flag)), flag)
     for name, items in several.items():
         found.ask(layers.set, name, items, f"--{name}")
     checked = layers.check()

@@ -200,7 +200,7 @@ def check_secrets_here(names: Sequence[str]) -> Iterator[tuple[str, str]]:
     for name in names:
         if "=" in name:
             yield "", "after --secret, write only the name of the variable"
-        elif name not in os.environ:
+        elif _VARIABLE.match(name) and name not in os.environ:
             yield "", f"{name} of --secret is not set here; export it first"
 
 
