@@ -286,5 +286,5 @@ def _steps(config: ExperimentConfig, corpus: CorpusInfo | None, found: _Found) -
         return ["to a step that is known once the data is prepared"]
     last = timeline.stop_step
     if found.step >= last:
-        return [nothing_left(trainer, last, timeline.total_steps)]
+        return [nothing_left(trainer, last, timeline.total_steps, found.step)]
     return [f"from step {found.step + 1:,} to {last:,}"]
