@@ -93,6 +93,8 @@ def test_step_engine_data_and_versions_are_told(run: Path, config: ExperimentCon
     assert rows["goes on"] == ["from step 11 to 20"]
     assert explanation.refused == []
     assert str(explanation).endswith("refused     nothing: it would start")
+    past = dict(explain(run, "--trainer.max_duration={value: 2, unit: steps}").rows)["goes on"][0]
+    assert past.endswith("to go on, add --trainer.max_duration='{value: 20, unit: steps}'")
 
 
 def test_a_launcher_decides_the_engine(run: Path, config: ExperimentConfig) -> None:
