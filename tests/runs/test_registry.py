@@ -55,6 +55,20 @@ def test_folder_follows_the_config_and_is_absolute(tmp_path, monkeypatch):
     assert resolve_run_folder(RunConfig(name="n", save_folder="f"), "t") == tmp_path / "f"
 
 
+@pytest.mark.parametrize("field", ["save_folder", "mirror"])
+@pytest.mark.parametrize(
+    ("url", "problem"),
+    [
+        ("http://host/x", r"http:// is for reading token files; .*s3://"),
+        ("https://host/x", r"https:// is for reading"),
+        ("file://tmp/x", r"three slashes, .*: file:///tmp/x"),
+    ],
+)
+def test_a_url_that_no_run_can_be_at_is_refused_at_once(field, url, problem):
+    with pytest.raises(ValueError, match=f"{field}: {url}: .*{problem}"):
+        RunConfig(**{field: url})
+
+
 def test_chosen_names_are_sortable_and_differ():
     first, second = choose_run_name(), choose_run_name()
     assert re.fullmatch(r"\d{8}-\d{6}-[0-9a-f]{4}", first)

@@ -218,8 +218,16 @@ def test_a_missing_library_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.delitem(sys.modules["fsspec.registry"]._registry, "gs", raising=False)
     with pytest.raises(ConfigError, match=r"^gs://b/x: gs:// needs .*pip install 'toolkit\[gcs\]'"):
         RemoteFolder("gs://b/x")
-    with pytest.raises(ConfigError, match=r"^nope://b: cannot be opened: .*nope"):
+    with pytest.raises(
+        ConfigError, match=r"^nope://b: cannot be opened: no such.* s3://,.*file://"
+    ):
         RemoteFolder("nope://b")
+
+
+@pytest.mark.parametrize("url", ["file://tmp/x", "file://x", "local://a/b"])
+def test_a_relative_file_url_is_refused_and_told_the_right_form(url: str) -> None:
+    with pytest.raises(ConfigError, match=r"three slashes, .* path: [a-z]+:///"):
+        RemoteFolder(url)
 
 
 def test_urls_and_paths_are_told_apart() -> None:

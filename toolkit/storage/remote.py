@@ -29,6 +29,7 @@ from toolkit.storage.dialects import (
     version_of,
 )
 from toolkit.storage.transient import is_transient, reason_of
+from toolkit.storage.urls import EXTRAS, problem_of_place, problem_of_protocol
 from toolkit.threads import ThreadPool
 
 log = logging.getLogger(__name__)
@@ -42,10 +43,6 @@ class ContentError(StorageError):
     """A stored file is not what was stored: cut or changed."""
 
 
-_EXTRAS = {
-    "s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "gdrive": "gdrive", "http": "http",
-    "https": "http",
-}  # fmt: skip
 _ENDPOINTS = ("FSSPEC_S3_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
 
 
@@ -74,26 +71,29 @@ def open_filesystem(url: str) -> tuple[Any, str]:
     """fsspec's file system of `url` and the path in it; nothing is contacted.
 
     Raises:
-        ConfigError: no such protocol, or its library is not installed.
+        ConfigError: no such protocol, its library is not installed, or a relative file://.
     """
     from fsspec.core import url_to_fs
 
+    if (problem := problem_of_place(url)) is not None:
+        raise ConfigError(problem)
     protocol = url.partition("://")[0]
     options: dict[str, Any] = {}
     if protocol in ("file", "local"):
         options["auto_mkdir"] = True
-    if _EXTRAS.get(protocol) == "s3":
+    if EXTRAS.get(protocol) == "s3":
         endpoint = next((os.environ[name] for name in _ENDPOINTS if os.environ.get(name)), None)
         if endpoint:
             options["endpoint_url"] = endpoint
     try:
         filesystem, path = url_to_fs(url, **options)
     except ImportError as error:
-        extra = _EXTRAS.get(protocol)
+        extra = EXTRAS.get(protocol)
         advice = f"pip install 'toolkit[{extra}]'" if extra else f"{reason_of(error)}"
         raise ConfigError(f"{url}: {protocol}:// needs a library: {advice}") from None
     except ValueError as error:
-        raise ConfigError(f"{url}: cannot be opened: {reason_of(error)}") from None
+        problem = problem_of_protocol(url) or reason_of(error)
+        raise ConfigError(f"{url}: cannot be opened: {problem}") from None
     return filesystem, path.rstrip("/")
 
 
