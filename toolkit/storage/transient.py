@@ -53,6 +53,14 @@ def reason_of(error: BaseException) -> str:
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
+def message_of(doing: str, where: str, error: Exception) -> str:
+    """What an error that does not pass says of a place, in one line."""
+    reason = reason_of(error)
+    if isinstance(error, PermissionError) or "Credentials" in type(error).__name__:
+        return f"{doing} {where}: not allowed: {reason}; check credentials and permissions"
+    return f"{doing} {where}: {reason}"
+
+
 def _causes(error: BaseException) -> Iterator[BaseException]:
     """The error and those it was raised from, at most a few."""
     current: BaseException | None = error
