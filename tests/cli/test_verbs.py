@@ -114,3 +114,10 @@ def test_a_root_that_was_named_is_used_or_refused(capsys: pytest.CaptureFixture[
     assert "--root: nowhere: no such folder" in capsys.readouterr().err
     assert cli.run(["runs", "--root", "elsewhere", "list"]) == 2
     assert "--root goes after the verb: toolkit runs list --root ..." in capsys.readouterr().err
+
+
+def test_batch_of_a_checkpoint_at_a_url_names_the_run(capsys: pytest.CaptureFixture[str]) -> None:
+    step = "file:///b/run/checkpoints/step20"
+    assert cli.run(["batch", step, "5"]) == 2
+    said = f"error: {step}: a checkpoint, not a run; type: toolkit batch file:///b/run 5\n"
+    assert capsys.readouterr().err == said

@@ -274,8 +274,12 @@ def batch(
     steps = {number for number in (step, same) if number is not None}
     if len(steps) != 1:
         raise ConfigError(f"which step? Give one: toolkit batch {run_dir} STEP")
-    folder = commands.runs.folder_of(run_dir, checkpoints=False)
     saved_in = commands.runs.url_of_run(run_dir)
+    if saved_in is not None and saved_in != run_dir.rstrip("/"):
+        raise ConfigError(
+            f"{run_dir}: a checkpoint, not a run; type: toolkit batch {saved_in} {steps.pop()}"
+        )
+    folder = commands.runs.folder_of(run_dir, checkpoints=False)
     found = commands.batch.step_batch(folder, steps.pop(), show=show, saved_in=saved_in)
     if json:
         print_json(found)
