@@ -224,6 +224,11 @@ def test_a_missing_library_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> N
         RemoteFolder("nope://b")
 
 
+def test_a_server_that_is_asked_on_opening_and_is_not_there_is_one_line() -> None:
+    with pytest.raises(ConfigError, match=r"^ftp://127.0.0.1:9/y: cannot be opened: .*refused"):
+        RemoteFolder("ftp://127.0.0.1:9/y")
+
+
 @pytest.mark.parametrize("url", ["file://tmp/x", "file://x", "local://a/b"])
 def test_a_relative_file_url_is_refused_and_told_the_right_form(url: str) -> None:
     with pytest.raises(ConfigError, match=r"three slashes, .* path: [a-z]+:///"):

@@ -91,7 +91,7 @@ def open_filesystem(url: str) -> tuple[Any, str]:
         extra = EXTRAS.get(protocol)
         advice = f"pip install 'toolkit[{extra}]'" if extra else f"{reason_of(error)}"
         raise ConfigError(f"{url}: {protocol}:// needs a library: {advice}") from None
-    except ValueError as error:
+    except (ValueError, OSError) as error:  # some ask their server at once
         problem = problem_of_protocol(url) or reason_of(error)
         raise ConfigError(f"{url}: cannot be opened: {problem}") from None
     return filesystem, path.rstrip("/")

@@ -1,10 +1,18 @@
 """Which URLs name a place that can be used at all, told without a network."""
 
+import re
+
 EXTRAS = {
     "s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "gdrive": "gdrive", "http": "http",
     "https": "http",
 }  # fmt: skip
 """Protocols, and the extra of this package that each needs."""
+
+_EXAMPLES = {"file": "/its/path", "local": "/its/path"}
+_STORES_OF_OBJECTS = ("s3", "s3a", "gs", "gcs")
+_MISREAD = re.compile(r"[?#]|//")
+"""`?versionId=` and `#generation` name a version of one object, so that every file below would be
+written to that object; what has an empty part in its name is listed under another one."""
 
 
 def problem_of_place(url: str) -> str | None:
@@ -17,11 +25,18 @@ def problem_of_place(url: str) -> str | None:
 
 def problem_of_store(url: str) -> str | None:
     """What is wrong with `url` as the place of a run, which is written to."""
-    protocol = url.partition("://")[0]
+    protocol, _, path = url.partition("://")
     if EXTRAS.get(protocol) == "http":
         return (
             f"{url}: {protocol}:// is for reading token files; a run needs a place that can be "
             "written: s3://, gs://, gdrive:// or file:///its/path"
+        )
+    if not path.strip("/"):
+        return f"{url}: names no folder; write {protocol}://{_EXAMPLES.get(protocol, 'bucket')}/run"
+    if protocol in _STORES_OF_OBJECTS and (sign := _MISREAD.search(path.rstrip("/"))):
+        return (
+            f"{url}: its path holds {sign[0]!r}, which stores read as something else; choose a URL "
+            "without"
         )
     return problem_of_place(url)
 
