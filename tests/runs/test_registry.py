@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from toolkit.data.config import StoreConfig
 from toolkit.errors import RunError
 from toolkit.runs.config import RunConfig
 from toolkit.runs.database import RunIndex
@@ -25,6 +26,7 @@ from toolkit.runs.registry import (
     start_run,
 )
 from toolkit.runs.status import read_status
+from toolkit.train.callbacks.config import CheckpointerConfig
 
 STARTER = """
 import sys
@@ -55,7 +57,15 @@ def test_folder_follows_the_config_and_is_absolute(tmp_path, monkeypatch):
     assert resolve_run_folder(RunConfig(name="n", save_folder="f"), "t") == tmp_path / "f"
 
 
-@pytest.mark.parametrize("field", ["save_folder", "mirror"])
+@pytest.mark.parametrize(
+    ("kind", "field"),
+    [
+        (RunConfig, "save_folder"),
+        (RunConfig, "mirror"),
+        (StoreConfig, "permanent_root"),
+        (CheckpointerConfig, "upload_to"),
+    ],
+)
 @pytest.mark.parametrize(
     ("url", "problem"),
     [
@@ -69,9 +79,9 @@ def test_folder_follows_the_config_and_is_absolute(tmp_path, monkeypatch):
         ("file://tmp/x", r"three slashes, .*: file:///tmp/x"),
     ],
 )
-def test_a_url_that_no_run_can_be_at_is_refused_at_once(field, url, problem):
+def test_a_url_that_nothing_can_be_kept_at_is_refused_at_once(kind, field, url, problem):
     with pytest.raises(ValueError, match=f"{field}: {re.escape(url)}: .*{problem}"):
-        RunConfig(**{field: url})
+        kind(**{field: url})
 
 
 def test_chosen_names_are_sortable_and_differ():

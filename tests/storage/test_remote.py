@@ -20,7 +20,7 @@ from toolkit.storage.atomic import hash_file
 from toolkit.storage.dialects import PART
 from toolkit.storage.remote import CHUNK, ContentError, RemoteFolder, Retries, is_url
 from toolkit.storage.remote_file import RemoteFile
-from toolkit.storage.transient import is_transient
+from toolkit.storage.transient import is_transient, reason_of
 
 MIB = 1 << 20
 
@@ -211,6 +211,10 @@ def http_error(status: int) -> OSError:
 )
 def test_which_errors_pass(error: Exception, expected: bool) -> None:
     assert is_transient(error) is expected
+
+
+def test_what_an_error_quotes_is_cut() -> None:
+    assert len(reason_of(ValueError("400, got: " + "x" * 9999))) < 350
 
 
 def test_a_missing_library_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,12 +24,12 @@ def problem_of_place(url: str) -> str | None:
 
 
 def problem_of_store(url: str) -> str | None:
-    """What is wrong with `url` as the place of a run, which is written to."""
+    """What is wrong with `url` as a place that is written to."""
     protocol, _, path = url.partition("://")
     if EXTRAS.get(protocol) == "http":
         return (
-            f"{url}: {protocol}:// is for reading token files; a run needs a place that can be "
-            "written: s3://, gs://, gdrive:// or file:///its/path"
+            f"{url}: {protocol}:// is for reading token files; what is kept needs a place "
+            "that can be written: s3://, gs://, gdrive:// or file:///its/path"
         )
     if not path.strip("/"):
         return f"{url}: names no folder; write {protocol}://{_EXAMPLES.get(protocol, 'bucket')}/run"
@@ -39,6 +39,14 @@ def problem_of_store(url: str) -> str | None:
             "without"
         )
     return problem_of_place(url)
+
+
+def check_stores(config: object, *fields: str) -> None:
+    """Raise ValueError for the first of the fields that is a URL with a `problem_of_store`."""
+    for field in fields:
+        url = getattr(config, field)
+        if url is not None and "://" in url and (problem := problem_of_store(url)):
+            raise ValueError(f"{field}: {problem}")
 
 
 def problem_of_protocol(url: str) -> str | None:
