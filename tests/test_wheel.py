@@ -79,6 +79,12 @@ def test_the_installed_command_has_its_recipes_and_launcher_files(
         [toolkit, "train", "quickstart", "--processes=2", "--engine=fsdp", "--dry-run"], tmp_path
     )
     assert "fsdp, 2 processes, from --engine" in said
+    said = run(
+        [toolkit, "launch", "smoke", "--to=slurm", "--nodes=2", "--name=first", "--dry-run"],
+        tmp_path,
+    )
+    assert "#SBATCH --nodes=2" in said
+    assert f"{installed / 'python'} " in said
 
 
 @pytest.mark.slow
