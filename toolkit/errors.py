@@ -104,6 +104,12 @@ class StorageError(ToolkitError):
     """A remote folder cannot be reached, or refuses what is asked of it."""
 
 
+class UnfitServerError(StorageError):
+    """A server answers, and can never give what is asked of it: another one is needed."""
+
+    exit_code = EXIT_BAD_INPUT
+
+
 _MACHINE = {
     errno.ENOSPC: "free some space there",
     errno.EDQUOT: "free some of your quota there",

@@ -1,12 +1,16 @@
 """What the small verbs print."""
 
 import json
+import shutil
+import sqlite3
 from pathlib import Path
 
 import pytest
 
 from toolkit.cli import main as cli
 from toolkit.experiment.sources import recipe_names, recipe_text
+from toolkit.runs.files import RUN_FILES
+from toolkit.runs.registry import start_run
 
 
 @pytest.fixture(autouse=True)
@@ -63,8 +67,6 @@ def test_runs_without_runs_says_how_to_start_one(capsys: pytest.CaptureFixture[s
 
 
 def test_runs_lists_and_reindexes(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    from toolkit.runs.registry import start_run
-
     run = start_run("quickstart", "first", root=tmp_path / "r")
     run.close("finished", step=7, tokens=7168, loss=4.5, engine="ddp", world_size=2)
     header, row = output(capsys, "runs", "list", "--root", "r").splitlines()
@@ -114,3 +116,28 @@ def test_a_root_that_was_named_is_used_or_refused(capsys: pytest.CaptureFixture[
     assert "--root: nowhere: no such folder" in capsys.readouterr().err
     assert cli.run(["runs", "--root", "elsewhere", "list"]) == 2
     assert "--root goes after the verb: toolkit runs list --root ..." in capsys.readouterr().err
+
+
+def test_batch_of_a_checkpoint_at_a_url_names_the_run(capsys: pytest.CaptureFixture[str]) -> None:
+    step = "file:///b/run/checkpoints/step20"
+    assert cli.run(["batch", step, "5"]) == 2
+    said = f"error: {step}: a checkpoint, not a run; type: toolkit batch file:///b/run 5\n"
+    assert capsys.readouterr().err == said
+
+
+def test_runs_list_says_where_a_run_is_whose_copy_here_is_gone(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    database = sqlite3.connect(tmp_path / "registry.sqlite")
+    start_run("e", "old", root=tmp_path).close("finished")
+    # A registry of before there were mirrors.
+    database.execute("ALTER TABLE runs DROP COLUMN mirror")
+    run = start_run("e", "one", root=tmp_path, save_folder=tmp_path / "copy" / "one")
+    run.log_metadata({"run": {"mirror": "s3://b/one"}, "model": {}}, RUN_FILES.config)
+    run.close("finished", step=7)
+    shutil.rmtree(tmp_path / "copy")
+    said = output(capsys, "runs", "list", "--root", str(tmp_path))
+    one, old = sorted(said.splitlines()[1:], key=lambda line: "e/old" in line)
+    assert "missing" in one
+    assert one.endswith(f"{run.folder}; mirrored at s3://b/one")
+    assert old.endswith("/e/old")

@@ -197,6 +197,9 @@ def test_what_a_variable_holds_must_fit() -> None:
         "dataset.source.token: no such field; known: name, split",
         "model.secret: expected a number, not null",
         "--upload_to='s3://key:${NAME}@bucket/runs'",
+        "not allowed: NoCredentialsError: Unable to locate credentials; check credentials",
+        "google.auth.exceptions.DefaultCredentialsError: Your default credentials were not found",
+        "Credentials: Unable to locate them",
     ],
 )
 def test_messages_keep_their_words(message: str) -> None:
@@ -204,7 +207,15 @@ def test_messages_keep_their_words(message: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["token: nothing2", "s3://key:${NAME}hunter2@bucket", "password=no"]
+    "text",
+    [
+        "token: nothing2",
+        "s3://key:${NAME}hunter2@bucket",
+        "password=no",
+        "NoCredentialsError: password: hunter2",
+        "CredentialsError=hunter2",
+        "Credentials: hunter2",
+    ],
 )
 def test_what_only_looks_like_words_is_hidden(text: str) -> None:
     assert "***" in mask_secrets(text)

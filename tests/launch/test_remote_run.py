@@ -305,3 +305,9 @@ def test_names_of_urls_and_folders() -> None:
         RunConfig(mirror="/mnt/x")
     with pytest.raises(ValueError, match="save_folder is a URL already"):
         RunConfig(mirror="s3://b/x", save_folder="s3://b/y")
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:9/run", "file://tmp/run"])
+def test_where_no_run_can_be_is_refused_before_anything_is_asked(url: str, tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=r"three slashes|http:// is for reading token files"):
+        local_copy(url, str(tmp_path))

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from toolkit.data.config import StoreConfig
 from toolkit.errors import RunError
 from toolkit.runs.config import RunConfig
 from toolkit.runs.database import RunIndex
@@ -25,6 +26,7 @@ from toolkit.runs.registry import (
     start_run,
 )
 from toolkit.runs.status import read_status
+from toolkit.train.callbacks.config import CheckpointerConfig
 
 STARTER = """
 import sys
@@ -53,6 +55,33 @@ def test_folder_follows_the_config_and_is_absolute(tmp_path, monkeypatch):
     named = RunConfig(experiment="e", name="n", root="elsewhere")
     assert resolve_run_folder(named, "t") == tmp_path / "elsewhere/e/n"
     assert resolve_run_folder(RunConfig(name="n", save_folder="f"), "t") == tmp_path / "f"
+
+
+@pytest.mark.parametrize(
+    ("kind", "field"),
+    [
+        (RunConfig, "save_folder"),
+        (RunConfig, "mirror"),
+        (StoreConfig, "permanent_root"),
+        (CheckpointerConfig, "upload_to"),
+    ],
+)
+@pytest.mark.parametrize(
+    ("url", "problem"),
+    [
+        ("http://host/x", r"http:// is for reading token files; .*s3://"),
+        ("https://host/x", r"https:// is for reading"),
+        ("s3://", r"names no folder; write s3://bucket/run"),
+        ("file:///", r"names no folder; write file:///its/path/run"),
+        ("s3://bucket/mine?versionId=1", r"its path holds '\?', which"),
+        ("gs://bucket/mine#17", r"its path holds '#', which"),
+        ("s3://bucket//two//x", r"its path holds '//', which"),
+        ("file://tmp/x", r"three slashes, .*: file:///tmp/x"),
+    ],
+)
+def test_a_url_that_nothing_can_be_kept_at_is_refused_at_once(kind, field, url, problem):
+    with pytest.raises(ValueError, match=f"{field}: {re.escape(url)}: .*{problem}"):
+        kind(**{field: url})
 
 
 def test_chosen_names_are_sortable_and_differ():

@@ -20,7 +20,7 @@ from toolkit.storage.atomic import hash_file
 from toolkit.storage.dialects import PART
 from toolkit.storage.remote import CHUNK, ContentError, RemoteFolder, Retries, is_url
 from toolkit.storage.remote_file import RemoteFile
-from toolkit.storage.transient import is_transient
+from toolkit.storage.transient import is_transient, reason_of
 
 MIB = 1 << 20
 
@@ -213,13 +213,30 @@ def test_which_errors_pass(error: Exception, expected: bool) -> None:
     assert is_transient(error) is expected
 
 
+def test_what_an_error_quotes_is_cut() -> None:
+    assert len(reason_of(ValueError("400, got: " + "x" * 9999))) < 350
+
+
 def test_a_missing_library_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "gcsfs", None)
     monkeypatch.delitem(sys.modules["fsspec.registry"]._registry, "gs", raising=False)
     with pytest.raises(ConfigError, match=r"^gs://b/x: gs:// needs .*pip install 'toolkit\[gcs\]'"):
         RemoteFolder("gs://b/x")
-    with pytest.raises(ConfigError, match=r"^nope://b: cannot be opened: .*nope"):
+    with pytest.raises(
+        ConfigError, match=r"^nope://b: cannot be opened: no such.* s3://,.*file://"
+    ):
         RemoteFolder("nope://b")
+
+
+def test_a_server_that_is_asked_on_opening_and_is_not_there_is_one_line() -> None:
+    with pytest.raises(ConfigError, match=r"^ftp://127.0.0.1:9/y: cannot be opened: .*refused"):
+        RemoteFolder("ftp://127.0.0.1:9/y")
+
+
+@pytest.mark.parametrize("url", ["file://tmp/x", "file://x", "local://a/b"])
+def test_a_relative_file_url_is_refused_and_told_the_right_form(url: str) -> None:
+    with pytest.raises(ConfigError, match=r"three slashes, .* path: [a-z]+:///"):
+        RemoteFolder(url)
 
 
 def test_urls_and_paths_are_told_apart() -> None:

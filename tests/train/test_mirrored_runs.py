@@ -19,6 +19,7 @@ from toolkit.distributed import environment
 from toolkit.launch.mirror import Mirror
 from toolkit.launch.remote_run import local_copy
 from toolkit.runs.config import folder_of_url
+from toolkit.runs.status import read_status
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +140,13 @@ def test_verbs_take_the_url(
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     url = f"file://{tmp_path}/store/run"
-    assert workers.run(1, run, url, str(undisturbed[1]), *at(tmp_path / "one")) == [(0, "")]
+    flags = at(tmp_path / "one", "--trainer.hard_stop={value: 6, unit: steps}")
+    assert workers.run(1, run, url, str(undisturbed[1]), *flags) == [(0, "")]
+    # `train` at a URL that holds a run continues it, on an empty machine too.
+    assert workers.run(1, run, url, str(undisturbed[1]), *at(tmp_path / "two")) == [(0, "")]
+    there = read_status(Path(url.removeprefix("file://")))
+    assert there is not None
+    assert (there.attempt, there.step) == (2, STEPS)
 
     def said(*words: str, code: int = 0) -> str:
         assert cli.run([*words]) == code, capsys.readouterr()

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from toolkit.commands.batch import BatchInstance
     from toolkit.commands.receipt import Receipt
     from toolkit.commands.verify import CheckpointReport
+    from toolkit.runs.registry import RunRecord
 
 app = typer.Typer(invoke_without_command=True, rich_markup_mode=None)
 Root = Annotated[str, option("Folder of all runs (run.root), or URL of one run or several.")]
@@ -85,12 +86,18 @@ def list_(root: Root = "runs", registry: Registry = None) -> None:
                 cell(record.engine),
                 cell(record.world_size),
                 record.created[:16].replace("T", " "),
-                record.folder,
+                _place(record),
             ]
             for record in records
         ],
         right=["step", "tokens", "loss", "ranks"],
     )
+
+
+def _place(record: "RunRecord") -> str:
+    """Where a run is; of one that is gone here, where it is to be had."""
+    is_elsewhere = record.state == "missing" and record.mirror is not None
+    return f"{record.folder}; mirrored at {record.mirror}" if is_elsewhere else record.folder
 
 
 @app.command()
@@ -274,8 +281,12 @@ def batch(
     steps = {number for number in (step, same) if number is not None}
     if len(steps) != 1:
         raise ConfigError(f"which step? Give one: toolkit batch {run_dir} STEP")
-    folder = commands.runs.folder_of(run_dir, checkpoints=False)
     saved_in = commands.runs.url_of_run(run_dir)
+    if saved_in is not None and saved_in != run_dir.rstrip("/"):
+        raise ConfigError(
+            f"{run_dir}: a checkpoint, not a run; type: toolkit batch {saved_in} {steps.pop()}"
+        )
+    folder = commands.runs.folder_of(run_dir, checkpoints=False)
     found = commands.batch.step_batch(folder, steps.pop(), show=show, saved_in=saved_in)
     if json:
         print_json(found)

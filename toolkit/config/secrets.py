@@ -30,9 +30,12 @@ _CONTROLS = {
 """What stands before "token" where that is a token of text."""
 _PROSE = {
     "is", "in", "to", "or", "and", "of", "not", "was", "for", "must", "has", "variable",
-    "environment", "no", "expected", "holds", "cannot",
+    "environment", "no", "expected", "holds", "cannot", "unable", "could", "missing", "invalid",
 }  # fmt: skip
 """Words of messages that come after a name, as in `source.token: no such field`."""
+
+_EXCEPTION = re.compile(r"[A-Z]\w*[a-z](?:Error|Exception|Warning): ")
+"""The class before a message, as in `NoCredentialsError: Unable to locate credentials`."""
 
 _FOLDERS = ("PWD", "OLDPWD")
 """Variables of every shell, which hold the current folder and the one before."""
@@ -225,7 +228,9 @@ def _mask_assigned(text: str) -> str:
         return text if not rest or _is_reference(rest) else text[:first] + HIDDEN
 
     def is_kept(match: re.Match[str], value: str) -> bool:
-        if match[0].endswith(": ") and value in _PROSE:
+        if match[0].endswith(": ") and value.lower() in _PROSE:
+            return True
+        if _EXCEPTION.match(match["name"].rpartition(".")[2] + match[0][len(match["name"]) :]):
             return True
         # A user called `key`, whose password is named and not written.
         return text[: match.start()].endswith("://") and _is_reference(value.split("@")[0])

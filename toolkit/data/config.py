@@ -37,6 +37,7 @@ from toolkit.data.source_config import (  # noqa: F401
     TextSourceConfig,
     TokenFilesSourceConfig,
 )
+from toolkit.storage.urls import check_stores
 
 
 class ByteTokenizerConfig(Config, kw_only=True, tag_field="type", tag="byte"):
@@ -328,6 +329,7 @@ class StoreConfig(Config, kw_only=True):
 
     def __post_init__(self) -> None:
         check_positive(self, "max_cache_gb")
+        check_stores(self, "permanent_root")
 
 
 class DataConfig(Config, kw_only=True):

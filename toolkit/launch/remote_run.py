@@ -39,6 +39,7 @@ from toolkit.storage.atomic import remove_tree, unused_name, write_atomic, write
 from toolkit.storage.foreign import decode_json, read_json
 from toolkit.storage.locks import locked
 from toolkit.storage.remote import RemoteFolder
+from toolkit.storage.urls import problem_of_store
 
 log = logging.getLogger(__name__)
 
@@ -72,6 +73,8 @@ def local_copy(text: str, work_dir: str | None = None, *, checkpoints: bool = Tr
         StorageError, TrainingError: the store cannot be reached, or the disk written.
     """
     url, step = run_and_step(text)
+    if (problem := problem_of_store(url)) is not None:
+        raise RunError(problem)
     folder = folder_of_url(url, work_dir)
     if not is_at(url):
         raise RunError(

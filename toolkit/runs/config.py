@@ -9,6 +9,7 @@ from toolkit.config import Config
 from toolkit.config.base import check_not_negative
 from toolkit.config.paths import LocalPath, NewName, PathOrURL
 from toolkit.storage.remote import is_url
+from toolkit.storage.urls import check_stores
 
 
 class RunConfig(Config, kw_only=True):
@@ -45,6 +46,7 @@ class RunConfig(Config, kw_only=True):
             raise ValueError(f"mirror: {self.mirror!r} is no URL; a folder is file:///its/path")
         if self.mirror is not None and self.save_folder is not None and is_url(self.save_folder):
             raise ValueError("mirror: save_folder is a URL already; give one of them")
+        check_stores(self, "mirror", "save_folder")
 
     @property
     def folder(self) -> str | None:

@@ -69,6 +69,7 @@ class RunIndex:
             sa.event.listen(self._engine, "connect", _use_write_ahead_log)
         with self._engine.begin() as connection:
             connection.execute(CreateTable(runs_table, if_not_exists=True))
+            _add_mirror(connection)
 
     def put(self, record: RunRecord) -> None:
         """Insert or update the row of `record.folder`."""
@@ -91,6 +92,15 @@ class RunIndex:
             connection.execute(sa.delete(runs_table))
             if rows:
                 connection.execute(sa.insert(runs_table), rows)
+
+
+def _add_mirror(connection: sa.Connection) -> None:
+    """Give a table that was made before there were mirrors their column."""
+    name, column = runs_table.name, runs_table.c.mirror
+    if any(known["name"] == column.name for known in sa.inspect(connection).get_columns(name)):
+        return
+    kind = column.type.compile(connection.dialect)
+    connection.execute(sa.text(f"ALTER TABLE {name} ADD COLUMN {column.name} {kind}"))
 
 
 def _use_write_ahead_log(connection: Any, _: Any) -> None:

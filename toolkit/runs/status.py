@@ -55,6 +55,16 @@ class RunStatus(msgspec.Struct, kw_only=True):
     """Whatever else was given to `set_status`."""
 
 
+class _StoredRun(msgspec.Struct):
+    mirror: str | None = None
+
+
+class _StoredConfig(msgspec.Struct):
+    """What the list of runs asks of a config."""
+
+    run: _StoredRun = msgspec.field(default_factory=_StoredRun)
+
+
 class RunRecord(msgspec.Struct, kw_only=True):
     """A line of `toolkit runs`, a row of the registry: its columns, in order."""
 
@@ -73,12 +83,23 @@ class RunRecord(msgspec.Struct, kw_only=True):
     engine: str | None = None
     world_size: int | None = None
     parameters: int | None = None
+    mirror: str | None = None
+    """`run.mirror` of its config, where the run is too."""
 
     @classmethod
-    def from_status(cls, folder: Path, status: RunStatus) -> "RunRecord":
+    def from_status(cls, folder: Path, status: RunStatus, mirror: str | None = None) -> "RunRecord":
         """The record of a run whose status is known."""
-        fields = (field for field in cls.__struct_fields__ if field != "folder")
-        return cls(folder=str(folder), **{field: getattr(status, field) for field in fields})
+        fields = set(cls.__struct_fields__) - {"folder", "mirror"}
+        known = {field: getattr(status, field) for field in fields}
+        return cls(folder=str(folder), mirror=mirror, **known)
+
+
+def mirror_of(folder: Path) -> str | None:
+    """`run.mirror` of the config that a run folder keeps; None where it has none."""
+    try:
+        return read_json(folder / RUN_FILES.config, RunError, _StoredConfig).run.mirror
+    except (FileNotFoundError, RunError):
+        return None
 
 
 def read_status(folder: Path) -> RunStatus | None:
@@ -111,7 +132,7 @@ def record_of(folder: Path) -> RunRecord | None:
     status = read_status(folder)
     if status is None:
         return None
-    record = RunRecord.from_status(folder, status)
+    record = RunRecord.from_status(folder, status, mirror_of(folder))
     record.state = current_state(folder, status)
     newest = last_record(folder / RUN_FILES.train_metrics)
     if not newest:

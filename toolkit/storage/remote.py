@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, NamedTuple, TypeVar
 
-from toolkit.errors import ConfigError, StorageError
+from toolkit.errors import ConfigError, StorageError, UnfitServerError
 from toolkit.storage.atomic import fsync_file, hash_file, write_atomic
 from toolkit.storage.dialects import (
     STREAMS,
@@ -28,7 +28,8 @@ from toolkit.storage.dialects import (
     upload_options,
     version_of,
 )
-from toolkit.storage.transient import is_transient, reason_of
+from toolkit.storage.transient import is_transient, message_of, reason_of
+from toolkit.storage.urls import EXTRAS, problem_of_place, problem_of_protocol
 from toolkit.threads import ThreadPool
 
 log = logging.getLogger(__name__)
@@ -42,10 +43,6 @@ class ContentError(StorageError):
     """A stored file is not what was stored: cut or changed."""
 
 
-_EXTRAS = {
-    "s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "gdrive": "gdrive", "http": "http",
-    "https": "http",
-}  # fmt: skip
 _ENDPOINTS = ("FSSPEC_S3_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
 
 
@@ -74,26 +71,29 @@ def open_filesystem(url: str) -> tuple[Any, str]:
     """fsspec's file system of `url` and the path in it; nothing is contacted.
 
     Raises:
-        ConfigError: no such protocol, or its library is not installed.
+        ConfigError: no such protocol, its library is not installed, or a relative file://.
     """
     from fsspec.core import url_to_fs
 
+    if (problem := problem_of_place(url)) is not None:
+        raise ConfigError(problem)
     protocol = url.partition("://")[0]
     options: dict[str, Any] = {}
     if protocol in ("file", "local"):
         options["auto_mkdir"] = True
-    if _EXTRAS.get(protocol) == "s3":
+    if EXTRAS.get(protocol) == "s3":
         endpoint = next((os.environ[name] for name in _ENDPOINTS if os.environ.get(name)), None)
         if endpoint:
             options["endpoint_url"] = endpoint
     try:
         filesystem, path = url_to_fs(url, **options)
     except ImportError as error:
-        extra = _EXTRAS.get(protocol)
+        extra = EXTRAS.get(protocol)
         advice = f"pip install 'toolkit[{extra}]'" if extra else f"{reason_of(error)}"
         raise ConfigError(f"{url}: {protocol}:// needs a library: {advice}") from None
-    except ValueError as error:
-        raise ConfigError(f"{url}: cannot be opened: {reason_of(error)}") from None
+    except (ValueError, OSError) as error:  # some ask their server at once
+        problem = problem_of_protocol(url) or reason_of(error)
+        raise ConfigError(f"{url}: cannot be opened: {problem}") from None
     return filesystem, path.rstrip("/")
 
 
@@ -162,7 +162,7 @@ class RemoteFolder:
         def ask(path: str) -> tuple[int, str]:
             info = self._info(path)
             if info.get("size") is None:
-                raise OSError("the server tells no size; download the file first")
+                raise self._unfit(name, "tells no size")
             return int(info["size"]), version_of(info)
 
         return self._ask("asking for", name, ask)
@@ -174,7 +174,7 @@ class RemoteFolder:
             data = self._filesystem.cat_file(path, start=start, end=end)
             if start is not None and end is not None and len(data) != end - start:
                 if len(data) > end - start:
-                    raise OSError("the server sends no ranges of files; download the file first")
+                    raise self._unfit(name, "sends no ranges of files")
                 raise ConnectionError(f"got {len(data)} of {end - start} bytes")
             return data
 
@@ -338,6 +338,10 @@ class RemoteFolder:
                 f"{self.url}/{name}: cannot be written, its bucket or folder does not exist"
             ) from error
 
+    def _unfit(self, name: str, problem: str) -> UnfitServerError:
+        advice = "download the file first, or serve it by nginx or `rclone serve http`"
+        return UnfitServerError(f"{self.url}/{name}: the server {problem}; {advice}")
+
     def _info(self, path: str) -> dict[str, Any]:
         self._filesystem.invalidate_cache()
         info = self._filesystem.info(path)
@@ -378,9 +382,11 @@ class RemoteFolder:
                 failure: BaseException = error.__cause__ or error
                 if not (is_transient(failure) or is_lost_upload(failure)):
                     raise
+            except UnfitServerError:
+                raise
             except Exception as error:
                 if not is_transient(error):
-                    raise StorageError(_message(doing, where, error)) from error
+                    raise StorageError(message_of(doing, where, error)) from error
                 failure = error
             if attempt + 1 < self._retries.attempts:
                 pause = self._retries.pause(attempt)
@@ -390,10 +396,3 @@ class RemoteFolder:
             f"{doing} {where} failed {self._retries.attempts} times, last: {reason_of(failure)}; "
             "check the network and the store, then try again"
         ) from failure
-
-
-def _message(doing: str, where: str, error: Exception) -> str:
-    reason = reason_of(error)
-    if isinstance(error, PermissionError) or "Credentials" in type(error).__name__:
-        return f"{doing} {where}: not allowed: {reason}; check credentials and permissions"
-    return f"{doing} {where}: {reason}"

@@ -3,6 +3,8 @@
 import errno
 from collections.abc import Iterator
 
+_LONGEST = 300
+"""Characters of an exception's text that are said."""
 _PASSING_STATUS = {408, 425, 429}
 """HTTP: too slow, too early, too many; besides everything from 500 on."""
 _PASSING_NUMBERS = {
@@ -48,9 +50,18 @@ def is_transient(error: BaseException) -> bool:
 def reason_of(error: BaseException) -> str:
     """The error in one line, named by its class where the text alone says little."""
     text = " ".join(str(error).split())
+    text = text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."  # some quote what they got
     if isinstance(error, PermissionError) and text:
         return text
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def message_of(doing: str, where: str, error: Exception) -> str:
+    """What an error that does not pass says of a place, in one line."""
+    reason = reason_of(error)
+    if isinstance(error, PermissionError) or "Credentials" in type(error).__name__:
+        return f"{doing} {where}: not allowed: {reason}; check credentials and permissions"
+    return f"{doing} {where}: {reason}"
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:

@@ -181,6 +181,8 @@ def test_verbs_of_jobs_are_told(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().err == "error: 'status' is no config; type: toolkit jobs status a\n"
     assert run("jobs", "status", "a") == 2
     assert "a: no such run here; `toolkit jobs` lists those" in capsys.readouterr().err
+    assert run("jobs", "status", "file:///b/a") == 2
+    assert "a: jobs are found by the folder or name of the run here" in capsys.readouterr().err
 
 
 def test_a_variable_that_is_secret_is_named_and_not_written(

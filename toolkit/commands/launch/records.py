@@ -9,6 +9,7 @@ from toolkit.runs.files import RUN_FILES
 from toolkit.runs.status import read_status
 from toolkit.storage.atomic import write_json_atomic
 from toolkit.storage.foreign import read_json
+from toolkit.storage.remote import is_url
 
 
 def write_record(home: Path, record: Record) -> None:
@@ -46,6 +47,11 @@ def target_of(record: Record) -> Target:
 def home_of(run: str, *, root: str = "runs") -> Path:
     """The folder that remembers the job of a run: given itself, or by the run's name, or by
     experiment/name. Raises RunError: there is none."""
+    if is_url(run):
+        raise RunError(
+            f"{run}: jobs are found by the folder or name of the run here, not by a URL; "
+            "`toolkit jobs` lists those that were launched"
+        )
     path = Path(run).expanduser()
     if (path / RUN_FILES.launch).is_file():
         return path

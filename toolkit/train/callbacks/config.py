@@ -18,6 +18,7 @@ from toolkit.config.named import users_subclass
 from toolkit.config.paths import PathOrURL
 from toolkit.config.types import DOOR
 from toolkit.errors import ConfigError, ToolkitError
+from toolkit.storage.urls import check_stores
 from toolkit.train.callbacks.config_base import CallbackConfig, EvaluatorConfig
 from toolkit.train.callbacks.config_monitors import (
     GPUMemoryMonitorConfig,
@@ -241,6 +242,7 @@ class CheckpointerConfig(CallbackConfig, kw_only=True):
 
     def __post_init__(self) -> None:
         check_positive(self, "keep_last", "keep_every", "keep_best", "ephemeral_interval")
+        check_stores(self, "upload_to")
         if any(step < 0 for step in self.fixed_steps):
             raise ValueError(f"fixed_steps must not be negative: {list(self.fixed_steps)}")
 

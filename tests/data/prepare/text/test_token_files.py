@@ -289,8 +289,10 @@ def test_a_file_that_changes_while_it_is_read_is_an_error(web: str) -> None:
 def test_a_server_without_ranges_is_one_line(web: str, tmp_path: Path) -> None:
     Files.content["/a.bin"] = ids(9000, 1).tobytes()
     Files.ranges = False
-    with pytest.raises(StorageError, match=r"a\.bin: .*sends no ranges of files; download"):
+    problem = rf"^{web}/a\.bin: the server sends no ranges of files; download .* nginx"
+    with pytest.raises(StorageError, match=problem) as error:
         ensure_prepared(web_config(tmp_path, f"{web}/a.bin"), progress=False)
+    assert error.value.exit_code == 2
 
 
 def test_files_of_a_store_are_asked_for_together(monkeypatch: pytest.MonkeyPatch) -> None:
