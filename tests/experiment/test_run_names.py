@@ -1,7 +1,6 @@
 """How a run is named on the command line, and which checkpoint of it is continued from."""
 
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from toolkit.experiment.load import load_experiment
 from toolkit.experiment.resuming import plan_resume, processes_here
 from toolkit.launch import capacity
 from toolkit.launch.plan import LaunchPlan
+from toolkit.launch.workers import toolkit_command
 from toolkit.runs.files import RUN_FILES
 from toolkit.runs.manager import RunManager
 from toolkit.runs.registry import find_named
@@ -106,7 +106,8 @@ def test_a_resume_starts_what_is_asked_for(tmp_path: Path, monkeypatch: pytest.M
     folder = make(tmp_path, "a", "b")
     for number in (2, 4):
         running.resume(folder, ["--seed=3"], asked=LaunchPlan(number), debug=True)
-    command = [sys.executable, *("-m", "toolkit", "resume"), str(folder), "--seed=3", "--debug"]
+    words = ["resume", str(folder), "--seed=3", "--debug"]
+    command = toolkit_command(words[:-1], debug=True)
     assert started == [(command, 2, folder), (command, 4, folder)]
     monkeypatch.setenv(ENGINE, "single")
     with pytest.raises(ConfigError, match="--engine asks for the engine single, which is one p"):

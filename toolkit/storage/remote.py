@@ -378,10 +378,11 @@ class RemoteFolder:
             try:
                 return action(path)
             except FileNotFoundError as error:
-                # fsspec says so too of web servers that do not answer.
-                failure: BaseException = error.__cause__ or error
-                if not (is_transient(failure) or is_lost_upload(failure)):
+                # fsspec says so too of web servers that do not answer. (A name for an error that is
+                # raised would keep this frame, and what its callers hold, until a collection.)
+                if not (is_transient(error.__cause__ or error) or is_lost_upload(error)):
                     raise
+                failure: BaseException = error.__cause__ or error
             except UnfitServerError:
                 raise
             except Exception as error:
