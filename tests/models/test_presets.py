@@ -11,6 +11,7 @@ from toolkit.models.presets import PRESETS
 
 _LLAMA: dict[str, Any] = {"vocab_size": 128_256, "num_key_value_heads": 8}
 _OLMO: dict[str, Any] = {"vocab_size": 100_352}
+_SMOL: dict[str, Any] = {"vocab_size": 49_152, "tie_word_embeddings": True}
 _QWEN: dict[str, Any] = {"vocab_size": 151_936, "num_key_value_heads": 8, "head_dim": 128}
 
 
@@ -29,6 +30,8 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
     "olmo2_7B": ("Olmo2", _shape(4096, 32, 32, 11008, **_OLMO)),
     "olmo2_13B": ("Olmo2", _shape(5120, 40, 40, 13824, **_OLMO)),
     "olmo2_32B": ("Olmo2", _shape(5120, 64, 40, 27648, num_key_value_heads=8, **_OLMO)),
+    "smollm2_135M": ("Llama", _shape(576, 30, 9, 1536, num_key_value_heads=3, **_SMOL)),
+    "smollm2_360M": ("Llama", _shape(960, 32, 15, 2560, num_key_value_heads=5, **_SMOL)),
     "qwen3_0.6B": ("Qwen3", _shape(1024, 28, 16, 3072, tie_word_embeddings=True, **_QWEN)),
     "qwen3_1.7B": ("Qwen3", _shape(2048, 28, 16, 6144, tie_word_embeddings=True, **_QWEN)),
     "qwen3_4B": ("Qwen3", _shape(2560, 36, 32, 9728, tie_word_embeddings=True, **_QWEN)),

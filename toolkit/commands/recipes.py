@@ -4,13 +4,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from toolkit.config.files import SCHEMA_KEY
+from toolkit.config.interpolation import variables
 from toolkit.config.paths import local_path
 from toolkit.config.schema import json_schema
 from toolkit.data.config import HFTokenizerConfig, HubSourceConfig
 from toolkit.errors import ConfigError
 from toolkit.experiment.config import ExperimentConfig
 from toolkit.experiment.load import load_experiment
-from toolkit.experiment.sources import engine_files, recipe_names, recipe_text
+from toolkit.experiment.sources import OFFICIAL, engine_files, recipe_names, recipe_text
 from toolkit.models.presets import PRESETS
 
 __all__ = ["copy_recipe", "describe_recipes", "engine_files", "experiment_schema", "recipe_text"]
@@ -21,7 +22,7 @@ class Recipe(NamedTuple):
     config: ExperimentConfig
     """With any model, where `--base` gives one."""
     needs: list[str]
-    """What is not on every machine."""
+    """What is not on every machine: `--base`, `download`, and variables of the environment."""
 
     @property
     def has_model(self) -> bool:
@@ -29,28 +30,34 @@ class Recipe(NamedTuple):
 
 
 def describe_recipes() -> list[Recipe]:
-    """All recipes: those that start from a model (`--base`) last, the others by size."""
+    """All recipes: our own, then those of published models. Of both, those that start from a model
+    (`--base`) last, the others by size."""
 
-    def order(recipe: Recipe) -> tuple[bool, int, str]:
-        return not recipe.has_model, recipe.config.model.num_parameters, recipe.name
+    def order(recipe: Recipe) -> tuple[bool, bool, int, str]:
+        size = recipe.config.model.num_parameters
+        return recipe.name.startswith(OFFICIAL), not recipe.has_model, size, recipe.name
 
     return sorted(map(_describe, recipe_names()), key=order)
 
 
 def _describe(name: str) -> Recipe:
     needs = [] if '"model"' in recipe_text(name) else ["--base"]
-    config = load_experiment(name, ["--model.preset=quickstart"] if needs else []).config
-    source, tokenizer = config.dataset.source, config.dataset.tokenizer
-    if isinstance(source, HubSourceConfig) or isinstance(tokenizer, HFTokenizerConfig):
+    flags = ["--model.preset=quickstart"] if needs else []
+    config = load_experiment(name, flags, fills=False).config
+    dataset = config.dataset
+    corpora = [dataset, *(dataset.mix.sources.values() if dataset.mix is not None else ())]
+    is_remote = any(isinstance(corpus.source, HubSourceConfig) for corpus in corpora)
+    if is_remote or isinstance(dataset.tokenizer, HFTokenizerConfig):
         needs.append("download")
-    return Recipe(name, config, needs)
+    return Recipe(name, config, [*needs, *variables(config)])
 
 
 def copy_recipe(name: str, destination: str | Path) -> Path:
     """Write a recipe, or one of `engine_files`, to the file `destination`, or into that folder;
     returns the file."""
     text, path = recipe_text(name), local_path(str(destination), "DEST")
-    own_name = name if name in engine_files() else f"{name.removesuffix('.json')}.json"
+    own_name = name.removeprefix(OFFICIAL)
+    own_name = own_name if name in engine_files() else f"{own_name.removesuffix('.json')}.json"
     path = path / own_name if path.is_dir() else path
     try:
         with path.open("x", encoding="utf-8") as file:

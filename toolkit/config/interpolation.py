@@ -39,6 +39,25 @@ def fill(config: T, environ: Mapping[str, str] | None = None) -> T:
         raise ConfigError(problem, key=error.key) from None
 
 
+def variables(config: Config) -> list[str]:
+    """Names of the variables that texts of `config` name, sorted."""
+    found: set[str] = set()
+
+    def look(value: Any) -> None:
+        if isinstance(value, dict):
+            for key, inner in value.items():
+                if key not in _PROSE_FIELDS:
+                    look(inner)
+        elif isinstance(value, list):
+            for inner in value:
+                look(inner)
+        elif isinstance(value, str):
+            found.update(m["name"] for m in _REFERENCE.finditer(value) if not m["escape"])
+
+    look(config.to_dict())
+    return sorted(found)
+
+
 def fill_text(text: str) -> str:
     """One text of a config, filled in."""
     return str(_fill(text, os.environ, "config"))

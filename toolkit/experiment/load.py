@@ -41,6 +41,7 @@ from toolkit.experiment.config import ExperimentConfig
 from toolkit.experiment.python_config import call_build_config, is_python_config
 from toolkit.experiment.recorded import stored_config
 from toolkit.experiment.sources import (
+    OFFICIAL,
     longest_sequence,
     name_own_data,
     read_base,
@@ -92,12 +93,14 @@ def load_experiment(
     starts: bool = False,
     environ: Mapping[str, str] | None = os.environ,
     check_data: Callable[[ExperimentConfig], None] | None = None,
+    fills: bool = True,
 ) -> LoadedExperiment:
     """Load a recipe or JSON file and apply the command line to it; see the top of this file.
 
     Where the config is refused, the error tells too what else is wrong: with the data, as
     `check_data` says, with the layout under a launcher's `environ` (None: not known), and where
-    `starts`, with the run that would be started.
+    `starts`, with the run that would be started. Without `fills`, `config` too has `${NAME}` as it
+    is written.
     """
     loading = _Loading()
     with loading.found.collecting():
@@ -121,7 +124,12 @@ def load_experiment(
         loading.layers.data["model"] = preset("quickstart")  # for what can be told of the rest
     across = has_model or loading.refuses("model")
     return loading.loaded(
-        source, across=across, starts=starts, environ=environ, check_data=check_data
+        source,
+        across=across,
+        starts=starts,
+        environ=environ,
+        check_data=check_data,
+        fills=fills,
     )
 
 
@@ -158,8 +166,10 @@ def _read_source(source: str) -> tuple[dict[str, Any], str]:
         return parse_json_mapping(recipe_text(source), f"recipe {source}"), f"recipe {source}"
     if path.is_dir():
         raise ConfigError(f"{source}: a folder; give a JSON file or a recipe ({recipe_hint('')})")
-    kind = "file" if source.endswith(".json") or "/" in source else "recipe or file"
-    raise ConfigError(f"{source}: no such {kind}; {recipe_hint(path.stem)}")
+    is_path = source.endswith(".json") or "/" in source.removeprefix(OFFICIAL)
+    kind = "file" if is_path else "recipe or file"
+    near = source.removesuffix(".json") if source.startswith(OFFICIAL) else path.stem
+    raise ConfigError(f"{source}: no such {kind}; {recipe_hint(near)}")
 
 
 class _Loading:
@@ -260,7 +270,7 @@ class _Loading:
         if (also := implied(override.path, mode)) is not None:
             self.layers.set(*also, ours.flag)
 
-    def loaded(self, source: str, **known: Any) -> LoadedExperiment:
+    def loaded(self, source: str, *, fills: bool = True, **known: Any) -> LoadedExperiment:
         """The experiment, or what is wrong with it: `known` is for `_add_other_errors`."""
         checked = self.layers.check()
         for error in checked.errors:
@@ -276,7 +286,8 @@ class _Loading:
         stored = checked.config
         check_no_secrets(stored.to_dict())
         origins = self.layers.origins(stored)
-        return LoadedExperiment(fill(stored), origins, source, stored, tuple(self.given))
+        config = fill(stored) if fills else stored
+        return LoadedExperiment(config, origins, source, stored, tuple(self.given))
 
 
 def _add_other_errors(

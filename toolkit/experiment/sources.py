@@ -27,6 +27,9 @@ from toolkit.storage.remote import is_url
 FINETUNE_FILE = "finetune.json"
 """The config that `toolkit convert-hf` writes beside a converted model."""
 
+OFFICIAL = "official/"
+"""Recipes of published models: names begin so."""
+
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _ORIGIN = "--dataset.source"
 _PATHS = ("paths", "path")
@@ -35,7 +38,9 @@ _LONGEST = 40
 
 
 def recipe_names() -> list[str]:
-    names = (entry.name for entry in _folder().iterdir())
+    """Our own, and those of models that others published, as `official/NAME`."""
+    names = [entry.name for entry in _folder().iterdir()]
+    names += [f"{OFFICIAL}{entry.name}" for entry in (_folder() / OFFICIAL).iterdir()]
     return sorted(name.removesuffix(".json") for name in names if name.endswith(".json"))
 
 
@@ -57,7 +62,10 @@ def recipe_text(name: str) -> str:
 
 def recipe_hint(name: str) -> str:
     near = nearest(name, [*recipe_names(), *(engine_files() if "." in name else ())])
-    return f"did you mean {near!r}?" if near else "recipes: " + ", ".join(recipe_names())
+    if near:
+        return f"did you mean {near!r}?"
+    own = [known for known in recipe_names() if not known.startswith(OFFICIAL)]
+    return f"recipes: {', '.join(own)}, and those of published models in `toolkit recipes`"
 
 
 def _folder() -> Traversable:

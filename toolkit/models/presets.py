@@ -90,6 +90,35 @@ PRESETS: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": True,
         "initializer_range": 0.02,
     },
+    # Radford et al. 2019, their largest; published with 1,557,611,200 (no padded rows).
+    "gpt2_1558M": {
+        "type": "gpt",
+        "vocab_size": 50_257,
+        "vocab_multiple": 64,
+        "n_positions": 1_024,
+        "n_embd": 1_600,
+        "n_layer": 48,
+        "n_head": 25,
+        "n_inner": 6_400,
+        "layer_norm_epsilon": 1e-5,
+        "bias": True,
+        "tie_word_embeddings": True,
+        "initializer_range": 0.02,
+    },
+    # HuggingFaceTB/SmolLM2-135M and -360M as they were pretrained; those on the hub have been
+    # extended to 8,192 tokens, with a rope_theta of 100,000.
+    "smollm2_135M": _LLAMA_LIKE
+    | _sizes(49_152, 576, 30, 9, 1_536, 2_048)
+    | _TIED
+    | {
+        "num_key_value_heads": 3,
+        "init_std": 0.041_666_666_666_666_664,
+        "init_scale_residual": True,
+    },
+    "smollm2_360M": _LLAMA_LIKE
+    | _sizes(49_152, 960, 32, 15, 2_560, 2_048)
+    | _TIED
+    | {"num_key_value_heads": 5, "init_std": 0.032_27, "init_scale_residual": True},
     # OLMo-core's llama2_271M shape, with GPT-2's vocabulary.
     "llama_271M": _LLAMA_LIKE | _sizes(50_257, 1_024, 16, 8, 2_816, 2_048, vocab_multiple=128),
     # OLMo-core's olmo2_190M shape, with the dolma2 vocabulary (190M without embedding).
