@@ -20,6 +20,7 @@ from toolkit.cli import (
     data,
     doctor,
     generate,
+    ladder,
     launch,
     models,
     plan,
@@ -100,6 +101,7 @@ app.command(context_settings=OVERRIDABLE, cls=launch.LaunchCommand)(launch.launc
 app.add_typer(launch.jobs, name="jobs")
 app.command(context_settings=OVERRIDABLE)(plan.plan)
 app.command(context_settings=OVERRIDABLE)(schedule.schedule)
+app.command(context_settings=OVERRIDABLE)(ladder.ladder)
 app.add_typer(recipes.app, name="recipes")
 app.add_typer(runs.app, name="runs")
 app.add_typer(data.app, name="data")

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 __all__ = [
     "batch", "convert", "data", "doctor", "dry_run", "evaluate", "evaluate_tasks", "explain",
-    "generate", "launch", "launching", "load", "merge", "mix", "plan",
+    "generate", "ladder", "launch", "launching", "load", "merge", "mix", "plan",
     "recipes", "replay", "runs", "schedule", "train", "verify",
 ]  # fmt: skip
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         evaluate_tasks,
         explain,
         generate,
+        ladder,
         launch,
         launching,
         load,
