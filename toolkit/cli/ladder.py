@@ -111,7 +111,7 @@ def ladder(
         typer.echo(f"no law: {error}", err=json)  # the runs are done all the same
         return EXIT_DONE
     if plot is not None:
-        parts.write_png(plot, law, done, title=plan.experiment)
+        parts.write_png(plot, law, done, title=f"{plan.experiment}: validation loss")
     _show_law(law, done, wanted, json=json)
     if plot is not None and not json:
         typer.echo(f"\nwritten to {plot}")

@@ -16,19 +16,13 @@ _POINTS = 200
 
 
 def draw(law: Law, finished: Sequence[Finished]) -> str:
-    """The law over the weights, as text: a chart for each number of tokens per weight."""
+    """The law over the weights, as text, at the number of tokens per weight nearest to 20."""
     low, high = _range(finished)
+    ratio = min(_ratios(finished), key=lambda ratio: abs(math.log(ratio / 20)))
     xs = [low + (high - low) * k / _POINTS for k in range(_POINTS + 1)]
+    losses = [law.loss(10**x, ratio * 10**x) for x in xs]
     axis = f"{10**low:.3g}", f"{10**high:.3g} weights"
-    return "\n\n".join(
-        chart.text(
-            f"loss at {ratio:.0f} tokens per weight (the law)",
-            xs,
-            [law.loss(10**x, ratio * 10**x) for x in xs],
-            axis=axis,
-        )
-        for ratio in _ratios(finished)
-    )
+    return chart.text(f"loss at {ratio:.0f} tokens per weight", xs, losses, axis=axis)
 
 
 def write_png(path: Path, law: Law, finished: Sequence[Finished], *, title: str) -> None:
