@@ -10,6 +10,7 @@ import types
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from typing import Any, NamedTuple, TypeVar
 
 from toolkit import signals
 from toolkit.data.prepare.build.parts import Job, Part, PartsSetup, encode_shard, make_encoder
@@ -26,19 +27,35 @@ def num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+class Errand(NamedTuple):
+    """Other work that a worker does first, while others encode."""
+
+    work: Callable[[], Any]
+    """Runs in any process."""
+    finish: Callable[[Any], object]
+    """Takes what it gave, in this process."""
+
+
 def encode_shards(
-    jobs: Sequence[Job], setup: PartsSetup, tokenizer: Tokenizer | None, *, num_processes: int
+    jobs: Sequence[Job],
+    setup: PartsSetup,
+    tokenizer: Tokenizer | None,
+    *,
+    num_processes: int,
+    errand: Errand | None = None,
 ) -> Iterator[tuple[Job, Part]]:
     """Encode all jobs, yielding each with its part when that is complete, in no particular order.
     The first error of any worker is raised; the parts that are complete stay."""
     sizes = [job.num_bytes for job in jobs]
     if num_processes == 1 or (sum(sizes) < SMALL_BYTES and all(sizes)):
+        if errand is not None:
+            errand.finish(errand.work())
         encoder = make_encoder(setup, tokenizer)
         for job in jobs:
             yield job, encode_shard(job, setup, encoder, threads=num_processes)
         return
     # Where there are fewer shards than processes, threads of the tokenizer use the other cores.
-    num_workers = min(num_processes, len(jobs))
+    num_workers = min(num_processes, len(jobs) + (errand is not None))
     pool = ProcessPoolExecutor(
         num_workers,
         mp_context=multiprocessing.get_context("spawn"),
@@ -48,9 +65,14 @@ def encode_shards(
     processes = pool._processes  # filled as they start
     try:
         with _without_main(), signals.starting_workers():
+            first = None if errand is None else pool.submit(_named, errand.work)
             futures = {pool.submit(_work, job): job for job in jobs}
-        for future in as_completed(futures):
-            yield futures[future], future.result()
+        for future in as_completed([*futures, *([first] if first else [])]):
+            if future is first:
+                assert errand is not None
+                errand.finish(future.result())
+            else:
+                yield futures[future], future.result()
     except BrokenProcessPool:
         codes = [code for p in processes.values() if (code := p.exitcode) is not None]
         raise DataError(
@@ -79,6 +101,8 @@ def _without_main() -> Iterator[None]:
         sys.modules["__main__"] = main
 
 
+Result = TypeVar("Result")
+
 _encode: Callable[[Job], Part]
 """Of a worker."""
 
@@ -96,8 +120,12 @@ def _start(parent: int, setup: PartsSetup, threads: int) -> None:
 
 
 def _work(job: Job) -> Part:
+    return _named(functools.partial(_encode, job))
+
+
+def _named(work: Callable[[], Result]) -> Result:
     try:
-        return _encode(job)
+        return work()
     except (ToolkitError, OSError):
         raise
     except Exception:  # not every exception can be sent to another process
