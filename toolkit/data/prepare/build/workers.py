@@ -7,9 +7,10 @@ import os
 import sys
 import traceback
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.process import BaseProcess
 from typing import Any, NamedTuple, TypeVar
 
 from toolkit import signals
@@ -75,18 +76,26 @@ def encode_shards(
                 yield futures[future], future.result()
     except BrokenProcessPool:
         codes = [code for p in processes.values() if (code := p.exitcode) is not None]
+        _end(pool, processes)
         raise DataError(
             f"preparing data: a worker process ended with code {min(codes, default=-9)} "
             "(-9: killed, often for lack of memory); run again to continue with the finished "
             "parts, with a smaller dataset.num_processes if memory is short"
         ) from None
-    finally:
-        # What they are doing is of no use any more, and they ignore SIGTERM.
-        for process in list(processes.values()):
-            process.kill()
-        # Else a job that is half sent is waited for (gh-94777).
-        pool._call_queue._reader.close()  # type: ignore[attr-defined]
-        pool.shutdown(wait=False, cancel_futures=True)
+    except BaseException:
+        _end(pool, processes)
+        raise
+    # They have nothing to do any more and end by themselves, with what their libraries do then.
+    pool.shutdown(wait=False)
+
+
+def _end(pool: ProcessPoolExecutor, processes: Mapping[int, BaseProcess]) -> None:
+    """End workers whose work is of no use any more; they ignore SIGTERM."""
+    for process in list(processes.values()):
+        process.kill()
+    # Else a job that is half sent is waited for (gh-94777).
+    pool._call_queue._reader.close()  # type: ignore[attr-defined]
+    pool.shutdown(wait=False, cancel_futures=True)
 
 
 @contextlib.contextmanager
