@@ -7,7 +7,7 @@ copies just the shards of this rank, into host memory that the next save uses ag
 """
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,9 +20,9 @@ from torch.distributed.checkpoint.planner import SavePlan, WriteItem
 from torch.distributed.checkpoint.storage import WriteResult
 
 from toolkit.checkpoint.folder import FileEntry
+from toolkit.checkpoint.host_copy import HostCopy, HostMemory
 from toolkit.checkpoint.shard_file import ShardFile, bytes_in, framed_bytes
 from toolkit.checkpoint.together import place_in
-from toolkit.distributed.devices import wait_for
 from toolkit.errors import CheckpointError
 
 Resolve = Callable[[WriteItem], torch.Tensor]
@@ -50,7 +50,7 @@ class ShardWriter:
         self._shapes: list[tuple[str, torch.Size]] | None = None
         self._plan = SavePlan([])
         self._metadata: Metadata | None = None
-        self._buffers: dict[MetadataIndex, torch.Tensor] = {}
+        self._memory = HostMemory()
 
     @property
     def nbytes(self) -> int:
@@ -61,23 +61,20 @@ class ShardWriter:
         """The shards themselves: nothing may change until they are written. All ranks call it."""
         return self._planned(tensors).resolve_data  # type: ignore[return-value]
 
-    def copy(self, tensors: dict[str, torch.Tensor]) -> Resolve:
+    def copy(self, tensors: dict[str, torch.Tensor], *, late: Collection[str] = ()) -> HostCopy:
         """The shards as they are now, in host memory; training may go on. All ranks call it.
 
         The memory belongs to this object: a second `copy` overwrites the first.
+
+        Args:
+            late: names of tensors that nobody changes before `HostCopy.hold_back` is called. They
+                may be copied until then.
         """
         planner = self._planned(tensors)
-        devices = set()
-        for item in self._plan.items:
-            source: Any = planner.resolve_data(item)
-            buffer = self._buffers.get(item.index)
-            if buffer is None:
-                buffer = self._buffers[item.index] = _host_buffer(source)
-            buffer.copy_(source.detach(), non_blocking=True)
-            devices.add(source.device)
-        for device in devices:
-            wait_for(device)
-        return lambda item: self._buffers[item.index]
+        sources: dict[MetadataIndex, Any] = {
+            item.index: planner.resolve_data(item).detach() for item in self._plan.items
+        }
+        return HostCopy(self._memory.room_for(sources), late=late)
 
     def stream(
         self, shapes: Mapping[str, torch.Tensor], tensors: Iterable[tuple[str, torch.Tensor]]
@@ -132,7 +129,7 @@ class ShardWriter:
         shapes = [(name, tensor.shape) for name, tensor in tensors.items()]
         if shapes != self._shapes:
             self._make_plan(planner)
-            self._shapes, self._buffers = shapes, {}
+            self._shapes, self._memory = shapes, HostMemory()
         return planner
 
     def _make_plan(self, planner: DefaultSavePlanner) -> None:
@@ -156,11 +153,6 @@ def _kind_of(item: WriteItem) -> tuple[torch.dtype, torch.Size]:
     """Type and shape of a shard."""
     assert item.tensor_data is not None, "nothing but tensors is planned"
     return item.tensor_data.properties.dtype, item.tensor_data.chunk.sizes
-
-
-def _host_buffer(source: torch.Tensor) -> torch.Tensor:
-    pinned = source.device.type == "cuda"
-    return torch.empty(source.shape, dtype=source.dtype, pin_memory=pinned)
 
 
 def _one_ahead(tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
