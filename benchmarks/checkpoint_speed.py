@@ -52,7 +52,7 @@ from toolkit.distributed.environment import single_environment
 from toolkit.distributed.tuning import keep_freed_memory
 from toolkit.models.config import TransformerConfig
 from toolkit.storage.atomic import fsync_tree
-from toolkit.threads import Thread, yield_to_others
+from toolkit.threads import Thread
 from toolkit.train.config import TransformerTrainModuleConfig
 from toolkit.train.module import Progress, TrainModule
 
@@ -257,7 +257,6 @@ class BackgroundSave:
 
     def _write(self) -> None:
         self.copy.finish()
-        yield_to_others()
         write_checkpoint(order(self._folder), self._shards, self.copy, rank=0, group=None)
         self._ended = time.perf_counter()
 

@@ -5,7 +5,6 @@ or waits for there opens a context of half a gigabyte, for each process of the m
 thread and pool of this package is one of these. torch is not imported for it.
 """
 
-import os
 import queue
 import sys
 import threading
@@ -14,9 +13,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
 Result = TypeVar("Result")
-
-_LOW_PRIORITY = 10
-"""As `nice` says it: a tenth of what an ordinary thread gets on the same core."""
 
 
 class Thread(threading.Thread):
@@ -72,13 +68,6 @@ class Worker:
                     future.set_result(job())
                 except BaseException as error:
                     future.set_exception(error)
-
-
-def yield_to_others() -> None:
-    """Give the calling thread, and those it starts, what the processor has left over. For good:
-    only root may take it back."""
-    if sys.platform == "linux":  # elsewhere a process has one priority
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _LOW_PRIORITY)
 
 
 def same_device() -> Callable[[], None]:

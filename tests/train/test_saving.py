@@ -50,9 +50,9 @@ def run(
     ).config
     seen = Troubled(trouble)
     before = ShardWriter.write
-    ShardWriter.write = seen.write  # type: ignore[method-assign, assignment]
+    ShardWriter.write = seen.write  # type: ignore[method-assign]
     finish = HostCopy.finish
-    HostCopy.finish = seen.finish  # type: ignore[method-assign, assignment]
+    HostCopy.finish = seen.finish  # type: ignore[method-assign]
     disk_usage = shutil.disk_usage
     if trouble == "no room":
         shutil.disk_usage = lambda _: SimpleNamespace(free=1000)  # type: ignore[assignment, return-value]

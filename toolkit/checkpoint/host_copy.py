@@ -24,7 +24,7 @@ _OPTIM_PREFIX = "optim."
 class Shard(NamedTuple):
     """What is copied, and where to."""
 
-    index: MetadataIndex
+    key: MetadataIndex
     source: torch.Tensor
     buffer: torch.Tensor
 
@@ -43,9 +43,9 @@ class HostMemory:
             self._memory = host_memory(sum(sizes), devices)
         shards = []
         parts = self._memory.split(sizes)
-        for (index, source), part in zip(sources.items(), parts, strict=True):
+        for (key, source), part in zip(sources.items(), parts, strict=True):
             buffer = part[: source.nbytes].view(source.dtype).view(source.shape)
-            shards.append(Shard(index, source, buffer))
+            shards.append(Shard(key, source, buffer))
         return shards
 
 
@@ -64,8 +64,8 @@ class HostCopy:
         self._is_done = threading.Event()
         groups: dict[tuple[bool, torch.device], list[Shard]] = {}
         for shard in shards:
-            self._buffers[shard.index] = shard.buffer
-            is_late = shard.index.fqn in late
+            self._buffers[shard.key] = shard.buffer
+            is_late = shard.key.fqn in late
             groups.setdefault((is_late, shard.source.device), []).append(shard)
         for (is_late, device), some in sorted(groups.items(), key=lambda group: group[0][0]):
             if is_late and device.type == "cpu":

@@ -178,6 +178,7 @@ class SafeReader(FileSystemReader):
         """
         place = self.storage_data[index]
         entry = self.read_metadata().state_dict_metadata[index.fqn]
+        assert isinstance(entry, TensorStorageMetadata), "`check_coverage` has seen to it"
         dtype = entry.properties.dtype
         if index.index is not None and dtype in STORED_DTYPES:
             shape = entry.chunks[index.index].sizes

@@ -20,7 +20,7 @@ from toolkit.checkpoint.retention import prune_checkpoints
 from toolkit.checkpoint.save_plan import Resolve, ShardWriter
 from toolkit.errors import ToolkitError, TrainingError
 from toolkit.runs.files import RUN_FILES
-from toolkit.threads import Thread, yield_to_others
+from toolkit.threads import Thread
 from toolkit.train.callbacks.base import Callback
 from toolkit.train.callbacks.config import CheckpointerConfig
 from toolkit.train.saving import begin_save
@@ -147,7 +147,6 @@ class Checkpointer(Callback):
     def _work(self, save: Save, copy: HostCopy) -> None:
         try:
             copy.finish()
-            yield_to_others()
             self._write(save, copy)
         except Exception as error:
             self._error = error
