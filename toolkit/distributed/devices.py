@@ -123,7 +123,8 @@ def host_memory(size: int, devices: Collection[torch.device]) -> torch.Tensor:
     if size and any(device.type == "cuda" for device in devices):
         runtime, address = torch.cuda.cudart(), memory.data_ptr()
         torch.cuda.check_error(int(runtime.cudaHostRegister(address, size, 0)))
-        weakref.finalize(memory, runtime.cudaHostUnregister, address)
+        unlock = weakref.finalize(memory, runtime.cudaHostUnregister, address)
+        unlock.atexit = False  # CUDA may be gone by then
     return memory
 
 
