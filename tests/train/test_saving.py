@@ -64,7 +64,7 @@ def run(
     finally:
         ShardWriter.write = before  # type: ignore[method-assign]
         HostCopy.finish = finish  # type: ignore[method-assign]
-        shutil.disk_usage = disk_usage  # type: ignore[assignment]
+        shutil.disk_usage = disk_usage
     folder = Path(root) / "runs" / "smoke" / name
     status = json.loads((folder / "metadata" / "status.json").read_text())
     return {
