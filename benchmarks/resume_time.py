@@ -82,7 +82,7 @@ def measure(loader: TrainLoader, step: int) -> tuple[int, float, float]:
         size = (path / "train.jsonl").stat().st_size
         os.sync()
         started = time.perf_counter()
-        MetricStreams(Path(folder), resume_step=step, tensorboard=False).close()
+        MetricStreams(Path(folder), resume_step=step, tensorboard=()).close()
         repaired = time.perf_counter()
         batches = loader.iterate(step)
         next(batches)
