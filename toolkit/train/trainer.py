@@ -41,6 +41,8 @@ from toolkit.train.telling import HARD_STOP, TrainResult, log_end, script_log
 log = logging.getLogger(__name__)
 
 STATUS_SECONDS = 15.0
+LEAST_SECONDS = 0.05
+"""Between two deliveries of metrics on one rank: twenty a second are all that anybody sees."""
 _LAST = (
     "early_stopping", "checkpointer", "model_merger", "hf_converter", "sample_writer",
     "console_logger", "metric_saver",
@@ -294,6 +296,7 @@ class Trainer:
             reduce=state.environment.reduce_columns if is_several else None,
             sync=state.streams.sync,
             start_step=state.step if resumed else -1,
+            least_seconds=0.0 if is_several else LEAST_SECONDS,
         )
 
     def _deliver(self, stream: str, records: list[dict[str, Any]]) -> None:
