@@ -248,10 +248,11 @@ class Trainer:
             "attempt": state.run.attempt,
         }
         values |= state.train_loader.batches.sizes(before.step)
-        counts = state.train_loader.counts(state.step).items()
-        values |= {f"instances/{source}": count for source, count in counts}
-        values |= {name: metric.value for name, metric in metrics.items()}
-        reductions: dict[str, Any] = {name: metric.reduction for name, metric in metrics.items()}
+        for source, count in state.train_loader.counts(state.step).items():
+            values[f"instances/{source}"] = count
+        reductions: dict[str, Any] = {}
+        for name, (value, reduction) in metrics.items():
+            values[name], reductions[name] = value, reduction
         state.recorder.record(state.step, values, reductions)
         for label, hook in self._hooks["post_record"]:
             state.heartbeat.beat(label, state.step, is_slow=True)
