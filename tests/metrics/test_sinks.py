@@ -182,7 +182,13 @@ def test_checksums_are_those_of_tensorboard():
 
 def test_events_are_those_of_the_library_byte_for_byte(tmp_path):
     """Tags and steps whose lengths take several bytes among them."""
-    record = {"step": 3_000_000_000, "time": 1.5e9, "name": "\u00e9" * 200, "a": True, "b": -1e300}
+    record = {
+        "step": 3_000_000_000,
+        "time": 1.5e9,
+        "name": "\u00e9" * 200,
+        "a": True,
+        "b": -math.inf,
+    }
     record |= {f"norm/{'x' * n}": 0.1 * n for n in range(0, 300, 30)}
     sink = TensorBoardSink(tmp_path, purge_step=300)
     sink.write([record, {"step": 0, "x": 0.0}, {"step": 1}])
