@@ -270,7 +270,8 @@ class TransformerTrainModule(EngineTrainModule):
                 f"train_module.rank_microbatch_size {size} is smaller than one instance of "
                 f"dataset.sequence_length {length}; use a multiple of it"
             )
-        return inputs.split(size // length)
+        rows = size // length
+        return [inputs] if len(inputs.input_ids) <= rows else inputs.split(rows)
 
 
 def _parts(layers: Mapping[str, QuantisedLinear]) -> Iterator[list[str]]:
