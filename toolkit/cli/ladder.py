@@ -170,7 +170,7 @@ def _show_plan(plan: "Ladder", *, json: bool) -> None:
 def _show_law(
     law: "Law", done: Sequence["Finished"], wanted: Sequence[tuple[int, int]], *, json: bool
 ) -> None:
-    runs = [
+    runs: list[dict[str, Any]] = [
         {
             "run": run.rung.name,
             "weights": run.rung.size,
@@ -187,12 +187,12 @@ def _show_law(
     header = ["run", "weights", "tokens", "val loss", "law", "off by"]
     rows = [
         [
-            str(run["run"]),
+            run["run"],
             f"{run['weights']:,}",
             f"{run['tokens']:,}",
             f"{run['loss']:.4f}",
             f"{run['law']:.4f}",
-            f"{100 * (float(run['law']) / float(run['loss']) - 1):+.2f}%",
+            f"{100 * (run['law'] / run['loss'] - 1):+.2f}%",
         ]
         for run in runs
     ]

@@ -22,7 +22,7 @@ def recipes(context: typer.Context) -> None:
     \b
     Examples:
       toolkit recipes
-      toolkit recipes show gpt2_124M
+      toolkit recipes show official/OLMo-2-0425-1B-stage1
       toolkit recipes copy gpt2_124M my.json
     """
     if context.invoked_subcommand is None:
