@@ -37,13 +37,16 @@ class DataParallelConfig(Config, kw_only=True):
     """`hsdp` only: number of replica groups; default 2."""
     shard_degree: int | None = None
     """`hsdp` only: ranks per shard group; default: world size / num_replicas."""
-    reshard_after_forward: bool = True
-    """`fsdp`, `hsdp`: free gathered weights after each block's forward (less memory, one more
-    gather in backward). Pipelines keep them until the end of a step."""
-    wrapping_strategy: WrappingStrategy = "blocks"
-    """`fsdp`, `hsdp`: what is gathered at once. `blocks`: a block, and all that is outside of
-    blocks; `full`: the output head by itself too; `fine_grained`: besides, attention and
-    feed-forward of each block by themselves (less memory, more and smaller gathers)."""
+    reshard_after_forward: bool | Literal["auto"] = "auto"
+    """`fsdp`, `hsdp`: free gathered weights after the forward of each block but the last (less
+    memory, two gathers in each microbatch). False: keep them to the last backward of a step, of
+    which there is one gather. `auto`: keep them on a GPU of whose memory they take a tenth at most.
+    Pipelines always keep them."""
+    wrapping_strategy: WrappingStrategy = "full"
+    """`fsdp`, `hsdp`: what is gathered, and reduced, at once. `blocks`: a block, and all that is
+    outside of blocks; `full`: a head that is not tied by itself too, while blocks are computed;
+    `fine_grained`: besides, attention and feed-forward of each block by themselves (less memory,
+    more and smaller gathers)."""
     prefetch_factor: int = 0
     """`fsdp`, `hsdp`: gather this many units ahead of the one that is computed, forward and
     backward; 0: FSDP2's own choice, none forward and one backward."""
