@@ -20,6 +20,8 @@ PARALLEL_FIELDS = ("dp_config", "tp_config", "cp_config", "pp_config", "ep_confi
 """Of the train module's config, and of what a run records of them."""
 
 _FSDP_ONLY = ("reduce_dtype", "reshard_after_forward", "wrapping_strategy", "prefetch_factor")
+_FORMER: dict[str, Any] = {"reshard_after_forward": True, "wrapping_strategy": "blocks"}
+"""Defaults of release 0.1.0, which the records of its runs have for every engine."""
 
 
 class DataParallelConfig(Config, kw_only=True):
@@ -49,7 +51,7 @@ class DataParallelConfig(Config, kw_only=True):
     more and smaller gathers)."""
     prefetch_factor: int = 0
     """`fsdp`, `hsdp`: gather this many units ahead of the one that is computed, forward and
-    backward; 0: FSDP2's own choice, none forward and one backward."""
+    backward; 0: FSDP2's own choice, none forward and one backward; with `ep_config`, two."""
     cpu_offload: bool = False
     """Keep the optimizer state in host memory, and the sharded weights too where the engine shards
     them (`fsdp`, `hsdp`, `zero3`)."""
@@ -61,7 +63,8 @@ class DataParallelConfig(Config, kw_only=True):
         check_not_negative(self, "prefetch_factor")
         if self.name not in ("fsdp", "hsdp"):
             plain = DataParallelConfig(name="fsdp")
-            given = [name for name in _FSDP_ONLY if getattr(self, name) != getattr(plain, name)]
+            known = {name: (getattr(plain, name), _FORMER.get(name)) for name in _FSDP_ONLY}
+            given = [name for name, values in known.items() if getattr(self, name) not in values]
             if given:
                 raise ValueError(f"{' and '.join(given)} needs fsdp or hsdp, not {self.name}")
         if self.name != "hsdp" and (self.num_replicas or self.shard_degree):

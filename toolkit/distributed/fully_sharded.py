@@ -97,7 +97,9 @@ def shard_fully(model: nn.Module, environment: TrainingEnvironment) -> None:
         unit.set_force_sum_reduction_for_comms(layout.sums_gradients)
         if layout.sums_gradients:
             unit.set_gradient_divide_factor(1.0)
-    ahead = settings.prefetch_factor
+    # Where the host waits for the numbers of tokens of experts it cannot ask for the next weights
+    # before they are needed: the next block and its experts are asked for beforehand.
+    ahead = settings.prefetch_factor or (2 if layout.ep > 1 else 0)
     for index, unit in enumerate(units if ahead else ()):
         unit.set_modules_to_forward_prefetch(units[index + 1 : index + 1 + ahead])
         unit.set_modules_to_backward_prefetch(units[max(0, index - ahead) : index][::-1])

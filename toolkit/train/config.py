@@ -127,7 +127,7 @@ class TransformerTrainModuleConfig(Config, kw_only=True):
             )
         if self.ac_config and self.ac_config.mode == "budget" and not self.compile_model:
             raise ValueError("ac_config.mode: budget needs compile_model: true")
-        if self.compile_mode != "default" and not self.compile_model:
+        if self.compile_mode != "default" and self.compile_model is not True:
             raise ValueError(f"compile_mode: {self.compile_mode} needs compile_model: true")
         if self.compile_mode in GRAPH_MODES and self.activation_offload:
             raise ValueError(
