@@ -4,9 +4,9 @@
 
 The model and the step are those of `step_speed.py`. Each part is measured alone, forward and
 backward, with tensors of the step's shapes; all parts take turns. "norms, rotary, casts,
-activations" is what a compiled block takes beyond its products and its attention; "embedding, adding
-up, engine, loop" is what the step takes beyond all other rows. Products are shown with their speed,
-and below the speed of a square product that fits the caches: the most that one can hope for.
+activations" is what a compiled block takes beyond its products and its attention; "embedding,
+adding up, engine, loop" is what the step takes beyond all other rows. Products are shown with their
+speed, and below the speed of a square product that fits the caches: the most to hope for.
 """
 
 import argparse

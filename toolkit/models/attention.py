@@ -26,6 +26,7 @@ from toolkit.models.config import TransformerConfig
 from toolkit.models.kernels import sdpa_form
 from toolkit.models.masks import AttentionMask
 from toolkit.models.norms import build_norm, widened
+from toolkit.models.projections import projected
 from toolkit.models.rope import RotaryTable, rotate
 
 PIECE_SIZE = 256
@@ -204,9 +205,10 @@ class Attention(nn.Module):
     ) -> Tensor:
         """`(batch, seq, d_model)` to the same shape; see `LayerInputs` and `attend`."""
         batch, seq, _ = x.shape
-        query = self._heads(self.query(x), self.query_norm)
-        key = self._heads(self.key(x), self.key_norm)
-        value = self._heads(self.value(x), None)
+        query, key, value = projected(x, self.query, self.key, self.value)
+        query = self._heads(query, self.query_norm)
+        key = self._heads(key, self.key_norm)
+        value = self._heads(value, None)
         if rotary is not None:
             query, key = rotate(query, rotary), rotate(key, rotary)
         heads = (x.transpose(1, 2) for x in (query, key, value))

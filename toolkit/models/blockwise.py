@@ -117,7 +117,8 @@ class _Blockwise(torch.autograd.Function):
                 grad_key = _added(grad_key, of_key, first, key.shape[2])
                 grad_value = _added(grad_value, of_value, first, key.shape[2])
             grad_query = grad_queries[0] if len(grad_queries) == 1 else torch.cat(grad_queries, 2)
-        assert grad_key is not None and grad_value is not None
+        assert grad_key is not None
+        assert grad_value is not None
         return grad_query, grad_key.to(kind), grad_value.to(kind), None, None, None
 
 
