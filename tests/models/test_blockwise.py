@@ -45,6 +45,19 @@ def test_blocks_give_the_numbers_and_gradients_of_sdpa(
     torch.testing.assert_close(torch.autograd.grad(got, heads, upstream), gradients)
 
 
+def test_compiled_blocks_give_the_numbers_of_sdpa(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("toolkit.models.blockwise.prefers_blocks", lambda *_: True)
+    monkeypatch.setattr(attention, "SMALLER_PIECE_SIZE", 20)
+    heads = [x.detach().float().requires_grad_() for x in heads_with_gradients(2)]
+    mask = AttentionMask(starts_of("documents"), window=30, dtype=torch.float32, head_dim=8)
+    expected = attend(*heads, mask)
+    got = torch.compile(attend, fullgraph=True, backend="aot_eager", dynamic=False)(*heads, mask)
+    upstream = torch.randn(expected.shape)
+    torch.testing.assert_close(got, expected)
+    gradients = [torch.autograd.grad(out, heads, upstream) for out in (got, expected)]
+    torch.testing.assert_close(*gradients)
+
+
 def test_nothing_is_kept_that_grows_with_the_square_of_the_row(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

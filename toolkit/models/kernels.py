@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
+from toolkit.models.blockwise import prefers_blocks
 from toolkit.models.config import TransformerConfig
 
 SMALLEST_FLEX_HEAD = 16
@@ -233,6 +234,8 @@ def kernel_record(
         masked = sdpa(has_bias=True)
     if config.attention_soft_cap is None:
         record["attention"] = sdpa(has_bias=False)
+        if is_compiled and prefers_blocks(device.type, dtype):
+            record["attention"] = masked = "blocks of queries"
     record["attention inside documents and windows"] = masked
     if config.moe is not None:
         widths = (config.moe.intermediate_size, config.d_model)
