@@ -69,8 +69,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     keep_freed_memory()
-    matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    own_products = matmul.fp32_precision
+    own_products = torch.get_float32_matmul_precision()
     take_fast_products()
     console = Console(width=110)
     clock = time.process_time if arguments.cpu_time else time.perf_counter
@@ -80,7 +79,7 @@ def main() -> None:
             how = {"precision": precision, "compiled": kind == "compiled", "clock": clock}
             makers[f"toolkit, {kind} {precision}"] = lambda how=how: toolkit_turn(**how)
             makers[f"bare PyTorch, {kind} {precision}"] = lambda how=how: bare_turn(**how)
-    if matmul.fp32_precision != own_products:
+    if torch.get_float32_matmul_precision() != own_products:
         how = {"precision": "fp32", "compiled": True, "clock": clock}
         makers["bare PyTorch, MKL, compiled fp32"] = lambda: with_products(
             own_products, lambda: bare_turn(**how)
@@ -148,16 +147,16 @@ def report(
 
 
 def with_products(kind: str, make: Callable[[], Turn]) -> Turn:
-    """Turns of what `make` makes, with fp32 products computed as `kind` says."""
-    matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    """Turns of what `make` makes, with another `torch.set_float32_matmul_precision`."""
     turn = make()
 
     def run(count: int) -> list[float]:
-        before, matmul.fp32_precision = matmul.fp32_precision, kind
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision(kind)
         try:
             return turn(count)
         finally:
-            matmul.fp32_precision = before
+            torch.set_float32_matmul_precision(before)
 
     return run
 

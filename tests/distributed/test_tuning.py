@@ -1,7 +1,5 @@
 """Which processors compute fp32 products with oneDNN."""
 
-from typing import Any
-
 import pytest
 import torch
 
@@ -9,32 +7,37 @@ from toolkit.distributed.tuning import take_fast_products
 from toolkit.models.shapes import loss_chunk_rows
 
 AMD = {"cpu_name": "AMD EPYC", "avx512_f": True, "amx_bf16": False}
-matmul: Any = torch.backends.mkldnn.matmul
 
 
 @pytest.fixture(autouse=True)
 def _restored():
-    before = matmul.fp32_precision
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
     yield
-    matmul.fp32_precision = before
+    torch.set_float32_matmul_precision(before)
 
 
 @pytest.mark.parametrize(
     "changes", [{"cpu_name": "INTEL(R) XEON(R)"}, {"avx512_f": False}, {"amx_bf16": True}]
 )
 def test_other_processors_keep_theirs(monkeypatch: pytest.MonkeyPatch, changes) -> None:
-    matmul.fp32_precision = "ieee"
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: AMD | changes)
     take_fast_products()
-    assert matmul.fp32_precision == "ieee"
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
+def test_with_gpus_nothing_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: AMD)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    take_fast_products()
+    assert torch.get_float32_matmul_precision() == "highest"
 
 
 def test_products_that_round_operands_are_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    matmul.fp32_precision = "ieee"
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: AMD)
     monkeypatch.setattr(torch, "equal", lambda *_: False)
     take_fast_products()
-    assert matmul.fp32_precision == "ieee"
+    assert torch.get_float32_matmul_precision() == "highest"
 
 
 @pytest.mark.parametrize("shape", [(200, 300, 400), (7, 64, 1000), (512, 512, 512)])
