@@ -57,11 +57,15 @@ def attend(
         mask: None where each query sees all before it in its row. Needed with a soft cap.
         scale, soft_cap: see `Architecture`.
     """
-    in_blocks = soft_cap is None and computes_in_blocks(query.device, query.dtype)
+    window = bias = None
+    ranges: Sequence[range] = (range(query.shape[2]),)
+    if mask is not None:
+        window, bias, ranges = mask.window, mask.bias, mask.queries or ranges
+    if soft_cap is None and (mask is None or mask.blocks is None):
+        blocks = _blocks(ranges, window, SMALLER_PIECE_SIZE)
+        if computes_in_blocks(query, blocks):
+            return blockwise_attention(query, key, value, bias, blocks, scale)
     if mask is None:
-        if in_blocks:
-            blocks = _blocks((range(query.shape[2]),), None, SMALLER_PIECE_SIZE)
-            return blockwise_attention(query, key, value, None, blocks, scale)
         return _sdpa(query, key, value, None, scale)
     if mask.blocks is not None:
         # Inside a compiled block it becomes part of the block's graph.
@@ -76,16 +80,12 @@ def attend(
             enable_gqa=query.shape[1] != key.shape[1],
         )
     assert mask.bias is not None
-    ranges = mask.queries or (range(query.shape[2]),)
-    if in_blocks:
-        blocks = _blocks(ranges, mask.window, SMALLER_PIECE_SIZE)
-        return blockwise_attention(query, key, value, mask.bias, blocks, scale)
     is_square = mask.window is None and mask.queries is None
     if soft_cap is None and (is_square or query.device.type == "cuda"):
         # The fused kernel of CUDA wants a bias whose rows are aligned: not cut at any key.
         return _sdpa(query, key, value, mask.bias, scale)
     parts = []
-    for start, end, first, last in _blocks(ranges, mask.window, PIECE_SIZE):
+    for start, end, first, last in _blocks(ranges, window, PIECE_SIZE):
         seen = (
             query[:, :, start:end],
             key[:, :, first:last],

@@ -16,10 +16,8 @@ from torch import Tensor
 
 from toolkit.models.norms import widened
 
-
-def computes_in_blocks(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether attention is computed so here and now: not compiled it is no faster than SDPA."""
-    return torch.compiler.is_compiling() and prefers_blocks(device.type, dtype)
+LARGEST_BLOCK = 1 << 26
+"""Most scores of a block, over all rows and heads."""
 
 
 @torch.compiler.assume_constant_result
@@ -40,6 +38,15 @@ class QueryBlock(NamedTuple):
     end: int
     first_key: int
     end_key: int
+
+
+def computes_in_blocks(query: Tensor, blocks: Sequence[QueryBlock]) -> bool:
+    """Whether attention of `query` is computed so here and now: not compiled it is no faster than
+    SDPA, and the scores of a block must stay small."""
+    if not torch.compiler.is_compiling() or not prefers_blocks(query.device.type, query.dtype):
+        return False
+    most = max((end - start) * (last - first) for start, end, first, last in blocks)
+    return query.shape[0] * query.shape[1] * most <= LARGEST_BLOCK
 
 
 def blockwise_attention(
