@@ -57,7 +57,8 @@ def attend(
         mask: None where each query sees all before it in its row. Needed with a soft cap.
         scale, soft_cap: see `Architecture`.
     """
-    window = bias = None
+    window: int | None = None
+    bias: Tensor | None = None
     ranges: Sequence[range] = (range(query.shape[2]),)
     if mask is not None:
         window, bias, ranges = mask.window, mask.bias, mask.queries or ranges
