@@ -25,7 +25,9 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 # As the command line does; read when torch is loaded, by the OLMo-core worker too.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
@@ -76,13 +78,12 @@ def main() -> None:
     makers: dict[str, Callable[[], Turn]] = {}
     for precision in ("bf16", "fp32"):
         for kind in ("compiled", "eager"):
-            how = {"precision": precision, "compiled": kind == "compiled", "clock": clock}
-            makers[f"toolkit, {kind} {precision}"] = lambda how=how: toolkit_turn(**how)
-            makers[f"bare PyTorch, {kind} {precision}"] = lambda how=how: bare_turn(**how)
+            how: Any = {"precision": precision, "compiled": kind == "compiled", "clock": clock}
+            makers[f"toolkit, {kind} {precision}"] = partial(toolkit_turn, **how)
+            makers[f"bare PyTorch, {kind} {precision}"] = partial(bare_turn, **how)
     if torch.get_float32_matmul_precision() != own_products:
-        how = {"precision": "fp32", "compiled": True, "clock": clock}
         makers["bare PyTorch, MKL, compiled fp32"] = lambda: with_products(
-            own_products, lambda: bare_turn(**how)
+            own_products, lambda: bare_turn(precision="fp32", compiled=True, clock=clock)
         )
     for name, python, script in (
         ("OLMo-core, eager", arguments.olmo_python, "_olmo_core_worker.py"),
@@ -93,7 +94,7 @@ def main() -> None:
             continue
         worker = Worker(python, script, arguments.threads, clock)
         for precision in ("bf16", "fp32"):
-            makers[f"{name} {precision}"] = lambda w=worker, p=precision: w.turn(p)
+            makers[f"{name} {precision}"] = partial(worker.turn, precision)
     if arguments.only:
         parts = arguments.only.split(",")
         makers = {n: make for n, make in makers.items() if any(part in n for part in parts)}

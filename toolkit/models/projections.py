@@ -1,5 +1,7 @@
 """Several linear layers of one input as one matrix product."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
@@ -13,11 +15,11 @@ def projected(x: Tensor, *layers: nn.Module) -> tuple[Tensor, ...]:
     no sum. The parameters stay apart. Layers that are more than a plain linear one (adapters,
     quantised or float8 weights, hooks that gather shards) are called one by one.
     """
-    plain = [layer for layer in layers if _is_plain(layer)]
+    plain: list[Any] = [layer for layer in layers if _is_plain(layer)]
     joins = torch.compiler.is_compiling() and joins_products(x.device.type)
     if not joins or len(plain) < len(layers):
         return tuple(layer(x) for layer in layers)
-    weights = [layer.weight for layer in plain]
+    weights: list[Tensor] = [layer.weight for layer in plain]
     biases = [layer.bias for layer in plain if layer.bias is not None]
     if biases and len(biases) < len(plain):
         return tuple(layer(x) for layer in layers)
