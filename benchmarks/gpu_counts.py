@@ -33,7 +33,7 @@ from toolkit.distributed import fully_sharded, materialize, torch_engine
 from toolkit.distributed.config import DataParallelConfig
 from toolkit.distributed.environment import TrainingEnvironment
 from toolkit.distributed.layout import resolve_layout
-from toolkit.models import attention, loss, norms, rope, weight_gradient
+from toolkit.models import attention, loss, norms, projections, rope, shapes, weight_gradient
 from toolkit.models.config import ModelConfig, TransformerConfig
 from toolkit.models.presets import PRESETS
 from toolkit.models.transformer import layer_inputs
@@ -106,13 +106,14 @@ def fake_ranks(number: int) -> Iterator[None]:
 
 def chosen_as_on_a_gpu() -> contextlib.ExitStack:
     """Branches of the code that look at the device take those of a GPU."""
-    stack, size = contextlib.ExitStack(), 1 << 40
+    stack = contextlib.ExitStack()
     for owner, name, value in (
-        (loss, "CPU_CHUNK_SIZE", size),
+        (shapes, "CPU_CHUNK_BYTES", shapes.CHUNK_BYTES),
         (weight_gradient, "widens_products", lambda _: True),
         (norms, "fuses_norms", lambda _: True),
         (loss, "has_one_softmax", lambda _: True),
         (rope, "rounds_in_kernels", lambda _: True),
+        (projections, "joins_products", lambda _: True),
         (torch_engine, "build_accelerator", lambda *_: _AsIs()),
         (materialize, "draw_initial_values", lambda *_: None),
         (fully_sharded, "device_memory", lambda _: 139 << 30),

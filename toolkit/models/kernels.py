@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
+from toolkit.models.blockwise import prefers_blocks
 from toolkit.models.config import TransformerConfig
 
 SMALLEST_FLEX_HEAD = 16
@@ -248,6 +249,8 @@ def kernel_record(
         record["attention"] = sdpa(has_bias=False)
         if device.type == "cuda" and attention_order:
             record["attention"] += f" ({', else '.join(attention_order[:2])})"
+        if is_compiled and prefers_blocks(device.type, dtype):
+            record["attention"] = masked = "blocks of queries"
     record["attention inside documents and windows"] = masked
     if config.moe is not None:
         widths = (config.moe.intermediate_size, config.d_model)

@@ -22,13 +22,11 @@ from toolkit.models.kernels import liger_function, loss_kernel
 from toolkit.models.loss_kernels import has_one_softmax, softmax_loss_chunk
 from toolkit.models.norms import widened
 from toolkit.models.router import RouterSums
+from toolkit.models.shapes import loss_chunk_rows
 from toolkit.models.weight_gradient import add_product
 
 IGNORE_INDEX = -100
 """Label of a position that is not a target."""
-
-CPU_CHUNK_SIZE = 256
-"""Chunks on a CPU have at most this many rows: larger ones leave its caches."""
 
 ChunkKernel = Callable[..., tuple[Tensor, Tensor, Tensor | None]]
 """`loss_chunk`, or its compiled form."""
@@ -84,6 +82,7 @@ class LinearCrossEntropy(nn.Module):
         super().__init__()
         self.vocab_size = config.vocab_size
         self.soft_cap = config.logit_soft_cap
+        self.padded_vocab_size = config.padded_vocab_size
         self.chunk_size = config.loss_chunk_size
         self.kernel: ChunkKernel = loss_chunk
         self.shard: VocabularyShard | None = None
@@ -122,7 +121,7 @@ class LinearCrossEntropy(nn.Module):
             vocab_size=self.vocab_size,
             z_loss_multiplier=z_loss_multiplier,
             soft_cap=self.soft_cap,
-            chunk_size=self.chunk_size,
+            chunk_size=loss_chunk_rows(self.chunk_size, self.padded_vocab_size, hidden.device.type),
             kernel=self.kernel,
             shard=self.shard,
         )
@@ -226,8 +225,7 @@ def chunked_linear_cross_entropy(
             padding, left out of the softmax.
         labels: `(rows,)` ids, `IGNORE_INDEX` where there is no target.
         soft_cap: the softmax is of soft_cap * tanh(logits / soft_cap); None: of the logits.
-        chunk_size: most rows per chunk (`CPU_CHUNK_SIZE` on a CPU, if that is less), times
-            `shard.ranks`.
+        chunk_size: most rows per chunk, times `shard.ranks`.
         shard: the gradient of `hidden` is then what this shard contributes to it.
     """
     options = {
@@ -258,8 +256,6 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if hidden_grad else None
         grad_weight: Tensor | None = None
         compute_weight = weight.to(hidden.dtype)
-        if hidden.device.type == "cpu":
-            chunk_size = min(chunk_size, CPU_CHUNK_SIZE)
         shard: VocabularyShard | None = options["shard"]
         if shard is not None:
             chunk_size *= shard.ranks
