@@ -79,13 +79,16 @@ class TransformerTrainModule(EngineTrainModule):
         if self.environment.is_main and len(self.optimizer_groups) > 1:
             for line in describe_groups(optim, self.optimizer_groups):
                 log.info("%s", line)
+        is_compiled = config.compile_model is True or (
+            config.compile_model == "auto" and bool(self.environment.choices.compile_model)
+        )
         self.engine = prepare_engine(
             self.environment,
             model,
             optim.build,
             max_grad_norm=config.max_grad_norm,
             ac_config=config.ac_config,
-            compile_model=config.compile_model,
+            compile_model=is_compiled,
             float8_config=config.float8_config,
             activation_offload=config.activation_offload,
             quantised=quantised,
@@ -99,7 +102,7 @@ class TransformerTrainModule(EngineTrainModule):
             ),
             self.environment.device,
             compute_dtype(layout.precision) or torch.float32,
-            is_compiled=config.compile_model,
+            is_compiled=is_compiled,
             has_z_loss=bool(config.z_loss_multiplier),
             trains_head_alone=self.trained_names == {"head.weight"},
             vocabulary_is_cut=layout.tp > 1,
