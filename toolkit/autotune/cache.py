@@ -5,6 +5,7 @@ however busy it is. Of several that start at once one measures while the others 
 """
 
 import contextlib
+import errno
 import json
 import math
 import os
@@ -32,8 +33,10 @@ class _Entry(msgspec.Struct):
 
 def folder() -> Path:
     """`$XDG_CACHE_HOME/toolkit/tuning`; `~/.cache` by default."""
-    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(cache).expanduser() / "toolkit" / "tuning"
+    cache = os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+    if not os.path.isabs(cache):
+        raise FileNotFoundError(errno.ENOENT, "no home folder, and no XDG_CACHE_HOME", cache)
+    return Path(cache, "toolkit", "tuning")
 
 
 def find(key: dict[str, Any], notices: list[str] | None = None) -> Timings | None:
@@ -46,7 +49,7 @@ def find(key: dict[str, Any], notices: list[str] | None = None) -> Timings | Non
             raise RunError(f"{path}: not the timings that belong there")
     except FileNotFoundError:
         return None
-    except (ToolkitError, OSError, RuntimeError) as error:  # RuntimeError: of a user without a home
+    except (ToolkitError, OSError) as error:
         if notices is not None:
             notices.append(f"{error}; measured again")
         return None
@@ -70,11 +73,11 @@ def find_or_measure(
                 return found
             known = measure()
             write_json_atomic(path, _Entry(key, known))
-    except (OSError, RuntimeError) as error:
+    except OSError as error:
         known = known or measure()
         del notices[:]
-        why = reason_of(error)
-        notices.append(f"{folder()}: measurements cannot be kept ({why}); each start measures")
+        why = f"{error.filename or folder()}: {reason_of(error)}"
+        notices.append(f"measurements cannot be kept ({why}); each start measures")
     return known
 
 
