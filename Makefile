@@ -49,7 +49,7 @@ type-check: .venv/.installed-dev
 
 bench: .venv/.installed
 	@set -e; for file in benchmarks/[a-z]*.py; do \
-		echo "== $$file"; $(BIN)/python $$file; echo; \
+		echo "== $$file"; TOOLKIT_MEASURE=0 $(BIN)/python $$file; echo; \
 	done
 
 soak: .venv/.installed-dev

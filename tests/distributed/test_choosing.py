@@ -1,26 +1,28 @@
 """`auto` on all ranks, over a run's life, and what keeps it from measuring."""
 
+import dataclasses
 import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.tiny import tiny_model
+from tests.tiny import build, module_config, tiny_model
 from toolkit.autotune import cache
 from toolkit.autotune.choices import Choices, Timings
 from toolkit.autotune.question import MEASURE
 from toolkit.commands.dry_run import summarize
 from toolkit.commands.train import resume, train
 from toolkit.distributed import choosing
-from toolkit.distributed.choosing import question_of
-from toolkit.distributed.environment import prepare_training_environment
+from toolkit.distributed.choosing import may_compile, question_of, recorded_choices
+from toolkit.distributed.environment import prepare_training_environment, single_environment
 from toolkit.distributed.layout import layout_of
 from toolkit.distributed.tuning import cpu_name
 from toolkit.errors import EXIT_DONE
 from toolkit.experiment.config import ExperimentConfig
 from toolkit.experiment.load import load_experiment
 from toolkit.experiment.recorded import engine_of
+from toolkit.runs.registry import start_run
 from toolkit.runs.status import read_status
 from toolkit.testing import WorkerPool, assert_same_training, tiny_experiment
 
@@ -106,9 +108,14 @@ def test_a_resume_keeps_the_recorded_precision_whatever_is_measured_now(
         "CPU: bf16 is 0.5x of it): --train_module.precision=fp32 takes it"
     ) in said_in(run)
     run_in(run, config)  # `train` into a run folder goes on too
-    pinned = config.train_module.replace(precision="bf16")
-    whole = run_in(tmp_path / "whole", config.replace(train_module=pinned))
-    assert_same_training(run, whole)
+    pinned = config.replace(train_module=config.train_module.replace(precision="bf16"))
+    same = tmp_path / "pinned"
+    for stop in (2, 3, None):
+        run_in(same, pinned, stop)
+    assert_same_training(run, same)
+    other = pinned.replace(train_module=pinned.train_module.replace(precision="fp32"))
+    with pytest.raises(AssertionError, match="step=1"):
+        assert_same_training(run, run_in(tmp_path / "fp32", other, 1))
 
 
 def test_auto_that_is_asked_for_again_is_measured_again(tmp_path: Path) -> None:
@@ -153,6 +160,48 @@ def test_what_is_said_is_not_measured(
     environment = prepare_training_environment(config)
     assert environment.layout.precision == expected
     assert environment.layout.notices == ()
+
+
+@pytest.mark.parametrize(
+    ("section", "changes", "expected"),
+    [
+        ("train_module", {}, True),
+        ("train_module", {"schedules": {"weight_decay": {"type": "constant"}}}, False),
+        ("train_module", {"activation_offload": True}, False),
+        ("train_module", {"dp_config": {"name": "zero3"}}, False),
+        ("dataset", {"instances": {"type": "packed"}}, True),
+        ("dataset", {"instances": {"type": "padded"}}, False),
+        ("model", {"moe": {"num_experts": 4, "top_k": 2, "intermediate_size": 16}}, False),
+    ],
+)
+def test_auto_compiles_what_is_compiled_once(
+    section: str, changes: dict[str, Any], expected: bool, tmp_path: Path
+) -> None:
+    config = tiny_experiment(tmp_path, **{section: changes})
+    assert may_compile(config, layout_of(config.train_module, {})) is expected
+
+
+@pytest.mark.parametrize("asked", ["auto", True, False])
+def test_a_choice_to_compile_counts_where_nobody_says_otherwise(
+    asked: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled: list[Any] = []
+    monkeypatch.setattr("toolkit.models.compile.compile_model", lambda m, **_: compiled.append(m))
+    for chosen in (True, False, None):
+        environment = dataclasses.replace(
+            single_environment(precision="fp32"), choices=Choices(compile_model=chosen)
+        )
+        build(module_config(compile_model=asked), environment)
+    assert len(compiled) == {"auto": 1, True: 3, False: 0}[asked]
+
+
+def test_a_run_of_an_earlier_release_keeps_its_precision(tmp_path: Path) -> None:
+    run = start_run("a", "b", save_folder=str(tmp_path / "run"))
+    run.set_status("running", precision="bf16")
+    assert recorded_choices(run.folder) is None  # it has just begun
+    run.set_status("running", step=3)
+    assert recorded_choices(run.folder) == Choices(precision="bf16")
+    run.close("stopped")
 
 
 def test_a_measurement_that_fails_is_said_and_leaves_the_fixed_choice(

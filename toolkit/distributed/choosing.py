@@ -90,11 +90,13 @@ def question_of(
 def may_compile(config: Any, layout: Layout) -> bool:
     """Whether `auto` may compile: dense models of ours under plain data parallelism, whose compiled
     steps compute the same, with nothing that would be compiled again and again."""
-    module, loader = config.train_module, config.data_loader
+    module, loader, dataset = config.train_module, config.data_loader, config.dataset
+    kind = dataset.instances.to_dict()["type"] if dataset.custom is None else "custom"
     changes = module.schedules or loader.sequence_length_schedule or loader.batch_size_schedule
     adds = (module.ac_config, module.float8_config, module.lora, module.target)
     return (
         layout.name in ("single", "ddp", "fsdp")
+        and kind in ("fixed", "packed")  # all rows have one length
         and max(layout.pp, layout.cp, layout.tp, layout.ep) == 1
         and not isinstance(config.model, ClassModelConfig)
         and config.model.to_transformer().moe is None
