@@ -300,7 +300,7 @@ def _with_choices(
 ) -> TrainingEnvironment:
     """`environment` with what rank 0 has chosen, in use on this rank."""
     device, layout, answer = environment.device, environment.layout, Answer(Choices())
-    if environment.is_main:
+    if environment.is_main and getattr(config, "model", None) is not None:
         is_cuda = device.type == "cuda"
         question = question_of(
             config,
