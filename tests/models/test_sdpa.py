@@ -23,10 +23,9 @@ def torchs_order() -> Iterator[None]:
     torch._C._set_sdp_priority_order(before)
 
 
-def order(asked="auto", hardware=H100, dtype=BF16, head_dim=128, cudnn=91_500, fixed=False):
-    return attention_order(
-        asked, hardware, dtype=dtype, head_dim=head_dim, cudnn=cudnn, is_deterministic=fixed
-    )
+def order(asked="auto", hardware=H100, dtype=BF16, head_dim=128, cudnn=91_500, **others):
+    others = {"is_deterministic": False, **others}
+    return attention_order(asked, hardware, dtype=dtype, head_dim=head_dim, cudnn=cudnn, **others)
 
 
 @pytest.mark.parametrize(
@@ -42,7 +41,10 @@ def order(asked="auto", hardware=H100, dtype=BF16, head_dim=128, cudnn=91_500, f
         ({"head_dim": 100}, "flash"),
         ({"cudnn": 90_100}, "flash"),
         ({"cudnn": None}, "flash"),
-        ({"fixed": True}, "flash"),
+        ({"is_deterministic": True}, "flash"),
+        ({"measured": "flash"}, "flash"),
+        ({"measured": "cudnn", "is_deterministic": True}, "flash"),
+        ({"measured": "cudnn", "dtype": FP32}, "flash"),
         ({"asked": "efficient", "dtype": FP32}, "efficient"),
         ({"asked": "math"}, "math"),
         ({"asked": "flash"}, "flash"),
@@ -62,7 +64,7 @@ def test_what_comes_first(changes, expected):
         ({"asked": "cudnn", "hardware": CPU}, "a run on cpu"),
         ({"asked": "cudnn", "dtype": FP32}, "not float32, heads of 128"),
         ({"asked": "flash", "head_dim": 100}, "heads of a multiple of 8"),
-        ({"asked": "cudnn", "fixed": True}, "not deterministic"),
+        ({"asked": "cudnn", "is_deterministic": True}, "not deterministic"),
         ({"asked": "cudnn", "cudnn": None}, "no cuDNN here"),
         ({"asked": "flash3", "hardware": A100}, "sm_90"),
         ({"asked": "flash3"}, "not installed here"),

@@ -29,6 +29,7 @@ from toolkit.cli import (
     schedule,
     stop_leaving,
     train,
+    tune,
 )
 from toolkit.cli.options import OVERRIDABLE, Invocation, option
 from toolkit.cli.output import has_lost_reader, open_missing_streams, outlive_readers
@@ -105,6 +106,7 @@ app.command(context_settings=OVERRIDABLE, cls=launch.LaunchCommand)(launch.launc
 app.add_typer(launch.jobs, name="jobs")
 app.command(context_settings=OVERRIDABLE)(plan.plan)
 app.command(context_settings=OVERRIDABLE)(schedule.schedule)
+app.command(context_settings=OVERRIDABLE)(tune.tune)
 app.add_typer(recipes.app, name="recipes")
 app.add_typer(runs.app, name="runs")
 app.add_typer(data.app, name="data")

@@ -145,7 +145,7 @@ def besides_layout(config: ExperimentConfig) -> Besides:
         own_model=model.target if isinstance(model, ClassModelConfig) else None,
         optim=module.optim,
         quantize_base=module.lora.quantize_base if module.lora is not None else None,
-        compiles_selected_ops=module.compile_model
+        compiles_selected_ops=module.compile_model is True
         and module.ac_config is not None
         and module.ac_config.mode == "selected_ops",
         compile_mode=module.compile_mode,

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch.nn.attention import SDPBackend
@@ -36,13 +36,14 @@ def attention_order(
     head_dim: int,
     cudnn: int | None,
     is_deterministic: bool,
+    measured: Literal["flash", "cudnn"] | None = None,
 ) -> tuple[str, ...]:
     """SDPA's kernels in the order in which they are tried, the first that takes a call computes it.
 
-    Unasked cuDNN's comes first on sm_90 and sm_100, where torch's own flash attention is the one
-    written for sm_80; but for deterministic runs, which its backward is not. `cudnn` is its
-    version, None where there is none. Raises ConfigError: the kernel that is asked for computes no
-    such heads here.
+    Unasked the one that was `measured` to be fastest comes first, and where nothing was, cuDNN's on
+    sm_90 and sm_100, where torch's own flash attention is the one written for sm_80; but for
+    deterministic runs, which its backward is not. `cudnn` is its version, None where there is none.
+    Raises ConfigError: the kernel that is asked for computes no such heads here.
     """
     fits = dtype.itemsize == 2 and head_dim % ALIGNED_HEAD == 0
     if asked == "auto":
@@ -50,7 +51,7 @@ def attention_order(
         is_new &= not hardware.is_rocm and cudnn is not None and cudnn >= _CUDNN
         if not (is_new and fits and head_dim <= 128) or is_deterministic:
             return _TORCHS
-        return _first("cudnn")
+        return _first(measured or "cudnn")
     problem = None
     if hardware.type != "cuda":
         problem = f"chooses between CUDA's kernels, and this is a run on {hardware.type}"
@@ -75,7 +76,12 @@ def _first(name: str) -> tuple[str, ...]:
 
 
 def choose_attention(
-    asked: AttentionBackend, device: torch.device, *, dtype: torch.dtype, head_dim: int
+    asked: AttentionBackend,
+    device: torch.device,
+    *,
+    dtype: torch.dtype,
+    head_dim: int,
+    measured: Literal["flash", "cudnn"] | None = None,
 ) -> tuple[str, ...]:
     """Set the order of this process for `device`, and return it. Raises ConfigError: see
     `attention_order`."""
@@ -87,6 +93,7 @@ def choose_attention(
         head_dim=head_dim,
         cudnn=torch.backends.cudnn.version() if device.type == "cuda" else None,
         is_deterministic=torch.are_deterministic_algorithms_enabled(),
+        measured=measured,
     )
     set_order(order)
     return order

@@ -68,8 +68,8 @@ class TransformerTrainModuleConfig(Config, kw_only=True):
     """Adds this times mean(logsumexp(logits)^2) to the loss (PaLM, Chowdhery et al. 2022)."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Compute type. Master weights and optimizer state are fp32 always. `auto`: the launcher's
-    mixed_precision, else bf16 where the hardware is fast at it. `fp16` scales the loss, as much as
-    gradients allow (dynamic loss scaling); not under ZeRO."""
+    mixed_precision, else bf16 on GPUs that have it, and on CPUs what is faster, measured.
+    `fp16` scales the loss, as much as gradients allow (dynamic loss scaling); not under ZeRO."""
     float8_config: Float8Config | None = None
     """Matrix products of linear layers in 8 bits, over `precision: bf16`; null: off."""
     dp_config: DataParallelConfig | None = None
@@ -86,17 +86,18 @@ class TransformerTrainModuleConfig(Config, kw_only=True):
     """Activation checkpointing; null: off."""
     activation_offload: bool = False
     """What blocks keep for backward waits in host memory; not for pipelines."""
-    compile_model: bool = False
-    """torch.compile each transformer block and the loss."""
+    compile_model: bool | Literal["auto"] = "auto"
+    """torch.compile each transformer block and the loss. `auto`: where the run is long enough to
+    win back the time of compiling."""
     compile_mode: CompileMode = "default"
     """How, over `compile_model`. `max-autotune-no-cudagraphs`: kernels of matrix products are tried
     out, which takes minutes at the start; `reduce-overhead`: blocks are recorded as CUDA graphs,
     which start without the host (`single` and `ddp`, one microbatch a step; for small models);
     `max-autotune`: both."""
     attention_backend: AttentionBackend = "auto"
-    """Which kernel of SDPA computes attention without masks on CUDA, where it can. `auto`: cuDNN's
-    for bf16 and heads of at most 128 on H100, H200 and B200, else torch's flash attention;
-    `flash3`: FlashAttention 3, which must be installed. `engine.json` of the run says which."""
+    """Which kernel of SDPA computes attention without masks on CUDA, where it can. `auto`: what is
+    measured on H100, H200 and B200, else torch's flash attention; `flash3`: FlashAttention 3, which
+    must be installed. `engine.json` of the run says which."""
     freeze: tuple[str, ...] = ()
     """Shell-style patterns over parameter names: these keep their values. A pattern that matches
     nothing is an error, and so is nothing left to train."""
@@ -120,12 +121,12 @@ class TransformerTrainModuleConfig(Config, kw_only=True):
             "max_consecutive_skipped_steps",
         )
         pipeline = self.pp_config
-        if self.compile_model and pipeline and pipeline.schedule == "ZBVZeroBubble":
+        if self.compile_model is True and pipeline and pipeline.schedule == "ZBVZeroBubble":
             raise ValueError(
                 "compile_model does not go with pp_config.schedule ZBVZeroBubble, which needs the "
                 "backward of a block in two halves; use 1F1B or Interleaved1F1B"
             )
-        if self.ac_config and self.ac_config.mode == "budget" and not self.compile_model:
+        if self.ac_config and self.ac_config.mode == "budget" and self.compile_model is not True:
             raise ValueError("ac_config.mode: budget needs compile_model: true")
         if self.compile_mode != "default" and self.compile_model is not True:
             raise ValueError(f"compile_mode: {self.compile_mode} needs compile_model: true")
@@ -184,7 +185,8 @@ def check_basic(config: TransformerTrainModuleConfig, engine: str) -> None:
         )
     of_language_models = ("lora", "z_loss_multiplier", "ac_config", "float8_config")
     given = [name for name in of_language_models if getattr(config, name) is not None]
-    given += [name for name in ("compile_model", "activation_offload") if getattr(config, name)]
+    switches = ("compile_model", "activation_offload")
+    given += [name for name in switches if getattr(config, name) is True]
     given += ["optim.mup"] if config.optim.mup is not None else []
     if given:
         raise ConfigError("is for language models; leave it out", key=f"train_module.{given[0]}")
@@ -238,6 +240,9 @@ class TrainerConfig(Config, kw_only=True):
     log_ranks: LogRanks = "rank0"
     """Which ranks write to the console: `rank0`; `local_rank0`, one of each machine; `all`. Every
     rank writes its log file."""
+    num_threads: int | None = None
+    """CPU threads of each process. Null: its share of the machine's cores, or fewer where that is
+    faster, measured. The environment variable TOOLKIT_NUM_THREADS wins."""
     deterministic: bool = False
     """Bit-equal runs on the same machine: torch's deterministic algorithms (CPU runs are so
     without it)."""
@@ -251,6 +256,7 @@ class TrainerConfig(Config, kw_only=True):
             "cancel_check_interval",
             "watchdog_timeout",
             "collective_timeout",
+            "num_threads",
         )
         if self.load_path is not None and self.load_path.startswith("file:"):
             path = f"/{self.load_path.removeprefix('file:').lstrip('/')}"

@@ -80,6 +80,7 @@ class TransformerTrainModule(EngineTrainModule):
             self.environment.device,
             dtype=dtype,
             head_dim=self.model_config.to_transformer().attention_head_dim,
+            measured=self.environment.choices.attention,
         )
         quantised = quantised_layers(self.model_config.to_transformer(), config.lora)
         optim = config.optim.of_model(self.model_config.to_transformer().d_model)
@@ -88,13 +89,16 @@ class TransformerTrainModule(EngineTrainModule):
         if self.environment.is_main and len(self.optimizer_groups) > 1:
             for line in describe_groups(optim, self.optimizer_groups):
                 log.info("%s", line)
+        is_compiled = config.compile_model is True or (
+            config.compile_model == "auto" and bool(self.environment.choices.compile_model)
+        )
         self.engine = prepare_engine(
             self.environment,
             model,
             optim.build,
             max_grad_norm=config.max_grad_norm,
             ac_config=config.ac_config,
-            compile_model=config.compile_model,
+            compile_model=is_compiled,
             compile_mode=config.compile_mode,
             float8_config=config.float8_config,
             activation_offload=config.activation_offload,
@@ -110,7 +114,7 @@ class TransformerTrainModule(EngineTrainModule):
             device,
             dtype,
             attention_order=order,
-            is_compiled=config.compile_model,
+            is_compiled=is_compiled,
             has_z_loss=bool(config.z_loss_multiplier),
             trains_head_alone=self.trained_names == {"head.weight"},
             vocabulary_is_cut=layout.tp > 1,
