@@ -4,6 +4,7 @@ import ctypes
 import os
 import sys
 from collections.abc import Mapping, MutableMapping
+from pathlib import Path
 
 from toolkit.errors import ConfigError
 
@@ -20,11 +21,16 @@ def set_defaults(environ: MutableMapping[str, str] = os.environ) -> None:
 
     The allocator grows the blocks that it has instead of adding others, which fragment. Threads of
     libgomp spin shortly while they wait: by default so long that two programs with as many threads
-    as cores slow each other down tenfold (docs/LOG.md).
+    as cores slow each other down tenfold (docs/LOG.md). Code that torch has compiled is kept where
+    it outlives a restart of the machine; torch's own choice is the folder for temporary files.
     """
     environ.setdefault("GOMP_SPINCOUNT", "1000")
     if not any(name in environ for name in _VARIABLES):
         environ[_VARIABLES[0]] = "expandable_segments:True"
+    cache = Path(environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
+    existing = next(folder for folder in (cache, *cache.parents) if folder.is_dir())
+    if cache.is_absolute() and os.access(existing, os.W_OK):  # not each user has a home
+        environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache / "toolkit" / "compiled"))
 
 
 def tune_cpu(*, local_world_size: int = 1) -> None:
@@ -70,12 +76,13 @@ def take_fast_products() -> None:
     is_amd = "AMD" in str(has.get("cpu_name", "")) and has.get("avx512_f", False)
     if not is_amd or has.get("amx_bf16", False) or torch.cuda.is_available():
         return
-    before = torch.get_float32_matmul_precision()
+    matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before = matmul.fp32_precision
     torch.set_float32_matmul_precision("medium")
     for size in (64, 256):
         exact = torch.full((size, size), 1.0 + 2.0**-20)
         if not torch.equal(exact @ torch.eye(size), exact):
-            torch.set_float32_matmul_precision(before)
+            matmul.fp32_precision = before
 
 
 def keep_freed_memory() -> None:

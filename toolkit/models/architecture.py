@@ -6,6 +6,10 @@ from toolkit.config import Config
 from toolkit.config.base import check_not_negative, check_positive
 
 AttentionKind = Literal["full", "sliding"]
+AttentionBackend = Literal["auto", "flash", "flash3", "cudnn", "efficient", "math"]
+CompileMode = Literal["default", "max-autotune-no-cudagraphs", "reduce-overhead", "max-autotune"]
+GRAPH_MODES = ("reduce-overhead", "max-autotune")
+"""Modes of torch.compile that record CUDA graphs."""
 
 
 class MoEConfig(Config, frozen=True, kw_only=True):

@@ -19,9 +19,11 @@ from torch.autograd.function import once_differentiable
 
 from toolkit.models.config import TransformerConfig
 from toolkit.models.kernels import liger_function, loss_kernel
+from toolkit.models.loss_kernels import has_one_softmax, softmax_loss_chunk
 from toolkit.models.norms import widened
 from toolkit.models.router import RouterSums
 from toolkit.models.shapes import loss_chunk_rows
+from toolkit.models.weight_gradient import add_product
 
 IGNORE_INDEX = -100
 """Label of a position that is not a target."""
@@ -102,9 +104,10 @@ class LinearCrossEntropy(nn.Module):
             is_cut=self.shard is not None,
         )
         if kernel == "liger" and (liger := liger_function()) is not None:
+            # Autocast would round the weight anew for each of Liger's chunks.
             loss = liger(
                 hidden,
-                weight[: self.vocab_size],
+                weight[: self.vocab_size].to(hidden.dtype),
                 labels,
                 ignore_index=IGNORE_INDEX,
                 reduction="sum",
@@ -140,6 +143,17 @@ def loss_chunk(
     `logits` are `(rows, padded_vocab_size)`, or the columns of a shard. See
     `chunked_linear_cross_entropy`.
     """
+    is_target = (labels != IGNORE_INDEX)[:, None]
+    is_plain = soft_cap is None and shard is None and not torch.compiler.is_compiling()
+    if is_plain and has_one_softmax(logits.device):
+        return softmax_loss_chunk(
+            logits,
+            labels[:, None].where(is_target, 0),
+            is_target,
+            vocab_size=vocab_size,
+            z_loss_multiplier=z_loss_multiplier,
+            with_grad=with_grad,
+        )
     wide = widened(logits)
     first = 0 if shard is None else shard.first
     tangent = None
@@ -149,7 +163,6 @@ def loss_chunk(
     if vocab_size < first + wide.shape[1]:
         column = torch.arange(wide.shape[1], device=wide.device, dtype=torch.int32)
         wide = wide.masked_fill(column >= vocab_size - first, float("-inf"))
-    is_target = (labels != IGNORE_INDEX)[:, None]
     is_here = is_target
     if shard is not None:
         labels = labels - first
@@ -263,12 +276,7 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
                 if grad_hidden is not None and grad is not None:
                     torch.mm(grad, compute_weight, out=grad_hidden[start : start + rows])
                 if weight_grad and grad is not None:
-                    if grad_weight is None:
-                        grad_weight = (grad.t() @ chunk).to(wide)
-                    elif grad.dtype == wide:
-                        grad_weight.addmm_(grad.t(), chunk)
-                    else:
-                        grad_weight += grad.t() @ chunk
+                    grad_weight = add_product(grad_weight, grad.t(), chunk, wide)
         if weight_grad and grad_weight is None:  # no rows
             grad_weight = torch.zeros_like(weight, dtype=wide)
         ctx.save_for_backward(grad_hidden, grad_weight)

@@ -19,6 +19,7 @@ from toolkit.distributed.config import (
     TensorParallelConfig,
 )
 from toolkit.errors import ConfigError
+from toolkit.models.architecture import GRAPH_MODES, AttentionBackend, CompileMode
 from toolkit.models.config import LoRAConfig
 from toolkit.optim.config import AdamWConfig, OptimConfig
 from toolkit.optim.schedules import CosineConfig, SchedulerConfig
@@ -87,6 +88,15 @@ class TransformerTrainModuleConfig(Config, kw_only=True):
     """What blocks keep for backward waits in host memory; not for pipelines."""
     compile_model: bool = False
     """torch.compile each transformer block and the loss."""
+    compile_mode: CompileMode = "default"
+    """How, over `compile_model`. `max-autotune-no-cudagraphs`: kernels of matrix products are tried
+    out, which takes minutes at the start; `reduce-overhead`: blocks are recorded as CUDA graphs,
+    which start without the host (`single` and `ddp`, one microbatch a step; for small models);
+    `max-autotune`: both."""
+    attention_backend: AttentionBackend = "auto"
+    """Which kernel of SDPA computes attention without masks on CUDA, where it can. `auto`: cuDNN's
+    for bf16 and heads of at most 128 on H100, H200 and B200, else torch's flash attention;
+    `flash3`: FlashAttention 3, which must be installed. `engine.json` of the run says which."""
     freeze: tuple[str, ...] = ()
     """Shell-style patterns over parameter names: these keep their values. A pattern that matches
     nothing is an error, and so is nothing left to train."""
@@ -117,6 +127,13 @@ class TransformerTrainModuleConfig(Config, kw_only=True):
             )
         if self.ac_config and self.ac_config.mode == "budget" and not self.compile_model:
             raise ValueError("ac_config.mode: budget needs compile_model: true")
+        if self.compile_mode != "default" and self.compile_model is not True:
+            raise ValueError(f"compile_mode: {self.compile_mode} needs compile_model: true")
+        if self.compile_mode in GRAPH_MODES and self.activation_offload:
+            raise ValueError(
+                f"compile_mode: {self.compile_mode} records CUDA graphs, which do not go with "
+                "activation_offload; use max-autotune-no-cudagraphs"
+            )
         selects = self.ac_config is not None and self.ac_config.mode == "selected_ops"
         if pipeline and self.activation_offload:
             problem = "activation_offload does not go with pp_config"
@@ -130,6 +147,17 @@ class TransformerTrainModuleConfig(Config, kw_only=True):
             raise ValueError(
                 "activation_offload does not go with ac_config.mode: selected_ops, whose results "
                 "stay on the device; use mode: full, or leave ac_config out"
+            )
+
+    def check_graphs(self, tokens: int) -> None:
+        """Raises ConfigError where a step of `tokens` on each rank has several microbatches and
+        `compile_mode` records CUDA graphs: the gradients of one lie where the next computes."""
+        size = self.rank_microbatch_size
+        if self.compile_mode in GRAPH_MODES and size is not None and tokens > size:
+            raise ConfigError(
+                f"{self.compile_mode} records CUDA graphs, for one microbatch a step; set "
+                "train_module.rank_microbatch_size to null, or use max-autotune-no-cudagraphs",
+                key="train_module.compile_mode",
             )
 
     def build(self, model: Any, **context: Any) -> Any:

@@ -25,7 +25,7 @@ from toolkit.commands.plan.memory import memory_of
 from toolkit.commands.plan.pieces import states
 from toolkit.commands.plan.plans import Plan
 from toolkit.commands.plan.report import gib, size
-from toolkit.distributed import expert_parallel
+from toolkit.distributed import expert_parallel, fully_sharded
 from toolkit.distributed.engine import Engine, Microbatch
 from toolkit.distributed.environment import TrainingEnvironment
 from toolkit.distributed.materialize import materialize
@@ -194,6 +194,7 @@ def _as_on_a_gpu(job: Job) -> Iterator[None]:
     """Fake tensors are on a CPU, where some things are done otherwise; and they have no values, so
     tokens spread evenly over experts."""
     chunk, numbers = shapes.CPU_CHUNK_BYTES, expert_parallel.numbers_of_rows
+    memory = fully_sharded.device_memory
     schedule: Any = schedules._PipelineSchedule
     vote = schedule._warmup_p2p
 
@@ -210,11 +211,13 @@ def _as_on_a_gpu(job: Job) -> Iterator[None]:
     shapes.CPU_CHUNK_BYTES = shapes.CHUNK_BYTES
     schedule._warmup_p2p = agree
     expert_parallel.numbers_of_rows = even
+    fully_sharded.device_memory = lambda device: job.device.memory
     rope.rotary_table.cache_clear()  # it would keep fake tensors
     try:
         yield
     finally:
         shapes.CPU_CHUNK_BYTES, expert_parallel.numbers_of_rows = chunk, numbers
+        fully_sharded.device_memory = memory
         schedule._warmup_p2p = vote
         rope.rotary_table.cache_clear()
 
