@@ -66,7 +66,8 @@ def first_step(command: tuple[str, ...], folder: Path, name: str) -> float:
     subprocess.run(
         [BIN / command[0], *command[1:], "--save-folder", run],
         cwd=folder,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "TOOLKIT_NUM_THREADS": "1"},
+        env=os.environ
+        | {"OMP_NUM_THREADS": "1", "TOOLKIT_NUM_THREADS": "1", "TOOLKIT_MEASURE": "0"},
         check=True,
         capture_output=True,
     )

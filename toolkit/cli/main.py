@@ -30,6 +30,7 @@ from toolkit.cli import (
     schedule,
     stop_leaving,
     train,
+    tune,
 )
 from toolkit.cli.options import OVERRIDABLE, Invocation, option
 from toolkit.cli.output import has_lost_reader, open_missing_streams, outlive_readers
@@ -107,6 +108,7 @@ app.add_typer(launch.jobs, name="jobs")
 app.command(context_settings=OVERRIDABLE)(plan.plan)
 app.command(context_settings=OVERRIDABLE)(schedule.schedule)
 app.command(context_settings=OVERRIDABLE)(ladder.ladder)
+app.command(context_settings=OVERRIDABLE)(tune.tune)
 app.add_typer(recipes.app, name="recipes")
 app.add_typer(runs.app, name="runs")
 app.add_typer(data.app, name="data")
