@@ -17,9 +17,10 @@ import msgspec
 from toolkit.config import Config
 from toolkit.config.secrets import mask_secrets
 from toolkit.errors import RunError
+from toolkit.metrics.lines import last_record
 from toolkit.runs.files import RUN_FILES
 from toolkit.runs.lock import RunLock, utc_now
-from toolkit.runs.status import RunState, RunStatus, read_status
+from toolkit.runs.status import EndedAttempt, RunState, RunStatus, read_status, utc_text
 from toolkit.storage.atomic import encode_json, write_atomic, write_json_atomic
 from toolkit.storage.foreign import read_bytes, read_json
 from toolkit.threads import Worker
@@ -31,6 +32,9 @@ CLOSE_SECONDS = 5.0
 
 _BLOCK = 4096
 """Bytes that a small file occupies on disk anyway."""
+
+_LATEST = 1e11
+"""Unix seconds after this are no time."""
 
 _STARTED_FROM = {
     RUN_FILES.config, RUN_FILES.data_config, RUN_FILES.model_config, RUN_FILES.trainer_config,
@@ -298,8 +302,28 @@ class RunManager(contextlib.AbstractContextManager["RunManager"]):
             updated=now,
             host=socket.gethostname(),
             pid=os.getpid(),
+            attempts=[] if before is None else [*before.attempts, self._ended(before)],
         )
         self._write_status()
+
+    def _ended(self, before: RunStatus) -> EndedAttempt:
+        """How the attempt before this one ended; of one that vanished, when it last wrote."""
+        is_dead, ended, step = before.state == "running", before.updated, before.step
+        newest = last_record(self.path(RUN_FILES.train_metrics)) if is_dead else {}
+        when = newest.get("time")
+        is_its = newest.get("attempt") == before.attempt and type(newest["step"]) is int
+        if is_its and isinstance(when, int | float) and 0 <= when < _LATEST:
+            ended, step = max(ended, utc_text(when)), max(step or 0, newest["step"])
+        return EndedAttempt(
+            attempt=before.attempt,
+            started=before.started,
+            ended=ended,
+            state="dead" if is_dead else before.state,
+            exit_reason=before.exit_reason,
+            message=before.message,
+            host=before.host,
+            step=step,
+        )
 
     def _write_status(self, *, is_last: bool = False) -> None:
         status = self._status
@@ -323,7 +347,9 @@ def _overwrite(path: Path, status: RunStatus) -> None:
     room = max(_BLOCK, -(-path.stat().st_size // _BLOCK) * _BLOCK)
     data = encode_json(status)
     if len(data) > room:
-        data = msgspec.json.encode(msgspec.structs.replace(status, message=None, other={}))
+        data = msgspec.json.encode(
+            msgspec.structs.replace(status, message=None, other={}, attempts=[])
+        )
     with path.open("r+b", buffering=0) as file:
         # One call, and blanks over what was longer: a reader never sees half of it.
         file.write(data.ljust(path.stat().st_size))

@@ -18,7 +18,14 @@ from toolkit.runs.environment import describe_command, describe_environment, des
 from toolkit.runs.files import RUN_FILES
 from toolkit.runs.lock import RunLock, is_locked, utc_now
 from toolkit.runs.manager import RunManager
-from toolkit.runs.status import RunRecord, RunStatus, mirror_of, not_a_run, read_status, record_of
+from toolkit.runs.status import (
+    RunRecord,
+    RunStatus,
+    full_record,
+    not_a_run,
+    read_status,
+    record_of,
+)
 from toolkit.storage.atomic import temporary_path
 
 log = logging.getLogger(__name__)
@@ -251,7 +258,7 @@ class _IndexWriter:
                 if self._own_root is not None:
                     self._own_root.mkdir(parents=True, exist_ok=True)
                 self._index = _database().RunIndex(self._url)
-            self._index.put(RunRecord.from_status(folder, status, mirror_of(folder)))
+            self._index.put(full_record(folder, status))
         except Exception as error:
             self._pause_until = time.monotonic() + _PAUSE_SECONDS
             if not self._has_warned:
