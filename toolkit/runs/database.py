@@ -73,11 +73,19 @@ class RunIndex:
 
     def put(self, record: RunRecord) -> None:
         """Insert or update the row of `record.folder`."""
-        row = msgspec.structs.asdict(record)
-        change = sa.update(runs_table).where(runs_table.c.folder == record.folder).values(row)
+        self.update([record])
+
+    def update(self, records: Iterable[RunRecord], gone: Iterable[str] = ()) -> None:
+        """Insert or update the rows of `records`, and delete those of the folders `gone`."""
+        folder = runs_table.c.folder
         with self._engine.begin() as connection:
-            if connection.execute(change).rowcount == 0:
-                connection.execute(sa.insert(runs_table).values(row))
+            for name in gone:
+                connection.execute(sa.delete(runs_table).where(folder == name))
+            for record in records:
+                row = msgspec.structs.asdict(record)
+                change = sa.update(runs_table).where(folder == record.folder).values(row)
+                if connection.execute(change).rowcount == 0:
+                    connection.execute(sa.insert(runs_table).values(row))
 
     def all(self) -> list[RunRecord]:
         """Every row, oldest run first."""

@@ -105,7 +105,8 @@ class RunFacts(msgspec.Struct, kw_only=True):
 
     @property
     def id(self) -> str:
-        return self.record.id
+        """Eight hexadecimal digits, the same wherever the run is moved or copied to."""
+        return str(self.record.id)
 
     @property
     def title(self) -> str:

@@ -1,6 +1,5 @@
 """`RunManager`: one run folder, from its lock to its last status."""
 
-import concurrent.futures
 import contextlib
 import errno
 import logging
@@ -8,7 +7,6 @@ import os
 import socket
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -18,12 +16,19 @@ from toolkit.config import Config
 from toolkit.config.secrets import mask_secrets
 from toolkit.errors import RunError
 from toolkit.metrics.lines import last_record
+from toolkit.runs.background import Background
 from toolkit.runs.files import RUN_FILES
 from toolkit.runs.lock import RunLock, utc_now
-from toolkit.runs.status import EndedAttempt, RunState, RunStatus, read_status, utc_text
+from toolkit.runs.status import (
+    EndedAttempt,
+    RunState,
+    RunStatus,
+    id_of,
+    read_status,
+    utc_text,
+)
 from toolkit.storage.atomic import encode_json, write_atomic, write_json_atomic
 from toolkit.storage.foreign import read_bytes, read_json
-from toolkit.threads import Worker
 
 log = logging.getLogger(__name__)
 
@@ -292,8 +297,11 @@ class RunManager(contextlib.AbstractContextManager["RunManager"]):
         before = read_status(self.folder)
         now = utc_now()
         kept = {} if before is None else {field: getattr(before, field) for field in _KEPT}
+        first = before or self
+        born = kept.get("created", now), first.experiment, first.name
         self._status = RunStatus(
             **{"created": now} | kept,
+            id=(before and before.id) or id_of(*born),
             state="running",
             experiment=self.experiment,
             name=self.name,
@@ -354,49 +362,3 @@ def _overwrite(path: Path, status: RunStatus) -> None:
         # One call, and blanks over what was longer: a reader never sees half of it.
         file.write(data.ljust(path.stat().st_size))
         os.fsync(file.fileno())
-
-
-class Background:
-    """Runs jobs that must neither delay nor fail a run, in order in a daemon thread: an error is a
-    logged warning, and waiting has an end."""
-
-    def __init__(self, name: str) -> None:
-        self._worker = Worker(name)
-        self._jobs: list[Future[None]] = []
-        self._newest: dict[str, Future[None]] = {}
-        self._lock = threading.Lock()
-        self._is_closed = False
-
-    def submit(self, job: Callable[[], None], *, key: str | None = None) -> None:
-        """Have `job` run; a waiting one of the same `key` is dropped. Nothing runs after
-        `close`."""
-
-        def run() -> None:
-            try:
-                job()
-            except Exception as error:
-                log.warning("%s", error)
-
-        with self._lock:
-            if self._is_closed:
-                return
-            if key in self._newest:
-                self._newest[key].cancel()
-            future = self._worker.submit(run)
-            self._jobs = [other for other in self._jobs if not other.done()] + [future]
-            if key is not None:
-                self._newest[key] = future
-
-    def wait(self, seconds: float | None = None) -> bool:
-        """Wait until all is done; False: it is not, after `seconds`."""
-        return not concurrent.futures.wait(self._jobs, seconds).not_done
-
-    def close(self, seconds: float) -> bool:
-        """`wait`, drop what is left, and take no more jobs."""
-        is_done = self.wait(seconds)
-        with self._lock:
-            self._is_closed = True
-            for job in self._jobs:
-                job.cancel()
-        self._worker.stop()
-        return is_done

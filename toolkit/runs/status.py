@@ -45,6 +45,9 @@ class RunStatus(msgspec.Struct, kw_only=True):
     """Content of status.json. `None` is "not known (yet)"."""
 
     state: RunState
+    id: str | None = None
+    """Eight hexadecimal digits that stay the run's wherever it is moved, whatever it is called;
+    None: of a release before there were any, see `id_of`."""
     experiment: str
     name: str
     attempt: int
@@ -121,11 +124,12 @@ class RunRecord(msgspec.Struct, kw_only=True):
     tags: str | None = None
     """With commas between them."""
     note: str | None = None
+    id: str | None = None
+    """See `RunStatus.id`; always there."""
 
-    @property
-    def id(self) -> str:
-        """Eight hexadecimal digits, the same wherever the run is moved or copied to."""
-        return id_of(self.created, self.experiment, self.name)
+    def __post_init__(self) -> None:
+        if self.id is None:
+            self.id = id_of(self.created, self.experiment, self.name)
 
     @classmethod
     def from_status(cls, folder: Path, status: RunStatus, mirror: str | None = None) -> "RunRecord":
@@ -136,7 +140,8 @@ class RunRecord(msgspec.Struct, kw_only=True):
 
 
 def id_of(created: str, experiment: str, name: str) -> str:
-    """`RunRecord.id`."""
+    """`RunStatus.id` of a run that was first started as this; two machines may do so in the same
+    second, and what is asked for by it then has several answers."""
     words = f"{created} {experiment}/{name}".encode(errors="surrogateescape")
     return hashlib.blake2b(words, digest_size=4).hexdigest()
 
