@@ -2,7 +2,8 @@
 
 import logging
 import os
-from collections.abc import Mapping
+import weakref
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -73,6 +74,58 @@ def wait_for(device: torch.device) -> None:
         torch.mps.synchronize()
     elif device.type != "cpu":
         torch.get_device_module(device).current_stream(device).synchronize()
+
+
+class Copies:
+    """Copies of tensors of `device` into host memory, under way beside what it computes.
+
+    Args:
+        pairs: (where to, what). Nobody may change the tensors before `hold_back` is called.
+    """
+
+    def __init__(
+        self, device: torch.device, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]
+    ) -> None:
+        self._device = device
+        self._done: torch.cuda.Event | None = None
+        if device.type != "cuda":
+            for buffer, source in pairs:
+                buffer.copy_(source, non_blocking=True)
+            wait_for(device)
+            return
+        stream = torch.cuda.Stream(device)
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream):
+            for buffer, source in pairs:
+                buffer.copy_(source, non_blocking=True)
+        self._pairs = pairs  # the memory of a source that nobody else holds would be used again
+        self._done = torch.cuda.Event(blocking=True)
+        self._done.record(stream)
+
+    def hold_back(self) -> None:
+        """Have what this thread asks of the device from now on come after the copies. The caller
+        does not wait."""
+        if self._done is not None:
+            torch.cuda.current_stream(self._device).wait_event(self._done)
+
+    def wait(self) -> None:
+        """Until they are done; any thread may call it."""
+        if self._done is not None:
+            self._done.synchronize()
+
+
+def host_memory(size: int, devices: Collection[torch.device]) -> torch.Tensor:
+    """`size` bytes of host memory, page-locked where tensors of a GPU are copied there.
+
+    torch's own allocator of such memory rounds up to a power of two, so ordinary memory is locked.
+    """
+    memory = torch.empty(size, dtype=torch.uint8)
+    if size and any(device.type == "cuda" for device in devices):
+        runtime, address = torch.cuda.cudart(), memory.data_ptr()
+        torch.cuda.check_error(int(runtime.cudaHostRegister(address, size, 0)))
+        unlock = weakref.finalize(memory, runtime.cudaHostUnregister, address)
+        unlock.atexit = False  # CUDA may be gone by then
+    return memory
 
 
 def device_name(device: torch.device) -> str:

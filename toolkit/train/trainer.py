@@ -217,6 +217,7 @@ class Trainer:
                     break
         finally:
             batches.close()
+            state.wait_for_copies()
         self._raise_failure()
         if state.stop_request.is_agreed:
             return state.stop_request.reason
