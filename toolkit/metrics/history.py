@@ -154,8 +154,8 @@ def _blocks(path: Path) -> Iterator[list[dict[str, Any]]]:
                 raise RunError(
                     f"{path}: has a line of more than {MAX_LINE_BYTES:,} bytes; move it away"
                 )
-            if newline:
-                yield _decoded(whole)
+            if newline and (lines := _decoded(whole)):
+                yield lines
 
 
 def _decoded(data: bytes) -> list[dict[str, Any]]:
@@ -182,7 +182,9 @@ def _by_name(lines: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
 
 
 def _columns(lines: list[dict[str, Any]], name: str, names: Collection[str] | None) -> _Block:
-    metrics = dict.fromkeys(key for line in lines for key in line if key not in _NOT_VALUES)
+    first = [*lines[0]]
+    later = sorted(set().union(*lines).difference(first))
+    metrics = dict.fromkeys(key for key in [*first, *later] if key not in _NOT_VALUES)
     if names is not None:
         metrics = {m: None for m in metrics if m in names or _key(name, m) in names}
     values = {}
