@@ -51,12 +51,12 @@ type-check: .venv/.installed-dev
 
 bench: .venv/.installed
 	@set -e; for file in $(filter-out benchmarks/compare.py,$(wildcard benchmarks/[a-z]*.py)); do \
-		echo "== $$file"; $(BIN)/python $$file; echo; \
+		echo "== $$file"; TOOLKIT_MEASURE=0 $(BIN)/python $$file; echo; \
 	done
 
 bench-compare: .venv/.installed
 	$(if $(BASE),,$(error name a revision: make bench-compare BASE=main))
-	$(BIN)/python benchmarks/compare.py --base $(BASE) $(BENCH_ARGS)
+	TOOLKIT_MEASURE=0 $(BIN)/python benchmarks/compare.py --base $(BASE) $(BENCH_ARGS)
 
 soak: .venv/.installed-dev
 	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)

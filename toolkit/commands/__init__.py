@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 __all__ = [
     "batch", "convert", "data", "doctor", "dry_run", "evaluate", "evaluate_tasks", "explain",
     "generate", "launch", "launching", "load", "merge", "mix", "plan",
-    "recipes", "replay", "runs", "schedule", "sweep", "train", "verify",
+    "recipes", "replay", "runs", "schedule", "sweep", "train", "tune", "verify",
 ]  # fmt: skip
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
         schedule,
         sweep,
         train,
+        tune,
         verify,
     )
 else:

@@ -4,11 +4,11 @@ import logging
 import os
 import weakref
 from collections.abc import Collection, Mapping, Sequence
-from pathlib import Path
 
 import torch
 
 from toolkit.distributed.ranks import has_own_gpu, wants_cpu
+from toolkit.distributed.tuning import cpu_name
 from toolkit.errors import ConfigError
 from toolkit.wording import count
 
@@ -133,18 +133,6 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{cpu_name()} GPU" if device.type == "mps" else cpu_name()
-
-
-def cpu_name() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    import platform
-
-    return platform.processor() or platform.machine()
 
 
 def unused_gpus(environ: Mapping[str, str] = os.environ) -> str | None:
