@@ -27,6 +27,11 @@ def prefixed(number: float, unit: str) -> str:
     return f"{number:.3g} P{unit}"
 
 
+def compact(number: float) -> str:
+    """`999`, `20.5k`, `1.05M`: three digits."""
+    return prefixed(number, "").replace(" ", "")
+
+
 def labelled(rows: Iterable[tuple[str, Sequence[str]]]) -> list[str]:
     """A line for each text of each (label, texts): the label before the first one."""
     return [
@@ -47,3 +52,12 @@ def visible(text: str, *, kept: str = "") -> str:
     return "".join(
         c if c.isprintable() or c in kept else c.encode("unicode_escape").decode() for c in text
     )
+
+
+def span(seconds: float) -> str:
+    """A time in its two largest units: `45s`, `3m 12s`, `2h 05m`, `3d 04h`."""
+    whole = int(max(0.0, seconds))
+    for unit, size, below, part in (("d", 86400, "h", 3600), ("h", 3600, "m", 60)):
+        if whole >= size:
+            return f"{whole // size}{unit} {whole % size // part:02d}{below}"
+    return f"{whole // 60}m {whole % 60:02d}s" if whole >= 60 else f"{whole}s"

@@ -195,7 +195,33 @@ def test_other_exceptions_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.parametrize(
-    "verb", ["train", "resume", "prepare", "recipes", "recipes copy", "runs", "runs reindex"]
+    "verb",
+    [
+        "train",
+        "resume",
+        "prepare",
+        "recipes",
+        "recipes copy",
+        "runs",
+        "sweep",
+        *(
+            f"runs {verb}"
+            for verb in (
+                "list",
+                "show",
+                "compare",
+                "diff",
+                "tag",
+                "note",
+                "watch",
+                "rm",
+                "move",
+                "archive",
+                "restore",
+                "reindex",
+            )
+        ),
+    ],
 )
 def test_help_ends_with_examples(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run([*verb.split(), "--help"]) == 0

@@ -19,8 +19,8 @@ from toolkit.launch import capacity
 from toolkit.launch.plan import LaunchPlan
 from toolkit.launch.workers import toolkit_command
 from toolkit.runs.files import RUN_FILES
+from toolkit.runs.listing import find_named
 from toolkit.runs.manager import RunManager
-from toolkit.runs.registry import find_named
 from toolkit.train.config import Duration, TrainerConfig
 from toolkit.train.progress import nothing_left
 

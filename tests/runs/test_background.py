@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from toolkit.runs.manager import Background
+from toolkit.runs.background import Background
 
 
 def test_jobs_run_in_order_and_a_later_one_replaces_a_waiting_one() -> None:

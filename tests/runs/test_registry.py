@@ -16,12 +16,11 @@ from toolkit.errors import RunError
 from toolkit.runs.config import RunConfig
 from toolkit.runs.database import RunIndex
 from toolkit.runs.files import RUN_FILES
+from toolkit.runs.listing import list_runs, reindex
 from toolkit.runs.registry import (
     check_run_folder,
     choose_run_name,
     is_run,
-    list_runs,
-    reindex,
     resolve_run_folder,
     start_run,
 )

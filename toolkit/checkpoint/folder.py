@@ -22,7 +22,7 @@ from typing import Any, Literal, TypeVar
 import msgspec
 
 from toolkit.errors import CheckpointError, TrainingError
-from toolkit.runs.files import RUN_FILES
+from toolkit.runs.files import CHECKPOINT_METADATA, RUN_FILES
 from toolkit.runs.status import read_status
 from toolkit.storage.atomic import fsync_folder, hash_file, remove_tree, unused_name, write_atomic
 from toolkit.storage.foreign import decode_json, read_bytes
@@ -30,7 +30,7 @@ from toolkit.storage.remote import RemoteFolder, is_url
 
 log = logging.getLogger(__name__)
 
-METADATA_FILE = ".metadata.json"
+METADATA_FILE = CHECKPOINT_METADATA
 TENSORS_FOLDER = "model_and_optim"
 TENSORS_METADATA = f"{TENSORS_FOLDER}/.metadata"
 MODEL_PREFIX = "model."

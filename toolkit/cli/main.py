@@ -29,8 +29,10 @@ from toolkit.cli import (
     runs,
     schedule,
     stop_leaving,
+    sweep,
     train,
     tune,
+    verify,
 )
 from toolkit.cli.options import OVERRIDABLE, Invocation, option
 from toolkit.cli.output import has_lost_reader, open_missing_streams, outlive_readers
@@ -106,14 +108,15 @@ for _verb in (train.train, train.resume, train.prepare):
 app.command(context_settings=OVERRIDABLE, cls=launch.LaunchCommand)(launch.launch)
 app.add_typer(launch.jobs, name="jobs")
 app.command(context_settings=OVERRIDABLE)(plan.plan)
+app.command(context_settings=OVERRIDABLE)(sweep.sweep)
 app.command(context_settings=OVERRIDABLE)(schedule.schedule)
 app.command(context_settings=OVERRIDABLE)(ladder.ladder)
 app.command(context_settings=OVERRIDABLE)(tune.tune)
 app.add_typer(recipes.app, name="recipes")
 app.add_typer(runs.app, name="runs")
 app.add_typer(data.app, name="data")
-app.command()(runs.verify)
-app.command()(runs.batch)
+app.command()(verify.verify)
+app.command()(verify.batch)
 app.command("convert-hf")(models.convert_hf)
 app.command("export-hf")(models.export_hf)
 app.command()(models.merge)

@@ -93,6 +93,13 @@ JoinTimeout = Annotated[
     str | None,
     option("How long machines wait for each other.", shown="10m", metavar="TIME"),
 ]
+Root = Annotated[str, option("Folder of all runs (run.root), or URL of one run or several.")]
+Registry = Annotated[
+    str | None, option("SQLAlchemy URL (run.registry).", shown="ROOT/registry.sqlite")
+]
+Run = Annotated[
+    str, argument("A run: name, id or the first digits of it, or folder.", metavar="RUN")
+]
 Json = Annotated[bool, option("Everything as one JSON object.", "--json")]
 OVERRIDABLE = {"ignore_unknown_options": True}
 """Context settings of verbs that take `--PATH=VALUE`."""

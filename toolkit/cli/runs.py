@@ -1,326 +1,390 @@
-"""`toolkit runs`, `toolkit verify`, `toolkit batch`: looking at runs."""
+"""`toolkit runs`: runs as a list, on a page, side by side; and what is said about them."""
 
+import os
+import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from toolkit import commands
-from toolkit.cli.options import (
-    Engine,
-    Head,
-    Interface,
-    JoinTimeout,
-    Json,
-    NodeRank,
-    NumNodes,
-    Processes,
-    argument,
-    option,
-)
-from toolkit.cli.printing import (
-    LEGEND,
-    cell,
-    plain_console,
-    print_json,
-    print_pieces,
-    print_table,
-)
+from toolkit.cli import runs_folders
+from toolkit.cli.options import Json, Registry, Root, Run, argument, option
+from toolkit.cli.printing import cell, print_json, print_table
 from toolkit.errors import EXIT_DONE, EXIT_FAILED, ConfigError
-from toolkit.wording import count, prefixed
+from toolkit.wording import compact, span, visible
 
 if TYPE_CHECKING:
-    from toolkit.commands.batch import BatchInstance
-    from toolkit.commands.receipt import Receipt
-    from toolkit.commands.verify import CheckpointReport
-    from toolkit.runs.registry import RunRecord
+    from toolkit.commands.runs.compare import Comparison, Difference
+    from toolkit.runs.status import RunRecord
 
 app = typer.Typer(invoke_without_command=True, rich_markup_mode=None)
-Root = Annotated[str, option("Folder of all runs (run.root), or URL of one run or several.")]
-Registry = Annotated[
-    str | None, option("SQLAlchemy URL (run.registry).", shown="ROOT/registry.sqlite")
+for _verb in (
+    runs_folders.rm,
+    runs_folders.move,
+    runs_folders.archive,
+    runs_folders.restore,
+    runs_folders.reindex,
+    runs_folders.send,
+    runs_folders.push,
+):
+    app.command()(_verb)
+
+State = Annotated[
+    list[str] | None,
+    option("Only of this state: running, finished, stopped, failed, dead.", metavar="STATE"),
 ]
+Tag = Annotated[list[str] | None, option("Only with this tag.", metavar="TAG")]
+Name = Annotated[str | None, option("Only of names like this: 'sweep-*'.", metavar="GLOB")]
+Since = Annotated[str | None, option("Only started in the last 12h, 2d, 1w.", metavar="TIME")]
+Where = Annotated[
+    list[str] | None,
+    option("Only where the config has this: optim.lr=1e-3.", metavar="PATH=VALUE"),
+]
+Sort = Annotated[
+    str | None,
+    option(
+        "name, state, step, tokens, loss, val-loss, best, speed, duration, age or updated; "
+        "smallest first.",
+        shown="the oldest first",
+        metavar="COLUMN",
+    ),
+]
+Reverse = Annotated[bool, option("The other way round.", "--reverse")]
+Limit = Annotated[
+    int | None, option("The first N; without --sort, the newest.", metavar="N", shown="all")
+]
+Check = Annotated[
+    bool, option("Read every run folder; the registry may lag by a minute.", "--check")
+]
+Tolerance = Annotated[
+    float,
+    option("Losses whose relative difference is larger have parted.", metavar="X"),
+]
+Everything = Annotated[bool, option("Names and places of the runs too.", "--all")]
 
 
 @app.callback()
-def runs(context: typer.Context, root: Root = "runs", registry: Registry = None) -> None:
-    """List runs; rebuild their registry.
+def runs(
+    context: typer.Context,
+    root: Root = "runs",
+    registry: Registry = None,
+    state: State = None,
+    tag: Tag = None,
+    name: Name = None,
+    since: Since = None,
+    where: Where = None,
+    sort: Sort = None,
+    reverse: Reverse = False,
+    limit: Limit = None,
+    check: Check = False,
+    json: Json = False,
+) -> None:
+    """List runs, compare them, and keep them in order.
+
+    A run is named by its name, experiment/name, its id or the first digits of it, or its folder.
 
     \b
     Examples:
       toolkit runs
-      toolkit runs list --root /shared/runs
+      toolkit runs --sort val-loss --limit 10
+      toolkit runs compare first second
       toolkit runs reindex
     """
     if context.invoked_subcommand is None:
-        list_(root, registry)
+        list_(root, registry, state, tag, name, since, where, sort, reverse, limit, check, json)
         return
-    for flag, is_given in (("--root", root != "runs"), ("--registry", registry is not None)):
-        if is_given:
+    for option_, value in context.params.items():
+        if value not in (None, False, [], ()) and not (option_ == "root" and value == "runs"):
             verb = context.invoked_subcommand
+            flag = f"--{option_}"
             raise ConfigError(f"{flag} goes after the verb: toolkit runs {verb} {flag} ...")
 
 
 @app.command("list")
-def list_(root: Root = "runs", registry: Registry = None) -> None:
-    """A table of all runs: state, step, loss, folder.
+def list_(
+    root: Root = "runs",
+    registry: Registry = None,
+    state: State = None,
+    tag: Tag = None,
+    name: Name = None,
+    since: Since = None,
+    where: Where = None,
+    sort: Sort = None,
+    reverse: Reverse = False,
+    limit: Limit = None,
+    check: Check = False,
+    json: Json = False,
+) -> None:
+    """A table of runs: how far they came, their losses, speed and age.
+
+    `dead` is a run whose process vanished; `missing` one whose folder did.
 
     \b
     Examples:
       toolkit runs list
-      toolkit runs list --root /shared/runs
-      toolkit runs list --root s3://bucket/runs
+      toolkit runs list --state finished --sort best --limit 5
+      toolkit runs list --tag baseline --since 7d --where optim.lr=1e-3
+      toolkit runs list --root s3://bucket/runs --json
     """
-    records = commands.runs.list_all(root, registry)
-    if not records:
-        typer.echo(f"no runs in {root}; start one with `toolkit train quickstart`")
-        return
-    print_table(
-        ["run", "state", "step", "tokens", "loss", "engine", "ranks", "started", "folder"],
-        [
-            [
-                f"{record.experiment}/{record.name}",
-                record.state,
-                cell(record.step),
-                cell(record.tokens),
-                cell(record.loss, ".4f"),
-                cell(record.engine),
-                cell(record.world_size),
-                record.created[:16].replace("T", " "),
-                _place(record),
-            ]
-            for record in records
-        ],
-        right=["step", "tokens", "loss", "ranks"],
+    wanted = commands.runs.listing.Wanted(
+        state or (), tag or (), name, since, where or (), sort, reverse, limit
     )
+    records = commands.runs.listing.list_all(root, registry, wanted, check=check)
+    if json:
+        print_json([commands.runs.listing.as_json(record) for record in records])
+        return
+    if not records:
+        is_narrow = any((state, tag, name, since, where))
+        more = "" if is_narrow else "; start one with `toolkit train quickstart`"
+        typer.echo(f"no {'such ' if is_narrow else ''}runs in {root}{more}")
+        return
+    header = [
+        "run", "id", "state", "step", "tokens", "loss", "val loss", "best", "tok/s", "duration",
+        "age", "tags", "folder",
+    ]  # fmt: skip
+    rows = [_row(record) for record in records]
+    if not any(record.tags for record in records):
+        header.remove("tags")
+        rows = [[*row[:-2], row[-1]] for row in rows]
+    print_table(header, rows, right=header[3:11])
+
+
+def _row(record: "RunRecord") -> list[str]:
+    created = commands.runs.listing.unix_seconds(record.created)
+    return [
+        visible(f"{record.experiment}/{record.name}"),
+        str(record.id),
+        record.state,
+        cell(record.step),
+        _short(record.tokens),
+        cell(record.loss, ".4f"),
+        cell(record.val_loss, ".4f"),
+        cell(record.best_val_loss, ".4f"),
+        _short(record.tokens_per_second),
+        "-" if record.seconds is None else span(record.seconds),
+        "-" if created is None else span(time.time() - created),
+        record.tags or "",
+        visible(_place(record)),
+    ]
+
+
+def _short(number: float | None) -> str:
+    return "-" if number is None else compact(number)
 
 
 def _place(record: "RunRecord") -> str:
     """Where a run is; of one that is gone here, where it is to be had."""
-    is_elsewhere = record.state == "missing" and record.mirror is not None
-    return f"{record.folder}; mirrored at {record.mirror}" if is_elsewhere else record.folder
+    if record.state == "missing" and record.mirror is not None:
+        return f"{record.folder}; mirrored at {record.mirror}"
+    folder = Path(record.folder)
+    here = Path(os.path.abspath("."))
+    return str(folder.relative_to(here)) if folder.is_relative_to(here) else record.folder
 
 
 @app.command()
-def reindex(root: Root = "runs", registry: Registry = None) -> None:
-    """Rebuild the registry from the run folders, which are the truth.
+def show(run: Run, root: Root = "runs", registry: Registry = None, json: Json = False) -> None:
+    """One run on a page: progress, losses, data, machine, attempts, checkpoints, curve.
 
     \b
     Examples:
-      toolkit runs reindex
-      toolkit runs reindex --root /shared/runs --registry postgresql://host/toolkit
+      toolkit runs show first
+      toolkit runs show 3f2a --json
+      toolkit runs show s3://bucket/runs/first
     """
-    number = commands.runs.reindex(root, registry)
-    typer.echo(f"{count(number, 'run')} in the registry of {root}")
-
-
-@app.command()
-def send(
-    run_dir: Annotated[str, argument("A run.", metavar="RUN_DIR")],
-    tracker: Annotated[
-        str | None,
-        option("Only this one, also where the run's config does not enable it.", metavar="NAME"),
-    ] = None,
-) -> int:
-    """Send what trackers (wandb, mlflow, ...) lack of a run that is not training.
-
-    Settings are those of the run's config. Exit code 0: all is sent. 1: it is not.
-
-    \b
-    Examples:
-      toolkit runs send runs/quickstart/first
-      toolkit runs send runs/quickstart/first --tracker wandb
-    """
-    is_sent = commands.runs.send(run_dir, tracker, lambda text: typer.echo(text, err=True))
-    return EXIT_DONE if is_sent else EXIT_FAILED
-
-
-@app.command()
-def push(run_dir: Annotated[str, argument("A run.", metavar="RUN_DIR")]) -> None:
-    """Bring what the URL of a run (run.mirror) lacks there, of a run that is not training.
-
-    \b
-    Examples:
-      toolkit runs push ~/.cache/toolkit/runs/bucket-first-1a2b3c4d
-    """
-    url = commands.runs.push_run(run_dir, lambda text: typer.echo(text, err=True))
-    typer.echo(f"{url}: is up to date")
-
-
-def verify(
-    context: typer.Context,
-    run_dir: Annotated[
-        str, argument("A run, a converted model, or a step{N} folder.", metavar="RUN_DIR")
-    ],
-    quick: Annotated[bool, option("Compare sizes only, not contents.", "--quick")] = False,
-    replay: Annotated[
-        int | None, option("Run N steps again and compare their losses.", metavar="N")
-    ] = None,
-    step: Annotated[
-        int | None,
-        option(
-            "With --replay: the checkpoint to start from.",
-            shown="the newest with N recorded steps after it",
-            metavar="S",
-        ),
-    ] = None,
-    processes: Processes = None,
-    engine: Engine = None,
-    nodes: NumNodes = None,
-    node_rank: NodeRank = None,
-    head: Head = None,
-    interface: Interface = None,
-    join_timeout: JoinTimeout = None,
-) -> int:
-    """Check every checkpoint of a run against its manifest; or run some of its steps again.
-
-    A config that the run cannot be resumed with is a fault too.
-
-    A replay starts from a checkpoint and computes N steps in a temporary folder, with the recorded
-    engine and number of processes (or those asked for, or what a launcher gives). On what the run
-    had, every loss must equal the recorded one bit for bit, else to rounding. The receipt is
-    written to metadata/verify-replay-step{S}.json. Several machines need TMPDIR on a shared file
-    system.
-
-    Exit code 0: all is whole, or equal. 1: it is not.
-
-    \b
-    Examples:
-      toolkit verify runs/quickstart/first
-      toolkit verify runs/quickstart/first/checkpoints/step400 --quick
-      toolkit verify runs/quickstart/first --replay 10 --step 200
-    """
-    asked = commands.launching.planned(
-        engine, processes, nodes, node_rank, head, interface, join_timeout
-    )
-    if replay is None:
-        if asked is not None or engine is not None:
-            raise ConfigError("--processes and --engine belong to --replay N")
-        if step is not None:
-            raise ConfigError("--step belongs to --replay N; or give the step{N} folder itself")
-        reports = commands.verify.verify(run_dir, quick=quick)
-        _print_reports(reports, run_dir, quick=quick)
-        damaged = any(report.problem and not report.is_leftover for report in reports)
-        return EXIT_FAILED if damaged else EXIT_DONE
-    if quick:
-        raise ConfigError("--quick does not go with --replay; a replay reads the whole checkpoint")
-    folder = commands.runs.folder_of(run_dir)
-    outcome = commands.replay.replay_steps(
-        folder, replay, step=step, asked=asked, debug=context.obj.debug
-    )
-    if isinstance(outcome, int):
-        return outcome
-    _print_receipt(outcome)
-    return EXIT_DONE if outcome.verdict == "equal" else EXIT_FAILED
-
-
-def _print_reports(reports: "list[CheckpointReport]", run_dir: str, *, quick: bool) -> None:
-    if not reports:
-        typer.echo(f"no checkpoints in {run_dir}")
+    folder = commands.runs.named.run_to_read(run, root, registry)
+    if json:
+        print_json(commands.runs.show.as_json(folder))
         return
-    whole = "OK (sizes)" if quick else "OK"
-    print_table(
-        ["checkpoint", "engine", "size", "result"],
-        [
-            [
-                report.folder.name,
-                f"{saved.engine} x {saved.world_size}" if (saved := report.metadata) else "-",
-                prefixed(report.size, "B") if report.size is not None else "-",
-                report.problem or whole,
-            ]
-            for report in reports
-        ],
-        right=["size"],
-    )
+    first, *lines = commands.runs.show.page(folder)
+    typer.echo(typer.style(first, bold=True))
+    for line in lines:
+        typer.echo(line)
 
 
-def _print_receipt(receipt: "Receipt") -> None:
-    steps = f"steps {receipt.first_step} to {receipt.last_step}"
-    typer.echo(
-        f"replayed {steps} from {receipt.checkpoint}: {receipt.replayed}; compared "
-        f"{receipt.comparison}"
-    )
-    for reason in receipt.reasons:
-        typer.echo(f"  not bit for bit: {reason}")
-    if receipt.first_difference is None:
-        bits = "bit for bit" if receipt.largest_difference == 0 else "to rounding"
-        typer.echo(
-            f"equal {bits}: {receipt.compared} losses, largest relative difference "
-            f"{receipt.largest_difference:.3g}"
-        )
-    else:
-        where = receipt.first_difference
-        typer.echo(
-            f"differs: step {where.step}: recorded loss {where.recorded!r}, replayed "
-            f"{where.replayed!r} (largest relative difference {receipt.largest_difference:.3g})"
-        )
-    typer.echo(f"receipt: {receipt.file}")
-
-
-def batch(
-    run_dir: Annotated[str, argument("A run folder (see `toolkit runs`).", metavar="RUN_DIR")],
-    step: Annotated[
-        int | None, argument("The step, as in metrics/train.jsonl.", metavar="STEP")
-    ] = None,
-    same: Annotated[int | None, option("STEP, by name.", "--step", metavar="N")] = None,
-    show: Annotated[int, option("Instances to show as text.", metavar="K")] = 1,
+@app.command()
+def compare(
+    runs: Annotated[list[str], argument("Two runs or more.", metavar="RUN...")],
+    root: Root = "runs",
+    registry: Registry = None,
+    tolerance: Tolerance = 1e-3,
+    everything: Everything = False,
     json: Json = False,
 ) -> None:
-    """Show which documents and tokens made up the global batch of one step.
+    """What differs between runs: config, code, data, machine; their curves, and where they part.
 
-    Documents and instances are numbered from 0, in the order of train.bin. A document's tokens are
-    counted from its own first. Tokens between [[ and ]] are targets: the loss asks for them (not
-    for the first of each instance, which nothing predicts, nor for what a loss mask leaves out).
-    Every document starts a new paragraph.
+    All are set beside the first. Losses part at the first step where they are not the same to the
+    last bit; beyond the tolerance they part perhaps later. `toolkit batch` shows what a step
+    trained on.
 
     \b
     Examples:
-      toolkit batch runs/quickstart/first 120
-      toolkit batch runs/quickstart/first 120 --show 4
-      toolkit batch runs/quickstart/first 120 --show 0 --json
+      toolkit runs compare first second
+      toolkit runs compare sweep-lr=1e-3 sweep-lr=3e-3 sweep-lr=1e-2 --tolerance 0.01
     """
-    steps = {number for number in (step, same) if number is not None}
-    if len(steps) != 1:
-        raise ConfigError(f"which step? Give one: toolkit batch {run_dir} STEP")
-    saved_in = commands.runs.url_of_run(run_dir)
-    if saved_in is not None and saved_in != run_dir.rstrip("/"):
-        raise ConfigError(
-            f"{run_dir}: a checkpoint, not a run; type: toolkit batch {saved_in} {steps.pop()}"
-        )
-    folder = commands.runs.folder_of(run_dir, checkpoints=False)
-    found = commands.batch.step_batch(folder, steps.pop(), show=show, saved_in=saved_in)
+    found = _compared(runs, root, registry, tolerance, everything)
     if json:
-        print_json(found)
+        print_json(commands.runs.compare.as_json(found))
         return
-    place = ""
-    if found.batches_per_epoch is not None:
-        place = f" of {found.batches_per_epoch:,} in epoch {found.epoch + 1}"
-    typer.echo(
-        f"step {found.step}: batch {found.batch + 1:,}{place}; "
-        f"{len(found.instances):,} instances, {found.num_tokens:,} tokens, "
-        f"{found.num_targets:,} targets"
-    )
-    if found.instances and found.sequence_length < found.instances[0].num_tokens:
-        typer.echo(f"each instance is cut into rows of {count(found.sequence_length, 'token')}")
-    checked = "as in the run's checkpoint" if found.is_checked else "the run has no checkpoint"
-    typer.echo(f"data {found.fingerprint} ({checked})")
-    rows = []
-    for instance in found.instances:
-        own = [_name(instance), f"{instance.num_tokens:,}", f"{instance.num_targets:,}"]
-        for part in instance.documents:
-            tokens = f"{part.start:,} to {part.end - 1:,} of {part.num_tokens:,}"
-            rows.append([*own, f"{part.document:,}", tokens])
-            own = [""] * 3
-    header = ["instance", "tokens", "targets", "document", "its tokens"]
-    print_table(header, rows, right=header[:4])
-    console = plain_console()
-    if show:
-        console.print(f"\n{LEGEND}")
-    for instance in found.instances[:show]:
-        console.print()
-        console.print(f"instance {_name(instance)}", style="bold")
-        print_pieces(console, instance.text or [], instance.documents)
+    names = commands.runs.compare.titles(found.runs)
+    letters = commands.runs.curves.LETTERS
+    for letter, name, facts in zip(letters, names, found.runs, strict=False):
+        record = facts.record
+        words = [record.state, f"step {cell(record.step)}", f"loss {cell(record.loss, '.4f')}"]
+        words.append(f"val loss {cell(record.val_loss, '.4f')}")
+        words.append(f"best {cell(record.best_val_loss, '.4f')}")
+        typer.echo(f"{letter}: {visible(name)}  {', '.join(words)}")
+    _print_differences(found, letters)
+    curves = dict(zip(letters, found.curves.values(), strict=False))
+    if any(len(series.step) for series in curves.values()):
+        typer.echo(typer.style("\ntraining loss", bold=True))
+        for line in commands.runs.curves.overlay(curves):
+            typer.echo(line)
+    typer.echo("")
+    for letter, parting in zip(letters[1:], found.partings, strict=False):
+        for line in commands.runs.compare.parting_lines(letter, parting, tolerance):
+            typer.echo(visible(line))
 
 
-def _name(instance: "BatchInstance") -> str:
-    number = f"{instance.instance:,}"
-    return f"{instance.source} {number}" if instance.source is not None else number
+@app.command()
+def diff(
+    one: Annotated[str, argument("A run.", metavar="A")],
+    other: Annotated[str, argument("Another run.", metavar="B")],
+    root: Root = "runs",
+    registry: Registry = None,
+    everything: Everything = False,
+    json: Json = False,
+) -> int:
+    """Every value that differs between two runs, exactly: config, code, data, engine, environment.
+
+    Exit code 0: nothing differs. 1: something does.
+
+    \b
+    Examples:
+      toolkit runs diff first second
+      toolkit runs diff first second --all
+    """
+    found = _compared([one, other], root, registry, 0.0, everything)
+    sections = commands.runs.compare.sections(found)
+    if json:
+        print_json(sections)
+    else:
+        for title, differences in sections.items():
+            for difference in differences:
+                where = f"{title}: " if title != "config" else ""
+                typer.echo(visible(f"{where}{difference.path}"))
+                for sign, run in zip("-+", (0, 1), strict=True):
+                    value = commands.runs.compare.shown(difference, run, whole=True)
+                    typer.echo(f"  {sign} {visible(value)}")
+    return EXIT_FAILED if any(sections.values()) else EXIT_DONE
+
+
+def _compared(
+    runs: list[str], root: str, registry: str | None, tolerance: float, everything: bool
+) -> "Comparison":
+    folders = [commands.runs.named.run_to_read(run, root, registry) for run in runs]
+    return commands.runs.compare.compare(folders, tolerance=tolerance, everything=everything)
+
+
+def _print_differences(found: "Comparison", letters: str) -> None:
+    sections = commands.runs.compare.sections(found)
+    equal = [title for title, differences in sections.items() if not differences]
+    for title, differences in sections.items():
+        if differences:
+            typer.echo(typer.style(f"\n{title}", bold=True))
+            print_table(
+                ["", *letters[: len(found.runs)]],
+                [_difference_row(difference) for difference in differences],
+            )
+    if equal:
+        typer.echo(f"\nno difference in {', '.join(equal)}")
+
+
+def _difference_row(difference: "Difference") -> list[str]:
+    values = range(len(difference.values))
+    shown = [commands.runs.compare.shown(difference, number) for number in values]
+    return [visible(difference.path), *map(visible, shown)]
+
+
+@app.command(context_settings={"ignore_unknown_options": True})
+def tag(
+    run: Run,
+    tags: Annotated[list[str], argument("Add +x, remove -y.", metavar="+TAG|-TAG...")],
+    root: Root = "runs",
+    registry: Registry = None,
+) -> None:
+    """Add tags to a run, or remove them; also while it trains.
+
+    \b
+    Examples:
+      toolkit runs tag first +baseline +paper
+      toolkit runs tag first -paper
+    """
+    folder = commands.runs.named.run_to_change(run, root, registry)
+    notes = commands.runs.places.tag(folder, tags, root=root, registry_url=registry)
+    typer.echo(f"{folder}: {', '.join(notes.tags) or 'no tags'}")
+
+
+@app.command()
+def note(
+    run: Run,
+    text: Annotated[str, argument("What to say; '' takes the note away.", metavar="TEXT")],
+    root: Root = "runs",
+    registry: Registry = None,
+) -> None:
+    """Say something about a run, for its page and the list as JSON.
+
+    \b
+    Examples:
+      toolkit runs note first 'the loss jumps at step 1,200: bad shard'
+    """
+    folder = commands.runs.named.run_to_change(run, root, registry)
+    commands.runs.places.note(folder, text, root=root, registry_url=registry)
+    typer.echo(f"{folder}: {'noted' if text else 'no note'}")
+
+
+@app.command()
+def watch(
+    run: Annotated[
+        str | None, argument("A run; default: the one started last that trains.", metavar="RUN")
+    ] = None,
+    root: Root = "runs",
+    registry: Registry = None,
+    every: Annotated[float, option("Seconds between looks.", metavar="SECONDS", min=0.1)] = 2.0,
+) -> None:
+    """Follow a run while it trains: step, losses, speed, time left, curve. Ctrl-C ends the view.
+
+    In a pipe it prints a line for each look. It ends when the run does.
+
+    \b
+    Examples:
+      toolkit runs watch
+      toolkit runs watch first --every 10
+    """
+    if run is None:
+        folder = commands.runs.watch.newest_running(root, registry)
+    else:
+        folder = commands.runs.named.run_to_change(run, root, registry)
+    try:
+        _watch(folder, every)
+    except KeyboardInterrupt:
+        typer.echo("")
+
+
+def _watch(folder: Path, every: float) -> None:
+    from rich.console import Console
+    from rich.live import Live
+    from rich.text import Text
+
+    console = Console(highlight=False, markup=False, emoji=False)
+    looks = commands.runs.watch.views(folder, seconds=every, width=min(100, console.width) - 1)
+    if not console.is_terminal:
+        before = None
+        for view in looks:
+            if view.line != before:
+                typer.echo(view.line)
+            before = view.line
+        return
+    with Live(console=console, auto_refresh=False) as live:
+        for view in looks:
+            live.update(Text("\n".join(view.lines)), refresh=True)

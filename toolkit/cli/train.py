@@ -139,8 +139,8 @@ def resume(
         engine, processes, nodes, node_rank, head, interface, join_timeout
     )
     word, flags = commands.load.split_words(run_dir, overrides, "RUN_DIR")
-    folder = commands.runs.folder_of(word, work_dir)
-    if (url := commands.runs.url_of_run(word)) is not None:
+    folder = commands.runs.named.folder_of(word, work_dir)
+    if (url := commands.runs.named.url_of_run(word)) is not None:
         flags = [f"--run.mirror={url}", *flags]  # wherever it was written before
     if not explain:
         return commands.train.resume(folder, flags, asked=asked, debug=context.obj.debug)

@@ -9,7 +9,7 @@ import torch
 
 from toolkit.commands.card import card_of
 from toolkit.commands.models import DTYPES, WeightType
-from toolkit.commands.runs import folder_of
+from toolkit.commands.runs.named import folder_of
 from toolkit.config.paths import local_path
 from toolkit.data.config import DataLoaderConfig, DatasetConfig, HFTokenizerConfig
 from toolkit.data.tokens.prepared import TOKENIZER_FOLDER

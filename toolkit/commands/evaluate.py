@@ -17,7 +17,7 @@ import msgspec
 import torch
 
 from toolkit.commands.models import DTYPES, DType, WeightType, hf_folder_of, pick_device
-from toolkit.commands.runs import folder_of
+from toolkit.commands.runs.named import folder_of
 from toolkit.commands.train import open_run_data
 from toolkit.data.config import (
     DatasetConfig,

@@ -13,7 +13,7 @@ from toolkit.commands.evaluate import (
     row_lengths,
     tokenizer_of,
 )
-from toolkit.commands.runs import folder_of
+from toolkit.commands.runs.named import folder_of
 from toolkit.data.tokens.prepared import require_ids
 from toolkit.errors import ConfigError
 from toolkit.evaluate.downstream import score_task

@@ -15,7 +15,7 @@ import msgspec
 
 from toolkit.checkpoint.folder import HF_FOLDER
 from toolkit.commands.models import DTYPES, DType, hf_folder_of, pick_device
-from toolkit.commands.runs import folder_of
+from toolkit.commands.runs.named import folder_of
 from toolkit.data.prepare.build.stops import stop_ids
 from toolkit.data.prepare.tokenizers.auto import load_auto_tokenizer
 from toolkit.data.prepare.tokenizers.tokenizer import load_tokenizer

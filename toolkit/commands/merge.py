@@ -8,7 +8,7 @@ from toolkit.checkpoint.merge import merge_checkpoints
 from toolkit.config.paths import local_path
 from toolkit.errors import CheckpointError, ConfigError
 from toolkit.runs.files import RUN_FILES
-from toolkit.runs.registry import find_named
+from toolkit.runs.listing import find_named
 
 
 def merge(

@@ -15,7 +15,7 @@ from toolkit.checkpoint.folder import (
     read_metadata,
     saved_steps,
 )
-from toolkit.commands.runs import folder_of
+from toolkit.commands.runs.named import folder_of
 from toolkit.errors import CheckpointError, RunError, ToolkitError
 from toolkit.experiment.recorded import config_of, has_config
 from toolkit.launch.remote_run import is_at

@@ -51,7 +51,8 @@ from toolkit.experiment.sources import (
     without_model,
 )
 from toolkit.models.presets import PRESETS, preset
-from toolkit.runs.registry import check_run_folder, find_named, resolve_run_folder
+from toolkit.runs.listing import find_named
+from toolkit.runs.registry import check_run_folder, resolve_run_folder
 
 SHORTHANDS: dict[str, str] = {
     "name": "run.name",

@@ -108,6 +108,22 @@ def last_record(path: Path) -> Record:
     return {}
 
 
+def last_records(path: Path, kind: type[T], number: int) -> list[T]:
+    """At most `number` whole lines that are of `kind`, the last first; fewer where damage ends the
+    reading, none where there is no file that can be read."""
+    decoder, found = msgspec.json.Decoder(kind), list[T]()
+    with contextlib.suppress(OSError, RunError):
+        check_regular(path, RunError)
+        with path.open("rb") as file:
+            for _, line in _from_the_end(file, path):
+                with contextlib.suppress(*_UNREADABLE):
+                    if line.endswith(b"\n"):
+                        found.append(decoder.decode(line))
+                if len(found) == number:
+                    break
+    return found
+
+
 class TrimResult(NamedTuple):
     """Lines that went."""
 

@@ -69,15 +69,23 @@ class RunIndex:
             sa.event.listen(self._engine, "connect", _use_write_ahead_log)
         with self._engine.begin() as connection:
             connection.execute(CreateTable(runs_table, if_not_exists=True))
-            _add_mirror(connection)
+            _add_columns(connection)
 
     def put(self, record: RunRecord) -> None:
         """Insert or update the row of `record.folder`."""
-        row = msgspec.structs.asdict(record)
-        change = sa.update(runs_table).where(runs_table.c.folder == record.folder).values(row)
+        self.update([record])
+
+    def update(self, records: Iterable[RunRecord], gone: Iterable[str] = ()) -> None:
+        """Insert or update the rows of `records`, and delete those of the folders `gone`."""
+        folder = runs_table.c.folder
         with self._engine.begin() as connection:
-            if connection.execute(change).rowcount == 0:
-                connection.execute(sa.insert(runs_table).values(row))
+            for name in gone:
+                connection.execute(sa.delete(runs_table).where(folder == name))
+            for record in records:
+                row = msgspec.structs.asdict(record)
+                change = sa.update(runs_table).where(folder == record.folder).values(row)
+                if connection.execute(change).rowcount == 0:
+                    connection.execute(sa.insert(runs_table).values(row))
 
     def all(self) -> list[RunRecord]:
         """Every row, oldest run first."""
@@ -94,13 +102,14 @@ class RunIndex:
                 connection.execute(sa.insert(runs_table), rows)
 
 
-def _add_mirror(connection: sa.Connection) -> None:
-    """Give a table that was made before there were mirrors their column."""
-    name, column = runs_table.name, runs_table.c.mirror
-    if any(known["name"] == column.name for known in sa.inspect(connection).get_columns(name)):
-        return
-    kind = column.type.compile(connection.dialect)
-    connection.execute(sa.text(f"ALTER TABLE {name} ADD COLUMN {column.name} {kind}"))
+def _add_columns(connection: sa.Connection) -> None:
+    """Give a table that an earlier release made the columns that it lacks."""
+    name = runs_table.name
+    known = {column["name"] for column in sa.inspect(connection).get_columns(name)}
+    for column in runs_table.columns:
+        if column.name not in known:
+            kind = column.type.compile(connection.dialect)
+            connection.execute(sa.text(f"ALTER TABLE {name} ADD COLUMN {column.name} {kind}"))
 
 
 def _use_write_ahead_log(connection: Any, _: Any) -> None:

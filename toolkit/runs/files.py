@@ -44,6 +44,8 @@ class RunFiles(msgspec.Struct, frozen=True):
     """The script that was submitted."""
     status: str = "metadata/status.json"
     """State, step, attempt; see `RunStatus`."""
+    notes: str = "metadata/notes.json"
+    """Tags and a note, by `toolkit runs tag` and `note`; absent where there are none."""
     lock: str = "metadata/lock"
     """A lock of the operating system, held while a writer takes or takes over the run."""
     lock_info: str = "metadata/lock.json"
@@ -94,3 +96,6 @@ class RunFiles(msgspec.Struct, frozen=True):
 
 
 RUN_FILES = RunFiles()
+
+CHECKPOINT_METADATA = ".metadata.json"
+"""In a folder checkpoints/step{N}: written last, so the checkpoint exists from then on."""

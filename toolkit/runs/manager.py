@@ -1,6 +1,5 @@
 """`RunManager`: one run folder, from its lock to its last status."""
 
-import concurrent.futures
 import contextlib
 import errno
 import logging
@@ -8,7 +7,6 @@ import os
 import socket
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -17,12 +15,20 @@ import msgspec
 from toolkit.config import Config
 from toolkit.config.secrets import mask_secrets
 from toolkit.errors import RunError
+from toolkit.metrics.lines import last_record
+from toolkit.runs.background import Background
 from toolkit.runs.files import RUN_FILES
 from toolkit.runs.lock import RunLock, utc_now
-from toolkit.runs.status import RunState, RunStatus, read_status
+from toolkit.runs.status import (
+    EndedAttempt,
+    RunState,
+    RunStatus,
+    id_of,
+    read_status,
+    utc_text,
+)
 from toolkit.storage.atomic import encode_json, write_atomic, write_json_atomic
 from toolkit.storage.foreign import read_bytes, read_json
-from toolkit.threads import Worker
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +37,9 @@ CLOSE_SECONDS = 5.0
 
 _BLOCK = 4096
 """Bytes that a small file occupies on disk anyway."""
+
+_LATEST = 1e11
+"""Unix seconds after this are no time."""
 
 _STARTED_FROM = {
     RUN_FILES.config, RUN_FILES.data_config, RUN_FILES.model_config, RUN_FILES.trainer_config,
@@ -288,8 +297,11 @@ class RunManager(contextlib.AbstractContextManager["RunManager"]):
         before = read_status(self.folder)
         now = utc_now()
         kept = {} if before is None else {field: getattr(before, field) for field in _KEPT}
+        first = before or self
+        born = kept.get("created", now), first.experiment, first.name
         self._status = RunStatus(
             **{"created": now} | kept,
+            id=(before and before.id) or id_of(*born),
             state="running",
             experiment=self.experiment,
             name=self.name,
@@ -298,8 +310,28 @@ class RunManager(contextlib.AbstractContextManager["RunManager"]):
             updated=now,
             host=socket.gethostname(),
             pid=os.getpid(),
+            attempts=[] if before is None else [*before.attempts, self._ended(before)],
         )
         self._write_status()
+
+    def _ended(self, before: RunStatus) -> EndedAttempt:
+        """How the attempt before this one ended; of one that vanished, when it last wrote."""
+        is_dead, ended, step = before.state == "running", before.updated, before.step
+        newest = last_record(self.path(RUN_FILES.train_metrics)) if is_dead else {}
+        when = newest.get("time")
+        is_its = newest.get("attempt") == before.attempt and type(newest["step"]) is int
+        if is_its and isinstance(when, int | float) and 0 <= when < _LATEST:
+            ended, step = max(ended, utc_text(when)), max(step or 0, newest["step"])
+        return EndedAttempt(
+            attempt=before.attempt,
+            started=before.started,
+            ended=ended,
+            state="dead" if is_dead else before.state,
+            exit_reason=before.exit_reason,
+            message=before.message,
+            host=before.host,
+            step=step,
+        )
 
     def _write_status(self, *, is_last: bool = False) -> None:
         status = self._status
@@ -323,54 +355,10 @@ def _overwrite(path: Path, status: RunStatus) -> None:
     room = max(_BLOCK, -(-path.stat().st_size // _BLOCK) * _BLOCK)
     data = encode_json(status)
     if len(data) > room:
-        data = msgspec.json.encode(msgspec.structs.replace(status, message=None, other={}))
+        data = msgspec.json.encode(
+            msgspec.structs.replace(status, message=None, other={}, attempts=[])
+        )
     with path.open("r+b", buffering=0) as file:
         # One call, and blanks over what was longer: a reader never sees half of it.
         file.write(data.ljust(path.stat().st_size))
         os.fsync(file.fileno())
-
-
-class Background:
-    """Runs jobs that must neither delay nor fail a run, in order in a daemon thread: an error is a
-    logged warning, and waiting has an end."""
-
-    def __init__(self, name: str) -> None:
-        self._worker = Worker(name)
-        self._jobs: list[Future[None]] = []
-        self._newest: dict[str, Future[None]] = {}
-        self._lock = threading.Lock()
-        self._is_closed = False
-
-    def submit(self, job: Callable[[], None], *, key: str | None = None) -> None:
-        """Have `job` run; a waiting one of the same `key` is dropped. Nothing runs after
-        `close`."""
-
-        def run() -> None:
-            try:
-                job()
-            except Exception as error:
-                log.warning("%s", error)
-
-        with self._lock:
-            if self._is_closed:
-                return
-            if key in self._newest:
-                self._newest[key].cancel()
-            future = self._worker.submit(run)
-            self._jobs = [other for other in self._jobs if not other.done()] + [future]
-            if key is not None:
-                self._newest[key] = future
-
-    def wait(self, seconds: float | None = None) -> bool:
-        """Wait until all is done; False: it is not, after `seconds`."""
-        return not concurrent.futures.wait(self._jobs, seconds).not_done
-
-    def close(self, seconds: float) -> bool:
-        """`wait`, drop what is left, and take no more jobs."""
-        is_done = self.wait(seconds)
-        with self._lock:
-            self._is_closed = True
-            for job in self._jobs:
-                job.cancel()
-        self._worker.stop()
-        return is_done

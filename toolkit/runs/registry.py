@@ -16,14 +16,22 @@ from toolkit.metrics.lines import last_record
 from toolkit.runs.config import RunConfig
 from toolkit.runs.environment import describe_command, describe_environment, describe_git
 from toolkit.runs.files import RUN_FILES
+from toolkit.runs.index import (
+    REGISTRY,
+    registry_url_of,
+)
 from toolkit.runs.lock import RunLock, is_locked, utc_now
 from toolkit.runs.manager import RunManager
-from toolkit.runs.status import RunRecord, RunStatus, mirror_of, not_a_run, read_status, record_of
+from toolkit.runs.status import (
+    RunStatus,
+    full_record,
+    not_a_run,
+    read_status,
+)
 from toolkit.storage.atomic import temporary_path
 
 log = logging.getLogger(__name__)
 
-_REGISTRY = "registry.sqlite"
 _PAUSE_SECONDS = 60.0
 """How long a registry that failed is left alone; the run's end is written all the same."""
 _TRAINED = (RUN_FILES.checkpoints, RUN_FILES.merged, RUN_FILES.exports)
@@ -56,8 +64,8 @@ def choose_run_name() -> str:
 def resolve_run_folder(config: RunConfig, name: str) -> Path:
     """The run folder of `config`, absolute. `name` counts only where the config gives none."""
     if config.folder is not None:
-        return _absolute(config.folder)
-    return _absolute(config.root) / config.experiment / (config.name or name)
+        return absolute(config.folder)
+    return absolute(config.root) / config.experiment / (config.name or name)
 
 
 def is_run(folder: Path | str) -> bool:
@@ -84,24 +92,6 @@ def run_of_checkpoint(step: Path) -> Path | None:
             if is_run(folder):
                 return folder
     return None
-
-
-def find_named(text: str, *, root: str | Path = "runs") -> str:
-    """The folder of the run that `toolkit runs` lists as `text` ("experiment/name", or the name
-    alone), or what is below it ("experiment/name/checkpoints/step10"); `text` as it is where it is
-    a path that exists, or no run has this name. Raises RunError where several have it."""
-    if not text or "://" in text or os.path.exists(os.path.expanduser(text)):
-        return text
-    first, _, rest = text.partition("/")
-    second, _, below = rest.partition("/")
-    runs = list_runs(root)
-    exact = [run for run in runs if (run.experiment, run.name) == (first, second)]
-    found = [os.path.join(run.folder, below) for run in exact] or [
-        os.path.join(run.folder, rest) for run in runs if run.name == first
-    ]
-    if len(found) > 1:
-        raise RunError(f"{text}: several runs have this name: {', '.join(found)}; give one of them")
-    return found[0].rstrip("/") if found else text
 
 
 def check_run_folder(config: RunConfig, name: str) -> None:
@@ -149,10 +139,10 @@ def start_run(
             process holds it; `resume` of a folder that is not a run.
     """
     # A resumed run stays in the registry it was started in, wherever the command runs.
-    if resume and save_folder and (_absolute(save_folder).parent.parent / _REGISTRY).exists():
-        root = _absolute(save_folder).parent.parent
-    name = run_name or (_absolute(save_folder).name if save_folder else choose_run_name())
-    folder = _absolute(save_folder) if save_folder else _absolute(root) / exp_name / name
+    if resume and save_folder and (absolute(save_folder).parent.parent / REGISTRY).exists():
+        root = absolute(save_folder).parent.parent
+    name = run_name or (absolute(save_folder).name if save_folder else choose_run_name())
+    folder = absolute(save_folder) if save_folder else absolute(root) / exp_name / name
     if is_main is None:
         is_main = os.environ.get("RANK", "0") == "0"
     if not is_main:
@@ -189,41 +179,14 @@ def start_run(
     return run
 
 
-def list_runs(root: str | Path = "runs", *, registry_url: str | None = None) -> list[RunRecord]:
-    """All runs below `root` and in its registry, oldest first.
-
-    Every record is read from the run's folder; see `RunRecord.state`.
-    """
-    indexed = _read_index(root, registry_url)
-    folders = (p.parent.parent for p in _absolute(root).glob(f"*/*/{RUN_FILES.status}"))
-    records = {record.folder: record for record in map(record_of, folders) if record}
-    for record in indexed:
-        if record.folder not in records:
-            record.state = "missing"
-            records[record.folder] = record_of(Path(record.folder)) or record
-    return sorted(records.values(), key=lambda record: (record.created, record.folder))
-
-
-def reindex(root: str | Path = "runs", *, registry_url: str | None = None) -> int:
-    """Rebuild the registry from the folders; returns the number of runs in it.
-
-    Runs in folders elsewhere (`save_folder`) stay as long as their folder exists. Raises RunError
-    where the registry cannot be written.
-    """
-    found = [r for r in list_runs(root, registry_url=registry_url) if r.state != "missing"]
-    try:
-        _database().RunIndex(_registry_url(root, registry_url)).replace_all(found)
-    except Exception as error:
-        raise RunError(f"run registry: cannot be rebuilt: {error}") from error
-    return len(found)
-
-
-def _absolute(path: str | Path) -> Path:
+def absolute(path: str | Path) -> Path:
+    """`path` from the current folder, `~` filled in; links stay."""
     return Path(os.path.abspath(os.path.expanduser(path)))
 
 
-def _registry_url(root: str | Path, registry_url: str | None) -> str:
-    return registry_url or f"sqlite:///{_absolute(root) / _REGISTRY}"
+def registry_url_for(root: str | Path, registry_url: str | None) -> str:
+    """The registry that is given, else that of `root`."""
+    return registry_url or registry_url_of(absolute(root))
 
 
 def _database() -> Any:
@@ -237,8 +200,8 @@ class _IndexWriter:
     """The `on_status` of a run: one row of the registry follows the status."""
 
     def __init__(self, root: str | Path, registry_url: str | None) -> None:
-        self._own_root = _absolute(root) if registry_url is None else None
-        self._url = _registry_url(root, registry_url)
+        self._own_root = absolute(root) if registry_url is None else None
+        self._url = registry_url_for(root, registry_url)
         self._index: Any = None
         self._has_warned = False
         self._pause_until = 0.0
@@ -251,7 +214,7 @@ class _IndexWriter:
                 if self._own_root is not None:
                     self._own_root.mkdir(parents=True, exist_ok=True)
                 self._index = _database().RunIndex(self._url)
-            self._index.put(RunRecord.from_status(folder, status, mirror_of(folder)))
+            self._index.put(full_record(folder, status))
         except Exception as error:
             self._pause_until = time.monotonic() + _PAUSE_SECONDS
             if not self._has_warned:
@@ -260,16 +223,6 @@ class _IndexWriter:
                     str(error).partition("\n")[0] or type(error).__name__,
                 )
             self._has_warned = True
-
-
-def _read_index(root: str | Path, registry_url: str | None) -> list[RunRecord]:
-    if registry_url is None and not (_absolute(root) / _REGISTRY).exists():
-        return []
-    try:
-        return _database().RunIndex(_registry_url(root, registry_url)).all()
-    except Exception as error:
-        log.warning("run registry: not reachable, reading folders only (%s)", error)
-        return []
 
 
 def _exists(folder: Path) -> RunError:

@@ -1,14 +1,19 @@
 """How far a run came and how it ended: metadata/status.json, and the record of a run in lists."""
 
+import calendar
+import contextlib
+import hashlib
+import time
 from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
 
 from toolkit.errors import RunError
-from toolkit.metrics.lines import last_record
 from toolkit.runs.files import RUN_FILES
 from toolkit.runs.lock import is_locked
+from toolkit.runs.notes import read_notes
+from toolkit.runs.progress import Progress, read_progress
 from toolkit.storage.foreign import read_json
 
 RunState = Literal["running", "finished", "failed", "stopped"]
@@ -21,10 +26,28 @@ FINISH = "a callback"
 """Why a run stops, beside a signal's name. `FINISH`: it is complete, earlier than planned."""
 
 
+class EndedAttempt(msgspec.Struct, kw_only=True):
+    """An attempt before the one that a status tells of."""
+
+    attempt: int
+    started: str
+    ended: str
+    state: str
+    """"dead": the process vanished; `ended` is the last that was heard of it."""
+    exit_reason: str | None = None
+    message: str | None = None
+    host: str
+    step: int | None = None
+    """The last one that it is known to have done."""
+
+
 class RunStatus(msgspec.Struct, kw_only=True):
     """Content of status.json. `None` is "not known (yet)"."""
 
     state: RunState
+    id: str | None = None
+    """Eight hexadecimal digits that stay the run's wherever it is moved, whatever it is called;
+    None: of a release before there were any, see `id_of`."""
     experiment: str
     name: str
     attempt: int
@@ -51,6 +74,8 @@ class RunStatus(msgspec.Struct, kw_only=True):
     engine: str | None = None
     parameters: int | None = None
     """Parameters of the model."""
+    attempts: list[EndedAttempt] = []
+    """The earlier ones, as far as they were recorded: releases before this field kept none."""
     other: dict[str, Any] = {}
     """Whatever else was given to `set_status`."""
 
@@ -85,13 +110,66 @@ class RunRecord(msgspec.Struct, kw_only=True):
     parameters: int | None = None
     mirror: str | None = None
     """`run.mirror` of its config, where the run is too."""
+    attempt: int | None = None
+    val_loss: float | None = None
+    """Newest validation loss."""
+    val_step: int | None = None
+    best_val_loss: float | None = None
+    """The least that is a number."""
+    best_val_step: int | None = None
+    tokens_per_second: float | None = None
+    """Median of the newest steps, all processes together."""
+    seconds: float | None = None
+    """How long all attempts took together; None where an earlier one was not recorded."""
+    tags: str | None = None
+    """With commas between them."""
+    note: str | None = None
+    id: str | None = None
+    """See `RunStatus.id`; always there."""
+
+    def __post_init__(self) -> None:
+        if self.id is None:
+            self.id = id_of(self.created, self.experiment, self.name)
 
     @classmethod
     def from_status(cls, folder: Path, status: RunStatus, mirror: str | None = None) -> "RunRecord":
         """The record of a run whose status is known."""
-        fields = set(cls.__struct_fields__) - {"folder", "mirror"}
+        fields = {*cls.__struct_fields__} & {*status.__struct_fields__}
         known = {field: getattr(status, field) for field in fields}
-        return cls(folder=str(folder), mirror=mirror, **known)
+        return cls(folder=str(folder), mirror=mirror, seconds=seconds_of(status), **known)
+
+
+def id_of(created: str, experiment: str, name: str) -> str:
+    """`RunStatus.id` of a run that was first started as this; two machines may do so in the same
+    second, and what is asked for by it then has several answers."""
+    words = f"{created} {experiment}/{name}".encode(errors="surrogateescape")
+    return hashlib.blake2b(words, digest_size=4).hexdigest()
+
+
+def unix_seconds(text: str) -> float | None:
+    """The time that `utc_now` wrote; None for other text."""
+    with contextlib.suppress(ValueError):
+        return float(calendar.timegm(time.strptime(text, "%Y-%m-%dT%H:%M:%SZ")))
+    return None
+
+
+def utc_text(seconds: float) -> str:
+    """Unix seconds as `utc_now` writes them."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
+
+
+def seconds_of(status: RunStatus) -> float | None:
+    """How long all attempts took until the status was written; see `RunRecord.seconds`."""
+    if len(status.attempts) != status.attempt - 1:
+        return None
+    spans = [(a.started, a.ended) for a in status.attempts] + [(status.started, status.updated)]
+    total = 0.0
+    for started, ended in spans:
+        begin, end = unix_seconds(started), unix_seconds(ended)
+        if begin is None or end is None:
+            return None
+        total += max(0.0, end - begin)
+    return total
 
 
 def mirror_of(folder: Path) -> str | None:
@@ -127,20 +205,29 @@ def current_state(folder: Path, status: RunStatus) -> str:
 
 
 def record_of(folder: Path) -> RunRecord | None:
-    """The record of a run folder as it is now: state by its lock, progress by its newest metrics.
-    None when the folder is not a run."""
+    """The record of a run folder as it is now: state by its lock, progress by its metrics. None
+    when the folder is not a run."""
     status = read_status(folder)
     if status is None:
         return None
-    record = RunRecord.from_status(folder, status, mirror_of(folder))
+    record = full_record(folder, status)
     record.state = current_state(folder, status)
-    newest = last_record(folder / RUN_FILES.train_metrics)
-    if not newest:
+    return record
+
+
+def full_record(folder: Path, status: RunStatus, progress: Progress | None = None) -> RunRecord:
+    """The record of a run of this status; what metrics and notes tell is read."""
+    record = RunRecord.from_status(folder, status, mirror_of(folder))
+    notes, progress = read_notes(folder), progress or read_progress(folder)
+    record.tags, record.note = ",".join(notes.tags) or None, notes.note or None
+    record.val_loss, record.val_step = progress.val_loss, progress.val_step
+    record.best_val_loss, record.best_val_step = progress.best_val_loss, progress.best_val_step
+    record.tokens_per_second = progress.tokens_per_second
+    if progress.step is None:
         return record
     # The status may know of later steps, whose metrics were lost, but of no later loss.
-    loss = newest.get("loss")
-    record.loss = float(loss) if isinstance(loss, int | float | str) else record.loss
-    if newest["step"] >= (record.step or 0):
-        record.step, tokens = int(newest["step"]), newest.get("tokens")
-        record.tokens = int(tokens) if isinstance(tokens, int | float) else record.tokens
+    record.loss = record.loss if progress.loss is None else progress.loss
+    if progress.step >= (record.step or 0):
+        record.step = progress.step
+        record.tokens = record.tokens if progress.tokens is None else progress.tokens
     return record

@@ -10,7 +10,7 @@ import pytest
 from tests.train.test_remote_runs import run as run_smoke
 from tests.train.trackers._runs import COMET, keep_priority, noted, open_run, write_steps
 from tests.workers import WorkerPool
-from toolkit.commands import runs
+from toolkit.commands.runs import trackers as runs
 from toolkit.errors import ConfigError, RunError
 from toolkit.metrics.streams import MetricStreams
 from toolkit.train.trackers import sender

@@ -1,47 +1,20 @@
-"""Runs by name, and their list."""
+"""`toolkit runs send` and `push`: what others lack of a run that nobody trains."""
 
 from collections.abc import Callable
-from pathlib import Path
 
+from toolkit.commands.runs.named import folder_of
 from toolkit.config.interpolation import fill
 from toolkit.config.paths import local_path
 from toolkit.config.types import nearest
 from toolkit.errors import ConfigError, RunError
 from toolkit.experiment.recorded import config_of, has_config
 from toolkit.launch.mirror import push
-from toolkit.launch.remote_run import local_copy, run_and_step, runs_at
-from toolkit.runs import registry
+from toolkit.runs.listing import find_named
 from toolkit.runs.lock import is_locked
-from toolkit.runs.registry import RunRecord, find_named, is_run, not_a_run
-from toolkit.runs.status import read_status
-from toolkit.storage.remote import is_url
+from toolkit.runs.registry import is_run
+from toolkit.runs.status import not_a_run, read_status
 from toolkit.train.trackers.config import TRACKERS, TrackerConfig
 from toolkit.train.trackers.sender import End, Sender
-
-
-def folder_of(text: str, work_dir: str | None = None, *, checkpoints: bool = True) -> Path:
-    """The folder of the run that `toolkit runs` lists under this name; a copy of the run, or step,
-    at a URL (see `local_copy`); anything else as it is."""
-    if is_url(text):
-        return local_copy(text, work_dir, checkpoints=checkpoints)
-    return Path(find_named(text))
-
-
-def url_of_run(text: str) -> str | None:
-    """The run that a URL, of it or of one of its checkpoints, leads to; None for other words."""
-    return run_and_step(text)[0] if is_url(text) else None
-
-
-def list_all(root: str, registry_url: str | None) -> list[RunRecord]:
-    if is_url(root):
-        return runs_at(root)
-    _check_root(root)
-    return registry.list_runs(root, registry_url=registry_url)
-
-
-def reindex(root: str, registry_url: str | None) -> int:
-    _check_root(root)
-    return registry.reindex(root, registry_url=registry_url)
 
 
 def send(run_dir: str, tracker: str | None, say: Callable[[str], object]) -> bool:
@@ -95,8 +68,3 @@ def _send(sender: Sender, end: End, say: Callable[[str], object]) -> bool:
         return sender.run(end)
     say(f"{sender.title}: nothing is missing, by {sender.path}")
     return True
-
-
-def _check_root(root: str) -> None:
-    if root != "runs" and not local_path(root, "--root").is_dir():
-        raise ConfigError(f"--root: {root}: no such folder")
