@@ -9,7 +9,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 IMAGE ?= toolkit
 
-.PHONY: help quickstart test checks style lint lint-check type-check bench soak docker-image clean
+.PHONY: help quickstart test checks style lint lint-check type-check docs bench soak docker-image clean
 .DELETE_ON_ERROR:
 
 help:
@@ -18,6 +18,7 @@ help:
 	@echo "make style        let ruff format the code and mend what it can"
 	@echo "make lint         lint-check (ruff check, ruff format --check), then type-check (mypy)"
 	@echo "make checks       lint, then test: what has to pass before a change is proposed"
+	@echo "make docs         build the docs site into build/docs (open build/docs/index.html)"
 	@echo "make bench        run every benchmark; each prints a table"
 	@echo "make soak         run the slow tests"
 	@echo "make docker-image CUDA=13.0   build an image that trains (CUDA=cpu: without GPUs)"
@@ -46,6 +47,9 @@ lint-check: .venv/.installed-dev
 
 type-check: .venv/.installed-dev
 	$(BIN)/mypy
+
+docs: .venv/.installed-dev
+	$(BIN)/python -m sphinx -W --keep-going -b html docs build/docs
 
 bench: .venv/.installed
 	@set -e; for file in benchmarks/[a-z]*.py; do \
